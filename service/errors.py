@@ -1,0 +1,168 @@
+"""What can go wrong, as types. They say what happened and know nothing of HTTP.
+
+::
+
+    LastcallError
+    ├── StartupError                 the service cannot start; one line says why
+    │   └── SettingsError            a setting is wrong: its name, its value, what is allowed
+    ├── RefusedError                 the caller asked for something that cannot be had
+    │   ├── InvalidRequestError      a field is missing, malformed or too large (``field``)
+    │   ├── SessionNotFoundError     never existed, deleted or expired
+    │   ├── SessionExistsError       the chosen id is taken
+    │   ├── TurnNotFoundError
+    │   ├── TurnInProgressError      ``on_conflict`` is reject and a turn is running or queued
+    │   ├── EventsLostError          a resume inside events that a crash took
+    │   └── LimitError               a bound is reached; try later (``retry_after_s``)
+    │       ├── TurnLimitError       ``live_turns_max``
+    │       ├── QueueFullError       ``queued_turns_max``
+    │       ├── StreamLimitError     ``streams_max``
+    │       └── ShuttingDownError    no new work: the service is about to stop
+    ├── StoreError                   the store refused, hung or broke
+    └── ModelError                   the upstream failed (``code``, ``retryable``, ``retry_after_s``)
+
+Foreign exceptions become one of these once, where they enter: model clients raise
+:class:`ModelError` only, stores raise :class:`StoreError` and the ``Session*`` ones only.
+"""
+
+
+class LastcallError(Exception):
+    """The root. ``str(error)`` is one sentence that may be shown to a caller: no secret in it."""
+
+
+class StartupError(LastcallError):
+    """The service cannot start."""
+
+
+class SettingsError(StartupError):
+    """A setting has a value that is not allowed."""
+
+
+class RefusedError(LastcallError):
+    """What the caller asked for cannot be had. ``code`` is stable and part of the API."""
+
+    code = "refused"
+
+
+class InvalidRequestError(RefusedError):
+    """A part of the request is not allowed.
+
+    ``field`` names it as a path into the body (``metadata.team``), or a parameter or header.
+    """
+
+    code = "invalid_request"
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class SessionNotFoundError(RefusedError):
+    code = "session_not_found"
+
+    def __init__(self, session_id: str) -> None:
+        super().__init__(f"There is no session {session_id!r}: it never existed, was deleted or has expired.")
+        self.session_id = session_id
+
+
+class SessionExistsError(RefusedError):
+    code = "session_exists"
+
+    def __init__(self, session_id: str) -> None:
+        super().__init__(f"A session {session_id!r} exists already; choose another id or leave it out.")
+        self.session_id = session_id
+
+
+class TurnNotFoundError(RefusedError):
+    code = "turn_not_found"
+
+    def __init__(self, turn_id: str) -> None:
+        super().__init__(f"This session has no turn {turn_id!r}.")
+        self.turn_id = turn_id
+
+
+class TurnInProgressError(RefusedError):
+    code = "turn_in_progress"
+
+    def __init__(self, turn_id: str) -> None:
+        super().__init__(
+            f"Turn {turn_id!r} is still running or queued in this session; wait for it, cancel it, "
+            'or send "on_conflict": "queue" or "supersede".'
+        )
+        self.turn_id = turn_id
+
+
+class EventsLostError(RefusedError):
+    """The events after this cursor went with a crash; the turn's record is what remains."""
+
+    code = "events_lost"
+
+    def __init__(self, turn_id: str, *, after: int, state: str, text: str) -> None:
+        super().__init__(f"Events of turn {turn_id!r} after {after} were lost in a crash; its state and text are here.")
+        self.turn_id = turn_id
+        self.after = after
+        self.state = state
+        self.text = text
+
+
+class LimitError(RefusedError):
+    """A bound is reached and the same request may succeed after ``retry_after_s`` seconds."""
+
+    code = "limit"
+
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class TurnLimitError(LimitError):
+    code = "turn_limit"
+
+
+class QueueFullError(LimitError):
+    code = "queue_full"
+
+
+class StreamLimitError(LimitError):
+    code = "stream_limit"
+
+
+class ShuttingDownError(LimitError):
+    code = "shutting_down"
+
+    def __init__(self) -> None:
+        super().__init__("This server is shutting down and takes no new work; try again, another one will answer.")
+
+
+class StoreError(LastcallError):
+    """The store could not do it. ``retry_after_s`` is set where it may pass by itself."""
+
+    code = "store_unavailable"
+
+    def __init__(self, message: str, *, retry_after_s: int | None = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class ModelError(LastcallError):
+    """The model server failed. Becomes ``turn.failed`` with this ``code`` and message.
+
+    Codes: ``upstream_unreachable`` (refused, reset before a reply), ``upstream_dns``,
+    ``upstream_tls``, ``upstream_auth`` (401, 403), ``model_not_found``, ``context_too_long``,
+    ``rate_limited`` (429), ``upstream_rejected`` (another 4xx), ``upstream_error`` (5xx, or an error
+    object in mid-stream), ``upstream_protocol`` (not an event stream, broken JSON),
+    ``upstream_truncated`` (cut off in mid-reply), ``connect_timeout``, ``first_token_timeout``,
+    ``next_token_timeout``, ``turn_timeout``, ``reply_too_large``, ``log_too_large``.
+
+    Args:
+        code: Stable, part of the API.
+        message: What happened and what to do, for a user; never a secret, never a traceback.
+        retryable: Whether the same request may succeed a moment later. Only honoured before the
+            first token.
+        retry_after_s: Seconds the upstream asked to wait, if it did.
+    """
+
+    def __init__(self, code: str, message: str, *, retryable: bool = False, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.retryable = retryable
+        self.retry_after_s = retry_after_s

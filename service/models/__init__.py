@@ -1,0 +1,1 @@
+"""Model clients: adapters to the servers that produce tokens. Written on AnyIO."""

@@ -1,0 +1,1 @@
+"""Sessions and their turns: the lifetimes this service is about. Written on Trio."""

@@ -1,0 +1,88 @@
+"""A turn's event log: appended by one writer, read by any number of cursors, each at its own pace."""
+
+import trio
+
+from service.sessions.events import Event, encode_frame
+
+_TERMINAL_RESERVE_BYTES = 1024
+"""Room kept for the terminal event, which must always fit."""
+
+
+class EventLog:
+    """An append-only log of encoded events with seqs from 1, without gaps.
+
+    Only the turn's own task appends and closes. Reading is synchronous, so a reader holds a number
+    (its cursor: the seq it has seen last, 0 for none) and no memory while it waits or is stalled.
+
+    Args:
+        bytes_max: Bound on the encoded events in all. :meth:`append` says when it would be passed;
+            the terminal event has room of its own.
+    """
+
+    def __init__(self, *, bytes_max: int) -> None:
+        self._frames: list[bytes] = []
+        self._bytes = 0
+        self._bytes_max = bytes_max - _TERMINAL_RESERVE_BYTES
+        self._closed = False
+        self._readers = trio.lowlevel.ParkingLot()
+
+    @property
+    def last_seq(self) -> int:
+        """The seq of the newest event, 0 if there is none."""
+        return len(self._frames)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the terminal event is in it: nothing will follow."""
+        return self._closed
+
+    def append(self, event: Event) -> bool:
+        """Append an event whose ``seq`` is ``last_seq + 1`` and wake the readers.
+
+        False, and nothing is appended, where ``bytes_max`` would be passed.
+        """
+        frame = encode_frame(event)
+        if self._bytes + len(frame) > self._bytes_max:
+            return False
+        self._append(event, frame)
+        return True
+
+    def close(self, terminal: Event) -> None:
+        """Append the terminal event. Always succeeds; the log then never changes again."""
+        self._append(terminal, encode_frame(terminal))
+        self._closed = True
+
+    def _append(self, event: Event, frame: bytes) -> None:
+        assert not self._closed, "a closed log was written to"
+        assert event.seq == len(self._frames) + 1, "an event has the wrong seq"
+        self._frames.append(frame)
+        self._bytes += len(frame)
+        self._readers.unpark_all()
+
+    async def wait_beyond(self, cursor: int) -> None:
+        """Return once there is an event after ``cursor``, or the log is closed."""
+        while self.last_seq <= cursor and not self._closed:
+            await self._readers.park()
+
+    def read_after(self, cursor: int, *, bytes_max: int) -> tuple[bytes, int]:
+        """The frames after ``cursor`` that fit in ``bytes_max`` (at least one), and the new cursor.
+
+        Empty bytes and the same cursor where nothing is ready.
+        """
+        return join_frames(self._frames, cursor, bytes_max=bytes_max)
+
+    def frames(self) -> list[bytes]:
+        """A copy of all frames, to be kept."""
+        return self._frames.copy()
+
+
+def join_frames(frames: list[bytes], cursor: int, *, bytes_max: int) -> tuple[bytes, int]:
+    """Join the frames whose seq is above ``cursor``: at least one, and no more than fit in ``bytes_max``."""
+    end = cursor
+    size = 0
+    for index in range(cursor, len(frames)):
+        size += len(frames[index])
+        if size > bytes_max and index > cursor:
+            break
+        end = index + 1
+    return b"".join(frames[cursor:end]), end

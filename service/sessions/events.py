@@ -1,0 +1,107 @@
+"""A turn's events, and the one form in which they travel and are kept: an SSE frame.
+
+A frame has an ``id:`` (the seq) and one ``data:`` line of JSON whose ``type`` says what it is. There is
+no ``event:`` line: it would repeat the type in each delta, and a browser's ``onmessage`` sees all
+frames without it.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from service.models.client import FinishReason, Usage
+from service.storage.records import Failure
+
+
+class TurnQueued(msgspec.Struct, frozen=True, kw_only=True, tag="turn.queued", tag_field="type"):
+    """The turn is accepted and waits for others of its session."""
+
+    seq: int = 0
+    session_id: str
+    turn_id: str
+
+
+class TurnStarted(msgspec.Struct, frozen=True, kw_only=True, tag="turn.started", tag_field="type"):
+    """The turn runs. A turn that did not wait has this as its first event."""
+
+    seq: int = 0
+    session_id: str
+    turn_id: str
+    model: str
+
+
+class TurnDelta(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="turn.delta", tag_field="type"):
+    """A piece of the reply."""
+
+    seq: int = 0
+    text: str
+
+
+class TurnReasoning(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="turn.reasoning", tag_field="type"):
+    """A piece of the model's reasoning, where the upstream sends it."""
+
+    seq: int = 0
+    text: str
+
+
+class TurnCompleted(
+    msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="turn.completed", tag_field="type"
+):
+    """The reply is whole. ``text_length`` counts its Unicode code points."""
+
+    seq: int = 0
+    finish_reason: FinishReason
+    usage: Usage | None
+    text_length: int
+    stored: bool = True
+
+
+class TurnFailed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="turn.failed", tag_field="type"):
+    """Something broke: ``error.code`` is stable, ``error.message`` is for a user."""
+
+    seq: int = 0
+    error: Failure
+    text_length: int
+    stored: bool = True
+
+
+class TurnCancelled(
+    msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="turn.cancelled", tag_field="type"
+):
+    """Somebody ended it."""
+
+    seq: int = 0
+    reason: Literal["requested", "superseded", "disconnected", "session_deleted"]
+    text_length: int
+    stored: bool = True
+
+
+class TurnInterrupted(
+    msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="turn.interrupted", tag_field="type"
+):
+    """The service ended before the turn did; the partial reply is kept."""
+
+    seq: int = 0
+    reason: Literal["shutdown", "crash"]
+    text_length: int
+    stored: bool = True
+
+
+TerminalEvent = TurnCompleted | TurnFailed | TurnCancelled | TurnInterrupted
+Event = TurnQueued | TurnStarted | TurnDelta | TurnReasoning | TerminalEvent
+
+_encode = msgspec.json.encode
+_decoder = msgspec.json.Decoder(Event)
+
+
+def encode_frame(event: Event) -> bytes:
+    r"""The event as it is sent and kept: ``id: 3\ndata: {"type":"turn.delta","seq":3,"text":"Hi"}\n\n``.
+
+    Source: https://html.spec.whatwg.org/multipage/server-sent-events.html
+    """
+    return b"id: %d\ndata: %b\n\n" % (event.seq, _encode(event))
+
+
+def decode_frame(frame: bytes) -> Event:
+    """The reverse of :func:`encode_frame`."""
+    return _decoder.decode(frame[frame.index(b"data: ") + 6 :])

@@ -1,0 +1,1 @@
+"""Stores: where sessions and turns are kept. Written on AnyIO."""
