@@ -1,81 +1,365 @@
 """Settings: one frozen object, read once. ``LASTCALL_*`` over ``lastcall.toml`` over the defaults.
 
-Only this module reads the environment.
+Only this module reads the environment. What it does not know it refuses, so a mistyped name cannot pass for a
+default; and it names every problem at once, each with the value and what is allowed.
 """
 
-from typing import Annotated
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_origin
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
+from pydantic import ValidationError as InvalidSettings
+from pydantic_core import ErrorDetails
 
-Seconds = Annotated[float, Field(ge=0, le=31_536_000, allow_inf_nan=False)]
-PositiveSeconds = Annotated[float, Field(gt=0, le=31_536_000, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1, le=10_000_000)]
-Bytes = Annotated[int, Field(ge=1024, le=1 << 30)]
+from service.errors import SettingsError
+
+ENV_PREFIX = "LASTCALL_"
+CONFIG_FILE = "lastcall.toml"
+CONFIG_FILE_VARIABLE = "LASTCALL_CONFIG_FILE"
+"""Names another file than ``lastcall.toml`` in the working directory. The one variable that is not a setting."""
+SECRETS = frozenset({"api_key", "api_keys", "model_api_key"})
+"""Settings whose values are never shown."""
+
+
+def _number(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("should be a number")  # noqa: TRY004  pydantic reports a ValueError, and raises a TypeError
+    return value
+
+
+def _lowercase(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
+
+
+def _listening_address(text: str) -> str:
+    if text.startswith("unix:"):
+        if 1 <= len(os.fsencode(text.removeprefix("unix:"))) <= 107:
+            return text
+        raise ValueError("should be unix:path with a path of 1 to 107 bytes")
+    host, port = split_host_port(text)
+    if host and re.fullmatch(r"\d{1,5}", port) and int(port) <= 65535:
+        return text
+    raise ValueError("should be host:port ([address]:port for IPv6) or unix:path; port 0 takes a free one")
+
+
+def _store_url(text: str) -> str:
+    if text != "memory:":
+        raise ValueError("names a store that this version does not have; it should be memory:")
+    return text
+
+
+def _upstream_url(text: str) -> str:
+    if text.startswith("scripted:"):
+        return text
+    url = urlsplit(text)
+    if url.scheme not in ("http", "https") or not url.hostname or re.search(r"\s", text) or not _has_good_port(text):
+        raise ValueError("should be http://host/v1, https://host/v1 (an OpenAI-compatible server) or scripted:")
+    if url.username is not None:
+        raise ValueError("should not hold a user or password; an upstream's key is a setting of its own")
+    return text
+
+
+def _has_good_port(url: str) -> bool:
+    try:
+        _ = urlsplit(url).port
+    except ValueError:
+        return False
+    return True
+
+
+def _key(secret: SecretStr) -> SecretStr:
+    if not re.fullmatch(r"[!-~]+", secret.get_secret_value()):
+        raise ValueError("should be visible ASCII characters without spaces or a line end, as it travels in a header")
+    return secret
+
+
+def _web_origin(text: str) -> str:
+    if text != "*" and not re.fullmatch(r"https?://[^\s/?#@]+", text):
+        raise ValueError("should be * or an origin such as https://app.example.org, without a path")
+    return text
+
+
+Seconds = Annotated[float, Field(ge=0, le=31_536_000, allow_inf_nan=False), BeforeValidator(_number)]
+PositiveSeconds = Annotated[float, Field(gt=0, le=31_536_000, allow_inf_nan=False), BeforeValidator(_number)]
+Count = Annotated[int, Field(ge=1, le=10_000_000), BeforeValidator(_number)]
+Bytes = Annotated[int, Field(ge=1024, le=1 << 30), BeforeValidator(_number)]
+Name = Annotated[str, Field(min_length=1, max_length=256)]
+Key = Annotated[SecretStr, AfterValidator(_key)]
+UpstreamUrl = Annotated[str, AfterValidator(_upstream_url)]
 
 
 class Upstream(BaseModel):
     """One ``[[upstreams]]`` table: a model server and the models it serves."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
-    name: str
-    url: str
-    api_key: SecretStr | None = None
-    models: tuple[str, ...] = Field(min_length=1)
+    name: Name
+    url: UpstreamUrl
+    api_key: Key | None = None
+    models: tuple[Name, ...] = Field(min_length=1)
 
 
-class Settings(BaseSettings):
-    """All settings. Seconds are relative; ``*_max`` are bounds that are never passed."""
+class Settings(BaseModel):
+    """All settings. Seconds are relative; ``*_max`` are bounds that are never passed.
 
-    model_config = SettingsConfigDict(env_prefix="LASTCALL_", frozen=True, extra="forbid")
+    Made directly it reads neither the environment nor a file: that is :func:`load_settings`.
+    """
 
-    bind: str = "127.0.0.1:8000"
-    tls_certfile: str | None = None
-    tls_keyfile: str | None = None
-    api_keys: tuple[SecretStr, ...] = ()
-    cors_origins: tuple[str, ...] = ()
-    log_level: str = "info"
-    log_format: str = "auto"
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, use_attribute_docstrings=True)
 
-    store_url: str = "memory:"
+    bind: Annotated[str, AfterValidator(_listening_address)] = "127.0.0.1:8000"
+    """Where to listen: `host:port`, `[::1]:8000` or `unix:path`; port 0 takes a free one."""
+    tls_certfile: Name | None = None
+    """Certificate chain (PEM); together with `tls_keyfile`."""
+    tls_keyfile: Name | None = None
+    """The certificate's private key (PEM)."""
+    api_keys: tuple[Key, ...] = ()
+    """Bearer keys of callers, separated by commas in the environment. Without any, only loopback is served."""
+    cors_origins: tuple[Annotated[str, AfterValidator(_web_origin)], ...] = ()
+    """Web origins whose pages may call; separated by commas in the environment."""
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lowercase)] = "info"
+    """The least severe level that is logged."""
+    log_format: Annotated[Literal["auto", "console", "json"], BeforeValidator(_lowercase)] = "auto"
+    """`auto` is `console` on a terminal and `json`, a line an event, elsewhere."""
+
+    store_url: Annotated[str, AfterValidator(_store_url)] = "memory:"
+    """Where sessions are kept: `memory:`, gone with the process."""
     store_timeout_s: PositiveSeconds = 5
+    """How long one step of the store may take."""
 
-    model_url: str = "scripted:"
-    model: str = "scripted"
-    model_api_key: SecretStr | None = None
+    model_url: UpstreamUrl = "scripted:"
+    """The model server (OpenAI-compatible, up to `/v1`), or `scripted:`, the embedded stand-in."""
+    model: Name = "scripted"
+    """The model of sessions and turns that name none. With `upstreams`, their first model unless set."""
+    model_api_key: Key | None = None
+    """The key sent to `model_url`."""
     upstreams: tuple[Upstream, ...] = ()
-    model_retries_max: int = Field(default=2, ge=0, le=10)
+    """Several model servers in place of `model_url`: `[[upstreams]]` tables of `name`, `url`, `api_key`, `models`."""
+    model_retries_max: Annotated[int, Field(ge=0, le=10), BeforeValidator(_number)] = 2
+    """How often an upstream's fault before the first token is retried."""
 
     idle_timeout_s: PositiveSeconds = 1800
+    """A session expires when it has not been used for so long; a session may choose its own."""
     expiry_interval_s: PositiveSeconds = 300
+    """How often what has expired is removed."""
     connect_timeout_s: PositiveSeconds = 5
+    """Connecting to an upstream."""
     first_token_timeout_s: PositiveSeconds = 120
+    """From the request to an upstream to its first token."""
     next_token_timeout_s: PositiveSeconds = 60
+    """Between two tokens; keep-alive comments do not count."""
     turn_timeout_s: PositiveSeconds = 600
+    """A whole turn."""
     disconnect_grace_s: Seconds = 0
+    """How long a turn runs on once nobody listens, unless it was started to `continue`."""
     heartbeat_interval_s: PositiveSeconds = 15
+    """A stream that has been silent for so long gets a comment."""
     body_timeout_s: PositiveSeconds = 30
+    """A request's body must have arrived by then."""
 
     live_turns_max: Count = 1000
+    """Turns running or queued, in all sessions."""
     queued_turns_max: Count = 8
+    """Turns queued in one session."""
     streams_max: Count = 10000
+    """Event streams open at once."""
     input_bytes_max: Bytes = 256 * 1024
+    """One turn's input, and a session's system message."""
     reply_bytes_max: Bytes = 1024 * 1024
+    """One turn's reply."""
     log_bytes_max: Bytes = 16 * 1024 * 1024
+    """One turn's events."""
     prompt_bytes_max: Bytes = 512 * 1024
+    """What is sent to a model; the oldest turns are left out beyond it."""
 
     lame_duck_timeout_s: Seconds = 0
+    """Shutdown: readiness is 503, everything still works."""
     drain_timeout_s: Seconds = 2
+    """Shutdown: running turns may finish; 20 and more in production."""
     cleanup_timeout_s: PositiveSeconds = 1
+    """Shutdown: what still runs is interrupted and stored."""
     release_timeout_s: PositiveSeconds = 1
+    """Shutdown: streams end, connections, model clients and the store close."""
     shutdown_timeout_s: PositiveSeconds | None = None
+    """The most a shutdown may take in all; the sum of its phases plus 1 s unless set."""
+
+    @property
+    def default_model(self) -> str:
+        """The model of sessions and turns that name none."""
+        if self.upstreams and "model" not in self.model_fields_set:
+            return self.upstreams[0].models[0]
+        return self.model
+
+    @property
+    def all_upstreams(self) -> tuple[Upstream, ...]:
+        """The model servers, however they were said: never empty, names and models unique."""
+        if self.upstreams:
+            return self.upstreams
+        return (Upstream(name="default", url=self.model_url, api_key=self.model_api_key, models=(self.model,)),)
 
     @property
     def shutdown_total_s(self) -> float:
         """The most a shutdown may take: ``shutdown_timeout_s``, or the sum of its phases plus 1 s."""
         if self.shutdown_timeout_s is not None:
             return self.shutdown_timeout_s
-        return (
-            self.lame_duck_timeout_s + self.drain_timeout_s + self.cleanup_timeout_s + self.release_timeout_s + 1
-        )
+        return self.lame_duck_timeout_s + self.drain_timeout_s + self.cleanup_timeout_s + self.release_timeout_s + 1
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "Settings":
+        if problems := list(self._misfits()):
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _misfits(self) -> Iterator[str]:
+        given = self.model_fields_set
+        if (self.tls_certfile is None) != (self.tls_keyfile is None):
+            yield "tls_certfile and tls_keyfile should be set together"
+        if not self.upstreams:
+            if not self.model_url.startswith("scripted:") and "model" not in given:
+                yield f"model should be set: a model that {self.model_url} serves"
+            return
+        if clash := sorted({"model_url", "model_api_key"} & given):
+            yield f"{' and '.join(clash)} should not be set together with upstreams"
+        for what, names in (
+            ("name", [it.name for it in self.upstreams]),
+            ("model", [model for it in self.upstreams for model in it.models]),
+        ):
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                yield f"upstreams should not share a {what}: {', '.join(map(repr, twice))}"
+        if not any(self.default_model in it.models for it in self.upstreams):
+            yield f"model {self.model!r} should be one that an upstream serves"
+
+
+def split_host_port(bind: str) -> tuple[str, str]:
+    """The host, without brackets, and the port of ``host:port`` or ``[address]:port``; empty where it has none."""
+    found = re.fullmatch(r"(?:\[(?P<v6>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[^\s:\[\]/]+)):(?P<port>[^:]*)", bind)
+    return (found["v6"] or found["host"], found["port"]) if found else ("", "")
+
+
+def reaches_beyond_loopback(bind: str) -> bool:
+    """Whether other machines may reach this address. A name other than localhost counts as reachable."""
+    if bind.startswith("unix:"):
+        return False
+    host, _ = split_host_port(bind)
+    try:
+        return not ip_address(host).is_loopback
+    except ValueError:
+        return host != "localhost"
+
+
+def load_settings(**overrides: str) -> Settings:
+    """The settings of this process: ``overrides`` (the command line) over the environment, the file and the defaults.
+
+    Raises:
+        SettingsError: Its text names every problem, one a line.
+    """
+    return read_sources(os.environ, **overrides).settings()
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What was said, and where: ``origins`` has the variable, option or file of each name in ``values``."""
+
+    values: dict[str, object] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+
+    def add(self, origin: str, name: str, value: object) -> None:
+        self.values[name], self.origins[name] = value, origin
+
+    def settings(self) -> Settings:
+        """Raises: SettingsError."""
+        try:
+            return Settings.model_validate(self.values)
+        except InvalidSettings as error:
+            raise SettingsError("\n".join(self._problems(error))) from None
+
+    def _problems(self, error: InvalidSettings) -> Iterator[str]:
+        for detail in error.errors():
+            if not detail["loc"]:
+                yield from str(detail["ctx"]["error"]).splitlines()
+                continue
+            name, *path = detail["loc"]
+            origin = self.origins[str(name)]
+            where = origin if origin.startswith((ENV_PREFIX, "--")) else f"{origin}: {name}"
+            within = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+            yield f"{where}{within}: {_complaint(detail, of_variable=origin.startswith(ENV_PREFIX))}"
+
+
+def read_sources(environ: Mapping[str, str], /, **overrides: str) -> Sources:
+    """Collect what the file, the environment and the command line say, each over the one before.
+
+    An empty variable counts as not set.
+
+    Raises:
+        SettingsError: The file cannot be read or is not TOML.
+    """
+    sources = Sources()
+    file = environ.get(CONFIG_FILE_VARIABLE) or CONFIG_FILE
+    for name, value in _read_file(Path(file), must_exist=file != CONFIG_FILE).items():
+        sources.add(file, name, value)
+    for variable in sorted(environ):
+        if variable.startswith(ENV_PREFIX) and variable != CONFIG_FILE_VARIABLE and environ[variable]:
+            name = variable.removeprefix(ENV_PREFIX)
+            name = name.lower() if name == name.upper() else variable  # lastcall_bind and LASTCALL_bind are not read
+            sources.add(variable, name, _split_list(name, environ[variable]))
+    for name, value in overrides.items():
+        sources.add(f"--{name}", name, value)
+    return sources
+
+
+def _read_file(path: Path, *, must_exist: bool) -> dict[str, object]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if must_exist:
+            raise SettingsError(f"{CONFIG_FILE_VARIABLE} names {path}, which is not there") from None
+        return {}
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:  # not UTF-8, not TOML
+        raise SettingsError(f"{path} is not TOML: {error}") from None
+
+
+def _split_list(name: str, text: str) -> object:
+    known = Settings.model_fields.get(name)
+    if known is None or get_origin(known.annotation) is not tuple or name == "upstreams":
+        return text
+    return [part.strip() for part in text.split(",")]
+
+
+def _complaint(detail: ErrorDetails, *, of_variable: bool) -> str:
+    """What is wrong with one value and what is allowed; no secret, and nothing of a value that is not known."""
+    names = [part for part in detail["loc"] if isinstance(part, str)]
+    if detail["type"] == "extra_forbidden":
+        known: type[BaseModel] = Upstream if len(names) > 1 else Settings
+        meant = get_close_matches(names[-1].removeprefix(ENV_PREFIX).lower(), known.model_fields, n=1)
+        spelt = [ENV_PREFIX + it.upper() if of_variable else it for it in meant]
+        return f"is not a setting; did you mean {spelt[0]}?" if spelt else "is not a setting"
+    if detail["type"] == "missing":
+        return "is missing"
+    if names == ["upstreams"]:
+        return "should be at least one [[upstreams]] table of the file"
+    value = detail["input"]
+    secret = names[-1] in SECRETS or (names[-1].endswith("url") and "@" in str(value))
+    shown = isinstance(value, str | int | float) and not secret
+    return f"{value!r} {_allowed(names[-1], detail)}" if shown else _allowed(names[-1], detail)
+
+
+def _allowed(name: str, detail: ErrorDetails) -> str:
+    if detail["type"] == "value_error":
+        return str(detail["ctx"]["error"])
+    field_schema: dict[str, Any] = Settings.model_json_schema()["properties"].get(name, {})
+    schema = field_schema.get("anyOf", [field_schema])[0]
+    if "maximum" not in schema:
+        return detail["msg"].replace("Input should", "should")
+    kind = "a whole number" if schema["type"] == "integer" else "a number"
+    least = f"of at least {schema['minimum']}" if "minimum" in schema else f"above {schema['exclusiveMinimum']}"
+    return f"should be {kind} {least}, at most {schema['maximum']}"

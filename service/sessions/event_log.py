@@ -1,5 +1,8 @@
 """A turn's event log: appended by one writer, read by any number of cursors, each at its own pace."""
 
+from collections.abc import Sequence
+from typing import cast
+
 import trio
 
 from service.sessions.events import Event, encode_frame
@@ -25,6 +28,14 @@ class EventLog:
         self._bytes_max = bytes_max - _TERMINAL_RESERVE_BYTES
         self._closed = False
         self._readers = trio.lowlevel.ParkingLot()
+
+    @classmethod
+    def replay(cls, frames: Sequence[bytes]) -> "EventLog":
+        """The closed log of an ended turn, from the frames that were kept. They are not copied."""
+        log = cls(bytes_max=0)
+        log._frames = cast("list[bytes]", frames)  # a closed log is never written to
+        log._closed = True
+        return log
 
     @property
     def last_seq(self) -> int:
@@ -76,7 +87,7 @@ class EventLog:
         return self._frames.copy()
 
 
-def join_frames(frames: list[bytes], cursor: int, *, bytes_max: int) -> tuple[bytes, int]:
+def join_frames(frames: Sequence[bytes], cursor: int, *, bytes_max: int) -> tuple[bytes, int]:
     """Join the frames whose seq is above ``cursor``: at least one, and no more than fit in ``bytes_max``."""
     end = cursor
     size = 0

@@ -91,7 +91,7 @@ TerminalEvent = TurnCompleted | TurnFailed | TurnCancelled | TurnInterrupted
 Event = TurnQueued | TurnStarted | TurnDelta | TurnReasoning | TerminalEvent
 
 _encode = msgspec.json.encode
-_decoder = msgspec.json.Decoder(Event)
+_decoder: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
 
 
 def encode_frame(event: Event) -> bytes:

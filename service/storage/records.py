@@ -107,6 +107,11 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
         """The reply, without reasoning; partial where the turn did not complete."""
         return "".join(item.text for item in self.output if item.type == "message")
 
+    @property
+    def message_bytes(self) -> int:
+        """The size of its messages, input and output, in UTF-8; without reasoning."""
+        return sum(len(item.text.encode()) for item in (*self.input, *self.output) if item.type == "message")
+
 
 class Page(msgspec.Struct, Generic[T], frozen=True):
     """One page of a listing; ``next`` is the cursor of the following page, None on the last."""

@@ -1,9 +1,13 @@
 """The protocol that every store meets; ``tests/storage/test_store_contract.py`` is its definition.
 
 Each method is one atomic step: a reader sees all of it or nothing, and a caller that is cancelled
-leaves all of it or nothing behind (it cannot know which). Everything that decides something takes
-what it decides on as arguments and checks it in the same step as the write, so that several
-processes may share a store.
+leaves all of it or nothing behind (it cannot know which). Returning is the acknowledgement: what a
+method wrote is then as safe as the store ever makes it; how many steps share one commit is the
+store's affair. Everything that decides something takes what it decides on as arguments and checks it
+in the same step as the write, so that several processes may share a store.
+
+An open store is one owner. The turns that it began are its own until they end, it is closed or its
+process dies; only then may another owner's :meth:`Store.recover` end them.
 """
 
 from collections.abc import Sequence
@@ -22,7 +26,12 @@ from service.storage.records import (
 class Store(Protocol):
     """Where sessions and turns are kept.
 
-    A session that is marked as deleted, or has expired at ``now``, is not there for any reader.
+    A session that is marked as deleted, or has expired at ``now``, is not there for any method that
+    takes ``now``, unless it says otherwise. ``now`` is an aware datetime; stores have no clock of
+    their own. Ids of turns are unique among all sessions. Every ``limit`` is at least 1.
+
+    A session is *used* at ``now`` by what accepts or ends a turn and by a patch, never by a read:
+    ``last_accessed_at`` becomes ``now``, ``expires_at`` becomes ``now`` plus its idle timeout.
 
     Every method raises :class:`~service.errors.StoreError` where the store refuses or breaks.
     Waiting is the caller's to bound. ``aclose`` flushes and closes; nothing may be called after it.
@@ -55,9 +64,14 @@ class Store(Protocol):
     async def list_sessions(
         self, *, limit: int, after: str | None, status: SessionStatus | None, now: datetime
     ) -> Page[SessionRecord]:
-        """A page of sessions, newest first, stable while sessions come and go.
+        """A page of sessions, newest first (by ``created_at``, then ``id``).
 
-        ``after`` is the ``next`` of the page before; one that is not ours raises InvalidRequestError.
+        Stable while sessions come and go: one that is there from the first page to the last is in
+        exactly one of them. ``after`` is the ``next`` of the page before, and stays good when the
+        sessions around it are gone.
+
+        Raises:
+            InvalidRequestError: ``after`` is not a cursor of this listing (``field`` is ``after``).
         """
         ...
 
@@ -66,7 +80,7 @@ class Store(Protocol):
         ...
 
     async def update_session(self, session_id: str, patch: SessionPatch, *, now: datetime) -> SessionRecord:
-        """Apply a patch and move the deadline to ``now`` plus the session's idle timeout.
+        """Apply a patch and count it as a use; a new idle timeout holds at once. Returns the session after it.
 
         Raises:
             SessionNotFoundError
@@ -82,38 +96,48 @@ class Store(Protocol):
         ...
 
     async def remove_deleted(self, session_id: str) -> None:
-        """Remove a marked session, its turns and their events. Idempotent."""
+        """Remove a marked session, its turns and their events; the id is free then.
+
+        Idempotent: does nothing to a session that is not marked. Turns that are still open go too.
+        """
         ...
 
     async def delete_expired(self, *, now: datetime, limit: int) -> int:
         """Remove at most ``limit`` sessions that have expired at ``now``; how many it removed.
 
-        The look and the delete are one step: a session that was used in between stays.
+        The look and the delete are one step: a session that was used in between stays. Those that
+        have been expired longest go first, and the cost follows what has expired, not what is kept.
         """
         ...
 
     # Turns
 
     async def begin_turn(self, turn: TurnRecord, *, now: datetime) -> SessionRecord:
-        """Accept a turn: keep it and its input, make it the head, move the session's deadline.
+        """Accept a turn: keep it and its input, make it the head, count it as a use.
 
-        ``turn.state`` is ``queued`` or ``running``. Returns the session after it.
+        ``turn.state`` is ``queued`` or ``running``, its id new. ``open_turns`` grows by one,
+        ``message_count`` by the input's messages. Returns the session after it.
 
         Raises:
             SessionNotFoundError
-            TurnNotFoundError: ``turn.parent`` is not a turn of this session.
+            TurnNotFoundError: ``turn.parent`` is not a turn of this session; it may be an open one.
         """
         ...
 
     async def start_turn(self, turn_id: str, *, now: datetime) -> None:
-        """A queued turn has begun to run. Does nothing if it is not queued."""
+        """A queued turn has begun to run: ``started_at`` is ``now``. Does nothing if it is not queued."""
         ...
 
     async def end_turn(self, turn: TurnRecord, *, events: Sequence[bytes], now: datetime) -> bool:
-        """Keep a turn's end, its output and its encoded events, and move the session's deadline.
+        """Keep a turn's end, its output and its encoded events, and count it as a use.
 
+        ``turn`` is the whole record: as it was accepted, and how it ended. ``open_turns`` shrinks by
+        one, ``message_count`` grows by one if the turn has a text, the totals by its usage.
         The first end wins: False, and nothing changes, if the turn has ended or is gone.
         Also works on a session that is marked as deleted.
+
+        Args:
+            events: Seq 1 first, without gaps, the terminal event last; or none.
         """
         ...
 
@@ -121,28 +145,41 @@ class Store(Protocol):
         """Raises: SessionNotFoundError, TurnNotFoundError."""
         ...
 
-    async def list_turns(
-        self, session_id: str, *, limit: int, after: str | None, now: datetime
-    ) -> Page[TurnRecord]:
-        """A page of all turns of a session, oldest first."""
+    async def list_turns(self, session_id: str, *, limit: int, after: str | None, now: datetime) -> Page[TurnRecord]:
+        """A page of all turns of a session, in the order of their acceptance.
+
+        Paged as :meth:`list_sessions`.
+
+        Raises:
+            SessionNotFoundError
+            InvalidRequestError: ``after`` is not a cursor of this listing.
+        """
         ...
 
     async def read_path(self, session_id: str, turn_id: str, *, bytes_max: int | None) -> Sequence[TurnRecord]:
         """The turns from the root to ``turn_id``, in that order.
 
-        With ``bytes_max``, only the newest whose texts (UTF-8) stay within it, but always the last.
-        Empty if the turn is not there.
+        With ``bytes_max``, only the newest whose ``message_bytes`` stay within it in all, but always
+        the last. Empty if the turn is not there. Looks at what is kept: a turn that runs goes on
+        while its session is marked as deleted.
         """
         ...
 
     async def read_events(self, session_id: str, turn_id: str) -> Sequence[bytes]:
-        """The encoded events of an ended turn, seq 1 first; empty if none were kept."""
+        """The encoded events of an ended turn: seq 1 first, without gaps. Looks at what is kept.
+
+        Fewer than the turn's ``last_seq`` where a crash took the rest or none were kept: the terminal
+        event is not among them then, and the turn's record says what it was.
+        """
         ...
 
     async def recover(self, *, now: datetime) -> int:
         """After a crash: end open turns whose owner is gone as ``interrupted`` (``crash``), finish deletions.
 
-        Called once at start, before any turn. Returns how many turns it ended.
+        Called once at start, before any turn; safe beside other owners. Each such turn keeps the output
+        and events of its last checkpoint, and its ``last_seq`` becomes higher than any seq that was ever
+        sent. For its session it is an end like any other: a use at ``now``, and no longer an open turn.
+        Returns how many turns it ended.
         """
         ...
 

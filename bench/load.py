@@ -1,0 +1,534 @@
+"""The load client: a process that opens streams, behaves well or badly, and says what it saw on the wire.
+
+It is a process of its own, so that neither the server nor the harness shares an interpreter with what judges
+them. ``python -m bench.load`` reads a :class:`Plan` (one line of JSON) from its standard input, opens
+everything in it and prints ``ready`` once all of it is there; it then only watches. The next line, or the
+end of input, makes it stop: what is still open is recorded as open, and one line of JSON, a
+:class:`LoadResult`, ends it.
+"""
+
+import itertools
+import json
+import resource
+import socket
+import ssl
+import struct
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from string import Template
+from typing import Literal
+
+import msgspec
+import trio
+
+from bench.poller import Poller, connect, receive_some, send_all
+from bench.wire import ResponseParser, StreamEnd, StreamJudge, StreamResult, WireError
+
+_OPENING_AT_ONCE_MAX = 64
+"""Below every server's backlog: what is measured is the stop, not a storm of connections."""
+_SILENT_AFTER_S = 0.1
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """A request. ``$n`` (the number of the client) and what was captured are put into path and body."""
+
+    method: str = "POST"
+    path: str
+    headers: dict[str, str] = {}
+    body: str = ""
+    capture: dict[str, str] = {}  # name -> key of the JSON object in the response
+
+
+class Streams(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Clients that send requests one after another and read the last one's response as an event stream.
+
+    Args:
+        half_close: Shut down the sending side once the last request is sent; go on reading.
+        stalled: Read nothing of the stream, with a small receive buffer. Ready once the server's
+            send queue has stood still.
+        repeat: Streams one after another, each on a connection of its own.
+        ready_at: The client is ready when the response's ``head`` or its first ``token`` is there.
+        leave_after_tokens: Close the connection in mid-stream after so many tokens; 0: never.
+    """
+
+    name: str
+    count: int
+    stream: Request
+    before: tuple[Request, ...] = ()
+    half_close: bool = False
+    stalled: bool = False
+    repeat: int = 1
+    ready_at: Literal["head", "token"] = "token"
+    leave_after_tokens: int = 0
+    keep_delays: bool = False
+
+
+class Idle(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Clients that have had an answer and keep their connection open."""
+
+    name: str = "idle"
+    count: int
+    request: Request
+
+
+class Unfinished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Clients that have sent a part of a request: half of its head, or its head and a byte of its body each 100 ms.
+
+    ``tls`` ones have sent a TLS ClientHello and read nothing.
+    """
+
+    name: str
+    count: int
+    kind: Literal["head", "body", "tls"]
+    path: str = "/chat"
+
+
+class Http2Streams(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """One HTTP/2 connection (prior knowledge) with ``count`` event streams in it."""
+
+    name: str
+    count: int
+    stream: Request
+
+
+class Prober(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A new connection each ``interval_s``, with one request that is answered in full or not."""
+
+    name: str = "prober"
+    request: Request
+    interval_s: float = 0.01
+
+
+Group = Streams | Idle | Unfinished | Http2Streams | Prober
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What to open, at which loopback port."""
+
+    port: int
+    groups: tuple[Group, ...]
+    host: str = "127.0.0.1"
+
+
+class RudeResult(msgspec.Struct, kw_only=True):
+    """What became of a connection that is no stream."""
+
+    group: str
+    number: int
+    state: Literal["open", "answered", "closed", "reset", "unreachable"] = "open"
+    status: int | None = None
+    ended_at: float | None = None
+
+
+class ProbeResult(msgspec.Struct, kw_only=True):
+    """What one new connection got.
+
+    ``answered``: a complete response, ``status`` says which; ``incomplete``: closed within it;
+    ``reset``, also after a silent wait; ``refused`` at the connect; ``silent``: nothing, or not all, when
+    the client stopped looking.
+    """
+
+    group: str
+    at: float
+    outcome: Literal["answered", "incomplete", "closed", "reset", "refused", "silent"] = "silent"
+    status: int | None = None
+    retry_after: bool = False
+    connection_close: bool = False
+    answered_at: float | None = None
+
+    @property
+    def was_silent(self) -> bool:
+        """Whether it had to wait longer than 100 ms for whatever it got."""
+        return self.answered_at is None or self.answered_at - self.at > _SILENT_AFTER_S
+
+
+class LoadResult(msgspec.Struct, kw_only=True):
+    """All that the client saw."""
+
+    streams: list[StreamResult] = []
+    rude: list[RudeResult] = []
+    probes: list[ProbeResult] = []
+    tokens_by_second: list[tuple[float, int]] = []  # (time, tokens received so far), sampled
+    delays_ns: dict[str, list[int]] = {}  # by group, where asked for: from the model's send to the receipt
+
+
+class _RefusedError(Exception):
+    """A preparing request was not answered with success."""
+
+
+class _Client:
+    """One client's connection, its variables, and its requests."""
+
+    def __init__(self, plan: Plan, number: int) -> None:
+        self._address = (plan.host, plan.port)
+        self._values = {"n": str(number)}
+
+    async def connect(self, *, small_buffers: bool = False) -> socket.socket:
+        return await connect(self._address, small_buffers=small_buffers)
+
+    def encode(self, request: Request) -> bytes:
+        body = self.body(request)
+        headers = {"Host": f"{self._address[0]}:{self._address[1]}", **request.headers}
+        if body:
+            headers |= {"Content-Type": "application/json", "Content-Length": str(len(body))}
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        return f"{request.method} {self.path(request)} HTTP/1.1\r\n{lines}\r\n".encode() + body
+
+    def body(self, request: Request) -> bytes:
+        return Template(request.body).safe_substitute(self._values).encode()
+
+    def path(self, request: Request) -> str:
+        return Template(request.path).safe_substitute(self._values)
+
+    async def exchange(self, sock: socket.socket, request: Request) -> ResponseParser:
+        """Send a request, read its response, capture what is asked for.
+
+        Raises:
+            OSError, WireError: The connection failed.
+            _RefusedError: The answer is no success.
+        """
+        await send_all(sock, self.encode(request))
+        response, body = await read_response(sock)
+        if response.status is None or response.status >= 300:
+            raise _RefusedError(f"{response.status} {body[:300].decode(errors='replace')}")
+        for name, key in request.capture.items():
+            self._values[name] = str(json.loads(body)[key])
+        return response
+
+
+async def read_response(sock: socket.socket) -> tuple[ResponseParser, bytes]:
+    """Read one response to its end, or to where the peer closed (it is not ``complete`` then)."""
+    response = ResponseParser()
+    body = b""
+    while not response.complete:
+        if not (data := await receive_some(sock)):
+            response.end_of_input()
+            break
+        body += response.feed(data)
+    return response, body
+
+
+class Load:
+    """Carries out a plan."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.result = LoadResult()
+        self._plan = plan
+        self._poller = Poller()
+        self._opening = trio.CapacityLimiter(_OPENING_AT_ONCE_MAX)
+        self._sockets: list[socket.socket] = []  # kept open until the end, whatever their group
+        self._stalled: list[tuple[socket.socket, StreamJudge]] = []
+
+    async def run(self, *, on_ready: Callable[[], None], stop: trio.Event) -> None:
+        """Open all, call ``on_ready``, and watch until ``stop``, which may come while it still opens."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._poller.run)
+            nursery.start_soon(self._run_sampling)
+            nursery.start_soon(self._open_all, nursery, on_ready)
+            await stop.wait()
+            nursery.cancel_scope.cancel()
+        for sock, judge in self._stalled:
+            _read_rest(sock, judge)
+        for sock in self._sockets:
+            sock.close()
+
+    async def _open_all(self, nursery: trio.Nursery, on_ready: Callable[[], None]) -> None:
+        """Start every client; ``on_ready`` when each is ready or has failed."""
+        async with trio.open_nursery() as opening:
+            for group in self._plan.groups:
+                match group:
+                    case Streams():
+                        for number in range(group.count):
+                            opening.start_soon(nursery.start, self._run_stream, group, number)
+                    case Idle():
+                        for number in range(group.count):
+                            opening.start_soon(nursery.start, self._run_idle, group, number)
+                    case Unfinished():
+                        for number in range(group.count):
+                            opening.start_soon(nursery.start, self._run_unfinished, group, number)
+                    case Http2Streams():
+                        opening.start_soon(nursery.start, self._run_http2, group)
+                    case Prober():
+                        nursery.start_soon(self._run_prober, group)
+        on_ready()
+
+    # Event streams
+
+    async def _run_stream(self, group: Streams, number: int, *, task_status: trio.TaskStatus[None]) -> None:
+        """One client; its streams one after another."""
+        for turn in range(group.repeat):
+            result = StreamResult(group=group.name, number=number)
+            self.result.streams.append(result)
+            delays = self.result.delays_ns.setdefault(group.name, []) if group.keep_delays else None
+            judge = StreamJudge(result, delays_ns=delays)
+            ready = trio.Event()
+            ended = trio.Event()
+            try:
+                async with self._opening:
+                    sock = await self._open_stream(group, number, result)
+            except (_RefusedError, WireError) as error:
+                result.end, result.note, result.ended_at = StreamEnd.REFUSED, str(error), time.monotonic()
+            except OSError as error:
+                result.end, result.note, result.ended_at = StreamEnd.UNREACHABLE, str(error), time.monotonic()
+            else:
+                if group.stalled:
+                    self._stalled.append((sock, judge))
+                    await self._wait_stalled(sock)
+                else:
+                    self._watch(sock, judge, group, ready, ended)
+                    await ready.wait()
+            if turn == 0:
+                task_status.started()
+            if group.stalled:
+                return
+            if not judge.ended:
+                await ended.wait()
+
+    async def _open_stream(self, group: Streams, number: int, result: StreamResult) -> socket.socket:
+        """Send everything up to the streaming request, on one connection."""
+        client = _Client(self._plan, number)
+        sock = await client.connect(small_buffers=group.stalled)
+        self._sockets.append(sock)
+        for request in group.before:
+            await client.exchange(sock, request)
+        result.sent_at = time.monotonic()
+        await send_all(sock, client.encode(group.stream))
+        if group.half_close:
+            sock.shutdown(socket.SHUT_WR)
+        return sock
+
+    def _watch(
+        self, sock: socket.socket, judge: StreamJudge, group: Streams, ready: trio.Event, ended: trio.Event
+    ) -> None:
+        """Read it from the poller until it ends."""
+
+        def on_readable() -> None:
+            try:
+                data = sock.recv(262144)
+            except BlockingIOError:
+                return
+            except OSError:
+                judge.reset(time.monotonic())
+            else:
+                now = time.monotonic()
+                if data:
+                    judge.feed(data, now)
+                else:
+                    judge.end_of_input(now)
+            result = judge.result
+            leave = 0 < group.leave_after_tokens <= result.tokens
+            if judge.ended or leave:
+                self._poller.remove(sock)
+                if leave:
+                    result.ended_at = time.monotonic()
+                    result.note = "left"
+                sock.close()
+                self._sockets.remove(sock)
+                ready.set()
+                ended.set()
+            elif result.tokens or (group.ready_at == "head" and result.status is not None):
+                ready.set()
+
+        self._poller.add(sock, on_readable)
+
+    async def _wait_stalled(self, sock: socket.socket) -> None:
+        """Wait until the server cannot send any more: its send queue has stood still for 300 ms."""
+        before = -1
+        while (now := _peer_send_queue_bytes(sock)) != before or now <= 0:
+            before = now
+            await trio.sleep(0.3)
+
+    async def _run_sampling(self) -> None:
+        while True:
+            total = sum(stream.tokens for stream in self.result.streams)
+            self.result.tokens_by_second.append((time.monotonic(), total))
+            await trio.sleep(0.5)
+
+    # Connections that are no streams
+
+    async def _run_idle(self, group: Idle, number: int, *, task_status: trio.TaskStatus[None]) -> None:
+        result = RudeResult(group=group.name, number=number)
+        self.result.rude.append(result)
+        client = _Client(self._plan, number)
+        try:
+            async with self._opening:
+                sock = await client.connect()
+                self._sockets.append(sock)
+                await client.exchange(sock, group.request)
+        except (OSError, WireError, _RefusedError):
+            result.state, result.ended_at = "unreachable", time.monotonic()
+            task_status.started()
+            return
+        task_status.started()
+        await self._watch_rude(sock, result)
+
+    async def _run_unfinished(self, group: Unfinished, number: int, *, task_status: trio.TaskStatus[None]) -> None:
+        result = RudeResult(group=group.name, number=number)
+        self.result.rude.append(result)
+        head = f"POST {group.path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        first = {"head": head.encode(), "body": f"{head}Content-Length: 100000\r\n\r\n".encode(), "tls": b""}[group.kind]
+        try:
+            async with self._opening:
+                sock = await connect((self._plan.host, self._plan.port))
+                self._sockets.append(sock)
+                await send_all(sock, first or _client_hello())
+        except OSError:
+            result.state, result.ended_at = "unreachable", time.monotonic()
+            task_status.started()
+            return
+        task_status.started()
+        async with trio.open_nursery() as nursery:
+            if group.kind == "body":
+                nursery.start_soon(_send_slowly, sock)
+            await self._watch_rude(sock, result)
+            nursery.cancel_scope.cancel()
+
+    async def _watch_rude(self, sock: socket.socket, result: RudeResult) -> None:
+        """Wait for what the server does with it. A TLS server's bytes count for nothing."""
+        response = ResponseParser()
+        try:
+            while data := await receive_some(sock):
+                try:
+                    response.feed(data)
+                except WireError:
+                    continue
+                if response.complete:
+                    result.state, result.status = "answered", response.status
+            result.state = "closed" if result.status is None else result.state
+        except OSError:
+            result.state = "reset"
+        result.ended_at = time.monotonic()
+
+    # HTTP/2
+
+    async def _run_http2(self, group: Http2Streams, *, task_status: trio.TaskStatus[None]) -> None:
+        """All streams of the group in one connection."""
+        from bench.http2 import Http2Judge  # the only part that needs the h2 package
+
+        results = [StreamResult(group=group.name, number=number) for number in range(group.count)]
+        self.result.streams.extend(results)
+        client = _Client(self._plan, 0)
+        try:
+            sock = await client.connect()
+        except OSError as error:
+            for result in results:
+                result.end, result.note, result.ended_at = StreamEnd.UNREACHABLE, str(error), time.monotonic()
+            task_status.started()
+            return
+        self._sockets.append(sock)
+        judge = Http2Judge(authority=f"{self._plan.host}:{self._plan.port}")
+        for result in results:
+            own = _Client(self._plan, result.number)
+            result.sent_at = time.monotonic()
+            judge.request(own.path(group.stream), group.stream.headers, own.body(group.stream), result)
+        await judge.run(sock, on_ready=task_status.started)
+
+    # Probes
+
+    async def _run_prober(self, group: Prober) -> None:
+        """Probe at fixed moments, however long each takes."""
+        begin = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            for number in itertools.count():
+                await trio.sleep_until(begin + number * group.interval_s)
+                nursery.start_soon(self._probe, group, number)
+
+    async def _probe(self, group: Prober, number: int) -> None:
+        client = _Client(self._plan, number)
+        result = ProbeResult(group=group.name, at=time.monotonic())
+        self.result.probes.append(result)
+        try:
+            sock = await client.connect()
+        except OSError:
+            result.outcome, result.answered_at = "refused", time.monotonic()
+            return
+        with sock:
+            try:
+                await send_all(sock, client.encode(group.request))
+                response, _ = await read_response(sock)
+            except (OSError, WireError):
+                result.outcome = "reset"
+            else:
+                result.status = response.status
+                if response.complete:
+                    result.outcome = "answered"
+                else:
+                    result.outcome = "closed" if response.status is None else "incomplete"
+                result.retry_after = "retry-after" in response.headers
+                result.connection_close = response.headers.get("connection", "").lower() == "close"
+            result.answered_at = time.monotonic()
+
+
+async def _send_slowly(sock: socket.socket) -> None:
+    try:
+        while True:
+            await send_all(sock, b" ")
+            await trio.sleep(0.1)
+    except OSError:
+        return
+
+
+def _client_hello() -> bytes:
+    """What a TLS client says first."""
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = ssl.create_default_context().wrap_bio(incoming, outgoing, server_hostname="localhost")
+    try:
+        client.do_handshake()
+    except ssl.SSLWantReadError:
+        pass
+    return outgoing.read()
+
+
+def _peer_send_queue_bytes(sock: socket.socket) -> int:
+    """Bytes in the send queue of the other end, which is on this machine; 0 if it is not there."""
+    (own_host, own_port), (peer_host, peer_port) = sock.getsockname(), sock.getpeername()
+    local, remote = (
+        f"{struct.unpack('=I', socket.inet_aton(host))[0]:08X}:{port:04X}"
+        for host, port in ((peer_host, peer_port), (own_host, own_port))
+    )
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        if fields[1] == local and fields[2] == remote:
+            return int(fields[4].partition(":")[0], 16)
+    return 0
+
+
+def _read_rest(sock: socket.socket, judge: StreamJudge) -> None:
+    """Judge a stalled stream at last: all that is there, and how it ended."""
+    try:
+        while data := sock.recv(262144):
+            judge.feed(data, time.monotonic())
+        judge.end_of_input(time.monotonic())
+    except BlockingIOError:
+        return
+    except OSError:
+        judge.reset(time.monotonic())
+
+
+async def run_command() -> None:
+    """The process: one plan in, one result out."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    lines = aiter(trio.lowlevel.FdStream(0))
+    buffer = b""
+    while b"\n" not in buffer:
+        buffer += await anext(lines)
+    load = Load(msgspec.json.decode(buffer, type=Plan))
+    stop = trio.Event()
+
+    async def wait_for_stop() -> None:
+        async for _ in lines:
+            break
+        stop.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(wait_for_stop)
+        await load.run(on_ready=lambda: print("ready", flush=True), stop=stop)
+        nursery.cancel_scope.cancel()
+    sys.stdout.buffer.write(msgspec.json.encode(load.result) + b"\n")
+
+
+if __name__ == "__main__":
+    trio.run(run_command)

@@ -1,0 +1,100 @@
+"""The processes beside a server under test, as seen by the harness: the load client and the model server."""
+
+import subprocess
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import msgspec
+import trio
+
+from bench.load import LoadResult, Plan
+from bench.server_process import ROOT, python_command
+from bench.upstream import ReplyBook
+
+
+class _Lines:
+    """A child process that is spoken to and answers in lines. Killed on leaving."""
+
+    def __init__(self, process: trio.Process) -> None:
+        assert process.stdin is not None and process.stdout is not None
+        self._stdin = process.stdin
+        self._stdout = process.stdout
+        self._buffer = bytearray()
+
+    async def say(self, line: bytes) -> None:
+        await self._stdin.send_all(line + b"\n")
+
+    async def hear(self) -> bytes:
+        """The next line. Raises EOFError where the process has ended."""
+        while (end := self._buffer.find(b"\n")) < 0:
+            data = await self._stdout.receive_some(1 << 20)
+            if not data:
+                raise EOFError("the process has ended")
+            self._buffer += data
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        return line
+
+
+@asynccontextmanager
+async def _open_lines(module: str, cpus: str | None) -> AsyncIterator[_Lines]:
+    pin: Sequence[str] = () if cpus is None else ("taskset", "--cpu-list", cpus)
+    process = await trio.lowlevel.open_process(
+        [*pin, *python_command("-m", module)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+    )
+    lines = _Lines(process)
+    try:
+        yield lines
+    finally:
+        process.kill()
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + 5):
+            await process.wait()
+            await lines._stdin.aclose()
+            await lines._stdout.aclose()
+
+
+class LoadClient:
+    """A running load client. Made by :func:`open_load`."""
+
+    def __init__(self, lines: _Lines) -> None:
+        self._lines = lines
+
+    async def wait_ready(self) -> None:
+        """Return once every client of the plan is where it is to be, or has failed to get there."""
+        assert await self._lines.hear() == b"ready"
+
+    async def stop(self) -> LoadResult:
+        """End it; what it has seen."""
+        await self._lines.say(b"stop")
+        while (line := await self._lines.hear()) == b"ready":
+            pass
+        return msgspec.json.decode(line, type=LoadResult)
+
+
+class UpstreamProcess:
+    """A running model server. Made by :func:`open_upstream`."""
+
+    def __init__(self, lines: _Lines, url: str) -> None:
+        self._lines = lines
+        self.url = url
+
+    async def books(self) -> list[ReplyBook]:
+        """What it knows of each request so far."""
+        await self._lines.say(b"books")
+        return msgspec.json.decode(await self._lines.hear(), type=list[ReplyBook])
+
+
+@asynccontextmanager
+async def open_load(plan: Plan, *, cpus: str | None = None) -> AsyncIterator[LoadClient]:
+    """Start a load client on a plan."""
+    async with _open_lines("bench.load", cpus) as lines:
+        await lines.say(msgspec.json.encode(plan))
+        yield LoadClient(lines)
+
+
+@asynccontextmanager
+async def open_upstream(*, cpus: str | None = None) -> AsyncIterator[UpstreamProcess]:
+    """Start a model server; its ``url`` ends in ``/v1``."""
+    async with _open_lines("bench.upstream", cpus) as lines:
+        port = int((await lines.hear()).rpartition(b":")[2])
+        yield UpstreamProcess(lines, f"http://127.0.0.1:{port}/v1")

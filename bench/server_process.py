@@ -1,0 +1,267 @@
+"""A server under test: started as a process group of its own, signalled, and watched until all of it is gone."""
+
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import trio
+
+_PORT = re.compile(r"Running on https?://[^:\s]+:(\d+)|running on https?://[^:\s]+:(\d+)")
+_PR_SET_CHILD_SUBREAPER = 36
+ROOT = Path(__file__).resolve().parent.parent
+"""Where the servers are started: the project's own directory."""
+
+
+class ServerFailedError(Exception):
+    """A server did not start. Holds its exit code, if it has ended, and its log."""
+
+    def __init__(self, message: str, *, exit_code: int | None, log: str) -> None:
+        super().__init__(f"{message}\n{log}")
+        self.exit_code = exit_code
+        self.log = log
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How to start a server.
+
+    Args:
+        argv: The command. It is to say ``Running on http://127.0.0.1:PORT`` once it listens.
+        env: Added to this process's environment, from which every ``LASTCALL_*`` is taken.
+        cpus: The cores it may use, e.g. ``"0"``; all if None.
+        stderr_pipe: Its output goes through a pipe that can be filled or closed; otherwise straight
+            to the log file.
+    """
+
+    argv: Sequence[str]
+    env: Mapping[str, str] = field(default_factory=dict)
+    cpus: str | None = None
+    stderr_pipe: bool = False
+
+
+@dataclass(frozen=True)
+class Gone:
+    """The whole group is gone. ``exit_code`` is the started command's, negative for a signal."""
+
+    exit_code: int
+    at: float  # time.monotonic()
+    exits: tuple[tuple[int, int, float], ...]  # (pid, exit code, when), in the order of their ends
+    strays: tuple[int, ...]  # processes of its making that left the group and live on
+
+
+class ServerProcess:
+    """A started server. Made by :func:`open_server`."""
+
+    def __init__(self, launch: Launch, log_path: Path) -> None:
+        _become_subreaper()
+        self.log_path = log_path
+        self.port = 0
+        self.gone: Gone | None = None
+        self._gone = trio.Event()
+        self._exits: list[tuple[int, int, float]] = []
+        argv = list(launch.argv)
+        if launch.cpus is not None:
+            argv = ["taskset", "--cpu-list", launch.cpus, *argv]
+        env = {name: value for name, value in os.environ.items() if not name.startswith("LASTCALL_")}
+        self._mark = f"SERVER_UNDER_TEST={uuid.uuid4().hex}"
+        env |= {"PYTHONUNBUFFERED": "1", **launch.env} | dict([self._mark.split("=")])
+        self.stderr_pipe = _StderrPipe(log_path) if launch.stderr_pipe else None
+        with log_path.open("ab") as log:
+            output = self.stderr_pipe.write_end if self.stderr_pipe else log.fileno()
+            self._process = subprocess.Popen(  # noqa: S603
+                argv, env=env, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            )
+        self.started_at = time.monotonic()
+        self.pid = self._process.pid
+        token = trio.lowlevel.current_trio_token()
+        threading.Thread(target=self._reap, args=(token,), daemon=True).start()
+
+    # What it says
+
+    def log(self) -> str:
+        """All that it has written so far."""
+        return self.log_path.read_text(errors="replace")
+
+    async def wait_listening(self) -> None:
+        """Return once it says that it listens; ``port`` is set then.
+
+        Raises:
+            ServerFailedError: It ended instead.
+        """
+        while not (match := _PORT.search(self.log())):
+            if self.gone is not None:
+                raise ServerFailedError("the server ended at once", exit_code=self.gone.exit_code, log=self.log())
+            await trio.sleep(0.01)
+        self.port = int(match[1] or match[2])
+
+    # Signals
+
+    def signal_main(self, number: int) -> float:
+        """Signal the process that was started; gives the time of it."""
+        now = time.monotonic()
+        os.kill(self.pid, number)
+        return now
+
+    def signal_group(self, number: int) -> float:
+        """Signal all its processes, as systemd and a terminal do."""
+        now = time.monotonic()
+        os.killpg(self.pid, number)
+        return now
+
+    def members(self) -> list[int]:
+        """The live processes of the group, the started one first."""
+        return sorted((pid for pid in _all_pids() if _group_of(pid) == self.pid), key=lambda pid: (pid != self.pid, pid))
+
+    def workers(self) -> list[int]:
+        """The worker processes that a master has spawned."""
+        return [pid for pid in self.members() if pid != self.pid and b"spawn_main" in _command_line(pid)]
+
+    def resident_bytes(self) -> int:
+        """The resident memory of all its processes, shared pages counted in each."""
+        return sum(_resident_bytes(pid) for pid in self.members())
+
+    async def wait_gone(self) -> Gone:
+        """Wait until no process of the group is left."""
+        await self._gone.wait()
+        assert self.gone is not None
+        return self.gone
+
+    def _reap(self, token: trio.lowlevel.TrioToken) -> None:
+        """Wait for every process of the group, in a thread: a blocking wait is exact and costs nothing.
+
+        Orphans become children of this process (the subreaper) before their parent's end can be seen, so
+        the group is gone when there is no child left to wait for.
+        """
+        while True:
+            try:
+                pid, status = os.waitpid(-self.pid, 0)
+            except ChildProcessError:
+                break
+            self._exits.append((pid, os.waitstatus_to_exitcode(status), time.monotonic()))
+        codes = {pid: code for pid, code, _ in self._exits}
+        self._process.returncode = codes[self.pid]  # subprocess must not wait for it as well
+        # Whoever left the group has kept its environment.
+        strays = tuple(pid for pid in _all_pids() if self._mark.encode() in _environment(pid))
+        self.gone = Gone(exit_code=codes[self.pid], at=self._exits[-1][2], exits=tuple(self._exits), strays=strays)
+        try:
+            token.run_sync_soon(self._gone.set)
+        except trio.RunFinishedError:
+            pass
+
+
+class _StderrPipe:
+    """A server's output through a pipe, copied to its log until somebody stops reading."""
+
+    def __init__(self, log_path: Path) -> None:
+        self._ends = list(os.pipe())
+        self._read_end, self.write_end = self._ends
+        self._log_path = log_path
+        self._copying = True
+        self._thread = threading.Thread(target=self._copy, daemon=True)
+        self._thread.start()
+
+    def fill(self) -> None:
+        """Stop reading and fill the pipe: from now on a write that may block never returns."""
+        self._stop_copying()
+        # Opened anew: O_NONBLOCK belongs to the open file, which the server shares.
+        own_end = os.open(f"/proc/self/fd/{self.write_end}", os.O_WRONLY | os.O_NONBLOCK)
+        try:
+            while True:
+                os.write(own_end, b"." * 4096)
+        except BlockingIOError:
+            os.close(own_end)
+
+    def close(self) -> None:
+        """Stop reading and close both ends: from now on a write raises BrokenPipeError. Idempotent."""
+        self._stop_copying()
+        while self._ends:
+            os.close(self._ends.pop())
+
+    def _stop_copying(self) -> None:
+        if self._copying:
+            self._copying = False
+            os.write(self.write_end, b"\n")  # wakes the thread
+            self._thread.join()
+
+    def _copy(self) -> None:
+        with self._log_path.open("ab", buffering=0) as log:
+            while self._copying and (data := os.read(self._read_end, 65536)):
+                log.write(data)
+
+
+@asynccontextmanager
+async def open_server(launch: Launch, *, log_path: Path, start_timeout_s: float = 20) -> AsyncIterator[ServerProcess]:
+    """Start a server, wait until it listens, and kill what is left of it on leaving.
+
+    Raises:
+        ServerFailedError: It ended before it listened, or did not listen in time.
+    """
+    server = ServerProcess(launch, log_path)
+    try:
+        with trio.move_on_after(start_timeout_s) as scope:
+            await server.wait_listening()
+        if scope.cancelled_caught:
+            raise ServerFailedError("the server does not listen", exit_code=None, log=server.log())
+        yield server
+    finally:
+        if server.gone is None:
+            try:
+                os.killpg(server.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            with trio.move_on_after(5, shield=True):
+                await server.wait_gone()
+        if server.stderr_pipe is not None:
+            server.stderr_pipe.close()
+
+
+def python_command(*arguments: str) -> list[str]:
+    """This interpreter with these arguments."""
+    return [sys.executable, *arguments]
+
+
+def _become_subreaper() -> None:
+    if ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError("cannot become a child subreaper")
+
+
+def _all_pids() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def _group_of(pid: int) -> int | None:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return None
+
+
+def _command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
+
+
+def _environment(pid: int) -> list[bytes]:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return []
+
+
+def _resident_bytes(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (FileNotFoundError, ProcessLookupError):
+        return 0

@@ -1,0 +1,101 @@
+"""Who may call: holders of an API key, or without keys this machine alone."""
+
+import hmac
+from dataclasses import dataclass
+from hashlib import sha256
+from ipaddress import IPv6Address, ip_address
+from typing import Self
+
+from service.errors import RefusedError
+from service.settings import Settings
+
+Address = tuple[str, int | None] | None
+"""An ASGI ``client`` or ``server``; None on a Unix socket."""
+
+
+class UnauthorizedError(RefusedError):
+    """API keys are set and the request has none of them."""
+
+    code = "unauthorized"
+
+    def __init__(self) -> None:
+        super().__init__('This server wants an API key: send "Authorization: Bearer <key>".')
+
+
+class LoopbackOnlyError(RefusedError):
+    """No API keys are set and the request is not from this machine to this machine."""
+
+    code = "loopback_only"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Without API keys only requests from this machine to a loopback address and host name are served; "
+            "set api_keys (LASTCALL_API_KEYS) to serve others."
+        )
+
+
+@dataclass(frozen=True)
+class Access:
+    """The rule, with digests of the keys instead of the keys."""
+
+    key_digests: tuple[bytes, ...]
+
+    @classmethod
+    def by(cls, settings: Settings) -> Self:
+        return cls(tuple(_digest(key.get_secret_value()) for key in settings.api_keys))
+
+    def check(self, *, authorization: str | None, host: str | None, client: Address, server: Address) -> None:
+        """Return if the request may pass.
+
+        The host name is looked at because a page whose name was made to point here (DNS rebinding)
+        would otherwise be served through the user's own browser. A Unix socket needs keys: what
+        stands before it is usually a proxy, which calls from this machine on behalf of anybody.
+
+        Raises:
+            UnauthorizedError
+            LoopbackOnlyError
+        """
+        if self.key_digests:
+            if not self._has_key(authorization or ""):
+                raise UnauthorizedError
+        elif not (
+            client is not None
+            and server is not None
+            and is_loopback(client[0])
+            and is_loopback(server[0])
+            and is_loopback_host(host or "")
+        ):
+            raise LoopbackOnlyError
+
+    def _has_key(self, authorization: str) -> bool:
+        """Takes the same time whichever key matches, and none: digests are compared, and always all."""
+        scheme, _, key = authorization.partition(" ")
+        digest = _digest(key.strip())
+        matches = [hmac.compare_digest(digest, known) for known in self.key_digests]
+        return scheme.lower() == "bearer" and any(matches)
+
+
+def _digest(key: str) -> bytes:
+    return sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an IP address is one of this machine's own."""
+    try:
+        ip = ip_address(address)
+    except ValueError:
+        return False
+    mapped = ip.ipv4_mapped if isinstance(ip, IPv6Address) else None
+    return (mapped or ip).is_loopback
+
+
+def is_loopback_host(host: str) -> bool:
+    """Whether a ``Host`` header names this machine: ``localhost``, ``127.…`` or ``[::1]``, with any port."""
+    if host.startswith("["):
+        name, _, port = host[1:].partition("]")
+        port = port.removeprefix(":")
+    else:
+        name, _, port = host.partition(":")
+    if port and not (port.isascii() and port.isdigit()):
+        return False
+    return name.lower() == "localhost" or is_loopback(name)

@@ -1,0 +1,77 @@
+"""The application: routes, and what holds for every request."""
+
+from collections.abc import Callable
+from typing import Any
+
+from quart import Response, current_app, request
+from quart_trio import QuartTrio
+from quart_trio.wrappers import TrioResponse
+
+from service.api import chat, docs, health, sessions, turns
+from service.api.cors import allow_origin, preflight_response
+from service.api.held import holding
+from service.api.operations import operation_of
+from service.api.problems import NotReadyError, answer_error
+from service.api.serving import attach, current_access, current_service, detach
+from service.errors import InvalidRequestError
+
+__all__ = ["Application", "attach", "create_app", "detach"]
+
+
+class Application(QuartTrio):
+    """A Quart application whose requests give back what they hold, however they end."""
+
+    async def asgi_app(self, scope: Any, receive: Any, send: Any) -> None:
+        with holding(scope):
+            await super().asgi_app(scope, receive, send)
+
+    async def make_default_options_response(self) -> Response:
+        response = await super().make_default_options_response()
+        response.status_code = 204
+        return response
+
+
+def create_app() -> Application:
+    """An application without a service: it answers 503 until :func:`attach` gives it one. Opens nothing."""
+    app = Application("lastcall", static_folder=None)
+    app.url_map.merge_slashes = False  # one path, one meaning: a redirect would drop a POST's body
+    for module in (sessions, turns, chat, health, docs):
+        app.register_blueprint(module.blueprint)
+    app.before_request(_admit)
+    app.after_request(_share)
+    app.register_error_handler(Exception, answer_error)
+    return app
+
+
+async def _admit() -> TrioResponse | None:
+    """Let a request pass to its handler, or answer it here."""
+    settings = current_service().settings
+    preflight = preflight_response(settings.cors_origins)
+    if preflight is not None:
+        return preflight
+    is_probe = request.blueprint == health.blueprint.name
+    access = current_access()
+    if not (is_probe and access.key_digests):
+        access.check(
+            authorization=request.headers.get("Authorization"),
+            host=request.headers.get("Host"),
+            client=request.scope.get("client"),
+            server=request.scope.get("server"),
+        )
+    if request.query_string and not is_probe and request.endpoint is not None:
+        _refuse_query(current_app.view_functions[request.endpoint])
+    return None
+
+
+def _refuse_query(handler: Callable[..., Any]) -> None:
+    """A parameter that would be ignored is a misunderstanding: say so."""
+    if operation_of(handler).query is None:
+        raise InvalidRequestError("This call takes no parameters.", field=next(iter(request.args), None))
+
+
+async def _share(response: Response) -> Response:
+    try:
+        allow_origin(response.headers, current_service().settings.cors_origins)
+    except NotReadyError:
+        pass
+    return response

@@ -1,0 +1,196 @@
+"""The OpenAPI document, built from the routes and what is said beside their handlers.
+
+quart-schema's builder is not used: of a msgspec type it keeps one component and leaves the references
+to the others dangling, and it knows neither event streams nor problem documents.
+"""
+
+import inspect
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import msgspec
+from quart import Quart
+
+from service import __version__
+from service.api.access import LoopbackOnlyError, UnauthorizedError
+from service.api.bodies import BodyTimeoutError, InputTooLargeError, MalformedBodyError, UnsupportedMediaTypeError
+from service.api.operations import Answer, Operation, operation_of
+from service.api.problems import MEDIA_TYPE as PROBLEM
+from service.api.problems import NotReadyError, code_of, status_of
+from service.api.sse import MEDIA_TYPE as EVENT_STREAM
+from service.api.wire import Problem, SessionId, TurnId
+from service.errors import InvalidRequestError, LastcallError, StoreError
+from service.sessions.events import Event
+
+_OPEN_TAG = "health"
+_STATIC_TAG = "docs"
+_TAGS = {
+    "sessions": "A session holds a conversation: a tree of turns, and a head.",
+    "turns": "A turn is an input and the reply to it. Every accepted turn ends exactly once.",
+    "chat": "To try it by hand.",
+    "health": "For whatever watches over the process.",
+    "docs": "This description.",
+}
+_BODY_ERRORS = (MalformedBodyError, BodyTimeoutError, InputTooLargeError, UnsupportedMediaTypeError)
+_PATH_PARAMETERS = {"session_id": SessionId, "turn_id": TurnId}
+_REF = "#/components/schemas/{name}"
+_EXAMPLE_STREAM = (
+    "retry: 1000\n\n"
+    'id: 1\ndata: {"type":"turn.started","seq":1,"session_id":"sess_6f","turn_id":"turn_0a","model":"scripted"}\n\n'
+    'id: 2\ndata: {"type":"turn.delta","seq":2,"text":"Hello."}\n\n'
+    'id: 3\ndata: {"type":"turn.completed","seq":3,"finish_reason":"stop","usage":null,"text_length":6}\n\n'
+)
+
+
+def build_document(app: Quart) -> dict[str, Any]:
+    """The document of all operations of an application."""
+    schemas = _Schemas()
+    paths: dict[str, dict[str, Any]] = {}
+    for rule in app.url_map.iter_rules():
+        handler = app.view_functions[rule.endpoint]
+        path = re.sub("<([^>]+)>", r"{\1}", rule.rule)
+        tag = rule.endpoint.partition(".")[0]
+        method = next(iter((rule.methods or set()) - {"HEAD", "OPTIONS"})).lower()
+        paths.setdefault(path, {})[method] = _operation(
+            operation_of(handler), tag, inspect.getdoc(handler) or "", sorted(rule.arguments), schemas
+        )
+    schemas.add_all(Event)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Lastcall",
+            "version": __version__,
+            "summary": "AI chat sessions whose streams end properly.",
+            "license": {"name": "MIT", "identifier": "MIT"},
+        },
+        "tags": [{"name": name, "description": description} for name, description in _TAGS.items()],
+        "security": [{"bearer": []}, {}],
+        "paths": paths,
+        "components": {
+            "schemas": schemas.components,
+            "securitySchemes": {
+                "bearer": {
+                    "type": "http",
+                    "scheme": "bearer",
+                    "description": "Where `api_keys` are set; without them this machine alone is served.",
+                }
+            },
+        },
+    }
+
+
+class _Schemas:
+    """The component schemas that were referred to so far."""
+
+    def __init__(self) -> None:
+        self.components: dict[str, Any] = {}
+
+    def of(self, kind: Any) -> dict[str, Any]:
+        (schema,), components = msgspec.json.schema_components([kind], ref_template=_REF)
+        self.components.update(components)
+        return schema
+
+    def add_all(self, union: Any) -> None:
+        self.of(union)
+
+
+def _operation(operation: Operation, tag: str, doc: str, path_names: list[str], schemas: _Schemas) -> dict[str, Any]:
+    summary, _, description = doc.partition("\n\n")
+    described: dict[str, Any] = {
+        "operationId": operation.id,
+        "tags": [tag],
+        "summary": " ".join(summary.split()),
+        "description": description,
+        "parameters": list(_parameters(operation, path_names, schemas)),
+        "responses": {},
+    }
+    if tag == _OPEN_TAG:
+        described["security"] = []
+    if operation.body is not None:
+        described["requestBody"] = {
+            "required": True,
+            "content": {"application/json": {"schema": schemas.of(operation.body)}},
+        }
+    for answer in operation.answers:
+        described["responses"][str(answer.status)] = _answer(answer, schemas)
+    described["responses"].update(_problems(_errors(operation, tag), schemas))
+    return described
+
+
+def _parameters(operation: Operation, path_names: list[str], schemas: _Schemas) -> Iterator[dict[str, Any]]:
+    for name in path_names:
+        yield {"name": name, "in": "path", "required": True, "schema": schemas.of(_PATH_PARAMETERS[name])}
+    if operation.query is not None:
+        schema = schemas.of(operation.query)
+        for name, of_one in schemas.components.pop(schema["$ref"].rpartition("/")[2])["properties"].items():
+            yield {"name": name, "in": "query", "schema": _without_null(of_one)}
+    if operation.resumes:
+        yield {
+            "name": "Last-Event-ID",
+            "in": "header",
+            "description": "The id of the last event already seen; wins over `after`.",
+            "schema": {"type": "string", "pattern": "^[0-9]{1,15}$"},
+        }
+
+
+def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """A parameter is left out rather than null."""
+    options = [option for option in schema.get("anyOf", ()) if option != {"type": "null"}]
+    return options[0] if len(options) == 1 else schema
+
+
+def _answer(answer: Answer, schemas: _Schemas) -> dict[str, Any]:
+    described: dict[str, Any] = {"description": answer.description}
+    content: dict[str, Any] = {}
+    if answer.body is not None:
+        content["application/json"] = {"schema": schemas.of(answer.body)}
+    if answer.streams:
+        content[EVENT_STREAM] = {
+            "schema": {"type": "string", "description": "Each `data:` is one of the `Turn…` event schemas."},
+            "example": _EXAMPLE_STREAM,
+        }
+    if answer.media_type is not None:
+        content[answer.media_type] = {"schema": {"type": "string"}}
+    if content:
+        described["content"] = content
+    if answer.located:
+        described["headers"] = {
+            "Location": {"description": "The URL of what was created.", "required": True, "schema": {"type": "string"}}
+        }
+    if answer.links:
+        described["links"] = {
+            name: {"operationId": name, "parameters": parameters} for name, parameters in answer.links
+        }
+    return described
+
+
+def _errors(operation: Operation, tag: str) -> Iterable[type[LastcallError]]:
+    yield from operation.errors
+    if operation.body is not None:
+        yield from _BODY_ERRORS
+    yield InvalidRequestError
+    yield LoopbackOnlyError
+    yield NotReadyError
+    if tag != _OPEN_TAG:
+        yield UnauthorizedError
+        if tag != _STATIC_TAG:
+            yield StoreError
+
+
+def _problems(errors: Iterable[type[LastcallError]], schemas: _Schemas) -> dict[str, Any]:
+    codes: dict[int, list[str]] = {}
+    for error in errors:
+        codes.setdefault(status_of(error), []).append(f"`{code_of(error)}`")
+    described = {}
+    for status in sorted(codes):
+        problem: dict[str, Any] = {
+            "description": " or ".join(codes[status]),
+            "content": {PROBLEM: {"schema": schemas.of(Problem)}},
+        }
+        if status in (429, 503):
+            problem["headers"] = {
+                "Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 0}}
+            }
+        described[str(status)] = problem
+    return described

@@ -1,0 +1,131 @@
+"""Calls about sessions and the messages on their path."""
+
+import msgspec
+from quart import Blueprint, request
+from quart_trio.wrappers import TrioResponse
+
+from service.api.bodies import read_body, read_query
+from service.api.operations import Answer, operation
+from service.api.serving import current_service, json_response
+from service.api.wire import CreateSession, MessageList, PageQuery, Session, SessionList, SessionsQuery, UpdateSession
+from service.errors import SessionExistsError, SessionNotFoundError, ShuttingDownError
+from service.ids import is_session_id
+from service.sessions.registry import NewSession
+from service.storage.records import SessionPatch
+
+blueprint = Blueprint("sessions", __name__)
+
+_LED_BY_ID = tuple(
+    (name, {"session_id": "$response.body#/id"})
+    for name in ("get_session", "update_session", "delete_session", "list_messages", "start_turn", "list_turns")
+)
+
+
+def checked_session_id(session_id: str) -> str:
+    """The id, if it is one. Raises: SessionNotFoundError, for no session has an id of another form."""
+    if not is_session_id(session_id):
+        raise SessionNotFoundError(session_id[:128])
+    return session_id
+
+
+def session_location(session_id: str) -> str:
+    return f"/sessions/{session_id}"
+
+
+@blueprint.post("/sessions")
+@operation(
+    id="create_session",
+    body=CreateSession,
+    answers=(Answer(status=201, description="The new session.", body=Session, located=True, links=_LED_BY_ID),),
+    errors=(SessionExistsError, ShuttingDownError),
+)
+async def create_session() -> TrioResponse:
+    """Create a session.
+
+    Everything is optional: `{}` makes one with an id of ours. It expires when it has not been used for
+    `idle_timeout_s`; accepting or ending a turn and PATCH are uses, reading is none.
+    """
+    service = current_service()
+    body = await read_body(request, CreateSession, text_bytes_max=service.settings.input_bytes_max)
+    record = await service.sessions.create_session(NewSession(**msgspec.structs.asdict(body)))
+    return json_response(Session.of(record), 201, location=session_location(record.id))
+
+
+@blueprint.get("/sessions")
+@operation(
+    id="list_sessions",
+    query=SessionsQuery,
+    answers=(Answer(status=200, description="A page of sessions.", body=SessionList),),
+)
+async def list_sessions() -> TrioResponse:
+    """List sessions, newest first.
+
+    A session that is there from the first page to the last is in exactly one of them.
+    """
+    query = read_query(request, SessionsQuery)
+    sessions = current_service().sessions
+    page = await sessions.list_sessions(limit=query.limit, after=query.after, status=query.status)
+    count = await sessions.count_sessions(status=query.status) if query.count else msgspec.UNSET
+    return json_response(SessionList.of(page, count=count))
+
+
+@blueprint.get("/sessions/<session_id>")
+@operation(
+    id="get_session",
+    answers=(Answer(status=200, description="The session.", body=Session),),
+    errors=(SessionNotFoundError,),
+)
+async def get_session(session_id: str) -> TrioResponse:
+    """Get a session. Reading does not keep it from expiring."""
+    record = await current_service().sessions.get_session(checked_session_id(session_id))
+    return json_response(Session.of(record))
+
+
+@blueprint.patch("/sessions/<session_id>")
+@operation(
+    id="update_session",
+    body=UpdateSession,
+    answers=(Answer(status=200, description="The session as it is now.", body=Session),),
+    errors=(SessionNotFoundError,),
+)
+async def update_session(session_id: str) -> TrioResponse:
+    """Change a session and move its expiry.
+
+    What is left out stays; null clears. `metadata` is replaced as a whole.
+    """
+    session_id = checked_session_id(session_id)
+    service = current_service()
+    body = await read_body(request, UpdateSession, text_bytes_max=service.settings.input_bytes_max)
+    patch = SessionPatch(**msgspec.structs.asdict(body))
+    return json_response(Session.of(await service.sessions.update_session(session_id, patch)))
+
+
+@blueprint.delete("/sessions/<session_id>")
+@operation(
+    id="delete_session",
+    answers=(Answer(status=204, description="The session, its turns and their events are gone."),),
+    errors=(SessionNotFoundError,),
+)
+async def delete_session(session_id: str) -> TrioResponse:
+    """Delete a session.
+
+    It is gone for everybody at once; its turns end as `cancelled` (`session_deleted`). Completes even
+    if the caller leaves; a second call meanwhile waits and gets 204 too.
+    """
+    await current_service().sessions.delete_session(checked_session_id(session_id))
+    return TrioResponse(b"", 204)
+
+
+@blueprint.get("/sessions/<session_id>/messages")
+@operation(
+    id="list_messages",
+    query=PageQuery,
+    answers=(Answer(status=200, description="A page of messages.", body=MessageList),),
+    errors=(SessionNotFoundError,),
+)
+async def list_messages(session_id: str) -> TrioResponse:
+    """List the messages on the path from the first turn to the head, oldest first."""
+    session_id = checked_session_id(session_id)
+    query = read_query(request, PageQuery)
+    page = await current_service().sessions.list_messages(session_id, limit=query.limit, after=query.after)
+    return json_response(MessageList.of(page))

@@ -1,0 +1,98 @@
+"""The body of an event stream: a cursor on its way through an event log."""
+
+import trio
+from quart import Request
+from quart.wrappers.response import ResponseBody
+from quart_trio.wrappers import TrioResponse
+
+from service.api.held import give_back_later
+from service.errors import InvalidRequestError
+from service.sessions.event_log import EventLog
+from service.sessions.streams import StreamSlot
+
+MEDIA_TYPE = "text/event-stream"
+HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+RETRY_MS = 1000
+_RETRY = b"retry: %d\n\n" % RETRY_MS
+_HEARTBEAT = b": heartbeat\n\n"
+_WRITE_BYTES_MAX = 64 * 1024
+_SEQ_DIGITS_MAX = 15
+
+
+class EventStream(ResponseBody):
+    """Gives everything that is ready in one piece, a comment after silence, and ends with the log.
+
+    It waits in ``__anext__`` alone: nothing is written inside of a cancel scope of ours, so no chunk
+    is lost to one. The slot is closed as ended once the piece with the terminal event has been taken
+    *and* the next one is asked for, that is after it was sent.
+
+    Args:
+        cursor: The seq that the client saw last.
+        heartbeat_interval_s: Silence after which a comment is sent.
+    """
+
+    def __init__(self, log: EventLog, slot: StreamSlot, *, cursor: int, heartbeat_interval_s: float) -> None:
+        self._log = log
+        self._slot = slot
+        self._cursor = cursor
+        self._heartbeat_interval_s = heartbeat_interval_s
+        self._begun = False
+        self._ended = False
+
+    async def __aenter__(self) -> "EventStream":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pass  # the slot is given back with the request: this may never run
+
+    def __aiter__(self) -> "EventStream":
+        return self
+
+    async def __anext__(self) -> bytes:
+        if self._ended:
+            self._slot.close(ended=True)
+            raise StopAsyncIteration
+        if not self._begun:
+            self._begun = True
+            return _RETRY + self._take()
+        with trio.move_on_after(self._heartbeat_interval_s):
+            await self._log.wait_beyond(self._cursor)
+        return self._take() or _HEARTBEAT
+
+    def _take(self) -> bytes:
+        chunk, self._cursor = self._log.read_after(self._cursor, bytes_max=_WRITE_BYTES_MAX)
+        self._ended = self._log.closed and self._cursor == self._log.last_seq
+        return chunk
+
+
+def stream_response(log: EventLog, slot: StreamSlot, *, cursor: int, heartbeat_interval_s: float) -> TrioResponse:
+    """A response that streams a log from ``cursor`` on, and gives its slot back whatever happens."""
+    give_back_later(slot.close, ended=False)
+    body = EventStream(log, slot, cursor=cursor, heartbeat_interval_s=heartbeat_interval_s)
+    response = TrioResponse(body, headers=HEADERS, content_type=MEDIA_TYPE)
+    response.timeout = None  # Quart would end any response after 60 s otherwise
+    return response
+
+
+def read_cursor(last_event_id: str | None, *, after: int) -> int:
+    """The seq that a client saw last: its ``Last-Event-ID``, else ``?after=``.
+
+    In this order, because an ``EventSource`` that reconnects repeats the URL it began with.
+
+    Raises:
+        InvalidRequestError
+    """
+    if not last_event_id:
+        return after
+    if not (last_event_id.isascii() and last_event_id.isdigit() and len(last_event_id) <= _SEQ_DIGITS_MAX):
+        raise InvalidRequestError("An event id is the seq of an event: a whole number.", field="Last-Event-ID")
+    return int(last_event_id)
+
+
+def wants_stream(request: Request) -> bool:
+    """Whether the client names ``text/event-stream`` and would not rather have JSON."""
+    if MEDIA_TYPE not in request.headers.get("Accept", "").lower():
+        return False
+    accept = request.accept_mimetypes
+    named = max((quality for value, quality in accept if value.lower() == MEDIA_TYPE), default=0)
+    return named > 0 and named >= accept.quality("application/json")

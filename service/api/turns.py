@@ -1,0 +1,188 @@
+"""Calls about turns: starting them in three ways, looking at them, streaming and cancelling them."""
+
+import re
+
+from quart import Blueprint, request
+from quart_trio.wrappers import TrioResponse
+
+from service.api.bodies import read_body, read_query
+from service.api.held import give_back_later
+from service.api.operations import Answer, operation
+from service.api.serving import current_service, json_response
+from service.api.sessions import checked_session_id, session_location
+from service.api.sse import HEADERS, MEDIA_TYPE, read_cursor, stream_response, wants_stream
+from service.api.wire import EventsQuery, PageQuery, StartTurn, Turn, TurnList
+from service.errors import (
+    EventsLostError,
+    InvalidRequestError,
+    QueueFullError,
+    SessionNotFoundError,
+    ShuttingDownError,
+    StreamLimitError,
+    TurnInProgressError,
+    TurnLimitError,
+    TurnNotFoundError,
+)
+from service.sessions.registry import NewTurn
+from service.storage.records import TurnRecord
+from service.supervisor import Service
+
+blueprint = Blueprint("turns", __name__)
+
+_TURN_ID = re.compile(r"turn_[0-9a-f]{32}")
+_NO_TURN = (SessionNotFoundError, TurnNotFoundError)
+STARTING_ERRORS = (TurnInProgressError, QueueFullError, TurnLimitError, StreamLimitError, ShuttingDownError)
+
+_LED_BY_ID = tuple(
+    (name, {"session_id": "$response.body#/session_id", "turn_id": "$response.body#/id"})
+    for name in ("get_turn", "stream_events", "cancel_turn")
+)
+
+
+def checked_turn_id(turn_id: str) -> str:
+    """The id, if it is one. Raises: TurnNotFoundError, for no turn has an id of another form."""
+    if _TURN_ID.fullmatch(turn_id) is None:
+        raise TurnNotFoundError(turn_id[:128])
+    return turn_id
+
+
+@blueprint.post("/sessions/<session_id>/turns")
+@operation(
+    id="start_turn",
+    body=StartTurn,
+    accepts_stream=True,
+    answers=(
+        Answer(
+            status=200,
+            description="The turn, ended; or its events.",
+            body=Turn,
+            streams=True,
+            located=True,
+            links=_LED_BY_ID,
+        ),
+        Answer(status=202, description="The turn, accepted (`background`).", body=Turn, located=True, links=_LED_BY_ID),
+    ),
+    errors=(*_NO_TURN, *STARTING_ERRORS),
+)
+async def start_turn(session_id: str) -> TrioResponse:
+    """Start a turn.
+
+    With `Accept: text/event-stream` the answer streams its events from the first one on; with
+    `background` it is 202 at once; otherwise it comes when the turn has ended, whatever its end is:
+    look at `state`. The input is kept before the first byte of the answer. A turn that nobody
+    streams or waits for any more is cancelled, unless it is `background` or `on_disconnect` says
+    otherwise.
+    """
+    session_id = checked_session_id(session_id)
+    service = current_service()
+    body = await read_body(request, StartTurn, text_bytes_max=service.settings.input_bytes_max)
+    new = NewTurn(
+        text=body.input,
+        parent=body.parent,
+        model=body.model,
+        temperature=body.temperature,
+        max_output_tokens=body.max_output_tokens,
+        on_conflict=body.on_conflict,
+        on_disconnect=body.on_disconnect,
+        background=body.background,
+    )
+    if wants_stream(request) and not new.background:
+        return await start_streaming(service, session_id, new)
+    turn, watch = await service.sessions.start_turn(session_id, new)
+    with watch:
+        if new.background:
+            return _turn_response(turn.record(), 202, created=True)
+        return _turn_response(await turn.wait_ended(), created=True)
+
+
+async def start_streaming(service: Service, session_id: str, new: NewTurn) -> TrioResponse:
+    """Start a turn whose events are the answer. Without a place for a stream no turn is started."""
+    slot = service.sessions.open_stream()
+    give_back_later(slot.give_back)  # only comes into effect if the turn is refused
+    turn, watch = await service.sessions.start_turn(session_id, new)
+    give_back_later(watch.release)
+    response = stream_response(turn.log, slot, cursor=0, heartbeat_interval_s=service.settings.heartbeat_interval_s)
+    response.headers["Location"] = _turn_location(turn.session_id, turn.id)
+    return response
+
+
+@blueprint.get("/sessions/<session_id>/turns")
+@operation(
+    id="list_turns",
+    query=PageQuery,
+    answers=(Answer(status=200, description="A page of turns.", body=TurnList),),
+    errors=(SessionNotFoundError,),
+)
+async def list_turns(session_id: str) -> TrioResponse:
+    """List all turns of a session, in the order of their acceptance."""
+    session_id = checked_session_id(session_id)
+    query = read_query(request, PageQuery)
+    page = await current_service().sessions.list_turns(session_id, limit=query.limit, after=query.after)
+    return json_response(TurnList.of(page))
+
+
+@blueprint.get("/sessions/<session_id>/turns/<turn_id>")
+@operation(
+    id="get_turn", answers=(Answer(status=200, description="The turn as it stands.", body=Turn),), errors=_NO_TURN
+)
+async def get_turn(session_id: str, turn_id: str) -> TrioResponse:
+    """Get a turn, with the reply so far."""
+    record = await current_service().sessions.get_turn(checked_session_id(session_id), checked_turn_id(turn_id))
+    return _turn_response(record)
+
+
+@blueprint.get("/sessions/<session_id>/turns/<turn_id>/events")
+@operation(
+    id="stream_events",
+    query=EventsQuery,
+    resumes=True,
+    answers=(
+        Answer(status=200, description="The events after the one seen last, live.", streams=True),
+        Answer(status=204, description="The turn has ended and all its events have been seen: do not reconnect."),
+    ),
+    errors=(*_NO_TURN, EventsLostError, StreamLimitError),
+)
+async def stream_events(session_id: str, turn_id: str) -> TrioResponse:
+    """Stream a turn's events: live, replayed or both.
+
+    Any number of streams may follow a turn, each at its own pace. After a lost connection send the
+    last event's id as `Last-Event-ID` (an `EventSource` does) or as `after`: nothing is missing and
+    nothing comes twice.
+    """
+    query = read_query(request, EventsQuery)
+    service = current_service()
+    log, watch = await service.sessions.open_events(checked_session_id(session_id), checked_turn_id(turn_id))
+    give_back_later(watch.release)
+    cursor = read_cursor(request.headers.get("Last-Event-ID"), after=query.after)
+    if cursor >= log.last_seq and log.closed:
+        return TrioResponse(b"", 204)
+    if cursor > log.last_seq:
+        raise InvalidRequestError(f"This turn has {log.last_seq} events so far.", field="after")
+    if request.method == "HEAD":
+        return TrioResponse(b"", headers=HEADERS, content_type=MEDIA_TYPE)
+    return stream_response(
+        log,
+        service.sessions.open_stream(),
+        cursor=cursor,
+        heartbeat_interval_s=service.settings.heartbeat_interval_s,
+    )
+
+
+@blueprint.post("/sessions/<session_id>/turns/<turn_id>/cancel")
+@operation(id="cancel_turn", answers=(Answer(status=200, description="The turn, ended.", body=Turn),), errors=_NO_TURN)
+async def cancel_turn(session_id: str, turn_id: str) -> TrioResponse:
+    """Cancel a turn and wait for its end.
+
+    Idempotent: a turn that has ended, or ends in another way first, is answered as it ended.
+    """
+    record = await current_service().sessions.cancel_turn(checked_session_id(session_id), checked_turn_id(turn_id))
+    return _turn_response(record)
+
+
+def _turn_response(record: TurnRecord, status: int = 200, *, created: bool = False) -> TrioResponse:
+    location = _turn_location(record.session_id, record.id) if created else None
+    return json_response(Turn.of(record), status, location=location)
+
+
+def _turn_location(session_id: str, turn_id: str) -> str:
+    return f"{session_location(session_id)}/turns/{turn_id}"

@@ -1,0 +1,109 @@
+"""A model client that asks again when the upstream fails before its first token."""
+
+import random
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import anyio
+import stamina
+import structlog
+from stamina.instrumentation import RetryDetails
+
+from service.errors import ModelError
+from service.models.client import ModelClient, ModelEvent, ModelRequest, ModelStream
+
+_WAIT_INITIAL_S = 0.25
+_WAIT_MAX_S = 4.0
+_WAIT_JITTER_S = 0.5
+
+logger = structlog.get_logger("lastcall.models")
+
+
+class RetryingClient:
+    """Wraps a client; entering a stream also waits for its first events, so that both can be repeated.
+
+    Only an error that says it is ``retryable`` is, after a jittered wait that doubles or the one the
+    upstream asked for. A wait that would end beyond the caller's deadline is not begun: the error is
+    then raised at once. After the first event, and for deadlines (which are cancellations), nothing
+    is repeated.
+
+    Args:
+        client: Owned from here on: closing this closes it.
+        retries_max: How many times to ask again.
+    """
+
+    def __init__(self, client: ModelClient, *, retries_max: int) -> None:
+        self._client = client
+        self._attempts = retries_max + 1
+        # stamina's hooks are the process's. Its own write the call's (empty) arguments to the log and a
+        # metric of another shape than ours.
+        stamina.instrumentation.set_on_retry_hooks((_log_retry,))
+
+    @property
+    def name(self) -> str:
+        return self._client.name
+
+    @asynccontextmanager
+    async def stream(self, request: ModelRequest) -> AsyncIterator[ModelStream]:
+        """See :class:`~service.models.client.ModelClient`."""
+        opened, stream = await self._open(request)
+        async with opened:
+            yield stream
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
+
+    async def _open(self, request: ModelRequest) -> tuple[AsyncExitStack, ModelStream]:
+        """A stream that has begun, and what leaves it. Streams that failed are left here."""
+        async for attempt in stamina.retry_context(
+            on=_wait_before_retry,
+            attempts=self._attempts,
+            timeout=None,  # the caller's deadlines are the bound
+            wait_initial=_WAIT_INITIAL_S,
+            wait_max=_WAIT_MAX_S,
+            wait_jitter=_WAIT_JITTER_S,
+        ):
+            with attempt:
+                async with AsyncExitStack() as stack:
+                    stream = await stack.enter_async_context(self._client.stream(request))
+                    first = await stream.receive()
+                    return stack.pop_all(), _BegunStream(stream, first)
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+class _BegunStream:
+    """A stream whose first events have been taken already."""
+
+    def __init__(self, stream: ModelStream, first: Sequence[ModelEvent]) -> None:
+        self._stream = stream
+        self._first = first
+
+    async def receive(self) -> Sequence[ModelEvent]:
+        if self._first:
+            await anyio.lowlevel.checkpoint()
+            first, self._first = self._first, ()
+            return first
+        return await self._stream.receive()
+
+
+def _wait_before_retry(error: Exception) -> bool | float:
+    """Whether to ask again; seconds, where the upstream said how long to wait."""
+    if not isinstance(error, ModelError) or not error.retryable:
+        return False
+    wait_s = _WAIT_INITIAL_S if error.retry_after_s is None else error.retry_after_s
+    if anyio.current_time() + wait_s >= anyio.current_effective_deadline():
+        return False
+    if error.retry_after_s is None:
+        return True
+    return wait_s + random.uniform(0, _WAIT_JITTER_S)  # noqa: S311  spreads the callers, guards nothing
+
+
+def _log_retry(details: RetryDetails) -> None:
+    error = details.caused_by
+    logger.warning(
+        "model call will be repeated",
+        code=error.code if isinstance(error, ModelError) else None,
+        error=str(error),
+        retry=details.retry_num,
+        wait_s=round(details.wait_for, 3),
+    )

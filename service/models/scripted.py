@@ -1,0 +1,242 @@
+"""The embedded model client: a script instead of a model. Deterministic, paced, offline.
+
+Its URL says what it does, so that tests, demos and benchmarks can ask for any behaviour::
+
+    scripted:                                   a short answer that quotes the input
+    scripted:?tokens=200&rate=50                200 tokens, 50 a second
+    scripted:?tokens=200&fail_after=20          an upstream_error after 20 of them
+
+Token ``i`` is due at a moment fixed when the stream was entered; a caller that comes late gets all
+that are due at once, so a slow event loop does not stretch the reply.
+"""
+
+import math
+import re
+import unicodedata
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Annotated
+from urllib.parse import parse_qsl
+
+import anyio
+import msgspec
+
+from service.errors import ModelError, SettingsError
+from service.models.client import (
+    Finished,
+    ModelEvent,
+    ModelRequest,
+    ReasoningDelta,
+    TextDelta,
+    Usage,
+)
+
+_BATCH_MAX = 64
+"""Bound on the tokens of one :meth:`ScriptedStream.receive`, for an unpaced script."""
+_QUOTE_LENGTH_MAX = 120
+_RETRYABLE = frozenset({"upstream_unreachable", "upstream_error", "rate_limited", "upstream_truncated"})
+
+_Count = Annotated[int, msgspec.Meta(ge=0, le=10_000_000)]
+_Rate = Annotated[float, msgspec.Meta(ge=0, le=1_000_000)]
+_Seconds = Annotated[float, msgspec.Meta(ge=0, le=86_400)]
+_Size = Annotated[int, msgspec.Meta(ge=1, le=65_536)]
+_Code = Annotated[str, msgspec.Meta(pattern="^[a-z_]{1,64}$")]
+
+
+class Script(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a scripted reply does: the parameters of its URL.
+
+    Args:
+        tokens: Length of the text, as numbered tokens. Without it, the reply quotes the input.
+        rate: Tokens a second; 0 for as fast as they are taken.
+        first_token_s: Wait before the first token.
+        token_bytes: Size of each numbered token; without it, just its number and a space.
+        reasoning: Tokens of reasoning before the text.
+        fail_after: Fail after so many tokens, reasoning included; 0 refuses the request itself.
+        fail_code: The failure's code.
+        silent_after: Fall silent, for ever, after so many tokens, reasoning included.
+        ignore_close_s: Seconds that leaving the stream takes, whatever cancels it: a hung close.
+    """
+
+    tokens: _Count | None = None
+    rate: _Rate = 40
+    first_token_s: _Seconds = 0.2
+    token_bytes: _Size | None = None
+    reasoning: _Count = 0
+    fail_after: _Count | None = None
+    fail_code: _Code = "upstream_error"
+    silent_after: _Count | None = None
+    ignore_close_s: _Seconds = 0
+
+    @classmethod
+    def from_url(cls, url: str) -> "Script":
+        """Read a ``scripted:`` URL.
+
+        Raises:
+            SettingsError: It is none, or a parameter is unknown, twice there or has a bad value.
+        """
+        scheme, _, query = url.partition("?")
+        if scheme != "scripted:":
+            raise SettingsError(f"model_url: {url!r} is not a scripted: URL; allowed is scripted:?name=value&…")
+        known = ", ".join(cls.__struct_fields__)
+        values: dict[str, str] = {}
+        for parameter, value in parse_qsl(query, keep_blank_values=True):
+            if parameter in values:
+                raise SettingsError(f"model_url: {parameter!r} is there twice in {url!r}.")
+            values[parameter] = value
+            if parameter not in cls.__struct_fields__:
+                raise SettingsError(f"model_url: {parameter!r} is not a parameter of scripted:; those are {known}.")
+            try:
+                msgspec.convert({parameter: value}, cls, strict=False)
+            except msgspec.ValidationError as error:
+                reason = str(error).partition(" - ")[0]
+                raise SettingsError(f"model_url: {parameter}={value!r} is not allowed: {reason}.") from error
+        return msgspec.convert(values, cls, strict=False)
+
+
+@asynccontextmanager
+async def open_scripted(url: str, *, name: str = "scripted") -> AsyncIterator["ScriptedClient"]:
+    """Open a client that does what the URL says.
+
+    Raises:
+        SettingsError: The URL has a parameter that is unknown or wrong.
+    """
+    client = ScriptedClient(Script.from_url(url), name=name)
+    try:
+        yield client
+    finally:
+        await client.aclose()
+
+
+class ScriptedClient:
+    """Replies as its script says, to any model's name. Holds nothing but a count."""
+
+    def __init__(self, script: Script, *, name: str = "scripted") -> None:
+        self.name = name
+        self.script = script
+        self.streams_open = 0
+        """Streams that are entered and not yet left."""
+
+    @asynccontextmanager
+    async def stream(self, request: ModelRequest) -> AsyncIterator["ScriptedStream"]:
+        """See :class:`~service.models.client.ModelClient`."""
+        await anyio.lowlevel.checkpoint()
+        if self.script.fail_after == 0:
+            raise _failure(self.script)
+        self.streams_open += 1
+        try:
+            yield ScriptedStream(self.script, request)
+        finally:
+            if self.script.ignore_close_s:
+                close_deadline = anyio.current_time() + self.script.ignore_close_s
+                with anyio.CancelScope(shield=True, deadline=close_deadline):
+                    await anyio.sleep_forever()
+            self.streams_open -= 1
+
+    async def aclose(self) -> None:
+        """Nothing to close."""
+
+
+class ScriptedStream:
+    """One scripted reply; see :class:`~service.models.client.ModelStream`."""
+
+    def __init__(self, script: Script, request: ModelRequest) -> None:
+        self._script = script
+        self._words = _answer(request.messages[-1].text) if script.tokens is None else None
+        text_length = len(self._words) if self._words is not None else script.tokens or 0
+        limit = request.max_output_tokens
+        self._length = script.reasoning + text_length
+        self._cut = limit is not None and limit < self._length
+        if limit is not None:
+            self._length = min(self._length, limit)
+        self._stop = min(self._length, _or_inf(script.fail_after), _or_inf(script.silent_after))
+        self._input_tokens = sum(len(message.text.split()) for message in request.messages)
+        self._next = 0
+        self._start = anyio.current_time() + script.first_token_s
+
+    async def receive(self) -> Sequence[ModelEvent]:
+        await anyio.lowlevel.checkpoint()
+        if self._next >= self._stop and self._stop < self._length:
+            await self._break_off()
+        await anyio.sleep_until(self._due(self._next))
+        events: list[ModelEvent] = []
+        now = anyio.current_time()
+        while self._next < self._stop and len(events) < _BATCH_MAX and self._due(self._next) <= now:
+            events.append(self._token(self._next))
+            self._next += 1
+        if self._next == self._length:
+            events.append(self._finished())
+        return events
+
+    def _due(self, index: int) -> float:
+        return self._start + (index / self._script.rate if self._script.rate else 0.0)
+
+    async def _break_off(self) -> None:
+        if self._script.fail_after == self._stop:
+            raise _failure(self._script)
+        await anyio.sleep_forever()
+
+    def _token(self, index: int) -> ModelEvent:
+        if index < self._script.reasoning:
+            return ReasoningDelta(_numbered(index, self._script.token_bytes))
+        index -= self._script.reasoning
+        return TextDelta(self._words[index] if self._words is not None else _numbered(index, self._script.token_bytes))
+
+    def _finished(self) -> Finished:
+        return Finished(
+            finish_reason="length" if self._cut else "stop",
+            usage=Usage(
+                input_tokens=self._input_tokens,
+                output_tokens=self._length,
+                reasoning_tokens=min(self._script.reasoning, self._length),
+            ),
+        )
+
+
+def _failure(script: Script) -> ModelError:
+    return ModelError(
+        script.fail_code,
+        "The scripted model failed, as its URL says.",
+        retryable=script.fail_code in _RETRYABLE,
+    )
+
+
+def _or_inf(count: int | None) -> float:
+    return math.inf if count is None else count
+
+
+def _numbered(index: int, size: int | None) -> str:
+    text = f"{index} "
+    return text if size is None else text.rjust(size, ".")[-size:]
+
+
+def _answer(text: str) -> list[str]:
+    """A short reply to an input, in tokens."""
+    answer = (
+        f"You said: “{_shortened(text)}” I am a script and not a model, so that is all I can say about it. "
+        "Name a real one in LASTCALL_MODEL_URL and LASTCALL_MODEL, and it answers here."
+    )
+    return re.findall(r"\S+\s*", answer)
+
+
+def _shortened(text: str) -> str:
+    """The beginning of a text on one line, cut between words, or at least not inside a character."""
+    text = " ".join(text.split())
+    if len(text) <= _QUOTE_LENGTH_MAX:
+        return text
+    cut = text.rfind(" ", _QUOTE_LENGTH_MAX // 2, _QUOTE_LENGTH_MAX)
+    if cut < 0:
+        cut = _QUOTE_LENGTH_MAX
+        while cut > 0 and _joins(text[cut - 1], text[cut]):
+            cut -= 1
+    return text[:cut] + "…"
+
+
+def _joins(left: str, right: str) -> bool:
+    """Whether two code points are shown as one: a combining mark, a joiner, a modifier, half a flag."""
+    return (
+        unicodedata.category(right) in ("Mn", "Me", "Mc", "Cf")
+        or left == "\u200d"
+        or 0x1F3FB <= ord(right) <= 0x1F3FF
+        or (0x1F1E6 <= ord(left) <= 0x1F1FF and 0x1F1E6 <= ord(right) <= 0x1F1FF)
+    )

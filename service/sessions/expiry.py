@@ -1,0 +1,55 @@
+"""The expiry loop: reclaims what has expired.
+
+Nobody depends on it being in time, because an expired session is not there for readers anyway. An
+error in it is logged and it goes on.
+"""
+
+from collections.abc import Awaitable, Callable
+
+import structlog
+import trio
+
+from service.clock import Clock
+from service.sessions.store_deadline import answered_within
+from service.storage.store import Store
+
+logger = structlog.get_logger("lastcall.expiry")
+
+_BATCH_MAX = 500
+
+
+async def run_expiry(
+    store: Store,
+    *,
+    clock: Clock,
+    interval_s: float,
+    store_timeout_s: float,
+    settle: Callable[[], Awaitable[None]],
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Sweep every ``interval_s``, and first let ``settle`` mend what the store refused earlier.
+
+    Runs until cancelled; a cancelled sweep leaves whole batches behind.
+    """
+    task_status.started()
+    while True:
+        await trio.sleep(interval_s)
+        try:
+            await settle()
+            removed = await sweep(store, clock=clock, store_timeout_s=store_timeout_s)
+        except Exception:
+            logger.exception("expiry sweep failed; the next one tries again")
+        else:
+            if removed:
+                logger.info("sessions expired", removed=removed)
+
+
+async def sweep(store: Store, *, clock: Clock, store_timeout_s: float) -> int:
+    """Remove all sessions that have expired by now, in batches; how many."""
+    removed = 0
+    while True:
+        with answered_within(store_timeout_s):
+            batch = await store.delete_expired(now=clock(), limit=_BATCH_MAX)
+        removed += batch
+        if batch < _BATCH_MAX:
+            return removed

@@ -1,0 +1,123 @@
+"""A session with work: its open turns, in the order in which they run.
+
+:meth:`LiveSession.run` is its task, a child of the sessions supervisor; the turns are its children. It
+lives while it has turns queued or running. A failure in it ends this session's turns and nothing
+else.
+"""
+
+from collections.abc import Awaitable, Callable
+
+import structlog
+import trio
+
+from service.errors import ShuttingDownError
+from service.sessions import ends
+from service.sessions.turn import Turn
+
+logger = structlog.get_logger("lastcall.session")
+
+
+class LiveSession:
+    """What is in memory of a session while it has work, or while somebody decides about it.
+
+    Attributes:
+        turns: Open turns, oldest first: the first runs, the others are queued behind it.
+        acceptance: Held from the look at ``turns`` until a new turn is among them.
+        holders: How many callers are deciding about the session; it is not forgotten meanwhile.
+        deletion: Set from the moment somebody began to delete the session.
+    """
+
+    def __init__(self, session_id: str) -> None:
+        self.id = session_id
+        self.turns: list[Turn] = []
+        self.acceptance = trio.Lock()
+        self.holders = 0
+        self.deletion: Deletion | None = None
+        self.has_task = False
+        self._crashed = False
+        self._unstarted: list[Turn] = []
+        self._changes = trio.lowlevel.ParkingLot()
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.turns or self.holders or self.deletion)
+
+    def default_end(self) -> ends.End:
+        """How a turn ends whose task is cancelled from above: with a crashed session, or with the service."""
+        if self._crashed:
+            return ends.failed("internal_error", "Something in this service broke; the log says what.")
+        return ends.Interrupted("shutdown")
+
+    def add(self, turn: Turn) -> None:
+        """A turn was accepted; the session's task will start it."""
+        self.turns.append(turn)
+        self._unstarted.append(turn)
+        self._changes.unpark_all()
+
+    def find(self, turn_id: str) -> Turn | None:
+        return next((turn for turn in self.turns if turn.id == turn_id), None)
+
+    async def wait_first(self, turn: Turn) -> None:
+        """Return when no earlier turn is open."""
+        while self.turns[0] is not turn:
+            await self._changes.park()
+
+    async def wait_without_turns(self) -> None:
+        while self.turns:
+            await self._changes.park()
+
+    async def run(self, run_one: Callable[[Turn], Awaitable[bool]], note_ended: Callable[[Turn, bool], None]) -> None:
+        """The session's task: start its turns as they are accepted, and return when none is open.
+
+        A failure in here is logged and ends this session's turns; cancellation ends them as well.
+
+        Args:
+            run_one: Runs one turn to its end; whether the end was stored.
+            note_ended: Called once for each turn that has left :attr:`turns`, with whether its end was stored. A turn
+                that lost its task before its end was told is told by it.
+        """
+
+        async def run_turn(turn: Turn) -> None:
+            try:
+                stored = await run_one(turn)
+                self._remove(turn)
+                note_ended(turn, stored)
+            except Exception:
+                self._crashed = True
+                raise
+
+        finished = False
+        try:
+            async with trio.open_nursery() as nursery:
+                while self.turns:
+                    for turn in self._take_unstarted():
+                        nursery.start_soon(run_turn, turn, name=f"turn {turn.id}")
+                    await self._changes.park()
+                # No checkpoint since the check: a turn accepted from here on gets a new task.
+                self.has_task = False
+                finished = True
+        except* Exception:
+            logger.exception("session crashed", session_id=self.id)
+        finally:
+            if not finished:
+                self.has_task = False
+                for turn in self.turns.copy():
+                    turn.decide(self.default_end())
+                    self._remove(turn)
+                    note_ended(turn, False)
+
+    def _take_unstarted(self) -> list[Turn]:
+        turns, self._unstarted = self._unstarted, []
+        return turns
+
+    def _remove(self, turn: Turn) -> None:
+        self.turns.remove(turn)
+        self._changes.unpark_all()
+
+
+class Deletion:
+    """A deletion under way: all who asked for it wait for the same one."""
+
+    def __init__(self) -> None:
+        self.ended = trio.Event()
+        self.error: Exception | None = ShuttingDownError()  # until it has succeeded

@@ -1,0 +1,356 @@
+"""A live turn: from its acceptance until its end is kept and told.
+
+``run_turn`` is its task, a child of its session's. Whatever happens to it becomes one terminal event:
+the first cause decides, synchronously; the upstream connection is closed; the end is kept; the
+event is appended; the streams end. In this order, for every cause.
+"""
+
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import datetime
+from math import inf
+from types import TracebackType
+from typing import Literal, Self
+
+import msgspec
+import structlog
+import trio
+
+from service.clock import Clock
+from service.errors import ModelError, StoreError
+from service.ids import new_message_id
+from service.models.client import Finished, ModelClient, ModelEvent, ModelRequest, ReasoningDelta, TextDelta
+from service.sessions import ends
+from service.sessions.event_log import EventLog
+from service.sessions.events import Event, TurnDelta, TurnQueued, TurnReasoning, TurnStarted, encode_frame
+from service.sessions.prompt import build_prompt
+from service.sessions.store_deadline import answered_within
+from service.settings import Settings
+from service.storage.records import Item, TurnRecord
+from service.storage.store import Store
+
+logger = structlog.get_logger("lastcall.turn")
+
+OnDisconnect = Literal["cancel", "continue"]
+
+
+class Turn:
+    """The state of a live turn, shared by its task and by those who observe or end it.
+
+    Everything here is synchronous, so that a decision has no gap for another one.
+    """
+
+    def __init__(
+        self,
+        record: TurnRecord,
+        *,
+        client: ModelClient,
+        system_message: str | None,
+        on_disconnect: OnDisconnect,
+        settings: Settings,
+    ) -> None:
+        self.log = EventLog(bytes_max=settings.log_bytes_max)
+        self.ended = trio.Event()
+        self.client = client
+        self.system_message = system_message
+        self.end: ends.End | None = None
+        self._settings = settings
+        self._record = record
+        self._on_disconnect = on_disconnect
+        self._scope = trio.CancelScope()
+        self._run_deadline = inf
+        self._abandoned_deadline = inf
+        self._watches = 0
+        self._reply = _Text()
+        self._reasoning = _Text()
+        if record.state == "queued":
+            self.append(TurnQueued(seq=1, session_id=record.session_id, turn_id=record.id))
+
+    @property
+    def id(self) -> str:
+        return self._record.id
+
+    @property
+    def session_id(self) -> str:
+        return self._record.session_id
+
+    @property
+    def running(self) -> bool:
+        return self._record.state == "running"
+
+    def record(self) -> TurnRecord:
+        """The turn as it stands, with the reply so far."""
+        return msgspec.structs.replace(self._record, output=self._output(), last_seq=self.log.last_seq)
+
+    async def wait_ended(self) -> TurnRecord:
+        """Wait until the end is kept and told. Cancellation affects the caller alone."""
+        await self.ended.wait()
+        return self.record()
+
+    # Its end
+
+    def decide(self, end: ends.End) -> bool:
+        """Decide how it ends. The first decision stands: False, and nothing happens, for a later one."""
+        if self.end is not None:
+            return False
+        self.end = end
+        return True
+
+    def cut_short(self, end: ends.End) -> bool:
+        """Decide how it ends and stop its work, from outside of its task."""
+        decided = self.decide(end)
+        if decided:
+            self._scope.cancel()
+        return decided
+
+    # Who watches it
+
+    def watch(self) -> "Watch":
+        """Take an interest in it; the watch is to be released."""
+        self._watches += 1
+        self._abandoned_deadline = inf
+        self._set_deadline()
+        return Watch(self)
+
+    def unwatch(self) -> None:
+        """One watch less; for :class:`Watch`."""
+        self._watches -= 1
+        if self._watches or self._on_disconnect == "continue" or self.end is not None:
+            return
+        grace_s = self._settings.disconnect_grace_s
+        if grace_s == 0:
+            self.cut_short(ends.Cancelled("disconnected"))
+        else:
+            self._abandoned_deadline = trio.current_time() + grace_s
+            self._set_deadline()
+
+    # For its task
+
+    def scope(self) -> trio.CancelScope:
+        """What its work runs in: cancelled when its end is decided from outside, or at its deadlines."""
+        return self._scope
+
+    def start(self, now: datetime) -> None:
+        """It runs from now on, and its deadline with it."""
+        self._record = msgspec.structs.replace(self._record, state="running", started_at=now)
+        self._run_deadline = trio.current_time() + self._settings.turn_timeout_s
+        self._set_deadline()
+        self.append(
+            TurnStarted(
+                seq=self.log.last_seq + 1, session_id=self.session_id, turn_id=self.id, model=self._record.model
+            )
+        )
+
+    def take(self, events: Sequence[ModelEvent]) -> Finished | None:
+        """Append what the model sent; the last event, if it is among them.
+
+        Raises:
+            ModelError: A bound is reached (``reply_too_large``, ``log_too_large``).
+        """
+        for event in events:
+            seq = self.log.last_seq + 1
+            match event:
+                case TextDelta(text):
+                    if self._reply.bytes + _utf8_length(text) > self._settings.reply_bytes_max:
+                        raise ModelError(
+                            "reply_too_large",
+                            f"The reply is larger than {self._settings.reply_bytes_max} bytes (reply_bytes_max); "
+                            "what came before is kept.",
+                        )
+                    self.append(TurnDelta(seq=seq, text=text))
+                    self._reply.append(text)
+                case ReasoningDelta(text):
+                    self.append(TurnReasoning(seq=seq, text=text))
+                    self._reasoning.append(text)
+                case Finished():
+                    return event
+        return None
+
+    def append(self, event: Event) -> None:
+        """Append an event that is not the terminal one."""
+        if not self.log.append(event):
+            raise ModelError(
+                "log_too_large",
+                f"The events of this turn are larger than {self._settings.log_bytes_max} bytes (log_bytes_max); "
+                "what came before is kept.",
+            )
+
+    def decide_from_deadlines(self) -> None:
+        """Its work was stopped by a deadline of its own: decide by which."""
+        if self._abandoned_deadline <= self._run_deadline:
+            self.decide(ends.Cancelled("disconnected"))
+        else:
+            self.decide(
+                ends.failed(
+                    "turn_timeout",
+                    f"The turn took longer than {self._settings.turn_timeout_s:g} s (turn_timeout_s).",
+                )
+            )
+
+    def finish(self, now: datetime) -> TurnRecord:
+        """Write the decided end into the record and return it, ready to be kept."""
+        assert self.end is not None, "a turn finished before its end was decided"
+        changes: dict[str, object] = {"ended_at": now}
+        match self.end:
+            case ends.Completed(finish_reason, usage):
+                changes |= {"state": "completed", "finish_reason": finish_reason, "usage": usage}
+            case ends.Failed(error):
+                changes |= {"state": "failed", "error": error}
+            case ends.Cancelled(reason):
+                changes |= {"state": "cancelled", "reason": reason}
+            case ends.Interrupted(reason):
+                changes |= {"state": "interrupted", "reason": reason}
+        return msgspec.structs.replace(self._record, output=self._output(), last_seq=self.log.last_seq + 1, **changes)
+
+    def conclude(self, record: TurnRecord, *, stored: bool) -> None:
+        """Tell the end to everybody: the last thing that happens to a turn."""
+        assert self.end is not None
+        self._record = record
+        self.log.close(self.terminal_event(stored=stored))
+        self.ended.set()
+
+    def terminal_event(self, *, stored: bool) -> Event:
+        assert self.end is not None
+        return ends.terminal_event(self.end, seq=self.log.last_seq + 1, text_length=self._reply.length, stored=stored)
+
+    def _set_deadline(self) -> None:
+        self._scope.deadline = min(self._run_deadline, self._abandoned_deadline)
+
+    def _output(self) -> tuple[Item, ...]:
+        output = []
+        if self._reasoning.length:
+            output.append(Item(id=self._reasoning.id, type="reasoning", role="assistant", text=self._reasoning.join()))
+        if self._reply.length:
+            output.append(Item(id=self._reply.id, role="assistant", text=self._reply.join()))
+        return tuple(output)
+
+
+class Watch:
+    """An interest in a turn: a stream's or a waiting call's. Releasing twice is releasing once."""
+
+    def __init__(self, turn: Turn | None) -> None:
+        self._turn = turn
+
+    def release(self) -> None:
+        turn, self._turn = self._turn, None
+        if turn is not None:
+            turn.unwatch()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+class _Text:
+    """A text that grows by pieces."""
+
+    def __init__(self) -> None:
+        self.id = new_message_id()
+        self.length = 0
+        self.bytes = 0
+        self._pieces: list[str] = []
+
+    def append(self, piece: str) -> None:
+        self._pieces.append(piece)
+        self.length += len(piece)
+        self.bytes += _utf8_length(piece)
+
+    def join(self) -> str:
+        text = "".join(self._pieces)
+        self._pieces = [text]
+        return text
+
+
+def _utf8_length(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
+async def run_turn(
+    turn: Turn,
+    *,
+    wait_for_others: Callable[[], Awaitable[None]],
+    default_end: Callable[[], ends.End],
+    store: Store,
+    clock: Clock,
+    settings: Settings,
+) -> bool:
+    """Run a turn to its end. Its failures become its terminal event and end nothing else.
+
+    Ends when the turn has; cancellation from above decides ``default_end()`` and still keeps and
+    tells it, within ``cleanup_timeout_s``.
+
+    Args:
+        wait_for_others: Returns when no earlier turn of the session is open.
+
+    Returns:
+        Whether the end is in the store.
+    """
+    try:
+        with turn.scope() as scope:
+            await wait_for_others()
+            await _reply(turn, store=store, clock=clock, settings=settings)
+        if scope.cancelled_caught:
+            turn.decide_from_deadlines()
+    except ModelError as error:
+        turn.decide(ends.failed(error.code, str(error)))
+    except StoreError as error:
+        turn.decide(ends.failed(error.code, str(error)))
+    except Exception:
+        logger.exception("turn crashed", session_id=turn.session_id, turn_id=turn.id)
+        turn.decide(ends.failed("internal_error", "Something in this service broke; the log says what."))
+    finally:
+        turn.decide(default_end())
+        record = turn.finish(clock())
+        stored = False
+        # Shielded: every end is kept and told, also one that a cancellation caused.
+        with trio.CancelScope(deadline=trio.current_time() + settings.cleanup_timeout_s, shield=True):
+            stored = await _keep(turn, record, store=store, clock=clock)
+        turn.conclude(record, stored=stored)
+    return stored
+
+
+async def _reply(turn: Turn, *, store: Store, clock: Clock, settings: Settings) -> None:
+    """Take the model's reply to the end and decide it."""
+    was_queued = not turn.running
+    turn.start(clock())
+    record = turn.record()
+    with answered_within(settings.store_timeout_s):
+        if was_queued:
+            await store.start_turn(turn.id, now=clock())
+        path = await store.read_path(turn.session_id, turn.id, bytes_max=settings.prompt_bytes_max)
+    request = ModelRequest(
+        model=record.model,
+        messages=build_prompt(path, system_message=turn.system_message, bytes_max=settings.prompt_bytes_max),
+        temperature=record.temperature,
+        max_output_tokens=record.max_output_tokens,
+    )
+    waited_for, timeout_s = "first_token", settings.first_token_timeout_s
+    with trio.CancelScope(deadline=trio.current_time() + timeout_s) as silence:
+        async with turn.client.stream(request) as stream:
+            while turn.end is None:
+                events = await stream.receive()
+                if turn.end is not None:
+                    break  # decided by somebody else while these were on their way
+                finished = turn.take(events)
+                if finished is not None:
+                    turn.decide(ends.Completed(finished.finish_reason, finished.usage))
+                waited_for, timeout_s = "next_token", settings.next_token_timeout_s
+                silence.deadline = trio.current_time() + timeout_s
+    if silence.cancelled_caught:
+        raise ModelError(
+            f"{waited_for}_timeout", f"The model server sent nothing for {timeout_s:g} s ({waited_for}_timeout_s)."
+        )
+
+
+async def _keep(turn: Turn, record: TurnRecord, *, store: Store, clock: Clock) -> bool:
+    """Put an end into the store, with all events; whether that worked."""
+    events = [*turn.log.frames(), encode_frame(turn.terminal_event(stored=True))]
+    try:
+        await store.end_turn(record, events=events, now=clock())
+    except StoreError as error:
+        logger.warning("the end of a turn was not stored", turn_id=turn.id, error=str(error))
+        return False
+    return True

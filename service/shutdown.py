@@ -1,0 +1,251 @@
+"""The shutdown: its phases, in order, each with its own bound, and the report at its end.
+
+=============  ========================================================  ===========================
+phase          what                                                      at most
+=============  ========================================================  ===========================
+lame_duck      readiness is 503, everything still works                  ``lame_duck_timeout_s``
+draining       new work is refused, queued turns are interrupted,        ``drain_timeout_s``
+               running ones may finish
+interrupting   what still runs is interrupted, stored and told           ``cleanup_timeout_s``
+releasing      streams send their last chunk; who serves closes the      ``release_timeout_s``
+               connections, then the tree closes clients and the store
+=============  ========================================================  ===========================
+
+Nothing here waits for what is not there: without an open turn the phases after the lame duck take no
+time. Nothing that goes wrong in a phase stops the ones after it: it is a fault, and is reported.
+"""
+
+from collections.abc import Awaitable, Callable
+from enum import StrEnum
+
+import msgspec
+import structlog
+import trio
+
+from service.sessions.registry import Sessions, SessionsStatistics
+from service.settings import Settings
+
+logger = structlog.get_logger("lastcall.shutdown")
+
+SETTLE_S = 0.1
+"""What a phase may take beyond its bound, so that those who wait by the same bound come first."""
+
+
+class Phase(StrEnum):
+    SERVING = "serving"
+    LAME_DUCK = "lame_duck"
+    DRAINING = "draining"
+    INTERRUPTING = "interrupting"
+    RELEASING = "releasing"
+
+
+class ShutdownReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What a shutdown did. Counts are of what ended since the notice.
+
+    Attributes:
+        reason: Whose notice came first: ``SIGTERM``, ``SIGINT``, ``parent died``, ``max requests``...
+        phases_ms: Milliseconds by phase: ``notice`` (from the first sign to the service's knowing), the phases of
+            the table above, and ``total``.
+        turns_finished: Turns that came to their own end: completed, failed or cancelled.
+        turns_interrupted: Turns that the shutdown ended, queued ones too.
+        streams_ended: Event streams that were sent to their end.
+        streams_aborted: Event streams whose client was gone or did not read.
+        connections_aborted: Connections that were closed by force, whatever they carried.
+        clients_closed: Model clients that were closed.
+        tasks_left: Tasks of the service that are still there at the end. Always 0, or something is wrong.
+        faults: What went wrong, in the order it did; each cost its own bound and no more.
+    """
+
+    reason: str
+    phases_ms: dict[str, float]
+    turns_finished: int
+    turns_interrupted: int
+    streams_ended: int
+    streams_aborted: int
+    connections_aborted: int
+    clients_closed: int
+    tasks_left: int
+    faults: tuple[str, ...]
+
+    @property
+    def clean(self) -> bool:
+        return not self.faults
+
+    def log(self) -> None:
+        """The one line that ends every shutdown."""
+        log = logger.info if self.clean else logger.error
+        log("shutdown report", **msgspec.structs.asdict(self))
+
+
+class Shutdown:
+    """One shutdown: told by :meth:`notice`, done by :meth:`run`, summed up by :meth:`report`.
+
+    Args:
+        close_doors: Awaited once the drain is over, before a running turn is interrupted: who serves stops taking
+            connections here, because the event loop is about to be busy with the ends of all streams.
+
+    Attributes:
+        phase: Where it is. Only ever goes on.
+        accepting: Whether new work is taken. False from the end of the lame duck on.
+        noticed: Set by the notice.
+        work_ended: All turns are stored and their logs are closed; the streams are finishing.
+    """
+
+    def __init__(
+        self, settings: Settings, *, close_doors: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
+    ) -> None:
+        self.phase = Phase.SERVING
+        self.accepting = True
+        self.noticed = trio.Event()
+        self.work_ended = trio.Event()
+        self._settings = settings
+        self._close_doors = close_doors
+        self._reason = ""
+        self._hurry = trio.Event()
+        self._phase_started = 0.0
+        self._phases_ms: dict[str, float] = {}
+        self._sessions: Sessions | None = None
+        self._before: SessionsStatistics | None = None
+        self._faults: list[str] = []
+        self._clients_closed = 0
+        self._connections_aborted = 0
+
+    # Told from outside
+
+    def notice(self, reason: str, *, age_s: float = 0) -> None:
+        """The service is to stop. The first notice counts, later ones change nothing.
+
+        Args:
+            age_s: How long ago the first sign was seen, where that was outside the event loop.
+        """
+        if self.noticed.is_set():
+            return
+        self._reason = reason
+        self._phases_ms["notice"] = round(age_s * 1000, 1)
+        self._phase_started = trio.current_time()
+        self._enter(Phase.LAME_DUCK)
+        if self._settings.lame_duck_timeout_s == 0:
+            self._refuse_work()
+        self.noticed.set()
+
+    def hurry(self) -> None:
+        """Skip what is left of the lame duck and of the drain: a second Ctrl+C."""
+        self._hurry.set()
+
+    def note_fault(self, what: str) -> None:
+        """Something went wrong on the way down; it is reported and changes the exit code."""
+        self._faults.append(what)
+
+    def note_client_closed(self) -> None:
+        self._clients_closed += 1
+
+    def note_connections_aborted(self, count: int) -> None:
+        self._connections_aborted += count
+
+    # The phases
+
+    async def run(self, sessions: Sessions, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """The shutdown watcher, a child of the service: wait for the notice, then run the phases.
+
+        Ends with the work. Its own failure would end the service; a fault in a phase does not.
+        """
+        self._sessions = sessions
+        if not self.accepting:
+            sessions.stop_accepting()
+        task_status.started()
+        await self.noticed.wait()
+        self._before = sessions.statistics()
+        with trio.move_on_after(self._settings.lame_duck_timeout_s):
+            await self._hurry.wait()
+        self._refuse_work()
+        self._enter(Phase.DRAINING)
+        await self._drain(sessions)
+        self._enter(Phase.INTERRUPTING)
+        await self._interrupt(sessions)
+        self._enter(Phase.RELEASING)
+        self.work_ended.set()
+
+    async def _drain(self, sessions: Sessions) -> None:
+        await self._attempt("interrupting queued turns", as_async(sessions.interrupt_queued))
+        with trio.move_on_after(self._settings.drain_timeout_s):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_cancel_after, nursery.cancel_scope, self._hurry)
+                await sessions.wait_idle()
+                nursery.cancel_scope.cancel()
+
+    async def _interrupt(self, sessions: Sessions) -> None:
+        await self._attempt("closing the doors", self._close_doors)
+        await self._attempt("interrupting running turns", as_async(sessions.interrupt_all))
+        with trio.move_on_after(self._settings.cleanup_timeout_s + SETTLE_S) as bound:
+            await sessions.wait_idle()
+            await self._attempt("storing what was refused", sessions.settle)
+        if bound.cancelled_caught:
+            left = sessions.statistics()
+            self.note_fault(f"{left.turns_running + left.turns_queued} turns did not end within cleanup_timeout_s")
+
+    async def _attempt(self, what: str, act: Callable[[], Awaitable[object]]) -> None:
+        try:
+            await act()
+        except Exception as error:  # the phases after this one matter more than this one
+            self.note_fault(f"{what}: {error!r}")
+
+    def _refuse_work(self) -> None:
+        self.accepting = False
+        if self._sessions is not None:
+            self._sessions.stop_accepting()
+
+    def _enter(self, phase: Phase) -> None:
+        now = trio.current_time()
+        if self.phase is not Phase.SERVING:
+            self._phases_ms[self.phase] = _ms(now - self._phase_started)
+        self.phase = phase
+        self._phase_started = now
+
+    # The end
+
+    def report(self, *, tasks_left: int) -> ShutdownReport:
+        """Sum up, once everything is closed."""
+        faults = list(self._faults)
+        if tasks_left:
+            faults.append(f"{tasks_left} tasks were left")
+        phases_ms = self._phases_ms | {str(self.phase): _ms(trio.current_time() - self._phase_started)}
+        phases_ms["total"] = round(sum(phases_ms.values()), 1)
+        before = self._before or NOTHING
+        after = before if self._sessions is None else self._sessions.statistics()
+        if after.turns_unkept:
+            faults.append(f"the end of {after.turns_unkept} turns is not in the store")
+        return ShutdownReport(
+            reason=self._reason,
+            phases_ms=phases_ms,
+            turns_finished=_finished(after) - _finished(before),
+            turns_interrupted=after.turns_interrupted - before.turns_interrupted,
+            streams_ended=after.streams_ended - before.streams_ended,
+            streams_aborted=after.streams_aborted - before.streams_aborted,
+            connections_aborted=self._connections_aborted,
+            clients_closed=self._clients_closed,
+            tasks_left=tasks_left,
+            faults=tuple(faults),
+        )
+
+
+NOTHING = SessionsStatistics(**dict.fromkeys(SessionsStatistics.__struct_fields__, 0))
+
+
+def as_async(act: Callable[[], object]) -> Callable[[], Awaitable[None]]:
+    async def acted() -> None:
+        act()
+
+    return acted
+
+
+async def _cancel_after(scope: trio.CancelScope, event: trio.Event) -> None:
+    await event.wait()
+    scope.cancel()
+
+
+def _finished(statistics: SessionsStatistics) -> int:
+    return statistics.turns_completed + statistics.turns_failed + statistics.turns_cancelled
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 1)

@@ -1,0 +1,60 @@
+"""Cursors of listings: a position in an order, as one opaque word.
+
+A cursor names the last row of its page by its place in the order, not by how many rows came before
+it, so rows that come and go elsewhere move nothing; the row itself may be gone.
+"""
+
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from datetime import datetime
+from typing import Annotated, TypeVar
+
+import msgspec
+
+from service.errors import InvalidRequestError
+
+P = TypeVar("P", "SessionPosition", "TurnPosition")
+
+_LENGTH_MAX = 512
+"""Above any cursor of ours: the longest session id has 128 characters."""
+
+
+class SessionPosition(msgspec.Struct, frozen=True, array_like=True, tag="s", forbid_unknown_fields=True):
+    """A place among the sessions, which are ordered by creation and then by id."""
+
+    created_at: Annotated[datetime, msgspec.Meta(tz=True)]
+    id: str
+
+
+class TurnPosition(msgspec.Struct, frozen=True, array_like=True, tag="t", forbid_unknown_fields=True):
+    """A place among the turns of a session: counted from 0 in the order of their acceptance."""
+
+    ordinal: Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+
+
+def encode_cursor(position: SessionPosition | TurnPosition) -> str:
+    """The position as a word that is safe in a URL."""
+    return urlsafe_b64encode(msgspec.json.encode(position)).rstrip(b"=").decode()
+
+
+def decode_session_cursor(cursor: str) -> SessionPosition:
+    """Raises: InvalidRequestError (``after``), where it is not a cursor of a session listing."""
+    return _decode(cursor, SessionPosition)
+
+
+def decode_turn_cursor(cursor: str) -> TurnPosition:
+    """Raises: InvalidRequestError (``after``), where it is not a cursor of a turn listing."""
+    return _decode(cursor, TurnPosition)
+
+
+def _decode(cursor: str, position_type: type[P]) -> P:
+    try:
+        if len(cursor) > _LENGTH_MAX:
+            raise ValueError
+        json = urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4))
+        position = msgspec.json.decode(json, type=position_type)
+        # One position has one cursor: what merely decodes (another zone, spare characters) is not ours.
+        if encode_cursor(position) != cursor:
+            raise ValueError
+    except (ValueError, msgspec.MsgspecError):
+        raise InvalidRequestError("This cursor is not one that a listing here gave out.", field="after") from None
+    return position

@@ -1,0 +1,292 @@
+"""The store that keeps everything in this process's memory, and loses it with the process.
+
+It is the reference for every other store: what a method does is one block without a checkpoint, after
+exactly one checkpoint at its start, so it schedules and cancels like a store that does I/O.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from itertools import islice
+
+import anyio.lowlevel
+import msgspec
+from sortedcontainers import SortedList
+
+from service.errors import SessionExistsError, SessionNotFoundError, TurnNotFoundError
+from service.storage.cursors import (
+    SessionPosition,
+    TurnPosition,
+    decode_session_cursor,
+    decode_turn_cursor,
+    encode_cursor,
+)
+from service.storage.records import Page, SessionPatch, SessionRecord, SessionStatus, TurnRecord
+
+
+@dataclass
+class _Turn:
+    record: TurnRecord
+    events: tuple[bytes, ...] = ()
+
+
+@dataclass
+class _Session:
+    record: SessionRecord
+    turns: list[_Turn] = field(default_factory=list)
+    """In the order of their acceptance."""
+    deleted: bool = False
+
+
+@asynccontextmanager
+async def open_memory_store() -> AsyncIterator["MemoryStore"]:
+    """An empty store, closed on leaving."""
+    store = MemoryStore()
+    try:
+        yield store
+    finally:
+        await store.aclose()
+
+
+class MemoryStore:
+    """Meets :class:`service.storage.store.Store`."""
+
+    name = "memory"
+    durable = False
+
+    def __init__(self) -> None:
+        self._sessions: dict[str, _Session] = {}
+        self._turns: dict[str, _Turn] = {}
+        # Orders over the sessions that are not marked as deleted. Each is in the first and in one of
+        # the others.
+        self._by_age: SortedList[tuple[datetime, str]] = SortedList()
+        self._running_by_age: SortedList[tuple[datetime, str]] = SortedList()
+        self._idle_by_deadline: SortedList[tuple[datetime, str]] = SortedList()
+
+    # Sessions
+
+    async def create_session(self, session: SessionRecord, *, now: datetime) -> None:
+        await anyio.lowlevel.checkpoint()
+        present = self._sessions.get(session.id)
+        if present is not None:
+            if present.deleted or not present.record.has_expired(now):
+                raise SessionExistsError(session.id)
+            self._remove(present)
+        self._sessions[session.id] = _Session(session)
+        self._by_age.add((session.created_at, session.id))
+        self._status_order(session).add(_status_key(session))
+
+    async def get_session(self, session_id: str, *, now: datetime) -> SessionRecord:
+        await anyio.lowlevel.checkpoint()
+        return self._visible(session_id, now).record
+
+    async def list_sessions(
+        self, *, limit: int, after: str | None, status: SessionStatus | None, now: datetime
+    ) -> Page[SessionRecord]:
+        await anyio.lowlevel.checkpoint()
+        order = self._running_by_age if status == "running" else self._by_age
+        maximum = None
+        if after is not None:
+            position = decode_session_cursor(after)
+            maximum = (position.created_at, position.id)
+        newest_first = (
+            self._sessions[session_id].record
+            for _, session_id in order.irange(maximum=maximum, inclusive=(True, False), reverse=True)
+        )
+        wanted = (
+            session
+            for session in newest_first
+            if not session.has_expired(now) and (status is None or session.status == status)
+        )
+        found = tuple(islice(wanted, limit + 1))
+        if len(found) <= limit:
+            return Page(data=found, next=None)
+        last = found[limit - 1]
+        return Page(data=found[:limit], next=encode_cursor(SessionPosition(last.created_at, last.id)))
+
+    async def count_sessions(self, *, status: SessionStatus | None, now: datetime) -> int:
+        await anyio.lowlevel.checkpoint()
+        running = len(self._running_by_age)
+        idle = len(self._idle_by_deadline) - self._count_expired(now)
+        match status:
+            case None:
+                return running + idle
+            case "running":
+                return running
+            case "idle":
+                return idle
+
+    async def update_session(self, session_id: str, patch: SessionPatch, *, now: datetime) -> SessionRecord:
+        await anyio.lowlevel.checkpoint()
+        session = self._visible(session_id, now)
+        changes = {name: value for name, value in msgspec.structs.asdict(patch).items() if value is not msgspec.UNSET}
+        self._replace(session, _used(msgspec.structs.replace(session.record, **changes), now))
+        return session.record
+
+    async def mark_deleted(self, session_id: str, *, now: datetime) -> None:
+        await anyio.lowlevel.checkpoint()
+        session = self._visible(session_id, now)
+        self._hide(session.record)
+        session.deleted = True
+
+    async def remove_deleted(self, session_id: str) -> None:
+        await anyio.lowlevel.checkpoint()
+        session = self._sessions.get(session_id)
+        if session is not None and session.deleted:
+            self._remove(session)
+
+    async def delete_expired(self, *, now: datetime, limit: int) -> int:
+        await anyio.lowlevel.checkpoint()
+        expired = self._idle_by_deadline[: min(limit, self._count_expired(now))]
+        for _, session_id in expired:
+            self._remove(self._sessions[session_id])
+        return len(expired)
+
+    # Turns
+
+    async def begin_turn(self, turn: TurnRecord, *, now: datetime) -> SessionRecord:
+        await anyio.lowlevel.checkpoint()
+        session = self._visible(turn.session_id, now)
+        if turn.parent is not None:
+            self._turn_of(turn.session_id, turn.parent)
+        record = session.record
+        kept = _Turn(turn)
+        session.turns.append(kept)
+        self._turns[turn.id] = kept
+        self._replace(
+            session,
+            _used(
+                msgspec.structs.replace(
+                    record,
+                    head=turn.id,
+                    open_turns=record.open_turns + 1,
+                    message_count=record.message_count + sum(item.type == "message" for item in turn.input),
+                ),
+                now,
+            ),
+        )
+        return session.record
+
+    async def start_turn(self, turn_id: str, *, now: datetime) -> None:
+        await anyio.lowlevel.checkpoint()
+        turn = self._turns.get(turn_id)
+        if turn is not None and turn.record.state == "queued":
+            turn.record = msgspec.structs.replace(turn.record, state="running", started_at=now)
+
+    async def end_turn(self, turn: TurnRecord, *, events: Sequence[bytes], now: datetime) -> bool:
+        await anyio.lowlevel.checkpoint()
+        kept = self._turns.get(turn.id)
+        if kept is None or not kept.record.is_open:
+            return False
+        session = self._sessions[kept.record.session_id]
+        kept.record = turn
+        kept.events = tuple(events)
+        record = session.record
+        self._replace(
+            session,
+            _used(
+                msgspec.structs.replace(
+                    record,
+                    open_turns=record.open_turns - 1,
+                    message_count=record.message_count + bool(turn.text),
+                    input_tokens=record.input_tokens + (turn.usage.input_tokens if turn.usage else 0),
+                    output_tokens=record.output_tokens + (turn.usage.output_tokens if turn.usage else 0),
+                ),
+                now,
+            ),
+        )
+        return True
+
+    async def get_turn(self, session_id: str, turn_id: str, *, now: datetime) -> TurnRecord:
+        await anyio.lowlevel.checkpoint()
+        self._visible(session_id, now)
+        return self._turn_of(session_id, turn_id).record
+
+    async def list_turns(self, session_id: str, *, limit: int, after: str | None, now: datetime) -> Page[TurnRecord]:
+        await anyio.lowlevel.checkpoint()
+        turns = self._visible(session_id, now).turns
+        start = 0 if after is None else decode_turn_cursor(after).ordinal + 1
+        end = start + limit
+        return Page(
+            data=tuple(turn.record for turn in turns[start:end]),
+            next=encode_cursor(TurnPosition(end - 1)) if end < len(turns) else None,
+        )
+
+    async def read_path(self, session_id: str, turn_id: str, *, bytes_max: int | None) -> Sequence[TurnRecord]:
+        await anyio.lowlevel.checkpoint()
+        path: list[TurnRecord] = []
+        size = 0
+        next_id: str | None = turn_id
+        while next_id is not None:
+            turn = self._turns.get(next_id)
+            if turn is None or turn.record.session_id != session_id:
+                break
+            size += turn.record.message_bytes
+            if path and bytes_max is not None and size > bytes_max:
+                break
+            path.append(turn.record)
+            next_id = turn.record.parent
+        path.reverse()
+        return path
+
+    async def read_events(self, session_id: str, turn_id: str) -> Sequence[bytes]:
+        await anyio.lowlevel.checkpoint()
+        turn = self._turns.get(turn_id)
+        return turn.events if turn is not None and turn.record.session_id == session_id else ()
+
+    async def recover(self, *, now: datetime) -> int:  # noqa: ARG002
+        # No turn here outlives its owner.
+        await anyio.lowlevel.checkpoint()
+        return 0
+
+    async def aclose(self) -> None:
+        await anyio.lowlevel.checkpoint()
+
+    # Parts of a step
+
+    def _visible(self, session_id: str, now: datetime) -> _Session:
+        session = self._sessions.get(session_id)
+        if session is None or session.deleted or session.record.has_expired(now):
+            raise SessionNotFoundError(session_id)
+        return session
+
+    def _turn_of(self, session_id: str, turn_id: str) -> _Turn:
+        turn = self._turns.get(turn_id)
+        if turn is None or turn.record.session_id != session_id:
+            raise TurnNotFoundError(turn_id)
+        return turn
+
+    def _count_expired(self, now: datetime) -> int:
+        # The character above all others makes the key the last of its moment: `expires_at <= now`.
+        return self._idle_by_deadline.bisect_right((now, "\U0010ffff"))
+
+    def _replace(self, session: _Session, record: SessionRecord) -> None:
+        if not session.deleted:
+            self._status_order(session.record).remove(_status_key(session.record))
+            self._status_order(record).add(_status_key(record))
+        session.record = record
+
+    def _hide(self, session: SessionRecord) -> None:
+        self._by_age.remove((session.created_at, session.id))
+        self._status_order(session).remove(_status_key(session))
+
+    def _remove(self, session: _Session) -> None:
+        if not session.deleted:
+            self._hide(session.record)
+        for turn in session.turns:
+            del self._turns[turn.record.id]
+        del self._sessions[session.record.id]
+
+    def _status_order(self, session: SessionRecord) -> SortedList[tuple[datetime, str]]:
+        return self._running_by_age if session.open_turns else self._idle_by_deadline
+
+
+def _status_key(session: SessionRecord) -> tuple[datetime, str]:
+    return (session.created_at if session.open_turns else session.expires_at, session.id)
+
+
+def _used(session: SessionRecord, now: datetime) -> SessionRecord:
+    """The session with its deadline moved: it was used at ``now``."""
+    expires_at = now + timedelta(seconds=session.idle_timeout_s)
+    return msgspec.structs.replace(session, last_accessed_at=now, expires_at=expires_at)

@@ -1,0 +1,148 @@
+"""The tree: who owns whom. One ``async with`` opens the service and closes it again.
+
+::
+
+    open_service()
+    ├─ store              opened first, closed last; nothing acknowledged is lost
+    ├─ model clients      one per upstream; closed after the last turn
+    ├─ expiry loop        an error in it is logged and it goes on
+    ├─ sessions           one task per session with work
+    │  └─ session <id>    its failure ends this session's turns only
+    │     └─ turn <id>    whole-turn deadline; a failure becomes its terminal event
+    │        └─ stream    first-token and next-token deadlines; leaving closes the connection
+    └─ shutdown watcher   waits for the notice, then runs the phases
+
+Children start in this order and stop in reverse, and the indentation below says the same. A child that
+fails otherwise than described ends the whole: the tree unwinds and the failure leaves
+:func:`open_service`.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import structlog
+import trio
+from pydantic import SecretStr
+
+from service.clock import Clock, wall_clock
+from service.errors import SettingsError, StartupError, StoreError
+from service.models.client import ModelClient
+from service.models.openai_compatible import OpenAICompatibleClient, open_openai_compatible
+from service.models.retrying import RetryingClient
+from service.models.scripted import ScriptedClient, open_scripted
+from service.models.upstreams import Upstreams
+from service.sessions.expiry import run_expiry
+from service.sessions.registry import Sessions, open_sessions
+from service.sessions.store_deadline import answered_within
+from service.settings import Settings
+from service.shutdown import Shutdown
+from service.storage.memory import open_memory_store
+from service.storage.store import Store
+
+logger = structlog.get_logger("lastcall.supervisor")
+
+
+@dataclass(frozen=True)
+class Service:
+    """The open service, for those who ask it for something. Valid inside :func:`open_service`."""
+
+    settings: Settings
+    clock: Clock
+    store: Store
+    sessions: Sessions
+    shutdown: Shutdown
+
+
+@asynccontextmanager
+async def open_service(
+    settings: Settings, *, shutdown: Shutdown | None = None, clock: Clock = wall_clock
+) -> AsyncIterator[Service]:
+    """The whole service. Leaving it stops and closes everything, in reverse order, each within its bound.
+
+    Args:
+        shutdown: Who is told of the stop; made by the caller where a notice may come before the tree stands.
+
+    Raises:
+        StartupError: Something cannot be opened; one sentence says what and why.
+    """
+    shutdown = shutdown or Shutdown(settings)
+    async with (
+        _open_store(settings) as store,
+        _open_upstreams(settings, shutdown, clock) as upstreams,
+        trio.open_nursery() as nursery,
+        open_sessions(store=store, client_for=upstreams.client_for, clock=clock, settings=settings) as sessions,
+    ):
+        await _recover(store, clock, settings)
+        await nursery.start(partial(_run_expiry, store, sessions, clock, settings), name="expiry loop")
+        await nursery.start(shutdown.run, sessions, name="shutdown watcher")
+        yield Service(settings, clock, store, sessions, shutdown)
+        nursery.cancel_scope.cancel()
+
+
+def _open_store(settings: Settings) -> AbstractAsyncContextManager[Store]:
+    """The store that ``store_url`` names."""
+    if settings.store_url == "memory:":
+        return open_memory_store()
+    raise SettingsError(f"store_url: {settings.store_url!r} names no store there is; allowed is memory:")
+
+
+@asynccontextmanager
+async def _open_upstreams(settings: Settings, shutdown: Shutdown, clock: Clock) -> AsyncIterator[Upstreams]:
+    """One model client per upstream, each with its own connection pool. Closed in reverse, each within its bound."""
+
+    async def open_client(url: str, api_key: SecretStr | None, name: str | None) -> ModelClient:
+        client: ScriptedClient | OpenAICompatibleClient
+        # On the way down the client's own close comes first, then the note that it is closed.
+        clients.callback(shutdown.note_client_closed)
+        if url.startswith("scripted:"):
+            client = await clients.enter_async_context(open_scripted(url, name=name or "scripted"))
+        else:
+            client = await clients.enter_async_context(
+                open_openai_compatible(
+                    url,
+                    api_key=api_key.get_secret_value() if api_key is not None else None,
+                    name=name,
+                    connect_timeout_s=settings.connect_timeout_s,
+                    clock=clock,
+                )
+            )
+        return RetryingClient(client, retries_max=settings.model_retries_max)
+
+    async with AsyncExitStack() as clients:
+        if settings.upstreams:
+            by_model: dict[str, ModelClient] = {}
+            for upstream in settings.upstreams:
+                client = await open_client(upstream.url, upstream.api_key, upstream.name)
+                by_model |= dict.fromkeys(upstream.models, client)
+            yield Upstreams(by_model=by_model)
+        else:
+            yield Upstreams(await open_client(settings.model_url, settings.model_api_key, None))
+
+
+async def _recover(store: Store, clock: Clock, settings: Settings) -> None:
+    try:
+        with answered_within(settings.store_timeout_s):
+            recovered = await store.recover(now=clock())
+    except StoreError as error:
+        raise StartupError(f"The store {store.name} cannot be used: {error}") from error
+    if recovered:
+        logger.info("turns of a crashed process ended as interrupted", turns=recovered)
+
+
+async def _run_expiry(
+    store: Store,
+    sessions: Sessions,
+    clock: Clock,
+    settings: Settings,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    await run_expiry(
+        store,
+        clock=clock,
+        interval_s=settings.expiry_interval_s,
+        store_timeout_s=settings.store_timeout_s,
+        settle=sessions.settle,
+        task_status=task_status,
+    )

@@ -1,0 +1,248 @@
+"""The harness judges rightly: a server that misbehaves in one known way for each path is caught each time."""
+
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from bench.load import (
+    Idle,
+    LoadResult,
+    Plan,
+    Prober,
+    Request,
+    Streams,
+    Unfinished,
+)
+from bench.peers import open_load
+from bench.server_process import Launch, ServerFailedError, ServerProcess, open_server, python_command
+from bench.wire import StreamEnd
+
+MISBEHAVING = str(Path(__file__).with_name("misbehaving.py"))
+
+
+@asynccontextmanager
+async def open_misbehaving(tmp_path: Path, *arguments: str) -> AsyncIterator[ServerProcess]:
+    launch = Launch(python_command(MISBEHAVING, *arguments))
+    with trio.fail_after(30):
+        async with open_server(launch, log_path=tmp_path / "server.log") as server:
+            yield server
+
+
+async def judge(tmp_path: Path, *groups: Streams | Idle | Unfinished | Prober, watch_s: float = 0.3) -> LoadResult:
+    """What the load client makes of a server that ends by SIGTERM while it looks."""
+    async with open_misbehaving(tmp_path, "--delay", str(watch_s)) as server:
+        async with open_load(Plan(port=server.port, groups=groups)) as load:
+            await load.wait_ready()
+            server.signal_main(signal.SIGTERM)
+            await server.wait_gone()
+            return await load.stop()
+
+
+ENDS = {
+    "terminal": (StreamEnd.TERMINAL, "interrupted"),
+    "terminal-in-pieces": (StreamEnd.TERMINAL, "interrupted"),
+    "clean": (StreamEnd.CLEAN, None),
+    "truncated": (StreamEnd.TRUNCATED, None),
+    "terminal-without-last-chunk": (StreamEnd.TRUNCATED, "interrupted"),
+    "cut-in-chunk": (StreamEnd.TRUNCATED, None),
+    "reset": (StreamEnd.RESET, None),
+    "garbage": (StreamEnd.BROKEN, None),
+    "refuse": (StreamEnd.REFUSED, None),
+    "reset-at-once": (StreamEnd.UNANSWERED, None),
+    "close-at-once": (StreamEnd.UNANSWERED, None),
+}
+
+
+async def test_each_end_of_a_stream_is_judged_as_what_it_is(tmp_path: Path) -> None:
+    groups = [Streams(name=path, count=2, stream=Request(path=f"/{path}")) for path in ENDS]
+    result = await judge(tmp_path, *groups)
+    seen = {(s.group, s.number): (s.end, s.terminal) for s in result.streams}
+    assert seen == {(path, number): expected for path, expected in ENDS.items() for number in range(2)}
+    # A server that exits closes its sockets: what hangs in there is not open but cut.
+    assert all(stream.ended_at is not None for stream in result.streams)
+
+
+async def test_a_stream_on_which_nothing_happened_is_open(tmp_path: Path) -> None:
+    async with open_misbehaving(tmp_path, "--delay", "20") as server:
+        async with open_load(Plan(port=server.port, groups=(Streams(name="s", count=1, stream=Request(path="/open")),))) as load:
+            await load.wait_ready()
+            server.signal_main(signal.SIGTERM)
+            (stream,) = (await load.stop()).streams
+    assert stream.end is StreamEnd.OPEN
+    assert stream.tokens == 2
+
+
+async def test_a_half_closed_client_still_judges_its_stream(tmp_path: Path) -> None:
+    group = Streams(name="half", count=1, stream=Request(path="/terminal"), half_close=True)
+    (stream,) = (await judge(tmp_path, group)).streams
+    assert stream.end is StreamEnd.TERMINAL
+
+
+async def test_lost_and_doubled_tokens_and_a_second_terminal_event_are_counted(tmp_path: Path) -> None:
+    paths = ("lost-token", "doubled-token", "two-terminals", "terminal-in-pieces")
+    result = await judge(tmp_path, *(Streams(name=path, count=1, stream=Request(path=f"/{path}")) for path in paths))
+    seen = {s.group: (s.tokens, s.gaps, s.terminals) for s in result.streams}
+    assert seen == {
+        "lost-token": (3, 1, 1),
+        "doubled-token": (3, 1, 1),
+        "two-terminals": (2, 0, 2),
+        "terminal-in-pieces": (3, 0, 1),
+    }
+
+
+async def test_a_request_before_the_stream_gives_it_its_values(tmp_path: Path) -> None:
+    before = Request(path="/json", capture={"session": "id"})
+    good = Streams(name="good", count=1, before=(before,), stream=Request(path="/terminal", body='{"s": "$session"}'))
+    bad = Streams(name="bad", count=1, before=(Request(path="/refuse"),), stream=Request(path="/terminal"))
+    result = await judge(tmp_path, good, bad)
+    assert {s.group: s.end for s in result.streams} == {"good": StreamEnd.TERMINAL, "bad": StreamEnd.REFUSED}
+
+
+async def test_a_stalled_reader_stalls_the_server(tmp_path: Path) -> None:
+    """Ready means that the server's send has stood still; a flood into a reading client never does."""
+    group = Streams(name="stalled", count=1, stream=Request(path="/flood"), stalled=True)
+    (stream,) = (await judge(tmp_path, group)).streams
+    assert stream.end in (StreamEnd.TRUNCATED, StreamEnd.RESET)
+    assert stream.status == 200
+
+
+async def test_idle_and_unfinished_connections_are_watched_to_their_end(tmp_path: Path) -> None:
+    groups = (
+        Idle(count=2, request=Request(method="GET", path="/json")),
+        Unfinished(name="head", count=1, kind="head"),
+        Unfinished(name="body", count=1, kind="body"),
+        Unfinished(name="tls", count=1, kind="tls"),
+    )
+    result = await judge(tmp_path, *groups)
+    assert sorted(r.group for r in result.rude) == ["body", "head", "idle", "idle", "tls"]
+    assert {r.state for r in result.rude} <= {"closed", "reset"}
+    assert all(r.ended_at is not None for r in result.rude)
+
+
+@pytest.mark.parametrize(
+    ("path", "outcome", "silent"),
+    [
+        ("/refuse", "answered", False),
+        ("/half-refuse", "incomplete", False),
+        ("/reset-at-once", "reset", False),
+        ("/close-at-once", "closed", False),
+        ("/silent", "answered", True),
+    ],
+)
+async def test_a_probe_says_what_a_new_connection_got(tmp_path: Path, path: str, outcome: str, *, silent: bool) -> None:
+    prober = Prober(request=Request(method="GET", path=path))
+    async with open_misbehaving(tmp_path, "--delay", "0.5") as server:
+        async with open_load(Plan(port=server.port, groups=(prober,))) as load:
+            await load.wait_ready()
+            signalled = server.signal_main(signal.SIGTERM)
+            gone = await server.wait_gone()
+            await trio.sleep(0.1)
+            probes = (await load.stop()).probes
+    during = [p for p in probes if signalled < p.at < gone.at - 0.4]
+    assert during
+    assert {p.outcome for p in during} == {outcome}
+    assert {p.was_silent for p in during} == {silent}
+    if path == "/refuse":
+        assert all(p.status == 503 and p.retry_after and p.connection_close for p in during)
+    after = [p for p in probes if p.at > gone.at + 0.02]
+    assert after
+    assert {p.outcome for p in after} == {"refused"}
+
+
+async def test_the_time_to_gone_and_the_exit_code_are_right(tmp_path: Path) -> None:
+    async with open_misbehaving(tmp_path, "--delay", "0.4", "--exit-code", "75") as server:
+        signalled = server.signal_main(signal.SIGTERM)
+        gone = await server.wait_gone()
+    assert gone.exit_code == 75
+    assert 0.4 <= gone.at - signalled < 0.55  # its own poll of 50 ms, and some room
+    assert gone.strays == ()
+
+
+async def test_the_group_is_gone_with_its_last_process_and_zombies_do_not_count(tmp_path: Path) -> None:
+    async with open_misbehaving(tmp_path, "--linger", "0.6") as server:
+        signalled = server.signal_main(signal.SIGTERM)
+        gone = await server.wait_gone()
+    assert gone.exit_code == 0
+    assert len(gone.exits) == 2
+    assert gone.exits[0][0] == server.pid
+    assert gone.exits[0][2] - signalled < 0.4
+    assert 0.6 <= gone.at - signalled < 1.0
+    with pytest.raises(ProcessLookupError):
+        os.killpg(server.pid, 0)
+
+
+async def test_a_process_that_left_the_group_is_named(tmp_path: Path) -> None:
+    async with open_misbehaving(tmp_path, "--stray") as server:
+        server.signal_main(signal.SIGTERM)
+        gone = await server.wait_gone()
+    (stray,) = gone.strays
+    os.kill(stray, signal.SIGKILL)
+    os.waitpid(stray, 0)
+
+
+async def test_a_server_that_ends_before_it_listens_has_failed_to_start(tmp_path: Path) -> None:
+    launch = Launch(python_command("-c", "import sys; print('no such setting'); sys.exit(78)"))
+    with trio.fail_after(10), pytest.raises(ServerFailedError) as failed:
+        async with open_server(launch, log_path=tmp_path / "server.log"):
+            pass
+    assert failed.value.exit_code == 78
+    assert "no such setting" in failed.value.log
+
+
+async def test_a_server_that_ignores_its_signal_is_killed_on_leaving(tmp_path: Path) -> None:
+    async with open_misbehaving(tmp_path, "--delay", "60") as server:
+        server.signal_main(signal.SIGTERM)
+        await trio.sleep(0.1)
+        assert server.gone is None
+    assert server.gone is not None
+    assert server.gone.exit_code == -signal.SIGKILL
+
+
+async def test_output_through_a_pipe_can_be_filled_and_closed(tmp_path: Path) -> None:
+    script = (
+        "import sys, time, signal\n"
+        "print('Running on http://127.0.0.1:1', flush=True)\n"
+        "signal.sigwait({signal.SIGUSR1})\n"
+        "try: print('x' * 10, flush=True)\n"
+        "except BrokenPipeError: sys.stdout = None; time.sleep(0.1); import os; os._exit(7)\n"
+    )
+    launch = Launch(python_command("-c", f"import signal; signal.pthread_sigmask(0, [signal.SIGUSR1])\n{script}"), stderr_pipe=True)
+    for deed in ("fill", "close"):
+        with trio.fail_after(10):
+            async with open_server(launch, log_path=tmp_path / f"{deed}.log") as server:
+                assert server.stderr_pipe is not None
+                getattr(server.stderr_pipe, deed)()
+                server.signal_main(signal.SIGUSR1)
+                with trio.move_on_after(0.5):
+                    await server.wait_gone()
+                assert (server.gone and server.gone.exit_code) == (7 if deed == "close" else None)
+
+
+async def test_a_thousand_tokens_a_second_are_all_received_and_none_is_invented(tmp_path: Path) -> None:
+    """The load client against the model server: two parts of the harness that share no code but the poller."""
+    from bench.peers import open_upstream
+
+    body = '{"model": "m", "stream": true, "messages": [{"role": "user", "content": "s$n rate=100 tokens=50"}]}'
+    with trio.fail_after(30):
+        async with open_upstream() as upstream:
+            port = int(upstream.url.split(":")[2].partition("/")[0])
+            group = Streams(name="direct", count=20, stream=Request(path="/v1/chat/completions", body=body), keep_delays=True)
+            began = time.monotonic()
+            async with open_load(Plan(port=port, groups=(group,))) as load:
+                await load.wait_ready()
+                while sum(book.finished for book in await upstream.books()) < 20:
+                    await trio.sleep(0.05)
+                books = await upstream.books()
+                result = await load.stop()
+            took = time.monotonic() - began
+    assert {(s.end, s.tokens, s.gaps) for s in result.streams} == {(StreamEnd.CLEAN, 50, 0)}
+    assert {book.tokens for book in books} == {50}
+    assert len(result.delays_ns["direct"]) == 1000
+    assert min(result.delays_ns["direct"]) > 0
+    assert took > 0.49

@@ -1,0 +1,16 @@
+"""What holds for every test: the leak checks and the profile of the property tests."""
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+pytest_plugins = ("tests.leak_checks",)
+
+# No deadlines by the wall clock; the same examples in every CI run, new ones at a developer's desk.
+settings.register_profile(
+    "lastcall",
+    deadline=None,
+    derandomize="CI" in os.environ,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("lastcall")

@@ -1,0 +1,155 @@
+"""A model client whose every step a test decides, and a place to run sessions in.
+
+It can hang at exactly one phase (the head of the reply, a token, the close), which is what a test of
+cancellation needs. That it keeps the protocol's promises is checked where the other clients are.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+
+import trio
+
+from service.errors import ModelError
+from service.models.client import Finished, ModelEvent, ModelRequest, ReasoningDelta, TextDelta, Usage
+from service.sessions.event_log import EventLog
+from service.sessions.events import Event, decode_frame
+from service.sessions.registry import Sessions, open_sessions
+from service.settings import Settings
+from service.storage.memory import MemoryStore
+
+
+class Reply:
+    """One reply, as a test writes it."""
+
+    def __init__(self, request: ModelRequest) -> None:
+        self.request = request
+        self.closed = trio.Event()
+        self._ready: list[ModelEvent] = []
+        self._error: Exception | None = None
+        self._changes = trio.lowlevel.ParkingLot()
+
+    def say(self, *texts: str) -> None:
+        self._put(*(TextDelta(text) for text in texts))
+
+    def think(self, *texts: str) -> None:
+        self._put(*(ReasoningDelta(text) for text in texts))
+
+    def finish(self) -> None:
+        self._put(Finished(finish_reason="stop", usage=Usage(input_tokens=1, output_tokens=2)))
+
+    def fail(self, error: Exception) -> None:
+        self._error = error
+        self._changes.unpark_all()
+
+    def _put(self, *events: ModelEvent) -> None:
+        self._ready.extend(events)
+        self._changes.unpark_all()
+
+    async def receive(self) -> Sequence[ModelEvent]:
+        await trio.lowlevel.checkpoint()
+        while not self._ready and self._error is None:
+            await self._changes.park()
+        if self._ready:
+            events, self._ready = self._ready, []
+            return events
+        assert self._error is not None
+        raise self._error
+
+
+class Puppet:
+    """A model client. Replies queue up in :meth:`next_reply` as turns ask for them."""
+
+    name = "puppet"
+
+    def __init__(self) -> None:
+        self.open_replies = 0
+        self.refuse: ModelError | None = None
+        self.hang_before_head = False
+        self._send, self._receive = trio.open_memory_channel[Reply](1000)
+
+    @asynccontextmanager
+    async def stream(self, request: ModelRequest) -> AsyncIterator[Reply]:
+        await trio.lowlevel.checkpoint()
+        if self.refuse is not None:
+            raise self.refuse
+        reply = Reply(request)
+        self.open_replies += 1
+        self._send.send_nowait(reply)
+        try:
+            if self.hang_before_head:
+                await trio.sleep_forever()
+            yield reply
+        finally:
+            self.open_replies -= 1
+            reply.closed.set()
+
+    async def next_reply(self) -> Reply:
+        with trio.fail_after(1000):
+            return await self._receive.receive()
+
+    async def aclose(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+
+class TestClock:
+    """Wall time that a test moves."""
+
+    __test__ = False
+
+    def __init__(self) -> None:
+        self.now = datetime(2030, 1, 1, tzinfo=UTC)
+
+    def __call__(self) -> datetime:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += timedelta(seconds=seconds)
+
+
+class Stage:
+    """Sessions on a memory store with a puppet."""
+
+    def __init__(self, sessions: Sessions, store: MemoryStore, puppet: Puppet, clock: TestClock) -> None:
+        self.sessions = sessions
+        self.store = store
+        self.puppet = puppet
+        self.clock = clock
+
+
+@asynccontextmanager
+async def open_stage(store: MemoryStore | None = None, /, **settings: object) -> AsyncIterator[Stage]:
+    """Sessions with these settings over the defaults; nothing of them is left on exit."""
+    store = store or MemoryStore()
+    puppet = Puppet()
+    clock = TestClock()
+    async with open_sessions(
+        store=store,
+        client_for=lambda _model: puppet,
+        clock=clock,
+        settings=Settings.model_validate(settings),
+    ) as sessions:
+        yield Stage(sessions, store, puppet, clock)
+    assert puppet.open_replies == 0, "a model call outlived its turn"
+    statistics = sessions.statistics()
+    assert (statistics.turns_running, statistics.turns_queued, statistics.sessions_live) == (0, 0, 0)
+
+
+async def read_all(log: EventLog, *, after: int = 0) -> list[Event]:
+    """The events after a seq, up to the end of the log."""
+    frames: list[bytes] = []
+    cursor = after
+    with trio.fail_after(10_000):
+        while True:
+            frame, cursor = log.read_after(cursor, bytes_max=1)
+            if frame:
+                frames.append(frame)
+            elif log.closed:
+                return [decode_frame(frame) for frame in frames]
+            else:
+                await log.wait_beyond(cursor)
+
+
+def kinds(events: list[Event]) -> list[str]:
+    """The ``type`` of each event."""
+    return [str(type(event).__struct_config__.tag) for event in events]

@@ -1,0 +1,113 @@
+"""Sessions and turns to put into a store, and a look at everything that a store holds."""
+
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+
+import msgspec
+
+from service.models.client import Usage
+from service.storage.records import EndState, Item, Page, SessionRecord, TurnRecord, TurnState
+from service.storage.store import Store
+
+T0 = datetime(2026, 3, 1, 12, 0, 0, 123456, tzinfo=UTC)
+"""When everything begins. With microseconds: a store that drops them fails."""
+
+IDLE_TIMEOUT_S = 60.0
+
+
+def at(seconds: float) -> datetime:
+    return T0 + timedelta(seconds=seconds)
+
+
+def a_session(session_id: str = "s", *, created: float = 0, idle_timeout_s: float = IDLE_TIMEOUT_S) -> SessionRecord:
+    return SessionRecord(
+        id=session_id,
+        created_at=at(created),
+        last_accessed_at=at(created),
+        expires_at=at(created + idle_timeout_s),
+        idle_timeout_s=idle_timeout_s,
+    )
+
+
+def a_turn(
+    turn_id: str = "t",
+    session_id: str = "s",
+    *,
+    parent: str | None = None,
+    state: TurnState = "running",
+    texts: Iterable[str] = ("Hello",),
+) -> TurnRecord:
+    return TurnRecord(
+        id=turn_id,
+        session_id=session_id,
+        parent=parent,
+        state=state,
+        model="a-model",
+        created_at=T0,
+        started_at=T0 if state == "running" else None,
+        input=tuple(Item(id=f"{turn_id}-in-{n}", role="user", text=text) for n, text in enumerate(texts)),
+    )
+
+
+def ended(
+    turn: TurnRecord,
+    state: EndState = "completed",
+    *,
+    text: str = "Hi",
+    reasoning: str = "",
+    usage: Usage | None = None,
+    now: datetime = T0,
+) -> TurnRecord:
+    """The turn as it is given to ``end_turn``."""
+    output = []
+    if reasoning:
+        output.append(Item(id=f"{turn.id}-reasoning", type="reasoning", role="assistant", text=reasoning))
+    if text:
+        output.append(Item(id=f"{turn.id}-out", role="assistant", text=text))
+    return msgspec.structs.replace(
+        turn,
+        state=state,
+        ended_at=now,
+        output=tuple(output),
+        usage=usage,
+        finish_reason="stop" if state == "completed" else None,
+        reason="requested" if state == "cancelled" else None,
+        last_seq=3,
+    )
+
+
+async def all_sessions(store: Store, *, now: datetime, limit: int = 100) -> list[SessionRecord]:
+    found: list[SessionRecord] = []
+    page = Page[SessionRecord](data=(), next=None)
+    while not found or page.next is not None:
+        page = await store.list_sessions(limit=limit, after=page.next, status=None, now=now)
+        if not page.data:
+            break
+        found += page.data
+    return found
+
+
+async def all_turns(store: Store, session_id: str, *, now: datetime, limit: int = 100) -> list[TurnRecord]:
+    found: list[TurnRecord] = []
+    page = Page[TurnRecord](data=(), next=None)
+    while not found or page.next is not None:
+        page = await store.list_turns(session_id, limit=limit, after=page.next, now=now)
+        if not page.data:
+            break
+        found += page.data
+    return found
+
+
+Contents = dict[str, tuple[SessionRecord, list[tuple[TurnRecord, list[bytes]]]]]
+
+
+async def contents(store: Store, *, now: datetime) -> Contents:
+    """All that a reader can find at ``now``: each session with its turns and their events."""
+    found: Contents = {}
+    for session in await all_sessions(store, now=now):
+        turns = await all_turns(store, session.id, now=now)
+        found[session.id] = (
+            session,
+            [(turn, list(await store.read_events(session.id, turn.id))) for turn in turns],
+        )
+    return found

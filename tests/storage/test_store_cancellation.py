@@ -1,0 +1,159 @@
+"""A call to a store that is cancelled, wherever it waits, leaves all of its step behind or nothing."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import trio
+
+from service.models.client import Usage
+from service.storage.records import SessionPatch
+from service.storage.store import Store
+from tests.storage.conftest import OpenStore
+from tests.storage.rows import IDLE_TIMEOUT_S, T0, Contents, a_session, a_turn, at, contents, ended
+
+WAITS_MAX = 500
+"""No single call waits more often than this."""
+
+
+class CancelAtWait(trio.abc.Instrument):
+    """Cancels the current task's scope at the moment it has begun to wait for the ``nth`` time."""
+
+    def __init__(self, nth: int, scope: trio.CancelScope) -> None:
+        self._left = nth
+        self._scope = scope
+        self._task = trio.lowlevel.current_task()
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:
+        if task is self._task:
+            self._left -= 1
+            if self._left == 0:
+                self._scope.cancel()
+
+
+async def _called_and_cancelled(call: Callable[[], Awaitable[object]], nth: int) -> bool:
+    """Make a call and cancel it at its ``nth`` wait (0: before it begins); whether that hit it."""
+    with trio.CancelScope() as scope:
+        if nth == 0:
+            scope.cancel()
+        instrument = CancelAtWait(nth, scope)
+        trio.lowlevel.add_instrument(instrument)
+        try:
+            await call()
+        finally:
+            trio.lowlevel.remove_instrument(instrument)
+    return scope.cancelled_caught
+
+
+@dataclass
+class Everything:
+    """What is in a store, seen by its readers and by those who look at hidden sessions."""
+
+    visible: Contents
+    earlier: Contents
+    counts: list[int]
+    hidden: list[object]
+    removable: int
+
+
+async def _look(store: Store) -> Everything:
+    """All that can be found out about a store; the last look at it, because it tries what is left to remove."""
+    now = at(IDLE_TIMEOUT_S)
+    hidden: list[object] = []
+    for session_id, turn_id in [("old", "told"), ("s", "t"), ("s", "queued"), ("s", "new"), ("marked", "tm")]:
+        hidden += [
+            list(await store.read_path(session_id, turn_id, bytes_max=None)),
+            list(await store.read_events(session_id, turn_id)),
+        ]
+    return Everything(
+        visible=await contents(store, now=now),
+        earlier=await contents(store, now=T0),
+        counts=[await store.count_sessions(status=status, now=now) for status in (None, "idle", "running")],
+        hidden=hidden,
+        removable=await store.delete_expired(now=now, limit=100),
+    )
+
+
+async def _prepare(store: Store) -> None:
+    """``old`` and ``older`` have expired by the time of the calls, ``s`` has open turns, ``marked`` is deleted."""
+    for name in ("old", "older", "s", "marked"):
+        await store.create_session(a_session(name), now=T0)
+    for turn in (a_turn("told", "old"), a_turn("tm", "marked")):
+        await store.begin_turn(turn, now=T0)
+        await store.end_turn(ended(turn), events=[b"1", b"2"], now=T0)
+    await store.begin_turn(a_turn("t"), now=T0)
+    await store.begin_turn(a_turn("queued", state="queued", parent="t"), now=T0)
+    await store.mark_deleted("marked", now=T0)
+
+
+NOW = at(IDLE_TIMEOUT_S)
+STEPS: dict[str, Callable[[Store], Awaitable[object]]] = {
+    "create": lambda store: store.create_session(a_session("fresh", created=IDLE_TIMEOUT_S), now=NOW),
+    "create over an expired one": lambda store: store.create_session(a_session("old", created=IDLE_TIMEOUT_S), now=NOW),
+    "update": lambda store: store.update_session("s", SessionPatch(title="new", metadata={"a": "b"}), now=NOW),
+    "mark": lambda store: store.mark_deleted("s", now=NOW),
+    "remove": lambda store: store.remove_deleted("marked"),
+    "expire": lambda store: store.delete_expired(now=NOW, limit=10),
+    "begin": lambda store: store.begin_turn(a_turn("new", parent="queued", texts=["a", "b"]), now=NOW),
+    "start": lambda store: store.start_turn("queued", now=NOW),
+    "end": lambda store: store.end_turn(
+        ended(a_turn("t"), reasoning="hm", usage=Usage(input_tokens=1, output_tokens=2)),
+        events=[b"1", b"2", b"3"],
+        now=NOW,
+    ),
+    "recover": lambda store: store.recover(now=NOW),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+async def test_a_cancelled_step_leaves_all_or_nothing(open_store: OpenStore, step: str) -> None:
+    async with open_store() as store:
+        await _prepare(store)
+        nothing = await _look(store)
+    async with open_store() as store:
+        await _prepare(store)
+        await STEPS[step](store)
+        whole = await _look(store)
+    if step != "recover":
+        assert whole != nothing, "the step does nothing, so this test would not see half of it"
+
+    for nth in range(WAITS_MAX):
+        async with open_store() as store:
+            await _prepare(store)
+            with trio.fail_after(60):
+                hit = await _called_and_cancelled(partial(STEPS[step], store), nth)
+            left = await _look(store)
+        assert left in (nothing, whole), f"cancelled at wait {nth}"
+        if nth == 0:
+            assert hit, "a call in a cancelled scope raises"
+            assert left == nothing
+        if not hit:
+            assert left == whole, "a call that returned is acknowledged"
+            return
+    pytest.fail(f"the step waits more than {WAITS_MAX} times")
+
+
+READS: dict[str, Callable[[Store], Awaitable[object]]] = {
+    "get": lambda store: store.get_session("s", now=NOW),
+    "list": lambda store: store.list_sessions(limit=2, after=None, status=None, now=NOW),
+    "count": lambda store: store.count_sessions(status=None, now=NOW),
+    "get turn": lambda store: store.get_turn("s", "t", now=NOW),
+    "list turns": lambda store: store.list_turns("s", limit=1, after=None, now=NOW),
+    "path": lambda store: store.read_path("s", "queued", bytes_max=None),
+    "events": lambda store: store.read_events("marked", "tm"),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+async def test_a_cancelled_read_leaves_the_store_as_it_was(open_store: OpenStore, read: str) -> None:
+    async with open_store() as store:
+        await _prepare(store)
+        expected = await READS[read](store)
+        for nth in range(WAITS_MAX):
+            with trio.fail_after(60):
+                hit = await _called_and_cancelled(partial(READS[read], store), nth)
+            assert await READS[read](store) == expected
+            if not hit:
+                return
+    pytest.fail(f"the read waits more than {WAITS_MAX} times")

@@ -1,0 +1,827 @@
+"""What every store does: each sentence of :class:`service.storage.store.Store`, as a test."""
+
+import base64
+import inspect
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import get_args
+
+import msgspec
+import pytest
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.errors import InvalidRequestError, SessionExistsError, SessionNotFoundError, TurnNotFoundError
+from service.models.client import Usage
+from service.storage.cursors import (
+    SessionPosition,
+    TurnPosition,
+    decode_session_cursor,
+    decode_turn_cursor,
+    encode_cursor,
+)
+from service.storage.records import EndState, Failure, Item, SessionPatch, SessionRecord, TurnRecord
+from service.storage.store import Store
+from tests.storage.rows import IDLE_TIMEOUT_S, T0, a_session, a_turn, all_sessions, all_turns, at, contents, ended
+
+UNICODE = "\x00 NUL, é e\u0301, שלום, 日本語, \U0001f468\u200d\U0001f469\u200d\U0001f467, \u2028, \ufeff, ';--"
+
+
+async def test_a_store_has_every_method_of_the_protocol_with_its_signature(store: Store) -> None:
+    methods = [name for name, _ in inspect.getmembers(Store, inspect.iscoroutinefunction)]
+    assert "end_turn" in methods
+    for name in methods:
+        assert inspect.signature(getattr(type(store), name)) == inspect.signature(getattr(Store, name)), name
+
+
+# Sessions: create, get, update
+
+
+async def test_a_session_is_read_as_it_was_created(store: Store) -> None:
+    session = SessionRecord(
+        id="A-z_0.9" * 18,
+        created_at=at(0.000001),
+        last_accessed_at=at(1),
+        expires_at=at(86400 * 30),
+        idle_timeout_s=0.1,
+        title=UNICODE,
+        model="a/model:7b",
+        system_message=UNICODE * 1000,
+        metadata={UNICODE[:64]: UNICODE, "": ""},
+    )
+    await store.create_session(session, now=T0)
+    assert await store.get_session(session.id, now=T0) == session
+    assert await all_sessions(store, now=T0) == [session]
+
+
+async def test_a_taken_id_is_refused_and_nothing_changes(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    before = await contents(store, now=T0)
+    with pytest.raises(SessionExistsError):
+        await store.create_session(a_session(created=5, idle_timeout_s=7), now=at(5))
+    assert await contents(store, now=T0) == before
+
+
+async def test_ids_differ_by_case_and_by_every_character(store: Store) -> None:
+    names = ["a", "A", "a.", "a-", "a_", "%", "_"]
+    for name in names:
+        await store.create_session(a_session(name), now=T0)
+    assert {session.id for session in await all_sessions(store, now=T0)} == set(names)
+
+
+async def test_an_expired_session_of_the_same_id_is_replaced_with_all_that_belongs_to_it(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    turn = a_turn()
+    await store.begin_turn(turn, now=T0)
+    await store.end_turn(ended(turn), events=[b"1"], now=T0)
+    later = at(IDLE_TIMEOUT_S)
+    fresh = a_session(created=IDLE_TIMEOUT_S)
+    await store.create_session(fresh, now=later)
+    assert await contents(store, now=later) == {"s": (fresh, [])}
+    assert await store.read_events("s", "t") in ([], ())
+    assert list(await store.read_path("s", "t", bytes_max=None)) == []
+    with pytest.raises(TurnNotFoundError):
+        await store.get_turn("s", "t", now=later)
+    assert await store.delete_expired(now=later, limit=10) == 0
+
+
+async def test_a_session_with_an_open_turn_is_not_replaced_past_its_deadline(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    await store.begin_turn(a_turn(), now=T0)
+    with pytest.raises(SessionExistsError):
+        await store.create_session(a_session(), now=at(10 * IDLE_TIMEOUT_S))
+
+
+async def test_an_id_whose_deletion_is_not_finished_is_taken_even_past_its_deadline(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    await store.mark_deleted("s", now=T0)
+    for now in (T0, at(10 * IDLE_TIMEOUT_S)):
+        with pytest.raises(SessionExistsError):
+            await store.create_session(a_session(), now=now)
+
+
+async def test_a_patch_changes_what_it_names_and_moves_the_deadline(store: Store) -> None:
+    session = msgspec.structs.replace(a_session(), title="old", model="m", system_message="s", metadata={"a": "b"})
+    await store.create_session(session, now=T0)
+    patched = await store.update_session("s", SessionPatch(title=UNICODE, metadata={"c": UNICODE}), now=at(10))
+    assert patched == msgspec.structs.replace(
+        session,
+        title=UNICODE,
+        metadata={"c": UNICODE},
+        last_accessed_at=at(10),
+        expires_at=at(10 + IDLE_TIMEOUT_S),
+    )
+    assert await store.get_session("s", now=at(10)) == patched
+
+
+async def test_a_patch_can_unset_and_an_empty_one_only_moves_the_deadline(store: Store) -> None:
+    session = msgspec.structs.replace(a_session(), title="old", model="m", system_message="s", metadata={"a": "b"})
+    await store.create_session(session, now=T0)
+    unset = await store.update_session(
+        "s", SessionPatch(title=None, model=None, system_message=None, metadata={}), now=T0
+    )
+    assert unset == a_session()
+    used = await store.update_session("s", SessionPatch(), now=at(59))
+    assert used == msgspec.structs.replace(unset, last_accessed_at=at(59), expires_at=at(59 + IDLE_TIMEOUT_S))
+
+
+@pytest.mark.parametrize("idle_timeout_s", [0.25, 5.0, 31_536_000.0])
+async def test_a_new_idle_timeout_holds_at_once(store: Store, idle_timeout_s: float) -> None:
+    await store.create_session(a_session(), now=T0)
+    patched = await store.update_session("s", SessionPatch(idle_timeout_s=idle_timeout_s), now=at(10))
+    assert patched.idle_timeout_s == idle_timeout_s
+    assert patched.expires_at == at(10 + idle_timeout_s)
+
+
+# Who is not there
+
+
+async def _unknown(store: Store) -> None:
+    pass
+
+
+async def _expired(store: Store) -> None:
+    await store.create_session(a_session(created=-IDLE_TIMEOUT_S), now=at(-IDLE_TIMEOUT_S))
+
+
+async def _marked(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    await store.mark_deleted("s", now=T0)
+
+
+async def _removed(store: Store) -> None:
+    await _marked(store)
+    await store.remove_deleted("s")
+
+
+GONE = [_unknown, _expired, _marked, _removed]
+NEEDS_A_SESSION: dict[str, Callable[[Store], Awaitable[object]]] = {
+    "get": lambda store: store.get_session("s", now=T0),
+    "update": lambda store: store.update_session("s", SessionPatch(title="x"), now=T0),
+    "mark_deleted": lambda store: store.mark_deleted("s", now=T0),
+    "begin_turn": lambda store: store.begin_turn(a_turn(), now=T0),
+    "get_turn": lambda store: store.get_turn("s", "t", now=T0),
+    "list_turns": lambda store: store.list_turns("s", limit=1, after=None, now=T0),
+}
+
+
+@pytest.mark.parametrize("gone", GONE)
+@pytest.mark.parametrize("method", NEEDS_A_SESSION)
+async def test_a_session_that_is_gone_is_not_there_for_any_method(
+    store: Store, gone: Callable[[Store], Awaitable[None]], method: str
+) -> None:
+    await gone(store)
+    with pytest.raises(SessionNotFoundError):
+        await NEEDS_A_SESSION[method](store)
+    assert await contents(store, now=T0) == {}
+    assert [await store.count_sessions(status=status, now=T0) for status in (None, "idle", "running")] == [0, 0, 0]
+
+
+async def test_a_session_is_there_until_the_very_moment_of_its_deadline(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    deadline = at(IDLE_TIMEOUT_S)
+    just_before = deadline - timedelta(microseconds=1)
+    assert (await store.get_session("s", now=just_before)).id == "s"
+    assert await store.count_sessions(status="idle", now=just_before) == 1
+    with pytest.raises(SessionNotFoundError):
+        await store.get_session("s", now=deadline)
+    assert await store.count_sessions(status="idle", now=deadline) == 0
+    assert await all_sessions(store, now=deadline) == []
+
+
+async def test_a_session_with_an_open_turn_is_there_past_its_deadline(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    await store.begin_turn(a_turn(), now=T0)
+    late = at(100 * IDLE_TIMEOUT_S)
+    assert (await store.get_session("s", now=late)).status == "running"
+    assert await store.count_sessions(status="running", now=late) == 1
+    assert [session.id for session in await all_sessions(store, now=late)] == ["s"]
+    assert await store.delete_expired(now=late, limit=10) == 0
+    assert (await store.begin_turn(a_turn("t2", parent="t"), now=late)).open_turns == 2
+
+
+async def test_reads_do_not_move_the_deadline(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    turn = a_turn()
+    await store.begin_turn(turn, now=T0)
+    await store.end_turn(ended(turn), events=[b"1"], now=T0)
+    before = await store.get_session("s", now=T0)
+    await contents(store, now=at(30))
+    await store.get_turn("s", "t", now=at(30))
+    await store.read_path("s", "t", bytes_max=None)
+    await store.count_sessions(status=None, now=at(30))
+    assert await store.get_session("s", now=at(30)) == before
+
+
+# Listing and counting sessions
+
+
+async def test_sessions_are_listed_newest_first_and_then_by_id(store: Store) -> None:
+    for name, created in [("b", 1), ("c", 3), ("a", 1), ("d", 2), ("e", 1.000001)]:
+        await store.create_session(a_session(name, created=created), now=at(3))
+    assert [session.id for session in await all_sessions(store, now=at(3))] == ["c", "d", "e", "b", "a"]
+    assert [session.id for session in await all_sessions(store, now=at(3), limit=1)] == ["c", "d", "e", "b", "a"]
+
+
+async def test_the_last_page_says_so_and_no_page_is_empty_but_the_first(store: Store) -> None:
+    first = await store.list_sessions(limit=2, after=None, status=None, now=T0)
+    assert (first.data, first.next) == ((), None)
+    for n in range(4):
+        await store.create_session(a_session(f"s{n}"), now=T0)
+    first = await store.list_sessions(limit=2, after=None, status=None, now=T0)
+    assert first.next is not None
+    second = await store.list_sessions(limit=2, after=first.next, status=None, now=T0)
+    assert (len(first.data), len(second.data), second.next) == (2, 2, None)
+
+
+async def test_a_status_selects_and_counts(store: Store) -> None:
+    for name in "abcd":
+        await store.create_session(a_session(name), now=T0)
+    for name in "bd":
+        await store.begin_turn(a_turn(f"t-{name}", name), now=T0)
+    running = await store.list_sessions(limit=1, after=None, status="running", now=T0)
+    assert [session.id for session in running.data] == ["d"]
+    running = await store.list_sessions(limit=1, after=running.next, status="running", now=T0)
+    assert ([session.id for session in running.data], running.next) == (["b"], None)
+    idle = await store.list_sessions(limit=10, after=None, status="idle", now=T0)
+    assert ([session.id for session in idle.data], idle.next) == (["c", "a"], None)
+    assert [await store.count_sessions(status=status, now=T0) for status in (None, "idle", "running")] == [4, 2, 2]
+    past_the_idle_ones = at(IDLE_TIMEOUT_S)
+    counts = [await store.count_sessions(status=status, now=past_the_idle_ones) for status in (None, "idle", "running")]
+    assert counts == [2, 0, 2]
+
+
+async def test_a_cursor_stays_good_when_the_sessions_around_it_are_gone(store: Store) -> None:
+    for n in range(5):
+        await store.create_session(a_session(f"s{n}"), now=T0)
+    page = await store.list_sessions(limit=2, after=None, status=None, now=T0)
+    for name in ("s4", "s3", "s2"):
+        await store.mark_deleted(name, now=T0)
+        await store.remove_deleted(name)
+    page = await store.list_sessions(limit=2, after=page.next, status=None, now=T0)
+    assert ([session.id for session in page.data], page.next) == (["s1", "s0"], None)
+
+
+def _json_cursor(json: bytes) -> str:
+    return base64.urlsafe_b64encode(json).rstrip(b"=").decode()
+
+
+NOT_CURSORS = [
+    "",
+    "x",
+    "s0",
+    "!!!!",
+    "é",
+    "\x00",
+    "\ud800",
+    "A" * 100_000,
+    _json_cursor(b"[" * 300),
+    _json_cursor(b"null"),
+    _json_cursor(b'["s","2026-03-01T12:00:00","naive"]'),
+    _json_cursor(b'["s","2026-03-01T12:00:00+00:00","another form"]'),
+    _json_cursor(b'["s","2026-03-01T12:00:00Z","x","y"]'),
+    _json_cursor(b'["t",-1]'),
+    _json_cursor(b'["t",99999999999999999999999]'),
+    _json_cursor(b'["t",1.5]'),
+    encode_cursor(TurnPosition(0)) + "=",
+    " " + encode_cursor(SessionPosition(T0, "s")),
+]
+
+
+@pytest.mark.parametrize("cursor", NOT_CURSORS, ids=range(len(NOT_CURSORS)))
+async def test_what_is_not_a_cursor_is_refused(store: Store, cursor: str) -> None:
+    await store.create_session(a_session(), now=T0)
+    with pytest.raises(InvalidRequestError) as refused:
+        await store.list_sessions(limit=1, after=cursor, status=None, now=T0)
+    assert refused.value.field == "after"
+    with pytest.raises(InvalidRequestError) as refused:
+        await store.list_turns("s", limit=1, after=cursor, now=T0)
+    assert refused.value.field == "after"
+
+
+async def test_a_cursor_of_one_listing_is_none_of_the_other(store: Store) -> None:
+    for n in range(2):
+        await store.create_session(a_session(f"s{n}"), now=T0)
+        await store.begin_turn(a_turn(f"t{n}", "s0"), now=T0)
+    sessions = await store.list_sessions(limit=1, after=None, status=None, now=T0)
+    turns = await store.list_turns("s0", limit=1, after=None, now=T0)
+    assert sessions.next is not None
+    assert turns.next is not None
+    with pytest.raises(InvalidRequestError):
+        await store.list_sessions(limit=1, after=turns.next, status=None, now=T0)
+    with pytest.raises(InvalidRequestError):
+        await store.list_turns("s0", limit=1, after=sessions.next, now=T0)
+
+
+@given(st.text())
+def test_any_text_is_a_cursor_or_refused(text: str) -> None:
+    for decode in (decode_session_cursor, decode_turn_cursor):
+        with pytest.raises(InvalidRequestError):
+            decode(text)
+
+
+@given(st.datetimes(timezones=st.just(UTC)), st.text("AZaz09_.-", min_size=1, max_size=128))
+def test_a_cursor_is_its_position(created_at: datetime, session_id: str) -> None:
+    position = SessionPosition(created_at, session_id)
+    assert decode_session_cursor(encode_cursor(position)) == position
+
+
+# Deletion
+
+
+async def test_a_marked_session_is_hidden_while_its_turns_go_on(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    turn = a_turn()
+    await store.begin_turn(turn, now=T0)
+    await store.mark_deleted("s", now=T0)
+    assert await contents(store, now=T0) == {}
+    assert [kept.id for kept in await store.read_path("s", "t", bytes_max=None)] == ["t"]
+    assert await store.end_turn(ended(turn, "cancelled"), events=[b"1", b"2"], now=T0)
+    assert not await store.end_turn(ended(turn), events=[], now=T0)
+    assert list(await store.read_events("s", "t")) == [b"1", b"2"]
+    assert await contents(store, now=T0) == {}
+    assert await store.count_sessions(status=None, now=T0) == 0
+
+
+async def test_a_removed_session_leaves_nothing_and_its_id_is_free(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    turn = a_turn()
+    await store.begin_turn(turn, now=T0)
+    await store.end_turn(ended(turn), events=[b"1"], now=T0)
+    await store.mark_deleted("s", now=T0)
+    await store.remove_deleted("s")
+    assert list(await store.read_events("s", "t")) == []
+    assert list(await store.read_path("s", "t", bytes_max=None)) == []
+    fresh = a_session(created=1)
+    await store.create_session(fresh, now=at(1))
+    assert await contents(store, now=at(1)) == {"s": (fresh, [])}
+
+
+async def test_removing_takes_marked_sessions_only_and_may_be_repeated(store: Store) -> None:
+    await store.remove_deleted("never")
+    await store.create_session(a_session("other"), now=T0)
+    await store.create_session(a_session(), now=T0)
+    await store.remove_deleted("s")
+    assert await store.count_sessions(status=None, now=T0) == 2
+    await store.mark_deleted("s", now=T0)
+    await store.remove_deleted("s")
+    await store.create_session(a_session(), now=T0)
+    await store.remove_deleted("s")  # late: the id has a new owner
+    assert await store.count_sessions(status=None, now=T0) == 2
+
+
+async def test_an_end_after_the_removal_is_no_end(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    turn = a_turn()
+    await store.begin_turn(turn, now=T0)
+    await store.mark_deleted("s", now=T0)
+    await store.remove_deleted("s")
+    await store.create_session(a_session(created=1), now=at(1))
+    before = await contents(store, now=at(1))
+    assert not await store.end_turn(ended(turn), events=[b"1"], now=at(1))
+    await store.start_turn("t", now=at(1))
+    assert await contents(store, now=at(1)) == before
+    assert list(await store.read_events("s", "t")) == []
+
+
+# Expiry
+
+
+async def test_the_longest_expired_go_first_and_at_most_as_many_as_allowed(store: Store) -> None:
+    for n, idle_timeout_s in enumerate([50, 10, 40, 20, 30]):
+        await store.create_session(a_session(f"s{n}", idle_timeout_s=idle_timeout_s), now=T0)
+    assert await store.delete_expired(now=at(9), limit=10) == 0
+    assert await store.delete_expired(now=at(40), limit=2) == 2
+    # Seen from the past: 10 and 20 are gone, 30 and 40 wait for the next sweep.
+    assert [session.id for session in await all_sessions(store, now=T0)] == ["s4", "s2", "s0"]
+    assert await store.delete_expired(now=at(40), limit=2) == 2
+    assert await store.delete_expired(now=at(40), limit=2) == 0
+    assert [session.id for session in await all_sessions(store, now=T0)] == ["s0"]
+
+
+async def test_expiry_takes_turns_and_events_and_frees_the_id(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    turn = a_turn()
+    await store.begin_turn(turn, now=T0)
+    await store.end_turn(ended(turn), events=[b"1"], now=T0)
+    assert await store.delete_expired(now=at(IDLE_TIMEOUT_S), limit=1) == 1
+    assert list(await store.read_events("s", "t")) == []
+    assert list(await store.read_path("s", "t", bytes_max=None)) == []
+    await store.create_session(a_session(), now=T0)
+    assert await all_turns(store, "s", now=T0) == []
+
+
+async def test_expiry_leaves_marked_sessions_to_their_deletion(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    await store.mark_deleted("s", now=T0)
+    assert await store.delete_expired(now=at(IDLE_TIMEOUT_S), limit=1) == 0
+
+
+async def _use_by_patch(store: Store) -> None:
+    await store.update_session("s", SessionPatch(), now=at(50))
+
+
+async def _use_by_begin(store: Store) -> None:
+    await store.begin_turn(a_turn(), now=at(50))
+
+
+async def _use_by_end(store: Store) -> None:
+    await store.begin_turn(a_turn(), now=T0)
+    await store.end_turn(ended(a_turn()), events=[], now=at(50))
+
+
+@pytest.mark.parametrize("use", [_use_by_patch, _use_by_begin, _use_by_end])
+async def test_a_use_moves_the_deadline(store: Store, use: Callable[[Store], Awaitable[None]]) -> None:
+    await store.create_session(a_session(), now=T0)
+    await use(store)
+    session = await store.get_session("s", now=at(50))
+    assert (session.last_accessed_at, session.expires_at) == (at(50), at(50 + IDLE_TIMEOUT_S))
+    # The old deadline means nothing any more ...
+    assert await store.delete_expired(now=at(IDLE_TIMEOUT_S), limit=10) == 0
+    if session.open_turns:
+        await store.end_turn(ended(a_turn()), events=[], now=at(50))
+    # ... and the new one everything, once.
+    assert await store.delete_expired(now=at(49 + IDLE_TIMEOUT_S), limit=10) == 0
+    assert await store.delete_expired(now=at(50 + IDLE_TIMEOUT_S), limit=10) == 1
+    assert await store.delete_expired(now=at(500), limit=10) == 0
+
+
+async def test_a_deadline_can_move_to_an_earlier_moment(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    await store.update_session("s", SessionPatch(idle_timeout_s=1), now=T0)
+    assert await store.delete_expired(now=at(1), limit=10) == 1
+    assert await store.delete_expired(now=at(IDLE_TIMEOUT_S), limit=10) == 0
+
+
+# Turns
+
+
+async def test_an_accepted_turn_is_kept_and_is_the_head(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    turn = msgspec.structs.replace(
+        a_turn(texts=["first", UNICODE]), temperature=0.7, max_output_tokens=5, background=True, created_at=at(1)
+    )
+    session = await store.begin_turn(turn, now=at(2))
+    assert session == msgspec.structs.replace(
+        a_session(),
+        head="t",
+        open_turns=1,
+        message_count=2,
+        last_accessed_at=at(2),
+        expires_at=at(2 + IDLE_TIMEOUT_S),
+    )
+    assert session.status == "running"
+    assert await store.get_session("s", now=at(2)) == session
+    assert await store.get_turn("s", "t", now=at(2)) == turn
+    assert list(await store.read_events("s", "t")) == []
+
+
+async def test_the_newest_turn_is_the_head_whatever_its_parent(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    for name, parent in [("a", None), ("b", "a"), ("c", "a"), ("d", None)]:
+        await store.begin_turn(a_turn(name, parent=parent, state="queued"), now=T0)
+        assert (await store.get_session("s", now=T0)).head == name
+    session = await store.get_session("s", now=T0)
+    assert (session.open_turns, session.message_count) == (4, 4)
+
+
+async def test_a_parent_of_nowhere_or_of_another_session_is_refused_and_nothing_changes(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    await store.create_session(a_session("other"), now=T0)
+    await store.begin_turn(a_turn("theirs", "other"), now=T0)
+    before = await contents(store, now=T0)
+    for parent in ("nowhere", "theirs", ""):
+        with pytest.raises(TurnNotFoundError):
+            await store.begin_turn(a_turn(parent=parent), now=at(1))
+    assert await contents(store, now=T0) == before
+
+
+async def test_an_input_without_messages_counts_none(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    turn = msgspec.structs.replace(
+        a_turn(texts=[]), input=(Item(id="r", type="reasoning", role="assistant", text="hm"),)
+    )
+    assert (await store.begin_turn(turn, now=T0)).message_count == 0
+
+
+async def test_a_queued_turn_starts_once(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    turn = a_turn(state="queued")
+    await store.begin_turn(turn, now=T0)
+    session = await store.get_session("s", now=T0)
+    await store.start_turn("t", now=at(3))
+    started = msgspec.structs.replace(turn, state="running", started_at=at(3))
+    assert await store.get_turn("s", "t", now=T0) == started
+    await store.start_turn("t", now=at(4))
+    assert await store.get_turn("s", "t", now=T0) == started
+    assert await store.get_session("s", now=T0) == session, "a start is no use of the session"
+
+
+async def test_only_a_queued_turn_starts(store: Store) -> None:
+    await store.start_turn("never", now=T0)
+    await store.create_session(a_session(), now=T0)
+    await store.begin_turn(a_turn("running"), now=T0)
+    await store.begin_turn(a_turn("ended", state="queued"), now=T0)
+    await store.end_turn(ended(a_turn("ended", state="queued"), "cancelled"), events=[], now=T0)
+    before = await contents(store, now=T0)
+    for name in ("running", "ended"):
+        await store.start_turn(name, now=at(9))
+    assert await contents(store, now=T0) == before
+
+
+@pytest.mark.parametrize("state", get_args(EndState))
+@pytest.mark.parametrize("begun_as", ["queued", "running"])
+async def test_an_end_is_kept_whole(store: Store, state: EndState, begun_as: str) -> None:
+    await store.create_session(a_session(), now=T0)
+    turn = a_turn(state="queued" if begun_as == "queued" else "running")
+    await store.begin_turn(turn, now=T0)
+    end = msgspec.structs.replace(
+        ended(turn, state, text=UNICODE, reasoning=UNICODE * 2, now=at(7)),
+        usage=Usage(input_tokens=10, output_tokens=20, reasoning_tokens=5),
+        error=Failure("a_code", UNICODE) if state == "failed" else None,
+        last_seq=4711,
+    )
+    events = [b"id: 1\ndata: {}\n\n", UNICODE.encode(), b"", bytes(range(256))]
+    assert await store.end_turn(end, events=events, now=at(8)) is True
+    assert await store.get_turn("s", "t", now=at(8)) == end
+    assert list(await store.read_events("s", "t")) == events
+    session = await store.get_session("s", now=at(8))
+    assert session == msgspec.structs.replace(
+        a_session(),
+        head="t",
+        open_turns=0,
+        message_count=2,
+        input_tokens=10,
+        output_tokens=20,
+        last_accessed_at=at(8),
+        expires_at=at(8 + IDLE_TIMEOUT_S),
+    )
+    assert session.status == "idle"
+
+
+async def test_the_first_end_wins_and_the_second_changes_nothing(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    turn = a_turn()
+    await store.begin_turn(turn, now=T0)
+    assert await store.end_turn(ended(turn, "cancelled"), events=[b"first"], now=at(1)) is True
+    before = await contents(store, now=at(1))
+    usage = Usage(input_tokens=1, output_tokens=1)
+    assert await store.end_turn(ended(turn, usage=usage), events=[b"second"], now=at(2)) is False
+    assert await contents(store, now=at(1)) == before
+
+
+async def test_an_end_of_an_unknown_turn_is_none(store: Store) -> None:
+    assert await store.end_turn(ended(a_turn()), events=[b"1"], now=T0) is False
+    await store.create_session(a_session(), now=T0)
+    before = await contents(store, now=T0)
+    assert await store.end_turn(ended(a_turn()), events=[b"1"], now=T0) is False
+    assert await contents(store, now=T0) == before
+
+
+async def test_an_empty_reply_is_no_message_and_totals_add_up(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    cases = [
+        ("reasoning only", ended(a_turn("a"), "failed", text="", reasoning="hm")),
+        ("nothing", ended(a_turn("b"), "interrupted", text="")),
+        ("an empty text", msgspec.structs.replace(
+            ended(a_turn("c"), text=""), output=(Item(id="o", role="assistant", text=""),)
+        )),
+    ]  # fmt: skip
+    for _, end in cases:
+        await store.begin_turn(a_turn(end.id), now=T0)
+        await store.end_turn(end, events=[], now=T0)
+    session = await store.get_session("s", now=T0)
+    assert (session.message_count, session.input_tokens, session.output_tokens) == (3, 0, 0)
+    for name in "de":
+        await store.begin_turn(a_turn(name), now=T0)
+        usage = Usage(input_tokens=2**33, output_tokens=3, reasoning_tokens=2)
+        await store.end_turn(ended(a_turn(name), usage=usage), events=[], now=T0)
+    session = await store.get_session("s", now=T0)
+    assert (session.message_count, session.input_tokens, session.output_tokens) == (7, 2**34, 6)
+
+
+async def test_a_turn_of_another_session_is_not_found(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    await store.create_session(a_session("other"), now=T0)
+    turn = a_turn("theirs", "other")
+    await store.begin_turn(turn, now=T0)
+    await store.end_turn(ended(turn), events=[b"secret"], now=T0)
+    with pytest.raises(TurnNotFoundError):
+        await store.get_turn("s", "theirs", now=T0)
+    with pytest.raises(TurnNotFoundError):
+        await store.get_turn("s", "nowhere", now=T0)
+    assert list(await store.read_events("s", "theirs")) == []
+    assert list(await store.read_path("s", "theirs", bytes_max=None)) == []
+
+
+async def test_turns_are_listed_in_the_order_of_their_acceptance(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    await store.create_session(a_session("other"), now=T0)
+    names = ["b", "c", "a", "e", "d"]
+    for n, name in enumerate(names):
+        # Clocks may run backwards; the order stands.
+        turn = msgspec.structs.replace(a_turn(name), created_at=at(-n))
+        await store.begin_turn(turn, now=T0)
+        await store.begin_turn(a_turn(f"other-{name}", "other"), now=T0)
+    for limit in (1, 2, 3, 5, 100):
+        assert [turn.id for turn in await all_turns(store, "s", now=T0, limit=limit)] == names
+    page = await store.list_turns("s", limit=5, after=None, now=T0)
+    assert page.next is None
+
+
+async def test_a_page_of_turns_stays_where_it_is_while_turns_begin_and_end(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    for name in "abc":
+        await store.begin_turn(a_turn(name), now=T0)
+    page = await store.list_turns("s", limit=2, after=None, now=T0)
+    await store.end_turn(ended(a_turn("a")), events=[], now=T0)
+    await store.begin_turn(a_turn("d"), now=T0)
+    page = await store.list_turns("s", limit=2, after=page.next, now=T0)
+    assert ([turn.id for turn in page.data], page.next) == (["c", "d"], None)
+
+
+# The path
+
+
+async def _grow(store: Store, *turns: TurnRecord) -> None:
+    await store.create_session(a_session(), now=T0)
+    for turn in turns:
+        await store.begin_turn(turn, now=T0)
+
+
+async def test_the_path_goes_from_the_root_to_the_turn(store: Store) -> None:
+    tree = [("a", None), ("b", "a"), ("c", "b"), ("b2", "a"), ("c2", "b2"), ("root2", None)]
+    await _grow(store, *(a_turn(name, parent=parent) for name, parent in tree))
+    for name, expected in [("c", "a b c"), ("c2", "a b2 c2"), ("a", "a"), ("root2", "root2"), ("nowhere", "")]:
+        path = await store.read_path("s", name, bytes_max=None)
+        assert [turn.id for turn in path] == expected.split()
+    await store.end_turn(ended(a_turn("b", parent="a"), text="reply"), events=[], now=T0)
+    path = await store.read_path("s", "c", bytes_max=None)
+    assert path[1] == ended(a_turn("b", parent="a"), text="reply")
+
+
+async def test_a_bounded_path_has_the_newest_turns_that_fit_but_always_the_last(store: Store) -> None:
+    # Sizes in bytes: a 4 (two-byte characters), b 3 (an input of 1, a reply of 2, reasoning free), c 5.
+    b = a_turn("b", parent="a", texts=["x"])
+    await _grow(store, a_turn("a", texts=["éé"]), b, a_turn("c", parent="b", texts=["123", "45"]))
+    await store.end_turn(ended(b, text="é", reasoning="not counted"), events=[], now=T0)
+    expected = {0: "c", 4: "c", 5: "c", 7: "c", 8: "b c", 11: "b c", 12: "a b c", 13: "a b c"}
+    for bytes_max, names in expected.items():
+        path = await store.read_path("s", "c", bytes_max=bytes_max)
+        assert [turn.id for turn in path] == names.split(), bytes_max
+
+
+async def test_a_bounded_path_has_no_holes(store: Store) -> None:
+    await _grow(store, a_turn("a", texts=["1"]), a_turn("b", parent="a", texts=["1234"]), a_turn("c", parent="b"))
+    path = await store.read_path("s", "c", bytes_max=len("Hello") + 1)
+    assert [turn.id for turn in path] == ["c"], "a would fit, but b before it does not"
+
+
+async def test_a_long_path_is_whole(store: Store) -> None:
+    names = [f"t{n}" for n in range(1500)]
+    await _grow(store, *(a_turn(name, parent=names[n - 1] if n else None) for n, name in enumerate(names)))
+    path = await store.read_path("s", names[-1], bytes_max=None)
+    assert [turn.id for turn in path] == names
+    assert len(await store.read_path("s", names[-1], bytes_max=50)) == 10
+
+
+# Sizes
+
+
+async def test_large_texts_and_many_events_are_kept(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    turn = a_turn(texts=["\U0001f600" * (64 * 1024)])
+    await store.begin_turn(turn, now=T0)
+    end = ended(turn, text="é" * (512 * 1024), reasoning="r" * 1024 * 1024)
+    events = [b"id: %d\ndata: x\n\n" % seq for seq in range(1, 20_001)] + [b"x" * 1024 * 1024]
+    await store.end_turn(end, events=events, now=T0)
+    assert await store.get_turn("s", "t", now=T0) == end
+    assert list(await store.read_events("s", "t")) == events
+
+
+# Recovery and closing
+
+
+async def test_recovery_leaves_the_turns_of_this_owner_alone(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    await store.begin_turn(a_turn("running"), now=T0)
+    await store.begin_turn(a_turn("queued", state="queued"), now=T0)
+    before = await contents(store, now=T0)
+    assert await store.recover(now=at(1)) == 0
+    assert await contents(store, now=T0) == before
+
+
+# Concurrency. Trio starts tasks in a random order, so some rounds see each order.
+
+ROUNDS = 12
+
+
+async def _both(first: Callable[[], Awaitable[object]], second: Callable[[], Awaitable[object]]) -> list[object]:
+    """Run both at once; what each returned or raised."""
+    results: list[object] = [None, None]
+
+    async def run(n: int, call: Callable[[], Awaitable[object]]) -> None:
+        try:
+            results[n] = await call()
+        except (SessionNotFoundError, SessionExistsError) as error:
+            results[n] = type(error)
+
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run, 0, first)
+            nursery.start_soon(run, 1, second)
+    return results
+
+
+async def test_one_of_two_creations_wins(store: Store) -> None:
+    for n in range(ROUNDS):
+        sessions = [a_session(f"s{n}", idle_timeout_s=timeout) for timeout in (60, 70)]
+        results = await _both(
+            partial(store.create_session, sessions[0], now=T0),
+            partial(store.create_session, sessions[1], now=T0),
+        )
+        assert sorted(results, key=str) == [SessionExistsError, None]
+        assert await store.get_session(f"s{n}", now=T0) == sessions[results.index(None)]
+
+
+async def test_one_of_two_ends_wins(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    for n in range(ROUNDS):
+        turn = a_turn(f"t{n}")
+        await store.begin_turn(turn, now=T0)
+        ends = [ended(turn, "completed"), ended(turn, "cancelled")]
+        results = await _both(
+            partial(store.end_turn, ends[0], events=[b"0"], now=T0),
+            partial(store.end_turn, ends[1], events=[b"1"], now=T0),
+        )
+        assert sorted(results, key=str) == [False, True]
+        winner = results.index(True)
+        assert await store.get_turn("s", turn.id, now=T0) == ends[winner]
+        assert list(await store.read_events("s", turn.id)) == [b"%d" % winner]
+    assert (await store.get_session("s", now=T0)).open_turns == 0
+
+
+async def test_a_session_is_used_or_expires_but_never_both(store: Store) -> None:
+    deadline = at(IDLE_TIMEOUT_S)
+    for n in range(ROUNDS):
+        # The user's clock is a moment behind the sweep's: for it the session is still there.
+        await store.create_session(a_session(f"s{n}"), now=T0)
+        turn = a_turn(f"t{n}", f"s{n}")
+        used, removed = await _both(
+            partial(store.begin_turn, turn, now=deadline - timedelta(microseconds=1)),
+            partial(store.delete_expired, now=deadline, limit=10),
+        )
+        if removed:
+            assert used is SessionNotFoundError
+            assert list(await store.read_path(f"s{n}", turn.id, bytes_max=None)) == []
+        else:
+            assert await store.get_session(f"s{n}", now=deadline) == used
+            assert await store.get_turn(f"s{n}", turn.id, now=deadline) == turn
+
+
+async def test_a_session_takes_a_turn_or_is_deleted_first(store: Store) -> None:
+    for n in range(ROUNDS):
+        await store.create_session(a_session(f"s{n}"), now=T0)
+        turn = a_turn(f"t{n}", f"s{n}")
+        begun, marked = await _both(
+            partial(store.begin_turn, turn, now=T0),
+            partial(store.mark_deleted, f"s{n}", now=T0),
+        )
+        assert marked is None
+        kept = list(await store.read_path(f"s{n}", turn.id, bytes_max=None))
+        assert kept == ([] if begun is SessionNotFoundError else [turn])
+        assert await contents(store, now=T0) == {}
+
+
+async def test_one_of_two_deletions_marks(store: Store) -> None:
+    for n in range(ROUNDS):
+        await store.create_session(a_session(f"s{n}"), now=T0)
+        results = await _both(*[partial(store.mark_deleted, f"s{n}", now=T0)] * 2)
+        assert sorted(results, key=str) == [SessionNotFoundError, None]
+
+
+async def test_many_at_once_lose_nothing(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    names = [f"t{n}" for n in range(50)]
+
+    async def one(name: str) -> None:
+        turn = a_turn(name, state="queued")
+        await store.begin_turn(turn, now=T0)
+        await store.start_turn(name, now=T0)
+        usage = Usage(input_tokens=1, output_tokens=2)
+        assert await store.end_turn(ended(turn, usage=usage), events=[name.encode()], now=T0)
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            for name in names:
+                nursery.start_soon(one, name)
+    session = await store.get_session("s", now=T0)
+    assert (session.open_turns, session.message_count) == (0, 100)
+    assert (session.input_tokens, session.output_tokens) == (50, 100)
+    turns = await all_turns(store, "s", now=T0, limit=7)
+    assert sorted(turn.id for turn in turns) == sorted(names)
+    assert session.head == turns[-1].id, "the head is what was accepted last"
+    for name in names:
+        assert list(await store.read_events("s", name)) == [name.encode()]

@@ -1,0 +1,420 @@
+"""A store against a simple model of one, and paging while rows come and go, by generated histories."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any, Literal
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from service.errors import RefusedError, SessionExistsError, SessionNotFoundError, TurnNotFoundError
+from service.ids import new_turn_id
+from service.models.client import Usage
+from service.storage.records import EndState, SessionPatch, SessionRecord, SessionStatus, TurnRecord
+from service.storage.store import Store
+from tests.storage.conftest import OpenStore
+from tests.storage.rows import a_session, a_turn, all_turns, at, ended
+
+# Each example opens a store of its own; the fixture is only the way to one.
+histories = settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+
+
+@dataclass
+class Model:
+    """A store as anybody would write it who had never more than ten rows: every question is a scan."""
+
+    sessions: dict[str, SessionRecord] = field(default_factory=dict)
+    marked: set[str] = field(default_factory=set)
+    turns: dict[str, TurnRecord] = field(default_factory=dict)
+    events: dict[str, list[bytes]] = field(default_factory=dict)
+
+    def visible(self, now: datetime) -> dict[str, SessionRecord]:
+        return {
+            name: session
+            for name, session in self.sessions.items()
+            if name not in self.marked and (session.open_turns > 0 or now < session.expires_at)
+        }
+
+    def get(self, name: str, now: datetime) -> SessionRecord:
+        if name not in self.visible(now):
+            raise SessionNotFoundError(name)
+        return self.sessions[name]
+
+    def remove(self, name: str) -> None:
+        del self.sessions[name]
+        self.marked.discard(name)
+        for turn in [turn for turn in self.turns.values() if turn.session_id == name]:
+            del self.turns[turn.id]
+            self.events.pop(turn.id, None)
+
+    def use(self, name: str, now: datetime, **changes: Any) -> SessionRecord:
+        session = msgspec.structs.replace(self.sessions[name], **changes)
+        self.sessions[name] = msgspec.structs.replace(
+            session, last_accessed_at=now, expires_at=now + timedelta(seconds=session.idle_timeout_s)
+        )
+        return self.sessions[name]
+
+    def create(self, session: SessionRecord, now: datetime) -> None:
+        if session.id in self.sessions:
+            if session.id in self.marked or session.id in self.visible(now):
+                raise SessionExistsError(session.id)
+            self.remove(session.id)
+        self.sessions[session.id] = session
+
+    def update(self, name: str, patch: SessionPatch, now: datetime) -> SessionRecord:
+        self.get(name, now)
+        changes = {key: value for key, value in msgspec.structs.asdict(patch).items() if value is not msgspec.UNSET}
+        return self.use(name, now, **changes)
+
+    def mark(self, name: str, now: datetime) -> None:
+        self.get(name, now)
+        self.marked.add(name)
+
+    def remove_deleted(self, name: str) -> None:
+        if name in self.marked:
+            self.remove(name)
+
+    def delete_expired(self, now: datetime, limit: int) -> int:
+        visible = self.visible(now)
+        expired = [s for name, s in self.sessions.items() if name not in visible and name not in self.marked]
+        expired.sort(key=lambda session: (session.expires_at, session.id))
+        for session in expired[:limit]:
+            self.remove(session.id)
+        return len(expired[:limit])
+
+    def begin(self, turn: TurnRecord, now: datetime) -> SessionRecord:
+        session = self.get(turn.session_id, now)
+        if turn.parent is not None and (
+            turn.parent not in self.turns or self.turns[turn.parent].session_id != turn.session_id
+        ):
+            raise TurnNotFoundError(turn.parent)
+        self.turns[turn.id] = turn
+        return self.use(
+            turn.session_id,
+            now,
+            head=turn.id,
+            open_turns=session.open_turns + 1,
+            message_count=session.message_count + len(turn.input),
+        )
+
+    def start(self, turn_id: str, now: datetime) -> None:
+        if turn_id in self.turns and self.turns[turn_id].state == "queued":
+            self.turns[turn_id] = msgspec.structs.replace(self.turns[turn_id], state="running", started_at=now)
+
+    def end(self, turn: TurnRecord, events: Sequence[bytes], now: datetime) -> bool:
+        if turn.id not in self.turns or self.turns[turn.id].state not in ("queued", "running"):
+            return False
+        self.turns[turn.id] = turn
+        self.events[turn.id] = list(events)
+        session = self.sessions[turn.session_id]
+        self.use(
+            turn.session_id,
+            now,
+            open_turns=session.open_turns - 1,
+            message_count=session.message_count + (1 if turn.text else 0),
+            input_tokens=session.input_tokens + (turn.usage.input_tokens if turn.usage else 0),
+            output_tokens=session.output_tokens + (turn.usage.output_tokens if turn.usage else 0),
+        )
+        return True
+
+    def listing(self, status: SessionStatus | None, now: datetime) -> list[SessionRecord]:
+        found = [session for session in self.visible(now).values() if status in (None, session.status)]
+        return sorted(found, key=lambda session: (session.created_at, session.id), reverse=True)
+
+    def path(self, turn_id: str) -> list[TurnRecord]:
+        found: list[TurnRecord] = []
+        next_id: str | None = turn_id
+        while next_id in self.turns:
+            found.insert(0, self.turns[next_id])
+            next_id = self.turns[next_id].parent
+        return found
+
+
+# A history is a list of steps over a few names, so that they meet.
+
+session_ids = st.sampled_from(["a", "b", "c"])
+picks = st.integers(0, 5)  # an earlier turn, counted from the newest
+STATUSES: list[SessionStatus | None] = [None, "idle", "running"]
+
+
+class Wait(msgspec.Struct, frozen=True):
+    seconds: int
+
+
+class Create(msgspec.Struct, frozen=True):
+    session_id: str
+    idle_timeout_s: int
+
+
+class Update(msgspec.Struct, frozen=True):
+    session_id: str
+    idle_timeout_s: int | None
+    title: str | None
+
+
+class Mark(msgspec.Struct, frozen=True):
+    session_id: str
+
+
+class Remove(msgspec.Struct, frozen=True):
+    session_id: str
+
+
+class Expire(msgspec.Struct, frozen=True):
+    limit: int
+
+
+class Begin(msgspec.Struct, frozen=True):
+    session_id: str
+    parent: int | None
+    state: Literal["queued", "running"]
+    messages: int
+
+
+class Start(msgspec.Struct, frozen=True):
+    turn: int
+
+
+class End(msgspec.Struct, frozen=True):
+    turn: int
+    state: EndState
+    text: str
+    tokens: int | None
+
+
+Step = Wait | Create | Update | Mark | Remove | Expire | Begin | Start | End
+
+steps = st.one_of(
+    st.builds(Wait, st.integers(-2, 15)),
+    st.builds(Create, session_ids, st.integers(1, 30)),
+    st.builds(Create, session_ids, st.integers(1, 30)),
+    st.builds(Update, session_ids, st.none() | st.integers(1, 30), st.none() | st.text(max_size=3)),
+    st.builds(Mark, session_ids),
+    st.builds(Remove, session_ids),
+    st.builds(Expire, st.integers(1, 3)),
+    st.builds(Begin, session_ids, st.none() | picks, st.sampled_from(["queued", "running"]), st.integers(0, 3)),
+    st.builds(Begin, session_ids, st.none() | picks, st.sampled_from(["queued", "running"]), st.integers(0, 3)),
+    st.builds(Start, picks),
+    st.builds(
+        End,
+        picks,
+        st.sampled_from(["completed", "failed", "cancelled", "interrupted"]),
+        st.sampled_from(["", "Hi", "é\U0001f600"]),
+        st.none() | st.integers(0, 9),
+    ),
+    st.builds(End, picks, st.just("completed"), st.just("Hi"), st.just(1)),
+)
+
+
+@dataclass
+class History:
+    """Takes the same steps in a store and in the model."""
+
+    store: Store
+    model: Model
+    seconds: int = 0
+    begun: list[TurnRecord] = field(default_factory=list)
+
+    @property
+    def now(self) -> datetime:
+        return at(self.seconds)
+
+    def picked(self, pick: int) -> TurnRecord:
+        return self.begun[-1 - pick] if pick < len(self.begun) else a_turn("never")
+
+    async def take(self, step: Step) -> None:
+        """The step in both; they return or raise the same."""
+        if isinstance(step, Wait):
+            self.seconds = max(0, self.seconds + step.seconds)
+            return
+        expected, found = self._in_model(step), await self._in_store(step)
+        assert found == expected, step
+
+    def _turn(self, step: Begin) -> TurnRecord:
+        """The turn that both are given, a new one each time."""
+        return a_turn(
+            f"t{len(self.begun)}",
+            step.session_id,
+            parent=None if step.parent is None else self.picked(step.parent).id,
+            state=step.state,
+            texts=["x" * n for n in range(step.messages)],
+        )
+
+    def _end(self, step: End) -> tuple[TurnRecord, list[bytes]]:
+        usage = None if step.tokens is None else Usage(input_tokens=step.tokens, output_tokens=step.tokens + 1)
+        turn = ended(self.picked(step.turn), step.state, text=step.text, usage=usage, now=self.now)
+        return turn, [step.state.encode(), step.text.encode()]
+
+    def _in_model(self, step: Step) -> object:
+        model, now = self.model, self.now
+        try:
+            match step:
+                case Create(session_id, idle_timeout_s):
+                    model.create(self._session(session_id, idle_timeout_s), now)
+                case Update(session_id):
+                    return model.update(session_id, _patch(step), now)
+                case Mark(session_id):
+                    model.mark(session_id, now)
+                case Remove(session_id):
+                    model.remove_deleted(session_id)
+                case Expire(limit):
+                    return model.delete_expired(now, limit)
+                case Begin():
+                    return model.begin(self._turn(step), now)
+                case Start(turn):
+                    model.start(self.picked(turn).id, now)
+                case End():
+                    turn_record, events = self._end(step)
+                    return model.end(turn_record, events, now)
+        except RefusedError as error:
+            return type(error)
+        return None
+
+    async def _in_store(self, step: Step) -> object:
+        store, now = self.store, self.now
+        try:
+            match step:
+                case Create(session_id, idle_timeout_s):
+                    await store.create_session(self._session(session_id, idle_timeout_s), now=now)
+                case Update(session_id):
+                    return await store.update_session(session_id, _patch(step), now=now)
+                case Mark(session_id):
+                    await store.mark_deleted(session_id, now=now)
+                case Remove(session_id):
+                    await store.remove_deleted(session_id)
+                case Expire(limit):
+                    return await store.delete_expired(now=now, limit=limit)
+                case Begin():
+                    turn_record = self._turn(step)
+                    session = await store.begin_turn(turn_record, now=now)
+                    self.begun.append(turn_record)
+                    return session
+                case Start(turn):
+                    await store.start_turn(self.picked(turn).id, now=now)
+                case End():
+                    turn_record, events = self._end(step)
+                    return await store.end_turn(turn_record, events=events, now=now)
+        except RefusedError as error:
+            return type(error)
+        return None
+
+    def _session(self, session_id: str, idle_timeout_s: int) -> SessionRecord:
+        return a_session(session_id, created=self.seconds, idle_timeout_s=idle_timeout_s)
+
+    async def compare(self) -> None:
+        """Both hold the same, whichever way one looks."""
+        store, model, now = self.store, self.model, self.now
+        for status in STATUSES:
+            listing = model.listing(status, now)
+            assert await store.count_sessions(status=status, now=now) == len(listing)
+            page = await store.list_sessions(limit=2, after=None, status=status, now=now)
+            assert list(page.data) == listing[:2]
+            assert (page.next is not None) == (len(listing) > 2)
+        for session in model.listing(None, now):
+            turns = [turn for turn in model.turns.values() if turn.session_id == session.id]
+            assert await all_turns(store, session.id, now=now, limit=2) == turns
+        for turn in self.begun:
+            kept = turn.id in model.turns
+            assert list(await store.read_events(turn.session_id, turn.id)) == model.events.get(turn.id, [])
+            path = await store.read_path(turn.session_id, turn.id, bytes_max=None)
+            assert list(path) == (model.path(turn.id) if kept else [])
+
+
+def _patch(step: Update) -> SessionPatch:
+    if step.idle_timeout_s is None:
+        return SessionPatch(title=step.title)
+    return SessionPatch(title=step.title, idle_timeout_s=step.idle_timeout_s)
+
+
+@histories
+@given(st.lists(steps, max_size=40))
+async def test_a_store_does_what_a_simple_model_of_it_does(open_store: OpenStore, history: list[Step]) -> None:
+    async with open_store() as store:
+        both = History(store, Model())
+        for step in history:
+            await both.take(step)
+            await both.compare()
+
+
+# Paging
+
+Coming = tuple[Literal["create", "delete", "expire", "run", "end"], int]
+comings: st.SearchStrategy[Coming] = st.tuples(
+    st.sampled_from(["create", "delete", "expire", "run", "end"]), st.integers(0, 30)
+)
+PAGED_AT = at(100)
+
+
+@dataclass
+class Crowd:
+    """Sessions that come and go and change their status."""
+
+    store: Store
+    names: list[str] = field(default_factory=list)
+    open_turns: dict[str, TurnRecord] = field(default_factory=dict)
+
+    async def change(self, what: Coming) -> None:
+        kind, n = what
+        if kind == "create":
+            self.names.append(f"s{len(self.names)}")
+            # Of any age: the clocks of several machines differ.
+            await self.store.create_session(a_session(self.names[-1], created=n, idle_timeout_s=1000), now=PAGED_AT)
+        elif self.names:
+            with suppress(SessionNotFoundError):
+                await self._change_one(kind, self.names[n % len(self.names)])
+
+    async def _change_one(self, kind: str, name: str) -> None:
+        match kind:
+            case "delete":
+                await self.store.mark_deleted(name, now=PAGED_AT)
+            case "expire":
+                await self.store.update_session(name, SessionPatch(idle_timeout_s=0.5), now=at(99))
+            case "run" if name not in self.open_turns:
+                turn = a_turn(new_turn_id(), name)
+                await self.store.begin_turn(turn, now=PAGED_AT)
+                self.open_turns[name] = turn
+            case "end" if name in self.open_turns:
+                await self.store.end_turn(ended(self.open_turns.pop(name)), events=[], now=PAGED_AT)
+
+    async def matching(self, status: SessionStatus | None) -> set[str]:
+        page = await self.store.list_sessions(limit=1000, after=None, status=status, now=PAGED_AT)
+        return {session.id for session in page.data}
+
+
+@pytest.mark.parametrize("status", STATUSES)
+@histories
+@given(
+    before=st.lists(comings | st.tuples(st.just("create"), st.integers(0, 30)), max_size=20),
+    limit=st.integers(1, 5),
+    between=st.lists(st.lists(comings, max_size=4), max_size=8),
+)
+async def test_a_listing_is_exact_for_what_stays_while_sessions_come_and_go(
+    open_store: OpenStore,
+    status: SessionStatus | None,
+    before: list[Coming],
+    limit: int,
+    between: list[list[Coming]],
+) -> None:
+    async with open_store() as store:
+        crowd = Crowd(store)
+        for what in before:
+            await crowd.change(what)
+        stayed = ever = await crowd.matching(status)
+        page = await store.list_sessions(limit=limit, after=None, status=status, now=PAGED_AT)
+        found = list(page.data)
+        while page.next is not None:
+            assert len(page.data) == limit
+            for what in between.pop() if between else []:
+                await crowd.change(what)
+                matching = await crowd.matching(status)
+                stayed, ever = stayed & matching, ever | matching
+            page = await store.list_sessions(limit=limit, after=page.next, status=status, now=PAGED_AT)
+            found += page.data
+
+    places = [(session.created_at, session.id) for session in found]
+    assert places == sorted(set(places), reverse=True), "in order, and none twice"
+    assert stayed <= {session.id for session in found} <= ever
