@@ -16,7 +16,7 @@ from pathlib import Path
 
 import trio
 
-_PORT = re.compile(r"Running on https?://[^:\s]+:(\d+)|running on https?://[^:\s]+:(\d+)")
+_PORT = re.compile(r"[Rr]unning on https?://[^:\s]+:(\d+)")
 _PR_SET_CHILD_SUBREAPER = 36
 ROOT = Path(__file__).resolve().parent.parent
 """Where the servers are started: the project's own directory."""
@@ -38,6 +38,7 @@ class Launch:
     Args:
         argv: The command. It is to say ``Running on http://127.0.0.1:PORT`` once it listens.
         env: Added to this process's environment, from which every ``LASTCALL_*`` is taken.
+        workers: How many of its processes say so.
         cpus: The cores it may use, e.g. ``"0"``; all if None.
         stderr_pipe: Its output goes through a pipe that can be filled or closed; otherwise straight
             to the log file.
@@ -45,6 +46,7 @@ class Launch:
 
     argv: Sequence[str]
     env: Mapping[str, str] = field(default_factory=dict)
+    workers: int = 1
     cpus: str | None = None
     stderr_pipe: bool = False
 
@@ -67,6 +69,7 @@ class ServerProcess:
         self.log_path = log_path
         self.port = 0
         self.gone: Gone | None = None
+        self._workers = launch.workers
         self._gone = trio.Event()
         self._exits: list[tuple[int, int, float]] = []
         argv = list(launch.argv)
@@ -93,16 +96,16 @@ class ServerProcess:
         return self.log_path.read_text(errors="replace")
 
     async def wait_listening(self) -> None:
-        """Return once it says that it listens; ``port`` is set then.
+        """Return once all its workers say that they listen; ``port`` is set then.
 
         Raises:
             ServerFailedError: It ended instead.
         """
-        while not (match := _PORT.search(self.log())):
+        while len(found := _PORT.findall(self.log())) < self._workers:
             if self.gone is not None:
                 raise ServerFailedError("the server ended at once", exit_code=self.gone.exit_code, log=self.log())
             await trio.sleep(0.01)
-        self.port = int(match[1] or match[2])
+        self.port = int(found[0])
 
     # Signals
 

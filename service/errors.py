@@ -12,6 +12,7 @@
     │   ├── TurnNotFoundError
     │   ├── TurnInProgressError      ``on_conflict`` is reject and a turn is running or queued
     │   ├── EventsLostError          a resume inside events that a crash took
+    │   ├── OwnedElsewhereError      the session's turns run in another process (``fence``, ``address``)
     │   └── LimitError               a bound is reached; try later (``retry_after_s``)
     │       ├── TurnLimitError       ``live_turns_max``
     │       ├── QueueFullError       ``queued_turns_max``
@@ -102,6 +103,21 @@ class EventsLostError(RefusedError):
         self.after = after
         self.state = state
         self.text = text
+
+
+class OwnedElsewhereError(RefusedError):
+    """The session has open turns that another process runs: what decides about them is to be asked there.
+
+    ``address`` is where it answers, None if it did not say; ``fence`` is its number among the store's owners.
+    """
+
+    code = "owned_elsewhere"
+
+    def __init__(self, session_id: str, *, fence: int, address: str | None) -> None:
+        super().__init__(f"The turns of session {session_id!r} run in another process of this service.")
+        self.session_id = session_id
+        self.fence = fence
+        self.address = address
 
 
 class LimitError(RefusedError):

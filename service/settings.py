@@ -206,6 +206,11 @@ class Settings(BaseModel):
         return (Upstream(name="default", url=self.model_url, api_key=self.model_api_key, models=(self.model,)),)
 
     @property
+    def default_upstream(self) -> Upstream:
+        """The model server of :attr:`default_model`."""
+        return next(it for it in self.all_upstreams if self.default_model in it.models)
+
+    @property
     def shutdown_total_s(self) -> float:
         """The most a shutdown may take: ``shutdown_timeout_s``, or the sum of its phases plus 1 s."""
         if self.shutdown_timeout_s is not None:
@@ -261,13 +266,14 @@ def load_settings(**overrides: str) -> Settings:
     Raises:
         SettingsError: Its text names every problem, one a line.
     """
-    return read_sources(os.environ, **overrides).settings()
+    return read_sources(**overrides).settings()
 
 
 @dataclass(frozen=True)
 class Sources:
     """What was said, and where: ``origins`` has the variable, option or file of each name in ``values``."""
 
+    file: Path
     values: dict[str, object] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
 
@@ -293,7 +299,7 @@ class Sources:
             yield f"{where}{within}: {_complaint(detail, of_variable=origin.startswith(ENV_PREFIX))}"
 
 
-def read_sources(environ: Mapping[str, str], /, **overrides: str) -> Sources:
+def read_sources(environ: Mapping[str, str] | None = None, /, **overrides: str) -> Sources:
     """Collect what the file, the environment and the command line say, each over the one before.
 
     An empty variable counts as not set.
@@ -301,9 +307,10 @@ def read_sources(environ: Mapping[str, str], /, **overrides: str) -> Sources:
     Raises:
         SettingsError: The file cannot be read or is not TOML.
     """
-    sources = Sources()
+    environ = os.environ if environ is None else environ
     file = environ.get(CONFIG_FILE_VARIABLE) or CONFIG_FILE
-    for name, value in _read_file(Path(file), must_exist=file != CONFIG_FILE).items():
+    sources = Sources(Path(file))
+    for name, value in _read_file(sources.file, must_exist=file != CONFIG_FILE).items():
         sources.add(file, name, value)
     for variable in sorted(environ):
         if variable.startswith(ENV_PREFIX) and variable != CONFIG_FILE_VARIABLE and environ[variable]:
@@ -359,7 +366,7 @@ def _allowed(name: str, detail: ErrorDetails) -> str:
     field_schema: dict[str, Any] = Settings.model_json_schema()["properties"].get(name, {})
     schema = field_schema.get("anyOf", [field_schema])[0]
     if "maximum" not in schema:
-        return detail["msg"].replace("Input should", "should")
+        return detail["msg"][detail["msg"].find("should") :]
     kind = "a whole number" if schema["type"] == "integer" else "a number"
     least = f"of at least {schema['minimum']}" if "minimum" in schema else f"above {schema['exclusiveMinimum']}"
     return f"should be {kind} {least}, at most {schema['maximum']}"

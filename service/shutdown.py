@@ -15,7 +15,8 @@ Nothing here waits for what is not there: without an open turn the phases after 
 time. Nothing that goes wrong in a phase stops the ones after it: it is a fault, and is reported.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 
 import msgspec
@@ -80,26 +81,23 @@ class ShutdownReport(msgspec.Struct, frozen=True, kw_only=True):
 class Shutdown:
     """One shutdown: told by :meth:`notice`, done by :meth:`run`, summed up by :meth:`report`.
 
-    Args:
-        close_doors: Awaited once the drain is over, before a running turn is interrupted: who serves stops taking
-            connections here, because the event loop is about to be busy with the ends of all streams.
-
     Attributes:
+        close_doors: Set by who serves, and awaited once the drain is over, before the first running turn is
+            interrupted: no more connections are taken from there on, because the ends of all streams are about to
+            keep the event loop busy.
         phase: Where it is. Only ever goes on.
         accepting: Whether new work is taken. False from the end of the lame duck on.
         noticed: Set by the notice.
         work_ended: All turns are stored and their logs are closed; the streams are finishing.
     """
 
-    def __init__(
-        self, settings: Settings, *, close_doors: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
-    ) -> None:
+    def __init__(self, settings: Settings) -> None:
         self.phase = Phase.SERVING
         self.accepting = True
         self.noticed = trio.Event()
         self.work_ended = trio.Event()
+        self.close_doors: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
         self._settings = settings
-        self._close_doors = close_doors
         self._reason = ""
         self._hurry = trio.Event()
         self._phase_started = 0.0
@@ -136,6 +134,14 @@ class Shutdown:
         """Something went wrong on the way down; it is reported and changes the exit code."""
         self._faults.append(what)
 
+    @contextmanager
+    def noting_faults(self, what: str) -> Iterator[None]:
+        """Take an error for a fault: what comes after a step that failed matters more than the failure."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001
+            self.note_fault(f"{what}: {error!r}")
+
     def note_client_closed(self) -> None:
         self._clients_closed += 1
 
@@ -166,7 +172,8 @@ class Shutdown:
         self.work_ended.set()
 
     async def _drain(self, sessions: Sessions) -> None:
-        await self._attempt("interrupting queued turns", as_async(sessions.interrupt_queued))
+        with self.noting_faults("interrupting queued turns"):
+            sessions.interrupt_queued()
         with trio.move_on_after(self._settings.drain_timeout_s):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_cancel_after, nursery.cancel_scope, self._hurry)
@@ -174,20 +181,17 @@ class Shutdown:
                 nursery.cancel_scope.cancel()
 
     async def _interrupt(self, sessions: Sessions) -> None:
-        await self._attempt("closing the doors", self._close_doors)
-        await self._attempt("interrupting running turns", as_async(sessions.interrupt_all))
+        with self.noting_faults("closing the doors"):
+            await self.close_doors()
+        with self.noting_faults("interrupting running turns"):
+            sessions.interrupt_all()
         with trio.move_on_after(self._settings.cleanup_timeout_s + SETTLE_S) as bound:
             await sessions.wait_idle()
-            await self._attempt("storing what was refused", sessions.settle)
+            with self.noting_faults("storing what the store refused"):
+                await sessions.settle()
         if bound.cancelled_caught:
             left = sessions.statistics()
             self.note_fault(f"{left.turns_running + left.turns_queued} turns did not end within cleanup_timeout_s")
-
-    async def _attempt(self, what: str, act: Callable[[], Awaitable[object]]) -> None:
-        try:
-            await act()
-        except Exception as error:  # the phases after this one matter more than this one
-            self.note_fault(f"{what}: {error!r}")
 
     def _refuse_work(self) -> None:
         self.accepting = False
@@ -197,7 +201,7 @@ class Shutdown:
     def _enter(self, phase: Phase) -> None:
         now = trio.current_time()
         if self.phase is not Phase.SERVING:
-            self._phases_ms[self.phase] = _ms(now - self._phase_started)
+            self._phases_ms[str(self.phase)] = _ms(now - self._phase_started)
         self.phase = phase
         self._phase_started = now
 
@@ -229,13 +233,6 @@ class Shutdown:
 
 
 NOTHING = SessionsStatistics(**dict.fromkeys(SessionsStatistics.__struct_fields__, 0))
-
-
-def as_async(act: Callable[[], object]) -> Callable[[], Awaitable[None]]:
-    async def acted() -> None:
-        act()
-
-    return acted
 
 
 async def _cancel_after(scope: trio.CancelScope, event: trio.Event) -> None:

@@ -153,7 +153,11 @@ def child_processes() -> set[str]:
     """The children of this process, zombies included, as ``pid name``."""
     found = set()
     for children in Path("/proc/self/task").glob("*/children"):
-        for pid in children.read_text().split():
+        try:
+            pids = children.read_text().split()
+        except FileNotFoundError:  # a thread that has ended since it was listed
+            continue
+        for pid in pids:
             with suppress(FileNotFoundError, ProcessLookupError):
                 found.add(f"{pid} {Path('/proc', pid, 'comm').read_text().strip()}")
     return found

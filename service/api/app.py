@@ -8,6 +8,7 @@ from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
 
 from service.api import chat, docs, health, sessions, turns
+from service.api.bodies import BoundedRequest
 from service.api.cors import allow_origin, preflight_response
 from service.api.held import holding
 from service.api.operations import operation_of
@@ -19,16 +20,13 @@ __all__ = ["Application", "attach", "create_app", "detach"]
 
 
 class Application(QuartTrio):
-    """A Quart application whose requests give back what they hold, however they end."""
+    """A Quart application whose requests are bounded and give back what they hold, however they end."""
+
+    request_class = BoundedRequest
 
     async def asgi_app(self, scope: Any, receive: Any, send: Any) -> None:
         with holding(scope):
             await super().asgi_app(scope, receive, send)
-
-    async def make_default_options_response(self) -> Response:
-        response = await super().make_default_options_response()
-        response.status_code = 204
-        return response
 
 
 def create_app() -> Application:

@@ -27,7 +27,7 @@ async def chat() -> TrioResponse:
     The session is made if it is not there; the first event has its id.
     """
     service = current_service()
-    body = await read_body(request, Chat, text_bytes_max=service.settings.input_bytes_max)
+    body = await read_body(request, Chat, service.settings)
     session_id = await _get_or_create(service.sessions, body.session_id)
     return await start_streaming(service, session_id, NewTurn(text=body.message))
 

@@ -19,7 +19,7 @@ _DOCUMENT = "lastcall.openapi"
 @blueprint.get("/openapi.json")
 @operation(
     id="openapi",
-    answers=(Answer(status=200, description="OpenAPI 3.1.", media_type="application/vnd.oai.openapi+json"),),
+    answers=(Answer(status=200, description="OpenAPI 3.1.", media_type="application/json"),),
 )
 async def openapi() -> TrioResponse:
     """Get this description."""

@@ -14,11 +14,12 @@ from quart import Quart
 
 from service import __version__
 from service.api.access import LoopbackOnlyError, UnauthorizedError
-from service.api.bodies import BodyTimeoutError, InputTooLargeError, MalformedBodyError, UnsupportedMediaTypeError
+from service.api.bodies import BodyTimeoutError, UnsupportedMediaTypeError
 from service.api.operations import Answer, Operation, operation_of
 from service.api.problems import MEDIA_TYPE as PROBLEM
 from service.api.problems import NotReadyError, code_of, status_of
 from service.api.sse import MEDIA_TYPE as EVENT_STREAM
+from service.api.strict_json import InputTooLargeError, MalformedBodyError
 from service.api.wire import Problem, SessionId, TurnId
 from service.errors import InvalidRequestError, LastcallError, StoreError
 from service.sessions.events import Event
@@ -35,12 +36,15 @@ _TAGS = {
 _BODY_ERRORS = (MalformedBodyError, BodyTimeoutError, InputTooLargeError, UnsupportedMediaTypeError)
 _PATH_PARAMETERS = {"session_id": SessionId, "turn_id": TurnId}
 _REF = "#/components/schemas/{name}"
-_EXAMPLE_STREAM = (
-    "retry: 1000\n\n"
-    'id: 1\ndata: {"type":"turn.started","seq":1,"session_id":"sess_6f","turn_id":"turn_0a","model":"scripted"}\n\n'
-    'id: 2\ndata: {"type":"turn.delta","seq":2,"text":"Hello."}\n\n'
-    'id: 3\ndata: {"type":"turn.completed","seq":3,"finish_reason":"stop","usage":null,"text_length":6}\n\n'
-)
+_EXAMPLE_STREAM = """\
+id: 1
+data: {"type":"turn.started","seq":1,"session_id":"sess_6f","turn_id":"turn_0a","model":"scripted"}
+
+id: 2
+data: {"type":"turn.delta","seq":2,"text":"Hello."}
+
+id: 3
+data: {"type":"turn.completed","seq":3,"finish_reason":"stop","usage":null,"text_length":6}"""
 
 
 def build_document(app: Quart) -> dict[str, Any]:
@@ -55,7 +59,6 @@ def build_document(app: Quart) -> dict[str, Any]:
         paths.setdefault(path, {})[method] = _operation(
             operation_of(handler), tag, inspect.getdoc(handler) or "", sorted(rule.arguments), schemas
         )
-    schemas.add_all(Event)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -91,8 +94,15 @@ class _Schemas:
         self.components.update(components)
         return schema
 
-    def add_all(self, union: Any) -> None:
-        self.of(union)
+    def event_stream(self) -> dict[str, Any]:
+        """Of one event, as is usual before OpenAPI 3.2: a stream has no end that a schema could describe."""
+        data = {"type": "string", "contentMediaType": "application/json", "contentSchema": self.of(Event)}
+        return {
+            "type": "object",
+            "description": f"One event. On the wire, after its `retry:` line:\n\n```\n{_EXAMPLE_STREAM}\n```",
+            "properties": {"id": {"type": "string", "pattern": "^[0-9]+$"}, "data": data},
+            "required": ["id", "data"],
+        }
 
 
 def _operation(operation: Operation, tag: str, doc: str, path_names: list[str], schemas: _Schemas) -> dict[str, Any]:
@@ -124,7 +134,7 @@ def _parameters(operation: Operation, path_names: list[str], schemas: _Schemas) 
     if operation.query is not None:
         schema = schemas.of(operation.query)
         for name, of_one in schemas.components.pop(schema["$ref"].rpartition("/")[2])["properties"].items():
-            yield {"name": name, "in": "query", "schema": _without_null(of_one)}
+            yield {"name": name, "in": "query", "schema": of_one}
     if operation.resumes:
         yield {
             "name": "Last-Event-ID",
@@ -134,24 +144,15 @@ def _parameters(operation: Operation, path_names: list[str], schemas: _Schemas) 
         }
 
 
-def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
-    """A parameter is left out rather than null."""
-    options = [option for option in schema.get("anyOf", ()) if option != {"type": "null"}]
-    return options[0] if len(options) == 1 else schema
-
-
 def _answer(answer: Answer, schemas: _Schemas) -> dict[str, Any]:
     described: dict[str, Any] = {"description": answer.description}
     content: dict[str, Any] = {}
     if answer.body is not None:
         content["application/json"] = {"schema": schemas.of(answer.body)}
     if answer.streams:
-        content[EVENT_STREAM] = {
-            "schema": {"type": "string", "description": "Each `data:` is one of the `Turn…` event schemas."},
-            "example": _EXAMPLE_STREAM,
-        }
+        content[EVENT_STREAM] = {"schema": schemas.event_stream()}
     if answer.media_type is not None:
-        content[answer.media_type] = {"schema": {"type": "string"}}
+        content[answer.media_type] = {"schema": {"type": "object" if answer.media_type.endswith("json") else "string"}}
     if content:
         described["content"] = content
     if answer.located:

@@ -8,7 +8,8 @@ from quart_trio.wrappers import TrioResponse
 from werkzeug.exceptions import HTTPException
 
 from service.api.access import LoopbackOnlyError, UnauthorizedError
-from service.api.bodies import BodyTimeoutError, InputTooLargeError, MalformedBodyError, UnsupportedMediaTypeError
+from service.api.bodies import BodyTimeoutError, UnsupportedMediaTypeError
+from service.api.strict_json import InputTooLargeError, MalformedBodyError
 from service.api.wire import Problem
 from service.errors import (
     EventsLostError,

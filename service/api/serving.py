@@ -16,7 +16,6 @@ _ACCESS = "lastcall.access"
 def attach(app: Quart, service: Service) -> None:
     """Let the application answer from this service. Its settings hold for all requests from now on."""
     app.config["MAX_CONTENT_LENGTH"] = body_bytes_max(service.settings)
-    app.config["BODY_TIMEOUT"] = service.settings.body_timeout_s
     app.extensions[_ACCESS] = Access.by(service.settings)
     app.extensions[_SERVICE] = service
 

@@ -4,8 +4,9 @@ import msgspec
 from quart import Blueprint, request
 from quart_trio.wrappers import TrioResponse
 
-from service.api.bodies import read_body, read_query
+from service.api.bodies import read_body
 from service.api.operations import Answer, operation
+from service.api.queries import read_query
 from service.api.serving import current_service, json_response
 from service.api.wire import CreateSession, MessageList, PageQuery, Session, SessionList, SessionsQuery, UpdateSession
 from service.errors import SessionExistsError, SessionNotFoundError, ShuttingDownError
@@ -46,7 +47,7 @@ async def create_session() -> TrioResponse:
     `idle_timeout_s`; accepting or ending a turn and PATCH are uses, reading is none.
     """
     service = current_service()
-    body = await read_body(request, CreateSession, text_bytes_max=service.settings.input_bytes_max)
+    body = await read_body(request, CreateSession, service.settings)
     record = await service.sessions.create_session(NewSession(**msgspec.structs.asdict(body)))
     return json_response(Session.of(record), 201, location=session_location(record.id))
 
@@ -64,8 +65,8 @@ async def list_sessions() -> TrioResponse:
     """
     query = read_query(request, SessionsQuery)
     sessions = current_service().sessions
-    page = await sessions.list_sessions(limit=query.limit, after=query.after, status=query.status)
-    count = await sessions.count_sessions(status=query.status) if query.count else msgspec.UNSET
+    page = await sessions.list_sessions(limit=query.limit, after=query.after or None, status=query.status or None)
+    count = await sessions.count_sessions(status=query.status or None) if query.count else msgspec.UNSET
     return json_response(SessionList.of(page, count=count))
 
 
@@ -95,7 +96,7 @@ async def update_session(session_id: str) -> TrioResponse:
     """
     session_id = checked_session_id(session_id)
     service = current_service()
-    body = await read_body(request, UpdateSession, text_bytes_max=service.settings.input_bytes_max)
+    body = await read_body(request, UpdateSession, service.settings)
     patch = SessionPatch(**msgspec.structs.asdict(body))
     return json_response(Session.of(await service.sessions.update_session(session_id, patch)))
 
@@ -127,5 +128,5 @@ async def list_messages(session_id: str) -> TrioResponse:
     """List the messages on the path from the first turn to the head, oldest first."""
     session_id = checked_session_id(session_id)
     query = read_query(request, PageQuery)
-    page = await current_service().sessions.list_messages(session_id, limit=query.limit, after=query.after)
+    page = await current_service().sessions.list_messages(session_id, limit=query.limit, after=query.after or None)
     return json_response(MessageList.of(page))

@@ -5,9 +5,10 @@ import re
 from quart import Blueprint, request
 from quart_trio.wrappers import TrioResponse
 
-from service.api.bodies import read_body, read_query
+from service.api.bodies import read_body
 from service.api.held import give_back_later
 from service.api.operations import Answer, operation
+from service.api.queries import read_query
 from service.api.serving import current_service, json_response
 from service.api.sessions import checked_session_id, session_location
 from service.api.sse import HEADERS, MEDIA_TYPE, read_cursor, stream_response, wants_stream
@@ -75,7 +76,7 @@ async def start_turn(session_id: str) -> TrioResponse:
     """
     session_id = checked_session_id(session_id)
     service = current_service()
-    body = await read_body(request, StartTurn, text_bytes_max=service.settings.input_bytes_max)
+    body = await read_body(request, StartTurn, service.settings)
     new = NewTurn(
         text=body.input,
         parent=body.parent,
@@ -117,7 +118,7 @@ async def list_turns(session_id: str) -> TrioResponse:
     """List all turns of a session, in the order of their acceptance."""
     session_id = checked_session_id(session_id)
     query = read_query(request, PageQuery)
-    page = await current_service().sessions.list_turns(session_id, limit=query.limit, after=query.after)
+    page = await current_service().sessions.list_turns(session_id, limit=query.limit, after=query.after or None)
     return json_response(TurnList.of(page))
 
 

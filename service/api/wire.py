@@ -14,19 +14,28 @@ from service.sessions.registry import MessageRecord, OnConflict
 from service.sessions.turn import OnDisconnect
 from service.storage.records import EndReason, Failure, Page, SessionRecord, SessionStatus, TurnRecord, TurnState
 
+# Python's ``$`` also matches before a last line end, JavaScript's does not: hence the lookahead.
 SessionId = Annotated[
     str,
     Meta(
-        pattern=r"^(?!\.{1,2}$)[A-Za-z0-9_.-]{1,128}$",
+        pattern=r"^(?!\.{1,2}$)[A-Za-z0-9_.-]{1,128}$(?!\n)",
         description="1-128 of `A-Z a-z 0-9 _ . -`; not `.` or `..`, which no URL can name.",
     ),
 ]
-TurnId = Annotated[str, Meta(pattern=r"^turn_[0-9a-f]{32}$")]
-Title = Annotated[str, Meta(max_length=200)]
-ModelName = Annotated[str, Meta(min_length=1, max_length=200)]
-Text = Annotated[str, Meta(min_length=1, description="At most `input_bytes_max` bytes of UTF-8, no NUL.")]
+TurnId = Annotated[str, Meta(pattern=r"^turn_[0-9a-f]{32}$(?!\n)")]
+# Told to readers of the schema only: :mod:`service.api.strict_json` looks itself, and says it in words.
+_NO_NUL = {"pattern": r"^[^\x00]*$"}
+Title = Annotated[str, Meta(max_length=200, extra_json_schema=_NO_NUL)]
+ModelName = Annotated[str, Meta(min_length=1, max_length=256, extra_json_schema=_NO_NUL)]
+Text = Annotated[
+    str,
+    Meta(min_length=1, description="At most `input_bytes_max` bytes of UTF-8, no NUL.", extra_json_schema=_NO_NUL),
+]
 Metadata = Annotated[
-    dict[Annotated[str, Meta(min_length=1, max_length=64)], Annotated[str, Meta(max_length=512)]],
+    dict[
+        Annotated[str, Meta(min_length=1, max_length=64, extra_json_schema=_NO_NUL)],
+        Annotated[str, Meta(max_length=512, extra_json_schema=_NO_NUL)],
+    ],
     Meta(max_length=16, description="At most 16 pairs, keys of 1-64 characters, values of at most 512."),
 ]
 IdleTimeout = Annotated[float, Meta(ge=1, le=31_536_000, description="Seconds without use until the session expires.")]
@@ -39,7 +48,7 @@ class RequestBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Query(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A query string that is taken."""
+    """A query string that is taken. What was not given is UNSET: as a text, "null" is not null."""
 
 
 # Sessions
@@ -119,8 +128,8 @@ class SessionsQuery(Query, frozen=True, kw_only=True):
     """``?limit=50&status=running&count=true``"""
 
     limit: Limit = 20
-    after: After | None = None
-    status: SessionStatus | None = None
+    after: After | UnsetType = UNSET
+    status: SessionStatus | UnsetType = UNSET
     count: Annotated[bool, Meta(description="Whether to add the exact count of all pages.")] = False
 
 
@@ -140,7 +149,7 @@ class PageQuery(Query, frozen=True, kw_only=True):
     """``?limit=50&after=WyJ0IiwxMl0``"""
 
     limit: Limit = 20
-    after: After | None = None
+    after: After | UnsetType = UNSET
 
 
 # Messages

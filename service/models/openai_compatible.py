@@ -20,7 +20,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
-import httpx  # noqa: ASYNC127  fixed for this project, see docs
+import httpx  # noqa: ASYNC127  the project's choice; only this module knows it
 
 from service.clock import Clock, wall_clock
 from service.errors import ModelError, SettingsError
@@ -28,6 +28,7 @@ from service.models.chat_completions import ReplyDecoder, encode_request
 from service.models.client import ModelEvent, ModelRequest
 from service.models.upstream_errors import ErrorReply, error_from_reply, error_from_status, parse_retry_after
 
+_HOST = re.compile(rb"[0-9a-fA-F:.]+(%[\w.-]+)?|([\w-]{1,63}\.)*[\w-]{1,63}\.?")
 _IDLE_CONNECTIONS_MAX = 64
 _IDLE_EXPIRY_S = 4.0  # uvicorn, under many model servers, closes after 5
 _ERROR_BODY_BYTES_MAX = 64 * 1024
@@ -132,9 +133,11 @@ class OpenAICompatibleClient:
     @asynccontextmanager
     async def stream(self, request: ModelRequest) -> AsyncIterator["OpenAICompatibleStream"]:
         """See :class:`~service.models.client.ModelClient`."""
-        async with self._respond(encode_request(request, limit_field=self._limit_field)) as response:
+        limit_field = self._limit_field
+        async with self._respond(encode_request(request, limit_field=limit_field)) as response:
             if not response.is_event_stream:
-                raise await self._failure(response)
+                limited_by = None if request.max_output_tokens is None else limit_field
+                raise await self._failure(response, limited_by=limited_by)
             decoder = ReplyDecoder(redact=self._redact)
             yield OpenAICompatibleStream(response, decoder)
             response.reusable = decoder.finished
@@ -143,23 +146,32 @@ class OpenAICompatibleClient:
     async def _respond(self, body: bytes) -> AsyncIterator["_Response"]:
         """Send the request, wait for the response's head, and leave nothing of either behind."""
         connection = _NewConnection()
-        request = self._http.build_request("POST", self._url, content=body, extensions={"trace": connection.trace})
         opened: _Response | None = None
         try:
-            opened = _Response(await self._http.send(request, stream=True))
+            opened = await self._send(body, connection)
             yield opened
-        except httpx.HTTPError as error:
-            raise _transport_error(error, during=connection.phase) from error
         finally:
             with anyio.CancelScope(shield=True, deadline=anyio.current_time() + _CLOSE_TIMEOUT_S):
                 await (connection if opened is None else opened).aclose()
 
-    async def _failure(self, response: "_Response") -> ModelError:
-        """What went wrong, from a response that is not an event stream."""
+    async def _send(self, body: bytes, connection: "_NewConnection") -> "_Response":
+        request = self._http.build_request("POST", self._url, content=body, extensions={"trace": connection.trace})
+        request.stream = _Body(body)
+        try:
+            return _Response(await self._http.send(request, stream=True))
+        except httpx.HTTPError as error:
+            raise _transport_error(error, during=connection.phase) from error
+
+    async def _failure(self, response: "_Response", *, limited_by: str | None) -> ModelError:
+        """What went wrong, from a response that is not an event stream.
+
+        Args:
+            limited_by: The name under which the request had a bound on the output.
+        """
         body = await response.read_error_body()
         reply = ErrorReply.from_body(body)
         if response.status != 200:
-            if response.status == 400 and "max_completion_tokens" in reply.words:
+            if limited_by == "max_tokens" and response.status == 400 and "max_completion_tokens" in reply.words:
                 self._limit_field = "max_completion_tokens"
                 return ModelError("upstream_rejected", "The model server wants max_completion_tokens.", retryable=True)
             retry_after_s = parse_retry_after(response.headers.get("retry-after"), now=self._clock())
@@ -267,10 +279,26 @@ class _Response:
         await self._response.aclose()
 
 
+class _Body(httpx.AsyncByteStream):
+    """A request's body in one piece. httpx's own is an async generator, which a cancelled send leaves open."""
+
+    def __init__(self, body: bytes) -> None:
+        self._pieces = iter((body,))
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        try:
+            return next(self._pieces)
+        except StopIteration:
+            raise StopAsyncIteration from None
+
+
 class _NewConnection:
     """Watches a connection being made: how far it is, and the socket until it has another owner.
 
-    httpcore 1.0 forgets a TCP connection whose TLS handshake is cancelled; ``test_openai_compatible.py``
+    httpcore 1.0 forgets a TCP connection whose TLS handshake is cancelled; ``test_upstream_closing.py``
     has the test that tells when it no longer does.
     """
 
@@ -298,7 +326,8 @@ def _endpoint(url: str) -> tuple[httpx.URL, tuple[str, str] | None]:
         base = httpx.URL(url)
     except (httpx.InvalidURL, ValueError):
         base = httpx.URL("")
-    if base.scheme not in ("http", "https") or not base.host:
+    port = 443 if base.port is None else base.port
+    if base.scheme not in ("http", "https") or not _HOST.fullmatch(base.raw_host) or not 0 < port < 65536:
         raise SettingsError("model_url: not a usable address; allowed are scripted: and http(s)://host[:port][/path].")
     auth = (base.username, base.password) if base.userinfo else None
     path = base.path.rstrip("/")

@@ -87,10 +87,12 @@ class Script(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             if parameter not in cls.__struct_fields__:
                 raise SettingsError(f"model_url: {parameter!r} is not a parameter of scripted:; those are {known}.")
             try:
-                msgspec.convert({parameter: value}, cls, strict=False)
+                converted = msgspec.convert({parameter: value}, cls, strict=False)
             except msgspec.ValidationError as error:
                 reason = str(error).partition(" - ")[0]
                 raise SettingsError(f"model_url: {parameter}={value!r} is not allowed: {reason}.") from error
+            if getattr(converted, parameter) is None:
+                raise SettingsError(f"model_url: {parameter}={value!r} is not allowed: leave it out instead.")
         return msgspec.convert(values, cls, strict=False)
 
 

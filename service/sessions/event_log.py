@@ -84,7 +84,7 @@ class EventLog:
 
     def frames(self) -> list[bytes]:
         """A copy of all frames, to be kept."""
-        return self._frames.copy()
+        return list(self._frames)
 
 
 def join_frames(frames: Sequence[bytes], cursor: int, *, bytes_max: int) -> tuple[bytes, int]:

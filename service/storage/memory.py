@@ -22,7 +22,7 @@ from service.storage.cursors import (
     decode_turn_cursor,
     encode_cursor,
 )
-from service.storage.records import Page, SessionPatch, SessionRecord, SessionStatus, TurnRecord
+from service.storage.records import Checkpoint, Owner, Page, SessionPatch, SessionRecord, SessionStatus, TurnRecord
 
 
 @dataclass
@@ -174,14 +174,22 @@ class MemoryStore:
         if turn is not None and turn.record.state == "queued":
             turn.record = msgspec.structs.replace(turn.record, state="running", started_at=now)
 
-    async def end_turn(self, turn: TurnRecord, *, events: Sequence[bytes], now: datetime) -> bool:
+    async def checkpoint_turns(self, checkpoints: Sequence[Checkpoint]) -> None:
+        # Only the events, for the end to follow on: no output here outlives its owner.
+        await anyio.lowlevel.checkpoint()
+        for checkpoint in checkpoints:
+            turn = self._turns.get(checkpoint.turn_id)
+            if turn is not None and turn.record.is_open:
+                turn.events = (*turn.events[: checkpoint.after], *checkpoint.events)
+
+    async def end_turn(self, turn: TurnRecord, *, events: Sequence[bytes], now: datetime, after: int = 0) -> bool:
         await anyio.lowlevel.checkpoint()
         kept = self._turns.get(turn.id)
         if kept is None or not kept.record.is_open:
             return False
         session = self._sessions[kept.record.session_id]
         kept.record = turn
-        kept.events = tuple(events)
+        kept.events = (*kept.events[:after], *events)
         record = session.record
         self._replace(
             session,
@@ -234,6 +242,11 @@ class MemoryStore:
         await anyio.lowlevel.checkpoint()
         turn = self._turns.get(turn_id)
         return turn.events if turn is not None and turn.record.session_id == session_id else ()
+
+    async def find_owner(self, session_id: str) -> Owner | None:  # noqa: ARG002
+        # There is no other.
+        await anyio.lowlevel.checkpoint()
+        return None
 
     async def recover(self, *, now: datetime) -> int:  # noqa: ARG002
         # No turn here outlives its owner.

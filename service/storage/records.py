@@ -13,6 +13,12 @@ EndState = Literal["completed", "failed", "cancelled", "interrupted"]
 SessionStatus = Literal["idle", "running"]
 EndReason = Literal["requested", "superseded", "disconnected", "session_deleted", "shutdown", "crash"]
 
+SEQ_AFTER_CRASH = 1 << 30
+"""The seq of the terminal event of a turn that a crash ended: above any that can ever have been sent.
+
+A log holds no more bytes than this (the upper bound of ``log_bytes_max``), and every event has some.
+"""
+
 
 class Item(msgspec.Struct, frozen=True, kw_only=True):
     """A part of a turn's input or output: a message, or the model's reasoning."""
@@ -111,6 +117,32 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
     def message_bytes(self) -> int:
         """The size of its messages, input and output, in UTF-8; without reasoning."""
         return sum(len(item.text.encode()) for item in (*self.input, *self.output) if item.type == "message")
+
+
+class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """What a running turn grew by since the checkpoint before.
+
+    ``after`` is the seq of the last event of the last checkpoint that was acknowledged, 0 if there was none;
+    ``events`` are those that follow it, without gaps. ``output`` holds the text that these events brought: an
+    item whose id was there before goes on, a new one begins.
+    """
+
+    session_id: str
+    turn_id: str
+    after: int
+    events: tuple[bytes, ...]
+    output: tuple[Item, ...]
+
+
+class Owner(msgspec.Struct, frozen=True, kw_only=True):
+    """An open store: who runs the turns that it began.
+
+    ``fence`` grows from owner to owner of one store and is never used twice. ``address`` is where the process
+    that opened it answers for its sessions (``unix:/run/lastcall/3.sock``, ``http://10.0.0.3:8000``), if it said so.
+    """
+
+    fence: int
+    address: str | None
 
 
 class Page(msgspec.Struct, Generic[T], frozen=True):

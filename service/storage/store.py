@@ -7,7 +7,8 @@ store's affair. Everything that decides something takes what it decides on as ar
 in the same step as the write, so that several processes may share a store.
 
 An open store is one owner. The turns that it began are its own until they end, it is closed or its
-process dies; only then may another owner's :meth:`Store.recover` end them.
+process dies; only then may another owner's :meth:`Store.recover` end them. All open turns of a session
+have one owner: to any other the store refuses a new one and says whose they are.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from datetime import datetime
 from typing import Protocol
 
 from service.storage.records import (
+    Checkpoint,
+    Owner,
     Page,
     SessionPatch,
     SessionRecord,
@@ -33,7 +36,8 @@ class Store(Protocol):
     A session is *used* at ``now`` by what accepts or ends a turn and by a patch, never by a read:
     ``last_accessed_at`` becomes ``now``, ``expires_at`` becomes ``now`` plus its idle timeout.
 
-    Every method raises :class:`~service.errors.StoreError` where the store refuses or breaks.
+    Every method raises :class:`~service.errors.StoreError` where the store refuses or breaks. Whether
+    such a step has happened is then as unknown as for one that was cancelled.
     Waiting is the caller's to bound. ``aclose`` flushes and closes; nothing may be called after it.
     """
 
@@ -121,6 +125,8 @@ class Store(Protocol):
         Raises:
             SessionNotFoundError
             TurnNotFoundError: ``turn.parent`` is not a turn of this session; it may be an open one.
+            OwnedElsewhereError: The session's open turns are another owner's that lives. (Those of one that is
+                gone are recovered in the same step.)
         """
         ...
 
@@ -128,16 +134,26 @@ class Store(Protocol):
         """A queued turn has begun to run: ``started_at`` is ``now``. Does nothing if it is not queued."""
         ...
 
-    async def end_turn(self, turn: TurnRecord, *, events: Sequence[bytes], now: datetime) -> bool:
+    async def checkpoint_turns(self, checkpoints: Sequence[Checkpoint]) -> None:
+        """Keep what running turns grew by, in case this owner dies before their ends.
+
+        No use of a session, and nothing that :meth:`get_turn` shows before :meth:`recover` did. A checkpoint of a
+        turn that is not open, or not this owner's, is passed over. After a call that was cancelled or failed the
+        same ``after`` is to be given again: what had been kept beyond it is replaced.
+        """
+        ...
+
+    async def end_turn(self, turn: TurnRecord, *, events: Sequence[bytes], now: datetime, after: int = 0) -> bool:
         """Keep a turn's end, its output and its encoded events, and count it as a use.
 
         ``turn`` is the whole record: as it was accepted, and how it ended. ``open_turns`` shrinks by
         one, ``message_count`` grows by one if the turn has a text, the totals by its usage.
-        The first end wins: False, and nothing changes, if the turn has ended or is gone.
+        The first end wins: False, and nothing changes, if the turn has ended, is gone or is not this owner's.
         Also works on a session that is marked as deleted.
 
         Args:
-            events: Seq 1 first, without gaps, the terminal event last; or none.
+            events: Those that follow ``after``, without gaps, the terminal event last; or none.
+            after: The seq of the last event of the last checkpoint that was acknowledged.
         """
         ...
 
@@ -173,13 +189,21 @@ class Store(Protocol):
         """
         ...
 
+    async def find_owner(self, session_id: str) -> Owner | None:
+        """Who runs the open turns of a session, if that is another owner; None where it is this one or nobody.
+
+        Whether it still lives is not looked at. Looks at what is kept.
+        """
+        ...
+
     async def recover(self, *, now: datetime) -> int:
         """After a crash: end open turns whose owner is gone as ``interrupted`` (``crash``), finish deletions.
 
-        Called once at start, before any turn; safe beside other owners. Each such turn keeps the output
-        and events of its last checkpoint, and its ``last_seq`` becomes higher than any seq that was ever
-        sent. For its session it is an end like any other: a use at ``now``, and no longer an open turn.
-        Returns how many turns it ended.
+        Called at start, before any turn, and again whenever an owner may have died; safe beside other owners.
+        Each such turn keeps the output and events of its last checkpoint, and its ``last_seq`` becomes
+        :data:`~service.storage.records.SEQ_AFTER_CRASH`, higher than any seq that was ever sent. For its
+        session it is an end like any other: a use at ``now``, and no longer an open turn. Returns how many
+        turns it ended.
         """
         ...
 

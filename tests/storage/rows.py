@@ -1,7 +1,8 @@
 """Sessions and turns to put into a store, and a look at everything that a store holds."""
 
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from datetime import UTC, datetime, timedelta
+from typing import TypeVar
 
 import msgspec
 
@@ -13,6 +14,9 @@ T0 = datetime(2026, 3, 1, 12, 0, 0, 123456, tzinfo=UTC)
 """When everything begins. With microseconds: a store that drops them fails."""
 
 IDLE_TIMEOUT_S = 60.0
+PAGES_MAX = 100
+
+T = TypeVar("T")
 
 
 def at(seconds: float) -> datetime:
@@ -77,25 +81,23 @@ def ended(
 
 
 async def all_sessions(store: Store, *, now: datetime, limit: int = 100) -> list[SessionRecord]:
-    found: list[SessionRecord] = []
-    page = Page[SessionRecord](data=(), next=None)
-    while not found or page.next is not None:
-        page = await store.list_sessions(limit=limit, after=page.next, status=None, now=now)
-        if not page.data:
-            break
-        found += page.data
-    return found
+    return await _all_pages(lambda after: store.list_sessions(limit=limit, after=after, status=None, now=now))
 
 
 async def all_turns(store: Store, session_id: str, *, now: datetime, limit: int = 100) -> list[TurnRecord]:
-    found: list[TurnRecord] = []
-    page = Page[TurnRecord](data=(), next=None)
-    while not found or page.next is not None:
-        page = await store.list_turns(session_id, limit=limit, after=page.next, now=now)
-        if not page.data:
-            break
+    return await _all_pages(lambda after: store.list_turns(session_id, limit=limit, after=after, now=now))
+
+
+async def _all_pages(read: Callable[[str | None], Awaitable[Page[T]]]) -> list[T]:
+    found: list[T] = []
+    page = await read(None)
+    for _ in range(PAGES_MAX):
         found += page.data
-    return found
+        if page.next is None:
+            return found
+        assert page.data, "an empty page is the last one"
+        page = await read(page.next)
+    raise AssertionError("a listing has no end")
 
 
 Contents = dict[str, tuple[SessionRecord, list[tuple[TurnRecord, list[bytes]]]]]

@@ -20,7 +20,9 @@ from tests.storage.conftest import OpenStore
 from tests.storage.rows import a_session, a_turn, all_turns, at, ended
 
 # Each example opens a store of its own; the fixture is only the way to one.
-histories = settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+histories = settings(
+    max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 
 
 @dataclass
@@ -408,6 +410,7 @@ async def test_a_listing_is_exact_for_what_stays_while_sessions_come_and_go(
         found = list(page.data)
         while page.next is not None:
             assert len(page.data) == limit
+            assert len(found) < 200, "the listing has no end"
             for what in between.pop() if between else []:
                 await crowd.change(what)
                 matching = await crowd.matching(status)

@@ -1,0 +1,131 @@
+"""The contenders: servers with the same wire behaviour, each a small program of its own.
+
+All take ``POST /chat {"message": …}`` and answer with an event stream of ``turn.delta`` events and a terminal
+event, where they have the chance. The table below is all that the benchmark knows of them.
+"""
+
+import shutil
+import sqlite3
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+from bench.server_process import Launch, python_command
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to serve a chat.
+
+    Args:
+        name: For ``--only`` and the raw rows.
+        label: For tables and plots.
+        argv: The command.
+        env: Its settings.
+        workers: How many processes serve.
+        relays: Whether there is a model server behind it; a floor makes its own tokens.
+        needs: Modules it imports beyond the service's own.
+        store_env: Names the environment variable that takes a store, and turns a path into its value.
+        count_replies: Counts the non-empty replies in that store afterwards.
+    """
+
+    name: str
+    label: str
+    argv: Sequence[str]
+    env: Mapping[str, str] = field(default_factory=dict)
+    workers: int = 1
+    relays: bool = True
+    needs: Sequence[str] = ()
+    store_env: tuple[str, Callable[[Path], str]] | None = None
+    count_replies: Callable[[Path], int] | None = None
+
+    @property
+    def missing(self) -> str | None:
+        """What is not installed that it needs."""
+        if not shutil.which(self.argv[0]):
+            return self.argv[0]
+        return next((module for module in self.needs if find_spec(module) is None), None)
+
+    def launch(self, *, upstream_url: str, store: Path, cpus: str | None) -> Launch:
+        env = {**self.env, "BENCH_UPSTREAM": upstream_url, "LASTCALL_MODEL_URL": upstream_url}
+        if self.store_env is not None:
+            env[self.store_env[0]] = self.store_env[1](store)
+        return Launch(self.argv, env=env, workers=self.workers, cpus=cpus)
+
+
+def _count_rows(store: Path) -> int:
+    database = sqlite3.connect(store)
+    try:
+        return int(database.execute("SELECT count(*) FROM replies WHERE text != ''").fetchone()[0])
+    finally:
+        database.close()
+
+
+def _lastcall(name: str, label: str, argv: Sequence[str], *, drain_timeout_s: float, workers: int = 1) -> Contender:
+    env = {
+        "LASTCALL_DRAIN_TIMEOUT_S": str(drain_timeout_s),
+        "LASTCALL_MODEL": "bench",
+        "LASTCALL_BIND": "127.0.0.1:0",
+        "LASTCALL_LIVE_TURNS_MAX": "4000",
+    }
+    return Contender(name, label, argv, env=env, workers=workers)
+
+
+def _hypercorn(application: str, *, workers: int = 1) -> list[str]:
+    return python_command(
+        "-m", "hypercorn", "--worker-class", "trio", "--bind", "127.0.0.1:0", "--workers", str(workers), application
+    )
+
+
+def _uvicorn(name: str, label: str, module: str, *options: str, **env: str) -> Contender:
+    return Contender(
+        name,
+        label,
+        python_command("-m", "uvicorn", f"bench.contenders.{module}:app", "--port", "0", *options),
+        env=env,
+        needs=("fastapi", "uvicorn", "sse_starlette"),
+        store_env=("BENCH_STORE", str),
+        count_replies=_count_rows,
+    )
+
+
+_GRACE = ("--timeout-graceful-shutdown", "2")
+_SERVICE = _hypercorn("service.asgi:app")
+
+CONTENDERS: tuple[Contender, ...] = (
+    _lastcall("lastcall", "Lastcall, hypercorn, 1 worker", _SERVICE, drain_timeout_s=0),
+    _lastcall(
+        "lastcall-2",
+        "Lastcall, hypercorn, 2 workers",
+        _hypercorn("service.asgi:app", workers=2),
+        drain_timeout_s=0,
+        workers=2,
+    ),
+    _lastcall("lastcall-serve", "Lastcall, just serve", python_command("-m", "service", "serve"), drain_timeout_s=0),
+    _lastcall("lastcall-drain", "Lastcall, hypercorn, 1 worker, 2 s drain", _SERVICE, drain_timeout_s=2),
+    _uvicorn("cooperative", "sse-starlette, cooperative", "sse_starlette_cooperative", "--timeout-graceful-shutdown", "5"),
+    _uvicorn("sse-starlette", "sse-starlette, README", "sse_starlette_readme"),
+    _uvicorn("sse-starlette-2s", "sse-starlette, README, graceful 2 s", "sse_starlette_readme", *_GRACE),
+    _uvicorn("fastapi", "FastAPI, uvicorn", "fastapi_documented"),
+    _uvicorn("fastapi-2s", "FastAPI, uvicorn, graceful 2 s", "fastapi_documented", *_GRACE),
+    _uvicorn("origin-1", "old back end, 1st", "origin", ORIGIN_VERSION="1"),
+    _uvicorn("origin-1-2s", "old back end, 1st, graceful 2 s", "origin", *_GRACE, ORIGIN_VERSION="1"),
+    _uvicorn("origin-2", "old back end, 2nd", "origin", ORIGIN_VERSION="2"),
+    _uvicorn("origin-2-2s", "old back end, 2nd, graceful 2 s", "origin", *_GRACE, ORIGIN_VERSION="2"),
+    Contender(
+        "quart-trio",
+        "Quart-Trio, hypercorn, 1 worker",
+        _hypercorn("bench.contenders.quart_trio_plain:app"),
+        store_env=("BENCH_STORE", str),
+        count_replies=_count_rows,
+    ),
+    Contender("node", "floor: bare node", ["node", "bench/contenders/node_floor.mjs"], relays=False),
+    Contender("trio", "floor: bare Trio", python_command("-m", "bench.contenders.trio_floor"), relays=False),
+)
+
+
+def choose(names: Sequence[str]) -> list[Contender]:
+    """The named ones, in that order; all if none are named. Raises KeyError for a name that is not there."""
+    known = {contender.name: contender for contender in CONTENDERS}
+    return [known[name] for name in names] if names else list(CONTENDERS)

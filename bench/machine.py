@@ -1,0 +1,96 @@
+"""What a figure was measured on: the machine, its load, and the versions of everything that took part."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import msgspec
+import trio
+
+_PACKAGES = (
+    *("trio", "hypercorn", "quart-trio", "quart", "h11", "httpx", "msgspec"),
+    *("fastapi", "starlette", "uvicorn", "uvloop", "httptools", "sse-starlette"),
+)
+BUSY_SHARE_MAX = 0.1
+"""Above this share of the cores in use by others, a figure says that the machine was busy."""
+
+
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    """Written once into each file of raw rows, first."""
+
+    kind: str = "machine"
+    date: str
+    cpu: str
+    cores: int
+    memory_gib: int
+    kernel: str
+    python: str
+    node: str | None
+    versions: dict[str, str]
+    load_average: tuple[float, float, float]
+    server_cpus: str | None
+    client_cpus: str | None
+
+
+def look_at_machine(*, server_cpus: str | None, client_cpus: str | None) -> Machine:
+    """Describe this machine as it is now."""
+    cpu = next(
+        (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.machine(),
+    )
+    memory_kib = int(next(line.split()[1] for line in _lines("/proc/meminfo") if line.startswith("MemTotal")))
+    return Machine(
+        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        cpu=cpu,
+        cores=os.cpu_count() or 1,
+        memory_gib=round(memory_kib / 1024 / 1024),
+        kernel=platform.release(),
+        python=sys.version.split()[0],
+        node=_output(("node", "--version")) if shutil.which("node") else None,
+        versions={name: found for name in _PACKAGES if (found := _version(name))},
+        load_average=os.getloadavg(),
+        server_cpus=server_cpus,
+        client_cpus=client_cpus,
+    )
+
+
+def choose_cpus() -> tuple[str | None, str | None]:
+    """A core for the server and the others for clients and the model server; no pinning on one core."""
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) < 2:
+        return None, None
+    return str(cpus[0]), ",".join(map(str, cpus[1:]))
+
+
+async def busy_share(interval_s: float = 0.2) -> float:
+    """The share of all cores in use at this moment, while nothing of ours runs."""
+    before = _cpu_times()
+    await trio.sleep(interval_s)
+    idle, total = (now - then for now, then in zip(_cpu_times(), before, strict=True))
+    return 1 - idle / total if total else 0.0
+
+
+def _cpu_times() -> tuple[int, int]:
+    times = [int(field) for field in _lines("/proc/stat")[0].split()[1:]]
+    return times[3] + times[4], sum(times)
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _output(command: Sequence[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,0 +1,189 @@
+"""The main scenario: N people are streaming, the server gets SIGTERM; what happens to them, and for how long?"""
+
+import re
+import signal
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import trio
+
+from bench.contenders import Contender
+from bench.load import Group, Idle, LoadResult, Plan, Request, Streams
+from bench.machine import busy_share
+from bench.peers import open_load, open_upstream
+from bench.server_process import ServerFailedError, open_server
+from bench.upstream import ReplyBook
+from bench.wire import StreamEnd
+
+CAP_S = 20.0
+"""After so long the group is killed, and the row says so."""
+_OPENING_MAX_S = 60.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """A load. ``stalled`` of the ``streams`` do not read; ``message`` tells the model how to reply."""
+
+    name: str
+    label: str
+    streams: int
+    message: str = "rate=20"
+    stalled: int = 0
+    idle: int = 0
+    settle_s: float = 1.0  # from the moment all is open to the signal
+
+    def groups(self) -> tuple[Group, ...]:
+        groups: list[Group] = []
+        if self.streams > self.stalled:
+            groups.append(_streams("streams", self.streams - self.stalled, f"s$n {self.message}"))
+        if self.stalled:
+            groups.append(_streams("stalled", self.stalled, "stalled$n rate=400 pad=400", stalled=True))
+        if self.idle:
+            groups.append(Idle(count=self.idle, request=Request(method="GET", path="/healthz")))
+        return tuple(groups)
+
+
+def _streams(name: str, count: int, message: str, *, stalled: bool = False) -> Streams:
+    request = Request(
+        path="/chat",
+        headers={"Accept": "text/event-stream"},
+        body=msgspec.json.encode({"message": message}).decode(),
+    )
+    return Streams(name=name, count=count, stream=request, stalled=stalled)
+
+
+def steady(streams: int) -> Case:
+    """Endless turns at 20 tokens a second."""
+    return Case(f"steady-{streams}", f"{streams} streams", streams)
+
+
+def special(streams: int) -> tuple[Case, ...]:
+    """The same crowd with something in the way."""
+    return (
+        Case(f"stalled-{streams}", f"{streams} streams, 1 in 100 stalled", streams, stalled=max(streams // 100, 1)),
+        Case(f"idle-{streams}", f"{streams} idle keep-alive connections", 0, idle=streams),
+        # Every turn ends a second after the signal, within a drain or a grace period of two.
+        Case(f"finishing-{streams}", f"{streams} turns that need 1 s more", streams, "rate=20 tokens=60", settle_s=2.0),
+        Case(f"silent-{streams}", f"{streams} streams, the model silent", streams, "rate=20 silent_after=3"),
+    )
+
+
+class ShutdownRow(msgspec.Struct, kw_only=True):
+    """One run. Seconds count from the signal."""
+
+    kind: str = "shutdown"
+    contender: str
+    label: str
+    case: str
+    streams: int
+    repeat: int
+    settings: Mapping[str, str]
+    command: Sequence[str]
+    failed: str | None = None  # why there is no measurement
+    gone_s: float | None = None  # the whole process group; None: killed at the cap
+    last_stream_s: float | None = None  # the last well-behaved stream's end
+    exit_code: int | None = None
+    killed: bool = False
+    strays: int = 0
+    ends: dict[str, int] = {}  # of the well-behaved streams
+    terminals: dict[str, int] = {}
+    stalled_ends: dict[str, int] = {}
+    gaps: int = 0
+    tokens_lost: int | None = None  # sent by the model, never received
+    upstream_closed_s: float | None = None  # the last connection to the model server
+    replies_kept: int | None = None  # turns whose non-empty reply is in the store; None: it has no durable one
+    log_lines: int = 0
+    log_tracebacks: int = 0
+    log_cancelled: int = 0
+    rss_idle_mib: float = 0
+    rss_loaded_mib: float = 0
+    busy_before: float = 0  # the share of the machine that others used
+    load_average: float = 0
+
+
+async def run_case(
+    contender: Contender,
+    case: Case,
+    *,
+    repeat: int,
+    folder: Path,
+    server_cpus: str | None,
+    client_cpus: str | None,
+    cap_s: float = CAP_S,
+) -> ShutdownRow:
+    """Start everything, let it stream, signal, watch. Never raises for what a contender does."""
+    row = ShutdownRow(
+        contender=contender.name,
+        label=contender.label,
+        case=case.name,
+        streams=case.streams,
+        repeat=repeat,
+        settings={n: v for n, v in contender.env.items() if not n.endswith(("_BIND", "_MODEL"))},
+        command=[Path(contender.argv[0]).name, *contender.argv[1:]],
+        busy_before=await busy_share(),
+        load_average=float(Path("/proc/loadavg").read_text().split()[0]),
+    )
+    store = folder / f"{contender.name}-{case.name}-{repeat}.db"
+    log_path = folder / f"{contender.name}-{case.name}-{repeat}.log"
+    async with open_upstream(cpus=client_cpus) as upstream:
+        launch = contender.launch(upstream_url=upstream.url, store=store, cpus=server_cpus)
+        try:
+            async with open_server(launch, log_path=log_path) as server:
+                row.rss_idle_mib = server.resident_bytes() / 2**20
+                async with open_load(Plan(port=server.port, groups=case.groups()), cpus=client_cpus) as load:
+                    with trio.move_on_after(_OPENING_MAX_S):
+                        await load.wait_ready()
+                    await trio.sleep(case.settle_s)
+                    row.rss_loaded_mib = server.resident_bytes() / 2**20
+                    signalled = server.signal_main(signal.SIGTERM)
+                    with trio.move_on_after(cap_s):
+                        await server.wait_gone()
+                    if server.gone is None:
+                        row.killed = True
+                        server.signal_group(signal.SIGKILL)
+                    gone = await server.wait_gone()
+                    books = await upstream.books()
+                    result = await load.stop()
+        except ServerFailedError as error:
+            row.failed = str(error)[-2000:]
+            return row
+        row.exit_code = gone.exit_code
+        row.gone_s = None if row.killed else gone.at - signalled
+        row.strays = len(gone.strays)
+    _add_streams(row, result, signalled)
+    _add_books(row, result, books, signalled, relays=contender.relays)
+    _add_log(row, server.log())
+    if contender.count_replies is not None and case.streams:
+        row.replies_kept = contender.count_replies(store)
+    return row
+
+
+def _add_streams(row: ShutdownRow, result: LoadResult, signalled: float) -> None:
+    behaved = [stream for stream in result.streams if stream.group == "streams"]
+    row.ends = dict(Counter(stream.end.value for stream in behaved))
+    row.terminals = dict(Counter(stream.terminal for stream in behaved if stream.terminal))
+    row.stalled_ends = dict(Counter(stream.end.value for stream in result.streams if stream.group == "stalled"))
+    row.gaps = sum(stream.gaps for stream in behaved)
+    ended = [stream.ended_at for stream in behaved if stream.ended_at is not None and stream.end is not StreamEnd.OPEN]
+    row.last_stream_s = max(ended) - signalled if ended else None
+
+
+def _add_books(
+    row: ShutdownRow, result: LoadResult, books: Sequence[ReplyBook], signalled: float, *, relays: bool
+) -> None:
+    if not relays or not books:
+        return
+    received = {f"s{stream.number}": stream.tokens for stream in result.streams if stream.group == "streams"}
+    sent = {book.message.split()[0]: book.tokens for book in books}
+    row.tokens_lost = sum(sent[name] - tokens for name, tokens in received.items() if name in sent)
+    row.upstream_closed_s = max(book.closed_at or float("inf") for book in books) - signalled
+
+
+def _add_log(row: ShutdownRow, log: str) -> None:
+    lines = log.splitlines()
+    row.log_lines = len(lines)
+    row.log_tracebacks = sum("Traceback (most recent call last)" in line for line in lines)
+    row.log_cancelled = sum(re.search(r"\bCancelled(Error)?\b", line) is not None for line in lines)

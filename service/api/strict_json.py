@@ -1,0 +1,131 @@
+"""JSON taken strictly, and turned into a type with errors that name the field."""
+
+import re
+from collections.abc import Sequence
+from json import JSONDecodeError, JSONDecoder
+from typing import Never, TypeVar
+
+import msgspec
+
+from service.api.wire import Metadata
+from service.errors import InvalidRequestError
+
+T = TypeVar("T")
+
+_SHOWN_MAX = 200
+"""Characters of a caller's own words that are shown back."""
+
+
+class MalformedBodyError(InvalidRequestError):
+    """The body is not one JSON document in UTF-8 without repeated keys."""
+
+    code = "malformed_body"
+
+
+class InputTooLargeError(InvalidRequestError):
+    """The body, or a text in it, is larger than it may be."""
+
+    code = "input_too_large"
+
+
+def parse_json(raw: bytes) -> object:
+    """One JSON document (RFC 8259), refusing what parsers differ about: repeated keys, NaN, a BOM.
+
+    Raises:
+        MalformedBodyError
+    """
+    try:
+        return _decode(raw.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise MalformedBodyError("The body is not UTF-8.") from None
+    except JSONDecodeError as error:
+        raise MalformedBodyError(f"The body is not JSON: {error.msg} at character {error.pos}.") from None
+    except ValueError:
+        raise MalformedBodyError("The body has a number that is too long.") from None
+    except RecursionError:
+        raise MalformedBodyError("The body is nested too deeply.") from None
+
+
+def _unique(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise MalformedBodyError("The body has this key twice.", field=shown(key))
+            seen.add(key)
+    return unique
+
+
+def _refuse_constant(name: str) -> Never:
+    raise MalformedBodyError(f"The body is not JSON: {name} is not a JSON number.")
+
+
+def _number(text: str) -> float | int:
+    """JSON has one type of number: ``1.0`` and ``1e0`` are 1 where a whole number is wanted."""
+    number = float(text)
+    return int(number) if number.is_integer() else number
+
+
+_decode = JSONDecoder(object_pairs_hook=_unique, parse_float=_number, parse_constant=_refuse_constant).decode
+
+_PATH = re.compile(r" - at `(?:key` in `)?\$\.?(?P<path>[^`]*)`$", re.DOTALL)
+_NAMED_FIELD = re.compile(r"field `(?P<name>.*)`", re.DOTALL)
+
+
+def convert(value: object, kind: type[T], *, strict: bool = True) -> T:
+    """The value as a ``kind``. Not strict, texts may stand for numbers and booleans.
+
+    Raises:
+        InvalidRequestError: ``field`` says where it is not one.
+    """
+    try:
+        return msgspec.convert(value, kind, strict=strict)
+    except UnicodeEncodeError:
+        raise InvalidRequestError("A name may not have half of a surrogate pair.") from None
+    except msgspec.ValidationError as error:
+        message = str(error)
+    path = _PATH.search(message)
+    field = path["path"] if path else ""
+    message = message[: path.start()] if path else message
+    if named := _NAMED_FIELD.search(message):
+        field = named["name"]
+    if field.endswith("[...]") and isinstance(value, dict):
+        field = field.removesuffix("[...]")
+        field = f"{field}.{_pair_at_fault(value[field])}"
+    raise InvalidRequestError(shown(message) + ".", field=shown(field) or None)
+
+
+def _pair_at_fault(pairs: dict[str, object]) -> str:
+    for key, value in pairs.items():
+        try:
+            msgspec.convert({key: value}, Metadata)
+        except msgspec.ValidationError:
+            return key
+    return ""
+
+
+def check_texts(value: object, field: str, *, bytes_max: int) -> None:
+    """Refuse texts that could not be kept, sent on or shown; metadata has bounds of its own."""
+    if isinstance(value, dict):
+        for key, text in value.items():
+            _utf8_length(key, field)
+            _utf8_length(text, f"{field}.{key}")
+    elif isinstance(value, str) and (size := _utf8_length(value, field)) > bytes_max:
+        raise InputTooLargeError(
+            f"This text has {size} bytes of UTF-8; at most {bytes_max} are taken (input_bytes_max).", field=field
+        )
+
+
+def _utf8_length(text: str, field: str) -> int:
+    if "\0" in text:
+        raise InvalidRequestError("A text may not have NUL characters.", field=shown(field))
+    try:
+        return len(text) if text.isascii() else len(text.encode())
+    except UnicodeEncodeError:
+        raise InvalidRequestError("A text may not have half of a surrogate pair.", field=shown(field)) from None
+
+
+def shown(text: str) -> str:
+    """A caller's own words, short and safe to encode."""
+    return text[:_SHOWN_MAX].encode("utf-8", "replace").decode()

@@ -1,0 +1,88 @@
+"""The console script: serve, or show the settings that serving would use."""
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+
+from service import __version__
+from service.errors import StartupError
+from service.settings import SECRETS, Settings, Sources, Upstream, read_sources
+
+EXIT_REFUSED = 78
+"""The exit code of a start-up that was refused: ``EX_CONFIG`` of sysexits.h."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the process's exit code."""
+    arguments = _parser().parse_args(argv)
+    overrides = {"bind": arguments.bind} if arguments.bind else {}
+    try:
+        sources = read_sources(**overrides)
+        settings = sources.settings()
+        if arguments.command == "config":
+            sys.stdout.write(effective(settings, sources))
+            return 0
+        # Only now: what serves takes a moment to import, and wrong settings are to be told at once.
+        if arguments.reload:
+            from service.hosting.reload import serve_and_reload  # noqa: PLC0415
+
+            arguments_of_each = [f"--{name}={value}" for name, value in overrides.items()]
+            return serve_and_reload(settings, config_file=sources.file, arguments=arguments_of_each)
+        from service.hosting.serve import serve  # noqa: PLC0415
+
+        return serve(settings)
+    except StartupError as error:
+        for line in str(error).splitlines():
+            sys.stderr.write(f"lastcall: {line}\n")
+        return EXIT_REFUSED
+    except KeyboardInterrupt:  # before there was anything to stop
+        return 128 + signal.SIGINT
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lastcall", description="A Trio-native service for AI chat sessions.")
+    parser.add_argument("--version", action="version", version=f"lastcall {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{serve,config}")
+    serve = commands.add_parser("serve", help="serve until a signal says stop")
+    serve.add_argument("--bind", metavar="ADDRESS", help="host:port or unix:path, in place of the setting")
+    serve.add_argument("--reload", action="store_true", help="start anew when the code or lastcall.toml changes")
+    commands.add_parser("config", help="print the settings in force, as TOML, and where each comes from").set_defaults(
+        bind=None
+    )
+    return parser
+
+
+def effective(settings: Settings, sources: Sources) -> str:
+    """The settings as a ``lastcall.toml`` that would give the same, less the secrets.
+
+    What is not a default says where it comes from.
+    """
+    return "\n".join([*_top_level(settings, sources), *_upstream_tables(settings.upstreams)]) + "\n"
+
+
+def _top_level(settings: Settings, sources: Sources) -> Iterator[str]:
+    replaced = {"model_url", "model_api_key"} if settings.upstreams else set()
+    for name in Settings.model_fields:
+        if name == "upstreams" or name in replaced:
+            continue
+        value = settings.default_model if name == "model" else getattr(settings, name)
+        origin = sources.origins.get(name)
+        yield _assignment(name, value) + (f"  # {origin}" if origin else "")
+
+
+def _upstream_tables(upstreams: Sequence[Upstream]) -> Iterator[str]:
+    for upstream in upstreams:
+        yield "\n[[upstreams]]"
+        yield from (_assignment(name, getattr(upstream, name)) for name in Upstream.model_fields)
+
+
+def _assignment(name: str, value: object) -> str:
+    if value is None or (name in SECRETS and not value):
+        return f"# {name} is not set"
+    if name in SECRETS:
+        return f"# {name} is set, and hidden"
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return f"{name} = {json.dumps(value, ensure_ascii=False)}"  # of a string, a number or their list: TOML too

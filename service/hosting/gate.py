@@ -1,0 +1,93 @@
+"""The gate: hypercorn serves on until we close the doors, and then nobody is left standing at them.
+
+hypercorn closes its listeners the moment it is told to stop. The port stays open all the same, because the master
+holds it too: who connects from then on hangs in the backlog until the process is gone, and is reset. So its triggers
+are held back while the drain lasts, and whoever comes gets an answer. Proven by ``tests/hosting/test_gate.py``.
+"""
+
+import os
+from collections.abc import Callable
+
+import trio
+
+from service.hosting.connections import Connections
+from service.hosting.doors import Door, others_answer
+from service.hosting.worker import Worker
+
+MASTER_LATE_S = 0.025
+"""A signal to the whole group may reach a worker before its master has set the event."""
+
+
+class HeldTermination:
+    """Stands in for hypercorn's ``context.terminate``: its own wish to stop goes in, our release comes out.
+
+    Args:
+        wish: Called when hypercorn wants to stop, by ``--max-requests``.
+    """
+
+    def __init__(self, wish: Callable[[], None]) -> None:
+        self._wish = wish
+        self._released = trio.Event()
+
+    async def set(self) -> None:
+        self._wish()
+
+    async def clear(self) -> None:
+        raise AssertionError("hypercorn does not clear it")
+
+    async def wait(self) -> None:
+        await self._released.wait()
+
+    def is_set(self) -> bool:
+        return self._released.is_set()
+
+    def release(self) -> None:
+        self._released.set()
+
+
+class Gate:
+    """Holds back hypercorn's triggers. To be made while the lifespan starts, before hypercorn binds them.
+
+    Args:
+        wish: Called when hypercorn wants to stop by itself.
+    """
+
+    def __init__(self, worker: Worker, connections: Connections, *, wish: Callable[[], None]) -> None:
+        self._worker = worker
+        self._connections = connections
+        self._held = HeldTermination(wish)
+        worker.context.terminate = self._held
+        if worker.master is not None:
+            worker.master.stop_event.is_set = self._held.is_set  # type: ignore[method-assign]
+
+    def release(self) -> None:
+        """Let hypercorn stop serving. Idempotent; whoever made the gate calls it in any case, in the end."""
+        self._held.release()
+
+    async def close_doors(self) -> None:
+        """Take no more connections.
+
+        If somebody else will answer those that wait (another worker, or the next one after a reload), they are left to
+        wait. Otherwise they are taken and answered, and later ones are refused by the kernel from here on.
+        """
+        nobody_follows = await self._nobody_follows()
+        doors = [Door(listener) for listener in self._worker.listeners]
+        self.release()
+        await self._worker.context.terminated.wait()
+        for door in doors:
+            if nobody_follows:
+                door.shut(take=self._connections.adopt)
+            door.close()
+
+    async def _nobody_follows(self) -> bool:
+        master = self._worker.master
+        if master is None:
+            return True
+        with trio.move_on_after(MASTER_LATE_S):
+            while master.is_alive() and not master.wants_stop():  # noqa: ASYNC110  nobody tells us
+                await trio.sleep(0.001)
+        if master.is_alive() and (not master.wants_stop() or master.is_joining()):
+            return False
+        return self._worker.config.workers == 1 or not others_answer(
+            self._worker.listeners, except_for={os.getpid(), master.pid}
+        )

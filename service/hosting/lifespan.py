@@ -1,0 +1,185 @@
+"""The lifespan: hypercorn's side of it is a protocol, ours is one plain ``async with``.
+
+hypercorn goes on serving without us when the lifespan returns early or raises. So ours does neither: it ends when
+hypercorn has closed everything, and where that cannot be it ends the process. Quart's own ``while_serving`` is no
+help: it cannot hold a nursery. Proven by ``tests/hosting/test_lifespan.py``.
+"""
+
+import traceback
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import structlog
+import trio
+from quart import Quart
+
+from service.api.app import attach, detach
+from service.errors import StartupError
+from service.hosting.connections import Connections
+from service.hosting.exit import ExitCode, leave, leave_at_exit, refuse_to_start
+from service.hosting.gate import Gate
+from service.hosting.http_connection import open_requests
+from service.hosting.notice import Notice
+from service.hosting.watchdog import Watchdog, count_tasks
+from service.hosting.worker import Worker, find_worker
+from service.settings import Settings
+from service.shutdown import SETTLE_S, Shutdown
+from service.supervisor import open_service
+from service.telemetry.logging import configure_logging
+
+logger = structlog.get_logger("lastcall")
+
+LOAD_SETTINGS = "lastcall.load_settings"
+"""Where an application keeps the way to its settings: they are read when the lifespan begins, not at import."""
+
+
+class ServiceLifespan:
+    """Quart's ``asgi_lifespan_class``: holds the service while the server serves."""
+
+    def __init__(self, app: Quart, _scope: object) -> None:
+        self._app = app
+
+    async def __call__(self, receive: Any, send: Any) -> None:
+        load_settings: Callable[[], Settings] = self._app.extensions[LOAD_SETTINGS]
+        await receive()
+        try:
+            worker = find_worker()
+            settings = load_settings()
+        except StartupError as error:
+            refuse_to_start(error)
+        if worker is None:
+            await serve_as_guest(self._app, settings, receive, send)
+        else:
+            configure_logging(settings)
+            await Hosting(self._app, worker, settings).run(receive, send)
+
+
+async def serve_as_guest(app: Quart, settings: Settings, receive: Any, send: Any) -> None:
+    """Hold the service in a process that is not ours, as in a test: no signals, no exit codes, no workarounds."""
+    shutdown = Shutdown(settings)
+    open_requests(app, shutdown)
+    async with open_service(settings, shutdown=shutdown) as service:
+        attach(app, service)
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        shutdown.notice("the server stops")
+        await shutdown.work_ended.wait()
+        detach(app)
+    shutdown.report(tasks_left=0).log()
+    await send({"type": "lifespan.shutdown.complete"})
+
+
+class Hosting:
+    """One service in one worker process, from its start to the end of the process."""
+
+    def __init__(self, app: Quart, worker: Worker, settings: Settings) -> None:
+        self._app = app
+        self._worker = worker
+        self._settings = settings
+        self._shutdown = Shutdown(settings)
+        self._requests = open_requests(app, self._shutdown)
+        self._watchdog = Watchdog(settings.shutdown_total_s)
+        self._notice = Notice(self._shutdown, self._watchdog)
+        self._connections = Connections(worker)
+        self._gate = Gate(worker, self._connections, wish=partial(self._notice.tell, "max requests"))
+        self._shutdown.close_doors = self._gate.close_doors
+        self._opened = False
+        self._closed = trio.Event()  # hypercorn has closed every connection and asks the lifespan to end
+        worker.config.graceful_timeout = settings.cleanup_timeout_s + SETTLE_S + settings.release_timeout_s
+
+    async def run(self, receive: Any, send: Any) -> None:
+        """Hold the service until it is to stop, then stop it. Returns only into a server that has stopped too."""
+        crash: Exception | None = None
+        try:
+            with self._notice.from_signals():
+                if self._worker.master is not None:
+                    self._notice.watch(self._worker.master)
+                async with trio.open_nursery() as nursery:
+                    try:
+                        await self._hold_service(nursery, receive, send)
+                    except Exception as error:  # noqa: BLE001  the edge of the service: what comes here ends the process
+                        crash = error
+                        await self._end_crashed(error)
+                    nursery.cancel_scope.cancel()
+                self._end(crash)
+                await send({"type": "lifespan.shutdown.complete"})
+        finally:
+            self._gate.release()
+
+    async def _hold_service(self, nursery: trio.Nursery, receive: Any, send: Any) -> None:
+        with trio.CancelScope() as opening:
+            nursery.start_soon(self._cancel_unopened, opening)
+            async with open_service(self._settings, shutdown=self._shutdown) as service:
+                self._opened = True
+                attach(self._app, service)
+                try:
+                    await send({"type": "lifespan.startup.complete"})
+                    nursery.start_soon(self._receive_shutdown, receive)
+                    nursery.start_soon(self._notice.watch_hypercorn, self._worker.context)
+                    await self._shutdown.work_ended.wait()
+                    await self._stop_serving()
+                finally:
+                    detach(self._app)
+                    self._watchdog.start()
+
+    async def _cancel_unopened(self, opening: trio.CancelScope) -> None:
+        """A notice during the start ends the start; once opened, the service ends by its own phases."""
+        await self._shutdown.noticed.wait()
+        if not self._opened:
+            opening.cancel()
+
+    async def _receive_shutdown(self, receive: Any) -> None:
+        await receive()
+        self._closed.set()
+        self._notice.tell("the server stops")
+
+    async def _stop_serving(self) -> None:
+        """Let the streams send their last chunk and hypercorn close; nobody holds that longer than the release."""
+        detach(self._app)
+        aborted = 0
+        with self._shutdown.noting_faults("refusing what has not begun"):
+            self._requests.refuse_uploads()
+            aborted += self._connections.abort_handshakes()
+        self._gate.release()
+        with trio.move_on_after(self._settings.release_timeout_s):
+            with trio.move_on_after(self._settings.release_timeout_s / 2):
+                await self._closed.wait()
+            with self._shutdown.noting_faults("closing stalled connections"):
+                aborted += self._connections.abort_stalled()
+            await self._closed.wait()
+        if not self._closed.is_set():
+            with self._shutdown.noting_faults("closing connections"):
+                aborted += self._connections.abort_all()
+            with trio.move_on_after(SETTLE_S):
+                await self._closed.wait()
+        self._shutdown.note_connections_aborted(aborted)
+
+    async def _end_crashed(self, error: Exception) -> None:
+        """The tree has unwound: end the streams, which have their terminal events by now."""
+        cause = first_cause(error)
+        if not self._opened:
+            refuse_to_start(cause if isinstance(cause, StartupError) else repr(cause))
+        frame = traceback.extract_tb(cause.__traceback__)[-1]
+        logger.critical("service crashed", error=repr(cause), where=f"{frame.filename}:{frame.lineno} in {frame.name}")
+        self._shutdown.notice("crash")
+        with self._shutdown.noting_faults("closing the doors"):
+            await self._gate.close_doors()
+        await self._stop_serving()
+
+    def _end(self, crash: Exception | None) -> None:
+        """Report, and see to the exit code: at once where hypercorn would not come back here in an orderly way."""
+        left = count_tasks(self._worker.task, beside=trio.lowlevel.current_task())
+        report = self._shutdown.report(tasks_left=left)
+        report.log()
+        code = ExitCode.CRASHED if crash else ExitCode.CLEAN if report.clean else ExitCode.FAULTS
+        if crash or not self._closed.is_set():
+            leave(code)
+        leave_at_exit(code)
+
+
+def first_cause(error: Exception) -> Exception:
+    """What went wrong first, without the groups around it."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,113 @@
+"""Serving for a developer: the server is started anew whenever the code or the file of settings changes.
+
+The parent here only waits, for a signal or for a fifth of a second, and looks at the times of some fifty files. That
+costs less than a watcher with threads of its own, and there is nothing in it that a signal would have to interrupt.
+A server is always stopped the proper way, so its streams get their final events before the next one starts.
+"""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import service
+from service.hosting.exit import ExitCode
+from service.settings import Settings
+
+LOOK_INTERVAL_S = 0.2
+STOP_SLACK_S = 2.0
+"""What a server may take beyond its own bound on a shutdown, before it is killed."""
+STOP_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM})
+PR_SET_PDEATHSIG = 1
+
+
+def serve_and_reload(settings: Settings, *, config_file: Path, arguments: Iterable[str] = ()) -> int:
+    """Serve, anew after each change, until SIGINT or SIGTERM; the exit code of the process.
+
+    A server that ends by itself with a fault is started again after the next change, so that the fault can be read
+    and mended; but one that is refused at the very first start (a port that is taken) ends the whole.
+
+    Args:
+        settings: For the bound on a shutdown; each server reads its own.
+        config_file: Watched beside the package.
+        arguments: Of ``lastcall serve``, for each server.
+    """
+    command = [sys.executable, "-m", "service", "serve", *arguments]
+    with _blocked(STOP_SIGNALS | {signal.SIGCHLD}) as mask:
+        server: subprocess.Popen[bytes] | None = _start(command, mask)
+        seen, changed = _changed_at(config_file), False
+        while True:
+            signalled = signal.sigtimedwait(STOP_SIGNALS | {signal.SIGCHLD}, LOOK_INTERVAL_S)
+            if signalled is not None and signalled.si_signo in STOP_SIGNALS:
+                return _stop(server, settings, hurry_on=signal.SIGINT)
+            if server is not None and (code := server.poll()) is not None:
+                if code == 0 or (code == ExitCode.REFUSED and not changed):
+                    return code
+                _say(f"the server ended with code {code}; it starts again when something changes")
+                server = None
+            if (now := _changed_at(config_file)) != seen:
+                _say(f"{min(str(path) for path, _ in now ^ seen)} changed, starting anew")
+                seen, changed = now, True
+                _stop(server, settings)
+                stopping = signal.sigpending() & STOP_SIGNALS  # dealt with by the next look
+                server = None if stopping else _start(command, mask)
+
+
+def _start(command: list[str], mask: Iterable[int]) -> "subprocess.Popen[bytes]":
+    """A server in a process group of its own: a Ctrl+C reaches it through us alone, as the signal of a proper stop."""
+
+    def prepare() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # no server stays behind on the port if we are killed
+
+    return subprocess.Popen(command, process_group=0, preexec_fn=prepare)  # noqa: PLW1509, S603  no threads here
+
+
+def _stop(
+    server: "subprocess.Popen[bytes] | None", settings: Settings, *, hurry_on: signal.Signals = signal.SIGCHLD
+) -> int:
+    """Stop a server within its bound, which another ``hurry_on`` makes it cut short; the exit code of the process."""
+    if server is None:
+        return 0
+    server.terminate()
+    for _ in range(round((settings.shutdown_total_s + STOP_SLACK_S) / LOOK_INTERVAL_S)):
+        if server.poll() is not None:
+            # Stopped while it was starting, before it could listen to signals: as good as it gets.
+            return 0 if server.returncode == -signal.SIGTERM else server.returncode
+        signalled = signal.sigtimedwait({signal.SIGCHLD, hurry_on}, LOOK_INTERVAL_S)
+        if signalled is not None and signalled.si_signo == signal.SIGINT:
+            server.send_signal(signal.SIGINT)
+    server.kill()
+    server.wait()
+    return ExitCode.WATCHDOG
+
+
+def _changed_at(config_file: Path) -> frozenset[tuple[Path, int]]:
+    """Each watched file with the time of its last change."""
+    found = set()
+    for path in (*Path(service.__file__).parent.rglob("*.py"), config_file):
+        try:
+            found.add((path, path.stat().st_mtime_ns))
+        except FileNotFoundError:
+            continue
+    return frozenset(found)
+
+
+@contextmanager
+def _blocked(signals: Iterable[int]) -> Iterator[Iterable[int]]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield before
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _say(text: str) -> None:
+    try:
+        os.write(2, f"lastcall: {text}\n".encode())
+    except OSError:
+        pass

@@ -1,0 +1,130 @@
+"""Connections to the file, and bringing its schema up to date.
+
+WAL, so that readers never wait for the writer nor it for them; ``synchronous=FULL``, so that a commit is
+on the disk when it returns.
+"""
+
+import os
+import time
+from pathlib import Path
+
+import apsw
+
+from service.errors import StartupError
+from service.storage.sqlite.faults import fault_of
+from service.storage.sqlite.ownership import Ownership, any_alive
+from service.storage.sqlite.schema import APPLICATION_ID, SCRIPTS
+
+SYNCHRONOUS = "FULL"
+CHECK_BYTES_MAX = 32 * 1024 * 1024
+"""A file up to this size is looked through at each opening; of a larger one only its beginning."""
+
+_LOCK_WAIT_S = 5.0
+_LOCK_POLL_S = 0.001
+_CACHE_KIB = 16 * 1024
+_WAL_KEPT_BYTES = 64 * 1024 * 1024
+
+
+def connect(path: Path, *, query_only: bool = False) -> apsw.Connection:
+    """A connection with our settings. It writes no checkpoints by itself."""
+    db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
+    try:
+        db.set_busy_handler(_wait_for_lock)
+        db.pragma("auto_vacuum", "INCREMENTAL")  # counts for a new file only, and before WAL
+        if db.pragma("journal_mode", "WAL") != "wal":
+            raise StartupError(f"{path} cannot be used: its file system does not allow shared memory (WAL).")
+        db.pragma("synchronous", SYNCHRONOUS)
+        db.pragma("foreign_keys", True)
+        db.pragma("trusted_schema", False)
+        db.pragma("cache_size", -_CACHE_KIB)
+        db.pragma("journal_size_limit", _WAL_KEPT_BYTES)
+        db.pragma("wal_autocheckpoint", 0)
+        if query_only:
+            db.pragma("query_only", True)
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _wait_for_lock(calls: int) -> bool:
+    """Wait for a lock that another process holds: its transactions take milliseconds."""
+    time.sleep(_LOCK_POLL_S)
+    return calls < _LOCK_WAIT_S / _LOCK_POLL_S
+
+
+def create_file(path: Path) -> None:
+    """Make the file if it is not there, readable by its owner alone: what people wrote is in it."""
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+
+
+def prepare(db: apsw.Connection, path: Path, *, ownership: Ownership) -> None:
+    """Check the file and bring its schema to the newest version, with a copy of it from before.
+
+    Raises:
+        StartupError: It is not ours, damaged, or from a newer version.
+    """
+    if db.readonly("main"):
+        raise StartupError(f"{path} cannot be written to; check its permissions and the file system.")
+    _check_intact(db, path)
+    if _version(db, path) == len(SCRIPTS):
+        return
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        version = _version(db, path)  # another process may have been first
+        if version and any_alive(db, ownership):
+            raise StartupError(f"{path} is in use by an older version of this service; stop that one first.")
+        if 0 < version < len(SCRIPTS):
+            back_up(path, path.with_name(f"{path.name}.schema-{version}"))
+        for script in SCRIPTS[version:]:
+            db.execute(script)
+        db.pragma("user_version", len(SCRIPTS))
+        db.pragma("application_id", APPLICATION_ID)
+        db.execute("COMMIT")
+    except BaseException:
+        db.execute("ROLLBACK")
+        raise
+
+
+def _version(db: apsw.Connection, path: Path) -> int:
+    version: int = db.pragma("user_version")
+    if version > len(SCRIPTS):
+        raise StartupError(
+            f"{path} was written by a newer version of this service (schema {version}, this one knows {len(SCRIPTS)}); "
+            "start that version, or restore a backup from before."
+        )
+    is_ours = db.pragma("application_id") == APPLICATION_ID
+    if not is_ours and db.execute("SELECT count(*) FROM sqlite_schema").get:
+        raise StartupError(f"{path} is a database of something else; name another file in store_url.")
+    return version
+
+
+def _check_intact(db: apsw.Connection, path: Path) -> None:
+    if path.stat().st_size <= CHECK_BYTES_MAX and (problem := db.pragma("quick_check(1)")) != "ok":
+        raise StartupError(f"{path} is damaged ({problem}); restore a backup, or move the file away to begin anew.")
+
+
+def back_up(path: Path, copy: Path) -> None:
+    """Write a consistent copy of a database that may be in use; it appears under its name when it is whole.
+
+    Raises:
+        apsw.Error, OSError
+    """
+    unfinished = copy.with_name(f"{copy.name}.unfinished")
+    unfinished.unlink(missing_ok=True)
+    create_file(unfinished)
+    source, target = connect(path, query_only=True), apsw.Connection(str(unfinished))
+    try:
+        with target.backup("main", source, "main") as backup:
+            while not backup.done:
+                backup.step(256)
+        target.pragma("journal_mode", "DELETE")  # one file, nothing beside it
+    finally:
+        target.close()
+        source.close()
+    unfinished.replace(copy)
+
+
+def startup_error(path: Path, error: apsw.Error | OSError) -> StartupError:
+    words = fault_of(error)[0] if isinstance(error, apsw.Error) else f"{error.strerror}"
+    return StartupError(f"The store sqlite:{path} cannot be opened: {words}.")

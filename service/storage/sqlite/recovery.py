@@ -1,0 +1,74 @@
+"""Ends what an owner that is gone left open.
+
+A step inside of a transaction, bounded in what it does; whoever comes second finds nothing left.
+"""
+
+from datetime import datetime, timedelta
+
+import apsw
+import msgspec
+
+from service.storage.records import SEQ_AFTER_CRASH, Item
+from service.storage.sqlite.ownership import Ownership, fences
+from service.storage.sqlite.rows import TURN_COLUMNS, Row, as_json, items_of, moment, turn_of
+
+_TURNS_MAX = 100
+"""The turns that one step ends, so that it holds the write lock for milliseconds."""
+
+_OPEN = (
+    f"SELECT {TURN_COLUMNS}, turns.key, turns.session, sessions.id, idle_timeout_s "
+    "FROM turns CROSS JOIN sessions ON sessions.key = turns.session "
+    "WHERE turns.owner = :owner AND sessions.deletion <> 2 AND (:session IS NULL OR turns.session = :session) "
+    "LIMIT :limit"
+)
+
+
+def recover_some(db: apsw.Connection, owners: Ownership, now: datetime) -> tuple[int, bool]:
+    """One step of the recovery: how many turns it ended, and whether that was all."""
+    for fence in fences(db):
+        if owners.is_alive(fence):
+            continue
+        ended = end_turns_of(db, fence, now, limit=_TURNS_MAX)
+        if ended == 0:
+            db.execute(
+                "UPDATE sessions SET id = NULL, deletion = 2, deleter = NULL WHERE deletion = 1 AND deleter = ?",
+                (fence,),
+            )
+            db.execute("DELETE FROM owners WHERE fence = ?", (fence,))
+        return ended, False
+    return 0, True
+
+
+def end_turns_of(db: apsw.Connection, fence: int, now: datetime, *, session: int | None = None, limit: int = -1) -> int:
+    """End open turns of an owner, in one session or in all, as a crash does; how many."""
+    rows: list[Row] = db.execute(_OPEN, {"owner": fence, "session": session, "limit": limit}).fetchall()
+    for row in rows:
+        _end(db, row, now)
+    return len(rows)
+
+
+def _end(db: apsw.Connection, row: Row, now: datetime) -> None:
+    *_, key, session, session_id, idle_timeout_s = row
+    turn = msgspec.structs.replace(turn_of(session_id, row), output=_joined_output(db, key))
+    db.execute(
+        "UPDATE turns SET owner = NULL, state = 'interrupted', reason = 'crash', ended_at = ?, last_seq = ?, "
+        "message_bytes = ?, output = ? WHERE key = ?",
+        (moment(now), SEQ_AFTER_CRASH, turn.message_bytes, as_json(turn.output), key),
+    )
+    db.execute("DELETE FROM outputs WHERE turn = ?", (key,))
+    db.execute(
+        "UPDATE sessions SET open_turns = open_turns - 1, owner = CASE open_turns WHEN 1 THEN NULL ELSE owner END, "
+        "message_count = message_count + ?, last_accessed_at = ?, expires_at = ? WHERE key = ?",
+        (int(bool(turn.text)), moment(now), moment(now + timedelta(seconds=idle_timeout_s)), session),
+    )
+
+
+def _joined_output(db: apsw.Connection, turn: int) -> tuple[Item, ...]:
+    """The output up to the last checkpoint: what the checkpoints brought, an item's pieces in order."""
+    items: dict[str, Item] = {}
+    pieces: dict[str, list[str]] = {}
+    for (json,) in db.execute("SELECT items FROM outputs WHERE turn = ? ORDER BY after", (turn,)):
+        for item in items_of(json):
+            items.setdefault(item.id, item)
+            pieces.setdefault(item.id, []).append(item.text)
+    return tuple(msgspec.structs.replace(item, text="".join(pieces[name])) for name, item in items.items())

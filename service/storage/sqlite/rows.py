@@ -1,0 +1,140 @@
+"""Rows to records and back."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import msgspec
+
+from service.models.client import Usage
+from service.storage.records import Failure, Item, SessionRecord, TurnRecord
+
+Row = tuple[Any, ...]
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+
+_items: msgspec.json.Decoder[tuple[Item, ...]] = msgspec.json.Decoder(tuple[Item, ...])
+_metadata: msgspec.json.Decoder[dict[str, str]] = msgspec.json.Decoder(dict[str, str])
+_usage: msgspec.json.Decoder[Usage] = msgspec.json.Decoder(Usage)
+_failure: msgspec.json.Decoder[Failure] = msgspec.json.Decoder(Failure)
+_frames: msgspec.msgpack.Decoder[list[bytes]] = msgspec.msgpack.Decoder(list[bytes])
+
+FRAMES_BYTES_MAX = 256 * 1024
+"""The events of one row, unless a single one is larger: a row is what is read, written and deleted at once."""
+
+
+def moment(at: datetime) -> int:
+    return (at - _EPOCH) // _MICROSECOND
+
+
+def time_of(microseconds: int) -> datetime:
+    return _EPOCH + timedelta(microseconds=microseconds)
+
+
+def as_json(value: object) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+SESSION_COLUMNS = (
+    "sessions.id, created_at, last_accessed_at, expires_at, idle_timeout_s, title, model, system_message, metadata, "
+    "head, message_count, open_turns, input_tokens, output_tokens"
+)
+SESSIONS = "sessions CROSS JOIN session_settings ON session = sessions.key"
+"""What those columns are selected from: CROSS, so that the search begins with the session."""
+
+
+def session_of(row: Row) -> SessionRecord:
+    """The record of a row of :data:`SESSION_COLUMNS`."""
+    return SessionRecord(
+        id=row[0],
+        created_at=time_of(row[1]),
+        last_accessed_at=time_of(row[2]),
+        expires_at=time_of(row[3]),
+        idle_timeout_s=row[4],
+        title=row[5],
+        model=row[6],
+        system_message=row[7],
+        metadata=_metadata.decode(row[8]),
+        head=row[9],
+        message_count=row[10],
+        open_turns=row[11],
+        input_tokens=row[12],
+        output_tokens=row[13],
+    )
+
+
+TURN_COLUMNS = (
+    "turns.id, turns.parent, state, model, turns.created_at, input, output, temperature, max_output_tokens, "
+    "background, started_at, ended_at, reason, error, finish_reason, usage, last_seq"
+)
+
+
+def turn_of(session_id: str, row: Row) -> TurnRecord:
+    """The record of a row of :data:`TURN_COLUMNS`."""
+    return TurnRecord(
+        id=row[0],
+        session_id=session_id,
+        parent=row[1],
+        state=row[2],
+        model=row[3],
+        created_at=time_of(row[4]),
+        input=_items.decode(row[5]),
+        output=_items.decode(row[6]),
+        temperature=row[7],
+        max_output_tokens=row[8],
+        background=bool(row[9]),
+        started_at=None if row[10] is None else time_of(row[10]),
+        ended_at=None if row[11] is None else time_of(row[11]),
+        reason=row[12],
+        error=None if row[13] is None else _failure.decode(row[13]),
+        finish_reason=row[14],
+        usage=None if row[15] is None else _usage.decode(row[15]),
+        last_seq=row[16],
+    )
+
+
+def values_of(turn: TurnRecord) -> dict[str, object]:
+    """The columns of a turn that its record decides, by name."""
+    return {
+        "id": turn.id,
+        "parent": turn.parent,
+        "state": turn.state,
+        "model": turn.model,
+        "created_at": moment(turn.created_at),
+        "started_at": None if turn.started_at is None else moment(turn.started_at),
+        "ended_at": None if turn.ended_at is None else moment(turn.ended_at),
+        "temperature": turn.temperature,
+        "max_output_tokens": turn.max_output_tokens,
+        "background": int(turn.background),
+        "reason": turn.reason,
+        "error": None if turn.error is None else as_json(turn.error),
+        "finish_reason": turn.finish_reason,
+        "usage": None if turn.usage is None else as_json(turn.usage),
+        "last_seq": turn.last_seq,
+        "message_bytes": turn.message_bytes,
+        "input": as_json(turn.input),
+        "output": as_json(turn.output),
+    }
+
+
+def items_of(json: str) -> tuple[Item, ...]:
+    return _items.decode(json)
+
+
+def pack_frames(events: Sequence[bytes], *, after: int) -> list[tuple[int, bytes]]:
+    """Events as blobs of a bounded size, in order; each with the seq before its first, ``after`` for the first blob."""
+    packed = []
+    start = size = 0
+    for end, event in enumerate(events):
+        if size + len(event) > FRAMES_BYTES_MAX and end > start:
+            packed.append((after + start, msgspec.msgpack.encode(events[start:end])))
+            start, size = end, 0
+        size += len(event)
+    if start < len(events):
+        packed.append((after + start, msgspec.msgpack.encode(events[start:])))
+    return packed
+
+
+def unpack_frames(blob: bytes) -> list[bytes]:
+    return _frames.decode(blob)

@@ -1,0 +1,102 @@
+"""The tables, as the scripts that made them: the schema of version n is scripts 1 to n on an empty file.
+
+Moments are microseconds since 1970 in UTC. Items, metadata, usage and errors are JSON.
+
+A session that is removed is first only cut off: it loses its id, and with it every way to its rows; they are
+reclaimed in small steps afterwards. That is why turns hang on a number and not on the session's id.
+"""
+
+VERSION_1 = """
+CREATE TABLE owners (
+    fence INTEGER PRIMARY KEY AUTOINCREMENT,
+    address TEXT,
+    opened_at INTEGER NOT NULL
+) STRICT;
+
+CREATE TABLE sessions (
+    key INTEGER PRIMARY KEY,
+    id TEXT UNIQUE,
+    deletion INTEGER NOT NULL DEFAULT 0 CHECK (deletion IN (0, 1, 2)), -- 0 none, 1 marked, 2 removed
+    deleter INTEGER,            -- the owner that marked it
+    created_at INTEGER NOT NULL,
+    last_accessed_at INTEGER NOT NULL,
+    expires_at INTEGER NOT NULL,
+    idle_timeout_s REAL NOT NULL,
+    head TEXT,
+    message_count INTEGER NOT NULL DEFAULT 0,
+    open_turns INTEGER NOT NULL DEFAULT 0 CHECK (open_turns >= 0),
+    owner INTEGER,              -- of its open turns
+    turns_begun INTEGER NOT NULL DEFAULT 0,
+    input_tokens INTEGER NOT NULL DEFAULT 0,
+    output_tokens INTEGER NOT NULL DEFAULT 0,
+    CHECK ((id IS NULL) = (deletion = 2)),
+    CHECK ((owner IS NULL) = (open_turns = 0))
+) STRICT;
+CREATE INDEX sessions_by_age ON sessions (created_at, id) WHERE deletion = 0;
+CREATE INDEX running_sessions_by_age ON sessions (created_at, id) WHERE deletion = 0 AND open_turns > 0;
+CREATE INDEX idle_sessions_by_deadline ON sessions (expires_at, id) WHERE deletion = 0 AND open_turns = 0;
+CREATE INDEX marked_sessions ON sessions (deleter) WHERE deletion = 1;
+CREATE INDEX removed_sessions ON sessions (key) WHERE deletion = 2;
+
+-- Apart from the counters, which every turn rewrites.
+CREATE TABLE session_settings (
+    session INTEGER PRIMARY KEY REFERENCES sessions (key),
+    title TEXT,
+    model TEXT,
+    system_message TEXT,
+    metadata TEXT NOT NULL
+) STRICT;
+
+CREATE TABLE turns (
+    key INTEGER PRIMARY KEY,
+    session INTEGER NOT NULL REFERENCES sessions (key),
+    ordinal INTEGER NOT NULL,   -- from 0, in the order of acceptance
+    id TEXT NOT NULL,
+    parent TEXT,
+    owner INTEGER,              -- while it is open
+    state TEXT NOT NULL CHECK (state IN ('queued', 'running', 'completed', 'failed', 'cancelled', 'interrupted')),
+    model TEXT NOT NULL,
+    created_at INTEGER NOT NULL,
+    started_at INTEGER,
+    ended_at INTEGER,
+    temperature REAL,
+    max_output_tokens INTEGER,
+    background INTEGER NOT NULL,
+    reason TEXT,
+    error TEXT,
+    finish_reason TEXT,
+    usage TEXT,
+    last_seq INTEGER NOT NULL,
+    message_bytes INTEGER NOT NULL,
+    input TEXT NOT NULL,
+    output TEXT NOT NULL,
+    CHECK ((owner IS NOT NULL) = (state IN ('queued', 'running')))
+) STRICT;
+CREATE UNIQUE INDEX turns_by_id ON turns (id, session);
+CREATE UNIQUE INDEX turns_by_ordinal ON turns (session, ordinal);
+CREATE INDEX open_turns ON turns (owner) WHERE owner IS NOT NULL;
+
+-- Encoded events, many to a row: a list of byte strings in MessagePack.
+CREATE TABLE events (
+    key INTEGER PRIMARY KEY,
+    turn INTEGER NOT NULL REFERENCES turns (key),
+    after INTEGER NOT NULL,     -- the seq before the first of them
+    frames BLOB NOT NULL
+) STRICT;
+CREATE INDEX events_by_turn ON events (turn, after);
+
+-- What the reply of an open turn grew by, checkpoint by checkpoint; gone with its end.
+CREATE TABLE outputs (
+    key INTEGER PRIMARY KEY,
+    turn INTEGER NOT NULL REFERENCES turns (key),
+    after INTEGER NOT NULL,
+    items TEXT NOT NULL
+) STRICT;
+CREATE INDEX outputs_by_turn ON outputs (turn, after);
+"""
+
+SCRIPTS = (VERSION_1,)
+"""Each takes the schema one version further. Never changed once released, only added to."""
+
+APPLICATION_ID = 0x4C415354
+"""Marks a file as ours: "LAST"."""

@@ -1,0 +1,154 @@
+"""What is asked of sessions and done to them, each a step inside of a transaction.
+
+A step that refuses does so before it has written anything.
+"""
+
+from datetime import datetime, timedelta
+
+import apsw
+import msgspec
+
+from service.errors import SessionExistsError, SessionNotFoundError
+from service.storage.cursors import SessionPosition, encode_cursor
+from service.storage.records import Page, SessionPatch, SessionRecord, SessionStatus
+from service.storage.sqlite.rows import SESSION_COLUMNS, SESSIONS, as_json, moment, session_of
+
+_GET = f"SELECT {SESSION_COLUMNS}, sessions.key, deletion, turns_begun, owner FROM {SESSIONS} WHERE id = ?"
+_LIST = (
+    f"SELECT {SESSION_COLUMNS} FROM {SESSIONS} WHERE deletion = 0 AND (open_turns > 0 OR expires_at > :now) "
+    "{filter} ORDER BY created_at DESC, id DESC LIMIT :limit"
+)
+_FILTERS: dict[SessionStatus | None, str] = {
+    None: "",
+    "running": "AND open_turns > 0",
+    "idle": "AND open_turns = 0",
+}
+_COUNT_RUNNING = "SELECT count(*) FROM sessions WHERE deletion = 0 AND open_turns > 0"
+_COUNT_IDLE = "SELECT count(*) FROM sessions WHERE deletion = 0 AND open_turns = 0 AND expires_at > ?"
+_EXPIRED = (
+    "SELECT key FROM sessions WHERE deletion = 0 AND open_turns = 0 AND expires_at <= ? ORDER BY expires_at, id LIMIT ?"
+)
+_CUT_OFF = "UPDATE sessions SET id = NULL, deletion = 2, deleter = NULL WHERE key = ?"
+
+
+class Kept(msgspec.Struct, frozen=True):
+    """A session as it is kept: its record, and what the store alone knows of it."""
+
+    record: SessionRecord
+    key: int
+    deletion: int
+    turns_begun: int
+    owner: int | None
+
+
+def find(db: apsw.Connection, session_id: str) -> Kept | None:
+    """The session of this id, whatever its state, unless it is removed."""
+    row = db.execute(_GET, (session_id,)).fetchone()
+    return None if row is None else Kept(session_of(row), *row[14:])
+
+
+def visible(db: apsw.Connection, session_id: str, now: datetime) -> Kept:
+    """Raises: SessionNotFoundError."""
+    kept = find(db, session_id)
+    if kept is None or kept.deletion or kept.record.has_expired(now):
+        raise SessionNotFoundError(session_id)
+    return kept
+
+
+def create(db: apsw.Connection, session: SessionRecord, now: datetime) -> None:
+    present = find(db, session.id)
+    if present is not None:
+        if present.deletion or not present.record.has_expired(now):
+            raise SessionExistsError(session.id)
+        db.execute(_CUT_OFF, (present.key,))
+    insert(db, session)
+
+
+def insert(db: apsw.Connection, session: SessionRecord) -> int:
+    """Add a session without turns; its key."""
+    db.execute(
+        "INSERT INTO sessions (id, created_at, last_accessed_at, expires_at, idle_timeout_s, head, message_count, "
+        "input_tokens, output_tokens) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            session.id,
+            moment(session.created_at),
+            moment(session.last_accessed_at),
+            moment(session.expires_at),
+            session.idle_timeout_s,
+            session.head,
+            session.message_count,
+            session.input_tokens,
+            session.output_tokens,
+        ),
+    )
+    key = db.last_insert_rowid()
+    db.execute(
+        "INSERT INTO session_settings (session, title, model, system_message, metadata) VALUES (?, ?, ?, ?, ?)",
+        (key, session.title, session.model, session.system_message, as_json(session.metadata)),
+    )
+    return key
+
+
+def used(session: SessionRecord, now: datetime) -> SessionRecord:
+    """The session with its deadline moved: it was used at ``now``."""
+    return msgspec.structs.replace(
+        session, last_accessed_at=now, expires_at=now + timedelta(seconds=session.idle_timeout_s)
+    )
+
+
+def list_page(
+    db: apsw.Connection, *, limit: int, after: SessionPosition | None, status: SessionStatus | None, now: datetime
+) -> Page[SessionRecord]:
+    condition = _FILTERS[status]
+    values: dict[str, int | str] = {"now": moment(now), "limit": limit + 1}
+    if after is not None:
+        condition += " AND (created_at, id) < (:after, :after_id)"
+        values |= {"after": moment(after.created_at), "after_id": after.id}
+    found = [session_of(row) for row in db.execute(_LIST.format(filter=condition), values)]
+    if len(found) <= limit:
+        return Page(data=tuple(found), next=None)
+    last = found[limit - 1]
+    return Page(data=tuple(found[:limit]), next=encode_cursor(SessionPosition(last.created_at, last.id)))
+
+
+def count(db: apsw.Connection, status: SessionStatus | None, now: datetime) -> int:
+    running: int = 0 if status == "idle" else db.execute(_COUNT_RUNNING).get
+    idle: int = 0 if status == "running" else db.execute(_COUNT_IDLE, (moment(now),)).get
+    return running + idle
+
+
+def update(db: apsw.Connection, session_id: str, patch: SessionPatch, now: datetime) -> SessionRecord:
+    kept = visible(db, session_id, now)
+    changes = {name: value for name, value in msgspec.structs.asdict(patch).items() if value is not msgspec.UNSET}
+    session = used(msgspec.structs.replace(kept.record, **changes), now)
+    db.execute(
+        "UPDATE sessions SET idle_timeout_s = ?, last_accessed_at = ?, expires_at = ? WHERE key = ?",
+        (session.idle_timeout_s, moment(session.last_accessed_at), moment(session.expires_at), kept.key),
+    )
+    if changes.keys() - {"idle_timeout_s"}:
+        db.execute(
+            "UPDATE session_settings SET title = ?, model = ?, system_message = ?, metadata = ? WHERE session = ?",
+            (session.title, session.model, session.system_message, as_json(session.metadata), kept.key),
+        )
+    return session
+
+
+def mark_deleted(db: apsw.Connection, session_id: str, deleter: int, now: datetime) -> None:
+    kept = visible(db, session_id, now)
+    db.execute("UPDATE sessions SET deletion = 1, deleter = ? WHERE key = ?", (deleter, kept.key))
+
+
+def remove_deleted(db: apsw.Connection, session_id: str) -> bool:
+    """Cut a marked session off; whether there was one."""
+    key = db.execute("SELECT key FROM sessions WHERE id = ? AND deletion = 1", (session_id,)).get
+    if key is None:
+        return False
+    db.execute(_CUT_OFF, (key,))
+    return True
+
+
+def delete_expired(db: apsw.Connection, now: datetime, limit: int) -> int:
+    """Cut off what has expired, longest first; how many."""
+    keys = db.execute(_EXPIRED, (moment(now), limit)).fetchall()
+    db.executemany(_CUT_OFF, keys)
+    return len(keys)

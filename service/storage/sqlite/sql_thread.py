@@ -1,0 +1,173 @@
+"""A thread with a connection of its own, which works through steps in batches, in the order of their arrival.
+
+It is a daemon: a disk that hangs in it cannot keep the process from ending.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from queue import Empty, SimpleQueue
+from typing import Any, Generic, Protocol, TypeVar
+
+import anyio
+import anyio.from_thread
+import anyio.lowlevel
+import apsw
+from anyio.lowlevel import EventLoopToken, current_token
+
+from service.errors import StoreError
+
+T = TypeVar("T")
+
+CLAIMED_GRACE_S = 0.25
+"""How long a cancelled caller waits for a step that has begun already, so that it mostly leaves with it done."""
+
+_PAUSE_S = 0.01
+"""Between two rests, for what arrives here and for other processes that wait for the same lock."""
+
+
+class Step(Generic[T]):
+    """One step, from a caller's asking to its outcome. Belongs to the caller until it is claimed."""
+
+    def __init__(self, call: Callable[[apsw.Connection], T]) -> None:
+        self.done = anyio.Event()
+        self.error: Exception | None = None
+        self._call = call
+        self._result: T | None = None
+        self._ticket = [None]
+
+    def claim(self) -> bool:
+        """Whether it is the claimer's to run, or to drop. True once, to whoever comes first."""
+        try:
+            self._ticket.pop()
+        except IndexError:
+            return False
+        return True
+
+    def run(self, db: apsw.Connection) -> None:
+        """Raises: Whatever the step does."""
+        self._result = self._call(db)
+
+    def outcome(self) -> T:
+        """Raises: The step's error."""
+        if self.error is not None:
+            raise self.error
+        return self._result  # type: ignore[return-value]
+
+
+class Batches(Protocol):
+    """What a thread does with its connection. All of it is called in the thread."""
+
+    def open(self) -> None: ...
+
+    def run(self, arriving: Iterator[Step[Any]]) -> Sequence[Step[Any]]:
+        """Run steps that are there; each that it took has its outcome then. Takes at least one."""
+        ...
+
+    def rest(self, *, idle: bool) -> bool:
+        """Called when the outcomes are told; ``idle`` if nothing has arrived meanwhile. Whether to be called again."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class SqlThread:
+    """The thread, seen from the event loop. Not open before :meth:`open` has returned."""
+
+    def __init__(self, name: str, batches: Batches) -> None:
+        self._batches = batches
+        self._queue: SimpleQueue[Step[Any] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._opened = anyio.Event()
+        self._ended = anyio.Event()
+        self._closing = False
+        self._error: Exception | None = None
+        self._token: EventLoopToken = current_token()
+
+    async def open(self) -> None:
+        """Start, and wait for the connection. Raises: What opening it raised."""
+        self._thread.start()
+        await self._opened.wait()
+        if self._error is not None:
+            self._thread.join()
+            raise self._error
+
+    async def call(self, call: Callable[[apsw.Connection], T]) -> T:
+        """Run a step and wait for its outcome.
+
+        Cancelled before the step has begun it never begins; later it happens all the same.
+        """
+        await anyio.lowlevel.checkpoint_if_cancelled()
+        if self._closing:
+            raise StoreError("The store is closed.", retry_after_s=None)
+        step = Step(call)
+        self._queue.put(step)
+        try:
+            await step.done.wait()
+        except BaseException:
+            if not step.claim():
+                with anyio.move_on_after(CLAIMED_GRACE_S, shield=True):
+                    await step.done.wait()
+            raise
+        return step.outcome()
+
+    async def close(self) -> None:
+        """Let it finish what has been asked for and close the connection. May be cancelled, and called again."""
+        if self._thread.ident is None:
+            return
+        self._closing = True
+        self._queue.put(None)
+        await self._ended.wait()
+        self._thread.join()
+
+    # In the thread
+
+    def _work(self) -> None:
+        try:
+            try:
+                self._batches.open()
+            except Exception as error:  # noqa: BLE001  raised by open()
+                self._error = error
+                return
+            finally:
+                self._tell(self._opened)
+            try:
+                self._work_through_steps()
+            finally:
+                self._batches.close()
+                self._tell(self._ended)
+        except RuntimeError:
+            # The event loop is gone, and with it everybody who could be told.
+            return
+
+    def _work_through_steps(self) -> None:
+        resting = True
+        while True:
+            try:
+                step = self._queue.get(timeout=_PAUSE_S if resting else None)
+            except Empty:
+                resting = self._batches.rest(idle=True)
+                continue
+            if step is None:
+                return
+            self._tell(*(step.done for step in self._batches.run(self._arriving(step))))
+            resting = self._batches.rest(idle=False)
+
+    def _arriving(self, first: Step[Any]) -> Iterator[Step[Any]]:
+        """The steps that are there, as long as they are asked for; those that nobody waits for are left out."""
+        step: Step[Any] | None = first
+        while step is not None:
+            if step.claim():
+                yield step
+            try:
+                step = self._queue.get_nowait()
+            except Empty:
+                return
+        self._queue.put(None)  # the end is for the next round
+
+    def _tell(self, *events: anyio.Event) -> None:
+        anyio.from_thread.run_sync(_set_all, events, token=self._token)
+
+
+def _set_all(events: Sequence[anyio.Event]) -> None:
+    for event in events:
+        event.set()

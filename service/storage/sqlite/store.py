@@ -1,0 +1,167 @@
+"""The store in one SQLite file: three threads with a connection each, and this, their side in the event loop."""
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+
+import anyio
+
+from service.errors import StartupError
+from service.storage.cursors import decode_session_cursor
+from service.storage.records import (
+    Checkpoint,
+    Owner,
+    Page,
+    SessionPatch,
+    SessionRecord,
+    SessionStatus,
+    TurnRecord,
+)
+from service.storage.sqlite import recovery, sessions, turns
+from service.storage.sqlite.ownership import Ownership, find_owner
+from service.storage.sqlite.reader import Reader
+from service.storage.sqlite.sql_thread import SqlThread
+from service.storage.sqlite.writer import Writer
+
+_CLOSE_S = 5.0
+"""What closing may take where nobody else bounds it; its threads die with the process then."""
+
+
+@asynccontextmanager
+async def open_sqlite_store(path: str | Path, *, address: str | None = None) -> AsyncIterator["SqliteStore"]:
+    """The store in the file at ``path``, which is made if need be. Closed on leaving.
+
+    Args:
+        address: Where this process answers for its sessions, for other owners of the same file.
+
+    Raises:
+        StartupError: The file cannot be used; one sentence says why and what to do.
+    """
+    store = SqliteStore(Path(path).absolute(), address=address)  # noqa: ASYNC240  no I/O
+    try:
+        await store.open()
+        yield store
+    finally:
+        with anyio.move_on_after(_CLOSE_S, shield=True):
+            await store.aclose()
+
+
+class SqliteStore:
+    """Meets :class:`service.storage.store.Store`. Made by :func:`open_sqlite_store`.
+
+    Attributes:
+        fence: This owner's number among all that ever opened the file.
+        writer: Its counts say how many steps shared a commit.
+    """
+
+    durable = True
+
+    def __init__(self, path: Path, *, address: str | None) -> None:
+        self.name = f"sqlite:{path}"
+        self._path = path
+        try:
+            self._ownership = Ownership(path.with_name(f"{path.name}-owners"))
+        except OSError as error:
+            raise StartupError(f"The store {self.name} cannot be opened: {error.strerror}.") from error
+        self.writer = Writer(path, self._ownership, address=address, opened_at=time.time_ns() // 1000)
+        self._writing = SqlThread("sqlite writer", self.writer)
+        # Apart, so that the many short looks do not wait for a long one.
+        self._looking = SqlThread("sqlite reader", Reader(path))
+        self._reading = SqlThread("sqlite long reader", Reader(path))
+
+    @property
+    def fence(self) -> int:
+        return self._ownership.fence
+
+    async def open(self) -> None:
+        """Raises: StartupError. To be closed all the same."""
+        await self._writing.open()
+        await self._looking.open()
+        await self._reading.open()
+
+    # Sessions
+
+    async def create_session(self, session: SessionRecord, *, now: datetime) -> None:
+        await self._writing.call(lambda db: sessions.create(db, session, now))
+
+    async def get_session(self, session_id: str, *, now: datetime) -> SessionRecord:
+        return await self._looking.call(lambda db: sessions.visible(db, session_id, now).record)
+
+    async def list_sessions(
+        self, *, limit: int, after: str | None, status: SessionStatus | None, now: datetime
+    ) -> Page[SessionRecord]:
+        position = None if after is None else decode_session_cursor(after)
+        return await self._reading.call(
+            lambda db: sessions.list_page(db, limit=limit, after=position, status=status, now=now)
+        )
+
+    async def count_sessions(self, *, status: SessionStatus | None, now: datetime) -> int:
+        return await self._reading.call(lambda db: sessions.count(db, status, now))
+
+    async def update_session(self, session_id: str, patch: SessionPatch, *, now: datetime) -> SessionRecord:
+        return await self._writing.call(lambda db: sessions.update(db, session_id, patch, now))
+
+    async def mark_deleted(self, session_id: str, *, now: datetime) -> None:
+        await self._writing.call(lambda db: sessions.mark_deleted(db, session_id, self.fence, now))
+
+    async def remove_deleted(self, session_id: str) -> None:
+        if await self._writing.call(lambda db: sessions.remove_deleted(db, session_id)):
+            self.writer.removed = True
+
+    async def delete_expired(self, *, now: datetime, limit: int) -> int:
+        removed = await self._writing.call(lambda db: sessions.delete_expired(db, now, limit))
+        if removed:
+            self.writer.removed = True
+        return removed
+
+    # Turns
+
+    async def begin_turn(self, turn: TurnRecord, *, now: datetime) -> SessionRecord:
+        return await self._writing.call(lambda db: turns.begin(db, turn, self._ownership, now))
+
+    async def start_turn(self, turn_id: str, *, now: datetime) -> None:
+        await self._writing.call(lambda db: turns.start(db, turn_id, self.fence, now))
+
+    async def checkpoint_turns(self, checkpoints: Sequence[Checkpoint]) -> None:
+        await self._writing.call(lambda db: turns.checkpoint(db, checkpoints, self.fence))
+
+    async def end_turn(self, turn: TurnRecord, *, events: Sequence[bytes], now: datetime, after: int = 0) -> bool:
+        return await self._writing.call(lambda db: turns.end(db, turn, events, after=after, fence=self.fence, now=now))
+
+    async def get_turn(self, session_id: str, turn_id: str, *, now: datetime) -> TurnRecord:
+        return await self._looking.call(lambda db: turns.get(db, session_id, turn_id, now))
+
+    async def list_turns(self, session_id: str, *, limit: int, after: str | None, now: datetime) -> Page[TurnRecord]:
+        position = None if after is None else decode_turn_cursor(after)
+        return await self._reading.call(
+            lambda db: turns.list_page(db, session_id, limit=limit, after=position, now=now)
+        )
+
+    async def read_path(self, session_id: str, turn_id: str, *, bytes_max: int | None) -> Sequence[TurnRecord]:
+        thread = self._reading if bytes_max is None else self._looking
+        return await thread.call(lambda db: turns.read_path(db, session_id, turn_id, bytes_max))
+
+    async def read_events(self, session_id: str, turn_id: str) -> Sequence[bytes]:
+        return await self._reading.call(lambda db: turns.read_events(db, session_id, turn_id))
+
+    # Owners
+
+    async def find_owner(self, session_id: str) -> Owner | None:
+        return await self._looking.call(lambda db: find_owner(db, session_id, besides=self.fence))
+
+    async def recover(self, *, now: datetime) -> int:
+        recovered, finished = 0, False
+        while not finished:
+            ended, finished = await self._writing.call(partial(recovery.recover_some, owners=self._ownership, now=now))
+            recovered += ended
+        self.writer.removed = True
+        return recovered
+
+    async def aclose(self) -> None:
+        # The writer last: whoever closes the file last tidies it up.
+        for thread in (self._looking, self._reading, self._writing):
+            await thread.close()
+        self._ownership.close()

@@ -1,0 +1,214 @@
+"""What is asked of turns and done to them, each a step inside of a transaction.
+
+A step that refuses does so before it has written anything.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+
+import apsw
+import msgspec
+
+from service.errors import OwnedElsewhereError, SessionNotFoundError, TurnNotFoundError
+from service.storage.cursors import TurnPosition, encode_cursor
+from service.storage.records import Checkpoint, Page, SessionRecord, TurnRecord
+from service.storage.sqlite import recovery, sessions
+from service.storage.sqlite.ownership import Ownership, owner_of
+from service.storage.sqlite.rows import (
+    TURN_COLUMNS,
+    Row,
+    as_json,
+    moment,
+    pack_frames,
+    turn_of,
+    unpack_frames,
+    values_of,
+)
+
+_VISIBLE = "SELECT key FROM sessions WHERE id = ? AND deletion = 0 AND (open_turns > 0 OR expires_at > ?)"
+_GET = f"SELECT {TURN_COLUMNS} FROM turns WHERE id = ? AND session = ?"
+_OWN = (
+    "SELECT turns.key, turns.session, idle_timeout_s FROM turns CROSS JOIN sessions ON sessions.key = turns.session "
+    "WHERE turns.id = :turn AND turns.owner = :owner AND sessions.id = :session"
+)
+_INSERT_COLUMNS = (
+    "id, parent, state, model, created_at, started_at, ended_at, temperature, max_output_tokens, background, reason, "
+    "error, finish_reason, usage, last_seq, message_bytes, input, output"
+)
+_INSERT = (
+    f"INSERT INTO turns (session, ordinal, owner, {_INSERT_COLUMNS}) "
+    f"VALUES (:session, :ordinal, :owner, {', '.join(':' + name for name in _INSERT_COLUMNS.split(', '))})"
+)
+_END_COLUMNS = (
+    "state",
+    "started_at",
+    "ended_at",
+    "reason",
+    "error",
+    "finish_reason",
+    "usage",
+    "last_seq",
+    "message_bytes",
+    "output",
+)
+_END = f"UPDATE turns SET owner = NULL, {', '.join(f'{name} = :{name}' for name in _END_COLUMNS)} WHERE key = :key"
+_END_IN_SESSION = (
+    "UPDATE sessions SET open_turns = open_turns - 1, owner = CASE open_turns WHEN 1 THEN NULL ELSE owner END, "
+    "message_count = message_count + :messages, input_tokens = input_tokens + :input_tokens, "
+    "output_tokens = output_tokens + :output_tokens, last_accessed_at = :now, expires_at = :expires_at "
+    "WHERE key = :session"
+)
+_PATH = f"""
+    WITH RECURSIVE path (n, key, parent, size) AS (
+        SELECT 0, turns.key, turns.parent, message_bytes FROM turns WHERE id = :turn AND session = :session
+        UNION ALL
+        SELECT n + 1, turns.key, turns.parent, size + message_bytes
+        FROM path CROSS JOIN turns ON turns.id = path.parent AND turns.session = :session
+        WHERE :bytes_max IS NULL OR size + message_bytes <= :bytes_max
+    )
+    SELECT {TURN_COLUMNS} FROM path CROSS JOIN turns ON turns.key = path.key ORDER BY n DESC
+"""
+
+
+def begin(db: apsw.Connection, turn: TurnRecord, owners: Ownership, now: datetime) -> SessionRecord:
+    kept = sessions.visible(db, turn.session_id, now)
+    if turn.parent is not None and not _exists(db, turn.parent, kept.key):
+        raise TurnNotFoundError(turn.parent)
+    if kept.owner not in (None, owners.fence):
+        if owners.is_alive(kept.owner):
+            owner = owner_of(db, kept.owner)
+            raise OwnedElsewhereError(turn.session_id, fence=owner.fence, address=owner.address)
+        recovery.end_turns_of(db, kept.owner, now, session=kept.key)
+        kept = sessions.visible(db, turn.session_id, now)
+    db.execute(_INSERT, values_of(turn) | {"session": kept.key, "ordinal": kept.turns_begun, "owner": owners.fence})
+    session = sessions.used(
+        msgspec.structs.replace(
+            kept.record,
+            head=turn.id,
+            open_turns=kept.record.open_turns + 1,
+            message_count=kept.record.message_count + sum(item.type == "message" for item in turn.input),
+        ),
+        now,
+    )
+    db.execute(
+        "UPDATE sessions SET head = ?, open_turns = ?, owner = ?, turns_begun = ?, message_count = ?, "
+        "last_accessed_at = ?, expires_at = ? WHERE key = ?",
+        (
+            session.head,
+            session.open_turns,
+            owners.fence,
+            kept.turns_begun + 1,
+            session.message_count,
+            moment(session.last_accessed_at),
+            moment(session.expires_at),
+            kept.key,
+        ),
+    )
+    return session
+
+
+def start(db: apsw.Connection, turn_id: str, fence: int, now: datetime) -> None:
+    db.execute(
+        "UPDATE turns SET state = 'running', started_at = :now WHERE id = :turn AND owner = :owner AND state = 'queued'"
+        " AND (SELECT id FROM sessions WHERE key = session) IS NOT NULL",
+        {"now": moment(now), "turn": turn_id, "owner": fence},
+    )
+
+
+def checkpoint(db: apsw.Connection, checkpoints: Sequence[Checkpoint], fence: int) -> None:
+    for it in checkpoints:
+        own = db.execute(_OWN, {"turn": it.turn_id, "session": it.session_id, "owner": fence}).fetchone()
+        if own is None:
+            continue
+        _keep_events(db, own[0], it.events, after=it.after)
+        db.execute("DELETE FROM outputs WHERE turn = ? AND after >= ?", (own[0], it.after))
+        if it.output:
+            db.execute(
+                "INSERT INTO outputs (turn, after, items) VALUES (?, ?, ?)", (own[0], it.after, as_json(it.output))
+            )
+
+
+def end(
+    db: apsw.Connection, turn: TurnRecord, events: Sequence[bytes], *, after: int, fence: int, now: datetime
+) -> bool:
+    own = db.execute(_OWN, {"turn": turn.id, "session": turn.session_id, "owner": fence}).fetchone()
+    if own is None:
+        return False
+    key, session, idle_timeout_s = own
+    values = values_of(turn)
+    db.execute(_END, {name: values[name] for name in _END_COLUMNS} | {"key": key})
+    _keep_events(db, key, events, after=after)
+    db.execute("DELETE FROM outputs WHERE turn = ?", (key,))
+    end_in_session(db, session, turn, idle_timeout_s, now)
+    return True
+
+
+def end_in_session(db: apsw.Connection, session: int, turn: TurnRecord, idle_timeout_s: float, now: datetime) -> None:
+    """Count an end into its session."""
+    db.execute(
+        _END_IN_SESSION,
+        {
+            "session": session,
+            "messages": int(bool(turn.text)),
+            "input_tokens": turn.usage.input_tokens if turn.usage else 0,
+            "output_tokens": turn.usage.output_tokens if turn.usage else 0,
+            "now": moment(now),
+            "expires_at": moment(now + timedelta(seconds=idle_timeout_s)),
+        },
+    )
+
+
+def get(db: apsw.Connection, session_id: str, turn_id: str, now: datetime) -> TurnRecord:
+    session = _visible(db, session_id, now)
+    row = db.execute(_GET, (turn_id, session)).fetchone()
+    if row is None:
+        raise TurnNotFoundError(turn_id)
+    return turn_of(session_id, row)
+
+
+def list_page(
+    db: apsw.Connection, session_id: str, *, limit: int, after: TurnPosition | None, now: datetime
+) -> Page[TurnRecord]:
+    session = _visible(db, session_id, now)
+    rows: list[Row] = db.execute(
+        f"SELECT {TURN_COLUMNS}, ordinal FROM turns WHERE session = ? AND ordinal > ? ORDER BY ordinal LIMIT ?",
+        (session, -1 if after is None else after.ordinal, limit + 1),
+    ).fetchall()
+    more = len(rows) > limit
+    del rows[limit:]
+    return Page(
+        data=tuple(turn_of(session_id, row) for row in rows),
+        next=encode_cursor(TurnPosition(rows[-1][-1])) if more else None,
+    )
+
+
+def read_path(db: apsw.Connection, session_id: str, turn_id: str, bytes_max: int | None) -> list[TurnRecord]:
+    session = db.execute("SELECT key FROM sessions WHERE id = ?", (session_id,)).get
+    rows = db.execute(_PATH, {"turn": turn_id, "session": session, "bytes_max": bytes_max})
+    return [turn_of(session_id, row) for row in rows]
+
+
+def read_events(db: apsw.Connection, session_id: str, turn_id: str) -> list[bytes]:
+    rows = db.execute(
+        "SELECT frames FROM sessions CROSS JOIN turns ON turns.session = sessions.key AND turns.id = ? "
+        "CROSS JOIN events ON events.turn = turns.key WHERE sessions.id = ? ORDER BY events.after",
+        (turn_id, session_id),
+    )
+    return [frame for (frames,) in rows for frame in unpack_frames(frames)]
+
+
+def _keep_events(db: apsw.Connection, turn: int, events: Sequence[bytes], *, after: int) -> None:
+    db.execute("DELETE FROM events WHERE turn = ? AND after >= ?", (turn, after))
+    for blob_after, blob in pack_frames(events, after=after):
+        db.execute("INSERT INTO events (turn, after, frames) VALUES (?, ?, ?)", (turn, blob_after, blob))
+
+
+def _exists(db: apsw.Connection, turn_id: str, session: int) -> bool:
+    return db.execute("SELECT 1 FROM turns WHERE id = ? AND session = ?", (turn_id, session)).fetchone() is not None
+
+
+def _visible(db: apsw.Connection, session_id: str, now: datetime) -> int:
+    key: int | None = db.execute(_VISIBLE, (session_id, moment(now))).get
+    if key is None:
+        raise SessionNotFoundError(session_id)
+    return key

@@ -1,0 +1,150 @@
+"""The one writer: many steps share a commit, and what nobody waits for is done between commits."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import apsw
+
+from service.errors import RefusedError
+from service.storage.sqlite import database
+from service.storage.sqlite.faults import leaves_doubt, store_error
+from service.storage.sqlite.ownership import Ownership
+from service.storage.sqlite.reclaim import reclaim_some
+from service.storage.sqlite.sql_thread import Step
+
+T = TypeVar("T")
+
+_COMMIT_AFTER_S = 0.02
+"""How long a commit is put off while more steps keep arriving; mostly the next one is not there so soon."""
+_CHECKPOINT_PAGES = 1000
+_REST_EVERY_S = 0.1
+"""While steps keep arriving, what is done at rest waits so long in between."""
+
+
+class Writer:
+    """Runs steps in transactions, for :class:`~service.storage.sqlite.sql_thread.SqlThread`.
+
+    Attributes:
+        commits: How many transactions held steps.
+        steps: How many steps they held.
+        removed: Set by a step that cut a session off: there are rows to reclaim.
+    """
+
+    def __init__(self, path: Path, ownership: Ownership, *, address: str | None, opened_at: int) -> None:
+        self.commits = 0
+        self.steps = 0
+        self.removed = True
+        self._path = path
+        self._ownership = ownership
+        self._address = address
+        self._opened_at = opened_at
+        self._db: apsw.Connection | None = None
+        self._wal_pages = 0
+        self._rested_at = 0.0
+
+    def open(self) -> None:
+        """Raises: StartupError."""
+        try:
+            database.create_file(self._path)
+            self._db = database.connect(self._path)
+            try:
+                self._db.set_wal_hook(self._note_wal)
+                database.prepare(self._db, self._path, ownership=self._ownership)
+                self._transact(lambda db: self._ownership.begin(db, address=self._address, opened_at=self._opened_at))
+            except BaseException:
+                self._db.close()
+                raise
+        except (apsw.Error, OSError) as error:
+            raise database.startup_error(self._path, error) from error
+
+    def run(self, arriving: Iterator[Step[Any]]) -> Sequence[Step[Any]]:
+        """Run the steps that are there in one transaction.
+
+        Where that fails each is tried in one of its own, so that it fails for those alone whose fault it is.
+        """
+        taken: list[Step[Any]] = []
+        try:
+            self._transact(lambda db: _run_together(db, arriving, taken))
+        except Exception as error:  # noqa: BLE001  they are the callers'
+            if len(taken) > 1:
+                for step in taken:
+                    self._run_alone(step)
+            else:
+                taken += arriving  # where none has begun, it is the same fault for all that are there
+                for step in taken:
+                    step.error = self._told(error)
+        self.commits += 1
+        self.steps += len(taken)
+        return taken
+
+    def rest(self, *, idle: bool) -> bool:
+        """Write a checkpoint or reclaim something, if it is time for it; whether there may be more to do."""
+        now = time.monotonic()
+        if not idle and now - self._rested_at < _REST_EVERY_S:
+            return True
+        self._rested_at = now
+        try:
+            if self._wal_pages >= _CHECKPOINT_PAGES and self._db is not None:
+                self._wal_pages = 0
+                self._db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+            elif self.removed:
+                self.removed = self._transact(reclaim_some)
+        except apsw.Error:
+            return False  # a step will meet the same fault and tell its caller
+        return self.removed
+
+    def close(self) -> None:
+        if self._db is not None:
+            self._db.close()
+
+    def _run_alone(self, step: Step[Any]) -> None:
+        try:
+            self._transact(lambda db: _run_one(db, step))
+        except Exception as error:  # noqa: BLE001  it is its caller's
+            step.error = self._told(error)
+
+    def _transact(self, call: Callable[[apsw.Connection], T]) -> T:
+        db = self._db or self._reconnect()
+        try:
+            db.execute("BEGIN IMMEDIATE")
+            result = call(db)
+            db.execute("COMMIT")
+        except BaseException as error:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            if isinstance(error, apsw.Error) and leaves_doubt(error):
+                self._db = None
+                db.close()
+            raise
+        return result
+
+    def _reconnect(self) -> apsw.Connection:
+        self._db = database.connect(self._path)
+        self._db.set_wal_hook(self._note_wal)
+        return self._db
+
+    def _note_wal(self, _db: apsw.Connection, _name: str, pages: int) -> int:
+        self._wal_pages = pages
+        return apsw.SQLITE_OK
+
+    def _told(self, error: Exception) -> Exception:
+        return store_error(self._path, error) if isinstance(error, apsw.Error) else error
+
+
+def _run_together(db: apsw.Connection, arriving: Iterator[Step[Any]], taken: list[Step[Any]]) -> None:
+    deadline = time.monotonic() + _COMMIT_AFTER_S
+    for step in arriving:
+        taken.append(step)
+        _run_one(db, step)
+        if time.monotonic() >= deadline:
+            return
+
+
+def _run_one(db: apsw.Connection, step: Step[Any]) -> None:
+    try:
+        step.run(db)
+        step.error = None
+    except RefusedError as refusal:
+        step.error = refusal  # it has written nothing, so the others can go on

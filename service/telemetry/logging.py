@@ -1,0 +1,180 @@
+"""The log: structlog's events and everybody else's records in one form, on standard error.
+
+A line an event: for people on a terminal, JSON elsewhere. A secret of the settings never appears in it, wherever it
+came from; a cancellation is no fault and has no traceback. Writing never waits and never raises (``log_writer``).
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import structlog
+import trio
+from structlog.stdlib import ExtraAdder, ProcessorFormatter, add_log_level, add_logger_name
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+from service.settings import Settings
+from service.telemetry.log_writer import LogWriter
+
+LOGGERS_WITH_HANDLERS = ("hypercorn.error", "hypercorn.access")
+"""hypercorn gives these handlers of its own, at a time of its choosing: a filter is the one thing it leaves alone."""
+SECRET_LENGTH_MIN = 6
+"""A shorter secret is none, and blotting it out would make the log unreadable."""
+
+
+def configure_logging(settings: Settings, *, fd: int = 2) -> "Log":
+    """Send all logs of this process to ``fd``, from now to :meth:`Log.uninstall` or to the next call.
+
+    Loggers may be made before: structlog's find their way at each use.
+    """
+    for log in _current_logs():
+        log.uninstall()
+    return Log(settings, LogWriter(fd))
+
+
+def drain_log(timeout_s: float = 0.25) -> None:
+    """Wait until all that was logged is written, at most so long. Blocks: for the very end of the process."""
+    for log in _current_logs():
+        log.writer.drain(timeout_s)
+
+
+def _current_logs() -> list["Log"]:
+    return [handler for handler in logging.getLogger().handlers if isinstance(handler, Log)]
+
+
+class Log(logging.Handler):
+    """Where the logs of this process go; as a handler it takes the standard library's records into the same form."""
+
+    def __init__(self, settings: Settings, writer: LogWriter) -> None:
+        level = logging.getLevelNamesMapping()[settings.log_level.upper()]
+        super().__init__(level)
+        self.writer = writer
+        self.for_people = writer.isatty if settings.log_format == "auto" else settings.log_format == "console"
+        before: list[Processor] = [
+            structlog.contextvars.merge_contextvars,
+            add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            _without_cancellation,
+            self._with_what_was_lost,
+        ]
+        render = _people_see(colors=writer.isatty) if self.for_people else _machines_see()
+        render.append(_Blot(settings))
+        structlog.configure(
+            processors=[add_logger_name, *before, *render],
+            wrapper_class=structlog.make_filtering_bound_logger(level),
+            logger_factory=lambda name="lastcall": _Lines(writer, name),
+            cache_logger_on_first_use=False,
+        )
+        self.setFormatter(
+            ProcessorFormatter(
+                foreign_pre_chain=[add_logger_name, ExtraAdder(), *before],
+                processors=[ProcessorFormatter.remove_processors_meta, *render],
+            )
+        )
+        root = logging.getLogger()
+        root.addHandler(self)
+        root.setLevel(max(level, logging.WARNING))  # other people's news, a line for each request, is theirs
+        for name in LOGGERS_WITH_HANDLERS:
+            logging.getLogger(name).addFilter(self.take_over)
+        logging.captureWarnings(capture=True)
+
+    def uninstall(self) -> None:
+        """Leave the logs to whoever had them before. Not needed where the process ends."""
+        logging.captureWarnings(capture=False)
+        for name in LOGGERS_WITH_HANDLERS:
+            logging.getLogger(name).removeFilter(self.take_over)
+        logging.getLogger().removeHandler(self)
+        structlog.reset_defaults()
+        self.writer.close()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record)
+        except Exception:  # noqa: BLE001  a record with the wrong arguments must not harm who logged it
+            line = f"a log record of {record.name} could not be formatted: {record.msg!r}"
+        self.writer.write(line + "\n")
+
+    def take_over(self, record: logging.LogRecord) -> bool:
+        """As a logger's filter: write the record here, and keep it from that logger's own handlers."""
+        if record.levelno >= self.level:
+            self.handle(record)
+        return False
+
+    def _with_what_was_lost(self, _logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+        if lost := self.writer.take_lost():
+            event["log_lines_lost"] = lost
+        return event
+
+
+class _Lines:
+    """What structlog writes to: each rendered event is a line."""
+
+    def __init__(self, writer: LogWriter, name: str) -> None:
+        self.name = name
+        self._writer = writer
+
+    def msg(self, line: str) -> None:
+        self._writer.write(line + "\n")
+
+    debug = info = warning = error = critical = exception = msg
+
+
+class _Blot:
+    """The last step: every secret of the settings is blotted out of the rendered line."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._secrets = sorted(set(_spellings(settings)), key=len, reverse=True)
+
+    def __call__(self, _logger: WrappedLogger, _method: str, rendered: Any) -> str:
+        line = str(rendered)
+        for secret in self._secrets:
+            if secret in line:
+                line = line.replace(secret, "********")
+        return line
+
+
+def _spellings(settings: Settings) -> Iterator[str]:
+    secrets = [*settings.api_keys, *(it.api_key for it in settings.all_upstreams)]
+    for secret in secrets:
+        if secret is not None and len(value := secret.get_secret_value()) >= SECRET_LENGTH_MIN:
+            yield value
+            yield json.dumps(value)[1:-1]
+            yield repr(value)[1:-1]
+
+
+def _people_see(*, colors: bool) -> list[Processor]:
+    traceback = structlog.dev.plain_traceback  # the rich one prints local variables, secrets among them
+    return [structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=traceback)]
+
+
+def _machines_see() -> list[Processor]:
+    return [
+        structlog.processors.format_exc_info,
+        _in_order,
+        structlog.processors.JSONRenderer(default=str, ensure_ascii=False),
+    ]
+
+
+def _in_order(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    first = {"timestamp": event.pop("timestamp"), "level": event.pop("level"), "message": event.pop("event")}
+    return first | {"logger": event.pop("logger")} | event
+
+
+def _without_cancellation(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """A traceback of a cancellation, or of nothing else, tells nobody anything."""
+    fault = event.get("exc_info")
+    if isinstance(fault, tuple):
+        fault = fault[1]
+    if fault is True:
+        fault = sys.exception()
+    if isinstance(fault, BaseException) and _is_cancellation(fault):
+        del event["exc_info"]
+    return event
+
+
+def _is_cancellation(fault: BaseException) -> bool:
+    if isinstance(fault, BaseExceptionGroup):
+        return all(map(_is_cancellation, fault.exceptions))
+    return isinstance(fault, trio.Cancelled)

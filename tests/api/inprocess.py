@@ -1,0 +1,127 @@
+"""The application over an open service, called in this process: no sockets, so the clock may jump."""
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+from quart_trio.testing.connections import TestHTTPConnection
+from trio.testing import wait_all_tasks_blocked
+
+from service.api.app import Application, attach, create_app, detach
+from service.settings import Settings
+from service.supervisor import Service, open_service
+
+LOOPBACK = {"client": ("127.0.0.1", 50_000), "server": ("127.0.0.1", 8000)}
+SSE = {"Accept": "text/event-stream"}
+
+
+@dataclass(frozen=True)
+class Reply:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """The events of a stream, each checked to have its seq as its id."""
+        events = []
+        for frame in self.body.decode().split("\n\n"):
+            lines = dict(line.split(": ", 1) for line in frame.splitlines())
+            if "data" in lines:
+                event = json.loads(lines["data"])
+                assert lines["id"] == str(event["seq"])
+                events.append(event)
+        return events
+
+    def problem(self, status: int, code: str, field: str | None = None) -> dict[str, Any]:
+        """The body, which must be this problem document."""
+        assert (self.status, self.headers["content-type"]) == (status, "application/problem+json"), self
+        problem: dict[str, Any] = self.json
+        assert (problem["status"], problem["code"], problem.get("field")) == (status, code, field), problem
+        assert problem["type"] == f"/docs#{code}"
+        assert problem["title"]
+        assert problem["detail"]
+        return problem
+
+
+class Api:
+    """Calls the application as a client on this machine would."""
+
+    def __init__(self, app: Application, service: Service) -> None:
+        self.app = app
+        self.service = service
+
+    def open(
+        self,
+        method: str,
+        path: str,
+        *,
+        headers: dict[str, str] | None = None,
+        scope: dict[str, Any] | None = None,
+    ) -> TestHTTPConnection:
+        """A request that is sent by hand; to be used with ``async with``."""
+        client = self.app.test_client()
+        connection = client.request(path, method=method, headers=headers, scope_base=LOOPBACK | (scope or {}))
+        assert isinstance(connection, TestHTTPConnection)
+        return connection
+
+    async def call(
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        *,
+        raw: bytes | None = None,
+        headers: dict[str, str] | None = None,
+        scope: dict[str, Any] | None = None,
+    ) -> Reply:
+        """A whole request and its whole reply."""
+        if body is not None:
+            raw = json.dumps(body).encode()
+            headers = {"Content-Type": "application/json"} | (headers or {})
+        received = bytearray()
+        connection = self.open(method, path, headers=headers, scope=scope)
+        async with connection:
+            if raw is not None:
+                await connection.send(raw)
+            await connection.send_complete()
+            while True:
+                try:
+                    received += await connection.receive()
+                except trio.EndOfChannel:
+                    break
+        assert connection.status_code is not None
+        headers = {name.lower(): value for name, value in (connection.headers or {}).items()}
+        return Reply(connection.status_code, headers, bytes(received))
+
+    async def new_session(self, **body: object) -> str:
+        reply = await self.call("POST", "/sessions", body)
+        assert reply.status == 201
+        session_id: str = reply.json["id"]
+        return session_id
+
+
+async def leave(connection: TestHTTPConnection) -> None:
+    """Leave as a client does, in the middle of whatever it is; returns when the application has noticed."""
+    await connection.disconnect()
+    await wait_all_tasks_blocked()
+    await connection._client_send.aclose()  # or leaving the connection waits for an end
+
+
+@asynccontextmanager
+async def open_api(**settings: Any) -> AsyncIterator[Api]:
+    """An application that is attached to a service of its own."""
+    app = create_app()
+    async with open_service(Settings(**settings)) as service:
+        attach(app, service)
+        try:
+            yield Api(app, service)
+        finally:
+            detach(app)

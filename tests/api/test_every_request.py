@@ -1,0 +1,206 @@
+"""What holds for every request: access, problem documents, bounds on bodies, shutdown, other origins."""
+
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from service.api.app import create_app
+from tests.api.inprocess import LOOPBACK, Api, open_api
+
+JSON = {"Content-Type": "application/json"}
+
+
+async def test_without_a_service_everything_is_503() -> None:
+    api = Api(create_app(), None)  # type: ignore[arg-type]
+    for path in ("/sessions", "/healthz", "/nowhere"):
+        reply = await api.call("GET", path)
+        assert reply.problem(503, "not_ready")["retry_after_s"] == 1
+        assert reply.headers["retry-after"] == "1"
+
+
+async def test_errors_of_the_router_are_problem_documents_too() -> None:
+    async with open_api() as api:
+        for path in ("/", "/nowhere", "/sessions/", "/sessions//turns", "/sessions/a/b", "/static/x", "/SESSIONS"):
+            (await api.call("GET", path)).problem(404, "not_found")
+        for method, path, allowed in (
+            ("PUT", "/sessions", {"GET", "HEAD", "OPTIONS", "POST"}),
+            ("GET", "/chat", {"OPTIONS", "POST"}),
+            ("BREW", "/docs", {"GET", "HEAD", "OPTIONS"}),
+        ):
+            reply = await api.call(method, path)
+            reply.problem(405, "method_not_allowed")
+            assert set(reply.headers["allow"].split(", ")) == allowed
+
+
+async def test_options_says_what_is_allowed_and_head_is_get_without_a_body() -> None:
+    async with open_api() as api:
+        options = await api.call("OPTIONS", "/sessions")
+        assert (options.status, options.body) == (200, b"")
+        assert set(options.headers["allow"].split(", ")) == {"GET", "HEAD", "OPTIONS", "POST"}
+        head = await api.call("HEAD", "/sessions")
+        assert head.status == 200
+        assert head.headers["content-type"] == "application/json"
+
+
+@pytest.mark.parametrize(
+    "headers", [{}, {"Content-Type": "text/plain"}, {"Content-Type": "application/jsonx"}, {"Content-Type": ""}]
+)
+async def test_a_body_that_is_not_said_to_be_json_is_refused(headers: dict[str, str]) -> None:
+    async with open_api() as api:
+        reply = await api.call("POST", "/sessions", raw=b"{}", headers=headers)
+        reply.problem(415, "unsupported_media_type")
+        utf8 = {"Content-Type": "application/json; charset=utf-8"}
+        assert (await api.call("POST", "/sessions", raw=b"{}", headers=utf8)).status == 201
+
+
+async def test_malformed_and_wrong_bodies_are_told_apart() -> None:
+    upstream = {"name": "only", "url": "scripted:", "models": ("scripted",)}
+    async with open_api(upstreams=(upstream,)) as api:
+        (await api.call("POST", "/sessions", raw=b"", headers=JSON)).problem(400, "malformed_body")
+        twice = await api.call("POST", "/sessions", raw=b'{"id": "a", "id": "b"}', headers=JSON)
+        twice.problem(400, "malformed_body", "id")
+        (await api.call("POST", "/sessions", {"di": "a"})).problem(422, "invalid_request", "di")
+        (await api.call("POST", "/sessions", {"model": "nope", "id": "a"})).problem(422, "invalid_request", "model")
+
+
+async def test_a_text_over_its_bound_is_refused_and_one_at_it_taken(autojump_clock: MockClock) -> None:
+    async with open_api(input_bytes_max=1024) as api:
+        session_id = await api.new_session(system_message="x" * 1024)
+        path = f"/sessions/{session_id}/turns"
+        assert (await api.call("POST", path, {"input": "x" * 1024})).status == 200
+        (await api.call("POST", path, {"input": "x" * 1025})).problem(413, "input_too_large", "input")
+        (await api.call("PATCH", f"/sessions/{session_id}", {"system_message": "x" * 1025})).problem(
+            413, "input_too_large", "system_message"
+        )
+
+
+async def test_a_body_over_its_bound_is_refused_before_it_is_read() -> None:
+    async with open_api(input_bytes_max=1024) as api:
+        announced = {"Content-Length": "10000000"} | JSON
+        connection = api.open("POST", "/sessions", headers=announced)
+        async with connection:
+            with trio.fail_after(5):
+                await connection.receive()
+        assert connection.status_code == 413
+
+
+async def test_a_body_without_a_length_is_refused_at_the_bound() -> None:
+    async with open_api(input_bytes_max=1024) as api:
+        connection = api.open("POST", "/sessions", headers=JSON)
+        async with connection:
+            with trio.fail_after(5):
+                for _ in range(10):
+                    await connection.send(b" " * 32 * 1024)
+                await connection.receive()
+        assert connection.status_code == 413
+
+
+async def test_a_body_that_takes_too_long_is_refused(autojump_clock: MockClock) -> None:
+    async with open_api(body_timeout_s=30) as api:
+        connection = api.open("POST", "/sessions", headers=JSON)
+        async with connection:
+            await connection.send(b"{")
+            reply = await connection.receive()
+        assert connection.status_code == 408
+        assert b'"body_timeout"' in reply
+        assert trio.current_time() == 30
+
+
+async def test_keys_open_everything_and_probes_need_none() -> None:
+    async with open_api(api_keys=("secret",)) as api:
+        for path in ("/sessions", "/docs", "/openapi.json", "/nowhere", "/sessions/a"):
+            reply = await api.call("GET", path)
+            reply.problem(401, "unauthorized")
+            assert reply.headers["www-authenticate"] == "Bearer"
+        far: dict[str, Any] = {"client": ("10.0.0.9", 1), "server": ("10.0.0.1", 80)}
+        assert (await api.call("GET", "/healthz", scope=far)).json == {"status": "ok"}
+        assert (await api.call("GET", "/readyz", scope=far)).json == {"status": "ready"}
+        key = {"Authorization": "Bearer secret", "Host": "chat.example.com"}
+        assert (await api.call("GET", "/sessions", headers=key, scope=far)).status == 200
+
+
+async def test_without_keys_only_this_machine_is_served() -> None:
+    async with open_api() as api:
+        for headers, scope in (
+            ({"Host": "evil.example.com"}, LOOPBACK),
+            ({}, {"client": ("10.0.0.9", 1)}),
+            ({}, {"server": ("10.0.0.1", 80)}),
+            ({}, {"client": None}),
+        ):
+            for path in ("/sessions", "/healthz", "/nowhere"):
+                (await api.call("GET", path, headers=headers, scope=scope)).problem(403, "loopback_only")
+
+
+async def test_no_origin_is_allowed_unless_it_is_configured() -> None:
+    page = {"Origin": "https://app.example.com"}
+    async with open_api() as api:
+        reply = await api.call("GET", "/sessions", headers=page)
+        assert not [name for name in reply.headers if name.startswith("access-control")]
+        asked = await api.call("OPTIONS", "/sessions", headers=page | {"Access-Control-Request-Method": "POST"})
+        assert not [name for name in asked.headers if name.startswith("access-control")]
+
+
+async def test_configured_origins_may_ask_without_a_key_and_read() -> None:
+    page = {"Origin": "https://app.example.com"}
+    asking = {"Access-Control-Request-Method": "POST"}
+    async with open_api(cors_origins=("https://app.example.com",), api_keys=("secret",)) as api:
+        asked = await api.call("OPTIONS", "/sessions", headers=page | asking)
+        assert asked.status == 204
+        assert asked.headers["access-control-allow-origin"] == "https://app.example.com"
+        assert "PATCH" in asked.headers["access-control-allow-methods"]
+        assert "Last-Event-ID" in asked.headers["access-control-allow-headers"]
+        stranger = await api.call("OPTIONS", "/sessions", headers=asking | {"Origin": "https://evil.example.com"})
+        stranger.problem(401, "unauthorized")
+        assert "access-control-allow-origin" not in stranger.headers
+        reply = await api.call("GET", "/sessions", headers=page | {"Authorization": "Bearer secret"})
+        assert reply.headers["access-control-allow-origin"] == "https://app.example.com"
+        assert reply.headers["vary"] == "Origin"
+        refused = await api.call("GET", "/sessions", headers=page)
+        assert refused.headers["access-control-allow-origin"] == "https://app.example.com"
+
+
+async def test_after_the_notice_it_is_not_ready_and_later_takes_no_new_work(autojump_clock: MockClock) -> None:
+    async with open_api(lame_duck_timeout_s=10, drain_timeout_s=20) as api:
+        session_id = await api.new_session()
+        api.service.shutdown.notice("test")
+        (await api.call("GET", "/readyz")).problem(503, "shutting_down")
+        assert (await api.call("GET", "/healthz")).status == 200
+        assert (await api.call("POST", f"/sessions/{session_id}/turns", {"input": "Hi"})).status == 200
+        await trio.sleep(11)
+        for path, body in (
+            (f"/sessions/{session_id}/turns", {"input": "Hi"}),
+            ("/sessions", {}),
+            ("/chat", {"message": "Hi"}),
+        ):
+            reply = await api.call("POST", path, body)
+            reply.problem(503, "shutting_down")
+            assert reply.headers["connection"] == "close"
+            assert int(reply.headers["retry-after"]) >= 1
+        assert (await api.call("GET", f"/sessions/{session_id}")).status == 200
+
+
+async def test_a_crash_in_a_handler_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def crash(**_: object) -> None:
+        raise RuntimeError("the secret is 42")
+
+    async with open_api() as api:
+        monkeypatch.setattr(api.service.sessions, "list_sessions", crash)
+        reply = await api.call("GET", "/sessions")
+        reply.problem(500, "internal_error")
+        assert b"42" not in reply.body
+        assert b"Runtime" not in reply.body
+
+
+async def test_a_store_that_refuses_is_503(monkeypatch: pytest.MonkeyPatch) -> None:
+    from service.errors import StoreError
+
+    async def refuse(*_: object, **__: object) -> None:
+        raise StoreError("The store is away.")
+
+    async with open_api() as api:
+        monkeypatch.setattr(api.service.store, "get_session", refuse)
+        reply = await api.call("GET", "/sessions/a")
+        reply.problem(503, "store_unavailable")
+        assert reply.headers["retry-after"] == "1"

@@ -1,0 +1,110 @@
+"""Calls about sessions, as a client sees them."""
+
+from datetime import datetime
+
+from trio.testing import MockClock
+
+from tests.api.inprocess import Api, open_api
+
+
+async def test_a_session_is_created_read_changed_and_deleted() -> None:
+    async with open_api(idle_timeout_s=1800) as api:
+        created = await api.call("POST", "/sessions", {"id": "me", "metadata": {"team": "blue"}, "title": "T"})
+        assert created.status == 201
+        assert created.headers["location"] == "/sessions/me"
+        session = created.json
+        assert list(session) == [
+            "id", "created_at", "last_accessed_at", "expires_at", "idle_timeout_s", "title", "model",
+            "system_message", "metadata", "status", "head", "message_count", "usage",
+        ]  # fmt: skip
+        assert session["created_at"].endswith("Z")
+        lifetime = datetime.fromisoformat(session["expires_at"]) - datetime.fromisoformat(session["created_at"])
+        assert lifetime.total_seconds() == session["idle_timeout_s"] == 1800
+        assert (await api.call("GET", created.headers["location"])).json == session
+
+        patched = await api.call("PATCH", "/sessions/me", {"title": None, "metadata": {}, "idle_timeout_s": 60})
+        assert patched.status == 200
+        assert (patched.json["title"], patched.json["metadata"], patched.json["idle_timeout_s"]) == (None, {}, 60)
+
+        deleted = await api.call("DELETE", "/sessions/me")
+        assert (deleted.status, deleted.body) == (204, b"")
+        for method, body in (("GET", None), ("PATCH", {}), ("DELETE", None)):
+            (await api.call(method, "/sessions/me", body)).problem(404, "session_not_found")
+
+
+async def test_a_taken_id_is_a_conflict() -> None:
+    async with open_api() as api:
+        await api.new_session(id="me")
+        (await api.call("POST", "/sessions", {"id": "me"})).problem(409, "session_exists")
+
+
+async def test_sessions_are_listed_in_pages_with_an_exact_count() -> None:
+    async with open_api() as api:
+        ids = [await api.new_session() for _ in range(5)]
+        first = (await api.call("GET", "/sessions?limit=3&count=true")).json
+        assert first["count"] == 5
+        second = (await api.call("GET", f"/sessions?limit=3&after={first['next']}")).json
+        assert second["next"] is None
+        assert "count" not in second
+        assert [session["id"] for session in first["data"] + second["data"]] == ids[::-1]
+        assert (await api.call("GET", "/sessions?status=running")).json["data"] == []
+
+
+async def test_wrong_parameters_are_refused_by_name(autojump_clock: MockClock) -> None:
+    async with open_api() as api:
+        await api.new_session(id="me")
+        for query, field in [
+            ("limit=0", "limit"),
+            ("limit=101", "limit"),
+            ("limit=x", "limit"),
+            ("limit=", "limit"),
+            ("limit=1.5", "limit"),
+            ("limit=1&limit=2", "limit"),
+            ("after=nonsense", "after"),
+            ("after=%00", "after"),
+            ("after=%FF", "after"),
+            ("after=" + "x" * 600, "after"),
+            ("status=dead", "status"),
+            ("count=maybe", "count"),
+            ("q=x", "q"),
+            ("%FF=x", "%FF"),
+        ]:
+            (await api.call("GET", f"/sessions?{query}")).problem(422, "invalid_request", field)
+        (await api.call("GET", "/sessions/me?expand=head")).problem(422, "invalid_request", "expand")
+        assert (await api.call("POST", "/sessions/me/turns", {"input": "Hi"})).status == 200
+        (await api.call("GET", "/sessions/me/messages?after=msg_0")).problem(422, "invalid_request", "after")
+        (await api.call("GET", "/sessions/me/turns?after=!")).problem(422, "invalid_request", "after")
+
+
+async def test_ids_of_an_impossible_form_are_not_found() -> None:
+    async with open_api() as api:
+        session_id = await api.new_session()
+        for bad in ("%00", "%FF", "a%20b", "x" * 5000, "%F0%9F%98%80", "a%0A", "%2E%2E", "a:b"):
+            (await api.call("GET", f"/sessions/{bad}")).problem(404, "session_not_found")
+            (await api.call("GET", f"/sessions/{session_id}/turns/{bad}")).problem(404, "turn_not_found")
+        (await api.call("GET", "/sessions/a%2Fb")).problem(404, "not_found")
+
+
+async def test_messages_are_the_path_to_the_head_oldest_first(autojump_clock: MockClock) -> None:
+    async with open_api() as api:
+        session_id = await api.new_session()
+        for text in ("one", "two"):
+            assert (await api.call("POST", f"/sessions/{session_id}/turns", {"input": text})).status == 200
+        messages = await _messages(api, session_id)
+        assert [message["role"] for message in messages] == ["user", "assistant"] * 2
+        assert [message["text"] for message in messages][::2] == ["one", "two"]
+        session = (await api.call("GET", f"/sessions/{session_id}")).json
+        assert session["message_count"] == 4
+        assert session["usage"]["output_tokens"] > 0
+        assert session["head"] == messages[-1]["turn_id"]
+
+
+async def _messages(api: Api, session_id: str) -> list[dict[str, str]]:
+    messages: list[dict[str, str]] = []
+    after = ""
+    while True:
+        page = (await api.call("GET", f"/sessions/{session_id}/messages?limit=1{after}")).json
+        messages += page["data"]
+        if page["next"] is None:
+            return messages
+        after = f"&after={page['next']}"

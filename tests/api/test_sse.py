@@ -1,0 +1,159 @@
+"""The body of an event stream: all that is ready in one piece, comments in silence, an end that was sent."""
+
+import pytest
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+from quart import Request
+from trio.testing import MockClock
+from werkzeug.datastructures import Headers
+
+from service.api.sse import EventStream, read_cursor, wants_stream
+from service.errors import InvalidRequestError
+from service.sessions.event_log import EventLog
+from service.sessions.events import TurnCompleted, TurnDelta, encode_frame
+from service.sessions.streams import Streams
+
+
+def delta(seq: int) -> TurnDelta:
+    return TurnDelta(seq=seq, text=f"token {seq} ")
+
+
+def terminal(seq: int) -> TurnCompleted:
+    return TurnCompleted(seq=seq, finish_reason="stop", usage=None, text_length=1)
+
+
+class Opened:
+    """A log with some deltas, and a stream of it."""
+
+    def __init__(self, deltas: int = 0, *, cursor: int = 0) -> None:
+        self.streams = Streams(streams_max=1)
+        self.log = EventLog(bytes_max=1 << 20)
+        self.append(deltas)
+        self.slot = self.streams.open_stream()
+        self.stream = EventStream(self.log, self.slot, cursor=cursor, heartbeat_interval_s=15)
+
+    def append(self, deltas: int) -> None:
+        for _ in range(deltas):
+            assert self.log.append(delta(self.log.last_seq + 1))
+
+    def close(self) -> None:
+        self.log.close(terminal(self.log.last_seq + 1))
+
+
+async def test_the_first_piece_has_the_retry_line_and_everything_ready() -> None:
+    opened = Opened(2)
+    assert await anext(opened.stream) == b"retry: 1000\n\n" + encode_frame(delta(1)) + encode_frame(delta(2))
+
+
+async def test_what_became_ready_meanwhile_comes_in_one_piece() -> None:
+    opened = Opened()
+    assert await anext(opened.stream) == b"retry: 1000\n\n"
+    opened.append(3)
+    assert await anext(opened.stream) == b"".join(encode_frame(delta(seq)) for seq in (1, 2, 3))
+
+
+async def test_silence_is_filled_with_heartbeats_and_loses_nothing(autojump_clock: MockClock) -> None:
+    opened = Opened(1)
+    await anext(opened.stream)
+    for beat in (1, 2, 3):
+        assert await anext(opened.stream) == b": heartbeat\n\n"
+        assert trio.current_time() == 15 * beat
+    opened.append(1)
+    assert await anext(opened.stream) == encode_frame(delta(2))
+
+
+async def test_a_stream_that_waits_wakes_for_the_terminal_event(autojump_clock: MockClock) -> None:
+    opened = Opened()
+    await anext(opened.stream)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_close_soon, opened)
+        assert await anext(opened.stream) == encode_frame(terminal(1))
+    assert trio.current_time() == 1
+
+
+async def _close_soon(opened: Opened) -> None:
+    await trio.sleep(1)
+    opened.close()
+
+
+async def test_the_slot_is_ended_only_once_the_piece_with_the_terminal_event_was_sent() -> None:
+    opened = Opened(1)
+    opened.close()
+    assert (await anext(opened.stream)).endswith(encode_frame(terminal(2)))
+    assert (opened.streams.open, opened.streams.ended) == (1, 0)
+    with pytest.raises(StopAsyncIteration):
+        await anext(opened.stream)
+    assert (opened.streams.open, opened.streams.ended) == (0, 1)
+
+
+async def test_a_stream_that_joins_between_the_last_delta_and_the_terminal_event_gets_both() -> None:
+    opened = Opened(1, cursor=1)
+    assert await anext(opened.stream) == b"retry: 1000\n\n"
+    opened.close()
+    assert await anext(opened.stream) == encode_frame(terminal(2))
+
+
+@given(st.lists(st.integers(0, 40), max_size=12), st.integers(0, 30))
+async def test_a_replay_from_any_cursor_is_exact(appends: list[int], cursor: int) -> None:
+    opened = Opened(max(cursor, 30), cursor=cursor)
+    received = await anext(opened.stream)
+    for count in appends:
+        opened.append(count)
+        if count:
+            received += await anext(opened.stream)
+    opened.close()
+    async for piece in opened.stream:
+        received += piece
+    last = opened.log.last_seq
+    expected = b"".join(encode_frame(delta(seq)) for seq in range(cursor + 1, last)) + encode_frame(terminal(last))
+    assert received == b"retry: 1000\n\n" + expected
+
+
+async def test_a_large_backlog_comes_in_bounded_pieces() -> None:
+    opened = Opened(5000)
+    opened.close()
+    sizes = [len(piece) async for piece in opened.stream]
+    assert len(sizes) > 2
+    assert max(sizes) <= 64 * 1024 + len(b"retry: 1000\n\n")
+
+
+@pytest.mark.parametrize(("header", "after", "cursor"), [(None, 0, 0), (None, 7, 7), ("", 7, 7), ("12", 7, 12)])
+def test_the_header_wins_over_the_parameter(header: str | None, after: int, cursor: int) -> None:
+    assert read_cursor(header, after=after) == cursor
+
+
+@pytest.mark.parametrize("header", ["-1", "1.5", "abc", "²", "1" * 16, "0x1", " "])
+def test_a_last_event_id_that_is_none_of_ours_is_refused(header: str) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        read_cursor(header, after=0)
+    assert refused.value.field == "Last-Event-ID"
+
+
+@pytest.mark.parametrize(
+    ("accept", "streams"),
+    [
+        (None, False),
+        ("*/*", False),
+        ("application/json", False),
+        ("text/*", False),
+        ("text/event-stream", True),
+        ("Text/Event-Stream", True),
+        ("text/event-stream, */*;q=0.5", True),
+        ("application/json, text/event-stream", True),
+        ("application/json, text/event-stream;q=0.5", False),
+        ("text/event-stream;q=0", False),
+    ],
+)
+def test_a_stream_is_what_the_client_names(accept: str | None, streams: bool) -> None:
+    headers = Headers() if accept is None else Headers({"Accept": accept})
+    assert wants_stream(_request(headers)) is streams
+
+
+def _request(headers: Headers) -> Request:
+    async def push(path: str, headers: Headers) -> None:
+        pass
+
+    from quart_trio.wrappers import TrioRequest
+
+    return TrioRequest("POST", "http", "/", b"", headers, "", "1.1", {}, send_push_promise=push)  # type: ignore[typeddict-item]

@@ -1,0 +1,229 @@
+"""Starting turns in three ways, following and cancelling them, as a client sees it."""
+
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from tests.api.inprocess import SSE, Api, leave, open_api
+
+SLOW = "scripted:?tokens=100&rate=1"
+
+
+async def test_a_waiting_call_answers_with_the_finished_turn(autojump_clock: MockClock) -> None:
+    async with open_api() as api:
+        session_id = await api.new_session()
+        reply = await api.call("POST", f"/sessions/{session_id}/turns", {"input": "Hi"})
+        assert reply.status == 200
+        turn = reply.json
+        assert (turn["state"], turn["finish_reason"], turn["input"]) == ("completed", "stop", "Hi")
+        assert turn["text"]
+        assert turn["ended_at"].endswith("Z")
+        assert reply.headers["location"] == f"/sessions/{session_id}/turns/{turn['id']}"
+        assert (await api.call("GET", reply.headers["location"])).json == turn
+        assert (await api.call("GET", f"/sessions/{session_id}/turns")).json == {"data": [turn], "next": None}
+
+
+async def test_a_streaming_call_answers_with_the_events(autojump_clock: MockClock) -> None:
+    async with open_api() as api:
+        session_id = await api.new_session()
+        reply = await api.call("POST", f"/sessions/{session_id}/turns", {"input": "Hi"}, headers=SSE)
+        assert reply.status == 200
+        assert reply.headers["content-type"] == "text/event-stream"
+        assert reply.headers["cache-control"] == "no-store"
+        assert reply.headers["x-accel-buffering"] == "no"
+        assert reply.body.startswith(b"retry: 1000\n\n")
+        kinds = [event["type"] for event in reply.events]
+        assert kinds == ["turn.started", *["turn.delta"] * (len(kinds) - 2), "turn.completed"]
+        assert [event["seq"] for event in reply.events] == list(range(1, len(kinds) + 1))
+        turn = (await api.call("GET", reply.headers["location"])).json
+        assert "".join(event.get("text", "") for event in reply.events) == turn["text"]
+        assert api.service.sessions.statistics().streams_ended == 1
+        assert api.service.sessions.statistics().streams_open == 0
+
+
+async def test_a_background_call_answers_at_once_and_the_turn_runs_on(autojump_clock: MockClock) -> None:
+    async with open_api(model_url=SLOW) as api:
+        session_id = await api.new_session()
+        body = {"input": "Hi", "background": True}
+        reply = await api.call("POST", f"/sessions/{session_id}/turns", body, headers=SSE)
+        assert reply.status == 202
+        assert reply.json["state"] == "running"
+        assert trio.current_time() == 0
+        events = await api.call("GET", f"{reply.headers['location']}/events")
+        assert events.events[-1]["type"] == "turn.completed"
+        assert len(events.events) == 102
+
+
+async def test_a_finished_turn_is_replayed_from_any_event(autojump_clock: MockClock) -> None:
+    async with open_api() as api:
+        path, all_events = await _finished(api)
+        last = all_events[-1]["seq"]
+        for seq in range(last):
+            assert (await api.call("GET", f"{path}/events?after={seq}")).events == all_events[seq:]
+            header = await api.call("GET", f"{path}/events?after=1", headers={"Last-Event-ID": str(seq)})
+            assert header.events == all_events[seq:]
+        for seq in (last, last + 1, 10**15):
+            reply = await api.call("GET", f"{path}/events?after={seq}")
+            assert (reply.status, reply.body) == (204, b"")
+        for query, field in (("after=-1", "after"), ("after=x", "after"), ("after=9999999999999999", "after")):
+            (await api.call("GET", f"{path}/events?{query}")).problem(422, "invalid_request", field)
+        bad = await api.call("GET", f"{path}/events", headers={"Last-Event-ID": "x"})
+        bad.problem(422, "invalid_request", "Last-Event-ID")
+
+
+async def _finished(api: Api) -> tuple[str, list[dict[str, Any]]]:
+    session_id = await api.new_session()
+    reply = await api.call("POST", f"/sessions/{session_id}/turns", {"input": "Hi"}, headers=SSE)
+    return reply.headers["location"], reply.events
+
+
+async def test_a_cursor_beyond_a_running_turn_is_refused(autojump_clock: MockClock) -> None:
+    async with open_api(model_url=SLOW) as api:
+        session_id = await api.new_session()
+        reply = await api.call("POST", f"/sessions/{session_id}/turns", {"input": "Hi", "background": True})
+        beyond = await api.call("GET", f"{reply.headers['location']}/events?after=50")
+        beyond.problem(422, "invalid_request", "after")
+
+
+async def test_a_head_request_for_events_streams_nothing(autojump_clock: MockClock) -> None:
+    async with open_api(model_url=SLOW) as api:
+        session_id = await api.new_session()
+        reply = await api.call("POST", f"/sessions/{session_id}/turns", {"input": "Hi", "background": True})
+        head = await api.call("HEAD", f"{reply.headers['location']}/events")
+        assert (head.status, head.headers["content-type"]) == (200, "text/event-stream")
+        assert trio.current_time() == 0
+        assert api.service.sessions.statistics().streams_aborted == 0
+
+
+async def test_cancel_waits_for_the_end_and_is_idempotent(autojump_clock: MockClock) -> None:
+    async with open_api(model_url=SLOW) as api:
+        session_id = await api.new_session()
+        started = await api.call("POST", f"/sessions/{session_id}/turns", {"input": "Hi", "background": True})
+        path = started.headers["location"]
+        await trio.sleep(10.5)
+        cancelled = await api.call("POST", f"{path}/cancel")
+        assert (cancelled.status, cancelled.json["state"], cancelled.json["reason"]) == (200, "cancelled", "requested")
+        assert cancelled.json["text"]
+        assert (await api.call("POST", f"{path}/cancel")).json == cancelled.json
+
+
+@pytest.mark.parametrize("headers", [{}, SSE])
+async def test_a_call_whose_client_leaves_releases_its_turn(headers: dict[str, str], autojump_clock: MockClock) -> None:
+    async with open_api(model_url=SLOW) as api:
+        session_id = await api.new_session()
+        path = f"/sessions/{session_id}/turns"
+        connection = api.open("POST", path, headers=headers | {"Content-Type": "application/json"})
+        async with connection:
+            await connection.send(b'{"input": "Hi"}')
+            await connection.send_complete()
+            await trio.sleep(10.5)
+            await leave(connection)
+        (turn,) = (await api.call("GET", path)).json["data"]
+        assert (turn["state"], turn["reason"]) == ("cancelled", "disconnected")
+        assert trio.current_time() == 10.5
+        statistics = api.service.sessions.statistics()
+        assert statistics.streams_open == 0
+        assert statistics.streams_aborted == (1 if headers else 0)
+
+
+async def test_a_client_that_leaves_before_the_stream_has_begun_releases_all(autojump_clock: MockClock) -> None:
+    """The response's own body is never opened then, so it cannot be what gives things back."""
+    async with open_api(model_url=SLOW) as api:
+        session_id = await api.new_session()
+        path = f"/sessions/{session_id}/turns"
+        connection = api.open("POST", path, headers=SSE | {"Content-Type": "application/json"})
+
+        async def hang(message: dict[str, Any]) -> None:
+            await trio.sleep_forever()
+
+        connection._asgi_send = hang  # type: ignore[method-assign]
+        async with connection:
+            await connection.send(b'{"input": "Hi"}')
+            await connection.send_complete()
+            await wait_all_tasks_blocked()
+            assert api.service.sessions.statistics().streams_open == 1
+            await leave(connection)
+            assert api.service.sessions.statistics().streams_open == 0
+        (turn,) = (await api.call("GET", path)).json["data"]
+        assert (turn["state"], turn["reason"]) == ("cancelled", "disconnected")
+
+
+async def test_a_turn_that_goes_on_is_not_ended_by_its_client(autojump_clock: MockClock) -> None:
+    async with open_api(model_url=SLOW) as api:
+        session_id = await api.new_session()
+        path = f"/sessions/{session_id}/turns"
+        connection = api.open("POST", path, headers=SSE | {"Content-Type": "application/json"})
+        async with connection:
+            await connection.send(b'{"input": "Hi", "on_disconnect": "continue"}')
+            await connection.send_complete()
+            await trio.sleep(10.5)
+            await leave(connection)
+        (turn,) = (await api.call("GET", path)).json["data"]
+        assert turn["state"] == "running"
+
+
+async def test_conflicts_queues_and_parents(autojump_clock: MockClock) -> None:
+    async with open_api(model_url=SLOW, queued_turns_max=1) as api:
+        session_id = await api.new_session()
+        path = f"/sessions/{session_id}/turns"
+        first = (await api.call("POST", path, {"input": "1", "background": True})).json
+        problem = (await api.call("POST", path, {"input": "2"})).problem(409, "turn_in_progress")
+        assert problem["turn_id"] == first["id"]
+        queued = await api.call("POST", path, {"input": "2", "background": True, "on_conflict": "queue"})
+        assert queued.json["state"] == "queued"
+        full = await api.call("POST", path, {"input": "3", "on_conflict": "queue"})
+        assert full.problem(429, "queue_full")["retry_after_s"] == int(full.headers["retry-after"])
+        latest = await api.call("POST", path, {"input": "4", "on_conflict": "supersede", "parent": first["id"]})
+        assert (latest.json["state"], latest.json["parent"]) == ("completed", first["id"])
+        states = [turn["state"] for turn in (await api.call("GET", path)).json["data"]]
+        assert states == ["cancelled", "cancelled", "completed"]
+        root = await api.call("POST", path, {"input": "5", "parent": None})
+        assert root.json["parent"] is None
+        stranger = await api.call("POST", path, {"input": "6", "parent": "turn_" + "0" * 32})
+        stranger.problem(404, "turn_not_found")
+
+
+async def test_at_the_bound_on_turns_the_answer_is_503(autojump_clock: MockClock) -> None:
+    async with open_api(model_url=SLOW, live_turns_max=1) as api:
+        first, second = await api.new_session(), await api.new_session()
+        await api.call("POST", f"/sessions/{first}/turns", {"input": "1", "background": True})
+        refused = await api.call("POST", f"/sessions/{second}/turns", {"input": "1"}, headers=SSE)
+        refused.problem(503, "turn_limit")
+        assert int(refused.headers["retry-after"]) >= 1
+        statistics = api.service.sessions.statistics()
+        assert (statistics.streams_open, statistics.streams_ended, statistics.streams_aborted) == (0, 0, 0)
+
+
+async def test_at_the_bound_on_streams_no_turn_is_started(autojump_clock: MockClock) -> None:
+    async with open_api(model_url=SLOW, streams_max=1) as api:
+        session_id = await api.new_session()
+        started = await api.call("POST", f"/sessions/{session_id}/turns", {"input": "1", "background": True})
+        path = f"{started.headers['location']}/events"
+        connection = api.open("GET", path)
+        async with connection:
+            await connection.send_complete()
+            await connection.receive()
+            other = await api.new_session()
+            refused = await api.call("POST", f"/sessions/{other}/turns", {"input": "1"}, headers=SSE)
+            refused.problem(503, "stream_limit")
+            (await api.call("GET", path)).problem(503, "stream_limit")
+            assert (await api.call("GET", f"/sessions/{other}/turns")).json["data"] == []
+            await leave(connection)
+
+
+async def test_chat_makes_the_session_once_and_streams(autojump_clock: MockClock) -> None:
+    async with open_api() as api:
+        for round_ in (1, 2):
+            reply = await api.call("POST", "/chat", {"session_id": "me", "message": "Hi"})
+            assert reply.status == 200
+            assert reply.events[0]["session_id"] == "me"
+            assert reply.events[-1]["type"] == "turn.completed"
+            assert reply.headers["location"].startswith("/sessions/me/turns/turn_")
+            assert (await api.call("GET", "/sessions/me")).json["message_count"] == 2 * round_
+        fresh = await api.call("POST", "/chat", {"message": "Hi"})
+        assert fresh.events[0]["session_id"].startswith("sess_")
+        (await api.call("POST", "/chat", {"session_id": "a/b", "message": "Hi"})).problem(
+            422, "invalid_request", "session_id"
+        )

@@ -1,0 +1,452 @@
+"""The real client and servers that behave, each in its own way: what is sent, and how replies are read."""
+
+from collections.abc import Sequence
+
+import pytest
+import trio
+
+from service.errors import ModelError, SettingsError
+from service.models import openai_compatible
+from service.models.client import Finished, Message, ModelEvent, ModelRequest, ReasoningDelta, TextDelta, Usage
+from service.models.openai_compatible import open_openai_compatible
+from tests.models.replies import ask, asking
+from tests.models.upstream import API_KEY, WAIT_S, failure_of, open_upstream
+from tests.upstreams.raw_server import (
+    DONE,
+    Behaviour,
+    Connection,
+    Request,
+    delta,
+    finish,
+    open_raw_server,
+    reasoning,
+    refusing,
+    replying,
+    unused_port,
+    usage,
+)
+
+# What is sent
+
+
+def noting(requests: list[Request]) -> Behaviour:
+    async def note(connection: Connection) -> None:
+        while True:
+            requests.append(await connection.receive_request())
+            await connection.send_head()
+            for payload in (delta("ok"), finish(), DONE):
+                await connection.send_event(payload)
+            await connection.end_body()
+
+    return note
+
+
+async def test_a_request_says_all_that_the_turn_asks_and_no_more() -> None:
+    requests: list[Request] = []
+    async with open_upstream(noting(requests)) as upstream:
+        messages = (Message("system", "Be brief."), Message("user", "Grüße 👩‍👩‍👧"))
+        await ask(upstream.client, ModelRequest(model="m", messages=messages, temperature=0.0, max_output_tokens=9))
+        await ask(upstream.client, ModelRequest(model="m", messages=messages[1:]))
+    full, plain = requests
+    assert full.method == "POST"
+    assert full.target == "/v1/chat/completions"
+    assert full.headers["authorization"] == f"Bearer {API_KEY}"
+    assert full.headers["accept-encoding"] == "identity"
+    assert full.headers["content-type"] == "application/json"
+    assert full.json == {
+        "model": "m",
+        "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Grüße 👩‍👩‍👧"}],
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "temperature": 0.0,
+        "max_tokens": 9,
+    }
+    assert plain.json.keys() == {"model", "messages", "stream", "stream_options"}
+
+
+@pytest.mark.parametrize(
+    ("path", "target"),
+    [
+        ("", "/v1/chat/completions"),
+        ("/", "/v1/chat/completions"),
+        ("/v1", "/v1/chat/completions"),
+        ("/v1/", "/v1/chat/completions"),
+        ("/openai/v1", "/openai/v1/chat/completions"),
+        ("/api/chat/completions", "/api/chat/completions"),
+        ("/v1?api-version=2", "/v1/chat/completions?api-version=2"),
+        ("?api-version=2", "/v1/chat/completions?api-version=2"),
+        ("/v1#fragment", "/v1/chat/completions"),
+        ("/a%20b/v1", "/a%20b/v1/chat/completions"),
+    ],
+)
+async def test_the_url_may_be_the_base_or_the_whole_address(path: str, target: str) -> None:
+    requests: list[Request] = []
+    async with open_upstream(noting(requests), path=path) as upstream:
+        await ask(upstream.client)
+        assert upstream.client.name == f"127.0.0.1:{upstream.server.port}"
+    assert requests[0].target == target
+
+
+async def test_userinfo_in_the_url_is_basic_authentication_and_in_no_name() -> None:
+    requests: list[Request] = []
+    with trio.fail_after(WAIT_S):
+        async with open_raw_server(noting(requests)) as server:
+            url = server.url.replace("http://", "http://user:pass%20word@")
+            async with open_openai_compatible(url) as client:
+                await ask(client)
+                assert client.name == f"127.0.0.1:{server.port}"
+    assert requests[0].headers["authorization"] == "Basic dXNlcjpwYXNzIHdvcmQ="
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "localhost:8000",
+        "ftp://secret@host",
+        "https://",
+        "http://[secret",
+        "http://host:secret",
+        "http://host:99999",
+        "http://host:0",
+        "http://" + "x" * 64 + ".example",
+        "file:///secret",
+        "http://ho st/secret",
+        "/v1",
+    ],
+)
+async def test_an_unusable_url_is_refused_without_being_shown(url: str) -> None:
+    with pytest.raises(SettingsError, match=r"^model_url: ") as caught:
+        async with open_openai_compatible(url):
+            pass
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["", "two words", "new\nline", "kéy", "\x00"])
+async def test_an_unusable_key_is_refused_without_being_shown(key: str) -> None:
+    with pytest.raises(SettingsError, match=r"^model_api_key: ") as caught:
+        async with open_openai_compatible("http://localhost", api_key=key):
+            pass
+    assert not key or key not in str(caught.value)
+
+
+async def test_a_key_beside_userinfo_is_refused() -> None:
+    with pytest.raises(SettingsError, match="model_api_key") as caught:
+        async with open_openai_compatible("http://user:secret@localhost", api_key="secret"):
+            pass
+    assert "secret" not in str(caught.value)
+
+
+async def test_a_server_that_wants_max_completion_tokens_gets_it_from_then_on() -> None:
+    """OpenAI's newer models, in their own words; the repetition is the retrying client's."""
+    requests: list[Request] = []
+    message = (
+        "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+    )
+
+    async def refuse_max_tokens(connection: Connection) -> None:
+        while True:
+            request = await connection.receive_request()
+            requests.append(request)
+            if "max_tokens" in request.json:
+                error = {"message": message, "type": "invalid_request_error", "code": "unsupported_parameter"}
+                await connection.send_response(400, {"error": error})
+            else:
+                await connection.send_head()
+                await connection.send_event(finish())
+                await connection.send_event(DONE)
+                await connection.end_body()
+
+    async with open_upstream(refuse_max_tokens) as upstream, open_openai_compatible(upstream.server.url) as client:
+        with pytest.raises(ModelError, match="max_completion_tokens") as caught:
+            await ask(client, asking(max_output_tokens=5))
+        assert caught.value.retryable
+        await ask(client, asking(max_output_tokens=5))
+        await ask(client, asking(max_output_tokens=6))
+    assert [request.json.get("max_completion_tokens") for request in requests] == [None, 5, 6]
+
+
+async def test_a_server_that_knows_no_such_bound_is_not_asked_again() -> None:
+    words = {"error": {"message": "Neither max_tokens nor max_completion_tokens, please."}}
+    async with open_upstream(refusing(400, words)) as upstream:
+        for max_output_tokens, retryable in ((None, False), (5, True), (5, False)):
+            with pytest.raises(ModelError) as caught:
+                await ask(upstream.client, asking(max_output_tokens=max_output_tokens))
+            assert (caught.value.code, caught.value.retryable) == ("upstream_rejected", retryable)
+
+
+async def test_proxies_in_the_environment_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(variable, f"http://127.0.0.1:{unused_port()}")
+    for variable in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(variable, raising=False)
+    async with open_upstream(replying(delta("direct"), finish(), DONE)) as upstream:
+        assert (await ask(upstream.client)).text == "direct"
+
+
+# How replies are read
+
+
+async def replies_to(*payloads: object) -> list[ModelEvent]:
+    async with open_upstream(replying(*payloads)) as upstream:
+        return (await ask(upstream.client)).events
+
+
+async def test_a_deepseek_reasoning_stream_is_reasoning_and_then_text() -> None:
+    """As its API sends it: a comment while it waits, both fields in each delta, usage in the last chunk."""
+
+    def chunk(content: str | None, thought: str | None, **more: object) -> dict[str, object]:
+        choice = {"index": 0, "delta": {"content": content, "reasoning_content": thought}, "logprobs": None}
+        return {"object": "chat.completion.chunk", "choices": [choice | {"finish_reason": None} | more]}
+
+    async def reason(connection: Connection) -> None:
+        await connection.receive_request()
+        await connection.send_head()
+        for _ in range(3):
+            await connection.send_body(b": keep-alive\n\n")
+        first = chunk(None, "")
+        await connection.send_event(first)
+        for thought in ("Hm", ", ", "yes."):
+            await connection.send_event(chunk(None, thought))
+        for text in ("It ", "is."):
+            await connection.send_event(chunk(text, None))
+        told = {"prompt_tokens": 5, "completion_tokens": 9, "completion_tokens_details": {"reasoning_tokens": 4}}
+        await connection.send_event(chunk("", None, finish_reason="stop") | {"usage": told})
+        await connection.send_event(DONE)
+        await connection.end_body()
+
+    async with open_upstream(reason) as upstream:
+        reply = await ask(upstream.client)
+    assert [type(event) for event in reply.events] == [ReasoningDelta] * 3 + [TextDelta] * 2 + [Finished]
+    assert reply.reasoning == "Hm, yes."
+    assert reply.text == "It is."
+    assert reply.finished.usage == Usage(input_tokens=5, output_tokens=9, reasoning_tokens=4)
+
+
+async def test_reasoning_under_its_other_name_is_read() -> None:
+    events = await replies_to(reasoning("Hm", "reasoning"), delta("Yes"), finish(), DONE)
+    assert events == [ReasoningDelta("Hm"), TextDelta("Yes"), Finished(finish_reason="stop")]
+
+
+@pytest.mark.parametrize(
+    ("reason", "mapped"),
+    [
+        ("stop", "stop"),
+        ("length", "length"),
+        ("max_tokens", "length"),
+        ("content_filter", "content_filter"),
+        ("tool_calls", "tool_calls"),
+        ("function_call", "tool_calls"),
+        ("end_turn", "stop"),
+        ("something_new", "stop"),
+    ],
+)
+async def test_finish_reasons_are_mapped(reason: str, mapped: str) -> None:
+    events = await replies_to(delta("x"), finish(reason), DONE)
+    assert isinstance(events[-1], Finished)
+    assert events[-1].finish_reason == mapped
+
+
+@pytest.mark.parametrize(
+    ("payloads", "expected"),
+    [
+        ([delta("x"), finish(), usage(3, 4), DONE], Usage(input_tokens=3, output_tokens=4)),
+        ([delta("x"), finish(), usage(3, 4, 2), DONE], Usage(input_tokens=3, output_tokens=4, reasoning_tokens=2)),
+        ([delta("x"), finish() | {"usage": {"prompt_tokens": 3}}, DONE], Usage(input_tokens=3, output_tokens=0)),
+        ([delta("x") | {"usage": None}, finish() | {"usage": None}, DONE], None),
+        ([usage(1, 1), delta("x"), usage(1, 2), finish(), usage(1, 3)], Usage(input_tokens=1, output_tokens=3)),
+        (
+            [delta("x"), finish(), {"choices": [], "usage": {"prompt_tokens": None, "extra": {}}}, DONE],
+            Usage(input_tokens=0, output_tokens=0),
+        ),
+    ],
+)
+async def test_usage_is_read_wherever_it_is_told(payloads: list[object], expected: Usage | None) -> None:
+    events = await replies_to(*payloads)
+    assert events == [TextDelta("x"), Finished(finish_reason="stop", usage=expected)]
+
+
+async def test_overhead_is_not_progress_and_what_is_ready_comes_at_once() -> None:
+    """One batch for each HTTP chunk with something in it; none for comments, roles and empty deltas."""
+    role = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]}
+    overhead = [role, delta(""), {"choices": []}, {"choices": [], "prompt_filter_results": [{}]}, {"choices": None}]
+
+    async def reply(connection: Connection) -> None:
+        await connection.receive_request()
+        await connection.send_head()
+        await connection.send_body(b": waiting\n\n\n")
+        for payload in overhead:
+            await connection.send_event(payload)
+        await connection.send_body(b'data: {"choices": [{"delta": {"content": "a"}}]}\n\n' * 3)
+        await connection.send_event(finish())
+        await connection.send_event(DONE)
+        await connection.end_body()
+
+    async with open_upstream(reply) as upstream:
+        batches = (await ask(upstream.client)).batches
+    assert batches == [[TextDelta("a")] * 3, [Finished(finish_reason="stop")]]
+
+
+SPLIT_STREAM = (
+    b"\xef\xbb\xbf: comment\r\n\r\n"
+    + 'event: x\r\ndata: {"choices": [{"delta": {"content": "Grüße 👩‍👩‍👧"}}]}\r\n\r\n'.encode()
+    + 'data: {"choices": [{"delta":\ndata: {"content": "你好"}}]}\n\n'.encode()
+    + b'data: {"choices": [{"delta": {}, "finish_reason": "length"}]}\r\r: more\rdata: [DONE]\n\n'
+)
+SPLIT_REPLY: Sequence[ModelEvent] = [
+    TextDelta("Grüße 👩‍👩‍👧"),
+    TextDelta("你好"),
+    Finished(finish_reason="length"),
+]
+
+
+async def test_a_stream_cut_at_any_byte_reads_the_same() -> None:
+    """Inside of characters, CRLFs and JSON: each cut once, and all at once."""
+    cuts = [[cut] for cut in range(len(SPLIT_STREAM) + 1)] + [list(range(len(SPLIT_STREAM)))]
+
+    async def reply(connection: Connection) -> None:
+        for request_cuts in cuts:
+            await connection.receive_request()
+            await connection.send_head()
+            for start, end in zip([0, *request_cuts], [*request_cuts, len(SPLIT_STREAM)], strict=True):
+                if start < end:
+                    await connection.send_body(SPLIT_STREAM[start:end])
+            await connection.end_body()
+
+    async with open_upstream(reply) as upstream:
+        for _ in cuts:
+            assert (await ask(upstream.client)).events == SPLIT_REPLY
+        assert upstream.server.connections_made == 1
+
+
+# How a reply ends
+
+
+async def end_without_done(connection: Connection) -> None:
+    await connection.receive_request()
+    await connection.send_head()
+    for payload in (delta("whole"), finish(), usage(1, 2)):
+        await connection.send_event(payload)
+    await connection.end_body()
+    await connection.wait_closed()
+
+
+async def close_without_done(connection: Connection) -> None:
+    await connection.receive_request()
+    await connection.send_head(chunked=False)
+    for payload in (delta("whole"), finish(), usage(1, 2)):
+        await connection.send_event(payload)
+
+
+async def break_without_done(connection: Connection) -> None:
+    await connection.receive_request()
+    await connection.send_head()
+    for payload in (delta("whole"), finish(), usage(1, 2)):
+        await connection.send_event(payload)
+    await connection.send(b"7\r\nin the m")
+
+
+async def hang_without_done(connection: Connection) -> None:
+    await connection.receive_request()
+    await connection.send_head()
+    for payload in (delta("whole"), finish(), usage(1, 2)):
+        await connection.send_event(payload)
+    await connection.wait_closed()
+
+
+async def comment_for_ever_without_done(connection: Connection) -> None:
+    await connection.receive_request()
+    await connection.send_head()
+    for payload in (delta("whole"), finish(), usage(1, 2)):
+        await connection.send_event(payload)
+    while True:
+        await connection.send_body(b": still here\n\n")
+        await trio.sleep(0.001)
+
+
+@pytest.mark.parametrize(
+    "behave",
+    [end_without_done, close_without_done, break_without_done, hang_without_done, comment_for_ever_without_done],
+)
+async def test_a_reply_with_a_finish_reason_is_whole_without_done(
+    behave: Behaviour, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openai_compatible, "_USAGE_TIMEOUT_S", 0.05)
+    async with open_upstream(behave) as upstream:
+        reply = await ask(upstream.client)
+    assert reply.text == "whole"
+    assert reply.finished == Finished(finish_reason="stop", usage=Usage(input_tokens=1, output_tokens=2))
+
+
+async def test_an_end_without_finish_reason_is_truncated_even_after_done() -> None:
+    async with open_upstream(replying(delta("half"), DONE)) as upstream:
+        assert (await failure_of(upstream.client)).code == "upstream_truncated"
+
+
+# Its connections
+
+
+async def test_a_whole_reply_leaves_its_connection_to_the_next_turn() -> None:
+    async with open_upstream(replying(delta("x"), finish(), DONE)) as upstream:
+        for _ in range(5):
+            await ask(upstream.client)
+        assert upstream.server.connections_made == 1
+
+
+async def test_a_whole_reply_whose_response_does_not_end_costs_its_connection() -> None:
+    async def keep_the_end(connection: Connection) -> None:
+        await connection.receive_request()
+        await connection.send_head()
+        await connection.send_event(finish())
+        await connection.send_event(DONE)
+        await connection.wait_closed()
+
+    async with open_upstream(keep_the_end) as upstream:
+        for _ in range(2):
+            await ask(upstream.client)
+            assert upstream.server.established == 0
+        assert upstream.server.connections_made == 2
+
+
+async def test_a_kept_connection_that_the_server_has_closed_is_not_used() -> None:
+    async def close_after_a_reply(connection: Connection) -> None:
+        await connection.receive_request()
+        await connection.send_head()
+        await connection.send_event(finish())
+        await connection.send_event(DONE)
+        await connection.end_body()
+
+    async with open_upstream(close_after_a_reply) as upstream:
+        for _ in range(5):
+            await ask(upstream.client)
+            await upstream.server.wait_idle()
+        assert upstream.server.connections_made == 5
+
+
+async def test_no_stream_waits_for_another() -> None:
+    """More of them than any pool's usual limit, none answered before all are there."""
+    count = 150
+    arrived = 0
+    all_there = trio.Event()
+
+    async def answer_all_at_once(connection: Connection) -> None:
+        nonlocal arrived
+        await connection.receive_request()
+        arrived += 1
+        if arrived == count:
+            all_there.set()
+        await all_there.wait()
+        await connection.send_head()
+        await connection.send_event(finish())
+        await connection.send_event(DONE)
+        await connection.end_body()
+
+    async def ask_once(client: openai_compatible.OpenAICompatibleClient) -> None:
+        await ask(client)
+
+    with trio.fail_after(WAIT_S):
+        async with open_raw_server(answer_all_at_once) as server, open_openai_compatible(server.url) as client:
+            async with trio.open_nursery() as nursery:
+                for _ in range(count):
+                    nursery.start_soon(ask_once, client)
+            assert server.connections_made == count

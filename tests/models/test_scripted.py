@@ -1,0 +1,205 @@
+"""The scripted client: what its URL may say, and that it does just that, on time."""
+
+import pytest
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+from trio.testing import MockClock
+
+from service.errors import ModelError, SettingsError
+from service.models.client import Finished, ReasoningDelta, TextDelta, Usage
+from service.models.scripted import Script, ScriptedClient, open_scripted
+from tests.models.replies import Reply, ask, asking, take
+
+
+def scripted(query: str) -> ScriptedClient:
+    return ScriptedClient(Script.from_url(f"scripted:?{query}"))
+
+
+async def failure_of(client: ScriptedClient, came: Reply) -> ModelError:
+    async def ask_once() -> None:
+        async with client.stream(asking()) as stream:
+            await take(stream, came)
+
+    with pytest.raises(ModelError) as caught:
+        await ask_once()
+    return caught.value
+
+
+async def test_tokens_come_at_their_rate_after_the_first(autojump_clock: MockClock) -> None:
+    times = []
+    reply = Reply()
+    async with scripted("tokens=5&rate=10&first_token_s=2").stream(asking()) as stream:
+        start = trio.current_time()
+        for _ in range(5):
+            reply.batches.append(await stream.receive())
+            times.append(round(trio.current_time() - start, 6))
+    assert times == [2, 2.1, 2.2, 2.3, 2.4]
+    assert reply.finished.finish_reason == "stop"
+
+
+async def test_a_late_caller_gets_all_that_is_due_and_the_schedule_does_not_move(autojump_clock: MockClock) -> None:
+    async with scripted("tokens=100&rate=10&first_token_s=1").stream(asking()) as stream:
+        start = trio.current_time()
+        assert len(await stream.receive()) == 1
+        await trio.sleep_until(start + 2.05)
+        assert [event.text for event in await stream.receive() if isinstance(event, TextDelta)] == [
+            f"{number} " for number in range(1, 11)
+        ]
+        await stream.receive()
+        assert trio.current_time() - start == pytest.approx(2.1)
+
+
+async def test_tokens_are_numbered_and_counted(autojump_clock: MockClock) -> None:
+    reply = await ask(scripted("tokens=3&reasoning=2"))
+    assert reply.text == "0 1 2 "
+    assert reply.reasoning == "0 1 "
+    assert [type(event) for event in reply.events] == [ReasoningDelta] * 2 + [TextDelta] * 3 + [Finished]
+    assert reply.finished == Finished(
+        finish_reason="stop", usage=Usage(input_tokens=1, output_tokens=5, reasoning_tokens=2)
+    )
+
+
+async def test_tokens_have_the_size_that_was_asked_for(autojump_clock: MockClock) -> None:
+    reply = await ask(scripted("tokens=200&token_bytes=4&rate=0"))
+    assert {len(event.text.encode()) for event in reply.events if isinstance(event, TextDelta)} == {4}
+    assert len(reply.text) == 800
+
+
+async def test_without_a_rate_nothing_waits_and_no_batch_is_large(autojump_clock: MockClock) -> None:
+    start = trio.current_time()
+    reply = await ask(scripted("tokens=1000&rate=0&first_token_s=0"))
+    assert trio.current_time() == start
+    assert max(len(batch) for batch in reply.batches) <= 65
+    assert len(reply.events) == 1001
+
+
+async def test_no_tokens_are_an_empty_reply(autojump_clock: MockClock) -> None:
+    assert (await ask(scripted("tokens=0"))).events == [
+        Finished(finish_reason="stop", usage=Usage(input_tokens=1, output_tokens=0))
+    ]
+
+
+async def test_the_bound_on_the_output_cuts_the_reply(autojump_clock: MockClock) -> None:
+    client = scripted("tokens=10&reasoning=2")
+    async with client.stream(asking(max_output_tokens=5)) as stream:
+        reply = await take(stream)
+    assert (reply.reasoning, reply.text) == ("0 1 ", "0 1 2 ")
+    assert reply.finished.finish_reason == "length"
+    async with client.stream(asking(max_output_tokens=12)) as stream:
+        assert (await take(stream)).finished.finish_reason == "stop"
+
+
+async def test_it_fails_after_so_many_tokens(autojump_clock: MockClock) -> None:
+    came = Reply()
+    error = await failure_of(scripted("tokens=10&reasoning=1&fail_after=4"), came)
+    assert (error.code, error.retryable) == ("upstream_error", True)
+    assert (came.reasoning, came.text) == ("0 ", "0 1 2 ")
+
+
+async def test_it_refuses_a_request(autojump_clock: MockClock) -> None:
+    came = Reply()
+    error = await failure_of(scripted("fail_after=0&fail_code=model_not_found"), came)
+    assert (error.code, error.retryable) == ("model_not_found", False)
+    assert came.batches == []
+
+
+async def test_it_falls_silent_after_so_many_tokens(autojump_clock: MockClock) -> None:
+    client = scripted("tokens=10&silent_after=3")
+    came = Reply()
+    with trio.move_on_after(1_000_000) as scope:
+        async with client.stream(asking()) as stream:
+            await take(stream, came)
+    assert scope.cancelled_caught
+    assert came.text == "0 1 2 "
+    assert client.streams_open == 0
+
+
+async def test_its_close_can_hang(autojump_clock: MockClock) -> None:
+    client = scripted("tokens=10&ignore_close_s=5")
+    with trio.CancelScope() as scope:
+        async with client.stream(asking()) as stream:
+            await stream.receive()
+            left = trio.current_time()
+            scope.cancel()
+    assert trio.current_time() - left == pytest.approx(5)
+    assert client.streams_open == 0
+
+
+async def test_without_parameters_it_quotes_the_input_and_names_the_way_to_a_model(autojump_clock: MockClock) -> None:
+    async with open_scripted("scripted:") as client:
+        reply = await ask(client, asking("  What is\n\n a “last call”? "))
+    assert reply.text.startswith("You said: “What is a “last call”?” ")
+    assert "LASTCALL_MODEL_URL" in reply.text
+    assert len(reply.batches) > 20, "it is streamed"
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=300))
+def test_any_input_is_quoted_in_short(text: str) -> None:
+    from service.models.scripted import _answer
+
+    answer = "".join(_answer(text))
+    assert len(answer) < 400
+    answer.encode()
+
+
+def test_a_long_input_is_cut_between_words_or_at_least_between_characters() -> None:
+    from service.models.scripted import _shortened
+
+    assert _shortened("word " * 100) == ("word " * 24).rstrip()[:119] + "…"
+    family = "👩\u200d👩\u200d👧"
+    assert _shortened(family * 100).removesuffix("…").replace(family, "") == ""
+    assert _shortened("e\u0301" * 100) == "e\u0301" * 60 + "…"
+    assert _shortened("x" + "e\u0301" * 100) == "x" + "e\u0301" * 59 + "…"
+    assert _shortened("🇩🇪" * 100).removesuffix("…").replace("🇩🇪", "") in ("", "🇩🇪")
+
+
+@pytest.mark.parametrize(
+    ("url", "named"),
+    [
+        ("scripted", "scripted:"),
+        ("script:?tokens=1", "script:"),
+        ("scripted:tokens=1", "scripted:tokens=1"),
+        ("scripted:?tokns=1", "tokns"),
+        ("scripted:?tokens", "tokens"),
+        ("scripted:?tokens=", "tokens"),
+        ("scripted:?tokens=many", "many"),
+        ("scripted:?tokens=-1", "-1"),
+        ("scripted:?tokens=1.5", "1.5"),
+        ("scripted:?tokens=99999999999", "99999999999"),
+        ("scripted:?tokens=1&tokens=2", "tokens"),
+        ("scripted:?rate=-1", "rate"),
+        ("scripted:?rate=nan", "rate"),
+        ("scripted:?rate=inf", "rate"),
+        ("scripted:?first_token_s=inf", "first_token_s"),
+        ("scripted:?token_bytes=0", "token_bytes"),
+        ("scripted:?fail_code=", "fail_code"),
+        ("scripted:?fail_code=Not%20a%20code", "fail_code"),
+        ("scripted:?silent_after=null", "silent_after"),
+        ("scripted:?=1", "''"),
+    ],
+)
+def test_a_wrong_url_is_refused_by_name(url: str, named: str) -> None:
+    with pytest.raises(SettingsError, match=r"^model_url: ") as caught:
+        Script.from_url(url)
+    assert named in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+def test_every_parameter_can_be_set() -> None:
+    url = (
+        "scripted:?tokens=200&rate=50&first_token_s=0.2&token_bytes=8&reasoning=3&fail_after=100&fail_code=rate_limited"
+        "&silent_after=150&ignore_close_s=1"
+    )
+    assert set(Script.__struct_fields__) == {pair.partition("=")[0] for pair in url.partition("?")[2].split("&")}
+    assert Script.from_url(url) == Script(
+        tokens=200,
+        rate=50,
+        first_token_s=0.2,
+        token_bytes=8,
+        reasoning=3,
+        fail_after=100,
+        fail_code="rate_limited",
+        silent_after=150,
+        ignore_close_s=1,
+    )

@@ -1,0 +1,140 @@
+"""What servers say when they fail, in their own words, and what is made of it."""
+
+from datetime import UTC, datetime
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.models.upstream_errors import ErrorReply, error_from_reply, error_from_status, parse_retry_after
+
+Said = list[tuple[int, object, str, bool]]
+"""Status, body, and what is made of it: code and whether it is retryable."""
+
+
+def said(message: str, **more: object) -> dict[str, object]:
+    """The usual shape of an error's body."""
+    return {"error": {"message": message, **more}}
+
+
+OPENAI: Said = [
+    (401, said("Incorrect API key provided: sk-x.", code="invalid_api_key"), "upstream_auth", False),
+    (404, said("The model `x` does not exist or you lack access.", code="model_not_found"), "model_not_found", False),
+    (403, said("Project `p` does not have access to model `x`", code="model_not_found"), "model_not_found", False),
+    (400, said("maximum context length is 8192", code="context_length_exceeded"), "context_too_long", False),
+    (400, said("Invalid value: 'x'", param="temperature", code=None), "upstream_rejected", False),
+    (429, said("Rate limit reached for gpt-4o", type="tokens", code="rate_limit_exceeded"), "rate_limited", True),
+    (429, said("You exceeded your current quota", code="insufficient_quota"), "rate_limited", False),
+]
+DEEPSEEK: Said = [
+    (400, said("Model Not Exist", type="invalid_request_error"), "model_not_found", False),
+    (402, said("Insufficient Balance", code="invalid_request_error"), "upstream_rejected", False),
+]
+VLLM: Said = [
+    (400, said("This model's maximum context length is 4096 tokens.", code=400), "context_too_long", False),
+    (404, {"object": "error", "message": "The model `x` does not exist.", "code": 404}, "model_not_found", False),
+]
+OLLAMA: Said = [(404, said('model "x" not found, try pulling it first', type="api_error"), "model_not_found", False)]
+LLAMA_CPP: Said = [
+    (400, said("the request exceeds the available context size", code=400), "context_too_long", False),
+    (400, said("too much", type="exceed_context_size_error"), "context_too_long", False),
+    (503, said("Loading model", code=503, type="unavailable_error"), "upstream_error", True),
+]
+LITELLM: Said = [
+    (400, said("litellm.ContextWindowExceededError: ...", type=None, code="400"), "context_too_long", False),
+    (400, said("Invalid model name passed in model=x", code="400"), "model_not_found", False),
+]
+OTHERS: Said = [
+    (404, {"detail": "Not Found"}, "upstream_rejected", False),
+    (422, {"detail": [{"loc": ["body", "model"], "msg": "Field required"}]}, "upstream_rejected", False),
+    (413, b"<html>413 Request Entity Too Large</html>", "context_too_long", False),
+    (502, b"<html>502 Bad Gateway</html>", "upstream_error", True),
+    (504, b"<html>504 Gateway Time-out</html>", "upstream_error", True),
+    (302, b"", "upstream_rejected", False),
+    (418, b"", "upstream_rejected", False),
+]
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "code", "retryable"), OPENAI + DEEPSEEK + VLLM + OLLAMA + LLAMA_CPP + LITELLM + OTHERS
+)
+def test_servers_words_are_understood(status: int, body: object, code: str, retryable: bool) -> None:
+    reply = ErrorReply.from_body(body if isinstance(body, bytes) else msgspec.json.encode(body))
+    error = error_from_status(status, reply, retry_after_s=None, redact=str)
+    assert (error.code, error.retryable) == (code, retryable)
+    assert str(status) in str(error)
+    assert reply.message in str(error)
+    assert "<" not in str(error), "no markup"
+
+
+@pytest.mark.parametrize(
+    ("member", "code", "retryable"),
+    [
+        ({"message": "Rate limit exceeded", "code": 429}, "rate_limited", True),
+        ({"message": "Rate limit reached", "type": "rate_limit_error"}, "rate_limited", True),
+        ({"message": "This model's maximum context length is 4096 tokens"}, "context_too_long", False),
+        ({"message": "no such luck", "code": "400"}, "upstream_rejected", False),
+        ({"message": "Internal error", "code": "internal"}, "upstream_error", True),
+        ("just words", "upstream_error", True),
+        ({"reason": "another shape"}, "upstream_error", True),
+        (["a", "list"], "upstream_error", True),
+        (True, "upstream_error", True),
+    ],
+)
+def test_an_error_in_mid_stream_is_understood(member: object, code: str, retryable: bool) -> None:
+    error = error_from_reply(ErrorReply.from_error_member(member), redact=str)
+    assert (error.code, error.retryable) == (code, retryable)
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(st.characters(exclude_categories=["Cs"])),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["error", "message", "code", "type", "detail", "other"]), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+@given(status=st.integers(300, 599), body=json_values.map(msgspec.json.encode) | st.binary(max_size=50))
+def test_any_body_gives_a_short_line_without_the_secret(status: int, body: bytes) -> None:
+    reply = ErrorReply.from_body(body)
+    error = error_from_status(status, reply, retry_after_s=None, redact=lambda text: text.replace("a", "*"))
+    assert str(error).isprintable()
+    assert len(str(error)) < 500
+    assert "a" not in str(error).partition(" It says: ")[2]
+    error_from_reply(reply, redact=str)
+
+
+NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        (None, None),
+        ("0", 0.0),
+        ("120", 120.0),
+        (" 1.5 ", 1.5),
+        ("-3", None),
+        ("1e3", None),
+        ("inf", None),
+        ("٣", None),
+        ("9" * 400, None),
+        ("", None),
+        ("tomorrow", None),
+        ("Sun, 01 Mar 2026 12:00:10 GMT", 10.0),
+        ("Sun, 01 Mar 2026 14:00:10 +0200", 10.0),
+        ("Sunday, 01-Mar-26 12:00:10 GMT", 10.0),
+        ("Sun Mar  1 12:00:10 2026", 10.0),
+        ("Sun, 01 Mar 1926 12:00:10 GMT", 0.0),
+        ("Sun, 99 Mar 2026 12:00:10 GMT", None),
+    ],
+)
+def test_retry_after_is_seconds_or_a_date_or_nothing(value: str | None, seconds: float | None) -> None:
+    assert parse_retry_after(value, now=NOW) == seconds

@@ -1,0 +1,461 @@
+"""The real client and servers that misbehave: each fault is one typed error that a user understands."""
+
+import gzip
+import ssl
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+import pytest
+import trio
+import trustme
+
+from service.models import openai_compatible
+from service.models.client import TextDelta
+from service.models.openai_compatible import open_openai_compatible
+from tests.models.replies import Reply, ask
+from tests.models.upstream import API_KEY, WAIT_S, failure_of, open_upstream
+from tests.upstreams.independent import script_llmock
+from tests.upstreams.raw_server import (
+    DONE,
+    Behaviour,
+    Connection,
+    delta,
+    finish,
+    open_raw_server,
+    refusing,
+    replying,
+    unanswering_port,
+    unused_port,
+)
+
+# No connection
+
+
+async def test_a_refused_connection_is_unreachable() -> None:
+    async with open_openai_compatible(f"http://127.0.0.1:{unused_port()}") as client:
+        error = await failure_of(client)
+    assert (error.code, error.retryable) == ("upstream_unreachable", True)
+
+
+async def test_a_connection_that_is_not_taken_is_a_connect_timeout() -> None:
+    with unanswering_port() as port:
+        async with open_openai_compatible(f"http://127.0.0.1:{port}", connect_timeout_s=0.05) as client:
+            error = await failure_of(client)
+    assert (error.code, error.retryable) == ("connect_timeout", True)
+
+
+async def test_a_name_that_does_not_exist_is_a_dns_error() -> None:
+    async with open_openai_compatible("http://lastcall.invalid", api_key=API_KEY) as client:
+        error = await failure_of(client)
+    assert error.code == "upstream_dns"
+
+
+# TLS
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+def server_context(authority: trustme.CA, name: str = "127.0.0.1") -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert(name).configure_cert(context)
+    return context
+
+
+def client_context(authority: trustme.CA) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    return context
+
+
+async def test_a_trusted_certificate_is_no_fault(authority: trustme.CA) -> None:
+    with trio.fail_after(WAIT_S):
+        behave = replying(delta("safe"), finish(), DONE)
+        async with (
+            open_raw_server(behave, ssl_context=server_context(authority)) as server,
+            open_openai_compatible(server.url, ssl_context=client_context(authority)) as client,
+        ):
+            for _ in range(2):
+                assert (await ask(client)).text == "safe"
+            assert server.connections_made == 1
+
+
+async def test_a_certificate_is_trusted_where_the_operator_names_its_authority(
+    authority: trustme.CA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with trio.fail_after(WAIT_S), authority.cert_pem.tempfile() as path:
+        monkeypatch.setenv("SSL_CERT_FILE", path)
+        behave = replying(delta("safe"), finish(), DONE)
+        async with (
+            open_raw_server(behave, ssl_context=server_context(authority)) as server,
+            open_openai_compatible(server.url) as client,
+        ):
+            assert (await ask(client)).text == "safe"
+
+
+async def test_an_untrusted_certificate_is_a_tls_error(authority: trustme.CA) -> None:
+    error = await tls_failure(server_context(authority), ssl.create_default_context())
+    assert error == ("upstream_tls", False, True)
+
+
+async def test_a_certificate_for_another_name_is_a_tls_error(authority: trustme.CA) -> None:
+    error = await tls_failure(server_context(authority, "example.org"), client_context(authority))
+    assert error == ("upstream_tls", False, True)
+
+
+async def tls_failure(server: ssl.SSLContext, client: ssl.SSLContext) -> tuple[str, bool, bool]:
+    """The error's code, whether it is retryable, and whether it says that it is about trust."""
+    with trio.fail_after(WAIT_S):
+        async with (
+            open_raw_server(replying(), ssl_context=server) as upstream,
+            open_openai_compatible(upstream.url, ssl_context=client) as model,
+        ):
+            error = await failure_of(model)
+            await upstream.wait_idle()
+            assert upstream.established == 0
+    return error.code, error.retryable, "certificate is not trusted" in str(error)
+
+
+async def answer_in_plain_text(connection: Connection) -> None:
+    await connection.send(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+    await connection.wait_closed()
+
+
+async def close_at_once(connection: Connection) -> None:
+    pass
+
+
+@pytest.mark.parametrize("behave", [answer_in_plain_text, close_at_once])
+async def test_tls_to_a_port_without_tls_is_a_tls_error(behave: Behaviour) -> None:
+    with trio.fail_after(WAIT_S):
+        async with open_raw_server(behave) as server:
+            async with open_openai_compatible(server.url.replace("http:", "https:")) as client:
+                error = await failure_of(client)
+            await server.wait_idle()
+    assert (error.code, error.retryable) == ("upstream_tls", False)
+
+
+async def test_a_tls_handshake_that_hangs_is_a_connect_timeout() -> None:
+    async def hang(connection: Connection) -> None:
+        await connection.wait_closed()
+
+    with trio.fail_after(WAIT_S):
+        async with open_raw_server(hang) as server:
+            url = server.url.replace("http:", "https:")
+            async with open_openai_compatible(url, connect_timeout_s=0.05) as client:
+                error = await failure_of(client)
+            assert server.established == 0
+            await server.wait_idle()
+    assert (error.code, error.retryable) == ("connect_timeout", True)
+
+
+async def test_plain_text_to_a_port_with_tls_is_a_protocol_error_or_unreachable(authority: trustme.CA) -> None:
+    with trio.fail_after(WAIT_S):
+        async with open_raw_server(replying(), ssl_context=server_context(authority)) as server:
+            async with open_openai_compatible(server.url.replace("https:", "http:")) as client:
+                error = await failure_of(client)
+            await server.wait_idle()
+    assert error.code in ("upstream_protocol", "upstream_unreachable")
+
+
+# No response
+
+
+async def close_unanswered(connection: Connection) -> None:
+    await connection.receive_request()
+
+
+async def close_in_the_head(connection: Connection) -> None:
+    await connection.receive_request()
+    await connection.send(b"HTTP/1.1 200 OK\r\ncontent-ty")
+
+
+@pytest.mark.parametrize("behave", [close_at_once, close_unanswered, close_in_the_head])
+async def test_a_connection_closed_before_a_response_is_unreachable(behave: Behaviour) -> None:
+    async with open_upstream(behave) as upstream:
+        error = await failure_of(upstream.client)
+    assert (error.code, error.retryable) == ("upstream_unreachable", True)
+
+
+async def answer_like_redis(connection: Connection) -> None:
+    await connection.send(b"-ERR unknown command 'POST'\r\n\r\n")
+    await connection.wait_closed()
+
+
+async def send_an_endless_head(connection: Connection) -> None:
+    await connection.receive_request()
+    await connection.send(b"HTTP/1.1 200 OK\r\n")
+    while True:
+        await connection.send(b"x-more: " + b"x" * 4096 + b"\r\n")
+
+
+@pytest.mark.parametrize("behave", [answer_like_redis, send_an_endless_head])
+async def test_an_answer_that_is_not_http_is_a_protocol_error(behave: Behaviour) -> None:
+    async with open_upstream(behave) as upstream:
+        error = await failure_of(upstream.client)
+    assert (error.code, error.retryable) == ("upstream_protocol", False)
+
+
+# A response that is no reply
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "body", "words"),
+    [
+        (200, {"content-type": "text/html"}, b"<html>Sign in</html>", "text/html"),
+        (200, {"content-type": "application/json"}, {"choices": [{"message": {"content": "hi"}}]}, "application/json"),
+        (200, {"content-type": "application/json"}, {"message": {"role": "assistant", "content": "hi"}}, "json"),
+        (200, {"content-type": "no media type at all"}, b"", "something else"),
+        (200, {"content-type": "text/event-stream", "content-encoding": "gzip"}, gzip.compress(b"data"), "compressed"),
+    ],
+)
+async def test_a_response_that_is_no_event_stream_is_a_protocol_error(
+    status: int, headers: dict[str, str], body: object, words: str
+) -> None:
+    async with open_upstream(refusing(status, body, headers)) as upstream:
+        error = await failure_of(upstream.client)
+    assert (error.code, error.retryable) == ("upstream_protocol", False)
+    assert words in str(error)
+
+
+async def test_an_error_object_with_status_200_is_that_error() -> None:
+    body = {"error": {"message": "Overloaded", "type": "server_error", "code": 503}}
+    async with open_upstream(refusing(200, body)) as upstream:
+        error = await failure_of(upstream.client)
+    assert (error.code, error.retryable) == ("upstream_error", True)
+    assert "Overloaded" in str(error)
+
+
+async def test_a_redirect_is_not_followed() -> None:
+    async with open_upstream(replying(finish(), DONE)) as elsewhere:
+        location = f"{elsewhere.server.url}/v1/chat/completions?secret"
+        async with open_upstream(refusing(307, b"", {"location": location})) as upstream:
+            error = await failure_of(upstream.client)
+        assert elsewhere.server.connections_made == 0
+    assert (error.code, error.retryable) == ("upstream_rejected", False)
+    assert "secret" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "code", "retryable"),
+    [
+        (400, {"error": {"message": "bad"}}, "upstream_rejected", False),
+        (400, {"error": {"message": "too long", "code": "context_length_exceeded"}}, "context_too_long", False),
+        (401, {"error": {"message": "no key"}}, "upstream_auth", False),
+        (403, b"", "upstream_auth", False),
+        (404, {"error": {"message": "The model `x` does not exist", "code": "model_not_found"}}, "model_not_found", 0),
+        (404, {"detail": "Not Found"}, "upstream_rejected", False),
+        (408, b"", "upstream_error", True),
+        (429, b"", "rate_limited", True),
+        (500, b"<html>", "upstream_error", True),
+        (503, {"error": "loading model"}, "upstream_error", True),
+    ],
+)
+async def test_a_status_is_an_error_of_its_own(status: int, body: object, code: str, retryable: bool) -> None:
+    async with open_upstream(refusing(status, body)) as upstream:
+        error = await failure_of(upstream.client)
+    assert (error.code, error.retryable) == (code, retryable)
+    assert str(status) in str(error)
+
+
+NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("retry_after", "seconds"),
+    [("7", 7.0), ("Sun, 01 Mar 2026 12:01:30 GMT", 90.0), ("Sun, 01 Mar 2026 11:00:00 GMT", 0.0), ("soon", None)],
+)
+async def test_retry_after_is_read_as_seconds_and_as_a_date(retry_after: str, seconds: float | None) -> None:
+    async with open_upstream(refusing(429, b"", {"retry-after": retry_after}), clock=lambda: NOW) as upstream:
+        error = await failure_of(upstream.client)
+    assert error.retry_after_s == seconds
+
+
+async def hang_in_the_body(connection: Connection) -> None:
+    await connection.receive_request()
+    await connection.send_head(500)
+    await connection.send_body(b'{"error": ')
+    await connection.wait_closed()
+
+
+async def break_in_the_body(connection: Connection) -> None:
+    await connection.receive_request()
+    await connection.send_head(500)
+    await connection.send_body(b'{"error": ')
+
+
+async def never_end_the_body(connection: Connection) -> None:
+    await connection.receive_request()
+    await connection.send_head(500)
+    while True:
+        await connection.send_body(b"x" * 4096)
+
+
+@pytest.mark.parametrize("behave", [hang_in_the_body, break_in_the_body, never_end_the_body])
+async def test_an_error_does_not_wait_for_its_body(behave: Behaviour, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai_compatible, "_ERROR_BODY_TIMEOUT_S", 0.05)
+    async with open_upstream(behave) as upstream:
+        error = await failure_of(upstream.client)
+        assert upstream.server.established == 0
+    assert error.code == "upstream_error"
+
+
+# A reply that breaks off
+
+
+async def end_the_body(connection: Connection) -> None:
+    await connection.end_body()
+
+
+async def close_in_a_chunk(connection: Connection) -> None:
+    await connection.send(b'40\r\ndata: {"choices"')
+
+
+async def close_between_chunks(connection: Connection) -> None:
+    pass
+
+
+async def send_an_error(connection: Connection) -> None:
+    await connection.send_event({"error": {"message": "CUDA out of memory", "code": 500}})
+    await connection.wait_closed()
+
+
+async def send_an_error_of_few_words(connection: Connection) -> None:
+    await connection.send_event({"error": "boom"})
+    await connection.wait_closed()
+
+
+async def run_into_a_rate_limit(connection: Connection) -> None:
+    await connection.send_event({"error": {"message": "Rate limit reached", "type": "tokens", "code": None}})
+    await connection.wait_closed()
+
+
+async def send_broken_json(connection: Connection) -> None:
+    await connection.send_event(b'{"choices": [{"delta": {"content": "x"}')
+    await connection.wait_closed()
+
+
+async def send_another_shape(connection: Connection) -> None:
+    await connection.send_event({"choices": [{"delta": {"content": ["x"]}}]})
+    await connection.wait_closed()
+
+
+async def send_a_list(connection: Connection) -> None:
+    await connection.send_event([1, 2])
+    await connection.wait_closed()
+
+
+async def send_broken_utf8(connection: Connection) -> None:
+    await connection.send_event(b'{"choices": [{"delta": {"content": "\xff"}}]}')
+    await connection.wait_closed()
+
+
+async def send_ten_megabytes_on_a_line(connection: Connection) -> None:
+    await connection.send_body(b"data: ")
+    for _ in range(160):
+        await connection.send_body(b"x" * 65536)
+    raise AssertionError("the client has read it all")
+
+
+async def give_up(connection: Connection) -> None:
+    await connection.send_event(finish("insufficient_system_resource"))
+    await connection.wait_closed()
+
+
+BREAKS: Sequence[tuple[Behaviour, str]] = [
+    (end_the_body, "upstream_truncated"),
+    (close_in_a_chunk, "upstream_truncated"),
+    (close_between_chunks, "upstream_truncated"),
+    (send_an_error, "upstream_error"),
+    (send_an_error_of_few_words, "upstream_error"),
+    (give_up, "upstream_error"),
+    (run_into_a_rate_limit, "rate_limited"),
+    (send_broken_json, "upstream_protocol"),
+    (send_another_shape, "upstream_protocol"),
+    (send_a_list, "upstream_protocol"),
+    (send_broken_utf8, "upstream_protocol"),
+    (send_ten_megabytes_on_a_line, "upstream_protocol"),
+]
+
+
+@pytest.mark.parametrize(("breaking", "code"), BREAKS)
+async def test_what_came_before_a_break_is_kept(breaking: Behaviour, code: str) -> None:
+    async def reply(connection: Connection) -> None:
+        await connection.receive_request()
+        await connection.send_head()
+        await connection.send_event(delta("so "))
+        await connection.send_event(delta("far"))
+        await breaking(connection)
+
+    came = Reply()
+    async with open_upstream(reply) as upstream:
+        error = await failure_of(upstream.client, came)
+        assert upstream.server.established == 0
+    assert error.code == code
+    assert came.text == "so far"
+
+
+async def test_what_came_before_an_error_in_the_same_chunk_is_kept() -> None:
+    async def reply(connection: Connection) -> None:
+        await connection.receive_request()
+        await connection.send_head()
+        await connection.send_body(
+            b'data: {"choices": [{"delta": {"content": "kept"}}]}\n\ndata: {"error": "boom"}\n\n'
+        )
+        await connection.wait_closed()
+
+    came = Reply()
+    async with open_upstream(reply) as upstream:
+        await failure_of(upstream.client, came)
+    assert came.events == [TextDelta("kept")]
+
+
+# Secrets
+
+
+@pytest.mark.parametrize("status", [200, 400, 401, 404, 429, 500])
+async def test_no_secret_is_shown_whatever_the_upstream_says(status: int) -> None:
+    """It echoes the key, at length and at the place where the message is cut."""
+    message = f"\x1b[31mkey {API_KEY}\r\nis {'x' * 270} {API_KEY} " + "long " * 5000
+    async with open_upstream(refusing(status, {"error": {"message": message}}), path="?token=secret") as upstream:
+        error = await failure_of(upstream.client)
+    assert "key *** is xxx" in str(error)
+    assert not any(API_KEY[:length] in str(error) for length in range(4, len(API_KEY)))
+    assert "secret" not in str(error)
+
+
+async def test_the_password_in_the_url_is_not_shown() -> None:
+    with trio.fail_after(WAIT_S):
+        async with open_raw_server(refusing(500, {"error": "do you mean p4ssw0rd?"})) as server:
+            url = server.url.replace("http://", "http://user:p4ssw0rd@")
+            async with open_openai_compatible(url) as client:
+                error = await failure_of(client)
+    assert "do you mean ***?" in str(error)
+
+
+# Faults of servers that nobody here wrote
+
+
+@pytest.mark.parametrize(
+    ("behavior", "code"),
+    [
+        ({"type": "fail", "status": 401}, "upstream_auth"),
+        ({"type": "fail", "status": 429, "retry_after": 3}, "rate_limited"),
+        ({"type": "fail", "status": 503, "retry_after": 2}, "upstream_error"),
+        ({"type": "fail", "status": 400, "code": "context_length_exceeded"}, "context_too_long"),
+        ({"type": "stream_fault", "kind": "disconnect", "after_chunks": 3}, "upstream_truncated"),
+        ({"type": "stream_fault", "kind": "truncate", "after_chunks": 3}, "upstream_truncated"),
+        ({"type": "stream_fault", "kind": "malformed", "after_chunks": 3}, "upstream_protocol"),
+    ],
+)
+async def test_llmocks_faults_are_told_apart(llmock_url: str, behavior: dict[str, object], code: str) -> None:
+    script_llmock(llmock_url, behavior)
+    came = Reply()
+    async with open_openai_compatible(llmock_url) as client:
+        error = await failure_of(client, came)
+        assert error.code == code
+        assert error.retry_after_s == behavior.get("retry_after")
+        assert bool(came.text) == (behavior["type"] == "stream_fault")
+        assert (await ask(client)).text

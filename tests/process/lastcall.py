@@ -1,0 +1,184 @@
+"""The real server in every way in, the loads it is put under, and what has to hold of each stop."""
+
+import json
+import os
+import re
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import trio
+
+from bench.load import Http2Streams, Idle, LoadResult, Prober, Request, Streams, Unfinished
+from bench.server_process import Gone, Launch, ServerProcess, open_server, python_command
+from bench.wire import StreamEnd
+
+APPLICATION = "service.asgi:app"
+SSE = {"Accept": "text/event-stream"}
+CAP_S = 15
+"""Bound of every wait in these tests; not a promise of the server."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """A way in. ``workers`` is None for our own entry point, 0 for hypercorn in one process."""
+
+    name: str
+    workers: int | None
+    config: str | None = None
+
+    def argv(self, application: str = APPLICATION) -> list[str]:
+        if self.workers is None:
+            return python_command("-m", "service", "serve")
+        config = ["--config", self.config] if self.config else []
+        return python_command(
+            *("-m", "hypercorn", "--worker-class", "trio", *config),
+            *("--bind", "127.0.0.1:0", "--workers", str(self.workers), application),
+        )
+
+    @property
+    def has_master(self) -> bool:
+        return bool(self.workers)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+SERVE = Host("serve", None)
+HYPERCORN_0, HYPERCORN_1, HYPERCORN_2, HYPERCORN_4 = (Host(f"hypercorn-{n}", n) for n in (0, 1, 2, 4))
+HOSTS = (SERVE, HYPERCORN_0, HYPERCORN_1, HYPERCORN_2, HYPERCORN_4)
+
+
+@asynccontextmanager
+async def open_lastcall(
+    host: Host, folder: Path, *, argv: list[str] | None = None, stderr_pipe: bool = False, **settings: object
+) -> AsyncIterator[ServerProcess]:
+    """A running server with these settings (``drain_timeout_s=0``), within the cap."""
+    env = {"LASTCALL_BIND": "127.0.0.1:0", "LASTCALL_STORE_URL": "memory:", "LASTCALL_LOG_FORMAT": "json"}
+    env |= {name if name.isupper() else f"LASTCALL_{name.upper()}": str(value) for name, value in settings.items()}
+    launch = Launch(argv or host.argv(), env=env, workers=max(host.workers or 1, 1), stderr_pipe=stderr_pipe)
+    log_path = folder / f"{host}-{len(os.listdir(folder))}.log"
+    with trio.fail_after(4 * CAP_S):
+        async with open_server(launch, log_path=log_path) as server:
+            yield server
+
+
+# Loads
+
+
+def chat(name: str = "chat", count: int = 3, message: str = "rate=20", **options: Any) -> Streams:
+    """Streams on ``/chat``, which the model feeds as ``message`` says."""
+    request = Request(path="/chat", headers=SSE, body=json.dumps({"message": f"{name}$n {message}"}))
+    return Streams(name=name, count=count, stream=request, **options)
+
+
+def turn(name: str = "turn", count: int = 3, message: str = "rate=20", **options: Any) -> Streams:
+    """Streams on turns of sessions of their own."""
+    return Streams(name=name, count=count, before=(_session(name),), stream=_turn(name, message), **options)
+
+
+def queued(name: str = "queued", count: int = 2) -> Streams:
+    """Streams on turns that wait behind a running one."""
+    before = (_session(name), _turn(name, "rate=20", background=True))
+    stream = _turn(name, "rate=20", on_conflict="queue")
+    return Streams(name=name, count=count, before=before, stream=stream, ready_at="head")
+
+
+def replay(name: str = "replay", count: int = 2) -> Streams:
+    """Streams on the events of turns that others have started, and that run on."""
+    started = _turn(name, "rate=20", background=True)
+    before = (_session(name), msgspec.structs.replace(started, capture={"turn": "id"}))
+    stream = Request(method="GET", path=f"/sessions/{name}$n/turns/$turn/events", headers=SSE)
+    return Streams(name=name, count=count, before=before, stream=stream)
+
+
+def http2(name: str = "http2", count: int = 2) -> Http2Streams:
+    """Streams on ``/chat`` in one HTTP/2 connection."""
+    request = Request(path="/chat", headers=SSE, body=json.dumps({"message": f"{name}$n rate=20"}))
+    return Http2Streams(name=name, count=count, stream=request)
+
+
+def stalled(name: str = "stalled", count: int = 1) -> Streams:
+    """Streams whose client does not read, however much the model sends."""
+    return chat(name, count, "rate=400 pad=400", stalled=True)
+
+
+def well_behaved() -> tuple[Streams | Http2Streams, ...]:
+    """A few of every kind of stream that is to end properly."""
+    return (chat(), turn(), queued(), replay(), http2())
+
+
+def rude() -> tuple[Streams | Idle | Unfinished, ...]:
+    """A few of every kind of client that is in the way.
+
+    One that closes its sending side is among them: for hypercorn it is gone.
+    """
+    return (
+        stalled(),
+        chat("half-closed", 1, half_close=True),
+        Idle(count=3, request=Request(method="GET", path="/healthz")),
+        Unfinished(name="half-sent", count=2, kind="head"),
+        Unfinished(name="slow upload", count=2, kind="body"),
+        Unfinished(name="TLS handshake", count=2, kind="tls"),
+    )
+
+
+def prober(path: str = "/sessions", method: str = "POST") -> Prober:
+    """New connections that ask for new work."""
+    return Prober(request=Request(method=method, path=path, body="{}" if method == "POST" else ""))
+
+
+def _session(name: str) -> Request:
+    return Request(path="/sessions", body=json.dumps({"id": f"{name}$n"}))
+
+
+def _turn(name: str, message: str, **fields: object) -> Request:
+    body = json.dumps({"input": f"{name}$n {message}", **fields})
+    headers = {} if fields.get("background") else SSE
+    return Request(path=f"/sessions/{name}$n/turns", headers=headers, body=body)
+
+
+# What has to hold
+
+
+def reports(server: ServerProcess) -> list[dict[str, Any]]:
+    """The shutdown report of each process that held a tree."""
+    lines = [line for line in server.log().splitlines() if '"shutdown report"' in line]
+    return [json.loads(line) for line in lines]
+
+
+def assert_log_is_clean(server: ServerProcess) -> None:
+    log = server.log()
+    for word in (r"Traceback", r"\bCancelled\b", r"(?i)\bwarning\b", r"(?i)\bexception\b", r"never awaited"):
+        assert not re.search(word, log), f"{word} in the log:\n{log}"
+
+
+def assert_clean(server: ServerProcess, gone: Gone, *, workers: int = 1) -> None:
+    """The stop left nothing behind and has nothing to say but its reports."""
+    assert_log_is_clean(server)
+    assert gone.exit_code == 0, server.log()
+    assert {code for _, code, _ in gone.exits} == {0}
+    assert gone.strays == ()
+    assert len(reports(server)) == workers, server.log()
+    assert all(report["faults"] == [] and report["tasks_left"] == 0 for report in reports(server))
+
+
+def assert_all_ended_properly(result: LoadResult, *, except_for: tuple[str, ...] = ("stalled", "half-closed")) -> None:
+    """Every stream that could take it had one terminal event and its last chunk, and no token is missing before."""
+    for stream in result.streams:
+        if stream.group in except_for:
+            continue
+        assert stream.end is StreamEnd.TERMINAL, stream
+        assert stream.terminals == 1, stream
+        assert stream.gaps == 0, stream
+
+
+def ends(result: LoadResult) -> Mapping[str, set[str]]:
+    """The terminal events by group."""
+    found: dict[str, set[str]] = {}
+    for stream in result.streams:
+        found.setdefault(stream.group, set()).add(stream.terminal or str(stream.end))
+    return found

@@ -1,0 +1,98 @@
+"""Scripted replies for generated histories: what a model says to each input, and when."""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Literal
+
+import msgspec
+import trio
+
+from service.errors import ModelError
+from service.models.client import Finished, ModelEvent, ModelRequest, TextDelta, Usage
+
+Last = Literal["finish", "fail", "crash", "silence"]
+
+
+class Script(msgspec.Struct, frozen=True):
+    """A reply: tokens, each after its delay, then the last thing after its own.
+
+    ``close_s`` is how long leaving the stream takes, whatever cancels it.
+    """
+
+    tokens: tuple[float, ...]
+    last: Last
+    last_s: float
+    close_s: float = 0
+
+    def later(self, seconds: float) -> "Script":
+        """The same, so much later."""
+        if not self.tokens:
+            return msgspec.structs.replace(self, last_s=self.last_s + seconds)
+        return msgspec.structs.replace(self, tokens=(self.tokens[0] + seconds, *self.tokens[1:]))
+
+
+class ScriptedReplies:
+    """A model client that looks up its script by the last line of what the user said.
+
+    It knows which session each input belongs to, and checks that no two replies of a session overlap.
+    """
+
+    name = "scripted replies"
+
+    def __init__(self) -> None:
+        self.scripts: dict[str, tuple[str, Script]] = {}
+        self.asked: list[str] = []
+        self.open: dict[str, str] = {}
+
+    def expect(self, key: str, session_id: str, script: Script) -> None:
+        self.scripts[key] = (session_id, script)
+
+    @asynccontextmanager
+    async def stream(self, request: ModelRequest) -> AsyncIterator["_Reply"]:
+        await trio.lowlevel.checkpoint()
+        roles = [message.role for message in request.messages]
+        assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
+        key = request.messages[-1].text.rpartition("\n\n")[2]
+        session_id, script = self.scripts[key]
+        assert session_id not in self.open, "two turns of one session run at once"
+        self.asked.append(key)
+        self.open[session_id] = key
+        try:
+            yield _Reply(key, script)
+        finally:
+            if script.close_s:
+                with trio.CancelScope(shield=True, deadline=trio.current_time() + script.close_s):
+                    await trio.sleep_forever()
+            del self.open[session_id]
+
+    async def aclose(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+
+class _Reply:
+    def __init__(self, key: str, script: Script) -> None:
+        self._key = key
+        self._script = script
+        self._said = 0
+
+    async def receive(self) -> Sequence[ModelEvent]:
+        if self._said < len(self._script.tokens):
+            await trio.sleep(self._script.tokens[self._said])
+            self._said += 1
+            return [TextDelta(token(self._key, self._said))]
+        await trio.sleep(self._script.last_s)
+        match self._script.last:
+            case "finish":
+                return [Finished(finish_reason="stop", usage=Usage(input_tokens=1, output_tokens=self._said))]
+            case "fail":
+                raise ModelError("upstream_error", "As the script says.")
+            case "crash":
+                raise RuntimeError("as the script says")
+            case "silence":
+                await trio.sleep_forever()
+                raise AssertionError
+
+
+def token(key: str, number: int) -> str:
+    """The ``number``-th token of a reply, from 1."""
+    return f"{key}.{number} "

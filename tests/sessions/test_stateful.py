@@ -1,0 +1,540 @@
+"""Sessions against a simple model of them: generated histories, one thing at a time, each outcome exact.
+
+Things that happen at the same instant are for ``test_races.py``. Here no two do: callers act a third
+of a second after a full one, and every timeout and every reply has a fraction of its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from math import inf
+from typing import Literal
+
+import msgspec
+import trio
+from hypothesis import Phase, event, given, settings
+from hypothesis import strategies as st
+from structlog.testing import capture_logs
+from trio.testing import MockClock
+
+from service.errors import (
+    QueueFullError,
+    RefusedError,
+    SessionExistsError,
+    SessionNotFoundError,
+    TurnInProgressError,
+    TurnLimitError,
+    TurnNotFoundError,
+)
+from service.sessions.events import TurnCancelled, TurnCompleted, TurnFailed, TurnInterrupted
+from service.sessions.expiry import sweep
+from service.sessions.registry import NewSession, NewTurn, OnConflict, Sessions, open_sessions
+from service.sessions.turn import OnDisconnect, Turn, Watch
+from service.settings import Settings
+from service.storage.memory import MemoryStore
+from service.storage.records import SessionPatch, TurnState
+from tests.sessions.puppet import read_all
+from tests.sessions.scripts import Script, ScriptedReplies, token
+
+T0 = datetime(2030, 1, 1, tzinfo=UTC)
+
+IDLE_TIMEOUT_S = 10.4
+FIRST_TOKEN_TIMEOUT_S = 3 + 1 / 32
+NEXT_TOKEN_TIMEOUT_S = 2 + 1 / 64
+TURN_TIMEOUT_S = 7 + 1 / 128
+LIVE_TURNS_MAX = 5
+QUEUED_TURNS_MAX = 2
+
+
+# The model: no tasks, no scopes; it computes what must happen, and when.
+
+
+@dataclass(eq=False)
+class ModelTurn:
+    key: str
+    id: str
+    session: "ModelSession"
+    parent: str | None
+    script: Script
+    keeps_on: bool
+    state: TurnState = "queued"
+    detail: str | None = None
+    started: float = inf
+    abandoned: float = inf
+    watches: int = 1
+    ended: float = inf
+
+    @property
+    def is_open(self) -> bool:
+        return self.state in ("queued", "running")
+
+    def next_end(self) -> tuple[float, TurnState, str | None]:
+        """The end that comes if nobody does anything."""
+        causes: list[tuple[float, TurnState, str | None]] = [(self.abandoned, "cancelled", "disconnected")]
+        if self.state == "running":
+            causes += [(self.started + TURN_TIMEOUT_S, "failed", "turn_timeout"), self._end_of_script()]
+        return min(causes, key=lambda cause: cause[0])
+
+    def _end_of_script(self) -> tuple[float, TurnState, str | None]:
+        now, patience, code = self.started, FIRST_TOKEN_TIMEOUT_S, "first_token_timeout"
+        for delay in self.script.tokens:
+            if delay > patience:
+                return now + patience, "failed", code
+            now, patience, code = now + delay, NEXT_TOKEN_TIMEOUT_S, "next_token_timeout"
+        if self.script.last == "silence" or self.script.last_s > patience:
+            return now + patience, "failed", code
+        now += self.script.last_s
+        match self.script.last:
+            case "finish":
+                return now, "completed", None
+            case "fail":
+                return now, "failed", "upstream_error"
+            case "crash":
+                return now, "failed", "internal_error"
+
+    def text_at(self, now: float) -> str:
+        """What has been said by then."""
+        due, said = self.started, 0
+        for delay in self.script.tokens:
+            due += delay
+            if due > min(now, self.ended):
+                break
+            said += 1
+        return "".join(token(self.key, number) for number in range(1, said + 1))
+
+
+@dataclass(eq=False)
+class ModelSession:
+    id: str
+    idle_timeout_s: float
+    deadline: float
+    turns: list[ModelTurn] = field(default_factory=list)
+    title: str | None = None
+
+    @property
+    def open(self) -> list[ModelTurn]:
+        return [turn for turn in self.turns if turn.is_open]
+
+    @property
+    def message_count(self) -> int:
+        return len(self.turns) + sum(1 for turn in self.turns if not turn.is_open and turn.text_at(inf))
+
+    def use(self, now: float) -> None:
+        self.deadline = now + self.idle_timeout_s
+
+
+class Model:
+    def __init__(self, *, grace_s: float) -> None:
+        self.grace_s = grace_s
+        self.sessions: dict[str, ModelSession] = {}
+        self.turns: list[ModelTurn] = []  # of deleted sessions too: their logs are still read
+
+    def advance(self, until: float) -> None:
+        """Let everything happen that happens by itself."""
+        while True:
+            candidates = [(*turn.next_end(), turn) for session in self.sessions.values() for turn in session.open]
+            if not candidates:
+                return
+            when, state, detail, turn = min(candidates, key=lambda candidate: candidate[0])
+            if when > until:
+                return
+            self.end(turn, when, state, detail)
+
+    def end(self, turn: ModelTurn, now: float, state: TurnState, detail: str | None) -> None:
+        turn.state, turn.detail, turn.ended = state, detail, now
+        turn.session.use(now)
+        self.start_next(turn.session, now)
+
+    def start_next(self, session: ModelSession, now: float) -> None:
+        if session.open and session.open[0].state == "queued":
+            session.open[0].state = "running"
+            session.open[0].started = now
+
+    def session(self, session_id: str, now: float) -> ModelSession:
+        session = self.sessions.get(session_id)
+        if session is None or (not session.open and session.deadline <= now):
+            raise SessionNotFoundError(session_id)
+        return session
+
+    def check_start(self, session_id: str, on_conflict: OnConflict, parent: str | None, now: float) -> None:
+        """Raise what refuses such a turn."""
+        open_here = self.sessions[session_id].open if session_id in self.sessions else []
+        if open_here and on_conflict == "reject":
+            raise TurnInProgressError(open_here[0].id)
+        if open_here and on_conflict == "queue" and len(open_here) > QUEUED_TURNS_MAX:
+            raise QueueFullError("full")
+        if sum(len(session.open) for session in self.sessions.values()) >= LIVE_TURNS_MAX:
+            raise TurnLimitError("limit")
+        session = self.session(session_id, now)
+        if parent is not None and parent not in [turn.id for turn in session.turns]:
+            raise TurnNotFoundError(parent)
+
+    def start(self, turn: ModelTurn, on_conflict: OnConflict, now: float) -> None:
+        session = turn.session
+        earlier = session.open
+        session.turns.append(turn)
+        self.turns.append(turn)
+        session.use(now)
+        if on_conflict == "supersede":
+            for other in reversed(earlier):  # the queued ones first, so that none of them starts
+                self.end(other, now, "cancelled", "superseded")
+        self.start_next(session, now)
+
+    def release(self, turn: ModelTurn, now: float) -> None:
+        turn.watches -= 1
+        if turn.is_open and not turn.watches and not turn.keeps_on:
+            turn.abandoned = now + self.grace_s
+            if not self.grace_s:
+                self.end(turn, now, "cancelled", "disconnected")
+
+    def watch(self, turn: ModelTurn) -> None:
+        turn.watches += 1
+        if turn.is_open:
+            turn.abandoned = inf
+
+    def delete(self, session_id: str, now: float) -> None:
+        session = self.session(session_id, now)
+        for turn in reversed(session.open):
+            self.end(turn, now, "cancelled", "session_deleted")
+        del self.sessions[session_id]
+
+    def delete_expired(self, now: float) -> int:
+        expired = [s.id for s in self.sessions.values() if not s.open and s.deadline <= now]
+        for session_id in expired:
+            del self.sessions[session_id]
+        return len(expired)
+
+
+# What callers do. Turns are picked counting from the newest, so that a history stays good as it shrinks.
+
+
+class Create(msgspec.Struct, frozen=True):
+    session_id: str
+    idle_timeout_s: float | None
+
+
+class Patch(msgspec.Struct, frozen=True):
+    session_id: str
+    title: str
+    idle_timeout_s: float
+
+
+class Start(msgspec.Struct, frozen=True):
+    session_id: str
+    script: Script
+    on_conflict: OnConflict
+    on_disconnect: OnDisconnect
+    background: bool
+    parent: int | None | Literal["head"]
+
+
+class Cancel(msgspec.Struct, frozen=True):
+    turn: int
+
+
+class Release(msgspec.Struct, frozen=True):
+    turn: int
+
+
+class Watching(msgspec.Struct, frozen=True):
+    turn: int
+
+
+class Delete(msgspec.Struct, frozen=True):
+    session_id: str
+
+
+class Sweep(msgspec.Struct, frozen=True):
+    pass
+
+
+class Wait(msgspec.Struct, frozen=True):
+    seconds: int
+
+
+Step = Create | Patch | Start | Cancel | Release | Watching | Delete | Sweep | Wait
+
+session_ids = st.sampled_from(["a", "a", "b"])
+picks = st.integers(0, 3)
+scripts = st.builds(
+    Script,
+    st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, 3.0]), max_size=3).map(tuple),
+    st.sampled_from(["finish", "finish", "finish", "finish", "fail", "crash", "silence"]),
+    st.sampled_from([0.0, 1.0, 2.0, 3.0]),
+)
+
+
+def _starts(on_conflict: OnConflict) -> st.SearchStrategy[Step]:
+    return st.builds(
+        Start,
+        session_ids,
+        scripts,
+        st.just(on_conflict),
+        on_disconnect=st.sampled_from(["cancel", "cancel", "cancel", "continue"]),
+        background=st.sampled_from([False, False, False, True]),
+        parent=st.sampled_from(["head", "head", "head", "head", "head", None, 0, 2]),
+    )
+
+
+# Half of the steps start a turn or let time pass.
+steps: st.SearchStrategy[Step] = st.one_of(
+    _starts("reject"),
+    _starts("queue"),
+    _starts("queue"),
+    _starts("supersede"),
+    st.builds(Wait, st.integers(1, 3)),
+    st.builds(Wait, st.integers(1, 15)),
+    st.builds(Create, session_ids, st.sampled_from([None, 2.4, 20.4])),
+    st.builds(Patch, session_ids, st.text(max_size=3), st.sampled_from([2.4, 20.4])),
+    st.builds(Cancel, picks),
+    st.builds(Release, picks),
+    st.builds(Watching, picks),
+    st.builds(Release, st.just(0)),
+    st.sampled_from([Sweep(), Delete("a"), Delete("b")]),
+)
+histories = st.lists(steps, min_size=10, max_size=40)
+
+
+@dataclass
+class History:
+    """Does everything twice, with the sessions and with the model, and compares."""
+
+    sessions: Sessions
+    store: MemoryStore
+    client: ScriptedReplies
+    model: Model
+    turns: dict[str, Turn] = field(default_factory=dict)
+    watches: dict[str, list[Watch]] = field(default_factory=dict)
+
+    @property
+    def now(self) -> float:
+        return trio.current_time()
+
+    async def run(self, history: Sequence[Step]) -> None:
+        for session_id in ("a", "b"):
+            await self.take(Create(session_id, None))
+        for step in history:
+            await self.take(step)
+            await trio.testing.wait_all_tasks_blocked()
+            await self.compare()
+
+    async def take(self, step: Step) -> None:
+        if isinstance(step, Wait):
+            await trio.sleep(step.seconds)
+            self.model.advance(self.now)
+            return
+        expected = found = None
+        try:
+            self._in_model(step)
+        except RefusedError as error:
+            expected = type(error)
+        try:
+            await self._in_sessions(step)
+        except RefusedError as error:
+            found = type(error)
+        assert found == expected, step
+
+    def _in_model(self, step: Step) -> None:
+        """What it raises, if anything; a start is noted once its id is known."""
+        model, now = self.model, self.now
+        match step:
+            case Create(session_id, idle_timeout_s):
+                session = model.sessions.get(session_id)
+                if session is not None and (session.open or session.deadline > now):
+                    raise SessionExistsError(session_id)
+                timeout = IDLE_TIMEOUT_S if idle_timeout_s is None else idle_timeout_s
+                model.sessions[session_id] = ModelSession(session_id, timeout, now + timeout)
+            case Patch(session_id, title, idle_timeout_s):
+                session = model.session(session_id, now)
+                session.title, session.idle_timeout_s = title, idle_timeout_s
+                session.use(now)
+            case Start(session_id):
+                model.check_start(session_id, step.on_conflict, self._parent(step), now)
+            case Cancel(pick):
+                turn = self._kept(pick)
+                if turn.is_open:
+                    model.end(turn, now, "cancelled", "requested")
+            case Release(pick):
+                if (picked := self._picked(pick)) is not None and self.watches[picked.id]:
+                    model.release(picked, now)
+            case Watching(pick):
+                model.watch(self._kept(pick))
+            case Delete(session_id):
+                model.delete(session_id, now)
+
+    async def _in_sessions(self, step: Step) -> None:
+        sessions = self.sessions
+        match step:
+            case Create(session_id, idle_timeout_s):
+                await sessions.create_session(NewSession(id=session_id, idle_timeout_s=idle_timeout_s))
+            case Patch(session_id, title, idle_timeout_s):
+                await sessions.update_session(session_id, SessionPatch(title=title, idle_timeout_s=idle_timeout_s))
+            case Start():
+                await self._start(step)
+            case Cancel(pick):
+                picked = self._picked(pick)
+                session_id, turn_id = (picked.session.id, picked.id) if picked else ("a", "turn_none")
+                record = await sessions.cancel_turn(session_id, turn_id)
+                assert not record.is_open, "a cancel waits for the end"
+            case Release(pick):
+                if (picked := self._picked(pick)) is not None and self.watches[picked.id]:
+                    self.watches[picked.id].pop().release()
+            case Watching(pick):
+                picked = self._picked(pick)
+                session_id, turn_id = (picked.session.id, picked.id) if picked else ("a", "turn_none")
+                log, watch = await sessions.open_events(session_id, turn_id)
+                assert log.frames() == self.turns[turn_id].log.frames()
+                self.watches[turn_id].append(watch)
+            case Delete(session_id):
+                await sessions.delete_session(session_id)
+            case Sweep():
+                removed = await sweep(self.store, clock=self.clock, store_timeout_s=1)
+                assert removed == self.model.delete_expired(self.now)
+
+    async def _start(self, step: Start) -> None:
+        key = f"k{len(self.model.turns)}"
+        script = step.script.later(2.0 ** -(9 + len(self.model.turns)))
+        self.client.expect(key, step.session_id, script)
+        parent = self._parent(step)
+        turn, watch = await self.sessions.start_turn(
+            step.session_id,
+            NewTurn(
+                text=key,
+                parent=msgspec.UNSET if step.parent == "head" else parent,
+                on_conflict=step.on_conflict,
+                on_disconnect=step.on_disconnect,
+                background=step.background,
+            ),
+        )
+        self.turns[turn.id] = turn
+        self.watches[turn.id] = [watch]
+        session = self.model.sessions[step.session_id]
+        keeps_on = step.background or step.on_disconnect == "continue"
+        self.model.start(
+            ModelTurn(key, turn.id, session, parent, script, keeps_on),
+            step.on_conflict,
+            self.now,
+        )
+
+    def _parent(self, step: Start) -> str | None:
+        if step.parent is None:
+            return None
+        if isinstance(step.parent, int):
+            picked = self._picked(step.parent)
+            return picked.id if picked is not None else "turn_none"
+        session = self.model.sessions.get(step.session_id)
+        return session.turns[-1].id if session is not None and session.turns else None
+
+    def _picked(self, pick: int) -> ModelTurn | None:
+        return self.model.turns[-1 - pick] if pick < len(self.model.turns) else None
+
+    def _kept(self, pick: int) -> ModelTurn:
+        """The picked turn, if its session is there and it in it. Raises what the sessions must."""
+        picked = self._picked(pick)
+        session = self.model.session(picked.session.id if picked else "a", self.now)
+        if picked is None or picked not in session.turns:
+            raise TurnNotFoundError("turn_none")
+        return picked
+
+    def clock(self) -> datetime:
+        return T0 + timedelta(seconds=self.now)
+
+    async def compare(self) -> None:
+        """Whatever can be asked has the answer that the model has."""
+        model, now = self.model, self.now
+        for session_id in ("a", "b"):
+            try:
+                session = model.session(session_id, now)
+            except SessionNotFoundError:
+                assert await self._is_gone(session_id)
+                continue
+            record = await self.sessions.get_session(session_id)
+            assert record.head == (session.turns[-1].id if session.turns else None)
+            assert record.message_count == session.message_count
+            assert (record.open_turns, record.title) == (len(session.open), session.title)
+            assert abs((record.expires_at - T0).total_seconds() - session.deadline) < 1e-4
+            page = await self.sessions.list_turns(session_id, limit=100)
+            assert [turn.id for turn in page.data] == [turn.id for turn in session.turns]
+            for found, turn in zip(page.data, session.turns, strict=True):
+                assert (found.state, found.reason or (found.error and found.error.code)) == (turn.state, turn.detail)
+                assert (found.text, found.parent) == (turn.text_at(now), turn.parent)
+                assert await self.sessions.get_turn(session_id, turn.id) == found
+        statistics = self.sessions.statistics()
+        states = [turn.state for turn in model.turns]
+        assert [
+            statistics.turns_queued,
+            statistics.turns_running,
+            statistics.turns_completed,
+            statistics.turns_failed,
+            statistics.turns_cancelled,
+            statistics.turns_interrupted,
+        ] == [states.count(state) for state in ("queued", "running", "completed", "failed", "cancelled", "interrupted")]
+        assert statistics.sessions_live == sum(1 for session in model.sessions.values() if session.open)
+        assert len(self.client.open) == statistics.turns_running, "a running turn has one upstream stream, others none"
+
+    async def _is_gone(self, session_id: str) -> bool:
+        try:
+            await self.sessions.get_session(session_id)
+        except SessionNotFoundError:
+            return True
+        return False
+
+    async def compare_logs(self) -> None:
+        """When all is over: each turn has told its end, once, at the end of its log; the store agrees."""
+        for turn in self.model.turns:
+            events = await read_all(self.turns[turn.id].log)
+            assert [event.seq for event in events] == list(range(1, len(events) + 1))
+            terminal = [
+                e for e in events if isinstance(e, TurnCompleted | TurnFailed | TurnCancelled | TurnInterrupted)
+            ]
+            assert terminal == events[-1:]
+            record = self.turns[turn.id].record()
+            assert (record.state, record.reason or (record.error and record.error.code)) == (turn.state, turn.detail)
+            assert terminal[0].text_length == len(turn.text_at(inf))
+            assert turn.session.id in self.model.sessions or turn.session.id in ("a", "b")
+            if self.model.sessions.get(turn.session.id) is turn.session:
+                kept = await self.store.read_path(turn.session.id, turn.id, bytes_max=None)
+                assert list(kept)[-1:] == [record]
+                assert list(await self.store.read_events(turn.session.id, turn.id)) == self.turns[turn.id].log.frames()
+
+
+async def _run(history: Sequence[Step], *, grace_s: float) -> None:
+    await trio.sleep(1 / 3)
+    store, client, model = MemoryStore(), ScriptedReplies(), Model(grace_s=grace_s)
+
+    def clock() -> datetime:
+        return T0 + timedelta(seconds=trio.current_time())
+
+    with trio.fail_after(100_000):
+        async with open_sessions(
+            store=store,
+            client_for=lambda _model: client,
+            clock=clock,
+            settings=Settings(
+                idle_timeout_s=IDLE_TIMEOUT_S,
+                first_token_timeout_s=FIRST_TOKEN_TIMEOUT_S,
+                next_token_timeout_s=NEXT_TOKEN_TIMEOUT_S,
+                turn_timeout_s=TURN_TIMEOUT_S,
+                disconnect_grace_s=grace_s,
+                live_turns_max=LIVE_TURNS_MAX,
+                queued_turns_max=QUEUED_TURNS_MAX,
+            ),
+        ) as sessions:
+            both = History(sessions, store, client, model)
+            await both.run(history)
+            now = trio.current_time()
+            for turn in model.turns:
+                event(f"{turn.state} {turn.detail or ''}")
+            for session in model.sessions.values():
+                for turn in reversed(session.open):
+                    model.end(turn, now, "interrupted", "shutdown")
+        await both.compare_logs()
+    assert client.open == {}
+
+
+@settings(max_examples=150, phases=set(Phase) - {Phase.explain})
+@given(histories, st.sampled_from([0.0, 1.25]))
+def test_sessions_do_what_a_simple_model_of_them_does(history: list[Step], grace_s: float) -> None:
+    with capture_logs():  # crashes are part of the histories
+        trio.run(partial(_run, history, grace_s=grace_s), clock=MockClock(autojump_threshold=0))

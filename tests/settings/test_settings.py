@@ -1,0 +1,271 @@
+"""The settings: where they come from, what is refused, and how it is said."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from service.errors import SettingsError
+from service.settings import Settings, load_settings, reaches_beyond_loopback, read_sources
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def read(environ: dict[str, str] | None = None, /, *, file: str = "", **overrides: str) -> Settings:
+    if file:
+        Path("lastcall.toml").write_text(file)
+    return read_sources(environ or {}, **overrides).settings()
+
+
+def problems(environ: dict[str, str] | None = None, /, *, file: str = "", **overrides: str) -> list[str]:
+    with pytest.raises(SettingsError) as refused:
+        read(environ, file=file, **overrides)
+    return str(refused.value).splitlines()
+
+
+def test_defaults_hold_without_any_source() -> None:
+    assert read() == Settings()
+
+
+def test_command_line_is_over_environment_over_file_over_defaults() -> None:
+    file = 'bind = "127.0.0.1:1"\ndrain_timeout_s = 3\nstreams_max = 7'
+    settings = read({"LASTCALL_BIND": "127.0.0.1:2", "LASTCALL_DRAIN_TIMEOUT_S": "4"}, file=file, bind="127.0.0.1:3")
+    assert (settings.bind, settings.drain_timeout_s, settings.streams_max) == ("127.0.0.1:3", 4, 7)
+    assert settings.cleanup_timeout_s == 1
+
+
+def test_load_settings_reads_the_environment_and_the_working_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LASTCALL_STREAMS_MAX", "5")
+    Path("lastcall.toml").write_text("queued_turns_max = 3")
+    settings = load_settings(bind="127.0.0.1:0")
+    assert (settings.streams_max, settings.queued_turns_max, settings.bind) == (5, 3, "127.0.0.1:0")
+
+
+def test_settings_made_directly_read_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LASTCALL_STREAMS_MAX", "5")
+    Path("lastcall.toml").write_text("streams_max = 6")
+    assert Settings().streams_max == 10000
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        read().bind = "127.0.0.1:1"
+
+
+def test_empty_variable_counts_as_not_set() -> None:
+    assert read({"LASTCALL_MODEL_API_KEY": "", "LASTCALL_API_KEYS": ""}) == Settings()
+
+
+def test_keys_and_origins_are_separated_by_commas_in_the_environment() -> None:
+    settings = read({"LASTCALL_API_KEYS": "one, two", "LASTCALL_CORS_ORIGINS": "https://a.example,http://localhost:3"})
+    assert [key.get_secret_value() for key in settings.api_keys] == ["one", "two"]
+    assert settings.cors_origins == ("https://a.example", "http://localhost:3")
+
+
+def test_another_file_can_be_named() -> None:
+    Path("other.toml").write_text("streams_max = 5")
+    assert read({"LASTCALL_CONFIG_FILE": "other.toml"}, file="streams_max = 6").streams_max == 5
+    assert problems({"LASTCALL_CONFIG_FILE": "missing.toml"}) == [
+        "LASTCALL_CONFIG_FILE names missing.toml, which is not there"
+    ]
+
+
+def test_unreadable_file_is_refused() -> None:
+    assert problems(file="bind = ")[0].startswith("lastcall.toml is not TOML: Invalid value (at ")
+    Path("lastcall.toml").write_bytes(b"bind = '\xff'")
+    assert problems()[0].startswith("lastcall.toml is not TOML: 'utf-8' codec can't decode")
+    Path("lastcall.toml").unlink()
+    Path("lastcall.toml").mkdir()
+    assert problems() == ["lastcall.toml cannot be read: Is a directory"]
+
+
+def test_every_problem_is_told_at_once_with_name_value_and_what_is_allowed() -> None:
+    said = problems(
+        {"LASTCALL_STORE_TIMEOUT_S": "0", "LASTCALL_SHUTDOWN_TIMEOUT_S": "5s", "LASTCALL_DRIAN_TIMEOUT_S": "1"},
+        file='live_turns_max = 1.5\nlog_level = "loud"\nbnd = "x"\ndrain_timeout_s = true',
+        bind=":8000",
+    )
+    assert sorted(said) == [
+        "--bind: ':8000' should be host:port ([address]:port for IPv6) or unix:path; port 0 takes a free one",
+        "LASTCALL_DRIAN_TIMEOUT_S: is not a setting; did you mean LASTCALL_DRAIN_TIMEOUT_S?",
+        "LASTCALL_SHUTDOWN_TIMEOUT_S: '5s' should be a number above 0, at most 31536000",
+        "LASTCALL_STORE_TIMEOUT_S: '0' should be a number above 0, at most 31536000",
+        "lastcall.toml: bnd: is not a setting; did you mean bind?",
+        "lastcall.toml: drain_timeout_s: True should be a number",
+        "lastcall.toml: live_turns_max: 1.5 should be a whole number of at least 1, at most 10000000",
+        "lastcall.toml: log_level: 'loud' should be 'debug', 'info', 'warning' or 'error'",
+    ]
+
+
+def test_unknown_name_is_refused_without_its_value() -> None:
+    assert problems({"LASTCALL_MODEL_API_KYE": "sesame"}) == [
+        "LASTCALL_MODEL_API_KYE: is not a setting; did you mean LASTCALL_MODEL_API_KEY?"
+    ]
+    assert problems({"LASTCALL_bind": "sesame"}) == ["LASTCALL_bind: is not a setting; did you mean LASTCALL_BIND?"]
+    assert problems({"LASTCALL_XYZZY": "sesame"}) == ["LASTCALL_XYZZY: is not a setting"]
+
+
+@pytest.mark.parametrize(
+    ("environ", "file"),
+    [
+        ({"LASTCALL_MODEL_API_KEY": "open sesame"}, ""),
+        ({"LASTCALL_MODEL_API_KEY": "opensesame\n"}, ""),
+        ({"LASTCALL_API_KEYS": "fine,open sesame"}, ""),
+        ({"LASTCALL_MODEL_URL": "https://user:opensesame@host/v1"}, ""),
+        ({}, 'api_keys = "open sesame"'),
+        ({}, "api_keys = { key = 'open sesame' }"),
+        ({}, '[[upstreams]]\nname = "a"\nurl = "scripted:"\napi_key = "open sesame"'),
+        ({}, '[upstreams]\napi_key = "open sesame"'),
+    ],
+)
+def test_secret_is_not_in_its_complaint(environ: dict[str, str], file: str) -> None:
+    for line in problems(environ, file=file):
+        assert "sesame" not in line
+
+
+@pytest.mark.parametrize("bind", ["127.0.0.1:8000", "localhost:0", "[::1]:8000", "0.0.0.0:65535", "unix:run/a.sock"])
+def test_address_is_taken(bind: str) -> None:
+    assert read(bind=bind).bind == bind
+
+
+@pytest.mark.parametrize(
+    "bind", ["8000", ":8000", "host", "host:", "host:port", "host:65536", "::1:8000", "[::1]", "unix:", "a b:1", "/s:1"]
+)
+def test_address_is_refused(bind: str) -> None:
+    assert problems(bind=bind)[0].startswith(f"--bind: {bind!r} should be ")
+
+
+@pytest.mark.parametrize(
+    ("bind", "reaches"),
+    [
+        ("127.0.0.1:1", False),
+        ("127.8.0.1:1", False),
+        ("[::1]:1", False),
+        ("localhost:1", False),
+        ("unix:a", False),
+        ("0.0.0.0:1", True),
+        ("[::]:1", True),
+        ("192.0.2.1:1", True),
+        ("example.org:1", True),
+    ],
+)
+def test_address_beyond_loopback_is_recognised(bind: str, reaches: bool) -> None:
+    assert reaches_beyond_loopback(bind) is reaches
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["scripted:", "scripted:?tokens=3", "http://127.0.0.1:11434/v1", "https://api.example.org", "http://[::1]:1/"],
+)
+def test_model_url_is_taken(url: str) -> None:
+    assert read({"LASTCALL_MODEL_URL": url, "LASTCALL_MODEL": "m"}).model_url == url
+
+
+@pytest.mark.parametrize(
+    "url", ["example.org", "ftp://example.org", "http://", "http://a:b/", "http://a b/", "script:"]
+)
+def test_model_url_is_refused(url: str) -> None:
+    said = problems({"LASTCALL_MODEL_URL": url, "LASTCALL_MODEL": "m"})
+    assert said[0].startswith(f"LASTCALL_MODEL_URL: {url!r} should be http://host/v1, ")
+
+
+@pytest.mark.parametrize("url", ["sqlite:lastcall.db", "redis://localhost", "", "memory:x"])
+def test_store_that_is_not_there_is_refused(url: str) -> None:
+    assert problems(file=f'store_url = "{url}"') == [
+        f"lastcall.toml: store_url: {url!r} names a store that this version does not have; it should be memory:"
+    ]
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-1", "", "1e9"])
+def test_number_out_of_bounds_is_refused(number: str) -> None:
+    assert problems(file=f'drain_timeout_s = "{number}"')[0].endswith(
+        "should be a number of at least 0, at most 31536000"
+    )
+
+
+def test_certificate_and_key_go_together() -> None:
+    assert problems({"LASTCALL_TLS_CERTFILE": "a.pem"}) == ["tls_certfile and tls_keyfile should be set together"]
+    assert read({"LASTCALL_TLS_CERTFILE": "a.pem", "LASTCALL_TLS_KEYFILE": "b.pem"}).tls_keyfile == "b.pem"
+
+
+def test_real_model_server_needs_a_model() -> None:
+    assert problems({"LASTCALL_MODEL_URL": "http://host/v1"}) == [
+        "model should be set: a model that http://host/v1 serves"
+    ]
+
+
+TWO_UPSTREAMS = """
+[[upstreams]]
+name = "near"
+url = "http://127.0.0.1:11434/v1"
+models = ["small", "large"]
+
+[[upstreams]]
+name = "far"
+url = "https://api.example.org/v1"
+api_key = "sesame"
+models = ["huge"]
+"""
+
+
+def test_one_upstream_is_said_by_three_settings() -> None:
+    settings = read({"LASTCALL_MODEL_URL": "http://host/v1", "LASTCALL_MODEL": "m", "LASTCALL_MODEL_API_KEY": "k"})
+    (upstream,) = settings.all_upstreams
+    assert (upstream.url, upstream.models, settings.default_model) == ("http://host/v1", ("m",), "m")
+    assert upstream.api_key == settings.model_api_key is not None
+    assert settings.default_upstream == upstream
+
+
+def test_first_model_of_several_upstreams_is_the_default() -> None:
+    assert read(file=TWO_UPSTREAMS).default_model == "small"
+    settings = read({"LASTCALL_MODEL": "huge"}, file=TWO_UPSTREAMS)
+    assert (settings.default_model, settings.default_upstream.name) == ("huge", "far")
+
+
+def test_upstreams_that_do_not_fit_together_are_refused() -> None:
+    assert problems({"LASTCALL_MODEL": "other"}, file=TWO_UPSTREAMS) == [
+        "model 'other' should be one that an upstream serves"
+    ]
+    assert problems({"LASTCALL_MODEL_URL": "scripted:"}, file=TWO_UPSTREAMS) == [
+        "model_url should not be set together with upstreams"
+    ]
+    assert problems(file=TWO_UPSTREAMS.replace("far", "near").replace("huge", "small")) == [
+        "upstreams should not share a name: 'near'",
+        "upstreams should not share a model: 'small'",
+    ]
+
+
+def test_upstreams_wrong_parts_are_named() -> None:
+    an_openai_compatible_server = "(an OpenAI-compatible server) or scripted:"
+    assert problems(file='[[upstreams]]\nnam = "a"\nurl = "x"\nmodels = []') == [
+        "lastcall.toml: upstreams[0].name: is missing",
+        f"lastcall.toml: upstreams[0].url: 'x' should be http://host/v1, https://host/v1 {an_openai_compatible_server}",
+        "lastcall.toml: upstreams[0].models: should have at least 1 item after validation, not 0",
+        "lastcall.toml: upstreams[0].nam: is not a setting; did you mean name?",
+    ]
+    assert problems({"LASTCALL_UPSTREAMS": "x"}) == [
+        "LASTCALL_UPSTREAMS: should be at least one [[upstreams]] table of the file"
+    ]
+
+
+def test_shutdown_total_is_the_sum_of_the_phases_and_one_second_unless_set() -> None:
+    assert (
+        Settings(lame_duck_timeout_s=5, drain_timeout_s=4, cleanup_timeout_s=3, release_timeout_s=2).shutdown_total_s
+        == 15
+    )
+    assert Settings(shutdown_timeout_s=7).shutdown_total_s == 7
+
+
+def test_secrets_are_masked_wherever_settings_are_shown() -> None:
+    settings = read({"LASTCALL_API_KEYS": "sesame", "LASTCALL_MODEL_API_KEY": "sesame"})
+    assert "sesame" not in f"{settings} {settings!r} {settings.model_dump()}"
+
+
+def test_example_in_the_readme_is_taken() -> None:
+    readme = (Path(__file__).parent.parent.parent / "README.md").read_text()
+    example = readme.partition("```toml\n")[2].partition("```")[0]
+    assert tomllib.loads(example)
+    read(file=example)

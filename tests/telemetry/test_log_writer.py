@@ -1,0 +1,146 @@
+"""The writer of the log neither waits nor raises, whatever its reader does."""
+
+import os
+import select
+import socket
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from service.telemetry.log_writer import BACKLOG_BYTES_MAX, LogWriter
+
+LINE = "x" * 99 + "\n"
+
+
+@contextmanager
+def writing_to(fd: int) -> Generator[LogWriter]:
+    writer = LogWriter(fd)
+    try:
+        yield writer
+    finally:
+        writer.close()
+
+
+@pytest.fixture(params=["pipe", "socket", "pipe that cannot be opened again"])
+def ends(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Generator[tuple[int, int]]:
+    """The reader's and the writer's end of what the log may be sent into."""
+    if request.param == "socket":
+        pair = socket.socketpair()
+        reader, writer = (os.dup(end.fileno()) for end in pair)
+        for end in pair:
+            end.close()
+    else:
+        reader, writer = os.pipe()
+    if request.param == "pipe that cannot be opened again":
+
+        def refuse(*args: object) -> int:
+            raise PermissionError
+
+        monkeypatch.setattr("service.telemetry.log_writer.os.open", refuse)
+    yield reader, writer
+    for fd in (reader, writer):
+        try:
+            os.close(fd)
+        except OSError:
+            pass
+
+
+def read_ready(fd: int) -> bytes:
+    found = b""
+    while select.select([fd], [], [], 0)[0] and (data := os.read(fd, 65536)):
+        found += data
+    return found
+
+
+def fill(writer: LogWriter) -> int:
+    """Write until lines are lost with nobody reading; how many were."""
+    written = 0
+    while not writer._lost:
+        writer.write(LINE)
+        written += 1
+    return written
+
+
+def test_line_is_there_at_once(ends: tuple[int, int]) -> None:
+    reader, writer_end = ends
+    with writing_to(writer_end) as writer:
+        writer.write("one\n")
+        assert read_ready(reader) == b"one\n"
+
+
+def test_stalled_reader_costs_a_bounded_backlog_and_then_lines_that_are_counted(ends: tuple[int, int]) -> None:
+    reader, writer_end = ends
+    with writing_to(writer_end) as writer:
+        written = fill(writer)
+        writer.write(LINE)
+        assert writer._backlog_bytes <= BACKLOG_BYTES_MAX
+        assert writer.take_lost() == 0, "telling it now would be lost too"
+        kept = b""
+        while data := read_ready(reader):
+            kept += data
+            writer.drain(0)
+        assert kept == LINE.encode() * (written - 1), "whole lines, in order"
+        assert writer.take_lost() == 2
+        assert writer.take_lost() == 0
+
+
+def test_drain_waits_no_longer_than_it_may(ends: tuple[int, int]) -> None:
+    _, writer_end = ends
+    with writing_to(writer_end) as writer:
+        fill(writer)
+        writer.drain(0.02)
+        assert writer._backlog
+
+
+def test_reader_that_has_gone_harms_nobody(ends: tuple[int, int]) -> None:
+    reader, writer_end = ends
+    with writing_to(writer_end) as writer:
+        os.close(reader)
+        writer.write("one\n")
+        writer.drain(1)
+        assert writer.take_lost() == 1
+
+
+def test_line_longer_than_the_pipe_arrives_whole_and_in_order(ends: tuple[int, int]) -> None:
+    reader, writer_end = ends
+    with writing_to(writer_end) as writer:
+        writer.write("y" * 200_000 + "\n")
+        writer.write(LINE)
+        found = b""
+        while data := read_ready(reader):
+            found += data
+            writer.drain(0)
+        assert found == b"y" * 200_000 + b"\n" + LINE.encode()
+
+
+def test_shared_pipe_keeps_its_mode(ends: tuple[int, int]) -> None:
+    _, writer_end = ends
+    with writing_to(writer_end):
+        assert os.get_blocking(writer_end)
+
+
+def test_closed_descriptor_harms_nobody() -> None:
+    reader, writer_end = os.pipe()
+    os.close(reader)
+    os.close(writer_end)
+    with writing_to(writer_end) as writer:
+        writer.write(LINE)
+        writer.drain(1)
+        assert writer.take_lost() == 1
+
+
+def test_file_is_appended_to(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text("before\n")
+    with path.open("a") as file, writing_to(file.fileno()) as writer:
+        writer.write(LINE)
+    assert path.read_text() == "before\n" + LINE
+
+
+def test_text_that_is_not_unicode_is_written_escaped(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    with path.open("w") as file, writing_to(file.fileno()) as writer:
+        writer.write("\ud800\n")
+    assert path.read_text() == "\\ud800\n"

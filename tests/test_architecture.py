@@ -1,0 +1,110 @@
+"""Imports point one way, and what is to stay in one place stays there."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+SERVICE = Path(__file__).parent.parent / "service"
+
+LAYERS = (
+    ("cli", "asgi", "__main__"),
+    ("hosting",),
+    ("api",),
+    ("supervisor", "shutdown"),
+    ("sessions",),
+    ("models", "storage"),
+    ("telemetry",),
+    ("errors", "settings", "clock", "ids"),
+)
+"""From the outside in. A module imports from further down, and from its own package or, at the top level, layer."""
+
+PROTOCOLS = {"models": {"client", "upstreams"}, "storage": {"records", "store"}}
+"""What others than the supervisor know of these packages."""
+
+PLACES: dict[str, list[str]] = {
+    "httpx": ["models.openai_compatible"],
+    "hypercorn": ["hosting"],
+    "quart": ["api", "hosting"],
+    "quart_trio": ["api", "hosting"],
+    "asyncio": [],
+}
+"""The only packages or modules that may import these."""
+
+MODULES = {
+    ".".join(path.relative_to(SERVICE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(SERVICE.rglob("*.py"))
+    if path.parent != SERVICE or path.name != "__init__.py"
+}
+
+
+def imports(module: str) -> Iterator[str]:
+    """What a module imports, inside functions too; of the service without its name."""
+    path = MODULES[module]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.removeprefix("service.") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "a relative import hides its direction"
+            assert node.module is not None
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name.removeprefix("service.") for name in (node.module, *names))
+
+
+def service_imports(module: str) -> Iterator[str]:
+    return (imported for imported in imports(module) if depth(imported) is not None)
+
+
+def depth(module: str) -> int | None:
+    return next((depth for depth, names in enumerate(LAYERS) if package(module) in names), None)
+
+
+def package(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def is_within(module: str, place: str) -> bool:
+    return module == place or module.startswith(f"{place}.")
+
+
+def test_every_part_of_the_service_has_a_layer() -> None:
+    assert [module for module in MODULES if depth(module) is None] == []
+
+
+def test_imports_point_inwards() -> None:
+    def may_import(module: str, imported: str) -> bool:
+        own, its = depth(module), depth(imported)
+        assert own is not None
+        assert its is not None
+        same_layer = its == own and (package(imported) == package(module) or "." not in module)
+        value_types = is_within(module, "storage") and is_within(imported, "models.client")
+        return its > own or same_layer or value_types
+
+    assert [(it, by) for by in MODULES for it in service_imports(by) if not may_import(by, it)] == []
+
+
+def test_only_the_supervisor_names_concrete_stores_and_model_clients() -> None:
+    def is_concrete(imported: str) -> bool:
+        top, *rest = imported.split(".")
+        return top in PROTOCOLS and bool(rest) and rest[0] not in PROTOCOLS[top]
+
+    others = [module for module in MODULES if module != "supervisor"]
+    assert [
+        (it, by) for by in others for it in service_imports(by) if is_concrete(it) and package(it) != package(by)
+    ] == []
+
+
+def test_a_library_is_imported_only_in_its_place() -> None:
+    assert [
+        (it, by)
+        for by in MODULES
+        for it in imports(by)
+        if package(it) in PLACES and not any(is_within(by, place) for place in PLACES[package(it)])
+    ] == []
+
+
+def test_only_the_settings_read_the_environment() -> None:
+    def reads_it(path: Path) -> bool:
+        nodes = ast.walk(ast.parse(path.read_text()))
+        return any(isinstance(it, ast.Attribute) and it.attr in {"environ", "environb", "getenv"} for it in nodes)
+
+    assert [module for module, path in MODULES.items() if reads_it(path)] == ["settings"]
