@@ -48,7 +48,9 @@ def parse_arguments(arguments: Sequence[str]) -> Programme:
     parser = argparse.ArgumentParser(prog="just bench", description=__doc__)
     parser.add_argument("scenario", nargs="?", default="shutdown", choices=["shutdown"])
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="some two minutes: the main servers, up to 200 streams, once")
+    size.add_argument(
+        "--quick", action="store_true", help="some two minutes: the main servers, up to 200 streams, once"
+    )
     size.add_argument("--full", action="store_true", help="everything, five times: more than an hour")
     parser.add_argument("--only", default="", metavar="NAMES", help=f"servers, by comma: {', '.join(names)}")
     parser.add_argument("--streams", default="", metavar="N", help="numbers of streams, by comma")

@@ -14,7 +14,7 @@ import h2.events
 import h2.exceptions
 
 from bench.poller import receive_some, send_all
-from bench.wire import StreamEnd, StreamJudge, StreamResult
+from bench.wire import StreamJudge, StreamResult
 
 
 class Http2Judge:

@@ -28,7 +28,7 @@ from bench.wire import ResponseParser, StreamEnd, StreamJudge, StreamResult, Wir
 
 _OPENING_AT_ONCE_MAX = 64
 """Below every server's backlog: what is measured is the stop, not a storm of connections."""
-_SILENT_AFTER_S = 0.1
+_PROBE_AGE_MIN_S = 0.1
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,6 +51,9 @@ class Streams(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         repeat: Streams one after another, each on a connection of its own.
         ready_at: The client is ready when the response's ``head`` or its first ``token`` is there.
         leave_after_tokens: Close the connection in mid-stream after so many tokens; 0: never.
+        cancel_after_tokens: Cancel the turn, over another connection, after so many; 0: never. The
+            response's Location is the turn's.
+        keep_delays: Note each token's way from the model to here, in ``LoadResult.delays_ns``.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Streams(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     repeat: int = 1
     ready_at: Literal["head", "token"] = "token"
     leave_after_tokens: int = 0
+    cancel_after_tokens: int = 0
     keep_delays: bool = False
 
 
@@ -137,11 +141,12 @@ class ProbeResult(msgspec.Struct, kw_only=True):
     retry_after: bool = False
     connection_close: bool = False
     answered_at: float | None = None
+    late_s: float = 0  # how late this client itself was, at worst, meanwhile: it shares a machine
 
     @property
-    def was_silent(self) -> bool:
-        """Whether it had to wait longer than 100 ms for whatever it got."""
-        return self.answered_at is None or self.answered_at - self.at > _SILENT_AFTER_S
+    def waited_s(self) -> float:
+        """How long it waited for whatever it got; infinite if that never came."""
+        return float("inf") if self.answered_at is None else self.answered_at - self.at
 
 
 class LoadResult(msgspec.Struct, kw_only=True):
@@ -219,6 +224,7 @@ class Load:
         self._poller = Poller()
         self._opening = trio.CapacityLimiter(_OPENING_AT_ONCE_MAX)
         self._sockets: list[socket.socket] = []  # kept open until the end, whatever their group
+        self._probing: list[ProbeResult] = []
         self._stalled: list[tuple[socket.socket, StreamJudge]] = []
 
     async def run(self, *, on_ready: Callable[[], None], stop: trio.Event) -> None:
@@ -229,6 +235,9 @@ class Load:
             nursery.start_soon(self._open_all, nursery, on_ready)
             await stop.wait()
             nursery.cancel_scope.cancel()
+        # A probe that has only just been sent says nothing yet.
+        young = time.monotonic() - _PROBE_AGE_MIN_S
+        self.result.probes = [p for p in self.result.probes if p.outcome != "silent" or p.at < young]
         for sock, judge in self._stalled:
             _read_rest(sock, judge)
         for sock in self._sockets:
@@ -277,7 +286,8 @@ class Load:
                     self._stalled.append((sock, judge))
                     await self._wait_stalled(sock)
                 else:
-                    self._watch(sock, judge, group, ready, ended)
+                    cancel = trio.Event()
+                    self._watch(sock, judge, group, ready, ended, cancel)
                     await ready.wait()
             if turn == 0:
                 task_status.started()
@@ -285,6 +295,14 @@ class Load:
                 return
             if not judge.ended:
                 await ended.wait()
+
+    async def _cancel_turn(self, location: str, cancel: trio.Event, result: StreamResult) -> None:
+        """Ask for the turn's end once it is due."""
+        await cancel.wait()
+        client = _Client(self._plan, result.number)
+        with await client.connect() as sock:
+            result.cancelled_at = time.monotonic()
+            await client.exchange(sock, Request(path=f"{location}/cancel"))
 
     async def _open_stream(self, group: Streams, number: int, result: StreamResult) -> socket.socket:
         """Send everything up to the streaming request, on one connection."""
@@ -300,7 +318,13 @@ class Load:
         return sock
 
     def _watch(
-        self, sock: socket.socket, judge: StreamJudge, group: Streams, ready: trio.Event, ended: trio.Event
+        self,
+        sock: socket.socket,
+        judge: StreamJudge,
+        group: Streams,
+        ready: trio.Event,
+        ended: trio.Event,
+        cancel: trio.Event,
     ) -> None:
         """Read it from the poller until it ends."""
 
@@ -328,6 +352,8 @@ class Load:
                 self._sockets.remove(sock)
                 ready.set()
                 ended.set()
+            elif 0 < group.cancel_after_tokens <= result.tokens and not cancel.is_set():
+                cancel.set()
             elif result.tokens or (group.ready_at == "head" and result.status is not None):
                 ready.set()
 
@@ -368,7 +394,9 @@ class Load:
         result = RudeResult(group=group.name, number=number)
         self.result.rude.append(result)
         head = f"POST {group.path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-        first = {"head": head.encode(), "body": f"{head}Content-Length: 100000\r\n\r\n".encode(), "tls": b""}[group.kind]
+        first = {"head": head.encode(), "body": f"{head}Content-Length: 100000\r\n\r\n".encode(), "tls": b""}[
+            group.kind
+        ]
         try:
             async with self._opening:
                 sock = await connect((self._plan.host, self._plan.port))
@@ -405,7 +433,7 @@ class Load:
 
     async def _run_http2(self, group: Http2Streams, *, task_status: trio.TaskStatus[None]) -> None:
         """All streams of the group in one connection."""
-        from bench.http2 import Http2Judge  # the only part that needs the h2 package
+        from bench.http2 import Http2Judge  # noqa: PLC0415  nothing else needs the h2 package
 
         results = [StreamResult(group=group.name, number=number) for number in range(group.count)]
         self.result.streams.extend(results)
@@ -433,12 +461,19 @@ class Load:
         async with trio.open_nursery() as nursery:
             for number in itertools.count():
                 await trio.sleep_until(begin + number * group.interval_s)
-                nursery.start_soon(self._probe, group, number)
+                late_s = trio.current_time() - begin - number * group.interval_s
+                for probe in self._probing:
+                    probe.late_s = max(probe.late_s, late_s)
+                nursery.start_soon(self._run_probe, group, number)
 
-    async def _probe(self, group: Prober, number: int) -> None:
-        client = _Client(self._plan, number)
+    async def _run_probe(self, group: Prober, number: int) -> None:
         result = ProbeResult(group=group.name, at=time.monotonic())
         self.result.probes.append(result)
+        self._probing.append(result)
+        await self._probe(_Client(self._plan, number), group, result)
+        self._probing.remove(result)
+
+    async def _probe(self, client: _Client, group: Prober, result: ProbeResult) -> None:
         try:
             sock = await client.connect()
         except OSError:

@@ -16,18 +16,19 @@ class _Lines:
     """A child process that is spoken to and answers in lines. Killed on leaving."""
 
     def __init__(self, process: trio.Process) -> None:
-        assert process.stdin is not None and process.stdout is not None
-        self._stdin = process.stdin
-        self._stdout = process.stdout
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self.stdin = process.stdin
+        self.stdout = process.stdout
         self._buffer = bytearray()
 
     async def say(self, line: bytes) -> None:
-        await self._stdin.send_all(line + b"\n")
+        await self.stdin.send_all(line + b"\n")
 
     async def hear(self) -> bytes:
         """The next line. Raises EOFError where the process has ended."""
         while (end := self._buffer.find(b"\n")) < 0:
-            data = await self._stdout.receive_some(1 << 20)
+            data = await self.stdout.receive_some(1 << 20)
             if not data:
                 raise EOFError("the process has ended")
             self._buffer += data
@@ -49,8 +50,8 @@ async def _open_lines(module: str, cpus: str | None) -> AsyncIterator[_Lines]:
         process.kill()
         with trio.CancelScope(shield=True, deadline=trio.current_time() + 5):
             await process.wait()
-            await lines._stdin.aclose()
-            await lines._stdout.aclose()
+            await lines.stdin.aclose()
+            await lines.stdout.aclose()
 
 
 class LoadClient:

@@ -81,7 +81,7 @@ class ServerProcess:
         self.stderr_pipe = _StderrPipe(log_path) if launch.stderr_pipe else None
         with log_path.open("ab") as log:
             output = self.stderr_pipe.write_end if self.stderr_pipe else log.fileno()
-            self._process = subprocess.Popen(  # noqa: S603
+            self._process = subprocess.Popen(
                 argv, env=env, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
             )
         self.started_at = time.monotonic()
@@ -101,11 +101,19 @@ class ServerProcess:
         Raises:
             ServerFailedError: It ended instead.
         """
-        while len(found := _PORT.findall(self.log())) < self._workers:
+        await self.wait_logged(_PORT, times=self._workers)
+        self.port = int(_PORT.findall(self.log())[0])
+
+    async def wait_logged(self, pattern: str | re.Pattern[str], *, times: int = 1) -> None:
+        """Return once its log has so many matches.
+
+        Raises:
+            ServerFailedError: It ended instead.
+        """
+        while len(re.findall(pattern, self.log())) < times:  # noqa: ASYNC110  a file tells nobody when it grows
             if self.gone is not None:
-                raise ServerFailedError("the server ended at once", exit_code=self.gone.exit_code, log=self.log())
+                raise ServerFailedError("the server has ended", exit_code=self.gone.exit_code, log=self.log())
             await trio.sleep(0.01)
-        self.port = int(found[0])
 
     # Signals
 
@@ -123,7 +131,9 @@ class ServerProcess:
 
     def members(self) -> list[int]:
         """The live processes of the group, the started one first."""
-        return sorted((pid for pid in _all_pids() if _group_of(pid) == self.pid), key=lambda pid: (pid != self.pid, pid))
+        return sorted(
+            (pid for pid in _all_pids() if _group_of(pid) == self.pid), key=lambda pid: (pid != self.pid, pid)
+        )
 
     def workers(self) -> list[int]:
         """The worker processes that a master has spawned."""
@@ -239,7 +249,7 @@ def _become_subreaper() -> None:
 
 
 def _all_pids() -> list[int]:
-    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]  # noqa: PTH208  half the price
 
 
 def _group_of(pid: int) -> int | None:

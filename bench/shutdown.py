@@ -1,5 +1,6 @@
 """The main scenario: N people are streaming, the server gets SIGTERM; what happens to them, and for how long?"""
 
+import os
 import re
 import signal
 from collections import Counter
@@ -124,7 +125,7 @@ async def run_case(
         settings={n: v for n, v in contender.env.items() if not n.endswith(("_BIND", "_MODEL"))},
         command=[Path(contender.argv[0]).name, *contender.argv[1:]],
         busy_before=await busy_share(),
-        load_average=float(Path("/proc/loadavg").read_text().split()[0]),
+        load_average=os.getloadavg()[0],
     )
     store = folder / f"{contender.name}-{case.name}-{repeat}.db"
     log_path = folder / f"{contender.name}-{case.name}-{repeat}.log"
@@ -157,7 +158,7 @@ async def run_case(
     _add_books(row, result, books, signalled, relays=contender.relays)
     _add_log(row, server.log())
     if contender.count_replies is not None and case.streams:
-        row.replies_kept = contender.count_replies(store)
+        row.replies_kept = await contender.count_replies(store)
     return row
 
 

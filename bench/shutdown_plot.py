@@ -10,10 +10,10 @@ from pathlib import Path
 import matplotlib as mpl
 
 mpl.use("Agg")
-from matplotlib import pyplot  # noqa: E402  the backend is chosen first
+from matplotlib import pyplot
 
-from bench.shutdown import ShutdownRow  # noqa: E402
-from bench.shutdown_report import Cell, cells_of  # noqa: E402
+from bench.shutdown import ShutdownRow
+from bench.shutdown_report import Cell, cells_of
 
 _MARKERS = "osD^vP<>h*XpdH8s"
 _LINES = ("-", "--", "-.", ":")

@@ -14,6 +14,17 @@ from bench.machine import BUSY_SHARE_MAX, Machine
 from bench.rows import Summary, summarize
 from bench.shutdown import ShutdownRow
 
+_HEAD = (
+    "How long from SIGTERM until the whole process group is gone, and what became of the streams. After {cap_s:g} s a "
+    "server is killed, and that is what is recorded. Times are seconds from the signal, as p50 / p99 / max over n runs."
+)
+_LEGEND = (
+    "A stream ends properly (`terminal`) when a terminal event and the last chunk arrived. `clean`: the last chunk "
+    "without a terminal event; `truncated`: the connection closed in mid-body; `reset`: reset in mid-body. Tokens lost "
+    "were sent by the model and never received by the client. The floors make their own tokens, have no model server "
+    "and keep nothing: they do less than every other row."
+)
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -92,16 +103,11 @@ def write_markdown(machine: Machine, rows: Sequence[ShutdownRow], *, cap_s: floa
     """The report."""
     parts = [
         "# Shutdown under load",
-        "How long from SIGTERM until the whole process group is gone, and what became of the streams. "
-        f"After {cap_s:g} s a server is killed, and that is what is recorded. Times are seconds from the signal, "
-        "as p50 / p99 / max over n runs.",
+        _HEAD.format(cap_s=cap_s),
         _describe_machine(machine, rows),
         "![Shutdown latency by number of streams](shutdown.svg)" if plotted else "",
         *(_describe_case(case, cells) for case, cells in cells_of(rows).items()),
-        "A stream ends properly (`terminal`) when a terminal event and the last chunk arrived. `clean`: the last chunk "
-        "without a terminal event; `truncated`: the connection closed in mid-body; `reset`: reset in mid-body. "
-        "Tokens lost were sent by the model and never received by the client. The floors make their own tokens, "
-        "have no model server and keep nothing: they do less than every other row.",
+        _LEGEND,
         _describe_settings(rows),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -146,7 +152,9 @@ def _describe_cell(cell: Cell) -> str:
         str(summarize(row.upstream_closed_s for row in rows) or "-"),
         _sum_text(row.tokens_lost for row in rows),
         _sum_text(row.replies_kept for row in rows),
-        f"{max((r.rss_idle_mib for r in rows), default=0):.0f} → {max((r.rss_loaded_mib for r in rows), default=0):.0f}",
+        " → ".join(
+            f"{max((getattr(row, f'rss_{when}_mib') for row in rows), default=0):.0f}" for when in ("idle", "loaded")
+        ),
     ]
     return f"| {' | '.join(columns)} |"
 

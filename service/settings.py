@@ -51,9 +51,9 @@ def _listening_address(text: str) -> str:
 
 
 def _store_url(text: str) -> str:
-    if text != "memory:":
-        raise ValueError("names a store that this version does not have; it should be memory:")
-    return text
+    if text == "memory:" or re.fullmatch(r"sqlite:[^\x00]+", text):
+        return text
+    raise ValueError("names a store that this version does not have; it should be memory: or sqlite:path")
 
 
 def _upstream_url(text: str) -> str:
@@ -131,9 +131,11 @@ class Settings(BaseModel):
     """`auto` is `console` on a terminal and `json`, a line an event, elsewhere."""
 
     store_url: Annotated[str, AfterValidator(_store_url)] = "memory:"
-    """Where sessions are kept: `memory:`, gone with the process."""
+    """Where sessions are kept: `memory:`, gone with the process, or `sqlite:path`, a file."""
     store_timeout_s: PositiveSeconds = 5
     """How long one step of the store may take."""
+    checkpoint_interval_s: PositiveSeconds = 1
+    """How often what running turns have replied is kept, in a store that outlives the process."""
 
     model_url: UpstreamUrl = "scripted:"
     """The model server (OpenAI-compatible, up to `/v1`), or `scripted:`, the embedded stand-in."""

@@ -6,6 +6,7 @@
     ├─ store              opened first, closed last; nothing acknowledged is lost
     ├─ model clients      one per upstream; closed after the last turn
     ├─ expiry loop        an error in it is logged and it goes on
+    ├─ checkpoint loop    the same; with a store that outlives the process
     ├─ sessions           one task per session with work
     │  └─ session <id>    its failure ends this session's turns only
     │     └─ turn <id>    whole-turn deadline; a failure becomes its terminal event
@@ -33,6 +34,7 @@ from service.models.openai_compatible import OpenAICompatibleClient, open_openai
 from service.models.retrying import RetryingClient
 from service.models.scripted import ScriptedClient, open_scripted
 from service.models.upstreams import Upstreams
+from service.sessions.checkpoints import run_checkpoints
 from service.sessions.expiry import run_expiry
 from service.sessions.registry import Sessions, open_sessions
 from service.sessions.store_deadline import answered_within
@@ -76,6 +78,8 @@ async def open_service(
     ):
         await _recover(store, clock, settings)
         await nursery.start(partial(_run_expiry, store, sessions, clock, settings), name="expiry loop")
+        if store.durable:
+            await nursery.start(partial(_run_checkpoints, store, sessions, settings), name="checkpoint loop")
         await nursery.start(shutdown.run, sessions, name="shutdown watcher")
         yield Service(settings, clock, store, sessions, shutdown)
         nursery.cancel_scope.cancel()
@@ -85,7 +89,12 @@ def _open_store(settings: Settings) -> AbstractAsyncContextManager[Store]:
     """The store that ``store_url`` names."""
     if settings.store_url == "memory:":
         return open_memory_store()
-    raise SettingsError(f"store_url: {settings.store_url!r} names no store there is; allowed is memory:")
+    if settings.store_url.startswith("sqlite:"):
+        from service.storage.sqlite import open_sqlite_store  # noqa: PLC0415  only who uses it needs SQLite
+
+        path = settings.store_url.removeprefix("sqlite:")
+        return open_sqlite_store(path, close_timeout_s=settings.release_timeout_s)
+    raise SettingsError(f"store_url: {settings.store_url!r} names no store there is; allowed: memory:, sqlite:path")
 
 
 @asynccontextmanager
@@ -97,7 +106,7 @@ async def _open_upstreams(settings: Settings, shutdown: Shutdown, clock: Clock) 
         # On the way down the client's own close comes first, then the note that it is closed.
         clients.callback(shutdown.note_client_closed)
         if url.startswith("scripted:"):
-            client = await clients.enter_async_context(open_scripted(url, name=name or "scripted"))
+            client = await clients.enter_async_context(open_scripted(url, name=name))
         else:
             client = await clients.enter_async_context(
                 open_openai_compatible(
@@ -144,5 +153,20 @@ async def _run_expiry(
         interval_s=settings.expiry_interval_s,
         store_timeout_s=settings.store_timeout_s,
         settle=sessions.settle,
+        task_status=task_status,
+    )
+
+
+async def _run_checkpoints(
+    store: Store,
+    sessions: Sessions,
+    settings: Settings,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    await run_checkpoints(
+        store,
+        open_turns=sessions.open_turns,
+        interval_s=settings.checkpoint_interval_s,
+        store_timeout_s=settings.store_timeout_s,
         task_status=task_status,
     )

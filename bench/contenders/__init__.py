@@ -6,8 +6,9 @@ event, where they have the chance. The table below is all that the benchmark kno
 
 import shutil
 import sqlite3
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,7 +39,7 @@ class Contender:
     relays: bool = True
     needs: Sequence[str] = ()
     store_env: tuple[str, Callable[[Path], str]] | None = None
-    count_replies: Callable[[Path], int] | None = None
+    count_replies: Callable[[Path], Awaitable[int]] | None = None
 
     @property
     def missing(self) -> str | None:
@@ -54,12 +55,29 @@ class Contender:
         return Launch(self.argv, env=env, workers=self.workers, cpus=cpus)
 
 
-def _count_rows(store: Path) -> int:
+async def _count_rows(store: Path) -> int:
     database = sqlite3.connect(store)
     try:
         return int(database.execute("SELECT count(*) FROM replies WHERE text != ''").fetchone()[0])
     finally:
         database.close()
+
+
+async def _count_turns(store: Path) -> int:
+    """Through the store itself, as a restarted service would see them."""
+    from service.storage.sqlite import open_sqlite_store  # noqa: PLC0415  the floors need none of the service
+
+    now = datetime.now(UTC)
+    count = 0
+    async with open_sqlite_store(str(store), close_timeout_s=5) as turns_store:
+        after: str | None = None
+        while True:
+            sessions = await turns_store.list_sessions(limit=100, after=after, status=None, now=now)
+            for session in sessions.data:
+                turns = await turns_store.list_turns(session.id, limit=100, after=None, now=now)
+                count += sum(bool(turn.text) and not turn.is_open for turn in turns.data)
+            if (after := sessions.next) is None:
+                return count
 
 
 def _lastcall(name: str, label: str, argv: Sequence[str], *, drain_timeout_s: float, workers: int = 1) -> Contender:
@@ -69,7 +87,15 @@ def _lastcall(name: str, label: str, argv: Sequence[str], *, drain_timeout_s: fl
         "LASTCALL_BIND": "127.0.0.1:0",
         "LASTCALL_LIVE_TURNS_MAX": "4000",
     }
-    return Contender(name, label, argv, env=env, workers=workers)
+    return Contender(
+        name,
+        label,
+        argv,
+        env=env,
+        workers=workers,
+        store_env=("LASTCALL_STORE_URL", "sqlite:{}".format),
+        count_replies=_count_turns,
+    )
 
 
 def _hypercorn(application: str, *, workers: int = 1) -> list[str]:
@@ -104,7 +130,9 @@ CONTENDERS: tuple[Contender, ...] = (
     ),
     _lastcall("lastcall-serve", "Lastcall, just serve", python_command("-m", "service", "serve"), drain_timeout_s=0),
     _lastcall("lastcall-drain", "Lastcall, hypercorn, 1 worker, 2 s drain", _SERVICE, drain_timeout_s=2),
-    _uvicorn("cooperative", "sse-starlette, cooperative", "sse_starlette_cooperative", "--timeout-graceful-shutdown", "5"),
+    _uvicorn(
+        "cooperative", "sse-starlette, cooperative", "sse_starlette_cooperative", "--timeout-graceful-shutdown", "5"
+    ),
     _uvicorn("sse-starlette", "sse-starlette, README", "sse_starlette_readme"),
     _uvicorn("sse-starlette-2s", "sse-starlette, README, graceful 2 s", "sse_starlette_readme", *_GRACE),
     _uvicorn("fastapi", "FastAPI, uvicorn", "fastapi_documented"),

@@ -7,8 +7,7 @@ Written as one does: one ``httpx.AsyncClient``, an async generator of tokens, an
 import json
 import os
 import sqlite3
-from collections.abc import AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import httpx
@@ -43,7 +42,7 @@ def open_model_client() -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=os.environ["BENCH_UPSTREAM"], limits=limits, timeout=httpx.Timeout(5, read=60))
 
 
-async def relay(client: httpx.AsyncClient, replies: Replies, message: str) -> AsyncIterator[str]:
+async def relay(client: httpx.AsyncClient, replies: Replies, message: str) -> AsyncGenerator[str, None]:
     """The reply's tokens as they come; the reply is kept however this ends."""
     body = {"model": "bench", "stream": True, "messages": [{"role": "user", "content": message}]}
     tokens: list[str] = []
@@ -51,13 +50,10 @@ async def relay(client: httpx.AsyncClient, replies: Replies, message: str) -> As
     try:
         async with client.stream("POST", "/chat/completions", json=body) as response:
             response.raise_for_status()
-            async with aclosing(response.aiter_lines()) as lines:
-                async for line in lines:
-                    if line == "data: [DONE]":
-                        break
-                    if line.startswith("data: ") and (token := _token(json.loads(line[6:]))):
-                        tokens.append(token)
-                        yield token
+            async for line in response.aiter_lines():
+                if line.startswith("data: {") and (token := _token(json.loads(line[6:]))):
+                    tokens.append(token)
+                    yield token
         state = "completed"
     finally:
         replies.keep(message, "".join(tokens), state)

@@ -1,6 +1,7 @@
 """Who may call: holders of an API key, or without keys this machine alone."""
 
 import hmac
+import re
 from dataclasses import dataclass
 from hashlib import sha256
 from ipaddress import IPv6Address, ip_address
@@ -8,6 +9,8 @@ from typing import Self
 
 from service.errors import RefusedError
 from service.settings import Settings
+
+_HOST = re.compile(r"(?:\[(?P<ipv6>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9.-]+))(?::[0-9]*)?")
 
 Address = tuple[str, int | None] | None
 """An ASGI ``client`` or ``server``; None on a Unix socket."""
@@ -91,11 +94,8 @@ def is_loopback(address: str) -> bool:
 
 def is_loopback_host(host: str) -> bool:
     """Whether a ``Host`` header names this machine: ``localhost``, ``127.…`` or ``[::1]``, with any port."""
-    if host.startswith("["):
-        name, _, port = host[1:].partition("]")
-        port = port.removeprefix(":")
-    else:
-        name, _, port = host.partition(":")
-    if port and not (port.isascii() and port.isdigit()):
+    match = _HOST.fullmatch(host)
+    if match is None:
         return False
+    name = match["ipv6"] or match["name"]
     return name.lower() == "localhost" or is_loopback(name)

@@ -10,11 +10,12 @@ from quart_trio.wrappers import TrioResponse
 from service.api import chat, docs, health, sessions, turns
 from service.api.bodies import BoundedRequest
 from service.api.cors import allow_origin, preflight_response
+from service.api.forwarding import forward, is_from_peer
 from service.api.held import holding
 from service.api.operations import operation_of
 from service.api.problems import NotReadyError, answer_error
 from service.api.serving import attach, current_access, current_service, detach
-from service.errors import InvalidRequestError
+from service.errors import InvalidRequestError, OwnedElsewhereError
 
 __all__ = ["Application", "attach", "create_app", "detach"]
 
@@ -38,6 +39,7 @@ def create_app() -> Application:
     app.before_request(_admit)
     app.after_request(_share)
     app.register_error_handler(Exception, answer_error)
+    app.register_error_handler(OwnedElsewhereError, _answer_elsewhere)
     return app
 
 
@@ -49,7 +51,7 @@ async def _admit() -> TrioResponse | None:
         return preflight
     is_probe = request.blueprint == health.blueprint.name
     access = current_access()
-    if not (is_probe and access.key_digests):
+    if not is_from_peer() and not (is_probe and access.key_digests):
         access.check(
             authorization=request.headers.get("Authorization"),
             host=request.headers.get("Host"),
@@ -59,6 +61,13 @@ async def _admit() -> TrioResponse | None:
     if request.query_string and not is_probe and request.endpoint is not None:
         _refuse_query(current_app.view_functions[request.endpoint])
     return None
+
+
+async def _answer_elsewhere(error: OwnedElsewhereError) -> TrioResponse:
+    try:
+        return await forward(error)
+    except Exception as failure:  # noqa: BLE001  the edge of a request, inside of an error handler
+        return await answer_error(failure)
 
 
 def _refuse_query(handler: Callable[..., Any]) -> None:

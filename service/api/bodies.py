@@ -1,6 +1,6 @@
 """Reading a request's body: bounded in size and time, then taken strictly."""
 
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import trio
 from quart import Request
@@ -12,6 +12,9 @@ from service.errors import RefusedError
 from service.settings import Settings
 
 B = TypeVar("B", bound=RequestBody)
+
+_KEPT = "lastcall.body"
+"""Where a request's body is kept, in its ASGI scope, for whoever has to send it on."""
 
 
 class UnsupportedMediaTypeError(RefusedError):
@@ -117,13 +120,21 @@ async def read_body(request: Request, kind: type[B], settings: Settings) -> B:
     """
     if request.mimetype != "application/json":
         raise UnsupportedMediaTypeError
-    assert isinstance(request.body, BoundedBody)
-    raw = b""
-    with trio.move_on_after(settings.body_timeout_s) as arrival:
-        raw = await request.body.read()
-    if arrival.cancelled_caught:
-        raise BodyTimeoutError
+    raw = kept_body(request)
+    if not raw:
+        assert isinstance(request.body, BoundedBody)
+        with trio.move_on_after(settings.body_timeout_s) as arrival:
+            raw = await request.body.read()
+        if arrival.cancelled_caught:
+            raise BodyTimeoutError
+        cast("dict[str, object]", request.scope)[_KEPT] = raw
     return parse_body(raw, kind, text_bytes_max=settings.input_bytes_max)
+
+
+def kept_body(request: Request) -> bytes:
+    """The body as it came in, once it was read; empty before."""
+    body: bytes = cast("dict[str, object]", request.scope).get(_KEPT, b"")  # type: ignore[assignment]
+    return body
 
 
 def parse_body(raw: bytes, kind: type[B], *, text_bytes_max: int) -> B:

@@ -140,7 +140,7 @@ def _parameters(operation: Operation, path_names: list[str], schemas: _Schemas) 
             "name": "Last-Event-ID",
             "in": "header",
             "description": "The id of the last event already seen; wins over `after`.",
-            "schema": {"type": "string", "pattern": "^[0-9]{1,15}$"},
+            "schema": {"type": "string", "pattern": "^[0-9]{0,15}$"},
         }
 
 

@@ -5,6 +5,7 @@ import re
 from quart import Blueprint, request
 from quart_trio.wrappers import TrioResponse
 
+from service.api import wire
 from service.api.bodies import read_body
 from service.api.held import give_back_later
 from service.api.operations import Answer, operation
@@ -12,7 +13,7 @@ from service.api.queries import read_query
 from service.api.serving import current_service, json_response
 from service.api.sessions import checked_session_id, session_location
 from service.api.sse import HEADERS, MEDIA_TYPE, read_cursor, stream_response, wants_stream
-from service.api.wire import EventsQuery, PageQuery, StartTurn, Turn, TurnList
+from service.api.wire import EventsQuery, PageQuery, StartTurn, TurnList
 from service.errors import (
     EventsLostError,
     InvalidRequestError,
@@ -25,6 +26,7 @@ from service.errors import (
     TurnNotFoundError,
 )
 from service.sessions.registry import NewTurn
+from service.sessions.turn import Turn, Watch
 from service.storage.records import TurnRecord
 from service.supervisor import Service
 
@@ -56,14 +58,16 @@ def checked_turn_id(turn_id: str) -> str:
         Answer(
             status=200,
             description="The turn, ended; or its events.",
-            body=Turn,
+            body=wire.Turn,
             streams=True,
             located=True,
             links=_LED_BY_ID,
         ),
-        Answer(status=202, description="The turn, accepted (`background`).", body=Turn, located=True, links=_LED_BY_ID),
+        Answer(
+            status=202, description="The turn, accepted (`background`).", body=wire.Turn, located=True, links=_LED_BY_ID
+        ),
     ),
-    errors=(*_NO_TURN, *STARTING_ERRORS),
+    errors=(SessionNotFoundError, *STARTING_ERRORS),
 )
 async def start_turn(session_id: str) -> TrioResponse:
     """Start a turn.
@@ -89,7 +93,7 @@ async def start_turn(session_id: str) -> TrioResponse:
     )
     if wants_stream(request) and not new.background:
         return await start_streaming(service, session_id, new)
-    turn, watch = await service.sessions.start_turn(session_id, new)
+    turn, watch = await _start(service, session_id, new)
     with watch:
         if new.background:
             return _turn_response(turn.record(), 202, created=True)
@@ -100,11 +104,19 @@ async def start_streaming(service: Service, session_id: str, new: NewTurn) -> Tr
     """Start a turn whose events are the answer. Without a place for a stream no turn is started."""
     slot = service.sessions.open_stream()
     give_back_later(slot.give_back)  # only comes into effect if the turn is refused
-    turn, watch = await service.sessions.start_turn(session_id, new)
+    turn, watch = await _start(service, session_id, new)
     give_back_later(watch.release)
     response = stream_response(turn.log, slot, cursor=0, heartbeat_interval_s=service.settings.heartbeat_interval_s)
     response.headers["Location"] = _turn_location(turn.session_id, turn.id)
     return response
+
+
+async def _start(service: Service, session_id: str, new: NewTurn) -> tuple[Turn, Watch]:
+    """No checkpoint comes after the acceptance, here neither."""
+    try:
+        return await service.sessions.start_turn(session_id, new)
+    except TurnNotFoundError as error:  # not what the path names, which would be 404
+        raise InvalidRequestError(str(error), field="parent") from None
 
 
 @blueprint.get("/sessions/<session_id>/turns")
@@ -124,7 +136,7 @@ async def list_turns(session_id: str) -> TrioResponse:
 
 @blueprint.get("/sessions/<session_id>/turns/<turn_id>")
 @operation(
-    id="get_turn", answers=(Answer(status=200, description="The turn as it stands.", body=Turn),), errors=_NO_TURN
+    id="get_turn", answers=(Answer(status=200, description="The turn as it stands.", body=wire.Turn),), errors=_NO_TURN
 )
 async def get_turn(session_id: str, turn_id: str) -> TrioResponse:
     """Get a turn, with the reply so far."""
@@ -152,9 +164,11 @@ async def stream_events(session_id: str, turn_id: str) -> TrioResponse:
     """
     query = read_query(request, EventsQuery)
     service = current_service()
-    log, watch = await service.sessions.open_events(checked_session_id(session_id), checked_turn_id(turn_id))
-    give_back_later(watch.release)
     cursor = read_cursor(request.headers.get("Last-Event-ID"), after=query.after)
+    log, watch = await service.sessions.open_events(
+        checked_session_id(session_id), checked_turn_id(turn_id), after=cursor
+    )
+    give_back_later(watch.release)
     if cursor >= log.last_seq and log.closed:
         return TrioResponse(b"", 204)
     if cursor > log.last_seq:
@@ -170,7 +184,9 @@ async def stream_events(session_id: str, turn_id: str) -> TrioResponse:
 
 
 @blueprint.post("/sessions/<session_id>/turns/<turn_id>/cancel")
-@operation(id="cancel_turn", answers=(Answer(status=200, description="The turn, ended.", body=Turn),), errors=_NO_TURN)
+@operation(
+    id="cancel_turn", answers=(Answer(status=200, description="The turn, ended.", body=wire.Turn),), errors=_NO_TURN
+)
 async def cancel_turn(session_id: str, turn_id: str) -> TrioResponse:
     """Cancel a turn and wait for its end.
 
@@ -182,7 +198,7 @@ async def cancel_turn(session_id: str, turn_id: str) -> TrioResponse:
 
 def _turn_response(record: TurnRecord, status: int = 200, *, created: bool = False) -> TrioResponse:
     location = _turn_location(record.session_id, record.id) if created else None
-    return json_response(Turn.of(record), status, location=location)
+    return json_response(wire.Turn.of(record), status, location=location)
 
 
 def _turn_location(session_id: str, turn_id: str) -> str:

@@ -2,6 +2,7 @@
 
 * A connection on which nothing was asked yet is not closed in the moment when its request arrives: that would reset it.
 * A connection that its client has closed is gone at once, not when the keep-alive time is over.
+* An HTTP/2 connection sends the last frames of its streams before it closes.
 * A client that does not read cannot hold the server. hypercorn sends under a shield without a deadline, so neither its
   ``graceful_timeout`` nor any other cancellation reaches such a connection; only closing its socket does.
   Proven by ``tests/hosting/test_connections.py``.
@@ -12,17 +13,26 @@ import select
 import termios
 from array import array
 from contextlib import suppress
-from typing import Any, cast
+from typing import cast
 
+import h2.exceptions
 import hypercorn.trio.run
 import trio
+from hypercorn.config import Config
+from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.trio.tcp_server import TCPServer
-from hypercorn.typing import ConnectionState
+from hypercorn.trio.worker_context import EventWrapper, WorkerContext
+from hypercorn.typing import AppWrapper, ConnectionState
 
 from service.hosting.worker import Worker
 
+Stream = trio.SSLStream[trio.SocketStream]
+"""As hypercorn types it, with TLS or without."""
 FIRST_REQUEST_S = 0.05
 """How long a connection without a request is kept when the doors close. Its request is on its way, or it is idle."""
+UNREAD_LOOK_S = 0.005
+LAST_FRAMES_S = 0.5
+"""How long HTTP/2 frames may take that wait for the client's window."""
 
 
 class Connections:
@@ -33,15 +43,17 @@ class Connections:
         self._open: set[Connection] = set()
         setattr(hypercorn.trio.run, "TCPServer", self.open)  # noqa: B010
 
-    def open(self, *args: Any) -> "Connection":
-        """In place of hypercorn's ``TCPServer(app, config, context, state, stream)``."""
-        return Connection(self._open, *args)
+    def open(
+        self, app: AppWrapper, config: Config, context: WorkerContext, state: ConnectionState, stream: Stream
+    ) -> "Connection":
+        """In place of hypercorn's ``TCPServer``."""
+        return Connection(app, config, context, state, stream, all_open=self._open)
 
-    def adopt(self, stream: trio.abc.Stream) -> None:
+    def adopt(self, stream: Stream) -> None:
         """Serve a connection that hypercorn did not accept itself."""
         self._worker.server_nursery.start_soon(self._serve, stream)
 
-    async def _serve(self, stream: trio.abc.Stream) -> None:
+    async def _serve(self, stream: Stream) -> None:
         worker = self._worker
         try:
             await self.open(worker.app, worker.config, worker.context, ConnectionState({}), stream)
@@ -69,8 +81,18 @@ class Connections:
 class Connection(TCPServer):
     """One connection, as hypercorn serves it."""
 
-    def __init__(self, all_open: "set[Connection]", *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(
+        self,
+        app: AppWrapper,
+        config: Config,
+        context: WorkerContext,
+        state: ConnectionState,
+        stream: Stream,
+        *,
+        all_open: "set[Connection]",
+    ) -> None:
+        super().__init__(app, config, ConnectionContext(context, self), state, stream)
+        self._worker_context = context
         self._all_open = all_open
         self._opened_at = trio.current_time()
         self._scope = trio.CancelScope()
@@ -78,6 +100,10 @@ class Connection(TCPServer):
     @property
     def is_in_handshake(self) -> bool:
         return not hasattr(self, "protocol")
+
+    @property
+    def is_http2(self) -> bool:
+        return isinstance(self.protocol.protocol, H2Protocol)
 
     async def run(self) -> None:
         self._all_open.add(self)
@@ -89,17 +115,17 @@ class Connection(TCPServer):
 
     def is_writable(self) -> bool:
         """Whether the kernel would take more for it: not so where the client has not read for a while."""
-        if self._transport.socket.fileno() < 0:
+        if self._socket.fileno() < 0:
             return False
         poll = select.poll()
-        poll.register(self._transport.socket.fileno(), select.POLLOUT)
+        poll.register(self._socket.fileno(), select.POLLOUT)
         return bool(poll.poll(0))
 
     def abort(self) -> None:
         """End it without another word. What the kernel has already taken is still delivered."""
         self._scope.cancel()
         if not self.is_in_handshake:
-            self._transport.socket.close()
+            self._socket.close()
 
     async def _read_data(self) -> None:
         await super()._read_data()
@@ -107,24 +133,68 @@ class Connection(TCPServer):
 
     async def _idle_timeout(self) -> None:
         with trio.move_on_after(self.config.keep_alive_timeout):
-            await self.context.terminated.wait()
+            await self._worker_context.terminated.wait()
         # Whoever reads a request stops this task, so everything before the shield gives it the chance to.
         await trio.lowlevel.checkpoint()
-        if self.context.terminated.is_set():
-            if self._has_unread():
-                await trio.sleep(FIRST_REQUEST_S)
-            elif not self.protocol.protocol.keep_alive_requests:
-                await trio.sleep_until(self._opened_at + FIRST_REQUEST_S)
+        if self._worker_context.terminated.is_set():
+            await self._wait_for_request_on_its_way()
+        if isinstance(self.protocol.protocol, H2Protocol):
+            await self._say_goodbye(self.protocol.protocol)
         with trio.CancelScope(shield=True):
             await self._initiate_server_close()
 
+    async def _wait_for_request_on_its_way(self) -> None:
+        """Return when there is none. Whoever reads one cancels this."""
+        while self._has_unread():  # noqa: ASYNC110  the reader's turn in the event loop comes
+            await trio.sleep(UNREAD_LOOK_S)
+        if not self.protocol.protocol.keep_alive_requests:
+            await trio.sleep_until(self._opened_at + FIRST_REQUEST_S)
+            while self._has_unread():  # noqa: ASYNC110
+                await trio.sleep(UNREAD_LOOK_S)
+
+    async def _say_goodbye(self, protocol: H2Protocol) -> None:
+        with trio.move_on_after(LAST_FRAMES_S):
+            while protocol.stream_buffers:  # noqa: ASYNC110  the task that sends them tells nobody
+                await trio.sleep(0.001)
+        with suppress(h2.exceptions.ProtocolError):
+            protocol.connection.close_connection()
+        await protocol._flush()
+
     @property
-    def _transport(self) -> trio.SocketStream:
-        return cast("trio.SocketStream", getattr(self.stream, "transport_stream", self.stream))
+    def _socket(self) -> trio.socket.SocketType:
+        transport = getattr(self.stream, "transport_stream", self.stream)
+        return cast("trio.SocketStream", transport).socket
 
     def _has_unread(self) -> bool:
         """Whether the client has sent what nobody has looked at: to close now would reset it."""
         unread = array("i", [0])
         with suppress(OSError):  # it is closed
-            fcntl.ioctl(self._transport.socket.fileno(), termios.FIONREAD, unread)
+            fcntl.ioctl(self._socket.fileno(), termios.FIONREAD, unread)
         return unread[0] > 0
+
+
+class ConnectionContext(WorkerContext):
+    """What a connection sees of the worker's context.
+
+    With ``terminated`` set, hypercorn's HTTP/2 says goodbye while the task that sends its frames has not sent the last
+    of a stream yet, which truncates it, and resets new requests. So it is not told; :meth:`Connection._say_goodbye`
+    does it in order. Proven by ``tests/hosting/test_connections.py``.
+    """
+
+    def __init__(self, worker_context: WorkerContext, connection: Connection) -> None:
+        self._worker_context = worker_context
+        self._connection = connection
+        self.max_requests = worker_context.max_requests
+        self.terminate = worker_context.terminate
+        self.terminated = cast("EventWrapper", self)
+
+    async def mark_request(self) -> None:
+        await self._worker_context.mark_request()
+
+    def is_set(self) -> bool:
+        """As ``terminated``."""
+        return self._worker_context.terminated.is_set() and not self._connection.is_http2
+
+    async def wait(self) -> None:
+        """As ``terminated``."""
+        await self._worker_context.terminated.wait()

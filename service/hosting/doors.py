@@ -14,10 +14,10 @@ from typing import cast
 
 import trio
 
-from service.hosting.worker import Listener
+from service.hosting.connections import Stream
+from service.hosting.worker import Listener, socket_of
 
 MARK = "lastcall-leaves"
-"""The name of a memory file that a worker holds from the moment when it does not answer any more."""
 
 
 class Door:
@@ -27,9 +27,9 @@ class Door:
         self._ssl_context = None
         if isinstance(listener, trio.SSLListener):
             self._ssl_context = listener._ssl_context
-        self._socket = socket.socket(fileno=os.dup(_fd(listener)))
+        self._socket = socket.socket(fileno=os.dup(socket_of(listener).fileno()))
 
-    def shut(self, *, take: Callable[[trio.abc.Stream], None]) -> None:
+    def shut(self, *, take: Callable[[Stream], None]) -> None:
         """Take all who wait and end the listening, for every process that holds the socket."""
         with suppress(OSError):  # nobody waits any more, or another one was the last one too
             while True:
@@ -41,31 +41,29 @@ class Door:
     def close(self) -> None:
         self._socket.close()
 
-    def _stream(self, client: socket.socket) -> trio.abc.Stream:
+    def _stream(self, client: socket.socket) -> Stream:
         client.setblocking(False)
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(client))
         if self._ssl_context is None:
-            return stream
+            return cast("Stream", stream)
         return trio.SSLStream(stream, self._ssl_context, server_side=True, https_compatible=True)
+
+
+def mark_as_leaving() -> int:
+    """Show the other processes that this one does not answer any more: a descriptor, kept until the process is gone."""
+    return os.memfd_create(MARK)
 
 
 def others_answer(listeners: Iterable[Listener], *, except_for: Collection[int]) -> bool:
     """Whether another process still answers at one of these doors.
 
-    Says of this process, for good, that it does not: of several that ask at the same time each one sees the others'
-    marks, so at least the last of them is told that it is the last.
+    Of several that mark themselves and then ask, at the same time or not, at least the last one is told that it is.
     """
-    os.memfd_create(MARK)
-    doors = {f"socket:[{os.fstat(_fd(listener)).st_ino}]" for listener in listeners}
+    doors = {f"socket:[{os.fstat(socket_of(listener).fileno()).st_ino}]" for listener in listeners}
     return any(
         not doors.isdisjoint(files) and not any(MARK in name for name in files)
         for files in (set(_open_files(pid)) for pid in _processes() if pid not in except_for)
     )
-
-
-def _fd(listener: Listener) -> int:
-    transport = listener.transport_listener if isinstance(listener, trio.SSLListener) else listener
-    return cast("trio.SocketListener", transport).socket.fileno()
 
 
 def _processes() -> Iterator[int]:

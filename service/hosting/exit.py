@@ -7,11 +7,7 @@ from contextlib import suppress
 from enum import IntEnum
 from typing import NoReturn
 
-import structlog
-
 from service.telemetry.logging import drain_log
-
-logger = structlog.get_logger("lastcall")
 
 
 class ExitCode(IntEnum):
@@ -42,7 +38,13 @@ def leave_at_exit(code: int) -> None:
     atexit.register(leave, code)
 
 
+def say(text: str) -> None:
+    """Write lines to standard error as they are: for what is said where there is no log."""
+    with suppress(OSError):
+        os.write(2, "".join(f"lastcall: {line}\n" for line in text.splitlines()).encode())
+
+
 def refuse_to_start(reason: object) -> NoReturn:
-    """End a start that failed, with one line."""
-    logger.critical("start refused", reason=str(reason))
+    """End a start that failed, with what it failed of."""
+    say(str(reason))
     leave(ExitCode.REFUSED)

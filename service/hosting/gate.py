@@ -11,9 +11,11 @@ from collections.abc import Callable
 import trio
 
 from service.hosting.connections import Connections
-from service.hosting.doors import Door, others_answer
-from service.hosting.worker import Worker
+from service.hosting.doors import Door, mark_as_leaving, others_answer
+from service.hosting.worker import Worker, socket_of
 
+WAITING_MAX = 1024
+"""Clients that are connected and not accepted: while the event loop is busy, or during a reload until a worker is up."""
 MASTER_LATE_S = 0.025
 """A signal to the whole group may reach a worker before its master has set the event."""
 
@@ -60,6 +62,11 @@ class Gate:
         if worker.master is not None:
             worker.master.stop_event.is_set = self._held.is_set  # type: ignore[method-assign]
 
+    def widen(self) -> None:
+        """Let more clients wait than hypercorn does: beyond that the kernel drops them, and they try again after 1 s."""
+        for listener in self._worker.listeners:
+            socket_of(listener).listen(WAITING_MAX)
+
     def release(self) -> None:
         """Let hypercorn stop serving. Idempotent; whoever made the gate calls it in any case, in the end."""
         self._held.release()
@@ -88,6 +95,7 @@ class Gate:
                 await trio.sleep(0.001)
         if master.is_alive() and (not master.wants_stop() or master.is_joining()):
             return False
-        return self._worker.config.workers == 1 or not others_answer(
-            self._worker.listeners, except_for={os.getpid(), master.pid}
-        )
+        if self._worker.config.workers == 1:
+            return True
+        mark_as_leaving()
+        return not others_answer(self._worker.listeners, except_for={os.getpid(), master.pid})

@@ -25,8 +25,9 @@ from service.hosting.watchdog import Watchdog, count_tasks
 from service.hosting.worker import Worker, find_worker
 from service.settings import Settings
 from service.shutdown import SETTLE_S, Shutdown
-from service.supervisor import open_service
-from service.telemetry.logging import configure_logging
+from service.supervisor import Service, open_service
+from service.telemetry.banner import announce
+from service.telemetry.logging import Log, configure_logging
 
 logger = structlog.get_logger("lastcall")
 
@@ -51,8 +52,8 @@ class ServiceLifespan:
         if worker is None:
             await serve_as_guest(self._app, settings, receive, send)
         else:
-            configure_logging(settings)
-            await Hosting(self._app, worker, settings).run(receive, send)
+            log = configure_logging(settings)
+            await Hosting(self._app, worker, settings, log).run(receive, send)
 
 
 async def serve_as_guest(app: Quart, settings: Settings, receive: Any, send: Any) -> None:
@@ -73,10 +74,11 @@ async def serve_as_guest(app: Quart, settings: Settings, receive: Any, send: Any
 class Hosting:
     """One service in one worker process, from its start to the end of the process."""
 
-    def __init__(self, app: Quart, worker: Worker, settings: Settings) -> None:
+    def __init__(self, app: Quart, worker: Worker, settings: Settings, log: Log) -> None:
         self._app = app
         self._worker = worker
         self._settings = settings
+        self._log = log
         self._shutdown = Shutdown(settings)
         self._requests = open_requests(app, self._shutdown)
         self._watchdog = Watchdog(settings.shutdown_total_s)
@@ -117,11 +119,17 @@ class Hosting:
                     await send({"type": "lifespan.startup.complete"})
                     nursery.start_soon(self._receive_shutdown, receive)
                     nursery.start_soon(self._notice.watch_hypercorn, self._worker.context)
+                    nursery.start_soon(self._greet, service)
                     await self._shutdown.work_ended.wait()
                     await self._stop_serving()
                 finally:
                     detach(self._app)
                     self._watchdog.start()
+
+    async def _greet(self, service: Service) -> None:
+        await self._worker.wait_serving()
+        self._gate.widen()
+        announce(self._log, self._settings, binds=self._worker.addresses, store=service.store.name)
 
     async def _cancel_unopened(self, opening: trio.CancelScope) -> None:
         """A notice during the start ends the start; once opened, the service ends by its own phases."""

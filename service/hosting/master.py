@@ -1,98 +1,157 @@
 """hypercorn's master, mended: it returns what its workers return, and replaces one that was killed.
 
 hypercorn 0.18 returns 0 whatever its workers do, because it joins an emptied list, and stops everything when one
-worker of several is killed. Source: pgjones/hypercorn#269. Proven by ``tests/hosting/test_master.py``.
+worker of several is killed. Source: https://github.com/pgjones/hypercorn/issues/269. Proven by
+``tests/hosting/test_master.py``.
 
-It runs where hypercorn's command line reads our configuration (:mod:`service.hosting.hypercorn_config`), which is
-in the master and nowhere else.
+Runs where hypercorn's command line reads :mod:`service.hosting.hypercorn_config`: in the master, nowhere else.
 """
 
-import os
+import atexit
 import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from multiprocessing.connection import wait
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Event
+from typing import NoReturn
 
 import hypercorn.__main__
 import hypercorn.run
-from hypercorn.config import Config
+from hypercorn.config import Config, Sockets
+from hypercorn.typing import WorkerFunc
 
 from service.errors import StartupError
-from service.hosting.exit import ExitCode
-from service.hosting.serve import check_certificate, take_addresses
+from service.hosting.exit import ExitCode, leave, refuse_to_start, say
+from service.hosting.serve import take_addresses
+from service.settings import Settings, load_settings
 
 REPLACEMENTS_MAX = 5
 REPLACEMENTS_WITHIN_S = 60
-"""A worker is replaced so often in so long; whoever dies faster will not be mended by another start."""
-STOP_SLACK_S = 2
+"""A worker that dies faster than that will not be mended by another start."""
+STOP_SLACK_S = 1
 """What workers may take beyond their own bound on a shutdown, before they are killed."""
+STOP_LOOK_S = 0.25
+DIED = (ExitCode.WATCHDOG, ExitCode.FAULTS)
+"""Codes of a worker that has ended for good, but badly. While the others serve that is no reason to stop them."""
+
+
+def mend() -> Settings:
+    """Have hypercorn's command line run its master through us. Ends the process where the settings cannot be used."""
+    try:
+        settings = load_settings()
+    except StartupError as error:
+        refuse_to_start(error)
+    main = sys.modules["__main__"]
+    if getattr(main, "run", None) is hypercorn.run.run:  # python -m hypercorn
+        setattr(main, "run", partial(run, settings))  # noqa: B010
+    setattr(hypercorn.__main__, "run", partial(run, settings))  # noqa: B010
+    return settings
+
+
+def run(settings: Settings, config: Config) -> NoReturn:
+    """hypercorn's ``run``, and the end of the process with the code it should have had."""
+    try:
+        take_addresses(config)
+    except StartupError as error:
+        refuse_to_start(error)
+    workers = Workers(stop_timeout_s=settings.shutdown_total_s + STOP_SLACK_S)
+    setattr(hypercorn.run, "_populate", workers.populate)  # noqa: B010
+    setattr(hypercorn.run, "wait", workers.wait)  # noqa: B010
+    setattr(hypercorn.run, "_join_exited", workers.join_exited)  # noqa: B010
+    code = hypercorn.run.run(config)
+    atexit._run_exitfuncs()  # multiprocessing's semaphores are named, and unlinked there
+    leave(code)
 
 
 class Workers:
-    """Judges the workers that have ended, in place of hypercorn's ``_join_exited``."""
+    """Starts the workers, waits for them and takes those that have ended, as hypercorn's functions of these names do.
+
+    Args:
+        stop_timeout_s: How long to wait for the others once the service stops; after that they are killed.
+    """
 
     def __init__(self, *, stop_timeout_s: float) -> None:
         self._stop_timeout_s = stop_timeout_s
-        self._killed_at: deque[float] = deque(maxlen=REPLACEMENTS_MAX)
-        self._stopping = False
-        self.code = 0
+        self._died_at: deque[float] = deque(maxlen=REPLACEMENTS_MAX)
+        self._code = 0
+        self._start = hypercorn.run._populate
+        self._stop_event: Event | None = None
+
+    def populate(  # noqa: PLR0917  as hypercorn calls it
+        self,
+        processes: list[BaseProcess],
+        config: Config,
+        worker_func: WorkerFunc,
+        sockets: Sockets,
+        stop_event: Event,
+        context: BaseContext,
+    ) -> None:
+        """Start as many as are missing."""
+        self._stop_event = stop_event
+        self._start(processes, config, worker_func, sockets, stop_event, context)
+
+    def wait(self, sentinels: Iterable[int], timeout: float | None = None) -> Sequence[object]:
+        """Return when a worker has ended, or when all are to be stopped: a worker that hangs cannot end first."""
+        waited_for = list(sentinels)
+        while not (ended := wait(waited_for, STOP_LOOK_S if timeout is None else timeout)):
+            if timeout is not None or (self._stop_event is not None and self._stop_event.is_set()):
+                break
+        return ended
 
     def join_exited(self, processes: list[BaseProcess]) -> int:
-        """Take the workers that have ended off the list. Not 0 where all are to be stopped.
-
-        Once the service stops, it waits for the others as well: their codes count too.
-        """
-        for process in [it for it in processes if it.exitcode is not None]:
-            processes.remove(process)
-            self._judge(process)
-        if self._stopping or self.code:
+        """Take those that have ended off the list; it is empty when this returns anything but 0."""
+        assert self._stop_event is not None
+        stopping = self._stop_event.is_set()
+        for process in _take_exited(processes):
+            code = _exit_code(process)
+            if stopping or not self._may_replace(process, code):
+                self._code = self._code or code
+        if stopping or self._code:
+            self._stop_event.set()
             self._join_all(processes)
-        return self.code
+        return self._code
 
-    def _judge(self, process: BaseProcess) -> None:
-        code = process.exitcode or 0
-        process.join()
-        stop_event = process._kwargs["shutdown_event"]  # type: ignore[attr-defined]
-        self._stopping |= stop_event.is_set()
-        if code >= 0 or self._stopping:
-            self.code = self.code or _as_exit_code(code)
-        elif self._may_replace():
-            _say(f"worker {process.pid} was ended by {signal.Signals(-code).name}; another one takes its place")
-        else:
-            _say(f"{REPLACEMENTS_MAX} workers were killed within {REPLACEMENTS_WITHIN_S} s; giving up")
-            self.code = _as_exit_code(code)
-
-    def _may_replace(self) -> bool:
+    def _may_replace(self, process: BaseProcess, code: int) -> bool:
+        if code == 0:
+            return True
+        if code < 128 and code not in DIED:
+            return False
         now = time.monotonic()
-        often = len(self._killed_at) == REPLACEMENTS_MAX and now - self._killed_at[0] < REPLACEMENTS_WITHIN_S
-        self._killed_at.append(now)
-        return not often
+        if len(self._died_at) == REPLACEMENTS_MAX and now - self._died_at[0] < REPLACEMENTS_WITHIN_S:
+            say(f"{REPLACEMENTS_MAX} workers died within {REPLACEMENTS_WITHIN_S} s, giving up")
+            return False
+        self._died_at.append(now)
+        how = signal.Signals(code - 128).name if code > 128 else f"with code {code}"
+        say(f"worker {process.pid} ended by {how}, another one takes its place")
+        return True
 
     def _join_all(self, processes: list[BaseProcess]) -> None:
         deadline = time.monotonic() + self._stop_timeout_s
-        for process in processes:
-            process._kwargs["shutdown_event"].set()  # type: ignore[attr-defined]
         while processes:
-            if not wait([process.sentinel for process in processes], max(deadline - time.monotonic(), 0)):
+            wait([process.sentinel for process in processes], max(deadline - time.monotonic(), 0))
+            late = time.monotonic() >= deadline
+            if late:
+                say(f"killing {len(processes)} workers that did not stop in time")
                 for process in processes:
                     process.kill()
                     process.join()
-                self.code = self.code or ExitCode.WATCHDOG
-            for process in [it for it in processes if it.exitcode is not None]:
-                processes.remove(process)
-                self.code = self.code or _as_exit_code(process.exitcode or 0)
+            codes = [_exit_code(process) for process in _take_exited(processes)]
+            self._code = self._code or (ExitCode.WATCHDOG if late else next(filter(None, codes), 0))
 
 
-def _as_exit_code(code: int) -> int:
-    """What a shell would say: 128 and the signal for one that was killed."""
+def _take_exited(processes: list[BaseProcess]) -> list[BaseProcess]:
+    exited = [process for process in processes if process.exitcode is not None]
+    for process in exited:
+        processes.remove(process)
+    return exited
+
+
+def _exit_code(process: BaseProcess) -> int:
+    """As a shell says it: 128 and the signal for one that was killed."""
+    code = process.exitcode or 0
     return 128 - code if code < 0 else code
-
-
-def _say(text: str) -> None:
-    try:
-        os.write(2, f"lastcall: {text}\n".encode())
-    except OSError:
-        pass

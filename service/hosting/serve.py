@@ -1,6 +1,5 @@
 """Our own way in: one process that serves until it is told to stop."""
 
-import ssl
 from functools import partial
 
 import hypercorn.trio
@@ -17,38 +16,39 @@ def serve(settings: Settings) -> int:
     """Serve until the process is told to stop. Returns its exit code, unless it has left with it already.
 
     Raises:
-        StartupError: The address cannot be had, or the certificate cannot be used.
+        StartupError: The address or the certificate cannot be used.
     """
     configure_logging(settings)
     config = Config()
+    config.worker_class = "trio"
     config.bind = [settings.bind]
     config.certfile, config.keyfile = settings.tls_certfile, settings.tls_keyfile
-    config.worker_class = "trio"
-    check_certificate(config)
-    config.bind = take_addresses(config)
+    take_addresses(config)
     app = create_hosted_app(lambda: settings)
     trio.run(partial(hypercorn.trio.serve, app, config, mode="asgi"))
     return 0
 
 
-def check_certificate(config: Config) -> None:
-    """Raises: StartupError. hypercorn would notice only when everything else is open, with a traceback."""
-    try:
-        config.create_ssl_context()
-    except (OSError, ssl.SSLError) as error:
-        raise StartupError(
-            f"The certificate {config.certfile} or its key {config.keyfile} cannot be used: {error}"
-        ) from error
+def take_addresses(config: Config) -> None:
+    """Bind the addresses before anything else is opened, and leave the open sockets to hypercorn.
 
-
-def take_addresses(config: Config) -> list[str]:
-    """Bind the addresses before anything is opened, and give them back in hypercorn's form for open sockets.
+    hypercorn would find a taken port or a broken certificate too late, and tell it in a traceback.
 
     Raises:
-        StartupError: An address is taken, not ours or not there.
+        StartupError: An address is taken, not ours or not there; or the certificate cannot be used.
     """
+    try:
+        config.create_ssl_context()
+    except OSError as error:
+        raise StartupError(
+            f"The certificate {config.certfile} and its key {config.keyfile} cannot be used: {error}"
+        ) from error
+    binds = [*config.bind, *config.insecure_bind]
     try:
         sockets = config.create_sockets()
     except OSError as error:
-        raise StartupError(f"Cannot listen on {', '.join(config.bind)}: {error.strerror}") from error
-    return [f"fd://{sock.detach()}" for sock in [*sockets.secure_sockets, *sockets.insecure_sockets]]
+        raise StartupError(f"Cannot listen on {', '.join(binds)}: {error.strerror}") from error
+    secure, insecure = (
+        [f"fd://{sock.detach()}" for sock in group] for group in (sockets.secure_sockets, sockets.insecure_sockets)
+    )
+    config.bind, config.insecure_bind = (secure, insecure) if config.ssl_enabled else (insecure, [])

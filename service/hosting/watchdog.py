@@ -68,9 +68,13 @@ def describe_tasks(task: trio.lowlevel.Task | None) -> Iterator[str]:
         return
     for nursery in tuple(task.child_nurseries):
         for child in tuple(nursery.child_tasks):
-            frames = [frame for frame, _ in child.iter_await_frames()]
-            places = [f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}" for frame in frames]
-            yield f"{child.name} at {' > '.join(places[-4:])}"
+            places = [
+                f"{frame.f_code.co_name} ({frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno})"
+                for frame, _ in child.iter_await_frames()
+                if not frame.f_globals.get("__name__", "").startswith("trio.")
+            ]
+            if places:
+                yield f"{child.name}: in {' > '.join(places[-3:])}"
             yield from describe_tasks(child)
 
 

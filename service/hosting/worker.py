@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from multiprocessing.synchronize import Event as MasterEvent
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import hypercorn.trio
 import hypercorn.trio.run
@@ -22,6 +22,7 @@ from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import AppWrapper
+from hypercorn.utils import repr_socket_addr
 
 from service.errors import StartupError
 
@@ -82,6 +83,17 @@ class Worker:
         """What it listens on. Empty until it serves."""
         return list(self._frame.f_locals.get("listeners", ()))
 
+    async def wait_serving(self) -> None:
+        """Return once it listens. hypercorn tells nobody, but it is at most a few steps away."""
+        while not self.listeners:  # noqa: ASYNC110
+            await trio.sleep(0.005)
+
+    @property
+    def addresses(self) -> list[str]:
+        """Where it listens: ``host:port`` or ``unix:path``. Only once it serves."""
+        sockets = [socket_of(listener) for listener in self.listeners]
+        return [repr_socket_addr(it.family, it.getsockname()) for it in sockets]
+
     @property
     def server_nursery(self) -> trio.Nursery:
         """Where the connections are. Only once it serves."""
@@ -99,6 +111,12 @@ class Worker:
         if not isinstance(value, kind):
             raise StartupError(f"This hypercorn is not the one that Lastcall knows: worker_serve has no {name}.")
         return value
+
+
+def socket_of(listener: Listener) -> trio.socket.SocketType:
+    """The socket that a listener, with or without TLS, listens on."""
+    transport = listener.transport_listener if isinstance(listener, trio.SSLListener) else listener
+    return cast("trio.SocketListener", transport).socket
 
 
 def find_worker() -> Worker | None:

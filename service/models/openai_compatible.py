@@ -57,7 +57,7 @@ async def open_openai_compatible(
             whole address ending in ``/chat/completions``. A query is kept, userinfo becomes basic
             authentication.
         api_key: Sent as a bearer token; never shown, and taken out of whatever the upstream says.
-        name: For logs and metrics; the URL's host and port by default.
+        name: Which of several upstreams it is; the URL's host and port stand for it by default.
         connect_timeout_s: Bound on the connection's set-up and, again, on the TLS handshake. All
             other waiting is the caller's to bound.
         ssl_context: Replaces the trust described above.
@@ -94,11 +94,14 @@ class OpenAICompatibleClient:
         ssl_context: ssl.SSLContext | None,
         clock: Clock,
     ) -> None:
-        self._url, auth = _endpoint(url)
+        url_setting, key_setting = (
+            (f"upstreams.{name}.url", f"upstreams.{name}.api_key") if name else ("model_url", "model_api_key")
+        )
+        self._url, auth = _endpoint(url, setting=url_setting)
         if api_key is not None and not re.fullmatch(r"[\x21-\x7e]+", api_key):
-            raise SettingsError("model_api_key: it has characters that cannot be in a key (or is empty).")
+            raise SettingsError(f"{key_setting}: it has characters that cannot be in a key (or is empty).")
         if api_key is not None and auth is not None:
-            raise SettingsError("model_url: it has a user and password, and there is a model_api_key: use one of them.")
+            raise SettingsError(f"{url_setting}: it has a user and password beside {key_setting}; use one of them.")
         self._name = name or self._url.netloc.decode("ascii")
         self._secrets = [secret for secret in (api_key, auth and auth[1]) if secret]
         self._clock = clock
@@ -232,7 +235,6 @@ class _Response:
     """A response whose head has arrived, and the one iterator over its body."""
 
     def __init__(self, response: httpx.Response) -> None:
-        self._response = response
         self.status = response.status_code
         self.headers = response.headers
         self.chunks = response.aiter_raw()
@@ -265,8 +267,9 @@ class _Response:
     async def aclose(self) -> None:
         """Give the connection back where the body has ended, close it otherwise. To be shielded by the caller.
 
-        httpx's nested generators are only unwound, without a ResourceWarning, by an exception from
-        the innermost: so the rest of the body is read, in a scope that cancels the first wait.
+        Only an exception from the innermost of httpx's nested generators ends them all and closes the
+        connection; closing the outermost leaves the others to the garbage collector. So the rest of
+        the body is read, in a scope that cancels the first wait.
         """
         with anyio.CancelScope(deadline=anyio.current_time() + _REUSE_TIMEOUT_S) as scope:
             if not self.reusable:
@@ -276,7 +279,6 @@ class _Response:
                     pass
             except httpx.HTTPError:
                 pass  # it is being left
-        await self._response.aclose()
 
 
 class _Body(httpx.AsyncByteStream):
@@ -320,7 +322,7 @@ class _NewConnection:
             await self._stream.aclose()
 
 
-def _endpoint(url: str) -> tuple[httpx.URL, tuple[str, str] | None]:
+def _endpoint(url: str, *, setting: str) -> tuple[httpx.URL, tuple[str, str] | None]:
     """The address of chat completions for a configured URL, and the basic authentication in it."""
     try:
         base = httpx.URL(url)
@@ -328,7 +330,7 @@ def _endpoint(url: str) -> tuple[httpx.URL, tuple[str, str] | None]:
         base = httpx.URL("")
     port = 443 if base.port is None else base.port
     if base.scheme not in ("http", "https") or not _HOST.fullmatch(base.raw_host) or not 0 < port < 65536:
-        raise SettingsError("model_url: not a usable address; allowed are scripted: and http(s)://host[:port][/path].")
+        raise SettingsError(f"{setting}: not a usable address; allowed are scripted: and http(s)://host[:port][/path].")
     auth = (base.username, base.password) if base.userinfo else None
     path = base.path.rstrip("/")
     if not path.endswith("/chat/completions"):

@@ -69,41 +69,46 @@ class Script(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ignore_close_s: _Seconds = 0
 
     @classmethod
-    def from_url(cls, url: str) -> "Script":
+    def from_url(cls, url: str, *, setting: str = "model_url") -> "Script":
         """Read a ``scripted:`` URL.
 
         Raises:
-            SettingsError: It is none, or a parameter is unknown, twice there or has a bad value.
+            SettingsError: It is none, or a parameter is unknown, twice there or has a bad value; the
+                message begins with ``setting``.
         """
         scheme, _, query = url.partition("?")
         if scheme != "scripted:":
-            raise SettingsError(f"model_url: {url!r} is not a scripted: URL; allowed is scripted:?name=value&…")
+            raise SettingsError(f"{setting}: {url!r} is not a scripted: URL; allowed is scripted:?name=value&…")
         known = ", ".join(cls.__struct_fields__)
         values: dict[str, str] = {}
         for parameter, value in parse_qsl(query, keep_blank_values=True):
             if parameter in values:
-                raise SettingsError(f"model_url: {parameter!r} is there twice in {url!r}.")
+                raise SettingsError(f"{setting}: {parameter!r} is there twice in {url!r}.")
             values[parameter] = value
             if parameter not in cls.__struct_fields__:
-                raise SettingsError(f"model_url: {parameter!r} is not a parameter of scripted:; those are {known}.")
+                raise SettingsError(f"{setting}: {parameter!r} is not a parameter of scripted:; those are {known}.")
             try:
                 converted = msgspec.convert({parameter: value}, cls, strict=False)
             except msgspec.ValidationError as error:
                 reason = str(error).partition(" - ")[0]
-                raise SettingsError(f"model_url: {parameter}={value!r} is not allowed: {reason}.") from error
+                raise SettingsError(f"{setting}: {parameter}={value!r} is not allowed: {reason}.") from error
             if getattr(converted, parameter) is None:
-                raise SettingsError(f"model_url: {parameter}={value!r} is not allowed: leave it out instead.")
+                raise SettingsError(f"{setting}: {parameter}={value!r} is not allowed: leave it out instead.")
         return msgspec.convert(values, cls, strict=False)
 
 
 @asynccontextmanager
-async def open_scripted(url: str, *, name: str = "scripted") -> AsyncIterator["ScriptedClient"]:
+async def open_scripted(url: str, *, name: str | None = None) -> AsyncIterator["ScriptedClient"]:
     """Open a client that does what the URL says.
+
+    Args:
+        name: Which of several upstreams it is.
 
     Raises:
         SettingsError: The URL has a parameter that is unknown or wrong.
     """
-    client = ScriptedClient(Script.from_url(url), name=name)
+    script = Script.from_url(url, setting=f"upstreams.{name}.url" if name else "model_url")
+    client = ScriptedClient(script, name=name or "scripted")
     try:
         yield client
     finally:

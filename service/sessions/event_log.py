@@ -26,13 +26,18 @@ class EventLog:
         self._frames: list[bytes] = []
         self._bytes = 0
         self._bytes_max = bytes_max - _TERMINAL_RESERVE_BYTES
+        self._last_seq: int | None = None
         self._closed = False
         self._readers = trio.lowlevel.ParkingLot()
 
     @classmethod
-    def replay(cls, frames: Sequence[bytes]) -> "EventLog":
-        """The closed log of an ended turn, from the frames that were kept. They are not copied."""
+    def replay(cls, frames: Sequence[bytes], *, last_seq: int | None = None) -> "EventLog":
+        """The closed log of an ended turn, from the frames that were kept. They are not copied.
+
+        With ``last_seq`` that is the seq of the last of them: those between it and the one before are lost.
+        """
         log = cls(bytes_max=0)
+        log._last_seq = last_seq
         log._frames = cast("list[bytes]", frames)  # a closed log is never written to
         log._closed = True
         return log
@@ -40,7 +45,7 @@ class EventLog:
     @property
     def last_seq(self) -> int:
         """The seq of the newest event, 0 if there is none."""
-        return len(self._frames)
+        return len(self._frames) if self._last_seq is None else self._last_seq
 
     @property
     def closed(self) -> bool:
@@ -80,11 +85,12 @@ class EventLog:
 
         Empty bytes and the same cursor where nothing is ready.
         """
-        return join_frames(self._frames, cursor, bytes_max=bytes_max)
+        frames, end = join_frames(self._frames, min(cursor, len(self._frames)), bytes_max=bytes_max)
+        return frames, max(self.last_seq, cursor) if end == len(self._frames) else end
 
-    def frames(self) -> list[bytes]:
-        """A copy of all frames, to be kept."""
-        return list(self._frames)
+    def frames(self, *, after: int = 0) -> list[bytes]:
+        """A copy of the frames after a seq, to be kept."""
+        return list(self._frames[after:])
 
 
 def join_frames(frames: Sequence[bytes], cursor: int, *, bytes_max: int) -> tuple[bytes, int]:

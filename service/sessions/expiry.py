@@ -15,7 +15,8 @@ from service.storage.store import Store
 
 logger = structlog.get_logger("lastcall.expiry")
 
-_BATCH_MAX = 500
+_BATCH_MAX = 100
+"""What one step removes: more would keep other writes waiting."""
 
 
 async def run_expiry(

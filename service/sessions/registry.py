@@ -15,8 +15,10 @@ import trio
 
 from service.clock import Clock
 from service.errors import (
+    EventsLostError,
     InvalidRequestError,
     LastcallError,
+    OwnedElsewhereError,
     QueueFullError,
     SessionNotFoundError,
     ShuttingDownError,
@@ -28,6 +30,7 @@ from service.ids import new_message_id, new_session_id, new_turn_id
 from service.models.client import ModelClient
 from service.sessions import ends
 from service.sessions.event_log import EventLog
+from service.sessions.replay import replay_kept
 from service.sessions.session import Deletion, LiveSession
 from service.sessions.store_deadline import answered_within
 from service.sessions.streams import Streams, StreamSlot
@@ -192,6 +195,7 @@ class Sessions:
 
         Raises:
             SessionNotFoundError
+            OwnedElsewhereError: Another process runs turns of this session, and deletes it.
         """
         with self._holding(session_id) as session:
             deletion = session.deletion
@@ -226,6 +230,7 @@ class Sessions:
 
         Raises:
             SessionNotFoundError
+            OwnedElsewhereError: Another process runs turns of this session.
             TurnNotFoundError: ``parent`` is not a turn of this session.
             TurnInProgressError, QueueFullError: By ``on_conflict``.
             TurnLimitError, ShuttingDownError
@@ -249,19 +254,34 @@ class Sessions:
                 return turn, turn.watch()
 
     async def get_turn(self, session_id: str, turn_id: str) -> TurnRecord:
-        """A turn with its text so far. Raises: SessionNotFoundError, TurnNotFoundError."""
+        """A turn with its text so far.
+
+        Raises:
+            SessionNotFoundError, TurnNotFoundError
+            OwnedElsewhereError: It is open in another process, which has its text so far.
+        """
         self._check_not_deleted(session_id)
         turn = self._find_turn(session_id, turn_id)
         if turn is not None:
             return turn.record()
         with self._answered_within():
-            return await self._store.get_turn(session_id, turn_id, now=self._clock())
+            record = await self._store.get_turn(session_id, turn_id, now=self._clock())
+            if record.is_open:
+                await self._refuse_if_elsewhere(session_id)
+            return record
 
     async def list_turns(self, session_id: str, *, limit: int, after: str | None = None) -> Page[TurnRecord]:
-        """A page of all turns of a session, oldest first. Raises: SessionNotFoundError."""
+        """A page of all turns of a session, oldest first.
+
+        Raises:
+            SessionNotFoundError
+            OwnedElsewhereError: Open ones are among them, and their texts so far are in another process.
+        """
         self._check_not_deleted(session_id)
         with self._answered_within():
             page = await self._store.list_turns(session_id, limit=limit, after=after, now=self._clock())
+            if any(record.is_open for record in page.data) and session_id not in self._live:
+                await self._refuse_if_elsewhere(session_id)
         live = [self._find_turn(session_id, record.id) for record in page.data]
         data = (turn.record() if turn else record for turn, record in zip(live, page.data, strict=True))
         return Page(data=tuple(data), next=page.next)
@@ -270,7 +290,7 @@ class Sessions:
         """End a turn as ``cancelled`` (``requested``) and wait for its end, whatever it is; idempotent.
 
         Raises:
-            SessionNotFoundError, TurnNotFoundError
+            SessionNotFoundError, TurnNotFoundError, OwnedElsewhereError
         """
         self._check_not_deleted(session_id)
         turn = self._find_turn(session_id, turn_id)
@@ -279,22 +299,30 @@ class Sessions:
         turn.cut_short(ends.Cancelled("requested"))
         return await turn.wait_ended()
 
-    async def open_events(self, session_id: str, turn_id: str) -> tuple[EventLog, Watch]:
+    async def open_events(self, session_id: str, turn_id: str, *, after: int = 0) -> tuple[EventLog, Watch]:
         """The events of a turn: its live log, or a closed one from the store.
 
         The watch counts while the turn is open. There is no checkpoint between taking it and the return.
 
         Raises:
-            SessionNotFoundError, TurnNotFoundError
+            SessionNotFoundError, TurnNotFoundError, OwnedElsewhereError
+            EventsLostError: Not all events that follow ``after`` are in the store. (Where a crash took the last
+                ones before anybody could keep them, a reader of those that are left goes on to the terminal event.)
         """
         self._check_not_deleted(session_id)
         turn = self._find_turn(session_id, turn_id)
         if turn is not None:
             return turn.log, turn.watch()
         with self._answered_within():
-            await self._store.get_turn(session_id, turn_id, now=self._clock())
             frames = await self._store.read_events(session_id, turn_id)
-        return EventLog.replay(frames), Watch(None)
+            # Asked last, so that a session that went away meanwhile is not found.
+            record = await self._store.get_turn(session_id, turn_id, now=self._clock())
+            if record.is_open:
+                await self._refuse_if_elsewhere(session_id)
+        log = replay_kept(record, frames)
+        if log is None or len(frames) < after < log.last_seq:
+            raise EventsLostError(turn_id, after=len(frames), state=record.state, text=record.text)
+        return log, Watch(None)
 
     def open_stream(self) -> StreamSlot:
         """Take a place for a stream; it is to be closed. Raises: StreamLimitError."""
@@ -325,8 +353,18 @@ class Sessions:
         """Give the store once more the ends that it refused. Raises: StoreError where it still does."""
         for turn in list(self._unkept.values()):
             with self._answered_within():
-                await self._store.end_turn(turn.record(), events=turn.log.frames(), now=self._clock())
+                events = turn.log.frames(after=turn.kept_seq)
+                await self._store.end_turn(turn.record(), events=events, now=self._clock(), after=turn.kept_seq)
             del self._unkept[turn.id]
+
+    async def recover(self) -> int:
+        """End the turns of processes that have died. Returns how many. Raises: StoreError."""
+        with self._answered_within():
+            return await self._store.recover(now=self._clock())
+
+    def open_turns(self) -> list[Turn]:
+        """The turns that are queued or running."""
+        return [turn for session in self._live.values() for turn in session.turns]
 
     def statistics(self) -> SessionsStatistics:
         running = sum(1 for session in self._live.values() for turn in session.turns if turn.running)
@@ -354,6 +392,12 @@ class Sessions:
         session = self._live.get(session_id)
         if session is not None and session.deletion is not None:
             raise SessionNotFoundError(session_id)
+
+    async def _refuse_if_elsewhere(self, session_id: str) -> None:
+        """Raises: OwnedElsewhereError, where another process runs the session's open turns."""
+        owner = await self._store.find_owner(session_id)
+        if owner is not None:
+            raise OwnedElsewhereError(session_id, fence=owner.fence, address=owner.address)
 
     def _check_conflict(self, session: LiveSession, on_conflict: OnConflict) -> None:
         if session.deletion is not None:
@@ -409,13 +453,15 @@ class Sessions:
 
     async def _commit_input(self, turn: Turn) -> None:
         # Shielded: a caller that leaves in the middle of the commit would leave a turn without an owner.
-        with trio.CancelScope(deadline=trio.current_time() + self._settings.store_timeout_s, shield=True) as commit:
-            await self._store.begin_turn(turn.record(), now=self._clock())
-        if commit.cancelled_caught:
-            # Whether it is in the store is unknown; if it is, it must not stay open.
-            turn.decide(ends.failed("store_unavailable", "The store did not answer in time."))
-            self._keep_later(turn)
-            raise StoreError(f"The store did not answer within {self._settings.store_timeout_s:g} s.")
+        with trio.CancelScope(shield=True):
+            try:
+                with self._answered_within():
+                    await self._store.begin_turn(turn.record(), now=self._clock())
+            except StoreError as error:
+                # Whether it is in the store is unknown; if it is, it must not stay open.
+                turn.decide(ends.failed(error.code, str(error)))
+                self._keep_later(turn)
+                raise
 
     def _keep_later(self, turn: Turn) -> None:
         """Tell an end that is not in the store, and remember it for :meth:`settle`."""

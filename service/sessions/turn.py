@@ -25,7 +25,7 @@ from service.sessions.events import Event, TurnDelta, TurnQueued, TurnReasoning,
 from service.sessions.prompt import build_prompt
 from service.sessions.store_deadline import answered_within
 from service.settings import Settings
-from service.storage.records import Item, TurnRecord
+from service.storage.records import Checkpoint, Item, TurnRecord
 from service.storage.store import Store
 
 logger = structlog.get_logger("lastcall.turn")
@@ -53,6 +53,8 @@ class Turn:
         self.client = client
         self.system_message = system_message
         self.end: ends.End | None = None
+        self.kept_seq = 0
+        """The seq up to which its events are in the store, by a checkpoint: the end brings only those after it."""
         self._settings = settings
         self._record = record
         self._on_disconnect = on_disconnect
@@ -176,15 +178,35 @@ class Turn:
 
     def decide_from_deadlines(self) -> None:
         """Its work was stopped by a deadline of its own: decide by which."""
-        if self._abandoned_deadline <= self._run_deadline:
-            self.decide(ends.Cancelled("disconnected"))
-        else:
+        # A watch that was taken at the very moment of the abandonment has taken that deadline away again.
+        if self._run_deadline < self._abandoned_deadline and self._run_deadline <= trio.current_time():
             self.decide(
                 ends.failed(
                     "turn_timeout",
                     f"The turn took longer than {self._settings.turn_timeout_s:g} s (turn_timeout_s).",
                 )
             )
+        else:
+            self.decide(ends.Cancelled("disconnected"))
+
+    def checkpoint(self) -> Checkpoint | None:
+        """What it grew by since the last checkpoint that was kept; None if by nothing, or its end is decided."""
+        if self.end is not None or self.log.last_seq == self.kept_seq:
+            return None
+        return Checkpoint(
+            session_id=self.session_id,
+            turn_id=self.id,
+            after=self.kept_seq,
+            events=tuple(self.log.frames(after=self.kept_seq)),
+            output=self._output(since_checkpoint=True),
+        )
+
+    def note_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """A checkpoint is kept."""
+        self.kept_seq = checkpoint.after + len(checkpoint.events)
+        for item in checkpoint.output:
+            text = self._reply if item.id == self._reply.id else self._reasoning
+            text.kept += len(item.text)
 
     def finish(self, now: datetime) -> TurnRecord:
         """Write the decided end into the record and return it, ready to be kept."""
@@ -215,12 +237,12 @@ class Turn:
     def _set_deadline(self) -> None:
         self._scope.deadline = min(self._run_deadline, self._abandoned_deadline)
 
-    def _output(self) -> tuple[Item, ...]:
+    def _output(self, *, since_checkpoint: bool = False) -> tuple[Item, ...]:
         output = []
-        if self._reasoning.length:
-            output.append(Item(id=self._reasoning.id, type="reasoning", role="assistant", text=self._reasoning.join()))
-        if self._reply.length:
-            output.append(Item(id=self._reply.id, role="assistant", text=self._reply.join()))
+        if reasoning := self._reasoning.join(after=self._reasoning.kept if since_checkpoint else 0):
+            output.append(Item(id=self._reasoning.id, type="reasoning", role="assistant", text=reasoning))
+        if reply := self._reply.join(after=self._reply.kept if since_checkpoint else 0):
+            output.append(Item(id=self._reply.id, role="assistant", text=reply))
         return tuple(output)
 
 
@@ -251,6 +273,7 @@ class _Text:
         self.id = new_message_id()
         self.length = 0
         self.bytes = 0
+        self.kept = 0  # how much of its length is in a checkpoint
         self._pieces: list[str] = []
 
     def append(self, piece: str) -> None:
@@ -258,10 +281,10 @@ class _Text:
         self.length += len(piece)
         self.bytes += _utf8_length(piece)
 
-    def join(self) -> str:
+    def join(self, *, after: int = 0) -> str:
         text = "".join(self._pieces)
         self._pieces = [text]
-        return text
+        return text[after:]
 
 
 def _utf8_length(text: str) -> int:
@@ -346,10 +369,11 @@ async def _reply(turn: Turn, *, store: Store, clock: Clock, settings: Settings) 
 
 
 async def _keep(turn: Turn, record: TurnRecord, *, store: Store, clock: Clock) -> bool:
-    """Put an end into the store, with all events; whether that worked."""
-    events = [*turn.log.frames(), encode_frame(turn.terminal_event(stored=True))]
+    """Put an end into the store, with the events that are not there yet; whether that worked."""
+    after = turn.kept_seq
+    events = [*turn.log.frames(after=after), encode_frame(turn.terminal_event(stored=True))]
     try:
-        await store.end_turn(record, events=events, now=clock())
+        await store.end_turn(record, events=events, now=clock(), after=after)
     except StoreError as error:
         logger.warning("the end of a turn was not stored", turn_id=turn.id, error=str(error))
         return False

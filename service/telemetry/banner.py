@@ -10,6 +10,9 @@ from service.telemetry.logging import Log
 
 logger = structlog.get_logger("lastcall")
 
+STAND_IN = "the model is a stand-in; name a real one with LASTCALL_MODEL_URL, LASTCALL_MODEL and LASTCALL_MODEL_API_KEY"
+NO_KEYS = "no api_keys are set, so only requests from this machine are answered (LASTCALL_API_KEYS)"
+
 
 def announce(log: Log, settings: Settings, *, binds: Sequence[str], store: str) -> None:
     """Say that the server serves: a text to people, an event to machines.
@@ -22,33 +25,36 @@ def announce(log: Log, settings: Settings, *, binds: Sequence[str], store: str) 
         log.writer.write(banner(settings, binds=binds, store=store))
         return
     urls = [_url(settings, bind) for bind in binds]
-    logger.info(
-        "serving",
-        urls=urls,
-        model=settings.default_model,
-        model_url=settings.default_upstream.url,
-        store=store,
-        version=__version__,
-    )
-    for warning in _warnings(settings, binds):
-        logger.warning(warning)
+    model = {"model": settings.default_model, "model_url": settings.default_upstream.url}
+    attempt = _curl(settings, binds[0])
+    logger.info("serving", urls=urls, **model, store=store, version=__version__, attempt=attempt)
+    if _is_stand_in(settings):
+        logger.info(STAND_IN)
+    if _is_open_without_keys(settings, binds):
+        logger.warning(NO_KEYS)
 
 
 def banner(settings: Settings, *, binds: Sequence[str], store: str) -> str:
     """The text for people."""
-    upstream = settings.default_upstream
     rows = [
         ("serves", ", ".join(_url(settings, bind) for bind in binds)),
-        ("model", f"{settings.default_model} at {upstream.url}"),
+        ("model", f"{settings.default_model} at {settings.default_upstream.url}"),
+        ("note", STAND_IN if _is_stand_in(settings) else None),
+        ("store", store),
+        ("docs", f"{_url(settings, binds[0])}/docs"),
+        ("try", _curl(settings, binds[0])),
+        ("caution", NO_KEYS if _is_open_without_keys(settings, binds) else None),
     ]
-    if upstream.url.startswith("scripted:"):
-        rows += [
-            ("", "a stand-in, not a model: its replies are made up. Name a real model with"),
-            ("", "LASTCALL_MODEL_URL, LASTCALL_MODEL and LASTCALL_MODEL_API_KEY."),
-        ]
-    rows += [("store", store), ("docs", f"{_url(settings, binds[0])}/docs"), ("try", _curl(settings, binds[0]))]
-    rows += [("caution", warning) for warning in _warnings(settings, binds)]
-    return "\n".join([f"\nLastcall {__version__}", *(f"  {name:<8} {text}" for name, text in rows), "", ""])
+    lines = [f"  {name:<8} {text}" for name, text in rows if text is not None]
+    return "\n".join(["", f"Lastcall {__version__}", *lines, "", ""])
+
+
+def _is_stand_in(settings: Settings) -> bool:
+    return settings.default_upstream.url.startswith("scripted:")
+
+
+def _is_open_without_keys(settings: Settings, binds: Sequence[str]) -> bool:
+    return not settings.api_keys and any(map(reaches_beyond_loopback, binds))
 
 
 def _url(settings: Settings, bind: str) -> str:
@@ -66,9 +72,3 @@ def _curl(settings: Settings, bind: str) -> str:
         target = f"{_url(settings, f'{host}:{port}')}/chat"
     key = "-H 'Authorization: Bearer KEY' " if settings.api_keys else ""
     return f"""curl -N {target} {key}-H 'Content-Type: application/json' -d '{{"message": "Hello!"}}'"""
-
-
-def _warnings(settings: Settings, binds: Sequence[str]) -> list[str]:
-    if settings.api_keys or not any(map(reaches_beyond_loopback, binds)):
-        return []
-    return ["no api_keys are set: only requests from this machine are answered (LASTCALL_API_KEYS)"]

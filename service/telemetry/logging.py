@@ -146,7 +146,7 @@ def _spellings(settings: Settings) -> Iterator[str]:
 
 def _people_see(*, colors: bool) -> list[Processor]:
     traceback = structlog.dev.plain_traceback  # the rich one prints local variables, secrets among them
-    return [structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=traceback)]
+    return [structlog.dev.ConsoleRenderer(colors=colors, sort_keys=False, exception_formatter=traceback)]
 
 
 def _machines_see() -> list[Processor]:
@@ -159,7 +159,7 @@ def _machines_see() -> list[Processor]:
 
 def _in_order(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
     first = {"timestamp": event.pop("timestamp"), "level": event.pop("level"), "message": event.pop("event")}
-    return first | {"logger": event.pop("logger")} | event
+    return {**first, "logger": event.pop("logger"), **event}
 
 
 def _without_cancellation(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:

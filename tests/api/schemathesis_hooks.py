@@ -5,24 +5,26 @@ Loaded by schemathesis itself (``SCHEMATHESIS_HOOKS``).
 
 import os
 from pathlib import Path
+from typing import Any
 
 import schemathesis
 from schemathesis import Case, CheckContext, Response
 from schemathesis.checks import positive_data_acceptance
 
-OPAQUE = {"after", "Last-Event-ID"}
-"""Cursors: texts of the right form that a server must refuse all the same if it did not give them out."""
+OPAQUE = {"after", "Last-Event-ID", "parent"}
+"""Texts of the right form that a server must refuse all the same if it did not give them out."""
 
 
 @schemathesis.check
-def what_the_schema_allows_is_accepted(ctx: CheckContext, response: Response, case: Case) -> bool | None:
+def what_the_schema_allows_is_accepted(ctx: CheckContext, response: Response, case: Case[Any]) -> bool | None:
     if response.status_code == 422 and response.json().get("field") in OPAQUE:
         return None
-    return positive_data_acceptance(ctx, response, case)
+    outcome: bool | None = positive_data_acceptance(ctx, response, case)
+    return outcome
 
 
 @schemathesis.check
-def answers_are_noted(_ctx: CheckContext, response: Response, case: Case) -> None:
-    answer = f"{case.operation.definition.raw['operationId']} {response.status_code}\n"
+def answers_are_noted(_ctx: CheckContext, response: Response, case: Case[Any]) -> None:
+    answer = f"{case.id} {case.operation.definition.raw['operationId']} {response.status_code}\n"
     with Path(os.environ["ANSWERS_SEEN"]).open("a") as seen:
         seen.write(answer)

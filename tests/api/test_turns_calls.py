@@ -182,7 +182,7 @@ async def test_conflicts_queues_and_parents(autojump_clock: MockClock) -> None:
         root = await api.call("POST", path, {"input": "5", "parent": None})
         assert root.json["parent"] is None
         stranger = await api.call("POST", path, {"input": "6", "parent": "turn_" + "0" * 32})
-        stranger.problem(404, "turn_not_found")
+        stranger.problem(422, "invalid_request", "parent")
 
 
 async def test_at_the_bound_on_turns_the_answer_is_503(autojump_clock: MockClock) -> None:

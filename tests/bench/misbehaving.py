@@ -1,9 +1,8 @@
 """A server that misbehaves in one known way for each path: what the harness is tested against.
 
-Raw sockets and threads, nothing of the project. ``python misbehaving.py [--linger SECONDS]
-[--exit-code N] [--stray] [--delay SECONDS]`` says ``Running on http://127.0.0.1:PORT``; on SIGTERM it
-waits ``delay`` and leaves with ``exit-code``; a child of its group lives on for ``linger`` seconds,
-and a ``stray`` child has left the group.
+Raw sockets and threads, nothing of the project. It says ``Running on http://127.0.0.1:PORT``; on SIGTERM it says
+what it is to ``--say``, waits ``--delay`` seconds and leaves with ``--exit-code``. A child of its group lives on for
+``--linger`` seconds, a ``--stray`` child has left the group. ``/chat`` stands for the path given by ``--chat``.
 """
 
 import argparse
@@ -15,11 +14,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterable
 
-HEAD = (
-    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
-    b"Transfer-Encoding: chunked\r\n\r\n"
-)
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n"
 TERMINAL = b'id: 9\ndata: {"type":"turn.interrupted","seq":9,"reason":"shutdown","text_length":4}\n\n'
 LAST_CHUNK = b"0\r\n\r\n"
 stopping = threading.Event()
@@ -41,7 +38,9 @@ def read_path(sock: socket.socket) -> str:
             raise ConnectionError
         request += data
     head, _, body = request.partition(b"\r\n\r\n")
-    length = next((int(line.split(b":")[1]) for line in head.split(b"\r\n") if b"ontent-" in line and b"gth" in line), 0)
+    length = next(
+        (int(line.split(b":")[1]) for line in head.split(b"\r\n") if b"ontent-" in line and b"gth" in line), 0
+    )
     while len(body) < length:
         body += sock.recv(65536)
     return head.split()[1].decode()
@@ -58,13 +57,13 @@ def serve(sock: socket.socket) -> None:
 
 def serve_one(sock: socket.socket, path: str) -> bool:
     """Misbehave as the path says; whether the connection goes on."""
-    match path.strip("/").split("/"):
+    match path.strip("/").replace("chat", options.chat).split("/"):
         case ["json"]:
             sock.sendall(b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 10\r\n\r\n{"id":"x"}')
             return True
         case ["refuse"]:
             sock.sendall(
-                b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}"
+                b"HTTP/1.1 503 Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}"
             )
         case ["half-refuse"]:
             sock.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 200\r\n\r\n{}")
@@ -88,52 +87,53 @@ def serve_one(sock: socket.socket, path: str) -> bool:
 
 def finish(sock: socket.socket, end: str) -> None:
     """End an event stream in the way that has this name."""
-    match end:
-        case "terminal":
-            sock.sendall(chunk(TERMINAL) + LAST_CHUNK)
-        case "terminal-in-pieces":
-            for byte in chunk(token(3)) + chunk(TERMINAL) + LAST_CHUNK:
-                sock.sendall(bytes([byte]))
-        case "two-terminals":
-            sock.sendall(chunk(TERMINAL + TERMINAL) + LAST_CHUNK)
-        case "clean":
-            sock.sendall(LAST_CHUNK)
-        case "truncated":
-            pass
-        case "terminal-without-last-chunk":
-            sock.sendall(chunk(TERMINAL))
-        case "cut-in-chunk":
-            sock.sendall(b"fff\r\ndata: {")
-        case "reset":
-            reset(sock)
-        case "lost-token":
-            sock.sendall(chunk(token(4)) + chunk(TERMINAL) + LAST_CHUNK)
-        case "doubled-token":
-            sock.sendall(chunk(token(2)) + chunk(TERMINAL) + LAST_CHUNK)
-        case "garbage":
-            sock.sendall(b"zzz\r\n")
-            time.sleep(0.2)
-        case "open":
-            time.sleep(60)
+    if end == "reset":
+        reset(sock)
+    for piece in ENDINGS[end]():
+        sock.sendall(piece)
+    if end == "open":
+        time.sleep(60)
+    time.sleep(0.1)
+
+
+ENDINGS: dict[str, Callable[[], Iterable[bytes]]] = {
+    "terminal": lambda: [chunk(TERMINAL) + LAST_CHUNK],
+    "terminal-in-pieces": lambda: (bytes([byte]) for byte in chunk(token(3)) + chunk(TERMINAL) + LAST_CHUNK),
+    "two-terminals": lambda: [chunk(TERMINAL + TERMINAL) + LAST_CHUNK],
+    "clean": lambda: [LAST_CHUNK],
+    "truncated": list,
+    "terminal-without-last-chunk": lambda: [chunk(TERMINAL)],
+    "cut-in-chunk": lambda: [b"fff\r\ndata: {"],
+    "reset": list,
+    "lost-token": lambda: [chunk(token(4)) + chunk(TERMINAL) + LAST_CHUNK],
+    "doubled-token": lambda: [chunk(token(2)) + chunk(TERMINAL) + LAST_CHUNK],
+    "garbage": lambda: [b"zzz\r\n"],
+    "open": list,
+}
 
 
 def reset(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
+parser = argparse.ArgumentParser()
+parser.add_argument("--delay", type=float, default=0)
+parser.add_argument("--linger", type=float, default=0)
+parser.add_argument("--exit-code", type=int, default=0)
+parser.add_argument("--stray", action="store_true")
+parser.add_argument("--chat", default="terminal")
+parser.add_argument("--say", default="")
+options = parser.parse_args()
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--delay", type=float, default=0)
-    parser.add_argument("--linger", type=float, default=0)
-    parser.add_argument("--exit-code", type=int, default=0)
-    parser.add_argument("--stray", action="store_true")
-    options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
     listener = socket.create_server(("127.0.0.1", 0), backlog=512)
     sleep = "import signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(float(sys.argv[1]))"
     if options.stray:
         subprocess.Popen([sys.executable, "-c", sleep, "5"], start_new_session=True)
-    print(f"Running on http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
+    sys.stdout.write(f"Running on http://127.0.0.1:{listener.getsockname()[1]}\n")
+    sys.stdout.flush()
 
     def accept() -> None:
         while True:
@@ -143,6 +143,7 @@ def main() -> None:
     threading.Thread(target=accept, daemon=True).start()
     while not stopping.wait(0.05):
         pass
+    sys.stderr.write(options.say)
     if options.linger:
         subprocess.Popen([sys.executable, "-c", sleep, str(options.linger)])
     time.sleep(options.delay)

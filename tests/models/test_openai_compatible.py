@@ -9,6 +9,7 @@ from service.errors import ModelError, SettingsError
 from service.models import openai_compatible
 from service.models.client import Finished, Message, ModelEvent, ModelRequest, ReasoningDelta, TextDelta, Usage
 from service.models.openai_compatible import open_openai_compatible
+from service.models.scripted import open_scripted
 from tests.models.replies import ask, asking
 from tests.models.upstream import API_KEY, WAIT_S, failure_of, open_upstream
 from tests.upstreams.raw_server import (
@@ -135,6 +136,18 @@ async def test_a_key_beside_userinfo_is_refused() -> None:
         async with open_openai_compatible("http://user:secret@localhost", api_key="secret"):
             pass
     assert "secret" not in str(caught.value)
+
+
+async def test_what_is_wrong_with_one_of_several_upstreams_is_said_of_that_one() -> None:
+    with pytest.raises(SettingsError, match=r"^upstreams\.second\.url: "):
+        async with open_openai_compatible("nowhere", name="second"):
+            pass
+    with pytest.raises(SettingsError, match=r"^upstreams\.second\.api_key: "):
+        async with open_openai_compatible("http://localhost", name="second", api_key=""):
+            pass
+    with pytest.raises(SettingsError, match=r"^upstreams\.second\.url: "):
+        async with open_scripted("scripted:?no=1", name="second"):
+            pass
 
 
 async def test_a_server_that_wants_max_completion_tokens_gets_it_from_then_on() -> None:
@@ -287,6 +300,20 @@ async def test_overhead_is_not_progress_and_what_is_ready_comes_at_once() -> Non
     assert batches == [[TextDelta("a")] * 3, [Finished(finish_reason="stop")]]
 
 
+async def test_a_head_that_comes_late_is_waited_for() -> None:
+    """As from a server that loads the model first; how long is the caller's to say."""
+
+    async def load_first(connection: Connection) -> None:
+        await connection.receive_request()
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        await connection.send_head()
+        for payload in (delta("loaded"), finish(), DONE):
+            await connection.send_event(payload)
+
+    async with open_upstream(load_first) as upstream:
+        assert (await ask(upstream.client)).text == "loaded"
+
+
 SPLIT_STREAM = (
     b"\xef\xbb\xbf: comment\r\n\r\n"
     + 'event: x\r\ndata: {"choices": [{"delta": {"content": "Grüße 👩‍👩‍👧"}}]}\r\n\r\n'.encode()
@@ -317,6 +344,21 @@ async def test_a_stream_cut_at_any_byte_reads_the_same() -> None:
         for _ in cuts:
             assert (await ask(upstream.client)).events == SPLIT_REPLY
         assert upstream.server.connections_made == 1
+
+
+async def test_text_in_every_script_arrives_whole_from_an_independent_server(fakellm_url: str) -> None:
+    with trio.fail_after(WAIT_S):
+        async with open_openai_compatible(fakellm_url) as client:
+            assert (await ask(client, asking("hello in every script"))).text == "Grüße 你好 👩‍👩‍👧 مرحبا"
+
+
+async def test_usage_is_read_from_an_independent_server(llmock_url: str) -> None:
+    with trio.fail_after(WAIT_S):
+        async with open_openai_compatible(llmock_url) as client:
+            usage_told = (await ask(client)).finished.usage
+    assert usage_told is not None
+    assert usage_told.input_tokens > 0
+    assert usage_told.output_tokens > 0
 
 
 # How a reply ends

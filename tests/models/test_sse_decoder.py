@@ -98,5 +98,6 @@ def test_the_bound_is_on_one_event_and_not_on_the_stream() -> None:
     largest = b"data: " + b"x" * 994 + b"\n\n"
     assert len(decode(*[largest] * 50)) == 50
     assert len(decode(*(b": " + b"x" * 500 + b"\n" for _ in range(50)))) == 0
-    with pytest.raises(EventTooLargeError):
-        decode(b"data: " + b"x" * 995 + b"\n\n")
+    for too_large in (b"data: " + b"x" * 995 + b"\n\n", b"data: a\n\n" + b"x" * 1001):
+        with pytest.raises(EventTooLargeError):
+            decode(too_large)

@@ -1,7 +1,6 @@
 """The real server in every way in, the loads it is put under, and what has to hold of each stop."""
 
 import json
-import os
 import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -12,7 +11,8 @@ from typing import Any
 import msgspec
 import trio
 
-from bench.load import Http2Streams, Idle, LoadResult, Prober, Request, Streams, Unfinished
+from bench.load import Group, Http2Streams, Idle, LoadResult, Plan, Prober, Request, Streams, Unfinished
+from bench.peers import LoadClient, open_load, open_upstream
 from bench.server_process import Gone, Launch, ServerProcess, open_server, python_command
 from bench.wire import StreamEnd
 
@@ -40,8 +40,9 @@ class Host:
         )
 
     @property
-    def has_master(self) -> bool:
-        return bool(self.workers)
+    def processes(self) -> int:
+        """How many hold a tree."""
+        return self.workers or 1
 
     def __str__(self) -> str:
         return self.name
@@ -54,16 +55,37 @@ HOSTS = (SERVE, HYPERCORN_0, HYPERCORN_1, HYPERCORN_2, HYPERCORN_4)
 
 @asynccontextmanager
 async def open_lastcall(
-    host: Host, folder: Path, *, argv: list[str] | None = None, stderr_pipe: bool = False, **settings: object
+    host: Host, folder: Path, *, argv: list[str] | None = None, stderr_pipe: bool = False, **settings: Any
 ) -> AsyncIterator[ServerProcess]:
     """A running server with these settings (``drain_timeout_s=0``), within the cap."""
-    env = {"LASTCALL_BIND": "127.0.0.1:0", "LASTCALL_STORE_URL": "memory:", "LASTCALL_LOG_FORMAT": "json"}
+    env = {"LASTCALL_BIND": "127.0.0.1:0", "LASTCALL_STORE_URL": "memory:"}
+    env |= {"LASTCALL_LOG_FORMAT": "json", "LASTCALL_MODEL": "bench"}
     env |= {name if name.isupper() else f"LASTCALL_{name.upper()}": str(value) for name, value in settings.items()}
-    launch = Launch(argv or host.argv(), env=env, workers=max(host.workers or 1, 1), stderr_pipe=stderr_pipe)
-    log_path = folder / f"{host}-{len(os.listdir(folder))}.log"
+    launch = Launch(argv or host.argv(), env=env, workers=host.processes, stderr_pipe=stderr_pipe)
     with trio.fail_after(4 * CAP_S):
-        async with open_server(launch, log_path=log_path) as server:
+        async with open_server(launch, log_path=folder / "server.log") as server:
             yield server
+
+
+@asynccontextmanager
+async def open_under_load(
+    host: Host, folder: Path, *groups: Group, argv: list[str] | None = None, **settings: Any
+) -> AsyncIterator[tuple[ServerProcess, LoadClient]]:
+    """A running server with a model server behind it and a load on it that is all there."""
+    async with (
+        open_upstream() as upstream,
+        open_lastcall(host, folder, argv=argv, model_url=upstream.url, **settings) as server,
+        open_load(Plan(port=server.port, groups=groups)) as load,
+    ):
+        with trio.fail_after(CAP_S):
+            await load.wait_ready()
+        yield server, load
+
+
+async def wait_gone(server: ServerProcess) -> Gone:
+    """Wait, within the cap, for the whole group to be gone."""
+    with trio.fail_after(CAP_S):
+        return await server.wait_gone()
 
 
 # Loads
@@ -127,8 +149,8 @@ def rude() -> tuple[Streams | Idle | Unfinished, ...]:
 
 
 def prober(path: str = "/sessions", method: str = "POST") -> Prober:
-    """New connections that ask for new work."""
-    return Prober(request=Request(method=method, path=path, body="{}" if method == "POST" else ""))
+    """New connections that ask for new work, or for what a GET gives."""
+    return Prober(name=path, request=Request(method=method, path=path, body="{}" if method == "POST" else ""))
 
 
 def _session(name: str) -> Request:
@@ -156,13 +178,13 @@ def assert_log_is_clean(server: ServerProcess) -> None:
         assert not re.search(word, log), f"{word} in the log:\n{log}"
 
 
-def assert_clean(server: ServerProcess, gone: Gone, *, workers: int = 1) -> None:
-    """The stop left nothing behind and has nothing to say but its reports."""
+def assert_clean(host: Host, server: ServerProcess, gone: Gone) -> None:
+    """The stop left nothing behind and has nothing to say but its reports, one from each worker."""
     assert_log_is_clean(server)
     assert gone.exit_code == 0, server.log()
     assert {code for _, code, _ in gone.exits} == {0}
     assert gone.strays == ()
-    assert len(reports(server)) == workers, server.log()
+    assert len(reports(server)) == host.processes, server.log()
     assert all(report["faults"] == [] and report["tasks_left"] == 0 for report in reports(server))
 
 

@@ -59,7 +59,7 @@ async def test_conversation_of_several_turns(tmp_path: Path, host: Host, model_u
         server.signal_main(signal.SIGTERM)
         with trio.fail_after(CAP_S):
             gone = await server.wait_gone()
-    assert_clean(server, gone)
+    assert_clean(host, server, gone)
 
 
 async def stream(client: httpx.AsyncClient, text: str) -> str:

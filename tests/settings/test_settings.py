@@ -172,10 +172,11 @@ def test_model_url_is_refused(url: str) -> None:
     assert said[0].startswith(f"LASTCALL_MODEL_URL: {url!r} should be http://host/v1, ")
 
 
-@pytest.mark.parametrize("url", ["sqlite:lastcall.db", "redis://localhost", "", "memory:x"])
+@pytest.mark.parametrize("url", ["redis://localhost", "", "memory:x", "sqlite:", "lastcall.db"])
 def test_store_that_is_not_there_is_refused(url: str) -> None:
+    known = "it should be memory: or sqlite:path"
     assert problems(file=f'store_url = "{url}"') == [
-        f"lastcall.toml: store_url: {url!r} names a store that this version does not have; it should be memory:"
+        f"lastcall.toml: store_url: {url!r} names a store that this version does not have; {known}"
     ]
 
 

@@ -1,24 +1,41 @@
 """The stores that the contract suite runs against."""
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
+from pathlib import Path
 
 import pytest
 
 from service.storage.memory import open_memory_store
+from service.storage.sqlite import open_sqlite_store
 from service.storage.store import Store
+
+MEMORY_DISK = "/dev/shm" if Path("/dev/shm").is_dir() else None
+"""Where files go that tests of behaviour make: what they say about the disk is tested on a disk."""
 
 OpenStore = Callable[[], AbstractAsyncContextManager[Store]]
 
 
-@pytest.fixture(params=["memory"])
+@pytest.fixture(params=["memory", "sqlite"])
 def open_store(request: pytest.FixtureRequest) -> OpenStore:
     """Opens an empty store, another one each time."""
     match request.param:
         case "memory":
             return open_memory_store
+        case "sqlite":
+            return open_new_sqlite_store
         case kind:
             raise AssertionError(kind)
+
+
+@asynccontextmanager
+async def open_new_sqlite_store() -> AsyncIterator[Store]:
+    """A store in a file of its own, which is gone afterwards."""
+    with tempfile.TemporaryDirectory(dir=MEMORY_DISK) as directory:
+        async with open_sqlite_store(f"{directory}/lastcall.db") as store:
+            yield store
 
 
 @pytest.fixture
@@ -26,3 +43,14 @@ async def store(open_store: OpenStore) -> AsyncIterator[Store]:
     """One empty store."""
     async with open_store() as opened:
         yield opened
+
+
+@pytest.fixture(params=["sqlite"])
+def open_shared(request: pytest.FixtureRequest) -> Iterator[OpenStore]:
+    """Opens one and the same store each time, for another owner: of those that outlive their owners."""
+    match request.param:
+        case "sqlite":
+            with tempfile.TemporaryDirectory(dir=MEMORY_DISK) as directory:
+                yield partial(open_sqlite_store, f"{directory}/lastcall.db")
+        case kind:
+            raise AssertionError(kind)

@@ -1,7 +1,9 @@
 """OpenAI-compatible servers from PyPI that nobody here wrote, as subprocesses on a free port."""
 
+import ctypes
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _START_TIMEOUT_S = 60.0
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _RUNNING = re.compile(r"Uvicorn running on (http://127\.0\.0\.1:\d+)")
 
 
@@ -43,8 +46,16 @@ def script_llmock(url: str, *behaviors: dict[str, object]) -> None:
 @contextmanager
 def _running(command: list[str], log: Path) -> Iterator[str]:
     program = Path(sys.executable).with_name(command[0])
+    prctl = ctypes.CDLL(None).prctl
     with log.open("wb") as output:
-        server = subprocess.Popen([program, *command[1:]], stdout=output, stderr=output, stdin=subprocess.DEVNULL)
+        server = subprocess.Popen(
+            [program, *command[1:]],
+            stdout=output,
+            stderr=output,
+            stdin=subprocess.DEVNULL,
+            # A test run that is itself killed cannot tidy up. The fork runs nothing but this one system call.
+            preexec_fn=lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),  # noqa: PLW1509
+        )
     try:
         yield _wait_running(server, log)
     finally:

@@ -100,7 +100,7 @@ def _version(db: apsw.Connection, path: Path) -> int:
 
 
 def _check_intact(db: apsw.Connection, path: Path) -> None:
-    if path.stat().st_size <= CHECK_BYTES_MAX and (problem := db.pragma("quick_check(1)")) != "ok":
+    if path.stat().st_size <= CHECK_BYTES_MAX and (problem := db.execute("PRAGMA quick_check(1)").get) != "ok":
         raise StartupError(f"{path} is damaged ({problem}); restore a backup, or move the file away to begin anew.")
 
 

@@ -16,10 +16,9 @@ _TURNS_MAX = 100
 """The turns that one step ends, so that it holds the write lock for milliseconds."""
 
 _OPEN = (
-    f"SELECT {TURN_COLUMNS}, turns.key, turns.session, sessions.id, idle_timeout_s "
-    "FROM turns CROSS JOIN sessions ON sessions.key = turns.session "
-    "WHERE turns.owner = :owner AND sessions.deletion <> 2 AND (:session IS NULL OR turns.session = :session) "
-    "LIMIT :limit"
+    f"SELECT {', '.join(f'turns.{name}' for name in TURN_COLUMNS.split(', '))}, turns.key, session, sessions.id, "
+    "idle_timeout_s FROM turns CROSS JOIN sessions ON sessions.key = session "
+    "WHERE turns.owner = :owner AND deletion <> 2 AND (:session IS NULL OR session = :session) LIMIT :limit"
 )
 
 

@@ -37,35 +37,34 @@ def as_json(value: object) -> str:
 
 
 SESSION_COLUMNS = (
-    "sessions.id, created_at, last_accessed_at, expires_at, idle_timeout_s, title, model, system_message, metadata, "
-    "head, message_count, open_turns, input_tokens, output_tokens"
+    "key, id, created_at, last_accessed_at, expires_at, idle_timeout_s, head, message_count, open_turns, input_tokens, "
+    "output_tokens"
 )
-SESSIONS = "sessions CROSS JOIN session_settings ON session = sessions.key"
-"""What those columns are selected from: CROSS, so that the search begins with the session."""
+SETTINGS_COLUMNS = "title, model, system_message, metadata"
 
 
-def session_of(row: Row) -> SessionRecord:
-    """The record of a row of :data:`SESSION_COLUMNS`."""
+def session_of(row: Row, settings: Row) -> SessionRecord:
+    """The record of a row of :data:`SESSION_COLUMNS` and its row of :data:`SETTINGS_COLUMNS`."""
     return SessionRecord(
-        id=row[0],
-        created_at=time_of(row[1]),
-        last_accessed_at=time_of(row[2]),
-        expires_at=time_of(row[3]),
-        idle_timeout_s=row[4],
-        title=row[5],
-        model=row[6],
-        system_message=row[7],
-        metadata=_metadata.decode(row[8]),
-        head=row[9],
-        message_count=row[10],
-        open_turns=row[11],
-        input_tokens=row[12],
-        output_tokens=row[13],
+        id=row[1],
+        created_at=time_of(row[2]),
+        last_accessed_at=time_of(row[3]),
+        expires_at=time_of(row[4]),
+        idle_timeout_s=row[5],
+        head=row[6],
+        message_count=row[7],
+        open_turns=row[8],
+        input_tokens=row[9],
+        output_tokens=row[10],
+        title=settings[0],
+        model=settings[1],
+        system_message=settings[2],
+        metadata=_metadata.decode(settings[3]),
     )
 
 
 TURN_COLUMNS = (
-    "turns.id, turns.parent, state, model, turns.created_at, input, output, temperature, max_output_tokens, "
+    "id, parent, state, model, created_at, input, output, temperature, max_output_tokens, "
     "background, started_at, ended_at, reason, error, finish_reason, usage, last_seq"
 )
 

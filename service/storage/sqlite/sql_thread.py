@@ -112,7 +112,7 @@ class SqlThread:
 
     async def close(self) -> None:
         """Let it finish what has been asked for and close the connection. May be cancelled, and called again."""
-        if self._thread.ident is None:
+        if self._thread.ident is None or self._error is not None:
             return
         self._closing = True
         self._queue.put(None)

@@ -10,7 +10,7 @@ from pathlib import Path
 import anyio
 
 from service.errors import StartupError
-from service.storage.cursors import decode_session_cursor
+from service.storage.cursors import decode_session_cursor, decode_turn_cursor
 from service.storage.records import (
     Checkpoint,
     Owner,
@@ -26,16 +26,16 @@ from service.storage.sqlite.reader import Reader
 from service.storage.sqlite.sql_thread import SqlThread
 from service.storage.sqlite.writer import Writer
 
-_CLOSE_S = 5.0
-"""What closing may take where nobody else bounds it; its threads die with the process then."""
-
 
 @asynccontextmanager
-async def open_sqlite_store(path: str | Path, *, address: str | None = None) -> AsyncIterator["SqliteStore"]:
+async def open_sqlite_store(
+    path: str | Path, *, address: str | None = None, close_timeout_s: float = 5
+) -> AsyncIterator["SqliteStore"]:
     """The store in the file at ``path``, which is made if need be. Closed on leaving.
 
     Args:
         address: Where this process answers for its sessions, for other owners of the same file.
+        close_timeout_s: What closing may take. A disk that hangs longer is left to daemon threads.
 
     Raises:
         StartupError: The file cannot be used; one sentence says why and what to do.
@@ -45,7 +45,7 @@ async def open_sqlite_store(path: str | Path, *, address: str | None = None) -> 
         await store.open()
         yield store
     finally:
-        with anyio.move_on_after(_CLOSE_S, shield=True):
+        with anyio.move_on_after(close_timeout_s, shield=True):
             await store.aclose()
 
 

@@ -1,0 +1,121 @@
+"""The shutdown scenario measures fakes with known behaviour rightly, and its report says what the rows say."""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+import trio
+
+from bench.contenders import Contender
+from bench.load import LoadResult
+from bench.machine import look_at_machine
+from bench.rows import RowFile, percentile, read_rows, summarize
+from bench.server_process import python_command
+from bench.shutdown import Case, ShutdownRow, _add_books, run_case, steady
+from bench.shutdown_report import cells_of, write_markdown
+from bench.upstream import ReplyBook
+from bench.wire import StreamEnd, StreamResult
+
+MISBEHAVING = str(Path(__file__).with_name("misbehaving.py"))
+ERROR_S = 0.2
+"""How much too long a measured time may be: the fake's own 50 ms poll, and a machine shared with other tests."""
+
+
+async def run_fake(folder: Path, *arguments: str, case: Case | None = None, cap_s: float = 5) -> ShutdownRow:
+    fake = Contender("fake", "Fake", python_command(MISBEHAVING, *arguments), relays=False)
+    with trio.fail_after(30):
+        return await run_case(
+            fake, case or steady(3), repeat=0, folder=folder, server_cpus=None, client_cpus=None, cap_s=cap_s
+        )
+
+
+async def test_a_fake_that_exits_after_a_known_delay_is_measured_within_the_stated_error(tmp_path: Path) -> None:
+    row = await run_fake(tmp_path, "--delay", "0.7", "--exit-code", "3")
+    assert row.gone_s is not None
+    assert row.last_stream_s is not None
+    assert 0.7 <= row.gone_s < 0.7 + ERROR_S
+    assert 0 <= row.last_stream_s < ERROR_S
+    assert (row.exit_code, row.killed, row.failed) == (3, False, None)
+    assert row.ends == {"terminal": 3}
+    assert row.terminals == {"interrupted": 3}
+    assert row.rss_idle_mib > 1
+
+
+@pytest.mark.parametrize("end", ["clean", "truncated", "reset"])
+async def test_how_a_fakes_streams_end_is_in_the_row(tmp_path: Path, end: str) -> None:
+    row = await run_fake(tmp_path, "--chat", end, "--delay", "0.2")
+    assert row.ends == {end: 3}
+    assert row.terminals == {}
+
+
+async def test_a_fake_that_does_not_leave_is_killed_at_the_cap_and_the_row_says_so(tmp_path: Path) -> None:
+    row = await run_fake(tmp_path, "--delay", "60", "--chat", "open", cap_s=0.5)
+    assert (row.killed, row.gone_s, row.exit_code) == (True, None, -9)
+    assert row.ends == {"truncated": 3}
+
+
+async def test_what_a_fake_says_is_counted(tmp_path: Path) -> None:
+    said = "Traceback (most recent call last):\nasyncio.CancelledError\nasyncio.exceptions.CancelledError: x\nbye\n"
+    row = await run_fake(tmp_path, "--say", said)
+    assert (row.log_tracebacks, row.log_cancelled, row.log_lines) == (1, 2, 5)
+
+
+async def test_a_contender_that_does_not_start_is_a_row_and_no_crash(tmp_path: Path) -> None:
+    row = await run_fake(tmp_path, "--no-such-option")
+    assert row.failed is not None
+    assert "no-such-option" in row.failed
+
+
+def test_tokens_lost_are_those_that_the_model_sent_and_no_client_received() -> None:
+    row = ShutdownRow(contender="c", label="C", case="x", streams=2, repeat=0, settings={}, command=[])
+    streams = [
+        StreamResult(group="streams", number=0, tokens=5, end=StreamEnd.TRUNCATED),
+        StreamResult(group="streams", number=1, tokens=9, end=StreamEnd.TERMINAL),
+    ]
+    books = [
+        ReplyBook(message="s0 rate=20", tokens=8, closed_at=10.5),
+        ReplyBook(message="s1 rate=20", tokens=9, closed_at=11),
+    ]
+    _add_books(row, LoadResult(streams=streams), books, 10.0, relays=True)
+    assert row.tokens_lost == 3
+    assert row.upstream_closed_s == 1
+
+
+def test_percentiles_are_figures_that_were_measured() -> None:
+    figures = [float(number) for number in range(1, 101)]
+    assert (percentile(figures, 50), percentile(figures, 99), percentile([7.0], 99)) == (50, 99, 7)
+    assert summarize([None, 2.0, 1.0, 3.0]) == summarize([3.0, 2.0, 1.0])
+    assert summarize([None]) is None
+
+
+def test_the_report_says_what_the_rows_say(tmp_path: Path) -> None:
+    def row(contender: str, **changes: object) -> ShutdownRow:
+        plain = ShutdownRow(
+            contender=contender,
+            label=contender.title(),
+            case="steady-2",
+            streams=2,
+            repeat=0,
+            settings={},
+            command=["x"],
+        )
+        return msgspec.structs.replace(plain, **changes)
+
+    rows = [
+        row("good", gone_s=0.1, exit_code=0, ends={"terminal": 2}),
+        row("good", gone_s=0.3, exit_code=0, ends={"terminal": 1, "reset": 1}),
+        row("bad", killed=True, exit_code=-9, ends={"truncated": 2}, log_tracebacks=4),
+        row("ugly", failed="no such module"),
+    ]
+    cells = {cell.label: cell for cell in cells_of(rows)["steady-2"]}
+    assert cells["Good"].proper_share == 0.75
+    assert cells["Good"].gone_text() == "0.100 / 0.300 / 0.300"
+    assert cells["Bad"].gone_text() == "killed 1/1"
+    assert cells["Ugly"].gone_text() == "failed to start"
+    report = write_markdown(look_at_machine(server_cpus="0", client_cpus="1"), rows, cap_s=20, plotted=False)
+    assert "| Good | 2 | 0.100 / 0.300 / 0.300 | - | 3 terminal, 1 reset | 0 | 0/0/0 |" in report
+    assert "| Bad | 1 | killed 1/1 | - | 2 truncated | -9 | 4/0/0 |" in report
+    file = RowFile(tmp_path / "new folder" / "rows.jsonl")
+    for one in rows:
+        file.append(one)
+    assert [line["contender"] for line in read_rows(file.path)] == ["good", "good", "bad", "ugly"]

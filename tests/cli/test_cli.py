@@ -1,0 +1,115 @@
+"""The console script: what it prints, what it refuses, and with which exit code."""
+
+import os
+import socket
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from service import __version__
+from service.cli import main
+from service.settings import read_sources
+
+REPOSITORY = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "service", *arguments],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environ,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"lastcall {__version__}\n"
+
+
+def test_config_prints_the_settings_in_force_and_where_they_come_from(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("lastcall.toml").write_text("streams_max = 5")
+    monkeypatch.setenv("LASTCALL_DRAIN_TIMEOUT_S", "20")
+    assert main(["config"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert "streams_max = 5  # lastcall.toml" in printed
+    assert "drain_timeout_s = 20  # LASTCALL_DRAIN_TIMEOUT_S" in printed
+    assert 'bind = "127.0.0.1:8000"' in printed
+
+
+UPSTREAMS = """
+log_level = "debug"
+cors_origins = ["https://a.example", "https://b.example"]
+api_keys = ["open-sesame"]
+
+[[upstreams]]
+name = "near \\"and\\" dear"
+url = "http://127.0.0.1:1/v1"
+api_key = "open-sesame"
+models = ["small", "large"]
+
+[[upstreams]]
+name = "far"
+url = "scripted:?tokens=3"
+models = ["huge"]
+"""
+
+
+@pytest.mark.parametrize("file", ["", "shutdown_timeout_s = 2.5", UPSTREAMS])
+def test_printed_config_gives_the_same_settings_less_the_secrets(capsys: pytest.CaptureFixture[str], file: str) -> None:
+    Path("lastcall.toml").write_text(file)
+    settings = read_sources({}).settings()
+    assert main(["config"]) == 0
+    printed = capsys.readouterr().out
+    assert "sesame" not in printed
+    assert ("is set, and hidden" in printed) is ("sesame" in file)
+    Path("lastcall.toml").write_text(printed)
+    again = read_sources({}).settings()
+    assert again.default_model == settings.default_model
+    secrets = {"api_keys": (), "model": settings.default_model}
+    without = [it.model_copy(update={"api_key": None}) for it in settings.upstreams]
+    expected = settings.model_copy(update=secrets | {"upstreams": tuple(without)})
+    assert again.model_dump() == expected.model_dump()
+    assert set(tomllib.loads(printed)) >= {"bind", "streams_max"}
+
+
+@pytest.mark.parametrize("command", ["serve", "config"])
+def test_every_wrong_setting_is_a_line_and_the_exit_code_is_78(command: str) -> None:
+    refused = run(command, LASTCALL_STREAMS_MAX="0", LASTCALL_BNID="x")
+    assert refused.returncode == 78
+    assert refused.stdout == ""
+    assert refused.stderr.splitlines() == [
+        "lastcall: LASTCALL_STREAMS_MAX: '0' should be a whole number of at least 1, at most 10000000",
+        "lastcall: LASTCALL_BNID: is not a setting; did you mean LASTCALL_BIND?",
+    ]
+
+
+@pytest.mark.parametrize("options", [[], ["--reload"]])
+def test_taken_port_is_one_line_and_the_exit_code_is_78(options: list[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        bind = f"127.0.0.1:{taken.getsockname()[1]}"
+        refused = run("serve", "--bind", bind, *options)
+    assert (refused.returncode, refused.stdout) == (78, "")
+    assert refused.stderr == f"lastcall: Cannot listen on {bind}: Address already in use\n"
+
+
+def test_wrong_command_is_told_with_what_there_is() -> None:
+    refused = run("sreve")
+    assert refused.returncode == 2
+    assert "{serve,config}" in refused.stderr
+    assert "Traceback" not in refused.stderr

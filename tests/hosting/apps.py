@@ -1,0 +1,93 @@
+"""Applications for the servers of these tests: Lastcall with one thing broken, and a plain one."""
+
+import ctypes
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import trio
+from quart_trio import QuartTrio
+
+from service.errors import StartupError
+from service.hosting import lifespan
+from service.hosting.application import create_hosted_app
+from service.settings import load_settings
+from service.supervisor import Service, open_service
+
+
+@asynccontextmanager
+async def refusing(*args: Any, **options: Any) -> AsyncIterator[Service]:
+    raise StartupError("the store cannot be opened")
+    yield
+
+
+@asynccontextmanager
+async def crashing(*args: Any, **options: Any) -> AsyncIterator[Service]:
+    """A supervisor that crashes as soon as the file named by CRASH is there."""
+
+    async def crash() -> None:
+        trigger = trio.Path(os.environ["CRASH"])
+        while not await trigger.exists():  # noqa: ASYNC110
+            await trio.sleep(0.02)
+        raise RuntimeError("a supervisor broke")
+
+    async with trio.open_nursery() as nursery, open_service(*args, **options) as service:
+        nursery.start_soon(crash)
+        yield service
+        nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def slow_to_open(*args: Any, **options: Any) -> AsyncIterator[Service]:
+    os.write(2, b"opening\n")
+    await trio.sleep(60)
+    async with open_service(*args, **options) as service:
+        yield service
+
+
+@asynccontextmanager
+async def hanging(*args: Any, **options: Any) -> AsyncIterator[Service]:
+    """A tree that cannot be left."""
+    async with open_service(*args, **options) as service:
+        yield service
+    with trio.CancelScope(shield=True):
+        await trio.sleep_forever()
+
+
+@asynccontextmanager
+async def blocking(*args: Any, **options: Any) -> AsyncIterator[Service]:
+    """An event loop that is blocked, from the notice on."""
+    async with open_service(*args, **options) as service:
+        yield service
+    time.sleep(60)  # noqa: ASYNC251  this is the fault
+
+
+@asynccontextmanager
+async def holding_the_gil(*args: Any, **options: Any) -> AsyncIterator[Service]:
+    """A call into C that does not let go of the GIL."""
+    async with open_service(*args, **options) as service:
+        yield service
+    ctypes.PyDLL(None).sleep(60)
+
+
+@asynccontextmanager
+async def faulty(*args: Any, **options: Any) -> AsyncIterator[Service]:
+    async with open_service(*args, **options) as service:
+        yield service
+        service.shutdown.note_fault("a fault on the way down")
+
+
+def broken(open_broken: Any) -> QuartTrio:
+    """To be named to hypercorn as ``tests.hosting.apps:broken(crashing)``."""
+    setattr(lifespan, "open_service", open_broken)  # noqa: B010
+    return create_hosted_app(load_settings)
+
+
+plain = QuartTrio("plain")
+
+
+@plain.get("/")
+async def index() -> str:
+    return "here"

@@ -1,0 +1,51 @@
+"""hypercorn in this process, for what needs no signal."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
+
+import hypercorn.trio
+import pytest
+import trio
+from hypercorn.config import Config
+from quart_trio import QuartTrio
+
+Serve = Callable[..., AbstractAsyncContextManager["Served"]]
+
+
+class Served:
+    """A hypercorn that serves in this process.
+
+    Attributes:
+        stop: Its shutdown trigger.
+        gone: Set when it has ended.
+    """
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.stop = trio.Event()
+        self.gone = trio.Event()
+
+    async def connect(self) -> trio.SocketStream:
+        return await trio.open_tcp_stream("127.0.0.1", self.port)
+
+
+@pytest.fixture
+def serve() -> Serve:
+    @asynccontextmanager
+    async def serving(app: QuartTrio, **configuration: Any) -> AsyncIterator[Served]:
+        config = Config.from_mapping(bind=["127.0.0.1:0"], errorlog=None, **configuration)
+
+        async def run(task_status: trio.TaskStatus[list[str]]) -> None:
+            await hypercorn.trio.serve(app, config, shutdown_trigger=stop.wait, task_status=task_status)
+            served.gone.set()
+
+        stop = trio.Event()
+        async with trio.open_nursery() as nursery:
+            [address] = await nursery.start(run)
+            served = Served(int(address.rpartition(":")[2]))
+            served.stop = stop
+            yield served
+            nursery.cancel_scope.cancel()
+
+    return serving

@@ -1,0 +1,52 @@
+"""The ways in, as these tests start them, with a broken Lastcall where one is named."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from bench.server_process import Launch, ServerProcess, open_server, python_command
+
+SERVE = "serve"
+BARE = ("hypercorn-0", "hypercorn-1", "hypercorn-2")
+CONFIGURED = ("configured-0", "configured-1", "configured-2")
+HOSTS = (SERVE, *BARE, *CONFIGURED)
+
+_SERVE_BROKEN = """
+import sys
+from tests.hosting import apps
+from service.cli import main
+apps.broken(apps.{broken})
+sys.exit(main(["serve"]))
+"""
+
+
+def command(host: str, *options: str, broken: str | None = None) -> list[str]:
+    """What starts this host."""
+    if host == SERVE:
+        if broken:
+            return python_command("-c", _SERVE_BROKEN.format(broken=broken))
+        return python_command("-m", "service", "serve")
+    way, workers = host.split("-")
+    app = f"tests.hosting.apps:broken({broken})" if broken else "service.asgi:app"
+    config = ["--config", "python:service.hosting.hypercorn_config"] if way == "configured" else []
+    bind = ["--bind", "127.0.0.1:0"] if "--bind" not in options else []
+    return python_command("-m", "hypercorn", "-k", "trio", *config, *bind, "-w", workers, *options, app)
+
+
+def launch(host: str, *options: str, broken: str | None = None, **settings: object) -> Launch:
+    """This host with these settings; no drain unless they say so."""
+    env = {"LASTCALL_BIND": "127.0.0.1:0", "LASTCALL_LOG_FORMAT": "json", "LASTCALL_DRAIN_TIMEOUT_S": "0"}
+    env |= {name if name.isupper() else f"LASTCALL_{name.upper()}": str(value) for name, value in settings.items()}
+    return Launch(
+        command(host, *options, broken=broken), env=env, workers=1 if host == SERVE else max(int(host[-1]), 1)
+    )
+
+
+@asynccontextmanager
+async def open_host(
+    folder: Path, host: str, *options: str, broken: str | None = None, **settings: object
+) -> AsyncIterator[ServerProcess]:
+    """This host, listening."""
+    started = launch(host, *options, broken=broken, **settings)
+    async with open_server(started, log_path=folder / f"{host}.log") as server:
+        yield server

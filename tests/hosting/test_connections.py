@@ -1,0 +1,206 @@
+"""hypercorn's connections, with and without what we add."""
+
+import socket
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any, cast
+
+import h2.config
+import h2.connection
+import h2.events
+import hypercorn.trio.run
+import pytest
+import trio
+import trio.testing
+from hypercorn.trio.tcp_server import TCPServer
+from quart_trio import QuartTrio
+from quart_trio.wrappers import TrioResponse
+
+from service.hosting.connections import Connections
+from service.hosting.http_connection import HTTPConnection
+from service.hosting.worker import Worker
+from tests.hosting.conftest import Serve, Served
+
+GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+ENDLESS = b"GET /endless HTTP/1.1\r\nHost: localhost\r\n\r\n"
+FINISHING = "/finishing"
+
+
+class App(QuartTrio):
+    def __init__(self) -> None:
+        super().__init__("test")
+        self.asgi_http_class = HTTPConnection
+        self.work_ended = trio.Event()
+        self.route("/")(self.index)
+        self.route("/endless")(self.endless)
+        self.route(FINISHING)(self.finishing)
+
+    async def index(self) -> str:
+        return "here"
+
+    async def endless(self) -> TrioResponse:
+        async def body() -> AsyncIterator[bytes]:
+            while True:
+                yield b"." * 65536
+
+        return self._stream(body())
+
+    async def finishing(self) -> TrioResponse:
+        async def body() -> AsyncIterator[bytes]:
+            yield b"first"
+            await self.work_ended.wait()
+            yield b"last"
+
+        return self._stream(body())
+
+    def _stream(self, body: AsyncIterator[bytes]) -> TrioResponse:
+        response = TrioResponse(body)
+        response.timeout = None
+        return response
+
+
+@pytest.fixture
+def connections(monkeypatch: pytest.MonkeyPatch) -> Connections:
+    """Connections in the place of hypercorn's own until the test is over."""
+    monkeypatch.setattr(hypercorn.trio.run, "TCPServer", TCPServer)
+    return Connections(cast(Worker, SimpleNamespace()))
+
+
+def test_hypercorn_still_takes_its_connections_from_this_name() -> None:
+    assert "TCPServer" in hypercorn.trio.run.worker_serve.__code__.co_names
+
+
+async def stall(server: Served) -> socket.socket:
+    """A client that asks for much and reads nothing, once the server cannot send any more."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.setblocking(False)
+    stream = trio.socket.from_stdlib_socket(client)
+    await stream.connect(("127.0.0.1", server.port))
+    await stream.send(ENDLESS)
+    await trio.sleep(0.3)
+    return client
+
+
+async def test_a_client_that_does_not_read_is_still_able_to_hold_hypercorn(serve: Serve) -> None:
+    """Fails when hypercorn bounds its sends: then Connections.abort_stalled can go."""
+    async with serve(App(), graceful_timeout=0.1) as server:
+        with trio.fail_after(10), await stall(server):
+            server.stop.set()
+            with trio.move_on_after(1) as bound:
+                await server.gone.wait()
+            assert bound.cancelled_caught
+
+
+async def test_a_client_that_does_not_read_is_closed(serve: Serve, connections: Connections) -> None:
+    async with serve(App()) as server:
+        with trio.fail_after(10), await stall(server):
+            async with await server.connect() as reader:
+                await reader.send_all(GET)
+                assert (await reader.receive_some()).startswith(b"HTTP/1.1 200")
+                assert connections.abort_stalled() == 1
+                server.stop.set()
+                await server.gone.wait()
+
+
+async def test_no_connection_survives_abort_all(serve: Serve, connections: Connections) -> None:
+    app = App()
+    async with serve(app) as server:
+        with trio.fail_after(10), await stall(server):
+            async with await server.connect() as reader:
+                await reader.send_all(GET.replace(b"/ ", b"/finishing "))
+                await reader.receive_some()
+                server.stop.set()
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                assert connections.abort_all() >= 2
+                await server.gone.wait()
+
+
+async def is_gone_when_its_client_is(serve: Serve) -> bool:
+    async with serve(App(), keep_alive_timeout=5) as server:
+        with trio.fail_after(10):
+            async with await server.connect():
+                await trio.sleep(0.1)
+            await trio.sleep(0.1)
+            return not any(
+                "TCPServer" in task.name or "_run_handler" in task.name
+                for task in all_tasks(trio.lowlevel.current_root_task())
+            )
+
+
+def all_tasks(task: Any) -> list[Any]:
+    children = [child for nursery in task.child_nurseries for child in nursery.child_tasks]
+    return children + [below for child in children for below in all_tasks(child)]
+
+
+async def test_a_connection_that_its_client_closed_is_gone(serve: Serve, connections: Connections) -> None:
+    assert await is_gone_when_its_client_is(serve)
+
+
+async def test_hypercorn_still_keeps_connections_that_their_clients_closed(serve: Serve) -> None:
+    """Fails when hypercorn lets them go: then Connection._read_data can go."""
+    assert not await is_gone_when_its_client_is(serve)
+
+
+async def is_answered_when_it_asks_as_the_doors_close(serve: Serve) -> bool:
+    """A connection that is made, but whose request arrives just after hypercorn was told to stop."""
+    async with serve(App()) as server:
+        with trio.fail_after(10):
+            async with await server.connect() as stream:
+                await trio.testing.wait_all_tasks_blocked(0.01)
+                server.stop.set()
+                await trio.testing.wait_all_tasks_blocked()
+                try:
+                    await stream.send_all(GET)
+                    return (await stream.receive_some()).startswith(b"HTTP/1.1 200")
+                except trio.BrokenResourceError:
+                    return False
+
+
+async def test_a_request_that_comes_as_the_doors_close_is_answered(serve: Serve, connections: Connections) -> None:
+    assert await is_answered_when_it_asks_as_the_doors_close(serve)
+
+
+async def test_hypercorn_still_closes_on_a_request_that_is_on_its_way(serve: Serve) -> None:
+    """Fails when hypercorn waits for it: then Connection._wait_for_request_on_its_way can go."""
+    assert not await is_answered_when_it_asks_as_the_doors_close(serve)
+
+
+async def http2_stream_ends_properly(serve: Serve) -> bool:
+    """A stream on HTTP/2 that ends after hypercorn was told to stop."""
+    app = App()
+    async with serve(app) as server:
+        client = h2.connection.H2Connection(h2.config.H2Configuration())
+        client.initiate_connection()
+        client.send_headers(
+            1, [(":method", "GET"), (":path", FINISHING), (":scheme", "http"), (":authority", "localhost")]
+        )
+        client.end_stream(1)
+        ended, body = False, b""
+        with trio.fail_after(10):
+            async with await server.connect() as stream:
+                await stream.send_all(client.data_to_send())
+                async for data in stream:
+                    for event in client.receive_data(data):
+                        if isinstance(event, h2.events.DataReceived):
+                            body += event.data
+                        ended |= isinstance(event, h2.events.StreamEnded)
+                    await stream.send_all(client.data_to_send())
+                    if body == b"first" and not app.work_ended.is_set():
+                        server.stop.set()
+                        await trio.testing.wait_all_tasks_blocked(0.01)
+                        app.work_ended.set()
+    assert body == b"firstlast"
+    return ended
+
+
+async def test_an_http2_stream_ends_properly(serve: Serve, connections: Connections) -> None:
+    assert all([await http2_stream_ends_properly(serve) for _ in range(10)])
+
+
+async def test_hypercorn_still_truncates_http2_streams(serve: Serve) -> None:
+    """Fails when hypercorn sends the last frame first: then ConnectionContext can go."""
+    for _ in range(100):  # it depends on which of two tasks runs first
+        if not await http2_stream_ends_properly(serve):
+            return
+    pytest.fail("it does not")

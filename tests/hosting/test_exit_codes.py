@@ -1,0 +1,144 @@
+"""The exit codes of the command as started: each cell of the table in ``docs/shutdown.md``."""
+
+import os
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from bench.server_process import Gone, ServerFailedError, ServerProcess
+from tests.hosting.hosts import BARE, CONFIGURED, HOSTS, SERVE, open_host
+
+CAP_S = 20
+TIGHT: dict[str, Any] = {"cleanup_timeout_s": 0.2, "release_timeout_s": 0.2, "shutdown_timeout_s": 1}
+
+
+async def stop(server: ServerProcess, number: int = signal.SIGTERM) -> Gone:
+    server.signal_main(number)
+    with trio.fail_after(CAP_S):
+        return await server.wait_gone()
+
+
+def as_hypercorn_returns(host: str, code: int) -> int:
+    """hypercorn's own master returns 0 whatever its workers return."""
+    return 0 if host in BARE and host != "hypercorn-0" else code
+
+
+@pytest.mark.parametrize("host", HOSTS)
+async def test_a_clean_stop_is_0(tmp_path: Path, host: str) -> None:
+    async with open_host(tmp_path, host) as server:
+        gone = await stop(server)
+    assert gone.exit_code == 0
+    assert "Traceback" not in server.log()
+    assert "leaked" not in server.log()
+
+
+@pytest.mark.parametrize("host", HOSTS)
+async def test_a_crash_of_a_supervisor_is_71(tmp_path: Path, host: str) -> None:
+    trigger = tmp_path / "crash"
+    async with open_host(tmp_path, host, broken="crashing", CRASH=trigger) as server:
+        trigger.touch()
+        with trio.fail_after(CAP_S):
+            gone = await server.wait_gone()
+    assert gone.exit_code == as_hypercorn_returns(host, 71)
+    assert "a supervisor broke" in server.log()
+    assert "Traceback" not in server.log()
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("how", ["hanging", "blocking", "holding_the_gil"])
+async def test_the_watchdog_is_70_and_says_where(tmp_path: Path, host: str, how: str) -> None:
+    if how != "holding_the_gil" and host not in (SERVE, "hypercorn-1"):
+        pytest.skip("one host of each kind is enough")
+    async with open_host(tmp_path, host, broken=how, **TIGHT) as server:
+        signalled = server.signal_main(signal.SIGTERM)
+        with trio.fail_after(CAP_S):
+            gone = await server.wait_gone()
+    assert gone.exit_code == as_hypercorn_returns(host, 70)
+    assert f"{how} (apps.py" in server.log() or f"in {how}" in server.log()
+    # The total is 1 s; the rest is for a machine that is busy with other things.
+    assert gone.at - signalled < 2
+
+
+@pytest.mark.parametrize("host", HOSTS)
+async def test_faults_during_the_shutdown_are_75(tmp_path: Path, host: str) -> None:
+    async with open_host(tmp_path, host, broken="faulty") as server:
+        gone = await stop(server)
+    assert gone.exit_code == as_hypercorn_returns(host, 75)
+    assert "a fault on the way down" in server.log()
+
+
+async def start_that_fails(folder: Path, host: str, *options: str, **changes: object) -> ServerFailedError:
+    with pytest.raises(ServerFailedError) as failed:
+        async with open_host(folder, host, *options, **changes):  # type: ignore[arg-type]
+            pass
+    return failed.value
+
+
+@pytest.mark.parametrize("host", HOSTS)
+async def test_a_failed_start_is_78_and_one_line(tmp_path: Path, host: str) -> None:
+    failed = await start_that_fails(tmp_path, host, broken="refusing")
+    assert failed.exit_code == as_hypercorn_returns(host, 78)
+    assert "lastcall: the store cannot be opened\n" in failed.log
+    assert "Traceback" not in failed.log
+
+
+@pytest.mark.parametrize("host", HOSTS)
+async def test_bad_settings_are_78_and_one_line(tmp_path: Path, host: str) -> None:
+    failed = await start_that_fails(tmp_path, host, drain_timeout_s="soon")
+    assert failed.exit_code == as_hypercorn_returns(host, 78)
+    assert "drain_timeout_s" in failed.log.lower()
+    assert "Traceback" not in failed.log
+
+
+@pytest.mark.parametrize("host", HOSTS)
+async def test_a_port_that_is_taken_is_78_and_one_line_where_our_code_runs_first(tmp_path: Path, host: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = "{}:{}".format(*taken.getsockname())
+        failed = await start_that_fails(tmp_path, host, *(["--bind", address] if host != SERVE else []), bind=address)
+    assert failed.exit_code == (1 if host in BARE else 78)
+    assert ("Traceback" in failed.log) == (host in BARE)
+    assert "Address already in use" in failed.log
+
+
+@pytest.mark.parametrize("host", ["hypercorn-1", "hypercorn-2"])
+async def test_a_killed_worker_of_bare_hypercorn_ends_the_service_with_0(tmp_path: Path, host: str) -> None:
+    async with open_host(tmp_path, host) as server:
+        os.kill(server.workers()[0], signal.SIGKILL)
+        with trio.fail_after(CAP_S):
+            gone = await server.wait_gone()
+    assert gone.exit_code == 0
+
+
+@pytest.mark.parametrize("host", ["configured-1", "configured-2"])
+async def test_a_killed_worker_is_replaced_with_our_config(tmp_path: Path, host: str) -> None:
+    async with open_host(tmp_path, host) as server:
+        before = server.workers()
+        os.kill(before[0], signal.SIGKILL)
+        with trio.fail_after(CAP_S):
+            while server.log().count('"serving"') < len(before) + 1:  # noqa: ASYNC110
+                await trio.sleep(0.02)
+        assert set(before[1:]) < set(server.workers())
+        gone = await stop(server)
+    assert gone.exit_code == 0
+    assert "SIGKILL" in server.log()
+
+
+@pytest.mark.parametrize("host", [SERVE, "hypercorn-0", "configured-0"])
+async def test_a_killed_single_process_is_minus_9(tmp_path: Path, host: str) -> None:
+    async with open_host(tmp_path, host) as server:
+        gone = await stop(server, signal.SIGKILL)
+    assert gone.exit_code == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("host", CONFIGURED[1:])
+async def test_a_worker_that_holds_the_gil_does_not_hold_the_master(tmp_path: Path, host: str) -> None:
+    """Also before any notice, when no code of ours can run in the worker any more."""
+    async with open_host(tmp_path, host, **TIGHT) as server:
+        for worker in server.workers():
+            os.kill(worker, signal.SIGSTOP)
+        gone = await stop(server)
+    assert gone.exit_code == 70

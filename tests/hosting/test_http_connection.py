@@ -1,0 +1,86 @@
+"""Quart-Trio's requests, with and without what we mend."""
+
+import pytest
+import trio
+from quart import request
+from quart_trio import QuartTrio
+from quart_trio.asgi import TrioASGIHTTPConnection
+
+from service.hosting.http_connection import HTTPConnection, open_requests
+from service.settings import Settings
+from service.shutdown import Shutdown
+from tests.hosting.conftest import Serve
+
+GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def an_app(http_class: type[TrioASGIHTTPConnection]) -> QuartTrio:
+    app = QuartTrio("test")
+    app.asgi_http_class = http_class
+
+    @app.get("/")
+    async def index() -> str:
+        return "here"
+
+    @app.post("/")
+    async def upload() -> str:
+        await request.get_data()
+        return "got it"
+
+    return app
+
+
+async def receive_all(stream: trio.abc.ReceiveStream) -> bytes:
+    return b"".join([part async for part in stream])
+
+
+async def is_closed_after_keep_alive(serve: Serve, http_class: type[TrioASGIHTTPConnection]) -> bool:
+    async with serve(an_app(http_class), keep_alive_timeout=0.1) as server:
+        with trio.fail_after(10):
+            async with await server.connect() as stream:
+                await stream.send_all(GET)
+                assert (await stream.receive_some()).startswith(b"HTTP/1.1 200")
+                with trio.move_on_after(1):
+                    await receive_all(stream)
+                    return True
+    return False
+
+
+async def test_a_kept_alive_connection_obeys_its_timeout(serve: Serve) -> None:
+    assert await is_closed_after_keep_alive(serve, HTTPConnection)
+
+
+async def test_the_shield_of_the_last_send_is_still_needed(serve: Serve) -> None:
+    """Fails when hypercorn and Quart-Trio get it right by themselves: then HTTPConnection._send can go."""
+    assert not await is_closed_after_keep_alive(serve, TrioASGIHTTPConnection)
+
+
+async def test_responses_close_their_connection_once_no_work_is_accepted(serve: Serve) -> None:
+    app = an_app(HTTPConnection)
+    shutdown = Shutdown(Settings())
+    open_requests(app, shutdown)
+    async with serve(app) as server:
+        with trio.fail_after(10):
+            async with await server.connect() as stream:
+                await stream.send_all(GET)
+                assert b"connection: close" not in (await stream.receive_some()).lower()
+                shutdown.notice("test")
+                await stream.send_all(GET)
+                assert b"connection: close" in (await receive_all(stream)).lower()
+
+
+@pytest.mark.parametrize("closing", [False, True])
+async def test_http2_responses_have_no_connection_header(closing: bool) -> None:
+    app = an_app(HTTPConnection)
+    shutdown = Shutdown(Settings())
+    open_requests(app, shutdown)
+    if closing:
+        shutdown.notice("test")
+    sent = []
+
+    async def send(message: dict[str, object]) -> None:
+        sent.append(message)
+
+    connection = HTTPConnection(app, {"http_version": "2"})  # type: ignore[typeddict-item]
+    await connection._send(send, {"type": "http.response.start", "status": 200, "headers": []})
+    assert sent == [{"type": "http.response.start", "status": 200, "headers": []}]

@@ -1,0 +1,107 @@
+"""From the notice to the very end every new connection gets a whole answer or an immediate refusal."""
+
+import signal
+from pathlib import Path
+
+import pytest
+import trio
+
+from bench.load import ProbeResult
+from tests.process.lastcall import (
+    HYPERCORN_1,
+    HYPERCORN_2,
+    HYPERCORN_4,
+    SERVE,
+    Host,
+    assert_all_ended_properly,
+    assert_clean,
+    chat,
+    ends,
+    open_under_load,
+    prober,
+    wait_gone,
+)
+
+NOTICE_S = 0.05
+"""25 ms for the notice, and as much for the workers of one server to differ."""
+SILENT_S = 0.1
+GATED = (SERVE, HYPERCORN_1, HYPERCORN_2, HYPERCORN_4)
+
+
+def told(probes: list[ProbeResult], signalled: float) -> str:
+    """For a failure's message: when, what, how long."""
+    return "\n".join(
+        f"{p.at - signalled:+.3f} {p.outcome} {p.status} after {p.waited_s:.3f}, late {p.late_s:.3f}" for p in probes
+    )
+
+
+def assert_none_was_left_standing(probes: list[ProbeResult], signalled: float) -> None:
+    """Each got a whole answer or a refusal, and waited no longer for it than before the signal, plus 100 ms."""
+    usual_s = max(p.waited_s for p in probes if signalled - 0.5 < p.at < signalled - 0.05)
+    during = [p for p in probes if p.at > signalled]
+    bad = [p for p in during if p.outcome not in ("answered", "refused") or p.waited_s > usual_s + SILENT_S + p.late_s]
+    assert not bad, f"{len(bad)} of {len(during)}, {usual_s:.3f} before the signal:\n{told(bad, signalled)}"
+
+
+@pytest.mark.parametrize("host", GATED, ids=str)
+async def test_no_new_connection_is_reset_or_silent_while_turns_drain(tmp_path: Path, host: Host) -> None:
+    async with open_under_load(host, tmp_path, chat(count=20), prober(), drain_timeout_s=1) as (server, load):
+        await trio.sleep(0.5)
+        signalled = server.signal_main(signal.SIGTERM)
+        gone = await wait_gone(server)
+        await trio.sleep(0.1)
+        result = await load.stop()
+    assert_clean(host, server, gone)
+    assert_all_ended_properly(result)
+    assert_none_was_left_standing(result.probes, signalled)
+    assert {p.status for p in result.probes if p.at < signalled - 0.5} == {201}
+    answered = [p for p in result.probes if p.at > signalled + NOTICE_S and p.outcome == "answered"]
+    assert len(answered) > 50
+    assert all(p.status == 503 and p.retry_after and p.connection_close for p in answered), told(answered, signalled)
+    refused = [p for p in result.probes if p.outcome == "refused"]
+    assert refused
+    assert all(p.at > signalled + 1 for p in refused), told(refused, signalled)
+
+
+@pytest.mark.parametrize("host", GATED, ids=str)
+async def test_no_new_connection_is_reset_or_silent_when_many_streams_end(tmp_path: Path, host: Host) -> None:
+    async with open_under_load(host, tmp_path, chat(count=100), prober(), drain_timeout_s=0) as (server, load):
+        await trio.sleep(0.5)
+        signalled = server.signal_main(signal.SIGTERM)
+        gone = await wait_gone(server)
+        await trio.sleep(0.1)
+        result = await load.stop()
+    assert_clean(host, server, gone)
+    assert_all_ended_properly(result)
+    assert_none_was_left_standing(result.probes, signalled)
+
+
+@pytest.mark.parametrize("host", [SERVE, HYPERCORN_2], ids=str)
+async def test_while_the_lame_duck_lasts_everything_works_but_readiness(tmp_path: Path, host: Host) -> None:
+    groups = (chat(count=2), prober(), prober("/readyz", "GET"))
+    async with open_under_load(host, tmp_path, *groups, lame_duck_timeout_s=1, drain_timeout_s=0) as (server, load):
+        await trio.sleep(0.2)
+        signalled = server.signal_main(signal.SIGTERM)
+        gone = await wait_gone(server)
+        result = await load.stop()
+    assert_clean(host, server, gone)
+    assert ends(result)["chat"] == {"interrupted"}
+
+    def statuses(path: str, since: float, until: float) -> set[int | None]:
+        return {p.status for p in result.probes if p.group == path and since < p.at - signalled < until}
+
+    assert statuses("/sessions", NOTICE_S, 0.9) == {201}
+    assert statuses("/readyz", -1, -0.1) == {200}
+    assert statuses("/readyz", NOTICE_S, 0.9) == {503}
+
+
+@pytest.mark.parametrize("host", GATED, ids=str)
+async def test_reads_go_on_during_the_drain(tmp_path: Path, host: Host) -> None:
+    groups = (chat(count=4), prober("/sessions", "GET"))
+    async with open_under_load(host, tmp_path, *groups, drain_timeout_s=1) as (server, load):
+        signalled = server.signal_main(signal.SIGTERM)
+        await wait_gone(server)
+        result = await load.stop()
+    during = [p.status for p in result.probes if signalled < p.at < signalled + 0.9]
+    assert set(during) == {200}
+    assert len(during) > 50

@@ -1,0 +1,249 @@
+"""Kills a loaded service at random moments and compares what its clients were told with what is in the store.
+
+``python -m tests.storage.sqlite.crash 200`` kills it two hundred times, on one database.
+"""
+
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import apsw
+import msgspec
+import trio
+
+from service.clock import wall_clock
+from service.errors import LastcallError, SessionNotFoundError
+from service.sessions.registry import NewSession, NewTurn, Sessions
+from service.sessions.turn import Turn
+from service.settings import Settings
+from service.storage.records import SEQ_AFTER_CRASH, Checkpoint
+from service.storage.sqlite import SqliteStore, open_sqlite_store
+from service.supervisor import open_service
+
+TOKENS = 30
+REPLY = "".join(f"{n} " for n in range(TOKENS))
+CLIENTS = 8
+
+
+class Fact(msgspec.Struct, array_like=True):
+    """What a client was told, or is about to ask: ``created``, ``deleting``, ``accepted``, ``seen``, ``kept``..."""
+
+    kind: str
+    session: str
+    turn: str = ""
+    seq: int = 0
+    state: str = ""
+    text: str = ""
+
+
+def tell(*fact: str | int) -> None:
+    """In one write to a pipe, which outlives the process."""
+    os.write(1, msgspec.json.encode(Fact(*fact)) + b"\n")  # type: ignore[arg-type]
+
+
+# In the process that is killed
+
+
+async def serve(path: str, seed: int) -> None:
+    luck = random.Random(seed)
+    settings = Settings(
+        store_url=f"sqlite:{path}",
+        model_url=f"scripted:?tokens={TOKENS}&rate=300",
+        checkpoint_interval_s=0.02,
+        expiry_interval_s=0.05,
+    )
+    note_checkpoint = Turn.note_checkpoint
+
+    def tell_checkpoint(turn: Turn, checkpoint: Checkpoint) -> None:
+        note_checkpoint(turn, checkpoint)
+        tell("kept", turn.session_id, turn.id, turn.kept_seq)
+
+    Turn.note_checkpoint = tell_checkpoint  # type: ignore[method-assign]
+    async with open_service(settings) as service, trio.open_nursery() as nursery:
+        tell("ready", "")
+        for _ in range(CLIENTS):
+            nursery.start_soon(_be_a_client, service.sessions, luck)
+
+
+async def _be_a_client(sessions: Sessions, luck: random.Random) -> None:
+    while True:
+        # A session in four expires at once, when it has no turn: nothing is promised of it.
+        short = luck.random() < 0.25
+        session = (await sessions.create_session(NewSession(idle_timeout_s=0.05 if short else None))).id
+        if not short:
+            tell("created", session)
+        with suppress(LastcallError):
+            for _ in range(luck.randint(1, 4)):
+                await _have_a_turn(sessions, session, luck, promised=not short)
+        if luck.random() < 0.3 and not short:
+            tell("deleting", session)
+            await sessions.delete_session(session)
+            tell("deleted", session)
+
+
+async def _have_a_turn(sessions: Sessions, session: str, luck: random.Random, *, promised: bool) -> None:
+    text = f"input {luck.random()}"
+    turn, watch = await sessions.start_turn(session, NewTurn(text=text, background=True, on_conflict="queue"))
+    watch.release()
+    if not promised:
+        await turn.wait_ended()
+        return
+    tell("accepted", session, turn.id, 0, "", text)
+    leave_at = luck.randint(1, 2 * TOKENS)
+    cursor = 0
+    while not turn.log.closed and cursor < leave_at:
+        await turn.log.wait_beyond(cursor)
+        cursor = turn.log.last_seq
+        tell("seen", session, turn.id, cursor)
+    if cursor >= leave_at and luck.random() < 0.5:
+        await sessions.cancel_turn(session, turn.id)
+    if luck.random() < 0.8:
+        record = await turn.wait_ended()
+        tell("ended", session, turn.id, record.last_seq, record.state, record.text)
+
+
+# In the process that kills it
+
+
+@dataclass
+class Told:
+    """All facts of a turn, the latest of each kind."""
+
+    input: str = ""
+    seen: int = 0
+    kept: int = 0
+    end: Fact | None = None
+
+
+@dataclass
+class Facts:
+    created: set[str] = field(default_factory=set)
+    deleting: set[str] = field(default_factory=set)
+    deleted: set[str] = field(default_factory=set)
+    turns: dict[tuple[str, str], Told] = field(default_factory=dict)
+    order: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, fact: Fact) -> None:
+        told = self.turns.setdefault((fact.session, fact.turn), Told())
+        match fact.kind:
+            case "created" | "deleting" | "deleted":
+                getattr(self, fact.kind).add(fact.session)
+            case "accepted":
+                told.input = fact.text
+                self.order.setdefault(fact.session, []).append(fact.turn)
+            case "seen":
+                told.seen = fact.seq
+            case "kept":
+                told.kept = fact.seq
+            case "ended":
+                told.end = fact
+
+
+def run_and_kill(path: Path, seed: int, facts: Facts) -> None:
+    """Start the service on a database, kill it at a random moment and note what its clients were told."""
+    moment = random.Random(seed).uniform(0.02, 0.7)
+    command = [sys.executable, "-m", "tests.storage.sqlite.crash", "--serve", str(path), str(seed)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        try:
+            assert select.select([process.stdout], [], [], 60)[0], "it does not start"
+            first = process.stdout.readline()
+            assert first, "it did not start"
+            time.sleep(moment)
+        finally:
+            process.send_signal(signal.SIGKILL)
+        for line in (first, *process.stdout.read().splitlines(keepends=True)):
+            if line.startswith(b"[") and line.endswith(b"\n"):  # its log is in between
+                facts.add(msgspec.json.decode(line, type=Fact))
+
+
+async def compare(path: Path, facts: Facts) -> None:
+    """Open the store as the next service would, and see that every fact is there."""
+    async with open_sqlite_store(path) as store:
+        await store.recover(now=wall_clock())
+        for session in facts.created - facts.deleting:
+            record = await store.get_session(session, now=wall_clock())
+            assert record.open_turns == 0, f"{session} is stuck"
+            turns = [
+                turn.id for turn in (await store.list_turns(session, limit=100, after=None, now=wall_clock())).data
+            ]
+            accepted = facts.order.get(session, [])
+            assert turns[: len(accepted)] == accepted, "an accepted turn is gone, or out of order"
+            assert len(turns) <= len(accepted) + 1, "more than the one turn whose acceptance nobody lived to tell"
+            assert record.head == (turns[-1] if turns else None)
+        for session in facts.deleted:
+            try:
+                await store.get_session(session, now=wall_clock())
+            except SessionNotFoundError:
+                continue
+            raise AssertionError(f"{session} came back")
+        for (session, turn), told in facts.turns.items():
+            if told.input and session not in facts.deleting:
+                await _compare_turn(store, session, turn, told)
+    _check_file(path)
+
+
+async def _compare_turn(store: SqliteStore, session: str, turn: str, told: Told) -> None:
+    record = await store.get_turn(session, turn, now=wall_clock())
+    events = await store.read_events(session, turn)
+    assert record.input[0].text == told.input
+    assert REPLY.startswith(record.text)
+    assert all(event.startswith(b"id: %d\n" % seq) for seq, event in enumerate(events, 1))
+    text = "".join(msgspec.json.decode(event.split(b"data: ")[1]).get("text", "") for event in events)
+    assert record.text == text, "text and events are of different moments"
+    if told.end is not None:
+        assert (record.state, record.text, record.last_seq) == (told.end.state, told.end.text, told.end.seq)
+    if record.reason == "crash":
+        assert len(events) >= told.kept, "a checkpoint is gone"
+        assert record.last_seq == SEQ_AFTER_CRASH > told.seen
+    else:
+        assert len(events) == record.last_seq >= told.seen
+
+
+WRONG = (
+    "SELECT id FROM turns WHERE owner IS NOT NULL AND session IN (SELECT key FROM sessions WHERE deletion = 0)",
+    """SELECT id FROM sessions WHERE deletion = 0
+    AND turns_begun <> (SELECT count(*) FROM turns WHERE session = sessions.key)""",
+    """SELECT id FROM sessions WHERE deletion = 0
+    AND message_count <> (SELECT total(1 + (output LIKE '%assistant%')) FROM turns WHERE session = sessions.key)""",
+    "SELECT key FROM sessions WHERE key NOT IN (SELECT session FROM session_settings)",
+    "SELECT turn FROM outputs WHERE turn IN (SELECT key FROM turns WHERE owner IS NULL)",
+)
+"""Questions that have no answer in a database that is whole."""
+
+
+def _check_file(path: Path) -> None:
+    db = apsw.Connection(str(path))
+    try:
+        assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        assert db.execute("PRAGMA foreign_key_check").fetchall() == []
+        for wrong in WRONG:
+            assert db.execute(wrong).fetchall() == [], wrong
+    finally:
+        db.close()
+
+
+def main(times: int) -> None:
+    facts = Facts()
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "lastcall.db")
+        for seed in range(times):
+            run_and_kill(path, seed, facts)
+            trio.run(compare, path, facts)
+            ended = sum(told.end is not None for told in facts.turns.values())
+            sys.stdout.write(f"{seed + 1} kills: {len(facts.turns)} turns, {ended} of them ended, nothing lost\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--serve":
+        trio.run(serve, sys.argv[2], int(sys.argv[3]))
+    else:
+        main(int(sys.argv[1]))

@@ -1,0 +1,254 @@
+"""What a store does that outlives its owner and is shared by several: whose turns are whose, and who ends them."""
+
+import msgspec
+import pytest
+import trio
+
+from service.errors import OwnedElsewhereError
+from service.storage.records import SEQ_AFTER_CRASH, Checkpoint, Item
+from service.storage.store import Store
+from tests.storage.conftest import OpenStore
+from tests.storage.rows import IDLE_TIMEOUT_S, T0, a_session, a_turn, at, contents, ended
+
+
+def a_checkpoint(turn: str, text: str, *events: bytes, after: int = 0, session: str = "s") -> Checkpoint:
+    item = Item(id=f"{turn}-out", role="assistant", text=text)
+    return Checkpoint(session_id=session, turn_id=turn, after=after, events=events, output=(item,) if text else ())
+
+
+async def _begin(store: Store, *turns: str, session: str = "s") -> None:
+    await store.create_session(a_session(session), now=T0)
+    for turn in turns:
+        await store.begin_turn(a_turn(turn, session), now=T0)
+
+
+async def test_everything_is_there_for_the_next_owner(open_shared: OpenStore) -> None:
+    async with open_shared() as store:
+        await _begin(store, "t", "t2")
+        await store.end_turn(ended(a_turn()), events=[b"1", b"2"], now=T0)
+        await store.end_turn(ended(a_turn("t2")), events=[b"1"], now=T0)
+        await store.create_session(a_session("other"), now=T0)
+        before = await contents(store, now=T0)
+    async with open_shared() as store:
+        assert await store.recover(now=at(1)) == 0
+        assert await contents(store, now=T0) == before
+
+
+async def test_a_crashed_turn_is_interrupted_with_the_output_and_events_of_its_last_checkpoint(
+    open_shared: OpenStore,
+) -> None:
+    async with open_shared() as store:
+        await _begin(store, "t")
+        reasoning = Item(id="r", type="reasoning", role="assistant", text="hm")
+        first = msgspec.structs.replace(a_checkpoint("t", "Hel", b"1", b"2"), output=(reasoning,))
+        await store.checkpoint_turns([first])
+        await store.checkpoint_turns([a_checkpoint("t", "Hel", b"3", after=2)])
+        await store.checkpoint_turns([a_checkpoint("t", "lo", b"4", b"5", after=3)])
+    async with open_shared() as store:
+        assert (await store.get_turn("s", "t", now=T0)).state == "running"
+        assert await store.recover(now=at(7)) == 1
+        turn = await store.get_turn("s", "t", now=at(7))
+        assert turn == msgspec.structs.replace(
+            a_turn(),
+            state="interrupted",
+            reason="crash",
+            ended_at=at(7),
+            last_seq=SEQ_AFTER_CRASH,
+            output=(reasoning, Item(id="t-out", role="assistant", text="Hello")),
+        )
+        assert list(await store.read_events("s", "t")) == [b"1", b"2", b"3", b"4", b"5"]
+        session = await store.get_session("s", now=at(7))
+        assert session == msgspec.structs.replace(
+            a_session(),
+            head="t",
+            message_count=2,
+            last_accessed_at=at(7),
+            expires_at=at(7 + IDLE_TIMEOUT_S),
+        )
+        assert await store.recover(now=at(8)) == 0
+        assert await store.delete_expired(now=at(6 + IDLE_TIMEOUT_S), limit=10) == 0
+        # The session goes on.
+        assert (await store.begin_turn(a_turn("next", parent="t"), now=at(9))).open_turns == 1
+
+
+async def test_a_crashed_turn_without_a_checkpoint_is_interrupted_and_empty(open_shared: OpenStore) -> None:
+    async with open_shared() as store:
+        await _begin(store, "t")
+        await store.begin_turn(a_turn("t2", state="queued"), now=T0)
+    async with open_shared() as store:
+        assert await store.recover(now=at(1)) == 2
+        for name in ("t", "t2"):
+            turn = await store.get_turn("s", name, now=at(1))
+            assert (turn.state, turn.text, turn.last_seq) == ("interrupted", "", SEQ_AFTER_CRASH)
+            assert list(await store.read_events("s", name)) == []
+        assert (await store.get_session("s", now=at(1))).message_count == 2
+
+
+async def test_recovery_leaves_the_turns_of_owners_that_live(open_shared: OpenStore) -> None:
+    async with open_shared() as first, open_shared() as second:
+        async with open_shared() as third:
+            for n, store in enumerate((first, second, third)):
+                await _begin(store, f"t{n}", session=f"s{n}")
+        for store in (first, second):
+            await store.recover(now=at(1))
+            assert [(await store.get_turn(f"s{n}", f"t{n}", now=at(1))).state for n in range(3)] == [
+                "running",
+                "running",
+                "interrupted",
+            ]
+        assert await second.end_turn(ended(a_turn("t1", "s1")), events=[], now=at(1))
+
+
+async def test_of_many_that_recover_at_once_each_turn_is_ended_by_one(open_shared: OpenStore) -> None:
+    async with open_shared() as store:
+        for n in range(30):
+            await _begin(store, f"t{n}", session=f"s{n}")
+    recovered: list[int] = []
+
+    async def recover() -> None:
+        async with open_shared() as store:
+            recovered.append(await store.recover(now=at(1)))
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(recover)
+    assert sum(recovered) == 30
+    async with open_shared() as store:
+        for n in range(30):
+            assert (await store.get_session(f"s{n}", now=at(1))).open_turns == 0
+
+
+async def test_recovery_finishes_the_deletions_of_owners_that_are_gone(open_shared: OpenStore) -> None:
+    async with open_shared() as living:
+        await _begin(living, "t")
+        await living.mark_deleted("s", now=T0)
+        async with open_shared() as dying:
+            await _begin(dying, "t2", session="s2")
+            await dying.mark_deleted("s2", now=T0)
+        assert await living.recover(now=at(1)) == 1
+        assert [turn.id for turn in await living.read_path("s", "t", bytes_max=None)] == ["t"]
+        assert list(await living.read_path("s2", "t2", bytes_max=None)) == []
+        await living.create_session(a_session("s2"), now=at(1))
+
+
+async def test_a_session_whose_turns_run_elsewhere_takes_no_turn_here(open_shared: OpenStore) -> None:
+    async with open_shared() as there, open_shared() as here:
+        await _begin(there, "t")
+        before = await contents(here, now=T0)
+        with pytest.raises(OwnedElsewhereError) as refused:
+            await here.begin_turn(a_turn("t2"), now=at(1))
+        owner = await here.find_owner("s")
+        assert owner is not None
+        assert (owner.fence, owner.address) == (refused.value.fence, refused.value.address)
+        assert await there.find_owner("s") is None
+        assert await contents(here, now=T0) == before
+        # Once they have ended anybody may go on.
+        await there.end_turn(ended(a_turn()), events=[], now=at(1))
+        assert await here.find_owner("s") is None
+        await here.begin_turn(a_turn("t2"), now=at(1))
+        with pytest.raises(OwnedElsewhereError):
+            await there.begin_turn(a_turn("t3"), now=at(1))
+
+
+async def test_a_turn_begins_in_a_session_whose_owner_died_and_ends_the_turns_it_left(open_shared: OpenStore) -> None:
+    async with open_shared() as here:
+        async with open_shared() as dying:
+            await _begin(dying, "t")
+            await dying.checkpoint_turns([a_checkpoint("t", "Hel", b"1")])
+            await _begin(dying, "t2", session="s2")
+        session = await here.begin_turn(a_turn("next", parent="t"), now=at(1))
+        assert (session.open_turns, session.message_count) == (1, 3)
+        turn = await here.get_turn("s", "t", now=at(1))
+        assert (turn.state, turn.reason, turn.text) == ("interrupted", "crash", "Hel")
+        assert await here.recover(now=at(2)) == 1, "that of the other session"
+
+
+async def test_only_the_owner_starts_checkpoints_and_ends_its_turns(open_shared: OpenStore) -> None:
+    async with open_shared() as here, open_shared() as there:
+        await _begin(there, "t")
+        await there.begin_turn(a_turn("queued", state="queued"), now=T0)
+        before = await contents(there, now=T0)
+        await here.start_turn("queued", now=at(1))
+        await here.checkpoint_turns([a_checkpoint("t", "Hel", b"1")])
+        assert not await here.end_turn(ended(a_turn()), events=[b"1"], now=at(1))
+        assert await contents(here, now=T0) == before
+
+
+async def test_an_owner_that_was_taken_for_dead_cannot_end_its_turn_again(open_shared: OpenStore) -> None:
+    async with open_shared() as zombie:
+        await _begin(zombie, "t")
+        _forget_lock(zombie)
+        async with open_shared() as store:
+            assert await store.recover(now=at(1)) == 1
+            before = await contents(store, now=at(1))
+            assert not await zombie.end_turn(ended(a_turn()), events=[b"1"], now=at(2))
+            await zombie.checkpoint_turns([a_checkpoint("t", "Hel", b"1")])
+            assert await contents(store, now=at(1)) == before
+
+
+def _forget_lock(store: Store) -> None:
+    """What a store believes of itself does not count."""
+    store._ownership.close()  # type: ignore[attr-defined]
+
+
+# Checkpoints, on every store
+
+
+@pytest.mark.parametrize("after", [0, 2, 3])
+async def test_an_end_follows_on_the_checkpoints_that_were_acknowledged(store: Store, after: int) -> None:
+    await _begin(store, "t")
+    await store.checkpoint_turns([a_checkpoint("t", "Hel", b"1", b"2")])
+    await store.checkpoint_turns([a_checkpoint("t", "lo", b"3", after=2)])
+    assert (await store.get_turn("s", "t", now=T0)).output == (), "before the end it shows nothing"
+    frames = [b"1", b"2", b"3", b"4", b"5"]
+    assert await store.end_turn(ended(a_turn(), text="Hello"), events=frames[after:], now=T0, after=after)
+    assert list(await store.read_events("s", "t")) == frames
+    assert (await store.get_turn("s", "t", now=T0)).text == "Hello"
+
+
+async def test_a_checkpoint_that_is_given_again_replaces_what_is_beyond_it(open_shared: OpenStore) -> None:
+    async with open_shared() as store:
+        await _begin(store, "t")
+        await store.checkpoint_turns([a_checkpoint("t", "He", b"1")])
+        await store.checkpoint_turns([a_checkpoint("t", "l", b"2", after=1)])  # the answer to it got lost
+        await store.checkpoint_turns([a_checkpoint("t", "llo", b"2", b"3", after=1)])
+    async with open_shared() as store:
+        await store.recover(now=T0)
+        assert (await store.get_turn("s", "t", now=T0)).text == "Hello"
+        assert list(await store.read_events("s", "t")) == [b"1", b"2", b"3"]
+
+
+async def test_checkpoints_pass_over_turns_that_are_not_open(store: Store) -> None:
+    await _begin(store, "t", "t2")
+    await store.end_turn(ended(a_turn()), events=[b"1"], now=T0)
+    before = await contents(store, now=T0)
+    await store.checkpoint_turns([a_checkpoint("t", "x", b"2", after=1), a_checkpoint("never", "x", b"1")])
+    assert await contents(store, now=T0) == before
+    await store.checkpoint_turns([a_checkpoint("never", "x", b"1"), a_checkpoint("t2", "x", b"1")])
+    await store.end_turn(ended(a_turn("t2")), events=[b"2"], now=T0, after=1)
+    assert list(await store.read_events("s", "t2")) == [b"1", b"2"]
+
+
+async def test_a_checkpoint_is_no_use_of_the_session(store: Store) -> None:
+    await _begin(store, "t")
+    before = await store.get_session("s", now=T0)
+    await store.checkpoint_turns([a_checkpoint("t", "x", b"1")])
+    assert await store.get_session("s", now=T0) == before
+
+
+async def test_a_marked_session_s_turns_are_checkpointed_until_it_is_removed(store: Store) -> None:
+    await _begin(store, "t")
+    await store.mark_deleted("s", now=T0)
+    await store.checkpoint_turns([a_checkpoint("t", "x", b"1")])
+    assert await store.end_turn(ended(a_turn()), events=[b"2"], now=T0, after=1)
+    assert list(await store.read_events("s", "t")) == [b"1", b"2"]
+    await store.remove_deleted("s")
+    await store.checkpoint_turns([a_checkpoint("t", "x", b"1")])
+    assert list(await store.read_events("s", "t")) == []
+
+
+async def test_without_other_owners_there_is_none_to_find(store: Store) -> None:
+    assert await store.find_owner("never") is None
+    await _begin(store, "t")
+    assert await store.find_owner("s") is None
