@@ -6,7 +6,7 @@ set positional-arguments
 # a protocol makes so (124) and that httpx, this project's choice, has a successor (127).
 disabled := "ASYNC110,ASYNC222,ASYNC9,ASYNC124,ASYNC127"
 # What `nursery.start` starts; ASYNC114 tells what is missing here.
-startable := "run,run_checkpoints,_run_checkpoints,run_expiry,_run_expiry,_run_http2,_run_idle,_run_stream,_run_unfinished"
+startable := "run,run_checkpoints,_run_checkpoints,run_expiry,_run_expiry,_run_http2,_run_idle,_run_unfinished"
 
 _list:
     @just --list --unsorted
@@ -43,6 +43,14 @@ check: test lint types
 # a minute for an operator: start the real server, talk, stop it in mid-stream, read its log
 smoke:
     @python tests/smoke.py
+
+# kill a loaded service so many times, and see that nothing it said is lost
+crash times="200":
+    @python -m tests.storage.sqlite.crash {{ times }}
+
+# what the store's calls cost with so many sessions in it
+scale sessions="1000000":
+    @python -m tests.storage.sqlite.many_rows {{ sessions }}
 
 # measure; arguments go to the bench
 bench *args:

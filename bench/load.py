@@ -1,10 +1,10 @@
 """The load client: a process that opens streams, behaves well or badly, and says what it saw on the wire.
 
 It is a process of its own, so that neither the server nor the harness shares an interpreter with what judges
-them. ``python -m bench.load`` reads a :class:`Plan` (one line of JSON) from its standard input, opens
+them. ``python -m bench.load`` reads a :class:`~bench.plan.Plan` (one line of JSON) from its standard input, opens
 everything in it and prints ``ready`` once all of it is there; it then only watches. The next line, or the
 end of input, makes it stop: what is still open is recorded as open, and one line of JSON, a
-:class:`LoadResult`, ends it.
+:class:`~bench.plan.LoadResult`, ends it.
 """
 
 import itertools
@@ -18,145 +18,30 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from string import Template
-from typing import Literal
 
 import msgspec
 import trio
 
+from bench.plan import (
+    Calls,
+    CallsResult,
+    Http2Streams,
+    Idle,
+    LoadResult,
+    Plan,
+    Prober,
+    ProbeResult,
+    Request,
+    RudeResult,
+    Streams,
+    Unfinished,
+)
 from bench.poller import Poller, connect, receive_some, send_all
 from bench.wire import ResponseParser, StreamEnd, StreamJudge, StreamResult, WireError
 
 _OPENING_AT_ONCE_MAX = 64
 """Below every server's backlog: what is measured is the stop, not a storm of connections."""
 _PROBE_AGE_MIN_S = 0.1
-
-
-class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """A request. ``$n`` (the number of the client) and what was captured are put into path and body."""
-
-    method: str = "POST"
-    path: str
-    headers: dict[str, str] = {}
-    body: str = ""
-    capture: dict[str, str] = {}  # name -> key of the JSON object in the response
-
-
-class Streams(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Clients that send requests one after another and read the last one's response as an event stream.
-
-    Args:
-        half_close: Shut down the sending side once the last request is sent; go on reading.
-        stalled: Read nothing of the stream, with a small receive buffer. Ready once the server's
-            send queue has stood still.
-        repeat: Streams one after another, each on a connection of its own.
-        ready_at: The client is ready when the response's ``head`` or its first ``token`` is there.
-        leave_after_tokens: Close the connection in mid-stream after so many tokens; 0: never.
-        cancel_after_tokens: Cancel the turn, over another connection, after so many; 0: never. The
-            response's Location is the turn's.
-        keep_delays: Note each token's way from the model to here, in ``LoadResult.delays_ns``.
-    """
-
-    name: str
-    count: int
-    stream: Request
-    before: tuple[Request, ...] = ()
-    half_close: bool = False
-    stalled: bool = False
-    repeat: int = 1
-    ready_at: Literal["head", "token"] = "token"
-    leave_after_tokens: int = 0
-    cancel_after_tokens: int = 0
-    keep_delays: bool = False
-
-
-class Idle(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Clients that have had an answer and keep their connection open."""
-
-    name: str = "idle"
-    count: int
-    request: Request
-
-
-class Unfinished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Clients that have sent a part of a request: half of its head, or its head and a byte of its body each 100 ms.
-
-    ``tls`` ones have sent a TLS ClientHello and read nothing.
-    """
-
-    name: str
-    count: int
-    kind: Literal["head", "body", "tls"]
-    path: str = "/chat"
-
-
-class Http2Streams(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """One HTTP/2 connection (prior knowledge) with ``count`` event streams in it."""
-
-    name: str
-    count: int
-    stream: Request
-
-
-class Prober(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A new connection each ``interval_s``, with one request that is answered in full or not."""
-
-    name: str = "prober"
-    request: Request
-    interval_s: float = 0.01
-
-
-Group = Streams | Idle | Unfinished | Http2Streams | Prober
-
-
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """What to open, at which loopback port."""
-
-    port: int
-    groups: tuple[Group, ...]
-    host: str = "127.0.0.1"
-
-
-class RudeResult(msgspec.Struct, kw_only=True):
-    """What became of a connection that is no stream."""
-
-    group: str
-    number: int
-    state: Literal["open", "answered", "closed", "reset", "unreachable"] = "open"
-    status: int | None = None
-    ended_at: float | None = None
-
-
-class ProbeResult(msgspec.Struct, kw_only=True):
-    """What one new connection got.
-
-    ``answered``: a complete response, ``status`` says which; ``incomplete``: closed within it;
-    ``reset``, also after a silent wait; ``refused`` at the connect; ``silent``: nothing, or not all, when
-    the client stopped looking.
-    """
-
-    group: str
-    at: float
-    outcome: Literal["answered", "incomplete", "closed", "reset", "refused", "silent"] = "silent"
-    status: int | None = None
-    retry_after: bool = False
-    connection_close: bool = False
-    answered_at: float | None = None
-    late_s: float = 0  # how late this client itself was, at worst, meanwhile: it shares a machine
-
-    @property
-    def waited_s(self) -> float:
-        """How long it waited for whatever it got; infinite if that never came."""
-        return float("inf") if self.answered_at is None else self.answered_at - self.at
-
-
-class LoadResult(msgspec.Struct, kw_only=True):
-    """All that the client saw."""
-
-    streams: list[StreamResult] = []
-    rude: list[RudeResult] = []
-    probes: list[ProbeResult] = []
-    tokens_by_second: list[tuple[float, int]] = []  # (time, tokens received so far), sampled
-    delays_ns: dict[str, list[int]] = {}  # by group, where asked for: from the model's send to the receipt
 
 
 class _RefusedError(Exception):
@@ -215,6 +100,59 @@ async def read_response(sock: socket.socket) -> tuple[ResponseParser, bytes]:
     return response, body
 
 
+class _WatchedStream:
+    """An event stream that the poller reads until it ends or its client leaves."""
+
+    def __init__(self, sock: socket.socket, judge: StreamJudge, group: Streams, poller: Poller) -> None:
+        self.group = group
+        self.result = judge.result
+        self.ready = trio.Event()
+        self.cancel_due = trio.Event()
+        self.ended = trio.Event()
+        self._sock = sock
+        self._judge = judge
+        self._poller = poller
+        poller.add(sock, self._on_readable)
+
+    @property
+    def location(self) -> str:
+        """The turn's path."""
+        return self._judge.headers["location"]
+
+    def _on_readable(self) -> None:
+        try:
+            data = self._sock.recv(262144)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._judge.reset(time.monotonic())
+        else:
+            now = time.monotonic()
+            if data:
+                self._judge.feed(data, now)
+            else:
+                self._judge.end_of_input(now)
+        self._look()
+
+    def _look(self) -> None:
+        tokens = self.result.tokens
+        if 0 < self.group.leave_after_tokens <= tokens and not self._judge.ended:
+            self.result.ended_at, self.result.note = time.monotonic(), "left"
+        if self._judge.ended:
+            self._poller.remove(self._sock)
+            self._sock.close()
+            self.ended.set()
+            self.cancel_due.set()
+        if (
+            self._judge.ended
+            or self.result.first_at
+            or (self.group.ready_at == "head" and self.result.status is not None)
+        ):
+            self.ready.set()
+        if 0 < self.group.cancel_after_tokens <= tokens:
+            self.cancel_due.set()
+
+
 class Load:
     """Carries out a plan."""
 
@@ -250,7 +188,9 @@ class Load:
                 match group:
                     case Streams():
                         for number in range(group.count):
-                            opening.start_soon(nursery.start, self._run_stream, group, number)
+                            settled = trio.Event()
+                            opening.start_soon(settled.wait)
+                            nursery.start_soon(self._run_stream, group, number, settled)
                     case Idle():
                         for number in range(group.count):
                             opening.start_soon(nursery.start, self._run_idle, group, number)
@@ -259,21 +199,22 @@ class Load:
                             opening.start_soon(nursery.start, self._run_unfinished, group, number)
                     case Http2Streams():
                         opening.start_soon(nursery.start, self._run_http2, group)
+                    case Calls():
+                        for number in range(group.count):
+                            opening.start_soon(self._run_calls, group, number)
                     case Prober():
                         nursery.start_soon(self._run_prober, group)
         on_ready()
 
     # Event streams
 
-    async def _run_stream(self, group: Streams, number: int, *, task_status: trio.TaskStatus[None]) -> None:
-        """One client; its streams one after another."""
-        for turn in range(group.repeat):
+    async def _run_stream(self, group: Streams, number: int, settled: trio.Event) -> None:
+        """One client; its streams one after another. ``settled``: the first is ready, or never will be."""
+        for _ in range(group.repeat):
             result = StreamResult(group=group.name, number=number)
             self.result.streams.append(result)
             delays = self.result.delays_ns.setdefault(group.name, []) if group.keep_delays else None
             judge = StreamJudge(result, delays_ns=delays)
-            ready = trio.Event()
-            ended = trio.Event()
             try:
                 async with self._opening:
                     sock = await self._open_stream(group, number, result)
@@ -286,23 +227,9 @@ class Load:
                     self._stalled.append((sock, judge))
                     await self._wait_stalled(sock)
                 else:
-                    cancel = trio.Event()
-                    self._watch(sock, judge, group, ready, ended, cancel)
-                    await ready.wait()
-            if turn == 0:
-                task_status.started()
-            if group.stalled:
-                return
-            if not judge.ended:
-                await ended.wait()
-
-    async def _cancel_turn(self, location: str, cancel: trio.Event, result: StreamResult) -> None:
-        """Ask for the turn's end once it is due."""
-        await cancel.wait()
-        client = _Client(self._plan, result.number)
-        with await client.connect() as sock:
-            result.cancelled_at = time.monotonic()
-            await client.exchange(sock, Request(path=f"{location}/cancel"))
+                    await self._watch(_WatchedStream(sock, judge, group, self._poller), settled)
+                    self._sockets.remove(sock)
+            settled.set()
 
     async def _open_stream(self, group: Streams, number: int, result: StreamResult) -> socket.socket:
         """Send everything up to the streaming request, on one connection."""
@@ -317,47 +244,23 @@ class Load:
             sock.shutdown(socket.SHUT_WR)
         return sock
 
-    def _watch(
-        self,
-        sock: socket.socket,
-        judge: StreamJudge,
-        group: Streams,
-        ready: trio.Event,
-        ended: trio.Event,
-        cancel: trio.Event,
-    ) -> None:
-        """Read it from the poller until it ends."""
+    async def _watch(self, stream: _WatchedStream, settled: trio.Event) -> None:
+        """Until it has ended."""
+        await stream.ready.wait()
+        settled.set()
+        if stream.group.cancel_after_tokens:
+            await stream.cancel_due.wait()
+            await self._cancel_turn(stream)
+        await stream.ended.wait()
 
-        def on_readable() -> None:
-            try:
-                data = sock.recv(262144)
-            except BlockingIOError:
-                return
-            except OSError:
-                judge.reset(time.monotonic())
-            else:
-                now = time.monotonic()
-                if data:
-                    judge.feed(data, now)
-                else:
-                    judge.end_of_input(now)
-            result = judge.result
-            leave = 0 < group.leave_after_tokens <= result.tokens
-            if judge.ended or leave:
-                self._poller.remove(sock)
-                if leave:
-                    result.ended_at = time.monotonic()
-                    result.note = "left"
-                sock.close()
-                self._sockets.remove(sock)
-                ready.set()
-                ended.set()
-            elif 0 < group.cancel_after_tokens <= result.tokens and not cancel.is_set():
-                cancel.set()
-            elif result.tokens or (group.ready_at == "head" and result.status is not None):
-                ready.set()
-
-        self._poller.add(sock, on_readable)
+    async def _cancel_turn(self, stream: _WatchedStream) -> None:
+        client = _Client(self._plan, stream.result.number)
+        try:
+            with await client.connect() as sock:
+                stream.result.cancelled_at = time.monotonic()
+                await client.exchange(sock, Request(path=f"{stream.location}/cancel"))
+        except (OSError, WireError, _RefusedError) as error:
+            stream.result.note = f"cancel: {error}"
 
     async def _wait_stalled(self, sock: socket.socket) -> None:
         """Wait until the server cannot send any more: its send queue has stood still for 300 ms."""
@@ -428,6 +331,19 @@ class Load:
         except OSError:
             result.state = "reset"
         result.ended_at = time.monotonic()
+
+    async def _run_calls(self, group: Calls, number: int) -> None:
+        result = CallsResult(group=group.name, number=number)
+        self.result.calls.append(result)
+        client = _Client(self._plan, number)
+        try:
+            async with self._opening:
+                with await client.connect() as sock:
+                    for request in group.requests * group.repeat:
+                        await client.exchange(sock, request)
+                        result.answered += 1
+        except (OSError, WireError, _RefusedError) as error:
+            result.note = str(error)
 
     # HTTP/2
 

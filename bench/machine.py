@@ -60,6 +60,16 @@ def look_at_machine(*, server_cpus: str | None, client_cpus: str | None) -> Mach
     )
 
 
+def describe_machine(machine: Machine) -> str:
+    """In a paragraph."""
+    versions = ", ".join(f"{name} {number}" for name, number in machine.versions.items())
+    return (
+        f"{machine.date}, {machine.cpu}, {machine.cores} cores, {machine.memory_gib} GiB, Linux {machine.kernel}, "
+        f"Python {machine.python}, node {machine.node or 'absent'}. Server on core {machine.server_cpus}, clients and "
+        f"model server on {machine.client_cpus}. Load average at the start {machine.load_average[0]:.1f}. {versions}."
+    )
+
+
 def choose_cpus() -> tuple[str | None, str | None]:
     """A core for the server and the others for clients and the model server; no pinning on one core."""
     cpus = sorted(os.sched_getaffinity(0))

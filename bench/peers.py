@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 import msgspec
 import trio
 
-from bench.load import LoadResult, Plan
+from bench.plan import LoadResult, Plan
 from bench.server_process import ROOT, python_command
 from bench.upstream import ReplyBook
 
@@ -75,9 +75,14 @@ class LoadClient:
 class UpstreamProcess:
     """A running model server. Made by :func:`open_upstream`."""
 
-    def __init__(self, lines: _Lines, url: str) -> None:
+    def __init__(self, lines: _Lines, port: int) -> None:
         self._lines = lines
-        self.url = url
+        self.port = port
+
+    @property
+    def url(self) -> str:
+        """Ends in ``/v1``, as a service is told."""
+        return f"http://127.0.0.1:{self.port}/v1"
 
     async def books(self) -> list[ReplyBook]:
         """What it knows of each request so far."""
@@ -95,7 +100,6 @@ async def open_load(plan: Plan, *, cpus: str | None = None) -> AsyncIterator[Loa
 
 @asynccontextmanager
 async def open_upstream(*, cpus: str | None = None) -> AsyncIterator[UpstreamProcess]:
-    """Start a model server; its ``url`` ends in ``/v1``."""
+    """Start a model server."""
     async with _open_lines("bench.upstream", cpus) as lines:
-        port = int((await lines.hear()).rpartition(b":")[2])
-        yield UpstreamProcess(lines, f"http://127.0.0.1:{port}/v1")
+        yield UpstreamProcess(lines, int((await lines.hear()).rpartition(b":")[2]))

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,16 +118,12 @@ class ServerProcess:
     # Signals
 
     def signal_main(self, number: int) -> float:
-        """Signal the process that was started; gives the time of it."""
-        now = time.monotonic()
-        os.kill(self.pid, number)
-        return now
+        """Signal the process that was started; gives the time of it. Raises ServerFailedError if all have ended."""
+        return self._signal(os.kill, number)
 
     def signal_group(self, number: int) -> float:
-        """Signal all its processes, as systemd and a terminal do."""
-        now = time.monotonic()
-        os.killpg(self.pid, number)
-        return now
+        """Signal all its processes, as systemd and a terminal do. Raises as :meth:`signal_main`."""
+        return self._signal(os.killpg, number)
 
     def members(self) -> list[int]:
         """The live processes of the group, the started one first."""
@@ -142,6 +138,15 @@ class ServerProcess:
     def resident_bytes(self) -> int:
         """The resident memory of all its processes, shared pages counted in each."""
         return sum(_resident_bytes(pid) for pid in self.members())
+
+    def _signal(self, send: Callable[[int, int], None], number: int) -> float:
+        now = time.monotonic()
+        try:
+            send(self.pid, number)
+        except ProcessLookupError:
+            code = self.gone.exit_code if self.gone else None
+            raise ServerFailedError("the server has ended by itself", exit_code=code, log=self.log()) from None
+        return now
 
     async def wait_gone(self) -> Gone:
         """Wait until no process of the group is left."""

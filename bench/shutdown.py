@@ -12,16 +12,15 @@ import msgspec
 import trio
 
 from bench.contenders import Contender
-from bench.load import Group, Idle, LoadResult, Plan, Request, Streams
 from bench.machine import busy_share
-from bench.peers import open_load, open_upstream
-from bench.server_process import ServerFailedError, open_server
+from bench.plan import Group, Idle, LoadResult, Request
+from bench.server_process import ServerFailedError
+from bench.stage import Place, Stage, chat_streams, open_stage
 from bench.upstream import ReplyBook
 from bench.wire import StreamEnd
 
 CAP_S = 20.0
 """After so long the group is killed, and the row says so."""
-_OPENING_MAX_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -39,21 +38,12 @@ class Case:
     def groups(self) -> tuple[Group, ...]:
         groups: list[Group] = []
         if self.streams > self.stalled:
-            groups.append(_streams("streams", self.streams - self.stalled, f"s$n {self.message}"))
+            groups.append(chat_streams("streams", self.streams - self.stalled, self.message))
         if self.stalled:
-            groups.append(_streams("stalled", self.stalled, "stalled$n rate=400 pad=400", stalled=True))
+            groups.append(chat_streams("stalled", self.stalled, "rate=400 pad=400", stalled=True))
         if self.idle:
             groups.append(Idle(count=self.idle, request=Request(method="GET", path="/healthz")))
         return tuple(groups)
-
-
-def _streams(name: str, count: int, message: str, *, stalled: bool = False) -> Streams:
-    request = Request(
-        path="/chat",
-        headers={"Accept": "text/event-stream"},
-        body=msgspec.json.encode({"message": message}).decode(),
-    )
-    return Streams(name=name, count=count, stream=request, stalled=stalled)
 
 
 def steady(streams: int) -> Case:
@@ -89,9 +79,11 @@ class ShutdownRow(msgspec.Struct, kw_only=True):
     exit_code: int | None = None
     killed: bool = False
     strays: int = 0
-    ends: dict[str, int] = {}  # of the well-behaved streams
+    streaming: int = 0  # well-behaved streams that had begun when the signal came
+    ends: dict[str, int] = {}  # of those
     terminals: dict[str, int] = {}
     stalled_ends: dict[str, int] = {}
+    too_late: dict[str, int] = {}  # what became of those that the server had not got round to
     gaps: int = 0
     tokens_lost: int | None = None  # sent by the model, never received
     upstream_closed_s: float | None = None  # the last connection to the model server
@@ -105,16 +97,7 @@ class ShutdownRow(msgspec.Struct, kw_only=True):
     load_average: float = 0
 
 
-async def run_case(
-    contender: Contender,
-    case: Case,
-    *,
-    repeat: int,
-    folder: Path,
-    server_cpus: str | None,
-    client_cpus: str | None,
-    cap_s: float = CAP_S,
-) -> ShutdownRow:
+async def run_case(contender: Contender, case: Case, place: Place, *, repeat: int, cap_s: float = CAP_S) -> ShutdownRow:
     """Start everything, let it stream, signal, watch. Never raises for what a contender does."""
     row = ShutdownRow(
         contender=contender.name,
@@ -127,43 +110,45 @@ async def run_case(
         busy_before=await busy_share(),
         load_average=os.getloadavg()[0],
     )
-    store = folder / f"{contender.name}-{case.name}-{repeat}.db"
-    log_path = folder / f"{contender.name}-{case.name}-{repeat}.log"
-    async with open_upstream(cpus=client_cpus) as upstream:
-        launch = contender.launch(upstream_url=upstream.url, store=store, cpus=server_cpus)
-        try:
-            async with open_server(launch, log_path=log_path) as server:
-                row.rss_idle_mib = server.resident_bytes() / 2**20
-                async with open_load(Plan(port=server.port, groups=case.groups()), cpus=client_cpus) as load:
-                    with trio.move_on_after(_OPENING_MAX_S):
-                        await load.wait_ready()
-                    await trio.sleep(case.settle_s)
-                    row.rss_loaded_mib = server.resident_bytes() / 2**20
-                    signalled = server.signal_main(signal.SIGTERM)
-                    with trio.move_on_after(cap_s):
-                        await server.wait_gone()
-                    if server.gone is None:
-                        row.killed = True
-                        server.signal_group(signal.SIGKILL)
-                    gone = await server.wait_gone()
-                    books = await upstream.books()
-                    result = await load.stop()
-        except ServerFailedError as error:
-            row.failed = str(error)[-2000:]
-            return row
-        row.exit_code = gone.exit_code
-        row.gone_s = None if row.killed else gone.at - signalled
-        row.strays = len(gone.strays)
-    _add_streams(row, result, signalled)
-    _add_books(row, result, books, signalled, relays=contender.relays)
-    _add_log(row, server.log())
+    try:
+        async with open_stage(contender, place) as stage:
+            await _stop_under_load(stage, case, row, cap_s, relays=contender.relays)
+    except ServerFailedError as error:
+        row.failed = str(error)[-2000:]
+        return row
+    _add_log(row, stage.server.log())
     if contender.count_replies is not None and case.streams:
-        row.replies_kept = await contender.count_replies(store)
+        row.replies_kept = await contender.count_replies(stage.store)
     return row
 
 
+async def _stop_under_load(stage: Stage, case: Case, row: ShutdownRow, cap_s: float, *, relays: bool) -> None:
+    server = stage.server
+    row.rss_idle_mib = server.resident_bytes() / 2**20
+    async with stage.open_load(*case.groups()) as load:
+        await trio.sleep(case.settle_s)
+        row.rss_loaded_mib = server.resident_bytes() / 2**20
+        signalled = server.signal_main(signal.SIGTERM)
+        with trio.move_on_after(cap_s):
+            await server.wait_gone()
+        if server.gone is None:
+            row.killed = True
+            server.signal_group(signal.SIGKILL)
+        gone = await server.wait_gone()
+        books = await stage.upstream.books()
+        result = await load.stop()
+    row.exit_code = gone.exit_code
+    row.gone_s = None if row.killed else gone.at - signalled
+    row.strays = len(gone.strays)
+    _add_streams(row, result, signalled)
+    _add_books(row, result, books, signalled, relays=relays)
+
+
 def _add_streams(row: ShutdownRow, result: LoadResult, signalled: float) -> None:
-    behaved = [stream for stream in result.streams if stream.group == "streams"]
+    opened = [stream for stream in result.streams if stream.group == "streams"]
+    behaved = [stream for stream in opened if stream.first_at is not None and stream.first_at < signalled]
+    row.streaming = len(behaved)
+    row.too_late = dict(Counter(str(stream.end) for stream in opened if stream not in behaved))
     row.ends = dict(Counter(stream.end.value for stream in behaved))
     row.terminals = dict(Counter(stream.terminal for stream in behaved if stream.terminal))
     row.stalled_ends = dict(Counter(stream.end.value for stream in result.streams if stream.group == "stalled"))
@@ -177,7 +162,7 @@ def _add_books(
 ) -> None:
     if not relays or not books:
         return
-    received = {f"s{stream.number}": stream.tokens for stream in result.streams if stream.group == "streams"}
+    received = {f"streams{stream.number}": stream.tokens for stream in result.streams if stream.group == "streams"}
     sent = {book.message.split()[0]: book.tokens for book in books}
     row.tokens_lost = sum(sent[name] - tokens for name, tokens in received.items() if name in sent)
     row.upstream_closed_s = max(book.closed_at or float("inf") for book in books) - signalled

@@ -10,7 +10,7 @@ from itertools import groupby
 
 from rich.table import Table
 
-from bench.machine import BUSY_SHARE_MAX, Machine
+from bench.machine import BUSY_SHARE_MAX, Machine, describe_machine
 from bench.rows import Summary, summarize
 from bench.shutdown import ShutdownRow
 
@@ -21,8 +21,9 @@ _HEAD = (
 _LEGEND = (
     "A stream ends properly (`terminal`) when a terminal event and the last chunk arrived. `clean`: the last chunk "
     "without a terminal event; `truncated`: the connection closed in mid-body; `reset`: reset in mid-body. Tokens lost "
-    "were sent by the model and never received by the client. The floors make their own tokens, have no model server "
-    "and keep nothing: they do less than every other row."
+    "were sent by the model and never received by the client. Streams not yet begun are those that the server had not "
+    "got round to within a minute: it was full. The floors make their own tokens, have no model server and keep nothing: "
+    "they do less than every other row."
 )
 
 
@@ -60,7 +61,9 @@ class Cell:
         return ", ".join(filter(None, [str(self.gone or ""), killed])) or "failed to start"
 
     def ends_text(self) -> str:
-        return ", ".join(f"{count} {end}" for end, count in self.ends.most_common()) or "-"
+        late = sum(sum(row.too_late.values()) for row in self.measured)
+        texts = [f"{count} {end}" for end, count in self.ends.most_common()]
+        return ", ".join([*texts, f"({late} not yet begun)"] if late else texts) or "-"
 
     def exits_text(self) -> str:
         return ", ".join(sorted({str(row.exit_code) for row in self.measured}))
@@ -104,7 +107,8 @@ def write_markdown(machine: Machine, rows: Sequence[ShutdownRow], *, cap_s: floa
     parts = [
         "# Shutdown under load",
         _HEAD.format(cap_s=cap_s),
-        _describe_machine(machine, rows),
+        describe_machine(machine),
+        _describe_busyness(rows),
         "![Shutdown latency by number of streams](shutdown.svg)" if plotted else "",
         *(_describe_case(case, cells) for case, cells in cells_of(rows).items()),
         _LEGEND,
@@ -113,20 +117,11 @@ def write_markdown(machine: Machine, rows: Sequence[ShutdownRow], *, cap_s: floa
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _describe_machine(machine: Machine, rows: Sequence[ShutdownRow]) -> str:
-    versions = ", ".join(f"{name} {number}" for name, number in machine.versions.items())
+def _describe_busyness(rows: Sequence[ShutdownRow]) -> str:
     busiest = max((row.busy_before for row in rows), default=0)
-    busy = (
-        f"\n\n**The machine was busy**: before a run, others used up to {busiest:.0%} of it. Read the figures as "
-        "upper bounds."
-        if busiest > BUSY_SHARE_MAX
-        else ""
-    )
-    return (
-        f"{machine.date}, {machine.cpu}, {machine.cores} cores, {machine.memory_gib} GiB, Linux {machine.kernel}, "
-        f"Python {machine.python}, node {machine.node or 'absent'}. Server on core {machine.server_cpus}, clients "
-        f"and model server on {machine.client_cpus}. {versions}.{busy}"
-    )
+    if busiest <= BUSY_SHARE_MAX:
+        return ""
+    return f"**The machine was busy**: before a run, others used up to {busiest:.0%} of it. Figures are upper bounds."
 
 
 def _describe_case(case: str, cells: Sequence[Cell]) -> str:

@@ -46,6 +46,7 @@ class ReplyBook(msgspec.Struct, kw_only=True):
     message: str
     tokens: int = 0  # sent to the last byte, as far as the kernel took them
     asked_at: float = 0
+    last_at: float | None = None  # the last token was sent
     closed_at: float | None = None  # the client closed, or the reply was whole
     finished: bool = False
 
@@ -122,6 +123,7 @@ class _Reply:
         self._unsent = self._unsent[sent:]
         if not self._unsent:
             self.book.tokens += self._unsent_tokens
+            self.book.last_at = time.monotonic()
 
     def end(self) -> None:
         if self.book.closed_at is None:

@@ -12,6 +12,7 @@ import msgspec
 
 _TOKEN = re.compile(rb"<(\d+)@(\d+)>")
 _TERMINAL = re.compile(rb'"type"\s*:\s*"turn\.(completed|failed|cancelled|interrupted)"')
+_NOTE_BYTES_MAX = 300
 _CARRY_BYTES = 64
 """Kept from one piece to the next, for what a chunk boundary cuts in two. Longer than any token mark."""
 
@@ -154,8 +155,9 @@ class StreamResult(msgspec.Struct, kw_only=True):
     tokens: int = 0
     gaps: int = 0  # tokens missing, doubled or out of order
     sent_at: float | None = None
-    first_at: float | None = None  # the first token
+    first_at: float | None = None  # the first piece of text
     ended_at: float | None = None
+    cancelled_at: float | None = None  # the client asked for it
     note: str = ""
 
 
@@ -179,6 +181,11 @@ class StreamJudge:
     @property
     def ended(self) -> bool:
         return self.result.ended_at is not None
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """Of an HTTP/1.1 response, once it has a status."""
+        return self._response.headers
 
     def feed(self, data: bytes, now: float) -> None:
         """Take bytes as they came."""
@@ -215,13 +222,19 @@ class StreamJudge:
     def last_chunk(self, now: float) -> None:
         """The response is whole."""
         if not self._is_stream:
+            self.result.note = f"{self.result.status} {self._carry.decode(errors='replace')}"
             self._end(StreamEnd.REFUSED, now)
         else:
             self._end(StreamEnd.TERMINAL if self.result.terminal else StreamEnd.CLEAN, now)
 
     def take_body(self, body: bytes, now: float) -> None:
         """A piece of the body."""
+        if not self._is_stream:
+            self._carry = (self._carry + body)[:_NOTE_BYTES_MAX]
+            return
         text = self._carry + body
+        if self.result.first_at is None and (b"turn.delta" in text or b'"content":"' in text):
+            self.result.first_at = now
         used = 0
         for match in _TOKEN.finditer(text):
             used = match.end()
@@ -229,8 +242,6 @@ class StreamJudge:
             if int(match[1]) != self.result.tokens:
                 self.result.gaps += 1
                 self.result.note = f"token {match[1].decode()} where {self.result.tokens} was due"
-            if self.result.first_at is None:
-                self.result.first_at = now
             if self._delays_ns is not None:
                 self._delays_ns.append(int(now * 1e9) - int(match[2]))
         for match in _TERMINAL.finditer(text):

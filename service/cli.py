@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from service import __version__
 from service.errors import StartupError
-from service.settings import SECRETS, Settings, Sources, Upstream, read_sources
+from service.settings import SECRETS, Settings, Sources, Upstream, read_sources, shown_url
 
 EXIT_REFUSED = 78
 """The exit code of a start-up that was refused: ``EX_CONFIG`` of sysexits.h."""
@@ -83,6 +83,8 @@ def _assignment(name: str, value: object) -> str:
         return f"# {name} is not set"
     if name in SECRETS:
         return f"# {name} is set, and hidden"
+    if name in ("url", "model_url"):
+        value = shown_url(str(value))
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return f"{name} = {json.dumps(value, ensure_ascii=False)}"  # of a string, a number or their list: TOML too

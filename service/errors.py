@@ -112,6 +112,7 @@ class OwnedElsewhereError(RefusedError):
     """
 
     code = "owned_elsewhere"
+    retry_after_s = 1
 
     def __init__(self, session_id: str, *, fence: int, address: str | None) -> None:
         super().__init__(f"The turns of session {session_id!r} run in another process of this service.")

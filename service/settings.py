@@ -27,6 +27,14 @@ CONFIG_FILE_VARIABLE = "LASTCALL_CONFIG_FILE"
 """Names another file than ``lastcall.toml`` in the working directory. The one variable that is not a setting."""
 SECRETS = frozenset({"api_key", "api_keys", "model_api_key"})
 """Settings whose values are never shown."""
+MASK = "********"
+"""What is shown in their place, and in place of other secrets."""
+_LISTS = {
+    "api_keys": '["first-key", "second-key"]',
+    "cors_origins": '["https://app.example.org"]',
+    "models": '["small", "large"]',
+}
+"""How settings that are lists of strings are written in the file."""
 
 
 def _number(value: object) -> object:
@@ -67,6 +75,15 @@ def _upstream_url(text: str) -> str:
     return text
 
 
+def shown_url(url: str) -> str:
+    """An upstream's URL as it may be shown: some servers take their key in the query, so no value of it is."""
+    if url.startswith("scripted:"):
+        return url
+    address, mark, query = url.partition("#")[0].partition("?")
+    pairs = (part.partition("=") for part in query.split("&"))
+    return address + mark + "&".join(name + equals + MASK if equals else name and MASK for name, equals, _ in pairs)
+
+
 def _has_good_port(url: str) -> bool:
     try:
         _ = urlsplit(url).port
@@ -91,6 +108,8 @@ Seconds = Annotated[float, Field(ge=0, le=31_536_000, allow_inf_nan=False), Befo
 PositiveSeconds = Annotated[float, Field(gt=0, le=31_536_000, allow_inf_nan=False), BeforeValidator(_number)]
 Count = Annotated[int, Field(ge=1, le=10_000_000), BeforeValidator(_number)]
 Bytes = Annotated[int, Field(ge=1024, le=1 << 30), BeforeValidator(_number)]
+# Well above what a log keeps free for its terminal event, or no other would fit.
+LogBytes = Annotated[int, Field(ge=64 * 1024, le=1 << 30), BeforeValidator(_number)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 Key = Annotated[SecretStr, AfterValidator(_key)]
 UpstreamUrl = Annotated[str, AfterValidator(_upstream_url)]
@@ -116,7 +135,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, use_attribute_docstrings=True)
 
     bind: Annotated[str, AfterValidator(_listening_address)] = "127.0.0.1:8000"
-    """Where to listen: `host:port`, `[::1]:8000` or `unix:path`; port 0 takes a free one."""
+    """Where to listen: `host:port`, `[::1]:8000` or, with `api_keys`, `unix:path`; port 0 takes a free one."""
     tls_certfile: Name | None = None
     """Certificate chain (PEM); together with `tls_keyfile`."""
     tls_keyfile: Name | None = None
@@ -177,7 +196,7 @@ class Settings(BaseModel):
     """One turn's input, and a session's system message."""
     reply_bytes_max: Bytes = 1024 * 1024
     """One turn's reply."""
-    log_bytes_max: Bytes = 16 * 1024 * 1024
+    log_bytes_max: LogBytes = 16 * 1024 * 1024
     """One turn's events."""
     prompt_bytes_max: Bytes = 512 * 1024
     """What is sent to a model; the oldest turns are left out beyond it."""
@@ -227,11 +246,14 @@ class Settings(BaseModel):
 
     def _misfits(self) -> Iterator[str]:
         given = self.model_fields_set
+        if self.bind.startswith("unix:") and not self.api_keys:
+            # Without them only this machine is served, and on a Unix socket nobody knows where a request is from.
+            yield "api_keys should be set for a bind of unix:path, or every request would be refused"
         if (self.tls_certfile is None) != (self.tls_keyfile is None):
             yield "tls_certfile and tls_keyfile should be set together"
         if not self.upstreams:
             if not self.model_url.startswith("scripted:") and "model" not in given:
-                yield f"model should be set: a model that {self.model_url} serves"
+                yield f"model should be set: a model that {shown_url(self.model_url)} serves"
             return
         if clash := sorted({"model_url", "model_api_key"} & given):
             yield f"{' and '.join(clash)} should not be set together with upstreams"
@@ -357,6 +379,8 @@ def _complaint(detail: ErrorDetails, *, of_variable: bool) -> str:
     if names == ["upstreams"]:
         return "should be at least one [[upstreams]] table of the file"
     value = detail["input"]
+    if names[-1] in ("url", "model_url") and isinstance(value, str):
+        value = shown_url(value)
     secret = names[-1] in SECRETS or (names[-1].endswith("url") and "@" in str(value))
     shown = isinstance(value, str | int | float) and not secret
     return f"{value!r} {_allowed(names[-1], detail)}" if shown else _allowed(names[-1], detail)
@@ -365,6 +389,8 @@ def _complaint(detail: ErrorDetails, *, of_variable: bool) -> str:
 def _allowed(name: str, detail: ErrorDetails) -> str:
     if detail["type"] == "value_error":
         return str(detail["ctx"]["error"])
+    if detail["type"] == "tuple_type":
+        return f"should be a list of strings, such as {_LISTS[name]}"
     field_schema: dict[str, Any] = Settings.model_json_schema()["properties"].get(name, {})
     schema = field_schema.get("anyOf", [field_schema])[0]
     if "maximum" not in schema:

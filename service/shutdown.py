@@ -15,9 +15,10 @@ Nothing here waits for what is not there: without an open turn the phases after 
 time. Nothing that goes wrong in a phase stops the ones after it: it is a fault, and is reported.
 """
 
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from enum import StrEnum
+from typing import TypeVar
 
 import msgspec
 import structlog
@@ -30,6 +31,8 @@ logger = structlog.get_logger("lastcall.shutdown")
 
 SETTLE_S = 0.1
 """What a phase may take beyond its bound, so that those who wait by the same bound come first."""
+LATE_CLOSE_S = 0.2
+T = TypeVar("T")
 
 
 class Phase(StrEnum):
@@ -102,6 +105,7 @@ class Shutdown:
         self._hurry = trio.Event()
         self._phase_started = 0.0
         self._phases_ms: dict[str, float] = {}
+        self._release_deadline: float | None = None
         self._sessions: Sessions | None = None
         self._before: SessionsStatistics | None = None
         self._faults: list[str] = []
@@ -142,6 +146,25 @@ class Shutdown:
         except Exception as error:  # noqa: BLE001
             self.note_fault(f"{what}: {error!r}")
 
+    @asynccontextmanager
+    async def closing(self, opened: AbstractAsyncContextManager[T], what: str) -> AsyncIterator[T]:
+        """Open a part of the service whose closing must not hold up the others: a slow or broken one is a fault.
+
+        All of them share the release's time; who comes when it is over gets a little all the same.
+        """
+        part = await opened.__aenter__()
+        try:
+            yield part
+        finally:
+            now = trio.current_time()
+            deadline = now + self._settings.release_timeout_s
+            if self._release_deadline is not None:
+                deadline = max(self._release_deadline, now + LATE_CLOSE_S)
+            with self.noting_faults(f"closing {what}"), trio.CancelScope(deadline=deadline, shield=True) as bound:
+                await opened.__aexit__(None, None, None)
+            if bound.cancel_called:
+                self.note_fault(f"closing {what} took longer than release_timeout_s")
+
     def note_client_closed(self) -> None:
         self._clients_closed += 1
 
@@ -161,19 +184,25 @@ class Shutdown:
         task_status.started()
         await self.noticed.wait()
         self._before = sessions.statistics()
-        with trio.move_on_after(self._settings.lame_duck_timeout_s):
-            await self._hurry.wait()
+        if self._settings.lame_duck_timeout_s:
+            with trio.move_on_after(self._settings.lame_duck_timeout_s):
+                await self._hurry.wait()
         self._refuse_work()
         self._enter(Phase.DRAINING)
         await self._drain(sessions)
         self._enter(Phase.INTERRUPTING)
         await self._interrupt(sessions)
         self._enter(Phase.RELEASING)
+        self._release_deadline = trio.current_time() + self._settings.release_timeout_s
         self.work_ended.set()
 
     async def _drain(self, sessions: Sessions) -> None:
         with self.noting_faults("interrupting queued turns"):
             sessions.interrupt_queued()
+        # Where nothing may be waited for, nothing is: under load a single checkpoint costs a round of the event loop,
+        # in which every stream has its turn.
+        if not self._settings.drain_timeout_s:
+            return
         with trio.move_on_after(self._settings.drain_timeout_s):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_cancel_after, nursery.cancel_scope, self._hurry)
@@ -216,6 +245,8 @@ class Shutdown:
         phases_ms["total"] = round(sum(phases_ms.values()), 1)
         before = self._before or NOTHING
         after = before if self._sessions is None else self._sessions.statistics()
+        if crashed := after.turns_crashed - before.turns_crashed:
+            faults.append(f"{crashed} turns crashed; the log says how")
         if after.turns_unkept:
             faults.append(f"the end of {after.turns_unkept} turns is not in the store")
         return ShutdownReport(

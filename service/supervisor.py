@@ -5,8 +5,9 @@
     open_service()
     ├─ store              opened first, closed last; nothing acknowledged is lost
     ├─ model clients      one per upstream; closed after the last turn
-    ├─ expiry loop        an error in it is logged and it goes on
-    ├─ checkpoint loop    the same; with a store that outlives the process
+    ├─ expiry loop        these three: an error in one is logged and it goes on
+    ├─ mending loop       what the store refused, and the turns of processes that died
+    ├─ checkpoint loop    only with a store that outlives the process
     ├─ sessions           one task per session with work
     │  └─ session <id>    its failure ends this session's turns only
     │     └─ turn <id>    whole-turn deadline; a failure becomes its terminal event
@@ -30,15 +31,16 @@ from pydantic import SecretStr
 from service.clock import Clock, wall_clock
 from service.errors import SettingsError, StartupError, StoreError
 from service.models.client import ModelClient
-from service.models.openai_compatible import OpenAICompatibleClient, open_openai_compatible
+from service.models.openai_compatible import open_openai_compatible
 from service.models.retrying import RetryingClient
-from service.models.scripted import ScriptedClient, open_scripted
+from service.models.scripted import open_scripted
 from service.models.upstreams import Upstreams
 from service.sessions.checkpoints import run_checkpoints
 from service.sessions.expiry import run_expiry
+from service.sessions.mending import run_mending
 from service.sessions.registry import Sessions, open_sessions
 from service.sessions.store_deadline import answered_within
-from service.settings import Settings
+from service.settings import Settings, shown_url
 from service.shutdown import Shutdown
 from service.storage.memory import open_memory_store
 from service.storage.store import Store
@@ -59,33 +61,53 @@ class Service:
 
 @asynccontextmanager
 async def open_service(
-    settings: Settings, *, shutdown: Shutdown | None = None, clock: Clock = wall_clock
+    settings: Settings,
+    *,
+    shutdown: Shutdown | None = None,
+    clock: Clock = wall_clock,
+    peer_address: str | None = None,
 ) -> AsyncIterator[Service]:
     """The whole service. Leaving it stops and closes everything, in reverse order, each within its bound.
 
     Args:
         shutdown: Who is told of the stop; made by the caller where a notice may come before the tree stands.
+        peer_address: Where this process answers other processes that share the store.
 
     Raises:
         StartupError: Something cannot be opened; one sentence says what and why.
     """
     shutdown = shutdown or Shutdown(settings)
     async with (
-        _open_store(settings) as store,
+        shutdown.closing(_open_store(settings, peer_address), "the store") as store,
         _open_upstreams(settings, shutdown, clock) as upstreams,
         trio.open_nursery() as nursery,
         open_sessions(store=store, client_for=upstreams.client_for, clock=clock, settings=settings) as sessions,
     ):
         await _recover(store, clock, settings)
-        await nursery.start(partial(_run_expiry, store, sessions, clock, settings), name="expiry loop")
+        expiry = partial(
+            run_expiry,
+            store,
+            clock=clock,
+            interval_s=settings.expiry_interval_s,
+            store_timeout_s=settings.store_timeout_s,
+        )
+        await nursery.start(expiry, name="expiry loop")
+        await nursery.start(partial(run_mending, sessions, shared=store.durable), name="mending loop")
         if store.durable:
-            await nursery.start(partial(_run_checkpoints, store, sessions, settings), name="checkpoint loop")
+            checkpoints = partial(
+                run_checkpoints,
+                store,
+                open_turns=sessions.open_turns,
+                interval_s=settings.checkpoint_interval_s,
+                store_timeout_s=settings.store_timeout_s,
+            )
+            await nursery.start(checkpoints, name="checkpoint loop")
         await nursery.start(shutdown.run, sessions, name="shutdown watcher")
         yield Service(settings, clock, store, sessions, shutdown)
         nursery.cancel_scope.cancel()
 
 
-def _open_store(settings: Settings) -> AbstractAsyncContextManager[Store]:
+def _open_store(settings: Settings, peer_address: str | None) -> AbstractAsyncContextManager[Store]:
     """The store that ``store_url`` names."""
     if settings.store_url == "memory:":
         return open_memory_store()
@@ -93,7 +115,7 @@ def _open_store(settings: Settings) -> AbstractAsyncContextManager[Store]:
         from service.storage.sqlite import open_sqlite_store  # noqa: PLC0415  only who uses it needs SQLite
 
         path = settings.store_url.removeprefix("sqlite:")
-        return open_sqlite_store(path, close_timeout_s=settings.release_timeout_s)
+        return open_sqlite_store(path, address=peer_address, close_timeout_s=settings.release_timeout_s)
     raise SettingsError(f"store_url: {settings.store_url!r} names no store there is; allowed: memory:, sqlite:path")
 
 
@@ -102,21 +124,21 @@ async def _open_upstreams(settings: Settings, shutdown: Shutdown, clock: Clock) 
     """One model client per upstream, each with its own connection pool. Closed in reverse, each within its bound."""
 
     async def open_client(url: str, api_key: SecretStr | None, name: str | None) -> ModelClient:
-        client: ScriptedClient | OpenAICompatibleClient
         # On the way down the client's own close comes first, then the note that it is closed.
         clients.callback(shutdown.note_client_closed)
         if url.startswith("scripted:"):
-            client = await clients.enter_async_context(open_scripted(url, name=name))
+            opened: AbstractAsyncContextManager[ModelClient] = open_scripted(url, name=name)
         else:
-            client = await clients.enter_async_context(
-                open_openai_compatible(
-                    url,
-                    api_key=api_key.get_secret_value() if api_key is not None else None,
-                    name=name,
-                    connect_timeout_s=settings.connect_timeout_s,
-                    clock=clock,
-                )
+            opened = open_openai_compatible(
+                url,
+                api_key=api_key.get_secret_value() if api_key is not None else None,
+                name=name,
+                connect_timeout_s=settings.connect_timeout_s,
+                clock=clock,
             )
+        client = await clients.enter_async_context(
+            shutdown.closing(opened, f"the model client {name or shown_url(url)}")
+        )
         return RetryingClient(client, retries_max=settings.model_retries_max)
 
     async with AsyncExitStack() as clients:
@@ -138,35 +160,3 @@ async def _recover(store: Store, clock: Clock, settings: Settings) -> None:
         raise StartupError(f"The store {store.name} cannot be used: {error}") from error
     if recovered:
         logger.info("turns of a crashed process ended as interrupted", turns=recovered)
-
-
-async def _run_expiry(
-    store: Store,
-    sessions: Sessions,
-    clock: Clock,
-    settings: Settings,
-    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    await run_expiry(
-        store,
-        clock=clock,
-        interval_s=settings.expiry_interval_s,
-        store_timeout_s=settings.store_timeout_s,
-        settle=sessions.settle,
-        task_status=task_status,
-    )
-
-
-async def _run_checkpoints(
-    store: Store,
-    sessions: Sessions,
-    settings: Settings,
-    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    await run_checkpoints(
-        store,
-        open_turns=sessions.open_turns,
-        interval_s=settings.checkpoint_interval_s,
-        store_timeout_s=settings.store_timeout_s,
-        task_status=task_status,
-    )

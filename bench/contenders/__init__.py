@@ -25,7 +25,7 @@ class Contender:
         argv: The command.
         env: Its settings.
         workers: How many processes serve.
-        relays: Whether there is a model server behind it; a floor makes its own tokens.
+        relays: Whether there is a model server behind it; otherwise it makes its own tokens.
         needs: Modules it imports beyond the service's own.
         store_env: Names the environment variable that takes a store, and turns a path into its value.
         count_replies: Counts the non-empty replies in that store afterwards.
@@ -49,7 +49,7 @@ class Contender:
         return next((module for module in self.needs if find_spec(module) is None), None)
 
     def launch(self, *, upstream_url: str, store: Path, cpus: str | None) -> Launch:
-        env = {**self.env, "BENCH_UPSTREAM": upstream_url, "LASTCALL_MODEL_URL": upstream_url}
+        env = {"BENCH_UPSTREAM": upstream_url, "LASTCALL_MODEL_URL": upstream_url, **self.env}
         if self.store_env is not None:
             env[self.store_env[0]] = self.store_env[1](store)
         return Launch(self.argv, env=env, workers=self.workers, cpus=cpus)
@@ -147,6 +147,18 @@ CONTENDERS: tuple[Contender, ...] = (
         _hypercorn("bench.contenders.quart_trio_plain:app"),
         store_env=("BENCH_STORE", str),
         count_replies=_count_rows,
+    ),
+    Contender(
+        "lastcall-alone",
+        "Lastcall, own tokens, memory store",
+        _SERVICE,
+        env={
+            "LASTCALL_DRAIN_TIMEOUT_S": "0",
+            "LASTCALL_STORE_URL": "memory:",
+            "LASTCALL_LIVE_TURNS_MAX": "4000",
+            "LASTCALL_MODEL_URL": "scripted:?tokens=1000000&rate=20&first_token_s=0",
+        },
+        relays=False,
     ),
     Contender("node", "floor: bare node", ["node", "bench/contenders/node_floor.mjs"], relays=False),
     Contender("trio", "floor: bare Trio", python_command("-m", "bench.contenders.trio_floor"), relays=False),

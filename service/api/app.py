@@ -15,6 +15,7 @@ from service.api.held import holding
 from service.api.operations import operation_of
 from service.api.problems import NotReadyError, answer_error
 from service.api.serving import attach, current_access, current_service, detach
+from service.api.targets import is_usable, refuse_target
 from service.errors import InvalidRequestError, OwnedElsewhereError
 
 __all__ = ["Application", "attach", "create_app", "detach"]
@@ -26,6 +27,9 @@ class Application(QuartTrio):
     request_class = BoundedRequest
 
     async def asgi_app(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "lifespan" and not is_usable(scope):
+            await refuse_target(scope, send)
+            return
         with holding(scope):
             await super().asgi_app(scope, receive, send)
 
@@ -77,6 +81,8 @@ def _refuse_query(handler: Callable[..., Any]) -> None:
 
 
 async def _share(response: Response) -> Response:
+    if is_from_peer():
+        return response  # the process that asks does it
     try:
         allow_origin(response.headers, current_service().settings.cors_origins)
     except NotReadyError:

@@ -10,11 +10,12 @@ from service.api.strict_json import InputTooLargeError, check_texts, convert, pa
 from service.api.wire import RequestBody
 from service.errors import RefusedError
 from service.settings import Settings
+from service.supervisor import Service
 
 B = TypeVar("B", bound=RequestBody)
 
 _KEPT = "lastcall.body"
-"""Where a request's body is kept, in its ASGI scope, for whoever has to send it on."""
+"""Where a request's body is kept, in its ASGI scope, for whoever may have to send it on."""
 
 
 class UnsupportedMediaTypeError(RefusedError):
@@ -108,8 +109,11 @@ def body_bytes_max(settings: Settings) -> int:
     return 6 * settings.input_bytes_max + 128 * 1024
 
 
-async def read_body(request: Request, kind: type[B], settings: Settings) -> B:
+async def read_body(request: Request, kind: type[B], service: Service) -> B:
     """Read the body as a ``kind``. Cancelled when the client leaves.
+
+    Where other processes may share the store, and have to answer instead, it is kept as it came until
+    :func:`drop_body`.
 
     Raises:
         UnsupportedMediaTypeError
@@ -123,18 +127,24 @@ async def read_body(request: Request, kind: type[B], settings: Settings) -> B:
     raw = kept_body(request)
     if not raw:
         assert isinstance(request.body, BoundedBody)
-        with trio.move_on_after(settings.body_timeout_s) as arrival:
+        with trio.move_on_after(service.settings.body_timeout_s) as arrival:
             raw = await request.body.read()
         if arrival.cancelled_caught:
             raise BodyTimeoutError
-        cast("dict[str, object]", request.scope)[_KEPT] = raw
-    return parse_body(raw, kind, text_bytes_max=settings.input_bytes_max)
+        if service.store.durable:
+            cast("dict[str, object]", request.scope)[_KEPT] = raw
+    return parse_body(raw, kind, text_bytes_max=service.settings.input_bytes_max)
 
 
 def kept_body(request: Request) -> bytes:
-    """The body as it came in, once it was read; empty before."""
+    """The body as it came in, while it is kept; empty before and after."""
     body: bytes = cast("dict[str, object]", request.scope).get(_KEPT, b"")  # type: ignore[assignment]
     return body
+
+
+def drop_body(request: Request) -> None:
+    """Keep the body no longer: it is decided who answers. Idempotent."""
+    cast("dict[str, object]", request.scope).pop(_KEPT, None)
 
 
 def parse_body(raw: bytes, kind: type[B], *, text_bytes_max: int) -> B:

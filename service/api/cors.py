@@ -4,6 +4,8 @@ from quart import request
 from quart_trio.wrappers import TrioResponse
 from werkzeug.datastructures import Headers
 
+from service.api.serving import no_content
+
 _METHODS = "GET, POST, PATCH, DELETE"
 _REQUEST_HEADERS = "Authorization, Content-Type, Last-Event-ID"
 _RESPONSE_HEADERS = "Location, Retry-After"
@@ -28,7 +30,9 @@ def preflight_response(allowed: tuple[str, ...]) -> TrioResponse | None:
         "Access-Control-Allow-Headers": _REQUEST_HEADERS,
         "Access-Control-Max-Age": str(_PREFLIGHT_S),
     }
-    return TrioResponse(b"", 204, headers)
+    response = no_content()
+    response.headers.update(headers)
+    return response
 
 
 def allow_origin(headers: Headers, allowed: tuple[str, ...]) -> None:

@@ -6,8 +6,10 @@ middle, its turns are recovered here and a stream goes on from the store: it end
 all the same.
 """
 
+import os
 import re
-from collections.abc import AsyncIterator
+import socket
+import struct
 from contextlib import suppress
 
 import h11
@@ -17,11 +19,13 @@ from quart import current_app, request
 from quart.wrappers.response import ResponseBody
 from quart_trio.wrappers import TrioResponse
 
-from service.api.bodies import kept_body
+from service.api.bodies import drop_body, kept_body
 from service.api.held import give_back_later
 from service.api.serving import current_service
-from service.api.sse import MEDIA_TYPE, EventStream
-from service.errors import OwnedElsewhereError, StoreError
+from service.api.sse import MEDIA_TYPE
+from service.errors import InvalidRequestError, LastcallError, OwnedElsewhereError, ShuttingDownError, StoreError
+from service.sessions.event_log import EventLog
+from service.sessions.streams import Forward
 
 logger = structlog.get_logger("lastcall.forwarding")
 
@@ -31,16 +35,40 @@ _HOPS = "lastcall-hops"
 _HOPS_MAX = 3
 """The owner may change while a request is on its way; it does not change for ever."""
 _CONNECT_TIMEOUT_S = 2.0
+_DYING_S = 1.0
+"""How long the lock of a process that dies may outlive its connections."""
+_LOOK_S = 0.01
+_WRITE_BYTES_MAX = 64 * 1024
+_CREDENTIALS = struct.Struct("3i")  # process, user, group
+_NOBODY = -1
 _HOP_BY_HOP = frozenset(
     (b"connection", b"keep-alive", b"transfer-encoding", b"upgrade", b"te", b"trailer", b"date", b"server", b"expect")
 )
 _TURN_PATH = re.compile(r"/sessions/([^/]+)/turns/(turn_[0-9a-f]{32})")
-_LAST_ID = re.compile(rb"(?:^|\n)id: (\d+)\n(?!.*\nid: )", re.DOTALL)
+_GONE = (OSError, trio.BrokenResourceError, h11.RemoteProtocolError)
+"""What a connection whose other process has died raises."""
 
 
 def is_from_peer() -> bool:
     """Whether the current request came from another process of this service."""
     return PEER in request.scope
+
+
+def socket_name(address: str) -> str:
+    """What the kernel calls a peer's address: a leading ``@`` stands for the NUL of an abstract name."""
+    return f"\0{address[1:]}" if address.startswith("@") else address
+
+
+def user_of_peer(stream_socket: trio.socket.SocketType | None) -> int:
+    """The user whose process is at the other end of a Unix socket; without one, this process's own.
+
+    Source: unix(7), ``SO_PEERCRED``.
+    """
+    if stream_socket is None:
+        return os.getuid()
+    credentials = stream_socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    user: int = _CREDENTIALS.unpack(credentials)[1]
+    return user
 
 
 async def forward(error: OwnedElsewhereError) -> TrioResponse:
@@ -49,114 +77,175 @@ async def forward(error: OwnedElsewhereError) -> TrioResponse:
     Raises:
         StoreError: It cannot be reached and whether it has accepted the request is unknown; or the owner
             changed too often.
+        ShuttingDownError: This process stops before the answer.
     """
     hops = int(request.headers.get(_HOPS, "0")) if is_from_peer() else 0
     if error.address is None or hops >= _HOPS_MAX:
         raise StoreError(str(error))
-    try:
-        with trio.fail_after(_CONNECT_TIMEOUT_S):
-            stream = await trio.open_unix_socket(error.address)
-    except (OSError, trio.TooSlowError):
+    stream = await _connect(error.address)
+    if stream is None:
         return await _answer_here(error)
     give_back_later(stream.socket.close)
+    if user_of_peer(stream.socket) != user_of_peer(None):
+        raise StoreError(str(error))
+    logger.debug("asking the owner", session_id=error.session_id, owner=error.fence, method=request.method)
+    slot = current_service().sessions.open_forward()
+    give_back_later(slot.close)
     peer = _Peer(stream)
-    try:
-        await peer.send_request(hops + 1)
-        head = await peer.receive_head()
-    except (OSError, trio.BrokenResourceError, h11.RemoteProtocolError) as broken:
-        if request.method == "POST" and not request.path.endswith("/cancel"):
-            await current_service().sessions.recover()
-            raise StoreError(
-                "The process that runs this session's turns has died; whether it accepted the request shows in the "
-                "session's turns."
-            ) from broken
-        return await _answer_here(error)
-    headers = [(name.decode(), value.decode("latin-1")) for name, value in head.headers if name not in _HOP_BY_HOP]
-    response = TrioResponse(b"", head.status_code)
+    answer = None
+    with slot.waiting() as wait:
+        answer = await peer.ask(hops + 1)
+    if wait.cancelled_caught:
+        raise ShuttingDownError
+    if answer is None:
+        if request.method != "POST" or request.path.endswith("/cancel"):
+            return await _answer_here(error)
+        await _wait_until_free(error.session_id, error.fence)
+        raise StoreError(
+            "The process that runs this session's turns has died; whether it accepted the request shows in the "
+            "session's turns.",
+            retry_after_s=None,
+        )
+    drop_body(request)
+    head, body = answer
+    response = TrioResponse(body, head.status_code)
     response.headers.clear()
-    response.headers.extend(headers)
-    if head.status_code != 204 and request.method != "HEAD":
-        is_stream = response.headers.get("Content-Type", "").startswith(MEDIA_TYPE)
-        response.response = ForwardedBody(peer, is_stream=is_stream, location=response.headers.get("Location"))
+    response.headers.extend(
+        (name.decode(), value.decode("latin-1")) for name, value in head.headers if name not in _HOP_BY_HOP
+    )
+    if _is_stream(head):
+        response.response = ForwardedStream(
+            peer, slot, fence=error.fence, turn_path=response.headers.get("Location") or request.path
+        )
     response.timeout = None
     return response
 
 
+async def _connect(address: str) -> trio.SocketStream | None:
+    """A connection to the owner; None where nobody answers there."""
+    with trio.move_on_after(_CONNECT_TIMEOUT_S):
+        while True:
+            try:
+                stream = await trio.open_unix_socket(socket_name(address))
+            except OSError:
+                return None
+            if user_of_peer(stream.socket) != _NOBODY:
+                return stream
+            stream.socket.close()  # its backlog is full: the kernel refuses, Trio does not notice
+            await trio.sleep(_LOOK_S)
+    return None
+
+
 async def _answer_here(error: OwnedElsewhereError) -> TrioResponse:
     """The owner is gone: end its turns and begin the request anew, here."""
-    service = current_service()
-    await service.sessions.recover()
-    if (await service.store.find_owner(error.session_id)) is not None:
-        raise StoreError(str(error))
-    response = await current_app.dispatch_request()
+    await _wait_until_free(error.session_id, error.fence)
+    assert request.endpoint is not None
+    handler = current_app.view_functions[request.endpoint]
+    response = await handler(**(request.view_args or {}))  # type: ignore[misc]
     assert isinstance(response, TrioResponse)
     return response
 
 
-class ForwardedBody(ResponseBody):
-    """A body on its way from the owner to the client. Of an event stream only whole frames are passed on."""
+async def _wait_until_free(session_id: str, fence: int) -> None:
+    """End what an owner that has died left open in a session; it may be dying yet.
 
-    def __init__(self, peer: "_Peer", *, is_stream: bool, location: str | None) -> None:
+    Raises:
+        StoreError: It lives.
+    """
+    service = current_service()
+    with trio.move_on_after(_DYING_S):
+        while True:
+            await service.sessions.recover()
+            owner = await service.store.find_owner(session_id)
+            if owner is None or owner.fence != fence:
+                return
+            await trio.sleep(_LOOK_S)
+    raise StoreError(f"The process that runs the turns of session {session_id!r} does not answer.")
+
+
+class ForwardedStream(ResponseBody):
+    """An event stream on its way from the owner to the client, in whole frames.
+
+    Args:
+        fence: The owner's.
+        turn_path: Of the turn whose events they are.
+    """
+
+    def __init__(self, peer: "_Peer", slot: Forward, *, fence: int, turn_path: str) -> None:
         self._peer = peer
-        self._is_stream = is_stream
-        self._turn = _TURN_PATH.match(location or request.path)
+        self._slot = slot
+        self._fence = fence
+        self._turn_path = turn_path
         self._cursor = 0
-        if is_stream and request.headers.get("Last-Event-ID", request.args.get("after", "")).isdigit():
-            self._cursor = int(request.headers.get("Last-Event-ID") or request.args["after"])
+        if request.method == "GET":  # it is one that the owner has found good
+            self._cursor = int(request.headers.get("Last-Event-ID") or request.args.get("after") or 0)
         self._unsent = b""
-        self._from_store: AsyncIterator[bytes] | None = None
+        self._rest: EventLog | None = None
 
-    async def __aenter__(self) -> "ForwardedBody":
+    async def __aenter__(self) -> "ForwardedStream":
         return self
 
     async def __aexit__(self, *_: object) -> None:
         pass  # the connection to the owner is closed with the request
 
-    def __aiter__(self) -> "ForwardedBody":
+    def __aiter__(self) -> "ForwardedStream":
         return self
 
     async def __anext__(self) -> bytes:
-        while self._from_store is None:
+        frames = b""
+        if self._rest is None:
             try:
-                data = await self._peer.receive_body()
-            except (OSError, trio.BrokenResourceError, h11.RemoteProtocolError):
-                if self._turn is None or not self._is_stream:
-                    raise
-                self._from_store = await self._go_on_from_store()
-                break
-            if not data:
-                raise StopAsyncIteration
-            if not self._is_stream:
-                return data
-            if frames := self._whole_frames(data):
-                return frames
-        return await anext(self._from_store)
-
-    def _whole_frames(self, data: bytes) -> bytes:
-        self._unsent += data
-        end = self._unsent.rfind(b"\n\n") + 2
-        if end == 1:
-            return b""
-        frames, self._unsent = self._unsent[:end], self._unsent[end:]
-        last_id = _LAST_ID.search(frames)
-        if last_id is not None:
-            self._cursor = int(last_id[1])
+                frames = await self._receive_frames()
+            except _GONE:
+                self._rest = await self._open_rest()
+        if self._rest is not None:
+            frames, self._cursor = self._rest.read_after(self._cursor, bytes_max=_WRITE_BYTES_MAX)
+        if not frames:
+            raise StopAsyncIteration
         return frames
 
-    async def _go_on_from_store(self) -> AsyncIterator[bytes]:
-        """The rest of the stream, once the turn that lost its process has been recovered."""
-        assert self._turn is not None
-        service = current_service()
-        session_id, turn_id = self._turn.groups()
-        logger.info("a stream goes on from the store: its owner died", session_id=session_id, turn_id=turn_id)
-        await service.sessions.recover()
-        log, watch = await service.sessions.open_events(session_id, turn_id, after=self._cursor)
-        give_back_later(watch.release)
-        slot = service.sessions.open_stream()
-        give_back_later(slot.close, ended=False)
-        return EventStream(
-            log, slot, cursor=self._cursor, heartbeat_interval_s=service.settings.heartbeat_interval_s
-        ).__aiter__()
+    async def _receive_frames(self) -> bytes:
+        """At least one; empty at the end, and when this process goes: the client resumes elsewhere."""
+        while True:
+            data = b""
+            with self._slot.waiting():
+                data = await self._peer.receive_body()
+            if not data:
+                return b""
+            frames, end, begun = (self._unsent + data).rpartition(b"\n\n")
+            self._unsent = begun
+            if end:
+                return self._noting_cursor(frames + end)
+
+    def _noting_cursor(self, frames: bytes) -> bytes:
+        _, found, last = (b"\n" + frames).rpartition(b"\nid: ")
+        if found:
+            self._cursor = int(last.partition(b"\n")[0])
+        return frames
+
+    async def _open_rest(self) -> EventLog | None:
+        """What is left of a stream that lost its owner, from the store; None where it cannot be had: it was cut."""
+        turn = _TURN_PATH.fullmatch(self._turn_path.removesuffix("/events"))
+        assert turn is not None
+        session_id, turn_id = turn.groups()
+        try:
+            await _wait_until_free(session_id, self._fence)
+            log, watch = await current_service().sessions.open_events(session_id, turn_id)
+        except LastcallError as error:
+            logger.warning("a stream was cut with its owner", session_id=session_id, turn_id=turn_id, error=str(error))
+            return None
+        watch.release()
+        logger.info("a stream ends from the store: its owner died", session_id=session_id, turn_id=turn_id)
+        if self._cursor < log.last_seq:
+            # Who saw events that nobody could keep goes on with the end, which is the last of them.
+            self._cursor = min(self._cursor, len(log.frames()) - 1)
+        return log
+
+
+def _is_stream(head: h11.Response) -> bool:
+    return request.method != "HEAD" and any(
+        name == b"content-type" and value.startswith(MEDIA_TYPE.encode()) for name, value in head.headers
+    )
 
 
 class _Peer:
@@ -166,7 +255,22 @@ class _Peer:
         self._stream = stream
         self._protocol = h11.Connection(h11.CLIENT)
 
-    async def send_request(self, hops: int) -> None:
+    async def ask(self, hops: int) -> tuple[h11.Response, bytes] | None:
+        """Send the current request; the answer, None where the owner dies before it. A stream's body is left to come.
+
+        Raises:
+            InvalidRequestError: HTTP/1.1 has no way to say it.
+        """
+        try:
+            await self._send_request(hops)
+            head = await self._receive_head()
+            return head, b"" if _is_stream(head) else await self._receive_whole_body()
+        except h11.LocalProtocolError as error:
+            raise InvalidRequestError(f"This request has a header that cannot be passed on: {error}.") from error
+        except _GONE:
+            return None
+
+    async def _send_request(self, hops: int) -> None:
         """Send the current request as it came in, less what concerned only its own connection."""
         body = kept_body(request)
         headers = [
@@ -193,13 +297,19 @@ class _Peer:
         with suppress(trio.BrokenResourceError):  # it may have answered before it read everything
             await self._stream.send_all(data)
 
-    async def receive_head(self) -> h11.Response:
+    async def _receive_head(self) -> h11.Response:
         event = await self._next_event()
         while isinstance(event, h11.InformationalResponse):
             event = await self._next_event()
         if not isinstance(event, h11.Response):
             raise h11.RemoteProtocolError("the owner has closed the connection")
         return event
+
+    async def _receive_whole_body(self) -> bytes:
+        body = bytearray()
+        while data := await self.receive_body():
+            body += data
+        return bytes(body)
 
     async def receive_body(self) -> bytes:
         """What has come of the body; empty at its end."""

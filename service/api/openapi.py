@@ -1,8 +1,4 @@
-"""The OpenAPI document, built from the routes and what is said beside their handlers.
-
-quart-schema's builder is not used: of a msgspec type it keeps one component and leaves the references
-to the others dangling, and it knows neither event streams nor problem documents.
-"""
+"""The OpenAPI document, built from the routes and what is said beside their handlers."""
 
 import inspect
 import re
@@ -21,7 +17,7 @@ from service.api.problems import NotReadyError, code_of, status_of
 from service.api.sse import MEDIA_TYPE as EVENT_STREAM
 from service.api.strict_json import InputTooLargeError, MalformedBodyError
 from service.api.wire import Problem, SessionId, TurnId
-from service.errors import InvalidRequestError, LastcallError, StoreError
+from service.errors import InvalidRequestError, LastcallError, OwnedElsewhereError, StoreError
 from service.sessions.events import Event
 
 _OPEN_TAG = "health"
@@ -177,6 +173,7 @@ def _errors(operation: Operation, tag: str) -> Iterable[type[LastcallError]]:
         yield UnauthorizedError
         if tag != _STATIC_TAG:
             yield StoreError
+            yield OwnedElsewhereError
 
 
 def _problems(errors: Iterable[type[LastcallError]], schemas: _Schemas) -> dict[str, Any]:

@@ -54,13 +54,13 @@ STATUS_BY_ERROR: Mapping[type[LastcallError], int] = {
     EventsLostError: 410,
     InputTooLargeError: 413,
     UnsupportedMediaTypeError: 415,
-    OwnedElsewhereError: 421,
     InvalidRequestError: 422,
     QueueFullError: 429,
     TurnLimitError: 503,
     StreamLimitError: 503,
     ShuttingDownError: 503,
     NotReadyError: 503,
+    OwnedElsewhereError: 503,
     StoreError: 503,
 }
 """The most derived type counts. 429 is a bound that the caller's own session reached, 503 one of the server."""

@@ -44,3 +44,11 @@ def json_response(body: msgspec.Struct, status: int = 200, *, location: str | No
     if location is not None:
         headers["Location"] = location
     return TrioResponse(msgspec.json.encode(body), status, headers, content_type="application/json")
+
+
+def no_content() -> TrioResponse:
+    """A response that says all with its status, 204."""
+    response = TrioResponse(b"", 204)
+    for name in ("Content-Type", "Content-Length"):  # of what? Quart has them for every body
+        response.headers.pop(name, None)
+    return response

@@ -7,7 +7,7 @@ from quart_trio.wrappers import TrioResponse
 from service.api.bodies import read_body
 from service.api.operations import Answer, operation
 from service.api.queries import read_query
-from service.api.serving import current_service, json_response
+from service.api.serving import current_service, json_response, no_content
 from service.api.wire import CreateSession, MessageList, PageQuery, Session, SessionList, SessionsQuery, UpdateSession
 from service.errors import SessionExistsError, SessionNotFoundError, ShuttingDownError
 from service.ids import is_session_id
@@ -47,7 +47,7 @@ async def create_session() -> TrioResponse:
     `idle_timeout_s`; accepting or ending a turn and PATCH are uses, reading is none.
     """
     service = current_service()
-    body = await read_body(request, CreateSession, service.settings)
+    body = await read_body(request, CreateSession, service)
     record = await service.sessions.create_session(NewSession(**msgspec.structs.asdict(body)))
     return json_response(Session.of(record), 201, location=session_location(record.id))
 
@@ -96,7 +96,7 @@ async def update_session(session_id: str) -> TrioResponse:
     """
     session_id = checked_session_id(session_id)
     service = current_service()
-    body = await read_body(request, UpdateSession, service.settings)
+    body = await read_body(request, UpdateSession, service)
     patch = SessionPatch(**msgspec.structs.asdict(body))
     return json_response(Session.of(await service.sessions.update_session(session_id, patch)))
 
@@ -114,7 +114,7 @@ async def delete_session(session_id: str) -> TrioResponse:
     if the caller leaves; a second call meanwhile waits and gets 204 too.
     """
     await current_service().sessions.delete_session(checked_session_id(session_id))
-    return TrioResponse(b"", 204)
+    return no_content()
 
 
 @blueprint.get("/sessions/<session_id>/messages")

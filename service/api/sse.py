@@ -94,5 +94,9 @@ def wants_stream(request: Request) -> bool:
     if MEDIA_TYPE not in request.headers.get("Accept", "").lower():
         return False
     accept = request.accept_mimetypes
-    named = max((quality for value, quality in accept if value.lower() == MEDIA_TYPE), default=0)
-    return named > 0 and named >= accept.quality("application/json")
+    named: dict[str, float] = {}
+    for value, quality in accept:
+        media_type = value.partition(";")[0].rstrip().lower()  # a parameter such as charset changes nothing
+        named[media_type] = max(quality, named.get(media_type, 0))
+    stream, json = named.get(MEDIA_TYPE, 0), "application/json"
+    return stream > 0 and stream >= named.get(json, accept.quality(json))

@@ -81,8 +81,8 @@ def convert(value: object, kind: type[T], *, strict: bool = True) -> T:
     """
     try:
         return msgspec.convert(value, kind, strict=strict)
-    except UnicodeEncodeError:
-        raise InvalidRequestError("A name may not have half of a surrogate pair.") from None
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError("A name may not have half of a surrogate pair.", field=shown(error.object)) from None
     except msgspec.ValidationError as error:
         message = str(error)
     path = _PATH.search(message)
@@ -128,4 +128,4 @@ def _utf8_length(text: str, field: str) -> int:
 
 def shown(text: str) -> str:
     """A caller's own words, short and safe to encode."""
-    return text[:_SHOWN_MAX].encode("utf-8", "replace").decode()
+    return text[:_SHOWN_MAX].encode("utf-8", "backslashreplace").decode()

@@ -6,11 +6,11 @@ from quart import Blueprint, request
 from quart_trio.wrappers import TrioResponse
 
 from service.api import wire
-from service.api.bodies import read_body
+from service.api.bodies import drop_body, read_body
 from service.api.held import give_back_later
 from service.api.operations import Answer, operation
 from service.api.queries import read_query
-from service.api.serving import current_service, json_response
+from service.api.serving import current_service, json_response, no_content
 from service.api.sessions import checked_session_id, session_location
 from service.api.sse import HEADERS, MEDIA_TYPE, read_cursor, stream_response, wants_stream
 from service.api.wire import EventsQuery, PageQuery, StartTurn, TurnList
@@ -26,6 +26,7 @@ from service.errors import (
     TurnNotFoundError,
 )
 from service.sessions.registry import NewTurn
+from service.sessions.streams import StreamSlot
 from service.sessions.turn import Turn, Watch
 from service.storage.records import TurnRecord
 from service.supervisor import Service
@@ -80,7 +81,7 @@ async def start_turn(session_id: str) -> TrioResponse:
     """
     session_id = checked_session_id(session_id)
     service = current_service()
-    body = await read_body(request, StartTurn, service.settings)
+    body = await read_body(request, StartTurn, service)
     new = NewTurn(
         text=body.input,
         parent=body.parent,
@@ -92,7 +93,7 @@ async def start_turn(session_id: str) -> TrioResponse:
         background=body.background,
     )
     if wants_stream(request) and not new.background:
-        return await start_streaming(service, session_id, new)
+        return await start_streaming(service, take_slot(service), session_id, new)
     turn, watch = await _start(service, session_id, new)
     with watch:
         if new.background:
@@ -100,10 +101,19 @@ async def start_turn(session_id: str) -> TrioResponse:
         return _turn_response(await turn.wait_ended(), created=True)
 
 
-async def start_streaming(service: Service, session_id: str, new: NewTurn) -> TrioResponse:
-    """Start a turn whose events are the answer. Without a place for a stream no turn is started."""
+def take_slot(service: Service) -> StreamSlot:
+    """The place of the stream that is to be the answer: taken before anything is done for it.
+
+    Raises:
+        StreamLimitError
+    """
     slot = service.sessions.open_stream()
-    give_back_later(slot.give_back)  # only comes into effect if the turn is refused
+    give_back_later(slot.give_back)  # only comes into effect if the answer is another one after all
+    return slot
+
+
+async def start_streaming(service: Service, slot: StreamSlot, session_id: str, new: NewTurn) -> TrioResponse:
+    """Start a turn whose events are the answer."""
     turn, watch = await _start(service, session_id, new)
     give_back_later(watch.release)
     response = stream_response(turn.log, slot, cursor=0, heartbeat_interval_s=service.settings.heartbeat_interval_s)
@@ -114,9 +124,11 @@ async def start_streaming(service: Service, session_id: str, new: NewTurn) -> Tr
 async def _start(service: Service, session_id: str, new: NewTurn) -> tuple[Turn, Watch]:
     """No checkpoint comes after the acceptance, here neither."""
     try:
-        return await service.sessions.start_turn(session_id, new)
+        started = await service.sessions.start_turn(session_id, new)
     except TurnNotFoundError as error:  # not what the path names, which would be 404
         raise InvalidRequestError(str(error), field="parent") from None
+    drop_body(request)
+    return started
 
 
 @blueprint.get("/sessions/<session_id>/turns")
@@ -164,23 +176,20 @@ async def stream_events(session_id: str, turn_id: str) -> TrioResponse:
     """
     query = read_query(request, EventsQuery)
     service = current_service()
-    cursor = read_cursor(request.headers.get("Last-Event-ID"), after=query.after)
-    log, watch = await service.sessions.open_events(
-        checked_session_id(session_id), checked_turn_id(turn_id), after=cursor
-    )
+    session_id, turn_id = checked_session_id(session_id), checked_turn_id(turn_id)
+    last_event_id = request.headers.get("Last-Event-ID")
+    cursor = read_cursor(last_event_id, after=query.after)
+    slot = take_slot(service)
+    log, watch = await service.sessions.open_events(session_id, turn_id, after=cursor)
     give_back_later(watch.release)
     if cursor >= log.last_seq and log.closed:
-        return TrioResponse(b"", 204)
+        return no_content()
     if cursor > log.last_seq:
-        raise InvalidRequestError(f"This turn has {log.last_seq} events so far.", field="after")
+        field = "Last-Event-ID" if last_event_id else "after"
+        raise InvalidRequestError(f"This turn has {log.last_seq} events so far.", field=field)
     if request.method == "HEAD":
         return TrioResponse(b"", headers=HEADERS, content_type=MEDIA_TYPE)
-    return stream_response(
-        log,
-        service.sessions.open_stream(),
-        cursor=cursor,
-        heartbeat_interval_s=service.settings.heartbeat_interval_s,
-    )
+    return stream_response(log, slot, cursor=cursor, heartbeat_interval_s=service.settings.heartbeat_interval_s)
 
 
 @blueprint.post("/sessions/<session_id>/turns/<turn_id>/cancel")

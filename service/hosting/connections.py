@@ -3,12 +3,15 @@
 * A connection on which nothing was asked yet is not closed in the moment when its request arrives: that would reset it.
 * A connection that its client has closed is gone at once, not when the keep-alive time is over.
 * An HTTP/2 connection sends the last frames of its streams before it closes.
+* What hypercorn cannot parse ends its connection. hypercorn has some bytes end the process, before any access check:
+  an ``HTTP2-Settings`` header that is none, a path of HTTP/2 that is not ASCII, more priorities than the limit.
 * A client that does not read cannot hold the server. hypercorn sends under a shield without a deadline, so neither its
   ``graceful_timeout`` nor any other cancellation reaches such a connection; only closing its socket does.
   Proven by ``tests/hosting/test_connections.py``.
 """
 
 import fcntl
+import os
 import select
 import termios
 from array import array
@@ -17,20 +20,23 @@ from typing import cast
 
 import h2.exceptions
 import hypercorn.trio.run
+import structlog
 import trio
 from hypercorn.config import Config
+from hypercorn.events import Event, RawData
 from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import EventWrapper, WorkerContext
 from hypercorn.typing import AppWrapper, ConnectionState
 
-from service.hosting.worker import Worker
+logger = structlog.get_logger("lastcall.connections")
 
 Stream = trio.SSLStream[trio.SocketStream]
 """As hypercorn types it, with TLS or without."""
 FIRST_REQUEST_S = 0.05
 """How long a connection without a request is kept when the doors close. Its request is on its way, or it is idle."""
 UNREAD_LOOK_S = 0.005
+CHECKPOINT_BYTES = 4096
 LAST_FRAMES_S = 0.5
 """How long HTTP/2 frames may take that wait for the client's window."""
 
@@ -38,8 +44,7 @@ LAST_FRAMES_S = 0.5
 class Connections:
     """All connections of a worker. Made before hypercorn serves: it takes :meth:`open` for its ``TCPServer``."""
 
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
+    def __init__(self) -> None:
         self._open: set[Connection] = set()
         setattr(hypercorn.trio.run, "TCPServer", self.open)  # noqa: B010
 
@@ -48,17 +53,6 @@ class Connections:
     ) -> "Connection":
         """In place of hypercorn's ``TCPServer``."""
         return Connection(app, config, context, state, stream, all_open=self._open)
-
-    def adopt(self, stream: Stream) -> None:
-        """Serve a connection that hypercorn did not accept itself."""
-        self._worker.server_nursery.start_soon(self._serve, stream)
-
-    async def _serve(self, stream: Stream) -> None:
-        worker = self._worker
-        try:
-            await self.open(worker.app, worker.config, worker.context, ConnectionState({}), stream)
-        finally:
-            await trio.aclose_forcefully(stream)
 
     def abort_stalled(self) -> int:
         """Close the connections that cannot be written to; how many there were. The others wait for the event loop."""
@@ -93,6 +87,8 @@ class Connection(TCPServer):
     ) -> None:
         super().__init__(app, config, ConnectionContext(context, self), state, stream)
         self._worker_context = context
+        self._socket = socket_of(stream)
+        self._takes_plain_bytes = isinstance(stream, trio.SocketStream)
         self._all_open = all_open
         self._opened_at = trio.current_time()
         self._scope = trio.CancelScope()
@@ -110,6 +106,8 @@ class Connection(TCPServer):
         try:
             with self._scope:
                 await super().run()
+        except* Exception as errors:  # noqa: BLE001  the edge of a connection
+            logger.info("a connection was dropped: what it sent breaks the server's parser", error=repr(errors))
         finally:
             self._all_open.discard(self)
 
@@ -126,6 +124,21 @@ class Connection(TCPServer):
         self._scope.cancel()
         if not self.is_in_handshake:
             self._socket.close()
+
+    async def protocol_send(self, event: Event) -> None:
+        if isinstance(event, RawData) and self._takes_plain_bytes and not self.send_lock.locked():
+            # Nearly always the kernel takes all of it at once, and then hypercorn's lock and shield and Trio's own
+            # precautions guard nothing, at five times the price of the system call.
+            try:
+                sent = os.write(self._socket.fileno(), event.data)
+            except OSError:  # it would block, or is broken or closed: Trio finds out in its own way
+                sent = 0
+            if sent == len(event.data):
+                if sent > CHECKPOINT_BYTES:
+                    await trio.lowlevel.cancel_shielded_checkpoint()  # a long replay is not to have the loop for itself
+                return
+            event = RawData(data=event.data[sent:])
+        await super().protocol_send(event)
 
     async def _read_data(self) -> None:
         await super()._read_data()
@@ -160,10 +173,15 @@ class Connection(TCPServer):
             protocol.connection.close_connection()
         await protocol._flush()
 
-    @property
-    def _socket(self) -> trio.socket.SocketType:
-        transport = getattr(self.stream, "transport_stream", self.stream)
-        return cast("trio.SocketStream", transport).socket
+    async def _close(self) -> None:
+        # hypercorn calls it again and again, and says goodbye with a system call and a checkpoint that only matter
+        # where the client has sent what nobody has read.
+        if self._socket.fileno() < 0:
+            return
+        if self._has_unread():
+            await super()._close()
+        else:
+            await self.stream.aclose()
 
     def _has_unread(self) -> bool:
         """Whether the client has sent what nobody has looked at: to close now would reset it."""
@@ -171,6 +189,11 @@ class Connection(TCPServer):
         with suppress(OSError):  # it is closed
             fcntl.ioctl(self._socket.fileno(), termios.FIONREAD, unread)
         return unread[0] > 0
+
+
+def socket_of(stream: Stream) -> trio.socket.SocketType:
+    """The socket below a connection's stream, with TLS or without."""
+    return cast("trio.SocketStream", getattr(stream, "transport_stream", stream)).socket
 
 
 class ConnectionContext(WorkerContext):

@@ -1,77 +1,127 @@
-"""The doors: listening sockets that several processes hold.
+"""The doors: hypercorn's listeners, in a form that can be closed without leaving anybody standing at them.
 
-A listening socket is one object in the kernel, whoever holds it. As long as one does, clients connect, whether anybody
-accepts or not. ``shutdown`` ends the listening for all: from that moment on the kernel refuses, and who was still
-waiting is reset. So it is for the last one, after having taken all who wait. Source: Linux ``inet_shutdown``.
+A listening socket is one object in the kernel, whoever holds it. As long as a process does (hypercorn's master always
+does), clients connect, whether anybody accepts or not. ``shutdown`` ends that for all holders: from then on the kernel
+refuses, and resets who was still waiting. So whoever waits is taken first. Source: Linux ``inet_shutdown``; proven by
+``tests/hosting/test_doors.py``.
 """
 
-import os
 import socket
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from pathlib import Path
-from typing import cast
+from types import ModuleType
+from typing import Any, cast
 
+import hypercorn.trio.run
 import trio
+from hypercorn.utils import repr_socket_addr
 
-from service.hosting.connections import Stream
-from service.hosting.worker import Listener, socket_of
+from service.hosting.connections import Stream, socket_of
 
-MARK = "lastcall-leaves"
+WAITING_MAX = 1024
+"""Clients that wait to be accepted, while the event loop is busy or, in a reload, until a worker is up."""
 
-
-class Door:
-    """A listening socket, kept when its listener is closed."""
-
-    def __init__(self, listener: Listener) -> None:
-        self._ssl_context = None
-        if isinstance(listener, trio.SSLListener):
-            self._ssl_context = listener._ssl_context
-        self._socket = socket.socket(fileno=os.dup(socket_of(listener).fileno()))
-
-    def shut(self, *, take: Callable[[Stream], None]) -> None:
-        """Take all who wait and end the listening, for every process that holds the socket."""
-        with suppress(OSError):  # nobody waits any more, or another one was the last one too
-            while True:
-                client, _ = self._socket.accept()
-                take(self._stream(client))
-        with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RD)
-
-    def close(self) -> None:
-        self._socket.close()
-
-    def _stream(self, client: socket.socket) -> Stream:
-        client.setblocking(False)
-        stream = trio.SocketStream(trio.socket.from_stdlib_socket(client))
-        if self._ssl_context is None:
-            return cast("Stream", stream)
-        return trio.SSLStream(stream, self._ssl_context, server_side=True, https_compatible=True)
+Listener = trio.SocketListener | trio.SSLListener[trio.SocketStream]
 
 
-def mark_as_leaving() -> int:
-    """Show the other processes that this one does not answer any more: a descriptor, kept until the process is gone."""
-    return os.memfd_create(MARK)
+class Doors:
+    """Serves hypercorn's listeners, in place of ``trio.serve_listeners``, until :meth:`close`.
 
+    To be made before hypercorn serves.
 
-def others_answer(listeners: Iterable[Listener], *, except_for: Collection[int]) -> bool:
-    """Whether another process still answers at one of these doors.
-
-    Of several that mark themselves and then ask, at the same time or not, at least the last one is told that it is.
+    Attributes:
+        open: Set once clients are served.
     """
-    doors = {f"socket:[{os.fstat(socket_of(listener).fileno()).st_ino}]" for listener in listeners}
-    return any(
-        not doors.isdisjoint(files) and not any(MARK in name for name in files)
-        for files in (set(_open_files(pid)) for pid in _processes() if pid not in except_for)
-    )
 
+    def __init__(self) -> None:
+        self.open = trio.Event()
+        self._listeners: list[Listener] = []
+        self._accepting = trio.CancelScope()
+        setattr(hypercorn.trio.run, "trio", _TrioExcept(serve_listeners=self.serve_listeners))  # noqa: B010
 
-def _processes() -> Iterator[int]:
-    return (int(entry) for entry in os.listdir("/proc") if entry.isdigit())  # noqa: PTH208
+    @property
+    def sockets(self) -> list[trio.socket.SocketType]:
+        return [_socket_of(listener) for listener in self._listeners]
 
+    @property
+    def addresses(self) -> list[str]:
+        """Where they are: ``host:port`` or ``unix:path``."""
+        return [repr_socket_addr(it.family, it.getsockname()) for it in self.sockets]
 
-def _open_files(pid: int) -> Iterator[str]:
-    with suppress(OSError):  # gone, or not ours
-        for entry in Path(f"/proc/{pid}/fd").iterdir():
+    async def serve_listeners(
+        self,
+        handler: Callable[[Stream], Awaitable[object]],
+        listeners: list[Listener],
+        *,
+        handler_nursery: trio.Nursery,
+    ) -> None:
+        """As Trio's, and never returns either."""
+        self._listeners, self._handler, self._nursery = listeners, handler, handler_nursery
+        for listening in self.sockets:
+            listening.listen(WAITING_MAX)
+        self.open.set()
+        with self._accepting:
+            try:
+                await trio.serve_listeners(handler, listeners, handler_nursery=self)  # type: ignore[arg-type]
+            except* OSError:
+                if not self._accepting.cancel_called:  # otherwise it has seen that the socket is shut
+                    raise
+        await trio.sleep_forever()
+
+    def close(self, *, for_good: bool) -> None:
+        """Take no more clients from here on. Only the first call counts.
+
+        Args:
+            for_good: Nobody else will answer: take and serve those who wait, and have the kernel refuse later ones.
+                Otherwise they wait for another process.
+        """
+        if self._accepting.cancel_called:
+            return
+        self._accepting.cancel()
+        if for_good:
+            for listener in self._listeners:
+                self._shut(listener)
+
+    def _shut(self, listener: Listener) -> None:
+        with socket.socket(fileno=_socket_of(listener).dup().detach()) as listening:
+            with suppress(OSError):  # nobody waits any more, or another process was the last one too
+                while True:
+                    client, _ = listening.accept()
+                    self.start_soon(None, _stream_of(client, listener), None)
             with suppress(OSError):
-                yield str(entry.readlink())
+                listening.shutdown(socket.SHUT_RD)
+
+    def start_soon(self, _run_handler: object, stream: Stream, _handler: object) -> None:
+        """As the nursery of Trio's handlers. Trio's own would close each stream by a cancelled call, open or not."""
+        self._nursery.start_soon(self._serve, stream)
+
+    async def _serve(self, stream: Stream) -> None:
+        try:
+            await self._handler(stream)
+        finally:
+            if socket_of(stream).fileno() >= 0:
+                await trio.aclose_forcefully(stream)
+
+
+class _TrioExcept(ModuleType):
+    """Trio as one module sees it, with something else in the place of a name."""
+
+    def __init__(self, **others: object) -> None:
+        super().__init__("trio")
+        self.__dict__.update(others)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(trio, name)
+
+
+def _socket_of(listener: Listener) -> trio.socket.SocketType:
+    transport = listener.transport_listener if isinstance(listener, trio.SSLListener) else listener
+    return cast("trio.SocketListener", transport).socket
+
+
+def _stream_of(client: socket.socket, listener: Listener) -> Stream:
+    client.setblocking(False)
+    stream = trio.SocketStream(trio.socket.from_stdlib_socket(client))
+    if not isinstance(listener, trio.SSLListener):
+        return cast("Stream", stream)
+    return trio.SSLStream(stream, listener._ssl_context, server_side=True, https_compatible=True)

@@ -10,12 +10,10 @@ from collections.abc import Callable
 
 import trio
 
-from service.hosting.connections import Connections
-from service.hosting.doors import Door, mark_as_leaving, others_answer
-from service.hosting.worker import Worker, socket_of
+from service.hosting.doors import Doors
+from service.hosting.siblings import mark_as_leaving, others_answer
+from service.hosting.worker import Worker
 
-WAITING_MAX = 1024
-"""Clients that are connected and not accepted: while the event loop is busy, or during a reload until a worker is up."""
 MASTER_LATE_S = 0.025
 """A signal to the whole group may reach a worker before its master has set the event."""
 
@@ -54,48 +52,36 @@ class Gate:
         wish: Called when hypercorn wants to stop by itself.
     """
 
-    def __init__(self, worker: Worker, connections: Connections, *, wish: Callable[[], None]) -> None:
+    def __init__(self, worker: Worker, doors: Doors, *, wish: Callable[[], None]) -> None:
         self._worker = worker
-        self._connections = connections
+        self._doors = doors
         self._held = HeldTermination(wish)
         worker.context.terminate = self._held
         if worker.master is not None:
             worker.master.stop_event.is_set = self._held.is_set  # type: ignore[method-assign]
-
-    def widen(self) -> None:
-        """Let more clients wait than hypercorn does: beyond that the kernel drops them, and they try again after 1 s."""
-        for listener in self._worker.listeners:
-            socket_of(listener).listen(WAITING_MAX)
 
     def release(self) -> None:
         """Let hypercorn stop serving. Idempotent; whoever made the gate calls it in any case, in the end."""
         self._held.release()
 
     async def close_doors(self) -> None:
-        """Take no more connections.
-
-        If somebody else will answer those that wait (another worker, or the next one after a reload), they are left to
-        wait. Otherwise they are taken and answered, and later ones are refused by the kernel from here on.
-        """
-        nobody_follows = await self._nobody_follows()
-        doors = [Door(listener) for listener in self._worker.listeners]
+        """Take no more clients, and let hypercorn stop. Idle connections close, those at work go on."""
+        if self._doors.open.is_set():
+            self._doors.close(for_good=await self._nobody_follows())
         self.release()
-        await self._worker.context.terminated.wait()
-        for door in doors:
-            if nobody_follows:
-                door.shut(take=self._connections.adopt)
-            door.close()
 
     async def _nobody_follows(self) -> bool:
+        """Whether those who connect from now on would find nobody: no other worker, and no next one."""
         master = self._worker.master
         if master is None:
             return True
-        with trio.move_on_after(MASTER_LATE_S):
-            while master.is_alive() and not master.wants_stop():  # noqa: ASYNC110  nobody tells us
-                await trio.sleep(0.001)
+        if not master.wants_stop():
+            with trio.move_on_after(MASTER_LATE_S):
+                while master.is_alive() and not master.wants_stop():  # noqa: ASYNC110  nobody tells us
+                    await trio.sleep(0.001)
         if master.is_alive() and (not master.wants_stop() or master.is_joining()):
-            return False
+            return False  # this worker alone, or a reload
         if self._worker.config.workers == 1:
             return True
         mark_as_leaving()
-        return not others_answer(self._worker.listeners, except_for={os.getpid(), master.pid})
+        return not others_answer(self._doors.sockets, except_for={os.getpid(), master.pid})

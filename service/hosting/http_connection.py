@@ -54,18 +54,19 @@ def open_requests(app: Quart, shutdown: Shutdown) -> OpenRequests:
 class HTTPConnection(TrioASGIHTTPConnection):
     """One request."""
 
-    async def handle_messages(self, nursery: trio.Nursery, request: Request, receive: Any) -> None:  # type: ignore[override]
+    async def __call__(self, receive: Any, send: Any) -> None:
+        request = self._create_request_from_scope(send)
         requests: OpenRequests | None = self.app.extensions.get(_REQUESTS)
-        if requests is None:
-            return await super().handle_messages(nursery, request, receive)
-        requests.add(request)
+        if requests is not None:
+            requests.add(request)
         try:
-            await super().handle_messages(nursery, request, receive)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.handle_messages, nursery, request, receive)
+                # In this task and not beside it, as Quart-Trio does: each request would pay for the task.
+                await self.handle_request(nursery, request, partial(self._send, send))
         finally:
-            requests.discard(request)
-
-    async def handle_request(self, nursery: trio.Nursery, request: Request, send: Any) -> None:  # type: ignore[override]
-        await super().handle_request(nursery, request, partial(self._send, send))
+            if requests is not None:
+                requests.discard(request)
 
     async def _send(self, send: Any, message: dict[str, Any]) -> None:
         if message["type"] == "http.response.body" and not message.get("more_body", False):

@@ -6,14 +6,13 @@ a shutdown that only seems to work is worse than none. ``tests/hosting/test_work
 
 import multiprocessing
 import os
-import ssl
 import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.synchronize import Event as MasterEvent
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import hypercorn.trio
 import hypercorn.trio.run
@@ -22,11 +21,8 @@ from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import AppWrapper
-from hypercorn.utils import repr_socket_addr
 
 from service.errors import StartupError
-
-Listener = trio.SocketListener | trio.SSLListener[trio.SocketStream]
 
 
 @dataclass(frozen=True)
@@ -79,44 +75,16 @@ class Worker:
         self.master = master
 
     @property
-    def listeners(self) -> list[Listener]:
-        """What it listens on. Empty until it serves."""
-        return list(self._frame.f_locals.get("listeners", ()))
-
-    async def wait_serving(self) -> None:
-        """Return once it listens. hypercorn tells nobody, but it is at most a few steps away."""
-        while not self.listeners:  # noqa: ASYNC110
-            await trio.sleep(0.005)
-
-    @property
-    def addresses(self) -> list[str]:
-        """Where it listens: ``host:port`` or ``unix:path``. Only once it serves."""
-        sockets = [socket_of(listener) for listener in self.listeners]
-        return [repr_socket_addr(it.family, it.getsockname()) for it in sockets]
-
-    @property
     def server_nursery(self) -> trio.Nursery:
         """Where the connections are. Only once it serves."""
         nursery: trio.Nursery = self._local("server_nursery", trio.Nursery)
         return nursery
-
-    @property
-    def ssl_context(self) -> ssl.SSLContext:
-        """Only once it serves, and with TLS."""
-        context: ssl.SSLContext = self._local("ssl_context", ssl.SSLContext)
-        return context
 
     def _local(self, name: str, kind: type) -> Any:
         value = self._frame.f_locals.get(name)
         if not isinstance(value, kind):
             raise StartupError(f"This hypercorn is not the one that Lastcall knows: worker_serve has no {name}.")
         return value
-
-
-def socket_of(listener: Listener) -> trio.socket.SocketType:
-    """The socket that a listener, with or without TLS, listens on."""
-    transport = listener.transport_listener if isinstance(listener, trio.SSLListener) else listener
-    return cast("trio.SocketListener", transport).socket
 
 
 def find_worker() -> Worker | None:

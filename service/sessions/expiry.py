@@ -4,8 +4,6 @@ Nobody depends on it being in time, because an expired session is not there for 
 error in it is logged and it goes on.
 """
 
-from collections.abc import Awaitable, Callable
-
 import structlog
 import trio
 
@@ -25,10 +23,9 @@ async def run_expiry(
     clock: Clock,
     interval_s: float,
     store_timeout_s: float,
-    settle: Callable[[], Awaitable[None]],
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Sweep every ``interval_s``, and first let ``settle`` mend what the store refused earlier.
+    """Sweep every ``interval_s``.
 
     Runs until cancelled; a cancelled sweep leaves whole batches behind.
     """
@@ -36,7 +33,6 @@ async def run_expiry(
     while True:
         await trio.sleep(interval_s)
         try:
-            await settle()
             removed = await sweep(store, clock=clock, store_timeout_s=store_timeout_s)
         except Exception:
             logger.exception("expiry sweep failed; the next one tries again")

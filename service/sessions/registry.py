@@ -33,7 +33,7 @@ from service.sessions.event_log import EventLog
 from service.sessions.replay import replay_kept
 from service.sessions.session import Deletion, LiveSession
 from service.sessions.store_deadline import answered_within
-from service.sessions.streams import Streams, StreamSlot
+from service.sessions.streams import Forward, Streams, StreamSlot
 from service.sessions.turn import OnDisconnect, Turn, Watch, run_turn
 from service.settings import Settings
 from service.storage.records import Item, Page, SessionPatch, SessionRecord, SessionStatus, TurnRecord
@@ -92,6 +92,7 @@ class SessionsStatistics(msgspec.Struct, frozen=True, kw_only=True):
     turns_cancelled: int
     turns_interrupted: int
     turns_unkept: int
+    turns_crashed: int
     streams_open: int
     streams_ended: int
     streams_aborted: int
@@ -124,7 +125,10 @@ class Sessions:
         self._open_turns = 0
         self._ends = {"completed": 0, "failed": 0, "cancelled": 0, "interrupted": 0}
         self._unkept: dict[str, Turn] = {}
+        self._unremoved: set[str] = set()
+        self._turns_crashed = 0
         self._streams = Streams(streams_max=settings.streams_max)
+        self._forwards: set[Forward] = set()
         self._accepting = True
         self._stopping: Literal["no", "queued", "all"] = "no"
         self._changes = trio.lowlevel.ParkingLot()
@@ -241,7 +245,7 @@ class Sessions:
             async with session.acceptance:
                 self._check_accepting()
                 self._check_conflict(session, new.on_conflict)
-                if self._open_turns >= self._settings.live_turns_max:
+                if self._open_turns + len(self._unkept) >= self._settings.live_turns_max:
                     raise TurnLimitError(
                         f"{self._settings.live_turns_max} turns are running already (live_turns_max); try again later."
                     )
@@ -328,6 +332,14 @@ class Sessions:
         """Take a place for a stream; it is to be closed. Raises: StreamLimitError."""
         return self._streams.open_stream()
 
+    def open_forward(self) -> Forward:
+        """Count an answer that is passed on from another process; it is to be closed."""
+        forward = Forward(self._note_forward_closed)
+        if self._stopping == "all":
+            forward.end_by(trio.current_time() + self._settings.cleanup_timeout_s / 2)
+        self._forwards.add(forward)
+        return forward
+
     # The shutdown's side
 
     def stop_accepting(self) -> None:
@@ -340,22 +352,47 @@ class Sessions:
         return self._interrupt(running=False)
 
     def interrupt_all(self) -> int:
-        """End all open turns as ``interrupted``, and those on their way; how many there were."""
+        """End all open turns as ``interrupted``, and those on their way; how many there were.
+
+        Turns of other processes go on, but not through this one: their streams end within half of
+        ``cleanup_timeout_s``, in which those see their terminal events whose process stops as well.
+        """
         self._stopping = "all"
+        for forward in self._forwards:
+            forward.end_by(trio.current_time() + self._settings.cleanup_timeout_s / 2)
         return self._interrupt(running=True)
 
     async def wait_idle(self) -> None:
-        """Return once no turn is open, no end is being stored and no deletion is under way."""
-        while self._open_turns or any(session.deletion for session in self._live.values()):
+        """Return once no turn is open, no end is being stored, no deletion is under way and nothing is passed on."""
+        while self._open_turns or self._forwards or any(session.deletion for session in self._live.values()):
             await self._changes.park()
 
     async def settle(self) -> None:
-        """Give the store once more the ends that it refused. Raises: StoreError where it still does."""
+        """Try once more what the store refused: ends of turns, and the last step of deletions.
+
+        Tries everything; what is still refused stays for the next time. May run twice at once.
+
+        Raises:
+            StoreError: The last refusal, if there was one.
+        """
+        refusal: StoreError | None = None
         for turn in list(self._unkept.values()):
-            with self._answered_within():
-                events = turn.log.frames(after=turn.kept_seq)
-                await self._store.end_turn(turn.record(), events=events, now=self._clock(), after=turn.kept_seq)
-            del self._unkept[turn.id]
+            try:
+                with self._answered_within():
+                    events = turn.log.frames(after=turn.kept_seq)
+                    await self._store.end_turn(turn.record(), events=events, now=self._clock(), after=turn.kept_seq)
+                self._unkept.pop(turn.id, None)
+            except StoreError as error:
+                refusal = error
+        for session_id in list(self._unremoved):
+            try:
+                with self._answered_within():
+                    await self._store.remove_deleted(session_id)
+                self._unremoved.discard(session_id)
+            except StoreError as error:
+                refusal = error
+        if refusal is not None:
+            raise refusal
 
     async def recover(self) -> int:
         """End the turns of processes that have died. Returns how many. Raises: StoreError."""
@@ -377,6 +414,7 @@ class Sessions:
             turns_cancelled=self._ends["cancelled"],
             turns_interrupted=self._ends["interrupted"],
             turns_unkept=len(self._unkept),
+            turns_crashed=self._turns_crashed,
             streams_open=self._streams.open,
             streams_ended=self._streams.ended,
             streams_aborted=self._streams.aborted,
@@ -390,7 +428,7 @@ class Sessions:
 
     def _check_not_deleted(self, session_id: str) -> None:
         session = self._live.get(session_id)
-        if session is not None and session.deletion is not None:
+        if session_id in self._unremoved or (session is not None and session.deletion is not None):
             raise SessionNotFoundError(session_id)
 
     async def _refuse_if_elsewhere(self, session_id: str) -> None:
@@ -472,8 +510,8 @@ class Sessions:
     # Running
 
     async def _run_session(self, session: LiveSession) -> None:
-        async def run_one(turn: Turn) -> bool:
-            return await run_turn(
+        async def run_one(turn: Turn) -> None:
+            await run_turn(
                 turn,
                 wait_for_others=lambda: session.wait_first(turn),
                 default_end=session.default_end,
@@ -485,22 +523,28 @@ class Sessions:
         await session.run(run_one, self._note_ended)
         self._forget_without_work(session)
 
-    def _note_ended(self, turn: Turn, stored: bool) -> None:
-        if not stored:
+    def _note_ended(self, turn: Turn) -> None:
+        if not turn.stored:
             self._keep_later(turn)
         self._ends[turn.record().state] += 1
+        self._turns_crashed += turn.crashed
         self._note_turn_gone()
 
     async def _run_deletion(self, session: LiveSession, deletion: Deletion) -> None:
         try:
             async with session.acceptance:
-                with self._answered_within():
-                    await self._store.mark_deleted(session.id, now=self._clock())
+                if session.id not in self._unremoved:
+                    with self._answered_within():
+                        await self._store.mark_deleted(session.id, now=self._clock())
+                    self._unremoved.add(session.id)
             for turn in session.turns:
                 turn.cut_short(ends.Cancelled("session_deleted"))
             await session.wait_without_turns()
+            for turn_id in [turn.id for turn in self._unkept.values() if turn.session_id == session.id]:
+                del self._unkept[turn_id]  # nobody asks for it any more
             with self._answered_within():
                 await self._store.remove_deleted(session.id)
+            self._unremoved.discard(session.id)
             deletion.error = None
         except LastcallError as error:
             deletion.error = error
@@ -520,6 +564,10 @@ class Sessions:
             for turn in session.turns
             if running or not turn.running
         )
+
+    def _note_forward_closed(self, forward: Forward) -> None:
+        self._forwards.discard(forward)
+        self._changes.unpark_all()
 
     def _note_turn_gone(self) -> None:
         self._open_turns -= 1

@@ -66,22 +66,22 @@ class LiveSession:
         while self.turns:
             await self._changes.park()
 
-    async def run(self, run_one: Callable[[Turn], Awaitable[bool]], note_ended: Callable[[Turn, bool], None]) -> None:
+    async def run(self, run_one: Callable[[Turn], Awaitable[None]], note_ended: Callable[[Turn], None]) -> None:
         """The session's task: start its turns as they are accepted, and return when none is open.
 
         A failure in here is logged and ends this session's turns; cancellation ends them as well.
 
         Args:
-            run_one: Runs one turn to its end; whether the end was stored.
-            note_ended: Called once for each turn that has left :attr:`turns`, with whether its end was stored. A turn
-                that lost its task before its end was told is told by it.
+            run_one: Runs one turn to its end.
+            note_ended: Called once for each turn that has left :attr:`turns`. A turn that lost its task before its end
+                was told is told by it.
         """
 
         async def run_turn(turn: Turn) -> None:
             try:
-                stored = await run_one(turn)
+                await run_one(turn)
                 self._remove(turn)
-                note_ended(turn, stored)
+                note_ended(turn)
             except Exception:
                 self._crashed = True
                 raise
@@ -101,10 +101,13 @@ class LiveSession:
         finally:
             if not finished:
                 self.has_task = False
+                self._unstarted.clear()
                 for turn in self.turns.copy():
+                    turn.crashed = self._crashed
                     turn.decide(self.default_end())
                     self._remove(turn)
-                    note_ended(turn, False)
+                    note_ended(turn)
+                self._crashed = False
 
     def _take_unstarted(self) -> list[Turn]:
         turns, self._unstarted = self._unstarted, []

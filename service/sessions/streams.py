@@ -1,4 +1,9 @@
-"""Open event streams: how many there are, and how they ended."""
+"""Open streams: event streams of turns, and answers that are passed on from another process."""
+
+from collections.abc import Callable
+from math import inf
+
+import trio
 
 from service.errors import StreamLimitError
 
@@ -49,3 +54,24 @@ class StreamSlot:
         streams, self._streams = self._streams, None
         if streams is not None:
             streams.open -= 1
+
+
+class Forward:
+    """An answer on its way from the process that owns a session through this one. Closing twice is closing once."""
+
+    def __init__(self, note_closed: Callable[["Forward"], None]) -> None:
+        self._note_closed = note_closed
+        self._deadline = inf
+        self._scope = trio.CancelScope()
+
+    def waiting(self) -> trio.CancelScope:
+        """The scope of one wait for the owner; left early once the answer is cut off."""
+        self._scope = trio.CancelScope(deadline=self._deadline)
+        return self._scope
+
+    def end_by(self, deadline: float) -> None:
+        """This process is leaving: whatever is not there by then does not come through it."""
+        self._deadline = self._scope.deadline = deadline
+
+    def close(self) -> None:
+        self._note_closed(self)

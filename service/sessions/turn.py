@@ -50,6 +50,10 @@ class Turn:
     ) -> None:
         self.log = EventLog(bytes_max=settings.log_bytes_max)
         self.ended = trio.Event()
+        self.stored = False
+        """Whether its end is in the store. Only says something once it has ended."""
+        self.crashed = False
+        """Whether something in this service broke while it ran."""
         self.client = client
         self.system_message = system_message
         self.end: ends.End | None = None
@@ -99,6 +103,8 @@ class Turn:
 
     def cut_short(self, end: ends.End) -> bool:
         """Decide how it ends and stop its work, from outside of its task."""
+        if self._scope.cancel_called:
+            self.decide_from_deadlines()  # a deadline that has passed came first
         decided = self.decide(end)
         if decided:
             self._scope.cancel()
@@ -227,6 +233,7 @@ class Turn:
         """Tell the end to everybody: the last thing that happens to a turn."""
         assert self.end is not None
         self._record = record
+        self.stored = stored
         self.log.close(self.terminal_event(stored=stored))
         self.ended.set()
 
@@ -299,7 +306,7 @@ async def run_turn(
     store: Store,
     clock: Clock,
     settings: Settings,
-) -> bool:
+) -> None:
     """Run a turn to its end. Its failures become its terminal event and end nothing else.
 
     Ends when the turn has; cancellation from above decides ``default_end()`` and still keeps and
@@ -307,9 +314,6 @@ async def run_turn(
 
     Args:
         wait_for_others: Returns when no earlier turn of the session is open.
-
-    Returns:
-        Whether the end is in the store.
     """
     try:
         with turn.scope() as scope:
@@ -323,6 +327,7 @@ async def run_turn(
         turn.decide(ends.failed(error.code, str(error)))
     except Exception:
         logger.exception("turn crashed", session_id=turn.session_id, turn_id=turn.id)
+        turn.crashed = True
         turn.decide(ends.failed("internal_error", "Something in this service broke; the log says what."))
     finally:
         turn.decide(default_end())
@@ -332,7 +337,6 @@ async def run_turn(
         with trio.CancelScope(deadline=trio.current_time() + settings.cleanup_timeout_s, shield=True):
             stored = await _keep(turn, record, store=store, clock=clock)
         turn.conclude(record, stored=stored)
-    return stored
 
 
 async def _reply(turn: Turn, *, store: Store, clock: Clock, settings: Settings) -> None:

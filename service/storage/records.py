@@ -115,8 +115,9 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def message_bytes(self) -> int:
-        """The size of its messages, input and output, in UTF-8; without reasoning."""
-        return sum(len(item.text.encode()) for item in (*self.input, *self.output) if item.type == "message")
+        """The size of its messages in a prompt, in UTF-8: without reasoning, and without what a failed turn replied."""
+        items = self.input if self.state == "failed" else (*self.input, *self.output)
+        return sum(len(item.text.encode()) for item in items if item.type == "message")
 
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):

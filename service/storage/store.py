@@ -96,6 +96,7 @@ class Store(Protocol):
 
         Raises:
             SessionNotFoundError
+            OwnedElsewhereError: Its open turns are another owner's that lives, whose the deletion is then.
         """
         ...
 
@@ -110,7 +111,8 @@ class Store(Protocol):
         """Remove at most ``limit`` sessions that have expired at ``now``; how many it removed.
 
         The look and the delete are one step: a session that was used in between stays. Those that
-        have been expired longest go first, and the cost follows what has expired, not what is kept.
+        have been expired longest go first, and the cost follows what has expired, not what is kept. Of
+        several owners the one that has been there longest does it; for the others it is 0.
         """
         ...
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import structlog
 
 from service import __version__
-from service.settings import Settings, reaches_beyond_loopback, split_host_port
+from service.settings import Settings, reaches_beyond_loopback, shown_url, split_host_port
 from service.telemetry.logging import Log
 
 logger = structlog.get_logger("lastcall")
@@ -25,7 +25,7 @@ def announce(log: Log, settings: Settings, *, binds: Sequence[str], store: str) 
         log.writer.write(banner(settings, binds=binds, store=store))
         return
     urls = [_url(settings, bind) for bind in binds]
-    model = {"model": settings.default_model, "model_url": settings.default_upstream.url}
+    model = {"model": settings.default_model, "model_url": shown_url(settings.default_upstream.url)}
     attempt = _curl(settings, binds[0])
     logger.info("serving", urls=urls, **model, store=store, version=__version__, attempt=attempt)
     if _is_stand_in(settings):
@@ -38,7 +38,7 @@ def banner(settings: Settings, *, binds: Sequence[str], store: str) -> str:
     """The text for people."""
     rows = [
         ("serves", ", ".join(_url(settings, bind) for bind in binds)),
-        ("model", f"{settings.default_model} at {settings.default_upstream.url}"),
+        ("model", f"{settings.default_model} at {shown_url(settings.default_upstream.url)}"),
         ("note", STAND_IN if _is_stand_in(settings) else None),
         ("store", store),
         ("docs", f"{_url(settings, binds[0])}/docs"),

@@ -5,6 +5,7 @@ write then blocks the event loop with every turn in it, or raises where nobody e
 written at once waits in a bounded backlog for the next one; beyond that it is dropped and counted.
 """
 
+import errno
 import os
 import select
 import socket
@@ -27,7 +28,7 @@ class LogWriter:
 
     def __init__(self, fd: int) -> None:
         self.isatty = os.isatty(fd)
-        self._fd = fd
+        self._fd = fd if _is_open(fd) else -1  # a closed one's number may become a client's socket
         self._private_fd, self._socket = _open_without_waiting(fd)
         self._backlog: deque[bytes] = deque()
         self._backlog_bytes = 0
@@ -95,9 +96,19 @@ class LogWriter:
             return self._socket.send(line, socket.MSG_DONTWAIT)
         if self._private_fd is not None:
             return os.write(self._private_fd, line)
+        if self._fd < 0:
+            raise OSError(errno.EBADF, "never was open")
         if not select.select([], [self._fd], [], 0)[1]:
             raise BlockingIOError
         return os.write(self._fd, line[:PIPE_BUF])  # what is writable takes so much without waiting
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
 
 
 def _open_without_waiting(fd: int) -> tuple[int | None, socket.socket | None]:

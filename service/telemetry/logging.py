@@ -9,13 +9,14 @@ import logging
 import sys
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import unquote_plus, urlsplit
 
 import structlog
 import trio
 from structlog.stdlib import ExtraAdder, ProcessorFormatter, add_log_level, add_logger_name
 from structlog.typing import EventDict, Processor, WrappedLogger
 
-from service.settings import Settings
+from service.settings import MASK, Settings
 from service.telemetry.log_writer import LogWriter
 
 LOGGERS_WITH_HANDLERS = ("hypercorn.error", "hypercorn.access")
@@ -131,17 +132,28 @@ class _Blot:
         line = str(rendered)
         for secret in self._secrets:
             if secret in line:
-                line = line.replace(secret, "********")
+                line = line.replace(secret, MASK)
         return line
 
 
 def _spellings(settings: Settings) -> Iterator[str]:
-    secrets = [*settings.api_keys, *(it.api_key for it in settings.all_upstreams)]
-    for secret in secrets:
-        if secret is not None and len(value := secret.get_secret_value()) >= SECRET_LENGTH_MIN:
+    keys = [*settings.api_keys, *(it.api_key for it in settings.all_upstreams)]
+    secrets = [key.get_secret_value() for key in keys if key is not None]
+    for upstream in settings.all_upstreams:
+        if not upstream.url.startswith("scripted:"):
+            secrets += _query_values(upstream.url)
+    for value in secrets:
+        if len(value) >= SECRET_LENGTH_MIN:
             yield value
             yield json.dumps(value)[1:-1]
             yield repr(value)[1:-1]
+
+
+def _query_values(url: str) -> Iterator[str]:
+    """Any of them may be a key. As they are written, and as they are meant."""
+    for part in urlsplit(url).query.split("&"):
+        name, equals, value = part.partition("=")
+        yield from {value if equals else name, unquote_plus(value if equals else name)}
 
 
 def _people_see(*, colors: bool) -> list[Processor]:

@@ -15,6 +15,8 @@ from service.settings import Settings
 from service.supervisor import Service, open_service
 
 LOOPBACK = {"client": ("127.0.0.1", 50_000), "server": ("127.0.0.1", 8000)}
+CAP_S = 200
+"""Bound of every call, mostly on a clock that jumps."""
 SSE = {"Accept": "text/event-stream"}
 
 
@@ -88,15 +90,16 @@ class Api:
             headers = {"Content-Type": "application/json"} | (headers or {})
         received = bytearray()
         connection = self.open(method, path, headers=headers, scope=scope)
-        async with connection:
-            if raw is not None:
-                await connection.send(raw)
-            await connection.send_complete()
-            while True:
-                try:
-                    received += await connection.receive()
-                except trio.EndOfChannel:
-                    break
+        with trio.fail_after(CAP_S):
+            async with connection:
+                if raw is not None:
+                    await connection.send(raw)
+                await connection.send_complete()
+                while True:
+                    try:
+                        received += await connection.receive()
+                    except trio.EndOfChannel:
+                        break
         assert connection.status_code is not None
         headers = {name.lower(): value for name, value in (connection.headers or {}).items()}
         return Reply(connection.status_code, headers, bytes(received))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.api.bodies import body_bytes_max, parse_body
+from service.api.bodies import BoundedBody, body_bytes_max, parse_body
 from service.api.strict_json import InputTooLargeError, MalformedBodyError, parse_json
 from service.api.wire import CreateSession, StartTurn, UpdateSession
 from service.errors import InvalidRequestError
@@ -60,7 +60,7 @@ def test_what_is_not_one_unambiguous_json_document_is_malformed(raw: bytes) -> N
         ('{"input": "\\ud800"}', "input"),
         ('{"input": "\\udc00\\ud800"}', "input"),
         ('{"input": "a", "stream": true}', "stream"),
-        ('{"input": "a", "\\ud800": true}', None),
+        ('{"input": "a", "x\\ud800": true}', "x\\ud800"),
         ('{"input": "a", "temperature": 2.1}', "temperature"),
         ('{"input": "a", "temperature": -0.1}', "temperature"),
         ('{"input": "a", "temperature": 1e400}', "temperature"),
@@ -145,6 +145,27 @@ def test_a_body_with_everything_at_its_bound_and_escaped_fits_the_bound_on_bodie
     raw = json.dumps(body).encode()
     assert len(raw) <= body_bytes_max(settings)
     parse(raw, CreateSession, text_bytes_max=settings.input_bytes_max)
+
+
+async def test_a_body_keeps_nothing_beyond_its_bound_whether_or_not_it_is_read() -> None:
+    body = BoundedBody(None, 100)
+    await body.put(b"x" * 100)
+    await body.put(b"x")
+    assert body._arrived == b""
+    await body.put(b"x" * 50)
+    body.set_complete()
+    assert body._arrived == b""
+    with pytest.raises(InputTooLargeError):
+        await body.read()
+
+
+async def test_a_body_at_its_bound_is_read_whole() -> None:
+    body = BoundedBody(100, 100)
+    for _ in range(10):
+        body.append(b"x" * 10)
+    body.set_complete()
+    body.refuse(ValueError())  # too late
+    assert await body.read() == b"x" * 100
 
 
 def test_null_clears_and_what_is_left_out_stays() -> None:

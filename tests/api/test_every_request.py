@@ -7,7 +7,7 @@ import trio
 from trio.testing import MockClock
 
 from service.api.app import create_app
-from tests.api.inprocess import LOOPBACK, Api, open_api
+from tests.api.inprocess import CAP_S, LOOPBACK, Api, open_api
 
 JSON = {"Content-Type": "application/json"}
 
@@ -101,8 +101,9 @@ async def test_a_body_that_takes_too_long_is_refused(autojump_clock: MockClock) 
     async with open_api(body_timeout_s=30) as api:
         connection = api.open("POST", "/sessions", headers=JSON)
         async with connection:
-            await connection.send(b"{")
-            reply = await connection.receive()
+            with trio.fail_after(CAP_S):
+                await connection.send(b"{")
+                reply = await connection.receive()
         assert connection.status_code == 408
         assert b'"body_timeout"' in reply
         assert trio.current_time() == 30
@@ -148,6 +149,7 @@ async def test_configured_origins_may_ask_without_a_key_and_read() -> None:
     async with open_api(cors_origins=("https://app.example.com",), api_keys=("secret",)) as api:
         asked = await api.call("OPTIONS", "/sessions", headers=page | asking)
         assert asked.status == 204
+        assert "content-type" not in asked.headers
         assert asked.headers["access-control-allow-origin"] == "https://app.example.com"
         assert "PATCH" in asked.headers["access-control-allow-methods"]
         assert "Last-Event-ID" in asked.headers["access-control-allow-headers"]
@@ -191,6 +193,31 @@ async def test_a_crash_in_a_handler_tells_nothing(monkeypatch: pytest.MonkeyPatc
         reply.problem(500, "internal_error")
         assert b"42" not in reply.body
         assert b"Runtime" not in reply.body
+
+
+@pytest.mark.parametrize("refusals", [1, 2])
+async def test_a_session_whose_owner_is_gone_is_answered_for_here_or_503(
+    refusals: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from service.errors import OwnedElsewhereError
+
+    async with open_api() as api:
+        await api.new_session(id="a")
+        get_session = api.service.store.get_session
+        gone = [OwnedElsewhereError("a", fence=1, address="@lastcall-nobody")] * refusals
+
+        async def refuse_first(*args: Any, **kwargs: Any) -> Any:
+            if gone:
+                raise gone.pop()
+            return await get_session(*args, **kwargs)
+
+        monkeypatch.setattr(api.service.store, "get_session", refuse_first)
+        reply = await api.call("GET", "/sessions/a")
+        if refusals == 1:
+            assert (reply.status, reply.json["id"]) == (200, "a")
+        else:
+            reply.problem(503, "owned_elsewhere")
+            assert reply.headers["retry-after"] == "1"
 
 
 async def test_a_store_that_refuses_is_503(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ async def test_a_session_is_created_read_changed_and_deleted() -> None:
 
         deleted = await api.call("DELETE", "/sessions/me")
         assert (deleted.status, deleted.body) == (204, b"")
+        assert "content-type" not in deleted.headers
         for method, body in (("GET", None), ("PATCH", {}), ("DELETE", None)):
             (await api.call(method, "/sessions/me", body)).problem(404, "session_not_found")
 

@@ -111,22 +111,6 @@ async def test_a_body_without_a_length_is_answered_at_the_bound() -> None:
     assert received.startswith(b"HTTP/1.1 413")
 
 
-async def test_a_body_that_nobody_reads_is_not_kept() -> None:
-    """A stream's request may go on sending: Quart 0.23 would keep all of it."""
-    with trio.fail_after(CAP_S):
-        async with serving(Settings(model_url=SLOW, input_bytes_max=1024)) as server:
-            _, session = await server.call("POST", "/sessions", {})
-            path = f"/sessions/{session['id']}/turns"
-            _, turn = await server.call("POST", path, {"input": "Hi", "background": True})
-            async with await trio.open_tcp_stream("127.0.0.1", server.port) as stream:
-                await stream.send_all(request("GET", f"{path}/{turn['id']}/events", length=1 << 30))
-                assert (await stream.receive_some()).startswith(b"HTTP/1.1 200")
-                for _ in range(64):
-                    await stream.send_all(b" " * 65536)
-                assert await stream.receive_some()
-            await until(lambda: not server.service.sessions.statistics().streams_open)
-
-
 async def test_a_websocket_is_refused_and_nothing_breaks() -> None:
     upgrade = (
         b"GET /chat HTTP/1.1\r\nhost: localhost\r\nconnection: upgrade\r\nupgrade: websocket\r\n"

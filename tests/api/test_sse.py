@@ -143,6 +143,10 @@ def test_a_last_event_id_that_is_none_of_ours_is_refused(header: str) -> None:
         ("application/json, text/event-stream", True),
         ("application/json, text/event-stream;q=0.5", False),
         ("text/event-stream;q=0", False),
+        ("text/event-stream;charset=utf-8", True),
+        ("Text/Event-Stream; Charset=utf-8;q=0.9, */*;q=0.1", True),
+        ("text/event-stream;charset=utf-8;q=0", False),
+        ("application/json;charset=utf-8, text/event-stream;charset=utf-8;q=0.5", False),
     ],
 )
 def test_a_stream_is_what_the_client_names(accept: str | None, streams: bool) -> None:

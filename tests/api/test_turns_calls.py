@@ -1,11 +1,18 @@
 """Starting turns in three ways, following and cancelling them, as a client sees it."""
 
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
+from quart import request
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from service.api.bodies import kept_body
+from service.errors import LimitError, ShuttingDownError, TurnLimitError
+from service.sessions.registry import NewTurn, Sessions
+from service.sessions.turn import Turn
 from tests.api.inprocess import SSE, Api, leave, open_api
 
 SLOW = "scripted:?tokens=100&rate=1"
@@ -67,6 +74,7 @@ async def test_a_finished_turn_is_replayed_from_any_event(autojump_clock: MockCl
         for seq in (last, last + 1, 10**15):
             reply = await api.call("GET", f"{path}/events?after={seq}")
             assert (reply.status, reply.body) == (204, b"")
+            assert "content-type" not in reply.headers
         for query, field in (("after=-1", "after"), ("after=x", "after"), ("after=9999999999999999", "after")):
             (await api.call("GET", f"{path}/events?{query}")).problem(422, "invalid_request", field)
         bad = await api.call("GET", f"{path}/events", headers={"Last-Event-ID": "x"})
@@ -85,6 +93,8 @@ async def test_a_cursor_beyond_a_running_turn_is_refused(autojump_clock: MockClo
         reply = await api.call("POST", f"/sessions/{session_id}/turns", {"input": "Hi", "background": True})
         beyond = await api.call("GET", f"{reply.headers['location']}/events?after=50")
         beyond.problem(422, "invalid_request", "after")
+        resumed = await api.call("GET", f"{reply.headers['location']}/events", headers={"Last-Event-ID": "50"})
+        resumed.problem(422, "invalid_request", "Last-Event-ID")
 
 
 async def test_a_head_request_for_events_streams_nothing(autojump_clock: MockClock) -> None:
@@ -196,7 +206,9 @@ async def test_at_the_bound_on_turns_the_answer_is_503(autojump_clock: MockClock
         assert (statistics.streams_open, statistics.streams_ended, statistics.streams_aborted) == (0, 0, 0)
 
 
-async def test_at_the_bound_on_streams_no_turn_is_started(autojump_clock: MockClock) -> None:
+async def test_at_the_bound_on_streams_no_turn_is_started_and_nothing_read(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with open_api(model_url=SLOW, streams_max=1) as api:
         session_id = await api.new_session()
         started = await api.call("POST", f"/sessions/{session_id}/turns", {"input": "1", "background": True})
@@ -208,7 +220,10 @@ async def test_at_the_bound_on_streams_no_turn_is_started(autojump_clock: MockCl
             other = await api.new_session()
             refused = await api.call("POST", f"/sessions/{other}/turns", {"input": "1"}, headers=SSE)
             refused.problem(503, "stream_limit")
+            monkeypatch.setattr(api.service.sessions, "open_events", None)
             (await api.call("GET", path)).problem(503, "stream_limit")
+            (await api.call("POST", "/chat", {"session_id": "me", "message": "1"})).problem(503, "stream_limit")
+            (await api.call("GET", "/sessions/me")).problem(404, "session_not_found")
             assert (await api.call("GET", f"/sessions/{other}/turns")).json["data"] == []
             await leave(connection)
 
@@ -227,3 +242,79 @@ async def test_chat_makes_the_session_once_and_streams(autojump_clock: MockClock
         (await api.call("POST", "/chat", {"session_id": "a/b", "message": "Hi"})).problem(
             422, "invalid_request", "session_id"
         )
+
+
+@pytest.mark.parametrize("refusal", [TurnLimitError("full"), ShuttingDownError()])
+async def test_chat_leaves_no_session_behind_when_its_turn_is_refused(
+    refusal: LimitError, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*_: object) -> None:
+        raise refusal
+
+    async with open_api() as api:
+        await api.new_session(id="old")
+        monkeypatch.setattr(api.service.sessions, "start_turn", refuse)
+        for body in ({"session_id": "new"}, {"session_id": "old"}, {}):
+            (await api.call("POST", "/chat", {"message": "Hi"} | body)).problem(503, refusal.code)
+        assert [session["id"] for session in (await api.call("GET", "/sessions")).json["data"]] == ["old"]
+
+
+async def test_a_session_of_a_refused_chat_goes_though_its_caller_leaves(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_api(model_url=SLOW, live_turns_max=1) as api:
+        other = await api.new_session()
+        await api.call("POST", f"/sessions/{other}/turns", {"input": "1", "background": True})
+        list_turns = api.service.store.list_turns
+
+        async def list_slowly(*args: Any, **kwargs: Any) -> Any:
+            await trio.sleep(1)
+            return await list_turns(*args, **kwargs)
+
+        monkeypatch.setattr(api.service.store, "list_turns", list_slowly)
+        connection = api.open("POST", "/chat", headers={"Content-Type": "application/json"})
+        async with connection:
+            await connection.send(b'{"message": "Hi", "session_id": "me"}')
+            await connection.send_complete()
+            await wait_all_tasks_blocked()
+            assert (await api.call("GET", "/sessions/me")).status == 200
+            await leave(connection)
+        (await api.call("GET", "/sessions/me")).problem(404, "session_not_found")
+
+
+async def test_a_session_of_a_refused_chat_stays_where_somebody_else_uses_it(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_api(model_url=SLOW) as api:
+        start_turn = api.service.sessions.start_turn
+
+        async def be_late(session_id: str, new: NewTurn) -> Any:
+            await start_turn(session_id, msgspec.structs.replace(new, background=True))
+            raise TurnLimitError("full")
+
+        monkeypatch.setattr(api.service.sessions, "start_turn", be_late)
+        (await api.call("POST", "/chat", {"message": "Hi", "session_id": "me"})).problem(503, "turn_limit")
+        (turn,) = (await api.call("GET", "/sessions/me/turns")).json["data"]
+        assert turn["state"] == "running"
+
+
+@pytest.mark.parametrize(("store", "kept"), [("memory:", b""), ("sqlite:shared.db", b'{"input": "Hi"}')])
+async def test_a_body_is_kept_for_another_process_only_until_its_turn_is_accepted(
+    store: str, kept: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: dict[str, bytes] = {}
+
+    def note(name: str, call: Any) -> Any:
+        async def noted(*args: Any) -> Any:
+            seen[name] = kept_body(request)
+            return await call(*args)
+
+        return noted
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Sessions, "start_turn", note("start", Sessions.start_turn))
+    monkeypatch.setattr(Turn, "wait_ended", note("wait", Turn.wait_ended))
+    async with open_api(store_url=store, model_url="scripted:?tokens=1&rate=0&first_token_s=0") as api:
+        path = f"/sessions/{await api.new_session()}/turns"
+        assert (await api.call("POST", path, {"input": "Hi"})).json["state"] == "completed"
+    assert seen == {"start": kept, "wait": b""}

@@ -76,8 +76,10 @@ def serve_one(sock: socket.socket, path: str) -> bool:
             sock.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 2\r\n\r\n{}")
         case ["flood"]:
             sock.sendall(HEAD)
-            while True:
+            for _ in range(50):
                 sock.sendall(chunk(b"." * 4096))
+            sys.stderr.write("all 200 KiB were taken\n")
+            stopping.wait()
         case [end]:
             sock.sendall(HEAD + chunk(token(1)) + chunk(token(2)))
             stopping.wait()

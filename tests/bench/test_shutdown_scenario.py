@@ -7,12 +7,13 @@ import pytest
 import trio
 
 from bench.contenders import Contender
-from bench.load import LoadResult
 from bench.machine import look_at_machine
+from bench.plan import LoadResult
 from bench.rows import RowFile, percentile, read_rows, summarize
 from bench.server_process import python_command
-from bench.shutdown import Case, ShutdownRow, _add_books, run_case, steady
+from bench.shutdown import ShutdownRow, _add_books, run_case, steady
 from bench.shutdown_report import cells_of, write_markdown
+from bench.stage import Place
 from bench.upstream import ReplyBook
 from bench.wire import StreamEnd, StreamResult
 
@@ -21,12 +22,10 @@ ERROR_S = 0.2
 """How much too long a measured time may be: the fake's own 50 ms poll, and a machine shared with other tests."""
 
 
-async def run_fake(folder: Path, *arguments: str, case: Case | None = None, cap_s: float = 5) -> ShutdownRow:
+async def run_fake(folder: Path, *arguments: str, cap_s: float = 5) -> ShutdownRow:
     fake = Contender("fake", "Fake", python_command(MISBEHAVING, *arguments), relays=False)
     with trio.fail_after(30):
-        return await run_case(
-            fake, case or steady(3), repeat=0, folder=folder, server_cpus=None, client_cpus=None, cap_s=cap_s
-        )
+        return await run_case(fake, steady(3), Place(folder, None, None), repeat=0, cap_s=cap_s)
 
 
 async def test_a_fake_that_exits_after_a_known_delay_is_measured_within_the_stated_error(tmp_path: Path) -> None:
@@ -73,8 +72,8 @@ def test_tokens_lost_are_those_that_the_model_sent_and_no_client_received() -> N
         StreamResult(group="streams", number=1, tokens=9, end=StreamEnd.TERMINAL),
     ]
     books = [
-        ReplyBook(message="s0 rate=20", tokens=8, closed_at=10.5),
-        ReplyBook(message="s1 rate=20", tokens=9, closed_at=11),
+        ReplyBook(message="streams0 rate=20", tokens=8, closed_at=10.5),
+        ReplyBook(message="streams1 rate=20", tokens=9, closed_at=11),
     ]
     _add_books(row, LoadResult(streams=streams), books, 10.0, relays=True)
     assert row.tokens_lost == 3

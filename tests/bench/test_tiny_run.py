@@ -10,15 +10,20 @@ from bench.contenders import CONTENDERS, choose
 from bench.rows import read_rows
 from bench.server_process import ROOT
 
+pytest.importorskip("rich")
+
 PRESENT = [contender.name for contender in CONTENDERS if contender.missing is None]
 
 
+def run_bench(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "bench", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
 def test_a_tiny_run_measures_reports_and_draws(tmp_path: Path) -> None:
-    pytest.importorskip("rich")
     names = [name for name in ("lastcall", "fastapi-2s", "node") if name in PRESENT]
-    command = [sys.executable, "-m", "bench", "--only", ",".join(names), "--streams", "3"]
-    command += ["--repeats", "1", "--cap", "8", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    sizes = ("--streams", "3", "--repeats", "1", "--cap", "8")
+    done = run_bench("--only", ",".join(names), *sizes, "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     machine, *rows = read_rows(tmp_path / "shutdown.jsonl")
     assert machine["versions"]["trio"]
@@ -26,14 +31,29 @@ def test_a_tiny_run_measures_reports_and_draws(tmp_path: Path) -> None:
     assert [row["failed"] for row in rows] == [None] * len(rows)
     ours = next(row for row in rows if row["contender"] == "lastcall")
     assert ours["ends"] == {"terminal": 3}
+    assert ours["replies_kept"] == 3
     assert (ours["exit_code"], ours["log_tracebacks"], ours["log_cancelled"], ours["gaps"]) == (0, 0, 0, 0)
     report = (tmp_path / "shutdown.md").read_text()
     assert all(contender.label in report for contender in choose(names))
 
 
+@pytest.mark.parametrize("scenario", ["relay", "first-token", "end", "idle", "expiry"])
+def test_each_scenario_runs_and_reports(tmp_path: Path, scenario: str) -> None:
+    streams = ("--streams", "2") if scenario in ("relay", "first-token") else ()
+    done = run_bench(scenario, "--quick", "--only", "lastcall", *streams, "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    _, *rows = read_rows(tmp_path / f"{scenario}.jsonl")
+    assert rows
+    if scenario == "end":
+        assert {(row["cause"], row["closed"]) for row in rows} == {
+            ("client gone", 20),
+            ("cancel", 20),
+            ("deadline", 20),
+        }
+    assert (tmp_path / f"{scenario}.md").read_text().count("\n|") == len(rows) + 2
+
+
 def test_a_name_that_is_no_contender_is_refused() -> None:
-    pytest.importorskip("rich")
-    command = [sys.executable, "-m", "bench", "--only", "lastcal"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    done = run_bench("--only", "lastcal")
     assert done.returncode == 2
     assert "no such server: lastcal" in done.stderr

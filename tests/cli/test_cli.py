@@ -86,6 +86,21 @@ def test_printed_config_gives_the_same_settings_less_the_secrets(capsys: pytest.
     assert set(tomllib.loads(printed)) >= {"bind", "streams_max"}
 
 
+@pytest.mark.parametrize(
+    "file",
+    [
+        'model = "m"\nmodel_url = "https://a.example/v1?api_key=open-sesame"',
+        '[[upstreams]]\nname = "a"\nurl = "https://a.example/v1?api_key=open-sesame"\nmodels = ["m"]',
+    ],
+)
+def test_printed_config_has_no_key_out_of_a_url(capsys: pytest.CaptureFixture[str], file: str) -> None:
+    Path("lastcall.toml").write_text(file)
+    assert main(["config"]) == 0
+    printed = capsys.readouterr().out
+    assert 'url = "https://a.example/v1?api_key=********"' in printed
+    assert "sesame" not in printed
+
+
 @pytest.mark.parametrize("command", ["serve", "config"])
 def test_every_wrong_setting_is_a_line_and_the_exit_code_is_78(command: str) -> None:
     refused = run(command, LASTCALL_STREAMS_MAX="0", LASTCALL_BNID="x")

@@ -13,6 +13,7 @@ from quart_trio import QuartTrio
 from service.errors import StartupError
 from service.hosting import lifespan
 from service.hosting.application import create_hosted_app
+from service.hosting.worker import find_worker
 from service.settings import load_settings
 from service.supervisor import Service, open_service
 
@@ -83,6 +84,21 @@ def broken(open_broken: Any) -> QuartTrio:
     """To be named to hypercorn as ``tests.hosting.apps:broken(crashing)``."""
     setattr(lifespan, "open_service", open_broken)  # noqa: B010
     return create_hosted_app(load_settings)
+
+
+@asynccontextmanager
+async def under_a_server_that_stops(*args: Any, **options: Any) -> AsyncIterator[Service]:
+    """hypercorn has closed its listeners for a reason of its own, and told nobody."""
+    worker = find_worker()
+    assert worker is not None
+    async with open_service(*args, **options) as service, trio.open_nursery() as nursery:
+
+        async def stop() -> None:
+            await trio.sleep(0.3)
+            await worker.context.terminated.set()
+
+        nursery.start_soon(stop)
+        yield service
 
 
 plain = QuartTrio("plain")

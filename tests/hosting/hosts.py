@@ -7,7 +7,7 @@ from pathlib import Path
 from bench.server_process import Launch, ServerProcess, open_server, python_command
 
 SERVE = "serve"
-BARE = ("hypercorn-0", "hypercorn-1", "hypercorn-2")
+BARE = ("hypercorn-0", "hypercorn-1", "hypercorn-2", "hypercorn-4")
 CONFIGURED = ("configured-0", "configured-1", "configured-2")
 HOSTS = (SERVE, *BARE, *CONFIGURED)
 

@@ -2,8 +2,8 @@
 
 import socket
 from collections.abc import AsyncIterator
-from types import SimpleNamespace
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
 import h2.config
 import h2.connection
@@ -12,13 +12,13 @@ import hypercorn.trio.run
 import pytest
 import trio
 import trio.testing
+import trustme
 from hypercorn.trio.tcp_server import TCPServer
 from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
 
 from service.hosting.connections import Connections
 from service.hosting.http_connection import HTTPConnection
-from service.hosting.worker import Worker
 from tests.hosting.conftest import Serve, Served
 
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -63,7 +63,7 @@ class App(QuartTrio):
 def connections(monkeypatch: pytest.MonkeyPatch) -> Connections:
     """Connections in the place of hypercorn's own until the test is over."""
     monkeypatch.setattr(hypercorn.trio.run, "TCPServer", TCPServer)
-    return Connections(cast(Worker, SimpleNamespace()))
+    return Connections()
 
 
 def test_hypercorn_still_takes_its_connections_from_this_name() -> None:
@@ -113,6 +113,23 @@ async def test_no_connection_survives_abort_all(serve: Serve, connections: Conne
                 server.stop.set()
                 await trio.testing.wait_all_tasks_blocked(0.05)
                 assert connections.abort_all() >= 2
+                await server.gone.wait()
+
+
+async def test_a_handshake_that_does_not_go_on_is_closed(
+    serve: Serve, connections: Connections, tmp_path: Path
+) -> None:
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    issued = trustme.CA().issue_cert("localhost")
+    issued.cert_chain_pems[0].write_to_path(certificate)
+    issued.private_key_pem.write_to_path(key)
+    async with serve(App(), certfile=str(certificate), keyfile=str(key), graceful_timeout=100) as server:
+        with trio.fail_after(10):
+            async with await server.connect() as stream:
+                await stream.send_all(b"\x16\x03\x01")  # the first bytes of a ClientHello
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                server.stop.set()
+                assert connections.abort_handshakes() == 1
                 await server.gone.wait()
 
 
@@ -167,7 +184,7 @@ async def test_hypercorn_still_closes_on_a_request_that_is_on_its_way(serve: Ser
 
 
 async def http2_stream_ends_properly(serve: Serve) -> bool:
-    """A stream on HTTP/2 that ends after hypercorn was told to stop."""
+    """A stream on HTTP/2 that ends after hypercorn was told to stop, and then its connection, with a goodbye."""
     app = App()
     async with serve(app) as server:
         client = h2.connection.H2Connection(h2.config.H2Configuration())
@@ -176,7 +193,7 @@ async def http2_stream_ends_properly(serve: Serve) -> bool:
             1, [(":method", "GET"), (":path", FINISHING), (":scheme", "http"), (":authority", "localhost")]
         )
         client.end_stream(1)
-        ended, body = False, b""
+        ended, goodbye, body = False, False, b""
         with trio.fail_after(10):
             async with await server.connect() as stream:
                 await stream.send_all(client.data_to_send())
@@ -185,13 +202,14 @@ async def http2_stream_ends_properly(serve: Serve) -> bool:
                         if isinstance(event, h2.events.DataReceived):
                             body += event.data
                         ended |= isinstance(event, h2.events.StreamEnded)
+                        goodbye |= isinstance(event, h2.events.ConnectionTerminated)
                     await stream.send_all(client.data_to_send())
                     if body == b"first" and not app.work_ended.is_set():
                         server.stop.set()
                         await trio.testing.wait_all_tasks_blocked(0.01)
                         app.work_ended.set()
     assert body == b"firstlast"
-    return ended
+    return ended and goodbye
 
 
 async def test_an_http2_stream_ends_properly(serve: Serve, connections: Connections) -> None:

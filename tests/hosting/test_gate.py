@@ -16,9 +16,8 @@ from hypercorn.config import Config
 from hypercorn.trio.worker_context import WorkerContext
 from quart_trio import QuartTrio
 
-from service.hosting.connections import Stream
-from service.hosting.doors import Door, mark_as_leaving, others_answer
 from service.hosting.gate import HeldTermination
+from service.hosting.siblings import mark_as_leaving, others_answer
 
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
@@ -55,21 +54,6 @@ async def test_who_connects_after_hypercorn_was_told_to_stop_is_left_hanging_and
                 client.recv(1)
 
 
-async def test_who_waits_at_a_door_is_taken_and_who_comes_later_is_refused() -> None:
-    with listening() as listener:
-        address = listener.getsockname()
-        door, taken = Door(trio.SocketListener(trio.socket.from_stdlib_socket(listener))), list[Stream]()
-        with socket.create_connection(address), socket.create_connection(address):
-            door.shut(take=taken.append)
-            assert len(taken) == 2
-            with pytest.raises(ConnectionRefusedError):
-                socket.create_connection(address)
-            door.shut(take=taken.append)  # as two workers may that both are the last one
-            door.close()
-        for stream in taken:
-            await trio.aclose_forcefully(stream)
-
-
 def test_the_next_listen_opens_a_door_again() -> None:
     """Where a reload is taken for a stop, the next worker serves all the same: hypercorn's workers listen anew."""
     with socket.socket() as finder:
@@ -90,7 +74,6 @@ HOLD_MARKED = "import os, sys; os.memfd_create('lastcall-leaves'); print('marked
 @pytest.mark.parametrize(("held_by", "answers"), [(HOLD, True), (HOLD_MARKED, False)])
 def test_another_process_answers_unless_it_says_that_it_leaves(held_by: str, answers: bool) -> None:
     with listening() as listener:
-        listening_to = [trio.SocketListener(trio.socket.from_stdlib_socket(listener))]
         command = [sys.executable, "-c", held_by]
         with subprocess.Popen(
             command, pass_fds=[listener.fileno()], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -99,19 +82,18 @@ def test_another_process_answers_unless_it_says_that_it_leaves(held_by: str, ans
             if held_by is HOLD_MARKED:
                 other.stdout.readline()
             try:
-                assert others_answer(listening_to, except_for={os.getpid()}) is answers
-                assert not others_answer(listening_to, except_for={os.getpid(), other.pid})
+                assert others_answer([listener], except_for={os.getpid()}) is answers
+                assert not others_answer([listener], except_for={os.getpid(), other.pid})
             finally:
                 other.communicate()
 
 
 def test_a_process_that_marks_itself_shows_it() -> None:
     with listening() as listener:
-        listening_to = [trio.SocketListener(trio.socket.from_stdlib_socket(listener))]
-        assert others_answer(listening_to, except_for=())
+        assert others_answer([listener], except_for=())
         mark = mark_as_leaving()
         try:
-            assert not others_answer(listening_to, except_for=())
+            assert not others_answer([listener], except_for=())
         finally:
             os.close(mark)
 

@@ -2,13 +2,16 @@
 
 import pytest
 import trio
+import trio.testing
 from quart import request
 from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
 
+from service.api.app import attach, create_app
 from service.hosting.http_connection import HTTPConnection, open_requests
 from service.settings import Settings
 from service.shutdown import Shutdown
+from service.supervisor import open_service
 from tests.hosting.conftest import Serve
 
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -67,6 +70,26 @@ async def test_responses_close_their_connection_once_no_work_is_accepted(serve: 
                 shutdown.notice("test")
                 await stream.send_all(GET)
                 assert b"connection: close" in (await receive_all(stream)).lower()
+
+
+async def test_a_request_whose_body_is_still_coming_is_answered_when_the_work_has_ended(serve: Serve) -> None:
+    app = create_app()
+    app.asgi_http_class = HTTPConnection
+    async with open_service(Settings()) as service, serve(app) as server:
+        attach(app, service)
+        requests = open_requests(app, service.shutdown)
+        with trio.fail_after(10):
+            async with await server.connect() as stream:
+                await stream.send_all(
+                    b"POST /sessions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                    b"Content-Length: 1000\r\n\r\n{"
+                )
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                service.shutdown.notice("test")
+                requests.refuse_uploads()
+                answer = await receive_all(stream)
+    assert answer.startswith(b"HTTP/1.1 503")
+    assert b"shutting_down" in answer
 
 
 @pytest.mark.parametrize("closing", [False, True])

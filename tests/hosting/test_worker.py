@@ -20,18 +20,12 @@ from service.hosting.worker import Worker, find_worker
 from tests.hosting.conftest import Serve
 
 
-@pytest.mark.parametrize("name", ["app", "config", "context", "lifespan_state"])
-def test_worker_serve_has_what_the_lifespan_needs_when_it_begins(name: str) -> None:
+@pytest.mark.parametrize("name", ["app", "config", "context", "server_nursery"])
+def test_worker_serve_has_what_we_need(name: str) -> None:
     assert (
         name
         in hypercorn.trio.run.worker_serve.__code__.co_varnames + hypercorn.trio.run.worker_serve.__code__.co_cellvars
     )
-
-
-@pytest.mark.parametrize("name", ["listeners", "server_nursery"])
-def test_worker_serve_has_what_the_gate_needs_later(name: str) -> None:
-    code = hypercorn.trio.run.worker_serve.__code__
-    assert name in code.co_varnames + code.co_cellvars
 
 
 def test_a_worker_gets_the_masters_event_as_a_keyword() -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import msgspec
 import trio
 
-from bench.load import Group, Http2Streams, Idle, LoadResult, Plan, Prober, Request, Streams, Unfinished
 from bench.peers import LoadClient, open_load, open_upstream
+from bench.plan import Group, Http2Streams, Idle, LoadResult, Plan, Prober, Request, Streams, Unfinished
 from bench.server_process import Gone, Launch, ServerProcess, open_server, python_command
 from bench.wire import StreamEnd
 

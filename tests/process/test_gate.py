@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from bench.load import ProbeResult
+from bench.plan import ProbeResult
 from tests.process.lastcall import (
     HYPERCORN_1,
     HYPERCORN_2,

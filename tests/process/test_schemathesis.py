@@ -33,8 +33,8 @@ class Schemathesis:
         command = [
             *(str(Path(sys.executable).parent / "schemathesis"), "run", self.url, "--no-color"),
             *("--max-examples", str(EXAMPLES), "--request-timeout", "15", *arguments),
-            # Ours is in its place, see the hooks.
-            *("--exclude-checks", "positive_data_acceptance"),
+            # Ours is in place of the one, see the hooks. The other does not know of an id that is chosen once more.
+            *("--exclude-checks", "positive_data_acceptance,use_after_free"),
             *(("--seed", "1") if IN_CI else ()),
         ]
         env = os.environ | {
@@ -64,7 +64,8 @@ async def test_the_server_does_what_its_openapi_document_says(tmp_path: Path) ->
             async with httpx.AsyncClient() as client:
                 operations = operations_of((await client.get(url)).json())
             schemathesis = Schemathesis(url, tmp_path)
-            await schemathesis.run("--phases", "coverage,fuzzing,stateful", "--workers", "2")
+            await schemathesis.run("--phases", "coverage,fuzzing", "--workers", "2")
+            await schemathesis.run("--phases", "stateful")  # alone: another worker would delete what it has made
             for operation_id, operation in operations.items():
                 if not (operation["parameters"] or "requestBody" in operation):
                     continue
@@ -76,7 +77,7 @@ async def test_the_server_does_what_its_openapi_document_says(tmp_path: Path) ->
     answers = schemathesis.answers()
     for operation_id, operation in operations.items():
         for status in operation["responses"]:
-            if IN_CI and status.startswith("2"):
+            if IN_CI and status.startswith("2") and operation_id != "openapi":  # which is what it has read itself
                 assert answers[operation_id, status], f"{operation_id} was never answered with {status}"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.load import Group
+from bench.plan import Group
 from bench.server_process import ServerProcess
 from tests.process.lastcall import (
     HOSTS,

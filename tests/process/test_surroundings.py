@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from bench.load import Plan
 from bench.peers import open_load
+from bench.plan import Plan
 from tests.process.lastcall import (
     HYPERCORN_1,
     SERVE,

@@ -132,6 +132,7 @@ class Accepted:
     key: str
     turn: Turn
     start: Start
+    at: datetime
     released: bool = False
 
 
@@ -167,8 +168,11 @@ class Races:
                             assert not record.is_open, "a cancel waits for the end"
                 case Delete(session_id, patience_s):
                     self.deleted.add(session_id)
-                    with trio.move_on_after(patience_s):
+                    before = [accepted.turn for accepted in self.accepted if accepted.turn.session_id == session_id]
+                    with trio.move_on_after(patience_s) as patience:
                         await self.sessions.delete_session(session_id)
+                    if not patience.cancelled_caught:
+                        assert all(turn.ended.is_set() for turn in before), "a deletion ends the turns first"
                 case Create(session_id):
                     await self.sessions.create_session(NewSession(id=session_id))
                 case Sweep():
@@ -187,7 +191,7 @@ class Races:
         if answer is None:
             return
         turn, watch = answer
-        accepted = Accepted(key, turn, start)
+        accepted = Accepted(key, turn, start, self.clock())
         self.accepted.append(accepted)
         await self._stay(accepted, turn.log, watch, start.stays_s)
 
@@ -220,6 +224,19 @@ class Races:
             self.check_cause(accepted, record)
             event(f"{record.state} {record.reason or (record.error and record.error.code) or ''}")
         assert self.client.open == {}, "every upstream stream is closed"
+
+    async def check_answers(self) -> None:
+        """No turn that ended is said to be open, whether its end is in the store yet or not."""
+        for turn in (accepted.turn for accepted in self.accepted):
+            with suppress(RefusedError):
+                assert await self.sessions.get_turn(turn.session_id, turn.id) == turn.record()
+
+    def check_interrupted_at(self, moment: datetime) -> None:
+        """Nothing went on after ``moment`` but the close of upstream streams."""
+        for accepted in self.accepted:
+            ended_at = accepted.turn.record().ended_at
+            assert ended_at is not None
+            assert ended_at <= max(moment, accepted.at) + timedelta(seconds=1)
 
     def check_cause(self, accepted: Accepted, record: TurnRecord) -> None:
         """It ended for a cause that there was."""
@@ -323,6 +340,7 @@ async def _run(history: Sequence[Sequence[Act]], *, ending: Ending, random: Rand
             trio.open_nursery() as callers,
         ):
             races = Races(sessions, store, client)
+            interrupted_at = None
             store.quick = True
             for session_id in SESSIONS:
                 await sessions.create_session(NewSession(id=session_id))
@@ -333,13 +351,18 @@ async def _run(history: Sequence[Sequence[Act]], *, ending: Ending, random: Rand
                 await trio.sleep(1)
             if ending == "drain":
                 sessions.stop_accepting()
-                sessions.interrupt_queued()
+                if random.random() < 0.5:
+                    sessions.interrupt_queued()
                 with trio.move_on_after(random.choice([0, 2])):
                     await sessions.wait_idle()
                 sessions.interrupt_all()
+                interrupted_at = clock()
             if ending != "unwind":
                 await sessions.wait_idle()
                 store.quick = True
+                await races.check_answers()
+                if interrupted_at is not None:
+                    races.check_interrupted_at(interrupted_at)
                 await trio.sleep(200)  # the last callers leave
                 await sessions.settle()
                 await races.check_ends()
@@ -356,7 +379,7 @@ async def _run(history: Sequence[Sequence[Act]], *, ending: Ending, random: Rand
 common = settings(phases=set(Phase) - {Phase.explain}, suppress_health_check=[HealthCheck.too_slow])
 
 
-@settings(common, max_examples=150, report_multiple_bugs=False)
+@settings(common, max_examples=300, report_multiple_bugs=False)
 @given(
     history=histories,
     ending=st.sampled_from(["rest", "drain", "unwind"]),
@@ -443,3 +466,17 @@ async def test_events_that_were_not_kept_are_lost_and_not_an_empty_stream(autoju
         with pytest.raises(EventsLostError) as lost:
             await stage.sessions.open_events(session.id, turn.id)
         assert (lost.value.after, lost.value.state, lost.value.text) == (1, "interrupted", "half a")
+
+
+async def test_interrupt_ends_queued_turns_too_and_none_of_them_starts(autojump_clock: MockClock) -> None:
+    async with open_stage() as stage:
+        session = await stage.sessions.create_session(NewSession())
+        new = NewTurn(text="hi", on_conflict="queue", background=True)
+        turns = [(await stage.sessions.start_turn(session.id, new))[0] for _ in range(3)]
+        await stage.puppet.next_reply()
+        assert stage.sessions.interrupt_all() == 3
+        with trio.fail_after(1):
+            await stage.sessions.wait_idle()
+        records = [turn.record() for turn in turns]
+    assert [(record.state, record.reason) for record in records] == [("interrupted", "shutdown")] * 3
+    assert kinds(await read_all(turns[2].log)) == ["turn.queued", "turn.interrupted"]

@@ -339,7 +339,6 @@ async def test_expiry_loop_sweeps_in_batches_and_survives_an_error(autojump_cloc
                 clock=stage.clock,
                 interval_s=300,
                 store_timeout_s=5,
-                settle=stage.sessions.settle,
                 task_status=task_status,
             )
         )

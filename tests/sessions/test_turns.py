@@ -273,15 +273,15 @@ async def test_reply_at_the_bound_completes_and_above_it_fails(autojump_clock: M
 
 
 async def test_log_bound_fails_the_turn_and_still_tells_its_end(autojump_clock: MockClock) -> None:
-    async with open_stage(log_bytes_max=4096, reply_bytes_max=10**6) as stage:
+    async with open_stage(log_bytes_max=64 * 1024, reply_bytes_max=10**6) as stage:
         session = await stage.sessions.create_session(NewSession())
         turn = await start(stage.sessions, session.id)
         reply = await stage.puppet.next_reply()
-        reply.think(*"x" * 200)
+        reply.think(*["x" * 1000] * 100)
         events = await read_all(turn.log)
         assert isinstance(events[-1], TurnFailed)
         assert events[-1].error.code == "log_too_large"
-        assert sum(map(len, turn.log.frames())) <= 4096
+        assert sum(map(len, turn.log.frames())) <= 64 * 1024
         assert reply.closed.is_set()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from service.errors import SettingsError
-from service.settings import Settings, load_settings, reaches_beyond_loopback, read_sources
+from service.settings import Settings, load_settings, reaches_beyond_loopback, read_sources, shown_url
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +115,8 @@ def test_unknown_name_is_refused_without_its_value() -> None:
         ({"LASTCALL_MODEL_API_KEY": "opensesame\n"}, ""),
         ({"LASTCALL_API_KEYS": "fine,open sesame"}, ""),
         ({"LASTCALL_MODEL_URL": "https://user:opensesame@host/v1"}, ""),
+        ({"LASTCALL_MODEL_URL": "https://host:port/v1?key=opensesame", "LASTCALL_MODEL": "m"}, ""),
+        ({"LASTCALL_MODEL_URL": "https://host/v1?key=opensesame"}, ""),
         ({}, 'api_keys = "open sesame"'),
         ({}, "api_keys = { key = 'open sesame' }"),
         ({}, '[[upstreams]]\nname = "a"\nurl = "scripted:"\napi_key = "open sesame"'),
@@ -128,7 +130,12 @@ def test_secret_is_not_in_its_complaint(environ: dict[str, str], file: str) -> N
 
 @pytest.mark.parametrize("bind", ["127.0.0.1:8000", "localhost:0", "[::1]:8000", "0.0.0.0:65535", "unix:run/a.sock"])
 def test_address_is_taken(bind: str) -> None:
-    assert read(bind=bind).bind == bind
+    assert read({"LASTCALL_API_KEYS": "k"}, bind=bind).bind == bind
+
+
+def test_unix_socket_that_would_refuse_everything_is_refused() -> None:
+    needed = "api_keys should be set for a bind of unix:path, or every request would be refused"
+    assert problems(bind="unix:run/a.sock") == [needed]
 
 
 @pytest.mark.parametrize(
@@ -185,6 +192,23 @@ def test_number_out_of_bounds_is_refused(number: str) -> None:
     assert problems(file=f'drain_timeout_s = "{number}"')[0].endswith(
         "should be a number of at least 0, at most 31536000"
     )
+
+
+def test_log_that_could_hold_no_events_is_refused() -> None:
+    assert problems({"LASTCALL_LOG_BYTES_MAX": "65535"}) == [
+        "LASTCALL_LOG_BYTES_MAX: '65535' should be a whole number of at least 65536, at most 1073741824"
+    ]
+    assert read({"LASTCALL_LOG_BYTES_MAX": "65536"}).log_bytes_max == 65536
+
+
+def test_string_in_place_of_a_list_is_told_how_to_be_one() -> None:
+    such = "should be a list of strings, such as"
+    file = 'api_keys = "sesame"\ncors_origins = "*"\n[[upstreams]]\nname = "a"\nurl = "scripted:"\nmodels = "m"'
+    assert problems(file=file) == [
+        f'lastcall.toml: api_keys: {such} ["first-key", "second-key"]',
+        f"lastcall.toml: cors_origins: '*' {such} [\"https://app.example.org\"]",
+        f'lastcall.toml: upstreams[0].models: \'m\' {such} ["small", "large"]',
+    ]
 
 
 def test_certificate_and_key_go_together() -> None:
@@ -250,6 +274,21 @@ def test_upstreams_wrong_parts_are_named() -> None:
     assert problems({"LASTCALL_UPSTREAMS": "x"}) == [
         "LASTCALL_UPSTREAMS: should be at least one [[upstreams]] table of the file"
     ]
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("http://host/v1", "http://host/v1"),
+        ("http://host/v1?", "http://host/v1?"),
+        ("http://host/v1?api_key=sesame", "http://host/v1?api_key=********"),
+        ("http://host/v1?a=se=same&b=&sesame#sesame", "http://host/v1?a=********&b=********&********"),
+        ("http://host/v1#a?sesame=", "http://host/v1"),
+        ("scripted:?tokens=3", "scripted:?tokens=3"),
+    ],
+)
+def test_upstream_s_query_is_shown_without_its_values(url: str, shown: str) -> None:
+    assert shown_url(url) == shown
 
 
 def test_shutdown_total_is_the_sum_of_the_phases_and_one_second_unless_set() -> None:

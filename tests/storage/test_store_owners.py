@@ -192,6 +192,18 @@ def _forget_lock(store: Store) -> None:
     store._ownership.close()  # type: ignore[attr-defined]
 
 
+async def test_of_several_owners_one_sweeps(open_shared: OpenStore) -> None:
+    late = at(IDLE_TIMEOUT_S)
+    async with open_shared() as oldest:
+        await oldest.create_session(a_session("a"), now=T0)
+        await oldest.create_session(a_session("b"), now=T0)
+        async with open_shared() as store:
+            assert await store.delete_expired(now=late, limit=10) == 0
+            assert await oldest.delete_expired(now=late, limit=1) == 1
+            await oldest.aclose()
+            assert await store.delete_expired(now=late, limit=10) == 1, "the next one's turn"
+
+
 # Checkpoints, on every store
 
 

@@ -121,14 +121,19 @@ def test_shared_pipe_keeps_its_mode(ends: tuple[int, int]) -> None:
         assert os.get_blocking(writer_end)
 
 
-def test_closed_descriptor_harms_nobody() -> None:
+def test_number_of_a_closed_descriptor_is_never_written_to() -> None:
     reader, writer_end = os.pipe()
-    os.close(reader)
-    os.close(writer_end)
-    with writing_to(writer_end) as writer:
+    number = os.dup(writer_end)
+    os.close(number)
+    with writing_to(number) as writer:
+        os.dup2(writer_end, number)  # as a client's socket would take it
         writer.write(LINE)
         writer.drain(1)
         assert writer.take_lost() == 1
+    for fd in (writer_end, number):
+        os.close(fd)
+    assert os.read(reader, 1) == b""
+    os.close(reader)
 
 
 def test_file_is_appended_to(tmp_path: Path) -> None:

@@ -203,6 +203,17 @@ def test_banner_of_a_real_model_names_it_and_no_key() -> None:
     assert "sesame" not in text
 
 
+def test_key_in_a_model_s_url_is_neither_in_the_banner_nor_in_the_log(open_log: OpenLog, log_file: Path) -> None:
+    changes: dict[str, Any] = {"model_url": "https://api.example.org/v1?api_key=open%2Dsesame&v=1", "model": "large"}
+    settings = Settings(**changes)
+    assert "large at https://api.example.org/v1?api_key=********&v=********" in banner(settings, binds=BINDS, store="")
+    log = open_log(**changes)
+    announce(log, settings, binds=BINDS, store="memory")
+    structlog.get_logger("lastcall").info("asked %s", settings.model_url, told="the key open-sesame is wrong")
+    assert [line["level"] for line in lines(log_file)] == ["info", "info"]
+    assert "sesame" not in log_file.read_text()
+
+
 @pytest.mark.parametrize(
     ("changes", "binds", "target"),
     [

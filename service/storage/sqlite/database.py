@@ -29,6 +29,8 @@ def connect(path: Path, *, query_only: bool = False) -> apsw.Connection:
     """A connection with our settings. It writes no checkpoints by itself."""
     db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
     try:
+        if db.readonly("main"):  # SQLite contents itself with that where it may not write
+            raise apsw.ReadOnlyError
         db.set_busy_handler(_wait_for_lock)
         db.pragma("auto_vacuum", "INCREMENTAL")  # counts for a new file only, and before WAL
         if db.pragma("journal_mode", "WAL") != "wal":
@@ -64,17 +66,15 @@ def prepare(db: apsw.Connection, path: Path, *, ownership: Ownership) -> None:
     Raises:
         StartupError: It is not ours, damaged, or from a newer version.
     """
-    if db.readonly("main"):
-        raise StartupError(f"{path} cannot be written to; check its permissions and the file system.")
     _check_intact(db, path)
-    if _version(db, path) == len(SCRIPTS):
+    if version_of(db, path) == len(SCRIPTS):
         return
     db.execute("BEGIN IMMEDIATE")
     try:
-        version = _version(db, path)  # another process may have been first
-        if version and any_alive(db, ownership):
-            raise StartupError(f"{path} is in use by an older version of this service; stop that one first.")
+        version = version_of(db, path)  # another process may have been first
         if 0 < version < len(SCRIPTS):
+            if any_alive(db, ownership):
+                raise StartupError(f"{path} is in use by an older version of this service; stop that one first.")
             back_up(path, path.with_name(f"{path.name}.schema-{version}"))
         for script in SCRIPTS[version:]:
             db.execute(script)
@@ -86,7 +86,8 @@ def prepare(db: apsw.Connection, path: Path, *, ownership: Ownership) -> None:
         raise
 
 
-def _version(db: apsw.Connection, path: Path) -> int:
+def version_of(db: apsw.Connection, path: Path) -> int:
+    """The version of its schema, 0 for an empty file. Raises: StartupError: It is not ours, or newer."""
     version: int = db.pragma("user_version")
     if version > len(SCRIPTS):
         raise StartupError(

@@ -29,15 +29,9 @@ def fault_of(error: apsw.Error) -> tuple[str, int | None]:
     return f"SQLite says: {error}", 5
 
 
-def leaves_doubt(error: apsw.Error) -> bool:
-    """Whether the connection had better be made anew: what it remembers of the file may not be true any more."""
-    return isinstance(
-        error,
-        apsw.IOError | apsw.CantOpenError | apsw.CorruptError | apsw.NotADBError | apsw.ReadOnlyError,
-    )
-
-
 def store_error(path: Path, error: apsw.Error) -> StoreError:
     """The error that callers see."""
     words, retry_after_s = fault_of(error)
-    return StoreError(f"The store sqlite:{path} failed: {words}.", retry_after_s=retry_after_s)
+    told = StoreError(f"The store sqlite:{path} failed: {words}.", retry_after_s=retry_after_s)
+    told.__cause__ = error  # it is raised in another thread than it is made in
+    return told

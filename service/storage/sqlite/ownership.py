@@ -84,3 +84,8 @@ def fences(db: apsw.Connection) -> list[int]:
 def any_alive(db: apsw.Connection, ownership: Ownership) -> bool:
     """Whether an owner besides this one lives."""
     return any(ownership.is_alive(fence) for fence in fences(db) if fence != ownership.fence)
+
+
+def is_oldest(db: apsw.Connection, ownership: Ownership) -> bool:
+    """Whether no owner that lives came before this one."""
+    return not any(fence < ownership.fence and ownership.is_alive(fence) for fence in fences(db))

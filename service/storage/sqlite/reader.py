@@ -6,9 +6,8 @@ from typing import Any
 
 import apsw
 
-from service.errors import StoreError
 from service.storage.sqlite import database
-from service.storage.sqlite.faults import leaves_doubt, store_error
+from service.storage.sqlite.faults import store_error
 from service.storage.sqlite.sql_thread import Step
 
 _STEPS_MAX = 100
@@ -20,8 +19,7 @@ class Reader:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._db: apsw.Connection | None = None
-        self._doubtful = False
+        self._db: apsw.Connection
 
     def open(self) -> None:
         """Raises: StartupError."""
@@ -38,31 +36,22 @@ class Reader:
             if len(taken) == _STEPS_MAX:
                 break
         try:
-            db = self._db = self._db or database.connect(self._path, query_only=True)
-            db.execute("BEGIN")
+            self._db.execute("BEGIN")
         except apsw.Error as error:
             for step in taken:
-                step.error = self._told(error)
+                step.error = store_error(self._path, error)
             return taken
         for step in taken:
             try:
-                step.run(db)
+                step.run(self._db)
             except Exception as error:  # noqa: BLE001  it is its caller's
-                step.error = self._told(error) if isinstance(error, apsw.Error) else error
-        if db.in_transaction:
-            db.execute("ROLLBACK")
-        if self._doubtful:
-            self._db, self._doubtful = None, False
-            db.close()
+                step.error = store_error(self._path, error) if isinstance(error, apsw.Error) else error
+        if self._db.in_transaction:
+            self._db.execute("ROLLBACK")
         return taken
 
     def rest(self, *, idle: bool) -> bool:  # noqa: ARG002
         return False
 
     def close(self) -> None:
-        if self._db is not None:
-            self._db.close()
-
-    def _told(self, error: apsw.Error) -> StoreError:
-        self._doubtful = self._doubtful or leaves_doubt(error)
-        return store_error(self._path, error)
+        self._db.close()

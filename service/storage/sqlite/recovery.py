@@ -8,8 +8,9 @@ from datetime import datetime, timedelta
 import apsw
 import msgspec
 
+from service.errors import OwnedElsewhereError
 from service.storage.records import SEQ_AFTER_CRASH, Item
-from service.storage.sqlite.ownership import Ownership, fences
+from service.storage.sqlite.ownership import Ownership, fences, owner_of
 from service.storage.sqlite.rows import TURN_COLUMNS, Row, as_json, items_of, moment, turn_of
 
 _TURNS_MAX = 100
@@ -44,6 +45,16 @@ def end_turns_of(db: apsw.Connection, fence: int, now: datetime, *, session: int
     for row in rows:
         _end(db, row, now)
     return len(rows)
+
+
+def take_over(
+    db: apsw.Connection, fence: int, owners: Ownership, now: datetime, *, session: int, session_id: str
+) -> None:
+    """End the open turns of a session whose owner is gone. Raises: OwnedElsewhereError, if it is not."""
+    if owners.is_alive(fence):
+        owner = owner_of(db, fence)
+        raise OwnedElsewhereError(session_id, fence=owner.fence, address=owner.address)
+    end_turns_of(db, fence, now, session=session)
 
 
 def _end(db: apsw.Connection, row: Row, now: datetime) -> None:

@@ -11,6 +11,8 @@ import msgspec
 from service.errors import SessionExistsError, SessionNotFoundError
 from service.storage.cursors import SessionPosition, encode_cursor
 from service.storage.records import Page, SessionPatch, SessionRecord, SessionStatus
+from service.storage.sqlite import recovery
+from service.storage.sqlite.ownership import Ownership
 from service.storage.sqlite.rows import SESSION_COLUMNS, SETTINGS_COLUMNS, Row, as_json, moment, session_of
 
 _GET = f"SELECT {SESSION_COLUMNS}, deletion, turns_begun, owner FROM sessions WHERE id = ?"
@@ -75,11 +77,11 @@ def create(db: apsw.Connection, session: SessionRecord, now: datetime) -> None:
     insert(db, session)
 
 
-def insert(db: apsw.Connection, session: SessionRecord) -> int:
-    """Add a session without turns; its key."""
+def insert(db: apsw.Connection, session: SessionRecord, *, turns_begun: int = 0) -> int:
+    """Add a session; its key."""
     db.execute(
         "INSERT INTO sessions (id, created_at, last_accessed_at, expires_at, idle_timeout_s, head, message_count, "
-        "input_tokens, output_tokens) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "input_tokens, output_tokens, turns_begun) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             session.id,
             moment(session.created_at),
@@ -90,6 +92,7 @@ def insert(db: apsw.Connection, session: SessionRecord) -> int:
             session.message_count,
             session.input_tokens,
             session.output_tokens,
+            turns_begun,
         ),
     )
     key = db.last_insert_rowid()
@@ -144,9 +147,11 @@ def update(db: apsw.Connection, session_id: str, patch: SessionPatch, now: datet
     return session
 
 
-def mark_deleted(db: apsw.Connection, session_id: str, deleter: int, now: datetime) -> None:
+def mark_deleted(db: apsw.Connection, session_id: str, deleter: Ownership, now: datetime) -> None:
     kept = visible(db, session_id, now)
-    db.execute("UPDATE sessions SET deletion = 1, deleter = ? WHERE key = ?", (deleter, kept.key))
+    if kept.owner not in (None, deleter.fence):
+        recovery.take_over(db, kept.owner, deleter, now, session=kept.key, session_id=session_id)
+    db.execute("UPDATE sessions SET deletion = 1, deleter = ? WHERE key = ?", (deleter.fence, kept.key))
 
 
 def remove_deleted(db: apsw.Connection, session_id: str) -> bool:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import anyio
+import apsw
 
 from service.errors import StartupError
 from service.storage.cursors import decode_session_cursor, decode_turn_cursor
@@ -21,7 +22,7 @@ from service.storage.records import (
     TurnRecord,
 )
 from service.storage.sqlite import recovery, sessions, turns
-from service.storage.sqlite.ownership import Ownership, find_owner
+from service.storage.sqlite.ownership import Ownership, find_owner, is_oldest
 from service.storage.sqlite.reader import Reader
 from service.storage.sqlite.sql_thread import SqlThread
 from service.storage.sqlite.writer import Writer
@@ -105,14 +106,14 @@ class SqliteStore:
         return await self._writing.call(lambda db: sessions.update(db, session_id, patch, now))
 
     async def mark_deleted(self, session_id: str, *, now: datetime) -> None:
-        await self._writing.call(lambda db: sessions.mark_deleted(db, session_id, self.fence, now))
+        await self._writing.call(lambda db: sessions.mark_deleted(db, session_id, self._ownership, now))
 
     async def remove_deleted(self, session_id: str) -> None:
         if await self._writing.call(lambda db: sessions.remove_deleted(db, session_id)):
             self.writer.removed = True
 
     async def delete_expired(self, *, now: datetime, limit: int) -> int:
-        removed = await self._writing.call(lambda db: sessions.delete_expired(db, now, limit))
+        removed = await self._writing.call(lambda db: _delete_expired(db, self._ownership, now, limit))
         if removed:
             self.writer.removed = True
         return removed
@@ -162,6 +163,12 @@ class SqliteStore:
 
     async def aclose(self) -> None:
         # The writer last: whoever closes the file last tidies it up.
-        for thread in (self._looking, self._reading, self._writing):
-            await thread.close()
-        self._ownership.close()
+        try:
+            for thread in (self._looking, self._reading, self._writing):
+                await thread.close()
+        finally:
+            self._ownership.close()
+
+
+def _delete_expired(db: apsw.Connection, owners: Ownership, now: datetime, limit: int) -> int:
+    return sessions.delete_expired(db, now, limit) if is_oldest(db, owners) else 0

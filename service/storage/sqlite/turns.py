@@ -9,11 +9,11 @@ from datetime import datetime, timedelta
 import apsw
 import msgspec
 
-from service.errors import OwnedElsewhereError, SessionNotFoundError, TurnNotFoundError
+from service.errors import SessionNotFoundError, TurnNotFoundError
 from service.storage.cursors import TurnPosition, encode_cursor
 from service.storage.records import Checkpoint, Page, SessionRecord, TurnRecord
 from service.storage.sqlite import recovery, sessions
-from service.storage.sqlite.ownership import Ownership, owner_of
+from service.storage.sqlite.ownership import Ownership
 from service.storage.sqlite.rows import (
     TURN_COLUMNS,
     Row,
@@ -28,7 +28,7 @@ from service.storage.sqlite.rows import (
 _VISIBLE = "SELECT key FROM sessions WHERE id = ? AND deletion = 0 AND (open_turns > 0 OR expires_at > ?)"
 _GET = f"SELECT {TURN_COLUMNS} FROM turns WHERE id = ? AND session = ?"
 # One table a statement: several simple ones are several times as fast as one that joins.
-_OWN = "SELECT key, session FROM turns WHERE id = ? AND owner = ?"
+_OWN = "SELECT key, session FROM turns WHERE id = ? AND +owner = ?"  # by its id, not among all that this owner has
 _INSERT_COLUMNS = (
     "id, parent, state, model, created_at, started_at, ended_at, temperature, max_output_tokens, background, reason, "
     "error, finish_reason, usage, last_seq, message_bytes, input, output"
@@ -63,10 +63,7 @@ def begin(db: apsw.Connection, turn: TurnRecord, owners: Ownership, now: datetim
     if turn.parent is not None and not _exists(db, turn.parent, kept.key):
         raise TurnNotFoundError(turn.parent)
     if kept.owner not in (None, owners.fence):
-        if owners.is_alive(kept.owner):
-            owner = owner_of(db, kept.owner)
-            raise OwnedElsewhereError(turn.session_id, fence=owner.fence, address=owner.address)
-        recovery.end_turns_of(db, kept.owner, now, session=kept.key)
+        recovery.take_over(db, kept.owner, owners, now, session=kept.key, session_id=turn.session_id)
         kept = sessions.visible(db, turn.session_id, now)
     db.execute(_INSERT, values_of(turn) | {"session": kept.key, "ordinal": kept.turns_begun, "owner": owners.fence})
     session = sessions.used(
@@ -97,8 +94,9 @@ def begin(db: apsw.Connection, turn: TurnRecord, owners: Ownership, now: datetim
 
 def start(db: apsw.Connection, turn_id: str, fence: int, now: datetime) -> None:
     db.execute(
-        "UPDATE turns SET state = 'running', started_at = :now WHERE id = :turn AND owner = :owner AND state = 'queued'"
-        " AND (SELECT id FROM sessions WHERE key = session) IS NOT NULL",
+        "UPDATE turns SET state = 'running', started_at = :now "
+        "WHERE id = :turn AND +owner = :owner AND state = 'queued' "
+        "AND (SELECT id FROM sessions WHERE key = session) IS NOT NULL",
         {"now": moment(now), "turn": turn_id, "owner": fence},
     )
 
@@ -162,6 +160,20 @@ def list_page(
         data=tuple(turn_of(session_id, row) for row in rows),
         next=encode_cursor(TurnPosition(rows[-1][-1])) if more else None,
     )
+
+
+def all_of(db: apsw.Connection, session_id: str, session: int) -> list[TurnRecord]:
+    """All turns of a session, in the order of their acceptance."""
+    rows: list[Row] = db.execute(
+        f"SELECT {TURN_COLUMNS} FROM turns WHERE session = ? ORDER BY ordinal", (session,)
+    ).fetchall()
+    return [turn_of(session_id, row) for row in rows]
+
+
+def insert_ended(db: apsw.Connection, session: int, ordinal: int, turn: TurnRecord, events: Sequence[bytes]) -> None:
+    """Add a turn that has ended already; the session's counters are the caller's."""
+    db.execute(_INSERT, values_of(turn) | {"session": session, "ordinal": ordinal, "owner": None})
+    _keep_events(db, db.last_insert_rowid(), events, after=0)
 
 
 def read_path(db: apsw.Connection, session_id: str, turn_id: str, bytes_max: int | None) -> list[TurnRecord]:

@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import apsw
+import structlog
 
 from service.errors import RefusedError
 from service.storage.sqlite import database
-from service.storage.sqlite.faults import leaves_doubt, store_error
+from service.storage.sqlite.faults import store_error
+from service.storage.sqlite.file_system import network_file_system
 from service.storage.sqlite.ownership import Ownership
 from service.storage.sqlite.reclaim import reclaim_some
 from service.storage.sqlite.sql_thread import Step
+
+logger = structlog.get_logger("lastcall.store")
 
 T = TypeVar("T")
 
@@ -40,7 +44,7 @@ class Writer:
         self._ownership = ownership
         self._address = address
         self._opened_at = opened_at
-        self._db: apsw.Connection | None = None
+        self._db: apsw.Connection
         self._wal_pages = 0
         self._rested_at = 0.0
 
@@ -48,6 +52,8 @@ class Writer:
         """Raises: StartupError."""
         try:
             database.create_file(self._path)
+            if kind := network_file_system(self._path):
+                logger.warning("the database is on a network file system: its locks may not hold", type=kind)
             self._db = database.connect(self._path)
             try:
                 self._db.set_wal_hook(self._note_wal)
@@ -68,13 +74,15 @@ class Writer:
         try:
             self._transact(lambda db: _run_together(db, arriving, taken))
         except Exception as error:  # noqa: BLE001  they are the callers'
-            if len(taken) > 1:
-                for step in taken:
-                    self._run_alone(step)
-            else:
-                taken += arriving  # where none has begun, it is the same fault for all that are there
+            if not taken:  # not even begun: it is the same fault for all that are there
+                taken += arriving
                 for step in taken:
                     step.error = self._told(error)
+            elif len(taken) == 1:
+                taken[0].error = self._told(error)
+            else:
+                for step in taken:
+                    self._run_alone(step)
         self.commits += 1
         self.steps += len(taken)
         return taken
@@ -86,7 +94,7 @@ class Writer:
             return True
         self._rested_at = now
         try:
-            if self._wal_pages >= _CHECKPOINT_PAGES and self._db is not None:
+            if self._wal_pages >= _CHECKPOINT_PAGES:
                 self._wal_pages = 0
                 self._db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
             elif self.removed:
@@ -96,8 +104,7 @@ class Writer:
         return self.removed
 
     def close(self) -> None:
-        if self._db is not None:
-            self._db.close()
+        self._db.close()
 
     def _run_alone(self, step: Step[Any]) -> None:
         try:
@@ -106,24 +113,15 @@ class Writer:
             step.error = self._told(error)
 
     def _transact(self, call: Callable[[apsw.Connection], T]) -> T:
-        db = self._db or self._reconnect()
+        self._db.execute("BEGIN IMMEDIATE")
         try:
-            db.execute("BEGIN IMMEDIATE")
-            result = call(db)
-            db.execute("COMMIT")
-        except BaseException as error:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
-            if isinstance(error, apsw.Error) and leaves_doubt(error):
-                self._db = None
-                db.close()
+            result = call(self._db)
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:  # some faults have rolled it back already
+                self._db.execute("ROLLBACK")
             raise
         return result
-
-    def _reconnect(self) -> apsw.Connection:
-        self._db = database.connect(self._path)
-        self._db.set_wal_hook(self._note_wal)
-        return self._db
 
     def _note_wal(self, _db: apsw.Connection, _name: str, pages: int) -> int:
         self._wal_pages = pages

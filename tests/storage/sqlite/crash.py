@@ -66,7 +66,7 @@ async def serve(path: str, seed: int) -> None:
         note_checkpoint(turn, checkpoint)
         tell("kept", turn.session_id, turn.id, turn.kept_seq)
 
-    Turn.note_checkpoint = tell_checkpoint  # type: ignore[method-assign]
+    Turn.note_checkpoint = tell_checkpoint  # type: ignore[method-assign, assignment]
     async with open_service(settings) as service, trio.open_nursery() as nursery:
         tell("ready", "")
         for _ in range(CLIENTS):

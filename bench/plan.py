@@ -1,0 +1,154 @@
+"""What a load client is to do, and what it saw: the two messages between it and the harness."""
+
+from typing import Literal
+
+import msgspec
+
+from bench.wire import StreamResult
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """A request. ``$n`` (the number of the client) and what was captured are put into path and body."""
+
+    method: str = "POST"
+    path: str
+    headers: dict[str, str] = {}
+    body: str = ""
+    capture: dict[str, str] = {}  # name -> key of the JSON object in the response
+
+
+class Streams(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Clients that send requests one after another and read the last one's response as an event stream.
+
+    Args:
+        half_close: Shut down the sending side once the last request is sent; go on reading.
+        stalled: Read nothing of the stream, with a small receive buffer. Ready once the server's
+            send queue has stood still.
+        repeat: Streams one after another, each on a connection of its own.
+        ready_at: The client is ready when the response's ``head`` or its first ``token`` is there.
+        leave_after_tokens: Close the connection in mid-stream after so many tokens; 0: never.
+        cancel_after_tokens: Cancel the turn, over another connection, after so many; 0: never. The
+            response's Location is the turn's.
+        keep_delays: Note each token's way from the model to here, in ``LoadResult.delays_ns``.
+    """
+
+    name: str
+    count: int
+    stream: Request
+    before: tuple[Request, ...] = ()
+    half_close: bool = False
+    stalled: bool = False
+    repeat: int = 1
+    ready_at: Literal["head", "token"] = "token"
+    leave_after_tokens: int = 0
+    cancel_after_tokens: int = 0
+    keep_delays: bool = False
+
+
+class Idle(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Clients that have had an answer and keep their connection open."""
+
+    name: str = "idle"
+    count: int
+    request: Request
+
+
+class Unfinished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Clients that have sent a part of a request: half of its head, or its head and a byte of its body each 100 ms.
+
+    ``tls`` ones have sent a TLS ClientHello and read nothing.
+    """
+
+    name: str
+    count: int
+    kind: Literal["head", "body", "tls"]
+    path: str = "/chat"
+
+
+class Http2Streams(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """One HTTP/2 connection (prior knowledge) with ``count`` event streams in it."""
+
+    name: str
+    count: int
+    stream: Request
+
+
+class Calls(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Clients that send these requests in a row, ``repeat`` times, on one connection, and close it. Ready when done."""
+
+    name: str
+    count: int
+    requests: tuple[Request, ...]
+    repeat: int = 1
+
+
+class Prober(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A new connection each ``interval_s``, with one request that is answered in full or not."""
+
+    name: str = "prober"
+    request: Request
+    interval_s: float = 0.01
+
+
+Group = Streams | Idle | Unfinished | Http2Streams | Calls | Prober
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What to open, at which loopback port."""
+
+    port: int
+    groups: tuple[Group, ...]
+    host: str = "127.0.0.1"
+
+
+class RudeResult(msgspec.Struct, kw_only=True):
+    """What became of a connection that is no stream."""
+
+    group: str
+    number: int
+    state: Literal["open", "answered", "closed", "reset", "unreachable"] = "open"
+    status: int | None = None
+    ended_at: float | None = None
+
+
+class ProbeResult(msgspec.Struct, kw_only=True):
+    """What one new connection got.
+
+    ``answered``: a complete response, ``status`` says which; ``incomplete``: closed within it;
+    ``reset``, also after a silent wait; ``refused`` at the connect; ``silent``: nothing, or not all, when
+    the client stopped looking.
+    """
+
+    group: str
+    at: float
+    outcome: Literal["answered", "incomplete", "closed", "reset", "refused", "silent"] = "silent"
+    status: int | None = None
+    retry_after: bool = False
+    connection_close: bool = False
+    answered_at: float | None = None
+    late_s: float = 0  # how late this client itself was, at worst, meanwhile: it shares a machine
+
+    @property
+    def waited_s(self) -> float:
+        """How long it waited for whatever it got; infinite if that never came."""
+        return float("inf") if self.answered_at is None else self.answered_at - self.at
+
+
+class CallsResult(msgspec.Struct, kw_only=True):
+    """How one client's calls went: the first that was no success ends them."""
+
+    group: str
+    number: int
+    answered: int = 0
+    note: str = ""
+
+
+class LoadResult(msgspec.Struct, kw_only=True):
+    """All that the client saw."""
+
+    streams: list[StreamResult] = []
+    rude: list[RudeResult] = []
+    probes: list[ProbeResult] = []
+    calls: list[CallsResult] = []
+    tokens_by_second: list[tuple[float, int]] = []  # (time, tokens received so far), sampled
+    delays_ns: dict[str, list[int]] = {}  # by group, where asked for: from the model's send to the receipt

@@ -1,0 +1,110 @@
+"""A server with the model server behind it and a load before it: the stage on which the scenarios play."""
+
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+import trio
+
+from bench.contenders import Contender
+from bench.peers import LoadClient, UpstreamProcess, open_load, open_upstream
+from bench.plan import Group, LoadResult, Plan, Request, Streams
+from bench.rows import percentile
+from bench.server_process import ServerProcess, open_server
+
+OPENING_MAX_S = 60.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the processes run and leave their logs and stores."""
+
+    folder: Path
+    server_cpus: str | None
+    client_cpus: str | None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a scenario has in its hands."""
+
+    place: Place
+    upstream: UpstreamProcess
+    server: ServerProcess
+    store: Path  # where the contender keeps its replies, if it does
+
+    @asynccontextmanager
+    async def open_load(self, *groups: Group) -> AsyncIterator[LoadClient]:
+        """A load that is all there, or has failed to get there within a minute."""
+        async with open_load(Plan(port=self.server.port, groups=groups), cpus=self.place.client_cpus) as load:
+            with trio.move_on_after(OPENING_MAX_S):
+                await load.wait_ready()
+            yield load
+
+
+@asynccontextmanager
+async def open_stage(contender: Contender, place: Place, **settings: str) -> AsyncIterator[Stage]:
+    """Start a contender, with more settings than its own, and its model server.
+
+    Raises:
+        ServerFailedError: The contender does not start.
+    """
+    prepared = replace(contender, env={**contender.env, **settings})
+    path = place.folder / f"{contender.name}-{os.urandom(4).hex()}"
+    store = path.with_suffix(".db")
+    async with open_upstream(cpus=place.client_cpus) as upstream:
+        launch = prepared.launch(upstream_url=upstream.url, store=store, cpus=place.server_cpus)
+        async with open_server(launch, log_path=path.with_suffix(".log")) as server:
+            yield Stage(place, upstream, server, store)
+
+
+def chat_streams(name: str, count: int, message: str, **options: object) -> Streams:
+    """Streams on ``/chat``; the message is ``NAME$n`` and words for the model server."""
+    request = Request(
+        path="/chat",
+        headers={"Accept": "text/event-stream"},
+        body=msgspec.json.encode({"message": f"{name}$n {message}"}).decode(),
+    )
+    return msgspec.structs.replace(Streams(name=name, count=count, stream=request), **options)
+
+
+def direct_streams(name: str, count: int, message: str, **options: object) -> Streams:
+    """The same, asked of the model server itself."""
+    messages = [{"role": "user", "content": f"{name}$n {message}"}]
+    body = msgspec.json.encode({"model": "bench", "stream": True, "messages": messages}).decode()
+    request = Request(path="/v1/chat/completions", body=body)
+    return msgspec.structs.replace(Streams(name=name, count=count, stream=request), **options)
+
+
+@asynccontextmanager
+async def open_direct_load(upstream: UpstreamProcess, place: Place, *groups: Group) -> AsyncIterator[LoadClient]:
+    """A load on the model server itself: the control of every scenario about delay."""
+    async with open_load(Plan(port=upstream.port, groups=groups), cpus=place.client_cpus) as load:
+        with trio.fail_after(OPENING_MAX_S):
+            await load.wait_ready()
+        yield load
+
+
+def cpu_seconds(server: ServerProcess) -> float:
+    """Processor time that all its processes have used."""
+    total = 0
+    for pid in server.members():
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        total += int(fields[11]) + int(fields[12])
+    return total / os.sysconf("SC_CLK_TCK")
+
+
+def tokens_per_s(result: LoadResult, since: float, until: float) -> float:
+    """Tokens received a second, between the samples nearest to two moments."""
+    first = min(result.tokens_by_second, key=lambda sample: abs(sample[0] - since))
+    last = min(result.tokens_by_second, key=lambda sample: abs(sample[0] - until))
+    return (last[1] - first[1]) / (last[0] - first[0])
+
+
+def spread(figures: Sequence[float]) -> tuple[float, float, float] | None:
+    """p50, p99 and the maximum."""
+    ascending = sorted(figures)
+    return (percentile(ascending, 50), percentile(ascending, 99), ascending[-1]) if ascending else None

@@ -1,0 +1,70 @@
+"""The peer door: where this process answers the other processes of the service, for the sessions it runs.
+
+A Unix socket with an abstract name (unix(7)): it has no file, so nothing is left of it however the process ends, and no
+permissions, so whoever connects is looked at instead: only processes of the same user are let in. Requests that come
+in here were admitted by the process that sends them on.
+"""
+
+import secrets
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, cast
+
+import trio
+from hypercorn.typing import AppWrapper, ConnectionState, Scope
+
+from service.api.forwarding import PEER, socket_name, user_of_peer
+from service.hosting.connections import Connections, Stream
+from service.hosting.worker import Worker
+from service.settings import Settings
+
+BACKLOG = 1024
+
+
+@asynccontextmanager
+async def open_peer_door(
+    worker: Worker, connections: Connections, *, serving: trio.Event, settings: Settings
+) -> AsyncIterator[str | None]:
+    """Listen; gives the address for the store. None, and no door, where the store is this process's own.
+
+    Connections are taken once ``serving`` is set, when hypercorn serves, and are closed as its own are. Leaving closes
+    the door.
+    """
+    if settings.store_url == "memory:":
+        yield None
+        return
+    address = f"@lastcall-{secrets.token_hex(16)}"
+    with trio.socket.socket(socket.AF_UNIX) as listener:
+        await listener.bind(socket_name(address))
+        listener.listen(BACKLOG)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(_take_peers, listener, worker, connections, serving), name="peer door")
+            yield address
+            nursery.cancel_scope.cancel()
+
+
+async def _take_peers(
+    listener: trio.socket.SocketType, worker: Worker, connections: Connections, serving: trio.Event
+) -> None:
+    await serving.wait()
+    app = cast("AppWrapper", PeerApp(worker.app))
+
+    async def serve(stream: trio.SocketStream) -> None:
+        if user_of_peer(stream.socket) != user_of_peer(None):
+            await trio.aclose_forcefully(stream)
+            return
+        await connections.open(app, worker.config, worker.context, ConnectionState({}), cast("Stream", stream)).run()
+
+    await trio.serve_listeners(serve, [trio.SocketListener(listener)], handler_nursery=worker.server_nursery)
+
+
+class PeerApp:
+    """The application, told that its requests come from a peer."""
+
+    def __init__(self, app: AppWrapper) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, *rest: Any) -> None:
+        await self._app(cast("Scope", {**scope, PEER: True}), *rest)

@@ -1,0 +1,39 @@
+"""Other processes that hold the same listening sockets: whether one of them still answers."""
+
+import os
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from socket import socket
+
+import trio
+
+MARK = "lastcall-leaves"
+
+
+def mark_as_leaving() -> int:
+    """Show the others that this process does not answer any more: a descriptor, kept until the process is gone."""
+    return os.memfd_create(MARK)
+
+
+def others_answer(sockets: Iterable[socket | trio.socket.SocketType], *, except_for: Collection[int]) -> bool:
+    """Whether another process answers at one of these sockets.
+
+    Of several that mark themselves and then ask, at the same time or not, at least the last one is told that it is.
+    """
+    names = {f"socket:[{os.fstat(it.fileno()).st_ino}]" for it in sockets}
+    return any(
+        not names.isdisjoint(files) and not any(MARK in name for name in files)
+        for files in (set(_open_files(pid)) for pid in _processes() if pid not in except_for)
+    )
+
+
+def _processes() -> Iterator[int]:
+    return (int(entry) for entry in os.listdir("/proc") if entry.isdigit())  # noqa: PTH208
+
+
+def _open_files(pid: int) -> Iterator[str]:
+    with suppress(OSError):  # gone, or not ours
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                yield str(entry.readlink())

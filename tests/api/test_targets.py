@@ -1,0 +1,63 @@
+"""Targets that are none are refused with a problem document, and nothing crashes."""
+
+from typing import Any
+
+import pytest
+import trio
+
+from service.api.app import create_app
+from service.settings import Settings
+from tests.api.inprocess import LOOPBACK
+from tests.service.serving import read_to_end, serving
+
+CAP_S = 10
+
+
+async def test_targets_that_are_none_are_refused_and_the_others_are_not() -> None:
+    expected = dict.fromkeys(("?", "?x", "?limit=1", "http://[", "http://[::1/"), b"400")
+    expected |= dict.fromkeys(("[", "//[", ":", "*", "http://", "/[", "%", "x"), b"404")
+    expected |= dict.fromkeys(("/healthz", "http://h/healthz?a=b"), b"200")
+    got = {}
+    with trio.fail_after(CAP_S):
+        async with serving(Settings()) as server:
+            for target in expected:
+                async with await trio.open_tcp_stream("127.0.0.1", server.port) as stream:
+                    head = f"GET {target} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+                    await stream.send_all(head.encode())
+                    reply = await read_to_end(stream)
+                got[target] = reply.split()[1]
+                assert (b"application/problem+json" in reply) is (got[target] != b"200")
+    assert got == expected
+
+
+HTTP: dict[str, Any] = {
+    "type": "http", "method": "GET", "scheme": "http", "http_version": "2", "path": "/healthz",
+    "raw_path": b"/healthz", "query_string": b"", "root_path": "", "headers": [(b"host", b"localhost")],
+    "extensions": {}, **LOOPBACK,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"path": ""},
+        {"path": "http://["},
+        {"raw_path": b"/\xff"},
+        {"query_string": b"a=\xff"},
+        {"query_string": "é".encode()},
+    ],
+)
+@pytest.mark.parametrize(
+    ("kind", "answer"),
+    [("http", {"type": "http.response.start", "status": 400}), ("websocket", {"type": "websocket.close"})],
+)
+async def test_what_http_2_lets_pass_is_refused_too(changes: dict[str, Any], kind: str, answer: dict[str, Any]) -> None:
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    with trio.fail_after(CAP_S):
+        await create_app()({**HTTP, **changes, "type": kind}, trio.sleep_forever, send)  # type: ignore[arg-type]
+    assert sent[0].items() >= answer.items()
+    assert kind == "websocket" or b'"bad_request"' in sent[1]["body"]

@@ -1,0 +1,97 @@
+"""The doors, in the place of hypercorn's listeners."""
+
+import socket
+import ssl
+from pathlib import Path
+
+import hypercorn.trio.run
+import pytest
+import trio
+import trio.testing
+import trustme
+from quart_trio import QuartTrio
+
+from service.hosting.doors import Doors
+from tests.hosting.conftest import Serve
+
+GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@pytest.fixture
+def doors(monkeypatch: pytest.MonkeyPatch) -> Doors:
+    """Doors that hypercorn serves at until the test is over."""
+    monkeypatch.setattr(hypercorn.trio.run, "trio", trio)
+    return Doors()
+
+
+def an_app() -> QuartTrio:
+    app = QuartTrio("test")
+
+    @app.get("/")
+    async def index() -> str:
+        return "here"
+
+    return app
+
+
+def test_hypercorn_still_takes_trio_from_this_name() -> None:
+    assert {"trio", "serve_listeners"} <= set(hypercorn.trio.run.worker_serve.__code__.co_names)
+    assert hypercorn.trio.run.trio is trio  # type: ignore[attr-defined]
+
+
+def clients(port: int, count: int) -> list[socket.socket]:
+    made = [socket.create_connection(("127.0.0.1", port)) for _ in range(count)]
+    for client in made:
+        client.settimeout(5)
+        client.sendall(GET)
+    return made
+
+
+async def test_who_waits_at_the_doors_is_served_and_who_comes_later_is_refused(serve: Serve, doors: Doors) -> None:
+    async with serve(an_app()) as server:
+        with trio.fail_after(10):
+            await doors.open.wait()
+            waiting = clients(server.port, 3)  # without a checkpoint: nobody has accepted them
+            doors.close(for_good=True)
+            with pytest.raises(ConnectionRefusedError):
+                clients(server.port, 1)
+            for client in waiting:
+                assert (await trio.to_thread.run_sync(client.recv, 100)).startswith(b"HTTP/1.1 200")
+                client.close()
+            doors.close(for_good=True)  # idempotent
+
+
+async def test_who_waits_is_left_to_others_where_there_are_some(serve: Serve, doors: Doors) -> None:
+    async with serve(an_app()) as server:
+        with trio.fail_after(10):
+            await doors.open.wait()
+            another = doors.sockets[0].dup()
+            doors.close(for_good=False)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            [client] = clients(server.port, 1)
+            taken, _ = await another.accept()
+            assert await taken.recv(100) == GET
+            for each in (client, taken, another):
+                each.close()
+
+
+async def test_with_tls_too_who_waits_is_served(serve: Serve, doors: Doors, tmp_path: Path) -> None:
+    authority = trustme.CA()
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    issued = authority.issue_cert("localhost")
+    issued.cert_chain_pems[0].write_to_path(certificate)
+    issued.private_key_pem.write_to_path(key)
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    async with serve(an_app(), certfile=str(certificate), keyfile=str(key)) as server:
+        with trio.fail_after(10):
+            await doors.open.wait()
+            client = socket.create_connection(("127.0.0.1", server.port))
+            doors.close(for_good=True)
+            client.setblocking(False)
+            stream = trio.SSLStream(
+                trio.SocketStream(trio.socket.from_stdlib_socket(client)), context, server_hostname="localhost"
+            )
+            await stream.send_all(GET)
+            assert (await stream.receive_some()).startswith(b"HTTP/1.1 200")
+            await trio.aclose_forcefully(stream)

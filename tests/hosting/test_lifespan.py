@@ -1,0 +1,114 @@
+"""The lifespan: what hypercorn makes of one that ends early, and what ours does in a real process."""
+
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from quart_trio import QuartTrio
+
+from bench.server_process import Gone, Launch, ServerFailedError, ServerProcess
+from tests.hosting.conftest import Serve
+from tests.hosting.hosts import SERVE, launch, open_host
+
+GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+CAP_S = 20
+
+
+def an_app(lifespan: Any) -> QuartTrio:
+    app = QuartTrio("test")
+    app.asgi_lifespan_class = lambda *_: lifespan  # type: ignore[assignment]
+
+    @app.get("/")
+    async def index() -> str:
+        return "here"
+
+    return app
+
+
+async def crashes(receive: Any, send: Any) -> None:
+    await receive()
+    await send({"type": "lifespan.startup.complete"})
+    raise RuntimeError("the tree broke")
+
+
+async def returns_early(receive: Any, send: Any) -> None:
+    await receive()
+
+
+@pytest.mark.parametrize("lifespan", [crashes, returns_early])
+async def test_hypercorn_still_serves_on_without_its_lifespan(serve: Serve, lifespan: Any) -> None:
+    """Fails when it stops: then Hosting need not end the process by itself."""
+    async with serve(an_app(lifespan)) as server:
+        with trio.fail_after(10):
+            async with await server.connect() as stream:
+                await stream.send_all(GET)
+                assert (await stream.receive_some()).startswith(b"HTTP/1.1 200")
+
+
+async def run(
+    folder: Path, host: str, number: int, *, after: str, broken: str | None = None
+) -> tuple[ServerProcess, Gone]:
+    """Start it, signal once it has said something, and wait for its end."""
+    server = ServerProcess(launch(host, broken=broken), folder / f"{host}.log")
+    with trio.fail_after(CAP_S):
+        while after not in server.log():  # noqa: ASYNC110
+            await trio.sleep(0.01)
+        server.signal_main(number)
+        gone = await server.wait_gone()
+    return server, gone
+
+
+@pytest.mark.parametrize("host", [SERVE, "hypercorn-0", "hypercorn-1"])
+async def test_a_signal_during_the_start_ends_it_cleanly(tmp_path: Path, host: str) -> None:
+    began = time.monotonic()
+    server, gone = await run(tmp_path, host, signal.SIGTERM, after="opening", broken="slow_to_open")
+    assert gone.exit_code == 0
+    assert '"shutdown report"' in server.log()
+    assert "Traceback" not in server.log()
+    assert gone.at - began < CAP_S / 2
+
+
+async def test_started_and_stopped_again_and_again_nothing_is_left(tmp_path: Path) -> None:
+    for number in range(5):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        server, gone = await run(folder, SERVE, signal.SIGTERM if number % 2 else signal.SIGINT, after="serving")
+        assert gone.exit_code == 0
+        assert not gone.strays
+        assert "Traceback" not in server.log()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+async def test_no_signal_kills_it_between_the_notice_and_its_exit(tmp_path: Path, number: int) -> None:
+    async with open_host(tmp_path, SERVE) as server:
+        with trio.fail_after(CAP_S):
+            while server.gone is None:
+                try:
+                    server.signal_main(number)
+                except ServerFailedError:  # it has ended
+                    break
+                await trio.sleep(0.001)
+            gone = await server.wait_gone()
+    assert gone.exit_code == 0
+
+
+async def test_a_server_that_stops_by_itself_stops_the_service(tmp_path: Path) -> None:
+    async with open_host(tmp_path, SERVE, broken="under_a_server_that_stops") as server:
+        with trio.fail_after(CAP_S):
+            gone = await server.wait_gone()
+    assert gone.exit_code == 0
+    assert '"reason": "hypercorn stops"' in server.log()
+
+
+async def test_hypercorn_alone_dies_of_sigterm(tmp_path: Path) -> None:
+    """Fails when hypercorn handles it with --workers 0: then one source of the notice less is needed."""
+    ours = launch("hypercorn-0")
+    server = ServerProcess(Launch([*ours.argv[:-1], "tests.hosting.apps:plain"], env=ours.env), tmp_path / "plain.log")
+    with trio.fail_after(CAP_S):
+        await server.wait_listening()
+        server.signal_main(signal.SIGTERM)
+        gone = await server.wait_gone()
+    assert gone.exit_code == -signal.SIGTERM

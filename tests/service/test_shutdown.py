@@ -1,0 +1,358 @@
+"""The phases of the shutdown, in the whole tree, with one thing that hangs, refuses or breaks at exactly one place."""
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from service import supervisor
+from service.errors import ModelError, ShuttingDownError, StoreError
+from service.models.client import ModelEvent, ModelRequest, TextDelta
+from service.sessions.registry import NewSession, NewTurn
+from service.sessions.turn import Turn
+from service.settings import Settings
+from service.shutdown import LATE_CLOSE_S, SETTLE_S, Phase, Shutdown, ShutdownReport
+from service.storage.memory import MemoryStore
+from service.supervisor import Service, open_service
+
+CLEANUP_S, RELEASE_S, DRAIN_S = 3.0, 5.0, 10.0
+MOMENT_S = 0.5
+"""What the phases may take in all where nothing is in the way."""
+
+
+class Model:
+    """A client whose replies go on until a test says otherwise."""
+
+    name = "model"
+
+    def __init__(self) -> None:
+        self.finish = trio.Event()
+        self.on_leaving: Callable[[], Any] = trio.lowlevel.checkpoint
+
+    @asynccontextmanager
+    async def stream(self, request: ModelRequest) -> AsyncIterator["Model"]:
+        self._said = False
+        try:
+            yield self
+        finally:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
+                await self.on_leaving()
+
+    async def receive(self) -> Sequence[ModelEvent]:
+        if not self._said:
+            self._said = True
+            return [TextDelta("so far")]
+        await self.finish.wait()
+        raise ModelError("upstream_error", "The end that this test asked for.")
+
+    async def aclose(self) -> None: ...
+
+
+class Stage:
+    """A service with one running turn, and what its stop gave."""
+
+    def __init__(self) -> None:
+        self.model = Model()
+        self.store = MemoryStore()
+        self.close_client: Callable[[], Any] = trio.lowlevel.checkpoint
+        self.close_store: Callable[[], Any] = trio.lowlevel.checkpoint
+        self.shutdown = Shutdown(
+            Settings(
+                drain_timeout_s=DRAIN_S, cleanup_timeout_s=CLEANUP_S, release_timeout_s=RELEASE_S, lame_duck_timeout_s=0
+            )
+        )
+
+    @asynccontextmanager
+    async def open_store(self, *_: object) -> AsyncIterator[MemoryStore]:
+        yield self.store
+        await self.close_store()
+
+    @asynccontextmanager
+    async def open_client(self, *_: object, **__: object) -> AsyncIterator[Model]:
+        yield self.model
+        await self.close_client()
+
+    async def start_turn(self, service: Service) -> Turn:
+        session = await service.sessions.create_session(NewSession())
+        turn, _ = await service.sessions.start_turn(session.id, NewTurn(text="Hi", on_disconnect="continue"))
+        await turn.log.wait_beyond(1)
+        return turn
+
+    @asynccontextmanager
+    async def open(self, **settings: Any) -> AsyncIterator[Service]:
+        given = {"drain_timeout_s": DRAIN_S, "cleanup_timeout_s": CLEANUP_S, "release_timeout_s": RELEASE_S} | settings
+        self.shutdown = Shutdown(Settings(**given))
+        async with open_service(self.shutdown._settings, shutdown=self.shutdown) as service:
+            yield service
+
+    async def stop(self, notice: str = "test") -> None:
+        self.shutdown.notice(notice)
+        await self.shutdown.work_ended.wait()
+
+    def report(self) -> ShutdownReport:
+        return self.shutdown.report(tasks_left=0)
+
+
+@pytest.fixture
+def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
+    stage = Stage()
+    monkeypatch.setattr(supervisor, "_open_store", stage.open_store)
+    monkeypatch.setattr(supervisor, "open_scripted", stage.open_client)
+    return stage
+
+
+async def test_without_a_turn_nothing_is_waited_for(autojump_clock: MockClock, stage: Stage) -> None:
+    async with stage.open():
+        began = trio.current_time()
+        await stage.stop()
+    assert trio.current_time() == began
+    assert stage.report() == ShutdownReport(
+        reason="test",
+        phases_ms=dict.fromkeys(["notice", "lame_duck", "draining", "interrupting", "releasing", "total"], 0.0),
+        turns_finished=0,
+        turns_interrupted=0,
+        streams_ended=0,
+        streams_aborted=0,
+        connections_aborted=0,
+        clients_closed=1,
+        tasks_left=0,
+        faults=(),
+    )
+
+
+async def test_a_turn_that_ends_within_the_drain_is_finished(autojump_clock: MockClock, stage: Stage) -> None:
+    async with stage.open() as service, trio.open_nursery() as nursery:
+        turn = await stage.start_turn(service)
+        nursery.start_soon(stage.stop)
+        await trio.sleep(DRAIN_S / 2)
+        assert stage.shutdown.phase is Phase.DRAINING
+        stage.model.finish.set()
+    assert turn.record().state == "failed"
+    report = stage.report()
+    assert (report.turns_finished, report.turns_interrupted, report.faults) == (1, 0, ())
+    assert report.phases_ms["draining"] == pytest.approx(DRAIN_S / 2 * 1000)
+
+
+async def test_a_turn_that_does_not_is_interrupted_and_keeps_its_reply(autojump_clock: MockClock, stage: Stage) -> None:
+    async with stage.open() as service:
+        turn = await stage.start_turn(service)
+        await stage.stop()
+        assert turn.log.closed
+    record = turn.record()
+    assert (record.state, record.reason, record.text) == ("interrupted", "shutdown", "so far")
+    report = stage.report()
+    assert (report.turns_finished, report.turns_interrupted, report.faults) == (0, 1, ())
+    assert report.phases_ms["draining"] == pytest.approx(DRAIN_S * 1000)
+
+
+async def test_a_queued_turn_is_interrupted_while_the_one_before_it_may_finish(
+    autojump_clock: MockClock, stage: Stage
+) -> None:
+    async with stage.open() as service, trio.open_nursery() as nursery:
+        turn = await stage.start_turn(service)
+        queued, _ = await service.sessions.start_turn(
+            turn.session_id, NewTurn(text="And?", on_conflict="queue", on_disconnect="continue")
+        )
+        nursery.start_soon(stage.stop)
+        await trio.sleep(1)
+        assert (queued.record().state, queued.record().reason) == ("interrupted", "shutdown")
+        assert turn.record().state == "running"
+        stage.model.finish.set()
+    report = stage.report()
+    assert (report.turns_finished, report.turns_interrupted) == (1, 1)
+
+
+async def test_a_second_press_skips_the_drain_and_the_lame_duck(autojump_clock: MockClock, stage: Stage) -> None:
+    async with stage.open(lame_duck_timeout_s=50) as service, trio.open_nursery() as nursery:
+        await stage.start_turn(service)
+        began = trio.current_time()
+        nursery.start_soon(stage.stop)
+        await trio.sleep(1)
+        stage.shutdown.hurry()
+    assert trio.current_time() - began == pytest.approx(1, abs=MOMENT_S)
+    assert stage.report().turns_interrupted == 1
+
+
+async def test_later_notices_change_nothing(autojump_clock: MockClock, stage: Stage) -> None:
+    async with stage.open() as service, trio.open_nursery() as nursery:
+        await stage.start_turn(service)
+        began = trio.current_time()
+        nursery.start_soon(stage.stop, "first")
+        await trio.sleep(DRAIN_S - 1)
+        stage.shutdown.notice("second")
+    assert trio.current_time() - began == pytest.approx(DRAIN_S, abs=MOMENT_S)
+    assert stage.report().reason == "first"
+
+
+async def test_new_work_is_taken_until_the_lame_duck_is_over(autojump_clock: MockClock, stage: Stage) -> None:
+    async with stage.open(lame_duck_timeout_s=5, drain_timeout_s=0) as service, trio.open_nursery() as nursery:
+        nursery.start_soon(stage.stop)
+        await trio.sleep(4)
+        await service.sessions.create_session(NewSession())
+        await trio.sleep(2)
+        with pytest.raises(ShuttingDownError):
+            await service.sessions.create_session(NewSession())
+
+
+async def test_the_doors_close_after_the_drain_and_before_the_first_interrupt(
+    autojump_clock: MockClock, stage: Stage
+) -> None:
+    async with stage.open() as service:
+        turn = await stage.start_turn(service)
+
+        async def close_doors() -> None:
+            assert stage.shutdown.phase is Phase.INTERRUPTING
+            assert turn.end is None
+
+        stage.shutdown.close_doors = close_doors
+        await stage.stop()
+    assert stage.report().faults == ()
+
+
+async def test_doors_that_do_not_close_are_a_fault_and_stop_nothing(autojump_clock: MockClock, stage: Stage) -> None:
+    async def close_doors() -> None:
+        raise OSError("they are stuck")
+
+    async with stage.open() as service:
+        stage.shutdown.close_doors = close_doors
+        turn = await stage.start_turn(service)
+        await stage.stop()
+    assert turn.record().state == "interrupted"
+    [fault] = stage.report().faults
+    assert "they are stuck" in fault
+
+
+async def test_a_store_that_hangs_at_the_last_write_costs_the_cleanup_and_no_more(
+    autojump_clock: MockClock, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hang(*_: object, **__: object) -> bool:
+        await trio.sleep_forever()
+        raise AssertionError
+
+    async with stage.open(drain_timeout_s=0, store_timeout_s=1000) as service:
+        turn = await stage.start_turn(service)
+        monkeypatch.setattr(stage.store, "end_turn", hang)
+        began = trio.current_time()
+        await stage.stop()
+        assert trio.current_time() - began <= CLEANUP_S + SETTLE_S
+        assert turn.log.closed
+        assert b'"stored":false' in turn.log.frames()[-1]
+    assert stage.report().faults[-1] == "the end of 1 turns is not in the store"
+
+
+async def test_a_store_that_refuses_once_gets_the_end_a_second_time(
+    autojump_clock: MockClock, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep, refusals = stage.store.end_turn, iter([StoreError("not now")])
+
+    async def refuse_once(*args: Any, **options: Any) -> bool:
+        for error in refusals:
+            raise error
+        return await keep(*args, **options)
+
+    async with stage.open(drain_timeout_s=0) as service:
+        turn = await stage.start_turn(service)
+        monkeypatch.setattr(stage.store, "end_turn", refuse_once)
+        await stage.stop()
+        stored = await service.sessions.get_turn(turn.session_id, turn.id)
+    assert stored.state == "interrupted"
+    assert stage.report().faults == ()
+
+
+async def test_a_store_that_refuses_for_good_is_a_fault(
+    autojump_clock: MockClock, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*_: object, **__: object) -> bool:
+        raise StoreError("the disk is full")
+
+    async with stage.open(drain_timeout_s=0) as service:
+        await stage.start_turn(service)
+        monkeypatch.setattr(stage.store, "end_turn", refuse)
+        await stage.stop()
+    report = stage.report()
+    assert any("the disk is full" in fault for fault in report.faults)
+    assert not report.clean
+    assert report.clients_closed == 1
+
+
+async def test_a_turn_whose_cleanup_breaks_is_a_fault_and_has_its_end(autojump_clock: MockClock, stage: Stage) -> None:
+    async def break_down() -> None:
+        raise RuntimeError("the reply cannot be closed")
+
+    stage.model.on_leaving = break_down
+    async with stage.open(drain_timeout_s=0) as service:
+        turn = await stage.start_turn(service)
+        await stage.stop()
+    assert turn.record().state == "interrupted"
+    assert stage.report().faults == ("1 turns crashed; the log says how",)
+
+
+async def test_a_model_server_that_ignores_the_close_costs_its_own_bound(
+    autojump_clock: MockClock, stage: Stage
+) -> None:
+    stage.model.on_leaving = trio.sleep_forever
+    async with stage.open(drain_timeout_s=0) as service:
+        turn = await stage.start_turn(service)
+        began = trio.current_time()
+        await stage.stop()
+        assert trio.current_time() - began == pytest.approx(1, abs=MOMENT_S)
+    assert turn.record().state == "interrupted"
+    assert stage.report().turns_interrupted == 1
+
+
+@pytest.mark.parametrize("what", ["close_client", "close_store"])
+async def test_a_part_that_hangs_at_its_close_costs_the_release_and_is_a_fault(
+    autojump_clock: MockClock, stage: Stage, what: str
+) -> None:
+    setattr(stage, what, trio.sleep_forever)
+    async with stage.open():
+        began = trio.current_time()
+        await stage.stop()
+    assert trio.current_time() - began == pytest.approx(RELEASE_S)
+    [fault] = stage.report().faults
+    assert "took longer than release_timeout_s" in fault
+
+
+async def test_parts_that_hang_share_the_release(autojump_clock: MockClock, stage: Stage) -> None:
+    stage.close_client = stage.close_store = trio.sleep_forever
+    async with stage.open():
+        began = trio.current_time()
+        await stage.stop()
+    assert trio.current_time() - began == pytest.approx(RELEASE_S + LATE_CLOSE_S)
+    assert len(stage.report().faults) == 2
+
+
+@pytest.mark.parametrize("what", ["close_client", "close_store"])
+async def test_a_part_that_breaks_at_its_close_stops_nothing(
+    autojump_clock: MockClock, stage: Stage, what: str
+) -> None:
+    async def break_down() -> None:
+        raise RuntimeError("it broke")
+
+    setattr(stage, what, break_down)
+    async with stage.open():
+        await stage.stop()
+    [fault] = stage.report().faults
+    assert "it broke" in fault
+    assert stage.report().clients_closed == 1
+
+
+async def test_tasks_that_are_left_are_a_fault(autojump_clock: MockClock, stage: Stage) -> None:
+    async with stage.open():
+        await stage.stop()
+    report = stage.shutdown.report(tasks_left=2)
+    assert report.tasks_left == 2
+    assert report.faults == ("2 tasks were left",)
+
+
+async def test_a_notice_before_the_tree_stands_is_kept(autojump_clock: MockClock, stage: Stage) -> None:
+    shutdown = Shutdown(Settings())
+    shutdown.notice("early")
+    async with open_service(Settings(), shutdown=shutdown) as service:
+        with pytest.raises(ShuttingDownError):
+            await service.sessions.create_session(NewSession())
+        await shutdown.work_ended.wait()
+    assert shutdown.report(tasks_left=0).reason == "early"

@@ -1,0 +1,173 @@
+"""What is left behind when the store refuses, and how it is mended."""
+
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from service.errors import SessionNotFoundError, StoreError, TurnLimitError
+from service.sessions.mending import INTERVAL_S, run_mending
+from service.sessions.registry import NewSession, NewTurn
+from service.storage.memory import MemoryStore
+from service.storage.records import TurnRecord
+from tests.sessions.puppet import Stage, open_stage
+from tests.sessions.test_turns import start
+
+
+class FullDisk(MemoryStore):
+    """Reads work; the named steps are refused until it is mended, for everybody or for one turn."""
+
+    def __init__(self, *refused: str, only_turn: int | None = None) -> None:
+        super().__init__()
+        self.refused = set(refused)
+        self.only_turn = only_turn
+        self.attempts = 0
+
+    def _check(self, step: str) -> None:
+        if step in self.refused:
+            raise StoreError("disk full")
+
+    async def begin_turn(self, turn: TurnRecord, **rest: object) -> object:  # type: ignore[override]
+        self._check("begin_turn")
+        return await super().begin_turn(turn, **rest)  # type: ignore[arg-type]
+
+    async def end_turn(self, turn: TurnRecord, **rest: object) -> bool:
+        self.attempts += 1
+        if self.only_turn is None or turn.input[0].text == f"turn {self.only_turn}":
+            self._check("end_turn")
+        return await super().end_turn(turn, **rest)  # type: ignore[arg-type]
+
+    async def remove_deleted(self, session_id: str) -> None:
+        self._check("remove_deleted")
+        await super().remove_deleted(session_id)
+
+
+async def end_turns(stage: Stage, count: int) -> list[str]:
+    """Run as many turns, each in a session of its own, to an end; the ids of the sessions."""
+    ids = []
+    for number in range(count):
+        session = await stage.sessions.create_session(NewSession())
+        turn = await start(stage.sessions, session.id, f"turn {number}")
+        (await stage.puppet.next_reply()).finish()
+        await turn.wait_ended()
+        ids.append(session.id)
+    await wait_all_tasks_blocked()
+    return ids
+
+
+async def test_refused_acceptances_are_bounded_like_live_turns(autojump_clock: MockClock) -> None:
+    store = FullDisk("begin_turn")
+    async with open_stage(store, live_turns_max=5) as stage:
+        session = await stage.sessions.create_session(NewSession())
+        for _ in range(5):
+            with pytest.raises(StoreError):
+                await start(stage.sessions, session.id)
+        with pytest.raises(TurnLimitError):
+            await start(stage.sessions, session.id)
+        store.refused.clear()
+        await stage.sessions.settle()
+        await start(stage.sessions, session.id)
+
+
+async def test_one_end_that_is_refused_again_does_not_hold_up_the_others(autojump_clock: MockClock) -> None:
+    store = FullDisk("end_turn")
+    async with open_stage(store) as stage:
+        await end_turns(stage, 3)
+        assert stage.sessions.statistics().turns_unkept == 3
+        store.only_turn = 0
+        with pytest.raises(StoreError):
+            await stage.sessions.settle()
+        assert stage.sessions.statistics().turns_unkept == 1
+
+
+async def test_two_may_settle_at_once(autojump_clock: MockClock) -> None:
+    store = FullDisk("end_turn")
+    async with open_stage(store) as stage:
+        await end_turns(stage, 3)
+        store.refused.clear()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stage.sessions.settle)
+            nursery.start_soon(stage.sessions.settle)
+        assert stage.sessions.statistics().turns_unkept == 0
+
+
+async def test_deleted_session_takes_along_the_ends_that_were_not_stored(autojump_clock: MockClock) -> None:
+    store = FullDisk("end_turn")
+    async with open_stage(store) as stage:
+        (session_id,) = await end_turns(stage, 1)
+        (turn,) = (await store.list_turns(session_id, limit=2, after=None, now=stage.clock())).data
+        await stage.sessions.delete_session(session_id)
+        for call in (stage.sessions.get_turn, stage.sessions.cancel_turn, stage.sessions.open_events):
+            with pytest.raises(SessionNotFoundError):
+                await call(session_id, turn.id)
+        assert stage.sessions.statistics().turns_unkept == 0
+
+
+@pytest.mark.parametrize("by", ["second delete", "mending"])
+async def test_deletion_whose_last_step_was_refused_is_finished_later(autojump_clock: MockClock, by: str) -> None:
+    store = FullDisk("remove_deleted")
+    async with open_stage(store) as stage:
+        session = await stage.sessions.create_session(NewSession(id="mine"))
+        with pytest.raises(StoreError):
+            await stage.sessions.delete_session(session.id)
+        with pytest.raises(SessionNotFoundError):
+            await stage.sessions.get_session(session.id)
+        store.refused.clear()
+        if by == "mending":
+            await stage.sessions.settle()
+        else:
+            await stage.sessions.delete_session(session.id)
+        await stage.sessions.create_session(NewSession(id="mine"))
+        await stage.sessions.get_session("mine")
+
+
+async def test_mending_loop_gives_the_store_what_it_refused(autojump_clock: MockClock) -> None:
+    store = FullDisk("end_turn")
+    async with open_stage(store) as stage, trio.open_nursery() as nursery:
+        await nursery.start(lambda task_status: run_mending(stage.sessions, shared=False, task_status=task_status))
+        await end_turns(stage, 2)
+        await trio.sleep(3 * INTERVAL_S)
+        assert stage.sessions.statistics().turns_unkept == 2
+        store.refused.clear()
+        await trio.sleep(INTERVAL_S + 0.1)
+        assert stage.sessions.statistics().turns_unkept == 0
+        nursery.cancel_scope.cancel()
+
+
+async def test_end_that_the_unwinding_stored_counts_as_stored(autojump_clock: MockClock) -> None:
+    store = FullDisk()
+    async with open_stage(store) as stage:
+        session = await stage.sessions.create_session(NewSession())
+        await start(stage.sessions, session.id)
+        await stage.puppet.next_reply()
+    assert stage.sessions.statistics().turns_unkept == 0
+    assert store.attempts == 1
+
+
+async def test_long_failed_reply_leaves_the_conversation_in_the_prompt(autojump_clock: MockClock) -> None:
+    async with open_stage(prompt_bytes_max=2048, reply_bytes_max=4096) as stage:
+        session = await stage.sessions.create_session(NewSession())
+        for text, reply_text, state in (("my name is Ada", "hello", "completed"), ("go on", "x" * 4096, "failed")):
+            turn = await start(stage.sessions, session.id, text)
+            reply = await stage.puppet.next_reply()
+            reply.say(reply_text, *("y" if state == "failed" else ""))
+            reply.finish()
+            assert (await turn.wait_ended()).state == state
+        await start(stage.sessions, session.id, "what is my name?")
+        reply = await stage.puppet.next_reply()
+        assert [message.text for message in reply.request.messages] == [
+            "my name is Ada",
+            "hello",
+            "go on\n\nwhat is my name?",
+        ]
+
+
+async def test_deadline_that_has_passed_comes_before_a_cause_in_the_same_moment(autojump_clock: MockClock) -> None:
+    async with open_stage(turn_timeout_s=5) as stage:
+        session = await stage.sessions.create_session(NewSession())
+        turn, watch = await stage.sessions.start_turn(session.id, NewTurn(text="x"))
+        await stage.puppet.next_reply()
+        autojump_clock.jump(5)
+        watch.release()
+        record = await turn.wait_ended()
+        assert record.error is not None
+        assert record.error.code == "turn_timeout"

@@ -1,0 +1,88 @@
+"""Many sessions, made by SQL in no time; ``python -m tests.storage.sqlite.many_rows 1000000`` measures on so many."""
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import apsw
+import trio
+
+from service.storage.records import SessionPatch
+from service.storage.sqlite import SqliteStore, open_sqlite_store
+from service.storage.sqlite.rows import moment
+from tests.storage.rows import T0, a_session, a_turn, at, ended
+
+TURNS = 10
+
+
+def fill(db: apsw.Connection, sessions: int, *, turns: int = 2) -> None:
+    """Sessions ``sess_000000`` and on, a second apart up to T0, each with completed turns ``turn_000000_0`` and on."""
+    db.execute(
+        """
+        WITH RECURSIVE n (n) AS (SELECT 0 UNION ALL SELECT n + 1 FROM n WHERE n + 1 < :sessions)
+        INSERT INTO sessions (id, created_at, last_accessed_at, expires_at, idle_timeout_s, head, turns_begun)
+        SELECT printf('sess_%06d', n), :now - (:sessions - n) * 1000000, :now, :now + 3600000000 + n * 1000, 3600,
+        printf('turn_%06d_%d', n, :turns - 1), :turns FROM n
+        """,
+        {"sessions": sessions, "now": moment(T0), "turns": turns},
+    )
+    db.execute("INSERT INTO session_settings (session, metadata) SELECT key, '{}' FROM sessions WHERE id LIKE 'sess_%'")
+    db.execute(
+        """
+        WITH RECURSIVE n (n) AS (SELECT 0 UNION ALL SELECT n + 1 FROM n WHERE n + 1 < :turns)
+        INSERT INTO turns (session, ordinal, id, parent, state, model, created_at, background, last_seq, message_bytes,
+        input, output)
+        SELECT key, n, printf('turn_%s_%d', substr(sessions.id, 6), n),
+        iif(n, printf('turn_%s_%d', substr(sessions.id, 6), n - 1), NULL), 'completed', 'm', created_at, 0, 2, 2,
+        '[{"id":"i","type":"message","role":"user","text":"1"}]',
+        '[{"id":"o","type":"message","role":"assistant","text":"2"}]'
+        FROM sessions CROSS JOIN n WHERE sessions.id LIKE 'sess_%'
+        """,
+        {"turns": turns},
+    )
+
+
+MEASURED: dict[str, Callable[[SqliteStore, str], Awaitable[object]]] = {
+    "create": lambda store, n: store.create_session(a_session(f"new-{n}", idle_timeout_s=1e6), now=T0),
+    "get": lambda store, n: store.get_session(f"sess_{n}", now=T0),
+    "update": lambda store, n: store.update_session(f"sess_{n}", SessionPatch(title="x"), now=T0),
+    "begin turn": lambda store, n: store.begin_turn(a_turn(f"new-{n}", f"sess_{n}"), now=T0),
+    "end turn": lambda store, n: store.end_turn(ended(a_turn(f"new-{n}", f"sess_{n}")), events=[b"1"], now=T0),
+    "path": lambda store, n: store.read_path(f"sess_{n}", f"turn_{n}_1", bytes_max=None),
+    "page of 50": lambda store, _: store.list_sessions(limit=50, after=None, status=None, now=T0),
+    "page of running": lambda store, _: store.list_sessions(limit=50, after=None, status="running", now=T0),
+    "expire 100": lambda store, _: store.delete_expired(now=at(3600 + 100), limit=100),
+    "count": lambda store, _: store.count_sessions(status=None, now=T0),
+}
+
+
+async def measure(path: Path, sessions: int) -> None:
+    async with open_sqlite_store(path) as store:
+        started = time.perf_counter()
+        await store._writing.call(lambda db: fill(db, sessions, turns=TURNS))
+        _say(f"filled in {time.perf_counter() - started:.0f} s")
+    started = time.perf_counter()
+    async with open_sqlite_store(path) as store:
+        await store.recover(now=T0)
+        _say(f"opened in {(time.perf_counter() - started) * 1e3:.0f} ms")
+        step = sessions // 101
+        for name, call in MEASURED.items():
+            times = []
+            for n in range(1, 101):
+                started = time.perf_counter()
+                await call(store, f"{n * step:06d}")
+                times.append((time.perf_counter() - started) * 1e3)
+            times.sort()
+            _say(f"{name:16} p50 {statistics.median(times):8.2f} ms  p99 {times[98]:8.2f} ms")
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory(dir=".") as directory:  # not in memory
+        trio.run(measure, Path(directory, "lastcall.db"), int(sys.argv[1]))

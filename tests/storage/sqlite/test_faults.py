@@ -1,0 +1,242 @@
+"""A bad disk is survived: clear words, reads that go on, and no restart when it is over."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import apsw
+import pytest
+import trio
+
+from service.errors import StartupError, StoreError
+from service.storage.sqlite import database, open_sqlite_store
+from service.storage.sqlite.schema import SCRIPTS
+from tests.storage.rows import T0, a_session, a_turn, all_sessions, contents, ended
+from tests.storage.sqlite.faulty_disk import FaultyDisk
+
+
+@pytest.fixture
+def disk() -> Iterator[FaultyDisk]:
+    disk = FaultyDisk()
+    yield disk
+    disk.running.set()
+    disk.unregister()
+
+
+WRITE_FAULTS = {
+    apsw.FullError: "disk is full",
+    apsw.IOError: "disk refuses",
+    apsw.ReadOnlyError: "cannot be written to",
+}
+
+
+@pytest.mark.parametrize("fault", WRITE_FAULTS)
+async def test_a_disk_that_does_not_write_fails_writes_until_it_does(
+    disk: FaultyDisk, path: Path, fault: type[apsw.Error]
+) -> None:
+    async with open_sqlite_store(path) as store:
+        await store.create_session(a_session(), now=T0)
+        await store.begin_turn(a_turn(), now=T0)
+        before = await contents(store, now=T0)
+        disk.write_fault = fault
+        for _ in range(2):
+            with pytest.raises(StoreError, match=WRITE_FAULTS[fault]) as failed:
+                await store.end_turn(ended(a_turn()), events=[b"x" * 100_000], now=T0)
+            assert failed.value.retry_after_s is not None, "it may pass by itself"
+            assert await contents(store, now=T0) == before, "reads go on, and see nothing half-done"
+        disk.write_fault = None
+        assert await store.end_turn(ended(a_turn()), events=[b"1"], now=T0)
+        assert list(await store.read_events("s", "t")) == [b"1"]
+    async with open_sqlite_store(path) as store:
+        assert (await store.get_turn("s", "t", now=T0)).state == "completed"
+
+
+async def test_a_disk_that_does_not_read_fails_reads_until_it_does(disk: FaultyDisk, path: Path) -> None:
+    async with open_sqlite_store(path) as store:
+        await store.create_session(a_session(), now=T0)
+    async with open_sqlite_store(path) as store:
+        disk.read_fault = apsw.IOError
+        with pytest.raises(StoreError, match="disk refuses"):
+            await store.get_session("s", now=T0)
+        disk.read_fault = None
+        assert (await store.get_session("s", now=T0)).id == "s"
+
+
+@pytest.mark.parametrize("place", [0, 4, 9])
+async def test_one_step_that_fails_does_not_take_along_those_that_share_its_commit(path: Path, place: int) -> None:
+    async with open_sqlite_store(path) as store:
+        refused: list[int] = []
+
+        async def create(number: int) -> None:
+            try:
+                await store.create_session(a_session("refuse" if number == place else f"s{number}"), now=T0)
+            except StoreError:
+                refused.append(number)
+
+        await store._writing.call(
+            lambda db: db.execute(
+                "CREATE TEMP TRIGGER t BEFORE INSERT ON sessions WHEN new.id = 'refuse' "
+                "BEGIN SELECT raise(ABORT, ''); END"
+            )
+        )
+        other = apsw.Connection(str(path))
+        other.execute("BEGIN IMMEDIATE")
+        commits = store.writer.commits
+        async with trio.open_nursery() as nursery:
+            for number in range(10):
+                nursery.start_soon(create, number)
+                await trio.testing.wait_all_tasks_blocked()
+            other.execute("ROLLBACK")
+        other.close()
+        assert store.writer.commits <= commits + 2, "they did not share it"
+        assert refused == [place]
+        assert len(await all_sessions(store, now=T0)) == 9
+
+
+async def test_a_lock_that_another_process_holds_fails_writes_until_it_is_given_up(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "_LOCK_WAIT_S", 0.05)
+    async with open_sqlite_store(path) as store:
+        other = apsw.Connection(str(path))
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StoreError, match="another process holds its lock"):
+            await store.create_session(a_session(), now=T0)
+        assert await all_sessions(store, now=T0) == []
+        other.execute("ROLLBACK")
+        await store.create_session(a_session(), now=T0)
+        other.close()
+
+
+async def test_a_caller_that_leaves_while_another_process_holds_the_lock_leaves_nothing(path: Path) -> None:
+    async with open_sqlite_store(path) as store:
+        other = apsw.Connection(str(path))
+        other.execute("BEGIN IMMEDIATE")
+        with trio.move_on_after(0.05) as waiting:
+            await store.create_session(a_session(), now=T0)
+        assert waiting.cancelled_caught
+        other.execute("ROLLBACK")
+        other.close()
+        await store.create_session(a_session("other"), now=T0)
+        assert [session.id for session in await all_sessions(store, now=T0)] == ["other"]
+
+
+async def test_nothing_is_acknowledged_before_the_disk_has_it_and_reads_go_on_meanwhile(
+    disk: FaultyDisk, path: Path
+) -> None:
+    async with open_sqlite_store(path) as store:
+        await store.create_session(a_session("before"), now=T0)
+        disk.running.clear()
+        with trio.move_on_after(0.05) as waiting:
+            await store.create_session(a_session(), now=T0)
+        assert waiting.cancelled_caught
+        assert [session.id for session in await all_sessions(store, now=T0)] == ["before"]
+        disk.running.set()
+        await store.create_session(a_session("after"), now=T0)
+        assert len(await all_sessions(store, now=T0)) == 3, "what had begun was done all the same"
+
+
+async def test_a_call_in_a_slow_commit_can_be_cancelled(disk: FaultyDisk, path: Path) -> None:
+    async with open_sqlite_store(path) as store:
+        disk.running.clear()
+        with trio.fail_after(5):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(lambda: store.create_session(a_session(), now=T0))
+                await trio.to_thread.run_sync(disk.hanging.wait)
+                nursery.cancel_scope.cancel()
+        disk.running.set()
+
+
+async def test_closing_does_not_wait_for_a_disk_that_hangs(disk: FaultyDisk, path: Path) -> None:
+    with trio.fail_after(5):
+        async with open_sqlite_store(path, close_timeout_s=0.05) as store:
+            disk.running.clear()
+            with trio.move_on_after(0.01):
+                await store.create_session(a_session(), now=T0)
+    disk.running.set()
+
+
+def test_a_process_whose_disk_hangs_ends(path: Path) -> None:
+    script = """
+import sys, trio
+from service.storage.sqlite import open_sqlite_store
+from tests.storage.rows import T0, a_session
+from tests.storage.sqlite.faulty_disk import FaultyDisk
+
+async def main():
+    disk = FaultyDisk()
+    async with open_sqlite_store(sys.argv[1], close_timeout_s=0.05) as store:
+        disk.running.clear()
+        with trio.move_on_after(0.01):
+            await store.create_session(a_session(), now=T0)
+
+trio.run(main)
+"""
+    subprocess.run([sys.executable, "-c", script, str(path)], check=True, timeout=30)
+
+
+# What cannot be opened
+
+
+def _damage(path: Path, offset: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(os.urandom(4096))
+
+
+async def _refused(path: Path) -> str:
+    with pytest.raises(StartupError) as refused:
+        async with open_sqlite_store(path):
+            pytest.fail("it was opened")
+    assert str(path) in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("offset", [0, 4096, 12 * 4096])
+async def test_a_damaged_file_is_refused(path: Path, offset: int) -> None:
+    async with open_sqlite_store(path) as store:
+        for n in range(20):
+            await store.create_session(a_session(f"s{n}"), now=T0)
+    _damage(path, offset)
+    assert "restore a backup" in await _refused(path)
+
+
+async def test_a_file_that_is_no_database_is_refused(path: Path) -> None:
+    await trio.Path(path).write_text("A shopping list. " * 1000)
+    assert "no database" in await _refused(path)
+
+
+async def test_a_database_of_something_else_is_refused_and_left_alone(path: Path) -> None:
+    db = apsw.Connection(str(path))
+    db.execute("CREATE TABLE recipes (name)")
+    db.close()
+    assert "of something else" in await _refused(path)
+    db = apsw.Connection(str(path))
+    assert db.execute("SELECT name FROM sqlite_schema").fetchall() == [("recipes",)]
+    db.close()
+
+
+async def test_a_file_of_a_newer_version_is_refused(path: Path) -> None:
+    async with open_sqlite_store(path):
+        pass
+    db = apsw.Connection(str(path))
+    db.pragma("user_version", len(SCRIPTS) + 1)
+    db.close()
+    assert "newer version" in await _refused(path)
+
+
+async def test_a_file_that_cannot_be_written_is_refused(disk: FaultyDisk, path: Path) -> None:
+    async with open_sqlite_store(path):
+        pass
+    disk.read_only = True
+    assert "cannot be written" in await _refused(path)
+
+
+async def test_a_directory_that_is_not_there_is_refused(path: Path) -> None:
+    assert "No such file or directory" in await _refused(path / "nowhere" / "lastcall.db")
+
+
+async def test_a_directory_is_no_file(path: Path) -> None:
+    assert "cannot be opened" in await _refused(path.parent)

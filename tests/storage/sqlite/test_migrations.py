@@ -1,0 +1,126 @@
+"""Every schema that was ever released is brought to the newest, with a copy of the file from before.
+
+``schemas/N.sql`` is a database of version N with something of everything in it, as ``python -m
+tests.storage.sqlite.test_migrations`` wrote it when that was the newest.
+"""
+
+import sqlite3
+import tempfile
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import trio
+
+from service.errors import StartupError
+from service.storage.records import SEQ_AFTER_CRASH, SessionPatch
+from service.storage.sqlite import database, open_sqlite_store
+from service.storage.sqlite.schema import APPLICATION_ID, SCRIPTS
+from tests.storage.rows import T0, a_session, a_turn, all_sessions, at, ended
+from tests.storage.test_store_owners import a_checkpoint
+
+SCHEMAS = Path(__file__).parent / "schemas"
+VERSIONS = range(1, len(SCRIPTS) + 1)
+NEXT = "ALTER TABLE sessions ADD COLUMN colour TEXT;"
+
+
+def _restore(path: Path, version: int) -> None:
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript((SCHEMAS / f"{version}.sql").read_text())
+        db.execute(f"PRAGMA user_version = {version}")
+        db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+async def test_a_database_of_every_version_is_read_and_goes_on(path: Path, version: int) -> None:
+    _restore(path, version)
+    async with open_sqlite_store(path) as store:
+        assert await store.recover(now=at(1)) == 1
+        found = {session.id: session for session in await all_sessions(store, now=at(1))}
+        assert found.keys() == {"s", "other"}
+        assert (found["s"].title, found["s"].metadata, found["s"].head) == ("é", {"a": "b"}, "t2")
+        turn = await store.get_turn("s", "t", now=at(1))
+        assert (turn.state, turn.text, turn.last_seq) == ("completed", "Hi", 3)
+        assert list(await store.read_events("s", "t")) == [b"1", b"2", b"3"]
+        crashed = await store.get_turn("s", "t2", now=at(1))
+        assert (crashed.state, crashed.text, crashed.last_seq) == ("interrupted", "Hel", SEQ_AFTER_CRASH)
+        await store.begin_turn(a_turn("t3", parent="t2"), now=at(1))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_released_version_makes_the_schema_that_its_scripts_make(path: Path, version: int) -> None:
+    _restore(path, version)
+
+    def schema(db: sqlite3.Connection) -> set[str]:
+        return {row[0] for row in db.execute("SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL")}
+
+    with closing(sqlite3.connect(path)) as db, closing(sqlite3.connect(":memory:")) as made:
+        for script in SCRIPTS[:version]:
+            made.executescript(script)
+        assert schema(db) == schema(made), "a script was changed after its release"
+
+
+async def test_a_migration_leaves_a_copy_from_before_and_happens_once(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _restore(path, len(SCRIPTS))
+    monkeypatch.setattr(database, "SCRIPTS", (*SCRIPTS, NEXT))
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            for _ in range(4):  # as many workers begin at once
+                nursery.start_soon(_open, path)
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (len(SCRIPTS) + 1,)
+        assert db.execute("SELECT colour FROM sessions LIMIT 1").fetchall() == [(None,)]
+    with closing(sqlite3.connect(f"{path}.schema-{len(SCRIPTS)}")) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (len(SCRIPTS),)
+        assert db.execute("SELECT count(*) FROM sessions").fetchone() == (3,)
+
+
+async def _open(path: Path) -> None:
+    async with open_sqlite_store(path) as store:
+        assert len(await all_sessions(store, now=T0)) == 2
+
+
+async def test_a_migration_that_fails_changes_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _restore(path, len(SCRIPTS))
+    monkeypatch.setattr(database, "SCRIPTS", (*SCRIPTS, NEXT + "CREATE TABLE sessions (id);"))
+    with pytest.raises(StartupError, match="already exists"):
+        await _open(path)
+    monkeypatch.undo()
+    await _open(path)
+
+
+async def test_a_file_is_not_migrated_while_another_server_uses_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_sqlite_store(path) as store:
+        await store.create_session(a_session(), now=T0)
+        monkeypatch.setattr(database, "SCRIPTS", (*SCRIPTS, NEXT))
+        with pytest.raises(StartupError, match="in use by an older version"):
+            await _open(path)
+        monkeypatch.undo()
+        assert (await store.get_session("s", now=T0)).id == "s"
+
+
+async def _make(path: Path) -> None:
+    async with open_sqlite_store(path) as store:
+        await store.create_session(a_session(), now=T0)
+        await store.update_session("s", SessionPatch(title="é", metadata={"a": "b"}), now=T0)
+        await store.begin_turn(a_turn(), now=T0)
+        await store.end_turn(ended(a_turn()), events=[b"1", b"2", b"3"], now=T0)
+        await store.begin_turn(a_turn("t2", parent="t"), now=T0)
+        await store.checkpoint_turns([a_checkpoint("t2", "Hel", b"1")])
+        await store.create_session(a_session("other"), now=T0)
+        await store.create_session(a_session("marked"), now=T0)
+        await store.mark_deleted("marked", now=T0)
+
+
+def write_newest() -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "lastcall.db")
+        trio.run(_make, path)
+        with closing(sqlite3.connect(path)) as db:
+            (SCHEMAS / f"{len(SCRIPTS)}.sql").write_text("\n".join(db.iterdump()) + "\n")
+
+
+if __name__ == "__main__":
+    write_newest()

@@ -1,0 +1,143 @@
+"""What a call costs does not grow with what is kept: every statement finds its rows by an index."""
+
+import re
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import apsw
+import pytest
+
+from service.storage.records import SessionPatch
+from service.storage.sqlite import SqliteStore, database, open_sqlite_store
+from service.storage.sqlite.reclaim import reclaim_some
+from service.storage.sqlite.writer import Writer
+from tests.storage.rows import T0, a_session, a_turn, at, ended
+from tests.storage.sqlite.many_rows import fill
+from tests.storage.test_store_owners import a_checkpoint
+
+LATE = at(3601)
+
+
+async def _delete(store: SqliteStore, session: str) -> None:
+    await store.mark_deleted(session, now=T0)
+    await store.remove_deleted(session)
+
+
+async def _second_page(store: SqliteStore) -> object:
+    first = await store.list_sessions(limit=10, after=None, status=None, now=T0)
+    return await store.list_sessions(limit=10, after=first.next, status=None, now=T0)
+
+
+CALLS: dict[str, Callable[[SqliteStore], Awaitable[object]]] = {
+    "create": lambda store: store.create_session(a_session("new"), now=T0),
+    "create over an expired one": lambda store: store.create_session(a_session("sess_000000"), now=LATE),
+    "get": lambda store: store.get_session("sess_000100", now=T0),
+    "update": lambda store: store.update_session("sess_000100", SessionPatch(title="x"), now=T0),
+    "delete": lambda store: _delete(store, "sess_000101"),
+    "begin": lambda store: store.begin_turn(a_turn("new", "sess_000100", parent="turn_000100_1"), now=T0),
+    "start": lambda store: store.start_turn("new", now=T0),
+    "checkpoint": lambda store: store.checkpoint_turns([a_checkpoint("new", "x", b"1", session="sess_000100")]),
+    "end": lambda store: store.end_turn(ended(a_turn("new", "sess_000100")), events=[b"1"], now=T0),
+    "get turn": lambda store: store.get_turn("sess_000100", "turn_000100_1", now=T0),
+    "events": lambda store: store.read_events("sess_000100", "turn_000100_1"),
+    "path": lambda store: store.read_path("sess_000100", "turn_000100_1", bytes_max=None),
+    "turns": lambda store: store.list_turns("sess_000100", limit=1, after=None, now=T0),
+    "owner": lambda store: store.find_owner("sess_000100"),
+    "first page": lambda store: store.list_sessions(limit=10, after=None, status=None, now=T0),
+    "second page": _second_page,
+    "idle page": lambda store: store.list_sessions(limit=10, after=None, status="idle", now=T0),
+    "running page": lambda store: store.list_sessions(limit=10, after=None, status="running", now=T0),
+    "expire": lambda store: store.delete_expired(now=LATE, limit=10),
+    "recover": lambda store: store.recover(now=T0),
+    "reclaim": lambda store: store._writing.call(reclaim_some),
+}
+
+
+async def _die_at_work(path: Path) -> None:
+    """Leave what a dead owner leaves."""
+    async with open_sqlite_store(path) as store:
+        for name in ("s1", "s2"):
+            await store.create_session(a_session(name), now=T0)
+            await store.begin_turn(a_turn(f"{name}-t", name), now=T0)
+        await store.mark_deleted("s2", now=T0)
+
+
+class Counted:
+    """The statements that a store runs, and the work that they are: instructions of SQLite's machine, in hundreds."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.statements: set[str] = set()
+        self.hundreds = 0
+        connect = database.connect
+
+        def connect_and_count(path: Path, *, query_only: bool = False) -> apsw.Connection:
+            db = connect(path, query_only=query_only)
+            db.exec_trace = self._note
+            db.set_progress_handler(self._count, 100)
+            return db
+
+        monkeypatch.setattr(database, "connect", connect_and_count)
+        monkeypatch.setattr(Writer, "rest", lambda _, *, idle: False)  # noqa: ARG005  nothing beside the calls
+
+    def _note(self, _cursor: object, sql: str, _bindings: object) -> bool:
+        self.statements.add(sql)
+        return True
+
+    def _count(self) -> bool:
+        self.hundreds += 1
+        return False
+
+
+async def test_every_statement_of_every_call_searches_an_index(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = Counted(monkeypatch)
+    await _die_at_work(path)
+    async with open_sqlite_store(path) as store:
+        await store._writing.call(lambda db: fill(db, 200))
+        counted.statements.clear()
+        for call in CALLS.values():
+            await call(store)
+    db = apsw.Connection(str(path))
+    plans = {sql: _plan(db, sql) for sql in counted.statements if re.match("SELECT|INSERT|UPDATE|DELETE", sql)}
+    db.close()
+    assert len(plans) > 20
+    scans = {sql: plan for sql, plan in plans.items() if any(_is_scan(sql, step) for step in plan)}
+    assert scans == {}
+    by_id = {sql: plan for sql, plan in plans.items() if re.search("turns .*WHERE id = [?:]", sql)}
+    assert by_id
+    assert all("turns_by_id" in plan[0] for plan in by_id.values()), by_id
+
+
+def _plan(db: apsw.Connection, sql: str) -> list[str]:
+    names = set(re.findall(r":(\w+)", sql))
+    bindings: object = dict.fromkeys(names, 1) if names else (1,) * sql.count("?")
+    return [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {sql}", bindings)]  # type: ignore[arg-type]
+
+
+def _is_scan(sql: str, step: str) -> bool:
+    if "TEMP B-TREE" in step:
+        return True
+    if not step.startswith("SCAN"):
+        return False
+    # A listing walks an index in its order and stops at its limit; owners are as many as there are processes.
+    return "owners" not in step and not (re.search("USING (COVERING )?INDEX", step) and "LIMIT" in sql)
+
+
+async def test_the_work_of_a_call_is_the_same_with_a_thousand_and_with_a_hundred_thousand_sessions(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = Counted(monkeypatch)
+
+    async def work(path: Path, sessions: int) -> dict[str, int]:
+        await _die_at_work(path)
+        async with open_sqlite_store(path) as store:
+            await store._writing.call(lambda db: fill(db, sessions))
+            found = {}
+            for name, call in CALLS.items():
+                counted.hundreds = 0
+                await call(store)
+                found[name] = counted.hundreds
+            return found
+
+    few = await work(path, 1000)
+    many = await work(path.with_name("many.db"), 100_000)
+    assert {name: (few[name], many[name]) for name in CALLS if many[name] > few[name] + 1} == {}

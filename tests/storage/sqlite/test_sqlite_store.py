@@ -1,0 +1,234 @@
+"""What only the store in a file promises."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import apsw
+import pytest
+import trio
+
+from service.errors import StoreError
+from service.storage.sqlite import SqliteStore, open_sqlite_store, reclaim, sessions, writer
+from tests.storage.rows import T0, a_session, a_turn, all_sessions, at, ended
+from tests.storage.test_store_owners import a_checkpoint
+
+
+async def test_it_says_where_it_is_and_only_its_owner_can_read_it(path: Path) -> None:
+    async with open_sqlite_store(path) as store:
+        await store.create_session(a_session(), now=T0)
+        assert (store.name, store.durable) == (f"sqlite:{path}", True)
+        for file in path.parent.iterdir():
+            assert stat.S_IMODE(file.stat().st_mode) == 0o600, file.name
+
+
+async def test_a_relative_path_is_told_in_full(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(path.parent)
+    async with open_sqlite_store("here.db") as store:
+        assert store.name == f"sqlite:{path.parent}/here.db"
+
+
+async def test_apsw_is_imported_by_who_opens_such_a_store_only() -> None:
+    script = "import sys, service.supervisor, service.cli; sys.exit('apsw' in sys.modules)"
+    await trio.run_process([sys.executable, "-c", script])
+
+
+# The thread
+
+
+async def test_steps_that_wait_together_share_a_commit_and_a_lone_one_does_not_wait(path: Path) -> None:
+    async with open_sqlite_store(path) as store:
+        before = store.writer.commits
+        await store.create_session(a_session(), now=T0)
+        assert store.writer.commits == before + 1
+        async with trio.open_nursery() as nursery:
+            for n in range(200):
+                nursery.start_soon(lambda n: store.begin_turn(a_turn(f"t{n}"), now=T0), n)
+        assert store.writer.commits - before < 40
+        assert (await store.get_session("s", now=T0)).open_turns == 200
+
+
+async def test_a_caller_that_leaves_before_its_step_began_leaves_nothing(path: Path) -> None:
+    async with open_sqlite_store(path) as store:
+        working, go_on = threading.Event(), threading.Event()
+
+        def work(_: object) -> None:
+            working.set()
+            go_on.wait()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(store._writing.call, work)
+            await trio.to_thread.run_sync(working.wait)
+            with trio.fail_after(5):
+                with trio.move_on_after(0.01) as waiting:
+                    await store.create_session(a_session(), now=T0)
+                assert waiting.cancelled_caught
+            go_on.set()
+        assert await all_sessions(store, now=T0) == []
+
+
+async def test_a_caller_that_leaves_in_the_middle_of_its_step_leaves_all_of_it(path: Path) -> None:
+    async with open_sqlite_store(path) as store:
+        working, go_on = threading.Event(), threading.Event()
+
+        async def create() -> None:
+            def step(db: apsw.Connection) -> None:
+                working.set()
+                go_on.wait()
+                sessions.create(db, a_session(), T0)
+
+            await store._writing.call(step)
+
+        with trio.fail_after(5):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(create)
+                await trio.to_thread.run_sync(working.wait)
+                nursery.cancel_scope.cancel()
+                go_on.set()
+        assert len(await all_sessions(store, now=T0)) == 1
+
+
+async def test_a_bug_in_a_step_is_its_caller_s_alone(path: Path) -> None:
+    def fail(_: object) -> None:
+        raise ZeroDivisionError
+
+    async with open_sqlite_store(path) as store:
+        for thread in (store._writing, store._looking):
+            with pytest.raises(ZeroDivisionError):
+                await thread.call(fail)
+        await store.create_session(a_session(), now=T0)
+        assert (await store.get_session("s", now=T0)).id == "s"
+
+
+async def test_a_closed_store_refuses_and_can_be_closed_again(path: Path) -> None:
+    async with open_sqlite_store(path) as store:
+        await store.aclose()
+        with pytest.raises(StoreError, match="closed"):
+            await store.get_session("s", now=T0)
+
+
+async def test_what_was_asked_for_before_the_close_is_done(path: Path) -> None:
+    async with open_sqlite_store(path) as store, trio.open_nursery() as nursery:
+        for n in range(50):
+            nursery.start_soon(lambda n: store.create_session(a_session(f"s{n}"), now=T0), n)
+        await trio.testing.wait_all_tasks_blocked()
+        await store.aclose()
+    async with open_sqlite_store(path) as store:
+        assert len(await all_sessions(store, now=T0)) == 50
+
+
+async def test_a_read_of_several_statements_sees_one_moment(path: Path) -> None:
+    async with open_sqlite_store(path) as store:
+        begun, go_on = threading.Event(), threading.Event()
+        counts: list[int] = []
+
+        def count_twice(db: apsw.Connection) -> None:
+            counts.append(sessions.count(db, None, T0))
+            begun.set()
+            go_on.wait()
+            counts.append(sessions.count(db, None, T0))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(store._reading.call, count_twice)
+            await trio.to_thread.run_sync(begun.wait)
+            await store.create_session(a_session(), now=T0)
+            go_on.set()
+        assert counts == [0, 0]
+        assert await store.count_sessions(status=None, now=T0) == 1
+
+
+# Owners that are processes
+
+BEGIN = """
+import os, sys, trio
+from service.storage.sqlite import open_sqlite_store
+from tests.storage.rows import T0, a_session, a_turn
+
+async def main():
+    async with open_sqlite_store(sys.argv[1]) as store:
+        await store.create_session(a_session(), now=T0)
+        await store.begin_turn(a_turn(), now=T0)
+        if sys.argv[2] == "fork" and os.fork() == 0:
+            os.write(1, b"child\\n")
+            sys.stdin.read()
+            os._exit(0)
+        os.write(1, b"begun\\n")
+        await trio.sleep_forever()
+
+trio.run(main)
+"""
+
+
+@pytest.mark.parametrize("how", ["kill", "fork"])
+def test_the_turns_of_a_process_that_is_killed_are_recovered_even_if_a_child_of_it_lives(path: Path, how: str) -> None:
+    async def recovered() -> int:
+        async with open_sqlite_store(path) as store:
+            return await store.recover(now=at(1))
+
+    with subprocess.Popen(
+        [sys.executable, "-c", BEGIN, str(path), how], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        told = {process.stdout.readline() for _ in range(1 + (how == "fork"))}
+        assert b"begun\n" in told
+        assert trio.run(recovered) == 0, "it lives"
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert trio.run(recovered) == 1
+        process.stdin.close()  # the child ends
+        process.stdout.read()
+
+
+# What is removed
+
+
+async def _with_events(store: SqliteStore, *, rows: int) -> None:
+    await store.create_session(a_session(), now=T0)
+    await store.begin_turn(a_turn(), now=T0)
+    await store.end_turn(ended(a_turn()), events=[b"x" * 300_000] * rows, now=T0)
+    await store.begin_turn(a_turn("t2"), now=T0)
+    await store.checkpoint_turns([a_checkpoint("t2", "x", b"1")])
+
+
+async def _until_empty(store: SqliteStore) -> None:
+    def rows(db: apsw.Connection) -> int:
+        tables = ("sessions", "session_settings", "turns", "events", "outputs")
+        return sum(db.execute(f"SELECT count(*) FROM {table}").get for table in tables)
+
+    with trio.fail_after(30):
+        while await store._looking.call(rows):  # noqa: ASYNC110  nobody is told when it is done
+            await trio.sleep(0.005)
+
+
+async def test_what_is_removed_is_reclaimed_step_by_step_and_the_file_gets_smaller(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reclaim, "STEP_S", 0.0005)
+    monkeypatch.setattr(reclaim, "_FREE_PAGES_KEPT", 0)
+    monkeypatch.setattr(writer, "_CHECKPOINT_PAGES", 1)
+    async with open_sqlite_store(path) as store:
+        await _with_events(store, rows=20)
+        await store.mark_deleted("s", now=T0)
+        await store.remove_deleted("s")
+        await store.create_session(a_session(), now=T0)  # the id is free at once
+        await store.mark_deleted("s", now=T0)
+        await store.remove_deleted("s")
+        await _until_empty(store)
+        with trio.fail_after(30):
+            while (await trio.Path(path).stat()).st_size > 1_000_000:  # noqa: ASYNC110
+                await trio.sleep(0.005)
+
+
+async def test_what_a_process_left_to_reclaim_the_next_one_reclaims(path: Path) -> None:
+    async with open_sqlite_store(path) as store:
+        store.writer.removed = False
+        await _with_events(store, rows=2)
+        await store.mark_deleted("s", now=T0)
+        await store._writing.call(lambda db: db.execute("UPDATE sessions SET id = NULL, deletion = 2"))
+    async with open_sqlite_store(path) as store:
+        await _until_empty(store)
