@@ -16,6 +16,9 @@ RETRY_MS = 1000
 _RETRY = b"retry: %d\n\n" % RETRY_MS
 _HEARTBEAT = b": heartbeat\n\n"
 _WRITE_BYTES_MAX = 64 * 1024
+_BUSY_S = 0.02
+"""Writing a piece takes a fraction of a millisecond, unless the event loop has many others to write."""
+_PAUSE_MAX_S = 0.1
 _SEQ_DIGITS_MAX = 15
 
 
@@ -37,6 +40,8 @@ class EventStream(ResponseBody):
         self._cursor = cursor
         self._heartbeat_interval_s = heartbeat_interval_s
         self._begun = False
+        self._caught_up = False
+        self._taken_at = 0.0
         self._ended = False
 
     async def __aenter__(self) -> "EventStream":
@@ -55,12 +60,26 @@ class EventStream(ResponseBody):
         if not self._begun:
             self._begun = True
             return _RETRY + self._take()
+        await self._pause()
         with trio.move_on_after(self._heartbeat_interval_s):
             await self._log.wait_beyond(self._cursor)
         return self._take() or _HEARTBEAT
 
+    async def _pause(self) -> None:
+        """Where the last piece took long to write, the event loop is full or the client slow: write less often, then.
+
+        Tokens that come meanwhile go out in one piece, so the load falls with the number of pieces; an event loop
+        with time to spare never pauses. The terminal event ends a pause.
+        """
+        writing_took_s = trio.current_time() - self._taken_at
+        if writing_took_s > _BUSY_S and self._caught_up:
+            with trio.move_on_after(min(writing_took_s, _PAUSE_MAX_S)):
+                await self._log.wait_closed()
+
     def _take(self) -> bytes:
         chunk, self._cursor = self._log.read_after(self._cursor, bytes_max=_WRITE_BYTES_MAX)
+        self._caught_up = self._cursor == self._log.last_seq
+        self._taken_at = trio.current_time()
         self._ended = self._log.closed and self._cursor == self._log.last_seq
         return chunk
 

@@ -29,6 +29,7 @@ class EventLog:
         self._last_seq: int | None = None
         self._closed = False
         self._readers = trio.lowlevel.ParkingLot()
+        self._pausing = trio.lowlevel.ParkingLot()
 
     @classmethod
     def replay(cls, frames: Sequence[bytes], *, last_seq: int | None = None) -> "EventLog":
@@ -67,6 +68,7 @@ class EventLog:
         """Append the terminal event. Always succeeds; the log then never changes again."""
         self._append(terminal, encode_frame(terminal))
         self._closed = True
+        self._pausing.unpark_all()
 
     def _append(self, event: Event, frame: bytes) -> None:
         assert not self._closed, "a closed log was written to"
@@ -79,6 +81,11 @@ class EventLog:
         """Return once there is an event after ``cursor``, or the log is closed."""
         while self.last_seq <= cursor and not self._closed:
             await self._readers.park()
+
+    async def wait_closed(self) -> None:
+        """Return once the terminal event is there."""
+        while not self._closed:
+            await self._pausing.park()
 
     def read_after(self, cursor: int, *, bytes_max: int) -> tuple[bytes, int]:
         """The frames after ``cursor`` that fit in ``bytes_max`` (at least one), and the new cursor.

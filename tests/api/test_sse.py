@@ -63,6 +63,45 @@ async def test_silence_is_filled_with_heartbeats_and_loses_nothing(autojump_cloc
     assert await anext(opened.stream) == encode_frame(delta(2))
 
 
+async def test_a_stream_whose_pieces_take_long_to_write_writes_fewer_of_them(autojump_clock: MockClock) -> None:
+    opened = Opened(1)
+    await anext(opened.stream)
+    await trio.sleep(0.05)  # as a full event loop would take for it
+    opened.append(1)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_append_later, opened, 0.04)
+        piece = await anext(opened.stream)
+    assert piece == encode_frame(delta(2)) + encode_frame(delta(3))
+    opened.append(1)
+    assert await anext(opened.stream) == encode_frame(delta(4)), "it paused though there was time"
+
+
+async def test_the_terminal_event_ends_a_pause(autojump_clock: MockClock) -> None:
+    opened = Opened(1)
+    await anext(opened.stream)
+    await trio.sleep(0.09)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_close_soon, opened, 0.03)
+        started_at = trio.current_time()
+        assert await anext(opened.stream) == encode_frame(terminal(2))
+        assert trio.current_time() - started_at == pytest.approx(0.03)
+
+
+async def test_a_backlog_is_written_without_pauses(autojump_clock: MockClock) -> None:
+    opened = Opened(5000)
+    started_at = trio.current_time()
+    while opened.stream._cursor < 5000:
+        await anext(opened.stream)
+        await trio.sleep(0.05)
+    pieces = (trio.current_time() - started_at) / 0.05
+    assert pieces == pytest.approx(round(pieces))
+
+
+async def _append_later(opened: Opened, seconds: float) -> None:
+    await trio.sleep(seconds)
+    opened.append(1)
+
+
 async def test_a_stream_that_waits_wakes_for_the_terminal_event(autojump_clock: MockClock) -> None:
     opened = Opened()
     await anext(opened.stream)
@@ -72,8 +111,8 @@ async def test_a_stream_that_waits_wakes_for_the_terminal_event(autojump_clock: 
     assert trio.current_time() == 1
 
 
-async def _close_soon(opened: Opened) -> None:
-    await trio.sleep(1)
+async def _close_soon(opened: Opened, seconds: float = 1) -> None:
+    await trio.sleep(seconds)
     opened.close()
 
 
