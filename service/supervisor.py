@@ -5,13 +5,13 @@
     open_service()
     ├─ store              opened first, closed last; nothing acknowledged is lost
     ├─ model clients      one per upstream; closed after the last turn
-    ├─ expiry loop        these three: an error in one is logged and it goes on
-    ├─ mending loop       what the store refused, and the turns of processes that died
-    ├─ checkpoint loop    only with a store that outlives the process
     ├─ sessions           one task per session with work
     │  └─ session <id>    its failure ends this session's turns only
     │     └─ turn <id>    whole-turn deadline; a failure becomes its terminal event
     │        └─ stream    first-token and next-token deadlines; leaving closes the connection
+    ├─ expiry loop        these three: an error in one is logged and it goes on
+    ├─ mending loop       what the store refused, and the turns of processes that died
+    ├─ checkpoint loop    only with a store that outlives the process
     └─ shutdown watcher   waits for the notice, then runs the phases
 
 Children start in this order and stop in reverse, and the indentation below says the same. A child that
@@ -80,8 +80,8 @@ async def open_service(
     async with (
         shutdown.closing(_open_store(settings, peer_address), "the store") as store,
         _open_upstreams(settings, shutdown, clock) as upstreams,
-        trio.open_nursery() as nursery,
         open_sessions(store=store, client_for=upstreams.client_for, clock=clock, settings=settings) as sessions,
+        trio.open_nursery() as nursery,
     ):
         await _recover(store, clock, settings)
         expiry = partial(
