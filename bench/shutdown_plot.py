@@ -54,13 +54,23 @@ def _draw_line(axes: pyplot.Axes, index: int, label: str, points: list[tuple[int
     color = "black" if ours else str(0.25 + 0.45 * (index % 5) / 4)
     style = {"color": color, "linestyle": _LINES[index % len(_LINES)], "linewidth": 2.2 if ours else 1.1}
     heights = [cap_s if cell.killed or cell.gone is None else cell.gone.p50 for _, cell in points]
-    axes.plot([streams for streams, _ in points], heights, label=label, marker=_MARKERS[index], markersize=6, **style)
+    axes.plot(
+        [], [], label=label, marker=_MARKERS[index], **style
+    )  # for the legend: each point has a marker of its own
+    axes.plot([streams for streams, _ in points], heights, **style)
     for (streams, cell), height in zip(points, heights, strict=True):
         share = cell.proper_share
-        fill = "full" if share in (None, 1) else "none" if share == 0 else "left"
+        fill = "left" if share is not None and 0 < share < 1 else "full"
         marker = "x" if cell.killed else _MARKERS[index]
         axes.plot(
-            [streams], [height], marker=marker, color=color, fillstyle=fill, markersize=8, markerfacecoloralt="white"
+            [streams],
+            [height],
+            marker=marker,
+            color=color,
+            fillstyle=fill,
+            markersize=8,
+            markerfacecolor="white" if share == 0 else color,
+            markerfacecoloralt="white",
         )
         if share is not None and 0 < share < 1:
             axes.annotate(f"{share:.0%}", (streams, height), xytext=(5, 5), textcoords="offset points", fontsize=7)

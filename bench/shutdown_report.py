@@ -20,10 +20,10 @@ _HEAD = (
 )
 _LEGEND = (
     "A stream ends properly (`terminal`) when a terminal event and the last chunk arrived. `clean`: the last chunk "
-    "without a terminal event; `truncated`: the connection closed in mid-body; `reset`: reset in mid-body. Tokens lost "
-    "were sent by the model and never received by the client. Streams not yet begun are those that the server had not "
-    "got round to within a minute: it was full. The floors make their own tokens, have no model server and keep nothing: "
-    "they do less than every other row."
+    "without a terminal event; `truncated`: the connection closed in mid-body; `reset`: reset in mid-body. Streams not "
+    "yet begun are those that the server had not got round to within a minute: it was full. Tokens lost were sent by "
+    "the model and never received by the client. The floors make their own tokens, have no model server and keep "
+    "nothing: they do less than every other row."
 )
 
 
@@ -54,7 +54,7 @@ class Cell:
     def proper_share(self) -> float | None:
         """The share of well-behaved streams that had a terminal event and their last chunk."""
         ends = self.ends
-        return ends["terminal"] / ends.total() if ends else None
+        return ends["terminal"] / ends.total() if ends.total() else None
 
     def gone_text(self) -> str:
         killed = f"killed {self.killed}/{len(self.measured)}" if self.killed else ""

@@ -1,4 +1,4 @@
-"""The console script: serve, or show the settings that serving would use."""
+"""The console script: serve, show the settings that serving would use, take care of what is kept."""
 
 import argparse
 import json
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from service import __version__
+from service.care import add_commands, take_care
 from service.errors import StartupError
 from service.settings import SECRETS, Settings, Sources, Upstream, read_sources, shown_url
 
@@ -17,13 +18,15 @@ EXIT_REFUSED = 78
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the process's exit code."""
     arguments = _parser().parse_args(argv)
-    overrides = {"bind": arguments.bind} if arguments.bind else {}
+    overrides = {"bind": arguments.bind} if arguments.command == "serve" and arguments.bind else {}
     try:
         sources = read_sources(**overrides)
         settings = sources.settings()
         if arguments.command == "config":
             sys.stdout.write(effective(settings, sources))
             return 0
+        if arguments.command != "serve":
+            return take_care(settings, arguments)
         # Only now: what serves takes a moment to import, and wrong settings are to be told at once.
         if arguments.reload:
             from service.hosting.reload import serve_and_reload  # noqa: PLC0415
@@ -44,13 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lastcall", description="A Trio-native service for AI chat sessions.")
     parser.add_argument("--version", action="version", version=f"lastcall {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{serve,config}")
+    commands = parser.add_subparsers(dest="command", required=True)
     serve = commands.add_parser("serve", help="serve until a signal says stop")
     serve.add_argument("--bind", metavar="ADDRESS", help="host:port or unix:path, in place of the setting")
     serve.add_argument("--reload", action="store_true", help="start anew when the code or lastcall.toml changes")
-    commands.add_parser("config", help="print the settings in force, as TOML, and where each comes from").set_defaults(
-        bind=None
-    )
+    commands.add_parser("config", help="print the settings in force, as TOML, and where each comes from")
+    add_commands(commands)
     return parser
 
 

@@ -167,8 +167,8 @@ class Settings(BaseModel):
     model_retries_max: Annotated[int, Field(ge=0, le=10), BeforeValidator(_number)] = 2
     """How often an upstream's fault before the first token is retried."""
 
-    idle_timeout_s: PositiveSeconds = 1800
-    """A session expires when it has not been used for so long; a session may choose its own."""
+    idle_timeout_s: PositiveSeconds | None = None
+    """A session that is not used for so long expires; 30 days, or 1800 with `memory:`. It may choose its own."""
     expiry_interval_s: PositiveSeconds = 300
     """How often what has expired is removed."""
     connect_timeout_s: PositiveSeconds = 5
@@ -218,6 +218,13 @@ class Settings(BaseModel):
         if self.upstreams and "model" not in self.model_fields_set:
             return self.upstreams[0].models[0]
         return self.model
+
+    @property
+    def default_idle_timeout_s(self) -> float:
+        """The idle timeout of sessions that choose none."""
+        if self.idle_timeout_s is not None:
+            return self.idle_timeout_s
+        return 1800 if self.store_url == "memory:" else 30 * 24 * 3600
 
     @property
     def all_upstreams(self) -> tuple[Upstream, ...]:

@@ -26,6 +26,7 @@ from service.api.sse import MEDIA_TYPE
 from service.errors import InvalidRequestError, LastcallError, OwnedElsewhereError, ShuttingDownError, StoreError
 from service.sessions.event_log import EventLog
 from service.sessions.streams import Forward
+from service.supervisor import Service
 
 logger = structlog.get_logger("lastcall.forwarding")
 
@@ -100,7 +101,7 @@ async def forward(error: OwnedElsewhereError) -> TrioResponse:
     if answer is None:
         if request.method != "POST" or request.path.endswith("/cancel"):
             return await _answer_here(error)
-        await _wait_until_free(error.session_id, error.fence)
+        await _wait_until_free(current_service(), error.session_id, error.fence)
         raise StoreError(
             "The process that runs this session's turns has died; whether it accepted the request shows in the "
             "session's turns.",
@@ -138,7 +139,7 @@ async def _connect(address: str) -> trio.SocketStream | None:
 
 async def _answer_here(error: OwnedElsewhereError) -> TrioResponse:
     """The owner is gone: end its turns and begin the request anew, here."""
-    await _wait_until_free(error.session_id, error.fence)
+    await _wait_until_free(current_service(), error.session_id, error.fence)
     assert request.endpoint is not None
     handler = current_app.view_functions[request.endpoint]
     response = await handler(**(request.view_args or {}))  # type: ignore[misc]
@@ -146,13 +147,12 @@ async def _answer_here(error: OwnedElsewhereError) -> TrioResponse:
     return response
 
 
-async def _wait_until_free(session_id: str, fence: int) -> None:
+async def _wait_until_free(service: Service, session_id: str, fence: int) -> None:
     """End what an owner that has died left open in a session; it may be dying yet.
 
     Raises:
         StoreError: It lives.
     """
-    service = current_service()
     with trio.move_on_after(_DYING_S):
         while True:
             await service.sessions.recover()
@@ -172,6 +172,7 @@ class ForwardedStream(ResponseBody):
     """
 
     def __init__(self, peer: "_Peer", slot: Forward, *, fence: int, turn_path: str) -> None:
+        self._service = current_service()  # there is no current request any more when it is sent
         self._peer = peer
         self._slot = slot
         self._fence = fence
@@ -229,8 +230,8 @@ class ForwardedStream(ResponseBody):
         assert turn is not None
         session_id, turn_id = turn.groups()
         try:
-            await _wait_until_free(session_id, self._fence)
-            log, watch = await current_service().sessions.open_events(session_id, turn_id)
+            await _wait_until_free(self._service, session_id, self._fence)
+            log, watch = await self._service.sessions.open_events(session_id, turn_id)
         except LastcallError as error:
             logger.warning("a stream was cut with its owner", session_id=session_id, turn_id=turn_id, error=str(error))
             return None

@@ -6,7 +6,7 @@ from quart_trio.wrappers import TrioResponse
 from service.api.operations import Answer, operation
 from service.api.serving import current_service, json_response
 from service.api.wire import Health
-from service.errors import ShuttingDownError
+from service.errors import ShuttingDownError, StoreError
 
 blueprint = Blueprint("health", __name__)
 
@@ -22,10 +22,17 @@ async def healthz() -> TrioResponse:
 @operation(
     id="readyz",
     answers=(Answer(status=200, description="It takes requests.", body=Health),),
-    errors=(ShuttingDownError,),
+    errors=(ShuttingDownError, StoreError),
 )
 async def readyz() -> TrioResponse:
-    """Tell whether to send requests here: not from the first sign of a shutdown on. Needs no API key."""
-    if current_service().shutdown.noticed.is_set():
+    """Tell whether to send requests here.
+
+    Not from the first sign of a shutdown on, and not while the store refuses to write. Needs no API key.
+    """
+    service = current_service()
+    if service.shutdown.noticed.is_set():
         raise ShuttingDownError
+    if (refusal := service.sessions.refusal) is not None:
+        # Anybody may ask this, so that what and where it is stays in the log.
+        raise StoreError("The store refuses to write; the log says why.", retry_after_s=refusal.retry_after_s)
     return json_response(Health("ready"))

@@ -1,6 +1,7 @@
 """Calls about turns: starting them in three ways, looking at them, streaming and cancelling them."""
 
 import re
+from typing import cast
 
 from quart import Blueprint, request
 from quart_trio.wrappers import TrioResponse
@@ -33,6 +34,7 @@ from service.supervisor import Service
 
 blueprint = Blueprint("turns", __name__)
 
+_SLOT = "lastcall.slot"
 _TURN_ID = re.compile(r"turn_[0-9a-f]{32}")
 _NO_TURN = (SessionNotFoundError, TurnNotFoundError)
 STARTING_ERRORS = (TurnInProgressError, QueueFullError, TurnLimitError, StreamLimitError, ShuttingDownError)
@@ -104,12 +106,16 @@ async def start_turn(session_id: str) -> TrioResponse:
 def take_slot(service: Service) -> StreamSlot:
     """The place of the stream that is to be the answer: taken before anything is done for it.
 
+    A request has one place, also where it is begun anew (see :mod:`service.api.forwarding`).
+
     Raises:
         StreamLimitError
     """
-    slot = service.sessions.open_stream()
-    give_back_later(slot.give_back)  # only comes into effect if the answer is another one after all
-    return slot
+    scope = cast("dict[str, StreamSlot]", request.scope)
+    if _SLOT not in scope:
+        scope[_SLOT] = service.sessions.open_stream()
+        give_back_later(scope[_SLOT].give_back)  # only comes into effect if the answer is another one after all
+    return scope[_SLOT]
 
 
 async def start_streaming(service: Service, slot: StreamSlot, session_id: str, new: NewTurn) -> TrioResponse:

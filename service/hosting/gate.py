@@ -11,11 +11,13 @@ from collections.abc import Callable
 import trio
 
 from service.hosting.doors import Doors
-from service.hosting.siblings import mark_as_leaving, others_answer
-from service.hosting.worker import Worker
+from service.hosting.siblings import holds, mark_as_leaving, others_answer
+from service.hosting.worker import Master, Worker
 
 MASTER_LATE_S = 0.025
 """A signal to the whole group may reach a worker before its master has set the event."""
+MASTER_BUSY_S = 0.05
+"""Between a worker's end and its next wait a master runs, for a moment or, on a busy machine, for some more."""
 
 
 class HeldTermination:
@@ -75,13 +77,25 @@ class Gate:
         master = self._worker.master
         if master is None:
             return True
-        if not master.wants_stop():
-            with trio.move_on_after(MASTER_LATE_S):
-                while master.is_alive() and not master.wants_stop():  # noqa: ASYNC110  nobody tells us
-                    await trio.sleep(0.001)
-        if master.is_alive() and (not master.wants_stop() or master.is_joining()):
-            return False  # this worker alone, or a reload
+        if await self._another_worker_follows(master):
+            return False
         if self._worker.config.workers == 1:
             return True
         mark_as_leaving()
         return not others_answer(self._doors.sockets, except_for={os.getpid(), master.pid})
+
+    async def _another_worker_follows(self, master: Master) -> bool:
+        """Whether this worker stops alone, or in a reload: the master will start another one in its place."""
+        with trio.move_on_after(MASTER_LATE_S):
+            while master.is_alive() and not master.wants_stop():  # noqa: ASYNC110  nobody tells us
+                await trio.sleep(0.001)
+        if not master.is_alive():
+            return False
+        if not master.wants_stop():
+            return True
+        # A stop or a reload. Only in a reload does it wait for all of its workers with its sockets open.
+        waits_for = None
+        with trio.move_on_after(MASTER_BUSY_S):
+            while not (waits_for := master.waits_for()) and holds(master.pid, self._doors.sockets):  # noqa: ASYNC110
+                await trio.sleep(0.001)
+        return waits_for == "all workers" and holds(master.pid, self._doors.sockets)

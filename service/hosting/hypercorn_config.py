@@ -11,3 +11,5 @@ worker_class = "trio"
 bind = [__settings.bind]
 certfile = __settings.tls_certfile
 keyfile = __settings.tls_keyfile
+backlog = 1024
+"""Clients that wait during a reload; beyond that the kernel drops them, and they try again a second later."""

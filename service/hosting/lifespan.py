@@ -23,7 +23,7 @@ from service.hosting.exit import ExitCode, leave, leave_at_exit, refuse_to_start
 from service.hosting.gate import Gate
 from service.hosting.http_connection import open_requests
 from service.hosting.notice import Notice
-from service.hosting.peers import open_peer_door
+from service.hosting.peers import check_sharing, open_peer_door
 from service.hosting.watchdog import Watchdog, count_tasks
 from service.hosting.worker import Worker, find_worker
 from service.settings import Settings
@@ -45,11 +45,15 @@ class ServiceLifespan:
         self._app = app
 
     async def __call__(self, receive: Any, send: Any) -> None:
+        if not trio.lowlevel.in_trio_run():
+            refuse_to_start("Lastcall runs on Trio: start hypercorn with --worker-class trio.")
         load_settings: Callable[[], Settings] = self._app.extensions[LOAD_SETTINGS]
         await receive()
         try:
             worker = find_worker()
             settings = load_settings()
+            if worker is not None:
+                check_sharing(settings, workers=worker.config.workers)
         except StartupError as error:
             refuse_to_start(error)
         if worker is None:

@@ -27,6 +27,7 @@ from hypercorn.typing import WorkerFunc
 
 from service.errors import StartupError
 from service.hosting.exit import ExitCode, leave, refuse_to_start, say
+from service.hosting.peers import check_sharing
 from service.hosting.serve import take_addresses
 from service.settings import Settings, load_settings
 
@@ -56,6 +57,7 @@ def mend() -> Settings:
 def run(settings: Settings, config: Config) -> NoReturn:
     """hypercorn's ``run``, and the end of the process with the code it should have had."""
     try:
+        check_sharing(settings, workers=config.workers)
         take_addresses(config)
     except StartupError as error:
         refuse_to_start(error)

@@ -16,11 +16,21 @@ import trio
 from hypercorn.typing import AppWrapper, ConnectionState, Scope
 
 from service.api.forwarding import PEER, socket_name, user_of_peer
+from service.errors import StartupError
 from service.hosting.connections import Connections, Stream
 from service.hosting.worker import Worker
 from service.settings import Settings
 
 BACKLOG = 1024
+
+
+def check_sharing(settings: Settings, *, workers: int) -> None:
+    """Raises: StartupError: There are several, and each would have sessions of its own."""
+    if workers > 1 and settings.store_url == "memory:":
+        raise StartupError(
+            f"store_url memory: keeps sessions in one process, and there are {workers} workers; "
+            "name a store that they share (LASTCALL_STORE_URL=sqlite:lastcall.db), or serve with one worker."
+        )
 
 
 @asynccontextmanager

@@ -16,16 +16,25 @@ def mark_as_leaving() -> int:
     return os.memfd_create(MARK)
 
 
+def holds(pid: int, sockets: Iterable[socket | trio.socket.SocketType]) -> bool:
+    """Whether a process holds one of these sockets."""
+    return not _names(sockets).isdisjoint(_open_files(pid))
+
+
 def others_answer(sockets: Iterable[socket | trio.socket.SocketType], *, except_for: Collection[int]) -> bool:
     """Whether another process answers at one of these sockets.
 
     Of several that mark themselves and then ask, at the same time or not, at least the last one is told that it is.
     """
-    names = {f"socket:[{os.fstat(it.fileno()).st_ino}]" for it in sockets}
+    names = _names(sockets)
     return any(
         not names.isdisjoint(files) and not any(MARK in name for name in files)
         for files in (set(_open_files(pid)) for pid in _processes() if pid not in except_for)
     )
+
+
+def _names(sockets: Iterable[socket | trio.socket.SocketType]) -> set[str]:
+    return {f"socket:[{os.fstat(it.fileno()).st_ino}]" for it in sockets}
 
 
 def _processes() -> Iterator[int]:

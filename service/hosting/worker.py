@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from multiprocessing.synchronize import Event as MasterEvent
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import hypercorn.trio
 import hypercorn.trio.run
@@ -45,14 +45,18 @@ class Master:
     def is_alive(self) -> bool:
         return os.getppid() == self.pid
 
-    def is_joining(self) -> bool:
-        """Whether it waits for its workers to end before it goes on: in its SIGHUP handler, that is a reload.
+    def waits_for(self) -> Literal["any worker", "all workers", None]:
+        """What it is blocked in: any worker's end, as ever, or that of all, as in its SIGHUP handler and at its exit.
 
-        Otherwise it polls. Nothing but the kernel tells the two apart; where it does not, this is False.
+        Nothing but the kernel tells the two apart. None where it runs at the moment, or the kernel does not tell.
         """
         with suppress(OSError):
-            return "wait" in Path(f"/proc/{self.pid}/wchan").read_text()
-        return False
+            blocked_in = Path(f"/proc/{self.pid}/wchan").read_text()
+            if "poll" in blocked_in or "select" in blocked_in:
+                return "any worker"
+            if "wait" in blocked_in:
+                return "all workers"
+        return None
 
 
 class Worker:

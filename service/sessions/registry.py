@@ -126,6 +126,7 @@ class Sessions:
         self._ends = {"completed": 0, "failed": 0, "cancelled": 0, "interrupted": 0}
         self._unkept: dict[str, Turn] = {}
         self._unremoved: set[str] = set()
+        self._refusal: StoreError | None = None
         self._turns_crashed = 0
         self._streams = Streams(streams_max=settings.streams_max)
         self._forwards: set[Forward] = set()
@@ -144,7 +145,7 @@ class Sessions:
         """
         self._check_accepting()
         now = self._clock()
-        idle_timeout_s = self._settings.idle_timeout_s if new.idle_timeout_s is None else new.idle_timeout_s
+        idle_timeout_s = self._settings.default_idle_timeout_s if new.idle_timeout_s is None else new.idle_timeout_s
         session = SessionRecord(
             id=new.id or new_session_id(),
             created_at=now,
@@ -158,7 +159,7 @@ class Sessions:
         )
         if session.model is not None:
             self._client_for(session.model)  # an unknown model is refused now, not at the first turn
-        with self._answered_within():
+        with self._writing():
             await self._store.create_session(session, now=now)
         return session
 
@@ -189,7 +190,7 @@ class Sessions:
         self._check_not_deleted(session_id)
         if isinstance(patch.model, str):
             self._client_for(patch.model)
-        with self._answered_within():
+        with self._writing():
             return await self._store.update_session(session_id, patch, now=self._clock())
 
     async def delete_session(self, session_id: str) -> None:
@@ -370,7 +371,8 @@ class Sessions:
     async def settle(self) -> None:
         """Try once more what the store refused: ends of turns, and the last step of deletions.
 
-        Tries everything; what is still refused stays for the next time. May run twice at once.
+        Tries everything; what is still refused stays for the next time. May run twice at once. Where the last write was
+        refused it ends with one that says whether the store takes any.
 
         Raises:
             StoreError: The last refusal, if there was one.
@@ -378,7 +380,7 @@ class Sessions:
         refusal: StoreError | None = None
         for turn in list(self._unkept.values()):
             try:
-                with self._answered_within():
+                with self._writing():
                     events = turn.log.frames(after=turn.kept_seq)
                     await self._store.end_turn(turn.record(), events=events, now=self._clock(), after=turn.kept_seq)
                 self._unkept.pop(turn.id, None)
@@ -386,13 +388,20 @@ class Sessions:
                 refusal = error
         for session_id in list(self._unremoved):
             try:
-                with self._answered_within():
+                with self._writing():
                     await self._store.remove_deleted(session_id)
                 self._unremoved.discard(session_id)
             except StoreError as error:
                 refusal = error
+        if self._refusal is not None:
+            await self._try_to_write()
         if refusal is not None:
             raise refusal
+
+    @property
+    def refusal(self) -> StoreError | None:
+        """Why the store refused the last write; None where it took it. :meth:`settle` finds out when that is over."""
+        return self._refusal
 
     async def recover(self) -> int:
         """End the turns of processes that have died. Returns how many. Raises: StoreError."""
@@ -493,7 +502,7 @@ class Sessions:
         # Shielded: a caller that leaves in the middle of the commit would leave a turn without an owner.
         with trio.CancelScope(shield=True):
             try:
-                with self._answered_within():
+                with self._writing():
                     await self._store.begin_turn(turn.record(), now=self._clock())
             except StoreError as error:
                 # Whether it is in the store is unknown; if it is, it must not stay open.
@@ -525,6 +534,7 @@ class Sessions:
 
     def _note_ended(self, turn: Turn) -> None:
         if not turn.stored:
+            self._refusal = self._refusal or StoreError("The store did not take the end of a turn.")
             self._keep_later(turn)
         self._ends[turn.record().state] += 1
         self._turns_crashed += turn.crashed
@@ -534,7 +544,7 @@ class Sessions:
         try:
             async with session.acceptance:
                 if session.id not in self._unremoved:
-                    with self._answered_within():
+                    with self._writing():
                         await self._store.mark_deleted(session.id, now=self._clock())
                     self._unremoved.add(session.id)
             for turn in session.turns:
@@ -542,7 +552,7 @@ class Sessions:
             await session.wait_without_turns()
             for turn_id in [turn.id for turn in self._unkept.values() if turn.session_id == session.id]:
                 del self._unkept[turn_id]  # nobody asks for it any more
-            with self._answered_within():
+            with self._writing():
                 await self._store.remove_deleted(session.id)
             self._unremoved.discard(session.id)
             deletion.error = None
@@ -599,6 +609,26 @@ class Sessions:
 
     def _answered_within(self) -> AbstractContextManager[None]:
         return answered_within(self._settings.store_timeout_s)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """As :meth:`_answered_within`, around one write: its outcome is :attr:`refusal`."""
+        try:
+            with self._answered_within():
+                yield
+        except StoreError as error:
+            self._refusal = error
+            raise
+        self._refusal = None
+
+    async def _try_to_write(self) -> None:
+        """Write what nobody will ever see: a session that has expired already. Raises: StoreError."""
+        now = self._clock()
+        unseen = SessionRecord(
+            id=new_session_id(), created_at=now, last_accessed_at=now, expires_at=now, idle_timeout_s=1
+        )
+        with self._writing():
+            await self._store.create_session(unseen, now=now)
 
 
 def page_of_messages(path: Sequence[TurnRecord], *, limit: int, after: str | None) -> Page[MessageRecord]:

@@ -10,7 +10,7 @@ from quart import request
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from service.api.bodies import kept_body
-from service.errors import LimitError, ShuttingDownError, TurnLimitError
+from service.errors import LimitError, OwnedElsewhereError, ShuttingDownError, TurnLimitError
 from service.sessions.registry import NewTurn, Sessions
 from service.sessions.turn import Turn
 from tests.api.inprocess import SSE, Api, leave, open_api
@@ -226,6 +226,24 @@ async def test_at_the_bound_on_streams_no_turn_is_started_and_nothing_read(
             (await api.call("GET", "/sessions/me")).problem(404, "session_not_found")
             assert (await api.call("GET", f"/sessions/{other}/turns")).json["data"] == []
             await leave(connection)
+
+
+async def test_a_stream_that_is_begun_anew_takes_one_place(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_api(streams_max=1) as api:
+        path, events = await _finished(api)
+        open_events = api.service.sessions.open_events
+        gone = [OwnedElsewhereError("a", fence=1, address="@lastcall-nobody")]
+
+        async def refuse_first(*args: Any, **kwargs: Any) -> Any:
+            if gone:
+                raise gone.pop()
+            return await open_events(*args, **kwargs)
+
+        monkeypatch.setattr(api.service.sessions, "open_events", refuse_first)
+        assert (await api.call("GET", f"{path}/events")).events == events
+        assert api.service.sessions.statistics().streams_open == 0
 
 
 async def test_chat_makes_the_session_once_and_streams(autojump_clock: MockClock) -> None:

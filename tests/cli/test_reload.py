@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -65,10 +66,10 @@ class Reloading:
 
 
 @asynccontextmanager
-async def reloading(folder: Path, *arguments: str, **environ: str) -> AsyncIterator[Reloading]:
+async def reloading(folder: Path, *, bind: str = "127.0.0.1:0", **environ: str) -> AsyncIterator[Reloading]:
     shutil.copytree(REPOSITORY / "service", folder / "service", ignore=shutil.ignore_patterns("__pycache__"))
     process = await trio.lowlevel.open_process(
-        [sys.executable, "-m", "service", "serve", "--reload", "--bind", "127.0.0.1:0", *arguments],
+        [sys.executable, "-m", "service", "serve", "--reload", "--bind", bind],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(folder), "LASTCALL_LOG_FORMAT": "json"} | environ,
         stderr=subprocess.PIPE,
@@ -145,6 +146,16 @@ async def test_stream_of_the_old_server_ends_with_its_terminal_event(tmp_path: P
     assert reloader.noise == []
 
 
+async def test_port_that_is_taken_at_the_start_ends_the_whole(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        bind = f"127.0.0.1:{taken.getsockname()[1]}"
+        async with reloading(tmp_path, bind=bind) as reloader:
+            assert await reloader.process.wait() == 78
+    assert reloader.said == f"lastcall: Cannot listen on {bind}: Address already in use\n"
+
+
 async def test_broken_code_waits_for_the_change_that_mends_it(tmp_path: Path) -> None:
     async with reloading(tmp_path) as reloader:
         await reloader.serving(1)
@@ -168,7 +179,8 @@ async def test_server_does_not_outlive_a_killed_reloader(tmp_path: Path) -> None
         finally:
             with suppress(ProcessLookupError):
                 os.kill(server, signal.SIGKILL)
-            with suppress(ChildProcessError):  # it is ours now only if this process has taken on orphans
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + 5), suppress(ChildProcessError):
+                # It is ours now only if this process has taken on orphans.
                 await trio.to_thread.run_sync(os.waitpid, server, 0)
 
 

@@ -36,7 +36,7 @@ def serve() -> Serve:
     async def serving(app: QuartTrio, **configuration: Any) -> AsyncIterator[Served]:
         config = Config.from_mapping(bind=["127.0.0.1:0"], errorlog=None, **configuration)
 
-        async def run(task_status: trio.TaskStatus[list[str]]) -> None:
+        async def run(task_status: trio.TaskStatus[list[str]]) -> None:  # noqa: ASYNC128  hypercorn does
             await hypercorn.trio.serve(app, config, shutdown_trigger=stop.wait, task_status=task_status)
             served.gone.set()
 

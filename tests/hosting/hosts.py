@@ -47,6 +47,8 @@ async def open_host(
     folder: Path, host: str, *options: str, broken: str | None = None, **settings: object
 ) -> AsyncIterator[ServerProcess]:
     """This host, listening."""
+    if host[-1] in "24":  # several workers
+        settings = {"store_url": f"sqlite:{folder}/lastcall.db"} | settings
     started = launch(host, *options, broken=broken, **settings)
     async with open_server(started, log_path=folder / f"{host}.log") as server:
         yield server

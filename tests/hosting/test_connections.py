@@ -24,6 +24,8 @@ from tests.hosting.conftest import Serve, Served
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 ENDLESS = b"GET /endless HTTP/1.1\r\nHost: localhost\r\n\r\n"
 FINISHING = "/finishing"
+LONG = [bytes([number]) * 65536 for number in range(200)]
+"""More than the kernel takes at once, so that it is sent in parts and in two ways."""
 
 
 class App(QuartTrio):
@@ -33,10 +35,18 @@ class App(QuartTrio):
         self.work_ended = trio.Event()
         self.route("/")(self.index)
         self.route("/endless")(self.endless)
+        self.route("/long")(self.long)
         self.route(FINISHING)(self.finishing)
 
     async def index(self) -> str:
         return "here"
+
+    async def long(self) -> TrioResponse:
+        async def body() -> AsyncIterator[bytes]:
+            for part in LONG:
+                yield part
+
+        return self._stream(body())
 
     async def endless(self) -> TrioResponse:
         async def body() -> AsyncIterator[bytes]:
@@ -101,6 +111,21 @@ async def test_a_client_that_does_not_read_is_closed(serve: Serve, connections: 
                 assert connections.abort_stalled() == 1
                 server.stop.set()
                 await server.gone.wait()
+
+
+async def test_a_long_response_arrives_whole_and_in_order(serve: Serve, connections: Connections) -> None:
+    async with serve(App()) as server:
+        with trio.fail_after(20):
+            async with await server.connect() as reader:
+                await reader.send_all(
+                    GET.replace(b"/ ", b"/long ").replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+                )
+                await trio.testing.wait_all_tasks_blocked(0.05)  # the server has filled what there is to fill
+                received = bytearray()
+                async for data in reader:
+                    received += data
+    parts = received.partition(b"\r\n\r\n")[2].split(b"10000\r\n")
+    assert b"".join(part.removesuffix(b"\r\n").removesuffix(b"\r\n0\r\n") for part in parts) == b"".join(LONG)
 
 
 async def test_no_connection_survives_abort_all(serve: Serve, connections: Connections) -> None:

@@ -98,6 +98,13 @@ async def test_bad_settings_are_78_and_one_line(tmp_path: Path, host: str) -> No
     assert "Traceback" not in failed.log
 
 
+async def test_another_worker_class_is_refused_with_a_word_of_help(tmp_path: Path) -> None:
+    failed = await start_that_fails(tmp_path, "hypercorn-0", "--worker-class", "asyncio")
+    assert failed.exit_code == 78
+    assert "--worker-class trio" in failed.log
+    assert "Traceback" not in failed.log
+
+
 @pytest.mark.parametrize("host", HOSTS)
 async def test_a_port_that_is_taken_is_78_and_one_line_where_our_code_runs_first(tmp_path: Path, host: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -117,14 +124,20 @@ async def test_a_killed_worker_of_bare_hypercorn_ends_the_service_with_0(tmp_pat
     assert gone.exit_code == 0
 
 
+async def served(server: ServerProcess, workers: int) -> None:
+    """Wait until so many have said that they serve, since the start."""
+    with trio.fail_after(CAP_S):
+        while server.log().count('"serving"') < workers:  # noqa: ASYNC110
+            await trio.sleep(0.02)
+
+
 @pytest.mark.parametrize("host", ["configured-1", "configured-2"])
 async def test_a_killed_worker_is_replaced_with_our_config(tmp_path: Path, host: str) -> None:
     async with open_host(tmp_path, host) as server:
         before = server.workers()
+        await served(server, len(before))
         os.kill(before[0], signal.SIGKILL)
-        with trio.fail_after(CAP_S):
-            while server.log().count('"serving"') < len(before) + 1:  # noqa: ASYNC110
-                await trio.sleep(0.02)
+        await served(server, len(before) + 1)
         assert set(before[1:]) < set(server.workers())
         gone = await stop(server)
     assert gone.exit_code == 0

@@ -1,5 +1,6 @@
 """The gate and its doors, and what happens at hypercorn's without them."""
 
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -17,7 +18,8 @@ from hypercorn.trio.worker_context import WorkerContext
 from quart_trio import QuartTrio
 
 from service.hosting.gate import HeldTermination
-from service.hosting.siblings import mark_as_leaving, others_answer
+from service.hosting.siblings import holds, mark_as_leaving, others_answer
+from service.hosting.worker import Master
 
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
@@ -38,7 +40,7 @@ async def test_who_connects_after_hypercorn_was_told_to_stop_is_left_hanging_and
         config = Config.from_mapping(bind=[f"fd://{worker.detach()}"], errorlog=None)
         async with trio.open_nursery() as nursery:
 
-            async def serve(task_status: trio.TaskStatus[list[str]]) -> None:
+            async def serve(task_status: trio.TaskStatus[list[str]]) -> None:  # noqa: ASYNC128  hypercorn does
                 await hypercorn.trio.serve(app, config, shutdown_trigger=stop.wait, task_status=task_status)
 
             await nursery.start(serve)
@@ -82,6 +84,7 @@ def test_another_process_answers_unless_it_says_that_it_leaves(held_by: str, ans
             if held_by is HOLD_MARKED:
                 other.stdout.readline()
             try:
+                assert holds(other.pid, [listener])
                 assert others_answer([listener], except_for={os.getpid()}) is answers
                 assert not others_answer([listener], except_for={os.getpid(), other.pid})
             finally:
@@ -125,3 +128,26 @@ def test_hypercorn_binds_its_trigger_only_after_the_start_of_the_lifespan() -> N
     """The gate is put into its place while the lifespan starts."""
     names = list(hypercorn.trio.run.worker_serve.__code__.co_names)
     assert names.index("wait_for_startup") < names.index("terminate")
+
+
+POLL = "import select; select.poll().poll()"
+WAIT = """
+import os, sys
+pid = os.fork()
+if not pid:
+    sys.stdin.read()
+    os._exit(0)
+os.waitpid(pid, 0)
+"""
+
+
+@pytest.mark.parametrize(("what", "program"), [("any worker", POLL), ("all workers", WAIT)])
+async def test_a_master_shows_what_it_waits_for(what: str, program: str) -> None:
+    """A stop and a reload set the same event; only the kernel tells the one from the other."""
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE) as process:  # noqa: ASYNC220
+        master = Master(process.pid, multiprocessing.get_context("fork").Event(), sentinel=-1)
+        with trio.fail_after(10):
+            while master.waits_for() != what:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        if program is POLL:
+            process.terminate()

@@ -58,7 +58,8 @@ async def open_lastcall(
     host: Host, folder: Path, *, argv: list[str] | None = None, stderr_pipe: bool = False, **settings: Any
 ) -> AsyncIterator[ServerProcess]:
     """A running server with these settings (``drain_timeout_s=0``), within the cap."""
-    env = {"LASTCALL_BIND": "127.0.0.1:0", "LASTCALL_STORE_URL": "memory:"}
+    store_url = "memory:" if host.processes == 1 else f"sqlite:{folder}/lastcall.db"
+    env = {"LASTCALL_BIND": "127.0.0.1:0", "LASTCALL_STORE_URL": store_url}
     env |= {"LASTCALL_LOG_FORMAT": "json", "LASTCALL_MODEL": "bench"}
     env |= {name if name.isupper() else f"LASTCALL_{name.upper()}": str(value) for name, value in settings.items()}
     launch = Launch(argv or host.argv(), env=env, workers=host.processes, stderr_pipe=stderr_pipe)

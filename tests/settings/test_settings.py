@@ -2,6 +2,7 @@
 
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -309,3 +310,15 @@ def test_example_in_the_readme_is_taken() -> None:
     example = readme.partition("```toml\n")[2].partition("```")[0]
     assert tomllib.loads(example)
     read(file=example)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected_s"),
+    [
+        ({"store_url": "memory:"}, 1800),
+        ({"store_url": "sqlite:lastcall.db"}, 30 * 24 * 3600),
+        ({"store_url": "sqlite:lastcall.db", "idle_timeout_s": 60}, 60),
+    ],
+)
+def test_sessions_are_kept_longer_where_they_outlive_the_process(given: dict[str, Any], expected_s: float) -> None:
+    assert Settings(**given).default_idle_timeout_s == expected_s

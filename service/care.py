@@ -1,0 +1,67 @@
+"""What an operator does with the kept sessions, from the command line; a service may be running beside it."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from service.errors import RefusedError, StartupError
+from service.settings import Settings
+
+FAILED = 1
+"""The exit code where the store is fine, but what was asked for cannot be had; or where a check finds something."""
+
+
+def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add these commands to a command line."""
+    backup = commands.add_parser("backup", help="write a consistent copy of the store to a new file")
+    backup.add_argument("path", type=Path, help="the new file")
+    commands.add_parser("check", help="look through the whole store; exit code 1 if something is wrong")
+    export = commands.add_parser("export", help="print a session with its turns and events, as JSON")
+    export.add_argument("session", help="its id")
+    imported = commands.add_parser("import", help="add an exported session, under its own id")
+    imported.add_argument("file", type=Path, nargs="?", help="what export printed; standard input if left out")
+    commands.add_parser("vacuum", help="give the space of what was removed back to the disk, in short steps")
+
+
+def take_care(settings: Settings, arguments: argparse.Namespace) -> int:
+    """Run one of these commands; its exit code.
+
+    Raises:
+        StartupError: There is no such store, it cannot be used, or the file that was given cannot.
+    """
+    if settings.store_url == "memory:":
+        raise StartupError("store_url is memory:, where nothing is kept; name the store with LASTCALL_STORE_URL.")
+    path = Path(settings.store_url.removeprefix("sqlite:")).absolute()
+    try:
+        done, code = _run(path, arguments)
+    except RefusedError as error:
+        sys.stderr.write(f"lastcall: {error}\n")
+        return FAILED
+    sys.stdout.write(f"{done}\n")
+    return code
+
+
+def _run(path: Path, arguments: argparse.Namespace) -> tuple[str, int]:
+    """What there is to say, and the exit code."""
+    from service.storage.sqlite import care  # noqa: PLC0415  only who uses it needs SQLite
+
+    match arguments.command:
+        case "backup":
+            care.backup(path, arguments.path)
+            return f"{path} is copied to {arguments.path}", 0
+        case "check":
+            problems = care.check(path)
+            return "\n".join(problems) or f"{path} is whole", FAILED if problems else 0
+        case "export":
+            return care.export_session(path, arguments.session).decode(), 0
+        case "import":
+            return care.import_session(path, _read(arguments.file)), 0
+        case _:
+            return f"{path} is {care.vacuum(path)} bytes smaller", 0
+
+
+def _read(file: Path | None) -> bytes:
+    try:
+        return sys.stdin.buffer.read() if file is None else file.read_bytes()
+    except OSError as error:
+        raise StartupError(f"{file} cannot be read: {error.strerror}.") from error
