@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import apsw
@@ -153,7 +154,7 @@ async def main():
         await store.create_session(a_session(), now=T0)
         await store.begin_turn(a_turn(), now=T0)
         if sys.argv[2] == "fork" and os.fork() == 0:
-            os.write(1, b"child\\n")
+            os.write(1, b"child %d\\n" % os.getpid())
             sys.stdin.read()
             os._exit(0)
         os.write(1, b"begun\\n")
@@ -182,6 +183,9 @@ def test_the_turns_of_a_process_that_is_killed_are_recovered_even_if_a_child_of_
         assert trio.run(recovered) == 1
         process.stdin.close()  # the child ends
         process.stdout.read()
+        for child in (int(line.split()[1]) for line in told if line.startswith(b"child")):
+            with suppress(ChildProcessError):  # it is ours only if this process has taken on orphans
+                os.waitpid(child, 0)
 
 
 # What is removed
