@@ -163,7 +163,6 @@ class Hosting:
 
     async def _stop_serving(self) -> None:
         """Let the streams send their last chunk and hypercorn close; nobody holds that longer than the release."""
-        detach(self._app)
         aborted = 0
         with self._shutdown.noting_faults("refusing what has not begun"):
             self._requests.refuse_uploads()
