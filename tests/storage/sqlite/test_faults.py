@@ -82,6 +82,7 @@ async def test_one_step_that_fails_does_not_take_along_those_that_share_its_comm
             )
         )
         other = apsw.Connection(str(path))
+        other.set_busy_timeout(5000)  # the store may be tidying up
         other.execute("BEGIN IMMEDIATE")
         commits = store.writer.commits
         async with trio.open_nursery() as nursery:
@@ -101,6 +102,7 @@ async def test_a_lock_that_another_process_holds_fails_writes_until_it_is_given_
     monkeypatch.setattr(database, "_LOCK_WAIT_S", 0.05)
     async with open_sqlite_store(path) as store:
         other = apsw.Connection(str(path))
+        other.set_busy_timeout(5000)  # the store may be tidying up
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(StoreError, match="another process holds its lock"):
             await store.create_session(a_session(), now=T0)
@@ -113,6 +115,7 @@ async def test_a_lock_that_another_process_holds_fails_writes_until_it_is_given_
 async def test_a_caller_that_leaves_while_another_process_holds_the_lock_leaves_nothing(path: Path) -> None:
     async with open_sqlite_store(path) as store:
         other = apsw.Connection(str(path))
+        other.set_busy_timeout(5000)  # the store may be tidying up
         other.execute("BEGIN IMMEDIATE")
         with trio.move_on_after(0.05) as waiting:
             await store.create_session(a_session(), now=T0)
