@@ -6,11 +6,13 @@ did, with the share beside it. A cross at the top is a server that had to be kil
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
 mpl.use("Agg")
 from matplotlib import pyplot
+from matplotlib.axes import Axes
 
 from bench.shutdown import ShutdownRow
 from bench.shutdown_report import Cell, cells_of
@@ -49,10 +51,14 @@ def draw_plot(rows: Sequence[ShutdownRow], folder: Path, *, cap_s: float) -> boo
     return True
 
 
-def _draw_line(axes: pyplot.Axes, index: int, label: str, points: list[tuple[int, Cell]], cap_s: float) -> None:
+def _draw_line(axes: Axes, index: int, label: str, points: list[tuple[int, Cell]], cap_s: float) -> None:
     ours = label.startswith("Lastcall")
     color = "black" if ours else str(0.25 + 0.45 * (index % 5) / 4)
-    style = {"color": color, "linestyle": _LINES[index % len(_LINES)], "linewidth": 2.2 if ours else 1.1}
+    style: dict[str, Any] = {
+        "color": color,
+        "linestyle": _LINES[index % len(_LINES)],
+        "linewidth": 2.2 if ours else 1.1,
+    }
     heights = [cap_s if cell.killed or cell.gone is None else cell.gone.p50 for _, cell in points]
     axes.plot(
         [], [], label=label, marker=_MARKERS[index], **style
