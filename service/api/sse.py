@@ -22,6 +22,10 @@ _PAUSE_MAX_S = 0.1
 _SEQ_DIGITS_MAX = 15
 
 
+class LastPiece(bytes):
+    """The last piece of a body: whoever sends it may send the end of the response with it."""
+
+
 class EventStream(ResponseBody):
     """Gives everything that is ready in one piece, a comment after silence, and ends with the log.
 
@@ -59,7 +63,7 @@ class EventStream(ResponseBody):
             raise StopAsyncIteration
         if not self._begun:
             self._begun = True
-            return _RETRY + self._take()
+            return self._take(_RETRY)
         await self._pause()
         with trio.move_on_after(self._heartbeat_interval_s):
             await self._log.wait_beyond(self._cursor)
@@ -76,12 +80,12 @@ class EventStream(ResponseBody):
             with trio.move_on_after(min(writing_took_s, _PAUSE_MAX_S)):
                 await self._log.wait_closed()
 
-    def _take(self) -> bytes:
+    def _take(self, before: bytes = b"") -> bytes:
         chunk, self._cursor = self._log.read_after(self._cursor, bytes_max=_WRITE_BYTES_MAX)
         self._caught_up = self._cursor == self._log.last_seq
         self._taken_at = trio.current_time()
         self._ended = self._log.closed and self._cursor == self._log.last_seq
-        return chunk
+        return LastPiece(before + chunk) if self._ended else before + chunk
 
 
 def stream_response(log: EventLog, slot: StreamSlot, *, cursor: int, heartbeat_interval_s: float) -> TrioResponse:

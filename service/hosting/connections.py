@@ -23,11 +23,13 @@ import hypercorn.trio.run
 import structlog
 import trio
 from hypercorn.config import Config
-from hypercorn.events import Event, RawData
+from hypercorn.events import Closed, Event, RawData
 from hypercorn.protocol.h2 import H2Protocol
-from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
 from hypercorn.trio.worker_context import EventWrapper, WorkerContext
 from hypercorn.typing import AppWrapper, ConnectionState
+
+from service.hosting.inbox import use_inboxes
 
 logger = structlog.get_logger("lastcall.connections")
 
@@ -42,17 +44,23 @@ LAST_FRAMES_S = 0.5
 
 
 class Connections:
-    """All connections of a worker. Made before hypercorn serves: it takes :meth:`open` for its ``TCPServer``."""
+    """All connections of a worker. Made before hypercorn serves: it takes :meth:`open` for its ``TCPServer``.
+
+    Attributes:
+        closing: Set once no more clients are taken: a connection on HTTP/1 closes with the response that it is at.
+    """
 
     def __init__(self) -> None:
+        self.closing = False
         self._open: set[Connection] = set()
         setattr(hypercorn.trio.run, "TCPServer", self.open)  # noqa: B010
+        use_inboxes()
 
     def open(
         self, app: AppWrapper, config: Config, context: WorkerContext, state: ConnectionState, stream: Stream
     ) -> "Connection":
         """In place of hypercorn's ``TCPServer``."""
-        return Connection(app, config, context, state, stream, all_open=self._open)
+        return Connection(app, config, context, state, stream, connections=self, all_open=self._open)
 
     def abort_stalled(self) -> int:
         """Close the connections that cannot be written to; how many there were. The others wait for the event loop."""
@@ -83,10 +91,12 @@ class Connection(TCPServer):
         state: ConnectionState,
         stream: Stream,
         *,
+        connections: Connections,
         all_open: "set[Connection]",
     ) -> None:
         super().__init__(app, config, ConnectionContext(context, self), state, stream)
         self._worker_context = context
+        self._connections = connections
         self._socket = socket_of(stream)
         self._takes_plain_bytes = isinstance(stream, trio.SocketStream)
         self._all_open = all_open
@@ -100,6 +110,11 @@ class Connection(TCPServer):
     @property
     def is_http2(self) -> bool:
         return isinstance(self.protocol.protocol, H2Protocol)
+
+    @property
+    def closes_after_response(self) -> bool:
+        """Whether it is to close with the response on HTTP/1 that it is at, and not to wait for another request."""
+        return self._connections.closing and not self.is_http2
 
     async def run(self) -> None:
         self._all_open.add(self)
@@ -126,23 +141,35 @@ class Connection(TCPServer):
             self._socket.close()
 
     async def protocol_send(self, event: Event) -> None:
-        if isinstance(event, RawData) and self._takes_plain_bytes and not self.send_lock.locked():
+        if isinstance(event, RawData):
+            await self.write(event.data)
+        else:
+            await super().protocol_send(event)
+
+    async def write(self, data: bytes) -> None:
+        """Send bytes as they are."""
+        if self._takes_plain_bytes and not self.send_lock.locked():
             # Nearly always the kernel takes all of it at once, and then hypercorn's lock and shield and Trio's own
             # precautions guard nothing, at five times the price of the system call.
             try:
-                sent = os.write(self._socket.fileno(), event.data)
+                sent = os.write(self._socket.fileno(), data)
             except OSError:  # it would block, or is broken or closed: Trio finds out in its own way
                 sent = 0
-            if sent == len(event.data):
+            if sent == len(data):
                 if sent > CHECKPOINT_BYTES:
                     await trio.lowlevel.cancel_shielded_checkpoint()  # a long replay is not to have the loop for itself
                 return
-            event = RawData(data=event.data[sent:])
-        await super().protocol_send(event)
+            data = data[sent:]
+        await super().protocol_send(RawData(data=data))
 
     async def _read_data(self) -> None:
-        await super()._read_data()
-        await self.idle_task.stop()  # the client has closed: nothing is left to wait for
+        with suppress(trio.ClosedResourceError, trio.BrokenResourceError):
+            while data := await self.stream.receive_some(MAX_RECV):
+                await self.protocol.handle(RawData(bytes(data)))
+            await self.protocol.handle(RawData(b""))
+        await self.protocol.handle(Closed())
+        if self.idle_task._handle is not None:
+            await self.idle_task.stop()  # the client has closed: nothing is left to wait for
 
     async def _idle_timeout(self) -> None:
         with trio.move_on_after(self.config.keep_alive_timeout):
@@ -180,6 +207,8 @@ class Connection(TCPServer):
             return
         if self._has_unread():
             await super()._close()
+        elif self._takes_plain_bytes:
+            self._socket.close()  # as the stream's own close, less a round of the event loop
         else:
             await self.stream.aclose()
 
@@ -216,7 +245,9 @@ class ConnectionContext(WorkerContext):
 
     def is_set(self) -> bool:
         """As ``terminated``."""
-        return self._worker_context.terminated.is_set() and not self._connection.is_http2
+        return self._connection.closes_after_response or (
+            self._worker_context.terminated.is_set() and not self._connection.is_http2
+        )
 
     async def wait(self) -> None:
         """As ``terminated``."""

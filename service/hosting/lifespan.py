@@ -148,6 +148,7 @@ class Hosting:
         # From here on only what ends is left, for seconds at most: looking for garbage among all that is about to go
         # anyway would take a fifth of the time.
         gc.disable()
+        self._connections.closing = True
         await self._gate.close_doors()
 
     async def _cancel_unopened(self, opening: trio.CancelScope) -> None:

@@ -5,10 +5,16 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 import hypercorn.trio
+import hypercorn.trio.run
+import hypercorn.trio.tcp_server
 import pytest
 import trio
 from hypercorn.config import Config
+from hypercorn.trio.task_group import TaskGroup
+from hypercorn.trio.tcp_server import TCPServer
 from quart_trio import QuartTrio
+
+from service.hosting.connections import Connections
 
 Serve = Callable[..., AbstractAsyncContextManager["Served"]]
 
@@ -49,3 +55,11 @@ def serve() -> Serve:
             nursery.cancel_scope.cancel()
 
     return serving
+
+
+@pytest.fixture
+def connections(monkeypatch: pytest.MonkeyPatch) -> Connections:
+    """Connections in the place of hypercorn's own until the test is over."""
+    monkeypatch.setattr(hypercorn.trio.run, "TCPServer", TCPServer)
+    monkeypatch.setattr(hypercorn.trio.tcp_server, "TaskGroup", TaskGroup)
+    return Connections()

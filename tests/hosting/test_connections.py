@@ -13,7 +13,6 @@ import pytest
 import trio
 import trio.testing
 import trustme
-from hypercorn.trio.tcp_server import TCPServer
 from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
 
@@ -67,13 +66,6 @@ class App(QuartTrio):
         response = TrioResponse(body)
         response.timeout = None
         return response
-
-
-@pytest.fixture
-def connections(monkeypatch: pytest.MonkeyPatch) -> Connections:
-    """Connections in the place of hypercorn's own until the test is over."""
-    monkeypatch.setattr(hypercorn.trio.run, "TCPServer", TCPServer)
-    return Connections()
 
 
 def test_hypercorn_still_takes_its_connections_from_this_name() -> None:

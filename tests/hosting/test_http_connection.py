@@ -75,7 +75,7 @@ async def test_responses_close_their_connection_once_no_work_is_accepted(serve: 
 async def test_a_request_whose_body_is_still_coming_is_answered_when_the_work_has_ended(serve: Serve) -> None:
     app = create_app()
     app.asgi_http_class = HTTPConnection
-    async with open_service(Settings()) as service, serve(app) as server:
+    async with open_service(Settings(store_url="memory:")) as service, serve(app) as server:
         attach(app, service)
         requests = open_requests(app, service.shutdown)
         with trio.fail_after(10):
