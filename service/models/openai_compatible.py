@@ -7,8 +7,8 @@ The only module that knows httpx. Decisions, and why:
 - **Proxies in the environment are not used** (``trust_env=False``): the settings alone say where prompts
   go. Certificates are trusted as the machine does (``SSL_CERT_FILE`` included) and as certifi does.
 - **Redirects are not followed**: they would carry a prompt and a key to an address nobody configured.
-- **The pool has no bound**, so no turn ever queues in it with its deadlines running: ``live_turns_max``
-  is the bound on streams. Only idle connections are limited.
+- **Connections have no bound**, so no turn ever queues for one with its deadlines running: ``live_turns_max``
+  is the bound on streams.
 """
 
 import math
@@ -29,7 +29,7 @@ from service.models.client import ModelEvent, ModelRequest
 from service.models.upstream_errors import ErrorReply, error_from_reply, error_from_status, parse_retry_after
 
 _HOST = re.compile(rb"[0-9a-fA-F:.]+(%[\w.-]+)?|([\w-]{1,63}\.)*[\w-]{1,63}\.?")
-_IDLE_CONNECTIONS_MAX = 64
+_POOL_REQUESTS_MAX = 32
 _IDLE_EXPIRY_S = 4.0  # uvicorn, under many model servers, closes after 5
 _ERROR_BODY_BYTES_MAX = 64 * 1024
 _ERROR_BODY_TIMEOUT_S = 2.0
@@ -112,18 +112,11 @@ class OpenAICompatibleClient:
             headers["Authorization"] = f"Bearer {api_key}"
         if ssl_context is None and self._url.scheme == "https":
             ssl_context = _trust()
-        self._http = httpx.AsyncClient(
+        self._pools = _Pools(
             headers=headers,
             auth=auth,
             verify=ssl_context if ssl_context is not None else False,  # an http: URL needs no trust
             timeout=httpx.Timeout(None, connect=connect_timeout_s),
-            limits=httpx.Limits(
-                max_connections=None,
-                max_keepalive_connections=_IDLE_CONNECTIONS_MAX,
-                keepalive_expiry=_IDLE_EXPIRY_S,
-            ),
-            follow_redirects=False,
-            trust_env=False,
         )
 
     @property
@@ -131,7 +124,7 @@ class OpenAICompatibleClient:
         return self._name
 
     async def aclose(self) -> None:
-        await self._http.aclose()
+        await self._pools.aclose()
 
     @asynccontextmanager
     async def stream(self, request: ModelRequest) -> AsyncIterator["OpenAICompatibleStream"]:
@@ -150,18 +143,22 @@ class OpenAICompatibleClient:
         """Send the request, wait for the response's head, and leave nothing of either behind."""
         connection = _NewConnection()
         opened: _Response | None = None
+        pool = self._pools.enter()
         try:
-            opened = await self._send(body, connection)
+            opened = await self._send(pool.http, body, connection)
             yield opened
         finally:
+            surplus = self._pools.leave(pool)
             with anyio.CancelScope(shield=True, deadline=anyio.current_time() + _CLOSE_TIMEOUT_S):
                 await (connection if opened is None else opened).aclose()
+                if surplus is not None:
+                    await surplus.http.aclose()
 
-    async def _send(self, body: bytes, connection: "_NewConnection") -> "_Response":
-        request = self._http.build_request("POST", self._url, content=body, extensions={"trace": connection.trace})
+    async def _send(self, http: httpx.AsyncClient, body: bytes, connection: "_NewConnection") -> "_Response":
+        request = http.build_request("POST", self._url, content=body, extensions={"trace": connection.trace})
         request.stream = _Body(body)
         try:
-            return _Response(await self._http.send(request, stream=True))
+            return _Response(await http.send(request, stream=True))
         except httpx.HTTPError as error:
             raise _transport_error(error, during=connection.phase) from error
 
@@ -279,6 +276,53 @@ class _Response:
                     pass
             except httpx.HTTPError:
                 pass  # it is being left
+
+
+class _Pools:
+    """Pools of connections, each with a bounded number of requests at work.
+
+    httpcore 1.0 looks at all connections of a pool whenever one of its requests begins or ends: in a single pool the
+    ends of a thousand turns would cost a million looks. ``test_pools.py`` tells when it no longer does.
+
+    Args:
+        options: Of each pool's httpx client.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self._options = options
+        self._pools: list[_Pool] = []
+
+    def enter(self) -> "_Pool":
+        """A pool with room for a request; it is to be left."""
+        pool = next((pool for pool in self._pools if pool.requests < _POOL_REQUESTS_MAX), None)
+        if pool is None:
+            limits = httpx.Limits(
+                max_connections=None, max_keepalive_connections=_POOL_REQUESTS_MAX, keepalive_expiry=_IDLE_EXPIRY_S
+            )
+            http = httpx.AsyncClient(limits=limits, follow_redirects=False, trust_env=False, **self._options)
+            pool = _Pool(http)
+            self._pools.append(pool)
+        pool.requests += 1
+        return pool
+
+    def leave(self, pool: "_Pool") -> "_Pool | None":
+        """A request is over. A pool without any is kept for the next; returns one too many, to be closed."""
+        pool.requests -= 1
+        unused = [pool for pool in self._pools if not pool.requests]
+        if len(unused) < 2:
+            return None
+        self._pools.remove(unused[-1])
+        return unused[-1]
+
+    async def aclose(self) -> None:
+        while self._pools:
+            await self._pools.pop().http.aclose()
+
+
+class _Pool:
+    def __init__(self, http: httpx.AsyncClient) -> None:
+        self.http = http
+        self.requests = 0
 
 
 class _Body(httpx.AsyncByteStream):
