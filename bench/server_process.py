@@ -19,7 +19,7 @@ import trio
 _PORT = re.compile(r"[Rr]unning on https?://[^:\s]+:(\d+)")
 _PR_SET_CHILD_SUBREAPER = 36
 ROOT = Path(__file__).resolve().parent.parent
-"""Where the servers are started: the project's own directory."""
+"""The project's own directory."""
 
 
 class ServerFailedError(Exception):
@@ -42,6 +42,7 @@ class Launch:
         cpus: The cores it may use, e.g. ``"0"``; all if None.
         stderr_pipe: Its output goes through a pipe that can be filled or closed; otherwise straight
             to the log file.
+        folder: Its working directory.
     """
 
     argv: Sequence[str]
@@ -49,6 +50,7 @@ class Launch:
     workers: int = 1
     cpus: str | None = None
     stderr_pipe: bool = False
+    folder: Path = ROOT
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,13 @@ class ServerProcess:
         with log_path.open("ab") as log:
             output = self.stderr_pipe.write_end if self.stderr_pipe else log.fileno()
             self._process = subprocess.Popen(
-                argv, env=env, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+                argv,
+                env=env,
+                cwd=launch.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
             )
         self.started_at = time.monotonic()
         self.pid = self._process.pid

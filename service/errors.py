@@ -10,7 +10,7 @@
     │   ├── SessionNotFoundError     never existed, deleted or expired
     │   ├── SessionExistsError       the chosen id is taken
     │   ├── TurnNotFoundError
-    │   ├── TurnInProgressError      ``on_conflict`` is reject and a turn is running or queued
+    │   ├── TurnInProgressError      a turn is running or queued, and is in the way
     │   ├── EventsLostError          a resume inside events that a crash took
     │   ├── OwnedElsewhereError      the session's turns run in another process (``fence``, ``address``)
     │   └── LimitError               a bound is reached; try later (``retry_after_s``)
@@ -84,10 +84,9 @@ class TurnNotFoundError(RefusedError):
 class TurnInProgressError(RefusedError):
     code = "turn_in_progress"
 
-    def __init__(self, turn_id: str) -> None:
+    def __init__(self, turn_id: str, *, instead: str = 'send "on_conflict": "queue" or "supersede"') -> None:
         super().__init__(
-            f"Turn {turn_id!r} is still running or queued in this session; wait for it, cancel it, "
-            'or send "on_conflict": "queue" or "supersede".'
+            f"Turn {turn_id!r} is still running or queued in this session; wait for it, cancel it, or {instead}."
         )
         self.turn_id = turn_id
 

@@ -149,8 +149,8 @@ class Settings(BaseModel):
     log_format: Annotated[Literal["auto", "console", "json"], BeforeValidator(_lowercase)] = "auto"
     """`auto` is `console` on a terminal and `json`, a line an event, elsewhere."""
 
-    store_url: Annotated[str, AfterValidator(_store_url)] = "memory:"
-    """Where sessions are kept: `memory:`, gone with the process, or `sqlite:path`, a file."""
+    store_url: Annotated[str, AfterValidator(_store_url)] = "sqlite:lastcall.db"
+    """Where sessions are kept: `sqlite:path`, a file, or `memory:`, gone with the process."""
     store_timeout_s: PositiveSeconds = 5
     """How long one step of the store may take."""
     checkpoint_interval_s: PositiveSeconds = 1

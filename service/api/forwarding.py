@@ -4,13 +4,19 @@ The owner answers on a Unix socket (``peer_address``), which only processes of t
 the client as it comes, heartbeats included, and a client that leaves has left there too. Where the owner dies in the
 middle, its turns are recovered here and a stream goes on from the store: it ends with its terminal event
 all the same.
+
+Where this process stops, the owner's turns go on, and their streams end here when there is no more time. Their clients
+have not left: this process closes only its sending side then, and the owner gives them a moment to come back. It does
+the same where this process has died (``service/hosting/peers.py``).
 """
 
 import os
 import re
 import socket
 import struct
+from collections.abc import Callable
 from contextlib import suppress
+from typing import cast
 
 import h11
 import structlog
@@ -26,12 +32,16 @@ from service.api.sse import MEDIA_TYPE
 from service.errors import InvalidRequestError, LastcallError, OwnedElsewhereError, ShuttingDownError, StoreError
 from service.sessions.event_log import EventLog
 from service.sessions.streams import Forward
+from service.sessions.turn import Watch
 from service.supervisor import Service
 
 logger = structlog.get_logger("lastcall.forwarding")
 
 PEER = "lastcall.peer"
-"""In the ASGI scope of a request that came from another process of this service: it was admitted there."""
+"""In the ASGI scope of a request that came from another process of this service: it was admitted there.
+
+The value is a function that says, once the request has been cut, whether the client may come back: it has not left.
+"""
 _HOPS = "lastcall-hops"
 _HOPS_MAX = 3
 """The owner may change while a request is on its way; it does not change for ever."""
@@ -55,21 +65,37 @@ def is_from_peer() -> bool:
     return PEER in request.scope
 
 
+def release_later(watch: Watch) -> None:
+    """Release the watch of a stream when the current request is over."""
+    client_returns = _client_returns()
+    give_back_later(lambda: watch.release(client_returns=client_returns()))
+
+
+def _client_returns() -> Callable[[], bool]:
+    """To be asked when the request is over, and there is no current one any more."""
+    return cast("Callable[[], bool]", request.scope.get(PEER, bool))
+
+
 def socket_name(address: str) -> str:
     """What the kernel calls a peer's address: a leading ``@`` stands for the NUL of an abstract name."""
     return f"\0{address[1:]}" if address.startswith("@") else address
 
 
 def user_of_peer(stream_socket: trio.socket.SocketType | None) -> int:
-    """The user whose process is at the other end of a Unix socket; without one, this process's own.
+    """The user whose process is at the other end of a Unix socket; without one, this process's own."""
+    return os.getuid() if stream_socket is None else _credentials_of(stream_socket)[1]
 
-    Source: unix(7), ``SO_PEERCRED``.
-    """
-    if stream_socket is None:
-        return os.getuid()
+
+def process_of_peer(stream_socket: trio.socket.SocketType) -> int:
+    """The process at the other end of a Unix socket; 0 where it is not visible from here."""
+    return _credentials_of(stream_socket)[0]
+
+
+def _credentials_of(stream_socket: trio.socket.SocketType) -> tuple[int, int, int]:
+    """Source: unix(7), ``SO_PEERCRED``."""
     credentials = stream_socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    user: int = _CREDENTIALS.unpack(credentials)[1]
-    return user
+    process, user, group = _CREDENTIALS.unpack(credentials)
+    return process, user, group
 
 
 async def forward(error: OwnedElsewhereError) -> TrioResponse:
@@ -86,13 +112,12 @@ async def forward(error: OwnedElsewhereError) -> TrioResponse:
     stream = await _connect(error.address)
     if stream is None:
         return await _answer_here(error)
-    give_back_later(stream.socket.close)
+    peer = _Peer(stream)
+    slot = current_service().sessions.open_forward()
+    give_back_later(_hang_up, peer, slot, _client_returns())
     if user_of_peer(stream.socket) != user_of_peer(None):
         raise StoreError(str(error))
     logger.debug("asking the owner", session_id=error.session_id, owner=error.fence, method=request.method)
-    slot = current_service().sessions.open_forward()
-    give_back_later(slot.close)
-    peer = _Peer(stream)
     answer = None
     with slot.waiting() as wait:
         answer = await peer.ask(hops + 1)
@@ -161,6 +186,14 @@ async def _wait_until_free(service: Service, session_id: str, fence: int) -> Non
                 return
             await trio.sleep(_LOOK_S)
     raise StoreError(f"The process that runs the turns of session {session_id!r} does not answer.")
+
+
+def _hang_up(peer: "_Peer", slot: Forward, client_returns: Callable[[], bool]) -> None:
+    """The request is over: the connection to the owner closes in a way that says whether the client has left."""
+    if (slot.was_cut or client_returns()) and slot.take_leave(peer.take_leave):
+        return
+    peer.close()
+    slot.close()
 
 
 class ForwardedStream(ResponseBody):
@@ -255,6 +288,20 @@ class _Peer:
     def __init__(self, stream: trio.SocketStream) -> None:
         self._stream = stream
         self._protocol = h11.Connection(h11.CLIENT)
+
+    def close(self) -> None:
+        """To the owner, the client has left."""
+        self._stream.socket.close()
+
+    async def take_leave(self) -> None:
+        """Close as one whose client may come back; done when the owner has seen it and closes, too."""
+        try:
+            with suppress(*_GONE):
+                await self._stream.send_eof()
+                while await self._stream.receive_some(65536):
+                    pass
+        finally:
+            self.close()
 
     async def ask(self, hops: int) -> tuple[h11.Response, bytes] | None:
         """Send the current request; the answer, None where the owner dies before it. A stream's body is left to come.

@@ -8,8 +8,23 @@ from service.api.bodies import read_body
 from service.api.operations import Answer, operation
 from service.api.queries import read_query
 from service.api.serving import current_service, json_response, no_content
-from service.api.wire import CreateSession, MessageList, PageQuery, Session, SessionList, SessionsQuery, UpdateSession
-from service.errors import SessionExistsError, SessionNotFoundError, ShuttingDownError
+from service.api.wire import (
+    CreateSession,
+    ForkSession,
+    MessageList,
+    PageQuery,
+    Session,
+    SessionList,
+    SessionsQuery,
+    UpdateSession,
+)
+from service.errors import (
+    SessionExistsError,
+    SessionNotFoundError,
+    ShuttingDownError,
+    TurnInProgressError,
+    TurnNotFoundError,
+)
 from service.ids import is_session_id
 from service.sessions.registry import NewSession
 from service.storage.records import SessionPatch
@@ -18,7 +33,10 @@ blueprint = Blueprint("sessions", __name__)
 
 _LED_BY_ID = tuple(
     (name, {"session_id": "$response.body#/id"})
-    for name in ("get_session", "update_session", "delete_session", "list_messages", "start_turn", "list_turns")
+    for name in (
+        *("get_session", "update_session", "delete_session", "fork_session"),
+        *("list_messages", "start_turn", "list_turns"),
+    )
 )
 
 
@@ -115,6 +133,26 @@ async def delete_session(session_id: str) -> TrioResponse:
     """
     await current_service().sessions.delete_session(checked_session_id(session_id))
     return no_content()
+
+
+@blueprint.post("/sessions/<session_id>/fork")
+@operation(
+    id="fork_session",
+    body=ForkSession,
+    answers=(Answer(status=201, description="The copy.", body=Session, located=True, links=_LED_BY_ID),),
+    errors=(SessionNotFoundError, TurnNotFoundError, SessionExistsError, TurnInProgressError, ShuttingDownError),
+)
+async def fork_session(session_id: str) -> TrioResponse:
+    """Fork a session: create one with its settings and a copy of its conversation.
+
+    Copied are the turns on the path from the first one to `at`, with their events, under ids of their own; all of them
+    must have ended. From then on neither session knows of the other.
+    """
+    session_id = checked_session_id(session_id)
+    service = current_service()
+    body = await read_body(request, ForkSession, service)
+    record = await service.sessions.fork_session(session_id, at=body.at, copy_id=body.id)
+    return json_response(Session.of(record), 201, location=session_location(record.id))
 
 
 @blueprint.get("/sessions/<session_id>/messages")

@@ -8,6 +8,7 @@ from quart_trio.wrappers import TrioResponse
 
 from service.api import wire
 from service.api.bodies import drop_body, read_body
+from service.api.forwarding import release_later
 from service.api.held import give_back_later
 from service.api.operations import Answer, operation
 from service.api.queries import read_query
@@ -121,7 +122,7 @@ def take_slot(service: Service) -> StreamSlot:
 async def start_streaming(service: Service, slot: StreamSlot, session_id: str, new: NewTurn) -> TrioResponse:
     """Start a turn whose events are the answer."""
     turn, watch = await _start(service, session_id, new)
-    give_back_later(watch.release)
+    release_later(watch)
     response = stream_response(turn.log, slot, cursor=0, heartbeat_interval_s=service.settings.heartbeat_interval_s)
     response.headers["Location"] = _turn_location(turn.session_id, turn.id)
     return response
@@ -187,7 +188,7 @@ async def stream_events(session_id: str, turn_id: str) -> TrioResponse:
     cursor = read_cursor(last_event_id, after=query.after)
     slot = take_slot(service)
     log, watch = await service.sessions.open_events(session_id, turn_id, after=cursor)
-    give_back_later(watch.release)
+    release_later(watch)
     if cursor >= log.last_seq and log.closed:
         return no_content()
     if cursor > log.last_seq:

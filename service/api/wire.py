@@ -10,7 +10,8 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from service.models.client import FinishReason, Role, Usage
-from service.sessions.registry import MessageRecord, OnConflict
+from service.sessions.messages import MessageRecord
+from service.sessions.registry import OnConflict
 from service.sessions.turn import OnDisconnect
 from service.storage.records import EndReason, Failure, Page, SessionRecord, SessionStatus, TurnRecord, TurnState
 
@@ -63,6 +64,13 @@ class CreateSession(RequestBody, frozen=True, kw_only=True):
     system_message: Text | None = None
     metadata: Metadata = {}
     idle_timeout_s: IdleTimeout | None = None
+
+
+class ForkSession(RequestBody, frozen=True, kw_only=True):
+    """``{"at": "turn_0a…", "id": "support-4711-again"}``"""
+
+    at: Annotated[TurnId | None, Meta(description="The last turn to copy: the head if left out.")] = None
+    id: SessionId | None = None
 
 
 class UpdateSession(RequestBody, frozen=True, kw_only=True):

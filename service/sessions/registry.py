@@ -4,9 +4,9 @@ What is stored is the store's; here is what is live. Whatever decides about a se
 live state and changes it in one synchronous step.
 """
 
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Literal
 
 import msgspec
@@ -30,6 +30,7 @@ from service.ids import new_message_id, new_session_id, new_turn_id
 from service.models.client import ModelClient
 from service.sessions import ends
 from service.sessions.event_log import EventLog
+from service.sessions.messages import MessageRecord, Position, page_of_messages, turns_needed
 from service.sessions.replay import replay_kept
 from service.sessions.session import Deletion, LiveSession
 from service.sessions.store_deadline import answered_within
@@ -42,6 +43,10 @@ from service.storage.store import Store
 logger = structlog.get_logger("lastcall.sessions")
 
 OnConflict = Literal["reject", "queue", "supersede"]
+_END_ON_ITS_WAY_S = 0.05
+"""What the end of another process's turn may take beyond the time that the process has for it."""
+_LEAVE_S = 0.04
+"""Until an owner has seen that this process leaves. Together they are less than what the phase has left."""
 
 
 class NewSession(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,16 +74,6 @@ class NewTurn(msgspec.Struct, frozen=True, kw_only=True):
     on_conflict: OnConflict = "reject"
     on_disconnect: OnDisconnect = "cancel"
     background: bool = False
-
-
-class MessageRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A message on the path from the root to the head."""
-
-    id: str
-    turn_id: str
-    role: Literal["system", "user", "assistant"]
-    text: str
-    created_at: datetime
 
 
 class SessionsStatistics(msgspec.Struct, frozen=True, kw_only=True):
@@ -163,6 +158,32 @@ class Sessions:
             await self._store.create_session(session, now=now)
         return session
 
+    async def fork_session(
+        self, session_id: str, *, at: str | None = None, copy_id: str | None = None
+    ) -> SessionRecord:
+        """Create a session with a copy of the path from the root to ``at``, or to the head.
+
+        Raises:
+            SessionNotFoundError
+            TurnNotFoundError: ``at`` is not a turn of this session.
+            TurnInProgressError: A turn on that path is open.
+            OwnedElsewhereError: It is open, in another process.
+            SessionExistsError: The chosen id is taken.
+            InvalidRequestError: It is too much to copy.
+            ShuttingDownError
+        """
+        self._check_accepting()
+        self._check_not_deleted(session_id)
+        try:
+            with self._writing():
+                return await self._store.fork_session(
+                    session_id, at=at, copy_id=copy_id or new_session_id(), now=self._clock()
+                )
+        except TurnInProgressError as error:
+            if error.turn_id in self._unkept:
+                raise StoreError(f"The end of turn {error.turn_id!r} could not be kept yet.") from None
+            raise
+
     async def get_session(self, session_id: str) -> SessionRecord:
         """Raises: SessionNotFoundError."""
         self._check_not_deleted(session_id)
@@ -212,18 +233,23 @@ class Sessions:
             raise deletion.error
 
     async def list_messages(self, session_id: str, *, limit: int, after: str | None = None) -> Page[MessageRecord]:
-        """A page of the messages from the root to the head, oldest first; ``after`` is a message's id.
+        """A page of the messages from the root to the head, oldest first.
 
         Raises:
             SessionNotFoundError
-            InvalidRequestError: ``after`` is not a message on this path.
+            InvalidRequestError: ``after`` is not a cursor of this listing, or of another path.
         """
+        start = None if after is None else Position.parse(after)
         session = await self.get_session(session_id)
-        if session.head is None:
-            return Page(data=(), next=None)
-        with self._answered_within():
-            path = await self._store.read_path(session_id, session.head, bytes_max=None)
-        return page_of_messages(path, limit=limit, after=after)
+        path: Sequence[TurnRecord] = ()
+        if session.head is not None:
+            with self._answered_within():
+                path = await self._store.list_path(
+                    session_id, session.head, limit=turns_needed(limit), first=start.turn_id if start else None
+                )
+        if start is not None and not path:
+            raise InvalidRequestError("after is not on the path to this session's head.", field="after")
+        return page_of_messages(path, limit=limit, skip=start.count if start else 0)
 
     # Turns
 
@@ -335,9 +361,9 @@ class Sessions:
 
     def open_forward(self) -> Forward:
         """Count an answer that is passed on from another process; it is to be closed."""
-        forward = Forward(self._note_forward_closed)
+        forward = Forward(self._note_forward_closed, self._start_leave)
         if self._stopping == "all":
-            forward.end_by(trio.current_time() + self._settings.cleanup_timeout_s / 2)
+            forward.end_by(self._last_end_by())
         self._forwards.add(forward)
         return forward
 
@@ -347,20 +373,25 @@ class Sessions:
         """From now on new sessions and turns are refused with ShuttingDownError."""
         self._accepting = False
 
+    def hold_streams(self) -> None:
+        """All turns are about to be interrupted: streams write nothing more before their ends. From any thread."""
+        self._streams.held = True
+
     def interrupt_queued(self) -> int:
         """End queued turns as ``interrupted``, and those that would be queued yet; how many there were."""
-        self._stopping = "queued"
+        if self._stopping == "no":
+            self._stopping = "queued"
         return self._interrupt(running=False)
 
     def interrupt_all(self) -> int:
         """End all open turns as ``interrupted``, and those on their way; how many there were.
 
-        Turns of other processes go on, but not through this one: their streams end within half of
-        ``cleanup_timeout_s``, in which those see their terminal events whose process stops as well.
+        Turns of other processes go on, but not through this one: their streams end with ``cleanup_timeout_s``, in which
+        those see their terminal events whose process stops as well.
         """
         self._stopping = "all"
         for forward in self._forwards:
-            forward.end_by(trio.current_time() + self._settings.cleanup_timeout_s / 2)
+            forward.end_by(self._last_end_by())
         return self._interrupt(running=True)
 
     async def wait_idle(self) -> None:
@@ -575,6 +606,22 @@ class Sessions:
             if running or not turn.running
         )
 
+    def _last_end_by(self) -> float:
+        """When an owner that stops as well has told its ends, and they have come here."""
+        return trio.current_time() + self._settings.cleanup_timeout_s + _END_ON_ITS_WAY_S
+
+    def _start_leave(self, forward: Forward, call: Callable[[], Awaitable[None]]) -> bool:
+        try:
+            self._nursery.start_soon(self._run_leave, forward, call, name="taking leave of an owner")
+        except RuntimeError:  # it is closed: a request that outlives the service
+            return False
+        return True
+
+    async def _run_leave(self, forward: Forward, call: Callable[[], Awaitable[None]]) -> None:
+        with trio.move_on_after(_LEAVE_S):
+            await call()
+        forward.close()
+
     def _note_forward_closed(self, forward: Forward) -> None:
         self._forwards.discard(forward)
         self._changes.unpark_all()
@@ -629,29 +676,6 @@ class Sessions:
         )
         with self._writing():
             await self._store.create_session(unseen, now=now)
-
-
-def page_of_messages(path: Sequence[TurnRecord], *, limit: int, after: str | None) -> Page[MessageRecord]:
-    """Messages of a path as one page: the inputs, and the replies that are not empty."""
-    messages = [
-        MessageRecord(
-            id=item.id,
-            turn_id=turn.id,
-            role=item.role,
-            text=item.text,
-            created_at=turn.created_at if item.role == "user" else turn.ended_at or turn.created_at,
-        )
-        for turn in path
-        for item in (*turn.input, *turn.output)
-        if item.type == "message"
-    ]
-    start = 0
-    if after is not None:
-        start = next((index for index, message in enumerate(messages, 1) if message.id == after), -1)
-        if start == -1:
-            raise InvalidRequestError("after is not the id of a message on this session's path.", field="after")
-    page = tuple(messages[start : start + limit])
-    return Page(data=page, next=page[-1].id if start + limit < len(messages) else None)
 
 
 @asynccontextmanager

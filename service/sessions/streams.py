@@ -1,6 +1,6 @@
 """Open streams: event streams of turns, and answers that are passed on from another process."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from math import inf
 
 import trio
@@ -9,12 +9,17 @@ from service.errors import StreamLimitError
 
 
 class Streams:
-    """Counts streams and bounds them to ``streams_max``."""
+    """Counts streams and bounds them to ``streams_max``.
+
+    Attributes:
+        held: Whether a stream is to write no more than its end, which comes in a moment.
+    """
 
     def __init__(self, *, streams_max: int) -> None:
         self.open = 0
         self.ended = 0
         self.aborted = 0
+        self.held = False
         self._streams_max = streams_max
 
     def open_stream(self) -> "StreamSlot":
@@ -43,6 +48,11 @@ class StreamSlot:
     def __init__(self, streams: Streams) -> None:
         self._streams: Streams | None = streams
 
+    @property
+    def is_held(self) -> bool:
+        """Whether it is to write no more than its end, which comes in a moment."""
+        return self._streams is not None and self._streams.held
+
     def close(self, *, ended: bool) -> None:
         """Give the place back; ``ended`` says whether the stream was sent to its end."""
         streams, self._streams = self._streams, None
@@ -57,10 +67,20 @@ class StreamSlot:
 
 
 class Forward:
-    """An answer on its way from the process that owns a session through this one. Closing twice is closing once."""
+    """An answer on its way from the process that owns a session through this one. Closing twice is closing once.
 
-    def __init__(self, note_closed: Callable[["Forward"], None]) -> None:
+    Args:
+        note_closed: Called when it is closed.
+        start: Starts a task that closes it; False where the service is closed already.
+    """
+
+    def __init__(
+        self,
+        note_closed: Callable[["Forward"], None],
+        start: Callable[["Forward", Callable[[], Awaitable[None]]], bool],
+    ) -> None:
         self._note_closed = note_closed
+        self._start = start
         self._deadline = inf
         self._scope = trio.CancelScope()
 
@@ -72,6 +92,18 @@ class Forward:
     def end_by(self, deadline: float) -> None:
         """This process is leaving: whatever is not there by then does not come through it."""
         self._deadline = self._scope.deadline = deadline
+
+    @property
+    def was_cut(self) -> bool:
+        """Whether it was over because this process leaves."""
+        return self._deadline <= trio.current_time()
+
+    def take_leave(self, call: Callable[[], Awaitable[None]]) -> bool:
+        """Close it after a last call, which the shutdown waits for: the request that it belonged to is over.
+
+        False, and nothing happens, where the service is closed already.
+        """
+        return self._start(self, call)
 
     def close(self) -> None:
         self._note_closed(self)

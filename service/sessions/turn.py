@@ -31,6 +31,9 @@ from service.storage.store import Store
 logger = structlog.get_logger("lastcall.turn")
 
 OnDisconnect = Literal["cancel", "continue"]
+RETURN_S = 5.0
+"""How long a turn runs on whose client was cut off by another process of this service: some attempts of a client that
+waits a second before each, as the streams ask of it."""
 
 
 class Turn:
@@ -65,6 +68,7 @@ class Turn:
         self._scope = trio.CancelScope()
         self._run_deadline = inf
         self._abandoned_deadline = inf
+        self._return_deadline = -inf
         self._watches = 0
         self._reply = _Text()
         self._reasoning = _Text()
@@ -119,16 +123,19 @@ class Turn:
         self._set_deadline()
         return Watch(self)
 
-    def unwatch(self) -> None:
+    def unwatch(self, *, client_returns: bool) -> None:
         """One watch less; for :class:`Watch`."""
+        now = trio.current_time()
         self._watches -= 1
+        if client_returns:
+            self._return_deadline = now + RETURN_S
         if self._watches or self._on_disconnect == "continue" or self.end is not None:
             return
-        grace_s = self._settings.disconnect_grace_s
-        if grace_s == 0:
+        deadline = max(now + self._settings.disconnect_grace_s, self._return_deadline)
+        if deadline <= now:
             self.cut_short(ends.Cancelled("disconnected"))
         else:
-            self._abandoned_deadline = trio.current_time() + grace_s
+            self._abandoned_deadline = deadline
             self._set_deadline()
 
     # For its task
@@ -259,10 +266,11 @@ class Watch:
     def __init__(self, turn: Turn | None) -> None:
         self._turn = turn
 
-    def release(self) -> None:
+    def release(self, *, client_returns: bool = False) -> None:
+        """Give it up. ``client_returns`` says that the client has not left: it is given :data:`RETURN_S` at least."""
         turn, self._turn = self._turn, None
         if turn is not None:
-            turn.unwatch()
+            turn.unwatch(client_returns=client_returns)
 
     def __enter__(self) -> Self:
         return self

@@ -22,6 +22,7 @@ from service.storage.cursors import (
     decode_turn_cursor,
     encode_cursor,
 )
+from service.storage.forks import Path, fork_of
 from service.storage.records import Checkpoint, Owner, Page, SessionPatch, SessionRecord, SessionStatus, TurnRecord
 
 
@@ -68,14 +69,23 @@ class MemoryStore:
 
     async def create_session(self, session: SessionRecord, *, now: datetime) -> None:
         await anyio.lowlevel.checkpoint()
-        present = self._sessions.get(session.id)
-        if present is not None:
-            if present.deleted or not present.record.has_expired(now):
-                raise SessionExistsError(session.id)
-            self._remove(present)
-        self._sessions[session.id] = _Session(session)
-        self._by_age.add((session.created_at, session.id))
-        self._status_order(session).add(_status_key(session))
+        self._add(session, now)
+
+    async def fork_session(self, source_id: str, *, at: str | None, copy_id: str, now: datetime) -> SessionRecord:
+        await anyio.lowlevel.checkpoint()
+        source = self._visible(source_id, now).record
+        at = source.head if at is None else at
+        path, events = Path(), []
+        while at is not None:
+            turn = self._turn_of(source_id, at)
+            path.add(turn.record, events_bytes=sum(map(len, turn.events)))
+            events.append(turn.events)
+            at = turn.record.parent
+        session, copies = fork_of(source, path, copy_id=copy_id, now=now)
+        copy = self._add(session, now)
+        copy.turns = [_Turn(*kept) for kept in zip(copies, reversed(events), strict=True)]
+        self._turns |= {turn.record.id: turn for turn in copy.turns}
+        return session
 
     async def get_session(self, session_id: str, *, now: datetime) -> SessionRecord:
         await anyio.lowlevel.checkpoint()
@@ -238,6 +248,11 @@ class MemoryStore:
         path.reverse()
         return path
 
+    async def list_path(self, session_id: str, turn_id: str, *, limit: int, first: str | None) -> Sequence[TurnRecord]:
+        path = await self.read_path(session_id, turn_id, bytes_max=None)
+        start = next((index for index, turn in enumerate(path) if first in (None, turn.id)), len(path))
+        return path[start : start + limit]
+
     async def read_events(self, session_id: str, turn_id: str) -> Sequence[bytes]:
         await anyio.lowlevel.checkpoint()
         turn = self._turns.get(turn_id)
@@ -263,6 +278,17 @@ class MemoryStore:
         if session is None or session.deleted or session.record.has_expired(now):
             raise SessionNotFoundError(session_id)
         return session
+
+    def _add(self, session: SessionRecord, now: datetime) -> _Session:
+        present = self._sessions.get(session.id)
+        if present is not None:
+            if present.deleted or not present.record.has_expired(now):
+                raise SessionExistsError(session.id)
+            self._remove(present)
+        added = self._sessions[session.id] = _Session(session)
+        self._by_age.add((session.created_at, session.id))
+        self._status_order(session).add(_status_key(session))
+        return added
 
     def _turn_of(self, session_id: str, turn_id: str) -> _Turn:
         turn = self._turns.get(turn_id)

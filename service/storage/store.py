@@ -61,6 +61,24 @@ class Store(Protocol):
         """
         ...
 
+    async def fork_session(self, source_id: str, *, at: str | None, copy_id: str, now: datetime) -> SessionRecord:
+        """Add a session with the settings of another one and copies of its turns from the root to ``at``.
+
+        Without ``at`` that is the source's head; a source without turns gives a copy without any. The copies have
+        ids of their own, their items too, and the same events: an event that names its session or turn names the
+        source's. The totals of the session are those of its turns. It is no use of the source; an expired session of
+        the new id is replaced. Returns the copy.
+
+        Raises:
+            SessionNotFoundError: The source.
+            TurnNotFoundError: ``at`` is not a turn of the source.
+            TurnInProgressError: A turn that would be copied is open.
+            OwnedElsewhereError: It is open, and another owner's; whether that one lives is not looked at.
+            SessionExistsError: As :meth:`create_session`.
+            InvalidRequestError: It is more than :mod:`service.storage.forks` allows (``field`` is ``at``).
+        """
+        ...
+
     async def get_session(self, session_id: str, *, now: datetime) -> SessionRecord:
         """Raises: SessionNotFoundError."""
         ...
@@ -180,6 +198,14 @@ class Store(Protocol):
         With ``bytes_max``, only the newest whose ``message_bytes`` stay within it in all, but always
         the last. Empty if the turn is not there. Looks at what is kept: a turn that runs goes on
         while its session is marked as deleted.
+        """
+        ...
+
+    async def list_path(self, session_id: str, turn_id: str, *, limit: int, first: str | None) -> Sequence[TurnRecord]:
+        """At most ``limit`` turns of the path from the root to ``turn_id``, in that order: from ``first`` on.
+
+        ``first`` is the id of a turn; None stands for the root. Empty if it is not on that path, or the turn is not
+        there. Reads the texts of those turns alone. Looks at what is kept.
         """
         ...
 

@@ -120,9 +120,9 @@ async def leave(connection: TestHTTPConnection) -> None:
 
 @asynccontextmanager
 async def open_api(**settings: Any) -> AsyncIterator[Api]:
-    """An application that is attached to a service of its own."""
+    """An application that is attached to a service of its own, in memory unless the settings say otherwise."""
     app = create_app()
-    async with open_service(Settings(**settings)) as service:
+    async with open_service(Settings(**{"store_url": "memory:"} | settings)) as service:
         attach(app, service)
         try:
             yield Api(app, service)

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from service.api.forwarding import PEER, socket_name
 from service.storage.sqlite import SqliteStore, open_sqlite_store
 from tests.api.inprocess import SSE, Api, Reply, leave, open_api
-from tests.storage.rows import T0, a_session, a_turn
+from tests.storage.rows import T0, a_session, a_turn, ended
 
 TURN = "turn_" + 32 * "a"
 EVENTS = f"/sessions/s/turns/{TURN}/events"
@@ -189,7 +190,7 @@ async def test_where_a_living_owner_cannot_be_reached_the_answer_is_503_and_noth
 async def test_a_request_is_passed_on_three_times_at_most(tmp_path: Path) -> None:
     async with open_owner(tmp_path) as (api, _):
         for hops in ("3", "4"):
-            reply = await api.call("GET", EVENTS, headers={"Lastcall-Hops": hops}, scope={PEER: True})
+            reply = await api.call("GET", EVENTS, headers={"Lastcall-Hops": hops}, scope={PEER: lambda: False})
             reply.problem(503, "store_unavailable")
 
 
@@ -227,6 +228,74 @@ async def test_a_client_that_leaves_has_left_at_the_owner_too(tmp_path: Path) ->
             stream, _ = await owner.take()
             await leave(client)
             assert await stream.receive_some() == b""
+
+
+async def test_a_process_that_stops_takes_its_leave_of_the_owner(tmp_path: Path) -> None:
+    """It closes its sending side and waits: to the owner that is another thing than a client that left."""
+    async with open_owner(tmp_path) as (api, owner), api.open("GET", EVENTS, headers=SSE) as client:
+        await client.send_complete()
+        stream, _ = await owner.take()
+        await stream.send_all(HEAD + chunk(frame(1)))
+        assert await client.receive() == frame(1).encode()
+        api.service.sessions.interrupt_all()
+        assert await client.receive() == b"", "the end of the body"
+        assert await stream.receive_some() == b""
+        await stream.send_all(chunk(frame(2)))  # so it has not closed its receiving side
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(api.service.sessions.wait_idle)
+            await wait_all_tasks_blocked()
+            assert nursery.child_tasks, "it is waited for"
+            await stream.aclose()
+
+
+async def test_an_end_that_the_owner_tells_at_the_last_moment_still_comes_through(tmp_path: Path) -> None:
+    """Both stop, and the owner's disk hangs: it tells its ends when its time to keep them is nearly over."""
+    async with open_owner(tmp_path) as (api, owner), api.open("GET", EVENTS, headers=SSE) as client:
+        await client.send_complete()
+        stream, _ = await owner.take()
+        await stream.send_all(HEAD + chunk(frame(1)))
+        assert await client.receive() == frame(1).encode()
+        api.service.sessions.interrupt_all()
+        await trio.sleep(0.8 * api.service.settings.cleanup_timeout_s)
+        await stream.send_all(chunk(frame(2)) + b"0\r\n\r\n")
+        assert await client.receive() == frame(2).encode()
+        assert await client.receive() == b"", "the end of the body"
+        await stream.aclose()
+
+
+async def test_a_request_that_came_from_a_process_that_stops_is_cut_as_its_own(tmp_path: Path) -> None:
+    async with open_owner(tmp_path) as (api, owner):
+        client = api.open("GET", EVENTS, headers=SSE, scope={PEER: lambda: True})
+        async with client:
+            await client.send_complete()
+            stream, _ = await owner.take()
+            await stream.send_all(HEAD + chunk(frame(1)))
+            await client.receive()
+            await leave(client)
+            assert await stream.receive_some() == b""
+            await stream.send_all(chunk(frame(2)))
+            await stream.aclose()
+
+
+async def test_a_fork_at_an_open_turn_is_its_owners_to_answer_and_one_at_an_ended_turn_anybodys(tmp_path: Path) -> None:
+    async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
+        replies: list[Reply] = []
+        nursery.start_soon(lambda: ask(api, replies, "POST", "/sessions/s/fork", {"id": "copy"}))
+        stream, request = await owner.take()
+        assert request.startswith(b"POST /sessions/s/fork ")
+        assert request.endswith(b'\r\n\r\n{"id": "copy"}')
+        await stream.send_all(answer("{}", 409))
+        await wait_for(replies)
+        assert replies[0].status == 409
+
+        now = datetime.now(UTC)
+        assert await owner.store.end_turn(ended(a_turn(TURN, "s")), events=[], now=now)
+        await owner.store.begin_turn(a_turn("turn_" + 32 * "b", "s", parent=TURN), now=now)
+        assert (await api.call("POST", "/sessions/s/fork", {"id": "copy", "at": TURN})).status == 201
+
+        await owner.die()
+        forked = await api.call("POST", "/sessions/s/fork", {"id": "second"})
+        assert (forked.status, forked.json["message_count"]) == (201, 3)
 
 
 async def wait_for(replies: list[Reply], count: int = 1) -> None:

@@ -4,7 +4,7 @@ from datetime import datetime
 
 from trio.testing import MockClock
 
-from tests.api.inprocess import Api, open_api
+from tests.api.inprocess import SSE, Api, open_api
 
 
 async def test_a_session_is_created_read_changed_and_deleted() -> None:
@@ -98,6 +98,54 @@ async def test_messages_are_the_path_to_the_head_oldest_first(autojump_clock: Mo
         assert session["message_count"] == 4
         assert session["usage"]["output_tokens"] > 0
         assert session["head"] == messages[-1]["turn_id"]
+
+
+async def test_a_fork_is_a_session_with_a_copy_of_the_conversation(autojump_clock: MockClock) -> None:
+    async with open_api() as api:
+        settings = {"title": "T", "system_message": "Be brief.", "metadata": {"team": "blue"}, "idle_timeout_s": 60}
+        await api.new_session(id="me", **settings)
+        for text in ("one", "two"):
+            assert (await api.call("POST", "/sessions/me/turns", {"input": text})).status == 200
+        first, _ = (await api.call("GET", "/sessions/me/turns")).json["data"]
+
+        forked = await api.call("POST", "/sessions/me/fork", {})
+        assert forked.status == 201
+        assert forked.headers["location"] == f"/sessions/{forked.json['id']}"
+        assert (await api.call("GET", forked.headers["location"])).json == forked.json
+        source = (await api.call("GET", "/sessions/me")).json
+        assert {name: forked.json[name] for name in settings} == settings
+        assert (forked.json["message_count"], forked.json["usage"]) == (4, source["usage"])
+        copies = await _messages(api, forked.json["id"])
+        originals = await _messages(api, "me")
+        assert [message["text"] for message in copies] == [message["text"] for message in originals]
+        assert {message["id"] for message in copies}.isdisjoint(message["id"] for message in originals)
+
+        early = (await api.call("POST", "/sessions/me/fork", {"at": first["id"], "id": "early"})).json
+        assert (early["id"], early["message_count"]) == ("early", 2)
+        events = (await api.call("GET", f"/sessions/early/turns/{early['head']}/events", headers=SSE)).events
+        assert (events[0]["session_id"], events[0]["turn_id"]) == ("early", early["head"])
+        assert events[-1]["type"] == "turn.completed"
+        assert (await api.call("DELETE", "/sessions/me")).status == 204
+        assert len(await _messages(api, forked.json["id"])) == 4
+
+
+async def test_what_cannot_be_forked_is_refused(autojump_clock: MockClock) -> None:
+    async with open_api(model_url="scripted:?tokens=100&rate=1") as api:
+        (await api.call("POST", "/sessions/me/fork", {})).problem(404, "session_not_found")
+        (await api.call("POST", "/sessions/%20/fork", {})).problem(404, "session_not_found")
+        await api.new_session(id="me")
+        (await api.call("POST", "/sessions/me/fork", {"id": "me"})).problem(409, "session_exists")
+        unknown = {"at": "turn_" + 32 * "0"}
+        (await api.call("POST", "/sessions/me/fork", unknown)).problem(404, "turn_not_found")
+        (await api.call("POST", "/sessions/me/fork", {"at": "x"})).problem(422, "invalid_request", "at")
+        (await api.call("POST", "/sessions/me/fork", {"id": ".."})).problem(422, "invalid_request", "id")
+        (await api.call("POST", "/sessions/me/fork", {"title": "x"})).problem(422, "invalid_request", "title")
+        turn = (await api.call("POST", "/sessions/me/turns", {"input": "Hi", "background": True})).json["id"]
+        problem = (await api.call("POST", "/sessions/me/fork", {})).problem(409, "turn_in_progress")
+        assert problem["turn_id"] == turn
+        assert "on_conflict" not in problem["detail"]
+        api.service.sessions.stop_accepting()
+        (await api.call("POST", "/sessions/me/fork", {})).problem(503, "shutting_down")
 
 
 async def _messages(api: Api, session_id: str) -> list[dict[str, str]]:

@@ -36,7 +36,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 async def test_a_stream_ends_with_its_last_chunk_on_a_connection_that_stays() -> None:
     with trio.fail_after(CAP_S):
-        async with serving(Settings(model_url=FAST)) as server:
+        async with serving(Settings(store_url="memory:", model_url=FAST)) as server:
             chat = request("POST", "/chat", b'{"message": "Hi"}')
             last = request("GET", "/healthz", extra="connection: close\r\n")
             received = await exchange(server, chat, last)
@@ -57,7 +57,8 @@ async def test_many_streams_of_one_turn_are_the_same_whenever_they_join() -> Non
         received.append([line for line in body.splitlines() if line.startswith((b"data:", b"id:"))])
 
     with trio.fail_after(CAP_S):
-        async with serving(Settings(model_url="scripted:?tokens=50&rate=200&first_token_s=0")) as server:
+        model_url = "scripted:?tokens=50&rate=200&first_token_s=0"
+        async with serving(Settings(store_url="memory:", model_url=model_url)) as server:
             _, session = await server.call("POST", "/sessions", {})
             path = f"/sessions/{session['id']}/turns"
             _, turn = await server.call("POST", path, {"input": "Hi", "background": True})
@@ -73,7 +74,7 @@ async def test_many_streams_of_one_turn_are_the_same_whenever_they_join() -> Non
 @pytest.mark.parametrize("accept", ["text/event-stream", "application/json"])
 async def test_a_client_that_closes_its_socket_ends_its_turn(accept: str) -> None:
     with trio.fail_after(CAP_S):
-        async with serving(Settings(model_url=SLOW)) as server:
+        async with serving(Settings(store_url="memory:", model_url=SLOW)) as server:
             _, session = await server.call("POST", "/sessions", {})
             path = f"/sessions/{session['id']}/turns"
             stream = await server.connect("POST", path, {"input": "Hi"}, accept=accept)
@@ -88,7 +89,7 @@ async def test_a_client_that_closes_its_socket_ends_its_turn(accept: str) -> Non
 
 async def test_a_body_that_is_said_to_be_too_large_is_answered_before_it_is_sent() -> None:
     with trio.fail_after(CAP_S):
-        async with serving(Settings(input_bytes_max=1024)) as server:
+        async with serving(Settings(store_url="memory:", input_bytes_max=1024)) as server:
             received = await exchange(server, request("POST", "/chat", length=1 << 30))
     assert received.startswith(b"HTTP/1.1 413")
     assert json.loads(received.partition(b"\r\n\r\n")[2])["code"] == "input_too_large"
@@ -101,7 +102,7 @@ async def test_a_body_without_a_length_is_answered_at_the_bound() -> None:
     )
     chunk = b"4000\r\n" + b" " * 0x4000 + b"\r\n"
     with trio.fail_after(CAP_S):
-        async with serving(Settings(input_bytes_max=1024)) as server:
+        async with serving(Settings(store_url="memory:", input_bytes_max=1024)) as server:
             stream = await trio.open_tcp_stream("127.0.0.1", server.port)
             async with stream:
                 await stream.send_all(head)
@@ -117,7 +118,7 @@ async def test_a_websocket_is_refused_and_nothing_breaks() -> None:
         b"sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
     )
     with trio.fail_after(CAP_S):
-        async with serving(Settings()) as server:
+        async with serving(Settings(store_url="memory:")) as server:
             async with await trio.open_tcp_stream("127.0.0.1", server.port) as stream:
                 await stream.send_all(upgrade)
                 received = await stream.receive_some()
@@ -129,7 +130,7 @@ async def test_a_websocket_is_refused_and_nothing_breaks() -> None:
 @pytest.mark.parametrize("host", ["evil.example.com", "a b", "localhost:port", "[::1", "\xff", ""])
 async def test_a_host_header_that_is_not_this_machine_is_refused(host: str) -> None:
     with trio.fail_after(CAP_S):
-        async with serving(Settings()) as server:
+        async with serving(Settings(store_url="memory:")) as server:
             head = f"GET /sessions HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n"
             received = await exchange(server, head.encode("latin1"))
     assert received.startswith((b"HTTP/1.1 403", b"HTTP/1.1 400"))

@@ -19,7 +19,7 @@ async def test_targets_that_are_none_are_refused_and_the_others_are_not() -> Non
     expected |= dict.fromkeys(("/healthz", "http://h/healthz?a=b"), b"200")
     got = {}
     with trio.fail_after(CAP_S):
-        async with serving(Settings()) as server:
+        async with serving(Settings(store_url="memory:")) as server:
             for target in expected:
                 async with await trio.open_tcp_stream("127.0.0.1", server.port) as stream:
                     head = f"GET {target} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"

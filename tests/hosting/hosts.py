@@ -8,7 +8,7 @@ from bench.server_process import Launch, ServerProcess, open_server, python_comm
 
 SERVE = "serve"
 BARE = ("hypercorn-0", "hypercorn-1", "hypercorn-2", "hypercorn-4")
-CONFIGURED = ("configured-0", "configured-1", "configured-2")
+CONFIGURED = ("configured-0", "configured-1", "configured-2", "configured-4")
 HOSTS = (SERVE, *BARE, *CONFIGURED)
 
 _SERVE_BROKEN = """
@@ -34,8 +34,9 @@ def command(host: str, *options: str, broken: str | None = None) -> list[str]:
 
 
 def launch(host: str, *options: str, broken: str | None = None, **settings: object) -> Launch:
-    """This host with these settings; no drain unless they say so."""
+    """This host with these settings; in memory and without a drain unless they say so."""
     env = {"LASTCALL_BIND": "127.0.0.1:0", "LASTCALL_LOG_FORMAT": "json", "LASTCALL_DRAIN_TIMEOUT_S": "0"}
+    env |= {"LASTCALL_STORE_URL": "memory:"}
     env |= {name if name.isupper() else f"LASTCALL_{name.upper()}": str(value) for name, value in settings.items()}
     return Launch(
         command(host, *options, broken=broken), env=env, workers=1 if host == SERVE else max(int(host[-1]), 1)

@@ -1,6 +1,9 @@
 """The door between the processes of a service, and that they need a store which they can share."""
 
 import os
+import secrets
+import select
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -12,6 +15,7 @@ import trio
 
 from bench.server_process import ServerFailedError
 from service.api.forwarding import socket_name
+from service.hosting.peers import client_returns
 from tests.hosting.hosts import SERVE, open_host
 
 GET = b"GET /sessions HTTP/1.1\r\nHost: elsewhere\r\nConnection: close\r\n\r\n"
@@ -27,6 +31,13 @@ try:
     sys.stdout.buffer.write(door.recv(100))
 except (ConnectionResetError, BrokenPipeError):
     pass
+"""
+
+CONNECT = """
+import socket, sys, time
+door = socket.socket(socket.AF_UNIX)
+door.connect("\\0" + sys.argv[1])
+time.sleep(60)
 """
 
 
@@ -45,6 +56,35 @@ async def test_only_processes_of_the_same_user_are_let_in(tmp_path: Path) -> Non
                 stranger = await trio.run_process(command, capture_stdout=True, stderr=subprocess.STDOUT)
                 assert stranger.stdout == b""
         assert "Traceback" not in server.log()
+
+
+async def test_how_a_peer_closes_says_whether_its_client_has_left() -> None:
+    ours, peer = trio.socket.socketpair()
+    with ours, peer:
+        assert not client_returns(ours), "it is open"
+        peer.shutdown(socket.SHUT_WR)
+        assert client_returns(ours), "the peer takes its leave"
+        peer.close()
+        assert not client_returns(ours), "the peer lives, and has closed"
+    assert not client_returns(ours), "we have closed it ourselves"
+
+
+@pytest.mark.parametrize("reaped", [False, True])
+def test_a_peer_that_has_died_has_not_said_that_its_client_left(reaped: bool) -> None:
+    with socket.socket(socket.AF_UNIX) as door:
+        door.bind(socket_name(f"@test-{secrets.token_hex(8)}"))
+        door.listen()
+        command = [sys.executable, "-c", CONNECT, door.getsockname()[1:].decode()]
+        with subprocess.Popen(command) as peer:
+            accepted, _ = door.accept()
+            ours = trio.socket.from_stdlib_socket(accepted)
+            with ours:
+                assert not client_returns(ours)
+                peer.kill()
+                if reaped:
+                    peer.wait()
+                assert select.select([ours.fileno()], [], [], CAP_S)[0]
+                assert client_returns(ours)
 
 
 @pytest.mark.parametrize("host", ["hypercorn-2", "configured-2"])

@@ -50,7 +50,8 @@ class Host:
 
 SERVE = Host("serve", None)
 HYPERCORN_0, HYPERCORN_1, HYPERCORN_2, HYPERCORN_4 = (Host(f"hypercorn-{n}", n) for n in (0, 1, 2, 4))
-HOSTS = (SERVE, HYPERCORN_0, HYPERCORN_1, HYPERCORN_2, HYPERCORN_4)
+CONFIGURED_2, CONFIGURED_4 = (Host(f"configured-{n}", n, "python:service.hosting.hypercorn_config") for n in (2, 4))
+HOSTS = (SERVE, HYPERCORN_0, HYPERCORN_1, HYPERCORN_2, HYPERCORN_4, CONFIGURED_4)
 
 
 @asynccontextmanager

@@ -57,7 +57,8 @@ class Schemathesis:
 
 
 async def test_the_server_does_what_its_openapi_document_says(tmp_path: Path) -> None:
-    launch = Launch(SERVE.argv(), env={"LASTCALL_BIND": "127.0.0.1:0", "LASTCALL_MODEL_URL": MODEL})
+    env = {"LASTCALL_BIND": "127.0.0.1:0", "LASTCALL_STORE_URL": "memory:", "LASTCALL_MODEL_URL": MODEL}
+    launch = Launch(SERVE.argv(), env=env)
     with trio.fail_after(CAP_S):
         async with open_server(launch, log_path=tmp_path / "log") as server:
             url = f"http://127.0.0.1:{server.port}/openapi.json"

@@ -3,23 +3,23 @@
 import json
 import os
 import signal
-import socket
 import sqlite3
-import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, closing
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing, suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import pytest
 import trio
 
 from bench.server_process import ServerProcess
+from tests.process.clients import Stream, all_begun, new_session, open_client, owner_of, start, wait_until
 from tests.process.lastcall import (
     CAP_S,
+    CONFIGURED_2,
     HYPERCORN_2,
     HYPERCORN_4,
     SERVE,
@@ -28,73 +28,12 @@ from tests.process.lastcall import (
     assert_clean,
     assert_log_is_clean,
     open_lastcall,
+    reports,
     wait_gone,
 )
 
-CONFIGURED_2 = Host("configured-2", 2, config="python:service.hosting.hypercorn_config")
 SLOW = "scripted:?tokens=10000&rate=20"
 MANY = 12
-
-
-@asynccontextmanager
-async def open_client(*servers: ServerProcess) -> AsyncIterator[list[httpx.AsyncClient]]:
-    """A client of each server, with a new connection for each request."""
-    async with AsyncExitStack() as clients:
-        yield [
-            await clients.enter_async_context(
-                httpx.AsyncClient(
-                    base_url=f"http://127.0.0.1:{server.port}",
-                    timeout=CAP_S,
-                    limits=httpx.Limits(max_keepalive_connections=0),
-                )
-            )
-            for server in servers
-        ]
-
-
-async def new_session(client: httpx.AsyncClient, session_id: str) -> str:
-    assert (await client.post("/sessions", json={"id": session_id})).status_code == 201
-    return f"/sessions/{session_id}"
-
-
-async def start(client: httpx.AsyncClient, session: str, **fields: Any) -> str:
-    """Start a turn in the background; its path."""
-    started = await client.post(f"{session}/turns", json={"input": "go", "background": True, **fields})
-    assert started.status_code == 202, started.text
-    return started.headers["location"]
-
-
-class Stream:
-    """What one client sees of a turn."""
-
-    def __init__(self) -> None:
-        self.events: list[dict[str, Any]] = []
-        self.begun = trio.Event()
-        self.scope = trio.CancelScope()
-
-    async def run(self, client: httpx.AsyncClient, method: str, path: str, body: object = None) -> None:
-        """Read it to its end, or until ``scope`` is cancelled: the client leaves then."""
-        with self.scope:
-            async with client.stream(method, path, json=body, headers=SSE) as response:
-                assert response.status_code == 200, await response.aread()
-                async for line in response.aiter_lines():
-                    if line.startswith("data: "):
-                        self.events.append(json.loads(line.removeprefix("data: ")))
-                        if self.events[-1]["type"] == "turn.delta":
-                            self.begun.set()
-
-    @property
-    def end(self) -> tuple[str, str | None]:
-        return self.events[-1]["type"], self.events[-1].get("reason")
-
-    @property
-    def seqs(self) -> list[int]:
-        return [event["seq"] for event in self.events]
-
-
-async def all_begun(streams: list[Stream]) -> None:
-    for stream in streams:
-        await stream.begun.wait()
 
 
 def forwarded(server: ServerProcess, session: str, method: str = "GET") -> int:
@@ -103,33 +42,44 @@ def forwarded(server: ServerProcess, session: str, method: str = "GET") -> int:
     return sum((line["session_id"], line["method"]) == (session.rpartition("/")[2], method) for line in lines)
 
 
-def owner_of(path: Path, session: str) -> int:
-    """The process that runs a session's turns: the one that listens at the address that its owner left."""
-    with closing(sqlite3.connect(path)) as db:
-        query = "SELECT address FROM sessions JOIN owners ON fence = owner WHERE id = ?"
-        (address,) = db.execute(query, (session.rpartition("/")[2],)).fetchone()
-    with socket.socket(socket.AF_UNIX) as peer:
-        peer.connect(f"\0{address[1:]}")
-        return int(struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
+@asynccontextmanager
+async def halted(worker: int, folder: Path) -> AsyncIterator[None]:
+    """A worker that does nothing meanwhile, halted while it holds no lock that others need."""
+    with closing(sqlite3.connect(folder / "lastcall.db", timeout=0.1, isolation_level=None)) as db:
+        with trio.fail_after(CAP_S):
+            while True:
+                os.kill(worker, signal.SIGSTOP)
+                try:
+                    db.execute("BEGIN IMMEDIATE")
+                    db.execute("ROLLBACK")
+                    break
+                except sqlite3.OperationalError:
+                    os.kill(worker, signal.SIGCONT)
+                    await trio.sleep(0.01)
+    try:
+        yield
+    finally:
+        os.kill(worker, signal.SIGCONT)
 
 
 @asynccontextmanager
 async def reaching_others(
-    server: ServerProcess, folder: Path, session: str, method: str = "GET", *, requests: int
+    server: ServerProcess, folder: Path, *sessions: str, method: str = "GET", requests: int
 ) -> AsyncIterator[None]:
-    """Have other workers accept the requests that are begun inside, and pass them on: the session's owner is halted."""
-    owner = owner_of(folder / "lastcall.db", session)
-    before = forwarded(server, session, method)
-    os.kill(owner, signal.SIGSTOP)
-    try:
+    """Have other workers accept the requests that are begun inside, and pass them on: the sessions' owner is halted.
+
+    Args:
+        requests: How many there are about each session.
+    """
+    [owner] = {owner_of(folder / "lastcall.db", session) for session in sessions}
+    before = {session: forwarded(server, session, method) for session in sessions}
+
+    async def passed_on() -> bool:
+        return all(forwarded(server, session, method) - before[session] >= requests for session in sessions)
+
+    async with halted(owner, folder):
         yield
-
-        async def passed_on() -> bool:
-            return forwarded(server, session, method) - before >= requests
-
         await wait_until(passed_on)
-    finally:
-        os.kill(owner, signal.SIGCONT)
 
 
 def on_file(folder: Path, **settings: Any) -> dict[str, Any]:
@@ -144,12 +94,6 @@ async def state_of(client: httpx.AsyncClient, turn: str) -> tuple[str, str | Non
 async def are(client: httpx.AsyncClient, session: str, states: list[str]) -> bool:
     turns = (await client.get(f"{session}/turns")).json()["data"]
     return [f"{turn['state']} {turn['reason']}" for turn in turns] == states
-
-
-async def wait_until(condition: Callable[[], Awaitable[bool]]) -> None:
-    with trio.fail_after(CAP_S):
-        while not await condition():  # noqa: ASYNC110  it is in another process
-            await trio.sleep(0.02)
 
 
 @pytest.mark.parametrize("host", [HYPERCORN_2, HYPERCORN_4], ids=str)
@@ -194,7 +138,7 @@ async def test_any_worker_decides_about_a_session(tmp_path: Path) -> None:
 
         async with (
             trio.open_nursery() as nursery,  # the outer one: they are answered once the owner goes on
-            reaching_others(server, tmp_path, session, "POST", requests=MANY),
+            reaching_others(server, tmp_path, session, method="POST", requests=MANY),
         ):
             for _ in range(MANY):
                 nursery.start_soon(be_refused)
@@ -244,7 +188,7 @@ async def test_a_client_that_leaves_any_worker_cancels_its_turn(tmp_path: Path) 
             await start(client, session)
             async with trio.open_nursery() as nursery:
                 body = {"input": "x", "on_conflict": "queue"}
-                async with reaching_others(server, tmp_path, session, "POST", requests=8):
+                async with reaching_others(server, tmp_path, session, method="POST", requests=8):
                     for _ in range(8):
                         nursery.start_soon(partial(client.post, f"{session}/turns", json=body, headers=headers))
                 await wait_until(partial(are, client, session, ["running None", *["queued None"] * 8]))
@@ -256,19 +200,29 @@ async def test_a_client_that_leaves_any_worker_cancels_its_turn(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("drain_timeout_s", "model_url", "end"),
+    ("host", "whom", "drain_timeout_s", "model_url", "end"),
     [
-        (0, SLOW, ("turn.interrupted", "shutdown")),
-        (8, "scripted:?tokens=50&rate=20", ("turn.completed", None)),
+        (HYPERCORN_4, "main", 0, SLOW, ("turn.interrupted", "shutdown")),
+        (HYPERCORN_4, "group", 2, SLOW, ("turn.interrupted", "shutdown")),
+        (HYPERCORN_2, "group", 0, SLOW, ("turn.interrupted", "shutdown")),
+        (HYPERCORN_2, "main", 2, SLOW, ("turn.interrupted", "shutdown")),
+        (HYPERCORN_4, "main", 8, "scripted:?tokens=50&rate=20", ("turn.completed", None)),
     ],
+    ids=str,
 )
 async def test_a_stop_ends_what_is_passed_on(
-    tmp_path: Path, drain_timeout_s: float, model_url: str, end: tuple[str, str | None]
+    tmp_path: Path,
+    *,
+    host: Host,
+    whom: Literal["main", "group"],
+    drain_timeout_s: float,
+    model_url: str,
+    end: tuple[str, str | None],
 ) -> None:
     settings = on_file(tmp_path, drain_timeout_s=drain_timeout_s, model_url=model_url)
     streams, answers = [Stream() for _ in range(3 * MANY)], []
     async with (
-        open_lastcall(HYPERCORN_4, tmp_path, **settings) as server,
+        open_lastcall(host, tmp_path, **settings) as server,
         open_client(server) as [client],
         trio.open_nursery() as nursery,
     ):
@@ -285,7 +239,7 @@ async def test_a_stop_ends_what_is_passed_on(
             answers.append((await client.post("/sessions/waited/turns", json=queue)).json())
 
         queue = {"input": "x", "on_conflict": "queue"}
-        async with reaching_others(server, tmp_path, session, "POST", requests=8):
+        async with reaching_others(server, tmp_path, session, method="POST", requests=8):
             for _ in range(8):
                 nursery.start_soon(wait)
         await all_begun(streams)
@@ -295,12 +249,106 @@ async def test_a_stop_ends_what_is_passed_on(
 
         await wait_until(all_queued)
         assert await state_of(client, waited) == ("running", None)
-        server.signal_main(signal.SIGTERM)
+        if whom == "main":
+            server.signal_main(signal.SIGTERM)
+        else:
+            server.signal_group(signal.SIGTERM)
         gone = await wait_gone(server)
     assert {stream.end for stream in streams} == {end}
     assert all(stream.seqs == list(range(1, len(stream.seqs) + 1)) for stream in streams)
     assert {(answer.get("state"), answer.get("reason")) for answer in answers} == {("interrupted", "shutdown")}
-    assert_clean(HYPERCORN_4, server, gone)
+    assert_clean(host, server, gone)
+
+
+async def forwarded_turns(
+    server: ServerProcess, client: httpx.AsyncClient, folder: Path, nursery: trio.Nursery
+) -> tuple[int, dict[str, Stream], Stream]:
+    """Turns whose only client is connected to another one of two workers than theirs, with its streams.
+
+    Returns that worker, the streams by their sessions, and one more, of a turn of that worker itself.
+    """
+    turns: dict[str, str] = {}
+    owners: dict[str, int] = {}
+    while len(set(owners.values())) < 2 or len(owners) < 4:
+        session = await new_session(client, f"s{len(owners)}")
+        turns[session] = await start(client, session)
+        owners[session] = owner_of(folder / "lastcall.db", session)
+    numbers = list(owners.values())
+    owner = max(numbers, key=numbers.count)
+    [leaving] = set(numbers) - {owner}
+    theirs = [session for session in owners if owners[session] == owner][:2]
+    streams = {session: Stream() for session in theirs}
+    body = {"input": "x", "on_conflict": "supersede"}
+    async with reaching_others(server, folder, *theirs, method="POST", requests=1):
+        for session, stream in streams.items():
+            nursery.start_soon(until_cut, stream, client, "POST", f"{session}/turns", body)
+    own = Stream()
+    [turn] = [turns[session] for session in owners if owners[session] == leaving][:1]
+    nursery.start_soon(until_cut, own, client, "GET", f"{turn}/events")
+    await all_begun([own, *streams.values()])
+    return leaving, streams, own
+
+
+async def assert_turns_wait_for_their_clients(client: httpx.AsyncClient, streams: dict[str, Stream]) -> None:
+    """Streams were cut: the first one's client comes back and misses nothing, the other one does not."""
+    (session, stream), (given_up, cut) = streams.items()
+    turn = f"{session}/turns/{stream.events[0]['turn_id']}"
+    abandoned = f"{given_up}/turns/{cut.events[0]['turn_id']}"
+    back = Stream()
+    assert await state_of(client, turn) == ("running", None)
+    assert await state_of(client, abandoned) == ("running", None)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(back.run, client, "GET", f"{turn}/events?after={stream.seqs[-1]}")
+        await back.begun.wait()
+
+        async def is_given_up() -> bool:
+            return await state_of(client, abandoned) == ("cancelled", "disconnected")
+
+        await wait_until(is_given_up)
+        assert await state_of(client, turn) == ("running", None)
+        assert (await client.post(f"{turn}/cancel")).status_code == 200
+    assert back.end == ("turn.cancelled", "requested")
+    seqs = stream.seqs + back.seqs
+    assert seqs == list(range(1, len(seqs) + 1))
+
+
+@pytest.mark.parametrize("drain_timeout_s", [0, 2])
+async def test_a_worker_that_stops_alone_ends_its_own_turns_and_no_others(
+    tmp_path: Path, drain_timeout_s: float
+) -> None:
+    settings = on_file(tmp_path, model_url=SLOW, drain_timeout_s=drain_timeout_s)
+    async with open_lastcall(HYPERCORN_2, tmp_path, **settings) as server, open_client(server) as [client]:
+        async with trio.open_nursery() as nursery:
+            leaving, streams, own = await forwarded_turns(server, client, tmp_path, nursery)
+            seen = [len(stream.events) for stream in streams.values()]
+            os.kill(leaving, signal.SIGTERM)
+        assert own.end == ("turn.interrupted", "shutdown")
+        assert {stream.end[0] for stream in streams.values()} == {"turn.delta"}
+        more = [len(stream.events) - before for stream, before in zip(streams.values(), seen, strict=True)]
+        assert all(count > 10 * drain_timeout_s for count in more), "they are passed on while it drains"
+        await assert_turns_wait_for_their_clients(client, streams)
+        with trio.fail_after(CAP_S):
+            await server.wait_logged("Running on ", times=3)  # hypercorn's: another one takes its place
+        server.signal_main(signal.SIGTERM)
+        gone = await wait_gone(server)
+    assert gone.exit_code == 0
+    assert_log_is_clean(server)
+    assert all(report["faults"] == [] for report in reports(server))
+
+
+async def test_the_death_of_a_worker_leaves_the_turns_of_others_to_their_clients(tmp_path: Path) -> None:
+    async with (
+        open_lastcall(CONFIGURED_2, tmp_path, **on_file(tmp_path, model_url=SLOW)) as server,
+        open_client(server) as [client],
+    ):
+        async with trio.open_nursery() as nursery:
+            leaving, streams, _ = await forwarded_turns(server, client, tmp_path, nursery)
+            os.kill(leaving, signal.SIGKILL)
+        await assert_turns_wait_for_their_clients(client, streams)
+        server.signal_main(signal.SIGTERM)
+        gone = await wait_gone(server)
+    assert gone.exit_code == 0
+    assert_log_is_clean(server)
 
 
 async def test_the_death_of_a_worker_ends_its_own_turns_and_no_others(tmp_path: Path) -> None:
@@ -317,7 +365,7 @@ async def test_the_death_of_a_worker_ends_its_own_turns_and_no_others(tmp_path: 
         async with trio.open_nursery() as nursery:
             for (session, _), stream in streams.items():
                 # A client of the victim itself just loses its connection.
-                nursery.start_soon(until_cut, stream, client, f"{turns[session]}/events")
+                nursery.start_soon(until_cut, stream, client, "GET", f"{turns[session]}/events")
             await all_begun(list(streams.values()))
             await trio.sleep(1.2)  # some of what they have seen is in a checkpoint, some is not
             os.kill(victim, signal.SIGKILL)
@@ -356,11 +404,9 @@ async def test_the_death_of_a_worker_ends_its_own_turns_and_no_others(tmp_path: 
     assert_log_is_clean(server)
 
 
-async def until_cut(stream: Stream, client: httpx.AsyncClient, path: str) -> None:
-    try:
-        await stream.run(client, "GET", path)
-    except httpx.RemoteProtocolError:
-        pass
+async def until_cut(stream: Stream, client: httpx.AsyncClient, *request: Any) -> None:
+    with suppress(httpx.RemoteProtocolError, httpx.ReadError):
+        await stream.run(client, *request)
 
 
 async def any_ended(streams: list[Stream]) -> bool:

@@ -19,10 +19,12 @@ from service.errors import (
 from service.sessions.events import TurnInterrupted
 from service.sessions.expiry import run_expiry, sweep
 from service.sessions.registry import NewSession, NewTurn
+from service.sessions.turn import RETURN_S
 from service.storage.memory import MemoryStore
 from service.storage.records import SessionPatch
 from tests.sessions.puppet import Stage, kinds, open_stage, read_all
 from tests.sessions.test_turns import start
+from tests.storage.rows import a_turn
 
 
 async def new_session(stage: Stage) -> str:
@@ -154,6 +156,31 @@ async def test_grace_gives_a_client_time_to_come_back(autojump_clock: MockClock,
         record = await turn.wait_ended()
         assert (record.state, record.reason) == ("cancelled", "disconnected")
         assert trio.current_time() - left_at == pytest.approx(10)
+
+
+async def test_a_client_that_another_process_has_cut_off_is_given_time_to_come_back(autojump_clock: MockClock) -> None:
+    """Also where others leave meanwhile, and by will."""
+    async with open_stage() as stage:
+        session_id = await new_session(stage)
+        turn, cut = await stage.sessions.start_turn(session_id, NewTurn(text="x"))
+        _, other = await stage.sessions.open_events(session_id, turn.id)
+        cut_at = trio.current_time()
+        cut.release(client_returns=True)
+        await trio.sleep(1)
+        other.release()
+        await trio.sleep(3)
+        _, back = await stage.sessions.open_events(session_id, turn.id)
+        await trio.sleep(30)
+        assert turn.end is None
+        back.release()
+        assert (await turn.wait_ended()).reason == "disconnected"
+        assert trio.current_time() - cut_at == pytest.approx(34)
+
+        turn, cut = await stage.sessions.start_turn(session_id, NewTurn(text="x"))
+        cut_at = trio.current_time()
+        cut.release(client_returns=True)
+        assert (await turn.wait_ended()).reason == "disconnected"
+        assert trio.current_time() - cut_at == pytest.approx(RETURN_S)
 
 
 # Event logs
@@ -353,6 +380,54 @@ async def test_expiry_loop_sweeps_in_batches_and_survives_an_error(autojump_cloc
 # Messages
 
 
+async def all_messages(stage: Stage, session_id: str, *, limit: int) -> list[str]:
+    texts: list[str] = []
+    after = None
+    for _ in range(100):
+        page = await stage.sessions.list_messages(session_id, limit=limit, after=after)
+        assert len(page.data) <= limit
+        texts += [message.text for message in page.data]
+        after = page.next
+        if after is None:
+            return texts
+    pytest.fail("the pages have no end")
+
+
+async def test_turns_without_messages_end_no_page(autojump_clock: MockClock) -> None:
+    async with open_stage() as stage:
+        session_id = await new_session(stage)
+        parent = None
+        for number in range(12):
+            record = a_turn(f"t{number}", session_id, parent=parent, texts=[f"{number}"] if number % 5 == 0 else [])
+            await stage.store.begin_turn(record, now=stage.clock())
+            parent = record.id
+        for limit in range(1, 5):
+            assert await all_messages(stage, session_id, limit=limit) == ["0", "5", "10"]
+
+
+async def test_a_page_of_messages_goes_on_where_it_was_whatever_has_come_since(autojump_clock: MockClock) -> None:
+    """A reply that has come since the page before is the next message; on another path there is no next one."""
+    async with open_stage() as stage:
+        session_id = await new_session(stage)
+        turn = await start(stage.sessions, session_id, "q")
+        reply = await stage.puppet.next_reply()
+        first = await stage.sessions.list_messages(session_id, limit=1)
+        assert ([message.text for message in first.data], first.next) == (["q"], None)
+        reply.say("a")
+        reply.finish()
+        await turn.wait_ended()
+        first = await stage.sessions.list_messages(session_id, limit=1)
+        other = await start(stage.sessions, session_id, "q2", parent=turn.id)
+        second = await stage.sessions.list_messages(session_id, limit=1, after=first.next)
+        assert [message.text for message in second.data] == ["a"]
+        third = await stage.sessions.list_messages(session_id, limit=1, after=second.next)
+        assert [message.text for message in third.data] == ["q2"]
+        await stage.sessions.cancel_turn(session_id, other.id)
+        await start(stage.sessions, session_id, "beside", parent=None)
+        with pytest.raises(InvalidRequestError):
+            await stage.sessions.list_messages(session_id, limit=1, after=second.next)
+
+
 async def test_messages_of_the_path_are_paged(autojump_clock: MockClock) -> None:
     async with open_stage() as stage:
         session_id = await new_session(stage)
@@ -368,12 +443,24 @@ async def test_messages_of_the_path_are_paged(autojump_clock: MockClock) -> None
         rest = await stage.sessions.list_messages(session_id, limit=4, after=page.next)
         assert [message.text for message in rest.data] == ["q2", "a2"]
         assert rest.next is None
+        for limit in range(1, 8):
+            assert await all_messages(stage, session_id, limit=limit) == ["q0", "a0", "q1", "a1", "q2", "a2"]
         assert (await stage.sessions.get_session(session_id)).message_count == 6
         with pytest.raises(InvalidRequestError):
             await stage.sessions.list_messages(session_id, limit=4, after="msg_unknown")
 
 
 # Streams
+
+
+async def test_an_answer_that_outlives_the_service_takes_no_leave(autojump_clock: MockClock) -> None:
+    async def never_called() -> None:
+        pytest.fail("there is nobody to wait for it")
+
+    async with open_stage() as stage:
+        forward = stage.sessions.open_forward()
+    assert not forward.take_leave(never_called)
+    forward.close()
 
 
 def test_stream_places_are_bounded_and_given_back_once() -> None:

@@ -24,6 +24,7 @@ METHODS: list[Callable[[MemoryStore], Awaitable[object]]] = [
     lambda store: store.get_turn("s", "t", now=T0),
     lambda store: store.list_turns("s", limit=1, after=None, now=T0),
     lambda store: store.read_path("s", "t", bytes_max=None),
+    lambda store: store.list_path("s", "t", limit=1, first=None),
     lambda store: store.read_events("s", "t"),
     lambda store: store.recover(now=T0),
     lambda store: store.aclose(),

@@ -3,12 +3,15 @@
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pytest
 import trio
 
 from service.models.client import Usage
-from service.storage.records import SessionPatch
+from service.storage import forks, memory
+from service.storage.records import SessionPatch, SessionRecord
+from service.storage.sqlite import forks as sqlite_forks
 from service.storage.store import Store
 from tests.storage.conftest import OpenStore
 from tests.storage.rows import IDLE_TIMEOUT_S, T0, Contents, a_session, a_turn, at, contents, ended
@@ -82,6 +85,9 @@ async def _prepare(store: Store) -> None:
     for turn in (a_turn("told", "old"), a_turn("tm", "marked")):
         await store.begin_turn(turn, now=T0)
         await store.end_turn(ended(turn), events=[b"1", b"2"], now=T0)
+    for name, parent in (("first", None), ("second", "first")):
+        await store.begin_turn(a_turn(name, parent=parent), now=T0)
+        await store.end_turn(ended(a_turn(name, parent=parent)), events=[b"1", b"2"], now=T0)
     await store.begin_turn(a_turn("t"), now=T0)
     await store.begin_turn(a_turn("queued", state="queued", parent="t"), now=T0)
     await store.mark_deleted("marked", now=T0)
@@ -90,6 +96,8 @@ async def _prepare(store: Store) -> None:
 NOW = at(IDLE_TIMEOUT_S)
 STEPS: dict[str, Callable[[Store], Awaitable[object]]] = {
     "create": lambda store: store.create_session(a_session("fresh", created=IDLE_TIMEOUT_S), now=NOW),
+    "fork": lambda store: store.fork_session("s", at="second", copy_id="fresh", now=NOW),
+    "fork over an expired one": lambda store: store.fork_session("s", at="second", copy_id="old", now=NOW),
     "create over an expired one": lambda store: store.create_session(a_session("old", created=IDLE_TIMEOUT_S), now=NOW),
     "update": lambda store: store.update_session("s", SessionPatch(title="new", metadata={"a": "b"}), now=NOW),
     "mark": lambda store: store.mark_deleted("s", now=NOW),
@@ -106,6 +114,28 @@ STEPS: dict[str, Callable[[Store], Awaitable[object]]] = {
 }
 
 
+@pytest.fixture
+def _forks_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each copy of a turn has the same id in each store, and SQLite builds copies in as many steps as it can."""
+    monkeypatch.setattr(forks, "new_message_id", lambda: "msg_")
+    monkeypatch.setattr(sqlite_forks, "STEP_S", 0)
+    numbers: dict[str, int] = {}
+
+    def number(source: SessionRecord, path: forks.Path, **changes: Any) -> object:
+        numbers["next"] = 0
+        return fork_of(source, path, **changes)
+
+    def new_turn_id() -> str:
+        numbers["next"] += 1
+        return f"turn_{numbers['next']}"
+
+    fork_of = forks.fork_of
+    monkeypatch.setattr(forks, "new_turn_id", new_turn_id)
+    monkeypatch.setattr(memory, "fork_of", number)
+    monkeypatch.setattr(sqlite_forks, "fork_of", number)
+
+
+@pytest.mark.usefixtures("_forks_alike")
 @pytest.mark.parametrize("step", STEPS)
 async def test_a_cancelled_step_leaves_all_or_nothing(open_store: OpenStore, step: str) -> None:
     async with open_store() as store:
@@ -141,6 +171,7 @@ READS: dict[str, Callable[[Store], Awaitable[object]]] = {
     "get turn": lambda store: store.get_turn("s", "t", now=NOW),
     "list turns": lambda store: store.list_turns("s", limit=1, after=None, now=NOW),
     "path": lambda store: store.read_path("s", "queued", bytes_max=None),
+    "path in pages": lambda store: store.list_path("s", "queued", limit=1, first="t"),
     "events": lambda store: store.read_events("marked", "tm"),
 }
 

@@ -160,6 +160,7 @@ async def _removed(store: Store) -> None:
 
 GONE = [_unknown, _expired, _marked, _removed]
 NEEDS_A_SESSION: dict[str, Callable[[Store], Awaitable[object]]] = {
+    "fork": lambda store: store.fork_session("s", at=None, copy_id="copy", now=T0),
     "get": lambda store: store.get_session("s", now=T0),
     "update": lambda store: store.update_session("s", SessionPatch(title="x"), now=T0),
     "mark_deleted": lambda store: store.mark_deleted("s", now=T0),
@@ -574,6 +575,18 @@ async def test_the_first_end_wins_and_the_second_changes_nothing(store: Store) -
     assert await contents(store, now=at(1)) == before
 
 
+async def test_an_end_may_be_as_large_as_a_log_can_be(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    turn = a_turn()
+    await store.begin_turn(turn, now=T0)
+    text = 1024 * "x"
+    events = [b"%06d %b" % (number, text.encode()) for number in range(16 * 1024)]
+    assert await store.end_turn(ended(turn, text=1024 * text), events=events, now=at(1)) is True
+    assert list(await store.read_events("s", "t")) == events
+    assert len((await store.get_turn("s", "t", now=at(1))).text) == 1024 * 1024
+    assert (await store.get_session("s", now=at(1))).message_count == 2
+
+
 async def test_an_end_of_an_unknown_turn_is_none(store: Store) -> None:
     assert await store.end_turn(ended(a_turn()), events=[b"1"], now=T0) is False
     await store.create_session(a_session(), now=T0)
@@ -687,6 +700,31 @@ async def test_a_long_path_is_whole(store: Store) -> None:
     path = await store.read_path("s", names[-1], bytes_max=None)
     assert [turn.id for turn in path] == names
     assert len(await store.read_path("s", names[-1], bytes_max=50)) == 10
+
+
+async def test_a_path_is_listed_in_pages_from_its_root(store: Store) -> None:
+    tree = [("a", None), ("b", "a"), ("c", "b"), ("b2", "a"), ("d", "c"), ("e", "d")]
+    await _grow(store, *(a_turn(name, parent=parent) for name, parent in tree))
+    b = ended(a_turn("b", parent="a"), text="reply")
+    await store.end_turn(b, events=[], now=T0)
+    cases = [
+        ("e", None, 3, "a b c"),
+        ("e", None, 5, "a b c d e"),
+        ("e", None, 9, "a b c d e"),
+        ("e", "a", 1, "a"),
+        ("e", "c", 2, "c d"),
+        ("e", "e", 2, "e"),
+        ("b2", None, 2, "a b2"),
+        ("b2", "b", 2, ""),
+        ("c", "d", 2, ""),
+        ("e", "nowhere", 2, ""),
+        ("nowhere", None, 2, ""),
+    ]
+    for last, first, limit, names in cases:
+        page = await store.list_path("s", last, limit=limit, first=first)
+        assert [turn.id for turn in page] == names.split(), (last, first, limit)
+    assert list(await store.list_path("s", "e", limit=1, first="b")) == [b]
+    assert list(await store.list_path("other", "e", limit=1, first=None)) == []
 
 
 # Sizes

@@ -324,6 +324,8 @@ class History:
             assert list(await store.read_events(turn.session_id, turn.id)) == model.events.get(turn.id, [])
             path = await store.read_path(turn.session_id, turn.id, bytes_max=None)
             assert list(path) == (model.path(turn.id) if kept else [])
+            paged = await store.list_path(turn.session_id, turn.id, limit=2, first=None)
+            assert list(paged) == (model.path(turn.id)[:2] if kept else [])
 
 
 def _patch(step: Update) -> SessionPatch:

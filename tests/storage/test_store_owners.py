@@ -4,7 +4,7 @@ import msgspec
 import pytest
 import trio
 
-from service.errors import OwnedElsewhereError
+from service.errors import OwnedElsewhereError, TurnInProgressError
 from service.storage.records import SEQ_AFTER_CRASH, Checkpoint, Item
 from service.storage.store import Store
 from tests.storage.conftest import OpenStore
@@ -264,3 +264,20 @@ async def test_without_other_owners_there_is_none_to_find(store: Store) -> None:
     assert await store.find_owner("never") is None
     await _begin(store, "t")
     assert await store.find_owner("s") is None
+
+
+async def test_any_owner_forks_what_has_ended_and_is_told_whose_the_rest_is(open_shared: OpenStore) -> None:
+    async with open_shared() as first, open_shared() as second:
+        await _begin(first, "t")
+        assert await first.end_turn(ended(a_turn()), events=[b"1"], now=T0)
+        await first.begin_turn(a_turn("open", parent="t"), now=T0)
+        assert (await second.fork_session("s", at="t", copy_id="copy", now=T0)).message_count == 2
+        with pytest.raises(OwnedElsewhereError):
+            await second.fork_session("s", at=None, copy_id="other", now=T0)
+        with pytest.raises(TurnInProgressError):
+            await first.fork_session("s", at=None, copy_id="other", now=T0)
+        assert await second.find_owner("copy") is None
+        await second.begin_turn(a_turn("next", "copy"), now=T0)
+    async with open_shared() as store:
+        assert await store.recover(now=T0) == 2
+        assert (await store.fork_session("s", at=None, copy_id="other", now=T0)).message_count == 3

@@ -128,4 +128,4 @@ def back_up(path: Path, copy: Path) -> None:
 
 def startup_error(path: Path, error: apsw.Error | OSError) -> StartupError:
     words = fault_of(error)[0] if isinstance(error, apsw.Error) else f"{error.strerror}"
-    return StartupError(f"The store sqlite:{path} cannot be opened: {words}.")
+    return StartupError(f"The store sqlite:{path} cannot be opened: {words} (LASTCALL_STORE_URL names another).")

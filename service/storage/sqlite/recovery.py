@@ -11,7 +11,7 @@ import msgspec
 from service.errors import OwnedElsewhereError
 from service.storage.records import SEQ_AFTER_CRASH, Item
 from service.storage.sqlite.ownership import Ownership, fences, owner_of
-from service.storage.sqlite.rows import TURN_COLUMNS, Row, as_json, items_of, moment, turn_of
+from service.storage.sqlite.rows import AHEAD, TURN_COLUMNS, Row, as_json, items_of, moment, turn_of
 
 _TURNS_MAX = 100
 """The turns that one step ends, so that it holds the write lock for milliseconds."""
@@ -59,6 +59,7 @@ def take_over(
 
 def _end(db: apsw.Connection, row: Row, now: datetime) -> None:
     *_, key, session, session_id, idle_timeout_s = row
+    _drop_kept_ahead(db, key)
     turn = msgspec.structs.replace(turn_of(session_id, row), output=_joined_output(db, key))
     db.execute(
         "UPDATE turns SET owner = NULL, state = 'interrupted', reason = 'crash', ended_at = ?, last_seq = ?, "
@@ -71,6 +72,17 @@ def _end(db: apsw.Connection, row: Row, now: datetime) -> None:
         "message_count = message_count + ?, last_accessed_at = ?, expires_at = ? WHERE key = ?",
         (int(bool(turn.text)), moment(now), moment(now + timedelta(seconds=idle_timeout_s)), session),
     )
+
+
+def _drop_kept_ahead(db: apsw.Connection, turn: int) -> None:
+    """Drop the beginning of a checkpoint or an end whose last step never came."""
+    mark: Row | None = db.execute(
+        "SELECT key, after FROM outputs WHERE turn = ? AND items LIKE ?", (turn, f"{AHEAD} %")
+    ).fetchone()
+    if mark is not None:
+        key, after = mark
+        db.execute("DELETE FROM events WHERE turn = ? AND after >= ?", (turn, after))
+        db.execute("DELETE FROM outputs WHERE key = ?", (key,))
 
 
 def _joined_output(db: apsw.Connection, turn: int) -> tuple[Item, ...]:

@@ -1,6 +1,6 @@
 """Rows to records and back."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -22,6 +22,9 @@ _frames: msgspec.msgpack.Decoder[list[bytes]] = msgspec.msgpack.Decoder(list[byt
 
 FRAMES_BYTES_MAX = 256 * 1024
 """The events of one row, unless a single one is larger: a row is what is read, written and deleted at once."""
+
+AHEAD = "ahead"
+"""How the mark of events begins that are kept ahead, among outputs that are JSON."""
 
 
 def moment(at: datetime) -> int:
@@ -121,18 +124,23 @@ def items_of(json: str) -> tuple[Item, ...]:
     return _items.decode(json)
 
 
-def pack_frames(events: Sequence[bytes], *, after: int) -> list[tuple[int, bytes]]:
+def pack_frames(events: Sequence[bytes], *, after: int) -> Iterator[tuple[int, bytes]]:
     """Events as blobs of a bounded size, in order; each with the seq before its first, ``after`` for the first blob."""
-    packed = []
+    for part in split_frames(events, bytes_max=FRAMES_BYTES_MAX):
+        yield after, msgspec.msgpack.encode(part)
+        after += len(part)
+
+
+def split_frames(events: Sequence[bytes], *, bytes_max: int) -> Iterator[Sequence[bytes]]:
+    """Events in parts of a bounded size, unless a single one is larger."""
     start = size = 0
     for end, event in enumerate(events):
-        if size + len(event) > FRAMES_BYTES_MAX and end > start:
-            packed.append((after + start, msgspec.msgpack.encode(events[start:end])))
+        if size + len(event) > bytes_max and end > start:
+            yield events[start:end]
             start, size = end, 0
         size += len(event)
     if start < len(events):
-        packed.append((after + start, msgspec.msgpack.encode(events[start:])))
-    return packed
+        yield events[start:]
 
 
 def unpack_frames(blob: bytes) -> list[bytes]:

@@ -73,8 +73,13 @@ def create(db: apsw.Connection, session: SessionRecord, now: datetime) -> None:
     if present is not None:
         if present.deletion or not present.record.has_expired(now):
             raise SessionExistsError(session.id)
-        db.execute(_CUT_OFF, (present.key,))
+        cut_off(db, present.key)
     insert(db, session)
+
+
+def cut_off(db: apsw.Connection, key: int) -> None:
+    """Remove a session: nobody finds it any more, and its rows are reclaimed later."""
+    db.execute(_CUT_OFF, (key,))
 
 
 def insert(db: apsw.Connection, session: SessionRecord, *, turns_begun: int = 0) -> int:
@@ -159,7 +164,7 @@ def remove_deleted(db: apsw.Connection, session_id: str) -> bool:
     key = db.execute("SELECT key FROM sessions WHERE id = ? AND deletion = 1", (session_id,)).get
     if key is None:
         return False
-    db.execute(_CUT_OFF, (key,))
+    cut_off(db, key)
     return True
 
 

@@ -2,15 +2,16 @@
 
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import datetime
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import anyio
 import apsw
 
-from service.errors import StartupError
+from service.errors import StoreError
 from service.storage.cursors import decode_session_cursor, decode_turn_cursor
 from service.storage.records import (
     Checkpoint,
@@ -21,11 +22,15 @@ from service.storage.records import (
     SessionStatus,
     TurnRecord,
 )
-from service.storage.sqlite import recovery, sessions, turns
+from service.storage.sqlite import database, forks, recovery, sessions, turns
 from service.storage.sqlite.ownership import Ownership, find_owner, is_oldest
 from service.storage.sqlite.reader import Reader
-from service.storage.sqlite.sql_thread import SqlThread
+from service.storage.sqlite.rows import AHEAD, split_frames
+from service.storage.sqlite.sql_thread import CLAIMED_GRACE_S, SqlThread
 from service.storage.sqlite.writer import Writer
+
+STEP_BYTES_MAX = 2 * 1024 * 1024
+"""The events that one step writes, so that it holds the write lock for milliseconds."""
 
 
 @asynccontextmanager
@@ -66,12 +71,15 @@ class SqliteStore:
         try:
             self._ownership = Ownership(path.with_name(f"{path.name}-owners"))
         except OSError as error:
-            raise StartupError(f"The store {self.name} cannot be opened: {error.strerror}.") from error
+            raise database.startup_error(path, error) from error
         self.writer = Writer(path, self._ownership, address=address, opened_at=time.time_ns() // 1000)
         self._writing = SqlThread("sqlite writer", self.writer)
+        self._marks = count()
         # Apart, so that the many short looks do not wait for a long one.
         self._looking = SqlThread("sqlite reader", Reader(path))
         self._reading = SqlThread("sqlite long reader", Reader(path))
+        self._forking = anyio.Lock()  # one at a time: what is to be copied is in memory meanwhile
+        self._abandoned: set[str] = set()
 
     @property
     def fence(self) -> int:
@@ -87,6 +95,23 @@ class SqliteStore:
 
     async def create_session(self, session: SessionRecord, *, now: datetime) -> None:
         await self._writing.call(lambda db: sessions.create(db, session, now))
+
+    async def fork_session(self, source_id: str, *, at: str | None, copy_id: str, now: datetime) -> SessionRecord:
+        async with self._forking:
+            fork = await self._reading.call(
+                lambda db: forks.plan(db, source_id, at=at, copy_id=copy_id, fence=self.fence, now=now)
+            )
+            step = partial(forks.build, fork=fork, fence=self.fence, now=now)
+            try:
+                progress = await self._writing.call(partial(step, progress=None))
+                while progress is not None:
+                    progress = await self._writing.call(partial(step, progress=progress))
+            except BaseException:
+                self._abandoned.add(fork.hidden_id)
+                with anyio.move_on_after(CLAIMED_GRACE_S, shield=True), suppress(StoreError):
+                    await self._clear_abandoned()
+                raise
+            return fork.session
 
     async def get_session(self, session_id: str, *, now: datetime) -> SessionRecord:
         return await self._looking.call(lambda db: sessions.visible(db, session_id, now).record)
@@ -127,10 +152,37 @@ class SqliteStore:
         await self._writing.call(lambda db: turns.start(db, turn_id, self.fence, now))
 
     async def checkpoint_turns(self, checkpoints: Sequence[Checkpoint]) -> None:
-        await self._writing.call(lambda db: turns.checkpoint(db, checkpoints, self.fence))
+        aheads = [await self._keep_ahead(it.session_id, it.turn_id, it.events, after=it.after) for it in checkpoints]
+        await self._writing.call(lambda db: turns.checkpoint(db, checkpoints, aheads, self.fence))
 
     async def end_turn(self, turn: TurnRecord, *, events: Sequence[bytes], now: datetime, after: int = 0) -> bool:
-        return await self._writing.call(lambda db: turns.end(db, turn, events, after=after, fence=self.fence, now=now))
+        ahead = await self._keep_ahead(turn.session_id, turn.id, events, after=after)
+        return await self._writing.call(
+            lambda db: turns.end(db, turn, events, ahead, after=after, fence=self.fence, now=now)
+        )
+
+    async def _keep_ahead(
+        self, session_id: str, turn_id: str, events: Sequence[bytes], *, after: int
+    ) -> turns.Ahead | None:
+        """Where the events are too many for one step, keep all but the last part of them."""
+        if sum(map(len, events)) <= STEP_BYTES_MAX:
+            return None
+        ahead: turns.Ahead | None = turns.Ahead(f"{AHEAD} {next(self._marks)}")
+        *parts, _ = split_frames(events, bytes_max=STEP_BYTES_MAX)
+        for part in parts:
+            if ahead is not None:
+                ahead = await self._writing.call(
+                    partial(
+                        turns.keep_ahead,
+                        session_id=session_id,
+                        turn_id=turn_id,
+                        events=part,
+                        ahead=ahead,
+                        after=after,
+                        fence=self.fence,
+                    )
+                )
+        return ahead
 
     async def get_turn(self, session_id: str, turn_id: str, *, now: datetime) -> TurnRecord:
         return await self._looking.call(lambda db: turns.get(db, session_id, turn_id, now))
@@ -145,6 +197,9 @@ class SqliteStore:
         thread = self._reading if bytes_max is None else self._looking
         return await thread.call(lambda db: turns.read_path(db, session_id, turn_id, bytes_max))
 
+    async def list_path(self, session_id: str, turn_id: str, *, limit: int, first: str | None) -> Sequence[TurnRecord]:
+        return await self._reading.call(lambda db: turns.list_path(db, session_id, turn_id, limit=limit, first=first))
+
     async def read_events(self, session_id: str, turn_id: str) -> Sequence[bytes]:
         return await self._reading.call(lambda db: turns.read_events(db, session_id, turn_id))
 
@@ -154,6 +209,7 @@ class SqliteStore:
         return await self._looking.call(lambda db: find_owner(db, session_id, besides=self.fence))
 
     async def recover(self, *, now: datetime) -> int:
+        await self._clear_abandoned()
         recovered, finished = 0, False
         while not finished:
             ended, finished = await self._writing.call(partial(recovery.recover_some, owners=self._ownership, now=now))
@@ -168,6 +224,12 @@ class SqliteStore:
                 await thread.close()
         finally:
             self._ownership.close()
+
+    async def _clear_abandoned(self) -> None:
+        """Remove what forks that failed have left."""
+        for hidden_id in list(self._abandoned):
+            await self.remove_deleted(hidden_id)
+            self._abandoned.discard(hidden_id)
 
 
 def _delete_expired(db: apsw.Connection, owners: Ownership, now: datetime, limit: int) -> int:

@@ -3,6 +3,7 @@
 A step that refuses does so before it has written anything.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
@@ -15,6 +16,7 @@ from service.storage.records import Checkpoint, Page, SessionRecord, TurnRecord
 from service.storage.sqlite import recovery, sessions
 from service.storage.sqlite.ownership import Ownership
 from service.storage.sqlite.rows import (
+    AHEAD,
     TURN_COLUMNS,
     Row,
     as_json,
@@ -36,6 +38,10 @@ _INSERT_COLUMNS = (
 _INSERT = (
     f"INSERT INTO turns (session, ordinal, owner, {_INSERT_COLUMNS}) "
     f"VALUES (:session, :ordinal, :owner, {', '.join(':' + name for name in _INSERT_COLUMNS.split(', '))})"
+)
+_EVENTS = (
+    "SELECT frames FROM events WHERE turn = :turn "
+    "AND after < coalesce((SELECT after FROM outputs WHERE turn = :turn AND items LIKE :mark), 1 << 62) ORDER BY after"
 )
 _END_COLUMNS = (
     "state",
@@ -60,8 +66,8 @@ _END_IN_SESSION = (
 
 def begin(db: apsw.Connection, turn: TurnRecord, owners: Ownership, now: datetime) -> SessionRecord:
     kept = sessions.visible(db, turn.session_id, now)
-    if turn.parent is not None and not _exists(db, turn.parent, kept.key):
-        raise TurnNotFoundError(turn.parent)
+    if turn.parent is not None:
+        key_of(db, turn.parent, kept.key)
     if kept.owner not in (None, owners.fence):
         recovery.take_over(db, kept.owner, owners, now, session=kept.key, session_id=turn.session_id)
         kept = sessions.visible(db, turn.session_id, now)
@@ -101,12 +107,41 @@ def start(db: apsw.Connection, turn_id: str, fence: int, now: datetime) -> None:
     )
 
 
-def checkpoint(db: apsw.Connection, checkpoints: Sequence[Checkpoint], fence: int) -> None:
-    for it in checkpoints:
+class Ahead(msgspec.Struct, frozen=True):
+    """Events of a checkpoint or an end that is too large for one step, kept ahead of it by steps of their own.
+
+    They count when the last step is there. Until then a row in ``outputs`` marks from where on they are nothing yet:
+    nobody reads them, recovery drops them, and so does whatever is kept in their place, which takes the mark away.
+    """
+
+    mark: str
+    count: int = 0
+
+
+def keep_ahead(
+    db: apsw.Connection, session_id: str, turn_id: str, events: Sequence[bytes], ahead: Ahead, *, after: int, fence: int
+) -> Ahead | None:
+    """Keep the next events after those of ``ahead``; None where there is no use in it."""
+    own = _own(db, session_id, turn_id, fence)
+    if own is None:
+        return None
+    if ahead.count == 0:
+        db.execute("DELETE FROM outputs WHERE turn = ? AND after >= ?", (own.key, after))
+        db.execute("INSERT INTO outputs (turn, after, items) VALUES (?, ?, ?)", (own.key, after, ahead.mark))
+    elif not _is_marked(db, own.key, after, ahead):
+        return None
+    _keep_events(db, own.key, events, after=after + ahead.count)
+    return msgspec.structs.replace(ahead, count=ahead.count + len(events))
+
+
+def checkpoint(
+    db: apsw.Connection, checkpoints: Sequence[Checkpoint], aheads: Sequence[Ahead | None], fence: int
+) -> None:
+    for it, ahead in zip(checkpoints, aheads, strict=True):
         own = _own(db, it.session_id, it.turn_id, fence)
         if own is None:
             continue
-        _keep_events(db, own.key, it.events, after=it.after)
+        _keep_rest(db, own.key, it.events, ahead, after=it.after)
         db.execute("DELETE FROM outputs WHERE turn = ? AND after >= ?", (own.key, it.after))
         if it.output:
             db.execute(
@@ -115,14 +150,21 @@ def checkpoint(db: apsw.Connection, checkpoints: Sequence[Checkpoint], fence: in
 
 
 def end(
-    db: apsw.Connection, turn: TurnRecord, events: Sequence[bytes], *, after: int, fence: int, now: datetime
+    db: apsw.Connection,
+    turn: TurnRecord,
+    events: Sequence[bytes],
+    ahead: Ahead | None,
+    *,
+    after: int,
+    fence: int,
+    now: datetime,
 ) -> bool:
     own = _own(db, turn.session_id, turn.id, fence)
     if own is None:
         return False
     values = values_of(turn)
     db.execute(_END, {name: values[name] for name in _END_COLUMNS} | {"key": own.key})
-    _keep_events(db, own.key, events, after=after)
+    _keep_rest(db, own.key, events, ahead, after=after)
     db.execute("DELETE FROM outputs WHERE turn = ?", (own.key,))
     db.execute(
         _END_IN_SESSION,
@@ -195,10 +237,39 @@ def read_path(db: apsw.Connection, session_id: str, turn_id: str, bytes_max: int
     return path
 
 
+def list_path(db: apsw.Connection, session_id: str, turn_id: str, *, limit: int, first: str | None) -> list[TurnRecord]:
+    session = _key(db, session_id)
+    keys: deque[int] = deque(maxlen=limit)  # from the last towards the first
+    next_id: str | None = turn_id
+    while next_id is not None:
+        row: Row | None = db.execute(
+            "SELECT key, parent FROM turns WHERE id = ? AND session = ?", (next_id, session)
+        ).fetchone()
+        if row is None:
+            return []
+        keys.append(row[0])
+        if next_id == first:
+            break
+        next_id = row[1]
+    else:
+        if first is not None:
+            return []
+    query = f"SELECT {TURN_COLUMNS} FROM turns WHERE key = ?"
+    return [turn_of(session_id, row) for key in reversed(keys) for row in db.execute(query, (key,))]
+
+
 def read_events(db: apsw.Connection, session_id: str, turn_id: str) -> list[bytes]:
     turn = db.execute("SELECT key FROM turns WHERE id = ? AND session = ?", (turn_id, _key(db, session_id))).get
-    rows: list[Row] = db.execute("SELECT frames FROM events WHERE turn = ? ORDER BY after", (turn,)).fetchall()
+    rows: list[Row] = db.execute(_EVENTS, {"turn": turn, "mark": f"{AHEAD} %"}).fetchall()
     return [frame for (frames,) in rows for frame in unpack_frames(frames)]
+
+
+def key_of(db: apsw.Connection, turn_id: str, session: int) -> int:
+    """Raises: TurnNotFoundError: It is not a turn of this session."""
+    key: int | None = db.execute("SELECT key FROM turns WHERE id = ? AND session = ?", (turn_id, session)).get
+    if key is None:
+        raise TurnNotFoundError(turn_id)
+    return key
 
 
 class _Own(msgspec.Struct, frozen=True):
@@ -219,14 +290,22 @@ def _own(db: apsw.Connection, session_id: str, turn_id: str, fence: int) -> _Own
     return None if session is None else _Own(*turn, *session)
 
 
+def _is_marked(db: apsw.Connection, turn: int, after: int, ahead: Ahead) -> bool:
+    query = "SELECT 1 FROM outputs WHERE turn = ? AND after = ? AND items = ?"
+    return db.execute(query, (turn, after, ahead.mark)).fetchone() is not None
+
+
+def _keep_rest(db: apsw.Connection, turn: int, events: Sequence[bytes], ahead: Ahead | None, *, after: int) -> None:
+    if ahead is not None and _is_marked(db, turn, after, ahead):
+        _keep_events(db, turn, events[ahead.count :], after=after + ahead.count)
+    else:
+        _keep_events(db, turn, events, after=after)
+
+
 def _keep_events(db: apsw.Connection, turn: int, events: Sequence[bytes], *, after: int) -> None:
     db.execute("DELETE FROM events WHERE turn = ? AND after >= ?", (turn, after))
     for blob_after, blob in pack_frames(events, after=after):
         db.execute("INSERT INTO events (turn, after, frames) VALUES (?, ?, ?)", (turn, blob_after, blob))
-
-
-def _exists(db: apsw.Connection, turn_id: str, session: int) -> bool:
-    return db.execute("SELECT 1 FROM turns WHERE id = ? AND session = ?", (turn_id, session)).fetchone() is not None
 
 
 def _key(db: apsw.Connection, session_id: str) -> int | None:

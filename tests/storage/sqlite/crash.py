@@ -13,6 +13,7 @@ import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 import apsw
@@ -25,16 +26,20 @@ from service.sessions.registry import NewSession, NewTurn, Sessions
 from service.sessions.turn import Turn
 from service.settings import Settings
 from service.storage.records import SEQ_AFTER_CRASH, Checkpoint
-from service.storage.sqlite import SqliteStore, open_sqlite_store
+from service.storage.sqlite import SqliteStore, forks, open_sqlite_store
 from service.supervisor import open_service
 
 TOKENS = 30
 REPLY = "".join(f"{n} " for n in range(TOKENS))
 CLIENTS = 8
+FORK = "fork-"
 
 
 class Fact(msgspec.Struct, array_like=True):
-    """What a client was told, or is about to ask: ``created``, ``deleting``, ``accepted``, ``seen``, ``kept``..."""
+    """What a client was told, or is about to ask: ``created``, ``deleting``, ``accepted``, ``seen``, ``kept``...
+
+    ``lives`` has in ``text`` until when a session is there if nobody uses it, ``forked`` what was copied.
+    """
 
     kind: str
     session: str
@@ -67,35 +72,88 @@ async def serve(path: str, seed: int) -> None:
         tell("kept", turn.session_id, turn.id, turn.kept_seq)
 
     Turn.note_checkpoint = tell_checkpoint  # type: ignore[method-assign, assignment]
+    forks.STEP_S = 0  # so that it is killed in the middle of some
     async with open_service(settings) as service, trio.open_nursery() as nursery:
         tell("ready", "")
+        earlier = [it.id for it in (await service.sessions.list_sessions(limit=50)).data if it.idle_timeout_s > 1]
         for _ in range(CLIENTS):
-            nursery.start_soon(_be_a_client, service.sessions, luck)
+            nursery.start_soon(_be_a_client, service.sessions, earlier, luck)
 
 
-async def _be_a_client(sessions: Sessions, luck: random.Random) -> None:
+async def _be_a_client(sessions: Sessions, earlier: list[str], luck: random.Random) -> None:
     while True:
-        # A session in four expires at once, when it has no turn: nothing is promised of it.
-        short = luck.random() < 0.25
-        session = (await sessions.create_session(NewSession(idle_timeout_s=0.05 if short else None))).id
-        if not short:
-            tell("created", session)
+        if luck.random() < 0.25:
+            await _let_expire(sessions, luck)
+        for session in luck.sample(earlier, min(len(earlier), luck.randint(0, 3))):
+            with suppress(LastcallError):
+                await _fork(sessions, session, luck)
+        session = (await sessions.create_session(NewSession())).id
+        tell("created", session)
+        await _have_turns(sessions, session, luck)
+        if luck.random() < 0.5 and (copy := await _fork(sessions, session, luck)) is not None:
+            if luck.random() < 0.5:
+                await _have_turns(sessions, copy, luck)
+            await _delete_some(sessions, copy, luck)
+        await _delete_some(sessions, session, luck)
+
+
+async def _have_turns(sessions: Sessions, session: str, luck: random.Random) -> None:
+    with suppress(LastcallError):
+        for _ in range(luck.randint(1, 4)):
+            await _have_a_turn(sessions, session, luck)
+
+
+async def _delete_some(sessions: Sessions, session: str, luck: random.Random) -> None:
+    if luck.random() < 0.3:
+        tell("deleting", session)
+        await sessions.delete_session(session)
+        tell("deleted", session)
+
+
+async def _let_expire(sessions: Sessions, luck: random.Random) -> None:
+    """A session that is there until its deadline, wherever a turn moves that, and never again after it."""
+    record = await sessions.create_session(NewSession(idle_timeout_s=0.1))
+    tell("lives", record.id, "", 0, "", record.expires_at.isoformat())
+    if luck.random() < 0.7:
         with suppress(LastcallError):
-            for _ in range(luck.randint(1, 4)):
-                await _have_a_turn(sessions, session, luck, promised=not short)
-        if luck.random() < 0.3 and not short:
-            tell("deleting", session)
-            await sessions.delete_session(session)
-            tell("deleted", session)
+            turn, watch = await sessions.start_turn(record.id, NewTurn(text="hi", background=True))
+            watch.release()
+            await turn.wait_ended()
+            record = await sessions.get_session(record.id)
+            tell("lives", record.id, "", 0, "", record.expires_at.isoformat())
+    try:
+        while True:
+            await trio.sleep(luck.uniform(0, 0.1))
+            await sessions.get_session(record.id)
+    except SessionNotFoundError:
+        tell("expired", record.id)
 
 
-async def _have_a_turn(sessions: Sessions, session: str, luck: random.Random, *, promised: bool) -> None:
+class Copied(msgspec.Struct, array_like=True):
+    """What is to be found in the copy of a turn."""
+
+    input: str
+    state: str
+    text: str
+    last_seq: int
+
+
+async def _fork(sessions: Sessions, session: str, luck: random.Random) -> str | None:
+    """Fork at the last turn that has ended, or at an earlier one; the copy's id, None if there is nothing to copy."""
+    turns = [turn for turn in (await sessions.list_turns(session, limit=100)).data if not turn.is_open]
+    if not turns:
+        return None
+    path = turns[: luck.randint(1, len(turns))]
+    copy = await sessions.fork_session(session, at=path[-1].id, copy_id=f"{FORK}{luck.getrandbits(64):x}")
+    copied = [Copied(turn.input[0].text, turn.state, turn.text, turn.last_seq) for turn in path]
+    tell("forked", copy.id, "", 0, "", msgspec.json.encode(copied).decode())
+    return copy.id
+
+
+async def _have_a_turn(sessions: Sessions, session: str, luck: random.Random) -> None:
     text = f"input {luck.random()}"
     turn, watch = await sessions.start_turn(session, NewTurn(text=text, background=True, on_conflict="queue"))
     watch.release()
-    if not promised:
-        await turn.wait_ended()
-        return
     tell("accepted", session, turn.id, 0, "", text)
     leave_at = luck.randint(1, 2 * TOKENS)
     cursor = 0
@@ -130,12 +188,22 @@ class Facts:
     deleted: set[str] = field(default_factory=set)
     turns: dict[tuple[str, str], Told] = field(default_factory=dict)
     order: dict[str, list[str]] = field(default_factory=dict)
+    forked: dict[str, list[Copied]] = field(default_factory=dict)
+    lives: dict[str, datetime] = field(default_factory=dict)
+    killed_at: datetime = field(default_factory=wall_clock)
 
     def add(self, fact: Fact) -> None:
         told = self.turns.setdefault((fact.session, fact.turn), Told())
         match fact.kind:
             case "created" | "deleting" | "deleted":
                 getattr(self, fact.kind).add(fact.session)
+            case "forked":
+                self.created.add(fact.session)
+                self.forked[fact.session] = msgspec.json.decode(fact.text, type=list[Copied])
+            case "lives":
+                self.lives[fact.session] = datetime.fromisoformat(fact.text)
+            case "expired":
+                self.deleted.add(fact.session)
             case "accepted":
                 told.input = fact.text
                 self.order.setdefault(fact.session, []).append(fact.turn)
@@ -160,6 +228,8 @@ def run_and_kill(path: Path, seed: int, facts: Facts) -> None:
             time.sleep(moment)
         finally:
             process.send_signal(signal.SIGKILL)
+            process.wait()
+            facts.killed_at = wall_clock()
         for line in (first, *process.stdout.read().splitlines(keepends=True)):
             if line.startswith(b"[") and line.endswith(b"\n"):  # its log is in between
                 facts.add(msgspec.json.decode(line, type=Fact))
@@ -175,9 +245,12 @@ async def compare(path: Path, facts: Facts) -> None:
             turns = [
                 turn.id for turn in (await store.list_turns(session, limit=100, after=None, now=wall_clock())).data
             ]
+            copied = facts.forked.get(session, [])
             accepted = facts.order.get(session, [])
-            assert turns[: len(accepted)] == accepted, "an accepted turn is gone, or out of order"
-            assert len(turns) <= len(accepted) + 1, "more than the one turn whose acceptance nobody lived to tell"
+            begun = turns[len(copied) :]
+            assert len(turns) >= len(copied), "a copied turn is gone"
+            assert begun[: len(accepted)] == accepted, "an accepted turn is gone, or out of order"
+            assert len(begun) <= len(accepted) + 1, "more than the one turn whose acceptance nobody lived to tell"
             assert record.head == (turns[-1] if turns else None)
         for session in facts.deleted:
             try:
@@ -188,7 +261,24 @@ async def compare(path: Path, facts: Facts) -> None:
         for (session, turn), told in facts.turns.items():
             if told.input and session not in facts.deleting:
                 await _compare_turn(store, session, turn, told)
+        for session, expires_at in facts.lives.items():
+            if expires_at > facts.killed_at:
+                await store.get_session(session, now=facts.killed_at)
+        for session in _forks_in(path):
+            await _compare_copies(store, session, facts.forked.get(session))
     _check_file(path)
+
+
+async def _compare_copies(store: SqliteStore, session: str, copied: list[Copied] | None) -> None:
+    """A fork that is there is there whole, also where nobody lived to tell of it."""
+    turns = (await store.list_turns(session, limit=100, after=None, now=wall_clock())).data
+    if copied is not None:
+        turns = turns[: len(copied)]
+        found = [Copied(turn.input[0].text, turn.state, turn.text, turn.last_seq) for turn in turns]
+        assert found == copied, "a copy is not what was copied"
+    assert turns, "a copy lacks its turns"
+    for turn in turns:
+        assert len(await store.read_events(session, turn.id)) == turn.last_seq or turn.reason == "crash"
 
 
 async def _compare_turn(store: SqliteStore, session: str, turn: str, told: Told) -> None:
@@ -216,8 +306,17 @@ WRONG = (
     AND message_count <> (SELECT total(1 + (output LIKE '%assistant%')) FROM turns WHERE session = sessions.key)""",
     "SELECT key FROM sessions WHERE key NOT IN (SELECT session FROM session_settings)",
     "SELECT turn FROM outputs WHERE turn IN (SELECT key FROM turns WHERE owner IS NULL)",
+    "SELECT id FROM sessions WHERE deletion = 1",
 )
 """Questions that have no answer in a database that is whole."""
+
+
+def _forks_in(path: Path) -> list[str]:
+    db = apsw.Connection(str(path))
+    try:
+        return [row[0] for row in db.execute("SELECT id FROM sessions WHERE deletion = 0 AND id LIKE ?", (f"{FORK}%",))]
+    finally:
+        db.close()
 
 
 def _check_file(path: Path) -> None:
@@ -239,7 +338,10 @@ def main(times: int) -> None:
             run_and_kill(path, seed, facts)
             trio.run(compare, path, facts)
             ended = sum(told.end is not None for told in facts.turns.values())
-            sys.stdout.write(f"{seed + 1} kills: {len(facts.turns)} turns, {ended} of them ended, nothing lost\n")
+            sys.stdout.write(
+                f"{seed + 1} kills: {len(facts.turns)} turns, {ended} of them ended; {len(facts.forked)} forks, "
+                f"{len(facts.lives)} sessions with a short life; nothing lost\n"
+            )
 
 
 if __name__ == "__main__":

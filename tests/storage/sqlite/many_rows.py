@@ -51,6 +51,9 @@ MEASURED: dict[str, Callable[[SqliteStore, str], Awaitable[object]]] = {
     "update": lambda store, n: store.update_session(f"sess_{n}", SessionPatch(title="x"), now=T0),
     "begin turn": lambda store, n: store.begin_turn(a_turn(f"new-{n}", f"sess_{n}"), now=T0),
     "end turn": lambda store, n: store.end_turn(ended(a_turn(f"new-{n}", f"sess_{n}")), events=[b"1"], now=T0),
+    "fork 10 turns": lambda store, n: store.fork_session(
+        f"sess_{n}", at=f"turn_{n}_{TURNS - 1}", copy_id=f"fork-{n}", now=T0
+    ),
     "path": lambda store, n: store.read_path(f"sess_{n}", f"turn_{n}_1", bytes_max=None),
     "page of 50": lambda store, _: store.list_sessions(limit=50, after=None, status=None, now=T0),
     "page of running": lambda store, _: store.list_sessions(limit=50, after=None, status="running", now=T0),

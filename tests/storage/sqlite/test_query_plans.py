@@ -23,6 +23,11 @@ async def _delete(store: SqliteStore, session: str) -> None:
     await store.remove_deleted(session)
 
 
+async def _fork_over_an_expired_one(store: SqliteStore) -> None:
+    await store.update_session("copy", SessionPatch(idle_timeout_s=7200), now=T0)
+    await store.fork_session("copy", at=None, copy_id="sess_000001", now=LATE)
+
+
 async def _second_page(store: SqliteStore) -> object:
     first = await store.list_sessions(limit=10, after=None, status=None, now=T0)
     return await store.list_sessions(limit=10, after=first.next, status=None, now=T0)
@@ -31,6 +36,8 @@ async def _second_page(store: SqliteStore) -> object:
 CALLS: dict[str, Callable[[SqliteStore], Awaitable[object]]] = {
     "create": lambda store: store.create_session(a_session("new"), now=T0),
     "create over an expired one": lambda store: store.create_session(a_session("sess_000000"), now=LATE),
+    "fork": lambda store: store.fork_session("sess_000102", at="turn_000102_0", copy_id="copy", now=T0),
+    "fork over an expired one": _fork_over_an_expired_one,
     "get": lambda store: store.get_session("sess_000100", now=T0),
     "update": lambda store: store.update_session("sess_000100", SessionPatch(title="x"), now=T0),
     "delete": lambda store: _delete(store, "sess_000101"),
@@ -41,6 +48,7 @@ CALLS: dict[str, Callable[[SqliteStore], Awaitable[object]]] = {
     "get turn": lambda store: store.get_turn("sess_000100", "turn_000100_1", now=T0),
     "events": lambda store: store.read_events("sess_000100", "turn_000100_1"),
     "path": lambda store: store.read_path("sess_000100", "turn_000100_1", bytes_max=None),
+    "path in pages": lambda store: store.list_path("sess_000100", "turn_000100_1", limit=1, first=None),
     "turns": lambda store: store.list_turns("sess_000100", limit=1, after=None, now=T0),
     "owner": lambda store: store.find_owner("sess_000100"),
     "first page": lambda store: store.list_sessions(limit=10, after=None, status=None, now=T0),

@@ -1,0 +1,77 @@
+"""The messages of a conversation, in pages: those of the turns on the path from the root to the head, oldest first."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Literal, Self
+
+import msgspec
+
+from service.errors import InvalidRequestError
+from service.storage.records import Page, TurnRecord
+
+_COUNT_DIGITS_MAX = 9
+
+
+class MessageRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A message on the path from the root to the head."""
+
+    id: str
+    turn_id: str
+    role: Literal["system", "user", "assistant"]
+    text: str
+    created_at: datetime
+
+
+class Position(msgspec.Struct, frozen=True):
+    """A place among the messages of a path: behind the first ``count`` ones of a turn. As a cursor ``turn_6f….2``."""
+
+    turn_id: str
+    count: int
+
+    @classmethod
+    def parse(cls, cursor: str) -> Self:
+        """Raises: InvalidRequestError (``after``), where it is not a cursor of a listing of messages."""
+        turn_id, _, count = cursor.rpartition(".")
+        if not (turn_id and count.isascii() and count.isdigit() and len(count) <= _COUNT_DIGITS_MAX):
+            raise InvalidRequestError("This cursor is not one that a listing here gave out.", field="after")
+        return cls(turn_id, int(count))
+
+    def __str__(self) -> str:
+        return f"{self.turn_id}.{self.count}"
+
+
+def turns_needed(limit: int) -> int:
+    """How many turns of the path a page is made of; of the first one all messages may have been on the page before."""
+    return limit + 2
+
+
+def page_of_messages(path: Sequence[TurnRecord], *, limit: int, skip: int) -> Page[MessageRecord]:
+    """The messages of a part of a path as one page, less the first ``skip`` ones of its first turn.
+
+    ``path`` has as many turns as are needed, or goes to the head.
+    """
+    messages = [
+        (message, Position(turn.id, count)) for turn in path for count, message in enumerate(_messages_of(turn), 1)
+    ]
+    page, rest = messages[skip : skip + limit], messages[skip + limit :]
+    goes_on = None
+    if rest:
+        _, goes_on = page[-1]
+    elif len(path) == turns_needed(limit):  # turns without messages are among them
+        goes_on = Position(path[-1].id, len(_messages_of(path[-1])))
+    return Page(data=tuple(message for message, _ in page), next=str(goes_on) if goes_on else None)
+
+
+def _messages_of(turn: TurnRecord) -> list[MessageRecord]:
+    """Its input, and its reply if that is not empty."""
+    return [
+        MessageRecord(
+            id=item.id,
+            turn_id=turn.id,
+            role=item.role,
+            text=item.text,
+            created_at=turn.created_at if item.role == "user" else turn.ended_at or turn.created_at,
+        )
+        for item in (*turn.input, *turn.output)
+        if item.type == "message"
+    ]

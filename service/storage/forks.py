@@ -1,0 +1,80 @@
+"""What a fork copies, and what the copies are: the same for every store."""
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+
+import msgspec
+
+from service.errors import InvalidRequestError, TurnInProgressError
+from service.ids import new_message_id, new_turn_id
+from service.storage.records import Item, SessionRecord, TurnRecord
+
+TURNS_MAX = 10_000
+"""How many turns one fork copies at most."""
+BYTES_MAX = 64 * 1024 * 1024
+"""The messages and events that one fork copies at most."""
+
+
+class Path:
+    """The turns that are to be copied, gathered from the last one to the root.
+
+    Attributes:
+        turns: In that order.
+    """
+
+    def __init__(self) -> None:
+        self.turns: list[TurnRecord] = []
+        self._bytes = 0
+
+    def add(self, turn: TurnRecord, *, events_bytes: int) -> None:
+        """Raises: TurnInProgressError: It is open. InvalidRequestError: It is too much."""
+        if turn.is_open:
+            raise TurnInProgressError(turn.id, instead="fork at a turn that has ended")
+        self.turns.append(turn)
+        self._bytes += turn.message_bytes + events_bytes
+        if len(self.turns) > TURNS_MAX or self._bytes > BYTES_MAX:
+            raise InvalidRequestError(
+                f"The turns up to this one are too much to copy: more than {TURNS_MAX}, or than {BYTES_MAX} bytes with "
+                "their events; fork at an earlier one.",
+                field="at",
+            )
+
+
+def fork_of(
+    source: SessionRecord, path: Path, *, copy_id: str, now: datetime
+) -> tuple[SessionRecord, list[TurnRecord]]:
+    """A new session with the settings of ``source``, and copies of the turns of ``path``, root first.
+
+    The copies have ids of their own, their items too; what happened to the turns, and when, stays.
+    """
+    turns: list[TurnRecord] = []
+    parent = None
+    for turn in reversed(path.turns):
+        copied = msgspec.structs.replace(
+            turn,
+            id=new_turn_id(),
+            session_id=copy_id,
+            parent=parent,
+            input=_copied(turn.input),
+            output=_copied(turn.output),
+        )
+        turns.append(copied)
+        parent = copied.id
+    usages = [turn.usage for turn in path.turns if turn.usage is not None]
+    session = msgspec.structs.replace(
+        source,
+        id=copy_id,
+        created_at=now,
+        last_accessed_at=now,
+        expires_at=now + timedelta(seconds=source.idle_timeout_s),
+        head=parent,
+        message_count=sum(sum(item.type == "message" for item in turn.input) + bool(turn.text) for turn in turns),
+        open_turns=0,
+        input_tokens=sum(usage.input_tokens for usage in usages),
+        output_tokens=sum(usage.output_tokens for usage in usages),
+    )
+    return session, turns
+
+
+def _copied(items: Sequence[Item]) -> tuple[Item, ...]:
+    return tuple(msgspec.structs.replace(item, id=new_message_id()) for item in items)

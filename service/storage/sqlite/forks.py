@@ -1,0 +1,138 @@
+"""Forks: a copy is built out of sight, in steps that hold the write lock for a moment, and shown by the last one.
+
+Until then it is a session that is marked as deleted, under an id that nobody can choose: nobody sees it, and where its
+builder dies or gives up it is cleared away as a deletion is.
+"""
+
+import time
+from datetime import datetime
+
+import apsw
+import msgspec
+
+from service.errors import OwnedElsewhereError, SessionExistsError
+from service.ids import new_session_id
+from service.storage.forks import Path, fork_of
+from service.storage.records import SessionRecord, TurnRecord
+from service.storage.sqlite import sessions, turns
+from service.storage.sqlite.ownership import owner_of
+from service.storage.sqlite.rows import Row
+
+STEP_S = 0.01
+"""How long a step copies, about: it ends after the row in which this time is over."""
+
+_EVENTS = "SELECT after FROM events WHERE turn = ? AND after > ? ORDER BY after"
+_COPY_EVENTS = (
+    "INSERT INTO events (turn, after, frames) "
+    "SELECT :copy, after, frames FROM events WHERE turn = :turn AND after = :after"
+)
+
+
+class Fork(msgspec.Struct, frozen=True, kw_only=True):
+    """What is to be built.
+
+    Attributes:
+        at: The last turn that is copied; None where there is none to copy.
+        sources: The keys of the turns that ``turns`` are copies of.
+        hidden_id: The session's id until it is shown.
+    """
+
+    source_id: str
+    at: str | None
+    session: SessionRecord
+    turns: list[TurnRecord]
+    sources: list[int]
+    hidden_id: str
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """How far a copy has been built: its key, the turn it is at, and the last events that it has of it."""
+
+    session: int
+    turn: int = 0
+    after: int = -1
+
+
+def plan(db: apsw.Connection, source_id: str, *, at: str | None, copy_id: str, fence: int, now: datetime) -> Fork:
+    """What a fork copies: turns that have ended and so never change, whatever happens to the session meanwhile.
+
+    Raises:
+        SessionNotFoundError, TurnNotFoundError, TurnInProgressError, OwnedElsewhereError, InvalidRequestError
+    """
+    source = sessions.visible(db, source_id, now)
+    at = source.record.head if at is None else at
+    path, keys = Path(), []
+    next_id = at
+    while next_id is not None:
+        turn = turns.get(db, source_id, next_id, now)
+        if turn.is_open and source.owner not in (None, fence):
+            owner = owner_of(db, source.owner)
+            raise OwnedElsewhereError(source_id, fence=owner.fence, address=owner.address)
+        keys.append(turns.key_of(db, next_id, source.key))
+        path.add(turn, events_bytes=_events_bytes(db, keys[-1]))
+        next_id = turn.parent
+    session, copies = fork_of(source.record, path, copy_id=copy_id, now=now)
+    return Fork(
+        source_id=source_id,
+        at=at,
+        session=session,
+        turns=copies,
+        sources=keys[::-1],
+        hidden_id=f"+{new_session_id()}",
+    )
+
+
+def build(db: apsw.Connection, fork: Fork, progress: Progress | None, *, fence: int, now: datetime) -> Progress | None:
+    """One step; None once the copy is there for everybody.
+
+    Raises:
+        SessionNotFoundError: The source has gone meanwhile.
+        SessionExistsError
+    """
+    source = sessions.visible(db, fork.source_id, now)
+    if fork.at is not None:
+        turns.key_of(db, fork.at, source.key)  # or another session has taken its id
+    in_the_way = sessions.find(db, fork.session.id)
+    if in_the_way is not None and (in_the_way.deletion or not in_the_way.record.has_expired(now)):
+        raise SessionExistsError(fork.session.id)
+    progress = progress or Progress(_begin(db, fork, fence))
+    unfinished = _copy_some(db, fork, progress)
+    if unfinished is None:
+        if in_the_way is not None:
+            sessions.cut_off(db, in_the_way.key)
+        db.execute(
+            "UPDATE sessions SET id = ?, deletion = 0, deleter = NULL WHERE key = ?",
+            (fork.session.id, progress.session),
+        )
+    return unfinished
+
+
+def _begin(db: apsw.Connection, fork: Fork, fence: int) -> int:
+    hidden = msgspec.structs.replace(fork.session, id=fork.hidden_id)
+    key = sessions.insert(db, hidden, turns_begun=len(fork.turns))
+    db.execute("UPDATE sessions SET deletion = 1, deleter = ? WHERE key = ?", (fence, key))
+    return key
+
+
+def _copy_some(db: apsw.Connection, fork: Fork, progress: Progress) -> Progress | None:
+    deadline = time.monotonic() + STEP_S
+    copied = progress.after
+    for index in range(progress.turn, len(fork.turns)):
+        turn, source = fork.turns[index], fork.sources[index]
+        if copied == -1:
+            turns.insert_ended(db, progress.session, index, turn, ())
+        copy = turns.key_of(db, turn.id, progress.session)
+        events: list[Row] = db.execute(_EVENTS, (source, copied)).fetchall()
+        for (after,) in events:
+            db.execute(_COPY_EVENTS, {"copy": copy, "turn": source, "after": after})
+            if time.monotonic() >= deadline:
+                return Progress(progress.session, index, after)
+        copied = -1
+        if time.monotonic() >= deadline:
+            return Progress(progress.session, index + 1)
+    return None
+
+
+def _events_bytes(db: apsw.Connection, turn: int) -> int:
+    size: int = db.execute("SELECT coalesce(sum(length(frames)), 0) FROM events WHERE turn = ?", (turn,)).get
+    return size

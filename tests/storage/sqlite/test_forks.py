@@ -1,0 +1,147 @@
+"""A fork in a file is built out of sight, in steps: what that promises beyond the contract."""
+
+from pathlib import Path
+
+import apsw
+import pytest
+import trio
+
+from service.errors import SessionNotFoundError, StoreError, TurnNotFoundError
+from service.storage.records import SessionPatch
+from service.storage.sqlite import SqliteStore, forks, open_sqlite_store
+from service.storage.sqlite.reclaim import reclaim_some
+from service.storage.sqlite.rows import FRAMES_BYTES_MAX
+from tests.storage.rows import T0, a_session, a_turn, at, contents, ended
+
+TURNS = 100
+NOW = at(1)
+
+
+@pytest.fixture(autouse=True)
+def _in_the_smallest_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forks, "STEP_S", 0)
+
+
+async def _fill(store: SqliteStore) -> None:
+    await store.create_session(a_session(), now=T0)
+    for n in range(TURNS):
+        turn = a_turn(f"t{n}", parent=f"t{n - 1}" if n else None)
+        await store.begin_turn(turn, now=T0)
+        await store.end_turn(ended(turn), events=[b"1", b"2"], now=T0)
+
+
+async def _rows(store: SqliteStore) -> list[int]:
+    """How many rows each table has, once there is nothing to reclaim."""
+
+    def count(db: apsw.Connection) -> list[int]:
+        while reclaim_some(db):
+            pass
+        return [db.execute(f"SELECT count(*) FROM {table}").get for table in ("sessions", "turns", "events")]
+
+    return await store._writing.call(count)
+
+
+async def test_others_write_between_the_steps_and_see_nothing_before_the_last(path: Path) -> None:
+    async with open_sqlite_store(path) as store, open_sqlite_store(path) as other:
+        await _fill(store)
+        writes = 0
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(lambda: store.fork_session("s", at=None, copy_id="copy", now=NOW))
+                while await other.count_sessions(status=None, now=NOW) == 1:
+                    await other.update_session("s", SessionPatch(title=f"{writes}"), now=T0)
+                    writes += 1
+        assert writes > 2, "it was never seen half built"
+        assert len((await contents(other, now=NOW))["copy"][1]) == TURNS
+
+
+async def test_what_a_caller_that_left_had_built_is_cleared_away(path: Path) -> None:
+    async with open_sqlite_store(path) as store:
+        await _fill(store)
+        before = await _rows(store)
+        for steps in range(1, TURNS, 20):
+            with trio.fail_after(30):
+                async with trio.open_nursery() as nursery:
+                    commits = store.writer.commits
+                    nursery.start_soon(lambda: store.fork_session("s", at=None, copy_id="copy", now=NOW))
+                    while store.writer.commits < commits + steps:
+                        await trio.lowlevel.checkpoint()
+                    nursery.cancel_scope.cancel()
+            assert list(await contents(store, now=NOW)) == ["s"]
+            assert await _rows(store) == before
+
+
+async def test_what_could_not_be_cleared_away_at_once_is_cleared_later(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(_: str) -> None:
+        raise StoreError("The disk is full.")
+
+    async with open_sqlite_store(path) as store:
+        await _fill(store)
+        before = await _rows(store)
+        with monkeypatch.context() as patched, trio.move_on_after(5):
+            patched.setattr(store, "remove_deleted", refuse)
+            async with trio.open_nursery() as nursery:
+                commits = store.writer.commits
+                nursery.start_soon(lambda: store.fork_session("s", at=None, copy_id="copy", now=NOW))
+                while store.writer.commits < commits + 3:
+                    await trio.lowlevel.checkpoint()
+                nursery.cancel_scope.cancel()
+        assert await _rows(store) != before
+        assert await store.recover(now=NOW) == 0
+        assert await _rows(store) == before
+
+
+async def test_what_a_process_that_died_had_built_is_cleared_away(path: Path) -> None:
+    async with open_sqlite_store(path) as store:
+        await _fill(store)
+        before = await _rows(store)
+        plan = await store._reading.call(
+            lambda db: forks.plan(db, "s", at=None, copy_id="copy", fence=store.fence, now=NOW)
+        )
+        await store._writing.call(lambda db: forks.build(db, plan, None, fence=store.fence, now=NOW))
+    async with open_sqlite_store(path) as store:
+        assert await _rows(store) != before
+        assert await store.recover(now=NOW) == 0
+        assert await _rows(store) == before
+        assert (await store.fork_session("s", at=None, copy_id="copy", now=NOW)).head is not None
+
+
+async def test_a_source_that_goes_away_meanwhile_leaves_no_copy(path: Path) -> None:
+    async with open_sqlite_store(path) as store:
+        await _fill(store)
+        plan = await store._reading.call(
+            lambda db: forks.plan(db, "s", at=None, copy_id="copy", fence=store.fence, now=NOW)
+        )
+        progress = await store._writing.call(lambda db: forks.build(db, plan, None, fence=store.fence, now=NOW))
+        assert progress is not None
+
+        async def go_on() -> None:
+            await store._writing.call(lambda db: forks.build(db, plan, progress, fence=store.fence, now=NOW))
+
+        await store.mark_deleted("s", now=NOW)
+        with pytest.raises(SessionNotFoundError):
+            await go_on()
+        await store.remove_deleted("s")
+        with pytest.raises(SessionNotFoundError):
+            await go_on()
+        await store.create_session(a_session(), now=NOW)  # another one of this id is not the source
+        with pytest.raises(TurnNotFoundError):
+            await go_on()
+        assert await contents(store, now=NOW) == {"s": (a_session(), [])}
+
+
+async def test_a_log_of_many_rows_is_copied_row_by_row(path: Path) -> None:
+    async with open_sqlite_store(path) as store:
+        await store.create_session(a_session(), now=T0)
+        events = [b"%d" % n * 1000 for n in range(1500)]
+        assert sum(map(len, events)) > 10 * FRAMES_BYTES_MAX
+        for name, parent in (("a", None), ("b", "a")):
+            await store.begin_turn(a_turn(name, parent=parent), now=T0)
+            await store.end_turn(ended(a_turn(name, parent=parent)), events=events, now=T0)
+        before = store.writer.steps
+        await store.fork_session("s", at=None, copy_id="copy", now=NOW)
+        assert store.writer.steps - before > 20
+        found = (await contents(store, now=NOW))["copy"][1]
+        assert [kept for _, kept in found] == [events, events]
