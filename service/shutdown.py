@@ -88,8 +88,11 @@ class Shutdown:
         close_doors: Set by who serves, and awaited once the drain is over, before the first running turn is
             interrupted: no more connections are taken from there on, because the ends of all streams are about to
             keep the event loop busy.
+        close_doors_at_once: The same in the call, for when nothing is to be waited for. False, and nothing is closed,
+            where it has to be.
         phase: Where it is. Only ever goes on.
         accepting: Whether new work is taken. False from the end of the lame duck on.
+        expected: Whether a notice has been seen, if only outside of the event loop.
         noticed: Set by the notice.
         work_ended: All turns are stored and their logs are closed; the streams are finishing.
     """
@@ -97,9 +100,11 @@ class Shutdown:
     def __init__(self, settings: Settings) -> None:
         self.phase = Phase.SERVING
         self.accepting = True
+        self.expected = False
         self.noticed = trio.Event()
         self.work_ended = trio.Event()
         self.close_doors: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
+        self.close_doors_at_once: Callable[[], bool] = lambda: False
         self._settings = settings
         self._reason = ""
         self._hurry = trio.Event()
@@ -123,12 +128,24 @@ class Shutdown:
         if self.noticed.is_set():
             return
         self._reason = reason
+        self.expected = True
         self._phases_ms["notice"] = round(age_s * 1000, 1)
         self._phase_started = trio.current_time()
         self._enter(Phase.LAME_DUCK)
         if self._settings.lame_duck_timeout_s == 0:
             self._refuse_work()
         self.noticed.set()
+        if self._is_hasty:
+            self._interrupt_at_once()
+
+    def expect_notice(self) -> None:
+        """The notice has been seen outside of the event loop, and is on its way. From any thread.
+
+        Where turns are interrupted at once, what streams could write until then would only hold up the ends.
+        """
+        self.expected = True
+        if self._is_hasty and self._sessions is not None:
+            self._sessions.hold_streams()
 
     def hurry(self) -> None:
         """Skip what is left of the lame duck and of the drain: a second Ctrl+C."""
@@ -183,7 +200,7 @@ class Shutdown:
             sessions.stop_accepting()
         task_status.started()
         await self.noticed.wait()
-        self._before = sessions.statistics()
+        self._before = self._before or sessions.statistics()
         if self._settings.lame_duck_timeout_s:
             with trio.move_on_after(self._settings.lame_duck_timeout_s):
                 await self._hurry.wait()
@@ -195,6 +212,22 @@ class Shutdown:
         self._enter(Phase.RELEASING)
         self._release_deadline = trio.current_time() + self._settings.release_timeout_s
         self.work_ended.set()
+
+    @property
+    def _is_hasty(self) -> bool:
+        """Whether turns are interrupted as soon as the notice comes."""
+        return self._settings.lame_duck_timeout_s == self._settings.drain_timeout_s == 0
+
+    def _interrupt_at_once(self) -> None:
+        """Begin with what :meth:`run` does again: a full event loop takes a while until it comes to that task."""
+        if self._sessions is None:
+            return
+        with self.noting_faults("interrupting running turns at once"):
+            if self.close_doors_at_once():
+                self._before = self._sessions.statistics()
+                self._enter(Phase.DRAINING)
+                self._enter(Phase.INTERRUPTING)
+                self._sessions.interrupt_all()
 
     async def _drain(self, sessions: Sessions) -> None:
         with self.noting_faults("interrupting queued turns"):
@@ -220,7 +253,8 @@ class Shutdown:
                 await sessions.settle()
         if bound.cancelled_caught:
             left = sessions.statistics()
-            self.note_fault(f"{left.turns_running + left.turns_queued} turns did not end within cleanup_timeout_s")
+            if turns := left.turns_running + left.turns_queued:
+                self.note_fault(f"{turns} turns did not end within cleanup_timeout_s")
 
     def _refuse_work(self) -> None:
         self.accepting = False
@@ -228,6 +262,10 @@ class Shutdown:
             self._sessions.stop_accepting()
 
     def _enter(self, phase: Phase) -> None:
+        """Go on to a phase, or stay where that has been reached already."""
+        phases = list(Phase)
+        if phases.index(phase) <= phases.index(self.phase):
+            return
         now = trio.current_time()
         if self.phase is not Phase.SERVING:
             self._phases_ms[str(self.phase)] = _ms(now - self._phase_started)

@@ -30,7 +30,7 @@ async def readyz() -> TrioResponse:
     Not from the first sign of a shutdown on, and not while the store refuses to write. Needs no API key.
     """
     service = current_service()
-    if service.shutdown.noticed.is_set():
+    if service.shutdown.expected:
         raise ShuttingDownError
     if (refusal := service.sessions.refusal) is not None:
         # Anybody may ask this, so that what and where it is stays in the log.

@@ -67,6 +67,9 @@ class EventStream(ResponseBody):
         await self._pause()
         with trio.move_on_after(self._heartbeat_interval_s):
             await self._log.wait_beyond(self._cursor)
+        if self._slot.is_held:
+            with trio.move_on_after(_PAUSE_MAX_S):
+                await self._log.wait_closed()
         return self._take() or _HEARTBEAT
 
     async def _pause(self) -> None:

@@ -68,34 +68,59 @@ class Gate:
 
     async def close_doors(self) -> None:
         """Take no more clients, and let hypercorn stop. Idle connections close, those at work go on."""
+        with trio.move_on_after(MASTER_LATE_S):
+            while not self.close_doors_at_once() and not self._master_stops:  # noqa: ASYNC110  nobody tells us
+                await trio.sleep(0.001)
+        with trio.move_on_after(MASTER_BUSY_S):
+            while self._master_stops and not self.close_doors_at_once():  # noqa: ASYNC110
+                await trio.sleep(0.001)
+        if not self._held.is_set():
+            self._close(followed=not self._master_stops)
+
+    @property
+    def _master_stops(self) -> bool:
+        """Whether the master has been told to stop or to reload, as far as it shows."""
+        master = self._worker.master
+        return master is not None and master.wants_stop()
+
+    def close_doors_at_once(self) -> bool:
+        """As :meth:`close_doors`. False, and nothing happens, where it must wait to see what the master is about."""
+        if self._held.is_set():
+            return True
+        if self._doors.open.is_set() and self._worker.master is not None:
+            followed = self._another_worker_follows(self._worker.master)
+            if followed is None:
+                return False
+            self._close(followed=followed)
+        else:
+            self._close(followed=False)
+        return True
+
+    def _close(self, *, followed: bool) -> None:
         if self._doors.open.is_set():
-            self._doors.close(for_good=await self._nobody_follows())
+            self._doors.close(for_good=not followed and not self._others_answer())
         self.release()
 
-    async def _nobody_follows(self) -> bool:
-        """Whether those who connect from now on would find nobody: no other worker, and no next one."""
-        master = self._worker.master
-        if master is None:
-            return True
-        if await self._another_worker_follows(master):
-            return False
-        if self._worker.config.workers == 1:
-            return True
-        mark_as_leaving()
-        return not others_answer(self._doors.sockets, except_for={os.getpid(), master.pid})
+    def _another_worker_follows(self, master: Master) -> bool | None:
+        """Whether this worker stops alone, or in a reload: the master will start another one in its place.
 
-    async def _another_worker_follows(self, master: Master) -> bool:
-        """Whether this worker stops alone, or in a reload: the master will start another one in its place."""
-        with trio.move_on_after(MASTER_LATE_S):
-            while master.is_alive() and not master.wants_stop():  # noqa: ASYNC110  nobody tells us
-                await trio.sleep(0.001)
+        None where that does not show yet.
+        """
         if not master.is_alive():
             return False
         if not master.wants_stop():
-            return True
+            return None
         # A stop or a reload. Only in a reload does it wait for all of its workers with its sockets open.
-        waits_for = None
-        with trio.move_on_after(MASTER_BUSY_S):
-            while not (waits_for := master.waits_for()) and holds(master.pid, self._doors.sockets):  # noqa: ASYNC110
-                await trio.sleep(0.001)
-        return waits_for == "all workers" and holds(master.pid, self._doors.sockets)
+        waits_for = master.waits_for()
+        holds_doors = holds(master.pid, self._doors.sockets)
+        if waits_for is None and holds_doors:
+            return None
+        return waits_for == "all workers" and holds_doors
+
+    def _others_answer(self) -> bool:
+        """Whether another worker answers where this one does."""
+        master = self._worker.master
+        if master is None or self._worker.config.workers == 1:
+            return False
+        mark_as_leaving()
+        return others_answer(self._doors.sockets, except_for={os.getpid(), master.pid})

@@ -94,6 +94,7 @@ class Hosting:
         self._doors = Doors()
         self._gate = Gate(worker, self._doors, wish=partial(self._notice.tell, "max requests"))
         self._shutdown.close_doors = self._close_doors
+        self._shutdown.close_doors_at_once = self._close_doors_at_once
         self._opened = False
         self._closed = trio.Event()  # hypercorn has closed every connection and asks the lifespan to end
         worker.config.graceful_timeout = settings.cleanup_timeout_s + SETTLE_S + settings.release_timeout_s
@@ -145,11 +146,20 @@ class Hosting:
         announce(self._log, self._settings, binds=self._doors.addresses, store=service.store.name)
 
     async def _close_doors(self) -> None:
+        self._expect_ends_only()
+        await self._gate.close_doors()
+
+    def _close_doors_at_once(self) -> bool:
+        closed = self._gate.close_doors_at_once()
+        if closed:
+            self._expect_ends_only()
+        return closed
+
+    def _expect_ends_only(self) -> None:
         # From here on only what ends is left, for seconds at most: looking for garbage among all that is about to go
         # anyway would take a fifth of the time.
         gc.disable()
         self._connections.closing = True
-        await self._gate.close_doors()
 
     async def _cancel_unopened(self, opening: trio.CancelScope) -> None:
         """A notice during the start ends the start; once opened, the service ends by its own phases."""

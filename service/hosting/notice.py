@@ -56,6 +56,7 @@ class Notice:
         if self._first_seen is None:
             self._first_seen = now
         self._watchdog.start()
+        self._shutdown.expect_notice()
         with suppress(trio.RunFinishedError):  # too late: the process is on its way out already
             self._token.run_sync_soon(self._arrive, reason, now)
 

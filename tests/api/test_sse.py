@@ -63,6 +63,25 @@ async def test_silence_is_filled_with_heartbeats_and_loses_nothing(autojump_cloc
     assert await anext(opened.stream) == encode_frame(delta(2))
 
 
+async def test_where_the_end_is_a_moment_away_nothing_is_written_before_it(autojump_clock: MockClock) -> None:
+    opened = Opened(1)
+    await anext(opened.stream)
+    opened.streams.held = True
+    opened.append(1)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_close_later, opened, 0.05)
+        assert await anext(opened.stream) == encode_frame(delta(2)) + encode_frame(terminal(3))
+
+
+async def test_an_end_that_does_not_come_holds_a_stream_for_a_moment_only(autojump_clock: MockClock) -> None:
+    opened = Opened(1)
+    await anext(opened.stream)
+    opened.streams.held = True
+    opened.append(1)
+    assert await anext(opened.stream) == encode_frame(delta(2))
+    assert trio.current_time() <= 0.1
+
+
 async def test_a_stream_whose_pieces_take_long_to_write_writes_fewer_of_them(autojump_clock: MockClock) -> None:
     opened = Opened(1)
     await anext(opened.stream)
@@ -95,6 +114,11 @@ async def test_a_backlog_is_written_without_pauses(autojump_clock: MockClock) ->
         await trio.sleep(0.05)
     pieces = (trio.current_time() - started_at) / 0.05
     assert pieces == pytest.approx(round(pieces))
+
+
+async def _close_later(opened: Opened, after_s: float) -> None:
+    await trio.sleep(after_s)
+    opened.close()
 
 
 async def _append_later(opened: Opened, seconds: float) -> None:

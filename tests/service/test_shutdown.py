@@ -11,6 +11,7 @@ from trio.testing import MockClock
 from service import supervisor
 from service.errors import ModelError, ShuttingDownError, StoreError
 from service.models.client import ModelEvent, ModelRequest, TextDelta
+from service.sessions.ends import Interrupted
 from service.sessions.registry import NewSession, NewTurn
 from service.sessions.turn import Turn
 from service.settings import Settings
@@ -210,6 +211,53 @@ async def test_the_doors_close_after_the_drain_and_before_the_first_interrupt(
         stage.shutdown.close_doors = close_doors
         await stage.stop()
     assert stage.report().faults == ()
+
+
+async def test_where_nothing_is_waited_for_the_notice_itself_interrupts(
+    autojump_clock: MockClock, stage: Stage
+) -> None:
+    async with stage.open(drain_timeout_s=0) as service:
+        turn = await stage.start_turn(service)
+        closed: list[bool] = []
+
+        def close_doors_at_once() -> bool:
+            closed.append(turn.end is None)
+            return True
+
+        stage.shutdown.close_doors_at_once = close_doors_at_once
+        stage.shutdown.notice("test")
+        assert turn.end == Interrupted("shutdown")
+        await stage.shutdown.work_ended.wait()
+    assert closed == [True]
+    report = stage.report()
+    assert report.faults == ()
+    assert report.turns_interrupted == 1
+
+
+@pytest.mark.parametrize("waiting", [{"drain_timeout_s": 1}, {"lame_duck_timeout_s": 1, "drain_timeout_s": 0}])
+async def test_where_something_is_waited_for_it_does_not(
+    autojump_clock: MockClock, stage: Stage, waiting: dict[str, float]
+) -> None:
+    async with stage.open(**waiting) as service:
+        turn = await stage.start_turn(service)
+        stage.shutdown.close_doors_at_once = lambda: True
+        stage.shutdown.expect_notice()
+        stage.shutdown.notice("test")
+        assert turn.end is None
+        assert not service.sessions.open_stream().is_held
+        await stage.shutdown.work_ended.wait()
+
+
+async def test_doors_that_have_to_wait_are_waited_for(autojump_clock: MockClock, stage: Stage) -> None:
+    async with stage.open(drain_timeout_s=0) as service:
+        turn = await stage.start_turn(service)
+        stage.shutdown.close_doors_at_once = lambda: False
+        stage.shutdown.expect_notice()
+        assert service.sessions.open_stream().is_held
+        stage.shutdown.notice("test")
+        assert turn.end is None
+        await stage.shutdown.work_ended.wait()
+    assert turn.record().state == "interrupted"
 
 
 async def test_doors_that_do_not_close_are_a_fault_and_stop_nothing(autojump_clock: MockClock, stage: Stage) -> None:
