@@ -11,7 +11,17 @@ from bench.stage import Place
 
 Size = Literal["quick", "usual", "full"]
 
-MAIN = ("lastcall", "lastcall-drain", "cooperative", "sse-starlette", "fastapi-2s", "quart-trio", "node", "trio")
+MAIN = (
+    "lastcall",
+    "lastcall-config",
+    "lastcall-drain",
+    "cooperative",
+    "sse-starlette",
+    "fastapi-2s",
+    "quart-trio",
+    "node",
+    "trio",
+)
 RELAYS = ("lastcall", "fastapi")
 
 

@@ -116,8 +116,23 @@ def _uvicorn(name: str, label: str, module: str, *options: str, **env: str) -> C
     )
 
 
+def _alone(name: str, label: str, argv: Sequence[str]) -> Contender:
+    """Comparable to the floors: it makes its own tokens, and keeps its sessions in memory."""
+    env = {
+        "LASTCALL_DRAIN_TIMEOUT_S": "0",
+        "LASTCALL_STORE_URL": "memory:",
+        "LASTCALL_BIND": "127.0.0.1:0",
+        "LASTCALL_LIVE_TURNS_MAX": "4000",
+        "LASTCALL_MODEL_URL": "scripted:?tokens=1000000&rate=20&first_token_s=0",
+    }
+    return Contender(name, label, argv, env=env, relays=False)
+
+
 _GRACE = ("--timeout-graceful-shutdown", "2")
 _SERVICE = _hypercorn("service.asgi:app")
+_CONFIGURED = python_command(
+    "-m", "hypercorn", "--config", "python:service.hosting.hypercorn_config", "service.asgi:app"
+)
 
 CONTENDERS: tuple[Contender, ...] = (
     _lastcall("lastcall", "Lastcall, hypercorn, 1 worker", _SERVICE, drain_timeout_s=0),
@@ -128,6 +143,7 @@ CONTENDERS: tuple[Contender, ...] = (
         drain_timeout_s=0,
         workers=2,
     ),
+    _lastcall("lastcall-config", "Lastcall, hypercorn with our --config", _CONFIGURED, drain_timeout_s=0),
     _lastcall("lastcall-serve", "Lastcall, just serve", python_command("-m", "service", "serve"), drain_timeout_s=0),
     _lastcall("lastcall-drain", "Lastcall, hypercorn, 1 worker, 2 s drain", _SERVICE, drain_timeout_s=2),
     _uvicorn(
@@ -148,18 +164,8 @@ CONTENDERS: tuple[Contender, ...] = (
         store_env=("BENCH_STORE", str),
         count_replies=_count_rows,
     ),
-    Contender(
-        "lastcall-alone",
-        "Lastcall, own tokens, memory store",
-        _SERVICE,
-        env={
-            "LASTCALL_DRAIN_TIMEOUT_S": "0",
-            "LASTCALL_STORE_URL": "memory:",
-            "LASTCALL_LIVE_TURNS_MAX": "4000",
-            "LASTCALL_MODEL_URL": "scripted:?tokens=1000000&rate=20&first_token_s=0",
-        },
-        relays=False,
-    ),
+    _alone("lastcall-alone", "Lastcall, own tokens, memory store", _SERVICE),
+    _alone("lastcall-alone-config", "Lastcall, own tokens, memory store, our --config", _CONFIGURED),
     Contender("node", "floor: bare node", ["node", "bench/contenders/node_floor.mjs"], relays=False),
     Contender("trio", "floor: bare Trio", python_command("-m", "bench.contenders.trio_floor"), relays=False),
 )
