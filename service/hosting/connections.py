@@ -23,9 +23,9 @@ import hypercorn.trio.run
 import structlog
 import trio
 from hypercorn.config import Config
-from hypercorn.events import Closed, Event, RawData
+from hypercorn.events import Event, RawData
 from hypercorn.protocol.h2 import H2Protocol
-from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
+from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import EventWrapper, WorkerContext
 from hypercorn.typing import AppWrapper, ConnectionState
 
@@ -163,11 +163,7 @@ class Connection(TCPServer):
         await super().protocol_send(RawData(data=data))
 
     async def _read_data(self) -> None:
-        with suppress(trio.ClosedResourceError, trio.BrokenResourceError):
-            while data := await self.stream.receive_some(MAX_RECV):
-                await self.protocol.handle(RawData(bytes(data)))
-            await self.protocol.handle(RawData(b""))
-        await self.protocol.handle(Closed())
+        await super()._read_data()
         if self.idle_task._handle is not None:
             await self.idle_task.stop()  # the client has closed: nothing is left to wait for
 
