@@ -10,8 +10,6 @@ from bench.contenders import CONTENDERS, choose
 from bench.rows import read_rows
 from bench.server_process import ROOT
 
-pytest.importorskip("rich")
-
 PRESENT = [contender.name for contender in CONTENDERS if contender.missing is None]
 
 
@@ -37,9 +35,9 @@ def test_a_tiny_run_measures_reports_and_draws(tmp_path: Path) -> None:
     assert all(contender.label in report for contender in choose(names))
 
 
-@pytest.mark.parametrize("scenario", ["relay", "first-token", "end", "idle", "expiry"])
+@pytest.mark.parametrize("scenario", ["relay", "first-token", "end", "idle", "expiry", "store"])
 def test_each_scenario_runs_and_reports(tmp_path: Path, scenario: str) -> None:
-    streams = ("--streams", "2") if scenario in ("relay", "first-token") else ()
+    streams = ("--streams", "2") if scenario in ("relay", "first-token", "store") else ()
     done = run_bench(scenario, "--quick", "--only", "lastcall", *streams, "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     _, *rows = read_rows(tmp_path / f"{scenario}.jsonl")
@@ -50,6 +48,14 @@ def test_each_scenario_runs_and_reports(tmp_path: Path, scenario: str) -> None:
             ("cancel", 20),
             ("deadline", 20),
         }
+    if scenario == "store":
+        assert [row["lost"] for row in rows] == [0] * len(rows)
+        assert all(row["took_ms"] or row["gone_ms"] for row in rows)
+        compared = [row for row in rows if row["store"] == "sqlite"]
+        assert all(row["of_memory"] or row["added_ms"] for row in compared)
+        (stop,) = [row for row in compared if row["what"] == "shutdown"]
+        assert (stop["n"], stop["kept"]) == (2, 2)
+        assert stop["interrupting_ms"] > 0
     assert (tmp_path / f"{scenario}.md").read_text().count("\n|") == len(rows) + 2
 
 

@@ -1,10 +1,13 @@
 """Applications for the servers of these tests: Lastcall with one thing broken, and a plain one."""
 
+import atexit
 import ctypes
 import os
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import trio
@@ -66,11 +69,74 @@ async def blocking(*args: Any, **options: Any) -> AsyncIterator[Service]:
 
 
 @asynccontextmanager
+async def blocked_before(*args: Any, **options: Any) -> AsyncIterator[Service]:
+    """An event loop that is blocked before the stop, from when the file named by BLOCK is there."""
+
+    async def block() -> None:
+        trigger = trio.Path(os.environ["BLOCK"])
+        while not await trigger.exists():  # noqa: ASYNC110
+            await trio.sleep(0.02)
+        os.write(2, b"blocked\n")
+        time.sleep(60)  # noqa: ASYNC251  this is the fault
+
+    async with trio.open_nursery() as nursery, open_service(*args, **options) as service:
+        nursery.start_soon(block)
+        yield service
+
+
+@asynccontextmanager
 async def holding_the_gil(*args: Any, **options: Any) -> AsyncIterator[Service]:
     """A call into C that does not let go of the GIL."""
     async with open_service(*args, **options) as service:
         yield service
     ctypes.PyDLL(None).sleep(60)
+
+
+@asynccontextmanager
+async def with_a_stuck_thread(*args: Any, **options: Any) -> AsyncIterator[Service]:
+    """A thread that never returns, of the kind that the interpreter waits for at its end."""
+    threading.Thread(target=threading.Event().wait, name="stuck").start()
+    async with open_service(*args, **options) as service:
+        yield service
+
+
+@asynccontextmanager
+async def waiting_for_a_stuck_thread(*args: Any, **options: Any) -> AsyncIterator[Service]:
+    """A part of the tree that waits for such a thread: no cancellation reaches it there."""
+    async with trio.open_nursery() as nursery, open_service(*args, **options) as service:
+        nursery.start_soon(partial(trio.to_thread.run_sync, threading.Event().wait))
+        yield service
+        nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def on_a_hanging_disk(*args: Any, **options: Any) -> AsyncIterator[Service]:
+    """Once the file named by HANG is there, no sync returns; says so when the first one hangs."""
+    from tests.storage.sqlite.faulty_disk import FaultyDisk
+
+    async def hang() -> None:
+        trigger = trio.Path(os.environ["HANG"])
+        while not await trigger.exists():  # noqa: ASYNC110
+            await trio.sleep(0.02)
+        disk.running.clear()
+        await trio.to_thread.run_sync(disk.hanging.wait)
+        os.write(2, b"the disk hangs\n")
+
+    disk = FaultyDisk()
+    async with trio.open_nursery() as nursery, open_service(*args, **options) as service:
+        nursery.start_soon(hang)
+        yield service
+        nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def with_doors_that_stick(*args: Any, **options: Any) -> AsyncIterator[Service]:
+    async def stick() -> None:
+        raise RuntimeError("they are stuck")
+
+    async with open_service(*args, **options) as service:
+        service.shutdown.close_doors = stick
+        yield service
 
 
 @asynccontextmanager
@@ -80,10 +146,37 @@ async def faulty(*args: Any, **options: Any) -> AsyncIterator[Service]:
         service.shutdown.note_fault("a fault on the way down")
 
 
+@asynccontextmanager
+async def telling_its_finalisation(*args: Any, **options: Any) -> AsyncIterator[Service]:
+    """Says so when the interpreter begins to take itself apart, after all that was asked for later."""
+    atexit.register(os.write, 2, b"finalised\n")
+    async with open_service(*args, **options) as service:
+        yield service
+
+
 def broken(open_broken: Any) -> QuartTrio:
     """To be named to hypercorn as ``tests.hosting.apps:broken(crashing)``."""
     setattr(lifespan, "open_service", open_broken)  # noqa: B010
     return create_hosted_app(load_settings)
+
+
+@asynccontextmanager
+async def leaving_a_task(*args: Any, **options: Any) -> AsyncIterator[Service]:
+    """A task below hypercorn that nothing ends."""
+    worker = find_worker()
+    assert worker is not None
+
+    async def stay() -> None:
+        with trio.CancelScope(shield=True):
+            await trio.sleep_forever()
+
+    async def leave_it() -> None:
+        await service.shutdown.noticed.wait()
+        worker.server_nursery.start_soon(stay)
+
+    async with open_service(*args, **options) as service, trio.open_nursery() as nursery:
+        nursery.start_soon(leave_it)
+        yield service
 
 
 @asynccontextmanager

@@ -10,6 +10,7 @@ import pytest
 import trio
 
 from bench.server_process import Gone, ServerFailedError, ServerProcess
+from service.hosting.master import REPLACEMENTS_MAX
 from tests.hosting.hosts import BARE, CONFIGURED, HOSTS, SERVE, open_host
 
 CAP_S = 20
@@ -67,12 +68,35 @@ async def test_the_watchdog_is_70_and_says_where(tmp_path: Path, host: str, how:
     assert gone.at - signalled < 2  # the total is 1 s; the rest is for a machine that is busy with other things
 
 
+@pytest.mark.parametrize("host", [SERVE, "hypercorn-0", "configured-1"])
+async def test_the_watchdog_needs_no_event_loop_to_be_started(tmp_path: Path, host: str) -> None:
+    trigger = tmp_path / "block"
+    async with open_host(tmp_path, host, broken="blocked_before", BLOCK=trigger, **TIGHT) as server:
+        trigger.touch()
+        with trio.fail_after(CAP_S):
+            await server.wait_logged("blocked")
+        signalled = server.signal_main(signal.SIGTERM)
+        with trio.fail_after(CAP_S):
+            gone = await server.wait_gone()
+    assert gone.exit_code == 70
+    assert "in block" in server.log()
+    assert gone.at - signalled < 2
+
+
 @pytest.mark.parametrize("host", HOSTS)
 async def test_faults_during_the_shutdown_are_75(tmp_path: Path, host: str) -> None:
     async with open_host(tmp_path, host, broken="faulty") as server:
         gone = await stop(server)
     assert gone.exit_code == as_hypercorn_returns(host, 75)
     assert "a fault on the way down" in server.log()
+
+
+@pytest.mark.parametrize("host", [SERVE, "configured-1"])
+async def test_a_task_that_is_left_is_a_fault(tmp_path: Path, host: str) -> None:
+    async with open_host(tmp_path, host, broken="leaving_a_task") as server:
+        gone = await stop(server)
+    assert gone.exit_code == 75
+    assert "1 tasks were left" in server.log()
 
 
 async def start_that_fails(folder: Path, host: str, *options: str, **changes: object) -> ServerFailedError:
@@ -131,7 +155,7 @@ async def served(server: ServerProcess, workers: int) -> None:
             await trio.sleep(0.02)
 
 
-@pytest.mark.parametrize("host", ["configured-1", "configured-2"])
+@pytest.mark.parametrize("host", CONFIGURED[1:])
 async def test_a_killed_worker_is_replaced_with_our_config(tmp_path: Path, host: str) -> None:
     async with open_host(tmp_path, host) as server:
         before = server.workers()
@@ -144,6 +168,21 @@ async def test_a_killed_worker_is_replaced_with_our_config(tmp_path: Path, host:
     assert "SIGKILL" in server.log()
 
 
+@pytest.mark.parametrize("host", CONFIGURED[1:])
+async def test_workers_that_are_killed_again_and_again_end_the_service_with_137(tmp_path: Path, host: str) -> None:
+    async with open_host(tmp_path, host) as server:
+        before = len(server.workers())
+        for number in range(REPLACEMENTS_MAX + 1):
+            await served(server, before + number)
+            os.kill(server.workers()[-1], signal.SIGKILL)
+        with trio.fail_after(CAP_S):
+            gone = await server.wait_gone()
+    assert gone.exit_code == 137
+    assert server.log().count("another one takes its place") == REPLACEMENTS_MAX
+    assert "giving up" in server.log()
+    assert "Traceback" not in server.log()
+
+
 @pytest.mark.parametrize("host", [SERVE, "hypercorn-0", "configured-0"])
 async def test_a_killed_single_process_is_minus_9(tmp_path: Path, host: str) -> None:
     async with open_host(tmp_path, host) as server:
@@ -151,9 +190,37 @@ async def test_a_killed_single_process_is_minus_9(tmp_path: Path, host: str) -> 
     assert gone.exit_code == -signal.SIGKILL
 
 
+@pytest.mark.parametrize("host", [SERVE, "hypercorn-0", "configured-0"])
+async def test_a_single_process_that_cannot_run_ends_when_killed(tmp_path: Path, host: str) -> None:
+    """No code of ours can run in it any more, so nothing of ours can end it."""
+    async with open_host(tmp_path, host, **TIGHT) as server:
+        server.signal_main(signal.SIGSTOP)
+        server.signal_main(signal.SIGTERM)
+        with trio.move_on_after(2) as bound:
+            await server.wait_gone()
+        assert bound.cancelled_caught
+        gone = await stop(server, signal.SIGKILL)
+    assert gone.exit_code == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("host", BARE[1:])
+async def test_a_worker_that_cannot_run_holds_bare_hypercorn_until_it_is_killed(tmp_path: Path, host: str) -> None:
+    async with open_host(tmp_path, host, **TIGHT) as server:
+        halted = server.workers()[0]
+        os.kill(halted, signal.SIGSTOP)
+        server.signal_main(signal.SIGTERM)
+        with trio.move_on_after(2) as bound:
+            await server.wait_gone()
+        assert bound.cancelled_caught
+        os.kill(halted, signal.SIGKILL)
+        with trio.fail_after(CAP_S):
+            gone = await server.wait_gone()
+    assert gone.exit_code == 0
+
+
 @pytest.mark.parametrize("host", CONFIGURED[1:])
-async def test_a_worker_that_holds_the_gil_does_not_hold_the_master(tmp_path: Path, host: str) -> None:
-    """Also before any notice, when no code of ours can run in the worker any more."""
+async def test_a_worker_that_cannot_run_is_killed_by_our_master(tmp_path: Path, host: str) -> None:
+    """All of them, before any notice."""
     async with open_host(tmp_path, host, **TIGHT) as server:
         for worker in server.workers():
             os.kill(worker, signal.SIGSTOP)

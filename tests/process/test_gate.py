@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from bench.plan import ProbeResult
+from bench.plan import LoadResult, ProbeResult, Streams
 from tests.process.lastcall import (
     HYPERCORN_1,
     HYPERCORN_2,
@@ -25,6 +25,8 @@ from tests.process.lastcall import (
 NOTICE_S = 0.05
 """25 ms for the notice, and as much for the workers of one server to differ."""
 SILENT_S = 0.1
+USUAL_TIMES = 3
+"""So often what an answer took before the signal it may take afterwards: on a machine that is busy, all takes long."""
 SHARING_S = 0.1
 """What more workers than one may add at the end: they keep the ends of their turns in one file, one after another."""
 GATED = (SERVE, HYPERCORN_1, HYPERCORN_2, HYPERCORN_4)
@@ -38,17 +40,20 @@ def told(probes: list[ProbeResult], signalled: float) -> str:
 
 
 def assert_none_was_left_standing(host: Host, probes: list[ProbeResult], signalled: float) -> None:
-    """Each got a whole answer or a refusal, and waited no longer for it than before the signal, plus 100 ms."""
+    """Each got a whole answer or a refusal, and waited no more than 100 ms longer for it than it takes at that load."""
     silent_s = SILENT_S + SHARING_S * (host.processes > 1)
     usual_s = max(p.waited_s for p in probes if signalled - 0.5 < p.at < signalled - 0.05)
     during = [p for p in probes if p.at > signalled]
-    bad = [p for p in during if p.outcome not in ("answered", "refused") or p.waited_s > usual_s + silent_s + p.late_s]
+    most_s = USUAL_TIMES * usual_s + silent_s
+    bad = [p for p in during if p.outcome not in ("answered", "refused") or p.waited_s > most_s + p.late_s]
     assert not bad, f"{len(bad)} of {len(during)}, {usual_s:.3f} before the signal:\n{told(bad, signalled)}"
 
 
-@pytest.mark.parametrize("host", GATED, ids=str)
-async def test_no_new_connection_is_reset_or_silent_while_turns_drain(tmp_path: Path, host: Host) -> None:
-    async with open_under_load(host, tmp_path, chat(count=20), prober(), drain_timeout_s=1) as (server, load):
+async def stopped_while_probed(
+    host: Host, folder: Path, streams: Streams, drain_timeout_s: float
+) -> tuple[LoadResult, float]:
+    """Probe before, during and after a stop; what the clients saw, and when the signal was sent."""
+    async with open_under_load(host, folder, streams, prober(), drain_timeout_s=drain_timeout_s) as (server, load):
         await trio.sleep(0.5)
         signalled = server.signal_main(signal.SIGTERM)
         gone = await wait_gone(server)
@@ -56,6 +61,12 @@ async def test_no_new_connection_is_reset_or_silent_while_turns_drain(tmp_path: 
         result = await load.stop()
     assert_clean(host, server, gone)
     assert_all_ended_properly(result)
+    return result, signalled
+
+
+@pytest.mark.parametrize("host", GATED, ids=str)
+async def test_no_new_connection_is_reset_or_silent_while_turns_drain(tmp_path: Path, host: Host) -> None:
+    result, signalled = await stopped_while_probed(host, tmp_path, chat(count=20), drain_timeout_s=1)
     assert_none_was_left_standing(host, result.probes, signalled)
     assert {p.status for p in result.probes if p.at < signalled - 0.5} == {201}
     answered = [p for p in result.probes if p.at > signalled + NOTICE_S and p.outcome == "answered"]
@@ -68,14 +79,7 @@ async def test_no_new_connection_is_reset_or_silent_while_turns_drain(tmp_path: 
 
 @pytest.mark.parametrize("host", GATED, ids=str)
 async def test_no_new_connection_is_reset_or_silent_when_many_streams_end(tmp_path: Path, host: Host) -> None:
-    async with open_under_load(host, tmp_path, chat(count=100), prober(), drain_timeout_s=0) as (server, load):
-        await trio.sleep(0.5)
-        signalled = server.signal_main(signal.SIGTERM)
-        gone = await wait_gone(server)
-        await trio.sleep(0.1)
-        result = await load.stop()
-    assert_clean(host, server, gone)
-    assert_all_ended_properly(result)
+    result, signalled = await stopped_while_probed(host, tmp_path, chat(count=100), drain_timeout_s=0)
     assert_none_was_left_standing(host, result.probes, signalled)
 
 

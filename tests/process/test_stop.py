@@ -68,6 +68,18 @@ async def test_one_rude_client_costs_nobody_but_itself(tmp_path: Path, host: Hos
     assert gone.at - signalled < (1.5 if who == "stalled" else 0.5)
 
 
+@pytest.mark.parametrize("host", [SERVE, HYPERCORN_1], ids=str)
+async def test_a_stalled_reader_is_cut_off_after_half_of_the_release(tmp_path: Path, host: Host) -> None:
+    groups = (chat(), stalled())
+    async with open_under_load(host, tmp_path, *groups, drain_timeout_s=0, release_timeout_s=3) as (server, load):
+        signalled = server.signal_main(signal.SIGTERM)
+        gone = await wait_gone(server)
+        result = await load.stop()
+    assert_all_ended_properly(result)
+    assert_clean(host, server, gone)
+    assert 1.5 <= gone.at - signalled < 2.5
+
+
 @pytest.mark.parametrize("host", [SERVE, HYPERCORN_1, HYPERCORN_2], ids=str)
 async def test_the_report_says_what_the_clients_saw(tmp_path: Path, host: Host) -> None:
     groups = (chat("chat", 7), chat("finishing", 4, "rate=20 tokens=60"), stalled())

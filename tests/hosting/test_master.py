@@ -1,0 +1,77 @@
+"""hypercorn's master, mended. What it returns and does as a process: ``test_exit_codes.py``."""
+
+import multiprocessing
+import time
+from multiprocessing.process import BaseProcess
+from types import SimpleNamespace
+from typing import cast
+
+import hypercorn.run
+import pytest
+
+from service.hosting.master import DIED, REPLACEMENTS_MAX, REPLACEMENTS_WITHIN_S, Workers
+
+
+def test_hypercorn_still_takes_these_names_from_its_module() -> None:
+    assert {"_populate", "wait", "_join_exited"} <= set(hypercorn.run.run.__code__.co_names)
+
+
+def ended(exit_code: int) -> BaseProcess:
+    return cast("BaseProcess", SimpleNamespace(pid=1, exitcode=exit_code))
+
+
+def living() -> BaseProcess:
+    return ended(cast("int", None))
+
+
+@pytest.fixture
+def workers() -> Workers:
+    made = Workers(stop_timeout_s=0)
+    made._stop_event = multiprocessing.get_context("fork").Event()
+    return made
+
+
+def join(workers: Workers, exit_code: int) -> int:
+    """A worker has ended so, while the service runs; what hypercorn is told. 0: to start another one."""
+    return workers.join_exited([ended(exit_code)])
+
+
+def test_hypercorns_own_join_still_forgets_the_code_by_its_second_call() -> None:
+    """Fails when the master returns its workers' codes: then Workers can go, but for the replacing."""
+    processes = [ended(71)]
+    cast("SimpleNamespace", processes[0]).join = lambda: None
+    assert hypercorn.run._join_exited(processes) == 71
+    assert hypercorn.run._join_exited(processes) == 0
+
+
+@pytest.mark.parametrize("exit_code", [0, -9, *DIED])
+def test_a_worker_that_stopped_or_died_is_replaced(workers: Workers, exit_code: int) -> None:
+    processes = [ended(exit_code), alive := living()]
+    assert workers.join_exited(processes) == 0
+    assert processes == [alive]
+    assert workers._stop_event is not None
+    assert not workers._stop_event.is_set()
+
+
+@pytest.mark.parametrize("exit_code", [1, 71, 78])
+def test_what_the_next_worker_would_die_of_too_ends_the_service(workers: Workers, exit_code: int) -> None:
+    assert join(workers, exit_code) == exit_code
+    assert workers._stop_event is not None
+    assert workers._stop_event.is_set()
+
+
+def test_workers_that_die_too_often_end_the_service(workers: Workers) -> None:
+    assert [join(workers, -9) for _ in range(REPLACEMENTS_MAX + 1)] == [0] * REPLACEMENTS_MAX + [137]
+
+
+def test_only_what_died_within_a_minute_counts(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    for _ in range(3 * REPLACEMENTS_MAX):
+        assert join(workers, -9) == 0
+        now += REPLACEMENTS_WITHIN_S / REPLACEMENTS_MAX
+
+
+def test_workers_that_stop_when_told_to_are_always_replaced(workers: Workers) -> None:
+    """``--max-requests``."""
+    assert [join(workers, 0) for _ in range(3 * REPLACEMENTS_MAX)] == [0] * 3 * REPLACEMENTS_MAX

@@ -1,0 +1,103 @@
+"""Parts of the process itself hang or break, a thread or the disk of its store: every stream gets its end even so."""
+
+import signal
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.hosting.hosts import command
+from tests.process.clients import Stream, new_session, open_client
+from tests.process.lastcall import (
+    CAP_S,
+    CONFIGURED_2,
+    HYPERCORN_1,
+    SERVE,
+    Host,
+    assert_all_ended_properly,
+    assert_clean,
+    ends,
+    open_under_load,
+    reports,
+    wait_gone,
+    well_behaved,
+)
+
+TOTAL_S = 3
+"""What the settings of these tests allow a stop to take: cleanup 1, release 1, and 1."""
+
+
+@pytest.mark.xfail(reason="threads are waited for before anything that is registered with atexit runs")
+@pytest.mark.parametrize("host", [SERVE, HYPERCORN_1], ids=str)
+async def test_a_thread_that_never_returns_is_left_behind(tmp_path: Path, host: Host) -> None:
+    argv = command(str(host), broken="with_a_stuck_thread")
+    async with open_under_load(host, tmp_path, *well_behaved(), argv=argv, drain_timeout_s=0) as (server, load):
+        signalled = server.signal_main(signal.SIGTERM)
+        gone = await wait_gone(server)
+        result = await load.stop()
+    assert_all_ended_properly(result)
+    assert_clean(host, server, gone)
+    assert gone.at - signalled < 1
+
+
+@pytest.mark.parametrize("host", [SERVE, CONFIGURED_2], ids=str)
+async def test_a_thread_that_the_tree_waits_for_costs_the_total(tmp_path: Path, host: Host) -> None:
+    argv = command(str(host), broken="waiting_for_a_stuck_thread")
+    async with open_under_load(host, tmp_path, *well_behaved(), argv=argv, drain_timeout_s=0) as (server, load):
+        signalled = server.signal_main(signal.SIGTERM)
+        gone = await wait_gone(server)
+        result = await load.stop()
+    assert_all_ended_properly(result)
+    assert set.union(*ends(result).values()) == {"interrupted"}
+    assert max(stream.ended_at or 0 for stream in result.streams) - signalled < 1
+    assert gone.exit_code == 70
+    assert gone.at - signalled < TOTAL_S
+    assert "waiting_for_a_stuck_thread (apps.py" in server.log()
+
+
+@pytest.mark.parametrize("host", [SERVE, CONFIGURED_2], ids=str)
+async def test_a_disk_that_hangs_costs_the_bounds_of_the_phases_and_is_a_fault(tmp_path: Path, host: Host) -> None:
+    """No commit returns any more when the stop comes. So no end can be kept, and each of them says so."""
+    trigger, stream = tmp_path / "hang", Stream()
+    argv = command(str(host), broken="on_a_hanging_disk")
+    settings = {"store_url": f"sqlite:{tmp_path}/lastcall.db", "HANG": trigger, "checkpoint_interval_s": 0.1}
+    async with (
+        open_under_load(host, tmp_path, *well_behaved(), argv=argv, drain_timeout_s=0, **settings) as (server, load),
+        open_client(server) as [client],
+        trio.open_nursery() as nursery,
+    ):
+        session = await new_session(client, "s")
+        nursery.start_soon(stream.run, client, "POST", f"{session}/turns", {"input": "rate=20"})
+        await stream.begun.wait()
+        trigger.touch()
+        with trio.fail_after(CAP_S):
+            await server.wait_logged("the disk hangs")  # of the others each waits for the lock of this one
+        signalled = server.signal_main(signal.SIGTERM)
+        gone = await wait_gone(server)
+        result = await load.stop()
+    assert_all_ended_properly(result)
+    assert set.union(*ends(result).values()) == {"interrupted"}
+    assert stream.end == ("turn.interrupted", "shutdown")
+    assert stream.events[-1]["stored"] is False
+    assert gone.exit_code == 75
+    assert gone.at - signalled < TOTAL_S
+    for report in reports(server):
+        turns = report["turns_interrupted"]
+        closing, *others = report["faults"]
+        assert closing == "closing the store took longer than release_timeout_s"
+        assert others == ([f"the end of {turns} turns is not in the store"] if turns else [])
+
+
+@pytest.mark.parametrize("host", [SERVE, CONFIGURED_2], ids=str)
+async def test_doors_that_do_not_close_are_a_fault_and_hold_nobody(tmp_path: Path, host: Host) -> None:
+    argv = command(str(host), broken="with_doors_that_stick")
+    async with open_under_load(host, tmp_path, *well_behaved(), argv=argv, drain_timeout_s=0) as (server, load):
+        signalled = server.signal_main(signal.SIGTERM)
+        gone = await wait_gone(server)
+        result = await load.stop()
+    assert_all_ended_properly(result)
+    assert gone.exit_code == 75
+    assert gone.at - signalled < 1
+    for report in reports(server):
+        assert report["faults"] == ["closing the doors: RuntimeError('they are stuck')"]
+        assert report["connections_aborted"] == 0
