@@ -63,8 +63,8 @@ class Connections:
         return Connection(app, config, context, state, stream, connections=self, all_open=self._open)
 
     def abort_stalled(self) -> int:
-        """Close the connections that cannot be written to; how many there were. The others wait for the event loop."""
-        return self._abort([it for it in self._open if not it.is_writable()])
+        """Close the connections whose clients do not take what they get; how many there were. Others are only slow."""
+        return self._abort([it for it in self._open if it.is_stalled])
 
     def abort_all(self) -> int:
         """Close every connection, whatever it is doing; how many there were."""
@@ -126,13 +126,17 @@ class Connection(TCPServer):
         finally:
             self._all_open.discard(self)
 
-    def is_writable(self) -> bool:
-        """Whether the kernel would take more for it: not so where the client has not read for a while."""
+    @property
+    def is_stalled(self) -> bool:
+        """Whether its client has not read for a while, or gives no window on HTTP/2."""
         if self._socket.fileno() < 0:
-            return False
+            return True
+        protocol = None if self.is_in_handshake else self.protocol.protocol
+        if isinstance(protocol, H2Protocol) and protocol.stream_buffers:
+            return True
         poll = select.poll()
         poll.register(self._socket.fileno(), select.POLLOUT)
-        return bool(poll.poll(0))
+        return not poll.poll(0)  # the kernel takes no more for it
 
     def abort(self) -> None:
         """End it without another word. What the kernel has already taken is still delivered."""

@@ -37,6 +37,9 @@ class Doors:
         self.open = trio.Event()
         self._listeners: list[Listener] = []
         self._accepting = trio.CancelScope()
+        self._taken = 0
+        self._served = trio.Event()
+        self._served.set()
         setattr(hypercorn.trio.run, "trio", _TrioExcept(serve_listeners=self.serve_listeners))  # noqa: B010
 
     @property
@@ -82,14 +85,36 @@ class Doors:
             for listener in self._listeners:
                 self._shut(listener)
 
+    @property
+    def has_served(self) -> bool:
+        """Whether all who waited when the doors closed have had their answers, and left."""
+        return self._served.is_set()
+
+    async def wait_served(self) -> None:
+        await self._served.wait()
+
     def _shut(self, listener: Listener) -> None:
         with socket.socket(fileno=_socket_of(listener).dup().detach()) as listening:
             with suppress(OSError):  # nobody waits any more, or another process was the last one too
                 while True:
                     client, _ = listening.accept()
-                    self.start_soon(None, _stream_of(client, listener), None)
+                    self._take(_stream_of(client, listener))
             with suppress(OSError):
                 listening.shutdown(socket.SHUT_RD)
+
+    def _take(self, stream: Stream) -> None:
+        if not self._taken:
+            self._served = trio.Event()
+        self._taken += 1
+        self._nursery.start_soon(self._serve_taken, stream)
+
+    async def _serve_taken(self, stream: Stream) -> None:
+        try:
+            await self._serve(stream)
+        finally:
+            self._taken -= 1
+            if not self._taken:
+                self._served.set()
 
     def start_soon(self, _run_handler: object, stream: Stream, _handler: object) -> None:
         """As the nursery of Trio's handlers. Trio's own would close each stream by a cancelled call, open or not."""

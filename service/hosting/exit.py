@@ -3,6 +3,7 @@
 import atexit
 import os
 import sys
+import threading
 from contextlib import suppress
 from enum import IntEnum
 from typing import NoReturn
@@ -34,8 +35,12 @@ def leave(code: int) -> NoReturn:
 
 
 def leave_at_exit(code: int) -> None:
-    """Take the short way out once the interpreter begins to finalise: after ``trio.run``, before the slow part."""
+    """Take the short way out once the interpreter begins to finalise: after ``trio.run``, before the slow part.
+
+    That begins with a wait for all threads that are no daemons, whoever left them behind: so before ``atexit``, too.
+    """
     atexit.register(leave, code)
+    threading._register_atexit(leave, code)  # type: ignore[attr-defined]
 
 
 def say(text: str) -> None:

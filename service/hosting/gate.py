@@ -20,6 +20,10 @@ MASTER_BUSY_S = 0.05
 """Between a worker's end and its next wait a master runs, for a moment or, on a busy machine, for some more."""
 
 
+WAITING_S = 0.025
+"""What those who waited at the doors when they closed may hold up the ends of turns."""
+
+
 class HeldTermination:
     """Stands in for hypercorn's ``context.terminate``: its own wish to stop goes in, our release comes out.
 
@@ -67,15 +71,24 @@ class Gate:
         self._held.release()
 
     async def close_doors(self) -> None:
-        """Take no more clients, and let hypercorn stop. Idle connections close, those at work go on."""
+        """Take no more clients, and let hypercorn stop. Idle connections close, those at work go on.
+
+        Returns once those who waited at the doors have had their answers, or have held this up for long enough.
+        """
         with trio.move_on_after(MASTER_LATE_S):
-            while not self.close_doors_at_once() and not self._master_stops:  # noqa: ASYNC110  nobody tells us
+            while not self._try_close() and not self._master_stops:  # noqa: ASYNC110  nobody tells us
                 await trio.sleep(0.001)
         with trio.move_on_after(MASTER_BUSY_S):
-            while self._master_stops and not self.close_doors_at_once():  # noqa: ASYNC110
+            while self._master_stops and not self._try_close():  # noqa: ASYNC110
                 await trio.sleep(0.001)
         if not self._held.is_set():
             self._close(followed=not self._master_stops)
+        with trio.move_on_after(WAITING_S):
+            await self._doors.wait_served()
+
+    def close_doors_at_once(self) -> bool:
+        """As :meth:`close_doors`, as far as that needs no waiting; whether there is nothing to be waited for."""
+        return self._try_close() and self._doors.has_served
 
     @property
     def _master_stops(self) -> bool:
@@ -83,18 +96,16 @@ class Gate:
         master = self._worker.master
         return master is not None and master.wants_stop()
 
-    def close_doors_at_once(self) -> bool:
-        """As :meth:`close_doors`. False, and nothing happens, where it must wait to see what the master is about."""
+    def _try_close(self) -> bool:
+        """Close, if it shows already whether somebody else will answer. Closing twice is closing once."""
         if self._held.is_set():
             return True
+        followed: bool | None = False
         if self._doors.open.is_set() and self._worker.master is not None:
             followed = self._another_worker_follows(self._worker.master)
-            if followed is None:
-                return False
+        if followed is not None:
             self._close(followed=followed)
-        else:
-            self._close(followed=False)
-        return True
+        return followed is not None
 
     def _close(self, *, followed: bool) -> None:
         if self._doors.open.is_set():
@@ -123,4 +134,4 @@ class Gate:
         if master is None or self._worker.config.workers == 1:
             return False
         mark_as_leaving()
-        return others_answer(self._doors.sockets, except_for={os.getpid(), master.pid})
+        return others_answer(self._doors.sockets, parent=os.getppid())

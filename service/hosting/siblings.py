@@ -1,7 +1,7 @@
 """Other processes that hold the same listening sockets: whether one of them still answers."""
 
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from socket import socket
@@ -21,15 +21,16 @@ def holds(pid: int, sockets: Iterable[socket | trio.socket.SocketType]) -> bool:
     return not _names(sockets).isdisjoint(_open_files(pid))
 
 
-def others_answer(sockets: Iterable[socket | trio.socket.SocketType], *, except_for: Collection[int]) -> bool:
-    """Whether another process answers at one of these sockets.
+def others_answer(sockets: Iterable[socket | trio.socket.SocketType], *, parent: int) -> bool:
+    """Whether another child of this process's parent answers at one of these sockets.
 
+    That is the master; or, where it has died, whoever the workers were given to.
     Of several that mark themselves and then ask, at the same time or not, at least the last one is told that it is.
     """
     names = _names(sockets)
     return any(
         not names.isdisjoint(files) and not any(MARK in name for name in files)
-        for files in (set(_open_files(pid)) for pid in _processes() if pid not in except_for)
+        for files in (set(_open_files(pid)) for pid in _children(parent) if pid != os.getpid())
     )
 
 
@@ -37,8 +38,10 @@ def _names(sockets: Iterable[socket | trio.socket.SocketType]) -> set[str]:
     return {f"socket:[{os.fstat(it.fileno()).st_ino}]" for it in sockets}
 
 
-def _processes() -> Iterator[int]:
-    return (int(entry) for entry in os.listdir("/proc") if entry.isdigit())  # noqa: PTH208
+def _children(pid: int) -> list[int]:
+    with suppress(OSError):
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
 
 
 def _open_files(pid: int) -> Iterator[str]:

@@ -52,13 +52,18 @@ async def test_who_waits_at_the_doors_is_served_and_who_comes_later_is_refused(s
         with trio.fail_after(10):
             await doors.open.wait()
             waiting = clients(server.port, 3)  # without a checkpoint: nobody has accepted them
+            assert doors.has_served
             doors.close(for_good=True)
+            assert not doors.has_served
             with pytest.raises(ConnectionRefusedError):
                 clients(server.port, 1)
             for client in waiting:
                 assert (await trio.to_thread.run_sync(client.recv, 100)).startswith(b"HTTP/1.1 200")
+                assert not doors.has_served
                 client.close()
+            await doors.wait_served()
             doors.close(for_good=True)  # idempotent
+            assert doors.has_served
 
 
 async def test_who_waits_is_left_to_others_where_there_are_some(serve: Serve, doors: Doors) -> None:
@@ -67,6 +72,7 @@ async def test_who_waits_is_left_to_others_where_there_are_some(serve: Serve, do
             await doors.open.wait()
             another = doors.sockets[0].dup()
             doors.close(for_good=False)
+            assert doors.has_served
             await trio.testing.wait_all_tasks_blocked(0.01)
             [client] = clients(server.port, 1)
             taken, _ = await another.accept()

@@ -18,7 +18,7 @@ from hypercorn.trio.worker_context import WorkerContext
 from quart_trio import QuartTrio
 
 from service.hosting.gate import HeldTermination
-from service.hosting.siblings import holds, mark_as_leaving, others_answer
+from service.hosting.siblings import holds, others_answer
 from service.hosting.worker import Master
 
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -70,7 +70,10 @@ def test_the_next_listen_opens_a_door_again() -> None:
 
 
 HOLD = "import sys; sys.stdin.read()"
-HOLD_MARKED = "import os, sys; os.memfd_create('lastcall-leaves'); print('marked', flush=True); sys.stdin.read()"
+HOLD_MARKED = (
+    "import sys; from service.hosting.siblings import mark_as_leaving; "
+    "mark_as_leaving(); print('marked', flush=True); sys.stdin.read()"
+)
 
 
 @pytest.mark.parametrize(("held_by", "answers"), [(HOLD, True), (HOLD_MARKED, False)])
@@ -85,20 +88,10 @@ def test_another_process_answers_unless_it_says_that_it_leaves(held_by: str, ans
                 other.stdout.readline()
             try:
                 assert holds(other.pid, [listener])
-                assert others_answer([listener], except_for={os.getpid()}) is answers
-                assert not others_answer([listener], except_for={os.getpid(), other.pid})
+                assert others_answer([listener], parent=os.getpid()) is answers
+                assert not others_answer([listener], parent=other.pid)
             finally:
                 other.communicate()
-
-
-def test_a_process_that_marks_itself_shows_it() -> None:
-    with listening() as listener:
-        assert others_answer([listener], except_for=())
-        mark = mark_as_leaving()
-        try:
-            assert not others_answer([listener], except_for=())
-        finally:
-            os.close(mark)
 
 
 async def test_hypercorn_is_held_until_it_is_released() -> None:

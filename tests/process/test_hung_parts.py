@@ -27,7 +27,6 @@ TOTAL_S = 3
 """What the settings of these tests allow a stop to take: cleanup 1, release 1, and 1."""
 
 
-@pytest.mark.xfail(reason="threads are waited for before anything that is registered with atexit runs")
 @pytest.mark.parametrize("host", [SERVE, HYPERCORN_1], ids=str)
 async def test_a_thread_that_never_returns_is_left_behind(tmp_path: Path, host: Host) -> None:
     argv = command(str(host), broken="with_a_stuck_thread")
