@@ -209,7 +209,7 @@ class Load:
     # Event streams
 
     async def _run_stream(self, group: Streams, number: int, settled: trio.Event) -> None:
-        """One client; its streams one after another. ``settled``: the first is ready, or never will be."""
+        """One client; its streams one after another. ``settled``: it is as ready as it will be."""
         for _ in range(group.repeat):
             result = StreamResult(group=group.name, number=number)
             self.result.streams.append(result)
@@ -229,7 +229,9 @@ class Load:
                 else:
                     await self._watch(_WatchedStream(sock, judge, group, self._poller), settled)
                     self._sockets.remove(sock)
-            settled.set()
+            if group.ready_at != "end":
+                settled.set()
+        settled.set()
 
     async def _open_stream(self, group: Streams, number: int, result: StreamResult) -> socket.socket:
         """Send everything up to the streaming request, on one connection."""
@@ -247,7 +249,8 @@ class Load:
     async def _watch(self, stream: _WatchedStream, settled: trio.Event) -> None:
         """Until it has ended."""
         await stream.ready.wait()
-        settled.set()
+        if stream.group.ready_at != "end":
+            settled.set()
         if stream.group.cancel_after_tokens:
             await stream.cancel_due.wait()
             await self._cancel_turn(stream)
@@ -341,7 +344,7 @@ class Load:
                 with await client.connect() as sock:
                     for request in group.requests * group.repeat:
                         await client.exchange(sock, request)
-                        result.answered += 1
+                        result.answered_at.append(time.monotonic())
         except (OSError, WireError, _RefusedError) as error:
             result.note = str(error)
 

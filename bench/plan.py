@@ -25,7 +25,8 @@ class Streams(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         stalled: Read nothing of the stream, with a small receive buffer. Ready once the server's
             send queue has stood still.
         repeat: Streams one after another, each on a connection of its own.
-        ready_at: The client is ready when the response's ``head`` or its first ``token`` is there.
+        ready_at: The client is ready when the response's ``head`` or its first ``token`` is there, or at the ``end``
+            of its last stream.
         leave_after_tokens: Close the connection in mid-stream after so many tokens; 0: never.
         cancel_after_tokens: Cancel the turn, over another connection, after so many; 0: never. The
             response's Location is the turn's.
@@ -39,7 +40,7 @@ class Streams(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     half_close: bool = False
     stalled: bool = False
     repeat: int = 1
-    ready_at: Literal["head", "token"] = "token"
+    ready_at: Literal["head", "token", "end"] = "token"
     leave_after_tokens: int = 0
     cancel_after_tokens: int = 0
     keep_delays: bool = False
@@ -139,7 +140,7 @@ class CallsResult(msgspec.Struct, kw_only=True):
 
     group: str
     number: int
-    answered: int = 0
+    answered_at: list[float] = []
     note: str = ""
 
 

@@ -1,10 +1,10 @@
 """What each scenario measures, in which order, and at which size. Each yields its rows as they come."""
 
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from bench import end, expiry, first_token, idle, relay
+from bench import end, expiry, first_token, idle, relay, store
 from bench.contenders import Contender, choose
 from bench.shutdown import CAP_S, Case, run_case, special, steady
 from bench.stage import Place
@@ -55,7 +55,7 @@ class Programme:
         """How often everything is measured."""
         if self.repeats is not None:
             return self.repeats
-        return {"quick": 1, "usual": 3, "full": 5}[self.size] if self.scenario == "shutdown" else 1
+        return {"quick": 1, "usual": 3, "full": 5}[self.size] if self.scenario in ("shutdown", "store") else 1
 
     def steps(self) -> int | None:
         """How many rows there will be, where that is known."""
@@ -128,6 +128,15 @@ async def _measure_expiry(programme: Programme, place: Place, repeat: int) -> As
             yield await expiry.measure(kind, 10**power, place.folder, repeat=repeat)
 
 
+async def _measure_store(programme: Programme, place: Place, repeat: int) -> AsyncGenerator[Any, None]:
+    (contender,) = choose(["lastcall-config"])
+    measured = store.QUICK if programme.size == "quick" else store.USUAL
+    if programme.streams:
+        measured = replace(measured, interrupted=programme.streams[0])
+    async for row in store.measure(contender, place, measured, repeat=repeat):
+        yield row
+
+
 async def _measure_end(programme: Programme, place: Place, repeat: int) -> AsyncGenerator[Any, None]:
     turns = 20 if programme.size == "quick" else end.TURNS
     for contender in programme.contenders:
@@ -142,6 +151,7 @@ _SCENARIOS = {
     "idle": _measure_idle,
     "expiry": _measure_expiry,
     "end": _measure_end,
+    "store": _measure_store,
 }
 NAMES = tuple(_SCENARIOS)
 TABLES = {
@@ -150,4 +160,5 @@ TABLES = {
     "idle": idle.TABLE,
     "expiry": expiry.TABLE,
     "end": end.TABLE,
+    "store": store.TABLE,
 }

@@ -88,6 +88,7 @@ class ShutdownRow(msgspec.Struct, kw_only=True):
     tokens_lost: int | None = None  # sent by the model, never received
     upstream_closed_s: float | None = None  # the last connection to the model server
     replies_kept: int | None = None  # turns whose non-empty reply is in the store; None: it has no durable one
+    phases_ms: dict[str, float] = {}  # of its own shutdown report, if it writes one
     log_lines: int = 0
     log_tracebacks: int = 0
     log_cancelled: int = 0
@@ -170,6 +171,9 @@ def _add_books(
 
 def _add_log(row: ShutdownRow, log: str) -> None:
     lines = log.splitlines()
+    for line in lines:
+        if '"shutdown report"' in line:
+            row.phases_ms = msgspec.json.decode(line)["phases_ms"]
     row.log_lines = len(lines)
     row.log_tracebacks = sum("Traceback (most recent call last)" in line for line in lines)
     row.log_cancelled = sum(re.search(r"\bCancelled(Error)?\b", line) is not None for line in lines)

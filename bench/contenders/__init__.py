@@ -49,10 +49,10 @@ class Contender:
         return next((module for module in self.needs if find_spec(module) is None), None)
 
     def launch(self, *, upstream_url: str, store: Path, cpus: str | None) -> Launch:
-        env = {"BENCH_UPSTREAM": upstream_url, "LASTCALL_MODEL_URL": upstream_url, **self.env}
+        env = {"BENCH_UPSTREAM": upstream_url, "LASTCALL_MODEL_URL": upstream_url}
         if self.store_env is not None:
             env[self.store_env[0]] = self.store_env[1](store)
-        return Launch(self.argv, env=env, workers=self.workers, cpus=cpus)
+        return Launch(self.argv, env=env | dict(self.env), workers=self.workers, cpus=cpus)
 
 
 async def _count_rows(store: Path) -> int:

@@ -12,6 +12,7 @@ import trio
 
 from bench.peers import open_load, open_upstream
 from bench.plan import (
+    Calls,
     Idle,
     LoadResult,
     Plan,
@@ -208,6 +209,35 @@ async def test_a_server_that_ignores_its_signal_is_killed_on_leaving(tmp_path: P
         assert server.gone is None
     assert server.gone is not None
     assert server.gone.exit_code == -signal.SIGKILL
+
+
+async def test_calls_in_a_row_are_noted_until_the_first_that_fails(tmp_path: Path) -> None:
+    good = Calls(name="good", count=2, requests=(Request(path="/json"),), repeat=3)
+    bad = Calls(name="bad", count=1, requests=(Request(path="/json"), Request(path="/refuse")), repeat=3)
+    began = time.monotonic()
+    async with open_misbehaving(tmp_path) as server, open_load(Plan(port=server.port, groups=(good, bad))) as load:
+        await load.wait_ready()
+        done = time.monotonic()
+        result = await load.stop()
+    assert sorted((calls.group, len(calls.answered_at)) for calls in result.calls) == [
+        ("bad", 1),
+        ("good", 3),
+        ("good", 3),
+    ]
+    assert {calls.group for calls in result.calls if calls.note} == {"bad"}
+    for calls in result.calls:
+        assert [began, *calls.answered_at, done] == sorted([began, *calls.answered_at, done])
+
+
+async def test_a_client_that_is_ready_at_the_end_has_read_all_its_streams(tmp_path: Path) -> None:
+    body = '{"model": "m", "stream": true, "messages": [{"role": "user", "content": "s$n rate=100 tokens=10"}]}'
+    request = Request(path="/v1/chat/completions", body=body)
+    group = Streams(name="direct", count=2, stream=request, repeat=3, ready_at="end")
+    with trio.fail_after(30):
+        async with open_upstream() as upstream, open_load(Plan(port=upstream.port, groups=(group,))) as load:
+            await load.wait_ready()
+            result = await load.stop()
+    assert [(stream.end, stream.tokens) for stream in result.streams] == [(StreamEnd.CLEAN, 10)] * 6
 
 
 async def test_output_through_a_pipe_can_be_filled_and_closed(tmp_path: Path) -> None:

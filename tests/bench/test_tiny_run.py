@@ -55,7 +55,7 @@ def test_each_scenario_runs_and_reports(tmp_path: Path, scenario: str) -> None:
         assert all(row["of_memory"] or row["added_ms"] for row in compared)
         (stop,) = [row for row in compared if row["what"] == "shutdown"]
         assert (stop["n"], stop["kept"]) == (2, 2)
-        assert stop["interrupting_ms"] > 0
+        assert stop["phases_ms"]["interrupting"] > 0
     assert (tmp_path / f"{scenario}.md").read_text().count("\n|") == len(rows) + 2
 
 

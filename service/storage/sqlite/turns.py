@@ -4,7 +4,7 @@ A step that refuses does so before it has written anything.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
 
 import apsw
@@ -29,6 +29,7 @@ from service.storage.sqlite.rows import (
 
 _VISIBLE = "SELECT key FROM sessions WHERE id = ? AND deletion = 0 AND (open_turns > 0 OR expires_at > ?)"
 _GET = f"SELECT {TURN_COLUMNS} FROM turns WHERE id = ? AND session = ?"
+_DOWN_FROM = f"SELECT {TURN_COLUMNS}, message_bytes FROM turns WHERE session = ? AND ordinal <= ? ORDER BY ordinal DESC"
 # One table a statement: several simple ones are several times as fast as one that joins.
 _OWN = "SELECT key, session FROM turns WHERE id = ? AND +owner = ?"  # by its id, not among all that this owner has
 _INSERT_COLUMNS = (
@@ -222,19 +223,33 @@ def read_path(db: apsw.Connection, session_id: str, turn_id: str, bytes_max: int
     session = _key(db, session_id)
     path: list[TurnRecord] = []
     size = 0
-    next_id: str | None = turn_id
-    while next_id is not None and session is not None:
-        row: Row | None = db.execute(_GET, (next_id, session)).fetchone()
-        if row is None:
-            break
-        turn = turn_of(session_id, row)
-        size += turn.message_bytes
+    for row in _path_down(db, session, turn_id) if session is not None else ():
+        size += row[-1]
         if path and bytes_max is not None and size > bytes_max:
             break
-        path.append(turn)
-        next_id = turn.parent
+        path.append(turn_of(session_id, row))
     path.reverse()
     return path
+
+
+def _path_down(db: apsw.Connection, session: int, turn_id: str) -> Iterator[Row]:
+    """The rows of a path, from its last turn to the root.
+
+    Mostly a turn's parent is the one accepted before it, so that one statement gives them all; where it is not, another
+    goes on from there.
+    """
+    next_id: str | None = turn_id
+    while next_id is not None:
+        ordinal: int | None = db.execute(
+            "SELECT ordinal FROM turns WHERE id = ? AND session = ?", (next_id, session)
+        ).get
+        if ordinal is None:
+            return
+        for row in db.execute(_DOWN_FROM, (session, ordinal)):
+            if row[0] != next_id:
+                break
+            yield row
+            next_id = row[1]
 
 
 def list_path(db: apsw.Connection, session_id: str, turn_id: str, *, limit: int, first: str | None) -> list[TurnRecord]:
