@@ -17,6 +17,7 @@
     │       ├── TurnLimitError       ``live_turns_max``
     │       ├── QueueFullError       ``queued_turns_max``
     │       ├── StreamLimitError     ``streams_max``
+    │       ├── SessionLimitError    ``memory_sessions_max``
     │       └── ShuttingDownError    no new work: the service is about to stop
     ├── StoreError                   the store refused, hung or broke
     └── ModelError                   the upstream failed (``code``, ``retryable``, ``retry_after_s``)
@@ -140,6 +141,10 @@ class QueueFullError(LimitError):
 
 class StreamLimitError(LimitError):
     code = "stream_limit"
+
+
+class SessionLimitError(LimitError):
+    code = "session_limit"
 
 
 class ShuttingDownError(LimitError):

@@ -190,6 +190,8 @@ class Settings(BaseModel):
     """Turns running or queued, in all sessions."""
     queued_turns_max: Count = 8
     """Turns queued in one session."""
+    memory_sessions_max: Count = 1_000_000
+    """Sessions kept at once with `memory:`."""
     streams_max: Count = 10000
     """Event streams open at once."""
     input_bytes_max: Bytes = 256 * 1024

@@ -24,7 +24,8 @@ import msgspec
 import structlog
 import trio
 
-from service.sessions.registry import Sessions, SessionsStatistics
+from service.sessions.registry import Sessions
+from service.sessions.statistics import SessionsStatistics
 from service.settings import Settings
 
 logger = structlog.get_logger("lastcall.shutdown")
@@ -145,7 +146,7 @@ class Shutdown:
         """
         self.expected = True
         if self._is_hasty and self._sessions is not None:
-            self._sessions.hold_streams()
+            self._sessions.stopping.hold_streams()
 
     def hurry(self) -> None:
         """Skip what is left of the lame duck and of the drain: a second Ctrl+C."""
@@ -197,7 +198,7 @@ class Shutdown:
         """
         self._sessions = sessions
         if not self.accepting:
-            sessions.stop_accepting()
+            sessions.stopping.stop_accepting()
         task_status.started()
         await self.noticed.wait()
         self._before = self._before or sessions.statistics()
@@ -227,11 +228,11 @@ class Shutdown:
                 self._before = self._sessions.statistics()
                 self._enter(Phase.DRAINING)
                 self._enter(Phase.INTERRUPTING)
-                self._sessions.interrupt_all()
+                self._sessions.stopping.interrupt_all()
 
     async def _drain(self, sessions: Sessions) -> None:
         with self.noting_faults("interrupting queued turns"):
-            sessions.interrupt_queued()
+            sessions.stopping.interrupt_queued()
         # Where nothing may be waited for, nothing is: under load a single checkpoint costs a round of the event loop,
         # in which every stream has its turn.
         if not self._settings.drain_timeout_s:
@@ -239,18 +240,18 @@ class Shutdown:
         with trio.move_on_after(self._settings.drain_timeout_s):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_cancel_after, nursery.cancel_scope, self._hurry)
-                await sessions.wait_idle()
+                await sessions.stopping.wait_idle()
                 nursery.cancel_scope.cancel()
 
     async def _interrupt(self, sessions: Sessions) -> None:
         with self.noting_faults("closing the doors"):
             await self.close_doors()
         with self.noting_faults("interrupting running turns"):
-            sessions.interrupt_all()
+            sessions.stopping.interrupt_all()
         with trio.move_on_after(self._settings.cleanup_timeout_s + SETTLE_S) as bound:
-            await sessions.wait_idle()
+            await sessions.stopping.wait_idle()
             with self.noting_faults("storing what the store refused"):
-                await sessions.settle()
+                await sessions.unkept.settle()
         if bound.cancelled_caught:
             left = sessions.statistics()
             if turns := left.turns_running + left.turns_queued:
@@ -259,7 +260,7 @@ class Shutdown:
     def _refuse_work(self) -> None:
         self.accepting = False
         if self._sessions is not None:
-            self._sessions.stop_accepting()
+            self._sessions.stopping.stop_accepting()
 
     def _enter(self, phase: Phase) -> None:
         """Go on to a phase, or stay where that has been reached already."""

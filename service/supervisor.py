@@ -110,7 +110,7 @@ async def open_service(
 def _open_store(settings: Settings, peer_address: str | None) -> AbstractAsyncContextManager[Store]:
     """The store that ``store_url`` names."""
     if settings.store_url == "memory:":
-        return open_memory_store()
+        return open_memory_store(sessions_max=settings.memory_sessions_max)
     if settings.store_url.startswith("sqlite:"):
         from service.storage.sqlite import open_sqlite_store  # noqa: PLC0415  only who uses it needs SQLite
 

@@ -31,7 +31,7 @@ from service.api.serving import current_service
 from service.api.sse import MEDIA_TYPE
 from service.errors import InvalidRequestError, LastcallError, OwnedElsewhereError, ShuttingDownError, StoreError
 from service.sessions.event_log import EventLog
-from service.sessions.streams import Forward
+from service.sessions.forwards import Forward
 from service.sessions.turn import Watch
 from service.supervisor import Service
 
@@ -113,7 +113,7 @@ async def forward(error: OwnedElsewhereError) -> TrioResponse:
     if stream is None:
         return await _answer_here(error)
     peer = _Peer(stream)
-    slot = current_service().sessions.open_forward()
+    slot = current_service().sessions.forwards.open_forward()
     give_back_later(_hang_up, peer, slot, _client_returns())
     if user_of_peer(stream.socket) != user_of_peer(None):
         raise StoreError(str(error))

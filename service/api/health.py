@@ -32,7 +32,7 @@ async def readyz() -> TrioResponse:
     service = current_service()
     if service.shutdown.expected:
         raise ShuttingDownError
-    if (refusal := service.sessions.refusal) is not None:
+    if (refusal := service.sessions.unkept.refusal) is not None:
         # Anybody may ask this, so that what and where it is stays in the log.
         raise StoreError("The store refuses to write; the log says why.", retry_after_s=refusal.retry_after_s)
     return json_response(Health("ready"))

@@ -20,13 +20,14 @@ from service.api.wire import (
 )
 from service.errors import (
     SessionExistsError,
+    SessionLimitError,
     SessionNotFoundError,
     ShuttingDownError,
     TurnInProgressError,
     TurnNotFoundError,
 )
 from service.ids import is_session_id
-from service.sessions.registry import NewSession
+from service.sessions.new import NewSession
 from service.storage.records import SessionPatch
 
 blueprint = Blueprint("sessions", __name__)
@@ -56,7 +57,7 @@ def session_location(session_id: str) -> str:
     id="create_session",
     body=CreateSession,
     answers=(Answer(status=201, description="The new session.", body=Session, located=True, links=_LED_BY_ID),),
-    errors=(SessionExistsError, ShuttingDownError),
+    errors=(SessionExistsError, SessionLimitError, ShuttingDownError),
 )
 async def create_session() -> TrioResponse:
     """Create a session.
@@ -140,7 +141,10 @@ async def delete_session(session_id: str) -> TrioResponse:
     id="fork_session",
     body=ForkSession,
     answers=(Answer(status=201, description="The copy.", body=Session, located=True, links=_LED_BY_ID),),
-    errors=(SessionNotFoundError, TurnNotFoundError, SessionExistsError, TurnInProgressError, ShuttingDownError),
+    errors=(
+        *(SessionNotFoundError, TurnNotFoundError, SessionExistsError, TurnInProgressError),
+        *(SessionLimitError, ShuttingDownError),
+    ),
 )
 async def fork_session(session_id: str) -> TrioResponse:
     """Fork a session: create one with its settings and a copy of its conversation.

@@ -27,7 +27,7 @@ from service.errors import (
     TurnLimitError,
     TurnNotFoundError,
 )
-from service.sessions.registry import NewTurn
+from service.sessions.new import NewTurn
 from service.sessions.streams import StreamSlot
 from service.sessions.turn import Turn, Watch
 from service.storage.records import TurnRecord
@@ -114,7 +114,7 @@ def take_slot(service: Service) -> StreamSlot:
     """
     scope = cast("dict[str, StreamSlot]", request.scope)
     if _SLOT not in scope:
-        scope[_SLOT] = service.sessions.open_stream()
+        scope[_SLOT] = service.sessions.streams.open_stream()
         give_back_later(scope[_SLOT].give_back)  # only comes into effect if the answer is another one after all
     return scope[_SLOT]
 

@@ -11,7 +11,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from service.models.client import FinishReason, Role, Usage
 from service.sessions.messages import MessageRecord
-from service.sessions.registry import OnConflict
+from service.sessions.new import OnConflict
 from service.sessions.turn import OnDisconnect
 from service.storage.records import EndReason, Failure, Page, SessionRecord, SessionStatus, TurnRecord, TurnState
 

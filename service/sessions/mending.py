@@ -40,4 +40,4 @@ async def mend(sessions: Sessions, *, shared: bool) -> None:
         recovered = await sessions.recover()
         if recovered:
             logger.info("turns of a process that died ended as interrupted", turns=recovered)
-    await sessions.settle()
+    await sessions.unkept.settle()

@@ -1,9 +1,4 @@
-"""Open streams: event streams of turns, and answers that are passed on from another process."""
-
-from collections.abc import Awaitable, Callable
-from math import inf
-
-import trio
+"""Open event streams: how many there are, and their bound."""
 
 from service.errors import StreamLimitError
 
@@ -64,46 +59,3 @@ class StreamSlot:
         streams, self._streams = self._streams, None
         if streams is not None:
             streams.open -= 1
-
-
-class Forward:
-    """An answer on its way from the process that owns a session through this one. Closing twice is closing once.
-
-    Args:
-        note_closed: Called when it is closed.
-        start: Starts a task that closes it; False where the service is closed already.
-    """
-
-    def __init__(
-        self,
-        note_closed: Callable[["Forward"], None],
-        start: Callable[["Forward", Callable[[], Awaitable[None]]], bool],
-    ) -> None:
-        self._note_closed = note_closed
-        self._start = start
-        self._deadline = inf
-        self._scope = trio.CancelScope()
-
-    def waiting(self) -> trio.CancelScope:
-        """The scope of one wait for the owner; left early once the answer is cut off."""
-        self._scope = trio.CancelScope(deadline=self._deadline)
-        return self._scope
-
-    def end_by(self, deadline: float) -> None:
-        """This process is leaving: whatever is not there by then does not come through it."""
-        self._deadline = self._scope.deadline = deadline
-
-    @property
-    def was_cut(self) -> bool:
-        """Whether it was over because this process leaves."""
-        return self._deadline <= trio.current_time()
-
-    def take_leave(self, call: Callable[[], Awaitable[None]]) -> bool:
-        """Close it after a last call, which the shutdown waits for: the request that it belonged to is over.
-
-        False, and nothing happens, where the service is closed already.
-        """
-        return self._start(self, call)
-
-    def close(self) -> None:
-        self._note_closed(self)

@@ -1,11 +1,9 @@
-"""A live turn: from its acceptance until its end is kept and told.
+"""A live turn: its state from its acceptance until its end is kept and told.
 
-``run_turn`` is its task, a child of its session's. Whatever happens to it becomes one terminal event:
-the first cause decides, synchronously; the upstream connection is closed; the end is kept; the
-event is appended; the streams end. In this order, for every cause.
+Its task is in :mod:`service.sessions.running`.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from math import inf
 from types import TracebackType
@@ -15,18 +13,14 @@ import msgspec
 import structlog
 import trio
 
-from service.clock import Clock
-from service.errors import ModelError, StoreError
+from service.errors import ModelError
 from service.ids import new_message_id
-from service.models.client import Finished, ModelClient, ModelEvent, ModelRequest, ReasoningDelta, TextDelta
+from service.models.client import Finished, ModelClient, ModelEvent, ReasoningDelta, TextDelta
 from service.sessions import ends
 from service.sessions.event_log import EventLog
-from service.sessions.events import Event, TurnDelta, TurnQueued, TurnReasoning, TurnStarted, encode_frame
-from service.sessions.prompt import build_prompt
-from service.sessions.store_deadline import answered_within
+from service.sessions.events import Event, TurnDelta, TurnQueued, TurnReasoning, TurnStarted
 from service.settings import Settings
 from service.storage.records import Checkpoint, Item, TurnRecord
-from service.storage.store import Store
 
 logger = structlog.get_logger("lastcall.turn")
 
@@ -304,89 +298,3 @@ class _Text:
 
 def _utf8_length(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
-
-
-async def run_turn(
-    turn: Turn,
-    *,
-    wait_for_others: Callable[[], Awaitable[None]],
-    default_end: Callable[[], ends.End],
-    store: Store,
-    clock: Clock,
-    settings: Settings,
-) -> None:
-    """Run a turn to its end. Its failures become its terminal event and end nothing else.
-
-    Ends when the turn has; cancellation from above decides ``default_end()`` and still keeps and
-    tells it, within ``cleanup_timeout_s``.
-
-    Args:
-        wait_for_others: Returns when no earlier turn of the session is open.
-    """
-    try:
-        with turn.scope() as scope:
-            await wait_for_others()
-            await _reply(turn, store=store, clock=clock, settings=settings)
-        if scope.cancelled_caught:
-            turn.decide_from_deadlines()
-    except ModelError as error:
-        turn.decide(ends.failed(error.code, str(error)))
-    except StoreError as error:
-        turn.decide(ends.failed(error.code, str(error)))
-    except Exception:
-        logger.exception("turn crashed", session_id=turn.session_id, turn_id=turn.id)
-        turn.crashed = True
-        turn.decide(ends.failed("internal_error", "Something in this service broke; the log says what."))
-    finally:
-        turn.decide(default_end())
-        record = turn.finish(clock())
-        stored = False
-        # Shielded: every end is kept and told, also one that a cancellation caused.
-        with trio.CancelScope(deadline=trio.current_time() + settings.cleanup_timeout_s, shield=True):
-            stored = await _keep(turn, record, store=store, clock=clock)
-        turn.conclude(record, stored=stored)
-
-
-async def _reply(turn: Turn, *, store: Store, clock: Clock, settings: Settings) -> None:
-    """Take the model's reply to the end and decide it."""
-    was_queued = not turn.running
-    turn.start(clock())
-    record = turn.record()
-    with answered_within(settings.store_timeout_s):
-        if was_queued:
-            await store.start_turn(turn.id, now=clock())
-        path = await store.read_path(turn.session_id, turn.id, bytes_max=settings.prompt_bytes_max)
-    request = ModelRequest(
-        model=record.model,
-        messages=build_prompt(path, system_message=turn.system_message, bytes_max=settings.prompt_bytes_max),
-        temperature=record.temperature,
-        max_output_tokens=record.max_output_tokens,
-    )
-    waited_for, timeout_s = "first_token", settings.first_token_timeout_s
-    with trio.CancelScope(deadline=trio.current_time() + timeout_s) as silence:
-        async with turn.client.stream(request) as stream:
-            while turn.end is None:
-                events = await stream.receive()
-                if turn.end is not None:
-                    break  # decided by somebody else while these were on their way
-                finished = turn.take(events)
-                if finished is not None:
-                    turn.decide(ends.Completed(finished.finish_reason, finished.usage))
-                waited_for, timeout_s = "next_token", settings.next_token_timeout_s
-                silence.deadline = trio.current_time() + timeout_s
-    if silence.cancelled_caught:
-        raise ModelError(
-            f"{waited_for}_timeout", f"The model server sent nothing for {timeout_s:g} s ({waited_for}_timeout_s)."
-        )
-
-
-async def _keep(turn: Turn, record: TurnRecord, *, store: Store, clock: Clock) -> bool:
-    """Put an end into the store, with the events that are not there yet; whether that worked."""
-    after = turn.kept_seq
-    events = [*turn.log.frames(after=after), encode_frame(turn.terminal_event(stored=True))]
-    try:
-        await store.end_turn(record, events=events, now=clock(), after=after)
-    except StoreError as error:
-        logger.warning("the end of a turn was not stored", turn_id=turn.id, error=str(error))
-        return False
-    return True

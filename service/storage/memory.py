@@ -9,12 +9,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from itertools import islice
+from math import inf
 
 import anyio.lowlevel
 import msgspec
 from sortedcontainers import SortedList
 
-from service.errors import SessionExistsError, SessionNotFoundError, TurnNotFoundError
+from service.errors import SessionExistsError, SessionLimitError, SessionNotFoundError, TurnNotFoundError
 from service.storage.cursors import (
     SessionPosition,
     TurnPosition,
@@ -41,9 +42,9 @@ class _Session:
 
 
 @asynccontextmanager
-async def open_memory_store() -> AsyncIterator["MemoryStore"]:
-    """An empty store, closed on leaving."""
-    store = MemoryStore()
+async def open_memory_store(*, sessions_max: float = inf) -> AsyncIterator["MemoryStore"]:
+    """An empty store for at most ``sessions_max`` sessions, closed on leaving."""
+    store = MemoryStore(sessions_max=sessions_max)
     try:
         yield store
     finally:
@@ -56,7 +57,8 @@ class MemoryStore:
     name = "memory"
     durable = False
 
-    def __init__(self) -> None:
+    def __init__(self, *, sessions_max: float = inf) -> None:
+        self._sessions_max = sessions_max
         self._sessions: dict[str, _Session] = {}
         self._turns: dict[str, _Turn] = {}
         # Orders over the sessions that are not marked as deleted. Each is in the first and in one of
@@ -148,10 +150,7 @@ class MemoryStore:
 
     async def delete_expired(self, *, now: datetime, limit: int) -> int:
         await anyio.lowlevel.checkpoint()
-        expired = self._idle_by_deadline[: min(limit, self._count_expired(now))]
-        for _, session_id in expired:
-            self._remove(self._sessions[session_id])
-        return len(expired)
+        return self._remove_expired(now, limit)
 
     # Turns
 
@@ -285,6 +284,10 @@ class MemoryStore:
             if present.deleted or not present.record.has_expired(now):
                 raise SessionExistsError(session.id)
             self._remove(present)
+        if len(self._sessions) >= self._sessions_max and not self._remove_expired(now, limit=1):
+            raise SessionLimitError(
+                f"{self._sessions_max} sessions are kept already (memory_sessions_max); delete some or try again later."
+            )
         added = self._sessions[session.id] = _Session(session)
         self._by_age.add((session.created_at, session.id))
         self._status_order(session).add(_status_key(session))
@@ -299,6 +302,12 @@ class MemoryStore:
     def _count_expired(self, now: datetime) -> int:
         # The character above all others makes the key the last of its moment: `expires_at <= now`.
         return self._idle_by_deadline.bisect_right((now, "\U0010ffff"))
+
+    def _remove_expired(self, now: datetime, limit: int) -> int:
+        expired = self._idle_by_deadline[: min(limit, self._count_expired(now))]
+        for _, session_id in expired:
+            self._remove(self._sessions[session_id])
+        return len(expired)
 
     def _replace(self, session: _Session, record: SessionRecord) -> None:
         if not session.deleted:

@@ -58,6 +58,7 @@ class Store(Protocol):
 
         Raises:
             SessionExistsError: The id is taken, or its deletion is not finished.
+            SessionLimitError: The store keeps no more sessions; :meth:`fork_session` raises it, too.
         """
         ...
 

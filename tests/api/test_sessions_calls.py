@@ -144,7 +144,7 @@ async def test_what_cannot_be_forked_is_refused(autojump_clock: MockClock) -> No
         problem = (await api.call("POST", "/sessions/me/fork", {})).problem(409, "turn_in_progress")
         assert problem["turn_id"] == turn
         assert "on_conflict" not in problem["detail"]
-        api.service.sessions.stop_accepting()
+        api.service.sessions.stopping.stop_accepting()
         (await api.call("POST", "/sessions/me/fork", {})).problem(503, "shutting_down")
 
 
@@ -157,3 +157,22 @@ async def _messages(api: Api, session_id: str) -> list[dict[str, str]]:
         if page["next"] is None:
             return messages
         after = f"&after={page['next']}"
+
+
+async def test_at_the_bound_on_sessions_the_answer_is_503(autojump_clock: MockClock) -> None:
+    async with open_api(memory_sessions_max=1) as api:
+        session_id = await api.new_session()
+        calls: list[tuple[str, dict[str, str]]] = [
+            ("/sessions", {}),
+            (f"/sessions/{session_id}/fork", {}),
+            ("/chat", {"message": "Hi"}),
+        ]
+        for path, body in calls:
+            refused = await api.call("POST", path, body)
+            refused.problem(503, "session_limit")
+            assert int(refused.headers["retry-after"]) >= 1
+        assert api.service.sessions.statistics().turns_unkept == 0
+        more = await api.call("POST", "/chat", {"message": "Hi", "session_id": session_id})
+        assert more.events[-1]["type"] == "turn.completed"
+        assert (await api.call("DELETE", f"/sessions/{session_id}")).status == 204
+        await api.new_session()

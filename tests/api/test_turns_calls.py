@@ -1,19 +1,19 @@
 """Starting turns in three ways, following and cancelling them, as a client sees it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import trio
 from quart import request
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from service.api.bodies import kept_body
-from service.errors import LimitError, OwnedElsewhereError, ShuttingDownError, TurnLimitError
-from service.sessions.registry import NewTurn, Sessions
+from service.errors import OwnedElsewhereError
+from service.sessions.registry import Sessions
 from service.sessions.turn import Turn
-from tests.api.inprocess import SSE, Api, leave, open_api
+from tests.api.inprocess import CAP_S, SSE, Api, leave, open_api
 
 SLOW = "scripted:?tokens=100&rate=1"
 
@@ -262,58 +262,63 @@ async def test_chat_makes_the_session_once_and_streams(autojump_clock: MockClock
         )
 
 
-@pytest.mark.parametrize("refusal", [TurnLimitError("full"), ShuttingDownError()])
-async def test_chat_leaves_no_session_behind_when_its_turn_is_refused(
-    refusal: LimitError, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def refuse(*_: object) -> None:
-        raise refusal
-
-    async with open_api() as api:
-        await api.new_session(id="old")
-        monkeypatch.setattr(api.service.sessions, "start_turn", refuse)
-        for body in ({"session_id": "new"}, {"session_id": "old"}, {}):
-            (await api.call("POST", "/chat", {"message": "Hi"} | body)).problem(503, refusal.code)
-        assert [session["id"] for session in (await api.call("GET", "/sessions")).json["data"]] == ["old"]
-
-
-async def test_a_session_of_a_refused_chat_goes_though_its_caller_leaves(
-    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_chat_leaves_no_session_behind_when_its_turn_is_refused(autojump_clock: MockClock) -> None:
     async with open_api(model_url=SLOW, live_turns_max=1) as api:
-        other = await api.new_session()
-        await api.call("POST", f"/sessions/{other}/turns", {"input": "1", "background": True})
-        list_turns = api.service.store.list_turns
-
-        async def list_slowly(*args: Any, **kwargs: Any) -> Any:
-            await trio.sleep(1)
-            return await list_turns(*args, **kwargs)
-
-        monkeypatch.setattr(api.service.store, "list_turns", list_slowly)
-        connection = api.open("POST", "/chat", headers={"Content-Type": "application/json"})
-        async with connection:
-            await connection.send(b'{"message": "Hi", "session_id": "me"}')
-            await connection.send_complete()
-            await wait_all_tasks_blocked()
-            assert (await api.call("GET", "/sessions/me")).status == 200
-            await leave(connection)
-        (await api.call("GET", "/sessions/me")).problem(404, "session_not_found")
+        old = await api.new_session(id="old")
+        await api.call("POST", f"/sessions/{old}/turns", {"input": "1", "background": True})
+        for code in ("turn_limit", "shutting_down"):
+            for body in ({"session_id": "new"}, {}):
+                (await api.call("POST", "/chat", {"message": "Hi"} | body)).problem(503, code)
+            assert [session["id"] for session in (await api.call("GET", "/sessions")).json["data"]] == ["old"]
+            api.service.sessions.stopping.stop_accepting()
 
 
-async def test_a_session_of_a_refused_chat_stays_where_somebody_else_uses_it(
-    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+async def test_chat_whose_client_leaves_at_any_moment_leaves_no_session_without_a_turn(
+    autojump_clock: MockClock,
 ) -> None:
+    """Moments are rounds of the event loop."""
     async with open_api(model_url=SLOW) as api:
-        start_turn = api.service.sessions.start_turn
+        made = []
+        for moment in range(60):
+            session_id = f"me-{moment}"
+            await _chat_and_leave(api, session_id, moment)
+            reply = await api.call("GET", f"/sessions/{session_id}")
+            made.append(reply.status == 200)
+            if made[-1]:
+                (turn,) = (await api.call("GET", f"/sessions/{session_id}/turns")).json["data"]
+                assert (turn["state"], turn["reason"]) == ("cancelled", "disconnected")
+        assert set(made) == {False, True}
+        assert api.service.sessions.statistics().streams_open == 0
 
-        async def be_late(session_id: str, new: NewTurn) -> Any:
-            await start_turn(session_id, msgspec.structs.replace(new, background=True))
-            raise TurnLimitError("full")
 
-        monkeypatch.setattr(api.service.sessions, "start_turn", be_late)
-        (await api.call("POST", "/chat", {"message": "Hi", "session_id": "me"})).problem(503, "turn_limit")
-        (turn,) = (await api.call("GET", "/sessions/me/turns")).json["data"]
-        assert turn["state"] == "running"
+def _is_no_disconnect(error: BaseException) -> bool:
+    return not isinstance(error, ExceptionGroup) and type(error).__name__ != "ClientDisconnectedError"
+
+
+async def _chat_and_leave(api: Api, session_id: str, moment: int) -> None:
+    scope = api.open("POST", "/chat", headers={"Content-Type": "application/json"}).scope
+    client, application = trio.open_memory_channel[dict[str, Any]](2)
+
+    async def drop(message: dict[str, Any]) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def answer() -> None:
+        try:
+            await api.app.asgi_app(scope, application.receive, drop)
+        except* Exception as group:
+            # Quart 0.23 tells whoever serves it that the client has left.
+            if group.subgroup(_is_no_disconnect) is not None:
+                raise
+
+    body = json.dumps({"message": "Hi", "session_id": session_id}).encode()
+    client.send_nowait({"type": "http.request", "body": body, "more_body": False})
+    with trio.fail_after(CAP_S):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(answer)
+            for _ in range(moment):
+                await trio.lowlevel.checkpoint()
+            client.send_nowait({"type": "http.disconnect"})
+    await wait_all_tasks_blocked()
 
 
 @pytest.mark.parametrize(("store", "kept"), [("memory:", b""), ("sqlite:shared.db", b'{"input": "Hi"}')])

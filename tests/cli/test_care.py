@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from service.cli import main
-from service.sessions.registry import NewSession, NewTurn
+from service.sessions.new import NewSession, NewTurn
 from service.settings import Settings
 from service.storage.sqlite import database
 from service.supervisor import open_service

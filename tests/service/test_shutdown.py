@@ -12,7 +12,7 @@ from service import supervisor
 from service.errors import ModelError, ShuttingDownError, StoreError
 from service.models.client import ModelEvent, ModelRequest, TextDelta
 from service.sessions.ends import Interrupted
-from service.sessions.registry import NewSession, NewTurn
+from service.sessions.new import NewSession, NewTurn
 from service.sessions.turn import Turn
 from service.settings import Settings
 from service.shutdown import LATE_CLOSE_S, SETTLE_S, Phase, Shutdown, ShutdownReport
@@ -244,7 +244,7 @@ async def test_where_something_is_waited_for_it_does_not(
         stage.shutdown.expect_notice()
         stage.shutdown.notice("test")
         assert turn.end is None
-        assert not service.sessions.open_stream().is_held
+        assert not service.sessions.streams.open_stream().is_held
         await stage.shutdown.work_ended.wait()
 
 
@@ -253,7 +253,7 @@ async def test_doors_that_have_to_wait_are_waited_for(autojump_clock: MockClock,
         turn = await stage.start_turn(service)
         stage.shutdown.close_doors_at_once = lambda: False
         stage.shutdown.expect_notice()
-        assert service.sessions.open_stream().is_held
+        assert service.sessions.streams.open_stream().is_held
         stage.shutdown.notice("test")
         assert turn.end is None
         await stage.shutdown.work_ended.wait()

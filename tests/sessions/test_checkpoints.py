@@ -11,7 +11,7 @@ from service.errors import EventsLostError, StoreError
 from service.sessions import checkpoints
 from service.sessions.checkpoints import checkpoint_turns, run_checkpoints
 from service.sessions.events import TurnDelta, TurnInterrupted, decode_frame, encode_frame
-from service.sessions.registry import NewSession
+from service.sessions.new import NewSession
 from service.sessions.replay import replay_kept
 from service.storage.memory import MemoryStore
 from service.storage.records import SEQ_AFTER_CRASH, Checkpoint, Item

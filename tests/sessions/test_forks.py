@@ -10,7 +10,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from service.errors import EventsLostError, SessionNotFoundError, ShuttingDownError, StoreError, TurnInProgressError
 from service.models.client import Message
 from service.sessions.events import TurnInterrupted, TurnQueued, TurnStarted
-from service.sessions.registry import NewSession
+from service.sessions.new import NewSession
 from service.storage.memory import MemoryStore
 from service.storage.records import SEQ_AFTER_CRASH
 from tests.sessions.puppet import Stage, open_stage, read_all
@@ -131,7 +131,7 @@ async def test_a_session_that_is_being_deleted_is_not_forked(
 async def test_a_service_that_stops_forks_nothing(autojump_clock: MockClock) -> None:
     async with open_stage() as stage:
         source = await converse(stage)
-        stage.sessions.stop_accepting()
+        stage.sessions.stopping.stop_accepting()
         with pytest.raises(ShuttingDownError):
             await stage.sessions.fork_session(source)
 
@@ -146,5 +146,5 @@ async def test_a_turn_whose_end_could_not_be_kept_is_not_copied_before_it_is(aut
         with pytest.raises(StoreError, match="could not be kept yet"):
             await stage.sessions.fork_session(source)
         store.refused.clear()
-        await stage.sessions.settle()
+        await stage.sessions.unkept.settle()
         assert (await stage.sessions.fork_session(source)).message_count == 1

@@ -6,7 +6,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from service.errors import SessionNotFoundError, StoreError, TurnLimitError
 from service.sessions.mending import INTERVAL_S, run_mending
-from service.sessions.registry import NewSession, NewTurn
+from service.sessions.new import NewSession, NewTurn
 from service.storage.memory import MemoryStore
 from service.storage.records import TurnRecord
 from tests.sessions.puppet import Stage, open_stage
@@ -64,8 +64,16 @@ async def test_refused_acceptances_are_bounded_like_live_turns(autojump_clock: M
         with pytest.raises(TurnLimitError):
             await start(stage.sessions, session.id)
         store.refused.clear()
-        await stage.sessions.settle()
+        await stage.sessions.unkept.settle()
         await start(stage.sessions, session.id)
+
+
+async def test_store_that_is_full_is_one_that_takes_writes(autojump_clock: MockClock) -> None:
+    async with open_stage(MemoryStore(sessions_max=1)) as stage:
+        await stage.sessions.create_session(NewSession())
+        stage.sessions.unkept.refusal = StoreError("disk full")
+        await stage.sessions.unkept.settle()
+        assert stage.sessions.unkept.refusal is None
 
 
 async def test_one_end_that_is_refused_again_does_not_hold_up_the_others(autojump_clock: MockClock) -> None:
@@ -75,7 +83,7 @@ async def test_one_end_that_is_refused_again_does_not_hold_up_the_others(autojum
         assert stage.sessions.statistics().turns_unkept == 3
         store.only_turn = 0
         with pytest.raises(StoreError):
-            await stage.sessions.settle()
+            await stage.sessions.unkept.settle()
         assert stage.sessions.statistics().turns_unkept == 1
 
 
@@ -85,8 +93,8 @@ async def test_two_may_settle_at_once(autojump_clock: MockClock) -> None:
         await end_turns(stage, 3)
         store.refused.clear()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(stage.sessions.settle)
-            nursery.start_soon(stage.sessions.settle)
+            nursery.start_soon(stage.sessions.unkept.settle)
+            nursery.start_soon(stage.sessions.unkept.settle)
         assert stage.sessions.statistics().turns_unkept == 0
 
 
@@ -113,7 +121,7 @@ async def test_deletion_whose_last_step_was_refused_is_finished_later(autojump_c
             await stage.sessions.get_session(session.id)
         store.refused.clear()
         if by == "mending":
-            await stage.sessions.settle()
+            await stage.sessions.unkept.settle()
         else:
             await stage.sessions.delete_session(session.id)
         await stage.sessions.create_session(NewSession(id="mine"))

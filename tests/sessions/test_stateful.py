@@ -29,7 +29,8 @@ from service.errors import (
 )
 from service.sessions.events import TurnCancelled, TurnCompleted, TurnFailed, TurnInterrupted
 from service.sessions.expiry import sweep
-from service.sessions.registry import NewSession, NewTurn, OnConflict, Sessions, open_sessions
+from service.sessions.new import NewSession, NewTurn, OnConflict
+from service.sessions.registry import Sessions, open_sessions
 from service.sessions.turn import OnDisconnect, Turn, Watch
 from service.settings import Settings
 from service.storage.memory import MemoryStore

@@ -15,7 +15,8 @@ from service.sessions.events import (
     TurnReasoning,
     TurnStarted,
 )
-from service.sessions.registry import NewSession, NewTurn, Sessions
+from service.sessions.new import NewSession, NewTurn
+from service.sessions.registry import Sessions
 from service.sessions.turn import Turn
 from service.storage.memory import MemoryStore
 from service.storage.records import TurnRecord
@@ -353,7 +354,7 @@ async def test_end_that_the_store_refuses_is_told_as_not_stored_and_kept_later(
         assert (await store.get_turn(session.id, turn.id, now=stage.clock())).state == "running"
         assert stage.sessions.statistics().turns_unkept == 1
         store.mended = True
-        await stage.sessions.settle()
+        await stage.sessions.unkept.settle()
         assert (await store.get_turn(session.id, turn.id, now=stage.clock())).text == "kept?"
         assert stage.sessions.statistics().turns_unkept == 0
 
@@ -371,7 +372,7 @@ async def test_acceptance_that_the_store_hangs_on_is_refused_and_leaves_no_open_
         with pytest.raises(StoreError):
             await start(stage.sessions, session.id)
         assert (await stage.sessions.get_session(session.id)).status == "running"
-        await stage.sessions.settle()
+        await stage.sessions.unkept.settle()
         assert (await stage.sessions.get_session(session.id)).status == "idle"
 
 
@@ -395,6 +396,6 @@ async def test_caller_that_leaves_during_the_commit_leaves_a_turn_with_an_owner(
             nursery.start_soon(call, stage, session.id)
             await reached.wait()
             nursery.cancel_scope.cancel()
-        await stage.sessions.wait_idle()
+        await stage.sessions.stopping.wait_idle()
         (record,) = (await stage.sessions.list_turns(session.id, limit=10)).data
         assert (record.state, record.reason) == ("cancelled", "disconnected")

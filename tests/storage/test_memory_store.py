@@ -5,9 +5,10 @@ from collections.abc import Awaitable, Callable
 import pytest
 from trio.testing import assert_checkpoints
 
+from service.errors import SessionExistsError, SessionLimitError
 from service.storage.memory import MemoryStore, open_memory_store
 from service.storage.records import SessionPatch
-from tests.storage.rows import T0, a_session, a_turn, ended
+from tests.storage.rows import IDLE_TIMEOUT_S, T0, a_session, a_turn, at, ended
 
 METHODS: list[Callable[[MemoryStore], Awaitable[object]]] = [
     lambda store: store.create_session(a_session("new"), now=T0),
@@ -46,3 +47,24 @@ async def test_it_does_not_outlive_the_process() -> None:
         await store.create_session(a_session(), now=T0)
     async with open_memory_store() as another:
         assert await another.count_sessions(status=None, now=T0) == 0
+
+
+async def test_sessions_are_bounded_and_those_that_have_expired_make_room() -> None:
+    async with open_memory_store(sessions_max=2) as store:
+        await store.create_session(a_session("old"), now=T0)
+        await store.create_session(a_session("used"), now=T0)
+        with pytest.raises(SessionLimitError):
+            await store.create_session(a_session("new"), now=T0)
+        with pytest.raises(SessionLimitError):
+            await store.fork_session("used", at=None, copy_id="copy", now=T0)
+        with pytest.raises(SessionExistsError):
+            await store.create_session(a_session("used"), now=T0)
+        await store.update_session("used", SessionPatch(title="x"), now=at(1))
+        await store.fork_session("used", at=None, copy_id="copy", now=at(IDLE_TIMEOUT_S))
+        with pytest.raises(SessionLimitError):
+            await store.create_session(a_session("new"), now=at(IDLE_TIMEOUT_S))
+        await store.mark_deleted("used", now=at(IDLE_TIMEOUT_S))
+        await store.remove_deleted("used")
+        await store.create_session(a_session("new"), now=at(IDLE_TIMEOUT_S))
+        page = await store.list_sessions(limit=10, after=None, status=None, now=T0)
+        assert sorted(session.id for session in page.data) == ["copy", "new"]

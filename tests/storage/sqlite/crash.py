@@ -22,7 +22,8 @@ import trio
 
 from service.clock import wall_clock
 from service.errors import LastcallError, SessionNotFoundError
-from service.sessions.registry import NewSession, NewTurn, Sessions
+from service.sessions.new import NewSession, NewTurn
+from service.sessions.registry import Sessions
 from service.sessions.turn import Turn
 from service.settings import Settings
 from service.storage.records import SEQ_AFTER_CRASH, Checkpoint

@@ -6,7 +6,7 @@ import pytest
 import trio
 
 from service.errors import StartupError
-from service.sessions.registry import NewSession, NewTurn
+from service.sessions.new import NewSession, NewTurn
 from service.settings import Settings
 from service.supervisor import open_service
 
@@ -39,8 +39,8 @@ async def test_a_turn_that_the_shutdown_ends_is_kept_with_what_checkpoints_broug
             watch.release()
             while turn.kept_seq < 20:
                 await turn.log.wait_beyond(turn.log.last_seq)
-            service.sessions.stop_accepting()
-            service.sessions.interrupt_all()
+            service.sessions.stopping.stop_accepting()
+            service.sessions.stopping.interrupt_all()
             ended = await turn.wait_ended()
             assert turn.kept_seq >= 20
             frames = turn.log.frames()
