@@ -20,7 +20,6 @@ MAIN = (
     "fastapi-2s",
     "quart-trio",
     "node",
-    "trio",
 )
 RELAYS = ("lastcall", "fastapi")
 
