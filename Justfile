@@ -52,6 +52,6 @@ crash times="200":
 scale sessions="1000000":
     @python -m tests.storage.sqlite.many_rows {{ sessions }}
 
-# measure; arguments go to the bench
+# measure; arguments go to the bench, which is installed with what it compares
 bench *args:
-    @python -m bench "$@"
+    @uv run --group bench python -m bench "$@"

@@ -90,7 +90,7 @@ class Live:
 
     def note_ended(self, turn: Turn) -> None:
         """A turn has left its session."""
-        self.ends[turn.record().state] += 1
+        self.ends[turn.state] += 1
         self.turns_crashed += turn.crashed
         self._turns_open -= 1
         self._changes.unpark_all()

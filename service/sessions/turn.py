@@ -20,7 +20,7 @@ from service.sessions import ends
 from service.sessions.event_log import EventLog
 from service.sessions.events import Event, TurnDelta, TurnQueued, TurnReasoning, TurnStarted
 from service.settings import Settings
-from service.storage.records import Checkpoint, Item, TurnRecord
+from service.storage.records import Checkpoint, Item, TurnRecord, TurnState
 
 logger = structlog.get_logger("lastcall.turn")
 
@@ -76,6 +76,10 @@ class Turn:
     @property
     def session_id(self) -> str:
         return self._record.session_id
+
+    @property
+    def state(self) -> TurnState:
+        return self._record.state
 
     @property
     def running(self) -> bool:
