@@ -21,6 +21,7 @@ MAIN = (
     "quart-trio",
     "node",
 )
+QUICK = ("lastcall", "lastcall-config", "cooperative", "fastapi-2s", "quart-trio", "node")
 RELAYS = ("lastcall", "fastapi")
 
 
@@ -41,7 +42,7 @@ class Programme:
         if self.only:
             return choose(self.only)
         if self.scenario == "shutdown":
-            return choose(() if self.size == "full" else MAIN)
+            return choose({"quick": QUICK, "usual": MAIN, "full": ()}[self.size])
         return choose(RELAYS)
 
     @property
