@@ -23,9 +23,11 @@ async def stop(server: ServerProcess, number: int = signal.SIGTERM) -> Gone:
         return await server.wait_gone()
 
 
-def as_hypercorn_returns(host: str, code: int) -> int:
-    """hypercorn's own master returns 0 whatever its workers return."""
-    return 0 if host in BARE and host != "hypercorn-0" else code
+def as_hypercorn_returns(host: str, code: int) -> set[int]:
+    """hypercorn asks the workers that are left once the first has ended: 0, or by chance their code."""
+    if host not in BARE or host == "hypercorn-0":
+        return {code}
+    return {0} if host == "hypercorn-1" else {0, code}
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -44,7 +46,7 @@ async def test_a_crash_of_a_supervisor_is_71(tmp_path: Path, host: str) -> None:
         trigger.touch()
         with trio.fail_after(CAP_S):
             gone = await server.wait_gone()
-    assert gone.exit_code == as_hypercorn_returns(host, 71)
+    assert gone.exit_code in as_hypercorn_returns(host, 71)
     assert "a supervisor broke" in server.log()
     assert "Traceback" not in server.log()
 
@@ -63,7 +65,7 @@ async def test_the_watchdog_is_70_and_says_where(tmp_path: Path, host: str, how:
         signalled = server.signal_main(signal.SIGTERM)
         with trio.fail_after(CAP_S):
             gone = await server.wait_gone()
-    assert gone.exit_code == as_hypercorn_returns(host, 70)
+    assert gone.exit_code in as_hypercorn_returns(host, 70)
     assert f"{how} (apps.py" in server.log() or f"in {how}" in server.log()
     assert gone.at - signalled < 2  # the total is 1 s; the rest is for a machine that is busy with other things
 
@@ -87,7 +89,7 @@ async def test_the_watchdog_needs_no_event_loop_to_be_started(tmp_path: Path, ho
 async def test_faults_during_the_shutdown_are_75(tmp_path: Path, host: str) -> None:
     async with open_host(tmp_path, host, broken="faulty") as server:
         gone = await stop(server)
-    assert gone.exit_code == as_hypercorn_returns(host, 75)
+    assert gone.exit_code in as_hypercorn_returns(host, 75)
     assert "a fault on the way down" in server.log()
 
 
@@ -109,7 +111,7 @@ async def start_that_fails(folder: Path, host: str, *options: str, **changes: ob
 @pytest.mark.parametrize("host", HOSTS)
 async def test_a_failed_start_is_78_and_one_line(tmp_path: Path, host: str) -> None:
     failed = await start_that_fails(tmp_path, host, broken="refusing")
-    assert failed.exit_code == as_hypercorn_returns(host, 78)
+    assert failed.exit_code in as_hypercorn_returns(host, 78)
     assert "lastcall: the store cannot be opened\n" in failed.log
     assert "Traceback" not in failed.log
 
@@ -117,7 +119,7 @@ async def test_a_failed_start_is_78_and_one_line(tmp_path: Path, host: str) -> N
 @pytest.mark.parametrize("host", HOSTS)
 async def test_bad_settings_are_78_and_one_line(tmp_path: Path, host: str) -> None:
     failed = await start_that_fails(tmp_path, host, drain_timeout_s="soon")
-    assert failed.exit_code == as_hypercorn_returns(host, 78)
+    assert failed.exit_code in as_hypercorn_returns(host, 78)
     assert "drain_timeout_s" in failed.log.lower()
     assert "Traceback" not in failed.log
 
