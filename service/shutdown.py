@@ -44,6 +44,9 @@ class Phase(StrEnum):
     RELEASING = "releasing"
 
 
+PHASES = tuple(Phase)
+
+
 class ShutdownReport(msgspec.Struct, frozen=True, kw_only=True):
     """What a shutdown did. Counts are of what ended since the notice.
 
@@ -89,8 +92,7 @@ class Shutdown:
         close_doors: Set by who serves, and awaited once the drain is over, before the first running turn is
             interrupted: no more connections are taken from there on, because the ends of all streams are about to
             keep the event loop busy.
-        close_doors_at_once: The same in the call, for when nothing is to be waited for. False, and nothing is closed,
-            where it has to be.
+        close_doors_at_once: The same in the call, as far as nothing is to be waited for; whether that was all of it.
         phase: Where it is. Only ever goes on.
         accepting: Whether new work is taken. False from the end of the lame duck on.
         expected: Whether a notice has been seen, if only outside of the event loop.
@@ -264,8 +266,7 @@ class Shutdown:
 
     def _enter(self, phase: Phase) -> None:
         """Go on to a phase, or stay where that has been reached already."""
-        phases = list(Phase)
-        if phases.index(phase) <= phases.index(self.phase):
+        if PHASES.index(phase) <= PHASES.index(self.phase):
             return
         now = trio.current_time()
         if self.phase is not Phase.SERVING:

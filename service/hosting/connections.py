@@ -114,7 +114,8 @@ class Connection(TCPServer):
     @property
     def closes_after_response(self) -> bool:
         """Whether it is to close with the response on HTTP/1 that it is at, and not to wait for another request."""
-        return self._connections.closing and not self.is_http2
+        closing = self._connections.closing or self._worker_context.terminated.is_set()
+        return closing and not self.is_http2
 
     async def run(self) -> None:
         self._all_open.add(self)
@@ -245,9 +246,7 @@ class ConnectionContext(WorkerContext):
 
     def is_set(self) -> bool:
         """As ``terminated``."""
-        return self._connection.closes_after_response or (
-            self._worker_context.terminated.is_set() and not self._connection.is_http2
-        )
+        return self._connection.closes_after_response
 
     async def wait(self) -> None:
         """As ``terminated``."""

@@ -3,8 +3,8 @@
 * hypercorn tells the application of a disconnect when a response is complete; Quart-Trio then cancels the request
   while that last send is still inside hypercorn, which is about to make the connection ready for the next request.
   Its idle timer never starts: kept-alive connections live for ever, and a shutdown waits for each of them. So the
-  last send is shielded. Source: hypercorn 0.18 ``H11Protocol._maybe_recycle``, quart-trio 0.12 and 0.13
-  ``TrioASGIHTTPConnection``. Proven by ``tests/hosting/test_http_connection.py``.
+  last send is shielded, or the disconnect not heeded. Source: hypercorn 0.18 ``H11Protocol._maybe_recycle``,
+  quart-trio 0.12 and 0.13 ``TrioASGIHTTPConnection``. Proven by ``tests/hosting/test_http_connection.py``.
 * A client that is still sending its request when the work has ended is answered, not waited for.
 * From the end of the lame duck on, each response on HTTP/1 says that the connection closes.
 * The pieces of a stream go straight to the connection, and what hypercorn says comes straight from it.

@@ -10,7 +10,6 @@ from types import TracebackType
 from typing import Literal, Self
 
 import msgspec
-import structlog
 import trio
 
 from service.errors import ModelError
@@ -21,8 +20,6 @@ from service.sessions.event_log import EventLog
 from service.sessions.events import Event, TurnDelta, TurnQueued, TurnReasoning, TurnStarted
 from service.settings import Settings
 from service.storage.records import Checkpoint, Item, TurnRecord, TurnState
-
-logger = structlog.get_logger("lastcall.turn")
 
 OnDisconnect = Literal["cancel", "continue"]
 RETURN_S = 5.0
