@@ -23,13 +23,13 @@ import hypercorn.trio.run
 import structlog
 import trio
 from hypercorn.config import Config
-from hypercorn.events import Event, RawData
+from hypercorn.events import Closed, Event, RawData
 from hypercorn.protocol.h2 import H2Protocol
-from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
 from hypercorn.trio.worker_context import EventWrapper, WorkerContext
 from hypercorn.typing import AppWrapper, ConnectionState
 
-from service.hosting.inbox import use_inboxes
+from service.hosting.inbox import InboxTaskGroup, use_inboxes
 
 logger = structlog.get_logger("lastcall.connections")
 
@@ -83,6 +83,8 @@ class Connections:
 class Connection(TCPServer):
     """One connection, as hypercorn serves it."""
 
+    _task_group: InboxTaskGroup
+
     def __init__(
         self,
         app: AppWrapper,
@@ -101,7 +103,7 @@ class Connection(TCPServer):
         self._takes_plain_bytes = isinstance(stream, trio.SocketStream)
         self._all_open = all_open
         self._opened_at = trio.current_time()
-        self._scope = trio.CancelScope()
+        self._handshake = trio.CancelScope()
 
     @property
     def is_in_handshake(self) -> bool:
@@ -120,8 +122,11 @@ class Connection(TCPServer):
     async def run(self) -> None:
         self._all_open.add(self)
         try:
-            with self._scope:
+            if self._takes_plain_bytes:
                 await super().run()
+            else:
+                with self._handshake:
+                    await super().run()
         except* Exception as errors:  # noqa: BLE001  the edge of a connection
             logger.info("a connection was dropped: what it sent breaks the server's parser", error=repr(errors))
         finally:
@@ -141,8 +146,10 @@ class Connection(TCPServer):
 
     def abort(self) -> None:
         """End it without another word. What the kernel has already taken is still delivered."""
-        self._scope.cancel()
-        if not self.is_in_handshake:
+        if self.is_in_handshake:
+            self._handshake.cancel()
+        else:
+            self._task_group.cancel()
             self._socket.close()
 
     async def protocol_send(self, event: Event) -> None:
@@ -168,9 +175,23 @@ class Connection(TCPServer):
         await super().protocol_send(RawData(data=data))
 
     async def _read_data(self) -> None:
-        await super()._read_data()
+        if self.config.read_timeout:
+            await super()._read_data()
+        else:
+            await self._read_on()
         if self.idle_task._handle is not None:
             await self.idle_task.stop()  # the client has closed: nothing is left to wait for
+
+    async def _read_on(self) -> None:
+        """As hypercorn reads, without a deadline that would be none, and its scope for each read."""
+        data: bytes | bytearray = b"..."
+        while data:
+            try:
+                data = await self.stream.receive_some(MAX_RECV)
+            except (trio.ClosedResourceError, trio.BrokenResourceError):
+                break
+            await self.protocol.handle(RawData(data=bytes(data)))
+        await self.protocol.handle(Closed())
 
     async def _idle_timeout(self) -> None:
         with trio.move_on_after(self.config.keep_alive_timeout):

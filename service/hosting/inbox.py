@@ -73,6 +73,11 @@ class InboxTaskGroup(TaskGroup):
         )
         return inbox.put
 
+    def cancel(self) -> None:
+        """End the connection whose tasks these are."""
+        assert self._nursery is not None
+        self._nursery.cancel_scope.cancel()
+
 
 def use_inboxes() -> None:
     """Have hypercorn's connections use them from now on."""
