@@ -7,9 +7,11 @@
     ├─ model clients      one per upstream; closed after the last turn
     ├─ sessions           one task per session with work
     │  └─ session <id>    its failure ends this session's turns only
-    │     └─ turn <id>    whole-turn deadline; a failure becomes its terminal event
+    │     └─ turn <id>    whole-turn deadline; a failure becomes its terminal event; in the session's task, or in
+    │        │            one of its own if it was queued
     │        └─ stream    first-token and next-token deadlines; leaving closes the connection
-    ├─ expiry loop        these three: an error in one is logged and it goes on
+    ├─ expiry loop        its errors are logged and it goes on, as with mending and checkpoints
+    ├─ heartbeat loop     wakes the streams that have been silent for a while
     ├─ mending loop       what the store refused, and the turns of processes that died
     ├─ checkpoint loop    only with a store that outlives the process
     └─ shutdown watcher   waits for the notice, then runs the phases
@@ -92,6 +94,7 @@ async def open_service(
             store_timeout_s=settings.store_timeout_s,
         )
         await nursery.start(expiry, name="expiry loop")
+        await nursery.start(sessions.streams.run_heartbeats, name="heartbeat loop")
         await nursery.start(partial(run_mending, sessions, shared=store.durable), name="mending loop")
         if store.durable:
             checkpoints = partial(

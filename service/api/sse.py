@@ -35,14 +35,12 @@ class EventStream(ResponseBody):
 
     Args:
         cursor: The seq that the client saw last.
-        heartbeat_interval_s: Silence after which a comment is sent.
     """
 
-    def __init__(self, log: EventLog, slot: StreamSlot, *, cursor: int, heartbeat_interval_s: float) -> None:
+    def __init__(self, log: EventLog, slot: StreamSlot, *, cursor: int) -> None:
         self._log = log
         self._slot = slot
         self._cursor = cursor
-        self._heartbeat_interval_s = heartbeat_interval_s
         self._begun = False
         self._caught_up = False
         self._taken_at = 0.0
@@ -65,11 +63,9 @@ class EventStream(ResponseBody):
             self._begun = True
             return self._take(_RETRY)
         await self._pause()
-        with trio.move_on_after(self._heartbeat_interval_s):
-            await self._log.wait_beyond(self._cursor)
+        await self._slot.wait_beyond(self._log, self._cursor)
         if self._slot.is_held:
-            with trio.move_on_after(_PAUSE_MAX_S):
-                await self._log.wait_closed()
+            await self._log.wait_closed()
         return self._take() or _HEARTBEAT
 
     async def _pause(self) -> None:
@@ -91,10 +87,10 @@ class EventStream(ResponseBody):
         return LastPiece(before + chunk) if self._ended else before + chunk
 
 
-def stream_response(log: EventLog, slot: StreamSlot, *, cursor: int, heartbeat_interval_s: float) -> TrioResponse:
+def stream_response(log: EventLog, slot: StreamSlot, *, cursor: int) -> TrioResponse:
     """A response that streams a log from ``cursor`` on, and gives its slot back whatever happens."""
     give_back_later(slot.close, ended=False)
-    body = EventStream(log, slot, cursor=cursor, heartbeat_interval_s=heartbeat_interval_s)
+    body = EventStream(log, slot, cursor=cursor)
     response = TrioResponse(body, headers=HEADERS, content_type=MEDIA_TYPE)
     response.timeout = None  # Quart would end any response after 60 s otherwise
     return response

@@ -123,7 +123,7 @@ async def start_streaming(service: Service, slot: StreamSlot, session_id: str, n
     """Start a turn whose events are the answer."""
     turn, watch = await _start(service, session_id, new)
     release_later(watch)
-    response = stream_response(turn.log, slot, cursor=0, heartbeat_interval_s=service.settings.heartbeat_interval_s)
+    response = stream_response(turn.log, slot, cursor=0)
     response.headers["Location"] = _turn_location(turn.session_id, turn.id)
     return response
 
@@ -196,7 +196,7 @@ async def stream_events(session_id: str, turn_id: str) -> TrioResponse:
         raise InvalidRequestError(f"This turn has {log.last_seq} events so far.", field=field)
     if request.method == "HEAD":
         return TrioResponse(b"", headers=HEADERS, content_type=MEDIA_TYPE)
-    return stream_response(log, slot, cursor=cursor, heartbeat_interval_s=service.settings.heartbeat_interval_s)
+    return stream_response(log, slot, cursor=cursor)
 
 
 @blueprint.post("/sessions/<session_id>/turns/<turn_id>/cancel")

@@ -1,6 +1,7 @@
 """A turn's event log: appended by one writer, read by any number of cursors, each at its own pace."""
 
 from collections.abc import Sequence
+from math import inf
 from typing import cast
 
 import trio
@@ -77,10 +78,19 @@ class EventLog:
         self._bytes += len(frame)
         self._readers.unpark_all()
 
-    async def wait_beyond(self, cursor: int) -> None:
-        """Return once there is an event after ``cursor``, or the log is closed."""
-        while self.last_seq <= cursor and not self._closed:
+    async def wait_beyond(self, cursor: int, *, until: float = inf) -> None:
+        """Return once there is an event after ``cursor``, or the log is closed.
+
+        Args:
+            until: Do not wait beyond this time, in seconds of Trio's clock: whoever sets it sees to a call of
+                :meth:`wake_readers` then.
+        """
+        while self.last_seq <= cursor and not self._closed and trio.current_time() < until:
             await self._readers.park()
+
+    def wake_readers(self) -> None:
+        """Have those that wait look at the time."""
+        self._readers.unpark_all()
 
     async def wait_closed(self) -> None:
         """Return once the terminal event is there."""

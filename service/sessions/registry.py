@@ -76,7 +76,7 @@ class Sessions:
         self._settings = settings
         self._live = Live()
         self.unkept = Unkept(store, clock=clock, store_timeout_s=settings.store_timeout_s)
-        self.streams = Streams(streams_max=settings.streams_max)
+        self.streams = Streams(streams_max=settings.streams_max, heartbeat_interval_s=settings.heartbeat_interval_s)
         self.forwards = Forwards(nursery, cleanup_timeout_s=settings.cleanup_timeout_s)
         self.stopping = Stopping(self._live, self.streams, self.forwards)
         self._deletions = Deletions(nursery, self._live, self.unkept)

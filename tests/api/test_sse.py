@@ -1,5 +1,8 @@
 """The body of an event stream: all that is ready in one piece, comments in silence, an end that was sent."""
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
 import pytest
 import trio
 from hypothesis import given
@@ -26,12 +29,12 @@ def terminal(seq: int) -> TurnCompleted:
 class Opened:
     """A log with some deltas, and a stream of it."""
 
-    def __init__(self, deltas: int = 0, *, cursor: int = 0) -> None:
-        self.streams = Streams(streams_max=1)
+    def __init__(self, deltas: int = 0, *, cursor: int = 0, streams: Streams | None = None) -> None:
+        self.streams = streams or Streams(streams_max=2, heartbeat_interval_s=15)
         self.log = EventLog(bytes_max=1 << 20)
         self.append(deltas)
         self.slot = self.streams.open_stream()
-        self.stream = EventStream(self.log, self.slot, cursor=cursor, heartbeat_interval_s=15)
+        self.stream = EventStream(self.log, self.slot, cursor=cursor)
 
     def append(self, deltas: int) -> None:
         for _ in range(deltas):
@@ -39,6 +42,14 @@ class Opened:
 
     def close(self) -> None:
         self.log.close(terminal(self.log.last_seq + 1))
+
+
+@asynccontextmanager
+async def opened_heartbeats(streams: Streams) -> AsyncIterator[None]:
+    async with trio.open_nursery() as nursery:
+        await nursery.start(streams.run_heartbeats)
+        yield
+        nursery.cancel_scope.cancel()
 
 
 async def test_the_first_piece_has_the_retry_line_and_everything_ready() -> None:
@@ -55,12 +66,55 @@ async def test_what_became_ready_meanwhile_comes_in_one_piece() -> None:
 
 async def test_silence_is_filled_with_heartbeats_and_loses_nothing(autojump_clock: MockClock) -> None:
     opened = Opened(1)
+    async with opened_heartbeats(opened.streams):
+        await anext(opened.stream)
+        for beat in (1, 2, 3):
+            assert await anext(opened.stream) == b": heartbeat\n\n"
+            assert trio.current_time() == 15 * beat
+        opened.append(1)
+        assert await anext(opened.stream) == encode_frame(delta(2))
+
+
+async def test_each_stream_is_silent_for_itself(autojump_clock: MockClock) -> None:
+    streams = Streams(streams_max=3, heartbeat_interval_s=15)
+    early, lively, late = (Opened(1, streams=streams) for _ in range(3))
+    pieces: dict[Opened, list[tuple[float, bytes]]] = {}
+
+    async def read(opened: Opened) -> None:
+        pieces[opened] = []
+        while trio.current_time() < 40:
+            piece = await anext(opened.stream)
+            pieces[opened].append((trio.current_time(), piece.partition(b"\n")[0]))
+
+    async with opened_heartbeats(streams), trio.open_nursery() as nursery:
+        nursery.start_soon(read, early)
+        nursery.start_soon(read, lively)
+        await trio.sleep(10)
+        nursery.start_soon(read, late)
+        lively.append(1)
+        await trio.sleep(10)
+        lively.append(1)
+    beat = b": heartbeat"
+    assert pieces[early] == [(0, b"retry: 1000"), (15, beat), (30, beat), (45, beat)]
+    assert pieces[lively] == [(0, b"retry: 1000"), (10, b"id: 2"), (20, b"id: 3"), (35, beat), (50, beat)]
+    assert pieces[late] == [(10, b"retry: 1000"), (25, beat), (40, beat)]
+
+
+async def test_a_stream_that_left_gets_no_heartbeat_and_a_reader_that_is_not_silent_none_either(
+    autojump_clock: MockClock,
+) -> None:
+    opened = Opened(1)
     await anext(opened.stream)
-    for beat in (1, 2, 3):
-        assert await anext(opened.stream) == b": heartbeat\n\n"
-        assert trio.current_time() == 15 * beat
-    opened.append(1)
-    assert await anext(opened.stream) == encode_frame(delta(2))
+    other = opened.streams.open_stream()
+    async with opened_heartbeats(opened.streams), trio.open_nursery() as nursery:
+        nursery.start_soon(other.wait_beyond, opened.log, 1)
+        await trio.sleep(10)
+        with trio.move_on_after(10):
+            await anext(opened.stream)
+            pytest.fail("its own silence began at 10")
+        opened.slot.close(ended=False)
+    assert not opened.streams._waiting
+    assert trio.current_time() == 20
 
 
 async def test_where_the_end_is_a_moment_away_nothing_is_written_before_it(autojump_clock: MockClock) -> None:
@@ -71,15 +125,6 @@ async def test_where_the_end_is_a_moment_away_nothing_is_written_before_it(autoj
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_close_later, opened, 0.05)
         assert await anext(opened.stream) == encode_frame(delta(2)) + encode_frame(terminal(3))
-
-
-async def test_an_end_that_does_not_come_holds_a_stream_for_a_moment_only(autojump_clock: MockClock) -> None:
-    opened = Opened(1)
-    await anext(opened.stream)
-    opened.streams.held = True
-    opened.append(1)
-    assert await anext(opened.stream) == encode_frame(delta(2))
-    assert trio.current_time() <= 0.1
 
 
 async def test_a_stream_whose_pieces_take_long_to_write_writes_fewer_of_them(autojump_clock: MockClock) -> None:

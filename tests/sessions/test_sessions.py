@@ -466,7 +466,7 @@ async def test_an_answer_that_outlives_the_service_takes_no_leave(autojump_clock
 def test_stream_places_are_bounded_and_given_back_once() -> None:
     from service.sessions.streams import Streams
 
-    streams = Streams(streams_max=1)
+    streams = Streams(streams_max=1, heartbeat_interval_s=15)
     slot = streams.open_stream()
     with pytest.raises(StreamLimitError):
         streams.open_stream()
