@@ -80,22 +80,16 @@ async def _reply(turn: Turn, *, store: Store, clock: Clock, settings: Settings) 
         temperature=record.temperature,
         max_output_tokens=record.max_output_tokens,
     )
-    waited_for, timeout_s = "first_token", settings.first_token_timeout_s
-    with trio.CancelScope(deadline=trio.current_time() + timeout_s) as silence:
-        async with turn.client.stream(request) as stream:
-            while turn.end is None:
-                events = await stream.receive()
-                if turn.end is not None:
-                    break  # decided by somebody else while these were on their way
-                finished = turn.take(events)
-                if finished is not None:
-                    turn.decide(ends.Completed(finished.finish_reason, finished.usage))
-                waited_for, timeout_s = "next_token", settings.next_token_timeout_s
-                silence.deadline = trio.current_time() + timeout_s
-    if silence.cancelled_caught:
-        raise ModelError(
-            f"{waited_for}_timeout", f"The model server sent nothing for {timeout_s:g} s ({waited_for}_timeout_s)."
-        )
+    turn.expect_token("first_token", within_s=settings.first_token_timeout_s)
+    async with turn.client.stream(request) as stream:
+        while turn.end is None:
+            events = await stream.receive()
+            if turn.end is not None:
+                break  # decided by somebody else while these were on their way
+            finished = turn.take(events)
+            if finished is not None:
+                turn.decide(ends.Completed(finished.finish_reason, finished.usage))
+            turn.expect_token("next_token", within_s=settings.next_token_timeout_s)
 
 
 async def _keep(turn: Turn, record: TurnRecord, *, store: Store, clock: Clock) -> bool:

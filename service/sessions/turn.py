@@ -60,6 +60,8 @@ class Turn:
         self._run_deadline = inf
         self._abandoned_deadline = inf
         self._return_deadline = -inf
+        self._silence_deadline = inf
+        self._expected: tuple[str, float] = ("", inf)
         self._watches = 0
         self._reply = _Text()
         self._reasoning = _Text()
@@ -150,6 +152,12 @@ class Turn:
             )
         )
 
+    def expect_token(self, which: Literal["first_token", "next_token"], *, within_s: float) -> None:
+        """The model is to send something, its first token or the next one, within so many seconds from now."""
+        self._expected = which, within_s
+        self._silence_deadline = trio.current_time() + within_s
+        self._set_deadline()
+
     def take(self, events: Sequence[ModelEvent]) -> Finished | None:
         """Append what the model sent; the last event, if it is among them.
 
@@ -187,7 +195,10 @@ class Turn:
     def decide_from_deadlines(self) -> None:
         """Its work was stopped by a deadline of its own: decide by which."""
         # A watch that was taken at the very moment of the abandonment has taken that deadline away again.
-        if self._run_deadline < self._abandoned_deadline and self._run_deadline <= trio.current_time():
+        first = min(self._run_deadline, self._silence_deadline)
+        if first > trio.current_time() or self._abandoned_deadline <= first:
+            self.decide(ends.Cancelled("disconnected"))
+        elif self._run_deadline == first:
             self.decide(
                 ends.failed(
                     "turn_timeout",
@@ -195,7 +206,12 @@ class Turn:
                 )
             )
         else:
-            self.decide(ends.Cancelled("disconnected"))
+            which, within_s = self._expected
+            self.decide(
+                ends.failed(
+                    f"{which}_timeout", f"The model server sent nothing for {within_s:g} s ({which}_timeout_s)."
+                )
+            )
 
     def checkpoint(self) -> Checkpoint | None:
         """What it grew by since the last checkpoint that was kept; None if by nothing, or its end is decided."""
@@ -244,7 +260,7 @@ class Turn:
         return ends.terminal_event(self.end, seq=self.log.last_seq + 1, text_length=self._reply.length, stored=stored)
 
     def _set_deadline(self) -> None:
-        self._scope.deadline = min(self._run_deadline, self._abandoned_deadline)
+        self._scope.deadline = min(self._run_deadline, self._silence_deadline, self._abandoned_deadline)
 
     def _output(self, *, since_checkpoint: bool = False) -> tuple[Item, ...]:
         output = []
