@@ -1,8 +1,7 @@
 """A session with work: its open turns, in the order in which they run.
 
-:meth:`LiveSession.run` is its task, a child of the sessions supervisor; the turns are its children. It
-lives while it has turns queued or running. A failure in it ends this session's turns and nothing
-else.
+:meth:`LiveSession.run` is its task, a child of the sessions supervisor; its turns run in it or are its children. It
+lives while it has turns queued or running. A failure in it ends this session's turns and nothing else.
 """
 
 from collections.abc import Awaitable, Callable
@@ -36,6 +35,7 @@ class LiveSession:
         self.has_task = False
         self._crashed = False
         self._unstarted: list[Turn] = []
+        self._start: Callable[[Turn], None] | None = None
         self._changes = trio.lowlevel.ParkingLot()
 
     @property
@@ -49,10 +49,12 @@ class LiveSession:
         return ends.Interrupted("shutdown")
 
     def add(self, turn: Turn) -> None:
-        """A turn was accepted; the session's task will start it."""
+        """A turn was accepted: it is started, or the session's task will."""
         self.turns.append(turn)
-        self._unstarted.append(turn)
-        self._changes.unpark_all()
+        if self._start is not None:
+            self._start(turn)
+        else:
+            self._unstarted.append(turn)
 
     def find(self, turn_id: str) -> Turn | None:
         return next((turn for turn in self.turns if turn.id == turn_id), None)
@@ -67,9 +69,11 @@ class LiveSession:
             await self._changes.park()
 
     async def run(self, run_one: Callable[[Turn], Awaitable[None]], note_ended: Callable[[Turn], None]) -> None:
-        """The session's task: start its turns as they are accepted, and return when none is open.
+        """The session's task: run its turns as they are accepted, and return when none is open.
 
-        A failure in here is logged and ends this session's turns; cancellation ends them as well.
+        The first runs in this very task, because most sessions have one at a time, and a task is not for nothing; those
+        that queue up behind it are its children. A failure in here is logged and ends this session's turns;
+        cancellation ends them as well.
 
         Args:
             run_one: Runs one turn to its end.
@@ -89,13 +93,18 @@ class LiveSession:
         finished = False
         try:
             async with trio.open_nursery() as nursery:
-                while self.turns:
-                    for turn in self._take_unstarted():
-                        nursery.start_soon(run_turn, turn, name=f"turn {turn.id}")
-                    await self._changes.park()
-                # No checkpoint since the check: a turn accepted from here on gets a new task.
-                self.has_task = False
-                finished = True
+                try:
+                    self._start = lambda turn: nursery.start_soon(run_turn, turn, name=f"turn {turn.id}")
+                    first, *others = self._take_unstarted()
+                    for turn in others:
+                        self._start(turn)
+                    await run_turn(first)
+                    await self.wait_without_turns()
+                    # No checkpoint since the check: a turn accepted from here on gets a new task.
+                    self.has_task = False
+                    finished = True
+                finally:
+                    self._start = None  # the nursery may be closed from here on
         except* Exception:
             logger.exception("session crashed", session_id=self.id)
         finally:

@@ -3,6 +3,7 @@
 from collections.abc import Awaitable, Callable
 
 import pytest
+import trio
 from trio.testing import assert_checkpoints
 
 from service.errors import SessionExistsError, SessionLimitError
@@ -21,7 +22,6 @@ METHODS: list[Callable[[MemoryStore], Awaitable[object]]] = [
     lambda store: store.delete_expired(now=T0, limit=1),
     lambda store: store.begin_turn(a_turn("new"), now=T0),
     lambda store: store.start_turn("t", now=T0),
-    lambda store: store.end_turn(ended(a_turn()), events=[], now=T0),
     lambda store: store.get_turn("s", "t", now=T0),
     lambda store: store.list_turns("s", limit=1, after=None, now=T0),
     lambda store: store.read_path("s", "t", bytes_max=None),
@@ -33,12 +33,33 @@ METHODS: list[Callable[[MemoryStore], Awaitable[object]]] = [
 
 
 @pytest.mark.parametrize("method", METHODS)
-async def test_every_method_is_a_checkpoint(method: Callable[[MemoryStore], Awaitable[object]]) -> None:
+async def test_every_method_but_one_is_a_checkpoint(method: Callable[[MemoryStore], Awaitable[object]]) -> None:
     async with open_memory_store() as store:
         await store.create_session(a_session(), now=T0)
         await store.begin_turn(a_turn(), now=T0)
         with assert_checkpoints():
             await method(store)
+
+
+async def test_the_end_of_a_turn_is_cancelled_at_once_or_not_at_all() -> None:
+    async with open_memory_store() as store:
+        await store.create_session(a_session(), now=T0)
+        await store.begin_turn(a_turn(), now=T0)
+        others_ran = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_set, others_ran)
+            assert await store.end_turn(ended(a_turn()), events=[], now=T0)
+            assert not others_ran.is_set()
+        await store.begin_turn(a_turn("next"), now=T0)
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await store.end_turn(ended(a_turn("next")), events=[], now=T0)
+        assert scope.cancelled_caught
+        assert (await store.get_turn("s", "next", now=T0)).is_open
+
+
+async def _set(event: trio.Event) -> None:
+    event.set()
 
 
 async def test_it_does_not_outlive_the_process() -> None:
