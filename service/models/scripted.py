@@ -162,7 +162,6 @@ class ScriptedStream:
         self._start = anyio.current_time() + script.first_token_s
 
     async def receive(self) -> Sequence[ModelEvent]:
-        await anyio.lowlevel.checkpoint()
         if self._next >= self._stop and self._stop < self._length:
             await self._break_off()
         await anyio.sleep_until(self._due(self._next))
@@ -180,6 +179,7 @@ class ScriptedStream:
 
     async def _break_off(self) -> None:
         if self._script.fail_after == self._stop:
+            await anyio.lowlevel.checkpoint()
             raise _failure(self._script)
         await anyio.sleep_forever()
 
