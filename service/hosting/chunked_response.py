@@ -9,11 +9,14 @@ from typing import Self
 
 import h11
 from h11._writers import ChunkedWriter
+from hypercorn.events import Closed
 from hypercorn.protocol.events import StreamClosed
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
 
 from service.hosting.connections import Connection
+
+_END = b"0\r\n\r\n"
 
 
 class ChunkedResponse:
@@ -43,13 +46,22 @@ class ChunkedResponse:
         await self._connection.write(_chunk(data))
 
     async def end(self, data: bytes) -> None:
-        """Send the last piece and the end of the body in one. hypercorn then goes on as after its own end."""
+        """Send the last piece and the end of the body in one. hypercorn then goes on as after its own end.
+
+        Where the connection is to close it does so at once, and neither h11 nor hypercorn make it ready for another
+        request first.
+        """
         stream = self._stream
-        end = self._protocol.connection.send(h11.EndOfMessage())
+        closes = self._connection.closes_after_response
+        end = _END if closes else self._protocol.connection.send(h11.EndOfMessage())
         await self._connection.write(_chunk(data) + end)
         stream.state = ASGIHTTPState.CLOSED
         await stream.config.log.access(stream.scope, stream.response, time() - stream.start_time)
-        await stream.send(StreamClosed(stream_id=stream.stream_id))
+        if closes:
+            stream.closed = True
+            await self._connection.protocol_send(Closed())
+        else:
+            await stream.send(StreamClosed(stream_id=stream.stream_id))
 
 
 def _chunk(data: bytes) -> bytes:

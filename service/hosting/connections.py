@@ -3,6 +3,8 @@
 * A connection on which nothing was asked yet is not closed in the moment when its request arrives: that would reset it.
 * A connection that its client has closed is gone at once, not when the keep-alive time is over.
 * An HTTP/2 connection sends the last frames of its streams before it closes.
+* A connection that closes with its response is gone, also where its client has asked again meanwhile: hypercorn pauses
+  its reader for that and, once it stops, leaves it so for ever.
 * What hypercorn cannot parse ends its connection. hypercorn has some bytes end the process, before any access check:
   an ``HTTP2-Settings`` header that is none, a path of HTTP/2 that is not ASCII, more priorities than the limit.
 * A client that does not read cannot hold the server. hypercorn sends under a shield without a deadline, so neither its
@@ -25,6 +27,7 @@ import trio
 from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData
 from hypercorn.protocol.h2 import H2Protocol
+from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
 from hypercorn.trio.worker_context import EventWrapper, WorkerContext
 from hypercorn.typing import AppWrapper, ConnectionState
@@ -155,8 +158,16 @@ class Connection(TCPServer):
     async def protocol_send(self, event: Event) -> None:
         if isinstance(event, RawData):
             await self.write(event.data)
-        else:
-            await super().protocol_send(event)
+            return
+        await super().protocol_send(event)
+        if isinstance(event, Closed) and self._is_ahead:
+            self._task_group.cancel()
+
+    @property
+    def _is_ahead(self) -> bool:
+        """Whether its client, on HTTP/1, has sent more than the request that is answered: nobody reads that now."""
+        protocol = self.protocol.protocol
+        return isinstance(protocol, H11Protocol) and bool(protocol.connection.trailing_data[0])
 
     async def write(self, data: bytes) -> None:
         """Send bytes as they are."""

@@ -7,6 +7,7 @@ message over in the call. Proven by ``tests/hosting/test_inbox.py``.
 
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from types import TracebackType
 from typing import Any
 
 import hypercorn.trio.tcp_server
@@ -77,6 +78,13 @@ class InboxTaskGroup(TaskGroup):
         """End the connection whose tasks these are."""
         assert self._nursery is not None
         self._nursery.cancel_scope.cancel()
+
+    # hypercorn's has no result, so that a cancellation of the nursery would leave it, and end the server.
+    async def __aexit__(  # type: ignore[override]
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool | None:
+        assert self._nursery_manager is not None
+        return await self._nursery_manager.__aexit__(kind, error, traceback)  # noqa: ASYNC102  no cleanup: the wait
 
 
 def use_inboxes() -> None:

@@ -21,6 +21,7 @@ from service.hosting.http_connection import HTTPConnection
 from tests.hosting.conftest import Serve, Served
 
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+CLOSING = GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
 ENDLESS = b"GET /endless HTTP/1.1\r\nHost: localhost\r\n\r\n"
 FINISHING = "/finishing"
 LONG = [bytes([number]) * 65536 for number in range(200)]
@@ -101,6 +102,9 @@ async def test_a_client_that_does_not_read_is_closed(serve: Serve, connections: 
                 await reader.send_all(GET)
                 assert (await reader.receive_some()).startswith(b"HTTP/1.1 200")
                 assert connections.abort_stalled() == 1
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                await reader.send_all(GET)
+                assert (await reader.receive_some()).startswith(b"HTTP/1.1 200"), "the others are served on"
                 server.stop.set()
                 await server.gone.wait()
 
@@ -109,9 +113,7 @@ async def test_a_long_response_arrives_whole_and_in_order(serve: Serve, connecti
     async with serve(App()) as server:
         with trio.fail_after(20):
             async with await server.connect() as reader:
-                await reader.send_all(
-                    GET.replace(b"/ ", b"/long ").replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
-                )
+                await reader.send_all(CLOSING.replace(b"/ ", b"/long "))
                 await trio.testing.wait_all_tasks_blocked(0.05)  # the server has filled what there is to fill
                 received = bytearray()
                 async for data in reader:
@@ -156,10 +158,15 @@ async def is_gone_when_its_client_is(serve: Serve) -> bool:
             async with await server.connect():
                 await trio.sleep(0.1)
             await trio.sleep(0.1)
-            return not any(
-                "TCPServer" in task.name or "_run_handler" in task.name
-                for task in all_tasks(trio.lowlevel.current_root_task())
-            )
+            return not connection_tasks()
+
+
+def connection_tasks() -> list[Any]:
+    return [
+        task
+        for task in all_tasks(trio.lowlevel.current_root_task())
+        if "TCPServer" in task.name or "_run_handler" in task.name
+    ]
 
 
 def all_tasks(task: Any) -> list[Any]:
@@ -174,6 +181,37 @@ async def test_a_connection_that_its_client_closed_is_gone(serve: Serve, connect
 async def test_hypercorn_still_keeps_connections_that_their_clients_closed(serve: Serve) -> None:
     """Fails when hypercorn lets them go: then Connection._read_data can go."""
     assert not await is_gone_when_its_client_is(serve)
+
+
+async def stops_though_a_client_has_sent_more(serve: Serve, more: bytes) -> bool:
+    """A client that asks again while its stream is not over."""
+    app = App()
+    async with serve(app, graceful_timeout=100) as server:
+        with trio.fail_after(20):
+            async with await server.connect() as stream:
+                await stream.send_all(GET.replace(b"/ ", b"/finishing ") + more)
+                answer = bytes(await stream.receive_some())
+                server.stop.set()
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                app.work_ended.set()
+                answer += b"".join([part async for part in stream])
+                assert answer.endswith(b"last\r\n0\r\n\r\n")
+                assert answer.count(b"HTTP/1.1 ") == 1
+                with trio.move_on_after(0.5):
+                    await server.gone.wait()
+                return server.gone.is_set()
+
+
+@pytest.mark.parametrize("more", [GET, GET[:20], GET * 10])
+async def test_a_connection_closes_with_its_response_though_its_client_has_sent_more(
+    serve: Serve, connections: Connections, more: bytes
+) -> None:
+    assert await stops_though_a_client_has_sent_more(serve, more)
+
+
+async def test_hypercorn_still_waits_for_a_client_that_has_sent_more(serve: Serve) -> None:
+    """Fails when hypercorn closes such a connection: then Connection._is_ahead can go."""
+    assert not await stops_though_a_client_has_sent_more(serve, GET)
 
 
 async def is_answered_when_it_asks_as_the_doors_close(serve: Serve) -> bool:
