@@ -31,7 +31,7 @@ from service.shutdown import Shutdown
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SECOND_PRESS_S = 0.25
 """A terminal's Ctrl+C reaches a worker twice, as SIGINT and through its master: only a later SIGINT is a second one."""
-MASTER_POLL_MS = 15
+MASTER_POLL_MS = 5
 """How often to look at the master's event: a blocking wait for it would need its locks, and a worker that is killed
 in its sleep would leave them taken for good."""
 
