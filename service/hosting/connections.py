@@ -2,7 +2,9 @@
 
 * A connection on which nothing was asked yet is not closed in the moment when its request arrives: that would reset it.
 * A connection that its client has closed is gone at once, not when the keep-alive time is over.
-* An HTTP/2 connection sends the last frames of its streams before it closes.
+* An HTTP/2 connection sends the last frames of its streams before it closes. Without a stream it is idle, and nothing
+  is left of those that its client has reset: hypercorn waits for ever for a client that sends a preface and no more, or
+  gives up its only stream, and keeps the buffer of each stream that was given up.
 * A connection that closes with its response is gone, also where its client has asked again meanwhile: hypercorn pauses
   its reader for that and, once it stops, leaves it so for ever.
 * What hypercorn cannot parse ends its connection. hypercorn has some bytes end the process, before any access check:
@@ -30,7 +32,7 @@ from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
 from hypercorn.trio.worker_context import EventWrapper, WorkerContext
-from hypercorn.typing import AppWrapper, ConnectionState
+from hypercorn.typing import AppWrapper, ConnectionState, TaskGroup
 
 from service.hosting.inbox import InboxTaskGroup, use_inboxes
 
@@ -186,23 +188,35 @@ class Connection(TCPServer):
         await super().protocol_send(RawData(data=data))
 
     async def _read_data(self) -> None:
-        if self.config.read_timeout:
-            await super()._read_data()
-        else:
-            await self._read_on()
-        if self.idle_task._handle is not None:
-            await self.idle_task.stop()  # the client has closed: nothing is left to wait for
-
-    async def _read_on(self) -> None:
-        """As hypercorn reads, without a deadline that would be none, and its scope for each read."""
+        """As hypercorn reads, without a cancel scope for each read where there is no deadline."""
         data: bytes | bytearray = b"..."
         while data:
             try:
-                data = await self.stream.receive_some(MAX_RECV)
-            except (trio.ClosedResourceError, trio.BrokenResourceError):
+                data = await self._receive()
+            except (trio.ClosedResourceError, trio.BrokenResourceError, trio.TooSlowError):
                 break
             await self.protocol.handle(RawData(data=bytes(data)))
+            if isinstance(self.protocol.protocol, H2Protocol):
+                await self._tidy_up(self.protocol.protocol)
         await self.protocol.handle(Closed())
+        if self.idle_task._handle is not None:
+            await self.idle_task.stop()  # the client has closed: nothing is left to wait for
+
+    async def _tidy_up(self, protocol: H2Protocol) -> None:
+        """Let go of streams that the client has reset, and be idle without a stream."""
+        for stream_id, buffer in list(protocol.stream_buffers.items()):
+            if stream_id not in protocol.streams and not buffer._complete:
+                await buffer.close()
+                protocol.priority.unblock(stream_id)
+                await protocol.has_data.set()
+        if not protocol.streams and self.idle_task._handle is None:
+            await self.idle_task.restart(cast("TaskGroup", self._task_group), self._idle_timeout)
+
+    async def _receive(self) -> bytes | bytearray:
+        if not self.config.read_timeout:
+            return await self.stream.receive_some(MAX_RECV)
+        with trio.fail_after(self.config.read_timeout):
+            return await self.stream.receive_some(MAX_RECV)
 
     async def _idle_timeout(self) -> None:
         with trio.move_on_after(self.config.keep_alive_timeout):

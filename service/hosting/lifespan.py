@@ -38,8 +38,8 @@ LOAD_SETTINGS = "lastcall.load_settings"
 """Where an application keeps the way to its settings: they are read when the lifespan begins, not at import."""
 
 GARBAGE_AFTER = 10_000
-"""New objects after which garbage is looked for. By default, at 700, a worker with 500 streams spends a fifth of its time
-on that, 50 ms at once every half second."""
+"""New objects after which garbage is looked for. By default, at 700, a worker with 500 streams spends a fifth of its
+time on that, 50 ms at once every half second."""
 
 
 class ServiceLifespan:

@@ -16,7 +16,7 @@ import trustme
 from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
 
-from service.hosting.connections import Connections
+from service.hosting.connections import LAST_FRAMES_S, Connections
 from service.hosting.http_connection import HTTPConnection
 from tests.hosting.conftest import Serve, Served
 
@@ -212,6 +212,59 @@ async def test_a_connection_closes_with_its_response_though_its_client_has_sent_
 async def test_hypercorn_still_waits_for_a_client_that_has_sent_more(serve: Serve) -> None:
     """Fails when hypercorn closes such a connection: then Connection._is_ahead can go."""
     assert not await stops_though_a_client_has_sent_more(serve, GET)
+
+
+async def closes_a_client_of_http2_that_asks_nothing(serve: Serve) -> bool:
+    client = h2.connection.H2Connection(h2.config.H2Configuration())
+    client.initiate_connection()
+    async with serve(App(), keep_alive_timeout=0.1) as server:
+        with trio.fail_after(10):
+            async with await server.connect() as stream:
+                await stream.send_all(client.data_to_send())
+                with trio.move_on_after(1) as bound:
+                    while await stream.receive_some():
+                        pass
+                return not bound.cancelled_caught
+
+
+async def test_an_http2_client_that_asks_nothing_is_idle(serve: Serve, connections: Connections) -> None:
+    assert await closes_a_client_of_http2_that_asks_nothing(serve)
+
+
+async def test_hypercorn_still_waits_for_an_http2_client_that_asks_nothing(serve: Serve) -> None:
+    """Fails when hypercorn knows that it is idle: then the second half of Connection._tidy_up can go."""
+    assert not await closes_a_client_of_http2_that_asks_nothing(serve)
+
+
+async def stops_though_a_client_of_http2_has_reset_its_stream(serve: Serve) -> bool:
+    client = h2.connection.H2Connection(h2.config.H2Configuration())
+    client.initiate_connection()
+    client.send_headers(
+        1, [(":method", "GET"), (":path", FINISHING), (":scheme", "http"), (":authority", "localhost")], end_stream=True
+    )
+    async with serve(App(), graceful_timeout=100) as server:
+        with trio.fail_after(20):
+            async with await server.connect() as stream:
+                await stream.send_all(client.data_to_send())
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                client.reset_stream(1)
+                await stream.send_all(client.data_to_send())
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                server.stop.set()
+                with trio.move_on_after(LAST_FRAMES_S / 2):
+                    await server.gone.wait()
+                return server.gone.is_set()
+
+
+async def test_a_client_of_http2_that_has_reset_its_stream_does_not_hold_up_a_stop(
+    serve: Serve, connections: Connections
+) -> None:
+    assert await stops_though_a_client_of_http2_has_reset_its_stream(serve)
+
+
+async def test_hypercorn_still_waits_for_a_client_of_http2_that_has_reset_its_stream(serve: Serve) -> None:
+    """Fails when hypercorn lets such a stream go: then the first half of Connection._tidy_up can go."""
+    assert not await stops_though_a_client_of_http2_has_reset_its_stream(serve)
 
 
 async def is_answered_when_it_asks_as_the_doors_close(serve: Serve) -> bool:

@@ -115,3 +115,37 @@ async def test_http2_clients_that_give_no_window_are_cut_after_half_of_the_relea
     [report] = reports(server)
     assert report["turns_interrupted"] == 8
     assert (report["streams_ended"], report["streams_aborted"], report["connections_aborted"]) == (5, 3, 3)
+
+
+async def open_http2_that_does_nothing(server: ServerProcess, *, asks_first: bool) -> trio.SocketStream:
+    """A client that has sent its preface and nothing else, or has given up the one stream that it had."""
+    client = h2.connection.H2Connection(h2.config.H2Configuration())
+    client.initiate_connection()
+    stream = await connect(server, client.data_to_send())
+    if asks_first:
+        head = [(":method", "POST"), (":path", "/chat"), (":scheme", "http"), (":authority", "localhost")]
+        client.send_headers(1, [*head, ("accept", "text/event-stream"), ("content-type", "application/json")])
+        client.send_data(1, b'{"message": "given up rate=20"}', end_stream=True)
+        await stream.send_all(client.data_to_send())
+        async for data in stream:
+            if any(isinstance(event, h2.events.DataReceived) for event in client.receive_data(data)):
+                break
+        client.reset_stream(1)
+        await stream.send_all(client.data_to_send())
+    return stream
+
+
+@pytest.mark.parametrize("host", [SERVE, HYPERCORN_1], ids=str)
+async def test_http2_clients_without_a_stream_cost_nobody_anything(tmp_path: Path, host: Host) -> None:
+    async with open_under_load(host, tmp_path, chat(count=5), drain_timeout_s=0) as (server, load):
+        rude = [await open_http2_that_does_nothing(server, asks_first=number % 2 == 0) for number in range(4)]
+        signalled = server.signal_main(signal.SIGTERM)
+        gone = await wait_gone(server)
+        result = await load.stop()
+        for connection in rude:
+            await connection.aclose()
+    assert_clean(host, server, gone)
+    assert_all_ended_properly(result)
+    assert gone.at - signalled < 0.5
+    [report] = reports(server)
+    assert report["connections_aborted"] == 0
