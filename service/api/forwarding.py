@@ -16,6 +16,7 @@ import socket
 import struct
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import cast
 
 import h11
@@ -67,8 +68,11 @@ def is_from_peer() -> bool:
 
 def release_later(watch: Watch) -> None:
     """Release the watch of a stream when the current request is over."""
-    client_returns = _client_returns()
-    give_back_later(lambda: watch.release(client_returns=client_returns()))
+    if is_from_peer():
+        client_returns = _client_returns()
+        give_back_later(lambda: watch.release(client_returns=client_returns()))
+    else:
+        give_back_later(watch.release)
 
 
 def _client_returns() -> Callable[[], bool]:
@@ -114,7 +118,7 @@ async def forward(error: OwnedElsewhereError) -> TrioResponse:
         return await _answer_here(error)
     peer = _Peer(stream)
     slot = current_service().sessions.forwards.open_forward()
-    give_back_later(_hang_up, peer, slot, _client_returns())
+    give_back_later(partial(_hang_up, peer, slot, _client_returns()))
     if user_of_peer(stream.socket) != user_of_peer(None):
         raise StoreError(str(error))
     logger.debug("asking the owner", session_id=error.session_id, owner=error.fence, method=request.method)

@@ -6,25 +6,48 @@ encloses both.
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
-from typing import Any, ParamSpec, cast
+from types import TracebackType
+from typing import Any, Self, cast
 
 from quart import request
 
 _KEY = "lastcall.held"
 
-P = ParamSpec("P")
+
+class Held:
+    """What one request holds, to be entered around its ASGI call. An exit stack of the plainest kind."""
+
+    def __init__(self) -> None:
+        self._give_back: list[Callable[[], object]] = []
+
+    def add(self, give_back: Callable[[], object]) -> None:
+        self._give_back.append(give_back)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._give_all_back()
+
+    def _give_all_back(self) -> None:
+        try:
+            while self._give_back:
+                self._give_back.pop()()
+        finally:
+            if self._give_back:  # one of them raised: the others are given back all the same
+                self._give_all_back()
 
 
-def holding(scope: dict[str, Any]) -> ExitStack:
-    """The stack of one request, to be entered around its ASGI call."""
-    held = ExitStack()
-    scope[_KEY] = held
+def holding(scope: dict[str, Any]) -> Held:
+    """What the request of this ASGI scope will hold."""
+    held = scope[_KEY] = Held()
     return held
 
 
-def give_back_later(give_back: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
-    """Call ``give_back``, which must not raise, when the current request is over; last in, first out."""
+def give_back_later(give_back: Callable[[], object]) -> None:
+    """Call ``give_back`` when the current request is over; last in, first out."""
     scope: dict[str, Any] = cast("dict[str, Any]", request.scope)
-    held: ExitStack = scope[_KEY]
-    held.callback(give_back, *args, **kwargs)
+    held: Held = scope[_KEY]
+    held.add(give_back)

@@ -89,7 +89,7 @@ class EventStream(ResponseBody):
 
 def stream_response(log: EventLog, slot: StreamSlot, *, cursor: int) -> TrioResponse:
     """A response that streams a log from ``cursor`` on, and gives its slot back whatever happens."""
-    give_back_later(slot.close, ended=False)
+    give_back_later(slot.close)
     body = EventStream(log, slot, cursor=cursor)
     response = TrioResponse(body, headers=HEADERS, content_type=MEDIA_TYPE)
     response.timeout = None  # Quart would end any response after 60 s otherwise

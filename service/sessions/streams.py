@@ -89,7 +89,7 @@ class StreamSlot:
             until = inf if self._streams is None else self._streams.note_waiting(self, log)
             await log.wait_beyond(cursor, until=until)
 
-    def close(self, *, ended: bool) -> None:
+    def close(self, *, ended: bool = False) -> None:
         """Give the place back; ``ended`` says whether the stream was sent to its end."""
         streams, self._streams = self._streams, None
         if streams is not None:
