@@ -141,14 +141,18 @@ class Shutdown:
         if self._is_hasty:
             self._interrupt_at_once()
 
-    def expect_notice(self) -> None:
+    def expect_notice(self, arrive: Callable[[], None]) -> None:
         """The notice has been seen outside of the event loop, and is on its way. From any thread.
 
-        Where turns are interrupted at once, what streams could write until then would only hold up the ends.
+        Where turns are interrupted at once, what streams could write until then would only hold up the ends: so they do
+        not, and the first that would have has the notice arrive.
+
+        Args:
+            arrive: Gives the notice, within the event loop. May be called more than once.
         """
         self.expected = True
         if self._is_hasty and self._sessions is not None:
-            self._sessions.stopping.hold_streams()
+            self._sessions.stopping.hold_streams(arrive)
 
     def hurry(self) -> None:
         """Skip what is left of the lame duck and of the drain: a second Ctrl+C."""

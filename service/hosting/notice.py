@@ -19,6 +19,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import copy_context
+from functools import partial
 from types import FrameType
 
 import trio
@@ -49,6 +51,7 @@ class Notice:
         self._watchdog = watchdog
         self._token = trio.lowlevel.current_trio_token()
         self._first_seen: float | None = None
+        self._context = copy_context()
 
     def tell(self, reason: str) -> None:
         """A sign was seen. From any thread and from a signal handler."""
@@ -56,7 +59,7 @@ class Notice:
         if self._first_seen is None:
             self._first_seen = now
         self._watchdog.start()
-        self._shutdown.expect_notice()
+        self._shutdown.expect_notice(partial(self._arrive_early, reason, now))
         with suppress(trio.RunFinishedError):  # too late: the process is on its way out already
             self._token.run_sync_soon(self._arrive, reason, now)
 
@@ -66,6 +69,10 @@ class Notice:
                 self._shutdown.hurry()
             return
         self._shutdown.notice(reason, age_s=time.monotonic() - seen_at)
+
+    def _arrive_early(self, reason: str, seen_at: float) -> None:
+        """For a task that comes first: what it starts is not to take the request's context for its own."""
+        self._context.run(self._arrive, reason, seen_at)
 
     @contextmanager
     def from_signals(self) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """The stop, as sessions see it: nothing new, then no more turns. When what comes is up to :mod:`service.shutdown`."""
 
+from collections.abc import Callable
 from typing import Literal
 
 from service.errors import ShuttingDownError
@@ -29,9 +30,12 @@ class Stopping:
         if not self._accepting:
             raise ShuttingDownError
 
-    def hold_streams(self) -> None:
-        """All turns are about to be interrupted: streams write nothing more before their ends. From any thread."""
-        self._streams.held = True
+    def hold_streams(self, then: Callable[[], None]) -> None:
+        """All turns are about to be interrupted: streams write nothing more before their ends. From any thread.
+
+        ``then`` is called by the first stream that comes to know it, in the event loop.
+        """
+        self._streams.hold(then)
 
     def interrupt_queued(self) -> int:
         """End queued turns as ``interrupted``, and those that would be queued yet; how many there were."""

@@ -1,6 +1,7 @@
 """Open event streams: how many there are, their bound, and the heartbeats of those that have nothing to say."""
 
 from collections import OrderedDict
+from collections.abc import Callable
 from math import inf
 
 import trio
@@ -16,7 +17,7 @@ class Streams:
         heartbeat_interval_s: Silence after which a stream says that it is there.
 
     Attributes:
-        held: Whether a stream is to write no more than its end, which comes in a moment.
+        held: Whether streams are to write no more than their ends, which come in a moment.
     """
 
     def __init__(self, *, streams_max: int, heartbeat_interval_s: float) -> None:
@@ -24,6 +25,7 @@ class Streams:
         self.ended = 0
         self.aborted = 0
         self.held = False
+        self._on_held: Callable[[], None] = lambda: None
         self._streams_max = streams_max
         self._heartbeat_interval_s = heartbeat_interval_s
         self._waiting: OrderedDict[StreamSlot, tuple[float, EventLog]] = OrderedDict()
@@ -55,6 +57,20 @@ class Streams:
                 self._waiting.popitem(last=False)
                 log.wake_readers()
 
+    def hold(self, then: Callable[[], None]) -> None:
+        """Have all streams write no more than their ends. From any thread.
+
+        Args:
+            then: To be called, perhaps more than once, by streams that come to know it: within the event loop, and
+                before what is due there already.
+        """
+        self._on_held = then
+        self.held = True
+
+    def note_held(self) -> None:
+        """For :class:`StreamSlot`."""
+        self._on_held()
+
     def note_waiting(self, slot: "StreamSlot", log: EventLog) -> float:
         """For :class:`StreamSlot`."""
         now = trio.current_time()
@@ -78,10 +94,12 @@ class StreamSlot:
     def __init__(self, streams: Streams) -> None:
         self._streams: Streams | None = streams
 
-    @property
-    def is_held(self) -> bool:
-        """Whether it is to write no more than its end, which comes in a moment."""
-        return self._streams is not None and self._streams.held
+    def check_held(self) -> bool:
+        """Whether it is to write no more than its end, which comes in a moment, if it is not there now."""
+        if self._streams is None or not self._streams.held:
+            return False
+        self._streams.note_held()
+        return True
 
     async def wait_beyond(self, log: EventLog, cursor: int) -> None:
         """Return once the log has an event after ``cursor`` or is closed, or it is time for a heartbeat."""

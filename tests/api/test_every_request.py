@@ -165,7 +165,7 @@ async def test_configured_origins_may_ask_without_a_key_and_read() -> None:
 
 async def test_a_notice_that_is_on_its_way_is_enough_to_be_not_ready(autojump_clock: MockClock) -> None:
     async with open_api(drain_timeout_s=20) as api:
-        await trio.to_thread.run_sync(api.service.shutdown.expect_notice)
+        await trio.to_thread.run_sync(api.service.shutdown.expect_notice, lambda: None)
         (await api.call("GET", "/readyz")).problem(503, "shutting_down")
         session_id = await api.new_session()
         assert (await api.call("POST", f"/sessions/{session_id}/turns", {"input": "Hi"})).status == 200

@@ -1,5 +1,7 @@
 """What a request holds is given back, whatever else happens."""
 
+from functools import partial
+
 import pytest
 
 from service.api.held import Held
@@ -9,7 +11,7 @@ def test_the_last_is_given_back_first_and_each_once() -> None:
     given: list[int] = []
     with Held() as held:
         for number in (1, 2, 3):
-            held.add(lambda number=number: given.append(number))
+            held.add(partial(given.append, number))
     assert given == [3, 2, 1]
 
 

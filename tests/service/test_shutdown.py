@@ -241,19 +241,34 @@ async def test_where_something_is_waited_for_it_does_not(
     async with stage.open(**waiting) as service:
         turn = await stage.start_turn(service)
         stage.shutdown.close_doors_at_once = lambda: True
-        stage.shutdown.expect_notice()
+        stage.shutdown.expect_notice(lambda: None)
         stage.shutdown.notice("test")
         assert turn.end is None
-        assert not service.sessions.streams.open_stream().is_held
+        assert not service.sessions.streams.open_stream().check_held()
         await stage.shutdown.work_ended.wait()
+
+
+async def test_a_stream_that_would_write_has_an_expected_notice_arrive(autojump_clock: MockClock, stage: Stage) -> None:
+    async with stage.open(drain_timeout_s=0) as service:
+        turn = await stage.start_turn(service)
+        stage.shutdown.close_doors_at_once = lambda: True
+        slot = service.sessions.streams.open_stream()
+        assert not slot.check_held()
+        stage.shutdown.expect_notice(lambda: stage.shutdown.notice("test"))
+        assert turn.end is None
+        assert slot.check_held()
+        assert turn.end == Interrupted("shutdown")
+        assert slot.check_held(), "the second time nothing happens"
+        await stage.shutdown.work_ended.wait()
+    assert stage.report().turns_interrupted == 1
 
 
 async def test_doors_that_have_to_wait_are_waited_for(autojump_clock: MockClock, stage: Stage) -> None:
     async with stage.open(drain_timeout_s=0) as service:
         turn = await stage.start_turn(service)
         stage.shutdown.close_doors_at_once = lambda: False
-        stage.shutdown.expect_notice()
-        assert service.sessions.streams.open_stream().is_held
+        stage.shutdown.expect_notice(lambda: None)
+        assert service.sessions.streams.open_stream().check_held()
         stage.shutdown.notice("test")
         assert turn.end is None
         await stage.shutdown.work_ended.wait()
