@@ -95,7 +95,8 @@ async def _reply(turn: Turn, *, store: Store, clock: Clock, settings: Settings) 
 async def _keep(turn: Turn, record: TurnRecord, *, store: Store, clock: Clock) -> bool:
     """Put an end into the store, with the events that are not there yet; whether that worked."""
     after = turn.kept_seq
-    events = [*turn.log.frames(after=after), encode_frame(turn.terminal_event(stored=True))]
+    events = turn.log.frames(after=after)
+    events.append(encode_frame(turn.terminal_event(stored=True)))
     try:
         await store.end_turn(record, events=events, now=clock(), after=after)
     except StoreError as error:
