@@ -116,8 +116,7 @@ class Turn:
     def watch(self) -> "Watch":
         """Take an interest in it; the watch is to be released."""
         self._watches += 1
-        self._abandoned_deadline = inf
-        self._set_deadline()
+        self._set_deadlines(abandoned=inf)
         return Watch(self)
 
     def unwatch(self, *, client_returns: bool) -> None:
@@ -132,8 +131,7 @@ class Turn:
         if deadline <= now:
             self.cut_short(ends.Cancelled("disconnected"))
         else:
-            self._abandoned_deadline = deadline
-            self._set_deadline()
+            self._set_deadlines(abandoned=deadline)
 
     # For its task
 
@@ -144,8 +142,7 @@ class Turn:
     def start(self, now: datetime) -> None:
         """It runs from now on, and its deadline with it."""
         self._record = msgspec.structs.replace(self._record, state="running", started_at=now)
-        self._run_deadline = trio.current_time() + self._settings.turn_timeout_s
-        self._set_deadline()
+        self._set_deadlines(run=trio.current_time() + self._settings.turn_timeout_s)
         self.append(
             TurnStarted(
                 seq=self.log.last_seq + 1, session_id=self.session_id, turn_id=self.id, model=self._record.model
@@ -154,9 +151,8 @@ class Turn:
 
     def expect_token(self, which: Literal["first_token", "next_token"], *, within_s: float) -> None:
         """The model is to send something, its first token or the next one, within so many seconds from now."""
-        self._expected = which, within_s
-        self._silence_deadline = trio.current_time() + within_s
-        self._set_deadline()
+        if self._set_deadlines(silence=trio.current_time() + within_s):
+            self._expected = which, within_s
 
     def take(self, events: Sequence[ModelEvent]) -> Finished | None:
         """Append what the model sent; the last event, if it is among them.
@@ -194,11 +190,10 @@ class Turn:
 
     def decide_from_deadlines(self) -> None:
         """Its work was stopped by a deadline of its own: decide by which."""
-        # A watch that was taken at the very moment of the abandonment has taken that deadline away again.
-        first = min(self._run_deadline, self._silence_deadline)
-        if first > trio.current_time() or self._abandoned_deadline <= first:
+        first = self._scope.deadline
+        if first == self._abandoned_deadline:
             self.decide(ends.Cancelled("disconnected"))
-        elif self._run_deadline == first:
+        elif first == self._run_deadline:
             self.decide(
                 ends.failed(
                     "turn_timeout",
@@ -259,8 +254,17 @@ class Turn:
         assert self.end is not None
         return ends.terminal_event(self.end, seq=self.log.last_seq + 1, text_length=self._reply.length, stored=stored)
 
-    def _set_deadline(self) -> None:
+    def _set_deadlines(
+        self, *, run: float | None = None, silence: float | None = None, abandoned: float | None = None
+    ) -> bool:
+        """Move some of them; False, and nothing happens, where one has passed: that is the one that ends it."""
+        if self._scope.cancel_called:
+            return False
+        self._run_deadline = self._run_deadline if run is None else run
+        self._silence_deadline = self._silence_deadline if silence is None else silence
+        self._abandoned_deadline = self._abandoned_deadline if abandoned is None else abandoned
         self._scope.deadline = min(self._run_deadline, self._silence_deadline, self._abandoned_deadline)
+        return True
 
     def _output(self, *, since_checkpoint: bool = False) -> tuple[Item, ...]:
         output = []
