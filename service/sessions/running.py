@@ -47,14 +47,8 @@ async def run_turn(
             await _reply(turn, store=store, clock=clock, settings=settings)
         if scope.cancelled_caught:
             turn.decide_from_deadlines()
-    except ModelError as error:
-        turn.decide(ends.failed(error.code, str(error)))
-    except StoreError as error:
-        turn.decide(ends.failed(error.code, str(error)))
-    except Exception:
-        logger.exception("turn crashed", session_id=turn.session_id, turn_id=turn.id)
-        turn.crashed = True
-        turn.decide(ends.failed("internal_error", "Something in this service broke; the log says what."))
+    except Exception as error:  # noqa: BLE001  the edge of a turn
+        _decide_failed(turn, error)
     finally:
         turn.decide(default_end())
         record = turn.finish(clock())
@@ -82,14 +76,26 @@ async def _reply(turn: Turn, *, store: Store, clock: Clock, settings: Settings) 
     )
     turn.expect_token("first_token", within_s=settings.first_token_timeout_s)
     async with turn.client.stream(request) as stream:
-        while turn.end is None:
-            events = await stream.receive()
-            if turn.end is not None:
-                break  # decided by somebody else while these were on their way
-            finished = turn.take(events)
-            if finished is not None:
-                turn.decide(ends.Completed(finished.finish_reason, finished.usage))
-            turn.expect_token("next_token", within_s=settings.next_token_timeout_s)
+        try:
+            while turn.end is None:
+                events = await stream.receive()
+                if turn.end is not None:
+                    break  # decided by somebody else while these were on their way
+                finished = turn.take(events)
+                if finished is not None:
+                    turn.decide(ends.Completed(finished.finish_reason, finished.usage))
+                turn.expect_token("next_token", within_s=settings.next_token_timeout_s)
+        except Exception as error:  # noqa: BLE001  decided now: until the client has closed a deadline may pass
+            _decide_failed(turn, error)
+
+
+def _decide_failed(turn: Turn, error: Exception) -> None:
+    if isinstance(error, ModelError | StoreError):
+        turn.decide(ends.failed(error.code, str(error)))
+        return
+    logger.error("turn crashed", session_id=turn.session_id, turn_id=turn.id, exc_info=error)
+    turn.crashed = True
+    turn.decide(ends.failed("internal_error", "Something in this service broke; the log says what."))
 
 
 async def _keep(turn: Turn, record: TurnRecord, *, store: Store, clock: Clock) -> bool:
