@@ -66,6 +66,8 @@ class Puppet:
         self.open_replies = 0
         self.refuse: ModelError | None = None
         self.hang_before_head = False
+        self.close_s = 0.0
+        """How long leaving a reply takes, whatever cancels it."""
         self._send, self._receive = trio.open_memory_channel[Reply](1000)
 
     @asynccontextmanager
@@ -83,6 +85,10 @@ class Puppet:
         finally:
             self.open_replies -= 1
             reply.closed.set()
+            if self.close_s:
+                with trio.CancelScope(shield=True, deadline=trio.current_time() + self.close_s):
+                    await trio.sleep_forever()
+                await trio.lowlevel.checkpoint()  # noqa: ASYNC102  as a close that can be cancelled
 
     async def next_reply(self) -> Reply:
         with trio.fail_after(1000):

@@ -194,6 +194,41 @@ async def test_deadlines_fail_the_turn(
         assert trio.current_time() - started_at == pytest.approx(next(iter(settings.values())))
 
 
+@pytest.mark.parametrize(
+    ("error", "code"), [(ModelError("upstream_error", "it broke"), "upstream_error"), (ValueError(), "internal_error")]
+)
+async def test_a_failure_is_the_end_though_a_deadline_passes_while_the_client_closes(
+    autojump_clock: MockClock, error: Exception, code: str
+) -> None:
+    async with open_stage(next_token_timeout_s=3) as stage:
+        stage.puppet.close_s = 10
+        session = await stage.sessions.create_session(NewSession())
+        turn = await start(stage.sessions, session.id)
+        reply = await stage.puppet.next_reply()
+        reply.say("x")
+        await trio.sleep(1)
+        reply.fail(error)
+        record = await turn.wait_ended()
+        assert record.error is not None
+        assert record.error.code == code
+        assert trio.current_time() == 11
+
+
+async def test_the_first_deadline_is_the_end_though_another_passes_while_the_client_closes(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_stage(next_token_timeout_s=3, disconnect_grace_s=1) as stage:
+        stage.puppet.close_s = 10
+        session = await stage.sessions.create_session(NewSession())
+        turn, watch = await stage.sessions.start_turn(session.id, NewTurn(text="Hi"))
+        (await stage.puppet.next_reply()).say("x")
+        await wait_all_tasks_blocked()
+        watch.release()
+        await trio.sleep(5)
+        turn.watch()  # it comes too late
+        assert (await turn.wait_ended()).reason == "disconnected"
+
+
 async def test_head_of_the_reply_counts_as_waiting_for_the_first_token(autojump_clock: MockClock) -> None:
     async with open_stage(first_token_timeout_s=7) as stage:
         stage.puppet.hang_before_head = True
