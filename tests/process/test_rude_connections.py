@@ -80,6 +80,12 @@ async def test_clients_in_mid_handshake_cost_nobody_anything(tmp_path: Path, hos
     assert gone.at - signalled < 1
 
 
+def ask_for_a_stream(client: h2.connection.H2Connection) -> None:
+    head = [(":method", "POST"), (":path", "/chat"), (":scheme", "http"), (":authority", "localhost")]
+    client.send_headers(1, [*head, ("accept", "text/event-stream"), ("content-type", "application/json")])
+    client.send_data(1, b'{"message": "rude rate=20"}', end_stream=True)
+
+
 async def open_http2_without_a_window(server: ServerProcess) -> trio.SocketStream:
     """A client that has a stream, of which nothing may be sent to it but the head."""
     client = h2.connection.H2Connection(h2.config.H2Configuration())
@@ -87,9 +93,7 @@ async def open_http2_without_a_window(server: ServerProcess) -> trio.SocketStrea
         initial_values={h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: 0, h2.settings.SettingCodes.ENABLE_PUSH: 0}
     )
     client.initiate_connection()
-    head = [(":method", "POST"), (":path", "/chat"), (":scheme", "http"), (":authority", "localhost")]
-    client.send_headers(1, [*head, ("accept", "text/event-stream"), ("content-type", "application/json")])
-    client.send_data(1, b'{"message": "windowless rate=20"}', end_stream=True)
+    ask_for_a_stream(client)
     stream = await connect(server, client.data_to_send())
     async for data in stream:
         events = client.receive_data(data)
@@ -123,9 +127,7 @@ async def open_http2_that_does_nothing(server: ServerProcess, *, asks_first: boo
     client.initiate_connection()
     stream = await connect(server, client.data_to_send())
     if asks_first:
-        head = [(":method", "POST"), (":path", "/chat"), (":scheme", "http"), (":authority", "localhost")]
-        client.send_headers(1, [*head, ("accept", "text/event-stream"), ("content-type", "application/json")])
-        client.send_data(1, b'{"message": "given up rate=20"}', end_stream=True)
+        ask_for_a_stream(client)
         await stream.send_all(client.data_to_send())
         async for data in stream:
             if any(isinstance(event, h2.events.DataReceived) for event in client.receive_data(data)):
