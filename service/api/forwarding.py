@@ -276,7 +276,7 @@ class ForwardedStream(ResponseBody):
         logger.info("a stream ends from the store: its owner died", session_id=session_id, turn_id=turn_id)
         if self._cursor < log.last_seq:
             # Who saw events that nobody could keep goes on with the end, which is the last of them.
-            self._cursor = min(self._cursor, len(log.frames()) - 1)
+            self._cursor = min(self._cursor, log.unbroken_seq)
         return log
 
 

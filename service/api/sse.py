@@ -64,7 +64,7 @@ class EventStream(ResponseBody):
             return self._take(_RETRY)
         await self._pause()
         await self._slot.wait_beyond(self._log, self._cursor)
-        if self._slot.check_held():
+        if self._slot.heed_hold():
             await self._log.wait_closed()
         return self._take() or _HEARTBEAT
 

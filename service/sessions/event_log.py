@@ -50,6 +50,11 @@ class EventLog:
         return len(self._frames) if self._last_seq is None else self._last_seq
 
     @property
+    def unbroken_seq(self) -> int:
+        """The seq up to which no event is missing: below ``last_seq`` where some before the terminal one are lost."""
+        return len(self._frames) if self._last_seq is None else len(self._frames) - 1
+
+    @property
     def closed(self) -> bool:
         """Whether the terminal event is in it: nothing will follow."""
         return self._closed

@@ -7,6 +7,7 @@
     ├── acceptance      a turn's acceptance                     acceptance.py, new.py, running.py
     ├── deletions       a session's deletion                    deletion.py
     ├── unkept          what the store refused                  unkept.py
+    ├── replays         the logs of ended turns                 replay.py
     ├── streams         open event streams                      streams.py
     ├── forwards        answers passed on from other processes  forwards.py
     └── stopping        no more work, then no more turns        stopping.py
@@ -19,7 +20,6 @@ import trio
 
 from service.clock import Clock
 from service.errors import (
-    EventsLostError,
     InvalidRequestError,
     OwnedElsewhereError,
     SessionNotFoundError,
@@ -36,7 +36,7 @@ from service.sessions.forwards import Forwards
 from service.sessions.live import Live
 from service.sessions.messages import MessageRecord, Position, page_of_messages, turns_needed
 from service.sessions.new import NewSession, NewTurn
-from service.sessions.replay import replay_kept
+from service.sessions.replay import Replays
 from service.sessions.statistics import SessionsStatistics
 from service.sessions.stopping import Stopping
 from service.sessions.store_deadline import answered_within
@@ -79,6 +79,7 @@ class Sessions:
         self.streams = Streams(streams_max=settings.streams_max, heartbeat_interval_s=settings.heartbeat_interval_s)
         self.forwards = Forwards(nursery, cleanup_timeout_s=settings.cleanup_timeout_s)
         self.stopping = Stopping(self._live, self.streams, self.forwards)
+        self._replays = Replays(store)
         self._deletions = Deletions(nursery, self._live, self.unkept)
         self._acceptance = Acceptance(
             nursery,
@@ -228,10 +229,7 @@ class Sessions:
         if turn is not None:
             return turn.record()
         with self._answered_within():
-            record = await self._store.get_turn(session_id, turn_id, now=self._clock())
-            if record.is_open:
-                await self._refuse_if_elsewhere(session_id)
-            return record
+            return await self._read_turn(session_id, turn_id)
 
     async def list_turns(self, session_id: str, *, limit: int, after: str | None = None) -> Page[TurnRecord]:
         """A page of all turns of a session, oldest first.
@@ -280,14 +278,9 @@ class Sessions:
         if turn is not None:
             return turn.log, turn.watch()
         with self._answered_within():
-            frames = await self._store.read_events(session_id, turn_id)
-            # Asked last, so that a session that went away meanwhile is not found.
-            record = await self._store.get_turn(session_id, turn_id, now=self._clock())
-            if record.is_open:
-                await self._refuse_if_elsewhere(session_id)
-        log = replay_kept(record, frames)
-        if log is None or len(frames) < after < log.last_seq:
-            raise EventsLostError(turn_id, after=len(frames), state=record.state, text=record.text)
+            log = await self._replays.open(
+                session_id, turn_id, after=after, read_turn=lambda: self._read_turn(session_id, turn_id)
+            )
         return log, Watch(None)
 
     # All of them
@@ -309,6 +302,19 @@ class Sessions:
     def _check_not_deleted(self, session_id: str) -> None:
         if self._deletions.has_begun(session_id):
             raise SessionNotFoundError(session_id)
+
+    async def _read_turn(self, session_id: str, turn_id: str) -> TurnRecord:
+        """A turn that does not run here.
+
+        Raises:
+            SessionNotFoundError, TurnNotFoundError, OwnedElsewhereError
+        """
+        record = await self._store.get_turn(session_id, turn_id, now=self._clock())
+        if record.is_open:
+            await self._refuse_if_elsewhere(session_id)
+            # Nobody's: it has ended between the two, then.
+            record = await self._store.get_turn(session_id, turn_id, now=self._clock())
+        return record
 
     async def _refuse_if_elsewhere(self, session_id: str) -> None:
         """Raises: OwnedElsewhereError, where another process runs the session's open turns."""

@@ -94,8 +94,11 @@ class StreamSlot:
     def __init__(self, streams: Streams) -> None:
         self._streams: Streams | None = streams
 
-    def check_held(self) -> bool:
-        """Whether it is to write no more than its end, which comes in a moment, if it is not there now."""
+    def heed_hold(self) -> bool:
+        """Whether it is to write no more than its end, which comes in a moment, if it is not there now.
+
+        If so, that is told first (:meth:`Streams.hold`).
+        """
         if self._streams is None or not self._streams.held:
             return False
         self._streams.note_held()

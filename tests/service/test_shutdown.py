@@ -244,7 +244,7 @@ async def test_where_something_is_waited_for_it_does_not(
         stage.shutdown.expect_notice(lambda: None)
         stage.shutdown.notice("test")
         assert turn.end is None
-        assert not service.sessions.streams.open_stream().check_held()
+        assert not service.sessions.streams.open_stream().heed_hold()
         await stage.shutdown.work_ended.wait()
 
 
@@ -253,12 +253,12 @@ async def test_a_stream_that_would_write_has_an_expected_notice_arrive(autojump_
         turn = await stage.start_turn(service)
         stage.shutdown.close_doors_at_once = lambda: True
         slot = service.sessions.streams.open_stream()
-        assert not slot.check_held()
+        assert not slot.heed_hold()
         stage.shutdown.expect_notice(lambda: stage.shutdown.notice("test"))
         assert turn.end is None
-        assert slot.check_held()
+        assert slot.heed_hold()
         assert turn.end == Interrupted("shutdown")
-        assert slot.check_held(), "the second time nothing happens"
+        assert slot.heed_hold(), "the second time nothing happens"
         await stage.shutdown.work_ended.wait()
     assert stage.report().turns_interrupted == 1
 
@@ -268,7 +268,7 @@ async def test_doors_that_have_to_wait_are_waited_for(autojump_clock: MockClock,
         turn = await stage.start_turn(service)
         stage.shutdown.close_doors_at_once = lambda: False
         stage.shutdown.expect_notice(lambda: None)
-        assert service.sessions.streams.open_stream().check_held()
+        assert service.sessions.streams.open_stream().heed_hold()
         stage.shutdown.notice("test")
         assert turn.end is None
         await stage.shutdown.work_ended.wait()
