@@ -2,8 +2,10 @@
 
 The only module that knows httpx. Decisions, and why:
 
-- **The bound on the output is called** ``max_tokens``: every server knows that name. OpenAI's newer
-  models refuse it, saying ``max_completion_tokens`` instead; that other name is then used from there on.
+- **What a server refuses to understand** is left out, or called by the name that it says, from there on for that
+  model: :class:`~service.models.chat_completions.Dialect`.
+- **A kept connection may have been closed** by the server or anything on the way when a request reaches it: that
+  request is sent again at once, over the next one or a new one.
 - **Proxies in the environment are not used** (``trust_env=False``): the settings alone say where prompts
   go. Certificates are trusted as the machine does (``SSL_CERT_FILE`` included) and as certifi does.
 - **Redirects are not followed**: they would carry a prompt and a key to an address nobody configured.
@@ -15,8 +17,9 @@ import math
 import re
 import socket
 import ssl
+import zlib
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import anyio
@@ -24,7 +27,7 @@ import httpx  # noqa: ASYNC127  the project's choice; only this module knows it
 
 from service.clock import Clock, wall_clock
 from service.errors import ModelError, SettingsError
-from service.models.chat_completions import ReplyDecoder, encode_request
+from service.models.chat_completions import Dialect, ReplyDecoder, encode_request
 from service.models.client import ModelEvent, ModelRequest
 from service.models.upstream_errors import ErrorReply, error_from_reply, error_from_status, parse_retry_after
 
@@ -33,8 +36,13 @@ _POOL_REQUESTS_MAX = 32
 _IDLE_EXPIRY_S = 4.0  # uvicorn, under many model servers, closes after 5
 _ERROR_BODY_BYTES_MAX = 64 * 1024
 _ERROR_BODY_TIMEOUT_S = 2.0
+_ANY_FORMAT = 32  # of zlib: gzip's or its own, whichever it is
+_SECRET_LENGTH_MIN = 8
+"""A value in the model URL's query may be a key; a shorter one is none."""
 _USAGE_TIMEOUT_S = 2.0
-"""How long a reply that is whole waits for usage and ``[DONE]``."""
+"""How long a reply that is whole waits for usage and ``[DONE]``, since its last text."""
+_TEXT_TIMEOUT_S = 30.0
+"""How long one that has ended before it said anything waits for a text: Open WebUI says "stop" first."""
 _REUSE_TIMEOUT_S = 0.05
 """How long leaving a whole reply waits for the end of the response, without which it costs the connection."""
 _CLOSE_TIMEOUT_S = 1.0
@@ -103,9 +111,10 @@ class OpenAICompatibleClient:
         if api_key is not None and auth is not None:
             raise SettingsError(f"{url_setting}: it has a user and password beside {key_setting}; use one of them.")
         self._name = name or self._url.netloc.decode("ascii")
-        self._secrets = [secret for secret in (api_key, auth and auth[1]) if secret]
+        keys_in_query = [value for value in self._url.params.values() if len(value) >= _SECRET_LENGTH_MIN]
+        self._secrets = [secret for secret in (api_key, auth and auth[1], *keys_in_query) if secret]
         self._clock = clock
-        self._limit_field = "max_tokens"
+        self._dialects: dict[str, Dialect] = {}
         headers = {"Accept": "text/event-stream", "Accept-Encoding": "identity", "Content-Type": "application/json"}
         headers["User-Agent"] = "lastcall"
         if api_key is not None:
@@ -129,14 +138,19 @@ class OpenAICompatibleClient:
     @asynccontextmanager
     async def stream(self, request: ModelRequest) -> AsyncIterator["OpenAICompatibleStream"]:
         """See :class:`~service.models.client.ModelClient`."""
-        limit_field = self._limit_field
-        async with self._respond(encode_request(request, limit_field=limit_field)) as response:
-            if not response.is_event_stream:
-                limited_by = None if request.max_output_tokens is None else limit_field
-                raise await self._failure(response, limited_by=limited_by)
-            decoder = ReplyDecoder(redact=self._redact)
-            yield OpenAICompatibleStream(response, decoder)
-            response.reusable = decoder.finished
+        while True:
+            dialect = self._dialects.get(request.model, Dialect())
+            async with self._respond(encode_request(request, dialect)) as response:
+                if response.is_readable:
+                    decoder = ReplyDecoder(redact=self._redact, described=response.described)
+                    yield OpenAICompatibleStream(response, decoder)
+                    response.reusable = decoder.finished
+                    return
+                reply = ErrorReply.from_body(await response.read_error_body())
+            learned = dialect.learn(request, response.status, reply)
+            if learned == dialect:
+                raise self._failure(response, reply)
+            self._dialects[request.model] = learned
 
     @asynccontextmanager
     async def _respond(self, body: bytes) -> AsyncIterator["_Response"]:
@@ -155,36 +169,27 @@ class OpenAICompatibleClient:
                     await surplus.http.aclose()
 
     async def _send(self, http: httpx.AsyncClient, body: bytes, connection: "_NewConnection") -> "_Response":
-        request = http.build_request("POST", self._url, content=body, extensions={"trace": connection.trace})
-        request.stream = _Body(body)
-        try:
-            return _Response(await http.send(request, stream=True))
-        except httpx.HTTPError as error:
-            raise _transport_error(error, during=connection.phase) from error
+        while True:
+            request = http.build_request("POST", self._url, content=body, extensions={"trace": connection.trace})
+            request.stream = _Body(body)
+            try:
+                return _Response(await http.send(request, stream=True))
+            except httpx.HTTPError as error:
+                fault = _transport_error(error, during=connection.phase)
+                # Over a kept connection it says nothing about the server; that one is out of the pool now.
+                if fault.code != "upstream_unreachable" or connection.is_new:
+                    raise fault from error
 
-    async def _failure(self, response: "_Response", *, limited_by: str | None) -> ModelError:
-        """What went wrong, from a response that is not an event stream.
-
-        Args:
-            limited_by: The name under which the request had a bound on the output.
-        """
-        body = await response.read_error_body()
-        reply = ErrorReply.from_body(body)
-        if response.status != 200:
-            if limited_by == "max_tokens" and response.status == 400 and "max_completion_tokens" in reply.words:
-                self._limit_field = "max_completion_tokens"
-                return ModelError("upstream_rejected", "The model server wants max_completion_tokens.", retryable=True)
+    def _failure(self, response: "_Response", reply: ErrorReply) -> ModelError:
+        """What went wrong, from a response that is not readable and what it said."""
+        if not response.is_success:
             retry_after_s = parse_retry_after(response.headers.get("retry-after"), now=self._clock())
             return error_from_status(response.status, reply, retry_after_s=retry_after_s, redact=self._redact)
         if reply.is_error_member:
             return error_from_reply(reply, redact=self._redact)
-        media_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
-        described = media_type if re.fullmatch(r"[a-z]+/[a-z0-9.+-]{1,40}", media_type) else "something else"
-        if response.headers.get("content-encoding"):
-            described = "a compressed body"
         return ModelError(
             "upstream_protocol",
-            f"The model server answered with {described} instead of an event stream: check the model URL.",
+            "The model server answered with a compressed body, which nobody asked for: check the model URL.",
         )
 
     def _redact(self, text: str) -> str:
@@ -207,8 +212,9 @@ class OpenAICompatibleStream:
             if decoder.failure is not None:
                 raise decoder.failure
             chunk = await self._next_chunk()
-            events = decoder.feed(chunk) if chunk is not None else [decoder.end()]
+            events = decoder.feed(chunk) if chunk is not None else decoder.end()
             if events:
+                self._end_deadline = math.inf
                 return events
 
     async def _next_chunk(self) -> bytes | None:
@@ -216,8 +222,9 @@ class OpenAICompatibleStream:
         try:
             if not self._decoder.has_finish_reason:
                 return await anext(self._chunks, None)
-            # The reply is whole: what is still to come is not worth failing, or waiting, for.
-            self._end_deadline = min(self._end_deadline, anyio.current_time() + _USAGE_TIMEOUT_S)
+            # The reply may be whole: what is still to come is not worth failing, or waiting long, for.
+            wait_s = _USAGE_TIMEOUT_S if self._decoder.is_whole else _TEXT_TIMEOUT_S
+            self._end_deadline = min(self._end_deadline, anyio.current_time() + wait_s)
             with anyio.CancelScope(deadline=self._end_deadline):
                 return await anext(self._chunks, None)
             return None
@@ -239,14 +246,26 @@ class _Response:
         """Whether the body is about to end by itself, which keeps the connection for another request."""
 
     @property
-    def is_event_stream(self) -> bool:
-        """Whether it can be read as one. A missing content type is not held against it."""
-        media_type = self.headers.get("content-type", "text/event-stream").partition(";")[0]
-        return (
-            self.status == 200
-            and media_type.strip().lower() == "text/event-stream"
-            and self.headers.get("content-encoding", "identity").strip().lower() == "identity"
-        )
+    def is_success(self) -> bool:
+        return 200 <= self.status < 300
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether its body may be a reply: how that begins tells more than its type, which many servers get wrong."""
+        return self.is_success and self._encoding in ("", "identity", "none", "utf-8")
+
+    @property
+    def described(self) -> str | None:
+        """What it says it is, for a reader, where that is no event stream."""
+        media_type = self.headers.get("content-type", "text/event-stream").lower()
+        if "text/event-stream" in media_type:
+            return None
+        media_type = media_type.partition(";")[0].strip()
+        return media_type if re.fullmatch(r"[a-z]+/[a-z0-9.+-]{1,40}", media_type) else "something else"
+
+    @property
+    def _encoding(self) -> str:
+        return str(self.headers.get("content-encoding", "")).strip().lower()
 
     async def read_error_body(self) -> bytes:
         """What can be had of the body within its bounds in size and time."""
@@ -259,6 +278,9 @@ class _Response:
                         break
             except httpx.HTTPError:
                 pass  # the status says enough
+        if self._encoding in ("gzip", "deflate"):
+            with suppress(zlib.error):
+                return zlib.decompressobj(zlib.MAX_WBITS | _ANY_FORMAT).decompress(body, _ERROR_BODY_BYTES_MAX)
         return body
 
     async def aclose(self) -> None:
@@ -350,6 +372,8 @@ class _NewConnection:
 
     def __init__(self) -> None:
         self.phase = ""
+        self.is_new = False
+        """Whether the last request was not sent over a kept one."""
         self._stream: Any = None
 
     async def trace(self, event: str, info: dict[str, Any]) -> None:
@@ -357,6 +381,7 @@ class _NewConnection:
         step, _, moment = event.rpartition(".")
         if moment == "started":
             self.phase = step
+            self.is_new = self.is_new or step == "connection.connect_tcp"
         elif event == "connection.connect_tcp.complete":
             self._stream = info["return_value"]
 

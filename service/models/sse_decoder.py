@@ -1,7 +1,8 @@
 """An incremental decoder of server-sent events: bytes in, the events' data out. Pure.
 
 Of an event only its data matters here: chat completions carry everything in it, so ``event:``,
-``id:`` and ``retry:`` are read over like any unknown field.
+``id:`` and ``retry:`` are read over like any unknown field. The one exception is a field ``error``, which no standard
+has: llama.cpp sent its errors so until 2025. It is taken for the data of an event of its own.
 
 Source: https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream
 """
@@ -37,8 +38,8 @@ class SseDecoder:
     def feed(self, chunk: bytes) -> list[bytes]:
         """Take a chunk; the data of each event that it completes, in order.
 
-        What follows the last blank line waits for more. At the end of a stream it is to be forgotten,
-        as the standard says: nobody can know whether it was whole.
+        What follows the last blank line waits for more. At the end of a stream it is to be forgotten, as the standard
+        says, unless the data itself can tell whether it is whole (:meth:`rest`).
 
         Raises:
             EventTooLargeError: The decoder is not to be used again.
@@ -59,6 +60,11 @@ class SseDecoder:
             self._at_start = False
             lines[0] = lines[0].removeprefix(_BOM)
         return self._take(lines)
+
+    def rest(self) -> bytes:
+        """The data of the event that has begun and not ended; perhaps cut off. Nothing is to be fed after it."""
+        events = self._take([bytes(self._line), b""])
+        return events[-1] if events else b""
 
     def _with_lf_only(self, chunk: bytes) -> bytes:
         """Make each CRLF and CR an LF.
@@ -90,6 +96,8 @@ class SseDecoder:
                 data.append(b"")
                 self._data_bytes += len(line)
                 self._check(self._data_bytes)
+            elif line.startswith(b"error:"):
+                events.append(b'{"error":%s}' % line[6:])
         return events
 
     def _check(self, size: int) -> None:

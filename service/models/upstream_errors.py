@@ -8,24 +8,35 @@ import re
 from collections.abc import Callable
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from typing import Any
 
 import msgspec
 
 from service.errors import ModelError
+from service.models.sse_decoder import SseDecoder
 
 _QUOTE_LENGTH_MAX = 300
+_WORDS_LENGTH_MAX = 4000
+_DEPTH_MAX = 4
+_MESSAGES = ("message", "Message", "detail", "msg", "error_msg", "error_message", "errors")
+"""Where servers put what is for a reader, the more usual first."""
 
-# OpenAI, vLLM, llama.cpp, LiteLLM and DeepSeek, in this order.
+# OpenAI, SGLang and LM Studio; llama.cpp; LiteLLM; vLLM; xAI; TGI; Gemini; others.
 _CONTEXT_TOO_LONG = re.compile(
-    r"context_length_exceeded|maximum context length|exceed_context_size|exceeds the available context size"
-    r"|context.?window|input is too long|prompt is too long",
+    r"context.?length|exceed_context_size|exceeds the available context size|context.?window"
+    r"|maximum (model|prompt|input) length|`inputs` tokens \+ `max_new_tokens` must be"
+    r"|input token count.{0,60}exceeds|(input|prompt) is too long",
     re.IGNORECASE,
 )
-# OpenAI, vLLM, DeepSeek ("Model Not Exist"), Ollama ("model 'x' not found"), LiteLLM.
+# As OpenAI, vLLM, DeepSeek ("Model Not Exist"), Ollama ("model 'x' not found"), Gemini, LiteLLM, Mistral, Together,
+# OpenRouter and Azure say it.
 _MODEL_NOT_FOUND = re.compile(
-    r"model_not_found|model_not_exist|\bmodels?\b.{0,200}\bnot (exist|found)|invalid model name|unknown model",
+    r"model_not_found|model_not_exist|\bmodels?\b.{0,200}\bnot (exist|found)|invalid[_ ]model\b|unknown model"
+    r"|model_not_available|not a valid model|no endpoints found for|DeploymentNotFound",
     re.IGNORECASE | re.DOTALL,
 )
+_WRONG_KEY = re.compile(r"(invalid|incorrect|wrong).api.?key|api.?key (is )?(not valid|invalid)", re.IGNORECASE)
+_MODERATED = re.compile(r"moderation|flagged|content.?polic", re.IGNORECASE)
 _RATE_LIMITED = re.compile(r"rate.?limit|too many requests", re.IGNORECASE)
 _OUT_OF_CREDIT = re.compile(
     r"insufficient_quota|insufficient.?balance|billing|exceeded your current quota", re.IGNORECASE
@@ -51,48 +62,101 @@ class ErrorReply(msgspec.Struct, frozen=True, kw_only=True):
             return cls(words=error, message=error, is_error_member=True)
         if not isinstance(error, dict):
             return cls(is_error_member=True)
-        message = error.get("message")
-        code = str(error.get("code"))
+        message = _message_in(error)
+        metadata = error.get("metadata")
+        if isinstance(metadata, dict) and (raw := _text_of(metadata.get("raw"))):
+            message = f"{message}: {raw}"  # OpenRouter's is "Provider returned error", and this is which
         return cls(
-            words=" ".join(str(error[key]) for key in ("code", "type", "message") if error.get(key) is not None),
-            message=message if isinstance(message, str) else "",
-            status=int(code) if re.fullmatch(r"[45]\d\d", code, re.ASCII) else None,
+            words=_words(error.get("code"), error.get("type"), error.get("status"), message),
+            message=message,
+            status=_status(error.get("code")),
             is_error_member=True,
         )
 
     @classmethod
     def from_body(cls, body: bytes) -> "ErrorReply":
-        """Read the body of an error response: JSON in one of the usual shapes, or nothing."""
+        """Read the body of an error response: JSON in one of the usual shapes, events of it, or plain text."""
+        if body.startswith((b"data:", b"event:")):
+            body = next(iter(SseDecoder(event_bytes_max=len(body) + 2).feed(body + b"\n\n")), b"")
         try:
             decoded = msgspec.json.decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError):
+            return cls._from_text(body)
+        except RecursionError:
             return cls()
+        return cls.from_decoded(decoded)
+
+    @classmethod
+    def from_decoded(cls, decoded: object) -> "ErrorReply":
+        """Read JSON that is no regular reply."""
+        if isinstance(decoded, list) and decoded:
+            decoded = decoded[0]  # Gemini
         if not isinstance(decoded, dict):
             return cls()
         if decoded.get("error"):
             return cls.from_error_member(decoded["error"])
-        for message in (decoded.get("message"), decoded.get("detail")):
-            if isinstance(message, str):
-                return cls(words=f"{decoded.get('code')} {decoded.get('type')} {message}", message=message)
-        return cls()
+        message = _message_in(decoded)
+        code = decoded.get("code")
+        return cls(words=_words(code, decoded.get("type"), message), message=message, status=_status(code))
+
+    @classmethod
+    def _from_text(cls, body: bytes) -> "ErrorReply":
+        text = body.decode(errors="replace").strip()
+        if not text or text[0] in "<{[" or "\ufffd" in text:
+            return cls()  # a page, or JSON that was cut
+        return cls(words=text[:_WORDS_LENGTH_MAX], message=text)
+
+    @property
+    def is_context_too_long(self) -> bool:
+        """Whether it says that the prompt, or what was asked for beyond it, does not fit into the model."""
+        return bool(_CONTEXT_TOO_LONG.search(self.words))
+
+
+def _status(code: object) -> int | None:
+    return int(str(code)) if re.fullmatch(r"[45]\d\d", str(code), re.ASCII) else None
+
+
+def _words(*parts: object) -> str:
+    return " ".join(str(part)[:_WORDS_LENGTH_MAX] for part in parts if isinstance(part, str | int) and part != "")
+
+
+def _message_in(error: dict[Any, Any], *, depth: int = 0) -> str:
+    return next((text for name in _MESSAGES if (text := _text_of(error.get(name), depth=depth))), "")
+
+
+def _text_of(said: object, *, depth: int = 0) -> str:
+    """What is for a reader in it, whatever it was wrapped into."""
+    if isinstance(said, str):
+        return said
+    if depth == _DEPTH_MAX:
+        return ""
+    if isinstance(said, list):  # FastAPI, Cloudflare
+        return "; ".join(text for item in said[:4] if (text := _text_of(item, depth=depth + 1)))
+    if isinstance(said, dict):
+        text, place = _message_in(said, depth=depth + 1), said.get("loc")
+        return f"{'.'.join(map(str, place[:8]))}: {text}" if text and isinstance(place, list) and place else text
+    return ""
 
 
 def error_from_status(
     status: int, reply: ErrorReply, *, retry_after_s: float | None, redact: Callable[[str], str]
 ) -> ModelError:
     """The error for a response whose status is not 200."""
-    said = _said(reply, redact)
+    said = quote(reply, redact=redact)
     if 300 <= status < 400:
         return ModelError(
             "upstream_rejected",
             f"The model server answered HTTP {status}, a redirect, and those are not followed: "
             "the model URL should name the final address.",
         )
-    if status in (401, 403) and not _MODEL_NOT_FOUND.search(reply.words):
+    is_about_model = _MODEL_NOT_FOUND.search(reply.words)
+    if (status == 401 and not is_about_model) or (status == 400 and _WRONG_KEY.search(reply.words)):
         return ModelError("upstream_auth", f"The model server did not accept the API key (HTTP {status}).{said}")
-    if status == 413 or (status < 500 and _CONTEXT_TOO_LONG.search(reply.words)):
+    if status == 403 and not is_about_model and not _MODERATED.search(reply.words):
+        return ModelError("upstream_auth", f"The model server does not allow this to whoever asks (HTTP 403).{said}")
+    if status == 413 or (status < 500 and reply.is_context_too_long):
         return ModelError("context_too_long", f"The conversation is too long for this model (HTTP {status}).{said}")
-    if status < 500 and status != 429 and _MODEL_NOT_FOUND.search(reply.words):
+    if status < 500 and status != 429 and is_about_model:
         return ModelError("model_not_found", f"The model server does not know this model (HTTP {status}).{said}")
     if status == 404:
         return ModelError(
@@ -120,10 +184,12 @@ def error_from_reply(reply: ErrorReply, *, redact: Callable[[str], str]) -> Mode
     """The error for an ``error`` member where a part of the reply should have been."""
     if reply.status is not None:
         return error_from_status(reply.status, reply, retry_after_s=None, redact=redact)
-    for pattern, status in ((_CONTEXT_TOO_LONG, 400), (_MODEL_NOT_FOUND, 404), (_RATE_LIMITED, 429)):
+    for pattern, status in ((_CONTEXT_TOO_LONG, 400), (_WRONG_KEY, 400), (_MODEL_NOT_FOUND, 404), (_RATE_LIMITED, 429)):
         if pattern.search(reply.words):
             return error_from_status(status, reply, retry_after_s=None, redact=redact)
-    return ModelError("upstream_error", f"The model server reported an error.{_said(reply, redact)}", retryable=True)
+    return ModelError(
+        "upstream_error", f"The model server reported an error.{quote(reply, redact=redact)}", retryable=True
+    )
 
 
 def parse_retry_after(value: str | None, *, now: datetime) -> float | None:
@@ -144,7 +210,7 @@ def parse_retry_after(value: str | None, *, now: datetime) -> float | None:
     return max(0.0, (date - now).total_seconds())
 
 
-def _said(reply: ErrorReply, redact: Callable[[str], str]) -> str:
+def quote(reply: ErrorReply, *, redact: Callable[[str], str]) -> str:
     """The upstream's own message as the end of a sentence of ours: one line, short, without secrets."""
     # Redacted before it is cut, or half a key could be left at the end.
     text = redact(reply.message)

@@ -1,17 +1,20 @@
 """The real client and servers that behave, each in its own way: what is sent, and how replies are read."""
 
+import json
 from collections.abc import Sequence
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from service.errors import ModelError, SettingsError
 from service.models import openai_compatible
+from service.models.chat_completions import ReplyDecoder
 from service.models.client import Finished, Message, ModelEvent, ModelRequest, ReasoningDelta, TextDelta, Usage
-from service.models.openai_compatible import open_openai_compatible
+from service.models.openai_compatible import OpenAICompatibleStream, open_openai_compatible
 from service.models.scripted import open_scripted
-from tests.models.replies import ask, asking
-from tests.models.upstream import API_KEY, WAIT_S, failure_of, open_upstream
+from tests.models.replies import ask, asking, take
+from tests.models.upstream import API_KEY, WAIT_S, open_upstream
 from tests.upstreams.raw_server import (
     DONE,
     Behaviour,
@@ -21,7 +24,6 @@ from tests.upstreams.raw_server import (
     finish,
     open_raw_server,
     reasoning,
-    refusing,
     replying,
     unused_port,
     usage,
@@ -150,42 +152,77 @@ async def test_what_is_wrong_with_one_of_several_upstreams_is_said_of_that_one()
             pass
 
 
-async def test_a_server_that_wants_max_completion_tokens_gets_it_from_then_on() -> None:
-    """OpenAI's newer models, in their own words; the repetition is the retrying client's."""
-    requests: list[Request] = []
-    message = (
-        "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
-    )
+def refusing_fields(fields: dict[str, str], requests: list[Request]) -> Behaviour:
+    """A server that answers a request with one of the fields by the words for it."""
 
-    async def refuse_max_tokens(connection: Connection) -> None:
+    async def refuse(connection: Connection) -> None:
         while True:
             request = await connection.receive_request()
             requests.append(request)
-            if "max_tokens" in request.json:
-                error = {"message": message, "type": "invalid_request_error", "code": "unsupported_parameter"}
-                await connection.send_response(400, {"error": error})
+            refused = [words for field, words in fields.items() if field in request.json]
+            if refused:
+                await connection.send_response(400, {"error": {"message": refused[0]}})
             else:
                 await connection.send_head()
                 await connection.send_event(finish())
                 await connection.send_event(DONE)
                 await connection.end_body()
 
-    async with open_upstream(refuse_max_tokens) as upstream, open_openai_compatible(upstream.server.url) as client:
-        with pytest.raises(ModelError, match="max_completion_tokens") as caught:
-            await ask(client, asking(max_output_tokens=5))
-        assert caught.value.retryable
-        await ask(client, asking(max_output_tokens=5))
-        await ask(client, asking(max_output_tokens=6))
-    assert [request.json.get("max_completion_tokens") for request in requests] == [None, 5, 6]
+    return refuse
 
 
-async def test_a_server_that_knows_no_such_bound_is_not_asked_again() -> None:
-    words = {"error": {"message": "Neither max_tokens nor max_completion_tokens, please."}}
-    async with open_upstream(refusing(400, words)) as upstream:
-        for max_output_tokens, retryable in ((None, False), (5, True), (5, False)):
-            with pytest.raises(ModelError) as caught:
-                await ask(upstream.client, asking(max_output_tokens=max_output_tokens))
-            assert (caught.value.code, caught.value.retryable) == ("upstream_rejected", retryable)
+OPENAI_WORDS = (
+    "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+)
+MISTRAL_WORDS = "body.stream_options.include_usage: Extra inputs are not permitted"
+
+
+async def test_what_a_server_refuses_is_said_in_its_words_from_then_on() -> None:
+    """OpenAI's and Mistral's. The turn does not notice."""
+    requests: list[Request] = []
+    refusals = {"max_tokens": OPENAI_WORDS, "stream_options": MISTRAL_WORDS}
+    async with open_upstream(refusing_fields(refusals, requests)) as upstream:
+        for bound in (5, 6):
+            await ask(upstream.client, asking(max_output_tokens=bound))
+        assert upstream.server.connections_made == 1
+    first, second, third, again = [request.json for request in requests]
+    assert (first["max_tokens"], first["stream_options"]) == (5, {"include_usage": True})
+    assert (second["max_completion_tokens"], second["stream_options"]) == (5, {"include_usage": True})
+    assert third["max_completion_tokens"] == 5
+    assert again["max_completion_tokens"] == 6
+    assert not {"max_tokens", "stream_options"} & (third.keys() | again.keys())
+
+
+async def test_what_one_model_refuses_another_is_asked_for() -> None:
+    requests: list[Request] = []
+    async with open_upstream(refusing_fields({"stream_options": MISTRAL_WORDS}, requests)) as upstream:
+        for model in ("one", "other", "one"):
+            await ask(upstream.client, ModelRequest(model=model, messages=(Message("user", "hi"),)))
+    assert [(request.json["model"], "stream_options" in request.json) for request in requests] == [
+        ("one", True),
+        ("one", False),
+        ("other", True),
+        ("other", False),
+        ("one", False),
+    ]
+
+
+async def test_a_server_that_refuses_it_either_way_is_asked_twice() -> None:
+    words = {"error": {"message": "Neither max_tokens nor max_completion_tokens, nor stream_options, please."}}
+    asked = 0
+
+    async def refuse(connection: Connection) -> None:
+        nonlocal asked
+        while True:
+            await connection.receive_request()
+            asked += 1
+            await connection.send_response(400, words)
+
+    async with open_upstream(refuse) as upstream:
+        with pytest.raises(ModelError, match="Neither max_tokens") as caught:
+            await ask(upstream.client, asking(max_output_tokens=5))
+        assert (caught.value.code, caught.value.retryable) == ("upstream_rejected", False)
+        assert asked == 3, "once as usual, once without the one, once without the other"
 
 
 async def test_proxies_in_the_environment_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -420,12 +457,73 @@ async def test_a_reply_with_a_finish_reason_is_whole_without_done(
     assert reply.finished == Finished(finish_reason="stop", usage=Usage(input_tokens=1, output_tokens=2))
 
 
-async def test_an_end_without_finish_reason_is_truncated_even_after_done() -> None:
-    async with open_upstream(replying(delta("half"), DONE)) as upstream:
-        assert (await failure_of(upstream.client)).code == "upstream_truncated"
+class Timed:
+    """A response's body: chunks, each after so many seconds, and then nothing more."""
+
+    def __init__(self, *timed: tuple[float, object]) -> None:
+        self._timed = list(timed)
+        self.chunks = self
+
+    async def __anext__(self) -> bytes:
+        if not self._timed:
+            await trio.sleep_forever()
+        after_s, payload = self._timed.pop(0)
+        await trio.sleep(after_s)
+        return b"data: %b\n\n" % json.dumps(payload).encode()
+
+
+STOPPING: dict[str, object] = {"choices": [{"delta": {"content": "x"}, "finish_reason": "stop"}]}
+
+
+@pytest.mark.parametrize(
+    ("timed", "text", "took_s"),
+    [
+        ([(1, STOPPING)] * 5, "xxxxx", 5 + 2),  # gateways that say it with each chunk
+        ([(1, STOPPING), (2.5, STOPPING)], "x", 1 + 2),
+        ([(1, finish()), (25, delta("late")), (1.5, delta("r"))], "later", 1 + 25 + 1.5 + 2),  # Open WebUI
+        ([(1, finish()), (31, delta("too late"))], "", 1 + 30),
+        ([(1, finish("tool_calls"))], "", 1 + 2),
+        ([(1, STOPPING), (1.5, usage(1, 2)), (1, usage(1, 3))], "x", 1 + 2),
+    ],
+)
+async def test_how_long_a_text_is_waited_for_after_a_finish_reason(
+    timed: list[tuple[float, object]], text: str, took_s: float, autojump_clock: MockClock
+) -> None:
+    start = trio.current_time()
+    reply = await take(OpenAICompatibleStream(Timed(*timed), ReplyDecoder(redact=str)))  # type: ignore[arg-type]
+    assert reply.text == text
+    assert trio.current_time() - start == pytest.approx(took_s)
 
 
 # Its connections
+
+
+@pytest.mark.parametrize("kept", [1, 5])
+async def test_a_request_over_kept_connections_that_are_broken_is_sent_over_a_new_one(kept: int) -> None:
+    """As where a load balancer has dropped them: the server is well, and that costs no retry."""
+    arrived = 0
+    all_there = trio.Event()
+
+    async def answer_once(connection: Connection) -> None:
+        nonlocal arrived
+        await connection.receive_request()
+        arrived += 1
+        if arrived == kept:
+            all_there.set()
+        await all_there.wait()
+        await connection.send_head()
+        for payload in (delta("well"), finish(), DONE):
+            await connection.send_event(payload)
+        await connection.end_body()
+        await connection.receive_request()  # and closes instead of an answer
+
+    async with open_upstream(answer_once) as upstream:
+        async with trio.open_nursery() as nursery:
+            for _ in range(kept):
+                nursery.start_soon(ask, upstream.client)
+        assert upstream.server.connections_made == upstream.server.established == kept
+        assert (await ask(upstream.client)).text == "well"
+        assert upstream.server.connections_made == kept + 1
 
 
 async def test_a_whole_reply_leaves_its_connection_to_the_next_turn() -> None:

@@ -45,9 +45,42 @@ LITELLM: Said = [
     (400, said("litellm.ContextWindowExceededError: ...", type=None, code="400"), "context_too_long", False),
     (400, said("Invalid model name passed in model=x", code="400"), "model_not_found", False),
 ]
+SGLANG: Said = [
+    (
+        400,
+        {"object": "error", "message": "The input is longer than the model's context length."},
+        "context_too_long",
+        False,
+    )
+]
+TGI: Said = [
+    (
+        422,
+        {"error": "`inputs` tokens + `max_new_tokens` must be at most 4096", "type": "validation"},
+        "context_too_long",
+        False,
+    )
+]
+XAI: Said = [
+    (400, {"code": "invalid", "error": "This model's maximum prompt length is 131072"}, "context_too_long", False)
+]
+GEMINI: Said = [
+    (400, [said("API key not valid. Please pass a valid API key.", code=400)], "upstream_auth", False),
+    (404, [said("models/foo is not found for API version v1main", code=404)], "model_not_found", False),
+    (429, [said("Resource has been exhausted (e.g. check quota).", code=429)], "rate_limited", True),
+    (400, [said("The input token count (1200000) exceeds the maximum", code=400)], "context_too_long", False),
+]
+MISTRAL: Said = [
+    (400, {"object": "error", "message": "Invalid model: foo", "type": "invalid_model"}, "model_not_found", False),
+]
+OPENROUTER: Said = [
+    (404, said("No endpoints found for foo/bar.", code=404), "model_not_found", False),
+    (400, said("foo/bar is not a valid model ID", code=400), "model_not_found", False),
+    (403, said("Your chosen model requires moderation and your input was flagged"), "upstream_rejected", False),
+]
+AZURE: Said = [(404, said("The API deployment does not exist.", code="DeploymentNotFound"), "model_not_found", False)]
 OTHERS: Said = [
     (404, {"detail": "Not Found"}, "upstream_rejected", False),
-    (422, {"detail": [{"loc": ["body", "model"], "msg": "Field required"}]}, "upstream_rejected", False),
     (413, b"<html>413 Request Entity Too Large</html>", "context_too_long", False),
     (502, b"<html>502 Bad Gateway</html>", "upstream_error", True),
     (504, b"<html>504 Gateway Time-out</html>", "upstream_error", True),
@@ -57,7 +90,11 @@ OTHERS: Said = [
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "code", "retryable"), OPENAI + DEEPSEEK + VLLM + OLLAMA + LLAMA_CPP + LITELLM + OTHERS
+    ("status", "body", "code", "retryable"),
+    [
+        *[*OPENAI, *DEEPSEEK, *VLLM, *OLLAMA, *LLAMA_CPP, *LITELLM, *SGLANG, *TGI, *XAI, *GEMINI, *MISTRAL],
+        *[*OPENROUTER, *AZURE, *OTHERS],
+    ],
 )
 def test_servers_words_are_understood(status: int, body: object, code: str, retryable: bool) -> None:
     reply = ErrorReply.from_body(body if isinstance(body, bytes) else msgspec.json.encode(body))
@@ -69,12 +106,45 @@ def test_servers_words_are_understood(status: int, body: object, code: str, retr
 
 
 @pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"detail": [{"loc": ["body", "model"], "msg": "Field required"}]}, "body.model: Field required"),
+        (
+            {"object": "error", "message": {"detail": [{"loc": ["body", "x"], "msg": "Extra inputs"}]}},
+            "body.x: Extra inputs",
+        ),
+        ({"success": False, "errors": [{"code": 7003, "message": "No route"}, {"message": "b"}]}, "No route; b"),
+        ({"Message": "Bedrock's"}, "Bedrock's"),
+        ({"error_msg": "Baidu's", "error_code": 6}, "Baidu's"),
+        (b"upstream connect error", "upstream connect error"),
+        (b'data: {"error": {"message": "as an event"}}\n\n', "as an event"),
+        (b'event: error\ndata: {"error": {"message": "unfinished"}}', "unfinished"),
+        (
+            {"error": {"message": "Provider returned error", "metadata": {"raw": "it is down"}}},
+            "Provider returned error: it is down",
+        ),
+        ({"message": {"message": {"message": {"message": {"message": {"message": "deep"}}}}}}, ""),
+        ([], ""),
+        ({"detail": []}, ""),
+        (b"<html>", ""),
+        (b'{"error": {"mess', ""),
+        (b"\xff\xfe", ""),
+        (b"[" * 100_000, ""),
+        (b"", ""),
+    ],
+)
+def test_what_is_for_a_reader_is_found_in_many_shapes(body: object, message: str) -> None:
+    assert ErrorReply.from_body(body if isinstance(body, bytes) else msgspec.json.encode(body)).message == message
+
+
+@pytest.mark.parametrize(
     ("member", "code", "retryable"),
     [
         ({"message": "Rate limit exceeded", "code": 429}, "rate_limited", True),
         ({"message": "Rate limit reached", "type": "rate_limit_error"}, "rate_limited", True),
         ({"message": "This model's maximum context length is 4096 tokens"}, "context_too_long", False),
         ({"message": "no such luck", "code": "400"}, "upstream_rejected", False),
+        ({"message": "Incorrect API key provided"}, "upstream_auth", False),
         ({"message": "Internal error", "code": "internal"}, "upstream_error", True),
         ("just words", "upstream_error", True),
         ({"reason": "another shape"}, "upstream_error", True),
@@ -95,7 +165,13 @@ json_values = st.recursive(
     | st.text(st.characters(exclude_categories=["Cs"])),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["error", "message", "code", "type", "detail", "other"]), inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(
+                ["error", "message", "code", "type", "detail", "errors", "loc", "metadata", "raw", "other"]
+            ),
+            inner,
+            max_size=4,
+        )
     ),
     max_leaves=12,
 )

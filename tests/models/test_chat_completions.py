@@ -1,0 +1,369 @@
+"""What others make of OpenAI's format: read for what can be read, with the servers that were seen to send it."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.errors import ModelError
+from service.models.chat_chunks import Chunk, decode_chunk, join_surrogates
+from service.models.chat_completions import BODY_BYTES_MAX, Dialect, ReplyDecoder
+from service.models.client import Finished, ModelEvent, ReasoningDelta, TextDelta, Usage
+from service.models.upstream_errors import ErrorReply
+from tests.models.replies import asking
+from tests.upstreams.raw_server import DONE, delta, finish, usage
+
+STOP = Finished(finish_reason="stop")
+
+
+def new_decoder(*, described: str | None = None) -> ReplyDecoder:
+    return ReplyDecoder(redact=str, described=described)
+
+
+def event(payload: object) -> bytes:
+    return b"data: %b\n\n" % (payload if isinstance(payload, bytes) else json.dumps(payload).encode())
+
+
+def read(*payloads: object) -> list[ModelEvent]:
+    """The events of a stream, which ends after the last of them."""
+    return read_bytes(*map(event, payloads))
+
+
+def read_bytes(*chunks: bytes, described: str | None = None) -> list[ModelEvent]:
+    decoder = new_decoder(described=described)
+    events: list[ModelEvent] = []
+    for chunk in chunks:
+        events += decoder.feed(chunk)
+        if decoder.failure is not None:
+            raise decoder.failure
+    return events if decoder.finished else events + decoder.end()
+
+
+def failure(*chunks: bytes, described: str | None = None) -> ModelError:
+    with pytest.raises(ModelError) as caught:
+        read_bytes(*chunks, described=described)
+    return caught.value
+
+
+def choice(**members: Any) -> dict[str, Any]:
+    return {"choices": [{"index": 0, **members}]}
+
+
+def content(said: object) -> dict[str, Any]:
+    return choice(delta={"content": said})
+
+
+# Texts in other shapes
+
+
+@pytest.mark.parametrize(
+    ("payload", "events"),
+    [
+        (content([{"type": "text", "text": "hi"}]), [TextDelta("hi")]),
+        (content(["h", "i"]), [TextDelta("hi")]),
+        (content({"text": "hi"}), [TextDelta("hi")]),
+        (
+            content(
+                [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "x"}]
+            ),
+            [ReasoningDelta("hm"), TextDelta("x")],
+        ),
+        (choice(delta={"content": 7, "reasoning_content": {"text": "hm"}}), [ReasoningDelta("hm")]),
+        (choice(delta={"content": [], "reasoning": [{"text": "hm"}]}), [ReasoningDelta("hm")]),
+        (choice(delta={"refusal": "No."}), [TextDelta("No.")]),
+        (choice(delta="x"), []),
+        (choice(message={"role": "assistant", "content": "hi"}), [TextDelta("hi")]),
+        ({"choices": [None]}, []),
+        ({"choices": "none"}, []),
+        (b'{"choices": [{"delta": {"content": "a\xffb"}}]}', [TextDelta("a\ufffdb")]),
+        (b'{"choices": [{"delta": {"content": "a\tb"}}]}', [TextDelta("a\tb")]),
+        (b'{"choices": [{"delta": {"content": "a"}, "logprob": NaN}]}', [TextDelta("a")]),
+        (b"null", []),
+        (b"[]", []),
+        (b'{"type": "ping"}', []),
+    ],
+)
+def test_a_chunk_in_another_shape_is_read_for_what_it_has(payload: object, events: list[ModelEvent]) -> None:
+    assert read(payload, finish(), DONE) == [*events, STOP]
+
+
+@pytest.mark.parametrize(
+    ("payloads", "texts"),
+    [
+        ([rb'"\ud83d\ude00"'], ["\U0001f600"]),
+        ([rb'"a\ud83d"', rb'"\ude00b"'], ["a", "\U0001f600b"]),
+        ([rb'"\ud83d"', rb'"\ude00"'], ["\U0001f600"]),
+        ([rb'"\ud83d"', b'"x"'], ["\ufffdx"]),
+        ([rb'"\ude00x"'], ["\ufffdx"]),
+        ([rb'"a\ud83db"'], ["a\ufffdb"]),
+        ([rb'"a\ud83d"'], ["a"]),
+    ],
+)
+def test_halves_of_a_character_are_put_together(payloads: list[bytes], texts: list[str]) -> None:
+    chunks = [b'{"choices": [{"delta": {"content": %b}}]}' % payload for payload in payloads]
+    assert read(*chunks, finish(), DONE) == [*map(TextDelta, texts), STOP]
+
+
+@given(st.text())
+def test_a_text_without_lone_surrogates_stays_what_it_is(text: str) -> None:
+    whole = text.encode("utf-8", "replace").decode()
+    assert join_surrogates(whole) == whole
+
+
+@given(st.text(alphabet=st.characters(categories=["Cs", "Lu"])))
+def test_any_text_can_be_encoded_once_its_surrogates_are_joined(text: str) -> None:
+    join_surrogates(text).encode()
+
+
+NAMES = [
+    *("choices", "delta", "message", "content", "text", "thinking", "reasoning", "finish_reason", "usage"),
+    *("prompt_tokens", "completion_tokens_details", "reasoning_tokens", "error", "code", "detail", "loc"),
+]
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(NAMES),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=16,
+)
+
+
+@given(st.lists(json_values.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=40), max_size=4))
+def test_whatever_comes_is_a_reply_or_an_error_of_the_model(payloads: list[bytes]) -> None:
+    try:
+        events = read(*payloads)
+    except ModelError as error:
+        words, counts = [str(error)], []
+    else:
+        words = [event.text for event in events if isinstance(event, TextDelta | ReasoningDelta)]
+        assert isinstance(events[-1], Finished)
+        used = events[-1].usage or Usage(input_tokens=0, output_tokens=0)
+        counts = [used.input_tokens, used.output_tokens, used.reasoning_tokens]
+    msgspec.json.encode(words)
+    assert all(words)
+    assert all(0 <= count <= 10**12 for count in counts)
+
+
+def test_the_usual_is_decoded_strictly() -> None:
+    assert decode_chunk(json.dumps(delta("x")).encode()) == msgspec.json.decode(json.dumps(delta("x")), type=Chunk)
+
+
+@pytest.mark.parametrize("payload", [b"[" * 100_000, b'{"error":' * 100_000, b'{"a":[' * 400 + b"]}" * 400])
+def test_what_is_nested_deeply_is_no_crash(payload: bytes) -> None:
+    assert failure(event(payload)).code in ("upstream_protocol", "upstream_truncated")
+    assert failure(payload).code == "upstream_protocol"
+
+
+# Usage in other shapes
+
+
+@pytest.mark.parametrize(
+    ("told", "counted"),
+    [
+        ({"prompt_tokens": 3.0, "completion_tokens": 14417.92}, (3, 14417, 0)),
+        ({"prompt_tokens": "3", "completion_tokens": []}, (0, 0, 0)),
+        ({"prompt_tokens": -2, "completion_tokens": 2**70}, (0, 10**12, 0)),
+        ({"prompt_tokens": 1, "completion_tokens_details": {"reasoning_tokens": 2.5}}, (1, 0, 2)),
+        ({"prompt_tokens": 1.0, "completion_tokens_details": "none"}, (1, 0, 0)),
+        ({"prompt_tokens": float("nan"), "completion_tokens": float("inf")}, (0, 0, 0)),
+    ],
+)
+def test_odd_counts_of_tokens_cost_no_reply(told: object, counted: tuple[int, int, int]) -> None:
+    expected = Usage(input_tokens=counted[0], output_tokens=counted[1], reasoning_tokens=counted[2])
+    assert read(delta("x"), finish(), {"choices": [], "usage": told}, DONE) == [
+        TextDelta("x"),
+        Finished(finish_reason="stop", usage=expected),
+    ]
+
+
+def test_usage_in_another_type_is_none() -> None:
+    assert read(delta("x"), finish(), {"choices": [], "usage": [1]}, DONE)[-1] == STOP
+
+
+# Ends
+
+
+@pytest.mark.parametrize(
+    ("reason", "told"),
+    [
+        ("model_length", "length"),
+        ("MAX_TOKENS", "length"),
+        ("SAFETY", "content_filter"),
+        ("content_filter: RECITATION", "content_filter"),
+        ("STOP", "stop"),
+    ],
+)
+def test_other_finish_reasons(reason: str, told: str) -> None:
+    (_, finished) = read(delta("x"), finish(reason), DONE)
+    assert isinstance(finished, Finished)
+    assert finished.finish_reason == told
+
+
+@pytest.mark.parametrize(
+    "payloads",
+    [
+        [choice(delta={"content": "a"}, finish_reason="stop"), choice(delta={"content": "b"}, finish_reason="stop")],
+        [finish(), delta("a"), delta("b"), finish()],
+        [choice(delta={"content": "a"}, finish_reason="null"), delta("b"), finish()],
+        [delta("a"), delta("b"), DONE],
+        [delta("a"), delta("b"), {"choices": [{"finishReason": "STOP"}]}, DONE],
+        [delta("a"), delta("b"), b"[DONE] "],
+    ],
+)
+def test_a_text_is_read_to_its_end_whatever_says_that_it_ends(payloads: Sequence[object]) -> None:
+    assert read(*payloads) == [TextDelta("a"), TextDelta("b"), STOP]
+
+
+def test_a_stop_before_any_text_is_not_the_end_yet() -> None:
+    decoder = new_decoder()
+    decoder.feed(event(finish()))
+    assert (decoder.has_finish_reason, decoder.is_whole) == (True, False)
+    decoder.feed(event(delta("late")))
+    assert decoder.is_whole
+    assert decoder.feed(event(DONE)) == [STOP]
+    called = new_decoder()
+    called.feed(event(finish("tool_calls")))
+    assert called.is_whole, "there is no text to wait for"
+
+
+@pytest.mark.parametrize("last", [[DONE], [], [usage(1, 2), DONE]])
+def test_done_without_a_text_is_no_reply(last: list[object]) -> None:
+    assert failure(*map(event, last)).code == "upstream_truncated"
+
+
+def test_an_end_without_done_and_without_a_reason_is_truncated() -> None:
+    assert failure(event(delta("half"))).code == "upstream_truncated"
+
+
+def test_a_last_event_without_its_blank_line_counts_if_it_is_whole() -> None:
+    assert read_bytes(event(delta("a")), event(finish()).rstrip()) == [TextDelta("a"), STOP]
+    assert read_bytes(event(delta("a")), b"data: [DONE]") == [TextDelta("a"), STOP]
+    assert failure(event(delta("a")), event(finish()).rstrip()[:-3]).code == "upstream_truncated"
+
+
+def test_what_follows_a_whole_reply_does_not_fail_it() -> None:
+    assert read(delta("a"), finish(), b"garbage", usage(1, 2), DONE) == [
+        TextDelta("a"),
+        Finished(finish_reason="stop", usage=Usage(input_tokens=1, output_tokens=2)),
+    ]
+    assert failure(event(delta("a")), event(b"garbage")).code == "upstream_protocol"
+
+
+def test_the_whole_text_at_the_end_is_not_said_twice() -> None:
+    """MiniMax sends it."""
+    whole = choice(message={"content": "ab"}, finish_reason="stop")
+    assert read(delta("a"), delta("b"), whole, DONE) == [TextDelta("a"), TextDelta("b"), STOP]
+
+
+# Errors in the stream
+
+
+@pytest.mark.parametrize(
+    ("stream", "code", "words"),
+    [
+        (
+            b'error: {"code":400,"message":"exceeds the available context size"}\n\ndata: [DONE]\n\n',
+            "context_too_long",
+            "ex",
+        ),
+        (event({"object": "error", "message": "no memory", "code": 500}), "upstream_error", "no memory"),
+        (event({"message": "out of memory"}), "upstream_error", "out of memory"),
+        (event([{"error": {"code": 503, "message": "overloaded"}}]), "upstream_error", "overloaded"),
+        (event(choice(delta={"content": ""}, error={"code": 502, "message": "gone"})), "upstream_error", "gone"),
+        (event({"error": {"message": "unfinished"}}).rstrip(), "upstream_error", "unfinished"),
+    ],
+)
+def test_an_error_in_another_shape_is_told(stream: bytes, code: str, words: str) -> None:
+    for before in ([], [event(delta("so far"))]):
+        error = failure(*before, stream)
+        assert error.code == code
+        assert words in str(error)
+
+
+# Bodies that are no event stream
+
+
+@pytest.mark.parametrize("described", [None, "application/json", "text/plain"])
+def test_a_whole_completion_is_a_reply(described: str | None) -> None:
+    body = {
+        **choice(message={"role": "assistant", "content": "hi", "reasoning_content": "hm"}, finish_reason="length"),
+        "usage": {"prompt_tokens": 1, "completion_tokens": 2},
+    }
+    encoded = json.dumps(body, indent=2).encode()
+    for cuts in ([encoded], [b"\r\n", encoded], [encoded[i : i + 1] for i in range(len(encoded))]):
+        assert read_bytes(*cuts, described=described) == [
+            ReasoningDelta("hm"),
+            TextDelta("hi"),
+            Finished(finish_reason="length", usage=Usage(input_tokens=1, output_tokens=2)),
+        ]
+    assert read_bytes(json.dumps(choice(message={"content": "hi"})).encode()) == [TextDelta("hi"), STOP]
+
+
+@pytest.mark.parametrize("described", [None, "application/json", "text/plain"])
+def test_an_event_stream_is_one_whatever_it_is_called(described: str | None) -> None:
+    for start in (b": comment\n\n", b"\n\n", b"\xef\xbb\xbf", b"event: x\n", b""):
+        stream = [start, event(delta("hi")), event(finish())]
+        assert read_bytes(*stream, described=described) == [TextDelta("hi"), STOP]
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"<html>Sign in</html>", "text/html"),
+        (b"Hello", "text/html"),
+        (b"", "text/html"),
+        (b'{"hello": 1}', "text/html"),
+        (b'{"choices": []}', "text/html"),
+        (b'{"half": ', "text/html"),
+        (b'{"message": "unknown path"}', "It says: unknown path"),
+        (b'{"message": {"content": "a"}}\n{"message": {"content": "b"}}\n', "text/html"),
+    ],
+)
+def test_anything_else_is_told_by_what_it_says_it_is(body: bytes, words: str) -> None:
+    error = failure(body, described="text/html")
+    assert (error.code, error.retryable) == ("upstream_protocol", False)
+    assert words in str(error)
+
+
+def test_a_whole_body_has_a_bound() -> None:
+    decoder = new_decoder()
+    decoder.feed(b"{")
+    for _ in range(BODY_BYTES_MAX // 65536):
+        assert decoder.failure is None
+        decoder.feed(b" " * 65536)
+    assert decoder.failure is not None
+    assert decoder.failure.code == "upstream_protocol"
+
+
+# Dialects
+
+
+@pytest.mark.parametrize(
+    ("status", "words", "learned"),
+    [
+        (422, "body.stream_options.include_usage: Extra inputs are not permitted", Dialect(stream_options=False)),
+        (400, "Unrecognized request argument supplied: stream_options", Dialect(stream_options=False)),
+        (400, "Use 'max_completion_tokens' instead.", Dialect(limit_field="max_completion_tokens")),
+        (400, "maximum context length is 4096; 'max_tokens' or 'max_completion_tokens' is too large", Dialect()),
+        (429, "max_completion_tokens", Dialect()),
+        (500, "stream_options", Dialect()),
+        (400, "something else", Dialect()),
+    ],
+)
+def test_a_dialect_is_learnt_from_a_refusal_that_names_it(status: int, words: str, learned: Dialect) -> None:
+    reply = ErrorReply(words=words)
+    assert Dialect().learn(asking(max_output_tokens=5), status, reply) == learned
+    assert learned.learn(asking(max_output_tokens=5), status, reply) == learned, "that did not help"
+
+
+def test_without_a_bound_there_is_nothing_to_rename() -> None:
+    assert Dialect().learn(asking(), 400, ErrorReply(words="max_completion_tokens")) == Dialect()
