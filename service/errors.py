@@ -82,6 +82,10 @@ class TurnNotFoundError(RefusedError):
         self.turn_id = turn_id
 
 
+class HeadMovedError(LastcallError):
+    """Another process has accepted a turn since the session's head was looked at: look again. Callers never see it."""
+
+
 class TurnInProgressError(RefusedError):
     code = "turn_in_progress"
 

@@ -8,6 +8,7 @@ import trio
 
 from service.clock import Clock
 from service.errors import (
+    HeadMovedError,
     QueueFullError,
     SessionExistsError,
     SessionNotFoundError,
@@ -72,10 +73,13 @@ class Acceptance:
                 check_conflict(session, new.on_conflict, queued_turns_max=self._settings.queued_turns_max)
                 self._check_turn_limit()
                 with self._live.arriving():
-                    try:
-                        return await self._accept(session, new)
-                    except SessionExistsError:  # somebody else has created it meanwhile: it is there now
-                        return await self._accept(session, msgspec.structs.replace(new, creates_session=False))
+                    while True:
+                        try:
+                            return await self._accept(session, new)
+                        except SessionExistsError:  # somebody else has created it meanwhile: it is there now
+                            new = msgspec.structs.replace(new, creates_session=False)
+                        except HeadMovedError:
+                            pass  # another process had a turn in between: this one follows on that
 
     def _check_turn_limit(self) -> None:
         turns_max = self._settings.live_turns_max
@@ -99,7 +103,7 @@ class Acceptance:
             if is_new:
                 with self._unkept.writing():
                     await self._store.create_session(stored, now=now)
-            await self._commit_input(turn)
+            await self._commit_input(turn, head=stored.head if new.parent is msgspec.UNSET else msgspec.UNSET)
         self._make_live(session, turn, supersedes=new.on_conflict == "supersede")
         return turn
 
@@ -113,10 +117,10 @@ class Acceptance:
                 raise
             return NewSession(id=session_id).record(now=now, settings=self._settings), True
 
-    async def _commit_input(self, turn: Turn) -> None:
+    async def _commit_input(self, turn: Turn, *, head: str | None | msgspec.UnsetType) -> None:
         try:
             with self._unkept.writing():
-                await self._store.begin_turn(turn.record(), now=self._clock())
+                await self._store.begin_turn(turn.record(), now=self._clock(), head=head)
         except StoreError as error:
             # Whether it is in the store is unknown; if it is, it must not stay open.
             turn.decide(ends.failed(error.code, str(error)))

@@ -16,7 +16,13 @@ import anyio.lowlevel
 import msgspec
 from sortedcontainers import SortedList
 
-from service.errors import SessionExistsError, SessionLimitError, SessionNotFoundError, TurnNotFoundError
+from service.errors import (
+    HeadMovedError,
+    SessionExistsError,
+    SessionLimitError,
+    SessionNotFoundError,
+    TurnNotFoundError,
+)
 from service.storage.cursors import (
     SessionPosition,
     TurnPosition,
@@ -155,12 +161,16 @@ class MemoryStore:
 
     # Turns
 
-    async def begin_turn(self, turn: TurnRecord, *, now: datetime) -> SessionRecord:
+    async def begin_turn(
+        self, turn: TurnRecord, *, now: datetime, head: str | None | msgspec.UnsetType = msgspec.UNSET
+    ) -> SessionRecord:
         await anyio.lowlevel.checkpoint()
         session = self._visible(turn.session_id, now)
         if turn.parent is not None:
             self._turn_of(turn.session_id, turn.parent)
         record = session.record
+        if head is not msgspec.UNSET and head != record.head:
+            raise HeadMovedError
         kept = _Turn(turn)
         session.turns.append(kept)
         self._turns[turn.id] = kept

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Protocol
 
+import msgspec
+
 from service.storage.records import (
     Checkpoint,
     Owner,
@@ -137,14 +139,20 @@ class Store(Protocol):
 
     # Turns
 
-    async def begin_turn(self, turn: TurnRecord, *, now: datetime) -> SessionRecord:
+    async def begin_turn(
+        self, turn: TurnRecord, *, now: datetime, head: str | None | msgspec.UnsetType = msgspec.UNSET
+    ) -> SessionRecord:
         """Accept a turn: keep it and its input, make it the head, count it as a use.
 
         ``turn.state`` is ``queued`` or ``running``, its id new. ``open_turns`` grows by one,
         ``message_count`` by the input's messages. Returns the session after it.
 
+        Args:
+            head: What the session's head has to be, where ``turn.parent`` was chosen by it.
+
         Raises:
             SessionNotFoundError
+            HeadMovedError: It is another one.
             TurnNotFoundError: ``turn.parent`` is not a turn of this session; it may be an open one.
             OwnedElsewhereError: The session's open turns are another owner's that lives. (Those of one that is
                 gone are recovered in the same step.)

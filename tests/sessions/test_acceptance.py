@@ -3,6 +3,7 @@
 from collections.abc import Awaitable, Callable
 from datetime import datetime
 from functools import partial
+from typing import Any
 
 import msgspec
 import pytest
@@ -23,6 +24,7 @@ from service.storage.memory import MemoryStore
 from service.storage.records import SessionRecord, TurnRecord
 from tests.sessions.puppet import Stage, open_stage
 from tests.sessions.test_turns import start
+from tests.storage.rows import a_turn, ended
 from tests.storage.test_store_cancellation import CancelAtWait
 
 CHAT = NewTurn(text="hi", creates_session=True)
@@ -35,8 +37,8 @@ class AnswersLate(MemoryStore):
         await super().create_session(session, now=now)
         await trio.lowlevel.checkpoint()
 
-    async def begin_turn(self, turn: TurnRecord, *, now: datetime) -> SessionRecord:
-        session = await super().begin_turn(turn, now=now)
+    async def begin_turn(self, turn: TurnRecord, **rest: Any) -> SessionRecord:
+        session = await super().begin_turn(turn, **rest)
         await trio.lowlevel.checkpoint()
         return session
 
@@ -198,3 +200,42 @@ async def test_turn_without_a_model_takes_the_first_of_the_upstreams(autojump_cl
     async with open_stage(upstreams=upstreams) as stage:
         await stage.sessions.create_session(NewSession(id="s"))
         assert (await start(stage.sessions, "s")).record().model == "small"
+
+
+class HeadMoves(MemoryStore):
+    """Another process has a turn each time between the look at the head and the acceptance, so many times."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.between = [f"between-{n}" for n in range(times)]
+        self.last: str | None = None
+
+    async def begin_turn(self, turn: TurnRecord, **rest: Any) -> SessionRecord:
+        if self.between:
+            theirs = a_turn(self.between.pop(0), turn.session_id, parent=self.last)
+            self.last = theirs.id
+            await super().begin_turn(theirs, now=rest["now"])
+            await super().end_turn(ended(theirs), events=[], now=rest["now"])
+        return await super().begin_turn(turn, **rest)
+
+
+@pytest.mark.parametrize("times", [1, 5])
+async def test_a_turn_follows_on_those_that_others_had_meanwhile(autojump_clock: MockClock, times: int) -> None:
+    store = HeadMoves(times)
+    async with open_stage(store) as stage:
+        session = await stage.sessions.create_session(NewSession())
+        turn = await start(stage.sessions, session.id)
+        reply = await stage.puppet.next_reply()
+        assert [message.role for message in reply.request.messages] == ["user", "assistant"] * times + ["user"]
+        reply.finish()
+        record = await turn.wait_ended()
+    assert record.parent == f"between-{times - 1}"
+
+
+async def test_a_branch_stays_where_it_was_put_whatever_the_head_does(autojump_clock: MockClock) -> None:
+    store = HeadMoves(1)
+    async with open_stage(store) as stage:
+        session = await stage.sessions.create_session(NewSession())
+        turn, watch = await stage.sessions.start_turn(session.id, NewTurn(text="hi", parent=None))
+        watch.release()
+        assert (await turn.wait_ended()).parent is None

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from random import Random
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import msgspec
 import pytest
@@ -425,9 +425,9 @@ async def test_acceptance_that_the_store_breaks_off_leaves_no_open_turn(
     autojump_clock: MockClock, happened: bool
 ) -> None:
     class BreaksOff(MemoryStore):
-        async def begin_turn(self, turn: TurnRecord, *, now: datetime) -> SessionRecord:
+        async def begin_turn(self, turn: TurnRecord, **rest: Any) -> SessionRecord:
             if happened:
-                await super().begin_turn(turn, now=now)
+                await super().begin_turn(turn, **rest)
             raise StoreError("The line is bad.")
 
     async with open_stage(BreaksOff()) as stage:

@@ -13,7 +13,13 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.errors import InvalidRequestError, SessionExistsError, SessionNotFoundError, TurnNotFoundError
+from service.errors import (
+    HeadMovedError,
+    InvalidRequestError,
+    SessionExistsError,
+    SessionNotFoundError,
+    TurnNotFoundError,
+)
 from service.models.client import Usage
 from service.storage.cursors import (
     SessionPosition,
@@ -499,6 +505,18 @@ async def test_a_parent_of_nowhere_or_of_another_session_is_refused_and_nothing_
         with pytest.raises(TurnNotFoundError):
             await store.begin_turn(a_turn(parent=parent), now=at(1))
     assert await contents(store, now=T0) == before
+
+
+async def test_a_turn_that_follows_on_the_head_is_refused_where_that_has_moved(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    assert (await store.begin_turn(a_turn(), now=T0, head=None)).head == "t"
+    before = await contents(store, now=T0)
+    for head in (None, "another"):
+        with pytest.raises(HeadMovedError):
+            await store.begin_turn(a_turn("t2", parent=head and "t"), now=at(1), head=head)
+    assert await contents(store, now=T0) == before
+    assert (await store.begin_turn(a_turn("t2", parent="t"), now=at(1), head="t")).head == "t2"
+    assert (await store.begin_turn(a_turn("branch", parent="t"), now=at(1))).head == "branch", "nobody asked for it"
 
 
 async def test_an_input_without_messages_counts_none(store: Store) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import anyio
 import apsw
+import msgspec
 
 from service.errors import StoreError
 from service.storage.cursors import decode_session_cursor, decode_turn_cursor
@@ -145,8 +146,10 @@ class SqliteStore:
 
     # Turns
 
-    async def begin_turn(self, turn: TurnRecord, *, now: datetime) -> SessionRecord:
-        return await self._writing.call(lambda db: turns.begin(db, turn, self._ownership, now))
+    async def begin_turn(
+        self, turn: TurnRecord, *, now: datetime, head: str | None | msgspec.UnsetType = msgspec.UNSET
+    ) -> SessionRecord:
+        return await self._writing.call(lambda db: turns.begin(db, turn, self._ownership, now, head=head))
 
     async def start_turn(self, turn_id: str, *, now: datetime) -> None:
         await self._writing.call(lambda db: turns.start(db, turn_id, self.fence, now))

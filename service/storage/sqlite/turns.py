@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 import apsw
 import msgspec
 
-from service.errors import SessionNotFoundError, TurnNotFoundError
+from service.errors import HeadMovedError, SessionNotFoundError, TurnNotFoundError
 from service.storage.cursors import TurnPosition, encode_cursor
 from service.storage.records import Checkpoint, Page, SessionRecord, TurnRecord
 from service.storage.sqlite import recovery, sessions
@@ -65,13 +65,22 @@ _END_IN_SESSION = (
 )
 
 
-def begin(db: apsw.Connection, turn: TurnRecord, owners: Ownership, now: datetime) -> SessionRecord:
+def begin(
+    db: apsw.Connection,
+    turn: TurnRecord,
+    owners: Ownership,
+    now: datetime,
+    *,
+    head: str | None | msgspec.UnsetType = msgspec.UNSET,
+) -> SessionRecord:
     kept = sessions.visible(db, turn.session_id, now)
     if turn.parent is not None:
         key_of(db, turn.parent, kept.key)
     if kept.owner not in (None, owners.fence):
         recovery.take_over(db, kept.owner, owners, now, session=kept.key, session_id=turn.session_id)
         kept = sessions.visible(db, turn.session_id, now)
+    if head is not msgspec.UNSET and head != kept.record.head:
+        raise HeadMovedError
     db.execute(_INSERT, values_of(turn) | {"session": kept.key, "ordinal": kept.turns_begun, "owner": owners.fence})
     session = sessions.used(
         msgspec.structs.replace(
