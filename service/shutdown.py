@@ -33,6 +33,7 @@ logger = structlog.get_logger("lastcall.shutdown")
 SETTLE_S = 0.1
 """What a phase may take beyond its bound, so that those who wait by the same bound come first."""
 LATE_CLOSE_S = 0.2
+"""What a step gets that comes when the time of its phase is over."""
 T = TypeVar("T")
 
 
@@ -262,6 +263,8 @@ class Shutdown:
             left = sessions.statistics()
             if turns := left.turns_running + left.turns_queued:
                 self.note_fault(f"{turns} turns did not end within cleanup_timeout_s")
+                with self.noting_faults("ending turns that hang"):
+                    await sessions.end_hung(within_s=LATE_CLOSE_S)
 
     def _refuse_work(self) -> None:
         self.accepting = False

@@ -20,7 +20,7 @@ from service.models.client import ModelClient
 from service.sessions import ends
 from service.sessions.live import Live
 from service.sessions.new import NewSession, NewTurn, OnConflict
-from service.sessions.running import run_turn
+from service.sessions.running import end_turn, run_turn
 from service.sessions.session import LiveSession
 from service.sessions.stopping import Stopping
 from service.sessions.store_deadline import answered_within
@@ -154,6 +154,21 @@ class Acceptance:
 
         await session.run(run_one, self._note_ended)
         self._live.forget_without_work(session)
+
+    async def end_hung(self, *, within_s: float) -> None:
+        """End the turns whose tasks do not come to it: a model client that does not let go of them at its close.
+
+        They are kept and told like any other; those whose ends the store does not take are left to it.
+        """
+
+        async def end(session: LiveSession, turn: Turn) -> None:
+            turn.decide(session.default_end())
+            if await end_turn(turn, store=self._store, clock=self._clock, within_s=within_s) and session.remove(turn):
+                self._note_ended(turn)
+
+        async with trio.open_nursery() as nursery:
+            for session, turn in self._live.open_turns_by_session():
+                nursery.start_soon(end, session, turn)
 
     def _note_ended(self, turn: Turn) -> None:
         if not turn.stored:

@@ -66,7 +66,11 @@ class Live:
 
     def open_turns(self) -> list[Turn]:
         """The turns that are running or queued."""
-        return [turn for session in self._sessions.values() for turn in session.turns]
+        return [turn for _, turn in self.open_turns_by_session()]
+
+    def open_turns_by_session(self) -> list[tuple[LiveSession, Turn]]:
+        """The same, each with its session."""
+        return [(session, turn) for session in self._sessions.values() for turn in session.turns]
 
     def find_turn(self, session_id: str, turn_id: str) -> Turn | None:
         """The turn, if it is open."""

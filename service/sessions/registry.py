@@ -294,6 +294,14 @@ class Sessions:
         with self._answered_within():
             return await self._store.recover(now=self._clock())
 
+    async def end_hung(self, *, within_s: float) -> None:
+        """In a shutdown: end the open turns whose tasks are not to be waited for any longer.
+
+        Args:
+            within_s: What the store may take for each.
+        """
+        await self._acceptance.end_hung(within_s=within_s)
+
     def statistics(self) -> SessionsStatistics:
         return SessionsStatistics.of(self._live, self.unkept, self.streams)
 

@@ -51,12 +51,24 @@ async def run_turn(
         _decide_failed(turn, error)
     finally:
         turn.decide(default_end())
-        record = turn.finish(clock())
-        stored = False
-        # Shielded: every end is kept and told, also one that a cancellation caused.
-        with trio.CancelScope(deadline=trio.current_time() + settings.cleanup_timeout_s, shield=True):
-            stored = await _keep(turn, record, store=store, clock=clock)
-        turn.conclude(record, stored=stored)
+        await end_turn(turn, store=store, clock=clock, within_s=settings.cleanup_timeout_s)
+
+
+async def end_turn(turn: Turn, *, store: Store, clock: Clock, within_s: float) -> bool:
+    """Keep and tell the end that is decided; False, and nothing happens, where somebody else does or has.
+
+    Args:
+        within_s: What the store may take. An end that is not kept by then is told as such.
+    """
+    if turn.is_ending:
+        return False
+    record = turn.finish(clock())
+    stored = False
+    # Shielded: every end is kept and told, also one that a cancellation caused.
+    with trio.CancelScope(deadline=trio.current_time() + within_s, shield=True):
+        stored = await _keep(turn, record, store=store, clock=clock)
+    turn.conclude(record, stored=stored)
+    return True
 
 
 async def _reply(turn: Turn, *, store: Store, clock: Clock, settings: Settings) -> None:

@@ -84,8 +84,8 @@ class LiveSession:
         async def run_turn(turn: Turn) -> None:
             try:
                 await run_one(turn)
-                self._remove(turn)
-                note_ended(turn)
+                if self.remove(turn):
+                    note_ended(turn)
             except Exception:
                 self._crashed = True
                 raise
@@ -114,7 +114,7 @@ class LiveSession:
                 for turn in self.turns.copy():
                     turn.crashed = self._crashed
                     turn.decide(self.default_end())
-                    self._remove(turn)
+                    self.remove(turn)
                     note_ended(turn)
                 self._crashed = False
 
@@ -122,9 +122,13 @@ class LiveSession:
         turns, self._unstarted = self._unstarted, []
         return turns
 
-    def _remove(self, turn: Turn) -> None:
+    def remove(self, turn: Turn) -> bool:
+        """A turn has ended; False where it is known already: its task did not come to it in time."""
+        if turn not in self.turns:
+            return False
         self.turns.remove(turn)
         self._changes.unpark_all()
+        return True
 
 
 class Deletion:

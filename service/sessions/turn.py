@@ -51,6 +51,8 @@ class Turn:
         self.client = client
         self.system_message = system_message
         self.end: ends.End | None = None
+        self.is_ending = False
+        """Whether its end, once decided, is being kept and told, or has been."""
         self.kept_seq = 0
         """The seq up to which its events are in the store, by a checkpoint: the end brings only those after it."""
         self._settings = settings
@@ -228,8 +230,9 @@ class Turn:
             text.kept += len(item.text)
 
     def finish(self, now: datetime) -> TurnRecord:
-        """Write the decided end into the record and return it, ready to be kept."""
+        """It is ending: write the decided end into the record and return it, ready to be kept."""
         assert self.end is not None, "a turn finished before its end was decided"
+        self.is_ending = True
         changes: dict[str, object] = {"ended_at": now}
         match self.end:
             case ends.Completed(finish_reason, usage):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import trio
+from structlog.testing import capture_logs
 from trio.testing import MockClock
 
 from service import supervisor
@@ -364,6 +365,32 @@ async def test_a_model_server_that_ignores_the_close_costs_its_own_bound(
         assert trio.current_time() - began == pytest.approx(1, abs=MOMENT_S)
     assert turn.record().state == "interrupted"
     assert stage.report().turns_interrupted == 1
+
+
+async def test_a_turn_whose_model_client_does_not_let_go_has_its_end_all_the_same(
+    autojump_clock: MockClock, stage: Stage
+) -> None:
+    """Beyond any bound, shielded: its task comes back when the phases are long over."""
+
+    async def hang() -> None:
+        with trio.CancelScope(shield=True):
+            await trio.sleep(100)
+
+    stage.model.on_leaving = hang
+    with capture_logs() as logged:
+        async with stage.open(drain_timeout_s=0) as service:
+            turns = [await stage.start_turn(service) for _ in range(3)]
+            began = trio.current_time()
+            await stage.stop()
+            assert trio.current_time() - began <= CLEANUP_S + SETTLE_S
+            for turn in turns:
+                assert turn.log.closed
+                assert (await service.sessions.get_turn(turn.session_id, turn.id)).state == "interrupted"
+            assert service.sessions.statistics().turns_running == 0
+            assert service.sessions.statistics().turns_interrupted == 3, "once each, though their tasks end yet"
+    assert not [line for line in logged if line["log_level"] in ("error", "critical")], "nor twice"
+    assert stage.report().faults == ("3 turns did not end within cleanup_timeout_s",)
+    assert stage.report().turns_interrupted == 3
 
 
 @pytest.mark.parametrize("what", ["close_client", "close_store"])
