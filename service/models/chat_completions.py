@@ -223,12 +223,11 @@ class ReplyDecoder:
         self._note_done()
 
     def _take_chunk(self, chunk: Chunk, events: list[ModelEvent]) -> None:
-        if chunk.error:
-            raise error_from_reply(ErrorReply.from_error_member(chunk.error), redact=self._redact)
-        if chunk.choices:
-            choice = chunk.choices[0]
-            if choice.error:
-                raise error_from_reply(ErrorReply.from_error_member(choice.error), redact=self._redact)
+        choice = chunk.choices[0] if chunk.choices else None
+        error = chunk.error or (choice is not None and choice.error)
+        if error and not self.is_whole:
+            raise error_from_reply(ErrorReply.from_error_member(error), redact=self._redact)
+        if choice is not None:
             delta = choice.delta
             if delta is None and not self._has_text:  # with text before it, it is all of that once more
                 delta = choice.message

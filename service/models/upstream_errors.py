@@ -59,7 +59,7 @@ class ErrorReply(msgspec.Struct, frozen=True, kw_only=True):
     def from_error_member(cls, error: object) -> "ErrorReply":
         """Read the ``error`` member of a body or of a chunk."""
         if isinstance(error, str):
-            return cls(words=error, message=error, is_error_member=True)
+            return cls(words=_words(error), message=error, is_error_member=True)
         if not isinstance(error, dict):
             return cls(is_error_member=True)
         message = _message_in(error)
@@ -203,7 +203,7 @@ def parse_retry_after(value: str | None, *, now: datetime) -> float | None:
         return float(value)
     try:
         date = parsedate_to_datetime(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     if date.tzinfo is None:
         date = date.replace(tzinfo=UTC)

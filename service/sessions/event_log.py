@@ -8,8 +8,8 @@ import trio
 
 from service.sessions.events import Event, encode_frame
 
-_TERMINAL_RESERVE_BYTES = 1024
-"""Room kept for the terminal event, which must always fit."""
+_TERMINAL_RESERVE_BYTES = 2048
+"""Room kept for the terminal event, which must always fit: it may quote 300 characters of up to four bytes."""
 
 
 class EventLog:

@@ -72,6 +72,11 @@ class Live:
         """The same, each with its session."""
         return [(session, turn) for session in self._sessions.values() for turn in session.turns]
 
+    def has_turns(self, session_id: str) -> bool:
+        """Whether a session has an open turn."""
+        session = self._sessions.get(session_id)
+        return session is not None and bool(session.turns)
+
     def find_turn(self, session_id: str, turn_id: str) -> Turn | None:
         """The turn, if it is open."""
         session = self._sessions.get(session_id)

@@ -36,8 +36,14 @@ async def run_mending(
 
 async def mend(sessions: Sessions, *, shared: bool) -> None:
     """Do what can be done now. Raises: StoreError, after having tried everything."""
+    refusal: StoreError | None = None
+    try:
+        await sessions.unkept.settle()
+    except StoreError as error:
+        refusal = error
     if shared:
         recovered = await sessions.recover()
         if recovered:
             logger.info("turns of a process that died ended as interrupted", turns=recovered)
-    await sessions.unkept.settle()
+    if refusal is not None:
+        raise refusal

@@ -39,7 +39,7 @@ from service.sessions.new import NewSession, NewTurn
 from service.sessions.replay import Replays
 from service.sessions.statistics import SessionsStatistics
 from service.sessions.stopping import Stopping
-from service.sessions.store_deadline import answered_within
+from service.sessions.store_deadline import answered_in_turn, answered_within
 from service.sessions.streams import Streams
 from service.sessions.turn import Turn, Watch
 from service.sessions.unkept import Unkept
@@ -80,6 +80,7 @@ class Sessions:
         self.forwards = Forwards(nursery, cleanup_timeout_s=settings.cleanup_timeout_s)
         self.stopping = Stopping(self._live, self.streams, self.forwards)
         self._replays = Replays(store)
+        self._forking = trio.Lock()
         self._deletions = Deletions(nursery, self._live, self.unkept)
         self._acceptance = Acceptance(
             nursery,
@@ -128,10 +129,12 @@ class Sessions:
         self.stopping.check_accepting()
         self._check_not_deleted(session_id)
         try:
-            with self.unkept.writing():
-                return await self._store.fork_session(
-                    session_id, at=at, copy_id=copy_id or new_session_id(), now=self._clock()
-                )
+            # One at a time, as they are large. A wait for the others says nothing about the store.
+            async with answered_in_turn(self._forking, self._settings.store_timeout_s):
+                with self.unkept.writing():
+                    return await self._store.fork_session(
+                        session_id, at=at, copy_id=copy_id or new_session_id(), now=self._clock()
+                    )
         except TurnInProgressError as error:
             if self.unkept.has_end_of(error.turn_id):
                 raise StoreError(f"The end of turn {error.turn_id!r} could not be kept yet.") from None
@@ -241,7 +244,7 @@ class Sessions:
         self._check_not_deleted(session_id)
         with self._answered_within():
             page = await self._store.list_turns(session_id, limit=limit, after=after, now=self._clock())
-            if any(record.is_open for record in page.data) and self._live.find(session_id) is None:
+            if any(record.is_open for record in page.data) and not self._live.has_turns(session_id):
                 await self._refuse_if_elsewhere(session_id)
         live = [self._find_turn(session_id, record.id) for record in page.data]
         data = (turn.record() if turn else record for turn, record in zip(live, page.data, strict=True))

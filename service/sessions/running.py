@@ -51,7 +51,9 @@ async def run_turn(
         _decide_failed(turn, error)
     finally:
         turn.decide(default_end())
-        await end_turn(turn, store=store, clock=clock, within_s=settings.cleanup_timeout_s)
+        await end_turn(  # noqa: ASYNC102  shielded inside
+            turn, store=store, clock=clock, within_s=settings.cleanup_timeout_s
+        )
 
 
 async def end_turn(turn: Turn, *, store: Store, clock: Clock, within_s: float) -> bool:
@@ -116,8 +118,9 @@ async def _keep(turn: Turn, record: TurnRecord, *, store: Store, clock: Clock) -
     events = turn.log.frames(after=after)
     events.append(encode_frame(turn.terminal_event(stored=True)))
     try:
-        await store.end_turn(record, events=events, now=clock(), after=after)
+        return await store.end_turn(record, events=events, now=clock(), after=after)
     except StoreError as error:
         logger.warning("the end of a turn was not stored", turn_id=turn.id, error=str(error))
-        return False
-    return True
+    except Exception:
+        logger.exception("storing the end of a turn failed", turn_id=turn.id)
+    return False

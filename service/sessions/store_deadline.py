@@ -1,7 +1,7 @@
 """The bound on every wait for the store."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 import trio
 
@@ -20,3 +20,14 @@ def answered_within(timeout_s: float) -> Iterator[None]:
             yield
     except trio.TooSlowError as error:
         raise StoreError(f"The store did not answer within {timeout_s:g} s.") from error
+
+
+@asynccontextmanager
+async def answered_in_turn(lock: trio.Lock, timeout_s: float) -> AsyncIterator[None]:
+    """Hold a lock that was waited for no longer than ``timeout_s``. Raises: StoreError, where it was."""
+    with answered_within(timeout_s):
+        await lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

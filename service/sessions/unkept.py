@@ -5,6 +5,9 @@ They are bounded: such an end counts as a live turn, and of such a deletion the 
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+
+import structlog
 
 from service.clock import Clock
 from service.errors import SessionLimitError, StoreError
@@ -13,6 +16,11 @@ from service.sessions.store_deadline import answered_within
 from service.sessions.turn import Turn
 from service.storage.records import SessionRecord
 from service.storage.store import Store
+
+logger = structlog.get_logger("lastcall.unkept")
+
+_LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
+"""Before any time that a clock may be set back to."""
 
 
 class Unkept:
@@ -28,7 +36,9 @@ class Unkept:
         self._clock = clock
         self._store_timeout_s = store_timeout_s
         self._ends: dict[str, Turn] = {}
+        self._marked: set[str] = set()
         self._removals: set[str] = set()
+        """Those of them whose removal has begun."""
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -72,16 +82,18 @@ class Unkept:
 
     async def mark(self, session_id: str) -> None:
         """Mark a session as deleted, once. Raises: SessionNotFoundError, OwnedElsewhereError, StoreError."""
-        if session_id not in self._removals:
+        if session_id not in self._marked:
             with self.writing():
                 await self._store.mark_deleted(session_id, now=self._clock())
-            self._removals.add(session_id)
+            self._marked.add(session_id)
 
     async def remove(self, session_id: str) -> None:
         """Remove a marked session; tried again by :meth:`settle` where it does not come to that. Raises: StoreError."""
+        self._removals.add(session_id)
         with self.writing():
             await self._store.remove_deleted(session_id)
         self._removals.discard(session_id)
+        self._marked.discard(session_id)
 
     # Once more
 
@@ -101,6 +113,9 @@ class Unkept:
                 await self._store_end(turn)
             except StoreError as error:
                 refusal = error
+            except Exception:
+                logger.exception("storing the end of a turn failed; giving it up", turn_id=turn.id)
+                self._ends.pop(turn.id, None)
         for session_id in list(self._removals):
             try:
                 await self.remove(session_id)
@@ -121,7 +136,7 @@ class Unkept:
         """Write what nobody will ever see: a session that has expired already. Raises: StoreError."""
         now = self._clock()
         unseen = SessionRecord(
-            id=new_session_id(), created_at=now, last_accessed_at=now, expires_at=now, idle_timeout_s=1
+            id=new_session_id(), created_at=now, last_accessed_at=now, expires_at=_LONG_AGO, idle_timeout_s=1
         )
         with self.writing(), suppress(SessionLimitError):  # a store that is full is one that works
             await self._store.create_session(unseen, now=now)

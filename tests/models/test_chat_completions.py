@@ -255,6 +255,7 @@ def test_what_follows_a_whole_reply_does_not_fail_it() -> None:
         TextDelta("a"),
         Finished(finish_reason="stop", usage=Usage(input_tokens=1, output_tokens=2)),
     ]
+    assert read(delta("a"), finish(), {"error": "late"}) == [TextDelta("a"), STOP]
     assert failure(event(delta("a")), event(b"garbage")).code == "upstream_protocol"
 
 

@@ -177,6 +177,15 @@ json_values = st.recursive(
 )
 
 
+def test_a_message_of_a_megabyte_is_looked_at_in_part() -> None:
+    for body in (
+        {"error": "model " * 200_000},
+        {"error": {"message": "model " * 200_000}},
+        {"detail": "model " * 9999},
+    ):
+        assert len(ErrorReply.from_body(msgspec.json.encode(body)).words) <= 4100
+
+
 @given(status=st.integers(300, 599), body=json_values.map(msgspec.json.encode) | st.binary(max_size=50))
 def test_any_body_gives_a_short_line_without_the_secret(status: int, body: bytes) -> None:
     reply = ErrorReply.from_body(body)
@@ -210,6 +219,8 @@ NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
         ("Sun Mar  1 12:00:10 2026", 10.0),
         ("Sun, 01 Mar 1926 12:00:10 GMT", 0.0),
         ("Sun, 99 Mar 2026 12:00:10 GMT", None),
+        ("Sun, 01 Mar 2026 12:00:10 +999999999999999", None),
+        (f"Sun, 01 Mar 2026 {'9' * 20}:00:10 GMT", None),
     ],
 )
 def test_retry_after_is_seconds_or_a_date_or_nothing(value: str | None, seconds: float | None) -> None:

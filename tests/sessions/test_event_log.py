@@ -247,18 +247,22 @@ def test_a_log_is_never_larger_than_its_bound_and_the_end_always_fits() -> None:
     accepted = [log.append(_delta(log, "é" * 50)) for _ in range(100)]
     assert accepted == sorted(accepted, reverse=True), "what is as large as what was refused is refused"
     before = log.frames()
-    room = bytes_max - 1024 - sum(map(len, before))
+    room = bytes_max - 2048 - sum(map(len, before))
     assert 0 <= room < len(encode_frame(_delta(log, "é" * 50)))
-    log.close(TurnFailed(seq=log.last_seq + 1, error=Failure("log_too_large", "é" * 400), text_length=10**9))
+    log.close(
+        TurnFailed(
+            seq=log.last_seq + 1, error=Failure("log_too_large", "x" * 150 + "\U0001f600" * 300), text_length=10**9
+        )
+    )
     assert log.frames()[:-1] == before, "what was refused left nothing"
     assert sum(map(len, log.frames())) <= bytes_max
 
 
 def test_the_bound_is_exact() -> None:
     frame = len(encode_frame(TurnDelta(seq=1, text="x" * 100)))
-    fits = EventLog(bytes_max=1024 + frame)
+    fits = EventLog(bytes_max=2048 + frame)
     assert fits.append(_delta(fits, "x" * 100))
-    too_large = EventLog(bytes_max=1024 + frame - 1)
+    too_large = EventLog(bytes_max=2048 + frame - 1)
     assert not too_large.append(_delta(too_large, "x" * 100))
     assert (too_large.last_seq, too_large.frames(), too_large.closed) == (0, [], False)
     assert too_large.append(_delta(too_large, "x" * 99)), "a smaller event still fits"

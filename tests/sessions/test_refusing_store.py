@@ -1,14 +1,17 @@
 """What is left behind when the store refuses, and how it is mended."""
 
+from typing import Any
+
 import pytest
 import trio
+from structlog.testing import capture_logs
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from service.errors import SessionNotFoundError, StoreError, TurnLimitError
-from service.sessions.mending import INTERVAL_S, run_mending
+from service.errors import SessionExistsError, SessionNotFoundError, StoreError, TurnLimitError
+from service.sessions.mending import INTERVAL_S, mend, run_mending
 from service.sessions.new import NewSession, NewTurn
 from service.storage.memory import MemoryStore
-from service.storage.records import TurnRecord
+from service.storage.records import SessionRecord, TurnRecord
 from tests.sessions.puppet import Stage, open_stage
 from tests.sessions.test_turns import start
 
@@ -126,6 +129,115 @@ async def test_deletion_whose_last_step_was_refused_is_finished_later(autojump_c
             await stage.sessions.delete_session(session.id)
         await stage.sessions.create_session(NewSession(id="mine"))
         await stage.sessions.get_session("mine")
+
+
+async def test_what_breaks_the_store_is_given_up_and_holds_up_no_other(autojump_clock: MockClock) -> None:
+    class Breaks(FullDisk):
+        def _check(self, step: str) -> None:
+            if step in self.refused:
+                raise OverflowError("too large for it")
+
+    store = Breaks("end_turn")
+    with capture_logs() as logged:
+        async with open_stage(store) as stage:
+            ids = await end_turns(stage, 2)
+            assert stage.sessions.unkept.turns == 2
+            store.only_turn = 0
+            await stage.sessions.unkept.settle()
+            assert stage.sessions.unkept.turns == 0
+            assert stage.sessions.unkept.refusal is None
+            states = [(await stage.store.get_session(name, now=stage.clock())).open_turns for name in ids]
+            assert states == [1, 0], "the first is the next start's to end"
+            assert stage.sessions.statistics().turns_crashed == 0
+    assert [line["event"] for line in logged if line["log_level"] == "error"] == [
+        "storing the end of a turn failed",
+        "storing the end of a turn failed",
+        "storing the end of a turn failed; giving it up",
+    ]
+
+
+async def test_an_end_that_is_not_the_stores_any_more_is_not_told_as_stored(autojump_clock: MockClock) -> None:
+    """Another process took this one for dead."""
+
+    class Fenced(MemoryStore):
+        async def end_turn(self, *_: object, **__: object) -> bool:
+            await trio.lowlevel.checkpoint()
+            return False
+
+    async with open_stage(Fenced()) as stage:
+        session = await stage.sessions.create_session(NewSession())
+        turn = await start(stage.sessions, session.id)
+        (await stage.puppet.next_reply()).finish()
+        await turn.wait_ended()
+        assert b'"stored":false' in turn.log.frames()[-1]
+        await stage.sessions.unkept.settle()
+        assert stage.sessions.unkept.turns == 0
+
+
+async def test_a_deletion_is_not_finished_by_others_before_its_turns_have_ended(autojump_clock: MockClock) -> None:
+    async with open_stage() as stage, trio.open_nursery() as nursery:
+        session = await stage.sessions.create_session(NewSession(id="s"))
+        turn = await start(stage.sessions, session.id)
+        await stage.puppet.next_reply()
+        stage.puppet.close_s = 5
+        nursery.start_soon(stage.sessions.delete_session, "s")
+        await wait_all_tasks_blocked()
+        await stage.sessions.unkept.settle()
+        assert not turn.ended.is_set()
+        with pytest.raises(SessionExistsError):
+            await stage.store.create_session(session, now=stage.clock())
+        await turn.wait_ended()
+    assert turn.stored
+
+
+async def test_mending_goes_on_where_the_turns_of_others_cannot_be_ended(autojump_clock: MockClock) -> None:
+    class NoRecovery(FullDisk):
+        async def recover(self, **_: object) -> int:
+            await trio.lowlevel.checkpoint()
+            raise StoreError("busy")
+
+    store = NoRecovery("end_turn")
+    async with open_stage(store) as stage:
+        await end_turns(stage, 1)
+        store.refused.clear()
+        with pytest.raises(StoreError):
+            await mend(stage.sessions, shared=True)
+        assert stage.sessions.unkept.turns == 0
+
+
+async def test_what_is_written_to_see_whether_that_works_is_seen_by_nobody(autojump_clock: MockClock) -> None:
+    """Not if the clock is set back, either."""
+    async with open_stage() as stage:
+        stage.sessions.unkept.refusal = StoreError("of a write that nobody tries again")
+        await stage.sessions.unkept.settle()
+        assert stage.sessions.unkept.refusal is None, "it can be written to"
+        stage.clock.advance(-3600)
+        assert await stage.sessions.count_sessions() == 0
+
+
+async def test_a_fork_that_waits_for_others_says_nothing_about_the_store(autojump_clock: MockClock) -> None:
+    class Slow(MemoryStore):
+        async def fork_session(self, *arguments: Any, **named: Any) -> SessionRecord:
+            await trio.sleep(4)
+            return await super().fork_session(*arguments, **named)
+
+    made: list[SessionRecord] = []
+    refused: list[StoreError] = []
+    async with open_stage(Slow(), store_timeout_s=5) as stage:
+        session = await stage.sessions.create_session(NewSession())
+
+        async def fork() -> None:
+            try:
+                made.append(await stage.sessions.fork_session(session.id))
+            except StoreError as error:
+                refused.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(fork)
+        assert (len(made), len(refused)) == (2, 1), "the second waits 4 s, the third would 8"
+        assert stage.sessions.unkept.refusal is None
+        await stage.sessions.fork_session(session.id)
 
 
 async def test_mending_loop_gives_the_store_what_it_refused(autojump_clock: MockClock) -> None:
