@@ -112,6 +112,7 @@ class Shutdown:
         self._settings = settings
         self._reason = ""
         self._hurry = trio.Event()
+        self._noticed_at = 0.0
         self._phase_started = 0.0
         self._phases_ms: dict[str, float] = {}
         self._release_deadline: float | None = None
@@ -134,7 +135,7 @@ class Shutdown:
         self._reason = reason
         self.expected = True
         self._phases_ms["notice"] = round(age_s * 1000, 1)
-        self._phase_started = trio.current_time()
+        self._noticed_at = self._phase_started = trio.current_time()
         self._enter(Phase.LAME_DUCK)
         if self._settings.lame_duck_timeout_s == 0:
             self._refuse_work()
@@ -210,7 +211,7 @@ class Shutdown:
         await self.noticed.wait()
         self._before = self._before or sessions.statistics()
         if self._settings.lame_duck_timeout_s:
-            with trio.move_on_after(self._settings.lame_duck_timeout_s):
+            with trio.CancelScope(deadline=self._wait_deadline(self._settings.lame_duck_timeout_s)):
                 await self._hurry.wait()
         self._refuse_work()
         self._enter(Phase.DRAINING)
@@ -220,6 +221,12 @@ class Shutdown:
         self._enter(Phase.RELEASING)
         self._release_deadline = trio.current_time() + self._settings.release_timeout_s
         self.work_ended.set()
+
+    def _wait_deadline(self, within_s: float) -> float:
+        """Until when to wait for clients' sake: a ``shutdown_timeout_s`` below the sum leaves its end to the ends."""
+        settings = self._settings
+        before_ends_s = settings.shutdown_total_s - settings.cleanup_timeout_s - settings.release_timeout_s - 1
+        return min(trio.current_time() + within_s, self._noticed_at + before_ends_s)
 
     @property
     def _is_hasty(self) -> bool:
@@ -244,7 +251,7 @@ class Shutdown:
         # in which every stream has its turn.
         if not self._settings.drain_timeout_s:
             return
-        with trio.move_on_after(self._settings.drain_timeout_s):
+        with trio.CancelScope(deadline=self._wait_deadline(self._settings.drain_timeout_s)):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_cancel_after, nursery.cancel_scope, self._hurry)
                 await sessions.stopping.wait_idle()

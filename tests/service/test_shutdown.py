@@ -150,6 +150,22 @@ async def test_a_turn_that_does_not_is_interrupted_and_keeps_its_reply(autojump_
     assert report.phases_ms["draining"] == pytest.approx(DRAIN_S * 1000)
 
 
+@pytest.mark.parametrize(
+    ("lame_duck_timeout_s", "total_s", "waited_s"),
+    [(0, 15, 15 - CLEANUP_S - RELEASE_S - 1), (4, 15, 6), (50, 15, 6), (0, 2, 0), (50, 2, 0), (4, 100, 4 + DRAIN_S)],
+)
+async def test_a_total_below_the_sum_shortens_what_is_waited_for_and_not_the_ends(
+    autojump_clock: MockClock, stage: Stage, lame_duck_timeout_s: float, total_s: float, waited_s: float
+) -> None:
+    async with stage.open(lame_duck_timeout_s=lame_duck_timeout_s, shutdown_timeout_s=total_s) as service:
+        turn = await stage.start_turn(service)
+        began = trio.current_time()
+        await stage.stop()
+        assert trio.current_time() - began == pytest.approx(waited_s)
+    assert turn.record().state == "interrupted"
+    assert stage.report().faults == ()
+
+
 async def test_a_queued_turn_is_interrupted_while_the_one_before_it_may_finish(
     autojump_clock: MockClock, stage: Stage
 ) -> None:
