@@ -3,7 +3,7 @@
 The owner answers on a Unix socket (``peer_address``), which only processes of the same user reach. What it says goes to
 the client as it comes, heartbeats included, and a client that leaves has left there too. Where the owner dies in the
 middle, its turns are recovered here and a stream goes on from the store: it ends with its terminal event
-all the same.
+all the same. Where it hangs, the client is told so once the answer is overdue.
 
 Where this process stops, the owner's turns go on, and their streams end here when there is no more time. Their clients
 have not left: this process closes only its sending side then, and the owner gives them a moment to come back. It does
@@ -43,6 +43,8 @@ PEER = "lastcall.peer"
 
 The value is a function that says, once the request has been cut, whether the client may come back: it has not left.
 """
+_LATER = "lastcall.later"
+"""In the ASGI scope of a request: by how many seconds its answer may come later than the store's."""
 _HOPS = "lastcall-hops"
 _HOPS_MAX = 3
 """The owner may change while a request is on its way; it does not change for ever."""
@@ -64,6 +66,14 @@ _GONE = (OSError, trio.BrokenResourceError, h11.RemoteProtocolError)
 def is_from_peer() -> bool:
     """Whether the current request came from another process of this service."""
     return PEER in request.scope
+
+
+def expect_later(by_s: float) -> None:
+    """The answer to the current request waits for more than a step of the store: for a turn, or for its end.
+
+    To be said before the owner may turn out to be another process, which is waited for accordingly.
+    """
+    cast("dict[str, object]", request.scope)[_LATER] = by_s
 
 
 def release_later(watch: Watch) -> None:
@@ -106,8 +116,8 @@ async def forward(error: OwnedElsewhereError) -> TrioResponse:
     """Have the current request answered by the owner that ``error`` names.
 
     Raises:
-        StoreError: It cannot be reached and whether it has accepted the request is unknown; or the owner
-            changed too often.
+        StoreError: It cannot be reached, does not answer in time, or has died and whether it has accepted the request
+            is unknown; or the owner changed too often.
         ShuttingDownError: This process stops before the answer.
     """
     hops = int(request.headers.get(_HOPS, "0")) if is_from_peer() else 0
@@ -123,19 +133,17 @@ async def forward(error: OwnedElsewhereError) -> TrioResponse:
         raise StoreError(str(error))
     logger.debug("asking the owner", session_id=error.session_id, owner=error.fence, method=request.method)
     answer = None
-    with slot.waiting() as wait:
+    with slot.waiting() as wait, trio.move_on_after(_patience_s()) as patience:
         answer = await peer.ask(hops + 1)
     if wait.cancelled_caught:
         raise ShuttingDownError
+    if patience.cancelled_caught:
+        raise _no_answer(error.session_id) if _may_be_repeated() else _unknown_outcome("does not answer")
     if answer is None:
-        if request.method != "POST" or request.path.endswith("/cancel"):
+        if _may_be_repeated():
             return await _answer_here(error)
         await _wait_until_free(current_service(), error.session_id, error.fence)
-        raise StoreError(
-            "The process that runs this session's turns has died; whether it accepted the request shows in the "
-            "session's turns.",
-            retry_after_s=None,
-        )
+        raise _unknown_outcome("has died")
     drop_body(request)
     head, body = answer
     response = TrioResponse(body, head.status_code)
@@ -149,6 +157,29 @@ async def forward(error: OwnedElsewhereError) -> TrioResponse:
         )
     response.timeout = None
     return response
+
+
+def _patience_s() -> float:
+    """How long the owner may take to answer the current request; a stream's body is not the answer yet."""
+    later_s = cast("dict[str, float]", request.scope).get(_LATER, 0)
+    return current_service().settings.store_timeout_s + later_s
+
+
+def _may_be_repeated() -> bool:
+    """Whether it makes no difference if the owner has accepted the current request already."""
+    return request.method != "POST" or request.path.endswith("/cancel")
+
+
+def _no_answer(session_id: str) -> StoreError:
+    return StoreError(f"The process that runs the turns of session {session_id!r} does not answer.")
+
+
+def _unknown_outcome(what: str) -> StoreError:
+    return StoreError(
+        f"The process that runs this session's turns {what}; whether it accepted the request shows in the "
+        "session's turns.",
+        retry_after_s=None,
+    )
 
 
 async def _connect(address: str) -> trio.SocketStream | None:
@@ -189,7 +220,7 @@ async def _wait_until_free(service: Service, session_id: str, fence: int) -> Non
             if owner is None or owner.fence != fence:
                 return
             await trio.sleep(_LOOK_S)
-    raise StoreError(f"The process that runs the turns of session {session_id!r} does not answer.")
+    raise _no_answer(session_id)
 
 
 def _hang_up(peer: "_Peer", slot: Forward, client_returns: Callable[[], bool]) -> None:

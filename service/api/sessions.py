@@ -5,6 +5,7 @@ from quart import Blueprint, request
 from quart_trio.wrappers import TrioResponse
 
 from service.api.bodies import read_body
+from service.api.forwarding import expect_later
 from service.api.operations import Answer, operation
 from service.api.queries import read_query
 from service.api.serving import current_service, json_response, no_content
@@ -132,7 +133,9 @@ async def delete_session(session_id: str) -> TrioResponse:
     It is gone for everybody at once; its turns end as `cancelled` (`session_deleted`). Completes even
     if the caller leaves; a second call meanwhile waits and gets 204 too.
     """
-    await current_service().sessions.delete_session(checked_session_id(session_id))
+    service = current_service()
+    expect_later(by_s=service.settings.cleanup_timeout_s + service.settings.store_timeout_s)
+    await service.sessions.delete_session(checked_session_id(session_id))
     return no_content()
 
 

@@ -1,6 +1,7 @@
 """Calls about turns: starting them in three ways, looking at them, streaming and cancelling them."""
 
 import re
+from math import inf
 from typing import cast
 
 from quart import Blueprint, request
@@ -8,7 +9,7 @@ from quart_trio.wrappers import TrioResponse
 
 from service.api import wire
 from service.api.bodies import drop_body, read_body
-from service.api.forwarding import release_later
+from service.api.forwarding import expect_later, release_later
 from service.api.held import give_back_later
 from service.api.operations import Answer, operation
 from service.api.queries import read_query
@@ -97,6 +98,7 @@ async def start_turn(session_id: str) -> TrioResponse:
     )
     if wants_stream(request) and not new.background:
         return await start_streaming(service, take_slot(service), session_id, new)
+    expect_later(by_s=_acceptance_s(service) if new.background else inf)
     turn, watch = await _start(service, session_id, new)
     with watch:
         if new.background:
@@ -121,11 +123,17 @@ def take_slot(service: Service) -> StreamSlot:
 
 async def start_streaming(service: Service, slot: StreamSlot, session_id: str, new: NewTurn) -> TrioResponse:
     """Start a turn whose events are the answer."""
+    expect_later(by_s=_acceptance_s(service))
     turn, watch = await _start(service, session_id, new)
     release_later(watch)
     response = stream_response(turn.log, slot, cursor=0)
     response.headers["Location"] = _turn_location(turn.session_id, turn.id)
     return response
+
+
+def _acceptance_s(service: Service) -> float:
+    """What an acceptance may take beyond one step of the store: it has up to three."""
+    return 2 * service.settings.store_timeout_s
 
 
 async def _start(service: Service, session_id: str, new: NewTurn) -> tuple[Turn, Watch]:
@@ -208,7 +216,9 @@ async def cancel_turn(session_id: str, turn_id: str) -> TrioResponse:
 
     Idempotent: a turn that has ended, or ends in another way first, is answered as it ended.
     """
-    record = await current_service().sessions.cancel_turn(checked_session_id(session_id), checked_turn_id(turn_id))
+    service = current_service()
+    expect_later(by_s=service.settings.cleanup_timeout_s)
+    record = await service.sessions.cancel_turn(checked_session_id(session_id), checked_turn_id(turn_id))
     return _turn_response(record)
 
 

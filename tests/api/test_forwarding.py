@@ -7,11 +7,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from service.api import forwarding
 from service.api.forwarding import PEER, socket_name
 from service.storage.sqlite import SqliteStore, open_sqlite_store
 from tests.api.inprocess import SSE, Api, Reply, leave, open_api
@@ -65,7 +67,7 @@ class Owner:
 
 
 @asynccontextmanager
-async def open_owner(folder: Path, *, backlog: int = 10) -> AsyncIterator[tuple[Api, Owner]]:
+async def open_owner(folder: Path, *, backlog: int = 10, **settings: Any) -> AsyncIterator[tuple[Api, Owner]]:
     """An application, and the owner of a turn on the same file."""
     path = folder / "lastcall.db"
     address = f"@test-{secrets.token_hex(8)}"
@@ -74,7 +76,9 @@ async def open_owner(folder: Path, *, backlog: int = 10) -> AsyncIterator[tuple[
         listener.listen(backlog)
         async with (
             open_sqlite_store(path, address=address) as store,
-            open_api(store_url=f"sqlite:{path}", model_url="scripted:?tokens=3&rate=0&first_token_s=0") as api,
+            open_api(
+                store_url=f"sqlite:{path}", model_url="scripted:?tokens=3&rate=0&first_token_s=0", **settings
+            ) as api,
         ):
             await store.create_session(a_session("s", idle_timeout_s=3600), now=T0)
             await store.begin_turn(a_turn(TURN, "s"), now=T0)
@@ -187,6 +191,76 @@ async def test_where_a_living_owner_cannot_be_reached_the_answer_is_503_and_noth
         assert (await owner.store.get_turn("s", TURN, now=datetime.now(UTC))).is_open
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "repeatable"),
+    [
+        ("GET", f"/sessions/s/turns/{TURN}", True),
+        ("GET", "/sessions/s/turns", True),
+        ("GET", EVENTS, True),
+        ("POST", f"/sessions/s/turns/{TURN}/cancel", True),
+        ("DELETE", "/sessions/s", True),
+        ("POST", "/sessions/s/turns", False),
+        ("POST", "/chat", False),
+        ("POST", "/sessions/s/fork", False),
+    ],
+)
+async def test_an_owner_that_hangs_is_not_waited_for_beyond_its_time(
+    method: str, path: str, repeatable: bool, tmp_path: Path
+) -> None:
+    bodies: dict[str, object] = {
+        "/sessions/s/turns": {"input": "x", "background": True},
+        "/chat": {"message": "x", "session_id": "s"},
+        "/sessions/s/fork": {},
+    }
+    body = bodies.get(path) if method == "POST" else None
+    settings: dict[str, Any] = {"store_timeout_s": 0.2, "cleanup_timeout_s": 0.2}
+    async with open_owner(tmp_path, **settings) as (api, owner), trio.open_nursery() as nursery:
+        replies: list[Reply] = []
+        nursery.start_soon(lambda: ask(api, replies, method, path, body))
+        stream, _ = await owner.take()
+        await wait_for(replies)
+        problem = replies[0].problem(503, "store_unavailable")
+        assert "does not answer" in problem["detail"]
+        assert replies[0].headers.get("retry-after") == ("1" if repeatable else None)
+        assert ("whether it accepted" in problem["detail"]) is not repeatable
+        assert await stream.receive_some() == b"", "nobody waits there any more"
+        assert (await owner.store.get_turn("s", TURN, now=datetime.now(UTC))).is_open
+        assert api.service.sessions.forwards.is_idle
+
+
+@pytest.mark.parametrize(("method", "path"), [("POST", f"/sessions/s/turns/{TURN}/cancel"), ("DELETE", "/sessions/s")])
+async def test_an_owner_has_longer_for_what_waits_for_an_end(method: str, path: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"store_timeout_s": 0.2, "cleanup_timeout_s": CAP_S}
+    async with open_owner(tmp_path, **settings) as (api, owner), trio.open_nursery() as nursery:
+        replies: list[Reply] = []
+        nursery.start_soon(lambda: ask(api, replies, method, path))
+        stream, _ = await owner.take()
+        await trio.sleep(0.4)
+        await stream.send_all(answer("{}"))
+        await wait_for(replies)
+        assert replies[0].status == 200
+
+
+async def test_a_call_that_waits_for_its_turn_and_a_stream_wait_as_long_as_that_takes(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"store_timeout_s": 0.2, "cleanup_timeout_s": 0.2}
+    async with open_owner(tmp_path, **settings) as (api, owner), trio.open_nursery() as nursery:
+        replies: list[Reply] = []
+        nursery.start_soon(lambda: ask(api, replies, "POST", "/sessions/s/turns", {"input": "x"}))
+        waiting, _ = await owner.take()
+        async with api.open("GET", EVENTS, headers=SSE) as client:
+            await client.send_complete()
+            streaming, _ = await owner.take()
+            await streaming.send_all(HEAD + chunk(frame(1)))
+            assert await client.receive() == frame(1).encode()
+            await trio.sleep(1)
+            await streaming.send_all(chunk(frame(2)) + b"0\r\n\r\n")
+            assert await client.receive() == frame(2).encode()
+            assert await client.receive() == b"", "the end of the body"
+        await waiting.send_all(answer("{}"))
+        await wait_for(replies)
+        assert replies[0].status == 200
+
+
 async def test_a_request_is_passed_on_three_times_at_most(tmp_path: Path) -> None:
     async with open_owner(tmp_path) as (api, _):
         for hops in ("3", "4"):
@@ -218,6 +292,18 @@ async def test_an_owner_whose_backlog_is_full_is_asked_again(tmp_path: Path) -> 
         await stream.send_all(answer("{}"))
         await wait_for(replies)
         assert replies[0].status == 200
+
+
+async def test_an_owner_whose_backlog_stays_full_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forwarding, "_CONNECT_TIMEOUT_S", 0.1)
+    async with open_owner(tmp_path, backlog=0) as (api, owner):
+        with socket.socket(socket.AF_UNIX) as waiting:
+            waiting.connect(owner.listener.getsockname())
+            problem = (await api.call("GET", f"/sessions/s/turns/{TURN}")).problem(503, "store_unavailable")
+        assert "does not answer" in problem["detail"]
+        assert problem["retry_after_s"] == 1
 
 
 async def test_a_client_that_leaves_has_left_at_the_owner_too(tmp_path: Path) -> None:
