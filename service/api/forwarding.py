@@ -46,8 +46,11 @@ The value is a function that says, once the request has been cut, whether the cl
 _LATER = "lastcall.later"
 """In the ASGI scope of a request: by how many seconds its answer may come later than the store's."""
 _HOPS = "lastcall-hops"
-_HOPS_MAX = 3
-"""The owner may change while a request is on its way; it does not change for ever."""
+_HOPS_AT_ONCE = 3
+"""The owner may change while a request is on its way; where it goes on changing, the request waits at each hop."""
+_HOPS_MAX = 10
+"""It does not change for ever."""
+_SETTLING_S = 0.02
 _CONNECT_TIMEOUT_S = 2.0
 _DYING_S = 1.0
 """How long the lock of a process that dies may outlive its connections."""
@@ -121,6 +124,12 @@ async def forward(error: OwnedElsewhereError) -> TrioResponse:
         ShuttingDownError: This process stops before the answer.
     """
     hops = int(request.headers.get(_HOPS, "0")) if is_from_peer() else 0
+    if _HOPS_AT_ONCE <= hops < _HOPS_MAX:
+        await trio.sleep(_SETTLING_S * (hops - _HOPS_AT_ONCE + 1))
+        try:
+            return await _begin_anew()
+        except OwnedElsewhereError as newer:
+            error = newer
     if error.address is None or hops >= _HOPS_MAX:
         raise StoreError(str(error))
     stream = await _connect(error.address)
@@ -200,6 +209,11 @@ async def _connect(address: str) -> trio.SocketStream | None:
 async def _answer_here(error: OwnedElsewhereError) -> TrioResponse:
     """The owner is gone: end its turns and begin the request anew, here."""
     await _wait_until_free(current_service(), error.session_id, error.fence)
+    return await _begin_anew()
+
+
+async def _begin_anew() -> TrioResponse:
+    """Raises: What the request's handler does."""
     assert request.endpoint is not None
     handler = current_app.view_functions[request.endpoint]
     response = await handler(**(request.view_args or {}))  # type: ignore[misc]

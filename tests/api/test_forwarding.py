@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import trio
+from quart_trio.wrappers import TrioResponse
 from trio.testing import wait_all_tasks_blocked
 
-from service.api import forwarding
+from service.api import app, forwarding
 from service.api.forwarding import PEER, socket_name
+from service.errors import OwnedElsewhereError
 from service.storage.sqlite import SqliteStore, open_sqlite_store
 from tests.api.inprocess import SSE, Api, Reply, leave, open_api
 from tests.storage.rows import T0, a_session, a_turn, ended
@@ -261,9 +263,32 @@ async def test_a_call_that_waits_for_its_turn_and_a_stream_wait_as_long_as_that_
         assert replies[0].status == 200
 
 
-async def test_a_request_is_passed_on_three_times_at_most(tmp_path: Path) -> None:
+async def test_where_the_owner_keeps_changing_the_request_waits_and_is_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
+        replies: list[Reply] = []
+        peer: dict[str, Any] = {"headers": {"Lastcall-Hops": "3"}, "scope": {PEER: lambda: False}}
+        body = {"input": "x"}
+        nursery.start_soon(lambda: ask(api, replies, "POST", "/sessions/s/turns", body, **peer))
+        stream, request = await owner.take()
+        assert b"\r\nlastcall-hops: 4\r\n" in request
+        await stream.send_all(answer("{}", 409))
+        await wait_for(replies)
+        assert replies[0].status == 409
+
+        async def end_meanwhile(error: OwnedElsewhereError) -> TrioResponse:
+            await owner.store.end_turn(ended(a_turn(TURN, "s")), events=[], now=datetime.now(UTC))
+            return await forwarding.forward(error)
+
+        monkeypatch.setattr(app, "forward", end_meanwhile)
+        reply = await api.call("POST", "/sessions/s/turns", body, **peer)
+        assert (reply.status, reply.json["state"]) == (200, "completed")
+
+
+async def test_a_request_is_passed_on_ten_times_at_most(tmp_path: Path) -> None:
     async with open_owner(tmp_path) as (api, _):
-        for hops in ("3", "4"):
+        for hops in ("10", "11"):
             reply = await api.call("GET", EVENTS, headers={"Lastcall-Hops": hops}, scope={PEER: lambda: False})
             reply.problem(503, "store_unavailable")
 
