@@ -29,7 +29,7 @@ from quart_trio.wrappers import TrioResponse
 from service.api.bodies import drop_body, kept_body
 from service.api.held import give_back_later
 from service.api.serving import current_service
-from service.api.sse import MEDIA_TYPE
+from service.api.sse import MEDIA_TYPE, read_cursor
 from service.errors import InvalidRequestError, LastcallError, OwnedElsewhereError, ShuttingDownError, StoreError
 from service.sessions.event_log import EventLog
 from service.sessions.forwards import Forward
@@ -259,9 +259,7 @@ class ForwardedStream(ResponseBody):
         self._slot = slot
         self._fence = fence
         self._turn_path = turn_path
-        self._cursor = 0
-        if request.method == "GET":  # it is one that the owner has found good
-            self._cursor = int(request.headers.get("Last-Event-ID") or request.args.get("after") or 0)
+        self._cursor = read_cursor(request) if request.method == "GET" else 0
         self._unsent = b""
         self._rest: EventLog | None = None
 

@@ -6,6 +6,8 @@ from quart.wrappers.response import ResponseBody
 from quart_trio.wrappers import TrioResponse
 
 from service.api.held import give_back_later
+from service.api.queries import read_query
+from service.api.wire import EventsQuery
 from service.errors import InvalidRequestError
 from service.sessions.event_log import EventLog
 from service.sessions.streams import StreamSlot
@@ -96,7 +98,7 @@ def stream_response(log: EventLog, slot: StreamSlot, *, cursor: int) -> TrioResp
     return response
 
 
-def read_cursor(last_event_id: str | None, *, after: int) -> int:
+def read_cursor(request: Request) -> int:
     """The seq that a client saw last: its ``Last-Event-ID``, else ``?after=``.
 
     In this order, because an ``EventSource`` that reconnects repeats the URL it began with.
@@ -104,6 +106,8 @@ def read_cursor(last_event_id: str | None, *, after: int) -> int:
     Raises:
         InvalidRequestError
     """
+    after = read_query(request, EventsQuery).after
+    last_event_id = request.headers.get("Last-Event-ID")
     if not last_event_id:
         return after
     if not (last_event_id.isascii() and last_event_id.isdigit() and len(last_event_id) <= _SEQ_DIGITS_MAX):

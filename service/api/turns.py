@@ -189,18 +189,16 @@ async def stream_events(session_id: str, turn_id: str) -> TrioResponse:
     last event's id as `Last-Event-ID` (an `EventSource` does) or as `after`: nothing is missing and
     nothing comes twice.
     """
-    query = read_query(request, EventsQuery)
+    cursor = read_cursor(request)
     service = current_service()
     session_id, turn_id = checked_session_id(session_id), checked_turn_id(turn_id)
-    last_event_id = request.headers.get("Last-Event-ID")
-    cursor = read_cursor(last_event_id, after=query.after)
     slot = take_slot(service)
     log, watch = await service.sessions.open_events(session_id, turn_id, after=cursor)
     release_later(watch)
     if cursor >= log.last_seq and log.closed:
         return no_content()
     if cursor > log.last_seq:
-        field = "Last-Event-ID" if last_event_id else "after"
+        field = "Last-Event-ID" if request.headers.get("Last-Event-ID") else "after"
         raise InvalidRequestError(f"This turn has {log.last_seq} events so far.", field=field)
     if request.method == "HEAD":
         return TrioResponse(b"", headers=HEADERS, content_type=MEDIA_TYPE)

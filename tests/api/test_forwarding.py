@@ -17,6 +17,7 @@ from trio.testing import wait_all_tasks_blocked
 from service.api import app, forwarding
 from service.api.forwarding import PEER, socket_name
 from service.errors import OwnedElsewhereError
+from service.storage.records import Checkpoint
 from service.storage.sqlite import SqliteStore, open_sqlite_store
 from tests.api.inprocess import SSE, Api, Reply, leave, open_api
 from tests.storage.rows import T0, a_session, a_turn, ended
@@ -134,6 +135,32 @@ async def test_only_whole_frames_are_passed_on_and_a_dead_owners_stream_ends_fro
         assert terminal.startswith(b'id: 1073741824\ndata: {"type":"turn.interrupted"')
         assert terminal.count(b"id: ") == 1
         assert await client.receive() == b"", "the end of the body"
+
+
+@pytest.mark.parametrize(
+    ("query", "headers"), [("?after=2", {}), ("?after=1", {"Last-Event-ID": "2"}), ("?after=2", {"Last-Event-ID": ""})]
+)
+async def test_a_stream_that_its_owner_never_began_goes_on_from_what_the_client_has_seen(
+    query: str, headers: dict[str, str], tmp_path: Path
+) -> None:
+    async with open_owner(tmp_path) as (api, owner), api.open("GET", EVENTS + query, headers=SSE | headers) as client:
+        await client.send_complete()
+        stream, _ = await owner.take()
+        checkpoint = Checkpoint(
+            session_id="s", turn_id=TURN, after=0, events=tuple(frame(seq).encode() for seq in (1, 2, 3)), output=()
+        )
+        await owner.store.checkpoint_turns([checkpoint])
+        await stream.send_all(HEAD + chunk("retry: 1000\n\n"))
+        assert await client.receive() == b"retry: 1000\n\n"
+        await owner.die(stream)
+        assert (await client.receive()).startswith(frame(3).encode())
+
+
+@pytest.mark.parametrize("after", ["2.0", "2e0", "x", "-1"])
+async def test_a_cursor_that_is_none_is_refused_where_it_comes_in(after: str, tmp_path: Path) -> None:
+    async with open_owner(tmp_path) as (api, _):
+        reply = await api.call("GET", f"{EVENTS}?after={after}", headers=SSE)
+        reply.problem(422, "invalid_request", "after")
 
 
 async def test_a_stream_that_had_its_end_gets_no_second_one(tmp_path: Path) -> None:

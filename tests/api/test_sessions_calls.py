@@ -60,6 +60,8 @@ async def test_wrong_parameters_are_refused_by_name(autojump_clock: MockClock) -
             ("limit=x", "limit"),
             ("limit=", "limit"),
             ("limit=1.5", "limit"),
+            ("limit=1.0", "limit"),
+            ("limit=1e1", "limit"),
             ("limit=1&limit=2", "limit"),
             ("after=nonsense", "after"),
             ("after=%00", "after"),
