@@ -9,7 +9,7 @@ from quart_trio.wrappers import TrioResponse
 
 from service.api.openapi import build_document
 from service.api.operations import Answer, operation
-from service.api.problems import STATUS_BY_ERROR, code_of
+from service.api.problems import codes
 
 blueprint = Blueprint("docs", __name__)
 
@@ -74,10 +74,7 @@ def render(document: dict[str, Any]) -> str:
     parts.append("<h2>Schemas</h2>")
     parts += [_schema(name, schema) for name, schema in sorted(document["components"]["schemas"].items())]
     parts.append("<h2>Problems</h2><p>Every error is a problem document (RFC 9457) with one of these codes.</p><table>")
-    parts += [
-        f'<tr id="{code}"><td>{status}<td><code>{code}</code>'
-        for status, code in sorted({(status, code_of(error)) for error, status in STATUS_BY_ERROR.items()})
-    ]
+    parts += [f'<tr id="{code}"><td>{status}<td><code>{code}</code>' for status, code in codes()]
     parts.append("</table></html>")
     return "\n".join(parts)
 

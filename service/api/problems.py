@@ -68,6 +68,8 @@ STATUS_BY_ERROR: Mapping[type[LastcallError], int] = {
 """The most derived type counts. 429 is a bound that the caller's own session reached, 503 one of the server."""
 
 _CODE_BY_STATUS = {404: "not_found", 405: "method_not_allowed"}
+_OTHER_REFUSAL = (400, "bad_request")
+_BROKEN = (500, "internal_error")
 
 
 def status_of(kind: type[Exception]) -> int:
@@ -84,13 +86,23 @@ def code_of(kind: type[LastcallError]) -> str:
     return code
 
 
+def codes() -> list[tuple[int, str]]:
+    """Every code that a problem document may have, with its status, in order.
+
+    What else a request may be refused for has a status of its own and the code of 400.
+    """
+    known = {(status, code_of(error)) for error, status in STATUS_BY_ERROR.items()}
+    return sorted(known | set(_CODE_BY_STATUS.items()) | {_OTHER_REFUSAL, _BROKEN})
+
+
 def problem_of(error: Exception) -> Problem:
     """The document that tells an error. One that nobody expected tells nothing but that."""
     if isinstance(error, HTTPException) and error.code is not None and error.code < 500:
-        return _problem(error.code, _CODE_BY_STATUS.get(error.code, "bad_request"), error.description or error.name)
+        code = _CODE_BY_STATUS.get(error.code, _OTHER_REFUSAL[1])
+        return _problem(error.code, code, error.description or error.name)
     status = status_of(type(error))
     if status == 500 or not isinstance(error, LastcallError):
-        return _problem(500, "internal_error", "Something in this service broke; its log says what.")
+        return _problem(*_BROKEN, "Something in this service broke; its log says what.")
     problem = _problem(status, code_of(type(error)), str(error))
     names = ("field", "retry_after_s", "turn_id", "state", "text")
     return msgspec.structs.replace(problem, **{name: getattr(error, name, None) for name in names})

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from werkzeug.exceptions import default_exceptions
 
 from service import errors
 from service.api.app import create_app
 from service.api.docs import document_of
-from service.api.problems import STATUS_BY_ERROR, code_of, status_of
+from service.api.problems import STATUS_BY_ERROR, code_of, problem_of, status_of
 from service.errors import LastcallError, ModelError, RefusedError, StartupError
 from tests.api.inprocess import open_api
 
@@ -95,5 +96,16 @@ async def test_the_page_is_whole_without_anything_from_elsewhere() -> None:
             assert f'id="{operation["operationId"]}"' in page
         for target in re.findall(r'href="#([^"]+)"', page):
             assert f'id="{target}"' in page
-        for kind in STATUS_BY_ERROR:
-            assert f'id="{code_of(kind)}"' in page
+
+
+async def test_every_problem_leads_to_its_place_on_the_page() -> None:
+    kinds = {kind for kind in refusals(LastcallError) if status_of(kind) != 500}
+    sent = {f"/docs#{code_of(kind)}" for kind in kinds | STATUS_BY_ERROR.keys()}
+    sent |= {problem_of(kind()).type for kind in default_exceptions.values()}
+    sent |= {problem_of(error).type for error in (ValueError(), LastcallError(), ModelError("rate_limited", "x"))}
+    assert {"/docs#bad_request", "/docs#not_found", "/docs#internal_error"} < sent
+    async with open_api() as api:
+        page = (await api.call("GET", "/docs")).body.decode()
+    anchors = [f"/docs#{anchor}" for anchor in re.findall('id="([^"]+)"', page)]
+    assert sent <= set(anchors)
+    assert len(set(anchors)) == len(anchors)
