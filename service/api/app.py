@@ -15,7 +15,7 @@ from service.api.held import holding
 from service.api.operations import operation_of
 from service.api.problems import NotReadyError, answer_error
 from service.api.serving import attach, current_access, current_service, detach
-from service.api.targets import is_usable, refuse_target
+from service.api.targets import fault_of, refuse_target
 from service.errors import InvalidRequestError, OwnedElsewhereError
 
 __all__ = ["Application", "attach", "create_app", "detach"]
@@ -27,8 +27,9 @@ class Application(QuartTrio):
     request_class = BoundedRequest
 
     async def asgi_app(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "lifespan" and not is_usable(scope):
-            await refuse_target(scope, send)
+        fault = None if scope["type"] == "lifespan" else fault_of(scope)
+        if fault is not None:
+            await refuse_target(scope, send, fault)
             return
         with holding(scope):
             await super().asgi_app(scope, receive, send)

@@ -7,31 +7,35 @@ Quart takes the first character of a path that may be empty (``GET ?x``), splits
 from typing import Any
 from urllib.parse import urlsplit
 
-from werkzeug.exceptions import BadRequest
+from werkzeug.exceptions import BadRequest, HTTPException, NotFound
 
 from service.api.problems import problem_response
 
+_NEITHER = "The target of this request is neither a path nor a URL."
 
-def is_usable(scope: dict[str, Any]) -> bool:
-    """Whether a connection's target is one of RFC 9112, 3.2: of ASCII, and a path, an absolute URL or ``*``."""
+
+def fault_of(scope: dict[str, Any]) -> HTTPException | None:
+    """What is wrong with a connection's target, if it is none of RFC 9112, 3.2: a path, an absolute URL or ``*``.
+
+    Or nothing is there, because its path begins with two slashes or none: Quart would take it for the one with one.
+    """
     path: str = scope["path"]
     if not path or not scope["query_string"].isascii() or not (scope.get("raw_path") or b"").isascii():
-        return False
-    if path[0] == "/":
-        return True
-    try:
-        urlsplit(path)
-    except ValueError:
-        return False
-    return True
+        return BadRequest(_NEITHER)
+    if path[0] != "/":
+        try:
+            path = urlsplit(path).path
+        except ValueError:
+            return BadRequest(_NEITHER)
+    return None if path[:1] == "/" != path[1:2] else NotFound()
 
 
-async def refuse_target(scope: dict[str, Any], send: Any) -> None:
+async def refuse_target(scope: dict[str, Any], send: Any, fault: HTTPException) -> None:
     """Answer in place of the application."""
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1000})
         return
-    response = problem_response(BadRequest("The target of this request is neither a path nor a URL."))
+    response = problem_response(fault)
     headers = [(name.lower().encode(), value.encode()) for name, value in response.headers.items()]
     await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
     await send({"type": "http.response.body", "body": await response.get_data(as_text=False), "more_body": False})

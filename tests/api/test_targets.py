@@ -16,6 +16,8 @@ CAP_S = 10
 async def test_targets_that_are_none_are_refused_and_the_others_are_not() -> None:
     expected = dict.fromkeys(("?", "?x", "?limit=1", "http://[", "http://[::1/"), b"400")
     expected |= dict.fromkeys(("[", "//[", ":", "*", "http://", "/[", "%", "x"), b"404")
+    expected |= dict.fromkeys(("//healthz", "///healthz", "/%2Fhealthz", "//h/healthz", "http://h//healthz"), b"404")
+    expected |= dict.fromkeys(("healthz", "http:healthz", "http://h"), b"404")
     expected |= dict.fromkeys(("/healthz", "http://h/healthz?a=b"), b"200")
     got = {}
     with trio.fail_after(CAP_S):
