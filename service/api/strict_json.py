@@ -7,7 +7,7 @@ from typing import Never, TypeVar
 
 import msgspec
 
-from service.api.wire import Metadata
+from service.api.wire import FORMS, Metadata
 from service.errors import InvalidRequestError
 
 T = TypeVar("T")
@@ -46,15 +46,37 @@ def parse_json(raw: bytes) -> object:
         raise MalformedBodyError("The body is nested too deeply.") from None
 
 
+class _Pairs(list[tuple[str, object]]):
+    """An object of JSON as it came, with what it repeats."""
+
+
+class _RepeatedKeyError(Exception):
+    """Some object has a key twice."""
+
+
 def _unique(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
     unique = dict(pairs)
     if len(unique) < len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise MalformedBodyError("The body has this key twice.", field=shown(key))
-            seen.add(key)
+        raise _RepeatedKeyError
     return unique
+
+
+def _repeated_key(node: object, path: str = "") -> str | None:
+    """The path of the first key that an object has twice."""
+    if isinstance(node, _Pairs):
+        seen: set[str] = set()
+        for key, value in node:
+            within = f"{path}.{key}" if path else key
+            if key in seen:
+                return within
+            seen.add(key)
+            if (found := _repeated_key(value, within)) is not None:
+                return found
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            if (found := _repeated_key(value, f"{path}[{index}]")) is not None:
+                return found
+    return None
 
 
 def _refuse_constant(name: str) -> Never:
@@ -67,9 +89,19 @@ def _number(text: str) -> float | int:
     return int(number) if number.is_integer() else number
 
 
-_decode = JSONDecoder(object_pairs_hook=_unique, parse_float=_number, parse_constant=_refuse_constant).decode
+_decode_unique = JSONDecoder(object_pairs_hook=_unique, parse_float=_number, parse_constant=_refuse_constant).decode
+_decode_pairs = JSONDecoder(object_pairs_hook=_Pairs).decode
 
-_PATH = re.compile(r" - at `(?:key` in `)?\$\.?(?P<path>[^`]*)`$", re.DOTALL)
+
+def _decode(text: str) -> object:
+    try:
+        return _decode_unique(text)
+    except _RepeatedKeyError:
+        field = _repeated_key(_decode_pairs(text)) or ""
+        raise MalformedBodyError("The body has this key twice.", field=shown(field)) from None
+
+
+_PATH = re.compile(r" - at `(?P<key>key` in `)?\$\.?(?P<path>[^`]*)`$", re.DOTALL)
 _NAMED_FIELD = re.compile(r"field `(?P<name>.*)`", re.DOTALL)
 
 
@@ -88,12 +120,26 @@ def convert(value: object, kind: type[T], *, strict: bool = True) -> T:
     path = _PATH.search(message)
     field = path["path"] if path else ""
     message = message[: path.start()] if path else message
+    if path and path["key"]:
+        message = f"One of its keys is not as it should be: {message}"
     if named := _NAMED_FIELD.search(message):
         field = named["name"]
     if field.endswith("[...]") and isinstance(value, dict):
         field = field.removesuffix("[...]")
         field = f"{field}.{_pair_at_fault(value[field])}"
+    message = _in_words(message, kind, field)
     raise InvalidRequestError(shown(message) + ".", field=shown(field) or None)
+
+
+def _in_words(message: str, kind: type, field: str) -> str:
+    """What is allowed, where msgspec gives a pattern or not even that."""
+    for pattern, form in FORMS.items():
+        if repr(pattern) in message:
+            return f"Expected {form}"
+    if message.startswith("Invalid enum value"):
+        allowed = msgspec.json.schema(kind)["$defs"][kind.__name__]["properties"][field]["enum"]
+        return f"Expected one of {', '.join(map(repr, allowed))}"
+    return message
 
 
 def _pair_at_fault(pairs: dict[str, object]) -> str:
@@ -109,7 +155,7 @@ def check_texts(value: object, field: str, *, bytes_max: int) -> None:
     """Refuse texts that could not be kept, sent on or shown; metadata has bounds of its own."""
     if isinstance(value, dict):
         for key, text in value.items():
-            _utf8_length(key, field)
+            _utf8_length(key, field, what="A key")
             _utf8_length(text, f"{field}.{key}")
     elif isinstance(value, str) and (size := _utf8_length(value, field)) > bytes_max:
         raise InputTooLargeError(
@@ -117,13 +163,13 @@ def check_texts(value: object, field: str, *, bytes_max: int) -> None:
         )
 
 
-def _utf8_length(text: str, field: str) -> int:
+def _utf8_length(text: str, field: str, *, what: str = "A text") -> int:
     if "\0" in text:
-        raise InvalidRequestError("A text may not have NUL characters.", field=shown(field))
+        raise InvalidRequestError(f"{what} may not have NUL characters.", field=shown(field))
     try:
         return len(text) if text.isascii() else len(text.encode())
     except UnicodeEncodeError:
-        raise InvalidRequestError("A text may not have half of a surrogate pair.", field=shown(field)) from None
+        raise InvalidRequestError(f"{what} may not have half of a surrogate pair.", field=shown(field)) from None
 
 
 def shown(text: str) -> str:

@@ -16,14 +16,15 @@ from service.sessions.turn import OnDisconnect
 from service.storage.records import EndReason, Failure, Page, SessionRecord, SessionStatus, TurnRecord, TurnState
 
 # Python's ``$`` also matches before a last line end, JavaScript's does not: hence the lookahead.
-SessionId = Annotated[
-    str,
-    Meta(
-        pattern=r"^(?!\.{1,2}$)[A-Za-z0-9_.-]{1,128}$(?!\n)",
-        description="1-128 of `A-Z a-z 0-9 _ . -`; not `.` or `..`, which no URL can name.",
-    ),
-]
-TurnId = Annotated[str, Meta(pattern=r"^turn_[0-9a-f]{32}$(?!\n)")]
+_SESSION_ID = r"^(?!\.{1,2}$)[A-Za-z0-9_.-]{1,128}$(?!\n)"
+_TURN_ID = r"^turn_[0-9a-f]{32}$(?!\n)"
+FORMS = {
+    _SESSION_ID: "1-128 of `A-Z a-z 0-9 _ . -`; not `.` or `..`, which no URL can name",
+    _TURN_ID: "the id of a turn: `turn_` and 32 of `0-9 a-f`",
+}
+"""What the patterns say, in words."""
+SessionId = Annotated[str, Meta(pattern=_SESSION_ID, description=f"{FORMS[_SESSION_ID]}.")]
+TurnId = Annotated[str, Meta(pattern=_TURN_ID)]
 # Told to readers of the schema only: :mod:`service.api.strict_json` looks itself, and says it in words.
 _NO_NUL = {"pattern": r"^[^\x00]*$"}
 Title = Annotated[str, Meta(max_length=200, extra_json_schema=_NO_NUL)]

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 
 from service.api.bodies import BoundedBody, body_bytes_max, parse_body
 from service.api.strict_json import InputTooLargeError, MalformedBodyError, parse_json
-from service.api.wire import CreateSession, StartTurn, UpdateSession
+from service.api.wire import (
+    Chat,
+    CreateSession,
+    ForkSession,
+    Query,
+    RequestBody,
+    SessionsQuery,
+    StartTurn,
+    UpdateSession,
+)
 from service.errors import InvalidRequestError
 from service.settings import Settings
 
@@ -109,6 +118,52 @@ def test_a_session_that_is_not_one_is_refused_with_its_field(body: dict[str, Any
     with pytest.raises(InvalidRequestError) as refused:
         parse(json.dumps(body), CreateSession)
     assert refused.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "told"),
+    [
+        (CreateSession, {"id": "a b"}, "1-128 of `A-Z a-z 0-9 _ . -`; not `.` or `..`"),
+        (ForkSession, {"at": "turn_0"}, "the id of a turn: `turn_` and 32 of `0-9 a-f`"),
+        (ForkSession, {"id": ".."}, "1-128 of `A-Z a-z 0-9 _ . -`; not `.` or `..`"),
+        (Chat, {"message": "a", "session_id": "a/b"}, "1-128 of `A-Z a-z 0-9 _ . -`; not `.` or `..`"),
+        (StartTurn, {"input": "a", "parent": "x"}, "the id of a turn: `turn_` and 32 of `0-9 a-f`"),
+        (StartTurn, {"input": "a", "on_conflict": "REJECT"}, "one of 'queue', 'reject', 'supersede'."),
+        (StartTurn, {"input": "a", "on_disconnect": ""}, "one of 'cancel', 'continue'."),
+        (SessionsQuery, {"status": "dead"}, "one of 'idle', 'running'."),
+        (CreateSession, {"metadata": {"k" * 65: ""}}, "One of its keys is not as it should be"),
+        (CreateSession, {"metadata": {"": ""}}, "One of its keys is not as it should be"),
+        (CreateSession, {"metadata": {"\0": ""}}, "A key may not have NUL"),
+    ],
+)
+def test_what_is_allowed_is_said_in_words(kind: type[RequestBody | Query], body: object, told: str) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        parse(json.dumps(body), kind)
+    assert told in str(refused.value)
+    assert "\\" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("raw", "field"),
+    [
+        ('{"id": "a", "id": "b"}', "id"),
+        ('{"metadata": {"a": "1", "a": "2"}}', "metadata.a"),
+        ('{"metadata": {"b": "1", "a": "1", "a": "2"}, "id": 1, "id": 2}', "metadata.a"),
+        ('{"x": [{}, {"a": {"b": 1, "b": 1}}]}', "x[1].a.b"),
+        ('{"": 1, "": 2}', ""),
+        ('{"\\ud800": 1, "\\ud800": 2}', "\\ud800"),
+    ],
+)
+def test_a_repeated_key_is_told_with_its_path(raw: str, field: str) -> None:
+    with pytest.raises(MalformedBodyError) as refused:
+        parse_json(raw.encode())
+    assert refused.value.field == field
+
+
+def test_a_repeated_key_at_any_depth_is_malformed() -> None:
+    for depth in (100, 400, 900, 990, 100_000):
+        with pytest.raises(MalformedBodyError):
+            parse_json(b'{"a":' * depth + b'{"b": 1, "b": 1}' + b"}" * depth)
 
 
 def test_everything_at_its_bound_is_taken() -> None:
