@@ -42,6 +42,12 @@ _LED_BY_ID = tuple(
 )
 
 
+class ForkPointNotFoundError(TurnNotFoundError):
+    """``at`` is not a turn of the session to be forked."""
+
+    field = "at"
+
+
 def checked_session_id(session_id: str) -> str:
     """The id, if it is one. Raises: SessionNotFoundError, for no session has an id of another form."""
     if not is_session_id(session_id):
@@ -158,7 +164,10 @@ async def fork_session(session_id: str) -> TrioResponse:
     session_id = checked_session_id(session_id)
     service = current_service()
     body = await read_body(request, ForkSession, service)
-    record = await service.sessions.fork_session(session_id, at=body.at, copy_id=body.id)
+    try:
+        record = await service.sessions.fork_session(session_id, at=body.at, copy_id=body.id)
+    except TurnNotFoundError as error:
+        raise ForkPointNotFoundError(error.turn_id) from None
     return json_response(Session.of(record), 201, location=session_location(record.id))
 
 
