@@ -14,7 +14,7 @@ from service.api.forwarding import forward, is_from_peer
 from service.api.held import holding
 from service.api.operations import operation_of
 from service.api.problems import NotReadyError, answer_error
-from service.api.serving import attach, current_access, current_service, detach
+from service.api.serving import attach, current_access, current_service, detach, no_content
 from service.api.targets import fault_of, refuse_target
 from service.errors import InvalidRequestError, OwnedElsewhereError
 
@@ -33,6 +33,12 @@ class Application(QuartTrio):
             return
         with holding(scope):
             await super().asgi_app(scope, receive, send)
+
+    async def make_default_options_response(self) -> Response:
+        response = await super().make_default_options_response()
+        allowed = no_content()
+        allowed.headers["Allow"] = response.headers["Allow"]
+        return allowed
 
 
 def create_app() -> Application:
