@@ -23,8 +23,17 @@ class UnsupportedMediaTypeError(RefusedError):
 
     code = "unsupported_media_type"
 
+    def __init__(self, message: str = 'This call takes a JSON body: send "Content-Type: application/json".') -> None:
+        super().__init__(message)
+
+
+class UnsupportedEncodingError(UnsupportedMediaTypeError):
+    """The body is compressed, or said to be."""
+
+    field = "Content-Encoding"
+
     def __init__(self) -> None:
-        super().__init__('This call takes a JSON body: send "Content-Type: application/json".')
+        super().__init__("This call takes a body that is not compressed: send it without Content-Encoding.")
 
 
 class BodyTimeoutError(RefusedError):
@@ -116,7 +125,7 @@ async def read_body(request: Request, kind: type[B], service: Service) -> B:
     :func:`drop_body`.
 
     Raises:
-        UnsupportedMediaTypeError
+        UnsupportedMediaTypeError, UnsupportedEncodingError
         InputTooLargeError: Before anything is read, where the request tells its length.
         BodyTimeoutError
         MalformedBodyError
@@ -124,6 +133,8 @@ async def read_body(request: Request, kind: type[B], service: Service) -> B:
     """
     if request.mimetype != "application/json":
         raise UnsupportedMediaTypeError
+    if request.headers.get("Content-Encoding", "identity").strip().lower() not in ("identity", ""):
+        raise UnsupportedEncodingError
     raw = kept_body(request)
     if not raw:
         assert isinstance(request.body, BoundedBody)

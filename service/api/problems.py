@@ -8,7 +8,7 @@ from quart_trio.wrappers import TrioResponse
 from werkzeug.exceptions import HTTPException
 
 from service.api.access import LoopbackOnlyError, UnauthorizedError
-from service.api.bodies import BodyTimeoutError, UnsupportedMediaTypeError
+from service.api.bodies import BodyTimeoutError, UnsupportedEncodingError, UnsupportedMediaTypeError
 from service.api.strict_json import InputTooLargeError, MalformedBodyError
 from service.api.wire import Problem
 from service.errors import (
@@ -122,6 +122,8 @@ def problem_response(error: Exception) -> TrioResponse:
         headers["Retry-After"] = str(problem.retry_after_s)
     if isinstance(error, UnauthorizedError):
         headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, UnsupportedEncodingError):
+        headers["Accept-Encoding"] = "identity"  # RFC 9110, 15.5.16
     if isinstance(error, ShuttingDownError):
         headers["Connection"] = "close"  # so that a pool finds another server
     if isinstance(error, HTTPException):

@@ -1,5 +1,6 @@
 """What holds for every request: access, problem documents, bounds on bodies, shutdown, other origins."""
 
+import gzip
 from typing import Any
 
 import pytest
@@ -37,7 +38,8 @@ async def test_errors_of_the_router_are_problem_documents_too() -> None:
 async def test_options_says_what_is_allowed_and_head_is_get_without_a_body() -> None:
     async with open_api() as api:
         options = await api.call("OPTIONS", "/sessions")
-        assert (options.status, options.body) == (200, b"")
+        assert (options.status, options.body) == (204, b"")
+        assert "content-type" not in options.headers
         assert set(options.headers["allow"].split(", ")) == {"GET", "HEAD", "OPTIONS", "POST"}
         head = await api.call("HEAD", "/sessions")
         assert head.status == 200
@@ -53,6 +55,19 @@ async def test_a_body_that_is_not_said_to_be_json_is_refused(headers: dict[str, 
         reply.problem(415, "unsupported_media_type")
         utf8 = {"Content-Type": "application/json; charset=utf-8"}
         assert (await api.call("POST", "/sessions", raw=b"{}", headers=utf8)).status == 201
+
+
+async def test_a_body_that_is_said_to_be_compressed_is_refused() -> None:
+    async with open_api() as api:
+        for encoding in ("gzip", "br", "identity, gzip", "x"):
+            for raw in (b"{}", gzip.compress(b"{}")):
+                headers = JSON | {"Content-Encoding": encoding}
+                reply = await api.call("POST", "/sessions", raw=raw, headers=headers)
+                reply.problem(415, "unsupported_media_type", "Content-Encoding")
+                assert reply.headers["accept-encoding"] == "identity"
+        for encoding in ("identity", "Identity", ""):
+            headers = JSON | {"Content-Encoding": encoding}
+            assert (await api.call("POST", "/sessions", raw=b"{}", headers=headers)).status == 201
 
 
 async def test_malformed_and_wrong_bodies_are_told_apart() -> None:
