@@ -118,7 +118,7 @@ async def get_session(session_id: str) -> TrioResponse:
 async def update_session(session_id: str) -> TrioResponse:
     """Change a session and move its expiry.
 
-    What is left out stays; null clears. `metadata` is replaced as a whole.
+    What is left out stays; null clears `title`, `model` and `system_message`. `metadata` is replaced as a whole.
     """
     session_id = checked_session_id(session_id)
     service = current_service()

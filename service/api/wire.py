@@ -75,7 +75,10 @@ class ForkSession(RequestBody, frozen=True, kw_only=True):
 
 
 class UpdateSession(RequestBody, frozen=True, kw_only=True):
-    """``{"title": "Refund for order 4711", "model": null}``: null clears, what is left out stays."""
+    """``{"title": "Refund for order 4711", "model": null}``: what is left out stays.
+
+    null clears ``title``, ``model`` and ``system_message``.
+    """
 
     title: Title | None | UnsetType = UNSET
     model: ModelName | None | UnsetType = UNSET
@@ -305,7 +308,7 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     "detail": "Turn 'turn_0a…' is still running or queued in this session; …", "turn_id": "turn_0a…"}``
 
     ``field`` names the part of the request that is wrong; ``retry_after_s`` repeats the header;
-    ``turn_id``, ``state`` and ``text`` tell of the turn that is in the way or whose events are lost.
+    ``turn_id``, ``state`` and ``text`` tell of the turn that is in the way, is not there or whose events are lost.
 
     Source: https://www.rfc-editor.org/rfc/rfc9457
     """

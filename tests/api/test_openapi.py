@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 from werkzeug.exceptions import default_exceptions
 
@@ -12,6 +13,7 @@ from service import errors
 from service.api.app import create_app
 from service.api.docs import document_of
 from service.api.problems import STATUS_BY_ERROR, code_of, problem_of, status_of
+from service.api.wire import UpdateSession
 from service.errors import LastcallError, ModelError, RefusedError, StartupError
 from tests.api.inprocess import open_api
 
@@ -68,6 +70,21 @@ def test_every_operation_says_what_it_is_and_how_it_fails(name: str, operation: 
     probe = name in ("GET /healthz", "GET /readyz")
     assert ("401" in operation["responses"]) is not probe
     assert ("requestBody" in operation) is ("415" in operation["responses"])
+
+
+def test_what_null_clears_is_named() -> None:
+    clearable = {field.name for field in msgspec.structs.fields(UpdateSession) if _takes_null(field.name)}
+    assert clearable == {"title", "model", "system_message"}
+    said = DOCUMENT["paths"]["/sessions/{session_id}"]["patch"]["description"]
+    assert "null clears `title`, `model` and `system_message`." in said
+
+
+def _takes_null(name: str) -> bool:
+    try:
+        msgspec.convert({name: None}, UpdateSession)
+    except msgspec.ValidationError:
+        return False
+    return True
 
 
 def refusals(kind: type[LastcallError]) -> Iterator[type[LastcallError]]:
