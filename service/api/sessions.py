@@ -1,5 +1,7 @@
 """Calls about sessions and the messages on their path."""
 
+from functools import partial
+
 import msgspec
 from quart import Blueprint, request
 from quart_trio.wrappers import TrioResponse
@@ -7,6 +9,7 @@ from quart_trio.wrappers import TrioResponse
 from service.api.bodies import read_body
 from service.api.forwarding import expect_later
 from service.api.operations import Answer, operation
+from service.api.pages import read_page
 from service.api.queries import read_query
 from service.api.serving import current_service, json_response, no_content
 from service.api.wire import (
@@ -91,7 +94,8 @@ async def list_sessions() -> TrioResponse:
     """
     query = read_query(request, SessionsQuery)
     sessions = current_service().sessions
-    page = await sessions.list_sessions(limit=query.limit, after=query.after or None, status=query.status or None)
+    listing = partial(sessions.list_sessions, status=query.status or None)
+    page = await read_page(listing, limit=query.limit, after=query.after or None)
     count = await sessions.count_sessions(status=query.status or None) if query.count else msgspec.UNSET
     return json_response(SessionList.of(page, count=count))
 

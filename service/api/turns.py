@@ -1,6 +1,7 @@
 """Calls about turns: starting them in three ways, looking at them, streaming and cancelling them."""
 
 import re
+from functools import partial
 from math import inf
 from typing import cast
 
@@ -12,6 +13,7 @@ from service.api.bodies import drop_body, read_body
 from service.api.forwarding import expect_later, release_later
 from service.api.held import give_back_later
 from service.api.operations import Answer, operation
+from service.api.pages import read_page
 from service.api.queries import read_query
 from service.api.serving import current_service, json_response, no_content
 from service.api.sessions import checked_session_id, session_location
@@ -157,7 +159,8 @@ async def list_turns(session_id: str) -> TrioResponse:
     """List all turns of a session, in the order of their acceptance."""
     session_id = checked_session_id(session_id)
     query = read_query(request, PageQuery)
-    page = await current_service().sessions.list_turns(session_id, limit=query.limit, after=query.after or None)
+    listing = partial(current_service().sessions.list_turns, session_id)
+    page = await read_page(listing, limit=query.limit, after=query.after or None)
     return json_response(TurnList.of(page))
 
 

@@ -41,7 +41,7 @@ Metadata = Annotated[
     Meta(max_length=16, description="At most 16 pairs, keys of 1-64 characters, values of at most 512."),
 ]
 IdleTimeout = Annotated[float, Meta(ge=1, le=31_536_000, description="Seconds without use until the session expires.")]
-Limit = Annotated[int, Meta(ge=1, le=100, description="How many at most.")]
+Limit = Annotated[int, Meta(ge=1, le=100, description="How many at most; of large ones a page has fewer.")]
 After = Annotated[str, Meta(max_length=512, description="The `next` of the page before.")]
 
 
