@@ -257,14 +257,25 @@ async def test_an_owner_that_hangs_is_not_waited_for_beyond_its_time(
         assert api.service.sessions.forwards.is_idle
 
 
-@pytest.mark.parametrize(("method", "path"), [("POST", f"/sessions/s/turns/{TURN}/cancel"), ("DELETE", "/sessions/s")])
-async def test_an_owner_has_longer_for_what_waits_for_an_end(method: str, path: str, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"store_timeout_s": 0.2, "cleanup_timeout_s": CAP_S}
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("POST", f"/sessions/s/turns/{TURN}/cancel", None),
+        ("DELETE", "/sessions/s", None),
+        ("POST", "/sessions/s/fork", {}),
+        ("POST", "/sessions/s/turns", {"input": "x", "background": True}),
+        ("POST", "/chat", {"message": "x", "session_id": "s"}),
+    ],
+)
+async def test_an_owner_has_longer_for_what_waits_for_more_than_one_step_of_the_store(
+    method: str, path: str, body: object, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"store_timeout_s": 0.5, "cleanup_timeout_s": CAP_S}
     async with open_owner(tmp_path, **settings) as (api, owner), trio.open_nursery() as nursery:
         replies: list[Reply] = []
-        nursery.start_soon(lambda: ask(api, replies, method, path))
+        nursery.start_soon(lambda: ask(api, replies, method, path, body))
         stream, _ = await owner.take()
-        await trio.sleep(0.4)
+        await trio.sleep(0.7)
         await stream.send_all(answer("{}"))
         await wait_for(replies)
         assert replies[0].status == 200
