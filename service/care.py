@@ -4,8 +4,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from service.errors import RefusedError, StartupError
+import msgspec
+
+from service.clock import wall_clock
+from service.errors import InvalidRequestError, RefusedError, SessionExistsError, StartupError
 from service.settings import Settings
+from service.storage.exported import ExportedSession, not_exported, read_exported, shown
 
 FAILED = 1
 """The exit code where the store is fine, but what was asked for cannot be had; or where a check finds something."""
@@ -33,7 +37,7 @@ def take_care(settings: Settings, arguments: argparse.Namespace) -> int:
         raise StartupError("store_url is memory:, where nothing is kept; name the store with LASTCALL_STORE_URL.")
     path = Path(settings.store_url.removeprefix("sqlite:")).absolute()
     try:
-        done, code = _run(path, arguments)
+        done, code = _run(path, arguments, settings)
     except RefusedError as error:
         sys.stderr.write(f"lastcall: {error}\n")
         return FAILED
@@ -41,7 +45,7 @@ def take_care(settings: Settings, arguments: argparse.Namespace) -> int:
     return code
 
 
-def _run(path: Path, arguments: argparse.Namespace) -> tuple[str, int]:
+def _run(path: Path, arguments: argparse.Namespace, settings: Settings) -> tuple[str, int]:
     """What there is to say, and the exit code."""
     from service.storage.sqlite import care  # noqa: PLC0415  only who uses it needs SQLite
 
@@ -55,7 +59,16 @@ def _run(path: Path, arguments: argparse.Namespace) -> tuple[str, int]:
         case "export":
             return care.export_session(path, arguments.session).decode(), 0
         case "import":
-            return care.import_session(path, _read(arguments.file)), 0
+            whole = read_exported(_read(arguments.file))
+            _check_bounds(whole, text_bytes_max=settings.input_bytes_max)
+            try:
+                care.import_session(path, whole, now=wall_clock())
+            except SessionExistsError as error:
+                raise RefusedError(
+                    f"A session {error.session_id!r} is in {path} already; delete it first, or name another store with "
+                    "LASTCALL_STORE_URL."
+                ) from None
+            return whole.session.id, 0
         case _:
             return f"{path} is {care.vacuum(path)} bytes smaller", 0
 
@@ -65,3 +78,25 @@ def _read(file: Path | None) -> bytes:
         return sys.stdin.buffer.read() if file is None else file.read_bytes()
     except OSError as error:
         raise StartupError(f"{file} cannot be read: {error.strerror}.") from error
+
+
+def _check_bounds(whole: ExportedSession, *, text_bytes_max: int) -> None:
+    """Take no more into a session than the API would. Raises: StartupError."""
+    from service.api.strict_json import check_texts, convert  # noqa: PLC0415  only who imports needs the API
+    from service.api.wire import CreateSession, RequestBody, StartTurn  # noqa: PLC0415
+
+    asked: list[tuple[str, type[RequestBody], dict[str, object]]] = [
+        ("of the session", CreateSession, msgspec.structs.asdict(whole.session))
+    ]
+    for turn in (it.turn for it in whole.turns):
+        text = "\n".join(item.text for item in turn.input if item.type == "message")
+        asked.append((f"of turn {shown(turn.id)}", StartTurn, msgspec.structs.asdict(turn) | {"input": text}))
+    for of, kind, values in asked:
+        body = {name: values[name] for name in kind.__struct_fields__ if name in values}
+        try:
+            convert(body, kind)
+            for name, value in body.items():
+                check_texts(value, name, bytes_max=text_bytes_max)
+        except InvalidRequestError as error:
+            name = (error.field or "").partition(".")[0]
+            raise not_exported(f"{name} {shown(body.get(name))} {of}: {str(error).removesuffix('.')}") from None

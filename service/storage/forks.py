@@ -7,7 +7,7 @@ import msgspec
 
 from service.errors import InvalidRequestError, TurnInProgressError
 from service.ids import new_message_id, new_turn_id
-from service.storage.records import Item, SessionRecord, TurnRecord
+from service.storage.records import Item, SessionRecord, TurnRecord, with_totals
 
 TURNS_MAX = 10_000
 """How many turns one fork copies at most."""
@@ -60,7 +60,6 @@ def fork_of(
         )
         turns.append(copied)
         parent = copied.id
-    usages = [turn.usage for turn in path.turns if turn.usage is not None]
     session = msgspec.structs.replace(
         source,
         id=copy_id,
@@ -68,12 +67,8 @@ def fork_of(
         last_accessed_at=now,
         expires_at=now + timedelta(seconds=source.idle_timeout_s),
         head=parent,
-        message_count=sum(sum(item.type == "message" for item in turn.input) + bool(turn.text) for turn in turns),
-        open_turns=0,
-        input_tokens=sum(usage.input_tokens for usage in usages),
-        output_tokens=sum(usage.output_tokens for usage in usages),
     )
-    return session, turns
+    return with_totals(session, turns), turns
 
 
 def _copied(items: Sequence[Item]) -> tuple[Item, ...]:

@@ -1,5 +1,6 @@
 """What a store keeps, as immutable values."""
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Generic, Literal, TypeVar
 
@@ -118,6 +119,18 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
         """The size of its messages in a prompt, in UTF-8: without reasoning, and without what a failed turn replied."""
         items = self.input if self.state == "failed" else (*self.input, *self.output)
         return sum(len(item.text.encode()) for item in items if item.type == "message")
+
+
+def with_totals(session: SessionRecord, turns: Sequence[TurnRecord]) -> SessionRecord:
+    """The session with the counts and sums of these turns, all of which have ended."""
+    usages = [turn.usage for turn in turns if turn.usage is not None]
+    return msgspec.structs.replace(
+        session,
+        message_count=sum(sum(item.type == "message" for item in turn.input) + bool(turn.text) for turn in turns),
+        open_turns=0,
+        input_tokens=sum(usage.input_tokens for usage in usages),
+        output_tokens=sum(usage.output_tokens for usage in usages),
+    )
 
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):

@@ -3,8 +3,10 @@
 import io
 import json
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -53,15 +55,50 @@ def test_what_was_exported_is_imported_by_another_store(
     assert main(["import"]) == 78  # what is not JSON is told in a line
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(exported.encode())))
     assert main(["import"]) == 1
-    assert capsys.readouterr().err.splitlines()[-1].startswith("lastcall: A session 's' exists already")
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith(f"lastcall: A session 's' is in {file} already; delete it first, or name another store")
 
-    Path("exported.json").write_text(exported.replace('"id":"s"', '"id":"s2"').replace("turn_", "turn_f"))
+    Path("exported.json").write_text(
+        exported.replace('"id":"s"', '"id":"s2"').replace('"session_id":"s"', '"session_id":"s2"')
+    )
     assert main(["import", "exported.json"]) == 0
     assert capsys.readouterr().out == "s2\n"
     assert main(["export", "s2"]) == 0
     assert main(["export", "nobody"]) == 1
     assert main(["import", "nothing.json"]) == 78
     assert "nothing.json cannot be read" in capsys.readouterr().err
+
+
+BEYOND: dict[str, Callable[[Any, Any], object]] = {
+    "idle_timeout_s 1e+300 of the session: Expected `float` <= 31536000.0": lambda session, _: session.update(
+        idle_timeout_s=1e300
+    ),
+    "idle_timeout_s -5.0 of the session": lambda session, _: session.update(idle_timeout_s=-5),
+    f"title '{'x' * 79}… of the session": lambda session, _: session.update(title="x" * 10_000),
+    "title 'a\\x00' of the session": lambda session, _: session.update(title="a\0"),
+    "metadata {'k": lambda session, _: session.update(metadata={"k" * 65: "v"}),
+    "model '' of the session": lambda session, _: session.update(model=""),
+    "system_message 'xxx": lambda session, _: session.update(system_message="x" * 2000),
+    "model '' of turn 'turn_": lambda _, turn: turn.update(model=""),
+    "temperature 2.5 of turn": lambda _, turn: turn.update(temperature=2.5),
+    "max_output_tokens 0 of turn": lambda _, turn: turn.update(max_output_tokens=0),
+    "input '' of turn": lambda _, turn: turn.update(input=[]),
+}
+
+
+@pytest.mark.parametrize("problem", BEYOND)
+@pytest.mark.usefixtures("file")
+def test_an_import_takes_no_more_into_a_session_than_the_api(
+    problem: str, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LASTCALL_INPUT_BYTES_MAX", "1024")
+    assert main(["export", "s"]) == 0
+    whole = json.loads(capsys.readouterr().out)
+    BEYOND[problem](whole["session"], whole["turns"][0]["turn"])
+    Path("changed.json").write_text(json.dumps(whole))
+    assert main(["import", "changed.json"]) == 78
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith(f"lastcall: This is not an exported session: {problem}")
 
 
 def test_a_backup_is_a_store_and_never_replaces_a_file(

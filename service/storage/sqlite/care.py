@@ -5,36 +5,29 @@ Everything here blocks: it is for a command line, not for an event loop.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
 import apsw
 import msgspec
 
-from service.errors import SessionExistsError, SessionNotFoundError, StartupError
-from service.storage.records import SessionRecord, TurnRecord
+from service.errors import SessionNotFoundError, StartupError
+from service.storage.exported import ExportedSession, ExportedTurn, without_open_turns
 from service.storage.sqlite import database, sessions, turns
 from service.storage.sqlite.reclaim import reclaim_some, shrink
 from service.storage.sqlite.schema import SCRIPTS
 
-FORMAT = 1
-"""Of an exported session."""
-
 _PAGES_A_STEP = 256
 
-
-class ExportedTurn(msgspec.Struct, frozen=True):
-    """A turn and its encoded events, each the text of an SSE frame."""
-
-    turn: TurnRecord
-    events: tuple[str, ...]
-
-
-class ExportedSession(msgspec.Struct, frozen=True, kw_only=True):
-    """A session whole: ``{"format": 1, "session": {"id": …}, "turns": [{"turn": {…}, "events": ["id: 1…"]}]}``."""
-
-    format: int = FORMAT
-    session: SessionRecord
-    turns: tuple[ExportedTurn, ...]
+_LOST_HEADS = (
+    "SELECT sessions.id, head FROM sessions WHERE deletion = 0 AND head IS NOT NULL "
+    "AND NOT EXISTS (SELECT 1 FROM turns WHERE turns.id = head AND session = sessions.key)"
+)
+_LOST_PARENTS = (
+    "SELECT sessions.id, turns.id, parent FROM sessions JOIN turns ON session = sessions.key "
+    "WHERE deletion = 0 AND parent IS NOT NULL AND NOT EXISTS (SELECT 1 FROM turns AS before "
+    "WHERE before.id = turns.parent AND before.session = turns.session AND before.ordinal < turns.ordinal)"
+)
 
 
 def vacuum(path: Path) -> int:
@@ -80,6 +73,11 @@ def check(path: Path) -> list[str]:
     with _opened(path) as db:
         problems = [str(row[0]) for row in db.execute("PRAGMA integrity_check")]
         problems += [f"{row[0]} row {row[1]} has lost its {row[2]}" for row in db.execute("PRAGMA foreign_key_check")]
+        problems += [f"session {row[0]!r}: the head {row[1]!r} is none of its turns" for row in db.execute(_LOST_HEADS)]
+        problems += [
+            f"session {row[0]!r}: the parent {row[2]!r} of turn {row[1]!r} is no turn before it"
+            for row in db.execute(_LOST_PARENTS)
+        ]
     return [problem for problem in problems if problem != "ok"]
 
 
@@ -103,31 +101,22 @@ def export_session(path: Path, session_id: str) -> bytes:
     return msgspec.json.encode(ExportedSession(session=kept.record, turns=exported))
 
 
-def import_session(path: Path, exported: bytes) -> str:
-    """Add an exported session under its own id, which it returns. Turns that were open are left out.
+def import_session(path: Path, whole: ExportedSession, *, now: datetime) -> None:
+    """Add an exported session under its own id, less the turns that were open. An expired one of that id is replaced.
+
+    Args:
+        whole: From :func:`~service.storage.exported.read_exported`.
 
     Raises:
-        StartupError: The file is not a store's, or ``exported`` is not of a format that is known here.
+        StartupError: The file is not a store's.
         SessionExistsError
     """
-    try:
-        whole = msgspec.json.decode(exported, type=ExportedSession)
-    except msgspec.MsgspecError as error:
-        raise StartupError(f"This is not an exported session: {error}.") from None
-    if whole.format != FORMAT:
-        raise StartupError(f"This session was exported in format {whole.format}; this version knows {FORMAT}.")
-    ended = [it for it in whole.turns if not it.turn.is_open]
-    ids = [it.turn.id for it in ended]
-    session = whole.session
-    if session.head not in ids:
-        session = msgspec.structs.replace(session, head=ids[-1] if ids else None)
+    whole = without_open_turns(whole)
     with _opened(path) as db, _transaction(db):
-        if sessions.find(db, session.id) is not None:
-            raise SessionExistsError(session.id)
-        key = sessions.insert(db, session, turns_begun=len(ended))
-        for ordinal, it in enumerate(ended):
+        sessions.make_room(db, whole.session.id, now)
+        key = sessions.insert(db, whole.session, turns_begun=len(whole.turns))
+        for ordinal, it in enumerate(whole.turns):
             turns.insert_ended(db, key, ordinal, it.turn, [event.encode() for event in it.events])
-    return whole.session.id
 
 
 @contextmanager

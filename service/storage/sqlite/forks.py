@@ -62,15 +62,15 @@ def plan(db: apsw.Connection, source_id: str, *, at: str | None, copy_id: str, f
     source = sessions.visible(db, source_id, now)
     at = source.record.head if at is None else at
     path, keys = Path(), []
-    next_id = at
-    while next_id is not None:
-        turn = turns.get(db, source_id, next_id, now)
-        if turn.is_open and source.owner not in (None, fence):
-            owner = owner_of(db, source.owner)
-            raise OwnedElsewhereError(source_id, fence=owner.fence, address=owner.address)
-        keys.append(turns.key_of(db, next_id, source.key))
-        path.add(turn, events_bytes=_events_bytes(db, keys[-1]))
-        next_id = turn.parent
+    if at is not None:
+        turns.key_of(db, at, source.key)
+        for key, turn_id in turns.keys_down(db, source.key, at):
+            turn = turns.get(db, source_id, turn_id, now)
+            if turn.is_open and source.owner not in (None, fence):
+                owner = owner_of(db, source.owner)
+                raise OwnedElsewhereError(source_id, fence=owner.fence, address=owner.address)
+            keys.append(key)
+            path.add(turn, events_bytes=_events_bytes(db, key))
     session, copies = fork_of(source.record, path, copy_id=copy_id, now=now)
     return Fork(
         source_id=source_id,

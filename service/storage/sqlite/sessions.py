@@ -69,12 +69,18 @@ def visible(db: apsw.Connection, session_id: str, now: datetime) -> Kept:
 
 
 def create(db: apsw.Connection, session: SessionRecord, now: datetime) -> None:
-    present = find(db, session.id)
-    if present is not None:
-        if present.deletion or not present.record.has_expired(now):
-            raise SessionExistsError(session.id)
-        cut_off(db, present.key)
+    make_room(db, session.id, now)
     insert(db, session)
+
+
+def make_room(db: apsw.Connection, session_id: str, now: datetime) -> None:
+    """Cut off what has expired under this id. Raises: SessionExistsError: Something is there that has not."""
+    present = find(db, session_id)
+    if present is None:
+        return
+    if present.deletion or not present.record.has_expired(now):
+        raise SessionExistsError(session_id)
+    cut_off(db, present.key)
 
 
 def cut_off(db: apsw.Connection, key: int) -> None:

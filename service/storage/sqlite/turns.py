@@ -27,9 +27,14 @@ from service.storage.sqlite.rows import (
     values_of,
 )
 
+_NEWEST = 1 << 62
+"""Above every ordinal."""
+
 _VISIBLE = "SELECT key FROM sessions WHERE id = ? AND deletion = 0 AND (open_turns > 0 OR expires_at > ?)"
 _GET = f"SELECT {TURN_COLUMNS} FROM turns WHERE id = ? AND session = ?"
-_DOWN_FROM = f"SELECT {TURN_COLUMNS}, message_bytes FROM turns WHERE session = ? AND ordinal <= ? ORDER BY ordinal DESC"
+_DOWN_FROM = (
+    f"SELECT {TURN_COLUMNS}, ordinal, message_bytes FROM turns WHERE session = ? AND ordinal <= ? ORDER BY ordinal DESC"
+)
 # One table a statement: several simple ones are several times as fast as one that joins.
 _OWN = "SELECT key, session FROM turns WHERE id = ? AND +owner = ?"  # by its id, not among all that this owner has
 _INSERT_COLUMNS = (
@@ -245,41 +250,49 @@ def _path_down(db: apsw.Connection, session: int, turn_id: str) -> Iterator[Row]
     """The rows of a path, from its last turn to the root.
 
     Mostly a turn's parent is the one accepted before it, so that one statement gives them all; where it is not, another
-    goes on from there.
+    goes on from there. A parent that is not older than its child is none: it might lead round in a circle.
     """
     next_id: str | None = turn_id
+    below = _NEWEST
     while next_id is not None:
         ordinal: int | None = db.execute(
             "SELECT ordinal FROM turns WHERE id = ? AND session = ?", (next_id, session)
         ).get
-        if ordinal is None:
+        if ordinal is None or ordinal >= below:
             return
         for row in db.execute(_DOWN_FROM, (session, ordinal)):
             if row[0] != next_id:
                 break
             yield row
-            next_id = row[1]
+            next_id, below = row[1], row[-2]
 
 
 def list_path(db: apsw.Connection, session_id: str, turn_id: str, *, limit: int, first: str | None) -> list[TurnRecord]:
     session = _key(db, session_id)
     keys: deque[int] = deque(maxlen=limit)  # from the last towards the first
-    next_id: str | None = turn_id
-    while next_id is not None:
-        row: Row | None = db.execute(
-            "SELECT key, parent FROM turns WHERE id = ? AND session = ?", (next_id, session)
-        ).fetchone()
-        if row is None:
-            return []
-        keys.append(row[0])
-        if next_id == first:
+    for key, this_id in keys_down(db, session, turn_id) if session is not None else ():
+        keys.append(key)
+        if this_id == first:
             break
-        next_id = row[1]
     else:
         if first is not None:
             return []
     query = f"SELECT {TURN_COLUMNS} FROM turns WHERE key = ?"
     return [turn_of(session_id, row) for key in reversed(keys) for row in db.execute(query, (key,))]
+
+
+def keys_down(db: apsw.Connection, session: int, turn_id: str) -> Iterator[tuple[int, str]]:
+    """The keys and ids of a path, from its last turn to the root. Ends as :func:`_path_down` does."""
+    next_id: str | None = turn_id
+    below = _NEWEST
+    while next_id is not None:
+        row: Row | None = db.execute(
+            "SELECT key, ordinal, parent FROM turns WHERE id = ? AND session = ?", (next_id, session)
+        ).fetchone()
+        if row is None or row[1] >= below:
+            return
+        yield row[0], next_id
+        _, below, next_id = row
 
 
 def read_events(db: apsw.Connection, session_id: str, turn_id: str) -> list[bytes]:

@@ -1,0 +1,145 @@
+"""An exported session: its form, and what must hold before a store takes one in."""
+
+import re
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+
+import msgspec
+
+from service.errors import StartupError
+from service.ids import is_session_id
+from service.storage.records import Item, SessionRecord, TurnRecord, with_totals
+
+FORMAT = 1
+"""Of an exported session."""
+COUNT_MAX = 10**15
+"""Of events or tokens of one turn, so that their sums fit everywhere."""
+
+_TURN_ID = re.compile(r"turn_[0-9a-f]{32}")
+_ITEM_ID = re.compile(r"msg_[0-9a-f]{32}")
+_FRAME = re.compile(r"id: ([0-9]+)\ndata: [^\n]+\n\n")
+_SHOWN_MAX = 80
+"""Characters of a wrong value that are shown."""
+
+
+class ExportedTurn(msgspec.Struct, frozen=True):
+    """A turn and its encoded events, each the text of an SSE frame."""
+
+    turn: TurnRecord
+    events: tuple[str, ...]
+
+
+class ExportedSession(msgspec.Struct, frozen=True, kw_only=True):
+    """A session whole: ``{"format": 1, "session": {"id": …}, "turns": [{"turn": {…}, "events": ["id: 1…"]}]}``."""
+
+    format: int = FORMAT
+    session: SessionRecord
+    turns: tuple[ExportedTurn, ...]
+
+
+def read_exported(exported: bytes) -> ExportedSession:
+    """What was exported, once it is sure that it is a session as a store may have one.
+
+    Raises:
+        StartupError: It is not, or not of a format that is known here; one line says what is wrong, and which value.
+    """
+    try:
+        whole = msgspec.json.decode(exported, type=ExportedSession)
+    except RecursionError:
+        raise not_exported("it is nested too deeply") from None
+    except (msgspec.MsgspecError, UnicodeError) as error:
+        raise not_exported(" ".join(str(error).split())) from None
+    if whole.format != FORMAT:
+        raise StartupError(f"This session was exported in format {whole.format}; this version knows {FORMAT}.")
+    for problem in _problems(whole):
+        raise not_exported(problem)
+    return whole
+
+
+def not_exported(problem: str) -> StartupError:
+    return StartupError(f"This is not an exported session: {problem}.")
+
+
+def shown(value: object) -> str:
+    """A wrong value on one line, shortened."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN_MAX else f"{text[:_SHOWN_MAX]}…"
+
+
+def without_open_turns(whole: ExportedSession) -> ExportedSession:
+    """The session as if its open turns had never been: what followed on one follows on what that one followed on."""
+    stand_ins: dict[str | None, str | None] = {None: None}
+    kept: list[ExportedTurn] = []
+    for it in whole.turns:
+        turn = it.turn
+        parent = stand_ins[turn.parent]
+        stand_ins[turn.id] = parent if turn.is_open else turn.id
+        if not turn.is_open:
+            kept.append(ExportedTurn(msgspec.structs.replace(turn, parent=parent), it.events))
+    session = msgspec.structs.replace(whole.session, head=stand_ins[whole.session.head])
+    return ExportedSession(session=with_totals(session, [it.turn for it in kept]), turns=tuple(kept))
+
+
+def _problems(whole: ExportedSession) -> Iterator[str]:
+    session = whole.session
+    if not is_session_id(session.id) or session.id in {".", ".."}:
+        yield f"its id {shown(session.id)} is none that a session can have"
+    yield from _problems_of_times(session, "of the session")
+    turns: set[str] = set()
+    items: set[str] = set()
+    for it in whole.turns:
+        turn = it.turn
+        of = f"of turn {shown(turn.id)}"
+        if _TURN_ID.fullmatch(turn.id) is None:
+            yield f"the id {shown(turn.id)} is none that a turn can have"
+        if turn.id in turns:
+            yield f"turn {shown(turn.id)} is in it twice"
+        if turn.session_id != session.id:
+            yield f"the session {shown(turn.session_id)} {of} is not {shown(session.id)}"
+        if turn.parent is not None and turn.parent not in turns:
+            yield f"the parent {shown(turn.parent)} {of} is no turn before it"
+        turns.add(turn.id)
+        yield from _problems_of_items((*turn.input, *turn.output), items, of)
+        yield from _problems_of_times(turn, of)
+        yield from _problems_of_counts(turn, of)
+        yield from _problems_of_events(it, of)
+    if session.head is not None and session.head not in turns:
+        yield f"the head {shown(session.head)} of the session is none of its turns"
+
+
+def _problems_of_items(items: Sequence[Item], seen: set[str], of: str) -> Iterator[str]:
+    for item in items:
+        if _ITEM_ID.fullmatch(item.id) is None:
+            yield f"the id {shown(item.id)} {of} is none that a message can have"
+        if item.id in seen:
+            yield f"message {shown(item.id)} {of} is in it twice"
+        seen.add(item.id)
+
+
+def _problems_of_times(record: SessionRecord | TurnRecord, of: str) -> Iterator[str]:
+    for name, value in msgspec.structs.asdict(record).items():
+        if isinstance(value, datetime) and not _has_a_place_in_time(value):
+            yield f"{name} {shown(value.isoformat())} {of} has no zone, or is out of range"
+    if isinstance(record, TurnRecord) and not record.is_open and record.ended_at is None:
+        yield f"ended_at None {of} is no time, and it is {record.state}"
+
+
+def _has_a_place_in_time(value: datetime) -> bool:
+    try:
+        return value.tzinfo is not None and value.astimezone(UTC) is not None
+    except OverflowError:
+        return False
+
+
+def _problems_of_counts(turn: TurnRecord, of: str) -> Iterator[str]:
+    counts = {"last_seq": turn.last_seq} | (msgspec.structs.asdict(turn.usage) if turn.usage is not None else {})
+    for name, count in counts.items():
+        if not 0 <= count <= COUNT_MAX:
+            yield f"{name} {shown(count)} {of} is not between 0 and {COUNT_MAX}"
+
+
+def _problems_of_events(it: ExportedTurn, of: str) -> Iterator[str]:
+    for seq, event in enumerate(it.events, start=1):
+        frame = _FRAME.fullmatch(event)
+        if frame is None or frame[1] != str(seq):
+            yield f"the event {shown(event)} {of} is not the SSE frame of seq {seq}"
