@@ -35,9 +35,8 @@ def take_care(settings: Settings, arguments: argparse.Namespace) -> int:
     """
     if settings.store_url == "memory:":
         raise StartupError("store_url is memory:, where nothing is kept; name the store with LASTCALL_STORE_URL.")
-    path = Path(settings.store_url.removeprefix("sqlite:")).absolute()
     try:
-        done, code = _run(path, arguments, settings)
+        done, code = _run(settings, arguments)
     except RefusedError as error:
         sys.stderr.write(f"lastcall: {error}\n")
         return FAILED
@@ -45,10 +44,11 @@ def take_care(settings: Settings, arguments: argparse.Namespace) -> int:
     return code
 
 
-def _run(path: Path, arguments: argparse.Namespace, settings: Settings) -> tuple[str, int]:
+def _run(settings: Settings, arguments: argparse.Namespace) -> tuple[str, int]:
     """What there is to say, and the exit code."""
-    from service.storage.sqlite import care  # noqa: PLC0415  only who uses it needs SQLite
+    from service.storage.sqlite import care, database  # noqa: PLC0415  only who uses it needs SQLite
 
+    path = database.real_path(settings.store_url.removeprefix("sqlite:"))
     match arguments.command:
         case "backup":
             care.backup(path, arguments.path)

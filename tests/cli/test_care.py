@@ -112,9 +112,13 @@ def test_a_backup_is_a_store_and_never_replaces_a_file(
     assert main(["export", "s"]) == 0
 
 
-def test_vacuum_and_check_say_what_they_found(file: Path, capsys: Output) -> None:
+def test_vacuum_and_check_say_what_they_found(file: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["vacuum"]) == 0
     assert capsys.readouterr().out.endswith("bytes smaller\n")
+    assert main(["check"]) == 0
+    assert capsys.readouterr().out == f"{file} is whole\n"
+    Path("link.db").symlink_to(file)
+    monkeypatch.setenv("LASTCALL_STORE_URL", "sqlite:link.db")
     assert main(["check"]) == 0
     assert capsys.readouterr().out == f"{file} is whole\n"
     with closing(database.connect(file)) as db:

@@ -38,7 +38,7 @@ STEP_BYTES_MAX = 2 * 1024 * 1024
 async def open_sqlite_store(
     path: str | Path, *, address: str | None = None, close_timeout_s: float = 5
 ) -> AsyncIterator["SqliteStore"]:
-    """The store in the file at ``path``, which is made if need be. Closed on leaving.
+    """The store in the file at ``path``, or that a link there leads to. It is made if need be, and closed on leaving.
 
     Args:
         address: Where this process answers for its sessions, for other owners of the same file.
@@ -47,7 +47,7 @@ async def open_sqlite_store(
     Raises:
         StartupError: The file cannot be used; one sentence says why and what to do.
     """
-    store = SqliteStore(Path(path).absolute(), address=address)  # noqa: ASYNC240  no I/O
+    store = SqliteStore(database.real_path(path), address=address)
     try:
         await store.open()
         yield store

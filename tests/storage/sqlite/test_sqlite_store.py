@@ -33,6 +33,18 @@ async def test_a_relative_path_is_told_in_full(path: Path, monkeypatch: pytest.M
         assert store.name == f"sqlite:{path.parent}/here.db"
 
 
+async def test_whoever_comes_by_a_link_shares_the_file_s_owners(path: Path) -> None:
+    link = path.with_name("link.db")
+    link.symlink_to(path)
+    async with open_sqlite_store(path) as store, open_sqlite_store(link) as other:
+        assert other.name == store.name
+        await store.create_session(a_session(), now=T0)
+        await store.begin_turn(a_turn(), now=T0)
+        assert await other.recover(now=T0) == 0
+        assert (await other.get_turn("s", "t", now=T0)).is_open
+        assert [it.name for it in path.parent.glob("*-owners")] == [f"{path.name}-owners"]  # noqa: ASYNC240
+
+
 async def test_apsw_is_imported_by_who_opens_such_a_store_only() -> None:
     script = "import sys, service.supervisor, service.cli; sys.exit('apsw' in sys.modules)"
     await trio.run_process([sys.executable, "-c", script])
