@@ -53,6 +53,10 @@ class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
     input_tokens: int = 0
     output_tokens: int = 0
 
+    def __post_init__(self) -> None:
+        # It may have been given as a whole number; what is told at first is what is told later.
+        msgspec.structs.force_setattr(self, "idle_timeout_s", float(self.idle_timeout_s))
+
     @property
     def status(self) -> SessionStatus:
         return "running" if self.open_turns else "idle"
