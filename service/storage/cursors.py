@@ -5,7 +5,7 @@ it, so rows that come and go elsewhere move nothing; the row itself may be gone.
 """
 
 from base64 import urlsafe_b64decode, urlsafe_b64encode
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, TypeVar
 
 import msgspec
@@ -29,7 +29,9 @@ class TurnPosition(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
 
 
 def encode_cursor(position: SessionPosition | TurnPosition) -> str:
-    """The position as a word that is safe in a URL."""
+    """The position as a word that is safe in a URL: the same one whatever zone its moment is told in."""
+    if isinstance(position, SessionPosition):
+        position = SessionPosition(position.created_at.astimezone(UTC), position.id)
     return urlsafe_b64encode(msgspec.json.encode(position)).rstrip(b"=").decode()
 
 
@@ -50,6 +52,6 @@ def _decode(cursor: str, position_type: type[P]) -> P:
         # One position has one cursor: what merely decodes (another zone, spare characters) is not ours.
         if encode_cursor(position) != cursor:
             raise ValueError
-    except (ValueError, msgspec.MsgspecError):
+    except (ValueError, OverflowError, msgspec.MsgspecError):
         raise InvalidRequestError("This cursor is not one that a listing here gave out.", field="after") from None
     return position

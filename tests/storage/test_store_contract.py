@@ -64,6 +64,15 @@ async def test_a_session_is_read_as_it_was_created(store: Store) -> None:
     assert await all_sessions(store, now=T0) == [session]
 
 
+async def test_an_idle_timeout_reads_the_same_however_its_number_was_written(store: Store) -> None:
+    session = a_session(idle_timeout_s=60)
+    await store.create_session(session, now=T0)
+    patched = await store.update_session("s", SessionPatch(idle_timeout_s=90), now=T0)
+    kept = await store.get_session("s", now=T0)
+    told = [repr(it.idle_timeout_s) for it in (session, patched, kept)]
+    assert told == ["60.0", "90.0", "90.0"]
+
+
 async def test_a_taken_id_is_refused_and_nothing_changes(store: Store) -> None:
     await store.create_session(a_session(), now=T0)
     before = await contents(store, now=T0)
@@ -290,6 +299,8 @@ NOT_CURSORS = [
     _json_cursor(b"null"),
     _json_cursor(b'["2026-03-01T12:00:00","naive"]'),
     _json_cursor(b'["2026-03-01T12:00:00+00:00","another form"]'),
+    _json_cursor(b'["2026-03-01T12:00:00+01:00","another zone"]'),
+    _json_cursor(b'["0001-01-01T00:00:00+01:00","before all time"]'),
     _json_cursor(b'["2026-03-01T12:00:00Z","x","y"]'),
     _json_cursor(b"[-1]"),
     _json_cursor(b"[99999999999999999999999]"),
