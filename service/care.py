@@ -70,7 +70,7 @@ def _run(settings: Settings, arguments: argparse.Namespace) -> tuple[str, int]:
                 ) from None
             return whole.session.id, 0
         case _:
-            return f"{path} is {care.vacuum(path)} bytes smaller", 0
+            return f"{path} gave {care.vacuum(path)} bytes back", 0
 
 
 def _read(file: Path | None) -> bytes:

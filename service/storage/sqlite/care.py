@@ -3,10 +3,13 @@
 Everything here blocks: it is for a command line, not for an event loop.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
+from shlex import quote
 
 import apsw
 import msgspec
@@ -18,6 +21,8 @@ from service.storage.sqlite.reclaim import reclaim_some, shrink
 from service.storage.sqlite.schema import SCRIPTS
 
 _PAGES_A_STEP = 256
+_INCREMENTAL = 2
+"""What ``PRAGMA auto_vacuum`` says of a file that can give pages back step by step."""
 
 _LOST_HEADS = (
     "SELECT sessions.id, head FROM sessions WHERE deletion = 0 AND head IS NOT NULL "
@@ -31,22 +36,27 @@ _LOST_PARENTS = (
 
 
 def vacuum(path: Path) -> int:
-    """Reclaim what is removed and give all free pages back, in short steps; how many bytes the file got smaller.
+    """Reclaim what is removed and give all free pages back, in short steps; how many bytes the disk has back.
 
     Raises:
-        StartupError: The file is not a store's, or the disk refuses.
+        StartupError: The file is not a store's, cannot give pages back, or the disk refuses.
     """
+    given_back = 0
     with _opened(path) as db:
-        before = path.stat().st_size
-        more = True
-        while more:
-            with _transaction(db):
-                more = reclaim_some(db)
-        while db.pragma("freelist_count"):
-            shrink(db, _PAGES_A_STEP)
-            db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
-        db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
-        return before - path.stat().st_size
+        for step in (reclaim_some, partial(shrink, pages=_PAGES_A_STEP)):
+            more = True
+            while more:
+                with database.transaction(db):
+                    before = db.pragma("page_count")
+                    more = step(db)
+                    given_back += before - db.pragma("page_count")
+                db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+        if db.pragma("freelist_count") and db.pragma("auto_vacuum") != _INCREMENTAL:
+            raise StartupError(
+                f"{path} keeps its free space for what comes next: it was rebuilt without auto_vacuum. To give it "
+                f"back, stop the service and run: sqlite3 {quote(str(path))} 'PRAGMA auto_vacuum = INCREMENTAL; VACUUM'"
+            )
+        return max(given_back, 0) * int(db.pragma("page_size"))
 
 
 def backup(path: Path, copy: Path) -> None:
@@ -55,11 +65,14 @@ def backup(path: Path, copy: Path) -> None:
     Raises:
         StartupError: The file is not a store's, the copy is there already, or the disk refuses.
     """
-    if copy.exists():
-        raise StartupError(f"{copy} is there already; name another file for the copy.")
+    there_already = StartupError(f"{copy} is there already; name another file for the copy.")
+    if os.path.lexists(copy):
+        raise there_already
     with _opened(path):
         try:
             database.back_up(path, copy)
+        except FileExistsError:
+            raise there_already from None
         except OSError as error:
             raise StartupError(f"{copy} cannot be written: {error.strerror}.") from error
 
@@ -112,7 +125,7 @@ def import_session(path: Path, whole: ExportedSession, *, now: datetime) -> None
         SessionExistsError
     """
     whole = without_open_turns(whole)
-    with _opened(path) as db, _transaction(db):
+    with _opened(path) as db, database.transaction(db):
         sessions.make_room(db, whole.session.id, now)
         key = sessions.insert(db, whole.session, turns_begun=len(whole.turns))
         for ordinal, it in enumerate(whole.turns):
@@ -124,6 +137,8 @@ def _opened(path: Path) -> Iterator[apsw.Connection]:
     """A connection to a store's file that is there and has the newest schema."""
     if not path.is_file():
         raise StartupError(f"{path} is not there.")
+    if path.stat().st_size == 0:
+        raise StartupError(f"{path} is empty, and no store.")
     try:
         db = database.connect(path)
         try:
@@ -136,15 +151,3 @@ def _opened(path: Path) -> Iterator[apsw.Connection]:
             db.close()
     except apsw.Error as error:
         raise database.startup_error(path, error) from error
-
-
-@contextmanager
-def _transaction(db: apsw.Connection) -> Iterator[None]:
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        db.execute("COMMIT")
-    except BaseException:
-        if db.in_transaction:
-            db.execute("ROLLBACK")
-        raise

@@ -6,7 +6,10 @@ on the disk when it returns.
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
+from secrets import token_hex
 
 import apsw
 
@@ -60,9 +63,13 @@ def _wait_for_lock(calls: int) -> bool:
     return calls < _LOCK_WAIT_S / _LOCK_POLL_S
 
 
-def create_file(path: Path) -> None:
-    """Make the file if it is not there, readable by its owner alone: what people wrote is in it."""
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+def create_file(path: Path, *, flags: int = 0) -> None:
+    """Make the file if it is not there, readable by its owner alone: what people wrote is in it.
+
+    Args:
+        flags: More of ``open(2)``, such as ``O_EXCL``.
+    """
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o600))
 
 
 def prepare(db: apsw.Connection, path: Path, *, ownership: Ownership) -> None:
@@ -74,20 +81,28 @@ def prepare(db: apsw.Connection, path: Path, *, ownership: Ownership) -> None:
     _check_intact(db, path)
     if version_of(db, path) == len(SCRIPTS):
         return
-    db.execute("BEGIN IMMEDIATE")
-    try:
+    with transaction(db):
         version = version_of(db, path)  # another process may have been first
         if 0 < version < len(SCRIPTS):
             if any_alive(db, ownership):
                 raise StartupError(f"{path} is in use by an older version of this service; stop that one first.")
-            back_up(path, path.with_name(f"{path.name}.schema-{version}"))
+            back_up(path, path.with_name(f"{path.name}.schema-{version}"), replace=True)
         for script in SCRIPTS[version:]:
             db.execute(script)
         db.pragma("user_version", len(SCRIPTS))
         db.pragma("application_id", APPLICATION_ID)
+
+
+@contextmanager
+def transaction(db: apsw.Connection) -> Iterator[None]:
+    """What is done inside is written whole, or not at all where it raises."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
         db.execute("COMMIT")
     except BaseException:
-        db.execute("ROLLBACK")
+        if db.in_transaction:  # some faults have rolled it back already
+            db.execute("ROLLBACK")
         raise
 
 
@@ -110,25 +125,47 @@ def _check_intact(db: apsw.Connection, path: Path) -> None:
         raise StartupError(f"{path} is damaged ({problem}); restore a backup, or move the file away to begin anew.")
 
 
-def back_up(path: Path, copy: Path) -> None:
+def back_up(path: Path, copy: Path, *, replace: bool = False) -> None:
     """Write a consistent copy of a database that may be in use; it appears under its name when it is whole.
+
+    Until then it has a name that nobody else uses, and where it fails nothing of it stays.
+
+    Args:
+        replace: Whether it may take the place of a file.
 
     Raises:
         apsw.Error, OSError
     """
-    unfinished = copy.with_name(f"{copy.name}.unfinished")
-    unfinished.unlink(missing_ok=True)
-    create_file(unfinished)
-    source, target = connect(path, query_only=True), apsw.Connection(str(unfinished))
+    unfinished = copy.with_name(f".lastcall-{token_hex(8)}.unfinished")
+    create_file(unfinished, flags=os.O_EXCL)
     try:
+        _copy(path, unfinished)
+        if replace:
+            unfinished.replace(copy)
+        else:
+            _name(unfinished, copy)
+    finally:
+        for left in (unfinished, unfinished.with_name(f"{unfinished.name}-journal")):
+            left.unlink(missing_ok=True)
+
+
+def _copy(path: Path, to: Path) -> None:
+    with closing(connect(path, query_only=True)) as source, closing(apsw.Connection(str(to))) as target:
         with target.backup("main", source, "main") as backup:
             while not backup.done:
                 backup.step(256)
         target.pragma("journal_mode", "DELETE")  # one file, nothing beside it
-    finally:
-        target.close()
-        source.close()
-    unfinished.replace(copy)
+
+
+def _name(file: Path, name: Path) -> None:
+    """Give a file a name that is free. Raises: FileExistsError."""
+    try:
+        name.hardlink_to(file)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        create_file(name, flags=os.O_EXCL)  # what is replaced is ours
+        file.replace(name)
 
 
 def startup_error(path: Path, error: apsw.Error | OSError) -> StartupError:

@@ -53,10 +53,15 @@ def _shrink_some(db: apsw.Connection) -> bool:
     free, pages = db.pragma("freelist_count"), db.pragma("page_count")
     if free <= _FREE_PAGES_KEPT + pages // 4:
         return False
-    shrink(db, _PAGES_A_STEP)
-    return True
+    return shrink(db, _PAGES_A_STEP)
 
 
-def shrink(db: apsw.Connection, pages: int) -> None:
-    """Move pages from the end of the file into free ones and cut it there."""
+def shrink(db: apsw.Connection, pages: int) -> bool:
+    """Move pages from the end of the file into free ones and cut it there; False where that gives nothing back.
+
+    It does so in a file that others have rebuilt without ``auto_vacuum``, too.
+    """
+    free: int = db.pragma("freelist_count")
     db.execute(f"PRAGMA incremental_vacuum({pages})").fetchall()
+    less: bool = db.pragma("freelist_count") < free
+    return less

@@ -113,15 +113,8 @@ class Writer:
             step.error = self._told(error)
 
     def _transact(self, call: Callable[[apsw.Connection], T]) -> T:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            result = call(self._db)
-            self._db.execute("COMMIT")
-        except BaseException:
-            if self._db.in_transaction:  # some faults have rolled it back already
-                self._db.execute("ROLLBACK")
-            raise
-        return result
+        with database.transaction(self._db):
+            return call(self._db)
 
     def _note_wal(self, _db: apsw.Connection, _name: str, pages: int) -> int:
         self._wal_pages = pages

@@ -1,7 +1,10 @@
 """What an operator can do with the file: vacuum, backup, check, export and import."""
 
 import json
+import os
+import resource
 import sqlite3
+import stat
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -15,7 +18,7 @@ from service.errors import SessionExistsError, SessionNotFoundError, StartupErro
 from service.models.client import Usage
 from service.storage.exported import ExportedSession, read_exported
 from service.storage.records import Item, SessionPatch, TurnRecord, TurnState
-from service.storage.sqlite import SqliteStore, care, open_sqlite_store
+from service.storage.sqlite import SqliteStore, care, database, open_sqlite_store
 from tests.storage.rows import T0, a_session, a_turn, at, contents, ended
 
 T1, T2, T3, T4 = (f"turn_{n:032x}" for n in range(1, 5))
@@ -216,6 +219,95 @@ async def test_vacuum_gives_back_what_was_removed(path: Path) -> None:
     assert care.check(path) == []
     async with open_sqlite_store(path) as store:
         assert await contents(store, now=T0) == {}
+
+
+async def test_a_vacuum_beside_a_service_tells_what_it_gave_back_and_not_what_came_in(path: Path) -> None:
+    async with open_sqlite_store(path) as store:
+        await _fill(store)
+        await store.begin_turn(a_turn("large"), now=T0)
+        await store.end_turn(ended(a_turn("large")), events=[b"x" * 1_000_000], now=T0)
+        before = path.stat().st_size  # noqa: ASYNC240
+        assert await trio.to_thread.run_sync(care.vacuum, path) == 0
+        assert path.stat().st_size > before  # noqa: ASYNC240
+
+
+def _rebuild_without_auto_vacuum(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA journal_mode = DELETE")
+        db.execute("PRAGMA auto_vacuum = NONE")
+        db.execute("VACUUM")
+
+
+async def test_a_vacuum_of_a_file_that_cannot_shrink_ends_and_says_how_it_can(path: Path) -> None:
+    async with open_sqlite_store(path) as store:
+        await _fill(store)
+        await store.mark_deleted("s", now=T0)
+        await store.remove_deleted("s")
+    _rebuild_without_auto_vacuum(path)
+    async with open_sqlite_store(path) as store:
+        await store.create_session(a_session(), now=T0)
+        await store.update_session("s", SessionPatch(title="x" * 100_000), now=T0)
+        await store.update_session("s", SessionPatch(title=None), now=T0)
+    with trio.fail_after(20):
+        with pytest.raises(StartupError, match="rebuilt without auto_vacuum") as refused:
+            await trio.to_thread.run_sync(care.vacuum, path, abandon_on_cancel=True)
+        statement = str(refused.value).split("'")[-2]
+        with closing(sqlite3.connect(path)) as db:
+            db.executescript(statement)
+        assert await trio.to_thread.run_sync(care.vacuum, path, abandon_on_cancel=True) == 0
+
+
+def test_what_is_empty_is_no_store_and_stays_empty(path: Path) -> None:
+    path.touch()
+    for look in (care.check, care.vacuum):
+        with pytest.raises(StartupError, match="is empty, and no store"):
+            look(path)
+    assert path.read_bytes() == b""
+
+
+async def test_a_backup_that_fails_leaves_nothing_behind(path: Path) -> None:
+    async with open_sqlite_store(path) as store:
+        await _fill(store)
+        await store.update_session("s", SessionPatch(title="x" * 1_000_000), now=T0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
+    try:
+        with pytest.raises(StartupError):
+            care.backup(path, path.with_name("copy.db"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {it.name for it in path.parent.iterdir()} == {path.name, f"{path.name}-owners"}  # noqa: ASYNC240
+
+
+@pytest.mark.parametrize("with_links", [True, False])
+async def test_a_backup_never_takes_the_place_of_anything(
+    path: Path, with_links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not with_links:
+        monkeypatch.setattr(Path, "hardlink_to", lambda *_: os.link("", ""))  # as a file system that has none
+    async with open_sqlite_store(path):
+        pass
+    mine = path.with_name("copy.db.unfinished")
+    mine.write_text("mine")
+    copy, link = path.with_name("copy.db"), path.with_name("link.db")
+    link.symlink_to("nowhere")
+    care.backup(path, copy)
+    assert (care.check(copy), stat.S_IMODE(copy.stat().st_mode)) == ([], 0o600)
+    assert mine.read_text() == "mine"
+    for taken in (mine, link):
+        with pytest.raises(StartupError, match="there already"):
+            care.backup(path, taken)
+        with pytest.raises(FileExistsError):  # it came while the copy was made
+            database.back_up(path, taken)
+    assert mine.read_text() == "mine"
+    assert link.readlink() == Path("nowhere")
+    assert list(path.parent.glob(".lastcall-*")) == []
+
+
+def test_a_new_file_is_not_made_through_a_link(path: Path) -> None:
+    path.symlink_to(path.with_name("elsewhere"))
+    with pytest.raises(OSError, match="symbolic link"):
+        database.create_file(path)
 
 
 async def test_a_check_says_what_is_wrong(path: Path) -> None:

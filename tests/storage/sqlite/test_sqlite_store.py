@@ -2,11 +2,12 @@
 
 import os
 import signal
+import sqlite3
 import stat
 import subprocess
 import sys
 import threading
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import apsw
@@ -247,4 +248,22 @@ async def test_what_a_process_left_to_reclaim_the_next_one_reclaims(path: Path) 
         await store.mark_deleted("s", now=T0)
         await store._writing.call(lambda db: db.execute("UPDATE sessions SET id = NULL, deletion = 2"))
     async with open_sqlite_store(path) as store:
+        await _until_empty(store)
+
+
+async def test_the_writer_rests_on_a_file_that_cannot_shrink(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reclaim, "_FREE_PAGES_KEPT", 0)
+    async with open_sqlite_store(path):
+        pass
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA journal_mode = DELETE")
+        db.execute("PRAGMA auto_vacuum = NONE")
+        db.execute("VACUUM")
+    async with open_sqlite_store(path) as store:
+        await _with_events(store, rows=5)
+        await store.mark_deleted("s", now=T0)
+        await store.remove_deleted("s")
+        with trio.fail_after(10):
+            while store.writer.removed:  # noqa: ASYNC110  nobody is told
+                await trio.sleep(0.005)
         await _until_empty(store)
