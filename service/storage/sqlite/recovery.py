@@ -4,6 +4,7 @@ A step inside of a transaction, bounded in what it does; whoever comes second fi
 """
 
 from datetime import datetime, timedelta
+from math import inf
 
 import apsw
 import msgspec
@@ -15,12 +16,15 @@ from service.storage.sqlite.rows import AHEAD, TURN_COLUMNS, Row, as_json, items
 
 _TURNS_MAX = 100
 """The turns that one step ends, so that it holds the write lock for milliseconds."""
+_BYTES_MAX = 1024 * 1024
+"""Of their messages: a step ends with the turn that passes it."""
 
 _OPEN = (
-    f"SELECT {', '.join(f'turns.{name}' for name in TURN_COLUMNS.split(', '))}, turns.key, session, sessions.id, "
-    "idle_timeout_s FROM turns CROSS JOIN sessions ON sessions.key = session "
+    "SELECT turns.key FROM turns CROSS JOIN sessions ON sessions.key = session "
     "WHERE turns.owner = :owner AND deletion <> 2 AND (:session IS NULL OR session = :session) LIMIT :limit"
 )
+_GET = f"SELECT {TURN_COLUMNS}, session FROM turns WHERE key = ?"
+_GET_SESSION = "SELECT id, idle_timeout_s FROM sessions WHERE key = ?"
 
 
 def recover_some(db: apsw.Connection, owners: Ownership, now: datetime) -> tuple[int, bool]:
@@ -28,7 +32,7 @@ def recover_some(db: apsw.Connection, owners: Ownership, now: datetime) -> tuple
     for fence in fences(db):
         if owners.is_alive(fence):
             continue
-        ended = end_turns_of(db, fence, now, limit=_TURNS_MAX)
+        ended = end_turns_of(db, fence, now, turns_max=_TURNS_MAX, bytes_max=_BYTES_MAX)
         if ended == 0:
             db.execute(
                 "UPDATE sessions SET id = NULL, deletion = 2, deleter = NULL WHERE deletion = 1 AND deleter = ?",
@@ -39,12 +43,24 @@ def recover_some(db: apsw.Connection, owners: Ownership, now: datetime) -> tuple
     return 0, True
 
 
-def end_turns_of(db: apsw.Connection, fence: int, now: datetime, *, session: int | None = None, limit: int = -1) -> int:
+def end_turns_of(
+    db: apsw.Connection,
+    fence: int,
+    now: datetime,
+    *,
+    session: int | None = None,
+    turns_max: int = -1,
+    bytes_max: float = inf,
+) -> int:
     """End open turns of an owner, in one session or in all, as a crash does; how many."""
-    rows: list[Row] = db.execute(_OPEN, {"owner": fence, "session": session, "limit": limit}).fetchall()
-    for row in rows:
-        _end(db, row, now)
-    return len(rows)
+    rows: list[Row] = db.execute(_OPEN, {"owner": fence, "session": session, "limit": turns_max}).fetchall()
+    ended = size = 0
+    for (key,) in rows:
+        size += _end(db, key, now)
+        ended += 1
+        if size >= bytes_max:
+            break
+    return ended
 
 
 def take_over(
@@ -57,8 +73,11 @@ def take_over(
     end_turns_of(db, fence, now, session=session)
 
 
-def _end(db: apsw.Connection, row: Row, now: datetime) -> None:
-    *_, key, session, session_id, idle_timeout_s = row
+def _end(db: apsw.Connection, key: int, now: datetime) -> int:
+    """End an open turn; how many bytes its messages have."""
+    row: Row = db.execute(_GET, (key,)).fetchone()  # type: ignore[assignment]
+    session = row[-1]
+    session_id, idle_timeout_s = db.execute(_GET_SESSION, (session,)).fetchone()  # type: ignore[misc]
     _drop_kept_ahead(db, key)
     turn = msgspec.structs.replace(turn_of(session_id, row), output=_joined_output(db, key))
     db.execute(
@@ -72,6 +91,7 @@ def _end(db: apsw.Connection, row: Row, now: datetime) -> None:
         "message_count = message_count + ?, last_accessed_at = ?, expires_at = ? WHERE key = ?",
         (int(bool(turn.text)), moment(now), moment(now + timedelta(seconds=idle_timeout_s)), session),
     )
+    return sum(len(item.text.encode()) for item in (*turn.input, *turn.output))
 
 
 def _drop_kept_ahead(db: apsw.Connection, turn: int) -> None:
