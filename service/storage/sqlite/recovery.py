@@ -3,7 +3,7 @@
 A step inside of a transaction, bounded in what it does; whoever comes second finds nothing left.
 """
 
-from datetime import datetime, timedelta
+from datetime import datetime
 from math import inf
 
 import apsw
@@ -11,6 +11,7 @@ import msgspec
 
 from service.errors import OwnedElsewhereError
 from service.storage.records import SEQ_AFTER_CRASH, Item
+from service.storage.sqlite.ends import count_end
 from service.storage.sqlite.ownership import Ownership, fences, owner_of
 from service.storage.sqlite.rows import AHEAD, TURN_COLUMNS, Row, as_json, items_of, moment, turn_of
 
@@ -86,11 +87,7 @@ def _end(db: apsw.Connection, key: int, now: datetime) -> int:
         (moment(now), SEQ_AFTER_CRASH, turn.message_bytes, as_json(turn.output), key),
     )
     db.execute("DELETE FROM outputs WHERE turn = ?", (key,))
-    db.execute(
-        "UPDATE sessions SET open_turns = open_turns - 1, owner = CASE open_turns WHEN 1 THEN NULL ELSE owner END, "
-        "message_count = message_count + ?, last_accessed_at = ?, expires_at = ? WHERE key = ?",
-        (int(bool(turn.text)), moment(now), moment(now + timedelta(seconds=idle_timeout_s)), session),
-    )
+    count_end(db, turn, now, session=session, idle_timeout_s=idle_timeout_s)
     return sum(len(item.text.encode()) for item in (*turn.input, *turn.output))
 
 

@@ -5,7 +5,7 @@ A step that refuses does so before it has written anything.
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 
 import apsw
 import msgspec
@@ -14,6 +14,7 @@ from service.errors import HeadMovedError, SessionNotFoundError, TurnNotFoundErr
 from service.storage.cursors import TurnPosition, encode_cursor
 from service.storage.records import Checkpoint, Page, SessionRecord, TurnRecord
 from service.storage.sqlite import recovery, sessions
+from service.storage.sqlite.ends import count_end
 from service.storage.sqlite.ownership import Ownership
 from service.storage.sqlite.rows import (
     AHEAD,
@@ -62,12 +63,6 @@ _END_COLUMNS = (
     "output",
 )
 _END = f"UPDATE turns SET owner = NULL, {', '.join(f'{name} = :{name}' for name in _END_COLUMNS)} WHERE key = :key"
-_END_IN_SESSION = (
-    "UPDATE sessions SET open_turns = open_turns - 1, owner = CASE open_turns WHEN 1 THEN NULL ELSE owner END, "
-    "message_count = message_count + :messages, input_tokens = input_tokens + :input_tokens, "
-    "output_tokens = output_tokens + :output_tokens, last_accessed_at = :now, expires_at = :expires_at "
-    "WHERE key = :session"
-)
 
 
 def begin(
@@ -181,17 +176,7 @@ def end(
     db.execute(_END, {name: values[name] for name in _END_COLUMNS} | {"key": own.key})
     _keep_rest(db, own.key, events, ahead, after=after)
     db.execute("DELETE FROM outputs WHERE turn = ?", (own.key,))
-    db.execute(
-        _END_IN_SESSION,
-        {
-            "session": own.session,
-            "messages": int(bool(turn.text)),
-            "input_tokens": turn.usage.input_tokens if turn.usage else 0,
-            "output_tokens": turn.usage.output_tokens if turn.usage else 0,
-            "now": moment(now),
-            "expires_at": moment(now + timedelta(seconds=own.idle_timeout_s)),
-        },
-    )
+    count_end(db, turn, now, session=own.session, idle_timeout_s=own.idle_timeout_s)
     return True
 
 
