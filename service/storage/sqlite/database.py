@@ -24,8 +24,31 @@ CHECK_BYTES_MAX = 32 * 1024 * 1024
 
 _LOCK_WAIT_S = 5.0
 _LOCK_POLL_S = 0.001
+_RESET_WAIT_S = 0.03
 _CACHE_KIB = 16 * 1024
 _WAL_KEPT_BYTES = 64 * 1024 * 1024
+
+
+def reset_log(db: apsw.Connection) -> bool:
+    """Write a checkpoint after which the log begins anew; False where readers do not let go of it within a moment.
+
+    Nobody else writes meanwhile, so a checkpoint that waits for nobody comes first and leaves this one little to do.
+    """
+    db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+    deadline = time.monotonic() + _RESET_WAIT_S
+
+    def wait_until_then(_: int) -> bool:
+        time.sleep(_LOCK_POLL_S)
+        return time.monotonic() < deadline
+
+    db.set_busy_handler(wait_until_then)
+    try:
+        db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_RESTART)
+    except apsw.BusyError:
+        return False
+    finally:
+        db.set_busy_handler(_wait_for_lock)
+    return True
 
 
 def real_path(path: str | Path) -> Path:

@@ -1,6 +1,9 @@
-"""A reader: the steps that are there see the same moment."""
+"""A reader: the steps that are there share a look at the file, as far as they are quick."""
 
+import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ from service.storage.sqlite.sql_thread import Step
 
 _STEPS_MAX = 100
 """The steps that are told together: the first should not wait long for the last."""
+_SNAPSHOT_S = 0.005
+"""How long steps begin on one snapshot. While it is held the log cannot begin anew, and others wait for that."""
 
 
 class Reader:
@@ -29,26 +34,31 @@ class Reader:
             raise database.startup_error(self._path, error) from error
 
     def run(self, arriving: Iterator[Step[Any]]) -> Sequence[Step[Any]]:
-        """Run the steps that are there on one snapshot, taken after all of them were asked for."""
-        taken: list[Step[Any]] = []
-        for step in arriving:
-            taken.append(step)
-            if len(taken) == _STEPS_MAX:
+        """Run the steps that are there, each on a snapshot that was taken after all of them were asked for."""
+        taken = list(islice(arriving, _STEPS_MAX))
+        left = deque(taken)
+        while left:
+            try:
+                self._db.execute("BEGIN")
+            except apsw.Error as error:
+                for step in left:
+                    step.error = store_error(self._path, error)
                 break
-        try:
-            self._db.execute("BEGIN")
-        except apsw.Error as error:
-            for step in taken:
-                step.error = store_error(self._path, error)
-            return taken
-        for step in taken:
+            self._run_on_snapshot(left)
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+        return taken
+
+    def _run_on_snapshot(self, left: deque[Step[Any]]) -> None:
+        deadline = time.monotonic() + _SNAPSHOT_S
+        while left:
+            step = left.popleft()
             try:
                 step.run(self._db)
             except Exception as error:  # noqa: BLE001  it is its caller's
                 step.error = store_error(self._path, error) if isinstance(error, apsw.Error) else error
-        if self._db.in_transaction:
-            self._db.execute("ROLLBACK")
-        return taken
+            if time.monotonic() >= deadline:
+                return
 
     def rest(self, *, idle: bool) -> bool:  # noqa: ARG002
         return False

@@ -23,6 +23,10 @@ T = TypeVar("T")
 _COMMIT_AFTER_S = 0.02
 """How long a commit is put off while more steps keep arriving; mostly the next one is not there so soon."""
 _CHECKPOINT_PAGES = 1000
+_LOG_PAGES_MAX = 16 * 1024
+"""A longer log, 64 MiB, is made to begin anew: while readers follow closely on each other it never does by itself."""
+_RESET_EVERY_S = 1.0
+"""Where that fails it is tried again so much later: nobody writes while it is tried."""
 _REST_EVERY_S = 0.1
 """While steps keep arriving, what is done at rest waits so long in between."""
 
@@ -47,6 +51,7 @@ class Writer:
         self._db: apsw.Connection
         self._wal_pages = 0
         self._rested_at = 0.0
+        self._reset_at = 0.0
 
     def open(self) -> None:
         """Raises: StartupError."""
@@ -95,8 +100,7 @@ class Writer:
         self._rested_at = now
         try:
             if self._wal_pages >= _CHECKPOINT_PAGES:
-                self._wal_pages = 0
-                self._db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+                self._write_checkpoint(now)
             elif self.removed:
                 self.removed = self._transact(reclaim_some)
         except apsw.Error:
@@ -115,6 +119,15 @@ class Writer:
     def _transact(self, call: Callable[[apsw.Connection], T]) -> T:
         with database.transaction(self._db):
             return call(self._db)
+
+    def _write_checkpoint(self, now: float) -> None:
+        is_long = self._wal_pages >= _LOG_PAGES_MAX
+        self._wal_pages = 0
+        if is_long and now - self._reset_at >= _RESET_EVERY_S:
+            self._reset_at = now
+            database.reset_log(self._db)
+        else:
+            self._db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
 
     def _note_wal(self, _db: apsw.Connection, _name: str, pages: int) -> int:
         self._wal_pages = pages
