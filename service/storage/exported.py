@@ -12,7 +12,7 @@ from service.storage.records import Item, SessionRecord, TurnRecord, with_totals
 
 FORMAT = 1
 """Of an exported session."""
-COUNT_MAX = 10**15
+COUNT_MAX = 10**12
 """Of events or tokens of one turn, so that their sums fit everywhere."""
 
 _TURN_ID = re.compile(r"turn_[0-9a-f]{32}")
@@ -50,7 +50,7 @@ def read_exported(exported: bytes) -> ExportedSession:
     except (msgspec.MsgspecError, UnicodeError) as error:
         raise not_exported(" ".join(str(error).split())) from None
     if whole.format != FORMAT:
-        raise StartupError(f"This session was exported in format {whole.format}; this version knows {FORMAT}.")
+        raise StartupError(f"This session was exported in format {shown(whole.format)}; this version knows {FORMAT}.")
     for problem in _problems(whole):
         raise not_exported(problem)
     return whole
