@@ -29,28 +29,6 @@ _CACHE_KIB = 16 * 1024
 _WAL_KEPT_BYTES = 64 * 1024 * 1024
 
 
-def reset_log(db: apsw.Connection) -> bool:
-    """Write a checkpoint after which the log begins anew; False where readers do not let go of it within a moment.
-
-    Nobody else writes meanwhile, so a checkpoint that waits for nobody comes first and leaves this one little to do.
-    """
-    db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
-    deadline = time.monotonic() + _RESET_WAIT_S
-
-    def wait_until_then(_: int) -> bool:
-        time.sleep(_LOCK_POLL_S)
-        return time.monotonic() < deadline
-
-    db.set_busy_handler(wait_until_then)
-    try:
-        db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_RESTART)
-    except apsw.BusyError:
-        return False
-    finally:
-        db.set_busy_handler(_wait_for_lock)
-    return True
-
-
 def real_path(path: str | Path) -> Path:
     """The file itself, in full: by whatever links it is reached, what is beside it is one and the same."""
     return Path(os.path.realpath(path))
@@ -63,7 +41,8 @@ def connect(path: Path, *, query_only: bool = False) -> apsw.Connection:
         if db.readonly("main"):  # SQLite contents itself with that where it may not write
             raise apsw.ReadOnlyError
         db.set_busy_handler(_wait_for_lock)
-        db.pragma("auto_vacuum", "INCREMENTAL")  # counts for a new file only, and before WAL
+        if db.pragma("page_count") == 0:  # it counts for a new file only, and before WAL, but would write to any
+            db.pragma("auto_vacuum", "INCREMENTAL")
         if db.pragma("journal_mode", "WAL") != "wal":
             raise StartupError(f"{path} cannot be used: its file system does not allow shared memory (WAL).")
         db.pragma("synchronous", SYNCHRONOUS)
@@ -84,6 +63,28 @@ def _wait_for_lock(calls: int) -> bool:
     """Wait for a lock that another process holds: its transactions take milliseconds."""
     time.sleep(_LOCK_POLL_S)
     return calls < _LOCK_WAIT_S / _LOCK_POLL_S
+
+
+def reset_log(db: apsw.Connection) -> bool:
+    """Write a checkpoint after which the log begins anew; False where readers do not let go of it within a moment.
+
+    Nobody else writes meanwhile, so a checkpoint that waits for nobody comes first and leaves this one little to do.
+    """
+    db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+    deadline = time.monotonic() + _RESET_WAIT_S
+
+    def wait_until_then(_: int) -> bool:
+        time.sleep(_LOCK_POLL_S)
+        return time.monotonic() < deadline
+
+    db.set_busy_handler(wait_until_then)
+    try:
+        db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_RESTART)
+    except apsw.BusyError:
+        return False
+    finally:
+        db.set_busy_handler(_wait_for_lock)
+    return True
 
 
 def create_file(path: Path, *, flags: int = 0) -> None:

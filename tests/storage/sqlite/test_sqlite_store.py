@@ -15,7 +15,7 @@ import pytest
 import trio
 
 from service.errors import StoreError
-from service.storage.sqlite import SqliteStore, open_sqlite_store, reclaim, recovery, sessions, writer
+from service.storage.sqlite import SqliteStore, database, open_sqlite_store, reclaim, recovery, sessions, writer
 from tests.storage.rows import T0, a_session, a_turn, all_sessions, at, ended
 from tests.storage.test_store_owners import a_checkpoint
 
@@ -44,6 +44,14 @@ async def test_whoever_comes_by_a_link_shares_the_file_s_owners(path: Path) -> N
         assert await other.recover(now=T0) == 0
         assert (await other.get_turn("s", "t", now=T0)).is_open
         assert [it.name for it in path.parent.glob("*-owners")] == [f"{path.name}-owners"]  # noqa: ASYNC240
+
+
+async def test_a_new_connection_writes_nothing_to_a_file_that_is_there(path: Path) -> None:
+    async with open_sqlite_store(path):
+        log = path.with_name(f"{path.name}-wal")
+        before = log.read_bytes()
+        database.connect(path).close()
+        assert log.read_bytes() == before
 
 
 async def test_apsw_is_imported_by_who_opens_such_a_store_only() -> None:
