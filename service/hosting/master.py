@@ -37,6 +37,10 @@ REPLACEMENTS_WITHIN_S = 60
 STOP_SLACK_S = 1
 """What workers may take beyond their own bound on a shutdown, before they are killed."""
 STOP_LOOK_S = 0.25
+AT_ONCE_S = 10
+AT_ONCE_MAX = 10
+"""So often in a row workers may end with 0 that soon after their start, if neither a reload nor ``--max-requests`` has
+them do so: the next one would, too. Starting alone takes seconds on a busy machine."""
 DIED = (ExitCode.WATCHDOG, ExitCode.FAULTS)
 """Codes of a worker that has ended for good, but badly. While the others serve that is no reason to stop them."""
 
@@ -45,7 +49,7 @@ def mend() -> Settings:
     """Have hypercorn's command line run its master through us. Ends the process where the settings cannot be used."""
     try:
         settings = load_settings()
-    except StartupError as error:
+    except Exception as error:  # noqa: BLE001  a traceback would be all that it says
         refuse_to_start(error)
     main = sys.modules["__main__"]
     if getattr(main, "run", None) is hypercorn.run.run:  # python -m hypercorn
@@ -80,6 +84,10 @@ class Workers:
     def __init__(self, *, stop_timeout_s: float) -> None:
         self._stop_timeout_s = stop_timeout_s
         self._died_at: deque[float] = deque(maxlen=REPLACEMENTS_MAX)
+        self._started_at: dict[int | None, float] = {}
+        self._ended_at_once = 0
+        self._few_requests = False
+        self._reloaded = False
         self._code = 0
         self._start = hypercorn.run._populate
         self._stop_event: Event | None = None
@@ -95,7 +103,13 @@ class Workers:
     ) -> None:
         """Start as many as are missing."""
         self._stop_event = stop_event
+        self._few_requests = config.max_requests is not None
+        vars(stop_event).pop("clear", None)  # workers get a copy of the event, and not this of it
         self._start(processes, config, worker_func, sockets, stop_event, context)
+        setattr(stop_event, "clear", self._note_reload)  # noqa: B010
+        now = time.monotonic()
+        for process in processes:
+            self._started_at.setdefault(process.pid, now)
 
     def wait(self, sentinels: Iterable[int], timeout: float | None = None) -> Sequence[object]:
         """Return when a worker has ended, or when all are to be stopped: a worker that hangs cannot end first."""
@@ -109,10 +123,14 @@ class Workers:
         """Take those that have ended off the list; it is empty when this returns anything but 0."""
         assert self._stop_event is not None
         stopping = self._stop_event.is_set()
-        for process in _take_exited(processes):
+        exited = _take_exited(processes)
+        for process in exited:
             code = _exit_code(process)
             if stopping or not self._may_replace(process, code):
                 self._code = self._code or code
+        if not stopping and self._end_at_once(exited):
+            say(f"workers end at once, {self._ended_at_once} times in a row, giving up")
+            self._code = self._code or ExitCode.REFUSED
         if stopping or self._code:
             self._stop_event.set()
             self._join_all(processes)
@@ -131,6 +149,23 @@ class Workers:
         how = signal.Signals(code - 128).name if code > 128 else f"with code {code}"
         say(f"worker {process.pid} ended by {how}, another one takes its place")
         return True
+
+    def _end_at_once(self, exited: list[BaseProcess]) -> bool:
+        """Whether workers have ended with 0 so soon after their start that the next ones would do it for ever."""
+        now = time.monotonic()
+        ages_s = [(_exit_code(process), now - self._started_at.pop(process.pid, 0)) for process in exited]
+        lived_s = [age_s for code, age_s in ages_s if code == 0]
+        if self._few_requests or self._reloaded or any(it > AT_ONCE_S for it in lived_s):
+            self._ended_at_once, self._reloaded = 0, False
+        elif lived_s:
+            self._ended_at_once += 1
+        return self._ended_at_once > AT_ONCE_MAX
+
+    def _note_reload(self) -> None:
+        """In place of the event's ``clear``: a reload has ended, and with it all workers."""
+        assert self._stop_event is not None
+        type(self._stop_event).clear(self._stop_event)
+        self._reloaded = True
 
     def _join_all(self, processes: list[BaseProcess]) -> None:
         deadline = time.monotonic() + self._stop_timeout_s

@@ -3,13 +3,15 @@
 import multiprocessing
 import time
 from multiprocessing.process import BaseProcess
-from types import SimpleNamespace
-from typing import cast
+from multiprocessing.synchronize import Event
+from types import CodeType, SimpleNamespace
+from typing import Any, cast
 
 import hypercorn.run
 import pytest
+from hypercorn.config import Config
 
-from service.hosting.master import DIED, REPLACEMENTS_MAX, REPLACEMENTS_WITHIN_S, Workers
+from service.hosting.master import AT_ONCE_MAX, DIED, REPLACEMENTS_MAX, REPLACEMENTS_WITHIN_S, Workers
 
 
 def test_hypercorn_still_takes_these_names_from_its_module() -> None:
@@ -75,3 +77,49 @@ def test_only_what_died_within_a_minute_counts(workers: Workers, monkeypatch: py
 def test_workers_that_stop_when_told_to_are_always_replaced(workers: Workers) -> None:
     """``--max-requests``."""
     assert [join(workers, 0) for _ in range(3 * REPLACEMENTS_MAX)] == [0] * 3 * REPLACEMENTS_MAX
+
+
+def start_and_end(workers: Workers, *, max_requests: int | None = None) -> int:
+    """A worker is started and ends at once with 0; what hypercorn is told."""
+    config = Config.from_mapping(max_requests=max_requests)
+    workers._start = lambda processes, *_: processes.append(ended(0))
+    processes: list[BaseProcess] = []
+    workers.populate(processes, config, cast("Any", None), cast("Any", None), stop_event_of(workers), cast("Any", None))
+    return workers.join_exited(processes)
+
+
+def stop_event_of(workers: Workers) -> Event:
+    assert workers._stop_event is not None
+    return workers._stop_event
+
+
+def test_workers_that_end_at_once_again_and_again_end_the_service(workers: Workers) -> None:
+    assert [start_and_end(workers) for _ in range(AT_ONCE_MAX + 1)] == [0] * AT_ONCE_MAX + [78]
+    assert stop_event_of(workers).is_set()
+
+
+def test_hypercorn_still_clears_its_event_when_a_reload_has_ended() -> None:
+    """Fails when it does not: then reloads in quick succession would look like workers that end at once."""
+    names = hypercorn.run.run.__code__.co_consts
+    [reload] = [it for it in names if isinstance(it, CodeType) and it.co_name == "reload"]
+    assert reload.co_names[:2] == ("set", "join")
+    assert reload.co_names[-1] == "clear"
+
+
+def test_workers_with_few_requests_to_answer_may_end_at_once(workers: Workers) -> None:
+    assert {start_and_end(workers, max_requests=1) for _ in range(3 * AT_ONCE_MAX)} == {0}
+
+
+def test_workers_that_are_reloaded_may_end_at_once(workers: Workers) -> None:
+    for _ in range(3 * AT_ONCE_MAX):
+        stop_event_of(workers).set()
+        stop_event_of(workers).clear()
+        assert start_and_end(workers) == 0
+
+
+def test_only_ends_at_once_in_a_row_count(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    for _ in range(3):
+        assert {start_and_end(workers) for _ in range(AT_ONCE_MAX)} == {0}
+        assert join(workers, 0) == 0  # this one was started long ago
