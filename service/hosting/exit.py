@@ -8,6 +8,7 @@ from contextlib import suppress
 from enum import IntEnum
 from typing import NoReturn
 
+from service.errors import StartupError
 from service.telemetry.logging import drain_log
 
 
@@ -44,12 +45,16 @@ def leave_at_exit(code: int) -> None:
 
 
 def say(text: str) -> None:
-    """Write lines to standard error as they are: for what is said where there is no log."""
+    """Write lines to standard error as they are: for what is said where there is no log. Never raises.
+
+    A byte of a path or a variable that is not UTF-8 is escaped.
+    """
+    lines = "".join(f"lastcall: {line}\n" for line in text.splitlines())
     with suppress(OSError):
-        os.write(2, "".join(f"lastcall: {line}\n" for line in text.splitlines()).encode())
+        os.write(2, lines.encode(errors="backslashreplace"))
 
 
-def refuse_to_start(reason: object) -> NoReturn:
-    """End a start that failed, with what it failed of."""
-    say(str(reason))
+def refuse_to_start(reason: Exception | str) -> NoReturn:
+    """End a start that failed, with what it failed of: what is not said for people is said with its type."""
+    say(str(reason) if isinstance(reason, StartupError | str) else repr(reason))
     leave(ExitCode.REFUSED)

@@ -16,7 +16,6 @@ import trio
 from quart import Quart
 
 from service.api.app import attach, detach
-from service.errors import StartupError
 from service.hosting.connections import Connections
 from service.hosting.doors import Doors
 from service.hosting.exit import ExitCode, leave, leave_at_exit, refuse_to_start
@@ -51,20 +50,25 @@ class ServiceLifespan:
     async def __call__(self, receive: Any, send: Any) -> None:
         if not trio.lowlevel.in_trio_run():
             refuse_to_start("Lastcall runs on Trio: start hypercorn with --worker-class trio.")
-        load_settings: Callable[[], Settings] = self._app.extensions[LOAD_SETTINGS]
         await receive()
         try:
-            worker = find_worker()
-            settings = load_settings()
-            if worker is not None:
-                check_sharing(settings, workers=worker.config.workers)
-        except StartupError as error:
+            settings, hosting = self._prepare()
+        except Exception as error:  # noqa: BLE001  hypercorn would serve on without us, whatever it is
             refuse_to_start(error)
-        if worker is None:
+        if hosting is None:
             await serve_as_guest(self._app, settings, receive, send)
         else:
-            log = configure_logging(settings)
-            await Hosting(self._app, worker, settings, log).run(receive, send)
+            await hosting.run(receive, send)
+
+    def _prepare(self) -> "tuple[Settings, Hosting | None]":
+        """The settings, and what hosts the service with them; None in a process that is not ours."""
+        load_settings: Callable[[], Settings] = self._app.extensions[LOAD_SETTINGS]
+        worker = find_worker()
+        settings = load_settings()
+        if worker is None:
+            return settings, None
+        check_sharing(settings, workers=worker.config.workers)
+        return settings, Hosting(self._app, worker, settings, configure_logging(settings))
 
 
 async def serve_as_guest(app: Quart, settings: Settings, receive: Any, send: Any) -> None:
@@ -108,10 +112,10 @@ class Hosting:
         crash: Exception | None = None
         try:
             with self._notice.from_signals():
-                if self._worker.master is not None:
-                    self._notice.watch(self._worker.master)
                 async with trio.open_nursery() as nursery:
                     try:
+                        if self._worker.master is not None:
+                            self._notice.watch(self._worker.master)
                         await self._hold_service(nursery, receive, send)
                     except Exception as error:  # noqa: BLE001  the edge of the service: what comes here ends the process
                         crash = error
@@ -201,7 +205,7 @@ class Hosting:
         """The tree has unwound: end the streams, which have their terminal events by now."""
         cause = first_cause(error)
         if not self._opened:
-            refuse_to_start(cause if isinstance(cause, StartupError) else repr(cause))
+            refuse_to_start(cause)
         frame = traceback.extract_tb(cause.__traceback__)[-1]
         logger.critical("service crashed", error=repr(cause), where=f"{frame.filename}:{frame.lineno} in {frame.name}")
         self._shutdown.notice("crash")

@@ -6,7 +6,6 @@ A server is always stopped the proper way, so its streams get their final events
 """
 
 import ctypes
-import os
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import service
-from service.hosting.exit import ExitCode
+from service.hosting.exit import ExitCode, say
 from service.settings import Settings
 
 LOOK_INTERVAL_S = 0.2
@@ -47,10 +46,10 @@ def serve_and_reload(settings: Settings, *, config_file: Path, arguments: Iterab
             if server is not None and (code := server.poll()) is not None:
                 if code == 0 or (code == ExitCode.REFUSED and not changed):
                     return code
-                _say(f"the server ended with code {code}; it starts again when something changes")
+                say(f"the server ended with code {code}; it starts again when something changes")
                 server = None
             if (now := _changed_at(config_file)) != seen:
-                _say(f"{min(str(path) for path, _ in now ^ seen)} changed, starting anew")
+                say(f"{min(str(path) for path, _ in now ^ seen)} changed, starting anew")
                 seen, changed = now, True
                 _stop(server, settings)
                 stopping = signal.sigpending() & STOP_SIGNALS  # dealt with by the next look
@@ -104,10 +103,3 @@ def _blocked(signals: Iterable[int]) -> Iterator[Iterable[int]]:
         yield before
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _say(text: str) -> None:
-    try:
-        os.write(2, f"lastcall: {text}\n".encode())
-    except OSError:
-        pass

@@ -39,7 +39,7 @@ def take_addresses(config: Config) -> None:
     """
     try:
         config.create_ssl_context()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a file, or a name that can be none
         raise StartupError(
             f"The certificate {config.certfile} and its key {config.keyfile} cannot be used: {error}"
         ) from error
@@ -48,6 +48,8 @@ def take_addresses(config: Config) -> None:
         sockets = config.create_sockets()
     except OSError as error:
         raise StartupError(f"Cannot listen on {', '.join(binds)}: {error.strerror}") from error
+    except (ValueError, TypeError) as error:  # what can be no host, port or path
+        raise StartupError(f"Cannot listen on {', '.join(binds)}: {error}") from error
     secure, insecure = (
         [f"fd://{sock.detach()}" for sock in group] for group in (sockets.secure_sockets, sockets.insecure_sockets)
     )

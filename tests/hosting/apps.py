@@ -3,6 +3,7 @@
 import atexit
 import ctypes
 import os
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -17,7 +18,7 @@ from service.errors import StartupError
 from service.hosting import lifespan
 from service.hosting.application import create_hosted_app
 from service.hosting.worker import find_worker
-from service.settings import load_settings
+from service.settings import Settings, load_settings
 from service.supervisor import Service, open_service
 
 
@@ -25,6 +26,38 @@ from service.supervisor import Service, open_service
 async def refusing(*args: Any, **options: Any) -> AsyncIterator[Service]:
     raise StartupError("the store cannot be opened")
     yield
+
+
+@asynccontextmanager
+async def refusing_in_bytes(*args: Any, **options: Any) -> AsyncIterator[Service]:
+    """The reason names a file as the system does, whose name is not UTF-8."""
+    raise StartupError(f"the store {os.fsdecode(bytes([0xFF]))} cannot be opened")
+    yield
+
+
+def without_threads() -> Any:
+    """To be called: from then on no thread can be started, as where a limit on processes is reached."""
+
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    setattr(threading.Thread, "start", refuse)  # noqa: B010
+    return open_service
+
+
+def without_settings() -> Any:
+    """To be called: the settings cannot be read from then on, for a reason that nobody has thought of."""
+
+    def break_down() -> Settings:
+        raise RuntimeError("not thought of")
+
+    globals()["load_settings"] = break_down
+    return open_service
+
+
+def ending_at_once() -> Any:
+    """To be called: the process ends before it serves, with nothing wrong to be seen."""
+    sys.exit(0)
 
 
 @asynccontextmanager

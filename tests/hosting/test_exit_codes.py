@@ -117,6 +117,45 @@ async def test_a_failed_start_is_78_and_one_line(tmp_path: Path, host: str) -> N
 
 
 @pytest.mark.parametrize("host", HOSTS)
+async def test_a_failed_start_is_78_and_one_line_whatever_its_reason_is_made_of(tmp_path: Path, host: str) -> None:
+    failed = await start_that_fails(tmp_path, host, broken="refusing_in_bytes")
+    assert failed.exit_code in as_hypercorn_returns(host, 78)
+    assert "lastcall: the store \\udcff cannot be opened\n" in failed.log
+    assert "Traceback" not in failed.log
+    assert "Lifespan error" not in failed.log
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [("without_threads()", '"can\'t start new thread"'), ("without_settings()", "'not thought of'")],
+)
+@pytest.mark.parametrize("host", ["hypercorn-1", "configured-1"])
+async def test_a_start_that_breaks_before_the_service_is_opened_is_78_and_one_line(
+    tmp_path: Path, host: str, broken: str, said: str
+) -> None:
+    failed = await start_that_fails(tmp_path, host, broken=broken)
+    assert failed.exit_code in as_hypercorn_returns(host, 78)
+    assert f"lastcall: RuntimeError({said})\n" in failed.log
+    assert "Traceback" not in failed.log
+
+
+@pytest.mark.parametrize("host", CONFIGURED[1:])
+async def test_workers_that_end_at_once_are_not_replaced_for_ever(tmp_path: Path, host: str) -> None:
+    failed = await start_that_fails(tmp_path, host, broken="ending_at_once()")
+    assert failed.exit_code == 78
+    assert failed.log.count("giving up") == 1
+    assert "Traceback" not in failed.log
+
+
+@pytest.mark.parametrize("host", [SERVE, "hypercorn-0", "hypercorn-1", "configured-0", "configured-1"])
+async def test_settings_in_a_file_whose_name_is_not_utf_8_are_78_and_one_line(tmp_path: Path, host: str) -> None:
+    failed = await start_that_fails(tmp_path, host, LASTCALL_CONFIG_FILE="/nowhere/\udcff.toml")
+    assert failed.exit_code in as_hypercorn_returns(host, 78)
+    assert "lastcall: LASTCALL_CONFIG_FILE names /nowhere/\\udcff.toml, which is not there\n" in failed.log
+    assert "Traceback" not in failed.log
+
+
+@pytest.mark.parametrize("host", HOSTS)
 async def test_bad_settings_are_78_and_one_line(tmp_path: Path, host: str) -> None:
     failed = await start_that_fails(tmp_path, host, drain_timeout_s="soon")
     assert failed.exit_code in as_hypercorn_returns(host, 78)
