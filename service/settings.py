@@ -1,7 +1,8 @@
 """Settings: one frozen object, read once. ``LASTCALL_*`` over ``lastcall.toml`` over the defaults.
 
 Only this module reads the environment. What it does not know it refuses, so a mistyped name cannot pass for a
-default; and it names every problem at once, each with the value and what is allowed.
+default; and it names every name and value that is wrong at once, each with the value and what is allowed. What does not
+fit together is looked for once each of them is right.
 """
 
 import os
@@ -12,10 +13,20 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from ipaddress import ip_address
 from pathlib import Path
+from stat import S_ISREG
 from typing import Annotated, Any, Literal, get_origin
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    field_validator,
+    model_validator,
+)
 from pydantic import ValidationError as InvalidSettings
 from pydantic_core import ErrorDetails
 
@@ -37,9 +48,21 @@ _LISTS = {
 """How settings that are lists of strings are written in the file."""
 
 
+SHOWN_MAX = 100
+"""What is longer is not shown in full in a complaint."""
+
+
 def _number(value: object) -> object:
     if isinstance(value, bool):
-        raise ValueError("should be a number")  # noqa: TRY004  pydantic reports a ValueError, and raises a TypeError
+        raise ValueError("is no number")  # noqa: TRY004  pydantic reports a ValueError, and raises a TypeError
+    return value
+
+
+def _text(value: object) -> object:
+    """Refuse what the system takes for a text, but nothing that the service is made of does."""
+    for part in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(part, str) and re.search(r"[\x00\ud800-\udfff]", part):
+            raise ValueError("should be UTF-8 without a NUL")
     return value
 
 
@@ -53,13 +76,15 @@ def _listening_address(text: str) -> str:
             return text
         raise ValueError("should be unix:path with a path of 1 to 107 bytes")
     host, port = split_host_port(text)
-    if host and re.fullmatch(r"\d{1,5}", port) and int(port) <= 65535:
+    if host and re.fullmatch(r"[0-9]{1,5}", port) and int(port) <= 65535:
         return text
     raise ValueError("should be host:port ([address]:port for IPv6) or unix:path; port 0 takes a free one")
 
 
 def _store_url(text: str) -> str:
-    if text == "memory:" or re.fullmatch(r"sqlite:[^\x00]+", text):
+    if text == "sqlite::memory:":
+        raise ValueError("would be a file of the name :memory:; a store in memory is memory:")
+    if text == "memory:" or re.fullmatch(r"sqlite:.+", text, re.DOTALL):
         return text
     raise ValueError("names a store that this version does not have; it should be memory: or sqlite:path")
 
@@ -67,8 +92,8 @@ def _store_url(text: str) -> str:
 def _upstream_url(text: str) -> str:
     if text.startswith("scripted:"):
         return text
-    url = urlsplit(text)
-    if url.scheme not in ("http", "https") or not url.hostname or re.search(r"\s", text) or not _has_good_port(text):
+    url = _split_url(text)
+    if url is None or url.scheme not in ("http", "https") or not url.hostname or re.search(r"\s", text):
         raise ValueError("should be http://host/v1, https://host/v1 (an OpenAI-compatible server) or scripted:")
     if url.username is not None:
         raise ValueError("should not hold a user or password; an upstream's key is a setting of its own")
@@ -84,28 +109,43 @@ def shown_url(url: str) -> str:
     return address + mark + "&".join(name + equals + MASK if equals else name and MASK for name, equals, _ in pairs)
 
 
-def _has_good_port(url: str) -> bool:
+def _split_url(text: str) -> SplitResult | None:
+    """None where it is none: a bracket that is not closed, a port that is no number."""
     try:
-        _ = urlsplit(url).port
+        url = urlsplit(text)
+        _ = url.port
     except ValueError:
-        return False
-    return True
+        return None
+    return url
 
 
 def _key(secret: SecretStr) -> SecretStr:
+    if not secret.get_secret_value():
+        raise ValueError("should not be empty; is there a comma too many?")
     if not re.fullmatch(r"[!-~]+", secret.get_secret_value()):
         raise ValueError("should be visible ASCII characters without spaces or a line end, as it travels in a header")
     return secret
 
 
 def _web_origin(text: str) -> str:
-    if text != "*" and not re.fullmatch(r"https?://[^\s/?#@]+", text):
-        raise ValueError("should be * or an origin such as https://app.example.org, without a path")
+    if text != "*" and not re.fullmatch(r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?", text):
+        raise ValueError(
+            "should be * or an origin as browsers send it, such as https://app.example.org: "
+            "in lower case, without a path, and no pattern"
+        )
     return text
+
+
+def _models(names: tuple[str, ...]) -> tuple[str, ...]:
+    if not names:
+        raise ValueError(f"should be at least one, such as {_LISTS['models']}")
+    return names
 
 
 Seconds = Annotated[float, Field(ge=0, le=31_536_000, allow_inf_nan=False), BeforeValidator(_number)]
 PositiveSeconds = Annotated[float, Field(gt=0, le=31_536_000, allow_inf_nan=False), BeforeValidator(_number)]
+# What is done so often is done by one loop for all: more often would be all that it does.
+IntervalSeconds = Annotated[float, Field(ge=0.1, le=31_536_000, allow_inf_nan=False), BeforeValidator(_number)]
 Count = Annotated[int, Field(ge=1, le=10_000_000), BeforeValidator(_number)]
 Bytes = Annotated[int, Field(ge=1024, le=1 << 30), BeforeValidator(_number)]
 # Well above what a log keeps free for its terminal event, or no other would fit.
@@ -123,7 +163,9 @@ class Upstream(BaseModel):
     name: Name
     url: UpstreamUrl
     api_key: Key | None = None
-    models: tuple[Name, ...] = Field(min_length=1)
+    models: Annotated[tuple[Name, ...], AfterValidator(_models)]
+
+    _texts = field_validator("*", mode="before")(_text)
 
 
 class Settings(BaseModel):
@@ -135,11 +177,12 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, use_attribute_docstrings=True)
 
     bind: Annotated[str, AfterValidator(_listening_address)] = "127.0.0.1:8000"
-    """Where to listen: `host:port`, `[::1]:8000` or, with `api_keys`, `unix:path`; port 0 takes a free one."""
+    """Where to listen: `host:port`, `[::1]:8000` or, with `api_keys`, `unix:path`; port 0 takes a free one. Bare
+    hypercorn has its own `--bind` instead."""
     tls_certfile: Name | None = None
-    """Certificate chain (PEM); together with `tls_keyfile`."""
+    """Certificate chain (PEM); together with `tls_keyfile`. Bare hypercorn has its own `--certfile` instead."""
     tls_keyfile: Name | None = None
-    """The certificate's private key (PEM)."""
+    """The certificate's private key (PEM). Bare hypercorn has its own `--keyfile` instead."""
     api_keys: tuple[Key, ...] = ()
     """Bearer keys of callers, separated by commas in the environment. Without any, only loopback is served."""
     cors_origins: tuple[Annotated[str, AfterValidator(_web_origin)], ...] = ()
@@ -153,7 +196,7 @@ class Settings(BaseModel):
     """Where sessions are kept: `sqlite:path`, a file, or `memory:`, gone with the process."""
     store_timeout_s: PositiveSeconds = 5
     """How long one step of the store may take."""
-    checkpoint_interval_s: PositiveSeconds = 1
+    checkpoint_interval_s: IntervalSeconds = 1
     """How often what running turns have replied is kept, in a store that outlives the process."""
 
     model_url: UpstreamUrl = "scripted:"
@@ -169,7 +212,7 @@ class Settings(BaseModel):
 
     idle_timeout_s: PositiveSeconds | None = None
     """A session that is not used for so long expires; 30 days, or 1800 with `memory:`. It may choose its own."""
-    expiry_interval_s: PositiveSeconds = 300
+    expiry_interval_s: IntervalSeconds = 300
     """How often what has expired is removed."""
     connect_timeout_s: PositiveSeconds = 5
     """Connecting to an upstream."""
@@ -181,7 +224,7 @@ class Settings(BaseModel):
     """A whole turn."""
     disconnect_grace_s: Seconds = 0
     """How long a turn runs on once nobody listens, unless it was started to `continue`."""
-    heartbeat_interval_s: PositiveSeconds = 15
+    heartbeat_interval_s: IntervalSeconds = 15
     """A stream that has been silent for so long gets a comment."""
     body_timeout_s: PositiveSeconds = 30
     """A request's body must have arrived by then."""
@@ -201,7 +244,7 @@ class Settings(BaseModel):
     log_bytes_max: LogBytes = 16 * 1024 * 1024
     """One turn's events."""
     prompt_bytes_max: Bytes = 512 * 1024
-    """What is sent to a model; the oldest turns are left out beyond it."""
+    """What is sent to a model; the oldest turns are left out beyond it. At least twice `input_bytes_max`."""
 
     lame_duck_timeout_s: Seconds = 0
     """Shutdown: readiness is 503, everything still works."""
@@ -247,6 +290,8 @@ class Settings(BaseModel):
             return self.shutdown_timeout_s
         return self.lame_duck_timeout_s + self.drain_timeout_s + self.cleanup_timeout_s + self.release_timeout_s + 1
 
+    _texts = field_validator("*", mode="before")(_text)
+
     @model_validator(mode="after")
     def _fit_together(self) -> "Settings":
         if problems := list(self._misfits()):
@@ -260,6 +305,12 @@ class Settings(BaseModel):
             yield "api_keys should be set for a bind of unix:path, or every request would be refused"
         if (self.tls_certfile is None) != (self.tls_keyfile is None):
             yield "tls_certfile and tls_keyfile should be set together"
+        if self.prompt_bytes_max < 2 * self.input_bytes_max:
+            # A system message and an input are sent whatever else is left out, and either may be so long.
+            yield (
+                f"prompt_bytes_max should be at least twice input_bytes_max: {self.prompt_bytes_max} is less than "
+                f"2 * {self.input_bytes_max}"
+            )
         if not self.upstreams:
             if not self.model_url.startswith("scripted:") and "model" not in given:
                 yield f"model should be set: a model that {shown_url(self.model_url)} serves"
@@ -326,30 +377,36 @@ class Sources:
                 yield from str(detail["ctx"]["error"]).splitlines()
                 continue
             name, *path = detail["loc"]
-            origin = self.origins[str(name)]
-            where = origin if origin.startswith((ENV_PREFIX, "--")) else f"{origin}: {name}"
-            within = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
-            yield f"{where}{within}: {_complaint(detail, of_variable=origin.startswith(ENV_PREFIX))}"
+            of_variable = self.origins[str(name)].startswith(ENV_PREFIX)
+            yield f"{self.place(str(name), *path)}: {_complaint(detail, of_variable=of_variable)}"
+
+    def place(self, name: str, *path: int | str) -> str:
+        """Where to mend what was said of a setting, or of a part of it."""
+        origin = self.origins[name]
+        where = origin if origin.startswith((ENV_PREFIX, "--")) else f"{origin}: {name}"
+        return where + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
 
 
 def read_sources(environ: Mapping[str, str] | None = None, /, **overrides: str) -> Sources:
     """Collect what the file, the environment and the command line say, each over the one before.
 
-    An empty variable counts as not set.
+    An empty variable counts as not set. Space around a value is no part of it: what comes out of a file has a line end.
 
     Raises:
         SettingsError: The file cannot be read or is not TOML.
     """
     environ = os.environ if environ is None else environ
-    file = environ.get(CONFIG_FILE_VARIABLE) or CONFIG_FILE
+    named = environ.get(CONFIG_FILE_VARIABLE)
+    file = named or CONFIG_FILE
     sources = Sources(Path(file))
-    for name, value in _read_file(sources.file, must_exist=file != CONFIG_FILE).items():
+    for name, value in _read_file(sources.file, must_exist=bool(named)).items():
         sources.add(file, name, value)
     for variable in sorted(environ):
         if variable.startswith(ENV_PREFIX) and variable != CONFIG_FILE_VARIABLE and environ[variable]:
-            name = variable.removeprefix(ENV_PREFIX)
-            name = name.lower() if name == name.upper() else variable  # lastcall_bind and LASTCALL_bind are not read
-            sources.add(variable, name, _split_list(name, environ[variable]))
+            spelt = variable.encode(errors="backslashreplace").decode()  # whatever it is, it is to be told
+            name = spelt.removeprefix(ENV_PREFIX)
+            name = name.lower() if name == name.upper() else spelt  # lastcall_bind and LASTCALL_bind are not read
+            sources.add(spelt, name, _split_list(name, environ[variable].strip()))
     for name, value in overrides.items():
         sources.add(f"--{name}", name, value)
     return sources
@@ -357,6 +414,8 @@ def read_sources(environ: Mapping[str, str] | None = None, /, **overrides: str) 
 
 def _read_file(path: Path, *, must_exist: bool) -> dict[str, object]:
     try:
+        if not S_ISREG(path.stat().st_mode):  # one that somebody is to write to would be waited for
+            raise SettingsError(f"{path} cannot be read: it is not a regular file")
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         if must_exist:
@@ -366,6 +425,8 @@ def _read_file(path: Path, *, must_exist: bool) -> dict[str, object]:
         raise SettingsError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:  # not UTF-8, not TOML
         raise SettingsError(f"{path} is not TOML: {error}") from None
+    except RecursionError:
+        raise SettingsError(f"{path} cannot be read: it is nested too deeply") from None
 
 
 def _split_list(name: str, text: str) -> object:
@@ -392,11 +453,21 @@ def _complaint(detail: ErrorDetails, *, of_variable: bool) -> str:
         value = shown_url(value)
     secret = names[-1] in SECRETS or (names[-1].endswith("url") and "@" in str(value))
     shown = isinstance(value, str | int | float) and not secret
-    return f"{value!r} {_allowed(names[-1], detail)}" if shown else _allowed(names[-1], detail)
+    return f"{_shown(value)} {_allowed(names[-1], detail)}" if shown else _allowed(names[-1], detail)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()  # as the file has it
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not write out a number of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= SHOWN_MAX else f"{text[:SHOWN_MAX]}… ({len(text)} characters)"
 
 
 def _allowed(name: str, detail: ErrorDetails) -> str:
-    if detail["type"] == "value_error":
+    if detail["type"] == "value_error" and not isinstance(detail["input"], bool):
         return str(detail["ctx"]["error"])
     if detail["type"] == "tuple_type":
         return f"should be a list of strings, such as {_LISTS[name]}"

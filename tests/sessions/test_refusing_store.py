@@ -264,7 +264,7 @@ async def test_end_that_the_unwinding_stored_counts_as_stored(autojump_clock: Mo
 
 
 async def test_long_failed_reply_leaves_the_conversation_in_the_prompt(autojump_clock: MockClock) -> None:
-    async with open_stage(prompt_bytes_max=2048, reply_bytes_max=4096) as stage:
+    async with open_stage(input_bytes_max=1024, prompt_bytes_max=2048, reply_bytes_max=4096) as stage:
         session = await stage.sessions.create_session(NewSession())
         for text, reply_text, state in (("my name is Ada", "hello", "completed"), ("go on", "x" * 4096, "failed")):
             turn = await start(stage.sessions, session.id, text)

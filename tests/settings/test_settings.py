@@ -1,5 +1,6 @@
 """The settings: where they come from, what is refused, and how it is said."""
 
+import os
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -66,12 +67,63 @@ def test_keys_and_origins_are_separated_by_commas_in_the_environment() -> None:
     assert settings.cors_origins == ("https://a.example", "http://localhost:3")
 
 
+@pytest.mark.parametrize("space", [" ", "\n", "\r\n"])
+def test_space_around_a_variable_is_no_part_of_it(space: str) -> None:
+    given = {"MODEL_API_KEY": "key", "API_KEYS": "one,two", "MODEL_URL": "http://host/v1", "MODEL": "m"}
+    without = read({f"LASTCALL_{name}": value for name, value in given.items()})
+    assert read({f"LASTCALL_{name}": f"{value}{space}" for name, value in given.items()}) == without
+
+
+def test_key_that_is_empty_is_refused() -> None:
+    empty = "should not be empty; is there a comma too many?"
+    assert problems({"LASTCALL_API_KEYS": "a,"}) == [f"LASTCALL_API_KEYS[1]: {empty}"]
+    assert problems({"LASTCALL_API_KEYS": "\n"}) == [f"LASTCALL_API_KEYS[0]: {empty}"]
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["*", "https://app.example.org", "http://localhost:3000", "http://[::1]:3000", "https://xn--bcher-kva.example"],
+)
+def test_origin_is_taken(origin: str) -> None:
+    assert read({"LASTCALL_CORS_ORIGINS": origin}).cors_origins == (origin,)
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["https://*.example.org", "HTTPS://a.example", "https://A.example", "https://a.example/", "https://bücher.example"],
+)
+def test_origin_that_no_browser_sends_is_refused(origin: str) -> None:
+    [said] = problems({"LASTCALL_CORS_ORIGINS": origin})
+    assert said.startswith(
+        f"LASTCALL_CORS_ORIGINS[0]: {origin!r} should be * or an origin as browsers send it, such as "
+    )
+    assert said.endswith(": in lower case, without a path, and no pattern")
+
+
+@pytest.mark.parametrize("name", ["heartbeat_interval_s", "checkpoint_interval_s", "expiry_interval_s"])
+def test_interval_has_a_floor(name: str) -> None:
+    assert problems(file=f"{name} = 0.09") == [
+        f"lastcall.toml: {name}: 0.09 should be a number of at least 0.1, at most 31536000"
+    ]
+    assert getattr(read(file=f"{name} = 0.1"), name) == 0.1
+
+
+def test_prompt_that_could_pass_its_bound_is_refused() -> None:
+    """A system message and an input are always sent, and each may have ``input_bytes_max``."""
+    assert problems({"LASTCALL_PROMPT_BYTES_MAX": "4095", "LASTCALL_INPUT_BYTES_MAX": "2048"}) == [
+        "prompt_bytes_max should be at least twice input_bytes_max: 4095 is less than 2 * 2048"
+    ]
+    assert read({"LASTCALL_PROMPT_BYTES_MAX": "4096", "LASTCALL_INPUT_BYTES_MAX": "2048"}).prompt_bytes_max == 4096
+
+
 def test_another_file_can_be_named() -> None:
     Path("other.toml").write_text("streams_max = 5")
     assert read({"LASTCALL_CONFIG_FILE": "other.toml"}, file="streams_max = 6").streams_max == 5
-    assert problems({"LASTCALL_CONFIG_FILE": "missing.toml"}) == [
-        "LASTCALL_CONFIG_FILE names missing.toml, which is not there"
-    ]
+
+
+@pytest.mark.parametrize("file", ["missing.toml", "lastcall.toml"])
+def test_a_file_that_is_named_has_to_be_there(file: str) -> None:
+    assert problems({"LASTCALL_CONFIG_FILE": file}) == [f"LASTCALL_CONFIG_FILE names {file}, which is not there"]
 
 
 def test_unreadable_file_is_refused() -> None:
@@ -80,7 +132,14 @@ def test_unreadable_file_is_refused() -> None:
     assert problems()[0].startswith("lastcall.toml is not TOML: 'utf-8' codec can't decode")
     Path("lastcall.toml").unlink()
     Path("lastcall.toml").mkdir()
-    assert problems() == ["lastcall.toml cannot be read: Is a directory"]
+    assert problems() == ["lastcall.toml cannot be read: it is not a regular file"]
+    Path("lastcall.toml").rmdir()
+    os.mkfifo("lastcall.toml")
+    assert problems() == ["lastcall.toml cannot be read: it is not a regular file"]
+
+
+def test_file_that_is_nested_too_deeply_is_refused() -> None:
+    assert problems(file="x = " + 5000 * "[") == ["lastcall.toml cannot be read: it is nested too deeply"]
 
 
 def test_every_problem_is_told_at_once_with_name_value_and_what_is_allowed() -> None:
@@ -95,7 +154,7 @@ def test_every_problem_is_told_at_once_with_name_value_and_what_is_allowed() -> 
         "LASTCALL_SHUTDOWN_TIMEOUT_S: '5s' should be a number above 0, at most 31536000",
         "LASTCALL_STORE_TIMEOUT_S: '0' should be a number above 0, at most 31536000",
         "lastcall.toml: bnd: is not a setting; did you mean bind?",
-        "lastcall.toml: drain_timeout_s: True should be a number",
+        "lastcall.toml: drain_timeout_s: true should be a number of at least 0, at most 31536000",
         "lastcall.toml: live_turns_max: 1.5 should be a whole number of at least 1, at most 10000000",
         "lastcall.toml: log_level: 'loud' should be 'debug', 'info', 'warning' or 'error'",
     ]
@@ -107,13 +166,41 @@ def test_unknown_name_is_refused_without_its_value() -> None:
     ]
     assert problems({"LASTCALL_bind": "sesame"}) == ["LASTCALL_bind: is not a setting; did you mean LASTCALL_BIND?"]
     assert problems({"LASTCALL_XYZZY": "sesame"}) == ["LASTCALL_XYZZY: is not a setting"]
+    assert problems({"LASTCALL_F\udcff": "sesame"}) == ["LASTCALL_F\\udcff: is not a setting"]
+
+
+@pytest.mark.parametrize(
+    "name", ["bind", "store_url", "model_url", "model", "tls_certfile", "cors_origins", "api_keys"]
+)
+def test_what_is_not_utf_8_is_refused_and_told_in_what_is(name: str) -> None:
+    [said] = problems({f"LASTCALL_{name.upper()}": "sqlite:/\udcff:80"})
+    assert said.endswith("should be UTF-8 without a NUL")
+    assert said.startswith(f"LASTCALL_{name.upper()}: ")
+    assert said.isascii()
+
+
+def test_nul_in_a_text_is_refused() -> None:
+    needed = "should be UTF-8 without a NUL"
+    upstream = '[[upstreams]]\nname = "\\u0000"\nurl = "scripted:"\nmodels = ["m"]'
+    file = 'bind = "a\\u0000:80"\ntls_certfile = "\\u0000"\n' + upstream
+    assert problems(file=file) == [
+        f"lastcall.toml: bind: 'a\\x00:80' {needed}",
+        f"lastcall.toml: tls_certfile: '\\x00' {needed}",
+        f"lastcall.toml: upstreams[0].name: '\\x00' {needed}",
+    ]
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "x" * 5000, "0x" + "f" * 5000])
+def test_value_that_is_too_long_is_not_told_in_full(number: str) -> None:
+    for said in (*problems({"LASTCALL_STREAMS_MAX": number}), *problems(file=f"streams_max = {number.strip('x')}")):
+        assert len(said) < 300
 
 
 @pytest.mark.parametrize(
     ("environ", "file"),
     [
         ({"LASTCALL_MODEL_API_KEY": "open sesame"}, ""),
-        ({"LASTCALL_MODEL_API_KEY": "opensesame\n"}, ""),
+        ({"LASTCALL_MODEL_API_KEY": "open\nsesame"}, ""),
         ({"LASTCALL_API_KEYS": "fine,open sesame"}, ""),
         ({"LASTCALL_MODEL_URL": "https://user:opensesame@host/v1"}, ""),
         ({"LASTCALL_MODEL_URL": "https://host:port/v1?key=opensesame", "LASTCALL_MODEL": "m"}, ""),
@@ -140,7 +227,21 @@ def test_unix_socket_that_would_refuse_everything_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "bind", ["8000", ":8000", "host", "host:", "host:port", "host:65536", "::1:8000", "[::1]", "unix:", "a b:1", "/s:1"]
+    "bind",
+    [
+        "8000",
+        ":8000",
+        "host",
+        "host:",
+        "host:port",
+        "host:65536",
+        "::1:8000",
+        "[::1]",
+        "unix:",
+        "a b:1",
+        "/s:1",
+        "a:\N{FULLWIDTH DIGIT EIGHT}",
+    ],
 )
 def test_address_is_refused(bind: str) -> None:
     assert problems(bind=bind)[0].startswith(f"--bind: {bind!r} should be ")
@@ -173,7 +274,7 @@ def test_model_url_is_taken(url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["example.org", "ftp://example.org", "http://", "http://a:b/", "http://a b/", "script:"]
+    "url", ["example.org", "ftp://example.org", "http://", "http://a:b/", "http://a b/", "script:", "http://[::1/v1"]
 )
 def test_model_url_is_refused(url: str) -> None:
     said = problems({"LASTCALL_MODEL_URL": url, "LASTCALL_MODEL": "m"})
@@ -185,6 +286,12 @@ def test_store_that_is_not_there_is_refused(url: str) -> None:
     known = "it should be memory: or sqlite:path"
     assert problems(file=f'store_url = "{url}"') == [
         f"lastcall.toml: store_url: {url!r} names a store that this version does not have; {known}"
+    ]
+
+
+def test_store_in_memory_that_would_be_a_file_is_refused() -> None:
+    assert problems({"LASTCALL_STORE_URL": "sqlite::memory:"}) == [
+        "LASTCALL_STORE_URL: 'sqlite::memory:' would be a file of the name :memory:; a store in memory is memory:"
     ]
 
 
@@ -269,7 +376,7 @@ def test_upstreams_wrong_parts_are_named() -> None:
     assert problems(file='[[upstreams]]\nnam = "a"\nurl = "x"\nmodels = []') == [
         "lastcall.toml: upstreams[0].name: is missing",
         f"lastcall.toml: upstreams[0].url: 'x' should be http://host/v1, https://host/v1 {an_openai_compatible_server}",
-        "lastcall.toml: upstreams[0].models: should have at least 1 item after validation, not 0",
+        'lastcall.toml: upstreams[0].models: should be at least one, such as ["small", "large"]',
         "lastcall.toml: upstreams[0].nam: is not a setting; did you mean name?",
     ]
     assert problems({"LASTCALL_UPSTREAMS": "x"}) == [

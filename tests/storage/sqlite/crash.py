@@ -63,8 +63,8 @@ async def serve(path: str, seed: int) -> None:
     settings = Settings(
         store_url=f"sqlite:{path}",
         model_url=f"scripted:?tokens={TOKENS}&rate=300",
-        checkpoint_interval_s=0.02,
-        expiry_interval_s=0.05,
+        checkpoint_interval_s=0.1,
+        expiry_interval_s=0.1,
     )
     note_checkpoint = Turn.note_checkpoint
 

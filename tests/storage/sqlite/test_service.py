@@ -12,7 +12,7 @@ from service.supervisor import open_service
 
 
 def _settings(path: Path, script: str = "tokens=50&rate=0&first_token_s=0") -> Settings:
-    return Settings(store_url=f"sqlite:{path}", model_url=f"scripted:?{script}", checkpoint_interval_s=0.01)
+    return Settings(store_url=f"sqlite:{path}", model_url=f"scripted:?{script}", checkpoint_interval_s=0.1)
 
 
 async def test_a_replay_outlives_the_service_delta_by_delta(path: Path) -> None:
