@@ -1,6 +1,7 @@
 """The console script: serve, show the settings that serving would use, take care of what is kept."""
 
 import argparse
+import io
 import json
 import signal
 import sys
@@ -13,15 +14,20 @@ from service.settings import SECRETS, Settings, Sources, Upstream, read_sources,
 
 EXIT_REFUSED = 78
 """The exit code of a start-up that was refused: ``EX_CONFIG`` of sysexits.h."""
+_BIND_HELP = "host:port or, with api_keys, unix:path, in place of the setting; port 0 takes a free one"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the process's exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # JSON and TOML are, wherever they go
     arguments = _parser().parse_args(argv)
     overrides = {"bind": arguments.bind} if arguments.command == "serve" and arguments.bind else {}
     try:
         sources = read_sources(**overrides)
         settings = sources.settings()
+        if arguments.command in ("serve", "config"):
+            _check_scripts(settings, sources)
         if arguments.command == "config":
             sys.stdout.write(effective(settings, sources))
             return 0
@@ -40,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in str(error).splitlines():
             sys.stderr.write(f"lastcall: {line}\n")
         return EXIT_REFUSED
+    except UnicodeEncodeError as error:  # an argument, or the working directory
+        sys.stderr.write(f"lastcall: {error.object!r} should be UTF-8\n")
+        return EXIT_REFUSED
     except KeyboardInterrupt:  # before there was anything to stop
         return 128 + signal.SIGINT
 
@@ -49,11 +58,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lastcall {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     serve = commands.add_parser("serve", help="serve until a signal says stop")
-    serve.add_argument("--bind", metavar="ADDRESS", help="host:port or unix:path, in place of the setting")
+    serve.add_argument("--bind", metavar="ADDRESS", help=_BIND_HELP)
     serve.add_argument("--reload", action="store_true", help="start anew when the code or lastcall.toml changes")
     commands.add_parser("config", help="print the settings in force, as TOML, and where each comes from")
     add_commands(commands)
     return parser
+
+
+def _check_scripts(settings: Settings, sources: Sources) -> None:
+    """Raises: SettingsError: A ``scripted:`` URL has a parameter that is unknown or wrong."""
+    places = [sources.place("upstreams", number, "url") for number, _ in enumerate(settings.upstreams)]
+    for number, upstream in enumerate(settings.all_upstreams):
+        if upstream.url.startswith("scripted:") and upstream.url != "scripted:":
+            from service.supervisor import check_script  # noqa: PLC0415  takes a moment to import
+
+            check_script(upstream.url, setting=places[number] if places else sources.place("model_url"))
 
 
 def effective(settings: Settings, sources: Sources) -> str:
@@ -89,4 +108,5 @@ def _assignment(name: str, value: object) -> str:
         value = shown_url(str(value))
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return f"{name} = {json.dumps(value, ensure_ascii=False)}"  # of a string, a number or their list: TOML too
+    text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return f"{name} = {text}"  # of a string, a number or their list: TOML too

@@ -35,7 +35,7 @@ from service.errors import SettingsError, StartupError, StoreError
 from service.models.client import ModelClient
 from service.models.openai_compatible import open_openai_compatible
 from service.models.retrying import RetryingClient
-from service.models.scripted import open_scripted
+from service.models.scripted import Script, open_scripted
 from service.models.upstreams import Upstreams
 from service.sessions.checkpoints import run_checkpoints
 from service.sessions.expiry import run_expiry
@@ -108,6 +108,15 @@ async def open_service(
         await nursery.start(shutdown.run, sessions, name="shutdown watcher")
         yield Service(settings, clock, store, sessions, shutdown)
         nursery.cancel_scope.cancel()
+
+
+def check_script(url: str, *, setting: str) -> None:
+    """Look at a ``scripted:`` URL before anything is opened.
+
+    Raises:
+        SettingsError: A parameter is unknown or wrong; the message begins with ``setting``.
+    """
+    Script.from_url(url, setting=setting)
 
 
 def _open_store(settings: Settings, peer_address: str | None) -> AbstractAsyncContextManager[Store]:

@@ -112,6 +112,25 @@ def test_a_backup_is_a_store_and_never_replaces_a_file(
     assert main(["export", "s"]) == 0
 
 
+@pytest.mark.parametrize("command", [["export", "\udcff"], ["backup", "\udcff"]])
+def test_argument_that_is_not_utf_8_is_refused(file: Path, capsys: Output, command: list[str]) -> None:
+    assert main(command) == 78
+    said = capsys.readouterr().err
+    assert said.startswith("lastcall: '\\udcff")
+    assert said.endswith("' should be UTF-8\n")
+
+
+def test_working_directory_that_is_not_utf_8_is_refused(
+    file: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = file.parent / "\udcff"
+    folder.mkdir()
+    file.rename(folder / file.name)
+    monkeypatch.chdir(folder)
+    assert main(["check"]) == 78
+    assert capsys.readouterr().err.endswith("\\udcff/kept.db' should be UTF-8\n")
+
+
 def test_vacuum_and_check_say_what_they_found(file: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["vacuum"]) == 0
     assert capsys.readouterr().out == f"{file} gave 0 bytes back\n"

@@ -26,7 +26,7 @@ def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "service", *arguments],
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environ,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=30,
         check=False,
     )
@@ -110,6 +110,23 @@ def test_every_wrong_setting_is_a_line_and_the_exit_code_is_78(command: str) -> 
         "lastcall: LASTCALL_STREAMS_MAX: '0' should be a whole number of at least 1, at most 10000000",
         "lastcall: LASTCALL_BNID: is not a setting; did you mean LASTCALL_BIND?",
     ]
+
+
+def test_printed_config_is_utf_8_wherever_it_goes() -> None:
+    printed = run("config", LASTCALL_MODEL="ü \x7f \N{CLINKING BEER MUGS}", PYTHONIOENCODING="ascii")
+    assert (printed.returncode, printed.stderr) == (0, "")
+    assert tomllib.loads(printed.stdout)["model"] == "ü \x7f \N{CLINKING BEER MUGS}"
+
+
+@pytest.mark.parametrize("command", ["serve", "config"])
+def test_script_with_a_wrong_parameter_is_told_where_it_was_said(command: str) -> None:
+    refused = run(command, LASTCALL_MODEL_URL="scripted:?foo=1")
+    assert (refused.returncode, refused.stdout) == (78, "")
+    assert refused.stderr.startswith("lastcall: LASTCALL_MODEL_URL: 'foo' is not a parameter of scripted:; those are ")
+    Path("lastcall.toml").write_text('[[upstreams]]\nname = "a"\nurl = "scripted:?rate=x"\nmodels = ["m"]')
+    refused = run(command)
+    assert refused.returncode == 78
+    assert refused.stderr.startswith("lastcall: lastcall.toml: upstreams[0].url: rate='x' is not allowed")
 
 
 def test_taken_port_is_one_line_and_the_exit_code_is_78() -> None:

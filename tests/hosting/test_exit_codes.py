@@ -180,6 +180,13 @@ async def test_a_port_that_is_taken_is_78_and_one_line_where_our_code_runs_first
     assert "Address already in use" in failed.log
 
 
+async def test_an_address_that_is_not_utf_8_is_78_and_one_line(tmp_path: Path) -> None:
+    failed = await start_that_fails(tmp_path, "configured-1", "--bind", "\udcff:80")
+    assert failed.exit_code == 78
+    assert "lastcall: Cannot listen on \\udcff:80: " in failed.log
+    assert "Traceback" not in failed.log
+
+
 @pytest.mark.parametrize("host", BARE[1:])
 async def test_a_killed_worker_of_bare_hypercorn_ends_the_service_with_0(tmp_path: Path, host: str) -> None:
     async with open_host(tmp_path, host) as server:
