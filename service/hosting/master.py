@@ -37,6 +37,8 @@ REPLACEMENTS_WITHIN_S = 60
 STOP_SLACK_S = 1
 """What workers may take beyond their own bound on a shutdown, before they are killed."""
 STOP_LOOK_S = 0.25
+WAIT_MAX_S = 86_400
+"""Of one wait: poll(2) takes milliseconds in 31 bits, which is 24 days, and settings allow a year."""
 AT_ONCE_S = 10
 AT_ONCE_MAX = 10
 """So often in a row workers may end with 0 that soon after their start, if neither a reload nor ``--max-requests`` has
@@ -170,7 +172,8 @@ class Workers:
     def _join_all(self, processes: list[BaseProcess]) -> None:
         deadline = time.monotonic() + self._stop_timeout_s
         while processes:
-            wait([process.sentinel for process in processes], max(deadline - time.monotonic(), 0))
+            left_s = max(deadline - time.monotonic(), 0)
+            wait([process.sentinel for process in processes], min(left_s, WAIT_MAX_S))
             late = time.monotonic() >= deadline
             if late:
                 say(f"killing {len(processes)} workers that did not stop in time")

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import time
+from contextlib import closing
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
 from types import CodeType, SimpleNamespace
@@ -123,3 +124,13 @@ def test_only_ends_at_once_in_a_row_count(workers: Workers, monkeypatch: pytest.
     for _ in range(3):
         assert {start_and_end(workers) for _ in range(AT_ONCE_MAX)} == {0}
         assert join(workers, 0) == 0  # this one was started long ago
+
+
+def test_a_stop_that_may_take_a_year_is_waited_for(workers: Workers) -> None:
+    """poll(2) takes no more than 24 days at once."""
+    workers._stop_timeout_s = 366 * 86_400
+    with closing(multiprocessing.get_context("fork").Process(target=time.sleep, args=(0.2,))) as process:
+        process.start()
+        stop_event_of(workers).set()
+        assert workers.join_exited([ended(0), process]) == 0
+        assert process.exitcode == 0

@@ -8,7 +8,7 @@ from service.hosting.serve import take_addresses
 
 
 def test_address_that_can_be_none_is_refused_by_its_name() -> None:
-    with pytest.raises(StartupError, match="^Cannot listen on fd://x: "):
+    with pytest.raises(StartupError, match=r"^Cannot listen on fd://x: "):
         take_addresses(Config.from_mapping(bind=["fd://x"]))
 
 
