@@ -58,10 +58,10 @@ class Notice:
         now = time.monotonic()
         if self._first_seen is None:
             self._first_seen = now
-        self._watchdog.start()
         self._shutdown.expect_notice(partial(self._arrive_early, reason, now))
         with suppress(trio.RunFinishedError):  # too late: the process is on its way out already
             self._token.run_sync_soon(self._arrive, reason, now)
+        self._watchdog.start()
 
     def _arrive(self, reason: str, seen_at: float) -> None:
         if self._shutdown.noticed.is_set():

@@ -1,10 +1,11 @@
 """The watchdog: ends the process when the shutdown's time is over, whatever the event loop does.
 
-Three steps shortly before the total, each for when the one before could not act:
+Four steps shortly before the total, each for when the one before could not act:
 
 1. a Python thread tells which tasks are left and where they wait. Works while the event loop is blocked;
 2. :mod:`faulthandler` dumps the stack of every thread. A C thread: works while somebody holds the GIL;
-3. a timer of the C library calls ``_exit(70)``. Works in all of these, and during finalisation.
+3. a timer of the C library calls ``_exit(70)``. Works in all of these, and during finalisation;
+4. the kernel's alarm kills with SIGALRM. Works where no thread can be started, which the others need.
 
 Source: timer_create(2), ``SIGEV_THREAD``. faulthandler could end the process too, but with code 1 only
 (https://docs.python.org/3/library/faulthandler.html#faulthandler.dump_traceback_later).
@@ -12,9 +13,11 @@ Source: timer_create(2), ``SIGEV_THREAD``. faulthandler could end the process to
 
 import ctypes
 import faulthandler
+import signal
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 
 import structlog
 import trio
@@ -46,12 +49,17 @@ class Watchdog:
             return
         self._started = True
         lead_s = min(0.2, self._total_s / 10)
-        threading.Thread(
-            target=self._tell_after, args=(self._total_s - 3 * lead_s,), name="watchdog", daemon=True
-        ).start()
+        # What ends the process comes first: where it may have no more threads the rest cannot be started.
         can_exit = _exit_after(self._total_s - lead_s, ExitCode.WATCHDOG)
-        if sys.stderr is not None:
-            faulthandler.dump_traceback_later(self._total_s - 2 * lead_s, exit=not can_exit, file=sys.stderr)
+        signal.setitimer(signal.ITIMER_REAL, self._total_s)
+        with suppress(RuntimeError):
+            if sys.stderr is not None:
+                faulthandler.dump_traceback_later(self._total_s - 2 * lead_s, exit=not can_exit, file=sys.stderr)
+        telling = threading.Thread(
+            target=self._tell_after, args=(self._total_s - 3 * lead_s,), name="watchdog", daemon=True
+        )
+        with suppress(RuntimeError):
+            telling.start()
 
     def _tell_after(self, seconds: float) -> None:
         threading.Event().wait(seconds)

@@ -102,6 +102,15 @@ async def blocking(*args: Any, **options: Any) -> AsyncIterator[Service]:
 
 
 @asynccontextmanager
+async def blocking_without_threads(*args: Any, **options: Any) -> AsyncIterator[Service]:
+    """The same, where no other thread can be started."""
+    async with open_service(*args, **options) as service:
+        without_threads()
+        yield service
+    time.sleep(60)  # noqa: ASYNC251  this is the fault
+
+
+@asynccontextmanager
 async def blocked_before(*args: Any, **options: Any) -> AsyncIterator[Service]:
     """An event loop that is blocked before the stop, from when the file named by BLOCK is there."""
 

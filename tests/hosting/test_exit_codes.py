@@ -58,6 +58,7 @@ async def test_a_crash_of_a_supervisor_is_71(tmp_path: Path, host: str) -> None:
         ("hanging", SERVE),
         ("blocking", SERVE),
         ("blocking", "hypercorn-1"),
+        ("blocking_without_threads", SERVE),
     ],
 )
 async def test_the_watchdog_is_70_and_says_where(tmp_path: Path, host: str, how: str) -> None:

@@ -60,3 +60,18 @@ async def test_only_an_interrupt_that_comes_later_is_a_second_press(
         await trio.testing.wait_all_tasks_blocked()
     assert shutdown.noticed.is_set()
     assert shutdown.presses == presses
+
+
+class Unstartable(Watchdog):
+    """A watchdog that cannot be started, for whatever reason."""
+
+    def start(self) -> None:
+        raise RuntimeError("can't start new thread")
+
+
+async def test_a_notice_does_not_depend_on_the_watchdog() -> None:
+    shutdown = Shutdown(Settings())
+    with pytest.raises(RuntimeError, match="can't start"):
+        Notice(shutdown, Unstartable(total_s=1)).tell("SIGTERM")
+    await trio.testing.wait_all_tasks_blocked()
+    assert shutdown.noticed.is_set()
