@@ -9,7 +9,10 @@ from enum import IntEnum
 from typing import NoReturn
 
 from service.errors import StartupError
+from service.telemetry.log_writer import LogWriter
 from service.telemetry.logging import drain_log
+
+SAY_S = 0.25
 
 
 class ExitCode(IntEnum):
@@ -45,13 +48,16 @@ def leave_at_exit(code: int) -> None:
 
 
 def say(text: str) -> None:
-    """Write lines to standard error as they are: for what is said where there is no log. Never raises.
+    """Write lines to standard error as they are: for what is said where there is no log.
 
-    A byte of a path or a variable that is not UTF-8 is escaped.
+    Never raises, and never waits for long: a pipe that nobody reads must not keep the master from its workers. A byte
+    of a path or a variable that is not UTF-8 is escaped.
     """
-    lines = "".join(f"lastcall: {line}\n" for line in text.splitlines())
-    with suppress(OSError):
-        os.write(2, lines.encode(errors="backslashreplace"))
+    writer = LogWriter(2)
+    for line in text.splitlines():
+        writer.write(f"lastcall: {line}\n")
+    writer.drain(SAY_S)
+    writer.close()
 
 
 def refuse_to_start(reason: Exception | str) -> NoReturn:

@@ -90,6 +90,7 @@ class Workers:
         self._ended_at_once = 0
         self._few_requests = False
         self._reloaded = False
+        self._joining_since: float | None = None
         self._code = 0
         self._start = hypercorn.run._populate
         self._stop_event: Event | None = None
@@ -110,8 +111,23 @@ class Workers:
         self._start(processes, config, worker_func, sockets, stop_event, context)
         setattr(stop_event, "clear", self._note_reload)  # noqa: B010
         now = time.monotonic()
+        self._joining_since = None
         for process in processes:
             self._started_at.setdefault(process.pid, now)
+            setattr(process, "join", partial(self._join, process))  # noqa: B010
+
+    def _join(self, process: BaseProcess, timeout: float | None = None) -> None:
+        """In place of the process's ``join``, on which hypercorn's reload waits in a signal handler, without a bound.
+
+        While it does, no other signal ends anything: a worker that cannot run would keep the master for good.
+        """
+        if timeout is None:
+            self._joining_since = self._joining_since or time.monotonic()
+            left_s = self._joining_since + self._stop_timeout_s - time.monotonic()
+            if not wait([process.sentinel], min(max(left_s, 0), WAIT_MAX_S)):
+                say(f"killing worker {process.pid}, which did not stop in time")
+                process.kill()
+        type(process).join(process, timeout)
 
     def wait(self, sentinels: Iterable[int], timeout: float | None = None) -> Sequence[object]:
         """Return when a worker has ended, or when all are to be stopped: a worker that hangs cannot end first."""

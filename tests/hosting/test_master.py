@@ -1,8 +1,10 @@
 """hypercorn's master, mended. What it returns and does as a process: ``test_exit_codes.py``."""
 
 import multiprocessing
+import os
+import signal
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
 from types import CodeType, SimpleNamespace
@@ -12,6 +14,7 @@ import hypercorn.run
 import pytest
 from hypercorn.config import Config
 
+from service.hosting.exit import say
 from service.hosting.master import AT_ONCE_MAX, DIED, REPLACEMENTS_MAX, REPLACEMENTS_WITHIN_S, Workers
 
 
@@ -134,3 +137,39 @@ def test_a_stop_that_may_take_a_year_is_waited_for(workers: Workers) -> None:
         stop_event_of(workers).set()
         assert workers.join_exited([ended(0), process]) == 0
         assert process.exitcode == 0
+
+
+def test_a_worker_that_cannot_run_holds_up_a_reload_for_its_time_and_no_longer(workers: Workers) -> None:
+    """hypercorn joins it in the handler of SIGHUP, where no SIGTERM would end it."""
+    workers._stop_timeout_s = 0.1
+    with closing(multiprocessing.get_context("fork").Process(target=time.sleep, args=(1000,))) as process:
+
+        def start(processes: list[BaseProcess], *_: object) -> None:
+            process.start()
+            os.kill(process.pid or 0, signal.SIGSTOP)
+            processes.append(process)
+
+        workers._start = cast("Any", start)
+        nothing = cast("Any", None)
+        workers.populate([], Config(), nothing, nothing, stop_event_of(workers), nothing)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+
+
+def test_what_the_master_says_waits_for_nobody(capfd: pytest.CaptureFixture[str]) -> None:
+    say("one\ntwo \udcff")
+    assert capfd.readouterr().err == "lastcall: one\nlastcall: two \\udcff\n"
+    reader, writer = os.pipe()
+    kept = os.dup(2)
+    try:
+        os.dup2(writer, 2)
+        os.set_blocking(writer, False)
+        with suppress(BlockingIOError):
+            while True:
+                os.write(writer, b"x" * 4096)
+        os.set_blocking(writer, True)
+        say("nobody reads this")
+    finally:
+        os.dup2(kept, 2)
+        for fd in (reader, writer, kept):
+            os.close(fd)
