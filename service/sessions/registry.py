@@ -294,8 +294,8 @@ class Sessions:
 
     async def recover(self) -> int:
         """End the turns of processes that have died. Returns how many."""
-        with self._answered_within():
-            return await self._store.recover(now=self._clock())
+        with self._answered_within() as step_done:
+            return await self._store.recover(now=self._clock(), after_step=step_done)
 
     async def end_hung(self, *, within_s: float) -> None:
         """In a shutdown: end the open turns whose tasks are not to be waited for any longer.
@@ -337,7 +337,7 @@ class Sessions:
         """The turn, if it is open here or its end could not be stored."""
         return self._live.find_turn(session_id, turn_id) or self.unkept.find_turn(session_id, turn_id)
 
-    def _answered_within(self) -> AbstractContextManager[None]:
+    def _answered_within(self) -> AbstractContextManager[Callable[[], None]]:
         return answered_within(self._settings.store_timeout_s)
 
 

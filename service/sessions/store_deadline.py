@@ -1,6 +1,6 @@
 """The bound on every wait for the store."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 import trio
@@ -9,15 +9,21 @@ from service.errors import StoreError
 
 
 @contextmanager
-def answered_within(timeout_s: float) -> Iterator[None]:
+def answered_within(timeout_s: float) -> Iterator[Callable[[], None]]:
     """Bound what is awaited inside to ``timeout_s`` seconds (``store_timeout_s``).
+
+    What it gives begins the time anew: for a call of many steps, of which each may take so long.
 
     Raises:
         StoreError: The time is over. Whether a write that was under way has happened is unknown.
     """
     try:
-        with trio.fail_after(timeout_s):
-            yield
+        with trio.fail_after(timeout_s) as scope:
+
+            def begin_anew() -> None:
+                scope.deadline = trio.current_time() + timeout_s
+
+            yield begin_anew
     except trio.TooSlowError as error:
         raise StoreError(f"The store did not answer within {timeout_s:g} s.") from error
 

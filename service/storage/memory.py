@@ -5,7 +5,7 @@ exactly one checkpoint at its start, so it schedules and cancels like a store th
 turn alone only cancels like one: what calls it is about to end anyway, hundreds of times at once in a shutdown.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -273,7 +273,7 @@ class MemoryStore:
         await anyio.lowlevel.checkpoint()
         return None
 
-    async def recover(self, *, now: datetime) -> int:  # noqa: ARG002
+    async def recover(self, *, now: datetime, after_step: Callable[[], None] = lambda: None) -> int:  # noqa: ARG002
         # No turn here outlives its owner.
         await anyio.lowlevel.checkpoint()
         return 0

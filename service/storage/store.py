@@ -11,7 +11,7 @@ process dies; only then may another owner's :meth:`Store.recover` end them. All 
 have one owner: to any other the store refuses a new one and says whose they are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Protocol
 
@@ -233,7 +233,7 @@ class Store(Protocol):
         """
         ...
 
-    async def recover(self, *, now: datetime) -> int:
+    async def recover(self, *, now: datetime, after_step: Callable[[], None] = lambda: None) -> int:
         """After a crash: end open turns whose owner is gone as ``interrupted`` (``crash``), finish deletions.
 
         Called at start, before any turn, and again whenever an owner may have died; safe beside other owners.
@@ -241,6 +241,9 @@ class Store(Protocol):
         :data:`~service.storage.records.SEQ_AFTER_CRASH`, higher than any seq that was ever sent. For its
         session it is an end like any other: a use at ``now``, and no longer an open turn. Returns how many
         turns it ended.
+
+        Args:
+            after_step: Called after each step: there are as many as there is to end, and each is short.
         """
         ...
 

@@ -1,5 +1,7 @@
 """What is left behind when the store refuses, and how it is mended."""
 
+from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -203,6 +205,25 @@ async def test_mending_goes_on_where_the_turns_of_others_cannot_be_ended(autojum
         with pytest.raises(StoreError):
             await mend(stage.sessions, shared=True)
         assert stage.sessions.unkept.turns == 0
+
+
+@pytest.mark.parametrize(("step_s", "steps", "in_time"), [(4, 10, True), (6, 1, False)])
+async def test_a_recovery_may_take_many_steps_but_none_too_long(
+    autojump_clock: MockClock, step_s: float, steps: int, in_time: bool
+) -> None:
+    class Recovering(MemoryStore):
+        async def recover(self, *, now: datetime, after_step: Callable[[], None] = lambda: None) -> int:
+            for _ in range(steps):
+                await trio.sleep(step_s)
+                after_step()
+            return steps
+
+    async with open_stage(Recovering(), store_timeout_s=5) as stage:
+        if in_time:
+            assert await stage.sessions.recover() == steps
+        else:
+            with pytest.raises(StoreError):
+                await stage.sessions.recover()
 
 
 async def test_what_is_written_to_see_whether_that_works_is_seen_by_nobody(autojump_clock: MockClock) -> None:

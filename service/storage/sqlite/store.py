@@ -1,7 +1,7 @@
 """The store in one SQLite file: three threads with a connection each, and this, their side in the event loop."""
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import datetime
 from functools import partial
@@ -211,12 +211,13 @@ class SqliteStore:
     async def find_owner(self, session_id: str) -> Owner | None:
         return await self._looking.call(lambda db: find_owner(db, session_id, besides=self.fence))
 
-    async def recover(self, *, now: datetime) -> int:
+    async def recover(self, *, now: datetime, after_step: Callable[[], None] = lambda: None) -> int:
         await self._clear_abandoned()
         recovered, finished = 0, False
         while not finished:
             ended, finished = await self._writing.call(partial(recovery.recover_some, owners=self._ownership, now=now))
             recovered += ended
+            after_step()
         self.writer.removed = True
         return recovered
 
