@@ -7,6 +7,8 @@
   gives up its only stream, and keeps the buffer of each stream that was given up.
 * A connection that closes with its response is gone, also where its client has asked again meanwhile: hypercorn pauses
   its reader for that and, once it stops, leaves it so for ever.
+* A connection on which hypercorn itself refuses a request (a websocket's without a key, one to a host that is none of
+  its ``server_names``) closes with that answer, as the answer says. hypercorn keeps it open for ever.
 * What hypercorn cannot parse ends its connection. hypercorn has some bytes end the process, before any access check:
   an ``HTTP2-Settings`` header that is none, a path of HTTP/2 that is not ASCII, more priorities than the limit.
 * A client that does not read cannot hold the server. hypercorn sends under a shield without a deadline, so neither its
@@ -23,13 +25,14 @@ from contextlib import suppress
 from typing import cast
 
 import h2.exceptions
+import h11
 import hypercorn.trio.run
 import structlog
 import trio
 from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData
 from hypercorn.protocol.h2 import H2Protocol
-from hypercorn.protocol.h11 import H11Protocol
+from hypercorn.protocol.h11 import H11Protocol, H11WSConnection
 from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
 from hypercorn.trio.worker_context import EventWrapper, WorkerContext
 from hypercorn.typing import AppWrapper, ConnectionState, TaskGroup
@@ -126,6 +129,7 @@ class Connection(TCPServer):
 
     async def run(self) -> None:
         self._all_open.add(self)
+        self._reader = trio.lowlevel.current_task()
         try:
             if self._takes_plain_bytes:
                 await super().run()
@@ -160,10 +164,26 @@ class Connection(TCPServer):
     async def protocol_send(self, event: Event) -> None:
         if isinstance(event, RawData):
             await self.write(event.data)
+            if self._has_refused:
+                self._task_group.cancel()
             return
         await super().protocol_send(event)
         if isinstance(event, Closed) and self._is_ahead:
             self._task_group.cancel()
+
+    @property
+    def _has_refused(self) -> bool:
+        """Whether hypercorn has answered by itself, on HTTP/1: in the task that reads, where no application does.
+
+        Neither its ``WSStream`` nor its ``HTTPStream`` send a ``StreamClosed`` after ``_send_error_response``.
+        """
+        protocol = self.protocol.protocol
+        if not isinstance(protocol, H11Protocol) or trio.lowlevel.current_task() is not self._reader:
+            return False
+        connection = protocol.connection
+        if isinstance(connection, H11WSConnection):
+            connection = connection.h11_connection
+        return connection.our_state is h11.MUST_CLOSE
 
     @property
     def _is_ahead(self) -> bool:

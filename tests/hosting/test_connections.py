@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,41 @@ async def test_a_connection_closes_with_its_response_though_its_client_has_sent_
 async def test_hypercorn_still_waits_for_a_client_that_has_sent_more(serve: Serve) -> None:
     """Fails when hypercorn closes such a connection: then Connection._is_ahead can go."""
     assert not await stops_though_a_client_has_sent_more(serve, GET)
+
+
+UPGRADE = b"GET / HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+WITH_KEY = UPGRADE + b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+REFUSED = {
+    "a websocket without a key": (UPGRADE + b"\r\n", {}, b"400"),
+    "a websocket of an unknown host": (WITH_KEY, {"server_names": ["elsewhere"]}, b"404"),
+    "an unknown host": (GET, {"server_names": ["elsewhere"]}, b"404"),
+}
+
+
+async def closes_with_hypercorns_own_answer(serve: Serve, request: bytes, config: dict[str, Any], code: bytes) -> bool:
+    async with serve(App(), keep_alive_timeout=0.1, **config) as server:
+        with trio.fail_after(10):
+            async with await server.connect() as stream:
+                await stream.send_all(request)
+                answer = bytes(await stream.receive_some())
+                assert answer.startswith(b"HTTP/1.1 " + code)
+                assert b"connection: close" in answer
+                with trio.move_on_after(0.5) as bound, suppress(trio.BrokenResourceError):
+                    assert not await stream.receive_some()
+                return not bound.cancelled_caught
+
+
+@pytest.mark.parametrize("what", REFUSED)
+async def test_a_connection_closes_with_the_answer_of_hypercorn_itself(
+    serve: Serve, connections: Connections, what: str
+) -> None:
+    assert await closes_with_hypercorns_own_answer(serve, *REFUSED[what])
+
+
+@pytest.mark.parametrize("what", REFUSED)
+async def test_hypercorn_still_keeps_a_connection_after_an_answer_of_its_own(serve: Serve, what: str) -> None:
+    """Fails when hypercorn closes it: then Connection._has_refused can go."""
+    assert not await closes_with_hypercorns_own_answer(serve, *REFUSED[what])
 
 
 async def closes_a_client_of_http2_that_asks_nothing(serve: Serve) -> bool:

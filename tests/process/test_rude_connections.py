@@ -151,3 +151,21 @@ async def test_http2_clients_without_a_stream_cost_nobody_anything(tmp_path: Pat
     assert gone.at - signalled < 0.5
     [report] = reports(server)
     assert report["connections_aborted"] == 0
+
+
+UPGRADE_WITHOUT_KEY = b"GET /chat HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n"
+
+
+@pytest.mark.parametrize("host", [SERVE, CONFIGURED_2], ids=str)
+async def test_websockets_that_hypercorn_refuses_are_gone_with_the_answer(tmp_path: Path, host: Host) -> None:
+    async with open_lastcall(host, tmp_path, drain_timeout_s=0, release_timeout_s=10) as server:
+        for _ in range(3):
+            async with await connect(server, UPGRADE_WITHOUT_KEY) as client:
+                with trio.fail_after(CAP_S):
+                    answer = b"".join([part async for part in client])
+            assert answer.startswith(b"HTTP/1.1 400")
+        signalled = server.signal_main(signal.SIGTERM)
+        gone = await wait_gone(server)
+    assert_clean(host, server, gone)
+    assert gone.at - signalled < 5
+    assert {report["connections_aborted"] for report in reports(server)} == {0}
