@@ -4,16 +4,20 @@ A listening socket is one object in the kernel, whoever holds it. As long as a p
 does), clients connect, whether anybody accepts or not. ``shutdown`` ends that for all holders: from then on the kernel
 refuses, and resets who was still waiting. So whoever waits is taken first. Source: Linux ``inet_shutdown``; proven by
 ``tests/hosting/test_doors.py``.
+
+A socket that was given to us (``--bind fd://3``, as by systemd) belongs to who gave it: it is never shut, and who
+connects after the end waits for the next server.
 """
 
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from types import ModuleType
 from typing import Any, cast
 
 import hypercorn.trio.run
 import trio
+from hypercorn.config import Config
 from hypercorn.utils import repr_socket_addr
 
 from service.hosting.connections import Stream, socket_of
@@ -24,17 +28,37 @@ WAITING_MAX = 1024
 Listener = trio.SocketListener | trio.SSLListener[trio.SocketStream]
 
 
+_GIVEN = "lastcall_given"
+
+
+def given_sockets(config: Config) -> Sequence[bool]:
+    """Which of hypercorn's listeners were given to us, in its order."""
+    noted: Sequence[bool] | None = getattr(config, _GIVEN, None)
+    if noted is not None:
+        return noted
+    return [bind.startswith("fd://") for bind in (*config.bind, *(config.insecure_bind if config.ssl_enabled else ()))]
+
+
+def note_given_sockets(config: Config) -> None:
+    """Keep what :func:`given_sockets` says, in workers too, before other binds become descriptors of our own."""
+    setattr(config, _GIVEN, given_sockets(config))
+
+
 class Doors:
     """Serves hypercorn's listeners, in place of ``trio.serve_listeners``, until :meth:`close`.
 
     To be made before hypercorn serves.
 
+    Args:
+        given: Which of the listeners belong to somebody else, in their order.
+
     Attributes:
         open: Set once clients are served.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, given: Sequence[bool]) -> None:
         self.open = trio.Event()
+        self._given = given
         self._listeners: list[Listener] = []
         self._accepting = trio.CancelScope()
         self._taken = 0
@@ -76,14 +100,15 @@ class Doors:
 
         Args:
             for_good: Nobody else will answer: take and serve those who wait, and have the kernel refuse later ones.
-                Otherwise they wait for another process.
+                Otherwise they wait for another process. So they do in any case where the socket was given to us.
         """
         if self._accepting.cancel_called:
             return
         self._accepting.cancel()
         if for_good:
-            for listener in self._listeners:
-                self._shut(listener)
+            for listener, given in zip(self._listeners, self._given, strict=True):
+                if not given:
+                    self._shut(listener)
 
     @property
     def has_served(self) -> bool:

@@ -17,7 +17,7 @@ from quart import Quart
 
 from service.api.app import attach, detach
 from service.hosting.connections import Connections
-from service.hosting.doors import Doors
+from service.hosting.doors import Doors, given_sockets
 from service.hosting.exit import ExitCode, leave, leave_at_exit, refuse_to_start
 from service.hosting.gate import Gate
 from service.hosting.http_connection import open_requests
@@ -99,7 +99,7 @@ class Hosting:
         self._watchdog = Watchdog(settings.shutdown_total_s)
         self._notice = Notice(self._shutdown, self._watchdog)
         self._connections = Connections()
-        self._doors = Doors()
+        self._doors = Doors(given_sockets(worker.config))
         self._gate = Gate(worker, self._doors, wish=partial(self._notice.tell, "max requests"))
         self._shutdown.close_doors = self._close_doors
         self._shutdown.close_doors_at_once = self._close_doors_at_once

@@ -8,6 +8,7 @@ from hypercorn.config import Config
 
 from service.errors import StartupError
 from service.hosting.application import create_hosted_app
+from service.hosting.doors import note_given_sockets
 from service.settings import Settings
 from service.telemetry.logging import configure_logging
 
@@ -50,6 +51,7 @@ def take_addresses(config: Config) -> None:
         raise StartupError(f"Cannot listen on {', '.join(binds)}: {error.strerror}") from error
     except (ValueError, TypeError) as error:  # what can be no host, port or path
         raise StartupError(f"Cannot listen on {', '.join(binds)}: {error}") from error
+    note_given_sockets(config)
     secure, insecure = (
         [f"fd://{sock.detach()}" for sock in group] for group in (sockets.secure_sockets, sockets.insecure_sockets)
     )

@@ -1,17 +1,20 @@
 """The doors, in the place of hypercorn's listeners."""
 
+import pickle
 import socket
 import ssl
 from pathlib import Path
+from typing import Any
 
 import hypercorn.trio.run
 import pytest
 import trio
 import trio.testing
 import trustme
+from hypercorn.config import Config
 from quart_trio import QuartTrio
 
-from service.hosting.doors import Doors
+from service.hosting.doors import Doors, given_sockets, note_given_sockets
 from tests.hosting.conftest import Serve
 
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -21,7 +24,7 @@ GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 def doors(monkeypatch: pytest.MonkeyPatch) -> Doors:
     """Doors that hypercorn serves at until the test is over."""
     monkeypatch.setattr(hypercorn.trio.run, "trio", trio)
-    return Doors()
+    return Doors([False])
 
 
 def an_app() -> QuartTrio:
@@ -77,6 +80,37 @@ async def test_who_waits_is_left_to_others_where_there_are_some(serve: Serve, do
             [client] = clients(server.port, 1)
             taken, _ = await another.accept()
             assert await taken.recv(100) == GET
+            for each in (client, taken, another):
+                each.close()
+
+
+@pytest.mark.parametrize(
+    ("config", "given"),
+    [
+        ({"bind": ["127.0.0.1:0", "fd://3"]}, [False, True]),
+        ({"bind": ["fd://3"], "insecure_bind": ["unix:a"]}, [True]),
+        ({"bind": ["fd://3"], "insecure_bind": ["unix:a"], "certfile": "c", "keyfile": "k"}, [True, False]),
+    ],
+)
+def test_a_bind_that_is_a_descriptor_is_a_socket_of_somebody_else(config: dict[str, Any], given: list[bool]) -> None:
+    configured = Config.from_mapping(config)
+    assert given_sockets(configured) == given
+    note_given_sockets(configured)
+    configured.bind, configured.insecure_bind = ["fd://7"] * len(given), []
+    assert given_sockets(pickle.loads(pickle.dumps(configured))) == given  # as workers get it
+
+
+async def test_a_socket_of_somebody_else_is_not_shut(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hypercorn.trio.run, "trio", trio)
+    doors = Doors([True])
+    async with serve(an_app()) as server:
+        with trio.fail_after(10):
+            await doors.open.wait()
+            another = doors.sockets[0].dup()
+            doors.close(for_good=True)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            [client] = clients(server.port, 1)
+            taken, _ = await another.accept()
             for each in (client, taken, another):
                 each.close()
 
