@@ -9,9 +9,11 @@ A socket that was given to us (``--bind fd://3``, as by systemd) belongs to who 
 connects after the end waits for the next server.
 """
 
+import logging
 import socket
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from math import inf
 from types import ModuleType
 from typing import Any, cast
 
@@ -24,6 +26,7 @@ from service.hosting.connections import Stream, socket_of
 
 WAITING_MAX = 1024
 """Clients that wait to be accepted, while the event loop is busy or, in a reload, until a worker is up."""
+COMPLAINT_INTERVAL_S = 1.0
 
 Listener = trio.SocketListener | trio.SSLListener[trio.SocketStream]
 
@@ -61,6 +64,8 @@ class Doors:
         self._given = given
         self._listeners: list[Listener] = []
         self._accepting = trio.CancelScope()
+        self._taking = trio.CancelScope()
+        self._takes_again = trio.Event()
         self._taken = 0
         self._served = trio.Event()
         self._served.set()
@@ -87,13 +92,32 @@ class Doors:
         for listening in self.sockets:
             listening.listen(WAITING_MAX)
         self.open.set()
-        with self._accepting:
-            try:
-                await trio.serve_listeners(handler, listeners, handler_nursery=self)  # type: ignore[arg-type]
-            except* OSError:
-                if not self._accepting.cancel_called:  # otherwise it has seen that the socket is shut
-                    raise
+        try:
+            with self._accepting, _complaining_seldom():
+                while True:
+                    with trio.CancelScope() as self._taking:
+                        await self._take_clients()
+                    await self._takes_again.wait()
+        finally:
+            for listening in self.sockets:
+                listening.close()
         await trio.sleep_forever()
+
+    async def _take_clients(self) -> None:
+        listeners = [_StaysOpen(listener) for listener in self._listeners]
+        try:
+            await trio.serve_listeners(self._handler, listeners, handler_nursery=self)  # type: ignore[arg-type]
+        except* OSError:
+            if not self._accepting.cancel_called:  # otherwise it has seen that the socket is shut
+                raise
+
+    def take_clients(self, wanted: bool) -> None:
+        """Whether to take those who come, or to leave them to other processes, until told otherwise."""
+        if wanted:
+            self._takes_again.set()
+        elif not self._taking.cancel_called:
+            self._takes_again = trio.Event()
+            self._taking.cancel()
 
     def close(self, *, for_good: bool) -> None:
         """Take no more clients from here on. Only the first call counts.
@@ -119,13 +143,16 @@ class Doors:
         await self._served.wait()
 
     def _shut(self, listener: Listener) -> None:
-        with socket.socket(fileno=_socket_of(listener).dup().detach()) as listening:
+        listening = socket.socket(fileno=_socket_of(listener).fileno())
+        try:
             with suppress(OSError):  # nobody waits any more, or another process was the last one too
                 while True:
                     client, _ = listening.accept()
                     self._take(_stream_of(client, listener))
             with suppress(OSError):
                 listening.shutdown(socket.SHUT_RD)
+        finally:
+            listening.detach()
 
     def _take(self, stream: Stream) -> None:
         if not self._taken:
@@ -151,6 +178,43 @@ class Doors:
         finally:
             if socket_of(stream).fileno() >= 0:
                 await trio.aclose_forcefully(stream)
+
+
+class _StaysOpen(trio.abc.Listener[Stream]):
+    """A listener that outlives those who take clients from it."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+
+    async def accept(self) -> Stream:
+        return cast("Stream", await self._listener.accept())
+
+    async def aclose(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+
+@contextmanager
+def _complaining_seldom() -> Iterator[None]:
+    """Where no descriptors are left Trio logs a traceback ten times a second for each listener: a line will do."""
+    trios, seldom = logging.getLogger("trio.serve_listeners"), _Seldom()
+    trios.addFilter(seldom)
+    try:
+        yield
+    finally:
+        trios.removeFilter(seldom)
+
+
+class _Seldom(logging.Filter):
+    """Lets a line through once in a while, without its traceback."""
+
+    _quiet_until = -inf
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.exc_info = None
+        if record.created < self._quiet_until:
+            return False
+        self._quiet_until = record.created + COMPLAINT_INTERVAL_S
+        return True
 
 
 class _TrioExcept(ModuleType):

@@ -7,19 +7,20 @@ are held back while the drain lasts, and whoever comes gets an answer. Proven by
 
 import os
 from collections.abc import Callable
+from math import inf
 
 import trio
 
 from service.hosting.doors import Doors
-from service.hosting.siblings import holds, mark_as_leaving, others_answer
+from service.hosting.siblings import Sign, Standing, holds, standings_of_others
 from service.hosting.worker import Master, Worker
 
 MASTER_LATE_S = 0.025
 """A signal to the whole group may reach a worker before its master has set the event."""
 MASTER_BUSY_S = 0.05
 """Between a worker's end and its next wait a master runs, for a moment or, on a busy machine, for some more."""
-
-
+MASTER_LOOK_S = 0.01
+OTHERS_LOOK_S = 0.25
 WAITING_S = 0.025
 """What those who waited at the doors when they closed may hold up the ends of turns."""
 
@@ -61,10 +62,33 @@ class Gate:
     def __init__(self, worker: Worker, doors: Doors, *, wish: Callable[[], None]) -> None:
         self._worker = worker
         self._doors = doors
+        self._sign = Sign()
         self._held = HeldTermination(wish)
         worker.context.terminate = self._held
         if worker.master is not None:
             worker.master.stop_event.is_set = self._held.is_set  # type: ignore[method-assign]
+
+    def show_serving(self) -> None:
+        """Tell the other workers that this one answers."""
+        self._sign.show(Standing.SERVING)
+
+    async def stand_aside(self) -> None:
+        """Take nobody while this worker drains and others serve: they take those who come. Until the doors close.
+
+        Where the whole service stops somebody has to answer: then this worker takes clients again at once.
+        """
+        self._sign.show(Standing.DRAINING)
+        if self._worker.config.workers < 2:
+            return
+        others_serve, look_at = False, -inf
+        while not self._held.is_set():
+            now = trio.current_time()
+            if self._master_stops:
+                others_serve = False
+            elif now >= look_at:
+                others_serve, look_at = Standing.SERVING in self._standings_of_others(), now + OTHERS_LOOK_S
+            self._doors.take_clients(not others_serve)
+            await trio.sleep(MASTER_LOOK_S)
 
     def release(self) -> None:
         """Let hypercorn stop serving. Idempotent; whoever made the gate calls it in any case, in the end."""
@@ -102,12 +126,14 @@ class Gate:
             return True
         followed: bool | None = False
         if self._doors.open.is_set() and self._worker.master is not None:
-            followed = self._another_worker_follows(self._worker.master)
+            with self._sign.looking():
+                followed = self._another_worker_follows(self._worker.master)
         if followed is not None:
             self._close(followed=followed)
         return followed is not None
 
     def _close(self, *, followed: bool) -> None:
+        self._sign.show(Standing.LEAVING)
         if self._doors.open.is_set():
             self._doors.close(for_good=not followed and not self._others_answer())
         self.release()
@@ -129,9 +155,12 @@ class Gate:
         return waits_for == "all workers" and holds_doors
 
     def _others_answer(self) -> bool:
-        """Whether another worker answers where this one does."""
+        """Whether another worker answers where this one does, or is about to."""
+        return self._standings_of_others() - {Standing.LEAVING} != set()
+
+    def _standings_of_others(self) -> set[Standing]:
         master = self._worker.master
         if master is None or self._worker.config.workers == 1:
-            return False
-        mark_as_leaving()
-        return others_answer(self._doors.sockets, parent=os.getppid())
+            return set()
+        with self._sign.looking():
+            return set(standings_of_others(self._doors.sockets, parent=os.getppid()))

@@ -40,6 +40,8 @@ GARBAGE_AFTER = 10_000
 """New objects after which garbage is looked for. By default, at 700, a worker with 500 streams spends a fifth of its
 time on that, 50 ms at once every half second."""
 
+LAME_DUCK_LOOK_S = 0.01
+
 
 class ServiceLifespan:
     """Quart's ``asgi_lifespan_class``: holds the service while the server serves."""
@@ -144,6 +146,7 @@ class Hosting:
                     nursery.start_soon(self._receive_shutdown, receive)
                     nursery.start_soon(self._notice.watch_hypercorn, self._worker.context)
                     nursery.start_soon(self._greet, service)
+                    nursery.start_soon(self._leave_the_doors_to_others)
                     await self._shutdown.work_ended.wait()
                     await self._stop_serving()
                 finally:
@@ -152,7 +155,15 @@ class Hosting:
 
     async def _greet(self, service: Service) -> None:
         await self._doors.open.wait()
+        self._gate.show_serving()
         announce(self._log, self._settings, binds=self._doors.addresses, store=service.store.name)
+
+    async def _leave_the_doors_to_others(self) -> None:
+        await self._shutdown.noticed.wait()
+        while self._shutdown.accepting:  # noqa: ASYNC110  the lame duck, which a second Ctrl+C ends early
+            await trio.sleep(LAME_DUCK_LOOK_S)
+        if self._settings.drain_timeout_s:
+            await self._gate.stand_aside()
 
     async def _close_doors(self) -> None:
         self._expect_ends_only()

@@ -2,36 +2,77 @@
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from enum import IntEnum
 from pathlib import Path
 from socket import socket
 
 import trio
 
-MARK = "lastcall-leaves"
+_NAME = "lastcall-standing"
 
 
-def mark_as_leaving() -> int:
-    """Show the others that this process does not answer any more: a descriptor, kept until the process is gone."""
-    return os.memfd_create(MARK)
+class Standing(IntEnum):
+    """How a process answers those who connect."""
+
+    STARTING = 0
+    SERVING = 1
+    DRAINING = 2
+    LEAVING = 3
+
+
+class Sign:
+    """Shows the others how this process stands: a file without a name elsewhere, whose size says it.
+
+    Made early and kept until the process is gone, with a descriptor to spare: when it matters there may be none left.
+    """
+
+    def __init__(self) -> None:
+        self._file = self._spare = -1
+        with suppress(OSError):  # then it shows nothing, and counts as one that starts
+            self._file = os.memfd_create(_NAME)
+            self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    def show(self, standing: Standing) -> None:
+        with suppress(OSError):
+            os.ftruncate(self._file, standing)
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """Look around inside, in one go, with the descriptor that was spared for that."""
+        spare, self._spare = self._spare, -1
+        with suppress(OSError):
+            os.close(spare)
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def holds(pid: int, sockets: Iterable[socket | trio.socket.SocketType]) -> bool:
     """Whether a process holds one of these sockets."""
-    return not _names(sockets).isdisjoint(_open_files(pid))
+    return not _names(sockets).isdisjoint(_open_files(pid).values())
 
 
-def others_answer(sockets: Iterable[socket | trio.socket.SocketType], *, parent: int) -> bool:
-    """Whether another child of this process's parent answers at one of these sockets.
+def standings_of_others(sockets: Iterable[socket | trio.socket.SocketType], *, parent: int) -> Iterator[Standing]:
+    """How the other children of this process's parent stand that hold one of these sockets.
 
-    That is the master; or, where it has died, whoever the workers were given to.
-    Of several that mark themselves and then ask, at the same time or not, at least the last one is told that it is.
+    The parent is the master; or, where it has died, whoever the workers were given to.
+    Of several that show that they leave and then ask, at the same time or not, the last one sees that all others do.
     """
     names = _names(sockets)
-    return any(
-        not names.isdisjoint(files) and not any(MARK in name for name in files)
-        for files in (set(_open_files(pid)) for pid in _children(parent) if pid != os.getpid())
-    )
+    for pid in _children(parent):
+        if pid != os.getpid() and not names.isdisjoint((files := _open_files(pid)).values()):
+            yield _standing(files)
+
+
+def _standing(files: dict[Path, str]) -> Standing:
+    for path, name in files.items():
+        if _NAME in name:
+            with suppress(OSError):
+                return Standing(path.stat().st_size)
+    return Standing.STARTING
 
 
 def _names(sockets: Iterable[socket | trio.socket.SocketType]) -> set[str]:
@@ -44,8 +85,10 @@ def _children(pid: int) -> list[int]:
     return []
 
 
-def _open_files(pid: int) -> Iterator[str]:
+def _open_files(pid: int) -> dict[Path, str]:
+    files = {}
     with suppress(OSError):  # gone, or not ours
         for entry in Path(f"/proc/{pid}/fd").iterdir():
             with suppress(OSError):
-                yield str(entry.readlink())
+                files[entry] = str(entry.readlink())
+    return files

@@ -1,5 +1,6 @@
 """The doors, in the place of hypercorn's listeners."""
 
+import errno
 import pickle
 import socket
 import ssl
@@ -82,6 +83,64 @@ async def test_who_waits_is_left_to_others_where_there_are_some(serve: Serve, do
             assert await taken.recv(100) == GET
             for each in (client, taken, another):
                 each.close()
+
+
+async def test_who_comes_meanwhile_is_left_to_others_until_clients_are_taken_again(serve: Serve, doors: Doors) -> None:
+    async with serve(an_app()) as server:
+        with trio.fail_after(10):
+            await doors.open.wait()
+            for _ in range(2):
+                doors.take_clients(False)
+                doors.take_clients(False)
+                await trio.testing.wait_all_tasks_blocked(0.01)
+                [client] = clients(server.port, 1)
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                client.setblocking(False)
+                with pytest.raises(BlockingIOError):
+                    client.recv(1)
+                client.settimeout(5)
+                doors.take_clients(True)
+                assert (await trio.to_thread.run_sync(client.recv, 100)).startswith(b"HTTP/1.1 200")
+                client.close()
+
+
+async def test_who_comes_meanwhile_is_taken_when_the_doors_close(serve: Serve, doors: Doors) -> None:
+    async with serve(an_app()) as server:
+        with trio.fail_after(10):
+            await doors.open.wait()
+            doors.take_clients(False)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            [client] = clients(server.port, 1)
+            doors.close(for_good=True)
+            assert (await trio.to_thread.run_sync(client.recv, 100)).startswith(b"HTTP/1.1 200")
+            client.close()
+
+
+async def log_of_a_listener_without_descriptors(serve: Serve, caplog: pytest.LogCaptureFixture) -> list[Any]:
+    async def fail(_listener: trio.SocketListener) -> trio.SocketStream:
+        await trio.lowlevel.checkpoint()
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trio.SocketListener, "accept", fail)
+        async with serve(an_app()):
+            await trio.sleep(0.5)
+    return [record for record in caplog.records if record.name == "trio.serve_listeners"]
+
+
+async def test_without_descriptors_one_line_says_so(
+    serve: Serve, doors: Doors, caplog: pytest.LogCaptureFixture
+) -> None:
+    [line] = await log_of_a_listener_without_descriptors(serve, caplog)
+    assert "EMFILE" in line.message
+    assert line.exc_info is None
+
+
+async def test_trio_still_says_it_again_and_again(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    """Fails when Trio says it less often: then _complaining_seldom can go."""
+    lines = await log_of_a_listener_without_descriptors(serve, caplog)
+    assert len(lines) > 2
+    assert all(line.exc_info for line in lines)
 
 
 @pytest.mark.parametrize(

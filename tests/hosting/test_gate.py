@@ -2,11 +2,13 @@
 
 import multiprocessing
 import os
+import resource
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 
 import hypercorn.trio.run
 import hypercorn.utils
@@ -18,7 +20,7 @@ from hypercorn.trio.worker_context import WorkerContext
 from quart_trio import QuartTrio
 
 from service.hosting.gate import HeldTermination
-from service.hosting.siblings import holds, others_answer
+from service.hosting.siblings import Sign, Standing, holds, standings_of_others
 from service.hosting.worker import Master
 
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -69,28 +71,54 @@ def test_the_next_listen_opens_a_door_again() -> None:
     assert "listen" in hypercorn.trio.run.trio_worker.__code__.co_names
 
 
-HOLD = "import sys; sys.stdin.read()"
-HOLD_MARKED = (
-    "import sys; from service.hosting.siblings import mark_as_leaving; "
-    "mark_as_leaving(); print('marked', flush=True); sys.stdin.read()"
-)
+HOLD = "import sys; print(flush=True); sys.stdin.read()"
+SHOW = """
+import sys
+from service.hosting.siblings import Sign, Standing
+sign = Sign()
+sign.show(Standing.{})
+print(flush=True)
+sys.stdin.read()
+"""
 
 
-@pytest.mark.parametrize(("held_by", "answers"), [(HOLD, True), (HOLD_MARKED, False)])
-def test_another_process_answers_unless_it_says_that_it_leaves(held_by: str, answers: bool) -> None:
+@contextmanager
+def no_descriptors() -> Iterator[None]:
+    """This process has none left."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = max(int(it.name) for it in Path("/proc/self/fd").iterdir()) + 1
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    taken = []
+    try:
+        with suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in taken:
+            os.close(descriptor)
+
+
+@pytest.mark.parametrize("out_of_descriptors", [False, True])
+@pytest.mark.parametrize("standing", [None, *Standing])
+def test_another_process_shows_how_it_stands(standing: Standing | None, *, out_of_descriptors: bool) -> None:
     with listening() as listener:
-        command = [sys.executable, "-c", held_by]
+        command = [sys.executable, "-c", SHOW.format(standing.name) if standing is not None else HOLD]
         with subprocess.Popen(
             command, pass_fds=[listener.fileno()], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         ) as other:
             assert other.stdout is not None
-            if held_by is HOLD_MARKED:
-                other.stdout.readline()
+            other.stdout.readline()
+            sign = Sign()
             try:
-                assert holds(other.pid, [listener])
-                assert others_answer([listener], parent=os.getpid()) is answers
-                assert not others_answer([listener], parent=other.pid)
+                with no_descriptors() if out_of_descriptors else nullcontext(), sign.looking():
+                    assert holds(other.pid, [listener])
+                    assert list(standings_of_others([listener], parent=os.getpid())) == [standing or Standing.STARTING]
+                    assert not list(standings_of_others([listener], parent=other.pid))
             finally:
+                for descriptor in (sign._file, sign._spare):
+                    os.close(descriptor)
                 other.communicate()
 
 

@@ -1,13 +1,19 @@
 """From the notice to the very end every new connection gets a whole answer or an immediate refusal."""
 
+import os
 import signal
+import time
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 
 from bench.plan import LoadResult, ProbeResult, Streams
+from tests.process.clients import owner_of
 from tests.process.lastcall import (
+    CAP_S,
+    CONFIGURED_4,
     HYPERCORN_1,
     HYPERCORN_2,
     HYPERCORN_4,
@@ -15,10 +21,12 @@ from tests.process.lastcall import (
     Host,
     assert_all_ended_properly,
     assert_clean,
+    assert_log_is_clean,
     chat,
     ends,
     open_under_load,
     prober,
+    turn,
     wait_gone,
 )
 
@@ -109,3 +117,49 @@ async def test_reads_go_on_during_the_drain(tmp_path: Path, host: Host) -> None:
     during = [p.status for p in result.probes if signalled < p.at < signalled + 0.9]
     assert set(during) == {200}
     assert len(during) > 50
+
+
+@pytest.mark.parametrize("host", [HYPERCORN_2, CONFIGURED_4], ids=str)
+async def test_while_one_worker_drains_the_others_take_who_comes_until_all_stop(tmp_path: Path, host: Host) -> None:
+    groups = (turn(count=4, message="rate=20"), prober(), prober("/readyz", "GET"))
+    async with open_under_load(host, tmp_path, *groups, drain_timeout_s=2) as (server, load):
+        await trio.sleep(0.5)
+        alone_at = time.monotonic()
+        os.kill(owner_of(tmp_path / "lastcall.db", "/sessions/turn0"), signal.SIGTERM)
+        await trio.sleep(1)
+        all_at = server.signal_main(signal.SIGTERM)
+        gone = await wait_gone(server)
+        result = await load.stop()
+    assert_clean(host, server, gone)
+    assert_all_ended_properly(result)
+    alone = [p for p in result.probes if alone_at + NOTICE_S < p.at < all_at - NOTICE_S]
+    assert len(alone) > 50
+    assert {(p.group, p.status) for p in alone} == {("/sessions", 201), ("/readyz", 200)}, told(alone, alone_at)
+    probes = [p for p in result.probes if p.group == "/sessions"]
+    assert_none_was_left_standing(probes, all_at)
+    answered = [p for p in probes if p.at > all_at + NOTICE_S and p.outcome == "answered"]
+    assert len(answered) > 50
+    assert {p.status for p in answered} == {503}, told(answered, all_at)
+
+
+@pytest.mark.parametrize("host", [HYPERCORN_1, CONFIGURED_4], ids=str)
+async def test_in_a_reload_new_work_is_refused_while_turns_drain_and_then_waits_for_the_next_workers(
+    tmp_path: Path, host: Host
+) -> None:
+    gently = msgspec.structs.replace(prober(), interval_s=0.05)  # bare hypercorn lets no more than 100 wait
+    async with open_under_load(host, tmp_path, turn(count=4), gently, drain_timeout_s=1) as (server, load):
+        await trio.sleep(0.5)
+        reloaded_at = server.signal_main(signal.SIGHUP)
+        with trio.fail_after(CAP_S):
+            await server.wait_logged('"serving"', times=2 * host.processes)
+        await trio.sleep(1)
+        result = await load.stop()
+        server.signal_main(signal.SIGTERM)
+        gone = await wait_gone(server)
+    assert gone.exit_code == 0
+    assert_log_is_clean(server)
+    assert_all_ended_properly(result)
+    assert {p.outcome for p in result.probes[:-5]} == {"answered"}, told(result.probes, reloaded_at)
+    drained = [p for p in result.probes if reloaded_at + NOTICE_S < p.at < reloaded_at + 0.9]
+    assert {(p.status, p.retry_after) for p in drained} == {(503, True)}, told(drained, reloaded_at)
+    assert {p.status for p in result.probes[-10:-5]} == {201}, told(result.probes, reloaded_at)

@@ -1,6 +1,7 @@
 """What is around the server is in the way: its output, its model server, its own many starts."""
 
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import trio
 from bench.peers import open_load
 from bench.plan import Plan
 from tests.process.lastcall import (
+    CONFIGURED_2,
     HYPERCORN_1,
     SERVE,
     Host,
@@ -85,3 +87,24 @@ async def test_many_starts_and_stops_under_load_leave_nothing_behind(tmp_path: P
             result = await load.stop()
         assert_all_ended_properly(result)
         assert_clean(HYPERCORN_1, server, gone)
+
+
+@pytest.mark.parametrize("host", [SERVE, HYPERCORN_1, CONFIGURED_2], ids=str)
+async def test_a_server_without_descriptors_left_stops_as_ever(tmp_path: Path, host: Host) -> None:
+    spare = 10
+    async with open_under_load(host, tmp_path, chat(count=3), drain_timeout_s=0.5) as (server, load):
+        processes = server.workers() or [server.pid]
+        for process in processes:
+            most = max(int(it.name) for it in Path(f"/proc/{process}/fd").iterdir()) + 1 + spare  # noqa: ASYNC240
+            resource.prlimit(process, resource.RLIMIT_NOFILE, (most, most))
+        idle = [await trio.open_tcp_stream("127.0.0.1", server.port) for _ in range(len(processes) * 2 * spare)]
+        await server.wait_logged("accept returned EMFILE", times=len(processes))
+        await trio.sleep(0.5)
+        server.signal_main(signal.SIGTERM)
+        gone = await wait_gone(server)
+        result = await load.stop()
+        for client in idle:
+            await client.aclose()
+    assert_all_ended_properly(result)
+    assert_clean(host, server, gone)
+    assert server.log().count("accept returned EMFILE") <= 4 * len(processes)
