@@ -1,5 +1,6 @@
 """Our own way in: one process that serves until it is told to stop."""
 
+import socket
 from functools import partial
 
 import hypercorn.trio
@@ -33,7 +34,9 @@ def serve(settings: Settings) -> int:
 def take_addresses(config: Config) -> None:
     """Bind the addresses before anything else is opened, and leave the open sockets to hypercorn.
 
-    hypercorn would find a taken port or a broken certificate too late, and tell it in a traceback.
+    hypercorn would find a taken port or a broken certificate too late, and tell it in a traceback. Of two servers it
+    lets the second one have the path of a Unix socket, and with more than one worker each a share of the same port.
+    Proven by ``tests/hosting/test_serve.py``.
 
     Raises:
         StartupError: An address is taken, not ours or not there; or the certificate cannot be used.
@@ -45,14 +48,33 @@ def take_addresses(config: Config) -> None:
             f"The certificate {config.certfile} and its key {config.keyfile} cannot be used: {error}"
         ) from error
     binds = [*config.bind, *config.insecure_bind]
+    for bind in binds:
+        if bind.startswith("unix:") and _is_answered(bind.removeprefix("unix:")):
+            raise StartupError(f"Cannot listen on {bind}: another server answers there")
+    workers, config.workers = config.workers, 1  # with more it sets SO_REUSEPORT, but workers share one socket
     try:
         sockets = config.create_sockets()
     except OSError as error:
         raise StartupError(f"Cannot listen on {', '.join(binds)}: {error.strerror}") from error
     except (ValueError, TypeError) as error:  # what can be no host, port or path
         raise StartupError(f"Cannot listen on {', '.join(binds)}: {error}") from error
+    finally:
+        config.workers = workers
     note_given_sockets(config)
     secure, insecure = (
         [f"fd://{sock.detach()}" for sock in group] for group in (sockets.secure_sockets, sockets.insecure_sockets)
     )
     config.bind, config.insecure_bind = (secure, insecure) if config.ssl_enabled else (insecure, [])
+
+
+def _is_answered(path: str) -> bool:
+    """Whether somebody listens at this path, and is not only its file left."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.setblocking(False)
+        try:
+            client.connect(path)
+        except BlockingIOError:  # more wait there already than it takes
+            return True
+        except (OSError, ValueError):  # the latter where it is no path at all
+            return False
+        return True

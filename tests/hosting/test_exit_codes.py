@@ -188,6 +188,30 @@ async def test_an_address_that_is_not_utf_8_is_78_and_one_line(tmp_path: Path) -
     assert "Traceback" not in failed.log
 
 
+@pytest.mark.parametrize("host", CONFIGURED[2:])
+async def test_a_port_that_another_service_of_several_workers_has_is_78_too(tmp_path: Path, host: str) -> None:
+    async with open_host(tmp_path, host) as server:
+        address = f"127.0.0.1:{server.port}"
+        second = tmp_path / "second"
+        second.mkdir()
+        failed = await start_that_fails(second, host, "--bind", address)
+        gone = await stop(server)
+    assert (failed.exit_code, gone.exit_code) == (78, 0)
+    assert failed.log == f"lastcall: Cannot listen on {address}: Address already in use\n"
+
+
+@pytest.mark.parametrize("host", [SERVE, *CONFIGURED[1:3]])
+async def test_a_unix_socket_that_is_taken_is_78_and_one_line(tmp_path: Path, host: str) -> None:
+    with socket.socket(socket.AF_UNIX) as taken:
+        taken.bind(str(tmp_path / "socket"))
+        taken.listen()
+        bind = f"unix:{tmp_path}/socket"
+        options = ["--bind", bind] if host != SERVE else []
+        failed = await start_that_fails(tmp_path, host, *options, bind=bind, api_keys="open-sesame")
+    assert failed.exit_code == 78
+    assert failed.log == f"lastcall: Cannot listen on {bind}: another server answers there\n"
+
+
 @pytest.mark.parametrize("host", BARE[1:])
 async def test_a_killed_worker_of_bare_hypercorn_ends_the_service_with_0(tmp_path: Path, host: str) -> None:
     async with open_host(tmp_path, host) as server:

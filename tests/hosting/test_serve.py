@@ -1,4 +1,7 @@
-"""Taking the addresses, with what hypercorn's own command line or configuration may have said."""
+"""Taking the addresses: what is said of them may be none, and what another server listens on is not for us."""
+
+import socket
+from pathlib import Path
 
 import pytest
 from hypercorn.config import Config
@@ -15,3 +18,50 @@ def test_address_that_can_be_none_is_refused_by_its_name() -> None:
 def test_certificate_that_can_be_none_is_refused_by_its_name() -> None:
     with pytest.raises(StartupError, match=r"^The certificate a\0 and its key b cannot be used: "):
         take_addresses(Config.from_mapping(bind=["127.0.0.1:0"], certfile="a\0", keyfile="b"))
+
+
+def test_a_port_is_not_shared_with_another_server_with_several_workers_either() -> None:
+    """What the second one says: ``test_exit_codes.py``."""
+    config = Config.from_mapping(bind=["127.0.0.1:0"], workers=2)
+    take_addresses(config)
+    assert config.workers == 2
+    [bind] = config.bind
+    with socket.socket(fileno=int(bind.removeprefix("fd://"))) as taken:
+        assert not taken.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT)
+
+
+def test_hypercorn_still_shares_a_port_between_servers_with_several_workers() -> None:
+    """Fails when it does not: then take_addresses need not set their number."""
+    [first] = Config.from_mapping(bind=["127.0.0.1:0"], workers=2).create_sockets().insecure_sockets
+    with first:
+        first.listen()
+        bind = "{}:{}".format(*first.getsockname())
+        [second] = Config.from_mapping(bind=[bind], workers=2).create_sockets().insecure_sockets
+        second.close()
+
+
+def test_a_unix_socket_of_another_server_is_refused_and_one_that_is_left_over_taken(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX) as another:
+        another.bind(str(path))
+        another.listen(0)
+        for _ in range(3):  # the last one finds its backlog full
+            with pytest.raises(StartupError, match=f"Cannot listen on unix:{path}: another server answers there"):
+                take_addresses(Config.from_mapping(bind=[f"unix:{path}"]))
+        waiting, _ = another.accept()
+        waiting.close()
+    config = Config.from_mapping(bind=[f"unix:{path}"])
+    take_addresses(config)
+    [bind] = config.bind
+    with socket.socket(fileno=int(bind.removeprefix("fd://"))) as taken:
+        assert taken.getsockname() == str(path)
+
+
+def test_hypercorn_still_takes_the_unix_socket_of_another_server(tmp_path: Path) -> None:
+    """Fails when it does not: then _is_answered can go."""
+    path = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX) as another:
+        another.bind(str(path))
+        another.listen()
+        [taken] = Config.from_mapping(bind=[f"unix:{path}"]).create_sockets().insecure_sockets
+        taken.close()
