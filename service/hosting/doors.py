@@ -78,7 +78,12 @@ class Doors:
     @property
     def addresses(self) -> list[str]:
         """Where they are: ``host:port`` or ``unix:path``."""
-        return [repr_socket_addr(it.family, it.getsockname()) for it in self.sockets]
+        return [_address(it) for it in self._listeners]
+
+    @property
+    def secure_addresses(self) -> list[str]:
+        """Those of them that speak TLS."""
+        return [_address(it) for it in self._listeners if isinstance(it, trio.SSLListener)]
 
     async def serve_listeners(
         self,
@@ -231,6 +236,11 @@ class _TrioExcept(ModuleType):
 def _socket_of(listener: Listener) -> trio.socket.SocketType:
     transport = listener.transport_listener if isinstance(listener, trio.SSLListener) else listener
     return cast("trio.SocketListener", transport).socket
+
+
+def _address(listener: Listener) -> str:
+    listening = _socket_of(listener)
+    return repr_socket_addr(listening.family, listening.getsockname())
 
 
 def _stream_of(client: socket.socket, listener: Listener) -> Stream:

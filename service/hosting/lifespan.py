@@ -9,6 +9,7 @@ import gc
 import traceback
 from collections.abc import Callable
 from functools import partial
+from math import inf
 from typing import Any
 
 import structlog
@@ -52,9 +53,12 @@ class ServiceLifespan:
     async def __call__(self, receive: Any, send: Any) -> None:
         if not trio.lowlevel.in_trio_run():
             refuse_to_start("Lastcall runs on Trio: start hypercorn with --worker-class trio.")
-        await receive()
         try:
-            settings, hosting = self._prepare()
+            worker = find_worker()
+            if worker is not None:
+                worker.config.startup_timeout = inf  # a long recovery is no reason to give up; read once we receive
+            await receive()
+            settings, hosting = self._prepare(worker)
         except Exception as error:  # noqa: BLE001  hypercorn would serve on without us, whatever it is
             refuse_to_start(error)
         if hosting is None:
@@ -62,10 +66,9 @@ class ServiceLifespan:
         else:
             await hosting.run(receive, send)
 
-    def _prepare(self) -> "tuple[Settings, Hosting | None]":
+    def _prepare(self, worker: Worker | None) -> "tuple[Settings, Hosting | None]":
         """The settings, and what hosts the service with them; None in a process that is not ours."""
         load_settings: Callable[[], Settings] = self._app.extensions[LOAD_SETTINGS]
-        worker = find_worker()
         settings = load_settings()
         if worker is None:
             return settings, None
@@ -107,6 +110,7 @@ class Hosting:
         self._shutdown.close_doors_at_once = self._close_doors_at_once
         self._opened = False
         self._closed = trio.Event()  # hypercorn has closed every connection and asks the lifespan to end
+        worker.config.shutdown_timeout = settings.shutdown_total_s
         worker.config.graceful_timeout = settings.cleanup_timeout_s + SETTLE_S + settings.release_timeout_s
 
     async def run(self, receive: Any, send: Any) -> None:
@@ -156,7 +160,8 @@ class Hosting:
     async def _greet(self, service: Service) -> None:
         await self._doors.open.wait()
         self._gate.show_serving()
-        announce(self._log, self._settings, binds=self._doors.addresses, store=service.store.name)
+        addresses, secure = self._doors.addresses, self._doors.secure_addresses
+        announce(self._log, self._settings, binds=addresses, secure=secure, store=service.store.name)
 
     async def _leave_the_doors_to_others(self) -> None:
         await self._shutdown.noticed.wait()

@@ -86,7 +86,8 @@ class Notice:
             self.tell(signal.Signals(signum).name)
 
         for signum in SIGNALS:
-            signal.signal(signum, handle)
+            if signum != signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN:  # nohup: it is to live on
+                signal.signal(signum, handle)
         try:
             yield
         finally:

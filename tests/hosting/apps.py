@@ -85,6 +85,16 @@ async def slow_to_open(*args: Any, **options: Any) -> AsyncIterator[Service]:
 
 
 @asynccontextmanager
+async def slow_at_both_ends(*args: Any, **options: Any) -> AsyncIterator[Service]:
+    """Takes a while to open, and to close once hypercorn has stopped."""
+    await trio.sleep(0.3)
+    async with open_service(*args, **options) as service:
+        yield service
+    with trio.CancelScope(shield=True, deadline=trio.current_time() + 0.3):
+        await trio.sleep_forever()
+
+
+@asynccontextmanager
 async def hanging(*args: Any, **options: Any) -> AsyncIterator[Service]:
     """A tree that cannot be left."""
     async with open_service(*args, **options) as service:

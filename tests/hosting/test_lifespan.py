@@ -1,5 +1,6 @@
 """The lifespan: what hypercorn makes of one that ends early, and what ours does in a real process."""
 
+import json
 import signal
 import time
 from pathlib import Path
@@ -7,9 +8,10 @@ from typing import Any
 
 import pytest
 import trio
+import trustme
 from quart_trio import QuartTrio
 
-from bench.server_process import Gone, Launch, ServerFailedError, ServerProcess
+from bench.server_process import Gone, Launch, ServerFailedError, ServerProcess, open_server
 from tests.hosting.conftest import Serve
 from tests.hosting.hosts import SERVE, launch, open_host
 
@@ -112,3 +114,44 @@ async def test_hypercorn_alone_dies_of_sigterm(tmp_path: Path) -> None:
         server.signal_main(signal.SIGTERM)
         gone = await server.wait_gone()
     assert gone.exit_code == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("host", [SERVE, "hypercorn-0"])
+async def test_under_nohup_the_end_of_the_terminal_is_none_of_the_server(tmp_path: Path, host: str) -> None:
+    ours = launch(host)
+    async with open_server(Launch(["nohup", *ours.argv], env=ours.env), log_path=tmp_path / "nohup.log") as server:
+        with trio.fail_after(CAP_S):
+            await server.wait_logged('"serving"')
+            server.signal_main(signal.SIGHUP)
+            await trio.sleep(0.3)
+            server.signal_main(signal.SIGTERM)
+            gone = await server.wait_gone()
+    assert gone.exit_code == 0
+    assert '"reason": "SIGTERM"' in server.log()
+
+
+async def test_timeouts_of_hypercorns_configuration_do_not_count(tmp_path: Path) -> None:
+    config = tmp_path / "hypercorn.toml"
+    config.write_text("startup_timeout = 0.05\nshutdown_timeout = 0.05\n")
+    async with open_host(tmp_path, "hypercorn-1", "--config", str(config), broken="slow_at_both_ends") as server:
+        server.signal_main(signal.SIGTERM)
+        with trio.fail_after(CAP_S):
+            gone = await server.wait_gone()
+    assert gone.exit_code == 0
+    assert "Traceback" not in server.log()
+    assert '"shutdown report"' in server.log()
+
+
+@pytest.mark.parametrize("host", ["hypercorn-1", "configured-2"])
+async def test_the_banner_knows_which_address_speaks_tls(tmp_path: Path, host: str) -> None:
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    issued = trustme.CA().issue_cert("localhost")
+    issued.cert_chain_pems[0].write_to_path(certificate)
+    issued.private_key_pem.write_to_path(key)
+    options = ("--certfile", str(certificate), "--keyfile", str(key), "--insecure-bind", "127.0.0.1:0")
+    async with open_host(tmp_path, host, *options) as server:
+        with trio.fail_after(CAP_S):
+            await server.wait_logged('"serving"')
+        [served, *_] = [json.loads(line) for line in server.log().splitlines() if '"serving"' in line]
+        assert [url.split(":")[0] for url in served["urls"]] == ["https", "http"]
+        assert f"https://127.0.0.1:{server.port}/chat" in served["attempt"]
