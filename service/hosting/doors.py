@@ -19,7 +19,7 @@ from typing import Any, cast
 
 import hypercorn.trio.run
 import trio
-from hypercorn.config import Config
+from hypercorn.config import Config, Sockets
 from hypercorn.utils import repr_socket_addr
 
 from service.hosting.connections import Stream, socket_of
@@ -45,6 +45,12 @@ def given_sockets(config: Config) -> Sequence[bool]:
 def note_given_sockets(config: Config) -> None:
     """Keep what :func:`given_sockets` says, in workers too, before other binds become descriptors of our own."""
     setattr(config, _GIVEN, given_sockets(config))
+
+
+def are_shut(sockets: Sockets) -> bool:
+    """Whether another process has been the last one at these sockets, and has shut them."""
+    listening = [*sockets.secure_sockets, *sockets.insecure_sockets]
+    return not all(it.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) for it in listening)
 
 
 class Doors:
@@ -115,6 +121,17 @@ class Doors:
         except* OSError:
             if not self._accepting.cancel_called:  # otherwise it has seen that the socket is shut
                 raise
+
+    def stand_at(
+        self, sockets: Sockets, config: Config, handler: Callable[[Stream], Awaitable[object]], nursery: trio.Nursery
+    ) -> None:
+        """In place of :meth:`serve_listeners` where nothing is served: who waits is taken when the doors close."""
+        self._listeners = [*map(_listener_on, sockets.insecure_sockets)]
+        if (context := config.create_ssl_context()) is not None:
+            secure = map(_listener_on, sockets.secure_sockets)
+            self._listeners[:0] = [trio.SSLListener(it, context, https_compatible=True) for it in secure]
+        self._handler, self._nursery = handler, nursery
+        self.open.set()
 
     def take_clients(self, wanted: bool) -> None:
         """Whether to take those who come, or to leave them to other processes, until told otherwise."""
@@ -236,6 +253,10 @@ class _TrioExcept(ModuleType):
 def _socket_of(listener: Listener) -> trio.socket.SocketType:
     transport = listener.transport_listener if isinstance(listener, trio.SSLListener) else listener
     return cast("trio.SocketListener", transport).socket
+
+
+def _listener_on(listening: socket.socket) -> trio.SocketListener:
+    return trio.SocketListener(trio.socket.from_stdlib_socket(listening))
 
 
 def _address(listener: Listener) -> str:

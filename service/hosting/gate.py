@@ -60,6 +60,7 @@ class Gate:
     """
 
     def __init__(self, worker: Worker, doors: Doors, *, wish: Callable[[], None]) -> None:
+        self._not_answering = {Standing.LEAVING}
         self._worker = worker
         self._doors = doors
         self._sign = Sign()
@@ -67,6 +68,10 @@ class Gate:
         worker.context.terminate = self._held
         if worker.master is not None:
             worker.master.stop_event.is_set = self._held.is_set  # type: ignore[method-assign]
+
+    def give_up_start(self) -> None:
+        """This worker does not get to serve, and takes it that others that start do not either."""
+        self._not_answering = {Standing.LEAVING, Standing.STARTING}
 
     def show_serving(self) -> None:
         """Tell the other workers that this one answers."""
@@ -156,7 +161,7 @@ class Gate:
 
     def _others_answer(self) -> bool:
         """Whether another worker answers where this one does, or is about to."""
-        return self._standings_of_others() - {Standing.LEAVING} != set()
+        return self._standings_of_others() - self._not_answering != set()
 
     def _standings_of_others(self) -> set[Standing]:
         master = self._worker.master

@@ -14,11 +14,13 @@ from typing import Any
 
 import structlog
 import trio
+from hypercorn.config import Sockets
+from hypercorn.typing import ConnectionState
 from quart import Quart
 
 from service.api.app import attach, detach
-from service.hosting.connections import Connections
-from service.hosting.doors import Doors, given_sockets
+from service.hosting.connections import Connections, Stream
+from service.hosting.doors import Doors, are_shut, given_sockets
 from service.hosting.exit import ExitCode, leave, leave_at_exit, refuse_to_start
 from service.hosting.gate import Gate
 from service.hosting.http_connection import open_requests
@@ -123,6 +125,9 @@ class Hosting:
                         if self._worker.master is not None:
                             self._notice.watch(self._worker.master)
                         await self._hold_service(nursery, receive, send)
+                        sockets = self._worker.sockets
+                        if not self._opened and sockets is not None and not are_shut(sockets):
+                            await self._turn_away(sockets, nursery)
                     except Exception as error:  # noqa: BLE001  the edge of the service: what comes here ends the process
                         crash = error
                         await self._end_crashed(error)
@@ -156,6 +161,21 @@ class Hosting:
                 finally:
                     detach(self._app)
                     self._watchdog.start()
+
+    async def _turn_away(self, sockets: Sockets, nursery: trio.Nursery) -> None:
+        """The start is given up: answer those who wait with 503, unless the next worker is to have them."""
+
+        async def serve(stream: Stream) -> None:
+            worker = self._worker
+            await self._connections.open(worker.app, worker.config, worker.context, ConnectionState({}), stream).run()
+
+        with self._shutdown.noting_faults("refusing who waits"):
+            self._connections.closing = True
+            self._gate.give_up_start()
+            self._doors.stand_at(sockets, self._worker.config, serve, nursery)
+            await self._gate.close_doors()
+            with trio.move_on_after(self._settings.release_timeout_s):
+                await self._doors.wait_served()
 
     async def _greet(self, service: Service) -> None:
         await self._doors.open.wait()

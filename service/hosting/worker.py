@@ -18,7 +18,7 @@ import hypercorn.trio
 import hypercorn.trio.run
 import trio
 from hypercorn.app_wrappers import ASGIWrapper
-from hypercorn.config import Config
+from hypercorn.config import Config, Sockets
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import AppWrapper
 
@@ -83,6 +83,11 @@ class Worker:
         """Where the connections are. Only once it serves."""
         nursery: trio.Nursery = self._local("server_nursery", trio.Nursery)
         return nursery
+
+    @property
+    def sockets(self) -> Sockets | None:
+        """What its master listens on; None without one, where hypercorn listens only once the lifespan has begun."""
+        return self._frame.f_locals.get("sockets") if self.master is not None else None
 
     def _local(self, name: str, kind: type) -> Any:
         value = self._frame.f_locals.get(name)

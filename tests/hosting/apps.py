@@ -85,6 +85,14 @@ async def slow_to_open(*args: Any, **options: Any) -> AsyncIterator[Service]:
 
 
 @asynccontextmanager
+async def slow_to_open_again(*args: Any, **options: Any) -> AsyncIterator[Service]:
+    """As ``slow_to_open``, once the file named by SLOW is there."""
+    opening = slow_to_open if await trio.Path(os.environ["SLOW"]).exists() else open_service
+    async with opening(*args, **options) as service:
+        yield service
+
+
+@asynccontextmanager
 async def slow_at_both_ends(*args: Any, **options: Any) -> AsyncIterator[Service]:
     """Takes a while to open, and to close once hypercorn has stopped."""
     await trio.sleep(0.3)

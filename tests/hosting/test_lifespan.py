@@ -73,6 +73,29 @@ async def test_a_signal_during_the_start_ends_it_cleanly(tmp_path: Path, host: s
     assert gone.at - began < CAP_S / 2
 
 
+@pytest.mark.parametrize("host", ["hypercorn-1", "configured-1", "configured-2"])
+async def test_who_waits_for_a_start_that_is_given_up_is_told_so(tmp_path: Path, host: str) -> None:
+    """Whoever connects while the workers of a reload start waits for them."""
+    slow = tmp_path / "slow"
+    async with open_host(tmp_path, host, broken="slow_to_open_again", SLOW=slow) as server:
+        with trio.fail_after(CAP_S):
+            await server.wait_logged('"serving"', times=int(host[-1]))
+            slow.touch()
+            server.signal_main(signal.SIGHUP)
+            await server.wait_logged("opening", times=int(host[-1]))
+            clients = [await trio.open_tcp_stream("127.0.0.1", server.port) for _ in range(10)]
+            for client in clients:
+                await client.send_all(GET)
+            server.signal_main(signal.SIGTERM)
+            for client in clients:
+                answer = b"".join([part async for part in client])
+                assert answer.startswith(b"HTTP/1.1 503")
+                assert b"connection: close" in answer
+                await client.aclose()
+            gone = await server.wait_gone()
+    assert gone.exit_code == 0, server.log()
+
+
 async def test_started_and_stopped_again_and_again_nothing_is_left(tmp_path: Path) -> None:
     for number in range(5):
         folder = tmp_path / str(number)
