@@ -6,7 +6,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -36,7 +36,13 @@ async def serving(listener: socket.socket, log: Path, way: str, workers: int) ->
     env |= {"LASTCALL_DRAIN_TIMEOUT_S": "0"}
     with trio.fail_after(2 * CAP_S), log.open("wb") as output:
         process = await trio.lowlevel.open_process(
-            command, env=env, cwd=ROOT, pass_fds=[listener.fileno()], stdout=output, stderr=subprocess.STDOUT
+            command,
+            env=env,
+            cwd=ROOT,
+            pass_fds=[listener.fileno()],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
             while said(log).count('"serving"') < max(workers, 1):  # noqa: ASYNC110  it is in another process
@@ -44,8 +50,13 @@ async def serving(listener: socket.socket, log: Path, way: str, workers: int) ->
                 await trio.sleep(0.02)
             yield process
         finally:
-            if process.poll() is None:
-                process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + CAP_S):
+                await process.wait()
+                with suppress(ChildProcessError):  # its orphans come to this process, once a test has asked for that
+                    while True:
+                        await trio.to_thread.run_sync(os.waitpid, -process.pid, 0)
 
 
 async def stop(process: trio.Process) -> int:
