@@ -119,15 +119,26 @@ class Workers:
     def _join(self, process: BaseProcess, timeout: float | None = None) -> None:
         """In place of the process's ``join``, on which hypercorn's reload waits in a signal handler, without a bound.
 
-        While it does, no other signal ends anything: a worker that cannot run would keep the master for good.
+        While it does, no other signal ends anything: a worker that cannot run would keep the master for good. It still
+        waits in waitpid(2), by which workers tell a reload from a stop (``Master.waits_for``).
         """
-        if timeout is None:
-            self._joining_since = self._joining_since or time.monotonic()
-            left_s = self._joining_since + self._stop_timeout_s - time.monotonic()
-            if not wait([process.sentinel], min(max(left_s, 0), WAIT_MAX_S)):
-                say(f"killing worker {process.pid}, which did not stop in time")
-                process.kill()
-        type(process).join(process, timeout)
+        if timeout is not None:
+            type(process).join(process, timeout)
+            return
+
+        def kill(*_: object) -> None:
+            say(f"killing worker {process.pid}, which did not stop in time")
+            process.kill()
+
+        self._joining_since = self._joining_since or time.monotonic()
+        left_s = self._joining_since + self._stop_timeout_s - time.monotonic()
+        before = signal.signal(signal.SIGALRM, kill)
+        signal.setitimer(signal.ITIMER_REAL, max(left_s, 0.001))
+        try:
+            type(process).join(process)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
 
     def wait(self, sentinels: Iterable[int], timeout: float | None = None) -> Sequence[object]:
         """Return when a worker has ended, or when all are to be stopped: a worker that hangs cannot end first."""
