@@ -23,6 +23,7 @@ from service.api.wire import (
     UpdateSession,
 )
 from service.errors import (
+    InvalidRequestError,
     SessionExistsError,
     SessionLimitError,
     SessionNotFoundError,
@@ -43,12 +44,6 @@ _LED_BY_ID = tuple(
         *("list_messages", "start_turn", "list_turns"),
     )
 )
-
-
-class ForkPointNotFoundError(TurnNotFoundError):
-    """``at`` is not a turn of the session to be forked."""
-
-    field = "at"
 
 
 def checked_session_id(session_id: str) -> str:
@@ -155,7 +150,7 @@ async def delete_session(session_id: str) -> TrioResponse:
     body=ForkSession,
     answers=(Answer(status=201, description="The copy.", body=Session, located=True, links=_LED_BY_ID),),
     errors=(
-        *(SessionNotFoundError, TurnNotFoundError, SessionExistsError, TurnInProgressError),
+        *(SessionNotFoundError, SessionExistsError, TurnInProgressError),
         *(SessionLimitError, ShuttingDownError),
     ),
 )
@@ -172,7 +167,7 @@ async def fork_session(session_id: str) -> TrioResponse:
     try:
         record = await service.sessions.fork_session(session_id, at=body.at, copy_id=body.id)
     except TurnNotFoundError as error:
-        raise ForkPointNotFoundError(error.turn_id) from None
+        raise InvalidRequestError(str(error), field="at") from None
     return json_response(Session.of(record), 201, location=session_location(record.id))
 
 

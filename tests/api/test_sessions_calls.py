@@ -138,7 +138,7 @@ async def test_what_cannot_be_forked_is_refused(autojump_clock: MockClock) -> No
         await api.new_session(id="me")
         (await api.call("POST", "/sessions/me/fork", {"id": "me"})).problem(409, "session_exists")
         unknown = {"at": "turn_" + 32 * "0"}
-        (await api.call("POST", "/sessions/me/fork", unknown)).problem(404, "turn_not_found", "at")
+        (await api.call("POST", "/sessions/me/fork", unknown)).problem(422, "invalid_request", "at")
         (await api.call("POST", "/sessions/me/fork", {"at": "x"})).problem(422, "invalid_request", "at")
         (await api.call("POST", "/sessions/me/fork", {"id": ".."})).problem(422, "invalid_request", "id")
         (await api.call("POST", "/sessions/me/fork", {"title": "x"})).problem(422, "invalid_request", "title")
