@@ -273,7 +273,7 @@ class MemoryStore:
         await anyio.lowlevel.checkpoint()
         return None
 
-    async def recover(self, *, now: datetime, after_step: Callable[[], None] = lambda: None) -> int:  # noqa: ARG002
+    async def recover(self, *, now: datetime, after_step: Callable[[], None] | None = None) -> int:  # noqa: ARG002
         # No turn here outlives its owner.
         await anyio.lowlevel.checkpoint()
         return 0

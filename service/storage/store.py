@@ -233,7 +233,7 @@ class Store(Protocol):
         """
         ...
 
-    async def recover(self, *, now: datetime, after_step: Callable[[], None] = lambda: None) -> int:
+    async def recover(self, *, now: datetime, after_step: Callable[[], None] | None = None) -> int:
         """After a crash: end open turns whose owner is gone as ``interrupted`` (``crash``), finish deletions.
 
         Called at start, before any turn, and again whenever an owner may have died; safe beside other owners.

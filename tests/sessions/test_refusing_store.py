@@ -212,7 +212,8 @@ async def test_a_recovery_may_take_many_steps_but_none_too_long(
     autojump_clock: MockClock, step_s: float, steps: int, in_time: bool
 ) -> None:
     class Recovering(MemoryStore):
-        async def recover(self, *, now: datetime, after_step: Callable[[], None] = lambda: None) -> int:
+        async def recover(self, *, now: datetime, after_step: Callable[[], None] | None = None) -> int:
+            assert after_step is not None
             for _ in range(steps):
                 await trio.sleep(step_s)
                 after_step()

@@ -211,13 +211,14 @@ class SqliteStore:
     async def find_owner(self, session_id: str) -> Owner | None:
         return await self._looking.call(lambda db: find_owner(db, session_id, besides=self.fence))
 
-    async def recover(self, *, now: datetime, after_step: Callable[[], None] = lambda: None) -> int:
+    async def recover(self, *, now: datetime, after_step: Callable[[], None] | None = None) -> int:
         await self._clear_abandoned()
         recovered, finished = 0, False
         while not finished:
             ended, finished = await self._writing.call(partial(recovery.recover_some, owners=self._ownership, now=now))
             recovered += ended
-            after_step()
+            if after_step is not None:
+                after_step()
         self.writer.removed = True
         return recovered
 
