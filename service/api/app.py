@@ -34,8 +34,8 @@ class Application(QuartTrio):
         with holding(scope):
             await super().asgi_app(scope, receive, send)
 
-    async def make_default_options_response(self) -> Response:
-        response = await super().make_default_options_response()
+    async def make_default_options_response(self, *context: Any) -> Response:
+        response = await super().make_default_options_response(*context)  # which Quart 0.23 has, and 0.22 has not
         allowed = no_content()
         allowed.headers["Allow"] = response.headers["Allow"]
         return allowed
