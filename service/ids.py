@@ -3,7 +3,9 @@
 import re
 import secrets
 
-_CHOSEN_SESSION_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+_CHOSEN_SESSION_ID = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9_.-]{1,128}")
+_TURN_ID = re.compile(r"turn_[0-9a-f]{32}")
+_MESSAGE_ID = re.compile(r"msg_[0-9a-f]{32}")
 
 
 def new_session_id() -> str:
@@ -19,5 +21,13 @@ def new_message_id() -> str:
 
 
 def is_session_id(text: str) -> bool:
-    """Whether a client may choose this id: 1-128 of ``[A-Za-z0-9_.-]``."""
+    """Whether a client may choose this id: 1-128 of ``[A-Za-z0-9_.-]``, but for ``.`` and ``..``."""
     return _CHOSEN_SESSION_ID.fullmatch(text) is not None
+
+
+def is_turn_id(text: str) -> bool:
+    return _TURN_ID.fullmatch(text) is not None
+
+
+def is_message_id(text: str) -> bool:
+    return _MESSAGE_ID.fullmatch(text) is not None

@@ -1,6 +1,5 @@
 """Calls about turns: starting them in three ways, looking at them, streaming and cancelling them."""
 
-import re
 from functools import partial
 from math import inf
 from typing import cast
@@ -30,6 +29,7 @@ from service.errors import (
     TurnLimitError,
     TurnNotFoundError,
 )
+from service.ids import is_turn_id
 from service.sessions.new import NewTurn
 from service.sessions.streams import StreamSlot
 from service.sessions.turn import Turn, Watch
@@ -39,7 +39,6 @@ from service.supervisor import Service
 blueprint = Blueprint("turns", __name__)
 
 _SLOT = "lastcall.slot"
-_TURN_ID = re.compile(r"turn_[0-9a-f]{32}")
 _NO_TURN = (SessionNotFoundError, TurnNotFoundError)
 STARTING_ERRORS = (TurnInProgressError, QueueFullError, TurnLimitError, StreamLimitError, ShuttingDownError)
 
@@ -51,7 +50,7 @@ _LED_BY_ID = tuple(
 
 def checked_turn_id(turn_id: str) -> str:
     """The id, if it is one. Raises: TurnNotFoundError, for no turn has an id of another form."""
-    if _TURN_ID.fullmatch(turn_id) is None:
+    if not is_turn_id(turn_id):
         raise TurnNotFoundError(turn_id[:128])
     return turn_id
 

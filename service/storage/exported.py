@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 import msgspec
 
 from service.errors import StartupError
-from service.ids import is_session_id
+from service.ids import is_message_id, is_session_id, is_turn_id
 from service.storage.records import Item, SessionRecord, TurnRecord, with_totals
 
 FORMAT = 1
@@ -15,8 +15,6 @@ FORMAT = 1
 COUNT_MAX = 10**12
 """Of events or tokens of one turn, so that their sums fit everywhere."""
 
-_TURN_ID = re.compile(r"turn_[0-9a-f]{32}")
-_ITEM_ID = re.compile(r"msg_[0-9a-f]{32}")
 _FRAME = re.compile(r"id: ([0-9]+)\ndata: [^\n]+\n\n")
 _SHOWN_MAX = 80
 """Characters of a wrong value that are shown."""
@@ -82,7 +80,7 @@ def without_open_turns(whole: ExportedSession) -> ExportedSession:
 
 def _problems(whole: ExportedSession) -> Iterator[str]:
     session = whole.session
-    if not is_session_id(session.id) or session.id in {".", ".."}:
+    if not is_session_id(session.id):
         yield f"its id {shown(session.id)} is none that a session can have"
     yield from _problems_of_times(session, "of the session")
     turns: set[str] = set()
@@ -90,7 +88,7 @@ def _problems(whole: ExportedSession) -> Iterator[str]:
     for it in whole.turns:
         turn = it.turn
         of = f"of turn {shown(turn.id)}"
-        if _TURN_ID.fullmatch(turn.id) is None:
+        if not is_turn_id(turn.id):
             yield f"the id {shown(turn.id)} is none that a turn can have"
         if turn.id in turns:
             yield f"turn {shown(turn.id)} is in it twice"
@@ -109,7 +107,7 @@ def _problems(whole: ExportedSession) -> Iterator[str]:
 
 def _problems_of_items(items: Sequence[Item], seen: set[str], of: str) -> Iterator[str]:
     for item in items:
-        if _ITEM_ID.fullmatch(item.id) is None:
+        if not is_message_id(item.id):
             yield f"the id {shown(item.id)} {of} is none that a message can have"
         if item.id in seen:
             yield f"message {shown(item.id)} {of} is in it twice"
