@@ -2,6 +2,9 @@
 
 set positional-arguments
 
+# Where this is set, as in many images, each process compiles all that it imports: most of what a server's start takes.
+export PYTHONDONTWRITEBYTECODE := ""
+
 # Of flake8-async not what ruff checks too (110, 222), the checkpoints that Trio does not ask for (9), async functions that
 # a protocol makes so (124) and that httpx, this project's choice, has a successor (127).
 disabled := "ASYNC110,ASYNC222,ASYNC9,ASYNC124,ASYNC127"
