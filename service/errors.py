@@ -20,15 +20,27 @@
     │       ├── SessionLimitError    ``memory_sessions_max``
     │       └── ShuttingDownError    no new work: the service is about to stop
     ├── StoreError                   the store refused, hung or broke
+    │   └── ResourcesExhaustedError  the system gives this process no more descriptors or buffers
     └── ModelError                   the upstream failed (``code``, ``retryable``, ``retry_after_s``)
 
 Foreign exceptions become one of these once, where they enter: model clients raise
 :class:`ModelError` only, stores raise :class:`StoreError` and the ``Session*`` ones only.
 """
 
+import errno
+
+NOTHING_LEFT = "no file descriptor left, or no memory for a connection (its operator may raise the limit: ulimit -n)"
+"""What such a process has, as a part of a sentence."""
+_EXHAUSTION = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
+def is_exhaustion(code: int | None) -> bool:
+    """Whether an ``errno`` says that the system has no descriptor or buffer left, for the process or at all."""
+    return code in _EXHAUSTION
+
 
 class LastcallError(Exception):
-    """The root. ``str(error)`` is one sentence that may be shown to a caller: no secret in it."""
+    """The root. ``str(error)`` is one sentence that may be shown to a caller: no secret and no path in it."""
 
 
 class StartupError(LastcallError):
@@ -168,10 +180,20 @@ class StoreError(LastcallError):
         self.retry_after_s = retry_after_s
 
 
+class ResourcesExhaustedError(StoreError):
+    """The system has no descriptor or buffer left for what the store, or the way to another process, needs."""
+
+    code = "resources_exhausted"
+
+    def __init__(self) -> None:
+        super().__init__(f"This server has {NOTHING_LEFT}; try again.")
+
+
 class ModelError(LastcallError):
     """The model server failed. Becomes ``turn.failed`` with this ``code`` and message.
 
-    Codes: ``upstream_unreachable`` (refused, reset before a reply), ``upstream_dns``,
+    Codes: ``upstream_unreachable`` (refused, reset before a reply), ``resources_exhausted`` (this process may
+    open no more connections: nothing of the upstream's), ``upstream_dns``,
     ``upstream_tls``, ``upstream_auth`` (401, 403), ``model_not_found``, ``context_too_long``,
     ``rate_limited`` (429), ``upstream_rejected`` (another 4xx), ``upstream_error`` (5xx, or an error
     object in mid-stream), ``upstream_protocol`` (not an event stream, broken JSON),

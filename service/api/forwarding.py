@@ -30,7 +30,15 @@ from service.api.bodies import drop_body, kept_body
 from service.api.held import give_back_later
 from service.api.serving import current_service
 from service.api.sse import MEDIA_TYPE, read_cursor
-from service.errors import InvalidRequestError, LastcallError, OwnedElsewhereError, ShuttingDownError, StoreError
+from service.errors import (
+    InvalidRequestError,
+    LastcallError,
+    OwnedElsewhereError,
+    ResourcesExhaustedError,
+    ShuttingDownError,
+    StoreError,
+    is_exhaustion,
+)
 from service.sessions.event_log import EventLog
 from service.sessions.forwards import Forward
 from service.sessions.turn import Watch
@@ -119,6 +127,7 @@ async def forward(error: OwnedElsewhereError) -> TrioResponse:
     """Have the current request answered by the owner that ``error`` names.
 
     Raises:
+        ResourcesExhaustedError: No connection to it can be made.
         StoreError: It cannot be reached, does not answer in time, or has died and whether it has accepted the request
             is unknown; or the owner changed too often.
         ShuttingDownError: This process stops before the answer.
@@ -192,12 +201,14 @@ def _unknown_outcome(what: str) -> StoreError:
 
 
 async def _connect(address: str) -> trio.SocketStream | None:
-    """A connection to the owner; None where nobody answers there."""
+    """A connection to the owner; None where nobody answers there. Raises: ResourcesExhaustedError."""
     with trio.move_on_after(_CONNECT_TIMEOUT_S):
         while True:
             try:
                 stream = await trio.open_unix_socket(socket_name(address))
-            except OSError:
+            except OSError as error:
+                if is_exhaustion(error.errno):
+                    raise ResourcesExhaustedError from error
                 return None
             if user_of_peer(stream.socket) != _NOBODY:
                 return stream

@@ -6,7 +6,7 @@ from quart_trio.wrappers import TrioResponse
 from service.api.operations import Answer, operation
 from service.api.serving import current_service, json_response
 from service.api.wire import Health
-from service.errors import ShuttingDownError, StoreError
+from service.errors import ResourcesExhaustedError, ShuttingDownError, StoreError
 
 blueprint = Blueprint("health", __name__)
 
@@ -22,7 +22,7 @@ async def healthz() -> TrioResponse:
 @operation(
     id="readyz",
     answers=(Answer(status=200, description="It takes requests.", body=Health),),
-    errors=(ShuttingDownError, StoreError),
+    errors=(ShuttingDownError, StoreError, ResourcesExhaustedError),
 )
 async def readyz() -> TrioResponse:
     """Tell whether to send requests here.
@@ -33,6 +33,8 @@ async def readyz() -> TrioResponse:
     if service.shutdown.expected:
         raise ShuttingDownError
     if (refusal := service.sessions.unkept.refusal) is not None:
-        # Anybody may ask this, so that what and where it is stays in the log.
+        if isinstance(refusal, ResourcesExhaustedError):
+            raise ResourcesExhaustedError
+        # Anybody may ask this: what it is stays in the log.
         raise StoreError("The store refuses to write; the log says why.", retry_after_s=refusal.retry_after_s)
     return json_response(Health("ready"))

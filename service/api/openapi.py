@@ -17,7 +17,7 @@ from service.api.problems import NotReadyError, code_of, status_of
 from service.api.sse import MEDIA_TYPE as EVENT_STREAM
 from service.api.strict_json import InputTooLargeError, MalformedBodyError
 from service.api.wire import Problem, SessionId, TurnId
-from service.errors import InvalidRequestError, LastcallError, OwnedElsewhereError, StoreError
+from service.errors import InvalidRequestError, LastcallError, OwnedElsewhereError, ResourcesExhaustedError, StoreError
 from service.sessions.events import Event
 
 _OPEN_TAG = "health"
@@ -173,6 +173,7 @@ def _errors(operation: Operation, tag: str) -> Iterable[type[LastcallError]]:
         yield UnauthorizedError
         if tag != _STATIC_TAG:
             yield StoreError
+            yield ResourcesExhaustedError
             yield OwnedElsewhereError
 
 

@@ -18,6 +18,7 @@ from service.errors import (
     LimitError,
     OwnedElsewhereError,
     QueueFullError,
+    ResourcesExhaustedError,
     SessionExistsError,
     SessionLimitError,
     SessionNotFoundError,
@@ -64,6 +65,7 @@ STATUS_BY_ERROR: Mapping[type[LastcallError], int] = {
     NotReadyError: 503,
     OwnedElsewhereError: 503,
     StoreError: 503,
+    ResourcesExhaustedError: 503,
 }
 """The most derived type counts. 429 is a bound that the caller's own session reached, 503 one of the server."""
 

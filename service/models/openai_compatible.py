@@ -14,11 +14,12 @@ The only module that knows httpx. Decisions, and why:
 """
 
 import math
+import os
 import re
 import socket
 import ssl
 import zlib
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -26,7 +27,7 @@ import anyio
 import httpx  # noqa: ASYNC127  the project's choice; only this module knows it
 
 from service.clock import Clock, wall_clock
-from service.errors import ModelError, SettingsError
+from service.errors import NOTHING_LEFT, ModelError, SettingsError, is_exhaustion
 from service.models.chat_completions import Dialect, ReplyDecoder, encode_request
 from service.models.client import ModelEvent, ModelRequest
 from service.models.upstream_errors import ErrorReply, error_from_reply, error_from_status, parse_retry_after
@@ -416,9 +417,15 @@ def _trust() -> ssl.SSLContext:
 
 def _transport_error(error: httpx.HTTPError, *, during: str) -> ModelError:
     """The error for a request that got no response."""
+    causes = list(_causes(error))
+    if _is_exhausted(causes):
+        return ModelError(
+            "resources_exhausted",
+            f"This server cannot connect to the model server: it has {NOTHING_LEFT}.",
+            retryable=True,
+        )
     if isinstance(error, httpx.ConnectTimeout):
         return ModelError("connect_timeout", "The model server did not take the connection in time.", retryable=True)
-    causes = list(_causes(error))
     for cause in causes:
         if isinstance(cause, socket.gaierror):
             return ModelError(
@@ -438,6 +445,19 @@ def _transport_error(error: httpx.HTTPError, *, during: str) -> ModelError:
     if isinstance(error, httpx.RemoteProtocolError) and "disconnected" not in str(error):
         return ModelError("upstream_protocol", "The model server did not answer with HTTP: check the model URL.")
     return ModelError("upstream_unreachable", "The model server closed the connection unanswered.", retryable=True)
+
+
+def _is_exhausted(causes: Iterable[BaseException]) -> bool:
+    """Whether this process may open nothing more. The resolver does not say so: it could not even read its files."""
+    for cause in causes:
+        if isinstance(cause, socket.gaierror):
+            try:
+                os.close(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+            except OSError as refusal:
+                return is_exhaustion(refusal.errno)
+        elif isinstance(cause, OSError) and is_exhaustion(cause.errno):
+            return True
+    return False
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

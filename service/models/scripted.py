@@ -34,7 +34,9 @@ from service.models.client import (
 _BATCH_MAX = 64
 """Bound on the tokens of one :meth:`ScriptedStream.receive`, for an unpaced script."""
 _QUOTE_LENGTH_MAX = 120
-_RETRYABLE = frozenset({"upstream_unreachable", "upstream_error", "rate_limited", "upstream_truncated"})
+_RETRYABLE = frozenset(
+    {"upstream_unreachable", "resources_exhausted", "upstream_error", "rate_limited", "upstream_truncated"}
+)
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=10_000_000)]
 _Rate = Annotated[float, msgspec.Meta(ge=0, le=1_000_000)]

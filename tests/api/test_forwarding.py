@@ -20,6 +20,7 @@ from service.errors import OwnedElsewhereError
 from service.storage.records import Checkpoint
 from service.storage.sqlite import SqliteStore, open_sqlite_store
 from tests.api.inprocess import SSE, Api, Reply, leave, open_api
+from tests.descriptors import no_descriptor_left
 from tests.storage.rows import T0, a_session, a_turn, ended
 
 TURN = "turn_" + 32 * "a"
@@ -216,6 +217,15 @@ async def test_where_a_living_owner_cannot_be_reached_the_answer_is_503_and_noth
     async with open_owner(tmp_path) as (api, owner):
         owner.listener.close()
         problem = (await api.call("GET", f"/sessions/s/turns/{TURN}")).problem(503, "store_unavailable")
+        assert problem["retry_after_s"] == 1
+        assert (await owner.store.get_turn("s", TURN, now=datetime.now(UTC))).is_open
+
+
+async def test_a_process_that_may_open_nothing_more_says_so_and_gives_no_owner_up(tmp_path: Path) -> None:
+    async with open_owner(tmp_path) as (api, owner):
+        await api.call("GET", "/sessions")  # what is opened only once is there
+        with no_descriptor_left():
+            problem = (await api.call("GET", f"/sessions/s/turns/{TURN}")).problem(503, "resources_exhausted")
         assert problem["retry_after_s"] == 1
         assert (await owner.store.get_turn("s", TURN, now=datetime.now(UTC))).is_open
 

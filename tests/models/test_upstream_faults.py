@@ -13,6 +13,7 @@ import trustme
 from service.models import openai_compatible
 from service.models.client import TextDelta
 from service.models.openai_compatible import open_openai_compatible
+from tests.descriptors import no_descriptor_left
 from tests.models.replies import Reply, ask
 from tests.models.upstream import API_KEY, WAIT_S, failure_of, open_upstream
 from tests.upstreams.independent import script_llmock
@@ -49,6 +50,18 @@ async def test_a_name_that_does_not_exist_is_a_dns_error() -> None:
     async with open_openai_compatible("http://lastcall.invalid", api_key=API_KEY) as client:
         error = await failure_of(client)
     assert error.code == "upstream_dns"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "lastcall.invalid"])
+async def test_a_process_that_may_open_nothing_more_does_not_blame_the_upstream(host: str) -> None:
+    """A resolver that cannot open its files says that it does not know the name."""
+    async with open_openai_compatible(f"http://{host}:{unused_port()}") as client:
+        await failure_of(client)  # the resolver's thread is there
+        with no_descriptor_left():
+            error = await failure_of(client)
+        assert (error.code, error.retryable) == ("resources_exhausted", True)
+        assert "no file descriptor left" in str(error)
+        assert (await failure_of(client)).code in ("upstream_unreachable", "upstream_dns"), "it has passed"
 
 
 # TLS

@@ -10,7 +10,7 @@ from typing import Any
 import apsw
 
 from service.storage.sqlite import database
-from service.storage.sqlite.faults import store_error
+from service.storage.sqlite.faults import Faults
 from service.storage.sqlite.sql_thread import Step
 
 _STEPS_MAX = 100
@@ -24,6 +24,7 @@ class Reader:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._faults = Faults(path)
         self._db: apsw.Connection
 
     def open(self) -> None:
@@ -41,8 +42,9 @@ class Reader:
             try:
                 self._db.execute("BEGIN")
             except apsw.Error as error:
+                told = self._faults.told(error, self._db)
                 for step in left:
-                    step.error = store_error(self._path, error)
+                    step.error = told
                 break
             self._run_on_snapshot(left)
             if self._db.in_transaction:
@@ -56,7 +58,7 @@ class Reader:
             try:
                 step.run(self._db)
             except Exception as error:  # noqa: BLE001  it is its caller's
-                step.error = store_error(self._path, error) if isinstance(error, apsw.Error) else error
+                step.error = self._faults.told(error, self._db) if isinstance(error, apsw.Error) else error
             if time.monotonic() >= deadline:
                 return
 

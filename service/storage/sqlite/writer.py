@@ -10,7 +10,7 @@ import structlog
 
 from service.errors import RefusedError
 from service.storage.sqlite import database
-from service.storage.sqlite.faults import store_error
+from service.storage.sqlite.faults import Faults
 from service.storage.sqlite.file_system import network_file_system
 from service.storage.sqlite.ownership import Ownership
 from service.storage.sqlite.reclaim import reclaim_some
@@ -45,6 +45,7 @@ class Writer:
         self.steps = 0
         self.removed = True
         self._path = path
+        self._faults = Faults(path)
         self._ownership = ownership
         self._address = address
         self._opened_at = opened_at
@@ -134,7 +135,7 @@ class Writer:
         return apsw.SQLITE_OK
 
     def _told(self, error: Exception) -> Exception:
-        return store_error(self._path, error) if isinstance(error, apsw.Error) else error
+        return self._faults.told(error, self._db) if isinstance(error, apsw.Error) else error
 
 
 def _run_together(db: apsw.Connection, arriving: Iterator[Step[Any]], taken: list[Step[Any]]) -> None:

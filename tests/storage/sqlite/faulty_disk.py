@@ -11,6 +11,7 @@ class FaultyDisk(apsw.VFS):
     Attributes:
         write_fault: Raised by every write and sync, if set.
         read_fault: Raised by every read, if set.
+        system_error: What the operating system is said to have refused with.
         read_only: Files can be opened for reading only.
         running: Cleared, it lets every sync hang.
     """
@@ -19,11 +20,15 @@ class FaultyDisk(apsw.VFS):
         self.name = "faulty disk"
         self.write_fault: type[apsw.Error] | None = None
         self.read_fault: type[apsw.Error] | None = None
+        self.system_error = 0
         self.read_only = False
         self.running = threading.Event()
         self.running.set()
         self.hanging = threading.Event()
         super().__init__(self.name, "unix", makedefault=True)
+
+    def xGetLastError(self) -> tuple[int, str]:  # noqa: N802
+        return self.system_error, ""
 
     def xOpen(self, name: str | apsw.URIFilename | None, flags: list[int]) -> "FaultyFile":  # noqa: N802
         if self.read_only:

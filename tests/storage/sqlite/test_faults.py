@@ -1,5 +1,6 @@
 """A bad disk is survived: clear words, reads that go on, and no restart when it is over."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -8,9 +9,10 @@ from pathlib import Path
 
 import apsw
 import pytest
+import structlog
 import trio
 
-from service.errors import StartupError, StoreError
+from service.errors import ResourcesExhaustedError, StartupError, StoreError
 from service.storage.sqlite import database, open_sqlite_store
 from service.storage.sqlite.schema import SCRIPTS
 from tests.storage.rows import T0, a_session, a_turn, all_sessions, contents, ended
@@ -51,6 +53,41 @@ async def test_a_disk_that_does_not_write_fails_writes_until_it_does(
         assert list(await store.read_events("s", "t")) == [b"1"]
     async with open_sqlite_store(path) as store:
         assert (await store.get_turn("s", "t", now=T0)).state == "completed"
+
+
+async def test_a_fault_is_told_without_the_path_which_the_log_has_once(disk: FaultyDisk, path: Path) -> None:
+    async with open_sqlite_store(path) as store:
+        disk.write_fault = apsw.FullError
+        with structlog.testing.capture_logs() as log:
+            for _ in range(3):
+                with pytest.raises(StoreError) as failed:
+                    await store.create_session(a_session(), now=T0)
+                assert str(failed.value) == "The store failed: the disk is full; free some space."
+            disk.write_fault = apsw.IOError
+            with pytest.raises(StoreError):
+                await store.create_session(a_session(), now=T0)
+        assert [line["store"] for line in log] == [f"sqlite:{path}"] * 2, "once for each kind"
+        disk.write_fault = None
+
+
+async def test_words_of_sqlite_are_for_the_log(path: Path) -> None:
+    async with open_sqlite_store(path) as store:
+        with structlog.testing.capture_logs() as log, pytest.raises(StoreError) as failed:
+            await store._looking.call(lambda db: db.execute("SELECT secret FROM nowhere"))
+        assert str(failed.value) == "The store failed: the log says why."
+        assert "nowhere" in log[0]["sqlite"]
+
+
+@pytest.mark.parametrize("fault", [apsw.CantOpenError, apsw.IOError])
+@pytest.mark.parametrize("refusal", [errno.EMFILE, errno.ENFILE])
+async def test_a_store_for_which_no_descriptor_is_left_says_so(
+    disk: FaultyDisk, path: Path, fault: type[apsw.Error], refusal: int
+) -> None:
+    async with open_sqlite_store(path) as store:
+        disk.write_fault, disk.system_error = fault, refusal
+        with pytest.raises(ResourcesExhaustedError, match="no file descriptor left"):
+            await store.create_session(a_session(), now=T0)
+        disk.write_fault = None
 
 
 async def test_a_disk_that_does_not_read_fails_reads_until_it_does(disk: FaultyDisk, path: Path) -> None:
