@@ -13,7 +13,7 @@ import trio
 from bench.stored_sessions import fill, open_store
 from bench.table import Table, number
 from service.clock import wall_clock
-from service.sessions.expiry import sweep
+from service.sessions.upkeep.expiry import sweep
 
 EXPIRED = 1_000
 _TICK_S = 0.001

@@ -24,7 +24,7 @@ import msgspec
 import structlog
 import trio
 
-from service.sessions.registry import Sessions
+from service.sessions.sessions import Sessions
 from service.sessions.statistics import SessionsStatistics
 from service.settings import Settings
 

@@ -37,15 +37,15 @@ from service.models.openai_compatible import open_openai_compatible
 from service.models.retrying import RetryingClient
 from service.models.scripted import Script, open_scripted
 from service.models.upstreams import Upstreams
-from service.sessions.checkpoints import run_checkpoints
-from service.sessions.expiry import run_expiry
-from service.sessions.mending import run_mending
-from service.sessions.registry import Sessions, open_sessions
-from service.sessions.store_deadline import answered_within
+from service.sessions.sessions import Sessions, open_sessions
+from service.sessions.upkeep.checkpoints import run_checkpoints
+from service.sessions.upkeep.expiry import run_expiry
+from service.sessions.upkeep.recovery import run_mending
 from service.settings import Settings, shown_url
 from service.shutdown import Shutdown
 from service.storage.memory import open_memory_store
 from service.storage.store import Store
+from service.storage.store_deadline import answered_within
 
 logger = structlog.get_logger("lastcall.supervisor")
 

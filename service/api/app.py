@@ -7,15 +7,17 @@ from quart import Response, current_app, request
 from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
 
-from service.api import chat, docs, health, sessions, turns
-from service.api.bodies import BoundedRequest
-from service.api.cors import allow_origin, preflight_response
-from service.api.forwarding import forward, is_from_peer
-from service.api.held import holding
-from service.api.operations import operation_of
-from service.api.problems import NotReadyError, answer_error
-from service.api.serving import attach, current_access, current_service, detach, no_content
-from service.api.targets import fault_of, refuse_target
+from service.api.http.app_state import attach, current_access, current_service, detach, no_content
+from service.api.http.cors import allow_origin, preflight_response
+from service.api.http.operations import operation_of
+from service.api.http.problems import NotReadyError, answer_error
+from service.api.http.proxy import forward, is_from_peer
+from service.api.http.request_body import BoundedRequest
+from service.api.http.request_resources import holding
+from service.api.http.request_target import fault_of, refuse_target
+from service.api.native import chat, sessions, turns
+from service.api.operator import health
+from service.api.reference import page
 from service.errors import InvalidRequestError, OwnedElsewhereError
 
 __all__ = ["Application", "attach", "create_app", "detach"]
@@ -45,7 +47,7 @@ def create_app() -> Application:
     """An application without a service: it answers 503 until :func:`attach` gives it one. Opens nothing."""
     app = Application("lastcall", static_folder=None)
     app.url_map.merge_slashes = False  # one path, one meaning: a redirect would drop a POST's body
-    for module in (sessions, turns, chat, health, docs):
+    for module in (sessions, turns, chat, health, page):
         app.register_blueprint(module.blueprint)
     app.before_request(_admit)
     app.after_request(_share)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from quart_trio import QuartTrio
 
 from service.api.app import create_app
-from service.hosting.http_connection import HTTPConnection
+from service.hosting.hypercorn.asgi_request import HTTPConnection
 from service.hosting.lifespan import LOAD_SETTINGS, ServiceLifespan
 from service.settings import Settings
 

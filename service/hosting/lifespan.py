@@ -19,15 +19,15 @@ from hypercorn.typing import ConnectionState
 from quart import Quart
 
 from service.api.app import attach, detach
-from service.hosting.connections import Connections, Stream
-from service.hosting.doors import Doors, are_shut, given_sockets
-from service.hosting.exit import ExitCode, leave, leave_at_exit, refuse_to_start
-from service.hosting.gate import Gate
-from service.hosting.http_connection import open_requests
-from service.hosting.notice import Notice
-from service.hosting.peers import check_sharing, open_peer_door
-from service.hosting.watchdog import Watchdog, count_tasks
-from service.hosting.worker import Worker, find_worker
+from service.hosting.hypercorn.asgi_request import open_requests
+from service.hosting.hypercorn.connections import Connections, Stream
+from service.hosting.hypercorn.worker import Worker, find_worker
+from service.hosting.listeners.closing import Gate
+from service.hosting.listeners.listeners import Doors, are_shut, given_sockets
+from service.hosting.peer_listener import check_sharing, open_peer_door
+from service.hosting.process.process_exit import ExitCode, leave, leave_at_exit, refuse_to_start
+from service.hosting.process.watchdog import Watchdog, count_tasks
+from service.hosting.stop_signals import Notice
 from service.settings import Settings
 from service.shutdown import SETTLE_S, Shutdown
 from service.supervisor import Service, open_service

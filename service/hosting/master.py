@@ -26,8 +26,8 @@ from hypercorn.config import Config, Sockets
 from hypercorn.typing import WorkerFunc
 
 from service.errors import StartupError
-from service.hosting.exit import ExitCode, leave, refuse_to_start, say
-from service.hosting.peers import check_sharing
+from service.hosting.peer_listener import check_sharing
+from service.hosting.process.process_exit import ExitCode, leave, refuse_to_start, say
 from service.hosting.serve import take_addresses
 from service.settings import Settings, load_settings
 

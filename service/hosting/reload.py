@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import service
-from service.hosting.exit import ExitCode, say
+from service.hosting.process.process_exit import ExitCode, say
 from service.settings import Settings
 
 LOOK_INTERVAL_S = 0.2

@@ -9,7 +9,7 @@ from hypercorn.config import Config
 
 from service.errors import StartupError
 from service.hosting.application import create_hosted_app
-from service.hosting.doors import note_given_sockets
+from service.hosting.listeners.listeners import note_given_sockets
 from service.settings import Settings
 from service.telemetry.logging import configure_logging
 

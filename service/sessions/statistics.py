@@ -4,9 +4,9 @@ from typing import Self
 
 import msgspec
 
-from service.sessions.live import Live
-from service.sessions.streams import Streams
-from service.sessions.unkept import Unkept
+from service.sessions.active.active_sessions import Live
+from service.sessions.active.pending_writes import Unkept
+from service.sessions.events.streams import Streams
 
 
 class SessionsStatistics(msgspec.Struct, frozen=True, kw_only=True):

@@ -23,14 +23,14 @@ from service.errors import (
     SessionNotFoundError,
     TurnNotFoundError,
 )
-from service.storage.cursors import (
+from service.storage.fork_path import Path, fork_of
+from service.storage.page_cursor import (
     SessionPosition,
     TurnPosition,
     decode_session_cursor,
     decode_turn_cursor,
     encode_cursor,
 )
-from service.storage.forks import Path, fork_of
 from service.storage.records import Checkpoint, Owner, Page, SessionPatch, SessionRecord, SessionStatus, TurnRecord
 
 

@@ -78,7 +78,7 @@ class Store(Protocol):
             TurnInProgressError: A turn that would be copied is open.
             OwnedElsewhereError: It is open, and another owner's; whether that one lives is not looked at.
             SessionExistsError: As :meth:`create_session`.
-            InvalidRequestError: It is more than :mod:`service.storage.forks` allows (``field`` is ``at``).
+            InvalidRequestError: It is more than :mod:`service.storage.fork_path` allows (``field`` is ``at``).
         """
         ...
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from service import __version__
-from service.cli import main
+from service.cli.main import main
 from service.settings import read_sources
 
 REPOSITORY = Path(__file__).parent.parent.parent

@@ -17,7 +17,7 @@ from quart_trio import QuartTrio
 from service.errors import StartupError
 from service.hosting import lifespan
 from service.hosting.application import create_hosted_app
-from service.hosting.worker import find_worker
+from service.hosting.hypercorn.worker import find_worker
 from service.settings import Settings, load_settings
 from service.supervisor import Service, open_service
 

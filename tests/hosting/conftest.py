@@ -14,7 +14,7 @@ from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.tcp_server import TCPServer
 from quart_trio import QuartTrio
 
-from service.hosting.connections import Connections
+from service.hosting.hypercorn.connections import Connections
 
 Serve = Callable[..., AbstractAsyncContextManager["Served"]]
 

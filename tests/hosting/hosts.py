@@ -14,7 +14,7 @@ HOSTS = (SERVE, *BARE, *CONFIGURED)
 _SERVE_BROKEN = """
 import sys
 from tests.hosting import apps
-from service.cli import main
+from service.cli.main import main
 apps.broken(apps.{broken})
 sys.exit(main(["serve"]))
 """

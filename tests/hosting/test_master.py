@@ -14,8 +14,8 @@ import hypercorn.run
 import pytest
 from hypercorn.config import Config
 
-from service.hosting.exit import say
 from service.hosting.master import AT_ONCE_MAX, DIED, REPLACEMENTS_MAX, REPLACEMENTS_WITHIN_S, Workers
+from service.hosting.process.process_exit import say
 
 
 def test_hypercorn_still_takes_these_names_from_its_module() -> None:

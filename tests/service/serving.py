@@ -10,7 +10,7 @@ from hypercorn.config import Config
 from hypercorn.trio import serve
 
 from service.api.app import attach, create_app, detach
-from service.hosting.http_connection import HTTPConnection
+from service.hosting.hypercorn.asgi_request import HTTPConnection
 from service.settings import Settings
 from service.supervisor import Service, open_service
 

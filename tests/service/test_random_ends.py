@@ -7,8 +7,8 @@ from functools import partial
 
 import trio
 
-from service.sessions.events import TerminalEvent, decode_frame
-from service.sessions.turn import Turn
+from service.sessions.events.events import TerminalEvent, decode_frame
+from service.sessions.turns.turn import Turn
 from service.settings import Settings
 from tests.service.serving import Serving, serving
 from tests.upstreams.raw_server import Connection, open_raw_server

@@ -12,9 +12,9 @@ from trio.testing import MockClock
 from service import supervisor
 from service.errors import ModelError, ShuttingDownError, StoreError
 from service.models.client import ModelEvent, ModelRequest, TextDelta
-from service.sessions.ends import Interrupted
-from service.sessions.new import NewSession, NewTurn
-from service.sessions.turn import Turn
+from service.sessions.commands import NewSession, NewTurn
+from service.sessions.events.outcome import Interrupted
+from service.sessions.turns.turn import Turn
 from service.settings import Settings
 from service.shutdown import LATE_CLOSE_S, SETTLE_S, Phase, Shutdown, ShutdownReport
 from service.storage.memory import MemoryStore

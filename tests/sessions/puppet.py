@@ -12,9 +12,9 @@ import trio
 
 from service.errors import ModelError
 from service.models.client import Finished, ModelEvent, ModelRequest, ReasoningDelta, TextDelta, Usage
-from service.sessions.event_log import EventLog
-from service.sessions.events import Event, decode_frame
-from service.sessions.registry import Sessions, open_sessions
+from service.sessions.events.event_log import EventLog
+from service.sessions.events.events import Event, decode_frame
+from service.sessions.sessions import Sessions, open_sessions
 from service.settings import Settings
 from service.storage.memory import MemoryStore
 

@@ -9,13 +9,13 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from service.errors import EventsLostError, SessionNotFoundError, ShuttingDownError, StoreError, TurnInProgressError
 from service.models.client import Message
-from service.sessions.events import TurnInterrupted, TurnQueued, TurnStarted
-from service.sessions.new import NewSession
+from service.sessions.commands import NewSession
+from service.sessions.events.events import TurnInterrupted, TurnQueued, TurnStarted
 from service.storage.memory import MemoryStore
 from service.storage.records import SEQ_AFTER_CRASH
+from tests.sessions.active.test_refusing_store import FullDisk
 from tests.sessions.puppet import Stage, open_stage, read_all
-from tests.sessions.test_refusing_store import FullDisk
-from tests.sessions.test_turns import start
+from tests.sessions.turns.test_turns import start
 from tests.storage.rows import T0, a_session, a_turn, ended
 
 

@@ -16,14 +16,14 @@ from service.errors import (
     StreamLimitError,
     TurnInProgressError,
 )
-from service.sessions.events import TurnInterrupted
-from service.sessions.expiry import run_expiry, sweep
-from service.sessions.new import NewSession, NewTurn
-from service.sessions.turn import RETURN_S
+from service.sessions.commands import NewSession, NewTurn
+from service.sessions.events.events import TurnInterrupted
+from service.sessions.turns.turn import RETURN_S
+from service.sessions.upkeep.expiry import run_expiry, sweep
 from service.storage.memory import MemoryStore
 from service.storage.records import SessionPatch
 from tests.sessions.puppet import Stage, kinds, open_stage, read_all
-from tests.sessions.test_turns import start
+from tests.sessions.turns.test_turns import start
 from tests.storage.rows import a_turn
 
 
@@ -464,7 +464,7 @@ async def test_an_answer_that_outlives_the_service_takes_no_leave(autojump_clock
 
 
 def test_stream_places_are_bounded_and_given_back_once() -> None:
-    from service.sessions.streams import Streams
+    from service.sessions.events.streams import Streams
 
     streams = Streams(streams_max=1, heartbeat_interval_s=15)
     slot = streams.open_stream()

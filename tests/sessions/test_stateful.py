@@ -27,11 +27,11 @@ from service.errors import (
     TurnLimitError,
     TurnNotFoundError,
 )
-from service.sessions.events import TurnCancelled, TurnCompleted, TurnFailed, TurnInterrupted
-from service.sessions.expiry import sweep
-from service.sessions.new import NewSession, NewTurn, OnConflict
-from service.sessions.registry import Sessions, open_sessions
-from service.sessions.turn import OnDisconnect, Turn, Watch
+from service.sessions.commands import NewSession, NewTurn, OnConflict
+from service.sessions.events.events import TurnCancelled, TurnCompleted, TurnFailed, TurnInterrupted
+from service.sessions.sessions import Sessions, open_sessions
+from service.sessions.turns.turn import OnDisconnect, Turn, Watch
+from service.sessions.upkeep.expiry import sweep
 from service.settings import Settings
 from service.storage.memory import MemoryStore
 from service.storage.records import SessionPatch, TurnState

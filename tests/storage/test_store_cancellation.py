@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from service.models.client import Usage
-from service.storage import forks, memory
+from service.storage import fork_path, memory
 from service.storage.records import SessionPatch, SessionRecord
 from service.storage.sqlite import forks as sqlite_forks
 from service.storage.store import Store
@@ -117,11 +117,11 @@ STEPS: dict[str, Callable[[Store], Awaitable[object]]] = {
 @pytest.fixture
 def _forks_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each copy of a turn has the same id in each store, and SQLite builds copies in as many steps as it can."""
-    monkeypatch.setattr(forks, "new_message_id", lambda: "msg_")
+    monkeypatch.setattr(fork_path, "new_message_id", lambda: "msg_")
     monkeypatch.setattr(sqlite_forks, "STEP_S", 0)
     numbers: dict[str, int] = {}
 
-    def number(source: SessionRecord, path: forks.Path, **changes: Any) -> object:
+    def number(source: SessionRecord, path: fork_path.Path, **changes: Any) -> object:
         numbers["next"] = 0
         return fork_of(source, path, **changes)
 
@@ -129,8 +129,8 @@ def _forks_alike(monkeypatch: pytest.MonkeyPatch) -> None:
         numbers["next"] += 1
         return f"turn_{numbers['next']}"
 
-    fork_of = forks.fork_of
-    monkeypatch.setattr(forks, "new_turn_id", new_turn_id)
+    fork_of = fork_path.fork_of
+    monkeypatch.setattr(fork_path, "new_turn_id", new_turn_id)
     monkeypatch.setattr(memory, "fork_of", number)
     monkeypatch.setattr(sqlite_forks, "fork_of", number)
 

@@ -21,7 +21,7 @@ from service.errors import (
     TurnNotFoundError,
 )
 from service.models.client import Usage
-from service.storage.cursors import (
+from service.storage.page_cursor import (
     SessionPosition,
     TurnPosition,
     decode_session_cursor,

@@ -15,7 +15,7 @@ from service.errors import (
     TurnNotFoundError,
 )
 from service.models.client import Usage
-from service.storage import forks
+from service.storage import fork_path
 from service.storage.records import SEQ_AFTER_CRASH, EndState, Item, SessionPatch, SessionRecord, TurnRecord
 from service.storage.store import Store
 from tests.storage.rows import IDLE_TIMEOUT_S, T0, a_session, a_turn, all_turns, at, contents, ended
@@ -229,7 +229,7 @@ async def test_more_than_a_fork_may_copy_is_refused_and_nothing_changes(
         await store.begin_turn(a_turn(f"t{n}", parent=f"t{n - 1}" if n else None), now=T0)
         await store.end_turn(ended(a_turn(f"t{n}", parent=f"t{n - 1}" if n else None)), events=[b"x" * 1000], now=T0)
     before = await contents(store, now=NOW)
-    monkeypatch.setattr(forks, bound, value)
+    monkeypatch.setattr(fork_path, bound, value)
     with pytest.raises(InvalidRequestError) as refused:
         await _fork(store)
     assert refused.value.field == "at"

@@ -12,7 +12,7 @@ import msgspec
 
 from service.errors import OwnedElsewhereError, SessionExistsError
 from service.ids import new_session_id
-from service.storage.forks import Path, fork_of
+from service.storage.fork_path import Path, fork_of
 from service.storage.records import SessionRecord, TurnRecord
 from service.storage.sqlite import sessions, turns
 from service.storage.sqlite.ownership import owner_of

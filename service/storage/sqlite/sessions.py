@@ -9,7 +9,7 @@ import apsw
 import msgspec
 
 from service.errors import SessionExistsError, SessionNotFoundError
-from service.storage.cursors import SessionPosition, encode_cursor
+from service.storage.page_cursor import SessionPosition, encode_cursor
 from service.storage.records import Page, SessionPatch, SessionRecord, SessionStatus
 from service.storage.sqlite import recovery
 from service.storage.sqlite.ownership import Ownership

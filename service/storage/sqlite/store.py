@@ -13,7 +13,7 @@ import apsw
 import msgspec
 
 from service.errors import StoreError
-from service.storage.cursors import decode_session_cursor, decode_turn_cursor
+from service.storage.page_cursor import decode_session_cursor, decode_turn_cursor
 from service.storage.records import (
     Checkpoint,
     Owner,

@@ -11,7 +11,7 @@ import apsw
 import msgspec
 
 from service.errors import HeadMovedError, SessionNotFoundError, TurnNotFoundError
-from service.storage.cursors import TurnPosition, encode_cursor
+from service.storage.page_cursor import TurnPosition, encode_cursor
 from service.storage.records import Checkpoint, Page, SessionRecord, TurnRecord
 from service.storage.sqlite import recovery, sessions
 from service.storage.sqlite.ends import count_end

@@ -22,9 +22,9 @@ import trio
 
 from service.clock import wall_clock
 from service.errors import LastcallError, SessionNotFoundError
-from service.sessions.new import NewSession, NewTurn
-from service.sessions.registry import Sessions
-from service.sessions.turn import Turn
+from service.sessions.commands import NewSession, NewTurn
+from service.sessions.sessions import Sessions
+from service.sessions.turns.turn import Turn
 from service.settings import Settings
 from service.storage.records import SEQ_AFTER_CRASH, Checkpoint
 from service.storage.sqlite import SqliteStore, forks, open_sqlite_store

@@ -6,7 +6,7 @@ import pytest
 import trio
 
 from service.errors import StartupError
-from service.sessions.new import NewSession, NewTurn
+from service.sessions.commands import NewSession, NewTurn
 from service.settings import Settings
 from service.supervisor import open_service
 

@@ -1,0 +1,1 @@
+"""What every face of the API shares: access, bodies, queries, streams, problems, other workers' answers."""

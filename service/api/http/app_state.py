@@ -1,0 +1,54 @@
+"""The service behind the application: put there and taken away by whoever holds the tree."""
+
+import msgspec
+from quart import Quart, current_app
+from quart_trio.wrappers import TrioResponse
+
+from service.api.http.access import Access
+from service.api.http.problems import NotReadyError
+from service.api.http.request_body import body_bytes_max
+from service.supervisor import Service
+
+_SERVICE = "lastcall"
+_ACCESS = "lastcall.access"
+
+
+def attach(app: Quart, service: Service) -> None:
+    """Let the application answer from this service. Its settings hold for all requests from now on."""
+    app.config["MAX_CONTENT_LENGTH"] = body_bytes_max(service.settings)
+    app.extensions[_ACCESS] = Access.by(service.settings)
+    app.extensions[_SERVICE] = service
+
+
+def detach(app: Quart) -> None:
+    """Let the application answer 503. Idempotent."""
+    app.extensions.pop(_SERVICE, None)
+
+
+def current_service() -> Service:
+    """The service of the current request. Raises: NotReadyError."""
+    service: Service | None = current_app.extensions.get(_SERVICE)
+    if service is None:
+        raise NotReadyError
+    return service
+
+
+def current_access() -> Access:
+    access: Access = current_app.extensions[_ACCESS]
+    return access
+
+
+def json_response(body: msgspec.Struct, status: int = 200, *, location: str | None = None) -> TrioResponse:
+    """A wire type as a response."""
+    headers = {"Cache-Control": "no-store"}
+    if location is not None:
+        headers["Location"] = location
+    return TrioResponse(msgspec.json.encode(body), status, headers, content_type="application/json")
+
+
+def no_content() -> TrioResponse:
+    """A response that says all with its status, 204."""
+    response = TrioResponse(b"", 204)
+    for name in ("Content-Type", "Content-Length"):  # of what? Quart has them for every body
+        response.headers.pop(name, None)
+    return response

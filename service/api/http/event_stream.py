@@ -1,0 +1,128 @@
+"""The body of an event stream: a cursor on its way through an event log."""
+
+import trio
+from quart import Request
+from quart.wrappers.response import ResponseBody
+from quart_trio.wrappers import TrioResponse
+
+from service.api.http.query_params import read_query
+from service.api.http.request_resources import give_back_later
+from service.api.native.wire import EventsQuery
+from service.errors import InvalidRequestError
+from service.sessions.events.event_log import EventLog
+from service.sessions.events.streams import StreamSlot
+
+MEDIA_TYPE = "text/event-stream"
+HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+RETRY_MS = 1000
+_RETRY = b"retry: %d\n\n" % RETRY_MS
+_HEARTBEAT = b": heartbeat\n\n"
+_WRITE_BYTES_MAX = 64 * 1024
+_BUSY_S = 0.02
+"""Writing a piece takes a fraction of a millisecond, unless the event loop has many others to write."""
+_PAUSE_MAX_S = 0.1
+_SEQ_DIGITS_MAX = 15
+
+
+class LastPiece(bytes):
+    """The last piece of a body: whoever sends it may send the end of the response with it."""
+
+
+class EventStream(ResponseBody):
+    """Gives everything that is ready in one piece, a comment after silence, and ends with the log.
+
+    It waits in ``__anext__`` alone: nothing is written inside of a cancel scope of ours, so no chunk
+    is lost to one. The slot is closed as ended once the piece with the terminal event has been taken
+    *and* the next one is asked for, that is after it was sent.
+
+    Args:
+        cursor: The seq that the client saw last.
+    """
+
+    def __init__(self, log: EventLog, slot: StreamSlot, *, cursor: int) -> None:
+        self._log = log
+        self._slot = slot
+        self._cursor = cursor
+        self._begun = False
+        self._caught_up = False
+        self._taken_at = 0.0
+        self._ended = False
+
+    async def __aenter__(self) -> "EventStream":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pass  # the slot is given back with the request: this may never run
+
+    def __aiter__(self) -> "EventStream":
+        return self
+
+    async def __anext__(self) -> bytes:
+        if self._ended:
+            self._slot.close(ended=True)
+            raise StopAsyncIteration
+        if not self._begun:
+            self._begun = True
+            return self._take(_RETRY)
+        await self._pause()
+        await self._slot.wait_beyond(self._log, self._cursor)
+        if self._slot.heed_hold():
+            await self._log.wait_closed()
+        return self._take() or _HEARTBEAT
+
+    async def _pause(self) -> None:
+        """Where the last piece took long to write, the event loop is full or the client slow: write less often, then.
+
+        Tokens that come meanwhile go out in one piece, so the load falls with the number of pieces; an event loop
+        with time to spare never pauses. The terminal event ends a pause.
+        """
+        writing_took_s = trio.current_time() - self._taken_at
+        if writing_took_s > _BUSY_S and self._caught_up:
+            with trio.move_on_after(min(writing_took_s, _PAUSE_MAX_S)):
+                await self._log.wait_closed()
+
+    def _take(self, before: bytes = b"") -> bytes:
+        chunk, self._cursor = self._log.read_after(self._cursor, bytes_max=_WRITE_BYTES_MAX)
+        self._caught_up = self._cursor == self._log.last_seq
+        self._taken_at = trio.current_time()
+        self._ended = self._log.closed and self._cursor == self._log.last_seq
+        return LastPiece(before + chunk) if self._ended else before + chunk
+
+
+def stream_response(log: EventLog, slot: StreamSlot, *, cursor: int) -> TrioResponse:
+    """A response that streams a log from ``cursor`` on, and gives its slot back whatever happens."""
+    give_back_later(slot.close)
+    body = EventStream(log, slot, cursor=cursor)
+    response = TrioResponse(body, headers=HEADERS, content_type=MEDIA_TYPE)
+    response.timeout = None  # Quart would end any response after 60 s otherwise
+    return response
+
+
+def read_cursor(request: Request) -> int:
+    """The seq that a client saw last: its ``Last-Event-ID``, else ``?after=``.
+
+    In this order, because an ``EventSource`` that reconnects repeats the URL it began with.
+
+    Raises:
+        InvalidRequestError
+    """
+    after = read_query(request, EventsQuery).after
+    last_event_id = request.headers.get("Last-Event-ID")
+    if not last_event_id:
+        return after
+    if not (last_event_id.isascii() and last_event_id.isdigit() and len(last_event_id) <= _SEQ_DIGITS_MAX):
+        raise InvalidRequestError("An event id is the seq of an event: a whole number.", field="Last-Event-ID")
+    return int(last_event_id)
+
+
+def wants_stream(request: Request) -> bool:
+    """Whether the client names ``text/event-stream`` and would not rather have JSON."""
+    if MEDIA_TYPE not in request.headers.get("Accept", "").lower():
+        return False
+    accept = request.accept_mimetypes
+    named: dict[str, float] = {}
+    for value, quality in accept:
+        media_type = value.partition(";")[0].rstrip().lower()  # a parameter such as charset changes nothing
+        named[media_type] = max(quality, named.get(media_type, 0))
+    stream, json = named.get(MEDIA_TYPE, 0), "application/json"
+    return stream > 0 and stream >= named.get(json, accept.quality(json))

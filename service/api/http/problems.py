@@ -1,0 +1,141 @@
+"""Problem documents (RFC 9457), and the one map from what went wrong to its status."""
+
+from collections.abc import Mapping
+
+import msgspec
+import structlog
+from quart_trio.wrappers import TrioResponse
+from werkzeug.exceptions import HTTPException
+
+from service.api.http.access import LoopbackOnlyError, UnauthorizedError
+from service.api.http.request_body import BodyTimeoutError, UnsupportedEncodingError, UnsupportedMediaTypeError
+from service.api.http.strict_json import InputTooLargeError, MalformedBodyError
+from service.api.native.wire import Problem
+from service.errors import (
+    EventsLostError,
+    InvalidRequestError,
+    LastcallError,
+    LimitError,
+    OwnedElsewhereError,
+    QueueFullError,
+    ResourcesExhaustedError,
+    SessionExistsError,
+    SessionLimitError,
+    SessionNotFoundError,
+    ShuttingDownError,
+    StoreError,
+    StreamLimitError,
+    TurnInProgressError,
+    TurnLimitError,
+    TurnNotFoundError,
+)
+
+logger = structlog.get_logger("lastcall.api")
+
+MEDIA_TYPE = "application/problem+json"
+
+
+class NotReadyError(LimitError):
+    """The service behind this application is not open, or not any more."""
+
+    code = "not_ready"
+
+    def __init__(self) -> None:
+        super().__init__("This server is not ready to answer; try again.")
+
+
+STATUS_BY_ERROR: Mapping[type[LastcallError], int] = {
+    MalformedBodyError: 400,
+    UnauthorizedError: 401,
+    LoopbackOnlyError: 403,
+    SessionNotFoundError: 404,
+    TurnNotFoundError: 404,
+    BodyTimeoutError: 408,
+    SessionExistsError: 409,
+    TurnInProgressError: 409,
+    EventsLostError: 410,
+    InputTooLargeError: 413,
+    UnsupportedMediaTypeError: 415,
+    InvalidRequestError: 422,
+    QueueFullError: 429,
+    TurnLimitError: 503,
+    StreamLimitError: 503,
+    SessionLimitError: 503,
+    ShuttingDownError: 503,
+    NotReadyError: 503,
+    OwnedElsewhereError: 503,
+    StoreError: 503,
+    ResourcesExhaustedError: 503,
+}
+"""The most derived type counts. 429 is a bound that the caller's own session reached, 503 one of the server."""
+
+_CODE_BY_STATUS = {404: "not_found", 405: "method_not_allowed"}
+_OTHER_REFUSAL = (400, "bad_request")
+_BROKEN = (500, "internal_error")
+
+
+def status_of(kind: type[Exception]) -> int:
+    """The status of an error type: 500 for one that is not expected here."""
+    for ancestor in kind.__mro__:
+        if ancestor in STATUS_BY_ERROR:
+            return STATUS_BY_ERROR[ancestor]
+    return 500
+
+
+def code_of(kind: type[LastcallError]) -> str:
+    """The stable code of an error type that is in the map."""
+    code: str = getattr(kind, "code")  # noqa: B009
+    return code
+
+
+def codes() -> list[tuple[int, str]]:
+    """Every code that a problem document may have, with its status, in order.
+
+    What else a request may be refused for has a status of its own and the code of 400.
+    """
+    known = {(status, code_of(error)) for error, status in STATUS_BY_ERROR.items()}
+    return sorted(known | set(_CODE_BY_STATUS.items()) | {_OTHER_REFUSAL, _BROKEN})
+
+
+def problem_of(error: Exception) -> Problem:
+    """The document that tells an error. One that nobody expected tells nothing but that."""
+    if isinstance(error, HTTPException) and error.code is not None and error.code < 500:
+        code = _CODE_BY_STATUS.get(error.code, _OTHER_REFUSAL[1])
+        return _problem(error.code, code, error.description or error.name)
+    status = status_of(type(error))
+    if status == 500 or not isinstance(error, LastcallError):
+        return _problem(*_BROKEN, "Something in this service broke; its log says what.")
+    problem = _problem(status, code_of(type(error)), str(error))
+    names = ("field", "retry_after_s", "turn_id", "state", "text")
+    return msgspec.structs.replace(problem, **{name: getattr(error, name, None) for name in names})
+
+
+def _problem(status: int, code: str, detail: str) -> Problem:
+    return Problem(
+        type=f"/docs#{code}", title=code.replace("_", " ").capitalize(), status=status, code=code, detail=detail
+    )
+
+
+def problem_response(error: Exception) -> TrioResponse:
+    """The response that tells an error."""
+    problem = problem_of(error)
+    headers = {"Cache-Control": "no-store"}
+    if problem.retry_after_s is not None:
+        headers["Retry-After"] = str(problem.retry_after_s)
+    if isinstance(error, UnauthorizedError):
+        headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, UnsupportedEncodingError):
+        headers["Accept-Encoding"] = "identity"  # RFC 9110, 15.5.16
+    if isinstance(error, ShuttingDownError):
+        headers["Connection"] = "close"  # so that a pool finds another server
+    if isinstance(error, HTTPException):
+        headers.update(pair for pair in error.get_headers() if pair[0] == "Allow")
+    return TrioResponse(msgspec.json.encode(problem), problem.status, headers, content_type=MEDIA_TYPE)
+
+
+async def answer_error(error: Exception) -> TrioResponse:
+    """Whatever a request raised, as its response: the edge of a request."""
+    response = problem_response(error)
+    if response.status_code == 500:
+        logger.error("request failed", exc_info=error)
+    return response

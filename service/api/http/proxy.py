@@ -1,0 +1,428 @@
+"""Forwarding: a request about turns that another process runs is answered by that process, through this one.
+
+The owner answers on a Unix socket (``peer_address``), which only processes of the same user reach. What it says goes to
+the client as it comes, heartbeats included, and a client that leaves has left there too. Where the owner dies in the
+middle, its turns are recovered here and a stream goes on from the store: it ends with its terminal event
+all the same. Where it hangs, the client is told so once the answer is overdue.
+
+Where this process stops, the owner's turns go on, and their streams end here when there is no more time. Their clients
+have not left: this process closes only its sending side then, and the owner gives them a moment to come back. It does
+the same where this process has died (``service/hosting/peer_listener.py``).
+"""
+
+import os
+import re
+import socket
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import cast
+
+import h11
+import structlog
+import trio
+from quart import current_app, request
+from quart.wrappers.response import ResponseBody
+from quart_trio.wrappers import TrioResponse
+
+from service.api.http.app_state import current_service
+from service.api.http.event_stream import MEDIA_TYPE, read_cursor
+from service.api.http.request_body import drop_body, kept_body
+from service.api.http.request_resources import give_back_later
+from service.cluster.proxied_requests import Forward
+from service.errors import (
+    InvalidRequestError,
+    LastcallError,
+    OwnedElsewhereError,
+    ResourcesExhaustedError,
+    ShuttingDownError,
+    StoreError,
+    is_exhaustion,
+)
+from service.sessions.events.event_log import EventLog
+from service.sessions.turns.turn import Watch
+from service.supervisor import Service
+
+logger = structlog.get_logger("lastcall.forwarding")
+
+PEER = "lastcall.peer"
+"""In the ASGI scope of a request that came from another process of this service: it was admitted there.
+
+The value is a function that says, once the request has been cut, whether the client may come back: it has not left.
+"""
+_LATER = "lastcall.later"
+"""In the ASGI scope of a request: by how many seconds its answer may come later than the store's."""
+_HOPS = "lastcall-hops"
+_HOPS_AT_ONCE = 3
+"""The owner may change while a request is on its way; where it goes on changing, the request waits at each hop."""
+_HOPS_MAX = 10
+"""It does not change for ever."""
+_SETTLING_S = 0.02
+_CONNECT_TIMEOUT_S = 2.0
+_DYING_S = 1.0
+"""How long the lock of a process that dies may outlive its connections."""
+_LOOK_S = 0.01
+_WRITE_BYTES_MAX = 64 * 1024
+_CREDENTIALS = struct.Struct("3i")  # process, user, group
+_NOBODY = -1
+_HOP_BY_HOP = frozenset(
+    (b"connection", b"keep-alive", b"transfer-encoding", b"upgrade", b"te", b"trailer", b"date", b"server", b"expect")
+)
+_TURN_PATH = re.compile(r"/sessions/([^/]+)/turns/(turn_[0-9a-f]{32})")
+_GONE = (OSError, trio.BrokenResourceError, h11.RemoteProtocolError)
+"""What a connection whose other process has died raises."""
+
+
+def is_from_peer() -> bool:
+    """Whether the current request came from another process of this service."""
+    return PEER in request.scope
+
+
+def expect_later(by_s: float) -> None:
+    """The answer to the current request waits for more than a step of the store: for a turn, or for its end.
+
+    To be said before the owner may turn out to be another process, which is waited for accordingly.
+    """
+    cast("dict[str, object]", request.scope)[_LATER] = by_s
+
+
+def release_later(watch: Watch) -> None:
+    """Release the watch of a stream when the current request is over."""
+    if is_from_peer():
+        client_returns = _client_returns()
+        give_back_later(lambda: watch.release(client_returns=client_returns()))
+    else:
+        give_back_later(watch.release)
+
+
+def _client_returns() -> Callable[[], bool]:
+    """To be asked when the request is over, and there is no current one any more."""
+    return cast("Callable[[], bool]", request.scope.get(PEER, bool))
+
+
+def socket_name(address: str) -> str:
+    """What the kernel calls a peer's address: a leading ``@`` stands for the NUL of an abstract name."""
+    return f"\0{address[1:]}" if address.startswith("@") else address
+
+
+def user_of_peer(stream_socket: trio.socket.SocketType | None) -> int:
+    """The user whose process is at the other end of a Unix socket; without one, this process's own."""
+    return os.getuid() if stream_socket is None else _credentials_of(stream_socket)[1]
+
+
+def process_of_peer(stream_socket: trio.socket.SocketType) -> int:
+    """The process at the other end of a Unix socket; 0 where it is not visible from here."""
+    return _credentials_of(stream_socket)[0]
+
+
+def _credentials_of(stream_socket: trio.socket.SocketType) -> tuple[int, int, int]:
+    """Source: unix(7), ``SO_PEERCRED``."""
+    credentials = stream_socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    process, user, group = _CREDENTIALS.unpack(credentials)
+    return process, user, group
+
+
+async def forward(error: OwnedElsewhereError) -> TrioResponse:
+    """Have the current request answered by the owner that ``error`` names.
+
+    Raises:
+        ResourcesExhaustedError: No connection to it can be made.
+        StoreError: It cannot be reached, does not answer in time, or has died and whether it has accepted the request
+            is unknown; or the owner changed too often.
+        ShuttingDownError: This process stops before the answer.
+    """
+    hops = int(request.headers.get(_HOPS, "0")) if is_from_peer() else 0
+    if _HOPS_AT_ONCE <= hops < _HOPS_MAX:
+        await trio.sleep(_SETTLING_S * (hops - _HOPS_AT_ONCE + 1))
+        try:
+            return await _begin_anew()
+        except OwnedElsewhereError as newer:
+            error = newer
+    if error.address is None or hops >= _HOPS_MAX:
+        raise StoreError(str(error))
+    stream = await _connect(error.address)
+    if stream is None:
+        return await _answer_here(error)
+    peer = _Peer(stream)
+    slot = current_service().sessions.forwards.open_forward()
+    give_back_later(partial(_hang_up, peer, slot, _client_returns()))
+    if user_of_peer(stream.socket) != user_of_peer(None):
+        raise StoreError(str(error))
+    logger.debug("asking the owner", session_id=error.session_id, owner=error.fence, method=request.method)
+    answer = None
+    with slot.waiting() as wait, trio.move_on_after(_patience_s()) as patience:
+        answer = await peer.ask(hops + 1)
+    if wait.cancelled_caught:
+        raise ShuttingDownError
+    if patience.cancelled_caught:
+        raise _no_answer(error.session_id) if _may_be_repeated() else _unknown_outcome("does not answer")
+    if answer is None:
+        if _may_be_repeated():
+            return await _answer_here(error)
+        await _wait_until_free(current_service(), error.session_id, error.fence)
+        raise _unknown_outcome("has died")
+    drop_body(request)
+    head, body = answer
+    response = TrioResponse(body, head.status_code)
+    response.headers.clear()
+    response.headers.extend(
+        (name.decode(), value.decode("latin-1")) for name, value in head.headers if name not in _HOP_BY_HOP
+    )
+    if _is_stream(head):
+        response.response = ForwardedStream(
+            peer, slot, fence=error.fence, turn_path=response.headers.get("Location") or request.path
+        )
+    response.timeout = None
+    return response
+
+
+def _patience_s() -> float:
+    """How long the owner may take to answer the current request; a stream's body is not the answer yet."""
+    later_s = cast("dict[str, float]", request.scope).get(_LATER, 0)
+    return current_service().settings.store_timeout_s + later_s
+
+
+def _may_be_repeated() -> bool:
+    """Whether it makes no difference if the owner has accepted the current request already."""
+    return request.method != "POST" or request.path.endswith("/cancel")
+
+
+def _no_answer(session_id: str) -> StoreError:
+    return StoreError(f"The process that runs the turns of session {session_id!r} does not answer.")
+
+
+def _unknown_outcome(what: str) -> StoreError:
+    return StoreError(
+        f"The process that runs this session's turns {what}; whether it accepted the request shows in the "
+        "session's turns.",
+        retry_after_s=None,
+    )
+
+
+async def _connect(address: str) -> trio.SocketStream | None:
+    """A connection to the owner; None where nobody answers there. Raises: ResourcesExhaustedError."""
+    with trio.move_on_after(_CONNECT_TIMEOUT_S):
+        while True:
+            try:
+                stream = await trio.open_unix_socket(socket_name(address))
+            except OSError as error:
+                if is_exhaustion(error.errno):
+                    raise ResourcesExhaustedError from error
+                return None
+            if user_of_peer(stream.socket) != _NOBODY:
+                return stream
+            stream.socket.close()  # its backlog is full: the kernel refuses, Trio does not notice
+            await trio.sleep(_LOOK_S)
+    return None
+
+
+async def _answer_here(error: OwnedElsewhereError) -> TrioResponse:
+    """The owner is gone: end its turns and begin the request anew, here."""
+    await _wait_until_free(current_service(), error.session_id, error.fence)
+    return await _begin_anew()
+
+
+async def _begin_anew() -> TrioResponse:
+    """Raises: What the request's handler does."""
+    assert request.endpoint is not None
+    handler = current_app.view_functions[request.endpoint]
+    response = await handler(**(request.view_args or {}))  # type: ignore[misc]
+    assert isinstance(response, TrioResponse)
+    return response
+
+
+async def _wait_until_free(service: Service, session_id: str, fence: int) -> None:
+    """End what an owner that has died left open in a session; it may be dying yet.
+
+    Raises:
+        StoreError: It lives.
+    """
+    with trio.move_on_after(_DYING_S):
+        while True:
+            await service.sessions.recover()
+            owner = await service.store.find_owner(session_id)
+            if owner is None or owner.fence != fence:
+                return
+            await trio.sleep(_LOOK_S)
+    raise _no_answer(session_id)
+
+
+def _hang_up(peer: "_Peer", slot: Forward, client_returns: Callable[[], bool]) -> None:
+    """The request is over: the connection to the owner closes in a way that says whether the client has left."""
+    if (slot.was_cut or client_returns()) and slot.take_leave(peer.take_leave):
+        return
+    peer.close()
+    slot.close()
+
+
+class ForwardedStream(ResponseBody):
+    """An event stream on its way from the owner to the client, in whole frames.
+
+    Args:
+        fence: The owner's.
+        turn_path: Of the turn whose events they are.
+    """
+
+    def __init__(self, peer: "_Peer", slot: Forward, *, fence: int, turn_path: str) -> None:
+        self._service = current_service()  # there is no current request any more when it is sent
+        self._peer = peer
+        self._slot = slot
+        self._fence = fence
+        self._turn_path = turn_path
+        self._cursor = read_cursor(request) if request.method == "GET" else 0
+        self._unsent = b""
+        self._rest: EventLog | None = None
+
+    async def __aenter__(self) -> "ForwardedStream":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pass  # the connection to the owner is closed with the request
+
+    def __aiter__(self) -> "ForwardedStream":
+        return self
+
+    async def __anext__(self) -> bytes:
+        frames = b""
+        if self._rest is None:
+            try:
+                frames = await self._receive_frames()
+            except _GONE:
+                self._rest = await self._open_rest()
+        if self._rest is not None:
+            frames, self._cursor = self._rest.read_after(self._cursor, bytes_max=_WRITE_BYTES_MAX)
+        if not frames:
+            raise StopAsyncIteration
+        return frames
+
+    async def _receive_frames(self) -> bytes:
+        """At least one; empty at the end, and when this process goes: the client resumes elsewhere."""
+        while True:
+            data = b""
+            with self._slot.waiting():
+                data = await self._peer.receive_body()
+            if not data:
+                return b""
+            frames, end, begun = (self._unsent + data).rpartition(b"\n\n")
+            self._unsent = begun
+            if end:
+                return self._noting_cursor(frames + end)
+
+    def _noting_cursor(self, frames: bytes) -> bytes:
+        _, found, last = (b"\n" + frames).rpartition(b"\nid: ")
+        if found:
+            self._cursor = int(last.partition(b"\n")[0])
+        return frames
+
+    async def _open_rest(self) -> EventLog | None:
+        """What is left of a stream that lost its owner, from the store; None where it cannot be had: it was cut."""
+        turn = _TURN_PATH.fullmatch(self._turn_path.removesuffix("/events"))
+        assert turn is not None
+        session_id, turn_id = turn.groups()
+        try:
+            await _wait_until_free(self._service, session_id, self._fence)
+            log, watch = await self._service.sessions.open_events(session_id, turn_id)
+        except LastcallError as error:
+            logger.warning("a stream was cut with its owner", session_id=session_id, turn_id=turn_id, error=str(error))
+            return None
+        watch.release()
+        logger.info("a stream ends from the store: its owner died", session_id=session_id, turn_id=turn_id)
+        if self._cursor < log.last_seq:
+            # Who saw events that nobody could keep goes on with the end, which is the last of them.
+            self._cursor = min(self._cursor, log.unbroken_seq)
+        return log
+
+
+def _is_stream(head: h11.Response) -> bool:
+    return request.method != "HEAD" and any(
+        name == b"content-type" and value.startswith(MEDIA_TYPE.encode()) for name, value in head.headers
+    )
+
+
+class _Peer:
+    """The client's side of one request to another process."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self._stream = stream
+        self._protocol = h11.Connection(h11.CLIENT)
+
+    def close(self) -> None:
+        """To the owner, the client has left."""
+        self._stream.socket.close()
+
+    async def take_leave(self) -> None:
+        """Close as one whose client may come back; done when the owner has seen it and closes, too."""
+        try:
+            with suppress(*_GONE):
+                await self._stream.send_eof()
+                while await self._stream.receive_some(65536):
+                    pass
+        finally:
+            self.close()
+
+    async def ask(self, hops: int) -> tuple[h11.Response, bytes] | None:
+        """Send the current request; the answer, None where the owner dies before it. A stream's body is left to come.
+
+        Raises:
+            InvalidRequestError: HTTP/1.1 has no way to say it.
+        """
+        try:
+            await self._send_request(hops)
+            head = await self._receive_head()
+            return head, b"" if _is_stream(head) else await self._receive_whole_body()
+        except h11.LocalProtocolError as error:
+            raise InvalidRequestError(f"This request has a header that cannot be passed on: {error}.") from error
+        except _GONE:
+            return None
+
+    async def _send_request(self, hops: int) -> None:
+        """Send the current request as it came in, less what concerned only its own connection."""
+        body = kept_body(request)
+        headers = [
+            (name, value)
+            for name, value in request.scope["headers"]
+            if name.lower() not in _HOP_BY_HOP and name.lower() not in (b"content-length", _HOPS.encode())
+        ]
+        if not any(name.lower() == b"host" for name, _ in headers):
+            headers.append((b"host", b"localhost"))  # HTTP/2 has it in :authority
+        headers += [
+            (b"content-length", b"%d" % len(body)),
+            (_HOPS.encode(), b"%d" % hops),
+            (b"connection", b"close"),
+        ]
+        target = request.scope["raw_path"] + (b"?" + request.query_string if request.query_string else b"")
+        data = b"".join(
+            self._protocol.send(event) or b""
+            for event in (
+                h11.Request(method=request.method, target=target, headers=headers),
+                h11.Data(data=body),
+                h11.EndOfMessage(),
+            )
+        )
+        with suppress(trio.BrokenResourceError):  # it may have answered before it read everything
+            await self._stream.send_all(data)
+
+    async def _receive_head(self) -> h11.Response:
+        event = await self._next_event()
+        while isinstance(event, h11.InformationalResponse):
+            event = await self._next_event()
+        if not isinstance(event, h11.Response):
+            raise h11.RemoteProtocolError("the owner has closed the connection")
+        return event
+
+    async def _receive_whole_body(self) -> bytes:
+        body = bytearray()
+        while data := await self.receive_body():
+            body += data
+        return bytes(body)
+
+    async def receive_body(self) -> bytes:
+        """What has come of the body; empty at its end."""
+        event = await self._next_event()
+        return bytes(event.data) if isinstance(event, h11.Data) else b""
+
+    async def _next_event(self) -> h11.Event | type[h11.PAUSED]:
+        while (event := self._protocol.next_event()) is h11.NEED_DATA:
+            self._protocol.receive_data(await self._stream.receive_some(65536))
+        return event  # type: ignore[return-value]

@@ -1,0 +1,43 @@
+"""Reading a query string, strictly, into its wire type."""
+
+from functools import cache
+from typing import TypeVar
+
+import msgspec
+from quart import Request
+
+from service.api.http.strict_json import convert, shown
+from service.api.native.wire import Query
+from service.errors import InvalidRequestError
+
+Q = TypeVar("Q", bound=Query)
+
+
+def read_query(request: Request, kind: type[Q]) -> Q:
+    """The query string as a ``kind``.
+
+    Raises:
+        InvalidRequestError
+    """
+    values = request.args.to_dict(flat=False)
+    for name, given in values.items():
+        if len(given) > 1:
+            raise InvalidRequestError("This parameter may be given once.", field=shown(name))
+        if name in _whole_numbers(kind) and not (given[0].isascii() and given[0].isdigit()):
+            raise InvalidRequestError("This parameter takes a whole number, in digits alone.", field=name)
+    return convert({name: given[0] for name, given in values.items()}, kind, strict=False)
+
+
+@cache
+def _whole_numbers(kind: type[Query]) -> frozenset[str]:
+    """The parameters that are whole numbers: ``2.0`` and ``2e0`` would do as one, were it not for this."""
+    described = msgspec.inspect.type_info(kind)
+    assert isinstance(described, msgspec.inspect.StructType)
+    return frozenset(
+        field.encode_name for field in described.fields if isinstance(_plain(field.type), msgspec.inspect.IntType)
+    )
+
+
+def _plain(described: msgspec.inspect.Type) -> msgspec.inspect.Type:
+    """A type without what its schema says beyond it."""
+    return described.type if isinstance(described, msgspec.inspect.Metadata) else described

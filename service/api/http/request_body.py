@@ -1,0 +1,166 @@
+"""Reading a request's body: bounded in size and time, then taken strictly."""
+
+from typing import TypeVar, cast
+
+import trio
+from quart import Request
+from quart_trio.wrappers.request import TrioBody, TrioRequest
+
+from service.api.http.strict_json import InputTooLargeError, check_texts, convert, parse_json
+from service.api.native.wire import RequestBody
+from service.errors import RefusedError
+from service.settings import Settings
+from service.supervisor import Service
+
+B = TypeVar("B", bound=RequestBody)
+
+_KEPT = "lastcall.body"
+"""Where a request's body is kept, in its ASGI scope, for whoever may have to send it on."""
+
+
+class UnsupportedMediaTypeError(RefusedError):
+    """The body is said to be something else than JSON."""
+
+    code = "unsupported_media_type"
+
+    def __init__(self, message: str = 'This call takes a JSON body: send "Content-Type: application/json".') -> None:
+        super().__init__(message)
+
+
+class UnsupportedEncodingError(UnsupportedMediaTypeError):
+    """The body is compressed, or said to be."""
+
+    field = "Content-Encoding"
+
+    def __init__(self) -> None:
+        super().__init__("This call takes a body that is not compressed: send it without Content-Encoding.")
+
+
+class BodyTimeoutError(RefusedError):
+    """The body did not arrive within ``body_timeout_s``."""
+
+    code = "body_timeout"
+
+    def __init__(self) -> None:
+        super().__init__("The rest of the body did not arrive in time (body_timeout_s).")
+
+
+class BoundedBody(TrioBody):
+    """A body on its way in. What passes the bound is dropped, also where nobody reads it.
+
+    Quart 0.22's own would do. Quart 0.23's keeps whatever arrives, without a bound, until the body is
+    complete; ``test_a_body_without_a_length_is_refused_at_the_bound`` tells when that has changed.
+    The one calls ``append``, the other ``put`` and ``disconnect``.
+    """
+
+    def __init__(self, expected_content_length: int | None, max_content_length: int | None) -> None:
+        self._arrived = bytearray()
+        self._bytes_max = max_content_length or 0
+        self._error: Exception | None = None
+        self._readable = trio.Event()
+        if (expected_content_length or 0) > self._bytes_max:
+            self._refuse_as_too_large()
+
+    async def read(self) -> bytes:
+        """The whole body, once.
+
+        Raises:
+            InputTooLargeError: As soon as that is known.
+            Exception: What :meth:`refuse` was given.
+        """
+        await self._readable.wait()
+        if self._error is not None:
+            raise self._error
+        body = bytes(self._arrived)
+        self._arrived.clear()
+        return body
+
+    def refuse(self, error: Exception) -> None:
+        """Take no more of it, and answer whoever reads it with an error. Nothing happens to one that is complete."""
+        if not self._readable.is_set():
+            self._error = error
+            self._arrived.clear()
+            self._readable.set()
+
+    def append(self, data: bytes) -> None:
+        if self._error is not None:
+            return
+        if len(self._arrived) + len(data) > self._bytes_max:
+            self._refuse_as_too_large()
+        else:
+            self._arrived += data
+
+    def _refuse_as_too_large(self) -> None:
+        self.refuse(InputTooLargeError(f"The body is larger than {self._bytes_max} bytes, more than this call takes."))
+
+    async def put(self, data: bytes) -> None:
+        self.append(data)
+
+    def set_complete(self) -> None:
+        self._readable.set()
+
+    def disconnect(self) -> None:
+        """The client has left: the request is cancelled, and whoever reads with it."""
+
+
+class BoundedRequest(TrioRequest):
+    """A request with a :class:`BoundedBody`."""
+
+    body_class = BoundedBody
+
+
+def body_bytes_max(settings: Settings) -> int:
+    """The bound on a body: any text within ``input_bytes_max`` fits, however it is escaped.
+
+    An escape makes at most six bytes of one (``\\u0041``). All the other fields together, metadata
+    with surrogate pairs first of all, fit in the constant.
+    """
+    return 6 * settings.input_bytes_max + 128 * 1024
+
+
+async def read_body(request: Request, kind: type[B], service: Service) -> B:
+    """Read the body as a ``kind``. Cancelled when the client leaves.
+
+    Where other processes may share the store, and have to answer instead, it is kept as it came until
+    :func:`drop_body`.
+
+    Raises:
+        UnsupportedMediaTypeError, UnsupportedEncodingError
+        InputTooLargeError: Before anything is read, where the request tells its length.
+        BodyTimeoutError
+        MalformedBodyError
+        InvalidRequestError: It is JSON, but not a ``kind``; ``field`` says where.
+    """
+    if request.mimetype != "application/json":
+        raise UnsupportedMediaTypeError
+    if request.headers.get("Content-Encoding", "identity").strip().lower() not in ("identity", ""):
+        raise UnsupportedEncodingError
+    raw = kept_body(request)
+    if not raw:
+        assert isinstance(request.body, BoundedBody)
+        with trio.move_on_after(service.settings.body_timeout_s) as arrival:
+            raw = await request.body.read()
+        if arrival.cancelled_caught:
+            raise BodyTimeoutError
+        if service.store.durable:
+            cast("dict[str, object]", request.scope)[_KEPT] = raw
+    return parse_body(raw, kind, text_bytes_max=service.settings.input_bytes_max)
+
+
+def kept_body(request: Request) -> bytes:
+    """The body as it came in, while it is kept; empty before and after."""
+    body: bytes = cast("dict[str, object]", request.scope).get(_KEPT, b"")  # type: ignore[assignment]
+    return body
+
+
+def drop_body(request: Request) -> None:
+    """Keep the body no longer: it is decided who answers. Idempotent."""
+    cast("dict[str, object]", request.scope).pop(_KEPT, None)
+
+
+def parse_body(raw: bytes, kind: type[B], *, text_bytes_max: int) -> B:
+    """The synchronous part of :func:`read_body`."""
+    body = convert(parse_json(raw), kind)
+    for name in kind.__struct_fields__:
+        check_texts(getattr(body, name), name, bytes_max=text_bytes_max)
+    return body

@@ -1,0 +1,177 @@
+"""JSON taken strictly, and turned into a type with errors that name the field."""
+
+import re
+from collections.abc import Sequence
+from json import JSONDecodeError, JSONDecoder
+from typing import Never, TypeVar
+
+import msgspec
+
+from service.api.native.wire import FORMS, Metadata
+from service.errors import InvalidRequestError
+
+T = TypeVar("T")
+
+_SHOWN_MAX = 200
+"""Characters of a caller's own words that are shown back."""
+
+
+class MalformedBodyError(InvalidRequestError):
+    """The body is not one JSON document in UTF-8 without repeated keys."""
+
+    code = "malformed_body"
+
+
+class InputTooLargeError(InvalidRequestError):
+    """The body, or a text in it, is larger than it may be."""
+
+    code = "input_too_large"
+
+
+def parse_json(raw: bytes) -> object:
+    """One JSON document (RFC 8259), refusing what parsers differ about: repeated keys, NaN, a BOM.
+
+    Raises:
+        MalformedBodyError
+    """
+    try:
+        return _decode(raw.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise MalformedBodyError("The body is not UTF-8.") from None
+    except JSONDecodeError as error:
+        raise MalformedBodyError(f"The body is not JSON: {error.msg} at character {error.pos}.") from None
+    except ValueError:
+        raise MalformedBodyError("The body has a number that is too long.") from None
+    except RecursionError:
+        raise MalformedBodyError("The body is nested too deeply.") from None
+
+
+class _Pairs(list[tuple[str, object]]):
+    """An object of JSON as it came, with what it repeats."""
+
+
+class _RepeatedKeyError(Exception):
+    """Some object has a key twice."""
+
+
+def _unique(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        raise _RepeatedKeyError
+    return unique
+
+
+def _repeated_key(node: object, path: str = "") -> str | None:
+    """The path of the first key that an object has twice."""
+    if isinstance(node, _Pairs):
+        seen: set[str] = set()
+        for key, value in node:
+            within = f"{path}.{key}" if path else key
+            if key in seen:
+                return within
+            seen.add(key)
+            if (found := _repeated_key(value, within)) is not None:
+                return found
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            if (found := _repeated_key(value, f"{path}[{index}]")) is not None:
+                return found
+    return None
+
+
+def _refuse_constant(name: str) -> Never:
+    raise MalformedBodyError(f"The body is not JSON: {name} is not a JSON number.")
+
+
+def _number(text: str) -> float | int:
+    """JSON has one type of number: ``1.0`` and ``1e0`` are 1 where a whole number is wanted."""
+    number = float(text)
+    return int(number) if number.is_integer() else number
+
+
+_decode_unique = JSONDecoder(object_pairs_hook=_unique, parse_float=_number, parse_constant=_refuse_constant).decode
+_decode_pairs = JSONDecoder(object_pairs_hook=_Pairs).decode
+
+
+def _decode(text: str) -> object:
+    try:
+        return _decode_unique(text)
+    except _RepeatedKeyError:
+        field = _repeated_key(_decode_pairs(text)) or ""
+        raise MalformedBodyError("The body has this key twice.", field=shown(field)) from None
+
+
+_PATH = re.compile(r" - at `(?P<key>key` in `)?\$\.?(?P<path>[^`]*)`$", re.DOTALL)
+_NAMED_FIELD = re.compile(r"field `(?P<name>.*)`", re.DOTALL)
+
+
+def convert(value: object, kind: type[T], *, strict: bool = True) -> T:
+    """The value as a ``kind``. Not strict, texts may stand for numbers and booleans.
+
+    Raises:
+        InvalidRequestError: ``field`` says where it is not one.
+    """
+    try:
+        return msgspec.convert(value, kind, strict=strict)
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError("A name may not have half of a surrogate pair.", field=shown(error.object)) from None
+    except msgspec.ValidationError as error:
+        message = str(error)
+    path = _PATH.search(message)
+    field = path["path"] if path else ""
+    message = message[: path.start()] if path else message
+    if path and path["key"]:
+        message = f"One of its keys is not as it should be: {message}"
+    if named := _NAMED_FIELD.search(message):
+        field = named["name"]
+    if field.endswith("[...]") and isinstance(value, dict):
+        field = field.removesuffix("[...]")
+        field = f"{field}.{_pair_at_fault(value[field])}"
+    message = _in_words(message, kind, field)
+    raise InvalidRequestError(shown(message) + ".", field=shown(field) or None)
+
+
+def _in_words(message: str, kind: type, field: str) -> str:
+    """What is allowed, where msgspec gives a pattern or not even that."""
+    for pattern, form in FORMS.items():
+        if repr(pattern) in message:
+            return f"Expected {form}"
+    if message.startswith("Invalid enum value"):
+        allowed = msgspec.json.schema(kind)["$defs"][kind.__name__]["properties"][field]["enum"]
+        return f"Expected one of {', '.join(map(repr, allowed))}"
+    return message
+
+
+def _pair_at_fault(pairs: dict[str, object]) -> str:
+    for key, value in pairs.items():
+        try:
+            msgspec.convert({key: value}, Metadata)
+        except msgspec.ValidationError:
+            return key
+    return ""
+
+
+def check_texts(value: object, field: str, *, bytes_max: int) -> None:
+    """Refuse texts that could not be kept, sent on or shown; metadata has bounds of its own."""
+    if isinstance(value, dict):
+        for key, text in value.items():
+            _utf8_length(key, field, what="A key")
+            _utf8_length(text, f"{field}.{key}")
+    elif isinstance(value, str) and (size := _utf8_length(value, field)) > bytes_max:
+        raise InputTooLargeError(
+            f"This text has {size} bytes of UTF-8; at most {bytes_max} are taken (input_bytes_max).", field=field
+        )
+
+
+def _utf8_length(text: str, field: str, *, what: str = "A text") -> int:
+    if "\0" in text:
+        raise InvalidRequestError(f"{what} may not have NUL characters.", field=shown(field))
+    try:
+        return len(text) if text.isascii() else len(text.encode())
+    except UnicodeEncodeError:
+        raise InvalidRequestError(f"{what} may not have half of a surrogate pair.", field=shown(field)) from None
+
+
+def shown(text: str) -> str:
+    """A caller's own words, short and safe to encode."""
+    return text[:_SHOWN_MAX].encode("utf-8", "backslashreplace").decode()

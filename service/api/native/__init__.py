@@ -1,0 +1,1 @@
+"""The native API: sessions, turns and chat."""

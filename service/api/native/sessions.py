@@ -1,0 +1,186 @@
+"""Calls about sessions and the messages on their path."""
+
+from functools import partial
+
+import msgspec
+from quart import Blueprint, request
+from quart_trio.wrappers import TrioResponse
+
+from service.api.http.app_state import current_service, json_response, no_content
+from service.api.http.operations import Answer, operation
+from service.api.http.paging import read_page
+from service.api.http.proxy import expect_later
+from service.api.http.query_params import read_query
+from service.api.http.request_body import read_body
+from service.api.native.wire import (
+    CreateSession,
+    ForkSession,
+    MessageList,
+    PageQuery,
+    Session,
+    SessionList,
+    SessionsQuery,
+    UpdateSession,
+)
+from service.errors import (
+    InvalidRequestError,
+    SessionExistsError,
+    SessionLimitError,
+    SessionNotFoundError,
+    ShuttingDownError,
+    TurnInProgressError,
+    TurnNotFoundError,
+)
+from service.ids import is_session_id
+from service.sessions.commands import NewSession
+from service.storage.records import SessionPatch
+
+blueprint = Blueprint("sessions", __name__)
+
+_LED_BY_ID = tuple(
+    (name, {"session_id": "$response.body#/id"})
+    for name in (
+        *("get_session", "update_session", "delete_session", "fork_session"),
+        *("list_messages", "start_turn", "list_turns"),
+    )
+)
+
+
+def checked_session_id(session_id: str) -> str:
+    """The id, if it is one. Raises: SessionNotFoundError, for no session has an id of another form."""
+    if not is_session_id(session_id):
+        raise SessionNotFoundError(session_id[:128])
+    return session_id
+
+
+def session_location(session_id: str) -> str:
+    return f"/sessions/{session_id}"
+
+
+@blueprint.post("/sessions")
+@operation(
+    id="create_session",
+    body=CreateSession,
+    answers=(Answer(status=201, description="The new session.", body=Session, located=True, links=_LED_BY_ID),),
+    errors=(SessionExistsError, SessionLimitError, ShuttingDownError),
+)
+async def create_session() -> TrioResponse:
+    """Create a session.
+
+    Everything is optional: `{}` makes one with an id of ours. It expires when it has not been used for
+    `idle_timeout_s`; accepting or ending a turn and PATCH are uses, reading is none.
+    """
+    service = current_service()
+    body = await read_body(request, CreateSession, service)
+    record = await service.sessions.create_session(NewSession(**msgspec.structs.asdict(body)))
+    return json_response(Session.of(record), 201, location=session_location(record.id))
+
+
+@blueprint.get("/sessions")
+@operation(
+    id="list_sessions",
+    query=SessionsQuery,
+    answers=(Answer(status=200, description="A page of sessions.", body=SessionList),),
+)
+async def list_sessions() -> TrioResponse:
+    """List sessions, newest first.
+
+    A session that is there from the first page to the last is in exactly one of them.
+    """
+    query = read_query(request, SessionsQuery)
+    sessions = current_service().sessions
+    listing = partial(sessions.list_sessions, status=query.status or None)
+    page = await read_page(listing, limit=query.limit, after=query.after or None)
+    count = await sessions.count_sessions(status=query.status or None) if query.count else msgspec.UNSET
+    return json_response(SessionList.of(page, count=count))
+
+
+@blueprint.get("/sessions/<session_id>")
+@operation(
+    id="get_session",
+    answers=(Answer(status=200, description="The session.", body=Session),),
+    errors=(SessionNotFoundError,),
+)
+async def get_session(session_id: str) -> TrioResponse:
+    """Get a session. Reading does not keep it from expiring."""
+    record = await current_service().sessions.get_session(checked_session_id(session_id))
+    return json_response(Session.of(record))
+
+
+@blueprint.patch("/sessions/<session_id>")
+@operation(
+    id="update_session",
+    body=UpdateSession,
+    answers=(Answer(status=200, description="The session as it is now.", body=Session),),
+    errors=(SessionNotFoundError,),
+)
+async def update_session(session_id: str) -> TrioResponse:
+    """Change a session and move its expiry.
+
+    What is left out stays; null clears `title`, `model` and `system_message`. `metadata` is replaced as a whole.
+    """
+    session_id = checked_session_id(session_id)
+    service = current_service()
+    body = await read_body(request, UpdateSession, service)
+    patch = SessionPatch(**msgspec.structs.asdict(body))
+    return json_response(Session.of(await service.sessions.update_session(session_id, patch)))
+
+
+@blueprint.delete("/sessions/<session_id>")
+@operation(
+    id="delete_session",
+    answers=(Answer(status=204, description="The session, its turns and their events are gone."),),
+    errors=(SessionNotFoundError,),
+)
+async def delete_session(session_id: str) -> TrioResponse:
+    """Delete a session.
+
+    It is gone for everybody at once; its turns end as `cancelled` (`session_deleted`). Completes even
+    if the caller leaves; a second call meanwhile waits and gets 204 too.
+    """
+    service = current_service()
+    expect_later(by_s=service.settings.cleanup_timeout_s + service.settings.store_timeout_s)
+    await service.sessions.delete_session(checked_session_id(session_id))
+    return no_content()
+
+
+@blueprint.post("/sessions/<session_id>/fork")
+@operation(
+    id="fork_session",
+    body=ForkSession,
+    answers=(Answer(status=201, description="The copy.", body=Session, located=True, links=_LED_BY_ID),),
+    errors=(
+        *(SessionNotFoundError, SessionExistsError, TurnInProgressError),
+        *(SessionLimitError, ShuttingDownError),
+    ),
+)
+async def fork_session(session_id: str) -> TrioResponse:
+    """Fork a session: create one with its settings and a copy of its conversation.
+
+    Copied are the turns on the path from the first one to `at`, with their events, under ids of their own; all of them
+    must have ended. From then on neither session knows of the other.
+    """
+    session_id = checked_session_id(session_id)
+    service = current_service()
+    body = await read_body(request, ForkSession, service)
+    expect_later(by_s=service.settings.store_timeout_s)
+    try:
+        record = await service.sessions.fork_session(session_id, at=body.at, copy_id=body.id)
+    except TurnNotFoundError as error:
+        raise InvalidRequestError(str(error), field="at") from None
+    return json_response(Session.of(record), 201, location=session_location(record.id))
+
+
+@blueprint.get("/sessions/<session_id>/messages")
+@operation(
+    id="list_messages",
+    query=PageQuery,
+    answers=(Answer(status=200, description="A page of messages.", body=MessageList),),
+    errors=(SessionNotFoundError,),
+)
+async def list_messages(session_id: str) -> TrioResponse:
+    """List the messages on the path from the first turn to the head, oldest first."""
+    session_id = checked_session_id(session_id)
+    query = read_query(request, PageQuery)
+    page = await current_service().sessions.list_messages(session_id, limit=query.limit, after=query.after or None)
+    return json_response(MessageList.of(page))

@@ -1,0 +1,231 @@
+"""Calls about turns: starting them in three ways, looking at them, streaming and cancelling them."""
+
+from functools import partial
+from math import inf
+from typing import cast
+
+from quart import Blueprint, request
+from quart_trio.wrappers import TrioResponse
+
+from service.api.http.app_state import current_service, json_response, no_content
+from service.api.http.event_stream import HEADERS, MEDIA_TYPE, read_cursor, stream_response, wants_stream
+from service.api.http.operations import Answer, operation
+from service.api.http.paging import read_page
+from service.api.http.proxy import expect_later, release_later
+from service.api.http.query_params import read_query
+from service.api.http.request_body import drop_body, read_body
+from service.api.http.request_resources import give_back_later
+from service.api.native import wire
+from service.api.native.sessions import checked_session_id, session_location
+from service.api.native.wire import EventsQuery, PageQuery, StartTurn, TurnList
+from service.errors import (
+    EventsLostError,
+    InvalidRequestError,
+    QueueFullError,
+    SessionNotFoundError,
+    ShuttingDownError,
+    StreamLimitError,
+    TurnInProgressError,
+    TurnLimitError,
+    TurnNotFoundError,
+)
+from service.ids import is_turn_id
+from service.sessions.commands import NewTurn
+from service.sessions.events.streams import StreamSlot
+from service.sessions.turns.turn import Turn, Watch
+from service.storage.records import TurnRecord
+from service.supervisor import Service
+
+blueprint = Blueprint("turns", __name__)
+
+_SLOT = "lastcall.slot"
+_NO_TURN = (SessionNotFoundError, TurnNotFoundError)
+STARTING_ERRORS = (TurnInProgressError, QueueFullError, TurnLimitError, StreamLimitError, ShuttingDownError)
+
+_LED_BY_ID = tuple(
+    (name, {"session_id": "$response.body#/session_id", "turn_id": "$response.body#/id"})
+    for name in ("get_turn", "stream_events", "cancel_turn")
+)
+
+
+def checked_turn_id(turn_id: str) -> str:
+    """The id, if it is one. Raises: TurnNotFoundError, for no turn has an id of another form."""
+    if not is_turn_id(turn_id):
+        raise TurnNotFoundError(turn_id[:128])
+    return turn_id
+
+
+@blueprint.post("/sessions/<session_id>/turns")
+@operation(
+    id="start_turn",
+    body=StartTurn,
+    accepts_stream=True,
+    answers=(
+        Answer(
+            status=200,
+            description="The turn, ended; or its events.",
+            body=wire.Turn,
+            streams=True,
+            located=True,
+            links=_LED_BY_ID,
+        ),
+        Answer(
+            status=202, description="The turn, accepted (`background`).", body=wire.Turn, located=True, links=_LED_BY_ID
+        ),
+    ),
+    errors=(SessionNotFoundError, *STARTING_ERRORS),
+)
+async def start_turn(session_id: str) -> TrioResponse:
+    """Start a turn.
+
+    With `Accept: text/event-stream` the answer streams its events from the first one on; with
+    `background` it is 202 at once; otherwise it comes when the turn has ended, whatever its end is:
+    look at `state`. The input is kept before the first byte of the answer. A turn that nobody
+    streams or waits for any more is cancelled, unless it is `background` or `on_disconnect` says
+    otherwise.
+    """
+    session_id = checked_session_id(session_id)
+    service = current_service()
+    body = await read_body(request, StartTurn, service)
+    new = NewTurn(
+        text=body.input,
+        parent=body.parent,
+        model=body.model,
+        temperature=body.temperature,
+        max_output_tokens=body.max_output_tokens,
+        on_conflict=body.on_conflict,
+        on_disconnect=body.on_disconnect,
+        background=body.background,
+    )
+    if wants_stream(request) and not new.background:
+        return await start_streaming(service, take_slot(service), session_id, new)
+    expect_later(by_s=_acceptance_s(service) if new.background else inf)
+    turn, watch = await _start(service, session_id, new)
+    with watch:
+        if new.background:
+            return _turn_response(turn.record(), 202, created=True)
+        return _turn_response(await turn.wait_ended(), created=True)
+
+
+def take_slot(service: Service) -> StreamSlot:
+    """The place of the stream that is to be the answer: taken before anything is done for it.
+
+    A request has one place, also where it is begun anew (see :mod:`service.api.http.proxy`).
+
+    Raises:
+        StreamLimitError
+    """
+    scope = cast("dict[str, StreamSlot]", request.scope)
+    if _SLOT not in scope:
+        scope[_SLOT] = service.sessions.streams.open_stream()
+        give_back_later(scope[_SLOT].give_back)  # only comes into effect if the answer is another one after all
+    return scope[_SLOT]
+
+
+async def start_streaming(service: Service, slot: StreamSlot, session_id: str, new: NewTurn) -> TrioResponse:
+    """Start a turn whose events are the answer."""
+    expect_later(by_s=_acceptance_s(service))
+    turn, watch = await _start(service, session_id, new)
+    release_later(watch)
+    response = stream_response(turn.log, slot, cursor=0)
+    response.headers["Location"] = _turn_location(turn.session_id, turn.id)
+    return response
+
+
+def _acceptance_s(service: Service) -> float:
+    """What an acceptance may take beyond one step of the store: it has up to three."""
+    return 2 * service.settings.store_timeout_s
+
+
+async def _start(service: Service, session_id: str, new: NewTurn) -> tuple[Turn, Watch]:
+    """No checkpoint comes after the acceptance, here neither."""
+    try:
+        started = await service.sessions.start_turn(session_id, new)
+    except TurnNotFoundError as error:  # not what the path names, which would be 404
+        raise InvalidRequestError(str(error), field="parent") from None
+    drop_body(request)
+    return started
+
+
+@blueprint.get("/sessions/<session_id>/turns")
+@operation(
+    id="list_turns",
+    query=PageQuery,
+    answers=(Answer(status=200, description="A page of turns.", body=TurnList),),
+    errors=(SessionNotFoundError,),
+)
+async def list_turns(session_id: str) -> TrioResponse:
+    """List all turns of a session, in the order of their acceptance."""
+    session_id = checked_session_id(session_id)
+    query = read_query(request, PageQuery)
+    listing = partial(current_service().sessions.list_turns, session_id)
+    page = await read_page(listing, limit=query.limit, after=query.after or None)
+    return json_response(TurnList.of(page))
+
+
+@blueprint.get("/sessions/<session_id>/turns/<turn_id>")
+@operation(
+    id="get_turn", answers=(Answer(status=200, description="The turn as it stands.", body=wire.Turn),), errors=_NO_TURN
+)
+async def get_turn(session_id: str, turn_id: str) -> TrioResponse:
+    """Get a turn, with the reply so far."""
+    record = await current_service().sessions.get_turn(checked_session_id(session_id), checked_turn_id(turn_id))
+    return _turn_response(record)
+
+
+@blueprint.get("/sessions/<session_id>/turns/<turn_id>/events")
+@operation(
+    id="stream_events",
+    query=EventsQuery,
+    resumes=True,
+    answers=(
+        Answer(status=200, description="The events after the one seen last, live.", streams=True),
+        Answer(status=204, description="The turn has ended and all its events have been seen: do not reconnect."),
+    ),
+    errors=(*_NO_TURN, EventsLostError, StreamLimitError),
+)
+async def stream_events(session_id: str, turn_id: str) -> TrioResponse:
+    """Stream a turn's events: live, replayed or both.
+
+    Any number of streams may follow a turn, each at its own pace. After a lost connection send the
+    last event's id as `Last-Event-ID` (an `EventSource` does) or as `after`: nothing is missing and
+    nothing comes twice.
+    """
+    cursor = read_cursor(request)
+    service = current_service()
+    session_id, turn_id = checked_session_id(session_id), checked_turn_id(turn_id)
+    slot = take_slot(service)
+    log, watch = await service.sessions.open_events(session_id, turn_id, after=cursor)
+    release_later(watch)
+    if cursor >= log.last_seq and log.closed:
+        return no_content()
+    if cursor > log.last_seq:
+        field = "Last-Event-ID" if request.headers.get("Last-Event-ID") else "after"
+        raise InvalidRequestError(f"This turn has {log.last_seq} events so far.", field=field)
+    if request.method == "HEAD":
+        return TrioResponse(b"", headers=HEADERS, content_type=MEDIA_TYPE)
+    return stream_response(log, slot, cursor=cursor)
+
+
+@blueprint.post("/sessions/<session_id>/turns/<turn_id>/cancel")
+@operation(
+    id="cancel_turn", answers=(Answer(status=200, description="The turn, ended.", body=wire.Turn),), errors=_NO_TURN
+)
+async def cancel_turn(session_id: str, turn_id: str) -> TrioResponse:
+    """Cancel a turn and wait for its end.
+
+    Idempotent: a turn that has ended, or ends in another way first, is answered as it ended.
+    """
+    service = current_service()
+    expect_later(by_s=service.settings.cleanup_timeout_s)
+    record = await service.sessions.cancel_turn(checked_session_id(session_id), checked_turn_id(turn_id))
+    return _turn_response(record)
+
+
+def _turn_response(record: TurnRecord, status: int = 200, *, created: bool = False) -> TrioResponse:
+    location = _turn_location(record.session_id, record.id) if created else None
+    return json_response(wire.Turn.of(record), status, location=location)
+
+
+def _turn_location(session_id: str, turn_id: str) -> str:
+    return f"{session_location(session_id)}/turns/{turn_id}"

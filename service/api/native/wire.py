@@ -1,0 +1,325 @@
+"""What travels over HTTP: the bodies that are taken and given, each with one example.
+
+Texts are bounded further by ``input_bytes_max`` (see :mod:`service.api.http.request_body`).
+"""
+
+from datetime import datetime
+from typing import Annotated, Literal, Self
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
+
+from service.models.client import FinishReason, Role, Usage
+from service.sessions.commands import OnConflict
+from service.sessions.messages import MessageRecord
+from service.sessions.turns.turn import OnDisconnect
+from service.storage.records import EndReason, Failure, Page, SessionRecord, SessionStatus, TurnRecord, TurnState
+
+# Python's ``$`` also matches before a last line end, JavaScript's does not: hence the lookahead.
+_SESSION_ID = r"^(?!\.{1,2}$)[A-Za-z0-9_.-]{1,128}$(?!\n)"
+_TURN_ID = r"^turn_[0-9a-f]{32}$(?!\n)"
+FORMS = {
+    _SESSION_ID: "1-128 of `A-Z a-z 0-9 _ . -`; not `.` or `..`, which no URL can name",
+    _TURN_ID: "the id of a turn: `turn_` and 32 of `0-9 a-f`",
+}
+"""What the patterns say, in words."""
+SessionId = Annotated[str, Meta(pattern=_SESSION_ID, description=f"{FORMS[_SESSION_ID]}.")]
+TurnId = Annotated[str, Meta(pattern=_TURN_ID)]
+# Told to readers of the schema only: :mod:`service.api.http.strict_json` looks itself, and says it in words.
+_NO_NUL = {"pattern": r"^[^\x00]*$"}
+Title = Annotated[str, Meta(max_length=200, extra_json_schema=_NO_NUL)]
+ModelName = Annotated[str, Meta(min_length=1, max_length=256, extra_json_schema=_NO_NUL)]
+Text = Annotated[
+    str,
+    Meta(min_length=1, description="At most `input_bytes_max` bytes of UTF-8, no NUL.", extra_json_schema=_NO_NUL),
+]
+Metadata = Annotated[
+    dict[
+        Annotated[str, Meta(min_length=1, max_length=64, extra_json_schema=_NO_NUL)],
+        Annotated[str, Meta(max_length=512, extra_json_schema=_NO_NUL)],
+    ],
+    Meta(max_length=16, description="At most 16 pairs, keys of 1-64 characters, values of at most 512."),
+]
+IdleTimeout = Annotated[float, Meta(ge=1, le=31_536_000, description="Seconds without use until the session expires.")]
+Limit = Annotated[int, Meta(ge=1, le=100, description="How many at most; of large ones a page has fewer.")]
+After = Annotated[str, Meta(max_length=512, description="The `next` of the page before.")]
+
+
+class RequestBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A body that is taken."""
+
+
+class Query(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A query string that is taken. What was not given is UNSET: as a text, "null" is not null."""
+
+
+# Sessions
+
+
+class CreateSession(RequestBody, frozen=True, kw_only=True):
+    """``{"id": "support-4711", "system_message": "Be brief.", "metadata": {"team": "blue"}}``"""
+
+    id: SessionId | None = None
+    title: Title | None = None
+    model: ModelName | None = None
+    system_message: Text | None = None
+    metadata: Metadata = {}
+    idle_timeout_s: IdleTimeout | None = None
+
+
+class ForkSession(RequestBody, frozen=True, kw_only=True):
+    """``{"at": "turn_0a…", "id": "support-4711-again"}``"""
+
+    at: Annotated[TurnId | None, Meta(description="The last turn to copy: the head if left out.")] = None
+    id: SessionId | None = None
+
+
+class UpdateSession(RequestBody, frozen=True, kw_only=True):
+    """``{"title": "Refund for order 4711", "model": null}``: what is left out stays.
+
+    null clears ``title``, ``model`` and ``system_message``.
+    """
+
+    title: Title | None | UnsetType = UNSET
+    model: ModelName | None | UnsetType = UNSET
+    system_message: Text | None | UnsetType = UNSET
+    metadata: Annotated[Metadata, Meta(extra_json_schema={"description": "Replaces all pairs."})] | UnsetType = UNSET
+    idle_timeout_s: IdleTimeout | UnsetType = UNSET
+
+
+class SessionUsage(msgspec.Struct, frozen=True):
+    """``{"input_tokens": 120, "output_tokens": 340}``: all turns, as the upstreams counted."""
+
+    input_tokens: int
+    output_tokens: int
+
+
+class Session(msgspec.Struct, frozen=True, kw_only=True):
+    """A session.
+
+    ``{"id": "sess_6f…", "created_at": "2026-01-31T09:30:00Z", "last_accessed_at": "2026-01-31T09:31:07.25Z",
+    "expires_at": "2026-01-31T10:01:07.25Z", "idle_timeout_s": 1800.0, "title": null, "model": null,
+    "system_message": "Be brief.", "metadata": {}, "status": "idle", "head": "turn_0a…", "message_count": 2,
+    "usage": {"input_tokens": 12, "output_tokens": 34}}``
+    """
+
+    id: str
+    created_at: datetime
+    last_accessed_at: datetime
+    expires_at: datetime
+    idle_timeout_s: float
+    title: str | None
+    model: str | None
+    system_message: str | None
+    metadata: dict[str, str]
+    status: SessionStatus
+    head: str | None
+    message_count: int
+    usage: SessionUsage
+
+    @classmethod
+    def of(cls, record: SessionRecord) -> Self:
+        return cls(
+            id=record.id,
+            created_at=record.created_at,
+            last_accessed_at=record.last_accessed_at,
+            expires_at=record.expires_at,
+            idle_timeout_s=record.idle_timeout_s,
+            title=record.title,
+            model=record.model,
+            system_message=record.system_message,
+            metadata=record.metadata,
+            status=record.status,
+            head=record.head,
+            message_count=record.message_count,
+            usage=SessionUsage(record.input_tokens, record.output_tokens),
+        )
+
+
+class SessionsQuery(Query, frozen=True, kw_only=True):
+    """``?limit=50&status=running&count=true``"""
+
+    limit: Limit = 20
+    after: After | UnsetType = UNSET
+    status: SessionStatus | UnsetType = UNSET
+    count: Annotated[bool, Meta(description="Whether to add the exact count of all pages.")] = False
+
+
+class SessionList(msgspec.Struct, frozen=True, kw_only=True):
+    """``{"data": [{"id": "sess_6f…", …}], "next": null, "count": 1}``: newest first; no ``next`` on the last page."""
+
+    data: tuple[Session, ...]
+    next: str | None
+    count: int | UnsetType = UNSET
+
+    @classmethod
+    def of(cls, page: Page[SessionRecord], *, count: int | UnsetType = UNSET) -> Self:
+        return cls(data=tuple(map(Session.of, page.data)), next=page.next, count=count)
+
+
+class PageQuery(Query, frozen=True, kw_only=True):
+    """``?limit=50&after=WyJ0IiwxMl0``"""
+
+    limit: Limit = 20
+    after: After | UnsetType = UNSET
+
+
+# Messages
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True):
+    """A message.
+
+    ``{"id": "msg_9c…", "turn_id": "turn_0a…", "role": "user", "text": "Hi", "created_at": "2026-01-31T09:30:00Z"}``
+    """
+
+    id: str
+    turn_id: str
+    role: Role
+    text: str
+    created_at: datetime
+
+    @classmethod
+    def of(cls, record: MessageRecord) -> Self:
+        return cls(
+            id=record.id, turn_id=record.turn_id, role=record.role, text=record.text, created_at=record.created_at
+        )
+
+
+class MessageList(msgspec.Struct, frozen=True, kw_only=True):
+    """``{"data": [{"id": "msg_9c…", …}], "next": null}``: the path to the head, oldest first."""
+
+    data: tuple[Message, ...]
+    next: str | None
+
+    @classmethod
+    def of(cls, page: Page[MessageRecord]) -> Self:
+        return cls(data=tuple(map(Message.of, page.data)), next=page.next)
+
+
+# Turns
+
+
+class StartTurn(RequestBody, frozen=True, kw_only=True):
+    """``{"input": "What is a nursery?", "temperature": 0.2, "on_conflict": "queue"}``"""
+
+    input: Text
+    parent: (
+        Annotated[
+            TurnId | None, Meta(description="The turn this one follows: the head if left out, null to begin anew.")
+        ]
+        | UnsetType
+    ) = UNSET
+    model: ModelName | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    max_output_tokens: Annotated[int, Meta(ge=1, le=1_000_000_000)] | None = None
+    on_conflict: Annotated[
+        OnConflict, Meta(description="What to do while another turn of the session is running or queued.")
+    ] = "reject"
+    on_disconnect: Annotated[
+        OnDisconnect, Meta(description="What to do when nobody streams or waits for the turn any more.")
+    ] = "cancel"
+    background: Annotated[bool, Meta(description="Answer 202 at once; nobody needs to wait for the turn.")] = False
+
+
+class Turn(msgspec.Struct, frozen=True, kw_only=True):
+    """A turn; ``text`` is the reply so far.
+
+    ``{"id": "turn_0a…", "session_id": "sess_6f…", "parent": null, "state": "completed", "reason": null,
+    "error": null, "model": "scripted", "input": "Hi", "text": "Hello.", "finish_reason": "stop",
+    "usage": {"input_tokens": 1, "output_tokens": 2, "reasoning_tokens": 0},
+    "created_at": "2026-01-31T09:30:00Z", "started_at": "2026-01-31T09:30:00Z", "ended_at": "2026-01-31T09:30:01Z"}``
+    """
+
+    id: str
+    session_id: str
+    parent: str | None
+    state: TurnState
+    reason: EndReason | None
+    error: Failure | None
+    model: str
+    input: str
+    text: str
+    finish_reason: FinishReason | None
+    usage: Usage | None
+    created_at: datetime
+    started_at: datetime | None
+    ended_at: datetime | None
+
+    @classmethod
+    def of(cls, record: TurnRecord) -> Self:
+        return cls(
+            id=record.id,
+            session_id=record.session_id,
+            parent=record.parent,
+            state=record.state,
+            reason=record.reason,
+            error=record.error,
+            model=record.model,
+            input="\n".join(item.text for item in record.input if item.type == "message"),
+            text=record.text,
+            finish_reason=record.finish_reason,
+            usage=record.usage,
+            created_at=record.created_at,
+            started_at=record.started_at,
+            ended_at=record.ended_at,
+        )
+
+
+class TurnList(msgspec.Struct, frozen=True, kw_only=True):
+    """``{"data": [{"id": "turn_0a…", …}], "next": null}``: oldest first."""
+
+    data: tuple[Turn, ...]
+    next: str | None
+
+    @classmethod
+    def of(cls, page: Page[TurnRecord]) -> Self:
+        return cls(data=tuple(map(Turn.of, page.data)), next=page.next)
+
+
+class EventsQuery(Query, frozen=True, kw_only=True):
+    """``?after=12``: only the events whose seq is above; ``Last-Event-ID`` wins over it."""
+
+    after: Annotated[int, Meta(ge=0, le=10**15, description="The seq of the last event already seen.")] = 0
+
+
+class Chat(RequestBody, frozen=True, kw_only=True):
+    """``{"message": "Hi", "session_id": "me"}``"""
+
+    message: Text
+    session_id: Annotated[
+        SessionId | None, Meta(description="Made if it is not there; left out, a new session is made.")
+    ] = None
+
+
+# The rest
+
+
+class Health(msgspec.Struct, frozen=True):
+    """``{"status": "ok"}``"""
+
+    status: Literal["ok", "ready"]
+
+
+class Problem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A problem document.
+
+    ``{"type": "/docs#turn_in_progress", "title": "Turn in progress", "status": 409, "code": "turn_in_progress",
+    "detail": "Turn 'turn_0a…' is still running or queued in this session; …", "turn_id": "turn_0a…"}``
+
+    ``field`` names the part of the request that is wrong; ``retry_after_s`` repeats the header;
+    ``turn_id``, ``state`` and ``text`` tell of the turn that is in the way, is not there or whose events are lost.
+
+    Source: https://www.rfc-editor.org/rfc/rfc9457
+    """
+
+    type: str
+    title: str
+    status: int
+    code: str
+    detail: str
+    field: str | None = None
+    retry_after_s: int | None = None
+    turn_id: str | None = None
+    state: str | None = None
+    text: str | None = None

@@ -1,0 +1,1 @@
+"""The API described: OpenAPI and the page for readers."""

@@ -1,0 +1,195 @@
+"""The OpenAPI document, built from the routes and what is said beside their handlers."""
+
+import inspect
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import msgspec
+from quart import Quart
+
+from service import __version__
+from service.api.http.access import LoopbackOnlyError, UnauthorizedError
+from service.api.http.event_stream import MEDIA_TYPE as EVENT_STREAM
+from service.api.http.operations import Answer, Operation, operation_of
+from service.api.http.problems import MEDIA_TYPE as PROBLEM
+from service.api.http.problems import NotReadyError, code_of, status_of
+from service.api.http.request_body import BodyTimeoutError, UnsupportedMediaTypeError
+from service.api.http.strict_json import InputTooLargeError, MalformedBodyError
+from service.api.native.wire import Problem, SessionId, TurnId
+from service.errors import InvalidRequestError, LastcallError, OwnedElsewhereError, ResourcesExhaustedError, StoreError
+from service.sessions.events.events import Event
+
+_OPEN_TAG = "health"
+_STATIC_TAG = "docs"
+_TAGS = {
+    "sessions": "A session holds a conversation: a tree of turns, and a head.",
+    "turns": "A turn is an input and the reply to it. Every accepted turn ends exactly once.",
+    "chat": "To try it by hand.",
+    "health": "For whatever watches over the process.",
+    "docs": "This description.",
+}
+_BODY_ERRORS = (MalformedBodyError, BodyTimeoutError, InputTooLargeError, UnsupportedMediaTypeError)
+_PATH_PARAMETERS = {"session_id": SessionId, "turn_id": TurnId}
+_REF = "#/components/schemas/{name}"
+_EXAMPLE_STREAM = """\
+id: 1
+data: {"type":"turn.started","seq":1,"session_id":"sess_6f","turn_id":"turn_0a","model":"scripted"}
+
+id: 2
+data: {"type":"turn.delta","seq":2,"text":"Hello."}
+
+id: 3
+data: {"type":"turn.completed","seq":3,"finish_reason":"stop","usage":null,"text_length":6}"""
+
+
+def build_document(app: Quart) -> dict[str, Any]:
+    """The document of all operations of an application."""
+    schemas = _Schemas()
+    paths: dict[str, dict[str, Any]] = {}
+    for rule in app.url_map.iter_rules():
+        handler = app.view_functions[rule.endpoint]
+        path = re.sub("<([^>]+)>", r"{\1}", rule.rule)
+        tag = rule.endpoint.partition(".")[0]
+        method = next(iter((rule.methods or set()) - {"HEAD", "OPTIONS"})).lower()
+        paths.setdefault(path, {})[method] = _operation(
+            operation_of(handler), tag, inspect.getdoc(handler) or "", sorted(rule.arguments), schemas
+        )
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Lastcall",
+            "version": __version__,
+            "summary": "AI chat sessions whose streams end properly.",
+            "license": {"name": "MIT", "identifier": "MIT"},
+        },
+        "tags": [{"name": name, "description": description} for name, description in _TAGS.items()],
+        "security": [{"bearer": []}, {}],
+        "paths": paths,
+        "components": {
+            "schemas": schemas.components,
+            "securitySchemes": {
+                "bearer": {
+                    "type": "http",
+                    "scheme": "bearer",
+                    "description": "Where `api_keys` are set; without them this machine alone is served.",
+                }
+            },
+        },
+    }
+
+
+class _Schemas:
+    """The component schemas that were referred to so far."""
+
+    def __init__(self) -> None:
+        self.components: dict[str, Any] = {}
+
+    def of(self, kind: Any) -> dict[str, Any]:
+        (schema,), components = msgspec.json.schema_components([kind], ref_template=_REF)
+        self.components.update(components)
+        return schema
+
+    def event_stream(self) -> dict[str, Any]:
+        """Of one event, as is usual before OpenAPI 3.2: a stream has no end that a schema could describe."""
+        data = {"type": "string", "contentMediaType": "application/json", "contentSchema": self.of(Event)}
+        return {
+            "type": "object",
+            "description": f"One event. On the wire, after its `retry:` line:\n\n```\n{_EXAMPLE_STREAM}\n```",
+            "properties": {"id": {"type": "string", "pattern": "^[0-9]+$"}, "data": data},
+            "required": ["id", "data"],
+        }
+
+
+def _operation(operation: Operation, tag: str, doc: str, path_names: list[str], schemas: _Schemas) -> dict[str, Any]:
+    summary, _, description = doc.partition("\n\n")
+    described: dict[str, Any] = {
+        "operationId": operation.id,
+        "tags": [tag],
+        "summary": " ".join(summary.split()),
+        "description": description,
+        "parameters": list(_parameters(operation, path_names, schemas)),
+        "responses": {},
+    }
+    if tag == _OPEN_TAG:
+        described["security"] = []
+    if operation.body is not None:
+        described["requestBody"] = {
+            "required": True,
+            "content": {"application/json": {"schema": schemas.of(operation.body)}},
+        }
+    for answer in operation.answers:
+        described["responses"][str(answer.status)] = _answer(answer, schemas)
+    described["responses"].update(_problems(_errors(operation, tag), schemas))
+    return described
+
+
+def _parameters(operation: Operation, path_names: list[str], schemas: _Schemas) -> Iterator[dict[str, Any]]:
+    for name in path_names:
+        yield {"name": name, "in": "path", "required": True, "schema": schemas.of(_PATH_PARAMETERS[name])}
+    if operation.query is not None:
+        schema = schemas.of(operation.query)
+        for name, of_one in schemas.components.pop(schema["$ref"].rpartition("/")[2])["properties"].items():
+            yield {"name": name, "in": "query", "schema": of_one}
+    if operation.resumes:
+        yield {
+            "name": "Last-Event-ID",
+            "in": "header",
+            "description": "The id of the last event already seen; wins over `after`.",
+            "schema": {"type": "string", "pattern": "^[0-9]{0,15}$"},
+        }
+
+
+def _answer(answer: Answer, schemas: _Schemas) -> dict[str, Any]:
+    described: dict[str, Any] = {"description": answer.description}
+    content: dict[str, Any] = {}
+    if answer.body is not None:
+        content["application/json"] = {"schema": schemas.of(answer.body)}
+    if answer.streams:
+        content[EVENT_STREAM] = {"schema": schemas.event_stream()}
+    if answer.media_type is not None:
+        content[answer.media_type] = {"schema": {"type": "object" if answer.media_type.endswith("json") else "string"}}
+    if content:
+        described["content"] = content
+    if answer.located:
+        described["headers"] = {
+            "Location": {"description": "The URL of what was created.", "required": True, "schema": {"type": "string"}}
+        }
+    if answer.links:
+        described["links"] = {
+            name: {"operationId": name, "parameters": parameters} for name, parameters in answer.links
+        }
+    return described
+
+
+def _errors(operation: Operation, tag: str) -> Iterable[type[LastcallError]]:
+    yield from operation.errors
+    if operation.body is not None:
+        yield from _BODY_ERRORS
+    yield InvalidRequestError
+    yield LoopbackOnlyError
+    yield NotReadyError
+    if tag != _OPEN_TAG:
+        yield UnauthorizedError
+        if tag != _STATIC_TAG:
+            yield StoreError
+            yield ResourcesExhaustedError
+            yield OwnedElsewhereError
+
+
+def _problems(errors: Iterable[type[LastcallError]], schemas: _Schemas) -> dict[str, Any]:
+    codes: dict[int, list[str]] = {}
+    for error in errors:
+        codes.setdefault(status_of(error), []).append(f"`{code_of(error)}`")
+    described = {}
+    for status in sorted(codes):
+        problem: dict[str, Any] = {
+            "description": " or ".join(codes[status]),
+            "content": {PROBLEM: {"schema": schemas.of(Problem)}},
+        }
+        if status in (429, 503):
+            problem["headers"] = {
+                "Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 0}}
+            }
+        described[str(status)] = problem
+    return described

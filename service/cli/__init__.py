@@ -1,0 +1,1 @@
+"""The console script: its command line, and what an operator does with the store."""

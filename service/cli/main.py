@@ -1,0 +1,112 @@
+"""The console script: serve, show the settings that serving would use, take care of what is kept."""
+
+import argparse
+import io
+import json
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+
+from service import __version__
+from service.cli.store_commands import add_commands, take_care
+from service.errors import StartupError
+from service.settings import SECRETS, Settings, Sources, Upstream, read_sources, shown_url
+
+EXIT_REFUSED = 78
+"""The exit code of a start-up that was refused: ``EX_CONFIG`` of sysexits.h."""
+_BIND_HELP = "host:port or, with api_keys, unix:path, in place of the setting; port 0 takes a free one"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the process's exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # JSON and TOML are, wherever they go
+    arguments = _parser().parse_args(argv)
+    overrides = {"bind": arguments.bind} if arguments.command == "serve" and arguments.bind else {}
+    try:
+        sources = read_sources(**overrides)
+        settings = sources.settings()
+        if arguments.command in ("serve", "config"):
+            _check_scripts(settings, sources)
+        if arguments.command == "config":
+            sys.stdout.write(effective(settings, sources))
+            return 0
+        if arguments.command != "serve":
+            return take_care(settings, arguments)
+        # Only now: what serves takes a moment to import, and wrong settings are to be told at once.
+        if arguments.reload:
+            from service.hosting.reload import serve_and_reload  # noqa: PLC0415
+
+            arguments_of_each = [f"--{name}={value}" for name, value in overrides.items()]
+            return serve_and_reload(settings, config_file=sources.file, arguments=arguments_of_each)
+        from service.hosting.serve import serve  # noqa: PLC0415
+
+        return serve(settings)
+    except StartupError as error:
+        for line in str(error).splitlines():
+            sys.stderr.write(f"lastcall: {line}\n")
+        return EXIT_REFUSED
+    except UnicodeEncodeError as error:  # an argument, or the working directory
+        sys.stderr.write(f"lastcall: {error.object!r} should be UTF-8\n")
+        return EXIT_REFUSED
+    except KeyboardInterrupt:  # before there was anything to stop
+        return 128 + signal.SIGINT
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lastcall", description="A Trio-native service for AI chat sessions.")
+    parser.add_argument("--version", action="version", version=f"lastcall {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    serve = commands.add_parser("serve", help="serve until a signal says stop")
+    serve.add_argument("--bind", metavar="ADDRESS", help=_BIND_HELP)
+    serve.add_argument("--reload", action="store_true", help="start anew when the code or lastcall.toml changes")
+    commands.add_parser("config", help="print the settings in force, as TOML, and where each comes from")
+    add_commands(commands)
+    return parser
+
+
+def _check_scripts(settings: Settings, sources: Sources) -> None:
+    """Raises: SettingsError: A ``scripted:`` URL has a parameter that is unknown or wrong."""
+    places = [sources.place("upstreams", number, "url") for number, _ in enumerate(settings.upstreams)]
+    for number, upstream in enumerate(settings.all_upstreams):
+        if upstream.url.startswith("scripted:") and upstream.url != "scripted:":
+            from service.supervisor import check_script  # noqa: PLC0415  takes a moment to import
+
+            check_script(upstream.url, setting=places[number] if places else sources.place("model_url"))
+
+
+def effective(settings: Settings, sources: Sources) -> str:
+    """The settings as a ``lastcall.toml`` that would give the same, less the secrets.
+
+    What is not a default says where it comes from.
+    """
+    return "\n".join([*_top_level(settings, sources), *_upstream_tables(settings.upstreams)]) + "\n"
+
+
+def _top_level(settings: Settings, sources: Sources) -> Iterator[str]:
+    replaced = {"model_url", "model_api_key"} if settings.upstreams else set()
+    for name in Settings.model_fields:
+        if name == "upstreams" or name in replaced:
+            continue
+        value = settings.default_model if name == "model" else getattr(settings, name)
+        origin = sources.origins.get(name)
+        yield _assignment(name, value) + (f"  # {origin}" if origin else "")
+
+
+def _upstream_tables(upstreams: Sequence[Upstream]) -> Iterator[str]:
+    for upstream in upstreams:
+        yield "\n[[upstreams]]"
+        yield from (_assignment(name, getattr(upstream, name)) for name in Upstream.model_fields)
+
+
+def _assignment(name: str, value: object) -> str:
+    if value is None or (name in SECRETS and not value):
+        return f"# {name} is not set"
+    if name in SECRETS:
+        return f"# {name} is set, and hidden"
+    if name in ("url", "model_url"):
+        value = shown_url(str(value))
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return f"{name} = {text}"  # of a string, a number or their list: TOML too

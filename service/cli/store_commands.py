@@ -1,0 +1,102 @@
+"""What an operator does with the kept sessions, from the command line; a service may be running beside it."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import msgspec
+
+from service.clock import wall_clock
+from service.errors import InvalidRequestError, RefusedError, SessionExistsError, StartupError
+from service.settings import Settings
+from service.storage.session_export import ExportedSession, not_exported, read_exported, shown
+
+FAILED = 1
+"""The exit code where the store is fine, but what was asked for cannot be had; or where a check finds something."""
+
+
+def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add these commands to a command line."""
+    backup = commands.add_parser("backup", help="write a consistent copy of the store to a new file")
+    backup.add_argument("path", type=Path, help="the new file")
+    commands.add_parser("check", help="look through the whole store; exit code 1 if something is wrong")
+    export = commands.add_parser("export", help="print a session with its turns and events, as JSON")
+    export.add_argument("session", help="its id")
+    imported = commands.add_parser("import", help="add an exported session, under its own id")
+    imported.add_argument("file", type=Path, nargs="?", help="what export printed; standard input if left out")
+    commands.add_parser("vacuum", help="give the space of what was removed back to the disk, in short steps")
+
+
+def take_care(settings: Settings, arguments: argparse.Namespace) -> int:
+    """Run one of these commands; its exit code.
+
+    Raises:
+        StartupError: There is no such store, it cannot be used, or the file that was given cannot.
+    """
+    if settings.store_url == "memory:":
+        raise StartupError("store_url is memory:, where nothing is kept; name the store with LASTCALL_STORE_URL.")
+    try:
+        done, code = _run(settings, arguments)
+    except RefusedError as error:
+        sys.stderr.write(f"lastcall: {error}\n")
+        return FAILED
+    sys.stdout.write(f"{done}\n")
+    return code
+
+
+def _run(settings: Settings, arguments: argparse.Namespace) -> tuple[str, int]:
+    """What there is to say, and the exit code."""
+    from service.storage.sqlite import database, maintenance  # noqa: PLC0415  only who uses it needs SQLite
+
+    path = database.real_path(settings.store_url.removeprefix("sqlite:"))
+    match arguments.command:
+        case "backup":
+            maintenance.backup(path, arguments.path)
+            return f"{path} is copied to {arguments.path}", 0
+        case "check":
+            problems = maintenance.check(path)
+            return "\n".join(problems) or f"{path} is whole", FAILED if problems else 0
+        case "export":
+            return maintenance.export_session(path, arguments.session).decode(), 0
+        case "import":
+            whole = read_exported(_read(arguments.file))
+            _check_bounds(whole, text_bytes_max=settings.input_bytes_max)
+            try:
+                maintenance.import_session(path, whole, now=wall_clock())
+            except SessionExistsError as error:
+                raise RefusedError(
+                    f"A session {error.session_id!r} is in {path} already; delete it first, or name another store with "
+                    "LASTCALL_STORE_URL."
+                ) from None
+            return whole.session.id, 0
+        case _:
+            return f"{path} gave {maintenance.vacuum(path)} bytes back", 0
+
+
+def _read(file: Path | None) -> bytes:
+    try:
+        return sys.stdin.buffer.read() if file is None else file.read_bytes()
+    except OSError as error:
+        raise StartupError(f"{file} cannot be read: {error.strerror}.") from error
+
+
+def _check_bounds(whole: ExportedSession, *, text_bytes_max: int) -> None:
+    """Take no more into a session than the API would. Raises: StartupError."""
+    from service.api.http.strict_json import check_texts, convert  # noqa: PLC0415  only who imports needs the API
+    from service.api.native.wire import CreateSession, RequestBody, StartTurn  # noqa: PLC0415
+
+    asked: list[tuple[str, type[RequestBody], dict[str, object]]] = [
+        ("of the session", CreateSession, msgspec.structs.asdict(whole.session))
+    ]
+    for turn in (it.turn for it in whole.turns):
+        text = "\n".join(item.text for item in turn.input if item.type == "message")
+        asked.append((f"of turn {shown(turn.id)}", StartTurn, msgspec.structs.asdict(turn) | {"input": text}))
+    for of, kind, values in asked:
+        body = {name: values[name] for name in kind.__struct_fields__ if name in values}
+        try:
+            convert(body, kind)
+            for name, value in body.items():
+                check_texts(value, name, bytes_max=text_bytes_max)
+        except InvalidRequestError as error:
+            name = (error.field or "").partition(".")[0]
+            raise not_exported(f"{name} {shown(body.get(name))} {of}: {str(error).removesuffix('.')}") from None

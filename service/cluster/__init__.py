@@ -1,0 +1,1 @@
+"""Other processes of this service, as sessions see them."""

@@ -1,0 +1,1 @@
+"""All that replaces or patches hypercorn; each workaround has its removal test."""

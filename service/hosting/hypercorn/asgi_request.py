@@ -1,0 +1,146 @@
+"""A request on its way through Quart-Trio, with two faults mended and two additions.
+
+* hypercorn tells the application of a disconnect when a response is complete; Quart-Trio then cancels the request
+  while that last send is still inside hypercorn, which is about to make the connection ready for the next request.
+  Its idle timer never starts: kept-alive connections live for ever, and a shutdown waits for each of them. So the
+  last send is shielded, or the disconnect not heeded. Source: hypercorn 0.18 ``H11Protocol._maybe_recycle``,
+  quart-trio 0.12 and 0.13 ``TrioASGIHTTPConnection``. Proven by ``tests/hosting/hypercorn/test_asgi_request.py``.
+* A client that is still sending its request when the work has ended is answered, not waited for.
+* From the end of the lame duck on, each response on HTTP/1 says that the connection closes.
+* The pieces of a stream go straight to the connection, and what hypercorn says comes straight from it.
+"""
+
+from functools import partial
+from math import inf
+from typing import Any, cast
+
+import trio
+from quart import Quart
+from quart.wrappers import Request
+from quart_trio.asgi import TrioASGIHTTPConnection
+
+from service.api.http.event_stream import LastPiece
+from service.api.http.request_body import BoundedBody
+from service.errors import ShuttingDownError
+from service.hosting.hypercorn.asgi_receive import Inbox
+from service.hosting.hypercorn.chunked_response import ChunkedResponse
+from service.shutdown import Shutdown
+
+LAST_SEND_TIMEOUT_S = 30
+"""The shield's own bound; who does not read for so long is not worth a clean connection."""
+
+_REQUESTS = "lastcall.requests"
+
+
+class OpenRequests(set[Request]):
+    """The requests of an application, as far as the shutdown has to do with them."""
+
+    def __init__(self, shutdown: Shutdown) -> None:
+        super().__init__()
+        self._shutdown = shutdown
+
+    @property
+    def closing(self) -> bool:
+        return not self._shutdown.accepting
+
+    def refuse_uploads(self) -> None:
+        """Have the requests whose bodies are not complete answered with 503."""
+        for request in self:
+            if isinstance(request.body, BoundedBody):
+                request.body.refuse(ShuttingDownError())
+
+
+def open_requests(app: Quart, shutdown: Shutdown) -> OpenRequests:
+    """Tell the application's connections of this shutdown."""
+    requests = app.extensions[_REQUESTS] = OpenRequests(shutdown)
+    return requests
+
+
+class HTTPConnection(TrioASGIHTTPConnection):
+    """One request."""
+
+    _response: ChunkedResponse | None = None
+    _is_complete = False
+
+    async def __call__(self, receive: Any, send: Any) -> None:
+        request = self._create_request_from_scope(send)
+        requests: OpenRequests | None = self.app.extensions.get(_REQUESTS)
+        if requests is not None:
+            requests.add(request)
+        try:
+            if isinstance(receive, Inbox) and isinstance(request.body, BoundedBody):
+                await self._answer_directly(request, receive, send)
+            else:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self.handle_messages, nursery, request, receive)
+                    await self.handle_request(nursery, request, partial(self._send_shielding_the_last, send))
+        finally:
+            if requests is not None:
+                requests.discard(request)
+
+    async def _answer_directly(self, request: Request, inbox: Inbox, send: Any) -> None:
+        """As Quart-Trio does it, less a nursery and two tasks for each request."""
+        body = cast("BoundedBody", request.body)
+        scope = trio.CancelScope()
+
+        def take(message: dict[str, Any]) -> None:
+            if message["type"] == "http.request":
+                body.append(message.get("body", b""))
+                if not message.get("more_body", False):
+                    body.set_complete()
+            elif not self._is_complete:
+                scope.cancel()
+
+        with scope:
+            inbox.hand_over(take)
+            await self.handle_request(cast("trio.Nursery", _NOTHING_ELSE), request, partial(self._send, send))
+
+    async def _send_shielding_the_last(self, send: Any, message: dict[str, Any]) -> None:
+        last = _is_last(message)
+        with trio.CancelScope(shield=last, deadline=trio.current_time() + LAST_SEND_TIMEOUT_S if last else inf):
+            await self._send(send, message)
+
+    async def _send(self, send: Any, message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.body":
+            await self._send_piece(send, message)
+            return
+        if message["type"] == "http.response.start" and self._closes():
+            headers = [pair for pair in message["headers"] if pair[0].lower() != b"connection"]
+            message["headers"] = [*headers, (b"connection", b"close")]
+        await send(message)
+        self._response = ChunkedResponse.begun_by(send)
+
+    async def _send_piece(self, send: Any, message: dict[str, Any]) -> None:
+        if self._is_complete:
+            return  # Quart ends what has ended with its last piece
+        piece = message["body"]
+        self._is_complete = _is_last(message)
+        if self._response is None:
+            await send(message | {"more_body": not self._is_complete})
+        elif self._is_complete:
+            await self._response.end(piece)
+        else:
+            await self._response.write(piece)
+
+    def _closes(self) -> bool:
+        requests: OpenRequests | None = self.app.extensions.get(_REQUESTS)
+        return requests is not None and requests.closing and self.scope["http_version"] < "2"
+
+
+def _is_last(message: dict[str, Any]) -> bool:
+    return message["type"] == "http.response.body" and (
+        not message.get("more_body", False) or isinstance(message["body"], LastPiece)
+    )
+
+
+class _NothingElse:
+    """In the place of the nursery that Quart-Trio's ``handle_request`` cancels in the end: nothing else runs here."""
+
+    def __init__(self) -> None:
+        self.cancel_scope = self
+
+    def cancel(self) -> None:
+        pass
+
+
+_NOTHING_ELSE = _NothingElse()

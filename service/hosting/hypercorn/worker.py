@@ -1,0 +1,129 @@
+"""The hypercorn worker around us: the one place that names what hypercorn keeps to itself.
+
+All of it is looked up once, when the lifespan begins, and what is not there any more refuses the start:
+a shutdown that only seems to work is worse than none. ``tests/hosting/hypercorn/test_worker.py`` fails first.
+"""
+
+import multiprocessing
+import os
+import threading
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.synchronize import Event as MasterEvent
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import hypercorn.trio
+import hypercorn.trio.run
+import trio
+from hypercorn.app_wrappers import ASGIWrapper
+from hypercorn.config import Config, Sockets
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import AppWrapper
+
+from service.errors import StartupError
+
+
+@dataclass(frozen=True)
+class Master:
+    """The process that started this worker, and how it tells it to stop.
+
+    Attributes:
+        stop_event: Set for a stop and for a reload alike, and shared by all workers.
+        sentinel: A descriptor that becomes readable when the master dies.
+    """
+
+    pid: int
+    stop_event: MasterEvent
+    sentinel: int
+
+    def wants_stop(self) -> bool:
+        """Whether the event is set, without the locks and the system calls of ``is_set``."""
+        return self.stop_event._flag.get_value() > 0  # type: ignore[attr-defined, no-any-return]
+
+    def is_alive(self) -> bool:
+        return os.getppid() == self.pid
+
+    def waits_for(self) -> Literal["any worker", "all workers", None]:
+        """What it is blocked in: any worker's end, as ever, or that of all, as in its SIGHUP handler and at its exit.
+
+        Nothing but the kernel tells the two apart. None where it runs at the moment, or the kernel does not tell.
+        """
+        with suppress(OSError):
+            blocked_in = Path(f"/proc/{self.pid}/wchan").read_text()
+            if "poll" in blocked_in or "select" in blocked_in:
+                return "any worker"
+            if "wait" in blocked_in:
+                return "all workers"
+        return None
+
+
+class Worker:
+    """A process, or the part of one, that hypercorn serves us in.
+
+    Attributes:
+        task: What everything of hypercorn's is below.
+        app: As hypercorn wraps it.
+        config: As it is in effect here.
+        context: hypercorn's own; ``terminate`` starts its shutdown and ``terminated`` follows.
+        master: None where one process does everything.
+    """
+
+    def __init__(self, task: trio.lowlevel.Task, frame: FrameType, master: Master | None) -> None:
+        self.task = task
+        self._frame = frame
+        self.app: AppWrapper = self._local("app", ASGIWrapper)
+        self.config: Config = self._local("config", Config)
+        self.context: WorkerContext = self._local("context", WorkerContext)
+        self.master = master
+
+    @property
+    def server_nursery(self) -> trio.Nursery:
+        """Where the connections are. Only once it serves."""
+        nursery: trio.Nursery = self._local("server_nursery", trio.Nursery)
+        return nursery
+
+    @property
+    def sockets(self) -> Sockets | None:
+        """What its master listens on; None without one, where hypercorn listens only once the lifespan has begun."""
+        return self._frame.f_locals.get("sockets") if self.master is not None else None
+
+    def _local(self, name: str, kind: type) -> Any:
+        value = self._frame.f_locals.get(name)
+        if not isinstance(value, kind):
+            raise StartupError(f"This hypercorn is not the one that Lastcall knows: worker_serve has no {name}.")
+        return value
+
+
+def find_worker() -> Worker | None:
+    """The worker that the current task is the lifespan of; None where hypercorn is a guest, as in a test.
+
+    A worker owns its process: hypercorn is the main task, in the main thread. Only then are the signals and the exit
+    code ours.
+
+    Raises:
+        StartupError: This hypercorn is not the one we know.
+    """
+    task = trio.lowlevel.current_task()
+    main = task.parent_nursery.parent_task if task.parent_nursery else None
+    if main is None or main.parent_nursery is None or threading.current_thread() is not threading.main_thread():
+        return None
+    if main.parent_nursery.parent_task is not trio.lowlevel.current_root_task():
+        return None
+    frames = [frame for frame, _ in main.iter_await_frames()]
+    serving = [hypercorn.trio.run.worker_serve.__code__, hypercorn.trio.serve.__code__]
+    if not frames or frames[0].f_code not in serving:
+        return None
+    frame = next(frame for frame in frames if frame.f_code is hypercorn.trio.run.worker_serve.__code__)
+    return Worker(main, frame, _find_master())
+
+
+def _find_master() -> Master | None:
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return None
+    stop_event = getattr(multiprocessing.current_process(), "_kwargs", {}).get("shutdown_event")
+    if not isinstance(stop_event, MasterEvent) or not hasattr(stop_event, "_flag") or parent.pid is None:
+        raise StartupError("This hypercorn is not the one that Lastcall knows: a worker has no shutdown_event.")
+    return Master(parent.pid, stop_event, parent.sentinel)

@@ -1,0 +1,272 @@
+"""The doors: hypercorn's listeners, in a form that can be closed without leaving anybody standing at them.
+
+A listening socket is one object in the kernel, whoever holds it. As long as a process does (hypercorn's master always
+does), clients connect, whether anybody accepts or not. ``shutdown`` ends that for all holders: from then on the kernel
+refuses, and resets who was still waiting. So whoever waits is taken first. Source: Linux ``inet_shutdown``; proven by
+``tests/hosting/listeners/test_listeners.py``.
+
+A socket that was given to us (``--bind fd://3``, as by systemd) belongs to who gave it: it is never shut, and who
+connects after the end waits for the next server.
+"""
+
+import logging
+import socket
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from math import inf
+from types import ModuleType
+from typing import Any, cast
+
+import hypercorn.trio.run
+import trio
+from hypercorn.config import Config, Sockets
+from hypercorn.utils import repr_socket_addr
+
+from service.hosting.hypercorn.connections import Stream, socket_of
+
+WAITING_MAX = 1024
+"""Clients that wait to be accepted, while the event loop is busy or, in a reload, until a worker is up."""
+COMPLAINT_INTERVAL_S = 1.0
+
+Listener = trio.SocketListener | trio.SSLListener[trio.SocketStream]
+
+
+_GIVEN = "lastcall_given"
+
+
+def given_sockets(config: Config) -> Sequence[bool]:
+    """Which of hypercorn's listeners were given to us, in its order."""
+    noted: Sequence[bool] | None = getattr(config, _GIVEN, None)
+    if noted is not None:
+        return noted
+    return [bind.startswith("fd://") for bind in (*config.bind, *(config.insecure_bind if config.ssl_enabled else ()))]
+
+
+def note_given_sockets(config: Config) -> None:
+    """Keep what :func:`given_sockets` says, in workers too, before other binds become descriptors of our own."""
+    setattr(config, _GIVEN, given_sockets(config))
+
+
+def are_shut(sockets: Sockets) -> bool:
+    """Whether another process has been the last one at these sockets, and has shut them."""
+    listening = [*sockets.secure_sockets, *sockets.insecure_sockets]
+    return not all(it.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) for it in listening)
+
+
+class Doors:
+    """Serves hypercorn's listeners, in place of ``trio.serve_listeners``, until :meth:`close`.
+
+    To be made before hypercorn serves.
+
+    Args:
+        given: Which of the listeners belong to somebody else, in their order.
+
+    Attributes:
+        open: Set once clients are served.
+    """
+
+    def __init__(self, given: Sequence[bool]) -> None:
+        self.open = trio.Event()
+        self._given = given
+        self._listeners: list[Listener] = []
+        self._accepting = trio.CancelScope()
+        self._taking = trio.CancelScope()
+        self._takes_again = trio.Event()
+        self._taken = 0
+        self._served = trio.Event()
+        self._served.set()
+        setattr(hypercorn.trio.run, "trio", _TrioExcept(serve_listeners=self.serve_listeners))  # noqa: B010
+
+    @property
+    def sockets(self) -> list[trio.socket.SocketType]:
+        return [_socket_of(listener) for listener in self._listeners]
+
+    @property
+    def addresses(self) -> list[str]:
+        """Where they are: ``host:port`` or ``unix:path``."""
+        return [_address(it) for it in self._listeners]
+
+    @property
+    def secure_addresses(self) -> list[str]:
+        """Those of them that speak TLS."""
+        return [_address(it) for it in self._listeners if isinstance(it, trio.SSLListener)]
+
+    async def serve_listeners(
+        self,
+        handler: Callable[[Stream], Awaitable[object]],
+        listeners: list[Listener],
+        *,
+        handler_nursery: trio.Nursery,
+    ) -> None:
+        """As Trio's, and never returns either."""
+        self._listeners, self._handler, self._nursery = listeners, handler, handler_nursery
+        for listening in self.sockets:
+            listening.listen(WAITING_MAX)
+        self.open.set()
+        try:
+            with self._accepting, _complaining_seldom():
+                while True:
+                    with trio.CancelScope() as self._taking:
+                        await self._take_clients()
+                    await self._takes_again.wait()
+        finally:
+            for listening in self.sockets:
+                listening.close()
+        await trio.sleep_forever()
+
+    async def _take_clients(self) -> None:
+        listeners = [_StaysOpen(listener) for listener in self._listeners]
+        try:
+            await trio.serve_listeners(self._handler, listeners, handler_nursery=self)  # type: ignore[arg-type]
+        except* OSError:
+            if not self._accepting.cancel_called:  # otherwise it has seen that the socket is shut
+                raise
+
+    def stand_at(
+        self, sockets: Sockets, config: Config, handler: Callable[[Stream], Awaitable[object]], nursery: trio.Nursery
+    ) -> None:
+        """In place of :meth:`serve_listeners` where nothing is served: who waits is taken when the doors close."""
+        self._listeners = [*map(_listener_on, sockets.insecure_sockets)]
+        if (context := config.create_ssl_context()) is not None:
+            secure = map(_listener_on, sockets.secure_sockets)
+            self._listeners[:0] = [trio.SSLListener(it, context, https_compatible=True) for it in secure]
+        self._handler, self._nursery = handler, nursery
+        self.open.set()
+
+    def take_clients(self, wanted: bool) -> None:
+        """Whether to take those who come, or to leave them to other processes, until told otherwise."""
+        if wanted:
+            self._takes_again.set()
+        elif not self._taking.cancel_called:
+            self._takes_again = trio.Event()
+            self._taking.cancel()
+
+    def close(self, *, for_good: bool) -> None:
+        """Take no more clients from here on. Only the first call counts.
+
+        Args:
+            for_good: Nobody else will answer: take and serve those who wait, and have the kernel refuse later ones.
+                Otherwise they wait for another process. So they do in any case where the socket was given to us.
+        """
+        if self._accepting.cancel_called:
+            return
+        self._accepting.cancel()
+        if for_good:
+            for listener, given in zip(self._listeners, self._given, strict=True):
+                if not given:
+                    self._shut(listener)
+
+    @property
+    def has_served(self) -> bool:
+        """Whether all who waited when the doors closed have had their answers, and left."""
+        return self._served.is_set()
+
+    async def wait_served(self) -> None:
+        await self._served.wait()
+
+    def _shut(self, listener: Listener) -> None:
+        listening = socket.socket(fileno=_socket_of(listener).fileno())
+        try:
+            with suppress(OSError):  # nobody waits any more, or another process was the last one too
+                while True:
+                    client, _ = listening.accept()
+                    self._take(_stream_of(client, listener))
+            with suppress(OSError):
+                listening.shutdown(socket.SHUT_RD)
+        finally:
+            listening.detach()
+
+    def _take(self, stream: Stream) -> None:
+        if not self._taken:
+            self._served = trio.Event()
+        self._taken += 1
+        self._nursery.start_soon(self._serve_taken, stream)
+
+    async def _serve_taken(self, stream: Stream) -> None:
+        try:
+            await self._serve(stream)
+        finally:
+            self._taken -= 1
+            if not self._taken:
+                self._served.set()
+
+    def start_soon(self, _run_handler: object, stream: Stream, _handler: object) -> None:
+        """As the nursery of Trio's handlers. Trio's own would close each stream by a cancelled call, open or not."""
+        self._nursery.start_soon(self._serve, stream)
+
+    async def _serve(self, stream: Stream) -> None:
+        try:
+            await self._handler(stream)
+        finally:
+            if socket_of(stream).fileno() >= 0:
+                await trio.aclose_forcefully(stream)
+
+
+class _StaysOpen(trio.abc.Listener[Stream]):
+    """A listener that outlives those who take clients from it."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+
+    async def accept(self) -> Stream:
+        return cast("Stream", await self._listener.accept())
+
+    async def aclose(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+
+@contextmanager
+def _complaining_seldom() -> Iterator[None]:
+    """Where no descriptors are left Trio logs a traceback ten times a second for each listener: a line will do."""
+    trios, seldom = logging.getLogger("trio.serve_listeners"), _Seldom()
+    trios.addFilter(seldom)
+    try:
+        yield
+    finally:
+        trios.removeFilter(seldom)
+
+
+class _Seldom(logging.Filter):
+    """Lets a line through once in a while, without its traceback."""
+
+    _quiet_until = -inf
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.exc_info = None
+        if record.created < self._quiet_until:
+            return False
+        self._quiet_until = record.created + COMPLAINT_INTERVAL_S
+        return True
+
+
+class _TrioExcept(ModuleType):
+    """Trio as one module sees it, with something else in the place of a name."""
+
+    def __init__(self, **others: object) -> None:
+        super().__init__("trio")
+        self.__dict__.update(others)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(trio, name)
+
+
+def _socket_of(listener: Listener) -> trio.socket.SocketType:
+    transport = listener.transport_listener if isinstance(listener, trio.SSLListener) else listener
+    return cast("trio.SocketListener", transport).socket
+
+
+def _listener_on(listening: socket.socket) -> trio.SocketListener:
+    return trio.SocketListener(trio.socket.from_stdlib_socket(listening))
+
+
+def _address(listener: Listener) -> str:
+    listening = _socket_of(listener)
+    return repr_socket_addr(listening.family, listening.getsockname())
+
+
+def _stream_of(client: socket.socket, listener: Listener) -> Stream:
+    client.setblocking(False)
+    stream = trio.SocketStream(trio.socket.from_stdlib_socket(client))
+    if not isinstance(listener, trio.SSLListener):
+        return cast("Stream", stream)
+    return trio.SSLStream(stream, listener._ssl_context, server_side=True, https_compatible=True)

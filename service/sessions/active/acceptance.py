@@ -1,0 +1,193 @@
+"""The acceptance of a turn: whether it may be, the commit of its input, and the task that runs it from there on."""
+
+from collections.abc import Callable
+from datetime import datetime
+
+import msgspec
+import trio
+
+from service.clock import Clock
+from service.errors import (
+    HeadMovedError,
+    QueueFullError,
+    SessionExistsError,
+    SessionNotFoundError,
+    StoreError,
+    TurnInProgressError,
+    TurnLimitError,
+)
+from service.models.client import ModelClient
+from service.sessions.active.active_sessions import Live
+from service.sessions.active.drain import Stopping
+from service.sessions.active.pending_writes import Unkept
+from service.sessions.active.session import LiveSession
+from service.sessions.commands import NewSession, NewTurn, OnConflict
+from service.sessions.events import outcome
+from service.sessions.turns.turn import Turn
+from service.sessions.turns.turn_task import end_turn, run_turn
+from service.settings import Settings
+from service.storage.records import SessionRecord
+from service.storage.store import Store
+from service.storage.store_deadline import answered_within
+
+
+class Acceptance:
+    """Accepts turns, one after the other in each session.
+
+    Args:
+        nursery: The sessions supervisor's own: session tasks are started in it here, because a session begins to live
+            with the acceptance.
+    """
+
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        live: Live,
+        unkept: Unkept,
+        stopping: Stopping,
+        *,
+        store: Store,
+        client_for: Callable[[str], ModelClient],
+        clock: Clock,
+        settings: Settings,
+    ) -> None:
+        self._nursery = nursery
+        self._live = live
+        self._unkept = unkept
+        self._stopping = stopping
+        self._store = store
+        self._client_for = client_for
+        self._clock = clock
+        self._settings = settings
+
+    async def accept(self, session_id: str, new: NewTurn) -> Turn:
+        """Accept a turn, as :meth:`~service.sessions.sessions.Sessions.start_turn` says.
+
+        No checkpoint comes between the acceptance and the return. Cancellation before the first write leaves nothing
+        behind; after it the caller is not cancelled any more, for no longer than the store may take.
+        """
+        self._stopping.check_accepting()
+        with self._live.holding(session_id) as session:
+            async with session.acceptance:
+                self._stopping.check_accepting()
+                check_conflict(session, new.on_conflict, queued_turns_max=self._settings.queued_turns_max)
+                self._check_turn_limit()
+                with self._live.arriving():
+                    while True:
+                        try:
+                            return await self._accept(session, new)
+                        except SessionExistsError:  # somebody else has created it meanwhile: it is there now
+                            new = msgspec.structs.replace(new, creates_session=False)
+                        except HeadMovedError:
+                            pass  # another process had a turn in between: this one follows on that
+
+    def _check_turn_limit(self) -> None:
+        turns_max = self._settings.live_turns_max
+        if self._live.turns_open + self._unkept.turns >= turns_max:
+            raise TurnLimitError(f"{turns_max} turns are running already (live_turns_max); try again later.")
+
+    async def _accept(self, session: LiveSession, new: NewTurn) -> Turn:
+        now = self._clock()
+        stored, is_new = await self._find_session(session.id, new, now)
+        record = new.record(stored, queued=bool(session.turns), now=now, settings=self._settings)
+        turn = Turn(
+            record,
+            client=self._client_for(record.model),
+            system_message=stored.system_message,
+            on_disconnect="continue" if new.background else new.on_disconnect,
+            settings=self._settings,
+        )
+        # Shielded: a caller that leaves in the middle of the commit would leave a turn without an owner, and one that
+        # leaves just before it a session that was created for nothing. The store's deadline bounds each step.
+        with trio.CancelScope(shield=True):
+            if is_new:
+                with self._unkept.writing():
+                    await self._store.create_session(stored, now=now)
+            await self._commit_input(turn, head=stored.head if new.parent is msgspec.UNSET else msgspec.UNSET)
+        self._make_live(session, turn, supersedes=new.on_conflict == "supersede")
+        return turn
+
+    async def _find_session(self, session_id: str, new: NewTurn, now: datetime) -> tuple[SessionRecord, bool]:
+        """The session, and whether it is still to be created."""
+        try:
+            with answered_within(self._settings.store_timeout_s):
+                return await self._store.get_session(session_id, now=now), False
+        except SessionNotFoundError:
+            if not new.creates_session:
+                raise
+            return NewSession(id=session_id).record(now=now, settings=self._settings), True
+
+    async def _commit_input(self, turn: Turn, *, head: str | None | msgspec.UnsetType) -> None:
+        try:
+            with self._unkept.writing():
+                await self._store.begin_turn(turn.record(), now=self._clock(), head=head)
+        except StoreError as error:
+            # Whether it is in the store is unknown; if it is, it must not stay open.
+            turn.decide(outcome.failed(error.code, str(error)))
+            self._unkept.keep_end(turn)
+            raise
+
+    def _make_live(self, session: LiveSession, turn: Turn, *, supersedes: bool) -> None:
+        if supersedes:
+            for earlier in session.turns:
+                earlier.cut_short(outcome.Cancelled("superseded"))
+        self._live.add(session, turn)
+        if session.deletion is not None:
+            turn.cut_short(outcome.Cancelled("session_deleted"))
+        self._stopping.interrupt_late(turn)
+        if not session.has_task:
+            session.has_task = True
+            self._nursery.start_soon(self._run_session, session, name=f"session {session.id}")
+
+    async def _run_session(self, session: LiveSession) -> None:
+        """The session's task, until it has no turns: a failure in it ends those and nothing else."""
+
+        async def run_one(turn: Turn) -> None:
+            await run_turn(
+                turn,
+                wait_for_others=lambda: session.wait_first(turn),
+                default_end=session.default_end,
+                store=self._store,
+                clock=self._clock,
+                settings=self._settings,
+            )
+
+        await session.run(run_one, self._note_ended)
+        self._live.forget_without_work(session)
+
+    async def end_hung(self, *, within_s: float) -> None:
+        """End the turns whose tasks do not come to it: a model client that does not let go of them at its close.
+
+        They are kept and told like any other; those whose ends the store does not take are left to it.
+        """
+
+        async def end(session: LiveSession, turn: Turn) -> None:
+            turn.decide(session.default_end())
+            if await end_turn(turn, store=self._store, clock=self._clock, within_s=within_s) and session.remove(turn):
+                self._note_ended(turn)
+
+        async with trio.open_nursery() as nursery:
+            for session, turn in self._live.open_turns_by_session():
+                nursery.start_soon(end, session, turn)
+
+    def _note_ended(self, turn: Turn) -> None:
+        if not turn.stored:
+            self._unkept.keep_end(turn)
+        self._live.note_ended(turn)
+
+
+def check_conflict(session: LiveSession, on_conflict: OnConflict, *, queued_turns_max: int) -> None:
+    """Whether a session takes one more turn.
+
+    Raises:
+        SessionNotFoundError: It is being deleted.
+        TurnInProgressError, QueueFullError: By ``on_conflict``.
+    """
+    if session.deletion is not None:
+        raise SessionNotFoundError(session.id)
+    if not session.turns:
+        return
+    if on_conflict == "reject":
+        raise TurnInProgressError(session.turns[0].id)
+    if on_conflict == "queue" and len(session.turns) > queued_turns_max:
+        raise QueueFullError(f"{queued_turns_max} turns are queued in this session already (queued_turns_max).")

@@ -1,0 +1,117 @@
+"""What is live: the sessions that have work, their open turns, and how turns have ended since the start.
+
+Everything here but the one wait is synchronous: whatever decides about a session looks at what is live and changes it
+in one step, without a checkpoint between the two.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import trio
+
+from service.sessions.active.session import LiveSession
+from service.sessions.turns.turn import Turn
+
+
+class Live:
+    """The live sessions of this process, by id.
+
+    Attributes:
+        ends: How many turns have ended, by the state they ended in.
+        turns_crashed: How many of them something in this service broke.
+    """
+
+    def __init__(self) -> None:
+        self.ends = {"completed": 0, "failed": 0, "cancelled": 0, "interrupted": 0}
+        self.turns_crashed = 0
+        self._sessions: dict[str, LiveSession] = {}
+        self._turns_arriving = 0
+        self._turns_open = 0
+        self._changes = trio.lowlevel.ParkingLot()
+
+    # Sessions
+
+    def find(self, session_id: str) -> LiveSession | None:
+        """The session, if it is live."""
+        return self._sessions.get(session_id)
+
+    @contextmanager
+    def holding(self, session_id: str) -> Iterator[LiveSession]:
+        """The live session, made if need be, and kept while somebody decides about it."""
+        session = self._sessions.setdefault(session_id, LiveSession(session_id))
+        session.holders += 1
+        try:
+            yield session
+        finally:
+            session.holders -= 1
+            self.forget_without_work(session)
+
+    def forget_without_work(self, session: LiveSession) -> None:
+        """Something of its work is over: one that has none is not live any more. May end :meth:`wait_idle`."""
+        if not session.has_work and self._sessions.get(session.id) is session:
+            del self._sessions[session.id]
+        self._changes.unpark_all()
+
+    @property
+    def sessions_with_turns(self) -> int:
+        """How many sessions have an open turn."""
+        return sum(1 for session in self._sessions.values() if session.turns)
+
+    # Turns
+
+    @property
+    def turns_open(self) -> int:
+        """How many turns are running, queued or just being accepted."""
+        return self._turns_open + self._turns_arriving
+
+    def open_turns(self) -> list[Turn]:
+        """The turns that are running or queued."""
+        return [turn for _, turn in self.open_turns_by_session()]
+
+    def open_turns_by_session(self) -> list[tuple[LiveSession, Turn]]:
+        """The same, each with its session."""
+        return [(session, turn) for session in self._sessions.values() for turn in session.turns]
+
+    def has_turns(self, session_id: str) -> bool:
+        """Whether a session has an open turn."""
+        session = self._sessions.get(session_id)
+        return session is not None and bool(session.turns)
+
+    def find_turn(self, session_id: str, turn_id: str) -> Turn | None:
+        """The turn, if it is open."""
+        session = self._sessions.get(session_id)
+        return session.find(turn_id) if session is not None else None
+
+    @contextmanager
+    def arriving(self) -> Iterator[None]:
+        """A turn is being accepted: it counts as open, whether it is accepted in the end or not."""
+        self._turns_arriving += 1
+        try:
+            yield
+        finally:
+            self._turns_arriving -= 1
+            self._changes.unpark_all()
+
+    def add(self, session: LiveSession, turn: Turn) -> None:
+        """A turn is accepted. The caller holds the session and its acceptance."""
+        session.add(turn)
+        self._turns_open += 1
+
+    def note_ended(self, turn: Turn) -> None:
+        """A turn has left its session."""
+        self.ends[turn.state] += 1
+        self.turns_crashed += turn.crashed
+        self._turns_open -= 1
+        self._changes.unpark_all()
+
+    # All of it
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no turn is open, no end is being stored and no deletion is under way."""
+        return not self.turns_open and not any(session.deletion for session in self._sessions.values())
+
+    async def wait_idle(self) -> None:
+        """Return once it :attr:`is_idle`; at once and without a checkpoint if it is."""
+        while not self.is_idle:
+            await self._changes.park()

@@ -1,0 +1,142 @@
+"""What the store refused: ends of turns and last steps of deletions, kept here until it takes them.
+
+They are bounded: such an end counts as a live turn, and of such a deletion the id is kept.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+
+import structlog
+
+from service.clock import Clock
+from service.errors import SessionLimitError, StoreError
+from service.ids import new_session_id
+from service.sessions.turns.turn import Turn
+from service.storage.records import SessionRecord
+from service.storage.store import Store
+from service.storage.store_deadline import answered_within
+
+logger = structlog.get_logger("lastcall.unkept")
+
+_LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
+"""Before any time that a clock may be set back to."""
+
+
+class Unkept:
+    """The writes that are still to be done, and whether the store takes any.
+
+    Attributes:
+        refusal: Why the store refused the last write; None where it took it. :meth:`settle` finds out when that ends.
+    """
+
+    def __init__(self, store: Store, *, clock: Clock, store_timeout_s: float) -> None:
+        self.refusal: StoreError | None = None
+        self._store = store
+        self._clock = clock
+        self._store_timeout_s = store_timeout_s
+        self._ends: dict[str, Turn] = {}
+        self._marked: set[str] = set()
+        self._removals: set[str] = set()
+        """Those of them whose removal has begun."""
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Around one write to the store, which it bounds: the outcome is :attr:`refusal`. Raises: StoreError."""
+        try:
+            with answered_within(self._store_timeout_s):
+                yield
+        except StoreError as error:
+            self.refusal = error
+            raise
+        self.refusal = None
+
+    # Ends of turns
+
+    def keep_end(self, turn: Turn) -> None:
+        """Keep an end that is not in the store, and tell it if that has not happened."""
+        self.refusal = self.refusal or StoreError("The store did not take the end of a turn.")
+        if not turn.ended.is_set():
+            turn.conclude(turn.finish(self._clock()), stored=False)
+        self._ends[turn.id] = turn
+
+    @property
+    def turns(self) -> int:
+        """How many turns have an end that is not in the store."""
+        return len(self._ends)
+
+    def find_turn(self, session_id: str, turn_id: str) -> Turn | None:
+        """The turn, if its end is kept here."""
+        turn = self._ends.get(turn_id)
+        return turn if turn is not None and turn.session_id == session_id else None
+
+    def has_end_of(self, turn_id: str) -> bool:
+        return turn_id in self._ends
+
+    def forget_ends_of(self, session_id: str) -> None:
+        """Nobody will ask for them: the session is deleted."""
+        for turn_id in [turn.id for turn in self._ends.values() if turn.session_id == session_id]:
+            del self._ends[turn_id]
+
+    # Last steps of deletions
+
+    async def mark(self, session_id: str) -> None:
+        """Mark a session as deleted, once. Raises: SessionNotFoundError, OwnedElsewhereError, StoreError."""
+        if session_id not in self._marked:
+            with self.writing():
+                await self._store.mark_deleted(session_id, now=self._clock())
+            self._marked.add(session_id)
+
+    async def remove(self, session_id: str) -> None:
+        """Remove a marked session; tried again by :meth:`settle` where it does not come to that. Raises: StoreError."""
+        self._removals.add(session_id)
+        with self.writing():
+            await self._store.remove_deleted(session_id)
+        self._removals.discard(session_id)
+        self._marked.discard(session_id)
+
+    # Once more
+
+    async def settle(self) -> None:
+        """Try once more what the store refused.
+
+        Tries everything; what is still refused, or was not tried because the caller was cancelled, stays for the next
+        time. May run twice at once. Where the last write was refused it ends with one that says whether the store takes
+        any.
+
+        Raises:
+            StoreError: The last refusal, if there was one.
+        """
+        refusal: StoreError | None = None
+        for turn in list(self._ends.values()):
+            try:
+                await self._store_end(turn)
+            except StoreError as error:
+                refusal = error
+            except Exception:
+                logger.exception("storing the end of a turn failed; giving it up", turn_id=turn.id)
+                self._ends.pop(turn.id, None)
+        for session_id in list(self._removals):
+            try:
+                await self.remove(session_id)
+            except StoreError as error:
+                refusal = error
+        if self.refusal is not None:
+            await self._try_to_write()
+        if refusal is not None:
+            raise refusal
+
+    async def _store_end(self, turn: Turn) -> None:
+        events = turn.log.frames(after=turn.kept_seq)
+        with self.writing():
+            await self._store.end_turn(turn.record(), events=events, now=self._clock(), after=turn.kept_seq)
+        self._ends.pop(turn.id, None)
+
+    async def _try_to_write(self) -> None:
+        """Write what nobody will ever see: a session that has expired already. Raises: StoreError."""
+        now = self._clock()
+        unseen = SessionRecord(
+            id=new_session_id(), created_at=now, last_accessed_at=now, expires_at=_LONG_AGO, idle_timeout_s=1
+        )
+        with self.writing(), suppress(SessionLimitError):  # a store that is full is one that works
+            await self._store.create_session(unseen, now=now)

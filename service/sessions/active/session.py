@@ -1,0 +1,139 @@
+"""A session with work: its open turns, in the order in which they run.
+
+:meth:`LiveSession.run` is its task, a child of the sessions supervisor; its turns run in it or are its children. It
+lives while it has turns queued or running. A failure in it ends this session's turns and nothing else.
+"""
+
+from collections.abc import Awaitable, Callable
+
+import structlog
+import trio
+
+from service.errors import ShuttingDownError
+from service.sessions.events import outcome
+from service.sessions.turns.turn import Turn
+
+logger = structlog.get_logger("lastcall.session")
+
+
+class LiveSession:
+    """What is in memory of a session while it has work, or while somebody decides about it.
+
+    Attributes:
+        turns: Open turns, oldest first: the first runs, the others are queued behind it.
+        acceptance: Held from the look at ``turns`` until a new turn is among them.
+        holders: How many callers are deciding about the session; it is not forgotten meanwhile.
+        deletion: Set from the moment somebody began to delete the session.
+    """
+
+    def __init__(self, session_id: str) -> None:
+        self.id = session_id
+        self.turns: list[Turn] = []
+        self.acceptance = trio.Lock()
+        self.holders = 0
+        self.deletion: Deletion | None = None
+        self.has_task = False
+        self._crashed = False
+        self._unstarted: list[Turn] = []
+        self._start: Callable[[Turn], None] | None = None
+        self._changes = trio.lowlevel.ParkingLot()
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.turns or self.holders or self.deletion)
+
+    def default_end(self) -> outcome.End:
+        """How a turn ends whose task is cancelled from above: with a crashed session, or with the service."""
+        if self._crashed:
+            return outcome.failed("internal_error", "Something in this service broke; the log says what.")
+        return outcome.Interrupted("shutdown")
+
+    def add(self, turn: Turn) -> None:
+        """A turn was accepted: it is started, or the session's task will."""
+        self.turns.append(turn)
+        if self._start is not None:
+            self._start(turn)
+        else:
+            self._unstarted.append(turn)
+
+    def find(self, turn_id: str) -> Turn | None:
+        return next((turn for turn in self.turns if turn.id == turn_id), None)
+
+    async def wait_first(self, turn: Turn) -> None:
+        """Return when no earlier turn is open."""
+        while self.turns[0] is not turn:
+            await self._changes.park()
+
+    async def wait_without_turns(self) -> None:
+        while self.turns:
+            await self._changes.park()
+
+    async def run(self, run_one: Callable[[Turn], Awaitable[None]], note_ended: Callable[[Turn], None]) -> None:
+        """The session's task: run its turns as they are accepted, and return when none is open.
+
+        The first runs in this very task, because most sessions have one at a time, and a task is not for nothing; those
+        that queue up behind it are its children. A failure in here is logged and ends this session's turns;
+        cancellation ends them as well.
+
+        Args:
+            run_one: Runs one turn to its end.
+            note_ended: Called once for each turn that has left :attr:`turns`. A turn that lost its task before its end
+                was told is told by it.
+        """
+
+        async def run_turn(turn: Turn) -> None:
+            try:
+                await run_one(turn)
+                if self.remove(turn):
+                    note_ended(turn)
+            except Exception:
+                self._crashed = True
+                raise
+
+        finished = False
+        try:
+            async with trio.open_nursery() as nursery:
+                try:
+                    self._start = lambda turn: nursery.start_soon(run_turn, turn, name=f"turn {turn.id}")
+                    first, *others = self._take_unstarted()
+                    for turn in others:
+                        self._start(turn)
+                    await run_turn(first)
+                    await self.wait_without_turns()
+                    # No checkpoint since the check: a turn accepted from here on gets a new task.
+                    self.has_task = False
+                    finished = True
+                finally:
+                    self._start = None  # the nursery may be closed from here on
+        except* Exception:
+            logger.exception("session crashed", session_id=self.id)
+        finally:
+            if not finished:
+                self.has_task = False
+                self._unstarted.clear()
+                for turn in self.turns.copy():
+                    turn.crashed = self._crashed
+                    turn.decide(self.default_end())
+                    self.remove(turn)
+                    note_ended(turn)
+                self._crashed = False
+
+    def _take_unstarted(self) -> list[Turn]:
+        turns, self._unstarted = self._unstarted, []
+        return turns
+
+    def remove(self, turn: Turn) -> bool:
+        """A turn has ended; False where it is known already: its task did not come to it in time."""
+        if turn not in self.turns:
+            return False
+        self.turns.remove(turn)
+        self._changes.unpark_all()
+        return True
+
+
+class Deletion:
+    """A deletion under way: all who asked for it wait for the same one."""
+
+    def __init__(self) -> None:
+        self.ended = trio.Event()
+        self.error: Exception | None = ShuttingDownError()  # until it has succeeded

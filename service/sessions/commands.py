@@ -1,0 +1,72 @@
+"""New sessions and turns, as callers ask for them, and the records they begin as."""
+
+from datetime import datetime, timedelta
+from typing import Literal
+
+import msgspec
+
+from service.ids import new_message_id, new_session_id, new_turn_id
+from service.sessions.turns.turn import OnDisconnect
+from service.settings import Settings
+from service.storage.records import Item, SessionRecord, TurnRecord
+
+OnConflict = Literal["reject", "queue", "supersede"]
+
+
+class NewSession(msgspec.Struct, frozen=True, kw_only=True):
+    """A session to be created; what is left out has a default."""
+
+    id: str | None = None
+    title: str | None = None
+    model: str | None = None
+    system_message: str | None = None
+    metadata: dict[str, str] = {}
+    idle_timeout_s: float | None = None
+
+    def record(self, *, now: datetime, settings: Settings) -> SessionRecord:
+        """The session as it is created."""
+        idle_timeout_s = settings.default_idle_timeout_s if self.idle_timeout_s is None else self.idle_timeout_s
+        return SessionRecord(
+            id=self.id or new_session_id(),
+            created_at=now,
+            last_accessed_at=now,
+            expires_at=now + timedelta(seconds=idle_timeout_s),
+            idle_timeout_s=idle_timeout_s,
+            title=self.title,
+            model=self.model,
+            system_message=self.system_message,
+            metadata=self.metadata,
+        )
+
+
+class NewTurn(msgspec.Struct, frozen=True, kw_only=True):
+    """A turn to be started.
+
+    Without ``parent`` it continues the session's head; None makes it a first turn. With ``creates_session`` the session
+    is created where it is not there.
+    """
+
+    text: str
+    parent: str | None | msgspec.UnsetType = msgspec.UNSET
+    model: str | None = None
+    temperature: float | None = None
+    max_output_tokens: int | None = None
+    on_conflict: OnConflict = "reject"
+    on_disconnect: OnDisconnect = "cancel"
+    background: bool = False
+    creates_session: bool = False
+
+    def record(self, session: SessionRecord, *, queued: bool, now: datetime, settings: Settings) -> TurnRecord:
+        """The turn as it is accepted."""
+        return TurnRecord(
+            id=new_turn_id(),
+            session_id=session.id,
+            parent=session.head if self.parent is msgspec.UNSET else self.parent,
+            state="queued" if queued else "running",
+            model=self.model or session.model or settings.default_model,
+            created_at=now,
+            input=(Item(id=new_message_id(), role="user", text=self.text),),
+            temperature=self.temperature,
+            max_output_tokens=self.max_output_tokens,
+            background=self.background,
+        )

@@ -1,0 +1,58 @@
+"""How a turn ends: the value that is decided once, and the terminal event that tells it."""
+
+from typing import Literal
+
+import msgspec
+
+from service.models.client import FinishReason, Usage
+from service.sessions.events.events import TerminalEvent, TurnCancelled, TurnCompleted, TurnFailed, TurnInterrupted
+from service.storage.records import Failure
+
+CancelReason = Literal["requested", "superseded", "disconnected", "session_deleted"]
+
+
+class Completed(msgspec.Struct, frozen=True):
+    """The upstream finished its reply."""
+
+    finish_reason: FinishReason
+    usage: Usage | None
+
+
+class Failed(msgspec.Struct, frozen=True):
+    """The upstream, the store or this service broke, or a deadline passed."""
+
+    error: Failure
+
+
+class Cancelled(msgspec.Struct, frozen=True):
+    """Somebody ended it."""
+
+    reason: CancelReason
+
+
+class Interrupted(msgspec.Struct, frozen=True):
+    """The service ended first."""
+
+    reason: Literal["shutdown", "crash"]
+
+
+End = Completed | Failed | Cancelled | Interrupted
+
+
+def failed(code: str, message: str) -> Failed:
+    return Failed(Failure(code, message))
+
+
+def terminal_event(end: End, *, seq: int, text_length: int, stored: bool) -> TerminalEvent:
+    """The event that tells this end."""
+    match end:
+        case Completed(finish_reason, usage):
+            return TurnCompleted(
+                seq=seq, finish_reason=finish_reason, usage=usage, text_length=text_length, stored=stored
+            )
+        case Failed(error):
+            return TurnFailed(seq=seq, error=error, text_length=text_length, stored=stored)
+        case Cancelled(reason):
+            return TurnCancelled(seq=seq, reason=reason, text_length=text_length, stored=stored)
+        case Interrupted(reason):
+            return TurnInterrupted(seq=seq, reason=reason, text_length=text_length, stored=stored)

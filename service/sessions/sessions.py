@@ -1,0 +1,354 @@
+"""The sessions of this process, as callers see them. Each part of the work is in a module of its own.
+
+::
+
+    Sessions            the calls about sessions and turns
+    ├── live            what is live                            active/active_sessions.py, active/session.py
+    ├── acceptance      a turn's acceptance                     active/acceptance.py, commands.py, turns/turn_task.py
+    ├── deletions       a session's deletion                    active/deletion.py
+    ├── unkept          what the store refused                  active/pending_writes.py
+    ├── replays         the logs of ended turns                 events/replay.py
+    ├── streams         open event streams                      events/streams.py
+    ├── forwards        answers passed on from other processes  ../cluster/proxied_requests.py
+    └── stopping        no more work, then no more turns        active/drain.py
+"""
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager
+
+import trio
+
+from service.clock import Clock
+from service.cluster.proxied_requests import Forwards
+from service.errors import (
+    InvalidRequestError,
+    OwnedElsewhereError,
+    SessionNotFoundError,
+    StoreError,
+    TurnInProgressError,
+)
+from service.ids import new_session_id
+from service.models.client import ModelClient
+from service.sessions.active.acceptance import Acceptance
+from service.sessions.active.active_sessions import Live
+from service.sessions.active.deletion import Deletions
+from service.sessions.active.drain import Stopping
+from service.sessions.active.pending_writes import Unkept
+from service.sessions.commands import NewSession, NewTurn
+from service.sessions.events import outcome
+from service.sessions.events.event_log import EventLog
+from service.sessions.events.replay import Replays
+from service.sessions.events.streams import Streams
+from service.sessions.messages import MessageRecord, Position, page_of_messages, turns_needed
+from service.sessions.statistics import SessionsStatistics
+from service.sessions.turns.turn import Turn, Watch
+from service.settings import Settings
+from service.storage.records import Page, SessionPatch, SessionRecord, SessionStatus, TurnRecord
+from service.storage.store import Store
+from service.storage.store_deadline import answered_in_turn, answered_within
+
+
+class Sessions:
+    """The sessions of this process. Opened by :func:`open_sessions`.
+
+    Every call that reaches the store raises :class:`~service.errors.StoreError` where the store
+    refuses, or does not answer within ``store_timeout_s``.
+
+    Attributes:
+        unkept: What the store refused, and whether it takes any write.
+        streams: Open event streams.
+        forwards: Answers that are passed on from other processes.
+        stopping: The shutdown's side.
+    """
+
+    def __init__(
+        self,
+        *,
+        nursery: trio.Nursery,
+        store: Store,
+        client_for: Callable[[str], ModelClient],
+        clock: Clock,
+        settings: Settings,
+    ) -> None:
+        self._store = store
+        self._client_for = client_for
+        self._clock = clock
+        self._settings = settings
+        self._live = Live()
+        self.unkept = Unkept(store, clock=clock, store_timeout_s=settings.store_timeout_s)
+        self.streams = Streams(streams_max=settings.streams_max, heartbeat_interval_s=settings.heartbeat_interval_s)
+        self.forwards = Forwards(nursery, cleanup_timeout_s=settings.cleanup_timeout_s)
+        self.stopping = Stopping(self._live, self.streams, self.forwards)
+        self._replays = Replays(store)
+        self._forking = trio.Lock()
+        self._deletions = Deletions(nursery, self._live, self.unkept)
+        self._acceptance = Acceptance(
+            nursery,
+            self._live,
+            self.unkept,
+            self.stopping,
+            store=store,
+            client_for=client_for,
+            clock=clock,
+            settings=settings,
+        )
+
+    # Sessions
+
+    async def create_session(self, new: NewSession) -> SessionRecord:
+        """Create a session.
+
+        Raises:
+            SessionExistsError: The chosen id is taken.
+            InvalidRequestError: The model is unknown.
+            SessionLimitError, ShuttingDownError
+        """
+        self.stopping.check_accepting()
+        now = self._clock()
+        session = new.record(now=now, settings=self._settings)
+        if session.model is not None:
+            self._client_for(session.model)  # an unknown model is refused now, not at the first turn
+        with self.unkept.writing():
+            await self._store.create_session(session, now=now)
+        return session
+
+    async def fork_session(
+        self, session_id: str, *, at: str | None = None, copy_id: str | None = None
+    ) -> SessionRecord:
+        """Create a session with a copy of the path from the root to ``at``, or to the head.
+
+        Raises:
+            SessionNotFoundError
+            TurnNotFoundError: ``at`` is not a turn of this session.
+            TurnInProgressError: A turn on that path is open.
+            OwnedElsewhereError: It is open, in another process.
+            SessionExistsError: The chosen id is taken.
+            InvalidRequestError: It is too much to copy.
+            SessionLimitError, ShuttingDownError
+        """
+        self.stopping.check_accepting()
+        self._check_not_deleted(session_id)
+        try:
+            # One at a time, as they are large. A wait for the others says nothing about the store.
+            async with answered_in_turn(self._forking, self._settings.store_timeout_s):
+                with self.unkept.writing():
+                    return await self._store.fork_session(
+                        session_id, at=at, copy_id=copy_id or new_session_id(), now=self._clock()
+                    )
+        except TurnInProgressError as error:
+            if self.unkept.has_end_of(error.turn_id):
+                raise StoreError(f"The end of turn {error.turn_id!r} could not be kept yet.") from None
+            raise
+
+    async def get_session(self, session_id: str) -> SessionRecord:
+        """Raises: SessionNotFoundError."""
+        self._check_not_deleted(session_id)
+        with self._answered_within():
+            return await self._store.get_session(session_id, now=self._clock())
+
+    async def list_sessions(
+        self, *, limit: int, after: str | None = None, status: SessionStatus | None = None
+    ) -> Page[SessionRecord]:
+        """A page of sessions, newest first. A cursor that is not ours raises InvalidRequestError."""
+        with self._answered_within():
+            return await self._store.list_sessions(limit=limit, after=after, status=status, now=self._clock())
+
+    async def count_sessions(self, *, status: SessionStatus | None = None) -> int:
+        with self._answered_within():
+            return await self._store.count_sessions(status=status, now=self._clock())
+
+    async def update_session(self, session_id: str, patch: SessionPatch) -> SessionRecord:
+        """Change a session and move its deadline.
+
+        Raises:
+            SessionNotFoundError
+            InvalidRequestError: The model is unknown.
+        """
+        self._check_not_deleted(session_id)
+        if isinstance(patch.model, str):
+            self._client_for(patch.model)
+        with self.unkept.writing():
+            return await self._store.update_session(session_id, patch, now=self._clock())
+
+    async def delete_session(self, session_id: str) -> None:
+        """Delete a session: it is gone for everybody at once, then its turns end, then its rows go.
+
+        Goes on to its end if the caller is cancelled. A second call meanwhile waits for the first.
+
+        Raises:
+            SessionNotFoundError
+            OwnedElsewhereError: Another process runs turns of this session, and deletes it.
+            ShuttingDownError: The service has ended before it.
+        """
+        await self._deletions.delete(session_id)
+
+    async def list_messages(self, session_id: str, *, limit: int, after: str | None = None) -> Page[MessageRecord]:
+        """A page of the messages from the root to the head, oldest first.
+
+        Raises:
+            SessionNotFoundError
+            InvalidRequestError: ``after`` is not a cursor of this listing, or of another path.
+        """
+        start = None if after is None else Position.parse(after)
+        session = await self.get_session(session_id)
+        path: Sequence[TurnRecord] = ()
+        if session.head is not None:
+            with self._answered_within():
+                path = await self._store.list_path(
+                    session_id, session.head, limit=turns_needed(limit), first=start.turn_id if start else None
+                )
+        if start is not None and not path:
+            raise InvalidRequestError("after is not on the path to this session's head.", field="after")
+        return page_of_messages(path, limit=limit, skip=start.count if start else 0)
+
+    # Turns
+
+    async def start_turn(self, session_id: str, new: NewTurn) -> tuple[Turn, Watch]:
+        """Accept a turn: when this returns its input is kept, and it runs or is queued.
+
+        There is no checkpoint between the acceptance and the return, so the watch, which is to be released, is never
+        lost. Cancellation before the acceptance leaves nothing behind, no session that was to be created either.
+
+        Raises:
+            SessionNotFoundError
+            OwnedElsewhereError: Another process runs turns of this session.
+            TurnNotFoundError: ``parent`` is not a turn of this session.
+            TurnInProgressError, QueueFullError: By ``on_conflict``.
+            TurnLimitError, SessionLimitError, ShuttingDownError
+            InvalidRequestError: The model is unknown.
+        """
+        turn = await self._acceptance.accept(session_id, new)
+        return turn, turn.watch()
+
+    async def get_turn(self, session_id: str, turn_id: str) -> TurnRecord:
+        """A turn with its text so far.
+
+        Raises:
+            SessionNotFoundError, TurnNotFoundError
+            OwnedElsewhereError: It is open in another process, which has its text so far.
+        """
+        self._check_not_deleted(session_id)
+        turn = self._find_turn(session_id, turn_id)
+        if turn is not None:
+            return turn.record()
+        with self._answered_within():
+            return await self._read_turn(session_id, turn_id)
+
+    async def list_turns(self, session_id: str, *, limit: int, after: str | None = None) -> Page[TurnRecord]:
+        """A page of all turns of a session, oldest first.
+
+        Raises:
+            SessionNotFoundError
+            OwnedElsewhereError: Open ones are among them, and their texts so far are in another process.
+        """
+        self._check_not_deleted(session_id)
+        with self._answered_within():
+            page = await self._store.list_turns(session_id, limit=limit, after=after, now=self._clock())
+            if any(record.is_open for record in page.data) and not self._live.has_turns(session_id):
+                await self._refuse_if_elsewhere(session_id)
+        live = [self._find_turn(session_id, record.id) for record in page.data]
+        data = (turn.record() if turn else record for turn, record in zip(live, page.data, strict=True))
+        return Page(data=tuple(data), next=page.next)
+
+    async def cancel_turn(self, session_id: str, turn_id: str) -> TurnRecord:
+        """End a turn as ``cancelled`` (``requested``) and wait for its end, whatever it is; idempotent.
+
+        The turn ends though the caller is cancelled.
+
+        Raises:
+            SessionNotFoundError, TurnNotFoundError, OwnedElsewhereError
+        """
+        self._check_not_deleted(session_id)
+        turn = self._find_turn(session_id, turn_id)
+        if turn is None:
+            return await self.get_turn(session_id, turn_id)
+        turn.cut_short(outcome.Cancelled("requested"))
+        return await turn.wait_ended()
+
+    async def open_events(self, session_id: str, turn_id: str, *, after: int = 0) -> tuple[EventLog, Watch]:
+        """The events of a turn: its live log, or a closed one from the store.
+
+        The watch, which is to be released, counts while the turn is open. There is no checkpoint between taking it and
+        the return.
+
+        Raises:
+            SessionNotFoundError, TurnNotFoundError, OwnedElsewhereError
+            EventsLostError: Not all events that follow ``after`` are in the store. (Where a crash took the last
+                ones before anybody could keep them, a reader of those that are left goes on to the terminal event.)
+        """
+        self._check_not_deleted(session_id)
+        turn = self._find_turn(session_id, turn_id)
+        if turn is not None:
+            return turn.log, turn.watch()
+        with self._answered_within():
+            log = await self._replays.open(
+                session_id, turn_id, after=after, read_turn=lambda: self._read_turn(session_id, turn_id)
+            )
+        return log, Watch(None)
+
+    # All of them
+
+    def open_turns(self) -> list[Turn]:
+        """The turns that are queued or running."""
+        return self._live.open_turns()
+
+    async def recover(self) -> int:
+        """End the turns of processes that have died. Returns how many."""
+        with self._answered_within() as step_done:
+            return await self._store.recover(now=self._clock(), after_step=step_done)
+
+    async def end_hung(self, *, within_s: float) -> None:
+        """In a shutdown: end the open turns whose tasks are not to be waited for any longer.
+
+        Args:
+            within_s: What the store may take for each.
+        """
+        await self._acceptance.end_hung(within_s=within_s)
+
+    def statistics(self) -> SessionsStatistics:
+        return SessionsStatistics.of(self._live, self.unkept, self.streams)
+
+    # Steps of these
+
+    def _check_not_deleted(self, session_id: str) -> None:
+        if self._deletions.has_begun(session_id):
+            raise SessionNotFoundError(session_id)
+
+    async def _read_turn(self, session_id: str, turn_id: str) -> TurnRecord:
+        """A turn that does not run here.
+
+        Raises:
+            SessionNotFoundError, TurnNotFoundError, OwnedElsewhereError
+        """
+        record = await self._store.get_turn(session_id, turn_id, now=self._clock())
+        if record.is_open:
+            await self._refuse_if_elsewhere(session_id)
+            # Nobody's: it has ended between the two, then.
+            record = await self._store.get_turn(session_id, turn_id, now=self._clock())
+        return record
+
+    async def _refuse_if_elsewhere(self, session_id: str) -> None:
+        """Raises: OwnedElsewhereError, where another process runs the session's open turns."""
+        owner = await self._store.find_owner(session_id)
+        if owner is not None:
+            raise OwnedElsewhereError(session_id, fence=owner.fence, address=owner.address)
+
+    def _find_turn(self, session_id: str, turn_id: str) -> Turn | None:
+        """The turn, if it is open here or its end could not be stored."""
+        return self._live.find_turn(session_id, turn_id) or self.unkept.find_turn(session_id, turn_id)
+
+    def _answered_within(self) -> AbstractContextManager[Callable[[], None]]:
+        return answered_within(self._settings.store_timeout_s)
+
+
+@asynccontextmanager
+async def open_sessions(
+    *, store: Store, client_for: Callable[[str], ModelClient], clock: Clock, settings: Settings
+) -> AsyncIterator[Sessions]:
+    """The sessions supervisor. On exit what still runs is cancelled: its turns end as ``interrupted``.
+
+    A failure of one session never reaches here.
+    """
+    async with trio.open_nursery() as nursery:
+        yield Sessions(nursery=nursery, store=store, client_for=client_for, clock=clock, settings=settings)
+        nursery.cancel_scope.cancel()

@@ -1,0 +1,1 @@
+"""One turn: its state, its task and the prompt it sends."""

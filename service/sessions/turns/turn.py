@@ -1,0 +1,326 @@
+"""A live turn: its state from its acceptance until its end is kept and told.
+
+Its task is in :mod:`service.sessions.turns.turn_task`.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime
+from math import inf
+from types import TracebackType
+from typing import Literal, Self
+
+import msgspec
+import trio
+
+from service.errors import ModelError
+from service.ids import new_message_id
+from service.models.client import Finished, ModelClient, ModelEvent, ReasoningDelta, TextDelta
+from service.sessions.events import outcome
+from service.sessions.events.event_log import EventLog
+from service.sessions.events.events import Event, TurnDelta, TurnQueued, TurnReasoning, TurnStarted
+from service.settings import Settings
+from service.storage.records import Checkpoint, Item, TurnRecord, TurnState
+
+OnDisconnect = Literal["cancel", "continue"]
+RETURN_S = 5.0
+"""How long a turn runs on whose client was cut off by another process of this service: some attempts of a client that
+waits a second before each, as the streams ask of it."""
+
+
+class Turn:
+    """The state of a live turn, shared by its task and by those who observe or end it.
+
+    Everything here is synchronous, so that a decision has no gap for another one.
+    """
+
+    def __init__(
+        self,
+        record: TurnRecord,
+        *,
+        client: ModelClient,
+        system_message: str | None,
+        on_disconnect: OnDisconnect,
+        settings: Settings,
+    ) -> None:
+        self.log = EventLog(bytes_max=settings.log_bytes_max)
+        self.ended = trio.Event()
+        self.stored = False
+        """Whether its end is in the store. Only says something once it has ended."""
+        self.crashed = False
+        """Whether something in this service broke while it ran."""
+        self.client = client
+        self.system_message = system_message
+        self.end: outcome.End | None = None
+        self.is_ending = False
+        """Whether its end, once decided, is being kept and told, or has been."""
+        self.kept_seq = 0
+        """The seq up to which its events are in the store, by a checkpoint: the end brings only those after it."""
+        self._settings = settings
+        self._record = record
+        self._on_disconnect = on_disconnect
+        self._scope = trio.CancelScope()
+        self._run_deadline = inf
+        self._abandoned_deadline = inf
+        self._return_deadline = -inf
+        self._silence_deadline = inf
+        self._expected: tuple[str, float] = ("", inf)
+        self._watches = 0
+        self._reply = _Text()
+        self._reasoning = _Text()
+        if record.state == "queued":
+            self.append(TurnQueued(seq=1, session_id=record.session_id, turn_id=record.id))
+
+    @property
+    def id(self) -> str:
+        return self._record.id
+
+    @property
+    def session_id(self) -> str:
+        return self._record.session_id
+
+    @property
+    def state(self) -> TurnState:
+        return self._record.state
+
+    @property
+    def running(self) -> bool:
+        return self._record.state == "running"
+
+    def record(self) -> TurnRecord:
+        """The turn as it stands, with the reply so far."""
+        return msgspec.structs.replace(self._record, output=self._output(), last_seq=self.log.last_seq)
+
+    async def wait_ended(self) -> TurnRecord:
+        """Wait until the end is kept and told. Cancellation affects the caller alone."""
+        await self.ended.wait()
+        return self.record()
+
+    # Its end
+
+    def decide(self, end: outcome.End) -> bool:
+        """Decide how it ends. The first decision stands: False, and nothing happens, for a later one."""
+        if self.end is not None:
+            return False
+        self.end = end
+        return True
+
+    def cut_short(self, end: outcome.End) -> bool:
+        """Decide how it ends and stop its work, from outside of its task."""
+        if self._scope.cancel_called:
+            self.decide_from_deadlines()  # a deadline that has passed came first
+        decided = self.decide(end)
+        if decided:
+            self._scope.cancel()
+        return decided
+
+    # Who watches it
+
+    def watch(self) -> "Watch":
+        """Take an interest in it; the watch is to be released."""
+        self._watches += 1
+        self._set_deadlines(abandoned=inf)
+        return Watch(self)
+
+    def unwatch(self, *, client_returns: bool) -> None:
+        """One watch less; for :class:`Watch`."""
+        now = trio.current_time()
+        self._watches -= 1
+        if client_returns:
+            self._return_deadline = now + RETURN_S
+        if self._watches or self._on_disconnect == "continue" or self.end is not None:
+            return
+        deadline = max(now + self._settings.disconnect_grace_s, self._return_deadline)
+        if deadline <= now:
+            self.cut_short(outcome.Cancelled("disconnected"))
+        else:
+            self._set_deadlines(abandoned=deadline)
+
+    # For its task
+
+    def scope(self) -> trio.CancelScope:
+        """What its work runs in: cancelled when its end is decided from outside, or at its deadlines."""
+        return self._scope
+
+    def start(self, now: datetime) -> None:
+        """It runs from now on, and its deadline with it."""
+        self._record = msgspec.structs.replace(self._record, state="running", started_at=now)
+        self._set_deadlines(run=trio.current_time() + self._settings.turn_timeout_s)
+        self.append(
+            TurnStarted(
+                seq=self.log.last_seq + 1, session_id=self.session_id, turn_id=self.id, model=self._record.model
+            )
+        )
+
+    def expect_token(self, which: Literal["first_token", "next_token"], *, within_s: float) -> None:
+        """The model is to send something, its first token or the next one, within so many seconds from now."""
+        if self._set_deadlines(silence=trio.current_time() + within_s):
+            self._expected = which, within_s
+
+    def take(self, events: Sequence[ModelEvent]) -> Finished | None:
+        """Append what the model sent; the last event, if it is among them.
+
+        Raises:
+            ModelError: A bound is reached (``reply_too_large``, ``log_too_large``).
+        """
+        for event in events:
+            seq = self.log.last_seq + 1
+            match event:
+                case TextDelta(text):
+                    if self._reply.bytes + _utf8_length(text) > self._settings.reply_bytes_max:
+                        raise ModelError(
+                            "reply_too_large",
+                            f"The reply is larger than {self._settings.reply_bytes_max} bytes (reply_bytes_max); "
+                            "what came before is kept.",
+                        )
+                    self.append(TurnDelta(seq=seq, text=text))
+                    self._reply.append(text)
+                case ReasoningDelta(text):
+                    self.append(TurnReasoning(seq=seq, text=text))
+                    self._reasoning.append(text)
+                case Finished():
+                    return event
+        return None
+
+    def append(self, event: Event) -> None:
+        """Append an event that is not the terminal one."""
+        if not self.log.append(event):
+            raise ModelError(
+                "log_too_large",
+                f"The events of this turn are larger than {self._settings.log_bytes_max} bytes (log_bytes_max); "
+                "what came before is kept.",
+            )
+
+    def decide_from_deadlines(self) -> None:
+        """Its work was stopped by a deadline of its own: decide by which."""
+        first = self._scope.deadline
+        if first == self._abandoned_deadline:
+            self.decide(outcome.Cancelled("disconnected"))
+        elif first == self._run_deadline:
+            self.decide(
+                outcome.failed(
+                    "turn_timeout",
+                    f"The turn took longer than {self._settings.turn_timeout_s:g} s (turn_timeout_s).",
+                )
+            )
+        else:
+            which, within_s = self._expected
+            self.decide(
+                outcome.failed(
+                    f"{which}_timeout", f"The model server sent nothing for {within_s:g} s ({which}_timeout_s)."
+                )
+            )
+
+    def checkpoint(self) -> Checkpoint | None:
+        """What it grew by since the last checkpoint that was kept; None if by nothing, or its end is decided."""
+        if self.end is not None or self.log.last_seq == self.kept_seq:
+            return None
+        return Checkpoint(
+            session_id=self.session_id,
+            turn_id=self.id,
+            after=self.kept_seq,
+            events=tuple(self.log.frames(after=self.kept_seq)),
+            output=self._output(since_checkpoint=True),
+        )
+
+    def note_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """A checkpoint is kept."""
+        self.kept_seq = checkpoint.after + len(checkpoint.events)
+        for item in checkpoint.output:
+            text = self._reply if item.id == self._reply.id else self._reasoning
+            text.kept += len(item.text)
+
+    def finish(self, now: datetime) -> TurnRecord:
+        """It is ending: write the decided end into the record and return it, ready to be kept."""
+        assert self.end is not None, "a turn finished before its end was decided"
+        self.is_ending = True
+        changes: dict[str, object] = {"ended_at": now}
+        match self.end:
+            case outcome.Completed(finish_reason, usage):
+                changes |= {"state": "completed", "finish_reason": finish_reason, "usage": usage}
+            case outcome.Failed(error):
+                changes |= {"state": "failed", "error": error}
+            case outcome.Cancelled(reason):
+                changes |= {"state": "cancelled", "reason": reason}
+            case outcome.Interrupted(reason):
+                changes |= {"state": "interrupted", "reason": reason}
+        return msgspec.structs.replace(self._record, output=self._output(), last_seq=self.log.last_seq + 1, **changes)
+
+    def conclude(self, record: TurnRecord, *, stored: bool) -> None:
+        """Tell the end to everybody: the last thing that happens to a turn."""
+        assert self.end is not None
+        self._record = record
+        self.stored = stored
+        self.log.close(self.terminal_event(stored=stored))
+        self.ended.set()
+
+    def terminal_event(self, *, stored: bool) -> Event:
+        assert self.end is not None
+        return outcome.terminal_event(
+            self.end, seq=self.log.last_seq + 1, text_length=self._reply.length, stored=stored
+        )
+
+    def _set_deadlines(
+        self, *, run: float | None = None, silence: float | None = None, abandoned: float | None = None
+    ) -> bool:
+        """Move some of them; False, and nothing happens, where one has passed: that is the one that ends it."""
+        if self._scope.cancel_called:
+            return False
+        self._run_deadline = self._run_deadline if run is None else run
+        self._silence_deadline = self._silence_deadline if silence is None else silence
+        self._abandoned_deadline = self._abandoned_deadline if abandoned is None else abandoned
+        self._scope.deadline = min(self._run_deadline, self._silence_deadline, self._abandoned_deadline)
+        return True
+
+    def _output(self, *, since_checkpoint: bool = False) -> tuple[Item, ...]:
+        output = []
+        if reasoning := self._reasoning.join(after=self._reasoning.kept if since_checkpoint else 0):
+            output.append(Item(id=self._reasoning.id, type="reasoning", role="assistant", text=reasoning))
+        if reply := self._reply.join(after=self._reply.kept if since_checkpoint else 0):
+            output.append(Item(id=self._reply.id, role="assistant", text=reply))
+        return tuple(output)
+
+
+class Watch:
+    """An interest in a turn: a stream's or a waiting call's. Releasing twice is releasing once."""
+
+    def __init__(self, turn: Turn | None) -> None:
+        self._turn = turn
+
+    def release(self, *, client_returns: bool = False) -> None:
+        """Give it up. ``client_returns`` says that the client has not left: it is given :data:`RETURN_S` at least."""
+        turn, self._turn = self._turn, None
+        if turn is not None:
+            turn.unwatch(client_returns=client_returns)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+class _Text:
+    """A text that grows by pieces."""
+
+    def __init__(self) -> None:
+        self.id = new_message_id()
+        self.length = 0
+        self.bytes = 0
+        self.kept = 0  # how much of its length is in a checkpoint
+        self._pieces: list[str] = []
+
+    def append(self, piece: str) -> None:
+        self._pieces.append(piece)
+        self.length += len(piece)
+        self.bytes += _utf8_length(piece)
+
+    def join(self, *, after: int = 0) -> str:
+        text = "".join(self._pieces)
+        self._pieces = [text]
+        return text[after:]
+
+
+def _utf8_length(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())

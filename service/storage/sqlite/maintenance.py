@@ -1,0 +1,153 @@
+"""What an operator does with the file, beside a service that may be running on it.
+
+Everything here blocks: it is for a command line, not for an event loop.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from shlex import quote
+
+import apsw
+import msgspec
+
+from service.errors import SessionNotFoundError, StartupError
+from service.storage.session_export import ExportedSession, ExportedTurn, without_open_turns
+from service.storage.sqlite import database, sessions, turns
+from service.storage.sqlite.reclaim import reclaim_some, shrink
+from service.storage.sqlite.schema import SCRIPTS
+
+_PAGES_A_STEP = 256
+_INCREMENTAL = 2
+"""What ``PRAGMA auto_vacuum`` says of a file that can give pages back step by step."""
+
+_LOST_HEADS = (
+    "SELECT sessions.id, head FROM sessions WHERE deletion = 0 AND head IS NOT NULL "
+    "AND NOT EXISTS (SELECT 1 FROM turns WHERE turns.id = head AND session = sessions.key)"
+)
+_LOST_PARENTS = (
+    "SELECT sessions.id, turns.id, parent FROM sessions JOIN turns ON session = sessions.key "
+    "WHERE deletion = 0 AND parent IS NOT NULL AND NOT EXISTS (SELECT 1 FROM turns AS before "
+    "WHERE before.id = turns.parent AND before.session = turns.session AND before.ordinal < turns.ordinal)"
+)
+
+
+def vacuum(path: Path) -> int:
+    """Reclaim what is removed and give all free pages back, in short steps; how many bytes the disk has back.
+
+    Raises:
+        StartupError: The file is not a store's, cannot give pages back, or the disk refuses.
+    """
+    given_back = 0
+    with _opened(path) as db:
+        for step in (reclaim_some, partial(shrink, pages=_PAGES_A_STEP)):
+            more = True
+            while more:
+                with database.transaction(db):
+                    before = db.pragma("page_count")
+                    more = step(db)
+                    given_back += before - db.pragma("page_count")
+                db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+        if db.pragma("freelist_count") and db.pragma("auto_vacuum") != _INCREMENTAL:
+            raise StartupError(
+                f"{path} keeps its free space for what comes next: it was rebuilt without auto_vacuum. To give it "
+                f"back, stop the service and run: sqlite3 {quote(str(path))} 'PRAGMA auto_vacuum = INCREMENTAL; VACUUM'"
+            )
+        return max(given_back, 0) * int(db.pragma("page_size"))
+
+
+def backup(path: Path, copy: Path) -> None:
+    """Write a consistent copy; a service may write to the original meanwhile.
+
+    Raises:
+        StartupError: The file is not a store's, the copy is there already, or the disk refuses.
+    """
+    there_already = StartupError(f"{copy} is there already; name another file for the copy.")
+    if os.path.lexists(copy):
+        raise there_already
+    with _opened(path):
+        try:
+            database.back_up(path, copy)
+        except FileExistsError:
+            raise there_already from None
+        except OSError as error:
+            raise StartupError(f"{copy} cannot be written: {error.strerror}.") from error
+
+
+def check(path: Path) -> list[str]:
+    """Look through the whole file; what is wrong with it, nothing if it is whole.
+
+    Raises:
+        StartupError: The file is not a store's.
+    """
+    with _opened(path) as db:
+        problems = [str(row[0]) for row in db.execute("PRAGMA integrity_check")]
+        problems += [f"{row[0]} row {row[1]} has lost its {row[2]}" for row in db.execute("PRAGMA foreign_key_check")]
+        problems += [f"session {row[0]!r}: the head {row[1]!r} is none of its turns" for row in db.execute(_LOST_HEADS)]
+        problems += [
+            f"session {row[0]!r}: the parent {row[2]!r} of turn {row[1]!r} is no turn before it"
+            for row in db.execute(_LOST_PARENTS)
+        ]
+    return [problem for problem in problems if problem != "ok"]
+
+
+def export_session(path: Path, session_id: str) -> bytes:
+    """A session with its turns and events, as JSON.
+
+    Raises:
+        StartupError: The file is not a store's.
+        SessionNotFoundError: It is not there. One that has expired is, until its rows are removed.
+    """
+    with _opened(path) as db:
+        db.execute("BEGIN")  # one moment
+        kept = sessions.find(db, session_id)
+        if kept is None or kept.deletion:
+            raise SessionNotFoundError(session_id)
+        exported = tuple(
+            ExportedTurn(turn, tuple(event.decode() for event in turns.read_events(db, session_id, turn.id)))
+            for turn in turns.all_of(db, session_id, kept.key)
+        )
+        db.execute("COMMIT")
+    return msgspec.json.encode(ExportedSession(session=kept.record, turns=exported))
+
+
+def import_session(path: Path, whole: ExportedSession, *, now: datetime) -> None:
+    """Add an exported session under its own id, less the turns that were open. An expired one of that id is replaced.
+
+    Args:
+        whole: From :func:`~service.storage.session_export.read_exported`.
+
+    Raises:
+        StartupError: The file is not a store's.
+        SessionExistsError
+    """
+    whole = without_open_turns(whole)
+    with _opened(path) as db, database.transaction(db):
+        sessions.make_room(db, whole.session.id, now)
+        key = sessions.insert(db, whole.session, turns_begun=len(whole.turns))
+        for ordinal, it in enumerate(whole.turns):
+            turns.insert_ended(db, key, ordinal, it.turn, [event.encode() for event in it.events])
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[apsw.Connection]:
+    """A connection to a store's file that is there and has the newest schema."""
+    if not path.is_file():
+        raise StartupError(f"{path} is not there.")
+    if path.stat().st_size == 0:
+        raise StartupError(f"{path} is empty, and no store.")
+    try:
+        db = database.connect(path)
+        try:
+            if database.version_of(db, path) < len(SCRIPTS):
+                raise StartupError(
+                    f"{path} was written by an older version; starting the service brings it up to date."
+                )
+            yield db
+        finally:
+            db.close()
+    except apsw.Error as error:
+        raise database.startup_error(path, error) from error

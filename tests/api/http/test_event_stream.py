@@ -1,0 +1,274 @@
+"""The body of an event stream: all that is ready in one piece, comments in silence, an end that was sent."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+from quart import Request
+from trio.testing import MockClock
+from werkzeug.datastructures import Headers
+
+from service.api.http.event_stream import EventStream, read_cursor, wants_stream
+from service.errors import InvalidRequestError
+from service.sessions.events.event_log import EventLog
+from service.sessions.events.events import TurnCompleted, TurnDelta, encode_frame
+from service.sessions.events.streams import Streams
+
+
+def delta(seq: int) -> TurnDelta:
+    return TurnDelta(seq=seq, text=f"token {seq} ")
+
+
+def terminal(seq: int) -> TurnCompleted:
+    return TurnCompleted(seq=seq, finish_reason="stop", usage=None, text_length=1)
+
+
+class Opened:
+    """A log with some deltas, and a stream of it."""
+
+    def __init__(self, deltas: int = 0, *, cursor: int = 0, streams: Streams | None = None) -> None:
+        self.streams = streams or Streams(streams_max=2, heartbeat_interval_s=15)
+        self.log = EventLog(bytes_max=1 << 20)
+        self.append(deltas)
+        self.slot = self.streams.open_stream()
+        self.stream = EventStream(self.log, self.slot, cursor=cursor)
+
+    def append(self, deltas: int) -> None:
+        for _ in range(deltas):
+            assert self.log.append(delta(self.log.last_seq + 1))
+
+    def close(self) -> None:
+        self.log.close(terminal(self.log.last_seq + 1))
+
+
+@asynccontextmanager
+async def opened_heartbeats(streams: Streams) -> AsyncIterator[None]:
+    async with trio.open_nursery() as nursery:
+        await nursery.start(streams.run_heartbeats)
+        yield
+        nursery.cancel_scope.cancel()
+
+
+async def test_the_first_piece_has_the_retry_line_and_everything_ready() -> None:
+    opened = Opened(2)
+    assert await anext(opened.stream) == b"retry: 1000\n\n" + encode_frame(delta(1)) + encode_frame(delta(2))
+
+
+async def test_what_became_ready_meanwhile_comes_in_one_piece() -> None:
+    opened = Opened()
+    assert await anext(opened.stream) == b"retry: 1000\n\n"
+    opened.append(3)
+    assert await anext(opened.stream) == b"".join(encode_frame(delta(seq)) for seq in (1, 2, 3))
+
+
+async def test_silence_is_filled_with_heartbeats_and_loses_nothing(autojump_clock: MockClock) -> None:
+    opened = Opened(1)
+    async with opened_heartbeats(opened.streams):
+        await anext(opened.stream)
+        for beat in (1, 2, 3):
+            assert await anext(opened.stream) == b": heartbeat\n\n"
+            assert trio.current_time() == 15 * beat
+        opened.append(1)
+        assert await anext(opened.stream) == encode_frame(delta(2))
+
+
+async def test_each_stream_is_silent_for_itself(autojump_clock: MockClock) -> None:
+    streams = Streams(streams_max=3, heartbeat_interval_s=15)
+    early, lively, late = (Opened(1, streams=streams) for _ in range(3))
+    pieces: dict[Opened, list[tuple[float, bytes]]] = {}
+
+    async def read(opened: Opened) -> None:
+        pieces[opened] = []
+        while trio.current_time() < 40:
+            piece = await anext(opened.stream)
+            pieces[opened].append((trio.current_time(), piece.partition(b"\n")[0]))
+
+    async with opened_heartbeats(streams), trio.open_nursery() as nursery:
+        nursery.start_soon(read, early)
+        nursery.start_soon(read, lively)
+        await trio.sleep(10)
+        nursery.start_soon(read, late)
+        lively.append(1)
+        await trio.sleep(10)
+        lively.append(1)
+    beat = b": heartbeat"
+    assert pieces[early] == [(0, b"retry: 1000"), (15, beat), (30, beat), (45, beat)]
+    assert pieces[lively] == [(0, b"retry: 1000"), (10, b"id: 2"), (20, b"id: 3"), (35, beat), (50, beat)]
+    assert pieces[late] == [(10, b"retry: 1000"), (25, beat), (40, beat)]
+
+
+async def test_a_stream_that_left_gets_no_heartbeat_and_a_reader_that_is_not_silent_none_either(
+    autojump_clock: MockClock,
+) -> None:
+    opened = Opened(1)
+    await anext(opened.stream)
+    other = opened.streams.open_stream()
+    async with opened_heartbeats(opened.streams), trio.open_nursery() as nursery:
+        nursery.start_soon(other.wait_beyond, opened.log, 1)
+        await trio.sleep(10)
+        with trio.move_on_after(10):
+            await anext(opened.stream)
+            pytest.fail("its own silence began at 10")
+        opened.slot.close(ended=False)
+    assert not opened.streams._waiting
+    assert trio.current_time() == 20
+
+
+async def test_where_the_end_is_a_moment_away_nothing_is_written_before_it(autojump_clock: MockClock) -> None:
+    opened = Opened(1)
+    await anext(opened.stream)
+    opened.streams.hold(then=lambda: None)
+    opened.append(1)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_close_later, opened, 0.05)
+        assert await anext(opened.stream) == encode_frame(delta(2)) + encode_frame(terminal(3))
+
+
+async def test_a_stream_whose_pieces_take_long_to_write_writes_fewer_of_them(autojump_clock: MockClock) -> None:
+    opened = Opened(1)
+    await anext(opened.stream)
+    await trio.sleep(0.05)  # as a full event loop would take for it
+    opened.append(1)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_append_later, opened, 0.04)
+        piece = await anext(opened.stream)
+    assert piece == encode_frame(delta(2)) + encode_frame(delta(3))
+    opened.append(1)
+    assert await anext(opened.stream) == encode_frame(delta(4)), "it paused though there was time"
+
+
+async def test_the_terminal_event_ends_a_pause(autojump_clock: MockClock) -> None:
+    opened = Opened(1)
+    await anext(opened.stream)
+    await trio.sleep(0.09)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_close_soon, opened, 0.03)
+        started_at = trio.current_time()
+        assert await anext(opened.stream) == encode_frame(terminal(2))
+        assert trio.current_time() - started_at == pytest.approx(0.03)
+
+
+async def test_a_backlog_is_written_without_pauses(autojump_clock: MockClock) -> None:
+    opened = Opened(5000)
+    started_at = trio.current_time()
+    while opened.stream._cursor < 5000:
+        await anext(opened.stream)
+        await trio.sleep(0.05)
+    pieces = (trio.current_time() - started_at) / 0.05
+    assert pieces == pytest.approx(round(pieces))
+
+
+async def _close_later(opened: Opened, after_s: float) -> None:
+    await trio.sleep(after_s)
+    opened.close()
+
+
+async def _append_later(opened: Opened, seconds: float) -> None:
+    await trio.sleep(seconds)
+    opened.append(1)
+
+
+async def test_a_stream_that_waits_wakes_for_the_terminal_event(autojump_clock: MockClock) -> None:
+    opened = Opened()
+    await anext(opened.stream)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_close_soon, opened)
+        assert await anext(opened.stream) == encode_frame(terminal(1))
+    assert trio.current_time() == 1
+
+
+async def _close_soon(opened: Opened, seconds: float = 1) -> None:
+    await trio.sleep(seconds)
+    opened.close()
+
+
+async def test_the_slot_is_ended_only_once_the_piece_with_the_terminal_event_was_sent() -> None:
+    opened = Opened(1)
+    opened.close()
+    assert (await anext(opened.stream)).endswith(encode_frame(terminal(2)))
+    assert (opened.streams.open, opened.streams.ended) == (1, 0)
+    with pytest.raises(StopAsyncIteration):
+        await anext(opened.stream)
+    assert (opened.streams.open, opened.streams.ended) == (0, 1)
+
+
+async def test_a_stream_that_joins_between_the_last_delta_and_the_terminal_event_gets_both() -> None:
+    opened = Opened(1, cursor=1)
+    assert await anext(opened.stream) == b"retry: 1000\n\n"
+    opened.close()
+    assert await anext(opened.stream) == encode_frame(terminal(2))
+
+
+@given(st.lists(st.integers(0, 40), max_size=12), st.integers(0, 30))
+async def test_a_replay_from_any_cursor_is_exact(appends: list[int], cursor: int) -> None:
+    opened = Opened(max(cursor, 30), cursor=cursor)
+    received = await anext(opened.stream)
+    for count in appends:
+        opened.append(count)
+        if count:
+            received += await anext(opened.stream)
+    opened.close()
+    async for piece in opened.stream:
+        received += piece
+    last = opened.log.last_seq
+    expected = b"".join(encode_frame(delta(seq)) for seq in range(cursor + 1, last)) + encode_frame(terminal(last))
+    assert received == b"retry: 1000\n\n" + expected
+
+
+async def test_a_large_backlog_comes_in_bounded_pieces() -> None:
+    opened = Opened(5000)
+    opened.close()
+    sizes = [len(piece) async for piece in opened.stream]
+    assert len(sizes) > 2
+    assert max(sizes) <= 64 * 1024 + len(b"retry: 1000\n\n")
+
+
+@pytest.mark.parametrize(
+    ("header", "query", "cursor"), [(None, b"", 0), (None, b"after=7", 7), ("", b"after=7", 7), ("12", b"after=7", 12)]
+)
+def test_the_header_wins_over_the_parameter(header: str | None, query: bytes, cursor: int) -> None:
+    headers = Headers() if header is None else Headers({"Last-Event-ID": header})
+    assert read_cursor(_request(headers, query)) == cursor
+
+
+@pytest.mark.parametrize("header", ["-1", "1.5", "abc", "²", "1" * 16, "0x1", " "])
+def test_a_last_event_id_that_is_none_of_ours_is_refused(header: str) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        read_cursor(_request(Headers({"Last-Event-ID": header})))
+    assert refused.value.field == "Last-Event-ID"
+
+
+@pytest.mark.parametrize(
+    ("accept", "streams"),
+    [
+        (None, False),
+        ("*/*", False),
+        ("application/json", False),
+        ("text/*", False),
+        ("text/event-stream", True),
+        ("Text/Event-Stream", True),
+        ("text/event-stream, */*;q=0.5", True),
+        ("application/json, text/event-stream", True),
+        ("application/json, text/event-stream;q=0.5", False),
+        ("text/event-stream;q=0", False),
+        ("text/event-stream;charset=utf-8", True),
+        ("Text/Event-Stream; Charset=utf-8;q=0.9, */*;q=0.1", True),
+        ("text/event-stream;charset=utf-8;q=0", False),
+        ("application/json;charset=utf-8, text/event-stream;charset=utf-8;q=0.5", False),
+    ],
+)
+def test_a_stream_is_what_the_client_names(accept: str | None, streams: bool) -> None:
+    headers = Headers() if accept is None else Headers({"Accept": accept})
+    assert wants_stream(_request(headers)) is streams
+
+
+def _request(headers: Headers, query: bytes = b"") -> Request:
+    async def push(path: str, headers: Headers) -> None:
+        pass
+
+    from quart_trio.wrappers import TrioRequest
+
+    return TrioRequest("GET", "http", "/", query, headers, "", "1.1", {}, send_push_promise=push)  # type: ignore[typeddict-item]

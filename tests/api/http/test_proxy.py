@@ -1,0 +1,463 @@
+"""A request that another process has to answer: the owner here is a script, on a socket and in the store."""
+
+import os
+import secrets
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from quart_trio.wrappers import TrioResponse
+from trio.testing import wait_all_tasks_blocked
+
+from service.api import app
+from service.api.http import proxy
+from service.api.http.proxy import PEER, socket_name
+from service.errors import OwnedElsewhereError
+from service.storage.records import Checkpoint
+from service.storage.sqlite import SqliteStore, open_sqlite_store
+from tests.api.inprocess import SSE, Api, Reply, leave, open_api
+from tests.descriptors import no_descriptor_left
+from tests.storage.rows import T0, a_session, a_turn, ended
+
+TURN = "turn_" + 32 * "a"
+EVENTS = f"/sessions/s/turns/{TURN}/events"
+HEAD = b"HTTP/1.1 200 \r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\nconnection: close\r\n\r\n"
+CAP_S = 15
+
+
+def chunk(data: str) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data.encode())
+
+
+def frame(seq: int) -> str:
+    return f'id: {seq}\ndata: {{"type":"turn.delta","seq":{seq},"text":"x"}}\n\n'
+
+
+def answer(body: str, status: int = 200) -> bytes:
+    head = f"HTTP/1.1 {status} \r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\nserver: x\r\n\r\n"
+    return head.encode() + body.encode()
+
+
+class Owner:
+    """The other process: it runs a turn of session ``s``, and answers as a test says."""
+
+    def __init__(self, store: SqliteStore, listener: trio.socket.SocketType) -> None:
+        self.store = store
+        self.listener = listener
+        self.accepted: list[trio.socket.SocketType] = []
+
+    async def take(self) -> tuple[trio.SocketStream, bytes]:
+        """The next request."""
+        accepted, _ = await self.listener.accept()
+        self.accepted.append(accepted)
+        stream = trio.SocketStream(accepted)
+        head, _, body = (await stream.receive_some()).partition(b"\r\n\r\n")
+        length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
+        while len(body) < length:
+            body += await stream.receive_some()
+        return stream, head + b"\r\n\r\n" + body
+
+    async def die(self, stream: trio.SocketStream | None = None) -> None:
+        """As a process does: its connections go, and its lock a moment later."""
+        self.listener.close()
+        if stream is not None:
+            await stream.aclose()
+        await trio.sleep(0.05)
+        await self.store.aclose()
+
+
+@asynccontextmanager
+async def open_owner(folder: Path, *, backlog: int = 10, **settings: Any) -> AsyncIterator[tuple[Api, Owner]]:
+    """An application, and the owner of a turn on the same file."""
+    path = folder / "lastcall.db"
+    address = f"@test-{secrets.token_hex(8)}"
+    with trio.fail_after(CAP_S), trio.socket.socket(socket.AF_UNIX) as listener:
+        await listener.bind(socket_name(address))
+        listener.listen(backlog)
+        async with (
+            open_sqlite_store(path, address=address) as store,
+            open_api(
+                store_url=f"sqlite:{path}", model_url="scripted:?tokens=3&rate=0&first_token_s=0", **settings
+            ) as api,
+        ):
+            await store.create_session(a_session("s", idle_timeout_s=3600), now=T0)
+            await store.begin_turn(a_turn(TURN, "s"), now=T0)
+            owner = Owner(store, listener)
+            yield api, owner
+            for accepted in owner.accepted:
+                accepted.close()
+
+
+async def ask(api: Api, replies: list[Reply], method: str, path: str, body: object = None, **more: object) -> None:
+    replies.append(await api.call(method, path, body, **more))  # type: ignore[arg-type]
+
+
+async def test_a_request_is_passed_on_as_it_came_and_so_is_the_answer(tmp_path: Path) -> None:
+    async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
+        replies: list[Reply] = []
+        headers = {"Last-Event-ID": "4", "Lastcall-Hops": "3", "Connection": "keep-alive", "Authorization": "Bearer x"}
+        nursery.start_soon(lambda: ask(api, replies, "GET", f"{EVENTS}?after=2", headers=headers))
+        stream, request = await owner.take()
+        head = request.decode().lower()
+        assert head.startswith(f"get {EVENTS}?after=2 http/1.1\r\n")
+        assert "last-event-id: 4\r\n" in head
+        assert "lastcall-hops: 1\r\n" in head, "a client's own counts"
+        assert head.count("connection:") == 1
+        await stream.send_all(answer('{"a": 1}', 410))
+        await wait_for(replies)
+        assert (replies[0].status, replies[0].json) == (410, {"a": 1})
+        assert "server" not in replies[0].headers
+
+        nursery.start_soon(lambda: ask(api, replies, "POST", "/sessions/s/turns", {"input": "é"}))
+        stream, request = await owner.take()
+        assert request.endswith(b'\r\n\r\n{"input": "\\u00e9"}')
+        await stream.send_all(answer("{}", 409))
+        await wait_for(replies, 2)
+        assert replies[1].status == 409
+
+
+async def test_only_whole_frames_are_passed_on_and_a_dead_owners_stream_ends_from_the_store(tmp_path: Path) -> None:
+    async with open_owner(tmp_path) as (api, owner), api.open("GET", EVENTS, headers=SSE) as client:
+        await client.send_complete()
+        stream, _ = await owner.take()
+        first = frame(1)
+        await stream.send_all(HEAD + chunk("retry: 1000\n\n" + first[:10]))
+        assert await client.receive() == b"retry: 1000\n\n"
+        await stream.send_all(chunk(first[10:] + frame(2) + ": heart"))
+        assert await client.receive() == (first + frame(2)).encode()
+        await stream.send_all(chunk("beat\n\n" + frame(3)[:-1]) + b"5\r\nabc")  # in mid-chunk
+        assert await client.receive() == b": heartbeat\n\n"
+        await owner.die(stream)
+        terminal = await client.receive()
+        assert terminal.startswith(b'id: 1073741824\ndata: {"type":"turn.interrupted"')
+        assert terminal.count(b"id: ") == 1
+        assert await client.receive() == b"", "the end of the body"
+
+
+@pytest.mark.parametrize(
+    ("query", "headers"), [("?after=2", {}), ("?after=1", {"Last-Event-ID": "2"}), ("?after=2", {"Last-Event-ID": ""})]
+)
+async def test_a_stream_that_its_owner_never_began_goes_on_from_what_the_client_has_seen(
+    query: str, headers: dict[str, str], tmp_path: Path
+) -> None:
+    async with open_owner(tmp_path) as (api, owner), api.open("GET", EVENTS + query, headers=SSE | headers) as client:
+        await client.send_complete()
+        stream, _ = await owner.take()
+        checkpoint = Checkpoint(
+            session_id="s", turn_id=TURN, after=0, events=tuple(frame(seq).encode() for seq in (1, 2, 3)), output=()
+        )
+        await owner.store.checkpoint_turns([checkpoint])
+        await stream.send_all(HEAD + chunk("retry: 1000\n\n"))
+        assert await client.receive() == b"retry: 1000\n\n"
+        await owner.die(stream)
+        assert (await client.receive()).startswith(frame(3).encode())
+
+
+@pytest.mark.parametrize("after", ["2.0", "2e0", "x", "-1"])
+async def test_a_cursor_that_is_none_is_refused_where_it_comes_in(after: str, tmp_path: Path) -> None:
+    async with open_owner(tmp_path) as (api, _):
+        reply = await api.call("GET", f"{EVENTS}?after={after}", headers=SSE)
+        reply.problem(422, "invalid_request", "after")
+
+
+async def test_a_stream_that_had_its_end_gets_no_second_one(tmp_path: Path) -> None:
+    async with open_owner(tmp_path) as (api, owner), api.open("GET", EVENTS, headers=SSE) as client:
+        await client.send_complete()
+        stream, _ = await owner.take()
+        await stream.send_all(HEAD + chunk(frame(1 << 30)))
+        assert await client.receive() == frame(1 << 30).encode()
+        await owner.die(stream)
+        assert await client.receive() == b"", "the end of the body"
+
+
+async def test_a_stream_that_a_living_owner_cuts_ends(tmp_path: Path) -> None:
+    """The client resumes it; nobody ends a turn of an owner that lives."""
+    async with open_owner(tmp_path) as (api, owner), api.open("GET", EVENTS, headers=SSE) as client:
+        await client.send_complete()
+        stream, _ = await owner.take()
+        await stream.send_all(HEAD + chunk(frame(1)))
+        await client.receive()
+        await stream.aclose()
+        assert await client.receive() == b"", "the end of the body"
+        assert (await owner.store.get_turn("s", TURN, now=datetime.now(UTC))).is_open
+
+
+async def test_what_an_owner_that_died_did_not_answer_is_answered_here(tmp_path: Path) -> None:
+    async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
+        replies: list[Reply] = []
+        nursery.start_soon(lambda: ask(api, replies, "GET", f"/sessions/s/turns/{TURN}"))
+        stream, _ = await owner.take()
+        await stream.send_all(answer("x" * 100)[:-50])  # an answer that is not whole is none
+        await owner.die(stream)
+        await wait_for(replies)
+        assert (replies[0].status, replies[0].json["state"], replies[0].json["reason"]) == (200, "interrupted", "crash")
+
+
+async def test_nobody_starts_a_turn_twice_for_an_owner_that_died(tmp_path: Path) -> None:
+    async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
+        replies: list[Reply] = []
+        body = {"input": "x", "on_conflict": "queue"}
+        nursery.start_soon(lambda: ask(api, replies, "POST", "/sessions/s/turns", body))
+        stream, _ = await owner.take()
+        await owner.die(stream)
+        await wait_for(replies)
+        problem = replies[0].problem(503, "store_unavailable")
+        assert "has died" in problem["detail"]
+        assert "retry-after" not in replies[0].headers
+        turns = (await api.call("GET", "/sessions/s/turns")).json["data"]
+        assert [turn["state"] for turn in turns] == ["interrupted"]
+        assert (await api.call("POST", "/sessions/s/turns", body)).json["state"] == "completed"
+
+
+async def test_where_a_living_owner_cannot_be_reached_the_answer_is_503_and_nothing_changes(tmp_path: Path) -> None:
+    async with open_owner(tmp_path) as (api, owner):
+        owner.listener.close()
+        problem = (await api.call("GET", f"/sessions/s/turns/{TURN}")).problem(503, "store_unavailable")
+        assert problem["retry_after_s"] == 1
+        assert (await owner.store.get_turn("s", TURN, now=datetime.now(UTC))).is_open
+
+
+async def test_a_process_that_may_open_nothing_more_says_so_and_gives_no_owner_up(tmp_path: Path) -> None:
+    async with open_owner(tmp_path) as (api, owner):
+        await api.call("GET", "/sessions")  # what is opened only once is there
+        with no_descriptor_left():
+            problem = (await api.call("GET", f"/sessions/s/turns/{TURN}")).problem(503, "resources_exhausted")
+        assert problem["retry_after_s"] == 1
+        assert (await owner.store.get_turn("s", TURN, now=datetime.now(UTC))).is_open
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "repeatable"),
+    [
+        ("GET", f"/sessions/s/turns/{TURN}", True),
+        ("GET", "/sessions/s/turns", True),
+        ("GET", EVENTS, True),
+        ("POST", f"/sessions/s/turns/{TURN}/cancel", True),
+        ("DELETE", "/sessions/s", True),
+        ("POST", "/sessions/s/turns", False),
+        ("POST", "/chat", False),
+        ("POST", "/sessions/s/fork", False),
+    ],
+)
+async def test_an_owner_that_hangs_is_not_waited_for_beyond_its_time(
+    method: str, path: str, repeatable: bool, tmp_path: Path
+) -> None:
+    bodies: dict[str, object] = {
+        "/sessions/s/turns": {"input": "x", "background": True},
+        "/chat": {"message": "x", "session_id": "s"},
+        "/sessions/s/fork": {},
+    }
+    body = bodies.get(path) if method == "POST" else None
+    settings: dict[str, Any] = {"store_timeout_s": 0.2, "cleanup_timeout_s": 0.2}
+    async with open_owner(tmp_path, **settings) as (api, owner), trio.open_nursery() as nursery:
+        replies: list[Reply] = []
+        nursery.start_soon(lambda: ask(api, replies, method, path, body))
+        stream, _ = await owner.take()
+        await wait_for(replies)
+        problem = replies[0].problem(503, "store_unavailable")
+        assert "does not answer" in problem["detail"]
+        assert replies[0].headers.get("retry-after") == ("1" if repeatable else None)
+        assert ("whether it accepted" in problem["detail"]) is not repeatable
+        assert await stream.receive_some() == b"", "nobody waits there any more"
+        assert (await owner.store.get_turn("s", TURN, now=datetime.now(UTC))).is_open
+        assert api.service.sessions.forwards.is_idle
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("POST", f"/sessions/s/turns/{TURN}/cancel", None),
+        ("DELETE", "/sessions/s", None),
+        ("POST", "/sessions/s/fork", {}),
+        ("POST", "/sessions/s/turns", {"input": "x", "background": True}),
+        ("POST", "/chat", {"message": "x", "session_id": "s"}),
+    ],
+)
+async def test_an_owner_has_longer_for_what_waits_for_more_than_one_step_of_the_store(
+    method: str, path: str, body: object, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"store_timeout_s": 0.5, "cleanup_timeout_s": CAP_S}
+    async with open_owner(tmp_path, **settings) as (api, owner), trio.open_nursery() as nursery:
+        replies: list[Reply] = []
+        nursery.start_soon(lambda: ask(api, replies, method, path, body))
+        stream, _ = await owner.take()
+        await trio.sleep(0.7)
+        await stream.send_all(answer("{}"))
+        await wait_for(replies)
+        assert replies[0].status == 200
+
+
+async def test_a_call_that_waits_for_its_turn_and_a_stream_wait_as_long_as_that_takes(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"store_timeout_s": 0.2, "cleanup_timeout_s": 0.2}
+    async with open_owner(tmp_path, **settings) as (api, owner), trio.open_nursery() as nursery:
+        replies: list[Reply] = []
+        nursery.start_soon(lambda: ask(api, replies, "POST", "/sessions/s/turns", {"input": "x"}))
+        waiting, _ = await owner.take()
+        async with api.open("GET", EVENTS, headers=SSE) as client:
+            await client.send_complete()
+            streaming, _ = await owner.take()
+            await streaming.send_all(HEAD + chunk(frame(1)))
+            assert await client.receive() == frame(1).encode()
+            await trio.sleep(1)
+            await streaming.send_all(chunk(frame(2)) + b"0\r\n\r\n")
+            assert await client.receive() == frame(2).encode()
+            assert await client.receive() == b"", "the end of the body"
+        await waiting.send_all(answer("{}"))
+        await wait_for(replies)
+        assert replies[0].status == 200
+
+
+async def test_where_the_owner_keeps_changing_the_request_waits_and_is_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
+        replies: list[Reply] = []
+        peer: dict[str, Any] = {"headers": {"Lastcall-Hops": "3"}, "scope": {PEER: lambda: False}}
+        body = {"input": "x"}
+        nursery.start_soon(lambda: ask(api, replies, "POST", "/sessions/s/turns", body, **peer))
+        stream, request = await owner.take()
+        assert b"\r\nlastcall-hops: 4\r\n" in request
+        await stream.send_all(answer("{}", 409))
+        await wait_for(replies)
+        assert replies[0].status == 409
+
+        async def end_meanwhile(error: OwnedElsewhereError) -> TrioResponse:
+            await owner.store.end_turn(ended(a_turn(TURN, "s")), events=[], now=datetime.now(UTC))
+            return await proxy.forward(error)
+
+        monkeypatch.setattr(app, "forward", end_meanwhile)
+        reply = await api.call("POST", "/sessions/s/turns", body, **peer)
+        assert (reply.status, reply.json["state"]) == (200, "completed")
+
+
+async def test_a_request_is_passed_on_ten_times_at_most(tmp_path: Path) -> None:
+    async with open_owner(tmp_path) as (api, _):
+        for hops in ("10", "11"):
+            reply = await api.call("GET", EVENTS, headers={"Lastcall-Hops": hops}, scope={PEER: lambda: False})
+            reply.problem(503, "store_unavailable")
+
+
+async def test_an_owner_that_is_another_users_is_told_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_owner(tmp_path) as (api, owner):
+        ours = os.getuid()
+        monkeypatch.setattr(os, "getuid", lambda: ours + 1)
+        (await api.call("POST", f"/sessions/s/turns/{TURN}/cancel")).problem(503, "store_unavailable")
+        accepted, _ = await owner.listener.accept()
+        assert await accepted.recv(1) == b""
+        accepted.close()
+
+
+async def test_an_owner_whose_backlog_is_full_is_asked_again(tmp_path: Path) -> None:
+    async with open_owner(tmp_path, backlog=0) as (api, owner), trio.open_nursery() as nursery:
+        waiting = socket.socket(socket.AF_UNIX)
+        waiting.connect(owner.listener.getsockname())
+        replies: list[Reply] = []
+        nursery.start_soon(lambda: ask(api, replies, "GET", f"/sessions/s/turns/{TURN}"))
+        await trio.sleep(0.05)
+        assert not replies
+        (await owner.listener.accept())[0].close()
+        waiting.close()
+        stream, _ = await owner.take()
+        await stream.send_all(answer("{}"))
+        await wait_for(replies)
+        assert replies[0].status == 200
+
+
+async def test_an_owner_whose_backlog_stays_full_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proxy, "_CONNECT_TIMEOUT_S", 0.1)
+    async with open_owner(tmp_path, backlog=0) as (api, owner):
+        with socket.socket(socket.AF_UNIX) as waiting:
+            waiting.connect(owner.listener.getsockname())
+            problem = (await api.call("GET", f"/sessions/s/turns/{TURN}")).problem(503, "store_unavailable")
+        assert "does not answer" in problem["detail"]
+        assert problem["retry_after_s"] == 1
+
+
+async def test_a_client_that_leaves_has_left_at_the_owner_too(tmp_path: Path) -> None:
+    async with open_owner(tmp_path) as (api, owner):
+        client = api.open("POST", f"/sessions/s/turns/{TURN}/cancel")
+        async with client:
+            await client.send_complete()
+            stream, _ = await owner.take()
+            await leave(client)
+            assert await stream.receive_some() == b""
+
+
+async def test_a_process_that_stops_takes_its_leave_of_the_owner(tmp_path: Path) -> None:
+    """It closes its sending side and waits: to the owner that is another thing than a client that left."""
+    async with open_owner(tmp_path) as (api, owner), api.open("GET", EVENTS, headers=SSE) as client:
+        await client.send_complete()
+        stream, _ = await owner.take()
+        await stream.send_all(HEAD + chunk(frame(1)))
+        assert await client.receive() == frame(1).encode()
+        api.service.sessions.stopping.interrupt_all()
+        assert await client.receive() == b"", "the end of the body"
+        assert await stream.receive_some() == b""
+        await stream.send_all(chunk(frame(2)))  # so it has not closed its receiving side
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(api.service.sessions.stopping.wait_idle)
+            await wait_all_tasks_blocked()
+            assert nursery.child_tasks, "it is waited for"
+            await stream.aclose()
+
+
+async def test_an_end_that_the_owner_tells_at_the_last_moment_still_comes_through(tmp_path: Path) -> None:
+    """Both stop, and the owner's disk hangs: it tells its ends when its time to keep them is nearly over."""
+    async with open_owner(tmp_path) as (api, owner), api.open("GET", EVENTS, headers=SSE) as client:
+        await client.send_complete()
+        stream, _ = await owner.take()
+        await stream.send_all(HEAD + chunk(frame(1)))
+        assert await client.receive() == frame(1).encode()
+        api.service.sessions.stopping.interrupt_all()
+        await trio.sleep(0.8 * api.service.settings.cleanup_timeout_s)
+        await stream.send_all(chunk(frame(2)) + b"0\r\n\r\n")
+        assert await client.receive() == frame(2).encode()
+        assert await client.receive() == b"", "the end of the body"
+        await stream.aclose()
+
+
+async def test_a_request_that_came_from_a_process_that_stops_is_cut_as_its_own(tmp_path: Path) -> None:
+    async with open_owner(tmp_path) as (api, owner):
+        client = api.open("GET", EVENTS, headers=SSE, scope={PEER: lambda: True})
+        async with client:
+            await client.send_complete()
+            stream, _ = await owner.take()
+            await stream.send_all(HEAD + chunk(frame(1)))
+            await client.receive()
+            await leave(client)
+            assert await stream.receive_some() == b""
+            await stream.send_all(chunk(frame(2)))
+            await stream.aclose()
+
+
+async def test_a_fork_at_an_open_turn_is_its_owners_to_answer_and_one_at_an_ended_turn_anybodys(tmp_path: Path) -> None:
+    async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
+        replies: list[Reply] = []
+        nursery.start_soon(lambda: ask(api, replies, "POST", "/sessions/s/fork", {"id": "copy"}))
+        stream, request = await owner.take()
+        assert request.startswith(b"POST /sessions/s/fork ")
+        assert request.endswith(b'\r\n\r\n{"id": "copy"}')
+        await stream.send_all(answer("{}", 409))
+        await wait_for(replies)
+        assert replies[0].status == 409
+
+        now = datetime.now(UTC)
+        assert await owner.store.end_turn(ended(a_turn(TURN, "s")), events=[], now=now)
+        await owner.store.begin_turn(a_turn("turn_" + 32 * "b", "s", parent=TURN), now=now)
+        assert (await api.call("POST", "/sessions/s/fork", {"id": "copy", "at": TURN})).status == 201
+
+        await owner.die()
+        forked = await api.call("POST", "/sessions/s/fork", {"id": "second"})
+        assert (forked.status, forked.json["message_count"]) == (201, 3)
+
+
+async def wait_for(replies: list[Reply], count: int = 1) -> None:
+    while len(replies) < count:  # noqa: ASYNC110
+        await trio.sleep(0.005)

@@ -1,0 +1,253 @@
+"""Bodies are taken strictly, and what is wrong with one is named."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.api.http.request_body import BoundedBody, body_bytes_max, parse_body
+from service.api.http.strict_json import InputTooLargeError, MalformedBodyError, parse_json
+from service.api.native.wire import (
+    Chat,
+    CreateSession,
+    ForkSession,
+    Query,
+    RequestBody,
+    SessionsQuery,
+    StartTurn,
+    UpdateSession,
+)
+from service.errors import InvalidRequestError
+from service.settings import Settings
+
+
+def parse(raw: bytes | str, kind: Any = StartTurn, *, text_bytes_max: int = 1024) -> Any:
+    return parse_body(raw.encode() if isinstance(raw, str) else raw, kind, text_bytes_max=text_bytes_max)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b" ",
+        b"{",
+        b"{} {}",
+        b"\xef\xbb\xbf{}",
+        '{"input": "a"}'.encode("utf-16"),
+        b'{"input": "\xff"}',
+        b'{"input": "\xed\xa0\x80"}',
+        b'{"input": NaN}',
+        b'{"input": -Infinity}',
+        b'{"input": "a\nb"}',
+        b'{"input": "a\0b"}',
+        b"{'input': 'a'}",
+        b'{"input": "a",}',
+        b'{"max_output_tokens": ' + b"1" * 5000 + b"}",
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"metadata": {"a": "1", "a": "2"}}',
+    ],
+)
+def test_what_is_not_one_unambiguous_json_document_is_malformed(raw: bytes) -> None:
+    with pytest.raises(MalformedBodyError):
+        parse_json(raw)
+
+
+@pytest.mark.parametrize(
+    ("raw", "field"),
+    [
+        ("[]", None),
+        ("null", None),
+        ('"input"', None),
+        ("{}", "input"),
+        ('{"input": null}', "input"),
+        ('{"input": ["a"]}', "input"),
+        ('{"input": ""}', "input"),
+        ('{"input": "a\\u0000b"}', "input"),
+        ('{"input": "\\ud800"}', "input"),
+        ('{"input": "\\udc00\\ud800"}', "input"),
+        ('{"input": "a", "stream": true}', "stream"),
+        ('{"input": "a", "x\\ud800": true}', "x\\ud800"),
+        ('{"input": "a", "temperature": 2.1}', "temperature"),
+        ('{"input": "a", "temperature": -0.1}', "temperature"),
+        ('{"input": "a", "temperature": 1e400}', "temperature"),
+        ('{"input": "a", "temperature": "1"}', "temperature"),
+        ('{"input": "a", "temperature": true}', "temperature"),
+        ('{"input": "a", "max_output_tokens": 0}', "max_output_tokens"),
+        ('{"input": "a", "max_output_tokens": 1.5}', "max_output_tokens"),
+        ('{"input": "a", "max_output_tokens": 100000000000000000000000000000}', "max_output_tokens"),
+        ('{"input": "a", "on_conflict": "explode"}', "on_conflict"),
+        ('{"input": "a", "background": "yes"}', "background"),
+        ('{"input": "a", "parent": "turn_1"}', "parent"),
+        ('{"input": "a", "model": ""}', "model"),
+    ],
+)
+def test_a_turn_that_is_not_one_is_refused_with_its_field(raw: str, field: str | None) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        parse(raw)
+    assert refused.value.field == field
+    str(refused.value).encode()
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"id": ""}, "id"),
+        ({"id": "."}, "id"),
+        ({"id": ".."}, "id"),
+        ({"id": "a\n"}, "id"),
+        ({"id": "a/b"}, "id"),
+        ({"id": "x" * 129}, "id"),
+        ({"title": "x" * 201}, "title"),
+        ({"title": "\0"}, "title"),
+        ({"idle_timeout_s": 0}, "idle_timeout_s"),
+        ({"idle_timeout_s": 31_536_001}, "idle_timeout_s"),
+        ({"metadata": {str(n): "" for n in range(17)}}, "metadata"),
+        ({"metadata": {"k" * 65: ""}}, "metadata"),
+        ({"metadata": {"": ""}}, "metadata"),
+        ({"metadata": {"k": "v" * 513}}, "metadata.k"),
+        ({"metadata": {"k": 1}}, "metadata.k"),
+        ({"metadata": {"k": "\0"}}, "metadata.k"),
+        ({"metadata": None}, "metadata"),
+        ({"system_message": ""}, "system_message"),
+    ],
+)
+def test_a_session_that_is_not_one_is_refused_with_its_field(body: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        parse(json.dumps(body), CreateSession)
+    assert refused.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "told"),
+    [
+        (CreateSession, {"id": "a b"}, "1-128 of `A-Z a-z 0-9 _ . -`; not `.` or `..`"),
+        (ForkSession, {"at": "turn_0"}, "the id of a turn: `turn_` and 32 of `0-9 a-f`"),
+        (ForkSession, {"id": ".."}, "1-128 of `A-Z a-z 0-9 _ . -`; not `.` or `..`"),
+        (Chat, {"message": "a", "session_id": "a/b"}, "1-128 of `A-Z a-z 0-9 _ . -`; not `.` or `..`"),
+        (StartTurn, {"input": "a", "parent": "x"}, "the id of a turn: `turn_` and 32 of `0-9 a-f`"),
+        (StartTurn, {"input": "a", "on_conflict": "REJECT"}, "one of 'queue', 'reject', 'supersede'."),
+        (StartTurn, {"input": "a", "on_disconnect": ""}, "one of 'cancel', 'continue'."),
+        (SessionsQuery, {"status": "dead"}, "one of 'idle', 'running'."),
+        (CreateSession, {"metadata": {"k" * 65: ""}}, "One of its keys is not as it should be"),
+        (CreateSession, {"metadata": {"": ""}}, "One of its keys is not as it should be"),
+        (CreateSession, {"metadata": {"\0": ""}}, "A key may not have NUL"),
+    ],
+)
+def test_what_is_allowed_is_said_in_words(kind: type[RequestBody | Query], body: object, told: str) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        parse(json.dumps(body), kind)
+    assert told in str(refused.value)
+    assert "\\" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("raw", "field"),
+    [
+        ('{"id": "a", "id": "b"}', "id"),
+        ('{"metadata": {"a": "1", "a": "2"}}', "metadata.a"),
+        ('{"metadata": {"b": "1", "a": "1", "a": "2"}, "id": 1, "id": 2}', "metadata.a"),
+        ('{"x": [{}, {"a": {"b": 1, "b": 1}}]}', "x[1].a.b"),
+        ('{"": 1, "": 2}', ""),
+        ('{"\\ud800": 1, "\\ud800": 2}', "\\ud800"),
+    ],
+)
+def test_a_repeated_key_is_told_with_its_path(raw: str, field: str) -> None:
+    with pytest.raises(MalformedBodyError) as refused:
+        parse_json(raw.encode())
+    assert refused.value.field == field
+
+
+def test_a_repeated_key_at_any_depth_is_malformed() -> None:
+    for depth in (100, 400, 900, 990, 100_000):
+        with pytest.raises(MalformedBodyError):
+            parse_json(b'{"a":' * depth + b'{"b": 1, "b": 1}' + b"}" * depth)
+
+
+def test_everything_at_its_bound_is_taken() -> None:
+    body = {
+        "id": "x" * 128,
+        "title": "\N{GRINNING FACE}" * 200,
+        "system_message": "é" * 512,
+        "metadata": {f"{n:064}": "\N{GRINNING FACE}" * 512 for n in range(16)},
+        "idle_timeout_s": 31_536_000,
+    }
+    assert parse(json.dumps(body), CreateSession).title == body["title"]
+    for temperature in (0, 2, 0.5):
+        assert parse(json.dumps({"input": "a", "temperature": temperature})).temperature == temperature
+
+
+def test_a_text_is_bounded_in_bytes_of_utf_8() -> None:
+    assert len(parse(json.dumps({"input": "é" * 512})).input) == 512
+    for text in ("é" * 512 + "a", "a" * 1025):
+        with pytest.raises(InputTooLargeError) as refused:
+            parse(json.dumps({"input": text}))
+        assert refused.value.field == "input"
+
+
+def test_a_body_with_everything_at_its_bound_and_escaped_fits_the_bound_on_bodies() -> None:
+    settings = Settings(input_bytes_max=1024)
+    body = {
+        "id": "x" * 128,
+        "title": "\N{GRINNING FACE}" * 200,
+        "model": "\N{GRINNING FACE}" * 200,
+        "system_message": "\x01" * settings.input_bytes_max,
+        "metadata": {f"{n:02}" + "\N{GRINNING FACE}" * 62: "\N{GRINNING FACE}" * 512 for n in range(16)},
+        "idle_timeout_s": 31_536_000,
+    }
+    raw = json.dumps(body).encode()
+    assert len(raw) <= body_bytes_max(settings)
+    parse(raw, CreateSession, text_bytes_max=settings.input_bytes_max)
+
+
+async def test_a_body_keeps_nothing_beyond_its_bound_whether_or_not_it_is_read() -> None:
+    body = BoundedBody(None, 100)
+    await body.put(b"x" * 100)
+    await body.put(b"x")
+    assert body._arrived == b""
+    await body.put(b"x" * 50)
+    body.set_complete()
+    assert body._arrived == b""
+    with pytest.raises(InputTooLargeError):
+        await body.read()
+
+
+async def test_a_body_at_its_bound_is_read_whole() -> None:
+    body = BoundedBody(100, 100)
+    for _ in range(10):
+        body.append(b"x" * 10)
+    body.set_complete()
+    body.refuse(ValueError())  # too late
+    assert await body.read() == b"x" * 100
+
+
+def test_null_clears_and_what_is_left_out_stays() -> None:
+    patch = parse('{"title": null}', UpdateSession)
+    assert patch.title is None
+    assert patch.model is not None  # UNSET
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_body_or_refused(raw: bytes) -> None:
+    try:
+        parse(raw)
+    except InvalidRequestError:
+        pass
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None)),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.sampled_from(["input", "parent", "temperature", "metadata", "id", "x"]), JSON))
+def test_any_json_is_a_body_or_refused_with_a_message_that_can_be_sent(body: dict[str, Any]) -> None:
+    for kind in (StartTurn, CreateSession, UpdateSession):
+        try:
+            parse(json.dumps(body), kind)
+        except InvalidRequestError as error:
+            f"{error} {error.field}".encode()

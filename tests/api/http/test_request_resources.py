@@ -1,0 +1,30 @@
+"""What a request holds is given back, whatever else happens."""
+
+from functools import partial
+
+import pytest
+
+from service.api.http.request_resources import Held
+
+
+def test_the_last_is_given_back_first_and_each_once() -> None:
+    given: list[int] = []
+    with Held() as held:
+        for number in (1, 2, 3):
+            held.add(partial(given.append, number))
+    assert given == [3, 2, 1]
+
+
+def test_one_that_breaks_keeps_nothing_else() -> None:
+    given: list[int] = []
+
+    def break_down() -> None:
+        raise RuntimeError
+
+    held = Held()
+    held.add(lambda: given.append(1))
+    held.add(break_down)
+    held.add(lambda: given.append(2))
+    with pytest.raises(RuntimeError), held:
+        pass
+    assert given == [2, 1]

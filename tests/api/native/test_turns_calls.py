@@ -1,0 +1,343 @@
+"""Starting turns in three ways, following and cancelling them, as a client sees it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from quart import request
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from service.api.http.request_body import kept_body
+from service.errors import OwnedElsewhereError
+from service.sessions.sessions import Sessions
+from service.sessions.turns.turn import Turn
+from tests.api.inprocess import CAP_S, SSE, Api, leave, open_api
+
+SLOW = "scripted:?tokens=100&rate=1"
+
+
+async def test_a_waiting_call_answers_with_the_finished_turn(autojump_clock: MockClock) -> None:
+    async with open_api() as api:
+        session_id = await api.new_session()
+        reply = await api.call("POST", f"/sessions/{session_id}/turns", {"input": "Hi"})
+        assert reply.status == 200
+        turn = reply.json
+        assert (turn["state"], turn["finish_reason"], turn["input"]) == ("completed", "stop", "Hi")
+        assert turn["text"]
+        assert turn["ended_at"].endswith("Z")
+        assert reply.headers["location"] == f"/sessions/{session_id}/turns/{turn['id']}"
+        assert (await api.call("GET", reply.headers["location"])).json == turn
+        assert (await api.call("GET", f"/sessions/{session_id}/turns")).json == {"data": [turn], "next": None}
+
+
+async def test_a_streaming_call_answers_with_the_events(autojump_clock: MockClock) -> None:
+    async with open_api() as api:
+        session_id = await api.new_session()
+        reply = await api.call("POST", f"/sessions/{session_id}/turns", {"input": "Hi"}, headers=SSE)
+        assert reply.status == 200
+        assert reply.headers["content-type"] == "text/event-stream"
+        assert reply.headers["cache-control"] == "no-store"
+        assert reply.headers["x-accel-buffering"] == "no"
+        assert reply.body.startswith(b"retry: 1000\n\n")
+        kinds = [event["type"] for event in reply.events]
+        assert kinds == ["turn.started", *["turn.delta"] * (len(kinds) - 2), "turn.completed"]
+        assert [event["seq"] for event in reply.events] == list(range(1, len(kinds) + 1))
+        turn = (await api.call("GET", reply.headers["location"])).json
+        assert "".join(event.get("text", "") for event in reply.events) == turn["text"]
+        assert api.service.sessions.statistics().streams_ended == 1
+        assert api.service.sessions.statistics().streams_open == 0
+
+
+async def test_a_background_call_answers_at_once_and_the_turn_runs_on(autojump_clock: MockClock) -> None:
+    async with open_api(model_url=SLOW) as api:
+        session_id = await api.new_session()
+        body = {"input": "Hi", "background": True}
+        reply = await api.call("POST", f"/sessions/{session_id}/turns", body, headers=SSE)
+        assert reply.status == 202
+        assert reply.json["state"] == "running"
+        assert trio.current_time() == 0
+        events = await api.call("GET", f"{reply.headers['location']}/events")
+        assert events.events[-1]["type"] == "turn.completed"
+        assert len(events.events) == 102
+
+
+async def test_a_finished_turn_is_replayed_from_any_event(autojump_clock: MockClock) -> None:
+    async with open_api() as api:
+        path, all_events = await _finished(api)
+        last = all_events[-1]["seq"]
+        for seq in range(last):
+            assert (await api.call("GET", f"{path}/events?after={seq}")).events == all_events[seq:]
+            header = await api.call("GET", f"{path}/events?after=1", headers={"Last-Event-ID": str(seq)})
+            assert header.events == all_events[seq:]
+        for seq in (last, last + 1, 10**15):
+            reply = await api.call("GET", f"{path}/events?after={seq}")
+            assert (reply.status, reply.body) == (204, b"")
+            assert "content-type" not in reply.headers
+        for after in ("-1", "x", "9999999999999999", "2.0", "2e0", "+2", "%202", "%C2%B2", ""):
+            (await api.call("GET", f"{path}/events?after={after}")).problem(422, "invalid_request", "after")
+        bad = await api.call("GET", f"{path}/events", headers={"Last-Event-ID": "x"})
+        bad.problem(422, "invalid_request", "Last-Event-ID")
+
+
+async def _finished(api: Api) -> tuple[str, list[dict[str, Any]]]:
+    session_id = await api.new_session()
+    reply = await api.call("POST", f"/sessions/{session_id}/turns", {"input": "Hi"}, headers=SSE)
+    return reply.headers["location"], reply.events
+
+
+async def test_a_cursor_beyond_a_running_turn_is_refused(autojump_clock: MockClock) -> None:
+    async with open_api(model_url=SLOW) as api:
+        session_id = await api.new_session()
+        reply = await api.call("POST", f"/sessions/{session_id}/turns", {"input": "Hi", "background": True})
+        beyond = await api.call("GET", f"{reply.headers['location']}/events?after=50")
+        beyond.problem(422, "invalid_request", "after")
+        resumed = await api.call("GET", f"{reply.headers['location']}/events", headers={"Last-Event-ID": "50"})
+        resumed.problem(422, "invalid_request", "Last-Event-ID")
+
+
+async def test_a_head_request_for_events_streams_nothing(autojump_clock: MockClock) -> None:
+    async with open_api(model_url=SLOW) as api:
+        session_id = await api.new_session()
+        reply = await api.call("POST", f"/sessions/{session_id}/turns", {"input": "Hi", "background": True})
+        head = await api.call("HEAD", f"{reply.headers['location']}/events")
+        assert (head.status, head.headers["content-type"]) == (200, "text/event-stream")
+        assert trio.current_time() == 0
+        assert api.service.sessions.statistics().streams_aborted == 0
+
+
+async def test_cancel_waits_for_the_end_and_is_idempotent(autojump_clock: MockClock) -> None:
+    async with open_api(model_url=SLOW) as api:
+        session_id = await api.new_session()
+        started = await api.call("POST", f"/sessions/{session_id}/turns", {"input": "Hi", "background": True})
+        path = started.headers["location"]
+        await trio.sleep(10.5)
+        cancelled = await api.call("POST", f"{path}/cancel")
+        assert (cancelled.status, cancelled.json["state"], cancelled.json["reason"]) == (200, "cancelled", "requested")
+        assert cancelled.json["text"]
+        assert (await api.call("POST", f"{path}/cancel")).json == cancelled.json
+
+
+@pytest.mark.parametrize("headers", [{}, SSE])
+async def test_a_call_whose_client_leaves_releases_its_turn(headers: dict[str, str], autojump_clock: MockClock) -> None:
+    async with open_api(model_url=SLOW) as api:
+        session_id = await api.new_session()
+        path = f"/sessions/{session_id}/turns"
+        connection = api.open("POST", path, headers=headers | {"Content-Type": "application/json"})
+        async with connection:
+            await connection.send(b'{"input": "Hi"}')
+            await connection.send_complete()
+            await trio.sleep(10.5)
+            await leave(connection)
+        (turn,) = (await api.call("GET", path)).json["data"]
+        assert (turn["state"], turn["reason"]) == ("cancelled", "disconnected")
+        assert trio.current_time() == 10.5
+        statistics = api.service.sessions.statistics()
+        assert statistics.streams_open == 0
+        assert statistics.streams_aborted == (1 if headers else 0)
+
+
+async def test_a_client_that_leaves_before_the_stream_has_begun_releases_all(autojump_clock: MockClock) -> None:
+    """The response's own body is never opened then, so it cannot be what gives things back."""
+    async with open_api(model_url=SLOW) as api:
+        session_id = await api.new_session()
+        path = f"/sessions/{session_id}/turns"
+        connection = api.open("POST", path, headers=SSE | {"Content-Type": "application/json"})
+
+        async def hang(message: dict[str, Any]) -> None:
+            await trio.sleep_forever()
+
+        connection._asgi_send = hang  # type: ignore[method-assign]
+        async with connection:
+            await connection.send(b'{"input": "Hi"}')
+            await connection.send_complete()
+            await wait_all_tasks_blocked()
+            assert api.service.sessions.statistics().streams_open == 1
+            await leave(connection)
+            assert api.service.sessions.statistics().streams_open == 0
+        (turn,) = (await api.call("GET", path)).json["data"]
+        assert (turn["state"], turn["reason"]) == ("cancelled", "disconnected")
+
+
+async def test_a_turn_that_goes_on_is_not_ended_by_its_client(autojump_clock: MockClock) -> None:
+    async with open_api(model_url=SLOW) as api:
+        session_id = await api.new_session()
+        path = f"/sessions/{session_id}/turns"
+        connection = api.open("POST", path, headers=SSE | {"Content-Type": "application/json"})
+        async with connection:
+            await connection.send(b'{"input": "Hi", "on_disconnect": "continue"}')
+            await connection.send_complete()
+            await trio.sleep(10.5)
+            await leave(connection)
+        (turn,) = (await api.call("GET", path)).json["data"]
+        assert turn["state"] == "running"
+
+
+async def test_conflicts_queues_and_parents(autojump_clock: MockClock) -> None:
+    async with open_api(model_url=SLOW, queued_turns_max=1) as api:
+        session_id = await api.new_session()
+        path = f"/sessions/{session_id}/turns"
+        first = (await api.call("POST", path, {"input": "1", "background": True})).json
+        problem = (await api.call("POST", path, {"input": "2"})).problem(409, "turn_in_progress")
+        assert problem["turn_id"] == first["id"]
+        queued = await api.call("POST", path, {"input": "2", "background": True, "on_conflict": "queue"})
+        assert queued.json["state"] == "queued"
+        full = await api.call("POST", path, {"input": "3", "on_conflict": "queue"})
+        assert full.problem(429, "queue_full")["retry_after_s"] == int(full.headers["retry-after"])
+        latest = await api.call("POST", path, {"input": "4", "on_conflict": "supersede", "parent": first["id"]})
+        assert (latest.json["state"], latest.json["parent"]) == ("completed", first["id"])
+        states = [turn["state"] for turn in (await api.call("GET", path)).json["data"]]
+        assert states == ["cancelled", "cancelled", "completed"]
+        root = await api.call("POST", path, {"input": "5", "parent": None})
+        assert root.json["parent"] is None
+        stranger = await api.call("POST", path, {"input": "6", "parent": "turn_" + "0" * 32})
+        stranger.problem(422, "invalid_request", "parent")
+
+
+async def test_at_the_bound_on_turns_the_answer_is_503(autojump_clock: MockClock) -> None:
+    async with open_api(model_url=SLOW, live_turns_max=1) as api:
+        first, second = await api.new_session(), await api.new_session()
+        await api.call("POST", f"/sessions/{first}/turns", {"input": "1", "background": True})
+        refused = await api.call("POST", f"/sessions/{second}/turns", {"input": "1"}, headers=SSE)
+        refused.problem(503, "turn_limit")
+        assert int(refused.headers["retry-after"]) >= 1
+        statistics = api.service.sessions.statistics()
+        assert (statistics.streams_open, statistics.streams_ended, statistics.streams_aborted) == (0, 0, 0)
+
+
+async def test_at_the_bound_on_streams_no_turn_is_started_and_nothing_read(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_api(model_url=SLOW, streams_max=1) as api:
+        session_id = await api.new_session()
+        started = await api.call("POST", f"/sessions/{session_id}/turns", {"input": "1", "background": True})
+        path = f"{started.headers['location']}/events"
+        connection = api.open("GET", path)
+        async with connection:
+            await connection.send_complete()
+            await connection.receive()
+            other = await api.new_session()
+            refused = await api.call("POST", f"/sessions/{other}/turns", {"input": "1"}, headers=SSE)
+            refused.problem(503, "stream_limit")
+            monkeypatch.setattr(api.service.sessions, "open_events", None)
+            (await api.call("GET", path)).problem(503, "stream_limit")
+            (await api.call("POST", "/chat", {"session_id": "me", "message": "1"})).problem(503, "stream_limit")
+            (await api.call("GET", "/sessions/me")).problem(404, "session_not_found")
+            assert (await api.call("GET", f"/sessions/{other}/turns")).json["data"] == []
+            await leave(connection)
+
+
+async def test_a_stream_that_is_begun_anew_takes_one_place(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_api(streams_max=1) as api:
+        path, events = await _finished(api)
+        open_events = api.service.sessions.open_events
+        gone = [OwnedElsewhereError("a", fence=1, address="@lastcall-nobody")]
+
+        async def refuse_first(*args: Any, **kwargs: Any) -> Any:
+            if gone:
+                raise gone.pop()
+            return await open_events(*args, **kwargs)
+
+        monkeypatch.setattr(api.service.sessions, "open_events", refuse_first)
+        assert (await api.call("GET", f"{path}/events")).events == events
+        assert api.service.sessions.statistics().streams_open == 0
+
+
+async def test_chat_makes_the_session_once_and_streams(autojump_clock: MockClock) -> None:
+    async with open_api() as api:
+        for round_ in (1, 2):
+            reply = await api.call("POST", "/chat", {"session_id": "me", "message": "Hi"})
+            assert reply.status == 200
+            assert reply.events[0]["session_id"] == "me"
+            assert reply.events[-1]["type"] == "turn.completed"
+            assert reply.headers["location"].startswith("/sessions/me/turns/turn_")
+            assert (await api.call("GET", "/sessions/me")).json["message_count"] == 2 * round_
+        fresh = await api.call("POST", "/chat", {"message": "Hi"})
+        assert fresh.events[0]["session_id"].startswith("sess_")
+        (await api.call("POST", "/chat", {"session_id": "a/b", "message": "Hi"})).problem(
+            422, "invalid_request", "session_id"
+        )
+
+
+async def test_chat_leaves_no_session_behind_when_its_turn_is_refused(autojump_clock: MockClock) -> None:
+    async with open_api(model_url=SLOW, live_turns_max=1) as api:
+        old = await api.new_session(id="old")
+        await api.call("POST", f"/sessions/{old}/turns", {"input": "1", "background": True})
+        for code in ("turn_limit", "shutting_down"):
+            for body in ({"session_id": "new"}, {}):
+                (await api.call("POST", "/chat", {"message": "Hi"} | body)).problem(503, code)
+            assert [session["id"] for session in (await api.call("GET", "/sessions")).json["data"]] == ["old"]
+            api.service.sessions.stopping.stop_accepting()
+
+
+async def test_chat_whose_client_leaves_at_any_moment_leaves_no_session_without_a_turn(
+    autojump_clock: MockClock,
+) -> None:
+    """Moments are rounds of the event loop."""
+    async with open_api(model_url=SLOW) as api:
+        made = []
+        for moment in range(60):
+            session_id = f"me-{moment}"
+            await _chat_and_leave(api, session_id, moment)
+            reply = await api.call("GET", f"/sessions/{session_id}")
+            made.append(reply.status == 200)
+            if made[-1]:
+                (turn,) = (await api.call("GET", f"/sessions/{session_id}/turns")).json["data"]
+                assert (turn["state"], turn["reason"]) == ("cancelled", "disconnected")
+        assert set(made) == {False, True}
+        assert api.service.sessions.statistics().streams_open == 0
+
+
+def _is_no_disconnect(error: BaseException) -> bool:
+    return not isinstance(error, ExceptionGroup) and type(error).__name__ != "ClientDisconnectedError"
+
+
+async def _chat_and_leave(api: Api, session_id: str, moment: int) -> None:
+    scope = api.open("POST", "/chat", headers={"Content-Type": "application/json"}).scope
+    client, application = trio.open_memory_channel[dict[str, Any]](2)
+
+    async def drop(message: dict[str, Any]) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def answer() -> None:
+        try:
+            await api.app.asgi_app(scope, application.receive, drop)
+        except* Exception as group:
+            # Quart 0.23 tells whoever serves it that the client has left.
+            if group.subgroup(_is_no_disconnect) is not None:
+                raise
+
+    body = json.dumps({"message": "Hi", "session_id": session_id}).encode()
+    client.send_nowait({"type": "http.request", "body": body, "more_body": False})
+    with trio.fail_after(CAP_S):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(answer)
+            for _ in range(moment):
+                await trio.lowlevel.checkpoint()
+            client.send_nowait({"type": "http.disconnect"})
+    await wait_all_tasks_blocked()
+
+
+@pytest.mark.parametrize(("store", "kept"), [("memory:", b""), ("sqlite:shared.db", b'{"input": "Hi"}')])
+async def test_a_body_is_kept_for_another_process_only_until_its_turn_is_accepted(
+    store: str, kept: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: dict[str, bytes] = {}
+
+    def note(name: str, call: Any) -> Any:
+        async def noted(*args: Any) -> Any:
+            seen[name] = kept_body(request)
+            return await call(*args)
+
+        return noted
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Sessions, "start_turn", note("start", Sessions.start_turn))
+    monkeypatch.setattr(Turn, "wait_ended", note("wait", Turn.wait_ended))
+    async with open_api(store_url=store, model_url="scripted:?tokens=1&rate=0&first_token_s=0") as api:
+        path = f"/sessions/{await api.new_session()}/turns"
+        assert (await api.call("POST", path, {"input": "Hi"})).json["state"] == "completed"
+    assert seen == {"start": kept, "wait": b""}

@@ -1,0 +1,107 @@
+"""hypercorn's messages to a request, with and without a task for each."""
+
+from collections import Counter
+from typing import Any
+
+import hypercorn.trio.tcp_server
+import pytest
+import trio
+import trio.testing
+from hypercorn.trio.task_group import TaskGroup
+from quart_trio import QuartTrio
+
+from service.api.http.request_body import BoundedRequest
+from service.hosting.hypercorn.asgi_receive import CHECKPOINT_MESSAGES, Inbox
+from service.hosting.hypercorn.asgi_request import HTTPConnection
+from service.hosting.hypercorn.connections import Connections
+from tests.hosting.conftest import Serve
+
+GET = b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+
+
+def message(number: int) -> Any:
+    return {"type": "http.request", "body": b"%d" % number, "more_body": True}
+
+
+async def test_messages_are_received_in_order() -> None:
+    inbox = Inbox(kept_max=10)
+    for number in range(10):
+        await inbox.put(message(number))
+    assert [await inbox() for _ in range(10)] == [message(number) for number in range(10)]
+
+
+async def test_what_has_come_is_handed_over_first() -> None:
+    inbox = Inbox(kept_max=10)
+    taken: list[Any] = []
+    await inbox.put(message(0))
+    inbox.hand_over(taken.append)
+    await inbox.put(message(1))
+    assert taken == [message(0), message(1)]
+
+
+async def test_who_sends_more_than_is_kept_waits_until_somebody_takes_it() -> None:
+    inbox = Inbox(kept_max=1)
+    taken: list[Any] = []
+
+    async with trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def send() -> None:
+            for number in range(3):
+                await inbox.put(message(number))
+
+        await trio.testing.wait_all_tasks_blocked()
+        assert nursery.child_tasks
+        inbox.hand_over(taken.append)
+    assert taken == [message(number) for number in range(3)]
+
+
+async def test_many_messages_do_not_have_the_event_loop_for_themselves() -> None:
+    inbox = Inbox(kept_max=10)
+    inbox.hand_over(lambda _: None)
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        for number in range(CHECKPOINT_MESSAGES):
+            await inbox.put(message(number))
+    assert scope.cancelled_caught
+
+
+class Steps(trio.abc.Instrument):
+    """Counts tasks."""
+
+    def __init__(self) -> None:
+        self.spawned = Counter[str]()
+
+    def task_spawned(self, task: trio.lowlevel.Task) -> None:
+        self.spawned[task.name] += 1
+
+
+async def tasks_of_a_request(serve: Serve) -> int:
+    app = QuartTrio("test")
+    app.asgi_http_class = HTTPConnection
+    app.request_class = BoundedRequest
+
+    @app.get("/")
+    async def index() -> str:
+        return "here"
+
+    steps = Steps()
+    async with serve(app) as server, await server.connect() as stream:
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        trio.lowlevel.add_instrument(steps)
+        await stream.send_all(GET)
+        with trio.fail_after(10):
+            answer = b"".join([part async for part in stream])
+        trio.lowlevel.remove_instrument(steps)
+    assert answer.endswith(b"here")
+    return steps.spawned.total()
+
+
+async def test_a_request_is_one_task(serve: Serve, connections: Connections) -> None:
+    assert await tasks_of_a_request(serve) == 1
+
+
+async def test_the_inbox_is_still_needed(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails when Quart-Trio and hypercorn need no more than one task by themselves: then the inbox can go."""
+    monkeypatch.setattr(hypercorn.trio.tcp_server, "TaskGroup", TaskGroup)
+    assert await tasks_of_a_request(serve) > 1

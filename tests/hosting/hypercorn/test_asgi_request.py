@@ -1,0 +1,109 @@
+"""Quart-Trio's requests, with and without what we mend."""
+
+import pytest
+import trio
+import trio.testing
+from quart import request
+from quart_trio import QuartTrio
+from quart_trio.asgi import TrioASGIHTTPConnection
+
+from service.api.app import attach, create_app
+from service.hosting.hypercorn.asgi_request import HTTPConnection, open_requests
+from service.settings import Settings
+from service.shutdown import Shutdown
+from service.supervisor import open_service
+from tests.hosting.conftest import Serve
+
+GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def an_app(http_class: type[TrioASGIHTTPConnection]) -> QuartTrio:
+    app = QuartTrio("test")
+    app.asgi_http_class = http_class
+
+    @app.get("/")
+    async def index() -> str:
+        return "here"
+
+    @app.post("/")
+    async def upload() -> str:
+        await request.get_data()
+        return "got it"
+
+    return app
+
+
+async def receive_all(stream: trio.abc.ReceiveStream) -> bytes:
+    return b"".join([part async for part in stream])
+
+
+async def is_closed_after_keep_alive(serve: Serve, http_class: type[TrioASGIHTTPConnection]) -> bool:
+    async with serve(an_app(http_class), keep_alive_timeout=0.1) as server:
+        with trio.fail_after(10):
+            async with await server.connect() as stream:
+                await stream.send_all(GET)
+                assert (await stream.receive_some()).startswith(b"HTTP/1.1 200")
+                with trio.move_on_after(1):
+                    await receive_all(stream)
+                    return True
+    return False
+
+
+async def test_a_kept_alive_connection_obeys_its_timeout(serve: Serve) -> None:
+    assert await is_closed_after_keep_alive(serve, HTTPConnection)
+
+
+async def test_the_shield_of_the_last_send_is_still_needed(serve: Serve) -> None:
+    """Fails when hypercorn and Quart-Trio get it right by themselves: then HTTPConnection._send can go."""
+    assert not await is_closed_after_keep_alive(serve, TrioASGIHTTPConnection)
+
+
+async def test_responses_close_their_connection_once_no_work_is_accepted(serve: Serve) -> None:
+    app = an_app(HTTPConnection)
+    shutdown = Shutdown(Settings())
+    open_requests(app, shutdown)
+    async with serve(app) as server:
+        with trio.fail_after(10):
+            async with await server.connect() as stream:
+                await stream.send_all(GET)
+                assert b"connection: close" not in (await stream.receive_some()).lower()
+                shutdown.notice("test")
+                await stream.send_all(GET)
+                assert b"connection: close" in (await receive_all(stream)).lower()
+
+
+async def test_a_request_whose_body_is_still_coming_is_answered_when_the_work_has_ended(serve: Serve) -> None:
+    app = create_app()
+    app.asgi_http_class = HTTPConnection
+    async with open_service(Settings(store_url="memory:")) as service, serve(app) as server:
+        attach(app, service)
+        requests = open_requests(app, service.shutdown)
+        with trio.fail_after(10):
+            async with await server.connect() as stream:
+                await stream.send_all(
+                    b"POST /sessions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                    b"Content-Length: 1000\r\n\r\n{"
+                )
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                service.shutdown.notice("test")
+                requests.refuse_uploads()
+                answer = await receive_all(stream)
+    assert answer.startswith(b"HTTP/1.1 503")
+    assert b"shutting_down" in answer
+
+
+@pytest.mark.parametrize("closing", [False, True])
+async def test_http2_responses_have_no_connection_header(closing: bool) -> None:
+    app = an_app(HTTPConnection)
+    shutdown = Shutdown(Settings())
+    open_requests(app, shutdown)
+    if closing:
+        shutdown.notice("test")
+    sent = []
+
+    async def send(message: dict[str, object]) -> None:
+        sent.append(message)
+
+    connection = HTTPConnection(app, {"http_version": "2"})  # type: ignore[typeddict-item]
+    await connection._send(send, {"type": "http.response.start", "status": 200, "headers": []})
+    assert sent == [{"type": "http.response.start", "status": 200, "headers": []}]

@@ -1,0 +1,174 @@
+"""The gate and its doors, and what happens at hypercorn's without them."""
+
+import multiprocessing
+import os
+import resource
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+
+import hypercorn.trio.run
+import hypercorn.utils
+import pytest
+import trio
+import trio.testing
+from hypercorn.config import Config
+from hypercorn.trio.worker_context import WorkerContext
+from quart_trio import QuartTrio
+
+from service.hosting.hypercorn.worker import Master
+from service.hosting.listeners.closing import HeldTermination
+from service.hosting.listeners.worker_status import Sign, Standing, holds, standings_of_others
+
+GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@contextmanager
+def listening() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        yield listener
+
+
+async def test_who_connects_after_hypercorn_was_told_to_stop_is_left_hanging_and_reset() -> None:
+    """Fails when hypercorn answers until the end: then the gate can go."""
+    app = QuartTrio("test")
+    stop = trio.Event()
+    with trio.fail_after(10), listening() as held_by_the_master:
+        worker = held_by_the_master.dup()
+        config = Config.from_mapping(bind=[f"fd://{worker.detach()}"], errorlog=None)
+        async with trio.open_nursery() as nursery:
+
+            async def serve(task_status: trio.TaskStatus[list[str]]) -> None:  # noqa: ASYNC128  hypercorn does
+                await hypercorn.trio.serve(app, config, shutdown_trigger=stop.wait, task_status=task_status)
+
+            await nursery.start(serve)
+            stop.set()
+            await trio.testing.wait_all_tasks_blocked(0.05)
+        with socket.create_connection(held_by_the_master.getsockname()) as client:
+            client.sendall(GET)
+            client.settimeout(0.2)
+            with pytest.raises(TimeoutError):
+                client.recv(1)
+            held_by_the_master.close()
+            with pytest.raises(ConnectionResetError):
+                client.recv(1)
+
+
+def test_the_next_listen_opens_a_door_again() -> None:
+    """Where a reload is taken for a stop, the next worker serves all the same: hypercorn's workers listen anew."""
+    with socket.socket() as finder:
+        finder.bind(("127.0.0.1", 0))
+        address = finder.getsockname()
+    with socket.create_server(address) as listener:
+        listener.setblocking(False)
+        listener.shutdown(socket.SHUT_RD)
+        listener.listen()
+        socket.create_connection(address).close()
+    assert "listen" in hypercorn.trio.run.trio_worker.__code__.co_names
+
+
+HOLD = "import sys; print(flush=True); sys.stdin.read()"
+SHOW = """
+import sys
+from service.hosting.listeners.worker_status import Sign, Standing
+sign = Sign()
+sign.show(Standing.{})
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def no_descriptors() -> Iterator[None]:
+    """This process has none left."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = max(int(it.name) for it in Path("/proc/self/fd").iterdir()) + 1
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    taken = []
+    try:
+        with suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in taken:
+            os.close(descriptor)
+
+
+@pytest.mark.parametrize("out_of_descriptors", [False, True])
+@pytest.mark.parametrize("standing", [None, *Standing])
+def test_another_process_shows_how_it_stands(standing: Standing | None, *, out_of_descriptors: bool) -> None:
+    with listening() as listener:
+        command = [sys.executable, "-c", SHOW.format(standing.name) if standing is not None else HOLD]
+        with subprocess.Popen(
+            command, pass_fds=[listener.fileno()], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as other:
+            assert other.stdout is not None
+            other.stdout.readline()
+            sign = Sign()
+            try:
+                with no_descriptors() if out_of_descriptors else nullcontext(), sign.looking():
+                    assert holds(other.pid, [listener])
+                    assert list(standings_of_others([listener], parent=os.getpid())) == [standing or Standing.STARTING]
+                    assert not list(standings_of_others([listener], parent=other.pid))
+            finally:
+                for descriptor in (sign._file, sign._spare):
+                    os.close(descriptor)
+                other.communicate()
+
+
+async def test_hypercorn_is_held_until_it_is_released() -> None:
+    wishes: list[None] = []
+    held = HeldTermination(lambda: wishes.append(None))
+    context = WorkerContext(max_requests=0)
+    context.terminate = held
+    released = trio.Event()
+
+    async def wait() -> None:
+        with pytest.raises(hypercorn.utils.ShutdownError):
+            await hypercorn.utils.raise_shutdown(context.terminate.wait)
+        released.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(wait)
+        await context.mark_request()
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(wishes) == 1
+        assert not released.is_set()
+        assert not held.is_set()
+        held.release()
+    assert held.is_set()
+
+
+def test_hypercorn_binds_its_trigger_only_after_the_start_of_the_lifespan() -> None:
+    """The gate is put into its place while the lifespan starts."""
+    names = list(hypercorn.trio.run.worker_serve.__code__.co_names)
+    assert names.index("wait_for_startup") < names.index("terminate")
+
+
+POLL = "import select; select.poll().poll()"
+WAIT = """
+import os, sys
+pid = os.fork()
+if not pid:
+    sys.stdin.read()
+    os._exit(0)
+os.waitpid(pid, 0)
+"""
+
+
+@pytest.mark.parametrize(("what", "program"), [("any worker", POLL), ("all workers", WAIT)])
+async def test_a_master_shows_what_it_waits_for(what: str, program: str) -> None:
+    """A stop and a reload set the same event; only the kernel tells the one from the other."""
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE) as process:  # noqa: ASYNC220
+        master = Master(process.pid, multiprocessing.get_context("fork").Event(), sentinel=-1)
+        with trio.fail_after(10):
+            while master.waits_for() != what:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        if program is POLL:
+            process.terminate()

@@ -1,0 +1,196 @@
+"""The doors, in the place of hypercorn's listeners."""
+
+import errno
+import pickle
+import socket
+import ssl
+from pathlib import Path
+from typing import Any
+
+import hypercorn.trio.run
+import pytest
+import trio
+import trio.testing
+import trustme
+from hypercorn.config import Config
+from quart_trio import QuartTrio
+
+from service.hosting.listeners.listeners import Doors, given_sockets, note_given_sockets
+from tests.hosting.conftest import Serve
+
+GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@pytest.fixture
+def doors(monkeypatch: pytest.MonkeyPatch) -> Doors:
+    """Doors that hypercorn serves at until the test is over."""
+    monkeypatch.setattr(hypercorn.trio.run, "trio", trio)
+    return Doors([False])
+
+
+def an_app() -> QuartTrio:
+    app = QuartTrio("test")
+
+    @app.get("/")
+    async def index() -> str:
+        return "here"
+
+    return app
+
+
+def test_hypercorn_still_takes_trio_from_this_name() -> None:
+    assert {"trio", "serve_listeners"} <= set(hypercorn.trio.run.worker_serve.__code__.co_names)
+    assert hypercorn.trio.run.trio is trio  # type: ignore[attr-defined]
+
+
+def clients(port: int, count: int) -> list[socket.socket]:
+    made = [socket.create_connection(("127.0.0.1", port)) for _ in range(count)]
+    for client in made:
+        client.settimeout(5)
+        client.sendall(GET)
+    return made
+
+
+async def test_who_waits_at_the_doors_is_served_and_who_comes_later_is_refused(serve: Serve, doors: Doors) -> None:
+    async with serve(an_app()) as server:
+        with trio.fail_after(10):
+            await doors.open.wait()
+            waiting = clients(server.port, 3)  # without a checkpoint: nobody has accepted them
+            assert doors.has_served
+            doors.close(for_good=True)
+            assert not doors.has_served
+            with pytest.raises(ConnectionRefusedError):
+                clients(server.port, 1)
+            for client in waiting:
+                assert (await trio.to_thread.run_sync(client.recv, 100)).startswith(b"HTTP/1.1 200")
+                assert not doors.has_served
+                client.close()
+            await doors.wait_served()
+            doors.close(for_good=True)  # idempotent
+            assert doors.has_served
+
+
+async def test_who_waits_is_left_to_others_where_there_are_some(serve: Serve, doors: Doors) -> None:
+    async with serve(an_app()) as server:
+        with trio.fail_after(10):
+            await doors.open.wait()
+            another = doors.sockets[0].dup()
+            doors.close(for_good=False)
+            assert doors.has_served
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            [client] = clients(server.port, 1)
+            taken, _ = await another.accept()
+            assert await taken.recv(100) == GET
+            for each in (client, taken, another):
+                each.close()
+
+
+async def test_who_comes_meanwhile_is_left_to_others_until_clients_are_taken_again(serve: Serve, doors: Doors) -> None:
+    async with serve(an_app()) as server:
+        with trio.fail_after(10):
+            await doors.open.wait()
+            for _ in range(2):
+                doors.take_clients(False)
+                doors.take_clients(False)
+                await trio.testing.wait_all_tasks_blocked(0.01)
+                [client] = clients(server.port, 1)
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                client.setblocking(False)
+                with pytest.raises(BlockingIOError):
+                    client.recv(1)
+                client.settimeout(5)
+                doors.take_clients(True)
+                assert (await trio.to_thread.run_sync(client.recv, 100)).startswith(b"HTTP/1.1 200")
+                client.close()
+
+
+async def test_who_comes_meanwhile_is_taken_when_the_doors_close(serve: Serve, doors: Doors) -> None:
+    async with serve(an_app()) as server:
+        with trio.fail_after(10):
+            await doors.open.wait()
+            doors.take_clients(False)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            [client] = clients(server.port, 1)
+            doors.close(for_good=True)
+            assert (await trio.to_thread.run_sync(client.recv, 100)).startswith(b"HTTP/1.1 200")
+            client.close()
+
+
+async def log_of_a_listener_without_descriptors(serve: Serve, caplog: pytest.LogCaptureFixture) -> list[Any]:
+    async def fail(_listener: trio.SocketListener) -> trio.SocketStream:
+        await trio.lowlevel.checkpoint()
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trio.SocketListener, "accept", fail)
+        async with serve(an_app()):
+            await trio.sleep(0.5)
+    return [record for record in caplog.records if record.name == "trio.serve_listeners"]
+
+
+async def test_without_descriptors_one_line_says_so(
+    serve: Serve, doors: Doors, caplog: pytest.LogCaptureFixture
+) -> None:
+    [line] = await log_of_a_listener_without_descriptors(serve, caplog)
+    assert "EMFILE" in line.message
+    assert line.exc_info is None
+
+
+async def test_trio_still_says_it_again_and_again(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    """Fails when Trio says it less often: then _complaining_seldom can go."""
+    lines = await log_of_a_listener_without_descriptors(serve, caplog)
+    assert len(lines) > 2
+    assert all(line.exc_info for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("config", "given"),
+    [
+        ({"bind": ["127.0.0.1:0", "fd://3"]}, [False, True]),
+        ({"bind": ["fd://3"], "insecure_bind": ["unix:a"]}, [True]),
+        ({"bind": ["fd://3"], "insecure_bind": ["unix:a"], "certfile": "c", "keyfile": "k"}, [True, False]),
+    ],
+)
+def test_a_bind_that_is_a_descriptor_is_a_socket_of_somebody_else(config: dict[str, Any], given: list[bool]) -> None:
+    configured = Config.from_mapping(config)
+    assert given_sockets(configured) == given
+    note_given_sockets(configured)
+    configured.bind, configured.insecure_bind = ["fd://7"] * len(given), []
+    assert given_sockets(pickle.loads(pickle.dumps(configured))) == given  # as workers get it
+
+
+async def test_a_socket_of_somebody_else_is_not_shut(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hypercorn.trio.run, "trio", trio)
+    doors = Doors([True])
+    async with serve(an_app()) as server:
+        with trio.fail_after(10):
+            await doors.open.wait()
+            another = doors.sockets[0].dup()
+            doors.close(for_good=True)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            [client] = clients(server.port, 1)
+            taken, _ = await another.accept()
+            for each in (client, taken, another):
+                each.close()
+
+
+async def test_with_tls_too_who_waits_is_served(serve: Serve, doors: Doors, tmp_path: Path) -> None:
+    authority = trustme.CA()
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    issued = authority.issue_cert("localhost")
+    issued.cert_chain_pems[0].write_to_path(certificate)
+    issued.private_key_pem.write_to_path(key)
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    async with serve(an_app(), certfile=str(certificate), keyfile=str(key)) as server:
+        with trio.fail_after(10):
+            await doors.open.wait()
+            client = socket.create_connection(("127.0.0.1", server.port))
+            doors.close(for_good=True)
+            client.setblocking(False)
+            stream = trio.SSLStream(
+                trio.SocketStream(trio.socket.from_stdlib_socket(client)), context, server_hostname="localhost"
+            )
+            await stream.send_all(GET)
+            assert (await stream.receive_some()).startswith(b"HTTP/1.1 200")
+            await trio.aclose_forcefully(stream)

@@ -1,0 +1,99 @@
+"""The door between the processes of a service, and that they need a store which they can share."""
+
+import os
+import secrets
+import select
+import socket
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import trio
+
+from bench.server_process import ServerFailedError
+from service.api.http.proxy import socket_name
+from service.hosting.peer_listener import client_returns
+from tests.hosting.hosts import SERVE, open_host
+
+GET = b"GET /sessions HTTP/1.1\r\nHost: elsewhere\r\nConnection: close\r\n\r\n"
+CAP_S = 20
+AS_NOBODY = """
+import os, socket, sys
+os.setuid(65534)
+door = socket.socket(socket.AF_UNIX)
+door.settimeout(10)
+door.connect("\\0" + sys.argv[1])
+try:
+    door.sendall(b"GET /sessions HTTP/1.1\\r\\nHost: localhost\\r\\n\\r\\n")
+    sys.stdout.buffer.write(door.recv(100))
+except (ConnectionResetError, BrokenPipeError):
+    pass
+"""
+
+CONNECT = """
+import socket, sys, time
+door = socket.socket(socket.AF_UNIX)
+door.connect("\\0" + sys.argv[1])
+time.sleep(60)
+"""
+
+
+async def test_only_processes_of_the_same_user_are_let_in(tmp_path: Path) -> None:
+    """And they were admitted before: no key is asked for, and no loopback address."""
+    path = tmp_path / "lastcall.db"
+    async with open_host(tmp_path, SERVE, store_url=f"sqlite:{path}", api_keys="open-sesame") as server:
+        with closing(sqlite3.connect(path)) as db:
+            (address,) = db.execute("SELECT address FROM owners").fetchone()
+        with trio.fail_after(CAP_S):
+            async with await trio.open_unix_socket(socket_name(address)) as door:
+                await door.send_all(GET)
+                assert (await door.receive_some()).startswith(b"HTTP/1.1 200")
+            if os.getuid() == 0:
+                command = [sys.executable, "-c", AS_NOBODY, address.removeprefix("@")]
+                stranger = await trio.run_process(command, capture_stdout=True, stderr=subprocess.STDOUT)
+                assert stranger.stdout == b""
+        assert "Traceback" not in server.log()
+
+
+async def test_how_a_peer_closes_says_whether_its_client_has_left() -> None:
+    ours, peer = trio.socket.socketpair()
+    with ours, peer:
+        assert not client_returns(ours), "it is open"
+        peer.shutdown(socket.SHUT_WR)
+        assert client_returns(ours), "the peer takes its leave"
+        peer.close()
+        assert not client_returns(ours), "the peer lives, and has closed"
+    assert not client_returns(ours), "we have closed it ourselves"
+
+
+@pytest.mark.parametrize("reaped", [False, True])
+def test_a_peer_that_has_died_has_not_said_that_its_client_left(reaped: bool) -> None:
+    with socket.socket(socket.AF_UNIX) as door:
+        door.bind(socket_name(f"@test-{secrets.token_hex(8)}"))
+        door.listen()
+        command = [sys.executable, "-c", CONNECT, door.getsockname()[1:].decode()]
+        with subprocess.Popen(command) as peer:
+            accepted, _ = door.accept()
+            ours = trio.socket.from_stdlib_socket(accepted)
+            with ours:
+                assert not client_returns(ours)
+                peer.kill()
+                if reaped:
+                    peer.wait()
+                assert select.select([ours.fileno()], [], [], CAP_S)[0]
+                assert client_returns(ours)
+
+
+@pytest.mark.parametrize("host", ["hypercorn-2", "configured-2"])
+async def test_workers_that_would_share_nothing_refuse_to_start(tmp_path: Path, host: str) -> None:
+    with pytest.raises(ServerFailedError) as refused:
+        async with open_host(tmp_path, host, store_url="memory:"):
+            pytest.fail("it serves")
+    assert refused.value.exit_code == (0 if host == "hypercorn-2" else 78)  # hypercorn's own master loses it
+    said = [line for line in refused.value.log.splitlines() if line.startswith("lastcall: ")]
+    assert said
+    assert all("there are 2 workers" in line and "LASTCALL_STORE_URL=sqlite:" in line for line in said)
+    assert "Traceback" not in refused.value.log

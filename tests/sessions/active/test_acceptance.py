@@ -1,0 +1,241 @@
+"""The acceptance of a turn: of all that it writes and counts, everything is there or nothing."""
+
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+from functools import partial
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from service.errors import (
+    LimitError,
+    SessionExistsError,
+    SessionNotFoundError,
+    ShuttingDownError,
+    StoreError,
+    TurnInProgressError,
+    TurnLimitError,
+)
+from service.sessions.commands import NewSession, NewTurn
+from service.storage.memory import MemoryStore
+from service.storage.records import SessionRecord, TurnRecord
+from tests.sessions.puppet import Stage, open_stage
+from tests.sessions.turns.test_turns import start
+from tests.storage.rows import a_turn, ended
+from tests.storage.test_store_cancellation import CancelAtWait
+
+CHAT = NewTurn(text="hi", creates_session=True)
+
+
+class AnswersLate(MemoryStore):
+    """A step is done some time before its answer is here."""
+
+    async def create_session(self, session: SessionRecord, *, now: datetime) -> None:
+        await super().create_session(session, now=now)
+        await trio.lowlevel.checkpoint()
+
+    async def begin_turn(self, turn: TurnRecord, **rest: Any) -> SessionRecord:
+        session = await super().begin_turn(turn, **rest)
+        await trio.lowlevel.checkpoint()
+        return session
+
+
+class Hangs(MemoryStore):
+    """One kind of step does not go on before it is told to."""
+
+    def __init__(self, step: str) -> None:
+        super().__init__()
+        self.reached = trio.Event()
+        self.goes_on = trio.Event()
+        setattr(self, step, partial(self._hang, getattr(self, step)))
+
+    async def _hang(self, step: Callable[..., Awaitable[object]], *args: object, **kwargs: object) -> object:
+        self.reached.set()
+        await self.goes_on.wait()
+        return await step(*args, **kwargs)
+
+
+async def started_and_cancelled(stage: Stage, nth: int) -> tuple[bool, bool]:
+    """Start a turn that creates its session, and cancel that at its ``nth`` wait: whether it was, and is accepted."""
+    accepted = False
+    with trio.CancelScope() as scope:
+        if nth == 0:
+            scope.cancel()
+        instrument = CancelAtWait(nth, scope)
+        trio.lowlevel.add_instrument(instrument)
+        try:
+            _, watch = await stage.sessions.start_turn("me", CHAT)
+            accepted = True
+        finally:
+            trio.lowlevel.remove_instrument(instrument)
+        watch.release()
+    return scope.cancel_called, accepted
+
+
+async def test_caller_that_leaves_at_any_wait_leaves_a_session_with_its_turn_or_none(
+    autojump_clock: MockClock,
+) -> None:
+    outcomes = []
+    for nth in range(100):
+        async with open_stage(AnswersLate()) as stage:
+            was_cancelled, accepted = await started_and_cancelled(stage, nth)
+            with trio.fail_after(10):
+                await stage.sessions.stopping.wait_idle()
+            sessions = (await stage.sessions.list_sessions(limit=10)).data
+            assert [(session.id, session.message_count) for session in sessions] == [("me", 1)] * accepted
+            assert stage.sessions.statistics().turns_cancelled == accepted, "and nothing is counted that is not there"
+        if not was_cancelled:
+            break
+        outcomes.append(accepted)
+    assert outcomes == sorted(outcomes), "it is cancelled up to its first write, and no more after it"
+    assert set(outcomes) == {False, True}
+
+
+async def full(stage: Stage) -> None:
+    await start(stage.sessions, (await stage.sessions.create_session(NewSession(id="other"))).id)
+
+
+async def closed(stage: Stage) -> None:
+    await stage.sessions.create_session(NewSession(id="other"))
+    stage.sessions.stopping.stop_accepting()
+
+
+@pytest.mark.parametrize(("make", "refusal"), [(full, TurnLimitError), (closed, ShuttingDownError)])
+async def test_turn_that_is_refused_creates_no_session(
+    make: Callable[[Stage], Awaitable[None]], refusal: type[LimitError], autojump_clock: MockClock
+) -> None:
+    async with open_stage(live_turns_max=1) as stage:
+        await make(stage)
+        with pytest.raises(refusal):
+            await stage.sessions.start_turn("me", CHAT)
+        assert [session.id for session in (await stage.sessions.list_sessions(limit=10)).data] == ["other"]
+
+
+async def test_turn_finds_the_session_that_somebody_else_has_created_meanwhile(autojump_clock: MockClock) -> None:
+    class Overtaken(MemoryStore):
+        async def create_session(self, session: SessionRecord, *, now: datetime) -> None:
+            await super().create_session(msgspec.structs.replace(session, title="theirs"), now=now)
+            raise SessionExistsError(session.id)
+
+    async with open_stage(Overtaken()) as stage:
+        turn, watch = await stage.sessions.start_turn("me", CHAT)
+        with watch:
+            (await stage.puppet.next_reply()).finish()
+            assert (await turn.wait_ended()).state == "completed"
+        assert (await stage.sessions.get_session("me")).title == "theirs"
+
+
+async def test_turn_does_not_bring_back_a_session_that_is_being_deleted(autojump_clock: MockClock) -> None:
+    class NeverRemoves(MemoryStore):
+        async def remove_deleted(self, session_id: str) -> None:
+            raise StoreError("read-only")
+
+    async with open_stage(NeverRemoves()) as stage:
+        await stage.sessions.create_session(NewSession(id="me"))
+        with pytest.raises(StoreError):
+            await stage.sessions.delete_session("me")
+        with trio.fail_after(1), pytest.raises(SessionNotFoundError):
+            await stage.sessions.start_turn("me", CHAT)
+
+
+async def test_turn_that_waited_for_another_one_to_be_accepted_is_refused_once_the_service_stops(
+    autojump_clock: MockClock,
+) -> None:
+    store = Hangs("begin_turn")
+    async with open_stage(store) as stage, trio.open_nursery() as nursery:
+        await stage.sessions.create_session(NewSession(id="s"))
+        nursery.start_soon(start, stage.sessions, "s")
+        await store.reached.wait()
+        nursery.start_soon(_refused_as_the_service_stops, stage)
+        await wait_all_tasks_blocked()
+        stage.sessions.stopping.stop_accepting()
+        store.goes_on.set()
+
+
+async def _refused_as_the_service_stops(stage: Stage) -> None:
+    with pytest.raises(ShuttingDownError):
+        await start(stage.sessions, "s", on_conflict="queue")
+
+
+async def test_turn_whose_session_is_deleted_during_its_acceptance_ends_at_once(autojump_clock: MockClock) -> None:
+    class Slow(Hangs):
+        async def mark_deleted(self, session_id: str, *, now: datetime) -> None:
+            await trio.sleep(1)
+            await super().mark_deleted(session_id, now=now)
+
+    store = Slow("begin_turn")
+    async with open_stage(store) as stage, trio.open_nursery() as nursery:
+        await stage.sessions.create_session(NewSession(id="s"))
+        nursery.start_soon(_ended_at_once, stage)
+        await store.reached.wait()
+        nursery.start_soon(stage.sessions.delete_session, "s")
+        await wait_all_tasks_blocked()
+        store.goes_on.set()
+
+
+async def _ended_at_once(stage: Stage) -> None:
+    turn = await start(stage.sessions, "s")
+    assert (await turn.wait_ended()).reason == "session_deleted"
+    assert trio.current_time() == 0
+
+
+async def test_turn_that_may_create_its_session_continues_one_that_is_there(autojump_clock: MockClock) -> None:
+    async with open_stage() as stage:
+        first, watch = await stage.sessions.start_turn("me", CHAT)
+        with watch:
+            with pytest.raises(TurnInProgressError):
+                await stage.sessions.start_turn("me", CHAT)
+            (await stage.puppet.next_reply()).finish()
+            await first.wait_ended()
+        second, watch = await stage.sessions.start_turn("me", CHAT)
+        with watch:
+            assert second.record().parent == first.id
+
+
+async def test_turn_without_a_model_takes_the_first_of_the_upstreams(autojump_clock: MockClock) -> None:
+    upstreams = [{"name": "local", "url": "http://127.0.0.1:1/v1", "models": ["small", "large"]}]
+    async with open_stage(upstreams=upstreams) as stage:
+        await stage.sessions.create_session(NewSession(id="s"))
+        assert (await start(stage.sessions, "s")).record().model == "small"
+
+
+class HeadMoves(MemoryStore):
+    """Another process has a turn each time between the look at the head and the acceptance, so many times."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.between = [f"between-{n}" for n in range(times)]
+        self.last: str | None = None
+
+    async def begin_turn(self, turn: TurnRecord, **rest: Any) -> SessionRecord:
+        if self.between:
+            theirs = a_turn(self.between.pop(0), turn.session_id, parent=self.last)
+            self.last = theirs.id
+            await super().begin_turn(theirs, now=rest["now"])
+            await super().end_turn(ended(theirs), events=[], now=rest["now"])
+        return await super().begin_turn(turn, **rest)
+
+
+@pytest.mark.parametrize("times", [1, 5])
+async def test_a_turn_follows_on_those_that_others_had_meanwhile(autojump_clock: MockClock, times: int) -> None:
+    store = HeadMoves(times)
+    async with open_stage(store) as stage:
+        session = await stage.sessions.create_session(NewSession())
+        turn = await start(stage.sessions, session.id)
+        reply = await stage.puppet.next_reply()
+        assert [message.role for message in reply.request.messages] == ["user", "assistant"] * times + ["user"]
+        reply.finish()
+        record = await turn.wait_ended()
+    assert record.parent == f"between-{times - 1}"
+
+
+async def test_a_branch_stays_where_it_was_put_whatever_the_head_does(autojump_clock: MockClock) -> None:
+    store = HeadMoves(1)
+    async with open_stage(store) as stage:
+        session = await stage.sessions.create_session(NewSession())
+        turn, watch = await stage.sessions.start_turn(session.id, NewTurn(text="hi", parent=None))
+        watch.release()
+        assert (await turn.wait_ended()).parent is None

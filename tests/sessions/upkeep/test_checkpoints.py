@@ -1,0 +1,197 @@
+"""What running turns reply is kept as they go, and what a crash leaves of it can be read."""
+
+from collections.abc import Sequence
+
+import msgspec
+import pytest
+import trio
+from trio.testing import MockClock
+
+from service.errors import EventsLostError, StoreError
+from service.sessions.commands import NewSession
+from service.sessions.events.events import TurnDelta, TurnInterrupted, decode_frame, encode_frame
+from service.sessions.events.replay import replay_kept
+from service.sessions.upkeep import checkpoints
+from service.sessions.upkeep.checkpoints import checkpoint_turns, run_checkpoints
+from service.storage.memory import MemoryStore
+from service.storage.records import SEQ_AFTER_CRASH, Checkpoint, Item
+from tests.sessions.puppet import open_stage, read_all
+from tests.sessions.turns.test_turns import start
+from tests.storage.rows import a_turn, ended
+
+
+class Recording(MemoryStore):
+    """Notes its checkpoints, and refuses those that it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[list[Checkpoint]] = []
+        self.refusals = 0
+        self.ends: list[int] = []
+
+    async def checkpoint_turns(self, checkpoints: Sequence[Checkpoint]) -> None:
+        await super().checkpoint_turns(checkpoints)
+        self.calls.append(list(checkpoints))
+        if self.refusals:
+            self.refusals -= 1
+            raise StoreError("told to")
+
+    async def end_turn(self, *arguments: object, after: int = 0, **named: object) -> bool:
+        self.ends.append(after)
+        return await super().end_turn(*arguments, after=after, **named)  # type: ignore[arg-type]
+
+
+async def test_a_checkpoint_brings_what_all_turns_grew_by_in_one_call(autojump_clock: MockClock) -> None:
+    store = Recording()
+    async with open_stage(store) as stage, trio.open_nursery() as nursery:
+        turns = []
+        replies = []
+        for _ in range(3):
+            session = await stage.sessions.create_session(NewSession())
+            turns.append(await start(stage.sessions, session.id))
+            replies.append(await stage.puppet.next_reply())
+        await nursery.start(
+            lambda task_status: run_checkpoints(
+                store, open_turns=stage.sessions.open_turns, interval_s=1, store_timeout_s=5, task_status=task_status
+            )
+        )
+        replies[0].think("hm")
+        replies[0].say("Hel", "lo")
+        await trio.sleep(1.5)
+        assert [sorted(it.turn_id for it in call) for call in store.calls] == [sorted(turn.id for turn in turns)]
+        await trio.sleep(5)
+        assert len(store.calls) == 1, "nothing has grown"
+
+        replies[0].say(" you")
+        await trio.sleep(1)
+        (again,) = store.calls[1]
+        assert (again.turn_id, again.after) == (turns[0].id, 4)
+        assert [decode_frame(event) for event in again.events] == [TurnDelta(seq=5, text=" you")]
+        first = next(it for it in store.calls[0] if it.turn_id == turns[0].id)
+        assert [(item.type, item.text) for item in first.output] == [("reasoning", "hm"), ("message", "Hello")]
+        assert [(item.id, item.text) for item in again.output] == [(first.output[1].id, " you")]
+
+        for reply in replies:
+            reply.finish()
+        for turn in turns:
+            await turn.wait_ended()
+        assert sorted(store.ends) == [1, 1, 5], "an end brings only what no checkpoint did"
+        kept = await store.read_events(turns[0].session_id, turns[0].id)
+        assert list(kept) == turns[0].log.frames()
+        nursery.cancel_scope.cancel()
+
+
+async def test_what_a_refused_checkpoint_did_not_bring_the_next_one_does(autojump_clock: MockClock) -> None:
+    store = Recording()
+    async with open_stage(store) as stage, trio.open_nursery() as nursery:
+        session = await stage.sessions.create_session(NewSession())
+        turn = await start(stage.sessions, session.id)
+        reply = await stage.puppet.next_reply()
+        store.refusals = 1
+        nursery.start_soon(
+            lambda: run_checkpoints(store, open_turns=stage.sessions.open_turns, interval_s=1, store_timeout_s=5)
+        )
+        reply.say("Hel")
+        await trio.sleep(1.5)
+        reply.say("lo")
+        await trio.sleep(1)
+        assert [[it.after for it in call] for call in store.calls] == [[0], [0]]
+        assert store.calls[1][0].output[0].text == "Hello"
+        nursery.cancel_scope.cancel()
+        reply.finish()
+        await turn.wait_ended()
+        assert list(await store.read_events(session.id, turn.id)) == turn.log.frames()
+
+
+async def test_a_turn_that_ends_during_its_checkpoint_is_kept_whole(autojump_clock: MockClock) -> None:
+    class Slow(Recording):
+        async def checkpoint_turns(self, checkpoints: Sequence[Checkpoint]) -> None:
+            await super().checkpoint_turns(checkpoints)
+            await trio.sleep(1)
+
+    store = Slow()
+    async with open_stage(store) as stage, trio.open_nursery() as nursery:
+        session = await stage.sessions.create_session(NewSession())
+        turn = await start(stage.sessions, session.id)
+        reply = await stage.puppet.next_reply()
+        reply.say("Hel")
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(lambda: checkpoint_turns(store, stage.sessions.open_turns(), store_timeout_s=5))
+        await trio.testing.wait_all_tasks_blocked()
+        reply.say("lo")
+        reply.finish()
+        await turn.wait_ended()
+        await trio.sleep(2)
+        assert list(await store.read_events(session.id, turn.id)) == turn.log.frames()
+
+
+async def test_many_large_turns_are_kept_in_several_calls(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "_BATCH_BYTES_MAX", 2000)
+    store = Recording()
+    async with open_stage(store) as stage:
+        for _ in range(5):
+            session = await stage.sessions.create_session(NewSession())
+            await start(stage.sessions, session.id)
+            (await stage.puppet.next_reply()).say("x" * 1500)
+        await trio.testing.wait_all_tasks_blocked()
+        await checkpoint_turns(store, stage.sessions.open_turns(), store_timeout_s=5)
+        assert [len(call) for call in store.calls] == [2, 2, 1]
+
+
+# What a crash leaves
+
+FRAMES = [encode_frame(TurnDelta(seq=seq, text=f"{seq} ")) for seq in (1, 2, 3)]
+CRASHED = msgspec.structs.replace(
+    ended(a_turn(), "interrupted", text="1 2 3 "), reason="crash", last_seq=SEQ_AFTER_CRASH
+)
+
+
+class Crashed(MemoryStore):
+    """Holds a turn that a crash interrupted after three events that were kept."""
+
+    async def get_turn(self, *_: object, **__: object) -> object:  # type: ignore[override]
+        await trio.lowlevel.checkpoint()
+        return CRASHED
+
+    async def read_events(self, *_: object) -> Sequence[bytes]:
+        await trio.lowlevel.checkpoint()
+        return FRAMES
+
+
+@pytest.mark.parametrize("cursor", [0, 1, 3])
+async def test_after_a_crash_what_is_left_is_replayed_and_then_the_end(cursor: int) -> None:
+    async with open_stage(Crashed()) as stage:
+        log, _ = await stage.sessions.open_events("s", "t", after=cursor)
+        events = await read_all(log, after=cursor)
+        terminal = TurnInterrupted(seq=SEQ_AFTER_CRASH, reason="crash", text_length=6)
+        assert events == [*(decode_frame(frame) for frame in FRAMES[cursor:]), terminal]
+        assert (log.closed, log.last_seq) == (True, SEQ_AFTER_CRASH)
+
+
+async def test_after_a_crash_a_cursor_inside_of_what_is_lost_is_told_so_with_the_text() -> None:
+    async with open_stage(Crashed()) as stage:
+        for cursor in (4, 100_000, SEQ_AFTER_CRASH - 1):
+            with pytest.raises(EventsLostError) as lost:
+                await stage.sessions.open_events("s", "t", after=cursor)
+            assert (lost.value.after, lost.value.state, lost.value.text) == (3, "interrupted", "1 2 3 ")
+
+
+async def test_after_a_crash_a_reader_that_saw_the_end_has_nothing_left_to_read() -> None:
+    async with open_stage(Crashed()) as stage:
+        log, _ = await stage.sessions.open_events("s", "t", after=SEQ_AFTER_CRASH)
+        assert log.read_after(SEQ_AFTER_CRASH, bytes_max=1000) == (b"", SEQ_AFTER_CRASH)
+
+
+def test_a_log_with_holes_is_no_log() -> None:
+    turn = msgspec.structs.replace(ended(a_turn()), last_seq=4)
+    assert replay_kept(turn, FRAMES) is None
+    assert replay_kept(a_turn(), FRAMES) is None, "it is not over"
+    whole = replay_kept(msgspec.structs.replace(turn, last_seq=3), FRAMES)
+    assert whole is not None
+    assert whole.frames() == FRAMES
+    empty = msgspec.structs.replace(CRASHED, output=(Item(id="r", type="reasoning", role="assistant", text="hm"),))
+    log = replay_kept(empty, [])
+    assert log is not None
+    assert log.frames() == [encode_frame(TurnInterrupted(seq=SEQ_AFTER_CRASH, reason="crash", text_length=0))]
