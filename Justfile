@@ -9,7 +9,7 @@ export PYTHONDONTWRITEBYTECODE := ""
 # a protocol makes so (124) and that httpx, this project's choice, has a successor (127).
 disabled := "ASYNC110,ASYNC222,ASYNC9,ASYNC124,ASYNC127"
 # What `nursery.start` starts; ASYNC114 tells what is missing here.
-startable := "run,run_checkpoints,run_expiry,run_heartbeats,run_mending,_run_http2,_run_idle,_run_unfinished"
+startable := "run,run_checkpoints,run_expiry,run_heartbeats,run_recovery,_run_http2,_run_idle,_run_unfinished"
 
 _list:
     @just --list --unsorted

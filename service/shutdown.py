@@ -90,10 +90,11 @@ class Shutdown:
     """One shutdown: told by :meth:`notice`, done by :meth:`run`, summed up by :meth:`report`.
 
     Attributes:
-        close_doors: Set by who serves, and awaited once the drain is over, before the first running turn is
+        close_listeners: Set by who serves, and awaited once the drain is over, before the first running turn is
             interrupted: no more connections are taken from there on, because the ends of all streams are about to
             keep the event loop busy.
-        close_doors_at_once: The same in the call, as far as nothing is to be waited for; whether that was all of it.
+        close_listeners_at_once: The same in the call, as far as nothing is to be waited for; whether
+            that was all of it.
         phase: Where it is. Only ever goes on.
         accepting: Whether new work is taken. False from the end of the lame duck on.
         expected: Whether a notice has been seen, if only outside of the event loop.
@@ -107,8 +108,8 @@ class Shutdown:
         self.expected = False
         self.noticed = trio.Event()
         self.work_ended = trio.Event()
-        self.close_doors: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
-        self.close_doors_at_once: Callable[[], bool] = lambda: False
+        self.close_listeners: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
+        self.close_listeners_at_once: Callable[[], bool] = lambda: False
         self._settings = settings
         self._reason = ""
         self._hurry = trio.Event()
@@ -154,7 +155,7 @@ class Shutdown:
         """
         self.expected = True
         if self._is_hasty and self._sessions is not None:
-            self._sessions.stopping.hold_streams(arrive)
+            self._sessions.drain.end_streams_only(arrive)
 
     def hurry(self) -> None:
         """Skip what is left of the lame duck and of the drain: a second Ctrl+C."""
@@ -206,7 +207,7 @@ class Shutdown:
         """
         self._sessions = sessions
         if not self.accepting:
-            sessions.stopping.stop_accepting()
+            sessions.drain.stop_accepting()
         task_status.started()
         await self.noticed.wait()
         self._before = self._before or sessions.statistics()
@@ -238,15 +239,15 @@ class Shutdown:
         if self._sessions is None:
             return
         with self.noting_faults("interrupting running turns at once"):
-            if self.close_doors_at_once():
+            if self.close_listeners_at_once():
                 self._before = self._sessions.statistics()
                 self._enter(Phase.DRAINING)
                 self._enter(Phase.INTERRUPTING)
-                self._sessions.stopping.interrupt_all()
+                self._sessions.drain.interrupt_all()
 
     async def _drain(self, sessions: Sessions) -> None:
         with self.noting_faults("interrupting queued turns"):
-            sessions.stopping.interrupt_queued()
+            sessions.drain.interrupt_queued()
         # Where nothing may be waited for, nothing is: under load a single checkpoint costs a round of the event loop,
         # in which every stream has its turn.
         if not self._settings.drain_timeout_s:
@@ -254,18 +255,18 @@ class Shutdown:
         with trio.CancelScope(deadline=self._wait_deadline(self._settings.drain_timeout_s)):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_cancel_after, nursery.cancel_scope, self._hurry)
-                await sessions.stopping.wait_idle()
+                await sessions.drain.wait_idle()
                 nursery.cancel_scope.cancel()
 
     async def _interrupt(self, sessions: Sessions) -> None:
-        with self.noting_faults("closing the doors"):
-            await self.close_doors()
+        with self.noting_faults("closing the listeners"):
+            await self.close_listeners()
         with self.noting_faults("interrupting running turns"):
-            sessions.stopping.interrupt_all()
+            sessions.drain.interrupt_all()
         with trio.move_on_after(self._settings.cleanup_timeout_s + SETTLE_S) as bound:
-            await sessions.stopping.wait_idle()
+            await sessions.drain.wait_idle()
             with self.noting_faults("storing what the store refused"):
-                await sessions.unkept.settle()
+                await sessions.pending_writes.settle()
         if bound.cancelled_caught:
             left = sessions.statistics()
             if turns := left.turns_running + left.turns_queued:
@@ -276,7 +277,7 @@ class Shutdown:
     def _refuse_work(self) -> None:
         self.accepting = False
         if self._sessions is not None:
-            self._sessions.stopping.stop_accepting()
+            self._sessions.drain.stop_accepting()
 
     def _enter(self, phase: Phase) -> None:
         """Go on to a phase, or stay where that has been reached already."""
@@ -301,8 +302,8 @@ class Shutdown:
         after = before if self._sessions is None else self._sessions.statistics()
         if crashed := after.turns_crashed - before.turns_crashed:
             faults.append(f"{crashed} turns crashed; the log says how")
-        if after.turns_unkept:
-            faults.append(f"the end of {after.turns_unkept} turns is not in the store")
+        if after.ends_not_stored:
+            faults.append(f"the end of {after.ends_not_stored} turns is not in the store")
         return ShutdownReport(
             reason=self._reason,
             phases_ms=phases_ms,

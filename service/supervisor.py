@@ -10,9 +10,9 @@
     │     └─ turn <id>    whole-turn deadline; a failure becomes its terminal event; in the session's task, or in
     │        │            one of its own if it was queued
     │        └─ stream    first-token and next-token deadlines; leaving closes the connection
-    ├─ expiry loop        its errors are logged and it goes on, as with mending and checkpoints
+    ├─ expiry loop        its errors are logged and it goes on, as with recovery and checkpoints
     ├─ heartbeat loop     wakes the streams that have been silent for a while
-    ├─ mending loop       what the store refused, and the turns of processes that died
+    ├─ recovery loop      what the store refused, and the turns of processes that died
     ├─ checkpoint loop    only with a store that outlives the process
     └─ shutdown watcher   waits for the notice, then runs the phases
 
@@ -40,7 +40,7 @@ from service.models.upstreams import Upstreams
 from service.sessions.sessions import Sessions, open_sessions
 from service.sessions.upkeep.checkpoints import run_checkpoints
 from service.sessions.upkeep.expiry import run_expiry
-from service.sessions.upkeep.recovery import run_mending
+from service.sessions.upkeep.recovery import run_recovery
 from service.settings import Settings, shown_url
 from service.shutdown import Shutdown
 from service.storage.memory import open_memory_store
@@ -95,7 +95,7 @@ async def open_service(
         )
         await nursery.start(expiry, name="expiry loop")
         await nursery.start(sessions.streams.run_heartbeats, name="heartbeat loop")
-        await nursery.start(partial(run_mending, sessions, shared=store.durable), name="mending loop")
+        await nursery.start(partial(run_recovery, sessions, shared=store.durable), name="recovery loop")
         if store.durable:
             checkpoints = partial(
                 run_checkpoints,

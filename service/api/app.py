@@ -13,7 +13,7 @@ from service.api.http.operations import operation_of
 from service.api.http.problems import NotReadyError, answer_error
 from service.api.http.proxy import forward, is_from_peer
 from service.api.http.request_body import BoundedRequest
-from service.api.http.request_resources import holding
+from service.api.http.request_resources import request_resources
 from service.api.http.request_target import fault_of, refuse_target
 from service.api.native import chat, sessions, turns
 from service.api.operator import health
@@ -33,7 +33,7 @@ class Application(QuartTrio):
         if fault is not None:
             await refuse_target(scope, send, fault)
             return
-        with holding(scope):
+        with request_resources(scope):
             await super().asgi_app(scope, receive, send)
 
     async def make_default_options_response(self, *context: Any) -> Response:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from service import __version__
-from service.cli.store_commands import add_commands, take_care
+from service.cli.store_commands import add_commands, run_store_command
 from service.errors import StartupError
 from service.settings import SECRETS, Settings, Sources, Upstream, read_sources, shown_url
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.write(effective(settings, sources))
             return 0
         if arguments.command != "serve":
-            return take_care(settings, arguments)
+            return run_store_command(settings, arguments)
         # Only now: what serves takes a moment to import, and wrong settings are to be told at once.
         if arguments.reload:
             from service.hosting.reload import serve_and_reload  # noqa: PLC0415

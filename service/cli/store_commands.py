@@ -27,7 +27,7 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     commands.add_parser("vacuum", help="give the space of what was removed back to the disk, in short steps")
 
 
-def take_care(settings: Settings, arguments: argparse.Namespace) -> int:
+def run_store_command(settings: Settings, arguments: argparse.Namespace) -> int:
     """Run one of these commands; its exit code.
 
     Raises:

@@ -11,7 +11,7 @@ _LEAVE_S = 0.04
 """Until an owner has seen that this process leaves. Together they are less than what the phase has left."""
 
 
-class Forwards:
+class ProxiedRequests:
     """The forwards that are open. A shutdown waits for them, no longer than it has told them.
 
     Args:
@@ -22,23 +22,23 @@ class Forwards:
     def __init__(self, nursery: trio.Nursery, *, cleanup_timeout_s: float) -> None:
         self._nursery = nursery
         self._cleanup_timeout_s = cleanup_timeout_s
-        self._open: set[Forward] = set()
+        self._open: set[ProxiedRequest] = set()
         self._leaving = False
         self._changes = trio.lowlevel.ParkingLot()
 
-    def open_forward(self) -> "Forward":
+    def open_request(self) -> "ProxiedRequest":
         """Count one more; it is to be closed."""
-        forward = Forward(self._note_closed, self._start_leave)
+        proxied = ProxiedRequest(self._note_closed, self._start_leave)
         if self._leaving:
-            forward.end_by(self._last_end_by())
-        self._open.add(forward)
-        return forward
+            proxied.end_by(self._last_end_by())
+        self._open.add(proxied)
+        return proxied
 
     def leave(self) -> None:
         """This process goes: those of now and later end with what their owners can tell if they stop as well."""
         self._leaving = True
-        for forward in self._open:
-            forward.end_by(self._last_end_by())
+        for proxied in self._open:
+            proxied.end_by(self._last_end_by())
 
     @property
     def is_idle(self) -> bool:
@@ -54,25 +54,25 @@ class Forwards:
         """When an owner that stops as well has told its ends, and they have come here."""
         return trio.current_time() + self._cleanup_timeout_s + _END_ON_ITS_WAY_S
 
-    def _start_leave(self, forward: "Forward", call: Callable[[], Awaitable[None]]) -> bool:
+    def _start_leave(self, proxied: "ProxiedRequest", call: Callable[[], Awaitable[None]]) -> bool:
         try:
-            self._nursery.start_soon(_run_leave, forward, call, name="taking leave of an owner")
+            self._nursery.start_soon(_run_leave, proxied, call, name="taking leave of an owner")
         except RuntimeError:  # it is closed: a request that outlives the service
             return False
         return True
 
-    def _note_closed(self, forward: "Forward") -> None:
-        self._open.discard(forward)
+    def _note_closed(self, proxied: "ProxiedRequest") -> None:
+        self._open.discard(proxied)
         self._changes.unpark_all()
 
 
-async def _run_leave(forward: "Forward", call: Callable[[], Awaitable[None]]) -> None:
+async def _run_leave(proxied: "ProxiedRequest", call: Callable[[], Awaitable[None]]) -> None:
     with trio.move_on_after(_LEAVE_S):
         await call()
-    forward.close()
+    proxied.close()
 
 
-class Forward:
+class ProxiedRequest:
     """An answer on its way from the process that owns a session through this one. Closing twice is closing once.
 
     Args:
@@ -82,8 +82,8 @@ class Forward:
 
     def __init__(
         self,
-        note_closed: Callable[["Forward"], None],
-        start: Callable[["Forward", Callable[[], Awaitable[None]]], bool],
+        note_closed: Callable[["ProxiedRequest"], None],
+        start: Callable[["ProxiedRequest", Callable[[], Awaitable[None]]], bool],
     ) -> None:
         self._note_closed = note_closed
         self._start = start

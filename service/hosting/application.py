@@ -5,7 +5,7 @@ from collections.abc import Callable
 from quart_trio import QuartTrio
 
 from service.api.app import create_app
-from service.hosting.hypercorn.asgi_request import HTTPConnection
+from service.hosting.hypercorn.asgi_request import AsgiRequest
 from service.hosting.lifespan import LOAD_SETTINGS, ServiceLifespan
 from service.settings import Settings
 
@@ -17,7 +17,7 @@ def create_hosted_app(load_settings: Callable[[], Settings]) -> QuartTrio:
         load_settings: Raises StartupError where they cannot be used.
     """
     app = create_app()
-    app.asgi_http_class = HTTPConnection
+    app.asgi_http_class = AsgiRequest
     app.asgi_lifespan_class = ServiceLifespan  # type: ignore[assignment]
     app.extensions[LOAD_SETTINGS] = load_settings
     return app

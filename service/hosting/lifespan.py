@@ -22,9 +22,9 @@ from service.api.app import attach, detach
 from service.hosting.hypercorn.asgi_request import open_requests
 from service.hosting.hypercorn.connections import Connections, Stream
 from service.hosting.hypercorn.worker import Worker, find_worker
-from service.hosting.listeners.closing import Gate
-from service.hosting.listeners.listeners import Doors, are_shut, given_sockets
-from service.hosting.peer_listener import check_sharing, open_peer_door
+from service.hosting.listeners.closing import ListenerShutdown
+from service.hosting.listeners.listeners import Listeners, are_shut, given_sockets
+from service.hosting.peer_listener import check_sharing, open_peer_listener
 from service.hosting.process.process_exit import ExitCode, leave, leave_at_exit, refuse_to_start
 from service.hosting.process.watchdog import Watchdog, count_tasks
 from service.hosting.stop_signals import Notice
@@ -64,7 +64,7 @@ class ServiceLifespan:
         except Exception as error:  # noqa: BLE001  hypercorn would serve on without us, whatever it is
             refuse_to_start(error)
         if hosting is None:
-            await serve_as_guest(self._app, settings, receive, send)
+            await serve_embedded(self._app, settings, receive, send)
         else:
             await hosting.run(receive, send)
 
@@ -78,7 +78,7 @@ class ServiceLifespan:
         return settings, Hosting(self._app, worker, settings, configure_logging(settings))
 
 
-async def serve_as_guest(app: Quart, settings: Settings, receive: Any, send: Any) -> None:
+async def serve_embedded(app: Quart, settings: Settings, receive: Any, send: Any) -> None:
     """Hold the service in a process that is not ours, as in a test: no signals, no exit codes, no workarounds."""
     shutdown = Shutdown(settings)
     open_requests(app, shutdown)
@@ -106,10 +106,12 @@ class Hosting:
         self._watchdog = Watchdog(settings.shutdown_total_s)
         self._notice = Notice(self._shutdown, self._watchdog)
         self._connections = Connections()
-        self._doors = Doors(given_sockets(worker.config))
-        self._gate = Gate(worker, self._doors, wish=partial(self._notice.tell, "max requests"))
-        self._shutdown.close_doors = self._close_doors
-        self._shutdown.close_doors_at_once = self._close_doors_at_once
+        self._listeners = Listeners(given_sockets(worker.config))
+        self._listener_shutdown = ListenerShutdown(
+            worker, self._listeners, wish=partial(self._notice.tell, "max requests")
+        )
+        self._shutdown.close_listeners = self._close_listeners
+        self._shutdown.close_listeners_at_once = self._close_listeners_at_once
         self._opened = False
         self._closed = trio.Event()  # hypercorn has closed every connection and asks the lifespan to end
         worker.config.shutdown_timeout = settings.shutdown_total_s
@@ -127,7 +129,7 @@ class Hosting:
                         await self._hold_service(nursery, receive, send)
                         sockets = self._worker.sockets
                         if not self._opened and sockets is not None and not are_shut(sockets):
-                            await self._turn_away(sockets, nursery)
+                            await self._refuse_waiting_clients(sockets, nursery)
                     except Exception as error:  # noqa: BLE001  the edge of the service: what comes here ends the process
                         crash = error
                         await self._end_crashed(error)
@@ -135,14 +137,14 @@ class Hosting:
                 self._end(crash)
                 await send({"type": "lifespan.shutdown.complete"})
         finally:
-            self._gate.release()
+            self._listener_shutdown.release()
 
     async def _hold_service(self, nursery: trio.Nursery, receive: Any, send: Any) -> None:
         with trio.CancelScope() as opening:
             nursery.start_soon(self._cancel_unopened, opening)
             async with (
-                open_peer_door(
-                    self._worker, self._connections, serving=self._doors.open, settings=self._settings
+                open_peer_listener(
+                    self._worker, self._connections, serving=self._listeners.open, settings=self._settings
                 ) as peer_address,
                 open_service(self._settings, shutdown=self._shutdown, peer_address=peer_address) as service,
             ):
@@ -154,15 +156,15 @@ class Hosting:
                     await send({"type": "lifespan.startup.complete"})
                     nursery.start_soon(self._receive_shutdown, receive)
                     nursery.start_soon(self._notice.watch_hypercorn, self._worker.context)
-                    nursery.start_soon(self._greet, service)
-                    nursery.start_soon(self._leave_the_doors_to_others)
+                    nursery.start_soon(self._announce, service)
+                    nursery.start_soon(self._leave_clients_to_others)
                     await self._shutdown.work_ended.wait()
                     await self._stop_serving()
                 finally:
                     detach(self._app)
                     self._watchdog.start()
 
-    async def _turn_away(self, sockets: Sockets, nursery: trio.Nursery) -> None:
+    async def _refuse_waiting_clients(self, sockets: Sockets, nursery: trio.Nursery) -> None:
         """The start is given up: answer those who wait with 503, unless the next worker is to have them."""
 
         async def serve(stream: Stream) -> None:
@@ -171,31 +173,31 @@ class Hosting:
 
         with self._shutdown.noting_faults("refusing who waits"):
             self._connections.closing = True
-            self._gate.give_up_start()
-            self._doors.stand_at(sockets, self._worker.config, serve, nursery)
-            await self._gate.close_doors()
+            self._listener_shutdown.give_up_start()
+            self._listeners.adopt(sockets, self._worker.config, serve, nursery)
+            await self._listener_shutdown.close_listeners()
             with trio.move_on_after(self._settings.release_timeout_s):
-                await self._doors.wait_served()
+                await self._listeners.wait_served()
 
-    async def _greet(self, service: Service) -> None:
-        await self._doors.open.wait()
-        self._gate.show_serving()
-        addresses, secure = self._doors.addresses, self._doors.secure_addresses
+    async def _announce(self, service: Service) -> None:
+        await self._listeners.open.wait()
+        self._listener_shutdown.show_serving()
+        addresses, secure = self._listeners.addresses, self._listeners.secure_addresses
         announce(self._log, self._settings, binds=addresses, secure=secure, store=service.store.name)
 
-    async def _leave_the_doors_to_others(self) -> None:
+    async def _leave_clients_to_others(self) -> None:
         await self._shutdown.noticed.wait()
         while self._shutdown.accepting:  # noqa: ASYNC110  the lame duck, which a second Ctrl+C ends early
             await trio.sleep(LAME_DUCK_LOOK_S)
         if self._settings.drain_timeout_s:
-            await self._gate.stand_aside()
+            await self._listener_shutdown.leave_clients_to_others()
 
-    async def _close_doors(self) -> None:
+    async def _close_listeners(self) -> None:
         self._expect_ends_only()
-        await self._gate.close_doors()
+        await self._listener_shutdown.close_listeners()
 
-    def _close_doors_at_once(self) -> bool:
-        closed = self._gate.close_doors_at_once()
+    def _close_listeners_at_once(self) -> bool:
+        closed = self._listener_shutdown.close_listeners_at_once()
         if closed:
             self._expect_ends_only()
         return closed
@@ -223,7 +225,7 @@ class Hosting:
         with self._shutdown.noting_faults("refusing what has not begun"):
             self._requests.refuse_uploads()
             aborted += self._connections.abort_handshakes()
-        self._gate.release()
+        self._listener_shutdown.release()
         with trio.move_on_after(self._settings.release_timeout_s):
             with trio.move_on_after(self._settings.release_timeout_s / 2):
                 await self._closed.wait()
@@ -245,8 +247,8 @@ class Hosting:
         frame = traceback.extract_tb(cause.__traceback__)[-1]
         logger.critical("service crashed", error=repr(cause), where=f"{frame.filename}:{frame.lineno} in {frame.name}")
         self._shutdown.notice("crash")
-        with self._shutdown.noting_faults("closing the doors"):
-            await self._gate.close_doors()
+        with self._shutdown.noting_faults("closing the listeners"):
+            await self._listener_shutdown.close_listeners()
         await self._stop_serving()
 
     def _end(self, crash: Exception | None) -> None:

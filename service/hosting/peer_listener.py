@@ -1,4 +1,4 @@
-"""The peer door: where this process answers the other processes of the service, for the sessions it runs.
+"""The peer listener: where this process answers the other processes of the service, for the sessions it runs.
 
 A Unix socket with an abstract name (unix(7)): it has no file, so nothing is left of it however the process ends, and no
 permissions, so whoever connects is looked at instead: only processes of the same user are let in. Requests that come
@@ -40,13 +40,13 @@ def check_sharing(settings: Settings, *, workers: int) -> None:
 
 
 @asynccontextmanager
-async def open_peer_door(
+async def open_peer_listener(
     worker: Worker, connections: Connections, *, serving: trio.Event, settings: Settings
 ) -> AsyncIterator[str | None]:
-    """Listen; gives the address for the store. None, and no door, where the store is this process's own.
+    """Listen; gives the address for the store. None, and no listener, where the store is this process's own.
 
     Connections are taken once ``serving`` is set, when hypercorn serves, and are closed as its own are. Leaving closes
-    the door.
+    the listener.
     """
     if settings.store_url == "memory:":
         yield None
@@ -56,7 +56,7 @@ async def open_peer_door(
         await listener.bind(socket_name(address))
         listener.listen(BACKLOG)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(partial(_take_peers, listener, worker, connections, serving), name="peer door")
+            nursery.start_soon(partial(_take_peers, listener, worker, connections, serving), name="peer listener")
             yield address
             nursery.cancel_scope.cancel()
 

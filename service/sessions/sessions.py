@@ -3,14 +3,13 @@
 ::
 
     Sessions            the calls about sessions and turns
-    ├── live            what is live                            active/active_sessions.py, active/session.py
-    ├── acceptance      a turn's acceptance                     active/acceptance.py, commands.py, turns/turn_task.py
-    ├── deletions       a session's deletion                    active/deletion.py
-    ├── unkept          what the store refused                  active/pending_writes.py
-    ├── replays         the logs of ended turns                 events/replay.py
-    ├── streams         open event streams                      events/streams.py
-    ├── forwards        answers passed on from other processes  ../cluster/proxied_requests.py
-    └── stopping        no more work, then no more turns        active/drain.py
+    ├── active          the sessions with work           active/active_sessions.py, active/session.py
+    ├── acceptance      a turn's acceptance              active/acceptance.py, commands.py, turns/turn_task.py
+    ├── deletions       a session's deletion             active/deletion.py
+    ├── pending_writes  what the store refused           active/pending_writes.py
+    ├── replays         the logs of ended turns          events/replay.py
+    ├── streams         open event streams               events/streams.py
+    └── drain           no more work, then no more turns active/drain.py
 """
 
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -19,7 +18,7 @@ from contextlib import AbstractContextManager, asynccontextmanager
 import trio
 
 from service.clock import Clock
-from service.cluster.proxied_requests import Forwards
+from service.cluster.proxied_requests import ProxiedRequests
 from service.errors import (
     InvalidRequestError,
     OwnedElsewhereError,
@@ -30,10 +29,10 @@ from service.errors import (
 from service.ids import new_session_id
 from service.models.client import ModelClient
 from service.sessions.active.acceptance import Acceptance
-from service.sessions.active.active_sessions import Live
+from service.sessions.active.active_sessions import ActiveSessions
 from service.sessions.active.deletion import Deletions
-from service.sessions.active.drain import Stopping
-from service.sessions.active.pending_writes import Unkept
+from service.sessions.active.drain import Drain
+from service.sessions.active.pending_writes import PendingWrites
 from service.sessions.commands import NewSession, NewTurn
 from service.sessions.events import outcome
 from service.sessions.events.event_log import EventLog
@@ -55,10 +54,9 @@ class Sessions:
     refuses, or does not answer within ``store_timeout_s``.
 
     Attributes:
-        unkept: What the store refused, and whether it takes any write.
+        pending_writes: What the store refused, and whether it takes any write.
         streams: Open event streams.
-        forwards: Answers that are passed on from other processes.
-        stopping: The shutdown's side.
+        drain: The shutdown's side.
     """
 
     def __init__(
@@ -74,19 +72,19 @@ class Sessions:
         self._client_for = client_for
         self._clock = clock
         self._settings = settings
-        self._live = Live()
-        self.unkept = Unkept(store, clock=clock, store_timeout_s=settings.store_timeout_s)
+        self._active = ActiveSessions()
+        self.pending_writes = PendingWrites(store, clock=clock, store_timeout_s=settings.store_timeout_s)
         self.streams = Streams(streams_max=settings.streams_max, heartbeat_interval_s=settings.heartbeat_interval_s)
-        self.forwards = Forwards(nursery, cleanup_timeout_s=settings.cleanup_timeout_s)
-        self.stopping = Stopping(self._live, self.streams, self.forwards)
+        self.proxied_requests = ProxiedRequests(nursery, cleanup_timeout_s=settings.cleanup_timeout_s)
+        self.drain = Drain(self._active, self.streams, self.proxied_requests)
         self._replays = Replays(store)
         self._forking = trio.Lock()
-        self._deletions = Deletions(nursery, self._live, self.unkept)
+        self._deletions = Deletions(nursery, self._active, self.pending_writes)
         self._acceptance = Acceptance(
             nursery,
-            self._live,
-            self.unkept,
-            self.stopping,
+            self._active,
+            self.pending_writes,
+            self.drain,
             store=store,
             client_for=client_for,
             clock=clock,
@@ -103,12 +101,12 @@ class Sessions:
             InvalidRequestError: The model is unknown.
             SessionLimitError, ShuttingDownError
         """
-        self.stopping.check_accepting()
+        self.drain.check_accepting()
         now = self._clock()
         session = new.record(now=now, settings=self._settings)
         if session.model is not None:
             self._client_for(session.model)  # an unknown model is refused now, not at the first turn
-        with self.unkept.writing():
+        with self.pending_writes.writing():
             await self._store.create_session(session, now=now)
         return session
 
@@ -126,17 +124,17 @@ class Sessions:
             InvalidRequestError: It is too much to copy.
             SessionLimitError, ShuttingDownError
         """
-        self.stopping.check_accepting()
+        self.drain.check_accepting()
         self._check_not_deleted(session_id)
         try:
             # One at a time, as they are large. A wait for the others says nothing about the store.
             async with answered_in_turn(self._forking, self._settings.store_timeout_s):
-                with self.unkept.writing():
+                with self.pending_writes.writing():
                     return await self._store.fork_session(
                         session_id, at=at, copy_id=copy_id or new_session_id(), now=self._clock()
                     )
         except TurnInProgressError as error:
-            if self.unkept.has_end_of(error.turn_id):
+            if self.pending_writes.has_end_of(error.turn_id):
                 raise StoreError(f"The end of turn {error.turn_id!r} could not be kept yet.") from None
             raise
 
@@ -167,7 +165,7 @@ class Sessions:
         self._check_not_deleted(session_id)
         if isinstance(patch.model, str):
             self._client_for(patch.model)
-        with self.unkept.writing():
+        with self.pending_writes.writing():
             return await self._store.update_session(session_id, patch, now=self._clock())
 
     async def delete_session(self, session_id: str) -> None:
@@ -244,7 +242,7 @@ class Sessions:
         self._check_not_deleted(session_id)
         with self._answered_within():
             page = await self._store.list_turns(session_id, limit=limit, after=after, now=self._clock())
-            if any(record.is_open for record in page.data) and not self._live.has_turns(session_id):
+            if any(record.is_open for record in page.data) and not self._active.has_turns(session_id):
                 await self._refuse_if_elsewhere(session_id)
         live = [self._find_turn(session_id, record.id) for record in page.data]
         data = (turn.record() if turn else record for turn, record in zip(live, page.data, strict=True))
@@ -290,7 +288,7 @@ class Sessions:
 
     def open_turns(self) -> list[Turn]:
         """The turns that are queued or running."""
-        return self._live.open_turns()
+        return self._active.open_turns()
 
     async def recover(self) -> int:
         """End the turns of processes that have died. Returns how many."""
@@ -306,7 +304,7 @@ class Sessions:
         await self._acceptance.end_hung(within_s=within_s)
 
     def statistics(self) -> SessionsStatistics:
-        return SessionsStatistics.of(self._live, self.unkept, self.streams)
+        return SessionsStatistics.of(self._active, self.pending_writes, self.streams)
 
     # Steps of these
 
@@ -335,7 +333,7 @@ class Sessions:
 
     def _find_turn(self, session_id: str, turn_id: str) -> Turn | None:
         """The turn, if it is open here or its end could not be stored."""
-        return self._live.find_turn(session_id, turn_id) or self.unkept.find_turn(session_id, turn_id)
+        return self._active.find_turn(session_id, turn_id) or self.pending_writes.find_turn(session_id, turn_id)
 
     def _answered_within(self) -> AbstractContextManager[Callable[[], None]]:
         return answered_within(self._settings.store_timeout_s)

@@ -4,8 +4,8 @@ from typing import Self
 
 import msgspec
 
-from service.sessions.active.active_sessions import Live
-from service.sessions.active.pending_writes import Unkept
+from service.sessions.active.active_sessions import ActiveSessions
+from service.sessions.active.pending_writes import PendingWrites
 from service.sessions.events.streams import Streams
 
 
@@ -19,26 +19,26 @@ class SessionsStatistics(msgspec.Struct, frozen=True, kw_only=True):
     turns_failed: int
     turns_cancelled: int
     turns_interrupted: int
-    turns_unkept: int
+    ends_not_stored: int
     turns_crashed: int
     streams_open: int
     streams_ended: int
     streams_aborted: int
 
     @classmethod
-    def of(cls, live: Live, unkept: Unkept, streams: Streams) -> Self:
+    def of(cls, active: ActiveSessions, pending_writes: PendingWrites, streams: Streams) -> Self:
         """The numbers as they are now."""
-        running = sum(1 for turn in live.open_turns() if turn.running)
+        running = sum(1 for turn in active.open_turns() if turn.running)
         return cls(
-            sessions_live=live.sessions_with_turns,
+            sessions_live=active.sessions_with_turns,
             turns_running=running,
-            turns_queued=live.turns_open - running,
-            turns_completed=live.ends["completed"],
-            turns_failed=live.ends["failed"],
-            turns_cancelled=live.ends["cancelled"],
-            turns_interrupted=live.ends["interrupted"],
-            turns_unkept=unkept.turns,
-            turns_crashed=live.turns_crashed,
+            turns_queued=active.turns_open - running,
+            turns_completed=active.ends["completed"],
+            turns_failed=active.ends["failed"],
+            turns_cancelled=active.ends["cancelled"],
+            turns_interrupted=active.ends["interrupted"],
+            ends_not_stored=pending_writes.turns,
+            turns_crashed=active.turns_crashed,
             streams_open=streams.open,
             streams_ended=streams.ended,
             streams_aborted=streams.aborted,

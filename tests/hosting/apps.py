@@ -195,7 +195,7 @@ async def with_doors_that_stick(*args: Any, **options: Any) -> AsyncIterator[Ser
         raise RuntimeError("they are stuck")
 
     async with open_service(*args, **options) as service:
-        service.shutdown.close_doors = stick
+        service.shutdown.close_listeners = stick
         yield service
 
 

@@ -98,5 +98,5 @@ async def test_doors_that_do_not_close_are_a_fault_and_hold_nobody(tmp_path: Pat
     assert gone.exit_code == 75
     assert gone.at - signalled < 1
     for report in reports(server):
-        assert report["faults"] == ["closing the doors: RuntimeError('they are stuck')"]
+        assert report["faults"] == ["closing the listeners: RuntimeError('they are stuck')"]
         assert report["connections_aborted"] == 0

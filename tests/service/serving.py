@@ -10,7 +10,7 @@ from hypercorn.config import Config
 from hypercorn.trio import serve
 
 from service.api.app import attach, create_app, detach
-from service.hosting.hypercorn.asgi_request import HTTPConnection
+from service.hosting.hypercorn.asgi_request import AsgiRequest
 from service.settings import Settings
 from service.supervisor import Service, open_service
 
@@ -62,7 +62,7 @@ async def serving(settings: Settings) -> AsyncIterator[Serving]:
     async with open_service(settings) as service, trio.open_nursery() as nursery:
         attach(app, service)
         app.asgi_lifespan_class = _NoLifespan  # type: ignore[assignment]
-        app.asgi_http_class = HTTPConnection
+        app.asgi_http_class = AsgiRequest
         binds = await nursery.start(partial(serve, app, config, shutdown_trigger=trio.sleep_forever))
         yield Serving(service, int(binds[0].rpartition(":")[2]))
         nursery.cancel_scope.cancel()

@@ -136,7 +136,7 @@ async def test_turns_ended_at_random_moments_leave_nothing() -> None:
                     nursery.start_soon(partial(bounded, served, index))
             statistics = served.service.sessions.statistics()
             assert (statistics.turns_running, statistics.turns_queued, statistics.sessions_live) == (0, 0, 0)
-            assert (statistics.turns_unkept, statistics.streams_open) == (0, 0)
+            assert (statistics.ends_not_stored, statistics.streams_open) == (0, 0)
         assert server.established == 0
     assert len(ended) == TURNS
     kinds = Counter(ended)

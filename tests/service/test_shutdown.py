@@ -221,11 +221,11 @@ async def test_the_doors_close_after_the_drain_and_before_the_first_interrupt(
     async with stage.open() as service:
         turn = await stage.start_turn(service)
 
-        async def close_doors() -> None:
+        async def close_listeners() -> None:
             assert stage.shutdown.phase is Phase.INTERRUPTING
             assert turn.end is None
 
-        stage.shutdown.close_doors = close_doors
+        stage.shutdown.close_listeners = close_listeners
         await stage.stop()
     assert stage.report().faults == ()
 
@@ -237,11 +237,11 @@ async def test_where_nothing_is_waited_for_the_notice_itself_interrupts(
         turn = await stage.start_turn(service)
         closed: list[bool] = []
 
-        def close_doors_at_once() -> bool:
+        def close_listeners_at_once() -> bool:
             closed.append(turn.end is None)
             return True
 
-        stage.shutdown.close_doors_at_once = close_doors_at_once
+        stage.shutdown.close_listeners_at_once = close_listeners_at_once
         stage.shutdown.notice("test")
         assert turn.end == Interrupted("shutdown")
         await stage.shutdown.work_ended.wait()
@@ -257,25 +257,25 @@ async def test_where_something_is_waited_for_it_does_not(
 ) -> None:
     async with stage.open(**waiting) as service:
         turn = await stage.start_turn(service)
-        stage.shutdown.close_doors_at_once = lambda: True
+        stage.shutdown.close_listeners_at_once = lambda: True
         stage.shutdown.expect_notice(lambda: None)
         stage.shutdown.notice("test")
         assert turn.end is None
-        assert not service.sessions.streams.open_stream().heed_hold()
+        assert not service.sessions.streams.open_stream().is_ends_only()
         await stage.shutdown.work_ended.wait()
 
 
 async def test_a_stream_that_would_write_has_an_expected_notice_arrive(autojump_clock: MockClock, stage: Stage) -> None:
     async with stage.open(drain_timeout_s=0) as service:
         turn = await stage.start_turn(service)
-        stage.shutdown.close_doors_at_once = lambda: True
+        stage.shutdown.close_listeners_at_once = lambda: True
         slot = service.sessions.streams.open_stream()
-        assert not slot.heed_hold()
+        assert not slot.is_ends_only()
         stage.shutdown.expect_notice(lambda: stage.shutdown.notice("test"))
         assert turn.end is None
-        assert slot.heed_hold()
+        assert slot.is_ends_only()
         assert turn.end == Interrupted("shutdown")
-        assert slot.heed_hold(), "the second time nothing happens"
+        assert slot.is_ends_only(), "the second time nothing happens"
         await stage.shutdown.work_ended.wait()
     assert stage.report().turns_interrupted == 1
 
@@ -283,9 +283,9 @@ async def test_a_stream_that_would_write_has_an_expected_notice_arrive(autojump_
 async def test_doors_that_have_to_wait_are_waited_for(autojump_clock: MockClock, stage: Stage) -> None:
     async with stage.open(drain_timeout_s=0) as service:
         turn = await stage.start_turn(service)
-        stage.shutdown.close_doors_at_once = lambda: False
+        stage.shutdown.close_listeners_at_once = lambda: False
         stage.shutdown.expect_notice(lambda: None)
-        assert service.sessions.streams.open_stream().heed_hold()
+        assert service.sessions.streams.open_stream().is_ends_only()
         stage.shutdown.notice("test")
         assert turn.end is None
         await stage.shutdown.work_ended.wait()
@@ -293,11 +293,11 @@ async def test_doors_that_have_to_wait_are_waited_for(autojump_clock: MockClock,
 
 
 async def test_doors_that_do_not_close_are_a_fault_and_stop_nothing(autojump_clock: MockClock, stage: Stage) -> None:
-    async def close_doors() -> None:
+    async def close_listeners() -> None:
         raise OSError("they are stuck")
 
     async with stage.open() as service:
-        stage.shutdown.close_doors = close_doors
+        stage.shutdown.close_listeners = close_listeners
         turn = await stage.start_turn(service)
         await stage.stop()
     assert turn.record().state == "interrupted"

@@ -131,7 +131,7 @@ async def test_a_session_that_is_being_deleted_is_not_forked(
 async def test_a_service_that_stops_forks_nothing(autojump_clock: MockClock) -> None:
     async with open_stage() as stage:
         source = await converse(stage)
-        stage.sessions.stopping.stop_accepting()
+        stage.sessions.drain.stop_accepting()
         with pytest.raises(ShuttingDownError):
             await stage.sessions.fork_session(source)
 
@@ -146,5 +146,5 @@ async def test_a_turn_whose_end_could_not_be_kept_is_not_copied_before_it_is(aut
         with pytest.raises(StoreError, match="could not be kept yet"):
             await stage.sessions.fork_session(source)
         store.refused.clear()
-        await stage.sessions.unkept.settle()
+        await stage.sessions.pending_writes.settle()
         assert (await stage.sessions.fork_session(source)).message_count == 1

@@ -257,7 +257,7 @@ async def test_deletion_completes_though_its_caller_leaves(autojump_clock: MockC
             scope.cancel()
             await stage.sessions.delete_session(session_id)
         assert scope.cancelled_caught
-        await stage.sessions.stopping.wait_idle()
+        await stage.sessions.drain.wait_idle()
         assert turn.record().reason == "session_deleted"
         await stage.sessions.create_session(NewSession(id=session_id))
 
@@ -458,7 +458,7 @@ async def test_an_answer_that_outlives_the_service_takes_no_leave(autojump_clock
         pytest.fail("there is nobody to wait for it")
 
     async with open_stage() as stage:
-        forward = stage.sessions.forwards.open_forward()
+        forward = stage.sessions.proxied_requests.open_request()
     assert not forward.take_leave(never_called)
     forward.close()
 
@@ -487,18 +487,18 @@ async def test_shutdown_refuses_new_work_interrupts_queued_turns_and_lets_runnin
         running = await start(stage.sessions, session_id)
         queued = await start(stage.sessions, session_id, on_conflict="queue")
         reply = await stage.puppet.next_reply()
-        stage.sessions.stopping.stop_accepting()
+        stage.sessions.drain.stop_accepting()
         with pytest.raises(ShuttingDownError):
             await start(stage.sessions, session_id, on_conflict="queue")
         with pytest.raises(ShuttingDownError):
             await new_session(stage)
-        assert stage.sessions.stopping.interrupt_queued() == 1
+        assert stage.sessions.drain.interrupt_queued() == 1
         record = await queued.wait_ended()
         assert (record.state, record.reason) == ("interrupted", "shutdown")
         assert running.end is None
         reply.say("done")
         reply.finish()
-        await stage.sessions.stopping.wait_idle()
+        await stage.sessions.drain.wait_idle()
         assert running.record().state == "completed"
 
 
@@ -514,9 +514,9 @@ async def test_turn_accepted_during_the_interrupt_is_interrupted_too(autojump_cl
         session_id = await new_session(stage)
         nursery.start_soon(start, stage.sessions, session_id)
         await committing.wait()
-        stage.sessions.stopping.stop_accepting()
-        assert stage.sessions.stopping.interrupt_all() == 0
-        await stage.sessions.stopping.wait_idle()
+        stage.sessions.drain.stop_accepting()
+        assert stage.sessions.drain.interrupt_all() == 0
+        await stage.sessions.drain.wait_idle()
         (record,) = (await stage.sessions.list_turns(session_id, limit=2)).data
         assert (record.state, record.reason) == ("interrupted", "shutdown")
 
@@ -532,7 +532,7 @@ async def test_shutdown_waits_for_a_deletion_under_way(autojump_clock: MockClock
         nursery.start_soon(stage.sessions.delete_session, session_id)
         await wait_all_tasks_blocked()
         with trio.fail_after(10):
-            await stage.sessions.stopping.wait_idle()
+            await stage.sessions.drain.wait_idle()
         assert trio.current_time() == 1
 
 
@@ -540,9 +540,9 @@ async def test_what_is_passed_on_during_the_interrupt_has_the_time_that_the_owne
     autojump_clock: MockClock,
 ) -> None:
     async with open_stage(cleanup_timeout_s=3) as stage:
-        earlier = stage.sessions.forwards.open_forward()
-        stage.sessions.stopping.interrupt_all()
-        later = stage.sessions.forwards.open_forward()
+        earlier = stage.sessions.proxied_requests.open_request()
+        stage.sessions.drain.interrupt_all()
+        later = stage.sessions.proxied_requests.open_request()
         for forward in (earlier, later):
             with trio.fail_after(10), forward.waiting() as wait:
                 await trio.sleep_forever()
@@ -550,7 +550,7 @@ async def test_what_is_passed_on_during_the_interrupt_has_the_time_that_the_owne
             assert forward.was_cut
             forward.close()
         assert trio.current_time() == pytest.approx(3, abs=0.1)
-        await stage.sessions.stopping.wait_idle()
+        await stage.sessions.drain.wait_idle()
 
 
 async def test_interrupted_turn_keeps_its_partial_reply_and_the_session_goes_on(autojump_clock: MockClock) -> None:
@@ -560,8 +560,8 @@ async def test_interrupted_turn_keeps_its_partial_reply_and_the_session_goes_on(
         turn = await start(stage.sessions, session_id, "question")
         (await stage.puppet.next_reply()).say("part of")
         await wait_all_tasks_blocked()
-        stage.sessions.stopping.interrupt_all()
-        await stage.sessions.stopping.wait_idle()
+        stage.sessions.drain.interrupt_all()
+        await stage.sessions.drain.wait_idle()
         assert (await read_all(turn.log))[-1] == TurnInterrupted(seq=3, reason="shutdown", text_length=7)
     async with open_stage(store) as stage:
         await start(stage.sessions, session_id, "go on")

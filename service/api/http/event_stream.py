@@ -6,7 +6,7 @@ from quart.wrappers.response import ResponseBody
 from quart_trio.wrappers import TrioResponse
 
 from service.api.http.query_params import read_query
-from service.api.http.request_resources import give_back_later
+from service.api.http.request_resources import release_after_request
 from service.api.native.wire import EventsQuery
 from service.errors import InvalidRequestError
 from service.sessions.events.event_log import EventLog
@@ -66,7 +66,7 @@ class EventStream(ResponseBody):
             return self._take(_RETRY)
         await self._pause()
         await self._slot.wait_beyond(self._log, self._cursor)
-        if self._slot.heed_hold():
+        if self._slot.is_ends_only():
             await self._log.wait_closed()
         return self._take() or _HEARTBEAT
 
@@ -91,7 +91,7 @@ class EventStream(ResponseBody):
 
 def stream_response(log: EventLog, slot: StreamSlot, *, cursor: int) -> TrioResponse:
     """A response that streams a log from ``cursor`` on, and gives its slot back whatever happens."""
-    give_back_later(slot.close)
+    release_after_request(slot.close)
     body = EventStream(log, slot, cursor=cursor)
     response = TrioResponse(body, headers=HEADERS, content_type=MEDIA_TYPE)
     response.timeout = None  # Quart would end any response after 60 s otherwise

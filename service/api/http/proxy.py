@@ -29,8 +29,8 @@ from quart_trio.wrappers import TrioResponse
 from service.api.http.app_state import current_service
 from service.api.http.event_stream import MEDIA_TYPE, read_cursor
 from service.api.http.request_body import drop_body, kept_body
-from service.api.http.request_resources import give_back_later
-from service.cluster.proxied_requests import Forward
+from service.api.http.request_resources import release_after_request
+from service.cluster.proxied_requests import ProxiedRequest
 from service.errors import (
     InvalidRequestError,
     LastcallError,
@@ -79,7 +79,7 @@ def is_from_peer() -> bool:
     return PEER in request.scope
 
 
-def expect_later(by_s: float) -> None:
+def allow_longer_answer(by_s: float) -> None:
     """The answer to the current request waits for more than a step of the store: for a turn, or for its end.
 
     To be said before the owner may turn out to be another process, which is waited for accordingly.
@@ -91,9 +91,9 @@ def release_later(watch: Watch) -> None:
     """Release the watch of a stream when the current request is over."""
     if is_from_peer():
         client_returns = _client_returns()
-        give_back_later(lambda: watch.release(client_returns=client_returns()))
+        release_after_request(lambda: watch.release(client_returns=client_returns()))
     else:
-        give_back_later(watch.release)
+        release_after_request(watch.release)
 
 
 def _client_returns() -> Callable[[], bool]:
@@ -144,9 +144,9 @@ async def forward(error: OwnedElsewhereError) -> TrioResponse:
     stream = await _connect(error.address)
     if stream is None:
         return await _answer_here(error)
-    peer = _Peer(stream)
-    slot = current_service().sessions.forwards.open_forward()
-    give_back_later(partial(_hang_up, peer, slot, _client_returns()))
+    peer = OwnerConnection(stream)
+    slot = current_service().sessions.proxied_requests.open_request()
+    release_after_request(partial(_hang_up, peer, slot, _client_returns()))
     if user_of_peer(stream.socket) != user_of_peer(None):
         raise StoreError(str(error))
     logger.debug("asking the owner", session_id=error.session_id, owner=error.fence, method=request.method)
@@ -170,7 +170,7 @@ async def forward(error: OwnedElsewhereError) -> TrioResponse:
         (name.decode(), value.decode("latin-1")) for name, value in head.headers if name not in _HOP_BY_HOP
     )
     if _is_stream(head):
-        response.response = ForwardedStream(
+        response.response = ProxiedStream(
             peer, slot, fence=error.fence, turn_path=response.headers.get("Location") or request.path
         )
     response.timeout = None
@@ -248,7 +248,7 @@ async def _wait_until_free(service: Service, session_id: str, fence: int) -> Non
     raise _no_answer(session_id)
 
 
-def _hang_up(peer: "_Peer", slot: Forward, client_returns: Callable[[], bool]) -> None:
+def _hang_up(peer: "OwnerConnection", slot: ProxiedRequest, client_returns: Callable[[], bool]) -> None:
     """The request is over: the connection to the owner closes in a way that says whether the client has left."""
     if (slot.was_cut or client_returns()) and slot.take_leave(peer.take_leave):
         return
@@ -256,7 +256,7 @@ def _hang_up(peer: "_Peer", slot: Forward, client_returns: Callable[[], bool]) -
     slot.close()
 
 
-class ForwardedStream(ResponseBody):
+class ProxiedStream(ResponseBody):
     """An event stream on its way from the owner to the client, in whole frames.
 
     Args:
@@ -264,7 +264,7 @@ class ForwardedStream(ResponseBody):
         turn_path: Of the turn whose events they are.
     """
 
-    def __init__(self, peer: "_Peer", slot: Forward, *, fence: int, turn_path: str) -> None:
+    def __init__(self, peer: "OwnerConnection", slot: ProxiedRequest, *, fence: int, turn_path: str) -> None:
         self._service = current_service()  # there is no current request any more when it is sent
         self._peer = peer
         self._slot = slot
@@ -274,13 +274,13 @@ class ForwardedStream(ResponseBody):
         self._unsent = b""
         self._rest: EventLog | None = None
 
-    async def __aenter__(self) -> "ForwardedStream":
+    async def __aenter__(self) -> "ProxiedStream":
         return self
 
     async def __aexit__(self, *_: object) -> None:
         pass  # the connection to the owner is closed with the request
 
-    def __aiter__(self) -> "ForwardedStream":
+    def __aiter__(self) -> "ProxiedStream":
         return self
 
     async def __anext__(self) -> bytes:
@@ -340,7 +340,7 @@ def _is_stream(head: h11.Response) -> bool:
     )
 
 
-class _Peer:
+class OwnerConnection:
     """The client's side of one request to another process."""
 
     def __init__(self, stream: trio.SocketStream) -> None:

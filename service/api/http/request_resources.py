@@ -14,7 +14,7 @@ from quart import request
 _KEY = "lastcall.held"
 
 
-class Held:
+class RequestResources:
     """What one request holds, to be entered around its ASGI call. An exit stack of the plainest kind."""
 
     def __init__(self) -> None:
@@ -40,14 +40,14 @@ class Held:
                 self._give_all_back()
 
 
-def holding(scope: dict[str, Any]) -> Held:
+def request_resources(scope: dict[str, Any]) -> RequestResources:
     """What the request of this ASGI scope will hold."""
-    held = scope[_KEY] = Held()
-    return held
+    resources = scope[_KEY] = RequestResources()
+    return resources
 
 
-def give_back_later(give_back: Callable[[], object]) -> None:
+def release_after_request(give_back: Callable[[], object]) -> None:
     """Call ``give_back`` when the current request is over; last in, first out."""
     scope: dict[str, Any] = cast("dict[str, Any]", request.scope)
-    held: Held = scope[_KEY]
-    held.add(give_back)
+    resources: RequestResources = scope[_KEY]
+    resources.add(give_back)

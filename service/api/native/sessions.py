@@ -9,7 +9,7 @@ from quart_trio.wrappers import TrioResponse
 from service.api.http.app_state import current_service, json_response, no_content
 from service.api.http.operations import Answer, operation
 from service.api.http.paging import read_page
-from service.api.http.proxy import expect_later
+from service.api.http.proxy import allow_longer_answer
 from service.api.http.query_params import read_query
 from service.api.http.request_body import read_body
 from service.api.native.wire import (
@@ -139,7 +139,7 @@ async def delete_session(session_id: str) -> TrioResponse:
     if the caller leaves; a second call meanwhile waits and gets 204 too.
     """
     service = current_service()
-    expect_later(by_s=service.settings.cleanup_timeout_s + service.settings.store_timeout_s)
+    allow_longer_answer(by_s=service.settings.cleanup_timeout_s + service.settings.store_timeout_s)
     await service.sessions.delete_session(checked_session_id(session_id))
     return no_content()
 
@@ -163,7 +163,7 @@ async def fork_session(session_id: str) -> TrioResponse:
     session_id = checked_session_id(session_id)
     service = current_service()
     body = await read_body(request, ForkSession, service)
-    expect_later(by_s=service.settings.store_timeout_s)
+    allow_longer_answer(by_s=service.settings.store_timeout_s)
     try:
         record = await service.sessions.fork_session(session_id, at=body.at, copy_id=body.id)
     except TurnNotFoundError as error:

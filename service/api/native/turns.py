@@ -11,10 +11,10 @@ from service.api.http.app_state import current_service, json_response, no_conten
 from service.api.http.event_stream import HEADERS, MEDIA_TYPE, read_cursor, stream_response, wants_stream
 from service.api.http.operations import Answer, operation
 from service.api.http.paging import read_page
-from service.api.http.proxy import expect_later, release_later
+from service.api.http.proxy import allow_longer_answer, release_later
 from service.api.http.query_params import read_query
 from service.api.http.request_body import drop_body, read_body
-from service.api.http.request_resources import give_back_later
+from service.api.http.request_resources import release_after_request
 from service.api.native import wire
 from service.api.native.sessions import checked_session_id, session_location
 from service.api.native.wire import EventsQuery, PageQuery, StartTurn, TurnList
@@ -99,7 +99,7 @@ async def start_turn(session_id: str) -> TrioResponse:
     )
     if wants_stream(request) and not new.background:
         return await start_streaming(service, take_slot(service), session_id, new)
-    expect_later(by_s=_acceptance_s(service) if new.background else inf)
+    allow_longer_answer(by_s=_acceptance_s(service) if new.background else inf)
     turn, watch = await _start(service, session_id, new)
     with watch:
         if new.background:
@@ -118,13 +118,13 @@ def take_slot(service: Service) -> StreamSlot:
     scope = cast("dict[str, StreamSlot]", request.scope)
     if _SLOT not in scope:
         scope[_SLOT] = service.sessions.streams.open_stream()
-        give_back_later(scope[_SLOT].give_back)  # only comes into effect if the answer is another one after all
+        release_after_request(scope[_SLOT].give_back)  # only comes into effect if the answer is another one after all
     return scope[_SLOT]
 
 
 async def start_streaming(service: Service, slot: StreamSlot, session_id: str, new: NewTurn) -> TrioResponse:
     """Start a turn whose events are the answer."""
-    expect_later(by_s=_acceptance_s(service))
+    allow_longer_answer(by_s=_acceptance_s(service))
     turn, watch = await _start(service, session_id, new)
     release_later(watch)
     response = stream_response(turn.log, slot, cursor=0)
@@ -217,7 +217,7 @@ async def cancel_turn(session_id: str, turn_id: str) -> TrioResponse:
     Idempotent: a turn that has ended, or ends in another way first, is answered as it ended.
     """
     service = current_service()
-    expect_later(by_s=service.settings.cleanup_timeout_s)
+    allow_longer_answer(by_s=service.settings.cleanup_timeout_s)
     record = await service.sessions.cancel_turn(checked_session_id(session_id), checked_turn_id(turn_id))
     return _turn_response(record)
 

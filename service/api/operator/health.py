@@ -32,7 +32,7 @@ async def readyz() -> TrioResponse:
     service = current_service()
     if service.shutdown.expected:
         raise ShuttingDownError
-    if (refusal := service.sessions.unkept.refusal) is not None:
+    if (refusal := service.sessions.pending_writes.refusal) is not None:
         if isinstance(refusal, ResourcesExhaustedError):
             raise ResourcesExhaustedError
         # Anybody may ask this: what it is stays in the log.

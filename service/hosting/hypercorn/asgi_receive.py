@@ -20,7 +20,7 @@ CHECKPOINT_MESSAGES = 16
 """A body in pieces of a byte is many messages in one packet: it is not to have the event loop for itself."""
 
 
-class Inbox:
+class ReceiveQueue:
     """ASGI's ``receive`` of one request; or, once somebody takes its messages synchronously, a direct line.
 
     Args:
@@ -35,7 +35,7 @@ class Inbox:
     async def __call__(self) -> ASGIReceiveEvent:
         return await self._from_server.receive()
 
-    def hand_over(self, take: Callable[[Any], None]) -> None:
+    def deliver_to(self, take: Callable[[Any], None]) -> None:
         """Give what has come, and whatever comes from now on, to ``take``."""
         self._take = take
         with suppress(trio.WouldBlock):
@@ -56,8 +56,8 @@ class Inbox:
             await self._to_app.send(message)
 
 
-class InboxTaskGroup(TaskGroup):
-    """hypercorn's, with an :class:`Inbox` for each request."""
+class ConnectionTaskGroup(TaskGroup):
+    """hypercorn's, with an :class:`ReceiveQueue` for each request."""
 
     async def spawn_app(
         self,
@@ -67,12 +67,12 @@ class InboxTaskGroup(TaskGroup):
         send: Callable[[ASGISendEvent | None], Awaitable[None]],
     ) -> Callable[[ASGIReceiveEvent], Awaitable[None]]:
         """Start the application's task for one request; returns the way to send it messages."""
-        inbox = Inbox(kept_max=config.max_app_queue_size)
+        receive_queue = ReceiveQueue(kept_max=config.max_app_queue_size)
         assert self._nursery is not None
         self._nursery.start_soon(
-            _handle, app, config, scope, inbox, send, trio.to_thread.run_sync, trio.from_thread.run
+            _handle, app, config, scope, receive_queue, send, trio.to_thread.run_sync, trio.from_thread.run
         )
-        return inbox.put
+        return receive_queue.put
 
     def cancel(self) -> None:
         """End the connection whose tasks these are."""
@@ -87,6 +87,6 @@ class InboxTaskGroup(TaskGroup):
         return await self._nursery_manager.__aexit__(kind, error, traceback)  # noqa: ASYNC102  no cleanup: the wait
 
 
-def use_inboxes() -> None:
+def use_receive_queues() -> None:
     """Have hypercorn's connections use them from now on."""
-    setattr(hypercorn.trio.tcp_server, "TaskGroup", InboxTaskGroup)  # noqa: B010
+    setattr(hypercorn.trio.tcp_server, "TaskGroup", ConnectionTaskGroup)  # noqa: B010

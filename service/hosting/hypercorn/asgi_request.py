@@ -22,7 +22,7 @@ from quart_trio.asgi import TrioASGIHTTPConnection
 from service.api.http.event_stream import LastPiece
 from service.api.http.request_body import BoundedBody
 from service.errors import ShuttingDownError
-from service.hosting.hypercorn.asgi_receive import Inbox
+from service.hosting.hypercorn.asgi_receive import ReceiveQueue
 from service.hosting.hypercorn.chunked_response import ChunkedResponse
 from service.shutdown import Shutdown
 
@@ -56,7 +56,7 @@ def open_requests(app: Quart, shutdown: Shutdown) -> OpenRequests:
     return requests
 
 
-class HTTPConnection(TrioASGIHTTPConnection):
+class AsgiRequest(TrioASGIHTTPConnection):
     """One request."""
 
     _response: ChunkedResponse | None = None
@@ -68,7 +68,7 @@ class HTTPConnection(TrioASGIHTTPConnection):
         if requests is not None:
             requests.add(request)
         try:
-            if isinstance(receive, Inbox) and isinstance(request.body, BoundedBody):
+            if isinstance(receive, ReceiveQueue) and isinstance(request.body, BoundedBody):
                 await self._answer_directly(request, receive, send)
             else:
                 async with trio.open_nursery() as nursery:
@@ -78,7 +78,7 @@ class HTTPConnection(TrioASGIHTTPConnection):
             if requests is not None:
                 requests.discard(request)
 
-    async def _answer_directly(self, request: Request, inbox: Inbox, send: Any) -> None:
+    async def _answer_directly(self, request: Request, receive_queue: ReceiveQueue, send: Any) -> None:
         """As Quart-Trio does it, less a nursery and two tasks for each request."""
         body = cast("BoundedBody", request.body)
         scope = trio.CancelScope()
@@ -92,8 +92,8 @@ class HTTPConnection(TrioASGIHTTPConnection):
                 scope.cancel()
 
         with scope:
-            inbox.hand_over(take)
-            await self.handle_request(cast("trio.Nursery", _NOTHING_ELSE), request, partial(self._send, send))
+            receive_queue.deliver_to(take)
+            await self.handle_request(cast("trio.Nursery", _NO_NURSERY), request, partial(self._send, send))
 
     async def _send_shielding_the_last(self, send: Any, message: dict[str, Any]) -> None:
         last = _is_last(message)
@@ -133,7 +133,7 @@ def _is_last(message: dict[str, Any]) -> bool:
     )
 
 
-class _NothingElse:
+class _NoNursery:
     """In the place of the nursery that Quart-Trio's ``handle_request`` cancels in the end: nothing else runs here."""
 
     def __init__(self) -> None:
@@ -143,4 +143,4 @@ class _NothingElse:
         pass
 
 
-_NOTHING_ELSE = _NothingElse()
+_NO_NURSERY = _NoNursery()

@@ -37,14 +37,14 @@ from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
 from hypercorn.trio.worker_context import EventWrapper, WorkerContext
 from hypercorn.typing import AppWrapper, ConnectionState, TaskGroup
 
-from service.hosting.hypercorn.asgi_receive import InboxTaskGroup, use_inboxes
+from service.hosting.hypercorn.asgi_receive import ConnectionTaskGroup, use_receive_queues
 
 logger = structlog.get_logger("lastcall.connections")
 
 Stream = trio.SSLStream[trio.SocketStream]
 """As hypercorn types it, with TLS or without."""
 FIRST_REQUEST_S = 0.05
-"""How long a connection without a request is kept when the doors close. Its request is on its way, or it is idle."""
+"""How long a connection without a request is kept once the listeners close: a request may be on its way."""
 UNREAD_LOOK_S = 0.005
 CHECKPOINT_BYTES = 4096
 LAST_FRAMES_S = 0.5
@@ -62,7 +62,7 @@ class Connections:
         self.closing = False
         self._open: set[Connection] = set()
         setattr(hypercorn.trio.run, "TCPServer", self.open)  # noqa: B010
-        use_inboxes()
+        use_receive_queues()
 
     def open(
         self, app: AppWrapper, config: Config, context: WorkerContext, state: ConnectionState, stream: Stream
@@ -91,7 +91,7 @@ class Connections:
 class Connection(TCPServer):
     """One connection, as hypercorn serves it."""
 
-    _task_group: InboxTaskGroup
+    _task_group: ConnectionTaskGroup
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The gate: hypercorn serves on until we close the doors, and then nobody is left standing at them.
+"""When the listeners close: hypercorn serves on until we close them, and then no client is left waiting.
 
 hypercorn closes its listeners the moment it is told to stop. The port stays open all the same, because the master
 holds it too: who connects from then on hangs in the backlog until the process is gone, and is reset. So its triggers
@@ -13,8 +13,8 @@ from math import inf
 import trio
 
 from service.hosting.hypercorn.worker import Master, Worker
-from service.hosting.listeners.listeners import Doors
-from service.hosting.listeners.worker_status import Sign, Standing, holds, standings_of_others
+from service.hosting.listeners.listeners import Listeners
+from service.hosting.listeners.worker_status import StatusBeacon, WorkerStatus, holds_socket, statuses_of_others
 
 MASTER_LATE_S = 0.025
 """A signal to the whole group may reach a worker before its master has set the event."""
@@ -23,10 +23,10 @@ MASTER_BUSY_S = 0.05
 MASTER_LOOK_S = 0.01
 OTHERS_LOOK_S = 0.25
 WAITING_S = 0.025
-"""What those who waited at the doors when they closed may hold up the ends of turns."""
+"""How long clients that waited when the listeners closed may hold up the ends of turns."""
 
 
-class HeldTermination:
+class DeferredTermination:
     """Stands in for hypercorn's ``context.terminate``: its own wish to stop goes in, our release comes out.
 
     Args:
@@ -53,57 +53,57 @@ class HeldTermination:
         self._released.set()
 
 
-class Gate:
+class ListenerShutdown:
     """Holds back hypercorn's triggers. To be made while the lifespan starts, before hypercorn binds them.
 
     Args:
         wish: Called when hypercorn wants to stop by itself.
     """
 
-    def __init__(self, worker: Worker, doors: Doors, *, wish: Callable[[], None]) -> None:
-        self._not_answering = {Standing.LEAVING}
+    def __init__(self, worker: Worker, listeners: Listeners, *, wish: Callable[[], None]) -> None:
+        self._not_answering = {WorkerStatus.LEAVING}
         self._worker = worker
-        self._doors = doors
-        self._sign = Sign()
-        self._held = HeldTermination(wish)
-        worker.context.terminate = self._held
+        self._listeners = listeners
+        self._beacon = StatusBeacon()
+        self._termination = DeferredTermination(wish)
+        worker.context.terminate = self._termination
         if worker.master is not None:
-            worker.master.stop_event.is_set = self._held.is_set  # type: ignore[method-assign]
+            worker.master.stop_event.is_set = self._termination.is_set  # type: ignore[method-assign]
 
     def give_up_start(self) -> None:
         """This worker does not get to serve, and takes it that others that start do not either."""
-        self._not_answering = {Standing.LEAVING, Standing.STARTING}
+        self._not_answering = {WorkerStatus.LEAVING, WorkerStatus.STARTING}
 
     def show_serving(self) -> None:
         """Tell the other workers that this one answers."""
-        self._sign.show(Standing.SERVING)
+        self._beacon.show(WorkerStatus.SERVING)
 
-    async def stand_aside(self) -> None:
-        """Take nobody while this worker drains and others serve: they take those who come. Until the doors close.
+    async def leave_clients_to_others(self) -> None:
+        """Take no clients while this worker drains and others serve, until the listeners close.
 
         Where the whole service stops somebody has to answer: then this worker takes clients again at once.
         """
-        self._sign.show(Standing.DRAINING)
+        self._beacon.show(WorkerStatus.DRAINING)
         if self._worker.config.workers < 2:
             return
         others_serve, look_at = False, -inf
-        while not self._held.is_set():
+        while not self._termination.is_set():
             now = trio.current_time()
             if self._master_stops:
                 others_serve = False
             elif now >= look_at:
-                others_serve, look_at = Standing.SERVING in self._standings_of_others(), now + OTHERS_LOOK_S
-            self._doors.take_clients(not others_serve)
+                others_serve, look_at = WorkerStatus.SERVING in self._statuses_of_others(), now + OTHERS_LOOK_S
+            self._listeners.accept_clients(not others_serve)
             await trio.sleep(MASTER_LOOK_S)
 
     def release(self) -> None:
         """Let hypercorn stop serving. Idempotent; whoever made the gate calls it in any case, in the end."""
-        self._held.release()
+        self._termination.release()
 
-    async def close_doors(self) -> None:
+    async def close_listeners(self) -> None:
         """Take no more clients, and let hypercorn stop. Idle connections close, those at work go on.
 
-        Returns once those who waited at the doors have had their answers, or have held this up for long enough.
+        Returns once the clients that waited have had their answers, or have held this up for long enough.
         """
         with trio.move_on_after(MASTER_LATE_S):
             while not self._try_close() and not self._master_stops:  # noqa: ASYNC110  nobody tells us
@@ -111,14 +111,14 @@ class Gate:
         with trio.move_on_after(MASTER_BUSY_S):
             while self._master_stops and not self._try_close():  # noqa: ASYNC110
                 await trio.sleep(0.001)
-        if not self._held.is_set():
+        if not self._termination.is_set():
             self._close(followed=not self._master_stops)
         with trio.move_on_after(WAITING_S):
-            await self._doors.wait_served()
+            await self._listeners.wait_served()
 
-    def close_doors_at_once(self) -> bool:
-        """As :meth:`close_doors`, as far as that needs no waiting; whether there is nothing to be waited for."""
-        return self._try_close() and self._doors.has_served
+    def close_listeners_at_once(self) -> bool:
+        """As :meth:`close_listeners`, as far as that needs no waiting; whether there is nothing to be waited for."""
+        return self._try_close() and self._listeners.has_served
 
     @property
     def _master_stops(self) -> bool:
@@ -128,20 +128,20 @@ class Gate:
 
     def _try_close(self) -> bool:
         """Close, if it shows already whether somebody else will answer. Closing twice is closing once."""
-        if self._held.is_set():
+        if self._termination.is_set():
             return True
         followed: bool | None = False
-        if self._doors.open.is_set() and self._worker.master is not None:
-            with self._sign.looking():
+        if self._listeners.open.is_set() and self._worker.master is not None:
+            with self._beacon.looking():
                 followed = self._another_worker_follows(self._worker.master)
         if followed is not None:
             self._close(followed=followed)
         return followed is not None
 
     def _close(self, *, followed: bool) -> None:
-        self._sign.show(Standing.LEAVING)
-        if self._doors.open.is_set():
-            self._doors.close(for_good=not followed and not self._others_answer())
+        self._beacon.show(WorkerStatus.LEAVING)
+        if self._listeners.open.is_set():
+            self._listeners.stop_accepting(refuse_waiting=not followed and not self._others_answer())
         self.release()
 
     def _another_worker_follows(self, master: Master) -> bool | None:
@@ -155,18 +155,18 @@ class Gate:
             return None
         # A stop or a reload. Only in a reload does it wait for all of its workers with its sockets open.
         waits_for = master.waits_for()
-        holds_doors = holds(master.pid, self._doors.sockets)
-        if waits_for is None and holds_doors:
+        holds_sockets = holds_socket(master.pid, self._listeners.sockets)
+        if waits_for is None and holds_sockets:
             return None
-        return waits_for == "all workers" and holds_doors
+        return waits_for == "all workers" and holds_sockets
 
     def _others_answer(self) -> bool:
         """Whether another worker answers where this one does, or is about to."""
-        return self._standings_of_others() - self._not_answering != set()
+        return self._statuses_of_others() - self._not_answering != set()
 
-    def _standings_of_others(self) -> set[Standing]:
+    def _statuses_of_others(self) -> set[WorkerStatus]:
         master = self._worker.master
         if master is None or self._worker.config.workers == 1:
             return set()
-        with self._sign.looking():
-            return set(standings_of_others(self._doors.sockets, parent=os.getppid()))
+        with self._beacon.looking():
+            return set(statuses_of_others(self._listeners.sockets, parent=os.getppid()))

@@ -1,4 +1,4 @@
-"""The doors: hypercorn's listeners, in a form that can be closed without leaving anybody standing at them.
+"""hypercorn's listeners, in a form that can be closed without leaving a client waiting.
 
 A listening socket is one object in the kernel, whoever holds it. As long as a process does (hypercorn's master always
 does), clients connect, whether anybody accepts or not. ``shutdown`` ends that for all holders: from then on the kernel
@@ -24,9 +24,9 @@ from hypercorn.utils import repr_socket_addr
 
 from service.hosting.hypercorn.connections import Stream, socket_of
 
-WAITING_MAX = 1024
+BACKLOG_MAX = 1024
 """Clients that wait to be accepted, while the event loop is busy or, in a reload, until a worker is up."""
-COMPLAINT_INTERVAL_S = 1.0
+LOG_INTERVAL_S = 1.0
 
 Listener = trio.SocketListener | trio.SSLListener[trio.SocketStream]
 
@@ -53,7 +53,7 @@ def are_shut(sockets: Sockets) -> bool:
     return not all(it.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) for it in listening)
 
 
-class Doors:
+class Listeners:
     """Serves hypercorn's listeners, in place of ``trio.serve_listeners``, until :meth:`close`.
 
     To be made before hypercorn serves.
@@ -75,7 +75,7 @@ class Doors:
         self._taken = 0
         self._served = trio.Event()
         self._served.set()
-        setattr(hypercorn.trio.run, "trio", _TrioExcept(serve_listeners=self.serve_listeners))  # noqa: B010
+        setattr(hypercorn.trio.run, "trio", _TrioWith(serve_listeners=self.serve_listeners))  # noqa: B010
 
     @property
     def sockets(self) -> list[trio.socket.SocketType]:
@@ -101,31 +101,31 @@ class Doors:
         """As Trio's, and never returns either."""
         self._listeners, self._handler, self._nursery = listeners, handler, handler_nursery
         for listening in self.sockets:
-            listening.listen(WAITING_MAX)
+            listening.listen(BACKLOG_MAX)
         self.open.set()
         try:
-            with self._accepting, _complaining_seldom():
+            with self._accepting, _rate_limited_log():
                 while True:
                     with trio.CancelScope() as self._taking:
-                        await self._take_clients()
+                        await self._accept_clients()
                     await self._takes_again.wait()
         finally:
             for listening in self.sockets:
                 listening.close()
         await trio.sleep_forever()
 
-    async def _take_clients(self) -> None:
-        listeners = [_StaysOpen(listener) for listener in self._listeners]
+    async def _accept_clients(self) -> None:
+        listeners = [_SharedListener(listener) for listener in self._listeners]
         try:
             await trio.serve_listeners(self._handler, listeners, handler_nursery=self)  # type: ignore[arg-type]
         except* OSError:
             if not self._accepting.cancel_called:  # otherwise it has seen that the socket is shut
                 raise
 
-    def stand_at(
+    def adopt(
         self, sockets: Sockets, config: Config, handler: Callable[[Stream], Awaitable[object]], nursery: trio.Nursery
     ) -> None:
-        """In place of :meth:`serve_listeners` where nothing is served: who waits is taken when the doors close."""
+        """In place of :meth:`serve_listeners` where nothing is served: waiting clients are taken at the close."""
         self._listeners = [*map(_listener_on, sockets.insecure_sockets)]
         if (context := config.create_ssl_context()) is not None:
             secure = map(_listener_on, sockets.secure_sockets)
@@ -133,7 +133,7 @@ class Doors:
         self._handler, self._nursery = handler, nursery
         self.open.set()
 
-    def take_clients(self, wanted: bool) -> None:
+    def accept_clients(self, wanted: bool) -> None:
         """Whether to take those who come, or to leave them to other processes, until told otherwise."""
         if wanted:
             self._takes_again.set()
@@ -141,24 +141,24 @@ class Doors:
             self._takes_again = trio.Event()
             self._taking.cancel()
 
-    def close(self, *, for_good: bool) -> None:
+    def stop_accepting(self, *, refuse_waiting: bool) -> None:
         """Take no more clients from here on. Only the first call counts.
 
         Args:
-            for_good: Nobody else will answer: take and serve those who wait, and have the kernel refuse later ones.
-                Otherwise they wait for another process. So they do in any case where the socket was given to us.
+            refuse_waiting: No other process will answer: serve the clients that wait, and have the kernel refuse later
+                ones. Otherwise they wait for another process, as they always do where the socket was given to us.
         """
         if self._accepting.cancel_called:
             return
         self._accepting.cancel()
-        if for_good:
+        if refuse_waiting:
             for listener, given in zip(self._listeners, self._given, strict=True):
                 if not given:
                     self._shut(listener)
 
     @property
     def has_served(self) -> bool:
-        """Whether all who waited when the doors closed have had their answers, and left."""
+        """Whether every client that waited when the listeners closed has had its answer, and left."""
         return self._served.is_set()
 
     async def wait_served(self) -> None:
@@ -202,7 +202,7 @@ class Doors:
                 await trio.aclose_forcefully(stream)
 
 
-class _StaysOpen(trio.abc.Listener[Stream]):
+class _SharedListener(trio.abc.Listener[Stream]):
     """A listener that outlives those who take clients from it."""
 
     def __init__(self, listener: Listener) -> None:
@@ -216,9 +216,9 @@ class _StaysOpen(trio.abc.Listener[Stream]):
 
 
 @contextmanager
-def _complaining_seldom() -> Iterator[None]:
+def _rate_limited_log() -> Iterator[None]:
     """Where no descriptors are left Trio logs a traceback ten times a second for each listener: a line will do."""
-    trios, seldom = logging.getLogger("trio.serve_listeners"), _Seldom()
+    trios, seldom = logging.getLogger("trio.serve_listeners"), _RateLimit()
     trios.addFilter(seldom)
     try:
         yield
@@ -226,7 +226,7 @@ def _complaining_seldom() -> Iterator[None]:
         trios.removeFilter(seldom)
 
 
-class _Seldom(logging.Filter):
+class _RateLimit(logging.Filter):
     """Lets a line through once in a while, without its traceback."""
 
     _quiet_until = -inf
@@ -235,11 +235,11 @@ class _Seldom(logging.Filter):
         record.exc_info = None
         if record.created < self._quiet_until:
             return False
-        self._quiet_until = record.created + COMPLAINT_INTERVAL_S
+        self._quiet_until = record.created + LOG_INTERVAL_S
         return True
 
 
-class _TrioExcept(ModuleType):
+class _TrioWith(ModuleType):
     """Trio as one module sees it, with something else in the place of a name."""
 
     def __init__(self, **others: object) -> None:

@@ -1,4 +1,4 @@
-"""Other processes that hold the same listening sockets: whether one of them still answers."""
+"""What the workers on the same listening sockets show each other: whether one of them still serves."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -9,11 +9,11 @@ from socket import socket
 
 import trio
 
-_NAME = "lastcall-standing"
+_NAME = "lastcall-worker-status"
 
 
-class Standing(IntEnum):
-    """How a process answers those who connect."""
+class WorkerStatus(IntEnum):
+    """How a process answers clients that connect."""
 
     STARTING = 0
     SERVING = 1
@@ -21,8 +21,8 @@ class Standing(IntEnum):
     LEAVING = 3
 
 
-class Sign:
-    """Shows the others how this process stands: a file without a name elsewhere, whose size says it.
+class StatusBeacon:
+    """Shows the other workers this worker's status: an anonymous file whose size is the status.
 
     Made early and kept until the process is gone, with a descriptor to spare: when it matters there may be none left.
     """
@@ -33,9 +33,9 @@ class Sign:
             self._file = os.memfd_create(_NAME)
             self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
-    def show(self, standing: Standing) -> None:
+    def show(self, status: WorkerStatus) -> None:
         with suppress(OSError):
-            os.ftruncate(self._file, standing)
+            os.ftruncate(self._file, status)
 
     @contextmanager
     def looking(self) -> Iterator[None]:
@@ -50,12 +50,12 @@ class Sign:
                 self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
 
-def holds(pid: int, sockets: Iterable[socket | trio.socket.SocketType]) -> bool:
+def holds_socket(pid: int, sockets: Iterable[socket | trio.socket.SocketType]) -> bool:
     """Whether a process holds one of these sockets."""
     return not _names(sockets).isdisjoint(_open_files(pid).values())
 
 
-def standings_of_others(sockets: Iterable[socket | trio.socket.SocketType], *, parent: int) -> Iterator[Standing]:
+def statuses_of_others(sockets: Iterable[socket | trio.socket.SocketType], *, parent: int) -> Iterator[WorkerStatus]:
     """How the other children of this process's parent stand that hold one of these sockets.
 
     The parent is the master; or, where it has died, whoever the workers were given to.
@@ -64,15 +64,15 @@ def standings_of_others(sockets: Iterable[socket | trio.socket.SocketType], *, p
     names = _names(sockets)
     for pid in _children(parent):
         if pid != os.getpid() and not names.isdisjoint((files := _open_files(pid)).values()):
-            yield _standing(files)
+            yield _status(files)
 
 
-def _standing(files: dict[Path, str]) -> Standing:
+def _status(files: dict[Path, str]) -> WorkerStatus:
     for path, name in files.items():
         if _NAME in name:
             with suppress(OSError):
-                return Standing(path.stat().st_size)
-    return Standing.STARTING
+                return WorkerStatus(path.stat().st_size)
+    return WorkerStatus.STARTING
 
 
 def _names(sockets: Iterable[socket | trio.socket.SocketType]) -> set[str]:

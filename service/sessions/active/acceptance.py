@@ -17,10 +17,10 @@ from service.errors import (
     TurnLimitError,
 )
 from service.models.client import ModelClient
-from service.sessions.active.active_sessions import Live
-from service.sessions.active.drain import Stopping
-from service.sessions.active.pending_writes import Unkept
-from service.sessions.active.session import LiveSession
+from service.sessions.active.active_sessions import ActiveSessions
+from service.sessions.active.drain import Drain
+from service.sessions.active.pending_writes import PendingWrites
+from service.sessions.active.session import ActiveSession
 from service.sessions.commands import NewSession, NewTurn, OnConflict
 from service.sessions.events import outcome
 from service.sessions.turns.turn import Turn
@@ -42,9 +42,9 @@ class Acceptance:
     def __init__(
         self,
         nursery: trio.Nursery,
-        live: Live,
-        unkept: Unkept,
-        stopping: Stopping,
+        active: ActiveSessions,
+        pending_writes: PendingWrites,
+        drain: Drain,
         *,
         store: Store,
         client_for: Callable[[str], ModelClient],
@@ -52,9 +52,9 @@ class Acceptance:
         settings: Settings,
     ) -> None:
         self._nursery = nursery
-        self._live = live
-        self._unkept = unkept
-        self._stopping = stopping
+        self._active = active
+        self._pending_writes = pending_writes
+        self._drain = drain
         self._store = store
         self._client_for = client_for
         self._clock = clock
@@ -66,13 +66,13 @@ class Acceptance:
         No checkpoint comes between the acceptance and the return. Cancellation before the first write leaves nothing
         behind; after it the caller is not cancelled any more, for no longer than the store may take.
         """
-        self._stopping.check_accepting()
-        with self._live.holding(session_id) as session:
+        self._drain.check_accepting()
+        with self._active.holding(session_id) as session:
             async with session.acceptance:
-                self._stopping.check_accepting()
+                self._drain.check_accepting()
                 check_conflict(session, new.on_conflict, queued_turns_max=self._settings.queued_turns_max)
                 self._check_turn_limit()
-                with self._live.arriving():
+                with self._active.arriving():
                     while True:
                         try:
                             return await self._accept(session, new)
@@ -83,10 +83,10 @@ class Acceptance:
 
     def _check_turn_limit(self) -> None:
         turns_max = self._settings.live_turns_max
-        if self._live.turns_open + self._unkept.turns >= turns_max:
+        if self._active.turns_open + self._pending_writes.turns >= turns_max:
             raise TurnLimitError(f"{turns_max} turns are running already (live_turns_max); try again later.")
 
-    async def _accept(self, session: LiveSession, new: NewTurn) -> Turn:
+    async def _accept(self, session: ActiveSession, new: NewTurn) -> Turn:
         now = self._clock()
         stored, is_new = await self._find_session(session.id, new, now)
         record = new.record(stored, queued=bool(session.turns), now=now, settings=self._settings)
@@ -101,7 +101,7 @@ class Acceptance:
         # leaves just before it a session that was created for nothing. The store's deadline bounds each step.
         with trio.CancelScope(shield=True):
             if is_new:
-                with self._unkept.writing():
+                with self._pending_writes.writing():
                     await self._store.create_session(stored, now=now)
             await self._commit_input(turn, head=stored.head if new.parent is msgspec.UNSET else msgspec.UNSET)
         self._make_live(session, turn, supersedes=new.on_conflict == "supersede")
@@ -119,27 +119,27 @@ class Acceptance:
 
     async def _commit_input(self, turn: Turn, *, head: str | None | msgspec.UnsetType) -> None:
         try:
-            with self._unkept.writing():
+            with self._pending_writes.writing():
                 await self._store.begin_turn(turn.record(), now=self._clock(), head=head)
         except StoreError as error:
             # Whether it is in the store is unknown; if it is, it must not stay open.
             turn.decide(outcome.failed(error.code, str(error)))
-            self._unkept.keep_end(turn)
+            self._pending_writes.keep_end(turn)
             raise
 
-    def _make_live(self, session: LiveSession, turn: Turn, *, supersedes: bool) -> None:
+    def _make_live(self, session: ActiveSession, turn: Turn, *, supersedes: bool) -> None:
         if supersedes:
             for earlier in session.turns:
                 earlier.cut_short(outcome.Cancelled("superseded"))
-        self._live.add(session, turn)
+        self._active.add(session, turn)
         if session.deletion is not None:
             turn.cut_short(outcome.Cancelled("session_deleted"))
-        self._stopping.interrupt_late(turn)
+        self._drain.interrupt_late(turn)
         if not session.has_task:
             session.has_task = True
             self._nursery.start_soon(self._run_session, session, name=f"session {session.id}")
 
-    async def _run_session(self, session: LiveSession) -> None:
+    async def _run_session(self, session: ActiveSession) -> None:
         """The session's task, until it has no turns: a failure in it ends those and nothing else."""
 
         async def run_one(turn: Turn) -> None:
@@ -153,7 +153,7 @@ class Acceptance:
             )
 
         await session.run(run_one, self._note_ended)
-        self._live.forget_without_work(session)
+        self._active.forget_without_work(session)
 
     async def end_hung(self, *, within_s: float) -> None:
         """End the turns whose tasks do not come to it: a model client that does not let go of them at its close.
@@ -161,22 +161,22 @@ class Acceptance:
         They are kept and told like any other; those whose ends the store does not take are left to it.
         """
 
-        async def end(session: LiveSession, turn: Turn) -> None:
+        async def end(session: ActiveSession, turn: Turn) -> None:
             turn.decide(session.default_end())
             if await end_turn(turn, store=self._store, clock=self._clock, within_s=within_s) and session.remove(turn):
                 self._note_ended(turn)
 
         async with trio.open_nursery() as nursery:
-            for session, turn in self._live.open_turns_by_session():
+            for session, turn in self._active.open_turns_by_session():
                 nursery.start_soon(end, session, turn)
 
     def _note_ended(self, turn: Turn) -> None:
         if not turn.stored:
-            self._unkept.keep_end(turn)
-        self._live.note_ended(turn)
+            self._pending_writes.keep_end(turn)
+        self._active.note_ended(turn)
 
 
-def check_conflict(session: LiveSession, on_conflict: OnConflict, *, queued_turns_max: int) -> None:
+def check_conflict(session: ActiveSession, on_conflict: OnConflict, *, queued_turns_max: int) -> None:
     """Whether a session takes one more turn.
 
     Raises:

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 
 import trio
 
-from service.sessions.active.session import LiveSession
+from service.sessions.active.session import ActiveSession
 from service.sessions.turns.turn import Turn
 
 
-class Live:
+class ActiveSessions:
     """The live sessions of this process, by id.
 
     Attributes:
@@ -24,21 +24,21 @@ class Live:
     def __init__(self) -> None:
         self.ends = {"completed": 0, "failed": 0, "cancelled": 0, "interrupted": 0}
         self.turns_crashed = 0
-        self._sessions: dict[str, LiveSession] = {}
+        self._sessions: dict[str, ActiveSession] = {}
         self._turns_arriving = 0
         self._turns_open = 0
         self._changes = trio.lowlevel.ParkingLot()
 
     # Sessions
 
-    def find(self, session_id: str) -> LiveSession | None:
+    def find(self, session_id: str) -> ActiveSession | None:
         """The session, if it is live."""
         return self._sessions.get(session_id)
 
     @contextmanager
-    def holding(self, session_id: str) -> Iterator[LiveSession]:
+    def holding(self, session_id: str) -> Iterator[ActiveSession]:
         """The live session, made if need be, and kept while somebody decides about it."""
-        session = self._sessions.setdefault(session_id, LiveSession(session_id))
+        session = self._sessions.setdefault(session_id, ActiveSession(session_id))
         session.holders += 1
         try:
             yield session
@@ -46,7 +46,7 @@ class Live:
             session.holders -= 1
             self.forget_without_work(session)
 
-    def forget_without_work(self, session: LiveSession) -> None:
+    def forget_without_work(self, session: ActiveSession) -> None:
         """Something of its work is over: one that has none is not live any more. May end :meth:`wait_idle`."""
         if not session.has_work and self._sessions.get(session.id) is session:
             del self._sessions[session.id]
@@ -68,7 +68,7 @@ class Live:
         """The turns that are running or queued."""
         return [turn for _, turn in self.open_turns_by_session()]
 
-    def open_turns_by_session(self) -> list[tuple[LiveSession, Turn]]:
+    def open_turns_by_session(self) -> list[tuple[ActiveSession, Turn]]:
         """The same, each with its session."""
         return [(session, turn) for session in self._sessions.values() for turn in session.turns]
 
@@ -92,7 +92,7 @@ class Live:
             self._turns_arriving -= 1
             self._changes.unpark_all()
 
-    def add(self, session: LiveSession, turn: Turn) -> None:
+    def add(self, session: ActiveSession, turn: Turn) -> None:
         """A turn is accepted. The caller holds the session and its acceptance."""
         session.add(turn)
         self._turns_open += 1

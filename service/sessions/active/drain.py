@@ -3,21 +3,21 @@
 from collections.abc import Callable
 from typing import Literal
 
-from service.cluster.proxied_requests import Forwards
+from service.cluster.proxied_requests import ProxiedRequests
 from service.errors import ShuttingDownError
-from service.sessions.active.active_sessions import Live
+from service.sessions.active.active_sessions import ActiveSessions
 from service.sessions.events import outcome
 from service.sessions.events.streams import Streams
 from service.sessions.turns.turn import Turn
 
 
-class Stopping:
+class Drain:
     """How far the stop has come. Only ever goes on; all but the wait is synchronous."""
 
-    def __init__(self, live: Live, streams: Streams, forwards: Forwards) -> None:
-        self._live = live
+    def __init__(self, active: ActiveSessions, streams: Streams, proxied_requests: ProxiedRequests) -> None:
+        self._active = active
         self._streams = streams
-        self._forwards = forwards
+        self._proxied_requests = proxied_requests
         self._accepting = True
         self._interrupting: Literal["none", "queued", "all"] = "none"
 
@@ -30,7 +30,7 @@ class Stopping:
         if not self._accepting:
             raise ShuttingDownError
 
-    def hold_streams(self, then: Callable[[], None]) -> None:
+    def end_streams_only(self, then: Callable[[], None]) -> None:
         """All turns are about to be interrupted: streams write nothing more before their ends. From any thread.
 
         ``then`` is called by the first stream that comes to know it, in the event loop.
@@ -42,7 +42,7 @@ class Stopping:
         if self._interrupting == "none":
             self._interrupting = "queued"
         return sum(
-            turn.cut_short(outcome.Interrupted("shutdown")) for turn in self._live.open_turns() if not turn.running
+            turn.cut_short(outcome.Interrupted("shutdown")) for turn in self._active.open_turns() if not turn.running
         )
 
     def interrupt_all(self) -> int:
@@ -52,8 +52,8 @@ class Stopping:
         those see their terminal events whose process stops as well.
         """
         self._interrupting = "all"
-        self._forwards.leave()
-        return sum(turn.cut_short(outcome.Interrupted("shutdown")) for turn in self._live.open_turns())
+        self._proxied_requests.leave()
+        return sum(turn.cut_short(outcome.Interrupted("shutdown")) for turn in self._active.open_turns())
 
     def interrupt_late(self, turn: Turn) -> None:
         """Have a turn that was on its way share the lot of those before it."""
@@ -65,6 +65,6 @@ class Stopping:
 
         At once and without a checkpoint, if that is so.
         """
-        while not (self._live.is_idle and self._forwards.is_idle):
-            await self._live.wait_idle()
-            await self._forwards.wait_idle()
+        while not (self._active.is_idle and self._proxied_requests.is_idle):
+            await self._active.wait_idle()
+            await self._proxied_requests.wait_idle()

@@ -1,4 +1,4 @@
-"""What the store refused: ends of turns and last steps of deletions, kept here until it takes them.
+"""Pending writes: ends of turns and last steps of deletions that the store refused, kept until the store takes them.
 
 They are bounded: such an end counts as a live turn, and of such a deletion the id is kept.
 """
@@ -17,13 +17,13 @@ from service.storage.records import SessionRecord
 from service.storage.store import Store
 from service.storage.store_deadline import answered_within
 
-logger = structlog.get_logger("lastcall.unkept")
+logger = structlog.get_logger("lastcall.pending_writes")
 
 _LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
 """Before any time that a clock may be set back to."""
 
 
-class Unkept:
+class PendingWrites:
     """The writes that are still to be done, and whether the store takes any.
 
     Attributes:
@@ -127,9 +127,9 @@ class Unkept:
             raise refusal
 
     async def _store_end(self, turn: Turn) -> None:
-        events = turn.log.frames(after=turn.kept_seq)
+        events = turn.log.frames(after=turn.stored_seq)
         with self.writing():
-            await self._store.end_turn(turn.record(), events=events, now=self._clock(), after=turn.kept_seq)
+            await self._store.end_turn(turn.record(), events=events, now=self._clock(), after=turn.stored_seq)
         self._ends.pop(turn.id, None)
 
     async def _try_to_write(self) -> None:

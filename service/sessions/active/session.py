@@ -1,6 +1,6 @@
 """A session with work: its open turns, in the order in which they run.
 
-:meth:`LiveSession.run` is its task, a child of the sessions supervisor; its turns run in it or are its children. It
+:meth:`ActiveSession.run` is its task, a child of the sessions supervisor; its turns run in it or are its children. It
 lives while it has turns queued or running. A failure in it ends this session's turns and nothing else.
 """
 
@@ -16,7 +16,7 @@ from service.sessions.turns.turn import Turn
 logger = structlog.get_logger("lastcall.session")
 
 
-class LiveSession:
+class ActiveSession:
     """What is in memory of a session while it has work, or while somebody decides about it.
 
     Attributes:
@@ -42,7 +42,7 @@ class LiveSession:
     def has_work(self) -> bool:
         return bool(self.turns or self.holders or self.deletion)
 
-    def default_end(self) -> outcome.End:
+    def default_end(self) -> outcome.Outcome:
         """How a turn ends whose task is cancelled from above: with a crashed session, or with the service."""
         if self._crashed:
             return outcome.failed("internal_error", "Something in this service broke; the log says what.")

@@ -36,14 +36,14 @@ class Interrupted(msgspec.Struct, frozen=True):
     reason: Literal["shutdown", "crash"]
 
 
-End = Completed | Failed | Cancelled | Interrupted
+Outcome = Completed | Failed | Cancelled | Interrupted
 
 
 def failed(code: str, message: str) -> Failed:
     return Failed(Failure(code, message))
 
 
-def terminal_event(end: End, *, seq: int, text_length: int, stored: bool) -> TerminalEvent:
+def terminal_event(end: Outcome, *, seq: int, text_length: int, stored: bool) -> TerminalEvent:
     """The event that tells this end."""
     match end:
         case Completed(finish_reason, usage):

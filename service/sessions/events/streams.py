@@ -67,7 +67,7 @@ class Streams:
         self._on_held = then
         self.held = True
 
-    def note_held(self) -> None:
+    def note_ends_only(self) -> None:
         """For :class:`StreamSlot`."""
         self._on_held()
 
@@ -94,14 +94,14 @@ class StreamSlot:
     def __init__(self, streams: Streams) -> None:
         self._streams: Streams | None = streams
 
-    def heed_hold(self) -> bool:
+    def is_ends_only(self) -> bool:
         """Whether it is to write no more than its end, which comes in a moment, if it is not there now.
 
         If so, that is told first (:meth:`Streams.hold`).
         """
         if self._streams is None or not self._streams.held:
             return False
-        self._streams.note_held()
+        self._streams.note_ends_only()
         return True
 
     async def wait_beyond(self, log: EventLog, cursor: int) -> None:

@@ -50,10 +50,10 @@ class Turn:
         """Whether something in this service broke while it ran."""
         self.client = client
         self.system_message = system_message
-        self.end: outcome.End | None = None
+        self.end: outcome.Outcome | None = None
         self.is_ending = False
         """Whether its end, once decided, is being kept and told, or has been."""
-        self.kept_seq = 0
+        self.stored_seq = 0
         """The seq up to which its events are in the store, by a checkpoint: the end brings only those after it."""
         self._settings = settings
         self._record = record
@@ -97,14 +97,14 @@ class Turn:
 
     # Its end
 
-    def decide(self, end: outcome.End) -> bool:
+    def decide(self, end: outcome.Outcome) -> bool:
         """Decide how it ends. The first decision stands: False, and nothing happens, for a later one."""
         if self.end is not None:
             return False
         self.end = end
         return True
 
-    def cut_short(self, end: outcome.End) -> bool:
+    def cut_short(self, end: outcome.Outcome) -> bool:
         """Decide how it ends and stop its work, from outside of its task."""
         if self._scope.cancel_called:
             self.decide_from_deadlines()  # a deadline that has passed came first
@@ -212,19 +212,19 @@ class Turn:
 
     def checkpoint(self) -> Checkpoint | None:
         """What it grew by since the last checkpoint that was kept; None if by nothing, or its end is decided."""
-        if self.end is not None or self.log.last_seq == self.kept_seq:
+        if self.end is not None or self.log.last_seq == self.stored_seq:
             return None
         return Checkpoint(
             session_id=self.session_id,
             turn_id=self.id,
-            after=self.kept_seq,
-            events=tuple(self.log.frames(after=self.kept_seq)),
+            after=self.stored_seq,
+            events=tuple(self.log.frames(after=self.stored_seq)),
             output=self._output(since_checkpoint=True),
         )
 
     def note_checkpoint(self, checkpoint: Checkpoint) -> None:
         """A checkpoint is kept."""
-        self.kept_seq = checkpoint.after + len(checkpoint.events)
+        self.stored_seq = checkpoint.after + len(checkpoint.events)
         for item in checkpoint.output:
             text = self._reply if item.id == self._reply.id else self._reasoning
             text.kept += len(item.text)

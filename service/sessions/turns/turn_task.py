@@ -28,7 +28,7 @@ async def run_turn(
     turn: Turn,
     *,
     wait_for_others: Callable[[], Awaitable[None]],
-    default_end: Callable[[], outcome.End],
+    default_end: Callable[[], outcome.Outcome],
     store: Store,
     clock: Clock,
     settings: Settings,
@@ -114,7 +114,7 @@ def _decide_failed(turn: Turn, error: Exception) -> None:
 
 async def _keep(turn: Turn, record: TurnRecord, *, store: Store, clock: Clock) -> bool:
     """Put an end into the store, with the events that are not there yet; whether that worked."""
-    after = turn.kept_seq
+    after = turn.stored_seq
     events = turn.log.frames(after=after)
     events.append(encode_frame(turn.terminal_event(stored=True)))
     try:

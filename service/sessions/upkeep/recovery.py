@@ -1,7 +1,6 @@
-"""The mending loop: sets right, as soon as that can be, what a fault has left behind.
+"""The recovery loop: brings the store what it refused, and ends the turns of processes that have died.
 
-The store gets what it refused, and the turns of processes that have died are ended. Nobody waits for it. An
-error in it is logged and it goes on.
+Nothing waits for this loop. An error in it is logged, and the loop goes on.
 """
 
 import structlog
@@ -10,15 +9,15 @@ import trio
 from service.errors import StoreError
 from service.sessions.sessions import Sessions
 
-logger = structlog.get_logger("lastcall.mending")
+logger = structlog.get_logger("lastcall.recovery")
 
 INTERVAL_S = 2.0
 
 
-async def run_mending(
+async def run_recovery(
     sessions: Sessions, *, shared: bool, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
-    """Mend every two seconds, until cancelled.
+    """Recover every two seconds, until cancelled.
 
     Args:
         shared: Whether other processes may have the store as well, and die.
@@ -31,14 +30,14 @@ async def run_mending(
         except StoreError as error:
             logger.warning("the store still refuses; trying again", error=str(error))
         except Exception:
-            logger.exception("mending failed; trying again")
+            logger.exception("the recovery loop failed; trying again")
 
 
 async def mend(sessions: Sessions, *, shared: bool) -> None:
     """Do what can be done now. Raises: StoreError, after having tried everything."""
     refusal: StoreError | None = None
     try:
-        await sessions.unkept.settle()
+        await sessions.pending_writes.settle()
     except StoreError as error:
         refusal = error
     if shared:

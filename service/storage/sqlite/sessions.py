@@ -35,7 +35,7 @@ _EXPIRED = (
 _CUT_OFF = "UPDATE sessions SET id = NULL, deletion = 2, deleter = NULL WHERE key = ?"
 
 
-class Kept(msgspec.Struct, frozen=True):
+class StoredSession(msgspec.Struct, frozen=True):
     """A session as it is kept: its record, and what the store alone knows of it."""
 
     record: SessionRecord
@@ -45,13 +45,13 @@ class Kept(msgspec.Struct, frozen=True):
     owner: int | None
 
 
-def find(db: apsw.Connection, session_id: str) -> Kept | None:
+def find(db: apsw.Connection, session_id: str) -> StoredSession | None:
     """The session of this id, whatever its state, unless it is removed."""
     row: Row | None = db.execute(_GET, (session_id,)).fetchone()
     if row is None:
         return None
     deletion, turns_begun, owner = row[-3:]
-    return Kept(_record(db, row), key=row[0], deletion=deletion, turns_begun=turns_begun, owner=owner)
+    return StoredSession(_record(db, row), key=row[0], deletion=deletion, turns_begun=turns_begun, owner=owner)
 
 
 def _record(db: apsw.Connection, row: Row) -> SessionRecord:
@@ -60,7 +60,7 @@ def _record(db: apsw.Connection, row: Row) -> SessionRecord:
     return session_of(row, settings)
 
 
-def visible(db: apsw.Connection, session_id: str, now: datetime) -> Kept:
+def visible(db: apsw.Connection, session_id: str, now: datetime) -> StoredSession:
     """Raises: SessionNotFoundError."""
     kept = find(db, session_id)
     if kept is None or kept.deletion or kept.record.has_expired(now):

@@ -155,28 +155,28 @@ class SqliteStore:
         await self._writing.call(lambda db: turns.start(db, turn_id, self.fence, now))
 
     async def checkpoint_turns(self, checkpoints: Sequence[Checkpoint]) -> None:
-        aheads = [await self._keep_ahead(it.session_id, it.turn_id, it.events, after=it.after) for it in checkpoints]
+        aheads = [await self._stage_events(it.session_id, it.turn_id, it.events, after=it.after) for it in checkpoints]
         await self._writing.call(lambda db: turns.checkpoint(db, checkpoints, aheads, self.fence))
 
     async def end_turn(self, turn: TurnRecord, *, events: Sequence[bytes], now: datetime, after: int = 0) -> bool:
-        ahead = await self._keep_ahead(turn.session_id, turn.id, events, after=after)
+        ahead = await self._stage_events(turn.session_id, turn.id, events, after=after)
         return await self._writing.call(
             lambda db: turns.end(db, turn, events, ahead, after=after, fence=self.fence, now=now)
         )
 
-    async def _keep_ahead(
+    async def _stage_events(
         self, session_id: str, turn_id: str, events: Sequence[bytes], *, after: int
-    ) -> turns.Ahead | None:
+    ) -> turns.StagedEvents | None:
         """Where the events are too many for one step, keep all but the last part of them."""
         if sum(map(len, events)) <= STEP_BYTES_MAX:
             return None
-        ahead: turns.Ahead | None = turns.Ahead(f"{AHEAD} {next(self._marks)}")
+        ahead: turns.StagedEvents | None = turns.StagedEvents(f"{AHEAD} {next(self._marks)}")
         *parts, _ = split_frames(events, bytes_max=STEP_BYTES_MAX)
         for part in parts:
             if ahead is not None:
                 ahead = await self._writing.call(
                     partial(
-                        turns.keep_ahead,
+                        turns.stage_events,
                         session_id=session_id,
                         turn_id=turn_id,
                         events=part,

@@ -117,7 +117,7 @@ def start(db: apsw.Connection, turn_id: str, fence: int, now: datetime) -> None:
     )
 
 
-class Ahead(msgspec.Struct, frozen=True):
+class StagedEvents(msgspec.Struct, frozen=True):
     """Events of a checkpoint or an end that is too large for one step, kept ahead of it by steps of their own.
 
     They count when the last step is there. Until then a row in ``outputs`` marks from where on they are nothing yet:
@@ -128,9 +128,16 @@ class Ahead(msgspec.Struct, frozen=True):
     count: int = 0
 
 
-def keep_ahead(
-    db: apsw.Connection, session_id: str, turn_id: str, events: Sequence[bytes], ahead: Ahead, *, after: int, fence: int
-) -> Ahead | None:
+def stage_events(
+    db: apsw.Connection,
+    session_id: str,
+    turn_id: str,
+    events: Sequence[bytes],
+    ahead: StagedEvents,
+    *,
+    after: int,
+    fence: int,
+) -> StagedEvents | None:
     """Keep the next events after those of ``ahead``; None where there is no use in it."""
     own = _own(db, session_id, turn_id, fence)
     if own is None:
@@ -145,7 +152,7 @@ def keep_ahead(
 
 
 def checkpoint(
-    db: apsw.Connection, checkpoints: Sequence[Checkpoint], aheads: Sequence[Ahead | None], fence: int
+    db: apsw.Connection, checkpoints: Sequence[Checkpoint], aheads: Sequence[StagedEvents | None], fence: int
 ) -> None:
     for it, ahead in zip(checkpoints, aheads, strict=True):
         own = _own(db, it.session_id, it.turn_id, fence)
@@ -163,7 +170,7 @@ def end(
     db: apsw.Connection,
     turn: TurnRecord,
     events: Sequence[bytes],
-    ahead: Ahead | None,
+    ahead: StagedEvents | None,
     *,
     after: int,
     fence: int,
@@ -312,12 +319,14 @@ def _own(db: apsw.Connection, session_id: str, turn_id: str, fence: int) -> _Own
     return None if session is None else _Own(*turn, *session)
 
 
-def _is_marked(db: apsw.Connection, turn: int, after: int, ahead: Ahead) -> bool:
+def _is_marked(db: apsw.Connection, turn: int, after: int, ahead: StagedEvents) -> bool:
     query = "SELECT 1 FROM outputs WHERE turn = ? AND after = ? AND items = ?"
     return db.execute(query, (turn, after, ahead.mark)).fetchone() is not None
 
 
-def _keep_rest(db: apsw.Connection, turn: int, events: Sequence[bytes], ahead: Ahead | None, *, after: int) -> None:
+def _keep_rest(
+    db: apsw.Connection, turn: int, events: Sequence[bytes], ahead: StagedEvents | None, *, after: int
+) -> None:
     if ahead is not None and _is_marked(db, turn, after, ahead):
         _keep_events(db, turn, events[ahead.count :], after=after + ahead.count)
     else:

@@ -265,7 +265,7 @@ async def test_an_owner_that_hangs_is_not_waited_for_beyond_its_time(
         assert ("whether it accepted" in problem["detail"]) is not repeatable
         assert await stream.receive_some() == b"", "nobody waits there any more"
         assert (await owner.store.get_turn("s", TURN, now=datetime.now(UTC))).is_open
-        assert api.service.sessions.forwards.is_idle
+        assert api.service.sessions.proxied_requests.is_idle
 
 
 @pytest.mark.parametrize(
@@ -397,12 +397,12 @@ async def test_a_process_that_stops_takes_its_leave_of_the_owner(tmp_path: Path)
         stream, _ = await owner.take()
         await stream.send_all(HEAD + chunk(frame(1)))
         assert await client.receive() == frame(1).encode()
-        api.service.sessions.stopping.interrupt_all()
+        api.service.sessions.drain.interrupt_all()
         assert await client.receive() == b"", "the end of the body"
         assert await stream.receive_some() == b""
         await stream.send_all(chunk(frame(2)))  # so it has not closed its receiving side
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(api.service.sessions.stopping.wait_idle)
+            nursery.start_soon(api.service.sessions.drain.wait_idle)
             await wait_all_tasks_blocked()
             assert nursery.child_tasks, "it is waited for"
             await stream.aclose()
@@ -415,7 +415,7 @@ async def test_an_end_that_the_owner_tells_at_the_last_moment_still_comes_throug
         stream, _ = await owner.take()
         await stream.send_all(HEAD + chunk(frame(1)))
         assert await client.receive() == frame(1).encode()
-        api.service.sessions.stopping.interrupt_all()
+        api.service.sessions.drain.interrupt_all()
         await trio.sleep(0.8 * api.service.settings.cleanup_timeout_s)
         await stream.send_all(chunk(frame(2)) + b"0\r\n\r\n")
         assert await client.receive() == frame(2).encode()

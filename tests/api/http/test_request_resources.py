@@ -4,14 +4,14 @@ from functools import partial
 
 import pytest
 
-from service.api.http.request_resources import Held
+from service.api.http.request_resources import RequestResources
 
 
 def test_the_last_is_given_back_first_and_each_once() -> None:
     given: list[int] = []
-    with Held() as held:
+    with RequestResources() as resources:
         for number in (1, 2, 3):
-            held.add(partial(given.append, number))
+            resources.add(partial(given.append, number))
     assert given == [3, 2, 1]
 
 
@@ -21,10 +21,10 @@ def test_one_that_breaks_keeps_nothing_else() -> None:
     def break_down() -> None:
         raise RuntimeError
 
-    held = Held()
-    held.add(lambda: given.append(1))
-    held.add(break_down)
-    held.add(lambda: given.append(2))
-    with pytest.raises(RuntimeError), held:
+    resources = RequestResources()
+    resources.add(lambda: given.append(1))
+    resources.add(break_down)
+    resources.add(lambda: given.append(2))
+    with pytest.raises(RuntimeError), resources:
         pass
     assert given == [2, 1]

@@ -146,7 +146,7 @@ async def test_what_cannot_be_forked_is_refused(autojump_clock: MockClock) -> No
         problem = (await api.call("POST", "/sessions/me/fork", {})).problem(409, "turn_in_progress")
         assert problem["turn_id"] == turn
         assert "on_conflict" not in problem["detail"]
-        api.service.sessions.stopping.stop_accepting()
+        api.service.sessions.drain.stop_accepting()
         (await api.call("POST", "/sessions/me/fork", {})).problem(503, "shutting_down")
 
 
@@ -173,7 +173,7 @@ async def test_at_the_bound_on_sessions_the_answer_is_503(autojump_clock: MockCl
             refused = await api.call("POST", path, body)
             refused.problem(503, "session_limit")
             assert int(refused.headers["retry-after"]) >= 1
-        assert api.service.sessions.statistics().turns_unkept == 0
+        assert api.service.sessions.statistics().ends_not_stored == 0
         more = await api.call("POST", "/chat", {"message": "Hi", "session_id": session_id})
         assert more.events[-1]["type"] == "turn.completed"
         assert (await api.call("DELETE", f"/sessions/{session_id}")).status == 204

@@ -25,9 +25,9 @@ async def test_it_is_not_ready_while_the_store_refuses_to_write(tmp_path: Path) 
             assert (await api.call("GET", "/healthz")).status == 200
             assert (await api.call("GET", "/sessions/before")).status == 200
             with pytest.raises(StoreError):
-                await api.service.sessions.unkept.settle()
+                await api.service.sessions.pending_writes.settle()
             assert (await api.call("GET", "/readyz")).status == 503
             other.execute("ROLLBACK")
-        await api.service.sessions.unkept.settle()  # what the mending loop does
+        await api.service.sessions.pending_writes.settle()  # what the mending loop does
         assert (await api.call("GET", "/readyz")).json == {"status": "ready"}
         assert {session["id"] for session in (await api.call("GET", "/sessions")).json["data"]} <= {"before", "s"}

@@ -11,8 +11,8 @@ from hypercorn.trio.task_group import TaskGroup
 from quart_trio import QuartTrio
 
 from service.api.http.request_body import BoundedRequest
-from service.hosting.hypercorn.asgi_receive import CHECKPOINT_MESSAGES, Inbox
-from service.hosting.hypercorn.asgi_request import HTTPConnection
+from service.hosting.hypercorn.asgi_receive import CHECKPOINT_MESSAGES, ReceiveQueue
+from service.hosting.hypercorn.asgi_request import AsgiRequest
 from service.hosting.hypercorn.connections import Connections
 from tests.hosting.conftest import Serve
 
@@ -24,23 +24,23 @@ def message(number: int) -> Any:
 
 
 async def test_messages_are_received_in_order() -> None:
-    inbox = Inbox(kept_max=10)
+    receive_queue = ReceiveQueue(kept_max=10)
     for number in range(10):
-        await inbox.put(message(number))
-    assert [await inbox() for _ in range(10)] == [message(number) for number in range(10)]
+        await receive_queue.put(message(number))
+    assert [await receive_queue() for _ in range(10)] == [message(number) for number in range(10)]
 
 
 async def test_what_has_come_is_handed_over_first() -> None:
-    inbox = Inbox(kept_max=10)
+    receive_queue = ReceiveQueue(kept_max=10)
     taken: list[Any] = []
-    await inbox.put(message(0))
-    inbox.hand_over(taken.append)
-    await inbox.put(message(1))
+    await receive_queue.put(message(0))
+    receive_queue.deliver_to(taken.append)
+    await receive_queue.put(message(1))
     assert taken == [message(0), message(1)]
 
 
 async def test_who_sends_more_than_is_kept_waits_until_somebody_takes_it() -> None:
-    inbox = Inbox(kept_max=1)
+    receive_queue = ReceiveQueue(kept_max=1)
     taken: list[Any] = []
 
     async with trio.open_nursery() as nursery:
@@ -48,21 +48,21 @@ async def test_who_sends_more_than_is_kept_waits_until_somebody_takes_it() -> No
         @nursery.start_soon
         async def send() -> None:
             for number in range(3):
-                await inbox.put(message(number))
+                await receive_queue.put(message(number))
 
         await trio.testing.wait_all_tasks_blocked()
         assert nursery.child_tasks
-        inbox.hand_over(taken.append)
+        receive_queue.deliver_to(taken.append)
     assert taken == [message(number) for number in range(3)]
 
 
 async def test_many_messages_do_not_have_the_event_loop_for_themselves() -> None:
-    inbox = Inbox(kept_max=10)
-    inbox.hand_over(lambda _: None)
+    receive_queue = ReceiveQueue(kept_max=10)
+    receive_queue.deliver_to(lambda _: None)
     with trio.CancelScope() as scope:
         scope.cancel()
         for number in range(CHECKPOINT_MESSAGES):
-            await inbox.put(message(number))
+            await receive_queue.put(message(number))
     assert scope.cancelled_caught
 
 
@@ -78,7 +78,7 @@ class Steps(trio.abc.Instrument):
 
 async def tasks_of_a_request(serve: Serve) -> int:
     app = QuartTrio("test")
-    app.asgi_http_class = HTTPConnection
+    app.asgi_http_class = AsgiRequest
     app.request_class = BoundedRequest
 
     @app.get("/")

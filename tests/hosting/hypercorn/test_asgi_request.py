@@ -8,7 +8,7 @@ from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
 
 from service.api.app import attach, create_app
-from service.hosting.hypercorn.asgi_request import HTTPConnection, open_requests
+from service.hosting.hypercorn.asgi_request import AsgiRequest, open_requests
 from service.settings import Settings
 from service.shutdown import Shutdown
 from service.supervisor import open_service
@@ -50,7 +50,7 @@ async def is_closed_after_keep_alive(serve: Serve, http_class: type[TrioASGIHTTP
 
 
 async def test_a_kept_alive_connection_obeys_its_timeout(serve: Serve) -> None:
-    assert await is_closed_after_keep_alive(serve, HTTPConnection)
+    assert await is_closed_after_keep_alive(serve, AsgiRequest)
 
 
 async def test_the_shield_of_the_last_send_is_still_needed(serve: Serve) -> None:
@@ -59,7 +59,7 @@ async def test_the_shield_of_the_last_send_is_still_needed(serve: Serve) -> None
 
 
 async def test_responses_close_their_connection_once_no_work_is_accepted(serve: Serve) -> None:
-    app = an_app(HTTPConnection)
+    app = an_app(AsgiRequest)
     shutdown = Shutdown(Settings())
     open_requests(app, shutdown)
     async with serve(app) as server:
@@ -74,7 +74,7 @@ async def test_responses_close_their_connection_once_no_work_is_accepted(serve: 
 
 async def test_a_request_whose_body_is_still_coming_is_answered_when_the_work_has_ended(serve: Serve) -> None:
     app = create_app()
-    app.asgi_http_class = HTTPConnection
+    app.asgi_http_class = AsgiRequest
     async with open_service(Settings(store_url="memory:")) as service, serve(app) as server:
         attach(app, service)
         requests = open_requests(app, service.shutdown)
@@ -94,7 +94,7 @@ async def test_a_request_whose_body_is_still_coming_is_answered_when_the_work_ha
 
 @pytest.mark.parametrize("closing", [False, True])
 async def test_http2_responses_have_no_connection_header(closing: bool) -> None:
-    app = an_app(HTTPConnection)
+    app = an_app(AsgiRequest)
     shutdown = Shutdown(Settings())
     open_requests(app, shutdown)
     if closing:
@@ -104,6 +104,6 @@ async def test_http2_responses_have_no_connection_header(closing: bool) -> None:
     async def send(message: dict[str, object]) -> None:
         sent.append(message)
 
-    connection = HTTPConnection(app, {"http_version": "2"})  # type: ignore[typeddict-item]
+    connection = AsgiRequest(app, {"http_version": "2"})  # type: ignore[typeddict-item]
     await connection._send(send, {"type": "http.response.start", "status": 200, "headers": []})
     assert sent == [{"type": "http.response.start", "status": 200, "headers": []}]

@@ -12,7 +12,7 @@ from quart_trio.wrappers import TrioResponse
 from service.api.http.event_stream import LastPiece
 from service.api.http.request_body import BoundedRequest
 from service.hosting.hypercorn import chunked_response
-from service.hosting.hypercorn.asgi_request import HTTPConnection
+from service.hosting.hypercorn.asgi_request import AsgiRequest
 from service.hosting.hypercorn.connections import Connections
 from tests.hosting.conftest import Serve, Served
 
@@ -25,7 +25,7 @@ CHUNKED = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in PIECES if 
 @pytest.fixture(params=[True, False], ids=["last piece known", "last piece not known"])
 def app(request: pytest.FixtureRequest) -> QuartTrio:
     app = QuartTrio("test")
-    app.asgi_http_class = HTTPConnection
+    app.asgi_http_class = AsgiRequest
     app.request_class = BoundedRequest
 
     async def body() -> AsyncIterator[bytes]:
@@ -87,7 +87,7 @@ async def test_the_answer_to_a_head_request_has_no_body(serve: Serve, app: Quart
 
 async def writes_of_a_short_stream(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     app = QuartTrio("test")
-    app.asgi_http_class = HTTPConnection
+    app.asgi_http_class = AsgiRequest
     app.request_class = BoundedRequest
     written: list[bytes] = []
     write = os.write

@@ -17,7 +17,7 @@ import trustme
 from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
 
-from service.hosting.hypercorn.asgi_request import HTTPConnection
+from service.hosting.hypercorn.asgi_request import AsgiRequest
 from service.hosting.hypercorn.connections import LAST_FRAMES_S, Connections
 from tests.hosting.conftest import Serve, Served
 
@@ -32,7 +32,7 @@ LONG = [bytes([number]) * 65536 for number in range(200)]
 class App(QuartTrio):
     def __init__(self) -> None:
         super().__init__("test")
-        self.asgi_http_class = HTTPConnection
+        self.asgi_http_class = AsgiRequest
         self.work_ended = trio.Event()
         self.route("/")(self.index)
         self.route("/endless")(self.endless)

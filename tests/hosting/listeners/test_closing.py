@@ -20,8 +20,8 @@ from hypercorn.trio.worker_context import WorkerContext
 from quart_trio import QuartTrio
 
 from service.hosting.hypercorn.worker import Master
-from service.hosting.listeners.closing import HeldTermination
-from service.hosting.listeners.worker_status import Sign, Standing, holds, standings_of_others
+from service.hosting.listeners.closing import DeferredTermination
+from service.hosting.listeners.worker_status import StatusBeacon, WorkerStatus, holds_socket, statuses_of_others
 
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
@@ -74,9 +74,9 @@ def test_the_next_listen_opens_a_door_again() -> None:
 HOLD = "import sys; print(flush=True); sys.stdin.read()"
 SHOW = """
 import sys
-from service.hosting.listeners.worker_status import Sign, Standing
-sign = Sign()
-sign.show(Standing.{})
+from service.hosting.listeners.worker_status import StatusBeacon, WorkerStatus
+beacon = StatusBeacon()
+beacon.show(WorkerStatus.{})
 print(flush=True)
 sys.stdin.read()
 """
@@ -101,32 +101,32 @@ def no_descriptors() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("out_of_descriptors", [False, True])
-@pytest.mark.parametrize("standing", [None, *Standing])
-def test_another_process_shows_how_it_stands(standing: Standing | None, *, out_of_descriptors: bool) -> None:
+@pytest.mark.parametrize("status", [None, *WorkerStatus])
+def test_another_process_shows_how_it_stands(status: WorkerStatus | None, *, out_of_descriptors: bool) -> None:
     with listening() as listener:
-        command = [sys.executable, "-c", SHOW.format(standing.name) if standing is not None else HOLD]
+        command = [sys.executable, "-c", SHOW.format(status.name) if status is not None else HOLD]
         with subprocess.Popen(
             command, pass_fds=[listener.fileno()], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         ) as other:
             assert other.stdout is not None
             other.stdout.readline()
-            sign = Sign()
+            beacon = StatusBeacon()
             try:
-                with no_descriptors() if out_of_descriptors else nullcontext(), sign.looking():
-                    assert holds(other.pid, [listener])
-                    assert list(standings_of_others([listener], parent=os.getpid())) == [standing or Standing.STARTING]
-                    assert not list(standings_of_others([listener], parent=other.pid))
+                with no_descriptors() if out_of_descriptors else nullcontext(), beacon.looking():
+                    assert holds_socket(other.pid, [listener])
+                    assert list(statuses_of_others([listener], parent=os.getpid())) == [status or WorkerStatus.STARTING]
+                    assert not list(statuses_of_others([listener], parent=other.pid))
             finally:
-                for descriptor in (sign._file, sign._spare):
+                for descriptor in (beacon._file, beacon._spare):
                     os.close(descriptor)
                 other.communicate()
 
 
 async def test_hypercorn_is_held_until_it_is_released() -> None:
     wishes: list[None] = []
-    held = HeldTermination(lambda: wishes.append(None))
+    termination = DeferredTermination(lambda: wishes.append(None))
     context = WorkerContext(max_requests=0)
-    context.terminate = held
+    context.terminate = termination
     released = trio.Event()
 
     async def wait() -> None:
@@ -140,9 +140,9 @@ async def test_hypercorn_is_held_until_it_is_released() -> None:
         await trio.testing.wait_all_tasks_blocked()
         assert len(wishes) == 1
         assert not released.is_set()
-        assert not held.is_set()
-        held.release()
-    assert held.is_set()
+        assert not termination.is_set()
+        termination.release()
+    assert termination.is_set()
 
 
 def test_hypercorn_binds_its_trigger_only_after_the_start_of_the_lifespan() -> None:

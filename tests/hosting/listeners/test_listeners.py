@@ -15,17 +15,17 @@ import trustme
 from hypercorn.config import Config
 from quart_trio import QuartTrio
 
-from service.hosting.listeners.listeners import Doors, given_sockets, note_given_sockets
+from service.hosting.listeners.listeners import Listeners, given_sockets, note_given_sockets
 from tests.hosting.conftest import Serve
 
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 @pytest.fixture
-def doors(monkeypatch: pytest.MonkeyPatch) -> Doors:
+def listeners(monkeypatch: pytest.MonkeyPatch) -> Listeners:
     """Doors that hypercorn serves at until the test is over."""
     monkeypatch.setattr(hypercorn.trio.run, "trio", trio)
-    return Doors([False])
+    return Listeners([False])
 
 
 def an_app() -> QuartTrio:
@@ -51,32 +51,34 @@ def clients(port: int, count: int) -> list[socket.socket]:
     return made
 
 
-async def test_who_waits_at_the_doors_is_served_and_who_comes_later_is_refused(serve: Serve, doors: Doors) -> None:
+async def test_who_waits_at_the_doors_is_served_and_who_comes_later_is_refused(
+    serve: Serve, listeners: Listeners
+) -> None:
     async with serve(an_app()) as server:
         with trio.fail_after(10):
-            await doors.open.wait()
+            await listeners.open.wait()
             waiting = clients(server.port, 3)  # without a checkpoint: nobody has accepted them
-            assert doors.has_served
-            doors.close(for_good=True)
-            assert not doors.has_served
+            assert listeners.has_served
+            listeners.stop_accepting(refuse_waiting=True)
+            assert not listeners.has_served
             with pytest.raises(ConnectionRefusedError):
                 clients(server.port, 1)
             for client in waiting:
                 assert (await trio.to_thread.run_sync(client.recv, 100)).startswith(b"HTTP/1.1 200")
-                assert not doors.has_served
+                assert not listeners.has_served
                 client.close()
-            await doors.wait_served()
-            doors.close(for_good=True)  # idempotent
-            assert doors.has_served
+            await listeners.wait_served()
+            listeners.stop_accepting(refuse_waiting=True)  # idempotent
+            assert listeners.has_served
 
 
-async def test_who_waits_is_left_to_others_where_there_are_some(serve: Serve, doors: Doors) -> None:
+async def test_who_waits_is_left_to_others_where_there_are_some(serve: Serve, listeners: Listeners) -> None:
     async with serve(an_app()) as server:
         with trio.fail_after(10):
-            await doors.open.wait()
-            another = doors.sockets[0].dup()
-            doors.close(for_good=False)
-            assert doors.has_served
+            await listeners.open.wait()
+            another = listeners.sockets[0].dup()
+            listeners.stop_accepting(refuse_waiting=False)
+            assert listeners.has_served
             await trio.testing.wait_all_tasks_blocked(0.01)
             [client] = clients(server.port, 1)
             taken, _ = await another.accept()
@@ -85,13 +87,15 @@ async def test_who_waits_is_left_to_others_where_there_are_some(serve: Serve, do
                 each.close()
 
 
-async def test_who_comes_meanwhile_is_left_to_others_until_clients_are_taken_again(serve: Serve, doors: Doors) -> None:
+async def test_who_comes_meanwhile_is_left_to_others_until_clients_are_taken_again(
+    serve: Serve, listeners: Listeners
+) -> None:
     async with serve(an_app()) as server:
         with trio.fail_after(10):
-            await doors.open.wait()
+            await listeners.open.wait()
             for _ in range(2):
-                doors.take_clients(False)
-                doors.take_clients(False)
+                listeners.accept_clients(False)
+                listeners.accept_clients(False)
                 await trio.testing.wait_all_tasks_blocked(0.01)
                 [client] = clients(server.port, 1)
                 await trio.testing.wait_all_tasks_blocked(0.05)
@@ -99,19 +103,19 @@ async def test_who_comes_meanwhile_is_left_to_others_until_clients_are_taken_aga
                 with pytest.raises(BlockingIOError):
                     client.recv(1)
                 client.settimeout(5)
-                doors.take_clients(True)
+                listeners.accept_clients(True)
                 assert (await trio.to_thread.run_sync(client.recv, 100)).startswith(b"HTTP/1.1 200")
                 client.close()
 
 
-async def test_who_comes_meanwhile_is_taken_when_the_doors_close(serve: Serve, doors: Doors) -> None:
+async def test_who_comes_meanwhile_is_taken_when_the_doors_close(serve: Serve, listeners: Listeners) -> None:
     async with serve(an_app()) as server:
         with trio.fail_after(10):
-            await doors.open.wait()
-            doors.take_clients(False)
+            await listeners.open.wait()
+            listeners.accept_clients(False)
             await trio.testing.wait_all_tasks_blocked(0.01)
             [client] = clients(server.port, 1)
-            doors.close(for_good=True)
+            listeners.stop_accepting(refuse_waiting=True)
             assert (await trio.to_thread.run_sync(client.recv, 100)).startswith(b"HTTP/1.1 200")
             client.close()
 
@@ -129,7 +133,7 @@ async def log_of_a_listener_without_descriptors(serve: Serve, caplog: pytest.Log
 
 
 async def test_without_descriptors_one_line_says_so(
-    serve: Serve, doors: Doors, caplog: pytest.LogCaptureFixture
+    serve: Serve, listeners: Listeners, caplog: pytest.LogCaptureFixture
 ) -> None:
     [line] = await log_of_a_listener_without_descriptors(serve, caplog)
     assert "EMFILE" in line.message
@@ -161,12 +165,12 @@ def test_a_bind_that_is_a_descriptor_is_a_socket_of_somebody_else(config: dict[s
 
 async def test_a_socket_of_somebody_else_is_not_shut(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hypercorn.trio.run, "trio", trio)
-    doors = Doors([True])
+    listeners = Listeners([True])
     async with serve(an_app()) as server:
         with trio.fail_after(10):
-            await doors.open.wait()
-            another = doors.sockets[0].dup()
-            doors.close(for_good=True)
+            await listeners.open.wait()
+            another = listeners.sockets[0].dup()
+            listeners.stop_accepting(refuse_waiting=True)
             await trio.testing.wait_all_tasks_blocked(0.01)
             [client] = clients(server.port, 1)
             taken, _ = await another.accept()
@@ -174,7 +178,7 @@ async def test_a_socket_of_somebody_else_is_not_shut(serve: Serve, monkeypatch: 
                 each.close()
 
 
-async def test_with_tls_too_who_waits_is_served(serve: Serve, doors: Doors, tmp_path: Path) -> None:
+async def test_with_tls_too_who_waits_is_served(serve: Serve, listeners: Listeners, tmp_path: Path) -> None:
     authority = trustme.CA()
     certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
     issued = authority.issue_cert("localhost")
@@ -184,9 +188,9 @@ async def test_with_tls_too_who_waits_is_served(serve: Serve, doors: Doors, tmp_
     authority.configure_trust(context)
     async with serve(an_app(), certfile=str(certificate), keyfile=str(key)) as server:
         with trio.fail_after(10):
-            await doors.open.wait()
+            await listeners.open.wait()
             client = socket.create_connection(("127.0.0.1", server.port))
-            doors.close(for_good=True)
+            listeners.stop_accepting(refuse_waiting=True)
             client.setblocking(False)
             stream = trio.SSLStream(
                 trio.SocketStream(trio.socket.from_stdlib_socket(client)), context, server_hostname="localhost"

@@ -83,7 +83,7 @@ async def test_caller_that_leaves_at_any_wait_leaves_a_session_with_its_turn_or_
         async with open_stage(AnswersLate()) as stage:
             was_cancelled, accepted = await started_and_cancelled(stage, nth)
             with trio.fail_after(10):
-                await stage.sessions.stopping.wait_idle()
+                await stage.sessions.drain.wait_idle()
             sessions = (await stage.sessions.list_sessions(limit=10)).data
             assert [(session.id, session.message_count) for session in sessions] == [("me", 1)] * accepted
             assert stage.sessions.statistics().turns_cancelled == accepted, "and nothing is counted that is not there"
@@ -100,7 +100,7 @@ async def full(stage: Stage) -> None:
 
 async def closed(stage: Stage) -> None:
     await stage.sessions.create_session(NewSession(id="other"))
-    stage.sessions.stopping.stop_accepting()
+    stage.sessions.drain.stop_accepting()
 
 
 @pytest.mark.parametrize(("make", "refusal"), [(full, TurnLimitError), (closed, ShuttingDownError)])
@@ -151,7 +151,7 @@ async def test_turn_that_waited_for_another_one_to_be_accepted_is_refused_once_t
         await store.reached.wait()
         nursery.start_soon(_refused_as_the_service_stops, stage)
         await wait_all_tasks_blocked()
-        stage.sessions.stopping.stop_accepting()
+        stage.sessions.drain.stop_accepting()
         store.goes_on.set()
 
 

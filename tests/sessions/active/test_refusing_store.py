@@ -11,7 +11,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from service.errors import SessionExistsError, SessionNotFoundError, StoreError, TurnLimitError
 from service.sessions.commands import NewSession, NewTurn
-from service.sessions.upkeep.recovery import INTERVAL_S, mend, run_mending
+from service.sessions.upkeep.recovery import INTERVAL_S, mend, run_recovery
 from service.storage.memory import MemoryStore
 from service.storage.records import SessionRecord, TurnRecord
 from tests.sessions.puppet import Stage, open_stage
@@ -69,27 +69,27 @@ async def test_refused_acceptances_are_bounded_like_live_turns(autojump_clock: M
         with pytest.raises(TurnLimitError):
             await start(stage.sessions, session.id)
         store.refused.clear()
-        await stage.sessions.unkept.settle()
+        await stage.sessions.pending_writes.settle()
         await start(stage.sessions, session.id)
 
 
 async def test_store_that_is_full_is_one_that_takes_writes(autojump_clock: MockClock) -> None:
     async with open_stage(MemoryStore(sessions_max=1)) as stage:
         await stage.sessions.create_session(NewSession())
-        stage.sessions.unkept.refusal = StoreError("disk full")
-        await stage.sessions.unkept.settle()
-        assert stage.sessions.unkept.refusal is None
+        stage.sessions.pending_writes.refusal = StoreError("disk full")
+        await stage.sessions.pending_writes.settle()
+        assert stage.sessions.pending_writes.refusal is None
 
 
 async def test_one_end_that_is_refused_again_does_not_hold_up_the_others(autojump_clock: MockClock) -> None:
     store = FullDisk("end_turn")
     async with open_stage(store) as stage:
         await end_turns(stage, 3)
-        assert stage.sessions.statistics().turns_unkept == 3
+        assert stage.sessions.statistics().ends_not_stored == 3
         store.only_turn = 0
         with pytest.raises(StoreError):
-            await stage.sessions.unkept.settle()
-        assert stage.sessions.statistics().turns_unkept == 1
+            await stage.sessions.pending_writes.settle()
+        assert stage.sessions.statistics().ends_not_stored == 1
 
 
 async def test_two_may_settle_at_once(autojump_clock: MockClock) -> None:
@@ -98,9 +98,9 @@ async def test_two_may_settle_at_once(autojump_clock: MockClock) -> None:
         await end_turns(stage, 3)
         store.refused.clear()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(stage.sessions.unkept.settle)
-            nursery.start_soon(stage.sessions.unkept.settle)
-        assert stage.sessions.statistics().turns_unkept == 0
+            nursery.start_soon(stage.sessions.pending_writes.settle)
+            nursery.start_soon(stage.sessions.pending_writes.settle)
+        assert stage.sessions.statistics().ends_not_stored == 0
 
 
 async def test_deleted_session_takes_along_the_ends_that_were_not_stored(autojump_clock: MockClock) -> None:
@@ -112,10 +112,10 @@ async def test_deleted_session_takes_along_the_ends_that_were_not_stored(autojum
         for call in (stage.sessions.get_turn, stage.sessions.cancel_turn, stage.sessions.open_events):
             with pytest.raises(SessionNotFoundError):
                 await call(session_id, turn.id)
-        assert stage.sessions.statistics().turns_unkept == 0
+        assert stage.sessions.statistics().ends_not_stored == 0
 
 
-@pytest.mark.parametrize("by", ["second delete", "mending"])
+@pytest.mark.parametrize("by", ["second delete", "recovery"])
 async def test_deletion_whose_last_step_was_refused_is_finished_later(autojump_clock: MockClock, by: str) -> None:
     store = FullDisk("remove_deleted")
     async with open_stage(store) as stage:
@@ -125,8 +125,8 @@ async def test_deletion_whose_last_step_was_refused_is_finished_later(autojump_c
         with pytest.raises(SessionNotFoundError):
             await stage.sessions.get_session(session.id)
         store.refused.clear()
-        if by == "mending":
-            await stage.sessions.unkept.settle()
+        if by == "recovery":
+            await stage.sessions.pending_writes.settle()
         else:
             await stage.sessions.delete_session(session.id)
         await stage.sessions.create_session(NewSession(id="mine"))
@@ -143,11 +143,11 @@ async def test_what_breaks_the_store_is_given_up_and_holds_up_no_other(autojump_
     with capture_logs() as logged:
         async with open_stage(store) as stage:
             ids = await end_turns(stage, 2)
-            assert stage.sessions.unkept.turns == 2
+            assert stage.sessions.pending_writes.turns == 2
             store.only_turn = 0
-            await stage.sessions.unkept.settle()
-            assert stage.sessions.unkept.turns == 0
-            assert stage.sessions.unkept.refusal is None
+            await stage.sessions.pending_writes.settle()
+            assert stage.sessions.pending_writes.turns == 0
+            assert stage.sessions.pending_writes.refusal is None
             states = [(await stage.store.get_session(name, now=stage.clock())).open_turns for name in ids]
             assert states == [1, 0], "the first is the next start's to end"
             assert stage.sessions.statistics().turns_crashed == 0
@@ -172,8 +172,8 @@ async def test_an_end_that_is_not_the_stores_any_more_is_not_told_as_stored(auto
         (await stage.puppet.next_reply()).finish()
         await turn.wait_ended()
         assert b'"stored":false' in turn.log.frames()[-1]
-        await stage.sessions.unkept.settle()
-        assert stage.sessions.unkept.turns == 0
+        await stage.sessions.pending_writes.settle()
+        assert stage.sessions.pending_writes.turns == 0
 
 
 async def test_a_deletion_is_not_finished_by_others_before_its_turns_have_ended(autojump_clock: MockClock) -> None:
@@ -184,7 +184,7 @@ async def test_a_deletion_is_not_finished_by_others_before_its_turns_have_ended(
         stage.puppet.close_s = 5
         nursery.start_soon(stage.sessions.delete_session, "s")
         await wait_all_tasks_blocked()
-        await stage.sessions.unkept.settle()
+        await stage.sessions.pending_writes.settle()
         assert not turn.ended.is_set()
         with pytest.raises(SessionExistsError):
             await stage.store.create_session(session, now=stage.clock())
@@ -204,7 +204,7 @@ async def test_mending_goes_on_where_the_turns_of_others_cannot_be_ended(autojum
         store.refused.clear()
         with pytest.raises(StoreError):
             await mend(stage.sessions, shared=True)
-        assert stage.sessions.unkept.turns == 0
+        assert stage.sessions.pending_writes.turns == 0
 
 
 @pytest.mark.parametrize(("step_s", "steps", "in_time"), [(4, 10, True), (6, 1, False)])
@@ -230,9 +230,9 @@ async def test_a_recovery_may_take_many_steps_but_none_too_long(
 async def test_what_is_written_to_see_whether_that_works_is_seen_by_nobody(autojump_clock: MockClock) -> None:
     """Not if the clock is set back, either."""
     async with open_stage() as stage:
-        stage.sessions.unkept.refusal = StoreError("of a write that nobody tries again")
-        await stage.sessions.unkept.settle()
-        assert stage.sessions.unkept.refusal is None, "it can be written to"
+        stage.sessions.pending_writes.refusal = StoreError("of a write that nobody tries again")
+        await stage.sessions.pending_writes.settle()
+        assert stage.sessions.pending_writes.refusal is None, "it can be written to"
         stage.clock.advance(-3600)
         assert await stage.sessions.count_sessions() == 0
 
@@ -258,20 +258,20 @@ async def test_a_fork_that_waits_for_others_says_nothing_about_the_store(autojum
             for _ in range(3):
                 nursery.start_soon(fork)
         assert (len(made), len(refused)) == (2, 1), "the second waits 4 s, the third would 8"
-        assert stage.sessions.unkept.refusal is None
+        assert stage.sessions.pending_writes.refusal is None
         await stage.sessions.fork_session(session.id)
 
 
 async def test_mending_loop_gives_the_store_what_it_refused(autojump_clock: MockClock) -> None:
     store = FullDisk("end_turn")
     async with open_stage(store) as stage, trio.open_nursery() as nursery:
-        await nursery.start(lambda task_status: run_mending(stage.sessions, shared=False, task_status=task_status))
+        await nursery.start(lambda task_status: run_recovery(stage.sessions, shared=False, task_status=task_status))
         await end_turns(stage, 2)
         await trio.sleep(3 * INTERVAL_S)
-        assert stage.sessions.statistics().turns_unkept == 2
+        assert stage.sessions.statistics().ends_not_stored == 2
         store.refused.clear()
         await trio.sleep(INTERVAL_S + 0.1)
-        assert stage.sessions.statistics().turns_unkept == 0
+        assert stage.sessions.statistics().ends_not_stored == 0
         nursery.cancel_scope.cancel()
 
 
@@ -281,7 +281,7 @@ async def test_end_that_the_unwinding_stored_counts_as_stored(autojump_clock: Mo
         session = await stage.sessions.create_session(NewSession())
         await start(stage.sessions, session.id)
         await stage.puppet.next_reply()
-    assert stage.sessions.statistics().turns_unkept == 0
+    assert stage.sessions.statistics().ends_not_stored == 0
     assert store.attempts == 1
 
 

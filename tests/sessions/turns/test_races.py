@@ -293,7 +293,7 @@ class Races:
     async def check_nothing_is_left(self) -> None:
         await wait_all_tasks_blocked()
         assert self.sessions._acceptance._nursery.child_tasks == frozenset()
-        assert self.sessions._live._sessions == {}
+        assert self.sessions._active._sessions == {}
         statistics = self.sessions.statistics()
         assert (statistics.turns_queued, statistics.turns_running, statistics.sessions_live) == (0, 0, 0)
 
@@ -351,21 +351,21 @@ async def _run(history: Sequence[Sequence[Act]], *, ending: Ending, random: Rand
                     callers.start_soon(races.act, act)
                 await trio.sleep(1)
             if ending == "drain":
-                sessions.stopping.stop_accepting()
+                sessions.drain.stop_accepting()
                 if random.random() < 0.5:
-                    sessions.stopping.interrupt_queued()
+                    sessions.drain.interrupt_queued()
                 with trio.move_on_after(random.choice([0, 2])):
-                    await sessions.stopping.wait_idle()
-                sessions.stopping.interrupt_all()
+                    await sessions.drain.wait_idle()
+                sessions.drain.interrupt_all()
                 interrupted_at = clock()
             if ending != "unwind":
-                await sessions.stopping.wait_idle()
+                await sessions.drain.wait_idle()
                 store.quick = True
                 await races.check_answers()
                 if interrupted_at is not None:
                     races.check_interrupted_at(interrupted_at)
                 await trio.sleep(200)  # the last callers leave
-                await sessions.unkept.settle()
+                await sessions.pending_writes.settle()
                 await races.check_ends()
                 await races.check_nothing_is_left()
                 await races.check_store()
@@ -434,11 +434,11 @@ async def test_acceptance_that_the_store_breaks_off_leaves_no_open_turn(
         session = await stage.sessions.create_session(NewSession())
         with pytest.raises(StoreError):
             await stage.sessions.start_turn(session.id, NewTurn(text="hi"))
-        await stage.sessions.unkept.settle()
+        await stage.sessions.pending_writes.settle()
         assert (await stage.store.get_session(session.id, now=stage.clock())).open_turns == 0
         turns = await stage.sessions.list_turns(session.id, limit=10)
         assert [turn.state for turn in turns.data] == ["failed"] * happened
-        assert stage.sessions.statistics().turns_unkept == 0
+        assert stage.sessions.statistics().ends_not_stored == 0
 
 
 async def test_events_of_a_session_that_goes_away_meanwhile_are_not_an_empty_stream(autojump_clock: MockClock) -> None:
@@ -475,9 +475,9 @@ async def test_interrupt_ends_queued_turns_too_and_none_of_them_starts(autojump_
         new = NewTurn(text="hi", on_conflict="queue", background=True)
         turns = [(await stage.sessions.start_turn(session.id, new))[0] for _ in range(3)]
         await stage.puppet.next_reply()
-        assert stage.sessions.stopping.interrupt_all() == 3
+        assert stage.sessions.drain.interrupt_all() == 3
         with trio.fail_after(1):
-            await stage.sessions.stopping.wait_idle()
+            await stage.sessions.drain.wait_idle()
         records = [turn.record() for turn in turns]
     assert [(record.state, record.reason) for record in records] == [("interrupted", "shutdown")] * 3
     assert kinds(await read_all(turns[2].log)) == ["turn.queued", "turn.interrupted"]

@@ -387,11 +387,11 @@ async def test_end_that_the_store_refuses_is_told_as_not_stored_and_kept_later(
         assert not last.stored
         assert (await stage.sessions.get_turn(session.id, turn.id)).state == "completed"
         assert (await store.get_turn(session.id, turn.id, now=stage.clock())).state == "running"
-        assert stage.sessions.statistics().turns_unkept == 1
+        assert stage.sessions.statistics().ends_not_stored == 1
         store.mended = True
-        await stage.sessions.unkept.settle()
+        await stage.sessions.pending_writes.settle()
         assert (await store.get_turn(session.id, turn.id, now=stage.clock())).text == "kept?"
-        assert stage.sessions.statistics().turns_unkept == 0
+        assert stage.sessions.statistics().ends_not_stored == 0
 
 
 async def test_acceptance_that_the_store_hangs_on_is_refused_and_leaves_no_open_turn(
@@ -407,7 +407,7 @@ async def test_acceptance_that_the_store_hangs_on_is_refused_and_leaves_no_open_
         with pytest.raises(StoreError):
             await start(stage.sessions, session.id)
         assert (await stage.sessions.get_session(session.id)).status == "running"
-        await stage.sessions.unkept.settle()
+        await stage.sessions.pending_writes.settle()
         assert (await stage.sessions.get_session(session.id)).status == "idle"
 
 
@@ -431,6 +431,6 @@ async def test_caller_that_leaves_during_the_commit_leaves_a_turn_with_an_owner(
             nursery.start_soon(call, stage, session.id)
             await reached.wait()
             nursery.cancel_scope.cancel()
-        await stage.sessions.stopping.wait_idle()
+        await stage.sessions.drain.wait_idle()
         (record,) = (await stage.sessions.list_turns(session.id, limit=10)).data
         assert (record.state, record.reason) == ("cancelled", "disconnected")

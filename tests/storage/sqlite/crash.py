@@ -70,7 +70,7 @@ async def serve(path: str, seed: int) -> None:
 
     def tell_checkpoint(turn: Turn, checkpoint: Checkpoint) -> None:
         note_checkpoint(turn, checkpoint)
-        tell("kept", turn.session_id, turn.id, turn.kept_seq)
+        tell("kept", turn.session_id, turn.id, turn.stored_seq)
 
     Turn.note_checkpoint = tell_checkpoint  # type: ignore[method-assign, assignment]
     forks.STEP_S = 0  # so that it is killed in the middle of some

@@ -37,12 +37,12 @@ async def test_a_turn_that_the_shutdown_ends_is_kept_with_what_checkpoints_broug
             session = (await service.sessions.create_session(NewSession())).id
             turn, watch = await service.sessions.start_turn(session, NewTurn(text="hi", background=True))
             watch.release()
-            while turn.kept_seq < 20:
+            while turn.stored_seq < 20:
                 await turn.log.wait_beyond(turn.log.last_seq)
-            service.sessions.stopping.stop_accepting()
-            service.sessions.stopping.interrupt_all()
+            service.sessions.drain.stop_accepting()
+            service.sessions.drain.interrupt_all()
             ended = await turn.wait_ended()
-            assert turn.kept_seq >= 20
+            assert turn.stored_seq >= 20
             frames = turn.log.frames()
         async with open_service(_settings(path)) as service:
             assert (ended.state, ended.reason) == ("interrupted", "shutdown")
