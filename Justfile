@@ -19,9 +19,13 @@ _list:
 serve *args:
     @exec python -m service serve "$@"
 
-# run the tests; arguments go to pytest
+# run the tests, on all cores where they allow it; arguments go to pytest (`-n0`: in one process)
 test *args:
-    python -m pytest "$@"
+    python -m pytest -n auto "$@"
+
+# run what is quick: sessions, storage, models and the API, without other processes; arguments go to pytest
+quick *args:
+    python -m pytest -n auto -m "not processes and not serial" tests/sessions tests/storage tests/models tests/api "$@"
 
 # look for mistakes: ruff, and flake8-async for what only it knows about cancellation
 lint:

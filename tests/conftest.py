@@ -1,10 +1,10 @@
-"""What holds for every test: the leak checks and the profile of the property tests."""
+"""What holds for every test: the leak checks, the lanes and the profile of the property tests."""
 
 import os
 
 from hypothesis import HealthCheck, settings
 
-pytest_plugins = ("tests.leak_checks",)
+pytest_plugins = ("tests.leak_checks", "tests.lanes")
 
 # No deadlines by the wall clock; the same examples in every CI run, new ones at a developer's desk.
 settings.register_profile(

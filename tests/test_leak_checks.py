@@ -8,6 +8,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+pytestmark = pytest.mark.processes
+
 LEAKY_TESTS = '''
 import socket, subprocess, threading
 import pytest, trio
@@ -123,7 +125,8 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("leaky")
     (folder / "test_leaky.py").write_text(LEAKY_TESTS)
     (folder / "pytest.ini").write_text("[pytest]\ntrio_mode = true\nfilterwarnings = error\n")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:anyio", "-p", "tests.leak_checks", "--junitxml=run.xml"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.leak_checks", "--junitxml=run.xml"]
+    command += ["-p", "no:anyio", "-p", "no:schemathesis", "-p", "no:llmock"]
     repository = str(Path(__file__).parent.parent)
     subprocess.run(
         command, cwd=folder, env=os.environ | {"PYTHONPATH": repository}, capture_output=True, timeout=120, check=False

@@ -130,6 +130,7 @@ async def test_idle_and_unfinished_connections_are_watched_to_their_end(tmp_path
     assert all(r.ended_at is not None for r in result.rude)
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize(
     ("path", "outcome", "silent"),
     [
@@ -162,6 +163,7 @@ async def test_a_probe_says_what_a_new_connection_got(tmp_path: Path, path: str,
     assert {p.outcome for p in after} == {"refused"}
 
 
+@pytest.mark.serial
 async def test_the_time_to_gone_and_the_exit_code_are_right(tmp_path: Path) -> None:
     async with open_misbehaving(tmp_path, "--delay", "0.4", "--exit-code", "75") as server:
         signalled = server.signal_main(signal.SIGTERM)
@@ -171,6 +173,7 @@ async def test_the_time_to_gone_and_the_exit_code_are_right(tmp_path: Path) -> N
     assert gone.strays == ()
 
 
+@pytest.mark.serial
 async def test_the_group_is_gone_with_its_last_process_and_zombies_do_not_count(tmp_path: Path) -> None:
     async with open_misbehaving(tmp_path, "--linger", "0.6") as server:
         signalled = server.signal_main(signal.SIGTERM)
@@ -262,6 +265,7 @@ async def test_output_through_a_pipe_can_be_filled_and_closed(tmp_path: Path) ->
                 assert (server.gone and server.gone.exit_code) == (7 if deed == "close" else None)
 
 
+@pytest.mark.serial
 async def test_a_thousand_tokens_a_second_are_all_received_and_none_is_invented(tmp_path: Path) -> None:
     """The load client against the model server: two parts of the harness that share no code but the poller."""
     body = '{"model": "m", "stream": true, "messages": [{"role": "user", "content": "s$n rate=100 tokens=50"}]}'

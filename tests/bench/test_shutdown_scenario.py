@@ -28,6 +28,7 @@ async def run_fake(folder: Path, *arguments: str, cap_s: float = 5) -> ShutdownR
         return await run_case(fake, steady(3), Place(folder, None, None), repeat=0, cap_s=cap_s)
 
 
+@pytest.mark.serial
 async def test_a_fake_that_exits_after_a_known_delay_is_measured_within_the_stated_error(tmp_path: Path) -> None:
     row = await run_fake(tmp_path, "--delay", "0.7", "--exit-code", "3")
     assert row.gone_s is not None

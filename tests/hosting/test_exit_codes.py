@@ -51,6 +51,7 @@ async def test_a_crash_of_a_supervisor_is_71(tmp_path: Path, host: str) -> None:
     assert "Traceback" not in server.log()
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize(
     ("how", "host"),
     [
@@ -71,6 +72,7 @@ async def test_the_watchdog_is_70_and_says_where(tmp_path: Path, host: str, how:
     assert gone.at - signalled < 2  # the total is 1 s; the rest is for a machine that is busy with other things
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("host", [SERVE, "hypercorn-0", "configured-1"])
 async def test_the_watchdog_needs_no_event_loop_to_be_started(tmp_path: Path, host: str) -> None:
     trigger = tmp_path / "block"

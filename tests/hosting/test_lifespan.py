@@ -2,7 +2,6 @@
 
 import json
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +64,10 @@ async def run(
 
 @pytest.mark.parametrize("host", [SERVE, "hypercorn-0", "hypercorn-1"])
 async def test_a_signal_during_the_start_ends_it_cleanly(tmp_path: Path, host: str) -> None:
-    began = time.monotonic()
     server, gone = await run(tmp_path, host, signal.SIGTERM, after="opening", broken="slow_to_open")
     assert gone.exit_code == 0
     assert '"shutdown report"' in server.log()
     assert "Traceback" not in server.log()
-    assert gone.at - began < CAP_S / 2
 
 
 @pytest.mark.parametrize("host", ["hypercorn-1", "configured-1", "configured-2"])

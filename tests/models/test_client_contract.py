@@ -16,9 +16,26 @@ WAIT_S = 20
 REPLY = ["The", " reply", " of", " a", " raw", " server", "."]
 
 
-@pytest.fixture(params=["scripted", "retrying", "openai_compatible", "fakellm", "llmock"])
-async def client(request: pytest.FixtureRequest, fakellm_url: str, llmock_url: str) -> AsyncIterator[ModelClient]:
-    match request.param:
+INDEPENDENT = ("fakellm", "llmock")
+
+
+@pytest.fixture(
+    scope="module",  # an independent server, which outlives the test, is then older than the test's leak checks
+    params=[
+        *("scripted", "retrying", "openai_compatible"),
+        *(pytest.param(name, marks=pytest.mark.processes) for name in INDEPENDENT),
+    ],
+)
+def kind_and_url(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """A kind of client, and the URL of the independent server that it needs."""
+    kind = request.param
+    return kind, request.getfixturevalue(f"{kind}_url") if kind in INDEPENDENT else ""
+
+
+@pytest.fixture
+async def client(kind_and_url: tuple[str, str]) -> AsyncIterator[ModelClient]:
+    kind, url = kind_and_url
+    match kind:
         case "scripted":
             async with open_scripted("scripted:?rate=1000&first_token_s=0") as scripted:
                 yield scripted
@@ -29,8 +46,7 @@ async def client(request: pytest.FixtureRequest, fakellm_url: str, llmock_url: s
             behaviour = replying(*(delta(token) for token in REPLY), finish(), usage(3, 7), DONE)
             async with open_raw_server(behaviour) as server, open_openai_compatible(server.url) as real:
                 yield real
-        case independent:
-            url = {"fakellm": fakellm_url, "llmock": llmock_url}[independent]
+        case _:
             async with open_openai_compatible(url, api_key="secret-key") as real:
                 yield real
 

@@ -383,12 +383,14 @@ async def test_a_stream_cut_at_any_byte_reads_the_same() -> None:
         assert upstream.server.connections_made == 1
 
 
+@pytest.mark.processes
 async def test_text_in_every_script_arrives_whole_from_an_independent_server(fakellm_url: str) -> None:
     with trio.fail_after(WAIT_S):
         async with open_openai_compatible(fakellm_url) as client:
             assert (await ask(client, asking("hello in every script"))).text == "Grüße 你好 👩‍👩‍👧 مرحبا"
 
 
+@pytest.mark.processes
 async def test_usage_is_read_from_an_independent_server(llmock_url: str) -> None:
     with trio.fail_after(WAIT_S):
         async with open_openai_compatible(llmock_url) as client:

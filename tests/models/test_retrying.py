@@ -214,6 +214,7 @@ async def test_the_log_has_one_line_for_each_retry_and_nothing_of_the_request(
     assert caplog.records == []
 
 
+@pytest.mark.processes
 async def test_an_independent_servers_passing_faults_are_repeated(llmock_url: str) -> None:
     script_llmock(llmock_url, {"type": "fail", "status": 503, "times": 1, "retry_after": 0})
     with trio.fail_after(WAIT_S):

@@ -488,6 +488,7 @@ async def test_the_password_in_the_url_is_not_shown() -> None:
 # Faults of servers that nobody here wrote
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("behavior", "code"),
     [

@@ -12,6 +12,8 @@ import trio
 from tests.process.lastcall import CAP_S, HYPERCORN_1, SERVE, Host, assert_clean, open_lastcall
 from tests.upstreams.independent import running_fakellm
 
+pytestmark = pytest.mark.parallel
+
 RULES = """
 version: 1
 rules:

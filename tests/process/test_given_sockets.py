@@ -16,6 +16,8 @@ import trio
 from bench.server_process import ROOT, python_command
 from tests.process.lastcall import APPLICATION, CAP_S
 
+pytestmark = pytest.mark.parallel
+
 CONFIG = ("--config", "python:service.hosting.hypercorn_config")
 WAYS = [("bare", 0), ("bare", 2), ("configured", 1), ("configured", 2)]
 

@@ -4,6 +4,7 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
 import trio
 
 from bench.peers import open_load
@@ -23,6 +24,8 @@ from tests.process.lastcall import (
     turn,
     wait_gone,
 )
+
+pytestmark = pytest.mark.parallel
 
 
 def owners(folder: Path, name: str, count: int) -> set[int]:

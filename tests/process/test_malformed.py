@@ -20,6 +20,8 @@ from tests.process.lastcall import (
     open_lastcall,
 )
 
+pytestmark = pytest.mark.parallel
+
 _H2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
 
 

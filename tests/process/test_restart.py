@@ -23,6 +23,8 @@ from tests.process.lastcall import (
 )
 from tests.upstreams.raw_server import Connection, delta, finish, open_raw_server
 
+pytestmark = pytest.mark.parallel
+
 
 def without_settings(host: Host, folder: Path) -> Launch:
     """This host in this folder, told nothing but to take a free port."""

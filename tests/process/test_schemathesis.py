@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import trio
 
 from bench.server_process import ROOT, Launch, open_server
 from tests.process.lastcall import SERVE
+
+pytestmark = pytest.mark.parallel
 
 IN_CI = "CI" in os.environ
 EXAMPLES = 200 if IN_CI else 20

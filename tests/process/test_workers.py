@@ -32,6 +32,8 @@ from tests.process.lastcall import (
     wait_gone,
 )
 
+pytestmark = pytest.mark.parallel
+
 SLOW = "scripted:?tokens=10000&rate=20"
 MANY = 12
 

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import pytest
 import trio
 
 from tests.storage.sqlite.crash import Facts, compare, run_and_kill
 
 
+@pytest.mark.processes
 async def test_nothing_that_clients_were_told_is_lost_in_a_crash(path: Path) -> None:
     facts = Facts()
     with trio.fail_after(120):

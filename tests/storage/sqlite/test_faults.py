@@ -198,6 +198,7 @@ async def test_closing_does_not_wait_for_a_disk_that_hangs(disk: FaultyDisk, pat
     disk.running.set()
 
 
+@pytest.mark.processes
 def test_a_process_whose_disk_hangs_ends(path: Path) -> None:
     script = """
 import sys, trio

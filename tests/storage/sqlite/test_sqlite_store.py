@@ -54,6 +54,7 @@ async def test_a_new_connection_writes_nothing_to_a_file_that_is_there(path: Pat
         assert log.read_bytes() == before
 
 
+@pytest.mark.processes
 async def test_apsw_is_imported_by_who_opens_such_a_store_only() -> None:
     script = "import sys, service.supervisor, service.cli; sys.exit('apsw' in sys.modules)"
     await trio.run_process([sys.executable, "-c", script])
@@ -185,6 +186,7 @@ trio.run(main)
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("how", ["kill", "fork"])
 def test_the_turns_of_a_process_that_is_killed_are_recovered_even_if_a_child_of_it_lives(path: Path, how: str) -> None:
     async def recovered() -> int:
