@@ -43,6 +43,12 @@ class LastcallError(Exception):
     """The root. ``str(error)`` is one sentence that may be shown to a caller: no secret and no path in it."""
 
 
+INTERNAL_ERROR = "internal_error"
+"""The code of what is a fault of this service: an answer with status 500, or the end of a turn."""
+INTERNAL_ERROR_MESSAGE = "Something in this service broke; its log says what."
+"""All that callers learn of such a fault."""
+
+
 class StartupError(LastcallError):
     """The service cannot start."""
 

@@ -3,8 +3,10 @@
 import re
 import secrets
 
-_CHOSEN_SESSION_ID = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9_.-]{1,128}")
-_TURN_ID = re.compile(r"turn_[0-9a-f]{32}")
+SESSION_ID = r"(?!\.{1,2}$)[A-Za-z0-9_.-]{1,128}"
+"""The form of a session's id, as a pattern for a whole text, in Python and in JavaScript. A client may choose one."""
+TURN_ID = r"turn_[0-9a-f]{32}"
+"""The form of a turn's id."""
 _MESSAGE_ID = re.compile(r"msg_[0-9a-f]{32}")
 
 
@@ -22,11 +24,11 @@ def new_message_id() -> str:
 
 def is_session_id(text: str) -> bool:
     """Whether a client may choose this id: 1-128 of ``[A-Za-z0-9_.-]``, but for ``.`` and ``..``."""
-    return _CHOSEN_SESSION_ID.fullmatch(text) is not None
+    return re.fullmatch(SESSION_ID, text) is not None
 
 
 def is_turn_id(text: str) -> bool:
-    return _TURN_ID.fullmatch(text) is not None
+    return re.fullmatch(TURN_ID, text) is not None
 
 
 def is_message_id(text: str) -> bool:

@@ -123,6 +123,10 @@ class Shutdown:
         self._clients_closed = 0
         self._connections_aborted = 0
 
+    def __repr__(self) -> str:
+        reason = f", by {self._reason}" if self._reason else ""
+        return f"<Shutdown: {self.phase}{reason}>"
+
     # Told from outside
 
     def notice(self, reason: str, *, age_s: float = 0) -> None:

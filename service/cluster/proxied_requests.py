@@ -90,6 +90,9 @@ class ProxiedRequest:
         self._deadline = inf
         self._scope = trio.CancelScope()
 
+    def __repr__(self) -> str:
+        return f"<ProxiedRequest: {'cut' if self.was_cut else 'open'}>"
+
     def waiting(self) -> trio.CancelScope:
         """The scope of one wait for the owner; left early once the answer is cut off."""
         self._scope = trio.CancelScope(deadline=self._deadline)

@@ -12,7 +12,10 @@ TurnState = Literal["queued", "running", "completed", "failed", "cancelled", "in
 T = TypeVar("T")
 EndState = Literal["completed", "failed", "cancelled", "interrupted"]
 SessionStatus = Literal["idle", "running"]
-EndReason = Literal["requested", "superseded", "disconnected", "session_deleted", "shutdown", "crash"]
+CancelReason = Literal["requested", "superseded", "disconnected", "session_deleted"]
+InterruptReason = Literal["shutdown", "crash"]
+EndReason = CancelReason | InterruptReason
+"""Why a turn was cancelled or interrupted."""
 
 SEQ_AFTER_CRASH = 1 << 30
 """The seq of the terminal event of a turn that a crash ended: above any that can ever have been sent.

@@ -48,6 +48,9 @@ class EventStream(ResponseBody):
         self._taken_at = 0.0
         self._ended = False
 
+    def __repr__(self) -> str:
+        return f"<EventStream at seq {self._cursor} of {self._log!r}>"
+
     async def __aenter__(self) -> "EventStream":
         return self
 

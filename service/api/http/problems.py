@@ -12,6 +12,8 @@ from service.api.http.request_body import BodyTimeoutError, UnsupportedEncodingE
 from service.api.http.strict_json import InputTooLargeError, MalformedBodyError
 from service.api.native.wire import Problem
 from service.errors import (
+    INTERNAL_ERROR,
+    INTERNAL_ERROR_MESSAGE,
     EventsLostError,
     InvalidRequestError,
     LastcallError,
@@ -71,7 +73,7 @@ STATUS_BY_ERROR: Mapping[type[LastcallError], int] = {
 
 _CODE_BY_STATUS = {404: "not_found", 405: "method_not_allowed"}
 _OTHER_REFUSAL = (400, "bad_request")
-_BROKEN = (500, "internal_error")
+_BROKEN = (500, INTERNAL_ERROR)
 
 
 def status_of(kind: type[Exception]) -> int:
@@ -104,7 +106,7 @@ def problem_of(error: Exception) -> Problem:
         return _problem(error.code, code, error.description or error.name)
     status = status_of(type(error))
     if status == 500 or not isinstance(error, LastcallError):
-        return _problem(*_BROKEN, "Something in this service broke; its log says what.")
+        return _problem(*_BROKEN, INTERNAL_ERROR_MESSAGE)
     problem = _problem(status, code_of(type(error)), str(error))
     names = ("field", "retry_after_s", "turn_id", "state", "text")
     return msgspec.structs.replace(problem, **{name: getattr(error, name, None) for name in names})

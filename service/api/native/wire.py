@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from service.ids import SESSION_ID, TURN_ID
 from service.models.client import FinishReason, Role, Usage
 from service.sessions.commands import OnConflict
 from service.sessions.messages import MessageRecord
@@ -16,8 +17,8 @@ from service.sessions.turns.turn import OnDisconnect
 from service.storage.records import EndReason, Failure, Page, SessionRecord, SessionStatus, TurnRecord, TurnState
 
 # Python's ``$`` also matches before a last line end, JavaScript's does not: hence the lookahead.
-_SESSION_ID = r"^(?!\.{1,2}$)[A-Za-z0-9_.-]{1,128}$(?!\n)"
-_TURN_ID = r"^turn_[0-9a-f]{32}$(?!\n)"
+_SESSION_ID = rf"^{SESSION_ID}$(?!\n)"
+_TURN_ID = rf"^{TURN_ID}$(?!\n)"
 FORMS = {
     _SESSION_ID: "1-128 of `A-Z a-z 0-9 _ . -`; not `.` or `..`, which no URL can name",
     _TURN_ID: "the id of a turn: `turn_` and 32 of `0-9 a-f`",

@@ -113,6 +113,10 @@ class Connection(TCPServer):
         self._opened_at = trio.current_time()
         self._handshake = trio.CancelScope()
 
+    def __repr__(self) -> str:
+        state = "closed" if self._socket.fileno() < 0 else "in handshake" if self.is_in_handshake else "open"
+        return f"<Connection {self._socket.fileno()}: {state}>"
+
     @property
     def is_in_handshake(self) -> bool:
         return not hasattr(self, "protocol")

@@ -77,6 +77,11 @@ class Listeners:
         self._served.set()
         setattr(hypercorn.trio.run, "trio", _TrioWith(serve_listeners=self.serve_listeners))  # noqa: B010
 
+    def __repr__(self) -> str:
+        if self._accepting.cancel_called or not self.open.is_set():
+            return f"<Listeners: {'closed' if self.open.is_set() else 'not open yet'}>"
+        return f"<Listeners {', '.join(self.addresses)}: open>"
+
     @property
     def sockets(self) -> list[trio.socket.SocketType]:
         return [_socket_of(listener) for listener in self._listeners]

@@ -38,6 +38,10 @@ class ActiveSession:
         self._start: Callable[[Turn], None] | None = None
         self._changes = trio.lowlevel.ParkingLot()
 
+    def __repr__(self) -> str:
+        state = "being deleted" if self.deletion is not None else f"{len(self.turns)} open turns"
+        return f"<ActiveSession {self.id}: {state}>"
+
     @property
     def has_work(self) -> bool:
         return bool(self.turns or self.holders or self.deletion)
@@ -45,7 +49,7 @@ class ActiveSession:
     def default_end(self) -> outcome.Outcome:
         """How a turn ends whose task is cancelled from above: with a crashed session, or with the service."""
         if self._crashed:
-            return outcome.failed("internal_error", "Something in this service broke; the log says what.")
+            return outcome.internal_error()
         return outcome.Interrupted("shutdown")
 
     def add(self, turn: Turn) -> None:

@@ -44,6 +44,9 @@ class EventLog:
         log._closed = True
         return log
 
+    def __repr__(self) -> str:
+        return f"<EventLog: {'closed' if self._closed else 'open'}, seq {self.last_seq}>"
+
     @property
     def last_seq(self) -> int:
         """The seq of the newest event, 0 if there is none."""

@@ -5,12 +5,10 @@ no ``event:`` line: it would repeat the type in each delta, and a browser's ``on
 frames without it.
 """
 
-from typing import Literal
-
 import msgspec
 
 from service.models.client import FinishReason, Usage
-from service.storage.records import Failure
+from service.storage.records import CancelReason, Failure, InterruptReason
 
 
 class TurnQueued(msgspec.Struct, frozen=True, kw_only=True, tag="turn.queued", tag_field="type"):
@@ -71,7 +69,7 @@ class TurnCancelled(
     """Somebody ended it."""
 
     seq: int = 0
-    reason: Literal["requested", "superseded", "disconnected", "session_deleted"]
+    reason: CancelReason
     text_length: int
     stored: bool = True
 
@@ -82,7 +80,7 @@ class TurnInterrupted(
     """The service ended before the turn did; the partial reply is kept."""
 
     seq: int = 0
-    reason: Literal["shutdown", "crash"]
+    reason: InterruptReason
     text_length: int
     stored: bool = True
 

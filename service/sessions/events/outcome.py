@@ -1,14 +1,11 @@
 """How a turn ends: the value that is decided once, and the terminal event that tells it."""
 
-from typing import Literal
-
 import msgspec
 
+from service.errors import INTERNAL_ERROR, INTERNAL_ERROR_MESSAGE
 from service.models.client import FinishReason, Usage
 from service.sessions.events.events import TerminalEvent, TurnCancelled, TurnCompleted, TurnFailed, TurnInterrupted
-from service.storage.records import Failure
-
-CancelReason = Literal["requested", "superseded", "disconnected", "session_deleted"]
+from service.storage.records import CancelReason, Failure, InterruptReason
 
 
 class Completed(msgspec.Struct, frozen=True):
@@ -33,7 +30,7 @@ class Cancelled(msgspec.Struct, frozen=True):
 class Interrupted(msgspec.Struct, frozen=True):
     """The service ended first."""
 
-    reason: Literal["shutdown", "crash"]
+    reason: InterruptReason
 
 
 Outcome = Completed | Failed | Cancelled | Interrupted
@@ -41,6 +38,11 @@ Outcome = Completed | Failed | Cancelled | Interrupted
 
 def failed(code: str, message: str) -> Failed:
     return Failed(Failure(code, message))
+
+
+def internal_error() -> Failed:
+    """Something in this service broke: the log has it, the turn has no more than that."""
+    return failed(INTERNAL_ERROR, INTERNAL_ERROR_MESSAGE)
 
 
 def terminal_event(end: Outcome, *, seq: int, text_length: int, stored: bool) -> TerminalEvent:

@@ -31,6 +31,9 @@ class Streams:
         self._waiting: OrderedDict[StreamSlot, tuple[float, EventLog]] = OrderedDict()
         """Those that wait for an event: since when they are silent, the longest first, and for what."""
 
+    def __repr__(self) -> str:
+        return f"<Streams: {self.open} of {self._streams_max} open, {self.ended} ended, {self.aborted} aborted>"
+
     def open_stream(self) -> "StreamSlot":
         """Take a place; the slot is to be closed.
 
@@ -93,6 +96,9 @@ class StreamSlot:
 
     def __init__(self, streams: Streams) -> None:
         self._streams: Streams | None = streams
+
+    def __repr__(self) -> str:
+        return f"<StreamSlot: {'closed' if self._streams is None else 'open'}>"
 
     def is_ends_only(self) -> bool:
         """Whether it is to write no more than its end, which comes in a moment, if it is not there now.

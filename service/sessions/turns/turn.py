@@ -70,6 +70,9 @@ class Turn:
         if record.state == "queued":
             self.append(TurnQueued(seq=1, session_id=record.session_id, turn_id=record.id))
 
+    def __repr__(self) -> str:
+        return f"<Turn {self.id} of {self.session_id}: {self.state}, seq {self.log.last_seq}>"
+
     @property
     def id(self) -> str:
         return self._record.id

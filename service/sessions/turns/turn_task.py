@@ -109,7 +109,7 @@ def _decide_failed(turn: Turn, error: Exception) -> None:
         return
     logger.error("turn crashed", session_id=turn.session_id, turn_id=turn.id, exc_info=error)
     turn.crashed = True
-    turn.decide(outcome.failed("internal_error", "Something in this service broke; the log says what."))
+    turn.decide(outcome.internal_error())
 
 
 async def _keep(turn: Turn, record: TurnRecord, *, store: Store, clock: Clock) -> bool:

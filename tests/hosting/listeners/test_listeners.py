@@ -57,10 +57,12 @@ async def test_who_waits_at_the_doors_is_served_and_who_comes_later_is_refused(
     async with serve(an_app()) as server:
         with trio.fail_after(10):
             await listeners.open.wait()
+            assert repr(listeners) == f"<Listeners 127.0.0.1:{server.port}: open>"
             waiting = clients(server.port, 3)  # without a checkpoint: nobody has accepted them
             assert listeners.has_served
             listeners.stop_accepting(refuse_waiting=True)
             assert not listeners.has_served
+            assert repr(listeners) == "<Listeners: closed>"
             with pytest.raises(ConnectionRefusedError):
                 clients(server.port, 1)
             for client in waiting:
