@@ -201,6 +201,7 @@ class ModelError(LastcallError):
     Codes: ``upstream_unreachable`` (refused, reset before a reply), ``resources_exhausted`` (this process may
     open no more connections: nothing of the upstream's), ``upstream_dns``,
     ``upstream_tls``, ``upstream_auth`` (401, 403), ``model_not_found``, ``context_too_long``,
+    ``content_filter`` (the input was refused for what it says), ``unsupported_content`` (for its kind),
     ``rate_limited`` (429), ``upstream_rejected`` (another 4xx), ``upstream_error`` (5xx, or an error
     object in mid-stream), ``upstream_protocol`` (not an event stream, broken JSON),
     ``upstream_truncated`` (cut off in mid-reply), ``connect_timeout``, ``first_token_timeout``,
@@ -212,10 +213,23 @@ class ModelError(LastcallError):
         retryable: Whether the same request may succeed a moment later. Only honoured before the
             first token.
         retry_after_s: Seconds the upstream asked to wait, if it did.
+        tokens: With ``context_too_long``, how many the upstream counted, if it says so.
+        tokens_max: How many it takes, if it says so.
     """
 
-    def __init__(self, code: str, message: str, *, retryable: bool = False, retry_after_s: float | None = None) -> None:
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        *,
+        retryable: bool = False,
+        retry_after_s: float | None = None,
+        tokens: int | None = None,
+        tokens_max: int | None = None,
+    ) -> None:
         super().__init__(message)
         self.code = code
         self.retryable = retryable
         self.retry_after_s = retry_after_s
+        self.tokens = tokens
+        self.tokens_max = tokens_max

@@ -36,7 +36,24 @@ _MODEL_NOT_FOUND = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 _WRONG_KEY = re.compile(r"(invalid|incorrect|wrong).api.?key|api.?key (is )?(not valid|invalid)", re.IGNORECASE)
-_MODERATED = re.compile(r"moderation|flagged|content.?polic", re.IGNORECASE)
+# As OpenAI, Azure, LiteLLM, OpenRouter, Together, DeepSeek, Qwen, Moonshot, Zhipu, Volcengine, MiniMax, xAI and Gemini
+# say it.
+_CONTENT_FILTERED = re.compile(
+    r"content.?(filter|polic|management|moderation|violat|exists risk)|moderation|flagged|invalid_prompt"
+    r"|data.?inspection|inappropriate content|high.?risk|sensitive.?(content|word)|(input|output).{0,5}sensitive"
+    r"|safety (check|system|polic)|usage (polic|guideline)|guardrail|prohibited.?content"
+    r"|(prompt|input|content).{0,30}blocked|敏感|不安全|违规",
+    re.IGNORECASE,
+)
+_UNSUPPORTED_CONTENT = re.compile(
+    r"unsupported.{0,20}(content|media|modality|language|image|character)|invalid.{0,10}(unicode|utf-?8|surrogate)"
+    r"|(image|audio|video|file|content|language|modality|multimodal)s?\b.{0,40}\bnot supported"
+    r"|not support.{0,20}(image|audio|video|file|multimodal|language)",
+    re.IGNORECASE,
+)
+_COUNT = re.compile(r"(?<![\w.,])(?:\d{1,3}(?:,\d{3})+|\d{3,12})(?![\w%]|[.,]\d)", re.ASCII)
+_COUNT_MIN = 512
+"""Smaller numbers in a sentence about tokens are a status, or what was asked for the reply."""
 _RATE_LIMITED = re.compile(r"rate.?limit|too many requests", re.IGNORECASE)
 _OUT_OF_CREDIT = re.compile(
     r"insufficient_quota|insufficient.?balance|billing|exceeded your current quota", re.IGNORECASE
@@ -152,10 +169,16 @@ def error_from_status(
     is_about_model = _MODEL_NOT_FOUND.search(reply.words)
     if (status == 401 and not is_about_model) or (status == 400 and _WRONG_KEY.search(reply.words)):
         return ModelError("upstream_auth", f"The model server did not accept the API key (HTTP {status}).{said}")
-    if status == 403 and not is_about_model and not _MODERATED.search(reply.words):
+    if status == 403 and not is_about_model and not _CONTENT_FILTERED.search(reply.words):
         return ModelError("upstream_auth", f"The model server does not allow this to whoever asks (HTTP 403).{said}")
     if status == 413 or (status < 500 and reply.is_context_too_long):
-        return ModelError("context_too_long", f"The conversation is too long for this model (HTTP {status}).{said}")
+        tokens, tokens_max = token_counts(reply.message)
+        return ModelError(
+            "context_too_long",
+            f"The conversation is too long for this model (HTTP {status}).{said}",
+            tokens=tokens,
+            tokens_max=tokens_max,
+        )
     if status < 500 and status != 429 and is_about_model:
         return ModelError("model_not_found", f"The model server does not know this model (HTTP {status}).{said}")
     if status == 404:
@@ -177,19 +200,48 @@ def error_from_status(
             retryable=True,
             retry_after_s=retry_after_s,
         )
-    return ModelError("upstream_rejected", f"The model server refused the request (HTTP {status}).{said}")
+    code, what = _refusal(reply)
+    return ModelError(code, f"The model server {what} (HTTP {status}).{said}")
+
+
+def _refusal(reply: ErrorReply) -> tuple[str, str]:
+    """The code of a refusal for none of the more usual reasons, and what happened."""
+    if _CONTENT_FILTERED.search(reply.words):
+        return "content_filter", "refused what the conversation says"
+    if _UNSUPPORTED_CONTENT.search(reply.words):
+        return "unsupported_content", "does not take what the conversation contains"
+    return "upstream_rejected", "refused the request"
 
 
 def error_from_reply(reply: ErrorReply, *, redact: Callable[[str], str]) -> ModelError:
     """The error for an ``error`` member where a part of the reply should have been."""
     if reply.status is not None:
         return error_from_status(reply.status, reply, retry_after_s=None, redact=redact)
-    for pattern, status in ((_CONTEXT_TOO_LONG, 400), (_WRONG_KEY, 400), (_MODEL_NOT_FOUND, 404), (_RATE_LIMITED, 429)):
+    for pattern, status in (
+        (_CONTEXT_TOO_LONG, 400),
+        (_WRONG_KEY, 400),
+        (_MODEL_NOT_FOUND, 404),
+        (_RATE_LIMITED, 429),
+        (_CONTENT_FILTERED, 400),
+        (_UNSUPPORTED_CONTENT, 400),
+    ):
         if pattern.search(reply.words):
             return error_from_status(status, reply, retry_after_s=None, redact=redact)
     return ModelError(
         "upstream_error", f"The model server reported an error.{quote(reply, redact=redact)}", retryable=True
     )
+
+
+def token_counts(message: str) -> tuple[int | None, int | None]:
+    """How many tokens a refusal counted and how many the model takes, of the numbers in it; None where it does not say.
+
+    Servers word it in a dozen ways. Common to them: what is too much is the largest number, and the next is the bound.
+    """
+    numbers = {int(number.replace(",", "")) for number in _COUNT.findall(message[:_WORDS_LENGTH_MAX])}
+    counts = sorted(number for number in numbers if number >= _COUNT_MIN)
+    if len(counts) < 2:
+        return None, counts[0] if counts else None
+    return counts[-1], counts[-2]
 
 
 def parse_retry_after(value: str | None, *, now: datetime) -> float | None:

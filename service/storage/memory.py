@@ -31,7 +31,16 @@ from service.storage.page_cursor import (
     decode_turn_cursor,
     encode_cursor,
 )
-from service.storage.records import Checkpoint, Owner, Page, SessionPatch, SessionRecord, SessionStatus, TurnRecord
+from service.storage.records import (
+    Checkpoint,
+    LeftOut,
+    Owner,
+    Page,
+    SessionPatch,
+    SessionRecord,
+    SessionStatus,
+    TurnRecord,
+)
 
 
 @dataclass
@@ -257,6 +266,10 @@ class MemoryStore:
             next_id = turn.record.parent
         path.reverse()
         return path
+
+    async def measure_path(self, session_id: str, turn_id: str) -> LeftOut:
+        path = await self.read_path(session_id, turn_id, bytes_max=None)
+        return sum((turn.in_prompts for turn in path), LeftOut())
 
     async def list_path(self, session_id: str, turn_id: str, *, limit: int, first: str | None) -> Sequence[TurnRecord]:
         path = await self.read_path(session_id, turn_id, bytes_max=None)

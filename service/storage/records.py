@@ -79,6 +79,11 @@ class SessionPatch(msgspec.Struct, frozen=True, kw_only=True):
     idle_timeout_s: float | msgspec.UnsetType = msgspec.UNSET
 
 
+def is_refusal(code: str) -> bool:
+    """Whether a turn that failed with this code was refused for its input, not for what happened meanwhile."""
+    return code in ("context_too_long", "content_filter", "unsupported_content")
+
+
 class Failure(msgspec.Struct, frozen=True):
     """Why a turn failed: a stable code and a sentence for a user."""
 
@@ -86,11 +91,21 @@ class Failure(msgspec.Struct, frozen=True):
     message: str
 
 
+class LeftOut(msgspec.Struct, frozen=True):
+    """What did not go to the model: so many messages of the conversation, the oldest, and their bytes of UTF-8."""
+
+    items: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: "LeftOut") -> "LeftOut":
+        return LeftOut(self.items + other.items, self.bytes + other.bytes)
+
+
 class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A turn: an input, the reply to it, and its place in the session's tree.
 
     Output items appear with the end; before it a live turn holds them. ``last_seq`` is the seq of
-    its terminal event.
+    its terminal event. ``left_out`` is None where the whole conversation went to the model.
     """
 
     id: str
@@ -111,6 +126,7 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     last_seq: int = 0
+    left_out: LeftOut | None = None
 
     @property
     def is_open(self) -> bool:
@@ -122,10 +138,31 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
         return "".join(item.text for item in self.output if item.type == "message")
 
     @property
+    def was_refused(self) -> bool:
+        """Whether the model refused the input for what it is, so that it would do so again."""
+        if self.state == "failed":
+            return self.error is not None and is_refusal(self.error.code)
+        return self.finish_reason == "content_filter" and not self.text.strip()
+
+    @property
+    def reply(self) -> str:
+        """The reply as the model is shown it later: empty for a failed turn's, and for one of white space."""
+        return "" if self.state == "failed" or not self.text.strip() else self.text
+
+    @property
+    def in_prompts(self) -> LeftOut:
+        """What it brings into the prompts of later turns, and would be left out of them."""
+        if self.was_refused:
+            return LeftOut()
+        texts = [item.text for item in self.input if item.type == "message"]
+        if self.reply:
+            texts += [item.text for item in self.output if item.type == "message"]
+        return LeftOut(len(texts), sum(len(text.encode()) for text in texts))
+
+    @property
     def message_bytes(self) -> int:
-        """The size of its messages in a prompt, in UTF-8: without reasoning, and without what a failed turn replied."""
-        items = self.input if self.state == "failed" else (*self.input, *self.output)
-        return sum(len(item.text.encode()) for item in items if item.type == "message")
+        """The size of its messages in a prompt, in UTF-8."""
+        return self.in_prompts.bytes
 
 
 def with_totals(session: SessionRecord, turns: Sequence[TurnRecord]) -> SessionRecord:
@@ -145,7 +182,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
 
     ``after`` is the seq of the last event of the last checkpoint that was acknowledged, 0 if there was none;
     ``events`` are those that follow it, without gaps. ``output`` holds the text that these events brought: an
-    item whose id was there before goes on, a new one begins.
+    item whose id was there before goes on, a new one begins. ``left_out`` is the turn's.
     """
 
     session_id: str
@@ -153,6 +190,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     after: int
     events: tuple[bytes, ...]
     output: tuple[Item, ...]
+    left_out: LeftOut | None = None
 
 
 class Owner(msgspec.Struct, frozen=True, kw_only=True):

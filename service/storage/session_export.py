@@ -131,6 +131,8 @@ def _has_a_place_in_time(value: datetime) -> bool:
 
 def _problems_of_counts(turn: TurnRecord, of: str) -> Iterator[str]:
     counts = {"last_seq": turn.last_seq} | (msgspec.structs.asdict(turn.usage) if turn.usage is not None else {})
+    if turn.left_out is not None:
+        counts |= {"left_out.items": turn.left_out.items, "left_out.bytes": turn.left_out.bytes}
     for name, count in counts.items():
         if not 0 <= count <= COUNT_MAX:
             yield f"{name} {shown(count)} {of} is not between 0 and {COUNT_MAX}"

@@ -19,6 +19,7 @@ import msgspec
 
 from service.storage.records import (
     Checkpoint,
+    LeftOut,
     Owner,
     Page,
     SessionPatch,
@@ -207,6 +208,13 @@ class Store(Protocol):
         With ``bytes_max``, only the newest whose ``message_bytes`` stay within it in all, but always
         the last. Empty if the turn is not there. Looks at what is kept: a turn that runs goes on
         while its session is marked as deleted.
+        """
+        ...
+
+    async def measure_path(self, session_id: str, turn_id: str) -> LeftOut:
+        """What the turns from the root to ``turn_id`` bring into a prompt, in all.
+
+        Nothing if the turn is not there. Reads no texts, or next to none. Looks at what is kept.
         """
         ...
 

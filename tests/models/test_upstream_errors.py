@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.models.upstream_errors import ErrorReply, error_from_reply, error_from_status, parse_retry_after
+from service.models.upstream_errors import (
+    ErrorReply,
+    error_from_reply,
+    error_from_status,
+    parse_retry_after,
+    token_counts,
+)
 
 Said = list[tuple[int, object, str, bool]]
 """Status, body, and what is made of it: code and whether it is retryable."""
@@ -76,9 +82,36 @@ MISTRAL: Said = [
 OPENROUTER: Said = [
     (404, said("No endpoints found for foo/bar.", code=404), "model_not_found", False),
     (400, said("foo/bar is not a valid model ID", code=400), "model_not_found", False),
-    (403, said("Your chosen model requires moderation and your input was flagged"), "upstream_rejected", False),
+    (403, said("Your chosen model requires moderation and your input was flagged"), "content_filter", False),
 ]
-AZURE: Said = [(404, said("The API deployment does not exist.", code="DeploymentNotFound"), "model_not_found", False)]
+AZURE: Said = [
+    (404, said("The API deployment does not exist.", code="DeploymentNotFound"), "model_not_found", False),
+    (400, said("The prompt triggered the content management policy.", code="content_filter"), "content_filter", False),
+]
+FILTERS: Said = [
+    (400, said("Content Exists Risk", type="invalid_request_error"), "content_filter", False),
+    (400, said("Invalid prompt: it was flagged.", code="invalid_prompt"), "content_filter", False),
+    (
+        400,
+        said("Input data may contain inappropriate content.", code="data_inspection_failed"),
+        "content_filter",
+        False,
+    ),
+    (400, said("The request was rejected because it was considered high risk"), "content_filter", False),
+    (400, said("系统检测到输入或生成内容可能包含不安全或敏感内容", code="1301"), "content_filter", False),
+    (400, said("No.", code="InputTextSensitiveContentDetected"), "content_filter", False),
+    (400, said("Content violates usage guidelines."), "content_filter", False),
+    (403, said("Your request was blocked by our firewall"), "upstream_auth", False),
+    (402, said("Your credit is used up, content or not"), "upstream_rejected", False),
+    (400, said("model names are case sensitive"), "upstream_rejected", False),
+]
+UNSUPPORTED: Said = [
+    (400, said("Image input is not supported by this model"), "unsupported_content", False),
+    (400, said("This model does not support image input"), "unsupported_content", False),
+    (422, said("messages.0.content: unsupported content part"), "unsupported_content", False),
+    (400, said("Invalid Unicode in messages"), "unsupported_content", False),
+    (400, said("response_format is not supported"), "upstream_rejected", False),
+]
 OTHERS: Said = [
     (404, {"detail": "Not Found"}, "upstream_rejected", False),
     (413, b"<html>413 Request Entity Too Large</html>", "context_too_long", False),
@@ -93,7 +126,7 @@ OTHERS: Said = [
     ("status", "body", "code", "retryable"),
     [
         *[*OPENAI, *DEEPSEEK, *VLLM, *OLLAMA, *LLAMA_CPP, *LITELLM, *SGLANG, *TGI, *XAI, *GEMINI, *MISTRAL],
-        *[*OPENROUTER, *AZURE, *OTHERS],
+        *[*OPENROUTER, *AZURE, *FILTERS, *UNSUPPORTED, *OTHERS],
     ],
 )
 def test_servers_words_are_understood(status: int, body: object, code: str, retryable: bool) -> None:
@@ -143,6 +176,7 @@ def test_what_is_for_a_reader_is_found_in_many_shapes(body: object, message: str
         ({"message": "Rate limit exceeded", "code": 429}, "rate_limited", True),
         ({"message": "Rate limit reached", "type": "rate_limit_error"}, "rate_limited", True),
         ({"message": "This model's maximum context length is 4096 tokens"}, "context_too_long", False),
+        ({"message": "It was flagged.", "code": "content_filter"}, "content_filter", False),
         ({"message": "no such luck", "code": "400"}, "upstream_rejected", False),
         ({"message": "Incorrect API key provided"}, "upstream_auth", False),
         ({"message": "Internal error", "code": "internal"}, "upstream_error", True),
@@ -155,6 +189,34 @@ def test_what_is_for_a_reader_is_found_in_many_shapes(body: object, message: str
 def test_an_error_in_mid_stream_is_understood(member: object, code: str, retryable: bool) -> None:
     error = error_from_reply(ErrorReply.from_error_member(member), redact=str)
     assert (error.code, error.retryable) == (code, retryable)
+
+
+@pytest.mark.parametrize(
+    ("message", "tokens", "tokens_max"),
+    [
+        ("maximum context length is 8192 tokens. However, your messages resulted in 10000 tokens.", 10000, 8192),
+        ("context length is 8192 tokens; you asked for 9100 (8100 in messages, 1000 in the completion)", 9100, 8192),
+        ("request (5021 tokens) exceeds the available context size (4096 tokens), try increasing it", 5021, 4096),
+        ("The input token count (1,200,000) exceeds the maximum allowed (1,048,576).", 1200000, 1048576),
+        ("prompt is too long: 208310 tokens > 200000 maximum", 208310, 200000),
+        ("maximum prompt length is 131072 but the request contains 200000 tokens.", 200000, 131072),
+        ("context length of 8192 tokens. You requested 9000: 8000 from messages and 1000 to come.", 9000, 8192),
+        ("Prompt contains 40000 tokens, too large for model with 32768 maximum context length", 40000, 32768),
+        ("Range of input length should be [1, 30720]", None, 30720),
+        ("maximum context length is 8192 tokens", None, 8192),
+        ("the request exceeds the available context size", None, None),
+        ("context length exceeded (HTTP 400, 99.5% of 1.5e6)", None, None),
+        ("8192 and 8192", None, 8192),
+        ("9" * 400, None, None),
+        ("٨١٩٢", None, None),
+        ("", None, None),
+    ],
+)  # fmt: skip
+def test_a_refusal_tells_how_much_would_fit(message: str, tokens: int | None, tokens_max: int | None) -> None:
+    assert token_counts(message) == (tokens, tokens_max)
+    reply = ErrorReply.from_body(msgspec.json.encode(said(f"context length: {message}")))
+    error = error_from_status(400, reply, retry_after_s=None, redact=str)
+    assert (error.code, error.tokens, error.tokens_max) == ("context_too_long", tokens, tokens_max)
 
 
 json_values = st.recursive(

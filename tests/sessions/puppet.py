@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 import trio
 
 from service.errors import ModelError
-from service.models.client import Finished, ModelEvent, ModelRequest, ReasoningDelta, TextDelta, Usage
+from service.models.client import Finished, Message, ModelEvent, ModelRequest, ReasoningDelta, TextDelta, Usage
 from service.sessions.events.event_log import EventLog
 from service.sessions.events.events import Event, decode_frame
 from service.sessions.sessions import Sessions, open_sessions
@@ -65,6 +65,10 @@ class Puppet:
     def __init__(self) -> None:
         self.open_replies = 0
         self.refuse: ModelError | None = None
+        self.takes_bytes: int | None = None
+        """The longest prompt that it does not refuse as too long."""
+        self.asked: list[tuple[Message, ...]] = []
+        """Every prompt it got, refused or not."""
         self.hang_before_head = False
         self.close_s = 0.0
         """How long leaving a reply takes, whatever cancels it."""
@@ -73,8 +77,11 @@ class Puppet:
     @asynccontextmanager
     async def stream(self, request: ModelRequest) -> AsyncIterator[Reply]:
         await trio.lowlevel.checkpoint()
+        self.asked.append(request.messages)
         if self.refuse is not None:
             raise self.refuse
+        if self.takes_bytes is not None and sum(len(it.text.encode()) for it in request.messages) > self.takes_bytes:
+            raise ModelError("context_too_long", "Too long.")
         reply = Reply(request)
         self.open_replies += 1
         self._send.send_nowait(reply)

@@ -28,7 +28,7 @@ from service.storage.page_cursor import (
     decode_turn_cursor,
     encode_cursor,
 )
-from service.storage.records import EndState, Failure, Item, SessionPatch, SessionRecord, TurnRecord
+from service.storage.records import EndState, Failure, Item, LeftOut, SessionPatch, SessionRecord, TurnRecord
 from service.storage.store import Store
 from tests.storage.conftest import OpenStore
 from tests.storage.rows import IDLE_TIMEOUT_S, T0, a_session, a_turn, all_sessions, all_turns, at, contents, ended
@@ -729,6 +729,42 @@ async def test_a_long_path_is_whole(store: Store) -> None:
     path = await store.read_path("s", names[-1], bytes_max=None)
     assert [turn.id for turn in path] == names
     assert len(await store.read_path("s", names[-1], bytes_max=50)) == 10
+
+
+async def test_a_path_is_measured_by_what_it_brings_into_prompts(store: Store) -> None:
+    error = Failure("context_too_long", "no")
+    ends: list[tuple[str, EndState, str, dict[str, Failure | str], LeftOut]] = [
+        ("a", "completed", "é", {}, LeftOut(3, 7)),
+        ("b", "completed", "\n", {}, LeftOut(2, 5)),
+        ("c", "failed", "half", {}, LeftOut(2, 5)),
+        ("d", "failed", "", {"error": error}, LeftOut()),
+        ("e", "completed", "", {"finish_reason": "content_filter"}, LeftOut()),
+        ("f", "interrupted", "part", {}, LeftOut(3, 9)),
+    ]
+    await store.create_session(a_session(), now=T0)
+    parent, brought = None, LeftOut()
+    for name, state, text, changes, brings in ends:
+        turn = a_turn(name, parent=parent, texts=["12", "345"])
+        await store.begin_turn(turn, now=T0)
+        end = ended(turn, state, text=text, reasoning="not counted")
+        await store.end_turn(msgspec.structs.replace(end, **changes), events=[], now=T0)
+        parent, brought = name, brought + brings
+        assert await store.measure_path("s", name) == brought
+    await store.begin_turn(a_turn("beside", parent="a"), now=T0)
+    assert await store.measure_path("s", "beside") == LeftOut(4, 12)
+    await store.create_session(a_session("other"), now=T0)
+    for session_id, turn_id in (("s", "nowhere"), ("other", "a"), ("nowhere", "a")):
+        assert await store.measure_path(session_id, turn_id) == LeftOut()
+
+
+async def test_what_was_left_out_is_kept_with_the_end(store: Store) -> None:
+    await _grow(store, a_turn())
+    end = msgspec.structs.replace(ended(a_turn()), left_out=LeftOut(2, 10**9))
+    await store.end_turn(end, events=[], now=T0)
+    assert await store.get_turn("s", "t", now=T0) == end
+    copy = await store.fork_session("s", at=None, copy_id="copy", now=T0)
+    assert copy.head is not None
+    assert (await store.get_turn("copy", copy.head, now=T0)).left_out == LeftOut(2, 10**9)
 
 
 async def test_a_path_is_listed_in_pages_from_its_root(store: Store) -> None:

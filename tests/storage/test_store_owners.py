@@ -5,7 +5,7 @@ import pytest
 import trio
 
 from service.errors import OwnedElsewhereError, TurnInProgressError
-from service.storage.records import SEQ_AFTER_CRASH, Checkpoint, Item
+from service.storage.records import SEQ_AFTER_CRASH, Checkpoint, Item, LeftOut
 from service.storage.store import Store
 from tests.storage.conftest import OpenStore
 from tests.storage.rows import IDLE_TIMEOUT_S, T0, a_session, a_turn, at, contents, ended
@@ -69,6 +69,18 @@ async def test_a_crashed_turn_is_interrupted_with_the_output_and_events_of_its_l
         assert await store.delete_expired(now=at(6 + IDLE_TIMEOUT_S), limit=10) == 0
         # The session goes on.
         assert (await store.begin_turn(a_turn("next", parent="t"), now=at(9))).open_turns == 1
+
+
+async def test_what_a_crashed_turn_left_out_is_that_of_its_last_checkpoint(open_shared: OpenStore) -> None:
+    async with open_shared() as store:
+        await _begin(store, "t")
+        for left_out in (None, LeftOut(1, 2), LeftOut(3, 4)):
+            checkpoint = msgspec.structs.replace(a_checkpoint("t", "Hel", b"1"), left_out=left_out)
+            await store.checkpoint_turns([checkpoint])
+    async with open_shared() as store:
+        await store.recover(now=at(1))
+        assert (await store.get_turn("s", "t", now=at(1))).left_out == LeftOut(3, 4)
+        assert await store.measure_path("s", "t") == LeftOut(2, 8)
 
 
 async def test_a_crashed_turn_without_a_checkpoint_is_interrupted_and_empty(open_shared: OpenStore) -> None:

@@ -14,7 +14,16 @@ from service.models.client import FinishReason, Role, Usage
 from service.sessions.commands import OnConflict
 from service.sessions.messages import MessageRecord
 from service.sessions.turns.turn import OnDisconnect
-from service.storage.records import EndReason, Failure, Page, SessionRecord, SessionStatus, TurnRecord, TurnState
+from service.storage.records import (
+    EndReason,
+    Failure,
+    LeftOut,
+    Page,
+    SessionRecord,
+    SessionStatus,
+    TurnRecord,
+    TurnState,
+)
 
 # Python's ``$`` also matches before a last line end, JavaScript's does not: hence the lookahead.
 _SESSION_ID = rf"^{SESSION_ID}$(?!\n)"
@@ -228,7 +237,7 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
 
     ``{"id": "turn_0a…", "session_id": "sess_6f…", "parent": null, "state": "completed", "reason": null,
     "error": null, "model": "scripted", "input": "Hi", "text": "Hello.", "finish_reason": "stop",
-    "usage": {"input_tokens": 1, "output_tokens": 2, "reasoning_tokens": 0},
+    "usage": {"input_tokens": 1, "output_tokens": 2, "reasoning_tokens": 0}, "left_out": null,
     "created_at": "2026-01-31T09:30:00Z", "started_at": "2026-01-31T09:30:00Z", "ended_at": "2026-01-31T09:30:01Z"}``
     """
 
@@ -243,6 +252,10 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
     text: str
     finish_reason: FinishReason | None
     usage: Usage | None
+    left_out: Annotated[
+        LeftOut | None,
+        Meta(description="The oldest messages of the conversation that did not go to the model; null if all did."),
+    ]
     created_at: datetime
     started_at: datetime | None
     ended_at: datetime | None
@@ -261,6 +274,7 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
             text=record.text,
             finish_reason=record.finish_reason,
             usage=record.usage,
+            left_out=record.left_out,
             created_at=record.created_at,
             started_at=record.started_at,
             ended_at=record.ended_at,

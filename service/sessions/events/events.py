@@ -8,7 +8,7 @@ frames without it.
 import msgspec
 
 from service.models.client import FinishReason, Usage
-from service.storage.records import CancelReason, Failure, InterruptReason
+from service.storage.records import CancelReason, Failure, InterruptReason, LeftOut
 
 
 class TurnQueued(msgspec.Struct, frozen=True, kw_only=True, tag="turn.queued", tag_field="type"):
@@ -45,12 +45,16 @@ class TurnReasoning(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="tu
 class TurnCompleted(
     msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="turn.completed", tag_field="type"
 ):
-    """The reply is whole. ``text_length`` counts its Unicode code points."""
+    """The reply is whole. ``text_length`` counts its Unicode code points.
+
+    ``left_out`` is there, in each terminal event, where not all of the conversation went to the model.
+    """
 
     seq: int = 0
     finish_reason: FinishReason
     usage: Usage | None
     text_length: int
+    left_out: LeftOut | None = None
     stored: bool = True
 
 
@@ -60,6 +64,7 @@ class TurnFailed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
     seq: int = 0
     error: Failure
     text_length: int
+    left_out: LeftOut | None = None
     stored: bool = True
 
 
@@ -71,6 +76,7 @@ class TurnCancelled(
     seq: int = 0
     reason: CancelReason
     text_length: int
+    left_out: LeftOut | None = None
     stored: bool = True
 
 
@@ -82,6 +88,7 @@ class TurnInterrupted(
     seq: int = 0
     reason: InterruptReason
     text_length: int
+    left_out: LeftOut | None = None
     stored: bool = True
 
 

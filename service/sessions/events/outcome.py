@@ -5,7 +5,7 @@ import msgspec
 from service.errors import INTERNAL_ERROR, INTERNAL_ERROR_MESSAGE
 from service.models.client import FinishReason, Usage
 from service.sessions.events.events import TerminalEvent, TurnCancelled, TurnCompleted, TurnFailed, TurnInterrupted
-from service.storage.records import CancelReason, Failure, InterruptReason
+from service.storage.records import CancelReason, Failure, InterruptReason, LeftOut
 
 
 class Completed(msgspec.Struct, frozen=True):
@@ -45,16 +45,23 @@ def internal_error() -> Failed:
     return failed(INTERNAL_ERROR, INTERNAL_ERROR_MESSAGE)
 
 
-def terminal_event(end: Outcome, *, seq: int, text_length: int, stored: bool) -> TerminalEvent:
+def terminal_event(
+    end: Outcome, *, seq: int, text_length: int, left_out: LeftOut | None, stored: bool
+) -> TerminalEvent:
     """The event that tells this end."""
     match end:
         case Completed(finish_reason, usage):
             return TurnCompleted(
-                seq=seq, finish_reason=finish_reason, usage=usage, text_length=text_length, stored=stored
+                seq=seq,
+                finish_reason=finish_reason,
+                usage=usage,
+                text_length=text_length,
+                left_out=left_out,
+                stored=stored,
             )
         case Failed(error):
-            return TurnFailed(seq=seq, error=error, text_length=text_length, stored=stored)
+            return TurnFailed(seq=seq, error=error, text_length=text_length, left_out=left_out, stored=stored)
         case Cancelled(reason):
-            return TurnCancelled(seq=seq, reason=reason, text_length=text_length, stored=stored)
+            return TurnCancelled(seq=seq, reason=reason, text_length=text_length, left_out=left_out, stored=stored)
         case Interrupted(reason):
-            return TurnInterrupted(seq=seq, reason=reason, text_length=text_length, stored=stored)
+            return TurnInterrupted(seq=seq, reason=reason, text_length=text_length, left_out=left_out, stored=stored)

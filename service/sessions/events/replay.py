@@ -67,7 +67,11 @@ def replay_kept(turn: TurnRecord, frames: Sequence[bytes]) -> EventLog | None:
     frames = _naming(turn, frames)
     if turn.reason == "crash" and len(frames) < turn.last_seq:
         terminal = outcome.terminal_event(
-            outcome.Interrupted("crash"), seq=turn.last_seq, text_length=len(turn.text), stored=True
+            outcome.Interrupted("crash"),
+            seq=turn.last_seq,
+            text_length=len(turn.text),
+            left_out=turn.left_out,
+            stored=True,
         )
         return EventLog.replay([*frames, encode_frame(terminal)], last_seq=turn.last_seq)
     return EventLog.replay(frames) if len(frames) == turn.last_seq else None

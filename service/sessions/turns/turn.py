@@ -19,7 +19,7 @@ from service.sessions.events import outcome
 from service.sessions.events.event_log import EventLog
 from service.sessions.events.events import Event, TurnDelta, TurnQueued, TurnReasoning, TurnStarted
 from service.settings import Settings
-from service.storage.records import Checkpoint, Item, TurnRecord, TurnState
+from service.storage.records import Checkpoint, Item, LeftOut, TurnRecord, TurnState
 
 OnDisconnect = Literal["cancel", "continue"]
 RETURN_S = 5.0
@@ -154,6 +154,15 @@ class Turn:
             )
         )
 
+    def note_prompt(self, left_out: LeftOut | None) -> None:
+        """It asks the model now, without what is left out."""
+        self._record = msgspec.structs.replace(self._record, left_out=left_out)
+
+    @property
+    def has_output(self) -> bool:
+        """Whether the model has sent something."""
+        return bool(self._reply.length or self._reasoning.length)
+
     def expect_token(self, which: Literal["first_token", "next_token"], *, within_s: float) -> None:
         """The model is to send something, its first token or the next one, within so many seconds from now."""
         if self._set_deadlines(silence=trio.current_time() + within_s):
@@ -223,6 +232,7 @@ class Turn:
             after=self.stored_seq,
             events=tuple(self.log.frames(after=self.stored_seq)),
             output=self._output(since_checkpoint=True),
+            left_out=self._record.left_out,
         )
 
     def note_checkpoint(self, checkpoint: Checkpoint) -> None:
@@ -259,7 +269,11 @@ class Turn:
     def terminal_event(self, *, stored: bool) -> Event:
         assert self.end is not None
         return outcome.terminal_event(
-            self.end, seq=self.log.last_seq + 1, text_length=self._reply.length, stored=stored
+            self.end,
+            seq=self.log.last_seq + 1,
+            text_length=self._reply.length,
+            left_out=self._record.left_out,
+            stored=stored,
         )
 
     def _set_deadlines(

@@ -4,7 +4,7 @@ Whatever happens to it becomes one terminal event: the first cause decides, sync
 closed; the end is kept; the event is appended; the streams end. In this order, for every cause.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import structlog
 import trio
@@ -14,10 +14,10 @@ from service.errors import ModelError, StoreError
 from service.models.client import ModelRequest
 from service.sessions.events import outcome
 from service.sessions.events.events import encode_frame
-from service.sessions.turns.prompt import build_prompt
+from service.sessions.turns.prompt import NOTHING, Prompt, build_prompt, shortened
 from service.sessions.turns.turn import Turn
 from service.settings import Settings
-from service.storage.records import TurnRecord
+from service.storage.records import LeftOut, TurnRecord
 from service.storage.store import Store
 from service.storage.store_deadline import answered_within
 
@@ -74,33 +74,79 @@ async def end_turn(turn: Turn, *, store: Store, clock: Clock, within_s: float) -
 
 
 async def _reply(turn: Turn, *, store: Store, clock: Clock, settings: Settings) -> None:
-    """Take the model's reply to the end and decide it."""
+    """Take the model's reply to the end and decide it.
+
+    What is too long for the model is tried once more without the oldest turns, within the same deadlines.
+    """
     was_queued = not turn.running
     turn.start(clock())
-    record = turn.record()
     with answered_within(settings.store_timeout_s):
         if was_queued:
             await store.start_turn(turn.id, now=clock())
         path = await store.read_path(turn.session_id, turn.id, bytes_max=settings.prompt_bytes_max)
+        older = await _measure_older(path, store)
+    prompt = build_prompt(path, system_message=turn.system_message, bytes_max=settings.prompt_bytes_max, older=older)
+    turn.expect_token("first_token", within_s=settings.first_token_timeout_s)
+    refusal = await _ask(turn, prompt, settings=settings)
+    if refusal is None:
+        return
+    shorter = shortened(
+        prompt,
+        refusal,
+        path,
+        system_message=turn.system_message,
+        max_output_tokens=turn.record().max_output_tokens,
+        older=older,
+    )
+    if shorter is not None:
+        logger.info("too long for the model: asking again without the oldest turns", turn_id=turn.id)
+        refusal = await _ask(turn, shorter, settings=settings)
+    if refusal is not None:
+        _decide_failed(turn, refusal)
+
+
+async def _measure_older(path: Sequence[TurnRecord], store: Store) -> LeftOut:
+    """What the turns would contribute that are too far back to be read."""
+    if not path or path[0].parent is None:
+        return NOTHING
+    return await store.measure_path(path[0].session_id, path[0].parent)
+
+
+async def _ask(turn: Turn, prompt: Prompt, *, settings: Settings) -> ModelError | None:
+    """Take the model's reply to a prompt; a refusal as too long is returned, and nothing decided by it."""
+    turn.note_prompt(prompt.left_out)
+    record = turn.record()
     request = ModelRequest(
         model=record.model,
-        messages=build_prompt(path, system_message=turn.system_message, bytes_max=settings.prompt_bytes_max),
+        messages=prompt.messages,
         temperature=record.temperature,
         max_output_tokens=record.max_output_tokens,
     )
-    turn.expect_token("first_token", within_s=settings.first_token_timeout_s)
-    async with turn.client.stream(request) as stream:
-        try:
-            while turn.end is None:
-                events = await stream.receive()
-                if turn.end is not None:
-                    break  # decided by somebody else while these were on their way
-                finished = turn.take(events)
-                if finished is not None:
-                    turn.decide(outcome.Completed(finished.finish_reason, finished.usage))
-                turn.expect_token("next_token", within_s=settings.next_token_timeout_s)
-        except Exception as error:  # noqa: BLE001  decided now: until the client has closed a deadline may pass
-            _decide_failed(turn, error)
+    try:
+        async with turn.client.stream(request) as stream:
+            try:
+                while turn.end is None:
+                    events = await stream.receive()
+                    if turn.end is not None:
+                        break  # decided by somebody else while these were on their way
+                    finished = turn.take(events)
+                    if finished is not None:
+                        turn.decide(outcome.Completed(finished.finish_reason, finished.usage))
+                    turn.expect_token("next_token", within_s=settings.next_token_timeout_s)
+            except Exception as error:
+                if _is_too_long(turn, error):
+                    raise
+                _decide_failed(turn, error)  # decided now: until the client has closed a deadline may pass
+    except ModelError as error:
+        if not _is_too_long(turn, error):
+            raise
+        return error
+    return None
+
+
+def _is_too_long(turn: Turn, error: Exception) -> bool:
+    """Whether the model refuses the prompt as too long, and may be asked again: nothing was told of a reply."""
+    return isinstance(error, ModelError) and error.code == "context_too_long" and not turn.has_output
 
 
 def _decide_failed(turn: Turn, error: Exception) -> None:

@@ -81,10 +81,11 @@ def _end(db: apsw.Connection, key: int, now: datetime) -> int:
     session_id, idle_timeout_s = db.execute(_GET_SESSION, (session,)).fetchone()  # type: ignore[misc]
     _drop_kept_ahead(db, key)
     turn = msgspec.structs.replace(turn_of(session_id, row), output=_joined_output(db, key))
+    in_prompts = turn.in_prompts
     db.execute(
         "UPDATE turns SET owner = NULL, state = 'interrupted', reason = 'crash', ended_at = ?, last_seq = ?, "
-        "message_bytes = ?, output = ? WHERE key = ?",
-        (moment(now), SEQ_AFTER_CRASH, turn.message_bytes, as_json(turn.output), key),
+        "message_items = ?, message_bytes = ?, output = ? WHERE key = ?",
+        (moment(now), SEQ_AFTER_CRASH, in_prompts.items, in_prompts.bytes, as_json(turn.output), key),
     )
     db.execute("DELETE FROM outputs WHERE turn = ?", (key,))
     count_end(db, turn, now, session=session, idle_timeout_s=idle_timeout_s)

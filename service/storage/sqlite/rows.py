@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from service.models.client import Usage
-from service.storage.records import Failure, Item, SessionRecord, TurnRecord
+from service.storage.records import Failure, Item, LeftOut, SessionRecord, TurnRecord
 
 Row = tuple[Any, ...]
 
@@ -18,6 +18,7 @@ _items: msgspec.json.Decoder[tuple[Item, ...]] = msgspec.json.Decoder(tuple[Item
 _metadata: msgspec.json.Decoder[dict[str, str]] = msgspec.json.Decoder(dict[str, str])
 _usage: msgspec.json.Decoder[Usage] = msgspec.json.Decoder(Usage)
 _failure: msgspec.json.Decoder[Failure] = msgspec.json.Decoder(Failure)
+_left_out: msgspec.json.Decoder[LeftOut] = msgspec.json.Decoder(LeftOut)
 _frames: msgspec.msgpack.Decoder[list[bytes]] = msgspec.msgpack.Decoder(list[bytes])
 
 FRAMES_BYTES_MAX = 256 * 1024
@@ -68,7 +69,7 @@ def session_of(row: Row, settings: Row) -> SessionRecord:
 
 TURN_COLUMNS = (
     "id, parent, state, model, created_at, input, output, temperature, max_output_tokens, "
-    "background, started_at, ended_at, reason, error, finish_reason, usage, last_seq"
+    "background, started_at, ended_at, reason, error, finish_reason, usage, last_seq, left_out"
 )
 
 
@@ -93,11 +94,13 @@ def turn_of(session_id: str, row: Row) -> TurnRecord:
         finish_reason=row[14],
         usage=None if row[15] is None else _usage.decode(row[15]),
         last_seq=row[16],
+        left_out=None if row[17] is None else _left_out.decode(row[17]),
     )
 
 
 def values_of(turn: TurnRecord) -> dict[str, object]:
     """The columns of a turn that its record decides, by name."""
+    in_prompts = turn.in_prompts
     return {
         "id": turn.id,
         "parent": turn.parent,
@@ -114,7 +117,9 @@ def values_of(turn: TurnRecord) -> dict[str, object]:
         "finish_reason": turn.finish_reason,
         "usage": None if turn.usage is None else as_json(turn.usage),
         "last_seq": turn.last_seq,
-        "message_bytes": turn.message_bytes,
+        "left_out": None if turn.left_out is None else as_json(turn.left_out),
+        "message_items": in_prompts.items,
+        "message_bytes": in_prompts.bytes,
         "input": as_json(turn.input),
         "output": as_json(turn.output),
     }

@@ -1,6 +1,6 @@
 """The tables, as the scripts that made them: the schema of version n is scripts 1 to n on an empty file.
 
-Moments are microseconds since 1970 in UTC. Items, metadata, usage and errors are JSON.
+Moments are microseconds since 1970 in UTC. Items, metadata, usage, errors and what was left out are JSON.
 
 A session that is removed is first only cut off: it loses its id, and with it every way to its rows; they are
 reclaimed in small steps afterwards. That is why turns hang on a number and not on the session's id.
@@ -95,7 +95,12 @@ CREATE TABLE outputs (
 CREATE INDEX outputs_by_turn ON outputs (turn, after);
 """
 
-SCRIPTS = (VERSION_1,)
+VERSION_2 = """
+ALTER TABLE turns ADD COLUMN message_items INTEGER;     -- beside message_bytes; NULL in turns of version 1
+ALTER TABLE turns ADD COLUMN left_out TEXT;
+"""
+
+SCRIPTS = (VERSION_1, VERSION_2)
 """Each takes the schema one version further. Never changed once released, only added to."""
 
 APPLICATION_ID = 0x4C415354

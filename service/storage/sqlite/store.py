@@ -16,6 +16,7 @@ from service.errors import StoreError
 from service.storage.page_cursor import decode_session_cursor, decode_turn_cursor
 from service.storage.records import (
     Checkpoint,
+    LeftOut,
     Owner,
     Page,
     SessionPatch,
@@ -199,6 +200,9 @@ class SqliteStore:
     async def read_path(self, session_id: str, turn_id: str, *, bytes_max: int | None) -> Sequence[TurnRecord]:
         thread = self._reading if bytes_max is None else self._looking
         return await thread.call(lambda db: turns.read_path(db, session_id, turn_id, bytes_max))
+
+    async def measure_path(self, session_id: str, turn_id: str) -> LeftOut:
+        return await self._reading.call(lambda db: turns.measure_path(db, session_id, turn_id))
 
     async def list_path(self, session_id: str, turn_id: str, *, limit: int, first: str | None) -> Sequence[TurnRecord]:
         return await self._reading.call(lambda db: turns.list_path(db, session_id, turn_id, limit=limit, first=first))

@@ -12,7 +12,7 @@ import msgspec
 
 from service.errors import HeadMovedError, SessionNotFoundError, TurnNotFoundError
 from service.storage.page_cursor import TurnPosition, encode_cursor
-from service.storage.records import Checkpoint, Page, SessionRecord, TurnRecord
+from service.storage.records import Checkpoint, LeftOut, Page, SessionRecord, TurnRecord
 from service.storage.sqlite import recovery, sessions
 from service.storage.sqlite.ends import count_end
 from service.storage.sqlite.ownership import Ownership
@@ -34,13 +34,13 @@ _NEWEST = 1 << 62
 _VISIBLE = "SELECT key FROM sessions WHERE id = ? AND deletion = 0 AND (open_turns > 0 OR expires_at > ?)"
 _GET = f"SELECT {TURN_COLUMNS} FROM turns WHERE id = ? AND session = ?"
 _DOWN_FROM = (
-    f"SELECT {TURN_COLUMNS}, ordinal, message_bytes FROM turns WHERE session = ? AND ordinal <= ? ORDER BY ordinal DESC"
+    "SELECT {columns}, ordinal, message_bytes FROM turns WHERE session = ? AND ordinal <= ? ORDER BY ordinal DESC"
 )
 # One table a statement: several simple ones are several times as fast as one that joins.
 _OWN = "SELECT key, session FROM turns WHERE id = ? AND +owner = ?"  # by its id, not among all that this owner has
 _INSERT_COLUMNS = (
     "id, parent, state, model, created_at, started_at, ended_at, temperature, max_output_tokens, background, reason, "
-    "error, finish_reason, usage, last_seq, message_bytes, input, output"
+    "error, finish_reason, usage, last_seq, left_out, message_items, message_bytes, input, output"
 )
 _INSERT = (
     f"INSERT INTO turns (session, ordinal, owner, {_INSERT_COLUMNS}) "
@@ -59,9 +59,12 @@ _END_COLUMNS = (
     "finish_reason",
     "usage",
     "last_seq",
+    "left_out",
+    "message_items",
     "message_bytes",
     "output",
 )
+_KEEP_LEFT_OUT = "UPDATE turns SET left_out = :left_out WHERE key = :key AND left_out IS NOT :left_out"
 _END = f"UPDATE turns SET owner = NULL, {', '.join(f'{name} = :{name}' for name in _END_COLUMNS)} WHERE key = :key"
 
 
@@ -164,6 +167,8 @@ def checkpoint(
             db.execute(
                 "INSERT INTO outputs (turn, after, items) VALUES (?, ?, ?)", (own.key, it.after, as_json(it.output))
             )
+        if it.left_out is not None:
+            db.execute(_KEEP_LEFT_OUT, {"key": own.key, "left_out": as_json(it.left_out)})
 
 
 def end(
@@ -238,8 +243,21 @@ def read_path(db: apsw.Connection, session_id: str, turn_id: str, bytes_max: int
     return path
 
 
-def _path_down(db: apsw.Connection, session: int, turn_id: str) -> Iterator[Row]:
-    """The rows of a path, from its last turn to the root.
+def measure_path(db: apsw.Connection, session_id: str, turn_id: str) -> LeftOut:
+    session = _key(db, session_id)
+    measured = LeftOut()
+    for row in _path_down(db, session, turn_id, "id, parent, message_items") if session is not None else ():
+        this_id, _, message_items, _, message_bytes = row
+        if message_items is None:  # of schema 1, which did not count them and knew no refusals
+            read: Row = db.execute(_GET, (this_id, session)).fetchone()  # type: ignore[assignment]
+            measured += turn_of(session_id, read).in_prompts
+        else:
+            measured += LeftOut(message_items, message_bytes)
+    return measured
+
+
+def _path_down(db: apsw.Connection, session: int, turn_id: str, columns: str = TURN_COLUMNS) -> Iterator[Row]:
+    """The rows of a path, from its last turn to the root: ``columns``, then ordinal and message_bytes.
 
     Mostly a turn's parent is the one accepted before it, so that one statement gives them all; where it is not, another
     goes on from there. A parent that is not older than its child is none: it might lead round in a circle.
@@ -252,7 +270,7 @@ def _path_down(db: apsw.Connection, session: int, turn_id: str) -> Iterator[Row]
         ).get
         if ordinal is None or ordinal >= below:
             return
-        for row in db.execute(_DOWN_FROM, (session, ordinal)):
+        for row in db.execute(_DOWN_FROM.format(columns=columns), (session, ordinal)):
             if row[0] != next_id:
                 break
             yield row

@@ -50,6 +50,22 @@ async def test_a_streaming_call_answers_with_the_events(autojump_clock: MockCloc
         assert api.service.sessions.statistics().streams_open == 0
 
 
+async def test_a_turn_and_its_terminal_event_tell_what_did_not_go_to_the_model(autojump_clock: MockClock) -> None:
+    async with open_api(prompt_bytes_max=2048, input_bytes_max=1024, model_url="scripted:?tokens=1") as api:
+        turns = f"/sessions/{await api.new_session()}/turns"
+        first = await api.call("POST", turns, {"input": "é" * 500})
+        assert first.json["left_out"] is None
+        second = await api.call("POST", turns, {"input": "b" * 1000}, headers=SSE)
+        assert "left_out" not in second.events[-1]
+        third = await api.call("POST", turns, {"input": "c" * 1000}, headers=SSE)
+        assert third.events[-1]["left_out"] == {"items": 2, "bytes": 1002}
+        assert (await api.call("GET", third.headers["location"])).json["left_out"] == {"items": 2, "bytes": 1002}
+        replay = await api.call("GET", third.headers["location"] + "/events", headers=SSE)
+        assert replay.events == third.events
+        fourth = await api.call("POST", turns, {"input": "d"})
+        assert fourth.json["left_out"] == {"items": 2, "bytes": 1002}
+
+
 async def test_a_background_call_answers_at_once_and_the_turn_runs_on(autojump_clock: MockClock) -> None:
     async with open_api(model_url=SLOW) as api:
         session_id = await api.new_session()

@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.errors import ModelError
 from service.models.client import Message
-from service.sessions.turns.prompt import build_prompt
-from service.storage.records import Item, TurnRecord, TurnState
+from service.sessions.turns.prompt import build_prompt, shortened
+from service.storage.records import Failure, Item, LeftOut, TurnRecord, TurnState
 from tests.storage.rows import T0
 
 EVERYTHING = 10**9
@@ -19,34 +21,64 @@ types = st.sampled_from(["message", "reasoning"])
 replies = st.lists(st.builds(Item, id=st.just("o"), type=types, role=st.just("assistant"), text=texts), max_size=3)
 
 
+CODES = ["upstream_error", "upstream_rejected", "context_too_long", "content_filter", "unsupported_content"]
+REFUSALS = CODES[2:]
+
+
 @st.composite
 def paths(draw: st.DrawFn) -> list[TurnRecord]:
     """A path to a turn that runs, over turns that ended in every way."""
     ended = draw(
-        st.lists(st.tuples(st.sampled_from(ENDS), st.lists(texts, min_size=1, max_size=2), replies), max_size=8)
+        st.lists(
+            st.tuples(st.sampled_from(ENDS), st.lists(texts, min_size=1, max_size=2), replies, st.sampled_from(CODES)),
+            max_size=8,
+        )
     )
-    path = [_turn(f"t{n}", state, said, output) for n, (state, said, output) in enumerate(ended)]
+    path = [
+        _turn(f"t{n}", state, said, output, code=code if state == "failed" else None)
+        for n, (state, said, output, code) in enumerate(ended)
+    ]
     return [*path, _turn("last", "running", draw(st.lists(texts, min_size=1, max_size=2)))]
 
 
 systems = st.none() | st.just("") | texts
 
 
-def _turn(name: str, state: TurnState, said: Sequence[str], output: Sequence[Item] = ()) -> TurnRecord:
+def _turn(
+    name: str,
+    state: TurnState,
+    said: Sequence[str],
+    output: Sequence[Item] = (),
+    *,
+    code: str | None = None,
+    left_out: LeftOut | None = None,
+    model: str = "m",
+) -> TurnRecord:
     return TurnRecord(
         id=name,
         session_id="s",
         parent=None,
         state=state,
-        model="m",
+        model=model,
         created_at=T0,
+        error=None if code is None else Failure(code, "it says"),
+        left_out=left_out,
         input=tuple(Item(id="i", role="user", text=text) for text in said),
         output=tuple(output),
     )
 
 
-def _ended(state: TurnState, said: str, replied: str = "") -> TurnRecord:
-    return _turn(said, state, [said], [Item(id="o", role="assistant", text=replied)] if replied else [])
+def _ended(
+    state: TurnState,
+    said: str,
+    replied: str = "",
+    *,
+    code: str | None = None,
+    left_out: LeftOut | None = None,
+    model: str = "m",
+) -> TurnRecord:
+    output = [Item(id="o", role="assistant", text=replied)] if replied else []
+    return _turn(said, state, [said], output, code=code, left_out=left_out, model=model)
 
 
 LAST = _turn("last", "running", ["now"])
@@ -54,8 +86,11 @@ LAST = _turn("last", "running", ["now"])
 
 def _said(*turns: TurnRecord, system_message: str | None = None, bytes_max: int = EVERYTHING) -> list[str]:
     """The prompt in short: each message as its role's first letter and its text."""
-    prompt = build_prompt([*turns, LAST], system_message=system_message, bytes_max=bytes_max)
-    return [f"{message.role[0]}: {message.text}" for message in prompt]
+    return _in_short(build_prompt([*turns, LAST], system_message=system_message, bytes_max=bytes_max).messages)
+
+
+def _in_short(messages: Sequence[Message]) -> list[str]:
+    return [f"{message.role[0]}: {message.text}" for message in messages]
 
 
 def test_a_first_turn_is_its_input() -> None:
@@ -109,44 +144,208 @@ def test_the_oldest_turns_are_left_out_whole_and_without_holes() -> None:
 
 @given(paths(), systems, st.integers(0, 200) | st.just(EVERYTHING))
 def test_roles_alternate_on_every_path(path: list[TurnRecord], system_message: str | None, bytes_max: int) -> None:
-    prompt = build_prompt(path, system_message=system_message, bytes_max=bytes_max)
+    prompt = build_prompt(path, system_message=system_message, bytes_max=bytes_max).messages
     roles = [message.role for message in prompt]
     if system_message:
         assert prompt[0] == Message("system", system_message)
         roles = roles[1:]
     assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
     assert all(message.text for message in prompt)
+    assert all(message.text.strip() for message in prompt if message.role == "assistant")
+
+
+@pytest.mark.parametrize("code", REFUSALS)
+def test_what_the_model_refused_for_what_it_is_is_never_sent_again(code: str) -> None:
+    poison = _ended("failed", "poison", code=code)
+    assert _said(_ended("completed", "a", "A"), poison) == ["u: a", "a: A", "u: now"]
+    assert _said(poison, _ended("completed", "b", "B"), poison, _ended("failed", "c")) == [
+        "u: b",
+        "a: B",
+        "u: c\n\nnow",
+    ]
+
+
+def test_what_a_filter_left_without_a_word_is_never_sent_again() -> None:
+    filtered = msgspec.structs.replace(_ended("completed", "poison"), finish_reason="content_filter")
+    assert _said(filtered) == ["u: now"]
+    cut = msgspec.structs.replace(_ended("completed", "a", "half"), finish_reason="content_filter")
+    assert _said(cut) == ["u: a", "a: half", "u: now"]
+
+
+@pytest.mark.parametrize("code", ["content_filter", "unsupported_content"])
+def test_inputs_that_were_refused_in_one_message_are_all_suspected(code: str) -> None:
+    outage = _ended("failed", "poison", code="upstream_error")
+    assert _said(outage, _ended("failed", "harmless", code=code)) == ["u: now"]
+    assert _said(_ended("completed", "a", "A"), outage, _ended("failed", "b", code=code)) == ["u: a", "a: A", "u: now"]
+
+
+def test_an_input_that_was_too_long_takes_no_other_with_it() -> None:
+    assert _said(_ended("failed", "a", code="upstream_error"), _ended("failed", "b" * 99, code="context_too_long")) == [
+        "u: a\n\nnow"
+    ]
+
+
+def test_a_question_that_was_repeated_in_an_outage_is_asked_once() -> None:
+    outage = [_ended("failed", "now", code="upstream_error")] * 4
+    assert _said(*outage) == ["u: now"]
+    others = [_ended("failed", text, code="upstream_error") for text in ("a", "b", "a ", "c", " ")]
+    assert _said(*others, *outage) == ["u: b\n\na \n\nc\n\nnow"]
+
+
+def test_inputs_that_were_rejected_twice_are_not_sent_a_third_time() -> None:
+    rejected = [_ended("failed", text, code="upstream_rejected") for text in ("poison", "a", "b")]
+    assert _said(*rejected[:1]) == ["u: poison\n\nnow"]
+    assert _said(*rejected[:2]) == ["u: a\n\nnow"]
+    assert _said(*rejected) == ["u: b\n\nnow"]
+    outage = _ended("failed", "poison", code="upstream_error")
+    assert _said(outage, *rejected[1:]) == ["u: b\n\nnow"]
+    assert _said(rejected[0], _ended("completed", "c", "C"), rejected[1]) == ["u: poison\n\nc", "a: C", "u: a\n\nnow"]
+
+
+@pytest.mark.parametrize("state", ["completed", "cancelled", "interrupted"])
+@pytest.mark.parametrize("blank", ["\n\n", " ", "\u00a0\u2003\r"])
+def test_a_blank_reply_counts_as_empty(state: TurnState, blank: str) -> None:
+    assert _said(_ended(state, "before", blank)) == ["u: before\n\nnow"]
+    assert _said(_ended(state, "before", f"{blank}x{blank}")) == ["u: before", f"a: {blank}x{blank}", "u: now"]
+
+
+def test_a_blank_input_stays_where_there_is_nothing_else() -> None:
+    assert _said(_ended("completed", " ", "A"), _ended("failed", "\n")) == ["u:  ", "a: A", "u: now"]
+    path = [_turn("last", "running", ["\t"])]
+    assert _in_short(build_prompt(path, system_message=None, bytes_max=EVERYTHING).messages) == ["u: \t"]
+
+
+# What is left out
+
+
+def _left_out(*turns: TurnRecord, bytes_max: int = EVERYTHING, older: LeftOut = LeftOut()) -> LeftOut | None:  # noqa: B008  immutable
+    return build_prompt([*turns, LAST], system_message=None, bytes_max=bytes_max, older=older).left_out
+
+
+def test_what_was_left_out_is_told_in_messages_and_bytes() -> None:
+    path = [_ended("completed", "é", "A"), _ended("failed", "b"), _ended("completed", "c" * 9, "C")]
+    assert _left_out(*path) is None
+    assert _left_out(*path, bytes_max=30) == LeftOut(2, 3), "the first one's input and reply"
+    assert _left_out(*path, bytes_max=0) == LeftOut(5, 14)
+    assert _left_out(*path, older=LeftOut(7, 100)) == LeftOut(7, 100)
+    assert _left_out(*path, older=LeftOut(7, 100), bytes_max=0) == LeftOut(12, 114)
+
+
+def test_what_is_no_part_of_the_conversation_is_not_left_out() -> None:
+    refused = [_ended("failed", "b", code=code) for code in REFUSALS]
+    assert _left_out(*refused) is None
+    assert _left_out(*refused, _ended("completed", "c", "\n"), bytes_max=0) == LeftOut(1, 1)
+
+
+def _shortened(
+    *turns: TurnRecord, tokens: int | None = None, tokens_max: int | None = None, max_output_tokens: int | None = None
+) -> list[str]:
+    path = [*turns, LAST]
+    refused = build_prompt(path, system_message="S", bytes_max=EVERYTHING)
+    refusal = ModelError("context_too_long", "no", tokens=tokens, tokens_max=tokens_max)
+    shorter = shortened(refused, refusal, path, system_message="S", max_output_tokens=max_output_tokens)
+    return [] if shorter is None else _in_short(shorter.messages)
+
+
+LONG = [_ended("completed", str(n) * 100, "R") for n in range(1, 9)]
+
+
+def _kept(said: list[str]) -> int:
+    """How many turns before the last one a prompt has."""
+    assert said[0] == "s: S"
+    assert said[-1] == "u: now"
+    return (len(said) - 2) // 2
+
+
+def test_without_numbers_half_of_a_prompt_that_was_too_long_is_tried() -> None:
+    assert _kept(_shortened(*LONG)) == 3
+    assert _kept(_shortened(*LONG, tokens_max=512)) == 3
+    assert _kept(_shortened(*LONG, tokens_max=80)) == 2, "three bytes a token"
+
+
+def test_with_numbers_as_much_is_tried_as_fits_by_them() -> None:
+    assert _kept(_shortened(*LONG, tokens=1000, tokens_max=900)) == 6
+    assert _kept(_shortened(*LONG, tokens=1000, tokens_max=300)) == 2
+    assert _kept(_shortened(*LONG, tokens=1000, tokens_max=900, max_output_tokens=500)) == 5, (
+        "the reply needs room, too"
+    )
+    assert _kept(_shortened(*LONG, tokens=1000, tokens_max=900, max_output_tokens=900)) == 0
+    assert _kept(_shortened(*LONG, tokens=10**9, tokens_max=512)) == 0
+
+
+def test_where_there_is_nothing_to_leave_out_nothing_is_tried_again() -> None:
+    assert _shortened() == []
+    assert _shortened(_ended("failed", "x", code="content_filter")) == []
+
+
+def test_a_conversation_goes_on_from_what_the_turn_before_was_answered_with() -> None:
+    answered = _ended("completed", "q", "A", left_out=LeftOut(6, 303))
+    assert _said(*LONG, answered)[0] == f"u: {'4' * 100}"
+    assert _left_out(*LONG, answered) == LeftOut(6, 303)
+    assert _left_out(*LONG[2:], answered, older=LeftOut(4, 202)) == LeftOut(6, 303)
+    assert _left_out(*LONG[4:], answered, older=LeftOut(8, 404)) == LeftOut(8, 404)
+    another = _ended("completed", "q", "A", left_out=LeftOut(6, 303), model="smaller")
+    assert _left_out(*LONG, another) is None, "of another model it says nothing"
+    assert _left_out(*LONG, answered, another) == LeftOut(6, 303)
+
+
+def test_a_conversation_that_was_too_long_twice_begins_with_half_of_what_was_tried() -> None:
+    long = [_ended("completed", str(n) * 4000, "R") for n in range(1, 9)]
+    too_long = _ended("failed", "q", code="context_too_long", left_out=LeftOut(4, 8002))
+    assert _said(*long, too_long)[0] == f"u: {'7' * 4000}"
+    again = _ended("failed", "q", code="context_too_long", left_out=LeftOut(8, 16004))
+    assert _said(*long, too_long, again)[0] == f"u: {'8' * 4000}"
+    assert _said(*LONG, too_long)[0] == f"u: {'1' * 100}", "so short that it was not the conversation that is too long"
+
+
+def test_an_input_that_was_too_long_by_itself_costs_the_conversation_nothing() -> None:
+    path = [_ended("completed", "a", "A"), _ended("failed", "x" * 100, code="context_too_long", left_out=LeftOut(2, 2))]
+    assert _said(*path) == ["u: a", "a: A", "u: now"]
+    assert _left_out(*path) is None
+
+
+# On every path
 
 
 @given(paths())
-def test_nothing_is_lost_added_or_moved(path: list[TurnRecord]) -> None:
-    expected: list[tuple[str, list[str]]] = []
-    for turn in path:
-        parts = [("user", item.text) for item in turn.input]
-        if turn.state != "failed" and turn.text:
-            parts.append(("assistant", turn.text))
-        for role, text in parts:
-            if expected and expected[-1][0] == role == "user":
-                expected[-1][1].append(text)
-            else:
-                expected.append((role, [text]))
-    prompt = build_prompt(path, system_message=None, bytes_max=EVERYTHING)
-    assert [(message.role, message.text) for message in prompt] == [
-        (role, "\n\n".join(said)) for role, said in expected
-    ]
+def test_answered_turns_are_all_there_in_order_and_nothing_is_added(path: list[TurnRecord]) -> None:
+    prompt = build_prompt(path, system_message=None, bytes_max=EVERYTHING).messages
+    answered = [turn for turn in path if turn.reply]
+    asked = [*answered, path[-1]]
+    assert [message.text for message in prompt if message.role == "assistant"] == [turn.text for turn in answered]
+    questions = [message.text for message in prompt if message.role == "user"]
+    assert len(questions) == len(asked)
+    for text, turn, last in zip(questions, asked, [None, *answered], strict=True):
+        own = "\n\n".join(item.text for item in turn.input)
+        assert text.endswith(own)
+        between = path[0 if last is None else path.index(last) + 1 : path.index(turn)]
+        merged = ["\n\n".join(item.text for item in it.input) for it in between if not it.was_refused]
+        assert _is_made_of(text.removesuffix(own), merged)
+
+
+def _is_made_of(text: str, pieces: Sequence[str]) -> bool:
+    """Whether a text is some of these pieces in order: those that are repeated, blank or suspected are left away."""
+    if not pieces:
+        return text == ""
+    first = f"{pieces[0]}\n\n"
+    return _is_made_of(text, pieces[1:]) or (text.startswith(first) and _is_made_of(text[len(first) :], pieces[1:]))
 
 
 @given(paths(), systems, st.integers(0, 150))
 def test_a_bounded_prompt_is_that_of_the_newest_turns_and_within_its_bound(
     path: list[TurnRecord], system_message: str | None, bytes_max: int
 ) -> None:
-    prompt = build_prompt(path, system_message=system_message, bytes_max=bytes_max)
+    whole = build_prompt(path, system_message=system_message, bytes_max=EVERYTHING).left_out
+    prompt = build_prompt(path, system_message=system_message, bytes_max=bytes_max).messages
     suffixes = [
-        build_prompt(path[start:], system_message=system_message, bytes_max=EVERYTHING) for start in range(len(path))
+        build_prompt(path[start:], system_message=system_message, bytes_max=EVERYTHING).messages
+        for start in range(len(path))
     ]
     assert prompt in suffixes, "whole turns, no holes, always the last"
     size = sum(len(message.text.encode()) for message in prompt)
     assert size <= bytes_max or prompt == suffixes[-1]
-    # And as many of them as fit; a separator may be counted where none is needed.
-    for longer in suffixes[: suffixes.index(prompt)]:
-        assert sum(len(message.text.encode()) for message in longer) + 2 * len(path) + 2 > bytes_max
+    if whole is None:  # and as many of them as fit; what is merged or repeated may be counted where it is not needed
+        system_bytes = len((system_message or "").encode())
+        for start in range(suffixes.index(prompt)):
+            brought = sum(turn.in_prompts.bytes + 2 * (1 + len(turn.input)) for turn in path[start:])
+            assert system_bytes + brought > bytes_max

@@ -55,6 +55,7 @@ MEASURED: dict[str, Callable[[SqliteStore, str], Awaitable[object]]] = {
         f"sess_{n}", at=f"turn_{n}_{TURNS - 1}", copy_id=f"fork-{n}", now=T0
     ),
     "path": lambda store, n: store.read_path(f"sess_{n}", f"turn_{n}_1", bytes_max=None),
+    "measure a path": lambda store, n: store.measure_path(f"sess_{n}", f"turn_{n}_1"),
     "page of 50": lambda store, _: store.list_sessions(limit=50, after=None, status=None, now=T0),
     "page of running": lambda store, _: store.list_sessions(limit=50, after=None, status="running", now=T0),
     "expire 100": lambda store, _: store.delete_expired(now=at(3600 + 100), limit=100),

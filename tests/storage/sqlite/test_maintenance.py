@@ -16,7 +16,7 @@ import trio
 
 from service.errors import SessionExistsError, SessionNotFoundError, StartupError
 from service.models.client import Usage
-from service.storage.records import Item, SessionPatch, TurnRecord, TurnState
+from service.storage.records import Item, LeftOut, SessionPatch, TurnRecord, TurnState
 from service.storage.session_export import ExportedSession, read_exported
 from service.storage.sqlite import SqliteStore, database, maintenance, open_sqlite_store
 from tests.storage.rows import T0, a_session, a_turn, at, contents, ended
@@ -31,7 +31,8 @@ def _a_turn(turn_id: str, *, parent: str | None = None, state: TurnState = "runn
 
 def _ended(turn: TurnRecord, text: str = "é") -> TurnRecord:
     item = Item(id=turn.id.replace("turn_0", "msg_f"), role="assistant", text=text)
-    return msgspec.structs.replace(ended(turn, usage=Usage(input_tokens=1, output_tokens=2)), output=(item,))
+    end = ended(turn, usage=Usage(input_tokens=1, output_tokens=2))
+    return msgspec.structs.replace(end, output=(item,), left_out=LeftOut(3, 40))
 
 
 async def _fill(store: SqliteStore) -> None:
@@ -126,6 +127,7 @@ BROKEN: dict[str, Callable[[Any, Any], object]] = {
     ),
     f"last_seq -1 of turn '{T1}' is not between": lambda _, turns: turns[0]["turn"].update(last_seq=-1),
     f"last_seq 1{'0' * 30} of turn '{T1}' is not between": lambda _, turns: turns[0]["turn"].update(last_seq=10**30),
+    f"left_out.bytes -1 of turn '{T1}' is not between": lambda _, turns: turns[0]["turn"]["left_out"].update(bytes=-1),
     f"output_tokens -1 of turn '{T1}' is not between": lambda _, turns: turns[0]["turn"]["usage"].update(
         output_tokens=-1
     ),

@@ -9,11 +9,12 @@ import tempfile
 from contextlib import closing
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 
 from service.errors import StartupError
-from service.storage.records import SEQ_AFTER_CRASH, SessionPatch
+from service.storage.records import SEQ_AFTER_CRASH, LeftOut, SessionPatch
 from service.storage.sqlite import database, open_sqlite_store
 from service.storage.sqlite.schema import APPLICATION_ID, SCRIPTS
 from tests.storage.rows import T0, a_session, a_turn, all_sessions, at, ended
@@ -41,6 +42,8 @@ async def test_a_database_of_every_version_is_read_and_goes_on(path: Path, versi
         assert (found["s"].title, found["s"].metadata, found["s"].head) == ("é", {"a": "b"}, "t2")
         turn = await store.get_turn("s", "t", now=at(1))
         assert (turn.state, turn.text, turn.last_seq) == ("completed", "Hi", 3)
+        assert turn.left_out == (None if version == 1 else LeftOut(1, 2))
+        assert await store.measure_path("s", "t2") == LeftOut(4, 15)
         assert list(await store.read_events("s", "t")) == [b"1", b"2", b"3"]
         crashed = await store.get_turn("s", "t2", now=at(1))
         assert (crashed.state, crashed.text, crashed.last_seq) == ("interrupted", "Hel", SEQ_AFTER_CRASH)
@@ -106,7 +109,8 @@ async def _make(path: Path) -> None:
         await store.create_session(a_session(), now=T0)
         await store.update_session("s", SessionPatch(title="é", metadata={"a": "b"}), now=T0)
         await store.begin_turn(a_turn(), now=T0)
-        await store.end_turn(ended(a_turn()), events=[b"1", b"2", b"3"], now=T0)
+        end = msgspec.structs.replace(ended(a_turn()), left_out=LeftOut(1, 2))
+        await store.end_turn(end, events=[b"1", b"2", b"3"], now=T0)
         await store.begin_turn(a_turn("t2", parent="t"), now=T0)
         await store.checkpoint_turns([a_checkpoint("t2", "Hel", b"1")])
         await store.create_session(a_session("other"), now=T0)

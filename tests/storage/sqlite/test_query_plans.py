@@ -48,6 +48,7 @@ CALLS: dict[str, Callable[[SqliteStore], Awaitable[object]]] = {
     "get turn": lambda store: store.get_turn("sess_000100", "turn_000100_1", now=T0),
     "events": lambda store: store.read_events("sess_000100", "turn_000100_1"),
     "path": lambda store: store.read_path("sess_000100", "turn_000100_1", bytes_max=None),
+    "measure": lambda store: store.measure_path("sess_000100", "turn_000100_1"),
     "path in pages": lambda store: store.list_path("sess_000100", "turn_000100_1", limit=1, first=None),
     "turns": lambda store: store.list_turns("sess_000100", limit=1, after=None, now=T0),
     "owner": lambda store: store.find_owner("sess_000100"),
