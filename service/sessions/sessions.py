@@ -55,6 +55,7 @@ class Sessions:
 
     Attributes:
         pending_writes: What the store refused, and whether it takes any write.
+        deletions: Deletions under way, and those whose outcome is unknown.
         streams: Open event streams.
         drain: The shutdown's side.
     """
@@ -79,7 +80,14 @@ class Sessions:
         self.drain = Drain(self._active, self.streams, self.proxied_requests)
         self._replays = Replays(store)
         self._forking = trio.Lock()
-        self._deletions = Deletions(nursery, self._active, self.pending_writes)
+        self.deletions = Deletions(
+            nursery,
+            self._active,
+            self.pending_writes,
+            store=store,
+            clock=clock,
+            store_timeout_s=settings.store_timeout_s,
+        )
         self._acceptance = Acceptance(
             nursery,
             self._active,
@@ -178,7 +186,7 @@ class Sessions:
             OwnedElsewhereError: Another process runs turns of this session, and deletes it.
             ShuttingDownError: The service has ended before it.
         """
-        await self._deletions.delete(session_id)
+        await self.deletions.delete(session_id)
 
     async def list_messages(self, session_id: str, *, limit: int, after: str | None = None) -> Page[MessageRecord]:
         """A page of the messages from the root to the head, oldest first.
@@ -309,7 +317,7 @@ class Sessions:
     # Steps of these
 
     def _check_not_deleted(self, session_id: str) -> None:
-        if self._deletions.has_begun(session_id):
+        if self.deletions.has_begun(session_id):
             raise SessionNotFoundError(session_id)
 
     async def _read_turn(self, session_id: str, turn_id: str) -> TurnRecord:

@@ -158,6 +158,11 @@ class MemoryStore:
         self._hide(session.record)
         session.deleted = True
 
+    async def is_marked(self, session_id: str) -> bool:
+        await anyio.lowlevel.checkpoint()
+        session = self._sessions.get(session_id)
+        return session is not None and session.deleted
+
     async def remove_deleted(self, session_id: str) -> None:
         await anyio.lowlevel.checkpoint()
         session = self._sessions.get(session_id)

@@ -105,7 +105,8 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A turn: an input, the reply to it, and its place in the session's tree.
 
     Output items appear with the end; before it a live turn holds them. ``last_seq`` is the seq of
-    its terminal event. ``left_out`` is None where the whole conversation went to the model.
+    its terminal event. ``left_out`` is None where the whole conversation went to the model. ``stored``
+    is no part of what is kept: False where the turn has ended and the store has not taken that end.
     """
 
     id: str
@@ -127,6 +128,7 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage | None = None
     last_seq: int = 0
     left_out: LeftOut | None = None
+    stored: bool = True
 
     @property
     def is_open(self) -> bool:

@@ -40,7 +40,9 @@ class Store(Protocol):
     ``last_accessed_at`` becomes ``now``, ``expires_at`` becomes ``now`` plus its idle timeout.
 
     Every method raises :class:`~service.errors.StoreError` where the store refuses or breaks. Whether
-    such a step has happened is then as unknown as for one that was cancelled.
+    such a step has happened is then as unknown as for one that was cancelled. It may even happen
+    later, but never after a write that the same owner asks for next: the writes of an owner, and
+    :meth:`is_marked`, have an order, so that a later one finds the outcome of an earlier one settled.
     Waiting is the caller's to bound. ``aclose`` flushes and closes; nothing may be called after it.
     """
 
@@ -119,6 +121,14 @@ class Store(Protocol):
         Raises:
             SessionNotFoundError
             OwnedElsewhereError: Its open turns are another owner's that lives, whose the deletion is then.
+        """
+        ...
+
+    async def is_marked(self, session_id: str) -> bool:
+        """Whether a session is marked as deleted by this owner and not removed yet.
+
+        Answered in the order of this owner's writes: a :meth:`mark_deleted` or :meth:`remove_deleted` whose outcome
+        is unknown has happened by then, or never will.
         """
         ...
 

@@ -392,6 +392,18 @@ async def test_removing_takes_marked_sessions_only_and_may_be_repeated(store: St
     assert await store.count_sessions(status=None, now=T0) == 2
 
 
+async def test_a_session_is_marked_from_its_mark_to_its_removal(store: Store) -> None:
+    assert not await store.is_marked("s")
+    await store.create_session(a_session(), now=T0)
+    assert not await store.is_marked("s")
+    await store.mark_deleted("s", now=T0)
+    assert await store.is_marked("s")
+    await store.remove_deleted("s")
+    assert not await store.is_marked("s")
+    await store.create_session(a_session(), now=T0)
+    assert not await store.is_marked("s"), "the id has a new owner"
+
+
 async def test_an_end_after_the_removal_is_no_end(store: Store) -> None:
     await store.create_session(a_session(), now=T0)
     turn = a_turn()

@@ -144,6 +144,13 @@ async def test_recovery_finishes_the_deletions_of_owners_that_are_gone(open_shar
         await living.create_session(a_session("s2"), now=at(1))
 
 
+async def test_a_deletion_is_its_owners_alone(open_shared: OpenStore) -> None:
+    async with open_shared() as there, open_shared() as here:
+        await there.create_session(a_session(), now=T0)
+        await there.mark_deleted("s", now=T0)
+        assert (await there.is_marked("s"), await here.is_marked("s")) == (True, False)
+
+
 async def test_a_session_whose_turns_run_elsewhere_takes_no_turn_here(open_shared: OpenStore) -> None:
     async with open_shared() as there, open_shared() as here:
         await _begin(there, "t")

@@ -235,6 +235,9 @@ class StartTurn(RequestBody, frozen=True, kw_only=True):
 class Turn(msgspec.Struct, frozen=True, kw_only=True):
     """A turn; ``text`` is the reply so far.
 
+    ``"stored": false`` is there only where the turn has ended and the store has not taken that end: it tries again, and
+    after a crash the store's own word counts.
+
     ``{"id": "turn_0a…", "session_id": "sess_6f…", "parent": null, "state": "completed", "reason": null,
     "error": null, "model": "scripted", "input": "Hi", "text": "Hello.", "finish_reason": "stop",
     "usage": {"input_tokens": 1, "output_tokens": 2, "reasoning_tokens": 0}, "left_out": null,
@@ -259,6 +262,13 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
     created_at: datetime
     started_at: datetime | None
     ended_at: datetime | None
+    stored: (
+        Annotated[
+            Literal[False],
+            Meta(description="Only there where the turn has ended and the store has not taken its end yet."),
+        ]
+        | UnsetType
+    ) = UNSET
 
     @classmethod
     def of(cls, record: TurnRecord) -> Self:
@@ -278,6 +288,7 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
             created_at=record.created_at,
             started_at=record.started_at,
             ended_at=record.ended_at,
+            stored=UNSET if record.stored else False,
         )
 
 

@@ -73,6 +73,8 @@ class Acceptance:
                 check_conflict(session, new.on_conflict, queued_turns_max=self._settings.queued_turns_max)
                 self._check_turn_limit()
                 with self._active.arriving():
+                    # What this turn follows on is to be in its prompt, with the end that was told.
+                    await self._pending_writes.settle_ends_of(session_id)
                     while True:
                         try:
                             return await self._accept(session, new)

@@ -1,17 +1,19 @@
-"""Pending writes: ends of turns and last steps of deletions that the store refused, kept until the store takes them.
+"""Pending writes: ends of turns that the store refused, kept until the store takes them.
 
-They are bounded: such an end counts as a live turn, and of such a deletion the id is kept.
+They are bounded: such an end counts as a live turn.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 
+import msgspec
 import structlog
 
 from service.clock import Clock
 from service.errors import SessionLimitError, StoreError
 from service.ids import new_session_id
+from service.sessions.events.events import encode_frame
 from service.sessions.turns.turn import Turn
 from service.storage.records import SessionRecord
 from service.storage.store import Store
@@ -36,9 +38,6 @@ class PendingWrites:
         self._clock = clock
         self._store_timeout_s = store_timeout_s
         self._ends: dict[str, Turn] = {}
-        self._marked: set[str] = set()
-        self._removals: set[str] = set()
-        """Those of them whose removal has begun."""
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -75,25 +74,11 @@ class PendingWrites:
 
     def forget_ends_of(self, session_id: str) -> None:
         """Nobody will ask for them: the session is deleted."""
-        for turn_id in [turn.id for turn in self._ends.values() if turn.session_id == session_id]:
-            del self._ends[turn_id]
+        for turn in self._ends_of(session_id):
+            del self._ends[turn.id]
 
-    # Last steps of deletions
-
-    async def mark(self, session_id: str) -> None:
-        """Mark a session as deleted, once. Raises: SessionNotFoundError, OwnedElsewhereError, StoreError."""
-        if session_id not in self._marked:
-            with self.writing():
-                await self._store.mark_deleted(session_id, now=self._clock())
-            self._marked.add(session_id)
-
-    async def remove(self, session_id: str) -> None:
-        """Remove a marked session; tried again by :meth:`settle` where it does not come to that. Raises: StoreError."""
-        self._removals.add(session_id)
-        with self.writing():
-            await self._store.remove_deleted(session_id)
-        self._removals.discard(session_id)
-        self._marked.discard(session_id)
+    def _ends_of(self, session_id: str) -> list[Turn]:
+        return [turn for turn in self._ends.values() if turn.session_id == session_id]
 
     # Once more
 
@@ -113,23 +98,35 @@ class PendingWrites:
                 await self._store_end(turn)
             except StoreError as error:
                 refusal = error
-            except Exception:
-                logger.exception("storing the end of a turn failed; giving it up", turn_id=turn.id)
-                self._ends.pop(turn.id, None)
-        for session_id in list(self._removals):
-            try:
-                await self.remove(session_id)
-            except StoreError as error:
-                refusal = error
         if self.refusal is not None:
             await self._try_to_write()
         if refusal is not None:
             raise refusal
 
+    async def settle_ends_of(self, session_id: str) -> None:
+        """The same for one session, whose next turn follows on them. Raises: StoreError, with the first refusal."""
+        for turn in self._ends_of(session_id):
+            await self._store_end(turn)
+
     async def _store_end(self, turn: Turn) -> None:
-        events = turn.log.frames(after=turn.stored_seq)
-        with self.writing():
-            await self._store.end_turn(turn.record(), events=events, now=self._clock(), after=turn.stored_seq)
+        """Store an end, or find out that there is nothing to store: the turn never began, or its end is there.
+
+        Whatever was asked of the store before, and not answered in time, has happened by then or never will.
+
+        Raises:
+            StoreError
+        """
+        events = turn.log.frames(after=turn.stored_seq)[:-1]
+        events.append(encode_frame(turn.terminal_event(stored=True)))
+        record = msgspec.structs.replace(turn.record(), stored=True)
+        try:
+            with self.writing():
+                stored = await self._store.end_turn(record, events=events, now=self._clock(), after=turn.stored_seq)
+            turn.stored = turn.stored or stored  # another attempt, at the same time, may have been first
+        except StoreError:
+            raise
+        except Exception:
+            logger.exception("storing the end of a turn failed; giving it up", turn_id=turn.id)
         self._ends.pop(turn.id, None)
 
     async def _try_to_write(self) -> None:

@@ -90,8 +90,13 @@ class Turn:
         return self._record.state == "running"
 
     def record(self) -> TurnRecord:
-        """The turn as it stands, with the reply so far."""
-        return msgspec.structs.replace(self._record, output=self._output(), last_seq=self.log.last_seq)
+        """The turn as it stands, with the reply so far, and whether the store has it so."""
+        return msgspec.structs.replace(
+            self._record,
+            output=self._output(),
+            last_seq=self.log.last_seq,
+            stored=self.stored or not self.ended.is_set(),
+        )
 
     async def wait_ended(self) -> TurnRecord:
         """Wait until the end is kept and told. Cancellation affects the caller alone."""
@@ -267,10 +272,11 @@ class Turn:
         self.ended.set()
 
     def terminal_event(self, *, stored: bool) -> Event:
+        """The event that tells the end: the next one, or the last one of a log that is closed."""
         assert self.end is not None
         return outcome.terminal_event(
             self.end,
-            seq=self.log.last_seq + 1,
+            seq=self.log.last_seq + (0 if self.log.closed else 1),
             text_length=self._reply.length,
             left_out=self._record.left_out,
             stored=stored,

@@ -1,4 +1,4 @@
-"""The recovery loop: brings the store what it refused, and ends the turns of processes that have died.
+"""The recovery loop: brings the store what it refused, settles deletions, ends the turns of processes that have died.
 
 Nothing waits for this loop. An error in it is logged, and the loop goes on.
 """
@@ -36,10 +36,11 @@ async def run_recovery(
 async def mend(sessions: Sessions, *, shared: bool) -> None:
     """Do what can be done now. Raises: StoreError, after having tried everything."""
     refusal: StoreError | None = None
-    try:
-        await sessions.pending_writes.settle()
-    except StoreError as error:
-        refusal = error
+    for settle in (sessions.pending_writes.settle, sessions.deletions.settle):
+        try:
+            await settle()
+        except StoreError as error:
+            refusal = error
     if shared:
         recovered = await sessions.recover()
         if recovered:

@@ -165,6 +165,11 @@ def mark_deleted(db: apsw.Connection, session_id: str, deleter: Ownership, now: 
     db.execute("UPDATE sessions SET deletion = 1, deleter = ? WHERE key = ?", (deleter.fence, kept.key))
 
 
+def is_marked(db: apsw.Connection, session_id: str, fence: int) -> bool:
+    query = "SELECT 1 FROM sessions WHERE id = ? AND deletion = 1 AND deleter = ?"
+    return db.execute(query, (session_id, fence)).fetchone() is not None
+
+
 def remove_deleted(db: apsw.Connection, session_id: str) -> bool:
     """Cut a marked session off; whether there was one."""
     key = db.execute("SELECT key FROM sessions WHERE id = ? AND deletion = 1", (session_id,)).get

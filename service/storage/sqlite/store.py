@@ -135,6 +135,10 @@ class SqliteStore:
     async def mark_deleted(self, session_id: str, *, now: datetime) -> None:
         await self._writing.call(lambda db: sessions.mark_deleted(db, session_id, self._ownership, now))
 
+    async def is_marked(self, session_id: str) -> bool:
+        # Asked of the writer: a mark that is being committed is not to be seen by a reader yet.
+        return await self._writing.call(lambda db: sessions.is_marked(db, session_id, self.fence))
+
     async def remove_deleted(self, session_id: str) -> None:
         if await self._writing.call(lambda db: sessions.remove_deleted(db, session_id)):
             self.writer.removed = True

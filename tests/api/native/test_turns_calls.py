@@ -10,7 +10,7 @@ from quart import request
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from service.api.http.request_body import kept_body
-from service.errors import OwnedElsewhereError
+from service.errors import OwnedElsewhereError, StoreError
 from service.sessions.sessions import Sessions
 from service.sessions.turns.turn import Turn
 from tests.api.inprocess import CAP_S, SSE, Api, leave, open_api
@@ -30,6 +30,37 @@ async def test_a_waiting_call_answers_with_the_finished_turn(autojump_clock: Moc
         assert reply.headers["location"] == f"/sessions/{session_id}/turns/{turn['id']}"
         assert (await api.call("GET", reply.headers["location"])).json == turn
         assert (await api.call("GET", f"/sessions/{session_id}/turns")).json == {"data": [turn], "next": None}
+
+
+async def test_an_end_that_the_store_did_not_take_is_told_as_such_by_every_answer(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_api(model_url=SLOW) as api:
+
+        async def refuse(*_: object, **__: object) -> bool:
+            await trio.lowlevel.checkpoint()
+            raise StoreError("The disk is full.")
+
+        session_id = await api.new_session()
+        path = f"/sessions/{session_id}/turns"
+        with monkeypatch.context() as full:
+            full.setattr(api.service.store, "end_turn", refuse)
+            waiting = (await api.call("POST", path, {"input": "Hi"})).json
+            assert (waiting["state"], waiting["stored"]) == ("completed", False)
+            other = await api.new_session()
+            running = (await api.call("POST", f"/sessions/{other}/turns", {"input": "Hi", "background": True})).json
+            assert "stored" not in running, "its acceptance is kept"
+            cancelled = (await api.call("POST", f"/sessions/{other}/turns/{running['id']}/cancel")).json
+            assert (cancelled["state"], cancelled["stored"]) == ("cancelled", False)
+            assert (await api.call("GET", f"{path}/{waiting['id']}")).json == waiting
+            assert (await api.call("GET", path)).json["data"] == [waiting]
+            replay = (await api.call("GET", f"{path}/{waiting['id']}/events")).events
+            assert replay[-1]["stored"] is False
+        await api.service.sessions.pending_writes.settle()
+        del waiting["stored"]
+        assert (await api.call("GET", f"{path}/{waiting['id']}")).json == waiting
+        assert (await api.call("GET", path)).json["data"] == [waiting]
+        assert "stored" not in (await api.call("GET", f"{path}/{waiting['id']}/events")).events[-1]
 
 
 async def test_a_streaming_call_answers_with_the_events(autojump_clock: MockClock) -> None:

@@ -62,10 +62,11 @@ async def end_turns(stage: Stage, count: int) -> list[str]:
 async def test_refused_acceptances_are_bounded_like_live_turns(autojump_clock: MockClock) -> None:
     store = FullDisk("begin_turn")
     async with open_stage(store, live_turns_max=5) as stage:
-        session = await stage.sessions.create_session(NewSession())
         for _ in range(5):
+            other = await stage.sessions.create_session(NewSession())
             with pytest.raises(StoreError):
-                await start(stage.sessions, session.id)
+                await start(stage.sessions, other.id)
+        session = await stage.sessions.create_session(NewSession())
         with pytest.raises(TurnLimitError):
             await start(stage.sessions, session.id)
         store.refused.clear()
@@ -126,7 +127,8 @@ async def test_deletion_whose_last_step_was_refused_is_finished_later(autojump_c
             await stage.sessions.get_session(session.id)
         store.refused.clear()
         if by == "recovery":
-            await stage.sessions.pending_writes.settle()
+            await mend(stage.sessions, shared=False)
+            await wait_all_tasks_blocked()
         else:
             await stage.sessions.delete_session(session.id)
         await stage.sessions.create_session(NewSession(id="mine"))
@@ -184,7 +186,7 @@ async def test_a_deletion_is_not_finished_by_others_before_its_turns_have_ended(
         stage.puppet.close_s = 5
         nursery.start_soon(stage.sessions.delete_session, "s")
         await wait_all_tasks_blocked()
-        await stage.sessions.pending_writes.settle()
+        await mend(stage.sessions, shared=False)
         assert not turn.ended.is_set()
         with pytest.raises(SessionExistsError):
             await stage.store.create_session(session, now=stage.clock())
