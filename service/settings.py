@@ -238,7 +238,7 @@ class Settings(BaseModel):
     streams_max: Count = 10000
     """Event streams open at once."""
     input_bytes_max: Bytes = 256 * 1024
-    """One turn's input, and a session's system message."""
+    """One turn's input, and a session's system message. At 256 KiB, reading one may hold everything for 10 ms."""
     reply_bytes_max: Bytes = 1024 * 1024
     """One turn's reply."""
     log_bytes_max: LogBytes = 16 * 1024 * 1024

@@ -12,6 +12,7 @@ from service.api.http.cors import allow_origin, preflight_response
 from service.api.http.operations import operation_of
 from service.api.http.problems import NotReadyError, answer_error
 from service.api.http.proxy import forward, is_from_peer
+from service.api.http.query_params import check_query_length
 from service.api.http.request_body import BoundedRequest
 from service.api.http.request_resources import request_resources
 from service.api.http.request_target import fault_of, refuse_target
@@ -86,6 +87,7 @@ async def _answer_elsewhere(error: OwnedElsewhereError) -> TrioResponse:
 def _refuse_query(handler: Callable[..., Any]) -> None:
     """A parameter that would be ignored is a misunderstanding: say so."""
     if operation_of(handler).query is None:
+        check_query_length(request)
         raise InvalidRequestError("This call takes no parameters.", field=next(iter(request.args), None))
 
 

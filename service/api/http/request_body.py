@@ -6,13 +6,16 @@ import trio
 from quart import Request
 from quart_trio.wrappers.request import TrioBody, TrioRequest
 
-from service.api.http.strict_json import InputTooLargeError, check_texts, convert, parse_json
+from service.api.http.strict_json import InputTooLargeError, check_structure, check_texts, convert, parse_json
 from service.api.native.wire import RequestBody
 from service.errors import RefusedError
 from service.settings import Settings
 from service.supervisor import Service
 
 B = TypeVar("B", bound=RequestBody)
+
+_LONG_BYTES = 64 * 1024
+"""A shorter body is read in one step of the event loop."""
 
 _KEPT = "lastcall.body"
 """Where a request's body is kept, in its ASGI scope, for whoever may have to send it on."""
@@ -144,6 +147,9 @@ async def read_body(request: Request, kind: type[B], service: Service) -> B:
             raise BodyTimeoutError
         if service.store.durable:
             cast("dict[str, object]", request.scope)[_KEPT] = raw
+    check_structure(raw)
+    if len(raw) > _LONG_BYTES:
+        await trio.lowlevel.checkpoint()  # each of the two takes some milliseconds for the longest body
     return parse_body(raw, kind, text_bytes_max=service.settings.input_bytes_max)
 
 
@@ -159,7 +165,7 @@ def drop_body(request: Request) -> None:
 
 
 def parse_body(raw: bytes, kind: type[B], *, text_bytes_max: int) -> B:
-    """The synchronous part of :func:`read_body`."""
+    """The last part of :func:`read_body`, in one step of the event loop."""
     body = convert(parse_json(raw), kind)
     for name in kind.__struct_fields__:
         check_texts(getattr(body, name), name, bytes_max=text_bytes_max)

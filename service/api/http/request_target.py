@@ -1,8 +1,8 @@
 """Request targets that no request can be made of: refused before Quart, which would crash on them, sees them.
 
 Quart takes the first character of a path that may be empty (``GET ?x``), splits an absolute URL that may be none
-(``http://[``) and decodes the query, in which HTTP/2 lets any byte pass. Proven by
-``tests/api/http/test_request_target.py``.
+(``http://[``) and decodes the query, in which HTTP/2 lets any byte pass; it encodes the host's name, which may be none
+(``a..b``). Proven by ``tests/api/http/test_request_target.py``.
 """
 
 from typing import Any
@@ -13,6 +13,9 @@ from werkzeug.exceptions import BadRequest, HTTPException, NotFound
 from service.api.http.problems import problem_response
 
 _NEITHER = "The target of this request is neither a path nor a URL."
+_HOST_LENGTH_MAX = 300
+"""A name has at most 253 characters, in front of a port; to look at thousands takes tens of milliseconds."""
+_NO_HOST = "The Host header of this request names no host."
 
 
 def fault_of(scope: dict[str, Any]) -> HTTPException | None:
@@ -28,7 +31,19 @@ def fault_of(scope: dict[str, Any]) -> HTTPException | None:
             path = urlsplit(path).path
         except ValueError:
             return BadRequest(_NEITHER)
+    if not all(map(_names_host, (value for name, value in scope["headers"] if name.lower() == b"host"))):
+        return BadRequest(_NO_HOST)
     return None if path[:1] == "/" != path[1:2] else NotFound()
+
+
+def _names_host(value: bytes) -> bool:
+    if len(value) > _HOST_LENGTH_MAX:
+        return False
+    try:
+        value.decode("latin-1").lower().encode("idna")
+    except UnicodeError:  # a label that is empty, or longer than 63 characters
+        return False
+    return True
 
 
 async def refuse_target(scope: dict[str, Any], send: Any, fault: HTTPException) -> None:

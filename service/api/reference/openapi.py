@@ -84,6 +84,7 @@ class _Schemas:
 
     def __init__(self) -> None:
         self.components: dict[str, Any] = {}
+        self.problem = self.of(Problem)  # once: it is referred to a hundred times, and takes most of the time
 
     def of(self, kind: Any) -> dict[str, Any]:
         (schema,), components = msgspec.json.schema_components([kind], ref_template=_REF)
@@ -185,7 +186,7 @@ def _problems(errors: Iterable[type[LastcallError]], schemas: _Schemas) -> dict[
     for status in sorted(codes):
         problem: dict[str, Any] = {
             "description": " or ".join(codes[status]),
-            "content": {PROBLEM: {"schema": schemas.of(Problem)}},
+            "content": {PROBLEM: {"schema": schemas.problem}},
         }
         if status in (429, 503):
             problem["headers"] = {

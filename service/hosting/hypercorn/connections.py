@@ -11,6 +11,8 @@
   its ``server_names``) closes with that answer, as the answer says. hypercorn keeps it open for ever.
 * What hypercorn cannot parse ends its connection. hypercorn has some bytes end the process, before any access check:
   an ``HTTP2-Settings`` header that is none, a path of HTTP/2 that is not ASCII, more priorities than the limit.
+* Nothing that has come holds the event loop: h11 and h2 work through all that they are given in one go, whatever it is,
+  so they are given little at a time, and a head of either protocol is bounded.
 * A client that does not read cannot hold the server. hypercorn sends under a shield without a deadline, so neither its
   ``graceful_timeout`` nor any other cancellation reaches such a connection; only closing its socket does.
   Proven by ``tests/hosting/hypercorn/test_connections.py``.
@@ -20,12 +22,16 @@ import fcntl
 import os
 import select
 import termios
+import time
 from array import array
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import cast
 
+import h2.connection
 import h2.exceptions
 import h11
+import hpack
 import hypercorn.trio.run
 import structlog
 import trio
@@ -38,6 +44,7 @@ from hypercorn.trio.worker_context import EventWrapper, WorkerContext
 from hypercorn.typing import AppWrapper, ConnectionState, TaskGroup
 
 from service.hosting.hypercorn.asgi_receive import ConnectionTaskGroup, use_receive_queues
+from service.hosting.hypercorn.chunked_request import use_joining_reader
 
 logger = structlog.get_logger("lastcall.connections")
 
@@ -47,6 +54,20 @@ FIRST_REQUEST_S = 0.05
 """How long a connection without a request is kept once the listeners close: a request may be on its way."""
 UNREAD_LOOK_S = 0.005
 CHECKPOINT_BYTES = 4096
+HEAD_BYTES_MAX = 16 * 1024
+"""Of a request's head on HTTP/2, as on HTTP/1 (``h11_max_incomplete_size``): compressed, and as a list of fields.
+
+Source: https://www.rfc-editor.org/rfc/rfc9113#name-defined-settings (``SETTINGS_MAX_HEADER_LIST_SIZE``)
+"""
+HEAD_PIECE_BYTES = 4096
+BODY_PIECE_BYTES = 16 * 1024
+FRAMES_PIECE_BYTES = 512
+"""The frames of HTTP/2 may be of 9 bytes, and each takes some 20 microseconds, or 200 where it begins a request."""
+SIZE_UPDATES_MAX = 2
+"""Source: https://www.rfc-editor.org/rfc/rfc7541#section-4.2"""
+_SIZE_UPDATES = bytes(range(0x20, 0x40))
+STEP_S = 0.002
+"""How long a connection goes on with what has come before others have their turn."""
 LAST_FRAMES_S = 0.5
 """How long HTTP/2 frames may take that wait for the client's window."""
 
@@ -63,6 +84,8 @@ class Connections:
         self._open: set[Connection] = set()
         setattr(hypercorn.trio.run, "TCPServer", self.open)  # noqa: B010
         use_receive_queues()
+        use_joining_reader()
+        bound_http2_heads()
 
     def open(
         self, app: AppWrapper, config: Config, context: WorkerContext, state: ConnectionState, stream: Stream
@@ -104,6 +127,7 @@ class Connection(TCPServer):
         connections: Connections,
         all_open: "set[Connection]",
     ) -> None:
+        config.h2_max_header_list_size = HEAD_BYTES_MAX
         super().__init__(app, config, ConnectionContext(context, self), state, stream)
         self._worker_context = context
         self._connections = connections
@@ -219,12 +243,33 @@ class Connection(TCPServer):
                 data = await self._receive()
             except (trio.ClosedResourceError, trio.BrokenResourceError, trio.TooSlowError):
                 break
-            await self.protocol.handle(RawData(data=bytes(data)))
+            await self._handle_in_pieces(data)
             if isinstance(self.protocol.protocol, H2Protocol):
                 await self._tidy_up(self.protocol.protocol)
         await self.protocol.handle(Closed())
         if self.idle_task._handle is not None:
             await self.idle_task.stop()  # the client has closed: nothing is left to wait for
+
+    async def _handle_in_pieces(self, data: bytes | bytearray) -> None:
+        began_at = time.perf_counter()
+        done = 0
+        while True:
+            piece = bytes(data[done : done + self._piece_bytes])
+            await self.protocol.handle(RawData(data=piece))
+            done += len(piece)
+            if done == len(data) or self._socket.fileno() < 0:
+                return
+            if time.perf_counter() - began_at > STEP_S:
+                await trio.lowlevel.checkpoint()
+                began_at = time.perf_counter()
+
+    @property
+    def _piece_bytes(self) -> int:
+        """How much of what has come its parser is to be given next."""
+        protocol = self.protocol.protocol
+        if isinstance(protocol, H2Protocol):
+            return FRAMES_PIECE_BYTES
+        return BODY_PIECE_BYTES if protocol.connection.their_state is h11.SEND_BODY else HEAD_PIECE_BYTES
 
     async def _tidy_up(self, protocol: H2Protocol) -> None:
         """Let go of streams that the client has reset, and be idle without a stream."""
@@ -289,6 +334,26 @@ class Connection(TCPServer):
         with suppress(OSError):  # it is closed
             fcntl.ioctl(self._socket.fileno(), termios.FIONREAD, unread)
         return unread[0] > 0
+
+
+class BoundedDecoder(hpack.Decoder):
+    """h2's decoder of heads, with a bound on what it is to work through: hpack has one on the outcome alone.
+
+    Proven by ``tests/hosting/hypercorn/test_event_loop.py``.
+    """
+
+    def decode(self, data: bytes, raw: bool = False) -> Iterable[hpack.HeaderTuple]:
+        if len(data) > HEAD_BYTES_MAX:
+            raise hpack.OversizedHeaderListError(f"A head may have {HEAD_BYTES_MAX} bytes.")
+        if len(data) - len(data.lstrip(_SIZE_UPDATES)) > SIZE_UPDATES_MAX:
+            raise hpack.HPACKDecodingError("A head has more table size updates than it may have.")
+        return super().decode(data, raw)
+
+
+def bound_http2_heads() -> None:
+    """Have h2 refuse larger heads from now on: it takes them of 64 KiB, and hypercorn's setting does not change it."""
+    setattr(h2.connection.H2Connection, "DEFAULT_MAX_HEADER_LIST_SIZE", HEAD_BYTES_MAX)  # noqa: B010
+    setattr(h2.connection, "Decoder", BoundedDecoder)  # noqa: B010
 
 
 def socket_of(stream: Stream) -> trio.socket.SocketType:

@@ -1,14 +1,22 @@
 """Bodies are taken strictly, and what is wrong with one is named."""
 
 import json
+import time
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
+from service.api.http import strict_json
 from service.api.http.request_body import BoundedBody, body_bytes_max, parse_body
-from service.api.http.strict_json import InputTooLargeError, MalformedBodyError, parse_json
+from service.api.http.strict_json import (
+    STRUCTURE_MAX,
+    InputTooLargeError,
+    MalformedBodyError,
+    check_structure,
+    parse_json,
+)
 from service.api.native.wire import (
     Chat,
     CreateSession,
@@ -21,6 +29,7 @@ from service.api.native.wire import (
 )
 from service.errors import InvalidRequestError
 from service.settings import Settings
+from tests.longest_step import STEP_MAX_S
 
 
 def parse(raw: bytes | str, kind: Any = StartTurn, *, text_bytes_max: int = 1024) -> Any:
@@ -44,7 +53,8 @@ def parse(raw: bytes | str, kind: Any = StartTurn, *, text_bytes_max: int = 1024
         b'{"input": "a\0b"}',
         b"{'input': 'a'}",
         b'{"input": "a",}',
-        b'{"max_output_tokens": ' + b"1" * 5000 + b"}",
+        b'{"max_output_tokens": ' + b"1" * 401 + b"}",
+        b'{"max_output_tokens": -' + b"1" * 5000 + b"}",
         b"[" * 100_000,
         b'{"a":' * 100_000,
         b'{"metadata": {"a": "1", "a": "2"}}',
@@ -164,6 +174,85 @@ def test_a_repeated_key_at_any_depth_is_malformed() -> None:
     for depth in (100, 400, 900, 990, 100_000):
         with pytest.raises(MalformedBodyError):
             parse_json(b'{"a":' * depth + b'{"b": 1, "b": 1}' + b"}" * depth)
+
+
+def structure_of(raw: str) -> int:
+    """Brackets that open, commas and colons outside of texts, counted one character after the other."""
+    in_text = escaped = False
+    count = 0
+    for character in raw:
+        if in_text:
+            in_text, escaped = escaped or character != '"', not escaped and character == "\\"
+        else:
+            in_text = character == '"'
+            count += character in "[{,:"
+    return count
+
+
+STRUCTURED = st.recursive(
+    st.none() | st.integers() | st.text(st.sampled_from('"\\[{,:a\né'), max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text('\\",:{'), inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@given(STRUCTURED, st.integers(1, 40), st.booleans())
+def test_a_body_has_as_many_values_as_it_has_outside_of_its_texts(value: object, bound: int, as_ascii: bool) -> None:
+    raw = json.dumps(value, ensure_ascii=as_ascii)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(strict_json, "STRUCTURE_MAX", bound)
+        try:
+            check_structure(raw.encode())
+        except InputTooLargeError:
+            assert structure_of(raw) > bound
+        else:
+            assert structure_of(raw) <= bound
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        "[" * (STRUCTURE_MAX + 1),
+        "[" + "0," * STRUCTURE_MAX + "0]",
+        '{"metadata": {' + ",".join(f'"{n}": ""' for n in range(STRUCTURE_MAX // 2 + 1)) + "}}",
+        '"' * 3 * STRUCTURE_MAX + "," * STRUCTURE_MAX + "[",
+    ],
+)
+def test_a_body_of_very_many_values_is_too_large(raw: str) -> None:
+    with pytest.raises(InputTooLargeError, match=f"{STRUCTURE_MAX}"):
+        check_structure(raw.encode())
+
+
+def test_a_text_may_have_any_number_of_brackets_commas_colons_and_quotes() -> None:
+    text = '[{,:"\\' * STRUCTURE_MAX
+    raw = json.dumps({"input": text}).encode()
+    check_structure(raw)
+    assert parse(raw, text_bytes_max=len(text)).input == text
+
+
+FRAGMENTS = ["[", "]", "{", "}", ",", ":", '"', "\\", "\\u0041", "\\ud83d", "0", "9" * 300, "1e5", "-", ".5", " ", "\n",
+             "null", '"a":', '"a":0,', '"",', "\x00", "é", "\N{GRINNING FACE}"]  # fmt: skip
+
+
+@given(st.lists(st.sampled_from(FRAGMENTS), min_size=1, max_size=5).map("".join), st.booleans())
+@example("\\n\N{GRINNING FACE}", True)
+@example('"a":0,', False)
+def test_no_body_takes_long_to_read_whatever_it_is_made_of(fragment: str, in_text: bool) -> None:
+    before, after = ('{"input":"', '"}') if in_text else ('{"input":[', "]}")
+    room = body_bytes_max(Settings()) - 100
+    raw = (before + fragment * (room // len(fragment.encode())) + after).encode()
+    for step in (check_structure, parse):
+        took_s: list[float] = []
+        while not took_s or (min(took_s) > STEP_MAX_S and len(took_s) < 3):
+            began_at = time.thread_time()
+            try:
+                step(raw)
+            except InputTooLargeError:
+                return
+            except InvalidRequestError:
+                pass
+            took_s.append(time.thread_time() - began_at)
+        assert min(took_s) <= STEP_MAX_S
 
 
 def test_everything_at_its_bound_is_taken() -> None:

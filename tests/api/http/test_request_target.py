@@ -32,6 +32,32 @@ async def test_targets_that_are_none_are_refused_and_the_others_are_not() -> Non
     assert got == expected
 
 
+async def get(port: int, target: str, host: str) -> bytes:
+    async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+        await stream.send_all(f"GET {target} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n".encode())
+        return await read_to_end(stream)
+
+
+async def test_a_host_that_is_none_is_refused() -> None:
+    expected = dict.fromkeys(("a..b", "a" * 64, "a." * 151, ".", "xn--" + "a" * 60), b"400")
+    expected |= dict.fromkeys(("a", "a" * 63, "a.b:80", "[::", "é", ""), b"403")
+    expected |= dict.fromkeys(("localhost", "LOCALHOST:1", "127.0.0.1:", "[::1]:80"), b"200")
+    with trio.fail_after(CAP_S):
+        async with serving(Settings(store_url="memory:")) as server:
+            got = {host: (await get(server.port, "/sessions", host)).split()[1] for host in expected}
+    assert got == expected
+
+
+async def test_a_long_query_string_is_refused_before_it_is_taken_apart() -> None:
+    expected = {f"{path}?{'a' * length}": b"422" for path in ("/sessions", "/sessions/a") for length in (4096, 4097)}
+    with trio.fail_after(CAP_S):
+        async with serving(Settings(store_url="memory:")) as server:
+            for target in expected:
+                reply = await get(server.port, target, "localhost")
+                assert reply.split()[1] == b"422"
+                assert (b"at most 4096 are taken" in reply) is target.endswith("a" * 4097)
+
+
 HTTP: dict[str, Any] = {
     "type": "http", "method": "GET", "scheme": "http", "http_version": "2", "path": "/healthz",
     "raw_path": b"/healthz", "query_string": b"", "root_path": "", "headers": [(b"host", b"localhost")],
