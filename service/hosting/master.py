@@ -1,13 +1,19 @@
-"""hypercorn's master, mended: it returns what its workers return, and replaces one that was killed.
+"""hypercorn's master, mended: it returns what its workers return, and one worker's end does not end the others.
 
 hypercorn 0.18 returns 0 whatever its workers do, because it joins an emptied list, and stops everything when one
 worker of several is killed. Source: https://github.com/pgjones/hypercorn/issues/269. Proven by
 ``tests/hosting/test_master.py``.
 
+A worker that was killed is replaced. A start that is refused ends the service as long as no worker has served: its
+settings, its address or its store are wrong. Once a worker has served, the fault may pass (another process holds the
+store's lock, the disk is full, a file of settings is being edited): the start is tried again after a pause, and the
+other workers serve on.
+
 Runs where hypercorn's command line reads :mod:`service.hosting.hypercorn_config`: in the master, nowhere else.
 """
 
 import atexit
+import os
 import signal
 import sys
 import time
@@ -17,7 +23,8 @@ from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
-from multiprocessing.synchronize import Event
+from multiprocessing.synchronize import Event, Semaphore
+from socket import socket
 from typing import NoReturn
 
 import hypercorn.__main__
@@ -26,9 +33,12 @@ from hypercorn.config import Config, Sockets
 from hypercorn.typing import WorkerFunc
 
 from service.errors import StartupError
+from service.hosting.hypercorn.worker import share_serving_count
+from service.hosting.listeners.worker_status import WorkerStatus, statuses_of_others
 from service.hosting.peer_listener import check_sharing
 from service.hosting.process.process_exit import ExitCode, leave, refuse_to_start, say
 from service.hosting.serve import take_addresses
+from service.hosting.start_pause import StartPause
 from service.settings import Settings, load_settings
 
 REPLACEMENTS_MAX = 5
@@ -85,6 +95,12 @@ class Workers:
 
     def __init__(self, *, stop_timeout_s: float) -> None:
         self._stop_timeout_s = stop_timeout_s
+        self._has_served = False
+        self._pause = StartPause()
+        self._start_is_due = False
+        self._serving_count: Semaphore | None = None
+        self._sockets: Sequence[socket] = ()
+        self._workers_wanted = 0
         self._died_at: deque[float] = deque(maxlen=REPLACEMENTS_MAX)
         self._started_at: dict[int | None, float] = {}
         self._ended_at_once = 0
@@ -104,8 +120,15 @@ class Workers:
         stop_event: Event,
         context: BaseContext,
     ) -> None:
-        """Start as many as are missing."""
+        """Start as many as are missing, unless a pause runs or the service stops."""
         self._stop_event = stop_event
+        self._start_is_due = len(processes) < config.workers
+        if self._start_is_due and (self._pause.is_running or stop_event.is_set()):
+            return
+        self._start_is_due = False
+        self._serving_count = share_serving_count(config, context)
+        self._workers_wanted = config.workers
+        self._sockets = [*sockets.secure_sockets, *sockets.insecure_sockets]
         self._few_requests = config.max_requests is not None
         vars(stop_event).pop("clear", None)  # workers get a copy of the event, and not this of it
         self._start(processes, config, worker_func, sockets, stop_event, context)
@@ -141,29 +164,75 @@ class Workers:
             signal.signal(signal.SIGALRM, before)
 
     def wait(self, sentinels: Iterable[int], timeout: float | None = None) -> Sequence[object]:
-        """Return when a worker has ended, or when all are to be stopped: a worker that hangs cannot end first."""
+        """Return when a worker has ended, or when all are to be stopped: a worker that hangs cannot end first.
+
+        During a pause this returns every now and then, for hypercorn to look whether it is to stop. With ``--reload``
+        hypercorn gives a timeout, and starts workers only once this returns something.
+        """
         waited_for = list(sentinels)
-        while not (ended := wait(waited_for, STOP_LOOK_S if timeout is None else timeout)):
+        while True:
+            ended = wait(waited_for, STOP_LOOK_S if timeout is None else timeout)
+            if ended:
+                return ended
+            if self._start_is_due:
+                return [] if self._pause.is_running else [self._pause]
             if timeout is not None or (self._stop_event is not None and self._stop_event.is_set()):
-                break
-        return ended
+                return []
 
     def join_exited(self, processes: list[BaseProcess]) -> int:
         """Take those that have ended off the list; it is empty when this returns anything but 0."""
         assert self._stop_event is not None
+        self._count_serving()
         stopping = self._stop_event.is_set()
         exited = _take_exited(processes)
         for process in exited:
             code = _exit_code(process)
-            if stopping or not self._may_replace(process, code):
-                self._code = self._code or code
+            if not stopping and self._may_try_again(code):
+                self._try_again_later(f"worker {process.pid} could not start (code {code})")
+            elif stopping or not self._may_replace(process, code):
+                self._note_code(code)
         if not stopping and self._end_at_once(exited):
-            say(f"workers end at once, {self._ended_at_once} times in a row, giving up")
-            self._code = self._code or ExitCode.REFUSED
+            what = f"workers end at once, {self._ended_at_once} times in a row"
+            if self._has_served:
+                self._try_again_later(what)
+            else:
+                say(f"{what}, giving up")
+                self._note_code(ExitCode.REFUSED)
         if stopping or self._code:
             self._stop_event.set()
             self._join_all(processes)
         return self._code
+
+    def _count_serving(self) -> None:
+        """See whether workers have come to serve since this was last called."""
+        while self._serving_count is not None and self._serving_count.acquire(block=False):
+            self._has_served = True
+            self._pause.forget_refusals()
+
+    def _may_try_again(self, code: int) -> bool:
+        """Whether a worker that has ended with this code could not start, and the next one perhaps can."""
+        return self._has_served and 0 < code < 128 and code not in (*DIED, ExitCode.CRASHED)
+
+    def _try_again_later(self, what: str) -> None:
+        """Begin a pause and say so. Several workers that are refused together begin one pause."""
+        if self._pause.is_running:
+            return
+        pause_s = self._pause.begin()
+        serving = list(statuses_of_others(self._sockets, parent=os.getpid())).count(WorkerStatus.SERVING)
+        meanwhile = (
+            f"{serving} of {self._workers_wanted} workers serve on"
+            if serving
+            else "no worker serves until then, and clients wait"
+        )
+        say(f"{what}; the next start is tried in {pause_s:g} s, {meanwhile}")
+
+    def _note_code(self, code: int) -> None:
+        """Return this code in the end, if it is the first that is not 0.
+
+        A start that is refused while the service stops is no fault of the stop, once a worker has served.
+        """
+        if not (self._has_served and code == ExitCode.REFUSED):
+            self._code = self._code or code
 
     def _may_replace(self, process: BaseProcess, code: int) -> bool:
         if code == 0:
@@ -195,6 +264,7 @@ class Workers:
         assert self._stop_event is not None
         type(self._stop_event).clear(self._stop_event)
         self._reloaded = True
+        self._pause.end()
 
     def _join_all(self, processes: list[BaseProcess]) -> None:
         deadline = time.monotonic() + self._stop_timeout_s
@@ -208,7 +278,8 @@ class Workers:
                     process.kill()
                     process.join()
             codes = [_exit_code(process) for process in _take_exited(processes)]
-            self._code = self._code or (ExitCode.WATCHDOG if late else next(filter(None, codes), 0))
+            for code in [ExitCode.WATCHDOG] if late else codes:
+                self._note_code(code)
 
 
 def _take_exited(processes: list[BaseProcess]) -> list[BaseProcess]:

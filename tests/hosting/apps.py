@@ -35,6 +35,15 @@ async def refusing_in_bytes(*args: Any, **options: Any) -> AsyncIterator[Service
     yield
 
 
+@asynccontextmanager
+async def refusing_at_times(*args: Any, **options: Any) -> AsyncIterator[Service]:
+    """Refuses to start as long as the file named by REFUSE is there."""
+    if await trio.Path(os.environ["REFUSE"]).exists():
+        raise StartupError("the disk is full")
+    async with open_service(*args, **options) as service:
+        yield service
+
+
 def without_threads() -> Any:
     """To be called: from then on no thread can be started, as where a limit on processes is reached."""
 

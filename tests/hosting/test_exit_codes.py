@@ -258,6 +258,52 @@ async def test_workers_that_are_killed_again_and_again_end_the_service_with_137(
     assert "Traceback" not in server.log()
 
 
+@pytest.mark.parametrize("host", BARE[1:3])
+async def test_a_refused_start_ends_the_service_of_bare_hypercorn_with_0(tmp_path: Path, host: str) -> None:
+    trigger = tmp_path / "refuse"
+    async with open_host(tmp_path, host, broken="refusing_at_times", REFUSE=trigger) as server:
+        trigger.touch()
+        os.kill(server.workers()[0], signal.SIGTERM)
+        with trio.fail_after(CAP_S):
+            gone = await server.wait_gone()
+    assert gone.exit_code in as_hypercorn_returns(host, 78)
+
+
+@pytest.mark.parametrize("host", CONFIGURED[1:3])
+async def test_a_refused_start_is_tried_again_with_our_config_once_something_has_served(
+    tmp_path: Path, host: str
+) -> None:
+    trigger = tmp_path / "refuse"
+    async with open_host(tmp_path, host, broken="refusing_at_times", REFUSE=trigger) as server:
+        before = server.workers()
+        await served(server, len(before))
+        trigger.touch()
+        os.kill(before[0], signal.SIGKILL)
+        with trio.fail_after(CAP_S):
+            await server.wait_logged("the next start is tried in 1 s")
+            assert set(server.workers()) == set(before[1:])
+            trigger.unlink()
+            await served(server, len(before) + 1)
+        gone = await stop(server)
+    assert gone.exit_code == 0
+    assert "lastcall: the disk is full\n" in server.log()
+    assert "Traceback" not in server.log()
+
+
+@pytest.mark.parametrize("host", CONFIGURED[1:3])
+async def test_a_stop_while_no_start_succeeds_is_0(tmp_path: Path, host: str) -> None:
+    trigger = tmp_path / "refuse"
+    async with open_host(tmp_path, host, broken="refusing_at_times", REFUSE=trigger) as server:
+        await served(server, len(server.workers()))
+        trigger.touch()
+        server.signal_main(signal.SIGHUP)
+        with trio.fail_after(CAP_S):
+            await server.wait_logged("the next start is tried in 1 s")
+        gone = await stop(server)
+    assert gone.exit_code == 0
+    assert "no worker serves until then, and clients wait" in server.log()
+
+
 @pytest.mark.parametrize("host", [SERVE, "hypercorn-0", "configured-0"])
 async def test_a_killed_single_process_is_minus_9(tmp_path: Path, host: str) -> None:
     async with open_host(tmp_path, host) as server:

@@ -12,10 +12,13 @@ from typing import Any, cast
 
 import hypercorn.run
 import pytest
-from hypercorn.config import Config
+from hypercorn.config import Config, Sockets
 
-from service.hosting.master import AT_ONCE_MAX, DIED, REPLACEMENTS_MAX, REPLACEMENTS_WITHIN_S, Workers
-from service.hosting.process.process_exit import say
+from service.hosting import master, start_pause
+from service.hosting.hypercorn.worker import Worker
+from service.hosting.master import AT_ONCE_MAX, AT_ONCE_S, DIED, REPLACEMENTS_MAX, REPLACEMENTS_WITHIN_S, Workers
+from service.hosting.process.process_exit import ExitCode, say
+from service.hosting.start_pause import FIRST_S, MAX_S
 
 
 def test_hypercorn_still_takes_these_names_from_its_module() -> None:
@@ -30,11 +33,21 @@ def living() -> BaseProcess:
     return ended(cast("int", None))
 
 
+FORK = multiprocessing.get_context("fork")
+
+
 @pytest.fixture
 def workers() -> Workers:
     made = Workers(stop_timeout_s=0)
-    made._stop_event = multiprocessing.get_context("fork").Event()
+    made._stop_event = FORK.Event()
     return made
+
+
+def populate(workers: Workers, processes: list[BaseProcess], config: Config | None = None) -> None:
+    """As hypercorn calls it, once a round."""
+    workers.populate(
+        processes, config or Config(), cast("Any", None), Sockets([], [], []), stop_event_of(workers), FORK
+    )
 
 
 def join(workers: Workers, exit_code: int) -> int:
@@ -88,7 +101,7 @@ def start_and_end(workers: Workers, *, max_requests: int | None = None) -> int:
     config = Config.from_mapping(max_requests=max_requests)
     workers._start = lambda processes, *_: processes.append(ended(0))
     processes: list[BaseProcess] = []
-    workers.populate(processes, config, cast("Any", None), cast("Any", None), stop_event_of(workers), cast("Any", None))
+    populate(workers, processes, config)
     return workers.join_exited(processes)
 
 
@@ -129,10 +142,176 @@ def test_only_ends_at_once_in_a_row_count(workers: Workers, monkeypatch: pytest.
         assert join(workers, 0) == 0  # this one was started long ago
 
 
+class Rounds:
+    """hypercorn's loop over its workers, as ``hypercorn.run.run`` has it, on a clock that is set by hand."""
+
+    def __init__(self, workers: Workers, monkeypatch: pytest.MonkeyPatch, *, count: int) -> None:
+        self.now = 1000.0
+        self.started = 0
+        self.processes: list[BaseProcess] = []
+        self._workers = workers
+        self._config = Config.from_mapping(workers=count)
+        clock = SimpleNamespace(monotonic=lambda: self.now)
+        monkeypatch.setattr(master, "time", clock)
+        monkeypatch.setattr(start_pause, "time", clock)
+        workers._start = cast("Any", self._start)
+        self.begin()
+
+    def _start(self, processes: list[BaseProcess], *_: object) -> None:
+        missing = self._config.workers - len(processes)
+        self.started += missing
+        processes += [living() for _ in range(missing)]
+
+    def begin(self) -> int:
+        """A round begins; how many workers it starts."""
+        before = self.started
+        populate(self._workers, self.processes, self._config)
+        return self.started - before
+
+    def serve(self) -> None:
+        """A worker comes to serve, as it tells it."""
+        cast("Any", Worker).tell_serving(SimpleNamespace(config=self._config))
+
+    def end(self, exit_code: int) -> int:
+        """A worker ends after a while; what hypercorn is told of the round."""
+        self.now += AT_ONCE_S + 1
+        cast("SimpleNamespace", self.processes[0]).exitcode = exit_code
+        return self._workers.join_exited(self.processes)
+
+    def waits(self, for_s: float) -> bool:
+        """Whether the next start is so far off, and no farther."""
+        self.now += for_s - 0.01
+        too_early = self.begin()
+        self.now += 0.02
+        return not too_early and self.begin() > 0
+
+
+REFUSED = ExitCode.REFUSED
+
+
+@pytest.mark.parametrize("exit_code", [1, REFUSED])
+def test_once_something_has_served_a_refused_start_is_tried_again_after_a_pause(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], exit_code: int
+) -> None:
+    rounds = Rounds(workers, monkeypatch, count=2)
+    rounds.serve()
+    assert rounds.end(-9) == 0
+    assert rounds.begin() == 1
+    assert rounds.end(exit_code) == 0
+    assert len(rounds.processes) == 1
+    assert rounds.waits(FIRST_S)
+    assert not stop_event_of(workers).is_set()
+    said = capfd.readouterr().err
+    assert f"could not start (code {exit_code:d}); the next start is tried in 1 s" in said
+
+
+def test_what_a_crash_tells_ends_the_service_however_long_it_has_served(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds = Rounds(workers, monkeypatch, count=2)
+    rounds.serve()
+    monkeypatch.setattr(workers, "_join_all", list[BaseProcess].clear)
+    assert rounds.end(ExitCode.CRASHED) == ExitCode.CRASHED
+    assert stop_event_of(workers).is_set()
+
+
+def test_pauses_grow_up_to_a_bound_until_a_worker_serves(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = Rounds(workers, monkeypatch, count=1)
+    rounds.serve()
+    for pause_s in (1, 2, 4, 8, 16, MAX_S, MAX_S):
+        assert rounds.end(REFUSED) == 0
+        assert rounds.waits(pause_s)
+    rounds.serve()
+    assert rounds.end(REFUSED) == 0
+    assert rounds.waits(FIRST_S)
+
+
+def test_workers_that_are_refused_together_begin_one_pause_and_one_line(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rounds = Rounds(workers, monkeypatch, count=4)
+    rounds.serve()
+    for process in rounds.processes:
+        cast("SimpleNamespace", process).exitcode = REFUSED
+    assert workers.join_exited(rounds.processes) == 0
+    assert rounds.processes == []
+    assert rounds.waits(FIRST_S)
+    assert rounds.started == 8
+    assert capfd.readouterr().err.count("could not start") == 1
+
+
+def test_a_reload_ends_the_pause(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operator has mended it."""
+    rounds = Rounds(workers, monkeypatch, count=1)
+    rounds.serve()
+    for _ in range(2):
+        assert rounds.end(REFUSED) == 0
+        assert rounds.begin() == 0
+        stop_event_of(workers).set()
+        stop_event_of(workers).clear()
+        assert rounds.begin() == 1
+
+
+def test_a_stop_during_the_pause_starts_nothing_and_returns_0(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds = Rounds(workers, monkeypatch, count=1)
+    rounds.serve()
+    assert rounds.end(REFUSED) == 0
+    stop_event_of(workers).set()
+    rounds.now += 2 * FIRST_S
+    assert rounds.begin() == 0
+    workers.wait([])
+    assert workers.join_exited(rounds.processes) == 0
+
+
+def test_a_start_that_is_refused_during_the_stop_does_not_change_its_code(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds = Rounds(workers, monkeypatch, count=1)
+    rounds.serve()
+    stop_event_of(workers).set()
+    assert rounds.end(REFUSED) == 0
+    rounds.processes = [ended(ExitCode.FAULTS)]
+    assert workers.join_exited(rounds.processes) == ExitCode.FAULTS
+
+
+def test_workers_that_end_at_once_are_slowed_down_once_something_has_served(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rounds = Rounds(workers, monkeypatch, count=1)
+    rounds.serve()
+    assert rounds.end(0) == 0
+    for _ in range(AT_ONCE_MAX):
+        assert rounds.begin() == 1
+        rounds.now -= AT_ONCE_S + 1
+        assert rounds.end(0) == 0
+    assert rounds.begin() == 1
+    rounds.now -= AT_ONCE_S + 1
+    assert rounds.end(0) == 0
+    assert rounds.waits(FIRST_S)
+    assert "workers end at once, 11 times in a row; the next start is tried in 1 s" in capfd.readouterr().err
+
+
+def test_the_reloader_is_told_when_the_pause_is_over(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """hypercorn's ``--reload`` waits with a timeout, and starts workers only once that has given something."""
+    rounds = Rounds(workers, monkeypatch, count=1)
+    rounds.serve()
+    assert rounds.end(REFUSED) == 0
+    assert rounds.begin() == 0
+    assert workers.wait([], 0) == []
+    rounds.now += FIRST_S
+    assert workers.wait([], 0) != []
+
+
+def test_a_worker_of_a_master_that_is_not_ours_tells_nobody() -> None:
+    cast("Any", Worker).tell_serving(SimpleNamespace(config=Config()))
+
+
 def test_a_stop_that_may_take_a_year_is_waited_for(workers: Workers) -> None:
     """poll(2) takes no more than 24 days at once."""
     workers._stop_timeout_s = 366 * 86_400
-    with closing(multiprocessing.get_context("fork").Process(target=time.sleep, args=(0.2,))) as process:
+    with closing(FORK.Process(target=time.sleep, args=(0.2,))) as process:
         process.start()
         stop_event_of(workers).set()
         assert workers.join_exited([ended(0), process]) == 0
@@ -142,7 +321,7 @@ def test_a_stop_that_may_take_a_year_is_waited_for(workers: Workers) -> None:
 def test_a_worker_that_cannot_run_holds_up_a_reload_for_its_time_and_no_longer(workers: Workers) -> None:
     """hypercorn joins it in the handler of SIGHUP, where no SIGTERM would end it."""
     workers._stop_timeout_s = 0.1
-    with closing(multiprocessing.get_context("fork").Process(target=time.sleep, args=(1000,))) as process:
+    with closing(FORK.Process(target=time.sleep, args=(1000,))) as process:
 
         def start(processes: list[BaseProcess], *_: object) -> None:
             process.start()
@@ -150,8 +329,7 @@ def test_a_worker_that_cannot_run_holds_up_a_reload_for_its_time_and_no_longer(w
             processes.append(process)
 
         workers._start = cast("Any", start)
-        nothing = cast("Any", None)
-        workers.populate([], Config(), nothing, nothing, stop_event_of(workers), nothing)
+        populate(workers, [])
         process.join()
         assert process.exitcode == -signal.SIGKILL
 

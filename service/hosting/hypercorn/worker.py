@@ -9,7 +9,9 @@ import os
 import threading
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing.context import BaseContext
 from multiprocessing.synchronize import Event as MasterEvent
+from multiprocessing.synchronize import Semaphore
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -23,6 +25,8 @@ from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import AppWrapper
 
 from service.errors import StartupError
+
+_SERVING_COUNT = "lastcall_serving_count"
 
 
 @dataclass(frozen=True)
@@ -89,11 +93,28 @@ class Worker:
         """What its master listens on; None without one, where hypercorn listens only once the lifespan has begun."""
         return self._frame.f_locals.get("sockets") if self.master is not None else None
 
+    def tell_serving(self) -> None:
+        """Tell our master, if it is ours, that this worker serves. Never waits."""
+        count: Semaphore | None = getattr(self.config, _SERVING_COUNT, None)
+        if count is not None:
+            count.release()
+
     def _local(self, name: str, kind: type) -> Any:
         value = self._frame.f_locals.get(name)
         if not isinstance(value, kind):
             raise StartupError(f"This hypercorn is not the one that Lastcall knows: worker_serve has no {name}.")
         return value
+
+
+def share_serving_count(config: Config, context: BaseContext) -> Semaphore:
+    """What workers count up in :meth:`Worker.tell_serving`: in the master, before it starts the first of them.
+
+    A semaphore, because one that is killed at any moment leaves it usable.
+    """
+    if not hasattr(config, _SERVING_COUNT):
+        setattr(config, _SERVING_COUNT, context.Semaphore(0))
+    count: Semaphore = getattr(config, _SERVING_COUNT)
+    return count
 
 
 def find_worker() -> Worker | None:
