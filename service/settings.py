@@ -5,6 +5,7 @@ default; and it names every name and value that is wrong at once, each with the 
 fit together is looked for once each of them is right.
 """
 
+import codecs
 import os
 import re
 import tomllib
@@ -31,6 +32,7 @@ from pydantic import ValidationError as InvalidSettings
 from pydantic_core import ErrorDetails
 
 from service.errors import SettingsError
+from service.service_links import made_by_links
 
 ENV_PREFIX = "LASTCALL_"
 CONFIG_FILE = "lastcall.toml"
@@ -391,6 +393,7 @@ def read_sources(environ: Mapping[str, str] | None = None, /, **overrides: str) 
     """Collect what the file, the environment and the command line say, each over the one before.
 
     An empty variable counts as not set. Space around a value is no part of it: what comes out of a file has a line end.
+    Variables that others make of their names are passed over (:func:`passed_over`).
 
     Raises:
         SettingsError: The file cannot be read or is not TOML.
@@ -401,8 +404,9 @@ def read_sources(environ: Mapping[str, str] | None = None, /, **overrides: str) 
     sources = Sources(Path(file))
     for name, value in _read_file(sources.file, must_exist=bool(named)).items():
         sources.add(file, name, value)
+    not_ours = {CONFIG_FILE_VARIABLE, *passed_over(environ)}
     for variable in sorted(environ):
-        if variable.startswith(ENV_PREFIX) and variable != CONFIG_FILE_VARIABLE and environ[variable]:
+        if variable.startswith(ENV_PREFIX) and variable not in not_ours and environ[variable]:
             spelt = variable.encode(errors="backslashreplace").decode()  # whatever it is, it is to be told
             name = spelt.removeprefix(ENV_PREFIX)
             name = name.lower() if name == name.upper() else spelt  # lastcall_bind and LASTCALL_bind are not read
@@ -412,18 +416,28 @@ def read_sources(environ: Mapping[str, str] | None = None, /, **overrides: str) 
     return sources
 
 
+def passed_over(environ: Mapping[str, str] | None = None, /) -> list[str]:
+    """Variables that look like ours, and that Kubernetes or Docker have made of the name of a service: no settings."""
+    made = made_by_links(os.environ if environ is None else environ, ENV_PREFIX)
+    return sorted(it for it in made if it.removeprefix(ENV_PREFIX).lower() not in Settings.model_fields)
+
+
 def _read_file(path: Path, *, must_exist: bool) -> dict[str, object]:
     try:
         if not S_ISREG(path.stat().st_mode):  # one that somebody is to write to would be waited for
             raise SettingsError(f"{path} cannot be read: it is not a regular file")
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a BOM
     except FileNotFoundError:
         if must_exist:
             raise SettingsError(f"{CONFIG_FILE_VARIABLE} names {path}, which is not there") from None
         return {}
     except OSError as error:
         raise SettingsError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:  # not UTF-8, not TOML
+    except UnicodeDecodeError as error:
+        if error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise SettingsError(f"{path} is not UTF-8: it begins with the BOM of UTF-16; save it as UTF-8") from None
+        raise SettingsError(f"{path} is not TOML: {error}") from None
+    except ValueError as error:
         raise SettingsError(f"{path} is not TOML: {error}") from None
     except RecursionError:
         raise SettingsError(f"{path} cannot be read: it is nested too deeply") from None

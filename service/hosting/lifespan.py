@@ -28,7 +28,7 @@ from service.hosting.peer_listener import check_sharing, open_peer_listener
 from service.hosting.process.process_exit import ExitCode, leave, leave_at_exit, refuse_to_start
 from service.hosting.process.watchdog import Watchdog, count_tasks
 from service.hosting.stop_signals import Notice
-from service.settings import Settings
+from service.settings import Settings, passed_over
 from service.shutdown import SETTLE_S, Shutdown
 from service.supervisor import Service, open_service
 from service.telemetry.banner import announce
@@ -44,6 +44,7 @@ GARBAGE_AFTER = 10_000
 time on that, 50 ms at once every half second."""
 
 LAME_DUCK_LOOK_S = 0.01
+VARIABLES_SHOWN_MAX = 20
 
 
 class ServiceLifespan:
@@ -75,7 +76,10 @@ class ServiceLifespan:
         if worker is None:
             return settings, None
         check_sharing(settings, workers=worker.config.workers)
-        return settings, Hosting(self._app, worker, settings, configure_logging(settings))
+        log = configure_logging(settings)
+        if variables := passed_over():
+            logger.debug("variables that service links made are passed over", variables=variables[:VARIABLES_SHOWN_MAX])
+        return settings, Hosting(self._app, worker, settings, log)
 
 
 async def serve_embedded(app: Quart, settings: Settings, receive: Any, send: Any) -> None:

@@ -138,6 +138,23 @@ def test_unreadable_file_is_refused() -> None:
     assert problems() == ["lastcall.toml cannot be read: it is not a regular file"]
 
 
+def test_file_with_a_bom_is_read() -> None:
+    Path("lastcall.toml").write_bytes(b"\xef\xbb\xbfstreams_max = 5\r\nqueued_turns_max = 3\r\n")
+    settings = read()
+    assert (settings.streams_max, settings.queued_turns_max) == (5, 3)
+
+
+def test_bom_is_only_taken_at_the_beginning() -> None:
+    assert problems(file="streams_max = 5\n\ufeffqueued_turns_max = 3")[0].startswith("lastcall.toml is not TOML: ")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32"])
+def test_file_in_another_unicode_is_refused_with_a_word_about_its_bom(encoding: str) -> None:
+    bom = "\ufeff" if encoding.endswith("be") else ""
+    Path("lastcall.toml").write_bytes((bom + "streams_max = 5").encode(encoding))
+    assert problems() == ["lastcall.toml is not UTF-8: it begins with the BOM of UTF-16; save it as UTF-8"]
+
+
 def test_file_that_is_nested_too_deeply_is_refused() -> None:
     assert problems(file="x = " + 5000 * "[") == ["lastcall.toml cannot be read: it is nested too deeply"]
 
