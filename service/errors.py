@@ -12,6 +12,7 @@
     │   ├── TurnNotFoundError
     │   ├── TurnInProgressError      a turn is running or queued, and is in the way
     │   ├── EventsLostError          a resume inside events that a crash took
+    │   ├── ResumeConflictError      a resume of a turn that the session has not begun last
     │   ├── OwnedElsewhereError      the session's turns run in another process (``fence``, ``address``)
     │   └── LimitError               a bound is reached; try later (``retry_after_s``)
     │       ├── TurnLimitError       ``live_turns_max``
@@ -125,6 +126,21 @@ class EventsLostError(RefusedError):
         self.after = after
         self.state = state
         self.text = text
+
+
+class ResumeConflictError(RefusedError):
+    """A client comes back to a turn that is not the session's newest one, or to none.
+
+    ``turn_id`` and ``session_id`` name the newest turn, where there is one; ``field`` is what speaks against it.
+    """
+
+    code = "resume_conflict"
+
+    def __init__(self, message: str, *, field: str, session_id: str | None = None, turn_id: str | None = None) -> None:
+        super().__init__(f"{message} Without Last-Event-ID this call starts a turn.")
+        self.field = field
+        self.session_id = session_id
+        self.turn_id = turn_id
 
 
 class OwnedElsewhereError(RefusedError):

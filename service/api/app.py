@@ -9,6 +9,7 @@ from quart_trio.wrappers import TrioResponse
 
 from service.api.http.app_state import attach, current_access, current_service, detach, no_content
 from service.api.http.cors import allow_origin, preflight_response
+from service.api.http.locations import take_prefix
 from service.api.http.operations import operation_of
 from service.api.http.problems import NotReadyError, answer_error
 from service.api.http.proxy import forward, is_from_peer
@@ -34,6 +35,8 @@ class Application(QuartTrio):
         if fault is not None:
             await refuse_target(scope, send, fault)
             return
+        if scope["type"] != "lifespan":
+            take_prefix(scope)
         with request_resources(scope):
             await super().asgi_app(scope, receive, send)
 
@@ -68,7 +71,8 @@ async def _admit() -> TrioResponse | None:
     if not is_from_peer() and not (is_probe and access.key_digests):
         access.check(
             authorization=request.headers.get("Authorization"),
-            host=request.headers.get("Host"),
+            # A probe of HAProxy's speaks HTTP/1.0 and names no host; a browser, which the host is looked at for, does.
+            host=request.headers.get("Host") or ("localhost" if is_probe else None),
             client=request.scope.get("client"),
             server=request.scope.get("server"),
         )

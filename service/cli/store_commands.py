@@ -89,7 +89,7 @@ def _check_bounds(whole: ExportedSession, *, text_bytes_max: int) -> None:
         ("of the session", CreateSession, msgspec.structs.asdict(whole.session))
     ]
     for turn in (it.turn for it in whole.turns):
-        text = "\n".join(item.text for item in turn.input if item.type == "message")
+        text = turn.input_text
         asked.append((f"of turn {shown(turn.id)}", StartTurn, msgspec.structs.asdict(turn) | {"input": text}))
     for of, kind, values in asked:
         body = {name: values[name] for name in kind.__struct_fields__ if name in values}

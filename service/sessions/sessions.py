@@ -14,6 +14,7 @@
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager
+from functools import partial
 
 import trio
 
@@ -22,6 +23,7 @@ from service.cluster.proxied_requests import ProxiedRequests
 from service.errors import (
     InvalidRequestError,
     OwnedElsewhereError,
+    ResumeConflictError,
     SessionNotFoundError,
     StoreError,
     TurnInProgressError,
@@ -291,6 +293,33 @@ class Sessions:
                 session_id, turn_id, after=after, read_turn=lambda: self._read_turn(session_id, turn_id)
             )
         return log, Watch(None)
+
+    async def resume_newest(self, session_id: str, *, text: str, after: int) -> tuple[str, EventLog, Watch]:
+        """The events of the turn that the session accepted last, for a client that began it and has come back.
+
+        That is the head. Its client has seen its events up to ``after`` and repeats its input; all else that it may
+        have said of the turn was decided with the acceptance, and is not looked at again. Starts nothing. Returns the
+        turn's id and what :meth:`open_events` does.
+
+        Raises:
+            SessionNotFoundError, OwnedElsewhereError, EventsLostError
+            ResumeConflictError: There is no turn; its input is another one, or it has fewer events.
+        """
+        head = (await self.get_session(session_id)).head
+        if head is None:
+            raise ResumeConflictError("This session has no turn to come back to.", field="Last-Event-ID")
+        newest = await self.get_turn(session_id, head)
+        refuse = partial(ResumeConflictError, session_id=session_id, turn_id=head)
+        if newest.input_text != text:
+            raise refuse(f"The newest turn of this session, {head!r}, has another input.", field="input")
+        log, watch = await self.open_events(session_id, head, after=after)
+        if after > log.last_seq:
+            watch.release()
+            raise refuse(
+                f"The newest turn of this session, {head!r}, has {log.last_seq} events so far, and not {after}.",
+                field="Last-Event-ID",
+            )
+        return head, log, watch
 
     # All of them
 

@@ -135,6 +135,10 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
         return self.state in ("queued", "running")
 
     @property
+    def input_text(self) -> str:
+        return "\n".join(item.text for item in self.input if item.type == "message")
+
+    @property
     def text(self) -> str:
         """The reply, without reasoning; partial where the turn did not complete."""
         return "".join(item.text for item in self.output if item.type == "message")

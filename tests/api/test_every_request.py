@@ -149,6 +149,20 @@ async def test_without_keys_only_this_machine_is_served() -> None:
                 (await api.call("GET", path, headers=headers, scope=scope)).problem(403, "loopback_only")
 
 
+async def test_a_probe_from_this_machine_needs_to_name_no_host() -> None:
+    """HAProxy's speaks HTTP/1.0, where no host is needed."""
+    far: dict[str, Any] = {"client": ("10.0.0.9", 1), "server": ("10.0.0.1", 80)}
+    async with open_api() as api:
+        for headers in ({"Host": ""}, None):
+            scope: dict[str, Any] = {"headers": [], "http_version": "1.0"} if headers is None else {}
+            for method, path in (("GET", "/healthz"), ("GET", "/readyz"), ("HEAD", "/healthz"), ("OPTIONS", "/readyz")):
+                assert (await api.call(method, path, headers=headers, scope=scope)).status in (200, 204)
+                reply = await api.call(method, path, headers=headers, scope=scope | far)
+                assert reply.status == 403
+            (await api.call("GET", "/sessions", headers=headers, scope=scope)).problem(403, "loopback_only")
+        (await api.call("GET", "/healthz", headers={"Host": "evil.example"})).problem(403, "loopback_only")
+
+
 async def test_no_origin_is_allowed_unless_it_is_configured() -> None:
     page = {"Origin": "https://app.example.com"}
     async with open_api() as api:

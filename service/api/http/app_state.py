@@ -5,6 +5,7 @@ from quart import Quart, current_app
 from quart_trio.wrappers import TrioResponse
 
 from service.api.http.access import Access
+from service.api.http.locations import located
 from service.api.http.problems import NotReadyError
 from service.api.http.request_body import body_bytes_max
 from service.supervisor import Service
@@ -39,10 +40,10 @@ def current_access() -> Access:
 
 
 def json_response(body: msgspec.Struct, status: int = 200, *, location: str | None = None) -> TrioResponse:
-    """A wire type as a response."""
+    """A wire type as a response. ``location`` is a path of ours."""
     headers = {"Cache-Control": "no-store"}
     if location is not None:
-        headers["Location"] = location
+        headers["Location"] = located(location)
     return TrioResponse(msgspec.json.encode(body), status, headers, content_type="application/json")
 
 

@@ -1,5 +1,7 @@
 """The body of an event stream: a cursor on its way through an event log."""
 
+from typing import NamedTuple
+
 import trio
 from quart import Request
 from quart.wrappers.response import ResponseBody
@@ -9,16 +11,20 @@ from werkzeug.http import parse_accept_header
 
 from service.api.http.query_params import read_query
 from service.api.http.request_resources import release_after_request
+from service.api.http.strict_json import shown
 from service.api.native.wire import EventsQuery
 from service.errors import InvalidRequestError
 from service.sessions.events.event_log import EventLog
 from service.sessions.events.streams import StreamSlot
 
 MEDIA_TYPE = "text/event-stream"
-HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+HEADERS = {"Cache-Control": "no-store, no-transform", "X-Accel-Buffering": "no"}
+"""Proxies are to keep, compress and hold back nothing: Express' ``compression`` heeds the one, nginx the other."""
 RETRY_MS = 1000
-_RETRY = b"retry: %d\n\n" % RETRY_MS
-_HEARTBEAT = b": heartbeat\n\n"
+_RETRY = b"retry: %d\n" % RETRY_MS
+_HEARTBEAT = b": heartbeat\n"
+"""Neither ends with a blank line, which would be an empty event to decoders that remember the last id: httpx-sse 0.4.3.
+Both are part of the block of the next event."""
 _WRITE_BYTES_MAX = 64 * 1024
 _BUSY_S = 0.02
 """Writing a piece takes a fraction of a millisecond, unless the event loop has many others to write."""
@@ -104,21 +110,50 @@ def stream_response(log: EventLog, slot: StreamSlot, *, cursor: int) -> TrioResp
     return response
 
 
-def read_cursor(request: Request) -> int:
-    """The seq that a client saw last: its ``Last-Event-ID``, else ``?after=``.
+class Cursor(NamedTuple):
+    """The seq that a client saw last, 0 for none, and the name of the header or parameter that says so."""
 
-    In this order, because an ``EventSource`` that reconnects repeats the URL it began with.
+    seq: int
+    field: str
+
+
+def read_cursor(request: Request) -> Cursor:
+    """What a client that asks for events saw last: its ``Last-Event-ID``, else that of the query, else ``?after=``.
+
+    In this order, because a client that reconnects repeats the URL it began with. An empty id is none.
 
     Raises:
-        InvalidRequestError
+        InvalidRequestError: One of them is none of ours, whichever wins; or the query has two that differ.
     """
-    after = read_query(request, EventsQuery).after
-    last_event_id = request.headers.get("Last-Event-ID")
-    if not last_event_id:
-        return after
-    if not (last_event_id.isascii() and last_event_id.isdigit() and len(last_event_id) <= _SEQ_DIGITS_MAX):
-        raise InvalidRequestError("An event id is the seq of an event: a whole number.", field="Last-Event-ID")
-    return int(last_event_id)
+    query = read_query(request, EventsQuery)
+    said = read_last_event_id(request)
+    if query.last_event_id and query.last_event_id_too and query.last_event_id != query.last_event_id_too:
+        raise InvalidRequestError(
+            "lastEventId and Last-Event-ID say two things; send one of them.", field="lastEventId"
+        )
+    if said is not None:
+        return Cursor(said, "Last-Event-ID")
+    if query.last_event_id:
+        return Cursor(int(query.last_event_id), "lastEventId")
+    if query.last_event_id_too:
+        return Cursor(int(query.last_event_id_too), "Last-Event-ID")
+    return Cursor(query.after, "after")
+
+
+def read_last_event_id(request: Request) -> int | None:
+    """The header ``Last-Event-ID``; None where it is not there or empty, as from a client that has seen no event.
+
+    Raises:
+        InvalidRequestError: It is not the id of an event.
+    """
+    said = ", ".join(request.headers.getlist("Last-Event-ID"))
+    if not said:
+        return None
+    if not (said.isascii() and said.isdigit() and len(said) <= _SEQ_DIGITS_MAX):
+        raise InvalidRequestError(
+            f"An event id is the seq of an event, a whole number, and not {shown(said)!r}.", field="Last-Event-ID"
+        )
+    return int(said)
 
 
 def wants_stream(request: Request) -> bool:

@@ -22,7 +22,7 @@ class Answer:
         body: The JSON body, if there is one.
         streams: Whether it may be an event stream instead (or, without ``body``, always is).
         media_type: Of a body that is neither.
-        located: Whether ``Location`` names what was created.
+        located: What ``Location`` names, if it is there.
         links: Operations to which the answer leads, by the parameters that it gives them.
     """
 
@@ -31,7 +31,7 @@ class Answer:
     body: type[msgspec.Struct] | None = None
     streams: bool = False
     media_type: str | None = None
-    located: bool = False
+    located: str = ""
     links: tuple[tuple[str, dict[str, str]], ...] = ()
 
 
@@ -39,7 +39,8 @@ class Answer:
 class Operation:
     """An operation, apart from what its path and docstring say.
 
-    ``errors`` leaves out what every operation may answer (see :mod:`service.api.reference.openapi`).
+    ``errors`` leaves out what every operation may answer (see :mod:`service.api.reference.openapi`). ``resumes`` says
+    what the header ``Last-Event-ID`` does, where it does anything.
     """
 
     id: str
@@ -47,7 +48,7 @@ class Operation:
     errors: tuple[type[LastcallError], ...] = ()
     body: type[RequestBody] | None = None
     query: type[Query] | None = None
-    resumes: bool = False
+    resumes: str = ""
     accepts_stream: bool = False
 
 

@@ -1,13 +1,16 @@
 """Problem documents (RFC 9457), and the one map from what went wrong to its status."""
 
 from collections.abc import Mapping
+from typing import Any, cast
 
 import msgspec
 import structlog
+from quart import has_request_context, request, websocket
 from quart_trio.wrappers import TrioResponse
 from werkzeug.exceptions import HTTPException
 
 from service.api.http.access import LoopbackOnlyError, UnauthorizedError
+from service.api.http.locations import prefix_of, turn_path
 from service.api.http.request_body import BodyTimeoutError, UnsupportedEncodingError, UnsupportedMediaTypeError
 from service.api.http.strict_json import InputTooLargeError, MalformedBodyError
 from service.api.native.wire import Problem
@@ -21,6 +24,7 @@ from service.errors import (
     OwnedElsewhereError,
     QueueFullError,
     ResourcesExhaustedError,
+    ResumeConflictError,
     SessionExistsError,
     SessionLimitError,
     SessionNotFoundError,
@@ -55,6 +59,7 @@ STATUS_BY_ERROR: Mapping[type[LastcallError], int] = {
     BodyTimeoutError: 408,
     SessionExistsError: 409,
     TurnInProgressError: 409,
+    ResumeConflictError: 409,
     EventsLostError: 410,
     InputTooLargeError: 413,
     UnsupportedMediaTypeError: 415,
@@ -99,28 +104,32 @@ def codes() -> list[tuple[int, str]]:
     return sorted(known | set(_CODE_BY_STATUS.items()) | {_OTHER_REFUSAL, _BROKEN})
 
 
-def problem_of(error: Exception) -> Problem:
-    """The document that tells an error. One that nobody expected tells nothing but that."""
+def problem_of(error: Exception, *, prefix: str = "") -> Problem:
+    """The document that tells an error. One that nobody expected tells nothing but that.
+
+    Args:
+        prefix: What comes before our paths in a URL.
+    """
     if isinstance(error, HTTPException) and error.code is not None and error.code < 500:
         code = _CODE_BY_STATUS.get(error.code, _OTHER_REFUSAL[1])
-        return _problem(error.code, code, error.description or error.name)
+        return _problem(prefix, error.code, code, error.description or error.name)
     status = status_of(type(error))
     if status == 500 or not isinstance(error, LastcallError):
-        return _problem(*_BROKEN, INTERNAL_ERROR_MESSAGE)
-    problem = _problem(status, code_of(type(error)), str(error))
+        return _problem(prefix, *_BROKEN, INTERNAL_ERROR_MESSAGE)
+    problem = _problem(prefix, status, code_of(type(error)), str(error))
     names = ("field", "retry_after_s", "turn_id", "state", "text")
     return msgspec.structs.replace(problem, **{name: getattr(error, name, None) for name in names})
 
 
-def _problem(status: int, code: str, detail: str) -> Problem:
-    return Problem(
-        type=f"/docs#{code}", title=code.replace("_", " ").capitalize(), status=status, code=code, detail=detail
-    )
+def _problem(prefix: str, status: int, code: str, detail: str) -> Problem:
+    title = code.replace("_", " ").capitalize()
+    return Problem(type=f"{prefix}/docs#{code}", title=title, status=status, code=code, detail=detail)
 
 
-def problem_response(error: Exception) -> TrioResponse:
-    """The response that tells an error."""
-    problem = problem_of(error)
+def problem_response(error: Exception, *, scope: dict[str, Any]) -> TrioResponse:
+    """The response that tells an error to the request of this ASGI scope."""
+    prefix = prefix_of(scope)
+    problem = problem_of(error, prefix=prefix)
     headers = {"Cache-Control": "no-store"}
     if problem.retry_after_s is not None:
         headers["Retry-After"] = str(problem.retry_after_s)
@@ -130,6 +139,8 @@ def problem_response(error: Exception) -> TrioResponse:
         headers["Accept-Encoding"] = "identity"  # RFC 9110, 15.5.16
     if isinstance(error, ShuttingDownError):
         headers["Connection"] = "close"  # so that a pool finds another server
+    if isinstance(error, ResumeConflictError) and error.session_id and error.turn_id:
+        headers["Location"] = prefix + turn_path(error.session_id, error.turn_id)
     if isinstance(error, HTTPException):
         headers.update(pair for pair in error.get_headers() if pair[0] == "Allow")
     return TrioResponse(msgspec.json.encode(problem), problem.status, headers, content_type=MEDIA_TYPE)
@@ -137,7 +148,8 @@ def problem_response(error: Exception) -> TrioResponse:
 
 async def answer_error(error: Exception) -> TrioResponse:
     """Whatever a request raised, as its response: the edge of a request."""
-    response = problem_response(error)
+    connection = request if has_request_context() else websocket
+    response = problem_response(error, scope=cast("dict[str, Any]", connection.scope))
     if response.status_code == 500:
         logger.error("request failed", exc_info=error)
     return response

@@ -27,7 +27,7 @@ from quart.wrappers.response import ResponseBody
 from quart_trio.wrappers import TrioResponse
 
 from service.api.http.app_state import current_service
-from service.api.http.event_stream import MEDIA_TYPE, read_cursor
+from service.api.http.event_stream import MEDIA_TYPE, read_cursor, read_last_event_id
 from service.api.http.request_body import drop_body, kept_body
 from service.api.http.request_resources import release_after_request
 from service.cluster.proxied_requests import ProxiedRequest
@@ -53,6 +53,8 @@ The value is a function that says, once the request has been cut, whether the cl
 """
 _LATER = "lastcall.later"
 """In the ASGI scope of a request: by how many seconds its answer may come later than the store's."""
+_REPEATABLE = "lastcall.repeatable"
+"""In the ASGI scope of a POST that may be repeated."""
 _HOPS = "lastcall-hops"
 _HOPS_AT_ONCE = 3
 """The owner may change while a request is on its way; where it goes on changing, the request waits at each hop."""
@@ -69,7 +71,7 @@ _NOBODY = -1
 _HOP_BY_HOP = frozenset(
     (b"connection", b"keep-alive", b"transfer-encoding", b"upgrade", b"te", b"trailer", b"date", b"server", b"expect")
 )
-_TURN_PATH = re.compile(r"/sessions/([^/]+)/turns/(turn_[0-9a-f]{32})")
+_TURN_PATH = re.compile(r"/sessions/([^/]+)/turns/(turn_[0-9a-f]{32})(?:/events)?$")
 _GONE = (OSError, trio.BrokenResourceError, h11.RemoteProtocolError)
 """What a connection whose other process has died raises."""
 
@@ -85,6 +87,14 @@ def allow_longer_answer(by_s: float) -> None:
     To be said before the owner may turn out to be another process, which is waited for accordingly.
     """
     cast("dict[str, object]", request.scope)[_LATER] = by_s
+
+
+def allow_repeat() -> None:
+    """The current request accepts no work, though it is a POST: it may be repeated where the owner dies.
+
+    To be said before the owner may turn out to be another process.
+    """
+    cast("dict[str, object]", request.scope)[_REPEATABLE] = True
 
 
 def release_later(watch: Watch) -> None:
@@ -185,7 +195,7 @@ def _patience_s() -> float:
 
 def _may_be_repeated() -> bool:
     """Whether it makes no difference if the owner has accepted the current request already."""
-    return request.method != "POST" or request.path.endswith("/cancel")
+    return request.method != "POST" or _REPEATABLE in request.scope
 
 
 def _no_answer(session_id: str) -> StoreError:
@@ -257,7 +267,7 @@ def _hang_up(peer: "OwnerConnection", slot: ProxiedRequest, client_returns: Call
 
 
 class ProxiedStream(ResponseBody):
-    """An event stream on its way from the owner to the client, in whole frames.
+    """An event stream on its way from the owner to the client, in whole events.
 
     Args:
         fence: The owner's.
@@ -270,7 +280,7 @@ class ProxiedStream(ResponseBody):
         self._slot = slot
         self._fence = fence
         self._turn_path = turn_path
-        self._cursor = read_cursor(request) if request.method == "GET" else 0
+        self._cursor = read_cursor(request).seq if request.method == "GET" else read_last_event_id(request) or 0
         self._unsent = b""
         self._rest: EventLog | None = None
 
@@ -304,10 +314,9 @@ class ProxiedStream(ResponseBody):
                 data = await self._peer.receive_body()
             if not data:
                 return b""
-            frames, end, begun = (self._unsent + data).rpartition(b"\n\n")
-            self._unsent = begun
-            if end:
-                return self._noting_cursor(frames + end)
+            whole, self._unsent = split_whole(self._unsent + data)
+            if whole:
+                return self._noting_cursor(whole)
 
     def _noting_cursor(self, frames: bytes) -> bytes:
         _, found, last = (b"\n" + frames).rpartition(b"\nid: ")
@@ -317,7 +326,7 @@ class ProxiedStream(ResponseBody):
 
     async def _open_rest(self) -> EventLog | None:
         """What is left of a stream that lost its owner, from the store; None where it cannot be had: it was cut."""
-        turn = _TURN_PATH.fullmatch(self._turn_path.removesuffix("/events"))
+        turn = _TURN_PATH.search(self._turn_path)  # after the prefix of a proxy
         assert turn is not None
         session_id, turn_id = turn.groups()
         try:
@@ -332,6 +341,18 @@ class ProxiedStream(ResponseBody):
             # Who saw events that nobody could keep goes on with the end, which is the last of them.
             self._cursor = min(self._cursor, log.unbroken_seq)
         return log
+
+
+def split_whole(data: bytes) -> tuple[bytes, bytes]:
+    """What may be passed on, and the rest: a part of an event, which the owner may never end.
+
+    An event ends with a blank line. A comment, or a ``retry:`` before an event, is whole as a line: it is not to wait
+    for the event that follows.
+    """
+    end = data.rfind(b"\n\n") + 2 if b"\n\n" in data else 0
+    while data.startswith((b":", b"retry:"), end) and (line_end := data.find(b"\n", end)) >= 0:
+        end = line_end + 1
+    return data[:end], data[end:]
 
 
 def _is_stream(head: h11.Response) -> bool:

@@ -1,4 +1,4 @@
-"""Reading a query string, strictly, into its wire type."""
+"""Reading a query string into its wire type: strictly, but for names that the type says it passes over."""
 
 from functools import cache
 from typing import TypeVar
@@ -24,6 +24,8 @@ def read_query(request: Request, kind: type[Q]) -> Q:
     """
     check_query_length(request)
     values = request.args.to_dict(flat=False)
+    if not kind.__struct_config__.forbid_unknown_fields:
+        values = {name: given for name, given in values.items() if name in kind.__struct_encode_fields__}
     for name, given in values.items():
         if len(given) > 1:
             raise InvalidRequestError("This parameter may be given once.", field=shown(name))

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from werkzeug.exceptions import BadRequest, HTTPException, NotFound
 
+from service.api.http.locations import root_path_of
 from service.api.http.problems import problem_response
 
 _NEITHER = "The target of this request is neither a path nor a URL."
@@ -33,6 +34,8 @@ def fault_of(scope: dict[str, Any]) -> HTTPException | None:
             return BadRequest(_NEITHER)
     if not all(map(_names_host, (value for name, value in scope["headers"] if name.lower() == b"host"))):
         return BadRequest(_NO_HOST)
+    if (root_path := root_path_of(scope)) and path.startswith(f"{root_path}/"):
+        path = path.removeprefix(root_path)
     return None if path[:1] == "/" != path[1:2] else NotFound()
 
 
@@ -51,7 +54,7 @@ async def refuse_target(scope: dict[str, Any], send: Any, fault: HTTPException) 
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1000})
         return
-    response = problem_response(fault)
+    response = problem_response(fault, scope=scope)
     headers = [(name.lower().encode(), value.encode()) for name, value in response.headers.items()]
     await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
     await send({"type": "http.response.body", "body": await response.get_data(as_text=False), "more_body": False})

@@ -4,13 +4,23 @@ from quart import Blueprint, request
 from quart_trio.wrappers import TrioResponse
 
 from service.api.http.app_state import current_service
+from service.api.http.event_stream import read_last_event_id
 from service.api.http.operations import Answer, operation
 from service.api.http.request_body import read_body
-from service.api.native.turns import STARTING_ERRORS, start_streaming, take_slot
+from service.api.native.turns import (
+    RESUMES,
+    RESUMING_ERRORS,
+    SEEN_ALL,
+    STARTING_ERRORS,
+    resume_streaming,
+    start_streaming,
+    take_slot,
+)
 from service.api.native.wire import Chat
-from service.errors import SessionLimitError, SessionNotFoundError
+from service.errors import ResumeConflictError, SessionLimitError, SessionNotFoundError
 from service.ids import new_session_id
 from service.sessions.commands import NewTurn
+from service.supervisor import Service
 
 blueprint = Blueprint("chat", __name__)
 
@@ -19,15 +29,32 @@ blueprint = Blueprint("chat", __name__)
 @operation(
     id="chat",
     body=Chat,
-    answers=(Answer(status=200, description="The turn's events.", streams=True, located=True),),
-    errors=(SessionNotFoundError, SessionLimitError, *STARTING_ERRORS),
+    answers=(Answer(status=200, description="The turn's events.", streams=True, located="The turn."), SEEN_ALL),
+    errors=(SessionNotFoundError, SessionLimitError, *STARTING_ERRORS, *RESUMING_ERRORS),
+    resumes=RESUMES,
 )
 async def chat() -> TrioResponse:
     """Send a message and stream the reply.
 
-    The session is made if it is not there; the first event has its id.
+    The session is made if it is not there; the first event has its id. With `Last-Event-ID` nothing is made or started:
+    the newest turn of `session_id` goes on, as described for turns.
     """
     service = current_service()
     body = await read_body(request, Chat, service)
+    after = read_last_event_id(request)
+    if after is not None:
+        return await _resume(service, body, after)
     new = NewTurn(text=body.message, creates_session=True)
     return await start_streaming(service, take_slot(service), body.session_id or new_session_id(), new)
+
+
+async def _resume(service: Service, body: Chat, after: int) -> TrioResponse:
+    if body.session_id is None:
+        raise ResumeConflictError(
+            "Last-Event-ID asks for an earlier turn, and no session is named.", field="session_id"
+        )
+    try:
+        return await resume_streaming(service, body.session_id, body.message, after=after)
+    except ResumeConflictError as error:
+        error.field = "message" if error.field == "input" else error.field
+        raise

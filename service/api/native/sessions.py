@@ -7,6 +7,7 @@ from quart import Blueprint, request
 from quart_trio.wrappers import TrioResponse
 
 from service.api.http.app_state import current_service, json_response, no_content
+from service.api.http.locations import session_path
 from service.api.http.operations import Answer, operation
 from service.api.http.paging import read_page
 from service.api.http.proxy import allow_longer_answer
@@ -53,15 +54,13 @@ def checked_session_id(session_id: str) -> str:
     return session_id
 
 
-def session_location(session_id: str) -> str:
-    return f"/sessions/{session_id}"
-
-
 @blueprint.post("/sessions")
 @operation(
     id="create_session",
     body=CreateSession,
-    answers=(Answer(status=201, description="The new session.", body=Session, located=True, links=_LED_BY_ID),),
+    answers=(
+        Answer(status=201, description="The new session.", body=Session, located="The new session.", links=_LED_BY_ID),
+    ),
     errors=(SessionExistsError, SessionLimitError, ShuttingDownError),
 )
 async def create_session() -> TrioResponse:
@@ -73,7 +72,7 @@ async def create_session() -> TrioResponse:
     service = current_service()
     body = await read_body(request, CreateSession, service)
     record = await service.sessions.create_session(NewSession(**msgspec.structs.asdict(body)))
-    return json_response(Session.of(record), 201, location=session_location(record.id))
+    return json_response(Session.of(record), 201, location=session_path(record.id))
 
 
 @blueprint.get("/sessions")
@@ -148,7 +147,7 @@ async def delete_session(session_id: str) -> TrioResponse:
 @operation(
     id="fork_session",
     body=ForkSession,
-    answers=(Answer(status=201, description="The copy.", body=Session, located=True, links=_LED_BY_ID),),
+    answers=(Answer(status=201, description="The copy.", body=Session, located="The new session.", links=_LED_BY_ID),),
     errors=(
         *(SessionNotFoundError, SessionExistsError, TurnInProgressError),
         *(SessionLimitError, ShuttingDownError),
@@ -168,7 +167,7 @@ async def fork_session(session_id: str) -> TrioResponse:
         record = await service.sessions.fork_session(session_id, at=body.at, copy_id=body.id)
     except TurnNotFoundError as error:
         raise InvalidRequestError(str(error), field="at") from None
-    return json_response(Session.of(record), 201, location=session_location(record.id))
+    return json_response(Session.of(record), 201, location=session_path(record.id))
 
 
 @blueprint.get("/sessions/<session_id>/messages")

@@ -8,20 +8,29 @@ from quart import Blueprint, request
 from quart_trio.wrappers import TrioResponse
 
 from service.api.http.app_state import current_service, json_response, no_content
-from service.api.http.event_stream import HEADERS, MEDIA_TYPE, read_cursor, stream_response, wants_stream
+from service.api.http.event_stream import (
+    HEADERS,
+    MEDIA_TYPE,
+    read_cursor,
+    read_last_event_id,
+    stream_response,
+    wants_stream,
+)
+from service.api.http.locations import located, turn_path
 from service.api.http.operations import Answer, operation
 from service.api.http.paging import read_page
-from service.api.http.proxy import allow_longer_answer, release_later
+from service.api.http.proxy import allow_longer_answer, allow_repeat, release_later
 from service.api.http.query_params import read_query
 from service.api.http.request_body import drop_body, read_body
 from service.api.http.request_resources import release_after_request
 from service.api.native import wire
-from service.api.native.sessions import checked_session_id, session_location
+from service.api.native.sessions import checked_session_id
 from service.api.native.wire import EventsQuery, PageQuery, StartTurn, TurnList
 from service.errors import (
     EventsLostError,
     InvalidRequestError,
     QueueFullError,
+    ResumeConflictError,
     SessionNotFoundError,
     ShuttingDownError,
     StreamLimitError,
@@ -41,7 +50,14 @@ blueprint = Blueprint("turns", __name__)
 _SLOT = "lastcall.slot"
 _NO_TURN = (SessionNotFoundError, TurnNotFoundError)
 STARTING_ERRORS = (TurnInProgressError, QueueFullError, TurnLimitError, StreamLimitError, ShuttingDownError)
-
+RESUMING_ERRORS = (ResumeConflictError, EventsLostError)
+RESUMES = (
+    "The id of the last event already seen: this client has come back, and nothing is started. "
+    "The session's newest turn goes on after it, where that turn has this input."
+)
+SEEN_ALL = Answer(
+    status=204, description="With `Last-Event-ID`: all events have been seen.", located="The turn that has ended."
+)
 _LED_BY_ID = tuple(
     (name, {"session_id": "$response.body#/session_id", "turn_id": "$response.body#/id"})
     for name in ("get_turn", "stream_events", "cancel_turn")
@@ -66,14 +82,20 @@ def checked_turn_id(turn_id: str) -> str:
             description="The turn, ended; or its events.",
             body=wire.Turn,
             streams=True,
-            located=True,
+            located="The turn.",
             links=_LED_BY_ID,
         ),
         Answer(
-            status=202, description="The turn, accepted (`background`).", body=wire.Turn, located=True, links=_LED_BY_ID
+            status=202,
+            description="The turn, accepted (`background`).",
+            body=wire.Turn,
+            located="The turn.",
+            links=_LED_BY_ID,
         ),
+        SEEN_ALL,
     ),
-    errors=(SessionNotFoundError, *STARTING_ERRORS),
+    errors=(SessionNotFoundError, *STARTING_ERRORS, *RESUMING_ERRORS),
+    resumes=RESUMES,
 )
 async def start_turn(session_id: str) -> TrioResponse:
     """Start a turn.
@@ -83,10 +105,22 @@ async def start_turn(session_id: str) -> TrioResponse:
     look at `state`. The input is kept before the first byte of the answer. A turn that nobody
     streams or waits for any more is cancelled, unless it is `background` or `on_disconnect` says
     otherwise.
+
+    A client that was cut off may repeat its request with the id of the last event it has seen as
+    `Last-Event-ID`, as some libraries do by themselves. Then nothing is started. If the turn that this
+    session accepted last has the same input, the answer is its events after that one, live; 204 where none
+    is left; or, without a stream, the turn. All else in the body is not compared. If that turn has another
+    input, or fewer events, the answer is 409 `resume_conflict` with its URL as `Location`.
     """
     session_id = checked_session_id(session_id)
     service = current_service()
     body = await read_body(request, StartTurn, service)
+    streams = wants_stream(request) and not body.background
+    after = read_last_event_id(request)
+    if after is not None and streams:
+        return await resume_streaming(service, session_id, body.input, after=after)
+    if after is not None:
+        return await _resume_waiting(service, session_id, body.input, after=after, background=body.background)
     new = NewTurn(
         text=body.input,
         parent=body.parent,
@@ -97,14 +131,14 @@ async def start_turn(session_id: str) -> TrioResponse:
         on_disconnect=body.on_disconnect,
         background=body.background,
     )
-    if wants_stream(request) and not new.background:
+    if streams:
         return await start_streaming(service, take_slot(service), session_id, new)
     allow_longer_answer(by_s=_acceptance_s(service) if new.background else inf)
     turn, watch = await _start(service, session_id, new)
     with watch:
         if new.background:
-            return _turn_response(turn.record(), 202, created=True)
-        return _turn_response(await turn.wait_ended(), created=True)
+            return _turn_response(turn.record(), 202, with_location=True)
+        return _turn_response(await turn.wait_ended(), with_location=True)
 
 
 def take_slot(service: Service) -> StreamSlot:
@@ -128,8 +162,36 @@ async def start_streaming(service: Service, slot: StreamSlot, session_id: str, n
     turn, watch = await _start(service, session_id, new)
     release_later(watch)
     response = stream_response(turn.log, slot, cursor=0)
-    response.headers["Location"] = _turn_location(turn.session_id, turn.id)
+    response.headers["Location"] = located(turn_path(turn.session_id, turn.id))
     return response
+
+
+async def resume_streaming(service: Service, session_id: str, text: str, *, after: int) -> TrioResponse:
+    """The events of the session's newest turn, for its client that has come back; 204 where it has seen them all."""
+    allow_repeat()
+    slot = take_slot(service)
+    turn_id, log, watch = await service.sessions.resume_newest(session_id, text=text, after=after)
+    release_later(watch)
+    drop_body(request)
+    has_seen_all = log.closed and after == log.last_seq
+    response = no_content() if has_seen_all else stream_response(log, slot, cursor=after)
+    response.headers["Location"] = located(turn_path(session_id, turn_id))
+    return response
+
+
+async def _resume_waiting(
+    service: Service, session_id: str, text: str, *, after: int, background: bool
+) -> TrioResponse:
+    """The same turn, where it is the turn and not its events that the client asks for."""
+    allow_repeat()
+    allow_longer_answer(by_s=0 if background else inf)
+    turn_id, log, watch = await service.sessions.resume_newest(session_id, text=text, after=after)
+    with watch:
+        drop_body(request)
+        if not background:
+            await log.wait_closed()
+        record = await service.sessions.get_turn(session_id, turn_id)
+    return _turn_response(record, 202 if background else 200, with_location=True)
 
 
 def _acceptance_s(service: Service) -> float:
@@ -177,7 +239,7 @@ async def get_turn(session_id: str, turn_id: str) -> TrioResponse:
 @operation(
     id="stream_events",
     query=EventsQuery,
-    resumes=True,
+    resumes="The id of the last event already seen; wins over the query.",
     answers=(
         Answer(status=200, description="The events after the one seen last, live.", streams=True),
         Answer(status=204, description="The turn has ended and all its events have been seen: do not reconnect."),
@@ -188,10 +250,11 @@ async def stream_events(session_id: str, turn_id: str) -> TrioResponse:
     """Stream a turn's events: live, replayed or both.
 
     Any number of streams may follow a turn, each at its own pace. After a lost connection send the
-    last event's id as `Last-Event-ID` (an `EventSource` does) or as `after`: nothing is missing and
-    nothing comes twice.
+    last event's id as `Last-Event-ID` (an `EventSource` does), as `lastEventId` or `Last-Event-ID` in the query (its
+    polyfills do) or as `after`: nothing is missing and nothing comes twice. The header wins over the query, and there
+    the id over `after`. Names in the query that are not known are passed over.
     """
-    cursor = read_cursor(request)
+    cursor, field = read_cursor(request)
     service = current_service()
     session_id, turn_id = checked_session_id(session_id), checked_turn_id(turn_id)
     slot = take_slot(service)
@@ -200,7 +263,6 @@ async def stream_events(session_id: str, turn_id: str) -> TrioResponse:
     if cursor >= log.last_seq and log.closed:
         return no_content()
     if cursor > log.last_seq:
-        field = "Last-Event-ID" if request.headers.get("Last-Event-ID") else "after"
         raise InvalidRequestError(f"This turn has {log.last_seq} events so far.", field=field)
     if request.method == "HEAD":
         return TrioResponse(b"", headers=HEADERS, content_type=MEDIA_TYPE)
@@ -217,15 +279,12 @@ async def cancel_turn(session_id: str, turn_id: str) -> TrioResponse:
     Idempotent: a turn that has ended, or ends in another way first, is answered as it ended.
     """
     service = current_service()
+    allow_repeat()
     allow_longer_answer(by_s=service.settings.cleanup_timeout_s)
     record = await service.sessions.cancel_turn(checked_session_id(session_id), checked_turn_id(turn_id))
     return _turn_response(record)
 
 
-def _turn_response(record: TurnRecord, status: int = 200, *, created: bool = False) -> TrioResponse:
-    location = _turn_location(record.session_id, record.id) if created else None
+def _turn_response(record: TurnRecord, status: int = 200, *, with_location: bool = False) -> TrioResponse:
+    location = turn_path(record.session_id, record.id) if with_location else None
     return json_response(wire.Turn.of(record), status, location=location)
-
-
-def _turn_location(session_id: str, turn_id: str) -> str:
-    return f"{session_location(session_id)}/turns/{turn_id}"

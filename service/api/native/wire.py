@@ -28,9 +28,11 @@ from service.storage.records import (
 # Python's ``$`` also matches before a last line end, JavaScript's does not: hence the lookahead.
 _SESSION_ID = rf"^{SESSION_ID}$(?!\n)"
 _TURN_ID = rf"^{TURN_ID}$(?!\n)"
+_SEQ = r"^[0-9]{0,15}$(?!\n)"
 FORMS = {
     _SESSION_ID: "1-128 of `A-Z a-z 0-9 _ . -`; not `.` or `..`, which no URL can name",
     _TURN_ID: "the id of a turn: `turn_` and 32 of `0-9 a-f`",
+    _SEQ: "the id of an event: a whole number of at most 15 digits",
 }
 """What the patterns say, in words."""
 SessionId = Annotated[str, Meta(pattern=_SESSION_ID, description=f"{FORMS[_SESSION_ID]}.")]
@@ -52,6 +54,9 @@ Metadata = Annotated[
 ]
 IdleTimeout = Annotated[float, Meta(ge=1, le=31_536_000, description="Seconds without use until the session expires.")]
 Limit = Annotated[int, Meta(ge=1, le=100, description="How many at most; of large ones a page has fewer.")]
+LastEventId = Annotated[
+    str, Meta(pattern=_SEQ, description="The id of the last event already seen; wins over `after`. Empty: none.")
+]
 After = Annotated[str, Meta(max_length=512, description="The `next` of the page before.")]
 
 
@@ -280,7 +285,7 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
             reason=record.reason,
             error=record.error,
             model=record.model,
-            input="\n".join(item.text for item in record.input if item.type == "message"),
+            input=record.input_text,
             text=record.text,
             finish_reason=record.finish_reason,
             usage=record.usage,
@@ -303,10 +308,17 @@ class TurnList(msgspec.Struct, frozen=True, kw_only=True):
         return cls(data=tuple(map(Turn.of, page.data)), next=page.next)
 
 
-class EventsQuery(Query, frozen=True, kw_only=True):
-    """``?after=12``: only the events whose seq is above; ``Last-Event-ID`` wins over it."""
+class EventsQuery(Query, frozen=True, kw_only=True, forbid_unknown_fields=False):
+    """``?after=12``: only the events whose seq is above. ``?lastEventId=12``: the same, as a polyfill asks for it.
+
+    The header ``Last-Event-ID`` wins over the parameters of that name, and they over ``after``: a client that
+    reconnects repeats the URL it began with, and adds the id that it has seen last. Other names are passed over,
+    because clients add some of their own against caches.
+    """
 
     after: Annotated[int, Meta(ge=0, le=10**15, description="The seq of the last event already seen.")] = 0
+    last_event_id: LastEventId = msgspec.field(default="", name="lastEventId")
+    last_event_id_too: LastEventId = msgspec.field(default="", name="Last-Event-ID")
 
 
 class Chat(RequestBody, frozen=True, kw_only=True):

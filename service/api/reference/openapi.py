@@ -17,7 +17,14 @@ from service.api.http.problems import NotReadyError, code_of, status_of
 from service.api.http.request_body import BodyTimeoutError, UnsupportedMediaTypeError
 from service.api.http.strict_json import InputTooLargeError, MalformedBodyError
 from service.api.native.wire import Problem, SessionId, TurnId
-from service.errors import InvalidRequestError, LastcallError, OwnedElsewhereError, ResourcesExhaustedError, StoreError
+from service.errors import (
+    InvalidRequestError,
+    LastcallError,
+    OwnedElsewhereError,
+    ResourcesExhaustedError,
+    ResumeConflictError,
+    StoreError,
+)
 from service.sessions.events.events import Event
 
 _OPEN_TAG = "health"
@@ -63,6 +70,7 @@ def build_document(app: Quart) -> dict[str, Any]:
             "summary": "AI chat sessions whose streams end properly.",
             "license": {"name": "MIT", "identifier": "MIT"},
         },
+        "servers": [{"url": "/"}],
         "tags": [{"name": name, "description": description} for name, description in _TAGS.items()],
         "security": [{"bearer": []}, {}],
         "paths": paths,
@@ -136,7 +144,7 @@ def _parameters(operation: Operation, path_names: list[str], schemas: _Schemas) 
         yield {
             "name": "Last-Event-ID",
             "in": "header",
-            "description": "The id of the last event already seen; wins over `after`.",
+            "description": operation.resumes,
             "schema": {"type": "string", "pattern": "^[0-9]{0,15}$"},
         }
 
@@ -154,7 +162,7 @@ def _answer(answer: Answer, schemas: _Schemas) -> dict[str, Any]:
         described["content"] = content
     if answer.located:
         described["headers"] = {
-            "Location": {"description": "The URL of what was created.", "required": True, "schema": {"type": "string"}}
+            "Location": {"description": answer.located, "required": True, "schema": {"type": "string"}}
         }
     if answer.links:
         described["links"] = {
@@ -191,6 +199,10 @@ def _problems(errors: Iterable[type[LastcallError]], schemas: _Schemas) -> dict[
         if status in (429, 503):
             problem["headers"] = {
                 "Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 0}}
+            }
+        if f"`{ResumeConflictError.code}`" in codes[status]:
+            problem["headers"] = {
+                "Location": {"description": "The session's newest turn.", "schema": {"type": "string"}}
             }
         described[str(status)] = problem
     return described

@@ -7,6 +7,7 @@ import msgspec
 from quart import Blueprint, Quart, current_app
 from quart_trio.wrappers import TrioResponse
 
+from service.api.http.locations import located
 from service.api.http.operations import Answer, operation
 from service.api.http.problems import codes
 from service.api.reference.openapi import build_document
@@ -23,7 +24,8 @@ _DOCUMENT = "lastcall.openapi"
 )
 async def openapi() -> TrioResponse:
     """Get this description."""
-    return TrioResponse(msgspec.json.encode(document_of(current_app)), content_type="application/json")
+    document = document_of(current_app) | {"servers": [{"url": located("") or "/"}]}
+    return TrioResponse(msgspec.json.encode(document), content_type="application/json")
 
 
 @blueprint.get("/docs")
@@ -61,7 +63,7 @@ def render(document: dict[str, Any]) -> str:
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{info["title"]}</title>',
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style>',
         f"<h1>{info['title']} {info['version']}</h1><p>{info['summary']} ",
-        'The same for machines: <a href="/openapi.json">openapi.json</a>.</p>',
+        'The same for machines: <a href="openapi.json">openapi.json</a>.</p>',
     ]
     for tag in document["tags"]:
         parts.append(f"<h2>{tag['name'].capitalize()}</h2><p>{escape(tag['description'])}</p>")

@@ -6,7 +6,7 @@ from typing import cast
 
 import trio
 
-from service.sessions.events.events import Event, encode_frame
+from service.sessions.events.events import Event, encode_frame, escape_line_ends
 
 _TERMINAL_RESERVE_BYTES = 2048
 """Room kept for the terminal event, which must always fit: it may quote 300 characters of up to four bytes."""
@@ -29,6 +29,7 @@ class EventLog:
         self._bytes_max = bytes_max - _TERMINAL_RESERVE_BYTES
         self._last_seq: int | None = None
         self._closed = False
+        self._escapes = False
         self._readers = trio.lowlevel.ParkingLot()
         self._pausing = trio.lowlevel.ParkingLot()
 
@@ -37,8 +38,10 @@ class EventLog:
         """The closed log of an ended turn, from the frames that were kept. They are not copied.
 
         With ``last_seq`` that is the seq of the last of them: those between it and the one before are lost.
+        Frames that were kept before line ends were escaped in them are escaped as they are read.
         """
         log = cls(bytes_max=0)
+        log._escapes = True
         log._last_seq = last_seq
         log._frames = cast("list[bytes]", frames)  # a closed log is never written to
         log._closed = True
@@ -111,6 +114,8 @@ class EventLog:
         Empty bytes and the same cursor where nothing is ready.
         """
         frames, end = join_frames(self._frames, min(cursor, len(self._frames)), bytes_max=bytes_max)
+        if self._escapes:
+            frames = escape_line_ends(frames)
         return frames, max(self.last_seq, cursor) if end == len(self._frames) else end
 
     def frames(self, *, after: int = 0) -> list[bytes]:

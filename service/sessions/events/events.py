@@ -2,7 +2,7 @@
 
 A frame has an ``id:`` (the seq) and one ``data:`` line of JSON whose ``type`` says what it is. There is
 no ``event:`` line: it would repeat the type in each delta, and a browser's ``onmessage`` sees all
-frames without it.
+frames without it. The line is one to every client: what any of them takes for a line end is escaped.
 """
 
 import msgspec
@@ -95,6 +95,7 @@ class TurnInterrupted(
 TerminalEvent = TurnCompleted | TurnFailed | TurnCancelled | TurnInterrupted
 Event = TurnQueued | TurnStarted | TurnDelta | TurnReasoning | TerminalEvent
 
+_LINE_ENDS = tuple((end.encode(), b"\\u%04x" % ord(end)) for end in ("\x85", "\u2028", "\u2029"))
 _encode = msgspec.json.encode
 _decoder: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
 
@@ -104,7 +105,18 @@ def encode_frame(event: Event) -> bytes:
 
     Source: https://html.spec.whatwg.org/multipage/server-sent-events.html
     """
-    return b"id: %d\ndata: %b\n\n" % (event.seq, _encode(event))
+    return b"id: %d\ndata: %b\n\n" % (event.seq, escape_line_ends(_encode(event)))
+
+
+def escape_line_ends(frames: bytes) -> bytes:
+    """The same JSON with U+0085, U+2028 and U+2029 as ``\\u`` escapes; JSON itself escapes all other line ends.
+
+    A client that splits lines as Python's ``str.splitlines`` does (httpx, and so httpx-sse) would cut an event there.
+    """
+    if not frames.isascii():
+        for line_end, escape in _LINE_ENDS:
+            frames = frames.replace(line_end, escape)
+    return frames
 
 
 def decode_frame(frame: bytes) -> Event:

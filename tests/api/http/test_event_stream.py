@@ -54,12 +54,12 @@ async def opened_heartbeats(streams: Streams) -> AsyncIterator[None]:
 
 async def test_the_first_piece_has_the_retry_line_and_everything_ready() -> None:
     opened = Opened(2)
-    assert await anext(opened.stream) == b"retry: 1000\n\n" + encode_frame(delta(1)) + encode_frame(delta(2))
+    assert await anext(opened.stream) == b"retry: 1000\n" + encode_frame(delta(1)) + encode_frame(delta(2))
 
 
 async def test_what_became_ready_meanwhile_comes_in_one_piece() -> None:
     opened = Opened()
-    assert await anext(opened.stream) == b"retry: 1000\n\n"
+    assert await anext(opened.stream) == b"retry: 1000\n"
     opened.append(3)
     assert await anext(opened.stream) == b"".join(encode_frame(delta(seq)) for seq in (1, 2, 3))
 
@@ -69,10 +69,26 @@ async def test_silence_is_filled_with_heartbeats_and_loses_nothing(autojump_cloc
     async with opened_heartbeats(opened.streams):
         await anext(opened.stream)
         for beat in (1, 2, 3):
-            assert await anext(opened.stream) == b": heartbeat\n\n"
+            assert await anext(opened.stream) == b": heartbeat\n"
             assert trio.current_time() == 15 * beat
         opened.append(1)
         assert await anext(opened.stream) == encode_frame(delta(2))
+
+
+async def test_every_blank_line_ends_an_event(autojump_clock: MockClock) -> None:
+    """Some decoders take each for an event once they have seen an id: httpx-sse 0.4.3, openai-python before 2.38."""
+    opened = Opened()
+    received = b""
+    async with opened_heartbeats(opened.streams):
+        for deltas in (0, 0, 2, 0, 1, 0, 0):
+            opened.append(deltas)
+            received += await anext(opened.stream)
+        opened.close()
+        received += await anext(opened.stream)
+    assert received.count(b": heartbeat\n") == 4
+    *blocks, rest = received.split(b"\n\n")
+    assert rest == b""
+    assert [block.count(b"data: ") for block in blocks] == [1] * 4
 
 
 async def test_each_stream_is_silent_for_itself(autojump_clock: MockClock) -> None:
@@ -197,7 +213,7 @@ async def test_the_slot_is_ended_only_once_the_piece_with_the_terminal_event_was
 
 async def test_a_stream_that_joins_between_the_last_delta_and_the_terminal_event_gets_both() -> None:
     opened = Opened(1, cursor=1)
-    assert await anext(opened.stream) == b"retry: 1000\n\n"
+    assert await anext(opened.stream) == b"retry: 1000\n"
     opened.close()
     assert await anext(opened.stream) == encode_frame(terminal(2))
 
@@ -215,7 +231,7 @@ async def test_a_replay_from_any_cursor_is_exact(appends: list[int], cursor: int
         received += piece
     last = opened.log.last_seq
     expected = b"".join(encode_frame(delta(seq)) for seq in range(cursor + 1, last)) + encode_frame(terminal(last))
-    assert received == b"retry: 1000\n\n" + expected
+    assert received == b"retry: 1000\n" + expected
 
 
 async def test_a_large_backlog_comes_in_bounded_pieces() -> None:
@@ -223,15 +239,65 @@ async def test_a_large_backlog_comes_in_bounded_pieces() -> None:
     opened.close()
     sizes = [len(piece) async for piece in opened.stream]
     assert len(sizes) > 2
-    assert max(sizes) <= 64 * 1024 + len(b"retry: 1000\n\n")
+    assert max(sizes) <= 64 * 1024 + len(b"retry: 1000\n")
 
 
 @pytest.mark.parametrize(
-    ("header", "query", "cursor"), [(None, b"", 0), (None, b"after=7", 7), ("", b"after=7", 7), ("12", b"after=7", 12)]
+    ("header", "query", "cursor"),
+    [
+        (None, b"", (0, "after")),
+        (None, b"after=7", (7, "after")),
+        ("", b"after=7", (7, "after")),
+        ("12", b"after=7", (12, "Last-Event-ID")),
+        (None, b"lastEventId=3", (3, "lastEventId")),
+        (None, b"Last-Event-ID=3", (3, "Last-Event-ID")),
+        (None, b"after=7&lastEventId=3", (3, "lastEventId")),
+        (None, b"&lastEventId=3", (3, "lastEventId")),
+        (None, b"lastEventId=&after=7", (7, "after")),
+        (None, b"lastEventId=0&after=7", (0, "lastEventId")),
+        (None, b"lastEventId=5&Last-Event-ID=5", (5, "lastEventId")),
+        ("12", b"lastEventId=3&after=7", (12, "Last-Event-ID")),
+        ("", b"lastEventId=3", (3, "lastEventId")),
+    ],
 )
-def test_the_header_wins_over_the_parameter(header: str | None, query: bytes, cursor: int) -> None:
+def test_the_header_wins_over_the_id_of_the_query_and_that_over_after(
+    header: str | None, query: bytes, cursor: tuple[int, str]
+) -> None:
     headers = Headers() if header is None else Headers({"Last-Event-ID": header})
-    assert read_cursor(_request(headers, query)) == cursor
+    assert tuple(read_cursor(_request(headers, query))) == cursor
+
+
+@pytest.mark.parametrize("query", [b"_=1700000000", b"_=1&_=2", b"after=7&t=a&t=b", b"%00=%ff", b"x", b"LASTEVENTID=9"])
+def test_names_that_are_not_known_are_passed_over(query: bytes) -> None:
+    assert read_cursor(_request(Headers(), query)).seq == (7 if b"after" in query else 0)
+
+
+@pytest.mark.parametrize(
+    ("query", "field"),
+    [
+        (b"lastEventId=x", "lastEventId"),
+        (b"lastEventId=2.0", "lastEventId"),
+        (b"lastEventId=-1", "lastEventId"),
+        (b"lastEventId=%202", "lastEventId"),
+        (b"lastEventId=2%0A", "lastEventId"),
+        (b"lastEventId=%C2%B2", "lastEventId"),
+        (b"lastEventId=1111111111111111", "lastEventId"),
+        (b"Last-Event-ID=x", "Last-Event-ID"),
+        (b"lastEventId=2&lastEventId=2", "lastEventId"),
+        (b"lastEventId=2&Last-Event-ID=3", "lastEventId"),
+        (b"after=x&lastEventId=2", "after"),
+    ],
+)
+def test_an_id_in_the_query_that_is_none_or_two_that_differ_are_refused(query: bytes, field: str) -> None:
+    for headers in (Headers(), Headers({"Last-Event-ID": "5"})):
+        with pytest.raises(InvalidRequestError) as refused:
+            read_cursor(_request(headers, query))
+        assert refused.value.field == field
+
+
+def test_two_headers_that_differ_are_refused() -> None:
+    with pytest.raises(InvalidRequestError):
+        read_cursor(_request(Headers([("Last-Event-ID", "5"), ("Last-Event-ID", "6")])))
 
 
 @pytest.mark.parametrize("header", ["-1", "1.5", "abc", "²", "1" * 16, "0x1", " "])

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import trio
+from hypothesis import given
+from hypothesis import strategies as st
 from quart_trio.wrappers import TrioResponse
 from trio.testing import wait_all_tasks_blocked
 
 from service.api import app
 from service.api.http import proxy
-from service.api.http.proxy import PEER, socket_name
+from service.api.http.proxy import PEER, socket_name, split_whole
 from service.errors import OwnedElsewhereError
 from service.storage.records import Checkpoint
 from service.storage.sqlite import SqliteStore, open_sqlite_store
@@ -121,22 +123,41 @@ async def test_a_request_is_passed_on_as_it_came_and_so_is_the_answer(tmp_path: 
         assert replies[1].status == 409
 
 
-async def test_only_whole_frames_are_passed_on_and_a_dead_owners_stream_ends_from_the_store(tmp_path: Path) -> None:
+async def test_whole_events_and_comments_are_passed_on_at_once_and_a_dead_owners_stream_ends_from_the_store(
+    tmp_path: Path,
+) -> None:
     async with open_owner(tmp_path) as (api, owner), api.open("GET", EVENTS, headers=SSE) as client:
         await client.send_complete()
         stream, _ = await owner.take()
         first = frame(1)
-        await stream.send_all(HEAD + chunk("retry: 1000\n\n" + first[:10]))
-        assert await client.receive() == b"retry: 1000\n\n"
+        await stream.send_all(HEAD + chunk("retry: 1000\n: heartbeat\n" + first[:10]))
+        assert await client.receive() == b"retry: 1000\n: heartbeat\n"
         await stream.send_all(chunk(first[10:] + frame(2) + ": heart"))
         assert await client.receive() == (first + frame(2)).encode()
-        await stream.send_all(chunk("beat\n\n" + frame(3)[:-1]) + b"5\r\nabc")  # in mid-chunk
-        assert await client.receive() == b": heartbeat\n\n"
+        await stream.send_all(chunk("beat\n"))
+        assert await client.receive() == b": heartbeat\n", "it is not to wait for the event that follows"
+        await stream.send_all(chunk(": heartbeat\n" + frame(3)[:-1]) + b"5\r\nabc")  # in mid-chunk
+        assert await client.receive() == b": heartbeat\n"
         await owner.die(stream)
         terminal = await client.receive()
         assert terminal.startswith(b'id: 1073741824\ndata: {"type":"turn.interrupted"')
         assert terminal.count(b"id: ") == 1
         assert await client.receive() == b"", "the end of the body"
+
+
+@given(st.lists(st.sampled_from(["retry: 1000\n", ": heartbeat\n", frame(1), frame(12)])), st.booleans(), st.data())
+def test_what_is_whole_is_passed_on_wherever_it_is_cut(parts: list[str], begun: bool, data: st.DataObject) -> None:
+    end = frame(3)[:-1] if begun else ""
+    text = "".join([*parts, end]).encode()
+    passed = unsent = b""
+    at = 0
+    while at < len(text):
+        size = data.draw(st.integers(1, len(text) - at))
+        piece, unsent = split_whole(unsent + text[at : at + size])
+        assert not piece or piece.endswith(b"\n")
+        passed += piece
+        at += size
+    assert (passed, unsent) == ("".join(parts).encode(), end.encode())
 
 
 @pytest.mark.parametrize(
@@ -152,10 +173,46 @@ async def test_a_stream_that_its_owner_never_began_goes_on_from_what_the_client_
             session_id="s", turn_id=TURN, after=0, events=tuple(frame(seq).encode() for seq in (1, 2, 3)), output=()
         )
         await owner.store.checkpoint_turns([checkpoint])
-        await stream.send_all(HEAD + chunk("retry: 1000\n\n"))
-        assert await client.receive() == b"retry: 1000\n\n"
+        await stream.send_all(HEAD + chunk("retry: 1000\n"))
+        assert await client.receive() == b"retry: 1000\n"
         await owner.die(stream)
         assert (await client.receive()).startswith(frame(3).encode())
+
+
+@pytest.mark.parametrize("prefix", ["", "/behind/a/proxy"])
+async def test_a_client_that_comes_back_by_post_goes_on_from_what_it_has_seen(prefix: str, tmp_path: Path) -> None:
+    async with open_owner(tmp_path) as (api, owner):
+        headers = SSE | {"Last-Event-ID": "2", "Content-Type": "application/json"}
+        client = api.open("POST", f"{prefix}/chat", headers=headers, scope={"root_path": prefix})
+        async with client:
+            await client.send(b'{"session_id": "s", "message": "Hi"}')
+            await client.send_complete()
+            stream, request = await owner.take()
+            assert b"\r\nlast-event-id: 2\r\n" in request
+            checkpoint = Checkpoint(
+                session_id="s", turn_id=TURN, after=0, events=tuple(frame(seq).encode() for seq in (1, 2, 3)), output=()
+            )
+            await owner.store.checkpoint_turns([checkpoint])
+            location = f"location: {prefix}/sessions/s/turns/{TURN}\r\n\r\n".encode()
+            await stream.send_all(HEAD.replace(b"\r\n\r\n", b"\r\n" + location) + chunk("retry: 1000\n"))
+            assert await client.receive() == b"retry: 1000\n"
+            await owner.die(stream)
+            assert (await client.receive()).startswith(frame(3).encode())
+
+
+async def test_a_client_that_comes_back_by_post_is_answered_here_where_the_owner_dies(tmp_path: Path) -> None:
+    """It starts nothing, so that nothing speaks against asking once more."""
+    async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
+        replies: list[Reply] = []
+        body = {"session_id": "s", "message": a_turn(TURN, "s").input_text}
+        back = SSE | {"Last-Event-ID": "0"}
+        nursery.start_soon(lambda: ask(api, replies, "POST", "/chat", body, headers=back))
+        stream, _ = await owner.take()
+        await owner.die(stream)
+        await wait_for(replies)
+        assert replies[0].status == 200
+        assert [(event["type"], event["reason"]) for event in replies[0].events] == [("turn.interrupted", "crash")]
+        assert len((await api.call("GET", "/sessions/s/turns")).json["data"]) == 1
 
 
 @pytest.mark.parametrize("after", ["2.0", "2e0", "x", "-1"])

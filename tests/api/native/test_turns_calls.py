@@ -69,9 +69,9 @@ async def test_a_streaming_call_answers_with_the_events(autojump_clock: MockCloc
         reply = await api.call("POST", f"/sessions/{session_id}/turns", {"input": "Hi"}, headers=SSE)
         assert reply.status == 200
         assert reply.headers["content-type"] == "text/event-stream"
-        assert reply.headers["cache-control"] == "no-store"
+        assert reply.headers["cache-control"] == "no-store, no-transform"
         assert reply.headers["x-accel-buffering"] == "no"
-        assert reply.body.startswith(b"retry: 1000\n\n")
+        assert reply.body.startswith(b"retry: 1000\nid: 1\n")
         kinds = [event["type"] for event in reply.events]
         assert kinds == ["turn.started", *["turn.delta"] * (len(kinds) - 2), "turn.completed"]
         assert [event["seq"] for event in reply.events] == list(range(1, len(kinds) + 1))
@@ -118,6 +118,8 @@ async def test_a_finished_turn_is_replayed_from_any_event(autojump_clock: MockCl
             assert (await api.call("GET", f"{path}/events?after={seq}")).events == all_events[seq:]
             header = await api.call("GET", f"{path}/events?after=1", headers={"Last-Event-ID": str(seq)})
             assert header.events == all_events[seq:]
+            for query in (f"after=1&lastEventId={seq}", f"Last-Event-ID={seq}&_=17&_=18"):
+                assert (await api.call("GET", f"{path}/events?{query}")).events == all_events[seq:]
         for seq in (last, last + 1, 10**15):
             reply = await api.call("GET", f"{path}/events?after={seq}")
             assert (reply.status, reply.body) == (204, b"")
@@ -142,6 +144,8 @@ async def test_a_cursor_beyond_a_running_turn_is_refused(autojump_clock: MockClo
         beyond.problem(422, "invalid_request", "after")
         resumed = await api.call("GET", f"{reply.headers['location']}/events", headers={"Last-Event-ID": "50"})
         resumed.problem(422, "invalid_request", "Last-Event-ID")
+        polyfilled = await api.call("GET", f"{reply.headers['location']}/events?after=1&lastEventId=50")
+        polyfilled.problem(422, "invalid_request", "lastEventId")
 
 
 async def test_a_head_request_for_events_streams_nothing(autojump_clock: MockClock) -> None:

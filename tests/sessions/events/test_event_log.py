@@ -316,6 +316,10 @@ events: st.SearchStrategy[Event] = st.one_of(
 )
 
 
+LINE_ENDS = "".join(map(chr, (*range(0x20), 0x7F, 0x85, 0xA0, 0x2028, 0x2029)))
+"""All that some client takes for one, and their like."""
+
+
 @given(events)
 @example(TurnDelta(seq=1, text="\r\n\r\ndata: data: \u2028\x00"))
 def test_a_frame_is_its_event(event: Event) -> None:
@@ -323,14 +327,34 @@ def test_a_frame_is_its_event(event: Event) -> None:
 
 
 @given(events)
+@example(TurnDelta(seq=1, text=LINE_ENDS))
 def test_a_frame_is_one_event_for_any_reader_of_event_streams(event: Event) -> None:
     r"""Whatever is in the text (CR, LF, ``data: ``): two lines and an empty one, with any of the three line ends."""
     frame = encode_frame(event)
     assert frame.endswith(b"\n\n")
     assert b"\r" not in frame
+    assert len(frame.decode().splitlines()) == 3, "httpx and others split lines as Python does"
     id_line, data_line = frame[:-2].split(b"\n")
     assert id_line == b"id: %d" % event.seq
     assert data_line.startswith(b'data: {"type":"turn.')
+
+
+def test_line_ends_of_unicode_are_escaped_and_nothing_else_is() -> None:
+    frame = encode_frame(TurnDelta(seq=3, text="a\x85b\u2028c\u2029d…\xa0é\u2027\u202a👋"))
+    assert frame.partition(b'"text":"')[2] == 'a\\u0085b\\u2028c\\u2029d…\xa0é\u2027\u202a👋"}\n\n'.encode()
+
+
+def test_frames_that_were_kept_before_line_ends_were_escaped_are_escaped_as_they_are_read() -> None:
+    kept = [
+        f'id: {seq}\ndata: {{"type":"turn.delta","seq":{seq},"text":"{text}"}}\n\n'.encode()
+        for seq, text in ((1, "a\u2028"), (2, "\x85\u2029"), (3, "é"))
+    ]
+    log = EventLog.replay(kept)
+    read, _ = log.read_after(0, bytes_max=1 << 16)
+    assert len(read.decode().splitlines()) == 9
+    events = [decode_frame(frame + b"\n\n") for frame in read.split(b"\n\n")[:-1]]
+    assert events == [decode_frame(frame) for frame in kept]
+    assert log.frames() == kept
 
 
 def test_a_delta_on_the_wire_is_lean() -> None:
