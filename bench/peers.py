@@ -55,10 +55,14 @@ async def _open_lines(module: str, cpus: str | None) -> AsyncIterator[_Lines]:
 
 
 class LoadClient:
-    """A running load client. Made by :func:`open_load`."""
+    """A running load client. Made by :func:`open_load` and :func:`open_load_without_plan`."""
 
     def __init__(self, lines: _Lines) -> None:
         self._lines = lines
+
+    async def begin(self, plan: Plan) -> None:
+        """Give it the plan, of which it has none yet."""
+        await self._lines.say(msgspec.json.encode(plan))
 
     async def wait_ready(self) -> None:
         """Return once every client of the plan is where it is to be, or has failed to get there."""
@@ -93,8 +97,15 @@ class UpstreamProcess:
 @asynccontextmanager
 async def open_load(plan: Plan, *, cpus: str | None = None) -> AsyncIterator[LoadClient]:
     """Start a load client on a plan."""
+    async with open_load_without_plan(cpus=cpus) as load:
+        await load.begin(plan)
+        yield load
+
+
+@asynccontextmanager
+async def open_load_without_plan(*, cpus: str | None = None) -> AsyncIterator[LoadClient]:
+    """Start a load client that gets its plan later: meanwhile it imports what it needs, and other processes start."""
     async with _open_lines("bench.load", cpus) as lines:
-        await lines.say(msgspec.json.encode(plan))
         yield LoadClient(lines)
 
 

@@ -17,6 +17,10 @@ from quart_trio import QuartTrio
 from service.hosting.hypercorn.connections import Connections
 
 Serve = Callable[..., AbstractAsyncContextManager["Served"]]
+PATIENT_S = 8.0
+"""Bound of the wait for an end that comes. It says nothing about time: the machine may be busy."""
+BRIEF_S = 1.0
+"""How long a test watches that an end does not come."""
 
 
 class Served:

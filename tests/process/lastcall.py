@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import trio
 
-from bench.peers import LoadClient, open_load, open_upstream
+from bench.peers import LoadClient, open_load_without_plan, open_upstream
 from bench.plan import Group, Http2Streams, Idle, LoadResult, Plan, Prober, Request, Streams, Unfinished
 from bench.server_process import Gone, Launch, ServerProcess, open_server, python_command
 from bench.wire import StreamEnd
@@ -75,11 +75,12 @@ async def open_under_load(
 ) -> AsyncIterator[tuple[ServerProcess, LoadClient]]:
     """A running server with a model server behind it and a load on it that is all there."""
     async with (
+        open_load_without_plan() as load,
         open_upstream() as upstream,
         open_lastcall(host, folder, argv=argv, model_url=upstream.url, **settings) as server,
-        open_load(Plan(port=server.port, groups=groups)) as load,
     ):
         with trio.fail_after(CAP_S):
+            await load.begin(Plan(port=server.port, groups=groups))
             await load.wait_ready()
         yield server, load
 

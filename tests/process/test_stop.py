@@ -80,6 +80,7 @@ async def test_a_stalled_reader_is_cut_off_after_half_of_the_release(tmp_path: P
     assert 1.5 <= gone.at - signalled < 2.5
 
 
+@pytest.mark.parallel
 @pytest.mark.parametrize("host", [SERVE, HYPERCORN_1, HYPERCORN_2], ids=str)
 async def test_the_report_says_what_the_clients_saw(tmp_path: Path, host: Host) -> None:
     groups = (chat("chat", 7), chat("finishing", 4, "rate=20 tokens=60"), stalled())

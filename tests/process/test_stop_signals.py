@@ -31,6 +31,7 @@ START_S = 5
 """Bound of a worker's start, on a machine that has other things to do."""
 
 
+@pytest.mark.parallel
 @pytest.mark.parametrize("host", [HYPERCORN_1, HYPERCORN_2], ids=str)
 async def test_the_masters_sudden_death_stops_its_workers_properly(tmp_path: Path, host: Host) -> None:
     async with open_under_load(host, tmp_path, *well_behaved(), *rude(), drain_timeout_s=0) as (server, load):
@@ -44,6 +45,7 @@ async def test_the_masters_sudden_death_stops_its_workers_properly(tmp_path: Pat
     assert [report["faults"] for report in reports(server)] == [[]] * host.processes
 
 
+@pytest.mark.parallel
 @pytest.mark.parametrize("host", [HYPERCORN_2, HYPERCORN_4], ids=str)
 async def test_a_signal_to_one_worker_ends_its_streams_properly(tmp_path: Path, host: Host) -> None:
     async with open_under_load(host, tmp_path, chat(count=20), drain_timeout_s=0) as (server, load):
@@ -57,6 +59,7 @@ async def test_a_signal_to_one_worker_ends_its_streams_properly(tmp_path: Path, 
     assert_log_is_clean(server)
 
 
+@pytest.mark.parallel
 @pytest.mark.parametrize("host", [SERVE, HYPERCORN_1, HYPERCORN_2], ids=str)
 async def test_more_signals_during_the_drain_change_nothing(tmp_path: Path, host: Host) -> None:
     short_turns = chat(count=6, message="rate=20 tokens=40")
@@ -86,6 +89,7 @@ async def test_a_second_ctrl_c_skips_the_drain(tmp_path: Path, host: Host) -> No
     assert gone.at - second < 1
 
 
+@pytest.mark.parallel
 async def test_a_worker_that_reaches_max_requests_ends_its_streams_properly(tmp_path: Path) -> None:
     argv = [*HYPERCORN_1.argv(), "--max-requests", "20"]
     groups = (chat(count=3), prober("/healthz", "GET"))

@@ -76,6 +76,7 @@ async def test_a_model_server_that_ignores_the_close_is_left_at_once(tmp_path: P
     assert gone.at - signalled < 1
 
 
+@pytest.mark.parallel
 async def test_many_starts_and_stops_under_load_leave_nothing_behind(tmp_path: Path) -> None:
     for number in range(STARTS):
         folder = tmp_path / str(number)
@@ -89,6 +90,7 @@ async def test_many_starts_and_stops_under_load_leave_nothing_behind(tmp_path: P
         assert_clean(HYPERCORN_1, server, gone)
 
 
+@pytest.mark.parallel
 @pytest.mark.parametrize("host", [SERVE, HYPERCORN_1, CONFIGURED_2], ids=str)
 async def test_a_server_without_descriptors_left_stops_as_ever(tmp_path: Path, host: Host) -> None:
     spare = 10

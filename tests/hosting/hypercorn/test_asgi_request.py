@@ -12,7 +12,7 @@ from service.hosting.hypercorn.asgi_request import AsgiRequest, open_requests
 from service.settings import Settings
 from service.shutdown import Shutdown
 from service.supervisor import open_service
-from tests.hosting.conftest import Serve
+from tests.hosting.conftest import BRIEF_S, PATIENT_S, Serve
 
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
@@ -37,25 +37,27 @@ async def receive_all(stream: trio.abc.ReceiveStream) -> bytes:
     return b"".join([part async for part in stream])
 
 
-async def is_closed_after_keep_alive(serve: Serve, http_class: type[TrioASGIHTTPConnection]) -> bool:
+async def is_closed_after_keep_alive(
+    serve: Serve, http_class: type[TrioASGIHTTPConnection], *, patience_s: float
+) -> bool:
     async with serve(an_app(http_class), keep_alive_timeout=0.1) as server:
         with trio.fail_after(10):
             async with await server.connect() as stream:
                 await stream.send_all(GET)
                 assert (await stream.receive_some()).startswith(b"HTTP/1.1 200")
-                with trio.move_on_after(1):
+                with trio.move_on_after(patience_s):
                     await receive_all(stream)
                     return True
     return False
 
 
 async def test_a_kept_alive_connection_obeys_its_timeout(serve: Serve) -> None:
-    assert await is_closed_after_keep_alive(serve, AsgiRequest)
+    assert await is_closed_after_keep_alive(serve, AsgiRequest, patience_s=PATIENT_S)
 
 
 async def test_the_shield_of_the_last_send_is_still_needed(serve: Serve) -> None:
     """Fails when hypercorn and Quart-Trio get it right by themselves: then HTTPConnection._send can go."""
-    assert not await is_closed_after_keep_alive(serve, TrioASGIHTTPConnection)
+    assert not await is_closed_after_keep_alive(serve, TrioASGIHTTPConnection, patience_s=BRIEF_S)
 
 
 async def test_responses_close_their_connection_once_no_work_is_accepted(serve: Serve) -> None:

@@ -19,7 +19,7 @@ from quart_trio.wrappers import TrioResponse
 
 from service.hosting.hypercorn.asgi_request import AsgiRequest
 from service.hosting.hypercorn.connections import LAST_FRAMES_S, Connections
-from tests.hosting.conftest import Serve, Served
+from tests.hosting.conftest import BRIEF_S, PATIENT_S, Serve, Served
 
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 CLOSING = GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
@@ -184,7 +184,7 @@ async def test_hypercorn_still_keeps_connections_that_their_clients_closed(serve
     assert not await is_gone_when_its_client_is(serve)
 
 
-async def stops_though_a_client_has_sent_more(serve: Serve, more: bytes) -> bool:
+async def stops_though_a_client_has_sent_more(serve: Serve, more: bytes, *, patience_s: float) -> bool:
     """A client that asks again while its stream is not over."""
     app = App()
     async with serve(app, graceful_timeout=100) as server:
@@ -198,7 +198,7 @@ async def stops_though_a_client_has_sent_more(serve: Serve, more: bytes) -> bool
                 answer += b"".join([part async for part in stream])
                 assert answer.endswith(b"last\r\n0\r\n\r\n")
                 assert answer.count(b"HTTP/1.1 ") == 1
-                with trio.move_on_after(0.5):
+                with trio.move_on_after(patience_s):
                     await server.gone.wait()
                 return server.gone.is_set()
 
@@ -207,12 +207,12 @@ async def stops_though_a_client_has_sent_more(serve: Serve, more: bytes) -> bool
 async def test_a_connection_closes_with_its_response_though_its_client_has_sent_more(
     serve: Serve, connections: Connections, more: bytes
 ) -> None:
-    assert await stops_though_a_client_has_sent_more(serve, more)
+    assert await stops_though_a_client_has_sent_more(serve, more, patience_s=PATIENT_S)
 
 
 async def test_hypercorn_still_waits_for_a_client_that_has_sent_more(serve: Serve) -> None:
     """Fails when hypercorn closes such a connection: then Connection._is_ahead can go."""
-    assert not await stops_though_a_client_has_sent_more(serve, GET)
+    assert not await stops_though_a_client_has_sent_more(serve, GET, patience_s=BRIEF_S)
 
 
 UPGRADE = b"GET / HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -224,7 +224,9 @@ REFUSED = {
 }
 
 
-async def closes_with_hypercorns_own_answer(serve: Serve, request: bytes, config: dict[str, Any], code: bytes) -> bool:
+async def closes_with_hypercorns_own_answer(
+    serve: Serve, request: bytes, config: dict[str, Any], code: bytes, *, patience_s: float
+) -> bool:
     async with serve(App(), keep_alive_timeout=0.1, **config) as server:
         with trio.fail_after(10):
             async with await server.connect() as stream:
@@ -232,7 +234,7 @@ async def closes_with_hypercorns_own_answer(serve: Serve, request: bytes, config
                 answer = bytes(await stream.receive_some())
                 assert answer.startswith(b"HTTP/1.1 " + code)
                 assert b"connection: close" in answer
-                with trio.move_on_after(0.5) as bound, suppress(trio.BrokenResourceError):
+                with trio.move_on_after(patience_s) as bound, suppress(trio.BrokenResourceError):
                     assert not await stream.receive_some()
                 return not bound.cancelled_caught
 
@@ -241,35 +243,35 @@ async def closes_with_hypercorns_own_answer(serve: Serve, request: bytes, config
 async def test_a_connection_closes_with_the_answer_of_hypercorn_itself(
     serve: Serve, connections: Connections, what: str
 ) -> None:
-    assert await closes_with_hypercorns_own_answer(serve, *REFUSED[what])
+    assert await closes_with_hypercorns_own_answer(serve, *REFUSED[what], patience_s=PATIENT_S)
 
 
 @pytest.mark.parametrize("what", REFUSED)
 async def test_hypercorn_still_keeps_a_connection_after_an_answer_of_its_own(serve: Serve, what: str) -> None:
     """Fails when hypercorn closes it: then Connection._has_refused can go."""
-    assert not await closes_with_hypercorns_own_answer(serve, *REFUSED[what])
+    assert not await closes_with_hypercorns_own_answer(serve, *REFUSED[what], patience_s=BRIEF_S)
 
 
-async def closes_a_client_of_http2_that_asks_nothing(serve: Serve) -> bool:
+async def closes_a_client_of_http2_that_asks_nothing(serve: Serve, *, patience_s: float) -> bool:
     client = h2.connection.H2Connection(h2.config.H2Configuration())
     client.initiate_connection()
     async with serve(App(), keep_alive_timeout=0.1) as server:
         with trio.fail_after(10):
             async with await server.connect() as stream:
                 await stream.send_all(client.data_to_send())
-                with trio.move_on_after(1) as bound:
+                with trio.move_on_after(patience_s) as bound:
                     while await stream.receive_some():
                         pass
                 return not bound.cancelled_caught
 
 
 async def test_an_http2_client_that_asks_nothing_is_idle(serve: Serve, connections: Connections) -> None:
-    assert await closes_a_client_of_http2_that_asks_nothing(serve)
+    assert await closes_a_client_of_http2_that_asks_nothing(serve, patience_s=PATIENT_S)
 
 
 async def test_hypercorn_still_waits_for_an_http2_client_that_asks_nothing(serve: Serve) -> None:
     """Fails when hypercorn knows that it is idle: then the second half of Connection._tidy_up can go."""
-    assert not await closes_a_client_of_http2_that_asks_nothing(serve)
+    assert not await closes_a_client_of_http2_that_asks_nothing(serve, patience_s=BRIEF_S)
 
 
 async def stops_though_a_client_of_http2_has_reset_its_stream(serve: Serve) -> bool:
@@ -292,6 +294,7 @@ async def stops_though_a_client_of_http2_has_reset_its_stream(serve: Serve) -> b
                 return server.gone.is_set()
 
 
+@pytest.mark.serial
 async def test_a_client_of_http2_that_has_reset_its_stream_does_not_hold_up_a_stop(
     serve: Serve, connections: Connections
 ) -> None:
