@@ -30,7 +30,7 @@ import structlog
 import trio
 from pydantic import SecretStr
 
-from service.clock import Clock, wall_clock
+from service.clock import Clock, SteadyClock
 from service.errors import SettingsError, StartupError, StoreError
 from service.models.client import ModelClient
 from service.models.openai_compatible import open_openai_compatible
@@ -66,19 +66,21 @@ async def open_service(
     settings: Settings,
     *,
     shutdown: Shutdown | None = None,
-    clock: Clock = wall_clock,
+    clock: Clock | None = None,
     peer_address: str | None = None,
 ) -> AsyncIterator[Service]:
     """The whole service. Leaving it stops and closes everything, in reverse order, each within its bound.
 
     Args:
         shutdown: Who is told of the stop; made by the caller where a notice may come before the tree stands.
+        clock: Wall time; a :class:`~service.clock.SteadyClock` unless given.
         peer_address: Where this process answers other processes that share the store.
 
     Raises:
         StartupError: Something cannot be opened; one sentence says what and why.
     """
     shutdown = shutdown or Shutdown(settings)
+    clock = clock or SteadyClock()
     async with (
         shutdown.closing(_open_store(settings, peer_address), "the store") as store,
         _open_upstreams(settings, shutdown, clock) as upstreams,

@@ -7,7 +7,7 @@ error in it is logged and it goes on.
 import structlog
 import trio
 
-from service.clock import Clock
+from service.clock import Clock, is_in_doubt
 from service.storage.store import Store
 from service.storage.store_deadline import answered_within
 
@@ -42,11 +42,17 @@ async def run_expiry(
 
 
 async def sweep(store: Store, *, clock: Clock, store_timeout_s: float) -> int:
-    """Remove all sessions that have expired by now, in batches; how many."""
+    """Remove all sessions that have expired by now, in batches; how many.
+
+    None while it is in doubt what time it is: what is removed is gone for good, and the next sweep finds it, too.
+    """
     removed = 0
     while True:
+        now = clock()
+        if is_in_doubt(clock):
+            return removed
         with answered_within(store_timeout_s):
-            batch = await store.delete_expired(now=clock(), limit=_BATCH_MAX)
+            batch = await store.delete_expired(now=now, limit=_BATCH_MAX)
         removed += batch
         if batch < _BATCH_MAX:
             return removed
