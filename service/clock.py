@@ -43,9 +43,10 @@ class SteadyClock:
     """The wall clock, as long as the time that has really passed confirms it.
 
     A step of the wall clock that is larger than :data:`FOLLOWED_S` is not followed: time goes on from where it was. If
-    the wall clock comes back nothing has happened. If it stays it is believed: after :data:`BELIEVED_AFTER_S`, or sooner
-    where the new time has held for as long as the time before it, but not before :data:`BELIEVED_AFTER_MIN_S`. So a
-    process that was started with a wrong clock is right again soon after the clock is.
+    the wall clock comes back nothing has happened. If it stays it is believed: after :data:`BELIEVED_AFTER_S`, or
+    sooner where the new time has held for as long as the time before it, but not before
+    :data:`BELIEVED_AFTER_MIN_S`. So a process that was started with a wrong clock is right again soon after the clock
+    is.
 
     Each moment is later than the one before, by a microsecond at least: what is created later is newer. Only where a
     step back is believed the next moment is earlier.
