@@ -1,25 +1,29 @@
 """The log: structlog's events and everybody else's records in one form, on standard error.
 
-A line an event: for people on a terminal, JSON elsewhere. A secret of the settings never appears in it, wherever it
+A line an event: for people on a terminal, JSON elsewhere. Whatever a value is, it stays on its line and in its place
+(``escaping``); a traceback for people follows indented. A secret of the settings never appears in it, wherever it
 came from; a cancellation is no fault and has no traceback. Writing never waits and never raises (``log_writer``).
 """
 
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from io import StringIO
 from typing import Any
 from urllib.parse import unquote_plus, urlsplit
 
 import structlog
 import trio
 from structlog.stdlib import ExtraAdder, ProcessorFormatter, add_log_level, add_logger_name
-from structlog.typing import EventDict, Processor, WrappedLogger
+from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger
 
 from service.settings import MASK, Settings
+from service.telemetry.escaping import escape, escape_json, escape_lines, escape_value
 from service.telemetry.log_writer import LogWriter
 
-LOGGERS_WITH_HANDLERS = ("hypercorn.error", "hypercorn.access")
+ACCESS_LOGGER = "hypercorn.access"
+LOGGERS_WITH_HANDLERS = ("hypercorn.error", ACCESS_LOGGER)
 """hypercorn gives these handlers of its own, at a time of its choosing: a filter is the one thing it leaves alone."""
 SECRET_LENGTH_MIN = 6
 """A shorter secret is none, and blotting it out would make the log unreadable."""
@@ -94,12 +98,14 @@ class Log(logging.Handler):
         try:
             line = self.format(record)
         except Exception:  # noqa: BLE001  a record with the wrong arguments must not harm who logged it
-            line = f"a log record of {record.name} could not be formatted: {record.msg!r}"
+            line = escape(f"a log record of {record.name} could not be formatted: {record.msg!r}")
         self.writer.write(line + "\n")
 
     def take_over(self, record: logging.LogRecord) -> bool:
         """As a logger's filter: write the record here, and keep it from that logger's own handlers."""
         if record.levelno >= self.level:
+            if record.name == ACCESS_LOGGER and isinstance(record.args, Mapping):
+                record.args = _Quotable(record.args)
             self.handle(record)
         return False
 
@@ -107,6 +113,23 @@ class Log(logging.Handler):
         if lost := self.writer.take_lost():
             event["log_lines_lost"] = lost
         return event
+
+
+class _Quotable(Mapping[str, object]):
+    """The atoms of an access log: its format puts quotes around them, which none of them ends."""
+
+    def __init__(self, atoms: Mapping[str, object]) -> None:
+        self._atoms = atoms
+
+    def __getitem__(self, name: str) -> object:
+        atom = self._atoms[name]
+        return atom.replace("\\", "\\\\").replace('"', '\\"') if isinstance(atom, str) else atom
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._atoms)
+
+    def __len__(self) -> int:
+        return len(self._atoms)
 
 
 class _Lines:
@@ -144,9 +167,8 @@ def _spellings(settings: Settings) -> Iterator[str]:
             secrets += _query_values(upstream.url)
     for value in secrets:
         if len(value) >= SECRET_LENGTH_MIN:
-            yield value
-            yield json.dumps(value)[1:-1]
-            yield repr(value)[1:-1]
+            yield from (value, json.dumps(value)[1:-1], repr(value)[1:-1], escape(value))
+            yield escape_json(json.dumps(value, ensure_ascii=False)[1:-1])
 
 
 def _query_values(url: str) -> Iterator[str]:
@@ -157,8 +179,28 @@ def _query_values(url: str) -> Iterator[str]:
 
 
 def _people_see(*, colors: bool) -> list[Processor]:
-    traceback = structlog.dev.plain_traceback  # the rich one prints local variables, secrets among them
-    return [structlog.dev.ConsoleRenderer(colors=colors, sort_keys=False, exception_formatter=traceback)]
+    return [
+        _escaped,
+        structlog.dev.ConsoleRenderer(colors=colors, sort_keys=False, exception_formatter=_write_traceback),
+    ]
+
+
+def _escaped(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    escaped: EventDict = {}
+    for name, value in event.items():
+        if name == "exc_info":
+            escaped[name] = value
+        elif name in ("exception", "stack"):
+            escaped[name] = escape_lines(str(value))
+        else:
+            escaped[escape(name)] = escape(str(value)) if name == "event" else escape_value(value)
+    return escaped
+
+
+def _write_traceback(lines: Any, exc_info: ExcInfo) -> None:
+    text = StringIO()
+    structlog.dev.plain_traceback(text, exc_info)  # the rich one prints local variables, secrets among them
+    lines.write("\n" + escape_lines(text.getvalue().strip("\n")))
 
 
 def _machines_see() -> list[Processor]:
@@ -166,7 +208,12 @@ def _machines_see() -> list[Processor]:
         structlog.processors.format_exc_info,
         _in_order,
         structlog.processors.JSONRenderer(default=str, ensure_ascii=False),
+        _without_raw_characters,
     ]
+
+
+def _without_raw_characters(_logger: WrappedLogger, _method: str, rendered: Any) -> str:
+    return escape_json(str(rendered))
 
 
 def _in_order(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:

@@ -9,6 +9,7 @@ from enum import IntEnum
 from typing import NoReturn
 
 from service.errors import StartupError
+from service.telemetry.escaping import escape
 from service.telemetry.log_writer import LogWriter
 from service.telemetry.logging import drain_log
 
@@ -55,7 +56,7 @@ def say(text: str) -> None:
     """
     writer = LogWriter(2)
     for line in text.splitlines():
-        writer.write(f"lastcall: {line}\n")
+        writer.write(f"lastcall: {escape(line)}\n")
     writer.drain(SAY_S)
     writer.close()
 
