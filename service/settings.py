@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from ipaddress import ip_address
+from ipaddress import IPv6Network, ip_address, ip_network
 from pathlib import Path
 from stat import S_ISREG
 from typing import Annotated, Any, Literal, get_origin
@@ -40,12 +40,15 @@ CONFIG_FILE_VARIABLE = "LASTCALL_CONFIG_FILE"
 """Names another file than ``lastcall.toml`` in the working directory. The one variable that is not a setting."""
 SECRETS = frozenset({"api_key", "api_keys", "model_api_key"})
 """Settings whose values are never shown."""
+UNIX_PEERS = "unix:"
+"""Of ``trusted_proxies``: whatever connects through a Unix socket."""
 MASK = "********"
 """What is shown in their place, and in place of other secrets."""
 _LISTS = {
     "api_keys": '["first-key", "second-key"]',
     "cors_origins": '["https://app.example.org"]',
     "models": '["small", "large"]',
+    "trusted_proxies": '["10.0.0.0/8"]',
 }
 """How settings that are lists of strings are written in the file."""
 
@@ -138,6 +141,25 @@ def _web_origin(text: str) -> str:
     return text
 
 
+def _proxies(text: str) -> str:
+    if text == UNIX_PEERS:
+        return text
+    try:
+        network = ip_network(text)
+    except ValueError as error:
+        if "host bits" in str(error):
+            raise ValueError(f"should be a network, such as {ip_network(text, strict=False)}, or an address") from None
+        raise ValueError(
+            "should be an address or a network of proxies, such as 10.1.2.3, 10.0.0.0/8 or fd00::/8; "
+            "or unix: for a bind of unix:path"
+        ) from None
+    if network.prefixlen == 0:
+        raise ValueError("should not be everybody: each caller could choose the address that is logged")
+    if isinstance(network, IPv6Network) and network.network_address.ipv4_mapped is not None:
+        raise ValueError("should be written as IPv4")
+    return text
+
+
 def _models(names: tuple[str, ...]) -> tuple[str, ...]:
     if not names:
         raise ValueError(f"should be at least one, such as {_LISTS['models']}")
@@ -189,6 +211,9 @@ class Settings(BaseModel):
     """Bearer keys of callers, separated by commas in the environment. Without any, only loopback is served."""
     cors_origins: tuple[Annotated[str, AfterValidator(_web_origin)], ...] = ()
     """Web origins whose pages may call; separated by commas in the environment."""
+    trusted_proxies: tuple[Annotated[str, AfterValidator(_proxies)], ...] = ()
+    """Proxies whose `X-Forwarded-For` or `Forwarded` names the caller in the log: addresses and networks, separated by
+    commas in the environment; needs `api_keys`, and opens nothing."""
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lowercase)] = "info"
     """The least severe level that is logged."""
     log_format: Annotated[Literal["auto", "console", "json"], BeforeValidator(_lowercase)] = "auto"
@@ -305,6 +330,9 @@ class Settings(BaseModel):
         if self.bind.startswith("unix:") and not self.api_keys:
             # Without them only this machine is served, and on a Unix socket nobody knows where a request is from.
             yield "api_keys should be set for a bind of unix:path, or every request would be refused"
+        if self.trusted_proxies and not self.api_keys:
+            # Without keys only this machine is served, and behind a proxy everybody seems to be on it.
+            yield "api_keys should be set with trusted_proxies: without keys no proxy's request is served"
         if (self.tls_certfile is None) != (self.tls_keyfile is None):
             yield "tls_certfile and tls_keyfile should be set together"
         if self.prompt_bytes_max < 2 * self.input_bytes_max:

@@ -7,12 +7,13 @@ from quart import Response, current_app, request
 from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
 
-from service.api.http.app_state import attach, current_access, current_service, detach, no_content
+from service.api.http.app_state import attach, current_access, current_service, detach, no_content, trusted_proxies_of
 from service.api.http.cors import allow_origin, preflight_response
 from service.api.http.locations import take_prefix
 from service.api.http.operations import operation_of
 from service.api.http.problems import NotReadyError, answer_error
-from service.api.http.proxy import forward, is_from_peer
+from service.api.http.proxy import PEER, forward, is_from_peer
+from service.api.http.proxy_headers import proxy_header
 from service.api.http.query_params import check_query_length
 from service.api.http.request_body import BoundedRequest
 from service.api.http.request_resources import request_resources
@@ -37,8 +38,20 @@ class Application(QuartTrio):
             return
         if scope["type"] != "lifespan":
             take_prefix(scope)
+            self._name_caller(scope)
         with request_resources(scope):
             await super().asgi_app(scope, receive, send)
+
+    def _name_caller(self, scope: Any) -> None:
+        """Put the caller's address in the place of its proxy's, for hypercorn's access log among others.
+
+        The access rule sees it too, but only with API keys, which it is enough to have: settings see to that.
+        """
+        proxies = trusted_proxies_of(self)
+        if proxies and PEER not in scope:
+            caller = proxies.caller_of(scope.get("client"), scope["headers"])
+            if caller is not None:
+                scope["client"] = (caller, 0)  # the port is not known
 
     async def make_default_options_response(self, *context: Any) -> Response:
         response = await super().make_default_options_response(*context)  # which Quart 0.23 has, and 0.22 has not
@@ -75,6 +88,7 @@ async def _admit() -> TrioResponse | None:
             host=request.headers.get("Host") or ("localhost" if is_probe else None),
             client=request.scope.get("client"),
             server=request.scope.get("server"),
+            proxy_header=None if is_probe or access.key_digests else proxy_header(request.scope["headers"]),
         )
     if request.query_string and not is_probe and request.endpoint is not None:
         _refuse_query(current_app.view_functions[request.endpoint])

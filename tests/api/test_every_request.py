@@ -7,7 +7,8 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from service.api.app import create_app
+from service.api.app import Application, create_app
+from service.api.http.proxy import PEER
 from tests.api.inprocess import CAP_S, LOOPBACK, Api, open_api
 
 JSON = {"Content-Type": "application/json"}
@@ -161,6 +162,47 @@ async def test_a_probe_from_this_machine_needs_to_name_no_host() -> None:
                 assert reply.status == 403
             (await api.call("GET", "/sessions", headers=headers, scope=scope)).problem(403, "loopback_only")
         (await api.call("GET", "/healthz", headers={"Host": "evil.example"})).problem(403, "loopback_only")
+
+
+@pytest.mark.parametrize("header", ["Forwarded", "Via", "X-Forwarded-For", "X-Real-IP", "CF-Connecting-IP"])
+async def test_without_keys_what_a_proxy_passes_on_is_refused_but_for_probes(header: str) -> None:
+    async with open_api() as api:
+        for path in ("/sessions", "/docs", "/nowhere"):
+            for value in ("127.0.0.1", ""):
+                reply = await api.call("GET", path, headers={header: value})
+                problem = reply.problem(403, "proxied_without_keys")
+                assert header.title() in problem["detail"]
+                assert "LASTCALL_API_KEYS" in problem["detail"]
+        (await api.call("POST", "/chat", {"message": "Hello"}, headers={header: "x"})).problem(
+            403, "proxied_without_keys"
+        )
+        for path in ("/healthz", "/readyz"):
+            assert (await api.call("GET", path, headers={header: "x"})).status == 200
+
+
+async def test_what_another_worker_has_admitted_is_not_judged_again() -> None:
+    async with open_api() as api:
+        passed_on: dict[str, Any] = {PEER: bool, "client": None, "server": None}
+        headers = {"X-Forwarded-For": "203.0.113.9", "Host": "chat.example.com"}
+        assert (await api.call("GET", "/sessions", headers=headers, scope=passed_on)).status == 200
+
+
+async def test_the_caller_s_address_is_that_which_a_trusted_proxy_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    callers: list[Any] = []
+
+    async def listening(app: Application, scope: Any, receive: Any, send: Any) -> None:
+        await answer(app, scope, receive, send)
+        callers.append(scope["client"])
+
+    answer = Application.asgi_app
+    monkeypatch.setattr(Application, "asgi_app", listening)
+    async with open_api(api_keys=("secret",), trusted_proxies=("127.0.0.1",)) as api:
+        named = {"X-Forwarded-For": "1.1.1.1, 203.0.113.9"}
+        for scope in ({}, {"client": ("10.0.0.9", 1)}, {PEER: bool, "client": None, "server": None}):
+            await api.call("GET", "/healthz", headers=named, scope=scope)
+        # It opens nothing: what it says is this machine still needs a key.
+        (await api.call("GET", "/sessions", headers={"X-Forwarded-For": "127.0.0.1"})).problem(401, "unauthorized")
+    assert callers == [("203.0.113.9", 0), ("10.0.0.9", 1), None, ("127.0.0.1", 0)]
 
 
 async def test_no_origin_is_allowed_unless_it_is_configured() -> None:

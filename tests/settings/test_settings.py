@@ -100,6 +100,38 @@ def test_origin_that_no_browser_sends_is_refused(origin: str) -> None:
     assert said.endswith(": in lower case, without a path, and no pattern")
 
 
+@pytest.mark.parametrize("proxy", ["10.1.2.3", "10.0.0.0/8", "::1", "fd00::/8", "unix:"])
+def test_proxy_is_taken(proxy: str) -> None:
+    assert read({"LASTCALL_TRUSTED_PROXIES": f"127.0.0.1, {proxy}", "LASTCALL_API_KEYS": "k"}).trusted_proxies == (
+        "127.0.0.1",
+        proxy,
+    )
+
+
+@pytest.mark.parametrize(
+    ("proxy", "said"),
+    [
+        ("proxy.example.org", "should be an address or a network of proxies, such as 10.1.2.3, "),
+        ("10.0.0.0/33", "should be an address or a network of proxies, such as 10.1.2.3, "),
+        ("10.0.0.1:80", "should be an address or a network of proxies, such as 10.1.2.3, "),
+        ("*", "should be an address or a network of proxies, such as 10.1.2.3, "),
+        ("10.0.0.1/8", "should be a network, such as 10.0.0.0/8, or an address"),
+        ("0.0.0.0/0", "should not be everybody: each caller could choose the address that is logged"),
+        ("::/0", "should not be everybody: each caller could choose the address that is logged"),
+        ("::ffff:10.0.0.0/104", "should be written as IPv4"),
+    ],
+)
+def test_proxy_is_refused(proxy: str, said: str) -> None:
+    [refusal] = problems({"LASTCALL_TRUSTED_PROXIES": proxy, "LASTCALL_API_KEYS": "k"})
+    assert refusal.startswith(f"LASTCALL_TRUSTED_PROXIES[0]: {proxy!r} {said}")
+
+
+def test_trusted_proxies_do_not_stand_in_for_keys() -> None:
+    assert problems({"LASTCALL_TRUSTED_PROXIES": "127.0.0.1"}) == [
+        "api_keys should be set with trusted_proxies: without keys no proxy's request is served"
+    ]
+
+
 @pytest.mark.parametrize("name", ["heartbeat_interval_s", "checkpoint_interval_s", "expiry_interval_s"])
 def test_interval_has_a_floor(name: str) -> None:
     assert problems(file=f"{name} = 0.09") == [

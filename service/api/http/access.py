@@ -37,6 +37,18 @@ class LoopbackOnlyError(RefusedError):
         )
 
 
+class ProxiedRequestError(RefusedError):
+    """No API keys are set and a proxy has passed the request on, on behalf of anybody."""
+
+    code = "proxied_without_keys"
+
+    def __init__(self, header: str) -> None:
+        super().__init__(
+            f"A proxy has passed this request on: it has the header {header}. Without API keys only callers on this "
+            "machine are served, and behind a proxy nothing tells them from others; set api_keys (LASTCALL_API_KEYS)."
+        )
+
+
 @dataclass(frozen=True)
 class Access:
     """The rule, with digests of the keys instead of the keys."""
@@ -47,20 +59,35 @@ class Access:
     def by(cls, settings: Settings) -> Self:
         return cls(tuple(_digest(key.get_secret_value()) for key in settings.api_keys))
 
-    def check(self, *, authorization: str | None, host: str | None, client: Address, server: Address) -> None:
+    def check(
+        self,
+        *,
+        authorization: str | None,
+        host: str | None,
+        client: Address,
+        server: Address,
+        proxy_header: str | None,
+    ) -> None:
         """Return if the request may pass.
 
         The host name is looked at because a page whose name was made to point here (DNS rebinding)
         would otherwise be served through the user's own browser. A Unix socket needs keys: what
-        stands before it is usually a proxy, which calls from this machine on behalf of anybody.
+        stands before it is usually a proxy, which calls from this machine on behalf of anybody. So does one before a
+        loopback address; it is told from a caller by the headers that it adds, and only by them.
+
+        Args:
+            proxy_header: A header by which the request says that a proxy has passed it on.
 
         Raises:
             UnauthorizedError
+            ProxiedRequestError
             LoopbackOnlyError
         """
         if self.key_digests:
             if not self._has_key(authorization or ""):
                 raise UnauthorizedError
+        elif proxy_header is not None:
+            raise ProxiedRequestError(proxy_header)
         elif not (
             client is not None
             and server is not None

@@ -5,6 +5,7 @@ from quart import Quart, current_app
 from quart_trio.wrappers import TrioResponse
 
 from service.api.http.access import Access
+from service.api.http.caller_address import TrustedProxies
 from service.api.http.locations import located
 from service.api.http.problems import NotReadyError
 from service.api.http.request_body import body_bytes_max
@@ -12,12 +13,14 @@ from service.supervisor import Service
 
 _SERVICE = "lastcall"
 _ACCESS = "lastcall.access"
+_TRUSTED_PROXIES = "lastcall.trusted_proxies"
 
 
 def attach(app: Quart, service: Service) -> None:
     """Let the application answer from this service. Its settings hold for all requests from now on."""
     app.config["MAX_CONTENT_LENGTH"] = body_bytes_max(service.settings)
     app.extensions[_ACCESS] = Access.by(service.settings)
+    app.extensions[_TRUSTED_PROXIES] = TrustedProxies.by(service.settings)
     app.extensions[_SERVICE] = service
 
 
@@ -37,6 +40,12 @@ def current_service() -> Service:
 def current_access() -> Access:
     access: Access = current_app.extensions[_ACCESS]
     return access
+
+
+def trusted_proxies_of(app: Quart) -> TrustedProxies:
+    """None are trusted before the settings are known."""
+    proxies: TrustedProxies = app.extensions.get(_TRUSTED_PROXIES, TrustedProxies())
+    return proxies
 
 
 def json_response(body: msgspec.Struct, status: int = 200, *, location: str | None = None) -> TrioResponse:

@@ -9,7 +9,7 @@ from quart import has_request_context, request, websocket
 from quart_trio.wrappers import TrioResponse
 from werkzeug.exceptions import HTTPException
 
-from service.api.http.access import LoopbackOnlyError, UnauthorizedError
+from service.api.http.access import LoopbackOnlyError, ProxiedRequestError, UnauthorizedError
 from service.api.http.locations import prefix_of, turn_path
 from service.api.http.request_body import BodyTimeoutError, UnsupportedEncodingError, UnsupportedMediaTypeError
 from service.api.http.strict_json import InputTooLargeError, MalformedBodyError
@@ -54,6 +54,7 @@ STATUS_BY_ERROR: Mapping[type[LastcallError], int] = {
     MalformedBodyError: 400,
     UnauthorizedError: 401,
     LoopbackOnlyError: 403,
+    ProxiedRequestError: 403,
     SessionNotFoundError: 404,
     TurnNotFoundError: 404,
     BodyTimeoutError: 408,

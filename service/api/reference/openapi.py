@@ -9,7 +9,7 @@ import msgspec
 from quart import Quart
 
 from service import __version__
-from service.api.http.access import LoopbackOnlyError, UnauthorizedError
+from service.api.http.access import LoopbackOnlyError, ProxiedRequestError, UnauthorizedError
 from service.api.http.event_stream import MEDIA_TYPE as EVENT_STREAM
 from service.api.http.operations import Answer, Operation, operation_of
 from service.api.http.problems import MEDIA_TYPE as PROBLEM
@@ -179,6 +179,7 @@ def _errors(operation: Operation, tag: str) -> Iterable[type[LastcallError]]:
     yield LoopbackOnlyError
     yield NotReadyError
     if tag != _OPEN_TAG:
+        yield ProxiedRequestError
         yield UnauthorizedError
         if tag != _STATIC_TAG:
             yield StoreError

@@ -2,7 +2,8 @@
 
 import pytest
 
-from service.api.http.access import Access, Address, LoopbackOnlyError, UnauthorizedError
+from service.api.http.access import Access, Address, LoopbackOnlyError, ProxiedRequestError, UnauthorizedError
+from service.api.http.proxy_headers import proxy_header
 from service.settings import Settings
 
 LOCAL: Address = ("127.0.0.1", 50_000)
@@ -16,8 +17,9 @@ def check(
     host: str | None = "localhost",
     client: Address = LOCAL,
     server: Address = SERVER,
+    proxy_header: str | None = None,
 ) -> None:
-    access.check(authorization=authorization, host=host, client=client, server=server)
+    access.check(authorization=authorization, host=host, client=client, server=server, proxy_header=proxy_header)
 
 
 OPEN = Access.by(Settings())
@@ -96,3 +98,57 @@ def test_each_key_opens_from_anywhere(authorization: str) -> None:
 def test_with_keys_nothing_else_opens_not_even_from_this_machine(authorization: str | None) -> None:
     with pytest.raises(UnauthorizedError):
         check(KEYED, authorization=authorization)
+
+
+def test_without_keys_a_request_that_a_proxy_passed_on_is_refused_and_told_why() -> None:
+    with pytest.raises(ProxiedRequestError, match=r"header X-Forwarded-For\..*set api_keys \(LASTCALL_API_KEYS\)"):
+        check(OPEN, proxy_header="X-Forwarded-For")
+
+
+def test_with_keys_a_proxy_is_nothing_special() -> None:
+    check(KEYED, authorization="Bearer first-key", proxy_header="X-Forwarded-For")
+    with pytest.raises(UnauthorizedError):
+        check(KEYED, proxy_header="X-Forwarded-For")
+
+
+# fmt: off
+PROXIES = [
+    "Forwarded", "Via", "X-Forwarded-For", "X-Forwarded", "X-Forwarded-Host", "X-Forwarded-Proto",
+    "X-Forwarded-Port", "X-Forwarded-Prefix", "X-Forwarded-Client-Cert", "X-Real-IP", "X-Real-Port", "X-Client-IP",
+    "X-Cluster-Client-IP", "True-Client-IP", "CF-Connecting-IP", "CF-Connecting-IPv6", "CF-Ray", "CDN-Loop",
+    "Fly-Client-IP", "Fastly-Client-IP", "Incap-Client-IP", "Ali-CDN-Real-IP", "X-Envoy-External-Address",
+    "X-Envoy-Attempt-Count", "X-Original-Forwarded-For", "X-Original-URI", "X-Original-Host", "X-ProxyUser-Ip",
+    "Forwarded-For", "Client-IP", "WL-Proxy-Client-IP", "Proxy-Client-IP", "X-Remote-Addr", "X-Azure-ClientIP",
+    "X-Azure-SocketIP", "X-ARR-SSL", "X-AppEngine-User-IP", "X-Varnish", "X-Amz-Cf-Id", "CloudFront-Viewer-Address",
+    "Tailscale-User-Login", "Remote-User", "X-Auth-Request-Email", "X-Scheme", "Front-End-Https",
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("name", PROXIES)
+@pytest.mark.parametrize("value", [b"203.0.113.9", b"", b"127.0.0.1", b"\xff"])
+def test_a_proxy_s_header_is_known_by_its_name_whatever_it_says(name: str, value: bytes) -> None:
+    for spelt in (name, name.lower(), name.upper()):
+        assert proxy_header([(b"host", b"localhost"), (spelt.encode(), value)]) == name.title()
+
+
+# fmt: off
+OF_CALLERS = [
+    "Host", "User-Agent", "Accept", "Accept-Encoding", "Accept-Language", "Authorization", "Content-Type",
+    "Content-Length", "Cookie", "Origin", "Referer", "Connection", "Cache-Control", "Pragma", "Idempotency-Key",
+    "Last-Event-ID", "Sec-Fetch-Site", "Sec-CH-UA", "Sec-GPC", "DNT", "TE", "Upgrade", "Expect",
+    "Upgrade-Insecure-Requests", "Priority", "X-Requested-With", "X-Stainless-Lang", "X-Stainless-Raw-Response",
+    "X-API-Key", "Anthropic-Version", "OpenAI-Organization", "X-Request-ID", "X-Correlation-ID", "Traceparent",
+    "Tracestate", "Baggage", "B3", "X-B3-TraceId", "X-Amzn-Trace-Id", "X-Cloud-Trace-Context", "Proxy-Connection",
+    "X-Client-Name", "X-Client-Version", "X-Source", "X-User-ID", "X-Forward", "X-IP", "Description",
+]
+# fmt: on
+
+
+def test_no_header_of_a_caller_is_taken_for_a_proxy_s() -> None:
+    """Of browsers, curl, the SDKs of OpenAI and Anthropic, and of tracing in the caller."""
+    assert proxy_header((name.lower().encode(), b"1") for name in OF_CALLERS) is None
+
+
+def test_a_long_header_is_not_told_in_full() -> None:
+    assert proxy_header([(b"x-forwarded-" + b"a" * 5000, b"1")]) == "X-Forwarded-" + "A" + "a" * 51
