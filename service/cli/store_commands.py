@@ -46,9 +46,9 @@ def run_store_command(settings: Settings, arguments: argparse.Namespace) -> int:
 
 def _run(settings: Settings, arguments: argparse.Namespace) -> tuple[str, int]:
     """What there is to say, and the exit code."""
-    from service.storage.sqlite import database, maintenance  # noqa: PLC0415  only who uses it needs SQLite
+    from service.storage.sqlite import maintenance, open_files  # noqa: PLC0415  only who uses it needs SQLite
 
-    path = database.real_path(settings.store_url.removeprefix("sqlite:"))
+    path = open_files.real_path(settings.store_url.removeprefix("sqlite:"))
     match arguments.command:
         case "backup":
             maintenance.backup(path, arguments.path)

@@ -328,9 +328,16 @@ class Sessions:
         return self._active.open_turns()
 
     async def recover(self) -> int:
-        """End the turns of processes that have died. Returns how many."""
-        with self._answered_within() as step_done:
-            return await self._store.recover(now=self._clock(), after_step=step_done)
+        """End the turns of processes that have died. Returns how many.
+
+        It asks to write also where there is nothing to end, so that a store that refuses is noticed without a caller.
+        """
+        try:
+            with self._answered_within() as step_done:
+                return await self._store.recover(now=self._clock(), after_step=step_done)
+        except StoreError as error:
+            self.pending_writes.refusal = error
+            raise
 
     async def end_hung(self, *, within_s: float) -> None:
         """In a shutdown: end the open turns whose tasks are not to be waited for any longer.

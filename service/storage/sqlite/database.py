@@ -29,11 +29,6 @@ _CACHE_KIB = 16 * 1024
 _WAL_KEPT_BYTES = 64 * 1024 * 1024
 
 
-def real_path(path: str | Path) -> Path:
-    """The file itself, in full: by whatever links it is reached, what is beside it is one and the same."""
-    return Path(os.path.realpath(path))
-
-
 def connect(path: Path, *, query_only: bool = False) -> apsw.Connection:
     """A connection with our settings. It writes no checkpoints by itself."""
     db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)

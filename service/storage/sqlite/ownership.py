@@ -1,22 +1,15 @@
 """Who owns the open turns: each open store holds a lock that dies with its process.
 
-The lock is one byte of a file beside the database, the byte of the owner's fence; whether it is held can be asked
-without taking it. It is a lock of the open file description (``fcntl(2)``, OFD locks), so that two stores
-in one process are two owners, and closing one of them does not give away the other's.
+The lock is one byte of a file beside the database, the byte of the owner's fence.
 """
 
 import os
-import struct
-import weakref
-from fcntl import F_OFD_GETLK, F_OFD_SETLK, F_UNLCK, F_WRLCK, fcntl
 from pathlib import Path
 
 import apsw
 
 from service.storage.records import Owner
-
-_FLOCK = struct.Struct("hhqqi4x")
-"""``struct flock`` of Linux on 64 bits: type, whence, start, length, pid."""
+from service.storage.sqlite.ofd_locks import OfdLocks
 
 
 class Ownership:
@@ -28,38 +21,32 @@ class Ownership:
 
     def __init__(self, path: Path) -> None:
         self.fence = 0
-        self._fd: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        # A forked child would share the lock and keep it held after this process's death.
-        this = weakref.ref(self)
-        os.register_at_fork(after_in_child=lambda: _close(this))
+        self.path = path
+        self._locks: OfdLocks | None = None
+
+    def open(self) -> None:
+        """Raises: OSError."""
+        self._locks = OfdLocks(self.path, flags=os.O_RDWR | os.O_CREAT)
 
     def begin(self, db: apsw.Connection, *, address: str | None, opened_at: int) -> None:
         """Become an owner; a step inside of a transaction: nobody sees the owner before its lock is held."""
         db.execute("INSERT INTO owners (address, opened_at) VALUES (?, ?)", (address, opened_at))
         self.fence = db.last_insert_rowid()
-        self._call(F_OFD_SETLK, self.fence)
+        self._opened.hold(self.fence)
 
     def is_alive(self, fence: int) -> bool:
         """Whether an owner, this one or another, still holds its lock."""
-        return fence == self.fence or self._call(F_OFD_GETLK, fence) != F_UNLCK
+        return fence == self.fence or self._opened.others_hold(fence)
 
     def close(self) -> None:
         """Give the lock up: what is open then is anybody's to recover."""
-        fd, self._fd = self._fd, None
-        if fd is not None:
-            os.close(fd)
+        if self._locks is not None:
+            self._locks.close()
 
-    def _call(self, command: int, fence: int) -> int:
-        assert self._fd is not None, "the owner is closed"
-        lock = fcntl(self._fd, command, _FLOCK.pack(F_WRLCK, os.SEEK_SET, fence, 1, 0))
-        kind: int = _FLOCK.unpack(lock)[0]
-        return kind
-
-
-def _close(reference: "weakref.ref[Ownership]") -> None:
-    ownership = reference()
-    if ownership is not None:
-        ownership.close()
+    @property
+    def _opened(self) -> OfdLocks:
+        assert self._locks is not None, "the owner is not open"
+        return self._locks
 
 
 def find_owner(db: apsw.Connection, session_id: str, *, besides: int) -> Owner | None:

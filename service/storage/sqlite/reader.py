@@ -4,13 +4,13 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import apsw
 
 from service.storage.sqlite import database
 from service.storage.sqlite.faults import Faults
+from service.storage.sqlite.open_files import OpenFiles
 from service.storage.sqlite.sql_thread import Step
 
 _STEPS_MAX = 100
@@ -22,17 +22,20 @@ _SNAPSHOT_S = 0.005
 class Reader:
     """Runs steps that only read, for :class:`~service.storage.sqlite.sql_thread.SqlThread`."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._faults = Faults(path)
+    def __init__(self, files: OpenFiles) -> None:
+        self._files = files
+        self._faults = Faults(files.path)
         self._db: apsw.Connection
 
     def open(self) -> None:
         """Raises: StartupError."""
         try:
-            self._db = database.connect(self._path, query_only=True)
+            self._db = database.connect(self._files.path, query_only=True)
+            if self._files.fault() is not None:
+                self.close()
+                raise self._files.lost_at_start()
         except apsw.Error as error:
-            raise database.startup_error(self._path, error) from error
+            raise database.startup_error(self._files.path, error) from error
 
     def run(self, arriving: Iterator[Step[Any]]) -> Sequence[Step[Any]]:
         """Run the steps that are there, each on a snapshot that was taken after all of them were asked for."""
@@ -66,4 +69,5 @@ class Reader:
         return False
 
     def close(self) -> None:
+        self._files.prepare_close(self._db)
         self._db.close()

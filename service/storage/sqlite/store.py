@@ -24,7 +24,8 @@ from service.storage.records import (
     SessionStatus,
     TurnRecord,
 )
-from service.storage.sqlite import database, forks, recovery, sessions, turns
+from service.storage.sqlite import forks, recovery, sessions, turns
+from service.storage.sqlite.open_files import OpenFiles
 from service.storage.sqlite.ownership import Ownership, find_owner, is_oldest
 from service.storage.sqlite.reader import Reader
 from service.storage.sqlite.rows import AHEAD, split_frames
@@ -47,14 +48,17 @@ async def open_sqlite_store(
 
     Raises:
         StartupError: The file cannot be used; one sentence says why and what to do.
+        StoreError: On leaving: the file is not there any more, so that what was kept is lost.
     """
-    store = SqliteStore(database.real_path(path), address=address)
+    store = SqliteStore(path, address=address)
     try:
         await store.open()
         yield store
     finally:
         with anyio.move_on_after(close_timeout_s, shield=True):
             await store.aclose()
+    if store.files.were_lost:
+        raise StoreError("Its file was deleted or replaced while it was open.", retry_after_s=None)
 
 
 class SqliteStore:
@@ -62,24 +66,22 @@ class SqliteStore:
 
     Attributes:
         fence: This owner's number among all that ever opened the file.
+        files: What is open.
         writer: Its counts say how many steps shared a commit.
     """
 
     durable = True
 
-    def __init__(self, path: Path, *, address: str | None) -> None:
-        self.name = f"sqlite:{path}"
-        self._path = path
-        try:
-            self._ownership = Ownership(path.with_name(f"{path.name}-owners"))
-        except OSError as error:
-            raise database.startup_error(path, error) from error
-        self.writer = Writer(path, self._ownership, address=address, opened_at=time.time_ns() // 1000)
+    def __init__(self, path: str | Path, *, address: str | None) -> None:
+        self.files = OpenFiles(path)
+        self.name = f"sqlite:{self.files.path}"
+        self._ownership = Ownership(self.files.path.with_name(f"{self.files.path.name}-owners"))
+        self.writer = Writer(self.files, self._ownership, address=address, opened_at=time.time_ns() // 1000)
         self._writing = SqlThread("sqlite writer", self.writer)
         self._marks = count()
         # Apart, so that the many short looks do not wait for a long one.
-        self._looking = SqlThread("sqlite reader", Reader(path))
-        self._reading = SqlThread("sqlite long reader", Reader(path))
+        self._looking = SqlThread("sqlite reader", Reader(self.files))
+        self._reading = SqlThread("sqlite long reader", Reader(self.files))
         self._forking = anyio.Lock()  # one at a time: what is to be copied is in memory meanwhile
         self._abandoned: set[str] = set()
 
@@ -237,6 +239,7 @@ class SqliteStore:
                 await thread.close()
         finally:
             self._ownership.close()
+            self.files.close()
 
     async def _clear_abandoned(self) -> None:
         """Remove what forks that failed have left."""

@@ -2,16 +2,16 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import apsw
 import structlog
 
-from service.errors import RefusedError
+from service.errors import RefusedError, StoreError
 from service.storage.sqlite import database
 from service.storage.sqlite.faults import Faults
 from service.storage.sqlite.file_system import network_file_system
+from service.storage.sqlite.open_files import OpenFiles
 from service.storage.sqlite.ownership import Ownership
 from service.storage.sqlite.reclaim import reclaim_some
 from service.storage.sqlite.sql_thread import Step
@@ -40,12 +40,13 @@ class Writer:
         removed: Set by a step that cut a session off: there are rows to reclaim.
     """
 
-    def __init__(self, path: Path, ownership: Ownership, *, address: str | None, opened_at: int) -> None:
+    def __init__(self, files: OpenFiles, ownership: Ownership, *, address: str | None, opened_at: int) -> None:
         self.commits = 0
         self.steps = 0
         self.removed = True
-        self._path = path
-        self._faults = Faults(path)
+        self._files = files
+        self._path = files.path
+        self._faults = Faults(files.path)
         self._ownership = ownership
         self._address = address
         self._opened_at = opened_at
@@ -57,11 +58,15 @@ class Writer:
     def open(self) -> None:
         """Raises: StartupError."""
         try:
+            self._files.refuse_others()
             database.create_file(self._path)
+            self._ownership.open()
             if kind := network_file_system(self._path):
                 logger.warning("the database is on a network file system: its locks may not hold", type=kind)
             self._db = database.connect(self._path)
             try:
+                with database.transaction(self._db):  # from its beginning on the log is there
+                    self._files.note_opened(self._db)
                 self._db.set_wal_hook(self._note_wal)
                 database.prepare(self._db, self._path, ownership=self._ownership)
                 self._transact(lambda db: self._ownership.begin(db, address=self._address, opened_at=self._opened_at))
@@ -74,7 +79,8 @@ class Writer:
     def run(self, arriving: Iterator[Step[Any]]) -> Sequence[Step[Any]]:
         """Run the steps that are there in one transaction.
 
-        Where that fails each is tried in one of its own, so that it fails for those alone whose fault it is.
+        Where that fails each is tried in one of its own, so that it fails for those alone whose fault it is. What is
+        committed into files that nobody will find any more has failed for all of them.
         """
         taken: list[Step[Any]] = []
         try:
@@ -89,6 +95,9 @@ class Writer:
             else:
                 for step in taken:
                     self._run_alone(step)
+        if (fault := self._files.fault()) is not None:
+            for step in taken:
+                step.error = step.error or fault
         self.commits += 1
         self.steps += len(taken)
         return taken
@@ -104,11 +113,13 @@ class Writer:
                 self._write_checkpoint(now)
             elif self.removed:
                 self.removed = self._transact(reclaim_some)
-        except apsw.Error:
+        except (apsw.Error, StoreError):
             return False  # a step will meet the same fault and tell its caller
         return self.removed
 
     def close(self) -> None:
+        self._files.prepare_close(self._db)
+        self._files.close()
         self._db.close()
 
     def _run_alone(self, step: Step[Any]) -> None:
@@ -118,10 +129,14 @@ class Writer:
             step.error = self._told(error)
 
     def _transact(self, call: Callable[[apsw.Connection], T]) -> T:
+        if (fault := self._files.fault()) is not None:
+            raise fault
         with database.transaction(self._db):
             return call(self._db)
 
     def _write_checkpoint(self, now: float) -> None:
+        if self._files.fault() is not None:
+            return  # the pages would go into one file and the log that holds them be cut off under another
         is_long = self._wal_pages >= _LOG_PAGES_MAX
         self._wal_pages = 0
         if is_long and now - self._reset_at >= _RESET_EVERY_S:

@@ -77,7 +77,7 @@ async def test_a_crash_in_the_middle_leaves_the_last_checkpoint(
         await opened.create_session(a_session(), now=T0)
         await opened.begin_turn(a_turn(), now=T0)
         await opened.checkpoint_turns([a_checkpoint("Hel", kept)])
-        monkeypatch.setattr(turns, "keep_ahead", failing_at(step, turns.stage_events))
+        monkeypatch.setattr(turns, "stage_events", failing_at(step, turns.stage_events))
         for name in ("end", "checkpoint"):
             monkeypatch.setattr(turns, name, failing_at(0, getattr(turns, name)))
         calls: dict[str, Callable[[], Awaitable[object]]] = {
@@ -105,7 +105,7 @@ async def test_what_failed_in_the_middle_is_replaced_by_the_next_try(
         await opened.create_session(a_session(), now=T0)
         await opened.begin_turn(a_turn(), now=T0)
         with monkeypatch.context() as failing:
-            failing.setattr(turns, "keep_ahead", failing_at(step, turns.stage_events))
+            failing.setattr(turns, "stage_events", failing_at(step, turns.stage_events))
             failing.setattr(turns, "checkpoint", failing_at(0, turns.checkpoint))
             with pytest.raises(StoreError):
                 await opened.checkpoint_turns([a_checkpoint("lost", EVENTS)])

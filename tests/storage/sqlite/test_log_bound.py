@@ -10,6 +10,7 @@ import trio
 from service.ids import new_session_id
 from service.storage.records import SessionPatch
 from service.storage.sqlite import database, open_sqlite_store, reader, writer
+from service.storage.sqlite.open_files import OpenFiles
 from service.storage.sqlite.reader import Reader
 from service.storage.sqlite.sql_thread import SqlThread, Step
 from tests.storage.rows import T0, a_session
@@ -88,9 +89,11 @@ def test_a_reader_that_does_not_let_go_is_waited_for_a_moment_only(path: Path) -
 
 def test_a_reader_takes_a_new_snapshot_for_steps_that_come_later(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trio.run(_make, path)
-    reading = Reader(path)
-    reading.open()
+    files = OpenFiles(path)
+    reading = Reader(files)
     with closing(database.connect(path)) as db:
+        files.note_opened(db)
+        reading.open()
         for snapshot_s, new in ((0.0, 1), (60.0, 0)):
             monkeypatch.setattr(reader, "_SNAPSHOT_S", snapshot_s)
             counts: list[int] = []
@@ -106,7 +109,7 @@ def test_a_reader_takes_a_new_snapshot_for_steps_that_come_later(path: Path, mon
 
             trio.run(steps)
             assert counts[1] == counts[0] + new
-    reading.close()
+        reading.close()
 
 
 async def _make(path: Path) -> None:

@@ -1,0 +1,58 @@
+"""Locks on the bytes of a file or of a folder, which die with the process that holds them.
+
+They are locks of the open file description (``fcntl(2)``, OFD locks), so that two stores in one process are two
+holders, and closing one of them does not give away the other's. Whether a byte is locked can be asked without locking.
+"""
+
+import os
+import struct
+import weakref
+from fcntl import F_OFD_GETLK, F_OFD_SETLK, F_RDLCK, F_UNLCK, F_WRLCK, fcntl
+from pathlib import Path
+
+_FLOCK = struct.Struct("hhqqi4x")
+"""``struct flock`` of Linux on 64 bits: type, whence, start, length, pid."""
+
+
+class OfdLocks:
+    """The locks of one holder. Raises: OSError: The path cannot be opened.
+
+    Args:
+        flags: Of ``open(2)``. A shared lock needs no right to write, so that a folder can have some.
+    """
+
+    def __init__(self, path: Path, *, flags: int) -> None:
+        self._fd: int | None = os.open(path, flags | os.O_CLOEXEC, 0o600)
+        # A forked child would share the locks and keep them held after this process's death.
+        this = weakref.ref(self)
+        os.register_at_fork(after_in_child=lambda: _close(this))
+
+    @property
+    def fd(self) -> int:
+        assert self._fd is not None, "the locks are given up"
+        return self._fd
+
+    def hold(self, start: int, *, shared: bool = False) -> None:
+        """Lock a byte. Raises: OSError: It is held, or this file system has no locks."""
+        self._call(F_OFD_SETLK, F_RDLCK if shared else F_WRLCK, start, 1)
+
+    def others_hold(self, start: int, *, length: int = 1) -> bool:
+        """Whether another holder has locked one of these bytes, shared or not."""
+        return length > 0 and self._call(F_OFD_GETLK, F_WRLCK, start, length) != F_UNLCK
+
+    def close(self) -> None:
+        """Give them all up. Idempotent."""
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)
+
+    def _call(self, command: int, kind: int, start: int, length: int) -> int:
+        lock = fcntl(self.fd, command, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
+        found: int = _FLOCK.unpack(lock)[0]
+        return found
+
+
+def _close(reference: "weakref.ref[OfdLocks]") -> None:
+    locks = reference()
+    if locks is not None:
+        locks.close()

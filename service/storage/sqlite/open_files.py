@@ -1,0 +1,207 @@
+"""The files of an open store, and whether their names still lead to them.
+
+A file that was deleted, moved or replaced stays open, takes writes, and loses them with the process. So the names are
+looked at around each commit: before it, so that nothing is written that is refused; after it, so that nothing is
+acknowledged that went away meanwhile. Together that is some 20 us beside a commit, which waits for the disk. Between
+the second look and the answer nothing can be known.
+
+A process that starts learns from locks which files the others serve under this name: a lock file would go with the
+rest, so they are locks on the folder, and on the one above it, which may be replaced as well.
+"""
+
+import ctypes
+import os
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
+
+import apsw
+import structlog
+
+from service.errors import StartupError, StoreError
+from service.storage.sqlite.ofd_locks import OfdLocks
+
+logger = structlog.get_logger("lastcall.store")
+
+_BESIDE = ("-wal", "-shm", "-owners")
+_NUMBER_BITS = 32
+_FOLDERS = 2
+_RETRY_AFTER_S = 5
+
+Identity = tuple[int, int] | None
+"""The device and the inode of what a name leads to; None where it leads nowhere."""
+
+
+def real_path(path: str | Path) -> Path:
+    """The file itself, in full: by whatever links it is reached, what is beside it is one and the same."""
+    return Path(os.path.realpath(path))
+
+
+class OpenFiles:
+    """The database and what belongs to it.
+
+    All of it blocks, if for microseconds: it is for the threads of the store.
+
+    Args:
+        name: As the settings have it. A link there counts as a name too: it may be made to lead elsewhere.
+
+    Attributes:
+        path: The file itself.
+        were_lost: Whether the names led elsewhere when the store was closed.
+    """
+
+    def __init__(self, name: str | Path) -> None:
+        self.path = real_path(name)
+        self.were_lost = False
+        self._name = Path(os.path.abspath(name))  # noqa: PTH100  links stay as they are
+        self._names = (self._name, *(self.path.with_name(f"{self.path.name}{ending}") for ending in _BESIDE))
+        self._opened: tuple[Identity, ...] = ()
+        self._locks: list[tuple[OfdLocks, int]] = []
+        self._logged = ""
+
+    # At the start
+
+    def refuse_others(self) -> None:
+        """See that no other process serves other files under this name. Makes nothing, and may be all that is called.
+
+        Raises:
+            StartupError: One does.
+            OSError: Where the names lead cannot be seen.
+        """
+        self._open_locks()
+        found = self._look()
+        if self._others_serve(None) and (None in found or self._others_serve(_number_of(found))):
+            self.close()
+            raise self._served_elsewhere()
+
+    def note_opened(self, db: apsw.Connection) -> None:
+        """These are the files. From now on others that start see that they are served.
+
+        Raises:
+            StartupError: They were deleted or replaced in this moment, or another process serves others.
+            OSError: Where the names lead cannot be seen.
+        """
+        found = self._look()
+        if None in found or _has_moved(db):
+            raise self.lost_at_start()
+        number = _number_of(found)
+        for locks, base in self._locks:
+            locks.hold(base + number, shared=True)
+        if self._others_serve(number):
+            raise self._served_elsewhere()
+        self._opened = found
+
+    def lost_at_start(self) -> StartupError:
+        return StartupError(f"{self._name} was deleted or replaced while it was being opened; start again.")
+
+    def _open_locks(self) -> None:
+        for folder, base in _places(self._name, self.path):
+            with suppress(OSError):  # a folder that may not be read
+                locks = OfdLocks(folder, flags=os.O_RDONLY | os.O_DIRECTORY)
+                try:
+                    locks.others_hold(base)
+                except OSError:  # a file system without locks
+                    locks.close()
+                else:
+                    self._locks.append((locks, base))
+
+    def _others_serve(self, number: int | None) -> bool:
+        """Whether others serve files under this name, but for those with this number."""
+        end = 1 << _NUMBER_BITS
+        if number is None:
+            return any(locks.others_hold(base, length=end) for locks, base in self._locks)
+        return any(
+            locks.others_hold(base, length=number) or locks.others_hold(base + number + 1, length=end - number - 1)
+            for locks, base in self._locks
+        )
+
+    def _served_elsewhere(self) -> StartupError:
+        return StartupError(
+            f"{self._name} was deleted or replaced, and another process of this service still serves the file that was "
+            "there before; stop that process, or put its file back, and start again."
+        )
+
+    # While it is open
+
+    def fault(self) -> StoreError | None:
+        """Why nothing may be written or acknowledged now; None where every name leads to what is open.
+
+        The log is told when that begins, in one critical line, and when it ends.
+        """
+        try:
+            found = self._look()
+        except OSError as error:
+            self._log("the database file cannot be looked at: writes are refused", error=error.strerror)
+            return StoreError("The store failed: its file cannot be looked at.", retry_after_s=_RETRY_AFTER_S)
+        if found == self._opened:
+            self._log("")
+            return None
+        changed = [
+            f"{name.name} {'deleted' if now is None else 'replaced'}"
+            for name, was, now in zip(self._names, self._opened, found, strict=True)
+            if now != was
+        ]
+        self._log(
+            "the database file was deleted, moved or replaced: writes are refused, and what it holds is lost when the "
+            "last process that has it open stops, unless it is put back before",
+            changed=changed,
+        )
+        return StoreError("The store failed: its file was deleted or replaced.", retry_after_s=_RETRY_AFTER_S)
+
+    def _look(self) -> tuple[Identity, ...]:
+        return tuple(map(_identity, self._names))
+
+    def _log(self, event: str, **more: object) -> None:
+        if event == self._logged:
+            return
+        self._logged = event
+        if event:
+            logger.critical(event, store=f"sqlite:{self.path}", **more)
+        else:
+            logger.warning("the database file is there again: writes go on", store=f"sqlite:{self.path}")
+
+    # At the end
+
+    def prepare_close(self, db: apsw.Connection) -> None:
+        """Before a connection is closed: the last one would tidy up by name, and remove what others have put there."""
+        if self._opened and self.fault() is not None:
+            self.were_lost = True
+            db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+
+    def close(self) -> None:
+        """Nothing is written any more: others may serve what they like under this name. Idempotent.
+
+        To be called before the last connection is closed, which removes files that those who start would miss.
+        """
+        for locks, _ in self._locks:
+            locks.close()
+        self._locks.clear()
+
+
+def _places(*names: Path) -> set[tuple[Path, int]]:
+    """The folders that have the locks, each with the byte where those for a name begin."""
+    places = set()
+    for name in names:
+        for folder in list(name.parents)[:_FOLDERS]:
+            key = sha256(os.fsencode(name.relative_to(folder))).digest()
+            places.add((folder, (int.from_bytes(key[:4]) >> 1) << _NUMBER_BITS))
+    return places
+
+
+def _number_of(identities: tuple[Identity, ...]) -> int:
+    return int.from_bytes(sha256(repr(identities).encode()).digest()[: _NUMBER_BITS // 8])
+
+
+def _identity(name: Path) -> Identity:
+    try:
+        found = os.stat(name)  # noqa: PTH116  half the time
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _has_moved(db: apsw.Connection) -> bool:
+    """Whether the open file has another inode than what its path leads to. Source: sqlite3_file_control."""
+    moved = ctypes.c_int(0)
+    db.file_control("main", apsw.SQLITE_FCNTL_HAS_MOVED, ctypes.addressof(moved))
+    return bool(moved.value)
