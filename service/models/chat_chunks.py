@@ -5,12 +5,23 @@ Source: https://platform.openai.com/docs/api-reference/chat-streaming
 
 import json
 import math
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
 _TOKENS_MAX = 10**12
 """No count of tokens is larger; what says so is wrong."""
+_PARTS_MAX = 20_000
+"""Bound on a chunk's members and items. Each costs up to 0.4 us, and nothing else runs meanwhile."""
+_SMALL_BYTES = 64 * 1024
+"""What is no larger cannot have so many parts that it matters."""
+_DIGITS_MAX = 40
+_STARTS = (b"{", b"[", b"null", b" ", b"\t", b"\n")
+_EMPTY = (b"null", b"[]", b"{}", b'""', b"false", b"0")
+_WORK = re.compile(r"reason|think|thought|encrypt|signature|opaque|argument|audio|image", re.IGNORECASE)
+"""Names of a delta's members, a text in which is work of the model."""
 
 
 class Delta(msgspec.Struct, gc=False):
@@ -25,6 +36,14 @@ class Choice(msgspec.Struct):
     message: Delta | None = None  # where somebody on the way does not stream
     finish_reason: str | None = None
     error: Any = None  # OpenRouter
+    index: Any = None
+    text: str | None = None  # of a server that completes prompts
+
+    @property
+    def says_something(self) -> bool:
+        """Whether there is a piece of the reply or of the reasoning in it."""
+        said = self.delta or self.message
+        return bool(self.text or (said and (said.content or said.reasoning_content or said.reasoning or said.refusal)))
 
 
 class OutputDetails(msgspec.Struct):
@@ -43,25 +62,84 @@ class Chunk(msgspec.Struct):
     error: Any = None
 
 
+class _WorkChoice(msgspec.Struct):
+    delta: dict[str, msgspec.Raw] | None = None
+    message: dict[str, msgspec.Raw] | None = None
+
+
+class _WorkChunk(msgspec.Struct):
+    choices: list[_WorkChoice] | None = None
+
+
 _decode = msgspec.json.Decoder(Chunk).decode
+_decode_work = msgspec.json.Decoder(_WorkChunk).decode
 
 
-def decode_chunk(payload: bytes) -> Chunk:
+class PartsCount:
+    """Counts the members and items of JSON, whose bytes may come bit by bit: what a decoder would make an object of."""
+
+    def __init__(self) -> None:
+        self._parts = 0
+        self._quotes = 0
+        self._is_in_text = False
+        self._escape = b""
+
+    def add(self, chunk: bytes) -> None:
+        """Take more of it.
+
+        Raises:
+            ValueError: There are more than may be decoded.
+        """
+        text = (self._escape + chunk).replace(rb"\\", b"")
+        self._escape = b"\\" if text.endswith(b"\\") else b""
+        text = text.removesuffix(b"\\").replace(rb"\"", b"")
+        self._quotes += text.count(b'"')
+        if self._quotes <= 4 * _PARTS_MAX:
+            pieces = text.split(b'"')
+            self._parts += _parts(b"".join(pieces[self._is_in_text :: 2]))
+            self._is_in_text ^= len(pieces) % 2 == 0
+        if self._parts > _PARTS_MAX or self._quotes > 4 * _PARTS_MAX:
+            raise ValueError("too many parts")
+
+
+def decode_chunk(payload: bytes, *, is_checked: bool = False) -> Chunk:
     """Read a chunk: strictly, because that is fast, and if that fails whatever can be read of it.
 
     A text may then hold lone surrogates (:func:`join_surrogates`).
 
+    Args:
+        is_checked: Whether a :class:`PartsCount` has counted its parts.
+
     Raises:
-        ValueError: It is not JSON, or nothing like a chunk.
+        ValueError: It is not JSON, or nothing like a chunk, or has too many parts.
     """
+    if len(payload) > _SMALL_BYTES and not is_checked:
+        PartsCount().add(payload)
     try:
         return _decode(payload)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         pass
+    if not payload.startswith(_STARTS):
+        raise ValueError("nothing like a chunk")
     try:
         return _read_loosely(payload)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def has_work(payload: bytes) -> bool:
+    """Whether a chunk without text has something else in its first delta: a tool call, encrypted reasoning, an image.
+
+    That is told by its shape, because the names are each server's own: a list or an object that is not empty, or a text
+    under a name like "reasoning". What only says who speaks is no work.
+    """
+    try:
+        chunk = _decode_work(payload)
+        choice = chunk.choices[0] if chunk.choices else None
+        said = (choice.delta or choice.message if choice is not None else None) or {}
+        return any(_is_work(name, bytes(value).strip()) for name, value in said.items())
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
 
 
 def join_surrogates(text: str) -> str:
@@ -74,10 +152,34 @@ def tokens(count: int | None) -> int:
     return min(max(count or 0, 0), _TOKENS_MAX)
 
 
+def _parts(payload: bytes) -> int:
+    return payload.count(b",") + payload.count(b"{") + payload.count(b"[")
+
+
+def _is_work(name: str, value: bytes) -> bool:
+    if value in _EMPTY:
+        return False
+    if value.startswith(b'"'):
+        return bool(_WORK.search(name))
+    # Not one that has only such in it: [null], {"signature": null}
+    return value.startswith((b"{", b"[")) and (len(value) > 256 or _has_content(msgspec.json.decode(value)))
+
+
+def _has_content(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_has_content, value.values()))
+    return any(map(_has_content, value)) if isinstance(value, list) else value not in (None, "", False)
+
+
+def _int(digits: str) -> int:
+    """A number of JSON. One of thousands of digits costs as much as thousands of numbers, and counts nothing."""
+    return int(digits) if len(digits) <= _DIGITS_MAX else 0
+
+
 def _read_loosely(payload: bytes) -> Chunk:
     """Seen: content in parts (Mistral), reasoning in an object (Envoy), half a surrogate pair, counts with fractions
     (OpenRouter), a list around an error (Gemini), NaN (Python's own json)."""
-    decoded = json.loads(payload.decode(errors="replace"), strict=False)
+    decoded = json.loads(payload.decode(errors="replace"), strict=False, parse_int=_int)
     if isinstance(decoded, list):
         decoded = decoded[0] if decoded else None
     if decoded is None:
@@ -86,7 +188,7 @@ def _read_loosely(payload: bytes) -> Chunk:
         raise ValueError("nothing like a chunk")  # noqa: TRY004  of a server's answer, not of an argument
     choices = decoded.get("choices")
     return Chunk(
-        choices=[_choice(choice) for choice in choices[:1]] if isinstance(choices, list) else None,
+        choices=[_choice(choice) for choice in choices] if isinstance(choices, list) else None,
         usage=_usage(decoded.get("usage")),
         error=decoded.get("error"),
     )
@@ -95,12 +197,14 @@ def _read_loosely(payload: bytes) -> Chunk:
 def _choice(said: object) -> Choice:
     if not isinstance(said, dict):
         return Choice()
-    reason = said.get("finish_reason")
+    reason, text = said.get("finish_reason"), said.get("text")
     return Choice(
         delta=_delta(said.get("delta")),
         message=_delta(said.get("message")),
         finish_reason=reason if isinstance(reason, str) else None,
         error=said.get("error"),
+        index=said.get("index"),
+        text=_text(text),
     )
 
 

@@ -4,31 +4,52 @@ One chunk of it is read in :mod:`service.models.chat_chunks`.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
 import msgspec
 
 from service.errors import ModelError
-from service.models.chat_chunks import Chunk, Delta, TokenUsage, decode_chunk, join_surrogates, tokens
+from service.models.chat_chunks import (
+    Choice,
+    Chunk,
+    Delta,
+    PartsCount,
+    TokenUsage,
+    decode_chunk,
+    has_work,
+    join_surrogates,
+    tokens,
+)
 from service.models.client import (
     Finished,
     FinishReason,
     ModelEvent,
     ModelRequest,
+    Progress,
     ReasoningDelta,
     TextDelta,
     Usage,
 )
+from service.models.reply_choices import ReplyChoices
 from service.models.sse_decoder import EventTooLargeError, SseDecoder
 from service.models.upstream_errors import ErrorReply, error_from_reply, quote
 
 EVENT_BYTES_MAX = 1024 * 1024
-"""Bound on one event: a token has some hundred bytes, a server that does not really stream one large event."""
+"""Bound on one event: a token has some hundred bytes, a server that does not really stream one large event.
+What is larger is left out: images."""
+SKIPPED_BYTES_MAX = 64 * 1024 * 1024
+"""Bound on one event that is left out."""
 BODY_BYTES_MAX = 8 * 1024 * 1024
 """Bound on a body that is no event stream: a whole reply, with all that JSON adds to a text."""
 _DONE = b"[DONE]"
+_NOTHING = Delta()
+_LINES_MAX = 1000
+"""Bound on the lines of one event that are tried one by one."""
+_START_BYTES_MAX = 400
+_START_LENGTH_MAX = 16
+"""How much of data that is skipped the log may have: enough to know it, too little for a text of somebody's."""
 
 # Everything else ends a reply in a regular way: "eos", "end_turn", "stop_sequence"...
 _FINISH_REASONS: dict[str, FinishReason] = {
@@ -98,16 +119,31 @@ class ReplyDecoder:
     Args:
         redact: Takes the secrets out of an upstream's words.
         described: What the response says it is, where that is no event stream.
+        tell: Called with a sentence for the log and how the data in question begins, once for data that is no chunk
+            and once for events that are too large.
     """
 
-    def __init__(self, *, redact: Callable[[str], str], described: str | None = None) -> None:
-        self._sse = SseDecoder(event_bytes_max=EVENT_BYTES_MAX)
+    def __init__(
+        self,
+        *,
+        redact: Callable[[str], str],
+        described: str | None = None,
+        tell: Callable[[str, str], None] | None = None,
+    ) -> None:
+        self._sse = SseDecoder(event_bytes_max=EVENT_BYTES_MAX, skipped_bytes_max=SKIPPED_BYTES_MAX)
         self._redact = redact
         self._described = described
+        self._tell = tell
+        self._told: set[str] = set()
+        self._choices = ReplyChoices()
         self._begun = False
         self._has_events = False
         self._has_text = False
+        self._has_skipped = False
+        self._large_events = 0
+        self._holds_an_end = False
         self._body: bytearray | None = None  # of what is no event stream
+        self._body_parts = PartsCount()
         self._half = ""  # of a pair of surrogates, the second of which comes with the next chunk
         self._finish_reason: FinishReason | None = None
         self._usage: Usage | None = None
@@ -118,12 +154,14 @@ class ReplyDecoder:
     @property
     def has_finish_reason(self) -> bool:
         """Whether it can end here; more text, usage and ``[DONE]`` may follow."""
-        return self._finish_reason is not None
+        return self._finish_reason is not None or self._holds_an_end
 
     @property
     def is_whole(self) -> bool:
         """Whether no more text is to be expected. A "stop" before anything was said is not the end yet."""
-        return self._finish_reason is not None and (self._has_text or self._finish_reason != "stop")
+        return self._holds_an_end or (
+            self._finish_reason is not None and (self._has_text or self._finish_reason != "stop")
+        )
 
     def feed(self, chunk: bytes) -> list[ModelEvent]:
         """The events that this chunk completes; empty where there was nothing but overhead."""
@@ -134,19 +172,18 @@ class ReplyDecoder:
             if self._body is not None:
                 self._collect(chunk)
                 return events
-            for payload in self._sse.feed(chunk):
+            payloads = self._sse.feed(chunk)
+            if payloads:
                 self._has_events = True
-                if payload.strip() == _DONE:
-                    self._note_done()
-                    events.extend(self.end())
+            for payload in payloads:
+                if self._take(payload, events):
                     break
-                if payload:
-                    self._take(payload, events)
+            if not events:
+                self._note_large_events(events)
         except ModelError as error:
             self.failure = error
         except EventTooLargeError:
-            message = f"The model server sent an event of more than {EVENT_BYTES_MAX} bytes."
-            self.failure = ModelError("upstream_protocol", message)
+            self.failure = self._too_large(SKIPPED_BYTES_MAX)
         return events
 
     def end(self) -> list[ModelEvent]:
@@ -161,13 +198,9 @@ class ReplyDecoder:
             self._take_whole(bytes(self._body), events)
         elif self._finish_reason is None:
             self._take_rest(events)
-        if self._finish_reason is None:
-            if not self._has_events and self._described is not None:
-                raise self._no_event_stream()
-            message = "The model server ended the reply before it was whole."
-            raise ModelError("upstream_truncated", message, retryable=True)
-        self.finished = True
-        return [*events, Finished(finish_reason=self._finish_reason, usage=self._usage)]
+        if not self.finished:
+            self._finish(events)
+        return events
 
     def _begin(self, chunk: bytes) -> None:
         """An event stream is told from other bodies by how it begins, whatever the response says it is."""
@@ -181,80 +214,181 @@ class ReplyDecoder:
     def _collect(self, chunk: bytes) -> None:
         assert self._body is not None
         self._body += chunk
-        if len(self._body) > BODY_BYTES_MAX:
-            raise self._no_event_stream()
+        with suppress(ValueError):
+            self._body_parts.add(chunk)
+            if len(self._body) <= BODY_BYTES_MAX:
+                return
+        raise self._no_event_stream()
 
     def _take_rest(self, events: list[ModelEvent]) -> None:
-        with suppress(ValueError):  # it was cut off, or too large: then it is not there
-            rest = self._sse.rest()
-            if rest.strip() == _DONE:
-                self._note_done()
-            else:
-                self._take_chunk(decode_chunk(rest), events)
+        """Take the event that has begun and not ended. Where it is no chunk, it was cut off: then it is not there."""
+        with suppress(EventTooLargeError):
+            for payload in self._sse.rest():
+                for line in _pieces(payload):
+                    if line.strip() == _DONE:
+                        self._note_done(events)
+                    else:
+                        with suppress(ValueError):
+                            self._take_chunk(decode_chunk(line), line, events)
 
-    def _note_done(self) -> None:
+    def _note_done(self, events: list[ModelEvent]) -> None:
         """The server says that this was all."""
+        self._take_held(events)
         if self._has_text and self._finish_reason is None:
             self._finish_reason = "stop"
 
-    def _take(self, payload: bytes, events: list[ModelEvent]) -> None:
+    def _finish(self, events: list[ModelEvent]) -> None:
+        self._take_held(events)
+        self._note_large_events(events)
+        if self._large_events and not self._has_text:
+            raise self._too_large(EVENT_BYTES_MAX)  # perhaps that was the reply
+        if self._finish_reason is None:
+            raise self._unfinished()
+        self.finished = True
+        events.append(Finished(finish_reason=self._finish_reason, usage=self._usage))
+
+    def _take(self, payload: bytes, events: list[ModelEvent]) -> bool:
+        """Take an event's data; whether it was the last."""
         try:
             chunk = decode_chunk(payload)
-        except ValueError as error:
-            if self.is_whole:
-                return  # what is still to come is not worth failing for
-            raise ModelError(
-                "upstream_protocol", "The model server sent something that is not a chat completion."
-            ) from error
-        if chunk.choices is None and chunk.usage is None and not chunk.error:
-            said = ErrorReply.from_body(payload)
-            if said.message:
-                raise error_from_reply(said, redact=self._redact)
-        self._take_chunk(chunk, events)
+        except ValueError:
+            return self._take_lines(payload, events)
+        self._take_chunk(chunk, payload, events)
+        return False
+
+    def _take_lines(self, payload: bytes, events: list[ModelEvent]) -> bool:
+        """Take data that is no chunk: ``[DONE]``, several chunks that a single line end parts, or nothing of ours.
+
+        What is not JSON fails no reply: keep-alives that were meant as comments, the time, words.
+        """
+        if payload.strip() == _DONE:
+            self._note_done(events)
+            self._finish(events)
+            return True
+        lines = _pieces(payload)
+        if len(lines) > 1:
+            return any(self._take(line, events) for line in lines)
+        if not payload.strip():
+            return False
+        self._has_skipped = True
+        self._tell_once("The model server sent data that is no chunk of a reply; it is skipped.", payload)
+        return False
+
+    def _take_no_choice(self, chunk: Chunk, payload: bytes) -> None:
+        """Whether it is an error in another shape than usual.
+
+        Raises:
+            ModelError: It is one.
+        """
+        said = ErrorReply.from_body(payload)
+        is_error = said.is_error_member or (said.message and chunk.choices is None and chunk.usage is None)
+        if is_error and not self.is_whole:
+            raise error_from_reply(said, redact=self._redact)
 
     def _take_whole(self, body: bytes, events: list[ModelEvent]) -> None:
         try:
-            chunk = decode_chunk(body)
+            chunk = decode_chunk(body, is_checked=True)
         except ValueError:
             raise self._no_event_stream() from None
         if not chunk.choices and not chunk.error:
-            raise self._no_event_stream(ErrorReply.from_body(body))
-        self._take_chunk(chunk, events)
-        self._note_done()
+            said = ErrorReply.from_body(body)
+            raise error_from_reply(said, redact=self._redact) if said.is_error_member else self._no_event_stream(said)
+        self._take_chunk(chunk, body, events)
+        self._note_done(events)
 
-    def _take_chunk(self, chunk: Chunk, events: list[ModelEvent]) -> None:
-        choice = chunk.choices[0] if chunk.choices else None
-        error = chunk.error or (choice is not None and choice.error)
-        if error and not self.is_whole:
-            raise error_from_reply(ErrorReply.from_error_member(error), redact=self._redact)
-        if choice is not None:
-            delta = choice.delta
-            if delta is None and not self._has_text:  # with text before it, it is all of that once more
-                delta = choice.message
-            if delta is not None:
-                self._take_delta(delta, events)
-            if choice.finish_reason and choice.finish_reason != "null":
-                self._finish_reason = _finish_reason(choice.finish_reason)
+    def _take_chunk(self, chunk: Chunk, payload: bytes, events: list[ModelEvent]) -> None:
+        if chunk.error:
+            self._fail(chunk.error)
+        choices = chunk.choices
+        if choices:
+            choice = choices[0]
+            if choice.index == self._choices.usual and len(choices) == 1:
+                self._take_choice(choice, payload, events)
+            else:
+                self._take_choices(choices, payload, events)
+        elif not chunk.error:
+            self._take_no_choice(chunk, payload)
         if chunk.usage is not None:
             self._usage = _usage(chunk.usage)
 
-    def _take_delta(self, delta: Delta, events: list[ModelEvent]) -> None:
+    def _take_choices(self, choices: Sequence[Choice], payload: bytes, events: list[ModelEvent]) -> None:
+        """Take those choices of a chunk that are of the reply."""
+        first_has_ended = self._finish_reason is not None
+        for choice in self._choices.admit(choices, first_has_ended=first_has_ended):
+            self._take_choice(choice, payload, events)
+        self._holds_an_end = self._choices.holds_an_end
+        if not self._choices.is_holding or events:
+            return
+        if any(choice.says_something for choice in choices) or has_work(payload):
+            events.append(Progress())
+
+    def _take_held(self, events: list[ModelEvent]) -> None:
+        """Nothing follows: take what was held back and is of the reply."""
+        if self._choices.is_holding:
+            for choice in self._choices.end(first_has_ended=self._finish_reason is not None):
+                self._take_choice(choice, b"", events)
+
+    def _take_choice(self, choice: Choice, payload: bytes, events: list[ModelEvent]) -> None:
+        if choice.error:
+            self._fail(choice.error)
+        delta = choice.delta
+        if delta is None and not self._has_text:  # with text before it, it is all of that once more
+            delta = choice.message
+        if delta is None:
+            delta = _NOTHING
         reasoning = delta.reasoning_content or delta.reasoning
         if reasoning:
             events.append(ReasoningDelta(join_surrogates(reasoning)))
-        text = delta.content or delta.refusal
+        text = delta.content or delta.refusal or choice.text
         if text:
             if self._half or not text.isascii():
                 text = self._joined(text)
             if text:
                 self._has_text = True
                 events.append(TextDelta(text))
+        elif not events and has_work(payload):
+            events.append(Progress())
+        if choice.finish_reason and choice.finish_reason != "null":
+            self._finish_reason = _finish_reason(choice.finish_reason)
+
+    def _fail(self, error: object) -> None:
+        if not self.is_whole:
+            raise error_from_reply(ErrorReply.from_error_member(error), redact=self._redact)
+
+    def _note_large_events(self, events: list[ModelEvent]) -> None:
+        """An event that was left out because of its size is work of the model: an image."""
+        if self._sse.large_events > self._large_events:
+            self._large_events = self._sse.large_events
+            self._tell_once(f"The model server sent an event of more than {EVENT_BYTES_MAX} bytes; it is skipped.")
+            if not self.finished:
+                events.append(Progress())
+
+    def _tell_once(self, sentence: str, payload: bytes = b"") -> None:
+        if sentence not in self._told:
+            self._told.add(sentence)
+            if self._tell is not None:
+                start = self._redact(payload[:_START_BYTES_MAX].decode(errors="replace"))
+                self._tell(sentence, start[:_START_LENGTH_MAX])
 
     def _joined(self, text: str) -> str:
         text, self._half = self._half + text, ""
         if "\ud800" <= text[-1] <= "\udbff":
             text, self._half = text[:-1], text[-1]
         return join_surrogates(text)
+
+    def _unfinished(self) -> ModelError:
+        """Why there is no finish reason."""
+        if not self._choices.has_begun and self._usage is None:
+            if self._has_skipped or self._sse.foreign_events:
+                message = "The model server sent something that is not a chat completion."
+                return ModelError("upstream_protocol", message)
+            if not self._has_events and self._described is not None:
+                return self._no_event_stream()
+        message = "The model server ended the reply before it was whole."
+        return ModelError("upstream_truncated", message, retryable=True)
+
+    def _too_large(self, bytes_max: int) -> ModelError:
+        return ModelError("upstream_protocol", f"The model server sent an event of more than {bytes_max} bytes.")
 
     def _no_event_stream(self, said: ErrorReply | None = None) -> ModelError:
         words = "" if said is None else quote(said, redact=self._redact)
@@ -263,6 +397,11 @@ class ReplyDecoder:
             f"The model server answered with {self._described or 'something else'} instead of an event stream: "
             f"check the model URL.{words}",
         )
+
+
+def _pieces(payload: bytes) -> list[bytes]:
+    """An event's data, line by line where these are not too many."""
+    return payload.split(b"\n") if payload.count(b"\n") < _LINES_MAX else [payload]
 
 
 def _finish_reason(reason: str) -> FinishReason:

@@ -56,6 +56,10 @@ class ReasoningDelta(msgspec.Struct, frozen=True, gc=False):
     text: str
 
 
+class Progress(msgspec.Struct, frozen=True, gc=False):
+    """The model is at work on what is no text: a tool call, encrypted reasoning, an image. To be shown to nobody."""
+
+
 class Finished(msgspec.Struct, frozen=True, kw_only=True):
     """The reply is whole. Always the last event of a stream, exactly once."""
 
@@ -63,7 +67,7 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage | None = None
 
 
-ModelEvent = TextDelta | ReasoningDelta | Finished
+ModelEvent = TextDelta | ReasoningDelta | Progress | Finished
 
 
 class ModelStream(Protocol):

@@ -8,6 +8,8 @@ The only module that knows httpx. Decisions, and why:
   request is sent again at once, over the next one or a new one.
 - **Proxies in the environment are not used** (``trust_env=False``): the settings alone say where prompts
   go. Certificates are trusted as the machine does (``SSL_CERT_FILE`` included) and as certifi does.
+- **Bodies are asked for as they are**, because to compress a stream of tokens only delays it. Where a server on the way
+  compresses nevertheless, the body is decompressed within bounds.
 - **Redirects are not followed**: they would carry a prompt and a key to an address nobody configured.
 - **Connections have no bound**, so no turn ever queues for one with its deadlines running: ``live_turns_max``
   is the bound on streams.
@@ -18,26 +20,31 @@ import os
 import re
 import socket
 import ssl
-import zlib
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import anyio
 import httpx  # noqa: ASYNC127  the project's choice; only this module knows it
+import structlog
 
 from service.clock import Clock, wall_clock
 from service.errors import NOTHING_LEFT, ModelError, SettingsError, is_exhaustion
 from service.models.chat_completions import Dialect, ReplyDecoder, encode_request
 from service.models.client import ModelEvent, ModelRequest
-from service.models.upstream_errors import ErrorReply, error_from_reply, error_from_status, parse_retry_after
+from service.models.inflate import ENCODINGS, InflateError, Inflater, inflate
+from service.models.upstream_errors import ErrorReply, RetryHints, error_from_reply, error_from_status
 
 _HOST = re.compile(rb"[0-9a-fA-F:.]+(%[\w.-]+)?|([\w-]{1,63}\.)*[\w-]{1,63}\.?")
 _POOL_REQUESTS_MAX = 32
 _IDLE_EXPIRY_S = 4.0  # uvicorn, under many model servers, closes after 5
 _ERROR_BODY_BYTES_MAX = 64 * 1024
 _ERROR_BODY_TIMEOUT_S = 2.0
-_ANY_FORMAT = 32  # of zlib: gzip's or its own, whichever it is
+_PIECE_BYTES_MAX = 8 * 1024
+"""How much of a body is decoded at once, at the most 10 ms of work. Servers that stream send less."""
+_RECEIVED_MAX = 64
+"""How many chunks may follow each other before the event loop has a turn: what is there already is no wait."""
 _SECRET_LENGTH_MIN = 8
 """A value in the model URL's query may be a key; a shorter one is none."""
 _USAGE_TIMEOUT_S = 2.0
@@ -47,6 +54,8 @@ _TEXT_TIMEOUT_S = 30.0
 _REUSE_TIMEOUT_S = 0.05
 """How long leaving a whole reply waits for the end of the response, without which it costs the connection."""
 _CLOSE_TIMEOUT_S = 1.0
+
+logger = structlog.get_logger("lastcall.models")
 
 
 @asynccontextmanager
@@ -143,7 +152,8 @@ class OpenAICompatibleClient:
             dialect = self._dialects.get(request.model, Dialect())
             async with self._respond(encode_request(request, dialect)) as response:
                 if response.is_readable:
-                    decoder = ReplyDecoder(redact=self._redact, described=response.described)
+                    tell = partial(self._tell, request.model)
+                    decoder = ReplyDecoder(redact=self._redact, described=response.described, tell=tell)
                     yield OpenAICompatibleStream(response, decoder)
                     response.reusable = decoder.finished
                     return
@@ -184,14 +194,18 @@ class OpenAICompatibleClient:
     def _failure(self, response: "_Response", reply: ErrorReply) -> ModelError:
         """What went wrong, from a response that is not readable and what it said."""
         if not response.is_success:
-            retry_after_s = parse_retry_after(response.headers.get("retry-after"), now=self._clock())
-            return error_from_status(response.status, reply, retry_after_s=retry_after_s, redact=self._redact)
+            hints = RetryHints.from_headers(response.headers, now=self._clock())
+            return error_from_status(response.status, reply, hints=hints, redact=self._redact)
         if reply.is_error_member:
             return error_from_reply(reply, redact=self._redact)
         return ModelError(
             "upstream_protocol",
-            "The model server answered with a compressed body, which nobody asked for: check the model URL.",
+            "The model server answered with a compressed body, which nobody asked for: check the model URL. "
+            "Of encodings only gzip and deflate can be read, and one at a time.",
         )
+
+    def _tell(self, model: str, sentence: str, start: str) -> None:
+        logger.warning(sentence, upstream=self._name, model=model, begins=start)
 
     def _redact(self, text: str) -> str:
         for secret in self._secrets:
@@ -206,14 +220,24 @@ class OpenAICompatibleStream:
         self._chunks = response.chunks
         self._decoder = decoder
         self._end_deadline = math.inf
+        self._piece = b""  # what is left of a large chunk
+        self._received = 0  # since the event loop had a turn
 
     async def receive(self) -> Sequence[ModelEvent]:
         decoder = self._decoder
         while True:
             if decoder.failure is not None:
                 raise decoder.failure
-            chunk = await self._next_chunk()
-            events = decoder.feed(chunk) if chunk is not None else decoder.end()
+            self._received += 1
+            if self._piece or self._received > _RECEIVED_MAX:
+                self._received = 0
+                await anyio.lowlevel.checkpoint()
+            chunk = self._piece or await self._next_chunk()
+            if chunk is None:
+                events = decoder.end()
+            else:
+                self._piece = chunk[_PIECE_BYTES_MAX:]
+                events = decoder.feed(chunk[:_PIECE_BYTES_MAX])
             if events:
                 self._end_deadline = math.inf
                 return events
@@ -229,9 +253,12 @@ class OpenAICompatibleStream:
             with anyio.CancelScope(deadline=self._end_deadline):
                 return await anext(self._chunks, None)
             return None
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, InflateError) as error:
             if self._decoder.has_finish_reason:
                 return None
+            if isinstance(error, InflateError):
+                message = f"The model server answered with a compressed body that cannot be read: {error}."
+                raise ModelError("upstream_protocol", message) from error
             message = "The connection to the model server broke in the middle of the reply."
             raise ModelError("upstream_truncated", message, retryable=True) from error
 
@@ -242,7 +269,8 @@ class _Response:
     def __init__(self, response: httpx.Response) -> None:
         self.status = response.status_code
         self.headers = response.headers
-        self.chunks = response.aiter_raw()
+        self._raw = response.aiter_raw()
+        self.chunks = self._raw if self._encoding not in ENCODINGS else _Inflated(self._raw, Inflater(self._encoding))
         self.reusable = False
         """Whether the body is about to end by itself, which keeps the connection for another request."""
 
@@ -253,7 +281,7 @@ class _Response:
     @property
     def is_readable(self) -> bool:
         """Whether its body may be a reply: how that begins tells more than its type, which many servers get wrong."""
-        return self.is_success and self._encoding in ("", "identity", "none", "utf-8")
+        return self.is_success and self._encoding in ("", *ENCODINGS)
 
     @property
     def described(self) -> str | None:
@@ -266,22 +294,23 @@ class _Response:
 
     @property
     def _encoding(self) -> str:
-        return str(self.headers.get("content-encoding", "")).strip().lower()
+        """What the body is compressed with; empty for what is not."""
+        said = [name.strip() for name in self.headers.get("content-encoding", "").lower().split(",")]
+        return ", ".join(name for name in said if name not in ("", "identity", "none", "utf-8"))
 
     async def read_error_body(self) -> bytes:
         """What can be had of the body within its bounds in size and time."""
         body = b""
         with anyio.move_on_after(_ERROR_BODY_TIMEOUT_S):
             try:
-                async for chunk in self.chunks:
+                async for chunk in self._raw:
                     body += chunk
                     if len(body) > _ERROR_BODY_BYTES_MAX:
                         break
             except httpx.HTTPError:
                 pass  # the status says enough
-        if self._encoding in ("gzip", "deflate"):
-            with suppress(zlib.error):
-                return zlib.decompressobj(zlib.MAX_WBITS | _ANY_FORMAT).decompress(body, _ERROR_BODY_BYTES_MAX)
+        if self._encoding in ENCODINGS:
+            return inflate(body, self._encoding, bytes_max=_ERROR_BODY_BYTES_MAX)
         return body
 
     async def aclose(self) -> None:
@@ -295,10 +324,30 @@ class _Response:
             if not self.reusable:
                 scope.cancel()
             try:
-                async for _ in self.chunks:
+                async for _ in self._raw:
                     pass
             except httpx.HTTPError:
                 pass  # it is being left
+
+
+class _Inflated:
+    """The chunks of a compressed body, decompressed."""
+
+    def __init__(self, raw: AsyncIterator[bytes], inflater: Inflater) -> None:
+        self._raw = raw
+        self._inflater = inflater
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        while True:
+            if self._inflater.has_more:
+                await anyio.lowlevel.checkpoint()  # much may be in what has arrived
+                if piece := self._inflater.take():
+                    return piece
+            else:
+                self._inflater.feed(await anext(self._raw))
 
 
 class _Pools:

@@ -5,7 +5,7 @@ here are the cases in which a user can do something.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -18,8 +18,25 @@ from service.models.sse_decoder import SseDecoder
 _QUOTE_LENGTH_MAX = 300
 _WORDS_LENGTH_MAX = 4000
 _DEPTH_MAX = 4
-_MESSAGES = ("message", "Message", "detail", "msg", "error_msg", "error_message", "errors")
+_MESSAGES = (
+    *(
+        "message",
+        "Message",
+        "detail",
+        "msg",
+        "error_msg",
+        "error_message",
+        "errors",
+        "errorMessage",
+        "errMsg",
+        "errmsg",
+    ),
+    *("err_msg", "error_description"),
+)
 """Where servers put what is for a reader, the more usual first."""
+_DURATION = re.compile(r"(?:\d{1,9}(?:\.\d{1,9})?(?:ms|s|m|h))+", re.ASCII)
+_DURATION_PART = re.compile(r"([\d.]+)(ms|s|m|h)", re.ASCII)
+_UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 # OpenAI, SGLang and LM Studio; llama.cpp; LiteLLM; vLLM; xAI; TGI; Gemini; others.
 _CONTEXT_TOO_LONG = re.compile(
@@ -35,7 +52,10 @@ _MODEL_NOT_FOUND = re.compile(
     r"|model_not_available|not a valid model|no endpoints found for|DeploymentNotFound",
     re.IGNORECASE | re.DOTALL,
 )
-_WRONG_KEY = re.compile(r"(invalid|incorrect|wrong).api.?key|api.?key (is )?(not valid|invalid)", re.IGNORECASE)
+# The last two are MiniMax's and Tencent's.
+_WRONG_KEY = re.compile(
+    r"(invalid|incorrect|wrong).api.?key|api.?key (is )?(not valid|invalid)|login fail|AuthFailure", re.IGNORECASE
+)
 # As OpenAI, Azure, LiteLLM, OpenRouter, Together, DeepSeek, Qwen, Moonshot, Zhipu, Volcengine, MiniMax, xAI and Gemini
 # say it.
 _CONTENT_FILTERED = re.compile(
@@ -84,7 +104,7 @@ class ErrorReply(msgspec.Struct, frozen=True, kw_only=True):
         if isinstance(metadata, dict) and (raw := _text_of(metadata.get("raw"))):
             message = f"{message}: {raw}"  # OpenRouter's is "Provider returned error", and this is which
         return cls(
-            words=_words(error.get("code"), error.get("type"), error.get("status"), message),
+            words=_words(error.get("code"), error.get("Code"), error.get("type"), error.get("status"), message),
             message=message,
             status=_status(error.get("code")),
             is_error_member=True,
@@ -110,8 +130,8 @@ class ErrorReply(msgspec.Struct, frozen=True, kw_only=True):
             decoded = decoded[0]  # Gemini
         if not isinstance(decoded, dict):
             return cls()
-        if decoded.get("error"):
-            return cls.from_error_member(decoded["error"])
+        if error := _error_in(decoded):
+            return cls.from_error_member(error)
         message = _message_in(decoded)
         code = decoded.get("code")
         return cls(words=_words(code, decoded.get("type"), message), message=message, status=_status(code))
@@ -127,6 +147,46 @@ class ErrorReply(msgspec.Struct, frozen=True, kw_only=True):
     def is_context_too_long(self) -> bool:
         """Whether it says that the prompt, or what was asked for beyond it, does not fit into the model."""
         return bool(_CONTEXT_TOO_LONG.search(self.words))
+
+
+class RetryHints(msgspec.Struct, frozen=True, kw_only=True):
+    """What a response says about asking again: after how many seconds, and whether at all. None: nothing."""
+
+    after_s: float | None = None
+    is_useful: bool | None = None
+
+    @classmethod
+    def from_headers(cls, headers: Mapping[str, str], *, now: datetime) -> "RetryHints":
+        """Read ``retry-after-ms`` (Azure), which is finer, or else ``Retry-After``, and ``x-should-retry`` (OpenAI).
+
+        Args:
+            headers: By names of which the case does not matter.
+        """
+        ms = headers.get("retry-after-ms", "").strip()
+        exact_s = float(ms) / 1000 if re.fullmatch(r"\d{1,12}(\.\d{1,9})?", ms, re.ASCII) else None
+        should = headers.get("x-should-retry", "").strip().lower()
+        return cls(
+            after_s=parse_retry_after(headers.get("retry-after"), now=now) if exact_s is None else exact_s,
+            is_useful={"true": True, "false": False}.get(should),
+        )
+
+
+_NO_HINTS = RetryHints()
+_REFUSED_INPUT = ("context_too_long", "content_filter", "unsupported_content")
+"""Codes of refusals that the same input meets again, whatever a header says."""
+
+
+def _error_in(said: dict[Any, Any]) -> object:
+    """What is in it instead of a reply: under ``error``, or where other clouds put that."""
+    if said.get("error"):
+        return said["error"]
+    for wrapper in ("Response", "ResponseMetadata"):  # Tencent, Volcengine
+        if isinstance(said.get(wrapper), dict) and said[wrapper].get("Error"):
+            return said[wrapper]["Error"]
+    status = said.get("base_resp")  # MiniMax, which sends it with regular replies, too: 0
+    if isinstance(status, dict) and status.get("status_code"):
+        return {"code": status["status_code"], "message": status.get("status_msg")}
+    return None
 
 
 def _status(code: object) -> int | None:
@@ -156,9 +216,18 @@ def _text_of(said: object, *, depth: int = 0) -> str:
 
 
 def error_from_status(
-    status: int, reply: ErrorReply, *, retry_after_s: float | None, redact: Callable[[str], str]
+    status: int, reply: ErrorReply, *, redact: Callable[[str], str], hints: RetryHints = _NO_HINTS
 ) -> ModelError:
     """The error for a response whose status is not 200."""
+    error = _error_from_status(status, reply, redact=redact)
+    if hints.is_useful is not None:
+        error.retryable = hints.is_useful and error.code not in _REFUSED_INPUT
+    if error.retryable or error.code == "rate_limited":
+        error.retry_after_s = hints.after_s
+    return error
+
+
+def _error_from_status(status: int, reply: ErrorReply, *, redact: Callable[[str], str]) -> ModelError:
     said = quote(reply, redact=redact)
     if 300 <= status < 400:
         return ModelError(
@@ -191,14 +260,12 @@ def error_from_status(
             "rate_limited",
             f"The model server takes no more requests for now (HTTP 429).{said}",
             retryable=not _OUT_OF_CREDIT.search(reply.words),
-            retry_after_s=retry_after_s,
         )
     if status >= 500 or status == 408:
         return ModelError(
             "upstream_error",
             f"The model server failed (HTTP {status}).{said}",
             retryable=True,
-            retry_after_s=retry_after_s,
         )
     code, what = _refusal(reply)
     return ModelError(code, f"The model server {what} (HTTP {status}).{said}")
@@ -216,7 +283,7 @@ def _refusal(reply: ErrorReply) -> tuple[str, str]:
 def error_from_reply(reply: ErrorReply, *, redact: Callable[[str], str]) -> ModelError:
     """The error for an ``error`` member where a part of the reply should have been."""
     if reply.status is not None:
-        return error_from_status(reply.status, reply, retry_after_s=None, redact=redact)
+        return error_from_status(reply.status, reply, redact=redact)
     for pattern, status in (
         (_CONTEXT_TOO_LONG, 400),
         (_WRONG_KEY, 400),
@@ -226,7 +293,7 @@ def error_from_reply(reply: ErrorReply, *, redact: Callable[[str], str]) -> Mode
         (_UNSUPPORTED_CONTENT, 400),
     ):
         if pattern.search(reply.words):
-            return error_from_status(status, reply, retry_after_s=None, redact=redact)
+            return error_from_status(status, reply, redact=redact)
     return ModelError(
         "upstream_error", f"The model server reported an error.{quote(reply, redact=redact)}", retryable=True
     )
@@ -247,12 +314,16 @@ def token_counts(message: str) -> tuple[int | None, int | None]:
 def parse_retry_after(value: str | None, *, now: datetime) -> float | None:
     """Seconds to wait, from a ``Retry-After`` of seconds or of an HTTP date; None where it is neither.
 
+    Durations like "1s" and "1m30s" are in no standard, and sent nevertheless.
+
     Source: https://www.rfc-editor.org/rfc/rfc9110#section-10.2.3
     """
     if value is None:
         return None
     if re.fullmatch(r"\s*\d{1,9}(\.\d{1,9})?\s*", value, re.ASCII):
         return float(value)
+    if _DURATION.fullmatch(value.strip()):
+        return sum(float(number) * _UNITS_S[unit] for number, unit in _DURATION_PART.findall(value))
     try:
         date = parsedate_to_datetime(value)
     except (ValueError, OverflowError):

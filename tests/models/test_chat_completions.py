@@ -256,7 +256,7 @@ def test_what_follows_a_whole_reply_does_not_fail_it() -> None:
         Finished(finish_reason="stop", usage=Usage(input_tokens=1, output_tokens=2)),
     ]
     assert read(delta("a"), finish(), {"error": "late"}) == [TextDelta("a"), STOP]
-    assert failure(event(delta("a")), event(b"garbage")).code == "upstream_protocol"
+    assert failure(event(delta("a")), event({"error": "early"})).code == "upstream_error"
 
 
 def test_the_whole_text_at_the_end_is_not_said_twice() -> None:
@@ -311,7 +311,7 @@ def test_a_whole_completion_is_a_reply(described: str | None) -> None:
 
 @pytest.mark.parametrize("described", [None, "application/json", "text/plain"])
 def test_an_event_stream_is_one_whatever_it_is_called(described: str | None) -> None:
-    for start in (b": comment\n\n", b"\n\n", b"\xef\xbb\xbf", b"event: x\n", b""):
+    for start in (b": comment\n\n", b"\n\n", b"\xef\xbb\xbf", b"event: message\n", b""):
         stream = [start, event(delta("hi")), event(finish())]
         assert read_bytes(*stream, described=described) == [TextDelta("hi"), STOP]
 

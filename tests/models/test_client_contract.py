@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 import pytest
 import trio
 
-from service.models.client import Finished, Message, ModelClient, ModelRequest
+from service.models.client import Finished, Message, ModelClient, ModelRequest, ReasoningDelta, TextDelta
 from service.models.openai_compatible import open_openai_compatible
 from service.models.retrying import RetryingClient
 from service.models.scripted import open_scripted
@@ -56,7 +56,7 @@ async def test_a_reply_is_deltas_and_then_one_finished(client: ModelClient) -> N
         reply = await ask(client)
     assert all(reply.batches), "an empty batch"
     assert [isinstance(event, Finished) for event in reply.events].index(True) == len(reply.events) - 1
-    assert all(event.text for event in reply.events if not isinstance(event, Finished))
+    assert all(event.text for event in reply.events if isinstance(event, TextDelta | ReasoningDelta))
     assert reply.text
     assert reply.finished.finish_reason == "stop"
 

@@ -353,7 +353,7 @@ async def test_a_head_that_comes_late_is_waited_for() -> None:
 
 SPLIT_STREAM = (
     b"\xef\xbb\xbf: comment\r\n\r\n"
-    + 'event: x\r\ndata: {"choices": [{"delta": {"content": "Grüße 👩‍👩‍👧"}}]}\r\n\r\n'.encode()
+    + 'event: message\r\ndata: {"choices": [{"delta": {"content": "Grüße 👩‍👩‍👧"}}]}\r\n\r\n'.encode()
     + 'data: {"choices": [{"delta":\ndata: {"content": "你好"}}]}\n\n'.encode()
     + b'data: {"choices": [{"delta": {}, "finish_reason": "length"}]}\r\r: more\rdata: [DONE]\n\n'
 )

@@ -2,6 +2,7 @@
 
 from datetime import UTC, datetime
 
+import httpx
 import msgspec
 import pytest
 from hypothesis import given
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from service.models.upstream_errors import (
     ErrorReply,
+    RetryHints,
     error_from_reply,
     error_from_status,
     parse_retry_after,
@@ -131,7 +133,7 @@ OTHERS: Said = [
 )
 def test_servers_words_are_understood(status: int, body: object, code: str, retryable: bool) -> None:
     reply = ErrorReply.from_body(body if isinstance(body, bytes) else msgspec.json.encode(body))
-    error = error_from_status(status, reply, retry_after_s=None, redact=str)
+    error = error_from_status(status, reply, redact=str)
     assert (error.code, error.retryable) == (code, retryable)
     assert str(status) in str(error)
     assert reply.message in str(error)
@@ -149,6 +151,16 @@ def test_servers_words_are_understood(status: int, body: object, code: str, retr
         ({"success": False, "errors": [{"code": 7003, "message": "No route"}, {"message": "b"}]}, "No route; b"),
         ({"Message": "Bedrock's"}, "Bedrock's"),
         ({"error_msg": "Baidu's", "error_code": 6}, "Baidu's"),
+        ({"errorMessage": "Lambda's", "errorType": "X"}, "Lambda's"),
+        ({"error": "invalid_client", "error_description": "unused"}, "invalid_client"),
+        ({"error_description": "OAuth's"}, "OAuth's"),
+        ({"base_resp": {"status_code": 1004, "status_msg": "MiniMax's"}}, "MiniMax's"),
+        ({"base_resp": {"status_code": 1004}}, ""),
+        ({"base_resp": {"status_code": 0, "status_msg": "success"}}, ""),
+        ({"base_resp": "x", "Response": [1], "ResponseMetadata": {"Error": None}}, ""),
+        ({"Response": {"Error": {"Code": "AuthFailure", "Message": "Tencent's"}, "RequestId": "1"}}, "Tencent's"),
+        ({"ResponseMetadata": {"Error": {"Code": "X", "Message": "Volcengine's"}}}, "Volcengine's"),
+        (b'event: ping\ndata: 1\n\nevent: error\ndata: {"message": "an event\'s"}\n\n', "an event's"),
         (b"upstream connect error", "upstream connect error"),
         (b'data: {"error": {"message": "as an event"}}\n\n', "as an event"),
         (b'event: error\ndata: {"error": {"message": "unfinished"}}', "unfinished"),
@@ -215,7 +227,7 @@ def test_an_error_in_mid_stream_is_understood(member: object, code: str, retryab
 def test_a_refusal_tells_how_much_would_fit(message: str, tokens: int | None, tokens_max: int | None) -> None:
     assert token_counts(message) == (tokens, tokens_max)
     reply = ErrorReply.from_body(msgspec.json.encode(said(f"context length: {message}")))
-    error = error_from_status(400, reply, retry_after_s=None, redact=str)
+    error = error_from_status(400, reply, redact=str)
     assert (error.code, error.tokens, error.tokens_max) == ("context_too_long", tokens, tokens_max)
 
 
@@ -251,7 +263,7 @@ def test_a_message_of_a_megabyte_is_looked_at_in_part() -> None:
 @given(status=st.integers(300, 599), body=json_values.map(msgspec.json.encode) | st.binary(max_size=50))
 def test_any_body_gives_a_short_line_without_the_secret(status: int, body: bytes) -> None:
     reply = ErrorReply.from_body(body)
-    error = error_from_status(status, reply, retry_after_s=None, redact=lambda text: text.replace("a", "*"))
+    error = error_from_status(status, reply, redact=lambda text: text.replace("a", "*"))
     assert str(error).isprintable()
     assert len(str(error)) < 500
     assert "a" not in str(error).partition(" It says: ")[2]
@@ -275,6 +287,16 @@ NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
         ("9" * 400, None),
         ("", None),
         ("tomorrow", None),
+        ("1s", 1.0),
+        (" 250ms ", 0.25),
+        ("1m30.5s", 90.5),
+        ("1h", 3600.0),
+        ("1 s", None),
+        ("1d", None),
+        ("-1s", None),
+        ("s", None),
+        ("1s" * 9, 9.0),
+        ("٣s", None),
         ("Sun, 01 Mar 2026 12:00:10 GMT", 10.0),
         ("Sun, 01 Mar 2026 14:00:10 +0200", 10.0),
         ("Sunday, 01-Mar-26 12:00:10 GMT", 10.0),
@@ -287,3 +309,41 @@ NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
 )
 def test_retry_after_is_seconds_or_a_date_or_nothing(value: str | None, seconds: float | None) -> None:
     assert parse_retry_after(value, now=NOW) == seconds
+
+
+@pytest.mark.parametrize(
+    ("headers", "hints"),
+    [
+        ({}, RetryHints()),
+        ({"Retry-After": "2"}, RetryHints(after_s=2.0)),
+        ({"Retry-After": "2", "Retry-After-Ms": "1500"}, RetryHints(after_s=1.5)),
+        ({"Retry-After": "2", "retry-after-ms": "soon"}, RetryHints(after_s=2.0)),
+        ({"retry-after-ms": "-1"}, RetryHints()),
+        ({"retry-after-ms": "1e9"}, RetryHints()),
+        ({"retry-after-ms": "0.5"}, RetryHints(after_s=0.0005)),
+        ({"X-Should-Retry": "true"}, RetryHints(is_useful=True)),
+        ({"x-should-retry": " False "}, RetryHints(is_useful=False)),
+        ({"x-should-retry": "perhaps"}, RetryHints()),
+    ],
+)
+def test_what_a_response_says_about_asking_again(headers: dict[str, str], hints: RetryHints) -> None:
+    assert RetryHints.from_headers(httpx.Headers(headers), now=NOW) == hints
+
+
+@pytest.mark.parametrize(
+    ("status", "hints", "retryable", "after_s"),
+    [
+        (500, RetryHints(after_s=2.0), True, 2.0),
+        (500, RetryHints(after_s=2.0, is_useful=False), False, None),
+        (429, RetryHints(after_s=2.0, is_useful=False), False, 2.0),
+        (400, RetryHints(after_s=2.0), False, None),
+        (400, RetryHints(after_s=2.0, is_useful=True), True, 2.0),
+        (409, RetryHints(is_useful=True), True, None),
+        (413, RetryHints(after_s=2.0, is_useful=True), False, None),
+    ],
+)
+def test_what_a_response_says_about_asking_again_counts_more_than_its_status(
+    status: int, hints: RetryHints, retryable: bool, after_s: float | None
+) -> None:
+    error = error_from_status(status, ErrorReply(), redact=str, hints=hints)
+    assert (error.retryable, error.retry_after_s) == (retryable, after_s)

@@ -11,7 +11,16 @@ from datetime import UTC, datetime, timedelta
 import trio
 
 from service.errors import ModelError
-from service.models.client import Finished, Message, ModelEvent, ModelRequest, ReasoningDelta, TextDelta, Usage
+from service.models.client import (
+    Finished,
+    Message,
+    ModelEvent,
+    ModelRequest,
+    Progress,
+    ReasoningDelta,
+    TextDelta,
+    Usage,
+)
 from service.sessions.events.event_log import EventLog
 from service.sessions.events.events import Event, decode_frame
 from service.sessions.sessions import Sessions, open_sessions
@@ -34,6 +43,9 @@ class Reply:
 
     def think(self, *texts: str) -> None:
         self._put(*(ReasoningDelta(text) for text in texts))
+
+    def work(self) -> None:
+        self._put(Progress())
 
     def finish(self) -> None:
         self._put(Finished(finish_reason="stop", usage=Usage(input_tokens=1, output_tokens=2)))

@@ -238,16 +238,22 @@ async def test_head_of_the_reply_counts_as_waiting_for_the_first_token(autojump_
         assert record.error.code == "first_token_timeout"
 
 
-async def test_progress_rearms_the_next_token_deadline_and_reasoning_is_progress(autojump_clock: MockClock) -> None:
+@pytest.mark.parametrize("progress", ["reasoning", "work"])
+async def test_progress_rearms_the_next_token_deadline(progress: str, autojump_clock: MockClock) -> None:
     async with open_stage(next_token_timeout_s=3, first_token_timeout_s=3) as stage:
         session = await stage.sessions.create_session(NewSession())
         turn = await start(stage.sessions, session.id)
         reply = await stage.puppet.next_reply()
         for _ in range(5):
             await trio.sleep(2.9)
-            reply.think("hm")
+            if progress == "work":
+                reply.work()
+            else:
+                reply.think("hm")
         reply.finish()
-        assert (await turn.wait_ended()).state == "completed"
+        record = await turn.wait_ended()
+        assert record.state == "completed"
+        assert record.last_seq == (2 if progress == "work" else 7), "work is told to nobody"
 
 
 async def test_cancel_is_idempotent_and_waits_for_the_end(autojump_clock: MockClock) -> None:

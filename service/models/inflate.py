@@ -1,0 +1,121 @@
+"""Reads a body that a server on the way has compressed, although a body as it is was asked for. Pure.
+
+What there is of the text comes at once, in pieces of a bounded size: a few bytes can hold millions.
+"""
+
+import zlib
+
+ENCODINGS = ("gzip", "x-gzip", "deflate")
+PIECE_BYTES_MAX = 8 * 1024
+_FREE_BYTES = 16 * 1024 * 1024
+"""So much text may come of however little."""
+_RATIO_MAX = 200
+"""Beyond that, how many bytes may come of one. Streams of tokens come to 30; the most that there can be is 1032."""
+_STEPS_MAX = 16
+"""Bound on the members of a gzip body that one call reads."""
+_GZIP_START = b"\x1f\x8b"
+_GZIP, _ZLIB, _RAW = zlib.MAX_WBITS + 16, zlib.MAX_WBITS, -zlib.MAX_WBITS
+
+
+class InflateError(ValueError):
+    """The body cannot be decompressed, or there is too much in it. Says which."""
+
+
+class Inflater:
+    """Decompresses one body, whatever way its bytes are cut.
+
+    "gzip" may have several members. "deflate" is zlib's format, or the raw one that some send. How the body begins
+    counts more than its name: one that is called "gzip" and is not compressed at all is read as it is.
+
+    Args:
+        encoding: One of :data:`ENCODINGS`.
+    """
+
+    def __init__(self, encoding: str) -> None:
+        self._encoding = encoding
+        self._input = b""
+        self._member: zlib._Decompress | None = None
+        self._has_output = False  # that did not fit into the last piece
+        self._has_begun = False
+        self._is_plain = False
+        self._is_over = False
+        self._bytes_in = 0
+        self._bytes_out = 0
+
+    @property
+    def has_more(self) -> bool:
+        """Whether :meth:`take` has something to do."""
+        needed = 1 if self._member is not None or self._is_plain else len(_GZIP_START)
+        return self._has_output or len(self._input) >= needed
+
+    def feed(self, chunk: bytes) -> None:
+        """Take a chunk of the body, once nothing is left of those before."""
+        if not self._is_over:
+            self._input += chunk
+            self._bytes_in += len(chunk)
+
+    def take(self) -> bytes:
+        """The next piece of the text; may be empty.
+
+        Raises:
+            InflateError: Nothing more can come.
+        """
+        for _ in range(_STEPS_MAX):
+            if not self.has_more:
+                break
+            piece = self._read_plain() if self._is_plain else self._read()
+            self._bytes_out += len(piece)
+            if self._bytes_out > _FREE_BYTES + _RATIO_MAX * self._bytes_in:
+                raise InflateError("there is too much in it")
+            if piece:
+                return piece
+        return b""
+
+    def _read_plain(self) -> bytes:
+        piece, self._input = self._input[:PIECE_BYTES_MAX], self._input[PIECE_BYTES_MAX:]
+        return piece
+
+    def _read(self) -> bytes:
+        if self._member is None:
+            self._begin()
+            return b""
+        try:
+            piece = self._member.decompress(self._input, PIECE_BYTES_MAX)
+        except zlib.error as error:
+            raise InflateError("it is damaged") from error
+        if self._member.eof:
+            self._input = self._member.unused_data
+            self._member = None
+            self._has_output = False
+        else:
+            self._input = self._member.unconsumed_tail
+            self._has_output = len(piece) == PIECE_BYTES_MAX
+        return piece
+
+    def _begin(self) -> None:
+        """Find out what the input begins with."""
+        is_gzip = self._input.startswith(_GZIP_START)
+        if self._has_begun and not is_gzip:  # zeros or whatever, after the end
+            self._is_over = True
+            self._input = b""
+        elif is_gzip:
+            self._member = zlib.decompressobj(_GZIP)
+        elif self._input[0] & 15 == 8 and int.from_bytes(self._input[:2], "big") % 31 == 0:  # RFC 1950, 2.2
+            self._member = zlib.decompressobj(_ZLIB)
+        elif self._encoding == "deflate":
+            self._member = zlib.decompressobj(_RAW)
+        else:
+            self._is_plain = True
+        self._has_begun = True
+
+
+def inflate(body: bytes, encoding: str, *, bytes_max: int) -> bytes:
+    """What can be had of a body that may have been cut off, up to a bound; the body itself where that is nothing."""
+    inflater, text = Inflater(encoding), b""
+    inflater.feed(body)
+    try:
+        while inflater.has_more and len(text) < bytes_max:
+            text += inflater.take()
+    except InflateError:
+        return text or body
+    return text[:bytes_max]

@@ -1,0 +1,95 @@
+"""Which choices of a chat completion are the reply. Pure.
+
+One reply is asked for, and some servers are set up to give several. Their pieces come in turns, and only one choice may
+be kept. Others give one reply and count the index up with each piece of it (TGI until 2024, Foundry Local until 2025)
+or with each block (reasoning 0, text 1). What tells these apart is that a count never goes back.
+"""
+
+from collections.abc import Sequence
+
+from service.models.chat_chunks import Choice
+
+_HELD_MAX = 8
+"""How many pieces under other indexes than the first are held back until it is decided what they are."""
+_NONE = object()
+"""Is no choice's index."""
+
+
+class ReplyChoices:
+    """Decides for one stream. Until it has, pieces under other indexes than the first are held back."""
+
+    def __init__(self) -> None:
+        self.usual: object = _NONE
+        """The index of which every choice that stands alone is the reply's: there is nothing to decide about it."""
+        self._first = 0
+        self._last = 0
+        self._heard: set[int] = set()
+        self._held: list[Choice] = []
+        self._is_one_reply: bool | None = None  # None: not decided
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there was a choice at all."""
+        return bool(self._heard)
+
+    @property
+    def is_holding(self) -> bool:
+        """Whether there is something of which it is not decided yet whether it belongs to the reply."""
+        return bool(self._held)
+
+    @property
+    def holds_an_end(self) -> bool:
+        """Whether a finish reason is among what is held."""
+        return any(choice.finish_reason for choice in self._held)
+
+    def admit(self, choices: Sequence[Choice], *, first_has_ended: bool) -> Sequence[Choice]:
+        """Take a chunk's choices; those, and those held until now, that are known to be of the reply.
+
+        Args:
+            first_has_ended: Whether a finish reason was among what has been admitted.
+        """
+        if self._is_one_reply:
+            return choices
+        if not self._heard:
+            self.usual = choices[0].index
+            self._first = self._last = self._index(choices[0])
+            self._heard.add(self._first)
+        if len({self._index(choice, position) for position, choice in enumerate(choices)}) > 1:
+            self._decide(is_one_reply=False)
+        if self._is_one_reply is None:
+            return [admitted for choice in choices for admitted in self._consider(choice, first_has_ended)]
+        return [choice for position, choice in enumerate(choices) if self._index(choice, position) == self._first]
+
+    def end(self, *, first_has_ended: bool) -> Sequence[Choice]:
+        """Nothing follows: what is held and belongs to the reply."""
+        held = self._held
+        ended = {choice.index for choice in held if choice.finish_reason}
+        self._decide(is_one_reply=len(ended) + first_has_ended < 2)
+        return held if self._is_one_reply else []
+
+    def _consider(self, choice: Choice, first_has_ended: bool) -> Sequence[Choice]:
+        index, last = self._index(choice), self._last
+        is_new = index not in self._heard
+        self._heard.add(index)
+        self._last = index
+        if index == self._first and (not self._held or not choice.says_something):
+            return [choice]
+        if (is_new and (index < last or first_has_ended)) or (not is_new and index != last and choice.says_something):
+            self._decide(is_one_reply=False)
+            return [choice] if index == self._first else []
+        self._held.append(choice)
+        self.usual = _NONE  # the first's next piece may end the doubt
+        if len(self._held) < _HELD_MAX:
+            return []
+        held = self._held
+        self._decide(is_one_reply=True)
+        return held
+
+    def _decide(self, *, is_one_reply: bool) -> None:
+        self._is_one_reply = is_one_reply
+        self._held = []
+        self.usual = _NONE if is_one_reply else self._first
+
+    def _index(self, choice: Choice, position: int = 0) -> int:
+        """Where a server tells none it is the first's, and another one for what stands beside that."""
+        return choice.index if isinstance(choice.index, int) else self._first - position
