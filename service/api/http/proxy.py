@@ -17,6 +17,7 @@ import struct
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from math import inf
 from typing import cast
 
 import h11
@@ -27,6 +28,7 @@ from quart.wrappers.response import ResponseBody
 from quart_trio.wrappers import TrioResponse
 
 from service.api.http.app_state import current_service
+from service.api.http.end_of_input import leave_at_end_of_input
 from service.api.http.event_stream import MEDIA_TYPE, read_cursor, read_last_event_id
 from service.api.http.request_body import drop_body, kept_body
 from service.api.http.request_resources import release_after_request
@@ -161,6 +163,8 @@ async def forward(error: OwnedElsewhereError) -> TrioResponse:
         raise StoreError(str(error))
     logger.debug("asking the owner", session_id=error.session_id, owner=error.fence, method=request.method)
     answer = None
+    if _patience_s() == inf:
+        leave_at_end_of_input()
     with slot.waiting() as wait, trio.move_on_after(_patience_s()) as patience:
         answer = await peer.ask(hops + 1)
     if wait.cancelled_caught:
@@ -180,6 +184,7 @@ async def forward(error: OwnedElsewhereError) -> TrioResponse:
         (name.decode(), value.decode("latin-1")) for name, value in head.headers if name not in _HOP_BY_HOP
     )
     if _is_stream(head):
+        leave_at_end_of_input()
         response.response = ProxiedStream(
             peer, slot, fence=error.fence, turn_path=response.headers.get("Location") or request.path
         )

@@ -4,6 +4,7 @@ from quart import Blueprint, request
 from quart_trio.wrappers import TrioResponse
 
 from service.api.http.app_state import current_service
+from service.api.http.end_of_input import leave_at_end_of_input
 from service.api.http.event_stream import read_last_event_id
 from service.api.http.operations import Answer, operation
 from service.api.http.request_body import read_body
@@ -44,6 +45,7 @@ async def chat() -> TrioResponse:
     after = read_last_event_id(request)
     if after is not None:
         return await _resume(service, body, after)
+    leave_at_end_of_input()
     new = NewTurn(text=body.message, creates_session=True)
     return await start_streaming(service, take_slot(service), body.session_id or new_session_id(), new)
 

@@ -8,6 +8,7 @@ from quart import Blueprint, request
 from quart_trio.wrappers import TrioResponse
 
 from service.api.http.app_state import current_service, json_response, no_content
+from service.api.http.end_of_input import leave_at_end_of_input
 from service.api.http.event_stream import (
     HEADERS,
     MEDIA_TYPE,
@@ -121,6 +122,8 @@ async def start_turn(session_id: str) -> TrioResponse:
         return await resume_streaming(service, session_id, body.input, after=after)
     if after is not None:
         return await _resume_waiting(service, session_id, body.input, after=after, background=body.background)
+    if not body.background:
+        leave_at_end_of_input()
     new = NewTurn(
         text=body.input,
         parent=body.parent,
@@ -173,8 +176,11 @@ async def resume_streaming(service: Service, session_id: str, text: str, *, afte
     turn_id, log, watch = await service.sessions.resume_newest(session_id, text=text, after=after)
     release_later(watch)
     drop_body(request)
-    has_seen_all = log.closed and after == log.last_seq
-    response = no_content() if has_seen_all else stream_response(log, slot, cursor=after)
+    if log.closed and after == log.last_seq:
+        response = no_content()
+    else:
+        leave_at_end_of_input()
+        response = stream_response(log, slot, cursor=after)
     response.headers["Location"] = located(turn_path(session_id, turn_id))
     return response
 
@@ -189,6 +195,7 @@ async def _resume_waiting(
     with watch:
         drop_body(request)
         if not background:
+            leave_at_end_of_input()
             await log.wait_closed()
         record = await service.sessions.get_turn(session_id, turn_id)
     return _turn_response(record, 202 if background else 200, with_location=True)
@@ -266,6 +273,7 @@ async def stream_events(session_id: str, turn_id: str) -> TrioResponse:
         raise InvalidRequestError(f"This turn has {log.last_seq} events so far.", field=field)
     if request.method == "HEAD":
         return TrioResponse(b"", headers=HEADERS, content_type=MEDIA_TYPE)
+    leave_at_end_of_input()
     return stream_response(log, slot, cursor=cursor)
 
 

@@ -8,13 +8,15 @@ message over in the call. Proven by ``tests/hosting/hypercorn/test_asgi_receive.
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import hypercorn.trio.tcp_server
 import trio
 from hypercorn.config import Config
 from hypercorn.trio.task_group import TaskGroup, _handle
 from hypercorn.typing import AppWrapper, ASGIReceiveEvent, ASGISendEvent, Scope
+
+from service.api.http.end_of_input import LEAVES_AT_END
 
 CHECKPOINT_MESSAGES = 16
 """A body in pieces of a byte is many messages in one packet: it is not to have the event loop for itself."""
@@ -31,6 +33,8 @@ class ReceiveQueue:
         self._to_app, self._from_server = trio.open_memory_channel[ASGIReceiveEvent](kept_max)
         self._take: Callable[[Any], None] | None = None
         self._count = 0
+        self._is_over = False
+        self._over: trio.Event | None = None
 
     async def __call__(self) -> ASGIReceiveEvent:
         return await self._from_server.receive()
@@ -55,9 +59,27 @@ class ReceiveQueue:
         except trio.WouldBlock:
             await self._to_app.send(message)
 
+    def note_over(self) -> None:
+        """The request is over; or it takes the end of the input for the end of it all (:data:`LEAVES_AT_END`)."""
+        self._is_over = True
+        if self._over is not None:
+            self._over.set()
+
+    async def wait_over(self) -> None:
+        """Return once :meth:`note_over` was called."""
+        if not self._is_over:
+            self._over = trio.Event()
+            await self._over.wait()
+
 
 class ConnectionTaskGroup(TaskGroup):
-    """hypercorn's, with an :class:`ReceiveQueue` for each request."""
+    """hypercorn's, with an :class:`ReceiveQueue` for each request.
+
+    Attributes:
+        newest: That of the request which came last.
+    """
+
+    newest: ReceiveQueue | None = None
 
     async def spawn_app(
         self,
@@ -67,11 +89,10 @@ class ConnectionTaskGroup(TaskGroup):
         send: Callable[[ASGISendEvent | None], Awaitable[None]],
     ) -> Callable[[ASGIReceiveEvent], Awaitable[None]]:
         """Start the application's task for one request; returns the way to send it messages."""
-        receive_queue = ReceiveQueue(kept_max=config.max_app_queue_size)
+        receive_queue = self.newest = ReceiveQueue(kept_max=config.max_app_queue_size)
+        cast("dict[str, Any]", scope)[LEAVES_AT_END] = receive_queue.note_over
         assert self._nursery is not None
-        self._nursery.start_soon(
-            _handle, app, config, scope, receive_queue, send, trio.to_thread.run_sync, trio.from_thread.run
-        )
+        self._nursery.start_soon(_run_app, app, config, scope, receive_queue, send)
         return receive_queue.put
 
     def cancel(self) -> None:
@@ -85,6 +106,19 @@ class ConnectionTaskGroup(TaskGroup):
     ) -> bool | None:
         assert self._nursery_manager is not None
         return await self._nursery_manager.__aexit__(kind, error, traceback)  # noqa: ASYNC102  no cleanup: the wait
+
+
+async def _run_app(
+    app: AppWrapper,
+    config: Config,
+    scope: Scope,
+    receive_queue: ReceiveQueue,
+    send: Callable[[ASGISendEvent | None], Awaitable[None]],
+) -> None:
+    try:
+        await _handle(app, config, scope, receive_queue, send, trio.to_thread.run_sync, trio.from_thread.run)
+    finally:
+        receive_queue.note_over()
 
 
 def use_receive_queues() -> None:

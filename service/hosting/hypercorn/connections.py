@@ -11,6 +11,9 @@
   its ``server_names``) closes with that answer, as the answer says. hypercorn keeps it open for ever.
 * What hypercorn cannot parse ends its connection. hypercorn has some bytes end the process, before any access check:
   an ``HTTP2-Settings`` header that is none, a path of HTTP/2 that is not ASCII, more priorities than the limit.
+* A client that has closed its sending side after its request is answered, unless the request waits for a turn or
+  streams one. hypercorn takes every end of input for leaving.
+* Empty lines before a request are skipped. h11 refuses them.
 * Nothing that has come holds the event loop: h11 and h2 work through all that they are given in one go, whatever it is,
   so they are given little at a time, and a head of either protocol is bounded.
 * A client that does not read cannot hold the server. hypercorn sends under a shield without a deadline, so neither its
@@ -39,12 +42,14 @@ from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData
 from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import H11Protocol, H11WSConnection
+from hypercorn.protocol.http_stream import HTTPStream
 from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
 from hypercorn.trio.worker_context import EventWrapper, WorkerContext
 from hypercorn.typing import AppWrapper, ConnectionState, TaskGroup
 
 from service.hosting.hypercorn.asgi_receive import ConnectionTaskGroup, use_receive_queues
 from service.hosting.hypercorn.chunked_request import use_joining_reader
+from service.hosting.hypercorn.request_parser import RequestParser
 
 logger = structlog.get_logger("lastcall.connections")
 
@@ -237,6 +242,7 @@ class Connection(TCPServer):
 
     async def _read_data(self) -> None:
         """As hypercorn reads, without a cancel scope for each read where there is no deadline."""
+        self._use_request_parser()
         data: bytes | bytearray = b"..."
         while data:
             try:
@@ -246,9 +252,25 @@ class Connection(TCPServer):
             await self._handle_in_pieces(data)
             if isinstance(self.protocol.protocol, H2Protocol):
                 await self._tidy_up(self.protocol.protocol)
+        else:
+            await self._let_answer()
         await self.protocol.handle(Closed())
         if self.idle_task._handle is not None:
             await self.idle_task.stop()  # the client has closed: nothing is left to wait for
+
+    def _use_request_parser(self) -> None:
+        protocol = self.protocol.protocol
+        if isinstance(protocol, H11Protocol):
+            protocol.connection = RequestParser(head_bytes_max=self.config.h11_max_incomplete_size)
+
+    async def _let_answer(self) -> None:
+        """The input has ended: return once the request that is being answered has been, or has to take it for leaving.
+
+        What waits for no turn is bounded by deadlines of its own.
+        """
+        protocol = self.protocol.protocol
+        if isinstance(protocol, H11Protocol) and isinstance(protocol.stream, HTTPStream) and self._task_group.newest:
+            await self._task_group.newest.wait_over()
 
     async def _handle_in_pieces(self, data: bytes | bytearray) -> None:
         began_at = time.perf_counter()

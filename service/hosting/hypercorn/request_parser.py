@@ -1,0 +1,40 @@
+"""h11's parser of requests, which skips empty lines before a request line.
+
+Some clients end a body with a line end that its length does not count. h11 takes that for the next request's line, and
+refuses it with 400.
+
+Source: https://www.rfc-editor.org/rfc/rfc9112#section-2.2-6; h11 0.16, ``_readers.maybe_read_from_IDLE_client``.
+Proven by ``tests/hosting/hypercorn/test_request_parser.py``.
+"""
+
+import h11
+
+EMPTY_LINES_MAX = 8
+"""Before one request. Beyond that it is no request, and h11 says so."""
+
+
+class RequestParser(h11.Connection):
+    """The server's side of one connection on HTTP/1."""
+
+    def __init__(self, *, head_bytes_max: int) -> None:
+        super().__init__(h11.SERVER, max_incomplete_event_size=head_bytes_max)
+        self._empty_lines = 0
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        # Also once a request is complete: with nothing but a line end to come, h11 would stop reading until the
+        # response is, and a client that leaves meanwhile would not be noticed.
+        if self.their_state in (h11.IDLE, h11.DONE) and self._begins_with_half_a_line_end():
+            return h11.NEED_DATA
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._empty_lines = 0
+        return event
+
+    def _begins_with_half_a_line_end(self) -> bool:
+        """Skip the empty lines that have come; whether the rest may become one."""
+        received, closed = self.trailing_data
+        while self._empty_lines < EMPTY_LINES_MAX and received.startswith((b"\r\n", b"\n")):
+            line_end, _, received = received.partition(b"\n")
+            self._receive_buffer.maybe_extract_at_most(len(line_end) + 1)
+            self._empty_lines += 1
+        return received == b"\r" and not closed and self._empty_lines < EMPTY_LINES_MAX

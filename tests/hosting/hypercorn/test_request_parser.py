@@ -1,0 +1,112 @@
+"""Empty lines before a request: skipped, however they come, and not without a bound."""
+
+import h11
+import pytest
+import trio
+import trio.testing
+from hypothesis import given
+from hypothesis import strategies as st
+from quart_trio import QuartTrio
+
+from service.hosting.hypercorn.asgi_request import AsgiRequest
+from service.hosting.hypercorn.connections import Connections
+from service.hosting.hypercorn.request_parser import EMPTY_LINES_MAX, RequestParser
+from tests.hosting.conftest import Serve
+
+GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+POST = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}"
+HEAD_BYTES_MAX = 16 * 1024
+
+
+def parser() -> RequestParser:
+    return RequestParser(head_bytes_max=HEAD_BYTES_MAX)
+
+
+def events(connection: h11.Connection) -> list[object]:
+    found: list[object] = []
+    while (event := connection.next_event()) not in (h11.NEED_DATA, h11.PAUSED):
+        found.append(event)
+        if isinstance(event, h11.ConnectionClosed):
+            break
+    return found
+
+
+def test_h11_still_refuses_an_empty_line_before_a_request() -> None:
+    """Fails when h11 skips it: then RequestParser can go."""
+    connection = h11.Connection(h11.SERVER)
+    connection.receive_data(b"\r\n" + GET)
+    with pytest.raises(h11.RemoteProtocolError):
+        connection.next_event()
+
+
+@given(st.lists(st.sampled_from([b"\r\n", b"\n"]), max_size=EMPTY_LINES_MAX), st.data())
+def test_empty_lines_before_a_request_are_skipped_wherever_they_are_cut(
+    lines: list[bytes], data: st.DataObject
+) -> None:
+    text = b"".join(lines) + GET
+    connection = parser()
+    found: list[object] = []
+    while text:
+        size = data.draw(st.integers(1, len(text)))
+        connection.receive_data(text[:size])
+        text = text[size:]
+        found += events(connection)
+    request, end = found
+    assert isinstance(request, h11.Request)
+    assert isinstance(end, h11.EndOfMessage)
+
+
+@pytest.mark.parametrize("begin", [b"\r\n" * (EMPTY_LINES_MAX + 1), b"\r\n \r\n", b"\r\r\n", b" \r\n", b"\r\nx\r\n"])
+def test_more_of_them_and_what_is_no_empty_line_are_refused(begin: bytes) -> None:
+    connection = parser()
+    connection.receive_data(begin + GET)
+    with pytest.raises(h11.RemoteProtocolError):
+        events(connection)
+
+
+def test_half_a_line_end_at_the_end_of_the_input_is_not_waited_for() -> None:
+    connection = parser()
+    connection.receive_data(b"\r")
+    assert events(connection) == []
+    connection.receive_data(b"")
+    with pytest.raises(h11.RemoteProtocolError):
+        events(connection)
+
+
+def test_a_line_end_after_a_complete_request_does_not_stop_the_reading() -> None:
+    for ends in (b"\r\n", b"\r\n\r\n", b"\n", b"\r"):
+        connection = parser()
+        connection.receive_data(POST + ends)
+        events(connection)
+        assert connection.next_event() is h11.NEED_DATA, ends
+    connection = parser()
+    connection.receive_data(POST + GET)
+    events(connection)
+    assert connection.next_event() is h11.PAUSED
+
+
+@pytest.mark.parametrize("together", [True, False])
+async def test_a_connection_goes_on_after_bodies_that_end_with_a_line_end_too_many(
+    together: bool, serve: Serve, connections: Connections
+) -> None:
+    app = QuartTrio("test")
+    app.asgi_http_class = AsgiRequest
+
+    @app.route("/", methods=["GET", "POST"])
+    async def index() -> str:
+        return "here"
+
+    async with serve(app) as server, await server.connect() as client:
+        with trio.fail_after(10):
+            for request in (b"\r\n" + POST + b"\r\n", POST + b"\r\n\r\n", GET):
+                parts = [request] if together else [request[:1], request[1:-1], request[-1:]]
+                for part in parts:
+                    await client.send_all(part)
+                    await trio.testing.wait_all_tasks_blocked(0.01)
+                answer = b""
+                while not answer.endswith(b"here"):
+                    answer += await client.receive_some()
+                assert answer.startswith(b"HTTP/1.1 200")
+            await client.send_all(b"\r\n" * (2 * EMPTY_LINES_MAX))
+            answer = b"".join([part async for part in client])
+            assert answer.startswith(b"HTTP/1.1 400")
