@@ -40,7 +40,7 @@ SETTLE_S = 1.0
 """How long a thread or a process that is about to end may take to do so."""
 
 FREEZE_EVERY = 50
-"""After how many tests what is alive is left out of the collections. They cost ten times as much without, in the end."""
+"""After so many tests, what is alive is left out of the collections: in the end they cost ten times as much without."""
 
 _STARTED = itertools.count(1)
 FAILED = pytest.StashKey[bool]()
