@@ -196,13 +196,14 @@ async def test_the_caller_s_address_is_that_which_a_trusted_proxy_names(monkeypa
 
     answer = Application.asgi_app
     monkeypatch.setattr(Application, "asgi_app", listening)
-    async with open_api(api_keys=("secret",), trusted_proxies=("127.0.0.1",)) as api:
+    async with open_api(api_keys=("secret",), trusted_proxies=("127.0.0.1", "unix:")) as api:
         named = {"X-Forwarded-For": "1.1.1.1, 203.0.113.9"}
-        for scope in ({}, {"client": ("10.0.0.9", 1)}, {PEER: bool, "client": None, "server": None}):
+        on_unix: dict[str, Any] = {"client": None, "server": None}
+        for scope in ({}, {"client": ("10.0.0.9", 1)}, on_unix, on_unix | {PEER: bool}):
             await api.call("GET", "/healthz", headers=named, scope=scope)
         # It opens nothing: what it says is this machine still needs a key.
         (await api.call("GET", "/sessions", headers={"X-Forwarded-For": "127.0.0.1"})).problem(401, "unauthorized")
-    assert callers == [("203.0.113.9", 0), ("10.0.0.9", 1), None, ("127.0.0.1", 0)]
+    assert callers == [("203.0.113.9", 0), ("10.0.0.9", 1), ("203.0.113.9", 0), None, ("127.0.0.1", 0)]
 
 
 async def test_no_origin_is_allowed_unless_it_is_configured() -> None:
