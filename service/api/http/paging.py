@@ -1,14 +1,21 @@
 """Pages that are bounded in bytes as well as in rows."""
 
+from collections.abc import Callable
 from typing import Protocol, TypeVar
 
+import msgspec
+import trio
+
+from service.sessions.messages import MessageRecord
 from service.storage.records import Page, SessionRecord, TurnRecord
 
 PAGE_BYTES_MAX = 4 * 1024 * 1024
-"""A page ends where its texts have reached this. What one step reads may be beyond it."""
+"""A page ends where its rows have reached this. What one step reads may be beyond it."""
 _STEP = 10
+_LONG_BYTES = 64 * 1024
+"""Encoding a longer row takes up to milliseconds: others have their turn then."""
 
-R = TypeVar("R", SessionRecord, TurnRecord)
+R = TypeVar("R", SessionRecord, TurnRecord, MessageRecord)
 
 
 class Listing(Protocol[R]):
@@ -17,24 +24,26 @@ class Listing(Protocol[R]):
     async def __call__(self, *, limit: int, after: str | None) -> Page[R]: ...
 
 
-async def read_page(listing: Listing[R], *, limit: int, after: str | None) -> Page[R]:
-    """A page of at most ``limit`` rows, read in steps of a few: they may be large, and are all in memory at once.
+async def read_page(
+    listing: Listing[R], shown: Callable[[R], msgspec.Struct], *, limit: int, after: str | None
+) -> Page[msgspec.Raw]:
+    """A page of at most ``limit`` rows, each as JSON already, read in steps of a few: all are in memory at once.
+
+    Args:
+        shown: The row as it is shown.
 
     Raises: What ``listing`` does.
     """
-    data: list[R] = []
+    rows: list[msgspec.Raw] = []
     size = 0
     while True:
-        step = await listing(limit=min(_STEP, limit - len(data)), after=after)
-        data += step.data
-        size += sum(map(_bytes_of, step.data))
+        step = await listing(limit=min(_STEP, limit - len(rows)), after=after)
+        for record in step.data:
+            row = msgspec.json.encode(shown(record))
+            rows.append(msgspec.Raw(row))
+            size += len(row)
+            if len(row) > _LONG_BYTES:
+                await trio.lowlevel.checkpoint()
         after = step.next
-        if after is None or len(data) >= limit or size >= PAGE_BYTES_MAX:
-            return Page(data=tuple(data), next=after)
-
-
-def _bytes_of(record: SessionRecord | TurnRecord) -> int:
-    """The size of its texts in UTF-8; everything else about it is small."""
-    if isinstance(record, SessionRecord):
-        return len((record.system_message or "").encode())
-    return sum(len(item.text.encode()) for item in (*record.input, *record.output))
+        if after is None or len(rows) >= limit or size >= PAGE_BYTES_MAX:
+            return Page(data=tuple(rows), next=after)

@@ -16,6 +16,7 @@ from service.api.http.request_body import read_body
 from service.api.native.wire import (
     CreateSession,
     ForkSession,
+    Message,
     MessageList,
     PageQuery,
     Session,
@@ -89,7 +90,7 @@ async def list_sessions() -> TrioResponse:
     query = read_query(request, SessionsQuery)
     sessions = current_service().sessions
     listing = partial(sessions.list_sessions, status=query.status or None)
-    page = await read_page(listing, limit=query.limit, after=query.after or None)
+    page = await read_page(listing, Session.of, limit=query.limit, after=query.after or None)
     count = await sessions.count_sessions(status=query.status or None) if query.count else msgspec.UNSET
     return json_response(SessionList.of(page, count=count))
 
@@ -181,5 +182,6 @@ async def list_messages(session_id: str) -> TrioResponse:
     """List the messages on the path from the first turn to the head, oldest first."""
     session_id = checked_session_id(session_id)
     query = read_query(request, PageQuery)
-    page = await current_service().sessions.list_messages(session_id, limit=query.limit, after=query.after or None)
+    listing = partial(current_service().sessions.list_messages, session_id)
+    page = await read_page(listing, Message.of, limit=query.limit, after=query.after or None)
     return json_response(MessageList.of(page))

@@ -228,7 +228,7 @@ async def list_turns(session_id: str) -> TrioResponse:
     session_id = checked_session_id(session_id)
     query = read_query(request, PageQuery)
     listing = partial(current_service().sessions.list_turns, session_id)
-    page = await read_page(listing, limit=query.limit, after=query.after or None)
+    page = await read_page(listing, wire.Turn.of, limit=query.limit, after=query.after or None)
     return json_response(TurnList.of(page))
 
 

@@ -4,7 +4,7 @@ Texts are bounded further by ``input_bytes_max`` (see :mod:`service.api.http.req
 """
 
 from datetime import datetime
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, cast
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -168,8 +168,8 @@ class SessionList(msgspec.Struct, frozen=True, kw_only=True):
     count: int | UnsetType = UNSET
 
     @classmethod
-    def of(cls, page: Page[SessionRecord], *, count: int | UnsetType = UNSET) -> Self:
-        return cls(data=tuple(map(Session.of, page.data)), next=page.next, count=count)
+    def of(cls, page: Page[msgspec.Raw], *, count: int | UnsetType = UNSET) -> Self:
+        return cls(data=cast("tuple[Session, ...]", page.data), next=page.next, count=count)
 
 
 class PageQuery(Query, frozen=True, kw_only=True):
@@ -208,8 +208,8 @@ class MessageList(msgspec.Struct, frozen=True, kw_only=True):
     next: str | None
 
     @classmethod
-    def of(cls, page: Page[MessageRecord]) -> Self:
-        return cls(data=tuple(map(Message.of, page.data)), next=page.next)
+    def of(cls, page: Page[msgspec.Raw]) -> Self:
+        return cls(data=cast("tuple[Message, ...]", page.data), next=page.next)
 
 
 # Turns
@@ -304,8 +304,8 @@ class TurnList(msgspec.Struct, frozen=True, kw_only=True):
     next: str | None
 
     @classmethod
-    def of(cls, page: Page[TurnRecord]) -> Self:
-        return cls(data=tuple(map(Turn.of, page.data)), next=page.next)
+    def of(cls, page: Page[msgspec.Raw]) -> Self:
+        return cls(data=cast("tuple[Turn, ...]", page.data), next=page.next)
 
 
 class EventsQuery(Query, frozen=True, kw_only=True, forbid_unknown_fields=False):

@@ -1,11 +1,14 @@
 """A page has an end in bytes, too, and nothing is lost between two of them."""
 
 from collections.abc import Sequence
+from itertools import chain
 
+import msgspec
 import pytest
 from trio.testing import MockClock
 
 from service.api.http.paging import PAGE_BYTES_MAX, read_page
+from service.api.native.wire import Turn
 from service.storage.records import Page, TurnRecord
 from tests.api.inprocess import Api, open_api
 from tests.storage.rows import a_turn
@@ -47,9 +50,11 @@ async def test_a_page_ends_at_its_rows_or_its_bytes(
     sizes: list[int], limit: int, limits: list[int], ends_at: str | None
 ) -> None:
     turns = Turns(sizes)
-    page = await read_page(turns, limit=limit, after=None)
+    page = await read_page(turns, Turn.of, limit=limit, after=None)
     assert (turns.limits, page.next) == (limits, ends_at)
-    assert [turn.id for turn in page.data] == [f"turn_{n}" for n in range(int(ends_at or len(sizes)))]
+    assert [msgspec.json.decode(row)["id"] for row in page.data] == [
+        f"turn_{n}" for n in range(int(ends_at or len(sizes)))
+    ]
 
 
 async def test_large_turns_and_sessions_come_in_more_pages(autojump_clock: MockClock) -> None:
@@ -60,6 +65,9 @@ async def test_large_turns_and_sessions_come_in_more_pages(autojump_clock: MockC
             (await api.call("POST", f"/sessions/{session_id}/turns", {"input": large})).json["id"] for _ in range(23)
         ]
         assert await _pages(api, f"/sessions/{session_id}/turns") == [turns[:20], turns[20:]]
+        messages = await _pages(api, f"/sessions/{session_id}/messages")
+        assert list(map(len, messages)) == [40, 6]
+        assert len(set(chain(*messages))) == 46
         sessions = [session_id, *[await api.new_session(system_message=large) for _ in range(22)]][::-1]
         assert await _pages(api, "/sessions") == [sessions[:20], sessions[20:]]
 

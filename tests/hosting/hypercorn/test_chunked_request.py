@@ -66,6 +66,11 @@ def test_the_chunks_of_a_piece_are_one_event() -> None:
         assert events <= 3
 
 
+@pytest.mark.usefixtures("connections")
+def test_connections_read_with_the_joining_reader() -> None:
+    assert READERS[SEND_BODY]["chunked"] is JoiningChunkedReader  # type: ignore[index]
+
+
 def test_the_joining_reader_is_still_needed() -> None:
     """Fails when h11 joins chunks by itself: then it can go."""
     assert read(h11._readers.ChunkedReader, [b"1\r\nx\r\n" * 1000])[2] == 1000

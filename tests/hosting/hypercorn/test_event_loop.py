@@ -16,7 +16,7 @@ from service.settings import Settings
 from tests.longest_step import STEP_MAX_S, LongestStep, watching_steps
 from tests.service.serving import serving
 
-SETTINGS = Settings(store_url="memory:")
+SETTINGS = Settings(store_url="memory:", model_url="scripted:?tokens=1")
 BODY_BYTES = body_bytes_max(SETTINGS) - 100
 CAP_S = 60
 TRIES = 3
@@ -186,6 +186,14 @@ async def test_no_head_and_no_framing_holds_the_event_loop() -> None:
 
 
 @pytest.mark.usefixtures("connections")
+async def test_a_head_of_http_1_is_bounded_though_it_comes_in_one_piece() -> None:
+    async with serving(SETTINGS) as server:
+        for length, status in ((15_000, b"200"), (22_000, b"431"), (60_000, b"431")):
+            data = request("GET", "/healthz", b"", b"a: " + b"a" * length)
+            assert (await exchange(server.port, data, LongestStep())).split()[1] == status
+
+
+@pytest.mark.usefixtures("connections")
 async def test_no_mixture_of_what_a_head_is_made_of_holds_the_event_loop() -> None:
     chance = random.Random(4711)
     words = [
@@ -223,6 +231,18 @@ async def test_no_mixture_of_what_a_head_is_made_of_holds_the_event_loop() -> No
         return field[:60], request("POST", "/chat", b"{}", field.encode())
 
     assert not await longest_steps(mixture() for _ in range(60))
+
+
+@pytest.mark.usefixtures("connections")
+async def test_no_page_of_large_texts_holds_the_event_loop() -> None:
+    text = b"\\u0001" * SETTINGS.input_bytes_max
+    turn = request("POST", "/sessions/a/turns", b'{"input":"' + text + b'"}')
+    sessions = [
+        request("POST", "/sessions", b'{"id":"%b","system_message":"%b"}' % (name, text)) for name in (b"a", b"b", b"c")
+    ]
+    pages = [f"/sessions{rest}?limit=100" for rest in ("", "/a/turns", "/a/messages")]
+    requests = [*sessions, *[turn] * 10, *(request("GET", page) for page in pages)]
+    assert not await longest_steps((f"{place}", data) for place, data in enumerate(requests))
 
 
 def frame(kind: int, flags: int, stream_id: int, payload: bytes = b"") -> bytes:
