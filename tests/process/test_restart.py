@@ -54,7 +54,7 @@ async def test_without_any_settings_sessions_outlive_the_process(tmp_path: Path,
             assert_clean(host, server, gone)
     assert seen[:2] == seen[2:]
     assert (seen[0]["message_count"], seen[0]["idle_timeout_s"]) == (2, 30 * 24 * 3600)
-    assert {it.name for it in folder.iterdir()} == {"lastcall.db", "lastcall.db-owners"}
+    assert {it.name for it in folder.iterdir()} == {"lastcall.db", "lastcall.db-owners", "lastcall.db-reserve"}
 
 
 @pytest.mark.parametrize("host", [SERVE, HYPERCORN_1], ids=str)

@@ -60,9 +60,10 @@ def _wait_for_lock(calls: int) -> bool:
     return calls < _LOCK_WAIT_S / _LOCK_POLL_S
 
 
-def reset_log(db: apsw.Connection) -> bool:
+def reset_log(db: apsw.Connection, *, cut: bool = False) -> bool:
     """Write a checkpoint after which the log begins anew; False where readers do not let go of it within a moment.
 
+    With ``cut`` the disk has back what the log took of it.
     Nobody else writes meanwhile, so a checkpoint that waits for nobody comes first and leaves this one little to do.
     """
     db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
@@ -74,7 +75,7 @@ def reset_log(db: apsw.Connection) -> bool:
 
     db.set_busy_handler(wait_until_then)
     try:
-        db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_RESTART)
+        db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE if cut else apsw.SQLITE_CHECKPOINT_RESTART)
     except apsw.BusyError:
         return False
     finally:

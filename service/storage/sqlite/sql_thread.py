@@ -26,10 +26,15 @@ _PAUSE_S = 0.01
 
 
 class Step(Generic[T]):
-    """One step, from a caller's asking to its outcome. Belongs to the caller until it is claimed."""
+    """One step, from a caller's asking to its outcome. Belongs to the caller until it is claimed.
 
-    def __init__(self, call: Callable[[apsw.Connection], T]) -> None:
+    Attributes:
+        makes_space: Whether it is to succeed on a full disk, because others cannot before it has.
+    """
+
+    def __init__(self, call: Callable[[apsw.Connection], T], *, makes_space: bool = False) -> None:
         self.done = anyio.Event()
+        self.makes_space = makes_space
         self.error: Exception | None = None
         self._call = call
         self._result: T | None = None
@@ -91,7 +96,7 @@ class SqlThread:
             self._thread.join()
             raise self._error
 
-    async def call(self, call: Callable[[apsw.Connection], T]) -> T:
+    async def call(self, call: Callable[[apsw.Connection], T], *, makes_space: bool = False) -> T:
         """Run a step and wait for its outcome.
 
         Cancelled before the step has begun it never begins; later it happens all the same.
@@ -99,7 +104,7 @@ class SqlThread:
         await anyio.lowlevel.checkpoint_if_cancelled()
         if self._closing:
             raise StoreError("The store is closed.", retry_after_s=None)
-        step = Step(call)
+        step = Step(call, makes_space=makes_space)
         self._queue.put(step)
         try:
             await step.done.wait()

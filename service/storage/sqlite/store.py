@@ -135,18 +135,22 @@ class SqliteStore:
         return await self._writing.call(lambda db: sessions.update(db, session_id, patch, now))
 
     async def mark_deleted(self, session_id: str, *, now: datetime) -> None:
-        await self._writing.call(lambda db: sessions.mark_deleted(db, session_id, self._ownership, now))
+        await self._writing.call(
+            lambda db: sessions.mark_deleted(db, session_id, self._ownership, now), makes_space=True
+        )
 
     async def is_marked(self, session_id: str) -> bool:
         # Asked of the writer: a mark that is being committed is not to be seen by a reader yet.
-        return await self._writing.call(lambda db: sessions.is_marked(db, session_id, self.fence))
+        return await self._writing.call(lambda db: sessions.is_marked(db, session_id, self.fence), makes_space=True)
 
     async def remove_deleted(self, session_id: str) -> None:
-        if await self._writing.call(lambda db: sessions.remove_deleted(db, session_id)):
+        if await self._writing.call(lambda db: sessions.remove_deleted(db, session_id), makes_space=True):
             self.writer.removed = True
 
     async def delete_expired(self, *, now: datetime, limit: int) -> int:
-        removed = await self._writing.call(lambda db: _delete_expired(db, self._ownership, now, limit))
+        removed = await self._writing.call(
+            lambda db: _delete_expired(db, self._ownership, now, limit), makes_space=True
+        )
         if removed:
             self.writer.removed = True
         return removed

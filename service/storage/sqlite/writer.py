@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import apsw
@@ -13,7 +14,8 @@ from service.storage.sqlite.faults import Faults
 from service.storage.sqlite.file_system import network_file_system
 from service.storage.sqlite.open_files import OpenFiles
 from service.storage.sqlite.ownership import Ownership
-from service.storage.sqlite.reclaim import reclaim_some
+from service.storage.sqlite.reclaim import reclaim_some, shrink
+from service.storage.sqlite.reserve import Reserve
 from service.storage.sqlite.sql_thread import Step
 
 logger = structlog.get_logger("lastcall.store")
@@ -29,6 +31,8 @@ _RESET_EVERY_S = 1.0
 """Where that fails it is tried again so much later: nobody writes while it is tried."""
 _REST_EVERY_S = 0.1
 """While steps keep arriving, what is done at rest waits so long in between."""
+_SHRINK_PAGES = 256
+"""What a full disk gets back at once."""
 
 
 class Writer:
@@ -51,6 +55,9 @@ class Writer:
         self._address = address
         self._opened_at = opened_at
         self._db: apsw.Connection
+        self._reserve: Reserve
+        self._is_full = False
+        """Whether the disk has been full, and has not got back yet what is free."""
         self._wal_pages = 0
         self._rested_at = 0.0
         self._reset_at = 0.0
@@ -70,6 +77,7 @@ class Writer:
                 self._db.set_wal_hook(self._note_wal)
                 database.prepare(self._db, self._path, ownership=self._ownership)
                 self._transact(lambda db: self._ownership.begin(db, address=self._address, opened_at=self._opened_at))
+                self._reserve = Reserve(self._path.with_name(f"{self._path.name}-reserve"))
             except BaseException:
                 self._db.close()
                 raise
@@ -84,13 +92,20 @@ class Writer:
         """
         taken: list[Step[Any]] = []
         try:
+            if self._is_full and self._is_short():
+                raise apsw.FullError  # the space that is left is for steps that make some
             self._transact(lambda db: _run_together(db, arriving, taken))
         except Exception as error:  # noqa: BLE001  they are the callers'
+            self._is_full = self._is_full or isinstance(error, apsw.FullError)
             if not taken:  # not even begun: it is the same fault for all that are there
                 taken += arriving
+                told = self._told(error)
                 for step in taken:
-                    step.error = self._told(error)
-            elif len(taken) == 1:
+                    if step.makes_space and isinstance(error, apsw.FullError):
+                        self._run_alone(step)
+                    else:
+                        step.error = told
+            elif len(taken) == 1 and not (taken[0].makes_space and isinstance(error, apsw.FullError)):
                 taken[0].error = self._told(error)
             else:
                 for step in taken:
@@ -109,24 +124,63 @@ class Writer:
             return True
         self._rested_at = now
         try:
+            if self._is_full:
+                return self._make_space()
             if self._wal_pages >= _CHECKPOINT_PAGES:
                 self._write_checkpoint(now)
             elif self.removed:
                 self.removed = self._transact(reclaim_some)
-        except (apsw.Error, StoreError):
-            return False  # a step will meet the same fault and tell its caller
+        except (apsw.Error, StoreError) as error:
+            # Unless it is new that the disk is full, a step will meet the same fault and tell its caller.
+            was_full, self._is_full = self._is_full, self._is_full or isinstance(error, apsw.FullError)
+            return self._is_full and not was_full
         return self.removed
 
     def close(self) -> None:
         self._files.prepare_close(self._db)
         self._files.close()
+        self._reserve.close()
         self._db.close()
 
     def _run_alone(self, step: Step[Any]) -> None:
-        try:
+        def run() -> None:
             self._transact(lambda db: _run_one(db, step))
+
+        try:
+            self._with_reserve(run) if step.makes_space else run()
         except Exception as error:  # noqa: BLE001  it is its caller's
             step.error = self._told(error)
+
+    def _with_reserve(self, write: Callable[[], T]) -> T:
+        """Write something that makes space: where the disk is full, into the reserve."""
+        try:
+            return write()
+        except apsw.FullError:
+            self._is_full = True
+            self._reserve.release()
+            try:
+                return write()
+            finally:
+                self._reserve.fill()
+
+    def _make_space(self) -> bool:
+        """On a full disk: cut the log, reclaim what is removed and cut the file; whether there is more to do."""
+        if (fault := self._files.fault()) is not None:
+            raise fault
+        self._wal_pages = 0
+        self._with_reserve(lambda: database.reset_log(self._db, cut=True))
+        step = reclaim_some if self.removed else partial(shrink, pages=_SHRINK_PAGES)
+        more = self._with_reserve(lambda: self._transact(step))
+        more, self.removed = more or self.removed, more and self.removed
+        if not more:
+            self._with_reserve(lambda: database.reset_log(self._db, cut=True))
+            self._is_full = self._is_short()
+        return more
+
+    def _is_short(self) -> bool:
+        """Whether the disk is so full that it does not have the reserve."""
+        self._reserve.fill()
+        return self._reserve.is_short
 
     def _transact(self, call: Callable[[apsw.Connection], T]) -> T:
         if (fault := self._files.fault()) is not None:

@@ -278,7 +278,7 @@ async def test_a_backup_that_fails_leaves_nothing_behind(path: Path) -> None:
             maintenance.backup(path, path.with_name("copy.db"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert {it.name for it in path.parent.iterdir()} == {path.name, f"{path.name}-owners"}  # noqa: ASYNC240
+    assert {it.name for it in path.parent.iterdir()} == {path.name, f"{path.name}-owners", f"{path.name}-reserve"}  # noqa: ASYNC240
 
 
 @pytest.mark.parametrize("with_links", [True, False])
