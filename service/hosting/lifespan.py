@@ -149,9 +149,13 @@ class Hosting:
             async with (
                 open_peer_listener(
                     self._worker, self._connections, serving=self._listeners.open, settings=self._settings
-                ) as peer_address,
-                open_service(self._settings, shutdown=self._shutdown, peer_address=peer_address) as service,
+                ) as peers,
+                open_service(
+                    self._settings, shutdown=self._shutdown, peer_address=peers.address if peers else None
+                ) as service,
             ):
+                if peers is not None:
+                    peers.take_peers(service.store.peer_secret)
                 self._opened = True
                 gc.freeze()  # modules, routes, schemas: not to be looked through for garbage again and again
                 gc.set_threshold(GARBAGE_AFTER)

@@ -1,8 +1,8 @@
 """The peer listener: where this process answers the other processes of the service, for the sessions it runs.
 
 A Unix socket with an abstract name (unix(7)): it has no file, so nothing is left of it however the process ends, and no
-permissions, so whoever connects is looked at instead: only processes of the same user are let in. Requests that come
-in here were admitted by the process that sends them on.
+permissions: let in are processes of the same user that show that they know the secret of the store, which they read
+beside it. Requests that come in here were admitted by the process that sends them on.
 
 How a connection ends says whether the client at its other end has left (see :func:`client_returns`).
 """
@@ -20,6 +20,7 @@ import trio
 from hypercorn.typing import AppWrapper, ConnectionState, Scope
 
 from service.api.http.proxy import PEER, process_of_peer, socket_name, user_of_peer
+from service.cluster.peer_proof import check_peer
 from service.errors import StartupError
 from service.hosting.hypercorn.connections import Connections, Stream
 from service.hosting.hypercorn.worker import Worker
@@ -42,12 +43,8 @@ def check_sharing(settings: Settings, *, workers: int) -> None:
 @asynccontextmanager
 async def open_peer_listener(
     worker: Worker, connections: Connections, *, serving: trio.Event, settings: Settings
-) -> AsyncIterator[str | None]:
-    """Listen; gives the address for the store. None, and no listener, where the store is this process's own.
-
-    Connections are taken once ``serving`` is set, when hypercorn serves, and are closed as its own are. Leaving closes
-    the listener.
-    """
+) -> AsyncIterator["PeerListener | None"]:
+    """Listen. None, and no listener, where the store is this process's own. Leaving closes the listener."""
     if settings.store_url == "memory:":
         yield None
         return
@@ -56,24 +53,58 @@ async def open_peer_listener(
         await listener.bind(socket_name(address))
         listener.listen(BACKLOG)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(partial(_take_peers, listener, worker, connections, serving), name="peer listener")
-            yield address
+            yield PeerListener(address, listener, worker, connections, serving=serving, nursery=nursery)
             nursery.cancel_scope.cancel()
 
 
-async def _take_peers(
-    listener: trio.socket.SocketType, worker: Worker, connections: Connections, serving: trio.Event
-) -> None:
-    await serving.wait()
+class PeerListener:
+    """The listener. Made by :func:`open_peer_listener`.
 
-    async def serve(stream: trio.SocketStream) -> None:
-        if user_of_peer(stream.socket) != user_of_peer(None):
+    Args:
+        nursery: Where connections are taken: they are no longer once the listener is closed.
+
+    Attributes:
+        address: For the store.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        listener: trio.socket.SocketType,
+        worker: Worker,
+        connections: Connections,
+        *,
+        serving: trio.Event,
+        nursery: trio.Nursery,
+    ) -> None:
+        self.address = address
+        self._listener = listener
+        self._worker = worker
+        self._connections = connections
+        self._serving = serving
+        self._nursery = nursery
+
+    def take_peers(self, secret: bytes) -> None:
+        """Take connections once hypercorn serves, of those who know the store's secret; they close as its own do."""
+        self._nursery.start_soon(self._run, secret, name="peer listener")
+
+    async def _run(self, secret: bytes) -> None:
+        await self._serving.wait()
+        listener = trio.SocketListener(self._listener)
+        handler = partial(self._serve, secret=secret)
+        await trio.serve_listeners(handler, [listener], handler_nursery=self._worker.server_nursery)
+
+    async def _serve(self, stream: trio.SocketStream, *, secret: bytes) -> None:
+        is_peer = user_of_peer(stream.socket) == user_of_peer(None)
+        if not is_peer or not await check_peer(stream, secret, address=self.address):
             await trio.aclose_forcefully(stream)
             return
+        worker = self._worker
         app = cast("AppWrapper", PeerApp(worker.app, stream.socket))
-        await connections.open(app, worker.config, worker.context, ConnectionState({}), cast("Stream", stream)).run()
-
-    await trio.serve_listeners(serve, [trio.SocketListener(listener)], handler_nursery=worker.server_nursery)
+        connection = self._connections.open(
+            app, worker.config, worker.context, ConnectionState({}), cast("Stream", stream)
+        )
+        await connection.run()
 
 
 class PeerApp:

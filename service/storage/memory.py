@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from itertools import islice
 from math import inf
+from secrets import token_bytes
 
 import anyio.lowlevel
 import msgspec
@@ -74,6 +75,7 @@ class MemoryStore:
     durable = False
 
     def __init__(self, *, sessions_max: float = inf) -> None:
+        self.peer_secret = token_bytes(32)  # of this process alone
         self._sessions_max = sessions_max
         self._sessions: dict[str, _Session] = {}
         self._turns: dict[str, _Turn] = {}

@@ -56,6 +56,11 @@ class Store(Protocol):
         """Whether it outlives the process."""
         ...
 
+    @property
+    def peer_secret(self) -> bytes:
+        """What the processes that share this store know, and no others. It is no part of a copy of what is kept."""
+        ...
+
     # Sessions
 
     async def create_session(self, session: SessionRecord, *, now: datetime) -> None:

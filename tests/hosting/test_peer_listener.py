@@ -7,7 +7,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ import trio
 
 from bench.server_process import ServerFailedError
 from service.api.http.proxy import socket_name
+from service.cluster.peer_proof import prove_to_owner
 from service.hosting.peer_listener import client_returns
 from tests.hosting.hosts import SERVE, open_host
 
@@ -41,16 +42,27 @@ time.sleep(60)
 """
 
 
-async def test_only_processes_of_the_same_user_are_let_in(tmp_path: Path) -> None:
+async def test_only_processes_that_know_the_stores_secret_are_let_in(tmp_path: Path) -> None:
     """And they were admitted before: no key is asked for, and no loopback address."""
     path = tmp_path / "lastcall.db"
     async with open_host(tmp_path, SERVE, store_url=f"sqlite:{path}", api_keys="open-sesame") as server:
         with closing(sqlite3.connect(path)) as db:
             (address,) = db.execute("SELECT address FROM owners").fetchone()
         with trio.fail_after(CAP_S):
+            secret = path.with_name("lastcall.db-owners").read_bytes()  # noqa: ASYNC240
             async with await trio.open_unix_socket(socket_name(address)) as door:
+                assert await prove_to_owner(door, secret, address=address)
                 await door.send_all(GET)
                 assert (await door.receive_some()).startswith(b"HTTP/1.1 200")
+            async with await trio.open_unix_socket(socket_name(address)) as door:
+                assert not await prove_to_owner(door, b"another" * 5, address=address)
+            async with await trio.open_unix_socket(socket_name(address)) as door:  # as another service of this user
+                await door.send_all(GET)
+                said = b""
+                with suppress(trio.BrokenResourceError):
+                    while more := await door.receive_some():
+                        said += more
+                assert b"HTTP" not in said
             if os.getuid() == 0:
                 command = [sys.executable, "-c", AS_NOBODY, address.removeprefix("@")]
                 stranger = await trio.run_process(command, capture_stdout=True, stderr=subprocess.STDOUT)

@@ -34,6 +34,17 @@ async def test_everything_is_there_for_the_next_owner(open_shared: OpenStore) ->
         assert await contents(store, now=T0) == before
 
 
+async def test_all_owners_know_the_secret_of_their_store_and_no_other_store_has_it(
+    open_shared: OpenStore, open_store: OpenStore
+) -> None:
+    async with open_shared() as store, open_shared() as beside, open_store() as other:
+        secret = store.peer_secret
+        assert len(secret) == 32
+        assert beside.peer_secret == secret != other.peer_secret
+    async with open_shared() as store:
+        assert store.peer_secret == secret
+
+
 async def test_a_crashed_turn_is_interrupted_with_the_output_and_events_of_its_last_checkpoint(
     open_shared: OpenStore,
 ) -> None:

@@ -1,6 +1,7 @@
 """Forwarding: a request about turns that another process runs is answered by that process, through this one.
 
-The owner answers on a Unix socket (``peer_address``), which only processes of the same user reach. What it says goes to
+The owner answers on a Unix socket (``peer_address``), to processes that know the secret of the store
+(``service/cluster/peer_proof.py``), and is asked once it has shown that it knows it as well. What it says goes to
 the client as it comes, heartbeats included, and a client that leaves has left there too. Where the owner dies in the
 middle, its turns are recovered here and a stream goes on from the store: it ends with its terminal event
 all the same. Where it hangs, the client is told so once the answer is overdue.
@@ -32,6 +33,7 @@ from service.api.http.end_of_input import leave_at_end_of_input
 from service.api.http.event_stream import MEDIA_TYPE, read_cursor, read_last_event_id
 from service.api.http.request_body import drop_body, kept_body
 from service.api.http.request_resources import release_after_request
+from service.cluster.peer_proof import PeerGoneError, prove_to_owner
 from service.cluster.proxied_requests import ProxiedRequest
 from service.errors import (
     InvalidRequestError,
@@ -74,7 +76,7 @@ _HOP_BY_HOP = frozenset(
     (b"connection", b"keep-alive", b"transfer-encoding", b"upgrade", b"te", b"trailer", b"date", b"server", b"expect")
 )
 _TURN_PATH = re.compile(r"/sessions/([^/]+)/turns/(turn_[0-9a-f]{32})(?:/events)?$")
-_GONE = (OSError, trio.BrokenResourceError, h11.RemoteProtocolError)
+_GONE = (OSError, trio.BrokenResourceError, h11.RemoteProtocolError, PeerGoneError)
 """What a connection whose other process has died raises."""
 
 
@@ -156,7 +158,7 @@ async def forward(error: OwnedElsewhereError) -> TrioResponse:
     stream = await _connect(error.address)
     if stream is None:
         return await _answer_here(error)
-    peer = OwnerConnection(stream)
+    peer = OwnerConnection(stream, address=error.address, secret=current_service().store.peer_secret)
     slot = current_service().sessions.proxied_requests.open_request()
     release_after_request(partial(_hang_up, peer, slot, _client_returns()))
     if user_of_peer(stream.socket) != user_of_peer(None):
@@ -167,12 +169,13 @@ async def forward(error: OwnedElsewhereError) -> TrioResponse:
         leave_at_end_of_input()
     with slot.waiting() as wait, trio.move_on_after(_patience_s()) as patience:
         answer = await peer.ask(hops + 1)
+    may_be_repeated = _may_be_repeated() or not peer.has_asked
     if wait.cancelled_caught:
         raise ShuttingDownError
     if patience.cancelled_caught:
-        raise _no_answer(error.session_id) if _may_be_repeated() else _unknown_outcome("does not answer")
+        raise _no_answer(error.session_id) if may_be_repeated else _unknown_outcome("does not answer")
     if answer is None:
-        if _may_be_repeated():
+        if may_be_repeated:
             return await _answer_here(error)
         await _wait_until_free(current_service(), error.session_id, error.fence)
         raise _unknown_outcome("has died")
@@ -367,10 +370,17 @@ def _is_stream(head: h11.Response) -> bool:
 
 
 class OwnerConnection:
-    """The client's side of one request to another process."""
+    """The client's side of one request to another process.
 
-    def __init__(self, stream: trio.SocketStream) -> None:
+    Attributes:
+        has_asked: Whether the request may have reached the owner.
+    """
+
+    def __init__(self, stream: trio.SocketStream, *, address: str, secret: bytes) -> None:
+        self.has_asked = False
         self._stream = stream
+        self._address = address
+        self._secret = secret
         self._protocol = h11.Connection(h11.CLIENT)
 
     def close(self) -> None:
@@ -392,8 +402,12 @@ class OwnerConnection:
 
         Raises:
             InvalidRequestError: HTTP/1.1 has no way to say it.
+            StoreError: What listens there does not know the store's secret.
         """
         try:
+            if not await prove_to_owner(self._stream, self._secret, address=self._address):
+                raise StoreError("The address of the process that runs these turns was taken by another process.")
+            self.has_asked = True
             await self._send_request(hops)
             head = await self._receive_head()
             return head, b"" if _is_stream(head) else await self._receive_whole_body()

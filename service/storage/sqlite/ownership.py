@@ -1,15 +1,19 @@
 """Who owns the open turns: each open store holds a lock that dies with its process.
 
-The lock is one byte of a file beside the database, the byte of the owner's fence.
+The lock is one byte of a file beside the database, the byte of the owner's fence. The file also holds the secret by
+which the owners know each other: beside the database and not in it, so that no backup carries it away.
 """
 
 import os
 from pathlib import Path
+from secrets import token_bytes
 
 import apsw
 
 from service.storage.records import Owner
 from service.storage.sqlite.ofd_locks import OfdLocks
+
+SECRET_BYTES = 32
 
 
 class Ownership:
@@ -17,10 +21,14 @@ class Ownership:
 
     Args:
         path: The file of the locks; made if need be, never removed.
+
+    Attributes:
+        secret: What all owners of this database know.
     """
 
     def __init__(self, path: Path) -> None:
         self.fence = 0
+        self.secret = b""
         self.path = path
         self._locks: OfdLocks | None = None
 
@@ -29,10 +37,28 @@ class Ownership:
         self._locks = OfdLocks(self.path, flags=os.O_RDWR | os.O_CREAT)
 
     def begin(self, db: apsw.Connection, *, address: str | None, opened_at: int) -> None:
-        """Become an owner; a step inside of a transaction: nobody sees the owner before its lock is held."""
+        """Become an owner; a step inside of a transaction: nobody sees the owner before its lock is held.
+
+        And one owner at a time makes the secret, where there is none: the file is new, or an earlier version's.
+
+        Raises:
+            OSError
+        """
+        self.secret = self._find_secret() or self._make_secret()
         db.execute("INSERT INTO owners (address, opened_at) VALUES (?, ?)", (address, opened_at))
         self.fence = db.last_insert_rowid()
         self._opened.hold(self.fence)
+
+    def _find_secret(self) -> bytes | None:
+        found = os.pread(self._opened.fd, SECRET_BYTES, 0)
+        # A power failure while it was made may have left a part of it, or zeros.
+        return found if len(found) == SECRET_BYTES and any(found) else None
+
+    def _make_secret(self) -> bytes:
+        made = token_bytes(SECRET_BYTES)
+        os.pwrite(self._opened.fd, made, 0)
+        os.fsync(self._opened.fd)
+        return made
 
     def is_alive(self, fence: int) -> bool:
         """Whether an owner, this one or another, still holds its lock."""

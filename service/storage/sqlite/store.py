@@ -86,6 +86,10 @@ class SqliteStore:
         self._abandoned: set[str] = set()
 
     @property
+    def peer_secret(self) -> bytes:
+        return self._ownership.secret
+
+    @property
     def fence(self) -> int:
         return self._ownership.fence
 

@@ -6,6 +6,7 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from trio.testing import wait_all_tasks_blocked
 from service.api import app
 from service.api.http import proxy
 from service.api.http.proxy import PEER, socket_name, split_whole
+from service.cluster.peer_proof import check_peer
 from service.errors import OwnedElsewhereError
 from service.storage.records import Checkpoint
 from service.storage.sqlite import SqliteStore, open_sqlite_store
@@ -48,8 +50,9 @@ def answer(body: str, status: int = 200) -> bytes:
 class Owner:
     """The other process: it runs a turn of session ``s``, and answers as a test says."""
 
-    def __init__(self, store: SqliteStore, listener: trio.socket.SocketType) -> None:
+    def __init__(self, store: SqliteStore, listener: trio.socket.SocketType, address: str) -> None:
         self.store = store
+        self.address = address
         self.listener = listener
         self.accepted: list[trio.socket.SocketType] = []
 
@@ -58,6 +61,7 @@ class Owner:
         accepted, _ = await self.listener.accept()
         self.accepted.append(accepted)
         stream = trio.SocketStream(accepted)
+        assert await check_peer(stream, self.store.peer_secret, address=self.address)
         head, _, body = (await stream.receive_some()).partition(b"\r\n\r\n")
         length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
         while len(body) < length:
@@ -89,7 +93,7 @@ async def open_owner(folder: Path, *, backlog: int = 10, **settings: Any) -> Asy
         ):
             await store.create_session(a_session("s", idle_timeout_s=3600), now=T0)
             await store.begin_turn(a_turn(TURN, "s"), now=T0)
-            owner = Owner(store, listener)
+            owner = Owner(store, listener, address)
             yield api, owner
             for accepted in owner.accepted:
                 accepted.close()
@@ -97,6 +101,40 @@ async def open_owner(folder: Path, *, backlog: int = 10, **settings: Any) -> Asy
 
 async def ask(api: Api, replies: list[Reply], method: str, path: str, body: object = None, **more: object) -> None:
     replies.append(await api.call(method, path, body, **more))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("secret", [b"another" * 5, None])
+async def test_what_listens_in_an_owners_place_learns_nothing(secret: bytes | None, tmp_path: Path) -> None:
+    async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
+        replies: list[Reply] = []
+        nursery.start_soon(lambda: ask(api, replies, "POST", "/sessions/s/turns", {"input": "x"}))
+        accepted, _ = await owner.listener.accept()
+        async with trio.SocketStream(accepted) as stream:
+            if secret is not None:
+                assert not await check_peer(stream, secret, address=owner.address)
+                assert await stream.receive_some() == b""
+        await wait_for(replies)
+        replies[0].problem(503, "store_unavailable")
+        assert replies[0].headers["retry-after"] == "1", "it was not asked"
+        assert (await owner.store.get_turn("s", TURN, now=datetime.now(UTC))).is_open
+
+
+async def test_an_owners_proof_is_no_other_owners(tmp_path: Path) -> None:
+    """What took the address of an owner that has died passes the questions on to one that lives."""
+    async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
+        replies: list[Reply] = []
+        nursery.start_soon(lambda: ask(api, replies, "POST", "/sessions/s/turns", {"input": "x"}))
+        accepted, _ = await owner.listener.accept()
+        ours, theirs = trio.socket.socketpair()
+        async with trio.SocketStream(accepted) as client, trio.SocketStream(ours) as between:
+            living = trio.SocketStream(theirs)
+            nursery.start_soon(partial(check_peer, living, owner.store.peer_secret, address="@another"))
+            await between.send_all(await client.receive_some())
+            await client.send_all(await between.receive_some())
+            assert await client.receive_some() == b""
+        await wait_for(replies)
+        replies[0].problem(503, "store_unavailable")
+        await living.aclose()
 
 
 async def test_a_request_is_passed_on_as_it_came_and_so_is_the_answer(tmp_path: Path) -> None:

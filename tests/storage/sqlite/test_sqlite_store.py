@@ -15,7 +15,7 @@ import pytest
 import trio
 
 from service.errors import StoreError
-from service.storage.sqlite import SqliteStore, database, open_sqlite_store, reclaim, sessions, writer
+from service.storage.sqlite import SqliteStore, database, maintenance, open_sqlite_store, reclaim, sessions, writer
 from tests.storage.rows import T0, a_session, a_turn, all_sessions, at, ended
 from tests.storage.test_store_owners import a_checkpoint
 
@@ -291,3 +291,20 @@ async def test_the_writer_rests_on_a_file_that_cannot_shrink(path: Path, monkeyp
             while store.writer.removed:  # noqa: ASYNC110  nobody is told
                 await trio.sleep(0.005)
         await _until_empty(store)
+
+
+@pytest.mark.parametrize("found", [b"", b"half", bytes(32)], ids=["an earlier version's", "torn", "zeros"])
+async def test_a_store_without_a_secret_gets_one_that_no_backup_has(path: Path, found: bytes) -> None:
+    async with open_sqlite_store(path) as store:
+        await store.create_session(a_session(), now=T0)
+    owners = path.with_name(f"{path.name}-owners")
+    owners.write_bytes(found)  # noqa: ASYNC240
+    async with open_sqlite_store(path) as store:
+        secret = store.peer_secret
+        assert any(secret)
+        assert owners.read_bytes() == secret  # noqa: ASYNC240
+        assert owners.stat().st_mode & 0o777 == 0o600  # noqa: ASYNC240
+        copy = path.with_name("copy.db")
+        maintenance.backup(path, copy)
+        assert secret not in copy.read_bytes()  # noqa: ASYNC240
+        assert secret not in maintenance.export_session(path, "s")
