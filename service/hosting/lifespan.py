@@ -19,6 +19,7 @@ from hypercorn.typing import ConnectionState
 from quart import Quart
 
 from service.api.app import attach, detach
+from service.freezes import watch_for_freezes
 from service.hosting.hypercorn.asgi_request import open_requests
 from service.hosting.hypercorn.connections import Connections, Stream
 from service.hosting.hypercorn.worker import Worker, find_worker
@@ -130,7 +131,8 @@ class Hosting:
                     try:
                         if self._worker.master is not None:
                             self._notice.watch(self._worker.master)
-                        await self._hold_service(nursery, receive, send)
+                        with watch_for_freezes(counts=self._shutdown.noticed.is_set):
+                            await self._hold_service(nursery, receive, send)
                         sockets = self._worker.sockets
                         if not self._opened and sockets is not None and not are_shut(sockets):
                             await self._refuse_waiting_clients(sockets, nursery)

@@ -31,6 +31,7 @@ import structlog
 
 from service.clock import Clock, wall_clock
 from service.errors import NOTHING_LEFT, ModelError, SettingsError, is_exhaustion
+from service.freezes import forgiving, move_on_after
 from service.models.chat_completions import Dialect, ReplyDecoder, encode_request
 from service.models.client import ModelEvent, ModelRequest
 from service.models.inflate import ENCODINGS, InflateError, Inflater, inflate
@@ -250,8 +251,10 @@ class OpenAICompatibleStream:
             # The reply may be whole: what is still to come is not worth failing, or waiting long, for.
             wait_s = _USAGE_TIMEOUT_S if self._decoder.is_whole else _TEXT_TIMEOUT_S
             self._end_deadline = min(self._end_deadline, anyio.current_time() + wait_s)
-            with anyio.CancelScope(deadline=self._end_deadline):
-                return await anext(self._chunks, None)
+            with anyio.CancelScope(deadline=self._end_deadline) as scope, forgiving(scope, timeout_s=wait_s):
+                chunk = await anext(self._chunks, None)
+                self._end_deadline = scope.deadline  # it may have moved
+                return chunk
             return None
         except (httpx.HTTPError, InflateError) as error:
             if self._decoder.has_finish_reason:
@@ -301,7 +304,7 @@ class _Response:
     async def read_error_body(self) -> bytes:
         """What can be had of the body within its bounds in size and time."""
         body = b""
-        with anyio.move_on_after(_ERROR_BODY_TIMEOUT_S):
+        with move_on_after(_ERROR_BODY_TIMEOUT_S):
             try:
                 async for chunk in self._raw:
                     body += chunk

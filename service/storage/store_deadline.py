@@ -6,24 +6,22 @@ from contextlib import asynccontextmanager, contextmanager
 import trio
 
 from service.errors import StoreError
+from service.freezes import forgiving
 
 
 @contextmanager
 def answered_within(timeout_s: float) -> Iterator[Callable[[], None]]:
     """Bound what is awaited inside to ``timeout_s`` seconds (``store_timeout_s``).
 
-    What it gives begins the time anew: for a call of many steps, of which each may take so long.
+    What it gives begins the time anew: for a call of many steps, of which each may take so long. Where this process was
+    frozen, so was the store's side of it: there is time for the answer.
 
     Raises:
         StoreError: The time is over. Whether a write that was under way has happened is unknown.
     """
     try:
-        with trio.fail_after(timeout_s) as scope:
-
-            def begin_anew() -> None:
-                scope.deadline = trio.current_time() + timeout_s
-
-            yield begin_anew
+        with trio.fail_after(timeout_s) as scope, forgiving(scope, timeout_s=timeout_s) as deadline:
+            yield deadline.begin_anew
     except trio.TooSlowError as error:
         raise StoreError(f"The store did not answer within {timeout_s:g} s.") from error
 

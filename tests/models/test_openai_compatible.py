@@ -8,6 +8,7 @@ import trio
 from trio.testing import MockClock
 
 from service.errors import ModelError, SettingsError
+from service.freezes import watch_for_freezes
 from service.models import openai_compatible
 from service.models.chat_completions import ReplyDecoder
 from service.models.client import Finished, Message, ModelEvent, ModelRequest, ReasoningDelta, TextDelta, Usage
@@ -495,6 +496,22 @@ async def test_how_long_a_text_is_waited_for_after_a_finish_reason(
     reply = await take(OpenAICompatibleStream(Timed(*timed), ReplyDecoder(redact=str)))  # type: ignore[arg-type]
     assert reply.text == text
     assert trio.current_time() - start == pytest.approx(took_s)
+
+
+async def test_a_text_that_came_in_a_freeze_is_read_before_the_reply_is_taken_for_whole(mock_clock: MockClock) -> None:
+    texts: list[str] = []
+
+    async def read() -> None:
+        texts.append((await take(OpenAICompatibleStream(Timed(*timed), ReplyDecoder(redact=str)))).text)  # type: ignore[arg-type]
+
+    timed = [(0.0, finish()), (25.0, delta("late")), (1.5, usage(1, 2))]
+    with watch_for_freezes(clock=trio.current_time, cpu_clock=lambda: 0):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            for passing_s in (100, 100, *[0.04] * 60):  # two freezes, and what the last deadline leaves
+                await trio.testing.wait_all_tasks_blocked()
+                mock_clock.jump(passing_s)
+    assert texts == ["late"]
 
 
 # Its connections

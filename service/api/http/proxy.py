@@ -44,6 +44,7 @@ from service.errors import (
     StoreError,
     is_exhaustion,
 )
+from service.freezes import move_on_after
 from service.sessions.events.event_log import EventLog
 from service.sessions.turns.turn import Watch
 from service.supervisor import Service
@@ -167,7 +168,7 @@ async def forward(error: OwnedElsewhereError) -> TrioResponse:
     answer = None
     if _patience_s() == inf:
         leave_at_end_of_input()
-    with slot.waiting() as wait, trio.move_on_after(_patience_s()) as patience:
+    with slot.waiting() as wait, move_on_after(_patience_s()) as patience:
         answer = await peer.ask(hops + 1)
     may_be_repeated = _may_be_repeated() or not peer.has_asked
     if wait.cancelled_caught:
@@ -220,7 +221,7 @@ def _unknown_outcome(what: str) -> StoreError:
 
 async def _connect(address: str) -> trio.SocketStream | None:
     """A connection to the owner; None where nobody answers there. Raises: ResourcesExhaustedError."""
-    with trio.move_on_after(_CONNECT_TIMEOUT_S):
+    with move_on_after(_CONNECT_TIMEOUT_S):
         while True:
             try:
                 stream = await trio.open_unix_socket(socket_name(address))
@@ -256,7 +257,7 @@ async def _wait_until_free(service: Service, session_id: str, fence: int) -> Non
     Raises:
         StoreError: It lives.
     """
-    with trio.move_on_after(_DYING_S):
+    with move_on_after(_DYING_S):
         while True:
             await service.sessions.recover()
             owner = await service.store.find_owner(session_id)

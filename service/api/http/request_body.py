@@ -9,6 +9,7 @@ from quart_trio.wrappers.request import TrioBody, TrioRequest
 from service.api.http.strict_json import InputTooLargeError, check_structure, check_texts, convert, parse_json
 from service.api.native.wire import RequestBody
 from service.errors import RefusedError
+from service.freezes import move_on_after
 from service.settings import Settings
 from service.supervisor import Service
 
@@ -141,7 +142,7 @@ async def read_body(request: Request, kind: type[B], service: Service) -> B:
     raw = kept_body(request)
     if not raw:
         assert isinstance(request.body, BoundedBody)
-        with trio.move_on_after(service.settings.body_timeout_s) as arrival:
+        with move_on_after(service.settings.body_timeout_s) as arrival:
             raw = await request.body.read()
         if arrival.cancelled_caught:
             raise BodyTimeoutError

@@ -22,6 +22,7 @@ from quart_trio.asgi import TrioASGIHTTPConnection
 from service.api.http.event_stream import LastPiece
 from service.api.http.request_body import BoundedBody
 from service.errors import ShuttingDownError
+from service.freezes import forgiving
 from service.hosting.hypercorn.asgi_receive import ReceiveQueue
 from service.hosting.hypercorn.chunked_response import ChunkedResponse
 from service.shutdown import Shutdown
@@ -97,7 +98,11 @@ class AsgiRequest(TrioASGIHTTPConnection):
 
     async def _send_shielding_the_last(self, send: Any, message: dict[str, Any]) -> None:
         last = _is_last(message)
-        with trio.CancelScope(shield=last, deadline=trio.current_time() + LAST_SEND_TIMEOUT_S if last else inf):
+        deadline = trio.current_time() + LAST_SEND_TIMEOUT_S if last else inf
+        with (
+            trio.CancelScope(shield=last, deadline=deadline) as scope,
+            forgiving(scope, timeout_s=LAST_SEND_TIMEOUT_S),
+        ):
             await self._send(send, message)
 
     async def _send(self, send: Any, message: dict[str, Any]) -> None:

@@ -47,6 +47,7 @@ from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
 from hypercorn.trio.worker_context import EventWrapper, WorkerContext
 from hypercorn.typing import AppWrapper, ConnectionState, TaskGroup
 
+from service.freezes import forgiving
 from service.hosting.hypercorn.asgi_receive import ConnectionTaskGroup, use_receive_queues
 from service.hosting.hypercorn.chunked_request import use_joining_reader
 from service.hosting.hypercorn.request_parser import RequestParser
@@ -58,6 +59,8 @@ Stream = trio.SSLStream[trio.SocketStream]
 FIRST_REQUEST_S = 0.05
 """How long a connection without a request is kept once the listeners close: a request may be on its way."""
 UNREAD_LOOK_S = 0.005
+QUIET_LOOKS = 3
+"""A request stops the idle timer two rounds of the event loop after it was read."""
 CHECKPOINT_BYTES = 4096
 HEAD_BYTES_MAX = 16 * 1024
 """Of a request's head on HTTP/2, as on HTTP/1 (``h11_max_incomplete_size``): compressed, and as a list of fields.
@@ -306,7 +309,8 @@ class Connection(TCPServer):
     async def _receive(self) -> bytes | bytearray:
         if not self.config.read_timeout:
             return await self.stream.receive_some(MAX_RECV)
-        with trio.fail_after(self.config.read_timeout):
+        timeout_s = float(self.config.read_timeout)
+        with trio.fail_after(timeout_s) as scope, forgiving(scope, timeout_s=timeout_s):
             return await self.stream.receive_some(MAX_RECV)
 
     async def _idle_timeout(self) -> None:
@@ -316,6 +320,10 @@ class Connection(TCPServer):
         await trio.lowlevel.checkpoint()
         if self._worker_context.terminated.is_set():
             await self._wait_for_request_on_its_way()
+        else:
+            await (
+                self._wait_until_quiet()
+            )  # a process that was frozen finds the time over, and requests that came in it
         if isinstance(self.protocol.protocol, H2Protocol):
             await self._say_goodbye(self.protocol.protocol)
         with trio.CancelScope(shield=True):
@@ -323,12 +331,21 @@ class Connection(TCPServer):
 
     async def _wait_for_request_on_its_way(self) -> None:
         """Return when there is none. Whoever reads one cancels this."""
-        while self._has_unread():  # noqa: ASYNC110  the reader's turn in the event loop comes
-            await trio.sleep(UNREAD_LOOK_S)
+        await self._wait_until_read()
         if not self.protocol.protocol.keep_alive_requests:
             await trio.sleep_until(self._opened_at + FIRST_REQUEST_S)
-            while self._has_unread():  # noqa: ASYNC110
-                await trio.sleep(UNREAD_LOOK_S)
+            await self._wait_until_read()
+
+    async def _wait_until_quiet(self) -> None:
+        """Return when nothing is left to read and what was read is no request. One that is cancels this."""
+        quiet = 0
+        while quiet < QUIET_LOOKS:
+            await trio.sleep(UNREAD_LOOK_S)
+            quiet = 0 if self._has_unread() else quiet + 1
+
+    async def _wait_until_read(self) -> None:
+        while self._has_unread():  # noqa: ASYNC110  the reader's turn in the event loop comes
+            await trio.sleep(UNREAD_LOOK_S)
 
     async def _say_goodbye(self, protocol: H2Protocol) -> None:
         with trio.move_on_after(LAST_FRAMES_S):

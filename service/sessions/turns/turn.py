@@ -13,6 +13,7 @@ import msgspec
 import trio
 
 from service.errors import ModelError
+from service.freezes import Deadline, Lateness, look_for_freeze
 from service.ids import new_message_id
 from service.models.client import Finished, ModelClient, ModelEvent, ReasoningDelta, TextDelta
 from service.sessions.events import outcome
@@ -59,10 +60,10 @@ class Turn:
         self._record = record
         self._on_disconnect = on_disconnect
         self._scope = trio.CancelScope()
-        self._run_deadline = inf
-        self._abandoned_deadline = inf
+        self._run_deadline = Deadline()
+        self._abandoned_deadline = Deadline()
         self._return_deadline = -inf
-        self._silence_deadline = inf
+        self._silence_deadline = Deadline()
         self._expected: tuple[str, float] = ("", inf)
         self._watches = 0
         self._reply = _Text()
@@ -114,7 +115,7 @@ class Turn:
 
     def cut_short(self, end: outcome.Outcome) -> bool:
         """Decide how it ends and stop its work, from outside of its task."""
-        if self._scope.cancel_called:
+        if self._has_expired():
             self.decide_from_deadlines()  # a deadline that has passed came first
         decided = self.decide(end)
         if decided:
@@ -126,7 +127,7 @@ class Turn:
     def watch(self) -> "Watch":
         """Take an interest in it; the watch is to be released."""
         self._watches += 1
-        self._set_deadlines(abandoned=inf)
+        self._set(self._abandoned_deadline, inf)
         return Watch(self)
 
     def unwatch(self, *, client_returns: bool) -> None:
@@ -141,7 +142,7 @@ class Turn:
         if deadline <= now:
             self.cut_short(outcome.Cancelled("disconnected"))
         else:
-            self._set_deadlines(abandoned=deadline)
+            self._set(self._abandoned_deadline, deadline, timeout_s=deadline - now)
 
     # For its task
 
@@ -152,7 +153,8 @@ class Turn:
     def start(self, now: datetime) -> None:
         """It runs from now on, and its deadline with it."""
         self._record = msgspec.structs.replace(self._record, state="running", started_at=now)
-        self._set_deadlines(run=trio.current_time() + self._settings.turn_timeout_s)
+        timeout_s = self._settings.turn_timeout_s
+        self._set(self._run_deadline, trio.current_time() + timeout_s, timeout_s=timeout_s)
         self.append(
             TurnStarted(
                 seq=self.log.last_seq + 1, session_id=self.session_id, turn_id=self.id, model=self._record.model
@@ -170,7 +172,7 @@ class Turn:
 
     def expect_token(self, which: Literal["first_token", "next_token"], *, within_s: float) -> None:
         """The model is to send something, its first token or the next one, within so many seconds from now."""
-        if self._set_deadlines(silence=trio.current_time() + within_s):
+        if self._set(self._silence_deadline, trio.current_time() + within_s, timeout_s=within_s):
             self._expected = which, within_s
 
     def take(self, events: Sequence[ModelEvent]) -> Finished | None:
@@ -210,9 +212,9 @@ class Turn:
     def decide_from_deadlines(self) -> None:
         """Its work was stopped by a deadline of its own: decide by which."""
         first = self._scope.deadline
-        if first == self._abandoned_deadline:
+        if first == self._abandoned_deadline.at:
             self.decide(outcome.Cancelled("disconnected"))
-        elif first == self._run_deadline:
+        elif first == self._run_deadline.at:
             self.decide(
                 outcome.failed(
                     "turn_timeout",
@@ -282,17 +284,29 @@ class Turn:
             stored=stored,
         )
 
-    def _set_deadlines(
-        self, *, run: float | None = None, silence: float | None = None, abandoned: float | None = None
-    ) -> bool:
-        """Move some of them; False, and nothing happens, where one has passed: that is the one that ends it."""
-        if self._scope.cancel_called:
+    def _set(self, deadline: Deadline, at: float, *, timeout_s: float = inf) -> bool:
+        """Move one of its deadlines; False, and nothing happens, where one has passed: that is the one that ends it."""
+        if self._has_expired():
             return False
-        self._run_deadline = self._run_deadline if run is None else run
-        self._silence_deadline = self._silence_deadline if silence is None else silence
-        self._abandoned_deadline = self._abandoned_deadline if abandoned is None else abandoned
-        self._scope.deadline = min(self._run_deadline, self._silence_deadline, self._abandoned_deadline)
+        deadline.set(at, timeout_s=timeout_s)
+        self._scope.deadline = min(self._run_deadline.at, self._silence_deadline.at, self._abandoned_deadline.at)
         return True
+
+    def _has_expired(self) -> bool:
+        """Whether a deadline has passed, or its work was stopped in another way."""
+        if trio.current_time() >= self._scope.deadline:
+            look_for_freeze()  # which may have been a moment ago: then that deadline moves
+        return self._scope.cancel_called
+
+    def note_late(self, lateness: Lateness) -> None:
+        """The event loop was late: what the model has sent meanwhile is read before a deadline counts."""
+        before, self._scope.deadline = self._scope.deadline, inf
+        if not self._scope.cancel_called:  # looked at without a deadline, or one that has just passed would cancel it
+            deadlines = (self._run_deadline, self._silence_deadline, self._abandoned_deadline)
+            for deadline in deadlines:
+                deadline.note_late(lateness)
+            before = min(deadline.at for deadline in deadlines)
+        self._scope.deadline = before
 
     def _output(self, *, since_checkpoint: bool = False) -> tuple[Item, ...]:
         output = []

@@ -11,6 +11,7 @@ import trio
 
 from service.clock import Clock
 from service.errors import ModelError, StoreError
+from service.freezes import forgiving, telling_lateness
 from service.models.client import ModelRequest
 from service.sessions.events import outcome
 from service.sessions.events.events import encode_frame
@@ -42,7 +43,7 @@ async def run_turn(
         wait_for_others: Returns when no earlier turn of the session is open.
     """
     try:
-        with turn.scope() as scope:
+        with turn.scope() as scope, telling_lateness(turn.note_late):
             await wait_for_others()
             await _reply(turn, store=store, clock=clock, settings=settings)
         if scope.cancelled_caught:
@@ -67,7 +68,10 @@ async def end_turn(turn: Turn, *, store: Store, clock: Clock, within_s: float) -
     record = turn.finish(clock())
     stored = False
     # Shielded: every end is kept and told, also one that a cancellation caused.
-    with trio.CancelScope(deadline=trio.current_time() + within_s, shield=True):
+    with (
+        trio.CancelScope(deadline=trio.current_time() + within_s, shield=True) as scope,
+        forgiving(scope, timeout_s=within_s),
+    ):
         stored = await _keep(turn, record, store=store, clock=clock)
     turn.conclude(record, stored=stored)
     return True

@@ -1,6 +1,8 @@
 """hypercorn's connections, with and without what we add."""
 
+import os
 import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
@@ -108,6 +110,21 @@ async def test_a_client_that_does_not_read_is_closed(serve: Serve, connections: 
                 assert (await reader.receive_some()).startswith(b"HTTP/1.1 200"), "the others are served on"
                 server.stop.set()
                 await server.gone.wait()
+
+
+async def test_a_request_that_came_in_a_freeze_is_read_before_its_connection_is_given_up(
+    serve: Serve, connections: Connections
+) -> None:
+    async with serve(App(), keep_alive_timeout=0.2) as server:
+        with trio.fail_after(10):
+            async with await server.connect() as client:
+                await client.send_all(GET)
+                assert (await client.receive_some()).startswith(b"HTTP/1.1 200")
+                await trio.testing.wait_all_tasks_blocked(0.02)
+                os.write(client.socket.fileno(), GET)
+                time.sleep(0.4)  # noqa: ASYNC251  the freeze
+                assert (await client.receive_some()).startswith(b"HTTP/1.1 200")
+                assert await client.receive_some() == b"", "an idle one is closed"
 
 
 async def test_a_long_response_arrives_whole_and_in_order(serve: Serve, connections: Connections) -> None:
