@@ -10,6 +10,8 @@ export PYTHONDONTWRITEBYTECODE := ""
 disabled := "ASYNC110,ASYNC222,ASYNC9,ASYNC124,ASYNC127"
 # What `nursery.start` starts; ASYNC114 tells what is missing here.
 startable := "run,run_checkpoints,run_expiry,run_heartbeats,run_recovery,_run_http2,_run_idle,_run_unfinished"
+# Tests that take seconds lie beside each other: no worker is given many at once.
+parallel := "-n auto --maxschedchunk 1"
 
 _list:
     @just --list --unsorted
@@ -21,11 +23,11 @@ serve *args:
 
 # run the tests, on all cores where they allow it; arguments go to pytest (`-n0`: in one process)
 test *args:
-    python -m pytest -n auto "$@"
+    python -m pytest {{ parallel }} "$@"
 
 # run what is quick: sessions, storage, models and the API, without other processes; arguments go to pytest
 quick *args:
-    python -m pytest -n auto -m "not processes and not serial" tests/sessions tests/storage tests/models tests/api "$@"
+    python -m pytest {{ parallel }} -m "not processes and not serial" tests/sessions tests/storage tests/models tests/api "$@"
 
 # look for mistakes: ruff, and flake8-async for what only it knows about cancellation
 lint:

@@ -10,6 +10,8 @@ SERVE = "serve"
 BARE = ("hypercorn-0", "hypercorn-1", "hypercorn-2", "hypercorn-4")
 CONFIGURED = ("configured-0", "configured-1", "configured-2", "configured-4")
 HOSTS = (SERVE, *BARE, *CONFIGURED)
+START_S = 50
+"""Bound of a start, also of one that fails again and again. Not a promise: other tests run beside it."""
 
 _SERVE_BROKEN = """
 import sys
@@ -51,5 +53,5 @@ async def open_host(
     if host[-1] in "24":  # several workers
         settings = {"store_url": f"sqlite:{folder}/lastcall.db"} | settings
     started = launch(host, *options, broken=broken, **settings)
-    async with open_server(started, log_path=folder / f"{host}.log") as server:
+    async with open_server(started, log_path=folder / f"{host}.log", start_timeout_s=START_S) as server:
         yield server

@@ -93,7 +93,7 @@ def test_a_body_that_was_cut_off_gives_what_was_there(compress: Callable[[bytes]
     ("encoding", "body"),
     [
         ("gzip", b"\x1f\x8bnot gzip"),
-        ("gzip", gzip.compress(TEXT)[:-8] + bytes(8)),
+        ("gzip", gzip.compress(TEXT, mtime=0)[:-8] + bytes(8)),
         ("deflate", b"data: as it is\n\n"),
         ("deflate", zlib.compress(TEXT)[:-4] + bytes(4)),
     ],

@@ -319,18 +319,20 @@ async def test_a_compressed_completion_and_one_that_is_only_called_so_are_replie
 
 
 @pytest.mark.parametrize(
-    ("body", "code", "words"),
+    ("make_body", "code", "words"),
     [
-        (gzip.compress(b"data: " + bytes(70_000_000)), "upstream_protocol", "too much"),
-        (gzip.compress(b'data: {"error": "it burns"}\n\n'), "upstream_error", "it burns"),
-        (gzip.compress(b"data: x\n\n")[:-9], "upstream_protocol", "not a chat completion"),
-        (b"\x1f\x8bnot gzip", "upstream_protocol", "damaged"),
-        (b"", "upstream_truncated", "before it was whole"),
+        (lambda: gzip.compress(b"data: " + bytes(70_000_000)), "upstream_protocol", "too much"),
+        (lambda: gzip.compress(b'data: {"error": "it burns"}\n\n'), "upstream_error", "it burns"),
+        (lambda: gzip.compress(b"data: x\n\n")[:-9], "upstream_protocol", "not a chat completion"),
+        (lambda: b"\x1f\x8bnot gzip", "upstream_protocol", "damaged"),
+        (lambda: b"", "upstream_truncated", "before it was whole"),
     ],
 )
-async def test_a_compressed_body_that_is_no_reply_is_told(body: bytes, code: str, words: str) -> None:
+async def test_a_compressed_body_that_is_no_reply_is_told(
+    make_body: Callable[[], bytes], code: str, words: str
+) -> None:
     headers = {"content-encoding": "gzip", "content-type": "text/event-stream"}
-    async with open_upstream(refusing(200, body, headers)) as upstream:
+    async with open_upstream(refusing(200, make_body(), headers)) as upstream:
         error = await failure_of(upstream.client)
     assert error.code == code
     assert words in str(error)
