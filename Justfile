@@ -53,6 +53,10 @@ check: test lint types
 smoke:
     @python tests/smoke.py
 
+# run real clients and proxies (npm, PyPI, Debian) against a server; `--newest` takes their newest versions
+clients *args:
+    @python -m tests.clients "$@"
+
 # kill a loaded service so many times, and see that nothing it said is lost
 crash times="200":
     @python -m tests.storage.sqlite.crash {{ times }}

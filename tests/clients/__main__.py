@@ -1,0 +1,293 @@
+"""The libraries and proxies that people have between themselves and a server, run against a real one.
+
+``just clients`` installs the pinned versions into a folder of its own and says what each check saw; ``just clients
+--newest`` takes the newest ones instead. ``just clients nginx polyfill`` runs the checks whose names have these words.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import trio
+
+from tests.clients.surroundings import (
+    CAP_S,
+    HERE,
+    MissingError,
+    install_debian_packages,
+    install_node_packages,
+    node_versions,
+    open_cutting_proxy,
+    open_express,
+    open_haproxy,
+    open_model,
+    open_nginx,
+    probe_status,
+)
+from tests.process.lastcall import HYPERCORN_0, SERVE, SSE, Host, open_lastcall
+
+HTTPX_SSE = "0.4.3"
+"""The newest one that takes every blank line for an event."""
+TOKENS = 20
+PLAIN = ("token ",) * TOKENS
+LAST_SEQ = TOKENS + 2
+LINE_ENDS = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei\rj\nk"
+KEY = {"Authorization": "Bearer the-key"}
+REPOSTS_MAX = 20
+"""In the four seconds after a completed turn: event-source-plus waits 2 ms, then twice as long each time."""
+
+
+class FailedError(Exception):
+    """A check saw what it should not."""
+
+
+def check(holds: bool, otherwise: object) -> None:
+    if not holds:
+        raise FailedError(str(otherwise))
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What is installed."""
+
+    node: Path
+    httpx_sse: str
+
+
+@asynccontextmanager
+async def open_service(
+    host: Host = SERVE, *options: str, tokens: tuple[str, ...] = PLAIN, pause_s: float = 0.1, **settings: Any
+) -> AsyncIterator[int]:
+    """A real server with a model behind it, whose turns outlive a cut; its port."""
+    settings["disconnect_grace_s"] = 20
+    argv = [*host.argv(), *options]
+    with tempfile.TemporaryDirectory() as folder:
+        async with (
+            open_model(tokens, pause_s=pause_s) as model_url,
+            open_lastcall(host, Path(folder), argv=argv, model_url=model_url, **settings) as server,
+        ):
+            assert server.port is not None
+            yield server.port
+
+
+async def call(port: int, method: str, path: str, body: object = None, **headers: str) -> httpx.Response:
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=CAP_S) as client:
+        return await client.request(method, path, json=body, headers=headers)
+
+
+async def turns(port: int) -> list[dict[str, Any]]:
+    data: list[dict[str, Any]] = (await call(port, "GET", "/sessions/me/turns")).json()["data"]
+    return data
+
+
+def check_whole(seen: dict[str, Any]) -> None:
+    """Every event once, in order, to the end, and none that is empty."""
+    check(seen["seqs"] == list(range(1, LAST_SEQ + 1)), f"the events it saw are {seen['seqs']}")
+    check(seen["last"] == "turn.completed", f"the last event is {seen['last']}")
+    check(not seen["empty"], f"{seen['empty']} events are empty")
+
+
+async def run_library(around: Surroundings, *arguments: str) -> dict[str, Any]:
+    command = ["node", "libraries.mjs", *arguments]
+    done = await trio.run_process(command, cwd=around.node, capture_stdout=True, stderr=subprocess.STDOUT, check=False)
+    check(done.returncode == 0, done.stdout.decode()[-500:])
+    seen: dict[str, Any] = json.loads(done.stdout)
+    return seen
+
+
+async def reposts(around: Surroundings, library: str) -> str:
+    """A POST that is cut is repeated with Last-Event-ID: it goes on, and the model is called once."""
+    async with open_service() as port, open_cutting_proxy(port, cut_after_seq=5) as proxy:
+        body = json.dumps({"session_id": "me", "message": "Hi"})
+        seen = await run_library(around, library, f"http://127.0.0.1:{proxy.port}/chat", body)
+        check_whole(seen)
+        started = await turns(port)
+        check([turn["state"] for turn in started] == ["completed"], f"the turns are {started}")
+        again = [request for request in proxy.requests if b"last-event-id: " in request.lower()]
+        check(len(proxy.requests) >= 2 and len(again) == len(proxy.requests) - 1, proxy.requests)
+        check(len(again) <= REPOSTS_MAX, f"it came back {len(again)} times")
+        bare = seen["statuses"].count(204)
+        return f"cut once, came back {len(again)} times, {bare} after the end: one turn, {LAST_SEQ} events, each once"
+
+
+async def resumes(around: Surroundings, library: str, by: bytes) -> str:
+    """A GET of events that is cut goes on after the last one."""
+    async with open_service() as port, open_cutting_proxy(port, cut_after_seq=5) as proxy:
+        await call(port, "POST", "/sessions", {"id": "me"})
+        started = await call(port, "POST", "/sessions/me/turns", {"input": "Hi", "background": True})
+        url = f"http://127.0.0.1:{proxy.port}{started.headers['location']}/events"
+        seen = await run_library(around, library, url)
+        check_whole(seen)
+        resumed = [int(found[1]) for request in proxy.requests if (found := re.search(by + rb"([0-9]+)", request))]
+        check(5 <= min(resumed, default=0) < LAST_SEQ, f"it has not resumed with {by!r}: {proxy.requests}")
+        return (
+            f"cut once, resumed with {by.decode()}; after the end {seen['statuses'][0]}, {len(proxy.requests)} requests"
+        )
+
+
+async def fetch_event_source(around: Surroundings) -> str:
+    return await reposts(around, "fetch-event-source")
+
+
+async def event_source_plus(around: Surroundings) -> str:
+    return await reposts(around, "event-source-plus")
+
+
+async def event_source_polyfill(around: Surroundings) -> str:
+    return await resumes(around, "event-source-polyfill", b"lastEventId=")
+
+
+async def eventsource(around: Surroundings) -> str:
+    return await resumes(around, "eventsource", b"Last-Event-ID: ")
+
+
+async def httpx_sse(around: Surroundings) -> str:
+    """No event is empty though there are heartbeats, and none is cut at a line end of Unicode."""
+    tokens = (LINE_ENDS, *PLAIN[1:])
+    async with open_service(tokens=tokens, heartbeat_interval_s=0.1, pause_s=0.25) as port:
+        command = ["uv", "run", "--no-project", "--quiet", "--with", around.httpx_sse, "--with", "httpx"]
+        script = ["python", str(HERE / "httpx_sse_client.py"), f"http://127.0.0.1:{port}/chat"]
+        done = await trio.run_process([*command, *script], capture_stdout=True, stderr=subprocess.STDOUT, check=False)
+        check(done.returncode == 0, done.stdout.decode()[-800:])
+        seen = json.loads(done.stdout)
+        check_whole(seen)
+        check(seen["text"].startswith(LINE_ENDS), f"the text is {seen['text'][:40]!r}")
+        return f"{LAST_SEQ} events with heartbeats between them, none empty, none cut at a line end"
+
+
+async def check_streams_live(server: int, through: int, path: str = "/chat", **headers: str) -> None:
+    """Tokens come through while the turn runs, and nothing is compressed, lost or doubled."""
+    seen: dict[str, Any] = {"seqs": [], "empty": 0, "last": None}
+    running = False
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{through}", timeout=CAP_S) as client:
+        body = {"session_id": "me", "message": "Hi"}
+        async with client.stream("POST", path, json=body, headers=SSE | headers) as response:
+            check(response.status_code == 200, f"the status is {response.status_code}")
+            check("content-encoding" not in response.headers, f"it is compressed: {response.headers}")
+            async for line in response.aiter_lines():
+                if line.startswith("data:"):
+                    event = json.loads(line.removeprefix("data:"))
+                    seen["seqs"].append(event["seq"])
+                    seen["last"] = event["type"]
+                    if event["seq"] == 3:
+                        listed = await call(server, "GET", "/sessions/me/turns", **headers)
+                        running = listed.json()["data"][-1]["state"] == "running"
+    check_whole(seen)
+    check(running, "the first token came only after the turn had ended: it was held back")
+
+
+async def express_with_compression(around: Surroundings) -> str:
+    async with open_service() as port, open_express(around.node, port) as express:
+        await check_streams_live(port, express)
+        listed = await call(express, "GET", "/docs")
+        check(listed.headers.get("content-encoding") is not None, "it compresses nothing: this check proves nothing")
+        return "tokens come while the turn runs, though it compresses all else"
+
+
+async def nginx_without_keys(_: Surroundings) -> str:
+    async with open_service() as port, open_nginx(port) as nginx:
+        refused = await call(nginx, "GET", "/usual/sessions")
+        check(refused.status_code == 403, f"with X-Forwarded-For the status is {refused.status_code}")
+        probed = await call(nginx, "GET", "/usual/healthz")
+        bare = await call(nginx, "GET", "/sessions")
+        return (
+            f"403 {refused.json()['code']} where it adds the usual headers ({probed.status_code} for /healthz); "
+            f"{bare.status_code} from a bare proxy_pass, which cannot be told from a local caller: set api_keys"
+        )
+
+
+async def nginx_with_keys(_: Surroundings) -> str:
+    async with open_service(api_keys=KEY["Authorization"].removeprefix("Bearer ")) as port, open_nginx(port) as nginx:
+        await check_streams_live(port, nginx, "/usual/chat", **KEY)
+        check((await call(nginx, "GET", "/usual/sessions")).status_code == 401, "it serves without a key")
+        return "tokens come while the turn runs, through its default buffering; 401 without a key"
+
+
+async def nginx_with_a_prefix(_: Surroundings) -> str:
+    async with open_service(HYPERCORN_0, "--root-path", "/ai") as port, open_nginx(port) as nginx:
+        for path in ("/ai/sessions", "/taken-off/ai/sessions"):
+            created = await call(nginx, "POST", path, {})
+            location = created.headers.get("location")
+            check(location == f"/ai/sessions/{created.json()['id']}", f"{path}: the location is {location}")
+        check((await call(nginx, "GET", "/ai/none")).json()["type"].startswith("/ai/docs#"), "a problem's type")
+        return "Location has the prefix, whether nginx passes it on or takes it off"
+
+
+async def haproxy_probe(_: Surroundings) -> str:
+    """HTTP/1.0 without a Host."""
+    async with open_service() as port, open_haproxy(port) as (haproxy, stats):
+        with trio.fail_after(CAP_S):
+            while (status := await probe_status(stats)) in ("", "INI"):  # noqa: ASYNC110  it is HAProxy's to say
+                await trio.sleep(0.1)
+        check(status == "L7OK", f"the probe ended with {status}")
+        await check_streams_live(port, haproxy)
+        return "its probe is answered (L7OK), and tokens come while the turn runs"
+
+
+CHECKS: tuple[Callable[[Surroundings], Awaitable[str]], ...] = (
+    fetch_event_source,
+    event_source_plus,
+    event_source_polyfill,
+    eventsource,
+    httpx_sse,
+    express_with_compression,
+    nginx_without_keys,
+    nginx_with_keys,
+    nginx_with_a_prefix,
+    haproxy_probe,
+)
+
+
+async def run_checks(around: Surroundings, words: list[str]) -> int:
+    failed = 0
+    for it in CHECKS:
+        name = it.__name__.replace("_", "-")
+        if words and not any(word in name for word in words):
+            continue
+        began_at = time.monotonic()
+        try:
+            with trio.fail_after(CAP_S):
+                said = "ok      " + name + ": " + await it(around)
+        except* Exception as errors:  # noqa: BLE001  the edge of a check
+            failed += 1
+            said = f"FAILED  {name}: {first_of(errors)!r}"
+        print(f"{said} ({time.monotonic() - began_at:.1f} s)", flush=True)
+    return failed
+
+
+def first_of(errors: BaseException) -> BaseException:
+    while isinstance(errors, BaseExceptionGroup):
+        errors = errors.exceptions[0]
+    return errors
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="just clients", description="Run real clients and proxies against a server.")
+    parser.add_argument("--newest", action="store_true", help="the newest packages instead of the pinned ones")
+    parser.add_argument("words", nargs="*", help="run the checks whose names have one of these words")
+    arguments = parser.parse_args()
+    httpx_sse = "httpx-sse" if arguments.newest else f"httpx-sse=={HTTPX_SSE}"
+    try:
+        around = Surroundings(node=install_node_packages(newest=arguments.newest), httpx_sse=httpx_sse)
+        versions = node_versions(around.node) | {"httpx-sse": httpx_sse} | install_debian_packages()
+    except MissingError as error:
+        print(f"FAILED  {error}")
+        return 1
+    print(", ".join(f"{name} {version}" for name, version in versions.items()), flush=True)
+    failed = trio.run(run_checks, around, arguments.words)
+    print(f"clients: {failed} failed" if failed else "clients: all is well")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,312 @@
+"""What stands around the server in these checks: a model, a network that cuts, proxies, and packages in a cache."""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+import trio
+
+HERE = Path(__file__).parent
+SCRIPTS = ("libraries.mjs", "express_proxy.mjs")
+CAP_S = 60
+"""Bounds each check; an installation has :data:`INSTALL_S`."""
+INSTALL_S = 300
+_CHUNK = 65536
+
+
+class MissingError(Exception):
+    """Something that the checks need is not there and cannot be installed."""
+
+
+# Packages
+
+
+def install_node_packages(*, newest: bool) -> Path:
+    """A folder with the packages and the scripts that use them. Pinned ones are installed once for each lock file."""
+    if shutil.which("npm") is None:
+        raise MissingError("npm is not installed: install Node.js 20 or newer")
+    lock = (HERE / "package-lock.json").read_bytes()
+    name = "newest" if newest else hashlib.sha256(lock).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / f"lastcall-clients-{os.getuid()}-{name}"
+    if newest:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    for script in SCRIPTS:
+        shutil.copy(HERE / script, folder)
+    if not (folder / "installed").exists():
+        packages: dict[str, str] = json.loads((HERE / "package.json").read_bytes())["dependencies"]
+        shutil.copy(HERE / "package.json", folder)
+        if newest:
+            command = ["npm", "install", "--save-exact", *(f"{package}@latest" for package in packages)]
+        else:
+            shutil.copy(HERE / "package-lock.json", folder)
+            command = ["npm", "ci"]
+        _run([*command, "--no-audit", "--no-fund", "--ignore-scripts"], folder)
+        (folder / "installed").touch()
+    return folder
+
+
+def node_versions(folder: Path) -> dict[str, str]:
+    packages: dict[str, str] = json.loads((HERE / "package.json").read_bytes())["dependencies"]
+    versions = {"node": _run(["node", "--version"], folder).strip()}
+    for package in packages:
+        versions[package] = json.loads((folder / "node_modules" / package / "package.json").read_bytes())["version"]
+    return versions
+
+
+def install_debian_packages() -> dict[str, str]:
+    """nginx and HAProxy, installed where they are not and this may be done; their versions."""
+    packages = {"nginx": "nginx-light", "haproxy": "haproxy"}
+    missing = [package for program, package in packages.items() if not _program(program)]
+    if missing and (os.geteuid() != 0 or shutil.which("apt-get") is None):
+        raise MissingError(f"these Debian packages are not installed: {' '.join(missing)}")
+    if missing:
+        _run(["apt-get", "update", "-qq"], HERE)
+        _run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing], HERE)
+    nginx, haproxy = (_run([_program(name) or name, "-v"], HERE, merged=True).splitlines()[0] for name in packages)
+    return {"nginx": nginx.rpartition("/")[2], "haproxy": haproxy.split()[2]}
+
+
+def _program(name: str) -> str | None:
+    return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+
+
+def _run(command: Sequence[str], folder: Path, *, merged: bool = False) -> str:
+    environ = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    try:
+        done = subprocess.run(
+            command, cwd=folder, env=environ, check=True, capture_output=True, text=True, timeout=INSTALL_S
+        )
+    except subprocess.CalledProcessError as error:
+        raise MissingError(f"{' '.join(command[:3])}… failed: {(error.stderr or error.stdout)[-500:]}") from error
+    return done.stdout + done.stderr if merged else done.stdout
+
+
+# Around the server
+
+
+@asynccontextmanager
+async def open_model(tokens: Sequence[str], *, pause_s: float = 0) -> AsyncIterator[str]:
+    """A model server whose reply is these tokens, with a pause after each; its URL."""
+
+    def event(delta: dict[str, str], finish_reason: str | None = None) -> bytes:
+        chunk = {"choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}]}
+        return b"data: " + json.dumps(chunk).encode() + b"\n\n"
+
+    async def answer(stream: trio.SocketStream) -> None:
+        request = b""
+        while b"\r\n\r\n" not in request:
+            request += await stream.receive_some()
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
+        try:
+            await stream.send_all(head)
+            for token in tokens:
+                await stream.send_all(event({"content": token}))
+                await trio.sleep(pause_s)
+            await stream.send_all(event({}, "stop") + b"data: [DONE]\n\n")
+            await stream.send_eof()
+            while await stream.receive_some():
+                pass
+        except trio.BrokenResourceError:
+            pass  # the server has closed the call
+
+    async with trio.open_nursery() as nursery:
+        [listener] = await nursery.start(partial(trio.serve_tcp, answer, 0, host="127.0.0.1"))
+        yield f"http://127.0.0.1:{listener.socket.getsockname()[1]}/v1"
+        nursery.cancel_scope.cancel()
+
+
+class CuttingProxy:
+    """A way to the server on which the first stream is cut after an event.
+
+    Attributes:
+        requests: The beginnings of all that was asked.
+    """
+
+    def __init__(self, target: int, *, cut_after_seq: int) -> None:
+        self.port = 0
+        self.requests: list[bytes] = []
+        self._target = target
+        self._cut_after = b"id: %d\n" % cut_after_seq
+        self._has_cut = False
+
+    async def serve(self, client: trio.SocketStream) -> None:
+        server = await trio.open_tcp_stream("127.0.0.1", self._target)
+        async with client, server, trio.open_nursery() as nursery:
+            nursery.start_soon(self._pass_on, client, server, nursery.cancel_scope)
+            seen = b""
+            async for data in server:
+                seen += data
+                if not self._has_cut and self._cut_after in seen:
+                    self._has_cut = True
+                    await client.send_all(data)
+                    break
+                await client.send_all(data)
+            nursery.cancel_scope.cancel()
+
+    async def _pass_on(
+        self, client: trio.SocketStream, server: trio.SocketStream, connection: trio.CancelScope
+    ) -> None:
+        try:
+            async for data in client:
+                if data.startswith((b"POST ", b"GET ")):
+                    self.requests.append(bytes(data))
+                await server.send_all(data)
+        except trio.BrokenResourceError:
+            pass
+        connection.cancel()
+
+
+@asynccontextmanager
+async def open_cutting_proxy(target: int, *, cut_after_seq: int) -> AsyncIterator[CuttingProxy]:
+    proxy = CuttingProxy(target, cut_after_seq=cut_after_seq)
+
+    async def serve(client: trio.SocketStream) -> None:
+        try:
+            await proxy.serve(client)
+        except* (trio.BrokenResourceError, OSError):
+            pass  # one of the two has closed it
+
+    async with trio.open_nursery() as nursery:
+        [listener] = await nursery.start(partial(trio.serve_tcp, serve, 0, host="127.0.0.1"))
+        proxy.port = listener.socket.getsockname()[1]
+        yield proxy
+        nursery.cancel_scope.cancel()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
+NGINX = """
+daemon off; worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/nginx.log;
+events {{}}
+http {{
+  access_log off; gzip on; gzip_proxied any;
+  client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/fastcgi;
+  uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
+  server {{
+    listen 127.0.0.1:{port};
+    location / {{ proxy_pass http://127.0.0.1:{target}; }}
+    location /usual/ {{
+      proxy_pass http://127.0.0.1:{target}/;
+      proxy_set_header Host $host;
+      proxy_set_header X-Real-IP $remote_addr;
+      proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
+      proxy_set_header X-Forwarded-Proto $scheme;
+    }}
+    location /ai/ {{ proxy_pass http://127.0.0.1:{target}; }}
+    location /taken-off/ai/ {{ proxy_pass http://127.0.0.1:{target}/; }}
+  }}
+}}
+"""
+HAPROXY = """
+global
+  stats socket {folder}/haproxy.sock mode 600 level user
+defaults
+  mode http
+  timeout connect 2s
+  timeout client 60s
+  timeout server 60s
+frontend clients
+  bind 127.0.0.1:{port}
+  default_backend lastcall
+backend lastcall
+  option httpchk GET /readyz
+  server one 127.0.0.1:{target} check inter 200ms rise 1 fall 1
+"""
+
+
+@asynccontextmanager
+async def open_nginx(target: int) -> AsyncIterator[int]:
+    """nginx in front of a server, as it is when little is configured; its port."""
+    async with _open_proxy("nginx", NGINX, target, "-e", "{folder}/nginx.log", "-p", "{folder}", "-c") as (port, _):
+        yield port
+
+
+@asynccontextmanager
+async def open_haproxy(target: int) -> AsyncIterator[tuple[int, Path]]:
+    """HAProxy in front of a server, which it probes; its port, and where it tells of that."""
+    async with _open_proxy("haproxy", HAPROXY, target, "-db", "-f") as (port, folder):
+        yield port, folder / "haproxy.sock"
+
+
+@asynccontextmanager
+async def _open_proxy(program: str, template: str, target: int, *options: str) -> AsyncIterator[tuple[int, Path]]:
+    with tempfile.TemporaryDirectory() as name:
+        folder, port = Path(name), free_port()
+        _lay_out(folder, template.format(folder=folder, port=port, target=target))
+        command = [_program(program) or program, *(it.format(folder=folder) for it in options), f"{folder}/config"]
+        user = {"user": "nobody"} if os.geteuid() == 0 else {}
+        async with open_process(command, log=folder / "log", **user):
+            await wait_listening(port, folder / "log")
+            yield port, folder
+
+
+def _lay_out(folder: Path, config: str) -> None:
+    folder.chmod(0o777)  # it runs as another user
+    (folder / "config").write_text(config)
+
+
+@asynccontextmanager
+async def open_express(folder: Path, target: int) -> AsyncIterator[int]:
+    """Express with its compression in front of a server; its port."""
+    log = folder / "express.log"
+    command = ["node", "express_proxy.mjs", f"http://127.0.0.1:{target}"]
+    async with open_process(command, log=log, cwd=folder):
+        with trio.fail_after(CAP_S):
+            while not (printed := log.read_text()).endswith("\n"):  # noqa: ASYNC110, ASYNC240
+                await trio.sleep(0.02)
+        yield int(printed)
+
+
+@asynccontextmanager
+async def open_process(
+    command: Sequence[str], *, log: Path, **options: object
+) -> AsyncIterator[subprocess.Popen[bytes]]:
+    with log.open("wb") as output:
+        process = subprocess.Popen(  # type: ignore[call-overload]  # noqa: ASYNC220  it takes a moment
+            command, stdout=output, stderr=output, **options
+        )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + 10):
+            await trio.to_thread.run_sync(process.wait, abandon_on_cancel=True)
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+async def wait_listening(port: int, log: Path) -> None:
+    with trio.move_on_after(CAP_S):
+        while True:
+            try:
+                await (await trio.open_tcp_stream("127.0.0.1", port)).aclose()
+            except OSError:
+                await trio.sleep(0.05)
+            else:
+                return
+    raise MissingError(f"the proxy does not listen: {log.read_text()[-500:]}")  # noqa: ASYNC240
+
+
+async def probe_status(stats: Path) -> str:
+    """What HAProxy says of its last probe, also while another one is under way, which it marks."""
+    async with await trio.open_unix_socket(str(stats)) as stream:
+        await stream.send_all(b"show stat\n")
+        told = b"".join([data async for data in stream]).decode()
+    rows = csv.DictReader(io.StringIO(told.removeprefix("# ")))
+    return next(row["check_status"].removeprefix("* ") for row in rows if row["svname"] == "one")
