@@ -281,9 +281,9 @@ async def test_a_refused_start_is_tried_again_with_our_config_once_something_has
         os.kill(before[0], signal.SIGKILL)
         with trio.fail_after(CAP_S):
             await server.wait_logged("the next start is tried in 1 s")
-            assert set(server.workers()) == set(before[1:])
-            trigger.unlink()
-            await served(server, len(before) + 1)
+        assert set(before[1:]) <= set(server.workers())
+        trigger.unlink()
+        await served(server, len(before) + 1)
         gone = await stop(server)
     assert gone.exit_code == 0
     assert "lastcall: the disk is full\n" in server.log()
