@@ -9,7 +9,7 @@ import msgspec
 from service.clock import wall_clock
 from service.errors import InvalidRequestError, RefusedError, SessionExistsError, StartupError
 from service.settings import Settings
-from service.storage.session_export import ExportedSession, not_exported, read_exported, shown
+from service.storage.session_export import ExportedSession, not_exported, problems_of_totals, read_exported, shown
 
 FAILED = 1
 """The exit code where the store is fine, but what was asked for cannot be had; or where a check finds something."""
@@ -61,6 +61,7 @@ def _run(settings: Settings, arguments: argparse.Namespace) -> tuple[str, int]:
         case "import":
             whole = read_exported(_read(arguments.file))
             _check_bounds(whole, text_bytes_max=settings.input_bytes_max)
+            _check_turns(whole)
             try:
                 maintenance.import_session(path, whole, now=wall_clock())
             except SessionExistsError as error:
@@ -78,6 +79,19 @@ def _read(file: Path | None) -> bytes:
         return sys.stdin.buffer.read() if file is None else file.read_bytes()
     except OSError as error:
         raise StartupError(f"{file} cannot be read: {error.strerror}.") from error
+
+
+def _check_turns(whole: ExportedSession) -> None:
+    """Take no turn that cannot have become so by itself, and no session that counts others. Raises: StartupError."""
+    from service.sessions.events.whole_turn import problems_of  # noqa: PLC0415  only who imports needs it
+
+    for it in whole.turns:
+        for field, value, what in problems_of(it.turn, [event.encode() for event in it.events]):
+            raise not_exported(
+                f"{field} {shown(value)} of turn {shown(it.turn.id)} of session {shown(whole.session.id)} {what}"
+            )
+    for problem in problems_of_totals(whole):
+        raise not_exported(problem)
 
 
 def _check_bounds(whole: ExportedSession, *, text_bytes_max: int) -> None:

@@ -1,8 +1,7 @@
 """An exported session: its form, and what must hold before a store takes one in."""
 
-import re
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import msgspec
 
@@ -15,7 +14,6 @@ FORMAT = 1
 COUNT_MAX = 10**12
 """Of events or tokens of one turn, so that their sums fit everywhere."""
 
-_FRAME = re.compile(r"id: ([0-9]+)\ndata: [^\n]+\n\n")
 _SHOWN_MAX = 80
 """Characters of a wrong value that are shown."""
 
@@ -36,7 +34,7 @@ class ExportedSession(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_exported(exported: bytes) -> ExportedSession:
-    """What was exported, once it is sure that it is a session as a store may have one.
+    """What was exported, once it is sure that it is a session as a store may have one. Its turns are looked at apart.
 
     Raises:
         StartupError: It is not, or not of a format that is known here; one line says what is wrong, and which value.
@@ -49,7 +47,7 @@ def read_exported(exported: bytes) -> ExportedSession:
         raise not_exported(" ".join(str(error).split())) from None
     if whole.format != FORMAT:
         raise StartupError(f"This session was exported in format {shown(whole.format)}; this version knows {FORMAT}.")
-    for problem in _problems(whole):
+    for problem in _problems(whole, msgspec.json.decode(exported)):
         raise not_exported(problem)
     return whole
 
@@ -78,8 +76,9 @@ def without_open_turns(whole: ExportedSession) -> ExportedSession:
     return ExportedSession(session=with_totals(session, [it.turn for it in kept]), turns=tuple(kept))
 
 
-def _problems(whole: ExportedSession) -> Iterator[str]:
+def _problems(whole: ExportedSession, given: object) -> Iterator[str]:
     session = whole.session
+    yield from _unknown(given, msgspec.to_builtins(whole), "")
     if not is_session_id(session.id):
         yield f"its id {shown(session.id)} is none that a session can have"
     yield from _problems_of_times(session, "of the session")
@@ -100,9 +99,39 @@ def _problems(whole: ExportedSession) -> Iterator[str]:
         yield from _problems_of_items((*turn.input, *turn.output), items, of)
         yield from _problems_of_times(turn, of)
         yield from _problems_of_counts(turn, of)
-        yield from _problems_of_events(it, of)
     if session.head is not None and session.head not in turns:
         yield f"the head {shown(session.head)} of the session is none of its turns"
+
+
+def problems_of_totals(whole: ExportedSession) -> Iterator[str]:
+    """What a session counts, by what its turns have; open ones count with their inputs."""
+    session = whole.session
+    opened = [it.turn for it in whole.turns if it.turn.is_open]
+    totals = with_totals(session, [it.turn for it in whole.turns])
+    totals = msgspec.structs.replace(totals, open_turns=len(opened))
+    for name in ("open_turns", "message_count", "input_tokens", "output_tokens"):
+        if getattr(session, name) != getattr(totals, name):
+            yield f"{name} {shown(getattr(session, name))} of the session is not {getattr(totals, name)}"
+    try:
+        expires_at = session.last_accessed_at + timedelta(seconds=session.idle_timeout_s)
+    except (OverflowError, ValueError):
+        expires_at = None
+    if session.expires_at != expires_at:
+        told = shown(session.expires_at.isoformat())
+        yield f"expires_at {told} of the session is not idle_timeout_s after last_accessed_at"
+
+
+def _unknown(given: object, read: object, at: str) -> Iterator[str]:
+    """What a later version may have added, and would be lost."""
+    if isinstance(given, dict) and isinstance(read, dict):
+        for name, value in given.items():
+            if name in read:
+                yield from _unknown(value, read[name], f"{at}.{name}" if at else name)
+            else:
+                yield f"{at}.{shown(name)} is not known to this version"
+    elif isinstance(given, list) and isinstance(read, list | tuple):
+        for index, (of_given, of_read) in enumerate(zip(given, read, strict=True)):
+            yield from _unknown(of_given, of_read, f"{at}[{index}]")
 
 
 def _problems_of_items(items: Sequence[Item], seen: set[str], of: str) -> Iterator[str]:
@@ -136,10 +165,3 @@ def _problems_of_counts(turn: TurnRecord, of: str) -> Iterator[str]:
     for name, count in counts.items():
         if not 0 <= count <= COUNT_MAX:
             yield f"{name} {shown(count)} {of} is not between 0 and {COUNT_MAX}"
-
-
-def _problems_of_events(it: ExportedTurn, of: str) -> Iterator[str]:
-    for seq, event in enumerate(it.events, start=1):
-        frame = _FRAME.fullmatch(event)
-        if frame is None or frame[1] != str(seq):
-            yield f"the event {shown(event)} {of} is not the SSE frame of seq {seq}"

@@ -59,7 +59,9 @@ def test_what_was_exported_is_imported_by_another_store(
     assert told.startswith(f"lastcall: A session 's' is in {file} already; delete it first, or name another store")
 
     Path("exported.json").write_text(
-        exported.replace('"id":"s"', '"id":"s2"').replace('"session_id":"s"', '"session_id":"s2"')
+        exported.replace('"id":"s"', '"id":"s2"')
+        .replace('"session_id":"s"', '"session_id":"s2"')
+        .replace(r"\"session_id\":\"s\"", r"\"session_id\":\"s2\"")
     )
     assert main(["import", "exported.json"]) == 0
     assert capsys.readouterr().out == "s2\n"

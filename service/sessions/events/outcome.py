@@ -5,7 +5,7 @@ import msgspec
 from service.errors import INTERNAL_ERROR, INTERNAL_ERROR_MESSAGE
 from service.models.client import FinishReason, Usage
 from service.sessions.events.events import TerminalEvent, TurnCancelled, TurnCompleted, TurnFailed, TurnInterrupted
-from service.storage.records import CancelReason, Failure, InterruptReason, LeftOut
+from service.storage.records import CancelReason, Failure, InterruptReason, LeftOut, TurnRecord
 
 
 class Completed(msgspec.Struct, frozen=True):
@@ -43,6 +43,31 @@ def failed(code: str, message: str) -> Failed:
 def internal_error() -> Failed:
     """Something in this service broke: the log has it, the turn has no more than that."""
     return failed(INTERNAL_ERROR, INTERNAL_ERROR_MESSAGE)
+
+
+def record_changes(end: Outcome) -> dict[str, object]:
+    """What this end is in the turn's record; the other fields of an end are None."""
+    match end:
+        case Completed(finish_reason, usage):
+            return {"state": "completed", "finish_reason": finish_reason, "usage": usage}
+        case Failed(error):
+            return {"state": "failed", "error": error}
+        case Cancelled(reason):
+            return {"state": "cancelled", "reason": reason}
+        case Interrupted(reason):
+            return {"state": "interrupted", "reason": reason}
+
+
+def outcome_of(turn: TurnRecord) -> Outcome | None:
+    """The reverse: how a turn ended. None where it is open, or its record lacks what makes such an end."""
+    if turn.state == "completed" and turn.finish_reason is not None:
+        return Completed(turn.finish_reason, turn.usage)
+    if turn.state == "failed" and turn.error is not None:
+        return Failed(turn.error)
+    reason = turn.reason
+    if reason == "shutdown" or reason == "crash":  # noqa: PLR1714  mypy does not follow the other way
+        return Interrupted(reason) if turn.state == "interrupted" else None
+    return Cancelled(reason) if turn.state == "cancelled" and reason is not None else None
 
 
 def terminal_event(

@@ -253,16 +253,7 @@ class Turn:
         """It is ending: write the decided end into the record and return it, ready to be kept."""
         assert self.end is not None, "a turn finished before its end was decided"
         self.is_ending = True
-        changes: dict[str, object] = {"ended_at": now}
-        match self.end:
-            case outcome.Completed(finish_reason, usage):
-                changes |= {"state": "completed", "finish_reason": finish_reason, "usage": usage}
-            case outcome.Failed(error):
-                changes |= {"state": "failed", "error": error}
-            case outcome.Cancelled(reason):
-                changes |= {"state": "cancelled", "reason": reason}
-            case outcome.Interrupted(reason):
-                changes |= {"state": "interrupted", "reason": reason}
+        changes = outcome.record_changes(self.end) | {"ended_at": now}
         return msgspec.structs.replace(self._record, output=self._output(), last_seq=self.log.last_seq + 1, **changes)
 
     def conclude(self, record: TurnRecord, *, stored: bool) -> None:

@@ -5,7 +5,7 @@ Everything here blocks: it is for a command line, not for an event loop.
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,8 @@ import msgspec
 from service.errors import SessionNotFoundError, StartupError
 from service.storage.session_export import ExportedSession, ExportedTurn, without_open_turns
 from service.storage.sqlite import database, sessions, turns
+from service.storage.sqlite.open_files import OpenFiles
+from service.storage.sqlite.ownership import Ownership
 from service.storage.sqlite.reclaim import reclaim_some, shrink
 from service.storage.sqlite.schema import SCRIPTS
 
@@ -117,19 +119,38 @@ def export_session(path: Path, session_id: str) -> bytes:
 def import_session(path: Path, whole: ExportedSession, *, now: datetime) -> None:
     """Add an exported session under its own id, less the turns that were open. An expired one of that id is replaced.
 
+    Where there is no store yet, it is made.
+
     Args:
         whole: From :func:`~service.storage.session_export.read_exported`.
 
     Raises:
-        StartupError: The file is not a store's.
+        StartupError: The file is not a store's; or it was deleted or replaced, and a service still serves it.
         SessionExistsError
     """
+    _make_store(path)
     whole = without_open_turns(whole)
     with _opened(path) as db, database.transaction(db):
         sessions.make_room(db, whole.session.id, now)
         key = sessions.insert(db, whole.session, turns_begun=len(whole.turns))
         for ordinal, it in enumerate(whole.turns):
             turns.insert_ended(db, key, ordinal, it.turn, [event.encode() for event in it.events])
+
+
+def _make_store(path: Path) -> None:
+    """Make a store where there is none. Raises: StartupError."""
+    files = OpenFiles(path)
+    try:
+        files.refuse_others()
+        if path.exists() and path.stat().st_size > 0:
+            return
+        database.create_file(path)
+        with closing(database.connect(path)) as db:
+            database.prepare(db, path, ownership=Ownership(path.with_name(f"{path.name}-owners")))
+    except (apsw.Error, OSError) as error:
+        raise database.startup_error(path, error) from error
+    finally:
+        files.close()
 
 
 @contextmanager

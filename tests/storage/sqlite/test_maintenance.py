@@ -131,10 +131,6 @@ BROKEN: dict[str, Callable[[Any, Any], object]] = {
     f"output_tokens -1 of turn '{T1}' is not between": lambda _, turns: turns[0]["turn"]["usage"].update(
         output_tokens=-1
     ),
-    f"the event 'foo' of turn '{T1}' is not the SSE frame of seq 1": lambda _, turns: turns[0].update(events=["foo"]),
-    f"the event 'id: 2\\ndata: {{}}\\n\\n' of turn '{T1}' is not the SSE frame of seq 1": (
-        lambda _, turns: turns[0]["events"].pop(0)
-    ),
 }
 
 

@@ -1,0 +1,141 @@
+"""What must hold between a turn's record and its events, whoever brings them: what a turn can have become by itself."""
+
+import re
+from collections.abc import Iterator, Sequence
+
+import msgspec
+
+from service.ids import is_session_id, is_turn_id
+from service.sessions.events.events import (
+    Event,
+    TurnDelta,
+    TurnQueued,
+    TurnReasoning,
+    TurnStarted,
+    decode_frame,
+    encode_frame,
+)
+from service.sessions.events.outcome import outcome_of, record_changes, terminal_event
+from service.storage.records import SEQ_AFTER_CRASH, TurnRecord
+
+_END_FIELDS = ("reason", "error", "finish_reason", "usage")
+_FRAME = re.compile(rb"id: [1-9][0-9]*\ndata: [^\r\n]+\n\n")
+_ESCAPED = re.compile(r"\\u([0-9a-fA-F]{4})|\\(.)|([^\x20-\x7e])", re.DOTALL)
+_SHORT_ESCAPES = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
+
+Problem = tuple[str, object, str]
+"""The field, its value, and what is wrong with it."""
+
+
+def problems_of(turn: TurnRecord, frames: Sequence[bytes]) -> Iterator[Problem]:
+    """What no turn of this service can be: the first thing is enough to refuse it.
+
+    Args:
+        frames: Its events, as they are kept.
+    """
+    yield from _problems_of_record(turn)
+    yield from _problems_of_events(turn, frames)
+
+
+def _problems_of_record(turn: TurnRecord) -> Iterator[Problem]:
+    if [(item.type, item.role) for item in turn.input] != [("message", "user")]:
+        yield "input", turn.input, "is not one message of the user"
+    outputs = [(item.type, item.role) for item in turn.output]
+    if not set(outputs) <= {("message", "assistant"), ("reasoning", "assistant")} or len(set(outputs)) < len(outputs):
+        yield "output", turn.output, "is not at most one message and one reasoning of the assistant"
+    if any(not item.text for item in turn.output):
+        yield "output", turn.output, "has an item without text"
+    if not turn.stored:
+        yield "stored", turn.stored, "is said of none that is kept"
+    expected: dict[str, object] = {"state": turn.state}
+    if turn.is_open:
+        expected |= {"output": (), "ended_at": None, "last_seq": 0, "left_out": turn.left_out}
+    else:
+        outcome = outcome_of(turn)
+        if outcome is None:
+            field = {"completed": "finish_reason", "failed": "error"}.get(turn.state, "reason")
+            yield field, getattr(turn, field), f"is none of a turn that is {turn.state}"
+            return
+        expected |= record_changes(outcome)
+    for field, value in (dict.fromkeys(_END_FIELDS) | expected).items():
+        if getattr(turn, field) != value:
+            yield field, getattr(turn, field), f"is none of a turn that is {turn.state}"
+
+
+def _problems_of_events(turn: TurnRecord, frames: Sequence[bytes]) -> Iterator[Problem]:
+    events: list[Event] = []
+    for seq, frame in enumerate(frames, start=1):
+        event = _read(frame)
+        if event is None or event.seq != seq:
+            yield f"events[{seq - 1}]", frame.decode(), f"is not the SSE frame of seq {seq}"
+            return
+        events.append(event)
+    outcome = outcome_of(turn)
+    if outcome is not None and not (turn.reason == "crash" and len(events) < turn.last_seq == SEQ_AFTER_CRASH):
+        if len(events) != turn.last_seq:
+            yield "last_seq", turn.last_seq, f"does not go with {len(events)} events"
+            return
+        expected = terminal_event(
+            outcome, seq=len(events), text_length=len(turn.text), left_out=turn.left_out, stored=True
+        )
+        if not events or events[-1] not in (expected, msgspec.structs.replace(expected, stored=False)):
+            yield f"events[{len(events) - 1}]", frames[-1].decode() if frames else None, "does not tell the turn's end"
+            return
+        events.pop()
+    yield from _problems_of_course(turn, events)
+
+
+def _problems_of_course(turn: TurnRecord, events: Sequence[Event]) -> Iterator[Problem]:
+    """The events before the terminal one: queued, started, then what the model sent."""
+    texts: dict[type, list[str]] = {TurnDelta: [], TurnReasoning: []}
+    named: tuple[str, str] | None = None
+    stage = 0
+    for index, event in enumerate(events):
+        of = f"events[{index}]"
+        if isinstance(event, TurnQueued | TurnStarted):
+            names = event.session_id, event.turn_id
+            stage_of_event = 1 if isinstance(event, TurnQueued) else 2
+            if stage_of_event <= stage or named not in (None, names) or not _are_names_of(turn, *names):
+                yield of, event, "does not begin this turn"
+            if isinstance(event, TurnStarted) and event.model != turn.model:
+                yield of, event, f"has another model than {turn.model!r}"
+            named, stage = names, stage_of_event
+        elif isinstance(event, TurnDelta | TurnReasoning) and stage == 2:
+            texts[type(event)].append(event.text)
+        else:
+            yield of, event, "has no place there"
+    if not turn.is_open:
+        reasoning = "".join(item.text for item in turn.output if item.type == "reasoning")
+        for kind, text in ((TurnDelta, turn.text), (TurnReasoning, reasoning)):
+            if "".join(texts[kind]) != text:
+                yield "output", turn.output, "has another text than the events"
+
+
+def _are_names_of(turn: TurnRecord, session_id: str, turn_id: str) -> bool:
+    """Whether events may name these: the turn's own, or, in a fork, those of the turn that it is a copy of."""
+    own = session_id == turn.session_id, turn_id == turn.id
+    return all(own) or (not any(own) and is_session_id(session_id) and is_turn_id(turn_id))
+
+
+def _read(frame: bytes) -> Event | None:
+    """The event of a frame as this service writes it; only what JSON may escape or not is left open."""
+    if _FRAME.fullmatch(frame) is None:
+        return None
+    try:
+        event = decode_frame(frame)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        return None
+    written = encode_frame(event)
+    return event if frame == written or _escaped(frame) == _escaped(written) else None
+
+
+def _escaped(frame: bytes) -> str:
+    """With one spelling of each character: earlier versions escaped fewer of them."""
+    return _ESCAPED.sub(_escape, frame.decode())
+
+
+def _escape(found: re.Match[str]) -> str:
+    code, short, plain = found.groups()
+    text = _SHORT_ESCAPES.get(short, short) if short else plain
+    units = code.lower() if code else text.encode("utf-16-be").hex()
+    return "".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4))

@@ -1,0 +1,257 @@
+"""What may be imported: all that a service has exported, and nothing that breaks what reads it."""
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+
+from service.cli.main import main
+from service.cli.store_commands import _check_bounds, _check_turns
+from service.clock import wall_clock
+from service.errors import StartupError, StoreError
+from service.sessions.commands import NewSession, NewTurn
+from service.sessions.events import whole_turn
+from service.sessions.events.events import TurnDelta, TurnStarted, decode_frame, encode_frame
+from service.sessions.events.replay import replay_kept
+from service.settings import Settings, Upstream
+from service.storage.records import Checkpoint, Item
+from service.storage.session_export import ExportedSession, read_exported
+from service.storage.sqlite import maintenance, open_sqlite_store
+from service.supervisor import open_service
+
+Output = pytest.CaptureFixture[str]
+MODELS = {
+    "echoes": "rate=0&first_token_s=0",
+    "whole": "tokens=3&rate=0&first_token_s=0&reasoning=2",
+    "fails": "tokens=3&rate=0&first_token_s=0&fail_after=2",
+    "refuses": "rate=0&first_token_s=0&fail_after=0&fail_code=context_too_long",
+    "hangs": "tokens=9&rate=0&first_token_s=0&silent_after=2",
+}
+INPUT = 'line\u2028 end \u0085 "quoted" \\u2028 \u00e9 \U0001f642'
+
+
+async def fill(path: Path) -> None:
+    """A session ``s`` with turns of every kind of end, and its fork ``f``."""
+    upstreams = tuple(Upstream(name=name, url=f"scripted:?{script}", models=(name,)) for name, script in MODELS.items())
+    settings = Settings(store_url=f"sqlite:{path}", upstreams=upstreams, model="whole")
+    with trio.fail_after(30):
+        async with open_service(settings) as service:
+            sessions = service.sessions
+            await sessions.create_session(NewSession(id="s", title="\u00e9", metadata={"k": "v"}))
+            for model in ("whole", "fails", "refuses", "echoes"):
+                turn, watch = await sessions.start_turn("s", NewTurn(text=INPUT, model=model, temperature=0.5))
+                with watch:
+                    await turn.wait_ended()
+            echo, watch = await sessions.start_turn("s", NewTurn(text=INPUT, parent=None))
+            with watch:
+                await echo.wait_ended()
+            running, watch = await sessions.start_turn("s", NewTurn(text="x", model="hangs", background=True))
+            watch.release()
+            queued, watch = await sessions.start_turn("s", NewTurn(text="x", on_conflict="queue", background=True))
+            watch.release()
+            while running.log.last_seq < 3:
+                await running.log.wait_beyond(running.log.last_seq)
+            await sessions.cancel_turn("s", queued.id)
+            await sessions.cancel_turn("s", running.id)
+            running, watch = await sessions.start_turn("s", NewTurn(text="x", model="hangs", background=True))
+            watch.release()
+            while running.log.last_seq < 3:
+                await running.log.wait_beyond(running.log.last_seq)
+            service.shutdown.notice("test")
+            await service.shutdown.work_ended.wait()
+        await crash(path)
+        async with open_service(settings) as service:
+            await service.sessions.fork_session("s", at=None, copy_id="f")
+
+
+async def crash(path: Path) -> None:
+    """One more turn, whose owner dies after a checkpoint."""
+    async with open_sqlite_store(path) as store:
+        now = wall_clock()
+        session = await store.get_session("s", now=now)
+        head = await store.get_turn("s", str(session.head), now=now)
+        turn = NewTurn(text="x", model="whole").record(session, queued=False, now=now, settings=Settings())
+        await store.begin_turn(turn, now=now)
+        frames = await store.read_events("s", head.id)
+        event = decode_frame(frames[0])
+        assert isinstance(event, TurnStarted)
+        text = b'id: 2\ndata: {"type":"turn.delta","seq":2,"text":"Hel"}\n\n'
+        started = frames[0].replace(head.id.encode(), turn.id.encode()).replace(b'"hangs"', b'"whole"')
+        output = (Item(id="msg_" + 32 * "e", role="assistant", text="Hel"),)
+        await store.checkpoint_turns(
+            [Checkpoint(session_id="s", turn_id=turn.id, after=0, events=(started, text), output=output)]
+        )
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    path = tmp_path_factory.mktemp("filled") / "kept.db"
+    trio.run(fill, path)
+    return {session: maintenance.export_session(path, session) for session in ("s", "f")}
+
+
+def check(exported: bytes) -> ExportedSession:
+    """What the command looks at before it writes. Raises: StartupError."""
+    whole = read_exported(exported)
+    _check_bounds(whole, text_bytes_max=Settings().input_bytes_max)
+    _check_turns(whole)
+    return whole
+
+
+@pytest.mark.parametrize("session", ["s", "f"])
+def test_what_a_service_exported_is_imported_into_an_empty_folder_as_it_was(
+    exports: dict[str, bytes], session: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    ends = {(it["turn"]["state"], it["turn"]["reason"]) for it in json.loads(exports[session])["turns"]}
+    assert ("interrupted", "crash") in ends
+    if session == "s":
+        assert {state for state, _ in ends} == {"completed", "failed", "cancelled", "interrupted"}
+        assert ("interrupted", "shutdown") in ends
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LASTCALL_STORE_URL", "sqlite:new.db")
+    Path("exported.json").write_bytes(exports[session])
+    assert main(["import", "exported.json"]) == 0
+    capsys.readouterr()
+    assert main(["export", session]) == 0
+    assert capsys.readouterr().out.rstrip("\n").encode() == exports[session]
+    assert main(["check"]) == 0
+    assert (tmp_path / "new.db").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_refused_import_makes_no_store(
+    exports: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LASTCALL_STORE_URL", "sqlite:new.db")
+    Path("exported.json").write_bytes(exports["s"].replace(b'"completed"', b'"failed"'))
+    assert main(["import", "exported.json"]) == 78
+    assert "error None of turn" in capsys.readouterr().err
+    assert [it.name for it in tmp_path.iterdir()] == ["exported.json"]
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Each container with each of its keys, all the way down."""
+    if isinstance(value, dict | list):
+        for key in list(value) if isinstance(value, dict) else range(len(value)):
+            yield value, key
+            yield from places(value[key])
+
+
+WRONG: tuple[Any, ...] = (None, "", "x", "cancelled", "failed", "crash", "a\rb", -1, 0, 7, 1e300, True, [], {}, ["x"])
+
+
+def test_what_was_changed_is_refused_in_a_line_or_serves(exports: dict[str, bytes]) -> None:
+    whole = json.loads(exports["s"])
+    refused: list[str] = []
+    served = 0
+    for number, (container, key) in enumerate(list(places(whole))):
+        kept = container[key]
+        # All of them everywhere would take minutes: each place has some, each of them has many places.
+        changes: list[Any] = [WRONG[(number + step) % len(WRONG)] for step in (0, 4, 8)]
+        if isinstance(kept, str):
+            changes += [kept + kept, kept.replace("\n", "\r", 1), kept.replace("text", "tex", 1)]
+        if isinstance(kept, list):
+            changes += [kept[1:], kept[:-1], kept + kept[-1:], kept[::-1]]
+        if isinstance(kept, int | float):
+            changes += [kept + 1]
+        for change in (change for change in changes if change != kept):
+            container[key] = copy.deepcopy(change)
+            try:
+                accepted = check(json.dumps(whole).encode())
+            except StartupError as error:
+                refused.append(str(error))
+            else:
+                served += 1
+                for it in accepted.turns:
+                    log = replay_kept(it.turn, [event.encode() for event in it.events])
+                    assert log is not None
+                    assert log.closed
+        container[key] = kept
+    assert len(refused) > 1000
+    assert served > 20
+    assert not any("\n" in told for told in refused)
+
+
+def edit_event(index: int, old: str, new: str) -> Callable[[Any], None]:
+    def edit(it: Any) -> None:
+        assert old in it["events"][index]
+        it["events"][index] = it["events"][index].replace(old, new)
+
+    return edit
+
+
+FORGED: dict[str, Callable[[Any], object]] = {
+    "two terminal events": lambda it: (
+        it["events"].append(it["events"][-1].replace(str(len(it["events"])), str(len(it["events"]) + 1))),
+        it["turn"].update(last_seq=len(it["events"])),
+    ),
+    "another end": lambda it: it["turn"].update(state="cancelled", reason="requested", finish_reason=None),
+    "failed without an error": lambda it: it["turn"].update(state="failed", finish_reason=None),
+    "completed, and an error": lambda it: it["turn"].update(error={"code": "x", "message": "y"}),
+    "an input of the assistant": lambda it: it["turn"]["input"][0].update(role="assistant"),
+    "an input of the system": lambda it: it["turn"]["input"][0].update(role="system"),
+    "text unlike its deltas": lambda it: it["turn"]["output"][-1].update(text="another"),
+    "a delta that is not in the text": edit_event(4, '"text":"', '"text":"more '),
+    "another length": edit_event(-1, '"text_length":', '"text_length":1'),
+    "a bare CR in a frame": edit_event(0, '{"type"', '{\r"type"'),
+    "JSON that is none": edit_event(0, '{"type"', '{"type'),
+    "an event of no kind": edit_event(0, "turn.started", "turn.begun"),
+    "a member more": edit_event(0, '"type"', '"more":1,"type"'),
+    "another turn's name": edit_event(0, '"turn_id":"turn_', '"turn_id":"turn_0'),
+    "a delta before the start": lambda it: it["events"].__setitem__(
+        slice(0, 2),
+        [it["events"][1].replace("2", "1"), it["events"][0].replace("id: 1", "id: 2").replace('"seq":1', '"seq":2')],
+    ),
+    "no events": lambda it: it.update(events=[]),
+    "a field that is not known": lambda it: it["turn"].update(tools=[]),
+}
+
+
+@pytest.mark.parametrize("forgery", FORGED)
+def test_what_no_service_could_have_made_is_refused_with_session_turn_and_field(
+    exports: dict[str, bytes], forgery: str
+) -> None:
+    whole = json.loads(exports["s"])
+    it = whole["turns"][0]
+    FORGED[forgery](it)
+    with pytest.raises(StartupError) as refused:
+        check(json.dumps(whole).encode())
+    told = str(refused.value)
+    assert len(told.splitlines()) == 1
+    if forgery == "a field that is not known":
+        assert "turns[0].turn.'tools' is not known to this version" in told
+    else:
+        assert it["turn"]["id"] in told
+        assert "of session 's'" in told
+
+
+@pytest.mark.parametrize("text", ["a\u2028b\u0085", "\\u2028", '"\\\u2028', "\U0001f642\u2029", "\x7f\r\n"])
+def test_an_event_that_an_earlier_version_escaped_less_is_the_same_event(text: str) -> None:
+    event = TurnDelta(seq=7, text=text)
+    earlier = b"id: 7\ndata: %b\n\n" % msgspec.json.encode(event)
+    for frame in (encode_frame(event), earlier):
+        assert whole_turn._read(frame) == event
+    assert whole_turn._read(earlier.replace(b"data: {", b"data: { ")) is None
+    assert whole_turn._read(earlier.replace(b'"seq":7', b'"seq":7,"seq":7')) is None
+
+
+def test_an_import_beside_a_service_whose_file_was_taken_away_makes_no_other(
+    exports: dict[str, bytes], tmp_path: Path
+) -> None:
+    path = tmp_path / "kept.db"
+
+    async def import_meanwhile() -> None:
+        async with open_sqlite_store(path):
+            for file in tmp_path.iterdir():  # noqa: ASYNC240
+                file.unlink()
+            with pytest.raises(StartupError, match="still serves the file that was there before"):
+                maintenance.import_session(path, check(exports["s"]), now=wall_clock())
+            assert list(tmp_path.iterdir()) == []  # noqa: ASYNC240
+
+    with pytest.raises(StoreError, match="replaced while it was open"):
+        trio.run(import_meanwhile)
