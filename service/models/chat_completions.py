@@ -45,6 +45,7 @@ BODY_BYTES_MAX = 8 * 1024 * 1024
 """Bound on a body that is no event stream: a whole reply, with all that JSON adds to a text."""
 _DONE = b"[DONE]"
 _NOTHING = Delta()
+_FIELD_NAMES = re.compile(rb"(?:data:\s*)+")
 _LINES_MAX = 1000
 """Bound on the lines of one event that are tried one by one."""
 _START_BYTES_MAX = 400
@@ -265,6 +266,8 @@ class ReplyDecoder:
             self._note_done(events)
             self._finish(events)
             return True
+        if names := _FIELD_NAMES.match(payload):  # from a server that has written the field's name twice
+            return self._take(payload[names.end() :], events)
         lines = _pieces(payload)
         if len(lines) > 1:
             return any(self._take(line, events) for line in lines)

@@ -5,6 +5,7 @@ It follows the standard, with these differences that servers made necessary:
 - A named event other than ``message`` and ``error`` is left out: pings, progress of tools, what else a gateway adds.
 - The data of an event named ``error``, and of the field ``error`` that llama.cpp sent until 2025, comes out as an
   object with a member ``error``.
+- A line with an error that has no field's name before it, as a gateway passes on what its backend said, is an event.
 - Events that only one line end parts are told apart, as far as they are JSON objects or ``[DONE]``.
 - An event that is too large is left out and counted, without being collected.
 
@@ -176,11 +177,11 @@ class SseDecoder:
                 self._drop_event()
             else:
                 self._data.append(b"")
-        elif line.startswith(b"error:"):
+        elif line.startswith((b"error:", b'{"error"')):
             if len(line) > self._event_bytes_max:
                 self.large_events += 1
             else:
-                events.append(b'{"error":%s}' % line[6:])
+                events.append(line if line.startswith(b"{") else b'{"error":%s}' % line[6:])
 
     def _part_from(self, value: bytes, events: list[bytes]) -> None:
         """End the event before this line of data, where no JSON can go on with it."""

@@ -106,7 +106,7 @@ class ErrorReply(msgspec.Struct, frozen=True, kw_only=True):
         return cls(
             words=_words(error.get("code"), error.get("Code"), error.get("type"), error.get("status"), message),
             message=message,
-            status=_status(error.get("code")),
+            status=_status(error.get("code")) or _status(error.get("status")),
             is_error_member=True,
         )
 

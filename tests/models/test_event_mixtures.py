@@ -139,6 +139,10 @@ def test_a_body_without_any_chunk_fails_with_a_sentence_about_that(garbage: byte
         (event({}, name="error"), "reported an error"),
         (event(b"{broken", name="error"), "{broken"),
         (event({"error": "it burns"}, name="message"), "it burns"),
+        (b'{"error": {"message": "it burns"}}\n', "it burns"),
+        (b'{"error":"it burns"}', "it burns"),
+        (event({"error": {"code": "INTERNAL", "status": 503, "message": "it burns"}}), "HTTP 503"),
+        (event(b'data: {"error": "it burns"}'), "it burns"),
         (event({"base_resp": {"status_code": 1004, "status_msg": "login fail"}}), "login fail"),
         (event({"choices": [], "usage": {}, "base_resp": {"status_code": 1027, "status_msg": "sensitive"}}), "sensit"),
         (event({"Response": {"Error": {"Code": "AuthFailure", "Message": "it burns"}}}), "it burns"),
@@ -169,6 +173,26 @@ def test_events_that_one_line_end_parts_are_told_apart(name: str, end: bytes) ->
         assert Read(*(bytes([byte]) for byte in stream + tail)).events == [*map(TextDelta, "abc"), STOP]
 
 
+def test_events_that_one_line_end_parts_have_names_of_their_own() -> None:
+    ping = event({"message": "still here"}, name="ping", end=b"\n")
+    texts = [event(delta(text), name="message", end=b"\n") for text in "abc"]
+    stream = [texts[0], ping, ping, texts[1], ping, texts[2], event(finish(), name="message", end=b"\n")]
+    for chunks in (stream, [b"".join(stream)]):
+        assert Read(*chunks).events == [*map(TextDelta, "abc"), STOP]
+
+
+def test_joined_data_that_is_no_json_is_tried_line_by_line() -> None:
+    for joined in (
+        b"%b\ndata: : keepalive",
+        b"waiting for [\ndata: %b",
+        b"\ndata: %b\ndata: ",
+        b"x\ndata: x\ndata: %b",
+    ):
+        stream = [event(joined % json.dumps(delta(text)).encode()) for text in "ab"]
+        assert Read(*stream, event(finish())).text == "ab"
+    assert Read(event(b"x\ndata: " * 500_000)).code == "upstream_protocol"
+
+
 def test_events_that_one_line_end_parts_come_one_by_one() -> None:
     """Not all at once at the end, which would be late and could be too large."""
     decoder = ReplyDecoder(redact=str)
@@ -177,6 +201,14 @@ def test_events_that_one_line_end_parts_come_one_by_one() -> None:
     assert decoder.feed(event(delta("c"), end=b"\n")) == [TextDelta("c")]
     assert decoder.feed(event(finish(), end=b"\n")) == []
     assert decoder.feed(event(DONE, end=b"\n")) == [STOP]
+
+
+@pytest.mark.parametrize("tail", [b"\n\n", b"\r\ndata: \r\n\r\n", b"\ndata: \ndata: \n\n"])
+def test_a_name_of_a_field_that_is_there_twice_is_read_over(tail: bytes) -> None:
+    """As from sse-starlette where it is given lines that are framed already."""
+    payloads = (delta("a"), delta("b"), finish(), DONE)
+    assert Read(*(b"data: " + event(payload, end=tail) for payload in payloads)).events == [*map(TextDelta, "ab"), STOP]
+    assert Read(event(b"data:" * 20_000 + b"x")).code == "upstream_protocol"
 
 
 def test_json_over_several_lines_stays_one_event() -> None:
@@ -331,6 +363,8 @@ def read_pieces(*pieces: dict[str, Any]) -> Read:
         ([(0, "a"), (0, "b"), (1, "x"), (1, "y"), (0, "c"), (1, "z"), (0, "", "stop")], "abc"),
         ([(0, "a"), (0, "b", "stop"), (1, "x"), (1, "y", "stop")], "ab"),
         ([(0, "a", "stop"), (1, "x", "stop")], "a"),
+        ([(0, "a", "stop"), *[(1, "x")] * 9, (1, "", "stop")], "a"),
+        ([(1, "a"), *[(0, "x")] * 9, (0, "", "stop"), (1, "b"), (1, "", "stop")], "ab"),
         ([(0, "a"), (1, "x"), (0, "", "stop"), (1, "", "stop")], "a"),
         # One choice, whose index is counted up: all of it is read.
         ([(number, letter) for number, letter in enumerate("abcdefghijklm")] + [(13, "", "stop")], "abcdefghijklm"),
