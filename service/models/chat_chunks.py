@@ -31,7 +31,7 @@ class Delta(msgspec.Struct, gc=False):
     refusal: str | None = None  # OpenAI, in place of content
 
 
-class Choice(msgspec.Struct):
+class Choice(msgspec.Struct, gc=False):
     delta: Delta | None = None
     message: Delta | None = None  # where somebody on the way does not stream
     finish_reason: str | None = None
@@ -50,13 +50,13 @@ class OutputDetails(msgspec.Struct):
     reasoning_tokens: int | None = None
 
 
-class TokenUsage(msgspec.Struct):
+class TokenUsage(msgspec.Struct, gc=False):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     completion_tokens_details: OutputDetails | None = None
 
 
-class Chunk(msgspec.Struct):
+class Chunk(msgspec.Struct, gc=False):
     choices: list[Choice] | None = None
     usage: TokenUsage | None = None
     error: Any = None

@@ -129,3 +129,11 @@ def test_endless_empty_members_take_bounded_steps() -> None:
         takes.append(inflater.take())
     assert takes[-1] == b"end"
     assert len(takes) > 100
+
+
+@pytest.mark.parametrize("wbits", [31, 15, -15])
+def test_all_that_a_part_of_a_body_holds_is_there_before_more_of_it(wbits: int) -> None:
+    body = zlib_like(wbits)(bytes(300_000) + TEXT)
+    for length in range(2, 400):
+        whole = zlib.decompressobj(wbits).decompress(body[:length])
+        assert read("gzip" if wbits == 31 else "deflate", body[:length]) == whole
