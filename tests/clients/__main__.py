@@ -130,9 +130,8 @@ async def resumes(around: Surroundings, library: str, by: bytes) -> str:
         check_whole(seen)
         resumed = [int(found[1]) for request in proxy.requests if (found := re.search(by + rb"([0-9]+)", request))]
         check(5 <= min(resumed, default=0) < LAST_SEQ, f"it has not resumed with {by!r}: {proxy.requests}")
-        return (
-            f"cut once, resumed with {by.decode()}; after the end {seen['statuses'][0]}, {len(proxy.requests)} requests"
-        )
+        asked, state = len(proxy.requests), seen["statuses"][0]
+        return f"cut once, resumed with {by.decode()}{resumed[0]}; after the end it is {state}, {asked} requests"
 
 
 async def fetch_event_source(around: Surroundings) -> str:
@@ -162,7 +161,7 @@ async def httpx_sse(around: Surroundings) -> str:
         seen = json.loads(done.stdout)
         check_whole(seen)
         check(seen["text"].startswith(LINE_ENDS), f"the text is {seen['text'][:40]!r}")
-        return f"{LAST_SEQ} events with heartbeats between them, none empty, none cut at a line end"
+        return f"{seen['version']}: {LAST_SEQ} events with heartbeats between them, none empty, none cut at a line end"
 
 
 async def check_streams_live(server: int, through: int, path: str = "/chat", **headers: str) -> None:
@@ -279,7 +278,7 @@ def main() -> int:
     httpx_sse = "httpx-sse" if arguments.newest else f"httpx-sse=={HTTPX_SSE}"
     try:
         around = Surroundings(node=install_node_packages(newest=arguments.newest), httpx_sse=httpx_sse)
-        versions = node_versions(around.node) | {"httpx-sse": httpx_sse} | install_debian_packages()
+        versions = node_versions(around.node) | install_debian_packages()
     except MissingError as error:
         print(f"FAILED  {error}")
         return 1

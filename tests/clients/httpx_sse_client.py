@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib.metadata import version
 
 import httpx
 import httpx_sse  # type: ignore[import-not-found]  # of the script's own environment
@@ -13,5 +14,11 @@ with (
     events = [event.data for event in source.iter_sse()]
 seen = [json.loads(data) for data in events if data]
 text = "".join(event["text"] for event in seen if event["type"] == "turn.delta")
-outcome = {"seqs": [event["seq"] for event in seen], "last": seen[-1]["type"], "text": text}
-sys.stdout.write(json.dumps(outcome | {"empty": events.count("")}))
+outcome = {
+    "version": version("httpx-sse"),
+    "seqs": [event["seq"] for event in seen],
+    "last": seen[-1]["type"],
+    "text": text,
+    "empty": events.count(""),
+}
+sys.stdout.write(json.dumps(outcome))

@@ -71,6 +71,11 @@ const libraries = {
 };
 
 console.error = console.warn = () => {};
-await libraries[name]();
+try {
+  await libraries[name]();
+} catch (error) {
+  process.stderr.write(`${error.stack}\n`);
+  process.exit(1);
+}
 console.log(JSON.stringify(seen));
 process.exit(0);

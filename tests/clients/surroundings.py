@@ -45,11 +45,12 @@ def install_node_packages(*, newest: bool) -> Path:
         shutil.copy(HERE / script, folder)
     if not (folder / "installed").exists():
         packages: dict[str, str] = json.loads((HERE / "package.json").read_bytes())["dependencies"]
-        shutil.copy(HERE / "package.json", folder)
-        if newest:
-            command = ["npm", "install", "--save-exact", *(f"{package}@latest" for package in packages)]
+        if newest:  # of those that this Node.js can run, which npm knows where no version is named
+            (folder / "package.json").write_text('{"private": true}')
+            command = ["npm", "install", *packages]
         else:
-            shutil.copy(HERE / "package-lock.json", folder)
+            for file in ("package.json", "package-lock.json"):
+                shutil.copy(HERE / file, folder)
             command = ["npm", "ci"]
         _run([*command, "--no-audit", "--no-fund", "--ignore-scripts"], folder)
         (folder / "installed").touch()
