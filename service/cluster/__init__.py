@@ -1,1 +1,1 @@
-"""Other processes of this service, as sessions see them."""
+"""The other processes of this service: how they are reached, asked, and known to be of this service."""

@@ -19,8 +19,9 @@ from typing import Any, cast
 import trio
 from hypercorn.typing import AppWrapper, ConnectionState, Scope
 
-from service.api.http.proxy import PEER, process_of_peer, socket_name, user_of_peer
+from service.api.http.proxy import PEER
 from service.cluster.peer_proof import check_peer
+from service.cluster.peer_socket import process_of_peer, socket_name, user_of_peer
 from service.errors import StartupError
 from service.hosting.hypercorn.connections import Connections, Stream
 from service.hosting.hypercorn.worker import Worker

@@ -15,7 +15,7 @@ BYTES_MAX = 64 * 1024 * 1024
 """The messages and events that one fork copies at most."""
 
 
-class Path:
+class ForkPath:
     """The turns that are to be copied, gathered from the last one to the root.
 
     Attributes:
@@ -41,14 +41,14 @@ class Path:
 
 
 def fork_of(
-    source: SessionRecord, path: Path, *, copy_id: str, now: datetime
+    source: SessionRecord, path: ForkPath, *, copy_id: str, now: datetime
 ) -> tuple[SessionRecord, list[TurnRecord]]:
     """A new session with the settings of ``source``, and copies of the turns of ``path``, root first."""
     turns = list(copies_of(path, copy_id=copy_id))
     return forked_session(source, turns, copy_id=copy_id, now=now), turns
 
 
-def copies_of(path: Path, *, copy_id: str) -> Iterator[TurnRecord]:
+def copies_of(path: ForkPath, *, copy_id: str) -> Iterator[TurnRecord]:
     """Copies of the turns of ``path``, root first, some 30 microseconds each.
 
     They have ids of their own, their items too; what happened to the turns, and when, stays.

@@ -25,7 +25,7 @@ from service.errors import (
     SessionNotFoundError,
     TurnNotFoundError,
 )
-from service.storage.fork_path import Path, copies_of, forked_session
+from service.storage.fork_path import ForkPath, copies_of, forked_session
 from service.storage.page_cursor import (
     SessionPosition,
     TurnPosition,
@@ -99,7 +99,7 @@ class MemoryStore:
         await anyio.lowlevel.checkpoint()
         source = self._visible(source_id, now).record
         at = source.head if at is None else at
-        path, events = Path(), []
+        path, events = ForkPath(), []
         while at is not None:
             turn = self._turn_of(source_id, at)
             path.add(turn.record, events_bytes=sum(map(len, turn.events)))

@@ -14,8 +14,8 @@ import pytest
 import trio
 
 from bench.server_process import ServerFailedError
-from service.api.http.proxy import socket_name
 from service.cluster.peer_proof import prove_to_owner
+from service.cluster.peer_socket import socket_name
 from service.hosting.peer_listener import client_returns
 from tests.hosting.hosts import SERVE, open_host
 

@@ -1,6 +1,6 @@
 """A call to a store that is cancelled, wherever it waits, leaves all of its step behind or nothing."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,7 +10,7 @@ import trio
 
 from service.models.client import Usage
 from service.storage import fork_path, memory
-from service.storage.records import SessionPatch, SessionRecord
+from service.storage.records import SessionPatch, TurnRecord
 from service.storage.sqlite import forks as sqlite_forks
 from service.storage.store import Store
 from tests.storage.conftest import OpenStore
@@ -121,18 +121,18 @@ def _forks_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sqlite_forks, "STEP_S", 0)
     numbers: dict[str, int] = {}
 
-    def number(source: SessionRecord, path: fork_path.Path, **changes: Any) -> object:
+    def number(path: fork_path.ForkPath, **changes: Any) -> Iterator[TurnRecord]:
         numbers["next"] = 0
-        return fork_of(source, path, **changes)
+        return copies_of(path, **changes)
 
     def new_turn_id() -> str:
         numbers["next"] += 1
         return f"turn_{numbers['next']}"
 
-    fork_of = fork_path.fork_of
+    copies_of = fork_path.copies_of
     monkeypatch.setattr(fork_path, "new_turn_id", new_turn_id)
-    monkeypatch.setattr(memory, "fork_of", number)
-    monkeypatch.setattr(sqlite_forks, "fork_of", number)
+    monkeypatch.setattr(fork_path, "copies_of", number)
+    monkeypatch.setattr(memory, "copies_of", number)
 
 
 @pytest.mark.usefixtures("_forks_alike")

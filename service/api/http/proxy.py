@@ -11,12 +11,8 @@ have not left: this process closes only its sending side then, and the owner giv
 the same where this process has died (``service/hosting/peer_listener.py``).
 """
 
-import os
 import re
-import socket
-import struct
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from math import inf
 from typing import cast
@@ -33,16 +29,14 @@ from service.api.http.end_of_input import leave_at_end_of_input
 from service.api.http.event_stream import MEDIA_TYPE, read_cursor, read_last_event_id
 from service.api.http.request_body import drop_body, kept_body
 from service.api.http.request_resources import release_after_request
-from service.cluster.peer_proof import PeerGoneError, prove_to_owner
+from service.cluster.peer_client import PEER_GONE, PeerConnection, PeerRequest
+from service.cluster.peer_socket import connect_to_peer, user_of_peer
 from service.cluster.proxied_requests import ProxiedRequest
 from service.errors import (
-    InvalidRequestError,
     LastcallError,
     OwnedElsewhereError,
-    ResourcesExhaustedError,
     ShuttingDownError,
     StoreError,
-    is_exhaustion,
 )
 from service.freezes import move_on_after
 from service.sessions.events.event_log import EventLog
@@ -66,19 +60,14 @@ _HOPS_AT_ONCE = 3
 _HOPS_MAX = 10
 """It does not change for ever."""
 _SETTLING_S = 0.02
-_CONNECT_TIMEOUT_S = 2.0
 _DYING_S = 1.0
 """How long the lock of a process that dies may outlive its connections."""
 _LOOK_S = 0.01
 _WRITE_BYTES_MAX = 64 * 1024
-_CREDENTIALS = struct.Struct("3i")  # process, user, group
-_NOBODY = -1
 _HOP_BY_HOP = frozenset(
     (b"connection", b"keep-alive", b"transfer-encoding", b"upgrade", b"te", b"trailer", b"date", b"server", b"expect")
 )
 _TURN_PATH = re.compile(r"/sessions/([^/]+)/turns/(turn_[0-9a-f]{32})(?:/events)?$")
-_GONE = (OSError, trio.BrokenResourceError, h11.RemoteProtocolError, PeerGoneError)
-"""What a connection whose other process has died raises."""
 
 
 def is_from_peer() -> bool:
@@ -116,28 +105,6 @@ def _client_returns() -> Callable[[], bool]:
     return cast("Callable[[], bool]", request.scope.get(PEER, bool))
 
 
-def socket_name(address: str) -> str:
-    """What the kernel calls a peer's address: a leading ``@`` stands for the NUL of an abstract name."""
-    return f"\0{address[1:]}" if address.startswith("@") else address
-
-
-def user_of_peer(stream_socket: trio.socket.SocketType | None) -> int:
-    """The user whose process is at the other end of a Unix socket; without one, this process's own."""
-    return os.getuid() if stream_socket is None else _credentials_of(stream_socket)[1]
-
-
-def process_of_peer(stream_socket: trio.socket.SocketType) -> int:
-    """The process at the other end of a Unix socket; 0 where it is not visible from here."""
-    return _credentials_of(stream_socket)[0]
-
-
-def _credentials_of(stream_socket: trio.socket.SocketType) -> tuple[int, int, int]:
-    """Source: unix(7), ``SO_PEERCRED``."""
-    credentials = stream_socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    process, user, group = _CREDENTIALS.unpack(credentials)
-    return process, user, group
-
-
 async def forward(error: OwnedElsewhereError) -> TrioResponse:
     """Have the current request answered by the owner that ``error`` names.
 
@@ -156,10 +123,10 @@ async def forward(error: OwnedElsewhereError) -> TrioResponse:
             error = newer
     if error.address is None or hops >= _HOPS_MAX:
         raise StoreError(str(error))
-    stream = await _connect(error.address)
+    stream = await connect_to_peer(error.address)
     if stream is None:
         return await _answer_here(error)
-    peer = OwnerConnection(stream, address=error.address, secret=current_service().store.peer_secret)
+    peer = PeerConnection(stream, address=error.address, secret=current_service().store.peer_secret)
     slot = current_service().sessions.proxied_requests.open_request()
     release_after_request(partial(_hang_up, peer, slot, _client_returns()))
     if user_of_peer(stream.socket) != user_of_peer(None):
@@ -169,7 +136,7 @@ async def forward(error: OwnedElsewhereError) -> TrioResponse:
     if _patience_s() == inf:
         leave_at_end_of_input()
     with slot.waiting() as wait, move_on_after(_patience_s()) as patience:
-        answer = await peer.ask(hops + 1)
+        answer = await peer.ask(_peer_request(hops + 1), is_stream=_is_stream)
     may_be_repeated = _may_be_repeated() or not peer.has_asked
     if wait.cancelled_caught:
         raise ShuttingDownError
@@ -219,23 +186,6 @@ def _unknown_outcome(what: str) -> StoreError:
     )
 
 
-async def _connect(address: str) -> trio.SocketStream | None:
-    """A connection to the owner; None where nobody answers there. Raises: ResourcesExhaustedError."""
-    with move_on_after(_CONNECT_TIMEOUT_S):
-        while True:
-            try:
-                stream = await trio.open_unix_socket(socket_name(address))
-            except OSError as error:
-                if is_exhaustion(error.errno):
-                    raise ResourcesExhaustedError from error
-                return None
-            if user_of_peer(stream.socket) != _NOBODY:
-                return stream
-            stream.socket.close()  # its backlog is full: the kernel refuses, Trio does not notice
-            await trio.sleep(_LOOK_S)
-    return None
-
-
 async def _answer_here(error: OwnedElsewhereError) -> TrioResponse:
     """The owner is gone: end its turns and begin the request anew, here."""
     await _wait_until_free(current_service(), error.session_id, error.fence)
@@ -267,7 +217,7 @@ async def _wait_until_free(service: Service, session_id: str, fence: int) -> Non
     raise _no_answer(session_id)
 
 
-def _hang_up(peer: "OwnerConnection", slot: ProxiedRequest, client_returns: Callable[[], bool]) -> None:
+def _hang_up(peer: "PeerConnection", slot: ProxiedRequest, client_returns: Callable[[], bool]) -> None:
     """The request is over: the connection to the owner closes in a way that says whether the client has left."""
     if (slot.was_cut or client_returns()) and slot.take_leave(peer.take_leave):
         return
@@ -283,7 +233,7 @@ class ProxiedStream(ResponseBody):
         turn_path: Of the turn whose events they are.
     """
 
-    def __init__(self, peer: "OwnerConnection", slot: ProxiedRequest, *, fence: int, turn_path: str) -> None:
+    def __init__(self, peer: "PeerConnection", slot: ProxiedRequest, *, fence: int, turn_path: str) -> None:
         self._service = current_service()  # there is no current request any more when it is sent
         self._peer = peer
         self._slot = slot
@@ -307,7 +257,7 @@ class ProxiedStream(ResponseBody):
         if self._rest is None:
             try:
                 frames = await self._receive_frames()
-            except _GONE:
+            except PEER_GONE:
                 self._rest = await self._open_rest()
         if self._rest is not None:
             frames, self._cursor = self._rest.read_after(self._cursor, bytes_max=_WRITE_BYTES_MAX)
@@ -370,100 +320,18 @@ def _is_stream(head: h11.Response) -> bool:
     )
 
 
-class OwnerConnection:
-    """The client's side of one request to another process.
-
-    Attributes:
-        has_asked: Whether the request may have reached the owner.
-    """
-
-    def __init__(self, stream: trio.SocketStream, *, address: str, secret: bytes) -> None:
-        self.has_asked = False
-        self._stream = stream
-        self._address = address
-        self._secret = secret
-        self._protocol = h11.Connection(h11.CLIENT)
-
-    def close(self) -> None:
-        """To the owner, the client has left."""
-        self._stream.socket.close()
-
-    async def take_leave(self) -> None:
-        """Close as one whose client may come back; done when the owner has seen it and closes, too."""
-        try:
-            with suppress(*_GONE):
-                await self._stream.send_eof()
-                while await self._stream.receive_some(65536):
-                    pass
-        finally:
-            self.close()
-
-    async def ask(self, hops: int) -> tuple[h11.Response, bytes] | None:
-        """Send the current request; the answer, None where the owner dies before it. A stream's body is left to come.
-
-        Raises:
-            InvalidRequestError: HTTP/1.1 has no way to say it.
-            StoreError: What listens there does not know the store's secret.
-        """
-        try:
-            if not await prove_to_owner(self._stream, self._secret, address=self._address):
-                raise StoreError("The address of the process that runs these turns was taken by another process.")
-            self.has_asked = True
-            await self._send_request(hops)
-            head = await self._receive_head()
-            return head, b"" if _is_stream(head) else await self._receive_whole_body()
-        except h11.LocalProtocolError as error:
-            raise InvalidRequestError(f"This request has a header that cannot be passed on: {error}.") from error
-        except _GONE:
-            return None
-
-    async def _send_request(self, hops: int) -> None:
-        """Send the current request as it came in, less what concerned only its own connection."""
-        body = kept_body(request)
-        headers = [
-            (name, value)
-            for name, value in request.scope["headers"]
-            if name.lower() not in _HOP_BY_HOP and name.lower() not in (b"content-length", _HOPS.encode())
-        ]
-        if not any(name.lower() == b"host" for name, _ in headers):
-            headers.append((b"host", b"localhost"))  # HTTP/2 has it in :authority
-        headers += [
-            (b"content-length", b"%d" % len(body)),
-            (_HOPS.encode(), b"%d" % hops),
-            (b"connection", b"close"),
-        ]
-        target = request.scope["raw_path"] + (b"?" + request.query_string if request.query_string else b"")
-        data = b"".join(
-            self._protocol.send(event) or b""
-            for event in (
-                h11.Request(method=request.method, target=target, headers=headers),
-                h11.Data(data=body),
-                h11.EndOfMessage(),
-            )
-        )
-        with suppress(trio.BrokenResourceError):  # it may have answered before it read everything
-            await self._stream.send_all(data)
-
-    async def _receive_head(self) -> h11.Response:
-        event = await self._next_event()
-        while isinstance(event, h11.InformationalResponse):
-            event = await self._next_event()
-        if not isinstance(event, h11.Response):
-            raise h11.RemoteProtocolError("the owner has closed the connection")
-        return event
-
-    async def _receive_whole_body(self) -> bytes:
-        body = bytearray()
-        while data := await self.receive_body():
-            body += data
-        return bytes(body)
-
-    async def receive_body(self) -> bytes:
-        """What has come of the body; empty at its end."""
-        event = await self._next_event()
-        return bytes(event.data) if isinstance(event, h11.Data) else b""
-
-    async def _next_event(self) -> h11.Event | type[h11.PAUSED]:
-        while (event := self._protocol.next_event()) is h11.NEED_DATA:
-            self._protocol.receive_data(await self._stream.receive_some(65536))
-        return event  # type: ignore[return-value]
+def _peer_request(hops: int) -> PeerRequest:
+    """The current request as it came in, less what concerned only its own connection."""
+    headers = [
+        (name, value)
+        for name, value in request.scope["headers"]
+        if name.lower() not in _HOP_BY_HOP and name.lower() not in (b"content-length", _HOPS.encode())
+    ]
+    if not any(name.lower() == b"host" for name, _ in headers):
+        headers.append((b"host", b"localhost"))  # HTTP/2 has it in :authority
+    return PeerRequest(
+        method=request.method,
+        target=request.scope["raw_path"] + (b"?" + request.query_string if request.query_string else b""),
+        headers=[*headers, (_HOPS.encode(), b"%d" % hops)],
+        body=kept_body(request),
+    )

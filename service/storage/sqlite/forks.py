@@ -12,7 +12,7 @@ import msgspec
 
 from service.errors import OwnedElsewhereError, SessionExistsError
 from service.ids import new_session_id
-from service.storage.fork_path import Path, fork_of
+from service.storage.fork_path import ForkPath, fork_of
 from service.storage.records import SessionRecord, TurnRecord
 from service.storage.sqlite import sessions, turns
 from service.storage.sqlite.ownership import owner_of
@@ -61,7 +61,7 @@ def plan(db: apsw.Connection, source_id: str, *, at: str | None, copy_id: str, f
     """
     source = sessions.visible(db, source_id, now)
     at = source.record.head if at is None else at
-    path, keys = Path(), []
+    path, keys = ForkPath(), []
     if at is not None:
         turns.key_of(db, at, source.key)
         for key, turn_id in turns.keys_down(db, source.key, at):

@@ -19,8 +19,10 @@ from trio.testing import wait_all_tasks_blocked
 
 from service.api import app
 from service.api.http import proxy
-from service.api.http.proxy import PEER, socket_name, split_whole
+from service.api.http.proxy import PEER, split_whole
+from service.cluster import peer_socket
 from service.cluster.peer_proof import check_peer
+from service.cluster.peer_socket import socket_name
 from service.errors import OwnedElsewhereError
 from service.storage.records import Checkpoint
 from service.storage.sqlite import SqliteStore, open_sqlite_store
@@ -466,7 +468,7 @@ async def test_an_owner_whose_backlog_is_full_is_asked_again(tmp_path: Path) -> 
 async def test_an_owner_whose_backlog_stays_full_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proxy, "_CONNECT_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(peer_socket, "_CONNECT_TIMEOUT_S", 0.1)
     async with open_owner(tmp_path, backlog=0) as (api, owner):
         with socket.socket(socket.AF_UNIX) as waiting:
             waiting.connect(owner.listener.getsockname())

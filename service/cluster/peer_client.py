@@ -1,0 +1,118 @@
+"""The client's side of one HTTP/1.1 request to another process of this service."""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+import h11
+import msgspec
+import trio
+
+from service.cluster.peer_proof import PeerGoneError, prove_to_owner
+from service.errors import InvalidRequestError, StoreError
+
+PEER_GONE = (OSError, trio.BrokenResourceError, h11.RemoteProtocolError, PeerGoneError)
+"""What a connection whose other process has died raises."""
+
+
+class PeerRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A request as it is sent: ``target`` with its query, ``headers`` without ``content-length`` and ``connection``."""
+
+    method: str
+    target: bytes
+    headers: Sequence[tuple[bytes, bytes]]
+    body: bytes
+
+
+class PeerConnection:
+    """A connection that carries one request. Closed by :meth:`close` or :meth:`take_leave`.
+
+    Args:
+        stream: Connected, and not used yet; closed with this.
+        address: The peer's, for the proof.
+        secret: What both processes know, from the store.
+
+    Attributes:
+        has_asked: Whether the request may have reached the peer.
+    """
+
+    def __init__(self, stream: trio.SocketStream, *, address: str, secret: bytes) -> None:
+        self.has_asked = False
+        self._stream = stream
+        self._address = address
+        self._secret = secret
+        self._protocol = h11.Connection(h11.CLIENT)
+
+    def close(self) -> None:
+        """Close at once: to the peer, the client has left. Closing twice is closing once."""
+        self._stream.socket.close()
+
+    async def take_leave(self) -> None:
+        """Close as one whose client may come back; done when the peer has seen it and closes, too."""
+        try:
+            with suppress(*PEER_GONE):
+                await self._stream.send_eof()
+                while await self._stream.receive_some(65536):
+                    pass
+        finally:
+            self.close()
+
+    async def ask(
+        self, request: PeerRequest, *, is_stream: Callable[[h11.Response], bool]
+    ) -> tuple[h11.Response, bytes] | None:
+        """Send a request; the answer, None where the peer dies before it.
+
+        Args:
+            is_stream: Whether an answer's body is a stream: then it is left to come, by :meth:`receive_body`.
+
+        Raises:
+            InvalidRequestError: HTTP/1.1 has no way to say it.
+            StoreError: What listens there does not know the store's secret.
+        """
+        try:
+            if not await prove_to_owner(self._stream, self._secret, address=self._address):
+                raise StoreError("The address of the process that runs these turns was taken by another process.")
+            self.has_asked = True
+            await self._send(request)
+            head = await self._receive_head()
+            return head, b"" if is_stream(head) else await self._receive_whole_body()
+        except h11.LocalProtocolError as error:
+            raise InvalidRequestError(f"This request has a header that cannot be passed on: {error}.") from error
+        except PEER_GONE:
+            return None
+
+    async def _send(self, request: PeerRequest) -> None:
+        headers = [*request.headers, (b"content-length", b"%d" % len(request.body)), (b"connection", b"close")]
+        data = b"".join(
+            self._protocol.send(event) or b""
+            for event in (
+                h11.Request(method=request.method, target=request.target, headers=headers),
+                h11.Data(data=request.body),
+                h11.EndOfMessage(),
+            )
+        )
+        with suppress(trio.BrokenResourceError):  # it may have answered before it read everything
+            await self._stream.send_all(data)
+
+    async def _receive_head(self) -> h11.Response:
+        event = await self._next_event()
+        while isinstance(event, h11.InformationalResponse):
+            event = await self._next_event()
+        if not isinstance(event, h11.Response):
+            raise h11.RemoteProtocolError("the peer has closed the connection")
+        return event
+
+    async def _receive_whole_body(self) -> bytes:
+        body = bytearray()
+        while data := await self.receive_body():
+            body += data
+        return bytes(body)
+
+    async def receive_body(self) -> bytes:
+        """What has come of the body; empty at its end."""
+        event = await self._next_event()
+        return bytes(event.data) if isinstance(event, h11.Data) else b""
+
+    async def _next_event(self) -> h11.Event | type[h11.PAUSED]:
+        while (event := self._protocol.next_event()) is h11.NEED_DATA:
+            self._protocol.receive_data(await self._stream.receive_some(65536))
+        return event  # type: ignore[return-value]

@@ -1,0 +1,64 @@
+"""The sockets on which processes of this service reach each other: their names, their users, and how to connect.
+
+A peer's address is the name of a Unix socket; one with a leading ``@`` is abstract (unix(7)) and has no file.
+"""
+
+import os
+import socket
+import struct
+
+import trio
+
+from service.errors import ResourcesExhaustedError, is_exhaustion
+from service.freezes import move_on_after
+
+_CONNECT_TIMEOUT_S = 2.0
+_LOOK_S = 0.01
+_CREDENTIALS = struct.Struct("3i")  # process, user, group
+_NOBODY = -1
+"""The user of a connection that the kernel has not made: the listener's backlog is full."""
+
+
+def socket_name(address: str) -> str:
+    """What the kernel calls a peer's address: a leading ``@`` stands for the NUL of an abstract name."""
+    return f"\0{address[1:]}" if address.startswith("@") else address
+
+
+def user_of_peer(stream_socket: trio.socket.SocketType | None) -> int:
+    """The user whose process is at the other end of a Unix socket; without one, this process's own."""
+    return os.getuid() if stream_socket is None else _credentials_of(stream_socket)[1]
+
+
+def process_of_peer(stream_socket: trio.socket.SocketType) -> int:
+    """The process at the other end of a Unix socket; 0 where it is not visible from here."""
+    return _credentials_of(stream_socket)[0]
+
+
+async def connect_to_peer(address: str) -> trio.SocketStream | None:
+    """A connection to a peer, which the caller closes; None where no process answers there.
+
+    Cancellation leaves no socket behind.
+
+    Raises:
+        ResourcesExhaustedError: This process may open no more sockets.
+    """
+    with move_on_after(_CONNECT_TIMEOUT_S):
+        while True:
+            try:
+                stream = await trio.open_unix_socket(socket_name(address))
+            except OSError as error:
+                if is_exhaustion(error.errno):
+                    raise ResourcesExhaustedError from error
+                return None
+            if user_of_peer(stream.socket) != _NOBODY:
+                return stream
+            stream.socket.close()  # its backlog is full: the kernel refuses, Trio does not notice
+            await trio.sleep(_LOOK_S)
+    return None
+
+
+def _credentials_of(stream_socket: trio.socket.SocketType) -> tuple[int, int, int]:
+    """Source: unix(7), ``SO_PEERCRED``."""
+    credentials = stream_socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    process, user, group = _CREDENTIALS.unpack(credentials)
+    return process, user, group
