@@ -5,6 +5,10 @@ set positional-arguments
 # Where this is set, as in many images, each process compiles all that it imports: most of what a server's start takes.
 export PYTHONDONTWRITEBYTECODE := ""
 
+# uv names itself to the programs that it runs. What runs with the tools of the `dev` group installs them when they are missing.
+uv := env("UV", "uv")
+dev := uv + " run --group dev"
+
 # Of flake8-async not what ruff checks too (110, 222), the checkpoints that Trio does not ask for (9), async functions that
 # a protocol makes so (124) and that httpx, this project's choice, has a successor (127).
 disabled := "ASYNC110,ASYNC222,ASYNC9,ASYNC124,ASYNC127"
@@ -16,6 +20,11 @@ parallel := "-n auto --maxschedchunk 1"
 _list:
     @just --list --unsorted
 
+# install all that a contributor needs: the tools of the tests and of the bench
+setup:
+    {{ uv }} sync --all-groups
+    @echo "A commit can be checked before it is made: {{ uv }}x pre-commit install"
+
 # serve on 127.0.0.1:8000; `just serve --reload` starts anew when the code changes
 [no-exit-message]
 serve *args:
@@ -23,31 +32,31 @@ serve *args:
 
 # run the tests, on all cores where they allow it; arguments go to pytest (`-n0`: in one process)
 test *args:
-    python -m pytest {{ parallel }} "$@"
+    {{ dev }} python -m pytest {{ parallel }} "$@"
 
 # run what is quick: sessions, storage, models and the API, without other processes; arguments go to pytest
 quick *args:
-    python -m pytest {{ parallel }} -m "not processes and not serial" tests/sessions tests/storage tests/models tests/api "$@"
+    {{ dev }} python -m pytest {{ parallel }} -m "not processes and not serial" tests/sessions tests/storage tests/models tests/api "$@"
 
 # look for mistakes: ruff, and flake8-async for what only it knows about cancellation
 lint:
-    ruff check
-    ruff format --check
+    {{ dev }} ruff check
+    {{ dev }} ruff format --check
     find service tests bench -name '*.py' -not -path 'bench/contenders/*' -print0 | xargs -0 -n 50 -P {{ num_cpus() }} \
-        flake8-async --disable {{ disabled }} --startable-in-context-manager {{ startable }}
+        {{ dev }} flake8-async --disable {{ disabled }} --startable-in-context-manager {{ startable }}
 
 # check the types, strictly
 types:
-    mypy
+    {{ dev }} mypy
 
 # put the code into its one format, and mend what ruff can mend
 fmt:
-    ruff check --fix-only --quiet
-    ruff format
+    {{ dev }} ruff check --fix-only --quiet
+    {{ dev }} ruff format
 
 # all that CI checks
 check: test lint types
-    uv lock --check
+    {{ uv }} lock --check
 
 # a minute for an operator: start the real server, talk, stop it in mid-stream, read its log
 smoke:
@@ -55,16 +64,16 @@ smoke:
 
 # run real clients and proxies (npm, PyPI, Debian) against a server; `--newest` takes their newest versions
 clients *args:
-    @python -m tests.clients "$@"
+    @{{ dev }} python -m tests.clients "$@"
 
 # kill a loaded service so many times, and see that nothing it said is lost
 crash times="200":
-    @python -m tests.storage.sqlite.crash {{ times }}
+    @{{ dev }} python -m tests.storage.sqlite.crash {{ times }}
 
 # what the store's calls cost with so many sessions in it
 scale sessions="1000000":
-    @python -m tests.storage.sqlite.many_rows {{ sessions }}
+    @{{ dev }} python -m tests.storage.sqlite.many_rows {{ sessions }}
 
 # measure; arguments go to the bench, which is installed with what it compares
 bench *args:
-    @uv run --group bench python -m bench "$@"
+    @{{ uv }} run --group bench python -m bench "$@"
