@@ -29,6 +29,9 @@ Foreign exceptions become one of these once, where they enter: model clients rai
 """
 
 import errno
+from typing import Final
+
+from service.failure_codes import FailureCode
 
 NOTHING_LEFT = "no file descriptor left, or no memory for a connection (its operator may raise the limit: ulimit -n)"
 """What such a process has, as a part of a sentence."""
@@ -44,7 +47,7 @@ class LastcallError(Exception):
     """The root. ``str(error)`` is one sentence that may be shown to a caller: no secret and no path in it."""
 
 
-INTERNAL_ERROR = "internal_error"
+INTERNAL_ERROR: Final = "internal_error"
 """The code of what is a fault of this service: an answer with status 500, or the end of a turn."""
 INTERNAL_ERROR_MESSAGE = "Something in this service broke; its log says what."
 """All that callers learn of such a fault."""
@@ -195,7 +198,7 @@ class ShuttingDownError(LimitError):
 class StoreError(LastcallError):
     """The store could not do it. ``retry_after_s`` is set where it may pass by itself."""
 
-    code = "store_unavailable"
+    code: FailureCode = "store_unavailable"
 
     def __init__(self, message: str, *, retry_after_s: int | None = 1) -> None:
         super().__init__(message)
@@ -205,7 +208,7 @@ class StoreError(LastcallError):
 class ResourcesExhaustedError(StoreError):
     """The system has no descriptor or buffer left for what the store, or the way to another process, needs."""
 
-    code = "resources_exhausted"
+    code: FailureCode = "resources_exhausted"
 
     def __init__(self) -> None:
         super().__init__(f"This server has {NOTHING_LEFT}; try again.")
@@ -214,18 +217,11 @@ class ResourcesExhaustedError(StoreError):
 class ModelError(LastcallError):
     """The model server failed. Becomes ``turn.failed`` with this ``code`` and message.
 
-    Codes: ``upstream_unreachable`` (refused, reset before a reply), ``resources_exhausted`` (this process may
-    open no more connections: nothing of the upstream's), ``upstream_dns``,
-    ``upstream_tls``, ``upstream_auth`` (401, 403), ``model_not_found``, ``context_too_long``,
-    ``content_filter`` (the input was refused for what it says), ``unsupported_content`` (for its kind),
-    ``rate_limited`` (429), ``upstream_rejected`` (another 4xx), ``upstream_error`` (5xx, or an error
-    object in mid-stream), ``upstream_protocol`` (not an event stream, broken JSON),
-    ``upstream_truncated`` (cut off in mid-reply), ``connect_timeout``, ``first_token_timeout``,
-    ``next_token_timeout``, ``turn_timeout``, ``reply_too_large``, ``log_too_large``.
-
     Args:
-        code: Stable, part of the API.
-        message: What happened and what to do, for a user; never a secret, never a traceback.
+        code: Stable, part of the API: :mod:`service.failure_codes` has all of them with their meaning.
+        message: What happened and what to do, for a user, in words of ours; never a secret, never a traceback.
+        upstream_words: What the upstream gave as the reason, as a sentence that follows on the message. An operator
+            may keep it from callers (``upstream_words``); secrets are taken out of it already.
         retryable: Whether the same request may succeed a moment later. Only honoured before the
             first token.
         retry_after_s: Seconds the upstream asked to wait, if it did.
@@ -235,16 +231,19 @@ class ModelError(LastcallError):
 
     def __init__(
         self,
-        code: str,
+        code: FailureCode,
         message: str,
         *,
+        upstream_words: str = "",
         retryable: bool = False,
         retry_after_s: float | None = None,
         tokens: int | None = None,
         tokens_max: int | None = None,
     ) -> None:
-        super().__init__(message)
-        self.code = code
+        super().__init__(f"{message} {upstream_words}".rstrip())
+        self.code: FailureCode = code
+        self.message = message
+        self.upstream_words = upstream_words
         self.retryable = retryable
         self.retry_after_s = retry_after_s
         self.tokens = tokens

@@ -236,6 +236,9 @@ class Settings(BaseModel):
     """Several model servers in place of `model_url`: `[[upstreams]]` tables of `name`, `url`, `api_key`, `models`."""
     model_retries_max: Annotated[int, Field(ge=0, le=10), BeforeValidator(_number)] = 2
     """How often an upstream's fault before the first token is retried."""
+    upstream_words: Annotated[Literal["caller", "log"], BeforeValidator(_lowercase)] = "caller"
+    """Where an upstream's own error text goes: into the `error.message` of the failed turn (`caller`), or into the log
+    alone (`log`)."""
 
     idle_timeout_s: PositiveSeconds | None = None
     """A session that is not used for so long expires; 30 days, or 1800 with `memory:`. It may choose its own."""

@@ -394,11 +394,12 @@ class ReplyDecoder:
         return ModelError("upstream_protocol", f"The model server sent an event of more than {bytes_max} bytes.")
 
     def _no_event_stream(self, said: ErrorReply | None = None) -> ModelError:
+        kind = "" if self._described is None else f"The answer is {self._described}."
         words = "" if said is None else quote(said, redact=self._redact)
         return ModelError(
             "upstream_protocol",
-            f"The model server answered with {self._described or 'something else'} instead of an event stream: "
-            f"check the model URL.{words}",
+            "The model server answered with something else than an event stream: check the model URL.",
+            upstream_words=" ".join(part for part in (kind, words) if part),
         )
 
 

@@ -488,7 +488,8 @@ def _transport_error(error: httpx.HTTPError, *, during: str) -> ModelError:
     if during == "connection.start_tls":
         reasons = [cause.verify_message for cause in causes if isinstance(cause, ssl.SSLCertVerificationError)]
         if reasons:
-            return ModelError("upstream_tls", f"The model server's certificate is not trusted: {reasons[0]}.")
+            message, reason = "The model server's certificate is not trusted.", f"The reason: {reasons[0]}."
+            return ModelError("upstream_tls", message, upstream_words=reason)
         return ModelError(
             "upstream_tls", "The TLS handshake with the model server failed: does it speak TLS at this address?"
         )

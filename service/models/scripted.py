@@ -22,6 +22,7 @@ import anyio
 import msgspec
 
 from service.errors import ModelError, SettingsError
+from service.failure_codes import FailureCode
 from service.models.client import (
     Finished,
     ModelEvent,
@@ -42,7 +43,6 @@ _Count = Annotated[int, msgspec.Meta(ge=0, le=10_000_000)]
 _Rate = Annotated[float, msgspec.Meta(ge=0, le=1_000_000)]
 _Seconds = Annotated[float, msgspec.Meta(ge=0, le=86_400)]
 _Size = Annotated[int, msgspec.Meta(ge=1, le=65_536)]
-_Code = Annotated[str, msgspec.Meta(pattern="^[a-z_]{1,64}$")]
 
 
 class Script(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -55,7 +55,7 @@ class Script(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         token_bytes: Size of each numbered token; without it, just its number and a space.
         reasoning: Tokens of reasoning before the text.
         fail_after: Fail after so many tokens, reasoning included; 0 refuses the request itself.
-        fail_code: The failure's code.
+        fail_code: The failure's code, one of those that turns fail with.
         silent_after: Fall silent, for ever, after so many tokens, reasoning included.
         ignore_close_s: Seconds that leaving the stream takes, whatever cancels it: a hung close.
     """
@@ -66,7 +66,7 @@ class Script(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     token_bytes: _Size | None = None
     reasoning: _Count = 0
     fail_after: _Count | None = None
-    fail_code: _Code = "upstream_error"
+    fail_code: FailureCode = "upstream_error"
     silent_after: _Count | None = None
     ignore_close_s: _Seconds = 0
 

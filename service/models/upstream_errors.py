@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from service.errors import ModelError
+from service.failure_codes import FailureCode
 from service.models.sse_decoder import SseDecoder
 
 _QUOTE_LENGTH_MAX = 300
@@ -172,7 +173,7 @@ class RetryHints(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _NO_HINTS = RetryHints()
-_REFUSED_INPUT = ("context_too_long", "content_filter", "unsupported_content")
+_REFUSED_INPUT: tuple[FailureCode, ...] = ("context_too_long", "content_filter", "unsupported_content")
 """Codes of refusals that the same input meets again, whatever a header says."""
 
 
@@ -228,7 +229,7 @@ def error_from_status(
 
 
 def _error_from_status(status: int, reply: ErrorReply, *, redact: Callable[[str], str]) -> ModelError:
-    said = quote(reply, redact=redact)
+    words = quote(reply, redact=redact)
     if 300 <= status < 400:
         return ModelError(
             "upstream_rejected",
@@ -237,41 +238,48 @@ def _error_from_status(status: int, reply: ErrorReply, *, redact: Callable[[str]
         )
     is_about_model = _MODEL_NOT_FOUND.search(reply.words)
     if (status == 401 and not is_about_model) or (status == 400 and _WRONG_KEY.search(reply.words)):
-        return ModelError("upstream_auth", f"The model server did not accept the API key (HTTP {status}).{said}")
+        message = f"The model server did not accept the API key (HTTP {status})."
+        return ModelError("upstream_auth", message, upstream_words=words)
     if status == 403 and not is_about_model and not _CONTENT_FILTERED.search(reply.words):
-        return ModelError("upstream_auth", f"The model server does not allow this to whoever asks (HTTP 403).{said}")
+        message = "The model server does not allow this request with this API key (HTTP 403)."
+        return ModelError("upstream_auth", message, upstream_words=words)
     if status == 413 or (status < 500 and reply.is_context_too_long):
         tokens, tokens_max = token_counts(reply.message)
         return ModelError(
             "context_too_long",
-            f"The conversation is too long for this model (HTTP {status}).{said}",
+            f"The conversation is too long for this model (HTTP {status}).",
+            upstream_words=words,
             tokens=tokens,
             tokens_max=tokens_max,
         )
     if status < 500 and status != 429 and is_about_model:
-        return ModelError("model_not_found", f"The model server does not know this model (HTTP {status}).{said}")
+        message = f"The model server does not know this model (HTTP {status})."
+        return ModelError("model_not_found", message, upstream_words=words)
     if status == 404:
         return ModelError(
             "upstream_rejected",
-            f"The model server has no chat completions at this address (HTTP 404): check the model URL.{said}",
+            "The model server has no chat completions at this address (HTTP 404): check the model URL.",
+            upstream_words=words,
         )
     if status == 429:
         return ModelError(
             "rate_limited",
-            f"The model server takes no more requests for now (HTTP 429).{said}",
+            "The model server takes no more requests for now (HTTP 429).",
+            upstream_words=words,
             retryable=not _OUT_OF_CREDIT.search(reply.words),
         )
     if status >= 500 or status == 408:
         return ModelError(
             "upstream_error",
-            f"The model server failed (HTTP {status}).{said}",
+            f"The model server failed (HTTP {status}).",
+            upstream_words=words,
             retryable=True,
         )
     code, what = _refusal(reply)
-    return ModelError(code, f"The model server {what} (HTTP {status}).{said}")
+    return ModelError(code, f"The model server {what} (HTTP {status}).", upstream_words=words)
 
 
-def _refusal(reply: ErrorReply) -> tuple[str, str]:
+def _refusal(reply: ErrorReply) -> tuple[FailureCode, str]:
     """The code of a refusal for none of the more usual reasons, and what happened."""
     if _CONTENT_FILTERED.search(reply.words):
         return "content_filter", "refused what the conversation says"
@@ -294,9 +302,8 @@ def error_from_reply(reply: ErrorReply, *, redact: Callable[[str], str]) -> Mode
     ):
         if pattern.search(reply.words):
             return error_from_status(status, reply, redact=redact)
-    return ModelError(
-        "upstream_error", f"The model server reported an error.{quote(reply, redact=redact)}", retryable=True
-    )
+    words = quote(reply, redact=redact)
+    return ModelError("upstream_error", "The model server reported an error.", upstream_words=words, retryable=True)
 
 
 def token_counts(message: str) -> tuple[int | None, int | None]:
@@ -334,10 +341,10 @@ def parse_retry_after(value: str | None, *, now: datetime) -> float | None:
 
 
 def quote(reply: ErrorReply, *, redact: Callable[[str], str]) -> str:
-    """The upstream's own message as the end of a sentence of ours: one line, short, without secrets."""
+    """The upstream's own message as a sentence, empty where there is none: one line, short, without secrets."""
     # Redacted before it is cut, or half a key could be left at the end.
     text = redact(reply.message)
     text = " ".join("".join(char if char.isprintable() else " " for char in text).split())
     if len(text) > _QUOTE_LENGTH_MAX:
         text = text[: _QUOTE_LENGTH_MAX - 1] + "…"
-    return f" It says: {text}" if text else ""
+    return f"It says: {text}" if text else ""

@@ -1,40 +1,55 @@
-"""The page of codes has each code that there is."""
+"""The page of codes has the tables of the code. ``python -m tests.docs.test_failures_page`` writes them anew."""
 
-import ast
 import re
-from pathlib import Path
+from typing import get_args
 
-from service.api.http.problems import codes
+import pytest
+
+from service.api.http.problems import ADVICE, codes
+from service.errors import INTERNAL_ERROR, StoreError
+from service.failure_codes import FAILURES, FailureCode
 from tests.docs.blocks import ROOT
 
-PAGE = (ROOT / "docs/failures.md").read_text()
-TURNS, PROBLEMS = PAGE.split("## Problems")
+PAGE = ROOT / "docs/failures.md"
 
 
-def named(text: str) -> set[str]:
-    """The codes in the first column of a page's tables."""
-    rows = re.findall(r"^\| ([^|]+) \|", text, re.MULTILINE)
-    return {code for row in rows for code in re.findall(r"`([a-z_]+)`", row)}
+def failures_table() -> str:
+    rows = ["| Code | What happened | Who can mend it |", "|---|---|---|"]
+    rows += [f"| `{code}` | {meaning.what} | {meaning.mender} |" for code, meaning in FAILURES.items()]
+    return "\n".join(rows) + "\n"
 
 
-def codes_of_turns() -> set[str]:
-    """Whatever is given to ``ModelError`` or ``outcome.failed`` as a code, and the codes of what a turn fails with."""
-    found: set[str] = {"store_unavailable", "internal_error"}
-    for path in (*Path(ROOT, "service/models").rglob("*.py"), *Path(ROOT, "service/sessions").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) in {
-                "ModelError",
-                "failed",
-            }:
-                found |= {
-                    it.value for it in node.args[:1] if isinstance(it, ast.Constant) and isinstance(it.value, str)
-                }
-    return found
+def problems_table() -> str:
+    rows = ["| Status, code | What to do |", "|---|---|"]
+    rows += [f"| {status} `{code}` | {ADVICE[code]} |" for status, code in codes()]
+    return "\n".join(rows) + "\n"
 
 
-def test_each_code_of_a_problem_is_on_the_page() -> None:
-    assert named(PROBLEMS) == {code for _, code in codes()}
+TABLES = {"failures": failures_table, "problems": problems_table}
 
 
-def test_each_code_of_a_failed_turn_is_on_the_page() -> None:
-    assert codes_of_turns() <= named(TURNS)
+def place_of(table: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<=<!-- {table} -->\n).*?(?=<!-- /{table} -->)", re.DOTALL)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_page_has_the_table_of_the_code(name: str) -> None:
+    found = place_of(name).search(PAGE.read_text())
+    assert found is not None
+    assert found[0] == TABLES[name]()
+
+
+def test_each_code_of_a_failed_turn_has_a_meaning_and_no_other_has() -> None:
+    assert tuple(FAILURES) == get_args(FailureCode)
+    assert {INTERNAL_ERROR, StoreError.code, *(kind.code for kind in StoreError.__subclasses__())} <= FAILURES.keys()
+
+
+def test_each_code_of_a_problem_has_advice_and_no_other_has() -> None:
+    assert ADVICE.keys() == {code for _, code in codes()}
+
+
+if __name__ == "__main__":
+    page = PAGE.read_text()
+    for name, table in TABLES.items():
+        page = place_of(name).sub(lambda _, table=table: table(), page)  # type: ignore[misc]
+    PAGE.write_text(page)

@@ -332,7 +332,8 @@ def test_an_event_stream_is_one_whatever_it_is_called(described: str | None) -> 
 def test_anything_else_is_told_by_what_it_says_it_is(body: bytes, words: str) -> None:
     error = failure(body, described="text/html")
     assert (error.code, error.retryable) == ("upstream_protocol", False)
-    assert words in str(error)
+    assert words in error.upstream_words
+    assert words not in error.message
 
 
 def test_a_whole_body_has_a_bound() -> None:

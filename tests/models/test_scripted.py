@@ -174,7 +174,7 @@ def test_a_long_input_is_cut_between_words_or_at_least_between_characters() -> N
         ("scripted:?first_token_s=inf", "first_token_s"),
         ("scripted:?token_bytes=0", "token_bytes"),
         ("scripted:?fail_code=", "fail_code"),
-        ("scripted:?fail_code=Not%20a%20code", "fail_code"),
+        ("scripted:?fail_code=no_such_code", "fail_code"),
         ("scripted:?silent_after=null", "silent_after"),
         ("scripted:?=1", "''"),
     ],

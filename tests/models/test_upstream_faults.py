@@ -131,7 +131,9 @@ async def tls_failure(server: ssl.SSLContext, client: ssl.SSLContext) -> tuple[s
             error = await failure_of(model)
             await upstream.wait_idle()
             assert upstream.established == 0
-    return error.code, error.retryable, "certificate is not trusted" in str(error)
+            is_about_trust = "certificate is not trusted" in error.message
+            assert is_about_trust == error.upstream_words.startswith("The reason: ")
+    return error.code, error.retryable, is_about_trust
 
 
 async def answer_in_plain_text(connection: Connection) -> None:

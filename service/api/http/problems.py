@@ -77,6 +77,40 @@ STATUS_BY_ERROR: Mapping[type[LastcallError], int] = {
 }
 """The most derived type counts. 429 is a bound that the caller's own session reached, 503 one of the server."""
 
+ADVICE: Mapping[str, str] = {
+    "malformed_body": "send one JSON document, without repeated keys",
+    "bad_request": "the request is no proper HTTP, or its target is none",
+    "unauthorized": "send `Authorization: Bearer <key>`",
+    "loopback_only": "this server serves its own machine only: set `LASTCALL_API_KEYS` there",
+    "proxied_without_keys": "this server serves its own machine only, and a proxy passed the request on: "
+    "set `LASTCALL_API_KEYS` there",
+    "not_found": "there is no such call: `/docs` has them all",
+    "session_not_found": "the session never existed, was deleted or has expired",
+    "turn_not_found": "the session has no such turn",
+    "method_not_allowed": "the path has no such method: `Allow` names those that it has",
+    "body_timeout": "the body did not arrive within `body_timeout_s`",
+    "session_exists": "choose another id, or leave it out",
+    "turn_in_progress": "wait for the turn `turn_id`, cancel it, or send `on_conflict` as `queue` or `supersede`",
+    "resume_conflict": "`Last-Event-ID` on a POST names no event of a turn with this input",
+    "events_lost": "a crash took these events; the problem has the turn's `state` and `text`",
+    "input_too_large": "`field` says which part; `input_bytes_max` is the bound",
+    "unsupported_media_type": "send `Content-Type: application/json`, not compressed",
+    "invalid_request": "`field` and `detail` say what is allowed",
+    "queue_full": "`queued_turns_max` turns wait in this session: try again after `Retry-After`",
+    "internal_error": "a fault of Lastcall; its log says which: report it",
+    "not_ready": "the server starts or stops: try again, another one answers",
+    "owned_elsewhere": "another process runs this session's turns and cannot be reached: try again after `Retry-After`",
+    "resources_exhausted": "the server may open no more files or connections: try again after `Retry-After`; "
+    "its operator may raise `ulimit -n`",
+    "session_limit": "`memory_sessions_max` sessions are kept: try again after `Retry-After`",
+    "shutting_down": "the server stops: try again, another one answers",
+    "store_unavailable": "the store refuses or does not answer; without `Retry-After` the outcome is unknown: "
+    "look before you repeat",
+    "stream_limit": "`streams_max` streams are open: try again after `Retry-After`",
+    "turn_limit": "`live_turns_max` turns are open: try again after `Retry-After`",
+}
+"""What each code of a problem asks of its reader: a text without a full stop, with code in backticks."""
+
 _CODE_BY_STATUS = {404: "not_found", 405: "method_not_allowed"}
 _OTHER_REFUSAL = (400, "bad_request")
 _BROKEN = (500, INTERNAL_ERROR)

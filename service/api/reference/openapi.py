@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -12,8 +12,9 @@ from service import __version__
 from service.api.http.access import LoopbackOnlyError, ProxiedRequestError, UnauthorizedError
 from service.api.http.event_stream import MEDIA_TYPE as EVENT_STREAM
 from service.api.http.operations import Answer, Operation, operation_of
+from service.api.http.problems import ADVICE, NotReadyError, code_of, status_of
 from service.api.http.problems import MEDIA_TYPE as PROBLEM
-from service.api.http.problems import NotReadyError, code_of, status_of
+from service.api.http.problems import codes as problem_codes
 from service.api.http.request_body import BodyTimeoutError, UnsupportedMediaTypeError
 from service.api.http.strict_json import InputTooLargeError, MalformedBodyError
 from service.api.native.wire import Problem, SessionId, TurnId
@@ -25,6 +26,7 @@ from service.errors import (
     ResumeConflictError,
     StoreError,
 )
+from service.failure_codes import FAILURES
 from service.sessions.events.events import Event
 
 _OPEN_TAG = "health"
@@ -75,7 +77,7 @@ def build_document(app: Quart) -> dict[str, Any]:
         "security": [{"bearer": []}, {}],
         "paths": paths,
         "components": {
-            "schemas": schemas.components,
+            "schemas": schemas.components | _codes(schemas.components),
             "securitySchemes": {
                 "bearer": {
                     "type": "http",
@@ -108,6 +110,26 @@ class _Schemas:
             "properties": {"id": {"type": "string", "pattern": "^[0-9]+$"}, "data": data},
             "required": ["id", "data"],
         }
+
+
+def _codes(components: dict[str, Any]) -> dict[str, Any]:
+    """The schemas of the codes, to which the other components refer from now on.
+
+    The types themselves take any text: what an older or newer version has stored can be read.
+    """
+    components["Failure"]["properties"]["code"] = {"$ref": _REF.format(name="FailureCode")}
+    components["Problem"]["properties"]["code"] = {"$ref": _REF.format(name="ProblemCode")}
+    meanings: dict[str, str] = {code: f"{meaning.what} ({meaning.mender})" for code, meaning in FAILURES.items()}
+    advice = {code: f"{status}: {ADVICE[code]}" for status, code in problem_codes()}
+    return {
+        "FailureCode": _enum("Why a turn failed, and who can mend it.", meanings),
+        "ProblemCode": _enum("Why a call was refused, with the status, and what to do.", advice),
+    }
+
+
+def _enum(title: str, described: Mapping[str, str]) -> dict[str, Any]:
+    lines = [f"- `{value}`: {text}" for value, text in described.items()]
+    return {"type": "string", "enum": list(described), "description": "\n".join([title, "", *lines])}
 
 
 def _operation(operation: Operation, tag: str, doc: str, path_names: list[str], schemas: _Schemas) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import msgspec
 
 from service.errors import INTERNAL_ERROR, INTERNAL_ERROR_MESSAGE
+from service.failure_codes import FailureCode
 from service.models.client import FinishReason, Usage
 from service.sessions.events.events import TerminalEvent, TurnCancelled, TurnCompleted, TurnFailed, TurnInterrupted
 from service.storage.records import CancelReason, Failure, InterruptReason, LeftOut, TurnRecord
@@ -36,7 +37,7 @@ class Interrupted(msgspec.Struct, frozen=True):
 Outcome = Completed | Failed | Cancelled | Interrupted
 
 
-def failed(code: str, message: str) -> Failed:
+def failed(code: FailureCode, message: str) -> Failed:
     return Failed(Failure(code, message))
 
 

@@ -13,6 +13,7 @@ import msgspec
 import trio
 
 from service.errors import ModelError
+from service.failure_codes import FailureCode
 from service.freezes import Deadline, Lateness, look_for_freeze
 from service.ids import new_message_id
 from service.models.client import Finished, ModelClient, ModelEvent, ReasoningDelta, TextDelta
@@ -64,7 +65,7 @@ class Turn:
         self._abandoned_deadline = Deadline()
         self._return_deadline = -inf
         self._silence_deadline = Deadline()
-        self._expected: tuple[str, float] = ("", inf)
+        self._expected: tuple[FailureCode, float] = ("first_token_timeout", inf)
         self._watches = 0
         self._reply = _Text()
         self._reasoning = _Text()
@@ -170,10 +171,10 @@ class Turn:
         """Whether the model has sent something."""
         return bool(self._reply.length or self._reasoning.length)
 
-    def expect_token(self, which: Literal["first_token", "next_token"], *, within_s: float) -> None:
-        """The model is to send something, its first token or the next one, within so many seconds from now."""
+    def expect_token(self, otherwise: Literal["first_token_timeout", "next_token_timeout"], *, within_s: float) -> None:
+        """The model is to send something within so many seconds from now; the turn fails ``otherwise``."""
         if self._set(self._silence_deadline, trio.current_time() + within_s, timeout_s=within_s):
-            self._expected = which, within_s
+            self._expected = otherwise, within_s
 
     def take(self, events: Sequence[ModelEvent]) -> Finished | None:
         """Append what the model sent; the last event, if it is among them.
@@ -222,12 +223,8 @@ class Turn:
                 )
             )
         else:
-            which, within_s = self._expected
-            self.decide(
-                outcome.failed(
-                    f"{which}_timeout", f"The model server sent nothing for {within_s:g} s ({which}_timeout_s)."
-                )
-            )
+            code, within_s = self._expected
+            self.decide(outcome.failed(code, f"The model server sent nothing for {within_s:g} s ({code}_s)."))
 
     def checkpoint(self) -> Checkpoint | None:
         """What it grew by since the last checkpoint that was kept; None if by nothing, or its end is decided."""

@@ -49,7 +49,7 @@ async def run_turn(
         if scope.cancelled_caught:
             turn.decide_from_deadlines()
     except Exception as error:  # noqa: BLE001  the edge of a turn
-        _decide_failed(turn, error)
+        _decide_failed(turn, error, settings)
     finally:
         turn.decide(default_end())
         await end_turn(  # noqa: ASYNC102  shielded inside
@@ -90,7 +90,7 @@ async def _reply(turn: Turn, *, store: Store, clock: Clock, settings: Settings) 
         path = await store.read_path(turn.session_id, turn.id, bytes_max=settings.prompt_bytes_max)
         older = await _measure_older(path, store)
     prompt = build_prompt(path, system_message=turn.system_message, bytes_max=settings.prompt_bytes_max, older=older)
-    turn.expect_token("first_token", within_s=settings.first_token_timeout_s)
+    turn.expect_token("first_token_timeout", within_s=settings.first_token_timeout_s)
     refusal = await _ask(turn, prompt, settings=settings)
     if refusal is None:
         return
@@ -106,7 +106,7 @@ async def _reply(turn: Turn, *, store: Store, clock: Clock, settings: Settings) 
         logger.info("too long for the model: asking again without the oldest turns", turn_id=turn.id)
         refusal = await _ask(turn, shorter, settings=settings)
     if refusal is not None:
-        _decide_failed(turn, refusal)
+        _decide_failed(turn, refusal, settings)
 
 
 async def _measure_older(path: Sequence[TurnRecord], store: Store) -> LeftOut:
@@ -136,11 +136,11 @@ async def _ask(turn: Turn, prompt: Prompt, *, settings: Settings) -> ModelError 
                     finished = turn.take(events)
                     if finished is not None:
                         turn.decide(outcome.Completed(finished.finish_reason, finished.usage))
-                    turn.expect_token("next_token", within_s=settings.next_token_timeout_s)
+                    turn.expect_token("next_token_timeout", within_s=settings.next_token_timeout_s)
             except Exception as error:
                 if _is_too_long(turn, error):
                     raise
-                _decide_failed(turn, error)  # decided now: until the client has closed a deadline may pass
+                _decide_failed(turn, error, settings)  # decided now: until the client has closed a deadline may pass
     except ModelError as error:
         if not _is_too_long(turn, error):
             raise
@@ -153,13 +153,30 @@ def _is_too_long(turn: Turn, error: Exception) -> bool:
     return isinstance(error, ModelError) and error.code == "context_too_long" and not turn.has_output
 
 
-def _decide_failed(turn: Turn, error: Exception) -> None:
-    if isinstance(error, ModelError | StoreError):
+def _decide_failed(turn: Turn, error: Exception, settings: Settings) -> None:
+    if isinstance(error, ModelError):
+        _decide_upstream_failed(turn, error, settings)
+        return
+    if isinstance(error, StoreError):
         turn.decide(outcome.failed(error.code, str(error)))
         return
     logger.error("turn crashed", session_id=turn.session_id, turn_id=turn.id, exc_info=error)
     turn.crashed = True
     turn.decide(outcome.internal_error())
+
+
+def _decide_upstream_failed(turn: Turn, error: ModelError, settings: Settings) -> None:
+    """Decide that the upstream failed. The log gets the upstream's words where the settings keep them from callers."""
+    callers_get_words = settings.upstream_words == "caller"
+    decided = turn.decide(outcome.failed(error.code, str(error) if callers_get_words else error.message))
+    if decided and error.upstream_words and not callers_get_words:
+        logger.warning(
+            "upstream's words were kept from the caller",
+            session_id=turn.session_id,
+            turn_id=turn.id,
+            code=error.code,
+            upstream_words=error.upstream_words,
+        )
 
 
 async def _keep(turn: Turn, record: TurnRecord, *, store: Store, clock: Clock) -> bool:

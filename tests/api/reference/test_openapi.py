@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
@@ -11,10 +11,11 @@ from werkzeug.exceptions import default_exceptions
 
 from service import errors
 from service.api.app import create_app
-from service.api.http.problems import STATUS_BY_ERROR, code_of, problem_of, status_of
+from service.api.http.problems import STATUS_BY_ERROR, code_of, codes, problem_of, status_of
 from service.api.native.wire import UpdateSession
 from service.api.reference.page import document_of
 from service.errors import LastcallError, ModelError, RefusedError, StartupError
+from service.failure_codes import FailureCode
 from tests.api.inprocess import open_api
 
 DOCUMENT = document_of(create_app())
@@ -70,6 +71,18 @@ def test_every_operation_says_what_it_is_and_how_it_fails(name: str, operation: 
     probe = name in ("GET /healthz", "GET /readyz")
     assert ("401" in operation["responses"]) is not probe
     assert ("requestBody" in operation) is ("415" in operation["responses"])
+
+
+def test_the_codes_are_enums_with_what_each_means() -> None:
+    schemas = DOCUMENT["components"]["schemas"]
+    for name, holder, known in (
+        ("FailureCode", "Failure", get_args(FailureCode)),
+        ("ProblemCode", "Problem", [code for _, code in codes()]),
+    ):
+        assert schemas[holder]["properties"]["code"] == {"$ref": f"#/components/schemas/{name}"}
+        assert schemas[name]["enum"] == list(known)
+        for code in known:
+            assert re.search(rf"^- `{code}`: .+$", schemas[name]["description"], re.MULTILINE)
 
 
 def test_what_null_clears_is_named() -> None:

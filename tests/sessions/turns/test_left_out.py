@@ -7,6 +7,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from service.errors import ModelError
+from service.failure_codes import FailureCode
 from service.models.client import Message
 from service.sessions.commands import NewSession, NewTurn
 from service.sessions.events.events import TurnCancelled, TurnCompleted, TurnFailed
@@ -132,7 +133,7 @@ async def test_a_conversation_becomes_short_enough_whatever_the_model_takes(auto
 
 
 @pytest.mark.parametrize("code", ["content_filter", "unsupported_content"])
-async def test_what_was_refused_is_not_sent_again_nor_tried_again(autojump_clock: MockClock, code: str) -> None:
+async def test_what_was_refused_is_not_sent_again_nor_tried_again(autojump_clock: MockClock, code: FailureCode) -> None:
     async with open_stage() as stage:
         await _fill(stage, "hello")
         stage.puppet.refuse = ModelError(code, "No.")

@@ -2,6 +2,7 @@
 
 import pytest
 import trio
+from structlog.testing import capture_logs
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from service.errors import ModelError, SessionNotFoundError, StoreError, TurnLimitError, TurnNotFoundError
@@ -16,10 +17,11 @@ from service.sessions.events.events import (
     TurnReasoning,
     TurnStarted,
 )
+from service.sessions.events.outcome import Cancelled
 from service.sessions.sessions import Sessions
 from service.sessions.turns.turn import Turn
 from service.storage.memory import MemoryStore
-from service.storage.records import TurnRecord
+from service.storage.records import Failure, TurnRecord
 from tests.sessions.puppet import Stage, kinds, open_stage, read_all
 
 
@@ -192,6 +194,51 @@ async def test_deadlines_fail_the_turn(
         assert record.error is not None
         assert record.error.code == code
         assert trio.current_time() - started_at == pytest.approx(next(iter(settings.values())))
+
+
+WORDS = "It says: org-4711 has no credit"
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize(
+    ("setting", "told", "logged"),
+    [("caller", f"The model server failed. {WORDS}", []), ("log", "The model server failed.", [WORDS])],
+)
+async def test_an_upstream_s_words_go_where_the_setting_says(
+    autojump_clock: MockClock, setting: str, told: str, logged: list[str], begun: bool
+) -> None:
+    error = ModelError("upstream_error", "The model server failed.", upstream_words=WORDS)
+    with capture_logs() as entries:
+        async with open_stage(upstream_words=setting) as stage:
+            stage.puppet.refuse = None if begun else error
+            session = await stage.sessions.create_session(NewSession())
+            turn = await start(stage.sessions, session.id)
+            if begun:
+                reply = await stage.puppet.next_reply()
+                reply.say("x")
+                reply.fail(error)
+            (failed,) = [it for it in await read_all(turn.log) if isinstance(it, TurnFailed)]
+            stored = await stage.sessions.get_turn(session.id, turn.id)
+    assert failed.error == stored.error == Failure("upstream_error", told)
+    warnings = [entry for entry in entries if "upstream_words" in entry]
+    assert [entry["upstream_words"] for entry in warnings] == logged
+    assert all(
+        (it["turn_id"], it["session_id"], it["log_level"]) == (turn.id, session.id, "warning") for it in warnings
+    )
+
+
+async def test_an_upstream_that_fails_after_the_end_was_decided_is_not_told_of_again(
+    autojump_clock: MockClock,
+) -> None:
+    with capture_logs() as entries:
+        async with open_stage(upstream_words="log") as stage:
+            session = await stage.sessions.create_session(NewSession())
+            turn = await start(stage.sessions, session.id)
+            reply = await stage.puppet.next_reply()
+            turn.decide(Cancelled("requested"))
+            reply.fail(ModelError("upstream_error", "The model server failed.", upstream_words=WORDS))
+            assert (await turn.wait_ended()).state == "cancelled"
+    assert not any("upstream_words" in entry for entry in entries)
 
 
 @pytest.mark.parametrize(
