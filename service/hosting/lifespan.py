@@ -24,7 +24,7 @@ from service.hosting.hypercorn.asgi_request import open_requests
 from service.hosting.hypercorn.connections import Connections, Stream
 from service.hosting.hypercorn.worker import Worker, find_worker
 from service.hosting.listeners.closing import ListenerShutdown
-from service.hosting.listeners.listeners import Listeners, are_shut, given_sockets
+from service.hosting.listeners.listeners import Listeners, given_sockets
 from service.hosting.peer_listener import check_sharing, open_peer_listener
 from service.hosting.process.process_exit import ExitCode, leave, leave_at_exit, refuse_to_start
 from service.hosting.process.watchdog import Watchdog, count_tasks
@@ -134,7 +134,7 @@ class Hosting:
                         with watch_for_freezes(counts=self._shutdown.noticed.is_set):
                             await self._hold_service(nursery, receive, send)
                         sockets = self._worker.sockets
-                        if not self._opened and sockets is not None and not are_shut(sockets):
+                        if not self._opened and sockets is not None:
                             await self._refuse_waiting_clients(sockets, nursery)
                     except Exception as error:  # noqa: BLE001  the edge of the service: what comes here ends the process
                         crash = error
@@ -184,7 +184,8 @@ class Hosting:
         with self._shutdown.noting_faults("refusing who waits"):
             self._connections.closing = True
             self._listener_shutdown.give_up_start()
-            self._listeners.adopt(sockets, self._worker.config, serve, nursery)
+            if not self._listeners.adopt(sockets, self._worker.config, serve, nursery):
+                return
             await self._listener_shutdown.close_listeners()
             with trio.move_on_after(self._settings.release_timeout_s):
                 await self._listeners.wait_served()

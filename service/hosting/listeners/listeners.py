@@ -47,12 +47,6 @@ def note_given_sockets(config: Config) -> None:
     setattr(config, _GIVEN, given_sockets(config))
 
 
-def are_shut(sockets: Sockets) -> bool:
-    """Whether another process has been the last one at these sockets, and has shut them."""
-    listening = [*sockets.secure_sockets, *sockets.insecure_sockets]
-    return not all(it.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) for it in listening)
-
-
 class Listeners:
     """Serves hypercorn's listeners, in place of ``trio.serve_listeners``, until :meth:`close`.
 
@@ -129,14 +123,23 @@ class Listeners:
 
     def adopt(
         self, sockets: Sockets, config: Config, handler: Callable[[Stream], Awaitable[object]], nursery: trio.Nursery
-    ) -> None:
-        """In place of :meth:`serve_listeners` where nothing is served: waiting clients are taken at the close."""
-        self._listeners = [*map(_listener_on, sockets.insecure_sockets)]
-        if (context := config.create_ssl_context()) is not None:
-            secure = map(_listener_on, sockets.secure_sockets)
-            self._listeners[:0] = [trio.SSLListener(it, context, https_compatible=True) for it in secure]
-        self._handler, self._nursery = handler, nursery
+    ) -> bool:
+        """In place of :meth:`serve_listeners` where nothing is served: waiting clients are taken at the close.
+
+        Returns False, and adopts nothing, where another process was the last one at these sockets and has shut them:
+        then no client waits.
+        """
+        context = config.create_ssl_context()
+        try:
+            listeners: list[Listener] = [*map(_listener_on, sockets.insecure_sockets)]
+            if context is not None:
+                secure = map(_listener_on, sockets.secure_sockets)
+                listeners[:0] = [trio.SSLListener(it, context, https_compatible=True) for it in secure]
+        except ValueError:  # Trio's listeners want sockets that listen
+            return False
+        self._listeners, self._handler, self._nursery = listeners, handler, nursery
         self.open.set()
+        return True
 
     def accept_clients(self, wanted: bool) -> None:
         """Whether to take those who come, or to leave them to other processes, until told otherwise."""

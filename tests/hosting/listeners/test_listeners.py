@@ -12,7 +12,7 @@ import pytest
 import trio
 import trio.testing
 import trustme
-from hypercorn.config import Config
+from hypercorn.config import Config, Sockets
 from quart_trio import QuartTrio
 
 from service.hosting.listeners.listeners import Listeners, given_sockets, note_given_sockets
@@ -49,6 +49,22 @@ def clients(port: int, count: int) -> list[socket.socket]:
         client.settimeout(5)
         client.sendall(GET)
     return made
+
+
+async def test_sockets_that_another_worker_has_shut_are_not_adopted(
+    listeners: Listeners, nursery: trio.Nursery
+) -> None:
+    """Two workers that give up their starts at the same time: the first one answers the clients that wait."""
+
+    async def serve(_: object) -> None:
+        raise AssertionError("no client waits")
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        sockets = Sockets(secure_sockets=[], insecure_sockets=[listening], quic_sockets=[])
+        listening.setblocking(False)
+        listening.shutdown(socket.SHUT_RD)
+        assert not listeners.adopt(sockets, Config(), serve, nursery)
+        assert repr(listeners) == "<Listeners: not open yet>"
 
 
 async def test_who_waits_at_the_doors_is_served_and_who_comes_later_is_refused(
