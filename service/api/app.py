@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from quart import Response, current_app, request
+from quart import Response, current_app, has_request_context, request, websocket
 from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
 
@@ -11,7 +11,7 @@ from service.api.http.app_state import attach, current_access, current_service, 
 from service.api.http.cors import allow_origin, preflight_response
 from service.api.http.locations import take_prefix
 from service.api.http.operations import operation_of
-from service.api.http.problems import NotReadyError, answer_error
+from service.api.http.problems import NotReadyError, answer_error, problem_response
 from service.api.http.proxy import PEER, forward, is_from_peer
 from service.api.http.proxy_headers import proxy_header
 from service.api.http.query_params import check_query_length
@@ -19,6 +19,7 @@ from service.api.http.request_body import BoundedRequest
 from service.api.http.request_resources import request_resources
 from service.api.http.request_target import fault_of, refuse_target
 from service.api.native import chat, sessions, turns
+from service.api.openai.errors import is_path_of_openai, openai_error_response
 from service.api.operator import health
 from service.api.reference import page
 from service.errors import InvalidRequestError, OwnedElsewhereError
@@ -68,7 +69,7 @@ def create_app() -> Application:
         app.register_blueprint(module.blueprint)
     app.before_request(_admit)
     app.after_request(_share)
-    app.register_error_handler(Exception, answer_error)
+    app.register_error_handler(Exception, _answer_error)
     app.register_error_handler(OwnedElsewhereError, _answer_elsewhere)
     return app
 
@@ -80,8 +81,9 @@ async def _admit() -> TrioResponse | None:
     if preflight is not None:
         return preflight
     is_probe = request.blueprint == health.blueprint.name
+    needs_no_key = is_probe or request.blueprint == page.blueprint.name
     access = current_access()
-    if not is_from_peer() and not (is_probe and access.key_digests):
+    if not is_from_peer() and not (needs_no_key and access.key_digests):
         access.check(
             authorization=request.headers.get("Authorization"),
             # A probe of HAProxy's speaks HTTP/1.0 and names no host; a browser, which the host is looked at for, does.
@@ -99,7 +101,12 @@ async def _answer_elsewhere(error: OwnedElsewhereError) -> TrioResponse:
     try:
         return await forward(error)
     except Exception as failure:  # noqa: BLE001  the edge of a request, inside of an error handler
-        return await answer_error(failure)
+        return await _answer_error(failure)
+
+
+async def _answer_error(error: Exception) -> TrioResponse:
+    path = (request if has_request_context() else websocket).path
+    return await answer_error(error, respond=openai_error_response if is_path_of_openai(path) else problem_response)
 
 
 def _refuse_query(handler: Callable[..., Any]) -> None:

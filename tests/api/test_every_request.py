@@ -24,7 +24,7 @@ async def test_without_a_service_everything_is_503() -> None:
 
 async def test_errors_of_the_router_are_problem_documents_too() -> None:
     async with open_api() as api:
-        for path in ("/", "/nowhere", "/sessions/", "/sessions//turns", "/sessions/a/b", "/static/x", "/SESSIONS"):
+        for path in ("/nowhere", "/sessions/", "/sessions//turns", "/sessions/a/b", "/static/x", "/SESSIONS"):
             (await api.call("GET", path)).problem(404, "not_found")
         for method, path, allowed in (
             ("PUT", "/sessions", {"GET", "HEAD", "OPTIONS", "POST"}),
@@ -127,7 +127,7 @@ async def test_a_body_that_takes_too_long_is_refused(autojump_clock: MockClock) 
 
 async def test_keys_open_everything_and_probes_need_none() -> None:
     async with open_api(api_keys=("secret",)) as api:
-        for path in ("/sessions", "/docs", "/openapi.json", "/nowhere", "/sessions/a"):
+        for path in ("/sessions", "/chat", "/nowhere", "/sessions/a", "/docs/a"):
             reply = await api.call("GET", path)
             reply.problem(401, "unauthorized")
             assert reply.headers["www-authenticate"] == "Bearer"

@@ -33,6 +33,8 @@ def take_prefix(scope: dict[str, Any]) -> None:
     Other proxies take the prefix off, and Quart finds nothing at a path without it.
     """
     root_path = root_path_of(scope)
+    if root_path and scope["path"] == root_path:
+        scope["path"] = f"{root_path}/"
     if root_path and scope["path"].startswith("/") and not scope["path"].startswith(f"{root_path}/"):
         scope["path"] = root_path + scope["path"]
 

@@ -1,6 +1,7 @@
 """Problem documents (RFC 9457), and the one map from what went wrong to its status."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import msgspec
@@ -161,8 +162,17 @@ def _problem(prefix: str, status: int, code: str, detail: str) -> Problem:
     return Problem(type=f"{prefix}/docs#{code}", title=title, status=status, code=code, detail=detail)
 
 
-def problem_response(error: Exception, *, scope: dict[str, Any]) -> TrioResponse:
-    """The response that tells an error to the request of this ASGI scope."""
+@dataclass(frozen=True)
+class Refusal:
+    """An error as it is told to one request, whatever the shape of the body is: ``headers`` go with each shape."""
+
+    error: Exception
+    problem: Problem
+    headers: dict[str, str]
+
+
+def refusal_of(error: Exception, *, scope: dict[str, Any]) -> Refusal:
+    """The error as it is told to the request of this ASGI scope."""
     prefix = prefix_of(scope)
     problem = problem_of(error, prefix=prefix)
     headers = {"Cache-Control": "no-store"}
@@ -178,13 +188,21 @@ def problem_response(error: Exception, *, scope: dict[str, Any]) -> TrioResponse
         headers["Location"] = prefix + turn_path(error.session_id, error.turn_id)
     if isinstance(error, HTTPException):
         headers.update(pair for pair in error.get_headers() if pair[0] == "Allow")
-    return TrioResponse(msgspec.json.encode(problem), problem.status, headers, content_type=MEDIA_TYPE)
+    return Refusal(error, problem, headers)
 
 
-async def answer_error(error: Exception) -> TrioResponse:
+def problem_response(refusal: Refusal) -> TrioResponse:
+    """The response that tells an error as a problem document."""
+    problem = refusal.problem
+    return TrioResponse(msgspec.json.encode(problem), problem.status, refusal.headers, content_type=MEDIA_TYPE)
+
+
+async def answer_error(
+    error: Exception, *, respond: Callable[[Refusal], TrioResponse] = problem_response
+) -> TrioResponse:
     """Whatever a request raised, as its response: the edge of a request."""
     connection = request if has_request_context() else websocket
-    response = problem_response(error, scope=cast("dict[str, Any]", connection.scope))
+    response = respond(refusal_of(error, scope=cast("dict[str, Any]", connection.scope)))
     if response.status_code == 500:
         logger.error("request failed", exc_info=error)
     return response

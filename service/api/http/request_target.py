@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from werkzeug.exceptions import BadRequest, HTTPException, NotFound
 
 from service.api.http.locations import root_path_of
-from service.api.http.problems import problem_response
+from service.api.http.problems import problem_response, refusal_of
 
 _NEITHER = "The target of this request is neither a path nor a URL."
 _HOST_LENGTH_MAX = 300
@@ -54,7 +54,7 @@ async def refuse_target(scope: dict[str, Any], send: Any, fault: HTTPException) 
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1000})
         return
-    response = problem_response(fault, scope=scope)
+    response = problem_response(refusal_of(fault, scope=scope))
     headers = [(name.lower().encode(), value.encode()) for name, value in response.headers.items()]
     await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
     await send({"type": "http.response.body", "body": await response.get_data(as_text=False), "more_body": False})

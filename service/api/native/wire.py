@@ -83,7 +83,7 @@ class CreateSession(RequestBody, frozen=True, kw_only=True):
 
 
 class ForkSession(RequestBody, frozen=True, kw_only=True):
-    """``{"at": "turn_0a…", "id": "support-4711-again"}``"""
+    """``{"at": "turn_0a6c1b9e2f3d4c5a8b7e6f5d4c3b2a19", "id": "support-4711-again"}``"""
 
     at: Annotated[TurnId | None, Meta(description="The last turn to copy: the head if left out.")] = None
     id: SessionId | None = None

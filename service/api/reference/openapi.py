@@ -1,9 +1,10 @@
 """The OpenAPI document, built from the routes and what is said beside their handlers."""
 
 import inspect
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 from quart import Quart
@@ -29,8 +30,10 @@ from service.errors import (
 from service.failure_codes import FAILURES
 from service.sessions.events.events import Event
 
-_OPEN_TAG = "health"
+_PROBE_TAG = "health"
 _STATIC_TAG = "docs"
+_OPEN_TAGS = (_PROBE_TAG, _STATIC_TAG)
+"""Their calls need no API key."""
 _TAGS = {
     "sessions": "A session holds a conversation: a tree of turns, and a head.",
     "turns": "A turn is an input and the reply to it. Every accepted turn ends exactly once.",
@@ -142,12 +145,12 @@ def _operation(operation: Operation, tag: str, doc: str, path_names: list[str], 
         "parameters": list(_parameters(operation, path_names, schemas)),
         "responses": {},
     }
-    if tag == _OPEN_TAG:
+    if tag in _OPEN_TAGS:
         described["security"] = []
     if operation.body is not None:
         described["requestBody"] = {
             "required": True,
-            "content": {"application/json": {"schema": schemas.of(operation.body)}},
+            "content": {"application/json": _content(operation.body, schemas)},
         }
     for answer in operation.answers:
         described["responses"][str(answer.status)] = _answer(answer, schemas)
@@ -175,9 +178,9 @@ def _answer(answer: Answer, schemas: _Schemas) -> dict[str, Any]:
     described: dict[str, Any] = {"description": answer.description}
     content: dict[str, Any] = {}
     if answer.body is not None:
-        content["application/json"] = {"schema": schemas.of(answer.body)}
+        content["application/json"] = _content(answer.body, schemas)
     if answer.streams:
-        content[EVENT_STREAM] = {"schema": schemas.event_stream()}
+        content[EVENT_STREAM] = {"schema": schemas.event_stream(), "example": _EXAMPLE_STREAM}
     if answer.media_type is not None:
         content[answer.media_type] = {"schema": {"type": "object" if answer.media_type.endswith("json") else "string"}}
     if content:
@@ -193,6 +196,22 @@ def _answer(answer: Answer, schemas: _Schemas) -> dict[str, Any]:
     return described
 
 
+def _content(kind: type[msgspec.Struct], schemas: _Schemas) -> dict[str, Any]:
+    return {"schema": schemas.of(kind), "example": example_of(kind)}
+
+
+def example_of(kind: type[msgspec.Struct]) -> dict[str, Any]:
+    """The example in the docstring of a wire type; a list's example has that of one item."""
+    fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
+    if "data" in fields:
+        (item, _) = get_args(fields["data"])
+        return {"data": [example_of(item)], "next": None}
+    found = re.search(r"``(\{.*?\})``", kind.__doc__ or "", re.DOTALL)
+    assert found is not None, f"{kind.__name__} has no example"
+    example: dict[str, Any] = json.loads(found[1])
+    return example
+
+
 def _errors(operation: Operation, tag: str) -> Iterable[type[LastcallError]]:
     yield from operation.errors
     if operation.body is not None:
@@ -200,10 +219,10 @@ def _errors(operation: Operation, tag: str) -> Iterable[type[LastcallError]]:
     yield InvalidRequestError
     yield LoopbackOnlyError
     yield NotReadyError
-    if tag != _OPEN_TAG:
+    if tag != _PROBE_TAG:
         yield ProxiedRequestError
-        yield UnauthorizedError
         if tag != _STATIC_TAG:
+            yield UnauthorizedError
             yield StoreError
             yield ResourcesExhaustedError
             yield OwnedElsewhereError

@@ -1,5 +1,12 @@
-"""The API's description: the OpenAPI document, and a page of it that needs nothing from elsewhere."""
+"""The API's description: the OpenAPI document, and a page of it that needs nothing from elsewhere.
 
+Both can be read without an API key, because a browser sends none and they hold no secret.
+"""
+
+import json
+import shlex
+from base64 import b64encode
+from hashlib import sha256
 from html import escape
 from typing import Any
 
@@ -7,10 +14,13 @@ import msgspec
 from quart import Blueprint, Quart, current_app
 from quart_trio.wrappers import TrioResponse
 
+from service.api.http.app_state import current_access
+from service.api.http.event_stream import MEDIA_TYPE as EVENT_STREAM
 from service.api.http.locations import located
 from service.api.http.operations import Answer, operation
-from service.api.http.problems import codes
+from service.api.http.problems import ADVICE, codes
 from service.api.reference.openapi import build_document
+from service.failure_codes import FAILURES
 
 blueprint = Blueprint("docs", __name__)
 
@@ -28,12 +38,19 @@ async def openapi() -> TrioResponse:
     return TrioResponse(msgspec.json.encode(document), content_type="application/json")
 
 
+@blueprint.get("/")
+@operation(id="root", answers=(Answer(status=302, description="The way to this description.", located="The page."),))
+async def root() -> TrioResponse:
+    """Find the way to this description."""
+    return TrioResponse(b"", 302, {"Location": located("/docs"), "Cache-Control": "no-store"}, content_type="text/html")
+
+
 @blueprint.get("/docs")
 @operation(id="docs", answers=(Answer(status=200, description="HTML.", media_type="text/html"),))
 async def docs() -> TrioResponse:
     """Read this description."""
-    headers = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
-    return TrioResponse(render(document_of(current_app)), headers=headers, content_type="text/html; charset=utf-8")
+    page = render(document_of(current_app), url=_EXAMPLE_URL + located(""), keyed=bool(current_access().key_digests))
+    return TrioResponse(page, headers=_PAGE_HEADERS, content_type="text/html; charset=utf-8")
 
 
 def document_of(app: Quart) -> dict[str, Any]:
@@ -51,40 +68,107 @@ summary { cursor: pointer; padding: .3rem 0 }
 code, pre { font: .875em/1.45 ui-monospace, monospace }
 pre { overflow-x: auto; padding: .75rem; border: 1px solid #8885; border-radius: 4px }
 summary code b { display: inline-block; min-width: 4rem }
+small { color: GrayText }
 table { border-collapse: collapse } td { padding: .15rem 1rem .15rem 0; vertical-align: top }
 details > :not(summary) { margin-left: 1.2rem }
 """
 
 
-def render(document: dict[str, Any]) -> str:
-    """The document as a page, whole without scripts."""
+_EXAMPLE_URL = "http://localhost:8000"
+_EXAMPLE_IDS = {"session_id": "support-4711", "turn_id": "turn_0a6c1b9e2f3d4c5a8b7e6f5d4c3b2a19"}
+_STYLE_HASH = b64encode(sha256(_STYLE.encode()).digest()).decode()
+_PAGE_HEADERS = {
+    "Content-Security-Policy": f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+def render(document: dict[str, Any], *, url: str = _EXAMPLE_URL, keyed: bool = False) -> str:
+    """The document as a page, whole without scripts.
+
+    Args:
+        url: Where the server is, in the commands that are shown; with the prefix.
+        keyed: Whether these commands need an API key.
+    """
     info = document["info"]
     parts = [
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{info["title"]}</title>',
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style>',
-        f"<h1>{info['title']} {info['version']}</h1><p>{info['summary']} ",
+        f"<h1>{info['title']} {info['version']}</h1><p>{_prose(info['summary'])} ",
         'The same for machines: <a href="openapi.json">openapi.json</a>.</p>',
+        f"<p>{_prose(_ABOUT_COMMANDS + (_ABOUT_KEYS if keyed else ''))}</p>",
     ]
     for tag in document["tags"]:
-        parts.append(f"<h2>{tag['name'].capitalize()}</h2><p>{escape(tag['description'])}</p>")
+        parts.append(f"<h2>{tag['name'].capitalize()}</h2><p>{_prose(tag['description'])}</p>")
         for path, methods in document["paths"].items():
             parts += [
-                _operation(method, path, operation)
+                _operation(method, path, operation, command=_command(method, path, operation, url=url, keyed=keyed))
                 for method, operation in methods.items()
                 if operation["tags"] == [tag["name"]]
             ]
     parts.append("<h2>Schemas</h2>")
     parts += [_schema(name, schema) for name, schema in sorted(document["components"]["schemas"].items())]
-    parts.append("<h2>Problems</h2><p>Every error is a problem document (RFC 9457) with one of these codes.</p><table>")
-    parts += [f'<tr id="{code}"><td>{status}<td><code>{code}</code>' for status, code in codes()]
-    parts.append("</table></html>")
+    parts += [_failed_turns(), _problems(), "</html>"]
     return "\n".join(parts)
 
 
-def _operation(method: str, path: str, operation: dict[str, Any]) -> str:
+_ABOUT_COMMANDS = (
+    f"The commands are for a shell; put this server's address in the place of `{_EXAMPLE_URL}`, and ids of yours in "
+    "the place of those that are shown."
+)
+_ABOUT_KEYS = " `$LASTCALL_KEY` stands for one of the server's API keys: `export LASTCALL_KEY=…` once."
+
+
+def _command(method: str, path: str, operation: dict[str, Any], *, url: str, keyed: bool) -> str:
+    """The call as a command of ``curl``."""
+    for name, value in _EXAMPLE_IDS.items():
+        path = path.replace(f"{{{name}}}", value)
+    parts = ["curl"]
+    answers = [media for answer in operation["responses"].values() for media in answer.get("content", {})]
+    if EVENT_STREAM in answers:
+        parts.append("-N")  # each event as it comes
+    if method != "get":
+        parts.append(f"-X {method.upper()}")
+    parts.append(shlex.quote(url + path))
+    if keyed and operation.get("security") != []:
+        parts.append('-H "Authorization: Bearer $LASTCALL_KEY"')
+    if EVENT_STREAM in answers and "application/json" in answers:
+        parts.append(f"-H 'Accept: {EVENT_STREAM}'")
+    for media, content in operation.get("requestBody", {}).get("content", {}).items():
+        body = json.dumps(content["example"], ensure_ascii=False)
+        parts += [f"-H 'Content-Type: {media}'", f"-d {shlex.quote(body)}"]
+    return " ".join(parts)
+
+
+def _failed_turns() -> str:
+    """The codes of failed turns. Where a problem has the same code, the plain anchor is there: its type leads to it."""
+    shared = {code for _, code in codes()}
+    rows = [
+        f'<tr id="{"failed-" if code in shared else ""}{code}"><td><code>{code}</code>'
+        f"<td>{_prose(meaning.what)}<td>{_prose(meaning.mender)}"
+        for code, meaning in FAILURES.items()
+    ]
+    return (
+        "<h2>Failed turns</h2><p>The <code>error.code</code> of a turn that failed, what happened, and who can mend it."
+        f"</p><table>{''.join(rows)}</table>"
+    )
+
+
+def _problems() -> str:
+    rows = [
+        f'<tr id="{code}"><td>{status}<td><code>{code}</code><td>{_prose(ADVICE[code])}' for status, code in codes()
+    ]
+    return (
+        "<h2>Problems</h2><p>Every error is a problem document (RFC 9457) with one of these codes.</p>"
+        f"<table>{''.join(rows)}</table>"
+    )
+
+
+def _operation(method: str, path: str, operation: dict[str, Any], *, command: str) -> str:
     rows = [
         f"<tr><td><code>{escape(parameter['name'])}</code><td>{parameter['in']}"
-        f"<td>{_type(parameter['schema'])}<td>{escape(_described(parameter))}"
+        f"<td>{_type(parameter['schema'])}<td>{_prose(_described(parameter))}"
         for parameter in operation["parameters"]
     ]
     for media, content in operation.get("requestBody", {}).get("content", {}).items():
@@ -98,17 +182,16 @@ def _operation(method: str, path: str, operation: dict[str, Any]) -> str:
     return (
         f'<details id="{operation["operationId"]}"><summary><code><b>{method.upper()}</b> {escape(path)}</code> '
         f"{_prose(operation['summary'])}</summary>"
-        f"<p>{_prose(operation['description'])}</p><table>{''.join(rows)}</table></details>"
+        f"{_paragraphs(operation['description'])}<pre>{escape(command)}</pre><table>{''.join(rows)}</table></details>"
     )
 
 
 def _schema(name: str, schema: dict[str, Any]) -> str:
-    shown = escape(
-        msgspec.json.format(msgspec.json.encode({k: v for k, v in schema.items() if k != "description"})).decode()
-    )
+    without_text = {name: value for name, value in schema.items() if name != "description"}
+    shown = _prose(msgspec.json.format(msgspec.json.encode(without_text)).decode())
     return (
         f'<details id="schema-{name}"><summary><code>{name}</code></summary>'
-        f"<p>{_prose(schema.get('description', ''))}</p><pre>{shown}</pre></details>"
+        f"{_paragraphs(schema.get('description', ''))}<pre>{shown}</pre></details>"
     )
 
 
@@ -124,6 +207,10 @@ def _type(schema: dict[str, Any]) -> str:
 def _described(parameter: dict[str, Any]) -> str:
     text: str = parameter.get("description") or parameter["schema"].get("description", "")
     return text
+
+
+def _paragraphs(text: str) -> str:
+    return "".join(f"<p>{_prose(part)}</p>" for part in text.split("\n\n") if part)
 
 
 def _prose(text: str) -> str:

@@ -49,7 +49,7 @@ async def test_locations_problems_and_links_have_the_prefix(passed_on: str, auto
 
 async def test_a_path_that_only_begins_like_the_prefix_is_below_it() -> None:
     async with open_api() as api:
-        for path in ("/behind/a proxysessions", "/behind/a proxy", "/behind/a proxy/behind/a proxy/sessions"):
+        for path in ("/behind/a proxysessions", "/behind/a proxy/behind/a proxy/sessions"):
             assert (await api.call("GET", path, scope=SCOPE)).status == 404
         for path in ("//sessions", "/behind/a proxy//sessions"):
             reply = await api.call("GET", path, scope=SCOPE)

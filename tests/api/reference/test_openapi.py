@@ -2,7 +2,12 @@
 
 import json
 import re
+import shlex
+from base64 import b64encode
 from collections.abc import Iterator
+from hashlib import sha256
+from html import unescape
+from itertools import pairwise
 from typing import Any, get_args
 
 import msgspec
@@ -12,6 +17,7 @@ from werkzeug.exceptions import default_exceptions
 from service import errors
 from service.api.app import create_app
 from service.api.http.problems import STATUS_BY_ERROR, code_of, codes, problem_of, status_of
+from service.api.native import wire
 from service.api.native.wire import UpdateSession
 from service.api.reference.page import document_of
 from service.errors import LastcallError, ModelError, RefusedError, StartupError
@@ -45,7 +51,7 @@ def test_every_call_of_the_design_that_there_is_is_described() -> None:
         "GET /sessions/{session_id}/turns", "GET /sessions/{session_id}/turns/{turn_id}",
         "GET /sessions/{session_id}/turns/{turn_id}/events", "POST /sessions/{session_id}/turns/{turn_id}/cancel",
         "POST /sessions/{session_id}/fork", "POST /chat",
-        "GET /healthz", "GET /readyz", "GET /openapi.json", "GET /docs",
+        "GET /healthz", "GET /readyz", "GET /openapi.json", "GET /docs", "GET /",
     }  # fmt: skip
 
 
@@ -68,8 +74,9 @@ def test_every_operation_says_what_it_is_and_how_it_fails(name: str, operation: 
         assert response["description"]
         if status >= "4":
             assert list(response["content"]) == ["application/problem+json"]
-    probe = name in ("GET /healthz", "GET /readyz")
-    assert ("401" in operation["responses"]) is not probe
+    is_open = name in ("GET /healthz", "GET /readyz", "GET /openapi.json", "GET /docs", "GET /")
+    assert ("401" in operation["responses"]) is not is_open
+    assert (operation.get("security") == []) is is_open
     assert ("requestBody" in operation) is ("415" in operation["responses"])
 
 
@@ -120,12 +127,98 @@ async def test_the_page_is_whole_without_anything_from_elsewhere() -> None:
         assert reply.headers["content-type"] == "text/html; charset=utf-8"
         page = reply.body.decode()
         assert "<script" not in page
+        assert "`" not in page, "backticks are shown as code"
         assert re.findall(r"""(?:src|href)=["'](?!#)([^"']+)""", page) == ["openapi.json"]
         for name, operation in operations():
             assert name.split()[1] in page
             assert f'id="{operation["operationId"]}"' in page
         for target in re.findall(r'href="#([^"]+)"', page):
             assert f'id="{target}"' in page
+
+
+KEY = "a-key-of-sixteen-or-more"
+
+
+async def test_the_description_needs_no_key_and_all_else_does() -> None:
+    async with open_api(api_keys=(KEY,)) as api:
+        for path, status in (("/docs", 200), ("/openapi.json", 200), ("/", 302)):
+            assert (await api.call("GET", path)).status == status
+            assert (await api.call("GET", path, headers={"Host": "app.example.org", "Via": "1.1 x"})).status == status
+        for method, path in (
+            *(("GET", "/sessions"), ("POST", "/docs"), ("POST", "/"), ("GET", "/docs/"), ("GET", "/docs/../sessions")),
+            *(("GET", "/docs/sessions"), ("GET", "/openapi.json/sessions"), ("GET", "/doc"), ("GET", "/%2e")),
+        ):
+            (await api.call(method, path)).problem(401, "unauthorized")
+
+
+async def test_without_keys_the_description_is_for_this_machine_like_all_else() -> None:
+    async with open_api() as api:
+        for path in ("/docs", "/openapi.json", "/"):
+            assert (await api.call("GET", path)).status in (200, 302)
+            (await api.call("GET", path, headers={"Host": "app.example.org"})).problem(403, "loopback_only")
+
+
+async def test_the_root_leads_to_the_page_below_a_prefix_too() -> None:
+    async with open_api() as api:
+        assert (await api.call("GET", "/")).headers["location"] == "/docs"
+        for path in ("/ai", "/ai/", "/"):
+            reply = await api.call("GET", path, scope={"root_path": "/ai"})
+            assert (reply.status, reply.headers["location"]) == (302, "/ai/docs")
+
+
+async def test_the_page_allows_its_own_style_and_nothing_else() -> None:
+    async with open_api() as api:
+        reply = await api.call("GET", "/docs")
+    policy = reply.headers["content-security-policy"]
+    (style,) = re.findall("<style>(.*?)</style>", reply.body.decode(), re.DOTALL)
+    digest = b64encode(sha256(style.encode()).digest()).decode()
+    assert policy == (
+        f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    assert "style=" not in reply.body.decode()
+
+
+@pytest.mark.parametrize(("keys", "prefix"), [((), ""), ((KEY,), "/ai")])
+async def test_each_call_has_a_command_that_does_it(keys: tuple[str, ...], prefix: str) -> None:
+    url = f"http://localhost:8000{prefix}"
+    async with open_api(api_keys=keys, model_url="scripted:?tokens=3&rate=0&first_token_s=0") as api:
+        page = (await api.call("GET", "/docs", scope={"root_path": prefix})).body.decode()
+        commands = {
+            id_: shlex.split(unescape(command))
+            for id_, command in re.findall(r'<details id="(\w+)">.*?<pre>(curl .*?)</pre>', page, re.DOTALL)
+        }
+        assert commands.keys() == {operation["operationId"] for _, operation in operations()}
+        ids: dict[str, str] = {}
+        order = ("create_session", "start_turn", "fork_session", *sorted(commands.keys() - {"delete_session"}))
+        for id_ in (*dict.fromkeys(order), "delete_session"):
+            parts = commands[id_]
+            target = next(part for part in parts if part.startswith(url)).removeprefix(url)
+            method = parts[parts.index("-X") + 1] if "-X" in parts else "GET"
+            headers = dict(part.split(": ", 1) for option, part in pairwise(parts) if option == "-H")
+            if "Authorization" in headers:
+                headers["Authorization"] = headers["Authorization"].replace("$LASTCALL_KEY", KEY)
+            data = next((part for option, part in pairwise(parts) if option == "-d"), "")
+            for shown, given in ids.items():
+                target, data = target.replace(shown, given), data.replace(shown, given)
+            reply = await api.call(method, target, raw=data.encode() or None, headers=headers)
+            assert reply.status in (200, 201, 202, 204, 302), (id_, reply)
+            assert (parts[1] == "-N") is (reply.headers.get("content-type") == "text/event-stream")
+            if id_ == "start_turn":
+                ids["turn_0a6c1b9e2f3d4c5a8b7e6f5d4c3b2a19"] = reply.events[0]["turn_id"]
+
+
+def test_each_body_has_an_example_that_is_one() -> None:
+    taken = [
+        content
+        for _, operation in operations()
+        for part in (operation.get("requestBody", {}), *operation["responses"].values())
+        for media, content in part.get("content", {}).items()
+        if media == "application/json" and "$ref" in content["schema"]
+    ]
+    assert len(taken) > 15
+    for content in taken:
+        kind = getattr(wire, content["schema"]["$ref"].rpartition("/")[2])
+        assert msgspec.convert(content["example"], kind)
 
 
 async def test_every_problem_leads_to_its_place_on_the_page() -> None:
@@ -138,4 +231,5 @@ async def test_every_problem_leads_to_its_place_on_the_page() -> None:
         page = (await api.call("GET", "/docs")).body.decode()
     anchors = [f"/docs#{anchor}" for anchor in re.findall('id="([^"]+)"', page)]
     assert sent <= set(anchors)
+    assert {f"/docs#{code}" for code in get_args(FailureCode)} <= set(anchors)
     assert len(set(anchors)) == len(anchors)
