@@ -7,7 +7,8 @@ help: it cannot hold a nursery. Proven by ``tests/hosting/test_lifespan.py``.
 
 import gc
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from math import inf
 from typing import Any
@@ -22,6 +23,7 @@ from service.api.app import attach, detach
 from service.freezes import watch_for_freezes
 from service.hosting.hypercorn.asgi_request import open_requests
 from service.hosting.hypercorn.connections import Connections, Stream
+from service.hosting.hypercorn.patches import install_in_worker
 from service.hosting.hypercorn.worker import Worker, find_worker
 from service.hosting.listeners.closing import ListenerShutdown
 from service.hosting.listeners.listeners import Listeners, given_sockets
@@ -57,18 +59,21 @@ class ServiceLifespan:
     async def __call__(self, receive: Any, send: Any) -> None:
         if not trio.lowlevel.in_trio_run():
             refuse_to_start("Lastcall runs on Trio: start hypercorn with --worker-class trio.")
-        try:
-            worker = find_worker()
-            if worker is not None:
-                worker.config.startup_timeout = inf  # a long recovery is no reason to give up; read once we receive
-            await receive()
-            settings, hosting = self._prepare(worker)
-        except Exception as error:  # noqa: BLE001  hypercorn would serve on without us, whatever it is
-            refuse_to_start(error)
-        if hosting is None:
-            await serve_embedded(self._app, settings, receive, send)
-        else:
-            await hosting.run(receive, send)
+        with ExitStack() as installed:
+            try:
+                worker = find_worker()
+                if worker is not None:
+                    worker.config.startup_timeout = inf  # a long recovery is no reason to give up; read once we receive
+                await receive()
+                settings, hosting = self._prepare(worker)
+                if hosting is not None:
+                    installed.enter_context(hosting.install())
+            except Exception as error:  # noqa: BLE001  hypercorn would serve on without us, whatever it is
+                refuse_to_start(error)
+            if hosting is None:
+                await serve_embedded(self._app, settings, receive, send)
+            else:
+                await hosting.run(receive, send)
 
     def _prepare(self, worker: Worker | None) -> "tuple[Settings, Hosting | None]":
         """The settings, and what hosts the service with them; None in a process that is not ours."""
@@ -122,28 +127,44 @@ class Hosting:
         worker.config.shutdown_timeout = settings.shutdown_total_s
         worker.config.graceful_timeout = settings.cleanup_timeout_s + SETTLE_S + settings.release_timeout_s
 
+    @contextmanager
+    def install(self) -> Iterator[None]:
+        """Install the patches until this is left. Then hypercorn is released to stop, whatever happened."""
+        master = self._worker.master
+        with install_in_worker(
+            open_connection=self._connections.open,
+            serve_listeners=self._listeners.serve_listeners,
+            termination=self._listener_shutdown.termination,
+            context=self._worker.context,
+            stop_event=master.stop_event if master is not None else None,
+        ):
+            try:
+                yield
+            finally:
+                self._listener_shutdown.release()
+
     async def run(self, receive: Any, send: Any) -> None:
-        """Hold the service until it is to stop, then stop it. Returns only into a server that has stopped too."""
+        """Hold the service until it is to stop, then stop it. Returns only into a server that has stopped too.
+
+        Only inside of :meth:`install`.
+        """
         crash: Exception | None = None
-        try:
-            with self._notice.from_signals():
-                async with trio.open_nursery() as nursery:
-                    try:
-                        if self._worker.master is not None:
-                            self._notice.watch(self._worker.master)
-                        with watch_for_freezes(counts=self._shutdown.noticed.is_set):
-                            await self._hold_service(nursery, receive, send)
-                        sockets = self._worker.sockets
-                        if not self._opened and sockets is not None:
-                            await self._refuse_waiting_clients(sockets, nursery)
-                    except Exception as error:  # noqa: BLE001  the edge of the service: what comes here ends the process
-                        crash = error
-                        await self._end_crashed(error)
-                    nursery.cancel_scope.cancel()
-                self._end(crash)
-                await send({"type": "lifespan.shutdown.complete"})
-        finally:
-            self._listener_shutdown.release()
+        with self._notice.from_signals():
+            async with trio.open_nursery() as nursery:
+                try:
+                    if self._worker.master is not None:
+                        self._notice.watch(self._worker.master)
+                    with watch_for_freezes(counts=self._shutdown.noticed.is_set):
+                        await self._hold_service(nursery, receive, send)
+                    sockets = self._worker.sockets
+                    if not self._opened and sockets is not None:
+                        await self._refuse_waiting_clients(sockets, nursery)
+                except Exception as error:  # noqa: BLE001  the edge of the service: what comes here ends the process
+                    crash = error
+                    await self._end_crashed(error)
+                nursery.cancel_scope.cancel()
+            self._end(crash)
+            await send({"type": "lifespan.shutdown.complete"})
 
     async def _hold_service(self, nursery: trio.Nursery, receive: Any, send: Any) -> None:
         with trio.CancelScope() as opening:

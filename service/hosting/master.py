@@ -18,7 +18,8 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
@@ -27,12 +28,19 @@ from multiprocessing.synchronize import Event, Semaphore
 from socket import socket
 from typing import NoReturn
 
-import hypercorn.__main__
 import hypercorn.run
 from hypercorn.config import Config, Sockets
 from hypercorn.typing import WorkerFunc
 
 from service.errors import StartupError
+from service.hosting.hypercorn.patches import (
+    POPULATE,
+    Undo,
+    install_in_command_line,
+    install_in_master,
+    replace_clear,
+    replace_join,
+)
 from service.hosting.hypercorn.worker import share_serving_count
 from service.hosting.listeners.worker_status import WorkerStatus, statuses_of_others
 from service.hosting.peer_listener import check_sharing
@@ -57,31 +65,30 @@ DIED = (ExitCode.WATCHDOG, ExitCode.FAULTS)
 """Codes of a worker that has ended for good, but badly. While the others serve that is no reason to stop them."""
 
 
-def mend() -> Settings:
-    """Have hypercorn's command line run its master through us. Ends the process where the settings cannot be used."""
+def take_over(installed: ExitStack) -> Settings:
+    """Have hypercorn's command line run its master through :func:`run`, until ``installed`` is closed.
+
+    Ends the process where the settings cannot be used.
+    """
     try:
         settings = load_settings()
+        installed.enter_context(install_in_command_line(sys.modules["__main__"], partial(run, settings)))
     except Exception as error:  # noqa: BLE001  a traceback would be all that it says
         refuse_to_start(error)
-    main = sys.modules["__main__"]
-    if getattr(main, "run", None) is hypercorn.run.run:  # python -m hypercorn
-        setattr(main, "run", partial(run, settings))  # noqa: B010
-    setattr(hypercorn.__main__, "run", partial(run, settings))  # noqa: B010
     return settings
 
 
 def run(settings: Settings, config: Config) -> NoReturn:
     """hypercorn's ``run``, and the end of the process with the code it should have had."""
-    try:
-        check_sharing(settings, workers=config.workers)
-        take_addresses(config)
-    except StartupError as error:
-        refuse_to_start(error)
-    workers = Workers(stop_timeout_s=settings.shutdown_total_s + STOP_SLACK_S)
-    setattr(hypercorn.run, "_populate", workers.populate)  # noqa: B010
-    setattr(hypercorn.run, "wait", workers.wait)  # noqa: B010
-    setattr(hypercorn.run, "_join_exited", workers.join_exited)  # noqa: B010
-    code = hypercorn.run.run(config)
+    with ExitStack() as installed:
+        try:
+            check_sharing(settings, workers=config.workers)
+            workers = Workers(stop_timeout_s=settings.shutdown_total_s + STOP_SLACK_S)
+            installed.enter_context(workers.install())
+            take_addresses(config)
+        except StartupError as error:
+            refuse_to_start(error)
+        code = hypercorn.run.run(config)
     atexit._run_exitfuncs()  # multiprocessing's semaphores are named, and unlinked there
     leave(code)
 
@@ -108,8 +115,10 @@ class Workers:
         self._reloaded = False
         self._joining_since: float | None = None
         self._code = 0
-        self._start = hypercorn.run._populate
+        self._start: Callable[..., None] = POPULATE.current
         self._stop_event: Event | None = None
+        self._undo_clear: Undo = _nothing
+        self._undo_joins: list[tuple[BaseProcess, Undo]] = []
 
     def populate(  # noqa: PLR0917  as hypercorn calls it
         self,
@@ -130,14 +139,16 @@ class Workers:
         self._workers_wanted = config.workers
         self._sockets = [*sockets.secure_sockets, *sockets.insecure_sockets]
         self._few_requests = config.max_requests is not None
-        vars(stop_event).pop("clear", None)  # workers get a copy of the event, and not this of it
+        self._undo_clear()  # workers get a copy of the event, which is to be hypercorn's own
+        self._undo_clear = _nothing
         self._start(processes, config, worker_func, sockets, stop_event, context)
-        setattr(stop_event, "clear", self._note_reload)  # noqa: B010
+        self._undo_clear = replace_clear(stop_event, self._note_reload)
         now = time.monotonic()
         self._joining_since = None
         for process in processes:
             self._started_at.setdefault(process.pid, now)
-            setattr(process, "join", partial(self._join, process))  # noqa: B010
+            if not any(process is it for it, _ in self._undo_joins):
+                self._undo_joins.append((process, replace_join(process, partial(self._join, process))))
 
     def _join(self, process: BaseProcess, timeout: float | None = None) -> None:
         """In place of the process's ``join``, on which hypercorn's reload waits in a signal handler, without a bound.
@@ -184,7 +195,7 @@ class Workers:
         assert self._stop_event is not None
         self._count_serving()
         stopping = self._stop_event.is_set()
-        exited = _take_exited(processes)
+        exited = self._take_exited(processes)
         for process in exited:
             code = _exit_code(process)
             if not stopping and self._may_try_again(code):
@@ -259,6 +270,30 @@ class Workers:
             self._ended_at_once += 1
         return self._ended_at_once > AT_ONCE_MAX
 
+    @contextmanager
+    def install(self) -> Iterator[None]:
+        """Stand in for hypercorn's functions until this is left."""
+        with install_in_master(populate=self.populate, wait=self.wait, join_exited=self.join_exited):
+            try:
+                yield
+            finally:
+                self._restore()
+
+    def _restore(self) -> None:
+        """Give the master's event and the processes that are left their own methods back."""
+        self._undo_clear()
+        self._undo_clear = _nothing
+        for _, undo in self._undo_joins:
+            undo()
+        self._undo_joins.clear()
+
+    def _take_exited(self, processes: list[BaseProcess]) -> list[BaseProcess]:
+        exited = [process for process in processes if process.exitcode is not None]
+        for process in exited:
+            processes.remove(process)
+        self._undo_joins = [it for it in self._undo_joins if all(it[0] is not process for process in exited)]
+        return exited
+
     def _note_reload(self) -> None:
         """In place of the event's ``clear``: a reload has ended, and with it all workers."""
         assert self._stop_event is not None
@@ -277,16 +312,13 @@ class Workers:
                 for process in processes:
                     process.kill()
                     process.join()
-            codes = [_exit_code(process) for process in _take_exited(processes)]
+            codes = [_exit_code(process) for process in self._take_exited(processes)]
             for code in [ExitCode.WATCHDOG] if late else codes:
                 self._note_code(code)
 
 
-def _take_exited(processes: list[BaseProcess]) -> list[BaseProcess]:
-    exited = [process for process in processes if process.exitcode is not None]
-    for process in exited:
-        processes.remove(process)
-    return exited
+def _nothing() -> None:
+    """What undoes nothing."""
 
 
 def _exit_code(process: BaseProcess) -> int:

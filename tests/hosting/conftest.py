@@ -1,20 +1,17 @@
 """hypercorn in this process, for what needs no signal."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 import hypercorn.trio
-import hypercorn.trio.run
-import hypercorn.trio.tcp_server
 import pytest
 import trio
 from hypercorn.config import Config
-from hypercorn.trio.task_group import TaskGroup
-from hypercorn.trio.tcp_server import TCPServer
 from quart_trio import QuartTrio
 
 from service.hosting.hypercorn.connections import Connections
+from service.hosting.hypercorn.patches import install_connections
 
 Serve = Callable[..., AbstractAsyncContextManager["Served"]]
 PATIENT_S = 8.0
@@ -62,8 +59,8 @@ def serve() -> Serve:
 
 
 @pytest.fixture
-def connections(monkeypatch: pytest.MonkeyPatch) -> Connections:
+def connections() -> Iterator[Connections]:
     """Connections in the place of hypercorn's own until the test is over."""
-    monkeypatch.setattr(hypercorn.trio.run, "TCPServer", TCPServer)
-    monkeypatch.setattr(hypercorn.trio.tcp_server, "TaskGroup", TaskGroup)
-    return Connections()
+    connections = Connections()
+    with install_connections(connections.open):
+        yield connections

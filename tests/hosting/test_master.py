@@ -26,7 +26,7 @@ def test_hypercorn_still_takes_these_names_from_its_module() -> None:
 
 
 def ended(exit_code: int) -> BaseProcess:
-    return cast("BaseProcess", SimpleNamespace(pid=1, exitcode=exit_code))
+    return cast("BaseProcess", SimpleNamespace(pid=1, exitcode=exit_code, join=lambda: None))
 
 
 def living() -> BaseProcess:

@@ -10,7 +10,6 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, cast
 
-import hypercorn.trio.tcp_server
 import trio
 from hypercorn.config import Config
 from hypercorn.trio.task_group import TaskGroup, _handle
@@ -119,8 +118,3 @@ async def _run_app(
         await _handle(app, config, scope, receive_queue, send, trio.to_thread.run_sync, trio.from_thread.run)
     finally:
         receive_queue.note_over()
-
-
-def use_receive_queues() -> None:
-    """Have hypercorn's connections use them from now on."""
-    setattr(hypercorn.trio.tcp_server, "TaskGroup", ConnectionTaskGroup)  # noqa: B010

@@ -6,9 +6,8 @@ that are not whole yet. Proven by ``tests/hosting/hypercorn/test_chunked_request
 """
 
 import h11
-from h11._readers import READERS, ChunkedReader, chunk_header_re
+from h11._readers import ChunkedReader, chunk_header_re
 from h11._receivebuffer import ReceiveBuffer
-from h11._state import SEND_BODY
 
 _END = b"\r\n"
 
@@ -43,8 +42,3 @@ def _take_whole_chunks(buf: ReceiveBuffer) -> bytes:
     if position:
         buf.maybe_extract_at_most(position)
     return b"".join(data)
-
-
-def use_joining_reader() -> None:
-    """Have h11 read chunked bodies with it from now on."""
-    READERS[SEND_BODY]["chunked"] = JoiningChunkedReader  # type: ignore[index]

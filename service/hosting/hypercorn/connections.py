@@ -31,11 +31,9 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import cast
 
-import h2.connection
 import h2.exceptions
 import h11
 import hpack
-import hypercorn.trio.run
 import structlog
 import trio
 from hypercorn.config import Config
@@ -48,8 +46,7 @@ from hypercorn.trio.worker_context import EventWrapper, WorkerContext
 from hypercorn.typing import AppWrapper, ConnectionState, TaskGroup
 
 from service.freezes import forgiving
-from service.hosting.hypercorn.asgi_receive import ConnectionTaskGroup, use_receive_queues
-from service.hosting.hypercorn.chunked_request import use_joining_reader
+from service.hosting.hypercorn.asgi_receive import ConnectionTaskGroup
 from service.hosting.hypercorn.request_parser import RequestParser
 
 logger = structlog.get_logger("lastcall.connections")
@@ -81,7 +78,7 @@ LAST_FRAMES_S = 0.5
 
 
 class Connections:
-    """All connections of a worker. Made before hypercorn serves: it takes :meth:`open` for its ``TCPServer``.
+    """All connections of a worker, once :meth:`open` is installed in place of hypercorn's ``TCPServer`` (``patches``).
 
     Attributes:
         closing: Set once no more clients are taken: a connection on HTTP/1 closes with the response that it is at.
@@ -90,10 +87,6 @@ class Connections:
     def __init__(self) -> None:
         self.closing = False
         self._open: set[Connection] = set()
-        setattr(hypercorn.trio.run, "TCPServer", self.open)  # noqa: B010
-        use_receive_queues()
-        use_joining_reader()
-        bound_http2_heads()
 
     def open(
         self, app: AppWrapper, config: Config, context: WorkerContext, state: ConnectionState, stream: Stream
@@ -387,12 +380,6 @@ class BoundedDecoder(hpack.Decoder):
         if len(data) - len(data.lstrip(_SIZE_UPDATES)) > SIZE_UPDATES_MAX:
             raise hpack.HPACKDecodingError("A head has more table size updates than it may have.")
         return super().decode(data, raw)
-
-
-def bound_http2_heads() -> None:
-    """Have h2 refuse larger heads from now on: it takes them of 64 KiB, and hypercorn's setting does not change it."""
-    setattr(h2.connection.H2Connection, "DEFAULT_MAX_HEADER_LIST_SIZE", HEAD_BYTES_MAX)  # noqa: B010
-    setattr(h2.connection, "Decoder", BoundedDecoder)  # noqa: B010
 
 
 def socket_of(stream: Stream) -> trio.socket.SocketType:

@@ -54,10 +54,13 @@ class DeferredTermination:
 
 
 class ListenerShutdown:
-    """Holds back hypercorn's triggers. To be made while the lifespan starts, before hypercorn binds them.
+    """Decides when the listeners close, and with them when hypercorn is to stop.
 
     Args:
         wish: Called when hypercorn wants to stop by itself.
+
+    Attributes:
+        termination: Holds back hypercorn's triggers, once it is installed in their place (``hypercorn/patches``).
     """
 
     def __init__(self, worker: Worker, listeners: Listeners, *, wish: Callable[[], None]) -> None:
@@ -65,10 +68,7 @@ class ListenerShutdown:
         self._worker = worker
         self._listeners = listeners
         self._beacon = StatusBeacon()
-        self._termination = DeferredTermination(wish)
-        worker.context.terminate = self._termination
-        if worker.master is not None:
-            worker.master.stop_event.is_set = self._termination.is_set  # type: ignore[method-assign]
+        self.termination = DeferredTermination(wish)
 
     def give_up_start(self) -> None:
         """This worker does not get to serve, and takes it that others that start do not either."""
@@ -87,7 +87,7 @@ class ListenerShutdown:
         if self._worker.config.workers < 2:
             return
         others_serve, look_at = False, -inf
-        while not self._termination.is_set():
+        while not self.termination.is_set():
             now = trio.current_time()
             if self._master_stops:
                 others_serve = False
@@ -98,7 +98,7 @@ class ListenerShutdown:
 
     def release(self) -> None:
         """Let hypercorn stop serving. Idempotent; whoever made the gate calls it in any case, in the end."""
-        self._termination.release()
+        self.termination.release()
 
     async def close_listeners(self) -> None:
         """Take no more clients, and let hypercorn stop. Idle connections close, those at work go on.
@@ -111,7 +111,7 @@ class ListenerShutdown:
         with trio.move_on_after(MASTER_BUSY_S):
             while self._master_stops and not self._try_close():  # noqa: ASYNC110
                 await trio.sleep(0.001)
-        if not self._termination.is_set():
+        if not self.termination.is_set():
             self._close(followed=not self._master_stops)
         with trio.move_on_after(WAITING_S):
             await self._listeners.wait_served()
@@ -128,7 +128,7 @@ class ListenerShutdown:
 
     def _try_close(self) -> bool:
         """Close, if it shows already whether somebody else will answer. Closing twice is closing once."""
-        if self._termination.is_set():
+        if self.termination.is_set():
             return True
         followed: bool | None = False
         if self._listeners.open.is_set() and self._worker.master is not None:

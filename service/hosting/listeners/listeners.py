@@ -9,15 +9,11 @@ A socket that was given to us (``--bind fd://3``, as by systemd) belongs to who 
 connects after the end waits for the next server.
 """
 
-import logging
 import socket
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from math import inf
-from types import ModuleType
-from typing import Any, cast
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from typing import cast
 
-import hypercorn.trio.run
 import trio
 from hypercorn.config import Config, Sockets
 from hypercorn.utils import repr_socket_addr
@@ -26,7 +22,6 @@ from service.hosting.hypercorn.connections import Stream, socket_of
 
 BACKLOG_MAX = 1024
 """Clients that wait to be accepted, while the event loop is busy or, in a reload, until a worker is up."""
-LOG_INTERVAL_S = 1.0
 
 Listener = trio.SocketListener | trio.SSLListener[trio.SocketStream]
 
@@ -48,9 +43,7 @@ def note_given_sockets(config: Config) -> None:
 
 
 class Listeners:
-    """Serves hypercorn's listeners, in place of ``trio.serve_listeners``, until :meth:`close`.
-
-    To be made before hypercorn serves.
+    """Serves hypercorn's listeners, once :meth:`serve_listeners` is installed in place of Trio's (``patches``).
 
     Args:
         given: Which of the listeners belong to somebody else, in their order.
@@ -69,7 +62,6 @@ class Listeners:
         self._taken = 0
         self._served = trio.Event()
         self._served.set()
-        setattr(hypercorn.trio.run, "trio", _TrioWith(serve_listeners=self.serve_listeners))  # noqa: B010
 
     def __repr__(self) -> str:
         if self._accepting.cancel_called or not self.open.is_set():
@@ -103,7 +95,7 @@ class Listeners:
             listening.listen(BACKLOG_MAX)
         self.open.set()
         try:
-            with self._accepting, _rate_limited_log():
+            with self._accepting:
                 while True:
                     with trio.CancelScope() as self._taking:
                         await self._accept_clients()
@@ -221,41 +213,6 @@ class _SharedListener(trio.abc.Listener[Stream]):
 
     async def aclose(self) -> None:
         await trio.lowlevel.checkpoint()
-
-
-@contextmanager
-def _rate_limited_log() -> Iterator[None]:
-    """Where no descriptors are left Trio logs a traceback ten times a second for each listener: a line will do."""
-    trios, seldom = logging.getLogger("trio.serve_listeners"), _RateLimit()
-    trios.addFilter(seldom)
-    try:
-        yield
-    finally:
-        trios.removeFilter(seldom)
-
-
-class _RateLimit(logging.Filter):
-    """Lets a line through once in a while, without its traceback."""
-
-    _quiet_until = -inf
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.exc_info = None
-        if record.created < self._quiet_until:
-            return False
-        self._quiet_until = record.created + LOG_INTERVAL_S
-        return True
-
-
-class _TrioWith(ModuleType):
-    """Trio as one module sees it, with something else in the place of a name."""
-
-    def __init__(self, **others: object) -> None:
-        super().__init__("trio")
-        self.__dict__.update(others)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(trio, name)
 
 
 def _socket_of(listener: Listener) -> trio.socket.SocketType:

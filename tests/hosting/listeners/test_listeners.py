@@ -4,6 +4,7 @@ import errno
 import pickle
 import socket
 import ssl
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import trustme
 from hypercorn.config import Config, Sockets
 from quart_trio import QuartTrio
 
+from service.hosting.hypercorn.patches import install_listeners
 from service.hosting.listeners.listeners import Listeners, given_sockets, note_given_sockets
 from tests.hosting.conftest import Serve
 
@@ -22,10 +24,11 @@ GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 @pytest.fixture
-def listeners(monkeypatch: pytest.MonkeyPatch) -> Listeners:
-    """Doors that hypercorn serves at until the test is over."""
-    monkeypatch.setattr(hypercorn.trio.run, "trio", trio)
-    return Listeners([False])
+def listeners() -> Iterator[Listeners]:
+    """Listeners that hypercorn serves until the test is over."""
+    listeners = Listeners([False])
+    with install_listeners(listeners.serve_listeners):
+        yield listeners
 
 
 def an_app() -> QuartTrio:
@@ -181,19 +184,19 @@ def test_a_bind_that_is_a_descriptor_is_a_socket_of_somebody_else(config: dict[s
     assert given_sockets(pickle.loads(pickle.dumps(configured))) == given  # as workers get it
 
 
-async def test_a_socket_of_somebody_else_is_not_shut(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hypercorn.trio.run, "trio", trio)
+async def test_a_socket_of_somebody_else_is_not_shut(serve: Serve) -> None:
     listeners = Listeners([True])
-    async with serve(an_app()) as server:
-        with trio.fail_after(10):
-            await listeners.open.wait()
-            another = listeners.sockets[0].dup()
-            listeners.stop_accepting(refuse_waiting=True)
-            await trio.testing.wait_all_tasks_blocked(0.01)
-            [client] = clients(server.port, 1)
-            taken, _ = await another.accept()
-            for each in (client, taken, another):
-                each.close()
+    with install_listeners(listeners.serve_listeners):
+        async with serve(an_app()) as server:
+            with trio.fail_after(10):
+                await listeners.open.wait()
+                another = listeners.sockets[0].dup()
+                listeners.stop_accepting(refuse_waiting=True)
+                await trio.testing.wait_all_tasks_blocked(0.01)
+                [client] = clients(server.port, 1)
+                taken, _ = await another.accept()
+                for each in (client, taken, another):
+                    each.close()
 
 
 async def test_with_tls_too_who_waits_is_served(serve: Serve, listeners: Listeners, tmp_path: Path) -> None:
