@@ -519,7 +519,7 @@ def _allowed(name: str, detail: ErrorDetails) -> str:
     field_schema: dict[str, Any] = Settings.model_json_schema()["properties"].get(name, {})
     schema = field_schema.get("anyOf", [field_schema])[0]
     if "maximum" not in schema:
-        return detail["msg"][detail["msg"].find("should") :]
+        return detail["msg"][detail["msg"].find("should") :].replace("a valid string", "a string")
     kind = "a whole number" if schema["type"] == "integer" else "a number"
     least = f"of at least {schema['minimum']}" if "minimum" in schema else f"above {schema['exclusiveMinimum']}"
     return f"should be {kind} {least}, at most {schema['maximum']}"

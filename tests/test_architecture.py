@@ -15,7 +15,7 @@ LAYERS = (
     ("cluster",),
     ("models", "storage"),
     ("telemetry",),
-    ("errors", "failure_codes", "settings", "service_links", "clock", "freezes", "ids"),
+    ("errors", "failure_codes", "settings", "service_links", "clock", "freezes", "ids", "json_words"),
 )
 """From the outside in. A module imports from further down, and from its own package or, at the top level, layer."""
 

@@ -23,6 +23,7 @@ import msgspec
 
 from service.errors import ModelError, SettingsError
 from service.failure_codes import FailureCode
+from service.json_words import in_json_words
 from service.models.client import (
     Finished,
     ModelEvent,
@@ -92,7 +93,7 @@ class Script(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             try:
                 converted = msgspec.convert({parameter: value}, cls, strict=False)
             except msgspec.ValidationError as error:
-                reason = str(error).partition(" - ")[0]
+                reason = in_json_words(str(error).partition(" - ")[0], of_text=True)
                 raise SettingsError(f"{setting}: {parameter}={value!r} is not allowed: {reason}.") from error
             if getattr(converted, parameter) is None:
                 raise SettingsError(f"{setting}: {parameter}={value!r} is not allowed: leave it out instead.")

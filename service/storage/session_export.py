@@ -7,6 +7,7 @@ import msgspec
 
 from service.errors import StartupError
 from service.ids import is_message_id, is_session_id, is_turn_id
+from service.json_words import in_json_words
 from service.storage.records import Item, SessionRecord, TurnRecord, with_totals
 
 FORMAT = 1
@@ -44,7 +45,7 @@ def read_exported(exported: bytes) -> ExportedSession:
     except RecursionError:
         raise not_exported("it is nested too deeply") from None
     except (msgspec.MsgspecError, UnicodeError) as error:
-        raise not_exported(" ".join(str(error).split())) from None
+        raise not_exported(in_json_words(" ".join(str(error).split()))) from None
     if whole.format != FORMAT:
         raise StartupError(f"This session was exported in format {shown(whole.format)}; this version knows {FORMAT}.")
     for problem in _problems(whole, msgspec.json.decode(exported)):
@@ -148,7 +149,7 @@ def _problems_of_times(record: SessionRecord | TurnRecord, of: str) -> Iterator[
         if isinstance(value, datetime) and not _has_a_place_in_time(value):
             yield f"{name} {shown(value.isoformat())} {of} has no zone, or is out of range"
     if isinstance(record, TurnRecord) and not record.is_open and record.ended_at is None:
-        yield f"ended_at None {of} is no time, and it is {record.state}"
+        yield f"ended_at null {of} is no time, and it is {record.state}"
 
 
 def _has_a_place_in_time(value: datetime) -> bool:

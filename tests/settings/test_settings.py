@@ -1,6 +1,7 @@
 """The settings: where they come from, what is refused, and how it is said."""
 
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -478,3 +479,16 @@ def test_example_in_the_readme_is_taken() -> None:
 )
 def test_sessions_are_kept_longer_where_they_outlive_the_process(given: dict[str, Any], expected_s: float) -> None:
     assert Settings(**given).default_idle_timeout_s == expected_s
+
+
+@pytest.mark.parametrize("value", ["1", "1.5", "true", "[]", "[1]", "{}", '"x"', "nan", "1979-05-27", "[[true]]"])
+def test_no_complaint_about_the_file_names_a_type_of_python(value: str) -> None:
+    pythons = re.compile(r"\b(str|int|float|bool|dict|dictionary|tuple|instance|None|True|False)\b|valid string")
+    for name in Settings.model_fields:
+        try:
+            read(file=f"{name} = {value}\n")
+        except SettingsError as error:
+            text = str(error)
+        else:
+            continue
+        assert not pythons.search(text), text

@@ -1,5 +1,6 @@
 """JSON taken strictly, and turned into a type with errors that name the field."""
 
+import json
 import re
 from collections.abc import Sequence
 from json import JSONDecodeError, JSONDecoder
@@ -9,6 +10,7 @@ import msgspec
 
 from service.api.native.wire import FORMS, Metadata
 from service.errors import InvalidRequestError
+from service.json_words import in_json_words
 
 T = TypeVar("T")
 
@@ -160,7 +162,7 @@ def convert(value: object, kind: type[T], *, strict: bool = True) -> T:
         message = _without_middle(str(error))
     path = _PATH.search(message)
     field = path["path"] if path else ""
-    message = message[: path.start()] if path else message
+    message = in_json_words(message[: path.start()] if path else message, of_text=not strict)
     if path and path["key"]:
         message = f"One of its keys is not as it should be: {message}"
     if named := _NAMED_FIELD.search(message):
@@ -186,7 +188,7 @@ def _in_words(message: str, kind: type, field: str) -> str:
             return f"Expected {form}"
     if message.startswith("Invalid enum value"):
         allowed = msgspec.json.schema(kind)["$defs"][kind.__name__]["properties"][field]["enum"]
-        return f"Expected one of {', '.join(map(repr, allowed))}"
+        return f"Expected one of {', '.join(map(json.dumps, allowed))}"
     return message
 
 

@@ -120,7 +120,7 @@ BROKEN: dict[str, Callable[[Any, Any], object]] = {
     f"ended_at '2026-01-01T00:00:00' of turn '{T1}' has no zone": lambda _, turns: turns[0]["turn"].update(
         ended_at="2026-01-01T00:00:00"
     ),
-    f"ended_at None of turn '{T1}' is no time": lambda _, turns: turns[0]["turn"].update(ended_at=None),
+    f"ended_at null of turn '{T1}' is no time": lambda _, turns: turns[0]["turn"].update(ended_at=None),
     "the id 'x' of turn": lambda _, turns: turns[0]["turn"]["output"][0].update(id="x"),
     f"message 'msg_{1:032x}' of turn '{T2}' is in it twice": lambda _, turns: turns[1]["turn"].update(
         input=turns[0]["turn"]["input"]
