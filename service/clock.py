@@ -1,7 +1,7 @@
 """Wall time, for timestamps that are stored or shown.
 
-Deadlines of running code never use it: those are ``trio.current_time()``. One clock is made in
-:func:`service.supervisor.open_service` and handed down, so a test replaces it in one place.
+Deadlines of running code use ``trio.current_time()``, never this clock. :func:`service.supervisor.open_service` makes
+one clock and passes it down, so a test replaces the clock in one place.
 """
 
 import time
@@ -16,12 +16,12 @@ Clock = Callable[[], datetime]
 """Gives the present moment as an aware datetime in UTC."""
 
 FOLLOWED_S = 10.0
-"""A step of the wall clock up to this is followed at once: time daemons and leap seconds make such steps."""
+"""The largest step of the wall clock that is followed at once: time daemons and leap seconds make such steps."""
 BELIEVED_AFTER_S = 900.0
-"""A larger step is believed when it has held for so long. A time daemon that was led astray asks its servers again
-within that time; ntpd itself waits as long, or less, before it believes a step of its servers."""
+"""How long the time after a larger step must hold before the clock believes it. A time daemon with a wrong time asks
+its servers again within this time; ntpd itself waits as long, or less, before it believes a step of its servers."""
 BELIEVED_AFTER_MIN_S = 60.0
-"""The same for a process that has just been started."""
+"""The same for a process that has just started."""
 
 _MICROSECOND = timedelta(microseconds=1)
 
@@ -32,7 +32,7 @@ def wall_clock() -> datetime:
 
 
 def elapsed_s() -> float:
-    """Seconds that have passed for the machine, those in which it was suspended included; nobody can set it."""
+    """Seconds that have passed for the machine, including the time in which it was suspended. Cannot be set."""
     return time.clock_gettime(_ELAPSED)
 
 
@@ -42,20 +42,20 @@ _ELAPSED = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 class SteadyClock:
     """The wall clock, as long as the time that has really passed confirms it.
 
-    A step of the wall clock that is larger than :data:`FOLLOWED_S` is not followed: time goes on from where it was. If
-    the wall clock comes back nothing has happened. If it stays it is believed: after :data:`BELIEVED_AFTER_S`, or
-    sooner where the new time has held for as long as the time before it, but not before
-    :data:`BELIEVED_AFTER_MIN_S`. So a process that was started with a wrong clock is right again soon after the clock
-    is.
+    A step of the wall clock that is larger than :data:`FOLLOWED_S` is not followed: this clock goes on from its own
+    time. If the wall clock comes back, the step had no effect. If the new time stays, this clock believes it after
+    :data:`BELIEVED_AFTER_S`; or sooner, when the new time has held for as long as the time before it, but not before
+    :data:`BELIEVED_AFTER_MIN_S`. So a process that started with a wrong clock has the right time soon after the
+    machine has it.
 
-    Each moment is later than the one before, by a microsecond at least: what is created later is newer. Only where a
-    step back is believed the next moment is earlier.
+    Each moment is later than the moment before, by a microsecond at least, so that records sort by their creation. Only
+    when this clock believes a step back, the next moment is earlier.
 
-    Each process judges for itself. Those that share a store agree as far as they have been there for as long.
+    Each process judges for itself. Processes that share a store agree if they have run for as long as each other.
 
     Args:
         wall: The clock that may be set.
-        elapsed_s: Seconds that have passed, from any beginning.
+        elapsed_s: Seconds that have passed, from any start.
     """
 
     def __init__(self, wall: Clock = wall_clock, elapsed_s: Callable[[], float] = elapsed_s) -> None:
@@ -63,12 +63,12 @@ class SteadyClock:
         self._elapsed_s = elapsed_s
         self._since = self._seen_at = elapsed_s()
         self._believed = self._last = wall()
-        """The time at ``_seen_at``, of a wall clock that has not been set since ``_since``."""
+        """The time at ``_seen_at`` of the wall clock, which has not been set since ``_since``."""
         self._doubt: _Doubt | None = None
 
     @property
     def in_doubt(self) -> bool:
-        """Whether the wall clock tells another time, and which of the two is right is open. As of the last call."""
+        """Whether, at the last call, the wall clock differed and this clock did not know yet which time is right."""
         return self._doubt is not None
 
     def __call__(self) -> datetime:
@@ -109,7 +109,7 @@ class SteadyClock:
 
 
 class _Doubt:
-    """A time that the wall clock tells beside the one that is believed: by how much it is off, and since when."""
+    """A time of the wall clock that is not believed yet: its distance from the believed time, and since when."""
 
     def __init__(self, off_s: float, since: float) -> None:
         self.off_s = off_s
@@ -117,5 +117,5 @@ class _Doubt:
 
 
 def is_in_doubt(clock: Clock) -> bool:
-    """Whether what a clock told last is in doubt: never, with one that does not judge."""
+    """Whether the last time of a clock is in doubt. False for a clock that does not judge its time."""
     return isinstance(clock, SteadyClock) and clock.in_doubt

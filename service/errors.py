@@ -1,4 +1,4 @@
-"""What can go wrong, as types. They say what happened and know nothing of HTTP.
+"""The error types of the service. They say what happened and know nothing of HTTP.
 
 ::
 
@@ -7,25 +7,27 @@
     │   └── SettingsError            a setting is wrong: its name, its value, what is allowed
     ├── RefusedError                 the caller asked for something that cannot be had
     │   ├── InvalidRequestError      a field is missing, malformed or too large (``field``)
-    │   ├── SessionNotFoundError     never existed, deleted or expired
+    │   ├── SessionNotFoundError     the session never existed, was deleted or has expired
     │   ├── SessionExistsError       the chosen id is taken
-    │   ├── TurnNotFoundError
-    │   ├── TurnInProgressError      a turn is running or queued, and is in the way
-    │   ├── EventsLostError          a resume inside events that a crash took
-    │   ├── ResumeConflictError      a resume of a turn that the session has not begun last
+    │   ├── TurnNotFoundError        the session has no such turn
+    │   ├── TurnInProgressError      a running or queued turn is in the way
+    │   ├── EventsLostError          a resume inside events that a crash lost
+    │   ├── ResumeConflictError      a resume of a turn that is not the newest turn of its session
     │   ├── OwnedElsewhereError      the session's turns run in another process (``fence``, ``address``)
-    │   └── LimitError               a bound is reached; try later (``retry_after_s``)
+    │   └── LimitError               a limit is reached; try later (``retry_after_s``)
     │       ├── TurnLimitError       ``live_turns_max``
     │       ├── QueueFullError       ``queued_turns_max``
     │       ├── StreamLimitError     ``streams_max``
     │       ├── SessionLimitError    ``memory_sessions_max``
     │       └── ShuttingDownError    no new work: the service is about to stop
+    ├── HeadMovedError               another process was faster: read the head again; callers never see this
     ├── StoreError                   the store refused, hung or broke
     │   └── ResourcesExhaustedError  the system gives this process no more descriptors or buffers
     └── ModelError                   the upstream failed (``code``, ``retryable``, ``retry_after_s``)
 
-Foreign exceptions become one of these once, where they enter: model clients raise
-:class:`ModelError` only, stores raise :class:`StoreError` and the ``Session*`` ones only.
+The module that calls a library turns the library's exceptions into these types. Model clients raise
+:class:`ModelError` only. Stores raise :class:`StoreError`, :class:`HeadMovedError` and subclasses of
+:class:`RefusedError`.
 """
 
 import errno
@@ -34,23 +36,23 @@ from typing import Final
 from service.failure_codes import FailureCode
 
 NOTHING_LEFT = "no file descriptor left, or no memory for a connection (its operator may raise the limit: ulimit -n)"
-"""What such a process has, as a part of a sentence."""
+"""A part of error texts: the state of a process that has reached a limit of the system."""
 _EXHAUSTION = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
 def is_exhaustion(code: int | None) -> bool:
-    """Whether an ``errno`` says that the system has no descriptor or buffer left, for the process or at all."""
+    """Whether an ``errno`` says that the process or the system has no descriptor or buffer left."""
     return code in _EXHAUSTION
 
 
 class LastcallError(Exception):
-    """The root. ``str(error)`` is one sentence that may be shown to a caller: no secret and no path in it."""
+    """The root of all errors here. ``str(error)`` is one sentence for a caller, without a secret or a path."""
 
 
 INTERNAL_ERROR: Final = "internal_error"
-"""The code of what is a fault of this service: an answer with status 500, or the end of a turn."""
-INTERNAL_ERROR_MESSAGE = "Something in this service broke; its log says what."
-"""All that callers learn of such a fault."""
+"""The code of a fault of this service, in an answer with status 500 or in the end of a turn."""
+INTERNAL_ERROR_MESSAGE = "Something in this service broke; its log has the cause."
+"""The only text about such a fault that a caller sees."""
 
 
 class StartupError(LastcallError):
@@ -62,7 +64,7 @@ class SettingsError(StartupError):
 
 
 class RefusedError(LastcallError):
-    """What the caller asked for cannot be had. ``code`` is stable and part of the API."""
+    """The service refuses the caller's request. ``code`` is stable and part of the API."""
 
     code = "refused"
 
@@ -70,7 +72,7 @@ class RefusedError(LastcallError):
 class InvalidRequestError(RefusedError):
     """A part of the request is not allowed.
 
-    ``field`` names it as a path into the body (``metadata.team``), or a parameter or header.
+    ``field`` names this part: a path into the body (``metadata.team``), a parameter or a header.
     """
 
     code = "invalid_request"
@@ -105,7 +107,10 @@ class TurnNotFoundError(RefusedError):
 
 
 class HeadMovedError(LastcallError):
-    """Another process has accepted a turn since the session's head was looked at: look again. Callers never see it."""
+    """Another process has accepted a turn since this process read the session's head; read the head again.
+
+    Callers never see this error.
+    """
 
 
 class TurnInProgressError(RefusedError):
@@ -119,7 +124,7 @@ class TurnInProgressError(RefusedError):
 
 
 class EventsLostError(RefusedError):
-    """The events after this cursor went with a crash; the turn's record is what remains."""
+    """A crash lost the events after the seq ``after``; only the turn's record remains."""
 
     code = "events_lost"
 
@@ -132,9 +137,10 @@ class EventsLostError(RefusedError):
 
 
 class ResumeConflictError(RefusedError):
-    """A client comes back to a turn that is not the session's newest one, or to none.
+    """A client resumes a turn that is not the session's newest turn, or that does not exist.
 
-    ``turn_id`` and ``session_id`` name the newest turn, where there is one; ``field`` is what speaks against it.
+    ``turn_id`` and ``session_id`` name the newest turn, if there is one. ``field`` names the part of the request that
+    does not fit the newest turn.
     """
 
     code = "resume_conflict"
@@ -147,9 +153,10 @@ class ResumeConflictError(RefusedError):
 
 
 class OwnedElsewhereError(RefusedError):
-    """The session has open turns that another process runs: what decides about them is to be asked there.
+    """Another process, the owner, runs the open turns of the session; send requests about these turns to the owner.
 
-    ``address`` is where it answers, None if it did not say; ``fence`` is its number among the store's owners.
+    ``address`` is the owner's address, None if the owner did not give one; ``fence`` is its number among the store's
+    owners.
     """
 
     code = "owned_elsewhere"
@@ -163,7 +170,7 @@ class OwnedElsewhereError(RefusedError):
 
 
 class LimitError(RefusedError):
-    """A bound is reached and the same request may succeed after ``retry_after_s`` seconds."""
+    """A limit is reached; the same request may succeed after ``retry_after_s`` seconds."""
 
     code = "limit"
 
@@ -196,7 +203,7 @@ class ShuttingDownError(LimitError):
 
 
 class StoreError(LastcallError):
-    """The store could not do it. ``retry_after_s`` is set where it may pass by itself."""
+    """The store could not do a step. ``retry_after_s`` is set where the fault may pass by itself."""
 
     code: FailureCode = "store_unavailable"
 
@@ -206,7 +213,7 @@ class StoreError(LastcallError):
 
 
 class ResourcesExhaustedError(StoreError):
-    """The system has no descriptor or buffer left for what the store, or the way to another process, needs."""
+    """The system has no descriptor or buffer left for the store, or for a connection to another process."""
 
     code: FailureCode = "resources_exhausted"
 
@@ -215,18 +222,17 @@ class ResourcesExhaustedError(StoreError):
 
 
 class ModelError(LastcallError):
-    """The model server failed. Becomes ``turn.failed`` with this ``code`` and message.
+    """The model server failed. The turn ends as ``turn.failed`` with this ``code`` and message.
 
     Args:
-        code: Stable, part of the API: :mod:`service.failure_codes` has all of them with their meaning.
-        message: What happened and what to do, for a user, in words of ours; never a secret, never a traceback.
-        upstream_words: What the upstream gave as the reason, as a sentence that follows on the message. An operator
-            may keep it from callers (``upstream_words``); secrets are taken out of it already.
-        retryable: Whether the same request may succeed a moment later. Only honoured before the
-            first token.
-        retry_after_s: Seconds the upstream asked to wait, if it did.
-        tokens: With ``context_too_long``, how many the upstream counted, if it says so.
-        tokens_max: How many it takes, if it says so.
+        code: Stable, part of the API: :mod:`service.failure_codes` has all codes with their meaning.
+        message: What happened and what to do, for a user, in words of this service; never a secret or a traceback.
+        upstream_words: The upstream's own reason, as a sentence that follows the message. Secrets are removed from it
+            already. An operator may keep this text from callers (``upstream_words``).
+        retryable: Whether the same request may succeed a moment later. Has no effect after the first token.
+        retry_after_s: The wait in seconds that the upstream asked for; None if it did not ask for one.
+        tokens: With ``context_too_long``, the tokens that the upstream counted; None if it does not say.
+        tokens_max: The tokens that the upstream takes; None if it does not say.
     """
 
     def __init__(

@@ -1,13 +1,13 @@
-"""Deadlines that hold for a process that was frozen: stopped by SIGSTOP, in a suspended machine, starved.
+"""Deadlines that a freeze of the process does not break: SIGSTOP, a suspended machine, a starved process.
 
-Such a process goes on with deadlines that have passed and, unread in its sockets, what would have moved them. Trio
-looks at its deadlines before any task runs, so that it would cancel first and never read. Here the event loop is
-watched. Where it comes late, deadlines that were entered with :func:`forgiving` move, after the wait for I/O and before
-Trio looks at them: at least :data:`THAW_S` are left after a freeze, or the whole timeout where that is shorter; after
-another lateness, once, :data:`READING_S`. Deadlines that are further away stay.
+After a freeze, deadlines have passed while the data that would have moved them waits unread in the sockets. Trio
+looks at its deadlines before any task runs, so Trio would cancel and the data would never be read. This module watches
+the event loop. When the event loop is late, deadlines that were entered with :func:`forgiving` move, after the wait for
+I/O and before Trio looks at them. After a freeze at least :data:`THAW_S` are left, or the whole timeout if that is
+shorter. After any other lateness at least :data:`READING_S` are left, once. Deadlines that are further away stay.
 
-What bounds a shutdown is not entered: it counts real time. Leaf adapters may use this without Trio: then nothing moves.
-Proven by ``tests/test_freezes.py`` and ``tests/process/test_frozen.py``.
+The bounds of a shutdown are not entered: they count real time. Model clients may use this module without Trio; their
+deadlines do not move then. Proven by ``tests/test_freezes.py`` and ``tests/process/test_frozen.py``.
 """
 
 import time
@@ -22,21 +22,21 @@ import msgspec
 import trio
 
 LATE_S = 0.05
-"""An event loop that comes so much later than it wanted to is late."""
+"""From this delay on an event loop counts as late."""
 FROZEN_S = 1.0
-"""One that has not run for so long of that was frozen: shorter pauses are those of a busy machine."""
+"""An event loop whose thread did not run for this part of its delay was frozen; a busy machine makes shorter pauses."""
 READING_S = 0.25
-"""What a busy event loop leaves for reading what is there."""
+"""The time that a deadline leaves, after a busy event loop, to read the data that has arrived."""
 THAW_S = 5.0
-"""The same after a freeze, when peers and the network have to find their way, too."""
+"""The same after a freeze: peers and the network need time to recover, too."""
 
 
 _SAMPLE_S = 0.25
-"""How often to look at the time that this thread ran: it costs as much as all the rest here together."""
+"""How often to read the CPU time of this thread: the reading costs as much as all other work of the watch."""
 
 
 class Lateness(msgspec.Struct, frozen=True):
-    """What a late event loop found: the time, and whether the process did not run meanwhile, or was only busy."""
+    """One delay of the event loop: the time now, and whether the process was frozen (True) or only busy (False)."""
 
     now: float
     was_frozen: bool
@@ -46,24 +46,24 @@ class Deadline:
     """A deadline that moves where the event loop was late.
 
     Attributes:
-        at: When it passes, on the event loop's clock.
+        at: The time of the deadline, on the event loop's clock.
     """
 
     def __init__(self, at: float = inf, *, timeout_s: float = inf) -> None:
         self.set(at, timeout_s=timeout_s)
 
     def set(self, at: float, *, timeout_s: float = inf) -> None:
-        """Begin anew.
+        """Set the deadline anew.
 
         Args:
-            timeout_s: What it gives at first. It never gives more when it moves.
+            timeout_s: The whole timeout. A move never leaves more than this.
         """
         self.at = at
         self._timeout_s = timeout_s
         self._forgiven = False
 
     def note_late(self, lateness: Lateness) -> None:
-        """The event loop was late. For one that was only busy it moves once: such a one may be late in each round."""
+        """Move the deadline after a delay. A busy event loop moves it only once, because each round may be late."""
         if self._forgiven and not lateness.was_frozen:
             return
         reading_s = min(THAW_S if lateness.was_frozen else READING_S, self._timeout_s)
@@ -76,12 +76,12 @@ OnLate = Callable[[Lateness], None]
 
 
 class FreezeWatch(trio.abc.Instrument):
-    """Watches the event loop that it is made in. See :func:`watch_for_freezes`.
+    """Watches the event loop in which it was made. See :func:`watch_for_freezes`.
 
     Args:
         counts: Whether frozen time counts now, as in a shutdown.
-        clock: Time as it passes.
-        cpu_clock: Time in which this thread ran.
+        clock: Real time, in seconds.
+        cpu_clock: CPU time of this thread, in seconds.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class FreezeWatch(trio.abc.Instrument):
 
     @contextmanager
     def telling(self, on_late: OnLate) -> Iterator[None]:
-        """Have ``on_late`` called whenever the event loop was late, before deadlines count."""
+        """Call ``on_late`` whenever the event loop was late, before Trio looks at deadlines."""
         self._on_late[on_late] = None
         try:
             yield
@@ -105,7 +105,7 @@ class FreezeWatch(trio.abc.Instrument):
             del self._on_late[on_late]
 
     def after_io_wait(self, timeout: float) -> None:
-        """Trio's hook: called between the wait for I/O, which was to take ``timeout``, and the look at deadlines."""
+        """Trio's hook between the wait for I/O, which was to take ``timeout`` seconds, and the look at deadlines."""
         now = self._clock()
         late_s = now - self._seen_at - timeout
         self._seen_at = now
@@ -117,7 +117,7 @@ class FreezeWatch(trio.abc.Instrument):
             self._sample_cpu(now)
 
     def _sample_cpu(self, now: float) -> float:
-        """How long this thread ran since the last sample."""
+        """Seconds that this thread ran since the last sample."""
         before, self._ran_s = self._ran_s, self._cpu_clock()
         self._sample_at = now + _SAMPLE_S
         return self._ran_s - before
@@ -137,10 +137,10 @@ def watch_for_freezes(
     clock: Callable[[], float] = time.perf_counter,
     cpu_clock: Callable[[], float] = time.thread_time,
 ) -> Iterator[None]:
-    """Watch this event loop: from here on deadlines that were entered with :func:`forgiving` are moved.
+    """Watch this event loop, and move the deadlines that were entered with :func:`forgiving`.
 
     Args:
-        counts: Asked at each lateness; where it is True nothing moves.
+        counts: Called at each delay; while it returns True, no deadline moves.
     """
     watch = FreezeWatch(counts=counts, clock=clock, cpu_clock=cpu_clock)
     token = _watch.set(watch)
@@ -154,7 +154,7 @@ def watch_for_freezes(
 
 @contextmanager
 def telling_lateness(on_late: OnLate) -> Iterator[None]:
-    """Have ``on_late`` called whenever this event loop was late, before its deadlines count; if it is watched."""
+    """Call ``on_late`` whenever this event loop was late, before Trio looks at deadlines; no effect without a watch."""
     watch = _watch.get()
     if watch is None:
         yield
@@ -164,9 +164,9 @@ def telling_lateness(on_late: OnLate) -> Iterator[None]:
 
 
 def look_for_freeze() -> None:
-    """Before a deadline is found to have passed in the middle of a round of the event loop: look whether that is late.
+    """Check for a freeze within a round of the event loop.
 
-    To be called where code compares a deadline with the time itself: the freeze may have been a moment ago.
+    Code that compares a deadline with the time itself calls this first: the freeze may have been a moment ago.
     """
     watch = _watch.get()
     if watch is not None:
@@ -181,7 +181,7 @@ class Forgiving:
     """Moves the deadline of one scope, Trio's or AnyIO's.
 
     Args:
-        timeout_s: What the deadline gives from when it is set.
+        timeout_s: The whole timeout, from the moment at which the deadline is set.
     """
 
     def __init__(self, scope: _Scope, *, timeout_s: float) -> None:
@@ -190,7 +190,7 @@ class Forgiving:
         self._deadline = Deadline(scope.deadline, timeout_s=timeout_s)
 
     def note_late(self, lateness: Lateness) -> None:
-        """The event loop was late."""
+        """Move the deadline after a delay of the event loop."""
         self._deadline.note_late(lateness)
         self._scope.deadline = self._deadline.at
 
@@ -202,7 +202,7 @@ class Forgiving:
 
 @contextmanager
 def forgiving(scope: _Scope, *, timeout_s: float) -> Iterator[Forgiving]:
-    """Have the deadline of a scope move where the event loop was late. Entered inside of it."""
+    """Move the deadline of a scope whenever the event loop was late. To be entered inside of the scope."""
     forgiving = Forgiving(scope, timeout_s=timeout_s)
     with telling_lateness(forgiving.note_late):
         yield forgiving
@@ -210,6 +210,6 @@ def forgiving(scope: _Scope, *, timeout_s: float) -> Iterator[Forgiving]:
 
 @contextmanager
 def move_on_after(seconds: float) -> Iterator[anyio.CancelScope]:
-    """As AnyIO's, with a deadline that is forgiving."""
+    """AnyIO's ``move_on_after`` with a deadline that moves after a freeze."""
     with anyio.move_on_after(seconds) as scope, forgiving(scope, timeout_s=seconds):
         yield scope

@@ -4,7 +4,7 @@ import re
 import secrets
 
 SESSION_ID = r"(?!\.{1,2}$)[A-Za-z0-9_.-]{1,128}"
-"""The form of a session's id, as a pattern for a whole text, in Python and in JavaScript. A client may choose one."""
+"""The form of a session's id: a pattern for a whole text, for Python and JavaScript. A client may choose the id."""
 TURN_ID = r"turn_[0-9a-f]{32}"
 """The form of a turn's id."""
 _MESSAGE_ID = re.compile(r"msg_[0-9a-f]{32}")
@@ -23,7 +23,7 @@ def new_message_id() -> str:
 
 
 def is_session_id(text: str) -> bool:
-    """Whether a client may choose this id: 1-128 of ``[A-Za-z0-9_.-]``, but for ``.`` and ``..``."""
+    """Whether a client may choose this id: 1 to 128 characters of ``[A-Za-z0-9_.-]``, except ``.`` and ``..``."""
     return re.fullmatch(SESSION_ID, text) is not None
 
 

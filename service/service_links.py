@@ -1,9 +1,10 @@
-"""Variables that Kubernetes and Docker make of the names of others, and that begin as our settings do.
+"""Environment variables that Kubernetes and Docker make, and whose names begin with the prefix of our settings.
 
-The kubelet gives each pod variables of every Service in its namespace (service links): one called ``lastcall`` makes
-``LASTCALL_PORT=tcp://10.96.12.7:80``, ``LASTCALL_SERVICE_HOST`` and more, one called ``lastcall-db`` makes
-``LASTCALL_DB_PORT``. Docker makes the same of a container that is linked (``--link x:lastcall``), and ``LASTCALL_NAME``
-and ``LASTCALL_ENV_…`` beside it. They are known by their form, so that a mistyped setting cannot pass for one of them.
+The kubelet gives each pod variables of every Service in its namespace (service links). A Service called ``lastcall``
+makes ``LASTCALL_PORT=tcp://10.96.12.7:80``, ``LASTCALL_SERVICE_HOST`` and more; a Service called ``lastcall-db`` makes
+``LASTCALL_DB_PORT``. Docker makes the same variables for a linked container (``--link x:lastcall``), and also
+``LASTCALL_NAME`` and ``LASTCALL_ENV_…``. This module knows these variables by their form, so that a mistyped setting
+is not taken for one of them.
 
 Source: Kubernetes, "Accessing the Service", and ``pkg/kubelet/envvars``; Docker, "Legacy container links".
 """
@@ -16,11 +17,11 @@ _BY_NAME = re.compile(
 )
 _URL = re.compile(r"(tcp|udp|sctp)://\S+")
 _LINK = re.compile(r"/[^/]+/([^/]+)")
-"""What Docker says of a link: the container that has it, and the alias."""
+"""The value that Docker gives a link: the container that has the link, and the alias."""
 
 
 def made_by_links(environ: Mapping[str, str], prefix: str) -> frozenset[str]:
-    """The names of those variables that begin with ``prefix`` and were made by service links or Docker links."""
+    """The names of the variables that begin with ``prefix`` and were made by service links or Docker links."""
     ours = {name: value for name, value in environ.items() if name.startswith(prefix)}
     aliases = list(_linked_aliases(ours))
     names, variables = {f"{alias}_NAME" for alias in aliases}, tuple(f"{alias}_ENV_" for alias in aliases)
@@ -35,7 +36,7 @@ def made_by_links(environ: Mapping[str, str], prefix: str) -> frozenset[str]:
 
 
 def _linked_aliases(environ: Mapping[str, str]) -> Iterator[str]:
-    """What Docker links are called here: a ``…_NAME`` that tells where it is linked proves its ``…_ENV_…``, too."""
+    """The aliases of Docker links: a ``…_NAME`` whose value is a link proves that its ``…_ENV_…`` are Docker's, too."""
     for name, value in environ.items():
         link = _LINK.fullmatch(value)
         if link is not None and name == link[1].upper().replace("-", "_") + "_NAME":

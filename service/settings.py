@@ -1,8 +1,8 @@
 """Settings: one frozen object, read once. ``LASTCALL_*`` over ``lastcall.toml`` over the defaults.
 
-Only this module reads the environment. What it does not know it refuses, so a mistyped name cannot pass for a
-default; and it names every name and value that is wrong at once, each with the value and what is allowed. What does not
-fit together is looked for once each of them is right.
+Only this module reads the environment. An unknown name is refused, so a mistyped setting never falls back to a default
+in silence. One error text names every wrong setting, each with its value and the values that are allowed. Whether the
+settings fit together is checked when each single setting is right.
 """
 
 import codecs
@@ -37,24 +37,24 @@ from service.service_links import made_by_links
 ENV_PREFIX = "LASTCALL_"
 CONFIG_FILE = "lastcall.toml"
 CONFIG_FILE_VARIABLE = "LASTCALL_CONFIG_FILE"
-"""Names another file than ``lastcall.toml`` in the working directory. The one variable that is not a setting."""
+"""Names a file to read instead of ``lastcall.toml`` in the working directory. The only variable that is no setting."""
 SECRETS = frozenset({"api_key", "api_keys", "model_api_key"})
 """Settings whose values are never shown."""
 UNIX_PEERS = "unix:"
-"""Of ``trusted_proxies``: whatever connects through a Unix socket."""
+"""An entry of ``trusted_proxies``: every peer that connects through a Unix socket."""
 MASK = "********"
-"""What is shown in their place, and in place of other secrets."""
+"""The text that is shown in place of a secret."""
 _LISTS = {
     "api_keys": '["first-key", "second-key"]',
     "cors_origins": '["https://app.example.org"]',
     "models": '["small", "large"]',
     "trusted_proxies": '["10.0.0.0/8"]',
 }
-"""How settings that are lists of strings are written in the file."""
+"""Examples of settings that are lists of strings, as written in the file."""
 
 
 SHOWN_MAX = 100
-"""What is longer is not shown in full in a complaint."""
+"""The longest value, in characters, that an error text shows in full."""
 
 
 def _number(value: object) -> object:
@@ -64,7 +64,7 @@ def _number(value: object) -> object:
 
 
 def _text(value: object) -> object:
-    """Refuse what the system takes for a text, but nothing that the service is made of does."""
+    """Refuse a text with a NUL, or with bytes that are not UTF-8."""
     for part in value if isinstance(value, list | tuple) else [value]:
         if isinstance(part, str) and re.search(r"[\x00\ud800-\udfff]", part):
             raise ValueError("should be UTF-8 without a NUL")
@@ -106,7 +106,7 @@ def _upstream_url(text: str) -> str:
 
 
 def shown_url(url: str) -> str:
-    """An upstream's URL as it may be shown: some servers take their key in the query, so no value of it is."""
+    """An upstream's URL without the values of its query, because some servers take their key there."""
     if url.startswith("scripted:"):
         return url
     address, mark, query = url.partition("#")[0].partition("?")
@@ -115,7 +115,7 @@ def shown_url(url: str) -> str:
 
 
 def _split_url(text: str) -> SplitResult | None:
-    """None where it is none: a bracket that is not closed, a port that is no number."""
+    """The parts of a URL; None if the text is no URL: an open bracket, a port that is no number."""
     try:
         url = urlsplit(text)
         _ = url.port
@@ -154,7 +154,7 @@ def _proxies(text: str) -> str:
             "or unix: for a bind of unix:path"
         ) from None
     if network.prefixlen == 0:
-        raise ValueError("should not be everybody: each caller could choose the address that is logged")
+        raise ValueError("should not cover all addresses: each caller could choose the address that is logged")
     if isinstance(network, IPv6Network) and network.network_address.ipv4_mapped is not None:
         raise ValueError("should be written as IPv4")
     return text
@@ -168,11 +168,11 @@ def _models(names: tuple[str, ...]) -> tuple[str, ...]:
 
 Seconds = Annotated[float, Field(ge=0, le=31_536_000, allow_inf_nan=False), BeforeValidator(_number)]
 PositiveSeconds = Annotated[float, Field(gt=0, le=31_536_000, allow_inf_nan=False), BeforeValidator(_number)]
-# What is done so often is done by one loop for all: more often would be all that it does.
+# The lower bound keeps the loop with this interval from taking a whole core.
 IntervalSeconds = Annotated[float, Field(ge=0.1, le=31_536_000, allow_inf_nan=False), BeforeValidator(_number)]
 Count = Annotated[int, Field(ge=1, le=10_000_000), BeforeValidator(_number)]
 Bytes = Annotated[int, Field(ge=1024, le=1 << 30), BeforeValidator(_number)]
-# Well above what a log keeps free for its terminal event, or no other would fit.
+# The lower bound is well above the room that a log reserves for its terminal event, so that other events fit, too.
 LogBytes = Annotated[int, Field(ge=64 * 1024, le=1 << 30), BeforeValidator(_number)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 Key = Annotated[SecretStr, AfterValidator(_key)]
@@ -193,9 +193,9 @@ class Upstream(BaseModel):
 
 
 class Settings(BaseModel):
-    """All settings. Seconds are relative; ``*_max`` are bounds that are never passed.
+    """All settings. ``*_s`` are durations in seconds; ``*_max`` are bounds that are never passed.
 
-    Made directly it reads neither the environment nor a file: that is :func:`load_settings`.
+    The constructor reads neither the environment nor a file; :func:`load_settings` does.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, use_attribute_docstrings=True)
@@ -213,18 +213,18 @@ class Settings(BaseModel):
     """Web origins whose pages may call; separated by commas in the environment."""
     trusted_proxies: tuple[Annotated[str, AfterValidator(_proxies)], ...] = ()
     """Proxies whose `X-Forwarded-For` or `Forwarded` names the caller in the log: addresses and networks, separated by
-    commas in the environment; needs `api_keys`, and opens nothing."""
+    commas in the environment. Needs `api_keys`; gives access to no caller."""
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lowercase)] = "info"
     """The least severe level that is logged."""
     log_format: Annotated[Literal["auto", "console", "json"], BeforeValidator(_lowercase)] = "auto"
-    """`auto` is `console` on a terminal and `json`, a line an event, elsewhere."""
+    """`auto` is `console` on a terminal and `json`, one line for each event, elsewhere."""
 
     store_url: Annotated[str, AfterValidator(_store_url)] = "sqlite:lastcall.db"
     """Where sessions are kept: `sqlite:path`, a file, or `memory:`, gone with the process."""
     store_timeout_s: PositiveSeconds = 5
     """How long one step of the store may take."""
     checkpoint_interval_s: IntervalSeconds = 1
-    """How often what running turns have replied is kept, in a store that outlives the process."""
+    """How often the replies of running turns are kept, in a store that outlives the process."""
 
     model_url: UpstreamUrl = "scripted:"
     """The model server (OpenAI-compatible, up to `/v1`), or `scripted:`, the embedded stand-in."""
@@ -241,26 +241,26 @@ class Settings(BaseModel):
     alone (`log`)."""
 
     idle_timeout_s: PositiveSeconds | None = None
-    """A session that is not used for so long expires; 30 days, or 1800 with `memory:`. It may choose its own."""
+    """A session that is unused for this time expires; 30 days, or 1800 with `memory:`. A session may choose its own."""
     expiry_interval_s: IntervalSeconds = 300
-    """How often what has expired is removed."""
+    """How often expired sessions are removed."""
     connect_timeout_s: PositiveSeconds = 5
-    """Connecting to an upstream."""
+    """How long connecting to an upstream may take."""
     first_token_timeout_s: PositiveSeconds = 120
-    """From the request to an upstream to its first token."""
+    """How long the first token may take, from the request to the upstream on."""
     next_token_timeout_s: PositiveSeconds = 60
-    """Between two tokens; keep-alive comments do not count."""
+    """How long the next token may take; keep-alive comments do not count."""
     turn_timeout_s: PositiveSeconds = 600
-    """A whole turn."""
+    """How long a whole turn may take."""
     disconnect_grace_s: Seconds = 0
-    """How long a turn runs on once nobody listens, unless it was started to `continue`."""
+    """How long a turn runs on after its last client has left, unless it was started to `continue`."""
     heartbeat_interval_s: IntervalSeconds = 15
-    """A stream that has been silent for so long gets a comment."""
+    """After this time without an event a stream gets a comment."""
     body_timeout_s: PositiveSeconds = 30
-    """A request's body must have arrived by then."""
+    """How long a request's body may take to arrive."""
 
     live_turns_max: Count = 1000
-    """Turns running or queued, in all sessions."""
+    """Turns that run or are queued, in all sessions."""
     queued_turns_max: Count = 8
     """Turns queued in one session."""
     memory_sessions_max: Count = 1_000_000
@@ -268,24 +268,24 @@ class Settings(BaseModel):
     streams_max: Count = 10000
     """Event streams open at once."""
     input_bytes_max: Bytes = 256 * 1024
-    """One turn's input, and a session's system message. At 256 KiB, reading one may hold everything for 10 ms."""
+    """One turn's input, and a session's system message. Reading 256 KiB may hold up other requests for 10 ms."""
     reply_bytes_max: Bytes = 1024 * 1024
     """One turn's reply."""
     log_bytes_max: LogBytes = 16 * 1024 * 1024
     """One turn's events."""
     prompt_bytes_max: Bytes = 512 * 1024
-    """What is sent to a model; the oldest turns are left out beyond it. At least twice `input_bytes_max`."""
+    """The prompt that is sent to a model; beyond it the oldest turns are left out. At least twice `input_bytes_max`."""
 
     lame_duck_timeout_s: Seconds = 0
     """Shutdown: readiness is 503, everything still works."""
     drain_timeout_s: Seconds = 2
     """Shutdown: running turns may finish; 20 and more in production."""
     cleanup_timeout_s: PositiveSeconds = 1
-    """Shutdown: what still runs is interrupted and stored."""
+    """Shutdown: turns that still run are interrupted and stored."""
     release_timeout_s: PositiveSeconds = 1
-    """Shutdown: streams end, connections, model clients and the store close."""
+    """Shutdown: streams end; connections, model clients and the store close."""
     shutdown_timeout_s: PositiveSeconds | None = None
-    """The most a shutdown may take in all; the sum of its phases plus 1 s unless set."""
+    """How long a whole shutdown may take; the sum of its phases plus 1 s unless set."""
 
     @property
     def default_model(self) -> str:
@@ -303,7 +303,7 @@ class Settings(BaseModel):
 
     @property
     def all_upstreams(self) -> tuple[Upstream, ...]:
-        """The model servers, however they were said: never empty, names and models unique."""
+        """The model servers, from ``upstreams`` or ``model_url``: never empty, names and models unique."""
         if self.upstreams:
             return self.upstreams
         return (Upstream(name="default", url=self.model_url, api_key=self.model_api_key, models=(self.model,)),)
@@ -315,7 +315,7 @@ class Settings(BaseModel):
 
     @property
     def shutdown_total_s(self) -> float:
-        """The most a shutdown may take: ``shutdown_timeout_s``, or the sum of its phases plus 1 s."""
+        """How long a shutdown may take: ``shutdown_timeout_s``, or the sum of its phases plus 1 s."""
         if self.shutdown_timeout_s is not None:
             return self.shutdown_timeout_s
         return self.lame_duck_timeout_s + self.drain_timeout_s + self.cleanup_timeout_s + self.release_timeout_s + 1
@@ -331,15 +331,15 @@ class Settings(BaseModel):
     def _misfits(self) -> Iterator[str]:
         given = self.model_fields_set
         if self.bind.startswith("unix:") and not self.api_keys:
-            # Without them only this machine is served, and on a Unix socket nobody knows where a request is from.
+            # Without keys only this machine is served, and a Unix socket does not say where a request comes from.
             yield "api_keys should be set for a bind of unix:path, or every request would be refused"
         if self.trusted_proxies and not self.api_keys:
-            # Without keys only this machine is served, and behind a proxy everybody seems to be on it.
+            # Without keys only this machine is served, and behind a proxy every caller seems to be on this machine.
             yield "api_keys should be set with trusted_proxies: without keys no proxy's request is served"
         if (self.tls_certfile is None) != (self.tls_keyfile is None):
             yield "tls_certfile and tls_keyfile should be set together"
         if self.prompt_bytes_max < 2 * self.input_bytes_max:
-            # A system message and an input are sent whatever else is left out, and either may be so long.
+            # The system message and the newest input are never left out, and each may be as long as input_bytes_max.
             yield (
                 f"prompt_bytes_max should be at least twice input_bytes_max: {self.prompt_bytes_max} is less than "
                 f"2 * {self.input_bytes_max}"
@@ -361,7 +361,7 @@ class Settings(BaseModel):
 
 
 def split_host_port(bind: str) -> tuple[str, str]:
-    """The host, without brackets, and the port of ``host:port`` or ``[address]:port``; empty where it has none."""
+    """The host, without brackets, and the port of ``host:port`` or ``[address]:port``; both empty for other texts."""
     found = re.fullmatch(r"(?:\[(?P<v6>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[^\s:\[\]/]+)):(?P<port>[^:]*)", bind)
     return (found["v6"] or found["host"], found["port"]) if found else ("", "")
 
@@ -381,14 +381,14 @@ def load_settings(**overrides: str) -> Settings:
     """The settings of this process: ``overrides`` (the command line) over the environment, the file and the defaults.
 
     Raises:
-        SettingsError: Its text names every problem, one a line.
+        SettingsError: The text names every problem, one on each line.
     """
     return read_sources(**overrides).settings()
 
 
 @dataclass(frozen=True)
 class Sources:
-    """What was said, and where: ``origins`` has the variable, option or file of each name in ``values``."""
+    """Values of settings and their sources: ``origins`` has the variable, option or file of each name in ``values``."""
 
     file: Path
     values: dict[str, object] = field(default_factory=dict)
@@ -414,17 +414,17 @@ class Sources:
             yield f"{self.place(str(name), *path)}: {_complaint(detail, of_variable=of_variable)}"
 
     def place(self, name: str, *path: int | str) -> str:
-        """Where to mend what was said of a setting, or of a part of it."""
+        """The place where an operator corrects a setting, or a part of it."""
         origin = self.origins[name]
         where = origin if origin.startswith((ENV_PREFIX, "--")) else f"{origin}: {name}"
         return where + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
 
 
 def read_sources(environ: Mapping[str, str] | None = None, /, **overrides: str) -> Sources:
-    """Collect what the file, the environment and the command line say, each over the one before.
+    """Collect the settings of the file, the environment and the command line; a later source overrides an earlier one.
 
-    An empty variable counts as not set. Space around a value is no part of it: what comes out of a file has a line end.
-    Variables that others make of their names are passed over (:func:`passed_over`).
+    An empty variable counts as not set. Space around a value is removed, because a value from a file has a line end.
+    Variables that Kubernetes or Docker made are ignored (:func:`passed_over`).
 
     Raises:
         SettingsError: The file cannot be read or is not TOML.
@@ -438,7 +438,7 @@ def read_sources(environ: Mapping[str, str] | None = None, /, **overrides: str) 
     not_ours = {CONFIG_FILE_VARIABLE, *passed_over(environ)}
     for variable in sorted(environ):
         if variable.startswith(ENV_PREFIX) and variable not in not_ours and environ[variable]:
-            spelt = variable.encode(errors="backslashreplace").decode()  # whatever it is, it is to be told
+            spelt = variable.encode(errors="backslashreplace").decode()  # an error text must be able to show it
             name = spelt.removeprefix(ENV_PREFIX)
             name = name.lower() if name == name.upper() else spelt  # lastcall_bind and LASTCALL_bind are not read
             sources.add(spelt, name, _split_list(name, environ[variable].strip()))
@@ -448,14 +448,14 @@ def read_sources(environ: Mapping[str, str] | None = None, /, **overrides: str) 
 
 
 def passed_over(environ: Mapping[str, str] | None = None, /) -> list[str]:
-    """Variables that look like ours, and that Kubernetes or Docker have made of the name of a service: no settings."""
+    """Variables with our prefix that are no settings: Kubernetes or Docker made them from the name of a service."""
     made = made_by_links(os.environ if environ is None else environ, ENV_PREFIX)
     return sorted(it for it in made if it.removeprefix(ENV_PREFIX).lower() not in Settings.model_fields)
 
 
 def _read_file(path: Path, *, must_exist: bool) -> dict[str, object]:
     try:
-        if not S_ISREG(path.stat().st_mode):  # one that somebody is to write to would be waited for
+        if not S_ISREG(path.stat().st_mode):  # reading a pipe would wait for a writer
             raise SettingsError(f"{path} cannot be read: it is not a regular file")
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a BOM
     except FileNotFoundError:
@@ -482,7 +482,7 @@ def _split_list(name: str, text: str) -> object:
 
 
 def _complaint(detail: ErrorDetails, *, of_variable: bool) -> str:
-    """What is wrong with one value and what is allowed; no secret, and nothing of a value that is not known."""
+    """The error text for one value: the value and what is allowed. Shows no secret, and no value of an unknown name."""
     names = [part for part in detail["loc"] if isinstance(part, str)]
     if detail["type"] == "extra_forbidden":
         known: type[BaseModel] = Upstream if len(names) > 1 else Settings
@@ -503,10 +503,10 @@ def _complaint(detail: ErrorDetails, *, of_variable: bool) -> str:
 
 def _shown(value: object) -> str:
     if isinstance(value, bool):
-        return str(value).lower()  # as the file has it
+        return str(value).lower()  # as TOML writes it
     try:
         text = repr(value)
-    except ValueError:  # Python does not write out a number of thousands of digits
+    except ValueError:  # Python refuses to print a number of thousands of digits
         return "a number of thousands of digits"
     return text if len(text) <= SHOWN_MAX else f"{text[:SHOWN_MAX]}… ({len(text)} characters)"
 

@@ -1,18 +1,19 @@
-"""The shutdown: its phases, in order, each with its own bound, and the report at its end.
+"""The shutdown: the phases in order, each with a bound of its own, and the report at the end.
 
 =============  ========================================================  ===========================
-phase          what                                                      at most
+phase          what happens                                              at most
 =============  ========================================================  ===========================
 lame_duck      readiness is 503, everything still works                  ``lame_duck_timeout_s``
 draining       new work is refused, queued turns are interrupted,        ``drain_timeout_s``
-               running ones may finish
-interrupting   what still runs is interrupted, stored and told           ``cleanup_timeout_s``
-releasing      streams send their last chunk; who serves closes the      ``release_timeout_s``
+               running turns may finish
+interrupting   the turns that still run are interrupted and stored,      ``cleanup_timeout_s``
+               and their streams get the terminal event
+releasing      streams send their last chunk; the host closes the        ``release_timeout_s``
                connections, then the tree closes clients and the store
 =============  ========================================================  ===========================
 
-Nothing here waits for what is not there: without an open turn the phases after the lame duck take no
-time. Nothing that goes wrong in a phase stops the ones after it: it is a fault, and is reported.
+Without an open turn the phases after the lame duck take no time. An error in a phase does not stop the later phases:
+the error counts as a fault and is reported.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -31,9 +32,9 @@ from service.settings import Settings
 logger = structlog.get_logger("lastcall.shutdown")
 
 SETTLE_S = 0.1
-"""What a phase may take beyond its bound, so that those who wait by the same bound come first."""
+"""Added to the bound of a phase, so that inner waits with the same bound expire before the phase does."""
 LATE_CLOSE_S = 0.2
-"""What a step gets that comes when the time of its phase is over."""
+"""The time for a step that begins when the time of its phase is over."""
 T = TypeVar("T")
 
 
@@ -49,20 +50,20 @@ PHASES = tuple(Phase)
 
 
 class ShutdownReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What a shutdown did. Counts are of what ended since the notice.
+    """The result of a shutdown. Turns and streams count from the notice on.
 
     Attributes:
-        reason: Whose notice came first: ``SIGTERM``, ``SIGINT``, ``parent died``, ``max requests``...
-        phases_ms: Milliseconds by phase: ``notice`` (from the first sign to the service's knowing), the phases of
-            the table above, and ``total``.
-        turns_finished: Turns that came to their own end: completed, failed or cancelled.
-        turns_interrupted: Turns that the shutdown ended, queued ones too.
+        reason: The source of the first notice: ``SIGTERM``, ``SIGINT``, ``parent died``, ``max requests``...
+        phases_ms: Milliseconds by phase: ``notice`` (from the signal until the service knows of the stop), the phases
+            of the table above, and ``total``.
+        turns_finished: Turns that were completed, failed or cancelled.
+        turns_interrupted: Turns that the shutdown ended, queued turns too.
         streams_ended: Event streams that were sent to their end.
         streams_aborted: Event streams whose client was gone or did not read.
-        connections_aborted: Connections that were closed by force, whatever they carried.
+        connections_aborted: Connections that were closed by force.
         clients_closed: Model clients that were closed.
-        tasks_left: Tasks of the service that are still there at the end. Always 0, or something is wrong.
-        faults: What went wrong, in the order it did; each cost its own bound and no more.
+        tasks_left: Tasks of the service that still exist at the end. Any number but 0 is a fault.
+        faults: The errors, in their order. Each fault took no more time than the bound of its step.
     """
 
     reason: str
@@ -81,25 +82,24 @@ class ShutdownReport(msgspec.Struct, frozen=True, kw_only=True):
         return not self.faults
 
     def log(self) -> None:
-        """The one line that ends every shutdown."""
+        """Log the report: the last line of every shutdown."""
         log = logger.info if self.clean else logger.error
         log("shutdown report", **msgspec.structs.asdict(self))
 
 
 class Shutdown:
-    """One shutdown: told by :meth:`notice`, done by :meth:`run`, summed up by :meth:`report`.
+    """One shutdown: :meth:`notice` begins it, :meth:`run` runs its phases, :meth:`report` sums it up.
 
     Attributes:
-        close_listeners: Set by who serves, and awaited once the drain is over, before the first running turn is
-            interrupted: no more connections are taken from there on, because the ends of all streams are about to
-            keep the event loop busy.
-        close_listeners_at_once: The same in the call, as far as nothing is to be waited for; whether
-            that was all of it.
-        phase: Where it is. Only ever goes on.
-        accepting: Whether new work is taken. False from the end of the lame duck on.
-        expected: Whether a notice has been seen, if only outside of the event loop.
+        close_listeners: Set by the host. Awaited after the drain, before the first running turn is interrupted: from
+            then on the host takes no more connections, because the ends of all streams will keep the event loop busy.
+        close_listeners_at_once: Set by the host. Does the same without waiting, as far as possible; True if all
+            listeners are closed.
+        phase: The current phase. Never goes back.
+        accepting: Whether new work is accepted. False from the end of the lame duck on.
+        expected: Whether a notice has been seen, perhaps only outside of the event loop.
         noticed: Set by the notice.
-        work_ended: All turns are stored and their logs are closed; the streams are finishing.
+        work_ended: Set when all turns are stored and their logs are closed; the streams are finishing then.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -127,13 +127,13 @@ class Shutdown:
         reason = f", by {self._reason}" if self._reason else ""
         return f"<Shutdown: {self.phase}{reason}>"
 
-    # Told from outside
+    # Calls from outside
 
     def notice(self, reason: str, *, age_s: float = 0) -> None:
-        """The service is to stop. The first notice counts, later ones change nothing.
+        """Begin the stop of the service. The first notice counts; later notices change nothing.
 
         Args:
-            age_s: How long ago the first sign was seen, where that was outside the event loop.
+            age_s: How long ago the signal was seen, if it was seen outside of the event loop.
         """
         if self.noticed.is_set():
             return
@@ -149,10 +149,10 @@ class Shutdown:
             self._interrupt_at_once()
 
     def expect_notice(self, arrive: Callable[[], None]) -> None:
-        """The notice has been seen outside of the event loop, and is on its way. From any thread.
+        """Note that a notice was seen outside of the event loop and will arrive soon. May be called from any thread.
 
-        Where turns are interrupted at once, what streams could write until then would only hold up the ends: so they do
-        not, and the first that would have has the notice arrive.
+        Where turns are interrupted at once, further writes of streams would only delay the ends. So streams write
+        nothing more, and the first stream that wants to write calls ``arrive``.
 
         Args:
             arrive: Gives the notice, within the event loop. May be called more than once.
@@ -162,16 +162,16 @@ class Shutdown:
             self._sessions.drain.end_streams_only(arrive)
 
     def hurry(self) -> None:
-        """Skip what is left of the lame duck and of the drain: a second Ctrl+C."""
+        """Skip the rest of the lame duck and of the drain, as for a second Ctrl+C."""
         self._hurry.set()
 
     def note_fault(self, what: str) -> None:
-        """Something went wrong on the way down; it is reported and changes the exit code."""
+        """Note an error of the shutdown; the report names the fault, and the exit code changes."""
         self._faults.append(what)
 
     @contextmanager
     def noting_faults(self, what: str) -> Iterator[None]:
-        """Take an error for a fault: what comes after a step that failed matters more than the failure."""
+        """Turn an error of the body into a fault, so that the steps after the body still run."""
         try:
             yield
         except Exception as error:  # noqa: BLE001
@@ -179,9 +179,9 @@ class Shutdown:
 
     @asynccontextmanager
     async def closing(self, opened: AbstractAsyncContextManager[T], what: str) -> AsyncIterator[T]:
-        """Open a part of the service whose closing must not hold up the others: a slow or broken one is a fault.
+        """Open a part of the service, and bound its closing: a close that is slow or fails is a fault.
 
-        All of them share the release's time; who comes when it is over gets a little all the same.
+        All parts share the time of the release. A part that closes after that time still gets :data:`LATE_CLOSE_S`.
         """
         part = await opened.__aenter__()
         try:
@@ -205,9 +205,9 @@ class Shutdown:
     # The phases
 
     async def run(self, sessions: Sessions, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """The shutdown watcher, a child of the service: wait for the notice, then run the phases.
+        """Wait for the notice, then run the phases. This is the shutdown watcher, a child of the service.
 
-        Ends with the work. Its own failure would end the service; a fault in a phase does not.
+        Returns when all turns have ended. An error of this task ends the service; a fault in a phase does not.
         """
         self._sessions = sessions
         if not self.accepting:
@@ -228,18 +228,21 @@ class Shutdown:
         self.work_ended.set()
 
     def _wait_deadline(self, within_s: float) -> float:
-        """Until when to wait for clients' sake: a ``shutdown_timeout_s`` below the sum leaves its end to the ends."""
+        """The deadline of the lame duck or the drain.
+
+        Where ``shutdown_timeout_s`` is below the sum of the phases, the phases after the drain keep their full time.
+        """
         settings = self._settings
         before_ends_s = settings.shutdown_total_s - settings.cleanup_timeout_s - settings.release_timeout_s - 1
         return min(trio.current_time() + within_s, self._noticed_at + before_ends_s)
 
     @property
     def _is_hasty(self) -> bool:
-        """Whether turns are interrupted as soon as the notice comes."""
+        """Whether the notice itself interrupts turns: neither a lame duck nor a drain is configured."""
         return self._settings.lame_duck_timeout_s == self._settings.drain_timeout_s == 0
 
     def _interrupt_at_once(self) -> None:
-        """Begin with what :meth:`run` does again: a full event loop takes a while until it comes to that task."""
+        """Interrupt all turns within the notice; :meth:`run` repeats the steps, but runs late in a busy event loop."""
         if self._sessions is None:
             return
         with self.noting_faults("interrupting running turns at once"):
@@ -252,8 +255,8 @@ class Shutdown:
     async def _drain(self, sessions: Sessions) -> None:
         with self.noting_faults("interrupting queued turns"):
             sessions.drain.interrupt_queued()
-        # Where nothing may be waited for, nothing is: under load a single checkpoint costs a round of the event loop,
-        # in which every stream has its turn.
+        # Without a drain there is no checkpoint here: under load one checkpoint costs a whole round of the event loop,
+        # in which every stream runs.
         if not self._settings.drain_timeout_s:
             return
         with trio.CancelScope(deadline=self._wait_deadline(self._settings.drain_timeout_s)):
@@ -284,7 +287,7 @@ class Shutdown:
             self._sessions.drain.stop_accepting()
 
     def _enter(self, phase: Phase) -> None:
-        """Go on to a phase, or stay where that has been reached already."""
+        """Enter a phase; change nothing if the shutdown has reached or passed this phase already."""
         if PHASES.index(phase) <= PHASES.index(self.phase):
             return
         now = trio.current_time()
@@ -296,7 +299,7 @@ class Shutdown:
     # The end
 
     def report(self, *, tasks_left: int) -> ShutdownReport:
-        """Sum up, once everything is closed."""
+        """The report, once every part is closed."""
         faults = list(self._faults)
         if tasks_left:
             faults.append(f"{tasks_left} tasks were left")
@@ -305,7 +308,7 @@ class Shutdown:
         before = self._before or NOTHING
         after = before if self._sessions is None else self._sessions.statistics()
         if crashed := after.turns_crashed - before.turns_crashed:
-            faults.append(f"{crashed} turns crashed; the log says how")
+            faults.append(f"{crashed} turns crashed; the log has the errors")
         if after.ends_not_stored:
             faults.append(f"the end of {after.ends_not_stored} turns is not in the store")
         return ShutdownReport(

@@ -1,24 +1,26 @@
-"""The tree: who owns whom. One ``async with`` opens the service and closes it again.
+"""The supervision tree: which part of the service owns which. One ``async with`` opens the service and closes it.
 
 ::
 
     open_service()
-    ├─ store              opened first, closed last; nothing acknowledged is lost
-    ├─ model clients      one per upstream; closed after the last turn
-    ├─ sessions           one task per session with work
-    │  └─ session <id>    its failure ends this session's turns only
-    │     └─ turn <id>    whole-turn deadline; a failure becomes its terminal event; in the session's task, or in
-    │        │            one of its own if it was queued
-    │        └─ stream    first-token and next-token deadlines; leaving closes the connection
-    ├─ expiry loop        its errors are logged and it goes on, as with recovery and checkpoints
-    ├─ heartbeat loop     wakes the streams that have been silent for a while
-    ├─ recovery loop      what the store refused, and the turns of processes that died
-    ├─ checkpoint loop    only with a store that outlives the process
-    └─ shutdown watcher   waits for the notice, then runs the phases
+    ├─ store                 opened first, closed last; an acknowledged write is never lost
+    ├─ model clients         one per upstream; closed after the last turn
+    ├─ sessions              one task per session with work
+    │  └─ session <id>       a failure ends the turns of this session only
+    │     └─ turn <id>       has the whole-turn deadline; a failure becomes the terminal event. A turn runs in the
+    │        │               session's task, or in a task of its own if it was queued
+    │        └─ model stream has the first-token and next-token deadlines; leaving closes the connection
+    └─ loops                 children of one nursery, inside of all the above
+       ├─ expiry loop        removes expired sessions
+       ├─ heartbeat loop     wakes the streams that have been silent for a while
+       ├─ recovery loop      retries writes that the store refused, and ends the turns of processes that died
+       ├─ checkpoint loop    only with a store that outlives the process
+       └─ shutdown watcher   waits for the notice, then runs the phases
 
-Children start in this order and stop in reverse, and the indentation below says the same. A child that
-fails otherwise than described ends the whole: the tree unwinds and the failure leaves
-:func:`open_service`.
+The parts start in this order. On the way down the loops are cancelled first, all at once; then the sessions, the
+model clients in reverse order and the store close, one after the other. The indentation of
+:func:`open_service` shows the same order. An error in the expiry, recovery or checkpoint loop is logged, and the loop
+goes on. Any other failure of a child ends the service: the tree unwinds, and the failure leaves :func:`open_service`.
 """
 
 from collections.abc import AsyncIterator
@@ -52,7 +54,7 @@ logger = structlog.get_logger("lastcall.supervisor")
 
 @dataclass(frozen=True)
 class Service:
-    """The open service, for those who ask it for something. Valid inside :func:`open_service`."""
+    """The parts of the open service that its callers use. Valid inside :func:`open_service`."""
 
     settings: Settings
     clock: Clock
@@ -69,15 +71,15 @@ async def open_service(
     clock: Clock | None = None,
     peer_address: str | None = None,
 ) -> AsyncIterator[Service]:
-    """The whole service. Leaving it stops and closes everything, in reverse order, each within its bound.
+    """Open the whole service. Leaving the context stops and closes each part within a bound of its own.
 
     Args:
-        shutdown: Who is told of the stop; made by the caller where a notice may come before the tree stands.
+        shutdown: Receives the notice. The caller makes it where a notice may come before the tree is open.
         clock: Wall time; a :class:`~service.clock.SteadyClock` unless given.
-        peer_address: Where this process answers other processes that share the store.
+        peer_address: The address at which this process answers other processes that share the store.
 
     Raises:
-        StartupError: Something cannot be opened; one sentence says what and why.
+        StartupError: A part cannot be opened; one sentence names the part and the reason.
     """
     shutdown = shutdown or Shutdown(settings)
     clock = clock or SteadyClock()
@@ -113,7 +115,7 @@ async def open_service(
 
 
 def check_script(url: str, *, setting: str) -> None:
-    """Look at a ``scripted:`` URL before anything is opened.
+    """Check a ``scripted:`` URL before any part of the service is opened.
 
     Raises:
         SettingsError: A parameter is unknown or wrong; the message begins with ``setting``.
@@ -122,23 +124,28 @@ def check_script(url: str, *, setting: str) -> None:
 
 
 def _open_store(settings: Settings, peer_address: str | None) -> AbstractAsyncContextManager[Store]:
-    """The store that ``store_url`` names."""
+    """Open the store that ``store_url`` names."""
     if settings.store_url == "memory:":
         return open_memory_store(sessions_max=settings.memory_sessions_max)
     if settings.store_url.startswith("sqlite:"):
-        from service.storage.sqlite import open_sqlite_store  # noqa: PLC0415  only who uses it needs SQLite
+        from service.storage.sqlite import open_sqlite_store  # noqa: PLC0415  a memory store needs no SQLite
 
         path = settings.store_url.removeprefix("sqlite:")
         return open_sqlite_store(path, address=peer_address, close_timeout_s=settings.release_timeout_s)
-    raise SettingsError(f"store_url: {settings.store_url!r} names no store there is; allowed: memory:, sqlite:path")
+    raise SettingsError(
+        f"store_url: {settings.store_url!r} names a store that does not exist; allowed: memory:, sqlite:path"
+    )
 
 
 @asynccontextmanager
 async def _open_upstreams(settings: Settings, shutdown: Shutdown, clock: Clock) -> AsyncIterator[Upstreams]:
-    """One model client per upstream, each with its own connection pool. Closed in reverse, each within its bound."""
+    """Open one model client per upstream, each with its own connection pool.
+
+    The clients close in reverse order, each within a bound.
+    """
 
     async def open_client(url: str, api_key: SecretStr | None, name: str | None) -> ModelClient:
-        # On the way down the client's own close comes first, then the note that it is closed.
+        # The exit stack runs in reverse: the client closes first, then the note says that this client is closed.
         clients.callback(shutdown.note_client_closed)
         if url.startswith("scripted:"):
             opened: AbstractAsyncContextManager[ModelClient] = open_scripted(url, name=name)

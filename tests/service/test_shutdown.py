@@ -367,7 +367,7 @@ async def test_a_turn_whose_cleanup_breaks_is_a_fault_and_has_its_end(autojump_c
         turn = await stage.start_turn(service)
         await stage.stop()
     assert turn.record().state == "interrupted"
-    assert stage.report().faults == ("1 turns crashed; the log says how",)
+    assert stage.report().faults == ("1 turns crashed; the log has the errors",)
 
 
 async def test_a_model_server_that_ignores_the_close_costs_its_own_bound(

@@ -117,8 +117,8 @@ def test_proxy_is_taken(proxy: str) -> None:
         ("10.0.0.1:80", "should be an address or a network of proxies, such as 10.1.2.3, "),
         ("*", "should be an address or a network of proxies, such as 10.1.2.3, "),
         ("10.0.0.1/8", "should be a network, such as 10.0.0.0/8, or an address"),
-        ("0.0.0.0/0", "should not be everybody: each caller could choose the address that is logged"),
-        ("::/0", "should not be everybody: each caller could choose the address that is logged"),
+        ("0.0.0.0/0", "should not cover all addresses: each caller could choose the address that is logged"),
+        ("::/0", "should not cover all addresses: each caller could choose the address that is logged"),
         ("::ffff:10.0.0.0/104", "should be written as IPv4"),
     ],
 )
