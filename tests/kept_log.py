@@ -1,12 +1,14 @@
-"""The service's log, into memory."""
+"""The service's log, into memory; and what is read of a log."""
 
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 from service.settings import Settings
+from service.telemetry.escaping import escape
 from service.telemetry.logging import configure_logging
 
 Format = Literal["json", "console"]
@@ -25,3 +27,21 @@ def kept_log(log_format: Format) -> Iterator[Callable[[], str]]:
         log.uninstall()
         logging.getLogger().setLevel(level)
         os.close(fd)
+
+
+def lines_of(log: str, message: str) -> list[dict[str, Any]]:
+    """The lines of a log in JSON that have this message."""
+    lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    return [line for line in lines if line["message"] == message]
+
+
+def said_in(log: str) -> list[str]:
+    """What processes said apart from their logs (``process_exit.say``): in plain text, or in JSON once it is known."""
+    said = []
+    for line in log.splitlines():
+        if line.startswith("lastcall: "):
+            said.append(line.removeprefix("lastcall: "))
+        elif line.startswith("{") and (event := json.loads(line))["logger"] == "lastcall.process":
+            assert event["pid"] > 0
+            said.append(escape(event["message"]))
+    return said

@@ -16,6 +16,7 @@ from service.api.http.proxy import PEER, forward, is_from_peer
 from service.api.http.proxy_headers import proxy_header
 from service.api.http.query_params import check_query_length
 from service.api.http.request_body import BoundedRequest
+from service.api.http.request_id import HEADER, current_request_id, name_request
 from service.api.http.request_resources import request_resources
 from service.api.http.request_target import fault_of, refuse_target
 from service.api.native import chat, sessions, turns
@@ -23,6 +24,7 @@ from service.api.openai.errors import is_path_of_openai, openai_error_response
 from service.api.operator import health
 from service.api.reference import page
 from service.errors import InvalidRequestError, OwnedElsewhereError
+from service.telemetry.log_context import log_context
 
 __all__ = ["Application", "attach", "create_app", "detach"]
 
@@ -33,14 +35,15 @@ class Application(QuartTrio):
     request_class = BoundedRequest
 
     async def asgi_app(self, scope: Any, receive: Any, send: Any) -> None:
-        fault = None if scope["type"] == "lifespan" else fault_of(scope)
-        if fault is not None:
-            await refuse_target(scope, send, fault)
+        if scope["type"] == "lifespan":
+            await super().asgi_app(scope, receive, send)
             return
-        if scope["type"] != "lifespan":
+        with log_context(request_id=name_request(scope)), request_resources(scope):
+            if (fault := fault_of(scope)) is not None:
+                await refuse_target(scope, send, fault)
+                return
             take_prefix(scope)
             self._name_caller(scope)
-        with request_resources(scope):
             await super().asgi_app(scope, receive, send)
 
     def _name_caller(self, scope: Any) -> None:
@@ -68,7 +71,7 @@ def create_app() -> Application:
     for module in (sessions, turns, chat, health, page):
         app.register_blueprint(module.blueprint)
     app.before_request(_admit)
-    app.after_request(_share)
+    app.after_request(_complete)
     app.register_error_handler(Exception, _answer_error)
     app.register_error_handler(OwnedElsewhereError, _answer_elsewhere)
     return app
@@ -116,7 +119,9 @@ def _refuse_query(handler: Callable[..., Any]) -> None:
         raise InvalidRequestError("This call takes no parameters.", field=next(iter(request.args), None))
 
 
-async def _share(response: Response) -> Response:
+async def _complete(response: Response) -> Response:
+    """Add the headers that each response has."""
+    response.headers[HEADER] = current_request_id()
     if is_from_peer():
         return response  # the process that asks does it
     try:

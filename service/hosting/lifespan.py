@@ -81,8 +81,8 @@ class ServiceLifespan:
         settings = load_settings()
         if worker is None:
             return settings, None
-        check_sharing(settings, workers=worker.config.workers)
         log = configure_logging(settings)
+        check_sharing(settings, workers=worker.config.workers)
         if variables := passed_over():
             logger.debug("variables that service links made are passed over", variables=variables[:VARIABLES_SHOWN_MAX])
         return settings, Hosting(self._app, worker, settings, log)

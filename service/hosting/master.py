@@ -48,6 +48,7 @@ from service.hosting.process.process_exit import ExitCode, leave, refuse_to_star
 from service.hosting.serve import take_addresses
 from service.hosting.start_pause import StartPause
 from service.settings import Settings, load_settings
+from service.telemetry.logging import configure_logging
 
 REPLACEMENTS_MAX = 5
 REPLACEMENTS_WITHIN_S = 60
@@ -80,6 +81,7 @@ def take_over(installed: ExitStack) -> Settings:
 
 def run(settings: Settings, config: Config) -> NoReturn:
     """hypercorn's ``run``, and the end of the process with the code it should have had."""
+    configure_logging(settings)
     with ExitStack() as installed:
         try:
             check_sharing(settings, workers=config.workers)
@@ -161,7 +163,7 @@ class Workers:
             return
 
         def kill(*_: object) -> None:
-            say(f"killing worker {process.pid}, which did not stop in time")
+            say(f"killing worker {process.pid}, which did not stop in time", level="error")
             process.kill()
 
         self._joining_since = self._joining_since or time.monotonic()
@@ -207,7 +209,7 @@ class Workers:
             if self._has_served:
                 self._try_again_later(what)
             else:
-                say(f"{what}, giving up")
+                say(f"{what}, giving up", level="error")
                 self._note_code(ExitCode.REFUSED)
         if stopping or self._code:
             self._stop_event.set()
@@ -252,7 +254,7 @@ class Workers:
             return False
         now = time.monotonic()
         if len(self._died_at) == REPLACEMENTS_MAX and now - self._died_at[0] < REPLACEMENTS_WITHIN_S:
-            say(f"{REPLACEMENTS_MAX} workers died within {REPLACEMENTS_WITHIN_S} s, giving up")
+            say(f"{REPLACEMENTS_MAX} workers died within {REPLACEMENTS_WITHIN_S} s, giving up", level="error")
             return False
         self._died_at.append(now)
         how = signal.Signals(code - 128).name if code > 128 else f"with code {code}"
@@ -308,7 +310,7 @@ class Workers:
             wait([process.sentinel for process in processes], min(left_s, WAIT_MAX_S))
             late = time.monotonic() >= deadline
             if late:
-                say(f"killing {len(processes)} workers that did not stop in time")
+                say(f"killing {len(processes)} workers that did not stop in time", level="error")
                 for process in processes:
                     process.kill()
                     process.join()

@@ -16,6 +16,7 @@ from pathlib import Path
 import service
 from service.hosting.process.process_exit import ExitCode, say
 from service.settings import Settings
+from service.telemetry.logging import configure_logging
 
 LOOK_INTERVAL_S = 0.2
 STOP_SLACK_S = 2.0
@@ -35,6 +36,7 @@ def serve_and_reload(settings: Settings, *, config_file: Path, arguments: Iterab
         config_file: Watched beside the package.
         arguments: Of ``lastcall serve``, for each server.
     """
+    configure_logging(settings)
     command = [sys.executable, "-m", "service", "serve", *arguments]
     with _blocked(STOP_SIGNALS | {signal.SIGCHLD}) as mask:
         server: subprocess.Popen[bytes] | None = _start(command, mask)
@@ -49,7 +51,7 @@ def serve_and_reload(settings: Settings, *, config_file: Path, arguments: Iterab
                 say(f"the server ended with code {code}; it starts again when something changes")
                 server = None
             if (now := _changed_at(config_file)) != seen:
-                say(f"{min(str(path) for path, _ in now ^ seen)} changed, starting anew")
+                say(f"{min(str(path) for path, _ in now ^ seen)} changed, starting anew", level="info")
                 seen, changed = now, True
                 _stop(server, settings)
                 stopping = signal.sigpending() & STOP_SIGNALS  # dealt with by the next look

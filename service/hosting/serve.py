@@ -10,22 +10,23 @@ from hypercorn.config import Config
 from service.errors import StartupError
 from service.hosting.application import create_hosted_app
 from service.hosting.listeners.listeners import note_given_sockets
+from service.hosting.process.process_exit import ExitCode, say
 from service.settings import Settings
 from service.telemetry.logging import configure_logging
 
 
 def serve(settings: Settings) -> int:
-    """Serve until the process is told to stop. Returns its exit code, unless it has left with it already.
-
-    Raises:
-        StartupError: The address or the certificate cannot be used.
-    """
+    """Serve until the process is told to stop. Returns its exit code, unless it has left with it already."""
     configure_logging(settings)
     config = Config()
     config.worker_class = "trio"
     config.bind = [settings.bind]
     config.certfile, config.keyfile = settings.tls_certfile, settings.tls_keyfile
-    take_addresses(config)
+    try:
+        take_addresses(config)
+    except StartupError as error:
+        say(str(error), level="error")
+        return ExitCode.REFUSED
     app = create_hosted_app(lambda: settings)
     trio.run(partial(hypercorn.trio.serve, app, config, mode="asgi"))
     return 0

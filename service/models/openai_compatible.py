@@ -32,10 +32,12 @@ import structlog
 from service.clock import Clock, wall_clock
 from service.errors import NOTHING_LEFT, ModelError, SettingsError, is_exhaustion
 from service.freezes import forgiving, move_on_after
+from service.ids import is_request_id
 from service.models.chat_completions import Dialect, ReplyDecoder, encode_request
 from service.models.client import ModelEvent, ModelRequest
 from service.models.inflate import ENCODINGS, InflateError, Inflater, inflate
 from service.models.upstream_errors import ErrorReply, RetryHints, error_from_reply, error_from_status
+from service.telemetry.log_context import add_to_log_context
 
 _HOST = re.compile(rb"[0-9a-fA-F:.]+(%[\w.-]+)?|([\w-]{1,63}\.)*[\w-]{1,63}\.?")
 _POOL_REQUESTS_MAX = 32
@@ -171,7 +173,9 @@ class OpenAICompatibleClient:
         opened: _Response | None = None
         pool = self._pools.enter()
         try:
+            add_to_log_context(upstream_request_id=None)
             opened = await self._send(pool.http, body, connection)
+            add_to_log_context(upstream_request_id=opened.request_id)
             yield opened
         finally:
             surplus = self._pools.leave(pool)
@@ -276,6 +280,12 @@ class _Response:
         self.chunks = self._raw if self._encoding not in ENCODINGS else _Inflated(self._raw, Inflater(self._encoding))
         self.reusable = False
         """Whether the body is about to end by itself, which keeps the connection for another request."""
+
+    @property
+    def request_id(self) -> str | None:
+        """What the server calls the request in its own log, where it says so."""
+        named = self.headers.get("x-request-id", "")
+        return named if is_request_id(named) else None
 
     @property
     def is_success(self) -> bool:

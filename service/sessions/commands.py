@@ -55,6 +55,8 @@ class NewTurn(msgspec.Struct, frozen=True, kw_only=True):
     on_disconnect: OnDisconnect = "cancel"
     background: bool = False
     creates_session: bool = False
+    request_id: str | None = None
+    """What the log calls the request that asks for it."""
 
     def record(self, session: SessionRecord, *, queued: bool, now: datetime, settings: Settings) -> TurnRecord:
         """The turn as it is accepted."""

@@ -1,12 +1,14 @@
-"""The log: structlog's events and everybody else's records in one form, on standard error.
+"""The log: structlog's events and the standard library's records in one form, on standard error.
 
-A line an event: for people on a terminal, JSON elsewhere. Whatever a value is, it stays on its line and in its place
-(``escaping``); a traceback for people follows indented. A secret of the settings never appears in it, wherever it
-came from; a cancellation is no fault and has no traceback. Writing never waits and never raises (``log_writer``).
+Each event is a line: for people on a terminal, JSON elsewhere. Each line has the process's id and what is bound to the
+task that writes it (``log_context``). A value stays on its line and in its place, whatever the value is (``escaping``);
+a traceback for people follows indented. A secret of the settings never appears in the log, wherever it came from; a
+cancellation is no fault and has no traceback. Writing never waits and never raises (``log_writer``).
 """
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from io import StringIO
@@ -24,7 +26,7 @@ from service.telemetry.log_writer import LogWriter
 
 ACCESS_LOGGER = "hypercorn.access"
 LOGGERS_WITH_HANDLERS = ("hypercorn.error", ACCESS_LOGGER)
-"""hypercorn gives these handlers of its own, at a time of its choosing: a filter is the one thing it leaves alone."""
+"""hypercorn gives these loggers handlers of its own, at a time of its choosing. It leaves filters alone."""
 SECRET_LENGTH_MIN = 6
 """A shorter secret is none, and blotting it out would make the log unreadable."""
 
@@ -45,8 +47,35 @@ def drain_log(timeout_s: float = 0.25) -> None:
         log.writer.drain(timeout_s)
 
 
+def current_layout() -> "LineLayout | None":
+    """The layout of this process's log; None before :func:`configure_logging`. Takes no lock."""
+    return next((log.layout for log in reversed(_current_logs())), None)
+
+
 def _current_logs() -> list["Log"]:
     return [handler for handler in logging.getLogger().handlers if isinstance(handler, Log)]
+
+
+class LineLayout:
+    """The form of a line, for people or for machines, as the settings and the reader say.
+
+    Attributes:
+        for_people: Whether the reader is a person.
+        render: The processors that make the line of an event that has its level, its logger and its time.
+    """
+
+    def __init__(self, settings: Settings, *, isatty: bool) -> None:
+        self.for_people = isatty if settings.log_format == "auto" else settings.log_format == "console"
+        self.render = _people_see(colors=isatty) if self.for_people else _machines_see()
+        self.render.append(_Blot(settings))
+
+    def line(self, text: str, *, level: str, logger_name: str) -> str:
+        """The line of one text, apart from the log: in a signal handler, or where the event loop does not run."""
+        event: EventDict = {"event": text, "level": level, "logger": logger_name}
+        rendered: Any = _with_process_id(None, level, _STAMP(None, level, event))
+        for processor in self.render:
+            rendered = processor(None, level, rendered)
+        return str(rendered)
 
 
 class Log(logging.Handler):
@@ -56,16 +85,16 @@ class Log(logging.Handler):
         level = logging.getLevelNamesMapping()[settings.log_level.upper()]
         super().__init__(level)
         self.writer = writer
-        self.for_people = writer.isatty if settings.log_format == "auto" else settings.log_format == "console"
+        self.layout = LineLayout(settings, isatty=writer.isatty)
         before: list[Processor] = [
             structlog.contextvars.merge_contextvars,
             add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            _STAMP,
+            _with_process_id,
             _without_cancellation,
             self._with_what_was_lost,
         ]
-        render = _people_see(colors=writer.isatty) if self.for_people else _machines_see()
-        render.append(_Blot(settings))
+        render = self.layout.render
         structlog.configure(
             processors=[add_logger_name, *before, *render],
             wrapper_class=structlog.make_filtering_bound_logger(level),
@@ -85,8 +114,12 @@ class Log(logging.Handler):
             logging.getLogger(name).addFilter(self.take_over)
         logging.captureWarnings(capture=True)
 
+    @property
+    def for_people(self) -> bool:
+        return self.layout.for_people
+
     def uninstall(self) -> None:
-        """Leave the logs to whoever had them before. Not needed where the process ends."""
+        """Give the loggers back to the handlers that they had before. Not needed where the process ends."""
         logging.captureWarnings(capture=False)
         for name in LOGGERS_WITH_HANDLERS:
             logging.getLogger(name).removeFilter(self.take_over)
@@ -97,8 +130,9 @@ class Log(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             line = self.format(record)
-        except Exception:  # noqa: BLE001  a record with the wrong arguments must not harm who logged it
-            line = escape(f"a log record of {record.name} could not be formatted: {record.msg!r}")
+        except Exception:  # noqa: BLE001  a record with the wrong arguments must not harm the code that logged it
+            told = f"a log record of {record.name} could not be formatted: {record.msg!r}"
+            line = self.layout.line(told, level=record.levelname.lower(), logger_name="lastcall")
         self.writer.write(line + "\n")
 
     def take_over(self, record: logging.LogRecord) -> bool:
@@ -113,6 +147,14 @@ class Log(logging.Handler):
         if lost := self.writer.take_lost():
             event["log_lines_lost"] = lost
         return event
+
+
+_STAMP = structlog.processors.TimeStamper(fmt="iso", utc=True)
+
+
+def _with_process_id(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    event["pid"] = os.getpid()
+    return event
 
 
 class _Quotable(Mapping[str, object]):
@@ -218,11 +260,11 @@ def _without_raw_characters(_logger: WrappedLogger, _method: str, rendered: Any)
 
 def _in_order(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
     first = {"timestamp": event.pop("timestamp"), "level": event.pop("level"), "message": event.pop("event")}
-    return {**first, "logger": event.pop("logger"), **event}
+    return {**first, "logger": event.pop("logger"), "pid": event.pop("pid"), **event}
 
 
 def _without_cancellation(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """A traceback of a cancellation, or of nothing else, tells nobody anything."""
+    """Take away the traceback of a cancellation, or of a group of nothing else: it tells a reader nothing."""
     fault = event.get("exc_info")
     if isinstance(fault, tuple):
         fault = fault[1]

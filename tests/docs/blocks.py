@@ -107,7 +107,7 @@ _MASKS = (
     (re.compile(r"\b(turn|sess|msg)_[0-9a-f]{32}\b"), r"\1_*"),
     (re.compile(r"\b\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z"), "TIME"),
     (re.compile(r"\b\d+\.\d+\b"), "NUMBER"),
-    (re.compile(r'(?m)(^id: |"(?:seq|text_length)":)\d+'), r"\1NUMBER"),
+    (re.compile(r'(?m)(^id: |"(?:seq|text_length)":|"pid": )\d+'), r"\1NUMBER"),
 )
 
 

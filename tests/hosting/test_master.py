@@ -1,5 +1,6 @@
 """hypercorn's master, mended. What it returns and does as a process: ``test_exit_codes.py``."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -19,6 +20,7 @@ from service.hosting.hypercorn.worker import Worker
 from service.hosting.master import AT_ONCE_MAX, AT_ONCE_S, DIED, REPLACEMENTS_MAX, REPLACEMENTS_WITHIN_S, Workers
 from service.hosting.process.process_exit import ExitCode, say
 from service.hosting.start_pause import FIRST_S, MAX_S
+from tests.kept_log import FORMATS, Format, kept_log
 
 
 def test_hypercorn_still_takes_these_names_from_its_module() -> None:
@@ -351,3 +353,18 @@ def test_what_the_master_says_waits_for_nobody(capfd: pytest.CaptureFixture[str]
         os.dup2(kept, 2)
         for fd in (reader, writer, kept):
             os.close(fd)
+
+
+@pytest.mark.parametrize("log_format", FORMATS)
+def test_what_the_master_says_has_the_form_of_the_log(capfd: pytest.CaptureFixture[str], log_format: Format) -> None:
+    with kept_log(log_format):
+        say("one\ntwo \udcff \x1b[2J", level="error")
+    first, second = capfd.readouterr().err.splitlines()
+    if log_format == "json":
+        line = json.loads(first)
+        assert (line["message"], line["level"], line["pid"]) == ("one", "error", os.getpid())
+        assert json.loads(second)["message"] == "two \udcff \x1b[2J"
+    else:
+        assert "[error    ] one" in first
+        assert f"pid={os.getpid()}" in first
+        assert "two \\udcff \\x1b[2J" in second

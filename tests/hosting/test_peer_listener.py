@@ -18,6 +18,7 @@ from service.cluster.peer_proof import prove_to_owner
 from service.cluster.peer_socket import socket_name
 from service.hosting.peer_listener import client_returns
 from tests.hosting.hosts import SERVE, open_host
+from tests.kept_log import said_in
 
 GET = b"GET /sessions HTTP/1.1\r\nHost: elsewhere\r\nConnection: close\r\n\r\n"
 CAP_S = 20
@@ -105,7 +106,7 @@ async def test_workers_that_would_share_nothing_refuse_to_start(tmp_path: Path, 
         async with open_host(tmp_path, host, store_url="memory:"):
             pytest.fail("it serves")
     assert refused.value.exit_code == (0 if host == "hypercorn-2" else 78)  # hypercorn's own master loses it
-    said = [line for line in refused.value.log.splitlines() if line.startswith("lastcall: ")]
+    said = said_in(refused.value.log)
     assert said
     assert all("there are 2 workers" in line and "LASTCALL_STORE_URL=sqlite:" in line for line in said)
     assert "Traceback" not in refused.value.log

@@ -15,6 +15,7 @@ import trustme
 from service.models import chat_completions, openai_compatible
 from service.models.client import TextDelta
 from service.models.openai_compatible import open_openai_compatible
+from service.telemetry.log_context import log_context
 from tests.descriptors import no_descriptor_left
 from tests.models.replies import Reply, ask, asking, take
 from tests.models.upstream import API_KEY, WAIT_S, failure_of, open_upstream
@@ -614,3 +615,26 @@ async def test_llmocks_malformed_event_fails_no_reply(llmock_url: str) -> None:
     with trio.fail_after(WAIT_S):
         async with open_openai_compatible(llmock_url) as client:
             assert (await ask(client)).text
+
+
+@pytest.mark.parametrize(("named", "shown"), [("req-1/a", "req-1/a"), ("a b", None), ("x" * 129, None), ('"', None)])
+async def test_the_log_names_an_upstreams_own_request_id_where_it_is_one(named: str, shown: str | None) -> None:
+    async with open_upstream(refusing(401, b"", {"x-request-id": named})) as upstream:
+        with log_context(turn_id="t"):
+            await failure_of(upstream.client)
+            assert structlog.contextvars.get_contextvars().get("upstream_request_id") == shown
+
+
+async def test_a_call_without_an_answer_has_no_request_id_of_the_call_before_it() -> None:
+    async def answer_once(connection: Connection) -> None:
+        await connection.receive_request()
+        await connection.send_response(401, b"", {"x-request-id": "a"})
+        await connection.receive_request()
+
+    async with open_upstream(answer_once) as upstream:
+        with log_context(turn_id="t"):
+            await failure_of(upstream.client)
+            assert structlog.contextvars.get_contextvars()["upstream_request_id"] == "a"
+            with trio.move_on_after(0):
+                await failure_of(upstream.client)
+            assert "upstream_request_id" not in structlog.contextvars.get_contextvars()

@@ -10,6 +10,7 @@ import pytest
 import trio
 
 from bench.server_process import ROOT, Launch, ServerProcess, open_server, python_command
+from tests.kept_log import said_in
 from tests.process.lastcall import (
     CAP_S,
     HYPERCORN_1,
@@ -62,9 +63,9 @@ async def test_folder_that_cannot_be_written_to_refuses_the_start_in_a_line(tmp_
     folder = Path("/sys")  # not even root can make a file there
     server = ServerProcess(without_settings(host, folder), tmp_path / "server.log")
     gone = await wait_gone(server)
-    said = [line for line in server.log().splitlines() if line.startswith("lastcall: ")]
+    said = said_in(server.log())
     assert len(said) == 1, server.log()
-    assert said[0].startswith("lastcall: The store sqlite:/sys/lastcall.db cannot be opened: ")
+    assert said[0].startswith("The store sqlite:/sys/lastcall.db cannot be opened: ")
     assert said[0].endswith(" (LASTCALL_STORE_URL names another).")
     assert "Traceback" not in server.log()
     assert gone.exit_code == (78 if host is SERVE else 0)  # hypercorn's own master loses it

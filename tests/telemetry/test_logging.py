@@ -56,6 +56,7 @@ def test_event_is_a_line_of_json_where_nobody_watches(open_log: OpenLog, log_fil
     logger.info("turn ended", turn="turn_1", state="completed")
     (line,) = lines(log_file)
     assert line.pop("timestamp").endswith("Z")
+    assert line.pop("pid") == os.getpid()
     assert line == {
         "message": "turn ended",
         "level": "info",
@@ -160,9 +161,11 @@ def test_secret_is_blotted_out_wherever_it_comes_from(open_log: OpenLog, log_fil
 
 
 def test_record_that_cannot_be_formatted_is_told_and_harms_nobody(open_log: OpenLog, log_file: Path) -> None:
-    open_log(log_format="console")
+    open_log()
     logging.getLogger("hypercorn.error").warning("%d tokens", "many")
-    assert log_file.read_text() == "a log record of hypercorn.error could not be formatted: '%d tokens'\n"
+    (line,) = lines(log_file)
+    assert line["message"] == "a log record of hypercorn.error could not be formatted: '%d tokens'"
+    assert (line["level"], line["pid"]) == ("warning", os.getpid())
 
 
 def test_stalled_reader_of_standard_error_does_not_hold_up_who_logs() -> None:

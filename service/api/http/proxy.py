@@ -28,6 +28,8 @@ from service.api.http.app_state import current_service
 from service.api.http.end_of_input import leave_at_end_of_input
 from service.api.http.event_stream import MEDIA_TYPE, read_cursor, read_last_event_id
 from service.api.http.request_body import drop_body, kept_body
+from service.api.http.request_id import HEADER_BYTES as REQUEST_ID
+from service.api.http.request_id import current_request_id
 from service.api.http.request_resources import release_after_request
 from service.cluster.peer_client import PEER_GONE, PeerConnection, PeerRequest
 from service.cluster.peer_socket import connect_to_peer, user_of_peer
@@ -67,6 +69,7 @@ _WRITE_BYTES_MAX = 64 * 1024
 _HOP_BY_HOP = frozenset(
     (b"connection", b"keep-alive", b"transfer-encoding", b"upgrade", b"te", b"trailer", b"date", b"server", b"expect")
 )
+_SAID_ANEW = (b"content-length", _HOPS.encode(), REQUEST_ID)
 _TURN_PATH = re.compile(r"/sessions/([^/]+)/turns/(turn_[0-9a-f]{32})(?:/events)?$")
 
 
@@ -325,13 +328,13 @@ def _peer_request(hops: int) -> PeerRequest:
     headers = [
         (name, value)
         for name, value in request.scope["headers"]
-        if name.lower() not in _HOP_BY_HOP and name.lower() not in (b"content-length", _HOPS.encode())
+        if name.lower() not in _HOP_BY_HOP and name.lower() not in _SAID_ANEW
     ]
     if not any(name.lower() == b"host" for name, _ in headers):
         headers.append((b"host", b"localhost"))  # HTTP/2 has it in :authority
     return PeerRequest(
         method=request.method,
         target=request.scope["raw_path"] + (b"?" + request.query_string if request.query_string else b""),
-        headers=[*headers, (_HOPS.encode(), b"%d" % hops)],
+        headers=[*headers, (_HOPS.encode(), b"%d" % hops), (REQUEST_ID, current_request_id().encode())],
         body=kept_body(request),
     )

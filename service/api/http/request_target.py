@@ -12,6 +12,7 @@ from werkzeug.exceptions import BadRequest, HTTPException, NotFound
 
 from service.api.http.locations import root_path_of
 from service.api.http.problems import problem_response, refusal_of
+from service.api.http.request_id import HEADER, request_id_of
 
 _NEITHER = "The target of this request is neither a path nor a URL."
 _HOST_LENGTH_MAX = 300
@@ -55,6 +56,7 @@ async def refuse_target(scope: dict[str, Any], send: Any, fault: HTTPException) 
         await send({"type": "websocket.close", "code": 1000})
         return
     response = problem_response(refusal_of(fault, scope=scope))
+    response.headers[HEADER] = request_id_of(scope)
     headers = [(name.lower().encode(), value.encode()) for name, value in response.headers.items()]
     await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
     await send({"type": "http.response.body", "body": await response.get_data(as_text=False), "more_body": False})

@@ -8,6 +8,7 @@ from service.api.http.end_of_input import leave_at_end_of_input
 from service.api.http.event_stream import read_last_event_id
 from service.api.http.operations import Answer, operation
 from service.api.http.request_body import read_body
+from service.api.http.request_id import current_request_id
 from service.api.native.turns import (
     RESUMES,
     RESUMING_ERRORS,
@@ -46,7 +47,7 @@ async def chat() -> TrioResponse:
     if after is not None:
         return await _resume(service, body, after)
     leave_at_end_of_input()
-    new = NewTurn(text=body.message, creates_session=True)
+    new = NewTurn(text=body.message, creates_session=True, request_id=current_request_id())
     return await start_streaming(service, take_slot(service), body.session_id or new_session_id(), new)
 
 

@@ -23,6 +23,7 @@ from service.api.http.paging import read_page
 from service.api.http.proxy import allow_longer_answer, allow_repeat, release_later
 from service.api.http.query_params import read_query
 from service.api.http.request_body import drop_body, read_body
+from service.api.http.request_id import current_request_id
 from service.api.http.request_resources import release_after_request
 from service.api.native import wire
 from service.api.native.sessions import checked_session_id
@@ -133,6 +134,7 @@ async def start_turn(session_id: str) -> TrioResponse:
         on_conflict=body.on_conflict,
         on_disconnect=body.on_disconnect,
         background=body.background,
+        request_id=current_request_id(),
     )
     if streams:
         return await start_streaming(service, take_slot(service), session_id, new)

@@ -6,14 +6,16 @@ import sys
 import threading
 from contextlib import suppress
 from enum import IntEnum
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from service.errors import StartupError
 from service.telemetry.escaping import escape
 from service.telemetry.log_writer import LogWriter
-from service.telemetry.logging import drain_log
+from service.telemetry.logging import current_layout, drain_log
 
 SAY_S = 0.25
+LOGGER = "lastcall.process"
+Level = Literal["info", "warning", "error"]
 
 
 class ExitCode(IntEnum):
@@ -48,20 +50,23 @@ def leave_at_exit(code: int) -> None:
     threading._register_atexit(leave, code)  # type: ignore[attr-defined]
 
 
-def say(text: str) -> None:
-    """Write lines to standard error as they are: for what is said where there is no log.
+def say(text: str, *, level: Level = "warning") -> None:
+    """Write lines to standard error, apart from the log: where no event loop runs, also in a signal handler.
 
-    Never raises, and never waits for long: a pipe that nobody reads must not keep the master from its workers. A byte
-    of a path or a variable that is not UTF-8 is escaped.
+    The lines have the log's form once it is configured; before that (settings that cannot be read) they are plain
+    text. Never raises, and never waits for long: a pipe without a reader must not keep the master from its workers. A
+    byte of a path or a variable that is not UTF-8 is escaped.
     """
-    writer = LogWriter(2)
+    layout = current_layout()
+    writer = LogWriter(2)  # the log's own has a lock, which the code under a signal handler may hold
     for line in text.splitlines():
-        writer.write(f"lastcall: {escape(line)}\n")
+        said = f"lastcall: {escape(line)}" if layout is None else layout.line(line, level=level, logger_name=LOGGER)
+        writer.write(f"{said}\n")
     writer.drain(SAY_S)
     writer.close()
 
 
 def refuse_to_start(reason: Exception | str) -> NoReturn:
-    """End a start that failed, with what it failed of: what is not said for people is said with its type."""
-    say(str(reason) if isinstance(reason, StartupError | str) else repr(reason))
+    """End a start that failed, and say why: an error without a sentence for people is said with its type."""
+    say(str(reason) if isinstance(reason, StartupError | str) else repr(reason), level="error")
     leave(ExitCode.REFUSED)

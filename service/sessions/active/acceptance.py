@@ -24,11 +24,13 @@ from service.sessions.active.session import ActiveSession
 from service.sessions.commands import NewSession, NewTurn, OnConflict
 from service.sessions.events import outcome
 from service.sessions.turns.turn import Turn
+from service.sessions.turns.turn_log import turn_log_context
 from service.sessions.turns.turn_task import end_turn, run_turn
 from service.settings import Settings
 from service.storage.records import SessionRecord
 from service.storage.store import Store
 from service.storage.store_deadline import answered_within
+from service.telemetry.log_context import log_context
 
 
 class Acceptance:
@@ -98,6 +100,7 @@ class Acceptance:
             system_message=stored.system_message,
             on_disconnect="continue" if new.background else new.on_disconnect,
             settings=self._settings,
+            request_id=new.request_id,
         )
         # Shielded: a caller that leaves in the middle of the commit would leave a turn without an owner, and one that
         # leaves just before it a session that was created for nothing. The store's deadline bounds each step.
@@ -145,16 +148,18 @@ class Acceptance:
         """The session's task, until it has no turns: a failure in it ends those and nothing else."""
 
         async def run_one(turn: Turn) -> None:
-            await run_turn(
-                turn,
-                wait_for_others=lambda: session.wait_first(turn),
-                default_end=session.default_end,
-                store=self._store,
-                clock=self._clock,
-                settings=self._settings,
-            )
+            with turn_log_context(turn):
+                await run_turn(
+                    turn,
+                    wait_for_others=lambda: session.wait_first(turn),
+                    default_end=session.default_end,
+                    store=self._store,
+                    clock=self._clock,
+                    settings=self._settings,
+                )
 
-        await session.run(run_one, self._note_ended)
+        with log_context(session_id=session.id):  # and not the request that had the task started
+            await session.run(run_one, self._note_ended)
         self._active.forget_without_work(session)
 
     async def end_hung(self, *, within_s: float) -> None:

@@ -15,6 +15,7 @@ from service.errors import SessionLimitError, StoreError
 from service.ids import new_session_id
 from service.sessions.events.events import encode_frame
 from service.sessions.turns.turn import Turn
+from service.sessions.turns.turn_log import log_end
 from service.storage.records import SessionRecord
 from service.storage.store import Store
 from service.storage.store_deadline import answered_within
@@ -57,6 +58,7 @@ class PendingWrites:
         self.refusal = self.refusal or StoreError("The store did not take the end of a turn.")
         if not turn.ended.is_set():
             turn.conclude(turn.finish(self._clock()), stored=False)
+            log_end(turn)
         self._ends[turn.id] = turn
 
     @property

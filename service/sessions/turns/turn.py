@@ -43,6 +43,7 @@ class Turn:
         system_message: str | None,
         on_disconnect: OnDisconnect,
         settings: Settings,
+        request_id: str | None = None,
     ) -> None:
         self.log = EventLog(bytes_max=settings.log_bytes_max)
         self.ended = trio.Event()
@@ -52,6 +53,14 @@ class Turn:
         """Whether something in this service broke while it ran."""
         self.client = client
         self.system_message = system_message
+        self.request_id = request_id
+        """What the log calls the request that asked for it."""
+        self.was_queued = record.state == "queued"
+        self.accepted_at = trio.current_time()
+        self.started_at: float | None = None
+        """When it began to run, on Trio's clock."""
+        self.first_token_at: float | None = None
+        """When the first events of the model came."""
         self.end: outcome.Outcome | None = None
         self.is_ending = False
         """Whether its end, once decided, is being kept and told, or has been."""
@@ -82,6 +91,10 @@ class Turn:
     @property
     def session_id(self) -> str:
         return self._record.session_id
+
+    @property
+    def model(self) -> str:
+        return self._record.model
 
     @property
     def state(self) -> TurnState:
@@ -155,7 +168,8 @@ class Turn:
         """It runs from now on, and its deadline with it."""
         self._record = msgspec.structs.replace(self._record, state="running", started_at=now)
         timeout_s = self._settings.turn_timeout_s
-        self._set(self._run_deadline, trio.current_time() + timeout_s, timeout_s=timeout_s)
+        self.started_at = trio.current_time()
+        self._set(self._run_deadline, self.started_at + timeout_s, timeout_s=timeout_s)
         self.append(
             TurnStarted(
                 seq=self.log.last_seq + 1, session_id=self.session_id, turn_id=self.id, model=self._record.model
@@ -165,6 +179,11 @@ class Turn:
     def note_prompt(self, left_out: LeftOut | None) -> None:
         """It asks the model now, without what is left out."""
         self._record = msgspec.structs.replace(self._record, left_out=left_out)
+
+    @property
+    def text_length(self) -> int:
+        """The code points of the reply so far."""
+        return self._reply.length
 
     @property
     def has_output(self) -> bool:
@@ -182,6 +201,8 @@ class Turn:
         Raises:
             ModelError: A bound is reached (``reply_too_large``, ``log_too_large``).
         """
+        if self.first_token_at is None:
+            self.first_token_at = trio.current_time()
         for event in events:
             seq = self.log.last_seq + 1
             match event:

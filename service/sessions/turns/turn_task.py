@@ -17,6 +17,7 @@ from service.sessions.events import outcome
 from service.sessions.events.events import encode_frame
 from service.sessions.turns.prompt import NOTHING, Prompt, build_prompt, shortened
 from service.sessions.turns.turn import Turn
+from service.sessions.turns.turn_log import log_end
 from service.settings import Settings
 from service.storage.records import LeftOut, TurnRecord
 from service.storage.store import Store
@@ -74,6 +75,7 @@ async def end_turn(turn: Turn, *, store: Store, clock: Clock, within_s: float) -
     ):
         stored = await _keep(turn, record, store=store, clock=clock)
     turn.conclude(record, stored=stored)
+    log_end(turn)
     return True
 
 

@@ -143,24 +143,29 @@ async def test_a_request_is_passed_on_as_it_came_and_so_is_the_answer(tmp_path: 
     async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
         replies: list[Reply] = []
         headers = {"Last-Event-ID": "4", "Lastcall-Hops": "3", "Connection": "keep-alive", "Authorization": "Bearer x"}
+        headers["X-Request-ID"] = "of-the-caller"
         nursery.start_soon(lambda: ask(api, replies, "GET", f"{EVENTS}?after=2", headers=headers))
         stream, request = await owner.take()
         head = request.decode().lower()
         assert head.startswith(f"get {EVENTS}?after=2 http/1.1\r\n")
         assert "last-event-id: 4\r\n" in head
         assert "lastcall-hops: 1\r\n" in head, "a client's own counts"
+        assert head.count("x-request-id: ") == head.count("x-request-id: of-the-caller\r\n") == 1
         assert head.count("connection:") == 1
         await stream.send_all(answer('{"a": 1}', 410))
         await wait_for(replies)
         assert (replies[0].status, replies[0].json) == (410, {"a": 1})
+        assert replies[0].headers["x-request-id"] == "of-the-caller"
         assert "server" not in replies[0].headers
 
         nursery.start_soon(lambda: ask(api, replies, "POST", "/sessions/s/turns", {"input": "é"}))
         stream, request = await owner.take()
         assert request.endswith(b'\r\n\r\n{"input": "\\u00e9"}')
+        made = request.decode().partition("x-request-id: ")[2].partition("\r\n")[0]
+        assert made.startswith("req_"), "one that is made here is passed on, too"
         await stream.send_all(answer("{}", 409))
         await wait_for(replies, 2)
-        assert replies[1].status == 409
+        assert (replies[1].status, replies[1].headers["x-request-id"]) == (409, made)
 
 
 async def test_whole_events_and_comments_are_passed_on_at_once_and_a_dead_owners_stream_ends_from_the_store(

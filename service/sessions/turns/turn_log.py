@@ -1,0 +1,63 @@
+"""What the log says of a turn: its ids on each line of its work, and one line of its end."""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import structlog
+import trio
+
+from service.sessions.events import outcome
+from service.sessions.turns.turn import Turn
+from service.storage.records import Failure
+from service.telemetry.log_context import log_context
+
+logger = structlog.get_logger("lastcall.turn")
+
+
+def turn_log_context(turn: Turn) -> AbstractContextManager[None]:
+    """Have the lines of the current task name this turn, and no other work, until the block ends."""
+    return log_context(**_ids(turn))
+
+
+def log_end(turn: Turn) -> None:
+    """Write the line of a turn that has ended: what it was, how it ended, how long it took and how much it said.
+
+    Seconds count from the acceptance. A turn that failed, or whose end is not in the store, is a warning. Nothing that
+    the user or the model said is in the line.
+    """
+    now = trio.current_time()
+    log = logger.info if turn.stored and not isinstance(turn.end, outcome.Failed) else logger.warning
+    log(
+        "turn ended",
+        **_ids(turn),
+        model=turn.model,
+        outcome=turn.state,
+        **_ending(turn.end),
+        **({} if turn.stored else {"stored": False}),
+        **({"queued_s": _seconds(turn, turn.started_at)} if turn.was_queued else {}),
+        first_token_s=_seconds(turn, turn.first_token_at),
+        total_s=_seconds(turn, now),
+        events=turn.log.last_seq,
+        text_length=turn.text_length,
+    )
+
+
+def _ids(turn: Turn) -> dict[str, str | None]:
+    ids = {"session_id": turn.session_id, "turn_id": turn.id, "request_id": turn.request_id}
+    return {**ids, "upstream": turn.client.name}
+
+
+def _seconds(turn: Turn, at: float | None) -> float | None:
+    return None if at is None else round(at - turn.accepted_at, 3)
+
+
+def _ending(end: outcome.Outcome | None) -> dict[str, Any]:
+    match end:
+        case outcome.Completed(finish_reason, usage):
+            tokens = {"input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens} if usage else {}
+            return {"code": finish_reason, **tokens}
+        case outcome.Failed(Failure(code, message)):
+            return {"code": code, "error": message}
+        case outcome.Cancelled(reason) | outcome.Interrupted(reason):
+            return {"code": reason}
+    return {}
