@@ -1,4 +1,1 @@
-"""Sessions and their turns: the lifetimes this service is about. Written on Trio.
-
-What is where is said in :mod:`service.sessions.sessions`.
-"""
+"""Sessions and their turns, written on Trio. :mod:`service.sessions.sessions` says which module does which part."""

@@ -1,4 +1,4 @@
-"""New sessions and turns, as callers ask for them, and the records they begin as."""
+"""Commands to create sessions and turns, and the records that these commands make."""
 
 from datetime import datetime, timedelta
 from typing import Literal
@@ -14,7 +14,7 @@ OnConflict = Literal["reject", "queue", "supersede"]
 
 
 class NewSession(msgspec.Struct, frozen=True, kw_only=True):
-    """A session to be created; what is left out has a default."""
+    """A session to be created; each field that is left out has a default."""
 
     id: str | None = None
     title: str | None = None
@@ -42,8 +42,8 @@ class NewSession(msgspec.Struct, frozen=True, kw_only=True):
 class NewTurn(msgspec.Struct, frozen=True, kw_only=True):
     """A turn to be started.
 
-    Without ``parent`` it continues the session's head; None makes it a first turn. With ``creates_session`` the session
-    is created where it is not there.
+    Without ``parent`` the turn follows the session's head; with ``parent=None`` the turn is a first turn. With
+    ``creates_session`` the session is created if it does not exist.
     """
 
     text: str

@@ -23,14 +23,14 @@ class MessageRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Position(msgspec.Struct, frozen=True):
-    """A place among the messages of a path: behind the first ``count`` ones of a turn. As a cursor ``turn_6f….2``."""
+    """A message position on a path: after the first ``count`` messages of a turn. As a page cursor ``turn_6f….2``."""
 
     turn_id: str
     count: int
 
     @classmethod
     def parse(cls, cursor: str) -> Self:
-        """Raises: InvalidRequestError (``after``), where it is not a cursor of a listing of messages."""
+        """Read a page cursor. Raises: InvalidRequestError (``after``), if the cursor is not one of this listing."""
         turn_id, _, count = cursor.rpartition(".")
         if not (turn_id and count.isascii() and count.isdigit() and len(count) <= _COUNT_DIGITS_MAX):
             raise InvalidRequestError("This cursor is not one that a listing here gave out.", field="after")
@@ -41,14 +41,14 @@ class Position(msgspec.Struct, frozen=True):
 
 
 def turns_needed(limit: int) -> int:
-    """How many turns of the path a page is made of; of the first one all messages may have been on the page before."""
+    """How many turns of the path a page needs: the page before may have shown all messages of the first turn."""
     return limit + 2
 
 
 def page_of_messages(path: Sequence[TurnRecord], *, limit: int, skip: int) -> Page[MessageRecord]:
-    """The messages of a part of a path as one page, less the first ``skip`` ones of its first turn.
+    """The messages of a part of a path as one page, without the first ``skip`` messages of its first turn.
 
-    ``path`` has as many turns as are needed, or goes to the head.
+    ``path`` has :func:`turns_needed` turns, or ends at the head.
     """
     messages = [
         (message, Position(turn.id, count)) for turn in path for count, message in enumerate(_messages_of(turn), 1)
@@ -57,13 +57,13 @@ def page_of_messages(path: Sequence[TurnRecord], *, limit: int, skip: int) -> Pa
     goes_on = None
     if rest:
         _, goes_on = page[-1]
-    elif len(path) == turns_needed(limit):  # turns without messages are among them
+    elif len(path) == turns_needed(limit):  # some of these turns may have no messages
         goes_on = Position(path[-1].id, len(_messages_of(path[-1])))
     return Page(data=tuple(message for message, _ in page), next=str(goes_on) if goes_on else None)
 
 
 def _messages_of(turn: TurnRecord) -> list[MessageRecord]:
-    """Its input, and its reply if that is not empty."""
+    """The messages of a turn: the input, and the reply if the reply is not empty."""
     return [
         MessageRecord(
             id=item.id,

@@ -1,4 +1,4 @@
-"""The sessions of this process, as callers see them. Each part of the work is in a module of its own.
+"""The calls about sessions and turns of this process. Each part of the work is in a module of its own.
 
 ::
 
@@ -6,7 +6,7 @@
     ├── active          the sessions with work           active/active_sessions.py, active/session.py
     ├── acceptance      a turn's acceptance              active/acceptance.py, commands.py, turns/turn_task.py
     ├── deletions       a session's deletion             active/deletion.py
-    ├── pending_writes  what the store refused           active/pending_writes.py
+    ├── pending_writes  writes that the store refused    active/pending_writes.py
     ├── replays         the logs of ended turns          events/replay.py
     ├── streams         open event streams               events/streams.py
     └── drain           no more work, then no more turns active/drain.py
@@ -52,14 +52,14 @@ from service.storage.store_deadline import answered_in_turn, answered_within
 class Sessions:
     """The sessions of this process. Opened by :func:`open_sessions`.
 
-    Every call that reaches the store raises :class:`~service.errors.StoreError` where the store
+    Every call that reaches the store raises :class:`~service.errors.StoreError` if the store
     refuses, or does not answer within ``store_timeout_s``.
 
     Attributes:
-        pending_writes: What the store refused, and whether it takes any write.
-        deletions: Deletions under way, and those whose outcome is unknown.
+        pending_writes: Writes that the store refused, and whether the store takes writes now.
+        deletions: Deletions under way, and deletions whose outcome is unknown.
         streams: Open event streams.
-        drain: The shutdown's side.
+        drain: The calls for the shutdown.
     """
 
     def __init__(
@@ -129,15 +129,15 @@ class Sessions:
             SessionNotFoundError
             TurnNotFoundError: ``at`` is not a turn of this session.
             TurnInProgressError: A turn on that path is open.
-            OwnedElsewhereError: It is open, in another process.
+            OwnedElsewhereError: A turn on that path is open in another process.
             SessionExistsError: The chosen id is taken.
-            InvalidRequestError: It is too much to copy.
+            InvalidRequestError: The path is too large to copy.
             SessionLimitError, ShuttingDownError
         """
         self.drain.check_accepting()
         self._check_not_deleted(session_id)
         try:
-            # One at a time, as they are large. A wait for the others says nothing about the store.
+            # One fork at a time, because forks are large. The wait for other forks is not a fault of the store.
             async with answered_in_turn(self._forking, self._settings.store_timeout_s):
                 with self.pending_writes.writing():
                     return await self._store.fork_session(
@@ -157,7 +157,7 @@ class Sessions:
     async def list_sessions(
         self, *, limit: int, after: str | None = None, status: SessionStatus | None = None
     ) -> Page[SessionRecord]:
-        """A page of sessions, newest first. A cursor that is not ours raises InvalidRequestError."""
+        """A page of sessions, newest first. A page cursor of another listing raises InvalidRequestError."""
         with self._answered_within():
             return await self._store.list_sessions(limit=limit, after=after, status=status, now=self._clock())
 
@@ -179,14 +179,14 @@ class Sessions:
             return await self._store.update_session(session_id, patch, now=self._clock())
 
     async def delete_session(self, session_id: str) -> None:
-        """Delete a session: it is gone for everybody at once, then its turns end, then its rows go.
+        """Delete a session: no caller finds the session from now on; then its turns end, then its rows are removed.
 
-        Goes on to its end if the caller is cancelled. A second call meanwhile waits for the first.
+        The deletion continues if the caller is cancelled. A second call meanwhile waits for the same deletion.
 
         Raises:
             SessionNotFoundError
-            OwnedElsewhereError: Another process runs turns of this session, and deletes it.
-            ShuttingDownError: The service has ended before it.
+            OwnedElsewhereError: Another process runs turns of this session; that process must delete it.
+            ShuttingDownError: The service ended before the deletion did.
         """
         await self.deletions.delete(session_id)
 
@@ -195,7 +195,7 @@ class Sessions:
 
         Raises:
             SessionNotFoundError
-            InvalidRequestError: ``after`` is not a cursor of this listing, or of another path.
+            InvalidRequestError: ``after`` is not a page cursor of this listing, or names a turn of another path.
         """
         start = None if after is None else Position.parse(after)
         session = await self.get_session(session_id)
@@ -212,10 +212,10 @@ class Sessions:
     # Turns
 
     async def start_turn(self, session_id: str, new: NewTurn) -> tuple[Turn, Watch]:
-        """Accept a turn: when this returns its input is kept, and it runs or is queued.
+        """Accept a turn. When this call returns, the input is kept, and the turn runs or is queued.
 
-        There is no checkpoint between the acceptance and the return, so the watch, which is to be released, is never
-        lost. Cancellation before the acceptance leaves nothing behind, no session that was to be created either.
+        There is no checkpoint between the acceptance and the return, so the watch is never lost; the caller must
+        release the watch. Cancellation before the acceptance leaves nothing behind, not even a created session.
 
         Raises:
             SessionNotFoundError
@@ -233,7 +233,7 @@ class Sessions:
 
         Raises:
             SessionNotFoundError, TurnNotFoundError
-            OwnedElsewhereError: It is open in another process, which has its text so far.
+            OwnedElsewhereError: The turn is open in another process, which has the text so far.
         """
         self._check_not_deleted(session_id)
         turn = self._find_turn(session_id, turn_id)
@@ -247,7 +247,7 @@ class Sessions:
 
         Raises:
             SessionNotFoundError
-            OwnedElsewhereError: Open ones are among them, and their texts so far are in another process.
+            OwnedElsewhereError: Some of these turns are open in another process, which has their texts so far.
         """
         self._check_not_deleted(session_id)
         with self._answered_within():
@@ -259,9 +259,9 @@ class Sessions:
         return Page(data=tuple(data), next=page.next)
 
     async def cancel_turn(self, session_id: str, turn_id: str) -> TurnRecord:
-        """End a turn as ``cancelled`` (``requested``) and wait for its end, whatever it is; idempotent.
+        """End a turn as ``cancelled`` (``requested``) and wait for its end; idempotent.
 
-        The turn ends though the caller is cancelled.
+        An earlier end stands. The turn ends also if the caller is cancelled.
 
         Raises:
             SessionNotFoundError, TurnNotFoundError, OwnedElsewhereError
@@ -274,15 +274,15 @@ class Sessions:
         return await turn.wait_ended()
 
     async def open_events(self, session_id: str, turn_id: str, *, after: int = 0) -> tuple[EventLog, Watch]:
-        """The events of a turn: its live log, or a closed one from the store.
+        """The events of a turn: its live log, or a closed log from the store.
 
-        The watch, which is to be released, counts while the turn is open. There is no checkpoint between taking it and
-        the return.
+        The watch counts while the turn is open; the caller must release it. There is no checkpoint between taking the
+        watch and the return.
 
         Raises:
             SessionNotFoundError, TurnNotFoundError, OwnedElsewhereError
-            EventsLostError: Not all events that follow ``after`` are in the store. (Where a crash took the last
-                ones before anybody could keep them, a reader of those that are left goes on to the terminal event.)
+            EventsLostError: Not all events after ``after`` are in the store. (If a crash lost only the last events, a
+                reader of the stored events still goes on to the terminal event.)
         """
         self._check_not_deleted(session_id)
         turn = self._find_turn(session_id, turn_id)
@@ -295,15 +295,15 @@ class Sessions:
         return log, Watch(None)
 
     async def resume_newest(self, session_id: str, *, text: str, after: int) -> tuple[str, EventLog, Watch]:
-        """The events of the turn that the session accepted last, for a client that began it and has come back.
+        """The events of the session's newest turn, the head, for a client that started this turn and reconnects.
 
-        That is the head. Its client has seen its events up to ``after`` and repeats its input; all else that it may
-        have said of the turn was decided with the acceptance, and is not looked at again. Starts nothing. Returns the
-        turn's id and what :meth:`open_events` does.
+        The client has seen the events up to ``after`` and repeats the input. Other parameters of the turn were decided
+        at its acceptance and are not compared. Starts no turn. Returns the turn's id, its log and a watch, as
+        :meth:`open_events` does.
 
         Raises:
             SessionNotFoundError, OwnedElsewhereError, EventsLostError
-            ResumeConflictError: There is no turn; its input is another one, or it has fewer events.
+            ResumeConflictError: There is no turn, or the newest turn has another input or fewer events.
         """
         head = (await self.get_session(session_id)).head
         if head is None:
@@ -328,9 +328,9 @@ class Sessions:
         return self._active.open_turns()
 
     async def recover(self) -> int:
-        """End the turns of processes that have died. Returns how many.
+        """End the turns of processes that have died. Returns their number.
 
-        It asks to write also where there is nothing to end, so that a store that refuses is noticed without a caller.
+        The store begins a write even if there is no such turn, so that a store that refuses writes is noticed.
         """
         try:
             with self._answered_within() as step_done:
@@ -340,24 +340,24 @@ class Sessions:
             raise
 
     async def end_hung(self, *, within_s: float) -> None:
-        """In a shutdown: end the open turns whose tasks are not to be waited for any longer.
+        """End the open turns whose tasks hang. Called by the shutdown when it does not wait for these tasks any more.
 
         Args:
-            within_s: What the store may take for each.
+            within_s: How long the store may take for each turn.
         """
         await self._acceptance.end_hung(within_s=within_s)
 
     def statistics(self) -> SessionsStatistics:
         return SessionsStatistics.of(self._active, self.pending_writes, self.streams)
 
-    # Steps of these
+    # Steps of the calls
 
     def _check_not_deleted(self, session_id: str) -> None:
         if self.deletions.has_begun(session_id):
             raise SessionNotFoundError(session_id)
 
     async def _read_turn(self, session_id: str, turn_id: str) -> TurnRecord:
-        """A turn that does not run here.
+        """Read a turn that does not run in this process.
 
         Raises:
             SessionNotFoundError, TurnNotFoundError, OwnedElsewhereError
@@ -365,12 +365,12 @@ class Sessions:
         record = await self._store.get_turn(session_id, turn_id, now=self._clock())
         if record.is_open:
             await self._refuse_if_elsewhere(session_id)
-            # Nobody's: it has ended between the two, then.
+            # The turn has no owner, so it ended between the two reads.
             record = await self._store.get_turn(session_id, turn_id, now=self._clock())
         return record
 
     async def _refuse_if_elsewhere(self, session_id: str) -> None:
-        """Raises: OwnedElsewhereError, where another process runs the session's open turns."""
+        """Raises: OwnedElsewhereError, if another process runs the session's open turns."""
         owner = await self._store.find_owner(session_id)
         if owner is not None:
             raise OwnedElsewhereError(session_id, fence=owner.fence, address=owner.address)
@@ -387,9 +387,9 @@ class Sessions:
 async def open_sessions(
     *, store: Store, client_for: Callable[[str], ModelClient], clock: Clock, settings: Settings
 ) -> AsyncIterator[Sessions]:
-    """The sessions supervisor. On exit what still runs is cancelled: its turns end as ``interrupted``.
+    """Open the sessions supervisor. On exit all session tasks are cancelled: their turns end as ``interrupted``.
 
-    A failure of one session never reaches here.
+    A failure of one session never reaches this nursery.
     """
     async with trio.open_nursery() as nursery:
         yield Sessions(nursery=nursery, store=store, client_for=client_for, clock=clock, settings=settings)

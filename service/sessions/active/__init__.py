@@ -1,1 +1,1 @@
-"""What has work now: sessions with open turns, and how they come, go and are stopped."""
+"""Sessions that have work now, the acceptance and the deletion of this work, and its drain."""

@@ -1,4 +1,4 @@
-"""The acceptance of a turn: whether it may be, the commit of its input, and the task that runs it from there on."""
+"""The acceptance of a turn: the checks, the commit of its input, and the start of the task that runs it."""
 
 from collections.abc import Callable
 from datetime import datetime
@@ -37,8 +37,7 @@ class Acceptance:
     """Accepts turns, one after the other in each session.
 
     Args:
-        nursery: The sessions supervisor's own: session tasks are started in it here, because a session begins to live
-            with the acceptance.
+        nursery: The nursery of the sessions supervisor. Acceptance starts the session tasks in it.
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class Acceptance:
         """Accept a turn, as :meth:`~service.sessions.sessions.Sessions.start_turn` says.
 
         No checkpoint comes between the acceptance and the return. Cancellation before the first write leaves nothing
-        behind; after it the caller is not cancelled any more, for no longer than the store may take.
+        behind. From the first write on the caller is shielded, for no longer than the store may take.
         """
         self._drain.check_accepting()
         with self._active.holding(session_id) as session:
@@ -75,15 +74,15 @@ class Acceptance:
                 check_conflict(session, new.on_conflict, queued_turns_max=self._settings.queued_turns_max)
                 self._check_turn_limit()
                 with self._active.arriving():
-                    # What this turn follows on is to be in its prompt, with the end that was told.
+                    # The ends of the earlier turns must be in the store, because this turn's prompt contains them.
                     await self._pending_writes.settle_ends_of(session_id)
                     while True:
                         try:
                             return await self._accept(session, new)
-                        except SessionExistsError:  # somebody else has created it meanwhile: it is there now
+                        except SessionExistsError:  # another caller has just created the session
                             new = msgspec.structs.replace(new, creates_session=False)
                         except HeadMovedError:
-                            pass  # another process had a turn in between: this one follows on that
+                            pass  # another process has just accepted a turn: follow that turn
 
     def _check_turn_limit(self) -> None:
         turns_max = self._settings.live_turns_max
@@ -102,8 +101,8 @@ class Acceptance:
             settings=self._settings,
             request_id=new.request_id,
         )
-        # Shielded: a caller that leaves in the middle of the commit would leave a turn without an owner, and one that
-        # leaves just before it a session that was created for nothing. The store's deadline bounds each step.
+        # Shielded: a cancellation within the commit would leave a turn that no task runs, and a cancellation just
+        # before the commit would leave a session without a turn. The store's deadline bounds each step.
         with trio.CancelScope(shield=True):
             if is_new:
                 with self._pending_writes.writing():
@@ -113,7 +112,7 @@ class Acceptance:
         return turn
 
     async def _find_session(self, session_id: str, new: NewTurn, now: datetime) -> tuple[SessionRecord, bool]:
-        """The session, and whether it is still to be created."""
+        """The session, and whether it must still be created."""
         try:
             with answered_within(self._settings.store_timeout_s):
                 return await self._store.get_session(session_id, now=now), False
@@ -127,7 +126,7 @@ class Acceptance:
             with self._pending_writes.writing():
                 await self._store.begin_turn(turn.record(), now=self._clock(), head=head)
         except StoreError as error:
-            # Whether it is in the store is unknown; if it is, it must not stay open.
+            # The store may have the turn or not. If the store has it, the turn must not stay open.
             turn.decide(outcome.failed(error.code, str(error)))
             self._pending_writes.keep_end(turn)
             raise
@@ -145,7 +144,7 @@ class Acceptance:
             self._nursery.start_soon(self._run_session, session, name=f"session {session.id}")
 
     async def _run_session(self, session: ActiveSession) -> None:
-        """The session's task, until it has no turns: a failure in it ends those and nothing else."""
+        """The session's task: runs until the session has no turns. A failure ends the turns of this session only."""
 
         async def run_one(turn: Turn) -> None:
             with turn_log_context(turn):
@@ -163,9 +162,10 @@ class Acceptance:
         self._active.forget_without_work(session)
 
     async def end_hung(self, *, within_s: float) -> None:
-        """End the turns whose tasks do not come to it: a model client that does not let go of them at its close.
+        """End the turns whose tasks hang, because a model client does not return from its close.
 
-        They are kept and told like any other; those whose ends the store does not take are left to it.
+        These ends are stored and published like all ends. An end that the store does not take is left for the next
+        start.
         """
 
         async def end(session: ActiveSession, turn: Turn) -> None:
@@ -184,7 +184,7 @@ class Acceptance:
 
 
 def check_conflict(session: ActiveSession, on_conflict: OnConflict, *, queued_turns_max: int) -> None:
-    """Whether a session takes one more turn.
+    """Check that a session takes one more turn.
 
     Raises:
         SessionNotFoundError: It is being deleted.

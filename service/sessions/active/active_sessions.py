@@ -1,7 +1,7 @@
-"""What is live: the sessions that have work, their open turns, and how turns have ended since the start.
+"""The active sessions: sessions that have work, their open turns, and counts of ended turns since the start.
 
-Everything here but the one wait is synchronous: whatever decides about a session looks at what is live and changes it
-in one step, without a checkpoint between the two.
+All methods except :meth:`ActiveSessions.wait_idle` are synchronous: a caller reads the state and changes it in one
+step, without a checkpoint in between.
 """
 
 from collections.abc import Iterator
@@ -14,11 +14,11 @@ from service.sessions.turns.turn import Turn
 
 
 class ActiveSessions:
-    """The live sessions of this process, by id.
+    """The active sessions of this process, by id.
 
     Attributes:
-        ends: How many turns have ended, by the state they ended in.
-        turns_crashed: How many of them something in this service broke.
+        ends: How many turns have ended, by their last state.
+        turns_crashed: How many turns a fault of this service has ended.
     """
 
     def __init__(self) -> None:
@@ -32,12 +32,12 @@ class ActiveSessions:
     # Sessions
 
     def find(self, session_id: str) -> ActiveSession | None:
-        """The session, if it is live."""
+        """The session, if it is active."""
         return self._sessions.get(session_id)
 
     @contextmanager
     def holding(self, session_id: str) -> Iterator[ActiveSession]:
-        """The live session, made if need be, and kept while somebody decides about it."""
+        """The active session, made if necessary, and kept active while the caller decides about it."""
         session = self._sessions.setdefault(session_id, ActiveSession(session_id))
         session.holders += 1
         try:
@@ -47,7 +47,7 @@ class ActiveSessions:
             self.forget_without_work(session)
 
     def forget_without_work(self, session: ActiveSession) -> None:
-        """Something of its work is over: one that has none is not live any more. May end :meth:`wait_idle`."""
+        """Remove a session if it has no work any more. Called when some work ended. May end :meth:`wait_idle`."""
         if not session.has_work and self._sessions.get(session.id) is session:
             del self._sessions[session.id]
         self._changes.unpark_all()
@@ -61,15 +61,15 @@ class ActiveSessions:
 
     @property
     def turns_open(self) -> int:
-        """How many turns are running, queued or just being accepted."""
+        """How many turns run, are queued or are being accepted."""
         return self._turns_open + self._turns_arriving
 
     def open_turns(self) -> list[Turn]:
-        """The turns that are running or queued."""
+        """The turns that run or are queued."""
         return [turn for _, turn in self.open_turns_by_session()]
 
     def open_turns_by_session(self) -> list[tuple[ActiveSession, Turn]]:
-        """The same, each with its session."""
+        """The turns that run or are queued, each with its session."""
         return [(session, turn) for session in self._sessions.values() for turn in session.turns]
 
     def has_turns(self, session_id: str) -> bool:
@@ -84,7 +84,7 @@ class ActiveSessions:
 
     @contextmanager
     def arriving(self) -> Iterator[None]:
-        """A turn is being accepted: it counts as open, whether it is accepted in the end or not."""
+        """Count a turn as open while it is being accepted, whether the acceptance succeeds or not."""
         self._turns_arriving += 1
         try:
             yield
@@ -93,12 +93,12 @@ class ActiveSessions:
             self._changes.unpark_all()
 
     def add(self, session: ActiveSession, turn: Turn) -> None:
-        """A turn is accepted. The caller holds the session and its acceptance."""
+        """Add an accepted turn. The caller holds the session and the session's acceptance lock."""
         session.add(turn)
         self._turns_open += 1
 
     def note_ended(self, turn: Turn) -> None:
-        """A turn has left its session."""
+        """Count a turn that has left its session."""
         self.ends[turn.state] += 1
         self.turns_crashed += turn.crashed
         self._turns_open -= 1
@@ -112,6 +112,6 @@ class ActiveSessions:
         return not self.turns_open and not any(session.deletion for session in self._sessions.values())
 
     async def wait_idle(self) -> None:
-        """Return once it :attr:`is_idle`; at once and without a checkpoint if it is."""
+        """Wait for :attr:`is_idle`. Returns without a checkpoint if that is true already."""
         while not self.is_idle:
             await self._changes.park()

@@ -1,7 +1,7 @@
-"""The deletion of a session: gone for everybody at once, then its turns end, then its rows go.
+"""The deletion of a session: mark the session as deleted, end its turns, remove its rows.
 
-Each of the two writes may have an outcome that is unknown: the store did not answer in time, and does it later or
-never. Until the store has told, the session's id is remembered here, and :meth:`Deletions.settle` asks.
+The outcome of each of the two writes may be unknown: a store that did not answer in time may still do the write later.
+Until the outcome is known, this module remembers the session's id, and :meth:`Deletions.settle` asks the store.
 """
 
 import structlog
@@ -19,14 +19,14 @@ from service.storage.store_deadline import answered_within
 logger = structlog.get_logger("lastcall.deletion")
 
 UNSETTLED_MAX = 10_000
-"""Deletions whose outcome is unknown, or that are under way; beyond it new ones are refused."""
+"""Bound on deletions that are under way or have an unknown outcome; beyond it new deletions are refused."""
 
 
 class Deletions:
     """Deletes sessions.
 
     Args:
-        nursery: The sessions supervisor's own: a deletion goes on though its caller leaves.
+        nursery: The nursery of the sessions supervisor, so that a deletion continues when its caller leaves.
     """
 
     def __init__(
@@ -46,10 +46,10 @@ class Deletions:
         self._clock = clock
         self._store_timeout_s = store_timeout_s
         self._unsettled: set[str] = set()
-        """The sessions that are marked as deleted in the store, or may be, by this process."""
+        """The sessions that this process has marked, or may have marked, as deleted in the store."""
 
     def has_begun(self, session_id: str) -> bool:
-        """Whether the deletion of a session is under way: it is to be found no more, whatever the store says yet."""
+        """Whether the deletion of a session is under way: callers do not find it, even if the store still has it."""
         session = self._active.find(session_id)
         return session is not None and session.deletion is not None
 
@@ -65,16 +65,16 @@ class Deletions:
             raise deletion.error
 
     async def settle(self) -> None:
-        """Ask the store what has become of the deletions whose outcome is unknown, and begin to finish those.
+        """Ask the store for the unknown outcomes, and finish the deletions of sessions that are marked.
 
-        A session that the store did not mark in the end is there and usable as before.
+        A session that the store did not mark exists and is usable as before.
 
         Raises:
-            StoreError: The store does not answer; the rest is left to the next time.
+            StoreError: The store does not answer; the other deletions wait for the next call.
         """
         for session_id in list(self._unsettled):
             with self._active.holding(session_id) as session:
-                # The lock: a deletion that begins meanwhile would be taken for settled by an answer from before.
+                # Without the lock, an old answer of the store could settle a deletion that began after the question.
                 async with session.acceptance:
                     if session.deletion is None and session_id in self._unsettled and await self._is_marked(session_id):
                         logger.info("a deletion whose outcome was unknown is finished", session_id=session_id)
@@ -86,7 +86,7 @@ class Deletions:
         return deletion
 
     async def _run(self, session: ActiveSession, deletion: Deletion) -> None:
-        """Its task. A failure is told to those who wait for it and ends nothing else; a later deletion begins anew."""
+        """The task of a deletion. A failure reaches the callers that wait for it; a later deletion begins anew."""
         try:
             async with session.acceptance:
                 await self._mark(session.id)
@@ -109,11 +109,11 @@ class Deletions:
             self._active.forget_without_work(session)
 
     async def _mark(self, session_id: str) -> None:
-        """Have a session marked as deleted, by an earlier attempt or now.
+        """Mark a session as deleted, unless an earlier attempt has done so.
 
         Raises:
             SessionNotFoundError, OwnedElsewhereError
-            StoreError: Whether it is marked is unknown, and is remembered to be.
+            StoreError: The outcome is unknown; the session's id is remembered.
         """
         if session_id in self._unsettled and await self._is_marked(session_id):
             return
@@ -128,7 +128,7 @@ class Deletions:
             raise
 
     async def _is_marked(self, session_id: str) -> bool:
-        """Ask the store for the outcome of an earlier attempt; the answer settles it. Raises: StoreError."""
+        """Ask the store for the outcome of an earlier attempt. Raises: StoreError."""
         with answered_within(self._store_timeout_s):
             marked = await self._store.is_marked(session_id)
         if not marked:

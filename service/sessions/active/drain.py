@@ -1,4 +1,4 @@
-"""The stop, as sessions see it: nothing new, then no more turns. When what comes is up to :mod:`service.shutdown`."""
+"""The steps of a stop for sessions: refuse new work, then interrupt turns. :mod:`service.shutdown` says when."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -12,7 +12,7 @@ from service.sessions.turns.turn import Turn
 
 
 class Drain:
-    """How far the stop has come. Only ever goes on; all but the wait is synchronous."""
+    """The progress of the stop. Never goes back; all methods except :meth:`wait_idle` are synchronous."""
 
     def __init__(self, active: ActiveSessions, streams: Streams, proxied_requests: ProxiedRequests) -> None:
         self._active = active
@@ -22,23 +22,23 @@ class Drain:
         self._interrupting: Literal["none", "queued", "all"] = "none"
 
     def stop_accepting(self) -> None:
-        """From now on new sessions and turns are refused with ShuttingDownError."""
+        """Refuse new sessions and turns from now on, with ShuttingDownError."""
         self._accepting = False
 
     def check_accepting(self) -> None:
-        """Raises: ShuttingDownError, where nothing new is accepted."""
+        """Raises: ShuttingDownError, if new work is refused."""
         if not self._accepting:
             raise ShuttingDownError
 
     def end_streams_only(self, then: Callable[[], None]) -> None:
-        """All turns are about to be interrupted: streams write nothing more before their ends. From any thread.
+        """Let streams write only their ends, because all turns are about to be interrupted. From any thread.
 
-        ``then`` is called by the first stream that comes to know it, in the event loop.
+        The first stream that notices this calls ``then``, in the event loop.
         """
         self._streams.hold(then)
 
     def interrupt_queued(self) -> int:
-        """End queued turns as ``interrupted``, and those that would be queued yet; how many there were."""
+        """End queued turns as ``interrupted``, now and later. Returns the number of turns that end now."""
         if self._interrupting == "none":
             self._interrupting = "queued"
         return sum(
@@ -46,24 +46,24 @@ class Drain:
         )
 
     def interrupt_all(self) -> int:
-        """End all open turns as ``interrupted``, and those on their way; how many there were.
+        """End all open turns as ``interrupted``, now and later. Returns the number of turns that end now.
 
-        Turns of other processes go on, but not through this one: their streams end with ``cleanup_timeout_s``, in which
-        those see their terminal events whose process stops as well.
+        Turns of other processes go on, but their streams through this process end after ``cleanup_timeout_s``. If the
+        owner of such a turn stops as well, its terminal event arrives within that time.
         """
         self._interrupting = "all"
         self._proxied_requests.leave()
         return sum(turn.cut_short(outcome.Interrupted("shutdown")) for turn in self._active.open_turns())
 
     def interrupt_late(self, turn: Turn) -> None:
-        """Have a turn that was on its way share the lot of those before it."""
+        """Interrupt a turn that was being accepted when :meth:`interrupt_queued` or :meth:`interrupt_all` ran."""
         if self._interrupting == "all" or (self._interrupting == "queued" and not turn.running):
             turn.cut_short(outcome.Interrupted("shutdown"))
 
     async def wait_idle(self) -> None:
-        """Return once no turn is open, no end is being stored, no deletion is under way and nothing is passed on.
+        """Wait until no turn is open, no end is being stored, no deletion is under way and no request is proxied.
 
-        At once and without a checkpoint, if that is so.
+        Returns without a checkpoint if all of this is true already.
         """
         while not (self._active.is_idle and self._proxied_requests.is_idle):
             await self._active.wait_idle()

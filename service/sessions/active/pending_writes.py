@@ -1,6 +1,6 @@
-"""Pending writes: ends of turns that the store refused, kept until the store takes them.
+"""Pending writes: ends of turns that the store refused, kept in memory until the store takes them.
 
-They are bounded: such an end counts as a live turn.
+Their number is bounded, because such an end counts as a live turn.
 """
 
 from collections.abc import Iterator
@@ -23,14 +23,14 @@ from service.storage.store_deadline import answered_within
 logger = structlog.get_logger("lastcall.pending_writes")
 
 _LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
-"""Before any time that a clock may be set back to."""
+"""An earlier time than any clock may be set back to."""
 
 
 class PendingWrites:
-    """The writes that are still to be done, and whether the store takes any.
+    """The pending writes, and whether the store takes writes now.
 
     Attributes:
-        refusal: Why the store refused the last write; None where it took it. :meth:`settle` finds out when that ends.
+        refusal: Why the store refused the last write; None if the store took it. :meth:`settle` checks this again.
     """
 
     def __init__(self, store: Store, *, clock: Clock, store_timeout_s: float) -> None:
@@ -42,7 +42,7 @@ class PendingWrites:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Around one write to the store, which it bounds: the outcome is :attr:`refusal`. Raises: StoreError."""
+        """Bound one write to the store, and note its outcome in :attr:`refusal`. Raises: StoreError."""
         try:
             with answered_within(self._store_timeout_s):
                 yield
@@ -54,7 +54,7 @@ class PendingWrites:
     # Ends of turns
 
     def keep_end(self, turn: Turn) -> None:
-        """Keep an end that is not in the store, and tell it if that has not happened."""
+        """Keep an end that is not in the store, and publish the end if the turn has not done so."""
         self.refusal = self.refusal or StoreError("The store did not take the end of a turn.")
         if not turn.ended.is_set():
             turn.conclude(turn.finish(self._clock()), stored=False)
@@ -67,7 +67,7 @@ class PendingWrites:
         return len(self._ends)
 
     def find_turn(self, session_id: str, turn_id: str) -> Turn | None:
-        """The turn, if its end is kept here."""
+        """The turn, if its end is a pending write."""
         turn = self._ends.get(turn_id)
         return turn if turn is not None and turn.session_id == session_id else None
 
@@ -75,7 +75,7 @@ class PendingWrites:
         return turn_id in self._ends
 
     def forget_ends_of(self, session_id: str) -> None:
-        """Nobody will ask for them: the session is deleted."""
+        """Drop the ends of a session that is deleted."""
         for turn in self._ends_of(session_id):
             del self._ends[turn.id]
 
@@ -85,11 +85,11 @@ class PendingWrites:
     # Once more
 
     async def settle(self) -> None:
-        """Try once more what the store refused.
+        """Try all pending writes again.
 
-        Tries everything; what is still refused, or was not tried because the caller was cancelled, stays for the next
-        time. May run twice at once. Where the last write was refused it ends with one that says whether the store takes
-        any.
+        A write that is refused again, or not tried because the caller was cancelled, stays pending. Two calls may run
+        at the same time. If the last write was refused, a test write at the end finds out whether the store takes
+        writes.
 
         Raises:
             StoreError: The last refusal, if there was one.
@@ -106,14 +106,14 @@ class PendingWrites:
             raise refusal
 
     async def settle_ends_of(self, session_id: str) -> None:
-        """The same for one session, whose next turn follows on them. Raises: StoreError, with the first refusal."""
+        """Try the pending ends of one session again, before its next turn. Raises: StoreError, at the first refusal."""
         for turn in self._ends_of(session_id):
             await self._store_end(turn)
 
     async def _store_end(self, turn: Turn) -> None:
-        """Store an end, or find out that there is nothing to store: the turn never began, or its end is there.
+        """Store an end, unless the store has it already or the turn never began there.
 
-        Whatever was asked of the store before, and not answered in time, has happened by then or never will.
+        Earlier writes that were not answered in time have been done by then, or will never be done.
 
         Raises:
             StoreError
@@ -124,7 +124,7 @@ class PendingWrites:
         try:
             with self.writing():
                 stored = await self._store.end_turn(record, events=events, now=self._clock(), after=turn.stored_seq)
-            turn.stored = turn.stored or stored  # another attempt, at the same time, may have been first
+            turn.stored = turn.stored or stored  # a second attempt at the same time may have been faster
         except StoreError:
             raise
         except Exception:
@@ -132,10 +132,10 @@ class PendingWrites:
         self._ends.pop(turn.id, None)
 
     async def _try_to_write(self) -> None:
-        """Write what nobody will ever see: a session that has expired already. Raises: StoreError."""
+        """Make a test write that no caller can see: a session that has expired already. Raises: StoreError."""
         now = self._clock()
         unseen = SessionRecord(
             id=new_session_id(), created_at=now, last_accessed_at=now, expires_at=_LONG_AGO, idle_timeout_s=1
         )
-        with self.writing(), suppress(SessionLimitError):  # a store that is full is one that works
+        with self.writing(), suppress(SessionLimitError):  # a full store works
             await self._store.create_session(unseen, now=now)

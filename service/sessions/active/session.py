@@ -1,7 +1,7 @@
 """A session with work: its open turns, in the order in which they run.
 
-:meth:`ActiveSession.run` is its task, a child of the sessions supervisor; its turns run in it or are its children. It
-lives while it has turns queued or running. A failure in it ends this session's turns and nothing else.
+:meth:`ActiveSession.run` is the session's task, a child of the sessions supervisor. The turns run in this task or are
+its children. The task lives while turns are queued or running. A failure in it ends the turns of this session only.
 """
 
 from collections.abc import Awaitable, Callable
@@ -17,13 +17,13 @@ logger = structlog.get_logger("lastcall.session")
 
 
 class ActiveSession:
-    """What is in memory of a session while it has work, or while somebody decides about it.
+    """The state of a session in memory, while the session has work or a caller decides about it.
 
     Attributes:
         turns: Open turns, oldest first: the first runs, the others are queued behind it.
-        acceptance: Held from the look at ``turns`` until a new turn is among them.
-        holders: How many callers are deciding about the session; it is not forgotten meanwhile.
-        deletion: Set from the moment somebody began to delete the session.
+        acceptance: A lock, held from the check of ``turns`` until a new turn is among them.
+        holders: How many callers are deciding about the session; the session stays active meanwhile.
+        deletion: The deletion of the session while it is under way.
     """
 
     def __init__(self, session_id: str) -> None:
@@ -47,13 +47,13 @@ class ActiveSession:
         return bool(self.turns or self.holders or self.deletion)
 
     def default_end(self) -> outcome.Outcome:
-        """How a turn ends whose task is cancelled from above: with a crashed session, or with the service."""
+        """The end of a turn whose task is cancelled from above: by a crash of the session, or by the service."""
         if self._crashed:
             return outcome.internal_error()
         return outcome.Interrupted("shutdown")
 
     def add(self, turn: Turn) -> None:
-        """A turn was accepted: it is started, or the session's task will."""
+        """Add an accepted turn, and start it if the session's task runs; otherwise the task starts it."""
         self.turns.append(turn)
         if self._start is not None:
             self._start(turn)
@@ -75,14 +75,13 @@ class ActiveSession:
     async def run(self, run_one: Callable[[Turn], Awaitable[None]], note_ended: Callable[[Turn], None]) -> None:
         """The session's task: run its turns as they are accepted, and return when none is open.
 
-        The first runs in this very task, because most sessions have one at a time, and a task is not for nothing; those
-        that queue up behind it are its children. A failure in here is logged and ends this session's turns;
-        cancellation ends them as well.
+        The first turn runs in this task itself, which saves a task for most sessions; queued turns are child tasks. A
+        failure in this task is logged and ends this session's turns; cancellation ends these turns as well.
 
         Args:
             run_one: Runs one turn to its end.
-            note_ended: Called once for each turn that has left :attr:`turns`. A turn that lost its task before its end
-                was told is told by it.
+            note_ended: Called once for each turn that has left :attr:`turns`. Publishes the end of a turn that lost its
+                task before the turn could do so.
         """
 
         async def run_turn(turn: Turn) -> None:
@@ -127,7 +126,7 @@ class ActiveSession:
         return turns
 
     def remove(self, turn: Turn) -> bool:
-        """A turn has ended; False where it is known already: its task did not come to it in time."""
+        """Remove an ended turn. False if the turn was removed already, because its task was too late."""
         if turn not in self.turns:
             return False
         self.turns.remove(turn)
@@ -136,7 +135,7 @@ class ActiveSession:
 
 
 class Deletion:
-    """A deletion under way: all who asked for it wait for the same one."""
+    """A deletion under way; all callers that delete the session wait for it."""
 
     def __init__(self) -> None:
         self.ended = trio.Event()
