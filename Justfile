@@ -23,7 +23,7 @@ _list:
 # install all that a contributor needs: the tools of the tests and of the bench
 setup:
     {{ uv }} sync --all-groups
-    @echo "A commit can be checked before it is made: {{ uv }}x pre-commit install"
+    @echo "A commit can be checked before it is made: {{ uv }} tool run pre-commit install"
 
 # serve on 127.0.0.1:8000; `just serve --reload` starts anew when the code changes
 [no-exit-message]

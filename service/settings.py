@@ -9,7 +9,7 @@ import codecs
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from ipaddress import IPv6Network, ip_address, ip_network
@@ -38,14 +38,21 @@ ENV_PREFIX = "LASTCALL_"
 CONFIG_FILE = "lastcall.toml"
 CONFIG_FILE_VARIABLE = "LASTCALL_CONFIG_FILE"
 """Names a file to read instead of ``lastcall.toml`` in the working directory. The only variable that is no setting."""
+OPTIONS = {"bind": "bind", "store_url": "store"}
+"""Settings that the command line may say, and what its option is called."""
 SECRETS = frozenset({"api_key", "api_keys", "model_api_key"})
 """Settings whose values are never shown."""
 UNIX_PEERS = "unix:"
 """An entry of ``trusted_proxies``: every peer that connects through a Unix socket."""
 MASK = "********"
 """The text that is shown in place of a secret."""
+FILE_SUFFIX = "_file"
+"""``api_keys_file`` in place of ``api_keys``, and so for each secret: the value is read from that file."""
+SECRET_FILE_BYTES_MAX = 64 * 1024
+CALLER_KEY_LENGTH_MIN = 16
+"""Bound below which a key of callers could be found by trying."""
 _LISTS = {
-    "api_keys": '["first-key", "second-key"]',
+    "api_keys": '["first-key-0123456789", "second-key-0123456789"]',
     "cors_origins": '["https://app.example.org"]',
     "models": '["small", "large"]',
     "trusted_proxies": '["10.0.0.0/8"]',
@@ -73,6 +80,11 @@ def _text(value: object) -> object:
 
 def _lowercase(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
+
+
+def _log_level(value: object) -> object:
+    level = _lowercase(value)
+    return "warning" if level == "warn" else level
 
 
 def _listening_address(text: str) -> str:
@@ -132,6 +144,15 @@ def _key(secret: SecretStr) -> SecretStr:
     return secret
 
 
+def _caller_key(secret: SecretStr) -> SecretStr:
+    if len(secret.get_secret_value()) < CALLER_KEY_LENGTH_MIN:
+        raise ValueError(
+            f"should be at least {CALLER_KEY_LENGTH_MIN} characters; "
+            "openssl rand -hex 32 makes one that cannot be guessed"
+        )
+    return secret
+
+
 def _web_origin(text: str) -> str:
     if text != "*" and not re.fullmatch(r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?", text):
         raise ValueError(
@@ -176,6 +197,7 @@ Bytes = Annotated[int, Field(ge=1024, le=1 << 30), BeforeValidator(_number)]
 LogBytes = Annotated[int, Field(ge=64 * 1024, le=1 << 30), BeforeValidator(_number)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 Key = Annotated[SecretStr, AfterValidator(_key)]
+CallerKey = Annotated[Key, AfterValidator(_caller_key)]
 UpstreamUrl = Annotated[str, AfterValidator(_upstream_url)]
 
 
@@ -207,15 +229,16 @@ class Settings(BaseModel):
     """Certificate chain (PEM); together with `tls_keyfile`. Bare hypercorn has its own `--certfile` instead."""
     tls_keyfile: Name | None = None
     """The certificate's private key (PEM). Bare hypercorn has its own `--keyfile` instead."""
-    api_keys: tuple[Key, ...] = ()
-    """Bearer keys of callers, separated by commas in the environment. Without any, only loopback is served."""
+    api_keys: tuple[CallerKey, ...] = ()
+    """Bearer keys of callers, 16 characters at least, separated by commas in the environment; or `api_keys_file`, a
+    file of them. Without any, only loopback is served."""
     cors_origins: tuple[Annotated[str, AfterValidator(_web_origin)], ...] = ()
     """Web origins whose pages may call; separated by commas in the environment."""
     trusted_proxies: tuple[Annotated[str, AfterValidator(_proxies)], ...] = ()
     """Proxies whose `X-Forwarded-For` or `Forwarded` names the caller in the log: addresses and networks, separated by
     commas in the environment. Needs `api_keys`; gives access to no caller."""
-    log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lowercase)] = "info"
-    """The least severe level that is logged."""
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_log_level)] = "info"
+    """The least severe level that is logged: `debug`, `info`, `warning` or `error`."""
     log_format: Annotated[Literal["auto", "console", "json"], BeforeValidator(_lowercase)] = "auto"
     """`auto` is `console` on a terminal and `json`, one line for each event, elsewhere."""
 
@@ -227,13 +250,15 @@ class Settings(BaseModel):
     """How often the replies of running turns are kept, in a store that outlives the process."""
 
     model_url: UpstreamUrl = "scripted:"
-    """The model server (OpenAI-compatible, up to `/v1`), or `scripted:`, the embedded stand-in."""
+    """The model server (OpenAI-compatible, up to `/v1`), or `scripted:`, the embedded stand-in. It must be set with
+    `api_keys`, and where other machines reach the server."""
     model: Name = "scripted"
     """The model of sessions and turns that name none. With `upstreams`, their first model unless set."""
     model_api_key: Key | None = None
-    """The key sent to `model_url`."""
+    """The key sent to `model_url`; or `model_api_key_file`, a file that holds it."""
     upstreams: tuple[Upstream, ...] = ()
-    """Several model servers in place of `model_url`: `[[upstreams]]` tables of `name`, `url`, `api_key`, `models`."""
+    """Several model servers in place of `model_url`: `[[upstreams]]` tables of `name`, `url`, `api_key` (or
+    `api_key_file`), `models`."""
     model_retries_max: Annotated[int, Field(ge=0, le=10), BeforeValidator(_number)] = 2
     """How often an upstream's fault before the first token is retried."""
     upstream_words: Annotated[Literal["caller", "log"], BeforeValidator(_lowercase)] = "caller"
@@ -360,6 +385,9 @@ class Settings(BaseModel):
             yield f"model {self.model!r} should be one that an upstream serves"
 
 
+_SECRETS_AT_THE_TOP = SECRETS & Settings.model_fields.keys()
+
+
 def split_host_port(bind: str) -> tuple[str, str]:
     """The host, without brackets, and the port of ``host:port`` or ``[address]:port``; both empty for other texts."""
     found = re.fullmatch(r"(?:\[(?P<v6>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[^\s:\[\]/]+)):(?P<port>[^:]*)", bind)
@@ -377,6 +405,29 @@ def reaches_beyond_loopback(bind: str) -> bool:
         return host != "localhost"
 
 
+def check_stand_in(settings: Settings, *, binds: Iterable[str]) -> None:
+    """Refuse to answer other people with the stand-in that serves where no model server is named.
+
+    Settings get lost: a file of the environment that was not read, another working directory. The stand-in is for who
+    tries the server on this machine; elsewhere it must be asked for by its name.
+
+    Args:
+        binds: Where the server listens: ``host:port`` or ``unix:path``.
+
+    Raises:
+        SettingsError: No model server is named, and callers are others than the machine's own user.
+    """
+    if settings.upstreams or "model_url" in settings.model_fields_set:
+        return
+    reached = next(filter(reaches_beyond_loopback, binds), None)
+    if settings.api_keys or reached is not None:
+        why = "api_keys are set" if settings.api_keys else f"other machines reach {reached}"
+        raise SettingsError(
+            f"model_url should be set (LASTCALL_MODEL_URL): {why}, and without it an embedded stand-in would answer "
+            "in a model's place; scripted: asks for the stand-in by its name"
+        )
+
+
 def load_settings(**overrides: str) -> Settings:
     """The settings of this process: ``overrides`` (the command line) over the environment, the file and the defaults.
 
@@ -388,24 +439,68 @@ def load_settings(**overrides: str) -> Settings:
 
 @dataclass(frozen=True)
 class Sources:
-    """Values of settings and their sources: ``origins`` has the variable, option or file of each name in ``values``."""
+    """Values of settings and their sources: ``origins`` has the variable, option or file of each name in ``values``.
+
+    ``problems`` has what is wrong with files of secrets, which are read before the values are checked.
+    """
 
     file: Path
     values: dict[str, object] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
 
     def add(self, origin: str, name: str, value: object) -> None:
         self.values[name], self.origins[name] = value, origin
+        self.problems.pop(name, None)  # a source that is over the one with the problem
+
+    def add_layer(self, layer: Mapping[str, tuple[str, object]]) -> None:
+        """Take all that one source says, ``name: (origin, value)``, over what was said before."""
+        for name, (origin, value) in layer.items():
+            secret = name.removesuffix(FILE_SUFFIX)
+            if secret in _SECRETS_AT_THE_TOP and name != secret:
+                self._add_secret_file(origin, secret, value, beside=secret in layer)
+            elif name == "upstreams" and isinstance(value, list):
+                self.add(
+                    origin, name, [self._with_key(table, f"{origin}: {name}[{n}]") for n, table in enumerate(value)]
+                )
+            elif name not in _SECRETS_AT_THE_TOP or name + FILE_SUFFIX not in layer:
+                self.add(origin, name, value)
+
+    def _add_secret_file(self, origin: str, name: str, path: object, *, beside: bool) -> None:
+        where = origin if origin.startswith(ENV_PREFIX) else f"{origin}: {name}{FILE_SUFFIX}"
+        self.add(where, name, None)
+        try:
+            self.values[name] = _read_secret(name, path, beside=beside)
+        except ValueError as error:
+            del self.values[name]
+            self.problems[name] = f"{where}: {error}"
+
+    def _with_key(self, table: object, where: str) -> object:
+        """The table of an upstream, with its key from the file that it names."""
+        if not isinstance(table, dict) or (name := f"api_key{FILE_SUFFIX}") not in table:
+            return table
+        others = {key: value for key, value in table.items() if key != name}
+        try:
+            return others | {"api_key": _read_secret("api_key", table[name], beside="api_key" in table)}
+        except ValueError as error:
+            self.problems[where] = f"{where}.{name}: {error}"
+            return others
 
     def settings(self) -> Settings:
         """Raises: SettingsError."""
+        problems = list(self.problems.values())
         try:
-            return Settings.model_validate(self.values)
+            settings = Settings.model_validate(self.values)
+            if not problems:
+                return settings
         except InvalidSettings as error:
-            raise SettingsError("\n".join(self._problems(error))) from None
+            problems += self._problems(error)
+        raise SettingsError("\n".join(problems))
 
     def _problems(self, error: InvalidSettings) -> Iterator[str]:
         for detail in error.errors():
+            if not detail["loc"] and self.problems:
+                continue  # a secret that could not be read would seem not to be set
             if not detail["loc"]:
                 yield from str(detail["ctx"]["error"]).splitlines()
                 continue
@@ -416,7 +511,8 @@ class Sources:
     def place(self, name: str, *path: int | str) -> str:
         """The place where an operator corrects a setting, or a part of it."""
         origin = self.origins[name]
-        where = origin if origin.startswith((ENV_PREFIX, "--")) else f"{origin}: {name}"
+        told = origin.startswith((ENV_PREFIX, "--")) or origin.endswith(f": {name}{FILE_SUFFIX}")
+        where = origin if told else f"{origin}: {name}"
         return where + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
 
 
@@ -424,7 +520,8 @@ def read_sources(environ: Mapping[str, str] | None = None, /, **overrides: str) 
     """Collect the settings of the file, the environment and the command line; a later source overrides an earlier one.
 
     An empty variable counts as not set. Space around a value is removed, because a value from a file has a line end.
-    Variables that Kubernetes or Docker made are ignored (:func:`passed_over`).
+    Variables that Kubernetes or Docker made are ignored (:func:`passed_over`). Each secret may be in a file
+    that ``<name>_file`` names.
 
     Raises:
         SettingsError: The file cannot be read or is not TOML.
@@ -433,17 +530,19 @@ def read_sources(environ: Mapping[str, str] | None = None, /, **overrides: str) 
     named = environ.get(CONFIG_FILE_VARIABLE)
     file = named or CONFIG_FILE
     sources = Sources(Path(file))
-    for name, value in _read_file(sources.file, must_exist=bool(named)).items():
-        sources.add(file, name, value)
+    read = _read_file(sources.file, must_exist=bool(named))
+    sources.add_layer({name: (file, value) for name, value in read.items()})
+    variables: dict[str, tuple[str, object]] = {}
     not_ours = {CONFIG_FILE_VARIABLE, *passed_over(environ)}
     for variable in sorted(environ):
         if variable.startswith(ENV_PREFIX) and variable not in not_ours and environ[variable]:
             spelt = variable.encode(errors="backslashreplace").decode()  # an error text must be able to show it
             name = spelt.removeprefix(ENV_PREFIX)
             name = name.lower() if name == name.upper() else spelt  # lastcall_bind and LASTCALL_bind are not read
-            sources.add(spelt, name, _split_list(name, environ[variable].strip()))
+            variables[name] = (spelt, _split_list(name, environ[variable].strip()))
+    sources.add_layer(variables)
     for name, value in overrides.items():
-        sources.add(f"--{name}", name, value)
+        sources.add(f"--{OPTIONS[name]}", name, value)
     return sources
 
 
@@ -472,6 +571,39 @@ def _read_file(path: Path, *, must_exist: bool) -> dict[str, object]:
         raise SettingsError(f"{path} is not TOML: {error}") from None
     except RecursionError:
         raise SettingsError(f"{path} cannot be read: it is nested too deeply") from None
+
+
+def _read_secret(name: str, path: object, *, beside: bool) -> object:
+    """The secret in a file, or the list of them: separated by commas or line ends.
+
+    The path is not told: people put the secret itself in its place.
+
+    Args:
+        beside: The source of the path has the secret itself, too.
+
+    Raises:
+        ValueError: What is wrong with it.
+    """
+    if beside:
+        raise ValueError(f"should not be set together with {name}")
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise ValueError("should be the path of a file")
+    try:
+        if not S_ISREG(Path(path).stat().st_mode):
+            raise ValueError("names what is not a regular file")
+        with Path(path).open("rb") as file:
+            held = file.read(SECRET_FILE_BYTES_MAX + 1)
+    except OSError as error:
+        raise ValueError(f"names a file that cannot be read: {error.strerror}") from None
+    if len(held) > SECRET_FILE_BYTES_MAX:
+        raise ValueError(f"names a file of more than {SECRET_FILE_BYTES_MAX} bytes")
+    try:
+        text = held.decode("utf-8-sig").strip()
+    except UnicodeDecodeError:
+        raise ValueError("names a file that is not UTF-8") from None
+    if not (parts := [part.strip() for part in re.split(r"[,\r\n]", text) if part.strip()]):
+        raise ValueError("names a file without a key in it")
+    return parts if name in _LISTS else text
 
 
 def _split_list(name: str, text: str) -> object:

@@ -6,11 +6,13 @@ import json
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+import service
 from service import __version__
 from service.cli.store_commands import add_commands, run_store_command
 from service.errors import StartupError
-from service.settings import SECRETS, Settings, Sources, Upstream, read_sources, shown_url
+from service.settings import OPTIONS, SECRETS, Settings, Sources, Upstream, check_stand_in, read_sources, shown_url
 
 EXIT_REFUSED = 78
 """The exit code of a start-up that was refused: ``EX_CONFIG`` of sysexits.h."""
@@ -22,14 +24,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # JSON and TOML are, wherever they go
     arguments = _parser().parse_args(argv)
-    overrides = {"bind": arguments.bind} if arguments.command == "serve" and arguments.bind else {}
+    overrides = {name: value for name in OPTIONS if (value := getattr(arguments, OPTIONS[name], None))}
     try:
         sources = read_sources(**overrides)
         settings = sources.settings()
         if arguments.command in ("serve", "config"):
+            check_stand_in(settings, binds=[settings.bind])
             _check_scripts(settings, sources)
         if arguments.command == "config":
-            sys.stdout.write(effective(settings, sources))
+            sys.stdout.write(_shadowed_by_folder() + effective(settings, sources))
             return 0
         if arguments.command != "serve":
             return run_store_command(settings, arguments)
@@ -37,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.reload:
             from service.hosting.reload import serve_and_reload  # noqa: PLC0415
 
-            arguments_of_each = [f"--{name}={value}" for name, value in overrides.items()]
+            arguments_of_each = [f"--{OPTIONS[name]}={value}" for name, value in overrides.items()]
             return serve_and_reload(settings, config_file=sources.file, arguments=arguments_of_each)
         from service.hosting.serve import serve  # noqa: PLC0415
 
@@ -54,7 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lastcall", description="A Trio-native service for AI chat sessions.")
+    parser = argparse.ArgumentParser(
+        prog="lastcall",
+        description="An HTTP server for AI chats: it stores conversations and streams replies.",
+        epilog="Settings come from LASTCALL_* variables and lastcall.toml: lastcall config prints them.",
+    )
     parser.add_argument("--version", action="version", version=f"lastcall {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     serve = commands.add_parser("serve", help="serve until a signal says stop")
@@ -63,6 +70,17 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("config", help="print the settings in force, as TOML, and where each comes from")
     add_commands(commands)
     return parser
+
+
+def _shadowed_by_folder() -> str:
+    """A line of caution where hypercorn's own command would find another package of our name; else nothing.
+
+    It looks in the working directory first, and says nothing of ours where it ends: with workers it even returns 0.
+    """
+    for found in (Path("service/__init__.py"), Path("service.py")):
+        if found.is_file() and not found.samefile(service.__file__):
+            return f"# caution: hypercorn would find {found} of this folder in Lastcall's place; start lastcall serve\n"
+    return ""
 
 
 def _check_scripts(settings: Settings, sources: Sources) -> None:

@@ -1,7 +1,8 @@
-"""What an operator does with the kept sessions, from the command line; a service may be running beside it."""
+"""Commands for the store, for operators; a service may be running beside them."""
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -17,14 +18,21 @@ FAILED = 1
 
 def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add these commands to a command line."""
-    backup = commands.add_parser("backup", help="write a consistent copy of the store to a new file")
+    add = partial(commands.add_parser, parents=[_store_option()])
+    backup = add("backup", help="write a consistent copy of the store to a new file")
     backup.add_argument("path", type=Path, help="the new file")
-    commands.add_parser("check", help="look through the whole store; exit code 1 if something is wrong")
-    export = commands.add_parser("export", help="print a session with its turns and events, as JSON")
+    add("check", help="look through the whole store; exit code 1 if something is wrong")
+    export = add("export", help="print a session with its turns and events, as JSON")
     export.add_argument("session", help="its id")
-    imported = commands.add_parser("import", help="add an exported session, under its own id")
+    imported = add("import", help="add an exported session, under its own id")
     imported.add_argument("file", type=Path, nargs="?", help="what export printed; standard input if left out")
-    commands.add_parser("vacuum", help="give the space of what was removed back to the disk, in short steps")
+    add("vacuum", help="give the space of what was removed back to the disk, in short steps")
+
+
+def _store_option() -> argparse.ArgumentParser:
+    option = argparse.ArgumentParser(add_help=False)
+    option.add_argument("--store", metavar="URL", help="sqlite:path, in place of the setting store_url")
+    return option
 
 
 def run_store_command(settings: Settings, arguments: argparse.Namespace) -> int:
@@ -34,7 +42,7 @@ def run_store_command(settings: Settings, arguments: argparse.Namespace) -> int:
         StartupError: There is no such store, it cannot be used, or the file that was given cannot.
     """
     if settings.store_url == "memory:":
-        raise StartupError("store_url is memory:, where nothing is kept; name the store with LASTCALL_STORE_URL.")
+        raise StartupError("store_url is memory:, where nothing is kept; name the store with --store sqlite:path.")
     try:
         done, code = _run(settings, arguments)
     except RefusedError as error:
@@ -67,7 +75,7 @@ def _run(settings: Settings, arguments: argparse.Namespace) -> tuple[str, int]:
             except SessionExistsError as error:
                 raise RefusedError(
                     f"A session {error.session_id!r} is in {path} already; delete it first, or name another store with "
-                    "LASTCALL_STORE_URL."
+                    "--store."
                 ) from None
             return whole.session.id, 0
         case _:

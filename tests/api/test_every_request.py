@@ -11,6 +11,7 @@ from service.api.app import Application, create_app
 from service.api.http.proxy import PEER
 from tests.api.inprocess import CAP_S, LOOPBACK, Api, open_api
 
+KEY = "the-key-of-a-caller"
 JSON = {"Content-Type": "application/json"}
 
 
@@ -126,7 +127,7 @@ async def test_a_body_that_takes_too_long_is_refused(autojump_clock: MockClock) 
 
 
 async def test_keys_open_everything_and_probes_need_none() -> None:
-    async with open_api(api_keys=("secret",)) as api:
+    async with open_api(api_keys=(KEY,)) as api:
         for path in ("/sessions", "/chat", "/nowhere", "/sessions/a", "/docs/a"):
             reply = await api.call("GET", path)
             reply.problem(401, "unauthorized")
@@ -134,7 +135,7 @@ async def test_keys_open_everything_and_probes_need_none() -> None:
         far: dict[str, Any] = {"client": ("10.0.0.9", 1), "server": ("10.0.0.1", 80)}
         assert (await api.call("GET", "/healthz", scope=far)).json == {"status": "ok"}
         assert (await api.call("GET", "/readyz", scope=far)).json == {"status": "ready"}
-        key = {"Authorization": "Bearer secret", "Host": "chat.example.com"}
+        key = {"Authorization": f"Bearer {KEY}", "Host": "chat.example.com"}
         assert (await api.call("GET", "/sessions", headers=key, scope=far)).status == 200
 
 
@@ -196,7 +197,7 @@ async def test_the_caller_s_address_is_that_which_a_trusted_proxy_names(monkeypa
 
     answer = Application.asgi_app
     monkeypatch.setattr(Application, "asgi_app", listening)
-    async with open_api(api_keys=("secret",), trusted_proxies=("127.0.0.1", "unix:")) as api:
+    async with open_api(api_keys=(KEY,), trusted_proxies=("127.0.0.1", "unix:")) as api:
         named = {"X-Forwarded-For": "1.1.1.1, 203.0.113.9"}
         on_unix: dict[str, Any] = {"client": None, "server": None}
         for scope in ({}, {"client": ("10.0.0.9", 1)}, on_unix, on_unix | {PEER: bool}):
@@ -218,7 +219,7 @@ async def test_no_origin_is_allowed_unless_it_is_configured() -> None:
 async def test_configured_origins_may_ask_without_a_key_and_read() -> None:
     page = {"Origin": "https://app.example.com"}
     asking = {"Access-Control-Request-Method": "POST"}
-    async with open_api(cors_origins=("https://app.example.com",), api_keys=("secret",)) as api:
+    async with open_api(cors_origins=("https://app.example.com",), api_keys=(KEY,)) as api:
         asked = await api.call("OPTIONS", "/sessions", headers=page | asking)
         assert asked.status == 204
         assert "content-type" not in asked.headers
@@ -228,7 +229,7 @@ async def test_configured_origins_may_ask_without_a_key_and_read() -> None:
         stranger = await api.call("OPTIONS", "/sessions", headers=asking | {"Origin": "https://evil.example.com"})
         stranger.problem(401, "unauthorized")
         assert "access-control-allow-origin" not in stranger.headers
-        reply = await api.call("GET", "/sessions", headers=page | {"Authorization": "Bearer secret"})
+        reply = await api.call("GET", "/sessions", headers=page | {"Authorization": f"Bearer {KEY}"})
         assert reply.headers["access-control-allow-origin"] == "https://app.example.com"
         assert reply.headers["vary"] == "Origin"
         refused = await api.call("GET", "/sessions", headers=page)

@@ -39,6 +39,39 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"lastcall {__version__}\n"
 
 
+@pytest.mark.parametrize("module", ["service/__init__.py", "service.py"])
+def test_config_warns_of_a_folder_in_which_hypercorn_would_find_another_package(
+    module: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("service").mkdir()  # without a module of its own it hides nothing
+    assert main(["config"]) == 0
+    assert not capsys.readouterr().out.startswith("# caution")
+    Path(module).touch()
+    assert main(["config"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"# caution: hypercorn would find {module} of this folder in Lastcall's place; ")
+    assert tomllib.loads(printed)["bind"] == "127.0.0.1:8000"
+
+
+def test_config_of_our_own_checkout_has_no_caution(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    assert main(["config"]) == 0
+    assert "caution" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["serve", "config"])
+def test_stand_in_that_was_not_named_is_refused_where_others_would_be_answered(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LASTCALL_API_KEYS", "a-key-of-the-callers")
+    assert main([command]) == 78
+    assert capsys.readouterr().err.startswith(
+        "lastcall: model_url should be set (LASTCALL_MODEL_URL): api_keys are set"
+    )
+
+
 def test_config_prints_the_settings_in_force_and_where_they_come_from(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -54,7 +87,7 @@ def test_config_prints_the_settings_in_force_and_where_they_come_from(
 UPSTREAMS = """
 log_level = "debug"
 cors_origins = ["https://a.example", "https://b.example"]
-api_keys = ["open-sesame"]
+api_keys = ["open-sesame-open-sesame"]
 
 [[upstreams]]
 name = "near \\"and\\" dear"

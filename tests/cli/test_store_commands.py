@@ -114,6 +114,19 @@ def test_a_backup_is_a_store_and_never_replaces_a_file(
     assert main(["export", "s"]) == 0
 
 
+def test_a_command_takes_the_store_that_its_option_names(file: Path, capsys: Output) -> None:
+    """Also where nothing else of the server's settings is there, as from cron."""
+    assert main(["backup", "--store", f"sqlite:{file}", "copy.db"]) == 0
+    assert main(["check", "--store", "sqlite:copy.db"]) == 0
+    assert capsys.readouterr().out.endswith("/copy.db is whole\n")
+    assert main(["export", "s", "--store", "memory:"]) == 78
+    assert "--store sqlite:path" in capsys.readouterr().err
+    assert main(["vacuum", "--store", "copy.db"]) == 78
+    assert capsys.readouterr().err.startswith(
+        "lastcall: --store: 'copy.db' names a store that this version does not have"
+    )
+
+
 def test_argument_that_is_not_utf_8_is_refused(file: Path, capsys: Output) -> None:
     assert main(["export", "\udcff"]) == 78
     said = capsys.readouterr().err

@@ -42,7 +42,7 @@ TOKENS = 20
 PLAIN = ("token ",) * TOKENS
 LAST_SEQ = TOKENS + 2
 LINE_ENDS = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei\rj\nk"
-KEY = {"Authorization": "Bearer the-key"}
+KEY = {"Authorization": "Bearer the-key-of-the-clients"}
 REPOSTS_MAX = 20
 """In the four seconds after a completed turn: event-source-plus waits 2 ms, then twice as long each time."""
 

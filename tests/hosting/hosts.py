@@ -22,6 +22,10 @@ sys.exit(main(["serve"]))
 """
 
 
+KEYED = {"api_keys": "open-sesame-open-sesame", "model_url": "scripted:"}
+"""Settings of a server that asks for a key."""
+
+
 def command(host: str, *options: str, broken: str | None = None) -> list[str]:
     """What starts this host."""
     if host == SERVE:

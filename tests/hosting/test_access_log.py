@@ -6,7 +6,7 @@ from pathlib import Path
 import trio
 
 from bench.server_process import ServerProcess
-from tests.hosting.hosts import open_host
+from tests.hosting.hosts import KEYED, open_host
 
 CAP_S = 20
 
@@ -23,7 +23,7 @@ async def call(server: ServerProcess, path: str, *headers: str) -> bytes:
 
 
 async def test_the_access_log_names_the_caller_behind_a_trusted_proxy(tmp_path: Path) -> None:
-    settings = {"api_keys": "open-sesame", "trusted_proxies": "127.0.0.1,10.0.0.0/8"}
+    settings = KEYED | {"trusted_proxies": "127.0.0.1,10.0.0.0/8"}
     async with open_host(tmp_path, "hypercorn-0", "--access-logfile", "-", **settings) as server:
         named = await call(
             server, "/healthz?named", "X-Forwarded-For: 1.1.1.1, 203.0.113.9", "X-Forwarded-For: 10.0.0.7"

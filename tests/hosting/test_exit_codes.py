@@ -11,7 +11,7 @@ import trio
 
 from bench.server_process import Gone, ServerFailedError, ServerProcess
 from service.hosting.master import REPLACEMENTS_MAX
-from tests.hosting.hosts import BARE, CONFIGURED, HOSTS, SERVE, open_host
+from tests.hosting.hosts import BARE, CONFIGURED, HOSTS, KEYED, SERVE, open_host
 from tests.kept_log import said_in
 
 CAP_S = 20
@@ -167,6 +167,15 @@ async def test_bad_settings_are_78_and_one_line(tmp_path: Path, host: str) -> No
     assert "Traceback" not in failed.log
 
 
+@pytest.mark.parametrize("host", [SERVE, "hypercorn-0", "hypercorn-1", "configured-1"])
+async def test_a_stand_in_that_nobody_named_is_78_and_one_line(tmp_path: Path, host: str) -> None:
+    failed = await start_that_fails(tmp_path, host, **KEYED | {"model_url": ""})
+    assert failed.exit_code in as_hypercorn_returns(host, 78)
+    [told] = [line for line in said_in(failed.log) if "LASTCALL_MODEL_URL" in line]
+    assert told.startswith("model_url should be set")
+    assert "Traceback" not in failed.log
+
+
 async def test_another_worker_class_is_refused_with_a_word_of_help(tmp_path: Path) -> None:
     failed = await start_that_fails(tmp_path, "hypercorn-0", "--worker-class", "asyncio")
     assert failed.exit_code == 78
@@ -211,7 +220,7 @@ async def test_a_unix_socket_that_is_taken_is_78_and_one_line(tmp_path: Path, ho
         taken.listen()
         bind = f"unix:{tmp_path}/socket"
         options = ["--bind", bind] if host != SERVE else []
-        failed = await start_that_fails(tmp_path, host, *options, bind=bind, api_keys="open-sesame")
+        failed = await start_that_fails(tmp_path, host, *options, bind=bind, **KEYED)
     assert failed.exit_code == 78
     assert said_in(failed.log) == [f"Cannot listen on {bind}: another server answers there"]
     assert len(failed.log.splitlines()) == 1

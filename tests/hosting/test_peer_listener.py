@@ -17,7 +17,7 @@ from bench.server_process import ServerFailedError
 from service.cluster.peer_proof import prove_to_owner
 from service.cluster.peer_socket import socket_name
 from service.hosting.peer_listener import client_returns
-from tests.hosting.hosts import SERVE, open_host
+from tests.hosting.hosts import KEYED, SERVE, open_host
 from tests.kept_log import said_in
 
 GET = b"GET /sessions HTTP/1.1\r\nHost: elsewhere\r\nConnection: close\r\n\r\n"
@@ -46,7 +46,7 @@ time.sleep(60)
 async def test_only_processes_that_know_the_stores_secret_are_let_in(tmp_path: Path) -> None:
     """And they were admitted before: no key is asked for, and no loopback address."""
     path = tmp_path / "lastcall.db"
-    async with open_host(tmp_path, SERVE, store_url=f"sqlite:{path}", api_keys="open-sesame") as server:
+    async with open_host(tmp_path, SERVE, store_url=f"sqlite:{path}", **KEYED) as server:
         with closing(sqlite3.connect(path)) as db:
             (address,) = db.execute("SELECT address FROM owners").fetchone()
         with trio.fail_after(CAP_S):

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from service.errors import SettingsError
-from service.settings import Settings, load_settings, reaches_beyond_loopback, read_sources, shown_url
+from service.settings import Settings, check_stand_in, load_settings, reaches_beyond_loopback, read_sources, shown_url
+
+ONE, TWO = "the-first-key-of-callers", "the-second-key-of-callers"
 
 
 @pytest.fixture(autouse=True)
@@ -63,21 +65,23 @@ def test_empty_variable_counts_as_not_set() -> None:
 
 
 def test_keys_and_origins_are_separated_by_commas_in_the_environment() -> None:
-    settings = read({"LASTCALL_API_KEYS": "one, two", "LASTCALL_CORS_ORIGINS": "https://a.example,http://localhost:3"})
-    assert [key.get_secret_value() for key in settings.api_keys] == ["one", "two"]
+    settings = read(
+        {"LASTCALL_API_KEYS": f"{ONE}, {TWO}", "LASTCALL_CORS_ORIGINS": "https://a.example,http://localhost:3"}
+    )
+    assert [key.get_secret_value() for key in settings.api_keys] == [ONE, TWO]
     assert settings.cors_origins == ("https://a.example", "http://localhost:3")
 
 
 @pytest.mark.parametrize("space", [" ", "\n", "\r\n"])
 def test_space_around_a_variable_is_no_part_of_it(space: str) -> None:
-    given = {"MODEL_API_KEY": "key", "API_KEYS": "one,two", "MODEL_URL": "http://host/v1", "MODEL": "m"}
+    given = {"MODEL_API_KEY": "key", "API_KEYS": f"{ONE},{TWO}", "MODEL_URL": "http://host/v1", "MODEL": "m"}
     without = read({f"LASTCALL_{name}": value for name, value in given.items()})
     assert read({f"LASTCALL_{name}": f"{value}{space}" for name, value in given.items()}) == without
 
 
 def test_key_that_is_empty_is_refused() -> None:
     empty = "should not be empty; is there a comma too many?"
-    assert problems({"LASTCALL_API_KEYS": "a,"}) == [f"LASTCALL_API_KEYS[1]: {empty}"]
+    assert problems({"LASTCALL_API_KEYS": f"{ONE},"}) == [f"LASTCALL_API_KEYS[1]: {empty}"]
     assert problems({"LASTCALL_API_KEYS": "\n"}) == [f"LASTCALL_API_KEYS[0]: {empty}"]
 
 
@@ -103,7 +107,7 @@ def test_origin_that_no_browser_sends_is_refused(origin: str) -> None:
 
 @pytest.mark.parametrize("proxy", ["10.1.2.3", "10.0.0.0/8", "::1", "fd00::/8", "unix:"])
 def test_proxy_is_taken(proxy: str) -> None:
-    assert read({"LASTCALL_TRUSTED_PROXIES": f"127.0.0.1, {proxy}", "LASTCALL_API_KEYS": "k"}).trusted_proxies == (
+    assert read({"LASTCALL_TRUSTED_PROXIES": f"127.0.0.1, {proxy}", "LASTCALL_API_KEYS": ONE}).trusted_proxies == (
         "127.0.0.1",
         proxy,
     )
@@ -123,7 +127,7 @@ def test_proxy_is_taken(proxy: str) -> None:
     ],
 )
 def test_proxy_is_refused(proxy: str, said: str) -> None:
-    [refusal] = problems({"LASTCALL_TRUSTED_PROXIES": proxy, "LASTCALL_API_KEYS": "k"})
+    [refusal] = problems({"LASTCALL_TRUSTED_PROXIES": proxy, "LASTCALL_API_KEYS": ONE})
     assert refusal.startswith(f"LASTCALL_TRUSTED_PROXIES[0]: {proxy!r} {said}")
 
 
@@ -251,10 +255,13 @@ def test_value_that_is_too_long_is_not_told_in_full(number: str) -> None:
     [
         ({"LASTCALL_MODEL_API_KEY": "open sesame"}, ""),
         ({"LASTCALL_MODEL_API_KEY": "open\nsesame"}, ""),
-        ({"LASTCALL_API_KEYS": "fine,open sesame"}, ""),
+        ({"LASTCALL_API_KEYS": "fine-for-a-caller-key,open sesame, sesame"}, ""),
         ({"LASTCALL_MODEL_URL": "https://user:opensesame@host/v1"}, ""),
         ({"LASTCALL_MODEL_URL": "https://host:port/v1?key=opensesame", "LASTCALL_MODEL": "m"}, ""),
         ({"LASTCALL_MODEL_URL": "https://host/v1?key=opensesame"}, ""),
+        ({"LASTCALL_API_KEYS_FILE": "sesame"}, ""),
+        ({"LASTCALL_MODEL_API_KEY_FILE": "sesame"}, ""),
+        ({}, 'api_keys_file = ["sesame"]'),
         ({}, 'api_keys = "open sesame"'),
         ({}, "api_keys = { key = 'open sesame' }"),
         ({}, '[[upstreams]]\nname = "a"\nurl = "scripted:"\napi_key = "open sesame"'),
@@ -268,7 +275,7 @@ def test_secret_is_not_in_its_complaint(environ: dict[str, str], file: str) -> N
 
 @pytest.mark.parametrize("bind", ["127.0.0.1:8000", "localhost:0", "[::1]:8000", "0.0.0.0:65535", "unix:run/a.sock"])
 def test_address_is_taken(bind: str) -> None:
-    assert read({"LASTCALL_API_KEYS": "k"}, bind=bind).bind == bind
+    assert read({"LASTCALL_API_KEYS": ONE}, bind=bind).bind == bind
 
 
 def test_unix_socket_that_would_refuse_everything_is_refused() -> None:
@@ -363,7 +370,7 @@ def test_string_in_place_of_a_list_is_told_how_to_be_one() -> None:
     such = "should be a list of strings, such as"
     file = 'api_keys = "sesame"\ncors_origins = "*"\n[[upstreams]]\nname = "a"\nurl = "scripted:"\nmodels = "m"'
     assert problems(file=file) == [
-        f'lastcall.toml: api_keys: {such} ["first-key", "second-key"]',
+        f'lastcall.toml: api_keys: {such} ["first-key-0123456789", "second-key-0123456789"]',
         f"lastcall.toml: cors_origins: '*' {such} [\"https://app.example.org\"]",
         f'lastcall.toml: upstreams[0].models: \'m\' {such} ["small", "large"]',
     ]
@@ -458,7 +465,7 @@ def test_shutdown_total_is_the_sum_of_the_phases_and_one_second_unless_set() -> 
 
 
 def test_secrets_are_masked_wherever_settings_are_shown() -> None:
-    settings = read({"LASTCALL_API_KEYS": "sesame", "LASTCALL_MODEL_API_KEY": "sesame"})
+    settings = read({"LASTCALL_API_KEYS": "sesame-open-sesame", "LASTCALL_MODEL_API_KEY": "sesame"})
     assert "sesame" not in f"{settings} {settings!r} {settings.model_dump()}"
 
 
@@ -492,3 +499,114 @@ def test_no_complaint_about_the_file_names_a_type_of_python(value: str) -> None:
         else:
             continue
         assert not pythons.search(text), text
+
+
+@pytest.mark.parametrize("length", [0, 1, 15])
+def test_key_of_callers_that_could_be_guessed_is_refused_in_each_source(length: int) -> None:
+    Path("keys").write_text(f"{ONE}\n{'k' * (length or 15)}\n")
+    short = (
+        "should be at least 16 characters; openssl rand -hex 32 makes one that cannot be guessed"
+        if length
+        else "should not be empty; is there a comma too many?"
+    )
+    key = "k" * length
+    assert problems({"LASTCALL_API_KEYS": f"{ONE},{key}"}) == [f"LASTCALL_API_KEYS[1]: {short}"]
+    assert problems(file=f'api_keys = ["{ONE}", "{key}"]') == [f"lastcall.toml: api_keys[1]: {short}"]
+    if length:
+        assert problems({"LASTCALL_API_KEYS_FILE": "keys"}) == [f"LASTCALL_API_KEYS_FILE[1]: {short}"]
+        Path("lastcall.toml").write_text('api_keys_file = "keys"')
+        assert problems() == [f"lastcall.toml: api_keys_file[1]: {short}"]
+    assert read({"LASTCALL_API_KEYS": "k" * 16}, file=" ").api_keys
+
+
+def test_key_of_a_model_server_may_be_short() -> None:
+    """It is the model server's: many a local one takes any, and none at all is not sent."""
+    assert read({"LASTCALL_MODEL_API_KEY": "EMPTY"}).model_api_key is not None
+
+
+def shown_keys(settings: Settings) -> list[str]:
+    return [key.get_secret_value() for key in settings.api_keys]
+
+
+@pytest.mark.parametrize(
+    "text", [f"{ONE},{TWO}", f"{ONE}\n{TWO}\n", f"\ufeff {ONE}\r\n\r\n  {TWO} \r\n", f"{ONE}, {TWO},\n"]
+)
+def test_keys_are_read_from_a_file_one_a_line_or_between_commas(text: str) -> None:
+    Path("keys").write_text(text)
+    assert shown_keys(read({"LASTCALL_API_KEYS_FILE": "keys"})) == [ONE, TWO]
+    assert shown_keys(read(file='api_keys_file = "keys"')) == [ONE, TWO]
+
+
+def test_key_of_a_model_server_is_read_from_a_file() -> None:
+    """A link to a file, as a mounted secret is; in tables of upstreams too, which no variable reaches."""
+    Path("held").write_text("sk-1,2\n")
+    Path("key").symlink_to("held")
+    [settings, other] = [read({"LASTCALL_MODEL_API_KEY_FILE": "key"}), read(file='model_api_key_file = "key"')]
+    table = '[[upstreams]]\nname = "a"\nurl = "http://host/v1"\nmodels = ["m"]\napi_key_file = "key"'
+    for key in (settings.model_api_key, other.model_api_key, read(file=table).upstreams[0].api_key):
+        assert key is not None
+        assert key.get_secret_value() == "sk-1,2"
+
+
+def test_file_of_a_secret_is_under_the_source_that_is_over_its_own() -> None:
+    Path("keys").write_text(TWO)
+    assert shown_keys(read({"LASTCALL_API_KEYS": ONE}, file='api_keys_file = "keys"')) == [ONE]
+    assert shown_keys(read({"LASTCALL_API_KEYS": ONE}, file='api_keys_file = "missing"')) == [ONE]
+    assert shown_keys(read({"LASTCALL_API_KEYS_FILE": "keys"}, file=f'api_keys = ["{ONE}"]')) == [TWO]
+
+
+def test_secret_and_its_file_in_one_source_are_refused() -> None:
+    Path("keys").write_text(TWO)
+    both = "should not be set together with"
+    assert problems({"LASTCALL_API_KEYS": ONE, "LASTCALL_API_KEYS_FILE": "keys"}) == [
+        f"LASTCALL_API_KEYS_FILE: {both} api_keys"
+    ]
+    table = '\n[[upstreams]]\nname = "a"\nurl = "http://host/v1"\nmodels = ["m"]\napi_key = "k"\napi_key_file = "keys"'
+    assert problems(file=f'api_keys = ["{ONE}"]\napi_keys_file = "keys"{table}') == [
+        f"lastcall.toml: api_keys_file: {both} api_keys",
+        f"lastcall.toml: upstreams[0].api_key_file: {both} api_key",
+    ]
+
+
+def test_file_of_a_secret_that_cannot_be_used_is_told_beside_all_else_that_is_wrong() -> None:
+    """And never leaves a server without keys: it would serve, on loopback, everybody that a proxy lets in."""
+    os.mkfifo("fifo")
+    Path("empty").write_text(" \n,\n")
+    Path("utf-16").write_bytes(ONE.encode("utf-16"))
+    Path("large").write_text("k" * (64 * 1024 + 1))
+    for path, what in {
+        "missing": "names a file that cannot be read: No such file or directory",
+        "fifo": "names what is not a regular file",
+        "empty": "names a file without a key in it",
+        "utf-16": "names a file that is not UTF-8",
+        "large": "names a file of more than 65536 bytes",
+    }.items():
+        said = problems({"LASTCALL_API_KEYS_FILE": path, "LASTCALL_STREAMS_MAX": "0", "LASTCALL_BIND": "unix:a"})
+        assert said == [
+            f"LASTCALL_API_KEYS_FILE: {what}",
+            "LASTCALL_STREAMS_MAX: '0' should be a whole number of at least 1, at most 10000000",
+        ]
+    assert problems(file="api_keys_file = 1\nmodel_api_key_file = 'a\\u0000'".replace("'", '"')) == [
+        "lastcall.toml: api_keys_file: should be the path of a file",
+        "lastcall.toml: model_api_key_file: should be the path of a file",
+    ]
+
+
+def test_level_of_the_log_may_be_called_warn() -> None:
+    assert read({"LASTCALL_LOG_LEVEL": "WARN"}).log_level == "warning"
+
+
+@pytest.mark.parametrize("keys", ["", ONE])
+@pytest.mark.parametrize("bind", ["127.0.0.1:0", "0.0.0.0:8000", "[::]:8000", "host.example:1"])
+def test_stand_in_that_would_answer_others_has_to_be_named(keys: str, bind: str) -> None:
+    settings = read({"LASTCALL_API_KEYS": keys}, bind=bind)
+    if not keys and bind.startswith("127"):
+        check_stand_in(settings, binds=[bind])
+    else:
+        with pytest.raises(SettingsError, match=r"^model_url should be set \(LASTCALL_MODEL_URL\): ") as refused:
+            check_stand_in(settings, binds=[bind])
+        assert ("api_keys are set" if keys else f"other machines reach {bind}") in str(refused.value)
+    for named in ({"LASTCALL_MODEL_URL": "scripted:"}, {"LASTCALL_MODEL_URL": "http://host/v1", "LASTCALL_MODEL": "m"}):
+        check_stand_in(read({"LASTCALL_API_KEYS": keys, **named}, bind=bind), binds=[bind])
+    table = '[[upstreams]]\nname = "a"\nurl = "scripted:"\nmodels = ["m"]'
+    check_stand_in(read({"LASTCALL_API_KEYS": keys}, bind=bind, file=table), binds=[bind])

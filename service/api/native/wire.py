@@ -334,9 +334,13 @@ class Chat(RequestBody, frozen=True, kw_only=True):
 
 
 class Health(msgspec.Struct, frozen=True):
-    """``{"status": "ok"}``"""
+    """``{"status": "ok"}``
+
+    ``writes`` is there while the store refuses them: what needs a write gets 503 until it takes them again.
+    """
 
     status: Literal["ok", "ready"]
+    writes: Literal["refused"] | UnsetType = UNSET
 
 
 class Problem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

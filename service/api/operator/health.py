@@ -1,12 +1,13 @@
-"""Calls for whatever watches over the process."""
+"""Calls for probes: orchestrators, balancers and monitors ask whether the process is alive and ready."""
 
+from msgspec import UNSET
 from quart import Blueprint
 from quart_trio.wrappers import TrioResponse
 
 from service.api.http.app_state import current_service, json_response
 from service.api.http.operations import Answer, operation
 from service.api.native.wire import Health
-from service.errors import ResourcesExhaustedError, ShuttingDownError, StoreError
+from service.errors import ShuttingDownError
 
 blueprint = Blueprint("health", __name__)
 
@@ -22,19 +23,16 @@ async def healthz() -> TrioResponse:
 @operation(
     id="readyz",
     answers=(Answer(status=200, description="It takes requests.", body=Health),),
-    errors=(ShuttingDownError, StoreError, ResourcesExhaustedError),
+    errors=(ShuttingDownError,),
 )
 async def readyz() -> TrioResponse:
     """Tell whether to send requests here.
 
-    Not from the first sign of a shutdown on, and not while the store refuses to write. Needs no API key.
+    From the notice of a shutdown on it is 503. While the store refuses to write it is 200 with `"writes": "refused"`:
+    reads and running streams go on, so a balancer must not take them away. Needs no API key.
     """
     service = current_service()
     if service.shutdown.expected:
         raise ShuttingDownError
-    if (refusal := service.sessions.pending_writes.refusal) is not None:
-        if isinstance(refusal, ResourcesExhaustedError):
-            raise ResourcesExhaustedError
-        # Anybody may ask this: what it is stays in the log.
-        raise StoreError("The store refuses to write; the log says why.", retry_after_s=refusal.retry_after_s)
-    return json_response(Health("ready"))
+    refused = service.sessions.pending_writes.refusal is not None  # why is in the log: this call needs no key
+    return json_response(Health("ready", writes="refused" if refused else UNSET))

@@ -6,6 +6,7 @@ a shutdown that only seems to work is worse than none. ``tests/hosting/hypercorn
 
 import multiprocessing
 import os
+import socket
 import threading
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,10 +24,13 @@ from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config, Sockets
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import AppWrapper
+from hypercorn.utils import repr_socket_addr
 
 from service.errors import StartupError
 
 _SERVING_COUNT = "lastcall_serving_count"
+DEFAULT_PORT = 8000
+"""Where hypercorn listens if a bind names no port."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,13 @@ class Worker:
         """What its master listens on; None without one, where hypercorn listens only once the lifespan has begun."""
         return self._frame.f_locals.get("sockets") if self.master is not None else None
 
+    @property
+    def addresses(self) -> list[str]:
+        """Where it listens, or will: ``host:port`` or ``unix:path``."""
+        if (sockets := self.sockets) is not None:
+            return [_address_of(it) for it in (*sockets.secure_sockets, *sockets.insecure_sockets)]
+        return [_address_of_bind(it) for it in (*self.config.bind, *self.config.insecure_bind)]
+
     def tell_serving(self) -> None:
         """Tell our master, if it is ours, that this worker serves. Never waits."""
         count: Semaphore | None = getattr(self.config, _SERVING_COUNT, None)
@@ -104,6 +115,17 @@ class Worker:
         if not isinstance(value, kind):
             raise StartupError(f"This hypercorn is not the one that Lastcall knows: worker_serve has no {name}.")
         return value
+
+
+def _address_of_bind(bind: str) -> str:
+    if bind.startswith("fd://"):
+        with socket.socket(fileno=os.dup(int(bind.removeprefix("fd://")))) as listening:
+            return _address_of(listening)
+    return bind if ":" in bind else f"{bind}:{DEFAULT_PORT}"
+
+
+def _address_of(listening: socket.socket) -> str:
+    return repr_socket_addr(listening.family, listening.getsockname())
 
 
 def share_serving_count(config: Config, context: BaseContext) -> Semaphore:

@@ -23,7 +23,7 @@ def check(
 
 
 OPEN = Access.by(Settings())
-KEYED = Access.by(Settings.model_validate({"api_keys": ("first-key", "second-key")}))
+KEYED = Access.by(Settings.model_validate({"api_keys": ("the-first-key-of-two", "the-second-key-of-two")}))
 
 
 @pytest.mark.parametrize(
@@ -86,14 +86,25 @@ def test_without_keys_other_addresses_are_refused(address: Address) -> None:
         check(OPEN, server=address)
 
 
-@pytest.mark.parametrize("authorization", ["Bearer first-key", "bearer  first-key ", "BEARER second-key"])
+@pytest.mark.parametrize(
+    "authorization", ["Bearer the-first-key-of-two", "bearer  the-first-key-of-two ", "BEARER the-second-key-of-two"]
+)
 def test_each_key_opens_from_anywhere(authorization: str) -> None:
     check(KEYED, authorization=authorization, host="example.com", client=("10.0.0.1", 1))
 
 
 @pytest.mark.parametrize(
     "authorization",
-    [None, "", "Bearer", "Bearer ", "Bearer first", "Bearer first-key2", "Basic first-key", "first-key"],
+    [
+        None,
+        "",
+        "Bearer",
+        "Bearer ",
+        "Bearer first",
+        "Bearer the-first-key-of-two2",
+        "Basic the-first-key-of-two",
+        "the-first-key-of-two",
+    ],
 )
 def test_with_keys_nothing_else_opens_not_even_from_this_machine(authorization: str | None) -> None:
     with pytest.raises(UnauthorizedError):
@@ -106,7 +117,7 @@ def test_without_keys_a_request_that_a_proxy_passed_on_is_refused_and_told_why()
 
 
 def test_with_keys_a_proxy_is_nothing_special() -> None:
-    check(KEYED, authorization="Bearer first-key", proxy_header="X-Forwarded-For")
+    check(KEYED, authorization="Bearer the-first-key-of-two", proxy_header="X-Forwarded-For")
     with pytest.raises(UnauthorizedError):
         check(KEYED, proxy_header="X-Forwarded-For")
 

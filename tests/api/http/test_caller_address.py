@@ -18,7 +18,7 @@ ELEMENT = caller_address._ELEMENT
 
 
 def trusting(*proxies: str) -> TrustedProxies:
-    return TrustedProxies.by(Settings.model_validate({"trusted_proxies": proxies, "api_keys": ("k",)}))
+    return TrustedProxies.by(Settings.model_validate({"trusted_proxies": proxies, "api_keys": ("k" * 16,)}))
 
 
 TRUSTED = trusting("10.0.0.0/8", "fd00::/8")
