@@ -1,1 +1,1 @@
-"""The other processes of this service: how they are reached, asked, and known to be of this service."""
+"""The other processes of this service: connections to them, requests, and the proof that they belong to the service."""

@@ -11,11 +11,11 @@ from service.cluster.peer_proof import PeerGoneError, prove_to_owner
 from service.errors import InvalidRequestError, StoreError
 
 PEER_GONE = (OSError, trio.BrokenResourceError, h11.RemoteProtocolError, PeerGoneError)
-"""What a connection whose other process has died raises."""
+"""The errors of a connection whose peer has died."""
 
 
 class PeerRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A request as it is sent: ``target`` with its query, ``headers`` without ``content-length`` and ``connection``."""
+    """A request to a peer: ``target`` with its query, ``headers`` without ``content-length`` and ``connection``."""
 
     method: str
     target: bytes
@@ -27,9 +27,9 @@ class PeerConnection:
     """A connection that carries one request. Closed by :meth:`close` or :meth:`take_leave`.
 
     Args:
-        stream: Connected, and not used yet; closed with this.
-        address: The peer's, for the proof.
-        secret: What both processes know, from the store.
+        stream: A connected stream that was not used yet; closed with this connection.
+        address: The peer's address, for the proof.
+        secret: The secret of the store, which both processes know.
 
     Attributes:
         has_asked: Whether the request may have reached the peer.
@@ -43,11 +43,11 @@ class PeerConnection:
         self._protocol = h11.Connection(h11.CLIENT)
 
     def close(self) -> None:
-        """Close at once: to the peer, the client has left. Closing twice is closing once."""
+        """Close at once; the peer sees that the client has left. Closing twice has no effect."""
         self._stream.socket.close()
 
     async def take_leave(self) -> None:
-        """Close as one whose client may come back; done when the peer has seen it and closes, too."""
+        """Close in the way that says that the client may come back. Returns when the peer has closed, too."""
         try:
             with suppress(*PEER_GONE):
                 await self._stream.send_eof()
@@ -59,14 +59,14 @@ class PeerConnection:
     async def ask(
         self, request: PeerRequest, *, is_stream: Callable[[h11.Response], bool]
     ) -> tuple[h11.Response, bytes] | None:
-        """Send a request; the answer, None where the peer dies before it.
+        """Send a request. Returns the answer, or None if the peer dies before its answer.
 
         Args:
-            is_stream: Whether an answer's body is a stream: then it is left to come, by :meth:`receive_body`.
+            is_stream: Whether an answer's body is a stream. The caller then reads it with :meth:`receive_body`.
 
         Raises:
-            InvalidRequestError: HTTP/1.1 has no way to say it.
-            StoreError: What listens there does not know the store's secret.
+            InvalidRequestError: HTTP/1.1 cannot express a header of the request.
+            StoreError: The listener at this address does not know the store's secret.
         """
         try:
             if not await prove_to_owner(self._stream, self._secret, address=self._address):
@@ -90,7 +90,7 @@ class PeerConnection:
                 h11.EndOfMessage(),
             )
         )
-        with suppress(trio.BrokenResourceError):  # it may have answered before it read everything
+        with suppress(trio.BrokenResourceError):  # the peer may answer before it has read everything
             await self._stream.send_all(data)
 
     async def _receive_head(self) -> h11.Response:
@@ -108,7 +108,7 @@ class PeerConnection:
         return bytes(body)
 
     async def receive_body(self) -> bytes:
-        """What has come of the body; empty at its end."""
+        """The next part of the body; empty at its end."""
         event = await self._next_event()
         return bytes(event.data) if isinstance(event, h11.Data) else b""
 

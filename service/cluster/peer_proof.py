@@ -1,10 +1,10 @@
 """The proof that both ends of a connection between processes of the service know the secret of their store.
 
-That a process runs as the same user says little: containers may have one user and one network, and no store in
-common. The secret itself is never sent: an abstract socket's name is free once its process has died, and another one
-that takes it must learn nothing, neither a secret nor a request. So each end sends a random number, and then a digest
-of both numbers, of the listener's address and of the secret: the owner first. The address keeps a process in between
-from passing the proof of one owner off as another's.
+The same user is no proof: containers may share a user and a network, but no store. The secret itself is never sent.
+When a process dies, the name of its abstract socket is free, and another process that takes this name must learn
+neither the secret nor a request. So each end sends a random number, and then a digest of both numbers, the listener's
+address and the secret; the owner sends its digest first. Because of the address, a process in between cannot use the
+proof of one owner as the proof of another.
 """
 
 import hmac
@@ -13,7 +13,7 @@ from secrets import token_bytes
 import trio
 
 _BYTES = 32
-"""Of a random number, and of a digest (SHA-256)."""
+"""The size of a random number, and of a digest (SHA-256)."""
 _TIMEOUT_S = 2.0
 
 
@@ -22,12 +22,12 @@ class PeerGoneError(Exception):
 
 
 async def prove_to_owner(stream: trio.SocketStream, secret: bytes, *, address: str) -> bool:
-    """The side that connects. False, and nothing was told, where the listener does not know the secret.
+    """Run the proof on the side that connects. False if the listener does not know the secret; it learns nothing then.
 
-    Waiting is the caller's to bound.
+    The caller bounds the wait.
 
     Raises:
-        PeerGoneError: It has closed: it ends, or does not take this end for one of the service.
+        PeerGoneError: The listener has closed: its process ends, or this end did not prove itself.
         OSError, trio.BrokenResourceError
     """
     ours = token_bytes(_BYTES)
@@ -40,7 +40,7 @@ async def prove_to_owner(stream: trio.SocketStream, secret: bytes, *, address: s
 
 
 async def check_peer(stream: trio.SocketStream, secret: bytes, *, address: str) -> bool:
-    """The side that listens: whether what has connected knows the secret. It has a moment for it."""
+    """Run the proof on the side that listens. Whether the peer proves within two seconds that it knows the secret."""
     with trio.move_on_after(_TIMEOUT_S):
         try:
             theirs = await _receive(stream)
@@ -53,7 +53,7 @@ async def check_peer(stream: trio.SocketStream, secret: bytes, *, address: str) 
 
 
 async def _receive(stream: trio.SocketStream) -> bytes:
-    """So many bytes, and none of what follows."""
+    """Receive one number or digest, and no byte after it."""
     received = b""
     while len(received) < _BYTES:
         more = await stream.receive_some(_BYTES - len(received))

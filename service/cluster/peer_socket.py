@@ -1,6 +1,6 @@
 """The sockets on which processes of this service reach each other: their names, their users, and how to connect.
 
-A peer's address is the name of a Unix socket; one with a leading ``@`` is abstract (unix(7)) and has no file.
+A peer's address is the name of a Unix socket. A name with a leading ``@`` is abstract (unix(7)) and has no file.
 """
 
 import os
@@ -16,11 +16,11 @@ _CONNECT_TIMEOUT_S = 2.0
 _LOOK_S = 0.01
 _CREDENTIALS = struct.Struct("3i")  # process, user, group
 _NOBODY = -1
-"""The user of a connection that the kernel has not made: the listener's backlog is full."""
+"""The user that the kernel reports while the connection is not made, because the listener's backlog is full."""
 
 
 def socket_name(address: str) -> str:
-    """What the kernel calls a peer's address: a leading ``@`` stands for the NUL of an abstract name."""
+    """The kernel's name of a peer's address: a leading ``@`` stands for the NUL of an abstract name."""
     return f"\0{address[1:]}" if address.startswith("@") else address
 
 
@@ -35,7 +35,7 @@ def process_of_peer(stream_socket: trio.socket.SocketType) -> int:
 
 
 async def connect_to_peer(address: str) -> trio.SocketStream | None:
-    """A connection to a peer, which the caller closes; None where no process answers there.
+    """Connect to a peer; the caller closes the connection. None if no process answers at this address.
 
     Cancellation leaves no socket behind.
 
@@ -52,7 +52,7 @@ async def connect_to_peer(address: str) -> trio.SocketStream | None:
                 return None
             if user_of_peer(stream.socket) != _NOBODY:
                 return stream
-            stream.socket.close()  # its backlog is full: the kernel refuses, Trio does not notice
+            stream.socket.close()  # the backlog is full; Trio does not notice that the kernel refused
             await trio.sleep(_LOOK_S)
     return None
 

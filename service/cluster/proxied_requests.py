@@ -1,4 +1,4 @@
-"""Forwards: answers that are passed on from another process, and what becomes of them when this one leaves."""
+"""Proxied requests: answers that this process passes on from their owner, and their end when this process stops."""
 
 from collections.abc import Awaitable, Callable
 from math import inf
@@ -6,17 +6,17 @@ from math import inf
 import trio
 
 _END_ON_ITS_WAY_S = 0.05
-"""What the end of another process's turn may take beyond the time that the process has for it."""
+"""How much later than its own bound the end of another process's turn may arrive here."""
 _LEAVE_S = 0.04
-"""Until an owner has seen that this process leaves. Together they are less than what the phase has left."""
+"""How long an owner may take to see that this process stops. Both together fit in the rest of the phase."""
 
 
 class ProxiedRequests:
-    """The forwards that are open. A shutdown waits for them, no longer than it has told them.
+    """The open proxied requests. A shutdown waits for them until the deadline that :meth:`leave` sets.
 
     Args:
-        nursery: The sessions supervisor's own: what a request leaves behind for an owner ends within the service.
-        cleanup_timeout_s: What a process that stops has for the ends of its turns.
+        nursery: The nursery of the sessions supervisor, so that the last call to an owner ends within the service.
+        cleanup_timeout_s: How long an owner that stops as well may take for the ends of its turns.
     """
 
     def __init__(self, nursery: trio.Nursery, *, cleanup_timeout_s: float) -> None:
@@ -27,7 +27,7 @@ class ProxiedRequests:
         self._changes = trio.lowlevel.ParkingLot()
 
     def open_request(self) -> "ProxiedRequest":
-        """Count one more; it is to be closed."""
+        """Open one more request, which the caller must close."""
         proxied = ProxiedRequest(self._note_closed, self._start_leave)
         if self._leaving:
             proxied.end_by(self._last_end_by())
@@ -35,29 +35,29 @@ class ProxiedRequests:
         return proxied
 
     def leave(self) -> None:
-        """This process goes: those of now and later end with what their owners can tell if they stop as well."""
+        """Set a deadline for all requests, as this process stops. Ends of owners that stop as well arrive by then."""
         self._leaving = True
         for proxied in self._open:
             proxied.end_by(self._last_end_by())
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is passed on."""
+        """Whether no request is open."""
         return not self._open
 
     async def wait_idle(self) -> None:
-        """Return once it :attr:`is_idle`; at once and without a checkpoint if it is."""
+        """Wait for :attr:`is_idle`. Returns without a checkpoint if that is true already."""
         while self._open:
             await self._changes.park()
 
     def _last_end_by(self) -> float:
-        """When an owner that stops as well has told its ends, and they have come here."""
+        """The time by which the ends of an owner that stops as well have arrived here."""
         return trio.current_time() + self._cleanup_timeout_s + _END_ON_ITS_WAY_S
 
     def _start_leave(self, proxied: "ProxiedRequest", call: Callable[[], Awaitable[None]]) -> bool:
         try:
             self._nursery.start_soon(_run_leave, proxied, call, name="taking leave of an owner")
-        except RuntimeError:  # it is closed: a request that outlives the service
+        except RuntimeError:  # the nursery is closed: this request outlives the service
             return False
         return True
 
@@ -73,11 +73,11 @@ async def _run_leave(proxied: "ProxiedRequest", call: Callable[[], Awaitable[Non
 
 
 class ProxiedRequest:
-    """An answer on its way from the process that owns a session through this one. Closing twice is closing once.
+    """An answer that this process passes on from a session's owner. Closing it twice has no effect.
 
     Args:
-        note_closed: Called when it is closed.
-        start: Starts a task that closes it; False where the service is closed already.
+        note_closed: Called when the request is closed.
+        start: Starts a task that closes the request; returns False if the service is closed already.
     """
 
     def __init__(
@@ -94,23 +94,23 @@ class ProxiedRequest:
         return f"<ProxiedRequest: {'cut' if self.was_cut else 'open'}>"
 
     def waiting(self) -> trio.CancelScope:
-        """The scope of one wait for the owner; left early once the answer is cut off."""
+        """The cancel scope of one wait for the owner; cancelled when the answer is cut off."""
         self._scope = trio.CancelScope(deadline=self._deadline)
         return self._scope
 
     def end_by(self, deadline: float) -> None:
-        """This process is leaving: whatever is not there by then does not come through it."""
+        """Cut the answer off at ``deadline``, because this process stops."""
         self._deadline = self._scope.deadline = deadline
 
     @property
     def was_cut(self) -> bool:
-        """Whether it was over because this process leaves."""
+        """Whether the answer was cut off because this process stops."""
         return self._deadline <= trio.current_time()
 
     def take_leave(self, call: Callable[[], Awaitable[None]]) -> bool:
-        """Close it after a last call, which the shutdown waits for: the request that it belonged to is over.
+        """Close this request after a last call to the owner, for which the shutdown waits.
 
-        False, and nothing happens, where the service is closed already.
+        Returns False, and does nothing, if the service is closed already.
         """
         return self._start(self, call)
 

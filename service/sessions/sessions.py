@@ -353,7 +353,7 @@ class Sessions:
     # Steps of the calls
 
     def _check_not_deleted(self, session_id: str) -> None:
-        if self.deletions.has_begun(session_id):
+        if self.deletions.is_under_way(session_id):
             raise SessionNotFoundError(session_id)
 
     async def _read_turn(self, session_id: str, turn_id: str) -> TurnRecord:

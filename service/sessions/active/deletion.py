@@ -48,7 +48,7 @@ class Deletions:
         self._unsettled: set[str] = set()
         """The sessions that this process has marked, or may have marked, as deleted in the store."""
 
-    def has_begun(self, session_id: str) -> bool:
+    def is_under_way(self, session_id: str) -> bool:
         """Whether the deletion of a session is under way: callers do not find it, even if the store still has it."""
         session = self._active.find(session_id)
         return session is not None and session.deletion is not None

@@ -1,4 +1,4 @@
-"""A turn's event log: appended by one writer, read by any number of cursors, each at its own pace."""
+"""A turn's event log: one writer appends, any number of readers read, each at its own pace."""
 
 from collections.abc import Sequence
 from math import inf
@@ -15,11 +15,11 @@ _TERMINAL_RESERVE_BYTES = 2048
 class EventLog:
     """An append-only log of encoded events with seqs from 1, without gaps.
 
-    Only the turn's own task appends and closes. Reading is synchronous, so a reader holds a number
-    (its cursor: the seq it has seen last, 0 for none) and no memory while it waits or is stalled.
+    Only the turn's own task appends and closes. Reading is synchronous, so a reader holds only a number
+    (the last seq that the reader has seen, 0 for none) while it waits or is stalled.
 
     Args:
-        bytes_max: Bound on the encoded events in all. :meth:`append` says when it would be passed;
+        bytes_max: Bound on the encoded events in all. :meth:`append` refuses an event beyond it;
             the terminal event has room of its own.
     """
 
@@ -31,14 +31,14 @@ class EventLog:
         self._closed = False
         self._escapes = False
         self._readers = trio.lowlevel.ParkingLot()
-        self._pausing = trio.lowlevel.ParkingLot()
+        self._waiting_for_end = trio.lowlevel.ParkingLot()
 
     @classmethod
     def replay(cls, frames: Sequence[bytes], *, last_seq: int | None = None) -> "EventLog":
-        """The closed log of an ended turn, from the frames that were kept. They are not copied.
+        """The closed log of an ended turn, from stored frames. The frames are not copied.
 
-        With ``last_seq`` that is the seq of the last of them: those between it and the one before are lost.
-        Frames that were kept before line ends were escaped in them are escaped as they are read.
+        ``last_seq`` is the seq of the last frame if events before this frame are lost. Readers get frames of earlier
+        versions, which have unescaped line ends, with these line ends escaped.
         """
         log = cls(bytes_max=0)
         log._escapes = True
@@ -57,18 +57,18 @@ class EventLog:
 
     @property
     def unbroken_seq(self) -> int:
-        """The seq up to which no event is missing: below ``last_seq`` where some before the terminal one are lost."""
+        """The seq up to which no event is missing; below ``last_seq`` if events before the terminal event are lost."""
         return len(self._frames) if self._last_seq is None else len(self._frames) - 1
 
     @property
     def closed(self) -> bool:
-        """Whether the terminal event is in it: nothing will follow."""
+        """Whether the log has its terminal event, after which no event follows."""
         return self._closed
 
     def append(self, event: Event) -> bool:
         """Append an event whose ``seq`` is ``last_seq + 1`` and wake the readers.
 
-        False, and nothing is appended, where ``bytes_max`` would be passed.
+        Returns False, and appends nothing, if the log would be larger than ``bytes_max``.
         """
         frame = encode_frame(event)
         if self._bytes + len(frame) > self._bytes_max:
@@ -80,7 +80,7 @@ class EventLog:
         """Append the terminal event. Always succeeds; the log then never changes again."""
         self._append(terminal, encode_frame(terminal))
         self._closed = True
-        self._pausing.unpark_all()
+        self._waiting_for_end.unpark_all()
 
     def _append(self, event: Event, frame: bytes) -> None:
         assert not self._closed, "a closed log was written to"
@@ -89,47 +89,47 @@ class EventLog:
         self._bytes += len(frame)
         self._readers.unpark_all()
 
-    async def wait_beyond(self, cursor: int, *, until: float = inf) -> None:
-        """Return once there is an event after ``cursor``, or the log is closed.
+    async def wait_beyond(self, seq: int, *, until: float = inf) -> None:
+        """Wait for an event after ``seq``, or for the close of the log.
 
         Args:
-            until: Do not wait beyond this time, in seconds of Trio's clock: whoever sets it sees to a call of
-                :meth:`wake_readers` then.
+            until: The end of the wait, in seconds of Trio's clock. The caller must see to a call of
+                :meth:`wake_readers` at this time.
         """
-        while self.last_seq <= cursor and not self._closed and trio.current_time() < until:
+        while self.last_seq <= seq and not self._closed and trio.current_time() < until:
             await self._readers.park()
 
     def wake_readers(self) -> None:
-        """Have those that wait look at the time."""
+        """Wake all waiting readers, so that they check their ``until``."""
         self._readers.unpark_all()
 
     async def wait_closed(self) -> None:
-        """Return once the terminal event is there."""
+        """Wait until the log has its terminal event."""
         while not self._closed:
-            await self._pausing.park()
+            await self._waiting_for_end.park()
 
-    def read_after(self, cursor: int, *, bytes_max: int) -> tuple[bytes, int]:
-        """The frames after ``cursor`` that fit in ``bytes_max`` (at least one), and the new cursor.
+    def read_after(self, seq: int, *, bytes_max: int) -> tuple[bytes, int]:
+        """The frames after ``seq`` that fit in ``bytes_max`` (at least one), and the seq of the last of them.
 
-        Empty bytes and the same cursor where nothing is ready.
+        Empty bytes and the same seq if there are no such frames yet.
         """
-        frames, end = join_frames(self._frames, min(cursor, len(self._frames)), bytes_max=bytes_max)
+        frames, end = join_frames(self._frames, min(seq, len(self._frames)), bytes_max=bytes_max)
         if self._escapes:
             frames = escape_line_ends(frames)
-        return frames, max(self.last_seq, cursor) if end == len(self._frames) else end
+        return frames, max(self.last_seq, seq) if end == len(self._frames) else end
 
     def frames(self, *, after: int = 0) -> list[bytes]:
         """A copy of the frames after a seq, to be kept."""
         return list(self._frames[after:])
 
 
-def join_frames(frames: Sequence[bytes], cursor: int, *, bytes_max: int) -> tuple[bytes, int]:
-    """Join the frames whose seq is above ``cursor``: at least one, and no more than fit in ``bytes_max``."""
-    end = cursor
+def join_frames(frames: Sequence[bytes], seq: int, *, bytes_max: int) -> tuple[bytes, int]:
+    """Join the frames after ``seq``: at least one, and no more than fit in ``bytes_max``; and the last seq of them."""
+    end = seq
     size = 0
-    for index in range(cursor, len(frames)):
+    for index in range(seq, len(frames)):
         size += len(frames[index])
-        if size > bytes_max and index > cursor:
+        if size > bytes_max and index > seq:
             break
         end = index + 1
-    return b"".join(frames[cursor:end]), end
+    return b"".join(frames[seq:end]), end

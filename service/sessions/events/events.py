@@ -1,8 +1,8 @@
-"""A turn's events, and the one form in which they travel and are kept: an SSE frame.
+"""A turn's events, and the SSE frame in which an event is sent and stored.
 
-A frame has an ``id:`` (the seq) and one ``data:`` line of JSON whose ``type`` says what it is. There is
-no ``event:`` line: it would repeat the type in each delta, and a browser's ``onmessage`` sees all
-frames without it. The line is one to every client: what any of them takes for a line end is escaped.
+A frame has an ``id:`` (the seq) and one ``data:`` line of JSON, whose ``type`` names the kind of the event. There is
+no ``event:`` line: it would repeat the type in each delta, and without it a browser's ``onmessage`` sees all frames.
+Every character that some client takes for a line end is escaped, so that the line is one line to every client.
 """
 
 import msgspec
@@ -20,7 +20,7 @@ class TurnQueued(msgspec.Struct, frozen=True, kw_only=True, tag="turn.queued", t
 
 
 class TurnStarted(msgspec.Struct, frozen=True, kw_only=True, tag="turn.started", tag_field="type"):
-    """The turn runs. A turn that did not wait has this as its first event."""
+    """The turn runs. This is the first event of a turn that was not queued."""
 
     seq: int = 0
     session_id: str
@@ -47,7 +47,7 @@ class TurnCompleted(
 ):
     """The reply is whole. ``text_length`` counts its Unicode code points.
 
-    ``left_out`` is there, in each terminal event, where not all of the conversation went to the model.
+    Each kind of terminal event has ``left_out`` if a part of the conversation did not go to the model.
     """
 
     seq: int = 0
@@ -71,7 +71,7 @@ class TurnFailed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
 class TurnCancelled(
     msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="turn.cancelled", tag_field="type"
 ):
-    """Somebody ended it."""
+    """A caller ended the turn."""
 
     seq: int = 0
     reason: CancelReason
@@ -83,7 +83,7 @@ class TurnCancelled(
 class TurnInterrupted(
     msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="turn.interrupted", tag_field="type"
 ):
-    """The service ended before the turn did; the partial reply is kept."""
+    """The service stopped or crashed before the turn ended; the partial reply is kept."""
 
     seq: int = 0
     reason: InterruptReason
@@ -101,7 +101,7 @@ _decoder: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
 
 
 def encode_frame(event: Event) -> bytes:
-    r"""The event as it is sent and kept: ``id: 3\ndata: {"type":"turn.delta","seq":3,"text":"Hi"}\n\n``.
+    r"""The SSE frame of an event: ``id: 3\ndata: {"type":"turn.delta","seq":3,"text":"Hi"}\n\n``.
 
     Source: https://html.spec.whatwg.org/multipage/server-sent-events.html
     """

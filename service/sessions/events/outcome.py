@@ -1,4 +1,4 @@
-"""How a turn ends: the value that is decided once, and the terminal event that tells it."""
+"""The outcome of a turn, which is decided once, and the terminal event that publishes it."""
 
 import msgspec
 
@@ -23,13 +23,13 @@ class Failed(msgspec.Struct, frozen=True):
 
 
 class Cancelled(msgspec.Struct, frozen=True):
-    """Somebody ended it."""
+    """A caller ended the turn."""
 
     reason: CancelReason
 
 
 class Interrupted(msgspec.Struct, frozen=True):
-    """The service ended first."""
+    """The service stopped or crashed before the turn ended."""
 
     reason: InterruptReason
 
@@ -42,12 +42,12 @@ def failed(code: FailureCode, message: str) -> Failed:
 
 
 def internal_error() -> Failed:
-    """Something in this service broke: the log has it, the turn has no more than that."""
+    """The outcome for a fault of this service. The process's log has the cause; the turn's record has no details."""
     return failed(INTERNAL_ERROR, INTERNAL_ERROR_MESSAGE)
 
 
 def record_changes(end: Outcome) -> dict[str, object]:
-    """What this end is in the turn's record; the other fields of an end are None."""
+    """The fields of a turn's record that this end sets; the other fields of an end are None."""
     match end:
         case Completed(finish_reason, usage):
             return {"state": "completed", "finish_reason": finish_reason, "usage": usage}
@@ -60,7 +60,7 @@ def record_changes(end: Outcome) -> dict[str, object]:
 
 
 def outcome_of(turn: TurnRecord) -> Outcome | None:
-    """The reverse: how a turn ended. None where it is open, or its record lacks what makes such an end."""
+    """The outcome in a turn's record. None if the turn is open, or if the record lacks a field of its end."""
     if turn.state == "completed" and turn.finish_reason is not None:
         return Completed(turn.finish_reason, turn.usage)
     if turn.state == "failed" and turn.error is not None:
@@ -74,7 +74,7 @@ def outcome_of(turn: TurnRecord) -> Outcome | None:
 def terminal_event(
     end: Outcome, *, seq: int, text_length: int, left_out: LeftOut | None, stored: bool
 ) -> TerminalEvent:
-    """The event that tells this end."""
+    """The terminal event for this outcome."""
     match end:
         case Completed(finish_reason, usage):
             return TurnCompleted(

@@ -1,4 +1,4 @@
-"""The event log of a turn that is over, from what the store kept of it."""
+"""Replays: the event logs of ended turns, read from the store."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from weakref import WeakValueDictionary
@@ -15,9 +15,9 @@ from service.storage.store import Store
 
 
 class Replays:
-    """The logs of turns that are over, each for as long as anybody reads it.
+    """The logs of ended turns. A log stays in memory while it has readers.
 
-    One for all who read the same turn: they share the memory, and the store reads it once.
+    All readers of one turn share one log, which is read from the store once.
     """
 
     def __init__(self, store: Store) -> None:
@@ -28,15 +28,15 @@ class Replays:
     async def open(
         self, session_id: str, turn_id: str, *, after: int, read_turn: Callable[[], Awaitable[TurnRecord]]
     ) -> EventLog:
-        """The log of a turn, which is closed.
+        """The closed log of an ended turn.
 
         Args:
-            after: The seq from which on it is to be read.
-            read_turn: Reads the turn's record, and refuses where it may not be read. Asked last, so that a session
-                that goes away meanwhile is not found.
+            after: The seq after which the caller reads.
+            read_turn: Reads the turn's record, or raises an error that refuses the caller. Called after the events were
+                read, so that a session that is deleted meanwhile is not found.
 
         Raises:
-            EventsLostError: Not all events that follow ``after`` are in the store, or it is not over.
+            EventsLostError: Not all events after ``after`` are in the store, or the turn has not ended.
         """
         key = session_id, turn_id
         async with self._opening.setdefault(key, trio.Lock()):
@@ -45,7 +45,7 @@ class Replays:
             turn = await read_turn()
             if log is None:
                 log = replay_kept(turn, frames)
-            if log is None:  # it may have ended between the two
+            if log is None:  # the turn may have ended between the two reads
                 frames = await self._store.read_events(session_id, turn_id)
                 log = replay_kept(turn, frames)
             if log is not None:
@@ -57,10 +57,10 @@ class Replays:
 
 
 def replay_kept(turn: TurnRecord, frames: Sequence[bytes]) -> EventLog | None:
-    """A closed log; None if events are missing in it.
+    """The closed log of stored frames; None if events are missing.
 
-    A crash loses events whose seqs only the readers of that moment know. What is left, and the text, are those up to
-    the last checkpoint; the terminal event follows on them with a seq above all that are lost.
+    A crash loses the events after the last checkpoint; the text in the store ends at the same checkpoint. The terminal
+    event follows with a seq that is higher than the seq of every lost event.
     """
     if turn.is_open:
         return None
@@ -78,10 +78,10 @@ def replay_kept(turn: TurnRecord, frames: Sequence[bytes]) -> EventLog | None:
 
 
 def _naming(turn: TurnRecord, frames: Sequence[bytes]) -> Sequence[bytes]:
-    """The frames, the first of which say whose they are: in those of a fork it is the turn that was copied."""
+    """The frames, with this turn's ids in the first events; in a fork these events name the copied turn."""
     told: list[bytes] = []
     for frame in frames[:2]:
-        # Of no other event: quotes in a text are escaped.
+        # No other event contains this string, because quotes in a text are escaped.
         if b'"turn_id":"' not in frame or turn.id.encode() in frame:
             break
         event = decode_frame(frame)

@@ -1,4 +1,4 @@
-"""Open event streams: how many there are, their bound, and the heartbeats of those that have nothing to say."""
+"""Open event streams: their number, its bound, and the heartbeats of silent streams."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -15,10 +15,10 @@ class Streams:
     """Counts streams and bounds them to ``streams_max``.
 
     Args:
-        heartbeat_interval_s: Silence after which a stream says that it is there.
+        heartbeat_interval_s: Silence after which a stream sends a heartbeat.
 
     Attributes:
-        held: Whether streams are to write no more than their ends, which come in a moment.
+        held: Whether streams write only their ends, which will follow soon.
     """
 
     def __init__(self, *, streams_max: int, heartbeat_interval_s: float) -> None:
@@ -30,16 +30,16 @@ class Streams:
         self._streams_max = streams_max
         self._heartbeat_interval_s = heartbeat_interval_s
         self._waiting: OrderedDict[StreamSlot, tuple[float, EventLog]] = OrderedDict()
-        """Those that wait for an event: since when they are silent, the longest first, and for what."""
+        """The streams that wait for an event, longest silence first: the start of the silence, and the log."""
 
     def __repr__(self) -> str:
         return f"<Streams: {self.open} of {self._streams_max} open, {self.ended} ended, {self.aborted} aborted>"
 
     def open_stream(self) -> "StreamSlot":
-        """Take a place; the slot is to be closed.
+        """Take a slot, which the caller must close.
 
         Raises:
-            StreamLimitError: All places are taken.
+            StreamLimitError: ``streams_max`` streams are open.
         """
         if self.open >= self._streams_max:
             raise StreamLimitError(f"{self._streams_max} streams are open already (streams_max); try again later.")
@@ -49,7 +49,7 @@ class Streams:
     async def run_heartbeats(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """The heartbeat loop, a child of the service: wake each stream that has been silent for the interval.
 
-        One task for all of them: a deadline of its own for each wait of each stream is a tenth of what a token costs.
+        One task serves all streams, because a deadline for each wait of each stream would cost a tenth of a token.
         """
         task_status.started()
         while True:
@@ -59,17 +59,16 @@ class Streams:
             if log is None or due_at > now:
                 await trio.sleep_until(due_at)
                 if trio.current_time() - due_at >= LATE_S:
-                    await trio.sleep(READING_S)  # what lies in the sockets comes first: it may end the silence
+                    await trio.sleep(READING_S)  # unread data in the sockets may end the silence
             else:
                 self._waiting.popitem(last=False)
                 log.wake_readers()
 
     def hold(self, then: Callable[[], None]) -> None:
-        """Have all streams write no more than their ends. From any thread.
+        """Let all streams write only their ends. May be called from any thread.
 
         Args:
-            then: To be called, perhaps more than once, by streams that come to know it: within the event loop, and
-                before what is due there already.
+            then: Called by the streams that notice this, perhaps more than once, within the event loop.
         """
         self._on_held = then
         self.held = True
@@ -96,7 +95,7 @@ class Streams:
 
 
 class StreamSlot:
-    """The place of one stream. Closing twice is closing once."""
+    """The slot of one open stream. Closing it twice has no effect."""
 
     def __init__(self, streams: Streams) -> None:
         self._streams: Streams | None = streams
@@ -105,29 +104,26 @@ class StreamSlot:
         return f"<StreamSlot: {'closed' if self._streams is None else 'open'}>"
 
     def is_ends_only(self) -> bool:
-        """Whether it is to write no more than its end, which comes in a moment, if it is not there now.
-
-        If so, that is told first (:meth:`Streams.hold`).
-        """
+        """Whether the stream may write only its end. If so, calls the callback of :meth:`Streams.hold` first."""
         if self._streams is None or not self._streams.held:
             return False
         self._streams.note_ends_only()
         return True
 
-    async def wait_beyond(self, log: EventLog, cursor: int) -> None:
-        """Return once the log has an event after ``cursor`` or is closed, or it is time for a heartbeat."""
-        if log.last_seq <= cursor:
+    async def wait_beyond(self, log: EventLog, seq: int) -> None:
+        """Wait for an event after ``seq``, for the close of the log, or for the time of a heartbeat."""
+        if log.last_seq <= seq:
             until = inf if self._streams is None else self._streams.note_waiting(self, log)
-            await log.wait_beyond(cursor, until=until)
+            await log.wait_beyond(seq, until=until)
 
     def close(self, *, ended: bool = False) -> None:
-        """Give the place back; ``ended`` says whether the stream was sent to its end."""
+        """Give the slot back; ``ended`` says whether the stream was sent to its end."""
         streams, self._streams = self._streams, None
         if streams is not None:
             streams.note_closed(self, ended=ended)
 
     def give_back(self) -> None:
-        """Give the place back of a stream that never began: it counts as neither ended nor aborted."""
+        """Give the slot of a stream back that never began; the stream counts as neither ended nor aborted."""
         streams, self._streams = self._streams, None
         if streams is not None:
             streams.open -= 1

@@ -1,4 +1,4 @@
-"""What must hold between a turn's record and its events, whoever brings them: what a turn can have become by itself."""
+"""Checks that a turn's record and its events, as in an import, are ones that this service could have made."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -28,10 +28,10 @@ Problem = tuple[str, object, str]
 
 
 def problems_of(turn: TurnRecord, frames: Sequence[bytes]) -> Iterator[Problem]:
-    """What no turn of this service can be: the first thing is enough to refuse it.
+    """The contradictions in a turn; a turn with one of them was not made by this service.
 
     Args:
-        frames: Its events, as they are kept.
+        frames: The turn's encoded events.
     """
     yield from _problems_of_record(turn)
     yield from _problems_of_events(turn, frames)
@@ -86,7 +86,7 @@ def _problems_of_events(turn: TurnRecord, frames: Sequence[bytes]) -> Iterator[P
 
 
 def _problems_of_course(turn: TurnRecord, events: Sequence[Event]) -> Iterator[Problem]:
-    """The events before the terminal one: queued, started, then what the model sent."""
+    """Check the events before the terminal event: queued, started, then the pieces of the reply."""
     texts: dict[type, list[str]] = {TurnDelta: [], TurnReasoning: []}
     named: tuple[str, str] | None = None
     stage = 0
@@ -112,13 +112,13 @@ def _problems_of_course(turn: TurnRecord, events: Sequence[Event]) -> Iterator[P
 
 
 def _are_names_of(turn: TurnRecord, session_id: str, turn_id: str) -> bool:
-    """Whether events may name these: the turn's own, or, in a fork, those of the turn that it is a copy of."""
+    """Whether events may name these ids: the turn's own ids, or, in a fork, the ids of the copied turn."""
     own = session_id == turn.session_id, turn_id == turn.id
     return all(own) or (not any(own) and is_session_id(session_id) and is_turn_id(turn_id))
 
 
 def _read(frame: bytes) -> Event | None:
-    """The event of a frame as this service writes it; only what JSON may escape or not is left open."""
+    """The event of a frame; None unless this service writes the event so, apart from JSON's optional escapes."""
     if _FRAME.fullmatch(frame) is None:
         return None
     try:
@@ -130,7 +130,7 @@ def _read(frame: bytes) -> Event | None:
 
 
 def _escaped(frame: bytes) -> str:
-    """With one spelling of each character: earlier versions escaped fewer of them."""
+    """The frame with one spelling of each character, because earlier versions escaped fewer characters."""
     return _ESCAPED.sub(_escape, frame.decode())
 
 

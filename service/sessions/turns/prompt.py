@@ -1,19 +1,19 @@
 """The prompt of a turn: a pure function of the session's path.
 
-The system message, then the turns' messages. Roles always alternate, whatever became of the turns, because upstreams
-refuse anything else:
+The prompt is the system message, then the turns' messages. The roles alternate in every case, because upstreams refuse
+other prompts:
 
-- a completed turn contributes its input and its reply,
-- a cancelled or interrupted one its input and its partial reply,
-- one that the model refused for what it is (:attr:`~service.storage.records.TurnRecord.was_refused`) nothing: it would
-  be refused again, and everything after it with it. Inputs without an answer that were in one message with it are
-  suspected of the same, unless it was only too long: then it was tried without them,
-- another failed one its input only; so does any turn whose reply is empty or white space, which some servers refuse to
-  see again. Such an input has no answer and is merged into the next one, where each text stands once however often it
-  was asked. Inputs that were rejected twice in a row, for a reason unknown here, are not sent a third time.
+- A completed turn contributes its input and its reply.
+- A cancelled or interrupted turn contributes its input and its partial reply.
+- A turn whose input the model refused (:attr:`~service.storage.records.TurnRecord.was_refused`) contributes nothing:
+  the model would refuse this input again, and all later prompts with it. Unanswered inputs that were in one message
+  with it are dropped as well, unless the input was only too long: then the model was asked again without them.
+- Another failed turn contributes its input only. So does a turn whose reply is empty or white space, because some
+  servers refuse such a reply in a prompt. An input without an answer is merged into the next input; equal texts are
+  merged into one. Inputs that were rejected twice in a row, for an unknown reason, are not sent a third time.
 
-The oldest turns are left out: beyond a bound; where the model says that the prompt is too long for it
-(:func:`shortened`); and where that is known from the turns before (:func:`_start_learned`).
+The oldest turns are left out in three cases: the prompt is larger than a bound; the model says that the prompt is too
+long (:func:`shortened`); or earlier turns have shown that the prompt is too long (:func:`_start_learned`).
 """
 
 from collections.abc import Sequence
@@ -26,16 +26,16 @@ from service.storage.records import LeftOut, TurnRecord
 
 _SEPARATOR = "\n\n"
 _ROOM_FOR_ERROR = 0.9
-"""Tokens are not spread evenly over the bytes of a conversation."""
+"""A safety factor, because tokens are not spread evenly over the bytes of a conversation."""
 _TOKEN_BYTES = 3
-"""What a token has at least, about: English text has four, Chinese three, digits two or three."""
+"""About the fewest bytes of a token: English text has four, Chinese three, digits two or three."""
 _LEARNED_BYTES_MIN = 4096
-"""A prompt below this is too long for no model; where one says so, too many tokens were asked for the reply."""
+"""No model is too small for this prompt. A model that says so was asked for too many tokens in the reply."""
 NOTHING = LeftOut()
 
 
 class Prompt(msgspec.Struct, frozen=True):
-    """What is sent, its size in bytes of UTF-8, and what of the conversation is not in it."""
+    """The messages that are sent, their size in bytes of UTF-8, and the part of the conversation that is left out."""
 
     messages: tuple[Message, ...]
     left_out: LeftOut | None
@@ -52,7 +52,7 @@ def build_prompt(
 
     Args:
         bytes_max: Bounds the UTF-8 bytes of all texts: whole turns are left out, oldest first, but never the last one.
-        older: What the turns before ``path`` would contribute: they are left out anyway.
+        older: The size of the turns before ``path``, which are left out in any case.
     """
     system = [Message("system", system_message)] if system_message else []
     room = bytes_max - sum(len(message.text.encode()) for message in system)
@@ -70,10 +70,11 @@ def shortened(
     max_output_tokens: int | None,
     older: LeftOut = NOTHING,
 ) -> Prompt | None:
-    """The prompt to try once more after a ``context_too_long``; None where there is nothing to leave out.
+    """The shorter prompt to try after a ``context_too_long``; None if no further turn can be left out.
 
-    Where the server says how many tokens it counted and how many it takes, as much of the conversation is kept as fits
-    by that, less a tenth. Otherwise at most half of it, and no more than three bytes for each token that it takes.
+    If the server says how many tokens it counted and how many it takes, the new prompt has the same share of the old
+    one, less a tenth. Otherwise the new prompt is at most half as large, with at most three bytes for each token that
+    the server takes.
     """
     answer = max_output_tokens or 0
     keep = refused.bytes // 2
@@ -87,7 +88,7 @@ def shortened(
 
 
 def _start_within(path: Sequence[TurnRecord], room: int) -> int:
-    """The index of the first turn with which all that follow are within ``room`` bytes; the last turn always is."""
+    """The index of the first turn from which on all turns fit in ``room`` bytes; at most that of the last turn."""
     start = len(path)
     for turn in reversed(path):
         room -= _size(turn)
@@ -98,10 +99,10 @@ def _start_within(path: Sequence[TurnRecord], room: int) -> int:
 
 
 def _start_learned(path: Sequence[TurnRecord], older: LeftOut) -> int:
-    """The index of the first turn that the same model can be expected to take, by what became of the turn before.
+    """The index of the first turn that the same model will probably take, judging by the turn before.
 
-    What the turn before left out, and was answered without, stays out. Where it was too long all the same, or was not
-    tried again, the prompt is at most half as large as that one was, or 4 KiB.
+    Turns that the turn before left out stay out if the model answered that turn. If the prompt of the turn before was
+    too long in the end, the new prompt is at most half as large, or 4 KiB.
     """
     for index in range(len(path) - 2, -1, -1):
         turn = path[index]
@@ -117,7 +118,7 @@ def _start_learned(path: Sequence[TurnRecord], older: LeftOut) -> int:
 
 
 def _start_after(path: Sequence[TurnRecord], items: int) -> int:
-    """The index of the turn before which there are so many messages."""
+    """The index of the first turn after the given number of messages."""
     for index, turn in enumerate(path):
         if items <= 0:
             return index
@@ -126,7 +127,7 @@ def _start_after(path: Sequence[TurnRecord], items: int) -> int:
 
 
 def _size(turn: TurnRecord) -> int:
-    """What it adds to a prompt in bytes, with separators that may not be needed."""
+    """The bytes that a turn adds to a prompt, with separators that may not be needed."""
     return turn.in_prompts.bytes + len(_SEPARATOR) * (1 + len(turn.input))
 
 
@@ -148,7 +149,7 @@ def _alternate(path: Sequence[TurnRecord]) -> list[Message]:
 
 
 def _merged(unanswered: Sequence[TurnRecord]) -> str:
-    """The inputs of turns without a reply, and of the one that follows them, as one message: each text once."""
+    """The inputs of turns without a reply, and of the turn after them, as one message with each text once."""
     rejected = [index for index, turn in enumerate(unanswered) if _has_failed_with(turn, "upstream_rejected")]
     if len(rejected) > 1:
         unanswered = unanswered[rejected[-1] :]

@@ -1,4 +1,4 @@
-"""A live turn: its state from its acceptance until its end is kept and told.
+"""A live turn: its state from the acceptance until the end is stored and published.
 
 Its task is in :mod:`service.sessions.turns.turn_task`.
 """
@@ -25,14 +25,14 @@ from service.storage.records import Checkpoint, Item, LeftOut, TurnRecord, TurnS
 
 OnDisconnect = Literal["cancel", "continue"]
 RETURN_S = 5.0
-"""How long a turn runs on whose client was cut off by another process of this service: some attempts of a client that
-waits a second before each, as the streams ask of it."""
+"""How long a turn runs on after another process of this service has cut off its client: enough for some attempts of a
+client that waits a second before each, as the streams tell it to."""
 
 
 class Turn:
-    """The state of a live turn, shared by its task and by those who observe or end it.
+    """The state of a live turn, shared by its task, its readers and the calls that end it.
 
-    Everything here is synchronous, so that a decision has no gap for another one.
+    All methods except :meth:`wait_ended` are synchronous, so that no second decision comes between the steps of one.
     """
 
     def __init__(
@@ -48,9 +48,9 @@ class Turn:
         self.log = EventLog(bytes_max=settings.log_bytes_max)
         self.ended = trio.Event()
         self.stored = False
-        """Whether its end is in the store. Only says something once it has ended."""
+        """Whether the turn's end is in the store. Has a meaning only once the turn has ended."""
         self.crashed = False
-        """Whether something in this service broke while it ran."""
+        """Whether a fault of this service ended the turn."""
         self.client = client
         self.system_message = system_message
         self.request_id = request_id
@@ -63,9 +63,9 @@ class Turn:
         """When the first events of the model came."""
         self.end: outcome.Outcome | None = None
         self.is_ending = False
-        """Whether its end, once decided, is being kept and told, or has been."""
+        """Whether the decided end is being stored and published, or was."""
         self.stored_seq = 0
-        """The seq up to which its events are in the store, by a checkpoint: the end brings only those after it."""
+        """The seq up to which checkpoints have stored the events; the end stores only later events."""
         self._settings = settings
         self._record = record
         self._on_disconnect = on_disconnect
@@ -105,7 +105,7 @@ class Turn:
         return self._record.state == "running"
 
     def record(self) -> TurnRecord:
-        """The turn as it stands, with the reply so far, and whether the store has it so."""
+        """The turn's record now, with the reply so far; ``stored`` says whether the store has this end."""
         return msgspec.structs.replace(
             self._record,
             output=self._output(),
@@ -114,38 +114,38 @@ class Turn:
         )
 
     async def wait_ended(self) -> TurnRecord:
-        """Wait until the end is kept and told. Cancellation affects the caller alone."""
+        """Wait until the end is stored and published. Cancellation affects the caller only."""
         await self.ended.wait()
         return self.record()
 
     # Its end
 
     def decide(self, end: outcome.Outcome) -> bool:
-        """Decide how it ends. The first decision stands: False, and nothing happens, for a later one."""
+        """Decide how the turn ends. The first decision stands; a later call changes nothing and returns False."""
         if self.end is not None:
             return False
         self.end = end
         return True
 
     def cut_short(self, end: outcome.Outcome) -> bool:
-        """Decide how it ends and stop its work, from outside of its task."""
+        """Decide how the turn ends, and stop its work. For callers outside of the turn's task."""
         if self._has_expired():
-            self.decide_from_deadlines()  # a deadline that has passed came first
+            self.decide_from_deadlines()  # the deadline was first
         decided = self.decide(end)
         if decided:
             self._scope.cancel()
         return decided
 
-    # Who watches it
+    # Watches
 
     def watch(self) -> "Watch":
-        """Take an interest in it; the watch is to be released."""
+        """Take a watch of the turn, which the caller must release."""
         self._watches += 1
         self._set(self._abandoned_deadline, inf)
         return Watch(self)
 
     def unwatch(self, *, client_returns: bool) -> None:
-        """One watch less; for :class:`Watch`."""
+        """Release one watch; called by :class:`Watch`."""
         now = trio.current_time()
         self._watches -= 1
         if client_returns:
@@ -161,7 +161,7 @@ class Turn:
     # For its task
 
     def scope(self) -> trio.CancelScope:
-        """What its work runs in: cancelled when its end is decided from outside, or at its deadlines."""
+        """The cancel scope of the turn's work: cancelled at a deadline, or when an outside call decides the end."""
         return self._scope
 
     def start(self, now: datetime) -> None:
@@ -177,7 +177,7 @@ class Turn:
         )
 
     def note_prompt(self, left_out: LeftOut | None) -> None:
-        """It asks the model now, without what is left out."""
+        """Note the part of the conversation that the prompt leaves out."""
         self._record = msgspec.structs.replace(self._record, left_out=left_out)
 
     @property
@@ -187,7 +187,7 @@ class Turn:
 
     @property
     def has_output(self) -> bool:
-        """Whether the model has sent something."""
+        """Whether the model has sent a piece of the reply or of its reasoning."""
         return bool(self._reply.length or self._reasoning.length)
 
     def expect_token(self, otherwise: Literal["first_token_timeout", "next_token_timeout"], *, within_s: float) -> None:
@@ -196,7 +196,7 @@ class Turn:
             self._expected = otherwise, within_s
 
     def take(self, events: Sequence[ModelEvent]) -> Finished | None:
-        """Append what the model sent; the last event, if it is among them.
+        """Append the model's events. Returns :class:`Finished` if it is among them.
 
         Raises:
             ModelError: A bound is reached (``reply_too_large``, ``log_too_large``).
@@ -223,7 +223,7 @@ class Turn:
         return None
 
     def append(self, event: Event) -> None:
-        """Append an event that is not the terminal one."""
+        """Append an event that is not the terminal event. Raises: ModelError (``log_too_large``)."""
         if not self.log.append(event):
             raise ModelError(
                 "log_too_large",
@@ -232,7 +232,7 @@ class Turn:
             )
 
     def decide_from_deadlines(self) -> None:
-        """Its work was stopped by a deadline of its own: decide by which."""
+        """Decide the end by the turn's deadline that stopped its work."""
         first = self._scope.deadline
         if first == self._abandoned_deadline.at:
             self.decide(outcome.Cancelled("disconnected"))
@@ -248,7 +248,7 @@ class Turn:
             self.decide(outcome.failed(code, f"The model server sent nothing for {within_s:g} s ({code}_s)."))
 
     def checkpoint(self) -> Checkpoint | None:
-        """What it grew by since the last checkpoint that was kept; None if by nothing, or its end is decided."""
+        """The growth since the last stored checkpoint; None if there is none, or if the end is decided."""
         if self.end is not None or self.log.last_seq == self.stored_seq:
             return None
         return Checkpoint(
@@ -261,21 +261,21 @@ class Turn:
         )
 
     def note_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """A checkpoint is kept."""
+        """Note that the store has a checkpoint."""
         self.stored_seq = checkpoint.after + len(checkpoint.events)
         for item in checkpoint.output:
             text = self._reply if item.id == self._reply.id else self._reasoning
             text.kept += len(item.text)
 
     def finish(self, now: datetime) -> TurnRecord:
-        """It is ending: write the decided end into the record and return it, ready to be kept."""
+        """Begin the end: return the record with the decided end, ready for the store."""
         assert self.end is not None, "a turn finished before its end was decided"
         self.is_ending = True
         changes = outcome.record_changes(self.end) | {"ended_at": now}
         return msgspec.structs.replace(self._record, output=self._output(), last_seq=self.log.last_seq + 1, **changes)
 
     def conclude(self, record: TurnRecord, *, stored: bool) -> None:
-        """Tell the end to everybody: the last thing that happens to a turn."""
+        """Publish the end to all readers and waiters: the last step of a turn."""
         assert self.end is not None
         self._record = record
         self.stored = stored
@@ -283,7 +283,7 @@ class Turn:
         self.ended.set()
 
     def terminal_event(self, *, stored: bool) -> Event:
-        """The event that tells the end: the next one, or the last one of a log that is closed."""
+        """The terminal event: the next event of an open log, or the last event of a closed log."""
         assert self.end is not None
         return outcome.terminal_event(
             self.end,
@@ -294,7 +294,7 @@ class Turn:
         )
 
     def _set(self, deadline: Deadline, at: float, *, timeout_s: float = inf) -> bool:
-        """Move one of its deadlines; False, and nothing happens, where one has passed: that is the one that ends it."""
+        """Set one of the turn's deadlines. If a deadline has passed, that one ends the turn: changes nothing, False."""
         if self._has_expired():
             return False
         deadline.set(at, timeout_s=timeout_s)
@@ -302,15 +302,17 @@ class Turn:
         return True
 
     def _has_expired(self) -> bool:
-        """Whether a deadline has passed, or its work was stopped in another way."""
+        """Whether a deadline has passed, or the turn's work was stopped in another way."""
         if trio.current_time() >= self._scope.deadline:
-            look_for_freeze()  # which may have been a moment ago: then that deadline moves
+            look_for_freeze()  # after a freeze this moves the deadline
         return self._scope.cancel_called
 
     def note_late(self, lateness: Lateness) -> None:
-        """The event loop was late: what the model has sent meanwhile is read before a deadline counts."""
+        """Move the deadlines after a delay of the event loop, so that the model's data is read first."""
         before, self._scope.deadline = self._scope.deadline, inf
-        if not self._scope.cancel_called:  # looked at without a deadline, or one that has just passed would cancel it
+        if (
+            not self._scope.cancel_called
+        ):  # read with the deadline at inf, because reading it after the deadline cancels the scope
             deadlines = (self._run_deadline, self._silence_deadline, self._abandoned_deadline)
             for deadline in deadlines:
                 deadline.note_late(lateness)
@@ -327,13 +329,13 @@ class Turn:
 
 
 class Watch:
-    """An interest in a turn: a stream's or a waiting call's. Releasing twice is releasing once."""
+    """The interest of a stream or a waiting call in a turn. Releasing it twice has no effect."""
 
     def __init__(self, turn: Turn | None) -> None:
         self._turn = turn
 
     def release(self, *, client_returns: bool = False) -> None:
-        """Give it up. ``client_returns`` says that the client has not left: it is given :data:`RETURN_S` at least."""
+        """Release the watch. With ``client_returns`` the turn waits at least :data:`RETURN_S` for its client."""
         turn, self._turn = self._turn, None
         if turn is not None:
             turn.unwatch(client_returns=client_returns)
@@ -348,13 +350,13 @@ class Watch:
 
 
 class _Text:
-    """A text that grows by pieces."""
+    """A text that grows piece by piece."""
 
     def __init__(self) -> None:
         self.id = new_message_id()
         self.length = 0
         self.bytes = 0
-        self.kept = 0  # how much of its length is in a checkpoint
+        self.kept = 0  # characters that are in a checkpoint
         self._pieces: list[str] = []
 
     def append(self, piece: str) -> None:

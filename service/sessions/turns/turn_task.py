@@ -1,7 +1,7 @@
-"""A turn's task, a child of its session's: it runs the turn to its end.
+"""A turn's task: it runs the turn to its end, in the session's task or in a child of it.
 
-Whatever happens to it becomes one terminal event: the first cause decides, synchronously; the upstream connection is
-closed; the end is kept; the event is appended; the streams end. In this order, for every cause.
+Every turn ends with one terminal event, for every cause in the same order: the first cause decides, synchronously; the
+connection to the upstream closes; the end is stored; the terminal event is appended; the streams end.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
@@ -35,10 +35,10 @@ async def run_turn(
     clock: Clock,
     settings: Settings,
 ) -> None:
-    """Run a turn to its end. Its failures become its terminal event and end nothing else.
+    """Run a turn to its end. A failure becomes the turn's terminal event and ends no other turn.
 
-    Ends when the turn has; cancellation from above decides ``default_end()`` and still keeps and
-    tells it, within ``cleanup_timeout_s``.
+    Returns when the turn has ended. Cancellation from above decides ``default_end()``, and this end is still stored
+    and published, within ``cleanup_timeout_s``.
 
     Args:
         wait_for_others: Returns when no earlier turn of the session is open.
@@ -59,16 +59,16 @@ async def run_turn(
 
 
 async def end_turn(turn: Turn, *, store: Store, clock: Clock, within_s: float) -> bool:
-    """Keep and tell the end that is decided; False, and nothing happens, where somebody else does or has.
+    """Store and publish the decided end. Returns False, and does nothing, if another task does so or has done so.
 
     Args:
-        within_s: What the store may take. An end that is not kept by then is told as such.
+        within_s: How long the store may take. An end that is not stored by then is published as not stored.
     """
     if turn.is_ending:
         return False
     record = turn.finish(clock())
     stored = False
-    # Shielded: every end is kept and told, also one that a cancellation caused.
+    # Shielded: every end is stored and published, also the end that a cancellation caused.
     with (
         trio.CancelScope(deadline=trio.current_time() + within_s, shield=True) as scope,
         forgiving(scope, timeout_s=within_s),
@@ -80,9 +80,9 @@ async def end_turn(turn: Turn, *, store: Store, clock: Clock, within_s: float) -
 
 
 async def _reply(turn: Turn, *, store: Store, clock: Clock, settings: Settings) -> None:
-    """Take the model's reply to the end and decide it.
+    """Take the model's whole reply, and decide the end.
 
-    What is too long for the model is tried once more without the oldest turns, within the same deadlines.
+    A prompt that is too long for the model is tried once more without the oldest turns, within the same deadlines.
     """
     was_queued = not turn.running
     turn.start(clock())
@@ -112,14 +112,14 @@ async def _reply(turn: Turn, *, store: Store, clock: Clock, settings: Settings) 
 
 
 async def _measure_older(path: Sequence[TurnRecord], store: Store) -> LeftOut:
-    """What the turns would contribute that are too far back to be read."""
+    """The size of the turns that are too far back to be read."""
     if not path or path[0].parent is None:
         return NOTHING
     return await store.measure_path(path[0].session_id, path[0].parent)
 
 
 async def _ask(turn: Turn, prompt: Prompt, *, settings: Settings) -> ModelError | None:
-    """Take the model's reply to a prompt; a refusal as too long is returned, and nothing decided by it."""
+    """Take the model's reply to a prompt. Returns the error of a prompt that is too long, and decides nothing then."""
     turn.note_prompt(prompt.left_out)
     record = turn.record()
     request = ModelRequest(
@@ -134,7 +134,7 @@ async def _ask(turn: Turn, prompt: Prompt, *, settings: Settings) -> ModelError 
                 while turn.end is None:
                     events = await stream.receive()
                     if turn.end is not None:
-                        break  # decided by somebody else while these were on their way
+                        break  # another caller has decided the end meanwhile
                     finished = turn.take(events)
                     if finished is not None:
                         turn.decide(outcome.Completed(finished.finish_reason, finished.usage))
@@ -151,7 +151,7 @@ async def _ask(turn: Turn, prompt: Prompt, *, settings: Settings) -> ModelError 
 
 
 def _is_too_long(turn: Turn, error: Exception) -> bool:
-    """Whether the model refuses the prompt as too long, and may be asked again: nothing was told of a reply."""
+    """Whether the prompt is too long for the model, and the model may be asked again: no piece of a reply was sent."""
     return isinstance(error, ModelError) and error.code == "context_too_long" and not turn.has_output
 
 
@@ -182,7 +182,7 @@ def _decide_upstream_failed(turn: Turn, error: ModelError, settings: Settings) -
 
 
 async def _keep(turn: Turn, record: TurnRecord, *, store: Store, clock: Clock) -> bool:
-    """Put an end into the store, with the events that are not there yet; whether that worked."""
+    """Store an end, with the events that the store does not have yet. Returns whether the store took it."""
     after = turn.stored_seq
     events = turn.log.frames(after=after)
     events.append(encode_frame(turn.terminal_event(stored=True)))

@@ -1,6 +1,6 @@
-"""The checkpoint loop: keeps what running turns grew by, so that a crash takes little of them.
+"""The checkpoint loop: stores the growth of running turns, so that a crash loses little of them.
 
-Nobody waits for it. An error in it is logged and it goes on; the next checkpoint brings what that one did not.
+An error in this loop is logged, and the loop goes on; the next checkpoint stores what the failed one did not.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +17,7 @@ from service.storage.store_deadline import answered_within
 logger = structlog.get_logger("lastcall.checkpoints")
 
 _BATCH_BYTES_MAX = 2 * 1024 * 1024
-"""What one call to the store brings, about: more would keep other writes waiting."""
+"""The approximate size of one call to the store; a larger call would delay other writes."""
 
 
 async def run_checkpoints(
@@ -28,7 +28,7 @@ async def run_checkpoints(
     store_timeout_s: float,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Every ``interval_s`` keep the progress of all turns that made some. Runs until cancelled."""
+    """Store the growth of all open turns every ``interval_s``. Runs until cancelled."""
     task_status.started()
     while True:
         await trio.sleep(interval_s)
@@ -41,7 +41,7 @@ async def run_checkpoints(
 
 
 async def checkpoint_turns(store: Store, turns: Sequence[Turn], *, store_timeout_s: float) -> None:
-    """Keep the progress of these turns, mostly in one call. Raises: StoreError."""
+    """Store the growth of these turns, usually in one call. Raises: StoreError."""
     for batch in _batches(turns):
         with answered_within(store_timeout_s):
             await store.checkpoint_turns([checkpoint for _, checkpoint in batch])

@@ -1,7 +1,7 @@
-"""The expiry loop: reclaims what has expired.
+"""The expiry loop: removes expired sessions.
 
-Nobody depends on it being in time, because an expired session is not there for readers anyway. An
-error in it is logged and it goes on.
+The loop need not be in time, because readers do not find an expired session. An error in this loop is logged, and the
+loop goes on.
 """
 
 import structlog
@@ -14,7 +14,7 @@ from service.storage.store_deadline import answered_within
 logger = structlog.get_logger("lastcall.expiry")
 
 _BATCH_MAX = 100
-"""What one step removes: more would keep other writes waiting."""
+"""Sessions that one step removes; a larger step would delay other writes."""
 
 
 async def run_expiry(
@@ -25,10 +25,7 @@ async def run_expiry(
     store_timeout_s: float,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Sweep every ``interval_s``.
-
-    Runs until cancelled; a cancelled sweep leaves whole batches behind.
-    """
+    """Sweep every ``interval_s``. Runs until cancelled; a cancelled sweep has removed whole batches."""
     task_status.started()
     while True:
         await trio.sleep(interval_s)
@@ -42,9 +39,9 @@ async def run_expiry(
 
 
 async def sweep(store: Store, *, clock: Clock, store_timeout_s: float) -> int:
-    """Remove all sessions that have expired by now, in batches; how many.
+    """Remove all sessions that have expired by now, in batches. Returns their number.
 
-    None while it is in doubt what time it is: what is removed is gone for good, and the next sweep finds it, too.
+    Removes none while the clock is in doubt: a removal is final, and a later sweep finds the same sessions.
     """
     removed = 0
     while True:

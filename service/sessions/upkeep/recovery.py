@@ -1,4 +1,4 @@
-"""The recovery loop: brings the store what it refused, settles deletions, ends the turns of processes that have died.
+"""The recovery loop: retries refused writes, settles deletions, ends the turns of processes that have died.
 
 Nothing waits for this loop. An error in it is logged, and the loop goes on.
 """
@@ -20,21 +20,21 @@ async def run_recovery(
     """Recover every two seconds, until cancelled.
 
     Args:
-        shared: Whether other processes may have the store as well, and die.
+        shared: Whether other processes, which may die, can use the same store.
     """
     task_status.started()
     while True:
         await trio.sleep(INTERVAL_S)
         try:
-            await mend(sessions, shared=shared)
+            await recover_once(sessions, shared=shared)
         except StoreError as error:
             logger.warning("the store still refuses; trying again", error=str(error))
         except Exception:
             logger.exception("the recovery loop failed; trying again")
 
 
-async def mend(sessions: Sessions, *, shared: bool) -> None:
-    """Do what can be done now. Raises: StoreError, after having tried everything."""
+async def recover_once(sessions: Sessions, *, shared: bool) -> None:
+    """Try each step of the recovery once. Raises: StoreError, after all steps were tried."""
     refusal: StoreError | None = None
     for settle in (sessions.pending_writes.settle, sessions.deletions.settle):
         try:

@@ -11,7 +11,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from service.errors import SessionExistsError, SessionNotFoundError, StoreError, TurnLimitError
 from service.sessions.commands import NewSession, NewTurn
-from service.sessions.upkeep.recovery import INTERVAL_S, mend, run_recovery
+from service.sessions.upkeep.recovery import INTERVAL_S, recover_once, run_recovery
 from service.storage.memory import MemoryStore
 from service.storage.records import SessionRecord, TurnRecord
 from tests.sessions.puppet import Stage, open_stage
@@ -127,7 +127,7 @@ async def test_deletion_whose_last_step_was_refused_is_finished_later(autojump_c
             await stage.sessions.get_session(session.id)
         store.refused.clear()
         if by == "recovery":
-            await mend(stage.sessions, shared=False)
+            await recover_once(stage.sessions, shared=False)
             await wait_all_tasks_blocked()
         else:
             await stage.sessions.delete_session(session.id)
@@ -186,7 +186,7 @@ async def test_a_deletion_is_not_finished_by_others_before_its_turns_have_ended(
         stage.puppet.close_s = 5
         nursery.start_soon(stage.sessions.delete_session, "s")
         await wait_all_tasks_blocked()
-        await mend(stage.sessions, shared=False)
+        await recover_once(stage.sessions, shared=False)
         assert not turn.ended.is_set()
         with pytest.raises(SessionExistsError):
             await stage.store.create_session(session, now=stage.clock())
@@ -205,7 +205,7 @@ async def test_mending_goes_on_where_the_turns_of_others_cannot_be_ended(autojum
         await end_turns(stage, 1)
         store.refused.clear()
         with pytest.raises(StoreError):
-            await mend(stage.sessions, shared=True)
+            await recover_once(stage.sessions, shared=True)
         assert stage.sessions.pending_writes.turns == 0
 
 

@@ -28,7 +28,7 @@ from service.sessions.events.events import Event, TurnCancelled, TurnCompleted, 
 from service.sessions.sessions import Sessions, open_sessions
 from service.sessions.turns.turn import OnDisconnect, Turn, Watch
 from service.sessions.upkeep.expiry import sweep
-from service.sessions.upkeep.recovery import mend
+from service.sessions.upkeep.recovery import recover_once
 from service.settings import Settings
 from service.storage.memory import MemoryStore
 from service.storage.records import SessionRecord, TurnRecord
@@ -371,7 +371,7 @@ async def _run(history: Sequence[Sequence[Act]], *, ending: Ending, random: Rand
                 if interrupted_at is not None:
                     races.check_interrupted_at(interrupted_at)
                 await trio.sleep(200)  # the last callers leave
-                await mend(sessions, shared=False)
+                await recover_once(sessions, shared=False)
                 await races.check_ends()
                 await races.check_nothing_is_left()
                 await races.check_store()

@@ -9,7 +9,7 @@ import trio
 
 from service.errors import SessionExistsError, SessionNotFoundError, StoreError
 from service.sessions.commands import NewSession, NewTurn
-from service.sessions.upkeep.recovery import mend
+from service.sessions.upkeep.recovery import recover_once
 from service.settings import Settings
 from service.supervisor import Service, open_service
 from tests.storage.sqlite.faulty_disk import FaultyDisk
@@ -58,7 +58,7 @@ async def test_a_delete_whose_commit_is_slow_ends_its_turn_and_frees_the_id(disk
         await not_in_time(disk, lambda: sessions.delete_session("s"))
         assert (await sessions.get_session("s")).status == "running", "it is not deleted yet"
         disk.running.set()
-        await mend(sessions, shared=True)
+        await recover_once(sessions, shared=True)
         record = await turn.wait_ended()
         assert (record.state, record.reason) == ("cancelled", "session_deleted")
         await sessions.drain.wait_idle()
@@ -82,7 +82,7 @@ async def test_a_turn_whose_acceptance_is_in_a_slow_commit_does_not_stay_open(di
         sessions = service.sessions
         await not_in_time(disk, lambda: sessions.start_turn("s", NewTurn(text="hi")))
         disk.running.set()
-        await mend(sessions, shared=True)
+        await recover_once(sessions, shared=True)
         (turn,) = (await sessions.list_turns("s", limit=10)).data
         assert (turn.state, turn.error and turn.error.code) == ("failed", "store_unavailable")
         assert (await sessions.get_session("s")).status == "idle"
