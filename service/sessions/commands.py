@@ -67,6 +67,7 @@ class NewTurn(msgspec.Struct, frozen=True, kw_only=True):
             state="queued" if queued else "running",
             model=self.model or session.model or settings.default_model,
             created_at=now,
+            started_at=None if queued else now,
             input=(Item(id=new_message_id(), role="user", text=self.text),),
             temperature=self.temperature,
             max_output_tokens=self.max_output_tokens,

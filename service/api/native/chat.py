@@ -47,7 +47,9 @@ async def chat() -> TrioResponse:
     if after is not None:
         return await _resume(service, body, after)
     leave_at_end_of_input()
-    new = NewTurn(text=body.message, creates_session=True, request_id=current_request_id())
+    new = NewTurn(
+        text=body.message, on_disconnect=body.on_disconnect, creates_session=True, request_id=current_request_id()
+    )
     return await start_streaming(service, take_slot(service), body.session_id or new_session_id(), new)
 
 

@@ -262,6 +262,9 @@ async def stream_events(session_id: str, turn_id: str) -> TrioResponse:
     last event's id as `Last-Event-ID` (an `EventSource` does), as `lastEventId` or `Last-Event-ID` in the query (its
     polyfills do) or as `after`: nothing is missing and nothing comes twice. The header wins over the query, and there
     the id over `after`. Names in the query that are not known are passed over.
+
+    Compare the ids of events, and do not count them: where the process that ran the turn has crashed, the id of the
+    last event, `turn.interrupted`, jumps to 1073741824 or more.
     """
     cursor, field = read_cursor(request)
     service = current_service()

@@ -109,11 +109,16 @@ class SessionUsage(msgspec.Struct, frozen=True):
     output_tokens: int
 
 
+def _whole(number: float) -> float:
+    """The number as JSON should show it: ``1800`` and not ``1800.0``, where it is a whole one."""
+    return int(number) if number.is_integer() else number
+
+
 class Session(msgspec.Struct, frozen=True, kw_only=True):
     """A session.
 
     ``{"id": "sess_6f…", "created_at": "2026-01-31T09:30:00Z", "last_accessed_at": "2026-01-31T09:31:07.25Z",
-    "expires_at": "2026-01-31T10:01:07.25Z", "idle_timeout_s": 1800.0, "title": null, "model": null,
+    "expires_at": "2026-01-31T10:01:07.25Z", "idle_timeout_s": 1800, "title": null, "model": null,
     "system_message": "Be brief.", "metadata": {}, "status": "idle", "head": "turn_0a…", "message_count": 2,
     "usage": {"input_tokens": 12, "output_tokens": 34}}``
     """
@@ -139,7 +144,7 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
             created_at=record.created_at,
             last_accessed_at=record.last_accessed_at,
             expires_at=record.expires_at,
-            idle_timeout_s=record.idle_timeout_s,
+            idle_timeout_s=_whole(record.idle_timeout_s),
             title=record.title,
             model=record.model,
             system_message=record.system_message,
@@ -322,12 +327,15 @@ class EventsQuery(Query, frozen=True, kw_only=True, forbid_unknown_fields=False)
 
 
 class Chat(RequestBody, frozen=True, kw_only=True):
-    """``{"message": "Hi", "session_id": "me"}``"""
+    """``{"message": "Hi", "session_id": "me", "on_disconnect": "continue"}``"""
 
     message: Text
     session_id: Annotated[
         SessionId | None, Meta(description="Made if it is not there; left out, a new session is made.")
     ] = None
+    on_disconnect: Annotated[
+        OnDisconnect, Meta(description="What to do after the turn's last stream has been left.")
+    ] = "cancel"
 
 
 # The rest

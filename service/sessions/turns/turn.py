@@ -166,7 +166,7 @@ class Turn:
 
     def start(self, now: datetime) -> None:
         """It runs from now on, and its deadline with it."""
-        self._record = msgspec.structs.replace(self._record, state="running", started_at=now)
+        self._record = msgspec.structs.replace(self._record, state="running", started_at=self._record.started_at or now)
         timeout_s = self._settings.turn_timeout_s
         self.started_at = trio.current_time()
         self._set(self._run_deadline, self.started_at + timeout_s, timeout_s=timeout_s)

@@ -20,6 +20,7 @@ async def test_a_session_is_created_read_changed_and_deleted() -> None:
         assert session["created_at"].endswith("Z")
         lifetime = datetime.fromisoformat(session["expires_at"]) - datetime.fromisoformat(session["created_at"])
         assert lifetime.total_seconds() == session["idle_timeout_s"] == 1800
+        assert repr(session["idle_timeout_s"]) == "1800", "a whole number has no fraction"
         assert (await api.call("GET", created.headers["location"])).json == session
 
         patched = await api.call("PATCH", "/sessions/me", {"title": None, "metadata": {}, "idle_timeout_s": 60})

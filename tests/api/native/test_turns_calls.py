@@ -211,18 +211,38 @@ async def test_a_client_that_leaves_before_the_stream_has_begun_releases_all(aut
         assert (turn["state"], turn["reason"]) == ("cancelled", "disconnected")
 
 
-async def test_a_turn_that_goes_on_is_not_ended_by_its_client(autojump_clock: MockClock) -> None:
+@pytest.mark.parametrize("on_disconnect", ["continue", "cancel"])
+@pytest.mark.parametrize(
+    ("path", "body"), [("/sessions/s/turns", {"input": "Hi"}), ("/chat", {"message": "Hi", "session_id": "s"})]
+)
+async def test_a_turn_says_whether_it_goes_on_without_its_client(
+    autojump_clock: MockClock, path: str, body: dict[str, str], on_disconnect: str
+) -> None:
     async with open_api(model_url=SLOW) as api:
-        session_id = await api.new_session()
-        path = f"/sessions/{session_id}/turns"
+        await api.new_session(id="s")
         connection = api.open("POST", path, headers=SSE | {"Content-Type": "application/json"})
         async with connection:
-            await connection.send(b'{"input": "Hi", "on_disconnect": "continue"}')
+            await connection.send(json.dumps(body | {"on_disconnect": on_disconnect}).encode())
             await connection.send_complete()
             await trio.sleep(10.5)
             await leave(connection)
-        (turn,) = (await api.call("GET", path)).json["data"]
-        assert turn["state"] == "running"
+        (turn,) = (await api.call("GET", "/sessions/s/turns")).json["data"]
+        assert turn["state"] == ("running" if on_disconnect == "continue" else "cancelled")
+
+
+async def test_a_running_turn_is_kept_with_its_start_and_a_queued_one_without(autojump_clock: MockClock) -> None:
+    """What a crash leaves of a turn is what its acceptance has kept."""
+    async with open_api(model_url=SLOW) as api:
+        await api.new_session(id="s")
+        kept = {}
+        for number in ("first", "second"):
+            body = {"input": number, "background": True, "on_conflict": "queue"}
+            turn_id = (await api.call("POST", "/sessions/s/turns", body)).json["id"]
+            kept[number] = await api.service.store.get_turn("s", turn_id, now=api.service.sessions._clock())
+        assert (kept["first"].state, kept["first"].started_at) == ("running", kept["first"].created_at)
+        assert (kept["second"].state, kept["second"].started_at) == ("queued", None)
+        told = (await api.call("GET", f"/sessions/s/turns/{kept['first'].id}")).json
+        assert told["started_at"] == told["created_at"]
 
 
 async def test_conflicts_queues_and_parents(autojump_clock: MockClock) -> None:
