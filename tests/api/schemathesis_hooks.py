@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import schemathesis
-from schemathesis import Case, CheckContext, Response
+from schemathesis import Case, CheckContext, HookContext, Response
 from schemathesis.checks import positive_data_acceptance
 
 OPAQUE = {"after", "at", "Last-Event-ID", "lastEventId", "parent"}
@@ -28,3 +28,18 @@ def answers_are_noted(_ctx: CheckContext, response: Response, case: Case[Any]) -
     answer = f"{case.id} {case.operation.definition.raw['operationId']} {response.status_code}\n"
     with Path(os.environ["ANSWERS_SEEN"]).open("a") as seen:
         seen.write(answer)
+
+
+@schemathesis.hook
+def before_load_schema(_context: HookContext, raw_schema: dict[str, Any]) -> None:
+    """Say what each event of a stream is: schemathesis takes a stream's schema for that of an event."""
+    data = {"contentMediaType": "application/json", "contentSchema": {"$ref": "#/components/schemas/Event"}}
+    event = {
+        "type": "object",
+        "properties": {"id": {"type": "string", "pattern": "^[0-9]+$"}, "data": {"type": "string", **data}},
+        "required": ["id", "data"],
+    }
+    for operation in (it for methods in raw_schema["paths"].values() for it in methods.values()):
+        for response in operation["responses"].values():
+            if stream := response.get("content", {}).get("text/event-stream"):
+                stream["schema"] = event

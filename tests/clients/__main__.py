@@ -38,11 +38,17 @@ from tests.process.lastcall import HYPERCORN_0, SERVE, SSE, Host, open_lastcall
 
 HTTPX_SSE = "0.4.3"
 """The newest one that takes every blank line for an event."""
+OPENAPI_PYTHON_CLIENT = "0.29.1"
+TSC = (
+    *("npx", "tsc", "--strict", "--skipLibCheck", "--target", "es2022", "--lib", "es2022,dom,dom.asynciterable"),
+    *("--module", "nodenext", "--outDir", ".", "generated_client.ts"),
+)
 TOKENS = 20
 PLAIN = ("token ",) * TOKENS
 LAST_SEQ = TOKENS + 2
 LINE_ENDS = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei\rj\nk"
-KEY = {"Authorization": "Bearer the-key-of-the-clients"}
+KEY_ALONE = "the-key-of-the-clients"
+KEY = {"Authorization": f"Bearer {KEY_ALONE}"}
 REPOSTS_MAX = 20
 """In the four seconds after a completed turn: event-source-plus waits 2 ms, then twice as long each time."""
 
@@ -62,6 +68,7 @@ class Surroundings:
 
     node: Path
     httpx_sse: str
+    openapi_python_client: str
 
 
 @asynccontextmanager
@@ -164,6 +171,61 @@ async def httpx_sse(around: Surroundings) -> str:
         return f"{seen['version']}: {LAST_SEQ} events with heartbeats between them, none empty, none cut at a line end"
 
 
+GENERATED = {
+    "title": "A title",
+    "sessions": 2,
+    "turns": ["completed", "completed"],
+    "messages": 4,
+    "text": "".join(PLAIN),
+    "texts": ["".join(PLAIN)] * 3,
+    "last": ["turn.completed"] * 3,
+    "code": "session_not_found",
+}
+"""What a generated client sees of a server, whichever generator it is of."""
+
+
+async def openapi_typescript(around: Surroundings) -> str:
+    """Types are generated, compiled strictly, and every operation is called with them."""
+    async with open_service(api_keys=KEY_ALONE, pause_s=0) as port:
+        url = f"http://127.0.0.1:{port}"
+        for command in (
+            ["npx", "openapi-typescript", f"{url}/openapi.json", "-o", "schema.d.ts"],
+            TSC,
+        ):
+            done = await trio.run_process(
+                command, cwd=around.node, capture_stdout=True, stderr=subprocess.STDOUT, check=False
+            )
+            check(done.returncode == 0, done.stdout.decode()[-1500:])
+        done = await trio.run_process(
+            ["node", "generated_client.js", url, KEY_ALONE],
+            cwd=around.node,
+            capture_stdout=True,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+        check(done.returncode == 0, done.stdout.decode()[-1500:])
+        seen = json.loads(done.stdout)
+        document = (await call(port, "GET", "/openapi.json")).json()
+        every = {f"{method.upper()} {path}" for path, methods in document["paths"].items() for method in methods}
+        check(set(seen.pop("called")) == every, f"these were not called: {every}")
+        check(seen == GENERATED, f"it saw {seen}")
+        return f"compiled strictly, {len(every)} operations called, three streams read to the end"
+
+
+async def openapi_python_client(around: Surroundings) -> str:
+    """A client is generated without a warning, and every operation is called with it."""
+    async with open_service(api_keys=KEY_ALONE, pause_s=0) as port:
+        command = ["uv", "run", "--no-project", "--quiet", "--with", around.openapi_python_client]
+        script = ["python", str(HERE / "generated_client.py"), f"http://127.0.0.1:{port}", KEY_ALONE]
+        done = await trio.run_process([*command, *script], capture_stdout=True, stderr=subprocess.STDOUT, check=False)
+        check(done.returncode == 0, done.stdout.decode()[-1500:])
+        seen = json.loads(done.stdout)
+        called, missed = seen.pop("called"), seen.pop("not_called")
+        check(not missed, f"these were not called: {missed}")
+        check(seen == GENERATED, f"it saw {seen}")
+        return f"generated without a warning, {len(called)} operations called, three streams read to the end"
+
+
 async def check_streams_live(server: int, through: int, path: str = "/chat", **headers: str) -> None:
     """Tokens come through while the turn runs, and nothing is compressed, lost or doubled."""
     seen: dict[str, Any] = {"seqs": [], "empty": 0, "last": None}
@@ -206,7 +268,7 @@ async def nginx_without_keys(_: Surroundings) -> str:
 
 
 async def nginx_with_keys(_: Surroundings) -> str:
-    async with open_service(api_keys=KEY["Authorization"].removeprefix("Bearer ")) as port, open_nginx(port) as nginx:
+    async with open_service(api_keys=KEY_ALONE) as port, open_nginx(port) as nginx:
         await check_streams_live(port, nginx, "/usual/chat", **KEY)
         check((await call(nginx, "GET", "/usual/sessions")).status_code == 401, "it serves without a key")
         return "tokens come while the turn runs, through its default buffering; 401 without a key"
@@ -239,6 +301,8 @@ CHECKS: tuple[Callable[[Surroundings], Awaitable[str]], ...] = (
     event_source_polyfill,
     eventsource,
     httpx_sse,
+    openapi_typescript,
+    openapi_python_client,
     express_with_compression,
     nginx_without_keys,
     nginx_with_keys,
@@ -277,7 +341,11 @@ def main() -> int:
     arguments = parser.parse_args()
     httpx_sse = "httpx-sse" if arguments.newest else f"httpx-sse=={HTTPX_SSE}"
     try:
-        around = Surroundings(node=install_node_packages(newest=arguments.newest), httpx_sse=httpx_sse)
+        around = Surroundings(
+            node=install_node_packages(newest=arguments.newest),
+            httpx_sse=httpx_sse,
+            openapi_python_client=f"openapi-python-client{'' if arguments.newest else f'=={OPENAPI_PYTHON_CLIENT}'}",
+        )
         versions = node_versions(around.node) | install_debian_packages()
     except MissingError as error:
         print(f"FAILED  {error}")

@@ -17,7 +17,9 @@ from pathlib import Path
 import trio
 
 HERE = Path(__file__).parent
-SCRIPTS = ("libraries.mjs", "express_proxy.mjs")
+SCRIPTS = ("libraries.mjs", "express_proxy.mjs", "generated_client.ts")
+NEWEST_MAJOR = {"typescript": "5"}
+"""Packages of which the others do not run with the newest: openapi-typescript 7 needs TypeScript 5."""
 CAP_S = 60
 """Bounds each check; an installation has :data:`INSTALL_S`."""
 INSTALL_S = 300
@@ -47,7 +49,7 @@ def install_node_packages(*, newest: bool) -> Path:
         packages: dict[str, str] = json.loads((HERE / "package.json").read_bytes())["dependencies"]
         if newest:  # of those that this Node.js can run, which npm knows where no version is named
             (folder / "package.json").write_text('{"private": true}')
-            command = ["npm", "install", *packages]
+            command = ["npm", "install", *(f"{it}@{NEWEST_MAJOR[it]}" if it in NEWEST_MAJOR else it for it in packages)]
         else:
             for file in ("package.json", "package-lock.json"):
                 shutil.copy(HERE / file, folder)

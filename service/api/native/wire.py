@@ -57,6 +57,7 @@ Limit = Annotated[int, Meta(ge=1, le=100, description="How many at most; of larg
 LastEventId = Annotated[
     str, Meta(pattern=_SEQ, description="The id of the last event already seen; wins over `after`. Empty: none.")
 ]
+Time = Annotated[datetime, Meta(tz=True)]
 After = Annotated[str, Meta(max_length=512, description="The `next` of the page before.")]
 
 
@@ -124,9 +125,9 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     id: str
-    created_at: datetime
-    last_accessed_at: datetime
-    expires_at: datetime
+    created_at: Time
+    last_accessed_at: Time
+    expires_at: Time
     idle_timeout_s: float
     title: str | None
     model: str | None
@@ -197,7 +198,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
     turn_id: str
     role: Role
     text: str
-    created_at: datetime
+    created_at: Time
 
     @classmethod
     def of(cls, record: MessageRecord) -> Self:
@@ -269,9 +270,9 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
         LeftOut | None,
         Meta(description="The oldest messages of the conversation that did not go to the model; null if all did."),
     ]
-    created_at: datetime
-    started_at: datetime | None
-    ended_at: datetime | None
+    created_at: Time
+    started_at: Time | None
+    ended_at: Time | None
     stored: (
         Annotated[
             Literal[False],

@@ -19,6 +19,7 @@ from service.api.http.problems import codes as problem_codes
 from service.api.http.request_body import BodyTimeoutError, UnsupportedMediaTypeError
 from service.api.http.strict_json import InputTooLargeError, MalformedBodyError
 from service.api.native.wire import Problem, SessionId, TurnId
+from service.api.reference.client_schemas import for_clients, structs_in
 from service.errors import (
     InvalidRequestError,
     LastcallError,
@@ -101,18 +102,18 @@ class _Schemas:
 
     def of(self, kind: Any) -> dict[str, Any]:
         (schema,), components = msgspec.json.schema_components([kind], ref_template=_REF)
-        self.components.update(components)
-        return schema
+        self.components |= {
+            name: for_clients(component, structs_in(kind)[name]) for name, component in components.items()
+        }
+        return for_clients(schema)
 
     def event_stream(self) -> dict[str, Any]:
-        """Of one event, as is usual before OpenAPI 3.2: a stream has no end that a schema could describe."""
-        data = {"type": "string", "contentMediaType": "application/json", "contentSchema": self.of(Event)}
-        return {
-            "type": "object",
-            "description": f"One event. On the wire, after its `retry:` line:\n\n```\n{_EXAMPLE_STREAM}\n```",
-            "properties": {"id": {"type": "string", "pattern": "^[0-9]+$"}, "data": data},
-            "required": ["id", "data"],
-        }
+        """Of the whole stream, a text: generated clients would read another type from it as JSON."""
+        self.components["Event"] = self.of(Event) | {"description": "What `data:` of an event is, as JSON."}
+        description = (
+            f"Events, each with a seq as its `id:` and an `Event` as its `data:`:\n\n```\n{_EXAMPLE_STREAM}\n```"
+        )
+        return {"type": "string", "description": description}
 
 
 def _codes(components: dict[str, Any]) -> dict[str, Any]:

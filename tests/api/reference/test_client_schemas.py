@@ -1,0 +1,84 @@
+"""The schemas say what generated clients need: what is always there, and what may be left out.
+
+``just clients`` generates clients from them and calls every operation.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+
+from service.api.app import create_app
+from service.api.native import wire
+from service.api.reference.client_schemas import structs_in
+from service.api.reference.page import document_of
+from service.sessions.events.events import Event
+
+SCHEMAS = document_of(create_app())["components"]["schemas"]
+BODIES = {kind.__name__: kind for kind in wire.RequestBody.__subclasses__()}
+ANSWERS = {
+    name: kind
+    for of in (wire.SessionList, wire.MessageList, wire.TurnList, wire.Health, wire.Problem, Event)
+    for name, kind in structs_in(of).items()
+}
+
+
+def nodes(node: object) -> Iterator[dict[str, Any]]:
+    if isinstance(node, dict):
+        yield node
+        for value in node.values():
+            yield from nodes(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from nodes(value)
+
+
+def sent(kind: type[msgspec.Struct], *, whole: bool) -> set[str]:
+    """The names that are sent of an answer that has all its fields, or only those without a default."""
+    fields = msgspec.structs.fields(kind)
+    values: dict[str, object] = {it.name: "x" for it in fields if whole or it.required}
+    if any(it.name == "seq" for it in fields):
+        values["seq"] = 1  # no event has the default
+    decoded: dict[str, object] = msgspec.json.decode(msgspec.json.encode(kind(**values)))
+    return decoded.keys() | set()
+
+
+def test_each_type_of_the_document_is_a_body_or_an_answer() -> None:
+    assert SCHEMAS.keys() == {*BODIES, *ANSWERS, "Event", "FailureCode", "ProblemCode"}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_a_field_of_a_body_that_has_a_default_may_be_left_out(name: str) -> None:
+    needed = [field.encode_name for field in msgspec.structs.fields(BODIES[name]) if field.required]
+    assert SCHEMAS[name]["required"] == needed
+    for field in msgspec.structs.fields(BODIES[name]):
+        if not field.required and field.default not in (None, msgspec.UNSET, msgspec.NODEFAULT):
+            said = SCHEMAS[name]["properties"][field.encode_name]["description"]
+            assert said.endswith(f"`{msgspec.json.encode(field.default).decode()}` if left out.")
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_a_field_of_an_answer_is_required_if_it_is_always_there(name: str) -> None:
+    assert set(SCHEMAS[name]["required"]) == sent(ANSWERS[name], whole=False)
+    assert SCHEMAS[name]["properties"].keys() == sent(ANSWERS[name], whole=True)
+
+
+def test_what_is_left_out_where_it_is_null_is_never_null() -> None:
+    for name in ("field", "retry_after_s", "turn_id", "state", "text"):
+        assert {"type": "null"} not in SCHEMAS["Problem"]["properties"][name].get("anyOf", [])
+    assert SCHEMAS["TurnFailed"]["properties"]["left_out"] == {"$ref": "#/components/schemas/LeftOut"}
+    assert {"type": "null"} in SCHEMAS["Turn"]["properties"]["left_out"]["anyOf"]
+
+
+def test_no_field_has_a_default_and_each_enum_has_a_type() -> None:
+    for node in nodes({name: schema.get("properties", {}) for name, schema in SCHEMAS.items()}):
+        assert "default" not in node
+        assert "type" in node or not {"enum", "const"} & node.keys()
+
+
+def test_times_are_told_as_such() -> None:
+    times = [name for name in SCHEMAS["Turn"]["properties"] if name.endswith("_at")]
+    assert times == ["created_at", "started_at", "ended_at"]
+    for name in times:
+        assert "date-time" in {node.get("format") for node in nodes(SCHEMAS["Turn"]["properties"][name])}
