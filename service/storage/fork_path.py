@@ -1,4 +1,4 @@
-"""What a fork copies, and what the copies are: the same for every store."""
+"""The turns that a fork copies, and their copies: the same rules for every store."""
 
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
@@ -16,10 +16,10 @@ BYTES_MAX = 64 * 1024 * 1024
 
 
 class ForkPath:
-    """The turns that are to be copied, gathered from the last one to the root.
+    """The path that a fork copies, collected from its last turn to the root.
 
     Attributes:
-        turns: In that order.
+        turns: The turns, the last one first.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class ForkPath:
         self._bytes = 0
 
     def add(self, turn: TurnRecord, *, events_bytes: int) -> None:
-        """Raises: TurnInProgressError: It is open. InvalidRequestError: It is too much."""
+        """Add a turn. Raises: TurnInProgressError: The turn is open. InvalidRequestError: The path is too large."""
         if turn.is_open:
             raise TurnInProgressError(turn.id, instead="fork at a turn that has ended")
         self.turns.append(turn)
@@ -51,7 +51,7 @@ def fork_of(
 def copies_of(path: ForkPath, *, copy_id: str) -> Iterator[TurnRecord]:
     """Copies of the turns of ``path``, root first, some 30 microseconds each.
 
-    They have ids of their own, their items too; what happened to the turns, and when, stays.
+    The copies and their items have new ids; all other fields stay.
     """
     parent = None
     for turn in reversed(path.turns):

@@ -1,9 +1,9 @@
 """The store that keeps everything in this process's memory, and loses it with the process.
 
-It is the reference for every other store: what a method does is one block without a checkpoint, after
-exactly one checkpoint at its start, so it schedules and cancels like a store that does I/O. A fork has more of them
-before that block: it may copy thousands of turns. The end of a turn alone only cancels like one: what calls it
-is about to end anyway, hundreds of times at once in a shutdown.
+This store is the reference for other stores. Each method has one checkpoint at its start, and then one block without
+a checkpoint, so that it schedules and cancels like a store with I/O. A fork has more checkpoints before its block,
+because it may copy thousands of turns. The end of a turn checks for cancellation but does not yield, because in a
+shutdown hundreds of ends come at once, and their callers end anyway.
 """
 
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -45,7 +45,7 @@ from service.storage.records import (
 )
 
 _FORKED_AT_ONCE = 100
-"""Turns that a fork copies in one step of the event loop: some milliseconds."""
+"""Turns that a fork copies in one step of the event loop, which takes some milliseconds."""
 
 
 @dataclass
@@ -58,7 +58,7 @@ class _Turn:
 class _Session:
     record: SessionRecord
     turns: list[_Turn] = field(default_factory=list)
-    """In the order of their acceptance."""
+    """The session's turns, in the order of their acceptance."""
     deleted: bool = False
 
 
@@ -79,11 +79,11 @@ class MemoryStore:
     durable = False
 
     def __init__(self, *, sessions_max: float = inf) -> None:
-        self.peer_secret = token_bytes(32)  # of this process alone
+        self.peer_secret = token_bytes(32)  # only this process uses the store
         self._sessions_max = sessions_max
         self._sessions: dict[str, _Session] = {}
         self._turns: dict[str, _Turn] = {}
-        # Orders over the sessions that are not marked as deleted. Each is in the first and in one of
+        # Sorted lists of the sessions that are not marked as deleted. Each session is in the first list and in one of
         # the others.
         self._by_age: SortedList[tuple[datetime, str]] = SortedList()
         self._running_by_age: SortedList[tuple[datetime, str]] = SortedList()
@@ -220,7 +220,7 @@ class MemoryStore:
             turn.record = msgspec.structs.replace(turn.record, state="running", started_at=now)
 
     async def checkpoint_turns(self, checkpoints: Sequence[Checkpoint]) -> None:
-        # Only the events, for the end to follow on: no output here outlives its owner.
+        # Only events are kept, so that the end can follow them: no output in this store outlives its owner.
         await anyio.lowlevel.checkpoint()
         for checkpoint in checkpoints:
             turn = self._turns.get(checkpoint.turn_id)
@@ -299,12 +299,12 @@ class MemoryStore:
         return turn.events if turn is not None and turn.record.session_id == session_id else ()
 
     async def find_owner(self, session_id: str) -> Owner | None:  # noqa: ARG002
-        # There is no other.
+        # A memory store has only one owner.
         await anyio.lowlevel.checkpoint()
         return None
 
     async def recover(self, *, now: datetime, after_step: Callable[[], None] | None = None) -> int:  # noqa: ARG002
-        # No turn here outlives its owner.
+        # No turn in this store outlives its owner.
         await anyio.lowlevel.checkpoint()
         return 0
 
@@ -314,9 +314,9 @@ class MemoryStore:
     # Parts of a step
 
     async def _let_others_run(self, source_id: str, *, after: int, now: datetime) -> None:
-        """Now and then in a fork, which may copy thousands of turns. They have ended, and never change.
+        """Yield to other tasks after every hundred turns of a fork. The copied turns have ended and never change.
 
-        Raises: SessionNotFoundError: The source has gone meanwhile.
+        Raises: SessionNotFoundError: The source was removed meanwhile.
         """
         if after % _FORKED_AT_ONCE == 0:
             await anyio.lowlevel.checkpoint()
@@ -350,7 +350,7 @@ class MemoryStore:
         return turn
 
     def _count_expired(self, now: datetime) -> int:
-        # The character above all others makes the key the last of its moment: `expires_at <= now`.
+        # The highest character makes this key the last one of its moment: `expires_at <= now`.
         return self._idle_by_deadline.bisect_right((now, "\U0010ffff"))
 
     def _remove_expired(self, now: datetime, limit: int) -> int:

@@ -1,7 +1,7 @@
-"""Cursors of listings: a position in an order, as one opaque word.
+"""Page cursors: a position in the order of a listing, as one opaque word.
 
-A cursor names the last row of its page by its place in the order, not by how many rows came before
-it, so rows that come and go elsewhere move nothing; the row itself may be gone.
+A page cursor names the last row of its page by the row's place in the order, not by the number of rows before it.
+So rows that come and go do not move the cursor, and the row itself may be gone.
 """
 
 from base64 import urlsafe_b64decode, urlsafe_b64encode
@@ -29,19 +29,19 @@ class TurnPosition(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
 
 
 def encode_cursor(position: SessionPosition | TurnPosition) -> str:
-    """The position as a word that is safe in a URL: the same one whatever zone its moment is told in."""
+    """The position as a word that is safe in a URL. The word does not depend on the time zone of the moment."""
     if isinstance(position, SessionPosition):
         position = SessionPosition(position.created_at.astimezone(UTC), position.id)
     return urlsafe_b64encode(msgspec.json.encode(position)).rstrip(b"=").decode()
 
 
 def decode_session_cursor(cursor: str) -> SessionPosition:
-    """Raises: InvalidRequestError (``after``), where it is not a cursor of a session listing."""
+    """Raises: InvalidRequestError (``after``), if the text is not a page cursor of a session listing."""
     return _decode(cursor, SessionPosition)
 
 
 def decode_turn_cursor(cursor: str) -> TurnPosition:
-    """Raises: InvalidRequestError (``after``), where it is not a cursor of a turn listing."""
+    """Raises: InvalidRequestError (``after``), if the text is not a page cursor of a turn listing."""
     return _decode(cursor, TurnPosition)
 
 
@@ -49,7 +49,7 @@ def _decode(cursor: str, position_type: type[P]) -> P:
     try:
         json = urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4))
         position = msgspec.json.decode(json, type=position_type)
-        # One position has one cursor: what merely decodes (another zone, spare characters) is not ours.
+        # One position has one cursor: refuse other texts that decode to it (another zone, spare characters).
         if encode_cursor(position) != cursor:
             raise ValueError
     except (ValueError, OverflowError, msgspec.MsgspecError):

@@ -1,4 +1,4 @@
-"""What a store keeps, as immutable values."""
+"""The records that a store keeps, as immutable values."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -18,9 +18,9 @@ EndReason = CancelReason | InterruptReason
 """Why a turn was cancelled or interrupted."""
 
 SEQ_AFTER_CRASH = 1 << 30
-"""The seq of the terminal event of a turn that a crash ended: above any that can ever have been sent.
+"""The seq of the terminal event of a turn that a crash ended, higher than the seq of any event that was sent.
 
-A log holds no more bytes than this (the upper bound of ``log_bytes_max``), and every event has some.
+A log holds no more bytes than this number (the upper bound of ``log_bytes_max``), and every event has some bytes.
 """
 
 
@@ -57,7 +57,7 @@ class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
     output_tokens: int = 0
 
     def __post_init__(self) -> None:
-        # It may have been given as a whole number; what is told at first is what is told later.
+        # A whole number becomes a float here, so that the first answer shows the same value as later ones.
         msgspec.structs.force_setattr(self, "idle_timeout_s", float(self.idle_timeout_s))
 
     @property
@@ -65,12 +65,12 @@ class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
         return "running" if self.open_turns else "idle"
 
     def has_expired(self, now: datetime) -> bool:
-        """Whether it is gone: past its deadline and without a turn."""
+        """Whether the session has expired: past its deadline and without an open turn."""
         return not self.open_turns and self.expires_at <= now
 
 
 class SessionPatch(msgspec.Struct, frozen=True, kw_only=True):
-    """Changes to a session; what is ``UNSET`` stays."""
+    """Changes to a session; a field that is ``UNSET`` stays as it is."""
 
     title: str | None | msgspec.UnsetType = msgspec.UNSET
     model: str | None | msgspec.UnsetType = msgspec.UNSET
@@ -92,7 +92,7 @@ class Failure(msgspec.Struct, frozen=True):
 
 
 class LeftOut(msgspec.Struct, frozen=True):
-    """What did not go to the model: so many messages of the conversation, the oldest, and their bytes of UTF-8."""
+    """The oldest messages, which did not go to the model: their number and their size in bytes of UTF-8."""
 
     items: int = 0
     bytes: int = 0
@@ -104,9 +104,9 @@ class LeftOut(msgspec.Struct, frozen=True):
 class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A turn: an input, the reply to it, and its place in the session's tree.
 
-    Output items appear with the end; before it a live turn holds them. ``last_seq`` is the seq of
-    its terminal event. ``left_out`` is None where the whole conversation went to the model. ``stored``
-    is no part of what is kept: False where the turn has ended and the store has not taken that end.
+    The store gets output items with the end; until then the live turn holds them. ``last_seq`` is the seq of
+    the terminal event. ``left_out`` is None if the whole conversation went to the model. The store does not keep
+    ``stored``: it is False if the turn has ended and the store has not taken this end.
     """
 
     id: str
@@ -145,19 +145,19 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def was_refused(self) -> bool:
-        """Whether the model refused the input for what it is, so that it would do so again."""
+        """Whether the model refused the input itself, so that the model would refuse it again."""
         if self.state == "failed":
             return self.error is not None and is_refusal(self.error.code)
         return self.finish_reason == "content_filter" and not self.text.strip()
 
     @property
     def reply(self) -> str:
-        """The reply as the model is shown it later: empty for a failed turn's, and for one of white space."""
+        """The reply as it stands in later prompts: empty for a failed turn, and for a reply of white space."""
         return "" if self.state == "failed" or not self.text.strip() else self.text
 
     @property
     def in_prompts(self) -> LeftOut:
-        """What it brings into the prompts of later turns, and would be left out of them."""
+        """The messages that this turn adds to later prompts, as a number and a size."""
         if self.was_refused:
             return LeftOut()
         texts = [item.text for item in self.input if item.type == "message"]
@@ -167,7 +167,7 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def message_bytes(self) -> int:
-        """The size of its messages in a prompt, in UTF-8."""
+        """The size of the turn's messages in a prompt, in bytes of UTF-8."""
         return self.in_prompts.bytes
 
 
@@ -184,11 +184,11 @@ def with_totals(session: SessionRecord, turns: Sequence[TurnRecord]) -> SessionR
 
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
-    """What a running turn grew by since the checkpoint before.
+    """The growth of a running turn since the checkpoint before.
 
-    ``after`` is the seq of the last event of the last checkpoint that was acknowledged, 0 if there was none;
-    ``events`` are those that follow it, without gaps. ``output`` holds the text that these events brought: an
-    item whose id was there before goes on, a new one begins. ``left_out`` is the turn's.
+    ``after`` is the seq of the last event of the last acknowledged checkpoint, 0 if there was none; ``events`` are
+    the events that follow, without gaps. ``output`` holds the text of these events: an item with a known id continues
+    this item, an item with a new id begins one. ``left_out`` is the turn's.
     """
 
     session_id: str
@@ -200,10 +200,10 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Owner(msgspec.Struct, frozen=True, kw_only=True):
-    """An open store: who runs the turns that it began.
+    """An owner: an open store, whose process runs the turns that this process accepted.
 
-    ``fence`` grows from owner to owner of one store and is never used twice. ``address`` is where the process
-    that opened it answers for its sessions (``unix:/run/lastcall/3.sock``, ``http://10.0.0.3:8000``), if it said so.
+    ``fence`` grows from owner to owner of one store and is never used twice. ``address`` is the address at which the
+    owner's process answers (``unix:/run/lastcall/3.sock``, ``http://10.0.0.3:8000``); None if it did not give one.
     """
 
     fence: int
@@ -211,7 +211,7 @@ class Owner(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Page(msgspec.Struct, Generic[T], frozen=True):
-    """One page of a listing; ``next`` is the cursor of the following page, None on the last."""
+    """One page of a listing; ``next`` is the page cursor of the following page, None on the last page."""
 
     data: tuple[T, ...]
     next: str | None

@@ -1,4 +1,4 @@
-"""An exported session: its form, and what must hold before a store takes one in."""
+"""An exported session: its form, and the checks before a store imports it."""
 
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
@@ -11,9 +11,9 @@ from service.json_words import in_json_words
 from service.storage.records import Item, SessionRecord, TurnRecord, with_totals
 
 FORMAT = 1
-"""Of an exported session."""
+"""The version of the form of an exported session."""
 COUNT_MAX = 10**12
-"""Of events or tokens of one turn, so that their sums fit everywhere."""
+"""The most events or tokens of one turn, so that sums fit in every store."""
 
 _SHOWN_MAX = 80
 """Characters of a wrong value that are shown."""
@@ -27,7 +27,7 @@ class ExportedTurn(msgspec.Struct, frozen=True):
 
 
 class ExportedSession(msgspec.Struct, frozen=True, kw_only=True):
-    """A session whole: ``{"format": 1, "session": {"id": …}, "turns": [{"turn": {…}, "events": ["id: 1…"]}]}``."""
+    """A whole session: ``{"format": 1, "session": {"id": …}, "turns": [{"turn": {…}, "events": ["id: 1…"]}]}``."""
 
     format: int = FORMAT
     session: SessionRecord
@@ -35,10 +35,10 @@ class ExportedSession(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_exported(exported: bytes) -> ExportedSession:
-    """What was exported, once it is sure that it is a session as a store may have one. Its turns are looked at apart.
+    """Read an exported session, and check that a store could have it. The turns are checked separately.
 
     Raises:
-        StartupError: It is not, or not of a format that is known here; one line says what is wrong, and which value.
+        StartupError: The text is no such session, or its format is unknown; one line names the wrong value.
     """
     try:
         whole = msgspec.json.decode(exported, type=ExportedSession)
@@ -64,7 +64,7 @@ def shown(value: object) -> str:
 
 
 def without_open_turns(whole: ExportedSession) -> ExportedSession:
-    """The session as if its open turns had never been: what followed on one follows on what that one followed on."""
+    """The session without its open turns; a turn that followed an open turn follows the ended turn before it."""
     stand_ins: dict[str | None, str | None] = {None: None}
     kept: list[ExportedTurn] = []
     for it in whole.turns:
@@ -105,7 +105,7 @@ def _problems(whole: ExportedSession, given: object) -> Iterator[str]:
 
 
 def problems_of_totals(whole: ExportedSession) -> Iterator[str]:
-    """What a session counts, by what its turns have; open ones count with their inputs."""
+    """Check the counts of a session against its turns; open turns count with their inputs."""
     session = whole.session
     opened = [it.turn for it in whole.turns if it.turn.is_open]
     totals = with_totals(session, [it.turn for it in whole.turns])
@@ -123,7 +123,7 @@ def problems_of_totals(whole: ExportedSession) -> Iterator[str]:
 
 
 def _unknown(given: object, read: object, at: str) -> Iterator[str]:
-    """What a later version may have added, and would be lost."""
+    """The fields that this version does not know, and that an import would lose."""
     if isinstance(given, dict) and isinstance(read, dict):
         for name, value in given.items():
             if name in read:

@@ -1,14 +1,14 @@
 """The protocol that every store meets; ``tests/storage/test_store_contract.py`` is its definition.
 
-Each method is one atomic step: a reader sees all of it or nothing, and a caller that is cancelled
-leaves all of it or nothing behind (it cannot know which). Returning is the acknowledgement: what a
-method wrote is then as safe as the store ever makes it; how many steps share one commit is the
-store's affair. Everything that decides something takes what it decides on as arguments and checks it
-in the same step as the write, so that several processes may share a store.
+Each method is one atomic step: a reader sees the whole step or nothing of it, and a cancelled call
+leaves the whole step or nothing behind (the caller cannot know which). A return acknowledges the step:
+its write is then as safe as the store ever makes it. A store decides how many steps share one commit.
+A method that depends on a condition takes this condition as an argument and checks it in the same step
+as the write, so that several processes may share a store.
 
-An open store is one owner. The turns that it began are its own until they end, it is closed or its
-process dies; only then may another owner's :meth:`Store.recover` end them. All open turns of a session
-have one owner: to any other the store refuses a new one and says whose they are.
+An open store is one owner. The turns that an owner began belong to it until they end, the store closes or the
+process dies; only then may :meth:`Store.recover` of another owner end these turns. All open turns of a session
+have one owner. The store refuses a new turn of this session to any other owner, and names the first one.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,35 +30,35 @@ from service.storage.records import (
 
 
 class Store(Protocol):
-    """Where sessions and turns are kept.
+    """Keeps sessions and turns.
 
-    A session that is marked as deleted, or has expired at ``now``, is not there for any method that
-    takes ``now``, unless it says otherwise. ``now`` is an aware datetime; stores have no clock of
+    A session that is marked as deleted, or has expired at ``now``, does not exist for a method that
+    takes ``now``, unless the method says otherwise. ``now`` is an aware datetime; stores have no clock of
     their own. Ids of turns are unique among all sessions. Every ``limit`` is at least 1.
 
-    A session is *used* at ``now`` by what accepts or ends a turn and by a patch, never by a read:
-    ``last_accessed_at`` becomes ``now``, ``expires_at`` becomes ``now`` plus its idle timeout.
+    The acceptance of a turn, its end and a patch *use* a session at ``now``; a read does not: ``last_accessed_at``
+    becomes ``now``, ``expires_at`` becomes ``now`` plus the session's idle timeout.
 
-    Every method raises :class:`~service.errors.StoreError` where the store refuses or breaks. Whether
-    such a step has happened is then as unknown as for one that was cancelled. It may even happen
-    later, but never after a write that the same owner asks for next: the writes of an owner, and
-    :meth:`is_marked`, have an order, so that a later one finds the outcome of an earlier one settled.
-    Waiting is the caller's to bound. ``aclose`` flushes and closes; nothing may be called after it.
+    Every method raises :class:`~service.errors.StoreError` if the store refuses or breaks. The outcome of
+    such a step is unknown, as after a cancellation. The step may even happen later, but never after the
+    next write of the same owner: the writes of an owner, and :meth:`is_marked`, happen in the order of
+    their calls, so that a later call finds the outcome of an earlier one settled.
+    Callers bound their waits. ``aclose`` flushes and closes; no method may be called after it.
     """
 
     @property
     def name(self) -> str:
-        """What and where, for the banner; without secrets."""
+        """The kind and the place of the store, for the banner; without secrets."""
         ...
 
     @property
     def durable(self) -> bool:
-        """Whether it outlives the process."""
+        """Whether the store outlives the process."""
         ...
 
     @property
     def peer_secret(self) -> bytes:
-        """What the processes that share this store know, and no others. It is no part of a copy of what is kept."""
+        """The secret of the processes that share this store. It is in no backup and no export."""
         ...
 
     # Sessions
@@ -75,18 +75,18 @@ class Store(Protocol):
     async def fork_session(self, source_id: str, *, at: str | None, copy_id: str, now: datetime) -> SessionRecord:
         """Add a session with the settings of another one and copies of its turns from the root to ``at``.
 
-        Without ``at`` that is the source's head; a source without turns gives a copy without any. The copies have
-        ids of their own, their items too, and the same events: an event that names its session or turn names the
-        source's. The totals of the session are those of its turns. It is no use of the source; an expired session of
-        the new id is replaced. Returns the copy.
+        Without ``at`` the copies end at the source's head; a source without turns gives a copy without turns. The
+        copies and their items have new ids. Their events are the same, so events name the source's ids. The totals of
+        the session are those of its turns. A fork does not use the source; an expired session of the new id is
+        replaced. Returns the copy.
 
         Raises:
-            SessionNotFoundError: The source.
+            SessionNotFoundError: The source does not exist.
             TurnNotFoundError: ``at`` is not a turn of the source.
             TurnInProgressError: A turn that would be copied is open.
-            OwnedElsewhereError: It is open, and another owner's; whether that one lives is not looked at.
+            OwnedElsewhereError: Such a turn is open and belongs to another owner, alive or not.
             SessionExistsError: As :meth:`create_session`.
-            InvalidRequestError: It is more than :mod:`service.storage.fork_path` allows (``field`` is ``at``).
+            InvalidRequestError: The path is larger than :mod:`service.storage.fork_path` allows (``field`` is ``at``).
         """
         ...
 
@@ -99,17 +99,17 @@ class Store(Protocol):
     ) -> Page[SessionRecord]:
         """A page of sessions, newest first (by ``created_at``, then ``id``).
 
-        Stable while sessions come and go: one that is there from the first page to the last is in
-        exactly one of them. ``after`` is the ``next`` of the page before, and stays good when the
+        The listing is stable while sessions come and go: a session that exists from the first page to the last is on
+        exactly one page. ``after`` is the ``next`` of the page before, and stays valid when the
         sessions around it are gone.
 
         Raises:
-            InvalidRequestError: ``after`` is not a cursor of this listing (``field`` is ``after``).
+            InvalidRequestError: ``after`` is not a page cursor of this listing (``field`` is ``after``).
         """
         ...
 
     async def count_sessions(self, *, status: SessionStatus | None, now: datetime) -> int:
-        """How many sessions a complete listing would have."""
+        """The number of sessions that a complete listing would have."""
         ...
 
     async def update_session(self, session_id: str, patch: SessionPatch, *, now: datetime) -> SessionRecord:
@@ -125,31 +125,31 @@ class Store(Protocol):
 
         Raises:
             SessionNotFoundError
-            OwnedElsewhereError: Its open turns are another owner's that lives, whose the deletion is then.
+            OwnedElsewhereError: Another owner, which lives, has open turns of the session and must delete it.
         """
         ...
 
     async def is_marked(self, session_id: str) -> bool:
-        """Whether a session is marked as deleted by this owner and not removed yet.
+        """Whether this owner has marked a session as deleted and not removed it yet.
 
-        Answered in the order of this owner's writes: a :meth:`mark_deleted` or :meth:`remove_deleted` whose outcome
-        is unknown has happened by then, or never will.
+        Answered in the order of this owner's writes: an earlier :meth:`mark_deleted` or :meth:`remove_deleted` with an
+        unknown outcome has happened by then, or never will.
         """
         ...
 
     async def remove_deleted(self, session_id: str) -> None:
-        """Remove a marked session, its turns and their events; the id is free then.
+        """Remove a marked session, its turns and their events; then the id is free.
 
-        Idempotent: does nothing to a session that is not marked. Turns that are still open go too.
+        Idempotent: does nothing to a session that is not marked. Open turns are removed as well.
         """
         ...
 
     async def delete_expired(self, *, now: datetime, limit: int) -> int:
-        """Remove at most ``limit`` sessions that have expired at ``now``; how many it removed.
+        """Remove at most ``limit`` sessions that have expired at ``now``. Returns how many were removed.
 
-        The look and the delete are one step: a session that was used in between stays. Those that
-        have been expired longest go first, and the cost follows what has expired, not what is kept. Of
-        several owners the one that has been there longest does it; for the others it is 0.
+        The check and the removal are one step, so a session that was just used stays. The sessions that expired first
+        go first. The cost depends on the number of expired sessions, not on the number of kept ones. Of several owners
+        only the oldest removes sessions; the others return 0.
         """
         ...
 
@@ -158,46 +158,46 @@ class Store(Protocol):
     async def begin_turn(
         self, turn: TurnRecord, *, now: datetime, head: str | None | msgspec.UnsetType = msgspec.UNSET
     ) -> SessionRecord:
-        """Accept a turn: keep it and its input, make it the head, count it as a use.
+        """Accept a turn: keep the turn and its input, make it the head, count it as a use.
 
-        ``turn.state`` is ``queued`` or ``running``, its id new. ``open_turns`` grows by one,
-        ``message_count`` by the input's messages. Returns the session after it.
+        ``turn.state`` is ``queued`` or ``running``, its id is new. ``open_turns`` grows by one,
+        ``message_count`` by the input's messages. Returns the session after this step.
 
         Args:
-            head: What the session's head has to be, where ``turn.parent`` was chosen by it.
+            head: The head that the session must have, if the caller chose ``turn.parent`` by it.
 
         Raises:
             SessionNotFoundError
-            HeadMovedError: It is another one.
-            TurnNotFoundError: ``turn.parent`` is not a turn of this session; it may be an open one.
-            OwnedElsewhereError: The session's open turns are another owner's that lives. (Those of one that is
-                gone are recovered in the same step.)
+            HeadMovedError: The session has another head.
+            TurnNotFoundError: ``turn.parent`` is not a turn of this session. (An open turn is allowed.)
+            OwnedElsewhereError: Another owner, which lives, has open turns of this session. (Turns of an owner that
+                is gone are recovered in the same step.)
         """
         ...
 
     async def start_turn(self, turn_id: str, *, now: datetime) -> None:
-        """A queued turn has begun to run: ``started_at`` is ``now``. Does nothing if it is not queued."""
+        """Start a queued turn: ``started_at`` becomes ``now``. Does nothing if the turn is not queued."""
         ...
 
     async def checkpoint_turns(self, checkpoints: Sequence[Checkpoint]) -> None:
-        """Keep what running turns grew by, in case this owner dies before their ends.
+        """Keep the growth of running turns, in case this owner dies before their ends.
 
-        No use of a session, and nothing that :meth:`get_turn` shows before :meth:`recover` did. A checkpoint of a
-        turn that is not open, or not this owner's, is passed over. After a call that was cancelled or failed the
-        same ``after`` is to be given again: what had been kept beyond it is replaced.
+        A checkpoint does not use a session, and :meth:`get_turn` shows it only after :meth:`recover`. The checkpoint of
+        a turn that is not open, or not this owner's, is ignored. After a call that was cancelled or failed the caller
+        gives the same ``after`` again: events that were kept beyond it are replaced.
         """
         ...
 
     async def end_turn(self, turn: TurnRecord, *, events: Sequence[bytes], now: datetime, after: int = 0) -> bool:
         """Keep a turn's end, its output and its encoded events, and count it as a use.
 
-        ``turn`` is the whole record: as it was accepted, and how it ended. ``open_turns`` shrinks by
+        ``turn`` is the whole record, with its end. ``open_turns`` shrinks by
         one, ``message_count`` grows by one if the turn has a text, the totals by its usage.
-        The first end wins: False, and nothing changes, if the turn has ended, is gone or is not this owner's.
+        The first end wins: returns False, and changes nothing, if the turn has ended, is gone or is not this owner's.
         Also works on a session that is marked as deleted.
 
         Args:
-            events: Those that follow ``after``, without gaps, the terminal event last; or none.
+            events: The events that follow ``after``, without gaps, the terminal event last; or none.
             after: The seq of the last event of the last checkpoint that was acknowledged.
         """
         ...
@@ -213,46 +213,46 @@ class Store(Protocol):
 
         Raises:
             SessionNotFoundError
-            InvalidRequestError: ``after`` is not a cursor of this listing.
+            InvalidRequestError: ``after`` is not a page cursor of this listing.
         """
         ...
 
     async def read_path(self, session_id: str, turn_id: str, *, bytes_max: int | None) -> Sequence[TurnRecord]:
         """The turns from the root to ``turn_id``, in that order.
 
-        With ``bytes_max``, only the newest whose ``message_bytes`` stay within it in all, but always
-        the last. Empty if the turn is not there. Looks at what is kept: a turn that runs goes on
-        while its session is marked as deleted.
+        With ``bytes_max``, only the newest turns whose ``message_bytes`` together stay within it, but always
+        the last turn. Empty if the turn does not exist. Reads deleted and expired sessions, too, because a turn runs
+        on while its session is marked as deleted.
         """
         ...
 
     async def measure_path(self, session_id: str, turn_id: str) -> LeftOut:
-        """What the turns from the root to ``turn_id`` bring into a prompt, in all.
+        """The size in a prompt of all turns from the root to ``turn_id``.
 
-        Nothing if the turn is not there. Reads no texts, or next to none. Looks at what is kept.
+        Nothing if the turn does not exist. Reads (almost) no texts. Reads deleted and expired sessions, too.
         """
         ...
 
     async def list_path(self, session_id: str, turn_id: str, *, limit: int, first: str | None) -> Sequence[TurnRecord]:
         """At most ``limit`` turns of the path from the root to ``turn_id``, in that order: from ``first`` on.
 
-        ``first`` is the id of a turn; None stands for the root. Empty if it is not on that path, or the turn is not
-        there. Reads the texts of those turns alone. Looks at what is kept.
+        ``first`` is the id of a turn; None stands for the root. Empty if ``first`` is not on this path, or if
+        ``turn_id`` does not exist. Reads the texts of these turns only. Reads deleted and expired sessions, too.
         """
         ...
 
     async def read_events(self, session_id: str, turn_id: str) -> Sequence[bytes]:
-        """The encoded events of an ended turn: seq 1 first, without gaps. Looks at what is kept.
+        """The encoded events of an ended turn: seq 1 first, without gaps. Reads deleted and expired sessions, too.
 
-        Fewer than the turn's ``last_seq`` where a crash took the rest or none were kept: the terminal
-        event is not among them then, and the turn's record says what it was.
+        There are fewer events than the turn's ``last_seq`` if a crash lost some of them or none were kept. Then the
+        terminal event is missing as well, and only the turn's record has the end.
         """
         ...
 
     async def find_owner(self, session_id: str) -> Owner | None:
-        """Who runs the open turns of a session, if that is another owner; None where it is this one or nobody.
+        """The owner of a session's open turns, if it is another owner; None if it is this one or there are none.
 
-        Whether it still lives is not looked at. Looks at what is kept.
+        Does not check whether that owner lives. Reads deleted and expired sessions, too.
         """
         ...
 
@@ -266,10 +266,10 @@ class Store(Protocol):
         turns it ended.
 
         Args:
-            after_step: Called after each step: there are as many as there is to end, and each is short.
+            after_step: Called after each step. Each step is short; their number depends on the number of turns.
         """
         ...
 
     async def aclose(self) -> None:
-        """Flush and close. May be cancelled; what was acknowledged is kept all the same."""
+        """Flush and close. May be cancelled; acknowledged writes are kept in any case."""
         ...

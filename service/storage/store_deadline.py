@@ -11,13 +11,13 @@ from service.freezes import forgiving
 
 @contextmanager
 def answered_within(timeout_s: float) -> Iterator[Callable[[], None]]:
-    """Bound what is awaited inside to ``timeout_s`` seconds (``store_timeout_s``).
+    """Bound the awaits in the body to ``timeout_s`` seconds (``store_timeout_s``).
 
-    What it gives begins the time anew: for a call of many steps, of which each may take so long. Where this process was
-    frozen, so was the store's side of it: there is time for the answer.
+    Gives a function that restarts the time, for a call of many steps of which each may take the whole time. After a
+    freeze of this process the deadline moves, because the store's threads were frozen, too.
 
     Raises:
-        StoreError: The time is over. Whether a write that was under way has happened is unknown.
+        StoreError: The time is over. The outcome of a write in the body is unknown.
     """
     try:
         with trio.fail_after(timeout_s) as scope, forgiving(scope, timeout_s=timeout_s) as deadline:
@@ -28,7 +28,7 @@ def answered_within(timeout_s: float) -> Iterator[Callable[[], None]]:
 
 @asynccontextmanager
 async def answered_in_turn(lock: trio.Lock, timeout_s: float) -> AsyncIterator[None]:
-    """Hold a lock that was waited for no longer than ``timeout_s``. Raises: StoreError, where it was."""
+    """Hold a lock. Raises: StoreError, if the wait for the lock takes longer than ``timeout_s``."""
     with answered_within(timeout_s):
         await lock.acquire()
     try:

@@ -20,7 +20,7 @@ from service.storage.sqlite.schema import APPLICATION_ID, SCRIPTS
 
 SYNCHRONOUS = "FULL"
 CHECK_BYTES_MAX = 32 * 1024 * 1024
-"""A file up to this size is looked through at each opening; of a larger one only its beginning."""
+"""A file up to this size is checked whole at each opening; of a larger file only the beginning is checked."""
 
 _LOCK_WAIT_S = 5.0
 _LOCK_POLL_S = 0.001
@@ -33,7 +33,7 @@ def connect(path: Path, *, query_only: bool = False) -> apsw.Connection:
     """A connection with our settings. It writes no checkpoints by itself."""
     db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
     try:
-        if db.readonly("main"):  # SQLite contents itself with that where it may not write
+        if db.readonly("main"):  # SQLite opens a file read-only if it may not write
             raise apsw.ReadOnlyError
         db.set_busy_handler(_wait_for_lock)
         if db.pragma("page_count") == 0:  # it counts for a new file only, and before WAL, but would write to any
@@ -61,10 +61,10 @@ def _wait_for_lock(calls: int) -> bool:
 
 
 def reset_log(db: apsw.Connection, *, cut: bool = False) -> bool:
-    """Write a checkpoint after which the log begins anew; False where readers do not let go of it within a moment.
+    """Write a checkpoint and restart the log. False if readers hold the log for too long.
 
-    With ``cut`` the disk has back what the log took of it.
-    Nobody else writes meanwhile, so a checkpoint that waits for nobody comes first and leaves this one little to do.
+    With ``cut`` the log's space goes back to the disk. The checkpoint blocks other writers, so a passive checkpoint
+    runs first and leaves little work for it.
     """
     db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
     deadline = time.monotonic() + _RESET_WAIT_S
@@ -84,19 +84,19 @@ def reset_log(db: apsw.Connection, *, cut: bool = False) -> bool:
 
 
 def create_file(path: Path, *, flags: int = 0) -> None:
-    """Make the file if it is not there, readable by its owner alone: what people wrote is in it.
+    """Make the file if it does not exist, readable by its user alone, because it holds conversations.
 
     Args:
-        flags: More of ``open(2)``, such as ``O_EXCL``.
+        flags: Further flags of ``open(2)``, such as ``O_EXCL``.
     """
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o600))
 
 
 def prepare(db: apsw.Connection, path: Path, *, ownership: Ownership) -> None:
-    """Check the file and bring its schema to the newest version, with a copy of it from before.
+    """Check the file and bring its schema to the newest version, after a copy of the old file.
 
     Raises:
-        StartupError: It is not ours, damaged, or from a newer version.
+        StartupError: The file is not ours, damaged, or from a newer version.
     """
     _check_intact(db, path)
     if version_of(db, path) == len(SCRIPTS):
@@ -115,7 +115,7 @@ def prepare(db: apsw.Connection, path: Path, *, ownership: Ownership) -> None:
 
 @contextmanager
 def transaction(db: apsw.Connection) -> Iterator[None]:
-    """What is done inside is written whole, or not at all where it raises."""
+    """A transaction around the body: all of its writes happen, or none if it raises."""
     db.execute("BEGIN IMMEDIATE")
     try:
         yield
@@ -127,7 +127,7 @@ def transaction(db: apsw.Connection) -> Iterator[None]:
 
 
 def version_of(db: apsw.Connection, path: Path) -> int:
-    """The version of its schema, 0 for an empty file. Raises: StartupError: It is not ours, or newer."""
+    """The version of the file's schema, 0 for an empty file. Raises: StartupError: The file is not ours, or newer."""
     version: int = db.pragma("user_version")
     if version > len(SCRIPTS):
         raise StartupError(
@@ -146,12 +146,12 @@ def _check_intact(db: apsw.Connection, path: Path) -> None:
 
 
 def back_up(path: Path, copy: Path, *, replace: bool = False) -> None:
-    """Write a consistent copy of a database that may be in use; it appears under its name when it is whole.
+    """Write a consistent copy of a database that may be in use; the copy gets its name when it is whole.
 
-    Until then it has a name that nobody else uses, and where it fails nothing of it stays.
+    Until then the copy has a unique name, and a failed copy is removed.
 
     Args:
-        replace: Whether it may take the place of a file.
+        replace: Whether the copy may replace a file.
 
     Raises:
         apsw.Error, OSError
@@ -178,7 +178,7 @@ def _copy(path: Path, to: Path) -> None:
 
 
 def _name(file: Path, name: Path) -> None:
-    """Give a file a name that is free. Raises: FileExistsError."""
+    """Rename a file to a free name. Raises: FileExistsError."""
     try:
         name.hardlink_to(file)
     except FileExistsError:

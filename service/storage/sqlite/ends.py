@@ -1,4 +1,4 @@
-"""What the end of a turn is for its session, whoever ends it."""
+"""The effect of a turn's end on its session: the same for a normal end and for a recovery."""
 
 from datetime import datetime, timedelta
 
@@ -16,7 +16,7 @@ _END = (
 
 
 def count_end(db: apsw.Connection, turn: TurnRecord, now: datetime, *, session: int, idle_timeout_s: float) -> None:
-    """A use, and an open turn less; what the turn brought counts."""
+    """Count the end: the session is used, has one open turn less, and its totals grow by the turn's."""
     db.execute(
         _END,
         {

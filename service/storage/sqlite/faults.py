@@ -1,4 +1,4 @@
-"""What SQLite and the disk say, in words for an operator."""
+"""Faults of SQLite and the disk, in words for an operator."""
 
 import os
 import time
@@ -30,7 +30,7 @@ _WORDS: tuple[tuple[type[apsw.Error], str, int | None], ...] = (
 
 
 def fault_of(error: apsw.Error) -> tuple[str, int | None]:
-    """What is wrong with the file and what to do; and when it may have passed, if it may."""
+    """The fault and what to do, in words; and after how many seconds it may have passed, None if it will not."""
     return _known(error) or (f"SQLite says: {error}", 5)
 
 
@@ -39,9 +39,9 @@ def _known(error: apsw.Error) -> tuple[str, int | None] | None:
 
 
 class Faults:
-    """The faults of one connection, in words for those who asked; what and where it was goes to the log.
+    """Turns the faults of one connection into errors for callers; the details go to the log.
 
-    A fault that goes on is logged every :data:`LOG_EVERY_S` seconds, not for each step that meets it.
+    A lasting fault is logged every :data:`LOG_EVERY_S` seconds, not for each failed step.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,7 +50,7 @@ class Faults:
         self._logged_at = -inf
 
     def told(self, error: apsw.Error, db: apsw.Connection) -> StoreError:
-        """The error that callers see: they may be anybody, so that neither the path nor what SQLite says is in it."""
+        """The error that callers see. It has neither the path nor SQLite's words, because callers may be strangers."""
         code = db.system_errno if isinstance(error, apsw.CantOpenError | apsw.IOError) else 0
         self._log(error, system=os.strerror(code) if code else None)
         if is_exhaustion(code):
@@ -58,7 +58,7 @@ class Faults:
         else:
             words, retry_after_s = _known(error) or ("the log says why", 5)
             told = StoreError(f"The store failed: {words}.", retry_after_s=retry_after_s)
-        told.__cause__ = error  # it is raised in another thread than it is made in
+        told.__cause__ = error  # raised in another thread than the one that makes it
         return told
 
     def _log(self, error: apsw.Error, *, system: str | None) -> None:

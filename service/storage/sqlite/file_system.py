@@ -9,7 +9,7 @@ _REMOTE = frozenset(
 
 
 def network_file_system(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str | None:
-    """The type of the network file system that ``path`` is on; None if it is local or nobody can say.
+    """The type of the network file system that holds ``path``; None if it is local or unknown.
 
     Source: proc_pid_mountinfo(5).
     """

@@ -1,7 +1,7 @@
-"""Forks: a copy is built out of sight, in steps that hold the write lock for a moment, and shown by the last one.
+"""Forks: a hidden copy is built in steps that hold the write lock for a short time; the last step shows the copy.
 
-Until then it is a session that is marked as deleted, under an id that nobody can choose: nobody sees it, and where its
-builder dies or gives up it is cleared away as a deletion is.
+A hidden copy is a session that is marked as deleted, under an id that no client can choose. Readers do not see it. If
+its process dies or gives up, the copy is removed like any deleted session.
 """
 
 import time
@@ -19,7 +19,7 @@ from service.storage.sqlite.ownership import owner_of
 from service.storage.sqlite.rows import Row
 
 STEP_S = 0.01
-"""How long a step copies, about: it ends after the row in which this time is over."""
+"""The approximate time of one step: it ends after the row in which this time is over."""
 
 _EVENTS = "SELECT after FROM events WHERE turn = ? AND after > ? ORDER BY after"
 _COPY_EVENTS = (
@@ -29,12 +29,12 @@ _COPY_EVENTS = (
 
 
 class Fork(msgspec.Struct, frozen=True, kw_only=True):
-    """What is to be built.
+    """A fork to be built.
 
     Attributes:
-        at: The last turn that is copied; None where there is none to copy.
-        sources: The keys of the turns that ``turns`` are copies of.
-        hidden_id: The session's id until it is shown.
+        at: The last turn to copy; None if there are no turns to copy.
+        sources: The keys of the turns whose copies are in ``turns``.
+        hidden_id: The id of the copy while it is hidden.
     """
 
     source_id: str
@@ -46,7 +46,7 @@ class Fork(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Progress(msgspec.Struct, frozen=True):
-    """How far a copy has been built: its key, the turn it is at, and the last events that it has of it."""
+    """The progress of a copy: its key, the turn that is being copied, and the last events copied of this turn."""
 
     session: int
     turn: int = 0
@@ -54,7 +54,7 @@ class Progress(msgspec.Struct, frozen=True):
 
 
 def plan(db: apsw.Connection, source_id: str, *, at: str | None, copy_id: str, fence: int, now: datetime) -> Fork:
-    """What a fork copies: turns that have ended and so never change, whatever happens to the session meanwhile.
+    """Read the turns that a fork copies. They have ended, so later changes of the session do not change them.
 
     Raises:
         SessionNotFoundError, TurnNotFoundError, TurnInProgressError, OwnedElsewhereError, InvalidRequestError
@@ -83,10 +83,10 @@ def plan(db: apsw.Connection, source_id: str, *, at: str | None, copy_id: str, f
 
 
 def build(db: apsw.Connection, fork: Fork, progress: Progress | None, *, fence: int, now: datetime) -> Progress | None:
-    """One step; None once the copy is there for everybody.
+    """Do one step of a fork. None once the copy is shown.
 
     Raises:
-        SessionNotFoundError: The source has gone meanwhile.
+        SessionNotFoundError: The source was removed meanwhile.
         SessionExistsError
     """
     source = sessions.visible(db, fork.source_id, now)

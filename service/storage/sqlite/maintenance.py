@@ -1,6 +1,6 @@
-"""What an operator does with the file, beside a service that may be running on it.
+"""The maintenance commands of an operator, which work while a service uses the file.
 
-Everything here blocks: it is for a command line, not for an event loop.
+All functions block: they are for a command line, not for an event loop.
 """
 
 import os
@@ -24,7 +24,7 @@ from service.storage.sqlite.schema import SCRIPTS
 
 _PAGES_A_STEP = 256
 _INCREMENTAL = 2
-"""What ``PRAGMA auto_vacuum`` says of a file that can give pages back step by step."""
+"""The value of ``PRAGMA auto_vacuum`` for a file that can give pages back step by step."""
 
 _LOST_HEADS = (
     "SELECT sessions.id, head FROM sessions WHERE deletion = 0 AND head IS NOT NULL "
@@ -38,7 +38,7 @@ _LOST_PARENTS = (
 
 
 def vacuum(path: Path) -> int:
-    """Reclaim what is removed and give all free pages back, in short steps; how many bytes the disk has back.
+    """Reclaim removed rows and give all free pages back, in short steps. Returns the bytes that the disk has back.
 
     Raises:
         StartupError: The file is not a store's, cannot give pages back, or the disk refuses.
@@ -65,7 +65,7 @@ def backup(path: Path, copy: Path) -> None:
     """Write a consistent copy; a service may write to the original meanwhile.
 
     Raises:
-        StartupError: The file is not a store's, the copy is there already, or the disk refuses.
+        StartupError: The file is not a store's, the copy exists already, or the disk refuses.
     """
     there_already = StartupError(f"{copy} is there already; name another file for the copy.")
     if os.path.lexists(copy):
@@ -80,7 +80,7 @@ def backup(path: Path, copy: Path) -> None:
 
 
 def check(path: Path) -> list[str]:
-    """Look through the whole file; what is wrong with it, nothing if it is whole.
+    """Check the whole file. Returns the faults; none if the file is whole.
 
     Raises:
         StartupError: The file is not a store's.
@@ -101,7 +101,7 @@ def export_session(path: Path, session_id: str) -> bytes:
 
     Raises:
         StartupError: The file is not a store's.
-        SessionNotFoundError: It is not there. One that has expired is, until its rows are removed.
+        SessionNotFoundError: The session does not exist. (An expired session exists until its rows are removed.)
     """
     with _opened(path) as db:
         db.execute("BEGIN")  # one moment
@@ -117,9 +117,9 @@ def export_session(path: Path, session_id: str) -> bytes:
 
 
 def import_session(path: Path, whole: ExportedSession, *, now: datetime) -> None:
-    """Add an exported session under its own id, less the turns that were open. An expired one of that id is replaced.
+    """Add an exported session under its own id, without open turns. An expired session of this id is replaced.
 
-    Where there is no store yet, it is made.
+    Makes the store if it does not exist.
 
     Args:
         whole: From :func:`~service.storage.session_export.read_exported`.
@@ -138,7 +138,7 @@ def import_session(path: Path, whole: ExportedSession, *, now: datetime) -> None
 
 
 def _make_store(path: Path) -> None:
-    """Make a store where there is none. Raises: StartupError."""
+    """Make a store if there is none. Raises: StartupError."""
     files = OpenFiles(path)
     try:
         files.refuse_others()
@@ -155,7 +155,7 @@ def _make_store(path: Path) -> None:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[apsw.Connection]:
-    """A connection to a store's file that is there and has the newest schema."""
+    """A connection to an existing store file with the newest schema."""
     if not path.is_file():
         raise StartupError(f"{path} is not there.")
     if path.stat().st_size == 0:

@@ -1,7 +1,7 @@
 """Locks on the bytes of a file or of a folder, which die with the process that holds them.
 
-They are locks of the open file description (``fcntl(2)``, OFD locks), so that two stores in one process are two
-holders, and closing one of them does not give away the other's. Whether a byte is locked can be asked without locking.
+These are locks of the open file description (``fcntl(2)``, OFD locks): two stores in one process are two holders, and
+closing one store does not release the locks of the other. A holder can test a byte without locking it.
 """
 
 import os
@@ -18,7 +18,7 @@ class OfdLocks:
     """The locks of one holder. Raises: OSError: The path cannot be opened.
 
     Args:
-        flags: Of ``open(2)``. A shared lock needs no right to write, so that a folder can have some.
+        flags: Flags of ``open(2)``. A shared lock needs no right to write, so a folder can be locked, too.
     """
 
     def __init__(self, path: Path, *, flags: int) -> None:
@@ -33,7 +33,7 @@ class OfdLocks:
         return self._fd
 
     def hold(self, start: int, *, shared: bool = False) -> None:
-        """Lock a byte. Raises: OSError: It is held, or this file system has no locks."""
+        """Lock a byte. Raises: OSError: Another holder has it, or this file system has no locks."""
         self._call(F_OFD_SETLK, F_RDLCK if shared else F_WRLCK, start, 1)
 
     def others_hold(self, start: int, *, length: int = 1) -> bool:
@@ -41,7 +41,7 @@ class OfdLocks:
         return length > 0 and self._call(F_OFD_GETLK, F_WRLCK, start, length) != F_UNLCK
 
     def close(self) -> None:
-        """Give them all up. Idempotent."""
+        """Release all locks. Idempotent."""
         fd, self._fd = self._fd, None
         if fd is not None:
             os.close(fd)

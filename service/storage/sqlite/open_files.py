@@ -1,12 +1,11 @@
 """The files of an open store, and whether their names still lead to them.
 
-A file that was deleted, moved or replaced stays open, takes writes, and loses them with the process. So the names are
-looked at around each commit: before it, so that nothing is written that is refused; after it, so that nothing is
-acknowledged that went away meanwhile. Together that is some 20 us beside a commit, which waits for the disk. Between
-the second look and the answer nothing can be known.
+A file that was deleted, moved or replaced stays open and takes writes, which are lost with the process. So the names
+are checked around each commit: before it, so that a refused step writes nothing; after it, so that no lost write is
+acknowledged. Both checks cost some 20 us of a commit. A change between the second check and the answer is not seen.
 
-A process that starts learns from locks which files the others serve under this name: a lock file would go with the
-rest, so they are locks on the folder, and on the one above it, which may be replaced as well.
+A starting process learns from locks which files other processes serve under this name. A lock file would be moved
+with the other files, so the locks are on the folder, and on the folder above it, which may be replaced as well.
 """
 
 import ctypes
@@ -29,21 +28,21 @@ _FOLDERS = 2
 _RETRY_AFTER_S = 5
 
 Identity = tuple[int, int] | None
-"""The device and the inode of what a name leads to; None where it leads nowhere."""
+"""The device and the inode to which a name leads; None if it leads to no file."""
 
 
 def real_path(path: str | Path) -> Path:
-    """The file itself, in full: by whatever links it is reached, what is beside it is one and the same."""
+    """The full path of the file itself, without links, so that the files beside it are the same for every link."""
     return Path(os.path.realpath(path))
 
 
 class OpenFiles:
-    """The database and what belongs to it.
+    """The database file and the files beside it.
 
-    All of it blocks, if for microseconds: it is for the threads of the store.
+    All methods block, for microseconds: they are for the threads of the store.
 
     Args:
-        name: As the settings have it. A link there counts as a name too: it may be made to lead elsewhere.
+        name: The path in the settings. If it is a link, the link is watched as well, because it may be changed.
 
     Attributes:
         path: The file itself.
@@ -62,11 +61,11 @@ class OpenFiles:
     # At the start
 
     def refuse_others(self) -> None:
-        """See that no other process serves other files under this name. Makes nothing, and may be all that is called.
+        """Check that no other process serves other files under this name. Changes nothing.
 
         Raises:
-            StartupError: One does.
-            OSError: Where the names lead cannot be seen.
+            StartupError: Another process does.
+            OSError: The names cannot be read.
         """
         self._open_locks()
         found = self._look()
@@ -75,11 +74,11 @@ class OpenFiles:
             raise self._served_elsewhere()
 
     def note_opened(self, db: apsw.Connection) -> None:
-        """These are the files. From now on others that start see that they are served.
+        """Remember the files that are open now, and lock them, so that starting processes see that they are served.
 
         Raises:
-            StartupError: They were deleted or replaced in this moment, or another process serves others.
-            OSError: Where the names lead cannot be seen.
+            StartupError: The files were just deleted or replaced, or another process serves other files.
+            OSError: The names cannot be read.
         """
         found = self._look()
         if None in found or _has_moved(db):
@@ -106,7 +105,7 @@ class OpenFiles:
                     self._locks.append((locks, base))
 
     def _others_serve(self, number: int | None) -> bool:
-        """Whether others serve files under this name, but for those with this number."""
+        """Whether other processes serve files with another number under this name."""
         end = 1 << _NUMBER_BITS
         if number is None:
             return any(locks.others_hold(base, length=end) for locks, base in self._locks)
@@ -124,9 +123,9 @@ class OpenFiles:
     # While it is open
 
     def fault(self) -> StoreError | None:
-        """Why nothing may be written or acknowledged now; None where every name leads to what is open.
+        """The error while writes must be refused; None if every name leads to the open file.
 
-        The log is told when that begins, in one critical line, and when it ends.
+        The log gets one critical line when this begins, and a line when it ends.
         """
         try:
             found = self._look()
@@ -163,15 +162,15 @@ class OpenFiles:
     # At the end
 
     def prepare_close(self, db: apsw.Connection) -> None:
-        """Before a connection is closed: the last one would tidy up by name, and remove what others have put there."""
+        """Prepare the close of a connection: the last close deletes files by name, which may be files of others now."""
         if self._opened and self.fault() is not None:
             self.were_lost = True
             db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
 
     def close(self) -> None:
-        """Nothing is written any more: others may serve what they like under this name. Idempotent.
+        """Release the locks, so that other processes may serve other files under this name. Idempotent.
 
-        To be called before the last connection is closed, which removes files that those who start would miss.
+        To be called after the last write, and before the last connection closes and removes files.
         """
         for locks, _ in self._locks:
             locks.close()
@@ -201,7 +200,7 @@ def _identity(name: Path) -> Identity:
 
 
 def _has_moved(db: apsw.Connection) -> bool:
-    """Whether the open file has another inode than what its path leads to. Source: sqlite3_file_control."""
+    """Whether the open file's inode differs from that of its path. Source: sqlite3_file_control."""
     moved = ctypes.c_int(0)
     db.file_control("main", apsw.SQLITE_FCNTL_HAS_MOVED, ctypes.addressof(moved))
     return bool(moved.value)

@@ -1,7 +1,7 @@
 """Who owns the open turns: each open store holds a lock that dies with its process.
 
-The lock is one byte of a file beside the database, the byte of the owner's fence. The file also holds the secret by
-which the owners know each other: beside the database and not in it, so that no backup carries it away.
+The lock is one byte of a file beside the database, at the position of the owner's fence. The file also holds the
+secret by which the owners know each other. The secret is not in the database, so that no backup contains it.
 """
 
 import os
@@ -20,10 +20,10 @@ class Ownership:
     """This store among the owners of a database.
 
     Args:
-        path: The file of the locks; made if need be, never removed.
+        path: The file of the locks; made if necessary, never removed.
 
     Attributes:
-        secret: What all owners of this database know.
+        secret: The secret that all owners of this database know.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,9 +37,9 @@ class Ownership:
         self._locks = OfdLocks(self.path, flags=os.O_RDWR | os.O_CREAT)
 
     def begin(self, db: apsw.Connection, *, address: str | None, opened_at: int) -> None:
-        """Become an owner; a step inside of a transaction: nobody sees the owner before its lock is held.
+        """Become an owner. A step within a transaction, so that other processes see the owner only with its lock.
 
-        And one owner at a time makes the secret, where there is none: the file is new, or an earlier version's.
+        The transaction also lets only one owner make the secret, if the file is new or of an earlier version.
 
         Raises:
             OSError
@@ -51,7 +51,7 @@ class Ownership:
 
     def _find_secret(self) -> bytes | None:
         found = os.pread(self._opened.fd, SECRET_BYTES, 0)
-        # A power failure while it was made may have left a part of it, or zeros.
+        # After a power failure the file may hold only a part of the secret, or zeros.
         return found if len(found) == SECRET_BYTES and any(found) else None
 
     def _make_secret(self) -> bytes:
@@ -65,7 +65,7 @@ class Ownership:
         return fence == self.fence or self._opened.others_hold(fence)
 
     def close(self) -> None:
-        """Give the lock up: what is open then is anybody's to recover."""
+        """Release the lock: from now on other owners may recover the open turns."""
         if self._locks is not None:
             self._locks.close()
 
@@ -76,7 +76,7 @@ class Ownership:
 
 
 def find_owner(db: apsw.Connection, session_id: str, *, besides: int) -> Owner | None:
-    """The owner of a session's open turns, if it is another one than ``besides``."""
+    """The owner of a session's open turns, if it is not ``besides``."""
     row = db.execute(
         "SELECT fence, address FROM sessions JOIN owners ON fence = owner WHERE id = ? AND owner <> ?",
         (session_id, besides),
@@ -90,7 +90,7 @@ def owner_of(db: apsw.Connection, fence: int) -> Owner:
 
 
 def fences(db: apsw.Connection) -> list[int]:
-    """All owners that have not been cleared away."""
+    """All owners whose rows were not removed yet."""
     return [int(row[0]) for row in db.execute("SELECT fence FROM owners")]
 
 
@@ -100,5 +100,5 @@ def any_alive(db: apsw.Connection, ownership: Ownership) -> bool:
 
 
 def is_oldest(db: apsw.Connection, ownership: Ownership) -> bool:
-    """Whether no owner that lives came before this one."""
+    """Whether this is the oldest owner that lives."""
     return not any(fence < ownership.fence and ownership.is_alive(fence) for fence in fences(db))

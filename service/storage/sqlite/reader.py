@@ -1,4 +1,4 @@
-"""A reader: the steps that are there share a look at the file, as far as they are quick."""
+"""A reader: waiting steps share one snapshot of the file, as long as they are quick."""
 
 import time
 from collections import deque
@@ -14,9 +14,9 @@ from service.storage.sqlite.open_files import OpenFiles
 from service.storage.sqlite.sql_thread import Step
 
 _STEPS_MAX = 100
-"""The steps that are told together: the first should not wait long for the last."""
+"""The most steps of one batch: their outcomes are published together, and the first should not wait long."""
 _SNAPSHOT_S = 0.005
-"""How long steps begin on one snapshot. While it is held the log cannot begin anew, and others wait for that."""
+"""How long one snapshot takes new steps. While a snapshot is held, the log cannot restart, and the writer waits."""
 
 
 class Reader:
@@ -38,7 +38,7 @@ class Reader:
             raise database.startup_error(self._files.path, error) from error
 
     def run(self, arriving: Iterator[Step[Any]]) -> Sequence[Step[Any]]:
-        """Run the steps that are there, each on a snapshot that was taken after all of them were asked for."""
+        """Run the waiting steps, on a snapshot that is taken after all of them were submitted."""
         taken = list(islice(arriving, _STEPS_MAX))
         left = deque(taken)
         while left:

@@ -1,6 +1,6 @@
-"""Ends what an owner that is gone left open.
+"""Recovery: ends the open turns of an owner that is gone.
 
-A step inside of a transaction, bounded in what it does; whoever comes second finds nothing left.
+Each step is within a transaction and bounded. If two owners recover the same turns, the second finds nothing to do.
 """
 
 from datetime import datetime
@@ -16,9 +16,9 @@ from service.storage.sqlite.ownership import Ownership, fences, owner_of
 from service.storage.sqlite.rows import AHEAD, TURN_COLUMNS, Row, as_json, items_of, moment, turn_of
 
 _TURNS_MAX = 100
-"""The turns that one step ends, so that it holds the write lock for milliseconds."""
+"""The most turns that one step ends, so that the step holds the write lock for milliseconds only."""
 _BYTES_MAX = 1024 * 1024
-"""Of their messages: a step ends with the turn that passes it."""
+"""Bound on the messages of these turns, in bytes: a step ends with the turn that passes it."""
 
 _OPEN = (
     "SELECT turns.key FROM turns CROSS JOIN sessions ON sessions.key = session "
@@ -29,7 +29,7 @@ _GET_SESSION = "SELECT id, idle_timeout_s FROM sessions WHERE key = ?"
 
 
 def recover_some(db: apsw.Connection, owners: Ownership, now: datetime) -> tuple[int, bool]:
-    """One step of the recovery: how many turns it ended, and whether that was all."""
+    """Do one step of the recovery. Returns how many turns it ended, and whether no turn is left."""
     for fence in fences(db):
         if owners.is_alive(fence):
             continue
@@ -53,7 +53,7 @@ def end_turns_of(
     turns_max: int = -1,
     bytes_max: float = inf,
 ) -> int:
-    """End open turns of an owner, in one session or in all, as a crash does; how many."""
+    """End open turns of an owner as ``interrupted`` (``crash``), in one session or in all. Returns how many."""
     rows: list[Row] = db.execute(_OPEN, {"owner": fence, "session": session, "limit": turns_max}).fetchall()
     ended = size = 0
     for (key,) in rows:
@@ -67,7 +67,7 @@ def end_turns_of(
 def take_over(
     db: apsw.Connection, fence: int, owners: Ownership, now: datetime, *, session: int, session_id: str
 ) -> None:
-    """End the open turns of a session whose owner is gone. Raises: OwnedElsewhereError, if it is not."""
+    """End the open turns of a session whose owner is gone. Raises: OwnedElsewhereError, if the owner lives."""
     if owners.is_alive(fence):
         owner = owner_of(db, fence)
         raise OwnedElsewhereError(session_id, fence=owner.fence, address=owner.address)
@@ -75,7 +75,7 @@ def take_over(
 
 
 def _end(db: apsw.Connection, key: int, now: datetime) -> int:
-    """End an open turn; how many bytes its messages have."""
+    """End an open turn. Returns the bytes of its messages."""
     row: Row = db.execute(_GET, (key,)).fetchone()  # type: ignore[assignment]
     session = row[-1]
     session_id, idle_timeout_s = db.execute(_GET_SESSION, (session,)).fetchone()  # type: ignore[misc]
@@ -93,7 +93,7 @@ def _end(db: apsw.Connection, key: int, now: datetime) -> int:
 
 
 def _drop_kept_ahead(db: apsw.Connection, turn: int) -> None:
-    """Drop the beginning of a checkpoint or an end whose last step never came."""
+    """Remove the events of a checkpoint or an end whose last step never came."""
     mark: Row | None = db.execute(
         "SELECT key, after FROM outputs WHERE turn = ? AND items LIKE ?", (turn, f"{AHEAD} %")
     ).fetchone()
@@ -104,7 +104,7 @@ def _drop_kept_ahead(db: apsw.Connection, turn: int) -> None:
 
 
 def _joined_output(db: apsw.Connection, turn: int) -> tuple[Item, ...]:
-    """The output up to the last checkpoint: what the checkpoints brought, an item's pieces in order."""
+    """The output up to the last checkpoint: the pieces of each item, in order."""
     items: dict[str, Item] = {}
     pieces: dict[str, list[str]] = {}
     for (json,) in db.execute("SELECT items FROM outputs WHERE turn = ? ORDER BY after", (turn,)):

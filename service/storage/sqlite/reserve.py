@@ -1,6 +1,6 @@
-"""Space on the disk that is kept for what makes space: a file beside the database, which is cut when the disk is full.
+"""The reserve: a file beside the database that holds space for deletions, and is cut when the disk is full.
 
-A deletion writes before it frees anything: to the log, and to the file when the log is written back.
+A deletion writes before it frees space: to the log, and to the database when the log is written back.
 """
 
 import errno
@@ -15,15 +15,15 @@ RESERVE_BYTES = 8 * 1024 * 1024
 """More than the log holds when the disk gets full: 1000 pages and the steps of one commit. Writing it back may lengthen
 the file by so much before the log can be cut."""
 _PART_BYTES = 256 * 1024
-"""It is taken in such parts: of a disk that is nearly full, what there is."""
+"""The reserve grows in parts of this size, so that a nearly full disk gives as much as it has."""
 
 
 class Reserve:
-    """The reserve of one store. Of several owners each gives and takes the same file."""
+    """The reserve of one store. All owners of the store use the same file."""
 
     def __init__(self, path: Path) -> None:
         self.is_short = False
-        """Whether the disk did not have all of it when it was last asked."""
+        """Whether the disk could not give the whole reserve at the last attempt."""
         self._fd: int | None = None
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -32,7 +32,7 @@ class Reserve:
             self._do_without(error)
 
     def fill(self) -> None:
-        """Take from the disk what is missing, as far as there is something."""
+        """Take the missing part of the reserve from the disk, as far as the disk has space."""
         if self._fd is None:
             return
         try:
@@ -45,7 +45,7 @@ class Reserve:
                 self._do_without(error)
 
     def release(self) -> None:
-        """Give all of it to the disk, for the one write that comes next; then :meth:`fill`."""
+        """Give the whole reserve to the disk, for the next write only; call :meth:`fill` after it."""
         if self._fd is not None:
             os.ftruncate(self._fd, 0)
 

@@ -22,10 +22,10 @@ _left_out: msgspec.json.Decoder[LeftOut] = msgspec.json.Decoder(LeftOut)
 _frames: msgspec.msgpack.Decoder[list[bytes]] = msgspec.msgpack.Decoder(list[bytes])
 
 FRAMES_BYTES_MAX = 256 * 1024
-"""The events of one row, unless a single one is larger: a row is what is read, written and deleted at once."""
+"""Bound on the events of one row, unless a single event is larger: a row is read, written and deleted as a whole."""
 
 AHEAD = "ahead"
-"""How the mark of events begins that are kept ahead, among outputs that are JSON."""
+"""The beginning of the mark of staged events, in a column whose other values are JSON."""
 
 
 def moment(at: datetime) -> int:

@@ -2,8 +2,8 @@
 
 Moments are microseconds since 1970 in UTC. Items, metadata, usage, errors and what was left out are JSON.
 
-A session that is removed is first only cut off: it loses its id, and with it every way to its rows; they are
-reclaimed in small steps afterwards. That is why turns hang on a number and not on the session's id.
+A removal first only cuts a session off: the session loses its id, so that no query finds its rows. The rows are
+reclaimed in small steps afterwards. For this reason turns refer to a number and not to the session's id.
 """
 
 VERSION_1 = """
@@ -101,7 +101,7 @@ ALTER TABLE turns ADD COLUMN left_out TEXT;
 """
 
 SCRIPTS = (VERSION_1, VERSION_2)
-"""Each takes the schema one version further. Never changed once released, only added to."""
+"""Each script takes the schema one version further. A released script never changes; new scripts are added."""
 
 APPLICATION_ID = 0x4C415354
 """Marks a file as ours: "LAST"."""

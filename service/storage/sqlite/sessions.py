@@ -1,7 +1,4 @@
-"""What is asked of sessions and done to them, each a step inside of a transaction.
-
-A step that refuses does so before it has written anything.
-"""
+"""The steps that read and write sessions, each within a transaction. A step that refuses has written nothing."""
 
 from datetime import datetime, timedelta
 
@@ -36,7 +33,7 @@ _CUT_OFF = "UPDATE sessions SET id = NULL, deletion = 2, deleter = NULL WHERE ke
 
 
 class StoredSession(msgspec.Struct, frozen=True):
-    """A session as it is kept: its record, and what the store alone knows of it."""
+    """A stored session: its record, and the fields that only the store knows."""
 
     record: SessionRecord
     key: int
@@ -46,7 +43,7 @@ class StoredSession(msgspec.Struct, frozen=True):
 
 
 def find(db: apsw.Connection, session_id: str) -> StoredSession | None:
-    """The session of this id, whatever its state, unless it is removed."""
+    """The session of this id in any state, unless it is removed."""
     row: Row | None = db.execute(_GET, (session_id,)).fetchone()
     if row is None:
         return None
@@ -74,7 +71,7 @@ def create(db: apsw.Connection, session: SessionRecord, now: datetime) -> None:
 
 
 def make_room(db: apsw.Connection, session_id: str, now: datetime) -> None:
-    """Cut off what has expired under this id. Raises: SessionExistsError: Something is there that has not."""
+    """Cut off an expired session of this id. Raises: SessionExistsError: A session of this id has not expired."""
     present = find(db, session_id)
     if present is None:
         return
@@ -84,12 +81,12 @@ def make_room(db: apsw.Connection, session_id: str, now: datetime) -> None:
 
 
 def cut_off(db: apsw.Connection, key: int) -> None:
-    """Remove a session: nobody finds it any more, and its rows are reclaimed later."""
+    """Cut a session off: no query finds it any more, and its rows are reclaimed later."""
     db.execute(_CUT_OFF, (key,))
 
 
 def insert(db: apsw.Connection, session: SessionRecord, *, turns_begun: int = 0) -> int:
-    """Add a session; its key."""
+    """Add a session. Returns its key."""
     db.execute(
         "INSERT INTO sessions (id, created_at, last_accessed_at, expires_at, idle_timeout_s, head, message_count, "
         "input_tokens, output_tokens, turns_begun) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -171,7 +168,7 @@ def is_marked(db: apsw.Connection, session_id: str, fence: int) -> bool:
 
 
 def remove_deleted(db: apsw.Connection, session_id: str) -> bool:
-    """Cut a marked session off; whether there was one."""
+    """Cut a marked session off. Returns whether there was one."""
     key = db.execute("SELECT key FROM sessions WHERE id = ? AND deletion = 1", (session_id,)).get
     if key is None:
         return False
@@ -180,7 +177,7 @@ def remove_deleted(db: apsw.Connection, session_id: str) -> bool:
 
 
 def delete_expired(db: apsw.Connection, now: datetime, limit: int) -> int:
-    """Cut off what has expired, longest first; how many."""
+    """Cut expired sessions off, the earliest deadline first. Returns how many."""
     keys = db.execute(_EXPIRED, (moment(now), limit)).fetchall()
     db.executemany(_CUT_OFF, keys)
     return len(keys)

@@ -1,6 +1,6 @@
-"""A thread with a connection of its own, which works through steps in batches, in the order of their arrival.
+"""A thread with its own connection, which runs steps in batches, in the order of their arrival.
 
-It is a daemon: a disk that hangs in it cannot keep the process from ending.
+The thread is a daemon, so that a hanging disk cannot keep the process from ending.
 """
 
 import threading
@@ -19,17 +19,17 @@ from service.errors import StoreError
 T = TypeVar("T")
 
 CLAIMED_GRACE_S = 0.25
-"""How long a cancelled caller waits for a step that has begun already, so that it mostly leaves with it done."""
+"""How long a cancelled caller waits for a step that has begun, so that the step is usually done when it leaves."""
 
 _PAUSE_S = 0.01
-"""Between two rests, for what arrives here and for other processes that wait for the same lock."""
+"""The pause between two calls of ``rest``, for new steps and for other processes that wait for the same lock."""
 
 
 class Step(Generic[T]):
-    """One step, from a caller's asking to its outcome. Belongs to the caller until it is claimed.
+    """One step, from its submission to its outcome. Belongs to the caller until a thread claims it.
 
     Attributes:
-        makes_space: Whether it is to succeed on a full disk, because others cannot before it has.
+        makes_space: Whether the step must succeed on a full disk, because it frees space for other steps.
     """
 
     def __init__(self, call: Callable[[apsw.Connection], T], *, makes_space: bool = False) -> None:
@@ -41,7 +41,7 @@ class Step(Generic[T]):
         self._ticket = [None]
 
     def claim(self) -> bool:
-        """Whether it is the claimer's to run, or to drop. True once, to whoever comes first."""
+        """Claim the step, to run or to drop it. True for the first claim only."""
         try:
             self._ticket.pop()
         except IndexError:
@@ -49,7 +49,7 @@ class Step(Generic[T]):
         return True
 
     def run(self, db: apsw.Connection) -> None:
-        """Raises: Whatever the step does."""
+        """Run the step. Raises: The errors of the step."""
         self._result = self._call(db)
 
     def outcome(self) -> T:
@@ -60,23 +60,23 @@ class Step(Generic[T]):
 
 
 class Batches(Protocol):
-    """What a thread does with its connection. All of it is called in the thread."""
+    """The work of a thread with its connection. All methods are called in the thread."""
 
     def open(self) -> None: ...
 
     def run(self, arriving: Iterator[Step[Any]]) -> Sequence[Step[Any]]:
-        """Run steps that are there; each that it took has its outcome then. Takes at least one."""
+        """Run waiting steps, at least one. Each step that was taken has its outcome afterwards."""
         ...
 
     def rest(self, *, idle: bool) -> bool:
-        """Called when the outcomes are told; ``idle`` if nothing has arrived meanwhile. Whether to be called again."""
+        """Do work between batches; ``idle`` if no step waits. Returns whether there may be more of this work."""
         ...
 
     def close(self) -> None: ...
 
 
 class SqlThread:
-    """The thread, seen from the event loop. Not open before :meth:`open` has returned."""
+    """The thread's side in the event loop. Usable once :meth:`open` has returned."""
 
     def __init__(self, name: str, batches: Batches) -> None:
         self._batches = batches
@@ -99,7 +99,7 @@ class SqlThread:
     async def call(self, call: Callable[[apsw.Connection], T], *, makes_space: bool = False) -> T:
         """Run a step and wait for its outcome.
 
-        Cancelled before the step has begun it never begins; later it happens all the same.
+        After a cancellation before the step has begun, the step never begins; a step that has begun is completed.
         """
         await anyio.lowlevel.checkpoint_if_cancelled()
         if self._closing:
@@ -116,7 +116,7 @@ class SqlThread:
         return step.outcome()
 
     async def close(self) -> None:
-        """Let it finish what has been asked for and close the connection. May be cancelled, and called again."""
+        """Finish the submitted steps and close the connection. May be cancelled, and called again."""
         if self._thread.ident is None or self._error is not None:
             return
         self._closing = True
@@ -141,7 +141,7 @@ class SqlThread:
                 self._batches.close()
                 self._tell(self._ended)
         except RuntimeError:
-            # The event loop is gone, and with it everybody who could be told.
+            # The event loop is gone, and with it all callers.
             return
 
     def _work_through_steps(self) -> None:
@@ -158,7 +158,7 @@ class SqlThread:
             resting = self._batches.rest(idle=False)
 
     def _arriving(self, first: Step[Any]) -> Iterator[Step[Any]]:
-        """The steps that are there, as long as they are asked for; those that nobody waits for are left out."""
+        """The waiting steps, without those whose callers have left."""
         step: Step[Any] | None = first
         while step is not None:
             if step.claim():

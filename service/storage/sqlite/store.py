@@ -1,4 +1,4 @@
-"""The store in one SQLite file: three threads with a connection each, and this, their side in the event loop."""
+"""The store in one SQLite file: three threads with a connection each, and the store object in the event loop."""
 
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -33,22 +33,22 @@ from service.storage.sqlite.sql_thread import CLAIMED_GRACE_S, SqlThread
 from service.storage.sqlite.writer import Writer
 
 STEP_BYTES_MAX = 2 * 1024 * 1024
-"""The events that one step writes, so that it holds the write lock for milliseconds."""
+"""Bound on the events that one step writes, so that the step holds the write lock for milliseconds only."""
 
 
 @asynccontextmanager
 async def open_sqlite_store(
     path: str | Path, *, address: str | None = None, close_timeout_s: float = 5
 ) -> AsyncIterator["SqliteStore"]:
-    """The store in the file at ``path``, or that a link there leads to. It is made if need be, and closed on leaving.
+    """Open the store in the file at ``path``, which may be a link. Makes the file if necessary; closes on leaving.
 
     Args:
-        address: Where this process answers for its sessions, for other owners of the same file.
-        close_timeout_s: What closing may take. A disk that hangs longer is left to daemon threads.
+        address: The address at which this process answers other owners of the same file.
+        close_timeout_s: How long closing may take. A disk that hangs longer is left to daemon threads.
 
     Raises:
         StartupError: The file cannot be used; one sentence says why and what to do.
-        StoreError: On leaving: the file is not there any more, so that what was kept is lost.
+        StoreError: On leaving: the file was deleted or replaced, so its content is lost.
     """
     store = SqliteStore(path, address=address)
     try:
@@ -65,9 +65,9 @@ class SqliteStore:
     """Meets :class:`service.storage.store.Store`. Made by :func:`open_sqlite_store`.
 
     Attributes:
-        fence: This owner's number among all that ever opened the file.
-        files: What is open.
-        writer: Its counts say how many steps shared a commit.
+        fence: This owner's number among all owners that ever opened the file.
+        files: The open files.
+        writer: The writer, whose counts say how many steps shared a commit.
     """
 
     durable = True
@@ -79,10 +79,10 @@ class SqliteStore:
         self.writer = Writer(self.files, self._ownership, address=address, opened_at=time.time_ns() // 1000)
         self._writing = SqlThread("sqlite writer", self.writer)
         self._marks = count()
-        # Apart, so that the many short looks do not wait for a long one.
+        # A second reader, so that the many short reads do not wait for a long one.
         self._looking = SqlThread("sqlite reader", Reader(self.files))
         self._reading = SqlThread("sqlite long reader", Reader(self.files))
-        self._forking = anyio.Lock()  # one at a time: what is to be copied is in memory meanwhile
+        self._forking = anyio.Lock()  # one fork at a time, because its turns are in memory meanwhile
         self._abandoned: set[str] = set()
 
     @property
@@ -94,7 +94,7 @@ class SqliteStore:
         return self._ownership.fence
 
     async def open(self) -> None:
-        """Raises: StartupError. To be closed all the same."""
+        """Open the store. Raises: StartupError; the caller must close the store in this case, too."""
         await self._writing.open()
         await self._looking.open()
         await self._reading.open()
@@ -144,7 +144,7 @@ class SqliteStore:
         )
 
     async def is_marked(self, session_id: str) -> bool:
-        # Asked of the writer: a mark that is being committed is not to be seen by a reader yet.
+        # The writer answers, because a reader does not see a mark that is being committed.
         return await self._writing.call(lambda db: sessions.is_marked(db, session_id, self.fence), makes_space=True)
 
     async def remove_deleted(self, session_id: str) -> None:
@@ -241,7 +241,7 @@ class SqliteStore:
         return recovered
 
     async def aclose(self) -> None:
-        # The writer last: whoever closes the file last tidies it up.
+        # The writer closes last, because the last connection writes the log back and removes it.
         try:
             for thread in (self._looking, self._reading, self._writing):
                 await thread.close()
@@ -250,7 +250,7 @@ class SqliteStore:
             self.files.close()
 
     async def _clear_abandoned(self) -> None:
-        """Remove what forks that failed have left."""
+        """Remove the hidden copies of failed forks."""
         for hidden_id in list(self._abandoned):
             await self.remove_deleted(hidden_id)
             self._abandoned.discard(hidden_id)

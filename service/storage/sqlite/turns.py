@@ -1,7 +1,4 @@
-"""What is asked of turns and done to them, each a step inside of a transaction.
-
-A step that refuses does so before it has written anything.
-"""
+"""The steps that read and write turns, each within a transaction. A step that refuses has written nothing."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -36,7 +33,7 @@ _GET = f"SELECT {TURN_COLUMNS} FROM turns WHERE id = ? AND session = ?"
 _DOWN_FROM = (
     "SELECT {columns}, ordinal, message_bytes FROM turns WHERE session = ? AND ordinal <= ? ORDER BY ordinal DESC"
 )
-# One table a statement: several simple ones are several times as fast as one that joins.
+# One table in each statement: several simple statements are several times as fast as one join.
 _OWN = "SELECT key, session FROM turns WHERE id = ? AND +owner = ?"  # by its id, not among all that this owner has
 _INSERT_COLUMNS = (
     "id, parent, state, model, created_at, started_at, ended_at, temperature, max_output_tokens, background, reason, "
@@ -121,10 +118,10 @@ def start(db: apsw.Connection, turn_id: str, fence: int, now: datetime) -> None:
 
 
 class StagedEvents(msgspec.Struct, frozen=True):
-    """Events of a checkpoint or an end that is too large for one step, kept ahead of it by steps of their own.
+    """Staged events: those of a checkpoint or an end that is too large for one step, written by earlier steps.
 
-    They count when the last step is there. Until then a row in ``outputs`` marks from where on they are nothing yet:
-    nobody reads them, recovery drops them, and so does whatever is kept in their place, which takes the mark away.
+    Staged events count when the last step is written. Until then a row in ``outputs`` marks the seq after which events
+    are staged: readers ignore them, recovery removes them, and a later write in their place replaces them and the mark.
     """
 
     mark: str
@@ -141,7 +138,7 @@ def stage_events(
     after: int,
     fence: int,
 ) -> StagedEvents | None:
-    """Keep the next events after those of ``ahead``; None where there is no use in it."""
+    """Stage the next events after those of ``ahead``; None if the turn does not take them any more."""
     own = _own(db, session_id, turn_id, fence)
     if own is None:
         return None
@@ -225,7 +222,7 @@ def all_of(db: apsw.Connection, session_id: str, session: int) -> list[TurnRecor
 
 
 def insert_ended(db: apsw.Connection, session: int, ordinal: int, turn: TurnRecord, events: Sequence[bytes]) -> None:
-    """Add a turn that has ended already; the session's counters are the caller's."""
+    """Add a turn that has ended already. The caller updates the session's counters."""
     db.execute(_INSERT, values_of(turn) | {"session": session, "ordinal": ordinal, "owner": None})
     _keep_events(db, db.last_insert_rowid(), events, after=0)
 
@@ -259,8 +256,8 @@ def measure_path(db: apsw.Connection, session_id: str, turn_id: str) -> LeftOut:
 def _path_down(db: apsw.Connection, session: int, turn_id: str, columns: str = TURN_COLUMNS) -> Iterator[Row]:
     """The rows of a path, from its last turn to the root: ``columns``, then ordinal and message_bytes.
 
-    Mostly a turn's parent is the one accepted before it, so that one statement gives them all; where it is not, another
-    goes on from there. A parent that is not older than its child is none: it might lead round in a circle.
+    A turn's parent is usually the turn accepted before it, so one statement reads a whole run of turns; another
+    statement continues at each jump. A parent that is not older than its child is ignored, because it could be a cycle.
     """
     next_id: str | None = turn_id
     below = _NEWEST
@@ -312,7 +309,7 @@ def read_events(db: apsw.Connection, session_id: str, turn_id: str) -> list[byte
 
 
 def key_of(db: apsw.Connection, turn_id: str, session: int) -> int:
-    """Raises: TurnNotFoundError: It is not a turn of this session."""
+    """Raises: TurnNotFoundError: The session has no such turn."""
     key: int | None = db.execute("SELECT key FROM turns WHERE id = ? AND session = ?", (turn_id, session)).get
     if key is None:
         raise TurnNotFoundError(turn_id)
@@ -320,7 +317,7 @@ def key_of(db: apsw.Connection, turn_id: str, session: int) -> int:
 
 
 class _Own(msgspec.Struct, frozen=True):
-    """An open turn of this owner, and of its session what its end needs."""
+    """An open turn of this owner, and the fields of its session that the turn's end needs."""
 
     key: int
     session: int
@@ -358,7 +355,7 @@ def _keep_events(db: apsw.Connection, turn: int, events: Sequence[bytes], *, aft
 
 
 def _key(db: apsw.Connection, session_id: str) -> int | None:
-    """The session that is kept under this id, marked or expired or not."""
+    """The session of this id, also if it is marked as deleted or expired."""
     key: int | None = db.execute("SELECT key FROM sessions WHERE id = ?", (session_id,)).get
     return key
 

@@ -1,4 +1,4 @@
-"""The one writer: many steps share a commit, and what nobody waits for is done between commits."""
+"""The only writer: many steps share a commit, and work without a waiting caller is done between commits."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,16 +23,16 @@ logger = structlog.get_logger("lastcall.store")
 T = TypeVar("T")
 
 _COMMIT_AFTER_S = 0.02
-"""How long a commit is put off while more steps keep arriving; mostly the next one is not there so soon."""
+"""How long a commit is delayed while more steps arrive; usually no further step arrives in this time."""
 _CHECKPOINT_PAGES = 1000
 _LOG_PAGES_MAX = 16 * 1024
-"""A longer log, 64 MiB, is made to begin anew: while readers follow closely on each other it never does by itself."""
+"""A longer log (64 MiB) is forced to restart: under constant reads the log never restarts by itself."""
 _RESET_EVERY_S = 1.0
-"""Where that fails it is tried again so much later: nobody writes while it is tried."""
+"""The pause after a failed restart of the log: each attempt blocks all writers."""
 _REST_EVERY_S = 0.1
-"""While steps keep arriving, what is done at rest waits so long in between."""
+"""The interval of the work between commits while steps keep arriving."""
 _SHRINK_PAGES = 256
-"""What a full disk gets back at once."""
+"""The pages that one step gives back to a full disk."""
 
 
 class Writer:
@@ -41,7 +41,7 @@ class Writer:
     Attributes:
         commits: How many transactions held steps.
         steps: How many steps they held.
-        removed: Set by a step that cut a session off: there are rows to reclaim.
+        removed: Set by a step that cut a session off, so that there are rows to reclaim.
     """
 
     def __init__(self, files: OpenFiles, ownership: Ownership, *, address: str | None, opened_at: int) -> None:
@@ -57,7 +57,7 @@ class Writer:
         self._db: apsw.Connection
         self._reserve: Reserve
         self._is_full = False
-        """Whether the disk has been full, and has not got back yet what is free."""
+        """Whether the disk was full, and the free pages were not given back to it yet."""
         self._wal_pages = 0
         self._rested_at = 0.0
         self._reset_at = 0.0
@@ -85,19 +85,19 @@ class Writer:
             raise database.startup_error(self._path, error) from error
 
     def run(self, arriving: Iterator[Step[Any]]) -> Sequence[Step[Any]]:
-        """Run the steps that are there in one transaction.
+        """Run the waiting steps in one transaction.
 
-        Where that fails each is tried in one of its own, so that it fails for those alone whose fault it is. What is
-        committed into files that nobody will find any more has failed for all of them.
+        If the transaction fails, each step runs in a transaction of its own, so that only the faulty steps fail. A
+        commit into files that were deleted or replaced counts as failed for all steps.
         """
         taken: list[Step[Any]] = []
         try:
             if self._is_full and self._is_short():
-                raise apsw.FullError  # the space that is left is for steps that make some
+                raise apsw.FullError  # the space that is left is for steps that free space
             self._transact(lambda db: _run_together(db, arriving, taken))
         except Exception as error:  # noqa: BLE001  they are the callers'
             self._is_full = self._is_full or isinstance(error, apsw.FullError)
-            if not taken:  # not even begun: it is the same fault for all that are there
+            if not taken:  # the transaction did not begin: the fault is the same for all steps
                 taken += arriving
                 told = self._told(error)
                 for step in taken:
@@ -118,7 +118,7 @@ class Writer:
         return taken
 
     def rest(self, *, idle: bool) -> bool:
-        """Write a checkpoint or reclaim something, if it is time for it; whether there may be more to do."""
+        """Write a checkpoint or reclaim rows, if it is time. Returns whether there may be more to do."""
         now = time.monotonic()
         if not idle and now - self._rested_at < _REST_EVERY_S:
             return True
@@ -131,7 +131,7 @@ class Writer:
             elif self.removed:
                 self.removed = self._transact(reclaim_some)
         except (apsw.Error, StoreError) as error:
-            # Unless it is new that the disk is full, a step will meet the same fault and tell its caller.
+            # A step will meet the same fault and tell its caller, unless the disk has just become full.
             was_full, self._is_full = self._is_full, self._is_full or isinstance(error, apsw.FullError)
             return self._is_full and not was_full
         return self.removed
@@ -152,7 +152,7 @@ class Writer:
             step.error = self._told(error)
 
     def _with_reserve(self, write: Callable[[], T]) -> T:
-        """Write something that makes space: where the disk is full, into the reserve."""
+        """Make a write that frees space; if the disk is full, with the space of the reserve."""
         try:
             return write()
         except apsw.FullError:
@@ -164,7 +164,7 @@ class Writer:
                 self._reserve.fill()
 
     def _make_space(self) -> bool:
-        """On a full disk: cut the log, reclaim what is removed and cut the file; whether there is more to do."""
+        """Free space on a full disk: cut the log, reclaim removed rows, cut the file. Returns whether more is left."""
         if (fault := self._files.fault()) is not None:
             raise fault
         self._wal_pages = 0
@@ -178,7 +178,7 @@ class Writer:
         return more
 
     def _is_short(self) -> bool:
-        """Whether the disk is so full that it does not have the reserve."""
+        """Whether the disk is too full for the whole reserve."""
         self._reserve.fill()
         return self._reserve.is_short
 
@@ -221,4 +221,4 @@ def _run_one(db: apsw.Connection, step: Step[Any]) -> None:
         step.run(db)
         step.error = None
     except RefusedError as refusal:
-        step.error = refusal  # it has written nothing, so the others can go on
+        step.error = refusal  # a step that refuses has written nothing, so the other steps can continue
