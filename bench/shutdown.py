@@ -62,6 +62,10 @@ def special(streams: int) -> tuple[Case, ...]:
     )
 
 
+_REQUEST_LINE = re.compile(r'\\?"(GET|HEAD|POST|DELETE|PATCH) \S+ (HTTP/)?[\d.]+\\?" \d{3}\b|"message": "turn ended"')
+"""An access log's line of uvicorn, hypercorn or one in the usual combined form, plain or in JSON; and a turn's end."""
+
+
 class ShutdownRow(msgspec.Struct, kw_only=True):
     """One run. Seconds count from the signal."""
 
@@ -89,7 +93,8 @@ class ShutdownRow(msgspec.Struct, kw_only=True):
     upstream_closed_s: float | None = None  # the last connection to the model server
     replies_kept: int | None = None  # turns whose non-empty reply is in the store; None: it has no durable one
     phases_ms: dict[str, float] = {}  # of its own shutdown report, if it writes one
-    log_lines: int = 0
+    log_lines: int = 0  # without those of single requests, which tell that the server works
+    log_request_lines: int = 0
     log_tracebacks: int = 0
     log_cancelled: int = 0
     rss_idle_mib: float = 0
@@ -174,6 +179,7 @@ def _add_log(row: ShutdownRow, log: str) -> None:
     for line in lines:
         if '"shutdown report"' in line:
             row.phases_ms = msgspec.json.decode(line)["phases_ms"]
-    row.log_lines = len(lines)
+    row.log_request_lines = sum(_REQUEST_LINE.search(line) is not None for line in lines)
+    row.log_lines = len(lines) - row.log_request_lines
     row.log_tracebacks = sum("Traceback (most recent call last)" in line for line in lines)
     row.log_cancelled = sum(re.search(r"\bCancelled(Error)?\b", line) is not None for line in lines)

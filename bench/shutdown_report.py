@@ -23,7 +23,8 @@ _LEGEND = (
     "without a terminal event; `truncated`: the connection closed in mid-body; `reset`: reset in mid-body. Streams not "
     "yet begun are those that the server had not got round to within a minute: it was full. Tokens lost were sent by "
     "the model and never received by the client. The floors make their own tokens, have no model server and keep "
-    "nothing: they do less than every other row."
+    "nothing: they do less than every other row. Other log lines are those that belong to no "
+    "single request or turn: an access log's do, and a line for each turn's end."
 )
 
 
@@ -98,7 +99,7 @@ def draw_table(rows: Sequence[ShutdownRow]) -> Table:
             texts = (cell.gone_text(), cell.ends_text(), cell.exits_text(), cell.log_text())
             table.add_row("" if index else case, cell.label, str(len(cell.measured)), *texts, style=style)
         table.add_section()
-    table.caption = "log: tracebacks / lines with Cancelled / lines, the most of one run"
+    table.caption = "log: tracebacks / lines with Cancelled / lines but those of single requests, the most of one run"
     return table
 
 
@@ -127,7 +128,7 @@ def _describe_busyness(rows: Sequence[ShutdownRow]) -> str:
 def _describe_case(case: str, cells: Sequence[Cell]) -> str:
     head = (
         f"## {case}\n\n"
-        "| server | n | gone | last stream's end | streams ended | exit | tracebacks / Cancelled / log lines "
+        "| server | n | gone | last stream's end | streams ended | exit | tracebacks / Cancelled / other log lines "
         "| model connections closed | tokens lost | replies kept | MiB idle → loaded |\n"
         "|---|---|---|---|---|---|---|---|---|---|---|\n"
     )

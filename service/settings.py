@@ -241,6 +241,8 @@ class Settings(BaseModel):
     """The least severe level that is logged: `debug`, `info`, `warning` or `error`."""
     log_format: Annotated[Literal["auto", "console", "json"], BeforeValidator(_lowercase)] = "auto"
     """`auto` is `console` on a terminal and `json`, one line for each event, elsewhere."""
+    access_log: Annotated[Literal["off", "on"], BeforeValidator(_lowercase)] = "off"
+    """Whether each request has a line in the log. Bare hypercorn has its own `--access-logfile -` instead."""
 
     store_url: Annotated[str, AfterValidator(_store_url)] = "sqlite:lastcall.db"
     """Where sessions are kept: `sqlite:path`, a file, or `memory:`, gone with the process."""

@@ -15,7 +15,8 @@
        ├─ heartbeat loop     wakes the streams that have been silent for a while
        ├─ recovery loop      retries writes that the store refused, and ends the turns of processes that died
        ├─ checkpoint loop    only with a store that outlives the process
-       └─ shutdown watcher   waits for the notice, then runs the phases
+       ├─ refusal loop       tells how many requests were refused, once a second
+    └─ shutdown watcher   waits for the notice, then runs the phases
 
 The parts start in this order. On the way down the loops are cancelled first, all at once; then the sessions, the
 model clients in reverse order and the store close, one after the other. The indentation of
@@ -48,6 +49,7 @@ from service.shutdown import Shutdown
 from service.storage.memory import open_memory_store
 from service.storage.store import Store
 from service.storage.store_deadline import answered_within
+from service.telemetry.refusal_log import RefusalLog
 
 logger = structlog.get_logger("lastcall.supervisor")
 
@@ -61,6 +63,7 @@ class Service:
     store: Store
     sessions: Sessions
     shutdown: Shutdown
+    refusals: RefusalLog
 
 
 @asynccontextmanager
@@ -83,6 +86,7 @@ async def open_service(
     """
     shutdown = shutdown or Shutdown(settings)
     clock = clock or SteadyClock()
+    refusals = RefusalLog()
     async with (
         shutdown.closing(_open_store(settings, peer_address), "the store") as store,
         _open_upstreams(settings, shutdown, clock) as upstreams,
@@ -109,8 +113,9 @@ async def open_service(
                 store_timeout_s=settings.store_timeout_s,
             )
             await nursery.start(checkpoints, name="checkpoint loop")
+        await nursery.start(refusals.run, name="refusal loop")
         await nursery.start(shutdown.run, sessions, name="shutdown watcher")
-        yield Service(settings, clock, store, sessions, shutdown)
+        yield Service(settings, clock, store, sessions, shutdown, refusals)
         nursery.cancel_scope.cancel()
 
 

@@ -1,17 +1,27 @@
 """The application: routes, and what holds for every request."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from quart import Response, current_app, has_request_context, request, websocket
+from quart import Quart, Response, current_app, has_request_context, request, websocket
 from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
 
-from service.api.http.app_state import attach, current_access, current_service, detach, no_content, trusted_proxies_of
+from service.api.http.app_state import (
+    attach,
+    current_access,
+    current_service,
+    detach,
+    no_content,
+    refusals_of,
+    service_of,
+    trusted_proxies_of,
+)
 from service.api.http.cors import allow_origin, preflight_response
 from service.api.http.locations import take_prefix
 from service.api.http.operations import operation_of
-from service.api.http.problems import NotReadyError, answer_error, problem_response
+from service.api.http.problems import NotReadyError, Refusal, answer_error, problem_response
 from service.api.http.proxy import PEER, forward, is_from_peer
 from service.api.http.proxy_headers import proxy_header
 from service.api.http.query_params import check_query_length
@@ -23,8 +33,9 @@ from service.api.native import chat, sessions, turns
 from service.api.openai.errors import is_path_of_openai, openai_error_response
 from service.api.operator import health
 from service.api.reference import page
-from service.errors import InvalidRequestError, OwnedElsewhereError
+from service.errors import InvalidRequestError, OwnedElsewhereError, StoreError
 from service.telemetry.log_context import log_context
+from service.telemetry.refusal_log import causes_of
 
 __all__ = ["Application", "attach", "create_app", "detach"]
 
@@ -40,7 +51,7 @@ class Application(QuartTrio):
             return
         with log_context(request_id=name_request(scope)), request_resources(scope):
             if (fault := fault_of(scope)) is not None:
-                await refuse_target(scope, send, fault)
+                await refuse_target(scope, send, fault, note=partial(_note_refusal, self))
                 return
             take_prefix(scope)
             self._name_caller(scope)
@@ -108,8 +119,32 @@ async def _answer_elsewhere(error: OwnedElsewhereError) -> TrioResponse:
 
 
 async def _answer_error(error: Exception) -> TrioResponse:
-    path = (request if has_request_context() else websocket).path
-    return await answer_error(error, respond=openai_error_response if is_path_of_openai(path) else problem_response)
+    is_http = has_request_context()
+    path = (request if is_http else websocket).path
+    shape = openai_error_response if is_path_of_openai(path) else problem_response
+    route = f"{request.method} {request.url_rule.rule}" if is_http and request.url_rule is not None else None
+
+    def respond(refusal: Refusal) -> TrioResponse:
+        _note_refusal(current_app, refusal, route=route)
+        return shape(refusal)
+
+    return await answer_error(error, respond=respond)
+
+
+def _note_refusal(app: Quart, refusal: Refusal, *, route: str | None = None) -> None:
+    """Count a refusal for the log, which says of the store why it refuses. What callers sent is not in it."""
+    status = refusal.problem.status
+    if status == 500:
+        return  # has a line of its own, with a traceback
+    fields: dict[str, object] = {"status": status}
+    if route is not None:
+        fields["route"] = route
+    if isinstance(refusal.error, StoreError):
+        service = service_of(app)
+        fields["error"] = str(refusal.error)
+        fields["cause"] = causes_of(refusal.error)
+        fields["store"] = None if service is None else service.store.name
+    refusals_of(app).note(refusal.problem.code, level="warning" if status > 500 else "info", **fields)
 
 
 def _refuse_query(handler: Callable[..., Any]) -> None:

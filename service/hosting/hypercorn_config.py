@@ -9,7 +9,7 @@ from typing import Any
 
 from service.hosting import master
 
-NAMES = ("worker_class", "bind", "certfile", "keyfile", "backlog")
+NAMES = ("worker_class", "bind", "certfile", "keyfile", "accesslog", "backlog")
 """All that hypercorn is to copy into the configuration that it sends to its workers."""
 BACKLOG = 1024
 """Clients that wait during a reload; beyond that the kernel drops them, and they try again a second later."""
@@ -32,6 +32,7 @@ def __getattr__(name: str) -> Any:
             bind=[settings.bind],
             certfile=settings.tls_certfile,
             keyfile=settings.tls_keyfile,
+            accesslog="-" if settings.access_log == "on" else None,
             backlog=BACKLOG,
         )
     return _configuration[name]

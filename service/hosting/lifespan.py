@@ -20,6 +20,7 @@ from hypercorn.typing import ConnectionState
 from quart import Quart
 
 from service.api.app import attach, detach
+from service.api.http.app_state import refusals_of
 from service.freezes import watch_for_freezes
 from service.hosting.hypercorn.asgi_request import open_requests
 from service.hosting.hypercorn.connections import Connections, Stream
@@ -100,6 +101,7 @@ async def serve_embedded(app: Quart, settings: Settings, receive: Any, send: Any
         shutdown.notice("the server stops")
         await shutdown.work_ended.wait()
         detach(app)
+    refusals_of(app).flush()
     shutdown.report(tasks_left=0).log()
     await send({"type": "lifespan.shutdown.complete"})
 
@@ -289,6 +291,7 @@ class Hosting:
         """Report, and see to the exit code: at once where hypercorn would not return to who started it."""
         left = count_tasks(self._worker.task, beside=trio.lowlevel.current_task())
         report = self._shutdown.report(tasks_left=left)
+        refusals_of(self._app).flush()
         report.log()
         code = ExitCode.CRASHED if crash else ExitCode.CLEAN if report.clean else ExitCode.FAULTS
         if not self._closed.is_set():

@@ -22,6 +22,7 @@ def serve(settings: Settings) -> int:
     config.worker_class = "trio"
     config.bind = [settings.bind]
     config.certfile, config.keyfile = settings.tls_certfile, settings.tls_keyfile
+    config.accesslog = "-" if settings.access_log == "on" else None
     try:
         take_addresses(config)
     except StartupError as error:

@@ -15,7 +15,8 @@ import time
 from collections import deque
 from contextlib import suppress
 
-BACKLOG_BYTES_MAX = 256 * 1024
+BACKLOG_BYTES_MAX = 1024 * 1024
+"""A stop ends a thousand turns at once, and each has a line of some 500 bytes. The report of the stop follows them."""
 PIPE_BUF = select.PIPE_BUF
 
 

@@ -11,7 +11,7 @@ from bench.machine import look_at_machine
 from bench.plan import LoadResult
 from bench.rows import RowFile, percentile, read_rows, summarize
 from bench.server_process import python_command
-from bench.shutdown import ShutdownRow, _add_books, run_case, steady
+from bench.shutdown import ShutdownRow, _add_books, _add_log, run_case, steady
 from bench.shutdown_report import cells_of, write_markdown
 from bench.stage import Place
 from bench.upstream import ReplyBook
@@ -58,6 +58,21 @@ async def test_what_a_fake_says_is_counted(tmp_path: Path) -> None:
     said = "Traceback (most recent call last):\nasyncio.CancelledError\nasyncio.exceptions.CancelledError: x\nbye\n"
     row = await run_fake(tmp_path, "--say", said)
     assert (row.log_tracebacks, row.log_cancelled, row.log_lines) == (1, 2, 5)
+
+
+def test_lines_of_single_requests_are_no_noise() -> None:
+    row = ShutdownRow(contender="c", label="C", case="x", streams=2, repeat=0, settings={}, command=[])
+    lines = [
+        'INFO:     127.0.0.1:5 - "POST /chat HTTP/1.1" 200 OK',
+        '127.0.0.1:5 - - [28/Nov/2026:19:00:00 +0000] "POST /chat 1.1" 200 - "-" "-"',
+        '{"level": "info", "message": "127.0.0.1:5 - - [x] \\"GET /healthz 1.1\\" 200 - \\"-\\"", "pid": 1}',
+        '{"level": "warning", "message": "turn ended", "outcome": "failed"}',
+        "INFO:     Shutting down",
+        '{"level": "info", "message": "serving", "attempt": "curl -N http://127.0.0.1:1/chat"}',
+        "Traceback (most recent call last):",
+    ]
+    _add_log(row, "\n".join(lines))
+    assert (row.log_request_lines, row.log_lines, row.log_tracebacks) == (4, 3, 1)
 
 
 async def test_a_contender_that_does_not_start_is_a_row_and_no_crash(tmp_path: Path) -> None:

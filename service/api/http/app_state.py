@@ -10,10 +10,12 @@ from service.api.http.locations import located
 from service.api.http.problems import NotReadyError
 from service.api.http.request_body import body_bytes_max
 from service.supervisor import Service
+from service.telemetry.refusal_log import RefusalLog
 
 _SERVICE = "lastcall"
 _ACCESS = "lastcall.access"
 _TRUSTED_PROXIES = "lastcall.trusted_proxies"
+_REFUSALS = "lastcall.refusals"
 
 
 def attach(app: Quart, service: Service) -> None:
@@ -21,6 +23,7 @@ def attach(app: Quart, service: Service) -> None:
     app.config["MAX_CONTENT_LENGTH"] = body_bytes_max(service.settings)
     app.extensions[_ACCESS] = Access.by(service.settings)
     app.extensions[_TRUSTED_PROXIES] = TrustedProxies.by(service.settings)
+    app.extensions[_REFUSALS] = service.refusals
     app.extensions[_SERVICE] = service
 
 
@@ -40,6 +43,19 @@ def current_service() -> Service:
 def current_access() -> Access:
     access: Access = current_app.extensions[_ACCESS]
     return access
+
+
+def refusals_of(app: Quart) -> RefusalLog:
+    """Where refused requests are counted: the service's, also once it is detached."""
+    if _REFUSALS not in app.extensions:  # none was attached yet
+        app.extensions[_REFUSALS] = RefusalLog()
+    refusals: RefusalLog = app.extensions[_REFUSALS]
+    return refusals
+
+
+def service_of(app: Quart) -> Service | None:
+    """The service that is attached."""
+    return app.extensions.get(_SERVICE)
 
 
 def trusted_proxies_of(app: Quart) -> TrustedProxies:

@@ -5,13 +5,14 @@ Quart takes the first character of a path that may be empty (``GET ?x``), splits
 (``a..b``). Proven by ``tests/api/http/test_request_target.py``.
 """
 
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
 from werkzeug.exceptions import BadRequest, HTTPException, NotFound
 
 from service.api.http.locations import root_path_of
-from service.api.http.problems import problem_response, refusal_of
+from service.api.http.problems import Refusal, problem_response, refusal_of
 from service.api.http.request_id import HEADER, request_id_of
 
 _NEITHER = "The target of this request is neither a path nor a URL."
@@ -50,12 +51,20 @@ def _names_host(value: bytes) -> bool:
     return True
 
 
-async def refuse_target(scope: dict[str, Any], send: Any, fault: HTTPException) -> None:
-    """Answer in place of the application."""
+async def refuse_target(
+    scope: dict[str, Any], send: Any, fault: HTTPException, *, note: Callable[[Refusal], None]
+) -> None:
+    """Answer in place of the application.
+
+    Args:
+        note: Called with what is answered.
+    """
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1000})
         return
-    response = problem_response(refusal_of(fault, scope=scope))
+    refusal = refusal_of(fault, scope=scope)
+    note(refusal)
+    response = problem_response(refusal)
     response.headers[HEADER] = request_id_of(scope)
     headers = [(name.lower().encode(), value.encode()) for name, value in response.headers.items()]
     await send({"type": "http.response.start", "status": response.status_code, "headers": headers})

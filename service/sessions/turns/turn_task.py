@@ -22,6 +22,8 @@ from service.settings import Settings
 from service.storage.records import LeftOut, TurnRecord
 from service.storage.store import Store
 from service.storage.store_deadline import answered_within
+from service.telemetry.log_context import add_to_log_context
+from service.telemetry.refusal_log import causes_of
 
 logger = structlog.get_logger("lastcall.turn")
 
@@ -160,6 +162,7 @@ def _decide_failed(turn: Turn, error: Exception, settings: Settings) -> None:
         _decide_upstream_failed(turn, error, settings)
         return
     if isinstance(error, StoreError):
+        add_to_log_context(cause=causes_of(error))  # for the line of the turn's end
         turn.decide(outcome.failed(error.code, str(error)))
         return
     logger.error("turn crashed", session_id=turn.session_id, turn_id=turn.id, exc_info=error)
@@ -189,7 +192,7 @@ async def _keep(turn: Turn, record: TurnRecord, *, store: Store, clock: Clock) -
     try:
         return await store.end_turn(record, events=events, now=clock(), after=after)
     except StoreError as error:
-        logger.warning("the end of a turn was not stored", turn_id=turn.id, error=str(error))
+        logger.warning("the end of a turn was not stored", turn_id=turn.id, error=str(error), cause=causes_of(error))
     except Exception:
         logger.exception("storing the end of a turn failed", turn_id=turn.id)
     return False

@@ -13,6 +13,7 @@ from service.sessions.turns.turn import Turn
 from service.storage.records import Checkpoint
 from service.storage.store import Store
 from service.storage.store_deadline import answered_within
+from service.telemetry.refusal_log import causes_of
 
 logger = structlog.get_logger("lastcall.checkpoints")
 
@@ -35,7 +36,9 @@ async def run_checkpoints(
         try:
             await checkpoint_turns(store, open_turns(), store_timeout_s=store_timeout_s)
         except StoreError as error:
-            logger.warning("a checkpoint was not stored; the next one tries again", error=str(error))
+            logger.warning(
+                "a checkpoint was not stored; the next one tries again", error=str(error), cause=causes_of(error)
+            )
         except Exception:
             logger.exception("a checkpoint failed; the next one tries again")
 

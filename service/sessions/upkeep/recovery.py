@@ -8,6 +8,7 @@ import trio
 
 from service.errors import StoreError
 from service.sessions.sessions import Sessions
+from service.telemetry.refusal_log import causes_of
 
 logger = structlog.get_logger("lastcall.recovery")
 
@@ -28,7 +29,7 @@ async def run_recovery(
         try:
             await recover_once(sessions, shared=shared)
         except StoreError as error:
-            logger.warning("the store still refuses; trying again", error=str(error))
+            logger.warning("the store still refuses; trying again", error=str(error), cause=causes_of(error))
         except Exception:
             logger.exception("the recovery loop failed; trying again")
 
