@@ -1,4 +1,4 @@
-"""One chunk of a streamed chat completion: as OpenAI defined it, and as others vary it. Pure.
+"""One chunk of a streamed chat completion, in OpenAI's form and in the variants of other servers. Pure.
 
 Source: https://platform.openai.com/docs/api-reference/chat-streaming
 """
@@ -12,11 +12,11 @@ from typing import Any
 import msgspec
 
 _TOKENS_MAX = 10**12
-"""No count of tokens is larger; what says so is wrong."""
+"""Bound on a count of tokens; a larger count is wrong."""
 _PARTS_MAX = 20_000
 """Bound on a chunk's members and items. Each costs up to 0.4 us, and nothing else runs meanwhile."""
 _SMALL_BYTES = 64 * 1024
-"""What is no larger cannot have so many parts that it matters."""
+"""A chunk up to this size is not counted, because it cannot have too many parts."""
 _DIGITS_MAX = 40
 _STARTS = (b"{", b"[", b"null", b" ", b"\t", b"\n")
 _EMPTY = (b"null", b"[]", b"{}", b'""', b"false", b"0")
@@ -41,7 +41,7 @@ class Choice(msgspec.Struct, gc=False):
 
     @property
     def says_something(self) -> bool:
-        """Whether there is a piece of the reply or of the reasoning in it."""
+        """Whether the delta has a piece of the reply or of the reasoning."""
         said = self.delta or self.message
         return bool(self.text or (said and (said.content or said.reasoning_content or said.reasoning or said.refusal)))
 
@@ -76,7 +76,7 @@ _decode_work = msgspec.json.Decoder(_WorkChunk).decode
 
 
 class PartsCount:
-    """Counts the members and items of JSON, whose bytes may come bit by bit: what a decoder would make an object of."""
+    """Counts the members and items of a JSON text that arrives in pieces: the objects that a decoder would make."""
 
     def __init__(self) -> None:
         self._parts = 0
@@ -85,10 +85,10 @@ class PartsCount:
         self._escape = b""
 
     def add(self, chunk: bytes) -> None:
-        """Take more of it.
+        """Take the next piece.
 
         Raises:
-            ValueError: There are more than may be decoded.
+            ValueError: The text has more parts than may be decoded.
         """
         text = (self._escape + chunk).replace(rb"\\", b"")
         self._escape = b"\\" if text.endswith(b"\\") else b""
@@ -103,7 +103,7 @@ class PartsCount:
 
 
 def decode_chunk(payload: bytes, *, is_checked: bool = False) -> Chunk:
-    """Read a chunk: strictly, because that is fast, and if that fails whatever can be read of it.
+    """Read a chunk: strictly at first, because that is fast; if that fails, as much as can be read.
 
     A text may then hold lone surrogates (:func:`join_surrogates`).
 
@@ -111,7 +111,7 @@ def decode_chunk(payload: bytes, *, is_checked: bool = False) -> Chunk:
         is_checked: Whether a :class:`PartsCount` has counted its parts.
 
     Raises:
-        ValueError: It is not JSON, or nothing like a chunk, or has too many parts.
+        ValueError: The text is not JSON, does not look like a chunk, or has too many parts.
     """
     if len(payload) > _SMALL_BYTES and not is_checked:
         PartsCount().add(payload)
@@ -128,10 +128,10 @@ def decode_chunk(payload: bytes, *, is_checked: bool = False) -> Chunk:
 
 
 def has_work(payload: bytes) -> bool:
-    """Whether a chunk without text has something else in its first delta: a tool call, encrypted reasoning, an image.
+    """Whether a chunk without text has other content in its first delta: a tool call, encrypted reasoning, an image.
 
-    That is told by its shape, because the names are each server's own: a list or an object that is not empty, or a text
-    under a name like "reasoning". What only says who speaks is no work.
+    The shape decides, because each server has its own names: a list or an object that is not empty, or a text
+    under a name like "reasoning". A role alone is no content.
     """
     try:
         chunk = _decode_work(payload)
@@ -143,7 +143,7 @@ def has_work(payload: bytes) -> bool:
 
 
 def join_surrogates(text: str) -> str:
-    """A text that can be encoded: pairs of surrogates become their character, lone ones U+FFFD."""
+    """The text in a form that can be encoded: surrogate pairs become their character, lone surrogates U+FFFD."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
@@ -172,7 +172,7 @@ def _has_content(value: object) -> bool:
 
 
 def _int(digits: str) -> int:
-    """A number of JSON. One of thousands of digits costs as much as thousands of numbers, and counts nothing."""
+    """Read a number of JSON. A number of thousands of digits would cost as much as thousands of numbers, so it is 0."""
     return int(digits) if len(digits) <= _DIGITS_MAX else 0
 
 

@@ -1,6 +1,6 @@
-"""What goes to a chat completions server, and what comes of its answer. Pure.
+"""The request to a chat completions server, and the events in its answer. Pure.
 
-One chunk of it is read in :mod:`service.models.chat_chunks`.
+:mod:`service.models.chat_chunks` reads one chunk of the answer.
 """
 
 import re
@@ -37,8 +37,8 @@ from service.models.sse_decoder import EventTooLargeError, SseDecoder
 from service.models.upstream_errors import ErrorReply, error_from_reply, quote
 
 EVENT_BYTES_MAX = 1024 * 1024
-"""Bound on one event: a token has some hundred bytes, a server that does not really stream one large event.
-What is larger is left out: images."""
+"""Bound on one event. A token has some hundred bytes; a server that does not really stream sends one large event.
+Larger events are left out: they are images."""
 SKIPPED_BYTES_MAX = 64 * 1024 * 1024
 """Bound on one event that is left out."""
 BODY_BYTES_MAX = 8 * 1024 * 1024
@@ -50,7 +50,7 @@ _LINES_MAX = 1000
 """Bound on the lines of one event that are tried one by one."""
 _START_BYTES_MAX = 400
 _START_LENGTH_MAX = 16
-"""How much of data that is skipped the log may have: enough to know it, too little for a text of somebody's."""
+"""How many characters of skipped data the log may have: enough to recognize the data, too few to show a user's text."""
 
 # Everything else ends a reply in a regular way: "eos", "end_turn", "stop_sequence"...
 _FINISH_REASONS: dict[str, FinishReason] = {
@@ -70,18 +70,20 @@ _FAILED_REASONS = frozenset({"insufficient_system_resource", "error", "abort", "
 
 
 class Dialect(msgspec.Struct, frozen=True):
-    """What a model's server has no words for, or other ones.
+    """The variant of the request that a model's server understands.
 
     Attributes:
-        limit_field: The bound on the output. Every server knows ``max_tokens``, but for OpenAI's newer models.
-        stream_options: Whether it knows them. Mistral and Fireworks refused them, and send usage unasked.
+        limit_field: The name of the bound on the output. Every server knows ``max_tokens``, except for OpenAI's newer
+            models.
+        stream_options: Whether the server knows ``stream_options``. Mistral and Fireworks refused this field, and send
+            usage without it.
     """
 
     limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     stream_options: bool = True
 
     def learn(self, request: ModelRequest, status: int, reply: ErrorReply) -> "Dialect":
-        """The dialect in which to ask again after a refusal; this very one where that would not help."""
+        """The dialect in which to ask again after a refusal; the same dialect if another one would not help."""
         if status not in (400, 422) or reply.is_context_too_long:  # which names the field, too
             return self
         if self.stream_options and re.search("stream_options|include_usage", reply.words):
@@ -110,17 +112,17 @@ def encode_request(request: ModelRequest, dialect: Dialect) -> bytes:
 class ReplyDecoder:
     """Turns the bytes of one streamed reply into events.
 
-    A reply is whole once a finish reason was there. ``[DONE]`` only says that nothing follows, and not every server
-    sends it; where a text was there it stands for a finish reason, which not every server sends either. Some say
-    "stop" with their first chunk or with each: text that follows counts.
+    A reply is whole once a finish reason has arrived. ``[DONE]`` only says that nothing follows, and not every server
+    sends it. After a text, ``[DONE]`` replaces a missing finish reason, because not every server sends one. Some
+    servers say "stop" with their first chunk or with each chunk: text after it counts.
 
-    A body that is JSON and no event stream is a reply as well, if it is a whole completion: somebody on the way does
-    not stream.
+    A JSON body that is no event stream is a reply as well, if it is a whole completion: a gateway on the way does not
+    stream.
 
     Args:
-        redact: Takes the secrets out of an upstream's words.
-        described: What the response says it is, where that is no event stream.
-        tell: Called with a sentence for the log and how the data in question begins, once for data that is no chunk
+        redact: Removes the secrets from an upstream's words.
+        described: The content type of the response, if it is no event stream.
+        tell: Called with a sentence for the log and the beginning of the data, once for data that is no chunk
             and once for events that are too large.
     """
 
@@ -150,22 +152,22 @@ class ReplyDecoder:
         self._usage: Usage | None = None
         self.finished = False
         self.failure: ModelError | None = None
-        """Why nothing more can come. Kept, not raised: what came before it in the same chunk counts."""
+        """The error after which nothing can follow. Not raised at once, so that earlier events of its chunk count."""
 
     @property
     def has_finish_reason(self) -> bool:
-        """Whether it can end here; more text, usage and ``[DONE]`` may follow."""
+        """Whether the reply can end here; more text, usage and ``[DONE]`` may follow."""
         return self._finish_reason is not None or self._holds_an_end
 
     @property
     def is_whole(self) -> bool:
-        """Whether no more text is to be expected. A "stop" before anything was said is not the end yet."""
+        """Whether no more text is expected. A "stop" before any text is not the end yet."""
         return self._holds_an_end or (
             self._finish_reason is not None and (self._has_text or self._finish_reason != "stop")
         )
 
     def feed(self, chunk: bytes) -> list[ModelEvent]:
-        """The events that this chunk completes; empty where there was nothing but overhead."""
+        """The events that this chunk completes; empty if the chunk has only overhead."""
         events: list[ModelEvent] = []
         try:
             if not self._begun:
@@ -188,10 +190,10 @@ class ReplyDecoder:
         return events
 
     def end(self) -> list[ModelEvent]:
-        """Nothing will follow: what is left, and :class:`Finished`.
+        """End the reply: the remaining events, and :class:`Finished`.
 
         Raises:
-            ModelError: ``upstream_truncated``, where no finish reason was there; or what a body said that was no
+            ModelError: ``upstream_truncated``, if no finish reason has arrived; or the error in a body that is no
                 event stream.
         """
         events: list[ModelEvent] = []
@@ -204,7 +206,7 @@ class ReplyDecoder:
         return events
 
     def _begin(self, chunk: bytes) -> None:
-        """An event stream is told from other bodies by how it begins, whatever the response says it is."""
+        """Recognize an event stream by its beginning, because the content type may be wrong."""
         start = chunk.lstrip(b"\xef\xbb\xbf \t\r\n")
         self._begun = bool(start)
         if start.startswith(b"<"):
@@ -222,7 +224,7 @@ class ReplyDecoder:
         raise self._no_event_stream()
 
     def _take_rest(self, events: list[ModelEvent]) -> None:
-        """Take the event that has begun and not ended. Where it is no chunk, it was cut off: then it is not there."""
+        """Take the event that has begun and not ended. If its data is no chunk, it was cut off and is ignored."""
         with suppress(EventTooLargeError):
             for payload in self._sse.rest():
                 for line in _pieces(payload):
@@ -233,7 +235,7 @@ class ReplyDecoder:
                             self._take_chunk(decode_chunk(line), line, events)
 
     def _note_done(self, events: list[ModelEvent]) -> None:
-        """The server says that this was all."""
+        """Note that the server has ended the reply."""
         self._take_held(events)
         if self._has_text and self._finish_reason is None:
             self._finish_reason = "stop"
@@ -249,7 +251,7 @@ class ReplyDecoder:
         events.append(Finished(finish_reason=self._finish_reason, usage=self._usage))
 
     def _take(self, payload: bytes, events: list[ModelEvent]) -> bool:
-        """Take an event's data; whether it was the last."""
+        """Take an event's data. Returns whether it was the last event."""
         try:
             chunk = decode_chunk(payload)
         except ValueError:
@@ -258,9 +260,9 @@ class ReplyDecoder:
         return False
 
     def _take_lines(self, payload: bytes, events: list[ModelEvent]) -> bool:
-        """Take data that is no chunk: ``[DONE]``, several chunks that a single line end parts, or nothing of ours.
+        """Take data that is no chunk: ``[DONE]``, several chunks that a single line end separates, or unknown data.
 
-        What is not JSON fails no reply: keep-alives that were meant as comments, the time, words.
+        Data that is not JSON does not fail the reply: keep-alives that were meant as comments, the time, words.
         """
         if payload.strip() == _DONE:
             self._note_done(events)
@@ -278,10 +280,10 @@ class ReplyDecoder:
         return False
 
     def _take_no_choice(self, chunk: Chunk, payload: bytes) -> None:
-        """Whether it is an error in another shape than usual.
+        """Check for an error in an unusual form.
 
         Raises:
-            ModelError: It is one.
+            ModelError: The data is an error.
         """
         said = ErrorReply.from_body(payload)
         is_error = said.is_error_member or (said.message and chunk.choices is None and chunk.usage is None)
@@ -315,7 +317,7 @@ class ReplyDecoder:
             self._usage = _usage(chunk.usage)
 
     def _take_choices(self, choices: Sequence[Choice], payload: bytes, events: list[ModelEvent]) -> None:
-        """Take those choices of a chunk that are of the reply."""
+        """Take the choices of a chunk that belong to the reply."""
         first_has_ended = self._finish_reason is not None
         for choice in self._choices.admit(choices, first_has_ended=first_has_ended):
             self._take_choice(choice, payload, events)
@@ -326,7 +328,7 @@ class ReplyDecoder:
             events.append(Progress())
 
     def _take_held(self, events: list[ModelEvent]) -> None:
-        """Nothing follows: take what was held back and is of the reply."""
+        """Take the held choices that belong to the reply, because nothing follows."""
         if self._choices.is_holding:
             for choice in self._choices.end(first_has_ended=self._finish_reason is not None):
                 self._take_choice(choice, b"", events)
@@ -359,7 +361,7 @@ class ReplyDecoder:
             raise error_from_reply(ErrorReply.from_error_member(error), redact=self._redact)
 
     def _note_large_events(self, events: list[ModelEvent]) -> None:
-        """An event that was left out because of its size is work of the model: an image."""
+        """Count an event that was left out because of its size as progress of the model: it is an image."""
         if self._sse.large_events > self._large_events:
             self._large_events = self._sse.large_events
             self._tell_once(f"The model server sent an event of more than {EVENT_BYTES_MAX} bytes; it is skipped.")
@@ -380,7 +382,7 @@ class ReplyDecoder:
         return join_surrogates(text)
 
     def _unfinished(self) -> ModelError:
-        """Why there is no finish reason."""
+        """The error for a reply without a finish reason."""
         if not self._choices.has_begun and self._usage is None:
             if self._has_skipped or self._sse.foreign_events:
                 message = "The model server sent something that is not a chat completion."

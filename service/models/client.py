@@ -1,9 +1,9 @@
 """The protocol that every model client meets.
 
 A client is opened once in the service's tree and shared by all turns. A turn opens one stream,
-takes what is ready until the stream has finished, and leaves; leaving (however it happens: the end,
-an error, cancellation) closes the upstream connection before control returns, so that nobody pays
-for tokens that nobody will read.
+takes events until the stream has finished, and leaves the stream. Every way of leaving (the end,
+an error, cancellation) closes the upstream connection before control returns, so that no tokens are
+paid for that no client will read.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ class Message(msgspec.Struct, frozen=True):
 
 
 class ModelRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What a turn asks of a model.
+    """The request of a turn to a model.
 
     ``messages`` holds at most one system message, first; then user and assistant alternate, and the
     last is the user's.
@@ -57,7 +57,7 @@ class ReasoningDelta(msgspec.Struct, frozen=True, gc=False):
 
 
 class Progress(msgspec.Struct, frozen=True, gc=False):
-    """The model is at work on what is no text: a tool call, encrypted reasoning, an image. To be shown to nobody."""
+    """The model works on content that is no text: a tool call, encrypted reasoning, an image. Shown to no client."""
 
 
 class Finished(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,15 +74,14 @@ class ModelStream(Protocol):
     """One reply on its way."""
 
     async def receive(self) -> Sequence[ModelEvent]:
-        """Wait until at least one event is there, then return all that are, in order.
+        """Wait for at least one event, then return all events that have arrived, in order.
 
-        Never returns an empty sequence, and returns nothing for what is not progress (an upstream's
-        keep-alive comments), so a caller may re-arm its deadline on each return. Not to be called
-        again after :class:`Finished`. Cancellation loses nothing that the caller needs: the
-        stream is to be left then.
+        Never returns an empty sequence, and does not return for data that is no progress (an upstream's
+        keep-alive comments), so a caller may set its deadline anew on each return. Must not be called
+        again after :class:`Finished`. After a cancellation the caller must leave the stream.
 
         Raises:
-            ModelError: The upstream failed; nothing more will come.
+            ModelError: The upstream failed; no event will follow.
         """
         ...
 

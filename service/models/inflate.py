@@ -1,6 +1,6 @@
-"""Reads a body that a server on the way has compressed, although a body as it is was asked for. Pure.
+"""Decompresses a body that a server on the way has compressed, although the request asked for plain text. Pure.
 
-What there is of the text comes at once, in pieces of a bounded size: a few bytes can hold millions.
+The text is returned as it arrives, in pieces of a bounded size, because a few bytes can hold millions.
 """
 
 import zlib
@@ -8,7 +8,7 @@ import zlib
 ENCODINGS = ("gzip", "x-gzip", "deflate")
 PIECE_BYTES_MAX = 8 * 1024
 _FREE_BYTES = 16 * 1024 * 1024
-"""So much text may come of however little."""
+"""The size of the text that is allowed for an input of any size."""
 _RATIO_MAX = 200
 """Beyond that, how many bytes may come of one. Streams of tokens come to 30; the most that there can be is 1032."""
 _STEPS_MAX = 16
@@ -18,14 +18,14 @@ _GZIP, _ZLIB, _RAW = zlib.MAX_WBITS + 16, zlib.MAX_WBITS, -zlib.MAX_WBITS
 
 
 class InflateError(ValueError):
-    """The body cannot be decompressed, or there is too much in it. Says which."""
+    """The body cannot be decompressed, or its text is too large; the message says which."""
 
 
 class Inflater:
-    """Decompresses one body, whatever way its bytes are cut.
+    """Decompresses one body, which may arrive in pieces of any size.
 
-    "gzip" may have several members. "deflate" is zlib's format, or the raw one that some send. How the body begins
-    counts more than its name: one that is called "gzip" and is not compressed at all is read as it is.
+    "gzip" may have several members. "deflate" is zlib's format, or the raw format that some servers send. The beginning
+    of the body counts more than the name: a body that is called "gzip" and is not compressed is read as it is.
 
     Args:
         encoding: One of :data:`ENCODINGS`.
@@ -110,7 +110,7 @@ class Inflater:
 
 
 def inflate(body: bytes, encoding: str, *, bytes_max: int) -> bytes:
-    """What can be had of a body that may have been cut off, up to a bound; the body itself where that is nothing."""
+    """The text of a body that may be cut off, up to a bound; the body itself if nothing can be decompressed."""
     inflater, text = Inflater(encoding), b""
     inflater.feed(body)
     try:

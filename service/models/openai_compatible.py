@@ -2,15 +2,15 @@
 
 The only module that knows httpx. Decisions, and why:
 
-- **What a server refuses to understand** is left out, or called by the name that it says, from there on for that
+- **A field that a server refuses** is left out, or renamed as the server asks, in all later requests for that
   model: :class:`~service.models.chat_completions.Dialect`.
-- **A kept connection may have been closed** by the server or anything on the way when a request reaches it: that
-  request is sent again at once, over the next one or a new one.
+- **A kept connection may be closed** by the server or on the way when a request reaches it: the request is sent again
+  at once, over the next kept connection or a new one.
 - **Proxies in the environment are not used** (``trust_env=False``): the settings alone say where prompts
   go. Certificates are trusted as the machine does (``SSL_CERT_FILE`` included) and as certifi does.
 - **Bodies are asked for as they are**, because to compress a stream of tokens only delays it. Where a server on the way
   compresses nevertheless, the body is decompressed within bounds.
-- **Redirects are not followed**: they would carry a prompt and a key to an address nobody configured.
+- **Redirects are not followed**: they would carry a prompt and a key to an address that is not configured.
 - **Connections have no bound**, so no turn ever queues for one with its deadlines running: ``live_turns_max``
   is the bound on streams.
 """

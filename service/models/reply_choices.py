@@ -1,8 +1,8 @@
 """Which choices of a chat completion are the reply. Pure.
 
-One reply is asked for, and some servers are set up to give several. Their pieces come in turns, and only one choice may
-be kept. Others give one reply and count the index up with each piece of it (TGI until 2024, Foundry Local until 2025)
-or with each block (reasoning 0, text 1). What tells these apart is that a count never goes back.
+A request asks for one reply, and some servers are set up to give several. Their pieces alternate, and only one choice
+may be kept. Other servers give one reply and count the index up with each piece (TGI until 2024, Foundry Local until
+2025) or with each block (reasoning 0, text 1). The difference is that such a count never goes back.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from service.models.chat_chunks import Choice
 
 _HELD_MAX = 8
-"""How many pieces under other indexes than the first are held back until it is decided what they are."""
+"""How many pieces under other indexes than the first are held back until their kind is decided."""
 _NONE = object()
 """Is no choice's index."""
 
@@ -29,12 +29,12 @@ class ReplyChoices:
 
     @property
     def has_begun(self) -> bool:
-        """Whether there was a choice at all."""
+        """Whether the stream has had a choice."""
         return bool(self._heard)
 
     @property
     def is_holding(self) -> bool:
-        """Whether there is something of which it is not decided yet whether it belongs to the reply."""
+        """Whether there are held pieces, which may or may not belong to the reply."""
         return bool(self._held)
 
     @property
@@ -43,7 +43,7 @@ class ReplyChoices:
         return any(choice.finish_reason for choice in self._held)
 
     def admit(self, choices: Sequence[Choice], *, first_has_ended: bool) -> Sequence[Choice]:
-        """Take a chunk's choices; those, and those held until now, that are known to be of the reply.
+        """Take a chunk's choices. Returns the new and the held choices that are known to belong to the reply.
 
         Args:
             first_has_ended: Whether a finish reason was among what has been admitted.
@@ -61,7 +61,7 @@ class ReplyChoices:
         return [choice for position, choice in enumerate(choices) if self._index(choice, position) == self._first]
 
     def end(self, *, first_has_ended: bool) -> Sequence[Choice]:
-        """Nothing follows: what is held and belongs to the reply."""
+        """End the stream: the held choices that belong to the reply."""
         held = self._held
         ended = {choice.index for choice in held if choice.finish_reason}
         self._decide(is_one_reply=len(ended) + first_has_ended < 2)

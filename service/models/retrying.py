@@ -22,10 +22,9 @@ logger = structlog.get_logger("lastcall.models")
 class RetryingClient:
     """Wraps a client; entering a stream also waits for its first events, so that both can be repeated.
 
-    Only an error that says it is ``retryable`` is, after a jittered wait that doubles or the one the
-    upstream asked for. A wait that would end beyond the caller's deadline is not begun: the error is
-    then raised at once. After the first event, and for deadlines (which are cancellations), nothing
-    is repeated.
+    Only ``retryable`` errors are retried, after a jittered wait that doubles or the wait that the
+    upstream asked for. If the wait would end after the caller's deadline, the error is raised at once.
+    Nothing is repeated after the first event, or after a deadline (which is a cancellation).
 
     Args:
         client: Owned from here on: closing this closes it.

@@ -23,11 +23,11 @@ _ERROR_BYTES_MAX = 64 * 1024
 
 
 class EventTooLargeError(ValueError):
-    """A line, or the data of one event, is larger than the decoder may read over."""
+    """A line, or the data of one event, is too large even to be skipped."""
 
 
 class SseDecoder:
-    """Decodes one stream, whatever way its bytes are cut.
+    """Decodes one stream, which may arrive in pieces of any size.
 
     It works on bytes: a character that is split between two chunks needs no care, because line ends
     are ASCII and never part of another UTF-8 sequence.
@@ -198,7 +198,7 @@ class SseDecoder:
                 self._is_plain = False
 
     def _end_event(self, events: list[bytes]) -> None:
-        """Dispatch the event, or count it where it is left out."""
+        """Dispatch the event, or count it if it is left out."""
         name = self._next_name or self._name
         if name not in (b"", b"message", b"error"):
             self.foreign_events += bool(self._data_bytes)
@@ -214,7 +214,7 @@ class SseDecoder:
         self._is_plain = True
 
     def _bound_line(self, events: list[bytes]) -> list[bytes]:
-        """Where the unfinished line is too large, forget it, and the event that its data belongs to."""
+        """Drop the unfinished line, and the event to which it belongs, if the line is too large."""
         size = len(self._line)
         if size <= self._event_bytes_max:
             return events

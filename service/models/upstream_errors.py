@@ -34,7 +34,7 @@ _MESSAGES = (
     ),
     *("err_msg", "error_description"),
 )
-"""Where servers put what is for a reader, the more usual first."""
+"""The members in which servers put a text for a reader, the most usual first."""
 _DURATION = re.compile(r"(?:\d{1,9}(?:\.\d{1,9})?(?:ms|s|m|h))+", re.ASCII)
 _DURATION_PART = re.compile(r"([\d.]+)(ms|s|m|h)", re.ASCII)
 _UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -146,12 +146,12 @@ class ErrorReply(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_context_too_long(self) -> bool:
-        """Whether it says that the prompt, or what was asked for beyond it, does not fit into the model."""
+        """Whether the prompt, or the prompt with the requested reply, does not fit into the model."""
         return bool(_CONTEXT_TOO_LONG.search(self.words))
 
 
 class RetryHints(msgspec.Struct, frozen=True, kw_only=True):
-    """What a response says about asking again: after how many seconds, and whether at all. None: nothing."""
+    """The response's advice about asking again: after how many seconds, and whether at all. None for no advice."""
 
     after_s: float | None = None
     is_useful: bool | None = None
@@ -203,7 +203,7 @@ def _message_in(error: dict[Any, Any], *, depth: int = 0) -> str:
 
 
 def _text_of(said: object, *, depth: int = 0) -> str:
-    """What is for a reader in it, whatever it was wrapped into."""
+    """The text for a reader in an error of any known form."""
     if isinstance(said, str):
         return said
     if depth == _DEPTH_MAX:
@@ -309,7 +309,7 @@ def error_from_reply(reply: ErrorReply, *, redact: Callable[[str], str]) -> Mode
 def token_counts(message: str) -> tuple[int | None, int | None]:
     """How many tokens a refusal counted and how many the model takes, of the numbers in it; None where it does not say.
 
-    Servers word it in a dozen ways. Common to them: what is too much is the largest number, and the next is the bound.
+    Servers word such a refusal in a dozen ways. In all of them the largest number is the count, and the next the bound.
     """
     numbers = {int(number.replace(",", "")) for number in _COUNT.findall(message[:_WORDS_LENGTH_MAX])}
     counts = sorted(number for number in numbers if number >= _COUNT_MIN)

@@ -1,4 +1,4 @@
-"""Which model client answers for a model's name."""
+"""The choice of a model client by a model's name."""
 
 from collections.abc import Iterable, Mapping
 
