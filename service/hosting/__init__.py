@@ -1,1 +1,1 @@
-"""Everything that touches the insides of hypercorn and Quart-Trio; each workaround has its removal test."""
+"""Everything that uses the internals of hypercorn and Quart-Trio; each workaround has its removal test."""

@@ -1,4 +1,4 @@
-"""The application as it is hosted: the API, held by our lifespan."""
+"""The application as hypercorn hosts it: the API, with the lifespan that holds the service."""
 
 from collections.abc import Callable
 
@@ -11,10 +11,10 @@ from service.settings import Settings
 
 
 def create_hosted_app(load_settings: Callable[[], Settings]) -> QuartTrio:
-    """An application for hypercorn. Reads and opens nothing before its lifespan begins.
+    """Make an application for hypercorn. It reads and opens nothing before its lifespan begins.
 
     Args:
-        load_settings: Raises StartupError where they cannot be used.
+        load_settings: Loads the settings; raises StartupError if they cannot be used.
     """
     app = create_app()
     app.asgi_http_class = AsgiRequest

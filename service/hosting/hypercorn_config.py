@@ -1,7 +1,8 @@
 """For hypercorn's command line: ``hypercorn --config python:service.hosting.hypercorn_config service.asgi:app``.
 
-Takes the address and the certificate from our settings, and has our master run. That happens when the first name is
-read: hypercorn imports this module, asks it for its names and reads them all. An import alone changes nothing.
+The module takes the address and the certificate from the settings, and makes :mod:`service.hosting.master` the master.
+Both happen when the first name is read: hypercorn imports this module, lists its names and reads them all. An import
+alone changes nothing.
 """
 
 from contextlib import ExitStack
@@ -10,9 +11,9 @@ from typing import Any
 from service.hosting import master
 
 NAMES = ("worker_class", "bind", "certfile", "keyfile", "accesslog", "backlog")
-"""All that hypercorn is to copy into the configuration that it sends to its workers."""
+"""The names that hypercorn copies into the configuration of its workers."""
 BACKLOG = 1024
-"""Clients that wait during a reload; beyond that the kernel drops them, and they try again a second later."""
+"""Clients that may wait during a reload. The kernel drops further ones, and they try again a second later."""
 
 _installed = ExitStack()
 _configuration: dict[str, Any] = {}

@@ -1,8 +1,8 @@
-"""The lifespan: hypercorn's side of it is a protocol, ours is one plain ``async with``.
+"""The lifespan: holds the service in one ``async with`` while hypercorn serves, and speaks ASGI's protocol for it.
 
-hypercorn goes on serving without us when the lifespan returns early or raises. So ours does neither: it ends when
-hypercorn has closed everything, and where that cannot be it ends the process. Quart's own ``while_serving`` is no
-help: it cannot hold a nursery. Proven by ``tests/hosting/test_lifespan.py``.
+hypercorn serves on without the service when the lifespan returns early or raises. So this lifespan does neither: it
+ends when hypercorn has closed all connections, and otherwise it ends the process. Quart's ``while_serving`` cannot be
+used: it cannot hold a nursery. Proven by ``tests/hosting/test_lifespan.py``.
 """
 
 import gc
@@ -41,11 +41,11 @@ from service.telemetry.logging import Log, configure_logging
 logger = structlog.get_logger("lastcall")
 
 LOAD_SETTINGS = "lastcall.load_settings"
-"""Where an application keeps the way to its settings: they are read when the lifespan begins, not at import."""
+"""Key of the function that loads an application's settings: the lifespan's begin calls it, not an import."""
 
 GARBAGE_AFTER = 10_000
-"""New objects after which garbage is looked for. By default, at 700, a worker with 500 streams spends a fifth of its
-time on that, 50 ms at once every half second."""
+"""New objects after which the garbage collector runs. With Python's default of 700 a worker with 500 streams spends a
+fifth of its time on it, in pieces of 50 ms every half second."""
 
 LAME_DUCK_LOOK_S = 0.01
 VARIABLES_SHOWN_MAX = 20
@@ -64,12 +64,12 @@ class ServiceLifespan:
             try:
                 worker = find_worker()
                 if worker is not None:
-                    worker.config.startup_timeout = inf  # a long recovery is no reason to give up; read once we receive
+                    worker.config.startup_timeout = inf  # a recovery may be long; hypercorn reads this after receive()
                 await receive()
                 settings, hosting = self._prepare(worker)
                 if hosting is not None:
                     installed.enter_context(hosting.install())
-            except Exception as error:  # noqa: BLE001  hypercorn would serve on without us, whatever it is
+            except Exception as error:  # noqa: BLE001  after any error hypercorn would serve without the service
                 refuse_to_start(error)
             if hosting is None:
                 await serve_embedded(self._app, settings, receive, send)
@@ -77,7 +77,7 @@ class ServiceLifespan:
                 await hosting.run(receive, send)
 
     def _prepare(self, worker: Worker | None) -> "tuple[Settings, Hosting | None]":
-        """The settings, and what hosts the service with them; None in a process that is not ours."""
+        """Return the settings, and the hosting for them; None where other code runs hypercorn."""
         load_settings: Callable[[], Settings] = self._app.extensions[LOAD_SETTINGS]
         settings = load_settings()
         if worker is None:
@@ -91,7 +91,7 @@ class ServiceLifespan:
 
 
 async def serve_embedded(app: Quart, settings: Settings, receive: Any, send: Any) -> None:
-    """Hold the service in a process that is not ours, as in a test: no signals, no exit codes, no workarounds."""
+    """Hold the service where other code owns the process, as in a test: no signals, no exit codes, no patches."""
     shutdown = Shutdown(settings)
     open_requests(app, shutdown)
     async with open_service(settings, shutdown=shutdown) as service:
@@ -132,7 +132,7 @@ class Hosting:
 
     @contextmanager
     def install(self) -> Iterator[None]:
-        """Install the patches until this is left. Then hypercorn is released to stop, whatever happened."""
+        """Install the patches until the context is left. Then hypercorn may stop, after success and failure alike."""
         master = self._worker.master
         with install_in_worker(
             open_connection=self._connections.open,
@@ -147,9 +147,9 @@ class Hosting:
                 self._listener_shutdown.release()
 
     async def run(self, receive: Any, send: Any) -> None:
-        """Hold the service until it is to stop, then stop it. Returns only into a server that has stopped too.
+        """Hold the service until it is to stop, then stop it. Returns only once the server has stopped too.
 
-        Only inside of :meth:`install`.
+        Call it only inside of :meth:`install`.
         """
         crash: Exception | None = None
         with self._notice.from_signals():
@@ -162,7 +162,7 @@ class Hosting:
                     sockets = self._worker.sockets
                     if not self._opened and sockets is not None:
                         await self._refuse_waiting_clients(sockets, nursery)
-                except Exception as error:  # noqa: BLE001  the edge of the service: what comes here ends the process
+                except Exception as error:  # noqa: BLE001  the edge of the service: each error here ends the process
                     crash = error
                     await self._end_crashed(error)
                 nursery.cancel_scope.cancel()
@@ -183,7 +183,7 @@ class Hosting:
                 if peers is not None:
                     peers.take_peers(service.store.peer_secret)
                 self._opened = True
-                gc.freeze()  # modules, routes, schemas: not to be looked through for garbage again and again
+                gc.freeze()  # modules, routes and schemas live on: the collector need not look through them
                 gc.set_threshold(GARBAGE_AFTER)
                 attach(self._app, service)
                 try:
@@ -199,13 +199,13 @@ class Hosting:
                     self._watchdog.start()
 
     async def _refuse_waiting_clients(self, sockets: Sockets, nursery: trio.Nursery) -> None:
-        """The start is given up: answer those who wait with 503, unless the next worker is to have them."""
+        """After a start was given up, answer the clients that wait with 503, unless another worker will serve them."""
 
         async def serve(stream: Stream) -> None:
             worker = self._worker
             await self._connections.open(worker.app, worker.config, worker.context, ConnectionState({}), stream).run()
 
-        with self._shutdown.noting_faults("refusing who waits"):
+        with self._shutdown.noting_faults("refusing waiting clients"):
             self._connections.closing = True
             self._listener_shutdown.give_up_start()
             if not self._listeners.adopt(sockets, self._worker.config, serve, nursery):
@@ -239,13 +239,13 @@ class Hosting:
         return closed
 
     def _expect_ends_only(self) -> None:
-        # From here on only what ends is left, for seconds at most: looking for garbage among all that is about to go
-        # anyway would take a fifth of the time.
+        # The process ends within seconds from here: to look for garbage among objects that end anyway would take a
+        # fifth of the time.
         gc.disable()
         self._connections.closing = True
 
     async def _cancel_unopened(self, opening: trio.CancelScope) -> None:
-        """A notice during the start ends the start; once opened, the service ends by its own phases."""
+        """End the start when a notice arrives during it; once opened, the service ends by its own phases."""
         await self._shutdown.noticed.wait()
         if not self._opened:
             opening.cancel()
@@ -256,9 +256,9 @@ class Hosting:
         self._notice.tell("the server stops")
 
     async def _stop_serving(self) -> None:
-        """Let the streams send their last chunk and hypercorn close; nobody holds that longer than the release."""
+        """Let the streams send their last chunk and hypercorn close, for no longer than the release phase."""
         aborted = 0
-        with self._shutdown.noting_faults("refusing what has not begun"):
+        with self._shutdown.noting_faults("refusing requests that have not begun"):
             self._requests.refuse_uploads()
             aborted += self._connections.abort_handshakes()
         self._listener_shutdown.release()
@@ -276,7 +276,7 @@ class Hosting:
         self._shutdown.note_connections_aborted(aborted)
 
     async def _end_crashed(self, error: Exception) -> None:
-        """The tree has unwound: end the streams, which have their terminal events by now."""
+        """End the streams after a crash: the tree has unwound, so they have their terminal events by now."""
         cause = first_cause(error)
         if not self._opened:
             refuse_to_start(cause)
@@ -288,7 +288,7 @@ class Hosting:
         await self._stop_serving()
 
     def _end(self, crash: Exception | None) -> None:
-        """Report, and see to the exit code: at once where hypercorn would not return to who started it."""
+        """Log the report and set the exit code; exit at once if hypercorn would not return to its caller."""
         left = count_tasks(self._worker.task, beside=trio.lowlevel.current_task())
         report = self._shutdown.report(tasks_left=left)
         refusals_of(self._app).flush()
@@ -300,7 +300,7 @@ class Hosting:
 
 
 def first_cause(error: Exception) -> Exception:
-    """What went wrong first, without the groups around it."""
+    """Return the first error inside of ``error``, without the exception groups around it."""
     while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
     return error

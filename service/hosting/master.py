@@ -1,15 +1,15 @@
-"""hypercorn's master, mended: it returns what its workers return, and one worker's end does not end the others.
+"""hypercorn's master, corrected: it returns its workers' exit code, and one worker's end does not end the others.
 
-hypercorn 0.18 returns 0 whatever its workers do, because it joins an emptied list, and stops everything when one
-worker of several is killed. Source: https://github.com/pgjones/hypercorn/issues/269. Proven by
+hypercorn 0.18 always returns 0, because it joins an emptied list, and it stops all workers when one of them is
+killed. Source: https://github.com/pgjones/hypercorn/issues/269. Proven by
 ``tests/hosting/test_master.py``.
 
-A worker that was killed is replaced. A start that is refused ends the service as long as no worker has served: its
+A worker that was killed is replaced. If a start is refused before any worker has served, the service ends: its
 settings, its address or its store are wrong. Once a worker has served, the fault may pass (another process holds the
-store's lock, the disk is full, a file of settings is being edited): the start is tried again after a pause, and the
+store's lock, the disk is full, the settings file is being edited): the start is tried again after a pause, and the
 other workers serve on.
 
-Runs where hypercorn's command line reads :mod:`service.hosting.hypercorn_config`: in the master, nowhere else.
+This code runs only in the master, where hypercorn's command line reads :mod:`service.hosting.hypercorn_config`.
 """
 
 import atexit
@@ -52,35 +52,35 @@ from service.telemetry.logging import configure_logging
 
 REPLACEMENTS_MAX = 5
 REPLACEMENTS_WITHIN_S = 60
-"""A worker that dies faster than that will not be mended by another start."""
+"""Window of the count above: if workers die more often than this, another start will not help."""
 STOP_SLACK_S = 1
-"""What workers may take beyond their own bound on a shutdown, before they are killed."""
+"""Time that workers may take beyond their own bound on a shutdown, before they are killed."""
 STOP_LOOK_S = 0.25
 WAIT_MAX_S = 86_400
-"""Of one wait: poll(2) takes milliseconds in 31 bits, which is 24 days, and settings allow a year."""
+"""Bound on one wait: poll(2) takes milliseconds in 31 bits, which is 24 days, and settings allow a year."""
 AT_ONCE_S = 10
 AT_ONCE_MAX = 10
-"""So often in a row workers may end with 0 that soon after their start, if neither a reload nor ``--max-requests`` has
-them do so: the next one would, too. Starting alone takes seconds on a busy machine."""
+"""How many workers in a row may end with code 0 within ``AT_ONCE_S`` of their start, without a reload and without
+``--max-requests``: after so many the next one would end too. A start alone takes seconds on a busy machine."""
 DIED = (ExitCode.WATCHDOG, ExitCode.FAULTS)
-"""Codes of a worker that has ended for good, but badly. While the others serve that is no reason to stop them."""
+"""Codes of a worker that has stopped with a fault. The other workers serve on, and the worker is replaced."""
 
 
 def take_over(installed: ExitStack) -> Settings:
-    """Have hypercorn's command line run its master through :func:`run`, until ``installed`` is closed.
+    """Make hypercorn's command line run its master through :func:`run`, until ``installed`` is closed.
 
-    Ends the process where the settings cannot be used.
+    Ends the process if the settings cannot be used.
     """
     try:
         settings = load_settings()
         installed.enter_context(install_in_command_line(sys.modules["__main__"], partial(run, settings)))
-    except Exception as error:  # noqa: BLE001  a traceback would be all that it says
+    except Exception as error:  # noqa: BLE001  hypercorn would print only a traceback
         refuse_to_start(error)
     return settings
 
 
 def run(settings: Settings, config: Config) -> NoReturn:
-    """hypercorn's ``run``, and the end of the process with the code it should have had."""
+    """Run hypercorn's ``run``, and end the process with the exit code of the workers."""
     configure_logging(settings)
     with ExitStack() as installed:
         try:
@@ -96,10 +96,10 @@ def run(settings: Settings, config: Config) -> NoReturn:
 
 
 class Workers:
-    """Starts the workers, waits for them and takes those that have ended, as hypercorn's functions of these names do.
+    """Starts, waits for and joins the workers. The methods stand in for hypercorn's functions with the same names.
 
     Args:
-        stop_timeout_s: How long to wait for the others once the service stops; after that they are killed.
+        stop_timeout_s: How long to wait for workers once the service stops; after that they are killed.
     """
 
     def __init__(self, *, stop_timeout_s: float) -> None:
@@ -131,7 +131,7 @@ class Workers:
         stop_event: Event,
         context: BaseContext,
     ) -> None:
-        """Start as many as are missing, unless a pause runs or the service stops."""
+        """Start the workers that are missing, unless a pause runs or the service stops."""
         self._stop_event = stop_event
         self._start_is_due = len(processes) < config.workers
         if self._start_is_due and (self._pause.is_running or stop_event.is_set()):
@@ -141,7 +141,7 @@ class Workers:
         self._workers_wanted = config.workers
         self._sockets = [*sockets.secure_sockets, *sockets.insecure_sockets]
         self._few_requests = config.max_requests is not None
-        self._undo_clear()  # workers get a copy of the event, which is to be hypercorn's own
+        self._undo_clear()  # workers get a copy of the event, and the copy must have hypercorn's own methods
         self._undo_clear = _nothing
         self._start(processes, config, worker_func, sockets, stop_event, context)
         self._undo_clear = replace_clear(stop_event, self._note_reload)
@@ -153,10 +153,10 @@ class Workers:
                 self._undo_joins.append((process, replace_join(process, partial(self._join, process))))
 
     def _join(self, process: BaseProcess, timeout: float | None = None) -> None:
-        """In place of the process's ``join``, on which hypercorn's reload waits in a signal handler, without a bound.
+        """Stand in for a process's ``join``, with a bound: hypercorn's reload calls ``join`` in a signal handler.
 
-        While it does, no other signal ends anything: a worker that cannot run would keep the master for good. It still
-        waits in waitpid(2), by which workers tell a reload from a stop (``Master.waits_for``).
+        During that call no other signal is handled, so a worker that hangs would keep the master for ever. The wait
+        stays in waitpid(2), because workers tell a reload from a stop by it (``Master.waits_for``).
         """
         if timeout is not None:
             type(process).join(process, timeout)
@@ -177,10 +177,10 @@ class Workers:
             signal.signal(signal.SIGALRM, before)
 
     def wait(self, sentinels: Iterable[int], timeout: float | None = None) -> Sequence[object]:
-        """Return when a worker has ended, or when all are to be stopped: a worker that hangs cannot end first.
+        """Return when a worker has ended, or when all are to stop, also if a worker hangs.
 
-        During a pause this returns every now and then, for hypercorn to look whether it is to stop. With ``--reload``
-        hypercorn gives a timeout, and starts workers only once this returns something.
+        During a pause this returns from time to time, so that hypercorn sees that it is to stop. With ``--reload``
+        hypercorn gives a timeout, and starts workers only once this returns a list that is not empty.
         """
         waited_for = list(sentinels)
         while True:
@@ -193,7 +193,7 @@ class Workers:
                 return []
 
     def join_exited(self, processes: list[BaseProcess]) -> int:
-        """Take those that have ended off the list; it is empty when this returns anything but 0."""
+        """Remove the workers that have ended from the list. The list is empty if this returns a code other than 0."""
         assert self._stop_event is not None
         self._count_serving()
         stopping = self._stop_event.is_set()
@@ -217,17 +217,17 @@ class Workers:
         return self._code
 
     def _count_serving(self) -> None:
-        """See whether workers have come to serve since this was last called."""
+        """Read from the shared count whether workers have begun to serve since the last call."""
         while self._serving_count is not None and self._serving_count.acquire(block=False):
             self._has_served = True
             self._pause.forget_refusals()
 
     def _may_try_again(self, code: int) -> bool:
-        """Whether a worker that has ended with this code could not start, and the next one perhaps can."""
+        """Whether this exit code means a start that failed and may succeed later."""
         return self._has_served and 0 < code < 128 and code not in (*DIED, ExitCode.CRASHED)
 
     def _try_again_later(self, what: str) -> None:
-        """Begin a pause and say so. Several workers that are refused together begin one pause."""
+        """Begin a pause and log it. Several workers that are refused together begin one pause."""
         if self._pause.is_running:
             return
         pause_s = self._pause.begin()
@@ -240,9 +240,9 @@ class Workers:
         say(f"{what}; the next start is tried in {pause_s:g} s, {meanwhile}")
 
     def _note_code(self, code: int) -> None:
-        """Return this code in the end, if it is the first that is not 0.
+        """Keep this code as the exit code of the service, if it is the first that is not 0.
 
-        A start that is refused while the service stops is no fault of the stop, once a worker has served.
+        Once a worker has served, a start that is refused during the stop does not count.
         """
         if not (self._has_served and code == ExitCode.REFUSED):
             self._code = self._code or code
@@ -262,7 +262,7 @@ class Workers:
         return True
 
     def _end_at_once(self, exited: list[BaseProcess]) -> bool:
-        """Whether workers have ended with 0 so soon after their start that the next ones would do it for ever."""
+        """Whether so many workers have ended with code 0 right after their start that the next ones would too."""
         now = time.monotonic()
         ages_s = [(_exit_code(process), now - self._started_at.pop(process.pid, 0)) for process in exited]
         lived_s = [age_s for code, age_s in ages_s if code == 0]
@@ -274,7 +274,7 @@ class Workers:
 
     @contextmanager
     def install(self) -> Iterator[None]:
-        """Stand in for hypercorn's functions until this is left."""
+        """Put these methods in the place of hypercorn's functions until the context is left."""
         with install_in_master(populate=self.populate, wait=self.wait, join_exited=self.join_exited):
             try:
                 yield
@@ -282,7 +282,7 @@ class Workers:
                 self._restore()
 
     def _restore(self) -> None:
-        """Give the master's event and the processes that are left their own methods back."""
+        """Give the master's event and the remaining processes their own methods back."""
         self._undo_clear()
         self._undo_clear = _nothing
         for _, undo in self._undo_joins:
@@ -297,7 +297,7 @@ class Workers:
         return exited
 
     def _note_reload(self) -> None:
-        """In place of the event's ``clear``: a reload has ended, and with it all workers."""
+        """Stand in for the event's ``clear``, which hypercorn calls after a reload, when all workers have ended."""
         assert self._stop_event is not None
         type(self._stop_event).clear(self._stop_event)
         self._reloaded = True
@@ -320,10 +320,10 @@ class Workers:
 
 
 def _nothing() -> None:
-    """What undoes nothing."""
+    """Stand in for an undo function where nothing is to be undone."""
 
 
 def _exit_code(process: BaseProcess) -> int:
-    """As a shell says it: 128 and the signal for one that was killed."""
+    """Return the exit code as a shell gives it: 128 plus the signal for a process that was killed."""
     code = process.exitcode or 0
     return 128 - code if code < 0 else code

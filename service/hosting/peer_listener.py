@@ -1,10 +1,10 @@
-"""The peer listener: where this process answers the other processes of the service, for the sessions it runs.
+"""The peer listener: the socket on which this process answers the service's other processes for sessions that it runs.
 
-A Unix socket with an abstract name (unix(7)): it has no file, so nothing is left of it however the process ends, and no
-permissions: let in are processes of the same user that show that they know the secret of the store, which they read
-beside it. Requests that come in here were admitted by the process that sends them on.
+The socket is a Unix socket with an abstract name (unix(7)). It has no file, so it leaves nothing behind, also after a
+kill. It has no permissions either: the listener admits processes of the same user that prove that they know the
+store's secret, which is kept beside the store. The process that sends a request on has checked its access already.
 
-How a connection ends says whether the client at its other end has left (see :func:`client_returns`).
+The way in which a connection ends tells whether the client behind the peer has left (see :func:`client_returns`).
 """
 
 import secrets
@@ -33,7 +33,11 @@ _PF_EXITING = 0x4
 
 
 def check_sharing(settings: Settings, *, workers: int) -> None:
-    """Raises: StartupError: There are several, and each would have sessions of its own."""
+    """Check that several workers share a store.
+
+    Raises:
+        StartupError: There are several workers, and each would have sessions of its own.
+    """
     if workers > 1 and settings.store_url == "memory:":
         raise StartupError(
             f"store_url memory: keeps sessions in one process, and there are {workers} workers; "
@@ -45,7 +49,7 @@ def check_sharing(settings: Settings, *, workers: int) -> None:
 async def open_peer_listener(
     worker: Worker, connections: Connections, *, serving: trio.Event, settings: Settings
 ) -> AsyncIterator["PeerListener | None"]:
-    """Listen. None, and no listener, where the store is this process's own. Leaving closes the listener."""
+    """Listen until the context is left. Yields None, without a listener, if the store belongs to this process alone."""
     if settings.store_url == "memory:":
         yield None
         return
@@ -59,13 +63,13 @@ async def open_peer_listener(
 
 
 class PeerListener:
-    """The listener. Made by :func:`open_peer_listener`.
+    """The listener for other processes. Made by :func:`open_peer_listener`.
 
     Args:
-        nursery: Where connections are taken: they are no longer once the listener is closed.
+        nursery: Runs the loop that accepts connections, until the listener closes.
 
     Attributes:
-        address: For the store.
+        address: The address that the store tells the other processes.
     """
 
     def __init__(
@@ -86,7 +90,10 @@ class PeerListener:
         self._nursery = nursery
 
     def take_peers(self, secret: bytes) -> None:
-        """Take connections once hypercorn serves, of those who know the store's secret; they close as its own do."""
+        """Accept connections of processes that know the store's secret, once hypercorn serves.
+
+        They close together with hypercorn's other connections.
+        """
         self._nursery.start_soon(self._run, secret, name="peer listener")
 
     async def _run(self, secret: bytes) -> None:
@@ -109,7 +116,7 @@ class PeerListener:
 
 
 class PeerApp:
-    """The application, told that its requests come from a peer."""
+    """The application, with a mark on each request that it comes from another process of the service."""
 
     def __init__(self, app: AppWrapper, peer: trio.socket.SocketType) -> None:
         self._app = app
@@ -120,9 +127,10 @@ class PeerApp:
 
 
 def client_returns(peer: trio.socket.SocketType) -> bool:
-    """Whether the peer was what ended a connection, and not the client behind it, who may come back then.
+    """Whether the client of a closed connection may come back, because the peer ended the connection.
 
-    A peer that stops closes its sending side and waits for us to close; the kernel closes all of one that has died.
+    A peer that stops closes its sending side and waits for the other side's close. After a peer's death the kernel
+    closes both sides.
     """
     if peer.fileno() < 0:
         return False
@@ -135,8 +143,11 @@ def client_returns(peer: trio.socket.SocketType) -> bool:
 
 
 def _is_dying(process: int) -> bool:
-    """Source: proc_pid_stat(5), ``flags``; a process has ``PF_EXITING`` before the kernel closes its files."""
-    if process == 0:  # it is in another PID namespace
+    """Whether a process is dying: it has ``PF_EXITING`` before the kernel closes its files.
+
+    Source: proc_pid_stat(5), ``flags``.
+    """
+    if process == 0:  # the process is in another PID namespace
         return False
     try:
         stat = Path(f"/proc/{process}/stat").read_bytes()

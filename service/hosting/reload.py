@@ -1,8 +1,8 @@
-"""Serving for a developer: the server is started anew whenever the code or the file of settings changes.
+"""Serving for a developer: the server is started again whenever the code or the settings file changes.
 
-The parent here only waits, for a signal or for a fifth of a second, and looks at the times of some fifty files. That
-costs less than a watcher with threads of its own, and there is nothing in it that a signal would have to interrupt.
-A server is always stopped the proper way, so its streams get their final events before the next one starts.
+The parent process only waits, for a signal or for a fifth of a second, and then reads the change times of some fifty
+files. This costs less than a watcher with threads, and signals need not interrupt anything.
+Each server stops by its normal shutdown, so its streams get their final events before the next server starts.
 """
 
 import ctypes
@@ -20,21 +20,21 @@ from service.telemetry.logging import configure_logging
 
 LOOK_INTERVAL_S = 0.2
 STOP_SLACK_S = 2.0
-"""What a server may take beyond its own bound on a shutdown, before it is killed."""
+"""Time that a server may take beyond its own bound on a shutdown, before it is killed."""
 STOP_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM})
 PR_SET_PDEATHSIG = 1
 
 
 def serve_and_reload(settings: Settings, *, config_file: Path, arguments: Iterable[str] = ()) -> int:
-    """Serve, anew after each change, until SIGINT or SIGTERM; the exit code of the process.
+    """Serve until SIGINT or SIGTERM, with a new server after each change. Returns the exit code of the process.
 
-    A server that ends by itself with a fault is started again after the next change, so that the fault can be read
-    and mended; but one that is refused at the very first start (a port that is taken) ends the whole.
+    A server that ends by itself with a fault is started again after the next change, so a developer can read and
+    correct the fault. A server that is refused at the first start (its port is taken, say) ends the process.
 
     Args:
-        settings: For the bound on a shutdown; each server reads its own.
-        config_file: Watched beside the package.
-        arguments: Of ``lastcall serve``, for each server.
+        settings: Give the bound on a shutdown; each server reads its settings again.
+        config_file: Watched together with the package.
+        arguments: The arguments of ``lastcall serve`` for each server.
     """
     configure_logging(settings)
     command = [sys.executable, "-m", "service", "serve", *arguments]
@@ -54,16 +54,16 @@ def serve_and_reload(settings: Settings, *, config_file: Path, arguments: Iterab
                 say(f"{min(str(path) for path, _ in now ^ seen)} changed, starting anew", level="info")
                 seen, changed = now, True
                 _stop(server, settings)
-                stopping = signal.sigpending() & STOP_SIGNALS  # dealt with by the next look
+                stopping = signal.sigpending() & STOP_SIGNALS  # the next round of the loop handles the signal
                 server = None if stopping else _start(command, mask)
 
 
 def _start(command: list[str], mask: Iterable[int]) -> "subprocess.Popen[bytes]":
-    """A server in a process group of its own: a Ctrl+C reaches it through us alone, as the signal of a proper stop."""
+    """Start a server in its own process group: after a Ctrl+C only this process tells the server to stop."""
 
     def prepare() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # no server stays behind on the port if we are killed
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # a kill of this process stops the server too
 
     return subprocess.Popen(command, process_group=0, preexec_fn=prepare)  # noqa: PLW1509, S603  no threads here
 
@@ -71,13 +71,13 @@ def _start(command: list[str], mask: Iterable[int]) -> "subprocess.Popen[bytes]"
 def _stop(
     server: "subprocess.Popen[bytes] | None", settings: Settings, *, hurry_on: signal.Signals = signal.SIGCHLD
 ) -> int:
-    """Stop a server within its bound, which another ``hurry_on`` makes it cut short; the exit code of the process."""
+    """Stop a server within its bound; a ``hurry_on`` signal makes the stop shorter. Returns the process's exit code."""
     if server is None:
         return 0
     server.terminate()
     for _ in range(round((settings.shutdown_total_s + STOP_SLACK_S) / LOOK_INTERVAL_S)):
         if server.poll() is not None:
-            # Stopped while it was starting, before it could listen to signals: as good as it gets.
+            # SIGTERM may end the server during its start, before it handles signals: that counts as a clean stop.
             return 0 if server.returncode == -signal.SIGTERM else server.returncode
         signalled = signal.sigtimedwait({signal.SIGCHLD, hurry_on}, LOOK_INTERVAL_S)
         if signalled is not None and signalled.si_signo == signal.SIGINT:
@@ -88,7 +88,7 @@ def _stop(
 
 
 def _changed_at(config_file: Path) -> frozenset[tuple[Path, int]]:
-    """Each watched file with the time of its last change."""
+    """Return each watched file with the time of its last change."""
     found = set()
     for path in (*Path(service.__file__).parent.rglob("*.py"), config_file):
         try:

@@ -1,4 +1,4 @@
-"""Our own way in: one process that serves until it is told to stop."""
+"""``lastcall serve``: one process that serves until it is told to stop."""
 
 import socket
 from functools import partial
@@ -16,7 +16,7 @@ from service.telemetry.logging import configure_logging
 
 
 def serve(settings: Settings) -> int:
-    """Serve until the process is told to stop. Returns its exit code, unless it has left with it already."""
+    """Serve until the process is told to stop. Returns the exit code, unless the process has exited with it already."""
     configure_logging(settings)
     config = Config()
     config.worker_class = "trio"
@@ -36,16 +36,16 @@ def serve(settings: Settings) -> int:
 def take_addresses(config: Config) -> None:
     """Bind the addresses before anything else is opened, and leave the open sockets to hypercorn.
 
-    hypercorn would find a taken port or a broken certificate too late, and tell it in a traceback. Of two servers it
-    lets the second one have the path of a Unix socket, and with more than one worker each a share of the same port.
+    hypercorn would find a taken port or a broken certificate too late, and report it in a traceback. It lets a second
+    server take over the path of a Unix socket and, with more than one worker, share the first server's port.
     Proven by ``tests/hosting/test_serve.py``.
 
     Raises:
-        StartupError: An address is taken, not ours or not there; or the certificate cannot be used.
+        StartupError: An address is taken, forbidden or does not exist; or the certificate cannot be used.
     """
     try:
         config.create_ssl_context()
-    except (OSError, ValueError) as error:  # a file, or a name that can be none
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise StartupError(
             f"The certificate {config.certfile} and its key {config.keyfile} cannot be used: {error}"
         ) from error
@@ -53,12 +53,12 @@ def take_addresses(config: Config) -> None:
     for bind in binds:
         if bind.startswith("unix:") and _is_answered(bind.removeprefix("unix:")):
             raise StartupError(f"Cannot listen on {bind}: another server answers there")
-    workers, config.workers = config.workers, 1  # with more it sets SO_REUSEPORT, but workers share one socket
+    workers, config.workers = config.workers, 1  # with several, hypercorn would set SO_REUSEPORT
     try:
         sockets = config.create_sockets()
     except OSError as error:
         raise StartupError(f"Cannot listen on {', '.join(binds)}: {error.strerror}") from error
-    except (ValueError, TypeError) as error:  # what can be no host, port or path
+    except (ValueError, TypeError) as error:  # not a valid host, port or path
         raise StartupError(f"Cannot listen on {', '.join(binds)}: {error}") from error
     finally:
         config.workers = workers
@@ -70,13 +70,13 @@ def take_addresses(config: Config) -> None:
 
 
 def _is_answered(path: str) -> bool:
-    """Whether somebody listens at this path, and is not only its file left."""
+    """Whether a server listens at this path; its file alone may be left of an old server."""
     with socket.socket(socket.AF_UNIX) as client:
         client.setblocking(False)
         try:
             client.connect(path)
-        except BlockingIOError:  # more wait there already than it takes
+        except BlockingIOError:  # a server listens, and its backlog is full
             return True
-        except (OSError, ValueError):  # the latter where it is no path at all
+        except (OSError, ValueError):  # ValueError: not a valid path
             return False
         return True

@@ -1,14 +1,14 @@
-"""The pause before a worker is started in the place of one whose start was refused."""
+"""The pause before the next start of a worker, after a start was refused."""
 
 import time
 
 FIRST_S = 1.0
 MAX_S = 30.0
-"""Each refused start in a row doubles the pause, up to this. A start takes a second of a core."""
+"""Each refused start in a row doubles the pause, up to this bound. A start takes a second of a core."""
 
 
 class StartPause:
-    """Says when the next start may be tried. Not running at first."""
+    """Tells whether the next start has to wait. Not running at first."""
 
     def __init__(self) -> None:
         self._length_s = 0.0
@@ -19,15 +19,15 @@ class StartPause:
         return time.monotonic() < self._until
 
     def begin(self) -> float:
-        """A start was refused: begin a pause, twice as long as the last one. Returns its length in seconds."""
+        """Begin a pause after a refused start, twice as long as the last one. Returns its length in seconds."""
         self._length_s = min(2 * self._length_s, MAX_S) or FIRST_S
         self._until = time.monotonic() + self._length_s
         return self._length_s
 
     def forget_refusals(self) -> None:
-        """A start has succeeded: the next pause is a short one. One that runs goes on."""
+        """Make the next pause a short one, after a start has succeeded. A pause that runs goes on."""
         self._length_s = 0.0
 
     def end(self) -> None:
-        """Somebody has asked for a start now."""
+        """End the pause, because an operator has asked for a start."""
         self._length_s = self._until = 0.0

@@ -1,16 +1,16 @@
-"""The notice: every way in which this process can learn that it is to stop, joined into one.
+"""The notice: joins all the ways in which this process can learn that it is to stop.
 
 ==================  ===============================================================================
 SIGTERM, SIGINT     to this process, or to the whole group; from the master once another worker ends
 SIGHUP              a terminal that was closed; with a master, a reload that went to the group
 the master's event  the master was told to stop, or to reload
-the master's death  nobody else would stop this worker
+the master's death  no other process would stop this worker
 ``terminate``       hypercorn's own wish, by ``--max-requests``
 ``terminated``      hypercorn has stopped serving for a reason of its own: the backup of all others
 ==================  ===============================================================================
 
-The first counts. All of them start the watchdog where they are seen, which for a signal and for the master
-is outside of the event loop: a loop that is blocked cannot keep the process alive.
+The first one counts. Each of them starts the watchdog where it is seen. Signals and the master's event are seen outside
+of the event loop, so a blocked event loop cannot keep the process alive.
 """
 
 import select
@@ -32,18 +32,18 @@ from service.shutdown import Shutdown
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SECOND_PRESS_S = 0.25
-"""A terminal's Ctrl+C reaches a worker twice, as SIGINT and through its master: only a later SIGINT is a second one."""
+"""A terminal's Ctrl+C reaches a worker twice, as SIGINT and by the master: only a later SIGINT is a second Ctrl+C."""
 MASTER_POLL_MS = 5
-"""How often to look at the master's event: a blocking wait for it would need its locks, and a worker that is killed
-in its sleep would leave them taken for good."""
+"""How often to look at the master's event: a blocking wait for it would need the event's locks, and a worker that is
+killed during the wait would leave the locks taken for ever."""
 
 
 class Notice:
-    """Passes on what it is told to the shutdown and the watchdog. Made inside the event loop.
+    """Passes on a reason to stop to the shutdown and the watchdog. Made inside the event loop.
 
     Args:
-        shutdown: Who learns of it, in the event loop.
-        watchdog: Started at once.
+        shutdown: Gets the notice, in the event loop.
+        watchdog: Started at once, in the calling thread.
     """
 
     def __init__(self, shutdown: Shutdown, watchdog: Watchdog) -> None:
@@ -54,12 +54,12 @@ class Notice:
         self._context = copy_context()
 
     def tell(self, reason: str) -> None:
-        """A sign was seen. From any thread and from a signal handler."""
+        """Give notice. May be called from any thread and from a signal handler."""
         now = time.monotonic()
         if self._first_seen is None:
             self._first_seen = now
         self._shutdown.expect_notice(partial(self._arrive_early, reason, now))
-        with suppress(trio.RunFinishedError):  # too late: the process is on its way out already
+        with suppress(trio.RunFinishedError):  # the event loop has ended: the process is already exiting
             self._token.run_sync_soon(self._arrive, reason, now)
         self._watchdog.start()
 
@@ -71,22 +71,22 @@ class Notice:
         self._shutdown.notice(reason, age_s=time.monotonic() - seen_at)
 
     def _arrive_early(self, reason: str, seen_at: float) -> None:
-        """For a task that comes first: what it starts is not to take the request's context for its own."""
+        """Give the notice from the task that sees it first, without that task's context variables."""
         self._context.run(self._arrive, reason, seen_at)
 
     @contextmanager
     def from_signals(self) -> Iterator[None]:
-        """Take the signals for good: from the end on they are ignored, because the process is leaving.
+        """Handle the stop signals inside of the context, and ignore them after it, because the process is exiting.
 
-        Not :func:`trio.open_signal_receiver`: that hands unread signals back when it closes, which kills the process
-        (its documentation says so), and its handler cannot start a watchdog while the event loop is blocked.
+        :func:`trio.open_signal_receiver` does not fit: it delivers unread signals again when it closes, which kills the
+        process (its documentation says so), and its handler cannot start a watchdog while the event loop is blocked.
         """
 
         def handle(signum: int, _frame: FrameType | None) -> None:
             self.tell(signal.Signals(signum).name)
 
         for signum in SIGNALS:
-            if signum != signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN:  # nohup: it is to live on
+            if signum != signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(signum, handle)
         try:
             yield
@@ -95,12 +95,12 @@ class Notice:
                 signal.signal(signum, signal.SIG_IGN)
 
     def watch(self, master: Master) -> None:
-        """Look after the master from a thread of its own, at about a tenth of the cost of a poll in the event loop."""
+        """Watch the master in a thread, at about a tenth of the cost of a poll in the event loop."""
         watch = threading.Thread(target=_watch_master, args=(master, self.tell), name="master watch", daemon=True)
         watch.start()
 
     async def watch_hypercorn(self, context: WorkerContext) -> None:
-        """Hypercorn's listeners are closed, by us or for a reason of its own."""
+        """Give notice once hypercorn's listeners are closed, by this service or by hypercorn itself."""
         await context.terminated.wait()
         self.tell("hypercorn stops")
 

@@ -1,8 +1,9 @@
-"""What hypercorn has to say to one request, delivered without a task and a round of the event loop for each message.
+"""ASGI's ``receive``: delivers hypercorn's messages to a request without a task and an event loop round for each.
 
-hypercorn sends it through a channel, and Quart-Trio reads that in a task of its own: five steps of the event loop for
-every request, and two for every end, which at a shutdown of hundreds of streams is a fifth of the time. Ours hands a
-message over in the call. Proven by ``tests/hosting/hypercorn/test_asgi_receive.py``.
+hypercorn sends the messages through a channel, and Quart-Trio reads the channel in a task of its own. This takes five
+steps of the event loop for every request and two for every end: a fifth of the time of a shutdown of hundreds of
+streams. The queue here hands a message over inside of the call that puts it.
+Proven by ``tests/hosting/hypercorn/test_asgi_receive.py``.
 """
 
 from collections.abc import Awaitable, Callable
@@ -18,14 +19,14 @@ from hypercorn.typing import AppWrapper, ASGIReceiveEvent, ASGISendEvent, Scope
 from service.api.http.end_of_input import LEAVES_AT_END
 
 CHECKPOINT_MESSAGES = 16
-"""A body in pieces of a byte is many messages in one packet: it is not to have the event loop for itself."""
+"""Messages after which other tasks get a turn: one packet can hold a body in many pieces of one byte."""
 
 
 class ReceiveQueue:
-    """ASGI's ``receive`` of one request; or, once somebody takes its messages synchronously, a direct line.
+    """ASGI's ``receive`` of one request. After :meth:`deliver_to` it passes each message on at once.
 
     Args:
-        kept_max: Messages that are kept for ``receive``. Whoever sends more waits.
+        kept_max: Messages that are kept for ``receive``. With so many kept, :meth:`put` waits.
     """
 
     def __init__(self, *, kept_max: int) -> None:
@@ -39,14 +40,14 @@ class ReceiveQueue:
         return await self._from_server.receive()
 
     def deliver_to(self, take: Callable[[Any], None]) -> None:
-        """Give what has come, and whatever comes from now on, to ``take``."""
+        """Give the messages that are kept, and all later ones, to ``take``."""
         self._take = take
         with suppress(trio.WouldBlock):
             while True:
                 take(self._from_server.receive_nowait())
 
     async def put(self, message: ASGIReceiveEvent) -> None:
-        """For hypercorn."""
+        """Add a message. Called by hypercorn."""
         self._count += 1
         if self._count % CHECKPOINT_MESSAGES == 0:
             await trio.lowlevel.checkpoint()
@@ -59,7 +60,7 @@ class ReceiveQueue:
             await self._to_app.send(message)
 
     def note_over(self) -> None:
-        """The request is over; or it takes the end of the input for the end of it all (:data:`LEAVES_AT_END`)."""
+        """Note that the request is over, or that an end of its input ends it (:data:`LEAVES_AT_END`)."""
         self._is_over = True
         if self._over is not None:
             self._over.set()
@@ -72,10 +73,10 @@ class ReceiveQueue:
 
 
 class ConnectionTaskGroup(TaskGroup):
-    """hypercorn's, with an :class:`ReceiveQueue` for each request.
+    """hypercorn's task group of a connection, with a :class:`ReceiveQueue` for each request.
 
     Attributes:
-        newest: That of the request which came last.
+        newest: The queue of the connection's latest request.
     """
 
     newest: ReceiveQueue | None = None
@@ -87,7 +88,7 @@ class ConnectionTaskGroup(TaskGroup):
         scope: Scope,
         send: Callable[[ASGISendEvent | None], Awaitable[None]],
     ) -> Callable[[ASGIReceiveEvent], Awaitable[None]]:
-        """Start the application's task for one request; returns the way to send it messages."""
+        """Start the application's task for one request. Returns the function that sends messages to it."""
         receive_queue = self.newest = ReceiveQueue(kept_max=config.max_app_queue_size)
         cast("dict[str, Any]", scope)[LEAVES_AT_END] = receive_queue.note_over
         assert self._nursery is not None
@@ -99,7 +100,7 @@ class ConnectionTaskGroup(TaskGroup):
         assert self._nursery is not None
         self._nursery.cancel_scope.cancel()
 
-    # hypercorn's has no result, so that a cancellation of the nursery would leave it, and end the server.
+    # hypercorn's method returns nothing, so a cancellation of the nursery would go on to the server and end it.
     async def __aexit__(  # type: ignore[override]
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool | None:

@@ -1,13 +1,13 @@
-"""A request on its way through Quart-Trio, with two faults mended and two additions.
+"""A request on its way through Quart-Trio, with two faults corrected and two additions.
 
 * hypercorn tells the application of a disconnect when a response is complete; Quart-Trio then cancels the request
   while that last send is still inside hypercorn, which is about to make the connection ready for the next request.
-  Its idle timer never starts: kept-alive connections live for ever, and a shutdown waits for each of them. So the
-  last send is shielded, or the disconnect not heeded. Source: hypercorn 0.18 ``H11Protocol._maybe_recycle``,
+  The connection's idle timer never starts: kept-alive connections live for ever, and a shutdown waits for each of
+  them. So the last send is shielded, or the disconnect ignored. Source: hypercorn 0.18 ``H11Protocol._maybe_recycle``,
   quart-trio 0.12 and 0.13 ``TrioASGIHTTPConnection``. Proven by ``tests/hosting/hypercorn/test_asgi_request.py``.
-* A client that is still sending its request when the work has ended is answered, not waited for.
+* A client that is still sending its request when the work has ended gets an answer at once.
 * From the end of the lame duck on, each response on HTTP/1 says that the connection closes.
-* The pieces of a stream go straight to the connection, and what hypercorn says comes straight from it.
+* The pieces of a stream go to the connection, and hypercorn's messages to the request, without a task in between.
 """
 
 from functools import partial
@@ -28,13 +28,13 @@ from service.hosting.hypercorn.chunked_response import ChunkedResponse
 from service.shutdown import Shutdown
 
 LAST_SEND_TIMEOUT_S = 30
-"""The shield's own bound; who does not read for so long is not worth a clean connection."""
+"""Bound on the shield around the last send: after it, the connection of a client that does not read is given up."""
 
 _REQUESTS = "lastcall.requests"
 
 
 class OpenRequests(set[Request]):
-    """The requests of an application, as far as the shutdown has to do with them."""
+    """The requests of an application that are open, for the shutdown."""
 
     def __init__(self, shutdown: Shutdown) -> None:
         super().__init__()
@@ -45,20 +45,20 @@ class OpenRequests(set[Request]):
         return not self._shutdown.accepting
 
     def refuse_uploads(self) -> None:
-        """Have the requests whose bodies are not complete answered with 503."""
+        """Answer the requests whose bodies are not complete with 503."""
         for request in self:
             if isinstance(request.body, BoundedBody):
                 request.body.refuse(ShuttingDownError())
 
 
 def open_requests(app: Quart, shutdown: Shutdown) -> OpenRequests:
-    """Tell the application's connections of this shutdown."""
+    """Attach the set of open requests to an application; its requests ask the shutdown through this set."""
     requests = app.extensions[_REQUESTS] = OpenRequests(shutdown)
     return requests
 
 
 class AsgiRequest(TrioASGIHTTPConnection):
-    """One request."""
+    """One request of an application."""
 
     _response: ChunkedResponse | None = None
     _is_complete = False
@@ -80,7 +80,7 @@ class AsgiRequest(TrioASGIHTTPConnection):
                 requests.discard(request)
 
     async def _answer_directly(self, request: Request, receive_queue: ReceiveQueue, send: Any) -> None:
-        """As Quart-Trio does it, less a nursery and two tasks for each request."""
+        """Answer as Quart-Trio does, without a nursery and two tasks for each request."""
         body = cast("BoundedBody", request.body)
         scope = trio.CancelScope()
 
@@ -117,7 +117,7 @@ class AsgiRequest(TrioASGIHTTPConnection):
 
     async def _send_piece(self, send: Any, message: dict[str, Any]) -> None:
         if self._is_complete:
-            return  # Quart ends what has ended with its last piece
+            return  # Quart ends a response again that its last piece has ended
         piece = message["body"]
         self._is_complete = _is_last(message)
         if self._response is None:
@@ -139,7 +139,7 @@ def _is_last(message: dict[str, Any]) -> bool:
 
 
 class _NoNursery:
-    """In the place of the nursery that Quart-Trio's ``handle_request`` cancels in the end: nothing else runs here."""
+    """Stands in for the nursery that Quart-Trio's ``handle_request`` cancels at its end; there are no tasks in it."""
 
     def __init__(self) -> None:
         self.cancel_scope = self

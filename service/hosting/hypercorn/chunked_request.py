@@ -1,8 +1,8 @@
-"""A chunked body on HTTP/1, of whose chunks those that have come are taken in one go.
+"""A chunked body on HTTP/1: all chunks that have arrived are read as one event.
 
-h11 makes an event of each chunk, for which hypercorn then sends a message: 30 microseconds, also for a chunk of one
-byte, so that a body of some hundred kilobytes takes seconds. What is a chunk is h11's to say, and it still reads all
-that are not whole yet. Proven by ``tests/hosting/hypercorn/test_chunked_request.py``.
+h11 makes an event of each chunk, and hypercorn sends a message for each event: 30 microseconds, also for a chunk of one
+byte, so a body of some hundred kilobytes takes seconds. h11's pattern still decides what a chunk is, and h11 still
+reads the chunks that are not whole yet. Proven by ``tests/hosting/hypercorn/test_chunked_request.py``.
 """
 
 import h11
@@ -13,7 +13,7 @@ _END = b"\r\n"
 
 
 class JoiningChunkedReader(ChunkedReader):
-    """h11's reader of chunks; it gives the data of several as one event."""
+    """h11's reader of chunks, which returns the data of several chunks as one event."""
 
     def __call__(self, buf: ReceiveBuffer) -> h11.Data | h11.EndOfMessage | None:
         if self._bytes_to_discard == _END and buf._data.startswith(_END):
@@ -27,7 +27,7 @@ class JoiningChunkedReader(ChunkedReader):
 
 
 def _take_whole_chunks(buf: ReceiveBuffer) -> bytes:
-    """The data of the chunks that are whole, up to the last one, which has none."""
+    """Take the data of the whole chunks out of ``buf``, up to the empty chunk that ends the body."""
     received = buf._data
     data: list[bytearray] = []
     position = 0

@@ -1,7 +1,7 @@
-"""A chunked response on HTTP/1, its pieces sent straight to its connection.
+"""A chunked response on HTTP/1 whose pieces are written to the connection without h11.
 
-hypercorn and h11 take 30 microseconds for each piece and send the end of the body apart. Framing a piece needs neither,
-and changes the state of neither. Proven by ``tests/hosting/hypercorn/test_chunked_response.py``.
+hypercorn and h11 take 30 microseconds for each piece and send the end of the body separately. A piece can be framed
+without them, and framing changes no state of theirs. Proven by ``tests/hosting/hypercorn/test_chunked_response.py``.
 """
 
 from time import time
@@ -20,7 +20,7 @@ _END = b"0\r\n\r\n"
 
 
 class ChunkedResponse:
-    """A response whose head is sent."""
+    """A response whose head has been sent."""
 
     def __init__(self, stream: HTTPStream, protocol: H11Protocol, connection: Connection) -> None:
         self._stream = stream
@@ -29,7 +29,7 @@ class ChunkedResponse:
 
     @classmethod
     def begun_by(cls, send: object) -> Self | None:
-        """The response that ASGI's ``send`` of a request has begun; None where it is none of these."""
+        """Return the response that a request's ASGI ``send`` has begun; None if it is not a chunked one on HTTP/1."""
         stream = getattr(send, "__self__", None)
         if not isinstance(stream, HTTPStream) or stream.state is not ASGIHTTPState.RESPONSE:
             return None
@@ -42,14 +42,13 @@ class ChunkedResponse:
         return cls(stream, protocol, connection)
 
     async def write(self, data: bytes) -> None:
-        """Send a piece. Returns once the kernel has taken it; a client that is gone is hypercorn's to notice."""
+        """Send a piece. Returns once the kernel has taken the piece; hypercorn notices a client that has left."""
         await self._connection.write(_chunk(data))
 
     async def end(self, data: bytes) -> None:
-        """Send the last piece and the end of the body in one. hypercorn then goes on as after its own end.
+        """Send the last piece and the end of the body together. hypercorn then goes on as after its own end.
 
-        Where the connection is to close it does so at once, and neither h11 nor hypercorn make it ready for another
-        request first.
+        A connection that is to close closes at once: h11 and hypercorn do not prepare it for another request first.
         """
         stream = self._stream
         closes = self._connection.closes_after_response

@@ -1,21 +1,22 @@
-"""The open connections: hypercorn's own, counted, with the patience and the force that it lacks.
+"""The open connections: hypercorn's connections, counted, with the bounds and the ends that hypercorn lacks.
 
-* A connection on which nothing was asked yet is not closed in the moment when its request arrives: that would reset it.
-* A connection that its client has closed is gone at once, not when the keep-alive time is over.
-* An HTTP/2 connection sends the last frames of its streams before it closes. Without a stream it is idle, and nothing
-  is left of those that its client has reset: hypercorn waits for ever for a client that sends a preface and no more, or
-  gives up its only stream, and keeps the buffer of each stream that was given up.
-* A connection that closes with its response is gone, also where its client has asked again meanwhile: hypercorn pauses
-  its reader for that and, once it stops, leaves it so for ever.
-* A connection on which hypercorn itself refuses a request (a websocket's without a key, one to a host that is none of
-  its ``server_names``) closes with that answer, as the answer says. hypercorn keeps it open for ever.
-* What hypercorn cannot parse ends its connection. hypercorn has some bytes end the process, before any access check:
-  an ``HTTP2-Settings`` header that is none, a path of HTTP/2 that is not ASCII, more priorities than the limit.
-* A client that has closed its sending side after its request is answered, unless the request waits for a turn or
-  streams one. hypercorn takes every end of input for leaving.
+* A connection without a request is kept for a moment while the server closes: to close it while its first request
+  arrives would reset it.
+* A connection that its client has closed ends at once, not when the keep-alive time is over.
+* An HTTP/2 connection sends the last frames of its streams before it closes. Without streams it is idle, and streams
+  that the client has reset leave nothing behind. hypercorn waits for ever for a client that sends only a preface or
+  resets its only stream, and keeps the buffer of each reset stream.
+* A connection that closes with its response ends also if its client has sent another request meanwhile: hypercorn
+  pauses the connection's reader for that request and, while the server stops, leaves the reader paused for ever.
+* A connection on which hypercorn itself refuses a request (a websocket's without a key, or one to a host that is not
+  in its ``server_names``) closes with that answer, as the answer says. hypercorn keeps the connection open for ever.
+* Bytes that hypercorn cannot parse end their connection. In hypercorn some bytes end the process, before any access
+  check: an invalid ``HTTP2-Settings`` header, a path of HTTP/2 that is not ASCII, more priorities than the limit.
+* A client that closes its sending side after its request gets an answer, unless the request waits for a turn or
+  streams a turn. hypercorn treats every end of input as a client that leaves.
 * Empty lines before a request are skipped. h11 refuses them.
-* Nothing that has come holds the event loop: h11 and h2 work through all that they are given in one go, whatever it is,
-  so they are given little at a time, and a head of either protocol is bounded.
+* No input holds the event loop: h11 and h2 work through all bytes of a call without a pause, so each call gets few
+  bytes, and a head of either protocol is bounded.
 * A client that does not read cannot hold the server. hypercorn sends under a shield without a deadline, so neither its
   ``graceful_timeout`` nor any other cancellation reaches such a connection; only closing its socket does.
   Proven by ``tests/hosting/hypercorn/test_connections.py``.
@@ -52,36 +53,36 @@ from service.hosting.hypercorn.request_parser import RequestParser
 logger = structlog.get_logger("lastcall.connections")
 
 Stream = trio.SSLStream[trio.SocketStream]
-"""As hypercorn types it, with TLS or without."""
+"""A connection's stream, with TLS or without, in the type that hypercorn declares."""
 FIRST_REQUEST_S = 0.05
 """How long a connection without a request is kept once the listeners close: a request may be on its way."""
 UNREAD_LOOK_S = 0.005
 QUIET_LOOKS = 3
-"""A request stops the idle timer two rounds of the event loop after it was read."""
+"""Looks in a row without unread bytes: a request stops the idle timer two event loop rounds after it was read."""
 CHECKPOINT_BYTES = 4096
 HEAD_BYTES_MAX = 16 * 1024
-"""Of a request's head on HTTP/2, as on HTTP/1 (``h11_max_incomplete_size``): compressed, and as a list of fields.
+"""Bound on a request's head on HTTP/2, compressed and as a list of fields; as ``h11_max_incomplete_size`` on HTTP/1.
 
 Source: https://www.rfc-editor.org/rfc/rfc9113#name-defined-settings (``SETTINGS_MAX_HEADER_LIST_SIZE``)
 """
 HEAD_PIECE_BYTES = 4096
 BODY_PIECE_BYTES = 16 * 1024
 FRAMES_PIECE_BYTES = 512
-"""The frames of HTTP/2 may be of 9 bytes, and each takes some 20 microseconds, or 200 where it begins a request."""
+"""A frame of HTTP/2 can have only 9 bytes, and takes some 20 microseconds, or 200 if it begins a request."""
 SIZE_UPDATES_MAX = 2
 """Source: https://www.rfc-editor.org/rfc/rfc7541#section-4.2"""
 _SIZE_UPDATES = bytes(range(0x20, 0x40))
 STEP_S = 0.002
-"""How long a connection goes on with what has come before others have their turn."""
+"""How long a connection handles its input before other tasks get a turn."""
 LAST_FRAMES_S = 0.5
-"""How long HTTP/2 frames may take that wait for the client's window."""
+"""How long a close waits for HTTP/2 frames that the client's window holds back."""
 
 
 class Connections:
     """All connections of a worker, once :meth:`open` is installed in place of hypercorn's ``TCPServer`` (``patches``).
 
     Attributes:
-        closing: Set once no more clients are taken: a connection on HTTP/1 closes with the response that it is at.
+        closing: True once the listeners are closing: a connection on HTTP/1 then closes after its current response.
     """
 
     def __init__(self) -> None:
@@ -91,19 +92,19 @@ class Connections:
     def open(
         self, app: AppWrapper, config: Config, context: WorkerContext, state: ConnectionState, stream: Stream
     ) -> "Connection":
-        """In place of hypercorn's ``TCPServer``."""
+        """Make a connection. Installed in place of hypercorn's ``TCPServer``."""
         return Connection(app, config, context, state, stream, connections=self, all_open=self._open)
 
     def abort_stalled(self) -> int:
-        """Close the connections whose clients do not take what they get; how many there were. Others are only slow."""
+        """Close the connections whose clients do not read; returns their number. Slow connections stay open."""
         return self._abort([it for it in self._open if it.is_stalled])
 
     def abort_all(self) -> int:
-        """Close every connection, whatever it is doing; how many there were."""
+        """Close every connection, in any state; returns their number."""
         return self._abort(list(self._open))
 
     def abort_handshakes(self) -> int:
-        """Close the connections that have not got so far as to carry a request; how many there were."""
+        """Close the connections whose TLS handshake is not complete; returns their number."""
         return self._abort([it for it in self._open if it.is_in_handshake])
 
     def _abort(self, connections: "list[Connection]") -> int:
@@ -152,7 +153,7 @@ class Connection(TCPServer):
 
     @property
     def closes_after_response(self) -> bool:
-        """Whether it is to close with the response on HTTP/1 that it is at, and not to wait for another request."""
+        """Whether the connection, on HTTP/1, closes after its current response instead of waiting for a request."""
         closing = self._connections.closing or self._worker_context.terminated.is_set()
         return closing and not self.is_http2
 
@@ -172,7 +173,7 @@ class Connection(TCPServer):
 
     @property
     def is_stalled(self) -> bool:
-        """Whether its client has not read for a while, or gives no window on HTTP/2."""
+        """Whether the client does not read: the kernel's buffer is full, or HTTP/2 frames wait for a window."""
         if self._socket.fileno() < 0:
             return True
         protocol = None if self.is_in_handshake else self.protocol.protocol
@@ -180,10 +181,10 @@ class Connection(TCPServer):
             return True
         poll = select.poll()
         poll.register(self._socket.fileno(), select.POLLOUT)
-        return not poll.poll(0)  # the kernel takes no more for it
+        return not poll.poll(0)  # the kernel takes no more bytes for this client
 
     def abort(self) -> None:
-        """End it without another word. What the kernel has already taken is still delivered."""
+        """Close the connection without a goodbye. The kernel still delivers the bytes that it has taken."""
         if self.is_in_handshake:
             self._handshake.cancel()
         else:
@@ -202,7 +203,7 @@ class Connection(TCPServer):
 
     @property
     def _has_refused(self) -> bool:
-        """Whether hypercorn has answered by itself, on HTTP/1: in the task that reads, where no application does.
+        """Whether hypercorn itself has answered a request on HTTP/1: only hypercorn answers in the task that reads.
 
         Neither its ``WSStream`` nor its ``HTTPStream`` send a ``StreamClosed`` after ``_send_error_response``.
         """
@@ -216,28 +217,28 @@ class Connection(TCPServer):
 
     @property
     def _is_ahead(self) -> bool:
-        """Whether its client, on HTTP/1, has sent more than the request that is answered: nobody reads that now."""
+        """Whether the client, on HTTP/1, has sent bytes after the request that is being answered. They stay unread."""
         protocol = self.protocol.protocol
         return isinstance(protocol, H11Protocol) and bool(protocol.connection.trailing_data[0])
 
     async def write(self, data: bytes) -> None:
         """Send bytes as they are."""
         if self._takes_plain_bytes and not self.send_lock.locked():
-            # Nearly always the kernel takes all of it at once, and then hypercorn's lock and shield and Trio's own
-            # precautions guard nothing, at five times the price of the system call.
+            # Nearly always the kernel takes all bytes at once. Then hypercorn's lock and shield and Trio's checks
+            # protect nothing, and cost five times as much as the system call.
             try:
                 sent = os.write(self._socket.fileno(), data)
-            except OSError:  # it would block, or is broken or closed: Trio finds out in its own way
+            except OSError:  # the socket would block, or is broken or closed: Trio's send below handles each case
                 sent = 0
             if sent == len(data):
                 if sent > CHECKPOINT_BYTES:
-                    await trio.lowlevel.cancel_shielded_checkpoint()  # a long replay is not to have the loop for itself
+                    await trio.lowlevel.cancel_shielded_checkpoint()  # a long replay lets other tasks run
                 return
             data = data[sent:]
         await super().protocol_send(RawData(data=data))
 
     async def _read_data(self) -> None:
-        """As hypercorn reads, without a cancel scope for each read where there is no deadline."""
+        """Read as hypercorn does, but without a cancel scope for a read that has no deadline."""
         self._use_request_parser()
         data: bytes | bytearray = b"..."
         while data:
@@ -252,7 +253,7 @@ class Connection(TCPServer):
             await self._let_answer()
         await self.protocol.handle(Closed())
         if self.idle_task._handle is not None:
-            await self.idle_task.stop()  # the client has closed: nothing is left to wait for
+            await self.idle_task.stop()  # the client has closed: no request can follow
 
     def _use_request_parser(self) -> None:
         protocol = self.protocol.protocol
@@ -260,9 +261,9 @@ class Connection(TCPServer):
             protocol.connection = RequestParser(head_bytes_max=self.config.h11_max_incomplete_size)
 
     async def _let_answer(self) -> None:
-        """The input has ended: return once the request that is being answered has been, or has to take it for leaving.
+        """After the end of the input, wait until the request is answered, or until the end of input must end it.
 
-        What waits for no turn is bounded by deadlines of its own.
+        Requests that wait for no turn are bounded by their own deadlines.
         """
         protocol = self.protocol.protocol
         if isinstance(protocol, H11Protocol) and isinstance(protocol.stream, HTTPStream) and self._task_group.newest:
@@ -283,14 +284,14 @@ class Connection(TCPServer):
 
     @property
     def _piece_bytes(self) -> int:
-        """How much of what has come its parser is to be given next."""
+        """How many bytes of the input the parser gets next."""
         protocol = self.protocol.protocol
         if isinstance(protocol, H2Protocol):
             return FRAMES_PIECE_BYTES
         return BODY_PIECE_BYTES if protocol.connection.their_state is h11.SEND_BODY else HEAD_PIECE_BYTES
 
     async def _tidy_up(self, protocol: H2Protocol) -> None:
-        """Let go of streams that the client has reset, and be idle without a stream."""
+        """Drop the streams that the client has reset, and start the idle timer if no stream is left."""
         for stream_id, buffer in list(protocol.stream_buffers.items()):
             if stream_id not in protocol.streams and not buffer._complete:
                 await buffer.close()
@@ -309,67 +310,65 @@ class Connection(TCPServer):
     async def _idle_timeout(self) -> None:
         with trio.move_on_after(self.config.keep_alive_timeout):
             await self._worker_context.terminated.wait()
-        # Whoever reads a request stops this task, so everything before the shield gives it the chance to.
+        # The reader stops this task when it reads a request; each await before the shield lets the reader do so.
         await trio.lowlevel.checkpoint()
         if self._worker_context.terminated.is_set():
             await self._wait_for_request_on_its_way()
         else:
-            await (
-                self._wait_until_quiet()
-            )  # a process that was frozen finds the time over, and requests that came in it
+            await self._wait_until_quiet()  # after a freeze the time is over, but requests may have arrived in it
         if isinstance(self.protocol.protocol, H2Protocol):
             await self._say_goodbye(self.protocol.protocol)
         with trio.CancelScope(shield=True):
             await self._initiate_server_close()
 
     async def _wait_for_request_on_its_way(self) -> None:
-        """Return when there is none. Whoever reads one cancels this."""
+        """Return when no request is on its way. The reader cancels this wait when it reads a request."""
         await self._wait_until_read()
         if not self.protocol.protocol.keep_alive_requests:
             await trio.sleep_until(self._opened_at + FIRST_REQUEST_S)
             await self._wait_until_read()
 
     async def _wait_until_quiet(self) -> None:
-        """Return when nothing is left to read and what was read is no request. One that is cancels this."""
+        """Return when all bytes are read and hold no request. The reader cancels this wait when it reads a request."""
         quiet = 0
         while quiet < QUIET_LOOKS:
             await trio.sleep(UNREAD_LOOK_S)
             quiet = 0 if self._has_unread() else quiet + 1
 
     async def _wait_until_read(self) -> None:
-        while self._has_unread():  # noqa: ASYNC110  the reader's turn in the event loop comes
+        while self._has_unread():  # noqa: ASYNC110  the reader reads in a later round of the event loop
             await trio.sleep(UNREAD_LOOK_S)
 
     async def _say_goodbye(self, protocol: H2Protocol) -> None:
         with trio.move_on_after(LAST_FRAMES_S):
-            while protocol.stream_buffers:  # noqa: ASYNC110  the task that sends them tells nobody
+            while protocol.stream_buffers:  # noqa: ASYNC110  hypercorn's sending task has no event for this
                 await trio.sleep(0.001)
         with suppress(h2.exceptions.ProtocolError):
             protocol.connection.close_connection()
         await protocol._flush()
 
     async def _close(self) -> None:
-        # hypercorn calls it again and again, and says goodbye with a system call and a checkpoint that only matter
-        # where the client has sent what nobody has read.
+        # hypercorn calls this several times. Its goodbye takes a system call and a checkpoint, which are of use only
+        # if the client has sent bytes that are still unread.
         if self._socket.fileno() < 0:
             return
         if self._has_unread():
             await super()._close()
         elif self._takes_plain_bytes:
-            self._socket.close()  # as the stream's own close, less a round of the event loop
+            self._socket.close()  # as the stream's own close, without a round of the event loop
         else:
             await self.stream.aclose()
 
     def _has_unread(self) -> bool:
-        """Whether the client has sent what nobody has looked at: to close now would reset it."""
+        """Whether the client has sent bytes that are still unread: to close now would reset the connection."""
         unread = array("i", [0])
-        with suppress(OSError):  # it is closed
+        with suppress(OSError):  # the socket is closed
             fcntl.ioctl(self._socket.fileno(), termios.FIONREAD, unread)
         return unread[0] > 0
 
 
 class BoundedDecoder(hpack.Decoder):
-    """h2's decoder of heads, with a bound on what it is to work through: hpack has one on the outcome alone.
+    """h2's decoder of heads, with a bound on its input: hpack bounds only the decoded list.
 
     Proven by ``tests/hosting/hypercorn/test_event_loop.py``.
     """
@@ -388,11 +387,12 @@ def socket_of(stream: Stream) -> trio.socket.SocketType:
 
 
 class ConnectionContext(WorkerContext):
-    """What a connection sees of the worker's context.
+    """The worker's context, as one connection sees it.
 
-    With ``terminated`` set, hypercorn's HTTP/2 says goodbye while the task that sends its frames has not sent the last
-    of a stream yet, which truncates it, and resets new requests. So it is not told; :meth:`Connection._say_goodbye`
-    does it in order. Proven by ``tests/hosting/hypercorn/test_connections.py``.
+    With ``terminated`` set, hypercorn's HTTP/2 says goodbye before its sending task has sent the last frames of a
+    stream, which truncates the stream, and it resets new requests. So HTTP/2 never sees ``terminated`` set, and
+    :meth:`Connection._say_goodbye` says goodbye in the right order.
+    Proven by ``tests/hosting/hypercorn/test_connections.py``.
     """
 
     def __init__(self, worker_context: WorkerContext, connection: Connection) -> None:
@@ -406,9 +406,9 @@ class ConnectionContext(WorkerContext):
         await self._worker_context.mark_request()
 
     def is_set(self) -> bool:
-        """As ``terminated``."""
+        """Stand in for ``terminated.is_set``."""
         return self._connection.closes_after_response
 
     async def wait(self) -> None:
-        """As ``terminated``."""
+        """Stand in for ``terminated.wait``."""
         await self._worker_context.terminated.wait()

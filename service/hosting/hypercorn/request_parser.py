@@ -1,7 +1,7 @@
 """h11's parser of requests, which skips empty lines before a request line.
 
-Some clients end a body with a line end that its length does not count. h11 takes that for the next request's line, and
-refuses it with 400.
+Some clients send a line end after a body, which the body's length does not count. h11 reads this line end as the next
+request's line, and refuses it with 400.
 
 Source: https://www.rfc-editor.org/rfc/rfc9112#section-2.2-6; h11 0.16, ``_readers.maybe_read_from_IDLE_client``.
 Proven by ``tests/hosting/hypercorn/test_request_parser.py``.
@@ -10,7 +10,7 @@ Proven by ``tests/hosting/hypercorn/test_request_parser.py``.
 import h11
 
 EMPTY_LINES_MAX = 8
-"""Before one request. Beyond that it is no request, and h11 says so."""
+"""Empty lines that are skipped before one request. h11 refuses a client that sends more."""
 
 
 class RequestParser(h11.Connection):
@@ -21,8 +21,8 @@ class RequestParser(h11.Connection):
         self._empty_lines = 0
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
-        # Also once a request is complete: with nothing but a line end to come, h11 would stop reading until the
-        # response is, and a client that leaves meanwhile would not be noticed.
+        # Also once a request is complete: if only a line end followed, h11 would stop reading until the response is
+        # complete, and the server would not notice a client that leaves meanwhile.
         if self.their_state in (h11.IDLE, h11.DONE) and self._begins_with_half_a_line_end():
             return h11.NEED_DATA
         event = super().next_event()
@@ -31,7 +31,7 @@ class RequestParser(h11.Connection):
         return event
 
     def _begins_with_half_a_line_end(self) -> bool:
-        """Skip the empty lines that have come; whether the rest may become one."""
+        """Skip the empty lines that have arrived. Returns whether the rest may be half of another one."""
         received, closed = self.trailing_data
         while self._empty_lines < EMPTY_LINES_MAX and received.startswith((b"\r\n", b"\n")):
             line_end, _, received = received.partition(b"\n")

@@ -1,7 +1,7 @@
-"""The hypercorn worker around us: the one place that names what hypercorn keeps to itself.
+"""The hypercorn worker that this service runs in: the one place that names hypercorn's private variables.
 
-All of it is looked up once, when the lifespan begins, and what is not there any more refuses the start:
-a shutdown that only seems to work is worse than none. ``tests/hosting/hypercorn/test_worker.py`` fails first.
+All of them are looked up once, when the lifespan begins. If one is missing, the start is refused: a shutdown that only
+seems to work is worse than none. ``tests/hosting/hypercorn/test_worker.py`` fails first.
 """
 
 import multiprocessing
@@ -35,10 +35,10 @@ DEFAULT_PORT = 8000
 
 @dataclass(frozen=True)
 class Master:
-    """The process that started this worker, and how it tells it to stop.
+    """The process that started this worker, and the ways in which it tells a worker to stop.
 
     Attributes:
-        stop_event: Set for a stop and for a reload alike, and shared by all workers.
+        stop_event: Set for a stop and for a reload; all workers share it.
         sentinel: A descriptor that becomes readable when the master dies.
     """
 
@@ -54,9 +54,10 @@ class Master:
         return os.getppid() == self.pid
 
     def waits_for(self) -> Literal["any worker", "all workers", None]:
-        """What it is blocked in: any worker's end, as ever, or that of all, as in its SIGHUP handler and at its exit.
+        """Return which wait the master is blocked in, as the kernel tells it.
 
-        Nothing but the kernel tells the two apart. None where it runs at the moment, or the kernel does not tell.
+        The master normally waits for any worker's end; in its SIGHUP handler and at its exit it waits for all workers.
+        Only the kernel can tell the two apart. None while the master runs, or where the kernel does not tell.
         """
         with suppress(OSError):
             blocked_in = Path(f"/proc/{self.pid}/wchan").read_text()
@@ -68,14 +69,14 @@ class Master:
 
 
 class Worker:
-    """A process, or the part of one, that hypercorn serves us in.
+    """hypercorn's part of this process: its task, its objects and its master.
 
     Attributes:
-        task: What everything of hypercorn's is below.
-        app: As hypercorn wraps it.
-        config: As it is in effect here.
-        context: hypercorn's own; ``terminate`` starts its shutdown and ``terminated`` follows.
-        master: None where one process does everything.
+        task: hypercorn's main task; all its other tasks are below it.
+        app: The application, as hypercorn wraps it.
+        config: hypercorn's configuration in this process.
+        context: hypercorn's context; ``terminate`` starts its shutdown and ``terminated`` follows.
+        master: None where hypercorn serves in one process only.
     """
 
     def __init__(self, task: trio.lowlevel.Task, frame: FrameType, master: Master | None) -> None:
@@ -88,13 +89,13 @@ class Worker:
 
     @property
     def server_nursery(self) -> trio.Nursery:
-        """Where the connections are. Only once it serves."""
+        """The nursery of the connections. It exists once hypercorn serves."""
         nursery: trio.Nursery = self._local("server_nursery", trio.Nursery)
         return nursery
 
     @property
     def sockets(self) -> Sockets | None:
-        """What its master listens on; None without one, where hypercorn listens only once the lifespan has begun."""
+        """The master's listening sockets. None without a master: hypercorn then listens after the lifespan's start."""
         return self._frame.f_locals.get("sockets") if self.master is not None else None
 
     @property
@@ -105,7 +106,7 @@ class Worker:
         return [_address_of_bind(it) for it in (*self.config.bind, *self.config.insecure_bind)]
 
     def tell_serving(self) -> None:
-        """Tell our master, if it is ours, that this worker serves. Never waits."""
+        """Tell the master that this worker serves, if the master runs our code. Never waits."""
         count: Semaphore | None = getattr(self.config, _SERVING_COUNT, None)
         if count is not None:
             count.release()
@@ -129,9 +130,9 @@ def _address_of(listening: socket.socket) -> str:
 
 
 def share_serving_count(config: Config, context: BaseContext) -> Semaphore:
-    """What workers count up in :meth:`Worker.tell_serving`: in the master, before it starts the first of them.
+    """Return the semaphore that :meth:`Worker.tell_serving` counts up. The master calls this before it starts workers.
 
-    A semaphore, because one that is killed at any moment leaves it usable.
+    It is a semaphore because a worker that is killed at any moment leaves it usable.
     """
     if not hasattr(config, _SERVING_COUNT):
         setattr(config, _SERVING_COUNT, context.Semaphore(0))
@@ -140,13 +141,13 @@ def share_serving_count(config: Config, context: BaseContext) -> Semaphore:
 
 
 def find_worker() -> Worker | None:
-    """The worker that the current task is the lifespan of; None where hypercorn is a guest, as in a test.
+    """Return the worker whose lifespan the current task is; None where other code runs hypercorn, as in a test.
 
-    A worker owns its process: hypercorn is the main task, in the main thread. Only then are the signals and the exit
-    code ours.
+    A worker owns its process: hypercorn is the main task, in the main thread. Only then does the service handle signals
+    and set the exit code.
 
     Raises:
-        StartupError: This hypercorn is not the one we know.
+        StartupError: This version of hypercorn is not supported: a variable that the worker needs is missing.
     """
     task = trio.lowlevel.current_task()
     main = task.parent_nursery.parent_task if task.parent_nursery else None

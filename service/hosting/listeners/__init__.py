@@ -1,1 +1,1 @@
-"""The listening sockets: bound, served, closed, and what workers tell each other of it."""
+"""The listening sockets: how they are served and closed, and the status that workers show each other."""

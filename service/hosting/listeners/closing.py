@@ -1,8 +1,8 @@
-"""When the listeners close: hypercorn serves on until we close them, and then no client is left waiting.
+"""The moment at which the listeners close: hypercorn serves until the drain is over, and no client is left waiting.
 
-hypercorn closes its listeners the moment it is told to stop. The port stays open all the same, because the master
-holds it too: who connects from then on hangs in the backlog until the process is gone, and is reset. So its triggers
-are held back while the drain lasts, and whoever comes gets an answer. Proven by
+hypercorn closes its listeners as soon as it is told to stop. The port stays open, because the master holds it too: a
+client that connects then waits in the backlog until the process is gone, and is reset. So hypercorn's triggers are
+held back during the drain, and each new client gets an answer. Proven by
 ``tests/hosting/listeners/test_closing.py``.
 """
 
@@ -17,9 +17,9 @@ from service.hosting.listeners.listeners import Listeners
 from service.hosting.listeners.worker_status import StatusBeacon, WorkerStatus, holds_socket, statuses_of_others
 
 MASTER_LATE_S = 0.025
-"""A signal to the whole group may reach a worker before its master has set the event."""
+"""How long to wait for the master's event: a signal to the process group may reach a worker before its master."""
 MASTER_BUSY_S = 0.05
-"""Between a worker's end and its next wait a master runs, for a moment or, on a busy machine, for some more."""
+"""How long a master may run between a worker's end and its next wait, also on a busy machine."""
 MASTER_LOOK_S = 0.01
 OTHERS_LOOK_S = 0.25
 WAITING_S = 0.025
@@ -27,10 +27,10 @@ WAITING_S = 0.025
 
 
 class DeferredTermination:
-    """Stands in for hypercorn's ``context.terminate``: its own wish to stop goes in, our release comes out.
+    """Stands in for hypercorn's ``context.terminate``: hypercorn's own stop is passed on, and ends with ``release``.
 
     Args:
-        wish: Called when hypercorn wants to stop, by ``--max-requests``.
+        wish: Called when hypercorn wants to stop, because of ``--max-requests``.
     """
 
     def __init__(self, wish: Callable[[], None]) -> None:
@@ -54,7 +54,7 @@ class DeferredTermination:
 
 
 class ListenerShutdown:
-    """Decides when the listeners close, and with them when hypercorn is to stop.
+    """Decides when the listeners close and hypercorn stops.
 
     Args:
         wish: Called when hypercorn wants to stop by itself.
@@ -71,17 +71,17 @@ class ListenerShutdown:
         self.termination = DeferredTermination(wish)
 
     def give_up_start(self) -> None:
-        """This worker does not get to serve, and takes it that others that start do not either."""
+        """Note that this worker will not serve; workers that still start then do not count as answering either."""
         self._not_answering = {WorkerStatus.LEAVING, WorkerStatus.STARTING}
 
     def show_serving(self) -> None:
-        """Tell the other workers that this one answers."""
+        """Show the other workers that this worker serves."""
         self._beacon.show(WorkerStatus.SERVING)
 
     async def leave_clients_to_others(self) -> None:
         """Take no clients while this worker drains and others serve, until the listeners close.
 
-        Where the whole service stops somebody has to answer: then this worker takes clients again at once.
+        If the whole service stops, no other worker will answer: then this worker takes clients again at once.
         """
         self._beacon.show(WorkerStatus.DRAINING)
         if self._worker.config.workers < 2:
@@ -97,16 +97,16 @@ class ListenerShutdown:
             await trio.sleep(MASTER_LOOK_S)
 
     def release(self) -> None:
-        """Let hypercorn stop serving. Idempotent; whoever made the gate calls it in any case, in the end."""
+        """Let hypercorn stop serving. Idempotent; :meth:`Hosting.install` always calls it at its end."""
         self.termination.release()
 
     async def close_listeners(self) -> None:
-        """Take no more clients, and let hypercorn stop. Idle connections close, those at work go on.
+        """Take no more clients, and let hypercorn stop. Idle connections close, connections with a request go on.
 
-        Returns once the clients that waited have had their answers, or have held this up for long enough.
+        Returns once the clients that waited have their answers, or after :data:`WAITING_S`.
         """
         with trio.move_on_after(MASTER_LATE_S):
-            while not self._try_close() and not self._master_stops:  # noqa: ASYNC110  nobody tells us
+            while not self._try_close() and not self._master_stops:  # noqa: ASYNC110  the master has no event for this
                 await trio.sleep(0.001)
         with trio.move_on_after(MASTER_BUSY_S):
             while self._master_stops and not self._try_close():  # noqa: ASYNC110
@@ -117,17 +117,17 @@ class ListenerShutdown:
             await self._listeners.wait_served()
 
     def close_listeners_at_once(self) -> bool:
-        """As :meth:`close_listeners`, as far as that needs no waiting; whether there is nothing to be waited for."""
+        """Close the listeners if that needs no waiting. Returns whether :meth:`close_listeners` need not follow."""
         return self._try_close() and self._listeners.has_served
 
     @property
     def _master_stops(self) -> bool:
-        """Whether the master has been told to stop or to reload, as far as it shows."""
+        """Whether the master's event shows that it was told to stop or to reload."""
         master = self._worker.master
         return master is not None and master.wants_stop()
 
     def _try_close(self) -> bool:
-        """Close, if it shows already whether somebody else will answer. Closing twice is closing once."""
+        """Close the listeners if it is known already whether another worker will answer. Idempotent."""
         if self.termination.is_set():
             return True
         followed: bool | None = False
@@ -145,15 +145,15 @@ class ListenerShutdown:
         self.release()
 
     def _another_worker_follows(self, master: Master) -> bool | None:
-        """Whether this worker stops alone, or in a reload: the master will start another one in its place.
+        """Whether the master will start another worker in this worker's place, as in a reload.
 
-        None where that does not show yet.
+        None while this is not known yet.
         """
         if not master.is_alive():
             return False
         if not master.wants_stop():
             return None
-        # A stop or a reload. Only in a reload does it wait for all of its workers with its sockets open.
+        # A stop or a reload. Only in a reload does the master wait for all of its workers with its sockets open.
         waits_for = master.waits_for()
         holds_sockets = holds_socket(master.pid, self._listeners.sockets)
         if waits_for is None and holds_sockets:
@@ -161,7 +161,7 @@ class ListenerShutdown:
         return waits_for == "all workers" and holds_sockets
 
     def _others_answer(self) -> bool:
-        """Whether another worker answers where this one does, or is about to."""
+        """Whether another worker on these sockets serves, or is about to."""
         return self._statuses_of_others() - self._not_answering != set()
 
     def _statuses_of_others(self) -> set[WorkerStatus]:

@@ -1,12 +1,12 @@
 """hypercorn's listeners, in a form that can be closed without leaving a client waiting.
 
-A listening socket is one object in the kernel, whoever holds it. As long as a process does (hypercorn's master always
-does), clients connect, whether anybody accepts or not. ``shutdown`` ends that for all holders: from then on the kernel
-refuses, and resets who was still waiting. So whoever waits is taken first. Source: Linux ``inet_shutdown``; proven by
-``tests/hosting/listeners/test_listeners.py``.
+A listening socket is one object in the kernel, also with several holders. As long as one process holds it (hypercorn's
+master always does), clients connect, even if no process accepts them. ``shutdown`` ends this for all holders: then the
+kernel refuses new clients and resets the clients that still wait. So waiting clients are accepted first.
+Source: Linux ``inet_shutdown``; proven by ``tests/hosting/listeners/test_listeners.py``.
 
-A socket that was given to us (``--bind fd://3``, as by systemd) belongs to who gave it: it is never shut, and who
-connects after the end waits for the next server.
+A socket that the process was given (``--bind fd://3``, as by systemd) belongs to its giver: it is never shut down, and
+clients that connect after the end wait for the next server.
 """
 
 import socket
@@ -21,7 +21,7 @@ from hypercorn.utils import repr_socket_addr
 from service.hosting.hypercorn.connections import Stream, socket_of
 
 BACKLOG_MAX = 1024
-"""Clients that wait to be accepted, while the event loop is busy or, in a reload, until a worker is up."""
+"""Clients that may wait to be accepted: while the event loop is busy or, in a reload, until a worker is up."""
 
 Listener = trio.SocketListener | trio.SSLListener[trio.SocketStream]
 
@@ -30,7 +30,7 @@ _GIVEN = "lastcall_given"
 
 
 def given_sockets(config: Config) -> Sequence[bool]:
-    """Which of hypercorn's listeners were given to us, in its order."""
+    """Return for each of hypercorn's listeners, in its order, whether its socket was given to the process."""
     noted: Sequence[bool] | None = getattr(config, _GIVEN, None)
     if noted is not None:
         return noted
@@ -38,7 +38,7 @@ def given_sockets(config: Config) -> Sequence[bool]:
 
 
 def note_given_sockets(config: Config) -> None:
-    """Keep what :func:`given_sockets` says, in workers too, before other binds become descriptors of our own."""
+    """Keep the result of :func:`given_sockets`, also for workers, before the other binds become descriptors too."""
     setattr(config, _GIVEN, given_sockets(config))
 
 
@@ -46,7 +46,7 @@ class Listeners:
     """Serves hypercorn's listeners, once :meth:`serve_listeners` is installed in place of Trio's (``patches``).
 
     Args:
-        given: Which of the listeners belong to somebody else, in their order.
+        given: For each listener, in order, whether its socket was given to the process.
 
     Attributes:
         open: Set once clients are served.
@@ -74,12 +74,12 @@ class Listeners:
 
     @property
     def addresses(self) -> list[str]:
-        """Where they are: ``host:port`` or ``unix:path``."""
+        """The listeners' addresses: ``host:port`` or ``unix:path``."""
         return [_address(it) for it in self._listeners]
 
     @property
     def secure_addresses(self) -> list[str]:
-        """Those of them that speak TLS."""
+        """The addresses of the listeners that speak TLS."""
         return [_address(it) for it in self._listeners if isinstance(it, trio.SSLListener)]
 
     async def serve_listeners(
@@ -89,7 +89,7 @@ class Listeners:
         *,
         handler_nursery: trio.Nursery,
     ) -> None:
-        """As Trio's, and never returns either."""
+        """Serve as Trio's ``serve_listeners`` does. Never returns, as that function."""
         self._listeners, self._handler, self._nursery = listeners, handler, handler_nursery
         for listening in self.sockets:
             listening.listen(BACKLOG_MAX)
@@ -110,16 +110,16 @@ class Listeners:
         try:
             await trio.serve_listeners(self._handler, listeners, handler_nursery=self)  # type: ignore[arg-type]
         except* OSError:
-            if not self._accepting.cancel_called:  # otherwise it has seen that the socket is shut
+            if not self._accepting.cancel_called:  # otherwise the socket was shut down by _shut
                 raise
 
     def adopt(
         self, sockets: Sockets, config: Config, handler: Callable[[Stream], Awaitable[object]], nursery: trio.Nursery
     ) -> bool:
-        """In place of :meth:`serve_listeners` where nothing is served: waiting clients are taken at the close.
+        """Take sockets over without serving them; :meth:`stop_accepting` then answers the clients that wait.
 
-        Returns False, and adopts nothing, where another process was the last one at these sockets and has shut them:
-        then no client waits.
+        Returns False, and adopts nothing, if the last process on these sockets has shut them down: then no client
+        waits.
         """
         context = config.create_ssl_context()
         try:
@@ -127,14 +127,14 @@ class Listeners:
             if context is not None:
                 secure = map(_listener_on, sockets.secure_sockets)
                 listeners[:0] = [trio.SSLListener(it, context, https_compatible=True) for it in secure]
-        except ValueError:  # Trio's listeners want sockets that listen
+        except ValueError:  # Trio refuses a socket that does not listen
             return False
         self._listeners, self._handler, self._nursery = listeners, handler, nursery
         self.open.set()
         return True
 
     def accept_clients(self, wanted: bool) -> None:
-        """Whether to take those who come, or to leave them to other processes, until told otherwise."""
+        """Take new clients, or leave them to other processes, until the next call."""
         if wanted:
             self._takes_again.set()
         elif not self._taking.cancel_called:
@@ -146,7 +146,7 @@ class Listeners:
 
         Args:
             refuse_waiting: No other process will answer: serve the clients that wait, and have the kernel refuse later
-                ones. Otherwise they wait for another process, as they always do where the socket was given to us.
+                ones. Otherwise clients wait for another process, as they always do on a socket that was given.
         """
         if self._accepting.cancel_called:
             return
@@ -158,7 +158,7 @@ class Listeners:
 
     @property
     def has_served(self) -> bool:
-        """Whether every client that waited when the listeners closed has had its answer, and left."""
+        """Whether every client that waited when the listeners closed has its answer, and has left."""
         return self._served.is_set()
 
     async def wait_served(self) -> None:
@@ -167,7 +167,7 @@ class Listeners:
     def _shut(self, listener: Listener) -> None:
         listening = socket.socket(fileno=_socket_of(listener).fileno())
         try:
-            with suppress(OSError):  # nobody waits any more, or another process was the last one too
+            with suppress(OSError):  # no client waits any more, or another process has shut the socket down too
                 while True:
                     client, _ = listening.accept()
                     self._take(_stream_of(client, listener))
@@ -191,7 +191,7 @@ class Listeners:
                 self._served.set()
 
     def start_soon(self, _run_handler: object, stream: Stream, _handler: object) -> None:
-        """As the nursery of Trio's handlers. Trio's own would close each stream by a cancelled call, open or not."""
+        """Stand in for the nursery of Trio's handlers: Trio's handler closes every stream, also one that is closed."""
         self._nursery.start_soon(self._serve, stream)
 
     async def _serve(self, stream: Stream) -> None:
@@ -203,7 +203,7 @@ class Listeners:
 
 
 class _SharedListener(trio.abc.Listener[Stream]):
-    """A listener that outlives those who take clients from it."""
+    """A listener that stays open when Trio's ``serve_listeners`` is cancelled."""
 
     def __init__(self, listener: Listener) -> None:
         self._listener = listener

@@ -1,4 +1,4 @@
-"""What the workers on the same listening sockets show each other: whether one of them still serves."""
+"""The status that workers on the same listening sockets show each other: whether a worker still serves."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -13,7 +13,7 @@ _NAME = "lastcall-worker-status"
 
 
 class WorkerStatus(IntEnum):
-    """How a process answers clients that connect."""
+    """Whether a worker process answers clients that connect."""
 
     STARTING = 0
     SERVING = 1
@@ -24,12 +24,12 @@ class WorkerStatus(IntEnum):
 class StatusBeacon:
     """Shows the other workers this worker's status: an anonymous file whose size is the status.
 
-    Made early and kept until the process is gone, with a descriptor to spare: when it matters there may be none left.
+    It is made early and kept until the process is gone, with a spare descriptor: later there may be no descriptor left.
     """
 
     def __init__(self) -> None:
         self._file = self._spare = -1
-        with suppress(OSError):  # then it shows nothing, and counts as one that starts
+        with suppress(OSError):  # then this worker shows no status, and others see it as starting
             self._file = os.memfd_create(_NAME)
             self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
@@ -39,7 +39,7 @@ class StatusBeacon:
 
     @contextmanager
     def looking(self) -> Iterator[None]:
-        """Look around inside, in one go, with the descriptor that was spared for that."""
+        """Free the spare descriptor for a look at other processes. No other task may run inside of the context."""
         spare, self._spare = self._spare, -1
         with suppress(OSError):
             os.close(spare)
@@ -56,10 +56,10 @@ def holds_socket(pid: int, sockets: Iterable[socket | trio.socket.SocketType]) -
 
 
 def statuses_of_others(sockets: Iterable[socket | trio.socket.SocketType], *, parent: int) -> Iterator[WorkerStatus]:
-    """How the other children of this process's parent stand that hold one of these sockets.
+    """Yield the status of each other child of ``parent`` that holds one of these sockets.
 
-    The parent is the master; or, where it has died, whoever the workers were given to.
-    Of several that show that they leave and then ask, at the same time or not, the last one sees that all others do.
+    The parent is the master or, if the master has died, the process that the kernel gave the workers to.
+    Of several workers that show ``LEAVING`` and then look, the last one always sees that all others leave.
     """
     names = _names(sockets)
     for pid in _children(parent):

@@ -1,4 +1,4 @@
-"""The end of the process: its exit codes, and the shortest way out."""
+"""The end of the process: its exit codes, and the fastest exit."""
 
 import atexit
 import os
@@ -19,7 +19,7 @@ Level = Literal["info", "warning", "error"]
 
 
 class ExitCode(IntEnum):
-    """What the process that holds the tree returns. From ``sysexits.h``, as far as that fits."""
+    """The exit codes of the process, taken from ``sysexits.h`` where one fits."""
 
     CLEAN = 0
     WATCHDOG = 70
@@ -29,10 +29,10 @@ class ExitCode(IntEnum):
 
 
 def leave(code: int) -> NoReturn:
-    """End the process now, with what was said written and nothing else done.
+    """End the process now. Only the output and the log are written first.
 
-    For when everything is closed, or never will be: the interpreter's own finalisation takes 80 ms and more to free,
-    object by object, what the kernel takes back in one go.
+    Call this when everything is closed or cannot be closed. Python's own finalisation takes 80 ms and more to free
+    objects one by one, and the kernel frees the process's memory at once.
     """
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError, AttributeError):  # closed, or never there
@@ -42,23 +42,23 @@ def leave(code: int) -> NoReturn:
 
 
 def leave_at_exit(code: int) -> None:
-    """Take the short way out once the interpreter begins to finalise: after ``trio.run``, before the slow part.
+    """Call :func:`leave` when Python begins to finalise: after ``trio.run``, before the slow part.
 
-    That begins with a wait for all threads that are no daemons, whoever left them behind: so before ``atexit``, too.
+    The slow part begins with a wait for all threads that are no daemons, and that wait comes before ``atexit``.
     """
     atexit.register(leave, code)
     threading._register_atexit(leave, code)  # type: ignore[attr-defined]
 
 
 def say(text: str, *, level: Level = "warning") -> None:
-    """Write lines to standard error, apart from the log: where no event loop runs, also in a signal handler.
+    """Write lines to standard error without the log's queue. Works without an event loop and in a signal handler.
 
     The lines have the log's form once it is configured; before that (settings that cannot be read) they are plain
-    text. Never raises, and never waits for long: a pipe without a reader must not keep the master from its workers. A
-    byte of a path or a variable that is not UTF-8 is escaped.
+    text. Never raises, and waits for 0.25 s at most: a pipe without a reader must not keep the master from its
+    workers. Bytes of a path or a variable that are not UTF-8 are escaped.
     """
     layout = current_layout()
-    writer = LogWriter(2)  # the log's own has a lock, which the code under a signal handler may hold
+    writer = LogWriter(2)  # the log's writer has a lock, which the interrupted code may hold
     for line in text.splitlines():
         said = f"lastcall: {escape(line)}" if layout is None else layout.line(line, level=level, logger_name=LOGGER)
         writer.write(f"{said}\n")
@@ -67,6 +67,6 @@ def say(text: str, *, level: Level = "warning") -> None:
 
 
 def refuse_to_start(reason: Exception | str) -> NoReturn:
-    """End a start that failed, and say why: an error without a sentence for people is said with its type."""
+    """End a start that failed, and write the reason: a StartupError's text, or another error with its type."""
     say(str(reason) if isinstance(reason, StartupError | str) else repr(reason), level="error")
     leave(ExitCode.REFUSED)

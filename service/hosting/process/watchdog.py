@@ -1,11 +1,11 @@
-"""The watchdog: ends the process when the shutdown's time is over, whatever the event loop does.
+"""The watchdog: ends the process when the shutdown's time is over, also if the event loop is blocked.
 
-Four steps shortly before the total, each for when the one before could not act:
+Four steps shortly before the total; each works in cases in which the step before cannot act:
 
 1. a Python thread tells which tasks are left and where they wait. Works while the event loop is blocked;
-2. :mod:`faulthandler` dumps the stack of every thread. A C thread: works while somebody holds the GIL;
+2. :mod:`faulthandler` dumps the stack of every thread. A C thread: works while another thread holds the GIL;
 3. a timer of the C library calls ``_exit(70)``. Works in all of these, and during finalisation;
-4. the kernel's alarm kills with SIGALRM. Works where no thread can be started, which the others need.
+4. the kernel's alarm kills with SIGALRM. Works where no thread can be started, which the other steps need.
 
 Source: timer_create(2), ``SIGEV_THREAD``. faulthandler could end the process too, but with code 1 only
 (https://docs.python.org/3/library/faulthandler.html#faulthandler.dump_traceback_later).
@@ -32,10 +32,10 @@ SIGEV_THREAD = 2
 
 
 class Watchdog:
-    """Asleep until :meth:`start`, then unstoppable. Made inside the event loop that it watches.
+    """The watchdog of one event loop. Once started, it cannot be stopped. Made inside that event loop.
 
     Args:
-        total_s: What a shutdown may take. The process is gone by then.
+        total_s: The longest time of a shutdown. The process is gone by then.
     """
 
     def __init__(self, total_s: float) -> None:
@@ -44,12 +44,12 @@ class Watchdog:
         self._started = False
 
     def start(self) -> None:
-        """Begin to count. Idempotent; from any thread and from a signal handler."""
+        """Begin to count. Idempotent; may be called from any thread and from a signal handler."""
         if self._started:
             return
         self._started = True
         lead_s = min(0.2, self._total_s / 10)
-        # What ends the process comes first: where it may have no more threads the rest cannot be started.
+        # The steps that end the process come first: if no more threads are allowed, the others cannot be started.
         can_exit = _exit_after(self._total_s - lead_s, ExitCode.WATCHDOG)
         signal.setitimer(signal.ITIMER_REAL, self._total_s)
         with suppress(RuntimeError):
@@ -71,7 +71,7 @@ class Watchdog:
 
 
 def describe_tasks(task: trio.lowlevel.Task | None) -> Iterator[str]:
-    """Each task below ``task`` with the place it waits at. Only looks, so another thread may call it."""
+    """Yield a line for each task below ``task`` with the place where it waits. Any thread may call this."""
     if task is None:
         return
     for nursery in tuple(task.child_nurseries):
@@ -87,7 +87,7 @@ def describe_tasks(task: trio.lowlevel.Task | None) -> Iterator[str]:
 
 
 def count_tasks(task: trio.lowlevel.Task, *, beside: trio.lowlevel.Task) -> int:
-    """How many tasks there are below ``task``, without ``beside`` and what is below that."""
+    """Return the number of tasks below ``task``, without ``beside`` and the tasks below ``beside``."""
     children = [child for nursery in task.child_nurseries for child in nursery.child_tasks if child is not beside]
     return len(children) + sum(count_tasks(child, beside=beside) for child in children)
 
@@ -115,7 +115,7 @@ class _ITimerSpec(ctypes.Structure):
 
 
 def _exit_after(seconds: float, code: int) -> bool:
-    """Have the C library end the process later; whether it can. No Python runs in that, so no GIL is needed."""
+    """Let the C library end the process later. Returns whether it will. It runs no Python, so it needs no GIL."""
     try:
         libc = ctypes.CDLL(None, use_errno=True)
         event = _SigEvent(
