@@ -25,7 +25,12 @@ NOT_RUN = {
         "binds the machine's addresses",
     ],
     "bench/README.md": ["measures for minutes"],
-    "docs/operations.md": ["installs into /opt", "needs a store in /var/lib", "needs a store in /var/lib"],
+    "docs/operations.md": [
+        "installs into /opt",
+        "installs into /opt",
+        "needs a store in /var/lib",
+        "needs a store in /var/lib",
+    ],
     "docs/own-model.md": ["two servers in two terminals"],
 }
 """The reasons of the blocks that do not run, by document. One more needs a line here."""

@@ -586,6 +586,10 @@ def test_file_of_a_secret_that_cannot_be_used_is_told_beside_all_else_that_is_wr
             f"LASTCALL_API_KEYS_FILE: {what}",
             "LASTCALL_STREAMS_MAX: '0' should be a whole number of at least 1, at most 10000000",
         ]
+        # The keys are not told to be missing: they are in a file that has to be mended.
+        assert problems({"LASTCALL_API_KEYS_FILE": path, "LASTCALL_BIND": "unix:a"}) == [
+            f"LASTCALL_API_KEYS_FILE: {what}"
+        ]
     assert problems(file="api_keys_file = 1\nmodel_api_key_file = 'a\\u0000'".replace("'", '"')) == [
         "lastcall.toml: api_keys_file: should be the path of a file",
         "lastcall.toml: model_api_key_file: should be the path of a file",

@@ -2,6 +2,7 @@
 
 import inspect
 import multiprocessing
+import socket
 from multiprocessing.process import BaseProcess
 from types import CoroutineType
 from typing import Any
@@ -16,6 +17,7 @@ from hypercorn.typing import Scope
 from quart_trio import QuartTrio
 
 from service.errors import StartupError
+from service.hosting.hypercorn import worker
 from service.hosting.hypercorn.worker import Worker, find_worker
 from tests.hosting.conftest import Serve
 
@@ -83,3 +85,14 @@ async def test_hypercorn_inside_another_program_is_a_guest(serve: Serve) -> None
 def test_a_connection_sees_the_context_that_hypercorn_knows() -> None:
     """ConnectionContext stands in for it, so it is to have all that it has."""
     assert set(vars(WorkerContext(None))) == {"max_requests", "requests", "terminate", "terminated"}
+
+
+def test_an_address_is_told_for_each_form_of_a_bind() -> None:
+    """``check_stand_in`` goes by it, also where bare hypercorn's ``--bind`` is not the settings' own."""
+    assert worker._address_of_bind("0.0.0.0") == "0.0.0.0:8000"
+    assert worker._address_of_bind("[::]:80") == "[::]:80"
+    assert worker._address_of_bind("unix:/run/a.sock") == "unix:/run/a.sock"
+    with socket.create_server(("127.0.0.1", 0)) as given:
+        port = given.getsockname()[1]
+        assert worker._address_of_bind(f"fd://{given.fileno()}") == f"127.0.0.1:{port}"
+        given.getsockname()  # it is still open
