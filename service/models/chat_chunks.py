@@ -33,7 +33,7 @@ class Delta(msgspec.Struct, gc=False):
 
 class Choice(msgspec.Struct, gc=False):
     delta: Delta | None = None
-    message: Delta | None = None  # where somebody on the way does not stream
+    message: Delta | None = None  # from a gateway that does not stream
     finish_reason: str | None = None
     error: Any = None  # OpenRouter
     index: Any = None

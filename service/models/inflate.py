@@ -95,7 +95,7 @@ class Inflater:
     def _begin(self) -> None:
         """Find out what the input begins with."""
         is_gzip = self._input.startswith(_GZIP_START)
-        if self._has_begun and not is_gzip:  # zeros or whatever, after the end
+        if self._has_begun and not is_gzip:  # padding after the end
             self._is_over = True
             self._input = b""
         elif is_gzip:

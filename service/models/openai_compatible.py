@@ -47,13 +47,13 @@ _ERROR_BODY_TIMEOUT_S = 2.0
 _PIECE_BYTES_MAX = 8 * 1024
 """How much of a body is decoded at once, at the most 10 ms of work. Servers that stream send less."""
 _RECEIVED_MAX = 64
-"""How many chunks may follow each other before the event loop has a turn: what is there already is no wait."""
+"""How many chunks are read before other tasks run: reading data that has arrived does not wait."""
 _SECRET_LENGTH_MIN = 8
 """A value in the model URL's query may be a key; a shorter one is none."""
 _USAGE_TIMEOUT_S = 2.0
 """How long a reply that is whole waits for usage and ``[DONE]``, since its last text."""
 _TEXT_TIMEOUT_S = 30.0
-"""How long one that has ended before it said anything waits for a text: Open WebUI says "stop" first."""
+"""How long a reply that has ended without a text waits for one: Open WebUI says "stop" first."""
 _REUSE_TIMEOUT_S = 0.05
 """How long leaving a whole reply waits for the end of the response, without which it costs the connection."""
 _CLOSE_TIMEOUT_S = 1.0
@@ -197,7 +197,7 @@ class OpenAICompatibleClient:
                     raise fault from error
 
     def _failure(self, response: "_Response", reply: ErrorReply) -> ModelError:
-        """What went wrong, from a response that is not readable and what it said."""
+        """The error for a response whose body cannot be read as a reply."""
         if not response.is_success:
             hints = RetryHints.from_headers(response.headers, now=self._clock())
             return error_from_status(response.status, reply, hints=hints, redact=self._redact)
@@ -283,7 +283,7 @@ class _Response:
 
     @property
     def request_id(self) -> str | None:
-        """What the server calls the request in its own log, where it says so."""
+        """The server's own id of the request, as in its log, if it sends one."""
         named = self.headers.get("x-request-id", "")
         return named if is_request_id(named) else None
 
@@ -298,7 +298,7 @@ class _Response:
 
     @property
     def described(self) -> str | None:
-        """What it says it is, for a reader, where that is no event stream."""
+        """The content type of the response, for a reader, if it is no event stream."""
         media_type = self.headers.get("content-type", "text/event-stream").lower()
         if "text/event-stream" in media_type:
             return None
@@ -307,12 +307,12 @@ class _Response:
 
     @property
     def _encoding(self) -> str:
-        """What the body is compressed with; empty for what is not."""
+        """The compression of the body; empty if it is not compressed."""
         said = [name.strip() for name in self.headers.get("content-encoding", "").lower().split(",")]
         return ", ".join(name for name in said if name not in ("", "identity", "none", "utf-8"))
 
     async def read_error_body(self) -> bytes:
-        """What can be had of the body within its bounds in size and time."""
+        """The part of the body that arrives within bounds of size and time."""
         body = b""
         with move_on_after(_ERROR_BODY_TIMEOUT_S):
             try:

@@ -82,7 +82,7 @@ _OUT_OF_CREDIT = re.compile(
 
 
 class ErrorReply(msgspec.Struct, frozen=True, kw_only=True):
-    """What an upstream said: its own words, not yet fit to be shown.
+    """The error text of an upstream, in its own words, before secrets are removed.
 
     ``words`` has everything that may tell one case from another, ``message`` what is for a reader;
     ``is_error_member`` where it stood under ``error``, which no regular reply has.
@@ -178,7 +178,7 @@ _REFUSED_INPUT: tuple[FailureCode, ...] = ("context_too_long", "content_filter",
 
 
 def _error_in(said: dict[Any, Any]) -> object:
-    """What is in it instead of a reply: under ``error``, or where other clouds put that."""
+    """The error in a body: under ``error``, or under the names that other clouds use."""
     if said.get("error"):
         return said["error"]
     for wrapper in ("Response", "ResponseMetadata"):  # Tencent, Volcengine
@@ -307,7 +307,7 @@ def error_from_reply(reply: ErrorReply, *, redact: Callable[[str], str]) -> Mode
 
 
 def token_counts(message: str) -> tuple[int | None, int | None]:
-    """How many tokens a refusal counted and how many the model takes, of the numbers in it; None where it does not say.
+    """The tokens that a refusal counted and the tokens that the model takes; None for a number that is not there.
 
     Servers word such a refusal in a dozen ways. In all of them the largest number is the count, and the next the bound.
     """
