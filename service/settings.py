@@ -408,16 +408,16 @@ def reaches_beyond_loopback(bind: str) -> bool:
 
 
 def check_stand_in(settings: Settings, *, binds: Iterable[str]) -> None:
-    """Refuse to answer other people with the stand-in that serves where no model server is named.
+    """Refuse a start in which the embedded stand-in would answer other people because no model server is named.
 
-    Settings get lost: a file of the environment that was not read, another working directory. The stand-in is for who
-    tries the server on this machine; elsewhere it must be asked for by its name.
+    Settings get lost: the file of the environment was not read, or the working directory is another one. The unnamed
+    stand-in is for a first try on this machine; elsewhere an operator must ask for the stand-in by its name.
 
     Args:
         binds: Where the server listens: ``host:port`` or ``unix:path``.
 
     Raises:
-        SettingsError: No model server is named, and callers are others than the machine's own user.
+        SettingsError: No model server is named, and callers have keys or come from other machines.
     """
     if settings.upstreams or "model_url" in settings.model_fields_set:
         return
@@ -453,10 +453,10 @@ class Sources:
 
     def add(self, origin: str, name: str, value: object) -> None:
         self.values[name], self.origins[name] = value, origin
-        self.problems.pop(name, None)  # a source that is over the one with the problem
+        self.problems.pop(name, None)  # this source overrides the one with the problem
 
     def add_layer(self, layer: Mapping[str, tuple[str, object]]) -> None:
-        """Take all that one source says, ``name: (origin, value)``, over what was said before."""
+        """Add the values of one source, ``name: (origin, value)``; they override those of earlier sources."""
         for name, (origin, value) in layer.items():
             secret = name.removesuffix(FILE_SUFFIX)
             if secret in _SECRETS_AT_THE_TOP and name != secret:

@@ -168,7 +168,7 @@ async def test_bad_settings_are_78_and_one_line(tmp_path: Path, host: str) -> No
 
 
 @pytest.mark.parametrize("host", [SERVE, "hypercorn-0", "hypercorn-1", "configured-1"])
-async def test_a_stand_in_that_nobody_named_is_78_and_one_line(tmp_path: Path, host: str) -> None:
+async def test_a_stand_in_that_was_not_named_is_78_and_one_line(tmp_path: Path, host: str) -> None:
     failed = await start_that_fails(tmp_path, host, **KEYED | {"model_url": ""})
     assert failed.exit_code in as_hypercorn_returns(host, 78)
     [told] = [line for line in said_in(failed.log) if "LASTCALL_MODEL_URL" in line]
