@@ -1,4 +1,4 @@
-"""The application: routes, and what holds for every request."""
+"""The application: its routes, and the checks and headers of every request."""
 
 from collections.abc import Callable
 from functools import partial
@@ -41,7 +41,7 @@ __all__ = ["Application", "attach", "create_app", "detach"]
 
 
 class Application(QuartTrio):
-    """A Quart application whose requests are bounded and give back what they hold, however they end."""
+    """A Quart application whose requests are bounded and always give back their resources."""
 
     request_class = BoundedRequest
 
@@ -58,9 +58,9 @@ class Application(QuartTrio):
             await super().asgi_app(scope, receive, send)
 
     def _name_caller(self, scope: Any) -> None:
-        """Put the caller's address in the place of its proxy's, for hypercorn's access log among others.
+        """Replace the proxy's address in the ASGI scope by the caller's, for hypercorn's access log and others.
 
-        The access rule sees it too, but only with API keys, which it is enough to have: settings see to that.
+        The access rule cannot be misled: settings allow trusted proxies only with API keys, and then only keys count.
         """
         proxies = trusted_proxies_of(self)
         if proxies and PEER not in scope:
@@ -69,16 +69,16 @@ class Application(QuartTrio):
                 scope["client"] = (caller, 0)  # the port is not known
 
     async def make_default_options_response(self, *context: Any) -> Response:
-        response = await super().make_default_options_response(*context)  # which Quart 0.23 has, and 0.22 has not
+        response = await super().make_default_options_response(*context)  # only Quart 0.23 passes a context
         allowed = no_content()
         allowed.headers["Allow"] = response.headers["Allow"]
         return allowed
 
 
 def create_app() -> Application:
-    """An application without a service: it answers 503 until :func:`attach` gives it one. Opens nothing."""
+    """Make an application without a service: it answers 503 until :func:`attach` gives it one. Opens nothing."""
     app = Application("lastcall", static_folder=None)
-    app.url_map.merge_slashes = False  # one path, one meaning: a redirect would drop a POST's body
+    app.url_map.merge_slashes = False  # otherwise Quart redirects ``//``, which would drop a POST's body
     for module in (sessions, turns, chat, health, page):
         app.register_blueprint(module.blueprint)
     app.before_request(_admit)
@@ -100,7 +100,7 @@ async def _admit() -> TrioResponse | None:
     if not is_from_peer() and not (needs_no_key and access.key_digests):
         access.check(
             authorization=request.headers.get("Authorization"),
-            # A probe of HAProxy's speaks HTTP/1.0 and names no host; a browser, which the host is looked at for, does.
+            # HAProxy's probe speaks HTTP/1.0 and sends no host. A browser, for which the host is checked, sends one.
             host=request.headers.get("Host") or ("localhost" if is_probe else None),
             client=request.scope.get("client"),
             server=request.scope.get("server"),
@@ -148,7 +148,7 @@ def _note_refusal(app: Quart, refusal: Refusal, *, route: str | None = None) -> 
 
 
 def _refuse_query(handler: Callable[..., Any]) -> None:
-    """A parameter that would be ignored is a misunderstanding: say so."""
+    """Refuse query parameters for a call that takes none, instead of ignoring them."""
     if operation_of(handler).query is None:
         check_query_length(request)
         raise InvalidRequestError("This call takes no parameters.", field=next(iter(request.args), None))
@@ -158,7 +158,7 @@ async def _complete(response: Response) -> Response:
     """Add the headers that each response has."""
     response.headers[HEADER] = current_request_id()
     if is_from_peer():
-        return response  # the process that asks does it
+        return response  # the process that sent the request on adds the CORS headers
     try:
         allow_origin(response.headers, current_service().settings.cors_origins)
     except NotReadyError:

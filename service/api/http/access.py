@@ -1,4 +1,4 @@
-"""Who may call: holders of an API key, or without keys this machine alone."""
+"""Access: callers need an API key; without keys only this machine may call."""
 
 import hmac
 import re
@@ -17,16 +17,16 @@ Address = tuple[str, int | None] | None
 
 
 class UnauthorizedError(RefusedError):
-    """API keys are set and the request has none of them."""
+    """API keys are set, and the request has no valid one."""
 
     code = "unauthorized"
 
     def __init__(self) -> None:
-        super().__init__('This server wants an API key: send "Authorization: Bearer <key>".')
+        super().__init__('This server requires an API key: send "Authorization: Bearer <key>".')
 
 
 class LoopbackOnlyError(RefusedError):
-    """No API keys are set and the request is not from this machine to this machine."""
+    """No API keys are set, and the request does not go from this machine to this machine."""
 
     code = "loopback_only"
 
@@ -38,20 +38,20 @@ class LoopbackOnlyError(RefusedError):
 
 
 class ProxiedRequestError(RefusedError):
-    """No API keys are set and a proxy has passed the request on, on behalf of anybody."""
+    """No API keys are set, and a proxy has passed the request on, perhaps for a remote caller."""
 
     code = "proxied_without_keys"
 
     def __init__(self, header: str) -> None:
         super().__init__(
             f"A proxy has passed this request on: it has the header {header}. Without API keys only callers on this "
-            "machine are served, and behind a proxy nothing tells them from others; set api_keys (LASTCALL_API_KEYS)."
+            "machine are served, and behind a proxy they look like all others; set api_keys (LASTCALL_API_KEYS)."
         )
 
 
 @dataclass(frozen=True)
 class Access:
-    """The rule, with digests of the keys instead of the keys."""
+    """The access rule. It keeps digests of the keys, not the keys."""
 
     key_digests: tuple[bytes, ...]
 
@@ -70,10 +70,10 @@ class Access:
     ) -> None:
         """Return if the request may pass.
 
-        The host name is looked at because a page whose name was made to point here (DNS rebinding)
-        would otherwise be served through the user's own browser. A Unix socket needs keys: what
-        stands before it is usually a proxy, which calls from this machine on behalf of anybody. So does one before a
-        loopback address; it is told from a caller by the headers that it adds, and only by them.
+        The host name is checked against DNS rebinding: otherwise a web page whose name points to this machine could
+        call through the user's own browser. A Unix socket needs keys: its client is usually a proxy, which calls from
+        this machine for remote callers. A proxy may also call a loopback address; only the headers that a proxy adds
+        tell it from a local caller.
 
         Args:
             proxy_header: A header by which the request says that a proxy has passed it on.
@@ -98,7 +98,7 @@ class Access:
             raise LoopbackOnlyError
 
     def _has_key(self, authorization: str) -> bool:
-        """Takes the same time whichever key matches, and none: digests are compared, and always all."""
+        """Whether a key matches. All digests are always compared, so the time tells nothing about the keys."""
         scheme, _, key = authorization.partition(" ")
         digest = _digest(key.strip())
         matches = [hmac.compare_digest(digest, known) for known in self.key_digests]
@@ -110,7 +110,7 @@ def _digest(key: str) -> bytes:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an IP address is one of this machine's own."""
+    """Whether an IP address is a loopback address."""
     try:
         ip = ip_address(address)
     except ValueError:

@@ -1,4 +1,4 @@
-"""The service behind the application: put there and taken away by whoever holds the tree."""
+"""The service behind the application: attached and detached by the code that holds the service open."""
 
 import msgspec
 from quart import Quart, current_app
@@ -19,7 +19,7 @@ _REFUSALS = "lastcall.refusals"
 
 
 def attach(app: Quart, service: Service) -> None:
-    """Let the application answer from this service. Its settings hold for all requests from now on."""
+    """Let the application answer from this service. The service's settings hold for all requests from now on."""
     app.config["MAX_CONTENT_LENGTH"] = body_bytes_max(service.settings)
     app.extensions[_ACCESS] = Access.by(service.settings)
     app.extensions[_TRUSTED_PROXIES] = TrustedProxies.by(service.settings)
@@ -59,13 +59,13 @@ def service_of(app: Quart) -> Service | None:
 
 
 def trusted_proxies_of(app: Quart) -> TrustedProxies:
-    """None are trusted before the settings are known."""
+    """Return the trusted proxies of an application; before a service is attached no proxy is trusted."""
     proxies: TrustedProxies = app.extensions.get(_TRUSTED_PROXIES, TrustedProxies())
     return proxies
 
 
 def json_response(body: msgspec.Struct, status: int = 200, *, location: str | None = None) -> TrioResponse:
-    """A wire type as a response. ``location`` is a path of ours."""
+    """Return a wire type as a response. ``location`` is a path of this service, without the prefix."""
     headers = {"Cache-Control": "no-store"}
     if location is not None:
         headers["Location"] = located(location)
@@ -73,8 +73,8 @@ def json_response(body: msgspec.Struct, status: int = 200, *, location: str | No
 
 
 def no_content() -> TrioResponse:
-    """A response that says all with its status, 204."""
+    """Return a response without a body, with status 204."""
     response = TrioResponse(b"", 204)
-    for name in ("Content-Type", "Content-Length"):  # of what? Quart has them for every body
+    for name in ("Content-Type", "Content-Length"):  # Quart sets them also without a body
         response.headers.pop(name, None)
     return response

@@ -1,11 +1,11 @@
-"""The caller's address, where a trusted proxy stands between: for logs. It opens nothing.
+"""The caller's address behind a trusted proxy, for logs. It never widens access.
 
-Each proxy on the way adds the address that it was called from to the right of ``X-Forwarded-For`` or ``Forwarded``
-(RFC 7239). What is to the left of that came from outside, and anybody may have written it. So both are read from the
-right, as long as the one who has written is trusted: first the peer itself, then each address that it names.
+Each proxy on the way adds its caller's address to the right of ``X-Forwarded-For`` or ``Forwarded`` (RFC 7239). The
+addresses to the left of it came with the request, so any caller may have written them. So both headers are read from
+the right, as long as the writer of an address is trusted: first the peer, then each address that was read.
 
-A client may add the header that its proxy does not write. Where both are there and say different things, neither
-counts. ``X-Forwarded-Host`` and the like are not looked at.
+A client may send the header that its proxy does not write. If both headers are there and give different callers,
+neither counts. ``X-Forwarded-Host`` and similar headers are not read.
 """
 
 import re
@@ -19,9 +19,9 @@ from service.api.http.access import Address
 from service.settings import UNIX_PEERS, Settings
 
 HOPS_MAX = 32
-"""More than a request passes; what is farther to the left is not looked at."""
+"""Addresses that are read, from the right. A request passes fewer proxies."""
 LINE_MAX = 4096
-"""So much of a header's line is looked at, from the right."""
+"""Characters of a header's line that are read, from the right."""
 
 IP = IPv4Address | IPv6Address
 
@@ -50,7 +50,7 @@ class TrustedProxies:
         return bool(self.networks) or self.unix_peers
 
     def caller_of(self, peer: Address, headers: Sequence[tuple[bytes, bytes]]) -> str | None:
-        """The address that the trusted proxies name as the caller's; None where the peer is all that is known."""
+        """Return the caller's address as the trusted proxies name it; None if only the peer is known."""
         if not self._trusts_peer(peer):
             return None
         told = {
@@ -70,7 +70,7 @@ class TrustedProxies:
         return any(address in network for network in self.networks)
 
     def _walk(self, nodes: Iterable[str]) -> str | None:
-        """The first address from the right that is not trusted, or the last one that can be read."""
+        """Return the first address from the right that is not trusted, or the last one that can be read."""
         nearest = None
         for node in islice(nodes, HOPS_MAX):
             address = _address_of(node)
@@ -83,7 +83,7 @@ class TrustedProxies:
 
 
 def _address_of(node: str) -> IP | None:
-    """The address in ``192.0.2.1``, ``192.0.2.1:80``, ``2001:db8::1`` or ``[2001:db8::1]:80``; None in all else."""
+    """Read the address of ``192.0.2.1``, ``192.0.2.1:80``, ``2001:db8::1`` or ``[2001:db8::1]:80``; None otherwise."""
     found = _NODE.fullmatch(node)
     if found is None:
         return None
@@ -102,16 +102,16 @@ def _parts_from_the_right(line: str) -> list[str]:
 
 
 def _listed_nodes(lines: Sequence[str]) -> Iterator[str]:
-    """The nodes of ``X-Forwarded-For``, from the right. Empty ones are none (RFC 9110, 5.6.1)."""
+    """Yield the nodes of ``X-Forwarded-For``, from the right. Empty elements do not count (RFC 9110, 5.6.1)."""
     for line in reversed(lines):
         yield from filter(None, (part.strip() for part in _parts_from_the_right(line)))
 
 
 def _forwarded_nodes(lines: Sequence[str]) -> Iterator[str]:
-    """The ``for=`` of each element of ``Forwarded``, from the right; empty for one that has none or is not well-formed.
+    """Yield the ``for=`` of each element of ``Forwarded``, from the right; empty for an element without a valid one.
 
-    The shortest part at the end that is an element is one: a quote that a client has left open swallows nothing of what
-    its proxy has added. A comma within quotes makes an element of several parts.
+    The shortest valid end of the line counts as an element, so a quote that a client has left open cannot hide elements
+    that the proxy has added. A comma within quotes makes an element of several parts.
     """
     for line in reversed(lines):
         element = ""

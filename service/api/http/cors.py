@@ -1,4 +1,4 @@
-"""Cross-origin requests: for the pages of ``cors_origins`` and no others."""
+"""Cross-origin requests: allowed for the pages of ``cors_origins`` only."""
 
 from quart import request
 from quart_trio.wrappers import TrioResponse
@@ -13,14 +13,14 @@ _PREFLIGHT_S = 600
 
 
 def allowed_origin(origin: str | None, allowed: tuple[str, ...]) -> str | None:
-    """What to answer to a page of this origin, if anything."""
+    """Return the allowed origin for the answer to a page of ``origin``; None if the page may not read it."""
     if origin is None:
         return None
     return "*" if "*" in allowed else origin if origin in allowed else None
 
 
 def preflight_response(allowed: tuple[str, ...]) -> TrioResponse | None:
-    """The answer to a browser that asks before its request. It carries no API key, so it comes before access."""
+    """Return the answer to a browser's preflight request, which has no API key and so comes before the access check."""
     if request.method != "OPTIONS" or "Access-Control-Request-Method" not in request.headers:
         return None
     if allowed_origin(request.headers.get("Origin"), allowed) is None:
@@ -36,7 +36,7 @@ def preflight_response(allowed: tuple[str, ...]) -> TrioResponse | None:
 
 
 def allow_origin(headers: Headers, allowed: tuple[str, ...]) -> None:
-    """Let the requesting page read a response, if it may."""
+    """Let the requesting page read a response, if its origin is allowed."""
     if not allowed:
         return
     headers.add("Vary", "Origin")

@@ -1,7 +1,7 @@
-"""What the end of a client's input means: most requests are answered all the same, others take it for leaving.
+"""The end of a client's input: most requests still get an answer, others treat it as the client's leaving.
 
-A client that closes its sending side cannot be told from one that closes both before something is sent to it. An
-answer that comes by itself costs little. A turn costs money, so that a request which waits for one does not go on.
+Until bytes are sent to it, a client that has closed only its sending side looks like a client that has closed both. An
+answer that needs no turn costs little. A turn costs money, so a request that waits for a turn ends.
 """
 
 from collections.abc import Callable
@@ -10,13 +10,13 @@ from typing import cast
 from quart import request
 
 LEAVES_AT_END = "lastcall.leaves_at_end"
-"""In the ASGI scope, put there by the host: to be called once the request takes the end of the input for leaving."""
+"""Key in the ASGI scope of the host's function, which :func:`leave_at_end_of_input` calls."""
 
 
 def leave_at_end_of_input() -> None:
-    """From now on the client of the current request has left once its input ends, or now if it has ended already.
+    """Treat the client of the current request as gone once its input ends, or at once if the input has ended.
 
-    To be said before a turn is accepted, waited for or streamed. Without a checkpoint; the request is cancelled at one.
+    Call this before a turn is accepted, waited for or streamed. It has no checkpoint: the next one is cancelled.
     """
     note = cast("Callable[[], None] | None", request.scope.get(LEAVES_AT_END))
     if note is not None:

@@ -1,4 +1,4 @@
-"""The body of an event stream: a cursor on its way through an event log."""
+"""The body of an event stream: reads an event log from a seq on."""
 
 from typing import NamedTuple
 
@@ -19,33 +19,34 @@ from service.sessions.events.streams import StreamSlot
 
 MEDIA_TYPE = "text/event-stream"
 HEADERS = {"Cache-Control": "no-store, no-transform", "X-Accel-Buffering": "no"}
-"""Proxies are to keep, compress and hold back nothing: Express' ``compression`` heeds the one, nginx the other."""
+"""Keep proxies from storing, compressing or buffering a stream: Express' ``compression`` reads the first, nginx the
+second."""
 RETRY_MS = 1000
 _RETRY = b"retry: %d\n" % RETRY_MS
 _HEARTBEAT = b": heartbeat\n"
-"""Neither ends with a blank line, which would be an empty event to decoders that remember the last id: httpx-sse 0.4.3.
-Both are part of the block of the next event."""
+"""``retry:`` and heartbeat do not end with a blank line: they are part of the next event's block. Decoders that keep
+the last id, such as httpx-sse 0.4.3, would take a blank line for an empty event."""
 _WRITE_BYTES_MAX = 64 * 1024
 _BUSY_S = 0.02
-"""Writing a piece takes a fraction of a millisecond, unless the event loop has many others to write."""
+"""A write that takes longer is followed by a pause. It takes less than a millisecond if the event loop is not busy."""
 _PAUSE_MAX_S = 0.1
 _SEQ_DIGITS_MAX = 15
 _ACCEPT_LENGTH_MAX = 2048
 
 
 class LastPiece(bytes):
-    """The last piece of a body: whoever sends it may send the end of the response with it."""
+    """The last piece of a body. Its sender may send the end of the response together with it."""
 
 
 class EventStream(ResponseBody):
-    """Gives everything that is ready in one piece, a comment after silence, and ends with the log.
+    """Yields all events that are ready as one piece, and a comment after silence. Ends with the log.
 
-    It waits in ``__anext__`` alone: nothing is written inside of a cancel scope of ours, so no chunk
-    is lost to one. The slot is closed as ended once the piece with the terminal event has been taken
-    *and* the next one is asked for, that is after it was sent.
+    It waits only in ``__anext__``: no write happens inside of a cancel scope of this class, so no chunk is lost to a
+    cancellation. The slot is closed as ended when the piece after the one with the terminal event is asked for: then
+    the terminal event has been sent.
 
     Args:
-        cursor: The seq that the client saw last.
+        cursor: The last seq that the client has seen.
     """
 
     def __init__(self, log: EventLog, slot: StreamSlot, *, cursor: int) -> None:
@@ -64,7 +65,7 @@ class EventStream(ResponseBody):
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        pass  # the slot is given back with the request: this may never run
+        pass  # this may never run: the request gives the slot back
 
     def __aiter__(self) -> "EventStream":
         return self
@@ -83,10 +84,10 @@ class EventStream(ResponseBody):
         return self._take() or _HEARTBEAT
 
     async def _pause(self) -> None:
-        """Where the last piece took long to write, the event loop is full or the client slow: write less often, then.
+        """Pause if the last piece took long to write, because the event loop is busy or the client slow.
 
-        Tokens that come meanwhile go out in one piece, so the load falls with the number of pieces; an event loop
-        with time to spare never pauses. The terminal event ends a pause.
+        Tokens that arrive during the pause go out in one piece, so there are fewer pieces and less load. An event loop
+        that is not busy never pauses. The terminal event ends a pause.
         """
         writing_took_s = trio.current_time() - self._taken_at
         if writing_took_s > _BUSY_S and self._caught_up:
@@ -102,35 +103,34 @@ class EventStream(ResponseBody):
 
 
 def stream_response(log: EventLog, slot: StreamSlot, *, cursor: int) -> TrioResponse:
-    """A response that streams a log from ``cursor`` on, and gives its slot back whatever happens."""
+    """Return a response that streams a log from ``cursor`` on. The end of the request always gives the slot back."""
     release_after_request(slot.close)
     body = EventStream(log, slot, cursor=cursor)
     response = TrioResponse(body, headers=HEADERS, content_type=MEDIA_TYPE)
-    response.timeout = None  # Quart would end any response after 60 s otherwise
+    response.timeout = None  # otherwise Quart ends every response after 60 s
     return response
 
 
 class Cursor(NamedTuple):
-    """The seq that a client saw last, 0 for none, and the name of the header or parameter that says so."""
+    """The last seq that a client has seen, 0 for none, and the name of the header or parameter that it came in."""
 
     seq: int
     field: str
 
 
 def read_cursor(request: Request) -> Cursor:
-    """What a client that asks for events saw last: its ``Last-Event-ID``, else that of the query, else ``?after=``.
+    """Read the last seq that a client has seen: from ``Last-Event-ID``, else the query's id, else ``?after=``.
 
-    In this order, because a client that reconnects repeats the URL it began with. An empty id is none.
+    The order is this one because a client that reconnects repeats its first URL. An empty id counts as no id.
 
     Raises:
-        InvalidRequestError: One of them is none of ours, whichever wins; or the query has two that differ.
+        InvalidRequestError: One of the three is not an event's id, also if another one wins; or the query has two ids
+            that differ.
     """
     query = read_query(request, EventsQuery)
     said = read_last_event_id(request)
     if query.last_event_id and query.last_event_id_too and query.last_event_id != query.last_event_id_too:
-        raise InvalidRequestError(
-            "lastEventId and Last-Event-ID say two things; send one of them.", field="lastEventId"
-        )
+        raise InvalidRequestError("lastEventId and Last-Event-ID differ; send one of them.", field="lastEventId")
     if said is not None:
         return Cursor(said, "Last-Event-ID")
     if query.last_event_id:
@@ -141,25 +141,25 @@ def read_cursor(request: Request) -> Cursor:
 
 
 def read_last_event_id(request: Request) -> int | None:
-    """The header ``Last-Event-ID``; None where it is not there or empty, as from a client that has seen no event.
+    """Read the header ``Last-Event-ID``; None if it is missing or empty, as from a client that has seen no event.
 
     Raises:
-        InvalidRequestError: It is not the id of an event.
+        InvalidRequestError: The header is not the id of an event.
     """
     said = ", ".join(request.headers.getlist("Last-Event-ID"))
     if not said:
         return None
     if not (said.isascii() and said.isdigit() and len(said) <= _SEQ_DIGITS_MAX):
         raise InvalidRequestError(
-            f"An event id is the seq of an event, a whole number, and not {shown(said)!r}.", field="Last-Event-ID"
+            f"The id of an event is its seq, a whole number; {shown(said)!r} is not one.", field="Last-Event-ID"
         )
     return int(said)
 
 
 def wants_stream(request: Request) -> bool:
-    """Whether the client names ``text/event-stream`` and would not rather have JSON.
+    """Whether the client accepts ``text/event-stream`` and does not prefer JSON.
 
-    In the first 2048 characters of its ``Accept``: to order thousands of media types takes milliseconds.
+    Only the first 2048 characters of its ``Accept`` are read: to order thousands of media types takes milliseconds.
     """
     accepted = request.headers.get("Accept", "")[:_ACCEPT_LENGTH_MAX]
     if MEDIA_TYPE not in accepted.lower():

@@ -1,6 +1,6 @@
-"""Where things are to be found: paths, and the prefix that a proxy has for this service before all of them.
+"""Paths of sessions and turns, and the prefix that a proxy puts before all paths of this service.
 
-The prefix is hypercorn's ``--root-path``, ASGI's ``root_path``; empty where there is none.
+The prefix is hypercorn's ``--root-path``, ASGI's ``root_path``; it is empty without such a proxy.
 """
 
 from typing import Any, cast
@@ -18,19 +18,19 @@ def turn_path(session_id: str, turn_id: str) -> str:
 
 
 def located(path: str) -> str:
-    """A path of ours as the client of the current request has to ask for it."""
+    """Return a path of this service as the client of the current request sees it, with the prefix."""
     return prefix_of(cast("dict[str, Any]", request.scope)) + path
 
 
 def prefix_of(scope: dict[str, Any]) -> str:
-    """The prefix, as it is written in a URL: it does not end with a slash."""
+    """Return the prefix as it is written in a URL, without a slash at its end."""
     return quote(root_path_of(scope))
 
 
 def take_prefix(scope: dict[str, Any]) -> None:
-    """Have the path of a request begin with the prefix, as it does where a proxy passes the path on as it came.
+    """Make the path of a request begin with the prefix.
 
-    Other proxies take the prefix off, and Quart finds nothing at a path without it.
+    Some proxies pass the path on unchanged; others take the prefix off, and Quart finds no route without it.
     """
     root_path = root_path_of(scope)
     if root_path and scope["path"] == root_path:
@@ -40,6 +40,6 @@ def take_prefix(scope: dict[str, Any]) -> None:
 
 
 def root_path_of(scope: dict[str, Any]) -> str:
-    """The prefix, as a path of ASGI's begins with it."""
+    """Return the prefix as it is in an ASGI path, without a slash at its end."""
     root_path: str = scope.get("root_path", "")
     return root_path.rstrip("/")

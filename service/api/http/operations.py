@@ -1,4 +1,4 @@
-"""What an operation takes and gives, said once beside its handler, for the OpenAPI document and the docs page."""
+"""Descriptions of operations, beside their handlers, for the OpenAPI document and the docs page."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,10 +20,10 @@ class Answer:
 
     Attributes:
         body: The JSON body, if there is one.
-        streams: Whether it may be an event stream instead (or, without ``body``, always is).
-        media_type: Of a body that is neither.
-        located: What ``Location`` names, if it is there.
-        links: Operations to which the answer leads, by the parameters that it gives them.
+        streams: Whether the answer may be an event stream instead (or, without ``body``, always is).
+        media_type: The type of a body that is neither JSON nor an event stream.
+        located: The thing that ``Location`` names, if the answer has this header.
+        links: Operations to which the answer leads, with the parameters that the answer gives them.
     """
 
     status: int
@@ -37,10 +37,10 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Operation:
-    """An operation, apart from what its path and docstring say.
+    """The description of an operation, in addition to its path and docstring.
 
-    ``errors`` leaves out what every operation may answer (see :mod:`service.api.reference.openapi`). ``resumes`` says
-    what the header ``Last-Event-ID`` does, where it does anything.
+    ``errors`` leaves out the errors that every operation may answer (see :mod:`service.api.reference.openapi`).
+    ``resumes`` describes the effect of the header ``Last-Event-ID``, if the operation reads it.
     """
 
     id: str
@@ -53,7 +53,7 @@ class Operation:
 
 
 def operation(**fields: Any) -> Callable[[H], H]:
-    """Say what a handler takes and gives; the arguments are :class:`Operation`'s."""
+    """Describe a handler; the arguments are those of :class:`Operation`."""
     described = Operation(**fields)
 
     def attach(handler: H) -> H:
@@ -64,6 +64,6 @@ def operation(**fields: Any) -> Callable[[H], H]:
 
 
 def operation_of(handler: Callable[..., Any]) -> Operation:
-    """What was said with :func:`operation`."""
+    """Return the description that :func:`operation` attached to a handler."""
     described: Operation = getattr(handler, _ATTRIBUTE)
     return described

@@ -1,4 +1,4 @@
-"""Pages that are bounded in bytes as well as in rows."""
+"""Pages of rows, bounded in rows and in bytes."""
 
 from collections.abc import Callable
 from typing import Protocol, TypeVar
@@ -10,10 +10,10 @@ from service.sessions.messages import MessageRecord
 from service.storage.records import Page, SessionRecord, TurnRecord
 
 PAGE_BYTES_MAX = 4 * 1024 * 1024
-"""A page ends where its rows have reached this. What one step reads may be beyond it."""
+"""A page ends once its rows have this many bytes. The rows of its last step may exceed the bound."""
 _STEP = 10
 _LONG_BYTES = 64 * 1024
-"""Encoding a longer row takes up to milliseconds: others have their turn then."""
+"""Encoding a longer row takes up to milliseconds, so other tasks get a turn after it."""
 
 R = TypeVar("R", SessionRecord, TurnRecord, MessageRecord)
 
@@ -27,12 +27,12 @@ class Listing(Protocol[R]):
 async def read_page(
     listing: Listing[R], shown: Callable[[R], msgspec.Struct], *, limit: int, after: str | None
 ) -> Page[msgspec.Raw]:
-    """A page of at most ``limit`` rows, each as JSON already, read in steps of a few: all are in memory at once.
+    """Read a page of at most ``limit`` rows, each encoded as JSON, in steps of a few rows to save memory.
 
     Args:
-        shown: The row as it is shown.
+        shown: Makes the wire type of a row.
 
-    Raises: What ``listing`` does.
+    Raises the errors of ``listing``.
     """
     rows: list[msgspec.Raw] = []
     size = 0

@@ -1,4 +1,4 @@
-"""Problem documents (RFC 9457), and the one map from what went wrong to its status."""
+"""Problem documents (RFC 9457), and the one map from errors to statuses."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ MEDIA_TYPE = "application/problem+json"
 
 
 class NotReadyError(LimitError):
-    """The service behind this application is not open, or not any more."""
+    """The service behind this application is not open yet, or closed."""
 
     code = "not_ready"
 
@@ -76,11 +76,11 @@ STATUS_BY_ERROR: Mapping[type[LastcallError], int] = {
     StoreError: 503,
     ResourcesExhaustedError: 503,
 }
-"""The most derived type counts. 429 is a bound that the caller's own session reached, 503 one of the server."""
+"""The most derived type counts. 429 is for a bound of the caller's own session, 503 for a bound of the server."""
 
 ADVICE: Mapping[str, str] = {
     "malformed_body": "send one JSON document, without repeated keys",
-    "bad_request": "the request is no proper HTTP, or its target is none",
+    "bad_request": "the request is not valid HTTP, or its target is neither a path nor a URL",
     "unauthorized": "send `Authorization: Bearer <key>`",
     "loopback_only": "this server serves its own machine only: set `LASTCALL_API_KEYS` there",
     "proxied_without_keys": "this server serves its own machine only, and a proxy passed the request on: "
@@ -110,7 +110,7 @@ ADVICE: Mapping[str, str] = {
     "stream_limit": "`streams_max` streams are open: try again after `Retry-After`",
     "turn_limit": "`live_turns_max` turns are open: try again after `Retry-After`",
 }
-"""What each code of a problem asks of its reader: a text without a full stop, with code in backticks."""
+"""Advice to the reader for each code of a problem: a text without a full stop, with code in backticks."""
 
 _CODE_BY_STATUS = {404: "not_found", 405: "method_not_allowed"}
 _OTHER_REFUSAL = (400, "bad_request")
@@ -118,7 +118,7 @@ _BROKEN = (500, INTERNAL_ERROR)
 
 
 def status_of(kind: type[Exception]) -> int:
-    """The status of an error type: 500 for one that is not expected here."""
+    """Return the status of an error type: 500 for an unexpected one."""
     for ancestor in kind.__mro__:
         if ancestor in STATUS_BY_ERROR:
             return STATUS_BY_ERROR[ancestor]
@@ -126,25 +126,25 @@ def status_of(kind: type[Exception]) -> int:
 
 
 def code_of(kind: type[LastcallError]) -> str:
-    """The stable code of an error type that is in the map."""
+    """Return the stable code of an error type that is in the map."""
     code: str = getattr(kind, "code")  # noqa: B009
     return code
 
 
 def codes() -> list[tuple[int, str]]:
-    """Every code that a problem document may have, with its status, in order.
+    """Return every code that a problem document may have, with its status, in order.
 
-    What else a request may be refused for has a status of its own and the code of 400.
+    Other refusals of a request have a status of their own and the code of 400.
     """
     known = {(status, code_of(error)) for error, status in STATUS_BY_ERROR.items()}
     return sorted(known | set(_CODE_BY_STATUS.items()) | {_OTHER_REFUSAL, _BROKEN})
 
 
 def problem_of(error: Exception, *, prefix: str = "") -> Problem:
-    """The document that tells an error. One that nobody expected tells nothing but that.
+    """Return the problem document of an error. The document of an unexpected error has no details.
 
     Args:
-        prefix: What comes before our paths in a URL.
+        prefix: The prefix of the service's paths in a URL.
     """
     if isinstance(error, HTTPException) and error.code is not None and error.code < 500:
         code = _CODE_BY_STATUS.get(error.code, _OTHER_REFUSAL[1])
@@ -164,7 +164,7 @@ def _problem(prefix: str, status: int, code: str, detail: str) -> Problem:
 
 @dataclass(frozen=True)
 class Refusal:
-    """An error as it is told to one request, whatever the shape of the body is: ``headers`` go with each shape."""
+    """An error as the answer to one request, before it gets the form of an API; ``headers`` go with each form."""
 
     error: Exception
     problem: Problem
@@ -172,7 +172,7 @@ class Refusal:
 
 
 def refusal_of(error: Exception, *, scope: dict[str, Any]) -> Refusal:
-    """The error as it is told to the request of this ASGI scope."""
+    """Return an error as the answer to the request of this ASGI scope."""
     prefix = prefix_of(scope)
     problem = problem_of(error, prefix=prefix)
     headers = {"Cache-Control": "no-store"}
@@ -192,7 +192,7 @@ def refusal_of(error: Exception, *, scope: dict[str, Any]) -> Refusal:
 
 
 def problem_response(refusal: Refusal) -> TrioResponse:
-    """The response that tells an error as a problem document."""
+    """Return the response with a refusal's problem document."""
     problem = refusal.problem
     return TrioResponse(msgspec.json.encode(problem), problem.status, refusal.headers, content_type=MEDIA_TYPE)
 
@@ -200,7 +200,7 @@ def problem_response(refusal: Refusal) -> TrioResponse:
 async def answer_error(
     error: Exception, *, respond: Callable[[Refusal], TrioResponse] = problem_response
 ) -> TrioResponse:
-    """Whatever a request raised, as its response: the edge of a request."""
+    """Return the response to any error that a request raised. This is the edge of a request."""
     connection = request if has_request_context() else websocket
     response = respond(refusal_of(error, scope=cast("dict[str, Any]", connection.scope)))
     if response.status_code == 500:

@@ -1,14 +1,14 @@
-"""Forwarding: a request about turns that another process runs is answered by that process, through this one.
+"""Forwarding: passes a request about turns that another process runs to that process, their owner.
 
-The owner answers on a Unix socket (``peer_address``), to processes that know the secret of the store
-(``service/cluster/peer_proof.py``), and is asked once it has shown that it knows it as well. What it says goes to
-the client as it comes, heartbeats included, and a client that leaves has left there too. Where the owner dies in the
-middle, its turns are recovered here and a stream goes on from the store: it ends with its terminal event
-all the same. Where it hangs, the client is told so once the answer is overdue.
+The owner answers on a Unix socket (``peer_address``), to processes that know the store's secret
+(``service/cluster/peer_proof.py``). It gets the request once it has proved that it knows the secret too. Its answer
+goes to the client as it arrives, heartbeats included, and a client that leaves here has left the owner too. If the
+owner dies during a stream, this process recovers its turns, and the stream goes on from the store up to its terminal
+event. If the owner hangs, the client gets an error once the answer is overdue.
 
-Where this process stops, the owner's turns go on, and their streams end here when there is no more time. Their clients
-have not left: this process closes only its sending side then, and the owner gives them a moment to come back. It does
-the same where this process has died (``service/hosting/peer_listener.py``).
+When this process stops, the owner's turns go on, and their streams end here when the time is over. The clients have not
+left: this process closes only its sending side, and the owner gives the clients a moment to come back. The owner does
+the same when this process has died (``service/hosting/peer_listener.py``).
 """
 
 import re
@@ -48,22 +48,22 @@ from service.supervisor import Service
 logger = structlog.get_logger("lastcall.forwarding")
 
 PEER = "lastcall.peer"
-"""In the ASGI scope of a request that came from another process of this service: it was admitted there.
+"""Key in the ASGI scope of a request from another process of this service, which has checked the access already.
 
-The value is a function that says, once the request has been cut, whether the client may come back: it has not left.
+The value is a function that tells, once the request has been cut, whether the client may come back.
 """
 _LATER = "lastcall.later"
-"""In the ASGI scope of a request: by how many seconds its answer may come later than the store's."""
+"""Key in a request's ASGI scope: the seconds by which its answer may take longer than a step of the store."""
 _REPEATABLE = "lastcall.repeatable"
-"""In the ASGI scope of a POST that may be repeated."""
+"""Key in the ASGI scope of a POST that may be repeated."""
 _HOPS = "lastcall-hops"
 _HOPS_AT_ONCE = 3
-"""The owner may change while a request is on its way; where it goes on changing, the request waits at each hop."""
+"""Hops without a wait: the owner may change while a request is on its way. After more changes each hop waits."""
 _HOPS_MAX = 10
-"""It does not change for ever."""
+"""After so many hops the request is answered with an error."""
 _SETTLING_S = 0.02
 _DYING_S = 1.0
-"""How long the lock of a process that dies may outlive its connections."""
+"""How long a dying process may hold its lock after its connections have closed."""
 _LOOK_S = 0.01
 _WRITE_BYTES_MAX = 64 * 1024
 _HOP_BY_HOP = frozenset(
@@ -79,17 +79,17 @@ def is_from_peer() -> bool:
 
 
 def allow_longer_answer(by_s: float) -> None:
-    """The answer to the current request waits for more than a step of the store: for a turn, or for its end.
+    """Allow the current request ``by_s`` more than a step of the store takes: its answer waits for a turn or its end.
 
-    To be said before the owner may turn out to be another process, which is waited for accordingly.
+    Call this before the step that may find another process as the owner.
     """
     cast("dict[str, object]", request.scope)[_LATER] = by_s
 
 
 def allow_repeat() -> None:
-    """The current request accepts no work, though it is a POST: it may be repeated where the owner dies.
+    """Allow the current POST to be repeated after the owner's death, because it accepts no work.
 
-    To be said before the owner may turn out to be another process.
+    Call this before the step that may find another process as the owner.
     """
     cast("dict[str, object]", request.scope)[_REPEATABLE] = True
 
@@ -104,17 +104,17 @@ def release_later(watch: Watch) -> None:
 
 
 def _client_returns() -> Callable[[], bool]:
-    """To be asked when the request is over, and there is no current one any more."""
+    """Return the function under :data:`PEER`, for after the request, when there is no current request any more."""
     return cast("Callable[[], bool]", request.scope.get(PEER, bool))
 
 
 async def forward(error: OwnedElsewhereError) -> TrioResponse:
-    """Have the current request answered by the owner that ``error`` names.
+    """Pass the current request to the owner that ``error`` names, and return the owner's answer.
 
     Raises:
-        ResourcesExhaustedError: No connection to it can be made.
-        StoreError: It cannot be reached, does not answer in time, or has died and whether it has accepted the request
-            is unknown; or the owner changed too often.
+        ResourcesExhaustedError: No connection to the owner can be made.
+        StoreError: The owner cannot be reached or does not answer in time; or it died, and may have accepted the
+            request; or the owner changed too often.
         ShuttingDownError: This process stops before the answer.
     """
     hops = int(request.headers.get(_HOPS, "0")) if is_from_peer() else 0
@@ -167,13 +167,13 @@ async def forward(error: OwnedElsewhereError) -> TrioResponse:
 
 
 def _patience_s() -> float:
-    """How long the owner may take to answer the current request; a stream's body is not the answer yet."""
+    """Return how long the owner may take to answer the current request; a stream's body may take longer."""
     later_s = cast("dict[str, float]", request.scope).get(_LATER, 0)
     return current_service().settings.store_timeout_s + later_s
 
 
 def _may_be_repeated() -> bool:
-    """Whether it makes no difference if the owner has accepted the current request already."""
+    """Whether the current request may be repeated even if the owner has accepted it already."""
     return request.method != "POST" or _REPEATABLE in request.scope
 
 
@@ -183,20 +183,20 @@ def _no_answer(session_id: str) -> StoreError:
 
 def _unknown_outcome(what: str) -> StoreError:
     return StoreError(
-        f"The process that runs this session's turns {what}; whether it accepted the request shows in the "
-        "session's turns.",
+        f"The process that runs this session's turns {what}; the list of the session's turns shows whether it accepted "
+        "the request.",
         retry_after_s=None,
     )
 
 
 async def _answer_here(error: OwnedElsewhereError) -> TrioResponse:
-    """The owner is gone: end its turns and begin the request anew, here."""
+    """Answer the request here after the owner's death: end the owner's turns and run the handler again."""
     await _wait_until_free(current_service(), error.session_id, error.fence)
     return await _begin_anew()
 
 
 async def _begin_anew() -> TrioResponse:
-    """Raises: What the request's handler does."""
+    """Run the handler of the current request again. Raises the handler's errors."""
     assert request.endpoint is not None
     handler = current_app.view_functions[request.endpoint]
     response = await handler(**(request.view_args or {}))  # type: ignore[misc]
@@ -205,10 +205,10 @@ async def _begin_anew() -> TrioResponse:
 
 
 async def _wait_until_free(service: Service, session_id: str, fence: int) -> None:
-    """End what an owner that has died left open in a session; it may be dying yet.
+    """End the turns that a dead owner left open in a session, and wait while the owner is still dying.
 
     Raises:
-        StoreError: It lives.
+        StoreError: The owner lives.
     """
     with move_on_after(_DYING_S):
         while True:
@@ -221,7 +221,7 @@ async def _wait_until_free(service: Service, session_id: str, fence: int) -> Non
 
 
 def _hang_up(peer: "PeerConnection", slot: ProxiedRequest, client_returns: Callable[[], bool]) -> None:
-    """The request is over: the connection to the owner closes in a way that says whether the client has left."""
+    """Close the connection to the owner after the request, in a way that tells whether the client has left."""
     if (slot.was_cut or client_returns()) and slot.take_leave(peer.take_leave):
         return
     peer.close()
@@ -232,8 +232,8 @@ class ProxiedStream(ResponseBody):
     """An event stream on its way from the owner to the client, in whole events.
 
     Args:
-        fence: The owner's.
-        turn_path: Of the turn whose events they are.
+        fence: The owner's fence.
+        turn_path: The path of the turn whose events the stream has.
     """
 
     def __init__(self, peer: "PeerConnection", slot: ProxiedRequest, *, fence: int, turn_path: str) -> None:
@@ -269,7 +269,7 @@ class ProxiedStream(ResponseBody):
         return frames
 
     async def _receive_frames(self) -> bytes:
-        """At least one; empty at the end, and when this process goes: the client resumes elsewhere."""
+        """Return at least one frame; empty at the end, and when this process stops: the client resumes elsewhere."""
         while True:
             data = b""
             with self._slot.waiting():
@@ -287,7 +287,7 @@ class ProxiedStream(ResponseBody):
         return frames
 
     async def _open_rest(self) -> EventLog | None:
-        """What is left of a stream that lost its owner, from the store; None where it cannot be had: it was cut."""
+        """Return the event log from the store for a stream whose owner died; None if that fails: the stream is cut."""
         turn = _TURN_PATH.search(self._turn_path)  # after the prefix of a proxy
         assert turn is not None
         session_id, turn_id = turn.groups()
@@ -300,15 +300,15 @@ class ProxiedStream(ResponseBody):
         watch.release()
         logger.info("a stream ends from the store: its owner died", session_id=session_id, turn_id=turn_id)
         if self._cursor < log.last_seq:
-            # Who saw events that nobody could keep goes on with the end, which is the last of them.
+            # A client that saw events which were lost goes on with the terminal event.
             self._cursor = min(self._cursor, log.unbroken_seq)
         return log
 
 
 def split_whole(data: bytes) -> tuple[bytes, bytes]:
-    """What may be passed on, and the rest: a part of an event, which the owner may never end.
+    """Split stream data into the part that may be passed on, and the beginning of an event that is not whole yet.
 
-    An event ends with a blank line. A comment, or a ``retry:`` before an event, is whole as a line: it is not to wait
+    An event ends with a blank line. A comment, or a ``retry:`` before an event, is whole as a line, so it does not wait
     for the event that follows.
     """
     end = data.rfind(b"\n\n") + 2 if b"\n\n" in data else 0
@@ -324,14 +324,14 @@ def _is_stream(head: h11.Response) -> bool:
 
 
 def _peer_request(hops: int) -> PeerRequest:
-    """The current request as it came in, less what concerned only its own connection."""
+    """Return the current request for the owner, without the headers that belong to its own connection."""
     headers = [
         (name, value)
         for name, value in request.scope["headers"]
         if name.lower() not in _HOP_BY_HOP and name.lower() not in _SAID_ANEW
     ]
     if not any(name.lower() == b"host" for name, _ in headers):
-        headers.append((b"host", b"localhost"))  # HTTP/2 has it in :authority
+        headers.append((b"host", b"localhost"))  # on HTTP/2 the host is in :authority
     return PeerRequest(
         method=request.method,
         target=request.scope["raw_path"] + (b"?" + request.query_string if request.query_string else b""),

@@ -1,11 +1,11 @@
-"""Headers by which a request says that a proxy has passed it on. Their presence counts, not their value.
+"""Headers which show that a proxy has passed a request on. Their presence counts, not their value.
 
-Three kinds: names that say so outright, families that a proxy, a content network or a platform adds, and any name for a
-caller's address. What callers send themselves is not among them: ids and traces (``X-Request-ID``, ``traceparent``,
-``X-Amzn-Trace-Id``, ``X-Cloud-Trace-Context``) come from tracing in the caller as often as from a balancer, and
-``Proxy-Connection`` from a client that is set up for a proxy.
+There are three kinds: names that proxies use by a standard or by custom, families that a proxy, a content network or a
+platform adds, and every name for a caller's address. Headers that callers send themselves do not count: ids and traces
+(``X-Request-ID``, ``traceparent``, ``X-Amzn-Trace-Id``, ``X-Cloud-Trace-Context``) come from tracing in the caller as
+often as from a balancer, and ``Proxy-Connection`` comes from a client that is configured for a proxy.
 
-Source: RFC 7239 (``Forwarded``), RFC 9110, 7.6.3 (``Via``), RFC 8586 (``CDN-Loop``); else what the products document.
+Source: RFC 7239 (``Forwarded``), RFC 9110, 7.6.3 (``Via``), RFC 8586 (``CDN-Loop``); the products' documentation.
 """
 
 import re
@@ -20,7 +20,7 @@ _FAMILIES = (
     b"x-original-",  # URL, host, method, Forwarded-For: ingress controllers, IIS
     b"x-real-",
     b"x-proxy",
-    b"x-envoy-",  # and with it service meshes
+    b"x-envoy-",  # service meshes too
     b"x-auth-request-",  # oauth2-proxy
     b"x-goog-authenticated-",
     b"x-ms-client-principal",
@@ -46,7 +46,7 @@ _NAME_SHOWN_MAX = 64
 
 
 def proxy_header(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
-    """The name of the first header that a proxy has added; None without one."""
+    """Return the name of the first header that shows a proxy; None without one."""
     for name, _ in headers:
         lower = name.lower()
         if lower in _NAMES or lower.startswith(_FAMILIES) or _ADDRESS.fullmatch(lower):

@@ -1,4 +1,4 @@
-"""Reading a query string into its wire type: strictly, but for names that the type says it passes over."""
+"""Reading a query string into its wire type, strictly; a wire type may allow unknown names, which are ignored."""
 
 from functools import cache
 from typing import TypeVar
@@ -13,11 +13,11 @@ from service.errors import InvalidRequestError
 Q = TypeVar("Q", bound=Query)
 
 _QUERY_BYTES_MAX = 4096
-"""No parameter is longer than some hundred characters, and each takes microseconds, in this one step."""
+"""Bound on a query string: a parameter needs a few hundred characters, and reading many would hold the event loop."""
 
 
 def read_query(request: Request, kind: type[Q]) -> Q:
-    """The query string as a ``kind``.
+    """Read the query string as a ``kind``.
 
     Raises:
         InvalidRequestError
@@ -30,12 +30,12 @@ def read_query(request: Request, kind: type[Q]) -> Q:
         if len(given) > 1:
             raise InvalidRequestError("This parameter may be given once.", field=shown(name))
         if name in _whole_numbers(kind) and not (given[0].isascii() and given[0].isdigit()):
-            raise InvalidRequestError("This parameter takes a whole number, in digits alone.", field=name)
+            raise InvalidRequestError("This parameter takes a whole number, in digits only.", field=name)
     return convert({name: given[0] for name, given in values.items()}, kind, strict=False)
 
 
 def check_query_length(request: Request) -> None:
-    """To be asked before the query string is taken apart. Raises: InvalidRequestError."""
+    """Check the bound on the query string, before it is parsed. Raises: InvalidRequestError."""
     if len(request.query_string) > _QUERY_BYTES_MAX:
         raise InvalidRequestError(
             f"The query string has {len(request.query_string)} bytes; at most {_QUERY_BYTES_MAX} are taken."
@@ -44,7 +44,7 @@ def check_query_length(request: Request) -> None:
 
 @cache
 def _whole_numbers(kind: type[Query]) -> frozenset[str]:
-    """The parameters that are whole numbers: ``2.0`` and ``2e0`` would do as one, were it not for this."""
+    """Return the parameters that are whole numbers: msgspec alone would accept ``2.0`` and ``2e0`` for them too."""
     described = msgspec.inspect.type_info(kind)
     assert isinstance(described, msgspec.inspect.StructType)
     return frozenset(
@@ -53,5 +53,5 @@ def _whole_numbers(kind: type[Query]) -> frozenset[str]:
 
 
 def _plain(described: msgspec.inspect.Type) -> msgspec.inspect.Type:
-    """A type without what its schema says beyond it."""
+    """Return a type without the metadata of its schema."""
     return described.type if isinstance(described, msgspec.inspect.Metadata) else described

@@ -1,4 +1,4 @@
-"""Reading a request's body: bounded in size and time, then taken strictly."""
+"""Reading a request's body: bounded in size and time, and parsed strictly."""
 
 from typing import TypeVar, cast
 
@@ -19,11 +19,11 @@ _LONG_BYTES = 64 * 1024
 """A shorter body is read in one step of the event loop."""
 
 _KEPT = "lastcall.body"
-"""Where a request's body is kept, in its ASGI scope, for whoever may have to send it on."""
+"""Key of a request's body in its ASGI scope, kept for a request that may be sent on to another process."""
 
 
 class UnsupportedMediaTypeError(RefusedError):
-    """The body is said to be something else than JSON."""
+    """The request's ``Content-Type`` is not JSON."""
 
     code = "unsupported_media_type"
 
@@ -32,7 +32,7 @@ class UnsupportedMediaTypeError(RefusedError):
 
 
 class UnsupportedEncodingError(UnsupportedMediaTypeError):
-    """The body is compressed, or said to be."""
+    """The request has a ``Content-Encoding``."""
 
     field = "Content-Encoding"
 
@@ -50,11 +50,11 @@ class BodyTimeoutError(RefusedError):
 
 
 class BoundedBody(TrioBody):
-    """A body on its way in. What passes the bound is dropped, also where nobody reads it.
+    """A body that is arriving. Data beyond the bound is dropped, also if no handler reads the body.
 
-    Quart 0.22's own would do. Quart 0.23's keeps whatever arrives, without a bound, until the body is
-    complete; ``test_a_body_without_a_length_is_refused_at_the_bound`` tells when that has changed.
-    The one calls ``append``, the other ``put`` and ``disconnect``.
+    Quart 0.23's own body keeps all data without a bound until the body is complete;
+    ``test_a_body_without_a_length_is_refused_at_the_bound`` tells when that has changed. Quart 0.22's has a bound.
+    Quart 0.22 calls ``append``; Quart 0.23 calls ``put`` and ``disconnect``.
     """
 
     def __init__(self, expected_content_length: int | None, max_content_length: int | None) -> None:
@@ -66,11 +66,11 @@ class BoundedBody(TrioBody):
             self._refuse_as_too_large()
 
     async def read(self) -> bytes:
-        """The whole body, once.
+        """Return the whole body, once.
 
         Raises:
-            InputTooLargeError: As soon as that is known.
-            Exception: What :meth:`refuse` was given.
+            InputTooLargeError: The body is too large; raised as soon as that is known.
+            Exception: The error that :meth:`refuse` was given.
         """
         await self._readable.wait()
         if self._error is not None:
@@ -80,7 +80,7 @@ class BoundedBody(TrioBody):
         return body
 
     def refuse(self, error: Exception) -> None:
-        """Take no more of it, and answer whoever reads it with an error. Nothing happens to one that is complete."""
+        """Take no more data, and raise ``error`` in :meth:`read`. A body that is complete does not change."""
         if not self._readable.is_set():
             self._error = error
             self._arrived.clear()
@@ -104,7 +104,7 @@ class BoundedBody(TrioBody):
         self._readable.set()
 
     def disconnect(self) -> None:
-        """The client has left: the request is cancelled, and whoever reads with it."""
+        """Do nothing: when the client leaves, the request is cancelled, and :meth:`read` with it."""
 
 
 class BoundedRequest(TrioRequest):
@@ -114,10 +114,10 @@ class BoundedRequest(TrioRequest):
 
 
 def body_bytes_max(settings: Settings) -> int:
-    """The bound on a body: any text within ``input_bytes_max`` fits, however it is escaped.
+    """Return the bound on a body: every text within ``input_bytes_max`` fits, with any escapes.
 
-    An escape makes at most six bytes of one (``\\u0041``). All the other fields together, metadata
-    with surrogate pairs first of all, fit in the constant.
+    An escape makes at most six bytes of one (``\\u0041``). All other fields together fit in the constant; the largest
+    is metadata with surrogate pairs.
     """
     return 6 * settings.input_bytes_max + 128 * 1024
 
@@ -125,15 +125,14 @@ def body_bytes_max(settings: Settings) -> int:
 async def read_body(request: Request, kind: type[B], service: Service) -> B:
     """Read the body as a ``kind``. Cancelled when the client leaves.
 
-    Where other processes may share the store, and have to answer instead, it is kept as it came until
-    :func:`drop_body`.
+    If other processes may share the store, and so may have to answer, the raw body is kept until :func:`drop_body`.
 
     Raises:
         UnsupportedMediaTypeError, UnsupportedEncodingError
-        InputTooLargeError: Before anything is read, where the request tells its length.
+        InputTooLargeError: Raised before the body is read if the request gives its length.
         BodyTimeoutError
         MalformedBodyError
-        InvalidRequestError: It is JSON, but not a ``kind``; ``field`` says where.
+        InvalidRequestError: The body is JSON, but not a ``kind``; ``field`` names the wrong part.
     """
     if request.mimetype != "application/json":
         raise UnsupportedMediaTypeError
@@ -150,23 +149,23 @@ async def read_body(request: Request, kind: type[B], service: Service) -> B:
             cast("dict[str, object]", request.scope)[_KEPT] = raw
     check_structure(raw)
     if len(raw) > _LONG_BYTES:
-        await trio.lowlevel.checkpoint()  # each of the two takes some milliseconds for the longest body
+        await trio.lowlevel.checkpoint()  # the check and the parsing each take some milliseconds for the longest body
     return parse_body(raw, kind, text_bytes_max=service.settings.input_bytes_max)
 
 
 def kept_body(request: Request) -> bytes:
-    """The body as it came in, while it is kept; empty before and after."""
+    """Return the raw body while it is kept; empty before and after."""
     body: bytes = cast("dict[str, object]", request.scope).get(_KEPT, b"")  # type: ignore[assignment]
     return body
 
 
 def drop_body(request: Request) -> None:
-    """Keep the body no longer: it is decided who answers. Idempotent."""
+    """Keep the body no longer, because the answering process is known. Idempotent."""
     cast("dict[str, object]", request.scope).pop(_KEPT, None)
 
 
 def parse_body(raw: bytes, kind: type[B], *, text_bytes_max: int) -> B:
-    """The last part of :func:`read_body`, in one step of the event loop."""
+    """Parse and check a body, as the last part of :func:`read_body`, in one step of the event loop."""
     body = convert(parse_json(raw), kind)
     for name in kind.__struct_fields__:
         check_texts(getattr(body, name), name, bytes_max=text_bytes_max)

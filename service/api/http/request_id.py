@@ -1,7 +1,7 @@
-"""The request's id: the caller's ``X-Request-ID``, or one that is made here. It is in the answer and in the log.
+"""The request's id: the caller's ``X-Request-ID``, or a new one. The answer and the log have it.
 
-A caller's id is taken where there is one header with one of :data:`~service.ids.REQUEST_ID`; else it is replaced, so
-that nothing of a header gets into the log as it came.
+A caller's id is used if there is exactly one such header and its value matches :data:`~service.ids.REQUEST_ID`.
+Otherwise a new id replaces it, so no unchecked text of a header gets into the log.
 """
 
 from typing import Any, cast
@@ -16,7 +16,7 @@ _KEY = "lastcall.request_id"
 
 
 def name_request(scope: dict[str, Any]) -> str:
-    """Give the request of this ASGI scope its id."""
+    """Set the id of the request in its ASGI scope, and return the id."""
     named = [value.decode("latin-1") for name, value in scope["headers"] if name.lower() == HEADER_BYTES]
     request_id = scope[_KEY] = named[0] if len(named) == 1 and is_request_id(named[0]) else new_request_id()
     return request_id

@@ -1,8 +1,7 @@
-"""What a request holds: given back when the request is over, however it ends.
+"""Resources of a request, which are given back when the request is over, after every kind of end.
 
-A handler returns before its response is sent, and a client may leave at any await between the two, so
-neither a ``with`` in the handler nor the response's own close is sure to run. The ASGI call is: it
-encloses both.
+A handler returns before its response is sent, and a client may leave at any await in between. So neither a ``with`` in
+the handler nor the response's own close is sure to run. The end of the ASGI call, which encloses both, always runs.
 """
 
 from collections.abc import Callable
@@ -15,7 +14,7 @@ _KEY = "lastcall.held"
 
 
 class RequestResources:
-    """What one request holds, to be entered around its ASGI call. An exit stack of the plainest kind."""
+    """The resources of one request: an exit stack for synchronous functions, entered around the ASGI call."""
 
     def __init__(self) -> None:
         self._give_back: list[Callable[[], object]] = []
@@ -36,12 +35,12 @@ class RequestResources:
             while self._give_back:
                 self._give_back.pop()()
         finally:
-            if self._give_back:  # one of them raised: the others are given back all the same
+            if self._give_back:  # one function raised: the remaining resources are still given back
                 self._give_all_back()
 
 
 def request_resources(scope: dict[str, Any]) -> RequestResources:
-    """What the request of this ASGI scope will hold."""
+    """Make the resources of the request of this ASGI scope."""
     resources = scope[_KEY] = RequestResources()
     return resources
 

@@ -1,7 +1,7 @@
-"""Request targets that no request can be made of: refused before Quart, which would crash on them, sees them.
+"""Invalid request targets: refused before Quart sees them, because Quart would crash on them.
 
-Quart takes the first character of a path that may be empty (``GET ?x``), splits an absolute URL that may be none
-(``http://[``) and decodes the query, in which HTTP/2 lets any byte pass; it encodes the host's name, which may be none
+Quart reads the first character of a path that may be empty (``GET ?x``), splits an absolute URL that may be invalid
+(``http://[``), decodes the query, in which HTTP/2 allows any byte, and encodes the host's name, which may be invalid
 (``a..b``). Proven by ``tests/api/http/test_request_target.py``.
 """
 
@@ -17,14 +17,14 @@ from service.api.http.request_id import HEADER, request_id_of
 
 _NEITHER = "The target of this request is neither a path nor a URL."
 _HOST_LENGTH_MAX = 300
-"""A name has at most 253 characters, in front of a port; to look at thousands takes tens of milliseconds."""
-_NO_HOST = "The Host header of this request names no host."
+"""Bound on a host with its port: a name has at most 253 characters, and to check thousands takes tens of ms."""
+_NO_HOST = "The Host header of this request is not a valid host name."
 
 
 def fault_of(scope: dict[str, Any]) -> HTTPException | None:
-    """What is wrong with a connection's target, if it is none of RFC 9112, 3.2: a path, an absolute URL or ``*``.
+    """Return the fault of a request's target; None for a path, an absolute URL or ``*`` (RFC 9112, 3.2).
 
-    Or nothing is there, because its path begins with two slashes or none: Quart would take it for the one with one.
+    A path that begins with two slashes or with none is not found: Quart would read it as the path with one slash.
     """
     path: str = scope["path"]
     if not path or not scope["query_string"].isascii() or not (scope.get("raw_path") or b"").isascii():
@@ -46,7 +46,7 @@ def _names_host(value: bytes) -> bool:
         return False
     try:
         value.decode("latin-1").lower().encode("idna")
-    except UnicodeError:  # a label that is empty, or longer than 63 characters
+    except UnicodeError:  # a label is empty, or longer than 63 characters
         return False
     return True
 

@@ -1,4 +1,4 @@
-"""JSON taken strictly, and turned into a type with errors that name the field."""
+"""Strict JSON parsing, and conversion into a type with errors that name the field."""
 
 import json
 import re
@@ -15,16 +15,16 @@ from service.json_words import in_json_words
 T = TypeVar("T")
 
 _SHOWN_MAX = 200
-"""Characters of a caller's own words that are shown back."""
+"""Characters of a caller's text that an error shows."""
 STRUCTURE_MAX = 20_000
-"""Brackets, commas and colons of a body, those in texts aside: a bound on how long the event loop is held.
+"""Bound on a body's brackets, commas and colons outside of texts, and so on the time that it holds the event loop.
 
 Texts are read at a nanosecond a byte, but each value, key and object takes up to half a microsecond.
 """
 _DIGITS_MAX = 400
-"""Of a whole number. More time than the number of digits is needed for more digits, and no field takes so many."""
+"""Bound on the digits of a whole number: the time grows faster than the digits, and no field takes so many."""
 _MESSAGE_MAX = 2000
-"""Characters of a message that quotes a caller, before anything is searched for in it."""
+"""Bound on a message that quotes a caller, before patterns are searched for in it."""
 
 
 class MalformedBodyError(InvalidRequestError):
@@ -34,7 +34,7 @@ class MalformedBodyError(InvalidRequestError):
 
 
 class InputTooLargeError(InvalidRequestError):
-    """The body, or a text in it, is larger than it may be."""
+    """The body, or a text in it, is larger than its bound."""
 
     code = "input_too_large"
 
@@ -47,22 +47,22 @@ def check_structure(raw: bytes) -> None:
     """
     if _structure_of(raw) <= STRUCTURE_MAX:
         return
-    # Most of it may be in texts. Without the escaped ones each quote begins or ends a text, and what is between two
-    # texts is every other part. (A backslash outside of texts is an error, so what follows on it does not matter.)
+    # Most of these characters may be in texts. Once escaped quotes are removed, each quote begins or ends a text, and
+    # every other part is outside of texts. (A backslash outside of texts is an error, so miscounts after it are fine.)
     quoting = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
     if quoting.count(b'"') > 2 * STRUCTURE_MAX or _structure_of(b"".join(quoting.split(b'"')[::2])) > STRUCTURE_MAX:
-        raise InputTooLargeError(f"The body has more values than any call takes: beyond {STRUCTURE_MAX} none is read.")
+        raise InputTooLargeError(f"The body has more values than any call takes: the bound is {STRUCTURE_MAX}.")
 
 
 def _structure_of(raw: bytes) -> int:
-    """How many brackets that open, commas and colons there are: each value but the first follows on one of them."""
+    """Count the opening brackets, commas and colons: each value but the first follows one of them."""
     return sum(map(raw.count, (b"[", b"{", b",", b":")))
 
 
 def parse_json(raw: bytes) -> object:
-    """One JSON document (RFC 8259), refusing what parsers differ about: repeated keys, NaN, a BOM.
+    """Parse one JSON document (RFC 8259). Refuses input that parsers read differently: repeated keys, NaN, a BOM.
 
-    It is to have passed :func:`check_structure`.
+    Call :func:`check_structure` first.
 
     Raises:
         MalformedBodyError
@@ -80,11 +80,11 @@ def parse_json(raw: bytes) -> object:
 
 
 class _Pairs(list[tuple[str, object]]):
-    """An object of JSON as it came, with what it repeats."""
+    """A JSON object as its list of pairs, repeated keys included."""
 
 
 class _RepeatedKeyError(Exception):
-    """Some object has a key twice."""
+    """An object has a key twice."""
 
 
 def _unique(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
@@ -95,7 +95,7 @@ def _unique(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
 
 
 def _repeated_key(node: object) -> list[str]:
-    """The way to the first key that an object has twice, its last step first; empty where there is none."""
+    """Return the path to the first repeated key, last step first; empty if no key is repeated."""
     if isinstance(node, _Pairs):
         seen: set[str] = set()
         for key, value in node:
@@ -122,7 +122,7 @@ def _whole_number(text: str) -> int:
 
 
 def _number(text: str) -> float | int:
-    """JSON has one type of number: ``1.0`` and ``1e0`` are 1 where a whole number is wanted."""
+    """Read ``1.0`` and ``1e0`` as the whole number 1, because JSON has one type of number."""
     number = float(text)
     return int(number) if number.is_integer() else number
 
@@ -149,10 +149,10 @@ _NAMED_FIELD = re.compile(r"field `(?P<name>.*)`", re.DOTALL)
 
 
 def convert(value: object, kind: type[T], *, strict: bool = True) -> T:
-    """The value as a ``kind``. Not strict, texts may stand for numbers and booleans.
+    """Convert a value into a ``kind``. If not strict, texts may stand for numbers and booleans.
 
     Raises:
-        InvalidRequestError: ``field`` says where it is not one.
+        InvalidRequestError: The value is not a ``kind``; ``field`` names the wrong part.
     """
     try:
         return msgspec.convert(value, kind, strict=strict)
@@ -175,14 +175,14 @@ def convert(value: object, kind: type[T], *, strict: bool = True) -> T:
 
 
 def _without_middle(message: str) -> str:
-    """A message that quotes the caller begins and ends with our words."""
+    """Cut the middle of a long message: the caller's text is in the middle, msgspec's words at both ends."""
     if len(message) <= _MESSAGE_MAX:
         return message
     return f"{message[: _MESSAGE_MAX // 2]}…{message[-_MESSAGE_MAX // 2 :]}"
 
 
 def _in_words(message: str, kind: type, field: str) -> str:
-    """What is allowed, where msgspec gives a pattern or not even that."""
+    """Replace a pattern or an enum in msgspec's message by words for the allowed values."""
     for pattern, form in FORMS.items():
         if repr(pattern) in message:
             return f"Expected {form}"
@@ -202,7 +202,7 @@ def _pair_at_fault(pairs: dict[str, object]) -> str:
 
 
 def check_texts(value: object, field: str, *, bytes_max: int) -> None:
-    """Refuse texts that could not be kept, sent on or shown; metadata has bounds of its own."""
+    """Refuse texts that cannot be stored, sent on or shown, and texts that are too long; metadata has own bounds."""
     if isinstance(value, dict):
         for key, text in value.items():
             _utf8_length(key, field, what="A key")
@@ -223,5 +223,5 @@ def _utf8_length(text: str, field: str, *, what: str = "A text") -> int:
 
 
 def shown(text: str) -> str:
-    """A caller's own words, short and safe to encode."""
+    """Return a caller's text in a form that is short and can be encoded."""
     return text[:_SHOWN_MAX].encode("utf-8", "backslashreplace").decode()

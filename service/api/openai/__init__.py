@@ -1,1 +1,1 @@
-"""OpenAI's API. There are no calls yet: what is under ``/v1`` is refused, in the shape that its clients read."""
+"""OpenAI's API. It has no calls yet: requests under ``/v1`` are refused, with errors that its clients can read."""

@@ -13,7 +13,7 @@ _PATH = "/v1"
 
 
 class ErrorMember(msgspec.Struct, frozen=True, kw_only=True):
-    """What is wrong. ``code`` is that of the problem which the same error is to other calls."""
+    """The error. Its ``code`` is the code of the problem document that other calls would answer."""
 
     message: str
     type: str
@@ -28,12 +28,12 @@ class ErrorBody(msgspec.Struct, frozen=True):
 
 
 def is_path_of_openai(path: str) -> bool:
-    """Whether a path of ours, without the prefix, is one of OpenAI's API."""
+    """Whether a path, without the prefix, belongs to OpenAI's API."""
     return path == _PATH or path.startswith(f"{_PATH}/")
 
 
 def openai_error_response(refusal: Refusal) -> TrioResponse:
-    """The response that tells an error to a client of OpenAI's API."""
+    """Return the response for a client of OpenAI's API."""
     problem = refusal.problem
     message = problem.detail
     if isinstance(refusal.error, NotFound):

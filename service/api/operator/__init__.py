@@ -1,1 +1,1 @@
-"""What operators and their machines ask: health and readiness."""
+"""Calls for operators and their tools: health and readiness."""
