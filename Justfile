@@ -77,3 +77,7 @@ scale sessions="1000000":
 # measure; arguments go to the bench, which is installed with what it compares
 bench *args:
     @{{ uv }} run --group bench python -m bench "$@"
+
+# which workarounds the newest hypercorn, quart-trio and trio still need; `--python 3.13` for those of another Python
+removal *args:
+    @{{ dev }} python -m tests.removal "$@"

@@ -226,6 +226,7 @@ async def test_a_unix_socket_that_is_taken_is_78_and_one_line(tmp_path: Path, ho
     assert len(failed.log.splitlines()) == 1
 
 
+@pytest.mark.removal
 @pytest.mark.parametrize("host", BARE[1:])
 async def test_a_killed_worker_of_bare_hypercorn_ends_the_service_with_0(tmp_path: Path, host: str) -> None:
     async with open_host(tmp_path, host) as server:
@@ -270,6 +271,7 @@ async def test_workers_that_are_killed_again_and_again_end_the_service_with_137(
     assert "Traceback" not in server.log()
 
 
+@pytest.mark.removal
 @pytest.mark.parametrize("host", BARE[1:3])
 async def test_a_refused_start_ends_the_service_of_bare_hypercorn_with_0(tmp_path: Path, host: str) -> None:
     trigger = tmp_path / "refuse"

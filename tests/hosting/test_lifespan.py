@@ -39,6 +39,7 @@ async def returns_early(receive: Any, send: Any) -> None:
     await receive()
 
 
+@pytest.mark.removal
 @pytest.mark.parametrize("lifespan", [crashes, returns_early])
 async def test_hypercorn_still_serves_on_without_its_lifespan(serve: Serve, lifespan: Any) -> None:
     """Fails when it stops: then Hosting need not end the process by itself."""
@@ -125,6 +126,7 @@ async def test_a_server_that_stops_by_itself_stops_the_service(tmp_path: Path) -
     assert '"reason": "hypercorn stops"' in server.log()
 
 
+@pytest.mark.removal
 async def test_hypercorn_alone_dies_of_sigterm(tmp_path: Path) -> None:
     """Fails when hypercorn handles it with --workers 0: then one source of the notice less is needed."""
     ours = launch("hypercorn-0")

@@ -1,5 +1,6 @@
 """hypercorn's master, mended. What it returns and does as a process: ``test_exit_codes.py``."""
 
+import inspect
 import json
 import multiprocessing
 import os
@@ -57,6 +58,7 @@ def join(workers: Workers, exit_code: int) -> int:
     return workers.join_exited([ended(exit_code)])
 
 
+@pytest.mark.removal
 def test_hypercorns_own_join_still_forgets_the_code_by_its_second_call() -> None:
     """Fails when the master returns its workers' codes: then Workers can go, but for the replacing."""
     processes = [ended(71)]
@@ -123,6 +125,12 @@ def test_hypercorn_still_clears_its_event_when_a_reload_has_ended() -> None:
     [reload] = [it for it in names if isinstance(it, CodeType) and it.co_name == "reload"]
     assert reload.co_names[:2] == ("set", "join")
     assert reload.co_names[-1] == "clear"
+
+
+@pytest.mark.removal
+def test_a_reload_of_hypercorn_still_waits_without_a_bound() -> None:
+    """Fails when it gives a bound, or waits elsewhere: then Workers._join can go."""
+    assert "process.join()" in inspect.getsource(hypercorn.run.run).partition("def reload")[2].partition("def shut")[0]
 
 
 def test_workers_with_few_requests_to_answer_may_end_at_once(workers: Workers) -> None:

@@ -30,6 +30,7 @@ def test_a_port_is_not_shared_with_another_server_with_several_workers_either() 
         assert not taken.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT)
 
 
+@pytest.mark.removal
 def test_hypercorn_still_shares_a_port_between_servers_with_several_workers() -> None:
     """Fails when it does not: then take_addresses need not set their number."""
     [first] = Config.from_mapping(bind=["127.0.0.1:0"], workers=2).create_sockets().insecure_sockets
@@ -57,6 +58,7 @@ def test_a_unix_socket_of_another_server_is_refused_and_one_that_is_left_over_ta
         assert taken.getsockname() == str(path)
 
 
+@pytest.mark.removal
 def test_hypercorn_still_takes_the_unix_socket_of_another_server(tmp_path: Path) -> None:
     """Fails when it does not: then _is_answered can go."""
     path = tmp_path / "socket"

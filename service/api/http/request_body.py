@@ -52,9 +52,9 @@ class BodyTimeoutError(RefusedError):
 class BoundedBody(TrioBody):
     """A body that is arriving. Data beyond the bound is dropped, also if no handler reads the body.
 
-    Quart 0.23's own body keeps all data without a bound until the body is complete;
-    ``test_a_body_without_a_length_is_refused_at_the_bound`` tells when that has changed. Quart 0.22's has a bound.
-    Quart 0.22 calls ``append``; Quart 0.23 calls ``put`` and ``disconnect``.
+    The body of Quart 0.22 would do, but for :meth:`refuse`. That of Quart 0.23 keeps all that arrives, without a bound,
+    until the body is complete. Quart 0.22 calls ``append``; Quart 0.23 calls ``put`` and ``disconnect``.
+    Cause and removal test: the last of ``FAULTS`` in ``service/hosting/hypercorn/patches.py``.
     """
 
     def __init__(self, expected_content_length: int | None, max_content_length: int | None) -> None:

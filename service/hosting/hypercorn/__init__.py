@@ -1,1 +1,1 @@
-"""All that replaces or patches hypercorn; each workaround has its removal test."""
+"""All that replaces or patches hypercorn; ``patches`` lists each patch, each fault and its removal test."""

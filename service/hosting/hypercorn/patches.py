@@ -1,8 +1,10 @@
 """Every patch of a library: what is replaced, by what, for which faults, and how it is undone.
 
-A patch replaces a name inside of a library, because the library has no extension point there. All of them are in
-:data:`PATCHES`, and nothing outside of this module replaces a name of a library. ``install_*`` are context managers:
-they put the originals back when they are left, the last one first. A name that is not there any more refuses the start.
+Each fault in :data:`FAULTS` has a description, a removal test and what goes when that test fails; ``just removal`` runs
+these tests against the newest libraries. A patch replaces a name inside of a library, because the library has no
+extension point there. All of them are in :data:`PATCHES`, and nothing outside of this module replaces a name of a
+library. ``install_*`` are context managers: they put the originals back when they are left, the last one first. A name
+that is not there any more refuses the start.
 
 These are extension points of the libraries, and no patches: Quart's ``asgi_http_class``, ``asgi_lifespan_class``,
 ``request_class`` and ``body_class``; what :class:`~service.hosting.hypercorn.connections.Connection` overrides of
@@ -114,6 +116,27 @@ class Patch:
         return StartupError(f"The installed libraries are not those that Lastcall knows: there is no {self.target}.")
 
 
+@dataclass(frozen=True)
+class Fault:
+    """What a library gets wrong, or does at too high a price.
+
+    Attributes:
+        title: Its section in ``docs/upstream-faults.md``, which describes it so that it could be filed as it is.
+        removal_test: Shows that the fault is there. It fails once the library has mended it.
+        goes: What is not needed any more then.
+        patches: What is replaced because of it; nothing where an extension point is enough.
+        issue: The library's own issue, where there is one.
+        since: A package and its first version that has the fault, where older versions are supported too.
+    """
+
+    title: str
+    removal_test: str
+    goes: str
+    patches: tuple[Patch, ...] = ()
+    issue: str | None = None
+    since: tuple[str, str] | None = None
+
+
 # In a worker
 
 TCP_SERVER = Patch("hypercorn.trio.run.TCPServer", hypercorn.trio.run, "TCPServer", "Connections.open")
@@ -147,6 +170,209 @@ STOP_EVENT_CLEAR = Patch("clear of the master's event, in the master", None, "cl
 PROCESS_JOIN = Patch("join of each worker's process", None, "join", "Workers._join")
 
 PATCHES = tuple(it for it in tuple(globals().values()) if isinstance(it, Patch))
+
+_CONNECTIONS = "tests/hosting/hypercorn/test_connections.py"
+
+FAULTS = (
+    Fault(
+        "hypercorn: a client that does not read holds the shutdown for ever",
+        f"{_CONNECTIONS}::test_a_client_that_does_not_read_is_still_able_to_hold_hypercorn",
+        "Connections.abort_stalled",
+        (TCP_SERVER,),
+    ),
+    Fault(
+        "hypercorn: a connection that its client has closed is kept until the keep-alive timeout",
+        f"{_CONNECTIONS}::test_hypercorn_still_keeps_connections_that_their_clients_closed",
+        "the last step of Connection._read_data",
+        (TCP_SERVER,),
+    ),
+    Fault(
+        "hypercorn: a connection whose client has asked ahead is never closed during a shutdown",
+        f"{_CONNECTIONS}::test_hypercorn_still_waits_for_a_client_that_has_sent_more",
+        "Connection._is_ahead",
+        (TCP_SERVER,),
+    ),
+    Fault(
+        "hypercorn: a connection stays open after an error response of hypercorn itself",
+        f"{_CONNECTIONS}::test_hypercorn_still_keeps_a_connection_after_an_answer_of_its_own",
+        "Connection._has_refused",
+        (TCP_SERVER,),
+    ),
+    Fault(
+        "hypercorn: an HTTP/2 client that sends a preface and nothing else is never idle",
+        f"{_CONNECTIONS}::test_hypercorn_still_waits_for_an_http2_client_that_asks_nothing",
+        "the second half of Connection._tidy_up",
+        (TCP_SERVER,),
+    ),
+    Fault(
+        "hypercorn: an HTTP/2 client that has reset its only stream is never idle",
+        f"{_CONNECTIONS}::test_hypercorn_still_waits_for_a_client_of_http2_that_has_reset_its_stream",
+        "the first half of Connection._tidy_up",
+        (TCP_SERVER,),
+    ),
+    Fault(
+        "hypercorn: a request that arrives while the server stops is reset",
+        f"{_CONNECTIONS}::test_hypercorn_still_closes_on_a_request_that_is_on_its_way",
+        "Connection._wait_for_request_on_its_way",
+        (TCP_SERVER,),
+    ),
+    Fault(
+        "hypercorn: HTTP/2 streams are truncated when the server stops",
+        f"{_CONNECTIONS}::test_hypercorn_still_truncates_http2_streams",
+        "ConnectionContext",
+        (TCP_SERVER,),
+    ),
+    Fault(
+        "hypercorn: a client that closes its sending side after its request gets no answer",
+        "tests/hosting/hypercorn/test_end_of_input.py::test_hypercorn_still_takes_every_end_of_input_for_leaving",
+        "Connection._let_answer",
+        (TCP_SERVER,),
+    ),
+    Fault(
+        "hypercorn: bytes that its parsers do not expect end the whole server",
+        f"{_CONNECTIONS}::test_bytes_that_hypercorn_cannot_parse_still_end_all_of_it",
+        "the except* of Connection.run",
+        (TCP_SERVER,),
+    ),
+    Fault(
+        "hypercorn: a head of any length is accepted when it arrives in one piece",
+        "tests/hosting/hypercorn/test_event_loop.py::test_hypercorn_still_takes_a_long_head_that_comes_in_one_piece",
+        "Connection._handle_in_pieces",
+        (TCP_SERVER,),
+    ),
+    Fault(
+        "hypercorn: a request takes a task and a round of the event loop for each message",
+        "tests/hosting/hypercorn/test_asgi_receive.py::test_the_inbox_is_still_needed",
+        "ReceiveQueue",
+        (TASK_GROUP,),
+    ),
+    Fault(
+        "hypercorn: a cancelled task group lets its cancellation out",
+        "tests/hosting/hypercorn/test_asgi_receive.py::test_hypercorns_task_group_still_lets_its_own_cancellation_out",
+        "ConnectionTaskGroup.__aexit__",
+        (TASK_GROUP,),
+    ),
+    Fault(
+        "h11: each chunk of a body is an event",
+        "tests/hosting/hypercorn/test_chunked_request.py::test_the_joining_reader_is_still_needed",
+        "JoiningChunkedReader",
+        (CHUNKED_READER,),
+    ),
+    Fault(
+        "h2: the bound on a head cannot be set before the first head",
+        "tests/hosting/hypercorn/test_event_loop.py::test_hypercorns_setting_still_does_not_bound_the_heads_of_http_2",
+        "HEAD_BYTES of the patches",
+        (HEAD_BYTES,),
+    ),
+    Fault(
+        "hpack: a head may have any number of table size updates",
+        "tests/hosting/hypercorn/test_event_loop.py::test_the_bounded_decoder_is_still_needed",
+        "BoundedDecoder",
+        (HEAD_DECODER,),
+    ),
+    Fault(
+        "hypercorn: a client that connects while a worker stops hangs and is reset",
+        "tests/hosting/listeners/test_closing.py::test_who_connects_after_hypercorn_was_told_to_stop_is_left_hanging_and_reset",
+        "Listeners, DeferredTermination",
+        (
+            SERVE_LISTENERS,
+            TERMINATE,
+            STOP_EVENT_IS_SET,
+        ),
+    ),
+    Fault(
+        "trio: a listener without descriptors logs a traceback ten times a second",
+        "tests/hosting/listeners/test_listeners.py::test_trio_still_says_it_again_and_again",
+        "_RateLimit of the patches",
+        (ACCEPT_LOG,),
+    ),
+    Fault(
+        "quart-trio, hypercorn: a kept-alive connection never times out",
+        "tests/hosting/hypercorn/test_asgi_request.py::test_the_shield_of_the_last_send_is_still_needed",
+        "the shield of AsgiRequest._send_shielding_the_last",
+    ),
+    Fault(
+        "hypercorn: the last piece of a stream and its end are two writes",
+        "tests/hosting/hypercorn/test_chunked_response.py::test_it_is_still_needed",
+        "ChunkedResponse.end",
+    ),
+    Fault(
+        "h11: an empty line before a request is refused",
+        "tests/hosting/hypercorn/test_request_parser.py::test_h11_still_refuses_an_empty_line_before_a_request",
+        "RequestParser",
+    ),
+    Fault(
+        "hypercorn: the server goes on serving when its lifespan has ended",
+        "tests/hosting/test_lifespan.py::test_hypercorn_still_serves_on_without_its_lifespan",
+        "that Hosting ends the process by itself",
+    ),
+    Fault(
+        "hypercorn: a single process dies of SIGTERM",
+        "tests/hosting/test_lifespan.py::test_hypercorn_alone_dies_of_sigterm",
+        "Notice.from_signals with --workers 0",
+    ),
+    Fault(
+        "CPython: an interpreter takes 80 ms to take itself apart",
+        "tests/hosting/process/test_process_exit.py::test_an_interpreter_still_takes_long_to_take_itself_apart",
+        "leave_at_exit",
+    ),
+    Fault(
+        "hypercorn: the master returns 0 whatever its workers return",
+        "tests/hosting/test_master.py::test_hypercorns_own_join_still_forgets_the_code_by_its_second_call",
+        "Workers.join_exited",
+        (
+            JOIN_EXITED,
+            MAIN_RUN,
+            COMMAND_RUN,
+        ),
+        issue="https://github.com/pgjones/hypercorn/issues/269",
+    ),
+    Fault(
+        "hypercorn: the end of one worker ends all of them",
+        "tests/hosting/test_exit_codes.py::test_a_killed_worker_of_bare_hypercorn_ends_the_service_with_0",
+        "Workers",
+        (
+            POPULATE,
+            WAIT,
+            JOIN_EXITED,
+        ),
+    ),
+    Fault(
+        "hypercorn: one refused start ends all workers",
+        "tests/hosting/test_exit_codes.py::test_a_refused_start_ends_the_service_of_bare_hypercorn_with_0",
+        "StartPause",
+        (
+            POPULATE,
+            WAIT,
+            JOIN_EXITED,
+        ),
+    ),
+    Fault(
+        "hypercorn: a reload waits for its workers in the signal handler, without a bound",
+        "tests/hosting/test_master.py::test_a_reload_of_hypercorn_still_waits_without_a_bound",
+        "Workers._join",
+        (
+            PROCESS_JOIN,
+            STOP_EVENT_CLEAR,
+        ),
+    ),
+    Fault(
+        "hypercorn: two servers with several workers share a port",
+        "tests/hosting/test_serve.py::test_hypercorn_still_shares_a_port_between_servers_with_several_workers",
+        "that take_addresses sets the number of workers",
+    ),
+    Fault(
+        "hypercorn: the Unix socket of a running server is taken over",
+        "tests/hosting/test_serve.py::test_hypercorn_still_takes_the_unix_socket_of_another_server",
+        "_is_answered of serve.py",
+    ),
+    Fault(
+        "quart: a body without a length is kept without a bound",
+        "tests/api/http/test_request_body.py::test_quarts_own_body_still_keeps_more_than_it_takes",
+        "BoundedBody's own bound",
+        since=("quart", "0.23"),
+    ),
+)
 
 
 class Termination(Protocol):

@@ -1,7 +1,7 @@
 """hypercorn's messages to a request, with and without a task for each."""
 
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 import hypercorn.trio.tcp_server
 import pytest
@@ -11,7 +11,7 @@ from hypercorn.trio.task_group import TaskGroup
 from quart_trio import QuartTrio
 
 from service.api.http.request_body import BoundedRequest
-from service.hosting.hypercorn.asgi_receive import CHECKPOINT_MESSAGES, ReceiveQueue
+from service.hosting.hypercorn.asgi_receive import CHECKPOINT_MESSAGES, ConnectionTaskGroup, ReceiveQueue
 from service.hosting.hypercorn.asgi_request import AsgiRequest
 from service.hosting.hypercorn.connections import Connections
 from tests.hosting.conftest import Serve
@@ -101,6 +101,29 @@ async def test_a_request_is_one_task(serve: Serve, connections: Connections) -> 
     assert await tasks_of_a_request(serve) == 1
 
 
+@pytest.mark.removal
+async def test_hypercorns_task_group_still_lets_its_own_cancellation_out() -> None:
+    """Fails when it keeps it: then ConnectionTaskGroup.__aexit__ can go."""
+    comes_out = False
+    try:
+        async with TaskGroup() as tasks:
+            tasks.spawn(trio.sleep_forever)
+            assert tasks._nursery is not None
+            tasks._nursery.cancel_scope.cancel()
+            await trio.lowlevel.checkpoint()
+    except trio.Cancelled:  # noqa: ASYNC103
+        comes_out = True  # out of its scope: a caller would have to raise it, and there is nobody to take it
+    assert comes_out
+
+
+async def test_our_task_group_keeps_its_own_cancellation() -> None:
+    async with ConnectionTaskGroup() as tasks:
+        tasks.spawn(trio.sleep_forever)
+        cast("ConnectionTaskGroup", tasks).cancel()
+        await trio.lowlevel.checkpoint()
+
+
+@pytest.mark.removal
 async def test_the_inbox_is_still_needed(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails when Quart-Trio and hypercorn need no more than one task by themselves: then the inbox can go."""
     monkeypatch.setattr(hypercorn.trio.tcp_server, "TaskGroup", TaskGroup)

@@ -71,6 +71,7 @@ def test_connections_read_with_the_joining_reader() -> None:
     assert READERS[SEND_BODY]["chunked"] is JoiningChunkedReader  # type: ignore[index]
 
 
+@pytest.mark.removal
 def test_the_joining_reader_is_still_needed() -> None:
     """Fails when h11 joins chunks by itself: then it can go."""
     assert read(h11._readers.ChunkedReader, [b"1\r\nx\r\n" * 1000])[2] == 1000

@@ -116,6 +116,7 @@ async def test_the_last_piece_and_the_end_are_one_write(
     assert await writes_of_a_short_stream(serve, monkeypatch) == [b"3\r\nall\r\n0\r\n\r\n"]
 
 
+@pytest.mark.removal
 async def test_it_is_still_needed(serve: Serve, connections: Connections, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails when hypercorn sends the last piece and the end together: then ChunkedResponse.end can go."""
     monkeypatch.setattr(chunked_response.ChunkedResponse, "begun_by", lambda _send: None)

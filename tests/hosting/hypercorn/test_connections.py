@@ -88,6 +88,7 @@ async def stall(server: Served) -> socket.socket:
     return client
 
 
+@pytest.mark.removal
 async def test_a_client_that_does_not_read_is_still_able_to_hold_hypercorn(serve: Serve) -> None:
     """Fails when hypercorn bounds its sends: then Connections.abort_stalled can go."""
     async with serve(App(), graceful_timeout=0.1) as server:
@@ -196,6 +197,7 @@ async def test_a_connection_that_its_client_closed_is_gone(serve: Serve, connect
     assert await is_gone_when_its_client_is(serve)
 
 
+@pytest.mark.removal
 async def test_hypercorn_still_keeps_connections_that_their_clients_closed(serve: Serve) -> None:
     """Fails when hypercorn lets them go: then Connection._read_data can go."""
     assert not await is_gone_when_its_client_is(serve)
@@ -227,9 +229,26 @@ async def test_a_connection_closes_with_its_response_though_its_client_has_sent_
     assert await stops_though_a_client_has_sent_more(serve, more, patience_s=PATIENT_S)
 
 
+@pytest.mark.removal
 async def test_hypercorn_still_waits_for_a_client_that_has_sent_more(serve: Serve) -> None:
     """Fails when hypercorn closes such a connection: then Connection._is_ahead can go."""
     assert not await stops_though_a_client_has_sent_more(serve, GET, patience_s=BRIEF_S)
+
+
+@pytest.mark.removal
+async def test_bytes_that_hypercorn_cannot_parse_still_end_all_of_it(serve: Serve) -> None:
+    """Fails when they end their connection alone. With our connections: ``tests/process/test_malformed.py``."""
+    data = GET.replace(
+        b"\r\n\r\n", b"\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAM\r\n\r\n"
+    )
+    ended_by = None
+    try:
+        async with serve(App()) as server, await server.connect() as stream:
+            await stream.send_all(data)
+            await trio.sleep(PATIENT_S)
+    except ExceptionGroup as errors:
+        ended_by = errors
+    assert ended_by is not None
 
 
 UPGRADE = b"GET / HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -263,6 +282,7 @@ async def test_a_connection_closes_with_the_answer_of_hypercorn_itself(
     assert await closes_with_hypercorns_own_answer(serve, *REFUSED[what], patience_s=PATIENT_S)
 
 
+@pytest.mark.removal
 @pytest.mark.parametrize("what", REFUSED)
 async def test_hypercorn_still_keeps_a_connection_after_an_answer_of_its_own(serve: Serve, what: str) -> None:
     """Fails when hypercorn closes it: then Connection._has_refused can go."""
@@ -286,6 +306,7 @@ async def test_an_http2_client_that_asks_nothing_is_idle(serve: Serve, connectio
     assert await closes_a_client_of_http2_that_asks_nothing(serve, patience_s=PATIENT_S)
 
 
+@pytest.mark.removal
 async def test_hypercorn_still_waits_for_an_http2_client_that_asks_nothing(serve: Serve) -> None:
     """Fails when hypercorn knows that it is idle: then the second half of Connection._tidy_up can go."""
     assert not await closes_a_client_of_http2_that_asks_nothing(serve, patience_s=BRIEF_S)
@@ -318,6 +339,7 @@ async def test_a_client_of_http2_that_has_reset_its_stream_does_not_hold_up_a_st
     assert await stops_though_a_client_of_http2_has_reset_its_stream(serve)
 
 
+@pytest.mark.removal
 async def test_hypercorn_still_waits_for_a_client_of_http2_that_has_reset_its_stream(serve: Serve) -> None:
     """Fails when hypercorn lets such a stream go: then the first half of Connection._tidy_up can go."""
     assert not await stops_though_a_client_of_http2_has_reset_its_stream(serve)
@@ -342,6 +364,7 @@ async def test_a_request_that_comes_as_the_doors_close_is_answered(serve: Serve,
     assert await is_answered_when_it_asks_as_the_doors_close(serve)
 
 
+@pytest.mark.removal
 async def test_hypercorn_still_closes_on_a_request_that_is_on_its_way(serve: Serve) -> None:
     """Fails when hypercorn waits for it: then Connection._wait_for_request_on_its_way can go."""
     assert not await is_answered_when_it_asks_as_the_doors_close(serve)
@@ -380,6 +403,7 @@ async def test_an_http2_stream_ends_properly(serve: Serve, connections: Connecti
     assert all([await http2_stream_ends_properly(serve) for _ in range(10)])
 
 
+@pytest.mark.removal
 async def test_hypercorn_still_truncates_http2_streams(serve: Serve) -> None:
     """Fails when hypercorn sends the last frame first: then ConnectionContext can go."""
     for _ in range(100):  # it depends on which of two tasks runs first

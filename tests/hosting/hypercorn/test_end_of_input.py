@@ -141,6 +141,7 @@ async def test_a_stop_does_not_wait_for_it_beyond_its_own_time(serve: Serve, con
             assert app.left.is_set()
 
 
+@pytest.mark.removal
 async def test_hypercorn_still_takes_every_end_of_input_for_leaving(
     serve: Serve, connections: Connections, monkeypatch: pytest.MonkeyPatch
 ) -> None:

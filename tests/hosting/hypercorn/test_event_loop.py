@@ -3,12 +3,15 @@
 import random
 import struct
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import h2.connection
 import hpack
 import pytest
 import trio
+from hypercorn.config import Config
+from hypercorn.protocol.h2 import H2Protocol
+from hypercorn.trio.worker_context import WorkerContext
 
 from service.api.http.request_body import body_bytes_max
 from service.hosting.hypercorn.connections import HEAD_BYTES_MAX, BoundedDecoder
@@ -193,6 +196,15 @@ async def test_a_head_of_http_1_is_bounded_though_it_comes_in_one_piece() -> Non
             assert (await exchange(server.port, data, LongestStep())).split()[1] == status
 
 
+@pytest.mark.removal
+async def test_hypercorn_still_takes_a_long_head_that_comes_in_one_piece() -> None:
+    """Fails when it bounds the head: then Connection._handle_in_pieces is needed for the event loop alone."""
+    async with serving(SETTINGS) as server:
+        data = request("GET", "/healthz", b"", b"a: " + b"a" * 22_000)
+        status = (await exchange(server.port, data, LongestStep())).split()[1]
+    assert status == b"200"
+
+
 @pytest.mark.usefixtures("connections")
 async def test_no_mixture_of_what_a_head_is_made_of_holds_the_event_loop() -> None:
     chance = random.Random(4711)
@@ -315,6 +327,17 @@ def test_a_head_of_http_2_is_bounded_as_one_of_http_1_is() -> None:
         decoded(BoundedDecoder(), b"\x20" * 3 + fields())
 
 
+@pytest.mark.removal
+def test_hypercorns_setting_still_does_not_bound_the_heads_of_http_2() -> None:
+    """Fails when it does, from the first head on: then the patch of h2's default can go."""
+    config = Config.from_mapping(h2_max_header_list_size=HEAD_BYTES_MAX)
+    nothing = cast("Any", None)
+    protocol = H2Protocol(nothing, config, WorkerContext(None), *[nothing] * 6)
+    protocol.connection.initiate_connection()
+    assert protocol.connection.decoder.max_header_list_size > HEAD_BYTES_MAX
+
+
+@pytest.mark.removal
 def test_the_bounded_decoder_is_still_needed() -> None:
     """Fails when hpack takes no more table sizes than two: then :class:`BoundedDecoder` needs no count of its own."""
     assert decoded(hpack.Decoder(), b"\x20" * 1000 + fields())

@@ -31,6 +31,7 @@ def events(connection: h11.Connection) -> list[object]:
     return found
 
 
+@pytest.mark.removal
 def test_h11_still_refuses_an_empty_line_before_a_request() -> None:
     """Fails when h11 skips it: then RequestParser can go."""
     connection = h11.Connection(h11.SERVER)

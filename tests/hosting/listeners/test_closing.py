@@ -33,6 +33,7 @@ def listening() -> Iterator[socket.socket]:
         yield listener
 
 
+@pytest.mark.removal
 async def test_who_connects_after_hypercorn_was_told_to_stop_is_left_hanging_and_reset() -> None:
     """Fails when hypercorn answers until the end: then the gate can go."""
     app = QuartTrio("test")

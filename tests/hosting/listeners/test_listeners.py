@@ -161,8 +161,9 @@ async def test_without_descriptors_one_line_says_so(
     assert line.exc_info is None
 
 
+@pytest.mark.removal
 async def test_trio_still_says_it_again_and_again(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
-    """Fails when Trio says it less often: then _complaining_seldom can go."""
+    """Fails when Trio says it less often: then _RateLimit of the patches can go."""
     lines = await log_of_a_listener_without_descriptors(serve, caplog)
     assert len(lines) > 2
     assert all(line.exc_info for line in lines)

@@ -43,6 +43,7 @@ def end_ns(way: str) -> int:
         return time.monotonic_ns() - last
 
 
+@pytest.mark.removal
 @pytest.mark.serial
 def test_an_interpreter_still_takes_long_to_take_itself_apart() -> None:
     """Fails when it is as quick as we are: then leave_at_exit can go."""
