@@ -33,7 +33,7 @@ from service.api.native import chat, sessions, turns
 from service.api.openai.errors import is_path_of_openai, openai_error_response
 from service.api.operator import health
 from service.api.reference import page
-from service.errors import InvalidRequestError, OwnedElsewhereError, StoreError
+from service.errors import InvalidRequestError, OwnedElsewhereError, ShuttingDownError, StoreError
 from service.telemetry.log_context import log_context
 from service.telemetry.refusal_log import causes_of
 
@@ -144,7 +144,8 @@ def _note_refusal(app: Quart, refusal: Refusal, *, route: str | None = None) -> 
         fields["error"] = str(refusal.error)
         fields["cause"] = causes_of(refusal.error)
         fields["store"] = None if service is None else service.store.name
-    refusals_of(app).note(refusal.problem.code, level="warning" if status > 500 else "info", **fields)
+    is_expected = status < 500 or isinstance(refusal.error, ShuttingDownError | NotReadyError)  # in a stop
+    refusals_of(app).note(refusal.problem.code, level="info" if is_expected else "warning", **fields)
 
 
 def _refuse_query(handler: Callable[..., Any]) -> None:

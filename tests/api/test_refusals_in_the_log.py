@@ -46,7 +46,7 @@ async def test_fifty_refusals_are_counted_by_code_and_route(autojump_clock: Mock
 async def test_a_request_before_there_is_a_service_is_counted_too() -> None:
     with kept_log("json") as read:
         await Api(create_app(), None).call("GET", "/sessions")  # type: ignore[arg-type]
-        assert [(it["code"], it["level"]) for it in refused(read())] == [("not_ready", "warning")]
+        assert [(it["code"], it["level"]) for it in refused(read())] == [("not_ready", "info")]
 
 
 async def test_a_store_that_refuses_is_told_with_its_words(
