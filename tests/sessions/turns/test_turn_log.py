@@ -11,6 +11,7 @@ from service.models.retrying import RetryingClient
 from service.sessions.commands import NewTurn
 from service.sessions.turns.turn import Turn
 from service.storage.memory import MemoryStore
+from service.telemetry.log_context import log_context
 from tests.kept_log import kept_log, lines_of
 from tests.sessions.puppet import Stage, open_stage
 
@@ -34,7 +35,8 @@ class RefusingStore(MemoryStore):
 
 
 async def start(stage: Stage, request_id: str | None = "req_1", **fields: Any) -> Turn:
-    turn, watch = await stage.sessions.start_turn("s", NewTurn(text=SECRET, request_id=request_id, **fields))
+    with log_context(request_id=request_id):  # as a request has it: the session's task is started in it
+        turn, watch = await stage.sessions.start_turn("s", NewTurn(text=SECRET, request_id=request_id, **fields))
     if fields.get("background"):
         watch.release()
     return turn
