@@ -32,6 +32,7 @@ NOT_RUN = {
         "needs a store in /var/lib",
     ],
     "docs/own-model.md": ["two servers in two terminals"],
+    "examples/README.md": ["two servers in two terminals", "talks with the reader"],
 }
 """The reasons of the blocks that do not run, by document. One more needs a line here."""
 

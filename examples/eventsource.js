@@ -1,0 +1,51 @@
+// One question and its answer through the browser's own EventSource, which comes back by itself after a cut.
+
+import { ENDS, Refused, ask, pause } from "./lastcall.js";
+
+const server = new URLSearchParams(location.search).get("server") ?? "http://127.0.0.1:8000";
+const [form, message, reply, status] =
+  ["form", "message", "reply", "status"].map((id) => document.getElementById(id));
+const json = { "Content-Type": "application/json" };
+
+/** Calls `onEvent` with each event of a turn, to its last one. */
+export function listen(turnUrl, { onEvent, onWait }, seen = 0, attempt = 0) {
+  const source = new EventSource(`${turnUrl}/events?after=${seen}`);
+  source.onmessage = ({ data }) => {
+    const event = JSON.parse(data);
+    seen = event.seq;
+    attempt = 0;
+    if (ENDS.includes(event.type)) source.close(); // otherwise it would come back, and be answered 204
+    onEvent(event);
+  };
+  source.onerror = async () => {
+    if (source.readyState !== EventSource.CLOSED) return onWait(); // cut: it comes back with Last-Event-ID
+    onWait(); // refused, and it does not say why: look
+    await pause(attempt);
+    const { state, reason, error, text, ended_at } = await ask(turnUrl, { onWait });
+    if (ended_at) onEvent({ type: `turn.${state}`, reason, error, text });
+    else listen(turnUrl, { onEvent, onWait }, seen, attempt + 1);
+  };
+}
+
+async function talk() {
+  const options = { method: "POST", headers: json };
+  const session = await ask(`${server}/sessions`, { ...options, body: "{}" });
+  const path = `${server}/sessions/${session.id}/turns`;
+  const response = await fetch(path, { ...options, body: JSON.stringify({ input: message.value, background: true }) });
+  if (!response.ok) throw await Refused.from(response);
+  reply.textContent = "";
+  status.textContent = "running";
+  listen(`${path}/${(await response.json()).id}`, {
+    onEvent(event) {
+      if (event.type === "turn.delta") reply.append(event.text);
+      else if (event.text !== undefined) reply.textContent = event.text; // what was kept, where events were lost
+      status.textContent = ENDS.includes(event.type) ? event.type.slice("turn.".length) : "running";
+    },
+    onWait: () => (status.textContent = "waiting for the server"),
+  });
+}
+
+form.addEventListener("submit", (event) => {
+  event.preventDefault();
+  talk().catch((error) => (status.textContent = error.message));
+});

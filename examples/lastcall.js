@@ -1,0 +1,144 @@
+// A small client for Lastcall in the browser: no dependency, no build step. docs/client-guide.md explains each part.
+
+export const ENDS = ["turn.completed", "turn.failed", "turn.cancelled", "turn.interrupted"];
+const PASSING = [502, 503, 504]; // the server, or the proxy before it, may answer a moment later
+const SILENCE_MS = 60_000; // the server sends a comment every 15 s: a connection that is silent for longer is dead
+const PAUSE_MAX_S = 10;
+
+/** An answer that refuses the call. `problem` is the problem document: `code` for programs, `detail` for people. */
+export class Refused extends Error {
+  constructor(problem) {
+    super(problem.detail);
+    this.problem = problem;
+  }
+
+  static async from(response) {
+    const unknown = { status: response.status, code: "unknown", detail: `The server answered ${response.status}.` };
+    return new Refused(await response.json().catch(() => unknown));
+  }
+}
+
+/** The events of a streamed response, one after the other. */
+export async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  try {
+    while (true) {
+      const silence = setTimeout(() => reader.cancel(), SILENCE_MS);
+      const { value, done } = await reader.read().finally(() => clearTimeout(silence));
+      if (done) return;
+      const lines = (rest + value).split("\n");
+      rest = lines.pop(); // a line that has not wholly arrived
+      for (const line of lines) {
+        if (line.startsWith("data: ")) yield JSON.parse(line.slice(6));
+      }
+    }
+  } finally {
+    reader.cancel().catch(() => {}); // closes the connection where the caller has stopped reading
+  }
+}
+
+/** Waits before the next attempt: longer each time, by chance, and at least as long as `Retry-After` says. */
+export async function pause(attempt, response, signal) {
+  const backoff = Math.min(PAUSE_MAX_S, 0.5 * 2 ** attempt) * (0.5 + Math.random() / 2);
+  const seconds = Math.max(backoff, Number(response?.headers.get("Retry-After") ?? 0));
+  await new Promise((resolve) => {
+    setTimeout(resolve, seconds * 1000);
+    signal?.addEventListener("abort", resolve, { once: true });
+  });
+  signal?.throwIfAborted();
+}
+
+/** The JSON that a call answers. For calls that may be repeated (reads, cancel): it waits while the server is away. */
+export async function ask(url, { signal, onWait, ...request } = {}) {
+  for (let attempt = 0; ; attempt++) {
+    let response;
+    try {
+      response = await fetch(url, { ...request, signal });
+      if (response.ok) return await response.json();
+    } catch (error) {
+      if (signal?.aborted) throw error;
+    }
+    if (response && !response.ok && !PASSING.includes(response.status)) throw await Refused.from(response);
+    onWait?.();
+    await pause(attempt, response, signal);
+  }
+}
+
+/**
+ * All events of a turn to its last one, each once, across cuts and restarts.
+ * `response` is the stream that started the turn, where there is one.
+ */
+export async function* follow(turnUrl, { response, signal, onWait } = {}) {
+  let seen = 0;
+  for (let attempt = 0; ; attempt++) {
+    try {
+      response ??= await fetch(`${turnUrl}/events`, { headers: { "Last-Event-ID": seen }, signal });
+      if (response.status === 204) return; // the turn has ended, and all its events were seen
+      if (response.status === 410) break; // a crash took events that this client may have seen
+      if (!response.ok && !PASSING.includes(response.status)) throw await Refused.from(response);
+      for await (const event of response.ok ? events(response) : []) {
+        attempt = 0;
+        seen = event.seq;
+        yield event;
+        if (ENDS.includes(event.type)) return;
+      }
+    } catch (error) {
+      if (signal?.aborted || error instanceof Refused) throw error;
+    }
+    onWait?.();
+    await pause(attempt, response, signal);
+    response = undefined;
+  }
+  const { state, reason, error, text } = await ask(turnUrl, { signal, onWait });
+  yield { type: `turn.${state}`, reason, error, text }; // `text` is what was kept: show it in place of what was shown
+}
+
+/**
+ * Starts a turn: gives its URL, and the response that streams it.
+ *
+ * A call without an answer may have arrived all the same. So before it is repeated, this looks for the turn among those
+ * that were accepted after `head`, the newest turn that the caller knows; then there is a URL and no response.
+ */
+export async function start(sessionUrl, { input, parent, head }, { signal, onWait } = {}) {
+  const headers = { "Content-Type": "application/json", Accept: "text/event-stream" };
+  const body = JSON.stringify({ input, parent, on_disconnect: "continue" });
+  for (let attempt = 0; ; attempt++) {
+    let response;
+    try {
+      response = await fetch(`${sessionUrl}/turns`, { method: "POST", headers, body, signal });
+    } catch (error) {
+      if (signal?.aborted) throw error;
+    }
+    if (response?.ok) return { url: new URL(response.headers.get("Location"), sessionUrl).href, response };
+    if (response && !PASSING.includes(response.status)) throw await Refused.from(response);
+    onWait?.();
+    await pause(attempt, response, signal);
+    const all = await turns(sessionUrl, { signal, onWait });
+    const later = all.slice(all.findIndex((turn) => turn.id === head) + 1);
+    const mine = later.find((turn) => turn.input === input && (parent === undefined || turn.parent === parent));
+    if (mine) return { url: `${sessionUrl}/turns/${mine.id}` };
+  }
+}
+
+/** Ends a turn. Its streams get `turn.cancelled`; the answer is the turn, ended. */
+export const cancel = (turnUrl, options) => ask(`${turnUrl}/cancel`, { ...options, method: "POST" });
+
+/** All turns of a session, oldest first. */
+export async function turns(sessionUrl, options) {
+  const all = [];
+  for (let next = ""; next !== null; ) {
+    const page = await ask(`${sessionUrl}/turns?limit=100${next && `&after=${encodeURIComponent(next)}`}`, options);
+    all.push(...page.data);
+    next = page.next;
+  }
+  return all;
+}
+
+/** The conversation: of all turns those on the path from the first one to `head`. */
+export function path(all, head) {
+  const byId = new Map(all.map((turn) => [turn.id, turn]));
+  const found = [];
+  for (let turn = byId.get(head); turn; turn = byId.get(turn.parent)) found.unshift(turn);
+  return found;
+}

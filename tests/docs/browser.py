@@ -1,0 +1,271 @@
+"""A real browser without a window, spoken to through a pipe: Chromium and its DevTools protocol.
+
+Only what the tests of the examples need: pages that are opened, clicked, typed into and looked at, and all that they
+complain about. A driver from PyPI would bring 45 MB and an event loop of its own; the pipe is a socket that Trio reads.
+
+Protocol: https://chromedevtools.github.io/devtools-protocol/
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+CAP_S = 30
+"""Bound of every wait; not a promise of the server."""
+PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
+FLAGS = (
+    *("--headless=new", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--disable-quic"),
+    *("--disable-dev-shm-usage", "--disable-breakpad", "--disable-extensions"),
+    *("--no-first-run", "--no-default-browser-check", "--disable-sync", "--disable-background-networking"),
+    *("--disable-component-update", "--disable-default-apps", "--no-proxy-server", "--password-store=basic"),
+    # Nothing but this machine has a name.
+    "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
+)
+_COMPLAINTS = frozenset({"error", "warning", "assert"})
+
+
+def chromium() -> str:
+    """The browser's program. A test is skipped where there is none, and fails there in CI, which installs one."""
+    for name in PROGRAMS:
+        if (found := shutil.which(name)) is not None:
+            return found
+    reason = "no Chromium here, which runs the pages of examples/: apt-get install chromium"
+    if os.environ.get("CI"):
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason)
+
+
+class PageError(AssertionError):
+    """The page threw, or has not come to what was waited for."""
+
+
+class Page:
+    """A tab. ``complaints`` is what it wrote to its console as errors and warnings, uncaught exceptions included."""
+
+    def __init__(self, browser: "Browser", session_id: str) -> None:
+        self.complaints: list[str] = []
+        self.loaded = trio.Event()
+        self._browser = browser
+        self._session_id = session_id
+        self._paused, self._next_paused = trio.open_memory_channel[dict[str, Any]](10)
+
+    async def call(self, method: str, **params: Any) -> Any:
+        """A call of the protocol for this tab; its result."""
+        return await self._browser.call(method, session_id=self._session_id, **params)
+
+    async def open(self, url: str) -> None:
+        """Load a URL and wait for the page's ``load`` event."""
+        self.loaded = trio.Event()
+        found = await self.call("Page.navigate", url=url)
+        assert "errorText" not in found, found
+        await self.loaded.wait()
+
+    async def reload(self) -> None:
+        self.loaded = trio.Event()
+        await self.call("Page.reload")
+        await self.loaded.wait()
+
+    async def get(self, expression: str) -> Any:
+        """The value of an expression of JavaScript, awaited where it is a promise. Raises PageError where it throws."""
+        done = await self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        if "exceptionDetails" in done:
+            raise PageError(f"{expression}: {done['exceptionDetails']}")
+        return done["result"].get("value")
+
+    async def wait_for(self, condition: str) -> None:
+        """Return once an expression is true; it is looked at after each change of the document.
+
+        Raises:
+            PageError: It was not true in time.
+        """
+        observed = "{subtree: true, childList: true, characterData: true, attributes: true}"
+        watch = f"""new Promise((done) => {{
+            const look = () => ({condition}) && (observer.disconnect(), done(true));
+            const observer = new MutationObserver(look);
+            observer.observe(document, {observed});
+            look();
+        }})"""
+        with trio.move_on_after(CAP_S):
+            await self.get(watch)
+            return
+        seen = await self.get("document.body.innerText")
+        raise PageError(f"never true: {condition}\nthe page:\n{seen}\nits console: {self.complaints}")
+
+    async def click(self, selector: str) -> None:
+        """Press and release the mouse in the middle of an element."""
+        box = await self.get(
+            f"(() => {{ const found = document.querySelector({json.dumps(selector)});"
+            "found.scrollIntoView({block: 'center'});"
+            "const box = found.getBoundingClientRect();"
+            "return [box.x + box.width / 2, box.y + box.height / 2, box.width]; })()"
+        )
+        x, y, width = box
+        assert width > 0, f"{selector} is not to be seen"
+        await self.call("Page.bringToFront")
+        for kind in ("mousePressed", "mouseReleased"):
+            await self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    async def type_in(self, selector: str, text: str) -> None:
+        """Replace what an element holds by a text."""
+        await self.click(selector)
+        await self.get(f"document.querySelector({json.dumps(selector)}).select()")
+        await self.call("Input.insertText", text=text)
+
+    async def hold_answers(self, url: str) -> None:
+        """Keep answers from URLs of this pattern from the page."""
+        await self.call("Fetch.enable", patterns=[{"urlPattern": url, "requestStage": "Response"}])
+
+    async def lose_held_answer(self, method: str) -> None:
+        """Lose the first held answer to this method, as a broken connection does; hold no other."""
+        async for paused in self._next_paused:
+            if paused["request"]["method"] == method:
+                await self.call("Fetch.failRequest", requestId=paused["requestId"], errorReason="ConnectionReset")
+                break
+            await self.call("Fetch.continueRequest", requestId=paused["requestId"])
+        await self.call("Fetch.disable")
+
+    def on_event(self, method: str, params: dict[str, Any]) -> None:
+        match method:
+            case "Page.loadEventFired":
+                self.loaded.set()
+            case "Fetch.requestPaused":
+                self._paused.send_nowait(params)
+            case "Runtime.exceptionThrown":
+                self.complaints.append(str(params["exceptionDetails"]))
+            case "Runtime.consoleAPICalled" if params["type"] in _COMPLAINTS:
+                self.complaints.append(str([it.get("value", it.get("description")) for it in params["args"]]))
+            case "Log.entryAdded" if params["entry"]["level"] in _COMPLAINTS:
+                self.complaints.append(params["entry"]["text"])
+
+
+class Browser:
+    """A running Chromium. Made by :func:`open_browser`."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self.pages: dict[str, Page] = {}
+        self._stream = stream
+        self._sending = trio.Lock()
+        self._answers: dict[int, trio.MemorySendChannel[dict[str, Any]]] = {}
+        self._calls = 0
+
+    async def new_page(self, url: str) -> Page:
+        """A new tab with this URL, loaded."""
+        target = await self.call("Target.createTarget", url="about:blank")
+        attached = await self.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)
+        page = self.pages[attached["sessionId"]] = Page(self, attached["sessionId"])
+        for domain in ("Page", "Runtime", "Log"):
+            await page.call(f"{domain}.enable")
+        await page.open(url)
+        return page
+
+    async def call(self, method: str, *, session_id: str | None = None, **params: Any) -> Any:
+        """A call of the protocol; its result. Raises: PageError, where it is refused."""
+        self._calls += 1
+        number = self._calls
+        message: dict[str, Any] = {"id": number, "method": method, "params": params}
+        if session_id is not None:
+            message["sessionId"] = session_id
+        send, receive = trio.open_memory_channel[dict[str, Any]](1)
+        self._answers[number] = send
+        try:
+            async with self._sending:
+                await self._stream.send_all(json.dumps(message).encode() + b"\0")
+            answer = await receive.receive()
+        finally:
+            del self._answers[number]
+        if "error" in answer:
+            raise PageError(f"{method}: {answer['error']}")
+        return answer["result"]
+
+    async def hand_out(self) -> None:
+        """Hand out what the browser says, until it closes the pipe."""
+        buffer = b""
+        async for data in self._stream:
+            *messages, buffer = (buffer + data).split(b"\0")
+            for raw in messages:
+                self._take(json.loads(raw))
+
+    def _take(self, message: dict[str, Any]) -> None:
+        if "id" in message:
+            if (send := self._answers.get(message["id"])) is not None:
+                send.send_nowait(message)
+        elif (page := self.pages.get(message.get("sessionId", ""))) is not None:
+            page.on_event(message["method"], message["params"])
+
+
+@asynccontextmanager
+async def open_browser(folder: Path) -> AsyncIterator[Browser]:
+    """A browser with a profile of its own in this folder; all its processes are gone on leaving."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = _start(chromium(), folder, theirs.fileno())
+    try:
+        async with trio.SocketStream(trio.socket.from_stdlib_socket(ours)) as stream, trio.open_nursery() as nursery:
+            browser = Browser(stream)
+            nursery.start_soon(browser.hand_out)
+            yield browser
+            nursery.cancel_scope.cancel()
+    finally:
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + 2 * CAP_S):
+            await trio.to_thread.run_sync(_end, process, f"HOME={folder}".encode())
+
+
+def _start(program: str, folder: Path, pipe: int) -> "subprocess.Popen[bytes]":
+    """Start the browser, which speaks through the descriptors 3 and 4: to it, and from it."""
+    command = ["bash", "-c", f'exec "$@" 3<&{pipe} 4>&{pipe}', "bash", program, *FLAGS]
+    with (folder / "browser.log").open("wb") as log:
+        return subprocess.Popen(
+            [*command, f"--user-data-dir={folder}/profile"],
+            pass_fds=(pipe,),
+            env=os.environ | {"HOME": str(folder)},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+def _end(process: "subprocess.Popen[bytes]", mark: bytes) -> None:
+    """Kill the browser with all processes that it has started, and return once they are gone.
+
+    Its crash handler leaves the group and does not die with it: the mark in the environment tells it. Where this
+    process takes orphans in, as it does once a server was measured, it also waits for them.
+    """
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    started = [pid for pid in pids if _group(pid) == process.pid or mark in _environment(pid)]
+    for pid in started:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait(CAP_S)
+    deadline = time.monotonic() + CAP_S
+    while (started := [pid for pid in started if _is_there(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def _group(pid: int) -> int | None:
+    with suppress(ProcessLookupError):
+        return os.getpgid(pid)
+    return None
+
+
+def _environment(pid: int) -> list[bytes]:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return []
+
+
+def _is_there(pid: int) -> bool:
+    with suppress(ChildProcessError):
+        return os.waitpid(pid, os.WNOHANG) == (0, 0)
+    return Path(f"/proc/{pid}").exists()
