@@ -1,1 +1,1 @@
-"""The console script: its command line, and what an operator does with the store."""
+"""The console script: its command line, and the operator's commands for the store."""

@@ -1,4 +1,4 @@
-"""The console script: serve, show the settings that serving would use, take care of what is kept."""
+"""The console script ``lastcall``: serve, print the settings in force, and run commands for the store."""
 
 import argparse
 import io
@@ -22,7 +22,7 @@ _BIND_HELP = "host:port or, with api_keys, unix:path, in place of the setting; p
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the process's exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # JSON and TOML are, wherever they go
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # JSON and TOML are always UTF-8
     arguments = _parser().parse_args(argv)
     overrides = {name: value for name in OPTIONS if (value := getattr(arguments, OPTIONS[name], None))}
     try:
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if arguments.command != "serve":
             return run_store_command(settings, arguments)
-        # Only now: what serves takes a moment to import, and wrong settings are to be told at once.
+        # Imported this late because the import takes a moment, and wrong settings should be reported at once.
         if arguments.reload:
             from service.hosting.reload import serve_and_reload  # noqa: PLC0415
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UnicodeEncodeError as error:  # an argument, or the working directory
         sys.stderr.write(f"lastcall: {error.object!r} should be UTF-8\n")
         return EXIT_REFUSED
-    except KeyboardInterrupt:  # before there was anything to stop
+    except KeyboardInterrupt:  # before the server handles signals
         return 128 + signal.SIGINT
 
 
@@ -73,9 +73,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _shadowed_by_folder() -> str:
-    """A line of caution where hypercorn's own command would find another package of our name; else nothing.
+    """Return a warning if hypercorn's command would import another ``service`` from the working directory; else "".
 
-    It looks in the working directory first, and says nothing of ours where it ends: with workers it even returns 0.
+    hypercorn's command searches the working directory first, and with workers it returns 0 after such a failure.
     """
     for found in (Path("service/__init__.py"), Path("service.py")):
         if found.is_file() and not found.samefile(service.__file__):
@@ -94,9 +94,9 @@ def _check_scripts(settings: Settings, sources: Sources) -> None:
 
 
 def effective(settings: Settings, sources: Sources) -> str:
-    """The settings as a ``lastcall.toml`` that would give the same, less the secrets.
+    """Return the settings as an equal ``lastcall.toml``, without the secrets.
 
-    What is not a default says where it comes from.
+    A value that is not a default has a comment that tells its source.
     """
     return "\n".join([*_top_level(settings, sources), *_upstream_tables(settings.upstreams)]) + "\n"
 
@@ -127,4 +127,4 @@ def _assignment(name: str, value: object) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return f"{name} = {text}"  # of a string, a number or their list: TOML too
+    return f"{name} = {text}"  # the JSON of a string, a number or a list of them is also TOML

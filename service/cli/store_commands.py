@@ -1,4 +1,4 @@
-"""Commands for the store, for operators; a service may be running beside them."""
+"""An operator's commands for the store. A service may be running at the same time."""
 
 import argparse
 import sys
@@ -13,7 +13,7 @@ from service.settings import Settings
 from service.storage.session_export import ExportedSession, not_exported, problems_of_totals, read_exported, shown
 
 FAILED = 1
-"""The exit code where the store is fine, but what was asked for cannot be had; or where a check finds something."""
+"""The exit code if the store is fine but refuses the command, or if a check finds a problem."""
 
 
 def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -36,10 +36,10 @@ def _store_option() -> argparse.ArgumentParser:
 
 
 def run_store_command(settings: Settings, arguments: argparse.Namespace) -> int:
-    """Run one of these commands; its exit code.
+    """Run one of these commands. Returns the exit code.
 
     Raises:
-        StartupError: There is no such store, it cannot be used, or the file that was given cannot.
+        StartupError: The store does not exist or cannot be used, or the given file cannot be used.
     """
     if settings.store_url == "memory:":
         raise StartupError("store_url is memory:, where nothing is kept; name the store with --store sqlite:path.")
@@ -53,8 +53,8 @@ def run_store_command(settings: Settings, arguments: argparse.Namespace) -> int:
 
 
 def _run(settings: Settings, arguments: argparse.Namespace) -> tuple[str, int]:
-    """What there is to say, and the exit code."""
-    from service.storage.sqlite import maintenance, open_files  # noqa: PLC0415  only who uses it needs SQLite
+    """Run a command. Returns the text for standard output, and the exit code."""
+    from service.storage.sqlite import maintenance, open_files  # noqa: PLC0415  only these commands need SQLite
 
     path = open_files.real_path(settings.store_url.removeprefix("sqlite:"))
     match arguments.command:
@@ -90,8 +90,8 @@ def _read(file: Path | None) -> bytes:
 
 
 def _check_turns(whole: ExportedSession) -> None:
-    """Take no turn that cannot have become so by itself, and no session that counts others. Raises: StartupError."""
-    from service.sessions.events.whole_turn import problems_of  # noqa: PLC0415  only who imports needs it
+    """Refuse a turn that the service cannot have produced, and a session with wrong totals. Raises: StartupError."""
+    from service.sessions.events.whole_turn import problems_of  # noqa: PLC0415  only imports need it
 
     for it in whole.turns:
         for field, value, what in problems_of(it.turn, [event.encode() for event in it.events]):
@@ -103,8 +103,8 @@ def _check_turns(whole: ExportedSession) -> None:
 
 
 def _check_bounds(whole: ExportedSession, *, text_bytes_max: int) -> None:
-    """Take no more into a session than the API would. Raises: StartupError."""
-    from service.api.http.strict_json import check_texts, convert  # noqa: PLC0415  only who imports needs the API
+    """Refuse values that the API would refuse. Raises: StartupError."""
+    from service.api.http.strict_json import check_texts, convert  # noqa: PLC0415  only imports need the API
     from service.api.native.wire import CreateSession, RequestBody, StartTurn  # noqa: PLC0415
 
     asked: list[tuple[str, type[RequestBody], dict[str, object]]] = [

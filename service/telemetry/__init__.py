@@ -1,1 +1,1 @@
-"""What the service says about itself: its log and its banner."""
+"""The service's log and its banner."""

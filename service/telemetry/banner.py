@@ -1,4 +1,4 @@
-"""The first words of a started server: where it is, what it runs on, one call to try."""
+"""The banner of a started server: its addresses, its model and store, and one call to try."""
 
 from collections.abc import Collection, Sequence
 
@@ -17,12 +17,12 @@ NO_KEYS = "no api_keys are set, so only requests from this machine are answered 
 def announce(
     log: Log, settings: Settings, *, binds: Sequence[str], secure: Collection[str] | None = None, store: str
 ) -> None:
-    """Say that the server serves: a text to people, an event to machines.
+    """Announce that the server serves: a text for people, an event for machines.
 
     Args:
         binds: The addresses in use, ``host:port`` with the real port, or ``unix:path``.
-        secure: Those of them that speak TLS. As the settings say where it is not known.
-        store: What the store calls itself.
+        secure: The addresses that speak TLS. None takes them from the settings.
+        store: The name that the store gives itself.
     """
     if log.for_people:
         log.writer.write(banner(settings, binds=binds, secure=secure, store=store))
@@ -39,7 +39,7 @@ def announce(
 
 
 def banner(settings: Settings, *, binds: Sequence[str], secure: Collection[str] | None = None, store: str) -> str:
-    """The text for people."""
+    """Return the banner for people."""
     secure = _secure(settings, binds, secure)
     rows = [
         ("serves", ", ".join(_url(bind, secure) for bind in binds)),

@@ -1,8 +1,8 @@
-"""Texts of others in a log: nothing in them ends a line, moves a terminal's cursor or turns the order of what is read.
+"""Escaping of foreign texts in a log: they cannot end a line, move a terminal's cursor or change the reading order.
 
-A request's target has line feeds and escape sequences where it was sent with ``%0A`` and ``%1B``. What is not to be
-seen as it is: control characters (C0, DEL, C1), the other line ends of Unicode (U+0085, U+2028, U+2029), what changes
-the direction of a text or hides in it, and halves of surrogates.
+A request's target can have line feeds and escape sequences, sent as ``%0A`` and ``%1B``. These characters are escaped:
+control characters (C0, DEL, C1), the other line ends of Unicode (U+0085, U+2028, U+2029), characters that are invisible
+or change the direction of a text, and halves of surrogates.
 
 Source: https://www.unicode.org/reports/tr9/ (bidirectional formatting), https://cwe.mitre.org/data/definitions/117.html
 """
@@ -18,12 +18,12 @@ _NEEDS_QUOTES = re.compile(r"[\s=\"'\\]|^$")
 
 
 def escape(text: str) -> str:
-    r"""The text on one line, as it is but for what is unsafe: a line feed becomes ``\n``."""
+    r"""Return the text on one line. Only unsafe characters change: a line feed becomes ``\n``."""
     return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def escape_value(value: object) -> str:
-    """A value beside others on a line: quoted where it could be taken for something else than one value."""
+    """Return a value for a line with other values: quoted if it could be read as more or less than one value."""
     text = value if isinstance(value, str) else repr(value)
     if isinstance(value, str) and (_NEEDS_QUOTES.search(text) or _UNSAFE.search(text)):
         text = repr(text)
@@ -31,12 +31,12 @@ def escape_value(value: object) -> str:
 
 
 def escape_lines(text: str) -> str:
-    """A text of several lines, such as a traceback: each is indented, so that none begins as a line of the log does."""
+    """Return a text of several lines, such as a traceback, indented: no line looks like the start of a log line."""
     return "\n".join(_INDENT + escape(line) for line in text.split("\n"))
 
 
 def escape_json(line: str) -> str:
-    """A line of JSON, in which only texts can have what is unsafe, and JSON has escapes of its own."""
+    """Return a line of JSON with the unsafe characters of its texts in JSON's own escapes."""
     return _UNSAFE.sub(lambda match: _utf_16(match[0]), line)
 
 

@@ -1,8 +1,8 @@
-"""Lines on a descriptor, without ever waiting for its reader.
+"""Writes lines to a descriptor and never waits for its reader.
 
-A log goes to a pipe whose reader may stall, to a terminal that is stopped, or to a reader that has gone. An ordinary
-write then blocks the event loop with every turn in it, or raises where nobody expects it. Here a line that cannot be
-written at once waits in a bounded backlog for the next one; beyond that it is dropped and counted.
+The log may go to a pipe whose reader stalls or has gone, or to a terminal that is stopped. An ordinary write then
+blocks the event loop with every turn in it, or raises an unexpected error. Here a line that cannot be written at once
+waits in a bounded backlog for the next write. If the backlog is full, the line is dropped and counted.
 """
 
 import errno
@@ -16,24 +16,24 @@ from collections import deque
 from contextlib import suppress
 
 BACKLOG_BYTES_MAX = 1024 * 1024
-"""A stop ends a thousand turns at once, and each has a line of some 500 bytes. The report of the stop follows them."""
+"""Bound on the backlog. A stop may end a thousand turns at once, with a line of 500 bytes for each, and its report."""
 PIPE_BUF = select.PIPE_BUF
 
 
 class LogWriter:
     """Writes whole lines to ``fd``, from any thread. Never blocks, never raises.
 
-    The mode of ``fd`` is left alone: its description is shared with whoever started us, and ``O_NONBLOCK`` on a shell's
-    terminal would outlive this process. A pipe or terminal is opened once more for us, a socket has a flag to a send.
+    The mode of ``fd`` does not change: the parent process shares its file description, and ``O_NONBLOCK`` on a shell's
+    terminal would outlive this process. A pipe or terminal is opened a second time; a socket's send takes a flag.
     """
 
     def __init__(self, fd: int) -> None:
         self.isatty = os.isatty(fd)
-        self._fd = fd if _is_open(fd) else -1  # a closed one's number may become a client's socket
+        self._fd = fd if _is_open(fd) else -1  # a closed descriptor's number may become a client's socket
         self._private_fd, self._socket = _open_without_waiting(fd)
         self._backlog: deque[bytes] = deque()
         self._backlog_bytes = 0
-        self._begun = b""  # what remains of a line that went through in part
+        self._begun = b""  # the rest of a line that was written in part
         self._lost = 0
         self._lock = threading.Lock()
 
@@ -49,7 +49,7 @@ class LogWriter:
             self._write_what_fits()
 
     def take_lost(self) -> int:
-        """How many lines were lost since this was asked last; 0 as long as a line that tells it would be lost too."""
+        """Return the number of lost lines since the last call; 0 while a line about them would be lost too."""
         with self._lock:
             if self._backlog_bytes > BACKLOG_BYTES_MAX // 2:
                 return 0
@@ -57,7 +57,7 @@ class LogWriter:
             return lost
 
     def drain(self, timeout_s: float) -> None:
-        """Wait until all is written, at most so long. Blocks: for the very end, when nothing else runs."""
+        """Wait until all lines are written, for at most ``timeout_s``. Blocks: only for the end of the process."""
         deadline = time.monotonic() + timeout_s
         with self._lock:
             while not self._write_what_fits() and (left_s := deadline - time.monotonic()) > 0:
@@ -65,7 +65,7 @@ class LogWriter:
                     select.select([], [self._fd], [], min(left_s, 0.05))
 
     def close(self) -> None:
-        """Give back what was opened here; ``fd`` itself stays open."""
+        """Close the descriptor or socket that this writer has opened; ``fd`` itself stays open."""
         if self._socket is not None:
             self._socket.close()
         elif self._private_fd is not None:
@@ -73,7 +73,7 @@ class LogWriter:
         self._socket = self._private_fd = None
 
     def _write_what_fits(self) -> bool:
-        """Whether nothing is left to write."""
+        """Write as many lines as fit. Returns whether all lines are written."""
         while line := self._begun or self._next_line():
             try:
                 self._begun = line[self._write_some(line) :]
@@ -101,7 +101,7 @@ class LogWriter:
             raise OSError(errno.EBADF, "never was open")
         if not select.select([], [self._fd], [], 0)[1]:
             raise BlockingIOError
-        return os.write(self._fd, line[:PIPE_BUF])  # what is writable takes so much without waiting
+        return os.write(self._fd, line[:PIPE_BUF])  # a writable pipe takes this many bytes without waiting
 
 
 def _is_open(fd: int) -> bool:
@@ -113,7 +113,7 @@ def _is_open(fd: int) -> bool:
 
 
 def _open_without_waiting(fd: int) -> tuple[int | None, socket.socket | None]:
-    """A descriptor, or a socket, of our own for the file behind ``fd``; neither where there is no such way."""
+    """Open the file behind ``fd`` again, as a descriptor or a socket; both are None if that is not possible."""
     with suppress(OSError):
         mode = os.fstat(fd).st_mode
         if stat.S_ISSOCK(mode):  # journald's

@@ -1,8 +1,8 @@
 """The log: structlog's events and the standard library's records in one form, on standard error.
 
-Each event is a line: for people on a terminal, JSON elsewhere. Each line has the process's id and what is bound to the
-task that writes it (``log_context``). A value stays on its line and in its place, whatever the value is (``escaping``);
-a traceback for people follows indented. A secret of the settings never appears in the log, wherever it came from; a
+Each event is a line: for people on a terminal, JSON elsewhere. Each line has the process's id and the ids of the work
+that its task does (``log_context``). No value can leave its line or its place on it (``escaping``); a traceback for
+people follows indented. A secret of the settings never appears in the log, also not as part of another text. A
 cancellation is no fault and has no traceback. Writing never waits and never raises (``log_writer``).
 """
 
@@ -26,15 +26,15 @@ from service.telemetry.log_writer import LogWriter
 
 ACCESS_LOGGER = "hypercorn.access"
 LOGGERS_WITH_HANDLERS = ("hypercorn.error", ACCESS_LOGGER)
-"""hypercorn gives these loggers handlers of its own, at a time of its choosing. It leaves filters alone."""
+"""hypercorn may give these loggers its own handlers at any time. It does not change filters."""
 SECRET_LENGTH_MIN = 6
-"""A shorter secret is none, and blotting it out would make the log unreadable."""
+"""Shorter secrets are not masked: they protect nothing, and masking them would make the log unreadable."""
 
 
 def configure_logging(settings: Settings, *, fd: int = 2) -> "Log":
-    """Send all logs of this process to ``fd``, from now to :meth:`Log.uninstall` or to the next call.
+    """Send all logs of this process to ``fd``, from now until :meth:`Log.uninstall` or the next call.
 
-    Loggers may be made before: structlog's find their way at each use.
+    Loggers that were made before are included: structlog's loggers read the configuration at each use.
     """
     for log in _current_logs():
         log.uninstall()
@@ -42,13 +42,13 @@ def configure_logging(settings: Settings, *, fd: int = 2) -> "Log":
 
 
 def drain_log(timeout_s: float = 0.25) -> None:
-    """Wait until all that was logged is written, at most so long. Blocks: for the very end of the process."""
+    """Wait until the log is written, for at most ``timeout_s``. Blocks: only for the end of the process."""
     for log in _current_logs():
         log.writer.drain(timeout_s)
 
 
 def current_layout() -> "LineLayout | None":
-    """The layout of this process's log; None before :func:`configure_logging`. Takes no lock."""
+    """Return the layout of this process's log; None before :func:`configure_logging`. Takes no lock."""
     return next((log.layout for log in reversed(_current_logs())), None)
 
 
@@ -57,7 +57,7 @@ def _current_logs() -> list["Log"]:
 
 
 class LineLayout:
-    """The form of a line, for people or for machines, as the settings and the reader say.
+    """The form of a line, for people or for machines. The setting ``log_format`` decides, or else the kind of output.
 
     Attributes:
         for_people: Whether the reader is a person.
@@ -70,7 +70,7 @@ class LineLayout:
         self.render.append(_Blot(settings))
 
     def line(self, text: str, *, level: str, logger_name: str) -> str:
-        """The line of one text, apart from the log: in a signal handler, or where the event loop does not run."""
+        """Return the line of one text that does not go through the log, as in a signal handler."""
         event: EventDict = {"event": text, "level": level, "logger": logger_name}
         rendered: Any = _with_process_id(None, level, _STAMP(None, level, event))
         for processor in self.render:
@@ -79,7 +79,7 @@ class LineLayout:
 
 
 class Log(logging.Handler):
-    """Where the logs of this process go; as a handler it takes the standard library's records into the same form."""
+    """The log of this process: the handler that writes structlog's events and the standard library's records."""
 
     def __init__(self, settings: Settings, writer: LogWriter) -> None:
         level = logging.getLevelNamesMapping()[settings.log_level.upper()]
@@ -109,7 +109,7 @@ class Log(logging.Handler):
         )
         root = logging.getLogger()
         root.addHandler(self)
-        root.setLevel(max(level, logging.WARNING))  # other people's news, a line for each request, is theirs
+        root.setLevel(max(level, logging.WARNING))  # libraries log a line for each request at INFO
         for name in LOGGERS_WITH_HANDLERS:
             logging.getLogger(name).addFilter(self.take_over)
         logging.captureWarnings(capture=True)
@@ -119,7 +119,7 @@ class Log(logging.Handler):
         return self.layout.for_people
 
     def uninstall(self) -> None:
-        """Give the loggers back to the handlers that they had before. Not needed where the process ends."""
+        """Give the loggers back to their former handlers. Not needed at the end of the process."""
         logging.captureWarnings(capture=False)
         for name in LOGGERS_WITH_HANDLERS:
             logging.getLogger(name).removeFilter(self.take_over)
@@ -136,7 +136,7 @@ class Log(logging.Handler):
         self.writer.write(line + "\n")
 
     def take_over(self, record: logging.LogRecord) -> bool:
-        """As a logger's filter: write the record here, and keep it from that logger's own handlers."""
+        """Write a record here, and keep it from its logger's own handlers. Installed as that logger's filter."""
         if record.levelno >= self.level:
             if record.name == ACCESS_LOGGER and isinstance(record.args, Mapping):
                 record.args = _Quotable(record.args)
@@ -158,7 +158,7 @@ def _with_process_id(_logger: WrappedLogger, _method: str, event: EventDict) -> 
 
 
 class _Quotable(Mapping[str, object]):
-    """The atoms of an access log: its format puts quotes around them, which none of them ends."""
+    """The values of an access log line, with escaped quotes: the log's format puts quotes around them."""
 
     def __init__(self, atoms: Mapping[str, object]) -> None:
         self._atoms = atoms
@@ -175,7 +175,7 @@ class _Quotable(Mapping[str, object]):
 
 
 class _Lines:
-    """What structlog writes to: each rendered event is a line."""
+    """The target of structlog: it writes each rendered event as a line."""
 
     def __init__(self, writer: LogWriter, name: str) -> None:
         self.name = name
@@ -188,7 +188,7 @@ class _Lines:
 
 
 class _Blot:
-    """The last step: every secret of the settings is blotted out of the rendered line."""
+    """The last step: masks every secret of the settings in the rendered line."""
 
     def __init__(self, settings: Settings) -> None:
         self._secrets = sorted(set(_spellings(settings)), key=len, reverse=True)
@@ -214,7 +214,7 @@ def _spellings(settings: Settings) -> Iterator[str]:
 
 
 def _query_values(url: str) -> Iterator[str]:
-    """Any of them may be a key. As they are written, and as they are meant."""
+    """Yield the values of a URL's query, raw and decoded, because each of them may be a key."""
     for part in urlsplit(url).query.split("&"):
         name, equals, value = part.partition("=")
         yield from {value if equals else name, unquote_plus(value if equals else name)}
@@ -241,7 +241,7 @@ def _escaped(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDic
 
 def _write_traceback(lines: Any, exc_info: ExcInfo) -> None:
     text = StringIO()
-    structlog.dev.plain_traceback(text, exc_info)  # the rich one prints local variables, secrets among them
+    structlog.dev.plain_traceback(text, exc_info)  # structlog's rich_traceback prints local variables, also secrets
     lines.write("\n" + escape_lines(text.getvalue().strip("\n")))
 
 
@@ -264,7 +264,7 @@ def _in_order(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDi
 
 
 def _without_cancellation(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """Take away the traceback of a cancellation, or of a group of nothing else: it tells a reader nothing."""
+    """Remove the traceback of a cancellation, or of a group of cancellations only: it does not help a reader."""
     fault = event.get("exc_info")
     if isinstance(fault, tuple):
         fault = fault[1]

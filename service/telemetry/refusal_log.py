@@ -1,7 +1,7 @@
-"""Refused requests in the log: a line for each kind, at most one a second of a kind, with how many there were.
+"""Refused requests in the log: at most one line a second for each kind of refusal, with the number of requests.
 
-A service that refuses does so by the thousand, and a line for each request would be the next fault. The first refusal
-of a kind is told at once; those that follow within a second are counted, and told once the second is over.
+A service may refuse thousands of requests, and a line for each would be a fault of its own. The first refusal of a kind
+is logged at once. Further refusals within a second are counted, and logged when the second is over.
 """
 
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ INTERVAL_S = 1.0
 
 @dataclass
 class _Kind:
-    """What is counted of one kind since its last line."""
+    """The refusals of one kind since its last line."""
 
     count: int = 0
     told_at: float = -inf
@@ -34,7 +34,7 @@ class RefusalLog:
         self._changes = trio.lowlevel.ParkingLot()
 
     def note(self, code: str, *, level: Literal["info", "warning"], **fields: object) -> None:
-        """A request was refused. Of several that are told in one line the last one's fields are in it."""
+        """Note a refused request. A line about several requests has the fields of the last one."""
         kind = self._kinds.setdefault(code, _Kind())
         kind.count += 1
         kind.level, kind.fields = level, fields
@@ -44,13 +44,13 @@ class RefusalLog:
             self._changes.unpark_all()
 
     def flush(self) -> None:
-        """Tell what is counted and not told yet: the service ends."""
+        """Log all refusals that are counted and not logged yet, at the end of the service."""
         self._tell_due(inf)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """The refusal loop, a child of the service: tell what was counted once its second is over. Idle, it sleeps.
+        """Log the counted refusals of a kind when its second is over. A child task of the service.
 
-        Runs until cancelled, and then tells the rest.
+        Runs until cancelled, and then logs the rest. Sleeps while no refusal is counted.
         """
         task_status.started()
         try:
@@ -77,7 +77,7 @@ class RefusalLog:
 
 
 def causes_of(error: BaseException) -> str | None:
-    """What led to an error, the nearest cause first, each with its kind; None where nothing is known."""
+    """Return the causes of an error, the nearest first, each with its type; None without a cause."""
     causes = []
     cause = error.__cause__
     while cause is not None:

@@ -1,4 +1,4 @@
-"""One call to try it by hand: a message in, a stream of events out."""
+"""The chat call, for a first try: it takes a message and answers a stream of events."""
 
 from quart import Blueprint, request
 from quart_trio.wrappers import TrioResponse
@@ -38,8 +38,8 @@ blueprint = Blueprint("chat", __name__)
 async def chat() -> TrioResponse:
     """Send a message and stream the reply.
 
-    The session is made if it is not there; the first event has its id. With `Last-Event-ID` nothing is made or started:
-    the newest turn of `session_id` goes on, as described for turns.
+    The session is created if it does not exist; the first event has its id. With `Last-Event-ID` no session and no turn
+    is created: the answer continues the newest turn of `session_id`, as described for turns.
     """
     service = current_service()
     body = await read_body(request, Chat, service)

@@ -49,7 +49,7 @@ _LED_BY_ID = tuple(
 
 
 def checked_session_id(session_id: str) -> str:
-    """The id, if it is one. Raises: SessionNotFoundError, for no session has an id of another form."""
+    """Return an id of valid form. Raises: SessionNotFoundError, because no session has an id of another form."""
     if not is_session_id(session_id):
         raise SessionNotFoundError(session_id[:128])
     return session_id
@@ -67,8 +67,8 @@ def checked_session_id(session_id: str) -> str:
 async def create_session() -> TrioResponse:
     """Create a session.
 
-    Everything is optional: `{}` makes one with an id of ours. It expires when it has not been used for
-    `idle_timeout_s`; accepting or ending a turn and PATCH are uses, reading is none.
+    All fields are optional: `{}` creates a session with a new id. A session expires when it has not been used for
+    `idle_timeout_s`. Accepting a turn, the end of a turn and PATCH count as use; reading does not.
     """
     service = current_service()
     body = await read_body(request, CreateSession, service)
@@ -85,7 +85,7 @@ async def create_session() -> TrioResponse:
 async def list_sessions() -> TrioResponse:
     """List sessions, newest first.
 
-    A session that is there from the first page to the last is in exactly one of them.
+    A session that exists from the first page to the last one is on exactly one page.
     """
     query = read_query(request, SessionsQuery)
     sessions = current_service().sessions
@@ -117,7 +117,8 @@ async def get_session(session_id: str) -> TrioResponse:
 async def update_session(session_id: str) -> TrioResponse:
     """Change a session and move its expiry.
 
-    What is left out stays; null clears `title`, `model` and `system_message`. `metadata` is replaced as a whole.
+    Fields that are left out do not change; null clears `title`, `model` and `system_message`. `metadata` is replaced as
+    a whole.
     """
     session_id = checked_session_id(session_id)
     service = current_service()
@@ -135,8 +136,8 @@ async def update_session(session_id: str) -> TrioResponse:
 async def delete_session(session_id: str) -> TrioResponse:
     """Delete a session.
 
-    It is gone for everybody at once; its turns end as `cancelled` (`session_deleted`). Completes even
-    if the caller leaves; a second call meanwhile waits and gets 204 too.
+    All callers see it gone at once; its turns end as `cancelled` (`session_deleted`). The deletion completes even if
+    the caller leaves. A second call during the deletion waits and gets 204 too.
     """
     service = current_service()
     allow_longer_answer(by_s=service.settings.cleanup_timeout_s + service.settings.store_timeout_s)
@@ -157,8 +158,8 @@ async def delete_session(session_id: str) -> TrioResponse:
 async def fork_session(session_id: str) -> TrioResponse:
     """Fork a session: create one with its settings and a copy of its conversation.
 
-    Copied are the turns on the path from the first one to `at`, with their events, under ids of their own; all of them
-    must have ended. From then on neither session knows of the other.
+    The fork copies the turns on the path from the first one to `at`, with their events, and gives them new ids. All of
+    them must have ended. Afterwards the two sessions are independent.
     """
     session_id = checked_session_id(session_id)
     service = current_service()

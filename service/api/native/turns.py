@@ -54,8 +54,8 @@ _NO_TURN = (SessionNotFoundError, TurnNotFoundError)
 STARTING_ERRORS = (TurnInProgressError, QueueFullError, TurnLimitError, StreamLimitError, ShuttingDownError)
 RESUMING_ERRORS = (ResumeConflictError, EventsLostError)
 RESUMES = (
-    "The id of the last event already seen: this client has come back, and nothing is started. "
-    "The session's newest turn goes on after it, where that turn has this input."
+    "The id of the last event that the client has seen: no turn is started. "
+    "The answer continues the session's newest turn after that event, if that turn has this input."
 )
 SEEN_ALL = Answer(
     status=204, description="With `Last-Event-ID`: all events have been seen.", located="The turn that has ended."
@@ -67,7 +67,7 @@ _LED_BY_ID = tuple(
 
 
 def checked_turn_id(turn_id: str) -> str:
-    """The id, if it is one. Raises: TurnNotFoundError, for no turn has an id of another form."""
+    """Return an id of valid form. Raises: TurnNotFoundError, because no turn has an id of another form."""
     if not is_turn_id(turn_id):
         raise TurnNotFoundError(turn_id[:128])
     return turn_id
@@ -102,17 +102,17 @@ def checked_turn_id(turn_id: str) -> str:
 async def start_turn(session_id: str) -> TrioResponse:
     """Start a turn.
 
-    With `Accept: text/event-stream` the answer streams its events from the first one on; with
-    `background` it is 202 at once; otherwise it comes when the turn has ended, whatever its end is:
-    look at `state`. The input is kept before the first byte of the answer. A turn that nobody
-    streams or waits for any more is cancelled, unless it is `background` or `on_disconnect` says
-    otherwise.
+    With `Accept: text/event-stream` the answer streams the turn's events from the first one on. With
+    `background` the answer is 202 at once. Otherwise the answer comes when the turn has ended, after every
+    kind of end: read `state`. The input is stored before the first byte of the answer. When the last client
+    that streams a turn or waits for it has left, the turn is cancelled, unless it is `background` or
+    `on_disconnect` is `continue`.
 
-    A client that was cut off may repeat its request with the id of the last event it has seen as
-    `Last-Event-ID`, as some libraries do by themselves. Then nothing is started. If the turn that this
-    session accepted last has the same input, the answer is its events after that one, live; 204 where none
-    is left; or, without a stream, the turn. All else in the body is not compared. If that turn has another
-    input, or fewer events, the answer is 409 `resume_conflict` with its URL as `Location`.
+    A client that lost its connection may repeat its request with the id of the last event that it has seen as
+    `Last-Event-ID`, as some libraries do by themselves. Then no turn is started. If the session's newest
+    turn has the same input, the answer is its events after that one, live; 204 if no event is left; or,
+    without a stream, the turn. The other fields of the body are not compared. If that turn has another input,
+    or fewer events, the answer is 409 `resume_conflict` with the turn's URL as `Location`.
     """
     session_id = checked_session_id(session_id)
     service = current_service()
@@ -147,9 +147,9 @@ async def start_turn(session_id: str) -> TrioResponse:
 
 
 def take_slot(service: Service) -> StreamSlot:
-    """The place of the stream that is to be the answer: taken before anything is done for it.
+    """Take the slot of the answer's stream, before any work for the request begins.
 
-    A request has one place, also where it is begun anew (see :mod:`service.api.http.proxy`).
+    A request has one slot, also if its handler runs again (see :mod:`service.api.http.proxy`).
 
     Raises:
         StreamLimitError
@@ -157,12 +157,12 @@ def take_slot(service: Service) -> StreamSlot:
     scope = cast("dict[str, StreamSlot]", request.scope)
     if _SLOT not in scope:
         scope[_SLOT] = service.sessions.streams.open_stream()
-        release_after_request(scope[_SLOT].give_back)  # only comes into effect if the answer is another one after all
+        release_after_request(scope[_SLOT].give_back)  # has an effect only if the answer is no stream
     return scope[_SLOT]
 
 
 async def start_streaming(service: Service, slot: StreamSlot, session_id: str, new: NewTurn) -> TrioResponse:
-    """Start a turn whose events are the answer."""
+    """Start a turn, and answer its events as a stream."""
     allow_longer_answer(by_s=_acceptance_s(service))
     turn, watch = await _start(service, session_id, new)
     release_later(watch)
@@ -172,7 +172,7 @@ async def start_streaming(service: Service, slot: StreamSlot, session_id: str, n
 
 
 async def resume_streaming(service: Service, session_id: str, text: str, *, after: int) -> TrioResponse:
-    """The events of the session's newest turn, for its client that has come back; 204 where it has seen them all."""
+    """Answer the newest turn's events after ``after``, for a client that has come back; 204 if none is left."""
     allow_repeat()
     slot = take_slot(service)
     turn_id, log, watch = await service.sessions.resume_newest(session_id, text=text, after=after)
@@ -190,7 +190,7 @@ async def resume_streaming(service: Service, session_id: str, text: str, *, afte
 async def _resume_waiting(
     service: Service, session_id: str, text: str, *, after: int, background: bool
 ) -> TrioResponse:
-    """The same turn, where it is the turn and not its events that the client asks for."""
+    """Answer the session's newest turn, for a client that has come back and wants no stream."""
     allow_repeat()
     allow_longer_answer(by_s=0 if background else inf)
     turn_id, log, watch = await service.sessions.resume_newest(session_id, text=text, after=after)
@@ -204,15 +204,15 @@ async def _resume_waiting(
 
 
 def _acceptance_s(service: Service) -> float:
-    """What an acceptance may take beyond one step of the store: it has up to three."""
+    """Return how much longer than one step of the store an acceptance may take: it has up to three steps."""
     return 2 * service.settings.store_timeout_s
 
 
 async def _start(service: Service, session_id: str, new: NewTurn) -> tuple[Turn, Watch]:
-    """No checkpoint comes after the acceptance, here neither."""
+    """Start a turn. There is no checkpoint after its acceptance, so the watch cannot get lost."""
     try:
         started = await service.sessions.start_turn(session_id, new)
-    except TurnNotFoundError as error:  # not what the path names, which would be 404
+    except TurnNotFoundError as error:  # the missing turn is the body's ``parent``: 422, not 404
         raise InvalidRequestError(str(error), field="parent") from None
     drop_body(request)
     return started
@@ -248,9 +248,9 @@ async def get_turn(session_id: str, turn_id: str) -> TrioResponse:
 @operation(
     id="stream_events",
     query=EventsQuery,
-    resumes="The id of the last event already seen; wins over the query.",
+    resumes="The id of the last event that the client has seen; wins over the query.",
     answers=(
-        Answer(status=200, description="The events after the one seen last, live.", streams=True),
+        Answer(status=200, description="The events after the one that was seen last, live.", streams=True),
         Answer(status=204, description="The turn has ended and all its events have been seen: do not reconnect."),
     ),
     errors=(*_NO_TURN, EventsLostError, StreamLimitError),
@@ -258,12 +258,12 @@ async def get_turn(session_id: str, turn_id: str) -> TrioResponse:
 async def stream_events(session_id: str, turn_id: str) -> TrioResponse:
     """Stream a turn's events: live, replayed or both.
 
-    Any number of streams may follow a turn, each at its own pace. After a lost connection send the
+    Any number of streams may follow a turn, each at its own speed. After a lost connection send the
     last event's id as `Last-Event-ID` (an `EventSource` does), as `lastEventId` or `Last-Event-ID` in the query (its
-    polyfills do) or as `after`: nothing is missing and nothing comes twice. The header wins over the query, and there
-    the id over `after`. Names in the query that are not known are passed over.
+    polyfills do) or as `after`: then no event is missing or sent twice. The header wins over the query, and in the
+    query the id wins over `after`. Unknown names in the query are ignored.
 
-    Compare the ids of events, and do not count them: where the process that ran the turn has crashed, the id of the
+    Compare the ids of events, and do not count them: if the process that ran the turn has crashed, the id of the
     last event, `turn.interrupted`, jumps to 1073741824 or more.
     """
     cursor, field = read_cursor(request)
@@ -289,7 +289,7 @@ async def stream_events(session_id: str, turn_id: str) -> TrioResponse:
 async def cancel_turn(session_id: str, turn_id: str) -> TrioResponse:
     """Cancel a turn and wait for its end.
 
-    Idempotent: a turn that has ended, or ends in another way first, is answered as it ended.
+    Idempotent: if the turn has ended already, or ends in another way first, the answer has that end.
     """
     service = current_service()
     allow_repeat()

@@ -1,4 +1,4 @@
-"""What travels over HTTP: the bodies that are taken and given, each with one example.
+"""The bodies and query strings of requests and the bodies of answers, each with one example.
 
 Texts are bounded further by ``input_bytes_max`` (see :mod:`service.api.http.request_body`).
 """
@@ -25,16 +25,16 @@ from service.storage.records import (
     TurnState,
 )
 
-# Python's ``$`` also matches before a last line end, JavaScript's does not: hence the lookahead.
+# Python's ``$`` also matches before a last line end, and JavaScript's does not; the lookahead makes them equal.
 _SESSION_ID = rf"^{SESSION_ID}$(?!\n)"
 _TURN_ID = rf"^{TURN_ID}$(?!\n)"
 _SEQ = r"^[0-9]{0,15}$(?!\n)"
 FORMS = {
-    _SESSION_ID: "1-128 of `A-Z a-z 0-9 _ . -`; not `.` or `..`, which no URL can name",
+    _SESSION_ID: "1-128 of `A-Z a-z 0-9 _ . -`; not `.` or `..`, which a URL cannot contain",
     _TURN_ID: "the id of a turn: `turn_` and 32 of `0-9 a-f`",
     _SEQ: "the id of an event: a whole number of at most 15 digits",
 }
-"""What the patterns say, in words."""
+"""The patterns in words, for error messages."""
 SessionId = Annotated[str, Meta(pattern=_SESSION_ID, description=f"{FORMS[_SESSION_ID]}.")]
 TurnId = Annotated[str, Meta(pattern=_TURN_ID)]
 # Told to readers of the schema only: :mod:`service.api.http.strict_json` looks itself, and says it in words.
@@ -53,20 +53,21 @@ Metadata = Annotated[
     Meta(max_length=16, description="At most 16 pairs, keys of 1-64 characters, values of at most 512."),
 ]
 IdleTimeout = Annotated[float, Meta(ge=1, le=31_536_000, description="Seconds without use until the session expires.")]
-Limit = Annotated[int, Meta(ge=1, le=100, description="How many at most; of large ones a page has fewer.")]
+Limit = Annotated[int, Meta(ge=1, le=100, description="At most this many items on a page; fewer if they are large.")]
 LastEventId = Annotated[
-    str, Meta(pattern=_SEQ, description="The id of the last event already seen; wins over `after`. Empty: none.")
+    str,
+    Meta(pattern=_SEQ, description="The id of the last event that was seen; wins over `after`. Empty: none."),
 ]
 Time = Annotated[datetime, Meta(tz=True)]
-After = Annotated[str, Meta(max_length=512, description="The `next` of the page before.")]
+After = Annotated[str, Meta(max_length=512, description="The `next` of the previous page.")]
 
 
 class RequestBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A body that is taken."""
+    """The body of a request."""
 
 
 class Query(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A query string that is taken. What was not given is UNSET: as a text, "null" is not null."""
+    """The query string of a request. A parameter that was not given is UNSET, because "null" is a text here."""
 
 
 # Sessions
@@ -91,7 +92,7 @@ class ForkSession(RequestBody, frozen=True, kw_only=True):
 
 
 class UpdateSession(RequestBody, frozen=True, kw_only=True):
-    """``{"title": "Refund for order 4711", "model": null}``: what is left out stays.
+    """``{"title": "Refund for order 4711", "model": null}``: fields that are left out do not change.
 
     null clears ``title``, ``model`` and ``system_message``.
     """
@@ -111,7 +112,7 @@ class SessionUsage(msgspec.Struct, frozen=True):
 
 
 def _whole(number: float) -> float:
-    """The number as JSON should show it: ``1800`` and not ``1800.0``, where it is a whole one."""
+    """Return a whole number as an int, so that JSON shows ``1800`` and not ``1800.0``."""
     return int(number) if number.is_integer() else number
 
 
@@ -227,7 +228,8 @@ class StartTurn(RequestBody, frozen=True, kw_only=True):
     input: Text
     parent: (
         Annotated[
-            TurnId | None, Meta(description="The turn this one follows: the head if left out, null to begin anew.")
+            TurnId | None,
+            Meta(description="The turn that this one follows: the head if left out, none if null."),
         ]
         | UnsetType
     ) = UNSET
@@ -238,16 +240,19 @@ class StartTurn(RequestBody, frozen=True, kw_only=True):
         OnConflict, Meta(description="What to do while another turn of the session is running or queued.")
     ] = "reject"
     on_disconnect: Annotated[
-        OnDisconnect, Meta(description="What to do when nobody streams or waits for the turn any more.")
+        OnDisconnect,
+        Meta(description="What happens when no client streams the turn or waits for it any more."),
     ] = "cancel"
-    background: Annotated[bool, Meta(description="Answer 202 at once; nobody needs to wait for the turn.")] = False
+    background: Annotated[
+        bool, Meta(description="Answer 202 at once; the turn runs also if no client waits for it.")
+    ] = False
 
 
 class Turn(msgspec.Struct, frozen=True, kw_only=True):
     """A turn; ``text`` is the reply so far.
 
-    ``"stored": false`` is there only where the turn has ended and the store has not taken that end: it tries again, and
-    after a crash the store's own word counts.
+    ``"stored": false`` is there only if the turn has ended and the store has not stored its end yet. The write is tried
+    again; after a crash the state in the store counts.
 
     ``{"id": "turn_0a…", "session_id": "sess_6f…", "parent": null, "state": "completed", "reason": null,
     "error": null, "model": "scripted", "input": "Hi", "text": "Hello.", "finish_reason": "stop",
@@ -276,7 +281,7 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
     stored: (
         Annotated[
             Literal[False],
-            Meta(description="Only there where the turn has ended and the store has not taken its end yet."),
+            Meta(description="Only there if the turn has ended and the store has not stored its end yet."),
         ]
         | UnsetType
     ) = UNSET
@@ -315,14 +320,14 @@ class TurnList(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EventsQuery(Query, frozen=True, kw_only=True, forbid_unknown_fields=False):
-    """``?after=12``: only the events whose seq is above. ``?lastEventId=12``: the same, as a polyfill asks for it.
+    """``?after=12``: only the events with a larger seq. ``?lastEventId=12``: the same, in the form of a polyfill.
 
-    The header ``Last-Event-ID`` wins over the parameters of that name, and they over ``after``: a client that
-    reconnects repeats the URL it began with, and adds the id that it has seen last. Other names are passed over,
-    because clients add some of their own against caches.
+    The header ``Last-Event-ID`` wins over the parameters of that name, and they win over ``after``: a client that
+    reconnects repeats its first URL, and adds the id that it has seen last. Other names are ignored,
+    because clients add parameters of their own against caches.
     """
 
-    after: Annotated[int, Meta(ge=0, le=10**15, description="The seq of the last event already seen.")] = 0
+    after: Annotated[int, Meta(ge=0, le=10**15, description="The seq of the last event that was seen.")] = 0
     last_event_id: LastEventId = msgspec.field(default="", name="lastEventId")
     last_event_id_too: LastEventId = msgspec.field(default="", name="Last-Event-ID")
 
@@ -332,10 +337,10 @@ class Chat(RequestBody, frozen=True, kw_only=True):
 
     message: Text
     session_id: Annotated[
-        SessionId | None, Meta(description="Made if it is not there; left out, a new session is made.")
+        SessionId | None, Meta(description="Created if it does not exist; if left out, a new session is created.")
     ] = None
     on_disconnect: Annotated[
-        OnDisconnect, Meta(description="What to do after the turn's last stream has been left.")
+        OnDisconnect, Meta(description="What happens when no client streams the turn any more.")
     ] = "cancel"
 
 
@@ -345,7 +350,7 @@ class Chat(RequestBody, frozen=True, kw_only=True):
 class Health(msgspec.Struct, frozen=True):
     """``{"status": "ok"}``
 
-    ``writes`` is there while the store refuses them: what needs a write gets 503 until it takes them again.
+    ``writes`` is there while the store refuses writes: calls that need a write get 503 until it accepts them again.
     """
 
     status: Literal["ok", "ready"]
@@ -359,7 +364,7 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     "detail": "Turn 'turn_0a…' is still running or queued in this session; …", "turn_id": "turn_0a…"}``
 
     ``field`` names the part of the request that is wrong; ``retry_after_s`` repeats the header;
-    ``turn_id``, ``state`` and ``text`` tell of the turn that is in the way, is not there or whose events are lost.
+    ``turn_id``, ``state`` and ``text`` belong to the turn that is in the way, is missing or has lost events.
 
     Source: https://www.rfc-editor.org/rfc/rfc9457
     """

@@ -1,1 +1,1 @@
-"""The API described: OpenAPI and the page for readers."""
+"""The description of the API: the OpenAPI document and a page for readers."""

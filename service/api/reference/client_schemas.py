@@ -1,8 +1,7 @@
-"""The schemas of wire types as generators of clients understand them.
+"""The schemas of wire types in a form that generators of clients understand.
 
-msgspec describes what its types can be read from. A client needs to know more: which fields of an answer are always
-there, and which fields of a body it may leave out. Generators take a field with a ``default`` for one that is always
-there.
+msgspec describes the input that its types accept. A client also needs to know which fields of an answer are always
+there, and which fields of a body may be left out. Generators treat a field with a ``default`` as always there.
 """
 
 import json
@@ -13,12 +12,12 @@ import msgspec
 from service.api.native.wire import RequestBody
 
 _NEVER_DEFAULT = ("seq",)
-"""Fields whose default stands for what is not known yet, and is never told: events have seqs from 1."""
+"""Fields whose default means "not known yet" and is never sent: events have seqs from 1."""
 _JSON_TYPES = {str: "string", bool: "boolean", int: "integer"}
 
 
 def structs_in(kind: Any) -> dict[str, type[msgspec.Struct]]:
-    """The wire types that a type is made of, itself included, by name."""
+    """Return the wire types that a type consists of, by name; the type itself is included."""
     found: dict[str, type[msgspec.Struct]] = {}
     pending = [kind]
     while pending:
@@ -33,10 +32,10 @@ def structs_in(kind: Any) -> dict[str, type[msgspec.Struct]]:
 
 
 def for_clients(schema: dict[str, Any], kind: type[msgspec.Struct] | None = None) -> dict[str, Any]:
-    """A schema without ``default`` and with the type of each enum.
+    """Return a schema without ``default`` and with the type of each enum.
 
     Args:
-        kind: The wire type that it is of. Of its fields those are ``required`` that are always there.
+        kind: The wire type of the schema. Its fields that are always there become ``required``.
     """
     plain = {name: _node(value) for name, value in schema.items()}
     if kind is None:
@@ -62,7 +61,7 @@ def _property(
             said = f"`{json.dumps(default)}` if left out."
             described["description"] = f"{described.get('description', '')} {said}".strip()
     elif field is not None and kind.__struct_config__.omit_defaults and field.default is None:
-        described = _without_null(described)  # null is what is left out
+        described = _without_null(described)  # a field that is null is left out
     return described
 
 
@@ -82,7 +81,7 @@ def _without_null(described: dict[str, Any]) -> dict[str, Any]:
 
 
 def _node(node: Any) -> Any:
-    """A part of a schema in which each enum has a type, and one of a single value is a constant."""
+    """Return a part of a schema with a type for each enum; an enum with one value becomes a constant."""
     if isinstance(node, list):
         return [_node(it) for it in node]
     if not isinstance(node, dict):

@@ -1,4 +1,4 @@
-"""The OpenAPI document, built from the routes and what is said beside their handlers."""
+"""The OpenAPI document, built from the routes and the descriptions beside their handlers."""
 
 import inspect
 import json
@@ -34,7 +34,7 @@ from service.sessions.events.events import Event
 _PROBE_TAG = "health"
 _STATIC_TAG = "docs"
 _OPEN_TAGS = (_PROBE_TAG, _STATIC_TAG)
-"""Their calls need no API key."""
+"""The calls with these tags need no API key."""
 _TAGS = {
     "sessions": "A session holds a conversation: a tree of turns, and a head.",
     "turns": "A turn is an input and the reply to it. Every accepted turn ends exactly once.",
@@ -57,7 +57,7 @@ data: {"type":"turn.completed","seq":3,"finish_reason":"stop","usage":null,"text
 
 
 def build_document(app: Quart) -> dict[str, Any]:
-    """The document of all operations of an application."""
+    """Build the OpenAPI document of all operations of an application."""
     schemas = _Schemas()
     paths: dict[str, dict[str, Any]] = {}
     for rule in app.url_map.iter_rules():
@@ -86,7 +86,7 @@ def build_document(app: Quart) -> dict[str, Any]:
                 "bearer": {
                     "type": "http",
                     "scheme": "bearer",
-                    "description": "Where `api_keys` are set; without them this machine alone is served.",
+                    "description": "Needed if `api_keys` are set; without them only this machine is served.",
                 }
             },
         },
@@ -94,11 +94,11 @@ def build_document(app: Quart) -> dict[str, Any]:
 
 
 class _Schemas:
-    """The component schemas that were referred to so far."""
+    """The component schemas that the document refers to so far."""
 
     def __init__(self) -> None:
         self.components: dict[str, Any] = {}
-        self.problem = self.of(Problem)  # once: it is referred to a hundred times, and takes most of the time
+        self.problem = self.of(Problem)  # built once: a hundred places refer to it
 
     def of(self, kind: Any) -> dict[str, Any]:
         (schema,), components = msgspec.json.schema_components([kind], ref_template=_REF)
@@ -108,8 +108,8 @@ class _Schemas:
         return for_clients(schema)
 
     def event_stream(self) -> dict[str, Any]:
-        """Of the whole stream, a text: generated clients would read another type from it as JSON."""
-        self.components["Event"] = self.of(Event) | {"description": "What `data:` of an event is, as JSON."}
+        """Return the schema of a whole stream. It is a string: generated clients would parse another type as JSON."""
+        self.components["Event"] = self.of(Event) | {"description": "The JSON of an event's `data:`."}
         description = (
             f"Events, each with a seq as its `id:` and an `Event` as its `data:`:\n\n```\n{_EXAMPLE_STREAM}\n```"
         )
@@ -117,9 +117,9 @@ class _Schemas:
 
 
 def _codes(components: dict[str, Any]) -> dict[str, Any]:
-    """The schemas of the codes, to which the other components refer from now on.
+    """Return the schemas of the codes, and let the other components refer to them.
 
-    The types themselves take any text: what an older or newer version has stored can be read.
+    The types themselves accept every text, so codes that an older or newer version has stored can be read.
     """
     components["Failure"]["properties"]["code"] = {"$ref": _REF.format(name="FailureCode")}
     components["Problem"]["properties"]["code"] = {"$ref": _REF.format(name="ProblemCode")}
@@ -202,7 +202,7 @@ def _content(kind: type[msgspec.Struct], schemas: _Schemas) -> dict[str, Any]:
 
 
 def example_of(kind: type[msgspec.Struct]) -> dict[str, Any]:
-    """The example in the docstring of a wire type; a list's example has that of one item."""
+    """Return the example in a wire type's docstring; a list's example consists of its item's example."""
     fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
     if "data" in fields:
         (item, _) = get_args(fields["data"])

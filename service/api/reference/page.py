@@ -1,6 +1,6 @@
-"""The API's description: the OpenAPI document, and a page of it that needs nothing from elsewhere.
+"""The API's description: the OpenAPI document, and a page of it that loads nothing from other servers.
 
-Both can be read without an API key, because a browser sends none and they hold no secret.
+Both can be read without an API key, because a browser sends no key and they hold no secret.
 """
 
 import json
@@ -54,7 +54,7 @@ async def docs() -> TrioResponse:
 
 
 def document_of(app: Quart) -> dict[str, Any]:
-    """The document of an application, built when it is first asked for: its routes do not change."""
+    """Return the OpenAPI document of an application. It is built once, because the routes do not change."""
     if _DOCUMENT not in app.extensions:
         app.extensions[_DOCUMENT] = build_document(app)
     document: dict[str, Any] = app.extensions[_DOCUMENT]
@@ -85,11 +85,11 @@ _PAGE_HEADERS = {
 
 
 def render(document: dict[str, Any], *, url: str = _EXAMPLE_URL, keyed: bool = False) -> str:
-    """The document as a page, whole without scripts.
+    """Return the OpenAPI document as a page that needs no scripts.
 
     Args:
-        url: Where the server is, in the commands that are shown; with the prefix.
-        keyed: Whether these commands need an API key.
+        url: The server's URL in the example commands; with the prefix.
+        keyed: Whether the commands need an API key.
     """
     info = document["info"]
     parts = [
@@ -114,20 +114,19 @@ def render(document: dict[str, Any], *, url: str = _EXAMPLE_URL, keyed: bool = F
 
 
 _ABOUT_COMMANDS = (
-    f"The commands are for a shell; put this server's address in the place of `{_EXAMPLE_URL}`, and ids of yours in "
-    "the place of those that are shown."
+    f"The commands are for a shell; replace `{_EXAMPLE_URL}` by this server's address, and the ids by your own."
 )
 _ABOUT_KEYS = " `$LASTCALL_KEY` stands for one of the server's API keys: `export LASTCALL_KEY=…` once."
 
 
 def _command(method: str, path: str, operation: dict[str, Any], *, url: str, keyed: bool) -> str:
-    """The call as a command of ``curl``."""
+    """Return the command of ``curl`` for a call."""
     for name, value in _EXAMPLE_IDS.items():
         path = path.replace(f"{{{name}}}", value)
     parts = ["curl"]
     answers = [media for answer in operation["responses"].values() for media in answer.get("content", {})]
     if EVENT_STREAM in answers:
-        parts.append("-N")  # each event as it comes
+        parts.append("-N")  # show each event as it arrives
     if method != "get":
         parts.append(f"-X {method.upper()}")
     parts.append(shlex.quote(url + path))
@@ -142,7 +141,7 @@ def _command(method: str, path: str, operation: dict[str, Any], *, url: str, key
 
 
 def _failed_turns() -> str:
-    """The codes of failed turns. Where a problem has the same code, the plain anchor is there: its type leads to it."""
+    """Return the table of codes of failed turns. A code that is also a problem's code has its plain anchor there."""
     shared = {code for _, code in codes()}
     rows = [
         f'<tr id="{"failed-" if code in shared else ""}{code}"><td><code>{code}</code>'
@@ -214,6 +213,6 @@ def _paragraphs(text: str) -> str:
 
 
 def _prose(text: str) -> str:
-    """Text with `code` in backticks, as the document has it."""
+    """Return the HTML of a text with `code` in backticks."""
     pieces = escape(text).replace("``", "`").split("`")
     return "".join(f"<code>{piece}</code>" if index % 2 else piece for index, piece in enumerate(pieces))
