@@ -1,4 +1,4 @@
-"""Benchmarks: what happens on a deploy with N people streaming, here and with what one would have written otherwise.
+"""Benchmarks: a deploy while N people stream, on this service and on the usual other servers.
 
-``python -m bench --help`` tells how to run it; README.md beside this file says what is measured and how.
+``python -m bench --help`` shows the options; README.md beside this file describes the measurements.
 """

@@ -1,4 +1,4 @@
-"""``python -m bench [scenario]``: measure, print a table, leave raw rows, a report and a plot."""
+"""``python -m bench [scenario]``: measures, prints a table, and writes raw rows, a report and a plot."""
 
 import argparse
 import sys
@@ -26,7 +26,7 @@ _RESULTS = Path(__file__).parent / "results"
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[Programme, Path]:
-    """What to measure and where to leave it. Raises SystemExit, as argparse does."""
+    """Read from the command line what to measure and where to write it. Raises SystemExit, as argparse does."""
     names = [contender.name for contender in CONTENDERS]
     parser = argparse.ArgumentParser(prog="just bench", description="What happens to N people streaming on a deploy?")
     parser.add_argument("scenario", nargs="?", default="shutdown", choices=NAMES)
@@ -54,7 +54,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Programme, Path]:
 
 
 async def run(programme: Programme, out: Path, console: Console) -> None:
-    """Measure it all; rows are in their file as soon as they are there."""
+    """Run all measurements. Each row is written to its file at once."""
     server_cpus, client_cpus = choose_cpus()
     machine = look_at_machine(server_cpus=server_cpus, client_cpus=client_cpus)
     for contender in programme.chosen:

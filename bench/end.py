@@ -1,7 +1,7 @@
-"""How soon after its cause is the connection to the model server closed? Until then somebody pays for tokens.
+"""Measures the time from a turn's end to the close of its model connection. Until the close, tokens cost money.
 
-``client gone``: the client closes its connection in mid-stream. ``cancel``: it asks for the turn's end.
-``deadline``: the model server has been silent for as long as it may, counted from its last token's send.
+``client gone``: the client closes its connection in mid-stream. ``cancel``: the client cancels the turn.
+``deadline``: the model server has been silent for the longest time allowed, counted from the send of its last token.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ _TIME_MAX_S = 30.0
 
 
 class EndRow(msgspec.Struct, kw_only=True):
-    """How long it took, for all turns of one cause."""
+    """The times of all turns that end by one cause."""
 
     kind: str = "end"
     contender: str
@@ -48,7 +48,7 @@ TABLE = Table(
 
 
 async def measure_contender(contender: Contender, place: Place, *, repeat: int, turns: int = TURNS) -> list[EndRow]:
-    """Every cause that the contender knows."""
+    """Measure every cause that the contender supports."""
     rows = []
     async with open_stage(contender, place) as stage:
         gone = chat_streams("gone", turns, "rate=20", leave_after_tokens=_TOKENS_BEFORE)
@@ -71,7 +71,7 @@ async def measure_contender(contender: Contender, place: Place, *, repeat: int, 
 
 
 async def _watch(stage: Stage, group: Streams) -> tuple[LoadResult, list[ReplyBook]]:
-    """Until all connections are closed, or for as long as that may take."""
+    """Wait until all connections are closed, with a bound."""
     async with stage.open_load(group) as load:
         with trio.move_on_after(_TIME_MAX_S):
             while not all(book.closed_at for book in await stage.upstream.books()):  # noqa: ASYNC110  another process

@@ -1,7 +1,7 @@
-"""What does a sweep of the expiry loop cost, and how long does it hold up everything else?
+"""Measures the cost of one sweep of the expiry loop, and the longest time for which it holds up other tasks.
 
-In this process, on the service's own sweep: N sessions are stored, 1 000 of them have expired. The event loop's pauses
-are seen by a task that wakes up each millisecond; the same task without a sweep is the control.
+The service's own sweep runs in this process: N sessions are stored, 1 000 of them have expired. A task that wakes up
+each millisecond sees the event loop's pauses; the same task without a sweep is the control.
 """
 
 import time
@@ -77,7 +77,7 @@ async def measure(kind: str, sessions: int, folder: Path, *, repeat: int) -> Exp
 
 
 class _Pauses:
-    """Wakes up each millisecond and notes by how much it was late."""
+    """Wake up each millisecond and note the delay."""
 
     def __init__(self) -> None:
         self.longest_s = 0.0

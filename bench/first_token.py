@@ -1,7 +1,7 @@
-"""How much later does the first token come than from the model server itself?
+"""Measures how much later the first token comes than from the model server itself.
 
-One client asks again and again, each time on a new connection, alone or beside 200 others that stream. What is added
-is the difference to the same question asked of the model server directly.
+One client asks many times, each time on a new connection, alone or beside 200 others that stream. The server's part is
+the difference to the same question sent to the model server directly.
 """
 
 from collections.abc import Awaitable, Callable
@@ -25,7 +25,7 @@ _TIME_MAX_S = 60.0
 
 
 class FirstTokenRow(msgspec.Struct, kw_only=True):
-    """How long the first tokens took."""
+    """The times to the first token."""
 
     kind: str = "first-token"
     contender: str

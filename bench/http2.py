@@ -1,7 +1,7 @@
 """Event streams over one HTTP/2 connection, judged by the same rules as over HTTP/1.1.
 
-The last chunk is END_STREAM here; a stream that ends by RST_STREAM was reset, one whose connection closed
-before either was truncated.
+END_STREAM counts as the last chunk. A stream that ends by RST_STREAM was reset; a stream whose connection closed
+before either of them was truncated.
 """
 
 import socket
@@ -18,7 +18,7 @@ from bench.wire import StreamJudge, StreamResult
 
 
 class Http2Judge:
-    """A client with prior knowledge: give it its requests, then run it."""
+    """A client with prior knowledge: add its requests, then run it."""
 
     def __init__(self, *, authority: str) -> None:
         self._authority = authority
@@ -42,7 +42,7 @@ class Http2Judge:
         self._judges[stream] = StreamJudge(result)
 
     async def run(self, sock: socket.socket, *, on_ready: Callable[[], None]) -> None:
-        """Read until the connection ends; ``on_ready`` once every stream has a token or has ended."""
+        """Read until the connection ends; call ``on_ready`` once every stream has a token or has ended."""
         ready = False
         try:
             await send_all(sock, self._connection.data_to_send())

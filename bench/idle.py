@@ -1,4 +1,4 @@
-"""What does it cost to have sessions, turns and streams, and how long does a start take with many of them stored?"""
+"""Measures the memory of sessions, turns and streams, and the time of a start with many stored sessions."""
 
 import time
 
@@ -14,7 +14,7 @@ from bench.table import Table, number
 
 
 class IdleRow(msgspec.Struct, kw_only=True):
-    """One figure: what ``count`` of something cost."""
+    """One figure: the cost of ``count`` things of one kind."""
 
     kind: str = "idle"
     what: str
@@ -41,7 +41,7 @@ TABLE = Table(
 async def measure_memory(
     contender: Contender, place: Place, *, repeat: int, sessions: int, turns: int
 ) -> list[IdleRow]:
-    """Memory of stored sessions, of sessions with a running turn, and of live streams."""
+    """Measure the memory of stored sessions, of sessions with a running turn, and of live streams."""
     rows = []
     create = Calls(name="create", count=20, requests=(Request(path="/sessions", body="{}"),), repeat=sessions // 20)
     begin = (
@@ -64,7 +64,7 @@ async def measure_memory(
 
 
 async def measure_start(contender: Contender, place: Place, *, repeat: int, sessions: int) -> list[IdleRow]:
-    """Time to start with an empty store and with many sessions in it."""
+    """Measure the time of a start with an empty store and with many sessions in it."""
     path = place.folder / f"start-{repeat}.db"
     rows = [await _measure_start(contender, place, repeat, 0)]
     async with open_store("sqlite", path) as store:

@@ -1,10 +1,10 @@
-"""The load client: a process that opens streams, behaves well or badly, and says what it saw on the wire.
+"""The load client: a process that opens streams, behaves well or badly, and reports what it saw on the wire.
 
-It is a process of its own, so that neither the server nor the harness shares an interpreter with what judges
-them. ``python -m bench.load`` reads a :class:`~bench.plan.Plan` (one line of JSON) from its standard input, opens
-everything in it and prints ``ready`` once all of it is there; it then only watches. The next line, or the
-end of input, makes it stop: what is still open is recorded as open, and one line of JSON, a
-:class:`~bench.plan.LoadResult`, ends it.
+It is a separate process, so the server and the harness share no interpreter with the code that judges them.
+``python -m bench.load`` reads a :class:`~bench.plan.Plan` (one line of JSON) from its standard input, opens the plan's
+connections and prints ``ready`` once all are open; then it only watches. The next line, or the end of input, stops it:
+connections that are still open are recorded as open, and its last output is one line of JSON, a
+:class:`~bench.plan.LoadResult`.
 """
 
 import itertools
@@ -40,7 +40,7 @@ from bench.poller import Poller, connect, receive_some, send_all
 from bench.wire import ResponseParser, StreamEnd, StreamJudge, StreamResult, WireError
 
 _OPENING_AT_ONCE_MAX = 64
-"""Below every server's backlog: what is measured is the stop, not a storm of connections."""
+"""Connections that are opened at once: below every server's backlog, because the scenarios measure the stop."""
 _PROBE_AGE_MIN_S = 0.1
 
 
@@ -73,11 +73,11 @@ class _Client:
         return Template(request.path).safe_substitute(self._values)
 
     async def exchange(self, sock: socket.socket, request: Request) -> ResponseParser:
-        """Send a request, read its response, capture what is asked for.
+        """Send a request, read its response, and capture the values that the request names.
 
         Raises:
             OSError, WireError: The connection failed.
-            _RefusedError: The answer is no success.
+            _RefusedError: The answer is not a success.
         """
         await send_all(sock, self.encode(request))
         response, body = await read_response(sock)
@@ -89,7 +89,7 @@ class _Client:
 
 
 async def read_response(sock: socket.socket) -> tuple[ResponseParser, bytes]:
-    """Read one response to its end, or to where the peer closed (it is not ``complete`` then)."""
+    """Read one response to its end, or up to the peer's close (then it is not ``complete``)."""
     response = ResponseParser()
     body = b""
     while not response.complete:
@@ -166,14 +166,14 @@ class Load:
         self._stalled: list[tuple[socket.socket, StreamJudge]] = []
 
     async def run(self, *, on_ready: Callable[[], None], stop: trio.Event) -> None:
-        """Open all, call ``on_ready``, and watch until ``stop``, which may come while it still opens."""
+        """Open all connections, call ``on_ready``, and watch until ``stop``, which may come during the opening."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._poller.run)
             nursery.start_soon(self._run_sampling)
             nursery.start_soon(self._open_all, nursery, on_ready)
             await stop.wait()
             nursery.cancel_scope.cancel()
-        # A probe that has only just been sent says nothing yet.
+        # A probe that was sent just now has no result yet.
         young = time.monotonic() - _PROBE_AGE_MIN_S
         self.result.probes = [p for p in self.result.probes if p.outcome != "silent" or p.at < young]
         for sock, judge in self._stalled:
@@ -182,7 +182,7 @@ class Load:
             sock.close()
 
     async def _open_all(self, nursery: trio.Nursery, on_ready: Callable[[], None]) -> None:
-        """Start every client; ``on_ready`` when each is ready or has failed."""
+        """Start every client; call ``on_ready`` when each is ready or has failed."""
         async with trio.open_nursery() as opening:
             for group in self._plan.groups:
                 match group:
@@ -209,7 +209,7 @@ class Load:
     # Event streams
 
     async def _run_stream(self, group: Streams, number: int, settled: trio.Event) -> None:
-        """One client; its streams one after another. ``settled``: it is as ready as it will be."""
+        """Run one client with its streams one after another. Calls ``settled`` once it is ready or has failed."""
         for _ in range(group.repeat):
             result = StreamResult(group=group.name, number=number)
             self.result.streams.append(result)
@@ -266,7 +266,7 @@ class Load:
             stream.result.note = f"cancel: {error}"
 
     async def _wait_stalled(self, sock: socket.socket) -> None:
-        """Wait until the server cannot send any more: its send queue has stood still for 300 ms."""
+        """Wait until the server cannot send any more: its send queue has not changed for 300 ms."""
         before = -1
         while (now := _peer_send_queue_bytes(sock)) != before or now <= 0:
             before = now
@@ -320,7 +320,7 @@ class Load:
             nursery.cancel_scope.cancel()
 
     async def _watch_rude(self, sock: socket.socket, result: RudeResult) -> None:
-        """Wait for what the server does with it. A TLS server's bytes count for nothing."""
+        """Wait until the server answers or closes the connection. Bytes of a TLS server do not count."""
         response = ResponseParser()
         try:
             while data := await receive_some(sock):
@@ -351,7 +351,7 @@ class Load:
     # HTTP/2
 
     async def _run_http2(self, group: Http2Streams, *, task_status: trio.TaskStatus[None]) -> None:
-        """All streams of the group in one connection."""
+        """Run all streams of the group in one connection."""
         from bench.http2 import Http2Judge  # noqa: PLC0415  nothing else needs the h2 package
 
         results = [StreamResult(group=group.name, number=number) for number in range(group.count)]
@@ -375,7 +375,7 @@ class Load:
     # Probes
 
     async def _run_prober(self, group: Prober) -> None:
-        """Probe at fixed moments, however long each takes."""
+        """Start probes at fixed moments, also while earlier ones are still open."""
         begin = trio.current_time()
         async with trio.open_nursery() as nursery:
             for number in itertools.count():
@@ -425,7 +425,7 @@ async def _send_slowly(sock: socket.socket) -> None:
 
 
 def _client_hello() -> bytes:
-    """What a TLS client says first."""
+    """Return a ClientHello, the first message of a TLS client."""
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     client = ssl.create_default_context().wrap_bio(incoming, outgoing, server_hostname="localhost")
     try:
@@ -436,7 +436,7 @@ def _client_hello() -> bytes:
 
 
 def _peer_send_queue_bytes(sock: socket.socket) -> int:
-    """Bytes in the send queue of the other end, which is on this machine; 0 if it is not there."""
+    """Return the bytes in the send queue of the peer, which is on this machine; 0 if the peer is gone."""
     (own_host, own_port), (peer_host, peer_port) = sock.getsockname(), sock.getpeername()
     local, remote = (
         f"{struct.unpack('=I', socket.inet_aton(host))[0]:08X}:{port:04X}"
@@ -450,7 +450,7 @@ def _peer_send_queue_bytes(sock: socket.socket) -> int:
 
 
 def _read_rest(sock: socket.socket, judge: StreamJudge) -> None:
-    """Judge a stalled stream at last: all that is there, and how it ended."""
+    """Read the rest of a stalled stream at the end, and judge how it ended."""
     try:
         while data := sock.recv(262144):
             judge.feed(data, time.monotonic())
@@ -462,7 +462,7 @@ def _read_rest(sock: socket.socket, judge: StreamJudge) -> None:
 
 
 async def run_command() -> None:
-    """The process: one plan in, one result out."""
+    """Run the process: read one plan, print one result."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     lines = aiter(trio.lowlevel.FdStream(0))

@@ -1,4 +1,4 @@
-"""What a figure was measured on: the machine, its load, and the versions of everything that took part."""
+"""The machine of a measurement: its processor, its load, and the versions of all programs that took part."""
 
 import os
 import platform
@@ -18,11 +18,11 @@ _PACKAGES = (
     *("fastapi", "starlette", "uvicorn", "uvloop", "httptools", "sse-starlette"),
 )
 BUSY_SHARE_MAX = 0.1
-"""Above this share of the cores in use by others, a figure says that the machine was busy."""
+"""If other processes use more than this share of the cores, the report says that the machine was busy."""
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
-    """Written once into each file of raw rows, first."""
+    """The machine and the versions. The first row of each file of raw rows."""
 
     kind: str = "machine"
     date: str
@@ -71,7 +71,7 @@ def describe_machine(machine: Machine) -> str:
 
 
 def choose_cpus() -> tuple[str | None, str | None]:
-    """A core for the server and the others for clients and the model server; no pinning on one core."""
+    """Return a core for the server, and the others for clients and the model server; no pinning on one core."""
     cpus = sorted(os.sched_getaffinity(0))
     if len(cpus) < 2:
         return None, None
@@ -79,7 +79,7 @@ def choose_cpus() -> tuple[str | None, str | None]:
 
 
 async def busy_share(interval_s: float = 0.2) -> float:
-    """The share of all cores in use at this moment, while nothing of ours runs."""
+    """Return the share of all cores that other processes use now, while no part of the benchmark runs."""
     before = _cpu_times()
     await trio.sleep(interval_s)
     idle, total = (now - then for now, then in zip(_cpu_times(), before, strict=True))

@@ -1,4 +1,4 @@
-"""The processes beside a server under test, as seen by the harness: the load client and the model server."""
+"""The harness's handles of the processes beside a server under test: the load client and the model server."""
 
 import subprocess
 from collections.abc import AsyncIterator, Sequence
@@ -13,7 +13,7 @@ from bench.upstream import ReplyBook
 
 
 class _Lines:
-    """A child process that is spoken to and answers in lines. Killed on leaving."""
+    """A child process that reads and writes lines. Killed when its context is left."""
 
     def __init__(self, process: trio.Process) -> None:
         assert process.stdin is not None
@@ -26,7 +26,7 @@ class _Lines:
         await self.stdin.send_all(line + b"\n")
 
     async def hear(self) -> bytes:
-        """The next line. Raises EOFError where the process has ended."""
+        """Return the next line. Raises EOFError if the process has ended."""
         while (end := self._buffer.find(b"\n")) < 0:
             data = await self.stdout.receive_some(1 << 20)
             if not data:
@@ -61,15 +61,15 @@ class LoadClient:
         self._lines = lines
 
     async def begin(self, plan: Plan) -> None:
-        """Give it the plan, of which it has none yet."""
+        """Send the plan to a load client that was started without one."""
         await self._lines.say(msgspec.json.encode(plan))
 
     async def wait_ready(self) -> None:
-        """Return once every client of the plan is where it is to be, or has failed to get there."""
+        """Return once every client of the plan is ready or has failed."""
         assert await self._lines.hear() == b"ready"
 
     async def stop(self) -> LoadResult:
-        """End it; what it has seen."""
+        """Stop the load client and return its result."""
         await self._lines.say(b"stop")
         while (line := await self._lines.hear()) == b"ready":
             pass
@@ -85,11 +85,11 @@ class UpstreamProcess:
 
     @property
     def url(self) -> str:
-        """Ends in ``/v1``, as a service is told."""
+        """The model server's URL for a service; it ends in ``/v1``."""
         return f"http://127.0.0.1:{self.port}/v1"
 
     async def books(self) -> list[ReplyBook]:
-        """What it knows of each request so far."""
+        """Return the records of all requests so far."""
         await self._lines.say(b"books")
         return msgspec.json.decode(await self._lines.hear(), type=list[ReplyBook])
 
@@ -104,7 +104,7 @@ async def open_load(plan: Plan, *, cpus: str | None = None) -> AsyncIterator[Loa
 
 @asynccontextmanager
 async def open_load_without_plan(*, cpus: str | None = None) -> AsyncIterator[LoadClient]:
-    """Start a load client that gets its plan later: meanwhile it imports what it needs, and other processes start."""
+    """Start a load client that gets its plan later, so that its imports and other starts run at the same time."""
     async with _open_lines("bench.load", cpus) as lines:
         yield LoadClient(lines)
 

@@ -1,4 +1,4 @@
-"""What a load client is to do, and what it saw: the two messages between it and the harness."""
+"""The two messages between the harness and a load client: the plan, and the result."""
 
 from typing import Literal
 
@@ -8,7 +8,7 @@ from bench.wire import StreamResult
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """A request. ``$n`` (the number of the client) and what was captured are put into path and body."""
+    """A request. ``$n`` (the number of the client) and captured values are put into path and body."""
 
     method: str = "POST"
     path: str
@@ -24,13 +24,13 @@ class Streams(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         half_close: Shut down the sending side once the last request is sent; go on reading.
         asks_ahead: Send the last request once more without waiting for the end of its response.
         stalled: Read nothing of the stream, with a small receive buffer. Ready once the server's
-            send queue has stood still.
+            send queue does not change any more.
         repeat: Streams one after another, each on a connection of its own.
         ready_at: The client is ready when the response's ``head`` or its first ``token`` is there, or at the ``end``
             of its last stream.
-        leave_after_tokens: Close the connection in mid-stream after so many tokens; 0: never.
-        cancel_after_tokens: Cancel the turn, over another connection, after so many; 0: never. The
-            response's Location is the turn's.
+        leave_after_tokens: Close the connection in mid-stream after this many tokens; 0: never.
+        cancel_after_tokens: Cancel the turn, over another connection, after this many tokens; 0: never. The
+            response's Location names the turn.
         keep_delays: Note each token's way from the model to here, in ``LoadResult.delays_ns``.
     """
 
@@ -105,7 +105,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RudeResult(msgspec.Struct, kw_only=True):
-    """What became of a connection that is no stream."""
+    """The end of a connection that is not a stream."""
 
     group: str
     number: int
@@ -115,7 +115,7 @@ class RudeResult(msgspec.Struct, kw_only=True):
 
 
 class ProbeResult(msgspec.Struct, kw_only=True):
-    """What one new connection got.
+    """The answer to one new connection.
 
     ``answered``: a complete response, ``status`` says which; ``incomplete``: closed within it;
     ``reset``, also after a silent wait; ``refused`` at the connect; ``silent``: nothing, or not all, when
@@ -133,12 +133,12 @@ class ProbeResult(msgspec.Struct, kw_only=True):
 
     @property
     def waited_s(self) -> float:
-        """How long it waited for whatever it got; infinite if that never came."""
+        """The time until the answer or the close; infinite without one."""
         return float("inf") if self.answered_at is None else self.answered_at - self.at
 
 
 class CallsResult(msgspec.Struct, kw_only=True):
-    """How one client's calls went: the first that was no success ends them."""
+    """The calls of one client: the first call without success ends them."""
 
     group: str
     number: int
@@ -147,7 +147,7 @@ class CallsResult(msgspec.Struct, kw_only=True):
 
 
 class LoadResult(msgspec.Struct, kw_only=True):
-    """All that the client saw."""
+    """All observations of the load client."""
 
     streams: list[StreamResult] = []
     rude: list[RudeResult] = []

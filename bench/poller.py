@@ -1,8 +1,7 @@
 """One epoll for many sockets, waited for by one Trio task.
 
-A task per socket would be the ordinary way and costs some 30 µs a wake-up. A load client and a model
-server that handle 20 000 tokens a second on one core, beside each other, cannot have that: they would
-measure themselves.
+A task for each socket is the ordinary way, and costs some 30 µs a wake-up. That is too much for a load client and a
+model server that handle 20 000 tokens a second together on one core: they would measure themselves.
 """
 
 import errno
@@ -46,8 +45,8 @@ class Poller:
 async def connect(address: tuple[str, int], *, small_buffers: bool = False) -> socket.socket:
     """A connected, non-blocking socket of the standard library.
 
-    With ``small_buffers`` the peer's writes soon block when nobody reads. A small segment size is part of
-    that: over loopback the kernel sizes a peer's send buffer by it, and grants 2.5 MB for the usual one.
+    With ``small_buffers`` the peer's writes soon block when the client does not read. This needs a small segment size
+    too: over loopback the kernel sizes a peer's send buffer by it, and grants 2.5 MB for the usual size.
 
     Raises:
         OSError: As ``connect(2)``.
@@ -85,7 +84,7 @@ async def send_all(sock: socket.socket, data: bytes) -> None:
 
 
 async def receive_some(sock: socket.socket) -> bytes:
-    """What is there, at least one byte; empty where the peer closed its side. Raises OSError."""
+    """Return the bytes that are there, at least one; empty if the peer closed its side. Raises OSError."""
     while True:
         try:
             return sock.recv(65536)

@@ -1,10 +1,10 @@
-"""How many tokens a second does one core relay, and how much later do they arrive?
+"""Measures how many tokens a second one core relays, and how much later they arrive.
 
-``paced``: tokens come one by one, each a frame and a write of its own; what one core could do follows from the
-processor time that they cost. ``half``: the same at half of what the core could do; the delay that is added to a token.
-``coalesced``: eight frames come in one write. ``flood``: the model sends as fast as it is read, eight frames at a time;
-the core is full, and so are all buffers on the way: its delay says nothing.
-The control, ``direct``, is the load client on the model server itself: no row can be better than that.
+``paced``: tokens come one by one, each in a frame and a write of its own; one core's capacity follows from their
+processor time. ``half``: the same at half of that capacity; it shows the delay that the server adds to a token.
+``coalesced``: eight frames come in one write. ``flood``: the model sends eight frames at a time, as fast as the server
+reads; the core and all buffers are full, so the delay means nothing.
+The control, ``direct``, is the load client on the model server itself: no row can be better.
 """
 
 import time
@@ -77,7 +77,7 @@ TABLE = Table(
 async def measure_contender(
     contender: Contender, place: Place, *, repeat: int, streams: tuple[int, ...], window_s: float
 ) -> list[RelayRow]:
-    """All modes on one server, started anew for each."""
+    """Measure all modes on one contender, with a new server for each."""
     measure = partial(_measure, contender, place, repeat=repeat, window_s=window_s)
     rows = []
     for count in streams:

@@ -1,4 +1,4 @@
-"""Raw rows: kept as lines of JSON, and summed up without a mean."""
+"""Raw rows: kept as lines of JSON, and summarised without a mean."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -10,7 +10,7 @@ import msgspec
 
 
 class RowFile:
-    """A file to which each row is appended as soon as it is there."""
+    """A file to which each row is appended at once."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -29,7 +29,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Summary:
-    """What is said of a set of figures."""
+    """The summary of a set of figures."""
 
     n: int
     p50: float
@@ -41,7 +41,7 @@ class Summary:
 
 
 def summarize(figures: Iterable[float | None]) -> Summary | None:
-    """n, p50, p99 and max of what is there; None if nothing is."""
+    """Return n, p50, p99 and max of the figures; None without figures."""
     known = sorted(figure for figure in figures if figure is not None)
     if not known:
         return None
@@ -49,5 +49,5 @@ def summarize(figures: Iterable[float | None]) -> Summary | None:
 
 
 def percentile(ascending: Sequence[float], percent: float) -> float:
-    """The smallest figure that is no less than ``percent`` per cent of all (nearest rank)."""
+    """Return the percentile of the figures by the nearest rank."""
     return ascending[max(math.ceil(len(ascending) * percent / 100) - 1, 0)]

@@ -1,4 +1,4 @@
-"""What each scenario measures, in which order, and at which size. Each yields its rows as they come."""
+"""The scenarios: their measurements, their order and their sizes. Each yields its rows one by one."""
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ RELAYS = ("lastcall", "fastapi")
 
 @dataclass(frozen=True)
 class Programme:
-    """What was asked for on the command line."""
+    """The choices of the command line."""
 
     scenario: str
     size: Size
@@ -38,7 +38,7 @@ class Programme:
 
     @property
     def chosen(self) -> list[Contender]:
-        """The contenders by name, or those that the scenario is about."""
+        """Return the contenders by name, or else the scenario's own list."""
         if self.only:
             return choose(self.only)
         if self.scenario == "shutdown":
@@ -47,18 +47,18 @@ class Programme:
 
     @property
     def contenders(self) -> list[Contender]:
-        """Those of the chosen that can run here."""
+        """Return the chosen contenders that can run on this machine."""
         return [contender for contender in self.chosen if contender.missing is None]
 
     @property
     def times(self) -> int:
-        """How often everything is measured."""
+        """Return how often each measurement is repeated."""
         if self.repeats is not None:
             return self.repeats
         return {"quick": 1, "usual": 3, "full": 5}[self.size] if self.scenario in ("shutdown", "store") else 1
 
     def steps(self) -> int | None:
-        """How many rows there will be, where that is known."""
+        """Return the number of rows to come, if it is known."""
         if self.scenario == "shutdown":
             return len(self.contenders) * len(self.cases()) * self.times
         return None
@@ -82,7 +82,7 @@ async def measure(programme: Programme, place: Place) -> AsyncGenerator[Any, Non
 
 
 async def _measure_shutdown(programme: Programme, place: Place, repeat: int) -> AsyncGenerator[Any, None]:
-    """Interleaved: each repeat has everything, and begins with another contender."""
+    """Yield the runs interleaved: each repeat has all runs, and begins with another contender."""
     contenders = programme.contenders
     start = repeat % len(contenders)
     if repeat == 0:

@@ -36,9 +36,9 @@ class Launch:
     """How to start a server.
 
     Args:
-        argv: The command. It is to say ``Running on http://127.0.0.1:PORT`` once it listens.
-        env: Added to this process's environment, from which every ``LASTCALL_*`` is taken.
-        workers: How many of its processes say so.
+        argv: The command. It prints ``Running on http://127.0.0.1:PORT`` once it listens.
+        env: Added to this process's environment, after every ``LASTCALL_*`` is removed from it.
+        workers: How many of the command's processes print that line.
         cpus: The cores it may use, e.g. ``"0"``; all if None.
         stderr_pipe: Its output goes through a pipe that can be filled or closed; otherwise straight
             to the log file.
@@ -100,11 +100,11 @@ class ServerProcess:
     # What it says
 
     def log(self) -> str:
-        """All that it has written so far."""
+        """Return the server's output so far."""
         return self.log_path.read_text(errors="replace")
 
     async def wait_listening(self) -> None:
-        """Return once all its workers say that they listen; ``port`` is set then.
+        """Return once all workers have printed that they listen; then ``port`` is set.
 
         Raises:
             ServerFailedError: It ended instead.
@@ -126,7 +126,7 @@ class ServerProcess:
     # Signals
 
     def signal_main(self, number: int) -> float:
-        """Signal the process that was started; gives the time of it. Raises ServerFailedError if all have ended."""
+        """Signal the process that was started, and return the time. Raises ServerFailedError if all have ended."""
         return self._signal(os.kill, number)
 
     def signal_group(self, number: int) -> float:
@@ -144,7 +144,7 @@ class ServerProcess:
         return [pid for pid in self.members() if pid != self.pid and b"spawn_main" in _command_line(pid)]
 
     def resident_bytes(self) -> int:
-        """The resident memory of all its processes, shared pages counted in each."""
+        """Return the resident memory of all its processes; shared pages count in each."""
         return sum(_resident_bytes(pid) for pid in self.members())
 
     def _signal(self, send: Callable[[int, int], None], number: int) -> float:
@@ -176,7 +176,7 @@ class ServerProcess:
             self._exits.append((pid, os.waitstatus_to_exitcode(status), time.monotonic()))
         codes = {pid: code for pid, code, _ in self._exits}
         self._process.returncode = codes[self.pid]  # subprocess must not wait for it as well
-        # Whoever left the group has kept its environment.
+        # A process that left the group has kept its environment.
         strays = tuple(pid for pid in _all_pids() if self._mark.encode() in _environment(pid))
         self.gone = Gone(exit_code=codes[self.pid], at=self._exits[-1][2], exits=tuple(self._exits), strays=strays)
         try:
@@ -186,7 +186,7 @@ class ServerProcess:
 
 
 class _StderrPipe:
-    """A server's output through a pipe, copied to its log until somebody stops reading."""
+    """A server's output through a pipe, copied to its log until a test stops the reading."""
 
     def __init__(self, log_path: Path) -> None:
         self._ends = list(os.pipe())
@@ -227,7 +227,7 @@ class _StderrPipe:
 
 @asynccontextmanager
 async def open_server(launch: Launch, *, log_path: Path, start_timeout_s: float = 20) -> AsyncIterator[ServerProcess]:
-    """Start a server, wait until it listens, and kill what is left of it on leaving.
+    """Start a server and wait until it listens. Processes that are left are killed when the context is left.
 
     Raises:
         ServerFailedError: It ended before it listened, or did not listen in time.
@@ -252,7 +252,7 @@ async def open_server(launch: Launch, *, log_path: Path, start_timeout_s: float 
 
 
 def python_command(*arguments: str) -> list[str]:
-    """This interpreter with these arguments."""
+    """Return the command of this interpreter with these arguments."""
     return [sys.executable, *arguments]
 
 

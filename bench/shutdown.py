@@ -1,4 +1,4 @@
-"""The main scenario: N people are streaming, the server gets SIGTERM; what happens to them, and for how long?"""
+"""The main scenario: the server gets SIGTERM while N people stream. Measures how the streams end, and how fast."""
 
 import os
 import re
@@ -20,7 +20,7 @@ from bench.upstream import ReplyBook
 from bench.wire import StreamEnd
 
 CAP_S = 20.0
-"""After so long the group is killed, and the row says so."""
+"""After this time the process group is killed, and the row says so."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ class Case:
 
 
 def steady(streams: int) -> Case:
-    """Endless turns at 20 tokens a second."""
+    """Return a load of endless turns at 20 tokens a second."""
     return Case(f"steady-{streams}", f"{streams} streams", streams)
 
 
 def special(streams: int) -> tuple[Case, ...]:
-    """The same crowd with something in the way."""
+    """Return the loads with a difficulty: stalled clients, idle connections, turns that need time, a silent model."""
     return (
         Case(f"stalled-{streams}", f"{streams} streams, 1 in 100 stalled", streams, stalled=max(streams // 100, 1)),
         Case(f"idle-{streams}", f"{streams} idle keep-alive connections", 0, idle=streams),
@@ -104,7 +104,7 @@ class ShutdownRow(msgspec.Struct, kw_only=True):
 
 
 async def run_case(contender: Contender, case: Case, place: Place, *, repeat: int, cap_s: float = CAP_S) -> ShutdownRow:
-    """Start everything, let it stream, signal, watch. Never raises for what a contender does."""
+    """Start the processes, let them stream, signal, and watch. A contender's failure does not raise."""
     row = ShutdownRow(
         contender=contender.name,
         label=contender.label,

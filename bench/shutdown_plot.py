@@ -1,7 +1,7 @@
-"""The picture of the shutdown rows: latency by number of streams, readable in black and white.
+"""The plot of the shutdown rows: latency by number of streams, readable in black and white.
 
-A filled marker means that every stream ended properly, an open one that none did, a half-filled one that some
-did, with the share beside it. A cross at the top is a server that had to be killed.
+With a filled marker every stream ended properly, with an open marker none did, and with a half-filled marker some did;
+their share is beside it. A cross at the top is a server that had to be killed.
 """
 
 from collections.abc import Sequence

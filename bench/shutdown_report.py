@@ -78,7 +78,7 @@ class Cell:
 
 
 def cells_of(rows: Sequence[ShutdownRow]) -> dict[str, list[Cell]]:
-    """Cells by case, both in the order in which they first came."""
+    """Return the cells by case, both in the order of their first row."""
     cases = dict.fromkeys(row.case for row in rows)
     contenders = dict.fromkeys(row.contender for row in rows)
     cells: dict[str, list[Cell]] = {}
@@ -89,7 +89,7 @@ def cells_of(rows: Sequence[ShutdownRow]) -> dict[str, list[Cell]]:
 
 
 def draw_table(rows: Sequence[ShutdownRow]) -> Table:
-    """What has been measured so far, for the terminal."""
+    """Return the table of all measurements so far, for the terminal."""
     table = Table(title="SIGTERM to the whole process group gone, seconds: p50 / p99 / max", title_justify="left")
     for column in ("load", "server", "n", "gone", "streams ended", "exit", "log"):
         table.add_column(column, justify="right" if column == "n" else "left", overflow="fold")

@@ -1,4 +1,4 @@
-"""A server with the model server behind it and a load before it: the stage on which the scenarios play."""
+"""The setup of a scenario: a server under test, a model server behind it, and a load client."""
 
 import os
 from collections.abc import AsyncIterator, Sequence
@@ -20,7 +20,7 @@ OPENING_MAX_S = 60.0
 
 @dataclass(frozen=True)
 class Place:
-    """Where the processes run and leave their logs and stores."""
+    """The cores of the processes, and the folder for their logs and stores."""
 
     folder: Path
     server_cpus: str | None
@@ -29,7 +29,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Stage:
-    """What a scenario has in its hands."""
+    """The running processes of a scenario."""
 
     place: Place
     upstream: UpstreamProcess
@@ -38,7 +38,7 @@ class Stage:
 
     @asynccontextmanager
     async def open_load(self, *groups: Group) -> AsyncIterator[LoadClient]:
-        """A load that is all there, or has failed to get there within a minute."""
+        """Open a load, and wait until all its clients are ready or have failed, for at most a minute."""
         async with open_load(Plan(port=self.server.port, groups=groups), cpus=self.place.client_cpus) as load:
             with trio.move_on_after(OPENING_MAX_S):
                 await load.wait_ready()
@@ -72,7 +72,7 @@ def chat_streams(name: str, count: int, message: str, **options: object) -> Stre
 
 
 def direct_streams(name: str, count: int, message: str, **options: object) -> Streams:
-    """The same, asked of the model server itself."""
+    """Streams that ask the model server itself."""
     messages = [{"role": "user", "content": f"{name}$n {message}"}]
     body = msgspec.json.encode({"model": "bench", "stream": True, "messages": messages}).decode()
     request = Request(path="/v1/chat/completions", body=body)
@@ -81,7 +81,7 @@ def direct_streams(name: str, count: int, message: str, **options: object) -> St
 
 @asynccontextmanager
 async def open_direct_load(upstream: UpstreamProcess, place: Place, *groups: Group) -> AsyncIterator[LoadClient]:
-    """A load on the model server itself: the control of every scenario about delay."""
+    """Open a load on the model server itself: the control of every scenario about delay."""
     async with open_load(Plan(port=upstream.port, groups=groups), cpus=place.client_cpus) as load:
         with trio.fail_after(OPENING_MAX_S):
             await load.wait_ready()
@@ -89,7 +89,7 @@ async def open_direct_load(upstream: UpstreamProcess, place: Place, *groups: Gro
 
 
 def cpu_seconds(server: ServerProcess) -> float:
-    """Processor time that all its processes have used."""
+    """Return the processor time that all processes of the server have used."""
     total = 0
     for pid in server.members():
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -98,7 +98,7 @@ def cpu_seconds(server: ServerProcess) -> float:
 
 
 def tokens_per_s(result: LoadResult, since: float, until: float) -> float:
-    """Tokens received a second, between the samples nearest to two moments."""
+    """Return the tokens received a second, between the samples nearest to two moments."""
     first = min(result.tokens_by_second, key=lambda sample: abs(sample[0] - since))
     last = min(result.tokens_by_second, key=lambda sample: abs(sample[0] - until))
     return (last[1] - first[1]) / (last[0] - first[0])

@@ -1,9 +1,9 @@
-"""What does it cost to keep everything? SQLite beside memory, on the same server, in turn.
+"""Measures the cost of a durable store: SQLite beside memory, on the same server, in turn.
 
-The model is the service's own script, so that nothing but the service and its store takes part. ``turns``: so many
-clients, each in a session of its own, ask for one turn after another and wait for its end. ``next turn`` and
-``new session``: one client asks and reads the stream, again and again. ``shutdown``: all turns are in mid-reply when
-SIGTERM comes. What one fsync takes there is measured beside them.
+The model is the service's own script, so only the service and its store take part. ``turns``: many clients, each in its
+own session, start one turn after another and wait for its end. ``next turn`` and ``new session``: one client asks and
+reads the stream, many times. ``shutdown``: all turns are in mid-reply when SIGTERM comes. The time of one fsync in the
+same file system is measured too.
 """
 
 import os
@@ -40,7 +40,7 @@ _FSYNC_BYTES = 4096
 
 @dataclass(frozen=True)
 class Extent:
-    """How much is measured."""
+    """The size of the measurement."""
 
     sessions: int  # at once, below the load client's 64 connections
     warm_up_s: float
@@ -74,7 +74,7 @@ class StoreRow(msgspec.Struct, kw_only=True):
 
     @property
     def beside(self) -> str:
-        """How it compares with the memory row."""
+        """The comparison with the memory row."""
         if self.of_memory is not None:
             return f"{self.of_memory:.2f}"
         return " / ".join(f"{added:+.2f}" for added in self.added_ms) + " ms" if self.added_ms else "-"
@@ -104,7 +104,7 @@ TABLE = Table(
 
 
 async def measure(contender: Contender, place: Place, extent: Extent, *, repeat: int) -> AsyncGenerator[StoreRow, None]:
-    """Everything once: memory, SQLite, memory, SQLite."""
+    """Run each measurement once, in the order memory, SQLite, memory, SQLite."""
     took_ms = await trio.to_thread.run_sync(_time_fsyncs, place.folder)
     yield StoreRow(what="fsync", store="-", repeat=repeat, n=len(took_ms), took_ms=spread(took_ms))
     answered = [await _measure_answers(contender, kind, place, extent, repeat) for kind in STORES]
@@ -119,7 +119,7 @@ async def measure(contender: Contender, place: Place, extent: Extent, *, repeat:
 async def _measure_answers(
     contender: Contender, kind: str, place: Place, extent: Extent, repeat: int
 ) -> list[StoreRow]:
-    """First tokens on a server with little to do, then turns as many as it can."""
+    """Measure first tokens on a server with little load, then as many turns as the server can do."""
     create = Calls(name="create", count=extent.sessions, requests=(Request(path="/sessions", body='{"id": "s$n"}'),))
     times = _ASKED_FIRST + extent.asked
     following = Streams(name="next turn", count=1, stream=_NEXT_STREAMED, repeat=times, ready_at="end")

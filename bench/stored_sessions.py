@@ -1,4 +1,4 @@
-"""Many sessions in a store at once, for what depends on their number."""
+"""Fills a store with many sessions, for measurements that depend on their number."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,7 +17,7 @@ _AT_ONCE_MAX = 200
 
 @asynccontextmanager
 async def open_store(kind: str, path: Path) -> AsyncIterator[Store]:
-    """An empty store: ``memory``, or ``sqlite`` at a path where nothing is."""
+    """Open an empty store: ``memory``, or ``sqlite`` at a path that does not exist yet."""
     if kind == "memory":
         async with open_memory_store() as store:
             yield store

@@ -9,7 +9,7 @@ import rich.table
 
 @dataclass(frozen=True)
 class Table:
-    """What a scenario shows. A column is its head and how a row becomes its cell."""
+    """The table of a scenario. A column is its head and a function that makes a row's cell."""
 
     title: str
     note: str
@@ -35,7 +35,7 @@ class Table:
 
 
 def number(figure: float | None, digits: int = 1) -> str:
-    """A figure, or a dash where there is none."""
+    """Return a figure, or a dash without one."""
     return "-" if figure is None else f"{figure:,.{digits}f}"
 
 

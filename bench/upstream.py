@@ -1,9 +1,9 @@
-"""A model server for benchmarks and tests: OpenAI-compatible, as fast or slow or rude as it is told.
+"""A model server for benchmarks and tests: OpenAI-compatible, and as fast, slow or faulty as a request asks.
 
-The last user message says how to behave, in words such as ``rate=20 tokens=30``, and is the name under
-which the server keeps its books: one process serves a whole load, whatever mix that is. See
-:class:`Behaviour` for the words. Each token carries its number and the time it was sent
-(``<17@8123456789>``), so that a client can tell what was lost and how long it took.
+The last user message sets the behaviour, in words such as ``rate=20 tokens=30`` (see :class:`Behaviour`), and is the
+name under which the server records the request. So one process serves a load with any mix of behaviours. Each token
+carries its number and the time of its send (``<17@8123456789>``), so a client can tell which tokens were lost and how
+long the others took.
 
 ``python -m bench.upstream`` prints ``Running on http://127.0.0.1:PORT``; each line on its standard input
 is answered with one line of JSON, a list of :class:`ReplyBook`; end of input ends it.
@@ -29,7 +29,7 @@ _REQUEST_BYTES_MAX = 8 * 1024 * 1024
 
 
 class Behaviour(msgspec.Struct, frozen=True, kw_only=True):
-    """How one reply comes. Said as ``name=number`` words in the last user message."""
+    """The behaviour of one reply, set by ``name=number`` words in the last user message."""
 
     rate: float = 20  # tokens a second; 0: as fast as they are taken
     tokens: int = 0  # how many; 0: endless
@@ -41,7 +41,7 @@ class Behaviour(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ReplyBook(msgspec.Struct, kw_only=True):
-    """What is known of one reply. Times are ``time.monotonic()``."""
+    """The record of one reply. Times are ``time.monotonic()``."""
 
     message: str
     tokens: int = 0  # sent to the last byte, as far as the kernel took them
@@ -52,14 +52,14 @@ class ReplyBook(msgspec.Struct, kw_only=True):
 
 
 def parse_behaviour(message: str) -> Behaviour:
-    """Read the words of a message; words that mean nothing here are names."""
+    """Read the words of a message; unknown words are names."""
     known = {field.name: field.type for field in msgspec.structs.fields(Behaviour)}
     words = (word.partition("=") for word in message.split())
     return msgspec.convert({n: float(v) if n == "rate" else int(v) for n, _, v in words if n in known}, Behaviour)
 
 
 def encode_tokens(first: int, count: int, pad: int) -> bytes:
-    """``count`` chunks, each one frame with one token, numbered from ``first``."""
+    """Return ``count`` chunks, each one frame with one token, numbered from ``first``."""
     chunks = []
     for number in range(first, first + count):
         token = f"<{number}@{time.monotonic_ns()}> ".ljust(pad)
@@ -72,7 +72,7 @@ def encode_tokens(first: int, count: int, pad: int) -> bytes:
 
 
 def encode_end(tokens: int) -> bytes:
-    """The frames of a whole reply's end, and the last chunk."""
+    """Return the last frames of a whole reply, and the last chunk."""
     frames = (
         'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"bench",'
         '"choices":[{"index":0,"delta":{},"finish_reason":"stop"}],'
@@ -95,12 +95,12 @@ class _Reply:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all its tokens are sent; never so for an endless one."""
+        """Whether all tokens of the reply are sent; never for an endless reply."""
         return 0 < self.behaviour.tokens == self.book.tokens
 
     @property
     def next_tokens(self) -> int:
-        """How many tokens are to be sent now; 0: none, for ever."""
+        """Return the number of tokens to send now; 0: none, for ever."""
         limits = [self.behaviour.burst]
         if self.behaviour.tokens:
             limits.append(self.behaviour.tokens - self.book.tokens)
@@ -109,7 +109,7 @@ class _Reply:
         return max(min(limits), 0)
 
     def send_due(self) -> None:
-        """Send what is due at this moment; a client that does not take it makes the model wait."""
+        """Send the tokens that are due now; a client that does not read makes the model wait."""
         if not self._unsent:
             self._unsent_tokens = self.next_tokens
             self._unsent = encode_tokens(self.book.tokens + 1, self._unsent_tokens, self.behaviour.pad)
@@ -132,7 +132,7 @@ class _Reply:
 
 
 class Upstream:
-    """The server. ``books`` has one entry for each request, in the order of arrival."""
+    """The model server. ``books`` has one record for each request, in the order of arrival."""
 
     def __init__(self) -> None:
         self.books: list[ReplyBook] = []
@@ -173,7 +173,7 @@ class Upstream:
                 return
 
     async def _serve_reply(self, sock: socket.socket, body: bytes) -> None:
-        """Raises OSError where the connection is of no more use."""
+        """Raises OSError if the connection cannot be used any more."""
         messages = json.loads(body)["messages"]
         message = next(m["content"] for m in reversed(messages) if m["role"] == "user")
         book = ReplyBook(message=message, asked_at=time.monotonic())
@@ -207,7 +207,7 @@ class Upstream:
             await trio.lowlevel.checkpoint()
 
     def _on_readable(self, reply: _Reply) -> None:
-        """The client sends nothing while it waits for a reply: it has closed."""
+        """Note that the client has closed: a client that waits for a reply sends nothing else."""
         self._poller.remove(reply.sock)
         reply.end()
 
@@ -232,11 +232,11 @@ class Upstream:
             self._added = trio.Event()
             with trio.move_on_after(max(self._due[0][0] - now, 0.001) if self._due else float("inf")):
                 await self._added.wait()
-            await trio.sleep(0.001)  # a millisecond's tokens in one go: no wake-up for each
+            await trio.sleep(0.001)  # the tokens of a millisecond together: no wake-up for each
 
 
 async def _read_request(sock: socket.socket, buffer: bytes) -> tuple[str, bytes, bytes] | None:
-    """The path, the body and what was read beyond; None where the client closed. Raises OSError."""
+    """Return the path, the body and the bytes after it; None if the client closed. Raises OSError."""
     while (end := buffer.find(b"\r\n\r\n")) < 0:
         data = await receive_some(sock)
         if not data or len(buffer) > _REQUEST_BYTES_MAX:
@@ -254,7 +254,7 @@ async def _read_request(sock: socket.socket, buffer: bytes) -> tuple[str, bytes,
 
 
 async def run_command() -> None:
-    """The process: serve, and answer each line of the standard input with the books."""
+    """Run the process: serve, and answer each line of the standard input with the books."""
     upstream = Upstream()
     async with trio.open_nursery() as nursery:
         port = await nursery.start(upstream.run)

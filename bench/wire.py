@@ -1,7 +1,7 @@
-"""What a client sees on the wire: an HTTP/1.1 response as its bytes arrive, and how an event stream ended.
+"""A client's view of the wire: parses an HTTP/1.1 response as its bytes arrive, and judges how an event stream ended.
 
-No I/O in here: bytes go in, judgements come out. It is deliberately a parser of its own. What judges
-a server must not share code with it, and 20 000 frames a second have to cost little.
+The module does no I/O. It has its own parser on purpose: the judge of a server must not share code with the server, and
+20 000 frames a second must cost little.
 """
 
 import re
@@ -14,11 +14,11 @@ _TOKEN = re.compile(rb"<(\d+)@(\d+)>")
 _TERMINAL = re.compile(rb'"type"\s*:\s*"turn\.(completed|failed|cancelled|interrupted)"')
 _NOTE_BYTES_MAX = 300
 _CARRY_BYTES = 64
-"""Kept from one piece to the next, for what a chunk boundary cuts in two. Longer than any token mark."""
+"""Bytes kept from one piece to the next, for a mark that a chunk boundary cuts in two. Longer than any token mark."""
 
 
 class WireError(Exception):
-    """The peer sent something that is not HTTP/1.1."""
+    """The peer sent bytes that are not HTTP/1.1."""
 
 
 class ResponseParser:
@@ -39,7 +39,7 @@ class ResponseParser:
         self._trailers = False
 
     def feed(self, data: bytes) -> bytes:
-        """Take bytes as they came; give the body's bytes that are in them.
+        """Take received bytes, and return the bytes of the body in them.
 
         Raises:
             WireError: This is not HTTP/1.1, or bytes follow a complete response.
@@ -54,7 +54,7 @@ class ResponseParser:
         return self._take_plain()
 
     def end_of_input(self) -> None:
-        """The peer has closed its side: a body without a length is whole now."""
+        """Note the peer's close: a body without a length is whole now."""
         if self.status is not None and not self.delimited:
             self.complete = True
 
@@ -144,7 +144,7 @@ class StreamEnd(StrEnum):
 
 
 class StreamResult(msgspec.Struct, kw_only=True):
-    """What one event stream was like. Times are ``time.monotonic()``, in seconds."""
+    """The observations of one event stream. Times are ``time.monotonic()``, in seconds."""
 
     group: str = ""
     number: int = 0
@@ -162,12 +162,12 @@ class StreamResult(msgspec.Struct, kw_only=True):
 
 
 class StreamJudge:
-    """Follows one event stream and says how it ended.
+    """Follows one event stream and judges how it ended.
 
     Tokens are counted by their marks, ``<number@nanoseconds>`` (numbers from 1 without gaps; the time
-    at which the model sent it), wherever frames and chunks cut them.
+    at which the model sent it), also if frames and chunks cut a mark.
 
-    Either :meth:`feed` gets the bytes of an HTTP/1.1 connection, or something that knows another
+    Either :meth:`feed` gets the bytes of an HTTP/1.1 connection, or a client of another
     protocol calls :meth:`take_head`, :meth:`take_body` and :meth:`last_chunk`.
     """
 
@@ -188,7 +188,7 @@ class StreamJudge:
         return self._response.headers
 
     def feed(self, data: bytes, now: float) -> None:
-        """Take bytes as they came."""
+        """Take received bytes."""
         try:
             body = self._response.feed(data)
         except WireError as error:

@@ -1,7 +1,7 @@
 """The contenders: servers with the same wire behaviour, each a small program of its own.
 
 All take ``POST /chat {"message": …}`` and answer with an event stream of ``turn.delta`` events and a terminal
-event, where they have the chance. The table below is all that the benchmark knows of them.
+event, if they get so far. The benchmark knows only the table below of them.
 """
 
 import shutil
@@ -20,8 +20,8 @@ class Contender:
     """One way to serve a chat.
 
     Args:
-        name: For ``--only`` and the raw rows.
-        label: For tables and plots.
+        name: The name for ``--only`` and the raw rows.
+        label: The name for tables and plots.
         argv: The command.
         env: Its settings.
         workers: How many processes serve.
@@ -43,7 +43,7 @@ class Contender:
 
     @property
     def missing(self) -> str | None:
-        """What is not installed that it needs."""
+        """The modules that the contender needs and that are not installed."""
         if not shutil.which(self.argv[0]):
             return self.argv[0]
         return next((module for module in self.needs if find_spec(module) is None), None)
@@ -64,7 +64,7 @@ async def _count_rows(store: Path) -> int:
 
 
 async def _count_turns(store: Path) -> int:
-    """Through the store itself, as a restarted service would see them."""
+    """Count the replies through the store itself, as a restarted service would see them."""
     from service.storage.sqlite import open_sqlite_store  # noqa: PLC0415  the floors need none of the service
 
     now = datetime.now(UTC)
@@ -117,7 +117,7 @@ def _uvicorn(name: str, label: str, module: str, *options: str, **env: str) -> C
 
 
 def _alone(name: str, label: str, argv: Sequence[str]) -> Contender:
-    """Comparable to the floors: it makes its own tokens, and keeps its sessions in memory."""
+    """Contenders to compare with the floors: they make their own tokens, and keep their sessions in memory."""
     env = {
         "LASTCALL_DRAIN_TIMEOUT_S": "0",
         "LASTCALL_STORE_URL": "memory:",
@@ -172,6 +172,6 @@ CONTENDERS: tuple[Contender, ...] = (
 
 
 def choose(names: Sequence[str]) -> list[Contender]:
-    """The named ones, in that order; all if none are named. Raises KeyError for a name that is not there."""
+    """Return the named contenders, in that order; all without names. Raises KeyError for an unknown name."""
     known = {contender.name: contender for contender in CONTENDERS}
     return [known[name] for name in names] if names else list(CONTENDERS)

@@ -1,4 +1,4 @@
-"""FastAPI as its documentation has it: a path operation that yields events, and a lifespan that opens and closes.
+"""FastAPI as in its documentation: a path operation that yields events, and a lifespan that opens and closes.
 
 Source: https://fastapi.tiangolo.com/tutorial/server-sent-events/ and /advanced/events/
 """

@@ -31,7 +31,7 @@ class Session:
 
 
 class Sessions:
-    """All of them, in memory."""
+    """All sessions, in memory."""
 
     def __init__(self) -> None:
         self._sessions: dict[str, Session] = {}
@@ -72,7 +72,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 async def stop_first(app: FastAPI) -> None:
-    """The first design: waits for every task of the loop, itself included."""
+    """The first design: it waits for every task of the loop, its own task included."""
     app.state.expiry.cancel()
     try:
         await asyncio.wait_for(app.state.expiry, 5)
@@ -90,7 +90,7 @@ async def stop_first(app: FastAPI) -> None:
 
 
 async def stop_second(app: FastAPI) -> None:
-    """The second design: shorter waits, and whatever goes wrong is silent."""
+    """The second design: it has shorter waits and hides every error."""
     if not app.state.expiry.done():
         app.state.expiry.cancel()
         with suppress(asyncio.CancelledError, TimeoutError):

@@ -1,4 +1,4 @@
-"""Plain Quart-Trio on hypercorn, as the documentation of both has it, without any of our hosting.
+"""Plain Quart-Trio on hypercorn, as in the documentation of both, without the service's hosting.
 
 Source: https://quart.palletsprojects.com/en/latest/how_to_guides/server_sent_events/
 """
@@ -18,7 +18,7 @@ app = QuartTrio(__name__)
 
 
 class State:
-    """What one worker has open."""
+    """The open resources of one worker."""
 
     client: httpx.AsyncClient
     replies: Replies

@@ -1,7 +1,7 @@
-"""What all contenders in Python share, ours excepted: relaying a reply from the model server, and keeping it.
+"""The shared part of all contenders in Python but Lastcall: relays a reply from the model server, and stores it.
 
-Written as one does: one ``httpx.AsyncClient``, an async generator of tokens, and a
-``finally`` that keeps what has come so far (synchronously, so that no cancellation can hit it).
+It is written in the usual way: one ``httpx.AsyncClient``, an async generator of tokens, and a ``finally`` that stores
+the reply so far (synchronously, so that no cancellation can hit it).
 """
 
 import json
@@ -43,7 +43,7 @@ def open_model_client() -> httpx.AsyncClient:
 
 
 async def relay(client: httpx.AsyncClient, replies: Replies, message: str) -> AsyncGenerator[str, None]:
-    """The reply's tokens as they come; the reply is kept however this ends."""
+    """Yield the reply's tokens as they arrive. The reply is stored after every kind of end."""
     body = {"model": "bench", "stream": True, "messages": [{"role": "user", "content": message}]}
     tokens: list[str] = []
     state = "interrupted"

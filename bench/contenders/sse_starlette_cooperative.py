@@ -1,9 +1,8 @@
-"""The contender to beat: sse-starlette with its cooperative shutdown, by a careful author.
+"""The strongest contender: sse-starlette with its cooperative shutdown, written with care.
 
-The README's pattern looks at the ``shutdown_event`` between two tokens, so a stream whose model is silent
-would wait for the whole grace period. Here a task of the response relays into a memory channel (also the README's
-pattern) and is stopped the moment the event is set; then the terminal event is sent. The grace period only
-bounds what is stuck.
+The README's pattern checks the ``shutdown_event`` between two tokens, so a stream whose model is silent would wait for
+the whole grace period. Here a task of the response relays into a memory channel (also the README's pattern) and stops
+as soon as the event is set; then the terminal event is sent. The grace period only bounds streams that hang.
 
 Source: https://github.com/sysid/sse-starlette, "Cooperative Shutdown" and "Memory Channels Alternative"
 """
@@ -56,7 +55,7 @@ async def chat(ask: Ask, request: Request) -> EventSourceResponse:
 async def relay_until(
     shutdown_event: anyio.Event, state: Any, message: str, sender: MemoryObjectSendStream[dict[str, str]]
 ) -> dict[str, str]:
-    """Relay until the reply is whole or the event is set; the terminal event."""
+    """Relay until the reply is whole or the event is set. Returns the terminal event."""
     terminal = INTERRUPTED
     async with anyio.create_task_group() as group:
 

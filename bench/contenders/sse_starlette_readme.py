@@ -1,4 +1,4 @@
-"""FastAPI with sse-starlette as its README has it: a generator in an ``EventSourceResponse``.
+"""FastAPI with sse-starlette as in its README: a generator in an ``EventSourceResponse``.
 
 Source: https://github.com/sysid/sse-starlette, "Quick Start" and "Error Handling and Timeouts"
 """

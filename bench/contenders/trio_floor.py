@@ -1,6 +1,6 @@
 """A floor: a bare Trio socket server that makes its own tokens and ends its streams on SIGTERM.
 
-It does less than any contender: no framework, no model server behind it, nothing kept.
+It does less than any contender: it has no framework, no model server and no store.
 """
 
 import os
@@ -22,7 +22,7 @@ def chunk(event: str) -> bytes:
 
 
 class Floor:
-    """The server: all streams end when ``stopping`` is set, what is idle is dropped."""
+    """Run the server: when ``stopping`` is set, all streams end and idle connections are dropped."""
 
     def __init__(self) -> None:
         self.stopping = trio.Event()
