@@ -26,8 +26,9 @@ from service.hosting.hypercorn.asgi_request import open_requests
 from service.hosting.hypercorn.connections import Connections, Stream
 from service.hosting.hypercorn.patches import install_in_worker
 from service.hosting.hypercorn.worker import Worker, find_worker
+from service.hosting.listeners.bind import given_sockets
 from service.hosting.listeners.closing import ListenerShutdown
-from service.hosting.listeners.listeners import Listeners, given_sockets
+from service.hosting.listeners.listeners import Listeners
 from service.hosting.peer_listener import check_sharing, open_peer_listener
 from service.hosting.process.process_exit import ExitCode, leave, leave_at_exit, refuse_to_start
 from service.hosting.process.watchdog import Watchdog, count_tasks

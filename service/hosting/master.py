@@ -42,10 +42,10 @@ from service.hosting.hypercorn.patches import (
     replace_join,
 )
 from service.hosting.hypercorn.worker import share_serving_count
+from service.hosting.listeners.bind import bind_addresses
 from service.hosting.listeners.worker_status import WorkerStatus, statuses_of_others
 from service.hosting.peer_listener import check_sharing
 from service.hosting.process.process_exit import ExitCode, leave, refuse_to_start, say
-from service.hosting.serve import take_addresses
 from service.hosting.start_pause import StartPause
 from service.settings import Settings, load_settings
 from service.telemetry.logging import configure_logging
@@ -87,7 +87,7 @@ def run(settings: Settings, config: Config) -> NoReturn:
             check_sharing(settings, workers=config.workers)
             workers = Workers(stop_timeout_s=settings.shutdown_total_s + STOP_SLACK_S)
             installed.enter_context(workers.install())
-            take_addresses(config)
+            bind_addresses(config)
         except StartupError as error:
             refuse_to_start(error)
         code = hypercorn.run.run(config)

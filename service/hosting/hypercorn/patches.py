@@ -358,13 +358,13 @@ FAULTS = (
     ),
     Fault(
         "hypercorn: two servers with several workers share a port",
-        "tests/hosting/test_serve.py::test_hypercorn_still_shares_a_port_between_servers_with_several_workers",
-        "that take_addresses sets the number of workers",
+        "tests/hosting/listeners/test_bind.py::test_hypercorn_still_shares_a_port_between_servers_with_several_workers",
+        "that bind_addresses sets the number of workers",
     ),
     Fault(
         "hypercorn: the Unix socket of a running server is taken over",
-        "tests/hosting/test_serve.py::test_hypercorn_still_takes_the_unix_socket_of_another_server",
-        "_is_answered of serve.py",
+        "tests/hosting/listeners/test_bind.py::test_hypercorn_still_takes_the_unix_socket_of_another_server",
+        "_is_answered of listeners/bind.py",
     ),
     Fault(
         "quart: a body without a length is kept without a bound",

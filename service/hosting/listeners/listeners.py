@@ -26,22 +26,6 @@ BACKLOG_MAX = 1024
 Listener = trio.SocketListener | trio.SSLListener[trio.SocketStream]
 
 
-_GIVEN = "lastcall_given"
-
-
-def given_sockets(config: Config) -> Sequence[bool]:
-    """Return for each of hypercorn's listeners, in its order, whether its socket was given to the process."""
-    noted: Sequence[bool] | None = getattr(config, _GIVEN, None)
-    if noted is not None:
-        return noted
-    return [bind.startswith("fd://") for bind in (*config.bind, *(config.insecure_bind if config.ssl_enabled else ()))]
-
-
-def note_given_sockets(config: Config) -> None:
-    """Keep the result of :func:`given_sockets`, also for workers, before the other binds become descriptors too."""
-    setattr(config, _GIVEN, given_sockets(config))
-
-
 class Listeners:
     """Serves hypercorn's listeners, once :meth:`serve_listeners` is installed in place of Trio's (``patches``).
 

@@ -17,7 +17,8 @@ from hypercorn.config import Config, Sockets
 from quart_trio import QuartTrio
 
 from service.hosting.hypercorn.patches import install_listeners
-from service.hosting.listeners.listeners import Listeners, given_sockets, note_given_sockets
+from service.hosting.listeners.bind import given_sockets, note_given_sockets
+from service.hosting.listeners.listeners import Listeners
 from tests.hosting.conftest import Serve
 
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"

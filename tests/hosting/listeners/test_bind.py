@@ -7,23 +7,23 @@ import pytest
 from hypercorn.config import Config
 
 from service.errors import StartupError
-from service.hosting.serve import take_addresses
+from service.hosting.listeners.bind import bind_addresses
 
 
 def test_address_that_can_be_none_is_refused_by_its_name() -> None:
     with pytest.raises(StartupError, match=r"^Cannot listen on fd://x: "):
-        take_addresses(Config.from_mapping(bind=["fd://x"]))
+        bind_addresses(Config.from_mapping(bind=["fd://x"]))
 
 
 def test_certificate_that_can_be_none_is_refused_by_its_name() -> None:
     with pytest.raises(StartupError, match=r"^The certificate a\0 and its key b cannot be used: "):
-        take_addresses(Config.from_mapping(bind=["127.0.0.1:0"], certfile="a\0", keyfile="b"))
+        bind_addresses(Config.from_mapping(bind=["127.0.0.1:0"], certfile="a\0", keyfile="b"))
 
 
 def test_a_port_is_not_shared_with_another_server_with_several_workers_either() -> None:
     """What the second one says: ``test_exit_codes.py``."""
     config = Config.from_mapping(bind=["127.0.0.1:0"], workers=2)
-    take_addresses(config)
+    bind_addresses(config)
     assert config.workers == 2
     [bind] = config.bind
     with socket.socket(fileno=int(bind.removeprefix("fd://"))) as taken:
@@ -32,7 +32,7 @@ def test_a_port_is_not_shared_with_another_server_with_several_workers_either() 
 
 @pytest.mark.removal
 def test_hypercorn_still_shares_a_port_between_servers_with_several_workers() -> None:
-    """Fails when it does not: then take_addresses need not set their number."""
+    """Fails when it does not: then bind_addresses need not set their number."""
     [first] = Config.from_mapping(bind=["127.0.0.1:0"], workers=2).create_sockets().insecure_sockets
     with first:
         first.listen()
@@ -48,11 +48,11 @@ def test_a_unix_socket_of_another_server_is_refused_and_one_that_is_left_over_ta
         another.listen(0)
         for _ in range(3):  # the last one finds its backlog full
             with pytest.raises(StartupError, match=f"Cannot listen on unix:{path}: another server answers there"):
-                take_addresses(Config.from_mapping(bind=[f"unix:{path}"]))
+                bind_addresses(Config.from_mapping(bind=[f"unix:{path}"]))
         waiting, _ = another.accept()
         waiting.close()
     config = Config.from_mapping(bind=[f"unix:{path}"])
-    take_addresses(config)
+    bind_addresses(config)
     [bind] = config.bind
     with socket.socket(fileno=int(bind.removeprefix("fd://"))) as taken:
         assert taken.getsockname() == str(path)
