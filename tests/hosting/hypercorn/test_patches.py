@@ -209,7 +209,7 @@ def test_nothing_else_replaces_a_name_of_a_library() -> None:
                 if root in modules:
                     found.append(f"{path.stem}: {ast.unparse(node)}")
     # A handler is ours; a Config is hypercorn's way to tell its workers something.
-    assert found == ["operations: handler", "worker: config", "listeners: config"]
+    assert found == ["operations: handler", "worker: config", "bind: config"]
 
 
 SERVE_AND_LOOK = """
