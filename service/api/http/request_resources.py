@@ -10,7 +10,7 @@ from typing import Any, Self, cast
 
 from quart import request
 
-_KEY = "lastcall.held"
+_KEY = "lastcall.request_resources"
 
 
 class RequestResources:

@@ -35,7 +35,7 @@ class Drain:
 
         The first stream that notices this calls ``then``, in the event loop.
         """
-        self._streams.hold(then)
+        self._streams.write_ends_only(then)
 
     def interrupt_queued(self) -> int:
         """End queued turns as ``interrupted``, now and later. Returns the number of turns that end now."""

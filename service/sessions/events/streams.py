@@ -18,15 +18,15 @@ class Streams:
         heartbeat_interval_s: Silence after which a stream sends a heartbeat.
 
     Attributes:
-        held: Whether streams write only their ends, which will follow soon.
+        ends_only: Whether streams write only their ends, which will follow soon.
     """
 
     def __init__(self, *, streams_max: int, heartbeat_interval_s: float) -> None:
         self.open = 0
         self.ended = 0
         self.aborted = 0
-        self.held = False
-        self._on_held: Callable[[], None] = lambda: None
+        self.ends_only = False
+        self._on_ends_only: Callable[[], None] = lambda: None
         self._streams_max = streams_max
         self._heartbeat_interval_s = heartbeat_interval_s
         self._waiting: OrderedDict[StreamSlot, tuple[float, EventLog]] = OrderedDict()
@@ -64,18 +64,18 @@ class Streams:
                 self._waiting.popitem(last=False)
                 log.wake_readers()
 
-    def hold(self, then: Callable[[], None]) -> None:
+    def write_ends_only(self, then: Callable[[], None]) -> None:
         """Let all streams write only their ends. May be called from any thread.
 
         Args:
             then: Called by the streams that notice this, perhaps more than once, within the event loop.
         """
-        self._on_held = then
-        self.held = True
+        self._on_ends_only = then
+        self.ends_only = True
 
     def note_ends_only(self) -> None:
         """For :class:`StreamSlot`."""
-        self._on_held()
+        self._on_ends_only()
 
     def note_waiting(self, slot: "StreamSlot", log: EventLog) -> float:
         """For :class:`StreamSlot`."""
@@ -104,8 +104,8 @@ class StreamSlot:
         return f"<StreamSlot: {'closed' if self._streams is None else 'open'}>"
 
     def is_ends_only(self) -> bool:
-        """Whether the stream may write only its end. If so, calls the callback of :meth:`Streams.hold` first."""
-        if self._streams is None or not self._streams.held:
+        """Whether the stream may write only its end. If so, calls the callback of :meth:`Streams.write_ends_only` first."""
+        if self._streams is None or not self._streams.ends_only:
             return False
         self._streams.note_ends_only()
         return True

@@ -136,7 +136,7 @@ async def test_a_stream_that_left_gets_no_heartbeat_and_a_reader_that_is_not_sil
 async def test_where_the_end_is_a_moment_away_nothing_is_written_before_it(autojump_clock: MockClock) -> None:
     opened = Opened(1)
     await anext(opened.stream)
-    opened.streams.hold(then=lambda: None)
+    opened.streams.write_ends_only(then=lambda: None)
     opened.append(1)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_close_later, opened, 0.05)
