@@ -1,4 +1,4 @@
-"""What holds for every request: access, problem documents, bounds on bodies, shutdown, other origins."""
+"""Rules for every request: access, problem documents, bounds on bodies, shutdown, other origins."""
 
 import gzip
 from typing import Any
@@ -37,7 +37,7 @@ async def test_errors_of_the_router_are_problem_documents_too() -> None:
             assert set(reply.headers["allow"].split(", ")) == allowed
 
 
-async def test_options_says_what_is_allowed_and_head_is_get_without_a_body() -> None:
+async def test_options_names_the_allowed_methods_and_head_is_get_without_a_body() -> None:
     async with open_api() as api:
         options = await api.call("OPTIONS", "/sessions")
         assert (options.status, options.body) == (204, b"")
@@ -166,7 +166,7 @@ async def test_a_probe_from_this_machine_needs_to_name_no_host() -> None:
 
 
 @pytest.mark.parametrize("header", ["Forwarded", "Via", "X-Forwarded-For", "X-Real-IP", "CF-Connecting-IP"])
-async def test_without_keys_what_a_proxy_passes_on_is_refused_but_for_probes(header: str) -> None:
+async def test_without_keys_requests_that_a_proxy_passes_on_are_refused_except_probes(header: str) -> None:
     async with open_api() as api:
         for path in ("/sessions", "/docs", "/nowhere"):
             for value in ("127.0.0.1", ""):
@@ -181,7 +181,7 @@ async def test_without_keys_what_a_proxy_passes_on_is_refused_but_for_probes(hea
             assert (await api.call("GET", path, headers={header: "x"})).status == 200
 
 
-async def test_what_another_worker_has_admitted_is_not_judged_again() -> None:
+async def test_a_request_that_another_worker_has_admitted_is_not_checked_again() -> None:
     async with open_api() as api:
         passed_on: dict[str, Any] = {PEER: bool, "client": None, "server": None}
         headers = {"X-Forwarded-For": "203.0.113.9", "Host": "chat.example.com"}
@@ -244,7 +244,7 @@ async def test_a_notice_that_is_on_its_way_is_enough_to_be_not_ready(autojump_cl
         assert (await api.call("POST", f"/sessions/{session_id}/turns", {"input": "Hi"})).status == 200
 
 
-async def test_after_the_notice_it_is_not_ready_and_later_takes_no_new_work(autojump_clock: MockClock) -> None:
+async def test_after_the_notice_the_service_is_not_ready_and_later_takes_no_new_work(autojump_clock: MockClock) -> None:
     async with open_api(lame_duck_timeout_s=10, drain_timeout_s=20) as api:
         session_id = await api.new_session()
         api.service.shutdown.notice("test")

@@ -1,4 +1,4 @@
-"""What the log says of refused requests: each kind, and why the store refuses; nothing that callers sent."""
+"""The log of refused requests: each kind, and the store's reason; no text of callers."""
 
 from pathlib import Path
 from typing import Any, cast

@@ -1,4 +1,4 @@
-"""The API over real connections: what a client on the wire gets, also a rude one."""
+"""The API over real connections: the answers on the wire, also to a faulty client."""
 
 import json
 from collections.abc import Callable
@@ -29,7 +29,7 @@ async def exchange(server: Serving, *pieces: bytes) -> bytes:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Wait for what happens in the server and nobody on this side is told of."""
+    """Wait for a change in the server of which the client is not told."""
     while not condition():  # noqa: ASYNC110
         await trio.sleep(0.005)
 

@@ -55,7 +55,7 @@ def without_threads() -> Any:
 
 
 def without_settings() -> Any:
-    """To be called: the settings cannot be read from then on, for a reason that nobody has thought of."""
+    """To be called: the settings cannot be read from then on, for an unexpected reason."""
 
     def break_down() -> Settings:
         raise RuntimeError("not thought of")
@@ -199,7 +199,7 @@ async def on_a_hanging_disk(*args: Any, **options: Any) -> AsyncIterator[Service
 
 
 @asynccontextmanager
-async def with_doors_that_stick(*args: Any, **options: Any) -> AsyncIterator[Service]:
+async def with_listeners_that_do_not_close(*args: Any, **options: Any) -> AsyncIterator[Service]:
     async def stick() -> None:
         raise RuntimeError("they are stuck")
 
@@ -217,7 +217,7 @@ async def faulty(*args: Any, **options: Any) -> AsyncIterator[Service]:
 
 @asynccontextmanager
 async def telling_its_finalisation(*args: Any, **options: Any) -> AsyncIterator[Service]:
-    """Says so when the interpreter begins to take itself apart, after all that was asked for later."""
+    """Reports when the interpreter's finalisation begins, after all exit functions."""
     atexit.register(os.write, 2, b"finalised\n")
     async with open_service(*args, **options) as service:
         yield service
@@ -250,7 +250,7 @@ async def leaving_a_task(*args: Any, **options: Any) -> AsyncIterator[Service]:
 
 @asynccontextmanager
 async def under_a_server_that_stops(*args: Any, **options: Any) -> AsyncIterator[Service]:
-    """hypercorn has closed its listeners for a reason of its own, and told nobody."""
+    """hypercorn closes its listeners by itself, without a notice."""
     worker = find_worker()
     assert worker is not None
     async with open_service(*args, **options) as service, trio.open_nursery() as nursery:

@@ -1,4 +1,4 @@
-"""hypercorn in this process, for what needs no signal."""
+"""hypercorn in this process, for tests that need no signal."""
 
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager

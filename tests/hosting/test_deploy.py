@@ -1,4 +1,4 @@
-"""What is in ``deploy/`` starts, or does not start, as it says."""
+"""The files in ``deploy/`` start the service, or refuse the start, as described."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""The lifespan: what hypercorn makes of one that ends early, and what ours does in a real process."""
+"""The lifespan: hypercorn's behaviour when one ends early, and the service's lifespan in a real process."""
 
 import json
 import signal
@@ -72,8 +72,8 @@ async def test_a_signal_during_the_start_ends_it_cleanly(tmp_path: Path, host: s
 
 
 @pytest.mark.parametrize("host", ["hypercorn-1", "configured-1", "configured-2"])
-async def test_who_waits_for_a_start_that_is_given_up_is_told_so(tmp_path: Path, host: str) -> None:
-    """Whoever connects while the workers of a reload start waits for them."""
+async def test_clients_that_wait_for_a_start_that_is_given_up_get_503(tmp_path: Path, host: str) -> None:
+    """Clients that connect while the workers of a reload start wait for them."""
     slow = tmp_path / "slow"
     async with open_host(tmp_path, host, broken="slow_to_open_again", SLOW=slow) as server:
         with trio.fail_after(CAP_S):
@@ -105,7 +105,7 @@ async def test_started_and_stopped_again_and_again_nothing_is_left(tmp_path: Pat
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-async def test_no_signal_kills_it_between_the_notice_and_its_exit(tmp_path: Path, number: int) -> None:
+async def test_no_signal_kills_the_process_between_the_notice_and_its_exit(tmp_path: Path, number: int) -> None:
     async with open_host(tmp_path, SERVE) as server:
         with trio.fail_after(CAP_S):
             while server.gone is None:
@@ -139,7 +139,7 @@ async def test_hypercorn_alone_dies_of_sigterm(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("host", [SERVE, "hypercorn-0"])
-async def test_under_nohup_the_end_of_the_terminal_is_none_of_the_server(tmp_path: Path, host: str) -> None:
+async def test_under_nohup_the_end_of_the_terminal_does_not_end_the_server(tmp_path: Path, host: str) -> None:
     ours = launch(host)
     async with open_server(Launch(["nohup", *ours.argv], env=ours.env), log_path=tmp_path / "nohup.log") as server:
         with trio.fail_after(CAP_S):

@@ -1,4 +1,4 @@
-"""hypercorn's master, mended. What it returns and does as a process: ``test_exit_codes.py``."""
+"""hypercorn's master, corrected. What it returns and does as a process: ``test_exit_codes.py``."""
 
 import inspect
 import json
@@ -77,7 +77,7 @@ def test_a_worker_that_stopped_or_died_is_replaced(workers: Workers, exit_code: 
 
 
 @pytest.mark.parametrize("exit_code", [1, 71, 78])
-def test_what_the_next_worker_would_die_of_too_ends_the_service(workers: Workers, exit_code: int) -> None:
+def test_a_fault_that_the_next_worker_would_have_too_ends_the_service(workers: Workers, exit_code: int) -> None:
     assert join(workers, exit_code) == exit_code
     assert workers._stop_event is not None
     assert workers._stop_event.is_set()
@@ -87,7 +87,7 @@ def test_workers_that_die_too_often_end_the_service(workers: Workers) -> None:
     assert [join(workers, -9) for _ in range(REPLACEMENTS_MAX + 1)] == [0] * REPLACEMENTS_MAX + [137]
 
 
-def test_only_what_died_within_a_minute_counts(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_workers_that_died_within_a_minute_count(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     for _ in range(3 * REPLACEMENTS_MAX):
@@ -215,9 +215,7 @@ def test_once_something_has_served_a_refused_start_is_tried_again_after_a_pause(
     assert f"could not start (code {exit_code:d}); the next start is tried in 1 s" in said
 
 
-def test_what_a_crash_tells_ends_the_service_however_long_it_has_served(
-    workers: Workers, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_crash_ends_the_service_after_any_time(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = Rounds(workers, monkeypatch, count=2)
     rounds.serve()
     monkeypatch.setattr(workers, "_join_all", list[BaseProcess].clear)
@@ -251,7 +249,7 @@ def test_workers_that_are_refused_together_begin_one_pause_and_one_line(
 
 
 def test_a_reload_ends_the_pause(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The operator has mended it."""
+    """The operator has corrected the fault."""
     rounds = Rounds(workers, monkeypatch, count=1)
     rounds.serve()
     for _ in range(2):
@@ -314,7 +312,7 @@ def test_the_reloader_is_told_when_the_pause_is_over(workers: Workers, monkeypat
     assert workers.wait([], 0) != []
 
 
-def test_a_worker_of_a_master_that_is_not_ours_tells_nobody() -> None:
+def test_a_worker_of_another_master_has_no_count_to_tell() -> None:
     cast("Any", Worker).tell_serving(SimpleNamespace(config=Config()))
 
 
@@ -344,7 +342,7 @@ def test_a_worker_that_cannot_run_holds_up_a_reload_for_its_time_and_no_longer(w
         assert process.exitcode == -signal.SIGKILL
 
 
-def test_what_the_master_says_waits_for_nobody(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_master_s_lines_do_not_wait_for_a_reader(capfd: pytest.CaptureFixture[str]) -> None:
     say("one\ntwo \udcff")
     assert capfd.readouterr().err == "lastcall: one\nlastcall: two \\udcff\n"
     reader, writer = os.pipe()
@@ -364,7 +362,7 @@ def test_what_the_master_says_waits_for_nobody(capfd: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize("log_format", FORMATS)
-def test_what_the_master_says_has_the_form_of_the_log(capfd: pytest.CaptureFixture[str], log_format: Format) -> None:
+def test_the_master_s_lines_have_the_form_of_the_log(capfd: pytest.CaptureFixture[str], log_format: Format) -> None:
     with kept_log(log_format):
         say("one\ntwo \udcff \x1b[2J", level="error")
     first, second = capfd.readouterr().err.splitlines()

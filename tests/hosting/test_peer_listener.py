@@ -1,4 +1,4 @@
-"""The door between the processes of a service, and that they need a store which they can share."""
+"""The listener for the other processes of a service, and the check that several workers share a store."""
 
 import os
 import secrets

@@ -1,4 +1,4 @@
-"""Signs of a stop that come in some order: which of them is a second press of Ctrl+C."""
+"""Reasons to stop in different orders, and which of them is a second Ctrl+C."""
 
 from types import SimpleNamespace
 

@@ -242,7 +242,7 @@ FAULTS = (
     ),
     Fault(
         "hypercorn: a request takes a task and a round of the event loop for each message",
-        "tests/hosting/hypercorn/test_asgi_receive.py::test_the_inbox_is_still_needed",
+        "tests/hosting/hypercorn/test_asgi_receive.py::test_the_receive_queue_is_still_needed",
         "ReceiveQueue",
         (TASK_GROUP,),
     ),
@@ -272,7 +272,7 @@ FAULTS = (
     ),
     Fault(
         "hypercorn: a client that connects while a worker stops hangs and is reset",
-        "tests/hosting/listeners/test_closing.py::test_who_connects_after_hypercorn_was_told_to_stop_is_left_hanging_and_reset",
+        "tests/hosting/listeners/test_closing.py::test_hypercorn_lets_clients_that_connect_after_its_stop_hang_and_resets_them",
         "Listeners, DeferredTermination",
         (
             SERVE_LISTENERS,
@@ -282,7 +282,7 @@ FAULTS = (
     ),
     Fault(
         "trio: a listener without descriptors logs a traceback ten times a second",
-        "tests/hosting/listeners/test_listeners.py::test_trio_still_says_it_again_and_again",
+        "tests/hosting/listeners/test_listeners.py::test_trio_still_reports_it_more_than_once",
         "_RateLimit of the patches",
         (ACCEPT_LOG,),
     ),

@@ -1,4 +1,4 @@
-"""Who is served: holders of a key; without keys this machine alone."""
+"""Access: callers with a key; without keys only this machine."""
 
 import pytest
 
@@ -138,7 +138,7 @@ PROXIES = [
 
 @pytest.mark.parametrize("name", PROXIES)
 @pytest.mark.parametrize("value", [b"203.0.113.9", b"", b"127.0.0.1", b"\xff"])
-def test_a_proxy_s_header_is_known_by_its_name_whatever_it_says(name: str, value: bytes) -> None:
+def test_a_proxy_s_header_is_known_by_its_name_with_any_value(name: str, value: bytes) -> None:
     for spelt in (name, name.lower(), name.upper()):
         assert proxy_header([(b"host", b"localhost"), (spelt.encode(), value)]) == name.title()
 

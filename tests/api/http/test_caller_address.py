@@ -65,7 +65,7 @@ def forwarded(*lines: str) -> str | None:
         ("", None),
     ],
 )
-def test_a_node_is_read_or_is_none(node: str, address: str | None) -> None:
+def test_a_node_is_an_address_or_is_ignored(node: str, address: str | None) -> None:
     assert listed(node) == address
     if ";" not in node and "\n" not in node:
         assert forwarded(f'for="{node}"') == address
@@ -83,7 +83,7 @@ def test_where_all_are_trusted_the_first_of_them_is_the_caller() -> None:
     assert forwarded('for="[fd00::5]", for=10.0.0.6') == "fd00::5"
 
 
-def test_what_cannot_be_read_ends_the_way_at_the_last_address_that_is_known() -> None:
+def test_an_unreadable_node_ends_the_walk_at_the_last_known_address() -> None:
     assert listed("203.0.113.9, unknown, 10.0.0.7") == "10.0.0.7"
     assert forwarded("for=203.0.113.9, by=10.0.0.7, for=10.0.0.8") == "10.0.0.8"
     assert forwarded("for=203.0.113.9, for=_secret") is None
@@ -99,7 +99,7 @@ def test_a_trusted_peer_is_known_in_whatever_form(peer: Address) -> None:
     assert caller(("X-Forwarded-For", REAL), peer=peer) == REAL
 
 
-def test_a_unix_socket_is_believed_where_it_is_named() -> None:
+def test_a_proxy_on_a_unix_socket_is_trusted_if_it_is_named() -> None:
     assert caller(("X-Forwarded-For", REAL), peer=None, trusted=trusting("unix:")) == REAL
     assert caller(("X-Forwarded-For", REAL), peer=PROXY, trusted=trusting("unix:")) is None
 
@@ -128,7 +128,7 @@ def test_quotes_are_read_as_rfc_7239_has_them() -> None:
 
 
 @pytest.mark.parametrize("written", ['for="', '"', 'for="1.1.1.1', 'for=1.1.1.1, for="\\', "for=,", "=", ";;"])
-def test_what_a_client_leaves_open_swallows_nothing_that_its_proxy_adds(written: str) -> None:
+def test_a_quote_that_a_client_leaves_open_hides_nothing_that_its_proxy_adds(written: str) -> None:
     assert forwarded(f"{written}, for={REAL}") == REAL
     assert forwarded(f'{written}, for="{REAL}:80";proto=https') == REAL
 

@@ -57,7 +57,7 @@ async def test_the_first_piece_has_the_retry_line_and_everything_ready() -> None
     assert await anext(opened.stream) == b"retry: 1000\n" + encode_frame(delta(1)) + encode_frame(delta(2))
 
 
-async def test_what_became_ready_meanwhile_comes_in_one_piece() -> None:
+async def test_events_that_are_ready_come_in_one_piece() -> None:
     opened = Opened()
     assert await anext(opened.stream) == b"retry: 1000\n"
     opened.append(3)
@@ -288,7 +288,7 @@ def test_names_that_are_not_known_are_passed_over(query: bytes) -> None:
         (b"after=x&lastEventId=2", "after"),
     ],
 )
-def test_an_id_in_the_query_that_is_none_or_two_that_differ_are_refused(query: bytes, field: str) -> None:
+def test_an_invalid_id_in_the_query_and_two_that_differ_are_refused(query: bytes, field: str) -> None:
     for headers in (Headers(), Headers({"Last-Event-ID": "5"})):
         with pytest.raises(InvalidRequestError) as refused:
             read_cursor(_request(headers, query))
@@ -301,7 +301,7 @@ def test_two_headers_that_differ_are_refused() -> None:
 
 
 @pytest.mark.parametrize("header", ["-1", "1.5", "abc", "²", "1" * 16, "0x1", " "])
-def test_a_last_event_id_that_is_none_of_ours_is_refused(header: str) -> None:
+def test_an_invalid_last_event_id_is_refused(header: str) -> None:
     with pytest.raises(InvalidRequestError) as refused:
         read_cursor(_request(Headers({"Last-Event-ID": header})))
     assert refused.value.field == "Last-Event-ID"

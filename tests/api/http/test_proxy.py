@@ -71,7 +71,7 @@ class Owner:
         return stream, head + b"\r\n\r\n" + body
 
     async def die(self, stream: trio.SocketStream | None = None) -> None:
-        """As a process does: its connections go, and its lock a moment later."""
+        """Die as a process does: its connections close first, and its lock is free a moment later."""
         self.listener.close()
         if stream is not None:
             await stream.aclose()
@@ -106,7 +106,7 @@ async def ask(api: Api, replies: list[Reply], method: str, path: str, body: obje
 
 
 @pytest.mark.parametrize("secret", [b"another" * 5, None])
-async def test_what_listens_in_an_owners_place_learns_nothing(secret: bytes | None, tmp_path: Path) -> None:
+async def test_a_process_that_listens_in_an_owners_place_learns_nothing(secret: bytes | None, tmp_path: Path) -> None:
     async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
         replies: list[Reply] = []
         nursery.start_soon(lambda: ask(api, replies, "POST", "/sessions/s/turns", {"input": "x"}))
@@ -139,7 +139,7 @@ async def test_an_owners_proof_is_no_other_owners(tmp_path: Path) -> None:
         await living.aclose()
 
 
-async def test_a_request_is_passed_on_as_it_came_and_so_is_the_answer(tmp_path: Path) -> None:
+async def test_a_request_and_its_answer_are_passed_on_unchanged(tmp_path: Path) -> None:
     async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
         replies: list[Reply] = []
         headers = {"Last-Event-ID": "4", "Lastcall-Hops": "3", "Connection": "keep-alive", "Authorization": "Bearer x"}
@@ -191,7 +191,7 @@ async def test_whole_events_and_comments_are_passed_on_at_once_and_a_dead_owners
 
 
 @given(st.lists(st.sampled_from(["retry: 1000\n", ": heartbeat\n", frame(1), frame(12)])), st.booleans(), st.data())
-def test_what_is_whole_is_passed_on_wherever_it_is_cut(parts: list[str], begun: bool, data: st.DataObject) -> None:
+def test_whole_events_are_passed_on_with_any_cuts(parts: list[str], begun: bool, data: st.DataObject) -> None:
     end = frame(3)[:-1] if begun else ""
     text = "".join([*parts, end]).encode()
     passed = unsent = b""
@@ -246,7 +246,7 @@ async def test_a_client_that_comes_back_by_post_goes_on_from_what_it_has_seen(pr
 
 
 async def test_a_client_that_comes_back_by_post_is_answered_here_where_the_owner_dies(tmp_path: Path) -> None:
-    """It starts nothing, so that nothing speaks against asking once more."""
+    """The request starts no turn, so it may be repeated."""
     async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
         replies: list[Reply] = []
         body = {"session_id": "s", "message": a_turn(TURN, "s").input_text}
@@ -261,7 +261,7 @@ async def test_a_client_that_comes_back_by_post_is_answered_here_where_the_owner
 
 
 @pytest.mark.parametrize("after", ["2.0", "2e0", "x", "-1"])
-async def test_a_cursor_that_is_none_is_refused_where_it_comes_in(after: str, tmp_path: Path) -> None:
+async def test_an_invalid_cursor_is_refused_by_its_field(after: str, tmp_path: Path) -> None:
     async with open_owner(tmp_path) as (api, _):
         reply = await api.call("GET", f"{EVENTS}?after={after}", headers=SSE)
         reply.problem(422, "invalid_request", "after")
@@ -278,7 +278,7 @@ async def test_a_stream_that_had_its_end_gets_no_second_one(tmp_path: Path) -> N
 
 
 async def test_a_stream_that_a_living_owner_cuts_ends(tmp_path: Path) -> None:
-    """The client resumes it; nobody ends a turn of an owner that lives."""
+    """The client resumes it; no other process ends a turn of an owner that lives."""
     async with open_owner(tmp_path) as (api, owner), api.open("GET", EVENTS, headers=SSE) as client:
         await client.send_complete()
         stream, _ = await owner.take()
@@ -289,7 +289,7 @@ async def test_a_stream_that_a_living_owner_cuts_ends(tmp_path: Path) -> None:
         assert (await owner.store.get_turn("s", TURN, now=datetime.now(UTC))).is_open
 
 
-async def test_what_an_owner_that_died_did_not_answer_is_answered_here(tmp_path: Path) -> None:
+async def test_a_request_that_a_dead_owner_did_not_answer_is_answered_here(tmp_path: Path) -> None:
     async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
         replies: list[Reply] = []
         nursery.start_soon(lambda: ask(api, replies, "GET", f"/sessions/s/turns/{TURN}"))
@@ -300,7 +300,7 @@ async def test_what_an_owner_that_died_did_not_answer_is_answered_here(tmp_path:
         assert (replies[0].status, replies[0].json["state"], replies[0].json["reason"]) == (200, "interrupted", "crash")
 
 
-async def test_nobody_starts_a_turn_twice_for_an_owner_that_died(tmp_path: Path) -> None:
+async def test_no_turn_is_started_twice_for_an_owner_that_died(tmp_path: Path) -> None:
     async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
         replies: list[Reply] = []
         body = {"input": "x", "on_conflict": "queue"}
@@ -380,7 +380,7 @@ async def test_an_owner_that_hangs_is_not_waited_for_beyond_its_time(
         ("POST", "/chat", {"message": "x", "session_id": "s"}),
     ],
 )
-async def test_an_owner_has_longer_for_what_waits_for_more_than_one_step_of_the_store(
+async def test_an_owner_has_longer_for_calls_that_wait_for_more_than_one_step_of_the_store(
     method: str, path: str, body: object, tmp_path: Path
 ) -> None:
     settings: dict[str, Any] = {"store_timeout_s": 0.5, "cleanup_timeout_s": CAP_S}
@@ -539,7 +539,7 @@ async def test_a_request_that_came_from_a_process_that_stops_is_cut_as_its_own(t
             await stream.aclose()
 
 
-async def test_a_fork_at_an_open_turn_is_its_owners_to_answer_and_one_at_an_ended_turn_anybodys(tmp_path: Path) -> None:
+async def test_the_owner_answers_a_fork_at_an_open_turn_and_any_process_one_at_an_ended_turn(tmp_path: Path) -> None:
     async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
         replies: list[Reply] = []
         nursery.start_soon(lambda: ask(api, replies, "POST", "/sessions/s/fork", {"id": "copy"}))

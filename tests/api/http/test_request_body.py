@@ -1,4 +1,4 @@
-"""Bodies are taken strictly, and what is wrong with one is named."""
+"""Bodies are read strictly, and errors name the wrong part."""
 
 import json
 import time
@@ -62,7 +62,7 @@ def parse(raw: bytes | str, kind: Any = StartTurn, *, text_bytes_max: int = 1024
         b'{"metadata": {"a": "1", "a": "2"}}',
     ],
 )
-def test_what_is_not_one_unambiguous_json_document_is_malformed(raw: bytes) -> None:
+def test_a_body_that_is_not_one_unambiguous_json_document_is_malformed(raw: bytes) -> None:
     with pytest.raises(MalformedBodyError):
         parse_json(raw)
 
@@ -148,7 +148,7 @@ def test_a_session_that_is_not_one_is_refused_with_its_field(body: dict[str, Any
         (CreateSession, {"metadata": {"\0": ""}}, "A key may not have NUL"),
     ],
 )
-def test_what_is_allowed_is_said_in_words(kind: type[RequestBody | Query], body: object, told: str) -> None:
+def test_an_error_names_the_allowed_values_in_words(kind: type[RequestBody | Query], body: object, told: str) -> None:
     with pytest.raises(InvalidRequestError) as refused:
         parse(json.dumps(body), kind)
     assert told in str(refused.value)
@@ -239,7 +239,7 @@ FRAGMENTS = ["[", "]", "{", "}", ",", ":", '"', "\\", "\\u0041", "\\ud83d", "0",
 @given(st.lists(st.sampled_from(FRAGMENTS), min_size=1, max_size=5).map("".join), st.booleans())
 @example("\\n\N{GRINNING FACE}", True)
 @example('"a":0,', False)
-def test_no_body_takes_long_to_read_whatever_it_is_made_of(fragment: str, in_text: bool) -> None:
+def test_no_body_takes_long_to_read(fragment: str, in_text: bool) -> None:
     before, after = ('{"input":"', '"}') if in_text else ('{"input":[', "]}")
     room = body_bytes_max(Settings()) - 100
     raw = (before + fragment * (room // len(fragment.encode())) + after).encode()
@@ -314,7 +314,7 @@ async def test_a_body_at_its_bound_is_read_whole() -> None:
     assert await body.read() == b"x" * 100
 
 
-def test_null_clears_and_what_is_left_out_stays() -> None:
+def test_null_clears_a_field_and_a_field_that_is_left_out_stays() -> None:
     patch = parse('{"title": null}', UpdateSession)
     assert patch.title is None
     assert patch.model is not None  # UNSET

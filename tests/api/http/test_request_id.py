@@ -59,7 +59,9 @@ async def test_each_kind_of_answer_has_the_id() -> None:
             assert MADE.fullmatch(reply.headers["x-request-id"]), (method, path)
 
 
-async def test_an_answer_without_a_service_and_one_of_a_crash_have_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_answer_without_a_service_and_an_answer_to_a_crash_have_the_id_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     reply = await Api(create_app(), None).call("GET", "/sessions", headers={ID: "a"})  # type: ignore[arg-type]
     assert (reply.status, reply.headers["x-request-id"]) == (503, "a")
     with kept_log("json") as read:

@@ -1,4 +1,4 @@
-"""What a request holds is given back, whatever else happens."""
+"""The resources of a request are always given back."""
 
 from functools import partial
 

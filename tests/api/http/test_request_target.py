@@ -1,4 +1,4 @@
-"""Targets that are none are refused with a problem document, and nothing crashes."""
+"""Invalid targets are refused with a problem document, and nothing crashes."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from tests.service.serving import read_to_end, serving
 CAP_S = 10
 
 
-async def test_targets_that_are_none_are_refused_and_the_others_are_not() -> None:
+async def test_invalid_targets_are_refused_and_valid_ones_are_not() -> None:
     expected = dict.fromkeys(("?", "?x", "?limit=1", "http://[", "http://[::1/"), b"400")
     expected |= dict.fromkeys(("[", "//[", ":", "*", "http://", "/[", "%", "x"), b"404")
     expected |= dict.fromkeys(("//healthz", "///healthz", "/%2Fhealthz", "//h/healthz", "http://h//healthz"), b"404")
@@ -38,7 +38,7 @@ async def get(port: int, target: str, host: str) -> bytes:
         return await read_to_end(stream)
 
 
-async def test_a_host_that_is_none_is_refused() -> None:
+async def test_an_invalid_host_is_refused() -> None:
     expected = dict.fromkeys(("a..b", "a" * 64, "a." * 151, ".", "xn--" + "a" * 60), b"400")
     expected |= dict.fromkeys(("a", "a" * 63, "a.b:80", "[::", "é", ""), b"403")
     expected |= dict.fromkeys(("localhost", "LOCALHOST:1", "127.0.0.1:", "[::1]:80"), b"200")
@@ -48,7 +48,7 @@ async def test_a_host_that_is_none_is_refused() -> None:
     assert got == expected
 
 
-async def test_a_long_query_string_is_refused_before_it_is_taken_apart() -> None:
+async def test_a_long_query_string_is_refused_before_it_is_parsed() -> None:
     expected = {f"{path}?{'a' * length}": b"422" for path in ("/sessions", "/sessions/a") for length in (4096, 4097)}
     with trio.fail_after(CAP_S):
         async with serving(Settings(store_url="memory:")) as server:
@@ -79,7 +79,9 @@ HTTP: dict[str, Any] = {
     ("kind", "answer"),
     [("http", {"type": "http.response.start", "status": 400}), ("websocket", {"type": "websocket.close"})],
 )
-async def test_what_http_2_lets_pass_is_refused_too(changes: dict[str, Any], kind: str, answer: dict[str, Any]) -> None:
+async def test_bytes_that_only_http_2_allows_are_refused_too(
+    changes: dict[str, Any], kind: str, answer: dict[str, Any]
+) -> None:
     sent: list[dict[str, Any]] = []
 
     async def send(message: dict[str, Any]) -> None:

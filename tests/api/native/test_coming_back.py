@@ -179,7 +179,7 @@ async def test_a_session_that_was_deleted_or_has_expired_is_404(autojump_clock: 
 
 
 @pytest.mark.parametrize("seq", ["x", "-1", "1.0", " 1x", "1" * 16, "²", "turn_1"])
-async def test_what_is_no_event_id_is_refused_and_starts_nothing(seq: str, autojump_clock: MockClock) -> None:
+async def test_an_invalid_event_id_is_refused_and_starts_no_turn(seq: str, autojump_clock: MockClock) -> None:
     async with open_api() as api:
         await api.new_session(id="me")
         (await come_back(api, seq)).problem(422, "invalid_request", "Last-Event-ID")

@@ -132,7 +132,7 @@ async def test_a_fork_is_a_session_with_a_copy_of_the_conversation(autojump_cloc
         assert len(await _messages(api, forked.json["id"])) == 4
 
 
-async def test_what_cannot_be_forked_is_refused(autojump_clock: MockClock) -> None:
+async def test_an_invalid_fork_is_refused(autojump_clock: MockClock) -> None:
     async with open_api(model_url="scripted:?tokens=100&rate=1") as api:
         (await api.call("POST", "/sessions/me/fork", {})).problem(404, "session_not_found")
         (await api.call("POST", "/sessions/%20/fork", {})).problem(404, "session_not_found")

@@ -39,7 +39,7 @@ async def test_below_a_prefix_the_answer_is_the_same_and_names_the_page_there() 
             assert "/ai/docs" in member["message"]
 
 
-async def test_without_a_key_it_is_401_in_the_same_shape() -> None:
+async def test_a_call_without_a_key_gets_401_in_the_same_shape() -> None:
     async with open_api(api_keys=(KEY,)) as api:
         reply = await api.call("POST", "/v1/chat/completions", {})
         assert error(reply, 401, "unauthorized")["type"] == "invalid_request_error"

@@ -10,7 +10,7 @@ from service.storage.sqlite import database
 from tests.api.inprocess import open_api
 
 
-async def test_it_says_that_the_store_refuses_to_write_and_goes_on_serving_reads(tmp_path: Path) -> None:
+async def test_readyz_tells_that_the_store_refuses_writes_and_reads_go_on(tmp_path: Path) -> None:
     path = tmp_path / "lastcall.db"
     async with open_api(store_url=f"sqlite:{path}", store_timeout_s=0.3) as api:
         await api.new_session(id="before")
@@ -27,6 +27,6 @@ async def test_it_says_that_the_store_refuses_to_write_and_goes_on_serving_reads
                 await api.service.sessions.pending_writes.settle()
             assert (await api.call("GET", "/readyz")).json == {"status": "ready", "writes": "refused"}
             other.execute("ROLLBACK")
-        await api.service.sessions.pending_writes.settle()  # what the mending loop does
+        await api.service.sessions.pending_writes.settle()  # as the recovery loop does
         assert (await api.call("GET", "/readyz")).json == {"status": "ready"}
         assert {session["id"] for session in (await api.call("GET", "/sessions")).json["data"]} <= {"before", "s"}

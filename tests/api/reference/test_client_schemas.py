@@ -64,7 +64,7 @@ def test_a_field_of_an_answer_is_required_if_it_is_always_there(name: str) -> No
     assert SCHEMAS[name]["properties"].keys() == sent(ANSWERS[name], whole=True)
 
 
-def test_what_is_left_out_where_it_is_null_is_never_null() -> None:
+def test_a_field_that_is_left_out_instead_of_null_is_never_null() -> None:
     for name in ("field", "retry_after_s", "turn_id", "state", "text"):
         assert {"type": "null"} not in SCHEMAS["Problem"]["properties"][name].get("anyOf", [])
     assert SCHEMAS["TurnFailed"]["properties"]["left_out"] == {"$ref": "#/components/schemas/LeftOut"}

@@ -1,4 +1,4 @@
-"""The description of the API is whole, and the page of it needs nothing from elsewhere."""
+"""The description of the API is whole, and its page loads nothing from other servers."""
 
 import json
 import re
@@ -80,7 +80,7 @@ def test_every_operation_says_what_it_is_and_how_it_fails(name: str, operation: 
     assert ("requestBody" in operation) is ("415" in operation["responses"])
 
 
-def test_the_codes_are_enums_with_what_each_means() -> None:
+def test_the_codes_are_enums_with_their_meanings() -> None:
     schemas = DOCUMENT["components"]["schemas"]
     for name, holder, known in (
         ("FailureCode", "Failure", get_args(FailureCode)),
@@ -92,7 +92,7 @@ def test_the_codes_are_enums_with_what_each_means() -> None:
             assert re.search(rf"^- `{code}`: .+$", schemas[name]["description"], re.MULTILINE)
 
 
-def test_what_null_clears_is_named() -> None:
+def test_the_fields_that_null_clears_are_named() -> None:
     clearable = {field.name for field in msgspec.structs.fields(UpdateSession) if _takes_null(field.name)}
     assert clearable == {"title", "model", "system_message"}
     said = DOCUMENT["paths"]["/sessions/{session_id}"]["patch"]["description"]

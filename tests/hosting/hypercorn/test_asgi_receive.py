@@ -30,7 +30,7 @@ async def test_messages_are_received_in_order() -> None:
     assert [await receive_queue() for _ in range(10)] == [message(number) for number in range(10)]
 
 
-async def test_what_has_come_is_handed_over_first() -> None:
+async def test_kept_messages_are_handed_over_first() -> None:
     receive_queue = ReceiveQueue(kept_max=10)
     taken: list[Any] = []
     await receive_queue.put(message(0))
@@ -39,7 +39,7 @@ async def test_what_has_come_is_handed_over_first() -> None:
     assert taken == [message(0), message(1)]
 
 
-async def test_who_sends_more_than_is_kept_waits_until_somebody_takes_it() -> None:
+async def test_a_sender_waits_while_the_queue_is_full() -> None:
     receive_queue = ReceiveQueue(kept_max=1)
     taken: list[Any] = []
 
@@ -124,7 +124,7 @@ async def test_our_task_group_keeps_its_own_cancellation() -> None:
 
 
 @pytest.mark.removal
-async def test_the_inbox_is_still_needed(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails when Quart-Trio and hypercorn need no more than one task by themselves: then the inbox can go."""
+async def test_the_receive_queue_is_still_needed(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails when Quart-Trio and hypercorn need no more than one task by themselves: then ReceiveQueue can go."""
     monkeypatch.setattr(hypercorn.trio.tcp_server, "TaskGroup", TaskGroup)
     assert await tasks_of_a_request(serve) > 1

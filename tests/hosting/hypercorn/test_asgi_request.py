@@ -1,4 +1,4 @@
-"""Quart-Trio's requests, with and without what we mend."""
+"""Quart-Trio's requests, with and without the workarounds."""
 
 import pytest
 import trio

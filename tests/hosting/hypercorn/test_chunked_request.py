@@ -1,4 +1,4 @@
-"""Chunks are joined, and are otherwise what h11 takes them for."""
+"""Chunks are joined, and otherwise read as h11 reads them."""
 
 from itertools import pairwise
 
@@ -51,7 +51,7 @@ FRAMES = st.one_of(
 
 
 @given(st.lists(FRAMES, max_size=12).map(b"".join), st.lists(st.integers(0, 200), max_size=6))
-def test_a_chunked_body_is_what_h11_takes_it_for_however_it_arrives(framed: bytes, cuts: list[int]) -> None:
+def test_a_chunked_body_is_read_as_h11_reads_it_in_any_pieces(framed: bytes, cuts: list[int]) -> None:
     places = sorted({0, len(framed), *(cut for cut in cuts if cut < len(framed))})
     pieces = [framed[start:end] for start, end in pairwise(places)]
     body, end, _ = read(JoiningChunkedReader, pieces)

@@ -1,4 +1,4 @@
-"""hypercorn's connections, with and without what we add."""
+"""hypercorn's connections, with and without the workarounds."""
 
 import os
 import socket
@@ -345,7 +345,7 @@ async def test_hypercorn_still_waits_for_a_client_of_http2_that_has_reset_its_st
     assert not await stops_though_a_client_of_http2_has_reset_its_stream(serve)
 
 
-async def is_answered_when_it_asks_as_the_doors_close(serve: Serve) -> bool:
+async def is_answered_when_it_asks_as_the_listeners_close(serve: Serve) -> bool:
     """A connection that is made, but whose request arrives just after hypercorn was told to stop."""
     async with serve(App()) as server:
         with trio.fail_after(10):
@@ -360,14 +360,16 @@ async def is_answered_when_it_asks_as_the_doors_close(serve: Serve) -> bool:
                     return False
 
 
-async def test_a_request_that_comes_as_the_doors_close_is_answered(serve: Serve, connections: Connections) -> None:
-    assert await is_answered_when_it_asks_as_the_doors_close(serve)
+async def test_a_request_that_arrives_as_the_listeners_close_is_answered(
+    serve: Serve, connections: Connections
+) -> None:
+    assert await is_answered_when_it_asks_as_the_listeners_close(serve)
 
 
 @pytest.mark.removal
 async def test_hypercorn_still_closes_on_a_request_that_is_on_its_way(serve: Serve) -> None:
     """Fails when hypercorn waits for it: then Connection._wait_for_request_on_its_way can go."""
-    assert not await is_answered_when_it_asks_as_the_doors_close(serve)
+    assert not await is_answered_when_it_asks_as_the_listeners_close(serve)
 
 
 async def http2_stream_ends_properly(serve: Serve) -> bool:

@@ -206,7 +206,7 @@ async def test_hypercorn_still_takes_a_long_head_that_comes_in_one_piece() -> No
 
 
 @pytest.mark.usefixtures("connections")
-async def test_no_mixture_of_what_a_head_is_made_of_holds_the_event_loop() -> None:
+async def test_no_mixture_of_a_head_s_parts_holds_the_event_loop() -> None:
     chance = random.Random(4711)
     words = [
         "/",

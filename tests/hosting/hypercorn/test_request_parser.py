@@ -58,7 +58,7 @@ def test_empty_lines_before_a_request_are_skipped_wherever_they_are_cut(
 
 
 @pytest.mark.parametrize("begin", [b"\r\n" * (EMPTY_LINES_MAX + 1), b"\r\n \r\n", b"\r\r\n", b" \r\n", b"\r\nx\r\n"])
-def test_more_of_them_and_what_is_no_empty_line_are_refused(begin: bytes) -> None:
+def test_too_many_empty_lines_and_other_bytes_are_refused(begin: bytes) -> None:
     connection = parser()
     connection.receive_data(begin + GET)
     with pytest.raises(h11.RemoteProtocolError):

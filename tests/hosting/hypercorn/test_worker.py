@@ -1,4 +1,4 @@
-"""hypercorn's insides are where we look for them. The first tests to fail when a new version moves them."""
+"""hypercorn's private variables have the expected names. These tests fail first when a new version moves them."""
 
 import inspect
 import multiprocessing
@@ -23,7 +23,7 @@ from tests.hosting.conftest import Serve
 
 
 @pytest.mark.parametrize("name", ["app", "config", "context", "server_nursery"])
-def test_worker_serve_has_what_we_need(name: str) -> None:
+def test_worker_serve_has_the_variables_that_we_need(name: str) -> None:
     assert (
         name
         in hypercorn.trio.run.worker_serve.__code__.co_varnames + hypercorn.trio.run.worker_serve.__code__.co_cellvars
@@ -62,8 +62,8 @@ async def test_another_hypercorn_is_refused() -> None:
     coroutine.close()
 
 
-async def test_hypercorn_inside_another_program_is_a_guest(serve: Serve) -> None:
-    """Signals and exit codes of a program that only serves among other things are none of our business."""
+async def test_hypercorn_inside_another_program_has_no_worker(serve: Serve) -> None:
+    """The service leaves the signals and the exit code of another program alone."""
     found: list[Worker | None] = []
 
     class Lifespan:

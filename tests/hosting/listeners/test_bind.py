@@ -1,4 +1,4 @@
-"""Taking the addresses: what is said of them may be none, and what another server listens on is not for us."""
+"""Binding the addresses: invalid ones and those of another server are refused."""
 
 import socket
 from pathlib import Path
@@ -10,12 +10,12 @@ from service.errors import StartupError
 from service.hosting.listeners.bind import bind_addresses
 
 
-def test_address_that_can_be_none_is_refused_by_its_name() -> None:
+def test_an_invalid_address_is_refused_by_its_name() -> None:
     with pytest.raises(StartupError, match=r"^Cannot listen on fd://x: "):
         bind_addresses(Config.from_mapping(bind=["fd://x"]))
 
 
-def test_certificate_that_can_be_none_is_refused_by_its_name() -> None:
+def test_an_invalid_certificate_path_is_refused_by_its_name() -> None:
     with pytest.raises(StartupError, match=r"^The certificate a\0 and its key b cannot be used: "):
         bind_addresses(Config.from_mapping(bind=["127.0.0.1:0"], certfile="a\0", keyfile="b"))
 

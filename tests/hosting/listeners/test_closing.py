@@ -1,4 +1,4 @@
-"""The gate and its doors, and what happens at hypercorn's without them."""
+"""When the listeners close, and how hypercorn's own listeners behave."""
 
 import multiprocessing
 import os
@@ -34,8 +34,8 @@ def listening() -> Iterator[socket.socket]:
 
 
 @pytest.mark.removal
-async def test_who_connects_after_hypercorn_was_told_to_stop_is_left_hanging_and_reset() -> None:
-    """Fails when hypercorn answers until the end: then the gate can go."""
+async def test_hypercorn_lets_clients_that_connect_after_its_stop_hang_and_resets_them() -> None:
+    """Fails when hypercorn answers until the end: then ListenerShutdown can go."""
     app = QuartTrio("test")
     stop = trio.Event()
     with trio.fail_after(10), listening() as held_by_the_master:
@@ -59,8 +59,8 @@ async def test_who_connects_after_hypercorn_was_told_to_stop_is_left_hanging_and
                 client.recv(1)
 
 
-def test_the_next_listen_opens_a_door_again() -> None:
-    """Where a reload is taken for a stop, the next worker serves all the same: hypercorn's workers listen anew."""
+def test_the_next_listen_opens_a_shut_listener_again() -> None:
+    """After a reload that looked like a stop the next worker still serves: hypercorn's workers call listen again."""
     with socket.socket() as finder:
         finder.bind(("127.0.0.1", 0))
         address = finder.getsockname()
@@ -85,7 +85,7 @@ sys.stdin.read()
 
 @contextmanager
 def no_descriptors() -> Iterator[None]:
-    """This process has none left."""
+    """This process has no descriptor left."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = max(int(it.name) for it in Path("/proc/self/fd").iterdir()) + 1
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
@@ -103,7 +103,7 @@ def no_descriptors() -> Iterator[None]:
 
 @pytest.mark.parametrize("out_of_descriptors", [False, True])
 @pytest.mark.parametrize("status", [None, *WorkerStatus])
-def test_another_process_shows_how_it_stands(status: WorkerStatus | None, *, out_of_descriptors: bool) -> None:
+def test_another_process_shows_its_status(status: WorkerStatus | None, *, out_of_descriptors: bool) -> None:
     with listening() as listener:
         command = [sys.executable, "-c", SHOW.format(status.name) if status is not None else HOLD]
         with subprocess.Popen(
@@ -123,7 +123,7 @@ def test_another_process_shows_how_it_stands(status: WorkerStatus | None, *, out
                 other.communicate()
 
 
-async def test_hypercorn_is_held_until_it_is_released() -> None:
+async def test_hypercorn_s_stop_is_deferred_until_the_release() -> None:
     wishes: list[None] = []
     termination = DeferredTermination(lambda: wishes.append(None))
     context = WorkerContext(max_requests=0)
@@ -147,7 +147,7 @@ async def test_hypercorn_is_held_until_it_is_released() -> None:
 
 
 def test_hypercorn_binds_its_trigger_only_after_the_start_of_the_lifespan() -> None:
-    """The gate is put into its place while the lifespan starts."""
+    """The deferred termination is installed while the lifespan starts."""
     names = list(hypercorn.trio.run.worker_serve.__code__.co_names)
     assert names.index("wait_for_startup") < names.index("terminate")
 
@@ -165,7 +165,7 @@ os.waitpid(pid, 0)
 
 @pytest.mark.parametrize(("what", "program"), [("any worker", POLL), ("all workers", WAIT)])
 async def test_a_master_shows_what_it_waits_for(what: str, program: str) -> None:
-    """A stop and a reload set the same event; only the kernel tells the one from the other."""
+    """A stop and a reload set the same event; only the kernel can tell them apart."""
     with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE) as process:  # noqa: ASYNC220
         master = Master(process.pid, multiprocessing.get_context("fork").Event(), sentinel=-1)
         with trio.fail_after(10):

@@ -1,4 +1,4 @@
-"""The doors, in the place of hypercorn's listeners."""
+"""Listeners, in the place of hypercorn's own."""
 
 import errno
 import pickle
@@ -71,9 +71,7 @@ async def test_sockets_that_another_worker_has_shut_are_not_adopted(
         assert repr(listeners) == "<Listeners: not open yet>"
 
 
-async def test_who_waits_at_the_doors_is_served_and_who_comes_later_is_refused(
-    serve: Serve, listeners: Listeners
-) -> None:
+async def test_clients_that_wait_are_served_and_later_ones_are_refused(serve: Serve, listeners: Listeners) -> None:
     async with serve(an_app()) as server:
         with trio.fail_after(10):
             await listeners.open.wait()
@@ -94,7 +92,9 @@ async def test_who_waits_at_the_doors_is_served_and_who_comes_later_is_refused(
             assert listeners.has_served
 
 
-async def test_who_waits_is_left_to_others_where_there_are_some(serve: Serve, listeners: Listeners) -> None:
+async def test_clients_that_wait_are_left_to_other_processes_if_there_are_some(
+    serve: Serve, listeners: Listeners
+) -> None:
     async with serve(an_app()) as server:
         with trio.fail_after(10):
             await listeners.open.wait()
@@ -109,7 +109,7 @@ async def test_who_waits_is_left_to_others_where_there_are_some(serve: Serve, li
                 each.close()
 
 
-async def test_who_comes_meanwhile_is_left_to_others_until_clients_are_taken_again(
+async def test_new_clients_are_left_to_other_processes_until_clients_are_accepted_again(
     serve: Serve, listeners: Listeners
 ) -> None:
     async with serve(an_app()) as server:
@@ -130,7 +130,9 @@ async def test_who_comes_meanwhile_is_left_to_others_until_clients_are_taken_aga
                 client.close()
 
 
-async def test_who_comes_meanwhile_is_taken_when_the_doors_close(serve: Serve, listeners: Listeners) -> None:
+async def test_new_clients_that_were_not_accepted_are_served_when_the_listeners_close(
+    serve: Serve, listeners: Listeners
+) -> None:
     async with serve(an_app()) as server:
         with trio.fail_after(10):
             await listeners.open.wait()
@@ -163,7 +165,7 @@ async def test_without_descriptors_one_line_says_so(
 
 
 @pytest.mark.removal
-async def test_trio_still_says_it_again_and_again(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+async def test_trio_still_reports_it_more_than_once(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     """Fails when Trio says it less often: then _RateLimit of the patches can go."""
     lines = await log_of_a_listener_without_descriptors(serve, caplog)
     assert len(lines) > 2
@@ -178,7 +180,7 @@ async def test_trio_still_says_it_again_and_again(serve: Serve, caplog: pytest.L
         ({"bind": ["fd://3"], "insecure_bind": ["unix:a"], "certfile": "c", "keyfile": "k"}, [True, False]),
     ],
 )
-def test_a_bind_that_is_a_descriptor_is_a_socket_of_somebody_else(config: dict[str, Any], given: list[bool]) -> None:
+def test_a_bind_that_is_a_descriptor_is_a_given_socket(config: dict[str, Any], given: list[bool]) -> None:
     configured = Config.from_mapping(config)
     assert given_sockets(configured) == given
     note_given_sockets(configured)
@@ -186,7 +188,7 @@ def test_a_bind_that_is_a_descriptor_is_a_socket_of_somebody_else(config: dict[s
     assert given_sockets(pickle.loads(pickle.dumps(configured))) == given  # as workers get it
 
 
-async def test_a_socket_of_somebody_else_is_not_shut(serve: Serve) -> None:
+async def test_a_given_socket_is_not_shut_down(serve: Serve) -> None:
     listeners = Listeners([True])
     with install_listeners(listeners.serve_listeners):
         async with serve(an_app()) as server:
@@ -201,7 +203,7 @@ async def test_a_socket_of_somebody_else_is_not_shut(serve: Serve) -> None:
                     each.close()
 
 
-async def test_with_tls_too_who_waits_is_served(serve: Serve, listeners: Listeners, tmp_path: Path) -> None:
+async def test_clients_that_wait_are_served_with_tls_too(serve: Serve, listeners: Listeners, tmp_path: Path) -> None:
     authority = trustme.CA()
     certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
     issued = authority.issue_cert("localhost")

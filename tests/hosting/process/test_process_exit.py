@@ -1,4 +1,4 @@
-"""The short way out of a process, and what it is shorter than."""
+"""The fast exit of a process, compared with Python's own."""
 
 import signal
 import subprocess
@@ -65,7 +65,7 @@ leave(0)
 """
 
 
-def test_what_was_logged_is_written_though_its_reader_comes_late() -> None:
+def test_the_log_is_written_also_if_its_reader_comes_late() -> None:
     with subprocess.Popen([sys.executable, "-c", LOGGING], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
