@@ -104,7 +104,7 @@ class StreamSlot:
         return f"<StreamSlot: {'closed' if self._streams is None else 'open'}>"
 
     def is_ends_only(self) -> bool:
-        """Whether the stream may write only its end. If so, calls the callback of :meth:`Streams.write_ends_only` first."""
+        """Whether the stream may write only its end; then calls the callback of :meth:`Streams.write_ends_only`."""
         if self._streams is None or not self._streams.ends_only:
             return False
         self._streams.note_ends_only()
