@@ -21,23 +21,23 @@ _DIGITS_MAX = 40
 _STARTS = (b"{", b"[", b"null", b" ", b"\t", b"\n")
 _EMPTY = (b"null", b"[]", b"{}", b'""', b"false", b"0")
 _WORK = re.compile(r"reason|think|thought|encrypt|signature|opaque|argument|audio|image", re.IGNORECASE)
-"""Names of a delta's members, a text in which is work of the model."""
+"""The names of those members of a delta whose text shows that the model works."""
 
 
 class Delta(msgspec.Struct, gc=False):
     content: str | None = None
-    reasoning_content: str | None = None  # DeepSeek, older vLLM, llama.cpp, LiteLLM
-    reasoning: str | None = None  # OpenRouter, newer vLLM, Ollama
-    refusal: str | None = None  # OpenAI, in place of content
+    reasoning_content: str | None = None  # sent by DeepSeek, older vLLM, llama.cpp, LiteLLM
+    reasoning: str | None = None  # sent by OpenRouter, newer vLLM, Ollama
+    refusal: str | None = None  # OpenAI sends it in place of content
 
 
 class Choice(msgspec.Struct, gc=False):
     delta: Delta | None = None
-    message: Delta | None = None  # from a gateway that does not stream
+    message: Delta | None = None  # sent by a gateway that does not stream
     finish_reason: str | None = None
-    error: Any = None  # OpenRouter
+    error: Any = None  # sent by OpenRouter
     index: Any = None
-    text: str | None = None  # of a server that completes prompts
+    text: str | None = None  # sent by a server that completes prompts
 
     @property
     def says_something(self) -> bool:
@@ -103,12 +103,12 @@ class PartsCount:
 
 
 def decode_chunk(payload: bytes, *, is_checked: bool = False) -> Chunk:
-    """Read a chunk: strictly at first, because that is fast; if that fails, as much as can be read.
+    """Read a chunk strictly, which is fast; if the strict reading fails, read the parts that can be read.
 
-    A text may then hold lone surrogates (:func:`join_surrogates`).
+    After a loose reading a text may hold lone surrogates (:func:`join_surrogates`).
 
     Args:
-        is_checked: Whether a :class:`PartsCount` has counted its parts.
+        is_checked: Whether a :class:`PartsCount` has counted the parts of the payload.
 
     Raises:
         ValueError: The text is not JSON, does not look like a chunk, or has too many parts.
@@ -148,7 +148,7 @@ def join_surrogates(text: str) -> str:
 
 
 def tokens(count: int | None) -> int:
-    """A count within what can be."""
+    """The count, moved into the range of possible counts."""
     return min(max(count or 0, 0), _TOKENS_MAX)
 
 
@@ -161,7 +161,7 @@ def _is_work(name: str, value: bytes) -> bool:
         return False
     if value.startswith(b'"'):
         return bool(_WORK.search(name))
-    # Not one that has only such in it: [null], {"signature": null}
+    # A list or an object that holds only empty values is no work: [null], {"signature": null}
     return value.startswith((b"{", b"[")) and (len(value) > 256 or _has_content(msgspec.json.decode(value)))
 
 
@@ -172,20 +172,23 @@ def _has_content(value: object) -> bool:
 
 
 def _int(digits: str) -> int:
-    """Read a number of JSON. A number of thousands of digits would cost as much as thousands of numbers, so it is 0."""
+    """Read a number of JSON; 0 for a very long one, as thousands of digits cost as much as thousands of numbers."""
     return int(digits) if len(digits) <= _DIGITS_MAX else 0
 
 
 def _read_loosely(payload: bytes) -> Chunk:
-    """Seen: content in parts (Mistral), reasoning in an object (Envoy), half a surrogate pair, counts with fractions
-    (OpenRouter), a list around an error (Gemini), NaN (Python's own json)."""
+    """Read the usable parts of a chunk that has another form than OpenAI's.
+
+    Servers have sent: content in parts (Mistral), reasoning in an object (Envoy), half a surrogate pair, counts with
+    fractions (OpenRouter), a list around an error (Gemini), NaN (Python's own json).
+    """
     decoded = json.loads(payload.decode(errors="replace"), strict=False, parse_int=_int)
     if isinstance(decoded, list):
         decoded = decoded[0] if decoded else None
     if decoded is None:
         return Chunk()
     if not isinstance(decoded, dict):
-        raise ValueError("nothing like a chunk")  # noqa: TRY004  of a server's answer, not of an argument
+        raise ValueError("nothing like a chunk")  # noqa: TRY004  a server's answer is wrong, not an argument
     choices = decoded.get("choices")
     return Chunk(
         choices=[_choice(choice) for choice in choices] if isinstance(choices, list) else None,
@@ -220,7 +223,7 @@ def _delta(said: object) -> Delta | None:
 
 
 def _text(said: object) -> str:
-    """The text in a string, in an object with one, or in a list of those."""
+    """The text of a string, of an object with a text, or of a list of strings and objects."""
     if isinstance(said, list):
         return "".join(map(_text, said))
     if isinstance(said, dict):

@@ -52,20 +52,20 @@ _START_BYTES_MAX = 400
 _START_LENGTH_MAX = 16
 """How many characters of skipped data the log may have: enough to recognize the data, too few to show a user's text."""
 
-# Everything else ends a reply in a regular way: "eos", "end_turn", "stop_sequence"...
+# Every other reason is a regular end of a reply: "eos", "end_turn", "stop_sequence"...
 _FINISH_REASONS: dict[str, FinishReason] = {
     "length": "length",
     "max_tokens": "length",
-    "model_length": "length",  # Mistral
-    "safety": "content_filter",  # Gemini, as the next three
+    "model_length": "length",  # sent by Mistral
+    "safety": "content_filter",  # sent by Gemini, like the next three
     "recitation": "content_filter",
     "blocklist": "content_filter",
     "prohibited_content": "content_filter",
-    "sensitive": "content_filter",  # Zhipu
+    "sensitive": "content_filter",  # sent by Zhipu
     "tool_calls": "tool_calls",
     "function_call": "tool_calls",
 }
-# DeepSeek, OpenRouter, vLLM, Zhipu: not an end but a failure.
+# With these reasons DeepSeek, OpenRouter, vLLM and Zhipu report a failure, not an end.
 _FAILED_REASONS = frozenset({"insufficient_system_resource", "error", "abort", "network_error"})
 
 
@@ -84,7 +84,7 @@ class Dialect(msgspec.Struct, frozen=True):
 
     def learn(self, request: ModelRequest, status: int, reply: ErrorReply) -> "Dialect":
         """The dialect in which to ask again after a refusal; the same dialect if another one would not help."""
-        if status not in (400, 422) or reply.is_context_too_long:  # which names the field, too
+        if status not in (400, 422) or reply.is_context_too_long:  # such an error names the field, too
             return self
         if self.stream_options and re.search("stream_options|include_usage", reply.words):
             return msgspec.structs.replace(self, stream_options=False)
@@ -116,8 +116,7 @@ class ReplyDecoder:
     sends it. After a text, ``[DONE]`` replaces a missing finish reason, because not every server sends one. Some
     servers say "stop" with their first chunk or with each chunk: text after it counts.
 
-    A JSON body that is no event stream is a reply as well, if it is a whole completion: a gateway on the way does not
-    stream.
+    A JSON body that is no event stream is a reply as well, if it is a whole completion: some gateways do not stream.
 
     Args:
         redact: Removes the secrets from an upstream's words.
@@ -145,14 +144,14 @@ class ReplyDecoder:
         self._has_skipped = False
         self._large_events = 0
         self._holds_an_end = False
-        self._body: bytearray | None = None  # of what is no event stream
+        self._body: bytearray | None = None  # the body so far, if it is no event stream
         self._body_parts = PartsCount()
-        self._half = ""  # of a pair of surrogates, the second of which comes with the next chunk
+        self._half = ""  # the first of two surrogates, if the second comes with the next chunk
         self._finish_reason: FinishReason | None = None
         self._usage: Usage | None = None
         self.finished = False
         self.failure: ModelError | None = None
-        """The error after which nothing can follow. Not raised at once, so that earlier events of its chunk count."""
+        """The error that ended the reply. It is not raised at once, so that earlier events of its chunk count."""
 
     @property
     def has_finish_reason(self) -> bool:
@@ -244,7 +243,7 @@ class ReplyDecoder:
         self._take_held(events)
         self._note_large_events(events)
         if self._large_events and not self._has_text:
-            raise self._too_large(EVENT_BYTES_MAX)  # perhaps that was the reply
+            raise self._too_large(EVENT_BYTES_MAX)  # the large event may have been the reply
         if self._finish_reason is None:
             raise self._unfinished()
         self.finished = True
@@ -268,7 +267,7 @@ class ReplyDecoder:
             self._note_done(events)
             self._finish(events)
             return True
-        if names := _FIELD_NAMES.match(payload):  # from a server that has written the field's name twice
+        if names := _FIELD_NAMES.match(payload):  # the server has written the field's name twice
             return self._take(payload[names.end() :], events)
         lines = _pieces(payload)
         if len(lines) > 1:
@@ -337,7 +336,7 @@ class ReplyDecoder:
         if choice.error:
             self._fail(choice.error)
         delta = choice.delta
-        if delta is None and not self._has_text:  # with text before it, it is all of that once more
+        if delta is None and not self._has_text:  # after a text, the message is that text once more
             delta = choice.message
         if delta is None:
             delta = _NOTHING
@@ -361,7 +360,7 @@ class ReplyDecoder:
             raise error_from_reply(ErrorReply.from_error_member(error), redact=self._redact)
 
     def _note_large_events(self, events: list[ModelEvent]) -> None:
-        """Count an event that was left out because of its size as progress of the model: it is an image."""
+        """Count an event that was left out because of its size as progress of the model: such an event is an image."""
         if self._sse.large_events > self._large_events:
             self._large_events = self._sse.large_events
             self._tell_once(f"The model server sent an event of more than {EVENT_BYTES_MAX} bytes; it is skipped.")
@@ -406,7 +405,7 @@ class ReplyDecoder:
 
 
 def _pieces(payload: bytes) -> list[bytes]:
-    """An event's data, line by line where these are not too many."""
+    """The lines of an event's data; the data in one piece if there are too many lines."""
     return payload.split(b"\n") if payload.count(b"\n") < _LINES_MAX else [payload]
 
 

@@ -10,7 +10,7 @@ PIECE_BYTES_MAX = 8 * 1024
 _FREE_BYTES = 16 * 1024 * 1024
 """The size of the text that is allowed for an input of any size."""
 _RATIO_MAX = 200
-"""Beyond that, how many bytes may come of one. Streams of tokens come to 30; the most that there can be is 1032."""
+"""How many more bytes of text one byte of input may add. Streams of tokens reach 30; the format allows 1032."""
 _STEPS_MAX = 16
 """Bound on the members of a gzip body that one call reads."""
 _GZIP_START = b"\x1f\x8b"
@@ -35,7 +35,7 @@ class Inflater:
         self._encoding = encoding
         self._input = b""
         self._member: zlib._Decompress | None = None
-        self._has_output = False  # that did not fit into the last piece
+        self._has_output = False  # whether some text did not fit into the last piece
         self._has_begun = False
         self._is_plain = False
         self._is_over = False
@@ -44,12 +44,12 @@ class Inflater:
 
     @property
     def has_more(self) -> bool:
-        """Whether :meth:`take` has something to do."""
+        """Whether there is input or output left for :meth:`take`."""
         needed = 1 if self._member is not None or self._is_plain else len(_GZIP_START)
         return self._has_output or len(self._input) >= needed
 
     def feed(self, chunk: bytes) -> None:
-        """Take a chunk of the body, once nothing is left of those before."""
+        """Take a chunk of the body. To be called once :meth:`take` has used up the chunks before."""
         if not self._is_over:
             self._input += chunk
             self._bytes_in += len(chunk)
@@ -58,7 +58,7 @@ class Inflater:
         """The next piece of the text; may be empty.
 
         Raises:
-            InflateError: Nothing more can come.
+            InflateError: The body is damaged, or its text is too large. No more text can come.
         """
         for _ in range(_STEPS_MAX):
             if not self.has_more:
@@ -93,9 +93,9 @@ class Inflater:
         return piece
 
     def _begin(self) -> None:
-        """Find out what the input begins with."""
+        """Choose the format by the first bytes of the input."""
         is_gzip = self._input.startswith(_GZIP_START)
-        if self._has_begun and not is_gzip:  # padding after the end
+        if self._has_begun and not is_gzip:  # these bytes are padding after the end
             self._is_over = True
             self._input = b""
         elif is_gzip:

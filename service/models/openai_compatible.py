@@ -8,8 +8,8 @@ The only module that knows httpx. Decisions, and why:
   at once, over the next kept connection or a new one.
 - **Proxies in the environment are not used** (``trust_env=False``): the settings alone say where prompts
   go. Certificates are trusted as the machine does (``SSL_CERT_FILE`` included) and as certifi does.
-- **Bodies are asked for as they are**, because to compress a stream of tokens only delays it. Where a server on the way
-  compresses nevertheless, the body is decompressed within bounds.
+- **Requests ask for bodies without compression**, because compression only delays a stream of tokens. If a server on
+  the way compresses a body nevertheless, the client decompresses the body within bounds.
 - **Redirects are not followed**: they would carry a prompt and a key to an address that is not configured.
 - **Connections have no bound**, so no turn ever queues for one with its deadlines running: ``live_turns_max``
   is the bound on streams.
@@ -45,17 +45,17 @@ _IDLE_EXPIRY_S = 4.0  # uvicorn, under many model servers, closes after 5
 _ERROR_BODY_BYTES_MAX = 64 * 1024
 _ERROR_BODY_TIMEOUT_S = 2.0
 _PIECE_BYTES_MAX = 8 * 1024
-"""How much of a body is decoded at once, at the most 10 ms of work. Servers that stream send less."""
+"""How much of a body is decoded at once: at the most 10 ms of work. Chunks of servers that stream are smaller."""
 _RECEIVED_MAX = 64
 """How many chunks are read before other tasks run: reading data that has arrived does not wait."""
 _SECRET_LENGTH_MIN = 8
-"""A value in the model URL's query may be a key; a shorter one is none."""
+"""Values of the model URL's query are redacted as possible keys, except for values shorter than this."""
 _USAGE_TIMEOUT_S = 2.0
-"""How long a reply that is whole waits for usage and ``[DONE]``, since its last text."""
+"""How long a whole reply waits for usage and ``[DONE]``, counted from its last text."""
 _TEXT_TIMEOUT_S = 30.0
-"""How long a reply that has ended without a text waits for one: Open WebUI says "stop" first."""
+"""How long a reply that says "stop" before any text waits for a text: Open WebUI says "stop" first."""
 _REUSE_TIMEOUT_S = 0.05
-"""How long leaving a whole reply waits for the end of the response, without which it costs the connection."""
+"""How long leaving a whole reply waits for the end of the response. Without this end the connection is closed."""
 _CLOSE_TIMEOUT_S = 1.0
 
 logger = structlog.get_logger("lastcall.models")
@@ -77,12 +77,12 @@ async def open_openai_compatible(
         url: The server's base URL, with or without ``/v1`` (a URL without a path gets it), or the
             whole address ending in ``/chat/completions``. A query is kept, userinfo becomes basic
             authentication.
-        api_key: Sent as a bearer token; never shown, and taken out of whatever the upstream says.
-        name: Which of several upstreams it is; the URL's host and port stand for it by default.
-        connect_timeout_s: Bound on the connection's set-up and, again, on the TLS handshake. All
-            other waiting is the caller's to bound.
-        ssl_context: Replaces the trust described above.
-        clock: What a ``Retry-After`` with a date is compared with.
+        api_key: Sent as a bearer token; never shown, and removed from every text of the upstream.
+        name: The name of the upstream, if there are several; by default the URL's host and port.
+        connect_timeout_s: Bound on the connection's set-up and, again, on the TLS handshake. The caller bounds
+            all other waits.
+        ssl_context: Replaces the default trust in certificates (see the module).
+        clock: The clock with which a ``Retry-After`` with a date is compared.
 
     Raises:
         SettingsError: The URL or the key cannot be used; the message shows neither password nor key.
@@ -168,7 +168,7 @@ class OpenAICompatibleClient:
 
     @asynccontextmanager
     async def _respond(self, body: bytes) -> AsyncIterator["_Response"]:
-        """Send the request, wait for the response's head, and leave nothing of either behind."""
+        """Send the request and wait for the response's head. Leaving closes both, or gives the connection back."""
         connection = _NewConnection()
         opened: _Response | None = None
         pool = self._pools.enter()
@@ -192,7 +192,7 @@ class OpenAICompatibleClient:
                 return _Response(await http.send(request, stream=True))
             except httpx.HTTPError as error:
                 fault = _transport_error(error, during=connection.phase)
-                # Over a kept connection it says nothing about the server; that one is out of the pool now.
+                # The end of a kept connection says nothing about the server, and the pool has dropped the connection.
                 if fault.code != "upstream_unreachable" or connection.is_new:
                     raise fault from error
 
@@ -225,8 +225,8 @@ class OpenAICompatibleStream:
         self._chunks = response.chunks
         self._decoder = decoder
         self._end_deadline = math.inf
-        self._piece = b""  # what is left of a large chunk
-        self._received = 0  # since the event loop had a turn
+        self._piece = b""  # the rest of a large chunk
+        self._received = 0  # chunks received since other tasks could run
 
     async def receive(self) -> Sequence[ModelEvent]:
         decoder = self._decoder
@@ -248,16 +248,16 @@ class OpenAICompatibleStream:
                 return events
 
     async def _next_chunk(self) -> bytes | None:
-        """The next bytes of the body, None where nothing that matters will come."""
+        """The next bytes of the body; None if the reply needs no more bytes."""
         try:
             if not self._decoder.has_finish_reason:
                 return await anext(self._chunks, None)
-            # The reply may be whole: what is still to come is not worth failing, or waiting long, for.
+            # The reply may be whole: the rest is not worth a failure or a long wait.
             wait_s = _USAGE_TIMEOUT_S if self._decoder.is_whole else _TEXT_TIMEOUT_S
             self._end_deadline = min(self._end_deadline, anyio.current_time() + wait_s)
             with anyio.CancelScope(deadline=self._end_deadline) as scope, forgiving(scope, timeout_s=wait_s):
                 chunk = await anext(self._chunks, None)
-                self._end_deadline = scope.deadline  # it may have moved
+                self._end_deadline = scope.deadline  # ``forgiving`` may have moved the deadline
                 return chunk
             return None
         except (httpx.HTTPError, InflateError) as error:
@@ -279,7 +279,7 @@ class _Response:
         self._raw = response.aiter_raw()
         self.chunks = self._raw if self._encoding not in ENCODINGS else _Inflated(self._raw, Inflater(self._encoding))
         self.reusable = False
-        """Whether the body is about to end by itself, which keeps the connection for another request."""
+        """Whether the body is about to end by itself, so that the connection can serve another request."""
 
     @property
     def request_id(self) -> str | None:
@@ -293,7 +293,7 @@ class _Response:
 
     @property
     def is_readable(self) -> bool:
-        """Whether its body may be a reply: how that begins tells more than its type, which many servers get wrong."""
+        """Whether the body may be a reply. Its beginning decides later, not its type, which many servers get wrong."""
         return self.is_success and self._encoding in ("", *ENCODINGS)
 
     @property
@@ -327,11 +327,11 @@ class _Response:
         return body
 
     async def aclose(self) -> None:
-        """Give the connection back where the body has ended, close it otherwise. To be shielded by the caller.
+        """Give the connection back if the body has ended; otherwise close the connection. The caller must shield this.
 
-        Only an exception from the innermost of httpx's nested generators ends them all and closes the
-        connection; closing the outermost leaves the others to the garbage collector. So the rest of
-        the body is read, in a scope that cancels the first wait.
+        httpx reads a body through nested generators. Closing the outermost generator leaves the inner ones to the
+        garbage collector; an exception in the innermost ends all of them and closes the connection. So this method
+        reads on: until the end of the body if the response is reusable, or else in a scope that cancels the first wait.
         """
         with anyio.CancelScope(deadline=anyio.current_time() + _REUSE_TIMEOUT_S) as scope:
             if not self.reusable:
@@ -340,7 +340,7 @@ class _Response:
                 async for _ in self._raw:
                     pass
             except httpx.HTTPError:
-                pass  # it is being left
+                pass  # the caller leaves the response, so the error does not matter
 
 
 class _Inflated:
@@ -356,7 +356,7 @@ class _Inflated:
     async def __anext__(self) -> bytes:
         while True:
             if self._inflater.has_more:
-                await anyio.lowlevel.checkpoint()  # much may be in what has arrived
+                await anyio.lowlevel.checkpoint()  # a small chunk may hold much text
                 if piece := self._inflater.take():
                     return piece
             else:
@@ -367,10 +367,11 @@ class _Pools:
     """Pools of connections, each with a bounded number of requests at work.
 
     httpcore 1.0 looks at all connections of a pool whenever one of its requests begins or ends: in a single pool the
-    ends of a thousand turns would cost a million looks. ``test_pools.py`` tells when it no longer does.
+    ends of a thousand turns would cost a million looks. A test in
+    ``test_pools.py`` fails once httpcore no longer does so.
 
     Args:
-        options: Of each pool's httpx client.
+        options: The options of each pool's httpx client.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -378,7 +379,7 @@ class _Pools:
         self._pools: list[_Pool] = []
 
     def enter(self) -> "_Pool":
-        """A pool with room for a request; it is to be left."""
+        """A pool with room for a request. The caller must :meth:`leave` the pool."""
         pool = next((pool for pool in self._pools if pool.requests < _POOL_REQUESTS_MAX), None)
         if pool is None:
             limits = httpx.Limits(
@@ -391,7 +392,7 @@ class _Pools:
         return pool
 
     def leave(self, pool: "_Pool") -> "_Pool | None":
-        """A request is over. A pool without any is kept for the next; returns one too many, to be closed."""
+        """Note the end of a request. Keeps one unused pool; returns a second one, which the caller must close."""
         pool.requests -= 1
         unused = [pool for pool in self._pools if not pool.requests]
         if len(unused) < 2:
@@ -411,7 +412,7 @@ class _Pool:
 
 
 class _Body(httpx.AsyncByteStream):
-    """A request's body in one piece. httpx's own is an async generator, which a cancelled send leaves open."""
+    """A request's body in one piece. httpx's own body is an async generator, which a cancelled send leaves open."""
 
     def __init__(self, body: bytes) -> None:
         self._pieces = iter((body,))
@@ -427,20 +428,20 @@ class _Body(httpx.AsyncByteStream):
 
 
 class _NewConnection:
-    """Watches a connection being made: how far it is, and the socket until it has another owner.
+    """Watches a request set up its connection: the phase that has begun, and the socket, which must not be lost.
 
-    httpcore 1.0 forgets a TCP connection whose TLS handshake is cancelled; ``test_upstream_closing.py``
-    has the test that tells when it no longer does.
+    httpcore 1.0 forgets a TCP connection whose TLS handshake is cancelled. A test in ``test_upstream_closing.py`` fails
+    once httpcore no longer does so.
     """
 
     def __init__(self) -> None:
         self.phase = ""
         self.is_new = False
-        """Whether the last request was not sent over a kept one."""
+        """Whether the last attempt opened a connection instead of using a kept one."""
         self._stream: Any = None
 
     async def trace(self, event: str, info: dict[str, Any]) -> None:
-        """httpcore's trace extension: called at the start and the end of each phase."""
+        """Note a phase. httpcore calls this trace function at the start and the end of each phase."""
         step, _, moment = event.rpartition(".")
         if moment == "started":
             self.phase = step
@@ -511,7 +512,7 @@ def _transport_error(error: httpx.HTTPError, *, during: str) -> ModelError:
 
 
 def _is_exhausted(causes: Iterable[BaseException]) -> bool:
-    """Whether this process may open nothing more. The resolver does not say so: it could not even read its files."""
+    """Whether this process may open no more files. The resolver hides this, so after its errors a file is opened."""
     for cause in causes:
         if isinstance(cause, socket.gaierror):
             try:

@@ -1,8 +1,8 @@
 """Which choices of a chat completion are the reply. Pure.
 
-A request asks for one reply, and some servers are set up to give several. Their pieces alternate, and only one choice
-may be kept. Other servers give one reply and count the index up with each piece (TGI until 2024, Foundry Local until
-2025) or with each block (reasoning 0, text 1). The difference is that such a count never goes back.
+A request asks for one reply, but some servers are set up to give several choices. The pieces of the choices alternate,
+and only one choice may be kept. Other servers give one reply and count the index up with each piece (TGI until 2024,
+Foundry Local until 2025) or with each block (reasoning 0, text 1). Such a count never goes back to an earlier index.
 """
 
 from collections.abc import Sequence
@@ -12,20 +12,20 @@ from service.models.chat_chunks import Choice
 _HELD_MAX = 8
 """How many pieces under other indexes than the first are held back until their kind is decided."""
 _NONE = object()
-"""Is no choice's index."""
+"""A value that is no choice's index."""
 
 
 class ReplyChoices:
-    """Decides for one stream. Until it has, pieces under other indexes than the first are held back."""
+    """The decision for one stream. Before the decision, pieces under other indexes than the first are held back."""
 
     def __init__(self) -> None:
         self.usual: object = _NONE
-        """The index of which every choice that stands alone is the reply's: there is nothing to decide about it."""
+        """An index that needs no decision: a choice that stands alone in its chunk under it belongs to the reply."""
         self._first = 0
         self._last = 0
         self._heard: set[int] = set()
         self._held: list[Choice] = []
-        self._is_one_reply: bool | None = None  # None: not decided
+        self._is_one_reply: bool | None = None  # None before the decision
 
     @property
     def has_begun(self) -> bool:
@@ -39,14 +39,14 @@ class ReplyChoices:
 
     @property
     def holds_an_end(self) -> bool:
-        """Whether a finish reason is among what is held."""
+        """Whether a held piece has a finish reason."""
         return any(choice.finish_reason for choice in self._held)
 
     def admit(self, choices: Sequence[Choice], *, first_has_ended: bool) -> Sequence[Choice]:
         """Take a chunk's choices. Returns the new and the held choices that are known to belong to the reply.
 
         Args:
-            first_has_ended: Whether a finish reason was among what has been admitted.
+            first_has_ended: Whether an admitted piece had a finish reason.
         """
         if self._is_one_reply:
             return choices
@@ -78,7 +78,7 @@ class ReplyChoices:
             self._decide(is_one_reply=False)
             return [choice] if index == self._first else []
         self._held.append(choice)
-        self.usual = _NONE  # the first's next piece may end the doubt
+        self.usual = _NONE  # the next piece of the first choice may bring the decision
         if len(self._held) < _HELD_MAX:
             return []
         held = self._held
@@ -91,5 +91,5 @@ class ReplyChoices:
         self.usual = _NONE if is_one_reply else self._first
 
     def _index(self, choice: Choice, position: int = 0) -> int:
-        """Where a server tells none it is the first's, and another one for what stands beside that."""
+        """The index of a choice. A choice without an index counts as the first; others beside it get other indexes."""
         return choice.index if isinstance(choice.index, int) else self._first - position

@@ -27,15 +27,15 @@ class RetryingClient:
     Nothing is repeated after the first event, or after a deadline (which is a cancellation).
 
     Args:
-        client: Owned from here on: closing this closes it.
+        client: The wrapped client. Closing the wrapper closes it.
         retries_max: How many times to ask again.
     """
 
     def __init__(self, client: ModelClient, *, retries_max: int) -> None:
         self._client = client
         self._attempts = retries_max + 1
-        # stamina's hooks are the process's. Its own write the call's (empty) arguments to the log and a
-        # metric of another shape than ours.
+        # stamina's hooks hold for the whole process. Its default hooks write the call's (empty) arguments to the log
+        # and a metric of another shape than ours.
         stamina.instrumentation.set_on_retry_hooks((_log_retry,))
 
     @property
@@ -53,7 +53,7 @@ class RetryingClient:
         await self._client.aclose()
 
     async def _open(self, request: ModelRequest) -> tuple[AsyncExitStack, ModelStream]:
-        """A stream that has begun, and what leaves it. Streams that failed are left here."""
+        """A stream that has begun, and the exit stack that leaves it. This method leaves failed streams itself."""
         async for attempt in stamina.retry_context(
             on=_wait_before_retry,
             attempts=self._attempts,
@@ -86,7 +86,7 @@ class _BegunStream:
 
 
 def _wait_before_retry(error: Exception) -> bool | float:
-    """Whether to ask again; seconds, where the upstream said how long to wait."""
+    """Whether to ask again; the seconds to wait, if the upstream said how long."""
     if not isinstance(error, ModelError) or not error.retryable:
         return False
     wait_s = _WAIT_INITIAL_S if error.retry_after_s is None else error.retry_after_s
@@ -94,7 +94,7 @@ def _wait_before_retry(error: Exception) -> bool | float:
         return False
     if error.retry_after_s is None:
         return True
-    return wait_s + random.uniform(0, _WAIT_JITTER_S)  # noqa: S311  spreads the callers, guards nothing
+    return wait_s + random.uniform(0, _WAIT_JITTER_S)  # noqa: S311  the chance spreads the callers; it protects no secret
 
 
 def _log_retry(details: RetryDetails) -> None:

@@ -1,13 +1,13 @@
 """The embedded model client: a script instead of a model. Deterministic, paced, offline.
 
-Its URL says what it does, so that tests, demos and benchmarks can ask for any behaviour::
+The URL of the client describes the reply, so that tests, demos and benchmarks can ask for any behaviour::
 
     scripted:                                   a short answer that quotes the input
     scripted:?tokens=200&rate=50                200 tokens, 50 a second
     scripted:?tokens=200&fail_after=20          an upstream_error after 20 of them
 
-Token ``i`` is due at a moment fixed when the stream was entered; a caller that comes late gets all
-that are due at once, so a slow event loop does not stretch the reply.
+Entering the stream fixes the moment at which each token is due. A late caller gets all due tokens at once, so a
+slow event loop does not stretch the reply.
 """
 
 import math
@@ -51,14 +51,14 @@ class Script(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     Args:
         tokens: Length of the text, as numbered tokens. Without it, the reply quotes the input.
-        rate: Tokens a second; 0 for as fast as they are taken.
+        rate: Tokens a second; 0 for tokens without waits.
         first_token_s: Wait before the first token.
-        token_bytes: Size of each numbered token; without it, just its number and a space.
+        token_bytes: Size of each numbered token; without it, a token is its number and a space.
         reasoning: Tokens of reasoning before the text.
-        fail_after: Fail after so many tokens, reasoning included; 0 refuses the request itself.
-        fail_code: The failure's code, one of those that turns fail with.
-        silent_after: Fall silent, for ever, after so many tokens, reasoning included.
-        ignore_close_s: Seconds that leaving the stream takes, whatever cancels it: a hung close.
+        fail_after: Fail after this number of tokens, reasoning included; 0 refuses the request itself.
+        fail_code: The code of the failure, one of the codes with which turns fail.
+        silent_after: Send nothing more, for ever, after this number of tokens, reasoning included.
+        ignore_close_s: Seconds that leaving the stream takes, even under cancellation: a hung close.
     """
 
     tokens: _Count | None = None
@@ -76,8 +76,8 @@ class Script(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """Read a ``scripted:`` URL.
 
         Raises:
-            SettingsError: It is none, or a parameter is unknown, twice there or has a bad value; the
-                message begins with ``setting``.
+            SettingsError: The URL is not a ``scripted:`` URL, or a parameter is unknown, repeated or has a bad
+                value; the message begins with ``setting``.
         """
         scheme, _, query = url.partition("?")
         if scheme != "scripted:":
@@ -102,10 +102,10 @@ class Script(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 @asynccontextmanager
 async def open_scripted(url: str, *, name: str | None = None) -> AsyncIterator["ScriptedClient"]:
-    """Open a client that does what the URL says.
+    """Open a client that replies as the URL describes.
 
     Args:
-        name: Which of several upstreams it is.
+        name: The name of the upstream, if there are several.
 
     Raises:
         SettingsError: The URL has a parameter that is unknown or wrong.
@@ -119,7 +119,7 @@ async def open_scripted(url: str, *, name: str | None = None) -> AsyncIterator["
 
 
 class ScriptedClient:
-    """Replies as its script says, to any model's name. Holds nothing but a count."""
+    """Replies to every model's name as its script describes. Its only state is a count of streams."""
 
     def __init__(self, script: Script, *, name: str = "scripted") -> None:
         self.name = name
@@ -144,7 +144,7 @@ class ScriptedClient:
             self.streams_open -= 1
 
     async def aclose(self) -> None:
-        """Nothing to close."""
+        """Do nothing: the client has no connections."""
 
 
 class ScriptedStream:

@@ -2,11 +2,11 @@
 
 It follows the standard, with these differences that servers made necessary:
 
-- A named event other than ``message`` and ``error`` is left out: pings, progress of tools, what else a gateway adds.
+- A named event other than ``message`` and ``error`` is left out: pings, progress of tools, other additions of gateways.
 - The data of an event named ``error``, and of the field ``error`` that llama.cpp sent until 2025, comes out as an
   object with a member ``error``.
-- A line with an error that has no field's name before it, as a gateway passes on what its backend said, is an event.
-- Events that only one line end parts are told apart, as far as they are JSON objects or ``[DONE]``.
+- A line that is an error without a field's name is an event: some gateways pass on a backend's error like this.
+- Events with a single line end between them are separate events if they are JSON objects or ``[DONE]``.
 - An event that is too large is left out and counted, without being collected.
 
 Source: https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream
@@ -17,9 +17,9 @@ import msgspec
 _BOM = b"\xef\xbb\xbf"
 _DONE = b"[DONE]"
 _CONTINUED = b"{[,:"
-"""The characters after which JSON goes on with an object."""
+"""The characters after which an object may follow in JSON."""
 _ERROR_BYTES_MAX = 64 * 1024
-"""Bound on the data of an error that is looked at."""
+"""Bound on the data of an error event that is decoded."""
 
 
 class EventTooLargeError(ValueError):
@@ -29,13 +29,13 @@ class EventTooLargeError(ValueError):
 class SseDecoder:
     """Decodes one stream, which may arrive in pieces of any size.
 
-    It works on bytes: a character that is split between two chunks needs no care, because line ends
-    are ASCII and never part of another UTF-8 sequence.
+    It works on bytes: a character that is split between two chunks is no special case, because line
+    ends are ASCII and never part of another UTF-8 sequence.
 
     Args:
-        event_bytes_max: Bound on what is held between two calls: an unfinished line and the data of an
-            unfinished event, each. An event beyond it is left out.
-        skipped_bytes_max: Bound on an event that is left out. What is larger ends the decoding.
+        event_bytes_max: Bound on an unfinished line and on the data of an unfinished event, each, which are held
+            between two calls. A larger event is left out.
+        skipped_bytes_max: Bound on an event that is left out. A larger event ends the decoding.
     """
 
     __slots__ = (
@@ -60,14 +60,15 @@ class SseDecoder:
         self._event_bytes_max = event_bytes_max
         self._skipped_bytes_max = max(skipped_bytes_max, event_bytes_max)
         self._line = bytearray()
-        self._line_bytes_dropped = 0  # of a line that is too large and has not ended
+        self._line_bytes_dropped = 0  # the bytes of a line that is too large and has not ended
         self._data: list[bytes] = []
-        self._data_bytes = 0  # of the event's lines, dropped ones included
+        self._data_bytes = 0  # the size of the event's lines, dropped lines included
         self._name = b""
-        self._next_name = b""  # told after data: the event's, or where a single line end parts events, the next one's
+        # A name that follows data: the event's name, or the next event's if a single line end separates the two.
+        self._next_name = b""
         self._is_dropped = False
         self._is_plain = True
-        """Whether the event has neither a name of its own nor was dropped: the short way."""
+        """Whether the event has no name of its own and was not dropped, so that the short way can take it."""
         self._parted_by_lines = False
         self._at_start = True
         self._after_cr = False
@@ -77,13 +78,13 @@ class SseDecoder:
         """How many events were left out because of their size."""
 
     def feed(self, chunk: bytes) -> list[bytes]:
-        """Take a chunk; the data of each event that it completes, in order.
+        """Take a chunk. Returns the data of each event that the chunk completes, in order.
 
-        What follows the last blank line waits for more. At the end of a stream it is to be forgotten, as the standard
-        says, unless the data itself can tell whether it is whole (:meth:`rest`).
+        Data after the last blank line waits for the next chunk. At the end of a stream the standard drops this data;
+        a caller that can see whether the data is whole may use it (:meth:`rest`).
 
         Raises:
-            EventTooLargeError: The decoder is not to be used again.
+            EventTooLargeError: An event is too large to be skipped. The decoder must not be used again.
         """
         if self._after_cr or b"\r" in chunk:
             chunk = self._with_lf_only(chunk)
@@ -96,7 +97,7 @@ class SseDecoder:
                 return []
             self._drop_line(len(lines[0]))
             self._line_bytes_dropped = 0
-            lines[0] = b":"  # its end, which means nothing
+            lines[0] = b":"  # a comment in place of the dropped line's end
         elif self._line:
             self._line += lines[0]
             if len(lines) == 1:
@@ -110,7 +111,7 @@ class SseDecoder:
         return self._bound_line(self._take(lines))
 
     def _is_one_event(self, chunk: bytes) -> bool:
-        """Whether a chunk is what most are, one event of one line. The long way leads to the same result."""
+        """Whether a chunk is one event of one line, as most chunks are. The long way gives the same result."""
         return (
             chunk.startswith(b"data: ")
             and chunk.endswith(b"\n\n")
@@ -120,14 +121,14 @@ class SseDecoder:
         )
 
     def rest(self) -> list[bytes]:
-        """The data of what has begun and not ended; perhaps cut off. Nothing is to be fed after it."""
+        """The data of the unfinished events, which may be cut off. :meth:`feed` must not be called afterwards."""
         return self._take([b":" if self._line_bytes_dropped else bytes(self._line), b""])
 
     def _with_lf_only(self, chunk: bytes) -> bytes:
         """Make each CRLF and CR an LF.
 
-        A CR at the end of a chunk ends its line at once (waiting for a LF that may not come would
-        delay a token); the LF is dropped if it does come.
+        A CR at the end of a chunk ends its line at once, because waiting for a LF that may not come would
+        delay a token. If the LF comes, it is dropped.
         """
         if self._after_cr and chunk:
             chunk = chunk.removeprefix(b"\n")
@@ -184,7 +185,7 @@ class SseDecoder:
                 events.append(line if line.startswith(b"{") else b'{"error":%s}' % line[6:])
 
     def _part_from(self, value: bytes, events: list[bytes]) -> None:
-        """End the event before this line of data, where no JSON can go on with it."""
+        """End the event before this line of data, if the line cannot continue the event's JSON."""
         if not value.startswith(b"{") and value.strip() != _DONE:
             return
         before = self._data[-1].rstrip() if self._data else b""
@@ -252,7 +253,7 @@ class SseDecoder:
 
 
 def _as_error(data: bytes) -> bytes:
-    """The data of an event named "error", as an object with that member."""
+    """The data of an event named "error", as an object with the member ``error``."""
     try:
         decoded = msgspec.json.decode(data) if len(data) < _ERROR_BYTES_MAX else None
     except (ValueError, RecursionError):

@@ -1,7 +1,7 @@
-"""What a chat completions server says when it fails, as :class:`ModelError`. Pure.
+"""Turns the error of a chat completions server into a :class:`ModelError`. Pure.
 
-Servers agree on little more than the status and on ``{"error": {"message": ...}}``; what is told apart
-here are the cases in which a user can do something.
+Servers agree on little more than the status and on ``{"error": {"message": ...}}``. This module tells those
+cases apart in which a user can do something.
 """
 
 import re
@@ -39,26 +39,26 @@ _DURATION = re.compile(r"(?:\d{1,9}(?:\.\d{1,9})?(?:ms|s|m|h))+", re.ASCII)
 _DURATION_PART = re.compile(r"([\d.]+)(ms|s|m|h)", re.ASCII)
 _UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
-# OpenAI, SGLang and LM Studio; llama.cpp; LiteLLM; vLLM; xAI; TGI; Gemini; others.
+# The words of OpenAI, SGLang and LM Studio; llama.cpp; LiteLLM; vLLM; xAI; TGI; Gemini; others.
 _CONTEXT_TOO_LONG = re.compile(
     r"context.?length|exceed_context_size|exceeds the available context size|context.?window"
     r"|maximum (model|prompt|input) length|`inputs` tokens \+ `max_new_tokens` must be"
     r"|input token count.{0,60}exceeds|(input|prompt) is too long",
     re.IGNORECASE,
 )
-# As OpenAI, vLLM, DeepSeek ("Model Not Exist"), Ollama ("model 'x' not found"), Gemini, LiteLLM, Mistral, Together,
-# OpenRouter and Azure say it.
+# The words of OpenAI, vLLM, DeepSeek ("Model Not Exist"), Ollama ("model 'x' not found"), Gemini, LiteLLM, Mistral,
+# Together, OpenRouter and Azure.
 _MODEL_NOT_FOUND = re.compile(
     r"model_not_found|model_not_exist|\bmodels?\b.{0,200}\bnot (exist|found)|invalid[_ ]model\b|unknown model"
     r"|model_not_available|not a valid model|no endpoints found for|DeploymentNotFound",
     re.IGNORECASE | re.DOTALL,
 )
-# The last two are MiniMax's and Tencent's.
+# The last two alternatives are the words of MiniMax and Tencent.
 _WRONG_KEY = re.compile(
     r"(invalid|incorrect|wrong).api.?key|api.?key (is )?(not valid|invalid)|login fail|AuthFailure", re.IGNORECASE
 )
-# As OpenAI, Azure, LiteLLM, OpenRouter, Together, DeepSeek, Qwen, Moonshot, Zhipu, Volcengine, MiniMax, xAI and Gemini
-# say it.
+# The words of OpenAI, Azure, LiteLLM, OpenRouter, Together, DeepSeek, Qwen, Moonshot, Zhipu, Volcengine, MiniMax, xAI
+# and Gemini.
 _CONTENT_FILTERED = re.compile(
     r"content.?(filter|polic|management|moderation|violat|exists risk)|moderation|flagged|invalid_prompt"
     r"|data.?inspection|inappropriate content|high.?risk|sensitive.?(content|word)|(input|output).{0,5}sensitive"
@@ -74,7 +74,7 @@ _UNSUPPORTED_CONTENT = re.compile(
 )
 _COUNT = re.compile(r"(?<![\w.,])(?:\d{1,3}(?:,\d{3})+|\d{3,12})(?![\w%]|[.,]\d)", re.ASCII)
 _COUNT_MIN = 512
-"""Smaller numbers in a sentence about tokens are a status, or what was asked for the reply."""
+"""A smaller number in a sentence about tokens is a status, or the requested length of the reply."""
 _RATE_LIMITED = re.compile(r"rate.?limit|too many requests", re.IGNORECASE)
 _OUT_OF_CREDIT = re.compile(
     r"insufficient_quota|insufficient.?balance|billing|exceeded your current quota", re.IGNORECASE
@@ -84,8 +84,8 @@ _OUT_OF_CREDIT = re.compile(
 class ErrorReply(msgspec.Struct, frozen=True, kw_only=True):
     """The error text of an upstream, in its own words, before secrets are removed.
 
-    ``words`` has everything that may tell one case from another, ``message`` what is for a reader;
-    ``is_error_member`` where it stood under ``error``, which no regular reply has.
+    ``words`` has all texts that tell one case from another, ``message`` the text for a reader. ``is_error_member`` is
+    true if the text stood under ``error``, a member that no regular reply has.
     """
 
     words: str = ""
@@ -103,7 +103,7 @@ class ErrorReply(msgspec.Struct, frozen=True, kw_only=True):
         message = _message_in(error)
         metadata = error.get("metadata")
         if isinstance(metadata, dict) and (raw := _text_of(metadata.get("raw"))):
-            message = f"{message}: {raw}"  # OpenRouter's is "Provider returned error", and this is which
+            message = f"{message}: {raw}"  # OpenRouter's message is only "Provider returned error"
         return cls(
             words=_words(error.get("code"), error.get("Code"), error.get("type"), error.get("status"), message),
             message=message,
@@ -113,7 +113,7 @@ class ErrorReply(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def from_body(cls, body: bytes) -> "ErrorReply":
-        """Read the body of an error response: JSON in one of the usual shapes, events of it, or plain text."""
+        """Read the body of an error response: JSON in one of the usual shapes, events with such JSON, or plain text."""
         if body.startswith((b"data:", b"event:")):
             body = next(iter(SseDecoder(event_bytes_max=len(body) + 2).feed(body + b"\n\n")), b"")
         try:
@@ -128,7 +128,7 @@ class ErrorReply(msgspec.Struct, frozen=True, kw_only=True):
     def from_decoded(cls, decoded: object) -> "ErrorReply":
         """Read JSON that is no regular reply."""
         if isinstance(decoded, list) and decoded:
-            decoded = decoded[0]  # Gemini
+            decoded = decoded[0]  # Gemini sends a list
         if not isinstance(decoded, dict):
             return cls()
         if error := _error_in(decoded):
@@ -141,7 +141,7 @@ class ErrorReply(msgspec.Struct, frozen=True, kw_only=True):
     def _from_text(cls, body: bytes) -> "ErrorReply":
         text = body.decode(errors="replace").strip()
         if not text or text[0] in "<{[" or "\ufffd" in text:
-            return cls()  # a page, or JSON that was cut
+            return cls()  # the body is an HTML page, or JSON that was cut
         return cls(words=text[:_WORDS_LENGTH_MAX], message=text)
 
     @property
@@ -161,7 +161,7 @@ class RetryHints(msgspec.Struct, frozen=True, kw_only=True):
         """Read ``retry-after-ms`` (Azure), which is finer, or else ``Retry-After``, and ``x-should-retry`` (OpenAI).
 
         Args:
-            headers: By names of which the case does not matter.
+            headers: The headers by name; the case of a name does not matter.
         """
         ms = headers.get("retry-after-ms", "").strip()
         exact_s = float(ms) / 1000 if re.fullmatch(r"\d{1,12}(\.\d{1,9})?", ms, re.ASCII) else None
@@ -174,17 +174,17 @@ class RetryHints(msgspec.Struct, frozen=True, kw_only=True):
 
 _NO_HINTS = RetryHints()
 _REFUSED_INPUT: tuple[FailureCode, ...] = ("context_too_long", "content_filter", "unsupported_content")
-"""Codes of refusals that the same input meets again, whatever a header says."""
+"""Codes of refusals of an input: the same input is refused again, even if a header says otherwise."""
 
 
 def _error_in(said: dict[Any, Any]) -> object:
     """The error in a body: under ``error``, or under the names that other clouds use."""
     if said.get("error"):
         return said["error"]
-    for wrapper in ("Response", "ResponseMetadata"):  # Tencent, Volcengine
+    for wrapper in ("Response", "ResponseMetadata"):  # used by Tencent, Volcengine
         if isinstance(said.get(wrapper), dict) and said[wrapper].get("Error"):
             return said[wrapper]["Error"]
-    status = said.get("base_resp")  # MiniMax, which sends it with regular replies, too: 0
+    status = said.get("base_resp")  # MiniMax sends this member with regular replies, too, with the code 0
     if isinstance(status, dict) and status.get("status_code"):
         return {"code": status["status_code"], "message": status.get("status_msg")}
     return None
@@ -208,7 +208,7 @@ def _text_of(said: object, *, depth: int = 0) -> str:
         return said
     if depth == _DEPTH_MAX:
         return ""
-    if isinstance(said, list):  # FastAPI, Cloudflare
+    if isinstance(said, list):  # sent by FastAPI, Cloudflare
         return "; ".join(text for item in said[:4] if (text := _text_of(item, depth=depth + 1)))
     if isinstance(said, dict):
         text, place = _message_in(said, depth=depth + 1), said.get("loc")
@@ -280,7 +280,7 @@ def _error_from_status(status: int, reply: ErrorReply, *, redact: Callable[[str]
 
 
 def _refusal(reply: ErrorReply) -> tuple[FailureCode, str]:
-    """The code of a refusal for none of the more usual reasons, and what happened."""
+    """The code of a refusal for an unusual reason, and a sentence that says what happened."""
     if _CONTENT_FILTERED.search(reply.words):
         return "content_filter", "refused what the conversation says"
     if _UNSUPPORTED_CONTENT.search(reply.words):
@@ -319,9 +319,9 @@ def token_counts(message: str) -> tuple[int | None, int | None]:
 
 
 def parse_retry_after(value: str | None, *, now: datetime) -> float | None:
-    """Seconds to wait, from a ``Retry-After`` of seconds or of an HTTP date; None where it is neither.
+    """Seconds to wait, from a ``Retry-After`` of seconds or of an HTTP date; None for any other value.
 
-    Durations like "1s" and "1m30s" are in no standard, and sent nevertheless.
+    Durations like "1s" and "1m30s" are in no standard, but servers send them, so they are read, too.
 
     Source: https://www.rfc-editor.org/rfc/rfc9110#section-10.2.3
     """
@@ -341,8 +341,8 @@ def parse_retry_after(value: str | None, *, now: datetime) -> float | None:
 
 
 def quote(reply: ErrorReply, *, redact: Callable[[str], str]) -> str:
-    """The upstream's own message as a sentence, empty where there is none: one line, short, without secrets."""
-    # Redacted before it is cut, or half a key could be left at the end.
+    """The upstream's own message as a sentence: one short line without secrets; empty if there is no message."""
+    # The message is redacted before it is cut: otherwise half a key could be left at its end.
     text = redact(reply.message)
     text = " ".join("".join(char if char.isprintable() else " " for char in text).split())
     if len(text) > _QUOTE_LENGTH_MAX:

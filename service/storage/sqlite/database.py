@@ -1,7 +1,7 @@
 """Connections to the file, and bringing its schema up to date.
 
-WAL, so that readers never wait for the writer nor it for them; ``synchronous=FULL``, so that a commit is
-on the disk when it returns.
+The file uses WAL, so that readers and the writer never wait for each other, and ``synchronous=FULL``, so that a
+commit is on the disk when it returns.
 """
 
 import os
@@ -36,7 +36,8 @@ def connect(path: Path, *, query_only: bool = False) -> apsw.Connection:
         if db.readonly("main"):  # SQLite opens a file read-only if it may not write
             raise apsw.ReadOnlyError
         db.set_busy_handler(_wait_for_lock)
-        if db.pragma("page_count") == 0:  # it counts for a new file only, and before WAL, but would write to any
+        # This setting counts for a new file only, and before WAL. In any other file the pragma would write, too.
+        if db.pragma("page_count") == 0:
             db.pragma("auto_vacuum", "INCREMENTAL")
         if db.pragma("journal_mode", "WAL") != "wal":
             raise StartupError(f"{path} cannot be used: its file system does not allow shared memory (WAL).")
@@ -102,7 +103,7 @@ def prepare(db: apsw.Connection, path: Path, *, ownership: Ownership) -> None:
     if version_of(db, path) == len(SCRIPTS):
         return
     with transaction(db):
-        version = version_of(db, path)  # another process may have been first
+        version = version_of(db, path)  # another process may have changed the schema first
         if 0 < version < len(SCRIPTS):
             if any_alive(db, ownership):
                 raise StartupError(f"{path} is in use by an older version of this service; stop that one first.")
@@ -184,7 +185,7 @@ def _name(file: Path, name: Path) -> None:
     except FileExistsError:
         raise
     except OSError:  # a file system without links
-        create_file(name, flags=os.O_EXCL)  # what is replaced is ours
+        create_file(name, flags=os.O_EXCL)  # the replaced file is the empty one made here
         file.replace(name)
 
 

@@ -91,7 +91,7 @@ def build(db: apsw.Connection, fork: Fork, progress: Progress | None, *, fence: 
     """
     source = sessions.visible(db, fork.source_id, now)
     if fork.at is not None:
-        turns.key_of(db, fork.at, source.key)  # or another session has taken its id
+        turns.key_of(db, fork.at, source.key)  # raises if another session has taken the source's id
     in_the_way = sessions.find(db, fork.session.id)
     if in_the_way is not None and (in_the_way.deletion or not in_the_way.record.has_expired(now)):
         raise SessionExistsError(fork.session.id)

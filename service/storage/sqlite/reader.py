@@ -60,7 +60,7 @@ class Reader:
             step = left.popleft()
             try:
                 step.run(self._db)
-            except Exception as error:  # noqa: BLE001  it is its caller's
+            except Exception as error:  # noqa: BLE001  the caller gets the error
                 step.error = self._faults.told(error, self._db) if isinstance(error, apsw.Error) else error
             if time.monotonic() >= deadline:
                 return

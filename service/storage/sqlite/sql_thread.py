@@ -167,7 +167,7 @@ class SqlThread:
                 step = self._queue.get_nowait()
             except Empty:
                 return
-        self._queue.put(None)  # the end is for the next round
+        self._queue.put(None)  # the next round meets the end again
 
     def _tell(self, *events: anyio.Event) -> None:
         anyio.from_thread.run_sync(_set_all, events, token=self._token)

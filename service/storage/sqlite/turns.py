@@ -34,7 +34,7 @@ _DOWN_FROM = (
     "SELECT {columns}, ordinal, message_bytes FROM turns WHERE session = ? AND ordinal <= ? ORDER BY ordinal DESC"
 )
 # One table in each statement: several simple statements are several times as fast as one join.
-_OWN = "SELECT key, session FROM turns WHERE id = ? AND +owner = ?"  # by its id, not among all that this owner has
+_OWN = "SELECT key, session FROM turns WHERE id = ? AND +owner = ?"  # ``+`` makes SQLite search by id, not by owner
 _INSERT_COLUMNS = (
     "id, parent, state, model, created_at, started_at, ended_at, temperature, max_output_tokens, background, reason, "
     "error, finish_reason, usage, last_seq, left_out, message_items, message_bytes, input, output"
@@ -245,7 +245,7 @@ def measure_path(db: apsw.Connection, session_id: str, turn_id: str) -> LeftOut:
     measured = LeftOut()
     for row in _path_down(db, session, turn_id, "id, parent, message_items") if session is not None else ():
         this_id, _, message_items, _, message_bytes = row
-        if message_items is None:  # of schema 1, which did not count them and knew no refusals
+        if message_items is None:  # the row is of schema 1, which had neither counts nor refusals
             read: Row = db.execute(_GET, (this_id, session)).fetchone()  # type: ignore[assignment]
             measured += turn_of(session_id, read).in_prompts
         else:
@@ -276,7 +276,7 @@ def _path_down(db: apsw.Connection, session: int, turn_id: str, columns: str = T
 
 def list_path(db: apsw.Connection, session_id: str, turn_id: str, *, limit: int, first: str | None) -> list[TurnRecord]:
     session = _key(db, session_id)
-    keys: deque[int] = deque(maxlen=limit)  # from the last towards the first
+    keys: deque[int] = deque(maxlen=limit)  # from the last turn to the first
     for key, this_id in keys_down(db, session, turn_id) if session is not None else ():
         keys.append(key)
         if this_id == first:

@@ -72,7 +72,7 @@ class Writer:
                 logger.warning("the database is on a network file system: its locks may not hold", type=kind)
             self._db = database.connect(self._path)
             try:
-                with database.transaction(self._db):  # from its beginning on the log is there
+                with database.transaction(self._db):  # from the transaction's beginning on the log file exists
                     self._files.note_opened(self._db)
                 self._db.set_wal_hook(self._note_wal)
                 database.prepare(self._db, self._path, ownership=self._ownership)
@@ -95,7 +95,7 @@ class Writer:
             if self._is_full and self._is_short():
                 raise apsw.FullError  # the space that is left is for steps that free space
             self._transact(lambda db: _run_together(db, arriving, taken))
-        except Exception as error:  # noqa: BLE001  they are the callers'
+        except Exception as error:  # noqa: BLE001  the callers get their step's error
             self._is_full = self._is_full or isinstance(error, apsw.FullError)
             if not taken:  # the transaction did not begin: the fault is the same for all steps
                 taken += arriving
@@ -148,7 +148,7 @@ class Writer:
 
         try:
             self._with_reserve(run) if step.makes_space else run()
-        except Exception as error:  # noqa: BLE001  it is its caller's
+        except Exception as error:  # noqa: BLE001  the caller gets the error
             step.error = self._told(error)
 
     def _with_reserve(self, write: Callable[[], T]) -> T:
@@ -190,7 +190,7 @@ class Writer:
 
     def _write_checkpoint(self, now: float) -> None:
         if self._files.fault() is not None:
-            return  # the pages would go into one file and the log that holds them be cut off under another
+            return  # the pages would go into one file, and their log would be cut off under another
         is_long = self._wal_pages >= _LOG_PAGES_MAX
         self._wal_pages = 0
         if is_long and now - self._reset_at >= _RESET_EVERY_S:
