@@ -88,6 +88,25 @@ def _machine(item: pytest.Item) -> Iterator[None]:
         fcntl.flock(lock, fcntl.LOCK_UN)
 
 
+# Reports
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Generator[None, object, object]:
+    """Escape lone surrogates in what a worker reports: pytest-xdist stops the whole run at the first one."""
+    return _encodable((yield))
+
+
+def _encodable(data: object) -> object:
+    if isinstance(data, str):
+        return data.encode("utf-8", "backslashreplace").decode()
+    if isinstance(data, dict):
+        return {_encodable(key): _encodable(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return type(data)(map(_encodable, data))
+    return data
+
+
 # The marker is true
 
 

@@ -57,6 +57,13 @@ def test_unmarked_fork():
 
 def test_without_a_process():
     pass
+
+def test_logs_half_a_character():
+    import logging
+    logging.getLogger("x").warning("\\ud800")
+
+def test_fails_with_half_a_character():
+    assert "a" == "\\ud800"
 """
 
 
@@ -97,9 +104,18 @@ def test_a_process_without_the_marker_fails_the_test(folder: Path, test: str) ->
     assert "mark it with pytest.mark.processes" in faults(folder)[test]
 
 
+def test_a_lone_surrogate_in_a_report_does_not_stop_the_run(folder: Path) -> None:
+    assert faults(folder)["logs_half_a_character"] == ""
+    assert "ud800" in faults(folder)["fails_with_half_a_character"]
+
+
 def test_all_others_pass(folder: Path) -> None:
-    assert [name for name, fault in faults(folder).items() if fault] == ["unmarked_program", "unmarked_fork"]
-    assert len(faults(folder)) == 4 + 8 + 3
+    assert {name for name, fault in faults(folder).items() if fault} == {
+        "unmarked_program",
+        "unmarked_fork",
+        "fails_with_half_a_character",
+    }
+    assert len(faults(folder)) == 4 + 8 + 5
 
 
 def faults(folder: Path) -> dict[str, str]:
