@@ -30,14 +30,14 @@ async def refusing(*args: Any, **options: Any) -> AsyncIterator[Service]:
 
 @asynccontextmanager
 async def refusing_in_bytes(*args: Any, **options: Any) -> AsyncIterator[Service]:
-    """The reason names a file as the system does, whose name is not UTF-8."""
+    """Refuses to start; the reason contains a file name that is not UTF-8."""
     raise StartupError(f"the store {os.fsdecode(bytes([0xFF]))} cannot be opened")
     yield
 
 
 @asynccontextmanager
 async def refusing_at_times(*args: Any, **options: Any) -> AsyncIterator[Service]:
-    """Refuses to start as long as the file named by REFUSE is there."""
+    """Refuses to start as long as the file named by REFUSE exists."""
     if await trio.Path(os.environ["REFUSE"]).exists():
         raise StartupError("the disk is full")
     async with open_service(*args, **options) as service:
@@ -45,7 +45,7 @@ async def refusing_at_times(*args: Any, **options: Any) -> AsyncIterator[Service
 
 
 def without_threads() -> Any:
-    """To be called: from then on no thread can be started, as where a limit on processes is reached."""
+    """To be called: afterwards no thread can be started, as when a limit on processes is reached."""
 
     def refuse(_thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -55,7 +55,7 @@ def without_threads() -> Any:
 
 
 def without_settings() -> Any:
-    """To be called: the settings cannot be read from then on, for an unexpected reason."""
+    """To be called: afterwards reading the settings fails with an unexpected error."""
 
     def break_down() -> Settings:
         raise RuntimeError("not thought of")
@@ -65,13 +65,13 @@ def without_settings() -> Any:
 
 
 def ending_at_once() -> Any:
-    """To be called: the process ends before it serves, with nothing wrong to be seen."""
+    """To be called: the process ends before it serves, with code 0 and no error."""
     sys.exit(0)
 
 
 @asynccontextmanager
 async def crashing(*args: Any, **options: Any) -> AsyncIterator[Service]:
-    """A supervisor that crashes as soon as the file named by CRASH is there."""
+    """A supervisor that crashes as soon as the file named by CRASH exists."""
 
     async def crash() -> None:
         trigger = trio.Path(os.environ["CRASH"])
@@ -95,7 +95,7 @@ async def slow_to_open(*args: Any, **options: Any) -> AsyncIterator[Service]:
 
 @asynccontextmanager
 async def slow_to_open_again(*args: Any, **options: Any) -> AsyncIterator[Service]:
-    """As ``slow_to_open``, once the file named by SLOW is there."""
+    """As ``slow_to_open``, once the file named by SLOW exists."""
     opening = slow_to_open if await trio.Path(os.environ["SLOW"]).exists() else open_service
     async with opening(*args, **options) as service:
         yield service
@@ -103,7 +103,7 @@ async def slow_to_open_again(*args: Any, **options: Any) -> AsyncIterator[Servic
 
 @asynccontextmanager
 async def slow_at_both_ends(*args: Any, **options: Any) -> AsyncIterator[Service]:
-    """Takes a while to open, and to close once hypercorn has stopped."""
+    """A service that takes a while to open, and to close once hypercorn has stopped."""
     await trio.sleep(0.3)
     async with open_service(*args, **options) as service:
         yield service
@@ -113,7 +113,7 @@ async def slow_at_both_ends(*args: Any, **options: Any) -> AsyncIterator[Service
 
 @asynccontextmanager
 async def hanging(*args: Any, **options: Any) -> AsyncIterator[Service]:
-    """A tree that cannot be left."""
+    """A task tree that never ends."""
     async with open_service(*args, **options) as service:
         yield service
     with trio.CancelScope(shield=True):
@@ -122,7 +122,7 @@ async def hanging(*args: Any, **options: Any) -> AsyncIterator[Service]:
 
 @asynccontextmanager
 async def blocking(*args: Any, **options: Any) -> AsyncIterator[Service]:
-    """An event loop that is blocked, from the notice on."""
+    """An event loop that is blocked from the notice on."""
     async with open_service(*args, **options) as service:
         yield service
     time.sleep(60)  # noqa: ASYNC251  this is the fault
@@ -130,7 +130,7 @@ async def blocking(*args: Any, **options: Any) -> AsyncIterator[Service]:
 
 @asynccontextmanager
 async def blocking_without_threads(*args: Any, **options: Any) -> AsyncIterator[Service]:
-    """The same, where no other thread can be started."""
+    """As ``blocking``, in a process that can start no thread."""
     async with open_service(*args, **options) as service:
         without_threads()
         yield service
@@ -139,7 +139,7 @@ async def blocking_without_threads(*args: Any, **options: Any) -> AsyncIterator[
 
 @asynccontextmanager
 async def blocked_before(*args: Any, **options: Any) -> AsyncIterator[Service]:
-    """An event loop that is blocked before the stop, from when the file named by BLOCK is there."""
+    """An event loop that is blocked before the stop, as soon as the file named by BLOCK exists."""
 
     async def block() -> None:
         trigger = trio.Path(os.environ["BLOCK"])
@@ -155,7 +155,7 @@ async def blocked_before(*args: Any, **options: Any) -> AsyncIterator[Service]:
 
 @asynccontextmanager
 async def holding_the_gil(*args: Any, **options: Any) -> AsyncIterator[Service]:
-    """A call into C that does not let go of the GIL."""
+    """A call into C that does not release the GIL."""
     async with open_service(*args, **options) as service:
         yield service
     ctypes.PyDLL(None).sleep(60)
@@ -163,7 +163,7 @@ async def holding_the_gil(*args: Any, **options: Any) -> AsyncIterator[Service]:
 
 @asynccontextmanager
 async def with_a_stuck_thread(*args: Any, **options: Any) -> AsyncIterator[Service]:
-    """A thread that never returns, of the kind that the interpreter waits for at its end."""
+    """A thread that never returns and is no daemon: the interpreter waits for it at its end."""
     threading.Thread(target=threading.Event().wait, name="stuck").start()
     async with open_service(*args, **options) as service:
         yield service
@@ -171,7 +171,7 @@ async def with_a_stuck_thread(*args: Any, **options: Any) -> AsyncIterator[Servi
 
 @asynccontextmanager
 async def waiting_for_a_stuck_thread(*args: Any, **options: Any) -> AsyncIterator[Service]:
-    """A part of the tree that waits for such a thread: no cancellation reaches it there."""
+    """A task that waits for a thread that never returns: no cancellation reaches the task there."""
     async with trio.open_nursery() as nursery, open_service(*args, **options) as service:
         nursery.start_soon(partial(trio.to_thread.run_sync, threading.Event().wait))
         yield service
@@ -180,7 +180,7 @@ async def waiting_for_a_stuck_thread(*args: Any, **options: Any) -> AsyncIterato
 
 @asynccontextmanager
 async def on_a_hanging_disk(*args: Any, **options: Any) -> AsyncIterator[Service]:
-    """Once the file named by HANG is there, no sync returns; says so when the first one hangs."""
+    """Once the file named by HANG exists, no sync of the disk returns; the log tells when the first one hangs."""
     from tests.storage.sqlite.faulty_disk import FaultyDisk
 
     async def hang() -> None:
@@ -224,14 +224,14 @@ async def telling_its_finalisation(*args: Any, **options: Any) -> AsyncIterator[
 
 
 def broken(open_broken: Any) -> QuartTrio:
-    """To be named to hypercorn as ``tests.hosting.apps:broken(crashing)``."""
+    """The application with one thing broken; hypercorn's command names it ``tests.hosting.apps:broken(crashing)``."""
     setattr(lifespan, "open_service", open_broken)  # noqa: B010
     return create_hosted_app(load_settings)
 
 
 @asynccontextmanager
 async def leaving_a_task(*args: Any, **options: Any) -> AsyncIterator[Service]:
-    """A task below hypercorn that nothing ends."""
+    """A task below hypercorn that never ends and cannot be cancelled."""
     worker = find_worker()
     assert worker is not None
 

@@ -15,17 +15,17 @@ from service.hosting.hypercorn.patches import install_connections
 
 Serve = Callable[..., AbstractAsyncContextManager["Served"]]
 PATIENT_S = 8.0
-"""Bound of the wait for an end that comes. It says nothing about time: the machine may be busy."""
+"""Bound of the wait for an end that must come. No statement about time: the machine may be busy."""
 BRIEF_S = 1.0
-"""How long a test watches that an end does not come."""
+"""How long a test watches that a connection or server does not end."""
 
 
 class Served:
     """A hypercorn that serves in this process.
 
     Attributes:
-        stop: Its shutdown trigger.
-        gone: Set when it has ended.
+        stop: The shutdown trigger.
+        gone: Set when hypercorn has ended.
     """
 
     def __init__(self, port: int) -> None:

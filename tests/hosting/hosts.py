@@ -1,4 +1,4 @@
-"""The ways in, as these tests start them, with a broken Lastcall where one is named."""
+"""The hosts: every way to start the server, for these tests, with a broken Lastcall where one is named."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,7 +11,7 @@ BARE = ("hypercorn-0", "hypercorn-1", "hypercorn-2", "hypercorn-4")
 CONFIGURED = ("configured-0", "configured-1", "configured-2", "configured-4")
 HOSTS = (SERVE, *BARE, *CONFIGURED)
 START_S = 50
-"""Bound of a start, also of one that fails again and again. Not a promise: other tests run beside it."""
+"""Bound of a start, also of one that fails repeatedly. Not a promise: other tests run on the same machine."""
 
 _SERVE_BROKEN = """
 import sys
@@ -27,7 +27,7 @@ KEYED = {"api_keys": "open-sesame-open-sesame", "model_url": "scripted:"}
 
 
 def command(host: str, *options: str, broken: str | None = None) -> list[str]:
-    """What starts this host."""
+    """The command that starts this host."""
     if host == SERVE:
         if broken:
             return python_command("-c", _SERVE_BROKEN.format(broken=broken))
@@ -40,7 +40,7 @@ def command(host: str, *options: str, broken: str | None = None) -> list[str]:
 
 
 def launch(host: str, *options: str, broken: str | None = None, **settings: object) -> Launch:
-    """This host with these settings; in memory and without a drain unless they say so."""
+    """The launch of this host with these settings; the default is a store in memory and no drain."""
     env = {"LASTCALL_BIND": "127.0.0.1:0", "LASTCALL_LOG_FORMAT": "json", "LASTCALL_DRAIN_TIMEOUT_S": "0"}
     env |= {"LASTCALL_STORE_URL": "memory:"}
     env |= {name if name.isupper() else f"LASTCALL_{name.upper()}": str(value) for name, value in settings.items()}
@@ -53,7 +53,7 @@ def launch(host: str, *options: str, broken: str | None = None, **settings: obje
 async def open_host(
     folder: Path, host: str, *options: str, broken: str | None = None, **settings: object
 ) -> AsyncIterator[ServerProcess]:
-    """This host, listening."""
+    """Start this host and wait until it listens."""
     if host[-1] in "24":  # several workers
         settings = {"store_url": f"sqlite:{folder}/lastcall.db"} | settings
     started = launch(host, *options, broken=broken, **settings)

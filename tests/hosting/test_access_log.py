@@ -1,4 +1,4 @@
-"""hypercorn's access log, where it is asked for, says who has called."""
+"""hypercorn's access log, where it is configured, names the caller."""
 
 import signal
 from pathlib import Path

@@ -20,7 +20,7 @@ def test_the_pod_gets_no_service_links() -> None:
 
 
 async def test_a_pod_of_the_manifest_starts_with_service_links_too(tmp_path: Path) -> None:
-    """As with a manifest of one's own, whose Services are called the same."""
+    """An operator's own manifest may have service links, with Services of the same names."""
     links = links_of_the_manifest()
     assert "LASTCALL_PORT" in links, "the Service of the manifest is called something else: this test proves nothing"
     keys = tmp_path / "api-keys"
@@ -71,11 +71,11 @@ def test_the_unit_does_not_start_without_its_keys_and_its_model() -> None:
     assert ("Environment", "LASTCALL_API_KEYS_FILE=%d/api-keys") in service
     assert [value for key, value in service if key == "EnvironmentFile"] == [
         "/etc/lastcall/settings"
-    ]  # no dash before it
+    ]  # without a dash before the path
 
 
 async def test_the_commands_of_the_backup_unit_keep_the_newest_fourteen(tmp_path: Path) -> None:
-    """Run as systemd would, with a state folder of our own in place of ``%S``."""
+    """Run the commands as systemd would, with a state folder of the test in place of ``%S``."""
     store = tmp_path / "lastcall/lastcall.db"
     backups = tmp_path / "lastcall-backups"
     for folder in (store.parent, backups):

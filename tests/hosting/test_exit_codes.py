@@ -25,7 +25,7 @@ async def stop(server: ServerProcess, number: int = signal.SIGTERM) -> Gone:
 
 
 def as_hypercorn_returns(host: str, code: int) -> set[int]:
-    """hypercorn asks the workers that are left once the first has ended: 0, or by chance their code."""
+    """Bare hypercorn takes the code of the workers that remain once the first has ended: 0, or by chance ``code``."""
     if host not in BARE or host == "hypercorn-0":
         return {code}
     return {0} if host == "hypercorn-1" else {0, code}
@@ -70,7 +70,7 @@ async def test_the_watchdog_is_70_and_says_where(tmp_path: Path, host: str, how:
             gone = await server.wait_gone()
     assert gone.exit_code in as_hypercorn_returns(host, 70)
     assert f"{how} (apps.py" in server.log() or f"in {how}" in server.log()
-    assert gone.at - signalled < 2  # the total is 1 s; the rest is for a machine that is busy with other things
+    assert gone.at - signalled < 2  # the total bound is 1 s; the second one is for a busy machine
 
 
 @pytest.mark.serial
@@ -237,7 +237,7 @@ async def test_a_killed_worker_of_bare_hypercorn_ends_the_service_with_0(tmp_pat
 
 
 async def served(server: ServerProcess, workers: int) -> None:
-    """Wait until so many have said that they serve, since the start."""
+    """Wait until, since the start, so many workers have logged that they serve."""
     with trio.fail_after(CAP_S):
         while server.log().count('"serving"') < workers:  # noqa: ASYNC110
             await trio.sleep(0.02)
@@ -327,7 +327,7 @@ async def test_a_killed_single_process_is_minus_9(tmp_path: Path, host: str) -> 
 
 @pytest.mark.parametrize("host", [SERVE, "hypercorn-0", "configured-0"])
 async def test_a_single_process_that_cannot_run_ends_when_killed(tmp_path: Path, host: str) -> None:
-    """No code of ours can run in it any more, so nothing of ours can end it."""
+    """A stopped process runs no code of ours, so only SIGKILL ends it."""
     async with open_host(tmp_path, host, **TIGHT) as server:
         server.signal_main(signal.SIGSTOP)
         server.signal_main(signal.SIGTERM)
@@ -355,7 +355,7 @@ async def test_a_worker_that_cannot_run_holds_bare_hypercorn_until_it_is_killed(
 
 @pytest.mark.parametrize("host", CONFIGURED[1:])
 async def test_a_worker_that_cannot_run_is_killed_by_our_master(tmp_path: Path, host: str) -> None:
-    """All of them, before any notice."""
+    """All workers are stopped before the notice."""
     async with open_host(tmp_path, host, **TIGHT) as server:
         for worker in server.workers():
             os.kill(worker, signal.SIGSTOP)

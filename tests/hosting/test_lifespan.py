@@ -42,7 +42,7 @@ async def returns_early(receive: Any, send: Any) -> None:
 @pytest.mark.removal
 @pytest.mark.parametrize("lifespan", [crashes, returns_early])
 async def test_hypercorn_still_serves_on_without_its_lifespan(serve: Serve, lifespan: Any) -> None:
-    """Fails when it stops: then Hosting need not end the process by itself."""
+    """This test fails once hypercorn stops without its lifespan; then Hosting need not end the process itself."""
     async with serve(an_app(lifespan)) as server:
         with trio.fail_after(10):
             async with await server.connect() as stream:
@@ -53,7 +53,7 @@ async def test_hypercorn_still_serves_on_without_its_lifespan(serve: Serve, life
 async def run(
     folder: Path, host: str, number: int, *, after: str, broken: str | None = None
 ) -> tuple[ServerProcess, Gone]:
-    """Start it, signal once it has said something, and wait for its end."""
+    """Start the host, signal it once its log has the text ``after``, and wait for its end."""
     server = ServerProcess(launch(host, broken=broken), folder / f"{host}.log")
     with trio.fail_after(CAP_S):
         while after not in server.log():  # noqa: ASYNC110
@@ -73,7 +73,7 @@ async def test_a_signal_during_the_start_ends_it_cleanly(tmp_path: Path, host: s
 
 @pytest.mark.parametrize("host", ["hypercorn-1", "configured-1", "configured-2"])
 async def test_clients_that_wait_for_a_start_that_is_given_up_get_503(tmp_path: Path, host: str) -> None:
-    """Clients that connect while the workers of a reload start wait for them."""
+    """Clients that connect while a reload starts new workers wait for these workers."""
     slow = tmp_path / "slow"
     async with open_host(tmp_path, host, broken="slow_to_open_again", SLOW=slow) as server:
         with trio.fail_after(CAP_S):
@@ -128,7 +128,7 @@ async def test_a_server_that_stops_by_itself_stops_the_service(tmp_path: Path) -
 
 @pytest.mark.removal
 async def test_hypercorn_alone_dies_of_sigterm(tmp_path: Path) -> None:
-    """Fails when hypercorn handles it with --workers 0: then one source of the notice less is needed."""
+    """This test fails once hypercorn handles SIGTERM with --workers 0; then the notice needs one source less."""
     ours = launch("hypercorn-0")
     server = ServerProcess(Launch([*ours.argv[:-1], "tests.hosting.apps:plain"], env=ours.env), tmp_path / "plain.log")
     with trio.fail_after(CAP_S):

@@ -1,4 +1,4 @@
-"""hypercorn's master, corrected. What it returns and does as a process: ``test_exit_codes.py``."""
+"""The corrections of hypercorn's master. Its exit codes and its behaviour as a process: ``test_exit_codes.py``."""
 
 import inspect
 import json
@@ -47,20 +47,20 @@ def workers() -> Workers:
 
 
 def populate(workers: Workers, processes: list[BaseProcess], config: Config | None = None) -> None:
-    """As hypercorn calls it, once a round."""
+    """Call ``populate`` as hypercorn does, once a round."""
     workers.populate(
         processes, config or Config(), cast("Any", None), Sockets([], [], []), stop_event_of(workers), FORK
     )
 
 
 def join(workers: Workers, exit_code: int) -> int:
-    """A worker has ended so, while the service runs; what hypercorn is told. 0: to start another one."""
+    """A worker has ended with this code while the service runs. Returns hypercorn's code; 0: replace the worker."""
     return workers.join_exited([ended(exit_code)])
 
 
 @pytest.mark.removal
 def test_hypercorns_own_join_still_forgets_the_code_by_its_second_call() -> None:
-    """Fails when the master returns its workers' codes: then Workers can go, but for the replacing."""
+    """This test fails once the master returns its workers' codes; then Workers is only needed for the replacing."""
     processes = [ended(71)]
     cast("SimpleNamespace", processes[0]).join = lambda: None
     assert hypercorn.run._join_exited(processes) == 71
@@ -96,12 +96,12 @@ def test_only_workers_that_died_within_a_minute_count(workers: Workers, monkeypa
 
 
 def test_workers_that_stop_when_told_to_are_always_replaced(workers: Workers) -> None:
-    """``--max-requests``."""
+    """With ``--max-requests`` hypercorn tells workers to stop."""
     assert [join(workers, 0) for _ in range(3 * REPLACEMENTS_MAX)] == [0] * 3 * REPLACEMENTS_MAX
 
 
 def start_and_end(workers: Workers, *, max_requests: int | None = None) -> int:
-    """A worker is started and ends at once with 0; what hypercorn is told."""
+    """Start a worker that ends at once with 0, and return the code that hypercorn is told."""
     config = Config.from_mapping(max_requests=max_requests)
     workers._start = lambda processes, *_: processes.append(ended(0))
     processes: list[BaseProcess] = []
@@ -120,7 +120,7 @@ def test_workers_that_end_at_once_again_and_again_end_the_service(workers: Worke
 
 
 def test_hypercorn_still_clears_its_event_when_a_reload_has_ended() -> None:
-    """Fails when it does not: then reloads in quick succession would look like workers that end at once."""
+    """If hypercorn did not, this test would fail: quick reloads would look like workers that end at once."""
     names = hypercorn.run.run.__code__.co_consts
     [reload] = [it for it in names if isinstance(it, CodeType) and it.co_name == "reload"]
     assert reload.co_names[:2] == ("set", "join")
@@ -129,7 +129,7 @@ def test_hypercorn_still_clears_its_event_when_a_reload_has_ended() -> None:
 
 @pytest.mark.removal
 def test_a_reload_of_hypercorn_still_waits_without_a_bound() -> None:
-    """Fails when it gives a bound, or waits elsewhere: then Workers._join can go."""
+    """This test fails once hypercorn's reload has a bound, or waits elsewhere; then Workers._join is not needed."""
     assert "process.join()" in inspect.getsource(hypercorn.run.run).partition("def reload")[2].partition("def shut")[0]
 
 
@@ -149,7 +149,7 @@ def test_only_ends_at_once_in_a_row_count(workers: Workers, monkeypatch: pytest.
     monkeypatch.setattr(time, "monotonic", lambda: now)
     for _ in range(3):
         assert {start_and_end(workers) for _ in range(AT_ONCE_MAX)} == {0}
-        assert join(workers, 0) == 0  # this one was started long ago
+        assert join(workers, 0) == 0  # this worker was started long ago
 
 
 class Rounds:
@@ -173,23 +173,23 @@ class Rounds:
         processes += [living() for _ in range(missing)]
 
     def begin(self) -> int:
-        """A round begins; how many workers it starts."""
+        """Begin a round, and return how many workers it starts."""
         before = self.started
         populate(self._workers, self.processes, self._config)
         return self.started - before
 
     def serve(self) -> None:
-        """A worker comes to serve, as it tells it."""
+        """A worker tells that it serves."""
         cast("Any", Worker).tell_serving(SimpleNamespace(config=self._config))
 
     def end(self, exit_code: int) -> int:
-        """A worker ends after a while; what hypercorn is told of the round."""
+        """End a worker after a while, and return the code that hypercorn is told for the round."""
         self.now += AT_ONCE_S + 1
         cast("SimpleNamespace", self.processes[0]).exitcode = exit_code
         return self._workers.join_exited(self.processes)
 
     def waits(self, for_s: float) -> bool:
-        """Whether the next start is so far off, and no farther."""
+        """Whether the next start comes after exactly this time, within 10 ms."""
         self.now += for_s - 0.01
         too_early = self.begin()
         self.now += 0.02
@@ -249,7 +249,7 @@ def test_workers_that_are_refused_together_begin_one_pause_and_one_line(
 
 
 def test_a_reload_ends_the_pause(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The operator has corrected the fault."""
+    """An operator reloads once the fault is corrected."""
     rounds = Rounds(workers, monkeypatch, count=1)
     rounds.serve()
     for _ in range(2):
@@ -302,7 +302,7 @@ def test_workers_that_end_at_once_are_slowed_down_once_something_has_served(
 
 
 def test_the_reloader_is_told_when_the_pause_is_over(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
-    """hypercorn's ``--reload`` waits with a timeout, and starts workers only once that has given something."""
+    """hypercorn's ``--reload`` waits with a timeout, and starts workers only once the wait returns a sentinel."""
     rounds = Rounds(workers, monkeypatch, count=1)
     rounds.serve()
     assert rounds.end(REFUSED) == 0
@@ -327,7 +327,7 @@ def test_a_stop_that_may_take_a_year_is_waited_for(workers: Workers) -> None:
 
 
 def test_a_worker_that_cannot_run_holds_up_a_reload_for_its_time_and_no_longer(workers: Workers) -> None:
-    """hypercorn joins it in the handler of SIGHUP, where no SIGTERM would end it."""
+    """hypercorn joins the worker in the handler of SIGHUP, where no SIGTERM would end the join."""
     workers._stop_timeout_s = 0.1
     with closing(FORK.Process(target=time.sleep, args=(1000,))) as process:
 

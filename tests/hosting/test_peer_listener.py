@@ -44,7 +44,7 @@ time.sleep(60)
 
 
 async def test_only_processes_that_know_the_stores_secret_are_let_in(tmp_path: Path) -> None:
-    """And they were admitted before: no key is asked for, and no loopback address."""
+    """The client was admitted before, by the process that forwards: the listener asks for no key and no loopback."""
     path = tmp_path / "lastcall.db"
     async with open_host(tmp_path, SERVE, store_url=f"sqlite:{path}", **KEYED) as server:
         with closing(sqlite3.connect(path)) as db:
@@ -57,7 +57,7 @@ async def test_only_processes_that_know_the_stores_secret_are_let_in(tmp_path: P
                 assert (await door.receive_some()).startswith(b"HTTP/1.1 200")
             async with await trio.open_unix_socket(socket_name(address)) as door:
                 assert not await prove_to_owner(door, b"another" * 5, address=address)
-            async with await trio.open_unix_socket(socket_name(address)) as door:  # as another service of this user
+            async with await trio.open_unix_socket(socket_name(address)) as door:  # another service of this user
                 await door.send_all(GET)
                 said = b""
                 with suppress(trio.BrokenResourceError):
@@ -105,7 +105,7 @@ async def test_workers_that_would_share_nothing_refuse_to_start(tmp_path: Path, 
     with pytest.raises(ServerFailedError) as refused:
         async with open_host(tmp_path, host, store_url="memory:"):
             pytest.fail("it serves")
-    assert refused.value.exit_code == (0 if host == "hypercorn-2" else 78)  # hypercorn's own master loses it
+    assert refused.value.exit_code == (0 if host == "hypercorn-2" else 78)  # hypercorn's own master loses the code
     said = said_in(refused.value.log)
     assert said
     assert all("there are 2 workers" in line and "LASTCALL_STORE_URL=sqlite:" in line for line in said)

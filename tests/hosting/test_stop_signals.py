@@ -1,4 +1,4 @@
-"""Reasons to stop in different orders, and which of them is a second Ctrl+C."""
+"""Signs of a stop in different orders, and which of them counts as a second Ctrl+C."""
 
 from types import SimpleNamespace
 
@@ -13,13 +13,13 @@ from service.shutdown import Shutdown
 
 
 class Asleep(Watchdog):
-    """A watchdog that would end this process too."""
+    """A watchdog that never starts: a real one would end the test's process too."""
 
     def start(self) -> None: ...
 
 
 class Pressed(Shutdown):
-    """Counts how often it is to hurry."""
+    """Counts the calls of ``hurry``."""
 
     presses = 0
 
@@ -47,7 +47,7 @@ MASTER = "the master stops or reloads"
 async def test_only_an_interrupt_that_comes_later_is_a_second_press(
     monkeypatch: pytest.MonkeyPatch, signs: list[str | float], presses: int
 ) -> None:
-    """A terminal's Ctrl+C reaches a worker twice, through its master too, and in any order. Numbers are seconds."""
+    """A terminal's Ctrl+C reaches a worker directly and through its master, in any order. Numbers are seconds."""
     now = 1000.0
     monkeypatch.setattr(stop_signals, "time", SimpleNamespace(monotonic=lambda: now))
     shutdown = Pressed(Settings())
@@ -63,7 +63,7 @@ async def test_only_an_interrupt_that_comes_later_is_a_second_press(
 
 
 class Unstartable(Watchdog):
-    """A watchdog that cannot be started, for whatever reason."""
+    """A watchdog whose start fails."""
 
     def start(self) -> None:
         raise RuntimeError("can't start new thread")

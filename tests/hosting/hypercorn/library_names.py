@@ -1,4 +1,4 @@
-"""What stands at the names of the libraries that a worker and a master use, and which of it has changed."""
+"""The values of all names in the libraries that a worker and a master use, and which of them have changed."""
 
 import logging
 import sys
@@ -12,7 +12,7 @@ LIBRARIES = frozenset(
 )
 
 Name = tuple[int, object]
-"""The holder of a name, by its identity, and the name."""
+"""The identity (``id``) of the object that has a name, and the name."""
 
 
 class LibraryNames:
@@ -40,14 +40,14 @@ class LibraryNames:
                 self._note(f"{written}.{name}", value, value if isinstance(value, dict) else vars(value))
 
     def changed_since(self, earlier: "LibraryNames") -> dict[Name, str]:
-        """The names that stood for something else earlier, each as a person writes it."""
+        """The names that had another value earlier, each as it is written in code."""
         both = self._values.keys() & earlier._values.keys()
         changed = (key for key in both if not _is_same(self._values[key], earlier._values[key]))
         return {key: self._written[key] for key in changed}
 
 
 def _holds_names(name: object, value: object) -> bool:
-    """Whether it is a class of a library, or a dictionary of functions or classes."""
+    """Whether the value is a class of a library, or a dictionary of functions or classes."""
     if isinstance(value, type):
         return value.__module__.partition(".")[0] in LIBRARIES
     is_private = str(name).startswith("__")
@@ -65,7 +65,7 @@ def _is_same(value: object, earlier: object) -> bool:
 
 
 def module_of(name: str, **values: object) -> ModuleType:
-    """A module that has these names."""
+    """A new module with these names and values."""
     module = ModuleType(name)
     vars(module).update(values)
     return module

@@ -1,4 +1,4 @@
-"""hypercorn's access log, in our log: no request forges anything in it."""
+"""hypercorn's access log, in our log: no request can forge an entry."""
 
 import json
 import unicodedata

@@ -67,7 +67,7 @@ async def test_many_messages_do_not_have_the_event_loop_for_themselves() -> None
 
 
 class Steps(trio.abc.Instrument):
-    """Counts tasks."""
+    """Counts the tasks that start."""
 
     def __init__(self) -> None:
         self.spawned = Counter[str]()
@@ -103,7 +103,7 @@ async def test_a_request_is_one_task(serve: Serve, connections: Connections) -> 
 
 @pytest.mark.removal
 async def test_hypercorns_task_group_still_lets_its_own_cancellation_out() -> None:
-    """Fails when it keeps it: then ConnectionTaskGroup.__aexit__ can go."""
+    """This test fails once hypercorn's group absorbs it; then ConnectionTaskGroup.__aexit__ is no longer needed."""
     comes_out = False
     try:
         async with TaskGroup() as tasks:
@@ -112,7 +112,7 @@ async def test_hypercorns_task_group_still_lets_its_own_cancellation_out() -> No
             tasks._nursery.cancel_scope.cancel()
             await trio.lowlevel.checkpoint()
     except trio.Cancelled:  # noqa: ASYNC103
-        comes_out = True  # out of its scope: a caller would have to raise it, and there is nobody to take it
+        comes_out = True  # outside its cancel scope: a caller would have to re-raise it, and no scope catches it
     assert comes_out
 
 
@@ -125,6 +125,6 @@ async def test_our_task_group_keeps_its_own_cancellation() -> None:
 
 @pytest.mark.removal
 async def test_the_receive_queue_is_still_needed(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails when Quart-Trio and hypercorn need no more than one task by themselves: then ReceiveQueue can go."""
+    """This test fails once Quart-Trio and hypercorn need only one task themselves; then ReceiveQueue is not needed."""
     monkeypatch.setattr(hypercorn.trio.tcp_server, "TaskGroup", TaskGroup)
     assert await tasks_of_a_request(serve) > 1

@@ -57,7 +57,7 @@ async def test_a_kept_alive_connection_obeys_its_timeout(serve: Serve) -> None:
 
 @pytest.mark.removal
 async def test_the_shield_of_the_last_send_is_still_needed(serve: Serve) -> None:
-    """Fails when hypercorn and Quart-Trio get it right by themselves: then HTTPConnection._send can go."""
+    """This test fails once hypercorn and Quart-Trio close it by themselves; then AsgiRequest._send is not needed."""
     assert not await is_closed_after_keep_alive(serve, TrioASGIHTTPConnection, patience_s=BRIEF_S)
 
 

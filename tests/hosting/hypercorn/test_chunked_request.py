@@ -16,7 +16,7 @@ HEAD = b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\
 
 
 def read(reader: type[ChunkedReader], pieces: list[bytes]) -> tuple[bytes, str, int]:
-    """The body that comes of these pieces, how it ends, and of how many events it is."""
+    """Read a body that arrives in these pieces: its bytes, its end, and the number of its events."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(READERS[SEND_BODY], "chunked", reader)  # type: ignore[arg-type]
         connection = h11.Connection(h11.SERVER, max_incomplete_event_size=100)
@@ -32,7 +32,7 @@ def read(reader: type[ChunkedReader], pieces: list[bytes]) -> tuple[bytes, str, 
                     body += bytes(event.data)
                     events += 1
             except h11.RemoteProtocolError as error:
-                # How much of it came before is another matter: it is nobody's body any more.
+                # The bytes before the error do not count: a refused body reaches no handler.
                 return b"", f"refused with {error.error_status_hint}", 0
         return body, "goes on", events
 
@@ -73,5 +73,5 @@ def test_connections_read_with_the_joining_reader() -> None:
 
 @pytest.mark.removal
 def test_the_joining_reader_is_still_needed() -> None:
-    """Fails when h11 joins chunks by itself: then it can go."""
+    """This test fails once h11 joins chunks by itself; then JoiningChunkedReader is no longer needed."""
     assert read(h11._readers.ChunkedReader, [b"1\r\nx\r\n" * 1000])[2] == 1000

@@ -1,4 +1,4 @@
-"""Streams on HTTP/1, past hypercorn and h11: what a client sees is the same."""
+"""Streams on HTTP/1 that bypass hypercorn and h11: a client sees the same bytes."""
 
 import logging
 import os
@@ -118,7 +118,7 @@ async def test_the_last_piece_and_the_end_are_one_write(
 
 @pytest.mark.removal
 async def test_it_is_still_needed(serve: Serve, connections: Connections, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails when hypercorn sends the last piece and the end together: then ChunkedResponse.end can go."""
+    """This test fails once hypercorn sends the last piece with the end; then ChunkedResponse.end is not needed."""
     monkeypatch.setattr(chunked_response.ChunkedResponse, "begun_by", lambda _send: None)
     assert await writes_of_a_short_stream(serve, monkeypatch) == [b"3\r\nall\r\n", b"0\r\n\r\n"]
 

@@ -28,7 +28,7 @@ CLOSING = GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
 ENDLESS = b"GET /endless HTTP/1.1\r\nHost: localhost\r\n\r\n"
 FINISHING = "/finishing"
 LONG = [bytes([number]) * 65536 for number in range(200)]
-"""More than the kernel takes at once, so that it is sent in parts and in two ways."""
+"""More bytes than the kernel takes at once: hypercorn sends them in parts and in two ways."""
 
 
 class App(QuartTrio):
@@ -77,7 +77,7 @@ def test_hypercorn_still_takes_its_connections_from_this_name() -> None:
 
 
 async def stall(server: Served) -> socket.socket:
-    """A client that asks for much and reads nothing, once the server cannot send any more."""
+    """A client that asks for an endless answer and reads nothing; returned once the server cannot send any more."""
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.setblocking(False)
@@ -90,7 +90,7 @@ async def stall(server: Served) -> socket.socket:
 
 @pytest.mark.removal
 async def test_a_client_that_does_not_read_is_still_able_to_hold_hypercorn(serve: Serve) -> None:
-    """Fails when hypercorn bounds its sends: then Connections.abort_stalled can go."""
+    """This test fails once hypercorn bounds its sends; then Connections.abort_stalled is no longer needed."""
     async with serve(App(), graceful_timeout=0.1) as server:
         with trio.fail_after(10), await stall(server):
             server.stop.set()
@@ -133,7 +133,7 @@ async def test_a_long_response_arrives_whole_and_in_order(serve: Serve, connecti
         with trio.fail_after(20):
             async with await server.connect() as reader:
                 await reader.send_all(CLOSING.replace(b"/ ", b"/long "))
-                await trio.testing.wait_all_tasks_blocked(0.05)  # the server has filled what there is to fill
+                await trio.testing.wait_all_tasks_blocked(0.05)  # the server has filled all buffers
                 received = bytearray()
                 async for data in reader:
                     received += data
@@ -199,12 +199,12 @@ async def test_a_connection_that_its_client_closed_is_gone(serve: Serve, connect
 
 @pytest.mark.removal
 async def test_hypercorn_still_keeps_connections_that_their_clients_closed(serve: Serve) -> None:
-    """Fails when hypercorn lets them go: then Connection._read_data can go."""
+    """This test fails once hypercorn drops such connections; then Connection._read_data is no longer needed."""
     assert not await is_gone_when_its_client_is(serve)
 
 
 async def stops_though_a_client_has_sent_more(serve: Serve, more: bytes, *, patience_s: float) -> bool:
-    """A client that asks again while its stream is not over."""
+    """Send more bytes while the stream is not over, then stop; whether hypercorn ends within the patience."""
     app = App()
     async with serve(app, graceful_timeout=100) as server:
         with trio.fail_after(20):
@@ -231,13 +231,13 @@ async def test_a_connection_closes_with_its_response_though_its_client_has_sent_
 
 @pytest.mark.removal
 async def test_hypercorn_still_waits_for_a_client_that_has_sent_more(serve: Serve) -> None:
-    """Fails when hypercorn closes such a connection: then Connection._is_ahead can go."""
+    """This test fails once hypercorn closes such a connection; then Connection._is_ahead is no longer needed."""
     assert not await stops_though_a_client_has_sent_more(serve, GET, patience_s=BRIEF_S)
 
 
 @pytest.mark.removal
 async def test_bytes_that_hypercorn_cannot_parse_still_end_all_of_it(serve: Serve) -> None:
-    """Fails when they end their connection alone. With our connections: ``tests/process/test_malformed.py``."""
+    """Fails once such bytes end only their connection. With our connections: ``tests/process/test_malformed.py``."""
     data = GET.replace(
         b"\r\n\r\n", b"\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAM\r\n\r\n"
     )
@@ -285,7 +285,7 @@ async def test_a_connection_closes_with_the_answer_of_hypercorn_itself(
 @pytest.mark.removal
 @pytest.mark.parametrize("what", REFUSED)
 async def test_hypercorn_still_keeps_a_connection_after_an_answer_of_its_own(serve: Serve, what: str) -> None:
-    """Fails when hypercorn closes it: then Connection._has_refused can go."""
+    """This test fails once hypercorn closes the connection; then Connection._has_refused is no longer needed."""
     assert not await closes_with_hypercorns_own_answer(serve, *REFUSED[what], patience_s=BRIEF_S)
 
 
@@ -308,7 +308,7 @@ async def test_an_http2_client_that_asks_nothing_is_idle(serve: Serve, connectio
 
 @pytest.mark.removal
 async def test_hypercorn_still_waits_for_an_http2_client_that_asks_nothing(serve: Serve) -> None:
-    """Fails when hypercorn knows that it is idle: then the second half of Connection._tidy_up can go."""
+    """This test fails once hypercorn takes it for idle; then the second half of Connection._tidy_up is not needed."""
     assert not await closes_a_client_of_http2_that_asks_nothing(serve, patience_s=BRIEF_S)
 
 
@@ -341,12 +341,12 @@ async def test_a_client_of_http2_that_has_reset_its_stream_does_not_hold_up_a_st
 
 @pytest.mark.removal
 async def test_hypercorn_still_waits_for_a_client_of_http2_that_has_reset_its_stream(serve: Serve) -> None:
-    """Fails when hypercorn lets such a stream go: then the first half of Connection._tidy_up can go."""
+    """This test fails once hypercorn drops such a stream; then the first half of Connection._tidy_up is not needed."""
     assert not await stops_though_a_client_of_http2_has_reset_its_stream(serve)
 
 
 async def is_answered_when_it_asks_as_the_listeners_close(serve: Serve) -> bool:
-    """A connection that is made, but whose request arrives just after hypercorn was told to stop."""
+    """Whether a request is answered that arrives, on an open connection, just after hypercorn was told to stop."""
     async with serve(App()) as server:
         with trio.fail_after(10):
             async with await server.connect() as stream:
@@ -368,12 +368,12 @@ async def test_a_request_that_arrives_as_the_listeners_close_is_answered(
 
 @pytest.mark.removal
 async def test_hypercorn_still_closes_on_a_request_that_is_on_its_way(serve: Serve) -> None:
-    """Fails when hypercorn waits for it: then Connection._wait_for_request_on_its_way can go."""
+    """This test fails once hypercorn waits for it; then Connection._wait_for_request_on_its_way is not needed."""
     assert not await is_answered_when_it_asks_as_the_listeners_close(serve)
 
 
 async def http2_stream_ends_properly(serve: Serve) -> bool:
-    """A stream on HTTP/2 that ends after hypercorn was told to stop, and then its connection, with a goodbye."""
+    """Whether, after hypercorn was told to stop, an HTTP/2 stream ends and then its connection, with a GOAWAY."""
     app = App()
     async with serve(app) as server:
         client = h2.connection.H2Connection(h2.config.H2Configuration())
@@ -407,8 +407,8 @@ async def test_an_http2_stream_ends_properly(serve: Serve, connections: Connecti
 
 @pytest.mark.removal
 async def test_hypercorn_still_truncates_http2_streams(serve: Serve) -> None:
-    """Fails when hypercorn sends the last frame first: then ConnectionContext can go."""
-    for _ in range(100):  # it depends on which of two tasks runs first
+    """This test fails once hypercorn sends the last frame first; then ConnectionContext is no longer needed."""
+    for _ in range(100):  # the outcome depends on which of two tasks runs first
         if not await http2_stream_ends_properly(serve):
             return
     pytest.fail("it does not")

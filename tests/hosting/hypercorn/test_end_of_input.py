@@ -1,4 +1,4 @@
-"""A client that closes its sending side after its request: answered, or gone where the request says so."""
+"""A client that closes its sending side after its request gets its answer, or is gone if the handler decides so."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,7 +20,7 @@ CAP_S = 10
 
 
 class App(QuartTrio):
-    """Its answers wait for :attr:`go_on`; one takes the end of the input for leaving, before or after that."""
+    """Answers wait for :attr:`go_on`. ``/before`` and ``/after`` it, the end of input counts as a leave."""
 
     def __init__(self) -> None:
         super().__init__("test")
@@ -145,7 +145,7 @@ async def test_a_stop_does_not_wait_for_it_beyond_its_own_time(serve: Serve, con
 async def test_hypercorn_still_takes_every_end_of_input_for_leaving(
     serve: Serve, connections: Connections, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fails when hypercorn answers such a client: then Connection._let_answer can be thought over."""
+    """This test fails once hypercorn answers such a client; then Connection._let_answer can be reconsidered."""
     monkeypatch.setattr(hosting.Connection, "_read_data", TCPServer._read_data)
     app = App()
     async with half_closed(serve, app, request("never")) as client:

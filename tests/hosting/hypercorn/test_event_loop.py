@@ -1,4 +1,4 @@
-"""No request holds the event loop, whatever its bytes are: the worst ones and mixtures, on real sockets."""
+"""No request blocks the event loop, whatever its bytes are: the worst requests and mixtures, on real sockets."""
 
 import random
 import struct
@@ -23,11 +23,11 @@ SETTINGS = Settings(store_url="memory:", model_url="scripted:?tokens=1")
 BODY_BYTES = body_bytes_max(SETTINGS) - 100
 CAP_S = 60
 TRIES = 3
-"""A step that took too long is tried again: caches and a shared core cost processor time, too."""
+"""A request whose step took too long is sent again: caches and a shared core cost processor time, too."""
 
 
 async def exchange(port: int, data: bytes, longest: LongestStep, *, ends: bool = True) -> bytes:
-    """Send it all, and read all that comes until the server closes, or says nothing more."""
+    """Send all data, and read until the server closes or sends nothing more. Returns the received bytes."""
     received = bytearray()
     async with await trio.open_tcp_stream("127.0.0.1", port) as stream, trio.open_nursery() as nursery:
 
@@ -55,7 +55,7 @@ async def exchange(port: int, data: bytes, longest: LongestStep, *, ends: bool =
 
 
 async def longest_steps(requests: Iterable[tuple[str, bytes]], *, ends: bool = True) -> dict[str, float]:
-    """Send each request on a connection of its own; the longest steps in milliseconds of those that held the loop."""
+    """Send each request on its own connection. Returns the longest step, in ms, of each that blocked the loop."""
     too_long: dict[str, float] = {}
     async with serving(SETTINGS) as server:
         await exchange(server.port, request("GET", "/openapi.json"), LongestStep())
@@ -85,7 +85,7 @@ def request(method: str, target: str, body: bytes = b"", *fields: bytes, host: b
 
 
 def filled(fragment: str, before: str = "", after: str = "") -> bytes:
-    """A body of the most bytes that are taken, out of one fragment again and again."""
+    """A body of the largest accepted size, filled with one repeated fragment."""
     room = BODY_BYTES - len((before + after).encode())
     return (before + fragment * (room // len(fragment.encode())) + after).encode()
 
@@ -198,7 +198,7 @@ async def test_a_head_of_http_1_is_bounded_though_it_comes_in_one_piece() -> Non
 
 @pytest.mark.removal
 async def test_hypercorn_still_takes_a_long_head_that_comes_in_one_piece() -> None:
-    """Fails when it bounds the head: then Connection._handle_in_pieces is needed for the event loop alone."""
+    """This test fails once hypercorn bounds the head; then only the event loop needs Connection._handle_in_pieces."""
     async with serving(SETTINGS) as server:
         data = request("GET", "/healthz", b"", b"a: " + b"a" * 22_000)
         status = (await exchange(server.port, data, LongestStep())).split()[1]
@@ -271,7 +271,7 @@ def fields(*more: tuple[str, str], method: str = "GET", path: str = "/healthz") 
 
 
 def head_of(stream_id: int, block: bytes, *, ends: bool = True) -> bytes:
-    """A head in as many frames as it needs."""
+    """The frames of a head: HEADERS, and as many CONTINUATION frames as its length needs."""
     first, *others = [block[start : start + 16_000] for start in range(0, len(block), 16_000)]
     frames = frame(HEADERS, int(ends) | (0 if others else 4), stream_id, first)
     for index, part in enumerate(others, 1):
@@ -329,7 +329,7 @@ def test_a_head_of_http_2_is_bounded_as_one_of_http_1_is() -> None:
 
 @pytest.mark.removal
 def test_hypercorns_setting_still_does_not_bound_the_heads_of_http_2() -> None:
-    """Fails when it does, from the first head on: then the patch of h2's default can go."""
+    """This test fails once the setting bounds the first head; then the patch of h2's default is no longer needed."""
     config = Config.from_mapping(h2_max_header_list_size=HEAD_BYTES_MAX)
     nothing = cast("Any", None)
     protocol = H2Protocol(nothing, config, WorkerContext(None), *[nothing] * 6)
@@ -339,5 +339,5 @@ def test_hypercorns_setting_still_does_not_bound_the_heads_of_http_2() -> None:
 
 @pytest.mark.removal
 def test_the_bounded_decoder_is_still_needed() -> None:
-    """Fails when hpack takes no more table sizes than two: then :class:`BoundedDecoder` needs no count of its own."""
+    """This test fails once hpack refuses a third table size; then :class:`BoundedDecoder` needs no count of its own."""
     assert decoded(hpack.Decoder(), b"\x20" * 1000 + fields())

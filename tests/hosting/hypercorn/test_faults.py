@@ -1,4 +1,4 @@
-"""Each workaround has a removal test and a description, and ``just removal`` says of a test what it has shown."""
+"""Each workaround has a removal test and a description, and ``just removal`` gives a verdict for each test."""
 
 import ast
 import json
@@ -19,7 +19,7 @@ VERSIONS = {"hypercorn": "0.18.0", "quart": "0.22.0"}
 
 
 def removal_tests() -> list[str]:
-    """The ids of the tests that have the marker."""
+    """The ids of the tests that have the marker ``removal``."""
     found = []
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         text = path.read_text()
@@ -97,7 +97,7 @@ def test_only_the_assertion_of_the_test_itself_says_that_a_fault_is_mended(test:
     error: BaseException | None = None
     try:
         test()
-    except BaseException as raised:  # noqa: ASYNC103, BLE001  pytest's own failures are none of Exception
+    except BaseException as raised:  # noqa: ASYNC103, BLE001  pytest's own failures are no subclasses of Exception
         error = raised
     assert verdict_of(error, test.__code__) is verdict
 
@@ -131,7 +131,7 @@ def test_the_plugin_knows_the_test_below_what_runs_it_in_trio(tmp_path: Path) ->
     (tmp_path / "tests" / "test_some.py").write_text(TESTS_OF_FAULTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\ntrio_mode = true\n")
     options = ["-q", "-p", "no:cacheprovider", "-p", "tests.removal.verdicts", "--rootdir", str(tmp_path)]
-    subprocess.run(  # noqa: PLW1510  it fails, as it is to
+    subprocess.run(  # noqa: PLW1510  the run is meant to fail
         [sys.executable, "-m", "pytest", *options, "-c", str(tmp_path / "pytest.ini"), str(tmp_path / "tests")],
         cwd=ROOT,
         env=os.environ | {VERDICTS_FILE: str(tmp_path / "verdicts")},
@@ -156,7 +156,7 @@ def test_what_is_said_of_a_fault_is_what_all_cases_of_its_test_say() -> None:
     }
     assert verdict_on(first, said, VERSIONS) == (Verdict.NEEDED, "")
     assert verdict_on(FAULTS[1], said, VERSIONS) == (Verdict.UNKNOWN, "the test did not run")
-    assert verdict_on(last, said, VERSIONS)[0] is Verdict.ELSEWHERE  # Quart's fault came with 0.23
+    assert verdict_on(last, said, VERSIONS)[0] is Verdict.ELSEWHERE  # Quart's fault appeared in 0.23
     assert verdict_on(last, said, VERSIONS | {"quart": "0.23.1"})[0] is Verdict.NOT_NEEDED
     assert joined([Verdict.NEEDED, Verdict.NOT_NEEDED]) is Verdict.UNKNOWN
 

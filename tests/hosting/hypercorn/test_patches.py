@@ -34,7 +34,7 @@ SERVICE = Path(hypercorn_config.__file__).parent.parent
 
 
 class Process:
-    """What is installed in a process that serves or runs the master, and in which objects."""
+    """Installs the patches as a process that serves or runs the master does, and names the patched objects."""
 
     def __init__(self) -> None:
         self.context = WorkerContext(None)
@@ -80,7 +80,7 @@ class Process:
 
 
 def run() -> None:
-    """In place of hypercorn's."""
+    """Takes the place of hypercorn's ``run``."""
 
 
 def names_of(changed: dict[Name, str]) -> set[str]:
@@ -156,7 +156,7 @@ def test_a_missing_reader_refuses_the_start(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_workers_get_the_masters_event_as_hypercorn_made_it() -> None:
-    """An event with a method of ours in it could not be sent to a worker."""
+    """An event that carries a method of ours could not be sent to a worker."""
     workers = Workers(stop_timeout_s=0)
     event = FORK.Event()
     seen: list[bool] = []
@@ -208,7 +208,7 @@ def test_nothing_else_replaces_a_name_of_a_library() -> None:
                 root = ast.unparse(node).partition(".")[0].partition("[")[0]
                 if root in modules:
                     found.append(f"{path.stem}: {ast.unparse(node)}")
-    # A handler is ours; a Config is hypercorn's way to tell its workers something.
+    # Only the handler is ours; through a Config hypercorn itself passes values to its workers.
     assert found == ["operations: handler", "worker: config", "bind: config"]
 
 
@@ -244,7 +244,7 @@ say("left")
 
 
 def test_in_a_process_that_serves_nothing_but_the_table_is_replaced() -> None:
-    done = subprocess.run(  # noqa: PLW1510  what it said tells more than its code
+    done = subprocess.run(  # noqa: PLW1510  the output tells more than the exit code
         [sys.executable, "-c", SERVE_AND_LOOK], capture_output=True, text=True, timeout=60
     )
     said = dict(line.split(" ", 1) for line in done.stdout.splitlines())

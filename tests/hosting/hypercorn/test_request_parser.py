@@ -1,4 +1,4 @@
-"""Empty lines before a request: skipped, however they come, and not without a bound."""
+"""Empty lines before a request are skipped, however they are cut, up to a bound."""
 
 import h11
 import pytest
@@ -33,7 +33,7 @@ def events(connection: h11.Connection) -> list[object]:
 
 @pytest.mark.removal
 def test_h11_still_refuses_an_empty_line_before_a_request() -> None:
-    """Fails when h11 skips it: then RequestParser can go."""
+    """This test fails once h11 skips the empty line; then RequestParser is no longer needed."""
     connection = h11.Connection(h11.SERVER)
     connection.receive_data(b"\r\n" + GET)
     with pytest.raises(h11.RemoteProtocolError):

@@ -83,16 +83,16 @@ async def test_hypercorn_inside_another_program_has_no_worker(serve: Serve) -> N
 
 
 def test_a_connection_sees_the_context_that_hypercorn_knows() -> None:
-    """ConnectionContext stands in for it, so it is to have all that it has."""
+    """ConnectionContext stands in for hypercorn's context, so it must have all of the attributes."""
     assert set(vars(WorkerContext(None))) == {"max_requests", "requests", "terminate", "terminated"}
 
 
 def test_an_address_is_told_for_each_form_of_a_bind() -> None:
-    """``check_stand_in`` goes by it, also where bare hypercorn's ``--bind`` is not the settings' own."""
+    """``check_stand_in`` relies on the address, also where bare hypercorn's ``--bind`` differs from the settings."""
     assert worker._address_of_bind("0.0.0.0") == "0.0.0.0:8000"
     assert worker._address_of_bind("[::]:80") == "[::]:80"
     assert worker._address_of_bind("unix:/run/a.sock") == "unix:/run/a.sock"
     with socket.create_server(("127.0.0.1", 0)) as given:
         port = given.getsockname()[1]
         assert worker._address_of_bind(f"fd://{given.fileno()}") == f"127.0.0.1:{port}"
-        given.getsockname()  # it is still open
+        given.getsockname()  # the socket is still open

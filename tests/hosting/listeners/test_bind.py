@@ -21,7 +21,7 @@ def test_an_invalid_certificate_path_is_refused_by_its_name() -> None:
 
 
 def test_a_port_is_not_shared_with_another_server_with_several_workers_either() -> None:
-    """What the second one says: ``test_exit_codes.py``."""
+    """For the message of the second server see ``test_exit_codes.py``."""
     config = Config.from_mapping(bind=["127.0.0.1:0"], workers=2)
     bind_addresses(config)
     assert config.workers == 2
@@ -32,7 +32,7 @@ def test_a_port_is_not_shared_with_another_server_with_several_workers_either() 
 
 @pytest.mark.removal
 def test_hypercorn_still_shares_a_port_between_servers_with_several_workers() -> None:
-    """Fails when it does not: then bind_addresses need not set their number."""
+    """This test fails once hypercorn refuses the second server; then bind_addresses need not set ``workers``."""
     [first] = Config.from_mapping(bind=["127.0.0.1:0"], workers=2).create_sockets().insecure_sockets
     with first:
         first.listen()
@@ -46,7 +46,7 @@ def test_a_unix_socket_of_another_server_is_refused_and_one_that_is_left_over_ta
     with socket.socket(socket.AF_UNIX) as another:
         another.bind(str(path))
         another.listen(0)
-        for _ in range(3):  # the last one finds its backlog full
+        for _ in range(3):  # the last attempt finds the backlog full
             with pytest.raises(StartupError, match=f"Cannot listen on unix:{path}: another server answers there"):
                 bind_addresses(Config.from_mapping(bind=[f"unix:{path}"]))
         waiting, _ = another.accept()
@@ -60,7 +60,7 @@ def test_a_unix_socket_of_another_server_is_refused_and_one_that_is_left_over_ta
 
 @pytest.mark.removal
 def test_hypercorn_still_takes_the_unix_socket_of_another_server(tmp_path: Path) -> None:
-    """Fails when it does not: then _is_answered can go."""
+    """This test fails once hypercorn refuses such a socket; then _is_answered is no longer needed."""
     path = tmp_path / "socket"
     with socket.socket(socket.AF_UNIX) as another:
         another.bind(str(path))

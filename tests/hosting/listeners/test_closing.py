@@ -1,4 +1,4 @@
-"""When the listeners close, and how hypercorn's own listeners behave."""
+"""The moment when the listeners close, and the behaviour of hypercorn's own listeners."""
 
 import multiprocessing
 import os
@@ -35,7 +35,7 @@ def listening() -> Iterator[socket.socket]:
 
 @pytest.mark.removal
 async def test_hypercorn_lets_clients_that_connect_after_its_stop_hang_and_resets_them() -> None:
-    """Fails when hypercorn answers until the end: then ListenerShutdown can go."""
+    """This test fails once hypercorn answers until the end; then ListenerShutdown is no longer needed."""
     app = QuartTrio("test")
     stop = trio.Event()
     with trio.fail_after(10), listening() as held_by_the_master:
@@ -60,7 +60,7 @@ async def test_hypercorn_lets_clients_that_connect_after_its_stop_hang_and_reset
 
 
 def test_the_next_listen_opens_a_shut_listener_again() -> None:
-    """After a reload that looked like a stop the next worker still serves: hypercorn's workers call listen again."""
+    """After a reload that looked like a stop the next worker still serves: each hypercorn worker calls listen again."""
     with socket.socket() as finder:
         finder.bind(("127.0.0.1", 0))
         address = finder.getsockname()
@@ -85,7 +85,7 @@ sys.stdin.read()
 
 @contextmanager
 def no_descriptors() -> Iterator[None]:
-    """This process has no descriptor left."""
+    """Inside, this process has no descriptor left."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = max(int(it.name) for it in Path("/proc/self/fd").iterdir()) + 1
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

@@ -58,7 +58,7 @@ def clients(port: int, count: int) -> list[socket.socket]:
 async def test_sockets_that_another_worker_has_shut_are_not_adopted(
     listeners: Listeners, nursery: trio.Nursery
 ) -> None:
-    """Two workers that give up their starts at the same time: the first one answers the clients that wait."""
+    """Two workers give up their starts at the same time: the first one answers the clients that wait."""
 
     async def serve(_: object) -> None:
         raise AssertionError("no client waits")
@@ -76,7 +76,7 @@ async def test_clients_that_wait_are_served_and_later_ones_are_refused(serve: Se
         with trio.fail_after(10):
             await listeners.open.wait()
             assert repr(listeners) == f"<Listeners 127.0.0.1:{server.port}: open>"
-            waiting = clients(server.port, 3)  # without a checkpoint: nobody has accepted them
+            waiting = clients(server.port, 3)  # without a checkpoint: the server has not accepted them yet
             assert listeners.has_served
             listeners.stop_accepting(refuse_waiting=True)
             assert not listeners.has_served
@@ -88,7 +88,7 @@ async def test_clients_that_wait_are_served_and_later_ones_are_refused(serve: Se
                 assert not listeners.has_served
                 client.close()
             await listeners.wait_served()
-            listeners.stop_accepting(refuse_waiting=True)  # idempotent
+            listeners.stop_accepting(refuse_waiting=True)  # a second call changes nothing
             assert listeners.has_served
 
 
@@ -166,7 +166,7 @@ async def test_without_descriptors_one_line_says_so(
 
 @pytest.mark.removal
 async def test_trio_still_reports_it_more_than_once(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
-    """Fails when Trio says it less often: then _RateLimit of the patches can go."""
+    """This test fails once Trio reports EMFILE less often; then _RateLimit of the patches is no longer needed."""
     lines = await log_of_a_listener_without_descriptors(serve, caplog)
     assert len(lines) > 2
     assert all(line.exc_info for line in lines)
@@ -185,7 +185,7 @@ def test_a_bind_that_is_a_descriptor_is_a_given_socket(config: dict[str, Any], g
     assert given_sockets(configured) == given
     note_given_sockets(configured)
     configured.bind, configured.insecure_bind = ["fd://7"] * len(given), []
-    assert given_sockets(pickle.loads(pickle.dumps(configured))) == given  # as workers get it
+    assert given_sockets(pickle.loads(pickle.dumps(configured))) == given  # as workers get the socket
 
 
 async def test_a_given_socket_is_not_shut_down(serve: Serve) -> None:

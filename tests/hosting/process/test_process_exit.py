@@ -35,7 +35,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def end_ns(way: str) -> int:
-    """From a program's last statement to the end of its process."""
+    """The time from a program's last statement to the end of its process."""
     with subprocess.Popen([sys.executable, "-c", PROGRAM, way], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         last = int(process.stdout.read())
@@ -46,7 +46,7 @@ def end_ns(way: str) -> int:
 @pytest.mark.removal
 @pytest.mark.serial
 def test_an_interpreter_still_takes_long_to_take_itself_apart() -> None:
-    """Fails when it is as quick as we are: then leave_at_exit can go."""
+    """This test fails once Python's own exit is as fast as ours; then leave_at_exit is no longer needed."""
     plain, short = (min(end_ns(way) for _ in range(3)) for way in ("plain", "short"))
     assert plain > 3 * short, f"{plain / 1e6:.1f} ms and {short / 1e6:.1f} ms"
 

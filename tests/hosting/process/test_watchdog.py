@@ -1,4 +1,4 @@
-"""The watchdog where the process may have no more threads. What it does elsewhere: ``test_exit_codes.py``."""
+"""The watchdog where the process can start no more threads. All its other behaviour: ``test_exit_codes.py``."""
 
 import signal
 import subprocess
