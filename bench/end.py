@@ -30,7 +30,7 @@ class EndRow(msgspec.Struct, kw_only=True):
     repeat: int
     cause: str
     turns: int
-    closed: int  # connections that were closed at all, before the measurement ended
+    closed: int  # model connections that closed before the measurement ended
     closed_ms: tuple[float, float, float] | None  # p50, p99, max
 
 

@@ -21,7 +21,7 @@ _CONTROL_S = 0.5
 
 
 class ExpiryRow(msgspec.Struct, kw_only=True):
-    """One sweep."""
+    """The measurement of one sweep."""
 
     kind: str = "expiry"
     store: str
@@ -29,8 +29,8 @@ class ExpiryRow(msgspec.Struct, kw_only=True):
     sessions: int
     removed: int
     sweep_ms: float
-    pause_ms: float  # the event loop's longest, in the sweep
-    control_pause_ms: float  # without one
+    pause_ms: float  # the event loop's longest pause during the sweep
+    control_pause_ms: float  # the longest pause without a sweep
 
 
 TABLE = Table(

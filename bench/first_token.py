@@ -25,7 +25,7 @@ _TIME_MAX_S = 60.0
 
 
 class FirstTokenRow(msgspec.Struct, kw_only=True):
-    """The times to the first token."""
+    """The measured times to the first token."""
 
     kind: str = "first-token"
     contender: str

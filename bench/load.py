@@ -116,7 +116,7 @@ class _WatchedStream:
 
     @property
     def location(self) -> str:
-        """The turn's path."""
+        """The path of the turn."""
         return self._judge.headers["location"]
 
     def _on_readable(self) -> None:
@@ -161,7 +161,7 @@ class Load:
         self._plan = plan
         self._poller = Poller()
         self._opening = trio.CapacityLimiter(_OPENING_AT_ONCE_MAX)
-        self._sockets: list[socket.socket] = []  # kept open until the end, whatever their group
+        self._sockets: list[socket.socket] = []  # sockets of every group stay open until the end
         self._probing: list[ProbeResult] = []
         self._stalled: list[tuple[socket.socket, StreamJudge]] = []
 
@@ -247,7 +247,7 @@ class Load:
         return sock
 
     async def _watch(self, stream: _WatchedStream, settled: trio.Event) -> None:
-        """Until it has ended."""
+        """Watch a stream until it has ended."""
         await stream.ready.wait()
         if stream.group.ready_at != "end":
             settled.set()

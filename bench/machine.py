@@ -61,7 +61,7 @@ def look_at_machine(*, server_cpus: str | None, client_cpus: str | None) -> Mach
 
 
 def describe_machine(machine: Machine) -> str:
-    """In a paragraph."""
+    """Return the machine's description as a paragraph."""
     versions = ", ".join(f"{name} {number}" for name, number in machine.versions.items())
     return (
         f"{machine.date}, {machine.cpu}, {machine.cores} cores, {machine.memory_gib} GiB, Linux {machine.kernel}, "

@@ -86,7 +86,7 @@ class Calls(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Prober(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A new connection each ``interval_s``, with one request that is answered in full or not."""
+    """Opens a new connection each ``interval_s`` and sends one request on it."""
 
     name: str = "prober"
     request: Request
@@ -97,7 +97,7 @@ Group = Streams | Idle | Unfinished | Http2Streams | Calls | Prober
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """What to open, at which loopback port."""
+    """The groups of clients to open, and the loopback port of the server."""
 
     port: int
     groups: tuple[Group, ...]
@@ -129,7 +129,7 @@ class ProbeResult(msgspec.Struct, kw_only=True):
     retry_after: bool = False
     connection_close: bool = False
     answered_at: float | None = None
-    late_s: float = 0  # how late this client itself was, at worst, meanwhile: it shares a machine
+    late_s: float = 0  # the load client's own worst delay meanwhile: it shares the machine
 
     @property
     def waited_s(self) -> float:
@@ -154,4 +154,4 @@ class LoadResult(msgspec.Struct, kw_only=True):
     probes: list[ProbeResult] = []
     calls: list[CallsResult] = []
     tokens_by_second: list[tuple[float, int]] = []  # (time, tokens received so far), sampled
-    delays_ns: dict[str, list[int]] = {}  # by group, where asked for: from the model's send to the receipt
+    delays_ns: dict[str, list[int]] = {}  # by group, if ``keep_delays``: from the model's send to the receipt

@@ -65,7 +65,7 @@ async def connect(address: tuple[str, int], *, small_buffers: bool = False) -> s
         if code:
             raise OSError(code, f"connect to {address}")
         return sock
-    except BaseException:  # noqa: ASYNC103  re-raised: only closes what nobody else knows yet
+    except BaseException:  # noqa: ASYNC103  re-raised after the close of a socket that no other code has
         sock.close()
         raise
 

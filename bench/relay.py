@@ -40,7 +40,7 @@ _ROOM = {"LASTCALL_REPLY_BYTES_MAX": str(1 << 30), "LASTCALL_LOG_BYTES_MAX": str
 
 
 class RelayRow(msgspec.Struct, kw_only=True):
-    """One load on one server."""
+    """The measurement of one load on one server."""
 
     kind: str = "relay"
     contender: str
@@ -48,12 +48,12 @@ class RelayRow(msgspec.Struct, kw_only=True):
     repeat: int
     mode: str
     streams: int
-    offered_per_s: float | None  # None: as fast as it is read
+    offered_per_s: float | None  # tokens; None: as fast as the server reads
     received_per_s: float
-    cpu_share: float | None = None  # of one core, in use by the server
-    capacity_per_s: float | None = None  # received, by the core-seconds they cost
+    cpu_share: float | None = None  # the server's use of one core
+    capacity_per_s: float | None = None  # received tokens per core-second of the server
     delay_ms: tuple[float, float, float] | None = (
-        None  # p50, p99, max: from the model's send to the receipt; not of a flood
+        None  # p50, p99, max from the model's send to the receipt; None for a flood
     )
 
 
@@ -150,4 +150,4 @@ def _message(mode: str, count: int, offered_per_s: float | None) -> str:
 
 def _delays(result: LoadResult) -> tuple[float, float, float] | None:
     figures = [delay / 1e6 for delay in result.delays_ns.get("s", ())]
-    return spread(figures[len(figures) // 5 :])  # the first ones are the opening's
+    return spread(figures[len(figures) // 5 :])  # the first fifth belongs to the opening

@@ -23,7 +23,7 @@ class RowFile:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All rows of a file, in order."""
+    """Return all rows of a file, in order."""
     return [msgspec.json.decode(line) for line in path.read_bytes().splitlines()]
 
 

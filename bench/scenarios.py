@@ -86,7 +86,7 @@ async def _measure_shutdown(programme: Programme, place: Place, repeat: int) -> 
     contenders = programme.contenders
     start = repeat % len(contenders)
     if repeat == 0:
-        for contender in contenders:  # byte code, page cache: the first start is no measurement
+        for contender in contenders:  # the first start fills byte code and page cache: it is not measured
             await run_case(contender, steady(0), place, repeat=-1, cap_s=programme.cap_s)
     for case in programme.cases():
         for contender in [*contenders[start:], *contenders[:start]]:

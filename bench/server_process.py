@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class ServerFailedError(Exception):
-    """A server did not start. Holds its exit code, if it has ended, and its log."""
+    """A server did not start. The error has its log and, if it has ended, its exit code."""
 
     def __init__(self, message: str, *, exit_code: int | None, log: str) -> None:
         super().__init__(f"{message}\n{log}")
@@ -60,7 +60,7 @@ class Gone:
     exit_code: int
     at: float  # time.monotonic()
     exits: tuple[tuple[int, int, float], ...]  # (pid, exit code, when), in the order of their ends
-    strays: tuple[int, ...]  # processes of its making that left the group and live on
+    strays: tuple[int, ...]  # processes started by the server that left the group and still run
 
 
 class ServerProcess:
@@ -97,7 +97,7 @@ class ServerProcess:
         token = trio.lowlevel.current_trio_token()
         threading.Thread(target=self._reap, args=(token,), daemon=True).start()
 
-    # What it says
+    # The server's output
 
     def log(self) -> str:
         """Return the server's output so far."""
@@ -118,7 +118,7 @@ class ServerProcess:
         Raises:
             ServerFailedError: It ended instead.
         """
-        while len(re.findall(pattern, self.log())) < times:  # noqa: ASYNC110  a file tells nobody when it grows
+        while len(re.findall(pattern, self.log())) < times:  # noqa: ASYNC110  a file's growth sets no event
             if self.gone is not None:
                 raise ServerFailedError("the server has ended", exit_code=self.gone.exit_code, log=self.log())
             await trio.sleep(0.01)
@@ -175,7 +175,7 @@ class ServerProcess:
                 break
             self._exits.append((pid, os.waitstatus_to_exitcode(status), time.monotonic()))
         codes = {pid: code for pid, code, _ in self._exits}
-        self._process.returncode = codes[self.pid]  # subprocess must not wait for it as well
+        self._process.returncode = codes[self.pid]  # subprocess must not wait for the process as well
         # A process that left the group has kept its environment.
         strays = tuple(pid for pid in _all_pids() if self._mark.encode() in _environment(pid))
         self.gone = Gone(exit_code=codes[self.pid], at=self._exits[-1][2], exits=tuple(self._exits), strays=strays)

@@ -63,11 +63,11 @@ def special(streams: int) -> tuple[Case, ...]:
 
 
 _REQUEST_LINE = re.compile(r'\\?"(GET|HEAD|POST|DELETE|PATCH) \S+ (HTTP/)?[\d.]+\\?" \d{3}\b|"message": "turn ended"')
-"""An access log's line of uvicorn, hypercorn or one in the usual combined form, plain or in JSON; and a turn's end."""
+"""A line of an access log (uvicorn's, hypercorn's or in the usual combined form; plain or JSON), or of a turn's end."""
 
 
 class ShutdownRow(msgspec.Struct, kw_only=True):
-    """One run. Seconds count from the signal."""
+    """The measurement of one run. Seconds count from the signal."""
 
     kind: str = "shutdown"
     contender: str
@@ -84,22 +84,22 @@ class ShutdownRow(msgspec.Struct, kw_only=True):
     killed: bool = False
     strays: int = 0
     streaming: int = 0  # well-behaved streams that had begun when the signal came
-    ends: dict[str, int] = {}  # of those
+    ends: dict[str, int] = {}  # the ends of the streams in ``streaming``
     terminals: dict[str, int] = {}
     stalled_ends: dict[str, int] = {}
-    too_late: dict[str, int] = {}  # what became of those that the server had not got round to
+    too_late: dict[str, int] = {}  # the ends of streams without a token at the signal
     gaps: int = 0
-    tokens_lost: int | None = None  # sent by the model, never received
-    upstream_closed_s: float | None = None  # the last connection to the model server
-    replies_kept: int | None = None  # turns whose non-empty reply is in the store; None: it has no durable one
-    phases_ms: dict[str, float] = {}  # of its own shutdown report, if it writes one
-    log_lines: int = 0  # without those of single requests, which tell that the server works
+    tokens_lost: int | None = None  # tokens that the model sent and no client received
+    upstream_closed_s: float | None = None  # the close of the last connection to the model server
+    replies_kept: int | None = None  # turns whose non-empty reply is in the store; None: no durable store
+    phases_ms: dict[str, float] = {}  # from the contender's own shutdown report, if it writes one
+    log_lines: int = 0  # without the lines of single requests
     log_request_lines: int = 0
     log_tracebacks: int = 0
     log_cancelled: int = 0
     rss_idle_mib: float = 0
     rss_loaded_mib: float = 0
-    busy_before: float = 0  # the share of the machine that others used
+    busy_before: float = 0  # the share of the machine that other processes used
     load_average: float = 0
 
 

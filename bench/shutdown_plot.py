@@ -62,7 +62,7 @@ def _draw_line(axes: Axes, index: int, label: str, points: list[tuple[int, Cell]
     heights = [cap_s if cell.killed or cell.gone is None else cell.gone.p50 for _, cell in points]
     axes.plot(
         [], [], label=label, marker=_MARKERS[index], **style
-    )  # for the legend: each point has a marker of its own
+    )  # only for the legend: each point below has a marker of its own
     axes.plot([streams for streams, _ in points], heights, **style)
     for (streams, cell), height in zip(points, heights, strict=True):
         share = cell.proper_share

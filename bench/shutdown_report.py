@@ -30,7 +30,7 @@ _LEGEND = (
 
 @dataclass(frozen=True)
 class Cell:
-    """All repeats of one contender under one load."""
+    """The cell of one contender under one load: all its repeats."""
 
     label: str
     rows: tuple[ShutdownRow, ...]
@@ -104,7 +104,7 @@ def draw_table(rows: Sequence[ShutdownRow]) -> Table:
 
 
 def write_markdown(machine: Machine, rows: Sequence[ShutdownRow], *, cap_s: float, plotted: bool) -> str:
-    """The report."""
+    """Return the report in Markdown."""
     parts = [
         "# Shutdown under load",
         _HEAD.format(cap_s=cap_s),

@@ -34,7 +34,7 @@ class Stage:
     place: Place
     upstream: UpstreamProcess
     server: ServerProcess
-    store: Path  # where the contender keeps its replies, if it does
+    store: Path  # the path of the contender's store, if it has one
 
     @asynccontextmanager
     async def open_load(self, *groups: Group) -> AsyncIterator[LoadClient]:
@@ -105,6 +105,6 @@ def tokens_per_s(result: LoadResult, since: float, until: float) -> float:
 
 
 def spread(figures: Sequence[float]) -> tuple[float, float, float] | None:
-    """p50, p99 and the maximum."""
+    """Return p50, p99 and the maximum."""
     ascending = sorted(figures)
     return (percentile(ascending, 50), percentile(ascending, 99), ascending[-1]) if ascending else None

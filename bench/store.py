@@ -33,7 +33,7 @@ _SLOW = "scripted:?tokens=1000000&rate=1&first_token_s=0"
 _NEXT = Request(path="/sessions/s$n/turns", body='{"input": "Well?"}')
 _NEXT_STREAMED = msgspec.structs.replace(_NEXT, headers={"Accept": "text/event-stream"})
 _FOR_EVER = 1_000_000
-_ASKED_FIRST = 10  # and not counted
+_ASKED_FIRST = 10  # first requests, which are not counted
 _FSYNCS = 200
 _FSYNC_BYTES = 4096
 
@@ -42,7 +42,7 @@ _FSYNC_BYTES = 4096
 class Extent:
     """The size of the measurement."""
 
-    sessions: int  # at once, below the load client's 64 connections
+    sessions: int  # sessions at once, fewer than the load client's 64 connections
     warm_up_s: float
     window_s: float
     asked: int
@@ -54,23 +54,23 @@ USUAL = Extent(sessions=50, warm_up_s=1, window_s=4, asked=200, interrupted=1000
 
 
 class StoreRow(msgspec.Struct, kw_only=True):
-    """One load on one store, or the disk's own time."""
+    """The measurement of one load on one store, or of the disk's own time."""
 
     kind: str = "store"
     what: str
     store: str
     repeat: int
-    n: int  # turns, first tokens, interrupted turns, fsyncs
+    n: int  # the number of turns, first tokens, interrupted turns or fsyncs
     lost: int = 0  # clients and streams that met an error
     took_ms: tuple[float, float, float] | None = None  # p50, p99, max: a turn, a first token, an fsync
     per_s: float | None = None
-    cpu_share: float | None = None  # of one core, in use by the server
-    gone_ms: float | None = None  # from the signal
-    phases_ms: dict[str, float] = {}  # of the shutdown report
+    cpu_share: float | None = None  # the server's use of one core
+    gone_ms: float | None = None  # from the signal to the end of all processes
+    phases_ms: dict[str, float] = {}  # from the shutdown report
     kept: int | None = None  # interrupted turns whose partial reply is in the store
-    of_memory: float | None = None  # turns a second, over those of the memory row of this repeat
-    added_ms: tuple[float, ...] = ()  # to that row's p50 and p99, or to its time to be gone
-    busy_before: float | None = None  # the share of the machine that others used
+    of_memory: float | None = None  # turns a second, divided by the memory row's of this repeat
+    added_ms: tuple[float, ...] = ()  # the difference to that row's p50 and p99, or to its ``gone_ms``
+    busy_before: float | None = None  # the share of the machine that other processes used
 
     @property
     def beside(self) -> str:
@@ -185,7 +185,7 @@ async def _measure_shutdown(contender: Contender, kind: str, place: Place, exten
 
 
 def _time_fsyncs(folder: Path) -> list[float]:
-    """Milliseconds of each."""
+    """Return the time of each fsync, in milliseconds."""
     took = []
     with (folder / "fsync").open("ab", buffering=0) as file:
         for _ in range(_FSYNCS):

@@ -24,7 +24,7 @@ class Table:
         return table
 
     def write(self, rows: Iterable[Any]) -> str:
-        """In Markdown."""
+        """Return the table in Markdown."""
         heads = [head for head, _ in self.columns]
         lines = [heads, ["---"] * len(heads), *(self._cells(row) for row in rows)]
         body = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
@@ -40,5 +40,5 @@ def number(figure: float | None, digits: int = 1) -> str:
 
 
 def triple(figures: tuple[float, float, float] | None, digits: int = 1) -> str:
-    """p50 / p99 / max."""
+    """Return the figures as ``p50 / p99 / max``."""
     return "-" if figures is None else " / ".join(f"{figure:,.{digits}f}" for figure in figures)

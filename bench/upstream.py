@@ -31,11 +31,11 @@ _REQUEST_BYTES_MAX = 8 * 1024 * 1024
 class Behaviour(msgspec.Struct, frozen=True, kw_only=True):
     """The behaviour of one reply, set by ``name=number`` words in the last user message."""
 
-    rate: float = 20  # tokens a second; 0: as fast as they are taken
-    tokens: int = 0  # how many; 0: endless
+    rate: float = 20  # tokens a second; 0: as fast as the client reads
+    tokens: int = 0  # the number of tokens; 0: endless
     pad: int = 0  # bytes of each token, at least; its mark takes some 20
     burst: int = 1  # tokens at a time, each a frame, all in one write; the rate is kept
-    silent_after: int = 0  # after so many tokens nothing more comes, and the connection stays open
+    silent_after: int = 0  # the number of tokens before silence; the connection stays open
     mute: int = 0  # 1: takes the request and never answers
     deaf: int = 0  # 1: does not notice that the client has closed
 
@@ -44,10 +44,10 @@ class ReplyBook(msgspec.Struct, kw_only=True):
     """The record of one reply. Times are ``time.monotonic()``."""
 
     message: str
-    tokens: int = 0  # sent to the last byte, as far as the kernel took them
+    tokens: int = 0  # tokens whose bytes the kernel has all taken
     asked_at: float = 0
-    last_at: float | None = None  # the last token was sent
-    closed_at: float | None = None  # the client closed, or the reply was whole
+    last_at: float | None = None  # the time of the last token's send
+    closed_at: float | None = None  # the time of the client's close, or of the whole reply
     finished: bool = False
 
 
@@ -89,7 +89,7 @@ class _Reply:
         self.sock = sock
         self.book = book
         self.behaviour = behaviour
-        self.over = trio.Event()  # whole, or the connection is unusable
+        self.over = trio.Event()  # set once the reply is whole, or the connection is unusable
         self._unsent = b""
         self._unsent_tokens = 0
 
@@ -232,7 +232,7 @@ class Upstream:
             self._added = trio.Event()
             with trio.move_on_after(max(self._due[0][0] - now, 0.001) if self._due else float("inf")):
                 await self._added.wait()
-            await trio.sleep(0.001)  # the tokens of a millisecond together: no wake-up for each
+            await trio.sleep(0.001)  # one wake-up for all tokens of a millisecond
 
 
 async def _read_request(sock: socket.socket, buffer: bytes) -> tuple[str, bytes, bytes] | None:

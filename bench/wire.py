@@ -133,14 +133,14 @@ class StreamEnd(StrEnum):
     """How an event stream ended, on the wire."""
 
     TERMINAL = "terminal"  # a terminal event, then the last chunk: the only proper end
-    CLEAN = "clean"  # the last chunk, but no terminal event: looks whole to HTTP and is not
+    CLEAN = "clean"  # the last chunk, but no terminal event: whole for HTTP only
     TRUNCATED = "truncated"  # the connection was closed in mid-body
     RESET = "reset"  # the connection was reset in mid-body
-    OPEN = "open"  # nothing had happened when the client stopped looking
+    OPEN = "open"  # no end yet when the client stopped watching
     REFUSED = "refused"  # a complete answer that is no event stream (a 503, a 409)
     UNANSWERED = "unanswered"  # closed or reset before a response's head
     UNREACHABLE = "unreachable"  # no connection
-    BROKEN = "broken"  # what came is not HTTP
+    BROKEN = "broken"  # the received bytes are not HTTP
 
 
 class StreamResult(msgspec.Struct, kw_only=True):
@@ -157,7 +157,7 @@ class StreamResult(msgspec.Struct, kw_only=True):
     sent_at: float | None = None
     first_at: float | None = None  # the first piece of text
     ended_at: float | None = None
-    cancelled_at: float | None = None  # the client asked for it
+    cancelled_at: float | None = None  # the time of the client's request to cancel
     note: str = ""
 
 
@@ -184,7 +184,7 @@ class StreamJudge:
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """Of an HTTP/1.1 response, once it has a status."""
+        """Take the head of an HTTP/1.1 response, once it has a status."""
         return self._response.headers
 
     def feed(self, data: bytes, now: float) -> None:
@@ -203,7 +203,7 @@ class StreamJudge:
             self.last_chunk(now)
 
     def end_of_input(self, now: float) -> None:
-        """The peer closed its side."""
+        """Note that the peer closed its side."""
         self._response.end_of_input()
         if self._response.complete:
             self.last_chunk(now)
@@ -211,16 +211,16 @@ class StreamJudge:
             self._end(StreamEnd.UNANSWERED if self.result.status is None else StreamEnd.TRUNCATED, now)
 
     def reset(self, now: float) -> None:
-        """The connection, or the stream in it, was reset."""
+        """Note that the connection, or the stream in it, was reset."""
         self._end(StreamEnd.UNANSWERED if self.result.status is None else StreamEnd.RESET, now)
 
     def take_head(self, status: int, headers: Mapping[str, str]) -> None:
-        """The response's head is there."""
+        """Take the response's head."""
         self.result.status = status
         self._is_stream = headers.get("content-type", "").startswith("text/event-stream")
 
     def last_chunk(self, now: float) -> None:
-        """The response is whole."""
+        """Note the last chunk: the response is whole."""
         if not self._is_stream:
             self.result.note = f"{self.result.status} {self._carry.decode(errors='replace')}"
             self._end(StreamEnd.REFUSED, now)
@@ -228,7 +228,7 @@ class StreamJudge:
             self._end(StreamEnd.TERMINAL if self.result.terminal else StreamEnd.CLEAN, now)
 
     def take_body(self, body: bytes, now: float) -> None:
-        """A piece of the body."""
+        """Take a piece of the body."""
         if not self._is_stream:
             self._carry = (self._carry + body)[:_NOTE_BYTES_MAX]
             return

@@ -21,7 +21,7 @@ class Ask(BaseModel):
 
 
 class Replies:
-    """The replies that were kept, whole or partial, in SQLite."""
+    """The stored replies, whole or partial, in SQLite."""
 
     def __init__(self) -> None:
         self._database = sqlite3.connect(os.environ["BENCH_STORE"], isolation_level=None)

@@ -1,4 +1,4 @@
-"""Servers that nobody here wrote, for the tests of the model clients; started once, when first asked for."""
+"""Independent servers for the tests of the model clients; each starts once, at its first use."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Requests to a model client, and replies taken to their end."""
+"""Requests to a model client, and replies that are read to their end."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from service.models.client import (
 
 @dataclass
 class Reply:
-    """What came of one stream."""
+    """The events of one stream."""
 
     batches: list[Sequence[ModelEvent]] = field(default_factory=list)
 
@@ -46,7 +46,7 @@ def asking(text: str = "hello", *, max_output_tokens: int | None = None) -> Mode
 
 
 async def take(stream: ModelStream, reply: Reply | None = None) -> Reply:
-    """Receive to the end. With ``reply``, what came before an error is in it."""
+    """Receive to the end. If an error comes, ``reply`` has the events from before it."""
     reply = reply or Reply()
     while True:
         reply.batches.append(await stream.receive())
@@ -55,6 +55,6 @@ async def take(stream: ModelStream, reply: Reply | None = None) -> Reply:
 
 
 async def ask(client: ModelClient, request: ModelRequest | None = None) -> Reply:
-    """One whole reply."""
+    """Ask, and return the whole reply."""
     async with client.stream(request or asking()) as stream:
         return await take(stream)

@@ -1,4 +1,4 @@
-"""What others make of OpenAI's format: read for what can be read, with the servers that were seen to send it."""
+"""Other servers' variants of OpenAI's format: the decoder reads what it can. Each test names servers that send it."""
 
 import json
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def event(payload: object) -> bytes:
 
 
 def read(*payloads: object) -> list[ModelEvent]:
-    """The events of a stream, which ends after the last of them."""
+    """The events of a stream that ends after the last payload."""
     return read_bytes(*map(event, payloads))
 
 
@@ -260,7 +260,7 @@ def test_what_follows_a_whole_reply_does_not_fail_it() -> None:
 
 
 def test_the_whole_text_at_the_end_is_not_said_twice() -> None:
-    """MiniMax sends it."""
+    """MiniMax repeats the whole text in its last chunk."""
     whole = choice(message={"content": "ab"}, finish_reason="stop")
     assert read(delta("a"), delta("b"), whole, DONE) == [TextDelta("a"), TextDelta("b"), STOP]
 

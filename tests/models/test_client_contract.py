@@ -1,4 +1,4 @@
-"""What every model client does, shipped fakes included: one suite, run against each of them."""
+"""The contract of every model client, shipped fakes included: one suite, run against each client."""
 
 from collections.abc import AsyncIterator
 
@@ -27,7 +27,7 @@ INDEPENDENT = ("fakellm", "llmock")
     ],
 )
 def kind_and_url(request: pytest.FixtureRequest) -> tuple[str, str]:
-    """A kind of client, and the URL of the independent server that it needs."""
+    """A kind of client, and the URL of its independent server, if it needs one."""
     kind = request.param
     return kind, request.getfixturevalue(f"{kind}_url") if kind in INDEPENDENT else ""
 
@@ -120,7 +120,7 @@ async def test_an_error_of_the_caller_passes_through_a_stream_unchanged(client: 
 
 
 async def test_cancelling_at_any_moment_leaves_a_client_that_works(client: ModelClient) -> None:
-    """Twenty cancellations, the first before anything was sent, the others ever later."""
+    """Twenty cancellations: the first one before any byte is sent, each other one later than the one before."""
     with trio.fail_after(WAIT_S):
         for step in range(20):
             with trio.move_on_after(step * 0.001):
@@ -129,7 +129,7 @@ async def test_cancelling_at_any_moment_leaves_a_client_that_works(client: Model
         assert (await ask(client)).text
 
 
-async def test_the_name_is_fit_for_a_log(client: ModelClient) -> None:  # noqa: ASYNC124  for its fixture
+async def test_the_name_is_fit_for_a_log(client: ModelClient) -> None:  # noqa: ASYNC124  the fixture is async
     assert client.name
     assert client.name.isprintable()
     assert "secret" not in client.name

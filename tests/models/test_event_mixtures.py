@@ -1,4 +1,4 @@
-"""What comes between the chunks of a reply: comments, pings, others' events, images, other choices, compression."""
+"""Data between the chunks of a reply: comments, pings, foreign events, images, other choices, compression."""
 
 import gzip
 import json
@@ -194,7 +194,7 @@ def test_joined_data_that_is_no_json_is_tried_line_by_line() -> None:
 
 
 def test_events_that_one_line_end_parts_come_one_by_one() -> None:
-    """Not all at once at the end, which would be late and could be too large."""
+    """If all events came at the end, they would be late and could be too large."""
     decoder = ReplyDecoder(redact=str)
     assert decoder.feed(event(delta("a"), end=b"\n")) == []
     assert decoder.feed(event(delta("b"), end=b"\n")) == [TextDelta("a"), TextDelta("b")]
@@ -205,7 +205,7 @@ def test_events_that_one_line_end_parts_come_one_by_one() -> None:
 
 @pytest.mark.parametrize("tail", [b"\n\n", b"\r\ndata: \r\n\r\n", b"\ndata: \ndata: \n\n"])
 def test_a_name_of_a_field_that_is_there_twice_is_read_over(tail: bytes) -> None:
-    """As from sse-starlette where it is given lines that are framed already."""
+    """sse-starlette sends such names if an application gives it lines that are framed already."""
     payloads = (delta("a"), delta("b"), finish(), DONE)
     assert Read(*(b"data: " + event(payload, end=tail) for payload in payloads)).events == [*map(TextDelta, "ab"), STOP]
     assert Read(event(b"data:" * 20_000 + b"x")).code == "upstream_protocol"
@@ -225,7 +225,7 @@ def test_json_over_several_lines_stays_one_event() -> None:
 
 
 def image(size: int) -> dict[str, Any]:
-    """A chunk with an image of so many bytes in it, as OpenRouter sends it."""
+    """A chunk with an image of ``size`` bytes, as OpenRouter sends it."""
     url = "data:image/png;base64," + "A" * size
     return {"choices": [{"index": 0, "delta": {"images": [{"image_url": {"url": url}}]}}]}
 
@@ -280,7 +280,7 @@ def test_where_what_was_skipped_may_be_the_reply_it_has_failed() -> None:
 
 
 def test_a_chunk_with_too_many_parts_is_no_chunk_and_a_long_text_is_one() -> None:
-    """To decode a megabyte of "{}" takes 50 ms, in which nothing else runs."""
+    """Decoding a megabyte of "{}" would block the event loop for 50 ms."""
     parts = [b'{"choices":[%b{}]}' % (b"{}," * 300_000), b'{"error":[%b1]}' % (b"1," * 500_000)]
     for payload in (*parts, b'{"error":[%b1]}' % (b'"",' * 300_000)):
         assert Read(event(delta("a")), event(payload), event(finish())).events == [TextDelta("a"), STOP]
@@ -354,7 +354,7 @@ def read_pieces(*pieces: dict[str, Any]) -> Read:
 @pytest.mark.parametrize(
     ("pieces", "text"),
     [
-        # Several choices: the first that is heard of is kept.
+        # Several choices: the first one with a text is kept.
         ([(0, "a"), (1, "x"), (0, "b"), (1, "y"), (0, "", "stop"), (1, "", "stop")], "ab"),
         ([(0, ""), (1, ""), (0, "a"), (1, "x"), (0, "b", "stop"), (1, "y", "stop")], "ab"),
         ([(0, ""), (1, ""), (1, "x"), (0, "a"), (1, "y", "stop"), (0, "b", "stop")], "ab"),
@@ -375,7 +375,7 @@ def read_pieces(*pieces: dict[str, Any]) -> Read:
         ([(0, "a"), (1, "b"), (0, "", "stop")], "ab"),
         ([(0, ""), (1, "a"), (1, "b"), (1, "c"), (1, "", "stop")], "abc"),
         ([(0, ""), (1, "a"), (2, "b")], "ab"),
-        # One, as it should be, or nearly.
+        # One choice in the right form, or nearly.
         ([(3, "a"), (3, "b"), (3, "", "stop")], "ab"),
         ([(None, "a"), (0, "b"), (None, "c"), (0, "", "stop")], "abc"),
         ([(0, "a"), (None, "b"), (0, "c"), (None, "", "stop")], "abc"),
@@ -523,11 +523,11 @@ def test_any_mixture_gives_the_text_and_the_right_end(
         assert read.code in ("upstream_truncated", "upstream_protocol")
 
 
-# What it costs the event loop
+# The cost for the event loop
 
 
 class Body:
-    """A response's body that is there already: reading it never waits."""
+    """A response's body that has arrived already: a read never waits."""
 
     def __init__(self, *chunks: bytes) -> None:
         self._rest = list(chunks)

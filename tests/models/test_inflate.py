@@ -1,4 +1,4 @@
-"""Compressed bodies: every way in which gzip and deflate are sent, any cut, and their bounds."""
+"""Compressed bodies: every form of gzip and deflate that servers send, any cut, and the bounds."""
 
 import gzip
 import zlib

@@ -1,4 +1,4 @@
-"""The real client and servers that behave, each in its own way: what is sent, and how replies are read."""
+"""The real client with well-behaved servers of every kind: the requests it sends, and how it reads replies."""
 
 import json
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ from tests.upstreams.raw_server import (
     usage,
 )
 
-# What is sent
+# Requests
 
 
 def noting(requests: list[Request]) -> Behaviour:
@@ -154,7 +154,7 @@ async def test_what_is_wrong_with_one_of_several_upstreams_is_said_of_that_one()
 
 
 def refusing_fields(fields: dict[str, str], requests: list[Request]) -> Behaviour:
-    """A server that answers a request with one of the fields by the words for it."""
+    """A server that refuses a request with one of the fields, with the given words for this field."""
 
     async def refuse(connection: Connection) -> None:
         while True:
@@ -179,7 +179,7 @@ MISTRAL_WORDS = "body.stream_options.include_usage: Extra inputs are not permitt
 
 
 async def test_what_a_server_refuses_is_said_in_its_words_from_then_on() -> None:
-    """OpenAI's and Mistral's. The turn does not notice."""
+    """The servers are OpenAI's and Mistral's. The turn does not notice the refusal."""
     requests: list[Request] = []
     refusals = {"max_tokens": OPENAI_WORDS, "stream_options": MISTRAL_WORDS}
     async with open_upstream(refusing_fields(refusals, requests)) as upstream:
@@ -244,7 +244,7 @@ async def replies_to(*payloads: object) -> list[ModelEvent]:
 
 
 async def test_a_deepseek_reasoning_stream_is_reasoning_and_then_text() -> None:
-    """As its API sends it: a comment while it waits, both fields in each delta, usage in the last chunk."""
+    """DeepSeek's API sends a comment while it waits, both fields in each delta, and the usage in the last chunk."""
 
     def chunk(content: str | None, thought: str | None, **more: object) -> dict[str, object]:
         choice = {"index": 0, "delta": {"content": content, "reasoning_content": thought}, "logprobs": None}
@@ -318,7 +318,7 @@ async def test_usage_is_read_wherever_it_is_told(payloads: list[object], expecte
 
 
 async def test_overhead_is_not_progress_and_what_is_ready_comes_at_once() -> None:
-    """One batch for each HTTP chunk with something in it; none for comments, roles and empty deltas."""
+    """Each HTTP chunk with content is one batch; comments, roles and empty deltas are none."""
     role = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]}
     overhead = [role, delta(""), {"choices": []}, {"choices": [], "prompt_filter_results": [{}]}, {"choices": None}]
 
@@ -339,7 +339,7 @@ async def test_overhead_is_not_progress_and_what_is_ready_comes_at_once() -> Non
 
 
 async def test_a_head_that_comes_late_is_waited_for() -> None:
-    """As from a server that loads the model first; how long is the caller's to say."""
+    """Some servers load the model before the head; the caller bounds the wait."""
 
     async def load_first(connection: Connection) -> None:
         await connection.receive_request()
@@ -366,7 +366,7 @@ SPLIT_REPLY: Sequence[ModelEvent] = [
 
 
 async def test_a_stream_cut_at_any_byte_reads_the_same() -> None:
-    """Inside of characters, CRLFs and JSON: each cut once, and all at once."""
+    """The cuts are inside characters, CRLFs and JSON: each cut alone, and all at once."""
     cuts = [[cut] for cut in range(len(SPLIT_STREAM) + 1)] + [list(range(len(SPLIT_STREAM)))]
 
     async def reply(connection: Connection) -> None:
@@ -461,7 +461,7 @@ async def test_a_reply_with_a_finish_reason_is_whole_without_done(
 
 
 class Timed:
-    """A response's body: chunks, each after so many seconds, and then nothing more."""
+    """A response's body: chunks, each after its number of seconds, and then silence."""
 
     def __init__(self, *timed: tuple[float, object]) -> None:
         self._timed = list(timed)
@@ -481,7 +481,7 @@ STOPPING: dict[str, object] = {"choices": [{"delta": {"content": "x"}, "finish_r
 @pytest.mark.parametrize(
     ("timed", "text", "took_s"),
     [
-        ([(1, STOPPING)] * 5, "xxxxx", 5 + 2),  # gateways that say it with each chunk
+        ([(1, STOPPING)] * 5, "xxxxx", 5 + 2),  # gateways with a finish reason in each chunk
         ([(1, STOPPING), (2.5, STOPPING)], "x", 1 + 2),
         ([(1, finish()), (25, delta("late")), (1.5, delta("r"))], "later", 1 + 25 + 1.5 + 2),  # Open WebUI
         ([(1, finish()), (31, delta("too late"))], "", 1 + 30),
@@ -508,18 +508,18 @@ async def test_a_text_that_came_in_a_freeze_is_read_before_the_reply_is_taken_fo
     with watch_for_freezes(clock=trio.current_time, cpu_clock=lambda: 0):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(read)
-            for passing_s in (100, 100, *[0.04] * 60):  # two freezes, and what the last deadline leaves
+            for passing_s in (100, 100, *[0.04] * 60):  # two freezes, then the rest of the last deadline
                 await trio.testing.wait_all_tasks_blocked()
                 mock_clock.jump(passing_s)
     assert texts == ["late"]
 
 
-# Its connections
+# The client's connections
 
 
 @pytest.mark.parametrize("kept", [1, 5])
 async def test_a_request_over_kept_connections_that_are_broken_is_sent_over_a_new_one(kept: int) -> None:
-    """As where a load balancer has dropped them: the server is well, and that costs no retry."""
+    """A load balancer may drop kept connections: the server is well, so the new connection costs no retry."""
     arrived = 0
     all_there = trio.Event()
 
@@ -534,7 +534,7 @@ async def test_a_request_over_kept_connections_that_are_broken_is_sent_over_a_ne
         for payload in (delta("well"), finish(), DONE):
             await connection.send_event(payload)
         await connection.end_body()
-        await connection.receive_request()  # and closes instead of an answer
+        await connection.receive_request()  # the server closes instead of an answer
 
     async with open_upstream(answer_once) as upstream:
         async with trio.open_nursery() as nursery:
@@ -583,7 +583,7 @@ async def test_a_kept_connection_that_the_server_has_closed_is_not_used() -> Non
 
 
 async def test_no_stream_waits_for_another() -> None:
-    """More of them than any pool's usual limit, none answered before all are there."""
+    """More streams than any pool's usual limit; the server answers none before all have arrived."""
     count = 150
     arrived = 0
     all_there = trio.Event()

@@ -1,4 +1,4 @@
-"""Many streams at once, and what their connections cost."""
+"""Many streams at once, and the cost of their connections."""
 
 from collections.abc import Callable
 
@@ -21,7 +21,7 @@ async def reply_for_ever(connection: Connection) -> None:
 
 
 async def run_streams(count: int, *, look: Callable[[OpenAICompatibleClient], None] = lambda _: None) -> None:
-    """Begin so many, and leave them all at once."""
+    """Begin ``count`` streams, and leave them all at once."""
     begun = 0
     all_begun = trio.Event()
 
@@ -74,6 +74,6 @@ async def test_twice_the_streams_cost_about_twice_as_much(monkeypatch: pytest.Mo
 
 
 async def test_in_a_single_pool_they_still_cost_four_times_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails when httpcore's pool no longer looks at each connection at each end: then a single pool would do."""
+    """This test fails once httpcore's pool no longer scans all connections at each end; then one pool is enough."""
     monkeypatch.setattr(openai_compatible, "_POOL_REQUESTS_MAX", 1000)
     assert await looks_at_connections(80, monkeypatch) > 3 * await looks_at_connections(40, monkeypatch)

@@ -1,4 +1,4 @@
-"""Retries: what is repeated, when, how often, and what never is."""
+"""Retries: the failures that are retried, when and how often, and the failures that never are."""
 
 import logging
 from collections.abc import AsyncIterator, Sequence
@@ -21,9 +21,9 @@ REPLY: Sequence[ModelEvent] = [TextDelta("at last"), Finished(finish_reason="sto
 
 
 class FailingClient:
-    """Fails the given times, at entering or at the first receive, and then replies.
+    """A client that fails the given number of times, at entering or at the first receive, and then replies.
 
-    ``begun`` has the moment of each attempt, ``open`` the streams that were entered and not left.
+    ``begun`` has the moment of each attempt, ``open`` the number of streams that were entered and not left.
     """
 
     name = "failing"

@@ -1,4 +1,4 @@
-"""The scripted client: what its URL may say, and that it does just that, on time."""
+"""The scripted client: the parameters of its URL, and replies that follow them exactly and on time."""
 
 import pytest
 import trio

@@ -1,4 +1,4 @@
-"""Leaving a stream, in whatever phase and for whatever cause, closes the upstream connection before control returns."""
+"""Leaving a stream, in any phase and for any cause, closes the upstream connection before control returns."""
 
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -32,7 +32,7 @@ HUGE = 16 * 1024 * 1024
 
 
 class Hang:
-    """A server that comes to one phase of a reply and then does nothing any more."""
+    """A server that reaches one phase of a reply and then does nothing."""
 
     def __init__(self, *steps: Callable[[Connection], Awaitable[object]]) -> None:
         self._steps = steps
@@ -98,7 +98,7 @@ async def test_cancelling_closes_the_connection_before_control_returns(steps: tu
 async def cancel_once(
     reached: trio.Event, client: ModelClient, server: RawServer, request: ModelRequest | None = None
 ) -> None:
-    """Ask, cancel once the server has come to its phase and the client waits, and look at once."""
+    """Ask, cancel once the server has reached its phase and the client waits, and check the connection at once."""
     established_when_left: list[int] = []
 
     async def ask_until_cancelled() -> None:
@@ -244,7 +244,7 @@ async def test_leaving_in_a_cancelled_scope_closes_at_once() -> None:
                 assert server.established == 0
 
 
-# TLS: its closing has a handshake of its own, which nobody may wait for
+# TLS: its close has a handshake of its own, which the client must not wait for
 
 
 @asynccontextmanager
@@ -291,7 +291,7 @@ async def test_cancelling_closes_in_the_tls_handshake() -> None:
 
 
 async def test_httpcore_still_forgets_a_connection_whose_handshake_is_cancelled() -> None:
-    """When this fails, ``_NewConnection`` need not keep the socket any more."""
+    """This test fails once httpcore closes the connection; then ``_NewConnection`` need not keep the socket."""
     made: list[httpcore.AsyncNetworkStream] = []
 
     async def trace(event: str, info: dict[str, Any]) -> None:  # noqa: ASYNC124  as httpcore calls it

@@ -1,4 +1,4 @@
-"""What servers say when they fail, in their own words, and what is made of it."""
+"""Servers' failures in their own words, and the errors that the client makes of them."""
 
 from datetime import UTC, datetime
 
@@ -18,7 +18,7 @@ from service.models.upstream_errors import (
 )
 
 Said = list[tuple[int, object, str, bool]]
-"""Status, body, and what is made of it: code and whether it is retryable."""
+"""Status and body of an answer; code of the client's error, and whether it is retryable."""
 
 
 def said(message: str, **more: object) -> dict[str, object]:

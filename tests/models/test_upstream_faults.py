@@ -57,9 +57,9 @@ async def test_a_name_that_does_not_exist_is_a_dns_error() -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "lastcall.invalid"])
 async def test_a_process_that_may_open_nothing_more_does_not_blame_the_upstream(host: str) -> None:
-    """A resolver that cannot open its files says that it does not know the name."""
+    """A resolver that cannot open its files reports an unknown name."""
     async with open_openai_compatible(f"http://{host}:{unused_port()}") as client:
-        await failure_of(client)  # the resolver's thread is there
+        await failure_of(client)  # the first call starts the resolver's thread
         with no_descriptor_left():
             error = await failure_of(client)
         assert (error.code, error.retryable) == ("resources_exhausted", True)
@@ -123,7 +123,7 @@ async def test_a_certificate_for_another_name_is_a_tls_error(authority: trustme.
 
 
 async def tls_failure(server: ssl.SSLContext, client: ssl.SSLContext) -> tuple[str, bool, bool]:
-    """The error's code, whether it is retryable, and whether it says that it is about trust."""
+    """The error's code, whether it is retryable, and whether its message is about trust."""
     with trio.fail_after(WAIT_S):
         async with (
             open_raw_server(replying(), ssl_context=server) as upstream,
@@ -282,7 +282,7 @@ async def test_a_compressed_error_is_read_within_its_bound(encoding: str, encode
 
 
 def flushed(compressor: "zlib._Compress", payload: object) -> bytes:
-    """An event as a gateway sends it that compresses a stream and flushes after each."""
+    """An event as sent by a gateway that compresses the stream and flushes after each event."""
     data = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
     return compressor.compress(b"data: %b\n\n" % data) + compressor.flush(zlib.Z_SYNC_FLUSH)
 
@@ -299,7 +299,7 @@ async def test_a_compressed_stream_is_read_as_it_comes(encoding: str, wbits: int
             await connection.send_head(headers={"content-encoding": encoding})
             compressor = zlib.compressobj(wbits=wbits)
             await connection.send_body(flushed(compressor, delta("so ")))
-            await taken.wait()  # before there is more of it
+            await taken.wait()  # the client has the first text before the rest is sent
             for payload in (delta("far"), finish(), DONE):
                 await connection.send_body(flushed(compressor, payload))
             await connection.send_body(compressor.flush())
@@ -538,7 +538,7 @@ async def test_what_came_before_a_break_is_kept(
     came = Reply()
     async with open_upstream(reply) as upstream:
         error = await failure_of(upstream.client, came)
-        if breaking is not end_the_body:  # its connection is in order and may be kept
+        if breaking is not end_the_body:  # a connection with a regular end may be kept
             assert upstream.server.established == 0
     assert error.code == code
     assert came.text == "so far"
@@ -564,7 +564,7 @@ async def test_what_came_before_an_error_in_the_same_chunk_is_kept() -> None:
 
 @pytest.mark.parametrize("status", [200, 400, 401, 404, 429, 500])
 async def test_no_secret_is_shown_whatever_the_upstream_says(status: int) -> None:
-    """It echoes the key, at length and at the place where the message is cut."""
+    """The upstream echoes the key, in full and at the place where the message is cut."""
     message = f"\x1b[31mkey {API_KEY}\r\nis secret-in-query {'x' * 240} {API_KEY} " + "long " * 5000
     async with open_upstream(
         refusing(status, {"error": {"message": message}}), path="?token=secret-in-query"
@@ -584,7 +584,7 @@ async def test_the_password_in_the_url_is_not_shown() -> None:
     assert "do you mean ***?" in str(error)
 
 
-# Faults of servers that nobody here wrote
+# Faults of independent servers
 
 
 @pytest.mark.processes

@@ -15,7 +15,7 @@ from tests.models.replies import Reply, asking, take
 from tests.upstreams.raw_server import Behaviour, RawServer, open_raw_server
 
 WAIT_S = 20
-"""Bound on every wait: long enough for a busy machine, and never waited for."""
+"""Bound on every wait: long enough for a busy machine; no passing test waits so long."""
 API_KEY = "sk-4f7a9c2b-do-not-show"
 
 
@@ -27,7 +27,7 @@ class Upstream:
 
 @asynccontextmanager
 async def open_upstream(behave: Behaviour, *, path: str = "", clock: Clock = wall_clock) -> AsyncIterator[Upstream]:
-    """Leaving it checks that the client left no connection, and that the server saw each of them end."""
+    """On exit it checks that the client left no connection open, and that the server saw the end of each."""
     with trio.fail_after(WAIT_S):
         async with open_raw_server(behave) as server:
             async with open_openai_compatible(server.url + path, api_key=API_KEY, clock=clock) as client:
@@ -37,7 +37,7 @@ async def open_upstream(behave: Behaviour, *, path: str = "", clock: Clock = wal
 
 
 async def failure_of(client: ModelClient, reply: Reply | None = None) -> ModelError:
-    """Ask, and expect it to fail; with ``reply``, what came before is in it."""
+    """Ask, expect a failure and return its error; ``reply`` gets the events from before the error."""
 
     async def ask() -> None:
         async with client.stream(asking()) as stream:
