@@ -1,4 +1,4 @@
-"""What holds for every test: the leak checks, the lanes and the profile of the property tests."""
+"""Settings for every test: the leak checks, the lanes and the profile of the property tests."""
 
 import os
 
@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, settings
 
 pytest_plugins = ("tests.leak_checks", "tests.lanes")
 
-# No deadlines by the wall clock; the same examples in every CI run, new ones at a developer's desk.
+# No deadlines by the wall clock; the same examples in every CI run, new ones on a developer's machine.
 settings.register_profile(
     "lastcall",
     deadline=None,

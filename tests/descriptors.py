@@ -1,4 +1,4 @@
-"""A process that may open nothing more."""
+"""A process without a free file descriptor."""
 
 import os
 import resource
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @contextmanager
 def no_descriptor_left() -> Iterator[None]:
-    """Inside, every attempt to open something fails with ``EMFILE``."""
+    """Inside, every attempt to open a file or socket fails with ``EMFILE``."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken: list[int] = []
     highest = max(int(entry.name) for entry in Path("/proc/self/fd").iterdir())

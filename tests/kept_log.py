@@ -1,4 +1,4 @@
-"""The service's log, into memory; and what is read of a log."""
+"""The service's log in memory, and functions that read a log."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ FORMATS: tuple[Format, ...] = ("json", "console")
 
 @contextmanager
 def kept_log(log_format: Format) -> Iterator[Callable[[], str]]:
-    """Configure the log until the block ends; gives the way to read what was written so far."""
+    """Configure the log until the block ends; gives a function that reads the log so far."""
     fd = os.memfd_create("log")
     level = logging.getLogger().level
     log = configure_logging(Settings(log_format=log_format), fd=fd)
@@ -36,7 +36,7 @@ def lines_of(log: str, message: str) -> list[dict[str, Any]]:
 
 
 def said_in(log: str) -> list[str]:
-    """What processes said apart from their logs (``process_exit.say``): in plain text, or in JSON once it is known."""
+    """The lines of ``process_exit.say``, apart from the log: plain text, or JSON once the process knows the format."""
     said = []
     for line in log.splitlines():
         if line.startswith("lastcall: "):

@@ -1,7 +1,7 @@
 """A pytest plugin: which tests run beside others, and which run alone.
 
 With several workers (pytest-xdist, ``-n``) a test runs beside others, unless it is marked ``serial``: those come last,
-and each of them has the machine for itself. What such a test measures is not what its neighbours cost.
+and each of them has the machine for itself. So the measurement does not include the cost of other tests.
 
 Two markers, which most tests get from their directory:
 
@@ -39,7 +39,7 @@ def pytest_xdist_auto_num_workers() -> int | None:
     return min(len(os.sched_getaffinity(0)), WORKERS_MAX)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
+@pytest.hookimpl(tryfirst=True)  # must run before pytest selects by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         directories = item.path.relative_to(item.config.rootpath).parts[1:-1]
@@ -68,7 +68,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.hookimpl(
     wrapper=True, tryfirst=True
-)  # outside the wrapper of faulthandler: a test that waits here does not hang
+)  # outside faulthandler's wrapper: a test that waits for the lock does not hang
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     with _machine(item):
         return (yield)
@@ -76,7 +76,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 @contextmanager
 def _machine(item: pytest.Item) -> Iterator[None]:
-    """Hold the machine: alone for a serial test, otherwise together with the tests of other workers."""
+    """Reserve the machine: for a serial test alone, for other tests together with those of other workers."""
     lock = item.config.stash.get(_LOCK, None)
     if lock is None:  # there are no other workers
         yield
@@ -107,7 +107,7 @@ def _encodable(data: object) -> object:
     return data
 
 
-# The marker is true
+# Check of the marker
 
 
 @pytest.fixture(autouse=True)

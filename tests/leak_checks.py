@@ -4,15 +4,15 @@ After each test, with its fixtures torn down and the garbage collected, there mu
 
 * Trio system task. (Other tasks cannot outlive ``trio.run``: their nurseries wait for them.)
 * async generator that was begun in the test and neither exhausted nor closed. Trio would close it quietly at the
-  end of the run, at a time that nobody chose.
+  end of the run, at an arbitrary time.
 * file descriptor: sockets, pipes, files.
 * thread. Trio keeps the threads of ``to_thread`` for ten idle seconds and gives them their default name then; such an
   idle thread belongs to its cache and not to the test. One that still works for the test has another name and counts.
 * child process, zombies included.
 
-What a collected object complains about (``ResourceWarning``, an exception in ``__del__``, a coroutine that was never
-awaited) is made an error by pytest; collecting it here blames the right test. Fixtures of a wider scope than a function
-may hold resources: they are older than the look before the test.
+The warnings of a collected object (``ResourceWarning``, an exception in ``__del__``, a coroutine that was never
+awaited) become errors in pytest; collecting it here blames the right test. Fixtures of a wider scope than a function
+may keep resources: they are older than the look before the test.
 
 A test that has failed already is not judged: its traceback keeps its objects alive.
 """
@@ -40,7 +40,7 @@ SETTLE_S = 1.0
 """How long a thread or a process that is about to end may take to do so."""
 
 FREEZE_EVERY = 50
-"""After so many tests, what is alive is left out of the collections: in the end they cost ten times as much without."""
+"""After so many tests, live objects are frozen out of collections, which would cost ten times as much at the end."""
 
 _STARTED = itertools.count(1)
 FAILED = pytest.StashKey[bool]()
@@ -48,7 +48,7 @@ LEFT_IN_RUN = pytest.StashKey[list[str]]()
 
 
 class EndOfRun(trio.abc.Instrument):
-    """Looks at what is left of a Trio run at the moment its main task ends, before Trio sweeps up."""
+    """Finds the leftovers of a Trio run at the moment when its main task ends, before Trio cleans up."""
 
     def __init__(self, left: list[str]) -> None:
         self.left = left
@@ -121,14 +121,14 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 def pytest_collection_finish() -> None:
-    """What the imports have made stays: leaving it out makes the collection after each test cost next to nothing."""
+    """Freeze the objects of the imports: without them the collection after each test costs next to nothing."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """So does, from time to time, what caches have kept. Here, because the test before is gone with all its garbage."""
+    """From time to time freeze the objects of caches. Here the previous test is gone with all its garbage."""
     if next(_STARTED) % FREEZE_EVERY == 0:
         gc.collect()
         gc.freeze()
@@ -152,7 +152,7 @@ def _nothing_is_left(request: pytest.FixtureRequest) -> Generator[None]:
 
 
 def open_descriptors() -> set[tuple[int, str]]:
-    """The open file descriptors of this process, each with what it is."""
+    """The open file descriptors of this process, each with its target."""
     found = set()
     for entry in Path("/proc/self/fd").iterdir():
         try:

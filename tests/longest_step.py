@@ -1,4 +1,4 @@
-"""How long one task holds the event loop: the processor time of its longest step, which others change little."""
+"""How long one task blocks the event loop: its longest step in processor time, which other processes change little."""
 
 import gc
 import time
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import trio
 
 STEP_MAX_S = 0.02
-"""No request holds the event loop for longer, whatever its bytes are."""
+"""No request blocks the event loop for longer, whatever its bytes are."""
 
 
 class LongestStep(trio.abc.Instrument):
@@ -16,7 +16,7 @@ class LongestStep(trio.abc.Instrument):
 
     Attributes:
         seconds: The longest step since :meth:`reset`.
-        task_name: Whose it was.
+        task_name: The task of this step.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class LongestStep(trio.abc.Instrument):
         self.task_name = ""
 
     def leave_out(self) -> None:
-        """The current task is the test's."""
+        """Leave out the current task, which belongs to the test."""
         self._ours.add(trio.lowlevel.current_task())
 
     def before_task_step(self, task: trio.lowlevel.Task) -> None:
@@ -45,7 +45,7 @@ class LongestStep(trio.abc.Instrument):
 
 @contextmanager
 def watching_steps() -> Iterator[LongestStep]:
-    """Watch from now on, with what is in memory already left out of the garbage collection, as the server does it."""
+    """Watch from now on. As in the server, objects that exist already are left out of the garbage collection."""
     longest = LongestStep()
     longest.leave_out()
     gc.collect()

@@ -28,11 +28,11 @@ SETTINGS = {
 
 
 class SmokeError(Exception):
-    """Something is not as it should be."""
+    """A check has failed."""
 
 
 def main() -> int:
-    """Run it and print the verdict."""
+    """Run the smoke test and print the verdict."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         log_path = Path(folder, "log")
@@ -58,7 +58,7 @@ def running_server(log_path: Path) -> Iterator[tuple["subprocess.Popen[bytes]", 
     with log_path.open("wb") as log:
         server = subprocess.Popen(
             [sys.executable, "-m", "service", "serve"],
-            cwd=log_path.parent,  # where no lastcall.toml is
+            cwd=log_path.parent,  # a folder without a lastcall.toml
             env=environ | SETTINGS | {"PYTHONPATH": str(source)},
             stderr=log,
         )
@@ -101,7 +101,7 @@ def stop_in_mid_stream(server: "subprocess.Popen[bytes]", address: str) -> None:
     events = read_events(call(address, "POST", "/chat", {"message": "Third."}))
     check(
         any(event["type"] == "turn.delta" for event in events), "the stream has no delta"
-    )  # reads as far as the first
+    )  # this reads as far as the first delta
     signalled = time.monotonic()
     server.send_signal(signal.SIGTERM)
     last = list(events)[-1]
@@ -122,7 +122,7 @@ def read_log(log_path: Path) -> None:
 
 
 def events_of(log_path: Path) -> Iterator[dict[str, Any]]:
-    """The log's lines; one that is not ours, a traceback say, counts as an error."""
+    """The log's lines; a line that is not ours, such as a traceback, counts as an error."""
     for line in log_path.read_text().splitlines():
         yield json.loads(line) if line.startswith("{") and line.endswith("}") else {"level": "not ours", "line": line}
 

@@ -1,4 +1,4 @@
-"""Imports point one way, and what is to stay in one place stays there."""
+"""Imports point one way, and each library with a fixed place is imported only there."""
 
 import ast
 from collections.abc import Iterator
@@ -17,10 +17,10 @@ LAYERS = (
     ("telemetry",),
     ("errors", "failure_codes", "settings", "service_links", "clock", "freezes", "ids", "json_words"),
 )
-"""From the outside in. A module imports from further down, and from its own package or, at the top level, layer."""
+"""The layers, outermost first. A module imports from lower layers, and from its own package or top-level layer."""
 
 PROTOCOLS = {"models": {"client", "upstreams"}, "storage": {"records", "store", "store_deadline"}}
-"""What others than the supervisor know of these packages."""
+"""The modules of these packages that modules other than the supervisor may import."""
 
 PLACES: dict[str, list[str]] = {
     "httpx": ["models.openai_compatible"],
@@ -39,7 +39,7 @@ MODULES = {
 
 
 def imports(module: str) -> Iterator[str]:
-    """What a module imports, inside functions too; of the service without its name."""
+    """The imports of a module, inside functions too; names in the service come without its prefix."""
     path = MODULES[module]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -88,7 +88,7 @@ def test_only_the_supervisor_names_concrete_stores_and_model_clients() -> None:
         top, *rest = imported.split(".")
         return top in PROTOCOLS and bool(rest) and rest[0] not in PROTOCOLS[top]
 
-    # And what takes care of a file beside the service.
+    # The commands for a store's file, beside the service, may do so too.
     others = [module for module in MODULES if module not in {"supervisor", "cli.store_commands"}]
     assert [
         (it, by) for by in others for it in service_imports(by) if is_concrete(it) and package(it) != package(by)

@@ -35,7 +35,7 @@ STEP_S = LATE_S * 0.8
 
 
 class CpuClock:
-    """How long this thread ran: as long as a test says."""
+    """A clock of this thread's processor time, which a test sets."""
 
     def __init__(self) -> None:
         self.ran_s = 0.0
@@ -51,7 +51,7 @@ def cpu() -> CpuClock:
 
 @pytest.fixture
 async def watched(cpu: CpuClock) -> AsyncIterator[None]:
-    """The event loop is watched, by a clock that only a test moves: it is to take ``mock_clock``, too."""
+    """The event loop is watched, by a clock that only the test moves: the test must use ``mock_clock`` too."""
     with watch_for_freezes(clock=trio.current_time, cpu_clock=cpu):
         yield
 
@@ -64,7 +64,7 @@ async def _start(stage: Stage, **new: object) -> Turn:
 
 
 async def _pass(clock: MockClock, seconds: float) -> None:
-    """Time passes in which the event loop is in time."""
+    """Let time pass while the event loop is never late."""
     for _ in range(ceil(seconds / STEP_S)):
         clock.jump(STEP_S)
         await wait_all_tasks_blocked()
@@ -84,7 +84,7 @@ async def test_tokens_that_came_in_a_freeze_are_read_before_a_deadline_fails_the
         if not first:
             reply.say("a")
             await wait_all_tasks_blocked()
-        reply.say("b")  # it has not been read when the clock jumps
+        reply.say("b")  # the token is not read yet when the clock jumps
         mock_clock.jump(frozen_s)
         await wait_all_tasks_blocked()
         assert turn.end is None
@@ -137,7 +137,7 @@ async def test_a_freeze_in_the_middle_of_a_round_of_the_event_loop_is_seen(
     class Freezing(MemoryStore):
         async def read_path(self, *args: object, **kwargs: object) -> object:  # type: ignore[override]
             path = await super().read_path(*args, **kwargs)  # type: ignore[arg-type]
-            mock_clock.jump(500)  # the turn looks at its deadlines next
+            mock_clock.jump(500)  # next, the turn checks its deadlines
             return path
 
     async with open_stage(Freezing(), turn_timeout_s=10) as stage:
@@ -167,7 +167,7 @@ async def test_a_turn_that_was_cancelled_before_a_freeze_says_why(watched: None,
         turn = await _start(stage)
         await stage.puppet.next_reply()
         await _pass(mock_clock, 5.1)
-        mock_clock.jump(1000)  # it is still being left
+        mock_clock.jump(1000)  # the stream is still closing
         ended = await turn.wait_ended()
         assert ended.error is not None
         assert ended.error.code == "first_token_timeout"
@@ -304,7 +304,7 @@ def _bytes_on_their_way() -> Iterator[tuple[socket.socket, trio.SocketStream]]:
 
 @pytest.mark.parametrize("is_watched", [True, False])
 async def test_trio_looks_at_deadlines_before_anybody_can_read(is_watched: bool) -> None:
-    """By the real clock. Fails without the watch: where Trio comes to read first, all of this can go."""
+    """By the real clock. The case without the watch fails once Trio reads first; then no watch is needed."""
     read = b""
     with _bytes_on_their_way() as (theirs, stream):
         async with trio.open_nursery() as nursery:
@@ -313,7 +313,7 @@ async def test_trio_looks_at_deadlines_before_anybody_can_read(is_watched: bool)
                 nonlocal read
                 with move_on_after(0.1):
                     await trio.lowlevel.wait_readable(stream.socket)
-                    await trio.lowlevel.checkpoint()  # as every layer above a socket has some
+                    await trio.lowlevel.checkpoint()  # every layer above a socket has checkpoints
                     read = await stream.receive_some()
 
             async def block() -> None:

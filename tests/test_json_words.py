@@ -1,4 +1,4 @@
-"""What is wrong with a value is said with JSON's types: no message names one of Python's."""
+"""Error messages about values use the names of JSON's types, never of Python's."""
 
 import re
 from collections.abc import Iterable
@@ -40,7 +40,7 @@ def test_types_are_named_as_json_has_them_and_all_else_stays(said: str, told: st
 
 
 def refusals(kind: type[msgspec.Struct], values: Iterable[object], *, strict: bool) -> list[str]:
-    """What is said of each value that is refused, in each field of a type."""
+    """The error text of each refused value, in each field of a type."""
     texts = []
     for field in msgspec.structs.fields(kind):
         for value in values:

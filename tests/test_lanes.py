@@ -69,7 +69,7 @@ def test_fails_with_half_a_character():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a run of these tests with two workers has left its notes and its results."""
+    """The folder with the notes and results of a run of these tests with two workers."""
     folder = tmp_path_factory.mktemp("lanes")
     for name, text in (("process/test_process", TESTS), ("models/test_models", UNMARKED)):
         path = folder / f"tests/{name}.py"
@@ -119,7 +119,7 @@ def test_all_others_pass(folder: Path) -> None:
 
 
 def faults(folder: Path) -> dict[str, str]:
-    """What the run says of each test, empty where it passed."""
+    """The run's message for each test, empty for a test that passed."""
     return {
         case.attrib["name"].removeprefix("test_"): "".join(f"{it.get('message')}\n{it.text}" for it in case)
         for case in ElementTree.parse(folder / "run.xml").iter("testcase")

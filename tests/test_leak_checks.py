@@ -121,7 +121,7 @@ NAMED_BY_THE_CHECK = {
 
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What a run of the leaky tests says of each, empty where it passed."""
+    """The message of a run for each of the leaky tests, empty for a test that passed."""
     folder = tmp_path_factory.mktemp("leaky")
     (folder / "test_leaky.py").write_text(LEAKY_TESTS)
     (folder / "pytest.ini").write_text("[pytest]\ntrio_mode = true\nfilterwarnings = error\n")

@@ -1,4 +1,4 @@
-"""The application over an open service, called in this process: no sockets, so the clock may jump."""
+"""The application over an open service, called in this process: without sockets, so the clock may jump."""
 
 import json
 from collections.abc import AsyncIterator
@@ -43,7 +43,7 @@ class Reply:
         return events
 
     def problem(self, status: int, code: str, field: str | None = None) -> dict[str, Any]:
-        """The body, which must be this problem document."""
+        """The body; checks that it is the problem document with this code."""
         assert (self.status, self.headers["content-type"]) == (status, "application/problem+json"), self
         problem: dict[str, Any] = self.json
         assert (problem["status"], problem["code"], problem.get("field")) == (status, code, field), problem
@@ -54,7 +54,7 @@ class Reply:
 
 
 class Api:
-    """Calls the application as a client on this machine would."""
+    """Calls the application as a client on the same machine would."""
 
     def __init__(self, app: Application, service: Service) -> None:
         self.app = app
@@ -68,7 +68,7 @@ class Api:
         headers: dict[str, str] | None = None,
         scope: dict[str, Any] | None = None,
     ) -> TestHTTPConnection:
-        """A request that is sent by hand; to be used with ``async with``."""
+        """A request that the test sends step by step; use with ``async with``."""
         client = self.app.test_client()
         connection = client.request(path, method=method, headers=headers, scope_base=LOOPBACK | (scope or {}))
         assert isinstance(connection, TestHTTPConnection)
@@ -84,7 +84,7 @@ class Api:
         headers: dict[str, str] | None = None,
         scope: dict[str, Any] | None = None,
     ) -> Reply:
-        """A whole request and its whole reply."""
+        """Send a whole request and return its whole reply."""
         if body is not None:
             raw = json.dumps(body).encode()
             headers = {"Content-Type": "application/json"} | (headers or {})
@@ -112,10 +112,10 @@ class Api:
 
 
 async def leave(connection: TestHTTPConnection) -> None:
-    """Leave as a client does, in the middle of whatever it is; returns when the application has noticed."""
+    """Leave as a client does, at any moment; returns when the application has noticed."""
     await connection.disconnect()
     await wait_all_tasks_blocked()
-    await connection._client_send.aclose()  # or leaving the connection waits for an end
+    await connection._client_send.aclose()  # otherwise leaving the connection would wait for an end
 
 
 @asynccontextmanager

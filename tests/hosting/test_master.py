@@ -120,7 +120,7 @@ def test_workers_that_end_at_once_again_and_again_end_the_service(workers: Worke
 
 
 def test_hypercorn_still_clears_its_event_when_a_reload_has_ended() -> None:
-    """If hypercorn did not, this test would fail: quick reloads would look like workers that end at once."""
+    """This test fails once hypercorn does not clear it; then quick reloads look like workers that end at once."""
     names = hypercorn.run.run.__code__.co_consts
     [reload] = [it for it in names if isinstance(it, CodeType) and it.co_name == "reload"]
     assert reload.co_names[:2] == ("set", "join")

@@ -1,4 +1,4 @@
-"""Clients that look into what they are told, where the load client only judges how a stream ends."""
+"""Clients that read the content of answers; the load client only judges how a stream ends."""
 
 import json
 import socket
@@ -38,14 +38,14 @@ async def new_session(client: httpx.AsyncClient, session_id: str) -> str:
 
 
 async def start(client: httpx.AsyncClient, session: str, **fields: Any) -> str:
-    """Start a turn in the background; its path."""
+    """Start a turn in the background, and return its path."""
     started = await client.post(f"{session}/turns", json={"input": "go", "background": True, **fields})
     assert started.status_code == 202, started.text
     return started.headers["location"]
 
 
 class Stream:
-    """What one client sees of a turn."""
+    """The events of a turn that one client sees."""
 
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []
@@ -53,7 +53,7 @@ class Stream:
         self.scope = trio.CancelScope()
 
     async def run(self, client: httpx.AsyncClient, method: str, path: str, body: object = None) -> None:
-        """Read it to its end, or until ``scope`` is cancelled: the client leaves then."""
+        """Read the stream to its end, or until ``scope`` is cancelled: then the client leaves."""
         with self.scope:
             async with client.stream(method, path, json=body, headers=SSE) as response:
                 assert response.status_code == 200, await response.aread()
@@ -78,7 +78,7 @@ async def all_begun(streams: list[Stream]) -> None:
 
 
 def owner_of(path: Path, session: str) -> int:
-    """The process that runs a session's turns: the one that listens at the address that its owner left."""
+    """The process that runs a session's turns: it listens at the address that the store has for the session's owner."""
     with closing(sqlite3.connect(path)) as db:
         query = "SELECT address FROM sessions JOIN owners ON fence = owner WHERE id = ?"
         (address,) = db.execute(query, (session.rpartition("/")[2],)).fetchone()
@@ -89,5 +89,5 @@ def owner_of(path: Path, session: str) -> int:
 
 async def wait_until(condition: Callable[[], Awaitable[bool]]) -> None:
     with trio.fail_after(CAP_S):
-        while not await condition():  # noqa: ASYNC110  it is in another process
+        while not await condition():  # noqa: ASYNC110  the condition is about another process
             await trio.sleep(0.02)

@@ -1,4 +1,4 @@
-"""The real server in every way in, the loads it is put under, and what has to hold of each stop."""
+"""The real server on every host, the loads on it, and the checks of each stop."""
 
 import json
 import re
@@ -24,7 +24,7 @@ CAP_S = 15
 
 @dataclass(frozen=True)
 class Host:
-    """A way in. ``workers`` is None for our own entry point, 0 for hypercorn in one process."""
+    """A way to start the server. ``workers`` is None for our own entry point, 0 for hypercorn in one process."""
 
     name: str
     workers: int | None
@@ -41,7 +41,7 @@ class Host:
 
     @property
     def processes(self) -> int:
-        """How many hold a tree."""
+        """How many processes run a service."""
         return self.workers or 1
 
     def __str__(self) -> str:
@@ -73,7 +73,7 @@ async def open_lastcall(
 async def open_under_load(
     host: Host, folder: Path, *groups: Group, argv: list[str] | None = None, **settings: Any
 ) -> AsyncIterator[tuple[ServerProcess, LoadClient]]:
-    """A running server with a model server behind it and a load on it that is all there."""
+    """A running server with a model server behind it and a load on it; every client of the load is ready."""
     async with (
         open_load_without_plan() as load,
         open_upstream() as upstream,
@@ -113,7 +113,7 @@ def queued(name: str = "queued", count: int = 2) -> Streams:
 
 
 def replay(name: str = "replay", count: int = 2) -> Streams:
-    """Streams on the events of turns that others have started, and that run on."""
+    """Streams on the events of running turns that other requests have started."""
     started = _turn(name, "rate=20", background=True)
     before = (_session(name), msgspec.structs.replace(started, capture={"turn": "id"}))
     stream = Request(method="GET", path=f"/sessions/{name}$n/turns/$turn/events", headers=SSE)
@@ -132,14 +132,14 @@ def stalled(name: str = "stalled", count: int = 1) -> Streams:
 
 
 def well_behaved() -> tuple[Streams | Http2Streams, ...]:
-    """A few of every kind of stream that is to end properly."""
+    """A few of every kind of stream that must end properly."""
     return (chat(), turn(), queued(), replay(), http2())
 
 
 def rude() -> tuple[Streams | Idle | Unfinished, ...]:
-    """A few of every kind of client that is in the way.
+    """A few of every kind of client that could delay a stop.
 
-    One that closes its sending side is among them: for hypercorn it is gone.
+    One of them closes its sending side: for hypercorn this client is gone.
     """
     return (
         stalled(),
@@ -153,7 +153,7 @@ def rude() -> tuple[Streams | Idle | Unfinished, ...]:
 
 
 def prober(path: str = "/sessions", method: str = "POST") -> Prober:
-    """New connections that ask for new work, or for what a GET gives."""
+    """New connections that ask for new work, or send a GET."""
     return Prober(name=path, request=Request(method=method, path=path, body="{}" if method == "POST" else ""))
 
 
@@ -167,17 +167,17 @@ def _turn(name: str, message: str, **fields: object) -> Request:
     return Request(path=f"/sessions/{name}$n/turns", headers=headers, body=body)
 
 
-# What has to hold
+# Checks of a stop
 
 
 def reports(server: ServerProcess) -> list[dict[str, Any]]:
-    """The shutdown report of each process that held a tree."""
+    """The shutdown report of each process that ran a service."""
     lines = [line for line in server.log().splitlines() if '"shutdown report"' in line]
     return [json.loads(line) for line in lines]
 
 
 TOLD = ('"message": "turn ended"', '"message": "requests refused"', '"logger": "lastcall.process"')
-"""Lines of the log that tell what a test has done: turns that fail, requests that are refused, workers that die."""
+"""Lines of the log that a test's own actions cause: turns that fail, requests that are refused, workers that die."""
 
 
 def assert_log_is_clean(server: ServerProcess) -> None:
@@ -187,7 +187,7 @@ def assert_log_is_clean(server: ServerProcess) -> None:
 
 
 def assert_clean(host: Host, server: ServerProcess, gone: Gone) -> None:
-    """The stop left nothing behind and has nothing to say but its reports, one from each worker."""
+    """Check that the stop left nothing behind and logged nothing but its reports, one from each worker."""
     assert_log_is_clean(server)
     assert gone.exit_code == 0, server.log()
     assert {code for _, code, _ in gone.exits} == {0}
@@ -197,7 +197,7 @@ def assert_clean(host: Host, server: ServerProcess, gone: Gone) -> None:
 
 
 def assert_all_ended_properly(result: LoadResult, *, except_for: tuple[str, ...] = ("stalled", "half-closed")) -> None:
-    """Every stream that could take it had one terminal event and its last chunk, and no token is missing before."""
+    """Check that every stream whose client could read had one terminal event, its last chunk and every token before."""
     for stream in result.streams:
         if stream.group in except_for:
             continue

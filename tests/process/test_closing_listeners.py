@@ -31,22 +31,22 @@ from tests.process.lastcall import (
 )
 
 NOTICE_S = 0.05
-"""25 ms for the notice, and as much for the workers of one server to differ."""
+"""25 ms for the notice, and 25 ms for differences between the workers of one server."""
 SILENT_S = 0.1
 USUAL_TIMES = 3
-"""So often what an answer took before the signal it may take afterwards: on a machine that is busy, all takes long."""
+"""An answer after the signal may take this multiple of the longest one before: a busy machine slows everything."""
 GATED = (SERVE, HYPERCORN_1, HYPERCORN_2, HYPERCORN_4)
 
 
 def told(probes: list[ProbeResult], signalled: float) -> str:
-    """For a failure's message: when, what, how long."""
+    """The probes for the message of a failed test: time, outcome, duration."""
     return "\n".join(
         f"{p.at - signalled:+.3f} {p.outcome} {p.status} after {p.waited_s:.3f}, late {p.late_s:.3f}" for p in probes
     )
 
 
 def assert_none_was_left_standing(probes: list[ProbeResult], signalled: float) -> None:
-    """Each got a whole answer or a refusal, and waited no more than 100 ms longer for it than it takes at that load."""
+    """Check that each probe got a whole answer or a refusal within 100 ms more than ``USUAL_TIMES`` the usual time."""
     usual_s = max(p.waited_s for p in probes if signalled - 0.5 < p.at < signalled - 0.05)
     during = [p for p in probes if p.at > signalled]
     most_s = USUAL_TIMES * usual_s + SILENT_S
@@ -57,7 +57,7 @@ def assert_none_was_left_standing(probes: list[ProbeResult], signalled: float) -
 async def stopped_while_probed(
     host: Host, folder: Path, streams: Streams, drain_timeout_s: float
 ) -> tuple[LoadResult, float]:
-    """Probe before, during and after a stop; what the clients saw, and when the signal was sent."""
+    """Probe before, during and after a stop. Returns the clients' observations and the time of the signal."""
     async with open_under_load(host, folder, streams, prober(), drain_timeout_s=drain_timeout_s) as (server, load):
         await trio.sleep(0.5)
         signalled = server.signal_main(signal.SIGTERM)
@@ -146,7 +146,7 @@ async def test_while_one_worker_drains_the_others_take_who_comes_until_all_stop(
 async def test_in_a_reload_new_work_is_refused_while_turns_drain_and_then_waits_for_the_next_workers(
     tmp_path: Path, host: Host
 ) -> None:
-    gently = msgspec.structs.replace(prober(), interval_s=0.05)  # bare hypercorn lets no more than 100 wait
+    gently = msgspec.structs.replace(prober(), interval_s=0.05)  # bare hypercorn's backlog is 100
     async with open_under_load(host, tmp_path, turn(count=4), gently, drain_timeout_s=1) as (server, load):
         await trio.sleep(0.5)
         reloaded_at = server.signal_main(signal.SIGHUP)

@@ -1,4 +1,4 @@
-"""The main job on real input: a conversation over the real server with a model server that nobody here wrote."""
+"""The main job on real input: a conversation over the real server with an independent model server."""
 
 import json
 import signal
@@ -65,7 +65,7 @@ async def test_conversation_of_several_turns(tmp_path: Path, host: Host, model_u
 
 
 async def stream(client: httpx.AsyncClient, text: str) -> str:
-    """Run a turn as a stream; the reply from its deltas, having checked that its last event completes it."""
+    """Run a turn as a stream, check that its last event completes it, and return the reply from its deltas."""
     async with client.stream(
         "POST", "/sessions/tour/turns", json={"input": text}, headers={"Accept": "text/event-stream"}
     ) as response:

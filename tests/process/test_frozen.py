@@ -22,7 +22,7 @@ DEADLINES: dict[str, Any] = {
     "disconnect_grace_s": 1,
 }
 FROZEN_S = 2.5
-"""Longer than each of them."""
+"""Longer than each of the deadlines."""
 
 
 async def test_turns_go_on_whose_tokens_came_in_a_freeze(tmp_path: Path) -> None:
@@ -73,4 +73,4 @@ async def test_a_frozen_server_that_is_to_stop_stops_within_its_bound_once_it_go
             server.signal_group(signal.SIGCONT)
             gone = await wait_gone(server)
         assert stream.end == ("turn.interrupted", "shutdown")
-        assert_clean(SERVE, server, gone)  # its watchdog, which counts real time, would have ended it with 70
+        assert_clean(SERVE, server, gone)  # a watchdog that counts real time would have ended the server with 70

@@ -1,4 +1,4 @@
-"""A listening socket that somebody else opened and keeps, as systemd and circus do: it outlives every server."""
+"""A listening socket that another program opened and keeps, as systemd and circus do: it outlives every server."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def said(log: Path) -> str:
 
 @asynccontextmanager
 async def serving(listener: socket.socket, log: Path, way: str, workers: int) -> AsyncIterator[trio.Process]:
-    """A server on this socket, up."""
+    """Start a server on this socket, and wait until it serves."""
     config = CONFIG if way == "configured" else ("--worker-class", "trio")
     command = python_command(
         *("-m", "hypercorn", *config, "--workers", str(workers), "--bind", f"fd://{listener.fileno()}", APPLICATION)
@@ -47,7 +47,7 @@ async def serving(listener: socket.socket, log: Path, way: str, workers: int) ->
             start_new_session=True,
         )
         try:
-            while said(log).count('"serving"') < max(workers, 1):  # noqa: ASYNC110  it is in another process
+            while said(log).count('"serving"') < max(workers, 1):  # noqa: ASYNC110  another process logs
                 assert process.poll() is None, said(log)
                 await trio.sleep(0.02)
             yield process
@@ -56,7 +56,7 @@ async def serving(listener: socket.socket, log: Path, way: str, workers: int) ->
                 os.killpg(process.pid, signal.SIGKILL)
             with trio.CancelScope(shield=True, deadline=trio.current_time() + CAP_S):
                 await process.wait()
-                with suppress(ChildProcessError):  # its orphans come to this process, once a test has asked for that
+                with suppress(ChildProcessError):  # orphans become our children if a test has asked for that
                     while True:
                         await trio.to_thread.run_sync(os.waitpid, -process.pid, 0)
 

@@ -1,4 +1,4 @@
-"""Parts of the process itself hang or break, a thread or the disk of its store: every stream gets its end even so."""
+"""Parts of the process itself hang or break, such as a thread or the store's disk: every stream still gets its end."""
 
 import signal
 from pathlib import Path
@@ -24,7 +24,7 @@ from tests.process.lastcall import (
 )
 
 TOTAL_S = 3
-"""What the settings of these tests allow a stop to take: cleanup 1, release 1, and 1."""
+"""Bound of a stop by the settings of these tests: cleanup 1, release 1, and 1."""
 
 
 @pytest.mark.parametrize("host", [SERVE, HYPERCORN_1], ids=str)
@@ -56,7 +56,7 @@ async def test_a_thread_that_the_tree_waits_for_costs_the_total(tmp_path: Path, 
 
 @pytest.mark.parametrize("host", [SERVE, CONFIGURED_2], ids=str)
 async def test_a_disk_that_hangs_costs_the_bounds_of_the_phases_and_is_a_fault(tmp_path: Path, host: Host) -> None:
-    """No commit returns any more when the stop comes. So no end can be kept, and each of them says so."""
+    """When the stop comes, no commit returns any more. So no end can be stored, and each terminal event says so."""
     trigger, stream = tmp_path / "hang", Stream()
     argv = command(str(host), broken="on_a_hanging_disk")
     settings = {"store_url": f"sqlite:{tmp_path}/lastcall.db", "HANG": trigger, "checkpoint_interval_s": 0.1}
@@ -70,7 +70,7 @@ async def test_a_disk_that_hangs_costs_the_bounds_of_the_phases_and_is_a_fault(t
         await stream.begun.wait()
         trigger.touch()
         with trio.fail_after(CAP_S):
-            await server.wait_logged("the disk hangs")  # of the others each waits for the lock of this one
+            await server.wait_logged("the disk hangs")  # each other process waits for the lock of this process
         signalled = server.signal_main(signal.SIGTERM)
         gone = await wait_gone(server)
         result = await load.stop()

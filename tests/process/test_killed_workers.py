@@ -29,12 +29,12 @@ pytestmark = pytest.mark.parallel
 
 
 def owners(folder: Path, name: str, count: int) -> set[int]:
-    """The workers that the streams of this group are on: their connections, their sessions and their turns."""
+    """The workers that own this group's sessions: they also have the streams' connections and the turns."""
     return {owner_of(folder / "lastcall.db", f"/sessions/{name}{number}") for number in range(count)}
 
 
 async def serving(server: ServerProcess, times: int) -> None:
-    """Wait until so many workers have said that they serve, since the start."""
+    """Wait until, since the start, so many workers have logged that they serve."""
     with trio.fail_after(CAP_S):
         await server.wait_logged('"serving"', times=times)
 
@@ -45,10 +45,10 @@ async def test_a_killed_worker_takes_only_its_own_streams_along(tmp_path: Path) 
         tmp_path,
         turn("first", 1),
         drain_timeout_s=0,
-        checkpoint_interval_s=60,  # a worker that is halted is to hold no lock
+        checkpoint_interval_s=60,  # a halted worker must keep no lock
     ) as (server, first):
         [victim] = owners(tmp_path, "first", 1)
-        os.kill(victim, signal.SIGSTOP)  # so that the next ones are on other workers
+        os.kill(victim, signal.SIGSTOP)  # so that the next streams are on other workers
         async with open_load(Plan(port=server.port, groups=(turn("others", 12),))) as load:
             with trio.fail_after(CAP_S):
                 await load.wait_ready()
@@ -72,7 +72,7 @@ async def test_a_killed_worker_takes_only_its_own_streams_along(tmp_path: Path) 
 
 
 async def test_workers_that_die_again_and_again_end_the_service_properly(tmp_path: Path) -> None:
-    """As often as that another start will not mend it; and whoever still streams from another one gets the end."""
+    """After so many deaths another start would not help. Each client of a live worker gets the end of its stream."""
     async with open_under_load(CONFIGURED_4, tmp_path, turn(count=2), drain_timeout_s=0) as (server, load):
         busy = owners(tmp_path, "turn", 2)
         for number in range(REPLACEMENTS_MAX + 1):

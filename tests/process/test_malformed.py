@@ -1,4 +1,4 @@
-"""Bytes that hypercorn's parsers break on end their own connection, and nothing else."""
+"""Bytes that make hypercorn's parsers fail end their own connection, and nothing else."""
 
 import signal
 import socket

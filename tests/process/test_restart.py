@@ -1,4 +1,4 @@
-"""What a stop leaves for the next start: the store that nobody has to name, and turns that were interrupted."""
+"""After a stop, the next start finds the store without any setting, and the turns that were interrupted."""
 
 import json
 import signal
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.parallel
 
 
 def without_settings(host: Host, folder: Path) -> Launch:
-    """This host in this folder, told nothing but to take a free port."""
+    """The launch of this host in this folder; its only setting is a free port."""
     argv = python_command("-m", "service", "serve", "--bind", "127.0.0.1:0") if host is SERVE else host.argv()
     return Launch(argv, env={"PYTHONPATH": str(ROOT)}, workers=host.processes, folder=folder)
 
@@ -68,7 +68,7 @@ async def test_folder_that_cannot_be_written_to_refuses_the_start_in_a_line(tmp_
     assert said[0].startswith("The store sqlite:/sys/lastcall.db cannot be opened: ")
     assert said[0].endswith(" (LASTCALL_STORE_URL names another).")
     assert "Traceback" not in server.log()
-    assert gone.exit_code == (78 if host is SERVE else 0)  # hypercorn's own master loses it
+    assert gone.exit_code == (78 if host is SERVE else 0)  # hypercorn's own master loses the code
 
 
 async def test_interrupted_turn_keeps_its_partial_reply_and_its_session_takes_the_next_one(tmp_path: Path) -> None:

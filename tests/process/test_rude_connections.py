@@ -1,4 +1,4 @@
-"""Connections that are in the way of a stop on a lower level than HTTP/1's: in TLS's handshake, in HTTP/2's windows."""
+"""Connections that could delay a stop below the level of HTTP/1: in TLS's handshake, in HTTP/2's windows."""
 
 import signal
 import ssl
@@ -40,7 +40,7 @@ def client_hello() -> bytes:
 
 
 async def connect(server: ServerProcess, first: bytes) -> trio.SocketStream:
-    """A client that has sent this and does nothing any more."""
+    """A client that has sent ``first`` and then does nothing."""
     stream = await trio.open_tcp_stream("127.0.0.1", server.port)
     await stream.send_all(first)
     return stream
@@ -87,7 +87,7 @@ def ask_for_a_stream(client: h2.connection.H2Connection) -> None:
 
 
 async def open_http2_without_a_window(server: ServerProcess) -> trio.SocketStream:
-    """A client that has a stream, of which nothing may be sent to it but the head."""
+    """A client with a stream whose window is empty: the server may send it the head only."""
     client = h2.connection.H2Connection(h2.config.H2Configuration())
     client.local_settings = h2.settings.Settings(
         initial_values={h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: 0, h2.settings.SettingCodes.ENABLE_PUSH: 0}
@@ -122,7 +122,7 @@ async def test_http2_clients_that_give_no_window_are_cut_after_half_of_the_relea
 
 
 async def open_http2_that_does_nothing(server: ServerProcess, *, asks_first: bool) -> trio.SocketStream:
-    """A client that has sent its preface and nothing else, or has given up the one stream that it had."""
+    """A client that has sent its preface and nothing else, or has reset its only stream."""
     client = h2.connection.H2Connection(h2.config.H2Configuration())
     client.initiate_connection()
     stream = await connect(server, client.data_to_send())

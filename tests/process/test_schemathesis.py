@@ -1,4 +1,4 @@
-"""The OpenAPI document is true: schemathesis finds no request whose answer is not in it, and no 5xx."""
+"""The OpenAPI document is true: schemathesis finds no 5xx and no answer that the document does not have."""
 
 import os
 import subprocess
@@ -18,16 +18,16 @@ pytestmark = pytest.mark.parallel
 
 IN_CI = "CI" in os.environ
 EXAMPLES = 200 if IN_CI else 20
-"""How often each operation that takes anything is called, at least. A few seconds' worth at a developer's desk."""
+"""The least number of calls of each operation that takes input. On a developer's machine: a few seconds of calls."""
 CAP_S = 900
 MODEL = "scripted:?tokens=3&rate=0&first_token_s=0"
 NOT_MET = {("openapi", "200"), ("start_turn", "204"), ("chat", "204")}
-"""The one it has read itself; the others take the id of the last event of a turn, and its input."""
+"""schemathesis reads ``openapi`` itself; the other two need the id of a turn's last event, and the turn's input."""
 CREATORS = ("create_session", "start_turn")
 
 
 class Schemathesis:
-    """Runs against one server, and the answers that they have seen."""
+    """Runs of schemathesis against one server, and the answers that these runs have seen."""
 
     def __init__(self, url: str, folder: Path) -> None:
         self.url = url
@@ -38,9 +38,9 @@ class Schemathesis:
         command = [
             *(str(Path(sys.executable).parent / "schemathesis"), "run", self.url, "--no-color"),
             *("--max-examples", str(EXAMPLES), "--request-timeout", "15", *arguments),
-            # Ours is in place of the one, see the hooks. The other does not know of an id that is chosen once more.
+            # A check of ours replaces the first (see the hooks). The second does not expect an id to be used again.
             *("--exclude-checks", "positive_data_acceptance,use_after_free"),
-            *("--exclude-operation-id", "root"),  # it is a redirect, and schemathesis follows those
+            *("--exclude-operation-id", "root"),  # ``root`` is a redirect, and schemathesis follows redirects
             *(("--seed", "1") if IN_CI else ()),
         ]
         env = os.environ | {
@@ -54,7 +54,7 @@ class Schemathesis:
         assert run.returncode == 0, run.stdout.decode()
 
     def answers(self) -> Counter[tuple[str, str]]:
-        """How often which operation was answered with which status."""
+        """The number of answers by operation and status."""
         lines = {line for line in self._seen.read_text().splitlines() if line}
         return Counter((operation, status) for _, operation, status in map(str.split, lines))
 
@@ -72,12 +72,12 @@ async def test_the_server_does_what_its_openapi_document_says(tmp_path: Path) ->
                 operations = operations_of((await client.get(url)).json())
             schemathesis = Schemathesis(url, tmp_path)
             await schemathesis.run("--phases", "coverage,fuzzing", "--workers", "2")
-            await schemathesis.run("--phases", "stateful")  # alone: another worker would delete what it has made
+            await schemathesis.run("--phases", "stateful")  # alone: another would delete its sessions
             for operation_id, operation in operations.items():
                 if not (operation["parameters"] or "requestBody" in operation):
                     continue
                 if schemathesis.calls(operation_id) < EXAMPLES:
-                    # It sends no input twice, and deletes little of what it creates: where it ran out, once more.
+                    # schemathesis sends no input twice, and deletes few of its sessions: if it ran out, run it again.
                     included = {operation_id} if operation_id == "delete_session" else {operation_id, *CREATORS}
                     await schemathesis.run("--phases", "fuzzing", *(f"--include-operation-id={it}" for it in included))
                     assert schemathesis.calls(operation_id) >= EXAMPLES, operation_id

@@ -1,4 +1,4 @@
-"""Every way in, every signal: whoever streams gets the end of their turn, and nothing is left of the server."""
+"""Every host, every signal: each client that streams gets the end of its turn, and nothing of the server is left."""
 
 import signal
 from collections.abc import Callable
@@ -33,7 +33,7 @@ SIGNALS: dict[str, Callable[[ServerProcess], float]] = {
     "INT to the group": lambda server: server.signal_group(signal.SIGINT),
 }
 TOTAL_S = 3
-"""What the settings of these tests allow a stop to take: cleanup 1, release 1, and 1."""
+"""Bound of a stop by the settings of these tests: cleanup 1, release 1, and 1."""
 RUDE = {group.name: group for group in rude()}
 
 
@@ -63,7 +63,7 @@ async def test_one_rude_client_costs_nobody_but_itself(tmp_path: Path, host: Hos
         result = await load.stop()
     assert_all_ended_properly(result)
     assert_clean(host, server, gone)
-    # The others do not wait for the one that has to be cut off.
+    # The other streams do not wait for the client that has to be cut off.
     assert max(s.ended_at or 0 for s in result.streams if s.group == "chat") - signalled < 0.5
     assert gone.at - signalled < (1.5 if who == "stalled" else 0.5)
 
@@ -106,7 +106,7 @@ async def test_the_report_says_what_the_clients_saw(tmp_path: Path, host: Host) 
 
 @pytest.mark.parametrize("host", HOSTS, ids=str)
 async def test_a_server_without_work_is_gone_at_once(tmp_path: Path, host: Host) -> None:
-    """Whatever the drain may take."""
+    """The drain could take 30 s; without work it takes no time."""
     async with open_under_load(host, tmp_path, drain_timeout_s=30) as (server, _):
         signalled = server.signal_main(signal.SIGTERM)
         gone = await wait_gone(server)

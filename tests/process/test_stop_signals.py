@@ -1,4 +1,4 @@
-"""Everything that can tell a server to stop, and everything that may come on top of it."""
+"""Every signal that tells a server to stop, and every signal that may follow it."""
 
 import os
 import signal
@@ -28,7 +28,7 @@ from tests.process.lastcall import (
 )
 
 START_S = 5
-"""Bound of a worker's start, on a machine that has other things to do."""
+"""Bound of a worker's start on a busy machine."""
 
 
 @pytest.mark.parallel
@@ -76,7 +76,7 @@ async def test_more_signals_during_the_drain_change_nothing(tmp_path: Path, host
 
 @pytest.mark.parametrize("host", [SERVE, HYPERCORN_1, HYPERCORN_2], ids=str)
 async def test_a_second_ctrl_c_skips_the_drain(tmp_path: Path, host: Host) -> None:
-    """As a terminal sends it: to the whole group."""
+    """Send the signal as a terminal does: to the whole group."""
     async with open_under_load(host, tmp_path, chat(count=6), drain_timeout_s=30) as (server, load):
         server.signal_group(signal.SIGINT)
         await trio.sleep(0.7)

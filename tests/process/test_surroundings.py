@@ -1,4 +1,4 @@
-"""What is around the server is in the way: its output, its model server, its own many starts."""
+"""Trouble in the server's surroundings: its output, its model server, its own many starts."""
 
 import os
 import resource

@@ -1,4 +1,4 @@
-"""Several processes on one database: whichever a connection lands on, the answer is the owner's."""
+"""Several processes on one database: whichever process accepts a connection, the session's owner decides."""
 
 import json
 import os
@@ -39,14 +39,14 @@ MANY = 12
 
 
 def forwarded(server: ServerProcess, session: str, method: str = "GET") -> int:
-    """How many such requests about a session were passed on to its owner."""
+    """How many requests with this method were forwarded to the session's owner."""
     lines = [json.loads(line) for line in server.log().splitlines() if "asking the owner" in line]
     return sum((line["session_id"], line["method"]) == (session.rpartition("/")[2], method) for line in lines)
 
 
 @asynccontextmanager
 async def halted(worker: int, folder: Path) -> AsyncIterator[None]:
-    """A worker that does nothing meanwhile, halted while it holds no lock that others need."""
+    """Inside, the worker is halted, at a moment when it has no lock that other workers need."""
     with closing(sqlite3.connect(folder / "lastcall.db", timeout=0.1, isolation_level=None)) as db:
         with trio.fail_after(CAP_S):
             while True:
@@ -68,10 +68,10 @@ async def halted(worker: int, folder: Path) -> AsyncIterator[None]:
 async def reaching_others(
     server: ServerProcess, folder: Path, *sessions: str, method: str = "GET", requests: int
 ) -> AsyncIterator[None]:
-    """Have other workers accept the requests that are begun inside, and pass them on: the sessions' owner is halted.
+    """Inside, other workers accept the new requests and forward them: the sessions' owner is halted.
 
     Args:
-        requests: How many there are about each session.
+        requests: The number of requests about each session.
     """
     [owner] = {owner_of(folder / "lastcall.db", session) for session in sessions}
     before = {session: forwarded(server, session, method) for session in sessions}
@@ -139,7 +139,7 @@ async def test_any_worker_decides_about_a_session(tmp_path: Path) -> None:
             assert (refused.status_code, refused.json()["code"]) == (409, "turn_in_progress")
 
         async with (
-            trio.open_nursery() as nursery,  # the outer one: they are answered once the owner goes on
+            trio.open_nursery() as nursery,  # the outer one: the requests are answered once the owner goes on
             reaching_others(server, tmp_path, session, method="POST", requests=MANY),
         ):
             for _ in range(MANY):
@@ -265,9 +265,9 @@ async def test_a_stop_ends_what_is_passed_on(
 async def forwarded_turns(
     server: ServerProcess, client: httpx.AsyncClient, folder: Path, nursery: trio.Nursery
 ) -> tuple[int, dict[str, Stream], Stream]:
-    """Turns whose only client is connected to another one of two workers than theirs, with its streams.
+    """Start, with two workers, turns of one worker whose only client is connected to the other one.
 
-    Returns that worker, the streams by their sessions, and one more, of a turn of that worker itself.
+    Returns the other worker, the streams by session, and one more stream, of a turn of the other worker itself.
     """
     turns: dict[str, str] = {}
     owners: dict[str, int] = {}
@@ -292,7 +292,7 @@ async def forwarded_turns(
 
 
 async def assert_turns_wait_for_their_clients(client: httpx.AsyncClient, streams: dict[str, Stream]) -> None:
-    """Streams were cut: the first one's client comes back and misses nothing, the other one does not."""
+    """Two streams were cut: the first one's client comes back and misses nothing; the second one's stays away."""
     (session, stream), (given_up, cut) = streams.items()
     turn = f"{session}/turns/{stream.events[0]['turn_id']}"
     abandoned = f"{given_up}/turns/{cut.events[0]['turn_id']}"
@@ -330,7 +330,7 @@ async def test_a_worker_that_stops_alone_ends_its_own_turns_and_no_others(
         assert all(count > 10 * drain_timeout_s for count in more), "they are passed on while it drains"
         await assert_turns_wait_for_their_clients(client, streams)
         with trio.fail_after(CAP_S):
-            await server.wait_logged("Running on ", times=3)  # hypercorn's: another one takes its place
+            await server.wait_logged("Running on ", times=3)  # hypercorn's master starts another worker in its place
         server.signal_main(signal.SIGTERM)
         gone = await wait_gone(server)
     assert gone.exit_code == 0
@@ -362,7 +362,7 @@ async def test_the_death_of_a_worker_ends_its_own_turns_and_no_others(tmp_path: 
             session = await new_session(client, f"s{len(turns)}")
             turns[session] = await start(client, session)
             owners[session] = owner_of(tmp_path / "lastcall.db", session)
-        # The worker that takes fewer clients: then streams of both workers' turns come through the other one.
+        # The victim is the worker with fewer turns: then the other worker carries streams of both workers' turns.
         victim = min(set(owners.values()), key=list(owners.values()).count)
         streams = {(session, n): Stream() for session in turns for n in range(4)}
         async with trio.open_nursery() as nursery:
@@ -370,7 +370,7 @@ async def test_the_death_of_a_worker_ends_its_own_turns_and_no_others(tmp_path: 
                 # A client of the victim itself just loses its connection.
                 nursery.start_soon(until_cut, stream, client, "GET", f"{turns[session]}/events")
             await all_begun(list(streams.values()))
-            await trio.sleep(1.2)  # some of what they have seen is in a checkpoint, some is not
+            await trio.sleep(1.2)  # some of the events that the clients have seen are in a checkpoint, some are not
             os.kill(victim, signal.SIGKILL)
             lost = [session for session in turns if owners[session] == victim]
 
@@ -418,7 +418,7 @@ async def any_ended(streams: list[Stream]) -> bool:
 
 @pytest.mark.parametrize(("number", "reason"), [(signal.SIGKILL, "crash"), (signal.SIGTERM, "shutdown")])
 async def test_two_servers_on_one_file_are_two_owners(tmp_path: Path, number: int, reason: str) -> None:
-    """One of them stops or dies in mid-turn: the clients of the other see the end, and go on there."""
+    """One server stops or dies in mid-turn: the other server's clients see the turn's end, and start turns there."""
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
         folder.mkdir()

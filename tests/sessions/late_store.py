@@ -1,6 +1,6 @@
-"""A store that does its writes in the order in which they are asked for, and one of them later than a caller waits.
+"""A store that does its writes in the order of the calls, and one of them later than its caller waits.
 
-As a store of threads or of a network does: a caller that gives up a write which has begun does not stop it.
+It behaves as a store with threads or a network: a caller that gives up a write which has begun does not stop it.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -24,9 +24,9 @@ class LateStore(MemoryStore):
     """Made by :func:`open_late_store`.
 
     Attributes:
-        late: The write that is slow, once: it is named here before the call and taken away by it.
-        late_s: How long that takes.
-        outcome: Whether it happens in the end.
+        late: The name of the one slow write, set before the call; the call clears it.
+        late_s: How long the slow write takes.
+        outcome: Whether the slow write happens in the end.
     """
 
     def __init__(self, jobs: trio.MemorySendChannel["_Job"]) -> None:
@@ -65,13 +65,13 @@ class _Job:
 
     async def run(self) -> None:
         if self.given_up:
-            return  # before it began
+            return  # given up before the write began
         await trio.sleep(self.late_s)
         try:
             if self.is_lost:
                 raise StoreError("It did not work out in the end.")
             self.result = await self.write()
-        except Exception as error:  # noqa: BLE001  it is the caller's
+        except Exception as error:  # noqa: BLE001  the caller gets the error
             self.error = error
         self.done.set()
 

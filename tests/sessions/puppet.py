@@ -1,7 +1,7 @@
-"""A model client whose every step a test decides, and a place to run sessions in.
+"""A model client whose every step a test decides, and a stage to run sessions on.
 
-It can hang at exactly one phase (the head of the reply, a token, the close), which is what a test of
-cancellation needs. That it keeps the protocol's promises is checked where the other clients are.
+The client can hang at exactly one phase (the head of the reply, a token, the close), as a test of cancellation
+needs. The contract of the model clients is tested in ``tests/models``.
 """
 
 from collections.abc import AsyncIterator, Sequence
@@ -29,7 +29,7 @@ from service.storage.memory import MemoryStore
 
 
 class Reply:
-    """One reply, as a test writes it."""
+    """One reply, which a test writes step by step."""
 
     def __init__(self, request: ModelRequest) -> None:
         self.request = request
@@ -78,12 +78,12 @@ class Puppet:
         self.open_replies = 0
         self.refuse: ModelError | None = None
         self.takes_bytes: int | None = None
-        """The longest prompt that it does not refuse as too long."""
+        """The longest prompt that the client does not refuse as too long."""
         self.asked: list[tuple[Message, ...]] = []
-        """Every prompt it got, refused or not."""
+        """Every prompt that the client got, refused or not."""
         self.hang_before_head = False
         self.close_s = 0.0
-        """How long leaving a reply takes, whatever cancels it."""
+        """The time that leaving a reply takes, even if the leave is cancelled."""
         self._send, self._receive = trio.open_memory_channel[Reply](1000)
 
     @asynccontextmanager
@@ -107,7 +107,7 @@ class Puppet:
             if self.close_s:
                 with trio.CancelScope(shield=True, deadline=trio.current_time() + self.close_s):
                     await trio.sleep_forever()
-                await trio.lowlevel.checkpoint()  # noqa: ASYNC102  as a close that can be cancelled
+                await trio.lowlevel.checkpoint()  # noqa: ASYNC102  like a close that can be cancelled
 
     async def next_reply(self) -> Reply:
         with trio.fail_after(1000):
@@ -144,7 +144,7 @@ class Stage:
 
 @asynccontextmanager
 async def open_stage(store: MemoryStore | None = None, /, **settings: object) -> AsyncIterator[Stage]:
-    """Sessions with these settings over the defaults; nothing of them is left on exit."""
+    """Sessions with these settings over the defaults; on exit the stage checks that none of their parts is left."""
     store = store or MemoryStore()
     puppet = Puppet()
     clock = TestClock()

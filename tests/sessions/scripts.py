@@ -1,4 +1,4 @@
-"""Scripted replies for generated histories: what a model says to each input, and when."""
+"""Scripted replies for generated histories: the model's tokens for each input, and their times."""
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -14,9 +14,9 @@ Last = Literal["finish", "fail", "crash", "silence"]
 
 
 class Script(msgspec.Struct, frozen=True):
-    """A reply: tokens, each after its delay, then the last thing after its own.
+    """A reply: tokens, each after its delay, then ``last`` after ``last_s``.
 
-    ``close_s`` is how long leaving the stream takes, whatever cancels it.
+    ``close_s`` is the time that leaving the stream takes, even if the leave is cancelled.
     """
 
     tokens: tuple[float, ...]
@@ -25,16 +25,16 @@ class Script(msgspec.Struct, frozen=True):
     close_s: float = 0
 
     def later(self, seconds: float) -> "Script":
-        """The same, so much later."""
+        """The same script, with its first event so much later."""
         if not self.tokens:
             return msgspec.structs.replace(self, last_s=self.last_s + seconds)
         return msgspec.structs.replace(self, tokens=(self.tokens[0] + seconds, *self.tokens[1:]))
 
 
 class ScriptedReplies:
-    """A model client that looks up its script by the last line of what the user said.
+    """A model client that looks up its script by the last line of the user's message.
 
-    It knows which session each input belongs to, and checks that no two replies of a session overlap.
+    The client knows the session of each input, and checks that no two replies of a session overlap.
     """
 
     name = "scripted replies"

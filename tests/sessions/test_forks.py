@@ -1,4 +1,4 @@
-"""Forks: what a copy replays and says to the model, and when there is none."""
+"""Forks: the events and the prompt of a copy, and the cases without a copy."""
 
 from datetime import datetime
 

@@ -159,7 +159,7 @@ async def test_grace_gives_a_client_time_to_come_back(autojump_clock: MockClock,
 
 
 async def test_a_client_that_another_process_has_cut_off_is_given_time_to_come_back(autojump_clock: MockClock) -> None:
-    """Also where others leave meanwhile, and by will."""
+    """This is true even if another client leaves on purpose meanwhile."""
     async with open_stage() as stage:
         session_id = await new_session(stage)
         turn, cut = await stage.sessions.start_turn(session_id, NewTurn(text="x"))
@@ -227,7 +227,7 @@ async def test_deleted_session_is_gone_at_once_and_its_turns_end(autojump_clock:
         async with trio.open_nursery() as nursery:
             for _ in range(3):
                 nursery.start_soon(stage.sessions.delete_session, session_id)
-            for _ in range(2):  # the first of them has begun by then
+            for _ in range(2):  # the first deletion has begun by then
                 await trio.lowlevel.checkpoint()
             calls: list[Callable[[], Awaitable[object]]] = [
                 lambda: stage.sessions.get_session(session_id),
@@ -406,7 +406,7 @@ async def test_turns_without_messages_end_no_page(autojump_clock: MockClock) -> 
 
 
 async def test_a_page_of_messages_goes_on_where_it_was_whatever_has_come_since(autojump_clock: MockClock) -> None:
-    """A reply that has come since the page before is the next message; on another path there is no next one."""
+    """A reply since the previous page is the next message; on another path there is no next message."""
     async with open_stage() as stage:
         session_id = await new_session(stage)
         turn = await start(stage.sessions, session_id, "q")

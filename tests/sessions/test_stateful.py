@@ -1,6 +1,6 @@
-"""Sessions against a simple model of them: generated histories, one thing at a time, each outcome exact.
+"""Sessions against a simple model of them: generated histories, one action at a time, each outcome exact.
 
-Things that happen at the same instant are for ``test_races.py``. Here no two do: callers act a third
+Actions at the same instant are for ``test_races.py``. Here no two actions share an instant: callers act a third
 of a second after a full one, and every timeout and every reply has a fraction of its own.
 """
 
@@ -71,7 +71,7 @@ class ModelTurn:
         return self.state in ("queued", "running")
 
     def next_end(self) -> tuple[float, TurnState, str | None]:
-        """The end that comes if nobody does anything."""
+        """The end of the turn if no caller does anything."""
         causes: list[tuple[float, TurnState, str | None]] = [(self.abandoned, "cancelled", "disconnected")]
         if self.state == "running":
             causes += [(self.started + TURN_TIMEOUT_S, "failed", "turn_timeout"), self._end_of_script()]
@@ -95,7 +95,7 @@ class ModelTurn:
                 return now, "failed", "internal_error"
 
     def text_at(self, now: float) -> str:
-        """What has been said by then."""
+        """The part of the reply that the model has sent by ``now``."""
         due, said = self.started, 0
         for delay in self.script.tokens:
             due += delay
@@ -129,10 +129,10 @@ class Model:
     def __init__(self, *, grace_s: float) -> None:
         self.grace_s = grace_s
         self.sessions: dict[str, ModelSession] = {}
-        self.turns: list[ModelTurn] = []  # of deleted sessions too: their logs are still read
+        self.turns: list[ModelTurn] = []  # turns of deleted sessions too: their logs are still read
 
     def advance(self, until: float) -> None:
-        """Let everything happen that happens by itself."""
+        """Apply everything that happens without a caller until this time."""
         while True:
             candidates = [(*turn.next_end(), turn) for session in self.sessions.values() for turn in session.open]
             if not candidates:
@@ -159,7 +159,7 @@ class Model:
         return session
 
     def check_start(self, session_id: str, on_conflict: OnConflict, parent: str | None, now: float) -> None:
-        """Raise what refuses such a turn."""
+        """Raise the error that refuses such a turn, if one does."""
         open_here = self.sessions[session_id].open if session_id in self.sessions else []
         if open_here and on_conflict == "reject":
             raise TurnInProgressError(open_here[0].id)
@@ -178,7 +178,7 @@ class Model:
         self.turns.append(turn)
         session.use(now)
         if on_conflict == "supersede":
-            for other in reversed(earlier):  # the queued ones first, so that none of them starts
+            for other in reversed(earlier):  # the queued turns first, so that none of them starts
                 self.end(other, now, "cancelled", "superseded")
         self.start_next(session, now)
 
@@ -207,7 +207,7 @@ class Model:
         return len(expired)
 
 
-# What callers do. Turns are picked by a number: the newest open one is 0, those that have ended come last.
+# The callers' actions. A number picks a turn: the newest open turn is 0, turns that have ended come last.
 
 
 class Create(msgspec.Struct, frozen=True):
@@ -300,7 +300,7 @@ histories = st.lists(steps, min_size=10, max_size=40)
 
 @dataclass
 class History:
-    """Does everything twice, with the sessions and with the model, and compares."""
+    """Does every step twice, with the sessions and with the model, and compares."""
 
     sessions: Sessions
     store: MemoryStore
@@ -339,7 +339,7 @@ class History:
         assert found == expected, step
 
     def _in_model(self, step: Step, picked: ModelTurn | None) -> None:
-        """What it raises, if anything; a start is noted once its id is known."""
+        """The type of the error that the step raises, if any; a start is noted once its id is known."""
         model, now = self.model, self.now
         match step:
             case Create(session_id, idle_timeout_s):
@@ -381,7 +381,7 @@ class History:
                 if picked is not None and self.watches[picked.id]:
                     watch = self.watches[picked.id].pop()
                     watch.release()
-                    watch.release()  # twice is once
+                    watch.release()  # a second call changes nothing
             case Watching():
                 log, watch = await sessions.open_events(*ids)
                 assert log.frames() == self.turns[ids[1]].log.frames()
@@ -432,7 +432,7 @@ class History:
         return by_interest[pick] if pick < len(by_interest) else None
 
     def _kept(self, picked: ModelTurn | None) -> ModelTurn:
-        """The picked turn, if its session is there and it in it. Raises what the sessions must."""
+        """The picked turn, if its session exists and has it. Raises the error that the sessions must raise."""
         session = self.model.session(picked.session.id if picked else "a", self.now)
         if picked is None or picked not in session.turns:
             raise TurnNotFoundError("turn_none")
@@ -442,7 +442,7 @@ class History:
         return T0 + timedelta(seconds=self.now)
 
     async def compare(self) -> None:
-        """Whatever can be asked has the answer that the model has."""
+        """Compare every answer of the sessions with the model's."""
         model, now = self.model, self.now
         for session_id in ("a", "b"):
             try:
@@ -483,7 +483,7 @@ class History:
         return False
 
     async def compare_logs(self) -> None:
-        """When all is over: each turn has told its end, once, at the end of its log; the store agrees."""
+        """After the history: each turn's log has one terminal event, at its end; the store agrees."""
         for turn in self.model.turns:
             events = await read_all(self.turns[turn.id].log)
             assert [event.seq for event in events] == list(range(1, len(events) + 1))

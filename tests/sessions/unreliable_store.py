@@ -1,4 +1,4 @@
-"""A store that is slow, refuses and hangs, before it has done its work or after."""
+"""A store that is slow, refuses and hangs, before or after its work."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -14,10 +14,10 @@ HANG_S = 100.0
 
 
 class UnreliableStore:
-    """A memory store behind a bad line. What it does to a call is up to ``random``.
+    """A memory store behind a bad line. ``random`` decides what happens to each call.
 
     Attributes:
-        faulty: Whether calls are refused and hang as well, not only take their time.
+        faulty: Whether calls are also refused and hang, instead of only being slow.
     """
 
     def __init__(self, random: Random, *, faulty: bool) -> None:

@@ -13,14 +13,14 @@ from service.storage.sqlite import open_sqlite_store
 from service.storage.store import Store
 
 MEMORY_DISK = "/dev/shm" if Path("/dev/shm").is_dir() else None
-"""Where files go that tests of behaviour make: what they say about the disk is tested on a disk."""
+"""The folder for the files of tests of behaviour. Promises about the disk are tested on a disk."""
 
 OpenStore = Callable[[], AbstractAsyncContextManager[Store]]
 
 
 @pytest.fixture(params=["memory", "sqlite"])
 def open_store(request: pytest.FixtureRequest) -> OpenStore:
-    """Opens an empty store, another one each time."""
+    """Opens a new, empty store each time."""
     match request.param:
         case "memory":
             return open_memory_store
@@ -32,7 +32,7 @@ def open_store(request: pytest.FixtureRequest) -> OpenStore:
 
 @asynccontextmanager
 async def open_new_sqlite_store() -> AsyncIterator[Store]:
-    """A store in a file of its own, which is gone afterwards."""
+    """A store in a file of its own, which is deleted afterwards."""
     with tempfile.TemporaryDirectory(dir=MEMORY_DISK) as directory:
         async with open_sqlite_store(f"{directory}/lastcall.db") as store:
             yield store
@@ -47,7 +47,7 @@ async def store(open_store: OpenStore) -> AsyncIterator[Store]:
 
 @pytest.fixture(params=["sqlite"])
 def open_shared(request: pytest.FixtureRequest) -> Iterator[OpenStore]:
-    """Opens one and the same store each time, for another owner: of those that outlive their owners."""
+    """Opens the same store each time, for another owner; only stores that outlive their owners."""
     match request.param:
         case "sqlite":
             with tempfile.TemporaryDirectory(dir=MEMORY_DISK) as directory:

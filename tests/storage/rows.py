@@ -1,4 +1,4 @@
-"""Sessions and turns to put into a store, and a look at everything that a store holds."""
+"""Sessions and turns for a store, and functions that read all of its contents."""
 
 from collections.abc import Awaitable, Callable, Iterable
 from datetime import UTC, datetime, timedelta
@@ -11,7 +11,7 @@ from service.storage.records import EndState, Item, Page, SessionRecord, TurnRec
 from service.storage.store import Store
 
 T0 = datetime(2026, 3, 1, 12, 0, 0, 123456, tzinfo=UTC)
-"""When everything begins. With microseconds: a store that drops them fails."""
+"""The first moment of the tests. With microseconds: a store that drops them fails."""
 
 IDLE_TIMEOUT_S = 60.0
 PAGES_MAX = 100
@@ -62,7 +62,7 @@ def ended(
     usage: Usage | None = None,
     now: datetime = T0,
 ) -> TurnRecord:
-    """The turn as it is given to ``end_turn``."""
+    """The ended turn, as ``end_turn`` takes it."""
     output = []
     if reasoning:
         output.append(Item(id=f"{turn.id}-reasoning", type="reasoning", role="assistant", text=reasoning))

@@ -1,4 +1,4 @@
-"""What only the memory store promises."""
+"""The promises of the memory store beyond the contract."""
 
 from collections.abc import Awaitable, Callable
 from datetime import datetime

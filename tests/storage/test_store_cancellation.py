@@ -1,4 +1,4 @@
-"""A call to a store that is cancelled, wherever it waits, leaves all of its step behind or nothing."""
+"""A store call that is cancelled, at whichever wait, leaves its whole step behind or nothing."""
 
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ from tests.storage.conftest import OpenStore
 from tests.storage.rows import IDLE_TIMEOUT_S, T0, Contents, a_session, a_turn, at, contents, ended
 
 WAITS_MAX = 500
-"""No single call waits more often than this."""
+"""More waits than any single call has."""
 
 
 class CancelAtWait(trio.abc.Instrument):
-    """Cancels the current task's scope at the moment it has begun to wait for the ``nth`` time."""
+    """Cancels the current task's scope at the moment when the task begins its ``nth`` wait."""
 
     def __init__(self, nth: int, scope: trio.CancelScope) -> None:
         self._left = nth
@@ -36,7 +36,7 @@ class CancelAtWait(trio.abc.Instrument):
 
 
 async def _called_and_cancelled(call: Callable[[], Awaitable[object]], nth: int) -> bool:
-    """Make a call and cancel it at its ``nth`` wait (0: before it begins); whether that hit it."""
+    """Make a call and cancel it at its ``nth`` wait (0: before it begins). Returns whether the call was cancelled."""
     with trio.CancelScope() as scope:
         if nth == 0:
             scope.cancel()
@@ -51,7 +51,7 @@ async def _called_and_cancelled(call: Callable[[], Awaitable[object]], nth: int)
 
 @dataclass
 class Everything:
-    """What is in a store, seen by its readers and by those who look at hidden sessions."""
+    """The contents of a store: the visible ones, and those of hidden sessions."""
 
     visible: Contents
     earlier: Contents
@@ -61,7 +61,7 @@ class Everything:
 
 
 async def _look(store: Store) -> Everything:
-    """All that can be found out about a store; the last look at it, because it tries what is left to remove."""
+    """Read everything from a store. Use it last: the read also removes expired sessions."""
     now = at(IDLE_TIMEOUT_S)
     hidden: list[object] = []
     for session_id, turn_id in [("old", "told"), ("s", "t"), ("s", "queued"), ("s", "new"), ("marked", "tm")]:

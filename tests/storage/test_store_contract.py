@@ -1,4 +1,4 @@
-"""What every store does: each sentence of :class:`service.storage.store.Store`, as a test."""
+"""The contract of every store: each sentence of :class:`service.storage.store.Store` as a test."""
 
 import base64
 import inspect
@@ -152,7 +152,7 @@ async def test_a_new_idle_timeout_holds_at_once(store: Store, idle_timeout_s: fl
     assert patched.expires_at == at(10 + idle_timeout_s)
 
 
-# Who is not there
+# Sessions and turns that do not exist
 
 
 async def _unknown(store: Store) -> None:
@@ -388,7 +388,7 @@ async def test_removing_takes_marked_sessions_only_and_may_be_repeated(store: St
     await store.mark_deleted("s", now=T0)
     await store.remove_deleted("s")
     await store.create_session(a_session(), now=T0)
-    await store.remove_deleted("s")  # late: the id has a new owner
+    await store.remove_deleted("s")  # a late removal: the id belongs to a new session
     assert await store.count_sessions(status=None, now=T0) == 2
 
 
@@ -426,7 +426,7 @@ async def test_the_longest_expired_go_first_and_at_most_as_many_as_allowed(store
         await store.create_session(a_session(f"s{n}", idle_timeout_s=idle_timeout_s), now=T0)
     assert await store.delete_expired(now=at(9), limit=10) == 0
     assert await store.delete_expired(now=at(40), limit=2) == 2
-    # Seen from the past: 10 and 20 are gone, 30 and 40 wait for the next sweep.
+    # At T0, in the past: 10 and 20 are gone, 30 and 40 wait for the next sweep.
     assert [session.id for session in await all_sessions(store, now=T0)] == ["s4", "s2", "s0"]
     assert await store.delete_expired(now=at(40), limit=2) == 2
     assert await store.delete_expired(now=at(40), limit=2) == 0
@@ -470,11 +470,11 @@ async def test_a_use_moves_the_deadline(store: Store, use: Callable[[Store], Awa
     await use(store)
     session = await store.get_session("s", now=at(50))
     assert (session.last_accessed_at, session.expires_at) == (at(50), at(50 + IDLE_TIMEOUT_S))
-    # The old deadline means nothing any more ...
+    # The old deadline has no effect any more ...
     assert await store.delete_expired(now=at(IDLE_TIMEOUT_S), limit=10) == 0
     if session.open_turns:
         await store.end_turn(ended(a_turn()), events=[], now=at(50))
-    # ... and the new one everything, once.
+    # ... and the new one removes the session, once.
     assert await store.delete_expired(now=at(49 + IDLE_TIMEOUT_S), limit=10) == 0
     assert await store.delete_expired(now=at(50 + IDLE_TIMEOUT_S), limit=10) == 1
     assert await store.delete_expired(now=at(500), limit=10) == 0
@@ -677,7 +677,7 @@ async def test_turns_are_listed_in_the_order_of_their_acceptance(store: Store) -
     await store.create_session(a_session("other"), now=T0)
     names = ["b", "c", "a", "e", "d"]
     for n, name in enumerate(names):
-        # Clocks may run backwards; the order stands.
+        # Clocks may run backwards; the order stays.
         turn = msgspec.structs.replace(a_turn(name), created_at=at(-n))
         await store.begin_turn(turn, now=T0)
         await store.begin_turn(a_turn(f"other-{name}", "other"), now=T0)
@@ -836,7 +836,7 @@ ROUNDS = 12
 
 
 async def _both(first: Callable[[], Awaitable[object]], second: Callable[[], Awaitable[object]]) -> list[object]:
-    """Run both at once; what each returned or raised."""
+    """Run both calls at once; the result or the error of each."""
     results: list[object] = [None, None]
 
     async def run(n: int, call: Callable[[], Awaitable[object]]) -> None:
@@ -883,7 +883,7 @@ async def test_one_of_two_ends_wins(store: Store) -> None:
 async def test_a_session_is_used_or_expires_but_never_both(store: Store) -> None:
     deadline = at(IDLE_TIMEOUT_S)
     for n in range(ROUNDS):
-        # The user's clock is a moment behind the sweep's: for it the session is still there.
+        # The user's clock is a moment behind the sweep's: by this clock the session still exists.
         await store.create_session(a_session(f"s{n}"), now=T0)
         turn = a_turn(f"t{n}", f"s{n}")
         used, removed = await _both(

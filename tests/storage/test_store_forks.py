@@ -1,4 +1,4 @@
-"""What every store does when a session is forked: the copy is whole, its own, and there at once or not at all."""
+"""Forks in every store: the copy is whole, independent, and there at once or not at all."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -37,7 +37,7 @@ async def _add(store: Store, turn: TurnRecord, state: EndState = "completed", **
 
 
 async def _tree(store: Store) -> None:
-    """``a`` with ``b`` and ``c`` after it, each with ``usage``; then ``d`` after ``b``, which is the head."""
+    """Store ``a`` with ``b`` and ``c`` after it, each with ``usage``; then the head ``d``, after ``b``."""
     settings = {"title": "T", "model": "m", "system_message": "Be brief.", "metadata": {"a": "b"}}
     await store.create_session(msgspec.structs.replace(a_session(), **settings), now=T0)
     usage = Usage(input_tokens=1, output_tokens=2)
@@ -48,7 +48,7 @@ async def _tree(store: Store) -> None:
 
 
 def _without_ids(turns: Sequence[TurnRecord]) -> list[TurnRecord]:
-    """Turns as they are in any copy; the ids and parents are checked to make a path, unlike any other's."""
+    """The turns without ids, as in any copy. Checks that their ids are distinct and their parents make a path."""
     parents = [None, *(turn.id for turn in turns)]
     assert [turn.parent for turn in turns] == parents[: len(turns)]
     assert len({turn.id for turn in turns}) == len(turns)
@@ -243,7 +243,7 @@ ROUNDS = 12
 
 
 async def _at_once(*calls: Callable[[], Awaitable[object]]) -> list[object]:
-    """Run them at once; what each returned, or the type of what it raised."""
+    """Run the calls at once; the result of each, or the type of its error."""
     results: list[object] = [None] * len(calls)
 
     async def run(n: int, call: Callable[[], Awaitable[object]]) -> None:

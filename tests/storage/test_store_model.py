@@ -19,7 +19,7 @@ from service.storage.store import Store
 from tests.storage.conftest import OpenStore
 from tests.storage.rows import a_session, a_turn, all_turns, at, ended
 
-# Each example opens a store of its own; the fixture is only the way to one.
+# Each example opens a store of its own; the fixture only provides the function that opens it.
 histories = settings(
     max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
@@ -27,7 +27,7 @@ histories = settings(
 
 @dataclass
 class Model:
-    """A store as anybody would write it who had never more than ten rows: every question is a scan."""
+    """The simplest store, for at most ten rows: every query is a scan."""
 
     sessions: dict[str, SessionRecord] = field(default_factory=dict)
     marked: set[str] = field(default_factory=set)
@@ -136,7 +136,7 @@ class Model:
         return found
 
 
-# A history is a list of steps over a few names, so that they meet.
+# A history is a list of steps over a few names, so that steps meet.
 
 session_ids = st.sampled_from(["a", "b", "c"])
 picks = st.integers(0, 5)  # an earlier turn, counted from the newest
@@ -214,7 +214,7 @@ steps = st.one_of(
 
 @dataclass
 class History:
-    """Takes the same steps in a store and in the model."""
+    """Does the same steps in a store and in the model."""
 
     store: Store
     model: Model
@@ -229,7 +229,7 @@ class History:
         return self.begun[-1 - pick] if pick < len(self.begun) else a_turn("never")
 
     async def take(self, step: Step) -> None:
-        """The step in both; they return or raise the same."""
+        """Do the step in both, and check that both return or raise the same."""
         if isinstance(step, Wait):
             self.seconds = max(0, self.seconds + step.seconds)
             return
@@ -237,7 +237,7 @@ class History:
         assert found == expected, step
 
     def _turn(self, step: Begin) -> TurnRecord:
-        """The turn that both are given, a new one each time."""
+        """The turn for both, a new one each time."""
         return a_turn(
             f"t{len(self.begun)}",
             step.session_id,
@@ -308,7 +308,7 @@ class History:
         return a_session(session_id, created=self.seconds, idle_timeout_s=idle_timeout_s)
 
     async def compare(self) -> None:
-        """Both hold the same, whichever way one looks."""
+        """Check that all queries give the same for both."""
         store, model, now = self.store, self.model, self.now
         for status in STATUSES:
             listing = model.listing(status, now)

@@ -1,4 +1,4 @@
-"""What a store does that outlives its owner and is shared by several: whose turns are whose, and who ends them."""
+"""Stores that outlive their owner and have several: the owner of each turn, and the owner that ends it."""
 
 import msgspec
 import pytest
@@ -173,7 +173,7 @@ async def test_a_session_whose_turns_run_elsewhere_takes_no_turn_here(open_share
         assert (owner.fence, owner.address) == (refused.value.fence, refused.value.address)
         assert await there.find_owner("s") is None
         assert await contents(here, now=T0) == before
-        # Once they have ended anybody may go on.
+        # Once the turns have ended, any owner may go on.
         await there.end_turn(ended(a_turn()), events=[], now=at(1))
         assert await here.find_owner("s") is None
         await here.begin_turn(a_turn("t2"), now=at(1))
@@ -218,7 +218,7 @@ async def test_an_owner_that_was_taken_for_dead_cannot_end_its_turn_again(open_s
 
 
 def _forget_lock(store: Store) -> None:
-    """What a store believes of itself does not count."""
+    """Release the store's lock without its knowledge: only the lock counts for other owners."""
     store._ownership.close()  # type: ignore[attr-defined]
 
 
@@ -253,7 +253,7 @@ async def test_a_checkpoint_that_is_given_again_replaces_what_is_beyond_it(open_
     async with open_shared() as store:
         await _begin(store, "t")
         await store.checkpoint_turns([a_checkpoint("t", "He", b"1")])
-        await store.checkpoint_turns([a_checkpoint("t", "l", b"2", after=1)])  # the answer to it got lost
+        await store.checkpoint_turns([a_checkpoint("t", "l", b"2", after=1)])  # the answer to this call is lost
         await store.checkpoint_turns([a_checkpoint("t", "llo", b"2", b"3", after=1)])
     async with open_shared() as store:
         await store.recover(now=T0)

@@ -237,7 +237,7 @@ async def test_hypercorn_still_waits_for_a_client_that_has_sent_more(serve: Serv
 
 @pytest.mark.removal
 async def test_bytes_that_hypercorn_cannot_parse_still_end_all_of_it(serve: Serve) -> None:
-    """Fails once such bytes end only their connection. With our connections: ``tests/process/test_malformed.py``."""
+    """This test fails once such bytes end only their connection. Ours do: ``tests/process/test_malformed.py``."""
     data = GET.replace(
         b"\r\n\r\n", b"\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAM\r\n\r\n"
     )

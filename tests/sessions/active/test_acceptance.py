@@ -1,4 +1,4 @@
-"""The acceptance of a turn: of all that it writes and counts, everything is there or nothing."""
+"""The acceptance of a turn: either all of its writes and counts exist, or none."""
 
 from collections.abc import Awaitable, Callable
 from datetime import datetime
@@ -31,7 +31,7 @@ CHAT = NewTurn(text="hi", creates_session=True)
 
 
 class AnswersLate(MemoryStore):
-    """A step is done some time before its answer is here."""
+    """Does each step some time before its answer arrives."""
 
     async def create_session(self, session: SessionRecord, *, now: datetime) -> None:
         await super().create_session(session, now=now)
@@ -44,7 +44,7 @@ class AnswersLate(MemoryStore):
 
 
 class Hangs(MemoryStore):
-    """One kind of step does not go on before it is told to."""
+    """One kind of step waits until ``goes_on`` is set."""
 
     def __init__(self, step: str) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Hangs(MemoryStore):
 
 
 async def started_and_cancelled(stage: Stage, nth: int) -> tuple[bool, bool]:
-    """Start a turn that creates its session, and cancel that at its ``nth`` wait: whether it was, and is accepted."""
+    """Start a turn that creates its session, cancelled at its ``nth`` wait. Returns: was it cancelled, and accepted?"""
     accepted = False
     with trio.CancelScope() as scope:
         if nth == 0:

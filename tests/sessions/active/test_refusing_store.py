@@ -1,4 +1,4 @@
-"""What is left behind when the store refuses, and how it is mended."""
+"""The state after the store refuses a write, and its repair."""
 
 from collections.abc import Callable
 from datetime import datetime
@@ -19,7 +19,7 @@ from tests.sessions.turns.test_turns import start
 
 
 class FullDisk(MemoryStore):
-    """Reads work; the named steps are refused until it is mended, for everybody or for one turn."""
+    """Reads work; the store refuses the steps in ``refused``, for all turns or for one."""
 
     def __init__(self, *refused: str, only_turn: int | None = None) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class FullDisk(MemoryStore):
 
 
 async def end_turns(stage: Stage, count: int) -> list[str]:
-    """Run as many turns, each in a session of its own, to an end; the ids of the sessions."""
+    """Run ``count`` turns to their ends, each in a session of its own, and return the ids of the sessions."""
     ids = []
     for number in range(count):
         session = await stage.sessions.create_session(NewSession())
@@ -161,7 +161,7 @@ async def test_what_breaks_the_store_is_given_up_and_holds_up_no_other(autojump_
 
 
 async def test_an_end_that_is_not_the_stores_any_more_is_not_told_as_stored(autojump_clock: MockClock) -> None:
-    """Another process took this one for dead."""
+    """Another process took this process for dead."""
 
     class Fenced(MemoryStore):
         async def end_turn(self, *_: object, **__: object) -> bool:
@@ -230,7 +230,7 @@ async def test_a_recovery_may_take_many_steps_but_none_too_long(
 
 
 async def test_what_is_written_to_see_whether_that_works_is_seen_by_nobody(autojump_clock: MockClock) -> None:
-    """Not if the clock is set back, either."""
+    """This is also true after the clock is set back."""
     async with open_stage() as stage:
         stage.sessions.pending_writes.refusal = StoreError("of a write that nobody tries again")
         await stage.sessions.pending_writes.settle()

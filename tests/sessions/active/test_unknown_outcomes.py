@@ -1,4 +1,4 @@
-"""Writes whose outcome is not known when their callers get an answer: found out afterwards, until all agree again.
+"""Writes whose outcome is unknown when their callers get an answer; later the sessions find out, and all agree again.
 
 For each write of the store: it takes longer than ``store_timeout_s``, and then happens or does not.
 """
@@ -25,13 +25,13 @@ from tests.sessions.turns.test_turns import start
 
 TIMEOUT_S = 5.0
 SETTLED_S = 6.5 + 2 * INTERVAL_S
-"""After this the write is over and the recovery loop has come round since."""
+"""After this time the write is over and the recovery loop has run since."""
 
 outcomes = pytest.mark.parametrize("outcome", ["lands", "is lost"])
 
 
 class Scene(Stage):
-    """A stage on a late store, with the recovery loop, a session ``s`` and a turn in it that runs."""
+    """A stage on a late store, with the recovery loop, a session ``s`` and a running turn in it."""
 
     store: LateStore
     turn: Turn
@@ -156,7 +156,7 @@ async def test_memory_and_store_agree_after_a_write_whose_outcome_was_unknown(
 
 
 async def check_usable(scene: Scene, session_id: str) -> None:
-    """The session is there, with nothing open, and takes a turn; or it is not, and can be created."""
+    """Check that the session exists, has no open turn and takes a turn, or does not exist and can be created."""
     assert not await scene.store.is_marked(session_id)
     there = await is_there(scene, session_id)
     with suppress(SessionExistsError):
@@ -174,7 +174,7 @@ async def check_usable(scene: Scene, session_id: str) -> None:
     await scene.sessions.create_session(NewSession(id=session_id))
 
 
-# What callers are told on the way
+# Answers to callers while an outcome is unknown
 
 
 async def test_a_deletion_that_the_store_marks_later_than_it_was_waited_for_is_finished(
@@ -262,7 +262,7 @@ async def test_unsettled_deletions_are_bounded(autojump_clock: MockClock, monkey
             await scene.sessions.delete_session("s")
         with pytest.raises(StoreError, match="too many deletions"):
             await scene.sessions.delete_session("other")
-        await scene.sessions.delete_session("s")  # is about the one that is unsettled
+        await scene.sessions.delete_session("s")  # this deletion is about the unsettled session
         await scene.sessions.delete_session("other")
 
 
@@ -276,7 +276,7 @@ async def test_a_session_whose_creation_was_unknown_is_there_or_can_be_created(
             await scene.sessions.create_session(NewSession(id="new"))
         assert not await is_there(scene, "new"), "it is not there yet"
         if outcome == "lands":
-            with pytest.raises(SessionExistsError):  # in the order of the writes: it has landed by then
+            with pytest.raises(SessionExistsError):  # writes keep their order: the first creation has landed by then
                 await scene.sessions.create_session(NewSession(id="new"))
         else:
             await scene.sessions.create_session(NewSession(id="new"))
@@ -305,7 +305,7 @@ async def test_an_end_that_was_not_kept_is_in_the_prompt_of_the_next_turn(autoju
         scene.store.late, scene.store.outcome = "end_turn", "is lost"
         scene.reply.finish()
         assert not (await scene.turn.wait_ended()).stored
-        await start(scene.sessions, "s", "and then?")  # before the recovery loop has come round
+        await start(scene.sessions, "s", "and then?")  # before the recovery loop has run
         request = (await scene.puppet.next_reply()).request
         assert [message.text for message in request.messages] == ["first", "so far", "and then?"]
         assert scene.turn.stored

@@ -26,7 +26,7 @@ from service.sessions.events.events import (
 from service.storage.records import Failure
 
 MIB = 1024 * 1024
-texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)  # lone surrogates never get this far
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)  # lone surrogates never reach an event
 seqs = st.integers(1, 2**53)
 counts = st.integers(0, 2**31)
 
@@ -51,7 +51,7 @@ def _filled(*sizes: int) -> EventLog:
 
 @st.composite
 def paces(draw: st.DrawFn) -> tuple[int, int, int, list[int]]:
-    """A reader: when it joins, after which seq, how much it takes at once, how long it stalls between."""
+    """A reader: when it joins, after which seq, how many bytes it takes at once, how long it stalls in between."""
     return (
         draw(st.integers(0, 15)),
         draw(st.integers(0, 6)),
@@ -317,7 +317,7 @@ events: st.SearchStrategy[Event] = st.one_of(
 
 
 LINE_ENDS = "".join(map(chr, (*range(0x20), 0x7F, 0x85, 0xA0, 0x2028, 0x2029)))
-"""All that some client takes for one, and their like."""
+"""Every character that some client takes for a line end, and similar characters."""
 
 
 @given(events)
@@ -329,7 +329,7 @@ def test_a_frame_is_its_event(event: Event) -> None:
 @given(events)
 @example(TurnDelta(seq=1, text=LINE_ENDS))
 def test_a_frame_is_one_event_for_any_reader_of_event_streams(event: Event) -> None:
-    r"""Whatever is in the text (CR, LF, ``data: ``): two lines and an empty one, with any of the three line ends."""
+    r"""With any text (CR, LF, ``data: ``) a frame has two lines and an empty one, with any of the three line ends."""
     frame = encode_frame(event)
     assert frame.endswith(b"\n\n")
     assert b"\r" not in frame

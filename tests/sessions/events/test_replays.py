@@ -1,4 +1,4 @@
-"""Replays of turns that are over: one log for all who read the same one, exact whatever happens meanwhile."""
+"""Replays of turns that have ended: all readers of one turn share a log, and it is exact in every situation."""
 
 import gc
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ ENDED = msgspec.structs.replace(ended(RUNNING, text="123"), last_seq=4)
 
 
 class Kept(MemoryStore):
-    """Holds one turn, which has ended; counts how often its events are read."""
+    """A store with one turn, which has ended; counts how often its events are read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Kept(MemoryStore):
 
 
 class EndsMeanwhile(Kept):
-    """Another process runs the turn at first; it ends just before the reading that ``at`` names."""
+    """At first another process runs the turn; the turn ends just before the read that ``at`` names."""
 
     def __init__(self, at: str) -> None:
         super().__init__()

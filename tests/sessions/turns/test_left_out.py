@@ -1,4 +1,4 @@
-"""What does not go to the model: too long for it, refused by it, or beyond the bound; and what is told of it."""
+"""Texts that do not go to the model (too long, refused by it, or beyond the bound), and the report of them."""
 
 from collections.abc import Sequence
 
@@ -26,7 +26,7 @@ async def _start(stage: Stage, text: str, **new: object) -> Turn:
 
 
 async def _say(stage: Stage, text: str, reply: str = "R", **new: object) -> TurnRecord:
-    """A whole turn."""
+    """Run a whole turn."""
     turn = await _start(stage, text, **new)
     while not turn.ended.is_set():
         with trio.move_on_after(1):
@@ -69,7 +69,7 @@ async def test_what_is_too_long_is_tried_once_more_without_the_oldest_turns(auto
         kept = await stage.store.get_turn("s", turn.id, now=stage.clock())
         assert kept.left_out == LeftOut(6, 153)
         assert replay_kept(kept, await stage.store.read_events("s", turn.id)) is not None
-        # The next turn begins where this one was answered, and the model is asked once.
+        # The next turn begins with the prompt that was answered here, and asks the model once.
         asked = len(stage.puppet.asked)
         assert (await _say(stage, "next")).left_out == LeftOut(6, 153)
         assert len(stage.puppet.asked) == asked + 1

@@ -1,4 +1,4 @@
-"""The prompt of a turn: roles alternate on every path, and what a turn contributes follows from its end."""
+"""The prompt of a turn: roles alternate on every path, and a turn's end decides its part of the prompt."""
 
 from collections.abc import Sequence
 
@@ -27,7 +27,7 @@ REFUSALS = CODES[2:]
 
 @st.composite
 def paths(draw: st.DrawFn) -> list[TurnRecord]:
-    """A path to a turn that runs, over turns that ended in every way."""
+    """A path to a running turn, over turns with every kind of end."""
     ended = draw(
         st.lists(
             st.tuples(st.sampled_from(ENDS), st.lists(texts, min_size=1, max_size=2), replies, st.sampled_from(CODES)),
@@ -215,7 +215,7 @@ def test_a_blank_input_stays_where_there_is_nothing_else() -> None:
     assert _in_short(build_prompt(path, system_message=None, bytes_max=EVERYTHING).messages) == ["u: \t"]
 
 
-# What is left out
+# Turns that are left out
 
 
 def _left_out(*turns: TurnRecord, bytes_max: int = EVERYTHING, older: LeftOut = LeftOut()) -> LeftOut | None:  # noqa: B008  immutable
@@ -251,7 +251,7 @@ LONG = [_ended("completed", str(n) * 100, "R") for n in range(1, 9)]
 
 
 def _kept(said: list[str]) -> int:
-    """How many turns before the last one a prompt has."""
+    """The number of turns before the last one that a prompt has."""
     assert said[0] == "s: S"
     assert said[-1] == "u: now"
     return (len(said) - 2) // 2
@@ -324,7 +324,7 @@ def test_answered_turns_are_all_there_in_order_and_nothing_is_added(path: list[T
 
 
 def _is_made_of(text: str, pieces: Sequence[str]) -> bool:
-    """Whether a text is some of these pieces in order: those that are repeated, blank or suspected are left away."""
+    """Whether a text is some of these pieces in order: a prompt omits repeated, blank and suspected pieces."""
     if not pieces:
         return text == ""
     first = f"{pieces[0]}\n\n"
@@ -344,7 +344,7 @@ def test_a_bounded_prompt_is_that_of_the_newest_turns_and_within_its_bound(
     assert prompt in suffixes, "whole turns, no holes, always the last"
     size = sum(len(message.text.encode()) for message in prompt)
     assert size <= bytes_max or prompt == suffixes[-1]
-    if whole is None:  # and as many of them as fit; what is merged or repeated may be counted where it is not needed
+    if whole is None:  # and as many turns as fit; the count may include merged or repeated texts that the prompt omits
         system_bytes = len((system_message or "").encode())
         for start in range(suffixes.index(prompt)):
             brought = sum(turn.in_prompts.bytes + 2 * (1 + len(turn.input)) for turn in path[start:])

@@ -1,7 +1,7 @@
 """Everything at once: generated histories in which callers, replies, timeouts and the store meet at the same instants.
 
-All that happens here happens at full seconds, in an order that Trio draws anew. What must come of it is not one
-outcome but what holds for each: a turn ends once, for a cause that there was, and leaves nothing behind.
+Everything here happens at full seconds, in an order that Trio draws anew each time. The tests do not expect one
+outcome. They check each outcome: a turn ends once, for a cause that existed, and leaves nothing behind.
 """
 
 from collections import defaultdict
@@ -56,7 +56,7 @@ TERMINAL = TurnCompleted | TurnFailed | TurnCancelled | TurnInterrupted
 
 
 class Start(msgspec.Struct, frozen=True):
-    """``stays_s``: how long the caller stays once the turn is accepted; ``patience_s``: how long it waits for that."""
+    """``patience_s``: how long the caller waits for the acceptance; ``stays_s``: how long it stays afterwards."""
 
     session_id: str
     script: Script
@@ -145,7 +145,7 @@ class Races:
     client: ScriptedReplies
     accepted: list[Accepted] = field(default_factory=list)
     keys: int = 0
-    # What has been asked, before it was: the causes that there can be.
+    # The possible causes of ends, each noted before its request is made.
     cancelled: set[str] = field(default_factory=set)
     superseded: set[str] = field(default_factory=set)
     deleted: set[str] = field(default_factory=set)
@@ -155,7 +155,7 @@ class Races:
         return T0 + timedelta(seconds=trio.current_time())
 
     async def act(self, act: Act) -> None:
-        """One caller; being refused is an answer."""
+        """Run one caller; a refusal is a valid answer."""
         with suppress(RefusedError, StoreError):
             match act:
                 case Start():
@@ -203,7 +203,7 @@ class Races:
             await self._stay(picked, log, watch, stays_s)
 
     async def _stay(self, accepted: Accepted, log: EventLog, watch: Watch, stays_s: int) -> None:
-        """Read until the end, or until the time comes to leave."""
+        """Read until the end, or until the caller's time is over."""
         try:
             with watch, trio.move_on_after(stays_s):
                 events = await read_all(log)
@@ -215,7 +215,7 @@ class Races:
     def _picked(self, pick: int) -> Accepted | None:
         return self.accepted[-1 - pick] if pick < len(self.accepted) else None
 
-    # What holds afterwards
+    # Checks afterwards
 
     async def check_ends(self) -> None:
         for accepted in self.accepted:
@@ -228,20 +228,20 @@ class Races:
         assert self.client.open == {}, "every upstream stream is closed"
 
     async def check_answers(self) -> None:
-        """No turn that ended is said to be open, whether its end is in the store yet or not."""
+        """Check that no ended turn is shown as open, even if its end is not in the store yet."""
         for turn in (accepted.turn for accepted in self.accepted):
             with suppress(RefusedError):
                 assert as_kept(await self.sessions.get_turn(turn.session_id, turn.id)) == as_kept(turn.record())
 
     def check_interrupted_at(self, moment: datetime) -> None:
-        """Nothing went on after ``moment`` but the close of upstream streams."""
+        """Check that after ``moment`` only the closes of upstream streams went on."""
         for accepted in self.accepted:
             ended_at = accepted.turn.record().ended_at
             assert ended_at is not None
             assert ended_at <= max(moment, accepted.at) + timedelta(seconds=1)
 
     def check_cause(self, accepted: Accepted, record: TurnRecord) -> None:
-        """It ended for a cause that there was."""
+        """Check that the turn ended for a cause that existed."""
         script = accepted.start.script
         full = "".join(token(accepted.key, number) for number in range(1, len(script.tokens) + 1))
         assert full.startswith(record.text)
@@ -275,7 +275,7 @@ class Races:
                 pytest.fail(f"{other} is no end")
 
     async def check_store(self) -> None:
-        """It agrees with the logs, nothing in it is open, and each turn has the one before it as its parent."""
+        """Check that the store agrees with the logs, has no open turn, and each turn's parent is the turn before it."""
         store, now = self.store.inner, self.clock()
         page = await store.list_sessions(limit=100, after=None, status=None, now=now)
         for session in page.data:
@@ -311,7 +311,7 @@ class Races:
 
 
 def check_events(events: Sequence[Event], record: TurnRecord) -> None:
-    """They are one whole story, and the record tells the same."""
+    """Check that the events are one whole story, and that the record tells the same."""
     assert [event.seq for event in events] == list(range(1, len(events) + 1))
     assert [isinstance(event, TERMINAL) for event in events] == [False] * (len(events) - 1) + [True]
     story = [kind for kind in kinds(list(events)) if kind != "turn.delta"]
@@ -324,12 +324,12 @@ def check_events(events: Sequence[Event], record: TurnRecord) -> None:
 
 
 def as_kept(turn: TurnRecord) -> TurnRecord:
-    """The turn without what was told of its end: that it was not stored, at that moment."""
+    """The turn as the store has it: never with the note that its end was not stored."""
     return msgspec.structs.replace(turn, stored=True)
 
 
 def as_if_stored(frames: Sequence[bytes]) -> list[bytes]:
-    """The events with a last one that does not say that it was not stored: what is kept of them never says so."""
+    """The events as the store has them: the last one never says that it was not stored."""
     return [*frames[:-1], frames[-1].replace(b',"stored":false', b"")]
 
 
@@ -392,7 +392,7 @@ common = settings(phases=set(Phase) - {Phase.explain}, suppress_health_check=[He
     ending=st.sampled_from(["rest", "drain", "unwind"]),
     faulty=st.booleans(),
     seed=st.integers(0, 2**32),
-    order=st.random_module(),  # in which Trio runs what is ready
+    order=st.random_module(),  # the order in which Trio runs the ready tasks
 )
 def test_whatever_meets_each_turn_ends_once_and_nothing_is_left(
     history: list[list[Act]], ending: Ending, faulty: bool, seed: int, order: object
@@ -404,11 +404,11 @@ def test_whatever_meets_each_turn_ends_once_and_nothing_is_left(
         )
 
 
-# What such histories have found once.
+# Cases that such histories found once.
 
 
 async def test_client_that_comes_back_at_the_very_moment_of_its_abandonment(autojump_clock: MockClock) -> None:
-    """It finds a turn that goes on, or one that was cancelled; Trio draws which."""
+    """The client finds a running turn, or a cancelled one; Trio draws which."""
     ends = set()
     async with open_stage(disconnect_grace_s=1) as stage:
         for _ in range(20):

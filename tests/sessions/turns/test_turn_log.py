@@ -23,7 +23,7 @@ def ends_in(log: str) -> list[dict[str, Any]]:
 
 
 class RefusingStore(MemoryStore):
-    """Takes no end of a turn while it refuses."""
+    """A store that refuses the end of a turn while ``refuses`` is set."""
 
     refuses = False
 
@@ -35,7 +35,7 @@ class RefusingStore(MemoryStore):
 
 
 async def start(stage: Stage, request_id: str | None = "req_1", **fields: Any) -> Turn:
-    with log_context(request_id=request_id):  # as a request has it: the session's task is started in it
+    with log_context(request_id=request_id):  # the context of a request: the session's task starts in it
         turn, watch = await stage.sessions.start_turn("s", NewTurn(text=SECRET, request_id=request_id, **fields))
     if fields.get("background"):
         watch.release()
@@ -127,7 +127,7 @@ async def test_an_end_that_the_store_refused_is_a_warning_and_told_once(autojump
 
 @pytest.mark.parametrize("turns", [1, 2])
 async def test_a_retry_names_its_own_session_turn_request_and_upstream(autojump_clock: MockClock, turns: int) -> None:
-    """Also where the turn's task was started by the request of another turn."""
+    """This is also true if the request of another turn started the session's task."""
     with kept_log("json") as read:
         async with open_stage(queued_turns_max=2) as stage:
             retrying = RetryingClient(stage.puppet, retries_max=1)

@@ -1,4 +1,4 @@
-"""A turn from its acceptance to its end: one terminal event, whatever happens to it."""
+"""A turn from its acceptance to its end: in every situation it has one terminal event."""
 
 import pytest
 import trio
@@ -26,7 +26,7 @@ from tests.sessions.puppet import Stage, kinds, open_stage, read_all
 
 
 async def start(sessions: Sessions, session_id: str, text: str = "hi", **new: object) -> Turn:
-    """Start a background turn, which no watch can end."""
+    """Start a background turn: it does not end when its watchers leave."""
     turn, watch = await sessions.start_turn(session_id, NewTurn(text=text, background=True, **new))  # type: ignore[arg-type]
     watch.release()
     return turn
@@ -272,7 +272,7 @@ async def test_the_first_deadline_is_the_end_though_another_passes_while_the_cli
         await wait_all_tasks_blocked()
         watch.release()
         await trio.sleep(5)
-        turn.watch()  # it comes too late
+        turn.watch()  # this watch comes too late
         assert (await turn.wait_ended()).reason == "disconnected"
 
 
@@ -400,7 +400,7 @@ async def test_unwinding_the_tree_interrupts_running_and_queued_turns(autojump_c
         (await stage.puppet.next_reply()).say("part")
         queued = await start(stage.sessions, session.id, on_conflict="queue")
         await wait_all_tasks_blocked()
-        # One that the session's task has not even seen yet:
+        # A turn that the session's task has not seen yet:
         unseen = await start(stage.sessions, session.id, on_conflict="queue")
     for turn, length in ((running, 4), (queued, 0), (unseen, 0)):
         last = (await read_all(turn.log))[-1]
@@ -409,7 +409,7 @@ async def test_unwinding_the_tree_interrupts_running_and_queued_turns(autojump_c
 
 
 class RefusingStore(MemoryStore):
-    """A store that refuses or hangs at the end of a turn, until it is mended."""
+    """A store that refuses or hangs at the end of a turn, until ``mended`` is set."""
 
     def __init__(self, *, hang: bool) -> None:
         super().__init__()

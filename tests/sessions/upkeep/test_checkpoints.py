@@ -1,4 +1,4 @@
-"""What running turns reply is kept as they go, and what a crash leaves of it can be read."""
+"""Checkpoints store the replies of running turns, and a reader gets the part that survives a crash."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ from tests.storage.rows import a_turn, ended
 
 
 class Recording(MemoryStore):
-    """Notes its checkpoints, and refuses those that it is told to."""
+    """Records the checkpoints, and refuses as many as ``refusals`` says."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ async def test_many_large_turns_are_kept_in_several_calls(
         assert [len(call) for call in store.calls] == [2, 2, 1]
 
 
-# What a crash leaves
+# After a crash
 
 FRAMES = [encode_frame(TurnDelta(seq=seq, text=f"{seq} ")) for seq in (1, 2, 3)]
 CRASHED = msgspec.structs.replace(
@@ -149,7 +149,7 @@ CRASHED = msgspec.structs.replace(
 
 
 class Crashed(MemoryStore):
-    """Holds a turn that a crash interrupted after three events that were kept."""
+    """A store with a turn that a crash interrupted after three stored events."""
 
     async def get_turn(self, *_: object, **__: object) -> object:  # type: ignore[override]
         await trio.lowlevel.checkpoint()

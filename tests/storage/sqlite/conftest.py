@@ -11,6 +11,6 @@ from tests.storage.conftest import MEMORY_DISK
 
 @pytest.fixture
 def path() -> Iterator[Path]:
-    """Where a store may be made; not on a disk, because what a disk does is tested where it matters."""
+    """A path for a store, in memory: tests that depend on a real disk choose their own path."""
     with tempfile.TemporaryDirectory(dir=MEMORY_DISK) as directory:
         yield Path(directory, "lastcall.db")

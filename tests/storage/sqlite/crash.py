@@ -1,4 +1,4 @@
-"""Kills a loaded service at random moments and compares what its clients were told with what is in the store.
+"""Kills a loaded service at random moments and compares the answers to its clients with the store.
 
 ``python -m tests.storage.sqlite.crash 200`` kills it two hundred times, on one database.
 """
@@ -37,9 +37,9 @@ FORK = "fork-"
 
 
 class Fact(msgspec.Struct, array_like=True):
-    """What a client was told, or is about to ask: ``created``, ``deleting``, ``accepted``, ``seen``, ``kept``...
+    """A fact that a client was told, or a request it makes next: ``created``, ``deleting``, ``accepted``, ``seen``...
 
-    ``lives`` has in ``text`` until when a session is there if nobody uses it, ``forked`` what was copied.
+    In ``text`` a ``lives`` has the deadline of a session without use, and a ``forked`` the copied turns.
     """
 
     kind: str
@@ -51,7 +51,7 @@ class Fact(msgspec.Struct, array_like=True):
 
 
 def tell(*fact: str | int) -> None:
-    """In one write to a pipe, which outlives the process."""
+    """Tell a fact in one write to a pipe, which outlives the process."""
     os.write(1, msgspec.json.encode(Fact(*fact)) + b"\n")  # type: ignore[arg-type]
 
 
@@ -73,7 +73,7 @@ async def serve(path: str, seed: int) -> None:
         tell("kept", turn.session_id, turn.id, turn.stored_seq)
 
     Turn.note_checkpoint = tell_checkpoint  # type: ignore[method-assign, assignment]
-    forks.STEP_S = 0  # so that it is killed in the middle of some
+    forks.STEP_S = 0  # so that a kill hits the middle of some forks
     async with open_service(settings) as service, trio.open_nursery() as nursery:
         tell("ready", "")
         earlier = [it.id for it in (await service.sessions.list_sessions(limit=50)).data if it.idle_timeout_s > 1]
@@ -112,7 +112,7 @@ async def _delete_some(sessions: Sessions, session: str, luck: random.Random) ->
 
 
 async def _let_expire(sessions: Sessions, luck: random.Random) -> None:
-    """A session that is there until its deadline, wherever a turn moves that, and never again after it."""
+    """Use a session that exists until its deadline, even if a turn moves the deadline, and never again afterwards."""
     record = await sessions.create_session(NewSession(idle_timeout_s=0.1))
     tell("lives", record.id, "", 0, "", record.expires_at.isoformat())
     if luck.random() < 0.7:
@@ -131,7 +131,7 @@ async def _let_expire(sessions: Sessions, luck: random.Random) -> None:
 
 
 class Copied(msgspec.Struct, array_like=True):
-    """What is to be found in the copy of a turn."""
+    """The expected content of a copied turn."""
 
     input: str
     state: str
@@ -140,7 +140,7 @@ class Copied(msgspec.Struct, array_like=True):
 
 
 async def _fork(sessions: Sessions, session: str, luck: random.Random) -> str | None:
-    """Fork at the last turn that has ended, or at an earlier one; the copy's id, None if there is nothing to copy."""
+    """Fork at the last ended turn, or at an earlier one. Returns the copy's id; None without a turn to copy."""
     turns = [turn for turn in (await sessions.list_turns(session, limit=100)).data if not turn.is_open]
     if not turns:
         return None
@@ -217,7 +217,7 @@ class Facts:
 
 
 def run_and_kill(path: Path, seed: int, facts: Facts) -> None:
-    """Start the service on a database, kill it at a random moment and note what its clients were told."""
+    """Start the service on a database, kill it at a random moment, and note the answers to its clients."""
     moment = random.Random(seed).uniform(0.02, 0.7)
     command = [sys.executable, "-m", "tests.storage.sqlite.crash", "--serve", str(path), str(seed)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
@@ -232,12 +232,12 @@ def run_and_kill(path: Path, seed: int, facts: Facts) -> None:
             process.wait()
             facts.killed_at = wall_clock()
         for line in (first, *process.stdout.read().splitlines(keepends=True)):
-            if line.startswith(b"[") and line.endswith(b"\n"):  # its log is in between
+            if line.startswith(b"[") and line.endswith(b"\n"):  # the service's log lines are in between
                 facts.add(msgspec.json.decode(line, type=Fact))
 
 
 async def compare(path: Path, facts: Facts) -> None:
-    """Open the store as the next service would, and see that every fact is there."""
+    """Open the store as the next service would, and check every fact."""
     async with open_sqlite_store(path) as store:
         await store.recover(now=wall_clock())
         for session in facts.created - facts.deleting:
@@ -271,7 +271,7 @@ async def compare(path: Path, facts: Facts) -> None:
 
 
 async def _compare_copies(store: SqliteStore, session: str, copied: list[Copied] | None) -> None:
-    """A fork that is there is there whole, also where nobody lived to tell of it."""
+    """Check that every fork in the store is whole, even if the process died before it told a client."""
     turns = (await store.list_turns(session, limit=100, after=None, now=wall_clock())).data
     if copied is not None:
         turns = turns[: len(copied)]
@@ -309,7 +309,7 @@ WRONG = (
     "SELECT turn FROM outputs WHERE turn IN (SELECT key FROM turns WHERE owner IS NULL)",
     "SELECT id FROM sessions WHERE deletion = 1",
 )
-"""Questions that have no answer in a database that is whole."""
+"""Queries that return no row in a sound database."""
 
 
 def _forks_in(path: Path) -> list[str]:

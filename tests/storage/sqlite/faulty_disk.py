@@ -6,14 +6,14 @@ import apsw
 
 
 class FaultyDisk(apsw.VFS):
-    """While it is installed, every database file that this process opens is on it.
+    """While this VFS is installed, every database file that the process opens is on it.
 
     Attributes:
         write_fault: Raised by every write and sync, if set.
         read_fault: Raised by every read, if set.
-        system_error: What the operating system is said to have refused with.
+        system_error: The errno that the operating system seems to have refused with.
         read_only: Files can be opened for reading only.
-        running: Cleared, it lets every sync hang.
+        running: While cleared, every sync hangs.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""A disk that forgets, in a power cut, what was not synced: a layer of SQLite's own file access (a VFS)."""
+"""A disk that loses unsynced data in a power cut: a layer of SQLite's own file access (a VFS)."""
 
 import random
 import threading
@@ -7,11 +7,11 @@ from pathlib import Path
 import apsw
 
 Write = tuple[int, bytes | None]
-"""An offset and what was written there; None: the file was cut there."""
+"""An offset and the bytes written there; None: the file was truncated there."""
 
 
 class LossyDisk(apsw.VFS):
-    """While it is installed, every database file that this process opens is on it."""
+    """While this VFS is installed, every database file that the process opens is on it."""
 
     def __init__(self) -> None:
         self.name = "lossy disk"
@@ -41,9 +41,9 @@ class LossyDisk(apsw.VFS):
             self._synced[path] = _applied(self._synced.get(path, b""), self._unsynced.pop(path, []))
 
     def cut_the_power(self, database: Path, left: Path, luck: random.Random | None = None) -> None:
-        """Write what is left of a database's files into the directory ``left``, under their names.
+        """Write a database's files, as the power cut leaves them, into the directory ``left``, under their names.
 
-        What was not synced is gone; with ``luck`` some of it is there, in any combination.
+        Unsynced writes are lost; with ``luck`` some of them survive, in any combination.
         """
         with self._lock:
             files = [path for path in self._synced.keys() | self._unsynced.keys() if path.startswith(str(database))]

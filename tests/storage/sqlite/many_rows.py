@@ -1,4 +1,4 @@
-"""Many sessions, made by SQL in no time; ``python -m tests.storage.sqlite.many_rows 1000000`` measures on so many."""
+"""Many sessions, made quickly by SQL; ``python -m tests.storage.sqlite.many_rows 1000000`` measures with so many."""
 
 import statistics
 import sys
@@ -88,5 +88,5 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory(dir=".") as directory:  # not in memory
+    with tempfile.TemporaryDirectory(dir=".") as directory:  # on a disk, not in memory
         trio.run(measure, Path(directory, "lastcall.db"), int(sys.argv[1]))

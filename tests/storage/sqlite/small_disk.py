@@ -1,4 +1,4 @@
-"""A disk of a few MiB: a layer of SQLite's own file access (a VFS) that counts what is in a folder."""
+"""A disk of a few MiB: a layer of SQLite's own file access (a VFS) that counts the bytes in a folder."""
 
 import errno
 import os
@@ -8,10 +8,10 @@ import apsw
 
 
 class SmallDisk(apsw.VFS):
-    """While it is installed, the database files of a folder cannot take more than ``bytes_max`` in all.
+    """While this VFS is installed, the database files of a folder cannot take more than ``bytes_max`` in all.
 
     Attributes:
-        others_bytes: What others than the store have written to it.
+        others_bytes: The bytes that other programs have written to the disk.
     """
 
     def __init__(self, folder: Path, bytes_max: int) -> None:
@@ -28,11 +28,11 @@ class SmallDisk(apsw.VFS):
         return self.bytes_max - self.others_bytes - sum(sizes)
 
     def fill(self) -> None:
-        """Others take all that is left."""
+        """Let other programs take all free space."""
         self.others_bytes += max(self.free, 0)
 
     def allocate(self, fd: int, offset: int, length: int) -> None:
-        """In place of ``os.posix_fallocate``."""
+        """Takes the place of ``os.posix_fallocate``."""
         if offset + length - os.fstat(fd).st_size > self.free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._allocate(fd, offset, length)

@@ -1,4 +1,4 @@
-"""A service that is killed in the middle of everything loses nothing that it said."""
+"""A service that is killed at any moment loses nothing that it acknowledged."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Acknowledged means on the disk, and not only in a cache of the operating system."""
+"""Acknowledged data is on the disk, and not only in a cache of the operating system."""
 
 import random
 from collections.abc import Awaitable, Callable, Iterator
@@ -40,7 +40,7 @@ STEPS: list[Callable[[SqliteStore], Awaitable[object]]] = [
 
 
 async def _lost(disk: LossyDisk, path: Path, luck: random.Random | None) -> int:
-    """After how many of the steps something acknowledged is not there any more, had the power been cut then."""
+    """The number of steps after which a power cut would lose acknowledged data."""
     lost = 0
     async with open_sqlite_store(path) as store:
         for number, step in enumerate(STEPS):
@@ -73,7 +73,7 @@ async def test_nothing_acknowledged_is_lost_in_a_power_cut(
 async def test_the_disk_does_lose_what_is_not_synced(
     disk: LossyDisk, path: Path, monkeypatch: pytest.MonkeyPatch, synchronous: str
 ) -> None:
-    """The proof that the test above can fail: with less than ``synchronous=FULL`` it does."""
+    """The proof that the test above can fail: with less than ``synchronous=FULL`` data is lost."""
     monkeypatch.setattr(database, "SYNCHRONOUS", synchronous)
     assert await _lost(disk, path, None) > 0
 

@@ -1,4 +1,4 @@
-"""A bad disk is survived: clear words, reads that go on, and no restart when it is over."""
+"""The store survives a bad disk: clear errors, reads that go on, and no restart once the disk is well."""
 
 import errno
 import os
@@ -218,7 +218,7 @@ trio.run(main)
     subprocess.run([sys.executable, "-c", script, str(path)], check=True, timeout=30)
 
 
-# What cannot be opened
+# Files that cannot be opened
 
 
 def _damage(path: Path, offset: int) -> None:

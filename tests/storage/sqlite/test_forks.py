@@ -1,4 +1,4 @@
-"""A fork in a file is built out of sight, in steps: what that promises beyond the contract."""
+"""A fork in a file is built hidden and in steps: the promises beyond the contract."""
 
 from pathlib import Path
 
@@ -126,7 +126,7 @@ async def test_a_source_that_goes_away_meanwhile_leaves_no_copy(path: Path) -> N
         await store.remove_deleted("s")
         with pytest.raises(SessionNotFoundError):
             await go_on()
-        await store.create_session(a_session(), now=NOW)  # another one of this id is not the source
+        await store.create_session(a_session(), now=NOW)  # a new session with the same id is not the source
         with pytest.raises(TurnNotFoundError):
             await go_on()
         assert await contents(store, now=NOW) == {"s": (a_session(), [])}

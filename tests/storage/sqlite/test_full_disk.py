@@ -1,4 +1,4 @@
-"""A disk that is full: what was kept can be read and deleted, and a deletion makes space for what comes next."""
+"""A full disk: stored sessions can be read and deleted, and a deletion makes space for new ones."""
 
 import errno
 import os
@@ -39,7 +39,7 @@ async def add(store: Store, name: str) -> None:
 
 
 async def fill(store: SqliteStore, disk: SmallDisk) -> list[str]:
-    """Add sessions until the disk takes nothing any more, whatever the store does to make space; their names."""
+    """Add sessions until the disk is full, even after the store has made space. Returns their names."""
     names = []
     for n in range(50):
         name = f"s{n}"
@@ -50,13 +50,13 @@ async def fill(store: SqliteStore, disk: SmallDisk) -> list[str]:
             break
     refused = 0
     for n in range(1000):
-        # In the writer's thread, so that it is not while the writer has given the reserve to the disk for a write.
+        # In the writer's thread: so it never runs while the writer has given the reserve to the disk for a write.
         await store._writing.call(lambda _: disk.fill(), makes_space=True)
         try:
             await store.create_session(a_session(f"x{n}"), now=T0)
         except StoreError:
             refused += 1
-            if refused == 10:  # and it has made no space in between
+            if refused == 10:  # the store has made no space in between
                 return names
         else:
             refused = 0
@@ -65,7 +65,7 @@ async def fill(store: SqliteStore, disk: SmallDisk) -> list[str]:
 
 
 async def added_at_last(store: Store, name: str) -> None:
-    """Add a session as soon as the disk takes it."""
+    """Add a session as soon as the disk has space for it."""
     with trio.fail_after(CAP_S):
         while True:
             try:

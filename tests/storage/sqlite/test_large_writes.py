@@ -1,4 +1,4 @@
-"""What is too large for one step: kept in several, and still all or nothing."""
+"""Writes that are too large for one step take several, and are still all or nothing."""
 
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -18,7 +18,7 @@ from tests.storage.rows import T0, a_session, a_turn, at, ended
 STEP_BYTES = 100
 EVENTS = [b"%010d" % number for number in range(75)]
 STEPS = 7
-"""That are kept ahead of the last one."""
+"""The number of steps that are stored before the last one."""
 
 Call = Callable[..., Any]
 
@@ -34,7 +34,7 @@ def a_checkpoint(text: str, events: list[bytes], *, after: int = 0) -> Checkpoin
 
 
 def failing_at(step: int, call: Call) -> Call:
-    """The call, and a full disk from the given one on."""
+    """``call``, but the disk is full from the call with this number on."""
     calls = 0
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -137,7 +137,7 @@ async def test_two_large_writes_of_a_turn_at_once_leave_no_hole(
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(calls[0])
                 before = opened.writer.steps
-                while opened.writer.steps < before + number:  # noqa: ASYNC110  it is in a thread
+                while opened.writer.steps < before + number:  # noqa: ASYNC110  the write is in a thread
                     await trio.lowlevel.checkpoint()
                 nursery.start_soon(calls[1])
             assert list(await opened.read_events(session, name)) == EVENTS

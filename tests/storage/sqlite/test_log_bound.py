@@ -1,4 +1,4 @@
-"""The write-ahead log stays within its bound, whoever reads."""
+"""The write-ahead log stays within its bound, whichever readers there are."""
 
 from contextlib import closing
 from pathlib import Path
@@ -77,14 +77,14 @@ def test_a_reader_that_does_not_let_go_is_waited_for_a_moment_only(path: Path) -
         before = _count(other)
         _write(db)
         assert not database.reset_log(db)
-        _write(db)  # which waits for nobody
+        _write(db)  # this write waits for no reader
         assert _count(other) == before
         other.execute("ROLLBACK")
         assert database.reset_log(db)
         other.execute("BEGIN")
         _count(other)
         _write(db)
-        assert pages[-1] < pages[-2]  # it began anew beside a reader
+        assert pages[-1] < pages[-2]  # the log began anew beside a reader
 
 
 def test_a_reader_takes_a_new_snapshot_for_steps_that_come_later(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

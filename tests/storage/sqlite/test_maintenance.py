@@ -1,4 +1,4 @@
-"""What an operator can do with the file: vacuum, backup, check, export and import."""
+"""An operator's commands for the file: vacuum, backup, check, export and import."""
 
 import json
 import os
@@ -60,7 +60,7 @@ async def test_an_exported_session_is_the_same_when_it_is_imported_elsewhere(pat
     async with open_sqlite_store(there) as store:
         await trio.to_thread.run_sync(_import, there, exported)
         assert await contents(store, now=T0) == before
-        # It goes on there.
+        # The imported session takes new turns.
         session = await store.begin_turn(_a_turn(T4, parent=T3), now=T0)
         assert (session.head, session.message_count) == (T4, 7)
         with pytest.raises(SessionExistsError):
@@ -282,7 +282,7 @@ async def test_a_backup_never_takes_the_place_of_anything(
     path: Path, with_links: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not with_links:
-        monkeypatch.setattr(Path, "hardlink_to", lambda *_: os.link("", ""))  # as a file system that has none
+        monkeypatch.setattr(Path, "hardlink_to", lambda *_: os.link("", ""))  # like a file system without this call
     async with open_sqlite_store(path):
         pass
     mine = path.with_name("copy.db.unfinished")
@@ -295,7 +295,7 @@ async def test_a_backup_never_takes_the_place_of_anything(
     for taken in (mine, link):
         with pytest.raises(StartupError, match="there already"):
             maintenance.backup(path, taken)
-        with pytest.raises(FileExistsError):  # it came while the copy was made
+        with pytest.raises(FileExistsError):  # a file that appeared during the copy
             database.back_up(path, taken)
     assert mine.read_text() == "mine"
     assert link.readlink() == Path("nowhere")

@@ -1,6 +1,6 @@
-"""Every schema that was ever released is brought to the newest, with a copy of the file from before.
+"""Every released schema is migrated to the newest, with a copy of the file from before.
 
-``schemas/N.sql`` is a database of version N with something of everything in it, as ``python -m
+``schemas/N.sql`` is a database of version N with rows of every kind, as ``python -m
 tests.storage.sqlite.test_migrations`` wrote it when that was the newest.
 """
 
@@ -70,7 +70,7 @@ async def test_a_migration_leaves_a_copy_from_before_and_happens_once(
     monkeypatch.setattr(database, "SCRIPTS", (*SCRIPTS, NEXT))
     with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
-            for _ in range(4):  # as many workers begin at once
+            for _ in range(4):  # several workers start at once
                 nursery.start_soon(_open, path)
     with closing(sqlite3.connect(path)) as db:
         assert db.execute("PRAGMA user_version").fetchone() == (len(SCRIPTS) + 1,)

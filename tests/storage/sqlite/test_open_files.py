@@ -1,4 +1,4 @@
-"""The file is deleted, moved or replaced under a store: nothing is acknowledged that nobody will find."""
+"""The file is deleted, moved or replaced under a store: the store acknowledges nothing that would be lost."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ def log() -> Iterator[list[structlog.typing.EventDict]]:
 
 @asynccontextmanager
 async def open_and_lose(path: Path) -> AsyncIterator[SqliteStore]:
-    """A store whose file is lost when it is closed; that is an error then, a fault of the shutdown."""
+    """A store whose file is lost by the time of its close; then the close raises, a fault of the shutdown."""
     try:
         async with open_sqlite_store(path) as store:
             yield store
@@ -51,7 +51,7 @@ def remove(path: Path) -> None:
 
 
 def replace_by_copy(path: Path) -> None:
-    """As somebody who restores a backup without a stop."""
+    """Replace the file as an operator does who restores a backup without a stop."""
     copy = path.with_name("copy")
     database.back_up(path, copy)
     copy.replace(path)
@@ -74,7 +74,7 @@ LOSSES: dict[str, Callable[[Path], object]] = {
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """In a folder that may be replaced."""
+    """A path in a folder that a test may replace."""
     (tmp_path / "store").mkdir()
     return tmp_path / "store" / "lastcall.db"
 
@@ -120,7 +120,7 @@ async def test_what_was_committed_into_a_file_that_went_away_meanwhile_is_not_ac
                 await store.create_session(a_session(session_id), now=T0)
             refused.append(session_id)
 
-        # In the middle of a transaction that many share.
+        # In the middle of a transaction that many calls share.
         await store.create_session(a_session(), now=T0)
         other = apsw.Connection(str(path))
         other.set_busy_timeout(5000)
@@ -196,7 +196,7 @@ async def test_a_link_that_is_made_to_lead_elsewhere_takes_the_file_away(path: P
         with pytest.raises(StartupError, match="still serves the file that was there before"):
             async with open_sqlite_store(name):
                 pytest.fail("another worker has another truth")
-        async with open_sqlite_store(path.parent / "b" / "kept.db") as other:  # by its own name it is another store
+        async with open_sqlite_store(path.parent / "b" / "kept.db") as other:  # by its name this is another store
             assert [session.id for session in await all_sessions(other, now=T0)] == ["b"]
         lead_to("a")
         async with open_sqlite_store(name) as other:
@@ -296,7 +296,7 @@ async def test_a_service_notices_without_a_caller_and_tells_no_end_as_stored(pat
             turn, watch = await sessions.start_turn("s", NewTurn(text="hi", background=True))
             watch.release()
             remove(path)
-            while sessions.pending_writes.refusal is None:  # noqa: ASYNC110  readiness follows it
+            while sessions.pending_writes.refusal is None:  # noqa: ASYNC110  readiness depends on it
                 await trio.sleep(0.05)
             with pytest.raises(StoreError, match=FAULT):
                 await sessions.start_turn("s", NewTurn(text="hi", on_conflict="queue"))

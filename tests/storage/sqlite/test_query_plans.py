@@ -1,4 +1,4 @@
-"""What a call costs does not grow with what is kept: every statement finds its rows by an index."""
+"""A call's cost does not grow with the stored data: every statement finds its rows by an index."""
 
 import re
 from collections.abc import Awaitable, Callable
@@ -63,7 +63,7 @@ CALLS: dict[str, Callable[[SqliteStore], Awaitable[object]]] = {
 
 
 async def _die_at_work(path: Path) -> None:
-    """Leave what a dead owner leaves."""
+    """Leave the open turns and marked sessions of a dead owner."""
     async with open_sqlite_store(path) as store:
         for name in ("s1", "s2"):
             await store.create_session(a_session(name), now=T0)
@@ -72,7 +72,7 @@ async def _die_at_work(path: Path) -> None:
 
 
 class Counted:
-    """The statements that a store runs, and the work that they are: instructions of SQLite's machine, in hundreds."""
+    """The statements that a store runs, and their cost in hundreds of instructions of SQLite's machine."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.statements: set[str] = set()
@@ -86,7 +86,7 @@ class Counted:
             return db
 
         monkeypatch.setattr(database, "connect", connect_and_count)
-        monkeypatch.setattr(Writer, "rest", lambda _, *, idle: False)  # noqa: ARG005  nothing beside the calls
+        monkeypatch.setattr(Writer, "rest", lambda _, *, idle: False)  # noqa: ARG005  only the calls are counted
 
     def _note(self, _cursor: object, sql: str, _bindings: object) -> bool:
         self.statements.add(sql)
@@ -127,7 +127,7 @@ def _is_scan(sql: str, step: str) -> bool:
         return True
     if not step.startswith("SCAN"):
         return False
-    # A listing walks an index in its order and stops at its limit; owners are as many as there are processes.
+    # A listing walks an index in its order and stops at its limit; there are only as many owners as processes.
     return "owners" not in step and not (re.search("USING (COVERING )?INDEX", step) and "LIMIT" in sql)
 
 

@@ -1,4 +1,4 @@
-"""A service on such a store: what it kept is there for the next one."""
+"""A service on a SQLite store: the next service finds the stored sessions."""
 
 from pathlib import Path
 

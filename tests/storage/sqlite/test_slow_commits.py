@@ -1,4 +1,4 @@
-"""A service on a disk whose commits take longer than ``store_timeout_s``: it finds out afterwards what they were."""
+"""A service on a disk whose commits take longer than ``store_timeout_s``: it finds out their outcomes later."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -27,7 +27,7 @@ def disk() -> Iterator[FaultyDisk]:
 
 @asynccontextmanager
 async def open_slow(path: Path) -> AsyncIterator[Service]:
-    """A service with a session ``s``. Its turns never come to an end by themselves."""
+    """A service with a session ``s``, whose turns never end by themselves."""
     settings = Settings(
         store_url=f"sqlite:{path}",
         model_url="scripted:?tokens=100000&rate=1&first_token_s=0",

@@ -1,4 +1,4 @@
-"""What only the store in a file promises."""
+"""The promises of the store in a file beyond the contract."""
 
 import os
 import signal
@@ -207,7 +207,7 @@ def test_the_turns_of_a_process_that_is_killed_are_recovered_even_if_a_child_of_
         process.stdin.close()  # the child ends
         process.stdout.read()
         for child in (int(line.split()[1]) for line in told if line.startswith(b"child")):
-            with suppress(ChildProcessError):  # it is ours only if this process has taken on orphans
+            with suppress(ChildProcessError):  # the child is ours only if this process adopts orphans
                 os.waitpid(child, 0)
 
 
@@ -225,7 +225,7 @@ async def test_a_step_of_the_recovery_ends_few_turns_where_they_are_large(path: 
         assert (session.open_turns, session.message_count) == (0, 100)
 
 
-# What is removed
+# Removal
 
 
 async def _with_events(store: SqliteStore, *, rows: int) -> None:
@@ -242,7 +242,7 @@ async def _until_empty(store: SqliteStore) -> None:
         return sum(db.execute(f"SELECT count(*) FROM {table}").get for table in tables)
 
     with trio.fail_after(30):
-        while await store._looking.call(rows):  # noqa: ASYNC110  nobody is told when it is done
+        while await store._looking.call(rows):  # noqa: ASYNC110  no event tells the end
             await trio.sleep(0.005)
 
 
@@ -288,7 +288,7 @@ async def test_the_writer_rests_on_a_file_that_cannot_shrink(path: Path, monkeyp
         await store.mark_deleted("s", now=T0)
         await store.remove_deleted("s")
         with trio.fail_after(10):
-            while store.writer.removed:  # noqa: ASYNC110  nobody is told
+            while store.writer.removed:  # noqa: ASYNC110  no event tells the end
                 await trio.sleep(0.005)
         await _until_empty(store)
 
