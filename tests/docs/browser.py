@@ -239,18 +239,32 @@ def _start(program: str, folder: Path, pipe: int) -> "subprocess.Popen[bytes]":
 def _end(process: "subprocess.Popen[bytes]", mark: bytes) -> None:
     """Kill the browser with all processes that it has started, and return once they are gone.
 
-    Its crash handler leaves the group and does not die with it: the mark in the environment tells it. Where this
-    process takes orphans in, as it does once a server was measured, it also waits for them.
+    The crash handlers leave the group and do not die with the browser: the mark in their environment tells them, or
+    that this process, which takes orphans in once a server was measured, is their parent. A process that is about to
+    run its program has neither for a moment, so the search is repeated until it finds no process twice in a row.
     """
-    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-    started = [pid for pid in pids if _group(pid) == process.pid or mark in _environment(pid)]
-    for pid in started:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait(CAP_S)
+    started: set[int] = set()
+    empty_searches = 0
     deadline = time.monotonic() + CAP_S
-    while (started := [pid for pid in started if _is_there(pid)]) and time.monotonic() < deadline:
+    while empty_searches < 2 and time.monotonic() < deadline:
+        pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+        started |= {pid for pid in pids if _group(pid) == process.pid or mark in _environment(pid) or _is_orphan(pid)}
+        for pid in started:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.poll()
+        started = {pid for pid in started if pid != process.pid and _is_there(pid)}
+        empty_searches = 0 if started or process.returncode is None else empty_searches + 1
         time.sleep(0.01)
+    process.wait(CAP_S)
+
+
+def _is_orphan(pid: int) -> bool:
+    """Whether a process is a child of this one and a part of a browser."""
+    with suppress(OSError):
+        name, _, fields = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rpartition(")")
+        return name.startswith("chrom") and int(fields.split()[1]) == os.getpid()
+    return False
 
 
 def _group(pid: int) -> int | None:
