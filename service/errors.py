@@ -22,7 +22,8 @@
     │       └── ShuttingDownError    no new work: the service is about to stop
     ├── HeadMovedError               another process was faster: read the head again; callers never see this
     ├── StoreError                   the store refused, hung or broke
-    │   └── ResourcesExhaustedError  the system gives this process no more descriptors or buffers
+    │   ├── ResourcesExhaustedError  the system gives this process no more descriptors or buffers
+    │   └── StoreLostError           the store's file was deleted or replaced: another process may serve another file
     └── ModelError                   the upstream failed (``code``, ``retryable``, ``retry_after_s``)
 
 The module that calls a library turns the library's exceptions into these types. Model clients raise
@@ -210,6 +211,10 @@ class StoreError(LastcallError):
     def __init__(self, message: str, *, retry_after_s: int | None = 1) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class StoreLostError(StoreError):
+    """The store that this process has open is not the store that its name leads to: nothing can be kept here."""
 
 
 class ResourcesExhaustedError(StoreError):

@@ -7,7 +7,7 @@ from quart_trio.wrappers import TrioResponse
 from service.api.http.app_state import current_service, json_response
 from service.api.http.operations import Answer, operation
 from service.api.native.wire import Health
-from service.errors import ShuttingDownError
+from service.errors import ShuttingDownError, StoreLostError
 
 blueprint = Blueprint("health", __name__)
 
@@ -23,16 +23,19 @@ async def healthz() -> TrioResponse:
 @operation(
     id="readyz",
     answers=(Answer(status=200, description="It takes requests.", body=Health),),
-    errors=(ShuttingDownError,),
+    errors=(ShuttingDownError, StoreLostError),
 )
 async def readyz() -> TrioResponse:
     """Tell whether to send requests here.
 
-    From the notice of a shutdown on it is 503. While the store refuses to write it is 200 with `"writes": "refused"`:
-    reads and running streams go on, so a balancer must not take them away. Needs no API key.
+    From the notice of a shutdown on it is 503. So it is while the store's file is deleted or replaced, because another
+    process may serve the right file. While the store refuses to write for another reason it is 200 with
+    `"writes": "refused"`: reads and running streams go on, so a balancer must not take them away. Needs no API key.
     """
     service = current_service()
     if service.shutdown.expected:
         raise ShuttingDownError
-    refused = service.sessions.pending_writes.refusal is not None  # why is in the log: this call needs no key
-    return json_response(Health("ready", writes="refused" if refused else UNSET))
+    refusal = service.sessions.pending_writes.refusal  # why is in the log: this call needs no key
+    if isinstance(refusal, StoreLostError):
+        raise refusal
+    return json_response(Health("ready", writes="refused" if refusal is not None else UNSET))

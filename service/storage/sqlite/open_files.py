@@ -17,7 +17,7 @@ from pathlib import Path
 import apsw
 import structlog
 
-from service.errors import StartupError, StoreError
+from service.errors import StartupError, StoreError, StoreLostError
 from service.storage.sqlite.ofd_locks import OfdLocks
 
 logger = structlog.get_logger("lastcall.store")
@@ -145,7 +145,7 @@ class OpenFiles:
             "last process that has it open stops, unless it is put back before",
             changed=changed,
         )
-        return StoreError("The store failed: its file was deleted or replaced.", retry_after_s=_RETRY_AFTER_S)
+        return StoreLostError("The store failed: its file was deleted or replaced.", retry_after_s=_RETRY_AFTER_S)
 
     def _look(self) -> tuple[Identity, ...]:
         return tuple(map(_identity, self._names))

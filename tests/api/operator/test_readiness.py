@@ -10,6 +10,20 @@ from service.storage.sqlite import database
 from tests.api.inprocess import open_api
 
 
+async def test_readyz_is_503_while_the_file_of_the_store_is_gone(tmp_path: Path) -> None:
+    path = tmp_path / "lastcall.db"
+    async with open_api(store_url=f"sqlite:{path}") as api:
+        await api.new_session(id="before")
+        path.rename(tmp_path / "aside.db")
+        (await api.call("POST", "/sessions", {"id": "s"})).problem(503, "store_unavailable")
+        (await api.call("GET", "/readyz")).problem(503, "store_unavailable")
+        assert (await api.call("GET", "/healthz")).status == 200
+        assert (await api.call("GET", "/sessions/before")).status == 200
+        (tmp_path / "aside.db").rename(path)
+        await api.service.sessions.pending_writes.settle()  # as the recovery loop does
+        assert (await api.call("GET", "/readyz")).json == {"status": "ready"}
+
+
 async def test_readyz_tells_that_the_store_refuses_writes_and_reads_go_on(tmp_path: Path) -> None:
     path = tmp_path / "lastcall.db"
     async with open_api(store_url=f"sqlite:{path}", store_timeout_s=0.3) as api:
