@@ -2,8 +2,8 @@
 
 The only module that knows httpx. Decisions, and why:
 
-- **A field that a server refuses** is left out, or renamed as the server asks, in all later requests for that
-  model: :class:`~service.models.chat_completions.Dialect`.
+- **A field that a server refuses** is left out, or renamed as the server asks. Once the server has answered the request
+  that was changed so, later requests for that model are made in the same way: :mod:`service.models.dialects`.
 - **A kept connection may be closed** by the server or on the way when a request reaches it: the request is sent again
   at once, over the next kept connection or a new one.
 - **Proxies in the environment are not used** (``trust_env=False``): the settings alone say where prompts
@@ -33,8 +33,9 @@ from service.clock import Clock, wall_clock
 from service.errors import NOTHING_LEFT, ModelError, SettingsError, is_exhaustion
 from service.freezes import forgiving, move_on_after
 from service.ids import is_request_id
-from service.models.chat_completions import Dialect, ReplyDecoder, encode_request
+from service.models.chat_completions import ReplyDecoder, encode_request
 from service.models.client import ModelEvent, ModelRequest
+from service.models.dialects import KnownDialects
 from service.models.inflate import ENCODINGS, InflateError, Inflater, inflate
 from service.models.upstream_errors import ErrorReply, RetryHints, error_from_reply, error_from_status
 from service.telemetry.log_context import add_to_log_context
@@ -127,7 +128,7 @@ class OpenAICompatibleClient:
         keys_in_query = [value for value in self._url.params.values() if len(value) >= _SECRET_LENGTH_MIN]
         self._secrets = [secret for secret in (api_key, auth and auth[1], *keys_in_query) if secret]
         self._clock = clock
-        self._dialects: dict[str, Dialect] = {}
+        self._dialects = KnownDialects()
         headers = {"Accept": "text/event-stream", "Accept-Encoding": "identity", "Content-Type": "application/json"}
         headers["User-Agent"] = "lastcall"
         if api_key is not None:
@@ -151,20 +152,21 @@ class OpenAICompatibleClient:
     @asynccontextmanager
     async def stream(self, request: ModelRequest) -> AsyncIterator["OpenAICompatibleStream"]:
         """See :class:`~service.models.client.ModelClient`."""
+        dialect = known = self._dialects.of(request.model)
         while True:
-            dialect = self._dialects.get(request.model, Dialect())
             async with self._respond(encode_request(request, dialect)) as response:
                 if response.is_readable:
+                    if dialect != known:
+                        self._dialects.note_understood(request.model, dialect)
                     tell = partial(self._tell, request.model)
                     decoder = ReplyDecoder(redact=self._redact, described=response.described, tell=tell)
                     yield OpenAICompatibleStream(response, decoder)
                     response.reusable = decoder.finished
                     return
                 reply = ErrorReply.from_body(await response.read_error_body())
-            learned = dialect.learn(request, response.status, reply)
-            if learned == dialect:
+            refused, dialect = dialect, dialect.learn(request, response.status, reply)
+            if dialect == refused:
                 raise self._failure(response, reply)
-            self._dialects[request.model] = learned
 
     @asynccontextmanager
     async def _respond(self, body: bytes) -> AsyncIterator["_Response"]:

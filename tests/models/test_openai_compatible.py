@@ -208,6 +208,37 @@ async def test_what_one_model_refuses_another_is_asked_for() -> None:
     ]
 
 
+async def test_a_model_name_that_a_refusal_repeats_teaches_nothing() -> None:
+    """The server knows no such model, and then it does: the first request for it is the usual one."""
+    requests: list[Request] = []
+    known: set[str] = set()
+
+    async def answer(connection: Connection) -> None:
+        while True:
+            request = await connection.receive_request()
+            requests.append(request)
+            model = request.json["model"]
+            if model not in known:
+                await connection.send_response(400, {"error": {"message": f"There is no model {model!r}."}})
+            else:
+                await connection.send_head()
+                await connection.send_event(finish())
+                await connection.send_event(DONE)
+                await connection.end_body()
+
+    made_up = "stream_options and max_completion_tokens"
+    request = ModelRequest(model=made_up, messages=(Message("user", "hi"),), max_output_tokens=5)
+    async with open_upstream(answer) as upstream:
+        with pytest.raises(ModelError, match="There is no model"):
+            await ask(upstream.client, request)
+        refused = len(requests)
+        known.add(made_up)
+        await ask(upstream.client, request)
+    assert refused == 3, "each field is tried in another way once"
+    assert len(requests) == refused + 1
+    assert (requests[-1].json["stream_options"], requests[-1].json["max_tokens"]) == ({"include_usage": True}, 5)
+
+
 async def test_a_server_that_refuses_it_either_way_is_asked_twice() -> None:
     words = {"error": {"message": "Neither max_tokens nor max_completion_tokens, nor stream_options, please."}}
     asked = 0
