@@ -64,14 +64,11 @@ def end_turns_of(
     return ended
 
 
-def take_over(
-    db: apsw.Connection, fence: int, owners: Ownership, now: datetime, *, session: int, session_id: str
-) -> None:
-    """End the open turns of a session whose owner is gone. Raises: OwnedElsewhereError, if the owner lives."""
+def refuse_if_alive(db: apsw.Connection, fence: int, owners: Ownership, session_id: str) -> None:
+    """Raises: OwnedElsewhereError, if the owner of this session's open turns lives."""
     if owners.is_alive(fence):
         owner = owner_of(db, fence)
         raise OwnedElsewhereError(session_id, fence=owner.fence, address=owner.address)
-    end_turns_of(db, fence, now, session=session)
 
 
 def _end(db: apsw.Connection, key: int, now: datetime) -> int:

@@ -1,4 +1,4 @@
-"""The steps that read and write sessions, each within a transaction. A step that refuses has written nothing."""
+"""The steps that read and write sessions, each within a transaction. A step refuses before its first write."""
 
 from datetime import datetime, timedelta
 
@@ -158,7 +158,8 @@ def update(db: apsw.Connection, session_id: str, patch: SessionPatch, now: datet
 def mark_deleted(db: apsw.Connection, session_id: str, deleter: Ownership, now: datetime) -> None:
     kept = visible(db, session_id, now)
     if kept.owner not in (None, deleter.fence):
-        recovery.take_over(db, kept.owner, deleter, now, session=kept.key, session_id=session_id)
+        recovery.refuse_if_alive(db, kept.owner, deleter, session_id)
+        recovery.end_turns_of(db, kept.owner, now, session=kept.key)
     db.execute("UPDATE sessions SET deletion = 1, deleter = ? WHERE key = ?", (deleter.fence, kept.key))
 
 

@@ -1,4 +1,4 @@
-"""The steps that read and write turns, each within a transaction. A step that refuses has written nothing."""
+"""The steps that read and write turns, each within a transaction. A step refuses before its first write."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -76,11 +76,14 @@ def begin(
     kept = sessions.visible(db, turn.session_id, now)
     if turn.parent is not None:
         key_of(db, turn.parent, kept.key)
-    if kept.owner not in (None, owners.fence):
-        recovery.take_over(db, kept.owner, owners, now, session=kept.key, session_id=turn.session_id)
-        kept = sessions.visible(db, turn.session_id, now)
+    others = None if kept.owner == owners.fence else kept.owner
+    if others is not None:
+        recovery.refuse_if_alive(db, others, owners, turn.session_id)
     if head is not msgspec.UNSET and head != kept.record.head:
         raise HeadMovedError
+    if others is not None:
+        recovery.end_turns_of(db, others, now, session=kept.key)
+        kept = sessions.visible(db, turn.session_id, now)
     db.execute(_INSERT, values_of(turn) | {"session": kept.key, "ordinal": kept.turns_begun, "owner": owners.fence})
     session = sessions.used(
         msgspec.structs.replace(

@@ -4,7 +4,9 @@ import errno
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, closing
+from functools import partial
 from pathlib import Path
 
 import apsw
@@ -12,8 +14,15 @@ import pytest
 import structlog
 import trio
 
-from service.errors import ResourcesExhaustedError, StartupError, StoreError
-from service.storage.sqlite import database, open_sqlite_store
+from service.errors import (
+    HeadMovedError,
+    ResourcesExhaustedError,
+    SessionNotFoundError,
+    StartupError,
+    StoreError,
+    TurnNotFoundError,
+)
+from service.storage.sqlite import SqliteStore, database, open_sqlite_store, sessions
 from service.storage.sqlite.schema import SCRIPTS
 from tests.storage.rows import T0, a_session, a_turn, all_sessions, contents, ended
 from tests.storage.sqlite.faulty_disk import FaultyDisk
@@ -118,19 +127,89 @@ async def test_one_step_that_fails_does_not_take_along_those_that_share_its_comm
                 "BEGIN SELECT raise(ABORT, ''); END"
             )
         )
-        other = apsw.Connection(str(path))
+        async with in_one_commit(store, path) as start_soon:
+            for number in range(10):
+                await start_soon(partial(create, number))
+        assert refused == [place]
+        assert len(await all_sessions(store, now=T0)) == 9
+
+
+@pytest.mark.parametrize("place", [0, 4, 9])
+@pytest.mark.parametrize("refusal", [SessionNotFoundError("s"), HeadMovedError()], ids=["not found", "head moved"])
+async def test_a_step_that_refuses_after_it_has_written_leaves_nothing_behind(
+    path: Path, place: int, refusal: Exception
+) -> None:
+    def write_and_refuse(db: apsw.Connection) -> None:
+        sessions.create(db, a_session("refused"), T0)
+        raise refusal
+
+    async with open_sqlite_store(path) as store, in_one_commit(store, path) as start_soon:
+        told: list[Exception] = []
+
+        async def be_refused() -> None:
+            try:
+                await store._writing.call(write_and_refuse)
+            except (SessionNotFoundError, HeadMovedError) as error:
+                told.append(error)
+
+        for number in range(10):
+            if number == place:
+                await start_soon(be_refused)
+            else:
+                await start_soon(partial(store.create_session, a_session(f"s{number}"), now=T0))
+    async with open_sqlite_store(path) as store:
+        kept = [session.id for session in await all_sessions(store, now=T0)]
+    assert told == [refusal]
+    assert sorted(kept) == [f"s{number}" for number in range(10) if number != place]
+
+
+async def test_a_refusing_step_does_not_undo_the_steps_that_share_its_commit(path: Path) -> None:
+    runs: list[int] = []
+
+    def write(db: apsw.Connection, number: int) -> None:
+        runs.append(number)
+        sessions.create(db, a_session(f"s{number}"), T0)
+
+    async def refused(call: Callable[[], Awaitable[object]], refusal: type[Exception]) -> None:
+        with pytest.raises(refusal):
+            await call()
+
+    async with open_sqlite_store(path) as store:
+        await store.create_session(a_session(), now=T0)
+        await store.begin_turn(a_turn(), now=T0)
+        stale = partial(store.begin_turn, a_turn("stale"), now=T0, head=None)
+        lost = partial(store.begin_turn, a_turn("lost", "nowhere"), now=T0)
+        orphan = partial(store.begin_turn, a_turn("orphan", parent="nowhere"), now=T0)
+        async with in_one_commit(store, path) as start_soon:
+            await start_soon(partial(store._writing.call, partial(write, number=0)))
+            await start_soon(partial(refused, stale, HeadMovedError))
+            await start_soon(partial(store._writing.call, partial(write, number=1)))
+            await start_soon(partial(refused, lost, SessionNotFoundError))
+            await start_soon(partial(refused, orphan, TurnNotFoundError))
+            await start_soon(partial(store._writing.call, partial(write, number=2)))
+        assert runs == [0, 1, 2], "each step ran once"
+        assert {session.id for session in await all_sessions(store, now=T0)} == {"s", "s0", "s1", "s2"}
+        assert (await store.get_session("s", now=T0)).open_turns == 1
+
+
+@asynccontextmanager
+async def in_one_commit(
+    store: SqliteStore, path: Path
+) -> AsyncIterator[Callable[[Callable[[], Awaitable[object]]], Awaitable[None]]]:
+    """Gives a function that starts a call to the store; all calls wait, and share a commit on leaving."""
+    with closing(apsw.Connection(str(path))) as other:
         other.set_busy_timeout(5000)  # the store may be tidying up
         other.execute("BEGIN IMMEDIATE")
         commits = store.writer.commits
         async with trio.open_nursery() as nursery:
-            for number in range(10):
-                nursery.start_soon(create, number)
+
+            async def start_soon(call: Callable[[], Awaitable[object]]) -> None:
+                nursery.start_soon(call)
                 await trio.testing.wait_all_tasks_blocked()
+
+            yield start_soon
             other.execute("ROLLBACK")
-        other.close()
-        assert store.writer.commits <= commits + 2, "they did not share it"
-        assert refused == [place]
-        assert len(await all_sessions(store, now=T0)) == 9
+    assert store.writer.commits <= commits + 2, "the calls did not share a commit"
 
 
 async def test_a_lock_that_another_process_holds_fails_writes_until_it_is_given_up(
