@@ -2,9 +2,10 @@
 
 After a freeze, deadlines have passed while the data that would have moved them waits unread in the sockets. Trio
 looks at its deadlines before any task runs, so Trio would cancel and the data would never be read. This module watches
-the event loop. When the event loop is late, deadlines that were entered with :func:`forgiving` move, after the wait for
-I/O and before Trio looks at them. After a freeze at least :data:`THAW_S` are left, or the whole timeout if that is
-shorter. After any other lateness at least :data:`READING_S` are left, once. Deadlines that are further away stay.
+the event loop. When the event loop is late, deadlines that were entered with :func:`extended_when_late` move, after the
+wait for I/O and before Trio looks at them. After a freeze at least :data:`THAW_S` are left, or the whole timeout if
+that is shorter. After any other lateness at least :data:`READING_S` are left, once. Deadlines that are further away
+stay.
 
 The bounds of a shutdown are not entered: they count real time. Model clients may use this module without Trio; their
 deadlines do not move then. Proven by ``tests/test_freezes.py`` and ``tests/process/test_frozen.py``.
@@ -60,16 +61,16 @@ class Deadline:
         """
         self.at = at
         self._timeout_s = timeout_s
-        self._forgiven = False
+        self._extended = False
 
     def note_late(self, lateness: Lateness) -> None:
         """Move the deadline after a delay. A busy event loop moves it only once, because each round may be late."""
-        if self._forgiven and not lateness.was_frozen:
+        if self._extended and not lateness.was_frozen:
             return
         reading_s = min(THAW_S if lateness.was_frozen else READING_S, self._timeout_s)
         if self.at < lateness.now + reading_s:
             self.at = lateness.now + reading_s
-            self._forgiven = not lateness.was_frozen
+            self._extended = not lateness.was_frozen
 
 
 OnLate = Callable[[Lateness], None]
@@ -79,15 +80,15 @@ class FreezeWatch(trio.abc.Instrument):
     """Watches the event loop in which it was made. See :func:`watch_for_freezes`.
 
     Args:
-        counts: Whether frozen time counts now, as in a shutdown.
+        counts_frozen_time: Whether frozen time counts now, as in a shutdown.
         clock: Real time, in seconds.
         cpu_clock: CPU time of this thread, in seconds.
     """
 
     def __init__(
-        self, *, counts: Callable[[], bool], clock: Callable[[], float], cpu_clock: Callable[[], float]
+        self, *, counts_frozen_time: Callable[[], bool], clock: Callable[[], float], cpu_clock: Callable[[], float]
     ) -> None:
-        self._counts = counts
+        self._counts_frozen_time = counts_frozen_time
         self._clock = clock
         self._cpu_clock = cpu_clock
         self._seen_at = clock()
@@ -96,7 +97,7 @@ class FreezeWatch(trio.abc.Instrument):
         self._on_late: dict[OnLate, None] = {}
 
     @contextmanager
-    def telling(self, on_late: OnLate) -> Iterator[None]:
+    def calling_when_late(self, on_late: OnLate) -> Iterator[None]:
         """Call ``on_late`` whenever the event loop was late, before Trio looks at deadlines."""
         self._on_late[on_late] = None
         try:
@@ -111,8 +112,8 @@ class FreezeWatch(trio.abc.Instrument):
         self._seen_at = now
         if late_s >= LATE_S:
             did_not_run_s = late_s - self._sample_cpu(now)
-            if not self._counts():
-                self._tell(Lateness(trio.current_time(), did_not_run_s >= FROZEN_S))
+            if not self._counts_frozen_time():
+                self._call_all(Lateness(trio.current_time(), did_not_run_s >= FROZEN_S))
         elif now >= self._sample_at:
             self._sample_cpu(now)
 
@@ -122,7 +123,7 @@ class FreezeWatch(trio.abc.Instrument):
         self._sample_at = now + _SAMPLE_S
         return self._ran_s - before
 
-    def _tell(self, lateness: Lateness) -> None:
+    def _call_all(self, lateness: Lateness) -> None:
         for on_late in tuple(self._on_late):
             on_late(lateness)
 
@@ -133,16 +134,16 @@ _watch: anyio.lowlevel.RunVar[FreezeWatch | None] = anyio.lowlevel.RunVar("lastc
 @contextmanager
 def watch_for_freezes(
     *,
-    counts: Callable[[], bool] = lambda: False,
+    counts_frozen_time: Callable[[], bool] = lambda: False,
     clock: Callable[[], float] = time.perf_counter,
     cpu_clock: Callable[[], float] = time.thread_time,
 ) -> Iterator[None]:
-    """Watch this event loop, and move the deadlines that were entered with :func:`forgiving`.
+    """Watch this event loop, and move the deadlines that were entered with :func:`extended_when_late`.
 
     Args:
-        counts: Called at each delay; while it returns True, no deadline moves.
+        counts_frozen_time: Called at each delay; while it returns True, no deadline moves.
     """
-    watch = FreezeWatch(counts=counts, clock=clock, cpu_clock=cpu_clock)
+    watch = FreezeWatch(counts_frozen_time=counts_frozen_time, clock=clock, cpu_clock=cpu_clock)
     token = _watch.set(watch)
     trio.lowlevel.add_instrument(watch)
     try:
@@ -153,17 +154,17 @@ def watch_for_freezes(
 
 
 @contextmanager
-def telling_lateness(on_late: OnLate) -> Iterator[None]:
+def calling_when_late(on_late: OnLate) -> Iterator[None]:
     """Call ``on_late`` whenever this event loop was late, before Trio looks at deadlines; no effect without a watch."""
     watch = _watch.get()
     if watch is None:
         yield
         return
-    with watch.telling(on_late):
+    with watch.calling_when_late(on_late):
         yield
 
 
-def look_for_freeze() -> None:
+def check_for_freeze() -> None:
     """Check for a freeze within a round of the event loop.
 
     Code that compares a deadline with the time itself calls this first: the freeze may have been a moment ago.
@@ -177,7 +178,7 @@ class _Scope(Protocol):
     deadline: float
 
 
-class Forgiving:
+class ScopeDeadline:
     """Moves the deadline of one scope, Trio's or AnyIO's.
 
     Args:
@@ -194,22 +195,22 @@ class Forgiving:
         self._deadline.note_late(lateness)
         self._scope.deadline = self._deadline.at
 
-    def begin_anew(self) -> None:
+    def restart(self) -> None:
         """Give the whole timeout again."""
         self._deadline.set(anyio.current_time() + self._timeout_s, timeout_s=self._timeout_s)
         self._scope.deadline = self._deadline.at
 
 
 @contextmanager
-def forgiving(scope: _Scope, *, timeout_s: float) -> Iterator[Forgiving]:
+def extended_when_late(scope: _Scope, *, timeout_s: float) -> Iterator[ScopeDeadline]:
     """Move the deadline of a scope whenever the event loop was late. To be entered inside of the scope."""
-    forgiving = Forgiving(scope, timeout_s=timeout_s)
-    with telling_lateness(forgiving.note_late):
-        yield forgiving
+    deadline = ScopeDeadline(scope, timeout_s=timeout_s)
+    with calling_when_late(deadline.note_late):
+        yield deadline
 
 
 @contextmanager
 def move_on_after(seconds: float) -> Iterator[anyio.CancelScope]:
     """AnyIO's ``move_on_after`` with a deadline that moves after a freeze."""
-    with anyio.move_on_after(seconds) as scope, forgiving(scope, timeout_s=seconds):
+    with anyio.move_on_after(seconds) as scope, extended_when_late(scope, timeout_s=seconds):
         yield scope

@@ -19,9 +19,9 @@ from service.freezes import (
     THAW_S,
     Deadline,
     Lateness,
-    look_for_freeze,
+    calling_when_late,
+    check_for_freeze,
     move_on_after,
-    telling_lateness,
     watch_for_freezes,
 )
 from service.sessions.commands import NewSession, NewTurn
@@ -232,7 +232,7 @@ async def test_heartbeats_wait_until_what_came_in_a_freeze_is_read(watched: None
 
 
 async def test_in_a_shutdown_a_freeze_counts(mock_clock: MockClock) -> None:
-    with watch_for_freezes(counts=lambda: True, clock=trio.current_time, cpu_clock=lambda: 0):
+    with watch_for_freezes(counts_frozen_time=lambda: True, clock=trio.current_time, cpu_clock=lambda: 0):
         with move_on_after(10) as scope:
             mock_clock.jump(11)
             await trio.lowlevel.checkpoint()
@@ -268,7 +268,7 @@ async def test_a_late_round_leaves_deadlines_that_are_far_away(watched: None, mo
 
 async def test_without_a_watch_deadlines_are_as_they_are(mock_clock: MockClock) -> None:
     with move_on_after(10) as scope:
-        look_for_freeze()
+        check_for_freeze()
         mock_clock.jump(11)
         await trio.lowlevel.checkpoint()
         await trio.lowlevel.checkpoint()
@@ -334,7 +334,7 @@ async def test_trio_looks_at_deadlines_before_anybody_can_read(is_watched: bool)
 
 async def test_the_watch_is_told_nothing_any_more_once_it_is_left() -> None:
     told: list[Lateness] = []
-    with watch_for_freezes(clock=trio.current_time, cpu_clock=lambda: 0), telling_lateness(told.append):
+    with watch_for_freezes(clock=trio.current_time, cpu_clock=lambda: 0), calling_when_late(told.append):
         await trio.lowlevel.checkpoint()
     time.sleep(0.1)  # noqa: ASYNC251
     await trio.lowlevel.checkpoint()

@@ -158,7 +158,7 @@ class Hosting:
                 try:
                     if self._worker.master is not None:
                         self._notice.watch(self._worker.master)
-                    with watch_for_freezes(counts=self._shutdown.noticed.is_set):
+                    with watch_for_freezes(counts_frozen_time=self._shutdown.noticed.is_set):
                         await self._hold_service(nursery, receive, send)
                     sockets = self._worker.sockets
                     if not self._opened and sockets is not None:

@@ -31,7 +31,7 @@ import structlog
 
 from service.clock import Clock, wall_clock
 from service.errors import NOTHING_LEFT, ModelError, SettingsError, is_exhaustion
-from service.freezes import forgiving, move_on_after
+from service.freezes import extended_when_late, move_on_after
 from service.ids import is_request_id
 from service.models.chat_completions import ReplyDecoder, encode_request
 from service.models.client import ModelEvent, ModelRequest
@@ -257,9 +257,9 @@ class OpenAICompatibleStream:
             # The reply may be whole: the rest is not worth a failure or a long wait.
             wait_s = _USAGE_TIMEOUT_S if self._decoder.is_whole else _TEXT_TIMEOUT_S
             self._end_deadline = min(self._end_deadline, anyio.current_time() + wait_s)
-            with anyio.CancelScope(deadline=self._end_deadline) as scope, forgiving(scope, timeout_s=wait_s):
+            with anyio.CancelScope(deadline=self._end_deadline) as scope, extended_when_late(scope, timeout_s=wait_s):
                 chunk = await anext(self._chunks, None)
-                self._end_deadline = scope.deadline  # ``forgiving`` may have moved the deadline
+                self._end_deadline = scope.deadline  # ``extended_when_late`` may have moved the deadline
                 return chunk
             return None
         except (httpx.HTTPError, InflateError) as error:

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager, contextmanager
 import trio
 
 from service.errors import StoreError
-from service.freezes import forgiving
+from service.freezes import extended_when_late
 
 
 @contextmanager
@@ -20,8 +20,8 @@ def answered_within(timeout_s: float) -> Iterator[Callable[[], None]]:
         StoreError: The time is over. The outcome of a write in the body is unknown.
     """
     try:
-        with trio.fail_after(timeout_s) as scope, forgiving(scope, timeout_s=timeout_s) as deadline:
-            yield deadline.begin_anew
+        with trio.fail_after(timeout_s) as scope, extended_when_late(scope, timeout_s=timeout_s) as deadline:
+            yield deadline.restart
     except trio.TooSlowError as error:
         raise StoreError(f"The store did not answer within {timeout_s:g} s.") from error
 

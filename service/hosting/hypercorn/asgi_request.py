@@ -22,7 +22,7 @@ from quart_trio.asgi import TrioASGIHTTPConnection
 from service.api.http.event_stream import LastPiece
 from service.api.http.request_body import BoundedBody
 from service.errors import ShuttingDownError
-from service.freezes import forgiving
+from service.freezes import extended_when_late
 from service.hosting.hypercorn.asgi_receive import ReceiveQueue
 from service.hosting.hypercorn.chunked_response import ChunkedResponse
 from service.shutdown import Shutdown
@@ -101,7 +101,7 @@ class AsgiRequest(TrioASGIHTTPConnection):
         deadline = trio.current_time() + LAST_SEND_TIMEOUT_S if last else inf
         with (
             trio.CancelScope(shield=last, deadline=deadline) as scope,
-            forgiving(scope, timeout_s=LAST_SEND_TIMEOUT_S),
+            extended_when_late(scope, timeout_s=LAST_SEND_TIMEOUT_S),
         ):
             await self._send(send, message)
 

@@ -46,7 +46,7 @@ from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
 from hypercorn.trio.worker_context import EventWrapper, WorkerContext
 from hypercorn.typing import AppWrapper, ConnectionState, TaskGroup
 
-from service.freezes import forgiving
+from service.freezes import extended_when_late
 from service.hosting.hypercorn.asgi_receive import ConnectionTaskGroup
 from service.hosting.hypercorn.request_parser import RequestParser
 
@@ -304,7 +304,7 @@ class Connection(TCPServer):
         if not self.config.read_timeout:
             return await self.stream.receive_some(MAX_RECV)
         timeout_s = float(self.config.read_timeout)
-        with trio.fail_after(timeout_s) as scope, forgiving(scope, timeout_s=timeout_s):
+        with trio.fail_after(timeout_s) as scope, extended_when_late(scope, timeout_s=timeout_s):
             return await self.stream.receive_some(MAX_RECV)
 
     async def _idle_timeout(self) -> None:

@@ -14,7 +14,7 @@ import trio
 
 from service.errors import ModelError
 from service.failure_codes import FailureCode
-from service.freezes import Deadline, Lateness, look_for_freeze
+from service.freezes import Deadline, Lateness, check_for_freeze
 from service.ids import new_message_id
 from service.models.client import Finished, ModelClient, ModelEvent, ReasoningDelta, TextDelta
 from service.sessions.events import outcome
@@ -304,7 +304,7 @@ class Turn:
     def _has_expired(self) -> bool:
         """Whether a deadline has passed, or the turn's work was stopped in another way."""
         if trio.current_time() >= self._scope.deadline:
-            look_for_freeze()  # after a freeze this moves the deadline
+            check_for_freeze()  # after a freeze this moves the deadline
         return self._scope.cancel_called
 
     def note_late(self, lateness: Lateness) -> None:

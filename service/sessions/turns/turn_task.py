@@ -11,7 +11,7 @@ import trio
 
 from service.clock import Clock
 from service.errors import ModelError, StoreError
-from service.freezes import forgiving, telling_lateness
+from service.freezes import calling_when_late, extended_when_late
 from service.models.client import ModelRequest
 from service.sessions.events import outcome
 from service.sessions.events.events import encode_frame
@@ -46,7 +46,7 @@ async def run_turn(
         wait_for_others: Returns when no earlier turn of the session is open.
     """
     try:
-        with turn.scope() as scope, telling_lateness(turn.note_late):
+        with turn.scope() as scope, calling_when_late(turn.note_late):
             await wait_for_others()
             await _reply(turn, store=store, clock=clock, settings=settings)
         if scope.cancelled_caught:
@@ -73,7 +73,7 @@ async def end_turn(turn: Turn, *, store: Store, clock: Clock, within_s: float) -
     # Shielded: every end is stored and published, also the end that a cancellation caused.
     with (
         trio.CancelScope(deadline=trio.current_time() + within_s, shield=True) as scope,
-        forgiving(scope, timeout_s=within_s),
+        extended_when_late(scope, timeout_s=within_s),
     ):
         stored = await _keep(turn, record, store=store, clock=clock)
     turn.conclude(record, stored=stored)
