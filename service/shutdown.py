@@ -31,7 +31,7 @@ from service.settings import Settings
 
 logger = structlog.get_logger("lastcall.shutdown")
 
-SETTLE_S = 0.1
+PHASE_MARGIN_S = 0.1
 """Added to the bound of a phase, so that inner waits with the same bound expire before the phase does."""
 LATE_CLOSE_S = 0.2
 """The time for a step that begins when the time of its phase is over."""
@@ -270,10 +270,10 @@ class Shutdown:
             await self.close_listeners()
         with self.noting_faults("interrupting running turns"):
             sessions.drain.interrupt_all()
-        with trio.move_on_after(self._settings.cleanup_timeout_s + SETTLE_S) as bound:
+        with trio.move_on_after(self._settings.cleanup_timeout_s + PHASE_MARGIN_S) as bound:
             await sessions.drain.wait_idle()
             with self.noting_faults("storing what the store refused"):
-                await sessions.pending_writes.settle()
+                await sessions.pending_writes.retry()
         if bound.cancelled_caught:
             left = sessions.statistics()
             if turns := left.turns_running + left.turns_queued:

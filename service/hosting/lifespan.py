@@ -34,7 +34,7 @@ from service.hosting.process.process_exit import ExitCode, leave, leave_at_exit,
 from service.hosting.process.watchdog import Watchdog, count_tasks
 from service.hosting.stop_signals import Notice
 from service.settings import Settings, check_stand_in, passed_over
-from service.shutdown import SETTLE_S, Shutdown
+from service.shutdown import PHASE_MARGIN_S, Shutdown
 from service.supervisor import Service, open_service
 from service.telemetry.banner import announce
 from service.telemetry.logging import Log, configure_logging
@@ -48,7 +48,7 @@ GARBAGE_AFTER = 10_000
 """New objects after which the garbage collector runs. With Python's default of 700 a worker with 500 streams spends a
 fifth of its time on it, in pieces of 50 ms every half second."""
 
-LAME_DUCK_LOOK_S = 0.01
+LAME_DUCK_POLL_INTERVAL_S = 0.01
 VARIABLES_SHOWN_MAX = 20
 
 
@@ -129,7 +129,7 @@ class Hosting:
         self._opened = False
         self._closed = trio.Event()  # hypercorn has closed every connection and asks the lifespan to end
         worker.config.shutdown_timeout = settings.shutdown_total_s
-        worker.config.graceful_timeout = settings.cleanup_timeout_s + SETTLE_S + settings.release_timeout_s
+        worker.config.graceful_timeout = settings.cleanup_timeout_s + PHASE_MARGIN_S + settings.release_timeout_s
 
     @contextmanager
     def install(self) -> Iterator[None]:
@@ -225,7 +225,7 @@ class Hosting:
     async def _leave_clients_to_others(self) -> None:
         await self._shutdown.noticed.wait()
         while self._shutdown.accepting:  # noqa: ASYNC110  the lame duck, which a second Ctrl+C ends early
-            await trio.sleep(LAME_DUCK_LOOK_S)
+            await trio.sleep(LAME_DUCK_POLL_INTERVAL_S)
         if self._settings.drain_timeout_s:
             await self._listener_shutdown.leave_clients_to_others()
 
@@ -272,7 +272,7 @@ class Hosting:
         if not self._closed.is_set():
             with self._shutdown.noting_faults("closing connections"):
                 aborted += self._connections.abort_all()
-            with trio.move_on_after(SETTLE_S):
+            with trio.move_on_after(PHASE_MARGIN_S):
                 await self._closed.wait()
         self._shutdown.note_connections_aborted(aborted)
 

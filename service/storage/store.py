@@ -42,7 +42,7 @@ class Store(Protocol):
     Every method raises :class:`~service.errors.StoreError` if the store refuses or breaks. The outcome of
     such a step is unknown, as after a cancellation. The step may even happen later, but never after the
     next write of the same owner: the writes of an owner, and :meth:`is_marked`, happen in the order of
-    their calls, so that a later call finds the outcome of an earlier one settled.
+    their calls, so that a later call finds the outcome of an earlier one.
     Callers bound their waits. ``aclose`` flushes and closes; no method may be called after it.
     """
 

@@ -16,7 +16,7 @@ from service.sessions.commands import NewSession, NewTurn
 from service.sessions.events.outcome import Interrupted
 from service.sessions.turns.turn import Turn
 from service.settings import Settings
-from service.shutdown import LATE_CLOSE_S, SETTLE_S, Phase, Shutdown, ShutdownReport
+from service.shutdown import LATE_CLOSE_S, PHASE_MARGIN_S, Phase, Shutdown, ShutdownReport
 from service.storage.memory import MemoryStore
 from service.supervisor import Service, open_service
 
@@ -317,7 +317,7 @@ async def test_a_store_that_hangs_at_the_last_write_costs_the_cleanup_and_no_mor
         monkeypatch.setattr(stage.store, "end_turn", hang)
         began = trio.current_time()
         await stage.stop()
-        assert trio.current_time() - began <= CLEANUP_S + SETTLE_S
+        assert trio.current_time() - began <= CLEANUP_S + PHASE_MARGIN_S
         assert turn.log.closed
         assert b'"stored":false' in turn.log.frames()[-1]
     assert stage.report().faults[-1] == "the end of 1 turns is not in the store"
@@ -398,7 +398,7 @@ async def test_a_turn_whose_model_client_does_not_let_go_has_its_end_all_the_sam
             turns = [await stage.start_turn(service) for _ in range(3)]
             began = trio.current_time()
             await stage.stop()
-            assert trio.current_time() - began <= CLEANUP_S + SETTLE_S
+            assert trio.current_time() - began <= CLEANUP_S + PHASE_MARGIN_S
             for turn in turns:
                 assert turn.log.closed
                 assert (await service.sessions.get_turn(turn.session_id, turn.id)).state == "interrupted"

@@ -146,5 +146,5 @@ async def test_a_turn_whose_end_could_not_be_kept_is_not_copied_before_it_is(aut
         with pytest.raises(StoreError, match="could not be kept yet"):
             await stage.sessions.fork_session(source)
         store.refused.clear()
-        await stage.sessions.pending_writes.settle()
+        await stage.sessions.pending_writes.retry()
         assert (await stage.sessions.fork_session(source)).message_count == 1

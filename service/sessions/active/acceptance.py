@@ -75,7 +75,7 @@ class Acceptance:
                 self._check_turn_limit()
                 with self._active.arriving():
                     # The ends of the earlier turns must be in the store, because this turn's prompt contains them.
-                    await self._pending_writes.settle_ends_of(session_id)
+                    await self._pending_writes.retry_ends_of(session_id)
                     while True:
                         try:
                             return await self._accept(session, new)
@@ -128,7 +128,7 @@ class Acceptance:
         except StoreError as error:
             # The store may have the turn or not. If the store has it, the turn must not stay open.
             turn.decide(outcome.failed(error.code, str(error)))
-            self._pending_writes.keep_end(turn)
+            self._pending_writes.add_end(turn)
             raise
 
     def _make_live(self, session: ActiveSession, turn: Turn, *, supersedes: bool) -> None:
@@ -179,7 +179,7 @@ class Acceptance:
 
     def _note_ended(self, turn: Turn) -> None:
         if not turn.stored:
-            self._pending_writes.keep_end(turn)
+            self._pending_writes.add_end(turn)
         self._active.note_ended(turn)
 
 

@@ -1,7 +1,7 @@
 """The deletion of a session: mark the session as deleted, end its turns, remove its rows.
 
 The outcome of each of the two writes may be unknown: a store that did not answer in time may still do the write later.
-Until the outcome is known, this module remembers the session's id, and :meth:`Deletions.settle` asks the store.
+Until the outcome is known, this module remembers the session's id, and :meth:`Deletions.resolve` asks the store.
 """
 
 import structlog
@@ -18,7 +18,7 @@ from service.storage.store_deadline import answered_within
 
 logger = structlog.get_logger("lastcall.deletion")
 
-UNSETTLED_MAX = 10_000
+UNRESOLVED_MAX = 10_000
 """Bound on deletions that are under way or have an unknown outcome; beyond it new deletions are refused."""
 
 
@@ -45,7 +45,7 @@ class Deletions:
         self._store = store
         self._clock = clock
         self._store_timeout_s = store_timeout_s
-        self._unsettled: set[str] = set()
+        self._unresolved: set[str] = set()
         """The sessions that this process has marked, or may have marked, as deleted in the store."""
 
     def is_under_way(self, session_id: str) -> bool:
@@ -64,7 +64,7 @@ class Deletions:
         if deletion.error is not None:
             raise deletion.error
 
-    async def settle(self) -> None:
+    async def resolve(self) -> None:
         """Ask the store for the unknown outcomes, and finish the deletions of sessions that are marked.
 
         A session that the store did not mark exists and is usable as before.
@@ -72,11 +72,15 @@ class Deletions:
         Raises:
             StoreError: The store does not answer; the other deletions wait for the next call.
         """
-        for session_id in list(self._unsettled):
+        for session_id in list(self._unresolved):
             with self._active.holding(session_id) as session:
-                # Without the lock, an old answer of the store could settle a deletion that began after the question.
+                # Without the lock, an old answer of the store could decide a deletion that began after the question.
                 async with session.acceptance:
-                    if session.deletion is None and session_id in self._unsettled and await self._is_marked(session_id):
+                    if (
+                        session.deletion is None
+                        and session_id in self._unresolved
+                        and await self._is_marked(session_id)
+                    ):
                         logger.info("a deletion whose outcome was unknown is finished", session_id=session_id)
                         self._begin(session)
 
@@ -93,10 +97,10 @@ class Deletions:
             for turn in session.turns:
                 turn.cut_short(outcome.Cancelled("session_deleted"))
             await session.wait_without_turns()
-            self._pending_writes.forget_ends_of(session.id)
+            self._pending_writes.discard_ends_of(session.id)
             with self._pending_writes.writing():
                 await self._store.remove_deleted(session.id)
-            self._unsettled.discard(session.id)
+            self._unresolved.discard(session.id)
             deletion.error = None
         except LastcallError as error:
             deletion.error = error
@@ -115,16 +119,16 @@ class Deletions:
             SessionNotFoundError, OwnedElsewhereError
             StoreError: The outcome is unknown; the session's id is remembered.
         """
-        if session_id in self._unsettled and await self._is_marked(session_id):
+        if session_id in self._unresolved and await self._is_marked(session_id):
             return
-        if len(self._unsettled) >= UNSETTLED_MAX:
+        if len(self._unresolved) >= UNRESOLVED_MAX:
             raise StoreError("The store has not answered too many deletions yet; try again later.")
-        self._unsettled.add(session_id)
+        self._unresolved.add(session_id)
         try:
             with self._pending_writes.writing():
                 await self._store.mark_deleted(session_id, now=self._clock())
         except RefusedError:
-            self._unsettled.discard(session_id)
+            self._unresolved.discard(session_id)
             raise
 
     async def _is_marked(self, session_id: str) -> bool:
@@ -132,5 +136,5 @@ class Deletions:
         with answered_within(self._store_timeout_s):
             marked = await self._store.is_marked(session_id)
         if not marked:
-            self._unsettled.discard(session_id)
+            self._unresolved.discard(session_id)
         return marked

@@ -30,7 +30,7 @@ class PendingWrites:
     """The pending writes, and whether the store takes writes now.
 
     Attributes:
-        refusal: Why the store refused the last write; None if the store took it. :meth:`settle` checks this again.
+        refusal: Why the store refused the last write; None if the store took it. :meth:`retry` checks this again.
     """
 
     def __init__(self, store: Store, *, clock: Clock, store_timeout_s: float) -> None:
@@ -53,7 +53,7 @@ class PendingWrites:
 
     # Ends of turns
 
-    def keep_end(self, turn: Turn) -> None:
+    def add_end(self, turn: Turn) -> None:
         """Keep an end that is not in the store, and publish the end if the turn has not done so."""
         self.refusal = self.refusal or StoreError("The store did not take the end of a turn.")
         if not turn.ended.is_set():
@@ -74,7 +74,7 @@ class PendingWrites:
     def has_end_of(self, turn_id: str) -> bool:
         return turn_id in self._ends
 
-    def forget_ends_of(self, session_id: str) -> None:
+    def discard_ends_of(self, session_id: str) -> None:
         """Drop the ends of a session that is deleted."""
         for turn in self._ends_of(session_id):
             del self._ends[turn.id]
@@ -84,7 +84,7 @@ class PendingWrites:
 
     # Once more
 
-    async def settle(self) -> None:
+    async def retry(self) -> None:
         """Try all pending writes again.
 
         A write that is refused again, or not tried because the caller was cancelled, stays pending. Two calls may run
@@ -105,7 +105,7 @@ class PendingWrites:
         if refusal is not None:
             raise refusal
 
-    async def settle_ends_of(self, session_id: str) -> None:
+    async def retry_ends_of(self, session_id: str) -> None:
         """Try the pending ends of one session again, before its next turn. Raises: StoreError, at the first refusal."""
         for turn in self._ends_of(session_id):
             await self._store_end(turn)

@@ -1,4 +1,4 @@
-"""The recovery loop: retries refused writes, settles deletions, ends the turns of processes that have died.
+"""The recovery loop: retries refused writes, finishes deletions, ends the turns of processes that have died.
 
 Nothing waits for this loop. An error in it is logged, and the loop goes on.
 """
@@ -37,9 +37,9 @@ async def run_recovery(
 async def recover_once(sessions: Sessions, *, shared: bool) -> None:
     """Try each step of the recovery once. Raises: StoreError, after all steps were tried."""
     refusal: StoreError | None = None
-    for settle in (sessions.pending_writes.settle, sessions.deletions.settle):
+    for step in (sessions.pending_writes.retry, sessions.deletions.resolve):
         try:
-            await settle()
+            await step()
         except StoreError as error:
             refusal = error
     if shared:

@@ -56,7 +56,7 @@ async def test_an_end_that_the_store_did_not_take_is_told_as_such_by_every_answe
             assert (await api.call("GET", path)).json["data"] == [waiting]
             replay = (await api.call("GET", f"{path}/{waiting['id']}/events")).events
             assert replay[-1]["stored"] is False
-        await api.service.sessions.pending_writes.settle()
+        await api.service.sessions.pending_writes.retry()
         del waiting["stored"]
         assert (await api.call("GET", f"{path}/{waiting['id']}")).json == waiting
         assert (await api.call("GET", path)).json["data"] == [waiting]
@@ -136,7 +136,7 @@ async def _finished(api: Api) -> tuple[str, list[dict[str, Any]]]:
     return reply.headers["location"], reply.events
 
 
-async def test_a_cursor_beyond_a_running_turn_is_refused(autojump_clock: MockClock) -> None:
+async def test_a_seq_beyond_a_running_turn_is_refused(autojump_clock: MockClock) -> None:
     async with open_api(model_url=SLOW) as api:
         session_id = await api.new_session()
         reply = await api.call("POST", f"/sessions/{session_id}/turns", {"input": "Hi", "background": True})

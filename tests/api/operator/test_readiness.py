@@ -20,7 +20,7 @@ async def test_readyz_is_503_while_the_file_of_the_store_is_gone(tmp_path: Path)
         assert (await api.call("GET", "/healthz")).status == 200
         assert (await api.call("GET", "/sessions/before")).status == 200
         (tmp_path / "aside.db").rename(path)
-        await api.service.sessions.pending_writes.settle()  # as the recovery loop does
+        await api.service.sessions.pending_writes.retry()  # as the recovery loop does
         assert (await api.call("GET", "/readyz")).json == {"status": "ready"}
 
 
@@ -38,9 +38,9 @@ async def test_readyz_tells_that_the_store_refuses_writes_and_reads_go_on(tmp_pa
             assert (await api.call("GET", "/healthz")).status == 200
             assert (await api.call("GET", "/sessions/before")).status == 200
             with pytest.raises(StoreError):
-                await api.service.sessions.pending_writes.settle()
+                await api.service.sessions.pending_writes.retry()
             assert (await api.call("GET", "/readyz")).json == {"status": "ready", "writes": "refused"}
             other.execute("ROLLBACK")
-        await api.service.sessions.pending_writes.settle()  # as the recovery loop does
+        await api.service.sessions.pending_writes.retry()  # as the recovery loop does
         assert (await api.call("GET", "/readyz")).json == {"status": "ready"}
         assert {session["id"] for session in (await api.call("GET", "/sessions")).json["data"]} <= {"before", "s"}

@@ -70,7 +70,7 @@ async def test_refused_acceptances_are_bounded_like_live_turns(autojump_clock: M
         with pytest.raises(TurnLimitError):
             await start(stage.sessions, session.id)
         store.refused.clear()
-        await stage.sessions.pending_writes.settle()
+        await stage.sessions.pending_writes.retry()
         await start(stage.sessions, session.id)
 
 
@@ -78,7 +78,7 @@ async def test_store_that_is_full_is_one_that_takes_writes(autojump_clock: MockC
     async with open_stage(MemoryStore(sessions_max=1)) as stage:
         await stage.sessions.create_session(NewSession())
         stage.sessions.pending_writes.refusal = StoreError("disk full")
-        await stage.sessions.pending_writes.settle()
+        await stage.sessions.pending_writes.retry()
         assert stage.sessions.pending_writes.refusal is None
 
 
@@ -89,18 +89,18 @@ async def test_one_end_that_is_refused_again_does_not_hold_up_the_others(autojum
         assert stage.sessions.statistics().ends_not_stored == 3
         store.only_turn = 0
         with pytest.raises(StoreError):
-            await stage.sessions.pending_writes.settle()
+            await stage.sessions.pending_writes.retry()
         assert stage.sessions.statistics().ends_not_stored == 1
 
 
-async def test_two_may_settle_at_once(autojump_clock: MockClock) -> None:
+async def test_two_retries_may_run_at_once(autojump_clock: MockClock) -> None:
     store = FullDisk("end_turn")
     async with open_stage(store) as stage:
         await end_turns(stage, 3)
         store.refused.clear()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(stage.sessions.pending_writes.settle)
-            nursery.start_soon(stage.sessions.pending_writes.settle)
+            nursery.start_soon(stage.sessions.pending_writes.retry)
+            nursery.start_soon(stage.sessions.pending_writes.retry)
         assert stage.sessions.statistics().ends_not_stored == 0
 
 
@@ -147,7 +147,7 @@ async def test_what_breaks_the_store_is_given_up_and_holds_up_no_other(autojump_
             ids = await end_turns(stage, 2)
             assert stage.sessions.pending_writes.turns == 2
             store.only_turn = 0
-            await stage.sessions.pending_writes.settle()
+            await stage.sessions.pending_writes.retry()
             assert stage.sessions.pending_writes.turns == 0
             assert stage.sessions.pending_writes.refusal is None
             states = [(await stage.store.get_session(name, now=stage.clock())).open_turns for name in ids]
@@ -174,7 +174,7 @@ async def test_an_end_that_is_not_the_stores_any_more_is_not_told_as_stored(auto
         (await stage.puppet.next_reply()).finish()
         await turn.wait_ended()
         assert b'"stored":false' in turn.log.frames()[-1]
-        await stage.sessions.pending_writes.settle()
+        await stage.sessions.pending_writes.retry()
         assert stage.sessions.pending_writes.turns == 0
 
 
@@ -233,7 +233,7 @@ async def test_what_is_written_to_see_whether_that_works_is_seen_by_nobody(autoj
     """This is also true after the clock is set back."""
     async with open_stage() as stage:
         stage.sessions.pending_writes.refusal = StoreError("of a write that nobody tries again")
-        await stage.sessions.pending_writes.settle()
+        await stage.sessions.pending_writes.retry()
         assert stage.sessions.pending_writes.refusal is None, "it can be written to"
         stage.clock.advance(-3600)
         assert await stage.sessions.count_sessions() == 0

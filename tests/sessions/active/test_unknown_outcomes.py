@@ -24,7 +24,7 @@ from tests.sessions.puppet import Reply, Stage, open_stage
 from tests.sessions.turns.test_turns import start
 
 TIMEOUT_S = 5.0
-SETTLED_S = 6.5 + 2 * INTERVAL_S
+RECOVERED_S = 6.5 + 2 * INTERVAL_S
 """After this time the write is over and the recovery loop has run since."""
 
 outcomes = pytest.mark.parametrize("outcome", ["lands", "is lost"])
@@ -37,8 +37,8 @@ class Scene(Stage):
     turn: Turn
     reply: Reply
 
-    async def settled(self) -> None:
-        await trio.sleep(SETTLED_S)
+    async def wait_for_recovery(self) -> None:
+        await trio.sleep(RECOVERED_S)
         await wait_all_tasks_blocked()
 
 
@@ -144,7 +144,7 @@ async def test_memory_and_store_agree_after_a_write_whose_outcome_was_unknown(
         with pytest.raises(StoreError), capture_logs():
             await WRITES[write](scene)
         assert scene.store.late is None, "it was not slow"
-        await scene.settled()
+        await scene.wait_for_recovery()
         scene.reply.finish()
         await scene.turn.wait_ended()
         await wait_all_tasks_blocked()
@@ -186,7 +186,7 @@ async def test_a_deletion_that_the_store_marks_later_than_it_was_waited_for_is_f
             await scene.sessions.delete_session("s")
         assert await is_there(scene, "s"), "nothing has happened to it yet"
         assert (await scene.sessions.get_turn("s", scene.turn.id)).state == "running"
-        await scene.settled()
+        await scene.wait_for_recovery()
         record = await scene.turn.wait_ended()
         assert (record.state, record.reason) == ("cancelled", "session_deleted")
         assert scene.reply.closed.is_set(), "the model call goes on"
@@ -202,7 +202,7 @@ async def test_a_deletion_that_the_store_loses_leaves_a_session_that_goes_on(aut
         scene.store.late, scene.store.outcome = "mark_deleted", "is lost"
         with pytest.raises(StoreError):
             await scene.sessions.delete_session("s")
-        await scene.settled()
+        await scene.wait_for_recovery()
         scene.reply.say(" good")
         scene.reply.finish()
         record = await scene.turn.wait_ended()
@@ -212,7 +212,7 @@ async def test_a_deletion_that_the_store_loses_leaves_a_session_that_goes_on(aut
 
 @outcomes
 @pytest.mark.parametrize("step", ["mark_deleted", "remove_deleted"])
-async def test_a_second_delete_while_the_first_is_unsettled_deletes_or_says_that_it_is_gone(
+async def test_a_second_delete_while_the_outcome_of_the_first_is_unknown_deletes_or_says_that_it_is_gone(
     autojump_clock: MockClock, step: str, outcome: Outcome
 ) -> None:
     async with open_scene() as scene:
@@ -240,7 +240,7 @@ async def test_a_session_that_takes_the_id_of_one_whose_removal_was_unknown_can_
         assert not await is_there(scene, "s")
 
 
-async def test_a_turn_that_is_accepted_while_a_deletion_is_unsettled_has_the_answer_of_the_store(
+async def test_a_turn_that_is_accepted_while_the_outcome_of_a_deletion_is_unknown_has_the_answer_of_the_store(
     autojump_clock: MockClock,
 ) -> None:
     async with open_scene() as scene:
@@ -249,12 +249,14 @@ async def test_a_turn_that_is_accepted_while_a_deletion_is_unsettled_has_the_ans
             await scene.sessions.delete_session("s")
         with pytest.raises(SessionNotFoundError):
             await scene.sessions.start_turn("s", NewTurn(text="too late", on_conflict="queue"))
-        await scene.settled()
+        await scene.wait_for_recovery()
         assert (await scene.turn.wait_ended()).reason == "session_deleted"
 
 
-async def test_unsettled_deletions_are_bounded(autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deletion, "UNSETTLED_MAX", 1)
+async def test_deletions_with_an_unknown_outcome_are_bounded(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deletion, "UNRESOLVED_MAX", 1)
     async with open_scene() as scene:
         await scene.sessions.create_session(NewSession(id="other"))
         scene.store.late = "mark_deleted"
@@ -262,7 +264,7 @@ async def test_unsettled_deletions_are_bounded(autojump_clock: MockClock, monkey
             await scene.sessions.delete_session("s")
         with pytest.raises(StoreError, match="too many deletions"):
             await scene.sessions.delete_session("other")
-        await scene.sessions.delete_session("s")  # this deletion is about the unsettled session
+        await scene.sessions.delete_session("s")  # this deletion is about the session whose outcome is unknown
         await scene.sessions.delete_session("other")
 
 
@@ -291,7 +293,7 @@ async def test_a_turn_whose_acceptance_was_unknown_never_runs(autojump_clock: Mo
         scene.store.late, scene.store.outcome = "begin_turn", outcome
         with pytest.raises(StoreError):
             await start(scene.sessions, "s", "unknown")
-        await scene.settled()
+        await scene.wait_for_recovery()
         _, *others = (await scene.sessions.list_turns("s", limit=10)).data
         told = [(turn.state, turn.error and turn.error.code, turn.stored) for turn in others]
         assert told == ([("failed", "store_unavailable", True)] if outcome == "lands" else [])
@@ -318,6 +320,6 @@ async def test_a_replay_of_an_end_that_was_kept_later_does_not_say_that_it_was_n
         await scene.turn.wait_ended()
         told = scene.turn.log.frames()
         assert b'"stored":false' in told[-1]
-        await scene.settled()
+        await scene.wait_for_recovery()
         log, _ = await scene.sessions.open_events("s", scene.turn.id)
         assert log.frames() == [*told[:-1], told[-1].replace(b',"stored":false', b"")]

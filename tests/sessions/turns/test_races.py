@@ -440,7 +440,7 @@ async def test_acceptance_that_the_store_breaks_off_leaves_no_open_turn(
         session = await stage.sessions.create_session(NewSession())
         with pytest.raises(StoreError):
             await stage.sessions.start_turn(session.id, NewTurn(text="hi"))
-        await stage.sessions.pending_writes.settle()
+        await stage.sessions.pending_writes.retry()
         assert (await stage.store.get_session(session.id, now=stage.clock())).open_turns == 0
         turns = await stage.sessions.list_turns(session.id, limit=10)
         assert [turn.state for turn in turns.data] == ["failed"] * happened

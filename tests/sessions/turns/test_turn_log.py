@@ -120,7 +120,7 @@ async def test_an_end_that_the_store_refused_is_a_warning_and_told_once(autojump
             await turn.wait_ended()
             await wait_all_tasks_blocked()
             store.refuses = False
-            await stage.sessions.pending_writes.settle()
+            await stage.sessions.pending_writes.retry()
         (line,) = ends_in(read())
     assert (line["level"], line["outcome"], line["stored"]) == ("warning", "completed", False)
 

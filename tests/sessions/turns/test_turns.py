@@ -442,7 +442,7 @@ async def test_end_that_the_store_refuses_is_told_as_not_stored_and_kept_later(
         assert (await store.get_turn(session.id, turn.id, now=stage.clock())).state == "running"
         assert stage.sessions.statistics().ends_not_stored == 1
         store.mended = True
-        await stage.sessions.pending_writes.settle()
+        await stage.sessions.pending_writes.retry()
         assert (await store.get_turn(session.id, turn.id, now=stage.clock())).text == "kept?"
         assert stage.sessions.statistics().ends_not_stored == 0
 
@@ -460,7 +460,7 @@ async def test_acceptance_that_the_store_hangs_on_is_refused_and_leaves_no_open_
         with pytest.raises(StoreError):
             await start(stage.sessions, session.id)
         assert (await stage.sessions.get_session(session.id)).status == "running"
-        await stage.sessions.pending_writes.settle()
+        await stage.sessions.pending_writes.retry()
         assert (await stage.sessions.get_session(session.id)).status == "idle"
 
 
