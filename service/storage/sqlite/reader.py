@@ -65,7 +65,7 @@ class Reader:
             if time.monotonic() >= deadline:
                 return
 
-    def rest(self, *, idle: bool) -> bool:  # noqa: ARG002
+    def run_housekeeping(self, *, idle: bool) -> bool:  # noqa: ARG002
         return False
 
     def close(self) -> None:

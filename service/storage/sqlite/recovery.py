@@ -13,7 +13,7 @@ from service.errors import OwnedElsewhereError
 from service.storage.records import SEQ_AFTER_CRASH, Item
 from service.storage.sqlite.ends import count_end
 from service.storage.sqlite.ownership import Ownership, fences, owner_of
-from service.storage.sqlite.rows import AHEAD, TURN_COLUMNS, Row, as_json, items_of, moment, turn_of
+from service.storage.sqlite.rows import STAGED_MARK, TURN_COLUMNS, Row, as_json, items_of, moment, turn_of
 
 _TURNS_MAX = 100
 """The most turns that one step ends, so that the step holds the write lock for milliseconds only."""
@@ -76,7 +76,7 @@ def _end(db: apsw.Connection, key: int, now: datetime) -> int:
     row: Row = db.execute(_GET, (key,)).fetchone()  # type: ignore[assignment]
     session = row[-1]
     session_id, idle_timeout_s = db.execute(_GET_SESSION, (session,)).fetchone()  # type: ignore[misc]
-    _drop_kept_ahead(db, key)
+    _drop_staged(db, key)
     turn = msgspec.structs.replace(turn_of(session_id, row), output=_joined_output(db, key))
     in_prompts = turn.in_prompts
     db.execute(
@@ -89,10 +89,10 @@ def _end(db: apsw.Connection, key: int, now: datetime) -> int:
     return sum(len(item.text.encode()) for item in (*turn.input, *turn.output))
 
 
-def _drop_kept_ahead(db: apsw.Connection, turn: int) -> None:
+def _drop_staged(db: apsw.Connection, turn: int) -> None:
     """Remove the events of a checkpoint or an end whose last step never came."""
     mark: Row | None = db.execute(
-        "SELECT key, after FROM outputs WHERE turn = ? AND items LIKE ?", (turn, f"{AHEAD} %")
+        "SELECT key, after FROM outputs WHERE turn = ? AND items LIKE ?", (turn, f"{STAGED_MARK} %")
     ).fetchone()
     if mark is not None:
         key, after = mark

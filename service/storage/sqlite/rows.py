@@ -24,8 +24,8 @@ _frames: msgspec.msgpack.Decoder[list[bytes]] = msgspec.msgpack.Decoder(list[byt
 FRAMES_BYTES_MAX = 256 * 1024
 """Bound on the events of one row, unless a single event is larger: a row is read, written and deleted as a whole."""
 
-AHEAD = "ahead"
-"""The beginning of the mark of staged events, in a column whose other values are JSON."""
+STAGED_MARK = "ahead"
+"""The beginning of the mark of staged events, in a column whose other values are JSON. Kept files have this word."""
 
 
 def moment(at: datetime) -> int:

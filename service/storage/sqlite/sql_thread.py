@@ -22,7 +22,7 @@ CLAIMED_GRACE_S = 0.25
 """How long a cancelled caller waits for a step that has begun, so that the step is usually done when it leaves."""
 
 _PAUSE_S = 0.01
-"""The pause between two calls of ``rest``, for new steps and for other processes that wait for the same lock."""
+"""The pause between two calls of ``run_housekeeping``, for new steps and for other processes that wait for the lock."""
 
 
 class Step(Generic[T]):
@@ -68,7 +68,7 @@ class Batches(Protocol):
         """Run waiting steps, at least one. Each step that was taken has its outcome afterwards."""
         ...
 
-    def rest(self, *, idle: bool) -> bool:
+    def run_housekeeping(self, *, idle: bool) -> bool:
         """Do work between batches; ``idle`` if no step waits. Returns whether there may be more of this work."""
         ...
 
@@ -145,17 +145,17 @@ class SqlThread:
             return
 
     def _work_through_steps(self) -> None:
-        resting = True
+        may_have_work = True
         while True:
             try:
-                step = self._queue.get(timeout=_PAUSE_S if resting else None)
+                step = self._queue.get(timeout=_PAUSE_S if may_have_work else None)
             except Empty:
-                resting = self._batches.rest(idle=True)
+                may_have_work = self._batches.run_housekeeping(idle=True)
                 continue
             if step is None:
                 return
             self._tell(*(step.done for step in self._batches.run(self._arriving(step))))
-            resting = self._batches.rest(idle=False)
+            may_have_work = self._batches.run_housekeeping(idle=False)
 
     def _arriving(self, first: Step[Any]) -> Iterator[Step[Any]]:
         """The waiting steps, without those whose callers have left."""

@@ -28,7 +28,7 @@ from service.storage.sqlite import forks, recovery, sessions, turns
 from service.storage.sqlite.open_files import OpenFiles
 from service.storage.sqlite.ownership import Ownership, find_owner, is_oldest
 from service.storage.sqlite.reader import Reader
-from service.storage.sqlite.rows import AHEAD, split_frames
+from service.storage.sqlite.rows import STAGED_MARK, split_frames
 from service.storage.sqlite.sql_thread import CLAIMED_GRACE_S, SqlThread
 from service.storage.sqlite.writer import Writer
 
@@ -170,13 +170,13 @@ class SqliteStore:
         await self._writing.call(lambda db: turns.start(db, turn_id, self.fence, now))
 
     async def checkpoint_turns(self, checkpoints: Sequence[Checkpoint]) -> None:
-        aheads = [await self._stage_events(it.session_id, it.turn_id, it.events, after=it.after) for it in checkpoints]
-        await self._writing.call(lambda db: turns.checkpoint(db, checkpoints, aheads, self.fence))
+        staged = [await self._stage_events(it.session_id, it.turn_id, it.events, after=it.after) for it in checkpoints]
+        await self._writing.call(lambda db: turns.checkpoint(db, checkpoints, staged, self.fence))
 
     async def end_turn(self, turn: TurnRecord, *, events: Sequence[bytes], now: datetime, after: int = 0) -> bool:
-        ahead = await self._stage_events(turn.session_id, turn.id, events, after=after)
+        staged = await self._stage_events(turn.session_id, turn.id, events, after=after)
         return await self._writing.call(
-            lambda db: turns.end(db, turn, events, ahead, after=after, fence=self.fence, now=now)
+            lambda db: turns.end(db, turn, events, staged, after=after, fence=self.fence, now=now)
         )
 
     async def _stage_events(
@@ -185,22 +185,22 @@ class SqliteStore:
         """Where the events are too many for one step, keep all but the last part of them."""
         if sum(map(len, events)) <= STEP_BYTES_MAX:
             return None
-        ahead: turns.StagedEvents | None = turns.StagedEvents(f"{AHEAD} {next(self._marks)}")
+        staged: turns.StagedEvents | None = turns.StagedEvents(f"{STAGED_MARK} {next(self._marks)}")
         *parts, _ = split_frames(events, bytes_max=STEP_BYTES_MAX)
         for part in parts:
-            if ahead is not None:
-                ahead = await self._writing.call(
+            if staged is not None:
+                staged = await self._writing.call(
                     partial(
                         turns.stage_events,
                         session_id=session_id,
                         turn_id=turn_id,
                         events=part,
-                        ahead=ahead,
+                        staged=staged,
                         after=after,
                         fence=self.fence,
                     )
                 )
-        return ahead
+        return staged
 
     async def get_turn(self, session_id: str, turn_id: str, *, now: datetime) -> TurnRecord:
         return await self._looking.call(lambda db: turns.get(db, session_id, turn_id, now))

@@ -14,7 +14,7 @@ from service.storage.sqlite import recovery, sessions
 from service.storage.sqlite.ends import count_end
 from service.storage.sqlite.ownership import Ownership
 from service.storage.sqlite.rows import (
-    AHEAD,
+    STAGED_MARK,
     TURN_COLUMNS,
     Row,
     as_json,
@@ -136,32 +136,32 @@ def stage_events(
     session_id: str,
     turn_id: str,
     events: Sequence[bytes],
-    ahead: StagedEvents,
+    staged: StagedEvents,
     *,
     after: int,
     fence: int,
 ) -> StagedEvents | None:
-    """Stage the next events after those of ``ahead``; None if the turn does not take them any more."""
+    """Stage the next events after those of ``staged``; None if the turn does not take them any more."""
     own = _own(db, session_id, turn_id, fence)
     if own is None:
         return None
-    if ahead.count == 0:
+    if staged.count == 0:
         db.execute("DELETE FROM outputs WHERE turn = ? AND after >= ?", (own.key, after))
-        db.execute("INSERT INTO outputs (turn, after, items) VALUES (?, ?, ?)", (own.key, after, ahead.mark))
-    elif not _is_marked(db, own.key, after, ahead):
+        db.execute("INSERT INTO outputs (turn, after, items) VALUES (?, ?, ?)", (own.key, after, staged.mark))
+    elif not _is_marked(db, own.key, after, staged):
         return None
-    _keep_events(db, own.key, events, after=after + ahead.count)
-    return msgspec.structs.replace(ahead, count=ahead.count + len(events))
+    _keep_events(db, own.key, events, after=after + staged.count)
+    return msgspec.structs.replace(staged, count=staged.count + len(events))
 
 
 def checkpoint(
-    db: apsw.Connection, checkpoints: Sequence[Checkpoint], aheads: Sequence[StagedEvents | None], fence: int
+    db: apsw.Connection, checkpoints: Sequence[Checkpoint], staged: Sequence[StagedEvents | None], fence: int
 ) -> None:
-    for it, ahead in zip(checkpoints, aheads, strict=True):
+    for it, part in zip(checkpoints, staged, strict=True):
         own = _own(db, it.session_id, it.turn_id, fence)
         if own is None:
             continue
-        _keep_rest(db, own.key, it.events, ahead, after=it.after)
+        _keep_rest(db, own.key, it.events, part, after=it.after)
         db.execute("DELETE FROM outputs WHERE turn = ? AND after >= ?", (own.key, it.after))
         if it.output:
             db.execute(
@@ -175,7 +175,7 @@ def end(
     db: apsw.Connection,
     turn: TurnRecord,
     events: Sequence[bytes],
-    ahead: StagedEvents | None,
+    staged: StagedEvents | None,
     *,
     after: int,
     fence: int,
@@ -186,7 +186,7 @@ def end(
         return False
     values = values_of(turn)
     db.execute(_END, {name: values[name] for name in _END_COLUMNS} | {"key": own.key})
-    _keep_rest(db, own.key, events, ahead, after=after)
+    _keep_rest(db, own.key, events, staged, after=after)
     db.execute("DELETE FROM outputs WHERE turn = ?", (own.key,))
     count_end(db, turn, now, session=own.session, idle_timeout_s=own.idle_timeout_s)
     return True
@@ -307,7 +307,7 @@ def keys_down(db: apsw.Connection, session: int, turn_id: str) -> Iterator[tuple
 
 def read_events(db: apsw.Connection, session_id: str, turn_id: str) -> list[bytes]:
     turn = db.execute("SELECT key FROM turns WHERE id = ? AND session = ?", (turn_id, _key(db, session_id))).get
-    rows: list[Row] = db.execute(_EVENTS, {"turn": turn, "mark": f"{AHEAD} %"}).fetchall()
+    rows: list[Row] = db.execute(_EVENTS, {"turn": turn, "mark": f"{STAGED_MARK} %"}).fetchall()
     return [frame for (frames,) in rows for frame in unpack_frames(frames)]
 
 
@@ -337,16 +337,16 @@ def _own(db: apsw.Connection, session_id: str, turn_id: str, fence: int) -> _Own
     return None if session is None else _Own(*turn, *session)
 
 
-def _is_marked(db: apsw.Connection, turn: int, after: int, ahead: StagedEvents) -> bool:
+def _is_marked(db: apsw.Connection, turn: int, after: int, staged: StagedEvents) -> bool:
     query = "SELECT 1 FROM outputs WHERE turn = ? AND after = ? AND items = ?"
-    return db.execute(query, (turn, after, ahead.mark)).fetchone() is not None
+    return db.execute(query, (turn, after, staged.mark)).fetchone() is not None
 
 
 def _keep_rest(
-    db: apsw.Connection, turn: int, events: Sequence[bytes], ahead: StagedEvents | None, *, after: int
+    db: apsw.Connection, turn: int, events: Sequence[bytes], staged: StagedEvents | None, *, after: int
 ) -> None:
-    if ahead is not None and _is_marked(db, turn, after, ahead):
-        _keep_events(db, turn, events[ahead.count :], after=after + ahead.count)
+    if staged is not None and _is_marked(db, turn, after, staged):
+        _keep_events(db, turn, events[staged.count :], after=after + staged.count)
     else:
         _keep_events(db, turn, events, after=after)
 

@@ -29,7 +29,7 @@ _LOG_PAGES_MAX = 16 * 1024
 """A longer log (64 MiB) is forced to restart: under constant reads the log never restarts by itself."""
 _RESET_EVERY_S = 1.0
 """The pause after a failed restart of the log: each attempt blocks all writers."""
-_REST_EVERY_S = 0.1
+_HOUSEKEEPING_INTERVAL_S = 0.1
 """The interval of the work between commits while steps keep arriving."""
 _SHRINK_PAGES = 256
 """The pages that one step gives back to a full disk."""
@@ -59,7 +59,7 @@ class Writer:
         self._is_full = False
         """Whether the disk was full, and the free pages were not given back to it yet."""
         self._wal_pages = 0
-        self._rested_at = 0.0
+        self._housekept_at = 0.0
         self._reset_at = 0.0
 
     def open(self) -> None:
@@ -118,12 +118,12 @@ class Writer:
         self.steps += len(taken)
         return taken
 
-    def rest(self, *, idle: bool) -> bool:
+    def run_housekeeping(self, *, idle: bool) -> bool:
         """Write a checkpoint or reclaim rows, if it is time. Returns whether there may be more to do."""
         now = time.monotonic()
-        if not idle and now - self._rested_at < _REST_EVERY_S:
+        if not idle and now - self._housekept_at < _HOUSEKEEPING_INTERVAL_S:
             return True
-        self._rested_at = now
+        self._housekept_at = now
         try:
             if self._is_full:
                 return self._make_space()
