@@ -1,4 +1,4 @@
-"""The codes of failed turns: what each means and who can mend it.
+"""The codes of failed turns: what each means and who can fix it.
 
 This is the one list of them. Types (:data:`FailureCode`), the OpenAPI document, the page ``/docs`` and the table of
 ``docs/failures.md`` are made from it or compared with it. A code is stable: it is added, and not renamed.
@@ -37,10 +37,10 @@ FailureCode = Literal[
 
 @dataclass(frozen=True)
 class FailureMeaning:
-    """What happened, and who can mend it: two texts without a full stop, with code in backticks."""
+    """What happened, and who can fix it: two texts without a full stop, with code in backticks."""
 
-    what: str
-    mender: str
+    cause: str
+    fixed_by: str
 
 
 FAILURES: Mapping[FailureCode, FailureMeaning] = {

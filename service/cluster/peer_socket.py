@@ -13,7 +13,7 @@ from service.errors import ResourcesExhaustedError, is_exhaustion
 from service.freezes import move_on_after
 
 _CONNECT_TIMEOUT_S = 2.0
-_LOOK_S = 0.01
+_POLL_INTERVAL_S = 0.01
 _CREDENTIALS = struct.Struct("3i")  # process, user, group
 _NOBODY = -1
 """The user that the kernel reports while the connection is not made, because the listener's backlog is full."""
@@ -53,7 +53,7 @@ async def connect_to_peer(address: str) -> trio.SocketStream | None:
             if user_of_peer(stream.socket) != _NOBODY:
                 return stream
             stream.socket.close()  # the backlog is full; Trio does not notice that the kernel refused
-            await trio.sleep(_LOOK_S)
+            await trio.sleep(_POLL_INTERVAL_S)
     return None
 
 

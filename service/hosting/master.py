@@ -55,7 +55,7 @@ REPLACEMENTS_WITHIN_S = 60
 """Window of the count above: if workers die more often than this, another start will not help."""
 STOP_SLACK_S = 1
 """Time that workers may take beyond their own bound on a shutdown, before they are killed."""
-STOP_LOOK_S = 0.25
+STOP_POLL_INTERVAL_S = 0.25
 WAIT_MAX_S = 86_400
 """Bound on one wait: poll(2) takes milliseconds in 31 bits, which is 24 days, and settings allow a year."""
 AT_ONCE_S = 10
@@ -184,7 +184,7 @@ class Workers:
         """
         waited_for = list(sentinels)
         while True:
-            ended = wait(waited_for, STOP_LOOK_S if timeout is None else timeout)
+            ended = wait(waited_for, STOP_POLL_INTERVAL_S if timeout is None else timeout)
             if ended:
                 return ended
             if self._start_is_due:

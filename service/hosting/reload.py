@@ -18,7 +18,7 @@ from service.hosting.process.process_exit import ExitCode, say
 from service.settings import Settings
 from service.telemetry.logging import configure_logging
 
-LOOK_INTERVAL_S = 0.2
+POLL_INTERVAL_S = 0.2
 STOP_SLACK_S = 2.0
 """Time that a server may take beyond its own bound on a shutdown, before it is killed."""
 STOP_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM})
@@ -42,7 +42,7 @@ def serve_and_reload(settings: Settings, *, config_file: Path, arguments: Iterab
         server: subprocess.Popen[bytes] | None = _start(command, mask)
         seen, changed = _changed_at(config_file), False
         while True:
-            signalled = signal.sigtimedwait(STOP_SIGNALS | {signal.SIGCHLD}, LOOK_INTERVAL_S)
+            signalled = signal.sigtimedwait(STOP_SIGNALS | {signal.SIGCHLD}, POLL_INTERVAL_S)
             if signalled is not None and signalled.si_signo in STOP_SIGNALS:
                 return _stop(server, settings, hurry_on=signal.SIGINT)
             if server is not None and (code := server.poll()) is not None:
@@ -75,11 +75,11 @@ def _stop(
     if server is None:
         return 0
     server.terminate()
-    for _ in range(round((settings.shutdown_total_s + STOP_SLACK_S) / LOOK_INTERVAL_S)):
+    for _ in range(round((settings.shutdown_total_s + STOP_SLACK_S) / POLL_INTERVAL_S)):
         if server.poll() is not None:
             # SIGTERM may end the server during its start, before it handles signals: that counts as a clean stop.
             return 0 if server.returncode == -signal.SIGTERM else server.returncode
-        signalled = signal.sigtimedwait({signal.SIGCHLD, hurry_on}, LOOK_INTERVAL_S)
+        signalled = signal.sigtimedwait({signal.SIGCHLD, hurry_on}, POLL_INTERVAL_S)
         if signalled is not None and signalled.si_signo == signal.SIGINT:
             server.send_signal(signal.SIGINT)
     server.kill()

@@ -207,7 +207,7 @@ class OpenAICompatibleClient:
             return error_from_reply(reply, redact=self._redact)
         return ModelError(
             "upstream_protocol",
-            "The model server answered with a compressed body, which nobody asked for: check the model URL. "
+            "The model server answered with a compressed body that was not requested: check the model URL. "
             "Of encodings only gzip and deflate can be read, and one at a time.",
         )
 

@@ -14,8 +14,8 @@ PAGE = ROOT / "docs/failures.md"
 
 
 def failures_table() -> str:
-    rows = ["| Code | What happened | Who can mend it |", "|---|---|---|"]
-    rows += [f"| `{code}` | {meaning.what} | {meaning.mender} |" for code, meaning in FAILURES.items()]
+    rows = ["| Code | What happened | Who can fix it |", "|---|---|---|"]
+    rows += [f"| `{code}` | {meaning.cause} | {meaning.fixed_by} |" for code, meaning in FAILURES.items()]
     return "\n".join(rows) + "\n"
 
 

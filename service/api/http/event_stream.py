@@ -46,20 +46,20 @@ class EventStream(ResponseBody):
     the terminal event has been sent.
 
     Args:
-        cursor: The last seq that the client has seen.
+        after: The last seq that the client has seen.
     """
 
-    def __init__(self, log: EventLog, slot: StreamSlot, *, cursor: int) -> None:
+    def __init__(self, log: EventLog, slot: StreamSlot, *, after: int) -> None:
         self._log = log
         self._slot = slot
-        self._cursor = cursor
+        self._seq = after
         self._begun = False
         self._caught_up = False
         self._taken_at = 0.0
         self._ended = False
 
     def __repr__(self) -> str:
-        return f"<EventStream at seq {self._cursor} of {self._log!r}>"
+        return f"<EventStream at seq {self._seq} of {self._log!r}>"
 
     async def __aenter__(self) -> "EventStream":
         return self
@@ -78,7 +78,7 @@ class EventStream(ResponseBody):
             self._begun = True
             return self._take(_RETRY)
         await self._pause()
-        await self._slot.wait_beyond(self._log, self._cursor)
+        await self._slot.wait_beyond(self._log, self._seq)
         if self._slot.is_ends_only():
             await self._log.wait_closed()
         return self._take() or _HEARTBEAT
@@ -95,30 +95,30 @@ class EventStream(ResponseBody):
                 await self._log.wait_closed()
 
     def _take(self, before: bytes = b"") -> bytes:
-        chunk, self._cursor = self._log.read_after(self._cursor, bytes_max=_WRITE_BYTES_MAX)
-        self._caught_up = self._cursor == self._log.last_seq
+        chunk, self._seq = self._log.read_after(self._seq, bytes_max=_WRITE_BYTES_MAX)
+        self._caught_up = self._seq == self._log.last_seq
         self._taken_at = trio.current_time()
-        self._ended = self._log.closed and self._cursor == self._log.last_seq
+        self._ended = self._log.closed and self._seq == self._log.last_seq
         return LastPiece(before + chunk) if self._ended else before + chunk
 
 
-def stream_response(log: EventLog, slot: StreamSlot, *, cursor: int) -> TrioResponse:
-    """Return a response that streams a log from ``cursor`` on. The end of the request always gives the slot back."""
+def stream_response(log: EventLog, slot: StreamSlot, *, after: int) -> TrioResponse:
+    """Return a response that streams a log from ``after`` on. The end of the request always gives the slot back."""
     release_after_request(slot.close)
-    body = EventStream(log, slot, cursor=cursor)
+    body = EventStream(log, slot, after=after)
     response = TrioResponse(body, headers=HEADERS, content_type=MEDIA_TYPE)
     response.timeout = None  # otherwise Quart ends every response after 60 s
     return response
 
 
-class Cursor(NamedTuple):
+class Seen(NamedTuple):
     """The last seq that a client has seen, 0 for none, and the name of the header or parameter that it came in."""
 
     seq: int
     field: str
 
 
-def read_cursor(request: Request) -> Cursor:
+def read_seen(request: Request) -> Seen:
     """Read the last seq that a client has seen: from ``Last-Event-ID``, else the query's id, else ``?after=``.
 
     The order is this one because a client that reconnects repeats its first URL. An empty id counts as no id.
@@ -132,12 +132,12 @@ def read_cursor(request: Request) -> Cursor:
     if query.last_event_id and query.last_event_id_too and query.last_event_id != query.last_event_id_too:
         raise InvalidRequestError("lastEventId and Last-Event-ID differ; send one of them.", field="lastEventId")
     if said is not None:
-        return Cursor(said, "Last-Event-ID")
+        return Seen(said, "Last-Event-ID")
     if query.last_event_id:
-        return Cursor(int(query.last_event_id), "lastEventId")
+        return Seen(int(query.last_event_id), "lastEventId")
     if query.last_event_id_too:
-        return Cursor(int(query.last_event_id_too), "Last-Event-ID")
-    return Cursor(query.after, "after")
+        return Seen(int(query.last_event_id_too), "Last-Event-ID")
+    return Seen(query.after, "after")
 
 
 def read_last_event_id(request: Request) -> int | None:

@@ -26,7 +26,7 @@ from quart_trio.wrappers import TrioResponse
 
 from service.api.http.app_state import current_service
 from service.api.http.end_of_input import leave_at_end_of_input
-from service.api.http.event_stream import MEDIA_TYPE, read_cursor, read_last_event_id
+from service.api.http.event_stream import MEDIA_TYPE, read_last_event_id, read_seen
 from service.api.http.request_body import drop_body, kept_body
 from service.api.http.request_id import HEADER_BYTES as REQUEST_ID
 from service.api.http.request_id import current_request_id
@@ -45,7 +45,7 @@ from service.sessions.events.event_log import EventLog
 from service.sessions.turns.turn import Watch
 from service.supervisor import Service
 
-logger = structlog.get_logger("lastcall.forwarding")
+logger = structlog.get_logger("lastcall.proxy")
 
 PEER = "lastcall.peer"
 """Key in the ASGI scope of a request from another process of this service, which has checked the access already.
@@ -61,15 +61,15 @@ _HOPS_AT_ONCE = 3
 """Hops without a wait: the owner may change while a request is on its way. After more changes each hop waits."""
 _HOPS_MAX = 10
 """After so many hops the request is answered with an error."""
-_SETTLING_S = 0.02
+_HOP_WAIT_S = 0.02
 _DYING_S = 1.0
 """How long a dying process may hold its lock after its connections have closed."""
-_LOOK_S = 0.01
+_POLL_INTERVAL_S = 0.01
 _WRITE_BYTES_MAX = 64 * 1024
 _HOP_BY_HOP = frozenset(
     (b"connection", b"keep-alive", b"transfer-encoding", b"upgrade", b"te", b"trailer", b"date", b"server", b"expect")
 )
-_SAID_ANEW = (b"content-length", _HOPS.encode(), REQUEST_ID)
+_SET_ANEW = (b"content-length", _HOPS.encode(), REQUEST_ID)
 _TURN_PATH = re.compile(r"/sessions/([^/]+)/turns/(turn_[0-9a-f]{32})(?:/events)?$")
 
 
@@ -119,7 +119,7 @@ async def forward(error: OwnedElsewhereError) -> TrioResponse:
     """
     hops = int(request.headers.get(_HOPS, "0")) if is_from_peer() else 0
     if _HOPS_AT_ONCE <= hops < _HOPS_MAX:
-        await trio.sleep(_SETTLING_S * (hops - _HOPS_AT_ONCE + 1))
+        await trio.sleep(_HOP_WAIT_S * (hops - _HOPS_AT_ONCE + 1))
         try:
             return await _begin_anew()
         except OwnedElsewhereError as newer:
@@ -136,14 +136,14 @@ async def forward(error: OwnedElsewhereError) -> TrioResponse:
         raise StoreError(str(error))
     logger.debug("asking the owner", session_id=error.session_id, owner=error.fence, method=request.method)
     answer = None
-    if _patience_s() == inf:
+    if _answer_timeout_s() == inf:
         leave_at_end_of_input()
-    with slot.waiting() as wait, move_on_after(_patience_s()) as patience:
+    with slot.waiting() as wait, move_on_after(_answer_timeout_s()) as bound:
         answer = await peer.ask(_peer_request(hops + 1), is_stream=_is_stream)
     may_be_repeated = _may_be_repeated() or not peer.has_asked
     if wait.cancelled_caught:
         raise ShuttingDownError
-    if patience.cancelled_caught:
+    if bound.cancelled_caught:
         raise _no_answer(error.session_id) if may_be_repeated else _unknown_outcome("does not answer")
     if answer is None:
         if may_be_repeated:
@@ -166,7 +166,7 @@ async def forward(error: OwnedElsewhereError) -> TrioResponse:
     return response
 
 
-def _patience_s() -> float:
+def _answer_timeout_s() -> float:
     """Return how long the owner may take to answer the current request; a stream's body may take longer."""
     later_s = cast("dict[str, float]", request.scope).get(_LATER, 0)
     return current_service().settings.store_timeout_s + later_s
@@ -216,7 +216,7 @@ async def _wait_until_free(service: Service, session_id: str, fence: int) -> Non
             owner = await service.store.find_owner(session_id)
             if owner is None or owner.fence != fence:
                 return
-            await trio.sleep(_LOOK_S)
+            await trio.sleep(_POLL_INTERVAL_S)
     raise _no_answer(session_id)
 
 
@@ -242,7 +242,7 @@ class ProxiedStream(ResponseBody):
         self._slot = slot
         self._fence = fence
         self._turn_path = turn_path
-        self._cursor = read_cursor(request).seq if request.method == "GET" else read_last_event_id(request) or 0
+        self._seq = read_seen(request).seq if request.method == "GET" else read_last_event_id(request) or 0
         self._unsent = b""
         self._rest: EventLog | None = None
 
@@ -263,7 +263,7 @@ class ProxiedStream(ResponseBody):
             except PEER_GONE:
                 self._rest = await self._open_rest()
         if self._rest is not None:
-            frames, self._cursor = self._rest.read_after(self._cursor, bytes_max=_WRITE_BYTES_MAX)
+            frames, self._seq = self._rest.read_after(self._seq, bytes_max=_WRITE_BYTES_MAX)
         if not frames:
             raise StopAsyncIteration
         return frames
@@ -278,12 +278,12 @@ class ProxiedStream(ResponseBody):
                 return b""
             whole, self._unsent = split_whole(self._unsent + data)
             if whole:
-                return self._noting_cursor(whole)
+                return self._noting_seq(whole)
 
-    def _noting_cursor(self, frames: bytes) -> bytes:
+    def _noting_seq(self, frames: bytes) -> bytes:
         _, found, last = (b"\n" + frames).rpartition(b"\nid: ")
         if found:
-            self._cursor = int(last.partition(b"\n")[0])
+            self._seq = int(last.partition(b"\n")[0])
         return frames
 
     async def _open_rest(self) -> EventLog | None:
@@ -299,9 +299,9 @@ class ProxiedStream(ResponseBody):
             return None
         watch.release()
         logger.info("a stream ends from the store: its owner died", session_id=session_id, turn_id=turn_id)
-        if self._cursor < log.last_seq:
+        if self._seq < log.last_seq:
             # A client that saw events which were lost goes on with the terminal event.
-            self._cursor = min(self._cursor, log.unbroken_seq)
+            self._seq = min(self._seq, log.unbroken_seq)
         return log
 
 
@@ -328,7 +328,7 @@ def _peer_request(hops: int) -> PeerRequest:
     headers = [
         (name, value)
         for name, value in request.scope["headers"]
-        if name.lower() not in _HOP_BY_HOP and name.lower() not in _SAID_ANEW
+        if name.lower() not in _HOP_BY_HOP and name.lower() not in _SET_ANEW
     ]
     if not any(name.lower() == b"host" for name, _ in headers):
         headers.append((b"host", b"localhost"))  # on HTTP/2 the host is in :authority

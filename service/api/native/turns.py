@@ -12,8 +12,8 @@ from service.api.http.end_of_input import leave_at_end_of_input
 from service.api.http.event_stream import (
     HEADERS,
     MEDIA_TYPE,
-    read_cursor,
     read_last_event_id,
+    read_seen,
     stream_response,
     wants_stream,
 )
@@ -166,7 +166,7 @@ async def start_streaming(service: Service, slot: StreamSlot, session_id: str, n
     allow_longer_answer(by_s=_acceptance_s(service))
     turn, watch = await _start(service, session_id, new)
     release_later(watch)
-    response = stream_response(turn.log, slot, cursor=0)
+    response = stream_response(turn.log, slot, after=0)
     response.headers["Location"] = located(turn_path(turn.session_id, turn.id))
     return response
 
@@ -182,7 +182,7 @@ async def resume_streaming(service: Service, session_id: str, text: str, *, afte
         response = no_content()
     else:
         leave_at_end_of_input()
-        response = stream_response(log, slot, cursor=after)
+        response = stream_response(log, slot, after=after)
     response.headers["Location"] = located(turn_path(session_id, turn_id))
     return response
 
@@ -266,20 +266,20 @@ async def stream_events(session_id: str, turn_id: str) -> TrioResponse:
     Compare the ids of events, and do not count them: if the process that ran the turn has crashed, the id of the
     last event, `turn.interrupted`, jumps to 1073741824 or more.
     """
-    cursor, field = read_cursor(request)
+    seen, field = read_seen(request)
     service = current_service()
     session_id, turn_id = checked_session_id(session_id), checked_turn_id(turn_id)
     slot = take_slot(service)
-    log, watch = await service.sessions.open_events(session_id, turn_id, after=cursor)
+    log, watch = await service.sessions.open_events(session_id, turn_id, after=seen)
     release_later(watch)
-    if cursor >= log.last_seq and log.closed:
+    if seen >= log.last_seq and log.closed:
         return no_content()
-    if cursor > log.last_seq:
+    if seen > log.last_seq:
         raise InvalidRequestError(f"This turn has {log.last_seq} events so far.", field=field)
     if request.method == "HEAD":
         return TrioResponse(b"", headers=HEADERS, content_type=MEDIA_TYPE)
     leave_at_end_of_input()
-    return stream_response(log, slot, cursor=cursor)
+    return stream_response(log, slot, after=seen)
 
 
 @blueprint.post("/sessions/<session_id>/turns/<turn_id>/cancel")

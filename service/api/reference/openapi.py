@@ -123,10 +123,10 @@ def _codes(components: dict[str, Any]) -> dict[str, Any]:
     """
     components["Failure"]["properties"]["code"] = {"$ref": _REF.format(name="FailureCode")}
     components["Problem"]["properties"]["code"] = {"$ref": _REF.format(name="ProblemCode")}
-    meanings: dict[str, str] = {code: f"{meaning.what} ({meaning.mender})" for code, meaning in FAILURES.items()}
+    meanings: dict[str, str] = {code: f"{meaning.cause} ({meaning.fixed_by})" for code, meaning in FAILURES.items()}
     advice = {code: f"{status}: {ADVICE[code]}" for status, code in problem_codes()}
     return {
-        "FailureCode": _enum("Why a turn failed, and who can mend it.", meanings),
+        "FailureCode": _enum("Why a turn failed, and who can fix it.", meanings),
         "ProblemCode": _enum("Why a call was refused, with the status, and what to do.", advice),
     }
 

@@ -145,11 +145,11 @@ def _failed_turns() -> str:
     shared = {code for _, code in codes()}
     rows = [
         f'<tr id="{"failed-" if code in shared else ""}{code}"><td><code>{code}</code>'
-        f"<td>{_prose(meaning.what)}<td>{_prose(meaning.mender)}"
+        f"<td>{_prose(meaning.cause)}<td>{_prose(meaning.fixed_by)}"
         for code, meaning in FAILURES.items()
     ]
     return (
-        "<h2>Failed turns</h2><p>The <code>error.code</code> of a turn that failed, what happened, and who can mend it."
+        "<h2>Failed turns</h2><p>The <code>error.code</code> of a turn that failed, what happened, and who can fix it."
         f"</p><table>{''.join(rows)}</table>"
     )
 

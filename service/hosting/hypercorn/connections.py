@@ -56,8 +56,8 @@ Stream = trio.SSLStream[trio.SocketStream]
 """A connection's stream, with TLS or without, in the type that hypercorn declares."""
 FIRST_REQUEST_S = 0.05
 """How long a connection without a request is kept once the listeners close: a request may be on its way."""
-UNREAD_LOOK_S = 0.005
-QUIET_LOOKS = 3
+UNREAD_POLL_INTERVAL_S = 0.005
+QUIET_POLLS = 3
 """Looks in a row without unread bytes: a request stops the idle timer two event loop rounds after it was read."""
 CHECKPOINT_BYTES = 4096
 HEAD_BYTES_MAX = 16 * 1024
@@ -331,13 +331,13 @@ class Connection(TCPServer):
     async def _wait_until_quiet(self) -> None:
         """Return when all bytes are read and hold no request. The reader cancels this wait when it reads a request."""
         quiet = 0
-        while quiet < QUIET_LOOKS:
-            await trio.sleep(UNREAD_LOOK_S)
+        while quiet < QUIET_POLLS:
+            await trio.sleep(UNREAD_POLL_INTERVAL_S)
             quiet = 0 if self._has_unread() else quiet + 1
 
     async def _wait_until_read(self) -> None:
         while self._has_unread():  # noqa: ASYNC110  the reader reads in a later round of the event loop
-            await trio.sleep(UNREAD_LOOK_S)
+            await trio.sleep(UNREAD_POLL_INTERVAL_S)
 
     async def _say_goodbye(self, protocol: H2Protocol) -> None:
         with trio.move_on_after(LAST_FRAMES_S):

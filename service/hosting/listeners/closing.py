@@ -20,8 +20,8 @@ MASTER_LATE_S = 0.025
 """How long to wait for the master's event: a signal to the process group may reach a worker before its master."""
 MASTER_BUSY_S = 0.05
 """How long a master may run between a worker's end and its next wait, also on a busy machine."""
-MASTER_LOOK_S = 0.01
-OTHERS_LOOK_S = 0.25
+MASTER_POLL_INTERVAL_S = 0.01
+OTHERS_POLL_INTERVAL_S = 0.25
 WAITING_S = 0.025
 """How long clients that waited when the listeners closed may hold up the ends of turns."""
 
@@ -92,9 +92,9 @@ class ListenerShutdown:
             if self._master_stops:
                 others_serve = False
             elif now >= look_at:
-                others_serve, look_at = WorkerStatus.SERVING in self._statuses_of_others(), now + OTHERS_LOOK_S
+                others_serve, look_at = WorkerStatus.SERVING in self._statuses_of_others(), now + OTHERS_POLL_INTERVAL_S
             self._listeners.accept_clients(not others_serve)
-            await trio.sleep(MASTER_LOOK_S)
+            await trio.sleep(MASTER_POLL_INTERVAL_S)
 
     def release(self) -> None:
         """Let hypercorn stop serving. Idempotent; :meth:`Hosting.install` always calls it at its end."""

@@ -11,7 +11,7 @@ from quart import Request
 from trio.testing import MockClock
 from werkzeug.datastructures import Headers
 
-from service.api.http.event_stream import EventStream, read_cursor, wants_stream
+from service.api.http.event_stream import EventStream, read_seen, wants_stream
 from service.errors import InvalidRequestError
 from service.sessions.events.event_log import EventLog
 from service.sessions.events.events import TurnCompleted, TurnDelta, encode_frame
@@ -29,12 +29,12 @@ def terminal(seq: int) -> TurnCompleted:
 class Opened:
     """A log with some deltas, and a stream of it."""
 
-    def __init__(self, deltas: int = 0, *, cursor: int = 0, streams: Streams | None = None) -> None:
+    def __init__(self, deltas: int = 0, *, after: int = 0, streams: Streams | None = None) -> None:
         self.streams = streams or Streams(streams_max=2, heartbeat_interval_s=15)
         self.log = EventLog(bytes_max=1 << 20)
         self.append(deltas)
         self.slot = self.streams.open_stream()
-        self.stream = EventStream(self.log, self.slot, cursor=cursor)
+        self.stream = EventStream(self.log, self.slot, after=after)
 
     def append(self, deltas: int) -> None:
         for _ in range(deltas):
@@ -170,7 +170,7 @@ async def test_the_terminal_event_ends_a_pause(autojump_clock: MockClock) -> Non
 async def test_a_backlog_is_written_without_pauses(autojump_clock: MockClock) -> None:
     opened = Opened(5000)
     started_at = trio.current_time()
-    while opened.stream._cursor < 5000:
+    while opened.stream._seq < 5000:
         await anext(opened.stream)
         await trio.sleep(0.05)
     pieces = (trio.current_time() - started_at) / 0.05
@@ -212,15 +212,15 @@ async def test_the_slot_is_ended_only_once_the_piece_with_the_terminal_event_was
 
 
 async def test_a_stream_that_joins_between_the_last_delta_and_the_terminal_event_gets_both() -> None:
-    opened = Opened(1, cursor=1)
+    opened = Opened(1, after=1)
     assert await anext(opened.stream) == b"retry: 1000\n"
     opened.close()
     assert await anext(opened.stream) == encode_frame(terminal(2))
 
 
 @given(st.lists(st.integers(0, 40), max_size=12), st.integers(0, 30))
-async def test_a_replay_from_any_cursor_is_exact(appends: list[int], cursor: int) -> None:
-    opened = Opened(max(cursor, 30), cursor=cursor)
+async def test_a_replay_from_any_seq_is_exact(appends: list[int], seen: int) -> None:
+    opened = Opened(max(seen, 30), after=seen)
     received = await anext(opened.stream)
     for count in appends:
         opened.append(count)
@@ -230,7 +230,7 @@ async def test_a_replay_from_any_cursor_is_exact(appends: list[int], cursor: int
     async for piece in opened.stream:
         received += piece
     last = opened.log.last_seq
-    expected = b"".join(encode_frame(delta(seq)) for seq in range(cursor + 1, last)) + encode_frame(terminal(last))
+    expected = b"".join(encode_frame(delta(seq)) for seq in range(seen + 1, last)) + encode_frame(terminal(last))
     assert received == b"retry: 1000\n" + expected
 
 
@@ -243,7 +243,7 @@ async def test_a_large_backlog_comes_in_bounded_pieces() -> None:
 
 
 @pytest.mark.parametrize(
-    ("header", "query", "cursor"),
+    ("header", "query", "seen"),
     [
         (None, b"", (0, "after")),
         (None, b"after=7", (7, "after")),
@@ -261,15 +261,15 @@ async def test_a_large_backlog_comes_in_bounded_pieces() -> None:
     ],
 )
 def test_the_header_wins_over_the_id_of_the_query_and_that_over_after(
-    header: str | None, query: bytes, cursor: tuple[int, str]
+    header: str | None, query: bytes, seen: tuple[int, str]
 ) -> None:
     headers = Headers() if header is None else Headers({"Last-Event-ID": header})
-    assert tuple(read_cursor(_request(headers, query))) == cursor
+    assert tuple(read_seen(_request(headers, query))) == seen
 
 
 @pytest.mark.parametrize("query", [b"_=1700000000", b"_=1&_=2", b"after=7&t=a&t=b", b"%00=%ff", b"x", b"LASTEVENTID=9"])
 def test_names_that_are_not_known_are_passed_over(query: bytes) -> None:
-    assert read_cursor(_request(Headers(), query)).seq == (7 if b"after" in query else 0)
+    assert read_seen(_request(Headers(), query)).seq == (7 if b"after" in query else 0)
 
 
 @pytest.mark.parametrize(
@@ -291,19 +291,19 @@ def test_names_that_are_not_known_are_passed_over(query: bytes) -> None:
 def test_an_invalid_id_in_the_query_and_two_that_differ_are_refused(query: bytes, field: str) -> None:
     for headers in (Headers(), Headers({"Last-Event-ID": "5"})):
         with pytest.raises(InvalidRequestError) as refused:
-            read_cursor(_request(headers, query))
+            read_seen(_request(headers, query))
         assert refused.value.field == field
 
 
 def test_two_headers_that_differ_are_refused() -> None:
     with pytest.raises(InvalidRequestError):
-        read_cursor(_request(Headers([("Last-Event-ID", "5"), ("Last-Event-ID", "6")])))
+        read_seen(_request(Headers([("Last-Event-ID", "5"), ("Last-Event-ID", "6")])))
 
 
 @pytest.mark.parametrize("header", ["-1", "1.5", "abc", "²", "1" * 16, "0x1", " "])
 def test_an_invalid_last_event_id_is_refused(header: str) -> None:
     with pytest.raises(InvalidRequestError) as refused:
-        read_cursor(_request(Headers({"Last-Event-ID": header})))
+        read_seen(_request(Headers({"Last-Event-ID": header})))
     assert refused.value.field == "Last-Event-ID"
 
 

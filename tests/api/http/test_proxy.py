@@ -261,7 +261,7 @@ async def test_a_client_that_comes_back_by_post_is_answered_here_where_the_owner
 
 
 @pytest.mark.parametrize("after", ["2.0", "2e0", "x", "-1"])
-async def test_an_invalid_cursor_is_refused_by_its_field(after: str, tmp_path: Path) -> None:
+async def test_an_invalid_seq_is_refused_by_its_field(after: str, tmp_path: Path) -> None:
     async with open_owner(tmp_path) as (api, _):
         reply = await api.call("GET", f"{EVENTS}?after={after}", headers=SSE)
         reply.problem(422, "invalid_request", "after")
