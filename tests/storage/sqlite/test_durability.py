@@ -65,7 +65,7 @@ async def test_nothing_acknowledged_is_lost_in_a_power_cut(
     disk: LossyDisk, path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint_pages: int, luck: random.Random | None
 ) -> None:
     monkeypatch.setattr(writer, "_CHECKPOINT_PAGES", checkpoint_pages)
-    monkeypatch.setattr(writer, "_REST_EVERY_S", 0)
+    monkeypatch.setattr(writer, "_HOUSEKEEPING_INTERVAL_S", 0)
     assert await _lost(disk, path, luck) == 0
 
 

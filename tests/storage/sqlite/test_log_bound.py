@@ -34,7 +34,7 @@ def _write(db: apsw.Connection) -> int:
 async def test_the_log_stays_bounded_while_readers_never_pause(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bound = 500
     monkeypatch.setattr(writer, "_CHECKPOINT_PAGES", 100)
-    monkeypatch.setattr(writer, "_REST_EVERY_S", 0.01)
+    monkeypatch.setattr(writer, "_HOUSEKEEPING_INTERVAL_S", 0.01)
     monkeypatch.setattr(writer, "_RESET_EVERY_S", 0)
     monkeypatch.setattr(writer, "_LOG_PAGES_MAX", bound)
     async with open_sqlite_store(path) as store:
