@@ -350,12 +350,12 @@ class Settings(BaseModel):
     _texts = field_validator("*", mode="before")(_text)
 
     @model_validator(mode="after")
-    def _fit_together(self) -> "Settings":
-        if problems := list(self._misfits()):
+    def _check_consistency(self) -> "Settings":
+        if problems := list(self._inconsistencies()):
             raise ValueError("\n".join(problems))
         return self
 
-    def _misfits(self) -> Iterator[str]:
+    def _inconsistencies(self) -> Iterator[str]:
         given = self.model_fields_set
         if self.bind.startswith("unix:") and not self.api_keys:
             # Without keys only this machine is served, and a Unix socket does not say where a request comes from.
@@ -522,7 +522,7 @@ def read_sources(environ: Mapping[str, str] | None = None, /, **overrides: str) 
     """Collect the settings of the file, the environment and the command line; a later source overrides an earlier one.
 
     An empty variable counts as not set. Space around a value is removed, because a value from a file has a line end.
-    Variables that Kubernetes or Docker made are ignored (:func:`passed_over`). Each secret may be in a file
+    Variables that Kubernetes or Docker made are ignored (:func:`ignored_variables`). Each secret may be in a file
     that ``<name>_file`` names.
 
     Raises:
@@ -535,7 +535,7 @@ def read_sources(environ: Mapping[str, str] | None = None, /, **overrides: str) 
     read = _read_file(sources.file, must_exist=bool(named))
     sources.add_layer({name: (file, value) for name, value in read.items()})
     variables: dict[str, tuple[str, object]] = {}
-    not_ours = {CONFIG_FILE_VARIABLE, *passed_over(environ)}
+    not_ours = {CONFIG_FILE_VARIABLE, *ignored_variables(environ)}
     for variable in sorted(environ):
         if variable.startswith(ENV_PREFIX) and variable not in not_ours and environ[variable]:
             spelt = variable.encode(errors="backslashreplace").decode()  # an error text must be able to show it
@@ -548,7 +548,7 @@ def read_sources(environ: Mapping[str, str] | None = None, /, **overrides: str) 
     return sources
 
 
-def passed_over(environ: Mapping[str, str] | None = None, /) -> list[str]:
+def ignored_variables(environ: Mapping[str, str] | None = None, /) -> list[str]:
     """Variables with our prefix that are no settings: Kubernetes or Docker made them from the name of a service."""
     made = made_by_links(os.environ if environ is None else environ, ENV_PREFIX)
     return sorted(it for it in made if it.removeprefix(ENV_PREFIX).lower() not in Settings.model_fields)

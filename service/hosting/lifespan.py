@@ -33,7 +33,7 @@ from service.hosting.peer_listener import check_sharing, open_peer_listener
 from service.hosting.process.process_exit import ExitCode, leave, leave_at_exit, refuse_to_start
 from service.hosting.process.watchdog import Watchdog, count_tasks
 from service.hosting.stop_signals import Notice
-from service.settings import Settings, check_stand_in, passed_over
+from service.settings import Settings, check_stand_in, ignored_variables
 from service.shutdown import PHASE_MARGIN_S, Shutdown
 from service.supervisor import Service, open_service
 from service.telemetry.banner import announce
@@ -86,8 +86,8 @@ class ServiceLifespan:
         log = configure_logging(settings)
         check_sharing(settings, workers=worker.config.workers)
         check_stand_in(settings, binds=worker.addresses)
-        if variables := passed_over():
-            logger.debug("variables that service links made are passed over", variables=variables[:VARIABLES_SHOWN_MAX])
+        if variables := ignored_variables():
+            logger.debug("variables that service links made are ignored", variables=variables[:VARIABLES_SHOWN_MAX])
         return settings, Hosting(self._app, worker, settings, log)
 
 

@@ -24,7 +24,7 @@ def announce(
         secure: The addresses that speak TLS. None takes them from the settings.
         store: The name that the store gives itself.
     """
-    if log.for_people:
+    if log.is_console:
         log.writer.write(banner(settings, binds=binds, secure=secure, store=store))
         return
     secure = _secure(settings, binds, secure)

@@ -60,14 +60,14 @@ class LineLayout:
     """The form of a line, for people or for machines. The setting ``log_format`` decides, or else the kind of output.
 
     Attributes:
-        for_people: Whether the reader is a person.
+        is_console: Whether lines are written for a person, and not as JSON.
         render: The processors that make the line of an event that has its level, its logger and its time.
     """
 
     def __init__(self, settings: Settings, *, isatty: bool) -> None:
-        self.for_people = isatty if settings.log_format == "auto" else settings.log_format == "console"
-        self.render = _people_see(colors=isatty) if self.for_people else _machines_see()
-        self.render.append(_Blot(settings))
+        self.is_console = isatty if settings.log_format == "auto" else settings.log_format == "console"
+        self.render = _console_processors(colors=isatty) if self.is_console else _json_processors()
+        self.render.append(_SecretMask(settings))
 
     def line(self, text: str, *, level: str, logger_name: str) -> str:
         """Return the line of one text that does not go through the log, as in a signal handler."""
@@ -92,7 +92,7 @@ class Log(logging.Handler):
             _STAMP,
             _with_process_id,
             _without_cancellation,
-            self._with_what_was_lost,
+            self._with_lost_lines,
         ]
         render = self.layout.render
         structlog.configure(
@@ -115,8 +115,8 @@ class Log(logging.Handler):
         logging.captureWarnings(capture=True)
 
     @property
-    def for_people(self) -> bool:
-        return self.layout.for_people
+    def is_console(self) -> bool:
+        return self.layout.is_console
 
     def uninstall(self) -> None:
         """Give the loggers back to their former handlers. Not needed at the end of the process."""
@@ -143,7 +143,7 @@ class Log(logging.Handler):
             self.handle(record)
         return False
 
-    def _with_what_was_lost(self, _logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    def _with_lost_lines(self, _logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
         if lost := self.writer.take_lost():
             event["log_lines_lost"] = lost
         return event
@@ -187,11 +187,11 @@ class _Lines:
     debug = info = warning = error = critical = exception = msg
 
 
-class _Blot:
+class _SecretMask:
     """The last step: masks every secret of the settings in the rendered line."""
 
     def __init__(self, settings: Settings) -> None:
-        self._secrets = sorted(set(_spellings(settings)), key=len, reverse=True)
+        self._secrets = sorted(set(_forms_of_secrets(settings)), key=len, reverse=True)
 
     def __call__(self, _logger: WrappedLogger, _method: str, rendered: Any) -> str:
         line = str(rendered)
@@ -201,7 +201,7 @@ class _Blot:
         return line
 
 
-def _spellings(settings: Settings) -> Iterator[str]:
+def _forms_of_secrets(settings: Settings) -> Iterator[str]:
     keys = [*settings.api_keys, *(it.api_key for it in settings.all_upstreams)]
     secrets = [key.get_secret_value() for key in keys if key is not None]
     for upstream in settings.all_upstreams:
@@ -220,7 +220,7 @@ def _query_values(url: str) -> Iterator[str]:
         yield from {value if equals else name, unquote_plus(value if equals else name)}
 
 
-def _people_see(*, colors: bool) -> list[Processor]:
+def _console_processors(*, colors: bool) -> list[Processor]:
     return [
         _escaped,
         structlog.dev.ConsoleRenderer(colors=colors, sort_keys=False, exception_formatter=_write_traceback),
@@ -245,7 +245,7 @@ def _write_traceback(lines: Any, exc_info: ExcInfo) -> None:
     lines.write("\n" + escape_lines(text.getvalue().strip("\n")))
 
 
-def _machines_see() -> list[Processor]:
+def _json_processors() -> list[Processor]:
     return [
         structlog.processors.format_exc_info,
         _in_order,

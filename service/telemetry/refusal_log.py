@@ -21,7 +21,7 @@ class _Kind:
     """The refusals of one kind since its last line."""
 
     count: int = 0
-    told_at: float = -inf
+    logged_at: float = -inf
     level: Literal["info", "warning"] = "info"
     fields: dict[str, object] = field(default_factory=dict)
 
@@ -38,14 +38,14 @@ class RefusalLog:
         kind = self._kinds.setdefault(code, _Kind())
         kind.count += 1
         kind.level, kind.fields = level, fields
-        if trio.current_time() >= kind.told_at + INTERVAL_S:
-            self._tell(code, kind)
+        if trio.current_time() >= kind.logged_at + INTERVAL_S:
+            self._log(code, kind)
         else:
             self._changes.unpark_all()
 
     def flush(self) -> None:
         """Log all refusals that are counted and not logged yet, at the end of the service."""
-        self._tell_due(inf)
+        self._log_due(inf)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Log the counted refusals of a kind when its second is over. A child task of the service.
@@ -55,23 +55,23 @@ class RefusalLog:
         task_status.started()
         try:
             while True:
-                due_at = min((kind.told_at + INTERVAL_S for kind in self._kinds.values() if kind.count), default=None)
+                due_at = min((kind.logged_at + INTERVAL_S for kind in self._kinds.values() if kind.count), default=None)
                 if due_at is None:
                     await self._changes.park()
                 else:
                     await trio.sleep_until(due_at)
-                    self._tell_due(trio.current_time())
+                    self._log_due(trio.current_time())
         finally:
             self.flush()
 
-    def _tell_due(self, now: float) -> None:
+    def _log_due(self, now: float) -> None:
         for code, kind in self._kinds.items():
-            if kind.count and now >= kind.told_at + INTERVAL_S:
-                self._tell(code, kind)
+            if kind.count and now >= kind.logged_at + INTERVAL_S:
+                self._log(code, kind)
 
-    def _tell(self, code: str, kind: _Kind) -> None:
+    def _log(self, code: str, kind: _Kind) -> None:
         count, kind.count = kind.count, 0
-        kind.told_at = trio.current_time()
+        kind.logged_at = trio.current_time()
         log = logger.warning if kind.level == "warning" else logger.info
         log("requests refused", code=code, count=count, **kind.fields)
 

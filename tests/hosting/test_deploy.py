@@ -33,10 +33,10 @@ async def test_a_pod_of_the_manifest_starts_with_service_links_too(tmp_path: Pat
         with trio.fail_after(20):
             gone = await server.wait_gone()
     assert gone.exit_code == 0
-    passed_over = [line for line in server.log().splitlines() if "service links" in line]
-    assert len(passed_over) == 1
-    assert '"level": "debug"' in passed_over[0]
-    assert "LASTCALL_PORT" in passed_over[0]
+    ignored_variables = [line for line in server.log().splitlines() if "service links" in line]
+    assert len(ignored_variables) == 1
+    assert '"level": "debug"' in ignored_variables[0]
+    assert "LASTCALL_PORT" in ignored_variables[0]
 
 
 def test_the_pod_finds_its_keys_where_the_manifest_puts_them() -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from service.errors import SettingsError
-from service.settings import Settings, passed_over, read_sources
+from service.settings import Settings, ignored_variables, read_sources
 from tests.settings.kubelet import Port, service_links
 
 KUBERNETES = service_links("lastcall", Port(80, name="http"))
@@ -28,7 +28,7 @@ def problems(environ: dict[str, str]) -> list[str]:
 )
 def test_service_links_are_passed_over_in_whatever_number(environ: dict[str, str]) -> None:
     assert read_sources(environ).settings() == Settings()
-    assert passed_over(environ) == sorted(environ)
+    assert ignored_variables(environ) == sorted(environ)
 
 
 def test_settings_beside_service_links_are_read() -> None:
@@ -49,7 +49,7 @@ def docker_link(alias: str, **environ: str) -> dict[str, str]:
 def test_docker_links_are_passed_over(alias: str) -> None:
     environ = docker_link(alias, PATH="/bin", LASTCALL_BIND="0.0.0.0:8000", STREAMS_MAX="x")
     assert read_sources(environ).settings() == Settings()
-    assert passed_over(environ) == sorted(environ)
+    assert ignored_variables(environ) == sorted(environ)
 
 
 @pytest.mark.parametrize(
@@ -87,4 +87,4 @@ def test_a_link_proves_nothing_about_other_names() -> None:
 
 def test_setting_of_ours_is_never_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(Settings.model_fields, "service_host", Settings.model_fields["bind"])
-    assert "LASTCALL_SERVICE_HOST" not in passed_over(KUBERNETES)
+    assert "LASTCALL_SERVICE_HOST" not in ignored_variables(KUBERNETES)

@@ -61,9 +61,9 @@ def test_every_refusal_is_counted_once_and_no_kind_has_two_lines_within_a_second
     lines: list[tuple[float, str, int]] = []
 
     class Recording(RefusalLog):
-        def _tell(self, code: str, kind: Any) -> None:
+        def _log(self, code: str, kind: Any) -> None:
             lines.append((trio.current_time(), code, kind.count))
-            super()._tell(code, kind)
+            super()._log(code, kind)
 
     async def run() -> None:
         async with trio.open_nursery() as nursery:

@@ -184,7 +184,7 @@ class Connection(TCPServer):
         return not poll.poll(0)  # the kernel takes no more bytes for this client
 
     def abort(self) -> None:
-        """Close the connection without a goodbye. The kernel still delivers the bytes that it has taken."""
+        """Close the connection without GOAWAY or a TLS close. The kernel still delivers the bytes that it has taken."""
         if self.is_in_handshake:
             self._handshake.cancel()
         else:
@@ -317,7 +317,7 @@ class Connection(TCPServer):
         else:
             await self._wait_until_quiet()  # after a freeze the time is over, but requests may have arrived in it
         if isinstance(self.protocol.protocol, H2Protocol):
-            await self._say_goodbye(self.protocol.protocol)
+            await self._send_goaway(self.protocol.protocol)
         with trio.CancelScope(shield=True):
             await self._initiate_server_close()
 
@@ -339,7 +339,7 @@ class Connection(TCPServer):
         while self._has_unread():  # noqa: ASYNC110  the reader reads in a later round of the event loop
             await trio.sleep(UNREAD_POLL_INTERVAL_S)
 
-    async def _say_goodbye(self, protocol: H2Protocol) -> None:
+    async def _send_goaway(self, protocol: H2Protocol) -> None:
         with trio.move_on_after(LAST_FRAMES_S):
             while protocol.stream_buffers:  # noqa: ASYNC110  hypercorn's sending task has no event for this
                 await trio.sleep(0.001)
@@ -348,7 +348,7 @@ class Connection(TCPServer):
         await protocol._flush()
 
     async def _close(self) -> None:
-        # hypercorn calls this several times. Its goodbye takes a system call and a checkpoint, which are of use only
+        # hypercorn calls this several times. Its `send_eof` takes a system call and a checkpoint, which are of use only
         # if the client has sent bytes that are still unread.
         if self._socket.fileno() < 0:
             return
@@ -389,9 +389,9 @@ def socket_of(stream: Stream) -> trio.socket.SocketType:
 class ConnectionContext(WorkerContext):
     """The worker's context, as one connection sees it.
 
-    With ``terminated`` set, hypercorn's HTTP/2 says goodbye before its sending task has sent the last frames of a
+    With ``terminated`` set, hypercorn's HTTP/2 sends GOAWAY before its sending task has sent the last frames of a
     stream, which truncates the stream, and it resets new requests. So HTTP/2 never sees ``terminated`` set, and
-    :meth:`Connection._say_goodbye` says goodbye in the right order.
+    :meth:`Connection._send_goaway` sends both in the right order.
     Proven by ``tests/hosting/hypercorn/test_connections.py``.
     """
 
