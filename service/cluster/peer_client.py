@@ -24,7 +24,7 @@ class PeerRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PeerConnection:
-    """A connection that carries one request. Closed by :meth:`close` or :meth:`take_leave`.
+    """A connection that carries one request. Closed by :meth:`close` or :meth:`half_close`.
 
     Args:
         stream: A connected stream that was not used yet; closed with this connection.
@@ -46,8 +46,8 @@ class PeerConnection:
         """Close at once; the peer sees that the client has left. Closing twice has no effect."""
         self._stream.socket.close()
 
-    async def take_leave(self) -> None:
-        """Close in the way that says that the client may come back. Returns when the peer has closed, too."""
+    async def half_close(self) -> None:
+        """Close the sending side: the peer sees that the client may come back. Returns when the peer has closed."""
         try:
             with suppress(*PEER_GONE):
                 await self._stream.send_eof()

@@ -7,12 +7,12 @@ import trio
 
 _END_ON_ITS_WAY_S = 0.05
 """How much later than its own bound the end of another process's turn may arrive here."""
-_LEAVE_S = 0.04
+_CLOSE_S = 0.04
 """How long an owner may take to see that this process stops. Both together fit in the rest of the phase."""
 
 
 class ProxiedRequests:
-    """The open proxied requests. A shutdown waits for them until the deadline that :meth:`leave` sets.
+    """The open proxied requests. A shutdown waits for them until the deadline that :meth:`end_soon` sets.
 
     Args:
         nursery: The nursery of the sessions supervisor, so that the last call to an owner ends within the service.
@@ -23,20 +23,20 @@ class ProxiedRequests:
         self._nursery = nursery
         self._cleanup_timeout_s = cleanup_timeout_s
         self._open: set[ProxiedRequest] = set()
-        self._leaving = False
+        self._stopping = False
         self._changes = trio.lowlevel.ParkingLot()
 
     def open_request(self) -> "ProxiedRequest":
         """Open one more request, which the caller must close."""
-        proxied = ProxiedRequest(self._note_closed, self._start_leave)
-        if self._leaving:
+        proxied = ProxiedRequest(self._note_closed, self._start_close)
+        if self._stopping:
             proxied.end_by(self._last_end_by())
         self._open.add(proxied)
         return proxied
 
-    def leave(self) -> None:
+    def end_soon(self) -> None:
         """Set a deadline for all requests, as this process stops. Ends of owners that stop as well arrive by then."""
-        self._leaving = True
+        self._stopping = True
         for proxied in self._open:
             proxied.end_by(self._last_end_by())
 
@@ -54,9 +54,9 @@ class ProxiedRequests:
         """The time by which the ends of an owner that stops as well have arrived here."""
         return trio.current_time() + self._cleanup_timeout_s + _END_ON_ITS_WAY_S
 
-    def _start_leave(self, proxied: "ProxiedRequest", call: Callable[[], Awaitable[None]]) -> bool:
+    def _start_close(self, proxied: "ProxiedRequest", call: Callable[[], Awaitable[None]]) -> bool:
         try:
-            self._nursery.start_soon(_run_leave, proxied, call, name="taking leave of an owner")
+            self._nursery.start_soon(_run_close, proxied, call, name="close a proxied request")
         except RuntimeError:  # the nursery is closed: this request outlives the service
             return False
         return True
@@ -66,8 +66,8 @@ class ProxiedRequests:
         self._changes.unpark_all()
 
 
-async def _run_leave(proxied: "ProxiedRequest", call: Callable[[], Awaitable[None]]) -> None:
-    with trio.move_on_after(_LEAVE_S):
+async def _run_close(proxied: "ProxiedRequest", call: Callable[[], Awaitable[None]]) -> None:
+    with trio.move_on_after(_CLOSE_S):
         await call()
     proxied.close()
 
@@ -107,7 +107,7 @@ class ProxiedRequest:
         """Whether the answer was cut off because this process stops."""
         return self._deadline <= trio.current_time()
 
-    def take_leave(self, call: Callable[[], Awaitable[None]]) -> bool:
+    def close_after(self, call: Callable[[], Awaitable[None]]) -> bool:
         """Close this request after a last call to the owner, for which the shutdown waits.
 
         Returns False, and does nothing, if the service is closed already.

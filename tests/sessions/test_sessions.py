@@ -459,7 +459,7 @@ async def test_an_answer_that_outlives_the_service_takes_no_leave(autojump_clock
 
     async with open_stage() as stage:
         forward = stage.sessions.proxied_requests.open_request()
-    assert not forward.take_leave(never_called)
+    assert not forward.close_after(never_called)
     forward.close()
 
 

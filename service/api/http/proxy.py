@@ -131,7 +131,7 @@ async def forward(error: OwnedElsewhereError) -> TrioResponse:
         return await _answer_here(error)
     peer = PeerConnection(stream, address=error.address, secret=current_service().store.peer_secret)
     slot = current_service().sessions.proxied_requests.open_request()
-    release_after_request(partial(_hang_up, peer, slot, _client_returns()))
+    release_after_request(partial(_close_peer, peer, slot, _client_returns()))
     if user_of_peer(stream.socket) != user_of_peer(None):
         raise StoreError(str(error))
     logger.debug("asking the owner", session_id=error.session_id, owner=error.fence, method=request.method)
@@ -220,9 +220,9 @@ async def _wait_until_free(service: Service, session_id: str, fence: int) -> Non
     raise _no_answer(session_id)
 
 
-def _hang_up(peer: "PeerConnection", slot: ProxiedRequest, client_returns: Callable[[], bool]) -> None:
+def _close_peer(peer: "PeerConnection", slot: ProxiedRequest, client_returns: Callable[[], bool]) -> None:
     """Close the connection to the owner after the request, in a way that tells whether the client has left."""
-    if (slot.was_cut or client_returns()) and slot.take_leave(peer.take_leave):
+    if (slot.was_cut or client_returns()) and slot.close_after(peer.half_close):
         return
     peer.close()
     slot.close()

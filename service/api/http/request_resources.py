@@ -17,10 +17,10 @@ class RequestResources:
     """The resources of one request: an exit stack for synchronous functions, entered around the ASGI call."""
 
     def __init__(self) -> None:
-        self._give_back: list[Callable[[], object]] = []
+        self._releases: list[Callable[[], object]] = []
 
-    def add(self, give_back: Callable[[], object]) -> None:
-        self._give_back.append(give_back)
+    def add(self, release: Callable[[], object]) -> None:
+        self._releases.append(release)
 
     def __enter__(self) -> Self:
         return self
@@ -28,15 +28,15 @@ class RequestResources:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._give_all_back()
+        self._release_all()
 
-    def _give_all_back(self) -> None:
+    def _release_all(self) -> None:
         try:
-            while self._give_back:
-                self._give_back.pop()()
+            while self._releases:
+                self._releases.pop()()
         finally:
-            if self._give_back:  # one function raised: the remaining resources are still given back
-                self._give_all_back()
+            if self._releases:  # one function raised: the remaining resources are still released
+                self._release_all()
 
 
 def request_resources(scope: dict[str, Any]) -> RequestResources:
@@ -45,8 +45,8 @@ def request_resources(scope: dict[str, Any]) -> RequestResources:
     return resources
 
 
-def release_after_request(give_back: Callable[[], object]) -> None:
-    """Call ``give_back`` when the current request is over; last in, first out."""
+def release_after_request(release: Callable[[], object]) -> None:
+    """Call ``release`` when the current request is over; last in, first out."""
     scope: dict[str, Any] = cast("dict[str, Any]", request.scope)
     resources: RequestResources = scope[_KEY]
-    resources.add(give_back)
+    resources.add(release)

@@ -157,7 +157,7 @@ def take_slot(service: Service) -> StreamSlot:
     scope = cast("dict[str, StreamSlot]", request.scope)
     if _SLOT not in scope:
         scope[_SLOT] = service.sessions.streams.open_stream()
-        release_after_request(scope[_SLOT].give_back)  # has an effect only if the answer is no stream
+        release_after_request(scope[_SLOT].release_unused)  # has an effect only if the answer is no stream
     return scope[_SLOT]
 
 

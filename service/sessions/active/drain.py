@@ -52,7 +52,7 @@ class Drain:
         owner of such a turn stops as well, its terminal event arrives within that time.
         """
         self._interrupting = "all"
-        self._proxied_requests.leave()
+        self._proxied_requests.end_soon()
         return sum(turn.cut_short(outcome.Interrupted("shutdown")) for turn in self._active.open_turns())
 
     def interrupt_late(self, turn: Turn) -> None:

@@ -122,8 +122,8 @@ class StreamSlot:
         if streams is not None:
             streams.note_closed(self, ended=ended)
 
-    def give_back(self) -> None:
-        """Give the slot of a stream back that never began; the stream counts as neither ended nor aborted."""
+    def release_unused(self) -> None:
+        """Release the slot of a stream that never began; the stream counts as neither ended nor aborted."""
         streams, self._streams = self._streams, None
         if streams is not None:
             streams.open -= 1

@@ -49,17 +49,17 @@ class Faults:
         self._logged_words = ""
         self._logged_at = -inf
 
-    def told(self, error: apsw.Error, db: apsw.Connection) -> StoreError:
+    def translate(self, error: apsw.Error, db: apsw.Connection) -> StoreError:
         """The error that callers see. It has neither the path nor SQLite's words, because callers may be strangers."""
         code = db.system_errno if isinstance(error, apsw.CantOpenError | apsw.IOError) else 0
         self._log(error, system=os.strerror(code) if code else None)
         if is_exhaustion(code):
-            told: StoreError = ResourcesExhaustedError()
+            store_error: StoreError = ResourcesExhaustedError()
         else:
             words, retry_after_s = _known(error) or ("the log says why", 5)
-            told = StoreError(f"The store failed: {words}.", retry_after_s=retry_after_s)
-        told.__cause__ = error  # raised in another thread than the one that makes it
-        return told
+            store_error = StoreError(f"The store failed: {words}.", retry_after_s=retry_after_s)
+        store_error.__cause__ = error  # raised in another thread than the one that makes it
+        return store_error
 
     def _log(self, error: apsw.Error, *, system: str | None) -> None:
         words, _ = fault_of(error)

@@ -99,7 +99,7 @@ def build(db: apsw.Connection, fork: Fork, progress: Progress | None, *, fence: 
     unfinished = _copy_some(db, fork, progress)
     if unfinished is None:
         if in_the_way is not None:
-            sessions.cut_off(db, in_the_way.key)
+            sessions.hide(db, in_the_way.key)
         db.execute(
             "UPDATE sessions SET id = ?, deletion = 0, deleter = NULL WHERE key = ?",
             (fork.session.id, progress.session),

@@ -45,9 +45,9 @@ class Reader:
             try:
                 self._db.execute("BEGIN")
             except apsw.Error as error:
-                told = self._faults.told(error, self._db)
+                store_error = self._faults.translate(error, self._db)
                 for step in left:
-                    step.error = told
+                    step.error = store_error
                 break
             self._run_on_snapshot(left)
             if self._db.in_transaction:
@@ -61,7 +61,7 @@ class Reader:
             try:
                 step.run(self._db)
             except Exception as error:  # noqa: BLE001  the caller gets the error
-                step.error = self._faults.told(error, self._db) if isinstance(error, apsw.Error) else error
+                step.error = self._faults.translate(error, self._db) if isinstance(error, apsw.Error) else error
             if time.monotonic() >= deadline:
                 return
 

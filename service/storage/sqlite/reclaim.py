@@ -1,6 +1,6 @@
 """Reclaims the rows of removed sessions, and free pages, in steps of a bounded time.
 
-No reader sees these rows, and no caller waits: the sessions were cut off before.
+No reader sees these rows, and no caller waits: the sessions were hidden before.
 """
 
 import time

@@ -29,7 +29,7 @@ _COUNT_IDLE = "SELECT count(*) FROM sessions WHERE deletion = 0 AND open_turns =
 _EXPIRED = (
     "SELECT key FROM sessions WHERE deletion = 0 AND open_turns = 0 AND expires_at <= ? ORDER BY expires_at, id LIMIT ?"
 )
-_CUT_OFF = "UPDATE sessions SET id = NULL, deletion = 2, deleter = NULL WHERE key = ?"
+_HIDE = "UPDATE sessions SET id = NULL, deletion = 2, deleter = NULL WHERE key = ?"
 
 
 class StoredSession(msgspec.Struct, frozen=True):
@@ -77,12 +77,12 @@ def make_room(db: apsw.Connection, session_id: str, now: datetime) -> None:
         return
     if present.deletion or not present.record.has_expired(now):
         raise SessionExistsError(session_id)
-    cut_off(db, present.key)
+    hide(db, present.key)
 
 
-def cut_off(db: apsw.Connection, key: int) -> None:
-    """Cut a session off: no query finds it any more, and its rows are reclaimed later."""
-    db.execute(_CUT_OFF, (key,))
+def hide(db: apsw.Connection, key: int) -> None:
+    """Hide a session: no query finds it any more, and its rows are reclaimed later."""
+    db.execute(_HIDE, (key,))
 
 
 def insert(db: apsw.Connection, session: SessionRecord, *, turns_begun: int = 0) -> int:
@@ -173,12 +173,12 @@ def remove_deleted(db: apsw.Connection, session_id: str) -> bool:
     key = db.execute("SELECT key FROM sessions WHERE id = ? AND deletion = 1", (session_id,)).get
     if key is None:
         return False
-    cut_off(db, key)
+    hide(db, key)
     return True
 
 
 def delete_expired(db: apsw.Connection, now: datetime, limit: int) -> int:
     """Cut expired sessions off, the earliest deadline first. Returns how many."""
     keys = db.execute(_EXPIRED, (moment(now), limit)).fetchall()
-    db.executemany(_CUT_OFF, keys)
+    db.executemany(_HIDE, keys)
     return len(keys)

@@ -41,7 +41,7 @@ class Writer:
     Attributes:
         commits: How many transactions held steps.
         steps: How many steps they held.
-        removed: Set by a step that cut a session off, so that there are rows to reclaim.
+        removed: Set by a step that hid a session, so that there are rows to reclaim.
     """
 
     def __init__(self, files: OpenFiles, ownership: Ownership, *, address: str | None, opened_at: int) -> None:
@@ -100,14 +100,14 @@ class Writer:
             self._is_full = self._is_full or isinstance(error, apsw.FullError)
             if not taken:  # the transaction did not begin: the fault is the same for all steps
                 taken += arriving
-                told = self._told(error)
+                store_error = self._translate(error)
                 for step in taken:
                     if step.makes_space and isinstance(error, apsw.FullError):
                         self._run_alone(step)
                     else:
-                        step.error = told
+                        step.error = store_error
             elif len(taken) == 1 and not (taken[0].makes_space and isinstance(error, apsw.FullError)):
-                taken[0].error = self._told(error)
+                taken[0].error = self._translate(error)
             else:
                 for step in taken:
                     self._run_alone(step)
@@ -150,7 +150,7 @@ class Writer:
         try:
             self._with_reserve(run) if step.makes_space else run()
         except Exception as error:  # noqa: BLE001  the caller gets the error
-            step.error = self._told(error)
+            step.error = self._translate(error)
 
     def _with_reserve(self, write: Callable[[], T]) -> T:
         """Make a write that frees space; if the disk is full, with the space of the reserve."""
@@ -204,8 +204,8 @@ class Writer:
         self._wal_pages = pages
         return apsw.SQLITE_OK
 
-    def _told(self, error: Exception) -> Exception:
-        return self._faults.told(error, self._db) if isinstance(error, apsw.Error) else error
+    def _translate(self, error: Exception) -> Exception:
+        return self._faults.translate(error, self._db) if isinstance(error, apsw.Error) else error
 
 
 def _run_together(db: apsw.Connection, arriving: Iterator[Step[Any]], taken: list[Step[Any]]) -> None:
