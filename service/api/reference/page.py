@@ -25,6 +25,9 @@ from service.failure_codes import FAILURES
 blueprint = Blueprint("docs", __name__)
 
 _DOCUMENT = "lastcall.openapi"
+_PAGES = "lastcall.docs"
+PAGES_MAX = 8
+"""Bound on the pages that are kept; a server behind one proxy has one page. Beyond it the oldest page is dropped."""
 
 
 @blueprint.get("/openapi.json")
@@ -49,7 +52,7 @@ async def root() -> TrioResponse:
 @operation(id="docs", answers=(Answer(status=200, description="HTML.", media_type="text/html"),))
 async def docs() -> TrioResponse:
     """Read this description."""
-    page = render(document_of(current_app), url=_EXAMPLE_URL + located(""), keyed=bool(current_access().key_digests))
+    page = _page_of(current_app, prefix=located(""), keyed=bool(current_access().key_digests))
     return TrioResponse(page, headers=_PAGE_HEADERS, content_type="text/html; charset=utf-8")
 
 
@@ -59,6 +62,17 @@ def document_of(app: Quart) -> dict[str, Any]:
         app.extensions[_DOCUMENT] = build_document(app)
     document: dict[str, Any] = app.extensions[_DOCUMENT]
     return document
+
+
+def _page_of(app: Quart, *, prefix: str, keyed: bool) -> bytes:
+    """Return the page. Kept, because rendering takes milliseconds of the event loop and the page needs no key."""
+    pages: dict[tuple[str, bool], bytes] = app.extensions.setdefault(_PAGES, {})
+    page = pages.get((prefix, keyed))
+    if page is None:
+        if len(pages) >= PAGES_MAX:
+            del pages[next(iter(pages))]
+        page = pages[prefix, keyed] = render(document_of(app), url=_EXAMPLE_URL + prefix, keyed=keyed).encode()
+    return page
 
 
 _STYLE = """
