@@ -80,7 +80,7 @@ async function send(input, parent) {
   });
 }
 
-/** A turn as a part of the page. Text goes in as text: whatever a model says, none of it becomes HTML. */
+/** A turn as a part of the page. The reply is added as text, so nothing in a reply becomes HTML. */
 function element(turn) {
   const made = document.createElement("article");
   made.className = "turn";
@@ -105,7 +105,7 @@ function button(text, action) {
 
 function showEnd(turn, { state, reason, error }) {
   turn.dataset.state = state;
-  const why = { shutdown: "The server was stopped in mid-reply.", crash: "The server crashed in mid-reply." };
+  const why = { shutdown: "The server was stopped before the end of the reply.", crash: "The server crashed before the end of the reply." };
   const words = { failed: error?.message, cancelled: "Stopped.", interrupted: why[reason] };
   turn.querySelector(".end").textContent = words[state] ?? "";
 }

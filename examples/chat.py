@@ -78,7 +78,7 @@ def follow(client: httpx.Client, turn: str) -> Iterator[dict[str, Any]]:
 
 
 def start(client: httpx.Client, session: str, text: str) -> str:
-    """Start a turn that runs whatever its client does; give its path.
+    """Start a turn that runs without a client, too; return its path.
 
     A call without an answer may have arrived all the same: before it is repeated, look whether the newest turn is it.
     """

@@ -85,19 +85,19 @@ class SteadyClock:
         if abs(off_s) <= FOLLOWED_S:
             if self._doubt is not None:
                 self._doubt = None
-                logger.warning("the wall clock is back")
+                logger.warning("the wall clock is at its old time again")
             self._believed, self._seen_at = wall, elapsed_s
             return wall
         doubt = self._doubt
         if doubt is None or abs(off_s - doubt.off_s) > FOLLOWED_S:
             doubt = self._doubt = _Doubt(off_s, elapsed_s)
             logger.warning(
-                "the wall clock was set, unlike the time that has passed; the time before goes on, nothing is removed",
+                "the wall clock was set; sessions still use the time from before, and none of them expires early",
                 off_s=round(off_s, 3),
                 believed_after_s=round(self._believed_after_s(doubt)),
             )
         if elapsed_s - doubt.since >= self._believed_after_s(doubt):
-            logger.warning("the wall clock was set for good; going on from there", off_s=round(off_s, 3))
+            logger.warning("the wall clock has stayed at its new time; sessions use it now", off_s=round(off_s, 3))
             self._doubt, self._since = None, doubt.since
             self._believed, self._seen_at = wall, elapsed_s
             self._last = min(self._last, wall - _MICROSECOND)

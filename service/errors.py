@@ -200,7 +200,7 @@ class ShuttingDownError(LimitError):
     code = "shutting_down"
 
     def __init__(self) -> None:
-        super().__init__("This server is shutting down and takes no new work; try again, another one will answer.")
+        super().__init__("This server is shutting down and takes no new work; try again: another process may answer.")
 
 
 class StoreError(LastcallError):

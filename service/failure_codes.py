@@ -60,24 +60,24 @@ FAILURES: Mapping[FailureCode, FailureMeaning] = {
         "the conversation is too long for the model, also once the oldest turns were left out", "user: a shorter input"
     ),
     "content_filter": FailureMeaning(
-        "the model server refused the input for what the input says; the input is not sent again", "user"
+        "the model server refused the content of the input; the input is not sent again", "user"
     ),
     "unsupported_content": FailureMeaning(
-        "the model server refused the input for its kind; the input is not sent again", "user"
+        "the model server does not take input of this kind; the input is not sent again", "user"
     ),
     "rate_limited": FailureMeaning(
-        "the model server said 429, also after `model_retries_max` more attempts",
+        "the model server answered 429, also after `model_retries_max` more attempts",
         "wait; operator: the provider's limits",
     ),
     "upstream_rejected": FailureMeaning(
         "the model server refused the request with another status below 500", "operator or caller, as the message says"
     ),
-    "upstream_error": FailureMeaning("the model server failed (5xx), or gave up in mid-reply", "wait; the provider"),
+    "upstream_error": FailureMeaning("the model server failed (5xx), or broke its reply off", "wait; the provider"),
     "upstream_protocol": FailureMeaning(
-        "what the model server sent is not chat completions", "operator: is `model_url` right, up to `/v1`?"
+        "the answer of the model server is not chat completions", "operator: is `model_url` right, up to `/v1`?"
     ),
     "upstream_truncated": FailureMeaning(
-        "the model server closed the connection in mid-reply",
+        "the model server closed the connection before the end of the reply",
         "wait; operator: a proxy on the way that cuts long answers",
     ),
     "first_token_timeout": FailureMeaning(
@@ -100,6 +100,6 @@ FAILURES: Mapping[FailureCode, FailureMeaning] = {
     "resources_exhausted": FailureMeaning(
         "this process may open no more files or connections", "operator: `ulimit -n`"
     ),
-    "internal_error": FailureMeaning("a fault of Lastcall; its log says which", "report it"),
+    "internal_error": FailureMeaning("an error in Lastcall; its log has the cause", "report it"),
 }
 """Each code with its meaning, in the order in which readers are shown them."""

@@ -66,7 +66,7 @@ SHOWN_MAX = 100
 
 def _number(value: object) -> object:
     if isinstance(value, bool):
-        raise ValueError("is no number")  # noqa: TRY004  pydantic reports a ValueError, and raises a TypeError
+        raise ValueError("is not a number")  # noqa: TRY004  pydantic reports a ValueError, and raises a TypeError
     return value
 
 
@@ -127,7 +127,7 @@ def shown_url(url: str) -> str:
 
 
 def _split_url(text: str) -> SplitResult | None:
-    """The parts of a URL; None if the text is no URL: an open bracket, a port that is no number."""
+    """The parts of a URL; None if the text is no URL: an open bracket, a port that is not a number."""
     try:
         url = urlsplit(text)
         _ = url.port
@@ -592,7 +592,7 @@ def _read_secret(name: str, path: object, *, beside: bool) -> object:
         raise ValueError("should be the path of a file")
     try:
         if not S_ISREG(Path(path).stat().st_mode):
-            raise ValueError("names what is not a regular file")
+            raise ValueError("names something other than a regular file")
         with Path(path).open("rb") as file:
             held = file.read(SECRET_FILE_BYTES_MAX + 1)
     except OSError as error:

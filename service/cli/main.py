@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"lastcall {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    serve = commands.add_parser("serve", help="serve until a signal says stop")
+    serve = commands.add_parser("serve", help="serve until a signal stops the server")
     serve.add_argument("--bind", metavar="ADDRESS", help=_BIND_HELP)
     serve.add_argument("--reload", action="store_true", help="start anew when the code or lastcall.toml changes")
     commands.add_parser("config", help="print the settings in force, as TOML, and where each comes from")

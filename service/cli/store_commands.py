@@ -21,12 +21,12 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add = partial(commands.add_parser, parents=[_store_option()])
     backup = add("backup", help="write a consistent copy of the store to a new file")
     backup.add_argument("path", type=Path, help="the new file")
-    add("check", help="look through the whole store; exit code 1 if something is wrong")
+    add("check", help="check the whole store; exit code 1 if there are problems")
     export = add("export", help="print a session with its turns and events, as JSON")
-    export.add_argument("session", help="its id")
+    export.add_argument("session", help="the session's id")
     imported = add("import", help="add an exported session, under its own id")
-    imported.add_argument("file", type=Path, nargs="?", help="what export printed; standard input if left out")
-    add("vacuum", help="give the space of what was removed back to the disk, in short steps")
+    imported.add_argument("file", type=Path, nargs="?", help="the output of export; standard input if left out")
+    add("vacuum", help="give the space of removed data back to the disk, in short steps")
 
 
 def _store_option() -> argparse.ArgumentParser:

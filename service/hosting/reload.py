@@ -48,7 +48,7 @@ def serve_and_reload(settings: Settings, *, config_file: Path, arguments: Iterab
             if server is not None and (code := server.poll()) is not None:
                 if code == 0 or (code == ExitCode.REFUSED and not changed):
                     return code
-                say(f"the server ended with code {code}; it starts again when something changes")
+                say(f"the server ended with code {code}; it starts again when a file changes")
                 server = None
             if (now := _changed_at(config_file)) != seen:
                 say(f"{min(str(path) for path, _ in now ^ seen)} changed, starting anew", level="info")

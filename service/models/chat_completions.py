@@ -275,7 +275,7 @@ class ReplyDecoder:
         if not payload.strip():
             return False
         self._has_skipped = True
-        self._tell_once("The model server sent data that is no chunk of a reply; it is skipped.", payload)
+        self._tell_once("The model server sent data that is no chunk of a reply; the data is skipped.", payload)
         return False
 
     def _take_no_choice(self, chunk: Chunk, payload: bytes) -> None:
@@ -363,7 +363,9 @@ class ReplyDecoder:
         """Count an event that was left out because of its size as progress of the model: such an event is an image."""
         if self._sse.large_events > self._large_events:
             self._large_events = self._sse.large_events
-            self._tell_once(f"The model server sent an event of more than {EVENT_BYTES_MAX} bytes; it is skipped.")
+            self._tell_once(
+                f"The model server sent an event of more than {EVENT_BYTES_MAX} bytes; the event is skipped."
+            )
             if not self.finished:
                 events.append(Progress())
 

@@ -66,7 +66,7 @@ class Inflater:
             piece = self._read_plain() if self._is_plain else self._read()
             self._bytes_out += len(piece)
             if self._bytes_out > _FREE_BYTES + _RATIO_MAX * self._bytes_in:
-                raise InflateError("there is too much in it")
+                raise InflateError("its content is too large")
             if piece:
                 return piece
         return b""

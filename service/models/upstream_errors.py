@@ -282,9 +282,9 @@ def _error_from_status(status: int, reply: ErrorReply, *, redact: Callable[[str]
 def _refusal(reply: ErrorReply) -> tuple[FailureCode, str]:
     """The code of a refusal for an unusual reason, and a sentence that says what happened."""
     if _CONTENT_FILTERED.search(reply.words):
-        return "content_filter", "refused what the conversation says"
+        return "content_filter", "refused the content of the conversation"
     if _UNSUPPORTED_CONTENT.search(reply.words):
-        return "unsupported_content", "does not take what the conversation contains"
+        return "unsupported_content", "does not take content of a kind that the conversation has"
     return "upstream_rejected", "refused the request"
 
 

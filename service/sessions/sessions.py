@@ -145,7 +145,7 @@ class Sessions:
                     )
         except TurnInProgressError as error:
             if self.pending_writes.has_end_of(error.turn_id):
-                raise StoreError(f"The end of turn {error.turn_id!r} could not be kept yet.") from None
+                raise StoreError(f"The end of turn {error.turn_id!r} could not be stored yet.") from None
             raise
 
     async def get_session(self, session_id: str) -> SessionRecord:
@@ -307,7 +307,7 @@ class Sessions:
         """
         head = (await self.get_session(session_id)).head
         if head is None:
-            raise ResumeConflictError("This session has no turn to come back to.", field="Last-Event-ID")
+            raise ResumeConflictError("This session has no turn to resume.", field="Last-Event-ID")
         newest = await self.get_turn(session_id, head)
         refuse = partial(ResumeConflictError, session_id=session_id, turn_id=head)
         if newest.input_text != text:

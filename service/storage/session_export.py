@@ -81,7 +81,7 @@ def _problems(whole: ExportedSession, given: object) -> Iterator[str]:
     session = whole.session
     yield from _unknown(given, msgspec.to_builtins(whole), "")
     if not is_session_id(session.id):
-        yield f"its id {shown(session.id)} is none that a session can have"
+        yield f"its id {shown(session.id)} is not a valid session id"
     yield from _problems_of_times(session, "of the session")
     turns: set[str] = set()
     items: set[str] = set()
@@ -89,19 +89,19 @@ def _problems(whole: ExportedSession, given: object) -> Iterator[str]:
         turn = it.turn
         of = f"of turn {shown(turn.id)}"
         if not is_turn_id(turn.id):
-            yield f"the id {shown(turn.id)} is none that a turn can have"
+            yield f"the id {shown(turn.id)} is not a valid turn id"
         if turn.id in turns:
             yield f"turn {shown(turn.id)} is in it twice"
         if turn.session_id != session.id:
             yield f"the session {shown(turn.session_id)} {of} is not {shown(session.id)}"
         if turn.parent is not None and turn.parent not in turns:
-            yield f"the parent {shown(turn.parent)} {of} is no turn before it"
+            yield f"the parent {shown(turn.parent)} {of} is not a turn before it"
         turns.add(turn.id)
         yield from _problems_of_items((*turn.input, *turn.output), items, of)
         yield from _problems_of_times(turn, of)
         yield from _problems_of_counts(turn, of)
     if session.head is not None and session.head not in turns:
-        yield f"the head {shown(session.head)} of the session is none of its turns"
+        yield f"the head {shown(session.head)} of the session is not one of its turns"
 
 
 def problems_of_totals(whole: ExportedSession) -> Iterator[str]:
@@ -138,7 +138,7 @@ def _unknown(given: object, read: object, at: str) -> Iterator[str]:
 def _problems_of_items(items: Sequence[Item], seen: set[str], of: str) -> Iterator[str]:
     for item in items:
         if not is_message_id(item.id):
-            yield f"the id {shown(item.id)} {of} is none that a message can have"
+            yield f"the id {shown(item.id)} {of} is not a valid message id"
         if item.id in seen:
             yield f"message {shown(item.id)} {of} is in it twice"
         seen.add(item.id)

@@ -164,7 +164,7 @@ async def test_broken_code_waits_for_the_change_that_mends_it(tmp_path: Path) ->
         await reloader.serving(1)
         sound = (tmp_path / "service/ids.py").read_text()
         reloader.touch("service/ids.py", "raise RuntimeError('broken')\n")
-        await reloader.lines("the server ended with code 1; it starts again when something changes")
+        await reloader.lines("the server ended with code 1; it starts again when a file changes")
         (tmp_path / "service/ids.py").write_text(sound)
         await reloader.serving(2)
         assert await reloader.stop(signal.SIGINT) == 0

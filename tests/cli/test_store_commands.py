@@ -108,7 +108,7 @@ def test_a_backup_is_a_store_and_never_replaces_a_file(
 ) -> None:
     assert main(["backup", "copy.db"]) == 0
     assert main(["backup", "copy.db"]) == 78
-    assert "copy.db is there already" in capsys.readouterr().err
+    assert "copy.db exists already" in capsys.readouterr().err
     monkeypatch.setenv("LASTCALL_STORE_URL", "sqlite:copy.db")
     assert main(["check"]) == 0
     assert main(["export", "s"]) == 0

@@ -364,7 +364,7 @@ async def test_a_server_that_stops_in_mid_stream_is_told_of_and_a_retry_waits_fo
             await chat.shows("1 2 ")
             await stopped(server, signal.SIGTERM)
             await chat.shows("1 2 ", "interrupted")
-            assert await chat.text_of("end") == ["The server was stopped in mid-reply."]
+            assert await chat.text_of("end") == ["The server was stopped before the end of the reply."]
             await chat.press("Retry")
             await chat.says(AWAY)
         async with serving(tmp_path, model.url, origin=examples.origin, port=server.port):
@@ -391,7 +391,7 @@ async def test_a_server_that_crashes_in_mid_stream_is_found_again_with_what_was_
             await chat.page.wait_for(f"{STATE} === 'interrupted'")
             [turn] = await turns(server.port, await chat.session_id())
             await chat.shows(turn["text"], "interrupted")
-            assert await chat.text_of("end") == ["The server crashed in mid-reply."]
+            assert await chat.text_of("end") == ["The server crashed before the end of the reply."]
             await chat.says("")
             assert_quiet(chat.page, but=r"net::ERR_.*|the server responded with a status of 410 \(\)")
 

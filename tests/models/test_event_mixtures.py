@@ -238,7 +238,7 @@ def test_an_image_between_texts_is_skipped_and_told(end: bytes, cut: int) -> Non
     read = Read(*(stream[at : at + cut] for at in range(0, len(stream), cut)))
     assert (read.text, read.events[-1]) == ("abc", STOP)
     assert [sentence for sentence, _ in read.told] == [
-        f"The model server sent an event of more than {EVENT_BYTES_MAX} bytes; it is skipped."
+        f"The model server sent an event of more than {EVENT_BYTES_MAX} bytes; the event is skipped."
     ]
 
 

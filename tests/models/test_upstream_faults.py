@@ -324,7 +324,7 @@ async def test_a_compressed_completion_and_one_that_is_only_called_so_are_replie
 @pytest.mark.parametrize(
     ("make_body", "code", "words"),
     [
-        (lambda: gzip.compress(b"data: " + bytes(70_000_000)), "upstream_protocol", "too much"),
+        (lambda: gzip.compress(b"data: " + bytes(70_000_000)), "upstream_protocol", "too large"),
         (lambda: gzip.compress(b'data: {"error": "it burns"}\n\n'), "upstream_error", "it burns"),
         (lambda: gzip.compress(b"data: x\n\n")[:-9], "upstream_protocol", "not a chat completion"),
         (lambda: b"\x1f\x8bnot gzip", "upstream_protocol", "damaged"),
@@ -374,7 +374,7 @@ async def test_what_is_skipped_is_in_the_log_once() -> None:
             name = upstream.client.name
     assert logs == [
         {
-            "event": "The model server sent data that is no chunk of a reply; it is skipped.",
+            "event": "The model server sent data that is no chunk of a reply; the data is skipped.",
             "log_level": "warning",
             "upstream": name,
             "model": "test",

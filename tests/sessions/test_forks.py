@@ -143,7 +143,7 @@ async def test_a_turn_whose_end_could_not_be_kept_is_not_copied_before_it_is(aut
         turn = await start(stage.sessions, source, "1")
         (await stage.puppet.next_reply()).finish()
         await turn.wait_ended()
-        with pytest.raises(StoreError, match="could not be kept yet"):
+        with pytest.raises(StoreError, match="could not be stored yet"):
             await stage.sessions.fork_session(source)
         store.refused.clear()
         await stage.sessions.pending_writes.retry()

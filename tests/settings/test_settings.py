@@ -576,7 +576,7 @@ def test_file_of_a_secret_that_cannot_be_used_is_told_beside_all_else_that_is_wr
     Path("large").write_text("k" * (64 * 1024 + 1))
     for path, what in {
         "missing": "names a file that cannot be read: No such file or directory",
-        "fifo": "names what is not a regular file",
+        "fifo": "names something other than a regular file",
         "empty": "names a file without a key in it",
         "utf-16": "names a file that is not UTF-8",
         "large": "names a file of more than 65536 bytes",

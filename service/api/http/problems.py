@@ -85,7 +85,7 @@ ADVICE: Mapping[str, str] = {
     "loopback_only": "this server serves its own machine only: set `LASTCALL_API_KEYS` there",
     "proxied_without_keys": "this server serves its own machine only, and a proxy passed the request on: "
     "set `LASTCALL_API_KEYS` there",
-    "not_found": "there is no such call: `/docs` has them all",
+    "not_found": "there is no such call: `/docs` lists all calls",
     "session_not_found": "the session never existed, was deleted or has expired",
     "turn_not_found": "the session has no such turn",
     "method_not_allowed": "the path has no such method: `Allow` names those that it has",
@@ -98,15 +98,15 @@ ADVICE: Mapping[str, str] = {
     "unsupported_media_type": "send `Content-Type: application/json`, not compressed",
     "invalid_request": "`field` and `detail` say what is allowed",
     "queue_full": "`queued_turns_max` turns wait in this session: try again after `Retry-After`",
-    "internal_error": "a fault of Lastcall; its log says which: report it",
-    "not_ready": "the server starts or stops: try again, another one answers",
+    "internal_error": "an error in Lastcall; its log has the cause: report it",
+    "not_ready": "the server is starting or stopping: try again; another process may answer",
     "owned_elsewhere": "another process runs this session's turns and cannot be reached: try again after `Retry-After`",
     "resources_exhausted": "the server may open no more files or connections: try again after `Retry-After`; "
     "its operator may raise `ulimit -n`",
     "session_limit": "`memory_sessions_max` sessions are kept: try again after `Retry-After`",
-    "shutting_down": "the server stops: try again, another one answers",
+    "shutting_down": "the server is stopping: try again; another process may answer",
     "store_unavailable": "the store refuses or does not answer; without `Retry-After` the outcome is unknown: "
-    "look before you repeat",
+    "read the session before you repeat the call",
     "stream_limit": "`streams_max` streams are open: try again after `Retry-After`",
     "turn_limit": "`live_turns_max` turns are open: try again after `Retry-After`",
 }

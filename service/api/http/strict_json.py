@@ -164,7 +164,7 @@ def convert(value: object, kind: type[T], *, strict: bool = True) -> T:
     field = path["path"] if path else ""
     message = in_json_words(message[: path.start()] if path else message, of_text=not strict)
     if path and path["key"]:
-        message = f"One of its keys is not as it should be: {message}"
+        message = f"A key is not valid: {message}"
     if named := _NAMED_FIELD.search(message):
         field = named["name"]
     if field.endswith("[...]") and isinstance(value, dict):

@@ -13,7 +13,7 @@ blueprint = Blueprint("health", __name__)
 
 
 @blueprint.get("/healthz")
-@operation(id="healthz", answers=(Answer(status=200, description="It is alive.", body=Health),))
+@operation(id="healthz", answers=(Answer(status=200, description="The process is alive.", body=Health),))
 async def healthz() -> TrioResponse:
     """Tell whether the process is alive: also while it shuts down. Needs no API key."""
     return json_response(Health("ok"))
@@ -22,7 +22,7 @@ async def healthz() -> TrioResponse:
 @blueprint.get("/readyz")
 @operation(
     id="readyz",
-    answers=(Answer(status=200, description="It takes requests.", body=Health),),
+    answers=(Answer(status=200, description="The process takes requests.", body=Health),),
     errors=(ShuttingDownError, StoreLostError),
 )
 async def readyz() -> TrioResponse:

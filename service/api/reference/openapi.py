@@ -38,9 +38,9 @@ _OPEN_TAGS = (_PROBE_TAG, _STATIC_TAG)
 _TAGS = {
     "sessions": "A session holds a conversation: a tree of turns, and a head.",
     "turns": "A turn is an input and the reply to it. Every accepted turn ends exactly once.",
-    "chat": "To try it by hand.",
-    "health": "For whatever watches over the process.",
-    "docs": "This description.",
+    "chat": "One call from a message to its reply.",
+    "health": "For probes of a balancer or an orchestrator.",
+    "docs": "The OpenAPI document, and a page of it.",
 }
 _BODY_ERRORS = (MalformedBodyError, BodyTimeoutError, InputTooLargeError, UnsupportedMediaTypeError)
 _PATH_PARAMETERS = {"session_id": SessionId, "turn_id": TurnId}

@@ -110,7 +110,7 @@ def render(document: dict[str, Any], *, url: str = _EXAMPLE_URL, keyed: bool = F
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{info["title"]}</title>',
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style>',
         f"<h1>{info['title']} {info['version']}</h1><p>{_prose(info['summary'])} ",
-        'The same for machines: <a href="openapi.json">openapi.json</a>.</p>',
+        'The same as a document of OpenAPI: <a href="openapi.json">openapi.json</a>.</p>',
         f"<p>{_prose(_ABOUT_COMMANDS + (_ABOUT_KEYS if keyed else ''))}</p>",
     ]
     for tag in document["tags"]:

@@ -247,7 +247,7 @@ FAULTS = (
         (TASK_GROUP,),
     ),
     Fault(
-        "hypercorn: a cancelled task group lets its cancellation out",
+        "hypercorn: a cancelled task group raises its own cancellation",
         "tests/hosting/hypercorn/test_asgi_receive.py::test_hypercorns_task_group_still_lets_its_own_cancellation_out",
         "ConnectionTaskGroup.__aexit__",
         (TASK_GROUP,),
@@ -312,12 +312,12 @@ FAULTS = (
         "Notice.from_signals with --workers 0",
     ),
     Fault(
-        "CPython: an interpreter takes 80 ms to take itself apart",
+        "CPython: the interpreter takes 80 ms to shut down",
         "tests/hosting/process/test_process_exit.py::test_an_interpreter_still_takes_long_to_take_itself_apart",
         "leave_at_exit",
     ),
     Fault(
-        "hypercorn: the master returns 0 whatever its workers return",
+        "hypercorn: the master returns 0 also if its workers fail",
         "tests/hosting/test_master.py::test_hypercorns_own_join_still_forgets_the_code_by_its_second_call",
         "Workers.join_exited",
         (

@@ -81,7 +81,7 @@ class Deletions:
                         and session_id in self._unresolved
                         and await self._is_marked(session_id)
                     ):
-                        logger.info("a deletion whose outcome was unknown is finished", session_id=session_id)
+                        logger.info("a deletion with an unknown outcome is finished", session_id=session_id)
                         self._begin(session)
 
     def _begin(self, session: ActiveSession) -> Deletion:

@@ -128,7 +128,7 @@ class PendingWrites:
         except StoreError:
             raise
         except Exception:
-            logger.exception("storing the end of a turn failed; giving it up", turn_id=turn.id)
+            logger.exception("storing the end of a turn failed; giving this write up", turn_id=turn.id)
         self._ends.pop(turn.id, None)
 
     async def _try_to_write(self) -> None:

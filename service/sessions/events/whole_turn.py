@@ -46,7 +46,7 @@ def _problems_of_record(turn: TurnRecord) -> Iterator[Problem]:
     if any(not item.text for item in turn.output):
         yield "output", turn.output, "has an item without text"
     if not turn.stored:
-        yield "stored", turn.stored, "is said of none that is kept"
+        yield "stored", turn.stored, "is not true"
     expected: dict[str, object] = {"state": turn.state}
     if turn.is_open:
         expected |= {"output": (), "ended_at": None, "last_seq": 0, "left_out": turn.left_out}
@@ -54,12 +54,12 @@ def _problems_of_record(turn: TurnRecord) -> Iterator[Problem]:
         outcome = outcome_of(turn)
         if outcome is None:
             field = {"completed": "finish_reason", "failed": "error"}.get(turn.state, "reason")
-            yield field, getattr(turn, field), f"is none of a turn that is {turn.state}"
+            yield field, getattr(turn, field), f"does not fit a turn that is {turn.state}"
             return
         expected |= record_changes(outcome)
     for field, value in (dict.fromkeys(_END_FIELDS) | expected).items():
         if getattr(turn, field) != value:
-            yield field, getattr(turn, field), f"is none of a turn that is {turn.state}"
+            yield field, getattr(turn, field), f"does not fit a turn that is {turn.state}"
 
 
 def _problems_of_events(turn: TurnRecord, frames: Sequence[bytes]) -> Iterator[Problem]:
@@ -79,7 +79,7 @@ def _problems_of_events(turn: TurnRecord, frames: Sequence[bytes]) -> Iterator[P
             outcome, seq=len(events), text_length=len(turn.text), left_out=turn.left_out, stored=True
         )
         if not events or events[-1] not in (expected, msgspec.structs.replace(expected, stored=False)):
-            yield f"events[{len(events) - 1}]", frames[-1].decode() if frames else None, "does not tell the turn's end"
+            yield f"events[{len(events) - 1}]", frames[-1].decode() if frames else None, "is not the turn's end"
             return
         events.pop()
     yield from _problems_of_course(turn, events)
@@ -103,7 +103,7 @@ def _problems_of_course(turn: TurnRecord, events: Sequence[Event]) -> Iterator[P
         elif isinstance(event, TurnDelta | TurnReasoning) and stage == 2:
             texts[type(event)].append(event.text)
         else:
-            yield of, event, "has no place there"
+            yield of, event, "does not belong there"
     if not turn.is_open:
         reasoning = "".join(item.text for item in turn.output if item.type == "reasoning")
         for kind, text in ((TurnDelta, turn.text), (TurnReasoning, reasoning)):

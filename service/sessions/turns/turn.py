@@ -211,7 +211,7 @@ class Turn:
                         raise ModelError(
                             "reply_too_large",
                             f"The reply is larger than {self._settings.reply_bytes_max} bytes (reply_bytes_max); "
-                            "what came before is kept.",
+                            "the text before that is kept.",
                         )
                     self.append(TurnDelta(seq=seq, text=text))
                     self._reply.append(text)
@@ -228,7 +228,7 @@ class Turn:
             raise ModelError(
                 "log_too_large",
                 f"The events of this turn are larger than {self._settings.log_bytes_max} bytes (log_bytes_max); "
-                "what came before is kept.",
+                "the text before that is kept.",
             )
 
     def decide_from_deadlines(self) -> None:

@@ -55,7 +55,7 @@ def vacuum(path: Path) -> int:
                 db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
         if db.pragma("freelist_count") and db.pragma("auto_vacuum") != _INCREMENTAL:
             raise StartupError(
-                f"{path} keeps its free space for what comes next: it was rebuilt without auto_vacuum. To give it "
+                f"{path} keeps its free space for later writes: it was rebuilt without auto_vacuum. To give it "
                 f"back, stop the service and run: sqlite3 {quote(str(path))} 'PRAGMA auto_vacuum = INCREMENTAL; VACUUM'"
             )
         return max(given_back, 0) * int(db.pragma("page_size"))
@@ -67,14 +67,14 @@ def backup(path: Path, copy: Path) -> None:
     Raises:
         StartupError: The file is not a store's, the copy exists already, or the disk refuses.
     """
-    there_already = StartupError(f"{copy} is there already; name another file for the copy.")
+    exists_already = StartupError(f"{copy} exists already; name another file for the copy.")
     if os.path.lexists(copy):
-        raise there_already
+        raise exists_already
     with _opened(path):
         try:
             database.back_up(path, copy)
         except FileExistsError:
-            raise there_already from None
+            raise exists_already from None
         except OSError as error:
             raise StartupError(f"{copy} cannot be written: {error.strerror}.") from error
 
@@ -88,9 +88,11 @@ def check(path: Path) -> list[str]:
     with _opened(path) as db:
         problems = [str(row[0]) for row in db.execute("PRAGMA integrity_check")]
         problems += [f"{row[0]} row {row[1]} has lost its {row[2]}" for row in db.execute("PRAGMA foreign_key_check")]
-        problems += [f"session {row[0]!r}: the head {row[1]!r} is none of its turns" for row in db.execute(_LOST_HEADS)]
         problems += [
-            f"session {row[0]!r}: the parent {row[2]!r} of turn {row[1]!r} is no turn before it"
+            f"session {row[0]!r}: the head {row[1]!r} is not one of its turns" for row in db.execute(_LOST_HEADS)
+        ]
+        problems += [
+            f"session {row[0]!r}: the parent {row[2]!r} of turn {row[1]!r} is not a turn before it"
             for row in db.execute(_LOST_PARENTS)
         ]
     return [problem for problem in problems if problem != "ok"]
@@ -159,7 +161,7 @@ def _opened(path: Path) -> Iterator[apsw.Connection]:
     if not path.is_file():
         raise StartupError(f"{path} is not there.")
     if path.stat().st_size == 0:
-        raise StartupError(f"{path} is empty, and no store.")
+        raise StartupError(f"{path} is empty: it is not a store.")
     try:
         db = database.connect(path)
         try:

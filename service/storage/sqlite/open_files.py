@@ -130,8 +130,8 @@ class OpenFiles:
         try:
             found = self._look()
         except OSError as error:
-            self._log("the database file cannot be looked at: writes are refused", error=error.strerror)
-            return StoreError("The store failed: its file cannot be looked at.", retry_after_s=_RETRY_AFTER_S)
+            self._log("the database file cannot be inspected: writes are refused", error=error.strerror)
+            return StoreError("The store failed: its file cannot be inspected.", retry_after_s=_RETRY_AFTER_S)
         if found == self._opened:
             self._log("")
             return None

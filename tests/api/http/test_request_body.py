@@ -143,8 +143,8 @@ def test_a_session_that_is_not_one_is_refused_with_its_field(body: dict[str, Any
         (StartTurn, {"input": "a", "on_conflict": "REJECT"}, 'one of "queue", "reject", "supersede".'),
         (StartTurn, {"input": "a", "on_disconnect": ""}, 'one of "cancel", "continue".'),
         (SessionsQuery, {"status": "dead"}, 'one of "idle", "running".'),
-        (CreateSession, {"metadata": {"k" * 65: ""}}, "One of its keys is not as it should be"),
-        (CreateSession, {"metadata": {"": ""}}, "One of its keys is not as it should be"),
+        (CreateSession, {"metadata": {"k" * 65: ""}}, "A key is not valid"),
+        (CreateSession, {"metadata": {"": ""}}, "A key is not valid"),
         (CreateSession, {"metadata": {"\0": ""}}, "A key may not have NUL"),
     ],
 )

@@ -156,7 +156,7 @@ async def test_what_breaks_the_store_is_given_up_and_holds_up_no_other(autojump_
     assert [line["event"] for line in logged if line["log_level"] == "error"] == [
         "storing the end of a turn failed",
         "storing the end of a turn failed",
-        "storing the end of a turn failed; giving it up",
+        "storing the end of a turn failed; giving this write up",
     ]
 
 

@@ -99,23 +99,23 @@ async def test_an_expired_session_is_replaced_by_one_that_is_imported(path: Path
 
 
 BROKEN: dict[str, Callable[[Any, Any], object]] = {
-    "its id '..' is none that a session can have": lambda session, _: session.update(id=".."),
-    "its id 'a/b' is none that a session can have": lambda session, _: session.update(id="a/b"),
-    "its id 'a\\x00b' is none that a session can have": lambda session, _: session.update(id="a\0b"),
-    "its id '' is none that a session can have": lambda session, _: session.update(id=""),
-    f"its id '{'z' * 79}… is none that a session can have": lambda session, _: session.update(id="z" * 300),
+    "its id '..' is not a valid session id": lambda session, _: session.update(id=".."),
+    "its id 'a/b' is not a valid session id": lambda session, _: session.update(id="a/b"),
+    "its id 'a\\x00b' is not a valid session id": lambda session, _: session.update(id="a\0b"),
+    "its id '' is not a valid session id": lambda session, _: session.update(id=""),
+    f"its id '{'z' * 79}… is not a valid session id": lambda session, _: session.update(id="z" * 300),
     "created_at '2026-01-01T00:00:00' of the session has no zone": lambda session, _: session.update(
         created_at="2026-01-01T00:00:00"
     ),
     "expires_at '0001-01-01T00:00:00+05:00' of the session has no zone, or is out of range": (
         lambda session, _: session.update(expires_at="0001-01-01T00:00:00+05:00")
     ),
-    f"the head '{T4}' of the session is none of its turns": lambda session, _: session.update(head=T4),
-    "the id 'foo' is none that a turn can have": lambda _, turns: turns[0]["turn"].update(id="foo"),
+    f"the head '{T4}' of the session is not one of its turns": lambda session, _: session.update(head=T4),
+    "the id 'foo' is not a valid turn id": lambda _, turns: turns[0]["turn"].update(id="foo"),
     f"turn '{T1}' is in it twice": lambda _, turns: turns.append(turns[0]),
-    f"the parent '{T1}' of turn '{T1}' is no turn before it": lambda _, turns: turns[0]["turn"].update(parent=T1),
-    f"the parent '{T3}' of turn '{T1}' is no turn before it": lambda _, turns: turns[0]["turn"].update(parent=T3),
-    f"the parent '{T4}' of turn '{T1}' is no turn before it": lambda _, turns: turns[0]["turn"].update(parent=T4),
+    f"the parent '{T1}' of turn '{T1}' is not a turn before it": lambda _, turns: turns[0]["turn"].update(parent=T1),
+    f"the parent '{T3}' of turn '{T1}' is not a turn before it": lambda _, turns: turns[0]["turn"].update(parent=T3),
+    f"the parent '{T4}' of turn '{T1}' is not a turn before it": lambda _, turns: turns[0]["turn"].update(parent=T4),
     f"the session 'other' of turn '{T2}' is not 's'": lambda _, turns: turns[1]["turn"].update(session_id="other"),
     f"ended_at '2026-01-01T00:00:00' of turn '{T1}' has no zone": lambda _, turns: turns[0]["turn"].update(
         ended_at="2026-01-01T00:00:00"
@@ -167,9 +167,9 @@ async def test_a_circle_of_turns_ends_every_read_and_is_found_by_a_check(path: P
                 copy = await store.fork_session(session, at=turn, copy_id=f"copy of {session}", now=T0)
                 assert copy.message_count == 2 * len(whole)
     assert maintenance.check(path) == [
-        "session 'self': the head 'nowhere' is none of its turns",
-        f"session 's': the parent '{T3}' of turn '{T1}' is no turn before it",
-        "session 'self': the parent 't' of turn 't' is no turn before it",
+        "session 'self': the head 'nowhere' is not one of its turns",
+        f"session 's': the parent '{T3}' of turn '{T1}' is not a turn before it",
+        "session 'self': the parent 't' of turn 't' is not a turn before it",
     ]
 
 
@@ -197,7 +197,7 @@ async def test_a_backup_is_taken_while_the_store_is_written_to_and_is_whole(path
             for n in range(50):
                 nursery.start_soon(lambda n: store.create_session(a_session(f"more-{n}"), now=T0), n)
             await trio.to_thread.run_sync(maintenance.backup, path, copy)
-        with pytest.raises(StartupError, match="there already"):
+        with pytest.raises(StartupError, match="exists already"):
             maintenance.backup(path, copy)
     assert maintenance.check(copy) == []
     async with open_sqlite_store(copy) as store:
@@ -258,7 +258,7 @@ async def test_a_vacuum_of_a_file_that_cannot_shrink_ends_and_says_how_it_can(pa
 def test_what_is_empty_is_no_store_and_stays_empty(path: Path) -> None:
     path.touch()
     for look in (maintenance.check, maintenance.vacuum):
-        with pytest.raises(StartupError, match="is empty, and no store"):
+        with pytest.raises(StartupError, match="is empty: it is not a store"):
             look(path)
     assert path.read_bytes() == b""
 
@@ -293,7 +293,7 @@ async def test_a_backup_never_takes_the_place_of_anything(
     assert (maintenance.check(copy), stat.S_IMODE(copy.stat().st_mode)) == ([], 0o600)
     assert mine.read_text() == "mine"
     for taken in (mine, link):
-        with pytest.raises(StartupError, match="there already"):
+        with pytest.raises(StartupError, match="exists already"):
             maintenance.backup(path, taken)
         with pytest.raises(FileExistsError):  # a file that appeared during the copy
             database.back_up(path, taken)

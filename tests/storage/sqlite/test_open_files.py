@@ -158,7 +158,7 @@ async def test_a_file_that_is_put_back_takes_writes_again(path: Path, log: list[
         assert {session.id for session in await all_sessions(store, now=T0)} == {"s0", "s1"}
 
 
-async def test_a_path_that_cannot_be_looked_at_takes_no_writes_until_it_can(
+async def test_a_path_that_cannot_be_inspected_takes_no_writes_until_it_can(
     path: Path, monkeypatch: pytest.MonkeyPatch, log: list[structlog.typing.EventDict]
 ) -> None:
     def refuse(name: Path) -> open_files.Identity:
@@ -168,7 +168,7 @@ async def test_a_path_that_cannot_be_looked_at_takes_no_writes_until_it_can(
         with monkeypatch.context() as patch:
             patch.setattr(open_files, "_identity", refuse)
             for _ in range(2):
-                with pytest.raises(StoreError, match="cannot be looked at"):
+                with pytest.raises(StoreError, match="cannot be inspected"):
                     await store.create_session(a_session(), now=T0)
         await store.create_session(a_session(), now=T0)
     assert [line["log_level"] for line in log] == ["critical", "warning"]
