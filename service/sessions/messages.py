@@ -45,10 +45,10 @@ def turns_needed(limit: int) -> int:
     return limit + 2
 
 
-def page_of_messages(path: Sequence[TurnRecord], *, limit: int, skip: int) -> Page[MessageRecord]:
-    """The messages of a part of a path as one page, without the first ``skip`` messages of its first turn.
+def page_of_messages(path: Sequence[TurnRecord], *, head: str | None, limit: int, skip: int) -> Page[MessageRecord]:
+    """The messages of a part of the path to ``head`` as one page, without the first ``skip`` of its first turn.
 
-    ``path`` has :func:`turns_needed` turns, or ends at the head.
+    ``path`` has at least two turns, or ends at the head. The page has no message if these turns have none.
     """
     messages = [
         (message, Position(turn.id, count)) for turn in path for count, message in enumerate(_messages_of(turn), 1)
@@ -57,9 +57,13 @@ def page_of_messages(path: Sequence[TurnRecord], *, limit: int, skip: int) -> Pa
     goes_on = None
     if rest:
         _, goes_on = page[-1]
-    elif len(path) == turns_needed(limit):  # some of these turns may have no messages
+    elif path and path[-1].id != head:
         goes_on = Position(path[-1].id, len(_messages_of(path[-1])))
-    return Page(data=tuple(message for message, _ in page), next=str(goes_on) if goes_on else None)
+    return Page(
+        data=tuple(message for message, _ in page),
+        next=str(goes_on) if goes_on else None,
+        cursors=tuple(str(position) for _, position in page),
+    )
 
 
 def _messages_of(turn: TurnRecord) -> list[MessageRecord]:

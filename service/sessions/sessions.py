@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager
 from functools import partial
 
+import msgspec
 import trio
 
 from service.clock import Clock
@@ -155,11 +156,18 @@ class Sessions:
             return await self._store.get_session(session_id, now=self._clock())
 
     async def list_sessions(
-        self, *, limit: int, after: str | None = None, status: SessionStatus | None = None
+        self,
+        *,
+        limit: int,
+        after: str | None = None,
+        status: SessionStatus | None = None,
+        bytes_max: int | None = None,
     ) -> Page[SessionRecord]:
         """A page of sessions, newest first. A page cursor of another listing raises InvalidRequestError."""
         with self._answered_within():
-            return await self._store.list_sessions(limit=limit, after=after, status=status, now=self._clock())
+            return await self._store.list_sessions(
+                limit=limit, after=after, status=status, now=self._clock(), bytes_max=bytes_max
+            )
 
     async def count_sessions(self, *, status: SessionStatus | None = None) -> int:
         with self._answered_within():
@@ -190,8 +198,10 @@ class Sessions:
         """
         await self.deletions.delete(session_id)
 
-    async def list_messages(self, session_id: str, *, limit: int, after: str | None = None) -> Page[MessageRecord]:
-        """A page of the messages from the root to the head, oldest first.
+    async def list_messages(
+        self, session_id: str, *, limit: int, after: str | None = None, bytes_max: int | None = None
+    ) -> Page[MessageRecord]:
+        """A page of the messages from the root to the head, oldest first. It may have no message and a ``next``.
 
         Raises:
             SessionNotFoundError
@@ -203,11 +213,15 @@ class Sessions:
         if session.head is not None:
             with self._answered_within():
                 path = await self._store.list_path(
-                    session_id, session.head, limit=turns_needed(limit), first=start.turn_id if start else None
+                    session_id,
+                    session.head,
+                    limit=turns_needed(limit),
+                    first=start.turn_id if start else None,
+                    bytes_max=bytes_max,
                 )
         if start is not None and not path:
             raise InvalidRequestError("after is not on the path to this session's head.", field="after")
-        return page_of_messages(path, limit=limit, skip=start.count if start else 0)
+        return page_of_messages(path, head=session.head, limit=limit, skip=start.count if start else 0)
 
     # Turns
 
@@ -242,7 +256,9 @@ class Sessions:
         with self._answered_within():
             return await self._read_turn(session_id, turn_id)
 
-    async def list_turns(self, session_id: str, *, limit: int, after: str | None = None) -> Page[TurnRecord]:
+    async def list_turns(
+        self, session_id: str, *, limit: int, after: str | None = None, bytes_max: int | None = None
+    ) -> Page[TurnRecord]:
         """A page of all turns of a session, oldest first.
 
         Raises:
@@ -251,12 +267,14 @@ class Sessions:
         """
         self._check_not_deleted(session_id)
         with self._answered_within():
-            page = await self._store.list_turns(session_id, limit=limit, after=after, now=self._clock())
+            page = await self._store.list_turns(
+                session_id, limit=limit, after=after, now=self._clock(), bytes_max=bytes_max
+            )
             if any(record.is_open for record in page.data) and not self._active.has_turns(session_id):
                 await self._refuse_if_elsewhere(session_id)
         live = [self._find_turn(session_id, record.id) for record in page.data]
         data = (turn.record() if turn else record for turn, record in zip(live, page.data, strict=True))
-        return Page(data=tuple(data), next=page.next)
+        return msgspec.structs.replace(page, data=tuple(data))
 
     async def cancel_turn(self, session_id: str, turn_id: str) -> TurnRecord:
         """End a turn as ``cancelled`` (``requested``) and wait for its end; idempotent.

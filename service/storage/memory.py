@@ -33,6 +33,7 @@ from service.storage.page_cursor import (
     decode_turn_cursor,
     encode_cursor,
 )
+from service.storage.page_size import fitting
 from service.storage.records import (
     Checkpoint,
     LeftOut,
@@ -121,7 +122,13 @@ class MemoryStore:
         return self._visible(session_id, now).record
 
     async def list_sessions(
-        self, *, limit: int, after: str | None, status: SessionStatus | None, now: datetime
+        self,
+        *,
+        limit: int,
+        after: str | None,
+        status: SessionStatus | None,
+        now: datetime,
+        bytes_max: int | None = None,
     ) -> Page[SessionRecord]:
         await anyio.lowlevel.checkpoint()
         order = self._running_by_age if status == "running" else self._by_age
@@ -139,10 +146,9 @@ class MemoryStore:
             if not session.has_expired(now) and (status is None or session.status == status)
         )
         found = tuple(islice(wanted, limit + 1))
-        if len(found) <= limit:
-            return Page(data=found, next=None)
-        last = found[limit - 1]
-        return Page(data=found[:limit], next=encode_cursor(SessionPosition(last.created_at, last.id)))
+        data = found[: fitting((session.text_bytes for session in found[:limit]), bytes_max=bytes_max)]
+        cursors = tuple(encode_cursor(SessionPosition(session.created_at, session.id)) for session in data)
+        return Page(data=data, next=cursors[-1] if len(data) < len(found) else None, cursors=cursors)
 
     async def count_sessions(self, *, status: SessionStatus | None, now: datetime) -> int:
         await anyio.lowlevel.checkpoint()
@@ -256,14 +262,19 @@ class MemoryStore:
         self._visible(session_id, now)
         return self._turn_of(session_id, turn_id).record
 
-    async def list_turns(self, session_id: str, *, limit: int, after: str | None, now: datetime) -> Page[TurnRecord]:
+    async def list_turns(
+        self, session_id: str, *, limit: int, after: str | None, now: datetime, bytes_max: int | None = None
+    ) -> Page[TurnRecord]:
         await anyio.lowlevel.checkpoint()
         turns = self._visible(session_id, now).turns
         start = 0 if after is None else decode_turn_cursor(after).ordinal + 1
-        end = start + limit
+        found = [turn.record for turn in turns[start : start + limit]]
+        end = start + fitting((turn.text_bytes for turn in found), bytes_max=bytes_max)
+        cursors = tuple(encode_cursor(TurnPosition(ordinal)) for ordinal in range(start, end))
         return Page(
-            data=tuple(turn.record for turn in turns[start:end]),
-            next=encode_cursor(TurnPosition(end - 1)) if end < len(turns) else None,
+            data=tuple(found[: end - start]),
+            next=cursors[-1] if end < len(turns) else None,
+            cursors=cursors,
         )
 
     async def read_path(self, session_id: str, turn_id: str, *, bytes_max: int | None) -> Sequence[TurnRecord]:
@@ -288,10 +299,13 @@ class MemoryStore:
         path = await self.read_path(session_id, turn_id, bytes_max=None)
         return sum((turn.in_prompts for turn in path), LeftOut())
 
-    async def list_path(self, session_id: str, turn_id: str, *, limit: int, first: str | None) -> Sequence[TurnRecord]:
+    async def list_path(
+        self, session_id: str, turn_id: str, *, limit: int, first: str | None, bytes_max: int | None = None
+    ) -> Sequence[TurnRecord]:
         path = await self.read_path(session_id, turn_id, bytes_max=None)
         start = next((index for index, turn in enumerate(path) if first in (None, turn.id)), len(path))
-        return path[start : start + limit]
+        found = path[start : start + limit]
+        return found[: fitting((turn.text_bytes for turn in found), bytes_max=bytes_max, rows_min=2)]
 
     async def read_events(self, session_id: str, turn_id: str) -> Sequence[bytes]:
         await anyio.lowlevel.checkpoint()

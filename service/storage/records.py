@@ -61,6 +61,12 @@ class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
         msgspec.structs.force_setattr(self, "idle_timeout_s", float(self.idle_timeout_s))
 
     @property
+    def text_bytes(self) -> int:
+        """The size of the texts that a caller chose, in bytes of UTF-8: the part of a record that may be large."""
+        texts = (self.title or "", self.system_message or "", *self.metadata, *self.metadata.values())
+        return sum(len(text.encode()) for text in texts)
+
+    @property
     def status(self) -> SessionStatus:
         return "running" if self.open_turns else "idle"
 
@@ -144,6 +150,11 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
         return "".join(item.text for item in self.output if item.type == "message")
 
     @property
+    def text_bytes(self) -> int:
+        """The size of all texts of input and output, in bytes of UTF-8."""
+        return sum(len(item.text.encode()) for item in (*self.input, *self.output))
+
+    @property
     def was_refused(self) -> bool:
         """Whether the model refused the input itself, so that the model would refuse it again."""
         if self.state == "failed":
@@ -211,7 +222,11 @@ class Owner(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Page(msgspec.Struct, Generic[T], frozen=True):
-    """One page of a listing; ``next`` is the page cursor of the following page, None on the last page."""
+    """One page of a listing; ``next`` is the page cursor of the following page, None on the last page.
+
+    ``cursors`` has the page cursor after each row, for a reader that shows only the first rows of the page.
+    """
 
     data: tuple[T, ...]
     next: str | None
+    cursors: tuple[str, ...] = ()

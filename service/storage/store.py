@@ -95,13 +95,22 @@ class Store(Protocol):
         ...
 
     async def list_sessions(
-        self, *, limit: int, after: str | None, status: SessionStatus | None, now: datetime
+        self,
+        *,
+        limit: int,
+        after: str | None,
+        status: SessionStatus | None,
+        now: datetime,
+        bytes_max: int | None = None,
     ) -> Page[SessionRecord]:
         """A page of sessions, newest first (by ``created_at``, then ``id``).
 
         The listing is stable while sessions come and go: a session that exists from the first page to the last is on
         exactly one page. ``after`` is the ``next`` of the page before, and stays valid when the
         sessions around it are gone.
+
+        With ``bytes_max`` a page ends before the row with which the ``text_bytes`` of its rows would be more than that;
+        it has at least one row. The store does not read the texts of the rows that are not on the page.
 
         Raises:
             InvalidRequestError: ``after`` is not a page cursor of this listing (``field`` is ``after``).
@@ -206,7 +215,9 @@ class Store(Protocol):
         """Raises: SessionNotFoundError, TurnNotFoundError."""
         ...
 
-    async def list_turns(self, session_id: str, *, limit: int, after: str | None, now: datetime) -> Page[TurnRecord]:
+    async def list_turns(
+        self, session_id: str, *, limit: int, after: str | None, now: datetime, bytes_max: int | None = None
+    ) -> Page[TurnRecord]:
         """A page of all turns of a session, in the order of their acceptance.
 
         Paged as :meth:`list_sessions`.
@@ -233,11 +244,16 @@ class Store(Protocol):
         """
         ...
 
-    async def list_path(self, session_id: str, turn_id: str, *, limit: int, first: str | None) -> Sequence[TurnRecord]:
+    async def list_path(
+        self, session_id: str, turn_id: str, *, limit: int, first: str | None, bytes_max: int | None = None
+    ) -> Sequence[TurnRecord]:
         """At most ``limit`` turns of the path from the root to ``turn_id``, in that order: from ``first`` on.
 
         ``first`` is the id of a turn; None stands for the root. Empty if ``first`` is not on this path, or if
         ``turn_id`` does not exist. Reads the texts of these turns only. Reads deleted and expired sessions, too.
+
+        With ``bytes_max`` the turns end before the one with which their ``text_bytes`` would be more than that, but
+        the first two are always there: a page of messages may begin after all messages of the first one.
         """
         ...
 

@@ -9,41 +9,46 @@ import trio
 from service.sessions.messages import MessageRecord
 from service.storage.records import Page, SessionRecord, TurnRecord
 
-PAGE_BYTES_MAX = 4 * 1024 * 1024
-"""A page ends once its rows have this many bytes. The rows of its last step may exceed the bound."""
-_STEP = 10
+PAGE_BYTES_MAX = 1024 * 1024
+"""Bound on the rows of a page, as JSON; a row that is larger comes alone.
+
+No setting: a client has no use for larger pages, because ``next`` carries on. While a page is made, its records take
+several times the memory of its JSON, and the JSON is held until the client has read it.
+"""
 _LONG_BYTES = 64 * 1024
-"""Encoding a longer row takes up to milliseconds, so other tasks get a turn after it."""
+"""Encoding so much takes up to a millisecond, so other tasks get a turn after it."""
 
 R = TypeVar("R", SessionRecord, TurnRecord, MessageRecord)
 
 
 class Listing(Protocol[R]):
-    """Reads one page."""
+    """Reads one page, which has a cursor for each row."""
 
-    async def __call__(self, *, limit: int, after: str | None) -> Page[R]: ...
+    async def __call__(self, *, limit: int, after: str | None, bytes_max: int) -> Page[R]: ...
 
 
 async def read_page(
     listing: Listing[R], shown: Callable[[R], msgspec.Struct], *, limit: int, after: str | None
 ) -> Page[msgspec.Raw]:
-    """Read a page of at most ``limit`` rows, each encoded as JSON, in steps of a few rows to save memory.
+    """Read a page of at most ``limit`` rows, each encoded as JSON; empty only if the listing has no more rows.
 
     Args:
         shown: Makes the wire type of a row.
 
     Raises the errors of ``listing``.
     """
+    page = await listing(limit=limit, after=after, bytes_max=PAGE_BYTES_MAX)
+    while not page.data and page.next is not None:
+        page = await listing(limit=limit, after=page.next, bytes_max=PAGE_BYTES_MAX)
     rows: list[msgspec.Raw] = []
-    size = 0
-    while True:
-        step = await listing(limit=min(_STEP, limit - len(rows)), after=after)
-        for record in step.data:
-            row = msgspec.json.encode(shown(record))
-            rows.append(msgspec.Raw(row))
-            size += len(row)
-            if len(row) > _LONG_BYTES:
-                await trio.lowlevel.checkpoint()
-        after = step.next
-        if after is None or len(rows) >= limit or size >= PAGE_BYTES_MAX:
-            return Page(data=tuple(rows), next=after)
+    size = paused_at = 0
+    for record in page.data:
+        row = msgspec.json.encode(shown(record))
+        size += len(row)
+        if rows and size > PAGE_BYTES_MAX:
+            return Page(data=tuple(rows), next=page.cursors[len(rows) - 1])
+        rows.append(msgspec.Raw(row))
+        if size - paused_at > _LONG_BYTES:
+            paused_at = size
+            await trio.lowlevel.checkpoint()
+    return Page(data=tuple(rows), next=page.next)

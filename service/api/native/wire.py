@@ -53,7 +53,14 @@ Metadata = Annotated[
     Meta(max_length=16, description="At most 16 pairs, keys of 1-64 characters, values of at most 512."),
 ]
 IdleTimeout = Annotated[float, Meta(ge=1, le=31_536_000, description="Seconds without use until the session expires.")]
-Limit = Annotated[int, Meta(ge=1, le=100, description="At most this many items on a page; fewer if they are large.")]
+Limit = Annotated[
+    int,
+    Meta(
+        ge=1,
+        le=100,
+        description="At most this many items on a page; fewer where they would be more than 1 MiB of JSON.",
+    ),
+]
 LastEventId = Annotated[
     str,
     Meta(pattern=_SEQ, description="The id of the last event that was seen; wins over `after`. Empty: none."),

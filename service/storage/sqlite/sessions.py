@@ -7,6 +7,7 @@ import msgspec
 
 from service.errors import SessionExistsError, SessionNotFoundError
 from service.storage.page_cursor import SessionPosition, encode_cursor
+from service.storage.page_size import fitting
 from service.storage.records import Page, SessionPatch, SessionRecord, SessionStatus
 from service.storage.sqlite import recovery
 from service.storage.sqlite.ownership import Ownership
@@ -14,6 +15,10 @@ from service.storage.sqlite.rows import SESSION_COLUMNS, SETTINGS_COLUMNS, Row, 
 
 _GET = f"SELECT {SESSION_COLUMNS}, deletion, turns_begun, owner FROM sessions WHERE id = ?"
 # Two simple statements are several times as fast as one that joins.
+_SETTINGS_BYTES = (
+    "SELECT coalesce(octet_length(title), 0) + coalesce(octet_length(system_message), 0) + octet_length(metadata) "
+    "FROM session_settings WHERE session = ?"
+)
 _GET_SETTINGS = f"SELECT {SETTINGS_COLUMNS} FROM session_settings WHERE session = ?"
 _LIST = (
     f"SELECT {SESSION_COLUMNS} FROM sessions WHERE deletion = 0 AND (open_turns > 0 OR expires_at > :now) "
@@ -119,18 +124,24 @@ def used(session: SessionRecord, now: datetime) -> SessionRecord:
 
 
 def list_page(
-    db: apsw.Connection, *, limit: int, after: SessionPosition | None, status: SessionStatus | None, now: datetime
+    db: apsw.Connection,
+    *,
+    limit: int,
+    after: SessionPosition | None,
+    status: SessionStatus | None,
+    now: datetime,
+    bytes_max: int | None,
 ) -> Page[SessionRecord]:
     condition = _FILTERS[status]
     values: dict[str, int | str] = {"now": moment(now), "limit": limit + 1}
     if after is not None:
         condition += " AND (created_at, id) < (:after, :after_id)"
         values |= {"after": moment(after.created_at), "after_id": after.id}
-    found = [_record(db, row) for row in db.execute(_LIST.format(filter=condition), values).fetchall()]
-    if len(found) <= limit:
-        return Page(data=tuple(found), next=None)
-    last = found[limit - 1]
-    return Page(data=tuple(found[:limit]), next=encode_cursor(SessionPosition(last.created_at, last.id)))
+    rows: list[Row] = db.execute(_LIST.format(filter=condition), values).fetchall()
+    sizes = (db.execute(_SETTINGS_BYTES, (key,)).get for key, *_ in rows[:limit])
+    data = tuple(_record(db, row) for row in rows[: fitting(sizes, bytes_max=bytes_max)])
+    cursors = tuple(encode_cursor(SessionPosition(session.created_at, session.id)) for session in data)
+    return Page(data=data, next=cursors[-1] if len(data) < len(rows) else None, cursors=cursors)
 
 
 def count(db: apsw.Connection, status: SessionStatus | None, now: datetime) -> int:

@@ -125,11 +125,17 @@ class SqliteStore:
         return await self._looking.call(lambda db: sessions.visible(db, session_id, now).record)
 
     async def list_sessions(
-        self, *, limit: int, after: str | None, status: SessionStatus | None, now: datetime
+        self,
+        *,
+        limit: int,
+        after: str | None,
+        status: SessionStatus | None,
+        now: datetime,
+        bytes_max: int | None = None,
     ) -> Page[SessionRecord]:
         position = None if after is None else decode_session_cursor(after)
         return await self._reading.call(
-            lambda db: sessions.list_page(db, limit=limit, after=position, status=status, now=now)
+            lambda db: sessions.list_page(db, limit=limit, after=position, status=status, now=now, bytes_max=bytes_max)
         )
 
     async def count_sessions(self, *, status: SessionStatus | None, now: datetime) -> int:
@@ -205,10 +211,12 @@ class SqliteStore:
     async def get_turn(self, session_id: str, turn_id: str, *, now: datetime) -> TurnRecord:
         return await self._looking.call(lambda db: turns.get(db, session_id, turn_id, now))
 
-    async def list_turns(self, session_id: str, *, limit: int, after: str | None, now: datetime) -> Page[TurnRecord]:
+    async def list_turns(
+        self, session_id: str, *, limit: int, after: str | None, now: datetime, bytes_max: int | None = None
+    ) -> Page[TurnRecord]:
         position = None if after is None else decode_turn_cursor(after)
         return await self._reading.call(
-            lambda db: turns.list_page(db, session_id, limit=limit, after=position, now=now)
+            lambda db: turns.list_page(db, session_id, limit=limit, after=position, now=now, bytes_max=bytes_max)
         )
 
     async def read_path(self, session_id: str, turn_id: str, *, bytes_max: int | None) -> Sequence[TurnRecord]:
@@ -218,8 +226,12 @@ class SqliteStore:
     async def measure_path(self, session_id: str, turn_id: str) -> LeftOut:
         return await self._reading.call(lambda db: turns.measure_path(db, session_id, turn_id))
 
-    async def list_path(self, session_id: str, turn_id: str, *, limit: int, first: str | None) -> Sequence[TurnRecord]:
-        return await self._reading.call(lambda db: turns.list_path(db, session_id, turn_id, limit=limit, first=first))
+    async def list_path(
+        self, session_id: str, turn_id: str, *, limit: int, first: str | None, bytes_max: int | None = None
+    ) -> Sequence[TurnRecord]:
+        return await self._reading.call(
+            lambda db: turns.list_path(db, session_id, turn_id, limit=limit, first=first, bytes_max=bytes_max)
+        )
 
     async def read_events(self, session_id: str, turn_id: str) -> Sequence[bytes]:
         return await self._reading.call(lambda db: turns.read_events(db, session_id, turn_id))

@@ -3,12 +3,14 @@
 from collections import deque
 from collections.abc import Iterator, Sequence
 from datetime import datetime
+from itertools import islice
 
 import apsw
 import msgspec
 
 from service.errors import HeadMovedError, SessionNotFoundError, TurnNotFoundError
 from service.storage.page_cursor import TurnPosition, encode_cursor
+from service.storage.page_size import fitting
 from service.storage.records import Checkpoint, LeftOut, Page, SessionRecord, TurnRecord
 from service.storage.sqlite import recovery, sessions
 from service.storage.sqlite.ends import count_end
@@ -33,6 +35,10 @@ _GET = f"SELECT {TURN_COLUMNS} FROM turns WHERE id = ? AND session = ?"
 _DOWN_FROM = (
     "SELECT {columns}, ordinal, message_bytes FROM turns WHERE session = ? AND ordinal <= ? ORDER BY ordinal DESC"
 )
+# SQLite finds the length of a text without reading the text.
+_TURN_BYTES = "octet_length(input) + octet_length(output)"
+_SIZES = f"SELECT ordinal, {_TURN_BYTES} FROM turns WHERE session = ? AND ordinal > ? ORDER BY ordinal LIMIT ?"
+_BETWEEN = f"SELECT {TURN_COLUMNS} FROM turns WHERE session = ? AND ordinal BETWEEN ? AND ? ORDER BY ordinal"
 # One table in each statement: several simple statements are several times as fast as one join.
 _OWN = "SELECT key, session FROM turns WHERE id = ? AND +owner = ?"  # ``+`` makes SQLite search by id, not by owner
 _INSERT_COLUMNS = (
@@ -201,18 +207,23 @@ def get(db: apsw.Connection, session_id: str, turn_id: str, now: datetime) -> Tu
 
 
 def list_page(
-    db: apsw.Connection, session_id: str, *, limit: int, after: TurnPosition | None, now: datetime
+    db: apsw.Connection,
+    session_id: str,
+    *,
+    limit: int,
+    after: TurnPosition | None,
+    now: datetime,
+    bytes_max: int | None,
 ) -> Page[TurnRecord]:
     session = _visible(db, session_id, now)
-    rows: list[Row] = db.execute(
-        f"SELECT {TURN_COLUMNS}, ordinal FROM turns WHERE session = ? AND ordinal > ? ORDER BY ordinal LIMIT ?",
-        (session, -1 if after is None else after.ordinal, limit + 1),
-    ).fetchall()
-    more = len(rows) > limit
-    del rows[limit:]
+    found: list[Row] = db.execute(_SIZES, (session, -1 if after is None else after.ordinal, limit + 1)).fetchall()
+    shown = [ordinal for ordinal, _ in found[: fitting((size for _, size in found[:limit]), bytes_max=bytes_max)]]
+    rows = db.execute(_BETWEEN, (session, shown[0], shown[-1])) if shown else ()
+    cursors = tuple(encode_cursor(TurnPosition(ordinal)) for ordinal in shown)
     return Page(
         data=tuple(turn_of(session_id, row) for row in rows),
-        next=encode_cursor(TurnPosition(rows[-1][-1])) if more else None,
+        next=cursors[-1] if len(shown) < len(found) else None,
+        cursors=cursors,
     )
 
 
@@ -277,7 +288,9 @@ def _path_down(db: apsw.Connection, session: int, turn_id: str, columns: str = T
             next_id, below = row[1], row[-2]
 
 
-def list_path(db: apsw.Connection, session_id: str, turn_id: str, *, limit: int, first: str | None) -> list[TurnRecord]:
+def list_path(
+    db: apsw.Connection, session_id: str, turn_id: str, *, limit: int, first: str | None, bytes_max: int | None
+) -> list[TurnRecord]:
     session = _key(db, session_id)
     keys: deque[int] = deque(maxlen=limit)  # from the last turn to the first
     for key, this_id in keys_down(db, session, turn_id) if session is not None else ():
@@ -287,22 +300,17 @@ def list_path(db: apsw.Connection, session_id: str, turn_id: str, *, limit: int,
     else:
         if first is not None:
             return []
+    keys.reverse()
+    sizes = (db.execute(f"SELECT {_TURN_BYTES} FROM turns WHERE key = ?", (key,)).get for key in keys)
+    shown = islice(keys, fitting(sizes, bytes_max=bytes_max, rows_min=2))
     query = f"SELECT {TURN_COLUMNS} FROM turns WHERE key = ?"
-    return [turn_of(session_id, row) for key in reversed(keys) for row in db.execute(query, (key,))]
+    return [turn_of(session_id, row) for key in shown for row in db.execute(query, (key,))]
 
 
 def keys_down(db: apsw.Connection, session: int, turn_id: str) -> Iterator[tuple[int, str]]:
     """The keys and ids of a path, from its last turn to the root. Ends as :func:`_path_down` does."""
-    next_id: str | None = turn_id
-    below = _NEWEST
-    while next_id is not None:
-        row: Row | None = db.execute(
-            "SELECT key, ordinal, parent FROM turns WHERE id = ? AND session = ?", (next_id, session)
-        ).fetchone()
-        if row is None or row[1] >= below:
-            return
-        yield row[0], next_id
-        _, below, next_id = row
+    for this_id, _, key, *_ in _path_down(db, session, turn_id, "id, parent, key"):
+        yield key, this_id
 
 
 def read_events(db: apsw.Connection, session_id: str, turn_id: str) -> list[bytes]:
