@@ -1,4 +1,4 @@
-# The front door: `uv run just` lists what there is.
+# The commands of this project: `uv run just` lists them.
 
 set positional-arguments
 
@@ -49,7 +49,7 @@ lint:
 types:
     {{ dev }} mypy
 
-# put the code into its one format, and mend what ruff can mend
+# format the code, and apply the fixes of ruff
 fmt:
     {{ dev }} ruff check --fix-only --quiet
     {{ dev }} ruff format

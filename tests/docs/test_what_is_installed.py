@@ -1,4 +1,4 @@
-"""What each command of the front door installs: serving takes no test tools, and the recipes that need them say so."""
+"""What each command of the Justfile installs: serving takes no test tools, and the recipes that need them say so."""
 
 import re
 import tomllib

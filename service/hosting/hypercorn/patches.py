@@ -122,7 +122,7 @@ class Fault:
 
     Attributes:
         title: Its section in ``docs/upstream-faults.md``, which describes it so that it could be filed as it is.
-        removal_test: Shows that the fault is there. It fails once the library has mended it.
+        removal_test: Shows that the fault is there. It fails once the library has fixed the fault.
         goes: What is not needed any more then.
         patches: What is replaced because of it; nothing where an extension point is enough.
         issue: The library's own issue, where there is one.
