@@ -104,6 +104,24 @@ def test_a_library_is_imported_only_in_its_place() -> None:
     ] == []
 
 
+def test_every_shield_has_a_deadline_of_its_own() -> None:
+    """A shield whose bound is only in its body lasts for ever once the body changes."""
+
+    def unbounded_shields(path: Path) -> Iterator[int]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                if any(isinstance(it, ast.Attribute) and it.attr == "shield" for it in targets):
+                    yield node.lineno
+            elif isinstance(node, ast.Call):
+                keywords = {keyword.arg for keyword in node.keywords}
+                is_scope = ast.unparse(node.func).endswith("CancelScope")
+                if is_scope and "shield" in keywords and "deadline" not in keywords:
+                    yield node.lineno
+
+    assert [(module, line) for module, path in MODULES.items() for line in unbounded_shields(path)] == []
+
+
 def test_only_the_settings_read_the_environment() -> None:
     def reads_it(path: Path) -> bool:
         nodes = ast.walk(ast.parse(path.read_text()))

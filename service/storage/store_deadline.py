@@ -10,17 +10,23 @@ from service.freezes import extended_when_late
 
 
 @contextmanager
-def answered_within(timeout_s: float) -> Iterator[Callable[[], None]]:
+def answered_within(timeout_s: float, *, shield: bool = False) -> Iterator[Callable[[], None]]:
     """Bound the awaits in the body to ``timeout_s`` seconds (``store_timeout_s``).
 
     Gives a function that restarts the time, for a call of many steps of which each may take the whole time. After a
     freeze of this process the deadline moves, because the store's threads were frozen, too.
 
+    Args:
+        shield: Whether the body is shielded from cancellation from outside, until this deadline.
+
     Raises:
         StoreError: The time is over. The outcome of a write in the body is unknown.
     """
     try:
-        with trio.fail_after(timeout_s) as scope, extended_when_late(scope, timeout_s=timeout_s) as deadline:
+        with (
+            trio.fail_after(timeout_s, shield=shield) as scope,
+            extended_when_late(scope, timeout_s=timeout_s) as deadline,
+        ):
             yield deadline.restart
     except trio.TooSlowError as error:
         raise StoreError(f"The store did not answer within {timeout_s:g} s.") from error

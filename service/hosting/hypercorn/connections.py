@@ -76,6 +76,8 @@ STEP_S = 0.002
 """How long a connection handles its input before other tasks get a turn."""
 LAST_FRAMES_S = 0.5
 """How long a close waits for HTTP/2 frames that the client's window holds back."""
+CLOSE_TIMEOUT_S = 1.0
+"""Bound on hypercorn's close of an idle connection, which is shielded. After it the connection is aborted."""
 
 
 class Connections:
@@ -318,8 +320,10 @@ class Connection(TCPServer):
             await self._wait_until_quiet()  # after a freeze the time is over, but requests may have arrived in it
         if isinstance(self.protocol.protocol, H2Protocol):
             await self._send_goaway(self.protocol.protocol)
-        with trio.CancelScope(shield=True):
+        with trio.move_on_after(CLOSE_TIMEOUT_S, shield=True) as closing:
             await self._initiate_server_close()
+        if closing.cancelled_caught:
+            self.abort()
 
     async def _wait_for_request_on_its_way(self) -> None:
         """Return when no request is on its way. The reader cancels this wait when it reads a request."""

@@ -102,12 +102,11 @@ class Acceptance:
             request_id=new.request_id,
         )
         # Shielded: a cancellation within the commit would leave a turn that no task runs, and a cancellation just
-        # before the commit would leave a session without a turn. The store's deadline bounds each step.
-        with trio.CancelScope(shield=True):
-            if is_new:
-                with self._pending_writes.writing():
-                    await self._store.create_session(stored, now=now)
-            await self._commit_input(turn, head=stored.head if new.parent is msgspec.UNSET else msgspec.UNSET)
+        # before the commit would leave a session without a turn. There is no checkpoint between the two writes.
+        if is_new:
+            with self._pending_writes.writing(shield=True):
+                await self._store.create_session(stored, now=now)
+        await self._commit_input(turn, head=stored.head if new.parent is msgspec.UNSET else msgspec.UNSET)
         self._make_live(session, turn, supersedes=new.on_conflict == "supersede")
         return turn
 
@@ -123,7 +122,7 @@ class Acceptance:
 
     async def _commit_input(self, turn: Turn, *, head: str | None | msgspec.UnsetType) -> None:
         try:
-            with self._pending_writes.writing():
+            with self._pending_writes.writing(shield=True):
                 await self._store.begin_turn(turn.record(), now=self._clock(), head=head)
         except StoreError as error:
             # The store may have the turn or not. If the store has it, the turn must not stay open.

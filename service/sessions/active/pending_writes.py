@@ -41,10 +41,14 @@ class PendingWrites:
         self._ends: dict[str, Turn] = {}
 
     @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Bound one write to the store, and note its outcome in :attr:`refusal`. Raises: StoreError."""
+    def writing(self, *, shield: bool = False) -> Iterator[None]:
+        """Bound one write to the store, and note its outcome in :attr:`refusal`. Raises: StoreError.
+
+        Args:
+            shield: Whether only this bound ends the write, and no cancellation from outside.
+        """
         try:
-            with answered_within(self._store_timeout_s):
+            with answered_within(self._store_timeout_s, shield=shield):
                 yield
         except StoreError as error:
             self.refusal = error

@@ -16,6 +16,7 @@ import pytest
 import trio
 import trio.testing
 import trustme
+from hypercorn.trio.tcp_server import TCPServer
 from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
 
@@ -97,6 +98,26 @@ async def test_a_client_that_does_not_read_is_still_able_to_hold_hypercorn(serve
             with trio.move_on_after(1) as bound:
                 await server.gone.wait()
             assert bound.cancelled_caught
+
+
+async def test_an_idle_connection_whose_close_hangs_is_aborted(
+    serve: Serve, connections: Connections, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes_on = trio.Event()
+
+    async def hang(_: TCPServer) -> None:
+        await goes_on.wait()
+
+    monkeypatch.setattr(TCPServer, "_initiate_server_close", hang)
+    monkeypatch.setattr("service.hosting.hypercorn.connections.CLOSE_TIMEOUT_S", 0.05)
+    async with serve(App(), keep_alive_timeout=0.1) as server, await server.connect() as client:
+        await client.send_all(GET)
+        with trio.move_on_after(PATIENT_S) as bound:
+            assert (await client.receive_some()).startswith(b"HTTP/1.1 200")
+            while await client.receive_some():
+                pass
+        goes_on.set()
+        assert not bound.cancelled_caught
 
 
 async def test_a_client_that_does_not_read_is_closed(serve: Serve, connections: Connections) -> None:

@@ -94,6 +94,16 @@ async def test_caller_that_leaves_at_any_wait_leaves_a_session_with_its_turn_or_
     assert set(outcomes) == {False, True}
 
 
+@pytest.mark.parametrize("step", ["create_session", "begin_turn"])
+async def test_caller_that_leaves_during_a_write_is_held_no_longer_than_the_store_may_take(
+    autojump_clock: MockClock, step: str
+) -> None:
+    async with open_stage(Hangs(step), store_timeout_s=5) as stage:
+        with trio.move_on_after(1), pytest.raises(StoreError):
+            await stage.sessions.start_turn("me", CHAT)
+        assert trio.current_time() == 5
+
+
 async def full(stage: Stage) -> None:
     await start(stage.sessions, (await stage.sessions.create_session(NewSession(id="other"))).id)
 
