@@ -1,4 +1,4 @@
-"""What schemathesis is to know beyond the schema, and a note of which answers it has seen.
+"""Tells schemathesis what the schema cannot say, and notes the answers that it has seen.
 
 Loaded by schemathesis itself (``SCHEMATHESIS_HOOKS``).
 """
@@ -12,7 +12,7 @@ from schemathesis import Case, CheckContext, HookContext, Response
 from schemathesis.checks import positive_data_acceptance
 
 OPAQUE = {"after", "at", "Last-Event-ID", "lastEventId", "parent"}
-"""Texts of the right form that a server must refuse all the same if it did not give them out."""
+"""Parameters whose texts may have the right form and are still refused, because the server never gave them out."""
 
 
 @schemathesis.check
@@ -32,7 +32,7 @@ def answers_are_noted(_ctx: CheckContext, response: Response, case: Case[Any]) -
 
 @schemathesis.hook
 def before_load_schema(_context: HookContext, raw_schema: dict[str, Any]) -> None:
-    """Say what each event of a stream is: schemathesis takes a stream's schema for that of an event."""
+    """Replace the schema of each stream by the schema of one event: schemathesis checks each event with it."""
     data = {"contentMediaType": "application/json", "contentSchema": {"$ref": "#/components/schemas/Event"}}
     event = {
         "type": "object",

@@ -72,7 +72,7 @@ async def test_a_body_that_is_said_to_be_compressed_is_refused() -> None:
             assert (await api.call("POST", "/sessions", raw=b"{}", headers=headers)).status == 201
 
 
-async def test_malformed_and_wrong_bodies_are_told_apart() -> None:
+async def test_malformed_and_wrong_bodies_get_different_codes() -> None:
     upstream = {"name": "only", "url": "scripted:", "models": ("scripted",)}
     async with open_api(upstreams=(upstream,)) as api:
         (await api.call("POST", "/sessions", raw=b"", headers=JSON)).problem(400, "malformed_body")
@@ -126,7 +126,7 @@ async def test_a_body_that_takes_too_long_is_refused(autojump_clock: MockClock) 
         assert trio.current_time() == 30
 
 
-async def test_keys_open_everything_and_probes_need_none() -> None:
+async def test_a_key_gives_access_to_every_call_and_probes_need_none() -> None:
     async with open_api(api_keys=(KEY,)) as api:
         for path in ("/sessions", "/chat", "/nowhere", "/sessions/a", "/docs/a"):
             reply = await api.call("GET", path)
@@ -152,7 +152,7 @@ async def test_without_keys_only_this_machine_is_served() -> None:
 
 
 async def test_a_probe_from_this_machine_needs_to_name_no_host() -> None:
-    """HAProxy's speaks HTTP/1.0, where no host is needed."""
+    """HAProxy's probe speaks HTTP/1.0, which needs no host."""
     far: dict[str, Any] = {"client": ("10.0.0.9", 1), "server": ("10.0.0.1", 80)}
     async with open_api() as api:
         for headers in ({"Host": ""}, None):
@@ -202,7 +202,7 @@ async def test_the_caller_s_address_is_that_which_a_trusted_proxy_names(monkeypa
         on_unix: dict[str, Any] = {"client": None, "server": None}
         for scope in ({}, {"client": ("10.0.0.9", 1)}, on_unix, on_unix | {PEER: bool}):
             await api.call("GET", "/healthz", headers=named, scope=scope)
-        # It opens nothing: what it says is this machine still needs a key.
+        # The header gives no access: a caller that it names as this machine still needs a key.
         (await api.call("GET", "/sessions", headers={"X-Forwarded-For": "127.0.0.1"})).problem(401, "unauthorized")
     assert callers == [("203.0.113.9", 0), ("10.0.0.9", 1), ("203.0.113.9", 0), None, ("127.0.0.1", 0)]
 
@@ -264,7 +264,7 @@ async def test_after_the_notice_the_service_is_not_ready_and_later_takes_no_new_
         assert (await api.call("GET", f"/sessions/{session_id}")).status == 200
 
 
-async def test_a_crash_in_a_handler_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_answer_to_a_crash_in_a_handler_has_no_details(monkeypatch: pytest.MonkeyPatch) -> None:
     async def crash(**_: object) -> None:
         raise RuntimeError("the secret is 42")
 
@@ -277,7 +277,7 @@ async def test_a_crash_in_a_handler_tells_nothing(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("refusals", [1, 2])
-async def test_a_session_whose_owner_is_gone_is_answered_for_here_or_503(
+async def test_a_session_whose_owner_is_gone_is_answered_here_or_with_503(
     refusals: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from service.errors import OwnedElsewhereError

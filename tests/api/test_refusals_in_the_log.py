@@ -43,13 +43,13 @@ async def test_fifty_refusals_are_counted_by_code_and_route(autojump_clock: Mock
     assert len(lines) < 10
 
 
-async def test_a_request_before_there_is_a_service_is_counted_too() -> None:
+async def test_a_request_before_the_service_has_started_is_counted_too() -> None:
     with kept_log("json") as read:
         await Api(create_app(), None).call("GET", "/sessions")  # type: ignore[arg-type]
         assert [(it["code"], it["level"]) for it in refused(read())] == [("not_ready", "info")]
 
 
-async def test_a_store_that_refuses_is_told_with_its_words(
+async def test_a_refusing_store_is_logged_with_its_words(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def refuse(*_: object, **__: object) -> None:

@@ -29,7 +29,7 @@ async def exchange(server: Serving, *pieces: bytes) -> bytes:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Wait for a change in the server of which the client is not told."""
+    """Wait for a change in the server that its client cannot see."""
     while not condition():  # noqa: ASYNC110
         await trio.sleep(0.005)
 
@@ -106,7 +106,7 @@ async def test_a_body_without_a_length_is_answered_at_the_bound() -> None:
             stream = await trio.open_tcp_stream("127.0.0.1", server.port)
             async with stream:
                 await stream.send_all(head)
-                for _ in range(9):  # one more than fits
+                for _ in range(9):  # one chunk more than the bound has room for
                     await stream.send_all(chunk)
                 received = await stream.receive_some()
     assert received.startswith(b"HTTP/1.1 413")

@@ -89,7 +89,7 @@ def test_without_keys_other_addresses_are_refused(address: Address) -> None:
 @pytest.mark.parametrize(
     "authorization", ["Bearer the-first-key-of-two", "bearer  the-first-key-of-two ", "BEARER the-second-key-of-two"]
 )
-def test_each_key_opens_from_anywhere(authorization: str) -> None:
+def test_each_key_gives_access_from_any_address(authorization: str) -> None:
     check(KEYED, authorization=authorization, host="example.com", client=("10.0.0.1", 1))
 
 
@@ -106,17 +106,17 @@ def test_each_key_opens_from_anywhere(authorization: str) -> None:
         "the-first-key-of-two",
     ],
 )
-def test_with_keys_nothing_else_opens_not_even_from_this_machine(authorization: str | None) -> None:
+def test_with_keys_a_request_without_one_is_refused_even_from_this_machine(authorization: str | None) -> None:
     with pytest.raises(UnauthorizedError):
         check(KEYED, authorization=authorization)
 
 
-def test_without_keys_a_request_that_a_proxy_passed_on_is_refused_and_told_why() -> None:
+def test_without_keys_a_request_that_a_proxy_passed_on_is_refused_with_the_reason() -> None:
     with pytest.raises(ProxiedRequestError, match=r"header X-Forwarded-For\..*set api_keys \(LASTCALL_API_KEYS\)"):
         check(OPEN, proxy_header="X-Forwarded-For")
 
 
-def test_with_keys_a_proxy_is_nothing_special() -> None:
+def test_with_keys_a_request_through_a_proxy_is_served() -> None:
     check(KEYED, authorization="Bearer the-first-key-of-two", proxy_header="X-Forwarded-For")
     with pytest.raises(UnauthorizedError):
         check(KEYED, proxy_header="X-Forwarded-For")
@@ -156,10 +156,10 @@ OF_CALLERS = [
 # fmt: on
 
 
-def test_no_header_of_a_caller_is_taken_for_a_proxy_s() -> None:
-    """Of browsers, curl, the SDKs of OpenAI and Anthropic, and of tracing in the caller."""
+def test_no_header_of_a_caller_counts_as_one_of_a_proxy() -> None:
+    """These are headers of browsers, curl, the SDKs of OpenAI and Anthropic, and of tracing in the caller."""
     assert proxy_header((name.lower().encode(), b"1") for name in OF_CALLERS) is None
 
 
-def test_a_long_header_is_not_told_in_full() -> None:
+def test_the_refusal_shortens_the_name_of_a_long_header() -> None:
     assert proxy_header([(b"x-forwarded-" + b"a" * 5000, b"1")]) == "X-Forwarded-" + "A" + "a" * 51

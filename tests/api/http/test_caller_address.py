@@ -95,7 +95,7 @@ def test_only_a_trusted_peer_is_believed(peer: Address) -> None:
 
 
 @pytest.mark.parametrize("peer", [("::ffff:10.0.0.1", 1), ("fd00::1%eth0", 1)])
-def test_a_trusted_peer_is_known_in_whatever_form(peer: Address) -> None:
+def test_a_trusted_peer_is_recognized_in_each_form_of_its_address(peer: Address) -> None:
     assert caller(("X-Forwarded-For", REAL), peer=peer) == REAL
 
 
@@ -112,7 +112,7 @@ def test_without_headers_the_peer_is_all_that_is_known() -> None:
 
 
 def test_of_two_headers_that_disagree_neither_counts() -> None:
-    """Which of them the proxy writes is not known, and its client may have written the other one."""
+    """It is not known which of the two headers the proxy writes; the client may have written the other one."""
     assert caller(("X-Forwarded-For", REAL), ("Forwarded", "for=1.1.1.1")) is None
     assert caller(("X-Forwarded-For", REAL), ("Forwarded", "for=unknown")) is None
     assert caller(("X-Forwarded-For", REAL), ("Forwarded", f'for="{REAL}:80"')) == REAL
@@ -135,7 +135,7 @@ def test_a_quote_that_a_client_leaves_open_hides_nothing_that_its_proxy_adds(wri
 
 @given(written=st.text(st.sampled_from('for=byFO1.:[]",;\\ _%'), max_size=60) | st.text(max_size=60))
 def test_no_client_can_have_another_address_logged(written: str) -> None:
-    """Whatever it writes, its proxy adds what it has seen."""
+    """The client may write any header: the proxy adds the address that it has seen at the right end."""
     written = written.encode("utf-8", "replace").decode("latin-1")
     assert listed(f"{written}, {REAL}") == REAL
     assert listed(written, REAL) == REAL
@@ -145,7 +145,7 @@ def test_no_client_can_have_another_address_logged(written: str) -> None:
     assert caller(("X-Forwarded-For", written), ("Forwarded", f"for={REAL}")) in (REAL, None)
 
 
-def test_a_way_has_a_bound() -> None:
+def test_the_number_of_proxies_on_the_way_is_bounded() -> None:
     assert listed(", ".join([REAL, *["10.0.0.2"] * HOPS_MAX])) == "10.0.0.2"
     assert listed(", ".join([REAL, *["10.0.0.2"] * (HOPS_MAX - 1)])) == REAL
 
@@ -154,7 +154,7 @@ def test_a_way_has_a_bound() -> None:
     "line",
     ["10.0.0.2," * 8000, "," * 64_000, 'for="' * 12_000, "for=10.0.0.2," * 5000, 'a="\\"' * 9000, 'a="' + "," * 64_000],
 )
-def test_of_a_long_header_little_is_looked_at(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_bounded_part_of_a_long_header_is_read(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     looked_at: list[int] = []
 
     def fullmatch(element: str) -> re.Match[str] | None:

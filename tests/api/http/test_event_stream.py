@@ -76,7 +76,7 @@ async def test_silence_is_filled_with_heartbeats_and_loses_nothing(autojump_cloc
 
 
 async def test_every_blank_line_ends_an_event(autojump_clock: MockClock) -> None:
-    """Some decoders take each for an event once they have seen an id: httpx-sse 0.4.3, openai-python before 2.38."""
+    """Some decoders make an event of each blank line after an id: httpx-sse 0.4.3, openai-python before 2.38."""
     opened = Opened()
     received = b""
     async with opened_heartbeats(opened.streams):
@@ -91,7 +91,7 @@ async def test_every_blank_line_ends_an_event(autojump_clock: MockClock) -> None
     assert [block.count(b"data: ") for block in blocks] == [1] * 4
 
 
-async def test_each_stream_is_silent_for_itself(autojump_clock: MockClock) -> None:
+async def test_the_silence_of_each_stream_is_measured_by_itself(autojump_clock: MockClock) -> None:
     streams = Streams(streams_max=3, heartbeat_interval_s=15)
     early, lively, late = (Opened(1, streams=streams) for _ in range(3))
     pieces: dict[Opened, list[tuple[float, bytes]]] = {}
@@ -146,14 +146,14 @@ async def test_where_the_end_is_a_moment_away_nothing_is_written_before_it(autoj
 async def test_a_stream_whose_pieces_take_long_to_write_writes_fewer_of_them(autojump_clock: MockClock) -> None:
     opened = Opened(1)
     await anext(opened.stream)
-    await trio.sleep(0.05)  # as a full event loop would take for it
+    await trio.sleep(0.05)  # as long as this write takes in a busy event loop
     opened.append(1)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_append_later, opened, 0.04)
         piece = await anext(opened.stream)
     assert piece == encode_frame(delta(2)) + encode_frame(delta(3))
     opened.append(1)
-    assert await anext(opened.stream) == encode_frame(delta(4)), "it paused though there was time"
+    assert await anext(opened.stream) == encode_frame(delta(4)), "the stream paused although there was time"
 
 
 async def test_the_terminal_event_ends_a_pause(autojump_clock: MockClock) -> None:
@@ -268,7 +268,7 @@ def test_the_header_wins_over_the_id_of_the_query_and_that_over_after(
 
 
 @pytest.mark.parametrize("query", [b"_=1700000000", b"_=1&_=2", b"after=7&t=a&t=b", b"%00=%ff", b"x", b"LASTEVENTID=9"])
-def test_names_that_are_not_known_are_passed_over(query: bytes) -> None:
+def test_names_that_are_not_known_are_ignored(query: bytes) -> None:
     assert read_seen(_request(Headers(), query)).seq == (7 if b"after" in query else 0)
 
 
@@ -326,7 +326,7 @@ def test_an_invalid_last_event_id_is_refused(header: str) -> None:
         ("application/json;charset=utf-8, text/event-stream;charset=utf-8;q=0.5", False),
     ],
 )
-def test_a_stream_is_what_the_client_names(accept: str | None, streams: bool) -> None:
+def test_a_client_gets_a_stream_if_its_accept_header_prefers_one(accept: str | None, streams: bool) -> None:
     headers = Headers() if accept is None else Headers({"Accept": accept})
     assert wants_stream(_request(headers)) is streams
 

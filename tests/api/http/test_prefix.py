@@ -1,4 +1,4 @@
-"""Behind a proxy that has a prefix for this service (hypercorn's ``--root-path``): every URL is told with it."""
+"""Behind a proxy with a prefix for this service (hypercorn's ``--root-path``) every URL in an answer has the prefix."""
 
 import re
 from typing import Any

@@ -1,4 +1,4 @@
-"""A request that another process has to answer: the owner here is a script, on a socket and in the store."""
+"""Requests that another process has to answer. The owner is a script here, with a socket and a row in the store."""
 
 import os
 import secrets
@@ -50,7 +50,7 @@ def answer(body: str, status: int = 200) -> bytes:
 
 
 class Owner:
-    """The other process: it runs a turn of session ``s``, and answers as a test says."""
+    """The other process: it runs a turn of session ``s``, and sends the answers that a test writes."""
 
     def __init__(self, store: SqliteStore, listener: trio.socket.SocketType, address: str) -> None:
         self.store = store
@@ -71,7 +71,7 @@ class Owner:
         return stream, head + b"\r\n\r\n" + body
 
     async def die(self, stream: trio.SocketStream | None = None) -> None:
-        """Die as a process does: its connections close first, and its lock is free a moment later."""
+        """Die as a process does: the connections close first, and the lock is free a moment later."""
         self.listener.close()
         if stream is not None:
             await stream.aclose()
@@ -122,7 +122,7 @@ async def test_a_process_that_listens_in_an_owners_place_learns_nothing(secret: 
 
 
 async def test_an_owners_proof_is_no_other_owners(tmp_path: Path) -> None:
-    """What took the address of an owner that has died passes the questions on to one that lives."""
+    """A process that took the address of a dead owner passes the requests on to a living owner."""
     async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
         replies: list[Reply] = []
         nursery.start_soon(lambda: ask(api, replies, "POST", "/sessions/s/turns", {"input": "x"}))
@@ -149,7 +149,7 @@ async def test_a_request_and_its_answer_are_passed_on_unchanged(tmp_path: Path) 
         head = request.decode().lower()
         assert head.startswith(f"get {EVENTS}?after=2 http/1.1\r\n")
         assert "last-event-id: 4\r\n" in head
-        assert "lastcall-hops: 1\r\n" in head, "a client's own counts"
+        assert "lastcall-hops: 1\r\n" in head, "a client's own id is kept"
         assert head.count("x-request-id: ") == head.count("x-request-id: of-the-caller\r\n") == 1
         assert head.count("connection:") == 1
         await stream.send_all(answer('{"a": 1}', 410))
@@ -162,7 +162,7 @@ async def test_a_request_and_its_answer_are_passed_on_unchanged(tmp_path: Path) 
         stream, request = await owner.take()
         assert request.endswith(b'\r\n\r\n{"input": "\\u00e9"}')
         made = request.decode().partition("x-request-id: ")[2].partition("\r\n")[0]
-        assert made.startswith("req_"), "one that is made here is passed on, too"
+        assert made.startswith("req_"), "an id that is made here is passed on, too"
         await stream.send_all(answer("{}", 409))
         await wait_for(replies, 2)
         assert (replies[1].status, replies[1].headers["x-request-id"]) == (409, made)
@@ -180,7 +180,7 @@ async def test_whole_events_and_comments_are_passed_on_at_once_and_a_dead_owners
         await stream.send_all(chunk(first[10:] + frame(2) + ": heart"))
         assert await client.receive() == (first + frame(2)).encode()
         await stream.send_all(chunk("beat\n"))
-        assert await client.receive() == b": heartbeat\n", "it is not to wait for the event that follows"
+        assert await client.receive() == b": heartbeat\n", "a whole event does not wait for the next one"
         await stream.send_all(chunk(": heartbeat\n" + frame(3)[:-1]) + b"5\r\nabc")  # in mid-chunk
         assert await client.receive() == b": heartbeat\n"
         await owner.die(stream)
@@ -294,7 +294,7 @@ async def test_a_request_that_a_dead_owner_did_not_answer_is_answered_here(tmp_p
         replies: list[Reply] = []
         nursery.start_soon(lambda: ask(api, replies, "GET", f"/sessions/s/turns/{TURN}"))
         stream, _ = await owner.take()
-        await stream.send_all(answer("x" * 100)[:-50])  # an answer that is not whole is none
+        await stream.send_all(answer("x" * 100)[:-50])  # an answer that is not whole counts as no answer
         await owner.die(stream)
         await wait_for(replies)
         assert (replies[0].status, replies[0].json["state"], replies[0].json["reason"]) == (200, "interrupted", "crash")
@@ -324,9 +324,9 @@ async def test_where_a_living_owner_cannot_be_reached_the_answer_is_503_and_noth
         assert (await owner.store.get_turn("s", TURN, now=datetime.now(UTC))).is_open
 
 
-async def test_a_process_that_may_open_nothing_more_says_so_and_gives_no_owner_up(tmp_path: Path) -> None:
+async def test_a_process_that_may_open_nothing_more_says_so_and_gives_up_no_owner(tmp_path: Path) -> None:
     async with open_owner(tmp_path) as (api, owner):
-        await api.call("GET", "/sessions")  # what is opened only once is there
+        await api.call("GET", "/sessions")  # opens the files that are opened only once
         with no_descriptor_left():
             problem = (await api.call("GET", f"/sessions/s/turns/{TURN}")).problem(503, "resources_exhausted")
         assert problem["retry_after_s"] == 1
@@ -365,7 +365,7 @@ async def test_an_owner_that_hangs_is_not_waited_for_beyond_its_time(
         assert "does not answer" in problem["detail"]
         assert replies[0].headers.get("retry-after") == ("1" if repeatable else None)
         assert ("whether it accepted" in problem["detail"]) is not repeatable
-        assert await stream.receive_some() == b"", "nobody waits there any more"
+        assert await stream.receive_some() == b"", "the request no longer waits at the owner"
         assert (await owner.store.get_turn("s", TURN, now=datetime.now(UTC))).is_open
         assert api.service.sessions.proxied_requests.is_idle
 
@@ -444,7 +444,7 @@ async def test_a_request_is_passed_on_ten_times_at_most(tmp_path: Path) -> None:
             reply.problem(503, "store_unavailable")
 
 
-async def test_an_owner_that_is_another_users_is_told_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_owner_of_another_user_gets_no_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with open_owner(tmp_path) as (api, owner):
         ours = os.getuid()
         monkeypatch.setattr(os, "getuid", lambda: ours + 1)
@@ -492,8 +492,8 @@ async def test_a_client_that_leaves_has_left_at_the_owner_too(tmp_path: Path) ->
             assert await stream.receive_some() == b""
 
 
-async def test_a_process_that_stops_takes_its_leave_of_the_owner(tmp_path: Path) -> None:
-    """It closes its sending side and waits: to the owner that is another thing than a client that left."""
+async def test_a_process_that_stops_half_closes_its_connection_to_the_owner(tmp_path: Path) -> None:
+    """The process closes its sending side and waits, so the owner does not take it for a client that has left."""
     async with open_owner(tmp_path) as (api, owner), api.open("GET", EVENTS, headers=SSE) as client:
         await client.send_complete()
         stream, _ = await owner.take()
@@ -502,16 +502,16 @@ async def test_a_process_that_stops_takes_its_leave_of_the_owner(tmp_path: Path)
         api.service.sessions.drain.interrupt_all()
         assert await client.receive() == b"", "the end of the body"
         assert await stream.receive_some() == b""
-        await stream.send_all(chunk(frame(2)))  # so it has not closed its receiving side
+        await stream.send_all(chunk(frame(2)))  # so the process has not closed its receiving side
         async with trio.open_nursery() as nursery:
             nursery.start_soon(api.service.sessions.drain.wait_idle)
             await wait_all_tasks_blocked()
-            assert nursery.child_tasks, "it is waited for"
+            assert nursery.child_tasks, "the drain waits for the owner"
             await stream.aclose()
 
 
-async def test_an_end_that_the_owner_tells_at_the_last_moment_still_comes_through(tmp_path: Path) -> None:
-    """Both stop, and the owner's disk hangs: it tells its ends when its time to keep them is nearly over."""
+async def test_an_end_that_the_owner_publishes_at_the_last_moment_still_arrives(tmp_path: Path) -> None:
+    """Both processes stop, and the owner's disk hangs: the owner publishes its ends when its time is nearly over."""
     async with open_owner(tmp_path) as (api, owner), api.open("GET", EVENTS, headers=SSE) as client:
         await client.send_complete()
         stream, _ = await owner.take()

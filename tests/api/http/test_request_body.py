@@ -96,7 +96,7 @@ def test_a_body_that_is_not_one_unambiguous_json_document_is_malformed(raw: byte
         ('{"input": "a", "model": ""}', "model"),
     ],
 )
-def test_a_turn_that_is_not_one_is_refused_with_its_field(raw: str, field: str | None) -> None:
+def test_an_invalid_turn_is_refused_with_its_field(raw: str, field: str | None) -> None:
     with pytest.raises(InvalidRequestError) as refused:
         parse(raw)
     assert refused.value.field == field
@@ -126,7 +126,7 @@ def test_a_turn_that_is_not_one_is_refused_with_its_field(raw: str, field: str |
         ({"system_message": ""}, "system_message"),
     ],
 )
-def test_a_session_that_is_not_one_is_refused_with_its_field(body: dict[str, Any], field: str) -> None:
+def test_an_invalid_session_is_refused_with_its_field(body: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidRequestError) as refused:
         parse(json.dumps(body), CreateSession)
     assert refused.value.field == field
@@ -166,7 +166,7 @@ def test_an_error_names_the_allowed_values_in_words(kind: type[RequestBody | Que
         ('{"\\ud800": 1, "\\ud800": 2}', "\\ud800"),
     ],
 )
-def test_a_repeated_key_is_told_with_its_path(raw: str, field: str) -> None:
+def test_a_repeated_key_is_named_with_its_path(raw: str, field: str) -> None:
     with pytest.raises(MalformedBodyError) as refused:
         parse_json(raw.encode())
     assert refused.value.field == field
@@ -346,7 +346,7 @@ def test_any_json_is_a_body_or_refused_with_a_message_that_can_be_sent(body: dic
 
 @pytest.mark.removal
 async def test_quarts_own_body_still_keeps_more_than_it_takes() -> None:
-    """Fails when Quart bounds what it keeps: then BoundedBody is needed for the shutdown alone. 0.22 bounds it."""
+    """Fails once Quart bounds the data that it keeps, as 0.22 does: then only the shutdown needs BoundedBody."""
     body: Any = TrioBody(None, 10)
     if hasattr(body, "append"):
         body.append(b"x" * 11)

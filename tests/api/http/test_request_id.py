@@ -19,7 +19,7 @@ ID = "X-Request-ID"
 
 
 @given(st.lists(st.binary(max_size=140), max_size=3))
-def test_whatever_a_caller_sends_the_id_is_safe(values: list[bytes]) -> None:
+def test_the_id_is_safe_for_any_header_of_a_caller(values: list[bytes]) -> None:
     scope: dict[str, Any] = {"headers": [(b"x-request-id", value) for value in values]}
     request_id = name_request(scope)
     assert is_request_id(request_id)
@@ -32,7 +32,7 @@ def test_an_id_of_safe_characters_is_taken(request_id: str) -> None:
 
 
 @pytest.mark.parametrize("sent", ["", " ", "a b", "a" * 129, 'a"', "a\\", "ä", "a\x1b[2J", "a,b", "{}", "a;b"])
-def test_another_one_is_replaced(sent: str) -> None:
+def test_an_id_with_other_characters_is_replaced(sent: str) -> None:
     assert MADE.fullmatch(name_request({"headers": [(b"x-request-id", sent.encode())]}))
 
 

@@ -1,4 +1,4 @@
-"""The resources of a request are always given back."""
+"""The resources of a request are always released."""
 
 from functools import partial
 
@@ -7,7 +7,7 @@ import pytest
 from service.api.http.request_resources import RequestResources
 
 
-def test_the_last_is_given_back_first_and_each_once() -> None:
+def test_the_last_resource_is_released_first_and_each_once() -> None:
     given: list[int] = []
     with RequestResources() as resources:
         for number in (1, 2, 3):
@@ -15,7 +15,7 @@ def test_the_last_is_given_back_first_and_each_once() -> None:
     assert given == [3, 2, 1]
 
 
-def test_one_that_breaks_keeps_nothing_else() -> None:
+def test_an_error_in_one_release_does_not_stop_the_others() -> None:
     given: list[int] = []
 
     def break_down() -> None:

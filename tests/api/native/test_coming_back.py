@@ -28,7 +28,7 @@ async def turns_of(api: Api, session_id: str = "me") -> list[dict[str, Any]]:
 async def cut_after(
     api: Api, seconds: float, path: str = "/chat", body: bytes = b'{"session_id":"me","message":"Hi"}'
 ) -> None:
-    """A stream that is begun and then cut."""
+    """Begin a stream, and cut it after this time."""
     connection = api.open("POST", path, headers=SSE | {"Content-Type": "application/json"})
     async with connection:
         await connection.send(body)
@@ -54,7 +54,7 @@ async def test_the_rest_of_the_turn_is_replayed_from_any_event(path: str, autoju
 
 
 @pytest.mark.parametrize("path", ["/chat", "/sessions/me/turns"])
-async def test_where_nothing_is_left_the_answer_is_a_bare_204(path: str, autojump_clock: MockClock) -> None:
+async def test_where_no_event_is_left_the_answer_is_a_bare_204(path: str, autojump_clock: MockClock) -> None:
     """event-source-plus comes back after each completed turn, at once if the answer is an empty stream."""
     body: dict[str, object] = ME if path == "/chat" else {"input": "Hi"}
     async with open_api() as api:
@@ -91,7 +91,7 @@ async def test_without_a_grace_the_client_that_comes_back_is_told_that_the_cut_e
         assert len(await turns_of(api)) == 1
 
 
-async def test_a_queued_turn_is_come_back_to(autojump_clock: MockClock) -> None:
+async def test_a_queued_turn_is_resumed(autojump_clock: MockClock) -> None:
     async with open_api(model_url=SLOW) as api:
         await api.new_session(id="me")
         path = "/sessions/me/turns"
@@ -144,7 +144,7 @@ async def test_an_id_beyond_the_turns_events_is_409(model_url: str, autojump_clo
         assert api.service.sessions.statistics().streams_open == 0
 
 
-async def test_without_a_session_there_is_nothing_to_come_back_to(autojump_clock: MockClock) -> None:
+async def test_without_a_session_there_is_nothing_to_resume(autojump_clock: MockClock) -> None:
     async with open_api() as api:
         for body in ({"message": "Hi"}, {"message": "Hi", "session_id": None}):
             problem = (await come_back(api, 1, **body)).problem(409, "resume_conflict", "session_id")
@@ -193,7 +193,7 @@ async def test_an_empty_id_is_that_of_a_client_that_has_seen_nothing(autojump_cl
 
 
 async def test_only_the_input_is_compared(autojump_clock: MockClock) -> None:
-    """What else a turn is was decided when it was accepted: a model that is not served any more, for one."""
+    """The other fields were decided when the turn was accepted; its model, for example, may not be served any more."""
     async with open_api() as api:
         first = await api.call("POST", "/chat", ME)
         more = {"model": "another", "temperature": 1, "on_conflict": "supersede", "parent": "turn_" + 32 * "0"}

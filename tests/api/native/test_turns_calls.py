@@ -32,7 +32,7 @@ async def test_a_waiting_call_answers_with_the_finished_turn(autojump_clock: Moc
         assert (await api.call("GET", f"/sessions/{session_id}/turns")).json == {"data": [turn], "next": None}
 
 
-async def test_an_end_that_the_store_did_not_take_is_told_as_such_by_every_answer(
+async def test_every_answer_says_that_the_store_did_not_take_an_end(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with open_api(model_url=SLOW) as api:
@@ -49,7 +49,7 @@ async def test_an_end_that_the_store_did_not_take_is_told_as_such_by_every_answe
             assert (waiting["state"], waiting["stored"]) == ("completed", False)
             other = await api.new_session()
             running = (await api.call("POST", f"/sessions/{other}/turns", {"input": "Hi", "background": True})).json
-            assert "stored" not in running, "its acceptance is kept"
+            assert "stored" not in running, "the acceptance is stored"
             cancelled = (await api.call("POST", f"/sessions/{other}/turns/{running['id']}/cancel")).json
             assert (cancelled["state"], cancelled["stored"]) == ("cancelled", False)
             assert (await api.call("GET", f"{path}/{waiting['id']}")).json == waiting
@@ -81,7 +81,7 @@ async def test_a_streaming_call_answers_with_the_events(autojump_clock: MockCloc
         assert api.service.sessions.statistics().streams_open == 0
 
 
-async def test_a_turn_and_its_terminal_event_tell_what_did_not_go_to_the_model(autojump_clock: MockClock) -> None:
+async def test_a_turn_and_its_terminal_event_say_how_much_did_not_go_to_the_model(autojump_clock: MockClock) -> None:
     async with open_api(prompt_bytes_max=2048, input_bytes_max=1024, model_url="scripted:?tokens=1") as api:
         turns = f"/sessions/{await api.new_session()}/turns"
         first = await api.call("POST", turns, {"input": "é" * 500})
@@ -190,7 +190,7 @@ async def test_a_call_whose_client_leaves_releases_its_turn(headers: dict[str, s
 
 
 async def test_a_client_that_leaves_before_the_stream_has_begun_releases_all(autojump_clock: MockClock) -> None:
-    """The response's own body is never opened then, so it cannot be what gives things back."""
+    """The response's body is never opened then, so the body cannot be the part that releases the resources."""
     async with open_api(model_url=SLOW) as api:
         session_id = await api.new_session()
         path = f"/sessions/{session_id}/turns"
@@ -231,7 +231,7 @@ async def test_a_turn_says_whether_it_goes_on_without_its_client(
 
 
 async def test_a_running_turn_is_kept_with_its_start_and_a_queued_one_without(autojump_clock: MockClock) -> None:
-    """What a crash leaves of a turn is what its acceptance has kept."""
+    """After a crash the store has of a turn what its acceptance has stored."""
     async with open_api(model_url=SLOW) as api:
         await api.new_session(id="s")
         kept = {}
@@ -377,7 +377,7 @@ async def _chat_and_leave(api: Api, session_id: str, moment: int) -> None:
         try:
             await api.app.asgi_app(scope, application.receive, drop)
         except* Exception as group:
-            # Quart 0.23 tells whoever serves it that the client has left.
+            # Quart 0.23 raises an error to the server when the client has left.
             if group.subgroup(_is_no_disconnect) is not None:
                 raise
 

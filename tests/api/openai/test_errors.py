@@ -22,7 +22,7 @@ def error(reply: Reply, status: int, code: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("path", ["/v1", "/v1/", "/v1/chat/completions", "/v1/models?limit=3", "/v1/%C3%BC/x"])
 @pytest.mark.parametrize("method", METHODS)
-async def test_each_call_is_told_that_the_api_is_not_there_yet(method: str, path: str) -> None:
+async def test_the_answer_to_each_call_says_that_the_api_is_not_there_yet(method: str, path: str) -> None:
     async with open_api() as api:
         body = {"model": "x", "messages": []} if method == "POST" else None
         member = error(await api.call(method, path, body), 404, "not_found")

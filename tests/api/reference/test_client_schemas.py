@@ -35,11 +35,11 @@ def nodes(node: object) -> Iterator[dict[str, Any]]:
 
 
 def sent(kind: type[msgspec.Struct], *, whole: bool) -> set[str]:
-    """The names that are sent of an answer that has all its fields, or only those without a default."""
+    """The names of the fields that an answer sends if all of them are set, or only those without a default."""
     fields = msgspec.structs.fields(kind)
     values: dict[str, object] = {it.name: "x" for it in fields if whole or it.required}
     if any(it.name == "seq" for it in fields):
-        values["seq"] = 1  # no event has the default
+        values["seq"] = 1  # every event has a seq above the default
     decoded: dict[str, object] = msgspec.json.decode(msgspec.json.encode(kind(**values)))
     return decoded.keys() | set()
 
@@ -77,7 +77,7 @@ def test_no_field_has_a_default_and_each_enum_has_a_type() -> None:
         assert "type" in node or not {"enum", "const"} & node.keys()
 
 
-def test_times_are_told_as_such() -> None:
+def test_times_have_the_format_of_times() -> None:
     times = [name for name in SCHEMAS["Turn"]["properties"] if name.endswith("_at")]
     assert times == ["created_at", "started_at", "ended_at"]
     for name in times:
