@@ -1,6 +1,6 @@
 """Commands to create sessions and turns, and the records that these commands make."""
 
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Literal
 
 import msgspec
@@ -9,6 +9,7 @@ from service.ids import new_message_id, new_session_id, new_turn_id
 from service.sessions.turns.turn import OnDisconnect
 from service.settings import Settings
 from service.storage.records import Item, SessionRecord, TurnRecord
+from service.storage.rules import expires_at
 
 OnConflict = Literal["reject", "queue", "supersede"]
 
@@ -30,7 +31,7 @@ class NewSession(msgspec.Struct, frozen=True, kw_only=True):
             id=self.id or new_session_id(),
             created_at=now,
             last_accessed_at=now,
-            expires_at=now + timedelta(seconds=idle_timeout_s),
+            expires_at=expires_at(now, idle_timeout_s),
             idle_timeout_s=idle_timeout_s,
             title=self.title,
             model=self.model,

@@ -1,13 +1,14 @@
 """The turns that a fork copies, and their copies: the same rules for every store."""
 
 from collections.abc import Iterator, Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 
 import msgspec
 
 from service.errors import InvalidRequestError, TurnInProgressError
 from service.ids import new_message_id, new_turn_id
-from service.storage.records import Item, SessionRecord, TurnRecord, with_totals
+from service.storage.records import Item, SessionRecord, TurnRecord
+from service.storage.rules import used, with_totals
 
 TURNS_MAX = 10_000
 """How many turns one fork copies at most."""
@@ -71,15 +72,8 @@ def forked_session(
     source: SessionRecord, copies: Sequence[TurnRecord], *, copy_id: str, now: datetime
 ) -> SessionRecord:
     """A new session with the settings of ``source``, of these copies, root first."""
-    session = msgspec.structs.replace(
-        source,
-        id=copy_id,
-        created_at=now,
-        last_accessed_at=now,
-        expires_at=now + timedelta(seconds=source.idle_timeout_s),
-        head=copies[-1].id if copies else None,
-    )
-    return with_totals(session, copies)
+    session = msgspec.structs.replace(source, id=copy_id, created_at=now, head=copies[-1].id if copies else None)
+    return with_totals(used(session, now), copies)
 
 
 def _copied(items: Sequence[Item]) -> tuple[Item, ...]:

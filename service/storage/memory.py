@@ -6,10 +6,10 @@ because it may copy thousands of turns. The end of a turn checks for cancellatio
 shutdown hundreds of ends come at once, and their callers end anyway.
 """
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime
 from itertools import islice
 from math import inf
 from secrets import token_bytes
@@ -19,12 +19,12 @@ import msgspec
 from sortedcontainers import SortedList
 
 from service.errors import (
-    HeadMovedError,
     SessionExistsError,
     SessionLimitError,
     SessionNotFoundError,
     TurnNotFoundError,
 )
+from service.storage import rules
 from service.storage.fork_path import ForkPath, copies_of, forked_session
 from service.storage.page_cursor import (
     SessionPosition,
@@ -165,8 +165,7 @@ class MemoryStore:
     async def update_session(self, session_id: str, patch: SessionPatch, *, now: datetime) -> SessionRecord:
         await anyio.lowlevel.checkpoint()
         session = self._visible(session_id, now)
-        changes = {name: value for name, value in msgspec.structs.asdict(patch).items() if value is not msgspec.UNSET}
-        self._replace(session, _used(msgspec.structs.replace(session.record, **changes), now))
+        self._replace(session, rules.patched(session.record, patch, now))
         return session.record
 
     async def mark_deleted(self, session_id: str, *, now: datetime) -> None:
@@ -199,31 +198,18 @@ class MemoryStore:
         session = self._visible(turn.session_id, now)
         if turn.parent is not None:
             self._turn_of(turn.session_id, turn.parent)
-        record = session.record
-        if head is not msgspec.UNSET and head != record.head:
-            raise HeadMovedError
+        rules.check_head(session.record, head)
         kept = _Turn(turn)
         session.turns.append(kept)
         self._turns[turn.id] = kept
-        self._replace(
-            session,
-            _used(
-                msgspec.structs.replace(
-                    record,
-                    head=turn.id,
-                    open_turns=record.open_turns + 1,
-                    message_count=record.message_count + sum(item.type == "message" for item in turn.input),
-                ),
-                now,
-            ),
-        )
+        self._replace(session, rules.begun(session.record, turn, now))
         return session.record
 
     async def start_turn(self, turn_id: str, *, now: datetime) -> None:
         await anyio.lowlevel.checkpoint()
         turn = self._turns.get(turn_id)
-        if turn is not None and turn.record.state == "queued":
-            turn.record = msgspec.structs.replace(turn.record, state="running", started_at=now)
+        if turn is not None:
+            turn.record = rules.started(turn.record, now)
 
     async def checkpoint_turns(self, checkpoints: Sequence[Checkpoint]) -> None:
         # Only events are kept, so that the end can follow them: no output in this store outlives its owner.
@@ -241,20 +227,7 @@ class MemoryStore:
         session = self._sessions[kept.record.session_id]
         kept.record = turn
         kept.events = (*kept.events[:after], *events)
-        record = session.record
-        self._replace(
-            session,
-            _used(
-                msgspec.structs.replace(
-                    record,
-                    open_turns=record.open_turns - 1,
-                    message_count=record.message_count + bool(turn.text),
-                    input_tokens=record.input_tokens + (turn.usage.input_tokens if turn.usage else 0),
-                    output_tokens=record.output_tokens + (turn.usage.output_tokens if turn.usage else 0),
-                ),
-                now,
-            ),
-        )
+        self._replace(session, rules.ended(session.record, turn, now))
         return True
 
     async def get_turn(self, session_id: str, turn_id: str, *, now: datetime) -> TurnRecord:
@@ -279,21 +252,8 @@ class MemoryStore:
 
     async def read_path(self, session_id: str, turn_id: str, *, bytes_max: int | None) -> Sequence[TurnRecord]:
         await anyio.lowlevel.checkpoint()
-        path: list[TurnRecord] = []
-        size = 0
-        next_id: str | None = turn_id
-        while next_id is not None:
-            turn = self._turns.get(next_id)
-            if turn is None or turn.record.session_id != session_id:
-                break
-            if bytes_max is not None:
-                size += turn.record.message_bytes
-                if path and size > bytes_max:
-                    break
-            path.append(turn.record)
-            next_id = turn.record.parent
-        path.reverse()
-        return path
+        path = self._path_down(session_id, turn_id)
+        return rules.newest_within(path, bytes_max, bytes_of=lambda turn: turn.message_bytes)
 
     async def measure_path(self, session_id: str, turn_id: str) -> LeftOut:
         path = await self.read_path(session_id, turn_id, bytes_max=None)
@@ -336,16 +296,25 @@ class MemoryStore:
             await anyio.lowlevel.checkpoint()
             self._visible(source_id, now)
 
+    def _path_down(self, session_id: str, turn_id: str) -> Iterator[TurnRecord]:
+        next_id: str | None = turn_id
+        while next_id is not None:
+            turn = self._turns.get(next_id)
+            if turn is None or turn.record.session_id != session_id:
+                return
+            yield turn.record
+            next_id = turn.record.parent
+
     def _visible(self, session_id: str, now: datetime) -> _Session:
         session = self._sessions.get(session_id)
-        if session is None or session.deleted or session.record.has_expired(now):
+        if session is None or not rules.is_visible(session.record, now, is_deleted=session.deleted):
             raise SessionNotFoundError(session_id)
         return session
 
     def _add(self, session: SessionRecord, now: datetime) -> _Session:
         present = self._sessions.get(session.id)
         if present is not None:
-            if present.deleted or not present.record.has_expired(now):
+            if rules.keeps_its_id(present.record, now, is_deleted=present.deleted):
                 raise SessionExistsError(session.id)
             self._remove(present)
         if len(self._sessions) >= self._sessions_max and not self._remove_expired(now, limit=1):
@@ -396,9 +365,3 @@ class MemoryStore:
 
 def _status_key(session: SessionRecord) -> tuple[datetime, str]:
     return (session.created_at if session.open_turns else session.expires_at, session.id)
-
-
-def _used(session: SessionRecord, now: datetime) -> SessionRecord:
-    """The session with its deadline moved: it was used at ``now``."""
-    expires_at = now + timedelta(seconds=session.idle_timeout_s)
-    return msgspec.structs.replace(session, last_accessed_at=now, expires_at=expires_at)

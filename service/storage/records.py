@@ -1,6 +1,5 @@
 """The records that a store keeps, as immutable values."""
 
-from collections.abc import Sequence
 from datetime import datetime
 from typing import Generic, Literal, TypeVar
 
@@ -180,18 +179,6 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
     def message_bytes(self) -> int:
         """The size of the turn's messages in a prompt, in bytes of UTF-8."""
         return self.in_prompts.bytes
-
-
-def with_totals(session: SessionRecord, turns: Sequence[TurnRecord]) -> SessionRecord:
-    """The session with the counts and sums of these turns, all of which have ended."""
-    usages = [turn.usage for turn in turns if turn.usage is not None]
-    return msgspec.structs.replace(
-        session,
-        message_count=sum(sum(item.type == "message" for item in turn.input) + bool(turn.text) for turn in turns),
-        open_turns=0,
-        input_tokens=sum(usage.input_tokens for usage in usages),
-        output_tokens=sum(usage.output_tokens for usage in usages),
-    )
 
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):

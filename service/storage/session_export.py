@@ -1,14 +1,15 @@
 """An exported session: its form, and the checks before a store imports it."""
 
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 import msgspec
 
 from service.errors import StartupError
 from service.ids import is_message_id, is_session_id, is_turn_id
 from service.json_words import in_json_words
-from service.storage.records import Item, SessionRecord, TurnRecord, with_totals
+from service.storage.records import Item, SessionRecord, TurnRecord
+from service.storage.rules import expires_at, with_totals
 
 FORMAT = 1
 """The version of the form of an exported session."""
@@ -114,10 +115,10 @@ def problems_of_totals(whole: ExportedSession) -> Iterator[str]:
         if getattr(session, name) != getattr(totals, name):
             yield f"{name} {shown(getattr(session, name))} of the session is not {getattr(totals, name)}"
     try:
-        expires_at = session.last_accessed_at + timedelta(seconds=session.idle_timeout_s)
+        deadline = expires_at(session.last_accessed_at, session.idle_timeout_s)
     except (OverflowError, ValueError):
-        expires_at = None
-    if session.expires_at != expires_at:
+        deadline = None
+    if session.expires_at != deadline:
         told = shown(session.expires_at.isoformat())
         yield f"expires_at {told} of the session is not idle_timeout_s after last_accessed_at"
 

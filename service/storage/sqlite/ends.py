@@ -1,30 +1,57 @@
-"""The effect of a turn's end on its session: the same for a normal end and for a recovery."""
+"""The rows of a turn's end: the same for a normal end and for a recovery."""
 
-from datetime import datetime, timedelta
+from datetime import datetime
 
 import apsw
 
+from service.storage import rules
 from service.storage.records import TurnRecord
-from service.storage.sqlite.rows import moment
+from service.storage.sqlite.rows import moment, values_of
 
-_END = (
-    "UPDATE sessions SET open_turns = open_turns - 1, owner = CASE open_turns WHEN 1 THEN NULL ELSE owner END, "
-    "message_count = message_count + :messages, input_tokens = input_tokens + :input_tokens, "
+_COLUMNS = (
+    "state",
+    "started_at",
+    "ended_at",
+    "reason",
+    "error",
+    "finish_reason",
+    "usage",
+    "last_seq",
+    "left_out",
+    "message_items",
+    "message_bytes",
+    "output",
+)
+_END = f"UPDATE turns SET owner = NULL, {', '.join(f'{name} = :{name}' for name in _COLUMNS)} WHERE key = :key"
+_COUNT = (
+    "UPDATE sessions SET open_turns = open_turns + :open_turns, "
+    "owner = CASE open_turns + :open_turns WHEN 0 THEN NULL ELSE owner END, "
+    "message_count = message_count + :message_count, input_tokens = input_tokens + :input_tokens, "
     "output_tokens = output_tokens + :output_tokens, last_accessed_at = :now, expires_at = :expires_at "
     "WHERE key = :session"
 )
 
 
-def count_end(db: apsw.Connection, turn: TurnRecord, now: datetime, *, session: int, idle_timeout_s: float) -> None:
-    """Count the end: the session is used, has one open turn less, and its totals grow by the turn's."""
+def keep_end(
+    db: apsw.Connection, key: int, turn: TurnRecord, now: datetime, *, session: int, idle_timeout_s: float
+) -> None:
+    """Keep the end of the open turn of this key, and what the end changes in its session, which is used at ``now``.
+
+    The turn's checkpoints go: its events must be kept before.
+    """
+    values = values_of(turn)
+    db.execute(_END, {name: values[name] for name in _COLUMNS} | {"key": key})
+    db.execute("DELETE FROM outputs WHERE turn = ?", (key,))
+    counts = rules.counts_of_end(turn)
     db.execute(
-        _END,
+        _COUNT,
         {
             "session": session,
-            "messages": int(bool(turn.text)),
-            "input_tokens": turn.usage.input_tokens if turn.usage else 0,
-            "output_tokens": turn.usage.output_tokens if turn.usage else 0,
+            "open_turns": counts.open_turns,
+            "message_count": counts.message_count,
+            "input_tokens": counts.input_tokens,
+            "output_tokens": counts.output_tokens,
             "now": moment(now),
-            "expires_at": moment(now + timedelta(seconds=idle_timeout_s)),
+            "expires_at": moment(rules.expires_at(now, idle_timeout_s)),
         },
     )

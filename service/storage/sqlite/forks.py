@@ -12,6 +12,7 @@ import msgspec
 
 from service.errors import OwnedElsewhereError, SessionExistsError
 from service.ids import new_session_id
+from service.storage import rules
 from service.storage.fork_path import ForkPath, fork_of
 from service.storage.records import SessionRecord, TurnRecord
 from service.storage.sqlite import sessions, turns
@@ -93,7 +94,7 @@ def build(db: apsw.Connection, fork: Fork, progress: Progress | None, *, fence: 
     if fork.at is not None:
         turns.key_of(db, fork.at, source.key)  # raises if another session has taken the source's id
     in_the_way = sessions.find(db, fork.session.id)
-    if in_the_way is not None and (in_the_way.deletion or not in_the_way.record.has_expired(now)):
+    if in_the_way is not None and rules.keeps_its_id(in_the_way.record, now, is_deleted=in_the_way.is_deleted):
         raise SessionExistsError(fork.session.id)
     progress = progress or Progress(_begin(db, fork, fence))
     unfinished = _copy_some(db, fork, progress)

@@ -7,13 +7,12 @@ from datetime import datetime
 from math import inf
 
 import apsw
-import msgspec
 
 from service.errors import OwnedElsewhereError
-from service.storage.records import SEQ_AFTER_CRASH, Item
-from service.storage.sqlite.ends import count_end
+from service.storage import rules
+from service.storage.sqlite.ends import keep_end
 from service.storage.sqlite.ownership import Ownership, fences, owner_of
-from service.storage.sqlite.rows import STAGED_MARK, TURN_COLUMNS, Row, as_json, items_of, moment, turn_of
+from service.storage.sqlite.rows import STAGED_MARK, TURN_COLUMNS, Row, items_of, turn_of
 
 _TURNS_MAX = 100
 """The most turns that one step ends, so that the step holds the write lock for milliseconds only."""
@@ -77,15 +76,9 @@ def _end(db: apsw.Connection, key: int, now: datetime) -> int:
     session = row[-1]
     session_id, idle_timeout_s = db.execute(_GET_SESSION, (session,)).fetchone()  # type: ignore[misc]
     _drop_staged(db, key)
-    turn = msgspec.structs.replace(turn_of(session_id, row), output=_joined_output(db, key))
-    in_prompts = turn.in_prompts
-    db.execute(
-        "UPDATE turns SET owner = NULL, state = 'interrupted', reason = 'crash', ended_at = ?, last_seq = ?, "
-        "message_items = ?, message_bytes = ?, output = ? WHERE key = ?",
-        (moment(now), SEQ_AFTER_CRASH, in_prompts.items, in_prompts.bytes, as_json(turn.output), key),
-    )
-    db.execute("DELETE FROM outputs WHERE turn = ?", (key,))
-    count_end(db, turn, now, session=session, idle_timeout_s=idle_timeout_s)
+    outputs = db.execute("SELECT items FROM outputs WHERE turn = ? ORDER BY after", (key,))
+    turn = rules.crashed(turn_of(session_id, row), (items_of(json) for (json,) in outputs), now)
+    keep_end(db, key, turn, now, session=session, idle_timeout_s=idle_timeout_s)
     return sum(len(item.text.encode()) for item in (*turn.input, *turn.output))
 
 
@@ -98,14 +91,3 @@ def _drop_staged(db: apsw.Connection, turn: int) -> None:
         key, after = mark
         db.execute("DELETE FROM events WHERE turn = ? AND after >= ?", (turn, after))
         db.execute("DELETE FROM outputs WHERE key = ?", (key,))
-
-
-def _joined_output(db: apsw.Connection, turn: int) -> tuple[Item, ...]:
-    """The output up to the last checkpoint: the pieces of each item, in order."""
-    items: dict[str, Item] = {}
-    pieces: dict[str, list[str]] = {}
-    for (json,) in db.execute("SELECT items FROM outputs WHERE turn = ? ORDER BY after", (turn,)):
-        for item in items_of(json):
-            items.setdefault(item.id, item)
-            pieces.setdefault(item.id, []).append(item.text)
-    return tuple(msgspec.structs.replace(item, text="".join(pieces[name])) for name, item in items.items())

@@ -1,11 +1,12 @@
 """The steps that read and write sessions, each within a transaction. A step refuses before its first write."""
 
-from datetime import datetime, timedelta
+from datetime import datetime
 
 import apsw
 import msgspec
 
 from service.errors import SessionExistsError, SessionNotFoundError
+from service.storage import rules
 from service.storage.page_cursor import SessionPosition, encode_cursor
 from service.storage.page_size import fitting
 from service.storage.records import Page, SessionPatch, SessionRecord, SessionStatus
@@ -46,6 +47,10 @@ class StoredSession(msgspec.Struct, frozen=True):
     turns_begun: int
     owner: int | None
 
+    @property
+    def is_deleted(self) -> bool:
+        return self.deletion != 0
+
 
 def find(db: apsw.Connection, session_id: str) -> StoredSession | None:
     """The session of this id in any state, unless it is removed."""
@@ -65,7 +70,7 @@ def _record(db: apsw.Connection, row: Row) -> SessionRecord:
 def visible(db: apsw.Connection, session_id: str, now: datetime) -> StoredSession:
     """Raises: SessionNotFoundError."""
     kept = find(db, session_id)
-    if kept is None or kept.deletion or kept.record.has_expired(now):
+    if kept is None or not rules.is_visible(kept.record, now, is_deleted=kept.is_deleted):
         raise SessionNotFoundError(session_id)
     return kept
 
@@ -80,7 +85,7 @@ def make_room(db: apsw.Connection, session_id: str, now: datetime) -> None:
     present = find(db, session_id)
     if present is None:
         return
-    if present.deletion or not present.record.has_expired(now):
+    if rules.keeps_its_id(present.record, now, is_deleted=present.is_deleted):
         raise SessionExistsError(session_id)
     hide(db, present.key)
 
@@ -116,13 +121,6 @@ def insert(db: apsw.Connection, session: SessionRecord, *, turns_begun: int = 0)
     return key
 
 
-def used(session: SessionRecord, now: datetime) -> SessionRecord:
-    """The session with its deadline moved: it was used at ``now``."""
-    return msgspec.structs.replace(
-        session, last_accessed_at=now, expires_at=now + timedelta(seconds=session.idle_timeout_s)
-    )
-
-
 def list_page(
     db: apsw.Connection,
     *,
@@ -152,13 +150,12 @@ def count(db: apsw.Connection, status: SessionStatus | None, now: datetime) -> i
 
 def update(db: apsw.Connection, session_id: str, patch: SessionPatch, now: datetime) -> SessionRecord:
     kept = visible(db, session_id, now)
-    changes = {name: value for name, value in msgspec.structs.asdict(patch).items() if value is not msgspec.UNSET}
-    session = used(msgspec.structs.replace(kept.record, **changes), now)
+    session = rules.patched(kept.record, patch, now)
     db.execute(
         "UPDATE sessions SET idle_timeout_s = ?, last_accessed_at = ?, expires_at = ? WHERE key = ?",
         (session.idle_timeout_s, moment(session.last_accessed_at), moment(session.expires_at), kept.key),
     )
-    if changes.keys() - {"idle_timeout_s"}:
+    if rules.changes_of(patch).keys() - {"idle_timeout_s"}:
         db.execute(
             "UPDATE session_settings SET title = ?, model = ?, system_message = ?, metadata = ? WHERE session = ?",
             (session.title, session.model, session.system_message, as_json(session.metadata), kept.key),

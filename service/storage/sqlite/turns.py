@@ -8,12 +8,13 @@ from itertools import islice
 import apsw
 import msgspec
 
-from service.errors import HeadMovedError, SessionNotFoundError, TurnNotFoundError
+from service.errors import SessionNotFoundError, TurnNotFoundError
+from service.storage import rules
 from service.storage.page_cursor import TurnPosition, encode_cursor
 from service.storage.page_size import fitting
 from service.storage.records import Checkpoint, LeftOut, Page, SessionRecord, TurnRecord
 from service.storage.sqlite import recovery, sessions
-from service.storage.sqlite.ends import count_end
+from service.storage.sqlite.ends import keep_end
 from service.storage.sqlite.ownership import Ownership
 from service.storage.sqlite.rows import (
     STAGED_MARK,
@@ -53,22 +54,7 @@ _EVENTS = (
     "SELECT frames FROM events WHERE turn = :turn "
     "AND after < coalesce((SELECT after FROM outputs WHERE turn = :turn AND items LIKE :mark), 1 << 62) ORDER BY after"
 )
-_END_COLUMNS = (
-    "state",
-    "started_at",
-    "ended_at",
-    "reason",
-    "error",
-    "finish_reason",
-    "usage",
-    "last_seq",
-    "left_out",
-    "message_items",
-    "message_bytes",
-    "output",
-)
 _KEEP_LEFT_OUT = "UPDATE turns SET left_out = :left_out WHERE key = :key AND left_out IS NOT :left_out"
-_END = f"UPDATE turns SET owner = NULL, {', '.join(f'{name} = :{name}' for name in _END_COLUMNS)} WHERE key = :key"
 
 
 def begin(
@@ -85,21 +71,12 @@ def begin(
     others = None if kept.owner == owners.fence else kept.owner
     if others is not None:
         recovery.refuse_if_alive(db, others, owners, turn.session_id)
-    if head is not msgspec.UNSET and head != kept.record.head:
-        raise HeadMovedError
+    rules.check_head(kept.record, head)
     if others is not None:
         recovery.end_turns_of(db, others, now, session=kept.key)
         kept = sessions.visible(db, turn.session_id, now)
     db.execute(_INSERT, values_of(turn) | {"session": kept.key, "ordinal": kept.turns_begun, "owner": owners.fence})
-    session = sessions.used(
-        msgspec.structs.replace(
-            kept.record,
-            head=turn.id,
-            open_turns=kept.record.open_turns + 1,
-            message_count=kept.record.message_count + sum(item.type == "message" for item in turn.input),
-        ),
-        now,
-    )
+    session = rules.begun(kept.record, turn, now)
     db.execute(
         "UPDATE sessions SET head = ?, open_turns = ?, owner = ?, turns_begun = ?, message_count = ?, "
         "last_accessed_at = ?, expires_at = ? WHERE key = ?",
@@ -190,11 +167,8 @@ def end(
     own = _own(db, turn.session_id, turn.id, fence)
     if own is None:
         return False
-    values = values_of(turn)
-    db.execute(_END, {name: values[name] for name in _END_COLUMNS} | {"key": own.key})
     _keep_rest(db, own.key, events, staged, after=after)
-    db.execute("DELETE FROM outputs WHERE turn = ?", (own.key,))
-    count_end(db, turn, now, session=own.session, idle_timeout_s=own.idle_timeout_s)
+    keep_end(db, own.key, turn, now, session=own.session, idle_timeout_s=own.idle_timeout_s)
     return True
 
 
@@ -243,15 +217,9 @@ def insert_ended(db: apsw.Connection, session: int, ordinal: int, turn: TurnReco
 
 def read_path(db: apsw.Connection, session_id: str, turn_id: str, bytes_max: int | None) -> list[TurnRecord]:
     session = _key(db, session_id)
-    path: list[TurnRecord] = []
-    size = 0
-    for row in _path_down(db, session, turn_id) if session is not None else ():
-        size += row[-1]
-        if path and bytes_max is not None and size > bytes_max:
-            break
-        path.append(turn_of(session_id, row))
-    path.reverse()
-    return path
+    rows = _path_down(db, session, turn_id) if session is not None else ()
+    path = ((turn_of(session_id, row), row[-1]) for row in rows)
+    return [turn for turn, _ in rules.newest_within(path, bytes_max, bytes_of=lambda it: it[1])]
 
 
 def measure_path(db: apsw.Connection, session_id: str, turn_id: str) -> LeftOut:

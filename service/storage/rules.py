@@ -1,0 +1,163 @@
+"""What every store decides in the same way, as pure functions on records.
+
+A store that keeps whole records applies these functions to them. A store that computes in statements takes the numbers
+from here (:class:`Counts`, :func:`expires_at`) and adds them in its statement.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime, timedelta
+from typing import TypeVar
+
+import msgspec
+
+from service.errors import HeadMovedError
+from service.storage.records import SEQ_AFTER_CRASH, Item, SessionPatch, SessionRecord, TurnRecord
+
+T = TypeVar("T")
+
+
+class Counts(msgspec.Struct, frozen=True, kw_only=True):
+    """What a turn adds to the counts and totals of its session."""
+
+    open_turns: int = 0
+    message_count: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
+# Sessions
+
+
+def is_visible(session: SessionRecord, now: datetime, *, is_deleted: bool) -> bool:
+    """Whether the session exists for its readers. ``is_deleted``: whether it is marked as deleted."""
+    return not is_deleted and not session.has_expired(now)
+
+
+def keeps_its_id(session: SessionRecord, now: datetime, *, is_deleted: bool) -> bool:
+    """Whether no other session may take the session's id: it exists, or its deletion is not finished."""
+    return is_deleted or not session.has_expired(now)
+
+
+def expires_at(last_accessed_at: datetime, idle_timeout_s: float) -> datetime:
+    """When a session expires that was last used at this time."""
+    return last_accessed_at + timedelta(seconds=idle_timeout_s)
+
+
+def used(session: SessionRecord, now: datetime) -> SessionRecord:
+    """The session with its deadline moved: it was used at ``now``."""
+    return msgspec.structs.replace(session, last_accessed_at=now, expires_at=expires_at(now, session.idle_timeout_s))
+
+
+def patched(session: SessionRecord, patch: SessionPatch, now: datetime) -> SessionRecord:
+    """The session with the changes of a patch, which is a use: a new idle timeout counts from ``now``."""
+    return used(msgspec.structs.replace(session, **changes_of(patch)), now)
+
+
+def changes_of(patch: SessionPatch) -> dict[str, object]:
+    """The fields that a patch sets."""
+    return {name: value for name, value in msgspec.structs.asdict(patch).items() if value is not msgspec.UNSET}
+
+
+# Turns
+
+
+def check_head(session: SessionRecord, head: str | None | msgspec.UnsetType) -> None:
+    """Check the head by which a caller chose a turn's parent. Raises: HeadMovedError."""
+    if head is not msgspec.UNSET and head != session.head:
+        raise HeadMovedError
+
+
+def counts_of_begin(turn: TurnRecord) -> Counts:
+    """What the acceptance of a turn adds: an open turn, and the messages of its input."""
+    return Counts(open_turns=1, message_count=sum(item.type == "message" for item in turn.input))
+
+
+def counts_of_end(turn: TurnRecord) -> Counts:
+    """What the end of a turn adds: its reply, if it has a text, and its usage; there is one open turn less."""
+    return Counts(
+        open_turns=-1,
+        message_count=int(bool(turn.text)),
+        input_tokens=turn.usage.input_tokens if turn.usage else 0,
+        output_tokens=turn.usage.output_tokens if turn.usage else 0,
+    )
+
+
+def begun(session: SessionRecord, turn: TurnRecord, now: datetime) -> SessionRecord:
+    """The session after the acceptance of a turn."""
+    return used(msgspec.structs.replace(_with_counts(session, counts_of_begin(turn)), head=turn.id), now)
+
+
+def ended(session: SessionRecord, turn: TurnRecord, now: datetime) -> SessionRecord:
+    """The session after the end of a turn; ``turn`` is the ended turn."""
+    return used(_with_counts(session, counts_of_end(turn)), now)
+
+
+def with_totals(session: SessionRecord, turns: Sequence[TurnRecord]) -> SessionRecord:
+    """The session with the counts and totals of these turns, all of which count as ended."""
+    counts = [counts for turn in turns for counts in (counts_of_begin(turn), counts_of_end(turn))]
+    return msgspec.structs.replace(
+        session,
+        open_turns=0,
+        message_count=sum(it.message_count for it in counts),
+        input_tokens=sum(it.input_tokens for it in counts),
+        output_tokens=sum(it.output_tokens for it in counts),
+    )
+
+
+def _with_counts(session: SessionRecord, counts: Counts) -> SessionRecord:
+    return msgspec.structs.replace(
+        session,
+        open_turns=session.open_turns + counts.open_turns,
+        message_count=session.message_count + counts.message_count,
+        input_tokens=session.input_tokens + counts.input_tokens,
+        output_tokens=session.output_tokens + counts.output_tokens,
+    )
+
+
+def started(turn: TurnRecord, now: datetime) -> TurnRecord:
+    """The turn after its start. A turn that is not queued stays as it is."""
+    return msgspec.structs.replace(turn, state="running", started_at=now) if turn.state == "queued" else turn
+
+
+def crashed(turn: TurnRecord, checkpoints: Iterable[Sequence[Item]], now: datetime) -> TurnRecord:
+    """The end of an open turn whose owner is gone, with the output of its checkpoints, in their order."""
+    return msgspec.structs.replace(
+        turn,
+        state="interrupted",
+        reason="crash",
+        ended_at=now,
+        last_seq=SEQ_AFTER_CRASH,
+        output=joined(item for output in checkpoints for item in output),
+    )
+
+
+def joined(pieces: Iterable[Item]) -> tuple[Item, ...]:
+    """Items from their pieces: a piece with a known id continues its item, a piece with a new id begins one."""
+    items: dict[str, Item] = {}
+    texts: dict[str, list[str]] = {}
+    for piece in pieces:
+        items.setdefault(piece.id, piece)
+        texts.setdefault(piece.id, []).append(piece.text)
+    return tuple(msgspec.structs.replace(item, text="".join(texts[name])) for name, item in items.items())
+
+
+def newest_within(path: Iterable[T], bytes_max: int | None, *, bytes_of: Callable[[T], int]) -> list[T]:
+    """The newest turns of a path whose messages together stay within ``bytes_max``, but always the last turn.
+
+    Args:
+        path: From the last turn to the root; read only as far as necessary.
+        bytes_of: The ``message_bytes`` of a turn.
+
+    Returns:
+        The turns in the order of the path, from the root on.
+    """
+    newest: list[T] = []
+    size = 0
+    for turn in path:
+        if bytes_max is not None:
+            size += bytes_of(turn)
+            if newest and size > bytes_max:
+                break
+        newest.append(turn)
+    newest.reverse()
+    return newest

@@ -1,0 +1,168 @@
+"""What every store decides in the same way: the rules on records, each by itself."""
+
+from itertools import pairwise
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.errors import HeadMovedError
+from service.models.client import Usage
+from service.storage import rules
+from service.storage.records import SEQ_AFTER_CRASH, EndState, Item, SessionPatch, TurnRecord
+from tests.storage.rows import IDLE_TIMEOUT_S, T0, a_session, a_turn, at, ended
+
+texts = st.text(max_size=6)
+usages = st.none() | st.builds(Usage, input_tokens=st.integers(0, 9), output_tokens=st.integers(0, 9))
+
+
+@st.composite
+def turns(draw: st.DrawFn) -> TurnRecord:
+    turn = a_turn(draw(st.uuids()).hex, texts=draw(st.lists(texts, max_size=3)))
+    state: EndState = draw(st.sampled_from(["completed", "failed", "cancelled", "interrupted"]))
+    return ended(turn, state, text=draw(texts), reasoning=draw(texts), usage=draw(usages))
+
+
+# Sessions
+
+
+@pytest.mark.parametrize("open_turns", [0, 1])
+@pytest.mark.parametrize("is_deleted", [False, True])
+@pytest.mark.parametrize("after_s", [IDLE_TIMEOUT_S - 0.001, IDLE_TIMEOUT_S])
+def test_a_session_is_visible_until_it_is_deleted_or_has_expired_and_keeps_its_id_until_its_deletion_is_finished(
+    open_turns: int, is_deleted: bool, after_s: float
+) -> None:
+    session = msgspec.structs.replace(a_session(), open_turns=open_turns)
+    has_expired = after_s == IDLE_TIMEOUT_S and not open_turns
+    assert rules.is_visible(session, at(after_s), is_deleted=is_deleted) == (not is_deleted and not has_expired)
+    assert rules.keeps_its_id(session, at(after_s), is_deleted=is_deleted) == (is_deleted or not has_expired)
+
+
+def test_a_use_moves_the_deadline_and_nothing_else() -> None:
+    session = a_session()
+    assert rules.used(session, at(7)) == msgspec.structs.replace(
+        session, last_accessed_at=at(7), expires_at=at(7 + IDLE_TIMEOUT_S)
+    )
+
+
+def test_a_patch_changes_the_fields_that_it_sets_and_is_a_use() -> None:
+    session = msgspec.structs.replace(a_session(), title="Old", model="a", metadata={"k": "v"})
+    patch = SessionPatch(title=None, idle_timeout_s=5)
+    assert rules.changes_of(patch) == {"title": None, "idle_timeout_s": 5}
+    assert rules.patched(session, patch, at(7)) == msgspec.structs.replace(
+        session, title=None, idle_timeout_s=5, last_accessed_at=at(7), expires_at=at(12)
+    ), "a new idle timeout counts from this use"
+    assert rules.patched(session, SessionPatch(), at(7)) == rules.used(session, at(7))
+
+
+# Turns
+
+
+def test_a_head_that_a_caller_did_not_name_is_not_checked() -> None:
+    session = msgspec.structs.replace(a_session(), head="t")
+    rules.check_head(session, msgspec.UNSET)
+    rules.check_head(session, "t")
+    rules.check_head(a_session(), None)
+    for head in ("other", None):
+        with pytest.raises(HeadMovedError):
+            rules.check_head(session, head)
+
+
+@given(begun=st.lists(turns(), max_size=5), data=st.data())
+def test_begins_and_ends_in_any_order_count_every_turn_once(begun: list[TurnRecord], data: st.DataObject) -> None:
+    session = a_session()
+    waiting, opened, second = list(begun), list[TurnRecord](), 0
+    while waiting or opened:
+        second += 1
+        if waiting and (not opened or data.draw(st.booleans())):
+            opened.append(waiting.pop(0))
+            session = rules.begun(session, opened[-1], at(second))
+            assert session.head == opened[-1].id
+        else:
+            turn = opened.pop(data.draw(st.integers(0, len(opened) - 1)))
+            session = rules.ended(session, turn, at(second))
+        assert session.open_turns == len(opened)
+        assert session.expires_at == at(second + IDLE_TIMEOUT_S)
+    used = rules.used(a_session(), at(second)) if begun else a_session()
+    head = begun[-1].id if begun else None
+    assert session == rules.with_totals(msgspec.structs.replace(used, head=head, message_count=77), begun)
+    usages = [turn.usage for turn in begun if turn.usage]
+    assert session.input_tokens == sum(usage.input_tokens for usage in usages)
+    assert session.output_tokens == sum(usage.output_tokens for usage in usages)
+    assert session.message_count == sum(len(turn.input) + (turn.text != "") for turn in begun)
+
+
+def test_an_item_that_is_no_message_counts_as_none() -> None:
+    reasoning = Item(id="r", type="reasoning", role="assistant", text="hm")
+    turn = msgspec.structs.replace(a_turn(texts=("a", "b")), input=(*a_turn(texts=("a", "b")).input, reasoning))
+    assert rules.counts_of_begin(turn).message_count == 2
+    assert rules.counts_of_end(ended(turn, text="", reasoning="hm")).message_count == 0
+
+
+def test_a_start_is_for_a_queued_turn_only() -> None:
+    queued = a_turn(state="queued")
+    assert rules.started(queued, at(3)) == msgspec.structs.replace(queued, state="running", started_at=at(3))
+    for turn in (a_turn(), ended(a_turn())):
+        assert rules.started(turn, at(3)) == turn
+
+
+@given(
+    whole=st.lists(st.tuples(st.sampled_from(["r", "m", "n"]), texts), max_size=3, unique_by=lambda it: it[0]),
+    data=st.data(),
+)
+def test_a_crashed_turn_has_the_output_of_its_checkpoints_however_they_cut_it(
+    whole: list[tuple[str, str]], data: st.DataObject
+) -> None:
+    items = tuple(Item(id=name, role="assistant", text=text) for name, text in whole)
+    checkpoints: list[tuple[Item, ...]] = [()]
+    for item in items:
+        length = len(item.text)
+        inner = data.draw(st.lists(st.integers(0, length), max_size=3))
+        for start, end in pairwise(sorted([0, *inner, length])):
+            piece = msgspec.structs.replace(item, text=item.text[start:end])
+            if data.draw(st.booleans()):
+                checkpoints.append((piece,))
+            else:
+                checkpoints[-1] = (*checkpoints[-1], piece)
+    turn = a_turn()
+    assert rules.crashed(turn, checkpoints, at(9)) == msgspec.structs.replace(
+        turn, state="interrupted", reason="crash", ended_at=at(9), last_seq=SEQ_AFTER_CRASH, output=items
+    )
+
+
+@given(sizes=st.lists(st.integers(0, 5), max_size=6), bytes_max=st.none() | st.integers(0, 20))
+def test_the_newest_turns_within_a_size_are_all_that_fit_and_always_the_last(
+    sizes: list[int], bytes_max: int | None
+) -> None:
+    read: list[int] = []
+
+    def path_down() -> list[int]:
+        return list(range(len(sizes)))[::-1]
+
+    def bytes_of(turn: int) -> int:
+        read.append(turn)
+        return sizes[turn]
+
+    newest = rules.newest_within(path_down(), bytes_max, bytes_of=bytes_of)
+    assert newest == list(range(len(sizes) - len(newest), len(sizes))), "in the order of the path, without gaps"
+    assert bool(newest) == bool(sizes)
+    if bytes_max is None:
+        assert len(newest) == len(sizes)
+        assert not read, "a size that does not count is not measured"
+    else:
+        assert len(newest) <= 1 or sum(sizes[turn] for turn in newest) <= bytes_max
+        one_more = sizes[len(sizes) - len(newest) - 1 :]
+        assert len(newest) == len(sizes) or sum(one_more) > bytes_max
+
+
+def test_a_path_is_read_only_as_far_as_it_is_needed() -> None:
+    path = iter(range(100))
+    assert rules.newest_within(path, 3, bytes_of=lambda _: 1) == [2, 1, 0]
+    assert next(path) == 4
+
+
+def test_the_totals_of_no_turns_are_nothing() -> None:
+    session = msgspec.structs.replace(a_session(), message_count=3, open_turns=1, input_tokens=4, output_tokens=5)
+    assert rules.with_totals(session, []) == a_session()
+    assert session.created_at == T0
