@@ -43,7 +43,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_config_warns_of_a_folder_in_which_hypercorn_would_find_another_package(
     module: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Path("service").mkdir()  # without a module of its own it hides nothing
+    Path("service").mkdir()  # an empty folder hides no package
     assert main(["config"]) == 0
     assert not capsys.readouterr().out.startswith("# caution")
     Path(module).touch()
@@ -53,7 +53,7 @@ def test_config_warns_of_a_folder_in_which_hypercorn_would_find_another_package(
     assert tomllib.loads(printed)["bind"] == "127.0.0.1:8000"
 
 
-def test_config_of_our_own_checkout_has_no_caution(
+def test_config_in_our_own_checkout_gives_no_warning(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(REPOSITORY)
@@ -62,7 +62,7 @@ def test_config_of_our_own_checkout_has_no_caution(
 
 
 @pytest.mark.parametrize("command", ["serve", "config"])
-def test_stand_in_that_was_not_named_is_refused_where_others_would_be_answered(
+def test_unnamed_stand_in_is_refused_if_other_callers_would_get_its_answers(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LASTCALL_API_KEYS", "a-key-of-the-callers")
@@ -146,14 +146,14 @@ def test_every_wrong_setting_is_a_line_and_the_exit_code_is_78(command: str) -> 
     ]
 
 
-def test_printed_config_is_utf_8_wherever_it_goes() -> None:
+def test_printed_config_is_utf_8_on_any_output() -> None:
     printed = run("config", LASTCALL_MODEL="ü \x7f \N{CLINKING BEER MUGS}", PYTHONIOENCODING="ascii")
     assert (printed.returncode, printed.stderr) == (0, "")
     assert tomllib.loads(printed.stdout)["model"] == "ü \x7f \N{CLINKING BEER MUGS}"
 
 
 @pytest.mark.parametrize("command", ["serve", "config"])
-def test_script_with_a_wrong_parameter_is_told_where_it_was_said(command: str) -> None:
+def test_script_with_a_wrong_parameter_is_refused_with_its_setting(command: str) -> None:
     refused = run(command, LASTCALL_MODEL_URL="scripted:?foo=1")
     assert (refused.returncode, refused.stdout) == (78, "")
     assert refused.stderr.startswith("lastcall: LASTCALL_MODEL_URL: 'foo' is not a parameter of scripted:; those are ")
@@ -174,7 +174,7 @@ def test_taken_port_is_one_line_and_the_exit_code_is_78() -> None:
     assert len(refused.stderr.splitlines()) == 1
 
 
-def test_wrong_command_is_told_with_what_there_is() -> None:
+def test_wrong_command_is_refused_with_the_commands_that_exist() -> None:
     refused = run("sreve")
     assert refused.returncode == 2
     assert "{serve,config,backup,check,export,import,vacuum}" in refused.stderr

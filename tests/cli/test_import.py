@@ -1,4 +1,4 @@
-"""What may be imported: all that a service has exported, and nothing that breaks what reads it."""
+"""Import takes every session that a service has exported, and refuses data that would break its readers."""
 
 import copy
 import json
@@ -36,7 +36,7 @@ INPUT = 'line\u2028 end \u0085 "quoted" \\u2028 \u00e9 \U0001f642'
 
 
 async def fill(path: Path) -> None:
-    """A session ``s`` with turns of every kind of end, and its fork ``f``."""
+    """Make a session ``s`` with turns of every kind of end, and its fork ``f``."""
     upstreams = tuple(Upstream(name=name, url=f"scripted:?{script}", models=(name,)) for name, script in MODELS.items())
     settings = Settings(store_url=f"sqlite:{path}", upstreams=upstreams, model="whole")
     with trio.fail_after(30):
@@ -70,7 +70,7 @@ async def fill(path: Path) -> None:
 
 
 async def crash(path: Path) -> None:
-    """One more turn, whose owner dies after a checkpoint."""
+    """Add one more turn, whose owner dies after a checkpoint."""
     async with open_sqlite_store(path) as store:
         now = wall_clock()
         session = await store.get_session("s", now=now)
@@ -96,7 +96,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 def check(exported: bytes) -> ExportedSession:
-    """What the command looks at before it writes. Raises: StartupError."""
+    """Check an export as the command does before it writes. Raises: StartupError."""
     whole = read_exported(exported)
     _check_bounds(whole, text_bytes_max=Settings().input_bytes_max)
     _check_turns(whole)
@@ -104,7 +104,7 @@ def check(exported: bytes) -> ExportedSession:
 
 
 @pytest.mark.parametrize("session", ["s", "f"])
-def test_what_a_service_exported_is_imported_into_an_empty_folder_as_it_was(
+def test_an_exported_session_is_imported_into_an_empty_folder_unchanged(
     exports: dict[str, bytes], session: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
 ) -> None:
     ends = {(it["turn"]["state"], it["turn"]["reason"]) for it in json.loads(exports[session])["turns"]}
@@ -135,7 +135,7 @@ def test_a_refused_import_makes_no_store(
 
 
 def places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Each container with each of its keys, all the way down."""
+    """Each container in a value, at any depth, with each of its keys."""
     if isinstance(value, dict | list):
         for key in list(value) if isinstance(value, dict) else range(len(value)):
             yield value, key
@@ -145,13 +145,13 @@ def places(value: Any) -> Iterator[tuple[Any, Any]]:
 WRONG: tuple[Any, ...] = (None, "", "x", "cancelled", "failed", "crash", "a\rb", -1, 0, 7, 1e300, True, [], {}, ["x"])
 
 
-def test_what_was_changed_is_refused_in_a_line_or_serves(exports: dict[str, bytes]) -> None:
+def test_a_changed_export_is_refused_in_one_line_or_can_be_served(exports: dict[str, bytes]) -> None:
     whole = json.loads(exports["s"])
     refused: list[str] = []
     served = 0
     for number, (container, key) in enumerate(list(places(whole))):
         kept = container[key]
-        # All of them everywhere would take minutes: each place has some, each of them has many places.
+        # All wrong values in all places would take minutes: each place gets three of them, and each is in many places.
         changes: list[Any] = [WRONG[(number + step) % len(WRONG)] for step in (0, 4, 8)]
         if isinstance(kept, str):
             changes += [kept + kept, kept.replace("\n", "\r", 1), kept.replace("text", "tex", 1)]
@@ -213,7 +213,7 @@ FORGED: dict[str, Callable[[Any], object]] = {
 
 
 @pytest.mark.parametrize("forgery", FORGED)
-def test_what_no_service_could_have_made_is_refused_with_session_turn_and_field(
+def test_data_that_no_service_could_have_made_is_refused_with_session_turn_and_field(
     exports: dict[str, bytes], forgery: str
 ) -> None:
     whole = json.loads(exports["s"])
@@ -240,7 +240,7 @@ def test_an_event_that_an_earlier_version_escaped_less_is_the_same_event(text: s
     assert whole_turn._read(earlier.replace(b'"seq":7', b'"seq":7,"seq":7')) is None
 
 
-def test_an_import_beside_a_service_whose_file_was_taken_away_makes_no_other(
+def test_an_import_beside_a_service_whose_file_was_moved_makes_no_new_file(
     exports: dict[str, bytes], tmp_path: Path
 ) -> None:
     path = tmp_path / "kept.db"

@@ -1,4 +1,4 @@
-"""``serve --reload``: starts anew on a change, and stops at once and cleanly, whoever says so."""
+"""``serve --reload`` starts anew on a change, and stops at once and cleanly on any signal."""
 
 import json
 import os
@@ -22,7 +22,7 @@ CAP_S = 30
 
 
 class Reloading:
-    """A ``serve --reload`` over a copy of the package, and what it has said."""
+    """A ``serve --reload`` over a copy of the package, and its output so far."""
 
     def __init__(self, folder: Path, process: trio.Process) -> None:
         self.folder = folder
@@ -38,7 +38,7 @@ class Reloading:
             self._news = trio.Event()
 
     async def serving(self, times: int) -> str:
-        """The address of the server that is the so-manieth to serve."""
+        """Wait until this many servers have begun to serve; return the address of the last of them."""
         found = await self.lines('"message": "serving"', times)
         url: str = json.loads(found)["urls"][0]
         return url.removeprefix("http://")
@@ -61,7 +61,7 @@ class Reloading:
 
     @property
     def noise(self) -> list[str]:
-        """What was said that is worse than news."""
+        """The lines of the output that are worse than ``info``."""
         return [
             line for line in self.said.splitlines() if '"level": "info"' not in line and "starting anew" not in line
         ]
@@ -108,7 +108,7 @@ async def test_change_of_the_code_or_the_settings_starts_a_new_server(tmp_path: 
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-async def test_signal_stops_all_at_once_with_nothing_to_say(tmp_path: Path, number: signal.Signals) -> None:
+async def test_signal_stops_both_at_once_without_complaints(tmp_path: Path, number: signal.Signals) -> None:
     async with reloading(tmp_path) as reloader:
         address = await reloader.serving(1)
         assert await reloader.stop(number) == 0
@@ -148,7 +148,7 @@ async def test_stream_of_the_old_server_ends_with_its_terminal_event(tmp_path: P
     assert reloader.noise == []
 
 
-async def test_port_that_is_taken_at_the_start_ends_the_whole(tmp_path: Path) -> None:
+async def test_port_that_is_taken_at_the_start_ends_the_reloader(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -159,7 +159,7 @@ async def test_port_that_is_taken_at_the_start_ends_the_whole(tmp_path: Path) ->
     assert len(reloader.said.splitlines()) == 1
 
 
-async def test_broken_code_waits_for_the_change_that_mends_it(tmp_path: Path) -> None:
+async def test_with_broken_code_the_reloader_waits_for_the_fix(tmp_path: Path) -> None:
     async with reloading(tmp_path) as reloader:
         await reloader.serving(1)
         sound = (tmp_path / "service/ids.py").read_text()
@@ -183,7 +183,7 @@ async def test_server_does_not_outlive_a_killed_reloader(tmp_path: Path) -> None
             with suppress(ProcessLookupError):
                 os.kill(server, signal.SIGKILL)
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 5), suppress(ChildProcessError):
-                # It is ours now only if this process has taken on orphans.
+                # The server is a child of this process only if this process takes in orphans.
                 await trio.to_thread.run_sync(os.waitpid, server, 0)
 
 
@@ -209,7 +209,7 @@ def children_of(pid: int) -> list[int]:
 
 
 def has_server(pid: int) -> bool:
-    """Whether the reloader has started one. (An import may run a program of its own before.)"""
+    """Whether the reloader has started a server. (An import may run another program before.)"""
     with suppress(FileNotFoundError, ProcessLookupError):
         return any(b"--bind=" in Path(f"/proc/{child}/cmdline").read_bytes() for child in children_of(pid))
     return False

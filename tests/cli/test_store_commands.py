@@ -1,4 +1,4 @@
-"""The commands that take care of what is kept, beside a service that writes to it."""
+"""The commands for the store, beside a service that writes to it."""
 
 import io
 import json
@@ -27,7 +27,7 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def file(monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A store with one session, ``s``, of one turn, that the settings name by a relative path."""
+    """A store with one session ``s`` of one turn; the settings name the store by a relative path."""
     monkeypatch.setenv("LASTCALL_STORE_URL", "sqlite:kept.db")
     trio.run(fill)
     return Path("kept.db").absolute()
@@ -43,7 +43,7 @@ async def fill() -> None:
                 await turn.wait_ended()
 
 
-def test_what_was_exported_is_imported_by_another_store(
+def test_an_exported_session_is_imported_by_another_store(
     file: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["export", "s"]) == 0
@@ -52,7 +52,7 @@ def test_what_was_exported_is_imported_by_another_store(
     assert main(["backup", "copy.db"]) == 0
     assert "copy.db" in capsys.readouterr().out
 
-    assert main(["import"]) == 78  # what is not JSON is told in a line
+    assert main(["import"]) == 78  # input that is not JSON is refused in one line
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(exported.encode())))
     assert main(["import"]) == 1
     told = capsys.readouterr().err.splitlines()[-1]
@@ -115,7 +115,7 @@ def test_a_backup_is_a_store_and_never_replaces_a_file(
 
 
 def test_a_command_takes_the_store_that_its_option_names(file: Path, capsys: Output) -> None:
-    """Also where nothing else of the server's settings is there, as from cron."""
+    """The command does so without any other setting of the server, as from cron."""
     assert main(["backup", "--store", f"sqlite:{file}", "copy.db"]) == 0
     assert main(["check", "--store", "sqlite:copy.db"]) == 0
     assert capsys.readouterr().out.endswith("/copy.db is whole\n")
@@ -145,7 +145,7 @@ def test_working_directory_that_is_not_utf_8_is_refused(
     assert capsys.readouterr().err.endswith("\\udcff/kept.db' should be UTF-8\n")
 
 
-def test_vacuum_and_check_say_what_they_found(file: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vacuum_and_check_print_their_results(file: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["vacuum"]) == 0
     assert capsys.readouterr().out == f"{file} gave 0 bytes back\n"
     assert main(["check"]) == 0
@@ -162,7 +162,7 @@ def test_vacuum_and_check_say_what_they_found(file: Path, capsys: Output, monkey
 
 
 @pytest.mark.parametrize("command", [["vacuum"], ["backup", "copy.db"], ["export", "s"], ["import"], ["check"]])
-def test_where_nothing_is_kept_there_is_nothing_to_take_care_of(
+def test_with_a_store_in_memory_the_commands_are_refused(
     command: list[str], capsys: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LASTCALL_STORE_URL", "memory:")

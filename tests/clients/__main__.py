@@ -1,6 +1,6 @@
-"""The libraries and proxies that people have between themselves and a server, run against a real one.
+"""Runs client libraries and proxies against a real server.
 
-``just clients`` installs the pinned versions into a folder of its own and says what each check saw; ``just clients
+``just clients`` installs the pinned versions into a folder of its own and prints the results; ``just clients
 --newest`` takes the newest ones instead. ``just clients nginx polyfill`` runs the checks whose names have these words.
 """
 
@@ -37,7 +37,7 @@ from tests.clients.surroundings import (
 from tests.process.lastcall import HYPERCORN_0, SERVE, SSE, Host, open_lastcall
 
 HTTPX_SSE = "0.4.3"
-"""The newest one that takes every blank line for an event."""
+"""The newest version that makes an event of every blank line."""
 OPENAPI_PYTHON_CLIENT = "0.29.1"
 TSC = (
     *("npx", "tsc", "--strict", "--skipLibCheck", "--target", "es2022", "--lib", "es2022,dom,dom.asynciterable"),
@@ -50,11 +50,11 @@ LINE_ENDS = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei\rj\nk"
 KEY_ALONE = "the-key-of-the-clients"
 KEY = {"Authorization": f"Bearer {KEY_ALONE}"}
 REPOSTS_MAX = 20
-"""In the four seconds after a completed turn: event-source-plus waits 2 ms, then twice as long each time."""
+"""Bound on the POSTs in the four seconds after a completed turn: event-source-plus doubles its wait from 2 ms on."""
 
 
 class FailedError(Exception):
-    """A check saw what it should not."""
+    """The result of a check is wrong."""
 
 
 def check(holds: bool, otherwise: object) -> None:
@@ -64,7 +64,7 @@ def check(holds: bool, otherwise: object) -> None:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What is installed."""
+    """The packages that are installed for the checks."""
 
     node: Path
     httpx_sse: str
@@ -75,7 +75,7 @@ class Surroundings:
 async def open_service(
     host: Host = SERVE, *options: str, tokens: tuple[str, ...] = PLAIN, pause_s: float = 0.1, **settings: Any
 ) -> AsyncIterator[int]:
-    """A real server with a model behind it, whose turns outlive a cut; its port."""
+    """Start a real server with a model behind it, whose turns outlive a cut. Gives its port."""
     settings["disconnect_grace_s"] = 20
     argv = [*host.argv(), *options]
     with tempfile.TemporaryDirectory() as folder:
@@ -98,7 +98,7 @@ async def turns(port: int) -> list[dict[str, Any]]:
 
 
 def check_whole(seen: dict[str, Any]) -> None:
-    """Every event once, in order, to the end, and none that is empty."""
+    """Check that each event is there once, in order, to the end, and that none is empty."""
     check(seen["seqs"] == list(range(1, LAST_SEQ + 1)), f"the events it saw are {seen['seqs']}")
     check(seen["last"] == "turn.completed", f"the last event is {seen['last']}")
     check(not seen["empty"], f"{seen['empty']} events are empty")
@@ -113,7 +113,7 @@ async def run_library(around: Surroundings, *arguments: str) -> dict[str, Any]:
 
 
 async def reposts(around: Surroundings, library: str) -> str:
-    """A POST that is cut is repeated with Last-Event-ID: it goes on, and the model is called once."""
+    """The library repeats a cut POST with Last-Event-ID: the stream goes on, and the model is called once."""
     async with open_service() as port, open_cutting_proxy(port, cut_after_seq=5) as proxy:
         body = json.dumps({"session_id": "me", "message": "Hi"})
         seen = await run_library(around, library, f"http://127.0.0.1:{proxy.port}/chat", body)
@@ -128,7 +128,7 @@ async def reposts(around: Surroundings, library: str) -> str:
 
 
 async def resumes(around: Surroundings, library: str, by: bytes) -> str:
-    """A GET of events that is cut goes on after the last one."""
+    """The library repeats a cut GET of events: the stream goes on after the last event."""
     async with open_service() as port, open_cutting_proxy(port, cut_after_seq=5) as proxy:
         await call(port, "POST", "/sessions", {"id": "me"})
         started = await call(port, "POST", "/sessions/me/turns", {"input": "Hi", "background": True})
@@ -181,7 +181,7 @@ GENERATED = {
     "last": ["turn.completed"] * 3,
     "code": "session_not_found",
 }
-"""What a generated client sees of a server, whichever generator it is of."""
+"""The results that a generated client must get, for each generator."""
 
 
 async def openapi_typescript(around: Surroundings) -> str:
@@ -285,7 +285,7 @@ async def nginx_with_a_prefix(_: Surroundings) -> str:
 
 
 async def haproxy_probe(_: Surroundings) -> str:
-    """HTTP/1.0 without a Host."""
+    """HAProxy's probe speaks HTTP/1.0 without a Host: the server answers it as ready."""
     async with open_service() as port, open_haproxy(port) as (haproxy, stats):
         with trio.fail_after(CAP_S):
             while (status := await probe_status(stats)) in ("", "INI"):  # noqa: ASYNC110  it is HAProxy's to say

@@ -1,6 +1,6 @@
 """Calls every operation with a client that openapi-python-client generates: ``generated_client.py URL KEY``.
 
-Prints what it saw as JSON. The generator's warnings are failures: an operation or a type that it left out is one.
+Prints its results as JSON. A warning of the generator is a failure: each operation or type that it leaves out is one.
 """
 
 import json
@@ -31,7 +31,7 @@ def generate(url: str, folder: str) -> None:
 
 
 def call(name: str, status: int, **arguments: Any) -> Any:
-    """Call an operation, ``tag.operation``; what it parsed of the answer."""
+    """Call an operation, ``tag.operation``; return the answer as the client parsed it."""
     CALLED.add(name)
     answer = import_module(f"{PACKAGE}.api.{name}").sync_detailed(**arguments)
     if answer.status_code != status:

@@ -1,4 +1,4 @@
-"""What httpx-sse makes of a stream: ``httpx_sse_client.py URL`` prints the events of ``POST /chat`` as JSON."""
+"""Reads a stream with httpx-sse: ``httpx_sse_client.py URL`` prints the events of ``POST /chat`` as JSON."""
 
 import json
 import sys

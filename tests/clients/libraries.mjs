@@ -1,4 +1,4 @@
-// What each library makes of a stream: `node libraries.mjs NAME URL [BODY]` prints the events it has given out as JSON.
+// Reads a stream with a library: `node libraries.mjs NAME URL [BODY]` prints the events it has given out as JSON.
 import { createRequire } from "node:module";
 import { setTimeout as sleep } from "node:timers/promises";
 
@@ -32,7 +32,7 @@ async function untilClosed(source) {
 
 const libraries = {
   async "fetch-event-source"() {
-    // It is written for browsers.
+    // This library is written for browsers.
     globalThis.window = globalThis;
     globalThis.document = { hidden: false, addEventListener() {}, removeEventListener() {} };
     const { fetchEventSource } = require("@microsoft/fetch-event-source");

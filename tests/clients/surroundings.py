@@ -1,4 +1,4 @@
-"""What stands around the server in these checks: a model, a network that cuts, proxies, and packages in a cache."""
+"""The surroundings of the server in these checks: a model, a network that cuts, proxies, and packages in a cache."""
 
 import csv
 import hashlib
@@ -19,7 +19,7 @@ import trio
 HERE = Path(__file__).parent
 SCRIPTS = ("libraries.mjs", "express_proxy.mjs", "generated_client.ts")
 NEWEST_MAJOR = {"typescript": "5"}
-"""Packages of which the others do not run with the newest: openapi-typescript 7 needs TypeScript 5."""
+"""Packages whose newest version does not run with the others: openapi-typescript 7 needs TypeScript 5."""
 CAP_S = 60
 """Bounds each check; an installation has :data:`INSTALL_S`."""
 INSTALL_S = 300
@@ -27,14 +27,14 @@ _CHUNK = 65536
 
 
 class MissingError(Exception):
-    """Something that the checks need is not there and cannot be installed."""
+    """A program that the checks need is not there and cannot be installed."""
 
 
 # Packages
 
 
 def install_node_packages(*, newest: bool) -> Path:
-    """A folder with the packages and the scripts that use them. Pinned ones are installed once for each lock file."""
+    """Make a folder with the packages and their scripts. Pinned packages are installed once for each lock file."""
     if shutil.which("npm") is None:
         raise MissingError("npm is not installed: install Node.js 20 or newer")
     lock = (HERE / "package-lock.json").read_bytes()
@@ -47,7 +47,7 @@ def install_node_packages(*, newest: bool) -> Path:
         shutil.copy(HERE / script, folder)
     if not (folder / "installed").exists():
         packages: dict[str, str] = json.loads((HERE / "package.json").read_bytes())["dependencies"]
-        if newest:  # of those that this Node.js can run, which npm knows where no version is named
+        if newest:  # without a version npm takes the newest that this Node.js can run
             (folder / "package.json").write_text('{"private": true}')
             command = ["npm", "install", *(f"{it}@{NEWEST_MAJOR[it]}" if it in NEWEST_MAJOR else it for it in packages)]
         else:
@@ -68,7 +68,7 @@ def node_versions(folder: Path) -> dict[str, str]:
 
 
 def install_debian_packages() -> dict[str, str]:
-    """nginx and HAProxy, installed where they are not and this may be done; their versions."""
+    """Install nginx and HAProxy if they are missing and this user may do it; return their versions."""
     packages = {"nginx": "nginx-light", "haproxy": "haproxy"}
     missing = [package for program, package in packages.items() if not _program(program)]
     if missing and (os.geteuid() != 0 or shutil.which("apt-get") is None):
@@ -100,7 +100,7 @@ def _run(command: Sequence[str], folder: Path, *, merged: bool = False) -> str:
 
 @asynccontextmanager
 async def open_model(tokens: Sequence[str], *, pause_s: float = 0) -> AsyncIterator[str]:
-    """A model server whose reply is these tokens, with a pause after each; its URL."""
+    """Serve a model whose reply is these tokens, with a pause after each. Gives its URL."""
 
     def event(delta: dict[str, str], finish_reason: str | None = None) -> bytes:
         chunk = {"choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}]}
@@ -130,10 +130,10 @@ async def open_model(tokens: Sequence[str], *, pause_s: float = 0) -> AsyncItera
 
 
 class CuttingProxy:
-    """A way to the server on which the first stream is cut after an event.
+    """A proxy in front of the server that cuts the first stream after an event.
 
     Attributes:
-        requests: The beginnings of all that was asked.
+        requests: The beginning of each request.
     """
 
     def __init__(self, target: int, *, cut_after_seq: int) -> None:
@@ -178,7 +178,7 @@ async def open_cutting_proxy(target: int, *, cut_after_seq: int) -> AsyncIterato
         try:
             await proxy.serve(client)
         except* (trio.BrokenResourceError, OSError):
-            pass  # one of the two has closed it
+            pass  # the client or the server has closed the connection
 
     async with trio.open_nursery() as nursery:
         [listener] = await nursery.start(partial(trio.serve_tcp, serve, 0, host="127.0.0.1"))
@@ -234,14 +234,14 @@ backend lastcall
 
 @asynccontextmanager
 async def open_nginx(target: int) -> AsyncIterator[int]:
-    """nginx in front of a server, as it is when little is configured; its port."""
+    """Run nginx in front of a server, with little configuration. Gives its port."""
     async with _open_proxy("nginx", NGINX, target, "-e", "{folder}/nginx.log", "-p", "{folder}", "-c") as (port, _):
         yield port
 
 
 @asynccontextmanager
 async def open_haproxy(target: int) -> AsyncIterator[tuple[int, Path]]:
-    """HAProxy in front of a server, which it probes; its port, and where it tells of that."""
+    """Run HAProxy in front of a server, which it probes. Gives its port, and the socket of its statistics."""
     async with _open_proxy("haproxy", HAPROXY, target, "-db", "-f") as (port, folder):
         yield port, folder / "haproxy.sock"
 
@@ -259,13 +259,13 @@ async def _open_proxy(program: str, template: str, target: int, *options: str) -
 
 
 def _lay_out(folder: Path, config: str) -> None:
-    folder.chmod(0o777)  # it runs as another user
+    folder.chmod(0o777)  # nginx runs as another user
     (folder / "config").write_text(config)
 
 
 @asynccontextmanager
 async def open_express(folder: Path, target: int) -> AsyncIterator[int]:
-    """Express with its compression in front of a server; its port."""
+    """Run Express with its compression in front of a server. Gives its port."""
     log = folder / "express.log"
     command = ["node", "express_proxy.mjs", f"http://127.0.0.1:{target}"]
     async with open_process(command, log=log, cwd=folder):
@@ -307,7 +307,7 @@ async def wait_listening(port: int, log: Path) -> None:
 
 
 async def probe_status(stats: Path) -> str:
-    """What HAProxy says of its last probe, also while another one is under way, which it marks."""
+    """The status of HAProxy's last probe, without the mark that HAProxy adds while the next probe runs."""
     async with await trio.open_unix_socket(str(stats)) as stream:
         await stream.send_all(b"show stat\n")
         told = b"".join([data async for data in stream]).decode()

@@ -41,12 +41,12 @@ class Block:
 
     @property
     def commands(self) -> list[str]:
-        """What is to be typed, a command each."""
+        """The commands that the reader types."""
         return [command for command, _ in self._parts()] if self.language == "console" else [self.text]
 
     @property
     def outputs(self) -> list[str]:
-        """What the document shows of each command of a ``console`` block."""
+        """The output that the document shows for each command of a ``console`` block."""
         return [output for _, output in self._parts()]
 
     def _parts(self) -> Iterator[tuple[str, str]]:
@@ -74,10 +74,10 @@ def blocks_of(document: Path) -> Iterator[Block]:
 
 
 def run(block: Block, *, folder: Path, environ: Mapping[str, str], server_port: int | None) -> list[str]:
-    """Run a block's commands in one shell; the output of each.
+    """Run a block's commands in one shell, and return the output of each.
 
     Args:
-        server_port: Where the server is that the document has on port 8000; None where the block starts its own.
+        server_port: The real port of the server that the document has on port 8000; None if the block starts its own.
 
     Raises:
         AssertionError: A command of an ``sh`` block failed.
@@ -112,13 +112,13 @@ _MASKS = (
 
 
 def mask(text: str) -> str:
-    """The text without what differs from run to run: ids, times, fractions, and how far a stream came."""
+    """The text without the parts that differ between runs: ids, times, fractions, and the length of a stream."""
     for pattern, replacement in _MASKS:
         text = pattern.sub(replacement, text)
     return text.strip("\n")
 
 
 def agrees(shown: str, printed: str) -> bool:
-    """Whether the printed text is what a document shows; a line ``...`` stands for any lines."""
+    """Whether the printed text is the text that a document shows; a line ``...`` stands for any lines."""
     pattern = r"(?:.*\n)*".join(re.escape(part) for part in re.split(r"(?m)^\.\.\.\n", mask(shown) + "\n"))
     return re.fullmatch(pattern, mask(printed) + "\n") is not None

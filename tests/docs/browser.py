@@ -1,6 +1,6 @@
-"""A real browser without a window, spoken to through a pipe: Chromium and its DevTools protocol.
+"""Drives a real browser without a window through a pipe: Chromium and its DevTools protocol.
 
-Only what the tests of the examples need: pages that are opened, clicked, typed into and looked at, and all that they
+It does only what the tests of the examples need: open pages, click, type, read them, and collect all that the pages
 complain about. A driver from PyPI would bring 45 MB and an event loop of its own; the pipe is a socket that Trio reads.
 
 Protocol: https://chromedevtools.github.io/devtools-protocol/
@@ -29,14 +29,14 @@ FLAGS = (
     *("--disable-dev-shm-usage", "--disable-breakpad", "--disable-extensions"),
     *("--no-first-run", "--no-default-browser-check", "--disable-sync", "--disable-background-networking"),
     *("--disable-component-update", "--disable-default-apps", "--no-proxy-server", "--password-store=basic"),
-    # Nothing but this machine has a name.
+    # only the names of this machine can be resolved
     "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
 )
 _COMPLAINTS = frozenset({"error", "warning", "assert"})
 
 
 def chromium() -> str:
-    """The browser's program. A test is skipped where there is none, and fails there in CI, which installs one."""
+    """The browser's program. Without one a test is skipped, but fails in CI, which installs one."""
     for name in PROGRAMS:
         if (found := shutil.which(name)) is not None:
             return found
@@ -47,7 +47,7 @@ def chromium() -> str:
 
 
 class PageError(AssertionError):
-    """The page threw, or has not come to what was waited for."""
+    """The page raised an error, or did not reach the expected state in time."""
 
 
 class Page:
@@ -61,7 +61,7 @@ class Page:
         self._paused, self._next_paused = trio.open_memory_channel[dict[str, Any]](10)
 
     async def call(self, method: str, **params: Any) -> Any:
-        """A call of the protocol for this tab; its result."""
+        """Call the protocol for this tab, and return the result."""
         return await self._browser.call(method, session_id=self._session_id, **params)
 
     async def open(self, url: str) -> None:
@@ -77,17 +77,17 @@ class Page:
         await self.loaded.wait()
 
     async def get(self, expression: str) -> Any:
-        """The value of an expression of JavaScript, awaited where it is a promise. Raises PageError where it throws."""
+        """The value of an expression of JavaScript, awaited if it is a promise. Raises: PageError, if it throws."""
         done = await self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
         if "exceptionDetails" in done:
             raise PageError(f"{expression}: {done['exceptionDetails']}")
         return done["result"].get("value")
 
     async def wait_for(self, condition: str) -> None:
-        """Return once an expression is true; it is looked at after each change of the document.
+        """Return once an expression is true; the page evaluates it after each change of the document.
 
         Raises:
-            PageError: It was not true in time.
+            PageError: The expression was not true in time.
         """
         observed = "{subtree: true, childList: true, characterData: true, attributes: true}"
         watch = f"""new Promise((done) => {{
@@ -111,13 +111,13 @@ class Page:
             "return [box.x + box.width / 2, box.y + box.height / 2, box.width]; })()"
         )
         x, y, width = box
-        assert width > 0, f"{selector} is not to be seen"
+        assert width > 0, f"{selector} is not visible"
         await self.call("Page.bringToFront")
         for kind in ("mousePressed", "mouseReleased"):
             await self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     async def type_in(self, selector: str, text: str) -> None:
-        """Replace what an element holds by a text."""
+        """Replace the content of an element by a text."""
         await self.click(selector)
         await self.get(f"document.querySelector({json.dumps(selector)}).select()")
         await self.call("Input.insertText", text=text)
@@ -170,7 +170,7 @@ class Browser:
         return page
 
     async def call(self, method: str, *, session_id: str | None = None, **params: Any) -> Any:
-        """A call of the protocol; its result. Raises: PageError, where it is refused."""
+        """Call the protocol, and return the result. Raises: PageError, if the browser refuses the call."""
         self._calls += 1
         number = self._calls
         message: dict[str, Any] = {"id": number, "method": method, "params": params}
@@ -189,7 +189,7 @@ class Browser:
         return answer["result"]
 
     async def hand_out(self) -> None:
-        """Hand out what the browser says, until it closes the pipe."""
+        """Pass the browser's messages on to their tabs, until the browser closes the pipe."""
         buffer = b""
         async for data in self._stream:
             *messages, buffer = (buffer + data).split(b"\0")
@@ -222,7 +222,7 @@ async def open_browser(folder: Path) -> AsyncIterator[Browser]:
 
 
 def _start(program: str, folder: Path, pipe: int) -> "subprocess.Popen[bytes]":
-    """Start the browser, which speaks through the descriptors 3 and 4: to it, and from it."""
+    """Start the browser. It reads from descriptor 3 and writes to descriptor 4."""
     command = ["bash", "-c", f'exec "$@" 3<&{pipe} 4>&{pipe}', "bash", program, *FLAGS]
     with (folder / "browser.log").open("wb") as log:
         return subprocess.Popen(

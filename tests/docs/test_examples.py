@@ -29,7 +29,7 @@ STATUS = "document.getElementById('status').textContent"
 
 
 class Reply:
-    """A reply that a test speaks. ``question`` is the last message of what the model was sent."""
+    """A reply whose text the test decides. ``question`` is the last message that the model was sent."""
 
     def __init__(self, connection: Connection, question: str) -> None:
         self.question = question
@@ -46,14 +46,14 @@ class Reply:
 
 
 class Model:
-    """A model server whose replies a test speaks, so that no test depends on when a token comes."""
+    """A model server whose replies the test decides, so that no test depends on the time of a token."""
 
     def __init__(self, url: str, replies: trio.MemoryReceiveChannel[Reply]) -> None:
         self.url = url
         self._replies = replies
 
     async def asked(self, question: str) -> Reply:
-        """The reply to the next question, which ends in this text: unanswered ones are asked again before it."""
+        """The reply to the next question, which ends in this text: unanswered questions are sent again in front."""
         with trio.fail_after(CAP_S):
             reply = await self._replies.receive()
         assert reply.question.endswith(question)
@@ -78,7 +78,7 @@ async def open_model() -> AsyncIterator[Model]:
 async def serving(
     folder: Path, model_url: str, *, origin: str = "", port: int = 0, live_turns_max: int = 1000
 ) -> AsyncIterator[ServerProcess]:
-    """A server that lets the pages of this origin call. It stops at once, and keeps its sessions in this folder."""
+    """Run a server that the pages of this origin may call. It stops at once, and keeps its sessions in this folder."""
     env = {"LASTCALL_BIND": f"127.0.0.1:{port}", "LASTCALL_STORE_URL": f"sqlite:{folder}/lastcall.db"}
     env |= {"LASTCALL_MODEL_URL": model_url, "LASTCALL_MODEL": "example", "LASTCALL_DRAIN_TIMEOUT_S": "0"}
     env |= {"LASTCALL_CORS_ORIGINS": origin} if origin else {}
@@ -97,7 +97,7 @@ async def stopped(server: ServerProcess, number: int) -> None:
 
 @asynccontextmanager
 async def program(*arguments: str) -> AsyncIterator[tuple[trio.Process, "Output"]]:
-    """A Python program that runs, and what it prints; it is killed on leaving."""
+    """Run a Python program, and collect its output; the program is killed on leaving."""
     pipe = subprocess.PIPE
     command = python_command("-u", *arguments)
     process = await trio.lowlevel.open_process(command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, cwd=EXAMPLES)
@@ -113,14 +113,14 @@ async def program(*arguments: str) -> AsyncIterator[tuple[trio.Process, "Output"
 
 
 class Output:
-    """What a program has printed so far."""
+    """The output of a program so far."""
 
     def __init__(self, stream: trio.abc.ReceiveStream) -> None:
         self.text = ""
         self._stream = stream
 
     async def until(self, pattern: str) -> str:
-        """Read on until a pattern is there; all until its end, which is not looked at again."""
+        """Read on until a pattern is there; return the text up to its end. Later calls search after this text."""
         with trio.move_on_after(CAP_S):
             while True:
                 if found := re.search(pattern, self.text, re.DOTALL):
@@ -133,7 +133,7 @@ class Output:
 
 
 async def turns(port: int, session_id: str) -> list[dict[str, Any]]:
-    """The turns of a session, as the server has them."""
+    """The turns of a session in the server."""
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=CAP_S) as client:
         response = await client.get(f"/sessions/{session_id}/turns")
         data: list[dict[str, Any]] = response.json()["data"]
@@ -163,7 +163,7 @@ class Chat:
         await self.page.click(f".turn:last-child button:{place}-of-type")
 
     async def shows(self, reply: str, state: str = "running") -> None:
-        """Return once the last turn has this reply and this state, and the page says nothing more."""
+        """Return once the last turn has this reply and this state, and the page shows no other message."""
         await self.page.wait_for(f"{REPLY} === {json.dumps(reply)} && {STATE} === {json.dumps(state)}")
         if state != "running":
             await self.page.wait_for("!document.getElementById('send').disabled")
@@ -172,7 +172,7 @@ class Chat:
         await self.page.wait_for(f"{STATUS} === {json.dumps(status)}")
 
     async def text_of(self, part: str) -> list[str]:
-        """The text of this part of every turn that is shown."""
+        """The texts of this part of all turns on the page."""
         selector = json.dumps(f".turn .{part}")
         found: list[str] = await self.page.get(
             f"[...document.querySelectorAll({selector})].map((it) => it.textContent)"
@@ -217,7 +217,7 @@ async def open_all(folder: Path, *, live_turns_max: int = 1000) -> AsyncIterator
 
 
 def assert_quiet(*pages: Page, but: str | None = None) -> None:
-    """The pages complained of nothing but failed requests of this kind, which the browser notes by itself."""
+    """Check that the pages complained only of failed requests of this kind, which the browser reports by itself."""
     complaints = [it for page in pages for it in page.complaints]
     assert [it for it in complaints if but is None or not re.fullmatch(f"Failed to load resource: (?:{but})", it)] == []
 
@@ -355,7 +355,7 @@ async def test_a_busy_server_is_asked_again(tmp_path: Path) -> None:
 AWAY = "The server is away or busy. Trying again…"
 
 
-async def test_a_server_that_stops_in_mid_stream_is_told_of_and_a_retry_waits_for_the_next_one(tmp_path: Path) -> None:
+async def test_a_stop_in_mid_stream_is_shown_and_a_retry_waits_for_the_next_server(tmp_path: Path) -> None:
     async with open_examples(tmp_path) as examples, open_model() as model:
         async with serving(tmp_path, model.url, origin=examples.origin) as server:
             chat = await examples.open_chat(server.port)
@@ -378,7 +378,7 @@ async def test_a_server_that_stops_in_mid_stream_is_told_of_and_a_retry_waits_fo
             assert_quiet(chat.page, but="net::ERR_.*")
 
 
-async def test_a_server_that_crashes_in_mid_stream_is_found_again_with_what_was_kept(tmp_path: Path) -> None:
+async def test_after_a_crash_in_mid_stream_the_page_shows_the_stored_reply(tmp_path: Path) -> None:
     async with open_examples(tmp_path) as examples, open_model() as model:
         async with serving(tmp_path, model.url, origin=examples.origin) as server:
             chat = await examples.open_chat(server.port)
@@ -416,7 +416,8 @@ async def test_two_tabs_show_one_conversation(tmp_path: Path) -> None:
             body = {"input": "elsewhere", "background": True}
             assert (await client.post(f"/sessions/{session_id}/turns", json=body)).status_code == 202
         reply = await model.asked("elsewhere")
-        await second.send("mine")  # is refused, for the other one runs: the page shows that, and keeps the message
+        # This message is refused, because the other turn runs: the page shows that turn, and keeps the message.
+        await second.send("mine")
         await reply.say("was first")
         await second.shows("was first")
         assert await second.page.get("document.getElementById('message').value") == "mine"
@@ -486,7 +487,7 @@ async def test_the_terminal_chat_streams_resumes_stops_at_ctrl_c_and_survives_a_
         reply = await model.asked("Hello")
         await reply.say("Good ")
         await output.until("^Good ")
-        await reply.say("day\u2028")  # cut here
+        await reply.say("day\u2028")  # the connection is cut here
         await output.until(f"^day\u2028{trouble}")
         await reply.say(".")
         await reply.end()

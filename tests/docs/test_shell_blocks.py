@@ -1,4 +1,4 @@
-"""What the documents say one can type does what they show."""
+"""The commands in the documents print the output that the documents show."""
 
 import os
 import re
@@ -34,7 +34,7 @@ NOT_RUN = {
     "docs/own-model.md": ["two servers in two terminals"],
     "examples/README.md": ["two servers in two terminals", "talks with the reader"],
 }
-"""The reasons of the blocks that do not run, by document. One more needs a line here."""
+"""The reasons of the blocks that do not run, by document. Another such block needs a line here."""
 
 
 def test_the_blocks_that_do_not_run_are_these() -> None:
@@ -47,7 +47,7 @@ def test_the_blocks_that_do_not_run_are_these() -> None:
 
 @asynccontextmanager
 async def serving(folder: Path, *, needed: bool) -> AsyncIterator[int | None]:
-    """The server that a document has running, as its reader started it; gives its port."""
+    """Run the server that the reader of a document has started; give its port."""
     if not needed:
         yield None
         return
@@ -64,7 +64,7 @@ def environ() -> dict[str, str]:
 
 
 def asks_the_server(block: Block) -> bool:
-    """Whether a block needs the server that the document has running, and does not start one."""
+    """Whether a block needs the server that runs already, and does not start one."""
     return re.search(r"\b(localhost|127\.0\.0\.1):8000\b", block.text) is not None and not starts_a_server(block)
 
 
@@ -82,7 +82,7 @@ RUN = [document for document in DOCUMENTS if any(it.document == document and not
 
 
 @pytest.mark.parametrize("document", RUN, ids=str)
-async def test_a_document_shows_what_its_commands_print(document: Path, tmp_path: Path) -> None:
+async def test_a_document_shows_the_output_of_its_commands(document: Path, tmp_path: Path) -> None:
     blocks = [block for block in BLOCKS if block.document == document and block.norun is None]
     async with serving(tmp_path, needed=any(map(asks_the_server, blocks))) as port:
         for block in blocks:

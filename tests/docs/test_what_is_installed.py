@@ -1,4 +1,4 @@
-"""What each command of the Justfile installs: serving takes no test tools, and the recipes that need them say so."""
+"""Serving installs no test tools, and the recipes of the Justfile that need the tools install them."""
 
 import re
 import tomllib

@@ -3,7 +3,7 @@
     python -m tests.removal [--python 3.13]
 
 The project is installed into a new environment without its ceilings: the newest hypercorn, quart-trio, quart, trio, h11
-and h2 for this Python. The exit code is 1 where a workaround is no longer needed, or where a test cannot tell.
+and h2 for this Python. The exit code is 1 if a workaround is no longer needed, or if a test cannot decide.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from tests.removal.verdicts import VERDICTS_FILE, Verdict, joined
 ROOT = Path(__file__).parents[2]
 LIBRARIES = ("hypercorn", "quart-trio", "quart", "trio", "h11", "h2", "hpack")
 UV = os.environ.get("UV", "uv")
-"""uv names itself to the programs that it runs."""
+"""uv sets this variable for the programs that it runs."""
 RUN_S = 1800
 """Bound of all tests together. Some of them start servers."""
 
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
 
 def install(environment: Path, python: str) -> None:
     overrides = environment.with_name("overrides.txt")
-    overrides.write_text("hypercorn\n")  # the one library with a ceiling of ours
+    overrides.write_text("hypercorn\n")  # the one library with an upper bound in this project
     run(UV, "venv", "--quiet", "--python", python, str(environment))
     run(
         *(UV, "pip", "install", "--quiet", "--python", str(environment / "bin/python"), "--upgrade"),
@@ -64,8 +64,8 @@ def versions_in(environment: Path) -> dict[str, str]:
 
 
 def run_tests(environment: Path, verdicts: Path) -> dict[str, tuple[list[Verdict], str]]:
-    """What each test has said, by its id: of all its cases, and the first of their errors."""
-    # Warnings of newer versions are none of the faults.
+    """Run the removal tests. Returns for each test the verdicts of its cases and its first error, by the test's id."""
+    # The faults are not warnings: warnings of newer versions do not count.
     options = [
         "-m",
         "removal",
@@ -98,7 +98,7 @@ def run_tests(environment: Path, verdicts: Path) -> dict[str, tuple[list[Verdict
 def verdict_on(
     fault: Fault, said: dict[str, tuple[list[Verdict], str]], versions: dict[str, str]
 ) -> tuple[Verdict, str]:
-    """Whether the workaround for this fault is needed, and what the test has said where it is not clear that it is."""
+    """Whether the workaround for this fault is needed, and the test's error if that is not clear."""
     if fault.removal_test not in said:
         return Verdict.UNKNOWN, "the test did not run"
     if fault.since is not None and Version(versions[fault.since[0]]) < Version(fault.since[1]):

@@ -1,7 +1,7 @@
-"""A pytest plugin: what each removal test says of its fault, one line of JSON for each, to the file that is named.
+"""A pytest plugin: writes the verdict of each removal test, one line of JSON, to the file that is named.
 
-A removal test decides in its own body: its assertion fails there, and the fault is mended. An error anywhere else (in a
-helper of the test, in a fixture, in a library that has moved what the test looks at) decides nothing.
+A removal test decides in its own body: if its assertion fails there, the fault is fixed. An error anywhere else (in a
+helper of the test, in a fixture, in a library that has moved the names that the test uses) decides nothing.
 """
 
 import inspect
@@ -27,7 +27,7 @@ class Verdict(StrEnum):
 
 
 def verdict_of(error: BaseException | None, test: CodeType) -> Verdict:
-    """What a removal test says that has ended so.
+    """The verdict of a removal test that has ended with this error.
 
     Args:
         test: The code of the test's function.
@@ -44,12 +44,12 @@ def verdict_of(error: BaseException | None, test: CodeType) -> Verdict:
 
 
 def joined(verdicts: list[Verdict]) -> Verdict:
-    """Of the cases of one test: what they all say."""
+    """The verdict of a test from the verdicts of its cases: theirs if all are the same."""
     return verdicts[0] if len(set(verdicts)) == 1 else Verdict.UNKNOWN
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    if isinstance(item, pytest.Function):  # later it is what runs the test in Trio
+    if isinstance(item, pytest.Function):  # later this is the function that runs the test in Trio
         item.stash[CODE] = inspect.unwrap(item.function).__code__
 
 
