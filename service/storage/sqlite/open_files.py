@@ -25,6 +25,8 @@ logger = structlog.get_logger("lastcall.store")
 _BESIDE = ("-wal", "-shm", "-owners")
 _NUMBER_BITS = 32
 _FOLDERS = 2
+_LOOKS_MAX = 100
+"""Each look but the last needs another process that opened or closed the files meanwhile."""
 _RETRY_AFTER_S = 5
 
 Identity = tuple[int, int] | None
@@ -68,10 +70,15 @@ class OpenFiles:
             OSError: The names cannot be read.
         """
         self._open_locks()
-        found = self._look()
-        if self._others_serve(None) and (None in found or self._others_serve(_number_of(found))):
-            self.close()
-            raise self._served_elsewhere()
+        for _ in range(_LOOKS_MAX):
+            found = self._look()
+            if not self._others_serve(None) or not (None in found or self._others_serve(_number_of(found))):
+                return
+            if self._look() == found:
+                break
+            # Another process made the files between the look and the question for the locks: compare the new files.
+        self.close()
+        raise self._served_elsewhere()
 
     def note_opened(self, db: apsw.Connection) -> None:
         """Remember the files that are open now, and lock them, so that starting processes see that they are served.

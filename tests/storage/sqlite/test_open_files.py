@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, closing
+from contextlib import ExitStack, asynccontextmanager, closing
 from pathlib import Path
 
 import apsw
@@ -217,6 +217,32 @@ async def test_a_start_is_refused_while_others_serve_the_file_that_was_there(
         assert {file: file.stat().st_ino for file in path.parent.iterdir()} == before, "nothing was made"  # noqa: ASYNC240
     async with open_sqlite_store(path) as store:
         assert [session.id for session in await all_sessions(store, now=T0)] == []
+
+
+async def test_a_start_goes_on_while_another_process_makes_the_same_files(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_sqlite_store(path):
+        pass  # the last close removes the log file, so the next opening makes a new one
+    files, other = open_files.OpenFiles(path), open_files.OpenFiles(path)
+    looks: list[tuple[open_files.Identity, ...]] = []
+    with ExitStack() as opened:
+        other.refuse_others()
+
+        def look_then_let_the_other_open() -> tuple[open_files.Identity, ...]:
+            looks.append(open_files.OpenFiles._look(files))
+            if len(looks) == 1:
+                db = opened.enter_context(closing(database.connect(path)))
+                with database.transaction(db):
+                    other.note_opened(db)
+            return looks[-1]
+
+        monkeypatch.setattr(files, "_look", look_then_let_the_other_open)
+        files.refuse_others()
+        files.close()
+        other.close()
+    assert None in looks[0]
+    assert None not in looks[-1]
 
 
 @pytest.mark.processes
