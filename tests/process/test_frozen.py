@@ -5,24 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 import trio
 
 from bench.peers import open_upstream
 from tests.process.clients import Stream, all_begun, new_session, start
 from tests.process.lastcall import CAP_S, SERVE, assert_clean, open_lastcall, wait_gone
 
-pytestmark = pytest.mark.parallel
-
 DEADLINES: dict[str, Any] = {
     "first_token_timeout_s": 1,
     "next_token_timeout_s": 1,
-    "turn_timeout_s": 2,
+    "turn_timeout_s": 4,
     "store_timeout_s": 1,
     "disconnect_grace_s": 1,
 }
-FROZEN_S = 2.5
-"""Longer than each of the deadlines."""
+FROZEN_S = 4.2
+"""Longer than each of the deadlines, which are longer than the turns take where they are not disturbed."""
 
 
 async def test_turns_go_on_whose_tokens_came_in_a_freeze(tmp_path: Path) -> None:
@@ -50,7 +47,7 @@ async def test_turns_go_on_whose_tokens_came_in_a_freeze(tmp_path: Path) -> None
             assert back.end[0] == "turn.completed", "its client was in time again"
             quiet = Stream()
             await quiet.run(client, "GET", f"{background}/events")
-            assert quiet.end[0] == "turn.completed"
+            assert quiet.end[0] == "turn.completed", quiet.events[-1]
             while streamed.end[0] != "turn.completed" or silent.end[0] != "turn.failed":  # noqa: ASYNC110
                 await trio.sleep(0.02)
         assert silent.events[-1]["error"]["code"] == "next_token_timeout", "it had nothing to be read"

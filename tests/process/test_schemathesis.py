@@ -71,7 +71,7 @@ async def test_the_server_does_what_its_openapi_document_says(tmp_path: Path) ->
             async with httpx.AsyncClient() as client:
                 operations = operations_of((await client.get(url)).json())
             schemathesis = Schemathesis(url, tmp_path)
-            await schemathesis.run("--phases", "coverage,fuzzing", "--workers", "2")
+            await schemathesis.run("--phases", "coverage,fuzzing", "--workers", "1")
             await schemathesis.run("--phases", "stateful")  # alone: another would delete its sessions
             for operation_id, operation in operations.items():
                 if not (operation["parameters"] or "requestBody" in operation):

@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,21 +33,20 @@ SIGNALS: dict[str, Callable[[ServerProcess], float]] = {
     "INT": lambda server: server.signal_main(signal.SIGINT),
     "INT to the group": lambda server: server.signal_group(signal.SIGINT),
 }
-TOTAL_S = 3
-"""Bound of a stop by the settings of these tests: cleanup 1, release 1, and 1."""
 RUDE = {group.name: group for group in rude()}
 
 
+@pytest.mark.parallel
 @pytest.mark.parametrize("how", SIGNALS)
 @pytest.mark.parametrize("host", HOSTS, ids=str)
 async def test_all_streams_end_properly_whoever_else_is_in_the_way(tmp_path: Path, host: Host, how: str) -> None:
-    async with open_under_load(host, tmp_path, *well_behaved(), *rude(), drain_timeout_s=0) as (server, load):
-        signalled = SIGNALS[how](server)
+    bounds: dict[str, Any] = {"drain_timeout_s": 0, "cleanup_timeout_s": 5}
+    async with open_under_load(host, tmp_path, *well_behaved(), *rude(), **bounds) as (server, load):
+        SIGNALS[how](server)
         gone = await wait_gone(server)
         result = await load.stop()
     assert_all_ended_properly(result)
-    assert_clean(host, server, gone)
-    assert gone.at - signalled < TOTAL_S
+    assert_clean(host, server, gone)  # a stop beyond its bounds ends with another exit code
     found = ends(result)
     for group in ("chat", "turn", "queued", "replay", "http2"):
         assert found[group] == {"interrupted"}, found
