@@ -18,6 +18,8 @@ LOOPBACK = {"client": ("127.0.0.1", 50_000), "server": ("127.0.0.1", 8000)}
 CAP_S = 200
 """Bound of every call, mostly on a clock that jumps."""
 SSE = {"Accept": "text/event-stream"}
+_unused: list[Application] = []
+"""Applications without a service. Making one compiles its routes, which takes longer than many a test."""
 
 
 @dataclass(frozen=True)
@@ -121,10 +123,11 @@ async def leave(connection: TestHTTPConnection) -> None:
 @asynccontextmanager
 async def open_api(**settings: Any) -> AsyncIterator[Api]:
     """An application that is attached to a service of its own, in memory unless the settings say otherwise."""
-    app = create_app()
+    app = _unused.pop() if _unused else create_app()
     async with open_service(Settings(**{"store_url": "memory:"} | settings)) as service:
         attach(app, service)
         try:
             yield Api(app, service)
         finally:
             detach(app)
+            _unused.append(app)
