@@ -299,7 +299,7 @@ class Settings(BaseModel):
     reply_bytes_max: Bytes = 1024 * 1024
     """One turn's reply."""
     log_bytes_max: LogBytes = 16 * 1024 * 1024
-    """One turn's events."""
+    """One turn's events in memory: their texts, and some bytes for each event."""
     prompt_bytes_max: Bytes = 512 * 1024
     """The prompt that is sent to a model; beyond it the oldest turns are left out. At least twice `input_bytes_max`."""
 

@@ -16,7 +16,8 @@ from service.clock import wall_clock
 from service.errors import StartupError, StoreError
 from service.sessions.commands import NewSession, NewTurn
 from service.sessions.events import whole_turn
-from service.sessions.events.events import TurnDelta, TurnStarted, decode_frame, encode_frame
+from service.sessions.events.events import TurnDelta, TurnStarted
+from service.sessions.events.frames import decode_frame, encode_frame
 from service.sessions.events.replay import replay_kept
 from service.settings import Settings, Upstream
 from service.storage.records import Checkpoint, Item

@@ -7,7 +7,8 @@ from functools import partial
 
 import trio
 
-from service.sessions.events.events import TerminalEvent, decode_frame
+from service.sessions.events.events import TerminalEvent
+from service.sessions.events.frames import decode_frame
 from service.sessions.turns.turn import Turn
 from service.settings import Settings
 from tests.service.serving import Serving, serving

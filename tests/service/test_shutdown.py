@@ -19,6 +19,7 @@ from service.settings import Settings
 from service.shutdown import LATE_CLOSE_S, PHASE_MARGIN_S, Phase, Shutdown, ShutdownReport
 from service.storage.memory import MemoryStore
 from service.supervisor import Service, open_service
+from tests.sessions.puppet import frames_of
 
 CLEANUP_S, RELEASE_S, DRAIN_S = 3.0, 5.0, 10.0
 MOMENT_S = 0.5
@@ -319,7 +320,7 @@ async def test_a_store_that_hangs_at_the_last_write_costs_the_cleanup_and_no_mor
         await stage.stop()
         assert trio.current_time() - began <= CLEANUP_S + PHASE_MARGIN_S
         assert turn.log.closed
-        assert b'"stored":false' in turn.log.frames()[-1]
+        assert b'"stored":false' in frames_of(turn.log)[-1]
     assert stage.report().faults[-1] == "the end of 1 turns is not in the store"
 
 

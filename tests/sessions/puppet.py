@@ -22,7 +22,8 @@ from service.models.client import (
     Usage,
 )
 from service.sessions.events.event_log import EventLog
-from service.sessions.events.events import Event, decode_frame
+from service.sessions.events.events import Event
+from service.sessions.events.frames import decode_frame, encode_frame
 from service.sessions.sessions import Sessions, open_sessions
 from service.settings import Settings
 from service.storage.memory import MemoryStore
@@ -161,18 +162,22 @@ async def open_stage(store: MemoryStore | None = None, /, **settings: object) ->
 
 
 async def read_all(log: EventLog, *, after: int = 0) -> list[Event]:
-    """The events after a seq, up to the end of the log."""
-    frames: list[bytes] = []
+    """The events after a seq, up to the end of the log, as a client that decodes frames sees them."""
+    events: list[Event] = []
     cursor = after
     with trio.fail_after(10_000):
         while True:
-            frame, cursor = log.read_after(cursor, bytes_max=1)
-            if frame:
-                frames.append(frame)
-            elif log.closed:
-                return [decode_frame(frame) for frame in frames]
-            else:
-                await log.wait_beyond(cursor)
+            await log.wait_beyond(cursor)
+            new = log.read_after(cursor)
+            if not new:
+                return events
+            events += [decode_frame(encode_frame(event)) for event in new]
+            cursor = new[-1].seq
+
+
+def frames_of(log: EventLog) -> list[bytes]:
+    """The frames of all events so far."""
+    return [encode_frame(event) for event in log.events()]
 
 
 def kinds(events: list[Event]) -> list[str]:

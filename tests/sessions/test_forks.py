@@ -14,7 +14,7 @@ from service.sessions.events.events import TurnInterrupted, TurnQueued, TurnStar
 from service.storage.memory import MemoryStore
 from service.storage.records import SEQ_AFTER_CRASH
 from tests.sessions.active.test_refusing_store import FullDisk
-from tests.sessions.puppet import Stage, open_stage, read_all
+from tests.sessions.puppet import Stage, frames_of, open_stage, read_all
 from tests.sessions.turns.test_turns import start
 from tests.storage.rows import T0, a_session, a_turn, ended
 
@@ -48,9 +48,9 @@ async def test_a_copy_replays_what_was_sent_with_ids_of_its_own(autojump_clock: 
             copied_log, _ = await stage.sessions.open_events(copy, copied.id)
             renamed = [
                 frame.replace(original.id.encode(), copied.id.encode()).replace(source.encode(), copy.encode())
-                for frame in log.frames()
+                for frame in frames_of(log)
             ]
-            assert copied_log.frames() == renamed
+            assert frames_of(copied_log) == renamed
             assert copied_log.closed
         copied_log, _ = await stage.sessions.open_events(copy, copies[1].id)
         events = await read_all(copied_log)

@@ -9,6 +9,7 @@ from quart_trio.wrappers import TrioResponse
 from werkzeug.datastructures import MIMEAccept
 from werkzeug.http import parse_accept_header
 
+from service.api.http.event_frames import EncodeFrame, read_frames
 from service.api.http.query_params import read_query
 from service.api.http.request_resources import release_after_request
 from service.api.http.strict_json import shown
@@ -47,10 +48,12 @@ class EventStream(ResponseBody):
 
     Args:
         after: The last seq that the client has seen.
+        encode: The face's frame of an event.
     """
 
-    def __init__(self, log: EventLog, slot: StreamSlot, *, after: int) -> None:
+    def __init__(self, log: EventLog, slot: StreamSlot, *, after: int, encode: EncodeFrame) -> None:
         self._log = log
+        self._encode = encode
         self._slot = slot
         self._seq = after
         self._begun = False
@@ -95,17 +98,17 @@ class EventStream(ResponseBody):
                 await self._log.wait_closed()
 
     def _take(self, before: bytes = b"") -> bytes:
-        chunk, self._seq = self._log.read_after(self._seq, bytes_max=_WRITE_BYTES_MAX)
+        chunk, self._seq = read_frames(self._log, self._seq, encode=self._encode, bytes_max=_WRITE_BYTES_MAX)
         self._caught_up = self._seq == self._log.last_seq
         self._taken_at = trio.current_time()
         self._ended = self._log.closed and self._seq == self._log.last_seq
         return LastPiece(before + chunk) if self._ended else before + chunk
 
 
-def stream_response(log: EventLog, slot: StreamSlot, *, after: int) -> TrioResponse:
+def stream_response(log: EventLog, slot: StreamSlot, *, after: int, encode: EncodeFrame) -> TrioResponse:
     """Return a response that streams a log from ``after`` on. The end of the request always gives the slot back."""
     release_after_request(slot.close)
-    body = EventStream(log, slot, after=after)
+    body = EventStream(log, slot, after=after, encode=encode)
     response = TrioResponse(body, headers=HEADERS, content_type=MEDIA_TYPE)
     response.timeout = None  # otherwise Quart ends every response after 60 s
     return response

@@ -4,7 +4,7 @@ The owner answers on a Unix socket (``peer_address``), to processes that know th
 (``service/cluster/peer_proof.py``). It gets the request once it has proved that it knows the secret too. Its answer
 goes to the client as it arrives, heartbeats included, and a client that leaves here has left the owner too. If the
 owner dies during a stream, this process recovers its turns, and the stream goes on from the store up to its terminal
-event. If the owner hangs, the client gets an error once the answer is overdue.
+event, in the face in which it began. If the owner hangs, the client gets an error once the answer is overdue.
 
 When this process stops, the owner's turns go on, and their streams end here when the time is over. The clients have not
 left: this process closes only its sending side, and the owner gives the clients a moment to come back. The owner does
@@ -26,6 +26,7 @@ from quart_trio.wrappers import TrioResponse
 
 from service.api.http.app_state import current_service
 from service.api.http.end_of_input import leave_at_end_of_input
+from service.api.http.event_frames import EncodeFrame, read_frames
 from service.api.http.event_stream import MEDIA_TYPE, read_last_event_id, read_seen
 from service.api.http.request_body import drop_body, kept_body
 from service.api.http.request_id import HEADER_BYTES as REQUEST_ID
@@ -56,6 +57,8 @@ _LATER = "lastcall.later"
 """Key in a request's ASGI scope: the seconds by which its answer may take longer than a step of the store."""
 _REPEATABLE = "lastcall.repeatable"
 """Key in the ASGI scope of a POST that may be repeated."""
+_ENCODE = "lastcall.encode"
+"""Key in a request's ASGI scope: the frame of an event in the face of the stream that answers the request."""
 _HOPS = "lastcall-hops"
 _HOPS_AT_ONCE = 3
 """Hops without a wait: the owner may change while a request is on its way. After more changes each hop waits."""
@@ -92,6 +95,14 @@ def allow_repeat() -> None:
     Call this before the step that may find another process as the owner.
     """
     cast("dict[str, object]", request.scope)[_REPEATABLE] = True
+
+
+def continue_streams_with(encode: EncodeFrame) -> None:
+    """Let a stream that answers the current request go on in these frames, if its owner dies.
+
+    Call this before the step that may find another process as the owner.
+    """
+    cast("dict[str, object]", request.scope)[_ENCODE] = encode
 
 
 def release_later(watch: Watch) -> None:
@@ -160,7 +171,11 @@ async def forward(error: OwnedElsewhereError) -> TrioResponse:
     if _is_stream(head):
         leave_at_end_of_input()
         response.response = ProxiedStream(
-            peer, slot, fence=error.fence, turn_path=response.headers.get("Location") or request.path
+            peer,
+            slot,
+            fence=error.fence,
+            turn_path=response.headers.get("Location") or request.path,
+            encode=cast("dict[str, EncodeFrame]", request.scope)[_ENCODE],
         )
     response.timeout = None
     return response
@@ -234,14 +249,18 @@ class ProxiedStream(ResponseBody):
     Args:
         fence: The owner's fence.
         turn_path: The path of the turn whose events the stream has.
+        encode: The frame of an event in the stream's face.
     """
 
-    def __init__(self, peer: "PeerConnection", slot: ProxiedRequest, *, fence: int, turn_path: str) -> None:
+    def __init__(
+        self, peer: "PeerConnection", slot: ProxiedRequest, *, fence: int, turn_path: str, encode: EncodeFrame
+    ) -> None:
         self._service = current_service()  # there is no current request any more when it is sent
         self._peer = peer
         self._slot = slot
         self._fence = fence
         self._turn_path = turn_path
+        self._encode = encode
         self._seq = read_seen(request).seq if request.method == "GET" else read_last_event_id(request) or 0
         self._unsent = b""
         self._rest: EventLog | None = None
@@ -263,7 +282,7 @@ class ProxiedStream(ResponseBody):
             except PEER_GONE:
                 self._rest = await self._open_rest()
         if self._rest is not None:
-            frames, self._seq = self._rest.read_after(self._seq, bytes_max=_WRITE_BYTES_MAX)
+            frames, self._seq = read_frames(self._rest, self._seq, encode=self._encode, bytes_max=_WRITE_BYTES_MAX)
         if not frames:
             raise StopAsyncIteration
         return frames

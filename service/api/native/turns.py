@@ -20,7 +20,7 @@ from service.api.http.event_stream import (
 from service.api.http.locations import located, turn_path
 from service.api.http.operations import Answer, operation
 from service.api.http.paging import read_page
-from service.api.http.proxy import allow_longer_answer, allow_repeat, release_later
+from service.api.http.proxy import allow_longer_answer, allow_repeat, continue_streams_with, release_later
 from service.api.http.query_params import read_query
 from service.api.http.request_body import drop_body, read_body
 from service.api.http.request_id import current_request_id
@@ -42,6 +42,7 @@ from service.errors import (
 )
 from service.ids import is_turn_id
 from service.sessions.commands import NewTurn
+from service.sessions.events.frames import encode_frame
 from service.sessions.events.streams import StreamSlot
 from service.sessions.turns.turn import Turn, Watch
 from service.storage.records import TurnRecord
@@ -154,6 +155,7 @@ def take_slot(service: Service) -> StreamSlot:
     Raises:
         StreamLimitError
     """
+    continue_streams_with(encode_frame)
     scope = cast("dict[str, StreamSlot]", request.scope)
     if _SLOT not in scope:
         scope[_SLOT] = service.sessions.streams.open_stream()
@@ -166,7 +168,7 @@ async def start_streaming(service: Service, slot: StreamSlot, session_id: str, n
     allow_longer_answer(by_s=_acceptance_s(service))
     turn, watch = await _start(service, session_id, new)
     release_later(watch)
-    response = stream_response(turn.log, slot, after=0)
+    response = stream_response(turn.log, slot, after=0, encode=encode_frame)
     response.headers["Location"] = located(turn_path(turn.session_id, turn.id))
     return response
 
@@ -182,7 +184,7 @@ async def resume_streaming(service: Service, session_id: str, text: str, *, afte
         response = no_content()
     else:
         leave_at_end_of_input()
-        response = stream_response(log, slot, after=after)
+        response = stream_response(log, slot, after=after, encode=encode_frame)
     response.headers["Location"] = located(turn_path(session_id, turn_id))
     return response
 
@@ -279,7 +281,7 @@ async def stream_events(session_id: str, turn_id: str) -> TrioResponse:
     if request.method == "HEAD":
         return TrioResponse(b"", headers=HEADERS, content_type=MEDIA_TYPE)
     leave_at_end_of_input()
-    return stream_response(log, slot, after=seen)
+    return stream_response(log, slot, after=seen, encode=encode_frame)
 
 
 @blueprint.post("/sessions/<session_id>/turns/<turn_id>/cancel")

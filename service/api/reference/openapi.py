@@ -18,6 +18,7 @@ from service.api.http.problems import MEDIA_TYPE as PROBLEM
 from service.api.http.problems import codes as problem_codes
 from service.api.http.request_body import BodyTimeoutError, UnsupportedMediaTypeError
 from service.api.http.strict_json import InputTooLargeError, MalformedBodyError
+from service.api.native.events import Event
 from service.api.native.wire import Problem, SessionId, TurnId
 from service.api.reference.client_schemas import for_clients, structs_in
 from service.errors import (
@@ -29,7 +30,6 @@ from service.errors import (
     StoreError,
 )
 from service.failure_codes import FAILURES
-from service.sessions.events.events import Event
 
 _PROBE_TAG = "health"
 _STATIC_TAG = "docs"

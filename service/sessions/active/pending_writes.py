@@ -13,7 +13,7 @@ import structlog
 from service.clock import Clock
 from service.errors import SessionLimitError, StoreError
 from service.ids import new_session_id
-from service.sessions.events.events import encode_frame
+from service.sessions.events.frames import encode_frame
 from service.sessions.turns.turn import Turn
 from service.sessions.turns.turn_log import log_end
 from service.storage.records import SessionRecord
@@ -122,7 +122,7 @@ class PendingWrites:
         Raises:
             StoreError
         """
-        events = turn.log.frames(after=turn.stored_seq)[:-1]
+        events = [encode_frame(event) for event in turn.log.events(after=turn.stored_seq)][:-1]
         events.append(encode_frame(turn.terminal_event(stored=True)))
         record = msgspec.structs.replace(turn.record(), stored=True)
         try:

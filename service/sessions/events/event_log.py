@@ -1,49 +1,76 @@
 """A turn's event log: one writer appends, any number of readers read, each at its own pace."""
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from math import inf
-from typing import cast
+from operator import attrgetter
 
+import msgspec
 import trio
 
-from service.sessions.events.events import Event, encode_frame, escape_line_ends
+from service.sessions.events.events import Event, Piece, TerminalEvent, TurnDelta, TurnQueued, TurnReasoning
+from service.storage.pieces import QUEUED, STARTED, Run, length_bytes, pack, unpack
 
 _TERMINAL_RESERVE_BYTES = 2048
 """Room kept for the terminal event, which must always fit: it may quote 300 characters of up to four bytes."""
+_PIECE_BYTES = 4
+"""What a piece takes beside its text, in a long log."""
+_ITEM_CHANGE_BYTES = 4
+"""What a piece takes in addition, if it is of another item than the piece before."""
+_OTHER_EVENT_BYTES = 512
+_CHUNK_EVENTS_MAX = 64
+_CHUNK_BYTES_MAX = 16 * 1024
+"""The newest events are kept as they came. Beyond so many, or so much text, they become a chunk."""
+
+
+class _Chunk(msgspec.Struct, frozen=True, gc=False):
+    """Successive events in a compact form: packed runs, and the texts of the pieces in the order of their arrival."""
+
+    after: int
+    runs: bytes
+    text: bytes
 
 
 class EventLog:
-    """An append-only log of encoded events with seqs from 1, without gaps.
+    """An append-only log of events with seqs from 1, without gaps.
 
     Only the turn's own task appends and closes. Reading is synchronous, so a reader holds only a number
     (the last seq that the reader has seen, 0 for none) while it waits or is stalled.
 
+    The log is the only place in which the texts of a running turn are: :meth:`texts` tells the output so far.
+
     Args:
-        bytes_max: Bound on the encoded events in all. :meth:`append` refuses an event beyond it;
-            the terminal event has room of its own.
+        bytes_max: Bound on the memory of the events: their texts in UTF-8, and some bytes for each event.
+            :meth:`append` refuses an event beyond it; the terminal event has room of its own.
+
+    Attributes:
+        last_seq: The seq of the newest event, 0 if there is none.
+        beside: What the readers of one kind keep together, such as the frames that they have sent last.
     """
 
     def __init__(self, *, bytes_max: int) -> None:
-        self._frames: list[bytes] = []
+        self.last_seq = 0
+        self.beside: dict[object, object] = {}
+        self._chunks: list[_Chunk] = []
+        self._newest: list[Event] = []
+        self._newest_after = 0
+        self._newest_bytes = 0
+        self._others: dict[int, Event] = {}  # the events in chunks that are no pieces, by seq
+        self._kinds: dict[int, type[TurnDelta | TurnReasoning]] = {}  # of the pieces in chunks, by item
         self._bytes = 0
         self._bytes_max = bytes_max - _TERMINAL_RESERVE_BYTES
-        self._last_seq: int | None = None
+        self._last_item = -1
         self._closed = False
-        self._escapes = False
         self._readers = trio.lowlevel.ParkingLot()
         self._waiting_for_end = trio.lowlevel.ParkingLot()
 
     @classmethod
-    def replay(cls, frames: Sequence[bytes], *, last_seq: int | None = None) -> "EventLog":
-        """The closed log of an ended turn, from stored frames. The frames are not copied.
-
-        ``last_seq`` is the seq of the last frame if events before this frame are lost. Readers get frames of earlier
-        versions, which have unescaped line ends, with these line ends escaped.
-        """
+    def replay(cls, events: Iterable[Event]) -> "EventLog":
+        """The closed log of an ended turn. If events before the terminal event are lost, its seq is higher."""
         log = cls(bytes_max=0)
-        log._escapes = True
-        log._last_seq = last_seq
-        log._frames = cast("list[bytes]", frames)  # a closed log is never written to
+        log._newest = list(events)
+        log.last_seq = log._newest[-1].seq
         log._closed = True
         return log
 
@@ -51,14 +78,10 @@ class EventLog:
         return f"<EventLog: {'closed' if self._closed else 'open'}, seq {self.last_seq}>"
 
     @property
-    def last_seq(self) -> int:
-        """The seq of the newest event, 0 if there is none."""
-        return len(self._frames) if self._last_seq is None else self._last_seq
-
-    @property
     def unbroken_seq(self) -> int:
         """The seq up to which no event is missing; below ``last_seq`` if events before the terminal event are lost."""
-        return len(self._frames) if self._last_seq is None else len(self._frames) - 1
+        count = self._newest_after + len(self._newest)
+        return count if count == self.last_seq else count - 1
 
     @property
     def closed(self) -> bool:
@@ -70,24 +93,47 @@ class EventLog:
 
         Returns False, and appends nothing, if the log would be larger than ``bytes_max``.
         """
-        frame = encode_frame(event)
-        if self._bytes + len(frame) > self._bytes_max:
+        if isinstance(event, Piece):
+            text_bytes = len(event.text) if event.text.isascii() else len(event.text.encode())
+            size = _PIECE_BYTES + text_bytes + (_ITEM_CHANGE_BYTES if event.item != self._last_item else 0)
+        else:
+            text_bytes, size = 0, _OTHER_EVENT_BYTES
+        if self._bytes + size > self._bytes_max:
             return False
-        self._append(event, frame)
+        if isinstance(event, Piece):
+            self._last_item = event.item
+        self._bytes += size
+        self._newest_bytes += text_bytes
+        self._append(event)
+        if len(self._newest) >= _CHUNK_EVENTS_MAX or self._newest_bytes >= _CHUNK_BYTES_MAX:
+            self._end_chunk()
         return True
 
-    def close(self, terminal: Event) -> None:
+    def close(self, terminal: TerminalEvent) -> None:
         """Append the terminal event. Always succeeds; the log then never changes again."""
-        self._append(terminal, encode_frame(terminal))
+        self._append(terminal)
         self._closed = True
         self._waiting_for_end.unpark_all()
 
-    def _append(self, event: Event, frame: bytes) -> None:
+    def _append(self, event: Event) -> None:
         assert not self._closed, "a closed log was written to"
-        assert event.seq == len(self._frames) + 1, "an event has the wrong seq"
-        self._frames.append(frame)
-        self._bytes += len(frame)
+        assert event.seq == self.last_seq + 1, "an event has the wrong seq"
+        self._newest.append(event)
+        self.last_seq += 1
         self._readers.unpark_all()
+
+    def _end_chunk(self) -> None:
+        """Make a chunk of the newest events."""
+        for event in self._newest:
+            if isinstance(event, TurnDelta | TurnReasoning):
+                self._kinds[event.item] = type(event)
+            else:
+                self._others[event.seq] = event
+        text = "".join([event.text for event in self._newest if isinstance(event, Piece)])
+        self._chunks.append(_Chunk(self._newest_after, pack(list(_runs_of(self._newest))), text.encode()))
+        self._newest_after += len(self._newest)
+        self._newest = []
+        self._newest_bytes = 0
 
     async def wait_beyond(self, seq: int, *, until: float = inf) -> None:
         """Wait for an event after ``seq``, or for the close of the log.
@@ -108,28 +154,76 @@ class EventLog:
         while not self._closed:
             await self._waiting_for_end.park()
 
-    def read_after(self, seq: int, *, bytes_max: int) -> tuple[bytes, int]:
-        """The frames after ``seq`` that fit in ``bytes_max`` (at least one), and the seq of the last of them.
+    def read_after(self, seq: int) -> Sequence[Event]:
+        """Some of the events after ``seq``, in order: at least one if there is one, and never many."""
+        if seq >= self._newest_after:
+            return self._newest[seq - self._newest_after :]
+        chunk = self._chunks[self._chunk_with(seq)]
+        return self._events_of(chunk)[seq - chunk.after :]
 
-        Empty bytes and the same seq if there are no such frames yet.
-        """
-        frames, end = join_frames(self._frames, min(seq, len(self._frames)), bytes_max=bytes_max)
-        if self._escapes:
-            frames = escape_line_ends(frames)
-        return frames, max(self.last_seq, seq) if end == len(self._frames) else end
+    def events(self, *, after: int = 0) -> Iterator[Event]:
+        """All events after a seq."""
+        while events := self.read_after(after):
+            yield from events
+            after = events[-1].seq
 
-    def frames(self, *, after: int = 0) -> list[bytes]:
-        """A copy of the frames after a seq, to be kept."""
-        return list(self._frames[after:])
+    def texts(self, *, after: int = 0) -> dict[int, str]:
+        """The texts of the pieces after a seq, joined by item, in the order of the items' first pieces."""
+        pieces: dict[int, list[str]] = {}
+        for item, text in self._texts(after):
+            pieces.setdefault(item, []).append(text)
+        return {item: "".join(texts) for item, texts in pieces.items()}
+
+    def _texts(self, after: int) -> Iterator[tuple[int, str]]:
+        first = self._chunk_with(after) if after < self._newest_after else len(self._chunks)
+        for chunk in self._chunks[first:]:
+            if chunk.after < after:
+                yield from _texts_of(self._events_of(chunk)[after - chunk.after :])
+                continue
+            text, start = chunk.text.decode(), 0
+            for run in unpack(chunk.runs):
+                if run.item >= 0:
+                    end = start + run.length
+                    yield run.item, text[start:end]
+                    start = end
+        yield from _texts_of(self._newest[max(after - self._newest_after, 0) :])
+
+    def _chunk_with(self, seq: int) -> int:
+        """The index of the chunk with the event that follows ``seq``."""
+        return bisect_right(self._chunks, seq, key=attrgetter("after")) - 1
+
+    def _events_of(self, chunk: _Chunk) -> list[Event]:
+        events: list[Event] = []
+        seq = chunk.after
+        text, start = chunk.text.decode(), 0
+        for run in unpack(chunk.runs):
+            if run.item < 0:
+                seq += 1
+                events.append(self._others[seq])
+                continue
+            kind = self._kinds[run.item]
+            for length in run.pieces():
+                seq += 1
+                events.append(kind(seq=seq, item=run.item, text=text[start : start + length]))
+                start += length
+        return events
 
 
-def join_frames(frames: Sequence[bytes], seq: int, *, bytes_max: int) -> tuple[bytes, int]:
-    """Join the frames after ``seq``: at least one, and no more than fit in ``bytes_max``; and the last seq of them."""
-    end = seq
-    size = 0
-    for index in range(seq, len(frames)):
-        size += len(frames[index])
-        if size > bytes_max and index > seq:
-            break
-        end = index + 1
-    return b"".join(frames[seq:end]), end
+def _texts_of(events: Iterable[Event]) -> Iterator[tuple[int, str]]:
+    return ((event.item, event.text) for event in events if isinstance(event, Piece))
+
+
+def _runs_of(events: Iterable[Event]) -> Iterator[Run]:
+    """The runs of events that are not terminal."""
+    for item, run in groupby(events, key=_item_of):
+        if item < 0:
+            yield from (Run(item) for _ in run)
+        else:
+            yield Run(item, b"".join([length_bytes(len(event.text)) for event in run if isinstance(event, Piece)]))
+
+
+def _item_of(event: Event) -> int:
+    """The item of an event's run."""
+    if isinstance(event, Piece):
+        return event.item
+    return QUEUED if isinstance(event, TurnQueued) else STARTED

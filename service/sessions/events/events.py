@@ -1,9 +1,4 @@
-"""A turn's events, and the SSE frame in which an event is sent and stored.
-
-A frame has an ``id:`` (the seq) and one ``data:`` line of JSON, whose ``type`` names the kind of the event. There is
-no ``event:`` line: it would repeat the type in each delta, and without it a browser's ``onmessage`` sees all frames.
-Every character that some client takes for a line end is escaped, so that the line is one line to every client.
-"""
+"""A turn's events: what happened to a turn, as typed values. The seq of an event is its position, from 1."""
 
 import msgspec
 
@@ -28,18 +23,20 @@ class TurnStarted(msgspec.Struct, frozen=True, kw_only=True, tag="turn.started",
     model: str
 
 
-class TurnDelta(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="turn.delta", tag_field="type"):
+class Piece(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A piece of the text of an output item; ``item`` is the index of this item in the turn's output."""
+
+    seq: int = 0
+    item: int = 0
+    text: str
+
+
+class TurnDelta(Piece, frozen=True, kw_only=True, gc=False, tag="turn.delta", tag_field="type"):
     """A piece of the reply."""
 
-    seq: int = 0
-    text: str
 
-
-class TurnReasoning(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="turn.reasoning", tag_field="type"):
+class TurnReasoning(Piece, frozen=True, kw_only=True, gc=False, tag="turn.reasoning", tag_field="type"):
     """A piece of the model's reasoning, where the upstream sends it."""
-
-    seq: int = 0
-    text: str
 
 
 class TurnCompleted(
@@ -94,31 +91,3 @@ class TurnInterrupted(
 
 TerminalEvent = TurnCompleted | TurnFailed | TurnCancelled | TurnInterrupted
 Event = TurnQueued | TurnStarted | TurnDelta | TurnReasoning | TerminalEvent
-
-_LINE_ENDS = tuple((end.encode(), b"\\u%04x" % ord(end)) for end in ("\x85", "\u2028", "\u2029"))
-_encode = msgspec.json.encode
-_decoder: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
-
-
-def encode_frame(event: Event) -> bytes:
-    r"""The SSE frame of an event: ``id: 3\ndata: {"type":"turn.delta","seq":3,"text":"Hi"}\n\n``.
-
-    Source: https://html.spec.whatwg.org/multipage/server-sent-events.html
-    """
-    return b"id: %d\ndata: %b\n\n" % (event.seq, escape_line_ends(_encode(event)))
-
-
-def escape_line_ends(frames: bytes) -> bytes:
-    """The same JSON with U+0085, U+2028 and U+2029 as ``\\u`` escapes; JSON itself escapes all other line ends.
-
-    A client that splits lines as Python's ``str.splitlines`` does (httpx, and so httpx-sse) would cut an event there.
-    """
-    if not frames.isascii():
-        for line_end, escape in _LINE_ENDS:
-            frames = frames.replace(line_end, escape)
-    return frames
-
-
-def decode_frame(frame: bytes) -> Event:
-    """The reverse of :func:`encode_frame`."""
-    return _decoder.decode(frame[frame.index(b"data: ") + 6 :])

@@ -9,7 +9,8 @@ import trio
 from service.errors import EventsLostError
 from service.sessions.events import outcome
 from service.sessions.events.event_log import EventLog
-from service.sessions.events.events import TurnQueued, TurnStarted, decode_frame, encode_frame
+from service.sessions.events.events import Event, TurnQueued, TurnStarted
+from service.sessions.events.frames import decode_frame
 from service.storage.records import TurnRecord
 from service.storage.store import Store
 
@@ -64,7 +65,7 @@ def replay_kept(turn: TurnRecord, frames: Sequence[bytes]) -> EventLog | None:
     """
     if turn.is_open:
         return None
-    frames = _naming(turn, frames)
+    events = [_naming(turn, decode_frame(frame)) for frame in frames]
     if turn.reason == "crash" and len(frames) < turn.last_seq:
         terminal = outcome.terminal_event(
             outcome.Interrupted("crash"),
@@ -73,18 +74,12 @@ def replay_kept(turn: TurnRecord, frames: Sequence[bytes]) -> EventLog | None:
             left_out=turn.left_out,
             stored=True,
         )
-        return EventLog.replay([*frames, encode_frame(terminal)], last_seq=turn.last_seq)
-    return EventLog.replay(frames) if len(frames) == turn.last_seq else None
+        return EventLog.replay([*events, terminal])
+    return EventLog.replay(events) if len(frames) == turn.last_seq else None
 
 
-def _naming(turn: TurnRecord, frames: Sequence[bytes]) -> Sequence[bytes]:
-    """The frames, with this turn's ids in the first events; in a fork these events name the copied turn."""
-    told: list[bytes] = []
-    for frame in frames[:2]:
-        # No other event contains this string, because quotes in a text are escaped.
-        if b'"turn_id":"' not in frame or turn.id.encode() in frame:
-            break
-        event = decode_frame(frame)
-        assert isinstance(event, TurnQueued | TurnStarted)
-        told.append(encode_frame(msgspec.structs.replace(event, session_id=turn.session_id, turn_id=turn.id)))
-    return [*told, *frames[len(told) :]] if told else frames
+def _naming(turn: TurnRecord, event: Event) -> Event:
+    """The event, with this turn's ids; in a fork the first events name the copied turn."""
+    if isinstance(event, TurnQueued | TurnStarted):
+        return msgspec.structs.replace(event, session_id=turn.session_id, turn_id=turn.id)
+    return event

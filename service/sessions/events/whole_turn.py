@@ -12,9 +12,8 @@ from service.sessions.events.events import (
     TurnQueued,
     TurnReasoning,
     TurnStarted,
-    decode_frame,
-    encode_frame,
 )
+from service.sessions.events.frames import decode_frame, encode_frame
 from service.sessions.events.outcome import outcome_of, record_changes, terminal_event
 from service.storage.records import SEQ_AFTER_CRASH, TurnRecord
 

@@ -15,13 +15,14 @@ import trio
 from service.errors import ModelError
 from service.failure_codes import FailureCode
 from service.freezes import Deadline, Lateness, check_for_freeze
-from service.ids import new_message_id
 from service.models.client import Finished, ModelClient, ModelEvent, ReasoningDelta, TextDelta
 from service.sessions.events import outcome
 from service.sessions.events.event_log import EventLog
-from service.sessions.events.events import Event, TurnDelta, TurnQueued, TurnReasoning, TurnStarted
+from service.sessions.events.events import Event, TerminalEvent, TurnDelta, TurnQueued, TurnReasoning, TurnStarted
+from service.sessions.events.frames import encode_frame
+from service.sessions.turns.reply import Reply
 from service.settings import Settings
-from service.storage.records import Checkpoint, Item, LeftOut, TurnRecord, TurnState
+from service.storage.records import Checkpoint, LeftOut, TurnRecord, TurnState
 
 OnDisconnect = Literal["cancel", "continue"]
 RETURN_S = 5.0
@@ -76,8 +77,7 @@ class Turn:
         self._silence_deadline = Deadline()
         self._expected: tuple[FailureCode, float] = ("first_token_timeout", inf)
         self._watches = 0
-        self._reply = _Text()
-        self._reasoning = _Text()
+        self._reply = Reply(self.log)
         if record.state == "queued":
             self.append(TurnQueued(seq=1, session_id=record.session_id, turn_id=record.id))
 
@@ -108,7 +108,7 @@ class Turn:
         """The turn's record now, with the reply so far; ``stored`` says whether the store has this end."""
         return msgspec.structs.replace(
             self._record,
-            output=self._output(),
+            output=self._reply.items(),
             last_seq=self.log.last_seq,
             stored=self.stored or not self.ended.is_set(),
         )
@@ -188,7 +188,7 @@ class Turn:
     @property
     def has_output(self) -> bool:
         """Whether the model has sent a piece of the reply or of its reasoning."""
-        return bool(self._reply.length or self._reasoning.length)
+        return self._reply.begun
 
     def expect_token(self, otherwise: Literal["first_token_timeout", "next_token_timeout"], *, within_s: float) -> None:
         """The model is to send something within so many seconds from now; the turn fails ``otherwise``."""
@@ -207,17 +207,20 @@ class Turn:
             seq = self.log.last_seq + 1
             match event:
                 case TextDelta(text):
-                    if self._reply.bytes + _utf8_length(text) > self._settings.reply_bytes_max:
+                    size = len(text) if text.isascii() else len(text.encode())
+                    if self._reply.bytes + size > self._settings.reply_bytes_max:
                         raise ModelError(
                             "reply_too_large",
                             f"The reply is larger than {self._settings.reply_bytes_max} bytes (reply_bytes_max); "
                             "the text before that is kept.",
                         )
-                    self.append(TurnDelta(seq=seq, text=text))
-                    self._reply.append(text)
+                    item = self._reply.index_of("message")
+                    self.append(TurnDelta(seq=seq, item=item, text=text))
+                    self._reply.note_piece(item, "message", text, size=size)
                 case ReasoningDelta(text):
-                    self.append(TurnReasoning(seq=seq, text=text))
-                    self._reasoning.append(text)
+                    item = self._reply.index_of("reasoning")
+                    self.append(TurnReasoning(seq=seq, item=item, text=text))
+                    self._reply.note_piece(item, "reasoning", text)
                 case Finished():
                     return event
         return None
@@ -255,24 +258,22 @@ class Turn:
             session_id=self.session_id,
             turn_id=self.id,
             after=self.stored_seq,
-            events=tuple(self.log.frames(after=self.stored_seq)),
-            output=self._output(since_checkpoint=True),
+            events=tuple(encode_frame(event) for event in self.log.events(after=self.stored_seq)),
+            output=self._reply.items(after=self.stored_seq),
             left_out=self._record.left_out,
         )
 
     def note_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Note that the store has a checkpoint."""
         self.stored_seq = checkpoint.after + len(checkpoint.events)
-        for item in checkpoint.output:
-            text = self._reply if item.id == self._reply.id else self._reasoning
-            text.kept += len(item.text)
 
     def finish(self, now: datetime) -> TurnRecord:
         """Begin the end: return the record with the decided end, ready for the store."""
         assert self.end is not None, "a turn finished before its end was decided"
         self.is_ending = True
         changes = outcome.record_changes(self.end) | {"ended_at": now}
-        return msgspec.structs.replace(self._record, output=self._output(), last_seq=self.log.last_seq + 1, **changes)
+        output = self._reply.items()
+        return msgspec.structs.replace(self._record, output=output, last_seq=self.log.last_seq + 1, **changes)
 
     def conclude(self, record: TurnRecord, *, stored: bool) -> None:
         """Publish the end to all readers and waiters: the last step of a turn."""
@@ -282,7 +283,7 @@ class Turn:
         self.log.close(self.terminal_event(stored=stored))
         self.ended.set()
 
-    def terminal_event(self, *, stored: bool) -> Event:
+    def terminal_event(self, *, stored: bool) -> TerminalEvent:
         """The terminal event: the next event of an open log, or the last event of a closed log."""
         assert self.end is not None
         return outcome.terminal_event(
@@ -319,14 +320,6 @@ class Turn:
             before = min(deadline.at for deadline in deadlines)
         self._scope.deadline = before
 
-    def _output(self, *, since_checkpoint: bool = False) -> tuple[Item, ...]:
-        output = []
-        if reasoning := self._reasoning.join(after=self._reasoning.kept if since_checkpoint else 0):
-            output.append(Item(id=self._reasoning.id, type="reasoning", role="assistant", text=reasoning))
-        if reply := self._reply.join(after=self._reply.kept if since_checkpoint else 0):
-            output.append(Item(id=self._reply.id, role="assistant", text=reply))
-        return tuple(output)
-
 
 class Watch:
     """The interest of a stream or a waiting call in a turn. Releasing it twice has no effect."""
@@ -347,28 +340,3 @@ class Watch:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.release()
-
-
-class _Text:
-    """A text that grows piece by piece."""
-
-    def __init__(self) -> None:
-        self.id = new_message_id()
-        self.length = 0
-        self.bytes = 0
-        self.kept = 0  # characters that are in a checkpoint
-        self._pieces: list[str] = []
-
-    def append(self, piece: str) -> None:
-        self._pieces.append(piece)
-        self.length += len(piece)
-        self.bytes += _utf8_length(piece)
-
-    def join(self, *, after: int = 0) -> str:
-        text = "".join(self._pieces)
-        self._pieces = [text]
-        return text[after:]
-
-
-def _utf8_length(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode())

@@ -14,7 +14,7 @@ from service.errors import ModelError, StoreError
 from service.freezes import calling_when_late, extended_when_late
 from service.models.client import ModelRequest
 from service.sessions.events import outcome
-from service.sessions.events.events import encode_frame
+from service.sessions.events.frames import encode_frame
 from service.sessions.turns.prompt import NOTHING, Prompt, build_prompt, shortened
 from service.sessions.turns.turn import Turn
 from service.sessions.turns.turn_log import log_end
@@ -187,7 +187,7 @@ def _decide_upstream_failed(turn: Turn, error: ModelError, settings: Settings) -
 async def _keep(turn: Turn, record: TurnRecord, *, store: Store, clock: Clock) -> bool:
     """Store an end, with the events that the store does not have yet. Returns whether the store took it."""
     after = turn.stored_seq
-    events = turn.log.frames(after=after)
+    events = [encode_frame(event) for event in turn.log.events(after=after)]
     events.append(encode_frame(turn.terminal_event(stored=True)))
     try:
         return await store.end_turn(record, events=events, now=clock(), after=after)

@@ -14,7 +14,8 @@ from werkzeug.datastructures import Headers
 from service.api.http.event_stream import EventStream, read_seen, wants_stream
 from service.errors import InvalidRequestError
 from service.sessions.events.event_log import EventLog
-from service.sessions.events.events import TurnCompleted, TurnDelta, encode_frame
+from service.sessions.events.events import TurnCompleted, TurnDelta
+from service.sessions.events.frames import encode_frame
 from service.sessions.events.streams import Streams
 
 
@@ -34,7 +35,7 @@ class Opened:
         self.log = EventLog(bytes_max=1 << 20)
         self.append(deltas)
         self.slot = self.streams.open_stream()
-        self.stream = EventStream(self.log, self.slot, after=after)
+        self.stream = EventStream(self.log, self.slot, after=after, encode=encode_frame)
 
     def append(self, deltas: int) -> None:
         for _ in range(deltas):

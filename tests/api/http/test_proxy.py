@@ -20,10 +20,12 @@ from trio.testing import wait_all_tasks_blocked
 from service.api import app
 from service.api.http import proxy
 from service.api.http.proxy import PEER, split_whole
+from service.api.native import turns
 from service.cluster import peer_socket
 from service.cluster.peer_proof import check_peer
 from service.cluster.peer_socket import socket_name
 from service.errors import OwnedElsewhereError
+from service.sessions.events.events import Event
 from service.storage.records import Checkpoint
 from service.storage.sqlite import SqliteStore, open_sqlite_store
 from tests.api.inprocess import SSE, Api, Reply, leave, open_api
@@ -222,6 +224,22 @@ async def test_a_stream_that_its_owner_never_began_goes_on_from_what_the_client_
         assert await client.receive() == b"retry: 1000\n"
         await owner.die(stream)
         assert (await client.receive()).startswith(frame(3).encode())
+
+
+async def test_a_stream_of_a_dead_owner_goes_on_in_the_face_in_which_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode(event: Event) -> bytes:
+        return b"id: %d\ndata: another face\n\n" % event.seq
+
+    monkeypatch.setattr(turns, "encode_frame", encode)
+    async with open_owner(tmp_path) as (api, owner), api.open("GET", EVENTS, headers=SSE) as client:
+        await client.send_complete()
+        stream, _ = await owner.take()
+        await stream.send_all(HEAD + chunk("id: 1\ndata: another face\n\n"))
+        assert await client.receive() == b"id: 1\ndata: another face\n\n"
+        await owner.die(stream)
+        assert await client.receive() == b"id: 1073741824\ndata: another face\n\n"
 
 
 @pytest.mark.parametrize("prefix", ["", "/behind/a/proxy"])

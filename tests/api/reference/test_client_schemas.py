@@ -11,9 +11,9 @@ import pytest
 
 from service.api.app import create_app
 from service.api.native import wire
+from service.api.native.events import Event
 from service.api.reference.client_schemas import structs_in
 from service.api.reference.page import document_of
-from service.sessions.events.events import Event
 
 SCHEMAS = document_of(create_app())["components"]["schemas"]
 BODIES = {kind.__name__: kind for kind in wire.RequestBody.__subclasses__()}

@@ -14,7 +14,7 @@ from service.sessions.commands import NewSession, NewTurn
 from service.sessions.upkeep.recovery import INTERVAL_S, recover_once, run_recovery
 from service.storage.memory import MemoryStore
 from service.storage.records import SessionRecord, TurnRecord
-from tests.sessions.puppet import Stage, open_stage
+from tests.sessions.puppet import Stage, frames_of, open_stage
 from tests.sessions.turns.test_turns import start
 
 
@@ -173,7 +173,7 @@ async def test_an_end_that_is_not_the_stores_any_more_is_not_told_as_stored(auto
         turn = await start(stage.sessions, session.id)
         (await stage.puppet.next_reply()).finish()
         await turn.wait_ended()
-        assert b'"stored":false' in turn.log.frames()[-1]
+        assert b'"stored":false' in frames_of(turn.log)[-1]
         await stage.sessions.pending_writes.retry()
         assert stage.sessions.pending_writes.turns == 0
 

@@ -20,7 +20,7 @@ from service.sessions.upkeep.expiry import sweep
 from service.sessions.upkeep.recovery import INTERVAL_S, run_recovery
 from service.storage.records import SessionPatch
 from tests.sessions.late_store import LateStore, Outcome, open_late_store
-from tests.sessions.puppet import Reply, Stage, open_stage
+from tests.sessions.puppet import Reply, Stage, frames_of, open_stage
 from tests.sessions.turns.test_turns import start
 
 TIMEOUT_S = 5.0
@@ -318,8 +318,8 @@ async def test_a_replay_of_an_end_that_was_kept_later_does_not_say_that_it_was_n
         scene.store.late, scene.store.outcome = "end_turn", "is lost"
         scene.reply.finish()
         await scene.turn.wait_ended()
-        told = scene.turn.log.frames()
+        told = frames_of(scene.turn.log)
         assert b'"stored":false' in told[-1]
         await scene.wait_for_recovery()
         log, _ = await scene.sessions.open_events("s", scene.turn.id)
-        assert log.frames() == [*told[:-1], told[-1].replace(b',"stored":false', b"")]
+        assert frames_of(log) == [*told[:-1], told[-1].replace(b',"stored":false', b"")]

@@ -1,15 +1,18 @@
 """The event log: exact, in order and ended for every reader, at any pace; and its events on the wire."""
 
+import tracemalloc
 from collections.abc import Callable
 
+import msgspec
 import pytest
 import trio
 from hypothesis import example, given
 from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from service.api.http.event_frames import read_frames
 from service.models.client import Usage
-from service.sessions.events.event_log import EventLog, join_frames
+from service.sessions.events.event_log import EventLog
 from service.sessions.events.events import (
     Event,
     TurnCancelled,
@@ -20,10 +23,10 @@ from service.sessions.events.events import (
     TurnQueued,
     TurnReasoning,
     TurnStarted,
-    decode_frame,
-    encode_frame,
 )
+from service.sessions.events.frames import decode_frame, encode_frame
 from service.storage.records import Failure
+from tests.sessions.puppet import frames_of
 
 MIB = 1024 * 1024
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)  # lone surrogates never reach an event
@@ -66,7 +69,7 @@ async def _read_to_the_end(log: EventLog, joins: int, cursor: int, bytes_max: in
     got: list[bytes] = []
     while True:
         await log.wait_beyond(cursor)
-        frames, after = log.read_after(cursor, bytes_max=bytes_max)
+        frames, after = read_frames(log, cursor, encode=encode_frame, bytes_max=bytes_max)
         if not frames:
             assert log.closed, "a woken reader finds something, or the end"
             return b"".join(got)
@@ -110,60 +113,127 @@ def test_every_reader_gets_exactly_what_follows_its_cursor(
     events = [text for burst in bursts for text in burst]
     frames = [encode_frame(TurnDelta(seq=seq, text=text)) for seq, text in enumerate(events, 1)]
     frames.append(encode_frame(TurnCompleted(seq=len(frames) + 1, finish_reason="stop", usage=None, text_length=0)))
-    assert log.frames() == frames
+    assert frames_of(log) == frames
     assert received == {number: b"".join(frames[cursor:]) for number, (_, cursor, _, _) in enumerate(readers)}
 
 
 @given(
-    frames=st.lists(st.binary(min_size=1, max_size=20), max_size=12),
-    cursor=st.integers(0, 14),
-    bytes_max=st.integers(0, 200),
+    lengths=st.lists(st.sampled_from([0, 1, 20, 300, 20_000]), max_size=12),
+    ends=st.booleans(),
+    reads=st.lists(st.tuples(st.integers(0, 14), st.integers(0, 30_000)), min_size=1, max_size=8),
 )
 def test_a_read_is_the_longest_that_fits_but_at_least_one_frame(
-    frames: list[bytes], cursor: int, bytes_max: int
+    lengths: list[int], ends: bool, reads: list[tuple[int, int]]
 ) -> None:
-    joined, after = join_frames(frames, cursor, bytes_max=bytes_max)
-    if cursor >= len(frames):
-        assert (joined, after) == (b"", cursor)
-        return
-    assert joined == b"".join(frames[cursor:after])
-    assert cursor < after <= len(frames)
-    assert len(joined) <= bytes_max or after == cursor + 1
-    assert after == len(frames) or len(joined) + len(frames[after]) > bytes_max
+    log = EventLog(bytes_max=MIB)
+    for length in lengths:
+        log.append(_delta(log, "x" * length))
+        read_frames(log, log.last_seq - 1, encode=encode_frame, bytes_max=MIB)  # a reader at the end of the log
+    if ends:
+        log.close(_end(log))
+    frames = frames_of(log)
+    for cursor, bytes_max in reads:
+        joined, after = read_frames(log, cursor, encode=encode_frame, bytes_max=bytes_max)
+        if cursor >= len(frames):
+            assert (joined, after) == (b"", cursor)
+            continue
+        assert joined == b"".join(frames[cursor:after])
+        assert cursor < after <= len(frames)
+        assert len(joined) <= bytes_max or after == cursor + 1
+        assert after == len(frames) or len(joined) + len(frames[after]) > bytes_max
+
+
+pieces = st.builds(TurnDelta, item=st.just(0), text=texts) | st.builds(TurnReasoning, item=st.just(1), text=texts)
+EDGES = [254, 255, 256, 510, 511, 20_000]
+
+
+@given(
+    told=st.lists(pieces | st.builds(TurnDelta, text=st.sampled_from(["é" * length for length in EDGES])), max_size=20),
+    repeats=st.integers(1, 12),
+    cursors=st.lists(st.integers(0, 260), max_size=4),
+)
+def test_a_log_tells_the_events_and_the_texts_that_were_appended(
+    told: list[TurnDelta | TurnReasoning], repeats: int, cursors: list[int]
+) -> None:
+    log = EventLog(bytes_max=16 * MIB)
+    all_events: list[Event] = [TurnQueued(seq=1, session_id="s", turn_id="t")]
+    all_events.append(TurnStarted(seq=2, session_id="s", turn_id="t", model="m"))
+    for piece in told * repeats:
+        all_events.append(msgspec.structs.replace(piece, seq=len(all_events) + 1))
+    for event in all_events:
+        assert log.append(event)
+    for cursor in (0, *cursors):
+        assert list(log.events(after=cursor)) == all_events[cursor:]
+        texts: dict[int, str] = {}
+        for event in all_events[cursor:]:
+            if isinstance(event, TurnDelta | TurnReasoning):
+                texts[event.item] = texts.get(event.item, "") + event.text
+        assert log.texts(after=cursor) == texts
 
 
 def test_a_read_past_the_end_is_empty_and_moves_nothing() -> None:
     log = _filled(1, 1)
-    assert log.read_after(2, bytes_max=MIB) == (b"", 2)
-    assert log.read_after(7, bytes_max=MIB) == (b"", 7)
-    assert EventLog(bytes_max=MIB).read_after(0, bytes_max=MIB) == (b"", 0)
+    for cursor in (2, 7):
+        assert log.read_after(cursor) == []
+        assert read_frames(log, cursor, encode=encode_frame, bytes_max=MIB) == (b"", cursor)
+    assert EventLog(bytes_max=MIB).read_after(0) == []
+
+
+def test_many_streams_at_the_end_of_a_log_cost_one_encoding_of_each_event() -> None:
+    encoded: list[int] = []
+
+    def encode(event: Event) -> bytes:
+        encoded.append(event.seq)
+        return encode_frame(event)
+
+    log = EventLog(bytes_max=MIB)
+    cursors = [0] * 50
+    for burst in (1, 3, 70, 1):
+        for _ in range(burst):
+            log.append(_delta(log))
+        for stream, cursor in enumerate(cursors):
+            expected = b"".join(map(encode_frame, log.events(after=cursor)))
+            frames, cursors[stream] = read_frames(log, cursor, encode=encode, bytes_max=MIB)
+            assert frames == expected
+        assert encoded == list(range(1, log.last_seq + 1))
+
+
+def test_a_long_log_takes_little_memory_beside_its_text() -> None:
+    log = EventLog(bytes_max=16 * MIB)
+    texts = [f"{number:04d}" for number in range(10_000)]
+    tracemalloc.start()
+    try:
+        for text in texts:
+            log.append(_delta(log, text))
+        size, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert size < 10_000 * (4 + 4) * 1.1, "four bytes of text, and less than five beside it"
 
 
 def test_a_replay_of_what_was_kept_is_the_same_log_closed() -> None:
     log = _filled(5, 6)
     log.close(_end(log))
-    again = EventLog.replay(log.frames())
-    assert (again.closed, again.last_seq, again.frames()) == (True, 3, log.frames())
-    for cursor in range(4):
-        assert again.read_after(cursor, bytes_max=1) == log.read_after(cursor, bytes_max=1)
+    again = EventLog.replay(log.events())
+    assert (again.closed, again.last_seq, frames_of(again)) == (True, 3, frames_of(log))
 
 
-def test_kept_frames_do_not_change_with_the_log() -> None:
+def test_what_was_read_does_not_change_with_the_log() -> None:
     log = _filled(1)
-    kept = log.frames()
+    read = log.read_after(0)
     log.append(_delta(log))
-    assert len(kept) == 1
+    assert len(read) == 1
 
 
 def test_a_stalled_reader_costs_the_log_nothing() -> None:
     log = _filled(1)
-    _, cursor = log.read_after(0, bytes_max=MIB)
+    _, cursor = read_frames(log, 0, encode=encode_frame, bytes_max=MIB)
     for _ in range(1000):
         log.append(_delta(log))
     log.close(_end(log))
     assert log._readers.statistics().tasks_waiting == 0, "nobody is on the log's books who does not wait"
-    late, cursor = log.read_after(cursor, bytes_max=MIB)
-    assert (late, cursor) == (b"".join(log.frames()[1:]), 1002), "all that it missed comes in one go"
+    late, cursor = read_frames(log, cursor, encode=encode_frame, bytes_max=MIB)
+    assert (late, cursor) == (b"".join(frames_of(log)[1:]), 1002), "all that it missed comes in one go"
 
 
 # Waking
@@ -246,25 +316,22 @@ def test_a_log_is_never_larger_than_its_bound_and_the_end_always_fits() -> None:
     log = EventLog(bytes_max=bytes_max)
     accepted = [log.append(_delta(log, "é" * 50)) for _ in range(100)]
     assert accepted == sorted(accepted, reverse=True), "what is as large as what was refused is refused"
-    before = log.frames()
-    room = bytes_max - 2048 - sum(map(len, before))
-    assert 0 <= room < len(encode_frame(_delta(log, "é" * 50)))
+    before = frames_of(log)
+    assert (bytes_max - 2048) // (100 + 4) == len(before)
     log.close(
         TurnFailed(
             seq=log.last_seq + 1, error=Failure("log_too_large", "x" * 150 + "\U0001f600" * 300), text_length=10**9
         )
     )
-    assert log.frames()[:-1] == before, "what was refused left nothing"
-    assert sum(map(len, log.frames())) <= bytes_max
+    assert frames_of(log)[:-1] == before, "what was refused left nothing"
 
 
 def test_the_bound_is_exact() -> None:
-    frame = len(encode_frame(TurnDelta(seq=1, text="x" * 100)))
-    fits = EventLog(bytes_max=2048 + frame)
+    fits = EventLog(bytes_max=2048 + 100 + 8)
     assert fits.append(_delta(fits, "x" * 100))
-    too_large = EventLog(bytes_max=2048 + frame - 1)
+    too_large = EventLog(bytes_max=2048 + 100 + 7)
     assert not too_large.append(_delta(too_large, "x" * 100))
-    assert (too_large.last_seq, too_large.frames(), too_large.closed) == (0, [], False)
+    assert (too_large.last_seq, frames_of(too_large), too_large.closed) == (0, [], False)
     assert too_large.append(_delta(too_large, "x" * 99)), "a smaller event still fits"
 
 
@@ -345,16 +412,9 @@ def test_line_ends_of_unicode_are_escaped_and_nothing_else_is() -> None:
 
 
 def test_frames_that_were_kept_before_line_ends_were_escaped_are_escaped_as_they_are_read() -> None:
-    kept = [
-        f'id: {seq}\ndata: {{"type":"turn.delta","seq":{seq},"text":"{text}"}}\n\n'.encode()
-        for seq, text in ((1, "a\u2028"), (2, "\x85\u2029"), (3, "é"))
-    ]
-    log = EventLog.replay(kept)
-    read, _ = log.read_after(0, bytes_max=1 << 16)
-    assert len(read.decode().splitlines()) == 9
-    events = [decode_frame(frame + b"\n\n") for frame in read.split(b"\n\n")[:-1]]
-    assert events == [decode_frame(frame) for frame in kept]
-    assert log.frames() == kept
+    for text in ("a\u2028", "\x85\u2029", "é"):
+        kept = f'id: 1\ndata: {{"type":"turn.delta","seq":1,"text":"{text}"}}\n\n'.encode()
+        assert encode_frame(decode_frame(kept)) == encode_frame(TurnDelta(seq=1, text=text))
 
 
 def test_a_delta_on_the_wire_is_lean() -> None:

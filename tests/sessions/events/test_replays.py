@@ -11,10 +11,11 @@ import trio.testing
 
 from service.errors import EventsLostError, OwnedElsewhereError, SessionNotFoundError
 from service.sessions.events.event_log import EventLog
-from service.sessions.events.events import TurnCompleted, TurnDelta, encode_frame
+from service.sessions.events.events import TurnCompleted, TurnDelta
+from service.sessions.events.frames import encode_frame
 from service.storage.memory import MemoryStore
 from service.storage.records import Owner, TurnRecord
-from tests.sessions.puppet import open_stage
+from tests.sessions.puppet import frames_of, open_stage
 from tests.storage.rows import a_turn, ended
 
 TERMINAL = encode_frame(TurnCompleted(seq=4, finish_reason="stop", usage=None, text_length=3))
@@ -86,7 +87,7 @@ async def test_who_reads_the_same_turn_at_the_same_time_shares_one_log() -> None
         assert len(logs) == 101
         assert len(set(map(id, logs))) == 1
         assert store.reads == 1
-        assert logs[0].frames() == FRAMES
+        assert frames_of(logs[0]) == FRAMES
 
 
 async def test_a_log_that_nobody_reads_any_more_is_not_kept() -> None:
@@ -107,7 +108,7 @@ async def test_a_cancelled_reader_leaves_the_others_theirs() -> None:
         for _ in range(2):
             nursery.start_soon(stage.sessions.open_events, "s", "t")
         log, _ = await stage.sessions.open_events("s", "t")
-        assert log.frames() == FRAMES
+        assert frames_of(log) == FRAMES
 
 
 async def test_of_a_session_that_went_away_no_more_is_read_though_others_read_on() -> None:
@@ -117,14 +118,14 @@ async def test_of_a_session_that_went_away_no_more_is_read_though_others_read_on
         store.turn, store.frames = None, []
         with pytest.raises(SessionNotFoundError):
             await stage.sessions.open_events("s", "t")
-        assert log.read_after(0, bytes_max=10_000) == (b"".join(FRAMES), 4)
+        assert frames_of(log) == FRAMES
 
 
 @pytest.mark.parametrize("at", ["turn", "owner"])
 async def test_a_turn_that_ends_elsewhere_while_it_is_looked_for_is_replayed_whole(at: str) -> None:
     async with open_stage(EndsMeanwhile(at)) as stage:
         log, _ = await stage.sessions.open_events("s", "t", after=1)
-        assert log.frames() == FRAMES
+        assert frames_of(log) == FRAMES
         assert (log.closed, log.last_seq, log.unbroken_seq) == (True, 4, 4)
 
 

@@ -14,7 +14,7 @@ from service.sessions.events.events import TurnCancelled, TurnCompleted, TurnFai
 from service.sessions.events.replay import replay_kept
 from service.sessions.turns.turn import Turn
 from service.storage.records import LeftOut, TurnRecord
-from tests.sessions.puppet import Stage, open_stage, read_all
+from tests.sessions.puppet import Stage, frames_of, open_stage, read_all
 
 TOO_LONG = ModelError("context_too_long", "Too long.")
 
@@ -82,7 +82,7 @@ async def test_an_end_says_nothing_of_what_was_not_left_out(autojump_clock: Mock
         (await stage.puppet.next_reply()).finish()
         await turn.wait_ended()
         assert turn.record().left_out is None
-        assert b"left_out" not in b"".join(turn.log.frames())
+        assert b"left_out" not in b"".join(frames_of(turn.log))
 
 
 async def test_a_refusal_in_the_stream_counts_as_long_as_nothing_was_said(autojump_clock: MockClock) -> None:

@@ -25,6 +25,7 @@ from service.errors import EventsLostError, RefusedError, SessionExistsError, Se
 from service.sessions.commands import NewSession, NewTurn, OnConflict
 from service.sessions.events.event_log import EventLog
 from service.sessions.events.events import Event, TurnCancelled, TurnCompleted, TurnDelta, TurnFailed, TurnInterrupted
+from service.sessions.events.frames import encode_frame
 from service.sessions.sessions import Sessions, open_sessions
 from service.sessions.turns.turn import OnDisconnect, Turn, Watch
 from service.sessions.upkeep.expiry import sweep
@@ -33,7 +34,7 @@ from service.settings import Settings
 from service.storage.memory import MemoryStore
 from service.storage.records import SessionRecord, TurnRecord
 from service.storage.store import Store
-from tests.sessions.puppet import kinds, open_stage, read_all
+from tests.sessions.puppet import frames_of, kinds, open_stage, read_all
 from tests.sessions.scripts import Script, ScriptedReplies, token
 from tests.sessions.unreliable_store import UnreliableStore
 from tests.storage.rows import a_turn, ended
@@ -208,7 +209,7 @@ class Races:
             with watch, trio.move_on_after(stays_s):
                 events = await read_all(log)
                 assert isinstance(events[-1], TERMINAL)
-                assert as_if_stored(log.frames()) == as_if_stored(accepted.turn.log.frames())
+                assert as_if_stored(frames_of(log)) == as_if_stored(frames_of(accepted.turn.log))
         finally:
             accepted.released = True
 
@@ -290,7 +291,7 @@ class Races:
                 if turn.id in kept:
                     assert kept[turn.id] == as_kept(turn.record())
                     frames = await store.read_events(session.id, turn.id)
-                    assert list(frames) == as_if_stored(turn.log.frames())
+                    assert list(frames) == as_if_stored(frames_of(turn.log))
 
     async def check_nothing_is_left(self) -> None:
         await wait_all_tasks_blocked()
@@ -469,7 +470,8 @@ async def test_events_that_were_not_kept_are_lost_and_not_an_empty_stream(autoju
         session = await stage.sessions.create_session(NewSession())
         turn = a_turn(session_id=session.id)
         await stage.store.begin_turn(turn, now=stage.clock())
-        await stage.store.end_turn(ended(turn, "interrupted", text="half a"), events=[b"1"], now=stage.clock())
+        piece = encode_frame(TurnDelta(seq=1, text="half a"))
+        await stage.store.end_turn(ended(turn, "interrupted", text="half a"), events=[piece], now=stage.clock())
         with pytest.raises(EventsLostError) as lost:
             await stage.sessions.open_events(session.id, turn.id)
         assert (lost.value.after, lost.value.state, lost.value.text) == (1, "interrupted", "half a")

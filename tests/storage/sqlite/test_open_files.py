@@ -17,6 +17,7 @@ from service.settings import Settings
 from service.storage.sqlite import database, open_files, open_sqlite_store
 from service.storage.sqlite.store import SqliteStore
 from service.supervisor import open_service
+from tests.sessions.puppet import frames_of
 from tests.storage.rows import T0, a_session, a_turn, all_sessions, ended
 
 FAULT = "its file was deleted or replaced"
@@ -328,7 +329,7 @@ async def test_a_service_notices_without_a_caller_and_tells_no_end_as_stored(pat
                 await sessions.start_turn("s", NewTurn(text="hi", on_conflict="queue"))
             await sessions.cancel_turn("s", turn.id)
             assert not turn.stored
-            assert b'"stored":false' in turn.log.frames()[-1]
+            assert b'"stored":false' in frames_of(turn.log)[-1]
             service.shutdown.notice("test")
             await service.shutdown.work_ended.wait()
         faults = service.shutdown.report(tasks_left=0).faults

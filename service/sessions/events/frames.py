@@ -1,0 +1,44 @@
+"""The SSE frame of an event.
+
+A frame has an ``id:`` (the seq) and one ``data:`` line of JSON, whose ``type`` names the kind of the event. There is
+no ``event:`` line: it would repeat the type in each delta, and without it a browser's ``onmessage`` sees all frames.
+Every character that some client takes for a line end is escaped, so that the line is one line to every client.
+"""
+
+import msgspec
+
+from service.sessions.events.events import Event, TurnDelta, TurnReasoning
+
+_LINE_ENDS = tuple((end.encode(), b"\\u%04x" % ord(end)) for end in ("\x85", "\u2028", "\u2029"))
+_encode = msgspec.json.encode
+_decoder: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
+
+
+def encode_frame(event: Event) -> bytes:
+    r"""The SSE frame of an event: ``id: 3\ndata: {"type":"turn.delta","seq":3,"text":"Hi"}\n\n``.
+
+    Source: https://html.spec.whatwg.org/multipage/server-sent-events.html
+    """
+    seq = event.seq
+    if isinstance(event, TurnDelta):
+        return b'id: %d\ndata: {"type":"turn.delta","seq":%d,"text":%b}\n\n' % (seq, seq, _json_of(event.text))
+    if isinstance(event, TurnReasoning):
+        return b'id: %d\ndata: {"type":"turn.reasoning","seq":%d,"text":%b}\n\n' % (seq, seq, _json_of(event.text))
+    return b"id: %d\ndata: %b\n\n" % (seq, _json_of(event))
+
+
+def _json_of(value: object) -> bytes:
+    """JSON with U+0085, U+2028 and U+2029 as ``\\u`` escapes; JSON itself escapes all other line ends.
+
+    A client that splits lines as Python's ``str.splitlines`` does (httpx, and so httpx-sse) would cut an event there.
+    """
+    json = _encode(value)
+    if not json.isascii():
+        for line_end, escape in _LINE_ENDS:
+            json = json.replace(line_end, escape)
+    return json
+
+
+def decode_frame(frame: bytes) -> Event:
+    """The event of a frame. A piece of a text does not name its item in a frame: ``item`` is 0."""
+    return _decoder.decode(frame[frame.index(b"data: ") + 6 :])
