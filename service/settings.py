@@ -33,6 +33,7 @@ from pydantic_core import ErrorDetails
 
 from service.errors import SettingsError
 from service.service_links import made_by_links
+from service.store_capabilities import BY_SCHEME, StoreCapabilities
 
 ENV_PREFIX = "LASTCALL_"
 CONFIG_FILE = "lastcall.toml"
@@ -326,7 +327,17 @@ class Settings(BaseModel):
         """The idle timeout of sessions that choose none."""
         if self.idle_timeout_s is not None:
             return self.idle_timeout_s
-        return 1800 if self.store_url == "memory:" else 30 * 24 * 3600
+        return 30 * 24 * 3600 if self.store_capabilities.durable else 1800
+
+    @property
+    def store_scheme(self) -> str:
+        """The kind of store that ``store_url`` names."""
+        return self.store_url.partition(":")[0]
+
+    @property
+    def store_capabilities(self) -> StoreCapabilities:
+        """What the store that ``store_url`` names can do."""
+        return BY_SCHEME[self.store_scheme]
 
     @property
     def all_upstreams(self) -> tuple[Upstream, ...]:

@@ -34,7 +34,7 @@ import trio
 from pydantic import SecretStr
 
 from service.clock import Clock, SteadyClock
-from service.errors import SettingsError, StartupError, StoreError
+from service.errors import StartupError, StoreError
 from service.models.client import ModelClient
 from service.models.openai_compatible import open_openai_compatible
 from service.models.retrying import RetryingClient
@@ -103,8 +103,8 @@ async def open_service(
         )
         await nursery.start(expiry, name="expiry loop")
         await nursery.start(sessions.streams.run_heartbeats, name="heartbeat loop")
-        await nursery.start(partial(run_recovery, sessions, shared=store.durable), name="recovery loop")
-        if store.durable:
+        await nursery.start(partial(run_recovery, sessions, shared=store.capabilities.shared), name="recovery loop")
+        if store.capabilities.durable:
             checkpoints = partial(
                 run_checkpoints,
                 store,
@@ -130,16 +130,16 @@ def check_script(url: str, *, setting: str) -> None:
 
 def _open_store(settings: Settings, peer_address: str | None) -> AbstractAsyncContextManager[Store]:
     """Open the store that ``store_url`` names."""
-    if settings.store_url == "memory:":
-        return open_memory_store(sessions_max=settings.memory_sessions_max)
-    if settings.store_url.startswith("sqlite:"):
-        from service.storage.sqlite import open_sqlite_store  # noqa: PLC0415  a memory store needs no SQLite
+    match settings.store_scheme:
+        case "memory":
+            return open_memory_store(sessions_max=settings.memory_sessions_max)
+        case "sqlite":
+            from service.storage.sqlite import open_sqlite_store  # noqa: PLC0415  a memory store needs no SQLite
 
-        path = settings.store_url.removeprefix("sqlite:")
-        return open_sqlite_store(path, address=peer_address, close_timeout_s=settings.release_timeout_s)
-    raise SettingsError(
-        f"store_url: {settings.store_url!r} names a store that does not exist; allowed: memory:, sqlite:path"
-    )
+            path = settings.store_url.removeprefix("sqlite:")
+            return open_sqlite_store(path, address=peer_address, close_timeout_s=settings.release_timeout_s)
+        case scheme:
+            raise AssertionError(scheme)
 
 
 @asynccontextmanager

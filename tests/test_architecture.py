@@ -15,7 +15,17 @@ LAYERS = (
     ("cluster",),
     ("models", "storage"),
     ("telemetry",),
-    ("errors", "failure_codes", "settings", "service_links", "clock", "freezes", "ids", "json_words"),
+    (
+        "errors",
+        "failure_codes",
+        "settings",
+        "service_links",
+        "clock",
+        "freezes",
+        "ids",
+        "json_words",
+        "store_capabilities",
+    ),
 )
 """The layers, outermost first. A module imports from lower layers, and from its own package or top-level layer."""
 

@@ -41,8 +41,10 @@ def run_store_command(settings: Settings, arguments: argparse.Namespace) -> int:
     Raises:
         StartupError: The store does not exist or cannot be used, or the given file cannot be used.
     """
-    if settings.store_url == "memory:":
-        raise StartupError("store_url is memory:, where nothing is kept; name the store with --store sqlite:path.")
+    if not settings.store_capabilities.durable:
+        raise StartupError(
+            f"store_url is {settings.store_url}, where nothing is kept; name the store with --store sqlite:path."
+        )
     try:
         done, code = _run(settings, arguments)
     except RefusedError as error:

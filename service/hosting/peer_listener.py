@@ -38,9 +38,9 @@ def check_sharing(settings: Settings, *, workers: int) -> None:
     Raises:
         StartupError: There are several workers, and each would have sessions of its own.
     """
-    if workers > 1 and settings.store_url == "memory:":
+    if workers > 1 and not settings.store_capabilities.shared:
         raise StartupError(
-            f"store_url memory: keeps sessions in one process, and there are {workers} workers; "
+            f"store_url {settings.store_url} keeps sessions in one process, and there are {workers} workers; "
             "name a store that they share (LASTCALL_STORE_URL=sqlite:lastcall.db), or serve with one worker."
         )
 
@@ -50,7 +50,7 @@ async def open_peer_listener(
     worker: Worker, connections: Connections, *, serving: trio.Event, settings: Settings
 ) -> AsyncIterator["PeerListener | None"]:
     """Listen until the context is left. Yields None, without a listener, if the store belongs to this process alone."""
-    if settings.store_url == "memory:":
+    if not settings.store_capabilities.shared:
         yield None
         return
     address = f"@lastcall-{secrets.token_hex(16)}"

@@ -18,6 +18,7 @@ import anyio.lowlevel
 import msgspec
 from sortedcontainers import SortedList
 
+from service import store_capabilities
 from service.errors import (
     SessionExistsError,
     SessionLimitError,
@@ -77,7 +78,7 @@ class MemoryStore:
     """Meets :class:`service.storage.store.Store`."""
 
     name = "memory"
-    durable = False
+    capabilities = store_capabilities.MEMORY
 
     def __init__(self, *, sessions_max: float = inf) -> None:
         self.peer_secret = token_bytes(32)  # only this process uses the store

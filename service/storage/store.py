@@ -27,6 +27,7 @@ from service.storage.records import (
     SessionStatus,
     TurnRecord,
 )
+from service.store_capabilities import StoreCapabilities
 
 
 class Store(Protocol):
@@ -52,8 +53,8 @@ class Store(Protocol):
         ...
 
     @property
-    def durable(self) -> bool:
-        """Whether the store outlives the process."""
+    def capabilities(self) -> StoreCapabilities:
+        """What the store can do, as its callers need to know it."""
         ...
 
     @property

@@ -10,6 +10,7 @@ import pytest
 
 from service.errors import SettingsError
 from service.settings import Settings, check_stand_in, load_settings, reaches_beyond_loopback, read_sources, shown_url
+from service.store_capabilities import MEMORY, SQLITE, StoreCapabilities
 
 ONE, TWO = "the-first-key-of-callers", "the-second-key-of-callers"
 
@@ -486,6 +487,11 @@ def test_example_in_the_readme_is_taken() -> None:
 )
 def test_sessions_are_kept_longer_where_they_outlive_the_process(given: dict[str, Any], expected_s: float) -> None:
     assert Settings(**given).default_idle_timeout_s == expected_s
+
+
+@pytest.mark.parametrize(("url", "expected"), [("memory:", MEMORY), ("sqlite:a.db", SQLITE), ("sqlite::x", SQLITE)])
+def test_what_a_store_can_do_is_known_from_its_url(url: str, expected: StoreCapabilities) -> None:
+    assert Settings(store_url=url).store_capabilities == expected
 
 
 @pytest.mark.parametrize("value", ["1", "1.5", "true", "[]", "[1]", "{}", '"x"', "nan", "1979-05-27", "[[true]]"])

@@ -12,6 +12,7 @@ from trio.testing import assert_checkpoints
 from service.errors import SessionExistsError, SessionLimitError, SessionNotFoundError
 from service.storage.memory import MemoryStore, open_memory_store
 from service.storage.records import SessionPatch
+from service.store_capabilities import MEMORY
 from tests.storage.rows import IDLE_TIMEOUT_S, T0, a_session, a_turn, at, ended
 
 METHODS: list[Callable[[MemoryStore], Awaitable[object]]] = [
@@ -67,7 +68,7 @@ async def _set(event: trio.Event) -> None:
 
 async def test_it_does_not_outlive_the_process() -> None:
     async with open_memory_store() as store:
-        assert (store.name, store.durable) == ("memory", False)
+        assert (store.name, store.capabilities) == ("memory", MEMORY)
         await store.create_session(a_session(), now=T0)
     async with open_memory_store() as another:
         assert await another.count_sessions(status=None, now=T0) == 0

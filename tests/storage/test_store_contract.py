@@ -30,10 +30,16 @@ from service.storage.page_cursor import (
 )
 from service.storage.records import EndState, Failure, Item, LeftOut, SessionPatch, SessionRecord, TurnRecord
 from service.storage.store import Store
+from service.store_capabilities import BY_SCHEME
 from tests.storage.conftest import OpenStore
 from tests.storage.rows import IDLE_TIMEOUT_S, T0, a_session, a_turn, all_sessions, all_turns, at, contents, ended
 
 UNICODE = "\x00 NUL, é e\u0301, שלום, 日本語, \U0001f468\u200d\U0001f469\u200d\U0001f467, \u2028, \ufeff, ';--"
+
+
+async def test_a_store_can_do_what_its_kind_in_store_url_says(store: Store) -> None:
+    assert store.capabilities == BY_SCHEME[store.name.partition(":")[0]]
+    assert store.capabilities.durable or not store.capabilities.shared, "processes share what outlives each of them"
 
 
 async def test_a_store_has_every_method_of_the_protocol_with_its_signature(open_store: OpenStore) -> None:

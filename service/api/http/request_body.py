@@ -145,7 +145,7 @@ async def read_body(request: Request, kind: type[B], service: Service) -> B:
             raw = await request.body.read()
         if arrival.cancelled_caught:
             raise BodyTimeoutError
-        if service.store.durable:
+        if service.store.capabilities.shared:
             cast("dict[str, object]", request.scope)[_KEPT] = raw
     check_structure(raw)
     if len(raw) > _LONG_BYTES:

@@ -12,6 +12,7 @@ import anyio
 import apsw
 import msgspec
 
+from service import store_capabilities
 from service.errors import StoreError
 from service.storage.page_cursor import decode_session_cursor, decode_turn_cursor
 from service.storage.records import (
@@ -70,7 +71,7 @@ class SqliteStore:
         writer: The writer, whose counts say how many steps shared a commit.
     """
 
-    durable = True
+    capabilities = store_capabilities.SQLITE
 
     def __init__(self, path: str | Path, *, address: str | None) -> None:
         self.files = OpenFiles(path)

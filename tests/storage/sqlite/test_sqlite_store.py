@@ -16,6 +16,7 @@ import trio
 
 from service.errors import StoreError
 from service.storage.sqlite import SqliteStore, database, maintenance, open_sqlite_store, reclaim, sessions, writer
+from service.store_capabilities import SQLITE
 from tests.storage.rows import T0, a_session, a_turn, all_sessions, at, ended
 from tests.storage.test_store_owners import a_checkpoint
 
@@ -23,7 +24,7 @@ from tests.storage.test_store_owners import a_checkpoint
 async def test_it_says_where_it_is_and_only_its_owner_can_read_it(path: Path) -> None:
     async with open_sqlite_store(path) as store:
         await store.create_session(a_session(), now=T0)
-        assert (store.name, store.durable) == (f"sqlite:{path}", True)
+        assert (store.name, store.capabilities) == (f"sqlite:{path}", SQLITE)
         for file in path.parent.iterdir():
             assert stat.S_IMODE(file.stat().st_mode) == 0o600, file.name
 
