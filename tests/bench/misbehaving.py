@@ -1,7 +1,7 @@
-"""A server that misbehaves in one known way for each path: what the harness is tested against.
+"""A server for tests of the harness: it misbehaves in one known way for each path.
 
 Raw sockets and threads, nothing of the project. It says ``Running on http://127.0.0.1:PORT``; on SIGTERM it says
-what it is to ``--say``, waits ``--delay`` seconds and leaves with ``--exit-code``. A child of its group lives on for
+the text of ``--say``, waits ``--delay`` seconds and leaves with ``--exit-code``. A child of its group lives on for
 ``--linger`` seconds, a ``--stray`` child has left the group. ``/chat`` stands for the path given by ``--chat``.
 """
 
@@ -56,7 +56,7 @@ def serve(sock: socket.socket) -> None:
 
 
 def serve_one(sock: socket.socket, path: str) -> bool:
-    """Misbehave as the path says; whether the connection goes on."""
+    """Misbehave as the path says. Returns whether the connection goes on."""
     match path.strip("/").replace("chat", options.chat).split("/"):
         case ["json"]:
             sock.sendall(b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 10\r\n\r\n{"id":"x"}')

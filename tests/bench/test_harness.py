@@ -1,4 +1,4 @@
-"""The harness judges rightly: a server that misbehaves in one known way for each path is caught each time."""
+"""The harness judges rightly: it detects each known misbehaviour of a server."""
 
 import os
 import signal
@@ -36,7 +36,7 @@ async def open_misbehaving(tmp_path: Path, *arguments: str) -> AsyncIterator[Ser
 
 
 async def judge(tmp_path: Path, *groups: Streams | Idle | Unfinished | Prober, watch_s: float = 0.3) -> LoadResult:
-    """What the load client makes of a server that ends by SIGTERM while it looks."""
+    """The load client's judgement of a server that gets SIGTERM meanwhile."""
     async with (
         open_misbehaving(tmp_path, "--delay", str(watch_s)) as server,
         open_load(Plan(port=server.port, groups=groups)) as load,
@@ -62,12 +62,12 @@ ENDS = {
 }
 
 
-async def test_each_end_of_a_stream_is_judged_as_what_it_is(tmp_path: Path) -> None:
+async def test_each_end_of_a_stream_is_judged_rightly(tmp_path: Path) -> None:
     groups = [Streams(name=path, count=2, stream=Request(path=f"/{path}")) for path in ENDS]
     result = await judge(tmp_path, *groups)
     seen = {(s.group, s.number): (s.end, s.terminal) for s in result.streams}
     assert seen == {(path, number): expected for path, expected in ENDS.items() for number in range(2)}
-    # A server that exits closes its sockets: what hangs in there is not open but cut.
+    # A server that exits closes its sockets, so a stream that hangs there is cut and not open.
     assert all(stream.ended_at is not None for stream in result.streams)
 
 
@@ -109,7 +109,7 @@ async def test_a_request_before_the_stream_gives_it_its_values(tmp_path: Path) -
 
 
 async def test_a_stalled_reader_stalls_the_server(tmp_path: Path) -> None:
-    """Little is enough: a server that sends 200 KiB does not get rid of them."""
+    """A little data is enough: the server cannot send 200 KiB to such a reader."""
     group = Streams(name="stalled", count=1, stream=Request(path="/flood"), stalled=True)
     (stream,) = (await judge(tmp_path, group)).streams
     assert "were taken" not in (tmp_path / "server.log").read_text()
@@ -141,7 +141,9 @@ async def test_idle_and_unfinished_connections_are_watched_to_their_end(tmp_path
         ("/silent", "answered", True),
     ],
 )
-async def test_a_probe_says_what_a_new_connection_got(tmp_path: Path, path: str, outcome: str, *, silent: bool) -> None:
+async def test_a_probe_has_the_answer_to_a_new_connection(
+    tmp_path: Path, path: str, outcome: str, *, silent: bool
+) -> None:
     prober = Prober(request=Request(method="GET", path=path))
     async with (
         open_misbehaving(tmp_path, "--delay", "0.5") as server,
@@ -169,7 +171,7 @@ async def test_the_time_to_gone_and_the_exit_code_are_right(tmp_path: Path) -> N
         signalled = server.signal_main(signal.SIGTERM)
         gone = await server.wait_gone()
     assert gone.exit_code == 75
-    assert 0.4 <= gone.at - signalled < 0.55  # its own poll of 50 ms, and some room
+    assert 0.4 <= gone.at - signalled < 0.55  # the harness' poll of 50 ms, and a margin
     assert gone.strays == ()
 
 
@@ -270,7 +272,7 @@ async def test_output_through_a_pipe_can_be_filled_and_closed(tmp_path: Path) ->
 
 @pytest.mark.serial
 async def test_a_thousand_tokens_a_second_are_all_received_and_none_is_invented(tmp_path: Path) -> None:
-    """The load client against the model server: two parts of the harness that share no code but the poller."""
+    """The load client reads from the model server: two parts of the harness that share only the poller."""
     body = '{"model": "m", "stream": true, "messages": [{"role": "user", "content": "s$n rate=100 tokens=50"}]}'
     with trio.fail_after(30):
         async with open_upstream() as upstream:

@@ -1,4 +1,4 @@
-"""The shutdown scenario measures fakes with known behaviour rightly, and its report says what the rows say."""
+"""The shutdown scenario measures fakes with known behaviour rightly, and its report agrees with the rows."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from bench.wire import StreamEnd, StreamResult
 
 MISBEHAVING = str(Path(__file__).with_name("misbehaving.py"))
 ERROR_S = 0.2
-"""How much too long a measured time may be: the fake's own 50 ms poll, and a machine shared with other tests."""
+"""The largest error of a measured time: the fake's own 50 ms poll, and a machine shared with other tests."""
 
 
 async def run_fake(folder: Path, *arguments: str, cap_s: float = 5) -> ShutdownRow:
@@ -54,7 +54,7 @@ async def test_a_fake_that_does_not_leave_is_killed_at_the_cap_and_the_row_says_
     assert row.ends == {"truncated": 3}
 
 
-async def test_what_a_fake_says_is_counted(tmp_path: Path) -> None:
+async def test_the_log_lines_of_a_fake_are_counted(tmp_path: Path) -> None:
     said = "Traceback (most recent call last):\nasyncio.CancelledError\nasyncio.exceptions.CancelledError: x\nbye\n"
     row = await run_fake(tmp_path, "--say", said)
     assert (row.log_tracebacks, row.log_cancelled, row.log_lines) == (1, 2, 5)
@@ -75,7 +75,7 @@ def test_lines_of_single_requests_are_no_noise() -> None:
     assert (row.log_request_lines, row.log_lines, row.log_tracebacks) == (4, 3, 1)
 
 
-async def test_a_contender_that_does_not_start_is_a_row_and_no_crash(tmp_path: Path) -> None:
+async def test_a_contender_that_does_not_start_gets_a_row_without_a_crash(tmp_path: Path) -> None:
     row = await run_fake(tmp_path, "--no-such-option")
     assert row.failed is not None
     assert "no-such-option" in row.failed
@@ -103,7 +103,7 @@ def test_percentiles_are_figures_that_were_measured() -> None:
     assert summarize([None]) is None
 
 
-def test_the_report_says_what_the_rows_say(tmp_path: Path) -> None:
+def test_the_report_agrees_with_the_rows(tmp_path: Path) -> None:
     def row(contender: str, **changes: object) -> ShutdownRow:
         plain = ShutdownRow(
             contender=contender,

@@ -1,4 +1,4 @@
-"""The store scenario: what its two contenders are, and what it makes of two rows."""
+"""The store scenario: its two contenders, and the comparison of their rows."""
 
 from pathlib import Path
 
@@ -28,17 +28,17 @@ def test_turns_are_compared_by_their_ratio() -> None:
     assert (compared.of_memory, compared.added_ms, compared.beside) == (0.7, (), "0.70")
 
 
-def test_first_tokens_are_compared_by_what_is_added_to_p50_and_p99() -> None:
+def test_first_tokens_are_compared_by_the_difference_of_p50_and_p99() -> None:
     compared = _compared(row("sqlite", took_ms=(3.5, 9, 99)), row("memory", took_ms=(2, 10, 11)))
     assert (compared.added_ms, compared.beside) == ((1.5, -1), "+1.50 / -1.00 ms")
 
 
-def test_stops_are_compared_by_what_is_added_to_the_time_to_be_gone() -> None:
+def test_stops_are_compared_by_the_difference_of_the_time_to_be_gone() -> None:
     compared = _compared(row("sqlite", gone_ms=150.0), row("memory", gone_ms=100.0))
     assert (compared.added_ms, compared.beside) == ((50,), "+50.00 ms")
 
 
-def test_what_was_not_measured_is_not_compared() -> None:
+def test_a_missing_measurement_is_not_compared() -> None:
     assert _compared(row("sqlite", gone_ms=150.0), row("memory")).beside == "-"
     assert _compared(row("sqlite", per_s=5.0), row("memory", per_s=0.0)).beside == "-"
 

@@ -1,4 +1,4 @@
-"""The bench as a stranger runs it, made tiny: it cannot rot."""
+"""The bench runs as its README says, with tiny loads: so it stays usable."""
 
 import subprocess
 import sys

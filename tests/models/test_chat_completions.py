@@ -1,4 +1,4 @@
-"""Other servers' variants of OpenAI's format: the decoder reads what it can. Each test names servers that send it."""
+"""Variants of OpenAI's format that the decoder reads. Each test names servers that send the variant."""
 
 import json
 from collections.abc import Sequence
@@ -87,7 +87,7 @@ def content(said: object) -> dict[str, Any]:
         (b'{"type": "ping"}', []),
     ],
 )
-def test_a_chunk_in_another_shape_is_read_for_what_it_has(payload: object, events: list[ModelEvent]) -> None:
+def test_a_chunk_in_another_shape_is_read_as_far_as_possible(payload: object, events: list[ModelEvent]) -> None:
     assert read(payload, finish(), DONE) == [*events, STOP]
 
 
@@ -109,7 +109,7 @@ def test_halves_of_a_character_are_put_together(payloads: list[bytes], texts: li
 
 
 @given(st.text())
-def test_a_text_without_lone_surrogates_stays_what_it_is(text: str) -> None:
+def test_a_text_without_lone_surrogates_stays_the_same(text: str) -> None:
     whole = text.encode("utf-8", "replace").decode()
     assert join_surrogates(whole) == whole
 
@@ -138,7 +138,7 @@ json_values = st.recursive(
 
 
 @given(st.lists(json_values.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=40), max_size=4))
-def test_whatever_comes_is_a_reply_or_an_error_of_the_model(payloads: list[bytes]) -> None:
+def test_any_data_becomes_a_reply_or_an_error_of_the_model(payloads: list[bytes]) -> None:
     try:
         events = read(*payloads)
     except ModelError as error:
@@ -153,12 +153,12 @@ def test_whatever_comes_is_a_reply_or_an_error_of_the_model(payloads: list[bytes
     assert all(0 <= count <= 10**12 for count in counts)
 
 
-def test_the_usual_is_decoded_strictly() -> None:
+def test_a_usual_chunk_is_decoded_strictly() -> None:
     assert decode_chunk(json.dumps(delta("x")).encode()) == msgspec.json.decode(json.dumps(delta("x")), type=Chunk)
 
 
 @pytest.mark.parametrize("payload", [b"[" * 100_000, b'{"error":' * 100_000, b'{"a":[' * 400 + b"]}" * 400])
-def test_what_is_nested_deeply_is_no_crash(payload: bytes) -> None:
+def test_deeply_nested_data_causes_no_crash(payload: bytes) -> None:
     assert failure(event(payload)).code in ("upstream_protocol", "upstream_truncated")
     assert failure(payload).code == "upstream_protocol"
 
@@ -177,7 +177,7 @@ def test_what_is_nested_deeply_is_no_crash(payload: bytes) -> None:
         ({"prompt_tokens": float("nan"), "completion_tokens": float("inf")}, (0, 0, 0)),
     ],
 )
-def test_odd_counts_of_tokens_cost_no_reply(told: object, counted: tuple[int, int, int]) -> None:
+def test_odd_counts_of_tokens_fail_no_reply(told: object, counted: tuple[int, int, int]) -> None:
     expected = Usage(input_tokens=counted[0], output_tokens=counted[1], reasoning_tokens=counted[2])
     assert read(delta("x"), finish(), {"choices": [], "usage": told}, DONE) == [
         TextDelta("x"),
@@ -219,7 +219,7 @@ def test_other_finish_reasons(reason: str, told: str) -> None:
         [delta("a"), delta("b"), b"[DONE] "],
     ],
 )
-def test_a_text_is_read_to_its_end_whatever_says_that_it_ends(payloads: Sequence[object]) -> None:
+def test_a_text_is_read_to_its_end_for_each_sign_of_an_end(payloads: Sequence[object]) -> None:
     assert read(*payloads) == [TextDelta("a"), TextDelta("b"), STOP]
 
 
@@ -232,7 +232,7 @@ def test_a_stop_before_any_text_is_not_the_end_yet() -> None:
     assert decoder.feed(event(DONE)) == [STOP]
     called = new_decoder()
     called.feed(event(finish("tool_calls")))
-    assert called.is_whole, "there is no text to wait for"
+    assert called.is_whole, "the decoder waits for no text"
 
 
 @pytest.mark.parametrize("last", [[DONE], [], [usage(1, 2), DONE]])
@@ -250,7 +250,7 @@ def test_a_last_event_without_its_blank_line_counts_if_it_is_whole() -> None:
     assert failure(event(delta("a")), event(finish()).rstrip()[:-3]).code == "upstream_truncated"
 
 
-def test_what_follows_a_whole_reply_does_not_fail_it() -> None:
+def test_data_after_a_whole_reply_does_not_fail_it() -> None:
     assert read(delta("a"), finish(), b"garbage", usage(1, 2), DONE) == [
         TextDelta("a"),
         Finished(finish_reason="stop", usage=Usage(input_tokens=1, output_tokens=2)),
@@ -259,7 +259,7 @@ def test_what_follows_a_whole_reply_does_not_fail_it() -> None:
     assert failure(event(delta("a")), event({"error": "early"})).code == "upstream_error"
 
 
-def test_the_whole_text_at_the_end_is_not_said_twice() -> None:
+def test_a_repeated_text_at_the_end_is_not_part_of_the_reply() -> None:
     """MiniMax repeats the whole text in its last chunk."""
     whole = choice(message={"content": "ab"}, finish_reason="stop")
     assert read(delta("a"), delta("b"), whole, DONE) == [TextDelta("a"), TextDelta("b"), STOP]
@@ -283,7 +283,7 @@ def test_the_whole_text_at_the_end_is_not_said_twice() -> None:
         (event({"error": {"message": "unfinished"}}).rstrip(), "upstream_error", "unfinished"),
     ],
 )
-def test_an_error_in_another_shape_is_told(stream: bytes, code: str, words: str) -> None:
+def test_an_error_in_another_shape_is_reported(stream: bytes, code: str, words: str) -> None:
     for before in ([], [event(delta("so far"))]):
         error = failure(*before, stream)
         assert error.code == code
@@ -310,7 +310,7 @@ def test_a_whole_completion_is_a_reply(described: str | None) -> None:
 
 
 @pytest.mark.parametrize("described", [None, "application/json", "text/plain"])
-def test_an_event_stream_is_one_whatever_it_is_called(described: str | None) -> None:
+def test_an_event_stream_is_read_under_any_content_type(described: str | None) -> None:
     for start in (b": comment\n\n", b"\n\n", b"\xef\xbb\xbf", b"event: message\n", b""):
         stream = [start, event(delta("hi")), event(finish())]
         assert read_bytes(*stream, described=described) == [TextDelta("hi"), STOP]
@@ -329,7 +329,7 @@ def test_an_event_stream_is_one_whatever_it_is_called(described: str | None) -> 
         (b'{"message": {"content": "a"}}\n{"message": {"content": "b"}}\n', "text/html"),
     ],
 )
-def test_anything_else_is_told_by_what_it_says_it_is(body: bytes, words: str) -> None:
+def test_the_error_for_another_body_names_its_content_type(body: bytes, words: str) -> None:
     error = failure(body, described="text/html")
     assert (error.code, error.retryable) == ("upstream_protocol", False)
     assert words in error.upstream_words

@@ -20,7 +20,7 @@ INDEPENDENT = ("fakellm", "llmock")
 
 
 @pytest.fixture(
-    scope="module",  # an independent server, which outlives the test, is then older than the test's leak checks
+    scope="module",  # an independent server outlives the test, so it has to be older than the test's leak checks
     params=[
         *("scripted", "retrying", "openai_compatible"),
         *(pytest.param(name, marks=pytest.mark.processes) for name in INDEPENDENT),

@@ -97,7 +97,7 @@ NOT_OURS = [
 
 
 @pytest.mark.parametrize("between", NOT_OURS)
-def test_what_is_no_chunk_fails_no_reply(between: bytes) -> None:
+def test_data_that_is_no_chunk_fails_no_reply(between: bytes) -> None:
     read = Read(between, event(delta("a")), between, between, event(delta("b")), between, event(finish()), event(DONE))
     assert read.failure is None
     assert read.events == [TextDelta("a"), TextDelta("b"), STOP]
@@ -105,13 +105,13 @@ def test_what_is_no_chunk_fails_no_reply(between: bytes) -> None:
 
 
 @pytest.mark.parametrize("between", NOT_OURS)
-def test_what_is_no_chunk_is_no_progress(between: bytes) -> None:
+def test_data_that_is_no_chunk_is_no_progress(between: bytes) -> None:
     decoder = ReplyDecoder(redact=str)
     assert decoder.feed(between) == []
     assert decoder.feed(between * 20) == []
 
 
-def test_data_that_is_no_json_is_told_once_with_few_words_of_it() -> None:
+def test_data_that_is_no_json_is_logged_once_with_its_beginning() -> None:
     read = Read(event(delta("a")), *[event(b'{"id":"chatcmpl-1","choices":[{"delta":{"content":"private')] * 3)
     (told,) = read.told
     assert "no chunk" in told[0]
@@ -148,13 +148,13 @@ def test_a_body_without_any_chunk_fails_with_a_sentence_about_that(garbage: byte
         (event({"Response": {"Error": {"Code": "AuthFailure", "Message": "it burns"}}}), "it burns"),
     ],
 )
-def test_an_error_is_one_whatever_its_event_is_called(stream: bytes, words: str) -> None:
+def test_an_error_is_recognized_under_any_name_of_its_event(stream: bytes, words: str) -> None:
     for before in (b"", event(delta("so far"))):
         read = Read(before, stream)
         assert read.failure is not None
         assert words in str(read.failure)
     assert Read(event(delta("whole")), event(finish()), stream).failure is None, (
-        "what follows a whole reply fails it not"
+        "data after a whole reply does not fail it"
     )
 
 
@@ -165,7 +165,7 @@ def test_a_status_that_says_success_is_no_error() -> None:
 
 @pytest.mark.parametrize("name", ["", "message"])
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
-def test_events_that_one_line_end_parts_are_told_apart(name: str, end: bytes) -> None:
+def test_events_that_one_line_end_separates_are_read_as_several(name: str, end: bytes) -> None:
     payloads: list[object] = [delta("a"), delta("b"), b": keepalive", delta("c"), finish(), DONE]
     stream = b"".join(event(payload, name=name, end=b"\n").replace(b"\n", end) for payload in payloads)
     for tail in (b"", end):
@@ -173,7 +173,7 @@ def test_events_that_one_line_end_parts_are_told_apart(name: str, end: bytes) ->
         assert Read(*(bytes([byte]) for byte in stream + tail)).events == [*map(TextDelta, "abc"), STOP]
 
 
-def test_events_that_one_line_end_parts_have_names_of_their_own() -> None:
+def test_events_that_one_line_end_separates_have_names_of_their_own() -> None:
     ping = event({"message": "still here"}, name="ping", end=b"\n")
     texts = [event(delta(text), name="message", end=b"\n") for text in "abc"]
     stream = [texts[0], ping, ping, texts[1], ping, texts[2], event(finish(), name="message", end=b"\n")]
@@ -193,7 +193,7 @@ def test_joined_data_that_is_no_json_is_tried_line_by_line() -> None:
     assert Read(event(b"x\ndata: " * 500_000)).code == "upstream_protocol"
 
 
-def test_events_that_one_line_end_parts_come_one_by_one() -> None:
+def test_events_that_one_line_end_separates_come_one_by_one() -> None:
     """If all events came at the end, they would be late and could be too large."""
     decoder = ReplyDecoder(redact=str)
     assert decoder.feed(event(delta("a"), end=b"\n")) == []
@@ -204,7 +204,7 @@ def test_events_that_one_line_end_parts_come_one_by_one() -> None:
 
 
 @pytest.mark.parametrize("tail", [b"\n\n", b"\r\ndata: \r\n\r\n", b"\ndata: \ndata: \n\n"])
-def test_a_name_of_a_field_that_is_there_twice_is_read_over(tail: bytes) -> None:
+def test_a_repeated_name_of_a_field_is_ignored(tail: bytes) -> None:
     """sse-starlette sends such names if an application gives it lines that are framed already."""
     payloads = (delta("a"), delta("b"), finish(), DONE)
     assert Read(*(b"data: " + event(payload, end=tail) for payload in payloads)).events == [*map(TextDelta, "ab"), STOP]
@@ -232,7 +232,7 @@ def image(size: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("end", [b"\n\n", b"\n", b"\r\n\r\n"])
 @pytest.mark.parametrize("cut", [1000, 65536, 10**9])
-def test_an_image_between_texts_is_skipped_and_told(end: bytes, cut: int) -> None:
+def test_an_image_between_texts_is_skipped_and_logged(end: bytes, cut: int) -> None:
     payloads = (delta("a"), image(2_000_000), delta("b"), image(1_500_000), delta("c"), finish(), DONE)
     stream = b"".join(event(payload, end=end) for payload in payloads) + end
     read = Read(*(stream[at : at + cut] for at in range(0, len(stream), cut)))
@@ -242,7 +242,7 @@ def test_an_image_between_texts_is_skipped_and_told(end: bytes, cut: int) -> Non
     ]
 
 
-def test_an_image_is_progress_once_it_is_over_and_a_large_comment_is_none() -> None:
+def test_a_large_image_is_progress_at_its_end_and_a_large_comment_is_none() -> None:
     decoder = ReplyDecoder(redact=str)
     large = event(image(2_000_000))
     assert decoder.feed(large[:-2]) == []
@@ -271,7 +271,7 @@ def test_a_large_event_is_not_collected() -> None:
     assert str(decoder.failure) == f"The model server sent an event of more than {SKIPPED_BYTES_MAX} bytes."
 
 
-def test_where_what_was_skipped_may_be_the_reply_it_has_failed() -> None:
+def test_a_reply_fails_if_the_skipped_event_may_have_been_the_reply() -> None:
     whole = event(delta("x" * 2_000_000))
     for end in ([event(finish()), event(DONE)], [event(DONE)], []):
         read = Read(whole, *end)
@@ -334,7 +334,7 @@ def test_work_that_is_no_text_is_progress(chunk: bytes) -> None:
         event(usage(1, 1)),
     ],
 )
-def test_what_only_keeps_a_connection_open_is_no_progress(chunk: bytes) -> None:
+def test_data_that_only_keeps_a_connection_open_is_no_progress(chunk: bytes) -> None:
     decoder = ReplyDecoder(redact=str)
     assert decoder.feed(chunk * 5) == []
 
@@ -366,7 +366,7 @@ def read_pieces(*pieces: dict[str, Any]) -> Read:
         ([(0, "a", "stop"), *[(1, "x")] * 9, (1, "", "stop")], "a"),
         ([(1, "a"), *[(0, "x")] * 9, (0, "", "stop"), (1, "b"), (1, "", "stop")], "ab"),
         ([(0, "a"), (1, "x"), (0, "", "stop"), (1, "", "stop")], "a"),
-        # One choice, whose index is counted up: all of it is read.
+        # One choice, whose index is counted up: all its pieces are read.
         ([(number, letter) for number, letter in enumerate("abcdefghijklm")] + [(13, "", "stop")], "abcdefghijklm"),
         ([(number, letter) for number, letter in enumerate("abcdefghijklm", 1)] + [(14, "", "stop")], "abcdefghijklm"),
         ([(number, letter) for number, letter in enumerate("abcdefghijklm")] + [(0, "", "stop")], "abcdefghijklm"),
@@ -375,7 +375,7 @@ def read_pieces(*pieces: dict[str, Any]) -> Read:
         ([(0, "a"), (1, "b"), (0, "", "stop")], "ab"),
         ([(0, ""), (1, "a"), (1, "b"), (1, "c"), (1, "", "stop")], "abc"),
         ([(0, ""), (1, "a"), (2, "b")], "ab"),
-        # One choice in the right form, or nearly.
+        # One choice in the right form, or almost.
         ([(3, "a"), (3, "b"), (3, "", "stop")], "ab"),
         ([(None, "a"), (0, "b"), (None, "c"), (0, "", "stop")], "abc"),
         ([(0, "a"), (None, "b"), (0, "c"), (None, "", "stop")], "abc"),
@@ -407,7 +407,7 @@ def test_two_choices_in_a_chunk_are_one_and_two_pieces_of_one_are_two() -> None:
     assert Read(json.dumps(whole).encode()).text == "0"
 
 
-def test_what_is_held_back_is_progress_and_comes_after_a_few_pieces() -> None:
+def test_a_piece_that_is_held_back_is_progress_and_comes_after_a_few_pieces() -> None:
     decoder = ReplyDecoder(redact=str)
     assert decoder.feed(event(piece(1, "a"))) == [TextDelta("a")]
     for number in range(2, 9):
@@ -416,7 +416,7 @@ def test_what_is_held_back_is_progress_and_comes_after_a_few_pieces() -> None:
     assert decoder.feed(event(piece(10, "d"))) == [TextDelta("d")]
     other = ReplyDecoder(redact=str)
     other.feed(event(piece(0, "a")) + event(piece(1, "x")) + event(piece(0, "b")))
-    assert other.feed(event(piece(1, "y"))) == [], "another choice's work is none of this one"
+    assert other.feed(event(piece(1, "y"))) == [], "another choice's work is no progress of this one"
 
 
 @given(
@@ -548,7 +548,7 @@ class Body:
         [event(delta("a"))] * 1000 + [event(finish())],
     ],
 )
-async def test_other_tasks_have_turns_while_much_is_there_to_be_read(chunks: list[bytes]) -> None:
+async def test_other_tasks_run_while_much_data_is_read(chunks: list[bytes]) -> None:
     turns = 0
 
     async def count_turns() -> None:

@@ -69,7 +69,7 @@ def test_any_text_comes_out_of_any_cut(
 
 
 @pytest.mark.parametrize("wbits", [31, 15, -15])
-def test_what_was_flushed_is_there_at_once(wbits: int) -> None:
+def test_flushed_data_is_there_at_once(wbits: int) -> None:
     compressor = zlib.compressobj(wbits=wbits)
     inflater = Inflater("gzip" if wbits == 31 else "deflate")
     for text in (b"data: one\n\n", b"data: two\n\n"):
@@ -81,7 +81,7 @@ def test_what_was_flushed_is_there_at_once(wbits: int) -> None:
 
 
 @pytest.mark.parametrize("compress", [gzip.compress, zlib_like(15), zlib_like(-15)])
-def test_a_body_that_was_cut_off_gives_what_was_there(compress: Callable[[bytes], bytes]) -> None:
+def test_a_body_that_was_cut_off_gives_the_data_before_the_cut(compress: Callable[[bytes], bytes]) -> None:
     encoding = "gzip" if compress is gzip.compress else "deflate"
     whole = compress(TEXT)
     for length in range(0, len(whole), 97):
@@ -104,7 +104,7 @@ def test_a_damaged_body_is_an_error(encoding: str, body: bytes) -> None:
     assert inflate(body, encoding, bytes_max=1000)
 
 
-def test_a_bomb_is_an_error_before_it_is_memory() -> None:
+def test_a_bomb_is_an_error_before_it_takes_memory() -> None:
     compressor = zlib.compressobj(wbits=31)
     inflater = Inflater("gzip")
     taken = 0
@@ -132,7 +132,7 @@ def test_endless_empty_members_take_bounded_steps() -> None:
 
 
 @pytest.mark.parametrize("wbits", [31, 15, -15])
-def test_all_that_a_part_of_a_body_holds_is_there_before_more_of_it(wbits: int) -> None:
+def test_all_data_of_a_part_is_there_before_the_next_part_arrives(wbits: int) -> None:
     body = zlib_like(wbits)(bytes(300_000) + TEXT)
     for length in range(2, 400):
         whole = zlib.decompressobj(wbits).decompress(body[:length])

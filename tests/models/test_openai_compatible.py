@@ -45,7 +45,7 @@ def noting(requests: list[Request]) -> Behaviour:
     return note
 
 
-async def test_a_request_says_all_that_the_turn_asks_and_no_more() -> None:
+async def test_a_request_has_all_fields_of_the_turn_and_no_others() -> None:
     requests: list[Request] = []
     async with open_upstream(noting(requests)) as upstream:
         messages = (Message("system", "Be brief."), Message("user", "Grüße 👩‍👩‍👧"))
@@ -141,7 +141,7 @@ async def test_a_key_beside_userinfo_is_refused() -> None:
     assert "secret" not in str(caught.value)
 
 
-async def test_what_is_wrong_with_one_of_several_upstreams_is_said_of_that_one() -> None:
+async def test_an_error_in_one_of_several_upstreams_names_that_upstream() -> None:
     with pytest.raises(SettingsError, match=r"^upstreams\.second\.url: "):
         async with open_openai_compatible("nowhere", name="second"):
             pass
@@ -305,7 +305,7 @@ async def test_a_deepseek_reasoning_stream_is_reasoning_and_then_text() -> None:
     assert reply.finished.usage == Usage(input_tokens=5, output_tokens=9, reasoning_tokens=4)
 
 
-async def test_reasoning_under_its_other_name_is_read() -> None:
+async def test_reasoning_is_read_under_its_other_name() -> None:
     events = await replies_to(reasoning("Hm", "reasoning"), delta("Yes"), finish(), DONE)
     assert events == [ReasoningDelta("Hm"), TextDelta("Yes"), Finished(finish_reason="stop")]
 
@@ -343,12 +343,14 @@ async def test_finish_reasons_are_mapped(reason: str, mapped: str) -> None:
         ),
     ],
 )
-async def test_usage_is_read_wherever_it_is_told(payloads: list[object], expected: Usage | None) -> None:
+async def test_usage_is_read_in_each_place_where_servers_send_it(
+    payloads: list[object], expected: Usage | None
+) -> None:
     events = await replies_to(*payloads)
     assert events == [TextDelta("x"), Finished(finish_reason="stop", usage=expected)]
 
 
-async def test_overhead_is_not_progress_and_what_is_ready_comes_at_once() -> None:
+async def test_overhead_is_not_progress_and_ready_text_comes_at_once() -> None:
     """Each HTTP chunk with content is one batch; comments, roles and empty deltas are none."""
     role = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]}
     overhead = [role, delta(""), {"choices": []}, {"choices": [], "prompt_filter_results": [{}]}, {"choices": None}]
@@ -565,7 +567,7 @@ async def test_a_request_over_kept_connections_that_are_broken_is_sent_over_a_ne
         for payload in (delta("well"), finish(), DONE):
             await connection.send_event(payload)
         await connection.end_body()
-        await connection.receive_request()  # the server closes instead of an answer
+        await connection.receive_request()  # the server closes the connection instead of an answer
 
     async with open_upstream(answer_once) as upstream:
         async with trio.open_nursery() as nursery:

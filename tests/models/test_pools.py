@@ -46,7 +46,7 @@ async def run_streams(count: int, *, look: Callable[[OpenAICompatibleClient], No
             await server.wait_idle()
 
 
-async def test_streams_are_spread_over_pools_that_go_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_streams_are_spread_over_pools_that_close_with_their_last_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openai_compatible, "_POOL_REQUESTS_MAX", 8)
     seen: list[list[int]] = []
     await run_streams(20, look=lambda client: seen.append([pool.requests for pool in client._pools._pools]))

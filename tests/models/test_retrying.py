@@ -100,7 +100,7 @@ async def test_the_last_error_comes_out_when_all_retries_failed(autojump_clock: 
 
 
 @pytest.mark.parametrize("in_receive", [False, True])
-async def test_what_is_not_retryable_is_not_repeated(autojump_clock: MockClock, in_receive: bool) -> None:
+async def test_an_error_that_is_not_retryable_is_not_repeated(autojump_clock: MockClock, in_receive: bool) -> None:
     client = FailingClient(final(), in_receive=in_receive)
     with pytest.raises(ModelError, match="no key"):
         await ask(RetryingClient(client, retries_max=2))
@@ -184,7 +184,7 @@ async def test_a_wait_beyond_the_deadline_is_not_begun(autojump_clock: MockClock
     assert trio.current_time() == start
 
 
-async def test_it_answers_for_its_client(autojump_clock: MockClock) -> None:
+async def test_it_has_the_name_of_its_client_and_closes_it(autojump_clock: MockClock) -> None:
     client = FailingClient()
     retrying = RetryingClient(client, retries_max=2)
     assert retrying.name == "failing"

@@ -126,12 +126,12 @@ async def test_its_close_can_hang(autojump_clock: MockClock) -> None:
     assert client.streams_open == 0
 
 
-async def test_without_parameters_it_quotes_the_input_and_names_the_way_to_a_model(autojump_clock: MockClock) -> None:
+async def test_without_parameters_it_quotes_the_input_and_says_how_to_get_a_model(autojump_clock: MockClock) -> None:
     async with open_scripted("scripted:") as client:
         reply = await ask(client, asking("  What is\n\n a “last call”? "))
     assert reply.text.startswith("You said: “What is a “last call”?” ")
     assert "LASTCALL_MODEL_URL" in reply.text
-    assert len(reply.batches) > 20, "it is streamed"
+    assert len(reply.batches) > 20, "the reply is streamed"
 
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=300))

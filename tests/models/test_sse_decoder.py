@@ -76,20 +76,20 @@ def test_any_split_of_any_stream_decodes_the_same(stream: bytes, data: st.DataOb
 
 
 @given(payloads=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), max_size=8), end=line_ends)
-def test_what_is_encoded_by_the_standard_comes_out_again(payloads: list[str], end: bytes) -> None:
+def test_events_that_are_encoded_by_the_standard_are_decoded_unchanged(payloads: list[str], end: bytes) -> None:
     lines = [payload.replace("\r\n", "\n").replace("\r", "\n").encode().split(b"\n") for payload in payloads]
     stream = b"".join(b"".join(b"data: " + line + end for line in event) + b": comment" + end + end for event in lines)
     assert decode(stream) == [b"\n".join(event) for event in lines]
 
 
 @pytest.mark.parametrize("line", [b"x", b"xxxxxxx", b"x" * 64, b"x" * 100_000])
-def test_a_line_without_end_is_an_error_and_not_memory(line: bytes) -> None:
+def test_a_line_without_end_is_an_error_and_takes_no_memory(line: bytes) -> None:
     with pytest.raises(EventTooLargeError):
         decode(b"data: ", *[line] * 10_000)
 
 
 @pytest.mark.parametrize("line", [b"data: x\n", b"data\n", b"data: x\ndata\n" * 100])
-def test_an_event_of_endless_lines_is_an_error_and_not_memory(line: bytes) -> None:
+def test_an_event_of_endless_lines_is_an_error_and_takes_no_memory(line: bytes) -> None:
     with pytest.raises(EventTooLargeError):
         decode(*[line] * 10_000)
 

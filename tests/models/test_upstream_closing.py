@@ -32,7 +32,7 @@ HUGE = 16 * 1024 * 1024
 
 
 class Hang:
-    """A server that reaches one phase of a reply and then does nothing."""
+    """A server that stops at one phase of a reply and then does nothing."""
 
     def __init__(self, *steps: Callable[[Connection], Awaitable[object]]) -> None:
         self._steps = steps
@@ -118,7 +118,7 @@ async def cancel_once(
 
 
 async def test_cancelling_closes_while_the_request_is_still_being_sent() -> None:
-    """The peer reads nothing: its window is full and most of the prompt is on this side."""
+    """The peer reads nothing: its window is full, and most of the prompt is still on this side."""
     with trio.fail_after(WAIT_S):
         hang = Hang()
         async with open_raw_server(hang) as server, open_openai_compatible(server.url) as client:
@@ -314,7 +314,7 @@ async def test_httpcore_still_forgets_a_connection_whose_handshake_is_cancelled(
 # The client as a whole
 
 
-async def test_closing_the_client_closes_what_it_kept() -> None:
+async def test_closing_the_client_closes_its_kept_connections() -> None:
     with trio.fail_after(WAIT_S):
         async with open_raw_server(replying(finish(), DONE)) as server:
             async with open_openai_compatible(server.url) as client:
@@ -324,7 +324,7 @@ async def test_closing_the_client_closes_what_it_kept() -> None:
             await server.wait_idle()
 
 
-async def test_closing_the_client_in_a_cancelled_scope_closes_what_it_kept() -> None:
+async def test_closing_the_client_in_a_cancelled_scope_closes_its_kept_connections() -> None:
     with trio.fail_after(WAIT_S):
         async with open_raw_server(replying(finish(), DONE)) as server:
             with trio.CancelScope() as scope:

@@ -137,7 +137,7 @@ def test_servers_words_are_understood(status: int, body: object, code: str, retr
     assert (error.code, error.retryable) == (code, retryable)
     assert str(status) in str(error)
     assert reply.message in str(error)
-    assert not reply.message or reply.message not in error.message, "the upstream's words stand apart"
+    assert not reply.message or reply.message not in error.message, "the upstream's words are kept apart"
     assert "<" not in str(error), "no markup"
 
 
@@ -179,7 +179,7 @@ def test_servers_words_are_understood(status: int, body: object, code: str, retr
         (b"", ""),
     ],
 )
-def test_what_is_for_a_reader_is_found_in_many_shapes(body: object, message: str) -> None:
+def test_the_message_for_a_reader_is_found_in_many_shapes(body: object, message: str) -> None:
     assert ErrorReply.from_body(body if isinstance(body, bytes) else msgspec.json.encode(body)).message == message
 
 
@@ -225,7 +225,9 @@ def test_an_error_in_mid_stream_is_understood(member: object, code: str, retryab
         ("", None, None),
     ],
 )  # fmt: skip
-def test_a_refusal_tells_how_much_would_fit(message: str, tokens: int | None, tokens_max: int | None) -> None:
+def test_the_tokens_that_would_fit_are_read_from_a_refusal(
+    message: str, tokens: int | None, tokens_max: int | None
+) -> None:
     assert token_counts(message) == (tokens, tokens_max)
     reply = ErrorReply.from_body(msgspec.json.encode(said(f"context length: {message}")))
     error = error_from_status(400, reply, redact=str)
@@ -252,7 +254,7 @@ json_values = st.recursive(
 )
 
 
-def test_a_message_of_a_megabyte_is_looked_at_in_part() -> None:
+def test_only_a_part_of_a_message_of_a_megabyte_is_read() -> None:
     for body in (
         {"error": "model " * 200_000},
         {"error": {"message": "model " * 200_000}},
@@ -328,7 +330,7 @@ def test_retry_after_is_seconds_or_a_date_or_nothing(value: str | None, seconds:
         ({"x-should-retry": "perhaps"}, RetryHints()),
     ],
 )
-def test_what_a_response_says_about_asking_again(headers: dict[str, str], hints: RetryHints) -> None:
+def test_the_hints_of_a_response_about_another_attempt_are_read(headers: dict[str, str], hints: RetryHints) -> None:
     assert RetryHints.from_headers(httpx.Headers(headers), now=NOW) == hints
 
 
@@ -344,7 +346,7 @@ def test_what_a_response_says_about_asking_again(headers: dict[str, str], hints:
         (413, RetryHints(after_s=2.0, is_useful=True), False, None),
     ],
 )
-def test_what_a_response_says_about_asking_again_counts_more_than_its_status(
+def test_the_hints_of_a_response_count_more_than_its_status(
     status: int, hints: RetryHints, retryable: bool, after_s: float | None
 ) -> None:
     error = error_from_status(status, ErrorReply(), redact=str, hints=hints)

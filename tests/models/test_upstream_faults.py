@@ -64,7 +64,7 @@ async def test_a_process_that_may_open_nothing_more_does_not_blame_the_upstream(
             error = await failure_of(client)
         assert (error.code, error.retryable) == ("resources_exhausted", True)
         assert "no file descriptor left" in str(error)
-        assert (await failure_of(client)).code in ("upstream_unreachable", "upstream_dns"), "it has passed"
+        assert (await failure_of(client)).code in ("upstream_unreachable", "upstream_dns"), "descriptors are free again"
 
 
 # TLS
@@ -251,7 +251,7 @@ async def test_a_response_that_is_no_event_stream_is_a_protocol_error(
     ],
 )
 @pytest.mark.parametrize("status", [200, 201])
-async def test_an_event_stream_is_read_whatever_its_head_says(status: int, headers: dict[str, str]) -> None:
+async def test_an_event_stream_is_read_under_any_head(status: int, headers: dict[str, str]) -> None:
     async def reply(connection: Connection) -> None:
         await connection.receive_request()
         await connection.send_head(status, headers)
@@ -268,7 +268,7 @@ async def test_a_whole_completion_in_place_of_a_stream_is_the_reply() -> None:
     async with open_upstream(refusing(200, body)) as upstream:
         assert (await ask(upstream.client)).text == "hi"
         assert (await ask(upstream.client)).text == "hi"
-        assert upstream.server.connections_made == 1, "it is whole, and its connection kept"
+        assert upstream.server.connections_made == 1, "the reply is whole, and its connection is kept"
 
 
 @pytest.mark.parametrize(("encoding", "encode"), [("gzip", gzip.compress), ("deflate", zlib.compress)])
@@ -311,7 +311,7 @@ async def test_a_compressed_stream_is_read_as_it_comes(encoding: str, wbits: int
             taken.set()
             assert (await take(stream)).text == "far"
         assert (await ask(upstream.client)).text == "so far"
-        assert upstream.server.connections_made == 1, "read to its end, and its connection kept"
+        assert upstream.server.connections_made == 1, "the body is read to its end, and its connection is kept"
 
 
 async def test_a_compressed_completion_and_one_that_is_only_called_so_are_replies() -> None:
@@ -331,7 +331,7 @@ async def test_a_compressed_completion_and_one_that_is_only_called_so_are_replie
         (lambda: b"", "upstream_truncated", "before it was whole"),
     ],
 )
-async def test_a_compressed_body_that_is_no_reply_is_told(
+async def test_a_compressed_body_that_is_no_reply_is_an_error(
     make_body: Callable[[], bytes], code: str, words: str
 ) -> None:
     headers = {"content-encoding": "gzip", "content-type": "text/event-stream"}
@@ -342,7 +342,7 @@ async def test_a_compressed_body_that_is_no_reply_is_told(
 
 
 @pytest.mark.parametrize("body", ["base_resp", "Response"])
-async def test_other_clouds_reasons_with_status_200_are_told(body: str) -> None:
+async def test_other_clouds_reasons_with_status_200_are_reported(body: str) -> None:
     said = {
         "base_resp": {"base_resp": {"status_code": 1004, "status_msg": "login fail"}, "choices": None},
         "Response": {"Response": {"Error": {"Code": "AuthFailure", "Message": "login fail"}}},
@@ -360,7 +360,7 @@ async def test_headers_about_asking_again_are_read() -> None:
     assert (error.retryable, error.retry_after_s) == (True, 0.25)
 
 
-async def test_what_is_skipped_is_in_the_log_once() -> None:
+async def test_skipped_data_is_in_the_log_once() -> None:
     async def reply(connection: Connection) -> None:
         await connection.receive_request()
         await connection.send_head()
@@ -523,9 +523,7 @@ BREAKS: Sequence[tuple[Behaviour, str]] = [
 
 
 @pytest.mark.parametrize(("breaking", "code"), BREAKS)
-async def test_what_came_before_a_break_is_kept(
-    breaking: Behaviour, code: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_text_before_a_break_is_kept(breaking: Behaviour, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_completions, "SKIPPED_BYTES_MAX", 4_000_000)
 
     async def reply(connection: Connection) -> None:
@@ -544,7 +542,7 @@ async def test_what_came_before_a_break_is_kept(
     assert came.text == "so far"
 
 
-async def test_what_came_before_an_error_in_the_same_chunk_is_kept() -> None:
+async def test_the_text_before_an_error_in_the_same_chunk_is_kept() -> None:
     async def reply(connection: Connection) -> None:
         await connection.receive_request()
         await connection.send_head()
@@ -563,7 +561,7 @@ async def test_what_came_before_an_error_in_the_same_chunk_is_kept() -> None:
 
 
 @pytest.mark.parametrize("status", [200, 400, 401, 404, 429, 500])
-async def test_no_secret_is_shown_whatever_the_upstream_says(status: int) -> None:
+async def test_no_secret_is_shown_even_if_the_upstream_repeats_it(status: int) -> None:
     """The upstream echoes the key, in full and at the place where the message is cut."""
     message = f"\x1b[31mkey {API_KEY}\r\nis secret-in-query {'x' * 240} {API_KEY} " + "long " * 5000
     async with open_upstream(
@@ -599,7 +597,7 @@ async def test_the_password_in_the_url_is_not_shown() -> None:
         ({"type": "stream_fault", "kind": "truncate", "after_chunks": 3}, "upstream_truncated"),
     ],
 )
-async def test_llmocks_faults_are_told_apart(llmock_url: str, behavior: dict[str, object], code: str) -> None:
+async def test_llmocks_faults_have_different_codes(llmock_url: str, behavior: dict[str, object], code: str) -> None:
     script_llmock(llmock_url, behavior)
     came = Reply()
     async with open_openai_compatible(llmock_url) as client:
@@ -618,7 +616,7 @@ async def test_llmocks_malformed_event_fails_no_reply(llmock_url: str) -> None:
 
 
 @pytest.mark.parametrize(("named", "shown"), [("req-1/a", "req-1/a"), ("a b", None), ("x" * 129, None), ('"', None)])
-async def test_the_log_names_an_upstreams_own_request_id_where_it_is_one(named: str, shown: str | None) -> None:
+async def test_the_log_names_an_upstreams_own_request_id_if_it_is_valid(named: str, shown: str | None) -> None:
     async with open_upstream(refusing(401, b"", {"x-request-id": named})) as upstream:
         with log_context(turn_id="t"):
             await failure_of(upstream.client)

@@ -22,7 +22,7 @@ def test_several_upstreams_serve_their_own_models() -> None:
     assert list(upstreams.models) == ["a", "b", "c"]
 
 
-def test_a_model_that_nobody_serves_is_refused_by_name() -> None:
+def test_a_model_that_no_upstream_serves_is_refused_by_name() -> None:
     with pytest.raises(InvalidRequestError, match=r"'d'.* a, b") as caught:
         Upstreams(by_model={"a": ONE, "b": TWO}).client_for("d")
     assert caught.value.field == "model"

@@ -1,4 +1,4 @@
-"""The variables that a kubelet gives each pod of a namespace, and what a manifest says of them.
+"""The variables that a kubelet gives each pod of a namespace, and those of our manifest.
 
 Source: Kubernetes, ``pkg/kubelet/envvars/envvars.go``.
 """
@@ -20,7 +20,7 @@ class Port:
 
 
 def service_links(service: str, *ports: Port, cluster_ip: str = "10.96.12.7") -> dict[str, str]:
-    """What ``enableServiceLinks`` gives for one Service."""
+    """The variables that ``enableServiceLinks`` makes for one Service."""
     prefix = variable_name(service)
     host = f"[{cluster_ip}]" if ":" in cluster_ip else cluster_ip
     environ = {f"{prefix}_SERVICE_HOST": cluster_ip, f"{prefix}_SERVICE_PORT": str(ports[0].number)}
@@ -60,6 +60,6 @@ def pod_of_the_manifest() -> dict[str, Any]:
 
 
 def variables_of_the_pod() -> dict[str, str]:
-    """What the pod's one container has in its ``env``; ``secret`` for what comes out of a Secret."""
+    """The ``env`` of the pod's one container; ``secret`` stands for a value from a Secret."""
     [container] = pod_of_the_manifest()["containers"]
     return {it["name"]: it.get("value", "secret") for it in container["env"]}

@@ -1,4 +1,4 @@
-"""The table of settings in the README is the code's. ``python -m tests.settings.test_readme_table`` writes it anew."""
+"""The README has the table of settings of the code. ``python -m tests.settings.test_readme_table`` writes it anew."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Variables that Kubernetes and Docker make of the name of a service are no settings, and no faults."""
+"""Variables that Kubernetes and Docker make of the name of a service are neither settings nor faults."""
 
 import pytest
 
@@ -26,7 +26,7 @@ def problems(environ: dict[str, str]) -> list[str]:
         {name: value for at in range(500) for name, value in service_links(f"lastcall-{at}", Port(at + 1)).items()},
     ],
 )
-def test_service_links_are_passed_over_in_whatever_number(environ: dict[str, str]) -> None:
+def test_any_number_of_service_links_is_ignored(environ: dict[str, str]) -> None:
     assert read_sources(environ).settings() == Settings()
     assert ignored_variables(environ) == sorted(environ)
 
@@ -36,7 +36,7 @@ def test_settings_beside_service_links_are_read() -> None:
 
 
 def docker_link(alias: str, **environ: str) -> dict[str, str]:
-    """As ``docker run --link other:alias`` makes them of a container with these variables and port 8000."""
+    """The variables of ``docker run --link other:alias`` for a container with these variables and port 8000."""
     prefix, url = alias.upper().replace("-", "_"), "tcp://172.17.0.5:8000"
     port = {"": url, "_8000_TCP": url, "_8000_TCP_PROTO": "tcp", "_8000_TCP_PORT": "8000"}
     port |= {"_8000_TCP_ADDR": "172.17.0.5", "_8000_TCP_START": url, "_8000_TCP_PORT_START": "8000"}
@@ -46,7 +46,7 @@ def docker_link(alias: str, **environ: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("alias", ["lastcall", "lastcall-b"])
-def test_docker_links_are_passed_over(alias: str) -> None:
+def test_docker_links_are_ignored(alias: str) -> None:
     environ = docker_link(alias, PATH="/bin", LASTCALL_BIND="0.0.0.0:8000", STREAMS_MAX="x")
     assert read_sources(environ).settings() == Settings()
     assert ignored_variables(environ) == sorted(environ)
@@ -72,7 +72,7 @@ def test_docker_links_are_passed_over(alias: str) -> None:
         ("LASTCALL_service_host", "10.0.0.1"),
     ],
 )
-def test_what_no_link_makes_is_refused_as_any_other_name(name: str, value: str) -> None:
+def test_a_name_that_no_link_makes_is_refused_as_any_other_name(name: str, value: str) -> None:
     [said] = problems(KUBERNETES | {name: value})
     assert said.startswith(f"{name}: is not a setting")
 
@@ -85,6 +85,6 @@ def test_a_link_proves_nothing_about_other_names() -> None:
     ]
 
 
-def test_setting_of_ours_is_never_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_name_of_a_setting_is_never_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(Settings.model_fields, "service_host", Settings.model_fields["bind"])
     assert "LASTCALL_SERVICE_HOST" not in ignored_variables(KUBERNETES)

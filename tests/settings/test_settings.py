@@ -1,4 +1,4 @@
-"""The settings: where they come from, what is refused, and how it is said."""
+"""The settings: their sources, the values that are refused, and the errors for them."""
 
 import os
 import re
@@ -132,7 +132,7 @@ def test_proxy_is_refused(proxy: str, said: str) -> None:
     assert refusal.startswith(f"LASTCALL_TRUSTED_PROXIES[0]: {proxy!r} {said}")
 
 
-def test_trusted_proxies_do_not_stand_in_for_keys() -> None:
+def test_trusted_proxies_do_not_replace_keys() -> None:
     assert problems({"LASTCALL_TRUSTED_PROXIES": "127.0.0.1"}) == [
         "api_keys should be set with trusted_proxies: without keys no proxy's request is served"
     ]
@@ -197,7 +197,7 @@ def test_file_that_is_nested_too_deeply_is_refused() -> None:
     assert problems(file="x = " + 5000 * "[") == ["lastcall.toml cannot be read: it is nested too deeply"]
 
 
-def test_every_problem_is_told_at_once_with_name_value_and_what_is_allowed() -> None:
+def test_every_problem_is_reported_at_once_with_name_value_and_what_is_allowed() -> None:
     said = problems(
         {"LASTCALL_STORE_TIMEOUT_S": "0", "LASTCALL_SHUTDOWN_TIMEOUT_S": "5s", "LASTCALL_DRIAN_TIMEOUT_S": "1"},
         file='live_turns_max = 1.5\nlog_level = "loud"\nbnd = "x"\ndrain_timeout_s = true',
@@ -227,7 +227,7 @@ def test_unknown_name_is_refused_without_its_value() -> None:
 @pytest.mark.parametrize(
     "name", ["bind", "store_url", "model_url", "model", "tls_certfile", "cors_origins", "api_keys"]
 )
-def test_what_is_not_utf_8_is_refused_and_told_in_what_is(name: str) -> None:
+def test_a_value_that_is_not_utf_8_is_refused_and_shown_escaped(name: str) -> None:
     [said] = problems({f"LASTCALL_{name.upper()}": "sqlite:/\udcff:80"})
     assert said.endswith("should be UTF-8 without a NUL")
     assert said.startswith(f"LASTCALL_{name.upper()}: ")
@@ -246,7 +246,7 @@ def test_nul_in_a_text_is_refused() -> None:
 
 
 @pytest.mark.parametrize("number", ["9" * 5000, "x" * 5000, "0x" + "f" * 5000])
-def test_value_that_is_too_long_is_not_told_in_full(number: str) -> None:
+def test_value_that_is_too_long_is_shown_shortened(number: str) -> None:
     for said in (*problems({"LASTCALL_STREAMS_MAX": number}), *problems(file=f"streams_max = {number.strip('x')}")):
         assert len(said) < 300
 
@@ -367,7 +367,7 @@ def test_log_that_could_hold_no_events_is_refused() -> None:
     assert read({"LASTCALL_LOG_BYTES_MAX": "65536"}).log_bytes_max == 65536
 
 
-def test_string_in_place_of_a_list_is_told_how_to_be_one() -> None:
+def test_error_for_a_string_in_place_of_a_list_shows_a_list() -> None:
     such = "should be a list of strings, such as"
     file = 'api_keys = "sesame"\ncors_origins = "*"\n[[upstreams]]\nname = "a"\nurl = "scripted:"\nmodels = "m"'
     assert problems(file=file) == [
@@ -402,7 +402,7 @@ models = ["huge"]
 """
 
 
-def test_one_upstream_is_said_by_three_settings() -> None:
+def test_one_upstream_is_given_by_three_settings() -> None:
     settings = read({"LASTCALL_MODEL_URL": "http://host/v1", "LASTCALL_MODEL": "m", "LASTCALL_MODEL_API_KEY": "k"})
     (upstream,) = settings.all_upstreams
     assert (upstream.url, upstream.models, settings.default_model) == ("http://host/v1", ("m",), "m")
@@ -416,7 +416,7 @@ def test_first_model_of_several_upstreams_is_the_default() -> None:
     assert (settings.default_model, settings.default_upstream.name) == ("huge", "far")
 
 
-def test_upstreams_that_do_not_fit_together_are_refused() -> None:
+def test_upstreams_that_contradict_each_other_are_refused() -> None:
     assert problems({"LASTCALL_MODEL": "other"}, file=TWO_UPSTREAMS) == [
         "model 'other' should be one that an upstream serves"
     ]
@@ -526,7 +526,7 @@ def test_key_of_callers_that_could_be_guessed_is_refused_in_each_source(length: 
 
 
 def test_key_of_a_model_server_may_be_short() -> None:
-    """It is the model server's: many a local one takes any, and none at all is not sent."""
+    """The model server decides about its key: many local servers take any text as a key."""
     assert read({"LASTCALL_MODEL_API_KEY": "EMPTY"}).model_api_key is not None
 
 
@@ -554,7 +554,7 @@ def test_key_of_a_model_server_is_read_from_a_file() -> None:
         assert key.get_secret_value() == "sk-1,2"
 
 
-def test_file_of_a_secret_is_under_the_source_that_is_over_its_own() -> None:
+def test_file_of_a_secret_has_the_rank_of_its_source() -> None:
     Path("keys").write_text(TWO)
     assert shown_keys(read({"LASTCALL_API_KEYS": ONE}, file='api_keys_file = "keys"')) == [ONE]
     assert shown_keys(read({"LASTCALL_API_KEYS": ONE}, file='api_keys_file = "missing"')) == [ONE]
@@ -574,8 +574,8 @@ def test_secret_and_its_file_in_one_source_are_refused() -> None:
     ]
 
 
-def test_file_of_a_secret_that_cannot_be_used_is_told_beside_all_else_that_is_wrong() -> None:
-    """And never leaves a server without keys: it would serve, on loopback, everybody that a proxy lets in."""
+def test_unusable_file_of_a_secret_is_reported_together_with_all_other_problems() -> None:
+    """Such a file never leaves a server without keys, which would serve every caller of a proxy on loopback."""
     os.mkfifo("fifo")
     Path("empty").write_text(" \n,\n")
     Path("utf-16").write_bytes(ONE.encode("utf-16"))
@@ -592,7 +592,7 @@ def test_file_of_a_secret_that_cannot_be_used_is_told_beside_all_else_that_is_wr
             f"LASTCALL_API_KEYS_FILE: {what}",
             "LASTCALL_STREAMS_MAX: '0' should be a whole number of at least 1, at most 10000000",
         ]
-        # The keys are not told to be missing: they are in a file that has to be mended.
+        # No line says that the keys are missing: they are in a file that has to be corrected.
         assert problems({"LASTCALL_API_KEYS_FILE": path, "LASTCALL_BIND": "unix:a"}) == [
             f"LASTCALL_API_KEYS_FILE: {what}"
         ]
@@ -608,7 +608,7 @@ def test_level_of_the_log_may_be_called_warn() -> None:
 
 @pytest.mark.parametrize("keys", ["", ONE])
 @pytest.mark.parametrize("bind", ["127.0.0.1:0", "0.0.0.0:8000", "[::]:8000", "host.example:1"])
-def test_stand_in_that_would_answer_others_has_to_be_named(keys: str, bind: str) -> None:
+def test_stand_in_that_would_answer_other_machines_has_to_be_named(keys: str, bind: str) -> None:
     settings = read({"LASTCALL_API_KEYS": keys}, bind=bind)
     if not keys and bind.startswith("127"):
         check_stand_in(settings, binds=[bind])
