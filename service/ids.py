@@ -1,7 +1,8 @@
-"""Ids of sessions, turns, messages and requests: a prefix and 128 random bits."""
+"""Ids of sessions, turns, items, calls and requests: a prefix and 128 random bits."""
 
 import re
 import secrets
+from typing import Literal
 
 SESSION_ID = r"(?!\.{1,2}$)[A-Za-z0-9_.-]{1,128}"
 """The form of a session's id: a pattern for a whole text, for Python and JavaScript. A client may choose the id."""
@@ -9,7 +10,8 @@ TURN_ID = r"turn_[0-9a-f]{32}"
 """The form of a turn's id."""
 REQUEST_ID = r"[A-Za-z0-9._~+/=:@-]{1,128}"
 """The form of a request's id: what gateways and tracers send, and nothing that needs quotes in a header or a log."""
-_MESSAGE_ID = re.compile(r"msg_[0-9a-f]{32}")
+_ITEM_PREFIXES = {"message": "msg", "reasoning": "msg", "function_call": "fc", "function_call_output": "fco"}
+_ITEM_ID = re.compile(rf"({'|'.join(_ITEM_PREFIXES.values())})_[0-9a-f]{{32}}")
 
 
 def new_session_id() -> str:
@@ -20,8 +22,17 @@ def new_turn_id() -> str:
     return f"turn_{secrets.token_hex(16)}"
 
 
+def new_item_id(kind: Literal["message", "reasoning", "function_call", "function_call_output"]) -> str:
+    """An id of a new item of this type."""
+    return f"{_ITEM_PREFIXES[kind]}_{secrets.token_hex(16)}"
+
+
 def new_message_id() -> str:
-    return f"msg_{secrets.token_hex(16)}"
+    return new_item_id("message")
+
+
+def new_call_id() -> str:
+    return f"call_{secrets.token_hex(16)}"
 
 
 def new_request_id() -> str:
@@ -37,8 +48,8 @@ def is_turn_id(text: str) -> bool:
     return re.fullmatch(TURN_ID, text) is not None
 
 
-def is_message_id(text: str) -> bool:
-    return _MESSAGE_ID.fullmatch(text) is not None
+def is_item_id(text: str) -> bool:
+    return _ITEM_ID.fullmatch(text) is not None
 
 
 def is_request_id(text: str) -> bool:

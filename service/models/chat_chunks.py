@@ -6,7 +6,7 @@ Source: https://platform.openai.com/docs/api-reference/chat-streaming
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -24,11 +24,44 @@ _WORK = re.compile(r"reason|think|thought|encrypt|signature|opaque|argument|audi
 """The names of those members of a delta whose text shows that the model works."""
 
 
+class FunctionDelta(msgspec.Struct, gc=False):
+    name: str | None = None
+    arguments: str | dict[str, msgspec.Raw] | None = None  # an object is sent by Ollama's own API and its proxies
+
+
+class CallDelta(msgspec.Struct, gc=False):
+    """A piece of a call. Servers leave out and repeat each of these fields; :mod:`service.models.reply_calls` tells."""
+
+    index: Any = None
+    id: str | None = None
+    function: FunctionDelta | None = None
+    extra_content: msgspec.Raw | None = None  # sent by Gemini, which refuses the call in a prompt without it
+
+
+class ReasoningDetail(msgspec.Struct, gc=False):
+    """A part of the reasoning; ``data`` is encrypted. Only such a part matters: the others are in ``reasoning`` too."""
+
+    data: str | None = None
+    type: str | None = None
+    id: str | None = None
+    format: str | None = None
+    index: int | None = None
+
+
 class Delta(msgspec.Struct, gc=False):
     content: str | None = None
     reasoning_content: str | None = None  # sent by DeepSeek, older vLLM, llama.cpp, LiteLLM
     reasoning: str | None = None  # sent by OpenRouter, newer vLLM, Ollama
     refusal: str | None = None  # OpenAI sends it in place of content
+    tool_calls: list[CallDelta] | None = None
+    function_call: FunctionDelta | None = None  # the form before tool_calls
+    reasoning_details: list[ReasoningDetail] | None = None  # sent by OpenRouter
+
+    @property
+    def calls(self) -> Sequence[CallDelta]:
+        if self.tool_calls or self.function_call is None:
+            return self.tool_calls or ()
+        return (CallDelta(function=self.function_call),)
 
 
 class Choice(msgspec.Struct, gc=False):
@@ -43,7 +76,10 @@ class Choice(msgspec.Struct, gc=False):
     def says_something(self) -> bool:
         """Whether the delta has a piece of the reply or of the reasoning."""
         said = self.delta or self.message
-        return bool(self.text or (said and (said.content or said.reasoning_content or said.reasoning or said.refusal)))
+        if self.text or said is None:
+            return bool(self.text)
+        texts = said.content or said.reasoning_content or said.reasoning or said.refusal
+        return bool(texts or said.tool_calls or said.function_call)
 
 
 class OutputDetails(msgspec.Struct):
@@ -219,7 +255,58 @@ def _delta(said: object) -> Delta | None:
         reasoning_content=_thoughts(said.get("content")) or _text(said.get("reasoning_content")),
         reasoning=_text(said.get("reasoning")),
         refusal=_text(said.get("refusal")),
+        tool_calls=_calls(said.get("tool_calls")),
+        function_call=_function(said.get("function_call")),
+        reasoning_details=_details(said.get("reasoning_details")),
     )
+
+
+def _calls(said: object) -> list[CallDelta]:
+    calls = [said] if isinstance(said, dict) else said if isinstance(said, list) else []
+    return [
+        CallDelta(
+            index=call.get("index"),
+            id=_name(call.get("id")),
+            function=_function(call.get("function")),
+            extra_content=_raw(call.get("extra_content")),
+        )
+        for call in calls
+        if isinstance(call, dict)
+    ]
+
+
+def _function(said: object) -> FunctionDelta | None:
+    if not isinstance(said, dict):
+        return None
+    arguments = said.get("arguments")
+    if arguments is not None and not isinstance(arguments, str):
+        arguments = json.dumps(arguments)
+    return FunctionDelta(name=_name(said.get("name")), arguments=arguments)
+
+
+def _details(said: object) -> list[ReasoningDetail]:
+    details = [detail for detail in said if isinstance(detail, dict)] if isinstance(said, list) else []
+    return [
+        ReasoningDetail(
+            data=_name(detail.get("data")),
+            type=_name(detail.get("type")),
+            id=_name(detail.get("id")),
+            format=_name(detail.get("format")),
+            index=_whole(detail.get("index")),
+        )
+        for detail in details
+    ]
+
+
+def _name(said: object) -> str | None:
+    """A name or an id; some servers count ids up as numbers."""
+    if isinstance(said, int) and not isinstance(said, bool):
+        return str(said)
+    return join_surrogates(said) if isinstance(said, str) else None
+
+
+def _raw(said: object) -> msgspec.Raw | None:
+    return None if said is None else msgspec.Raw(json.dumps(said).encode())
 
 
 def _text(said: object) -> str:

@@ -16,6 +16,7 @@ from service.models.chat_chunks import (
     Chunk,
     Delta,
     PartsCount,
+    ReasoningDetail,
     TokenUsage,
     decode_chunk,
     has_work,
@@ -23,15 +24,23 @@ from service.models.chat_chunks import (
     tokens,
 )
 from service.models.client import (
+    EncryptedReasoning,
     Finished,
     FinishReason,
+    FunctionCall,
+    FunctionCallOutput,
+    Message,
     ModelEvent,
     ModelRequest,
+    NamedFunction,
     Progress,
+    PromptItem,
     ReasoningDelta,
     TextDelta,
+    Tools,
     Usage,
 )
+from service.models.reply_calls import ReplyCalls
 from service.models.reply_choices import ReplyChoices
 from service.models.sse_decoder import EventTooLargeError, SseDecoder
 from service.models.upstream_errors import ErrorReply, error_from_reply, quote
@@ -97,7 +106,7 @@ def encode_request(request: ModelRequest, dialect: Dialect) -> bytes:
     """The body of the request."""
     body: dict[str, Any] = {
         "model": request.model,
-        "messages": [{"role": message.role, "content": message.text} for message in request.messages],
+        "messages": _messages(request.prompt),
         "stream": True,
     }
     if dialect.stream_options:
@@ -106,7 +115,66 @@ def encode_request(request: ModelRequest, dialect: Dialect) -> bytes:
         body["temperature"] = request.temperature
     if request.max_output_tokens is not None:
         body[dialect.limit_field] = request.max_output_tokens
+    if request.tools.functions:
+        body |= _tools(request.tools)
     return msgspec.json.encode(body)
+
+
+def _messages(prompt: Sequence[PromptItem]) -> list[dict[str, Any]]:
+    """The prompt in messages: what the assistant says between two others' messages is one message with its calls."""
+    messages: list[dict[str, Any]] = []
+    for item in prompt:
+        if isinstance(item, FunctionCallOutput):
+            messages.append({"role": "tool", "tool_call_id": item.call_id, "content": item.text})
+        elif isinstance(item, Message) and item.role != "assistant":
+            messages.append({"role": item.role, "content": item.text})
+        else:
+            if not messages or messages[-1]["role"] != "assistant":
+                messages.append({"role": "assistant", "content": None})
+            _add_to_reply(messages[-1], item)
+    return messages
+
+
+def _add_to_reply(message: dict[str, Any], item: Message | FunctionCall | EncryptedReasoning) -> None:
+    match item:
+        case Message():
+            message["content"] = (message["content"] or "") + item.text
+        case FunctionCall():
+            function = {"name": item.name, "arguments": _arguments(item.text)}
+            call = {"id": item.call_id, "type": "function", "function": function, **_upstream(item.upstream)}
+            message.setdefault("tool_calls", []).append(call)
+        case EncryptedReasoning():
+            detail = {**_upstream(item.upstream), "data": item.text}
+            message.setdefault("reasoning_details", []).append(detail)
+
+
+def _arguments(text: str) -> str:
+    """Arguments that every server can parse: those that are no JSON, and that a model may send, become a text in JSON.
+
+    Servers (vLLM, Ollama) refuse the whole prompt for one call whose arguments they cannot parse.
+    """
+    if not text.strip():
+        return "{}"
+    try:
+        msgspec.json.decode(text, type=msgspec.Raw)
+    except (msgspec.MsgspecError, RecursionError):
+        return msgspec.json.encode({"not_json": text}).decode()
+    return text
+
+
+def _upstream(fields: str) -> dict[str, msgspec.Raw]:
+    return msgspec.json.decode(fields, type=dict[str, msgspec.Raw]) if fields else {}
+
+
+def _tools(tools: Tools) -> dict[str, Any]:
+    body: dict[str, Any] = {"tools": [{"type": "function", "function": function} for function in tools.functions]}
+    if isinstance(tools.choice, NamedFunction):
+        body["tool_choice"] = {"type": "function", "function": {"name": tools.choice.name}}
+    elif tools.choice is not None:
+        body["tool_choice"] = tools.choice
+    if tools.parallel is not None:
+        body["parallel_tool_calls"] = tools.parallel
+    return body
 
 
 class ReplyDecoder:
@@ -115,6 +183,8 @@ class ReplyDecoder:
     A reply is whole once a finish reason has arrived. ``[DONE]`` only says that nothing follows, and not every server
     sends it. After a text, ``[DONE]`` replaces a missing finish reason, because not every server sends one. Some
     servers say "stop" with their first chunk or with each chunk: text after it counts.
+
+    A reply with calls ends as ``tool_calls`` where its server says "stop".
 
     A JSON body that is no event stream is a reply as well, if it is a whole completion: some gateways do not stream.
 
@@ -138,6 +208,7 @@ class ReplyDecoder:
         self._tell = tell
         self._told: set[str] = set()
         self._choices = ReplyChoices()
+        self._calls = ReplyCalls()
         self._begun = False
         self._has_events = False
         self._has_text = False
@@ -162,8 +233,12 @@ class ReplyDecoder:
     def is_whole(self) -> bool:
         """Whether no more text is expected. A "stop" before any text is not the end yet."""
         return self._holds_an_end or (
-            self._finish_reason is not None and (self._has_text or self._finish_reason != "stop")
+            self._finish_reason is not None and (self._has_output or self._finish_reason != "stop")
         )
+
+    @property
+    def _has_output(self) -> bool:
+        return self._has_text or self._calls.opened > 0
 
     def feed(self, chunk: bytes) -> list[ModelEvent]:
         """The events that this chunk completes; empty if the chunk has only overhead."""
@@ -236,16 +311,19 @@ class ReplyDecoder:
     def _note_done(self, events: list[ModelEvent]) -> None:
         """Note that the server has ended the reply."""
         self._take_held(events)
-        if self._has_text and self._finish_reason is None:
+        if self._has_output and self._finish_reason is None:
             self._finish_reason = "stop"
 
     def _finish(self, events: list[ModelEvent]) -> None:
         self._take_held(events)
+        self._calls.end(events)
         self._note_large_events(events)
-        if self._large_events and not self._has_text:
+        if self._large_events and not self._has_output:
             raise self._too_large(EVENT_BYTES_MAX)  # the large event may have been the reply
         if self._finish_reason is None:
             raise self._unfinished()
+        if self._finish_reason == "stop" and self._calls.opened:
+            self._finish_reason = "tool_calls"  # several servers say "stop" here
         self.finished = True
         events.append(Finished(finish_reason=self._finish_reason, usage=self._usage))
 
@@ -336,7 +414,7 @@ class ReplyDecoder:
         if choice.error:
             self._fail(choice.error)
         delta = choice.delta
-        if delta is None and not self._has_text:  # after a text, the message is that text once more
+        if delta is None and not self._has_output:  # after a text, the message is that text once more
             delta = choice.message
         if delta is None:
             delta = _NOTHING
@@ -350,7 +428,11 @@ class ReplyDecoder:
             if text:
                 self._has_text = True
                 events.append(TextDelta(text))
-        elif not events and has_work(payload):
+        if delta.tool_calls or delta.function_call:
+            self._calls.take(delta.calls, events)
+        if delta.reasoning_details:
+            _take_encrypted(delta.reasoning_details, events)
+        if not text and not events and has_work(payload):
             events.append(Progress())
         if choice.finish_reason and choice.finish_reason != "null":
             self._finish_reason = _finish_reason(choice.finish_reason)
@@ -404,6 +486,14 @@ class ReplyDecoder:
             "The model server answered with something else than an event stream: check the model URL.",
             upstream_words=" ".join(part for part in (kind, words) if part),
         )
+
+
+def _take_encrypted(details: Sequence[ReasoningDetail], events: list[ModelEvent]) -> None:
+    for detail in details:
+        if detail.data:
+            rest = {"type": detail.type, "id": detail.id, "format": detail.format, "index": detail.index}
+            upstream = {name: value for name, value in rest.items() if value is not None}
+            events.append(EncryptedReasoning(detail.data, msgspec.json.encode(upstream).decode()))
 
 
 def _pieces(payload: bytes) -> list[bytes]:

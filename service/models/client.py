@@ -8,7 +8,7 @@ paid for that no client will read.
 
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import msgspec
 
@@ -23,17 +23,87 @@ class Message(msgspec.Struct, frozen=True):
     text: str
 
 
+class FunctionCall(msgspec.Struct, frozen=True):
+    """A call that the model made earlier. ``text`` is its arguments, as JSON.
+
+    ``upstream`` is JSON of fields that only the call's server knows, and wants back: see :class:`CallOpened`.
+    """
+
+    role: ClassVar[Role] = "assistant"
+
+    call_id: str
+    name: str
+    text: str
+    upstream: str = ""
+
+
+class FunctionCallOutput(msgspec.Struct, frozen=True):
+    """The result of a call that the model made earlier."""
+
+    role: ClassVar[Literal["tool"]] = "tool"
+
+    call_id: str
+    text: str
+
+
+class EncryptedReasoning(msgspec.Struct, frozen=True):
+    """Reasoning of the model that only its server can read, in a reply or in a prompt. Shown to no client.
+
+    ``text`` is what the server sent, unchanged. ``upstream`` is JSON of the fields that the server sent beside it and
+    wants back.
+    """
+
+    role: ClassVar[Role] = "assistant"
+
+    text: str
+    upstream: str = ""
+
+
+PromptItem = Message | FunctionCall | FunctionCallOutput | EncryptedReasoning
+
+
+class FunctionTool(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A function that the model may call, as its caller described it; ``parameters`` is a JSON schema."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class NamedFunction(msgspec.Struct, frozen=True):
+    """The choice of one function, which the model must call."""
+
+    name: str
+
+
+ToolChoice = Literal["auto", "none", "required"] | NamedFunction
+
+
+class Tools(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the model may and must call; fields that are left out are not sent. This service does not interpret them."""
+
+    functions: tuple[FunctionTool, ...] = ()
+    choice: ToolChoice | None = None
+    parallel: bool | None = None
+
+
+NO_TOOLS = Tools()
+
+
 class ModelRequest(msgspec.Struct, frozen=True, kw_only=True):
     """The request of a turn to a model.
 
-    ``messages`` holds at most one system message, first; then user and assistant alternate, and the
-    last is the user's.
+    ``prompt`` holds at most one system message, first; then the user and the assistant alternate. The assistant's side
+    is one text, or calls, or a text and then calls. The outputs of all these calls follow at once, in the order of the
+    calls and before a text of the user. The last item is the user's text or an output.
     """
 
     model: str
-    messages: tuple[Message, ...]
+    prompt: tuple[PromptItem, ...]
     temperature: float | None = None
     max_output_tokens: int | None = None
+    tools: Tools = NO_TOOLS
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,8 +126,29 @@ class ReasoningDelta(msgspec.Struct, frozen=True, gc=False):
     text: str
 
 
+class CallOpened(msgspec.Struct, frozen=True, gc=False):
+    """The model calls a function; the arguments follow.
+
+    ``number`` counts the calls of one reply from 0. ``call_id`` is the server's own id, or one that the client made if
+    the server's is missing, unusable or used by another call of this reply. ``upstream`` is JSON of the fields that
+    only this server knows and wants back with the call; empty if there are none.
+    """
+
+    number: int
+    call_id: str
+    name: str
+    upstream: str = ""
+
+
+class ArgumentsDelta(msgspec.Struct, frozen=True, gc=False):
+    """A piece of the arguments of the call with this number, never empty. The calls of one reply may take turns."""
+
+    number: int
+    text: str
+
+
 class Progress(msgspec.Struct, frozen=True, gc=False):
-    """The model works on content that is no text: a tool call, encrypted reasoning, an image. Shown to no client."""
+    """The model works on content that is none of the others, like an image. Shown to no client."""
 
 
 class Finished(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,7 +158,7 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage | None = None
 
 
-ModelEvent = TextDelta | ReasoningDelta | Progress | Finished
+ModelEvent = TextDelta | ReasoningDelta | EncryptedReasoning | CallOpened | ArgumentsDelta | Progress | Finished
 
 
 class ModelStream(Protocol):

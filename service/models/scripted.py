@@ -5,6 +5,7 @@ The URL of the client describes the reply, so that tests, demos and benchmarks c
     scripted:                                   a short answer that quotes the input
     scripted:?tokens=200&rate=50                200 tokens, 50 a second
     scripted:?tokens=200&fail_after=20          an upstream_error after 20 of them
+    scripted:?call=get_weather:{"city":"Oslo"}  a call; once its output is there, a text that quotes the output
 
 Entering the stream fixes the moment at which each token is due. A late caller gets all due tokens at once, so a
 slow event loop does not stretch the reply.
@@ -13,7 +14,7 @@ slow event loop does not stretch the reply.
 import math
 import re
 import unicodedata
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated
 from urllib.parse import parse_qsl
@@ -25,7 +26,11 @@ from service.errors import ModelError, SettingsError
 from service.failure_codes import FailureCode
 from service.json_words import in_json_words
 from service.models.client import (
+    ArgumentsDelta,
+    CallOpened,
+    EncryptedReasoning,
     Finished,
+    FunctionCallOutput,
     ModelEvent,
     ModelRequest,
     ReasoningDelta,
@@ -36,6 +41,9 @@ from service.models.client import (
 _BATCH_MAX = 64
 """Bound on the tokens of one :meth:`ScriptedStream.receive`, for an unpaced script."""
 _QUOTE_LENGTH_MAX = 120
+_ARGUMENTS_LENGTH = 8
+"""How many characters of a call's arguments are one token."""
+_CALL = r"^[A-Za-z0-9_.-]{1,64}(:[^\x00]*)?$"
 _RETRYABLE = frozenset(
     {"upstream_unreachable", "resources_exhausted", "upstream_error", "rate_limited", "upstream_truncated"}
 )
@@ -44,17 +52,21 @@ _Count = Annotated[int, msgspec.Meta(ge=0, le=10_000_000)]
 _Rate = Annotated[float, msgspec.Meta(ge=0, le=1_000_000)]
 _Seconds = Annotated[float, msgspec.Meta(ge=0, le=86_400)]
 _Size = Annotated[int, msgspec.Meta(ge=1, le=65_536)]
+_Calls = Annotated[tuple[Annotated[str, msgspec.Meta(pattern=_CALL)], ...], msgspec.Meta(max_length=64)]
 
 
 class Script(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a scripted reply does: the parameters of its URL.
 
     Args:
-        tokens: Length of the text, as numbered tokens. Without it, the reply quotes the input.
+        tokens: Length of the text, as numbered tokens. Without it, the reply quotes the input, or is only calls.
         rate: Tokens a second; 0 for tokens without waits.
         first_token_s: Wait before the first token.
         token_bytes: Size of each numbered token; without it, a token is its number and a space.
         reasoning: Tokens of reasoning before the text.
+        encrypted: Size of encrypted reasoning before the text, which is one token; without it, there is none.
+        call: A call after the text, as ``name:arguments``; may be there several times. Eight characters of the
+            arguments are a token, and so is the name. A prompt that ends with outputs of calls gets no calls.
         fail_after: Fail after this number of tokens, reasoning included; 0 refuses the request itself.
         fail_code: The code of the failure, one of the codes with which turns fail.
         silent_after: Send nothing more, for ever, after this number of tokens, reasoning included.
@@ -66,6 +78,8 @@ class Script(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     first_token_s: _Seconds = 0.2
     token_bytes: _Size | None = None
     reasoning: _Count = 0
+    encrypted: _Size | None = None
+    call: _Calls = ()
     fail_after: _Count | None = None
     fail_code: FailureCode = "upstream_error"
     silent_after: _Count | None = None
@@ -83,15 +97,20 @@ class Script(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         if scheme != "scripted:":
             raise SettingsError(f"{setting}: {url!r} is not a scripted: URL; allowed is scripted:?name=value&…")
         known = ", ".join(cls.__struct_fields__)
-        values: dict[str, str] = {}
+        values: dict[str, str | list[str]] = {}
         for parameter, value in parse_qsl(query, keep_blank_values=True):
-            if parameter in values:
+            if parameter == "call":
+                calls = values.setdefault("call", [])
+                assert isinstance(calls, list)
+                calls.append(value)
+            elif parameter in values:
                 raise SettingsError(f"{setting}: {parameter!r} is there twice in {url!r}.")
-            values[parameter] = value
+            else:
+                values[parameter] = value
             if parameter not in cls.__struct_fields__:
                 raise SettingsError(f"{setting}: {parameter!r} is not a parameter of scripted:; those are {known}.")
             try:
-                converted = msgspec.convert({parameter: value}, cls, strict=False)
+                converted = msgspec.convert({parameter: values[parameter]}, cls, strict=False)
             except msgspec.ValidationError as error:
                 reason = in_json_words(str(error).partition(" - ")[0], of_text=True)
                 raise SettingsError(f"{setting}: {parameter}={value!r} is not allowed: {reason}.") from error
@@ -152,15 +171,21 @@ class ScriptedStream:
 
     def __init__(self, script: Script, request: ModelRequest) -> None:
         self._script = script
-        self._words = _answer(request.messages[-1].text) if script.tokens is None else None
+        last = request.prompt[-1]
+        has_outputs = isinstance(last, FunctionCallOutput)
+        self._calls = [] if has_outputs else list(_calls(script.call, turn=len(request.prompt)))
+        self._words: list[str] | None = None
+        if script.tokens is None:
+            self._words = [] if self._calls else _answer(last.text, has_outputs=has_outputs)
         text_length = len(self._words) if self._words is not None else script.tokens or 0
         limit = request.max_output_tokens
-        self._length = script.reasoning + text_length
+        self._reasoning = script.reasoning + (script.encrypted is not None)
+        self._total = self._length = self._reasoning + text_length + len(self._calls)
         self._cut = limit is not None and limit < self._length
         if limit is not None:
             self._length = min(self._length, limit)
         self._stop = min(self._length, _or_inf(script.fail_after), _or_inf(script.silent_after))
-        self._input_tokens = sum(len(message.text.split()) for message in request.messages)
+        self._input_tokens = sum(len(message.text.split()) for message in request.prompt)
         self._next = 0
         self._start = anyio.current_time() + script.first_token_s
 
@@ -189,16 +214,20 @@ class ScriptedStream:
     def _token(self, index: int) -> ModelEvent:
         if index < self._script.reasoning:
             return ReasoningDelta(_numbered(index, self._script.token_bytes))
-        index -= self._script.reasoning
+        if index < self._reasoning:
+            return EncryptedReasoning("e" * (self._script.encrypted or 0))
+        if index >= self._total - len(self._calls):
+            return self._calls[index - self._total]
+        index -= self._reasoning
         return TextDelta(self._words[index] if self._words is not None else _numbered(index, self._script.token_bytes))
 
     def _finished(self) -> Finished:
         return Finished(
-            finish_reason="length" if self._cut else "stop",
+            finish_reason="length" if self._cut else "tool_calls" if self._calls else "stop",
             usage=Usage(
                 input_tokens=self._input_tokens,
                 output_tokens=self._length,
-                reasoning_tokens=min(self._script.reasoning, self._length),
+                reasoning_tokens=min(self._reasoning, self._length),
             ),
         )
 
@@ -220,10 +249,20 @@ def _numbered(index: int, size: int | None) -> str:
     return text if size is None else text.rjust(size, ".")[-size:]
 
 
-def _answer(text: str) -> list[str]:
-    """A short reply to an input, in tokens."""
+def _calls(calls: Sequence[str], *, turn: int) -> Iterator[ModelEvent]:
+    """The calls in tokens. Their ids differ from those of the calls before on the path."""
+    for number, call in enumerate(calls):
+        name, _, arguments = call.partition(":")
+        yield CallOpened(number, f"call_{turn}_{number}", name)
+        for start in range(0, len(arguments), _ARGUMENTS_LENGTH):
+            yield ArgumentsDelta(number, arguments[start : start + _ARGUMENTS_LENGTH])
+
+
+def _answer(text: str, *, has_outputs: bool) -> list[str]:
+    """A short reply to an input, or to the output of a call, in tokens."""
+    begins = "The call returned" if has_outputs else "You said"
     answer = (
-        f"You said: “{_shortened(text)}” I am a script and not a model, so that is all I can say about it. "
+        f"{begins}: “{_shortened(text)}” I am a script and not a model, so that is all I can say about it. "
         "Name a real one in LASTCALL_MODEL_URL and LASTCALL_MODEL, and it answers here."
     )
     return re.findall(r"\S+\s*", answer)

@@ -6,7 +6,7 @@ from datetime import datetime
 import msgspec
 
 from service.errors import InvalidRequestError, TurnInProgressError
-from service.ids import new_message_id, new_turn_id
+from service.ids import new_item_id, new_turn_id
 from service.storage.records import Item, SessionRecord, TurnRecord
 from service.storage.rules import used, with_totals
 
@@ -77,4 +77,4 @@ def forked_session(
 
 
 def _copied(items: Sequence[Item]) -> tuple[Item, ...]:
-    return tuple(msgspec.structs.replace(item, id=new_message_id()) for item in items)
+    return tuple(msgspec.structs.replace(item, id=new_item_id(item.type)) for item in items)

@@ -1,5 +1,6 @@
 """The records that a store keeps, as immutable values."""
 
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Generic, Literal, TypeVar
 
@@ -23,21 +24,79 @@ A log holds no more bytes than this number (the upper bound of ``log_bytes_max``
 """
 
 
-class Item(msgspec.Struct, frozen=True, kw_only=True):
-    """A part of a turn's input or output: a message, or the model's reasoning."""
+ItemType = Literal["message", "reasoning", "function_call", "function_call_output"]
+
+
+def _message() -> ItemType:
+    return "message"
+
+
+class Item(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A part of a turn's input or output. ``text`` is what grows while a reply arrives.
+
+    - A *message* of ``role``.
+    - *Reasoning* of the model: in words, ``encrypted``, or both. Only a server of ``encrypted`` can read it.
+    - A *function call* of the model: ``text`` is the arguments, exactly as they were streamed. ``complete`` is False if
+      the reply ended within them. ``call_id`` is the model server's id.
+    - A *function call output*, which a caller brings: ``text`` is the result of the call ``call_id``.
+
+    ``upstream`` is JSON of the fields that only the item's model server knows, and wants back with the item.
+    Fields that are left out of JSON have their defaults, and ``type`` is never left out.
+    """
 
     id: str
-    type: Literal["message", "reasoning"] = "message"
+    type: ItemType = msgspec.field(default_factory=_message)  # with a plain default, JSON would leave the type out
     role: Role
     text: str
+    call_id: str = ""
+    name: str = ""
+    complete: bool = True
+    encrypted: str = ""
+    upstream: str = ""
+
+    @property
+    def is_message(self) -> bool:
+        """Whether the item is in lists of messages: no reasoning, and no empty reply."""
+        return self.type != "reasoning" and bool(self.text or self.role == "user" or self.name)
+
+    @property
+    def prompt_bytes(self) -> int:
+        """The size of the item in a prompt, in bytes of UTF-8."""
+        size = len(self.text.encode())
+        if self.type == "message":
+            return size
+        return size + len(self.call_id.encode()) + len(self.name.encode()) + len(self.upstream.encode())
+
+
+def count_messages(items: Iterable[Item]) -> int:
+    """The messages, calls and outputs of calls among these items."""
+    return sum(item.is_message for item in items)
+
+
+def cut_off(item: Item) -> Item:
+    """An item of a reply that ended early. A call is complete only if its arguments are a whole JSON object.
+
+    The beginning of an object is never an object itself, so no such call lacks an end.
+    """
+    if item.type != "function_call":
+        return item
+    return msgspec.structs.replace(item, complete=is_json_object(item.text))
+
+
+def is_json_object(text: str) -> bool:
+    try:
+        msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+    except (msgspec.MsgspecError, RecursionError):
+        return False
+    return True
 
 
 class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A session: settings of a conversation, and the head of its tree of turns.
 
     ``open_turns`` counts turns that are queued or running; ``message_count`` the messages on all
-    turns (inputs and non-empty replies); ``expires_at`` is the moment past which the session is gone
-    unless it has an open turn.
+    turns (inputs and non-empty replies, calls and their outputs); ``expires_at`` is the moment past which the session
+    is gone unless it has an open turn.
     """
 
     id: str
@@ -97,7 +156,7 @@ class Failure(msgspec.Struct, frozen=True):
 
 
 class LeftOut(msgspec.Struct, frozen=True):
-    """The oldest messages, which did not go to the model: their number and their size in bytes of UTF-8."""
+    """The oldest messages, calls and outputs, which did not go to the model: their number and their size in bytes."""
 
     items: int = 0
     bytes: int = 0
@@ -158,22 +217,38 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
         """Whether the model refused the input itself, so that the model would refuse it again."""
         if self.state == "failed":
             return self.error is not None and is_refusal(self.error.code)
-        return self.finish_reason == "content_filter" and not self.text.strip()
+        return self.finish_reason == "content_filter" and not self.has_reply
 
     @property
     def reply(self) -> str:
-        """The reply as it stands in later prompts: empty for a failed turn, and for a reply of white space."""
+        """The text of the reply as it stands in later prompts: empty for a failed turn, and for white space."""
         return "" if self.state == "failed" or not self.text.strip() else self.text
 
     @property
+    def calls(self) -> tuple[Item, ...]:
+        """The calls of the reply as they stand in later prompts: none of a failed turn, and none that was cut off."""
+        if self.state == "failed":
+            return ()
+        return tuple(item for item in self.output if item.type == "function_call" and item.complete)
+
+    @property
+    def has_reply(self) -> bool:
+        """Whether later prompts have a reply of this turn: a text or calls."""
+        return bool(self.reply or self.calls)
+
+    @property
     def in_prompts(self) -> LeftOut:
-        """The messages that this turn adds to later prompts, as a number and a size."""
+        """The messages, calls and outputs that this turn adds to later prompts, as a number and a size."""
         if self.was_refused:
             return LeftOut()
-        texts = [item.text for item in self.input if item.type == "message"]
+        items = [item for item in self.input if item.type != "reasoning"]
         if self.reply:
-            texts += [item.text for item in self.output if item.type == "message"]
-        return LeftOut(len(texts), sum(len(text.encode()) for text in texts))
+            items += [item for item in self.output if item.type == "message"]
+        items += self.calls
+        encrypted = 0
+        if self.has_reply:
+            encrypted = sum(len((item.encrypted + item.upstream).encode()) for item in self.output if item.encrypted)
+        return LeftOut(len(items), sum(item.prompt_bytes for item in items) + encrypted)
 
     @property
     def message_bytes(self) -> int:

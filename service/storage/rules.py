@@ -11,7 +11,15 @@ from typing import TypeVar
 import msgspec
 
 from service.errors import HeadMovedError
-from service.storage.records import SEQ_AFTER_CRASH, Item, SessionPatch, SessionRecord, TurnRecord
+from service.storage.records import (
+    SEQ_AFTER_CRASH,
+    Item,
+    SessionPatch,
+    SessionRecord,
+    TurnRecord,
+    count_messages,
+    cut_off,
+)
 
 T = TypeVar("T")
 
@@ -69,14 +77,14 @@ def check_head(session: SessionRecord, head: str | None | msgspec.UnsetType) -> 
 
 def counts_of_begin(turn: TurnRecord) -> Counts:
     """What the acceptance of a turn adds: an open turn, and the messages of its input."""
-    return Counts(open_turns=1, message_count=sum(item.type == "message" for item in turn.input))
+    return Counts(open_turns=1, message_count=count_messages(turn.input))
 
 
 def counts_of_end(turn: TurnRecord) -> Counts:
-    """What the end of a turn adds: its reply, if it has a text, and its usage; there is one open turn less."""
+    """What the end of a turn adds: its reply in messages and calls, and its usage; there is one open turn less."""
     return Counts(
         open_turns=-1,
-        message_count=int(bool(turn.text)),
+        message_count=count_messages(turn.output),
         input_tokens=turn.usage.input_tokens if turn.usage else 0,
         output_tokens=turn.usage.output_tokens if turn.usage else 0,
     )
@@ -127,16 +135,20 @@ def crashed(turn: TurnRecord, checkpoints: Iterable[Sequence[Item]], now: dateti
         reason="crash",
         ended_at=now,
         last_seq=SEQ_AFTER_CRASH,
-        output=joined(item for output in checkpoints for item in output),
+        output=tuple(map(cut_off, joined(item for output in checkpoints for item in output))),
     )
 
 
 def joined(pieces: Iterable[Item]) -> tuple[Item, ...]:
-    """Items from their pieces: a piece with a known id continues its item, a piece with a new id begins one."""
+    """Items from their pieces: a piece with a known id continues its item, a piece with a new id begins one.
+
+    Encrypted reasoning is in one piece, which need not be the first one of its item.
+    """
     items: dict[str, Item] = {}
     texts: dict[str, list[str]] = {}
     for piece in pieces:
-        items.setdefault(piece.id, piece)
+        if piece.id not in items or piece.encrypted:
+            items[piece.id] = piece
         texts.setdefault(piece.id, []).append(piece.text)
     return tuple(msgspec.structs.replace(item, text="".join(texts[name])) for name, item in items.items())
 

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 import msgspec
 
 from service.errors import StartupError
-from service.ids import is_message_id, is_session_id, is_turn_id
+from service.ids import is_item_id, is_session_id, is_turn_id
 from service.json_words import in_json_words
 from service.storage.records import Item, SessionRecord, TurnRecord
 from service.storage.rules import expires_at, with_totals
@@ -138,10 +138,10 @@ def _unknown(given: object, read: object, at: str) -> Iterator[str]:
 
 def _problems_of_items(items: Sequence[Item], seen: set[str], of: str) -> Iterator[str]:
     for item in items:
-        if not is_message_id(item.id):
-            yield f"the id {shown(item.id)} {of} is not a valid message id"
+        if not is_item_id(item.id):
+            yield f"the id {shown(item.id)} {of} is not a valid item id"
         if item.id in seen:
-            yield f"message {shown(item.id)} {of} is in it twice"
+            yield f"item {shown(item.id)} {of} is in it twice"
         seen.add(item.id)
 
 

@@ -202,7 +202,7 @@ class Store(Protocol):
         """Keep a turn's end, its output and its encoded events, and count it as a use.
 
         ``turn`` is the whole record, with its end. ``open_turns`` shrinks by
-        one, ``message_count`` grows by one if the turn has a text, the totals by its usage.
+        one, ``message_count`` grows by the messages and calls of the output, the totals by its usage.
         The first end wins: returns False, and changes nothing, if the turn has ended, is gone or is not this owner's.
         Also works on a session that is marked as deleted.
 

@@ -42,7 +42,7 @@ class Reply:
 
 def asking(text: str = "hello", *, max_output_tokens: int | None = None) -> ModelRequest:
     """A request with one message."""
-    return ModelRequest(model="test", messages=(Message("user", text),), max_output_tokens=max_output_tokens)
+    return ModelRequest(model="test", prompt=(Message("user", text),), max_output_tokens=max_output_tokens)
 
 
 async def take(stream: ModelStream, reply: Reply | None = None) -> Reply:

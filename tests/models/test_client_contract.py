@@ -74,7 +74,7 @@ async def test_a_conversation_with_a_system_message_is_answered(client: ModelCli
         Message("assistant", "The last round."),
         Message("user", "Say it in every script: Grüße, 你好, 👩‍👩‍👧, مرحبا, \u0000\u001b."),
     )
-    request = ModelRequest(model="gpt-4o-mini", messages=messages, temperature=0.5, max_output_tokens=500)
+    request = ModelRequest(model="gpt-4o-mini", prompt=messages, temperature=0.5, max_output_tokens=500)
     with trio.fail_after(WAIT_S):
         reply = await ask(client, request)
     assert reply.text

@@ -299,10 +299,9 @@ def working(**members: object) -> bytes:
     "chunk",
     [
         working(tool_calls=[{"index": 0, "function": {"arguments": "abc"}}]),
-        working(role="assistant", content=None, tool_calls=[{"id": "1", "function": {"name": "f", "arguments": ""}}]),
+        working(role="assistant", content=None, tool_calls=[{"id": "1", "function": {"name": "", "arguments": ""}}]),
         working(function_call={"arguments": "a"}),
-        working(content="", reasoning_details=[{"type": "reasoning.encrypted", "data": "x" * 20}]),
-        working(reasoning_details=[{"data": "x" * 2000}]),
+        working(content="", reasoning_details=[{"type": "reasoning.text", "text": "x" * 20}]),
         working(reasoning_opaque="gAAA"),
         working(encrypted_content="gAAA"),
         working(thinking_blocks=[{"type": "thinking", "signature": "x"}]),

@@ -49,8 +49,8 @@ async def test_a_request_has_all_fields_of_the_turn_and_no_others() -> None:
     requests: list[Request] = []
     async with open_upstream(noting(requests)) as upstream:
         messages = (Message("system", "Be brief."), Message("user", "Grüße 👩‍👩‍👧"))
-        await ask(upstream.client, ModelRequest(model="m", messages=messages, temperature=0.0, max_output_tokens=9))
-        await ask(upstream.client, ModelRequest(model="m", messages=messages[1:]))
+        await ask(upstream.client, ModelRequest(model="m", prompt=messages, temperature=0.0, max_output_tokens=9))
+        await ask(upstream.client, ModelRequest(model="m", prompt=messages[1:]))
     full, plain = requests
     assert full.method == "POST"
     assert full.target == "/v1/chat/completions"
@@ -198,7 +198,7 @@ async def test_what_one_model_refuses_another_is_asked_for() -> None:
     requests: list[Request] = []
     async with open_upstream(refusing_fields({"stream_options": MISTRAL_WORDS}, requests)) as upstream:
         for model in ("one", "other", "one"):
-            await ask(upstream.client, ModelRequest(model=model, messages=(Message("user", "hi"),)))
+            await ask(upstream.client, ModelRequest(model=model, prompt=(Message("user", "hi"),)))
     assert [(request.json["model"], "stream_options" in request.json) for request in requests] == [
         ("one", True),
         ("one", False),
@@ -227,7 +227,7 @@ async def test_a_model_name_that_a_refusal_repeats_teaches_nothing() -> None:
                 await connection.end_body()
 
     made_up = "stream_options and max_completion_tokens"
-    request = ModelRequest(model=made_up, messages=(Message("user", "hi"),), max_output_tokens=5)
+    request = ModelRequest(model=made_up, prompt=(Message("user", "hi"),), max_output_tokens=5)
     async with open_upstream(answer) as upstream:
         with pytest.raises(ModelError, match="There is no model"):
             await ask(upstream.client, request)

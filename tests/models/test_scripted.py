@@ -7,7 +7,19 @@ from hypothesis import strategies as st
 from trio.testing import MockClock
 
 from service.errors import ModelError, SettingsError
-from service.models.client import Finished, ReasoningDelta, TextDelta, Usage
+from service.models.client import (
+    ArgumentsDelta,
+    CallOpened,
+    EncryptedReasoning,
+    Finished,
+    FunctionCall,
+    FunctionCallOutput,
+    Message,
+    ModelRequest,
+    ReasoningDelta,
+    TextDelta,
+    Usage,
+)
 from service.models.scripted import Script, ScriptedClient, open_scripted
 from tests.models.replies import Reply, ask, asking, take
 
@@ -58,6 +70,38 @@ async def test_tokens_are_numbered_and_counted(autojump_clock: MockClock) -> Non
     assert reply.finished == Finished(
         finish_reason="stop", usage=Usage(input_tokens=1, output_tokens=5, reasoning_tokens=2)
     )
+
+
+async def test_calls_come_after_the_text_in_pieces_and_end_the_reply(autojump_clock: MockClock) -> None:
+    client = scripted('tokens=1&encrypted=3&call=get:{"city":"Oslo"}&call=now&rate=10&first_token_s=0')
+    reply = await ask(client)
+    assert reply.events == [
+        EncryptedReasoning("eee"),
+        TextDelta("0 "),
+        CallOpened(0, "call_1_0", "get"),
+        ArgumentsDelta(0, '{"city":'),
+        ArgumentsDelta(0, '"Oslo"}'),
+        CallOpened(1, "call_1_1", "now"),
+        Finished(finish_reason="tool_calls", usage=Usage(input_tokens=1, output_tokens=6, reasoning_tokens=1)),
+    ]
+    assert len(reply.batches) == 6, "each token at its time"
+    cut = (await ask(client, asking(max_output_tokens=3))).events
+    assert cut[:-1] == reply.events[:3]
+    assert isinstance(cut[-1], Finished)
+    assert cut[-1].finish_reason == "length"
+
+
+async def test_outputs_of_calls_are_quoted_and_not_called_for_again(autojump_clock: MockClock) -> None:
+    said = (Message("user", "hi"), FunctionCall("call_1_0", "get", "{}"), FunctionCallOutput("call_1_0", "4 °C"))
+    reply = await ask(scripted("call=get"), ModelRequest(model="m", prompt=said))
+    assert reply.text.startswith("The call returned: “4 °C”")
+    assert reply.finished.finish_reason == "stop"
+
+
+async def test_only_calls_are_a_reply_without_a_text(autojump_clock: MockClock) -> None:
+    assert [type(event) for event in (await ask(scripted("call=get&reasoning=1"))).events] == [
+        *(ReasoningDelta, CallOpened, Finished),
+    ]
 
 
 async def test_tokens_have_the_size_that_was_asked_for(autojump_clock: MockClock) -> None:
@@ -138,7 +182,7 @@ async def test_without_parameters_it_quotes_the_input_and_says_how_to_get_a_mode
 def test_any_input_is_quoted_in_short(text: str) -> None:
     from service.models.scripted import _answer
 
-    answer = "".join(_answer(text))
+    answer = "".join(_answer(text, has_outputs=False))
     assert len(answer) < 400
     answer.encode()
 
@@ -177,6 +221,10 @@ def test_a_long_input_is_cut_between_words_or_at_least_between_characters() -> N
         ("scripted:?fail_code=no_such_code", "fail_code"),
         ("scripted:?silent_after=null", "silent_after"),
         ("scripted:?=1", "''"),
+        ("scripted:?call=", "call"),
+        ("scripted:?call=f&call=:{}", ":{}"),
+        ("scripted:?call=a b", "a b"),
+        ("scripted:?encrypted=0", "encrypted"),
     ],
 )
 def test_a_wrong_url_is_refused_by_name(url: str, named: str) -> None:
@@ -189,7 +237,7 @@ def test_a_wrong_url_is_refused_by_name(url: str, named: str) -> None:
 def test_every_parameter_can_be_set() -> None:
     url = (
         "scripted:?tokens=200&rate=50&first_token_s=0.2&token_bytes=8&reasoning=3&fail_after=100&fail_code=rate_limited"
-        "&silent_after=150&ignore_close_s=1"
+        "&silent_after=150&ignore_close_s=1&encrypted=9&call=f"
     )
     assert set(Script.__struct_fields__) == {pair.partition("=")[0] for pair in url.partition("?")[2].split("&")}
     assert Script.from_url(url) == Script(
@@ -202,4 +250,6 @@ def test_every_parameter_can_be_set() -> None:
         fail_code="rate_limited",
         silent_after=150,
         ignore_close_s=1,
+        encrypted=9,
+        call=("f",),
     )

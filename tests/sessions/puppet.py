@@ -13,10 +13,10 @@ import trio
 from service.errors import ModelError
 from service.models.client import (
     Finished,
-    Message,
     ModelEvent,
     ModelRequest,
     Progress,
+    PromptItem,
     ReasoningDelta,
     TextDelta,
     Usage,
@@ -80,7 +80,7 @@ class Puppet:
         self.refuse: ModelError | None = None
         self.takes_bytes: int | None = None
         """The longest prompt that the client does not refuse as too long."""
-        self.asked: list[tuple[Message, ...]] = []
+        self.asked: list[tuple[PromptItem, ...]] = []
         """Every prompt that the client got, refused or not."""
         self.hang_before_head = False
         self.close_s = 0.0
@@ -90,10 +90,10 @@ class Puppet:
     @asynccontextmanager
     async def stream(self, request: ModelRequest) -> AsyncIterator[Reply]:
         await trio.lowlevel.checkpoint()
-        self.asked.append(request.messages)
+        self.asked.append(request.prompt)
         if self.refuse is not None:
             raise self.refuse
-        if self.takes_bytes is not None and sum(len(it.text.encode()) for it in request.messages) > self.takes_bytes:
+        if self.takes_bytes is not None and sum(len(it.text.encode()) for it in request.prompt) > self.takes_bytes:
             raise ModelError("context_too_long", "Too long.")
         reply = Reply(request)
         self.open_replies += 1

@@ -50,9 +50,9 @@ class ScriptedReplies:
     @asynccontextmanager
     async def stream(self, request: ModelRequest) -> AsyncIterator["_Reply"]:
         await trio.lowlevel.checkpoint()
-        roles = [message.role for message in request.messages]
+        roles = [message.role for message in request.prompt]
         assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
-        key = request.messages[-1].text.rpartition("\n\n")[2]
+        key = request.prompt[-1].text.rpartition("\n\n")[2]
         session_id, script = self.scripts[key]
         assert session_id not in self.open, "two turns of one session run at once"
         self.asked.append(key)

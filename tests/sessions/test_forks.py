@@ -87,7 +87,7 @@ async def test_a_copy_goes_on_from_the_turn_it_was_made_at(autojump_clock: MockC
         assert copy == "chosen"
         turn = await start(stage.sessions, copy, "other")
         reply = await stage.puppet.next_reply()
-        assert reply.request.messages == (
+        assert reply.request.prompt == (
             Message("system", "Be brief."),
             Message("user", "1"),
             Message("assistant", 'one "turn_id":'),

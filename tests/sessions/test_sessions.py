@@ -59,7 +59,7 @@ async def test_queued_turns_run_one_after_the_other(autojump_clock: MockClock) -
         reply.finish()
         await first.wait_ended()
         reply = await stage.puppet.next_reply()
-        assert reply.request.messages[-1].text == "1\n\n2\n\n3"
+        assert reply.request.prompt[-1].text == "1\n\n2\n\n3"
         reply.finish()
         assert kinds(await read_all(third.log)) == ["turn.queued", "turn.started", "turn.completed"]
         assert kinds(await read_all(second.log)) == ["turn.queued", "turn.cancelled"]
@@ -86,7 +86,7 @@ async def test_superseding_turn_cancels_all_others_and_runs(autojump_clock: Mock
         for turn in (running, queued):
             record = await turn.wait_ended()
             assert (record.state, record.reason) == ("cancelled", "superseded")
-        assert [message.text for message in reply.request.messages] == ["hi", "half an ans", "hi\n\nno, this"]
+        assert [message.text for message in reply.request.prompt] == ["hi", "half an ans", "hi\n\nno, this"]
         reply.finish()
         assert (await latest.wait_ended()).state == "completed"
 
@@ -566,4 +566,4 @@ async def test_interrupted_turn_keeps_its_partial_reply_and_the_session_goes_on(
     async with open_stage(store) as stage:
         await start(stage.sessions, session_id, "go on")
         reply = await stage.puppet.next_reply()
-        assert [message.text for message in reply.request.messages] == ["question", "part of", "go on"]
+        assert [message.text for message in reply.request.prompt] == ["question", "part of", "go on"]

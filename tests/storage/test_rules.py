@@ -131,6 +131,25 @@ def test_a_crashed_turn_has_the_output_of_its_checkpoints_however_they_cut_it(
     )
 
 
+def test_a_call_in_a_crashed_turn_is_complete_if_its_arguments_are_a_whole_object() -> None:
+    def piece(number: int, text: str) -> Item:
+        item = Item(
+            id=f"fc_{number}", type="function_call", role="assistant", text=text, call_id=f"c{number}", name="f"
+        )
+        return msgspec.structs.replace(item, complete=False)
+
+    pieces = [[piece(1, '{"a":'), piece(2, "{")], [piece(1, '"}"}'), piece(3, "")]]
+    crashed = rules.crashed(a_turn(), pieces, at(9)).output
+    assert [(item.text, item.complete) for item in crashed] == [('{"a":"}"}', True), ("{", False), ("", False)]
+    assert {item.name for item in crashed} == {"f"}
+
+
+def test_encrypted_reasoning_may_come_later_than_its_words() -> None:
+    words = Item(id="r", type="reasoning", role="assistant", text="a")
+    rest = msgspec.structs.replace(words, text="b", encrypted="gAAA", upstream="{}")
+    assert rules.joined([words, rest, words]) == (msgspec.structs.replace(rest, text="aba"),)
+
+
 @given(sizes=st.lists(st.integers(0, 5), max_size=6), bytes_max=st.none() | st.integers(0, 20))
 def test_the_newest_turns_within_a_size_are_all_that_fit_and_always_the_last(
     sizes: list[int], bytes_max: int | None

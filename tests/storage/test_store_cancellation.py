@@ -117,7 +117,7 @@ STEPS: dict[str, Callable[[Store], Awaitable[object]]] = {
 @pytest.fixture
 def _forks_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each copy of a turn has the same id in each store, and SQLite builds copies in as many steps as it can."""
-    monkeypatch.setattr(fork_path, "new_message_id", lambda: "msg_")
+    monkeypatch.setattr(fork_path, "new_item_id", lambda _type: "msg_")
     monkeypatch.setattr(sqlite_forks, "STEP_S", 0)
     numbers: dict[str, int] = {}
 

@@ -12,18 +12,31 @@ other prompts:
   servers refuse such a reply in a prompt. An input without an answer is merged into the next input; equal texts are
   merged into one. Inputs that were rejected twice in a row, for an unknown reason, are not sent a third time.
 
+Calls are a part of the reply, and their outputs a part of the next input. Upstreams refuse a prompt in which a call is
+not followed by its output, or an output does not follow its call:
+
+- Outputs follow their calls at once, in the order of the calls, before a text of the user.
+- A call without an output gets :data:`NOT_ANSWERED` as its output.
+- An output that does not follow its call becomes a text of the user: its call was in a failed turn, is on another path,
+  or was followed by a text in place of the output.
+- A call that was cut off, and the calls of a failed turn, are left out.
+
 The oldest turns are left out in three cases: the prompt is larger than a bound; the model says that the prompt is too
-long (:func:`shortened`); or earlier turns have shown that the prompt is too long (:func:`_start_learned`).
+long (:func:`shortened`); or earlier turns have shown that the prompt is too long (:func:`_start_learned`). Outputs are
+left out together with their calls. If the prompt would then begin with calls, :data:`BEGINNING_LEFT_OUT` precedes them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
 from service.errors import ModelError
-from service.models.client import Message
-from service.storage.records import LeftOut, TurnRecord
+from service.models.client import EncryptedReasoning, FunctionCall, FunctionCallOutput, Message, PromptItem
+from service.storage.records import Item, LeftOut, TurnRecord
 
+NOT_ANSWERED = "[This call was not answered.]"
+BEGINNING_LEFT_OUT = "[The beginning of this conversation is left out.]"
+_LATE_OUTPUT = "[Output of the call {call_id}]\n{text}"
 _SEPARATOR = "\n\n"
 _ROOM_FOR_ERROR = 0.9
 """A safety factor, because tokens are not spread evenly over the bytes of a conversation."""
@@ -35,30 +48,48 @@ NOTHING = LeftOut()
 
 
 class Prompt(msgspec.Struct, frozen=True):
-    """The messages that are sent, their size in bytes of UTF-8, and the part of the conversation that is left out."""
+    """The items that are sent, their size in bytes of UTF-8, and the part of the conversation that is left out."""
 
-    messages: tuple[Message, ...]
+    items: tuple[PromptItem, ...]
     left_out: LeftOut | None
 
     @property
     def bytes(self) -> int:
-        return sum(len(message.text.encode()) for message in self.messages)
+        return sum(len(item.text.encode()) for item in self.items)
 
 
 def build_prompt(
     path: Sequence[TurnRecord], *, system_message: str | None, bytes_max: int, older: LeftOut = NOTHING
 ) -> Prompt:
-    """The messages to send for the last turn of ``path`` (root first), which has no reply yet.
+    """The items to send for the last turn of ``path`` (root first), which has no reply yet.
 
     Args:
-        bytes_max: Bounds the UTF-8 bytes of all texts: whole turns are left out, oldest first, but never the last one.
+        bytes_max: Bounds the UTF-8 bytes of all texts: whole turns are left out, oldest first, but never the last one,
+            nor the turn whose calls the last one answers.
         older: The size of the turns before ``path``, which are left out in any case.
     """
-    system = [Message("system", system_message)] if system_message else []
-    room = bytes_max - sum(len(message.text.encode()) for message in system)
+    room = bytes_max - len((system_message or "").encode())
     start = max(_start_within(path, room), _start_learned(path, older))
+    start = min(start, answered_turn(path))
     left_out = sum((turn.in_prompts for turn in path[:start]), older)
-    return Prompt((*system, *_alternate(path[start:])), left_out if left_out.items else None)
+    sides = _Sides(model=path[-1].model)
+    for turns in _exchanges(path[start:]):
+        sides.add(turns)
+    if left_out.items:
+        left_out += sides.leave_out_answers(keep=path[-1])
+    items = sides.settle(system_message, is_whole=not left_out.items)
+    return Prompt(items, left_out if left_out.items else None)
+
+
+def answered_turn(path: Sequence[TurnRecord]) -> int:
+    """The index of the turn whose calls the last turn answers; of the last turn itself if it answers none there."""
+    last = len(path) - 1
+    outputs = {item.call_id for item in path[-1].input if item.type == "function_call_output"} if path else set()
+    if outputs:
+        for index in range(last - 1, -1, -1):
+            if path[index].has_reply:
+                return index if outputs & {call.call_id for call in path[index].calls} else last
+    return last
 
 
 def shortened(
@@ -109,7 +140,7 @@ def _start_learned(path: Sequence[TurnRecord], older: LeftOut) -> int:
         if turn.model != path[-1].model:
             continue
         start = _start_after(path, turn.left_out.items - older.items) if turn.left_out is not None else 0
-        if turn.reply:
+        if turn.has_reply:
             return min(start, index)
         if _was_too_long(turn):
             sent = sum(map(_size, path[start:index])) + sum(len(item.text.encode()) for item in turn.input)
@@ -120,19 +151,21 @@ def _start_learned(path: Sequence[TurnRecord], older: LeftOut) -> int:
 def _start_after(path: Sequence[TurnRecord], items: int) -> int:
     """The index of the first turn after the given number of messages."""
     for index, turn in enumerate(path):
-        if items <= 0:
+        if items <= 0 or items < turn.in_prompts.items:  # fewer if only outputs of this turn were left out
             return index
         items -= turn.in_prompts.items
     return len(path)
 
 
 def _size(turn: TurnRecord) -> int:
-    """The bytes that a turn adds to a prompt, with separators that may not be needed."""
-    return turn.in_prompts.bytes + len(_SEPARATOR) * (1 + len(turn.input))
+    """The bytes that a turn adds to a prompt, with separators and words of ours that may not be needed."""
+    outputs = sum(item.type == "function_call_output" for item in turn.input)
+    words = len(NOT_ANSWERED) * len(turn.calls) + len(_LATE_OUTPUT) * outputs
+    return turn.in_prompts.bytes + len(_SEPARATOR) * (1 + len(turn.input)) + words
 
 
-def _alternate(path: Sequence[TurnRecord]) -> list[Message]:
-    messages: list[Message] = []
+def _exchanges(path: Sequence[TurnRecord]) -> Iterator[tuple[TurnRecord, ...]]:
+    """The turns in groups: turns without a reply, and the turn after them, which has a reply or is the last one."""
     unanswered: list[TurnRecord] = []
     for turn in path:
         if turn.was_refused:
@@ -140,20 +173,170 @@ def _alternate(path: Sequence[TurnRecord]) -> list[Message]:
                 unanswered.clear()
             continue
         unanswered.append(turn)
-        if turn.reply:
-            messages += (Message("user", _merged(unanswered)), Message("assistant", turn.reply))
+        if turn.has_reply:
+            yield tuple(unanswered)
             unanswered.clear()
     if unanswered:
-        messages.append(Message("user", _merged(unanswered)))
-    return messages
+        yield tuple(unanswered)
 
 
-def _merged(unanswered: Sequence[TurnRecord]) -> str:
-    """The inputs of turns without a reply, and of the turn after them, as one message with each text once."""
-    rejected = [index for index, turn in enumerate(unanswered) if _has_failed_with(turn, "upstream_rejected")]
+class _Side:
+    """What the user, or the assistant, says until the other one does."""
+
+    def __init__(self, *, is_user: bool) -> None:
+        self.is_user = is_user
+        self.texts: list[str] = []
+        self.outputs: dict[str, Item] = {}
+        self.calls: list[FunctionCall] = []
+        self.encrypted: list[EncryptedReasoning] = []
+
+
+class _Sides:
+    """A conversation as what its two sides say in turn.
+
+    Args:
+        model: The model that is asked. What only another model's server can read is not for it.
+    """
+
+    def __init__(self, *, model: str) -> None:
+        self._model = model
+        self._system: list[str] = []
+        self._sides: list[_Side] = []
+        self._encrypted: list[EncryptedReasoning] = []  # for the assistant's next saying
+
+    def add(self, turns: Sequence[TurnRecord]) -> None:
+        """Add turns without a reply, and the turn after them."""
+        asked: list[tuple[TurnRecord, Sequence[Item]]] = []
+        for turn in turns:
+            history, own = _split_input(turn)
+            if history:
+                self._ask(asked)
+                asked = []
+                for item in history:
+                    self._add_item(item, turn)
+            asked.append((turn, own))
+        self._ask(asked)
+        last = turns[-1]
+        if last.has_reply:
+            for item in last.output:
+                if item.type != "message":
+                    self._add_item(item, last)
+            if last.reply:
+                self._side(is_user=False).texts.append(last.reply)
+
+    def leave_out_answers(self, *, keep: TurnRecord) -> LeftOut:
+        """Leave out the outputs whose calls are left out: those before the first reply, except for the last turn's."""
+        first = self._sides[0] if self._sides else None
+        if first is None or not first.is_user:
+            return NOTHING
+        kept = {item.id for item in keep.input}
+        outputs = [item for item in first.outputs.values() if item.id not in kept]
+        for item in outputs:
+            del first.outputs[item.call_id]
+        if not first.outputs and not first.texts:
+            del self._sides[0]
+        return LeftOut(len(outputs), sum(item.prompt_bytes for item in outputs))
+
+    def settle(self, system_message: str | None, *, is_whole: bool) -> tuple[PromptItem, ...]:
+        """The items in an order that every upstream takes.
+
+        Args:
+            is_whole: Whether no part of the conversation is left out.
+        """
+        items: list[PromptItem] = []
+        system = _SEPARATOR.join([*([system_message] if system_message else []), *self._system])
+        if system:
+            items.append(Message("system", system))
+        if not is_whole and self._sides and not self._sides[0].is_user:
+            items.append(Message("user", BEGINNING_LEFT_OUT))
+        calls: Sequence[FunctionCall] = ()
+        for side in self._sides:
+            if side.is_user:
+                items += _answers(calls, side)
+                calls = ()
+            else:
+                items += side.encrypted
+                if side.texts:
+                    items.append(Message("assistant", _SEPARATOR.join(side.texts)))
+                items += side.calls
+                calls = side.calls
+        items += _answers(calls, _Side(is_user=True))
+        return tuple(items)
+
+    def _ask(self, asked: Sequence[tuple[TurnRecord, Sequence[Item]]]) -> None:
+        outputs = {item.call_id: item for _, own in asked for item in own if item.type == "function_call_output"}
+        text = _merged(asked)
+        if outputs or text is not None:
+            side = self._side(is_user=True)
+            side.outputs |= outputs
+            side.texts += [] if text is None else [text]
+
+    def _add_item(self, item: Item, turn: TurnRecord) -> None:
+        upstream = item.upstream if turn.model == self._model else ""
+        match item.type:
+            case "function_call":
+                if item.complete:
+                    call = FunctionCall(item.call_id, item.name, item.text, upstream)
+                    self._side(is_user=False).calls.append(call)
+            case "function_call_output":
+                self._side(is_user=True).outputs[item.call_id] = item
+            case "reasoning":
+                if item.encrypted and turn.model == self._model:
+                    self._encrypted.append(EncryptedReasoning(item.encrypted, upstream))
+            case "message":
+                if item.role == "system" and not self._sides:
+                    self._system.append(item.text)
+                else:
+                    self._side(is_user=item.role != "assistant").texts.append(item.text)
+
+    def _side(self, *, is_user: bool) -> _Side:
+        if not self._sides or self._sides[-1].is_user != is_user:
+            self._sides.append(_Side(is_user=is_user))
+        side = self._sides[-1]
+        if not is_user:
+            side.encrypted += self._encrypted
+        self._encrypted.clear()
+        return side
+
+
+def _answers(calls: Sequence[FunctionCall], side: _Side) -> Iterator[PromptItem]:
+    """What the user says after these calls: the output of each call, then a text."""
+    called = {call.call_id for call in calls}
+    for call_id in (call.call_id for call in calls):
+        output = side.outputs.get(call_id)
+        yield FunctionCallOutput(call_id, NOT_ANSWERED if output is None else output.text)
+    late = [
+        _LATE_OUTPUT.format(call_id=item.call_id, text=item.text)
+        for item in side.outputs.values()
+        if item.call_id not in called
+    ]
+    if late or side.texts:
+        yield Message("user", _SEPARATOR.join([*late, *side.texts]))
+
+
+def _split_input(turn: TurnRecord) -> tuple[Sequence[Item], Sequence[Item]]:
+    """The part of an input that is a conversation of its own, and the part that follows it and waits for a reply."""
+    start = len(turn.input)
+    while start and (turn.input[start - 1].type, turn.input[start - 1].role) in (
+        ("message", "user"),
+        ("function_call_output", "user"),
+    ):
+        start -= 1
+    return turn.input[:start], turn.input[start:]
+
+
+def _merged(asked: Sequence[tuple[TurnRecord, Sequence[Item]]]) -> str | None:
+    """The texts of turns without a reply, and of the turn after them, as one text with each of them once.
+
+    None if there is no text, but only outputs.
+    """
+    rejected = [index for index, (turn, _) in enumerate(asked) if _has_failed_with(turn, "upstream_rejected")]
     if len(rejected) > 1:
-        unanswered = unanswered[rejected[-1] :]
-    said = [_SEPARATOR.join(item.text for item in turn.input) for turn in unanswered]
+        asked = asked[rejected[-1] :]
+    texts = [[item.text for item in own if item.type == "message"] for _, own in asked]
+    said = [_SEPARATOR.join(of_turn) for of_turn in texts if of_turn]
+    if not said:
+        return None
     last = {text.strip(): index for index, text in enumerate(said)}
     return _SEPARATOR.join(
         text

@@ -126,7 +126,7 @@ async def _ask(turn: Turn, prompt: Prompt, *, settings: Settings) -> ModelError 
     record = turn.record()
     request = ModelRequest(
         model=record.model,
-        messages=prompt.messages,
+        prompt=prompt.items,
         temperature=record.temperature,
         max_output_tokens=record.max_output_tokens,
     )

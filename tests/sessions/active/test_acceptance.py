@@ -236,7 +236,7 @@ async def test_a_turn_follows_on_those_that_others_had_meanwhile(autojump_clock:
         session = await stage.sessions.create_session(NewSession())
         turn = await start(stage.sessions, session.id)
         reply = await stage.puppet.next_reply()
-        assert [message.role for message in reply.request.messages] == ["user", "assistant"] * times + ["user"]
+        assert [message.role for message in reply.request.prompt] == ["user", "assistant"] * times + ["user"]
         reply.finish()
         record = await turn.wait_ended()
     assert record.parent == f"between-{times - 1}"

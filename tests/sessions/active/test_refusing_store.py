@@ -298,7 +298,7 @@ async def test_long_failed_reply_leaves_the_conversation_in_the_prompt(autojump_
             assert (await turn.wait_ended()).state == state
         await start(stage.sessions, session.id, "what is my name?")
         reply = await stage.puppet.next_reply()
-        assert [message.text for message in reply.request.messages] == [
+        assert [message.text for message in reply.request.prompt] == [
             "my name is Ada",
             "hello",
             "go on\n\nwhat is my name?",

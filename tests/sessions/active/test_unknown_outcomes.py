@@ -299,7 +299,7 @@ async def test_a_turn_whose_acceptance_was_unknown_never_runs(autojump_clock: Mo
         assert told == ([("failed", "store_unavailable", True)] if outcome == "lands" else [])
         await start(scene.sessions, "s", "next")
         request = (await scene.puppet.next_reply()).request
-        assert request.messages[-1].text.endswith("next")
+        assert request.prompt[-1].text.endswith("next")
 
 
 async def test_an_end_that_was_not_kept_is_in_the_prompt_of_the_next_turn(autojump_clock: MockClock) -> None:
@@ -309,7 +309,7 @@ async def test_an_end_that_was_not_kept_is_in_the_prompt_of_the_next_turn(autoju
         assert not (await scene.turn.wait_ended()).stored
         await start(scene.sessions, "s", "and then?")  # before the recovery loop has run
         request = (await scene.puppet.next_reply()).request
-        assert [message.text for message in request.messages] == ["first", "so far", "and then?"]
+        assert [message.text for message in request.prompt] == ["first", "so far", "and then?"]
         assert scene.turn.stored
 
 

@@ -53,7 +53,7 @@ async def test_what_is_too_long_is_tried_once_more_without_the_oldest_turns(auto
         stage.puppet.takes_bytes = 150
         turn = await _start(stage, "now")
         reply = await stage.puppet.next_reply()
-        assert reply.request.messages == (
+        assert reply.request.prompt == (
             Message("system", "S"),
             Message("user", "3" * 50),
             Message("assistant", "R"),

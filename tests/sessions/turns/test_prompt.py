@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.errors import ModelError
-from service.models.client import Message
+from service.models.client import Message, PromptItem
 from service.sessions.turns.prompt import build_prompt, shortened
 from service.storage.records import Failure, Item, LeftOut, TurnRecord, TurnState
 from tests.storage.rows import T0
@@ -86,11 +86,12 @@ LAST = _turn("last", "running", ["now"])
 
 def _said(*turns: TurnRecord, system_message: str | None = None, bytes_max: int = EVERYTHING) -> list[str]:
     """The prompt in short: each message as its role's first letter and its text."""
-    return _in_short(build_prompt([*turns, LAST], system_message=system_message, bytes_max=bytes_max).messages)
+    return _in_short(build_prompt([*turns, LAST], system_message=system_message, bytes_max=bytes_max).items)
 
 
-def _in_short(messages: Sequence[Message]) -> list[str]:
-    return [f"{message.role[0]}: {message.text}" for message in messages]
+def _in_short(items: Sequence[PromptItem]) -> list[str]:
+    assert all(isinstance(item, Message) for item in items)
+    return [f"{item.role[0]}: {item.text}" for item in items]
 
 
 def test_a_first_turn_is_its_input() -> None:
@@ -144,7 +145,7 @@ def test_the_oldest_turns_are_left_out_whole_and_without_holes() -> None:
 
 @given(paths(), systems, st.integers(0, 200) | st.just(EVERYTHING))
 def test_roles_alternate_on_every_path(path: list[TurnRecord], system_message: str | None, bytes_max: int) -> None:
-    prompt = build_prompt(path, system_message=system_message, bytes_max=bytes_max).messages
+    prompt = build_prompt(path, system_message=system_message, bytes_max=bytes_max).items
     roles = [message.role for message in prompt]
     if system_message:
         assert prompt[0] == Message("system", system_message)
@@ -212,7 +213,7 @@ def test_a_blank_reply_counts_as_empty(state: TurnState, blank: str) -> None:
 def test_a_blank_input_stays_where_there_is_nothing_else() -> None:
     assert _said(_ended("completed", " ", "A"), _ended("failed", "\n")) == ["u:  ", "a: A", "u: now"]
     path = [_turn("last", "running", ["\t"])]
-    assert _in_short(build_prompt(path, system_message=None, bytes_max=EVERYTHING).messages) == ["u: \t"]
+    assert _in_short(build_prompt(path, system_message=None, bytes_max=EVERYTHING).items) == ["u: \t"]
 
 
 # Turns that are left out
@@ -244,7 +245,7 @@ def _shortened(
     refused = build_prompt(path, system_message="S", bytes_max=EVERYTHING)
     refusal = ModelError("context_too_long", "no", tokens=tokens, tokens_max=tokens_max)
     shorter = shortened(refused, refusal, path, system_message="S", max_output_tokens=max_output_tokens)
-    return [] if shorter is None else _in_short(shorter.messages)
+    return [] if shorter is None else _in_short(shorter.items)
 
 
 LONG = [_ended("completed", str(n) * 100, "R") for n in range(1, 9)]
@@ -309,7 +310,7 @@ def test_an_input_that_was_too_long_by_itself_costs_the_conversation_nothing() -
 
 @given(paths())
 def test_answered_turns_are_all_there_in_order_and_nothing_is_added(path: list[TurnRecord]) -> None:
-    prompt = build_prompt(path, system_message=None, bytes_max=EVERYTHING).messages
+    prompt = build_prompt(path, system_message=None, bytes_max=EVERYTHING).items
     answered = [turn for turn in path if turn.reply]
     asked = [*answered, path[-1]]
     assert [message.text for message in prompt if message.role == "assistant"] == [turn.text for turn in answered]
@@ -336,9 +337,9 @@ def test_a_bounded_prompt_is_that_of_the_newest_turns_and_within_its_bound(
     path: list[TurnRecord], system_message: str | None, bytes_max: int
 ) -> None:
     whole = build_prompt(path, system_message=system_message, bytes_max=EVERYTHING).left_out
-    prompt = build_prompt(path, system_message=system_message, bytes_max=bytes_max).messages
+    prompt = build_prompt(path, system_message=system_message, bytes_max=bytes_max).items
     suffixes = [
-        build_prompt(path[start:], system_message=system_message, bytes_max=EVERYTHING).messages
+        build_prompt(path[start:], system_message=system_message, bytes_max=EVERYTHING).items
         for start in range(len(path))
     ]
     assert prompt in suffixes, "whole turns, no holes, always the last"

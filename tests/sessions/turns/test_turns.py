@@ -108,7 +108,7 @@ async def test_next_turn_gets_the_conversation_so_far(autojump_clock: MockClock)
         await first.wait_ended()
         second = await start(stage.sessions, session.id, "two")
         reply = await stage.puppet.next_reply()
-        assert reply.request.messages == (
+        assert reply.request.prompt == (
             Message("system", "be brief"),
             Message("user", "one"),
             Message("assistant", "1"),
@@ -130,7 +130,7 @@ async def test_turn_beside_another_leaves_that_one_out_of_its_prompt(autojump_cl
         root = (await stage.sessions.list_turns(session.id, limit=1)).data[0]
         await start(stage.sessions, session.id, "right", parent=root.id)
         reply = await stage.puppet.next_reply()
-        assert [message.text for message in reply.request.messages] == ["root", "re root", "right"]
+        assert [message.text for message in reply.request.prompt] == ["root", "re root", "right"]
         with pytest.raises(TurnNotFoundError):
             await start(stage.sessions, session.id, "x", parent="turn_unknown", on_conflict="queue")
         reply.finish()

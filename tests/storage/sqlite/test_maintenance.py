@@ -122,7 +122,7 @@ BROKEN: dict[str, Callable[[Any, Any], object]] = {
     ),
     f"ended_at null of turn '{T1}' is no time": lambda _, turns: turns[0]["turn"].update(ended_at=None),
     "the id 'x' of turn": lambda _, turns: turns[0]["turn"]["output"][0].update(id="x"),
-    f"message 'msg_{1:032x}' of turn '{T2}' is in it twice": lambda _, turns: turns[1]["turn"].update(
+    f"item 'msg_{1:032x}' of turn '{T2}' is in it twice": lambda _, turns: turns[1]["turn"].update(
         input=turns[0]["turn"]["input"]
     ),
     f"last_seq -1 of turn '{T1}' is not between": lambda _, turns: turns[0]["turn"].update(last_seq=-1),

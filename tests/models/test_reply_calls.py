@@ -1,0 +1,352 @@
+"""Calls in streamed replies: each way in which servers were seen to send them gives the same calls."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.models.chat_completions import ReplyDecoder
+from service.models.client import (
+    ArgumentsDelta,
+    CallOpened,
+    EncryptedReasoning,
+    Finished,
+    ModelEvent,
+    ReasoningDelta,
+    TextDelta,
+)
+from tests.upstreams.raw_server import DONE, delta, finish
+
+PARIS, OSLO = '{"city":"Paris"}', '{"city":"Oslo"}'
+
+
+def chunk(*calls: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": {"tool_calls": list(calls), **more}}]}
+
+
+def piece(arguments: object = None, *, name: str | None = None, **members: Any) -> dict[str, Any]:
+    function = {"name": name, "arguments": arguments}
+    return {**members, "function": {key: value for key, value in function.items() if value is not None}}
+
+
+def event(payload: object) -> bytes:
+    return b"data: %b\n\n" % (payload if isinstance(payload, bytes) else json.dumps(payload).encode())
+
+
+def read(*payloads: object) -> list[ModelEvent]:
+    """The events of a stream that ends after the last payload."""
+    return read_bytes(*map(event, payloads))
+
+
+def read_bytes(*stream: bytes) -> list[ModelEvent]:
+    decoder = ReplyDecoder(redact=str)
+    events: list[ModelEvent] = []
+    for data in stream:
+        events += decoder.feed(data)
+        assert decoder.failure is None
+    return events if decoder.finished else events + decoder.end()
+
+
+def calls_in(events: Sequence[ModelEvent]) -> list[tuple[str, str, str]]:
+    """Id, name and arguments of each call; a call's opening comes before its arguments, and the numbers count up."""
+    calls: list[tuple[str, str, str]] = []
+    for event in events:
+        if isinstance(event, CallOpened):
+            assert event.number == len(calls)
+            calls.append((event.call_id, event.name, ""))
+        elif isinstance(event, ArgumentsDelta):
+            assert event.text
+            call_id, name, arguments = calls[event.number]
+            calls[event.number] = call_id, name, arguments + event.text
+    return calls
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        pytest.param(
+            [
+                chunk(piece("", name="f", index=0, id="a", type="function"), role="assistant", content=None),
+                *(chunk(piece(char, index=0)) for char in PARIS),
+                chunk(piece("", name="g", index=1, id="b", type="function")),
+                *(chunk(piece(char, index=1)) for char in OSLO),
+            ],
+            id="OpenAI",
+        ),
+        pytest.param(
+            [
+                chunk(piece("", name="f", index=0, id="a"), piece("", name="g", index=1, id="b")),
+                chunk(piece(PARIS[:5], index=0), piece(OSLO[:5], index=1)),
+                chunk(piece(OSLO[5:], index=1)),
+                chunk(piece(PARIS[5:], index=0)),
+            ],
+            id="taking turns",
+        ),
+        pytest.param(
+            [chunk(piece(PARIS, name="f", id="a")), chunk(piece(OSLO, name="g", id="b"))],
+            id="without index, in chunks of their own",
+        ),
+        pytest.param([chunk(piece(PARIS, name="f", id="a"), piece(OSLO, name="g", id="b"))], id="without index"),
+        pytest.param(
+            [
+                chunk(piece(PARIS[:3], name="f", id="a"), piece(OSLO[:3], name="g", id="b")),
+                chunk(piece(PARIS[3:]), piece(OSLO[3:])),
+            ],
+            id="without index, in pieces side by side",
+        ),
+        pytest.param(
+            [
+                chunk(piece("", name="f", id="a")),
+                *(chunk(piece(char)) for char in PARIS),
+                chunk(piece("", name="g", id="b")),
+                *(chunk(piece(char)) for char in OSLO),
+            ],
+            id="without index, in pieces",
+        ),
+        pytest.param(
+            [
+                chunk(piece(PARIS[:4], name="f", id="a")),
+                chunk(piece(OSLO[:4], name="g", id="b")),
+                chunk(piece(PARIS[4:], id="a")),
+                chunk(piece(OSLO[4:], id="b")),
+            ],
+            id="without index, taking turns by id",
+        ),
+        pytest.param(
+            [chunk(piece(PARIS, name="f", index=0, id="a")), chunk(piece(OSLO, name="g", index=0, id="b"))],
+            id="all under index 0",
+        ),
+        pytest.param(
+            [
+                chunk(piece(PARIS[:4], name="f", index="0", id="a")),
+                chunk(piece(PARIS[4:], index="0")),
+                chunk(piece(OSLO, name="g", index=1.0, id="b")),
+            ],
+            id="index as a text or with a fraction",
+        ),
+        pytest.param(
+            [
+                *(chunk(piece(char, name="f", index=0, id="a")) for char in PARIS),
+                *(chunk(piece(char, name="g", index=1, id="b")) for char in OSLO),
+            ],
+            id="id and name repeated",
+        ),
+        pytest.param(
+            [
+                *(
+                    chunk(piece(c, name="f" if n == 0 else "", index=0, id=f"a{n}"[: n or 1]))
+                    for n, c in enumerate(PARIS)
+                ),
+                *(
+                    chunk(piece(c, name="g" if n == 0 else "", index=1, id=f"b{n}"[: n or 1]))
+                    for n, c in enumerate(OSLO)
+                ),
+            ],
+            id="another id and an empty name with each piece",
+        ),
+        pytest.param(
+            [
+                chunk({"index": 0, "id": "a"}),
+                chunk(piece(PARIS[:2], index=0)),
+                chunk(piece(PARIS[2:], name="f", index=0)),
+                chunk({"index": 1, "id": "b", "function": None}),
+                chunk(piece(OSLO, name="g", index=1)),
+            ],
+            id="the name after the id",
+        ),
+        pytest.param(
+            [
+                chunk(piece("{}", name="f", index=0, id="a")),
+                chunk(piece(PARIS[:6], index=0)),
+                chunk(piece(PARIS[6:], index=0)),
+                chunk(piece("{}", name="g", index=1, id="b")),
+                chunk(piece(OSLO, name="g", index=1, id="b")),
+            ],
+            id="after a placeholder",
+        ),
+        pytest.param(
+            [
+                chunk(piece({"city": "Paris"}, name="f", index=0, id="a")),
+                chunk(piece({"city": "Oslo"}, name="g", index=1, id="b")),
+            ],
+            id="as an object",
+        ),
+        pytest.param(
+            [
+                chunk(piece(PARIS[:9], name="f", index=0, id="a")),
+                chunk(piece(PARIS[9:], index=0)),
+                chunk(piece(OSLO, name="g", index=1, id="b")),
+                {"choices": [{"index": 0, "message": chunk(piece(PARIS, name="f", id="a"))["choices"][0]["delta"]}]},
+                chunk(piece(OSLO, name="g", index=1, id="b")),
+            ],
+            id="and once more at the end",
+        ),
+        pytest.param(
+            [
+                {
+                    "choices": [
+                        {"message": {"tool_calls": [piece(PARIS, name="f", id="a"), piece(OSLO, name="g", id="b")]}}
+                    ]
+                }
+            ],
+            id="as a message",
+        ),
+    ],
+)
+@pytest.mark.parametrize("reason", ["tool_calls", "stop"])
+def test_calls_are_the_same_however_a_server_sends_them(chunks: list[dict[str, Any]], reason: str) -> None:
+    events = read(*chunks, finish(reason), DONE)
+    assert calls_in(events) == [("a", "f", PARIS), ("b", "g", OSLO)]
+    assert events[-1] == Finished(finish_reason="tool_calls")
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [chunk(piece(PARIS, name="f", index=0)), chunk(piece(OSLO, name="f", index=0))],
+        [chunk(piece(PARIS, name="f"), piece(OSLO, name="f"))],
+        [chunk(piece(PARIS, name="f")), chunk(piece(OSLO, name="f"))],
+        [chunk(piece(PARIS, name="f", index=0, id="")), chunk(piece(OSLO, name="f", index=1, id=""))],
+        [chunk(piece(PARIS, name="f", index=0, id="a b")), chunk(piece(OSLO, name="f", index=1, id="\x07"))],
+        [chunk(piece(PARIS, name="f", index=0, id=7)), chunk(piece(OSLO, name="f", index=1, id=7))],
+    ],
+)
+def test_a_call_without_an_id_of_its_own_gets_one(chunks: list[dict[str, Any]]) -> None:
+    (first, *_), (second, *_) = calls = calls_in(read(*chunks, finish("tool_calls")))
+    assert [call[1:] for call in calls] == [("f", PARIS), ("f", OSLO)]
+    assert first != second
+    assert second.startswith("call_")
+
+
+def test_the_form_before_tool_calls_is_a_call_as_well() -> None:
+    pieces = ({"name": "f", "arguments": ""}, {"arguments": PARIS[:7]}, {"arguments": PARIS[7:]})
+    chunks = ({"choices": [{"index": 0, "delta": {"function_call": function}}]} for function in pieces)
+    ((_, name, arguments),) = calls_in(read(*chunks, finish("function_call")))
+    assert (name, arguments) == ("f", PARIS)
+
+
+@pytest.mark.parametrize("arguments", ["", "{}", "not JSON", '{"a": 1} ', '["a"]', "{}{}x"])
+def test_arguments_are_kept_as_they_came(arguments: str) -> None:
+    events = read(chunk(piece(arguments, name="f", index=0, id="a")), finish("tool_calls"))
+    assert calls_in(events) == [("a", "f", arguments)]
+
+
+def test_a_call_without_a_name_is_left_out() -> None:
+    events = read(chunk(piece(PARIS, index=0, id="a")), delta("x"), finish())
+    assert calls_in(events) == []
+    assert events[-1] == Finished(finish_reason="stop")
+
+
+def test_a_reply_of_calls_needs_no_finish_reason_before_done() -> None:
+    assert read(chunk(piece(PARIS, name="f", id="a")), DONE)[-1] == Finished(finish_reason="tool_calls")
+
+
+def test_a_reply_that_was_cut_off_in_a_call_is_no_reply_of_calls() -> None:
+    assert read(chunk(piece(PARIS[:5], name="f", id="a")), finish("length"))[-1] == Finished(finish_reason="length")
+
+
+def test_fields_that_only_the_server_knows_come_with_the_call() -> None:
+    signature = {"google": {"thought_signature": "EjQKMg==", "n": 1e400}}
+    opened = read(chunk(piece(PARIS, name="f", id="a", extra_content=signature)), finish("tool_calls"))[0]
+    assert isinstance(opened, CallOpened)
+    assert json.loads(opened.upstream) == {"extra_content": signature}
+
+
+def test_encrypted_reasoning_is_kept_with_the_fields_beside_it() -> None:
+    detail = {"type": "reasoning.encrypted", "id": "rs_1", "format": "openai-responses-v1", "index": 0, "data": "gAAA"}
+    text = {"type": "reasoning.text", "text": "hm", "signature": None}
+    said = {"choices": [{"index": 0, "delta": {"reasoning": "hm", "reasoning_details": [text, detail]}}]}
+    thought, encrypted, *_ = read(said, delta("x"), finish())
+    assert thought == ReasoningDelta("hm")
+    assert isinstance(encrypted, EncryptedReasoning)
+    assert encrypted.text == "gAAA"
+    assert json.loads(encrypted.upstream) == {key: value for key, value in detail.items() if key != "data"}
+
+
+def test_half_a_surrogate_pair_waits_for_the_other_half() -> None:
+    pieces = ('"\ud83d', "\ude00", "x\ud800", '"')
+    chunks = (chunk(piece(text, index=0, name="f" if text == pieces[0] else None)) for text in pieces)
+    ((_, _, arguments),) = calls_in(read(*chunks, finish("tool_calls")))
+    assert arguments == '"😀x\ufffd"'
+
+
+def test_a_server_that_repeats_names_in_a_long_call_costs_time_that_grows_with_its_length_only() -> None:
+    """Each piece could be the end of the object; looking at the whole text each time would take minutes."""
+    pieces = [chunk(piece("}" if n else '{"a":"', index=0, name="f")) for n in range(5000)]
+    ((_, _, arguments),) = calls_in(read(*pieces, chunk(piece('"}', index=0)), finish("tool_calls")))
+    assert len(arguments) == 6 + 4999 + 2
+
+
+# Any reply, in any pieces
+
+names = st.from_regex(r"[a-z]{1,8}", fullmatch=True)
+texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=5)
+objects = st.dictionaries(texts, texts | st.integers() | st.none(), max_size=3)
+OUTPUT = st.one_of(
+    st.tuples(st.just("text"), texts),
+    st.tuples(st.just("reasoning"), texts),
+    st.tuples(st.just("call"), names, objects),
+)
+
+
+def _parsed(said: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same with the arguments of a call parsed, because a server that sends an object may escape more in it."""
+    return (*said[:-1], json.loads(said[-1])) if said[0] == "call" else said
+
+
+def _say(said: list[tuple[Any, ...]], kind: str, text: str) -> None:
+    if said and said[-1][0] == kind:
+        text = said.pop()[1] + text
+    said.append((kind, text))
+
+
+@st.composite
+def replies(draw: st.DrawFn) -> tuple[list[tuple[Any, ...]], bytes]:
+    """What a model says, and a stream of it in some server's way, all calls in the same."""
+    output = draw(st.lists(OUTPUT, max_size=6))
+    with_index, with_id, repeats, as_object, whole = (draw(st.booleans()) for _ in range(5))
+    chunks: list[bytes] = []
+    expected: list[tuple[Any, ...]] = []
+    for number, said in enumerate(output):
+        if len(said) == 3:
+            _, name, value = said
+            arguments = msgspec.json.encode(value).decode()
+            expected.append(("call", name, arguments))
+            members: dict[str, Any] = {"index": number} if with_index else {}
+            own = {"name": name, **({"id": f"call_{number}"} if with_id or not with_index else {})}
+            cuts = [] if whole or as_object else draw(st.lists(st.integers(0, len(arguments)), max_size=3).map(sorted))
+            parts = [arguments[a:b] for a, b in zip([0, *cuts], [*cuts, len(arguments)], strict=True)]
+            for index, part in enumerate(parts):
+                opening = own if index == 0 or (repeats and with_id) else {}
+                chunks.append(event(chunk(piece(value if as_object else part, **members, **opening))))
+        else:
+            kind, text = said
+            _say(expected, kind, text)
+            field = "content" if kind == "text" else "reasoning"
+            chunks.append(event({"choices": [{"index": 0, "delta": {field: text}}]}))
+    return expected, b"".join(chunks) + event(finish(draw(st.sampled_from(["stop", "tool_calls"]))))
+
+
+@given(replies(), st.data())
+def test_any_reply_in_any_pieces_is_the_same(reply: tuple[list[tuple[Any, ...]], bytes], data: st.DataObject) -> None:
+    expected, stream = reply
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=8)))
+    events = read_bytes(*(stream[a:b] for a, b in zip([0, *cuts], [*cuts, len(stream)], strict=True) if a < b))
+    said: list[tuple[Any, ...]] = []
+    numbers: dict[int, int] = {}
+    for told in events:
+        match told:
+            case TextDelta(text) | ReasoningDelta(text):
+                _say(said, "text" if isinstance(told, TextDelta) else "reasoning", text)
+            case CallOpened(number, _, name):
+                numbers[number] = len(said)
+                said.append(("call", name, ""))
+            case ArgumentsDelta(number, text):
+                _, name, arguments = said[numbers[number]]
+                said[numbers[number]] = "call", name, arguments + text
+    assert list(map(_parsed, said)) == list(map(_parsed, expected))
+    assert isinstance(events[-1], Finished)
