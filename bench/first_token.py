@@ -66,7 +66,7 @@ async def measure_contender(
 
 
 async def measure_direct(place: Place, *, repeat: int) -> list[FirstTokenRow]:
-    """The control."""
+    """Measure the control: the same questions to the model server itself."""
     async with open_upstream(cpus=place.client_cpus) as upstream:
         group = direct_streams("asked", 1, _MESSAGE, repeat=ASKED)
         async with open_direct_load(upstream, place, group) as load:

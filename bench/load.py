@@ -241,7 +241,7 @@ class Load:
         for request in group.before:
             await client.exchange(sock, request)
         result.sent_at = time.monotonic()
-        await send_all(sock, client.encode(group.stream) * (1 + group.asks_ahead))
+        await send_all(sock, client.encode(group.stream) * (1 + group.sends_ahead))
         if group.half_close:
             sock.shutdown(socket.SHUT_WR)
         return sock

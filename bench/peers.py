@@ -22,10 +22,10 @@ class _Lines:
         self.stdout = process.stdout
         self._buffer = bytearray()
 
-    async def say(self, line: bytes) -> None:
+    async def write_line(self, line: bytes) -> None:
         await self.stdin.send_all(line + b"\n")
 
-    async def hear(self) -> bytes:
+    async def read_line(self) -> bytes:
         """Return the next line. Raises EOFError if the process has ended."""
         while (end := self._buffer.find(b"\n")) < 0:
             data = await self.stdout.receive_some(1 << 20)
@@ -62,16 +62,16 @@ class LoadClient:
 
     async def begin(self, plan: Plan) -> None:
         """Send the plan to a load client that was started without one."""
-        await self._lines.say(msgspec.json.encode(plan))
+        await self._lines.write_line(msgspec.json.encode(plan))
 
     async def wait_ready(self) -> None:
         """Return once every client of the plan is ready or has failed."""
-        assert await self._lines.hear() == b"ready"
+        assert await self._lines.read_line() == b"ready"
 
     async def stop(self) -> LoadResult:
         """Stop the load client and return its result."""
-        await self._lines.say(b"stop")
-        while (line := await self._lines.hear()) == b"ready":
+        await self._lines.write_line(b"stop")
+        while (line := await self._lines.read_line()) == b"ready":
             pass
         return msgspec.json.decode(line, type=LoadResult)
 
@@ -90,8 +90,8 @@ class UpstreamProcess:
 
     async def books(self) -> list[ReplyBook]:
         """Return the records of all requests so far."""
-        await self._lines.say(b"books")
-        return msgspec.json.decode(await self._lines.hear(), type=list[ReplyBook])
+        await self._lines.write_line(b"books")
+        return msgspec.json.decode(await self._lines.read_line(), type=list[ReplyBook])
 
 
 @asynccontextmanager
@@ -113,4 +113,4 @@ async def open_load_without_plan(*, cpus: str | None = None) -> AsyncIterator[Lo
 async def open_upstream(*, cpus: str | None = None) -> AsyncIterator[UpstreamProcess]:
     """Start a model server."""
     async with _open_lines("bench.upstream", cpus) as lines:
-        yield UpstreamProcess(lines, int((await lines.hear()).rpartition(b":")[2]))
+        yield UpstreamProcess(lines, int((await lines.read_line()).rpartition(b":")[2]))

@@ -22,7 +22,7 @@ class Streams(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     Args:
         half_close: Shut down the sending side once the last request is sent; go on reading.
-        asks_ahead: Send the last request once more without waiting for the end of its response.
+        sends_ahead: Send the last request once more without waiting for the end of its response.
         stalled: Read nothing of the stream, with a small receive buffer. Ready once the server's
             send queue does not change any more.
         repeat: Streams one after another, each on a connection of its own.
@@ -39,7 +39,7 @@ class Streams(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     stream: Request
     before: tuple[Request, ...] = ()
     half_close: bool = False
-    asks_ahead: bool = False
+    sends_ahead: bool = False
     stalled: bool = False
     repeat: int = 1
     ready_at: Literal["head", "token", "end"] = "token"

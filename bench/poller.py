@@ -28,7 +28,7 @@ class Poller:
         self._epoll.register(sock.fileno(), select.EPOLLIN | select.EPOLLRDHUP)
 
     def remove(self, sock: socket.socket) -> None:
-        """Idempotent."""
+        """Call the function of this socket no more. Idempotent."""
         if self._callbacks.pop(sock.fileno(), None) is not None:
             self._epoll.unregister(sock.fileno())
 

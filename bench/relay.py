@@ -90,7 +90,7 @@ async def measure_contender(
 
 
 async def measure_direct(place: Place, *, repeat: int, streams: tuple[int, ...], window_s: float) -> list[RelayRow]:
-    """The control."""
+    """Measure the control: the load client on the model server itself."""
     rows = []
     for count in streams:
         for mode, offered in (("paced", PACED_TOKENS_PER_S), ("coalesced", COALESCED_TOKENS_PER_S), ("flood", None)):

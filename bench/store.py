@@ -2,8 +2,8 @@
 
 The model is the service's own script, so only the service and its store take part. ``turns``: many clients, each in its
 own session, start one turn after another and wait for its end. ``next turn`` and ``new session``: one client asks and
-reads the stream, many times. ``shutdown``: all turns are in mid-reply when SIGTERM comes. The time of one fsync in the
-same file system is measured too.
+reads the stream, many times. ``shutdown``: all turns are in the middle of a reply when SIGTERM comes. The time of one
+fsync in the same file system is measured too.
 """
 
 import os

@@ -144,7 +144,7 @@ def rude() -> tuple[Streams | Idle | Unfinished, ...]:
     return (
         stalled(),
         chat("half-closed", 1, half_close=True),
-        chat("asks ahead", 1, asks_ahead=True),
+        chat("sends ahead", 1, sends_ahead=True),
         Idle(count=3, request=Request(method="GET", path="/healthz")),
         Unfinished(name="half-sent", count=2, kind="head"),
         Unfinished(name="slow upload", count=2, kind="body"),
