@@ -48,6 +48,7 @@ class Deadline:
 
     Attributes:
         at: The time of the deadline, on the event loop's clock.
+        planned: The time to which it was set, before any move.
     """
 
     def __init__(self, at: float = inf, *, timeout_s: float = inf) -> None:
@@ -59,7 +60,7 @@ class Deadline:
         Args:
             timeout_s: The whole timeout. A move never leaves more than this.
         """
-        self.at = at
+        self.at = self.planned = at
         self._timeout_s = timeout_s
         self._extended = False
 

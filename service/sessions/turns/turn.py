@@ -13,14 +13,13 @@ import msgspec
 import trio
 
 from service.errors import ModelError
-from service.failure_codes import FailureCode
-from service.freezes import Deadline, Lateness, check_for_freeze
 from service.models.client import Finished, ModelClient, ModelEvent, ReasoningDelta, TextDelta
 from service.sessions.events import outcome
 from service.sessions.events.event_log import EventLog
 from service.sessions.events.events import Event, TerminalEvent, TurnDelta, TurnQueued, TurnReasoning, TurnStarted
 from service.sessions.events.frames import encode_frame
 from service.sessions.turns.reply import Reply
+from service.sessions.turns.turn_deadlines import TurnDeadlines
 from service.settings import Settings
 from service.storage.records import Checkpoint, LeftOut, TurnRecord, TurnState
 
@@ -47,6 +46,7 @@ class Turn:
         request_id: str | None = None,
     ) -> None:
         self.log = EventLog(bytes_max=settings.log_bytes_max)
+        self.deadlines = TurnDeadlines()
         self.ended = trio.Event()
         self.stored = False
         """Whether the turn's end is in the store. Has a meaning only once the turn has ended."""
@@ -70,12 +70,7 @@ class Turn:
         self._settings = settings
         self._record = record
         self._on_disconnect = on_disconnect
-        self._scope = trio.CancelScope()
-        self._run_deadline = Deadline()
-        self._abandoned_deadline = Deadline()
         self._return_deadline = -inf
-        self._silence_deadline = Deadline()
-        self._expected: tuple[FailureCode, float] = ("first_token_timeout", inf)
         self._watches = 0
         self._reply = Reply(self.log)
         if record.state == "queued":
@@ -129,11 +124,11 @@ class Turn:
 
     def cut_short(self, end: outcome.Outcome) -> bool:
         """Decide how the turn ends, and stop its work. For callers outside of the turn's task."""
-        if self._has_expired():
-            self.decide_from_deadlines()  # the deadline was first
+        if self.deadlines.have_stopped():
+            self.decide(self.deadlines.end())  # the deadline was first
         decided = self.decide(end)
         if decided:
-            self._scope.cancel()
+            self.deadlines.stop()
         return decided
 
     # Watches
@@ -141,7 +136,7 @@ class Turn:
     def watch(self) -> "Watch":
         """Take a watch of the turn, which the caller must release."""
         self._watches += 1
-        self._set(self._abandoned_deadline, inf)
+        self.deadlines.note_client()
         return Watch(self)
 
     def unwatch(self, *, client_returns: bool) -> None:
@@ -152,24 +147,19 @@ class Turn:
             self._return_deadline = now + RETURN_S
         if self._watches or self._on_disconnect == "continue" or self.end is not None:
             return
-        deadline = max(now + self._settings.disconnect_grace_s, self._return_deadline)
-        if deadline <= now:
-            self.cut_short(outcome.Cancelled("disconnected"))
+        returns_within_s = max(self._settings.disconnect_grace_s, self._return_deadline - now)
+        if returns_within_s > 0:
+            self.deadlines.note_no_client(returns_within_s=returns_within_s)
         else:
-            self._set(self._abandoned_deadline, deadline, timeout_s=deadline - now)
+            self.cut_short(outcome.Cancelled("disconnected"))
 
     # For its task
-
-    def scope(self) -> trio.CancelScope:
-        """The cancel scope of the turn's work: cancelled at a deadline, or when an outside call decides the end."""
-        return self._scope
 
     def start(self, now: datetime) -> None:
         """It runs from now on, and its deadline with it."""
         self._record = msgspec.structs.replace(self._record, state="running", started_at=self._record.started_at or now)
-        timeout_s = self._settings.turn_timeout_s
         self.started_at = trio.current_time()
-        self._set(self._run_deadline, self.started_at + timeout_s, timeout_s=timeout_s)
+        self.deadlines.start(self._settings.turn_timeout_s)
         self.append(
             TurnStarted(
                 seq=self.log.last_seq + 1, session_id=self.session_id, turn_id=self.id, model=self._record.model
@@ -189,11 +179,6 @@ class Turn:
     def has_output(self) -> bool:
         """Whether the model has sent a piece of the reply or of its reasoning."""
         return self._reply.begun
-
-    def expect_token(self, otherwise: Literal["first_token_timeout", "next_token_timeout"], *, within_s: float) -> None:
-        """The model is to send something within so many seconds from now; the turn fails ``otherwise``."""
-        if self._set(self._silence_deadline, trio.current_time() + within_s, timeout_s=within_s):
-            self._expected = otherwise, within_s
 
     def take(self, events: Sequence[ModelEvent]) -> Finished | None:
         """Append the model's events. Returns :class:`Finished` if it is among them.
@@ -233,22 +218,6 @@ class Turn:
                 f"The events of this turn are larger than {self._settings.log_bytes_max} bytes (log_bytes_max); "
                 "the text before that is kept.",
             )
-
-    def decide_from_deadlines(self) -> None:
-        """Decide the end by the turn's deadline that stopped its work."""
-        first = self._scope.deadline
-        if first == self._abandoned_deadline.at:
-            self.decide(outcome.Cancelled("disconnected"))
-        elif first == self._run_deadline.at:
-            self.decide(
-                outcome.failed(
-                    "turn_timeout",
-                    f"The turn took longer than {self._settings.turn_timeout_s:g} s (turn_timeout_s).",
-                )
-            )
-        else:
-            code, within_s = self._expected
-            self.decide(outcome.failed(code, f"The model server sent nothing for {within_s:g} s ({code}_s)."))
 
     def checkpoint(self) -> Checkpoint | None:
         """The growth since the last stored checkpoint; None if there is none, or if the end is decided."""
@@ -293,32 +262,6 @@ class Turn:
             left_out=self._record.left_out,
             stored=stored,
         )
-
-    def _set(self, deadline: Deadline, at: float, *, timeout_s: float = inf) -> bool:
-        """Set one of the turn's deadlines. If a deadline has passed, that one ends the turn: changes nothing, False."""
-        if self._has_expired():
-            return False
-        deadline.set(at, timeout_s=timeout_s)
-        self._scope.deadline = min(self._run_deadline.at, self._silence_deadline.at, self._abandoned_deadline.at)
-        return True
-
-    def _has_expired(self) -> bool:
-        """Whether a deadline has passed, or the turn's work was stopped in another way."""
-        if trio.current_time() >= self._scope.deadline:
-            check_for_freeze()  # after a freeze this moves the deadline
-        return self._scope.cancel_called
-
-    def note_late(self, lateness: Lateness) -> None:
-        """Move the deadlines after a delay of the event loop, so that the model's data is read first."""
-        before, self._scope.deadline = self._scope.deadline, inf
-        if (
-            not self._scope.cancel_called
-        ):  # read with the deadline at inf, because reading it after the deadline cancels the scope
-            deadlines = (self._run_deadline, self._silence_deadline, self._abandoned_deadline)
-            for deadline in deadlines:
-                deadline.note_late(lateness)
-            before = min(deadline.at for deadline in deadlines)
-        self._scope.deadline = before
 
 
 class Watch:

@@ -46,11 +46,11 @@ async def run_turn(
         wait_for_others: Returns when no earlier turn of the session is open.
     """
     try:
-        with turn.scope() as scope, calling_when_late(turn.note_late):
+        with turn.deadlines.scope as scope, calling_when_late(turn.deadlines.note_late):
             await wait_for_others()
             await _reply(turn, store=store, clock=clock, settings=settings)
         if scope.cancelled_caught:
-            turn.decide_from_deadlines()
+            turn.decide(turn.deadlines.end())
     except Exception as error:  # noqa: BLE001  the edge of a turn
         _decide_failed(turn, error, settings)
     finally:
@@ -94,7 +94,7 @@ async def _reply(turn: Turn, *, store: Store, clock: Clock, settings: Settings) 
         path = await store.read_path(turn.session_id, turn.id, bytes_max=settings.prompt_bytes_max)
         older = await _measure_older(path, store)
     prompt = build_prompt(path, system_message=turn.system_message, bytes_max=settings.prompt_bytes_max, older=older)
-    turn.expect_token("first_token_timeout", within_s=settings.first_token_timeout_s)
+    turn.deadlines.expect_token("first_token_timeout", within_s=settings.first_token_timeout_s)
     refusal = await _ask(turn, prompt, settings=settings)
     if refusal is None:
         return
@@ -140,7 +140,7 @@ async def _ask(turn: Turn, prompt: Prompt, *, settings: Settings) -> ModelError 
                     finished = turn.take(events)
                     if finished is not None:
                         turn.decide(outcome.Completed(finished.finish_reason, finished.usage))
-                    turn.expect_token("next_token_timeout", within_s=settings.next_token_timeout_s)
+                    turn.deadlines.expect_token("next_token_timeout", within_s=settings.next_token_timeout_s)
             except Exception as error:
                 if _is_too_long(turn, error):
                     raise

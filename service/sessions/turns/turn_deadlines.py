@@ -1,0 +1,110 @@
+"""The deadlines of a turn: they stop its work, and the one that did so tells how the turn ends.
+
+::
+
+    run        the whole turn takes too long                  turn_timeout
+    silence    the model server sends nothing for too long    first_token_timeout, next_token_timeout
+    abandoned  no client has come back for the turn           cancelled (disconnected)
+
+All of them move where the event loop was late, as :mod:`service.freezes` says.
+"""
+
+from math import inf
+from typing import Literal
+
+import trio
+
+from service.freezes import Deadline, Lateness, check_for_freeze
+from service.sessions.events import outcome
+
+TokenTimeout = Literal["first_token_timeout", "next_token_timeout"]
+
+
+class TurnDeadlines:
+    """The deadlines of one turn. All methods are synchronous.
+
+    A deadline that has passed ends the turn: from then on no deadline can be set.
+
+    Attributes:
+        scope: The cancel scope of the turn's work: cancelled by the first deadline that passes, or by :meth:`stop`.
+    """
+
+    def __init__(self) -> None:
+        self.scope = trio.CancelScope()
+        self._run = Deadline()
+        self._silence = Deadline()
+        self._abandoned = Deadline()
+        self._first = self._abandoned
+        """The deadline that passes first."""
+        self._run_s = inf
+        self._silence_s = inf
+        self._silence_code: TokenTimeout = "first_token_timeout"
+
+    def __repr__(self) -> str:
+        names = {id(self._run): "run", id(self._silence): "silence", id(self._abandoned): "abandoned"}
+        return f"<TurnDeadlines: {names[id(self._first)]} at {self._first.at:.3f}>"
+
+    def start(self, turn_timeout_s: float) -> None:
+        """The turn begins to run, and may take so many seconds."""
+        if self._set(self._run, turn_timeout_s):
+            self._run_s = turn_timeout_s
+
+    def expect_token(self, otherwise: TokenTimeout, *, within_s: float) -> None:
+        """The model is to send something within so many seconds from now; the turn fails ``otherwise``."""
+        if self._set(self._silence, within_s):
+            self._silence_code, self._silence_s = otherwise, within_s
+
+    def note_client(self) -> None:
+        """A client watches the turn: it is not abandoned."""
+        self._set(self._abandoned, inf)
+
+    def note_no_client(self, *, returns_within_s: float) -> None:
+        """No client watches the turn any more: a client is to come back within so many seconds from now."""
+        self._set(self._abandoned, returns_within_s)
+
+    def stop(self) -> None:
+        """Stop the turn's work now, for another cause than a deadline."""
+        self.scope.cancel()
+
+    def have_stopped(self) -> bool:
+        """Whether a deadline has passed, or the turn's work was stopped in another way."""
+        if trio.current_time() >= self.scope.deadline:
+            check_for_freeze()  # after a freeze this moves the deadline
+        return self.scope.cancel_called
+
+    def end(self) -> outcome.Outcome:
+        """How the turn ends by the deadline that has stopped its work."""
+        if self._first is self._abandoned:
+            return outcome.Cancelled("disconnected")
+        if self._first is self._run:
+            return outcome.failed("turn_timeout", f"The turn took longer than {self._run_s:g} s (turn_timeout_s).")
+        code = self._silence_code
+        return outcome.failed(code, f"The model server sent nothing for {self._silence_s:g} s ({code}_s).")
+
+    def note_late(self, lateness: Lateness) -> None:
+        """Move the deadlines after a delay of the event loop, so that the model's data is read first."""
+        before, self.scope.deadline = self.scope.deadline, inf
+        # Read with the deadline at inf, because reading it after the deadline cancels the scope.
+        if self.scope.cancel_called:
+            self.scope.deadline = before
+            return
+        for deadline in (self._abandoned, self._run, self._silence):
+            deadline.note_late(lateness)
+        self._arm()
+
+    def _set(self, deadline: Deadline, within_s: float) -> bool:
+        """Set a deadline. Returns False, and changes nothing, if a deadline has passed."""
+        if self.have_stopped():
+            return False
+        deadline.set(trio.current_time() + within_s, timeout_s=within_s)
+        self._arm()
+        return True
+
+    def _arm(self) -> None:
+        """Find the first deadline. Deadlines that a freeze has moved to one moment keep their order."""
+        first = self._abandoned
+        for deadline in (self._run, self._silence):
+            if deadline.at < first.at or (deadline.at == first.at and deadline.planned < first.planned):
+                first = deadline
+        self._first = first
+        self.scope.deadline = first.at
