@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import trio
 
 STEP_MAX_S = 0.02
-"""No request blocks the event loop for longer, whatever its bytes are."""
+"""No request blocks the event loop for longer, for any bytes."""
 
 
 class LongestStep(trio.abc.Instrument):

@@ -332,7 +332,7 @@ async def test_trio_looks_at_deadlines_before_anybody_can_read(is_watched: bool)
     assert read == (b"here" if is_watched else b"")
 
 
-async def test_the_watch_is_told_nothing_any_more_once_it_is_left() -> None:
+async def test_the_watch_gets_no_call_after_its_end() -> None:
     told: list[Lateness] = []
     with watch_for_freezes(clock=trio.current_time, cpu_clock=lambda: 0), calling_when_late(told.append):
         await trio.lowlevel.checkpoint()

@@ -119,7 +119,7 @@ async def test_signal_stops_both_at_once_without_complaints(tmp_path: Path, numb
 
 async def test_signal_while_the_server_starts_stops_it(tmp_path: Path) -> None:
     async with reloading(tmp_path) as reloader:
-        while not has_server(reloader.process.pid):  # noqa: ASYNC110  another process tells nobody of its children
+        while not has_server(reloader.process.pid):  # noqa: ASYNC110  a new child of another process is no event
             await trio.sleep(0.01)
         assert await reloader.stop(signal.SIGTERM) == 0
     assert reloader.noise == []

@@ -121,7 +121,7 @@ async def test_a_failed_start_is_78_and_one_line(tmp_path: Path, host: str) -> N
 
 
 @pytest.mark.parametrize("host", HOSTS)
-async def test_a_failed_start_is_78_and_one_line_whatever_its_reason_is_made_of(tmp_path: Path, host: str) -> None:
+async def test_a_failed_start_is_78_and_one_line_for_any_text_of_its_reason(tmp_path: Path, host: str) -> None:
     failed = await start_that_fails(tmp_path, host, broken="refusing_in_bytes")
     assert failed.exit_code in as_hypercorn_returns(host, 78)
     assert r"the store \udcff cannot be opened" in said_in(failed.log)

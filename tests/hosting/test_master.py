@@ -301,7 +301,7 @@ def test_workers_that_end_at_once_are_slowed_down_once_something_has_served(
     assert "workers end at once, 11 times in a row; the next start is tried in 1 s" in capfd.readouterr().err
 
 
-def test_the_reloader_is_told_when_the_pause_is_over(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reloader_learns_when_the_pause_is_over(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
     """hypercorn's ``--reload`` waits with a timeout, and starts workers only once the wait returns a sentinel."""
     rounds = Rounds(workers, monkeypatch, count=1)
     rounds.serve()
@@ -354,7 +354,7 @@ def test_the_master_s_lines_do_not_wait_for_a_reader(capfd: pytest.CaptureFixtur
             while True:
                 os.write(writer, b"x" * 4096)
         os.set_blocking(writer, True)
-        say("nobody reads this")
+        say("this has no reader")
     finally:
         os.dup2(kept, 2)
         for fd in (reader, writer, kept):

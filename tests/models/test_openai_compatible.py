@@ -178,7 +178,7 @@ OPENAI_WORDS = (
 MISTRAL_WORDS = "body.stream_options.include_usage: Extra inputs are not permitted"
 
 
-async def test_what_a_server_refuses_is_said_in_its_words_from_then_on() -> None:
+async def test_a_field_that_a_server_refuses_is_replaced_from_then_on() -> None:
     """The servers are OpenAI's and Mistral's. The turn does not notice the refusal."""
     requests: list[Request] = []
     refusals = {"max_tokens": OPENAI_WORDS, "stream_options": MISTRAL_WORDS}
@@ -194,7 +194,7 @@ async def test_what_a_server_refuses_is_said_in_its_words_from_then_on() -> None
     assert not {"max_tokens", "stream_options"} & (third.keys() | again.keys())
 
 
-async def test_what_one_model_refuses_another_is_asked_for() -> None:
+async def test_a_field_that_one_model_refuses_is_sent_to_another_model() -> None:
     requests: list[Request] = []
     async with open_upstream(refusing_fields({"stream_options": MISTRAL_WORDS}, requests)) as upstream:
         for model in ("one", "other", "one"):

@@ -55,7 +55,7 @@ POISON = {
 
 
 @pytest.mark.parametrize("host", [SERVE, HYPERCORN_1], ids=str)
-async def test_what_cannot_be_parsed_ends_its_connection_alone(tmp_path: Path, host: Host) -> None:
+async def test_bytes_that_cannot_be_parsed_end_only_their_connection(tmp_path: Path, host: Host) -> None:
     model_url = "scripted:?tokens=100000&rate=20"
     async with (
         open_lastcall(host, tmp_path, model_url=model_url, drain_timeout_s=0) as server,

@@ -47,7 +47,7 @@ async def connect(server: ServerProcess, first: bytes) -> trio.SocketStream:
 
 
 @pytest.mark.parametrize("host", [SERVE, CONFIGURED_2], ids=str)
-async def test_clients_in_mid_handshake_cost_nobody_anything(tmp_path: Path, host: Host) -> None:
+async def test_clients_in_mid_handshake_delay_no_stop(tmp_path: Path, host: Host) -> None:
     certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
     authority, context = trustme.CA(), ssl.create_default_context()
     authority.configure_trust(context)
@@ -138,7 +138,7 @@ async def open_http2_that_does_nothing(server: ServerProcess, *, asks_first: boo
 
 
 @pytest.mark.parametrize("host", [SERVE, HYPERCORN_1], ids=str)
-async def test_http2_clients_without_a_stream_cost_nobody_anything(tmp_path: Path, host: Host) -> None:
+async def test_http2_clients_without_a_stream_delay_no_stop(tmp_path: Path, host: Host) -> None:
     async with open_under_load(host, tmp_path, chat(count=5), drain_timeout_s=0) as (server, load):
         rude = [await open_http2_that_does_nothing(server, asks_first=number % 2 == 0) for number in range(4)]
         signalled = server.signal_main(signal.SIGTERM)

@@ -39,7 +39,7 @@ RUDE = {group.name: group for group in rude()}
 @pytest.mark.parallel
 @pytest.mark.parametrize("how", SIGNALS)
 @pytest.mark.parametrize("host", HOSTS, ids=str)
-async def test_all_streams_end_properly_whoever_else_is_in_the_way(tmp_path: Path, host: Host, how: str) -> None:
+async def test_all_streams_end_properly_beside_rude_clients(tmp_path: Path, host: Host, how: str) -> None:
     bounds: dict[str, Any] = {"drain_timeout_s": 0, "cleanup_timeout_s": 5}
     async with open_under_load(host, tmp_path, *well_behaved(), *rude(), **bounds) as (server, load):
         SIGNALS[how](server)
@@ -55,7 +55,7 @@ async def test_all_streams_end_properly_whoever_else_is_in_the_way(tmp_path: Pat
 
 @pytest.mark.parametrize("who", RUDE)
 @pytest.mark.parametrize("host", [SERVE, HYPERCORN_1], ids=str)
-async def test_one_rude_client_costs_nobody_but_itself(tmp_path: Path, host: Host, who: str) -> None:
+async def test_one_rude_client_harms_no_other_client(tmp_path: Path, host: Host, who: str) -> None:
     groups: tuple[Group, ...] = (chat(count=5), RUDE[who])
     async with open_under_load(host, tmp_path, *groups, drain_timeout_s=0) as (server, load):
         signalled = server.signal_main(signal.SIGTERM)

@@ -31,7 +31,7 @@ STARTS = int(os.environ.get("LASTCALL_TEST_STARTS", "5"))
 
 @pytest.mark.parametrize("what", ["full", "closed"])
 @pytest.mark.parametrize("host", [SERVE, HYPERCORN_1], ids=str)
-async def test_output_that_nobody_takes_changes_nothing(tmp_path: Path, host: Host, what: str) -> None:
+async def test_output_without_a_reader_changes_nothing(tmp_path: Path, host: Host, what: str) -> None:
     async with open_lastcall(host, tmp_path, stderr_pipe=True, drain_timeout_s=0) as server:
         assert server.stderr_pipe is not None
         message = "rate=20 never heard of by the scripted model, which takes its time with this many words to repeat"

@@ -112,7 +112,7 @@ def test_a_process_that_began_with_a_wrong_clock_is_right_soon_after_the_clock_i
     assert not is_in_doubt(clock)
 
 
-def test_a_small_step_is_followed_and_goes_back_for_nothing_that_was_told() -> None:
+def test_a_small_step_is_followed_and_no_time_goes_back() -> None:
     machine = Machine()
     clock = machine.clock()
     told = [clock()]

@@ -61,7 +61,7 @@ async def test_a_copy_replays_what_was_sent_with_ids_of_its_own(autojump_clock: 
         assert len(await read_all(log, after=2)) == len(events) - 2
 
 
-async def test_what_a_crash_took_from_a_turn_is_missing_in_its_copy_and_said(autojump_clock: MockClock) -> None:
+async def test_events_that_a_crash_took_are_missing_in_the_copy_and_reported_as_lost(autojump_clock: MockClock) -> None:
     store = MemoryStore()
     async with open_stage(store) as stage:
         await store.create_session(a_session(idle_timeout_s=1e9), now=T0)

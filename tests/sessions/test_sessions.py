@@ -405,7 +405,7 @@ async def test_turns_without_messages_end_no_page(autojump_clock: MockClock) -> 
             assert await all_messages(stage, session_id, limit=limit) == ["0", "5", "10"]
 
 
-async def test_a_page_of_messages_goes_on_where_it_was_whatever_has_come_since(autojump_clock: MockClock) -> None:
+async def test_pages_of_messages_go_on_at_their_cursor_also_after_new_turns(autojump_clock: MockClock) -> None:
     """A reply since the previous page is the next message; on another path there is no next message."""
     async with open_stage() as stage:
         session_id = await new_session(stage)
@@ -453,9 +453,11 @@ async def test_messages_of_the_path_are_paged(autojump_clock: MockClock) -> None
 # Streams
 
 
-async def test_an_answer_that_outlives_the_service_takes_no_leave(autojump_clock: MockClock) -> None:
+async def test_a_proxied_request_that_outlives_the_service_is_not_closed_after_a_call(
+    autojump_clock: MockClock,
+) -> None:
     async def never_called() -> None:
-        pytest.fail("there is nobody to wait for it")
+        pytest.fail("there is no nursery left for this call")
 
     async with open_stage() as stage:
         forward = stage.sessions.proxied_requests.open_request()
@@ -536,7 +538,7 @@ async def test_shutdown_waits_for_a_deletion_under_way(autojump_clock: MockClock
         assert trio.current_time() == 1
 
 
-async def test_what_is_passed_on_during_the_interrupt_has_the_time_that_the_owner_has(
+async def test_a_proxied_request_has_the_time_of_its_owner_during_the_interrupt(
     autojump_clock: MockClock,
 ) -> None:
     async with open_stage(cleanup_timeout_s=3) as stage:

@@ -317,7 +317,7 @@ NOT_CURSORS = [
 
 
 @pytest.mark.parametrize("cursor", NOT_CURSORS, ids=range(len(NOT_CURSORS)))
-async def test_what_is_not_a_cursor_is_refused(store: Store, cursor: str) -> None:
+async def test_an_invalid_cursor_is_refused(store: Store, cursor: str) -> None:
     await store.create_session(a_session(), now=T0)
     with pytest.raises(InvalidRequestError) as refused:
         await store.list_sessions(limit=1, after=cursor, status=None, now=T0)
@@ -516,7 +516,7 @@ async def test_an_accepted_turn_is_kept_and_is_the_head(store: Store) -> None:
     assert list(await store.read_events("s", "t")) == []
 
 
-async def test_the_newest_turn_is_the_head_whatever_its_parent(store: Store) -> None:
+async def test_the_newest_turn_is_the_head_for_any_parent(store: Store) -> None:
     await store.create_session(a_session(), now=T0)
     for name, parent in [("a", None), ("b", "a"), ("c", "a"), ("d", None)]:
         await store.begin_turn(a_turn(name, parent=parent, state="queued"), now=T0)
@@ -545,7 +545,7 @@ async def test_a_turn_that_follows_on_the_head_is_refused_where_that_has_moved(s
             await store.begin_turn(a_turn("t2", parent=head and "t"), now=at(1), head=head)
     assert await contents(store, now=T0) == before
     assert (await store.begin_turn(a_turn("t2", parent="t"), now=at(1), head="t")).head == "t2"
-    assert (await store.begin_turn(a_turn("branch", parent="t"), now=at(1))).head == "branch", "nobody asked for it"
+    assert (await store.begin_turn(a_turn("branch", parent="t"), now=at(1))).head == "branch", "no head required"
 
 
 async def test_an_input_without_messages_counts_none(store: Store) -> None:
@@ -775,7 +775,7 @@ async def test_a_path_is_measured_by_what_it_brings_into_prompts(store: Store) -
         assert await store.measure_path(session_id, turn_id) == LeftOut()
 
 
-async def test_what_was_left_out_is_kept_with_the_end(store: Store) -> None:
+async def test_left_out_is_stored_with_the_end(store: Store) -> None:
     await _grow(store, a_turn())
     end = msgspec.structs.replace(ended(a_turn()), left_out=LeftOut(2, 10**9))
     await store.end_turn(end, events=[], now=T0)

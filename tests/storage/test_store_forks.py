@@ -187,7 +187,7 @@ async def test_an_expired_session_of_the_new_id_is_replaced(store: Store) -> Non
     assert len(await all_turns(store, "copy", now=NOW)) == 3
 
 
-async def test_what_a_crash_left_of_a_turn_is_copied_as_it_is(store: Store) -> None:
+async def test_the_rest_of_a_turn_after_a_crash_is_copied_unchanged(store: Store) -> None:
     await store.create_session(a_session(), now=T0)
     await store.begin_turn(a_turn(), now=T0)
     crashed = msgspec.structs.replace(ended(a_turn(), "interrupted"), reason="crash", last_seq=SEQ_AFTER_CRASH)

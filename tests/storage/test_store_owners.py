@@ -82,7 +82,7 @@ async def test_a_crashed_turn_is_interrupted_with_the_output_and_events_of_its_l
         assert (await store.begin_turn(a_turn("next", parent="t"), now=at(9))).open_turns == 1
 
 
-async def test_what_a_crashed_turn_left_out_is_that_of_its_last_checkpoint(open_shared: OpenStore) -> None:
+async def test_left_out_of_a_crashed_turn_is_that_of_its_last_checkpoint(open_shared: OpenStore) -> None:
     async with open_shared() as store:
         await _begin(store, "t")
         for left_out in (None, LeftOut(1, 2), LeftOut(3, 4)):
@@ -296,7 +296,7 @@ async def test_without_other_owners_there_is_none_to_find(store: Store) -> None:
     assert await store.find_owner("s") is None
 
 
-async def test_any_owner_forks_what_has_ended_and_is_told_whose_the_rest_is(open_shared: OpenStore) -> None:
+async def test_any_owner_forks_ended_turns_and_learns_the_owner_of_the_others(open_shared: OpenStore) -> None:
     async with open_shared() as first, open_shared() as second:
         await _begin(first, "t")
         assert await first.end_turn(ended(a_turn()), events=[b"1"], now=T0)

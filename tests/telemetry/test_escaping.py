@@ -64,7 +64,7 @@ def test_every_control_character_line_end_and_change_of_direction_is_escaped() -
 
 @pytest.mark.parametrize("log_format", FORMATS)
 @given(text=TEXTS)
-def test_no_text_forges_a_line_whoever_logs_it(log_format: Format, text: str) -> None:
+def test_no_text_forges_a_line_through_any_logger(log_format: Format, text: str) -> None:
     def write() -> None:
         structlog.get_logger("lastcall.tests").warning(text, value=text, nested={"of": [text]}, error=ValueError(text))
         structlog.get_logger("lastcall.tests").warning("told", **{f"a{text}": 1})

@@ -1,4 +1,4 @@
-"""The writer of the log neither waits nor raises, whatever its reader does."""
+"""The writer of the log neither waits nor raises, for any behaviour of its reader."""
 
 import os
 import select
@@ -55,7 +55,7 @@ def read_ready(fd: int) -> bytes:
 
 
 def fill(writer: LogWriter) -> int:
-    """Write until lines are lost with nobody reading; how many were."""
+    """Write without a reader until lines are lost. Returns how many were lost."""
     written = 0
     while not writer._lost:
         writer.write(LINE)

@@ -51,7 +51,7 @@ def lines(log_file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in log_file.read_text().splitlines()]
 
 
-def test_event_is_a_line_of_json_where_nobody_watches(open_log: OpenLog, log_file: Path) -> None:
+def test_event_is_a_line_of_json_without_a_terminal(open_log: OpenLog, log_file: Path) -> None:
     open_log()
     logger.info("turn ended", turn="turn_1", state="completed")
     (line,) = lines(log_file)
@@ -120,7 +120,7 @@ def test_python_s_warnings_are_logged(open_log: OpenLog, log_file: Path) -> None
 
 
 @pytest.mark.parametrize("log_format", ["json", "console"])
-def test_traceback_is_told(open_log: OpenLog, log_file: Path, log_format: str) -> None:
+def test_traceback_is_logged(open_log: OpenLog, log_file: Path, log_format: str) -> None:
     open_log(log_format=log_format)
     try:
         raise ValueError("broken")
@@ -160,7 +160,7 @@ def test_secret_is_blotted_out_wherever_it_comes_from(open_log: OpenLog, log_fil
     assert "********" in log_file.read_text()
 
 
-def test_record_that_cannot_be_formatted_is_told_and_harms_nobody(open_log: OpenLog, log_file: Path) -> None:
+def test_record_that_cannot_be_formatted_is_logged_without_harm(open_log: OpenLog, log_file: Path) -> None:
     open_log()
     logging.getLogger("hypercorn.error").warning("%d tokens", "many")
     (line,) = lines(log_file)

@@ -17,7 +17,7 @@ def told(log: str) -> list[tuple[str, int]]:
     return [(line["code"], line["count"]) for line in lines_of(log, "requests refused")]
 
 
-async def test_the_first_of_a_kind_is_told_at_once_and_the_rest_when_the_second_is_over(
+async def test_the_first_of_a_kind_is_logged_at_once_and_the_others_when_the_second_is_over(
     autojump_clock: MockClock,
 ) -> None:
     with kept_log("json") as read:
@@ -38,7 +38,7 @@ async def test_the_first_of_a_kind_is_told_at_once_and_the_rest_when_the_second_
     assert levels == {"turn_in_progress": "info", "turn_limit": "warning"}
 
 
-async def test_what_was_not_told_is_told_at_the_end(autojump_clock: MockClock) -> None:
+async def test_refusals_that_were_not_logged_yet_are_logged_at_the_end(autojump_clock: MockClock) -> None:
     with kept_log("json") as read:
         async with trio.open_nursery() as nursery:
             log = RefusalLog()

@@ -1,4 +1,4 @@
-"""OpenAI-compatible servers from PyPI that nobody here wrote, as subprocesses on a free port."""
+"""OpenAI-compatible servers from PyPI, which this project did not write, as subprocesses on a free port."""
 
 import ctypes
 import json

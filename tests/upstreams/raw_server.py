@@ -172,7 +172,7 @@ async def open_raw_server(behave: Behaviour, *, ssl_context: ssl.SSLContext | No
 
 @contextmanager
 def unanswering_port() -> Iterator[int]:
-    """A loopback port at which connecting hangs: it listens, but nobody accepts and its backlog is full."""
+    """A loopback port at which connecting hangs: the listener accepts no client, and its backlog is full."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)
@@ -194,7 +194,7 @@ def unanswering_port() -> Iterator[int]:
 
 
 def unused_port() -> int:
-    """A loopback port at which nobody listens."""
+    """A loopback port without a listener."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

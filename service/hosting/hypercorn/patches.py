@@ -435,7 +435,7 @@ def install_listeners(serve_listeners: object) -> Iterator[None]:
 def install_termination(
     termination: Termination, context: WorkerContext, stop_event: MasterEvent | None
 ) -> Iterator[None]:
-    """Have hypercorn see that it is to stop when this says so, whatever its own triggers say."""
+    """Have ``termination`` decide, in place of hypercorn's own triggers, when hypercorn sees that it is to stop."""
     with ExitStack() as undoing:
         undoing.callback(TERMINATE.put(termination, context))
         if stop_event is not None:

@@ -1,4 +1,4 @@
-"""No request blocks the event loop, whatever its bytes are: the worst requests and mixtures, on real sockets."""
+"""No bytes of a request block the event loop: the worst requests and mixtures, on real sockets."""
 
 import random
 import struct

@@ -148,7 +148,7 @@ def test_the_plugin_knows_the_test_below_what_runs_it_in_trio(tmp_path: Path) ->
     ]
 
 
-def test_what_is_said_of_a_fault_is_what_all_cases_of_its_test_say() -> None:
+def test_the_verdict_on_a_fault_is_that_of_all_cases_of_its_test() -> None:
     first, *_, last = FAULTS
     said = {
         first.removal_test: ([Verdict.NEEDED, Verdict.NEEDED], ""),

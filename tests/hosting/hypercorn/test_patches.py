@@ -87,7 +87,7 @@ def names_of(changed: dict[Name, str]) -> set[str]:
     return set(changed.values())
 
 
-async def test_what_is_replaced_is_what_the_table_lists_and_comes_back() -> None:
+async def test_the_table_lists_all_replacements_and_each_is_undone() -> None:
     process = Process()
     before, own = LibraryNames(), process.own_names()
     with process.install():

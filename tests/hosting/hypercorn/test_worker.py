@@ -87,7 +87,7 @@ def test_a_connection_sees_the_context_that_hypercorn_knows() -> None:
     assert set(vars(WorkerContext(None))) == {"max_requests", "requests", "terminate", "terminated"}
 
 
-def test_an_address_is_told_for_each_form_of_a_bind() -> None:
+def test_each_form_of_a_bind_has_an_address() -> None:
     """``check_stand_in`` relies on the address, also where bare hypercorn's ``--bind`` differs from the settings."""
     assert worker._address_of_bind("0.0.0.0") == "0.0.0.0:8000"
     assert worker._address_of_bind("[::]:80") == "[::]:80"

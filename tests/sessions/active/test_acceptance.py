@@ -242,7 +242,7 @@ async def test_a_turn_follows_on_those_that_others_had_meanwhile(autojump_clock:
     assert record.parent == f"between-{times - 1}"
 
 
-async def test_a_branch_stays_where_it_was_put_whatever_the_head_does(autojump_clock: MockClock) -> None:
+async def test_a_branch_keeps_its_parent_when_the_head_moves(autojump_clock: MockClock) -> None:
     store = HeadMoves(1)
     async with open_stage(store) as stage:
         session = await stage.sessions.create_session(NewSession())

@@ -135,7 +135,7 @@ async def test_deletion_whose_last_step_was_refused_is_finished_later(autojump_c
         await stage.sessions.get_session("mine")
 
 
-async def test_what_breaks_the_store_is_given_up_and_holds_up_no_other(autojump_clock: MockClock) -> None:
+async def test_an_end_that_breaks_the_store_is_given_up_and_delays_no_other_end(autojump_clock: MockClock) -> None:
     class Breaks(FullDisk):
         def _check(self, step: str) -> None:
             if step in self.refused:
@@ -160,7 +160,7 @@ async def test_what_breaks_the_store_is_given_up_and_holds_up_no_other(autojump_
     ]
 
 
-async def test_an_end_that_is_not_the_stores_any_more_is_not_told_as_stored(autojump_clock: MockClock) -> None:
+async def test_an_end_that_the_store_does_not_take_any_more_is_not_called_stored(autojump_clock: MockClock) -> None:
     """Another process took this process for dead."""
 
     class Fenced(MemoryStore):
@@ -229,10 +229,10 @@ async def test_a_recovery_may_take_many_steps_but_none_too_long(
                 await stage.sessions.recover()
 
 
-async def test_what_is_written_to_see_whether_that_works_is_seen_by_nobody(autojump_clock: MockClock) -> None:
+async def test_the_test_write_is_visible_to_no_caller(autojump_clock: MockClock) -> None:
     """This is also true after the clock is set back."""
     async with open_stage() as stage:
-        stage.sessions.pending_writes.refusal = StoreError("of a write that nobody tries again")
+        stage.sessions.pending_writes.refusal = StoreError("of a write that is not tried again")
         await stage.sessions.pending_writes.retry()
         assert stage.sessions.pending_writes.refusal is None, "it can be written to"
         stage.clock.advance(-3600)

@@ -218,7 +218,7 @@ def test_a_replay_of_what_was_kept_is_the_same_log_closed() -> None:
     assert (again.closed, again.last_seq, frames_of(again)) == (True, 3, frames_of(log))
 
 
-def test_what_was_read_does_not_change_with_the_log() -> None:
+def test_events_that_were_read_do_not_change_with_the_log() -> None:
     log = _filled(1)
     read = log.read_after(0)
     log.append(_delta(log))
@@ -231,7 +231,7 @@ def test_a_stalled_reader_costs_the_log_nothing() -> None:
     for _ in range(1000):
         log.append(_delta(log))
     log.close(_end(log))
-    assert log._readers.statistics().tasks_waiting == 0, "nobody is on the log's books who does not wait"
+    assert log._readers.statistics().tasks_waiting == 0, "only readers that wait are registered"
     late, cursor = read_frames(log, cursor, encode=encode_frame, bytes_max=MIB)
     assert (late, cursor) == (b"".join(frames_of(log)[1:]), 1002), "all that it missed comes in one go"
 
@@ -422,7 +422,7 @@ def test_a_delta_on_the_wire_is_lean() -> None:
     assert frame == 'id: 3\ndata: {"type":"turn.delta","seq":3,"text":"Hi 👋"}\n\n'.encode()
 
 
-def test_stored_is_told_only_where_it_is_not() -> None:
+def test_stored_is_in_an_event_only_if_it_is_false() -> None:
     end = TurnCancelled(seq=2, reason="requested", text_length=0)
     assert b"stored" not in encode_frame(end)
     assert b'"stored":false' in encode_frame(TurnCancelled(seq=2, reason="requested", text_length=0, stored=False))

@@ -90,7 +90,7 @@ async def test_who_reads_the_same_turn_at_the_same_time_shares_one_log() -> None
         assert frames_of(logs[0]) == FRAMES
 
 
-async def test_a_log_that_nobody_reads_any_more_is_not_kept() -> None:
+async def test_a_log_without_readers_is_not_kept() -> None:
     store = Kept()
     async with open_stage(store) as stage:
         for times in (1, 2):
@@ -129,7 +129,7 @@ async def test_a_turn_that_ends_elsewhere_while_it_is_looked_for_is_replayed_who
         assert (log.closed, log.last_seq, log.unbroken_seq) == (True, 4, 4)
 
 
-async def test_a_turn_that_ends_elsewhere_while_it_is_looked_for_is_told_as_it_ended() -> None:
+async def test_a_turn_that_ends_elsewhere_during_the_search_is_replayed_with_its_end() -> None:
     async with open_stage(EndsMeanwhile("owner")) as stage:
         assert await stage.sessions.get_turn("s", "t") == ENDED
 

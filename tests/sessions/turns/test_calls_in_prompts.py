@@ -146,13 +146,13 @@ def test_a_call_that_was_cut_off_is_left_out() -> None:
     assert asked(turn("interrupted", [asks("a")], [calls("2", complete=False)]), LAST) == ["u: a\n\nnow"]
 
 
-def test_the_calls_of_a_failed_turn_are_left_out_and_their_outputs_are_told_as_texts() -> None:
+def test_the_calls_of_a_failed_turn_are_left_out_and_their_outputs_become_texts() -> None:
     failed = turn("failed", [asks("a")], [says("x"), calls("1")])
     assert asked(failed, LAST) == ["u: a\n\nnow"]
     assert asked(failed, turn("running", [brings("1"), asks("b")])) == ["u: [Output of the call 1]\nout\n\na\n\nb"]
 
 
-def test_an_output_that_comes_later_than_a_text_is_told_as_a_text() -> None:
+def test_an_output_that_comes_later_than_a_text_becomes_a_text() -> None:
     path = done([asks("a")], calls("1")), done([asks("b")], says("B")), turn("running", [brings("1")])
     assert asked(*path) == ["u: a", "call 1", f"1: {NOT_ANSWERED}", "u: b", "a: B", "u: [Output of the call 1]\nout"]
 
@@ -176,7 +176,7 @@ def test_the_same_id_in_another_turn_is_another_call() -> None:
     assert asked(*path) == ["u: a", "call 1", "1: x", "call 1", "1: y"]
 
 
-def test_what_only_the_models_server_can_read_goes_to_no_other_model() -> None:
+def test_data_that_only_one_model_server_can_read_goes_to_no_other_model() -> None:
     thought = Item(id="r", type="reasoning", role="assistant", text="hm", encrypted="gAAA", upstream='{"n":1}')
     first = done([asks("a")], thought, calls("1", upstream='{"x":1}'))
     last = turn("running", [brings("1")])

@@ -47,7 +47,7 @@ def _asked(stage: Stage) -> list[list[str]]:
     return [[message.text for message in messages] for messages in stage.puppet.asked]
 
 
-async def test_what_is_too_long_is_tried_once_more_without_the_oldest_turns(autojump_clock: MockClock) -> None:
+async def test_a_prompt_that_is_too_long_is_sent_once_more_without_the_oldest_turns(autojump_clock: MockClock) -> None:
     async with open_stage() as stage:
         await _fill(stage, *(f"{n}" * 50 for n in range(4)))
         stage.puppet.takes_bytes = 150
@@ -124,7 +124,7 @@ async def test_an_input_that_is_too_long_by_itself_fails_and_the_next_turn_works
         assert _asked(stage)[-1] == ["S", "hello", "R", "hi again"]
 
 
-async def test_a_conversation_becomes_short_enough_whatever_the_model_takes(autojump_clock: MockClock) -> None:
+async def test_a_conversation_becomes_short_enough_for_any_bound_of_the_model(autojump_clock: MockClock) -> None:
     async with open_stage() as stage:
         await _fill(stage, *(f"{n}" * 4000 for n in range(10)))
         stage.puppet.takes_bytes = 5000
@@ -133,7 +133,7 @@ async def test_a_conversation_becomes_short_enough_whatever_the_model_takes(auto
 
 
 @pytest.mark.parametrize("code", ["content_filter", "unsupported_content"])
-async def test_what_was_refused_is_not_sent_again_nor_tried_again(autojump_clock: MockClock, code: FailureCode) -> None:
+async def test_a_refused_input_is_neither_sent_nor_tried_again(autojump_clock: MockClock, code: FailureCode) -> None:
     async with open_stage() as stage:
         await _fill(stage, "hello")
         stage.puppet.refuse = ModelError(code, "No.")
@@ -217,7 +217,7 @@ async def test_a_turn_that_is_cancelled_in_either_attempt_says_what_that_left_ou
         assert end.left_out == (None if attempt == 1 else LeftOut(2, 51))
 
 
-async def test_what_the_bound_on_prompts_leaves_out_is_told_with_all_that_is_not_even_read(
+async def test_left_out_counts_also_the_turns_that_were_not_read(
     autojump_clock: MockClock,
 ) -> None:
     async with open_stage(prompt_bytes_max=2048, input_bytes_max=1024) as stage:

@@ -156,7 +156,7 @@ def test_roles_alternate_on_every_path(path: list[TurnRecord], system_message: s
 
 
 @pytest.mark.parametrize("code", REFUSALS)
-def test_what_the_model_refused_for_what_it_is_is_never_sent_again(code: str) -> None:
+def test_an_input_that_the_model_refused_for_its_content_is_never_sent_again(code: str) -> None:
     poison = _ended("failed", "poison", code=code)
     assert _said(_ended("completed", "a", "A"), poison) == ["u: a", "a: A", "u: now"]
     assert _said(poison, _ended("completed", "b", "B"), poison, _ended("failed", "c")) == [
@@ -166,7 +166,7 @@ def test_what_the_model_refused_for_what_it_is_is_never_sent_again(code: str) ->
     ]
 
 
-def test_what_a_filter_left_without_a_word_is_never_sent_again() -> None:
+def test_an_input_whose_whole_reply_was_filtered_is_never_sent_again() -> None:
     filtered = msgspec.structs.replace(_ended("completed", "poison"), finish_reason="content_filter")
     assert _said(filtered) == ["u: now"]
     cut = msgspec.structs.replace(_ended("completed", "a", "half"), finish_reason="content_filter")
@@ -223,7 +223,7 @@ def _left_out(*turns: TurnRecord, bytes_max: int = EVERYTHING, older: LeftOut = 
     return build_prompt([*turns, LAST], system_message=None, bytes_max=bytes_max, older=older).left_out
 
 
-def test_what_was_left_out_is_told_in_messages_and_bytes() -> None:
+def test_left_out_counts_messages_and_bytes() -> None:
     path = [_ended("completed", "é", "A"), _ended("failed", "b"), _ended("completed", "c" * 9, "C")]
     assert _left_out(*path) is None
     assert _left_out(*path, bytes_max=30) == LeftOut(2, 3), "the first one's input and reply"
@@ -232,7 +232,7 @@ def test_what_was_left_out_is_told_in_messages_and_bytes() -> None:
     assert _left_out(*path, older=LeftOut(7, 100), bytes_max=0) == LeftOut(12, 114)
 
 
-def test_what_is_no_part_of_the_conversation_is_not_left_out() -> None:
+def test_refused_turns_do_not_count_as_left_out() -> None:
     refused = [_ended("failed", "b", code=code) for code in REFUSALS]
     assert _left_out(*refused) is None
     assert _left_out(*refused, _ended("completed", "c", "\n"), bytes_max=0) == LeftOut(1, 1)

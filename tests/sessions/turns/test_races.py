@@ -395,7 +395,7 @@ common = settings(phases=set(Phase) - {Phase.explain}, suppress_health_check=[He
     seed=st.integers(0, 2**32),
     order=st.random_module(),  # the order in which Trio runs the ready tasks
 )
-def test_whatever_meets_each_turn_ends_once_and_nothing_is_left(
+def test_each_turn_ends_once_in_any_race_and_nothing_is_left(
     history: list[list[Act]], ending: Ending, faulty: bool, seed: int, order: object
 ) -> None:
     random = Random(seed)

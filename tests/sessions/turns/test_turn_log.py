@@ -109,7 +109,7 @@ async def test_each_way_to_end_is_one_line_with_its_reason(autojump_clock: MockC
     assert lines[queued.id]["queued_s"] == 5.0
 
 
-async def test_an_end_that_the_store_refused_is_a_warning_and_told_once(autojump_clock: MockClock) -> None:
+async def test_an_end_that_the_store_refused_is_one_warning(autojump_clock: MockClock) -> None:
     store = RefusingStore()
     with kept_log("json") as read:
         async with open_stage(store) as stage:

@@ -227,7 +227,7 @@ async def test_an_upstream_s_words_go_where_the_setting_says(
     )
 
 
-async def test_an_upstream_that_fails_after_the_end_was_decided_is_not_told_of_again(
+async def test_an_upstream_that_fails_after_the_end_was_decided_is_not_logged_again(
     autojump_clock: MockClock,
 ) -> None:
     with capture_logs() as entries:
@@ -300,7 +300,7 @@ async def test_progress_rearms_the_next_token_deadline(progress: str, autojump_c
         reply.finish()
         record = await turn.wait_ended()
         assert record.state == "completed"
-        assert record.last_seq == (2 if progress == "work" else 7), "work is told to nobody"
+        assert record.last_seq == (2 if progress == "work" else 7), "work makes no event"
 
 
 async def test_cancel_is_idempotent_and_waits_for_the_end(autojump_clock: MockClock) -> None:
@@ -425,7 +425,7 @@ class RefusingStore(MemoryStore):
 
 
 @pytest.mark.parametrize("hang", [False, True])
-async def test_end_that_the_store_refuses_is_told_as_not_stored_and_kept_later(
+async def test_end_that_the_store_refuses_is_marked_as_not_stored_and_kept_later(
     autojump_clock: MockClock, hang: bool
 ) -> None:
     store = RefusingStore(hang=hang)

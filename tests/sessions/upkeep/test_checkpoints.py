@@ -82,7 +82,7 @@ async def test_a_checkpoint_brings_what_all_turns_grew_by_in_one_call(autojump_c
         nursery.cancel_scope.cancel()
 
 
-async def test_what_a_refused_checkpoint_did_not_bring_the_next_one_does(autojump_clock: MockClock) -> None:
+async def test_the_checkpoint_after_a_refused_one_has_its_events_too(autojump_clock: MockClock) -> None:
     store = Recording()
     async with open_stage(store) as stage, trio.open_nursery() as nursery:
         session = await stage.sessions.create_session(NewSession())
@@ -171,7 +171,7 @@ async def test_after_a_crash_what_is_left_is_replayed_and_then_the_end(cursor: i
         assert (log.closed, log.last_seq) == (True, SEQ_AFTER_CRASH)
 
 
-async def test_after_a_crash_a_cursor_inside_of_what_is_lost_is_told_so_with_the_text() -> None:
+async def test_after_a_crash_a_seq_of_a_lost_event_gets_events_lost_with_the_text() -> None:
     async with open_stage(Crashed()) as stage:
         for cursor in (4, 100_000, SEQ_AFTER_CRASH - 1):
             with pytest.raises(EventsLostError) as lost:

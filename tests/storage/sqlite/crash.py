@@ -251,7 +251,7 @@ async def compare(path: Path, facts: Facts) -> None:
             begun = turns[len(copied) :]
             assert len(turns) >= len(copied), "a copied turn is gone"
             assert begun[: len(accepted)] == accepted, "an accepted turn is gone, or out of order"
-            assert len(begun) <= len(accepted) + 1, "more than the one turn whose acceptance nobody lived to tell"
+            assert len(begun) <= len(accepted) + 1, "more than the one turn that was accepted just before the crash"
             assert record.head == (turns[-1] if turns else None)
         for session in facts.deleted:
             try:

@@ -9,7 +9,7 @@ from tests.storage.sqlite.crash import Facts, compare, run_and_kill
 
 
 @pytest.mark.processes
-async def test_nothing_that_clients_were_told_is_lost_in_a_crash(path: Path) -> None:
+async def test_nothing_that_clients_have_seen_is_lost_in_a_crash(path: Path) -> None:
     facts = Facts()
     with trio.fail_after(120):
         for seed in range(3):

@@ -64,7 +64,7 @@ async def test_a_disk_that_does_not_write_fails_writes_until_it_does(
         assert (await store.get_turn("s", "t", now=T0)).state == "completed"
 
 
-async def test_a_fault_is_told_without_the_path_which_the_log_has_once(disk: FaultyDisk, path: Path) -> None:
+async def test_the_error_of_a_fault_has_no_path_and_the_log_has_it_once(disk: FaultyDisk, path: Path) -> None:
     async with open_sqlite_store(path) as store:
         disk.write_fault = apsw.FullError
         with structlog.testing.capture_logs() as log:

@@ -30,5 +30,5 @@ def test_a_network_file_system_is_recognised(path: str, kind: str | None, tmp_pa
     assert network_file_system(Path(path), mounts) == kind
 
 
-def test_nobody_can_say_without_a_list_of_mounts(tmp_path: Path) -> None:
+def test_without_a_list_of_mounts_the_kind_of_a_file_system_is_unknown(tmp_path: Path) -> None:
     assert network_file_system(tmp_path, tmp_path / "nowhere") is None

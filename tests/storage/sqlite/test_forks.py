@@ -55,7 +55,7 @@ async def test_others_write_between_the_steps_and_see_nothing_before_the_last(pa
         assert len((await contents(other, now=NOW))["copy"][1]) == TURNS
 
 
-async def test_what_a_caller_that_left_had_built_is_cleared_away(path: Path) -> None:
+async def test_the_unfinished_fork_of_a_caller_that_left_is_removed(path: Path) -> None:
     async with open_sqlite_store(path) as store:
         await _fill(store)
         before = await _rows(store)
@@ -71,7 +71,7 @@ async def test_what_a_caller_that_left_had_built_is_cleared_away(path: Path) -> 
             assert await _rows(store) == before
 
 
-async def test_what_could_not_be_cleared_away_at_once_is_cleared_later(
+async def test_an_unfinished_fork_that_could_not_be_removed_at_once_is_removed_later(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def refuse(_: str) -> None:
@@ -93,7 +93,7 @@ async def test_what_could_not_be_cleared_away_at_once_is_cleared_later(
         assert await _rows(store) == before
 
 
-async def test_what_a_process_that_died_had_built_is_cleared_away(path: Path) -> None:
+async def test_the_unfinished_fork_of_a_dead_process_is_removed(path: Path) -> None:
     async with open_sqlite_store(path) as store:
         await _fill(store)
         before = await _rows(store)

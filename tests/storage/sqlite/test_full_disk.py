@@ -91,7 +91,7 @@ async def test_sessions_are_deleted_from_a_full_disk_and_make_space(disk: SmallD
     assert (path.parent / "lastcall.db-reserve").stat().st_size == RESERVE_BYTES  # noqa: ASYNC240
 
 
-async def test_what_makes_no_space_gets_none_of_the_reserve(disk: SmallDisk, path: Path) -> None:
+async def test_a_step_that_makes_no_space_does_not_use_the_reserve(disk: SmallDisk, path: Path) -> None:
     async with open_sqlite_store(path) as store:
         await fill(store, disk)
         before = len(await all_sessions(store, now=T0))
@@ -102,7 +102,7 @@ async def test_what_makes_no_space_gets_none_of_the_reserve(disk: SmallDisk, pat
         assert (path.parent / "lastcall.db-reserve").stat().st_size == RESERVE_BYTES  # noqa: ASYNC240
 
 
-async def test_what_has_expired_goes_from_a_full_disk(disk: SmallDisk, path: Path) -> None:
+async def test_expired_sessions_are_removed_from_a_full_disk(disk: SmallDisk, path: Path) -> None:
     async with open_sqlite_store(path) as store:
         await fill(store, disk)
         later = a_session().expires_at

@@ -98,7 +98,7 @@ async def test_a_crash_in_the_middle_leaves_the_last_checkpoint(
 
 @pytest.mark.parametrize("events", [EVENTS, EVENTS[:5]])
 @pytest.mark.parametrize("step", range(STEPS + 1))
-async def test_what_failed_in_the_middle_is_replaced_by_the_next_try(
+async def test_a_write_that_failed_in_the_middle_is_replaced_by_the_next_one(
     path: Path, monkeypatch: pytest.MonkeyPatch, step: int, events: list[bytes]
 ) -> None:
     async with open_sqlite_store(path) as opened:

@@ -67,7 +67,7 @@ async def test_an_exported_session_is_the_same_when_it_is_imported_elsewhere(pat
             _import(there, exported)
 
 
-async def test_what_followed_on_an_open_turn_is_imported_as_if_that_had_never_been(path: Path) -> None:
+async def test_a_turn_after_an_open_turn_is_imported_without_the_open_one(path: Path) -> None:
     async with open_sqlite_store(path) as store:
         await store.create_session(a_session(), now=T0)
         await store.begin_turn(_a_turn(T1), now=T0)
@@ -135,7 +135,7 @@ BROKEN: dict[str, Callable[[Any, Any], object]] = {
 
 
 @pytest.mark.parametrize("problem", BROKEN)
-async def test_what_no_store_can_have_is_refused_and_named(path: Path, problem: str) -> None:
+async def test_a_session_that_no_store_can_have_is_refused_with_the_reason(path: Path, problem: str) -> None:
     async with open_sqlite_store(path) as store:
         await _fill(store)
     whole = json.loads(maintenance.export_session(path, "s"))
@@ -173,7 +173,7 @@ async def test_a_circle_of_turns_ends_every_read_and_is_found_by_a_check(path: P
     ]
 
 
-async def test_what_is_not_there_or_is_no_export_is_refused(path: Path) -> None:
+async def test_a_missing_session_and_a_file_that_is_no_export_are_refused(path: Path) -> None:
     with pytest.raises(StartupError, match="not there"):
         maintenance.export_session(path, "s")
     async with open_sqlite_store(path):
@@ -255,7 +255,7 @@ async def test_a_vacuum_of_a_file_that_cannot_shrink_ends_and_says_how_it_can(pa
         assert await trio.to_thread.run_sync(maintenance.vacuum, path, abandon_on_cancel=True) == 0
 
 
-def test_what_is_empty_is_no_store_and_stays_empty(path: Path) -> None:
+def test_an_empty_file_is_no_store_and_stays_empty(path: Path) -> None:
     path.touch()
     for look in (maintenance.check, maintenance.vacuum):
         with pytest.raises(StartupError, match="is empty: it is not a store"):

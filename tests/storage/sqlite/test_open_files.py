@@ -110,7 +110,7 @@ async def test_nothing_is_written_once_the_file_is_not_there_any_more_and_reads_
 
 
 @pytest.mark.parametrize("lose", LOSSES, indirect=True)
-async def test_what_was_committed_into_a_file_that_went_away_meanwhile_is_not_acknowledged(
+async def test_a_commit_into_a_file_that_was_removed_meanwhile_is_not_acknowledged(
     path: Path, lose: Callable[[Path], object]
 ) -> None:
     async with open_and_lose(path) as store:
@@ -247,7 +247,7 @@ async def test_a_start_goes_on_while_another_process_makes_the_same_files(
 
 
 @pytest.mark.processes
-def test_what_a_process_served_is_free_when_it_has_died(path: Path) -> None:
+def test_the_file_of_a_dead_process_can_be_served_again(path: Path) -> None:
     script = """
 import sys, trio
 from service.storage.sqlite import open_sqlite_store

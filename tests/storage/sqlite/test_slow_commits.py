@@ -67,7 +67,7 @@ async def test_a_delete_whose_commit_is_slow_ends_its_turn_and_frees_the_id(disk
         await sessions.create_session(NewSession(id="s"))
 
 
-async def test_a_second_delete_in_a_slow_commit_is_told_of_the_first(disk: FaultyDisk, path: Path) -> None:
+async def test_a_second_delete_in_a_slow_commit_has_the_outcome_of_the_first(disk: FaultyDisk, path: Path) -> None:
     async with open_slow(path) as service:
         await not_in_time(disk, lambda: service.sessions.delete_session("s"))
         with pytest.raises(StoreError):

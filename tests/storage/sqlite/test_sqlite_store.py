@@ -29,13 +29,13 @@ async def test_it_says_where_it_is_and_only_its_owner_can_read_it(path: Path) ->
             assert stat.S_IMODE(file.stat().st_mode) == 0o600, file.name
 
 
-async def test_a_relative_path_is_told_in_full(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_relative_path_is_shown_in_full(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(path.parent)
     async with open_sqlite_store("here.db") as store:
         assert store.name == f"sqlite:{path.parent}/here.db"
 
 
-async def test_whoever_comes_by_a_link_shares_the_file_s_owners(path: Path) -> None:
+async def test_a_process_that_opens_the_file_by_a_link_shares_its_owners(path: Path) -> None:
     link = path.with_name("link.db")
     link.symlink_to(path)
     async with open_sqlite_store(path) as store, open_sqlite_store(link) as other:
@@ -135,7 +135,7 @@ async def test_a_closed_store_refuses_and_can_be_closed_again(path: Path) -> Non
             await store.get_session("s", now=T0)
 
 
-async def test_what_was_asked_for_before_the_close_is_done(path: Path) -> None:
+async def test_steps_that_were_submitted_before_the_close_are_done(path: Path) -> None:
     async with open_sqlite_store(path) as store, trio.open_nursery() as nursery:
         for n in range(50):
             nursery.start_soon(lambda n: store.create_session(a_session(f"s{n}"), now=T0), n)
@@ -247,7 +247,7 @@ async def _until_empty(store: SqliteStore) -> None:
             await trio.sleep(0.005)
 
 
-async def test_what_is_removed_is_reclaimed_step_by_step_and_the_file_gets_smaller(
+async def test_removed_rows_are_reclaimed_step_by_step_and_the_file_shrinks(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reclaim, "STEP_S", 0.0005)
@@ -266,7 +266,7 @@ async def test_what_is_removed_is_reclaimed_step_by_step_and_the_file_gets_small
                 await trio.sleep(0.005)
 
 
-async def test_what_a_process_left_to_reclaim_the_next_one_reclaims(path: Path) -> None:
+async def test_the_next_process_reclaims_the_rows_that_one_left(path: Path) -> None:
     async with open_sqlite_store(path) as store:
         store.writer.removed = False
         await _with_events(store, rows=2)
