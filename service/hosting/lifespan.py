@@ -218,7 +218,7 @@ class Hosting:
     async def _announce(self, service: Service) -> None:
         await self._listeners.open.wait()
         self._listener_shutdown.show_serving()
-        self._worker.tell_serving()
+        self._worker.count_serving()
         addresses, secure = self._listeners.addresses, self._listeners.secure_addresses
         announce(self._log, self._settings, binds=addresses, secure=secure, store=service.store.name)
 

@@ -191,7 +191,7 @@ class ReplyDecoder:
     Args:
         redact: Removes the secrets from an upstream's words.
         described: The content type of the response, if it is no event stream.
-        tell: Called with a sentence for the log and the beginning of the data, once for data that is no chunk
+        warn: Called with a sentence for the log and the beginning of the data, once for data that is no chunk
             and once for events that are too large.
     """
 
@@ -200,13 +200,13 @@ class ReplyDecoder:
         *,
         redact: Callable[[str], str],
         described: str | None = None,
-        tell: Callable[[str, str], None] | None = None,
+        warn: Callable[[str, str], None] | None = None,
     ) -> None:
         self._sse = SseDecoder(event_bytes_max=EVENT_BYTES_MAX, skipped_bytes_max=SKIPPED_BYTES_MAX)
         self._redact = redact
         self._described = described
-        self._tell = tell
-        self._told: set[str] = set()
+        self._warn = warn
+        self._warned: set[str] = set()
         self._choices = ReplyChoices()
         self._calls = ReplyCalls()
         self._begun = False
@@ -353,7 +353,7 @@ class ReplyDecoder:
         if not payload.strip():
             return False
         self._has_skipped = True
-        self._tell_once("The model server sent data that is no chunk of a reply; the data is skipped.", payload)
+        self._warn_once("The model server sent data that is no chunk of a reply; the data is skipped.", payload)
         return False
 
     def _take_no_choice(self, chunk: Chunk, payload: bytes) -> None:
@@ -445,18 +445,18 @@ class ReplyDecoder:
         """Count an event that was left out because of its size as progress of the model: such an event is an image."""
         if self._sse.large_events > self._large_events:
             self._large_events = self._sse.large_events
-            self._tell_once(
+            self._warn_once(
                 f"The model server sent an event of more than {EVENT_BYTES_MAX} bytes; the event is skipped."
             )
             if not self.finished:
                 events.append(Progress())
 
-    def _tell_once(self, sentence: str, payload: bytes = b"") -> None:
-        if sentence not in self._told:
-            self._told.add(sentence)
-            if self._tell is not None:
+    def _warn_once(self, sentence: str, payload: bytes = b"") -> None:
+        if sentence not in self._warned:
+            self._warned.add(sentence)
+            if self._warn is not None:
                 start = self._redact(payload[:_START_BYTES_MAX].decode(errors="replace"))
-                self._tell(sentence, start[:_START_LENGTH_MAX])
+                self._warn(sentence, start[:_START_LENGTH_MAX])
 
     def _joined(self, text: str) -> str:
         text, self._half = self._half + text, ""

@@ -158,8 +158,8 @@ class OpenAICompatibleClient:
                 if response.is_readable:
                     if dialect != known:
                         self._dialects.note_understood(request.model, dialect)
-                    tell = partial(self._tell, request.model)
-                    decoder = ReplyDecoder(redact=self._redact, described=response.described, tell=tell)
+                    warn = partial(self._warn, request.model)
+                    decoder = ReplyDecoder(redact=self._redact, described=response.described, warn=warn)
                     yield OpenAICompatibleStream(response, decoder)
                     response.reusable = decoder.finished
                     return
@@ -211,7 +211,7 @@ class OpenAICompatibleClient:
             "Of encodings only gzip and deflate can be read, and one at a time.",
         )
 
-    def _tell(self, model: str, sentence: str, start: str) -> None:
+    def _warn(self, model: str, sentence: str, start: str) -> None:
         logger.warning(sentence, upstream=self._name, model=model, begins=start)
 
     def _redact(self, text: str) -> str:

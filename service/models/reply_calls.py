@@ -51,12 +51,12 @@ class ReplyCalls:
             if delta.id:
                 self._named[delta.id] = call
             call.add(delta)
-            self._tell(call, events)
+            self._emit(call, events)
 
     def end(self, events: list[ModelEvent]) -> None:
         """Add the events that were held back, because the reply is whole."""
         for call in self._calls:
-            self._tell(call, events, at_end=True)
+            self._emit(call, events, at_end=True)
 
     def _find(self, delta: CallDelta, index: int | None, place: int | None) -> "_Call | None":
         """The call at the place of a piece; None if there is none."""
@@ -66,7 +66,7 @@ class ReplyCalls:
             return self._at.get(place)
         return self._calls[-1] if self._calls else None
 
-    def _tell(self, call: "_Call", events: list[ModelEvent], *, at_end: bool = False) -> None:
+    def _emit(self, call: "_Call", events: list[ModelEvent], *, at_end: bool = False) -> None:
         if call.number is None:
             if not call.name:
                 return  # the name is still to come

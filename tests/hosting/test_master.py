@@ -180,7 +180,7 @@ class Rounds:
 
     def serve(self) -> None:
         """A worker tells that it serves."""
-        cast("Any", Worker).tell_serving(SimpleNamespace(config=self._config))
+        cast("Any", Worker).count_serving(SimpleNamespace(config=self._config))
 
     def end(self, exit_code: int) -> int:
         """End a worker after a while, and return the code that hypercorn is told for the round."""
@@ -313,7 +313,7 @@ def test_the_reloader_learns_when_the_pause_is_over(workers: Workers, monkeypatc
 
 
 def test_a_worker_of_another_master_has_no_count_to_tell() -> None:
-    cast("Any", Worker).tell_serving(SimpleNamespace(config=Config()))
+    cast("Any", Worker).count_serving(SimpleNamespace(config=Config()))
 
 
 def test_a_stop_that_may_take_a_year_is_waited_for(workers: Workers) -> None:

@@ -36,7 +36,7 @@ class Read(Reply):
         super().__init__()
         self.told: list[tuple[str, str]] = []
         self.failure: ModelError | None = None
-        decoder = ReplyDecoder(redact=str, tell=lambda sentence, start: self.told.append((sentence, start)))
+        decoder = ReplyDecoder(redact=str, warn=lambda sentence, start: self.told.append((sentence, start)))
         for chunk in _inflated(chunks, encoding) if encoding else chunks:
             self.batches.append(decoder.feed(chunk))
             if decoder.finished or decoder.failure is not None:

@@ -136,8 +136,8 @@ async def update_session(session_id: str) -> TrioResponse:
 async def delete_session(session_id: str) -> TrioResponse:
     """Delete a session.
 
-    All callers see it gone at once; its turns end as `cancelled` (`session_deleted`). The deletion completes even if
-    the caller leaves. A second call during the deletion waits and gets 204 too.
+    For all callers the session is gone at once; its turns end as `cancelled` (`session_deleted`). The deletion
+    completes even if the caller leaves. A second call during the deletion waits and gets 204 too.
     """
     service = current_service()
     allow_longer_answer(by_s=service.settings.cleanup_timeout_s + service.settings.store_timeout_s)
@@ -158,8 +158,8 @@ async def delete_session(session_id: str) -> TrioResponse:
 async def fork_session(session_id: str) -> TrioResponse:
     """Fork a session: create one with its settings and a copy of its conversation.
 
-    The fork copies the turns on the path from the first one to `at`, with their events, and gives them new ids. All of
-    them must have ended. Afterwards the two sessions are independent.
+    The fork copies the turns on the path from the first one to `at`, with their events, and gives them new ids. These
+    turns must have ended. Afterwards the two sessions are independent.
     """
     session_id = checked_session_id(session_id)
     service = current_service()

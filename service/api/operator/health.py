@@ -28,14 +28,14 @@ async def healthz() -> TrioResponse:
 async def readyz() -> TrioResponse:
     """Tell whether to send requests here.
 
-    From the notice of a shutdown on it is 503. So it is while the store's file is deleted or replaced, because another
-    process may serve the right file. While the store refuses to write for another reason it is 200 with
+    From the notice of a shutdown on it is 503. It is also 503 while the store's file is deleted or replaced, because
+    another process may serve the right file. While the store refuses to write for another reason it is 200 with
     `"writes": "refused"`: reads and running streams go on, so a balancer must not take them away. Needs no API key.
     """
     service = current_service()
     if service.shutdown.expected:
         raise ShuttingDownError
-    refusal = service.sessions.pending_writes.refusal  # why is in the log: this call needs no key
+    refusal = service.sessions.pending_writes.refusal  # the log has the reason: this call needs no key
     if isinstance(refusal, StoreLostError):
         raise refusal
     return json_response(Health("ready", writes="refused" if refusal is not None else UNSET))

@@ -42,16 +42,16 @@ async def openapi() -> TrioResponse:
 
 
 @blueprint.get("/")
-@operation(id="root", answers=(Answer(status=302, description="The way to this description.", located="The page."),))
+@operation(id="root", answers=(Answer(status=302, description="A redirect to the page.", located="The page."),))
 async def root() -> TrioResponse:
-    """Find the way to this description."""
+    """Get a redirect to the page of this description."""
     return TrioResponse(b"", 302, {"Location": located("/docs"), "Cache-Control": "no-store"}, content_type="text/html")
 
 
 @blueprint.get("/docs")
 @operation(id="docs", answers=(Answer(status=200, description="HTML.", media_type="text/html"),))
 async def docs() -> TrioResponse:
-    """Read this description."""
+    """Read this description as a page."""
     page = _page_of(current_app, prefix=located(""), keyed=bool(current_access().key_digests))
     return TrioResponse(page, headers=_PAGE_HEADERS, content_type="text/html; charset=utf-8")
 

@@ -105,7 +105,7 @@ class Worker:
             return [_address_of(it) for it in (*sockets.secure_sockets, *sockets.insecure_sockets)]
         return [_address_of_bind(it) for it in (*self.config.bind, *self.config.insecure_bind)]
 
-    def tell_serving(self) -> None:
+    def count_serving(self) -> None:
         """Tell the master that this worker serves, if the master runs our code. Never waits."""
         count: Semaphore | None = getattr(self.config, _SERVING_COUNT, None)
         if count is not None:
@@ -130,7 +130,7 @@ def _address_of(listening: socket.socket) -> str:
 
 
 def share_serving_count(config: Config, context: BaseContext) -> Semaphore:
-    """Return the semaphore that :meth:`Worker.tell_serving` counts up. The master calls this before it starts workers.
+    """Return the semaphore that :meth:`Worker.count_serving` counts up. The master calls this before it starts workers.
 
     It is a semaphore because a worker that is killed at any moment leaves it usable.
     """

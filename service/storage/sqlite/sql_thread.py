@@ -134,12 +134,12 @@ class SqlThread:
                 self._error = error
                 return
             finally:
-                self._tell(self._opened)
+                self._set_events(self._opened)
             try:
                 self._work_through_steps()
             finally:
                 self._batches.close()
-                self._tell(self._ended)
+                self._set_events(self._ended)
         except RuntimeError:
             # The event loop is gone, and with it all callers.
             return
@@ -154,7 +154,7 @@ class SqlThread:
                 continue
             if step is None:
                 return
-            self._tell(*(step.done for step in self._batches.run(self._arriving(step))))
+            self._set_events(*(step.done for step in self._batches.run(self._arriving(step))))
             may_have_work = self._batches.run_housekeeping(idle=False)
 
     def _arriving(self, first: Step[Any]) -> Iterator[Step[Any]]:
@@ -169,7 +169,7 @@ class SqlThread:
                 return
         self._queue.put(None)  # the next round meets the end again
 
-    def _tell(self, *events: anyio.Event) -> None:
+    def _set_events(self, *events: anyio.Event) -> None:
         anyio.from_thread.run_sync(_set_all, events, token=self._token)
 
 
