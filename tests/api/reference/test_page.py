@@ -18,6 +18,7 @@ def rendered(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return render(document, url=url, keyed=keyed)
 
     monkeypatch.setattr(page, "render", render_and_note)
+    monkeypatch.setattr(page, "_PAGES", f"pages of {id(urls)}")  # the tests use applications again, with their pages
     return urls
 
 
