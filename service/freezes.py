@@ -196,6 +196,11 @@ class ScopeDeadline:
         self._deadline.note_late(lateness)
         self._scope.deadline = self._deadline.at
 
+    @property
+    def left_s(self) -> float:
+        """How much of the time is left; 0 if it is over."""
+        return max(0.0, self._scope.deadline - anyio.current_time())
+
     def restart(self) -> None:
         """Give the whole timeout again."""
         self._deadline.set(anyio.current_time() + self._timeout_s, timeout_s=self._timeout_s)

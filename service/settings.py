@@ -248,7 +248,7 @@ class Settings(BaseModel):
     store_url: Annotated[str, AfterValidator(_store_url)] = "sqlite:lastcall.db"
     """Where sessions are kept: `sqlite:path`, a file, or `memory:`, gone with the process."""
     store_timeout_s: PositiveSeconds = 5
-    """How long one step of the store may take."""
+    """How long one step of the store may take, and the acceptance of a turn as a whole."""
     checkpoint_interval_s: IntervalSeconds = 1
     """How often the replies of running turns are kept, in a store that outlives the process."""
 
@@ -288,7 +288,7 @@ class Settings(BaseModel):
     """How long a request's body may take to arrive."""
 
     live_turns_max: Count = 1000
-    """Turns that run or are queued, in all sessions."""
+    """Turns that run, are queued or are being accepted, in all sessions."""
     queued_turns_max: Count = 8
     """Turns queued in one session."""
     memory_sessions_max: Count = 1_000_000

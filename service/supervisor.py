@@ -180,8 +180,8 @@ async def _open_upstreams(settings: Settings, shutdown: Shutdown, clock: Clock) 
 
 async def _recover(store: Store, clock: Clock, settings: Settings) -> None:
     try:
-        with answered_within(settings.store_timeout_s) as step_done:
-            recovered = await store.recover(now=clock(), after_step=step_done)
+        with answered_within(settings.store_timeout_s) as deadline:
+            recovered = await store.recover(now=clock(), after_step=deadline.restart)
     except StoreError as error:
         raise StartupError(f"The store {store.name} cannot be used: {error}") from error
     if recovered:

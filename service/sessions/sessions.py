@@ -29,6 +29,7 @@ from service.errors import (
     StoreError,
     TurnInProgressError,
 )
+from service.freezes import ScopeDeadline
 from service.ids import new_session_id
 from service.models.client import ModelClient
 from service.sessions.active.acceptance import Acceptance
@@ -48,6 +49,9 @@ from service.settings import Settings
 from service.storage.records import Page, SessionPatch, SessionRecord, SessionStatus, TurnRecord
 from service.storage.store import Store
 from service.storage.store_deadline import answered_in_turn, answered_within
+
+FORKS_WAITING_MAX = 100
+"""Bound on callers that wait for other forks; beyond it a fork is refused at once."""
 
 
 class Sessions:
@@ -126,6 +130,8 @@ class Sessions:
     ) -> SessionRecord:
         """Create a session with a copy of the path from the root to ``at``, or to the head.
 
+        The wait for other forks and the fork itself take no longer than ``store_timeout_s`` each.
+
         Raises:
             SessionNotFoundError
             TurnNotFoundError: ``at`` is not a turn of this session.
@@ -137,6 +143,8 @@ class Sessions:
         """
         self.drain.check_accepting()
         self._check_not_deleted(session_id)
+        if self._forking.statistics().tasks_waiting >= FORKS_WAITING_MAX:
+            raise StoreError(f"{FORKS_WAITING_MAX} other forks wait already; try again later.")
         try:
             # One fork at a time, because forks are large. The wait for other forks is not a fault of the store.
             async with answered_in_turn(self._forking, self._settings.store_timeout_s):
@@ -194,9 +202,15 @@ class Sessions:
         Raises:
             SessionNotFoundError
             OwnedElsewhereError: Another process runs turns of this session; that process must delete it.
+            StoreError: Also if the deletion takes longer than :attr:`deletion_timeout_s`; it goes on then.
             ShuttingDownError: The service ended before the deletion did.
         """
-        await self.deletions.delete(session_id)
+        await self.deletions.delete(session_id, within_s=self.deletion_timeout_s)
+
+    @property
+    def deletion_timeout_s(self) -> float:
+        """How long a caller waits for a deletion: two writes to the store, and the ends of the turns between them."""
+        return 2 * self._settings.store_timeout_s + self._settings.cleanup_timeout_s
 
     async def list_messages(
         self, session_id: str, *, limit: int, after: str | None = None, bytes_max: int | None = None
@@ -230,6 +244,8 @@ class Sessions:
 
         There is no checkpoint between the acceptance and the return, so the watch is never lost; the caller must
         release the watch. Cancellation before the acceptance leaves nothing behind, not even a created session.
+        The answer comes within ``store_timeout_s``; at most half of it is the wait for other callers of this session.
+        Callers that wait count as open turns.
 
         Raises:
             SessionNotFoundError
@@ -351,8 +367,8 @@ class Sessions:
         The store begins a write even if there is no such turn, so that a store that refuses writes is noticed.
         """
         try:
-            with self._answered_within() as step_done:
-                return await self._store.recover(now=self._clock(), after_step=step_done)
+            with self._answered_within() as deadline:
+                return await self._store.recover(now=self._clock(), after_step=deadline.restart)
         except StoreError as error:
             self.pending_writes.refusal = error
             raise
@@ -366,7 +382,10 @@ class Sessions:
         await self._acceptance.end_hung(within_s=within_s)
 
     def statistics(self) -> SessionsStatistics:
-        return SessionsStatistics.of(self._active, self.pending_writes, self.streams)
+        callers_waiting = (
+            self._active.turns_arriving + self.deletions.callers_waiting + self._forking.statistics().tasks_waiting
+        )
+        return SessionsStatistics.of(self._active, self.pending_writes, self.streams, callers_waiting=callers_waiting)
 
     # Steps of the calls
 
@@ -397,7 +416,7 @@ class Sessions:
         """The turn, if it is open here or its end could not be stored."""
         return self._active.find_turn(session_id, turn_id) or self.pending_writes.find_turn(session_id, turn_id)
 
-    def _answered_within(self) -> AbstractContextManager[Callable[[], None]]:
+    def _answered_within(self) -> AbstractContextManager[ScopeDeadline]:
         return answered_within(self._settings.store_timeout_s)
 
 

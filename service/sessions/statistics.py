@@ -10,7 +10,12 @@ from service.sessions.events.streams import Streams
 
 
 class SessionsStatistics(msgspec.Struct, frozen=True, kw_only=True):
-    """A snapshot. Ends and streams count since the start."""
+    """A snapshot. Ends and streams count since the start.
+
+    Attributes:
+        turns_queued: Open turns that do not run yet, and turns that are being accepted.
+        callers_waiting: Callers whose turn, fork or deletion has been asked for and is not done yet.
+    """
 
     sessions_live: int
     turns_running: int
@@ -21,12 +26,15 @@ class SessionsStatistics(msgspec.Struct, frozen=True, kw_only=True):
     turns_interrupted: int
     ends_not_stored: int
     turns_crashed: int
+    callers_waiting: int
     streams_open: int
     streams_ended: int
     streams_aborted: int
 
     @classmethod
-    def of(cls, active: ActiveSessions, pending_writes: PendingWrites, streams: Streams) -> Self:
+    def of(
+        cls, active: ActiveSessions, pending_writes: PendingWrites, streams: Streams, *, callers_waiting: int
+    ) -> Self:
         """The numbers as they are now."""
         running = sum(1 for turn in active.open_turns() if turn.running)
         return cls(
@@ -39,6 +47,7 @@ class SessionsStatistics(msgspec.Struct, frozen=True, kw_only=True):
             turns_interrupted=active.ends["interrupted"],
             ends_not_stored=pending_writes.turns,
             turns_crashed=active.turns_crashed,
+            callers_waiting=callers_waiting,
             streams_open=streams.open,
             streams_ended=streams.ended,
             streams_aborted=streams.aborted,

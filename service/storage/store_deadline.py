@@ -1,20 +1,20 @@
 """The bound on every wait for the store."""
 
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 import trio
 
 from service.errors import StoreError
-from service.freezes import extended_when_late
+from service.freezes import ScopeDeadline, extended_when_late
 
 
 @contextmanager
-def answered_within(timeout_s: float, *, shield: bool = False) -> Iterator[Callable[[], None]]:
+def answered_within(timeout_s: float, *, shield: bool = False) -> Iterator[ScopeDeadline]:
     """Bound the awaits in the body to ``timeout_s`` seconds (``store_timeout_s``).
 
-    Gives a function that restarts the time, for a call of many steps of which each may take the whole time. After a
-    freeze of this process the deadline moves, because the store's threads were frozen, too.
+    Gives the deadline: a call of many steps restarts it, if each step may take the whole time. After a freeze of this
+    process the deadline moves, because the store's threads were frozen, too.
 
     Args:
         shield: Whether the body is shielded from cancellation from outside, until this deadline.
@@ -27,9 +27,9 @@ def answered_within(timeout_s: float, *, shield: bool = False) -> Iterator[Calla
             trio.fail_after(timeout_s, shield=shield) as scope,
             extended_when_late(scope, timeout_s=timeout_s) as deadline,
         ):
-            yield deadline.restart
+            yield deadline
     except trio.TooSlowError as error:
-        raise StoreError(f"The store did not answer within {timeout_s:g} s.") from error
+        raise StoreError("The store did not answer in time.") from error
 
 
 @asynccontextmanager

@@ -16,6 +16,7 @@ from service.errors import (
     TurnInProgressError,
     TurnLimitError,
 )
+from service.freezes import ScopeDeadline
 from service.models.client import ModelClient
 from service.sessions.active.active_sessions import ActiveSessions
 from service.sessions.active.drain import Drain
@@ -29,7 +30,7 @@ from service.sessions.turns.turn_task import end_turn, run_turn
 from service.settings import Settings
 from service.storage.records import SessionRecord
 from service.storage.store import Store
-from service.storage.store_deadline import answered_within
+from service.storage.store_deadline import answered_in_turn, answered_within
 from service.telemetry.log_context import log_context
 
 
@@ -65,20 +66,24 @@ class Acceptance:
         """Accept a turn, as :meth:`~service.sessions.sessions.Sessions.start_turn` says.
 
         No checkpoint comes between the acceptance and the return. Cancellation before the first write leaves nothing
-        behind. From the first write on the caller is shielded, for no longer than the store may take.
+        behind; from the first write on the caller is shielded. All of it takes no longer than ``store_timeout_s``. At
+        most half of this time is the wait for other callers of the session: a write that begins late would time out,
+        with an unknown outcome, though the store may be well.
         """
         self._drain.check_accepting()
         with self._active.holding(session_id) as session:
-            async with session.acceptance:
-                self._drain.check_accepting()
-                check_conflict(session, new.on_conflict, queued_turns_max=self._settings.queued_turns_max)
-                self._check_turn_limit()
-                with self._active.arriving():
+            check_conflict(session, new.on_conflict, queued_turns_max=self._settings.queued_turns_max)
+            self._check_turn_limit()
+            timeout_s = self._settings.store_timeout_s
+            with self._active.arriving(), answered_within(timeout_s) as deadline:
+                async with answered_in_turn(session.acceptance, timeout_s / 2):
+                    self._drain.check_accepting()
+                    check_conflict(session, new.on_conflict, queued_turns_max=self._settings.queued_turns_max)
                     # The ends of the earlier turns must be in the store, because this turn's prompt contains them.
                     await self._pending_writes.retry_ends_of(session_id)
                     while True:
                         try:
-                            return await self._accept(session, new)
+                            return await self._accept(session, new, deadline)
                         except SessionExistsError:  # another caller has just created the session
                             new = msgspec.structs.replace(new, creates_session=False)
                         except HeadMovedError:
@@ -89,7 +94,7 @@ class Acceptance:
         if self._active.turns_open + self._pending_writes.turns >= turns_max:
             raise TurnLimitError(f"{turns_max} turns are running already (live_turns_max); try again later.")
 
-    async def _accept(self, session: ActiveSession, new: NewTurn) -> Turn:
+    async def _accept(self, session: ActiveSession, new: NewTurn, deadline: ScopeDeadline) -> Turn:
         now = self._clock()
         stored, is_new = await self._find_session(session.id, new, now)
         record = new.record(stored, queued=bool(session.turns), now=now, settings=self._settings)
@@ -101,28 +106,30 @@ class Acceptance:
             settings=self._settings,
             request_id=new.request_id,
         )
+        if not deadline.left_s:
+            await trio.lowlevel.checkpoint()  # raises: no write begins whose outcome would be unknown
         # Shielded: a cancellation within the commit would leave a turn that no task runs, and a cancellation just
         # before the commit would leave a session without a turn. There is no checkpoint between the two writes.
         if is_new:
-            with self._pending_writes.writing(shield=True):
+            with self._pending_writes.writing(within_s=deadline.left_s, shield=True):
                 await self._store.create_session(stored, now=now)
-        await self._commit_input(turn, head=stored.head if new.parent is msgspec.UNSET else msgspec.UNSET)
+        head = stored.head if new.parent is msgspec.UNSET else msgspec.UNSET
+        await self._commit_input(turn, head=head, within_s=deadline.left_s)
         self._make_live(session, turn, supersedes=new.on_conflict == "supersede")
         return turn
 
     async def _find_session(self, session_id: str, new: NewTurn, now: datetime) -> tuple[SessionRecord, bool]:
         """The session, and whether it must still be created."""
         try:
-            with answered_within(self._settings.store_timeout_s):
-                return await self._store.get_session(session_id, now=now), False
+            return await self._store.get_session(session_id, now=now), False
         except SessionNotFoundError:
             if not new.creates_session:
                 raise
             return NewSession(id=session_id).record(now=now, settings=self._settings), True
 
-    async def _commit_input(self, turn: Turn, *, head: str | None | msgspec.UnsetType) -> None:
+    async def _commit_input(self, turn: Turn, *, head: str | None | msgspec.UnsetType, within_s: float) -> None:
         try:
-            with self._pending_writes.writing(shield=True):
+            with self._pending_writes.writing(within_s=within_s, shield=True):
                 await self._store.begin_turn(turn.record(), now=self._clock(), head=head)
         except StoreError as error:
             # The store may have the turn or not. If the store has it, the turn must not stay open.

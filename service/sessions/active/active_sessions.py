@@ -19,13 +19,14 @@ class ActiveSessions:
     Attributes:
         ends: How many turns have ended, by their last state.
         turns_crashed: How many turns a fault of this service has ended.
+        turns_arriving: How many turns are being accepted, those among them whose callers wait for other callers.
     """
 
     def __init__(self) -> None:
         self.ends = {"completed": 0, "failed": 0, "cancelled": 0, "interrupted": 0}
         self.turns_crashed = 0
         self._sessions: dict[str, ActiveSession] = {}
-        self._turns_arriving = 0
+        self.turns_arriving = 0
         self._turns_open = 0
         self._changes = trio.lowlevel.ParkingLot()
 
@@ -62,7 +63,7 @@ class ActiveSessions:
     @property
     def turns_open(self) -> int:
         """How many turns run, are queued or are being accepted."""
-        return self._turns_open + self._turns_arriving
+        return self._turns_open + self.turns_arriving
 
     def open_turns(self) -> list[Turn]:
         """The turns that run or are queued."""
@@ -85,11 +86,11 @@ class ActiveSessions:
     @contextmanager
     def arriving(self) -> Iterator[None]:
         """Count a turn as open while it is being accepted, whether the acceptance succeeds or not."""
-        self._turns_arriving += 1
+        self.turns_arriving += 1
         try:
             yield
         finally:
-            self._turns_arriving -= 1
+            self.turns_arriving -= 1
             self._changes.unpark_all()
 
     def add(self, session: ActiveSession, turn: Turn) -> None:

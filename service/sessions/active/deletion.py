@@ -9,6 +9,7 @@ import trio
 
 from service.clock import Clock
 from service.errors import LastcallError, RefusedError, StoreError
+from service.freezes import move_on_after
 from service.sessions.active.active_sessions import ActiveSessions
 from service.sessions.active.pending_writes import PendingWrites
 from service.sessions.active.session import ActiveSession, Deletion
@@ -27,6 +28,9 @@ class Deletions:
 
     Args:
         nursery: The nursery of the sessions supervisor, so that a deletion continues when its caller leaves.
+
+    Attributes:
+        callers_waiting: How many callers wait for a deletion.
     """
 
     def __init__(
@@ -39,6 +43,7 @@ class Deletions:
         clock: Clock,
         store_timeout_s: float,
     ) -> None:
+        self.callers_waiting = 0
         self._nursery = nursery
         self._active = active
         self._pending_writes = pending_writes
@@ -53,14 +58,21 @@ class Deletions:
         session = self._active.find(session_id)
         return session is not None and session.deletion is not None
 
-    async def delete(self, session_id: str) -> None:
+    async def delete(self, session_id: str, *, within_s: float) -> None:
         """Delete a session, as :meth:`~service.sessions.sessions.Sessions.delete_session` says.
 
-        Cancellation affects the caller alone.
+        Cancellation, and the end of ``within_s``, affect the caller alone.
         """
         with self._active.holding(session_id) as session:
             deletion = session.deletion or self._begin(session)
-        await deletion.ended.wait()
+        self.callers_waiting += 1
+        try:
+            with move_on_after(within_s) as wait:
+                await deletion.ended.wait()
+        finally:
+            self.callers_waiting -= 1
+        if wait.cancelled_caught:
+            raise StoreError(f"Session {session_id!r} is being deleted, which takes longer than usual; try again.")
         if deletion.error is not None:
             raise deletion.error
 

@@ -41,14 +41,15 @@ class PendingWrites:
         self._ends: dict[str, Turn] = {}
 
     @contextmanager
-    def writing(self, *, shield: bool = False) -> Iterator[None]:
+    def writing(self, *, within_s: float | None = None, shield: bool = False) -> Iterator[None]:
         """Bound one write to the store, and note its outcome in :attr:`refusal`. Raises: StoreError.
 
         Args:
+            within_s: How long the write may take; ``store_timeout_s`` unless given.
             shield: Whether only this bound ends the write, and no cancellation from outside.
         """
         try:
-            with answered_within(self._store_timeout_s, shield=shield):
+            with answered_within(self._store_timeout_s if within_s is None else within_s, shield=shield):
                 yield
         except StoreError as error:
             self.refusal = error

@@ -21,6 +21,8 @@ T = TypeVar("T")
 CLAIMED_GRACE_S = 0.25
 """How long a cancelled caller waits for a step that has begun, so that the step is usually done when it leaves."""
 
+STEPS_MAX = 20_000
+"""Bound on the steps that wait. While a disk hangs, the steps whose callers have left are among them."""
 _PAUSE_S = 0.01
 """The pause between two calls of ``run_housekeeping``, for new steps and for other processes that wait for the lock."""
 
@@ -36,7 +38,7 @@ class Step(Generic[T]):
         self.done = anyio.Event()
         self.makes_space = makes_space
         self.error: Exception | None = None
-        self._call = call
+        self._call: Callable[[apsw.Connection], T] | None = call
         self._result: T | None = None
         self._ticket = [None]
 
@@ -48,8 +50,16 @@ class Step(Generic[T]):
             return False
         return True
 
+    def drop(self) -> bool:
+        """Claim the step, so that it never begins, and let go of what it would write. False if a thread claimed it."""
+        if not self.claim():
+            return False
+        self._call = None
+        return True
+
     def run(self, db: apsw.Connection) -> None:
-        """Run the step. Raises: The errors of the step."""
+        """Run the step, which the caller has claimed. Raises: The errors of the step."""
+        assert self._call is not None, "a dropped step never runs"
         self._result = self._call(db)
 
     def outcome(self) -> T:
@@ -100,16 +110,21 @@ class SqlThread:
         """Run a step and wait for its outcome.
 
         After a cancellation before the step has begun, the step never begins; a step that has begun is completed.
+
+        Raises:
+            StoreError: The store is closed, or too many steps wait.
         """
         await anyio.lowlevel.checkpoint_if_cancelled()
         if self._closing:
             raise StoreError("The store is closed.", retry_after_s=None)
+        if self._queue.qsize() >= STEPS_MAX:
+            raise StoreError(f"The store does not answer, and {STEPS_MAX} steps wait for it already.")
         step = Step(call, makes_space=makes_space)
         self._queue.put(step)
         try:
             await step.done.wait()
         except BaseException:
-            if not step.claim():
+            if not step.drop():
                 with anyio.move_on_after(CLAIMED_GRACE_S, shield=True):
                     await step.done.wait()
             raise

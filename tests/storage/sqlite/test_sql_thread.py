@@ -1,0 +1,106 @@
+"""A thread's queue while the thread hangs: steps of callers that have left hold nothing, and the queue is bounded."""
+
+import gc
+import threading
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+import apsw
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from service.errors import StoreError
+from service.storage.sqlite import sql_thread
+from service.storage.sqlite.sql_thread import SqlThread, Step
+
+
+class Hanging:
+    """Batches of which the first hangs until ``goes_on`` is set."""
+
+    def __init__(self) -> None:
+        self.hangs = threading.Event()
+        self.goes_on = threading.Event()
+
+    def open(self) -> None:
+        pass
+
+    def run(self, arriving: Iterator[Step[Any]]) -> Sequence[Step[Any]]:
+        steps = [next(arriving)]
+        self.hangs.set()
+        assert self.goes_on.wait(20)
+        steps += arriving
+        with apsw.Connection(":memory:") as db:
+            for step in steps:
+                step.run(db)
+        return steps
+
+    def run_housekeeping(self, *, idle: bool) -> bool:
+        return False
+
+    def close(self) -> None:
+        pass
+
+
+@asynccontextmanager
+async def open_hanging_thread() -> AsyncIterator[tuple[SqlThread, Callable[[], None]]]:
+    """A thread that hangs in a step until the function is called, or the context is left."""
+    batches = Hanging()
+    thread = SqlThread("hanging", batches)
+    await thread.open()
+    try:
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(thread.call, lambda _: None)
+                await trio.to_thread.run_sync(batches.hangs.wait)
+                try:
+                    yield thread, batches.goes_on.set
+                finally:
+                    batches.goes_on.set()
+    finally:
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + 20):
+            await thread.close()
+
+
+class Input:
+    """What a step would write."""
+
+    def write(self, _: apsw.Connection) -> None:
+        raise AssertionError("the step of a caller that has left runs")
+
+
+async def test_a_step_whose_caller_has_left_holds_nothing_while_the_thread_hangs() -> None:
+    async with open_hanging_thread() as (thread, _):
+        given = Input()
+        kept = weakref.ref(given)
+        async with trio.open_nursery() as leaving:
+            leaving.start_soon(thread.call, given.write)
+            del given
+            await wait_all_tasks_blocked()
+            leaving.cancel_scope.cancel()
+        gc.collect()
+        assert kept() is None
+
+
+async def test_a_bounded_number_of_steps_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sql_thread, "STEPS_MAX", 5)
+    done: list[int] = []
+    async with open_hanging_thread() as (thread, go_on), trio.open_nursery() as nursery:
+        async with trio.open_nursery() as leaving:
+            for _ in range(3):
+                leaving.start_soon(thread.call, Input().write)
+            await wait_all_tasks_blocked()
+            leaving.cancel_scope.cancel()
+        for number in range(2):
+            nursery.start_soon(thread.call, partial(lambda number, _: done.append(number), number))
+            await wait_all_tasks_blocked()
+        try:
+            with pytest.raises(StoreError, match="5 steps wait"), trio.fail_after(5):
+                await thread.call(Input().write)
+            assert done == []
+        finally:
+            go_on()
+    assert done == [0, 1]
