@@ -7,7 +7,7 @@ Two markers, which most tests get from their directory:
 
 * ``processes``: the test starts processes. A test that does so without the marker fails. ``just quick`` leaves out the
   tests that have it.
-* ``serial``: the test measures time, or loads the whole machine. A new test in ``tests/process`` is taken for one; if
+* ``serial``: the test measures time, or loads the whole machine. A new test in ``tests/process`` counts as one; if
   it asserts nothing about time, it is marked ``parallel`` instead.
 """
 

@@ -1,4 +1,4 @@
-"""A pytest plugin: every test fails that leaves something behind.
+"""A pytest plugin: a test that leaves something behind fails.
 
 After each test, with its fixtures torn down and the garbage collected, there must be no new
 

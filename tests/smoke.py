@@ -1,7 +1,7 @@
-"""A minute for an operator: is this installation sound? Starts the real server, talks to it, stops it in mid-stream
-and reads its log. ``just smoke`` prints what it saw and a verdict; the exit code says the same.
+"""Checks an installation within a minute: starts the real server, talks to it, stops it in mid-stream
+and reads its log. ``just smoke`` prints the results and a verdict; the exit code is 0 only if all checks pass.
 
-Only the standard library, and the server as a stranger would use it.
+It uses only the standard library, and the server as any other program does.
 """
 
 import json

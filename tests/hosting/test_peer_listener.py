@@ -74,12 +74,12 @@ async def test_only_processes_that_know_the_stores_secret_are_let_in(tmp_path: P
 async def test_how_a_peer_closes_says_whether_its_client_has_left() -> None:
     ours, peer = trio.socket.socketpair()
     with ours, peer:
-        assert not client_returns(ours), "it is open"
+        assert not client_returns(ours), "the connection is open"
         peer.shutdown(socket.SHUT_WR)
-        assert client_returns(ours), "the peer takes its leave"
+        assert client_returns(ours), "the peer has half-closed the connection"
         peer.close()
-        assert not client_returns(ours), "the peer lives, and has closed"
-    assert not client_returns(ours), "we have closed it ourselves"
+        assert not client_returns(ours), "the peer lives, and has closed the connection"
+    assert not client_returns(ours), "this process has closed the connection"
 
 
 @pytest.mark.parametrize("reaped", [False, True])

@@ -120,7 +120,7 @@ async def test_reads_go_on_during_the_drain(tmp_path: Path, host: Host) -> None:
 
 
 @pytest.mark.parametrize("host", [HYPERCORN_2, CONFIGURED_4], ids=str)
-async def test_while_one_worker_drains_the_others_take_who_comes_until_all_stop(tmp_path: Path, host: Host) -> None:
+async def test_while_one_worker_drains_the_others_take_new_clients_until_all_stop(tmp_path: Path, host: Host) -> None:
     groups = (turn(count=4, message="rate=20"), prober(), prober("/readyz", "GET"))
     async with open_under_load(host, tmp_path, *groups, drain_timeout_s=2) as (server, load):
         await trio.sleep(0.5)

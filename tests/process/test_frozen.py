@@ -44,13 +44,13 @@ async def test_turns_go_on_whose_tokens_came_in_a_freeze(tmp_path: Path) -> None
             [turn] = (await client.get(f"{sessions[left]}/turns")).json()["data"]
             back = Stream()
             await back.run(client, "GET", f"{sessions[left]}/turns/{turn['id']}/events")
-            assert back.end[0] == "turn.completed", "its client was in time again"
+            assert back.end[0] == "turn.completed", "the client was in time again"
             quiet = Stream()
             await quiet.run(client, "GET", f"{background}/events")
             assert quiet.end[0] == "turn.completed", quiet.events[-1]
             while streamed.end[0] != "turn.completed" or silent.end[0] != "turn.failed":  # noqa: ASYNC110
                 await trio.sleep(0.02)
-        assert silent.events[-1]["error"]["code"] == "next_token_timeout", "it had nothing to be read"
+        assert silent.events[-1]["error"]["code"] == "next_token_timeout", "the quiet stream had no unread data"
 
 
 async def test_a_frozen_server_that_is_to_stop_stops_within_its_bound_once_it_goes_on(tmp_path: Path) -> None:

@@ -73,7 +73,9 @@ async def health(port: int) -> int:
 
 
 @pytest.mark.parametrize(("way", "workers"), WAYS)
-async def test_who_connects_after_a_stop_waits_for_the_next_start(tmp_path: Path, way: str, workers: int) -> None:
+async def test_a_client_that_connects_after_a_stop_waits_for_the_next_start(
+    tmp_path: Path, way: str, workers: int
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         async with serving(listener, tmp_path / "first.log", way, workers) as first:
@@ -95,7 +97,9 @@ async def test_who_connects_after_a_stop_waits_for_the_next_start(tmp_path: Path
 
 
 @pytest.mark.parametrize(("way", "workers"), WAYS)
-async def test_a_stop_leaves_the_next_server_alone_that_is_up_already(tmp_path: Path, way: str, workers: int) -> None:
+async def test_a_stop_does_not_disturb_the_next_server_that_is_up_already(
+    tmp_path: Path, way: str, workers: int
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         async with (
             serving(listener, tmp_path / "old.log", way, workers) as old,

@@ -88,7 +88,7 @@ async def test_a_disk_that_hangs_costs_the_bounds_of_the_phases_and_is_a_fault(t
 
 
 @pytest.mark.parametrize("host", [SERVE, CONFIGURED_2], ids=str)
-async def test_doors_that_do_not_close_are_a_fault_and_hold_nobody(tmp_path: Path, host: Host) -> None:
+async def test_listeners_that_do_not_close_are_a_fault_and_hold_up_no_client(tmp_path: Path, host: Host) -> None:
     argv = command(str(host), broken="with_listeners_that_do_not_close")
     async with open_under_load(host, tmp_path, *well_behaved(), argv=argv, drain_timeout_s=0) as (server, load):
         signalled = server.signal_main(signal.SIGTERM)

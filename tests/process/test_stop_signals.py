@@ -80,7 +80,7 @@ async def test_a_second_ctrl_c_skips_the_drain(tmp_path: Path, host: Host) -> No
     async with open_under_load(host, tmp_path, chat(count=6), drain_timeout_s=30) as (server, load):
         server.signal_group(signal.SIGINT)
         await trio.sleep(0.7)
-        assert server.gone is None, "the first one was taken for two"
+        assert server.gone is None, "the first Ctrl+C counted as two"
         second = server.signal_group(signal.SIGINT)
         gone = await wait_gone(server)
         result = await load.stop()

@@ -212,7 +212,7 @@ async def test_a_client_that_leaves_any_worker_cancels_its_turn(tmp_path: Path) 
     ],
     ids=str,
 )
-async def test_a_stop_ends_what_is_passed_on(
+async def test_a_stop_ends_proxied_streams(
     tmp_path: Path,
     *,
     host: Host,
@@ -327,7 +327,7 @@ async def test_a_worker_that_stops_alone_ends_its_own_turns_and_no_others(
         assert own.end == ("turn.interrupted", "shutdown")
         assert {stream.end[0] for stream in streams.values()} == {"turn.delta"}
         more = [len(stream.events) - before for stream, before in zip(streams.values(), seen, strict=True)]
-        assert all(count > 10 * drain_timeout_s for count in more), "they are passed on while it drains"
+        assert all(count > 10 * drain_timeout_s for count in more), "the streams are passed on while the worker drains"
         await assert_turns_wait_for_their_clients(client, streams)
         with trio.fail_after(CAP_S):
             await server.wait_logged("Running on ", times=3)  # hypercorn's master starts another worker in its place

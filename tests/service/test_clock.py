@@ -1,4 +1,4 @@
-"""A wall clock that is set does no harm: the time that has really passed is what counts, until it is clear."""
+"""A wall clock that is set does no harm: elapsed time counts until it is clear which time is right."""
 
 import time
 from datetime import UTC, datetime, timedelta
@@ -103,10 +103,10 @@ def test_a_process_that_began_with_a_wrong_clock_is_right_soon_after_the_clock_i
     machine = Machine(off_s=off_s)
     clock = machine.clock()
     machine.passed_s += 5
-    assert near(clock(), machine.wall()), "it cannot know"
+    assert near(clock(), machine.wall()), "the clock cannot know it"
     machine.off_s = 0
     clock()
-    assert is_in_doubt(clock), "so that nothing is removed before it is clear"
+    assert is_in_doubt(clock), "nothing is removed before it is clear which time is right"
     machine.passed_s += BELIEVED_AFTER_MIN_S
     assert near(clock(), machine.true())
     assert not is_in_doubt(clock)
@@ -152,7 +152,7 @@ def test_moments_only_grow_while_no_jump_lasts(steps: list[tuple[float, float]])
     assert all(earlier < later for earlier, later in pairwise(told))
 
 
-def test_the_time_that_passes_goes_on_while_the_machine_is_suspended() -> None:
+def test_elapsed_time_counts_also_while_the_machine_is_suspended() -> None:
     assert clock_module._ELAPSED == time.CLOCK_BOOTTIME
     assert abs(elapsed_s() - time.clock_gettime(time.CLOCK_BOOTTIME)) < 60
 
@@ -208,8 +208,8 @@ async def test_a_jump_of_31_days_for_a_while_removes_nothing_and_moves_no_deadli
             listed = [session.id for session in (await running.sessions.list_sessions(limit=10)).data]
             assert listed == ["after", *(f"during-{n}" for n in reversed(range(5))), "before"]
             await trio.sleep(3600 + 30)
-            assert not await running.is_there("before"), "what has really passed counts"
-            assert await running.store.count_sessions(status=None, now=T0) == 0, "and it is removed"
+            assert not await running.is_there("before"), "elapsed time counts"
+            assert await running.store.count_sessions(status=None, now=T0) == 0, "the session is removed"
     assert [line["event"] for line in logged if line.get("log_level") == "warning"] == [
         "the wall clock was set; sessions still use the time from before, and none of them expires early",
         "the wall clock is at its old time again",
@@ -225,9 +225,9 @@ async def test_a_service_that_began_in_a_jump_removes_nothing_when_the_clock_com
         running = Running(service, machine)
         await running.sessions.create_session(NewSession(id="s"))
         machine.off_s = 31 * DAY_S
-        service.sessions._clock = began_in_it = machine.clock()  # as another process would
+        service.sessions._clock = began_in_it = machine.clock()  # as a clock of another process would
         await trio.sleep(2)
-        assert not await running.is_there("s"), "that one cannot know"
+        assert not await running.is_there("s"), "this clock cannot know it"
         machine.off_s = 0
         assert await sweep(service.store, clock=began_in_it, store_timeout_s=1) == 0
         await trio.sleep(BELIEVED_AFTER_MIN_S)

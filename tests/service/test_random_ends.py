@@ -106,7 +106,7 @@ async def watch_the_end(turn: Turn, upstream: Upstream, prompt: str) -> None:
             await turn.log.wait_beyond(turn.log.last_seq)
     # No checkpoint between the look at the log and the look at the connection.
     if turn.record().state != "completed":
-        assert upstream.client_has_closed(prompt), f"{prompt}: the end was told while the model call went on"
+        assert upstream.client_has_closed(prompt), f"{prompt}: the end was published while the model call went on"
 
 
 async def check_record(served: Serving, session_id: str, turn_id: str) -> None:

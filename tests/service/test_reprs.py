@@ -1,4 +1,4 @@
-"""What lives says which it is and how it stands: for a debugger, a log line, a dump of tasks."""
+"""Objects that live have a repr with id and state: for a debugger, a log line, a dump of tasks."""
 
 from trio.testing import MockClock
 

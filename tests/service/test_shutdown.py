@@ -139,7 +139,9 @@ async def test_a_turn_that_ends_within_the_drain_is_finished(autojump_clock: Moc
     assert report.phases_ms["draining"] == pytest.approx(DRAIN_S / 2 * 1000)
 
 
-async def test_a_turn_that_does_not_is_interrupted_and_keeps_its_reply(autojump_clock: MockClock, stage: Stage) -> None:
+async def test_a_turn_that_does_not_end_within_the_drain_is_interrupted_and_keeps_its_reply(
+    autojump_clock: MockClock, stage: Stage
+) -> None:
     async with stage.open() as service:
         turn = await stage.start_turn(service)
         await stage.stop()
@@ -216,7 +218,7 @@ async def test_new_work_is_taken_until_the_lame_duck_is_over(autojump_clock: Moc
             await service.sessions.create_session(NewSession())
 
 
-async def test_the_doors_close_after_the_drain_and_before_the_first_interrupt(
+async def test_the_listeners_close_after_the_drain_and_before_the_first_interrupt(
     autojump_clock: MockClock, stage: Stage
 ) -> None:
     async with stage.open() as service:
@@ -231,9 +233,7 @@ async def test_the_doors_close_after_the_drain_and_before_the_first_interrupt(
     assert stage.report().faults == ()
 
 
-async def test_where_nothing_is_waited_for_the_notice_itself_interrupts(
-    autojump_clock: MockClock, stage: Stage
-) -> None:
+async def test_without_a_drain_the_notice_itself_interrupts(autojump_clock: MockClock, stage: Stage) -> None:
     async with stage.open(drain_timeout_s=0) as service:
         turn = await stage.start_turn(service)
         closed: list[bool] = []
@@ -253,7 +253,7 @@ async def test_where_nothing_is_waited_for_the_notice_itself_interrupts(
 
 
 @pytest.mark.parametrize("waiting", [{"drain_timeout_s": 1}, {"lame_duck_timeout_s": 1, "drain_timeout_s": 0}])
-async def test_where_something_is_waited_for_it_does_not(
+async def test_with_a_drain_the_notice_interrupts_nothing(
     autojump_clock: MockClock, stage: Stage, waiting: dict[str, float]
 ) -> None:
     async with stage.open(**waiting) as service:
@@ -281,7 +281,7 @@ async def test_a_stream_that_would_write_has_an_expected_notice_arrive(autojump_
     assert stage.report().turns_interrupted == 1
 
 
-async def test_doors_that_have_to_wait_are_waited_for(autojump_clock: MockClock, stage: Stage) -> None:
+async def test_listeners_that_need_time_to_close_are_waited_for(autojump_clock: MockClock, stage: Stage) -> None:
     async with stage.open(drain_timeout_s=0) as service:
         turn = await stage.start_turn(service)
         stage.shutdown.close_listeners_at_once = lambda: False
@@ -293,7 +293,9 @@ async def test_doors_that_have_to_wait_are_waited_for(autojump_clock: MockClock,
     assert turn.record().state == "interrupted"
 
 
-async def test_doors_that_do_not_close_are_a_fault_and_stop_nothing(autojump_clock: MockClock, stage: Stage) -> None:
+async def test_listeners_that_do_not_close_are_a_fault_and_stop_nothing(
+    autojump_clock: MockClock, stage: Stage
+) -> None:
     async def close_listeners() -> None:
         raise OSError("they are stuck")
 

@@ -1,4 +1,4 @@
-"""Nothing that others send forges a line of the log, a place in one or what a terminal shows."""
+"""No data from outside forges a line of the log, a field of a line or the output of a terminal."""
 
 import json
 import logging
@@ -35,7 +35,7 @@ TEXTS = st.lists(
 
 
 def logged(log_format: Format, write: Callable[[], object]) -> str:
-    """What the log has of what ``write`` logs."""
+    """The log's text of the lines that ``write`` logs."""
     with kept_log(log_format) as read:
         write()
         return read()

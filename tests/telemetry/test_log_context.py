@@ -1,4 +1,4 @@
-"""What a line says of the work it belongs to, and no line of other work."""
+"""Each line has the ids of the work that it belongs to, and of no other work."""
 
 import structlog
 import trio
@@ -25,7 +25,7 @@ def test_the_innermost_work_alone_is_named_and_the_outer_one_again_afterwards() 
         assert ids_in(read()) == [{"session_id": "s", "turn_id": "t", "request_id": "b"}, {"request_id": "a"}, {}]
 
 
-def test_an_id_is_taken_away_by_none() -> None:
+def test_an_id_of_none_removes_the_id() -> None:
     with kept_log("json") as read, log_context(request_id="a", turn_id="t"):
         add_to_log_context(turn_id=None)
         logger.info("told")

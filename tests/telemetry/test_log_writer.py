@@ -25,7 +25,7 @@ def writing_to(fd: int) -> Generator[LogWriter]:
 
 @pytest.fixture(params=["pipe", "socket", "pipe that cannot be opened again"])
 def ends(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Generator[tuple[int, int]]:
-    """The reader's and the writer's end of what the log may be sent into."""
+    """The reader's and the writer's end of each kind of output of the log."""
     if request.param == "socket":
         pair = socket.socketpair()
         reader, writer = (os.dup(end.fileno()) for end in pair)
@@ -76,7 +76,7 @@ def test_stalled_reader_costs_a_bounded_backlog_and_then_lines_that_are_counted(
         written = fill(writer)
         writer.write(LINE)
         assert writer._backlog_bytes <= BACKLOG_BYTES_MAX
-        assert writer.take_lost() == 0, "telling it now would be lost too"
+        assert writer.take_lost() == 0, "a line about the loss would be lost now, too"
         kept = b""
         while data := read_ready(reader):
             kept += data
@@ -94,7 +94,7 @@ def test_drain_waits_no_longer_than_it_may(ends: tuple[int, int]) -> None:
         assert writer._backlog
 
 
-def test_reader_that_has_gone_harms_nobody(ends: tuple[int, int]) -> None:
+def test_reader_that_has_gone_causes_no_error(ends: tuple[int, int]) -> None:
     reader, writer_end = ends
     with writing_to(writer_end) as writer:
         os.close(reader)

@@ -20,7 +20,7 @@ CAP_S = 10
 
 
 class App(QuartTrio):
-    """Answers wait for :attr:`go_on`. ``/before`` and ``/after`` it, the end of input counts as a leave."""
+    """Answers wait for :attr:`go_on`. With ``/before`` or ``/after`` that, the end of input counts as leaving."""
 
     def __init__(self) -> None:
         super().__init__("test")
@@ -97,7 +97,7 @@ async def test_a_request_that_takes_the_end_for_leaving_is_cancelled(serve: Serv
     assert not connections._open
 
 
-async def test_one_that_does_so_after_the_end_is_cancelled_then(serve: Serve, connections: Connections) -> None:
+async def test_a_request_that_does_so_after_the_end_is_cancelled_then(serve: Serve, connections: Connections) -> None:
     app = App()
     async with half_closed(serve, app, request("after")) as client:
         await app.begun.wait()
@@ -129,7 +129,9 @@ async def test_a_client_that_is_reset_has_left(serve: Serve, connections: Connec
             await app.left.wait()
 
 
-async def test_a_stop_does_not_wait_for_it_beyond_its_own_time(serve: Serve, connections: Connections) -> None:
+async def test_a_stop_does_not_wait_for_such_a_request_beyond_its_own_time(
+    serve: Serve, connections: Connections
+) -> None:
     app = App()
     async with serve(app, graceful_timeout=0.1) as server, await server.connect() as client:
         with trio.fail_after(CAP_S):

@@ -92,7 +92,7 @@ def is_of_two_minds() -> None:
         (is_of_two_minds, Verdict.UNKNOWN),
     ],
 )
-def test_only_the_assertion_of_the_test_itself_says_that_a_fault_is_mended(test: object, verdict: Verdict) -> None:
+def test_only_the_assertion_of_the_test_itself_says_that_a_fault_is_fixed(test: object, verdict: Verdict) -> None:
     assert isinstance(test, FunctionType)
     error: BaseException | None = None
     try:

@@ -45,7 +45,7 @@ def end_ns(way: str) -> int:
 
 @pytest.mark.removal
 @pytest.mark.serial
-def test_an_interpreter_still_takes_long_to_take_itself_apart() -> None:
+def test_an_interpreter_still_takes_long_to_shut_down() -> None:
     """This test fails once Python's own exit is as fast as ours; then leave_at_exit is no longer needed."""
     plain, short = (min(end_ns(way) for _ in range(3)) for way in ("plain", "short"))
     assert plain > 3 * short, f"{plain / 1e6:.1f} ms and {short / 1e6:.1f} ms"
