@@ -6,7 +6,7 @@ because it may copy thousands of turns. The end of a turn checks for cancellatio
 shutdown hundreds of ends come at once, and their callers end anyway.
 """
 
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -37,6 +37,7 @@ from service.storage.page_cursor import (
 from service.storage.page_size import fitting
 from service.storage.records import (
     Checkpoint,
+    EndResult,
     LeftOut,
     Owner,
     Page,
@@ -206,30 +207,36 @@ class MemoryStore:
         self._replace(session, rules.begun(session.record, turn, now))
         return session.record
 
-    async def start_turn(self, turn_id: str, *, now: datetime) -> None:
+    async def start_turn(self, turn_id: str, *, now: datetime) -> bool:
         await anyio.lowlevel.checkpoint()
         turn = self._turns.get(turn_id)
-        if turn is not None:
-            turn.record = rules.started(turn.record, now)
+        if turn is None:
+            return False
+        turn.record = rules.started(turn.record, now)
+        return turn.record.is_open
 
-    async def checkpoint_turns(self, checkpoints: Sequence[Checkpoint]) -> None:
+    async def checkpoint_turns(self, checkpoints: Sequence[Checkpoint]) -> Collection[str]:
         # Only events are kept, so that the end can follow them: no output in this store outlives its owner.
         await anyio.lowlevel.checkpoint()
+        lost: list[str] = []
         for checkpoint in checkpoints:
             turn = self._turns.get(checkpoint.turn_id)
-            if turn is not None and turn.record.is_open:
+            if turn is None or not turn.record.is_open:
+                lost.append(checkpoint.turn_id)
+            else:
                 turn.events = (*turn.events[: checkpoint.after], *checkpoint.events)
+        return lost
 
-    async def end_turn(self, turn: TurnRecord, *, events: Sequence[bytes], now: datetime, after: int = 0) -> bool:
+    async def end_turn(self, turn: TurnRecord, *, events: Sequence[bytes], now: datetime, after: int = 0) -> EndResult:
         await anyio.lowlevel.checkpoint_if_cancelled()
         kept = self._turns.get(turn.id)
         if kept is None or not kept.record.is_open:
-            return False
+            return rules.result_of_late_end(None if kept is None else kept.record, turn)
         session = self._sessions[kept.record.session_id]
         kept.record = turn
         kept.events = (*kept.events[:after], *events)
         self._replace(session, rules.ended(session.record, turn, now))
-        return True
+        return EndResult.KEPT
 
     async def get_turn(self, session_id: str, turn_id: str, *, now: datetime) -> TurnRecord:
         await anyio.lowlevel.checkpoint()

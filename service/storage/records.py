@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from datetime import datetime
+from enum import Enum
 from typing import Generic, Literal, TypeVar
 
 import msgspec
@@ -270,6 +271,21 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     events: tuple[bytes, ...]
     output: tuple[Item, ...]
     left_out: LeftOut | None = None
+
+
+class EndResult(Enum):
+    """What became of a turn's end that an owner gave to the store."""
+
+    KEPT = "kept"
+    """This call has stored the end."""
+    ALREADY_KEPT = "already_kept"
+    """The store had this end already, from an earlier call whose outcome the owner does not know."""
+    LOST = "lost"
+    """The store will never have this end: the turn is gone, has another end or is not this owner's any more."""
+
+    @property
+    def is_kept(self) -> bool:
+        return self is not EndResult.LOST
 
 
 class Owner(msgspec.Struct, frozen=True, kw_only=True):

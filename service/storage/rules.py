@@ -13,6 +13,7 @@ import msgspec
 from service.errors import HeadMovedError
 from service.storage.records import (
     SEQ_AFTER_CRASH,
+    EndResult,
     Item,
     SessionPatch,
     SessionRecord,
@@ -137,6 +138,11 @@ def crashed(turn: TurnRecord, checkpoints: Iterable[Sequence[Item]], now: dateti
         last_seq=SEQ_AFTER_CRASH,
         output=tuple(map(cut_off, joined(item for output in checkpoints for item in output))),
     )
+
+
+def result_of_late_end(kept: TurnRecord | None, end: TurnRecord) -> EndResult:
+    """What becomes of an end if the turn is not open, or not this owner's; ``kept`` is the turn in the store."""
+    return EndResult.ALREADY_KEPT if kept == msgspec.structs.replace(end, stored=True) else EndResult.LOST
 
 
 def joined(pieces: Iterable[Item]) -> tuple[Item, ...]:

@@ -11,7 +11,7 @@ process dies; only then may :meth:`Store.recover` of another owner end these tur
 have one owner. The store refuses a new turn of this session to any other owner, and names the first one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import datetime
 from typing import Protocol
 
@@ -19,6 +19,7 @@ import msgspec
 
 from service.storage.records import (
     Checkpoint,
+    EndResult,
     LeftOut,
     Owner,
     Page,
@@ -185,26 +186,33 @@ class Store(Protocol):
         """
         ...
 
-    async def start_turn(self, turn_id: str, *, now: datetime) -> None:
-        """Start a queued turn: ``started_at`` becomes ``now``. Does nothing if the turn is not queued."""
+    async def start_turn(self, turn_id: str, *, now: datetime) -> bool:
+        """Start a queued turn: ``started_at`` becomes ``now``. Changes nothing if the turn is not queued.
+
+        Returns whether the turn is open and this owner's. If not, another owner has taken this one for dead and ended
+        the turn, or the turn is gone: the turn must not run.
+        """
         ...
 
-    async def checkpoint_turns(self, checkpoints: Sequence[Checkpoint]) -> None:
+    async def checkpoint_turns(self, checkpoints: Sequence[Checkpoint]) -> Collection[str]:
         """Keep the growth of running turns, in case this owner dies before their ends.
 
         A checkpoint does not use a session, and :meth:`get_turn` shows it only after :meth:`recover`. The checkpoint of
         a turn that is not open, or not this owner's, is ignored. After a call that was cancelled or failed the caller
         gives the same ``after`` again: events that were kept beyond it are replaced.
+
+        Returns the ids of the ignored turns: their work must stop.
         """
         ...
 
-    async def end_turn(self, turn: TurnRecord, *, events: Sequence[bytes], now: datetime, after: int = 0) -> bool:
+    async def end_turn(self, turn: TurnRecord, *, events: Sequence[bytes], now: datetime, after: int = 0) -> EndResult:
         """Keep a turn's end, its output and its encoded events, and count it as a use.
 
         ``turn`` is the whole record, with its end. ``open_turns`` shrinks by
         one, ``message_count`` grows by the messages and calls of the output, the totals by its usage.
-        The first end wins: returns False, and changes nothing, if the turn has ended, is gone or is not this owner's.
-        Also works on a session that is marked as deleted.
+        The first end wins: a call changes nothing if the turn has ended, is gone or is not this owner's, and the result
+        says whether the store has this very end from an earlier call. Also works on a session that is marked as
+        deleted.
 
         Args:
             events: The events that follow ``after``, without gaps, the terminal event last; or none.

@@ -18,6 +18,7 @@ from service.sessions.turns.turn import Turn
 from service.settings import Settings
 from service.shutdown import LATE_CLOSE_S, PHASE_MARGIN_S, Phase, Shutdown, ShutdownReport
 from service.storage.memory import MemoryStore
+from service.storage.records import EndResult
 from service.supervisor import Service, open_service
 from tests.sessions.puppet import frames_of
 
@@ -331,7 +332,7 @@ async def test_a_store_that_refuses_once_gets_the_end_a_second_time(
 ) -> None:
     keep, refusals = stage.store.end_turn, iter([StoreError("not now")])
 
-    async def refuse_once(*args: Any, **options: Any) -> bool:
+    async def refuse_once(*args: Any, **options: Any) -> EndResult:
         for error in refusals:
             raise error
         return await keep(*args, **options)

@@ -11,7 +11,7 @@ from trio.testing import assert_checkpoints
 
 from service.errors import SessionExistsError, SessionLimitError, SessionNotFoundError
 from service.storage.memory import MemoryStore, open_memory_store
-from service.storage.records import SessionPatch
+from service.storage.records import EndResult, SessionPatch
 from service.store_capabilities import MEMORY
 from tests.storage.rows import IDLE_TIMEOUT_S, T0, a_session, a_turn, at, ended
 
@@ -52,7 +52,7 @@ async def test_the_end_of_a_turn_is_cancelled_at_once_or_not_at_all() -> None:
         others_ran = trio.Event()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_set, others_ran)
-            assert await store.end_turn(ended(a_turn()), events=[], now=T0)
+            assert await store.end_turn(ended(a_turn()), events=[], now=T0) is EndResult.KEPT
             assert not others_ran.is_set()
         await store.begin_turn(a_turn("next"), now=T0)
         with trio.CancelScope() as scope:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from service.errors import HeadMovedError
 from service.models.client import Usage
 from service.storage import rules
-from service.storage.records import SEQ_AFTER_CRASH, EndState, Item, SessionPatch, TurnRecord
+from service.storage.records import SEQ_AFTER_CRASH, EndResult, EndState, Item, SessionPatch, TurnRecord
 from tests.storage.rows import IDLE_TIMEOUT_S, T0, a_session, a_turn, at, ended
 
 texts = st.text(max_size=6)
@@ -105,6 +105,13 @@ def test_a_start_is_for_a_queued_turn_only() -> None:
     assert rules.started(queued, at(3)) == msgspec.structs.replace(queued, state="running", started_at=at(3))
     for turn in (a_turn(), ended(a_turn())):
         assert rules.started(turn, at(3)) == turn
+
+
+def test_only_the_very_end_that_the_store_has_is_kept_already() -> None:
+    end = ended(a_turn())
+    assert rules.result_of_late_end(end, msgspec.structs.replace(end, stored=False)) is EndResult.ALREADY_KEPT
+    for kept in (None, a_turn(), rules.crashed(a_turn(), [], T0), ended(a_turn(), text="Another")):
+        assert rules.result_of_late_end(kept, end) is EndResult.LOST
 
 
 @given(

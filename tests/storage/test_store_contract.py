@@ -28,7 +28,7 @@ from service.storage.page_cursor import (
     decode_turn_cursor,
     encode_cursor,
 )
-from service.storage.records import EndState, Failure, Item, LeftOut, SessionPatch, SessionRecord, TurnRecord
+from service.storage.records import EndResult, EndState, Failure, Item, LeftOut, SessionPatch, SessionRecord, TurnRecord
 from service.storage.store import Store
 from service.store_capabilities import BY_SCHEME
 from tests.storage.conftest import OpenStore
@@ -364,8 +364,8 @@ async def test_a_marked_session_is_hidden_while_its_turns_go_on(store: Store) ->
     await store.mark_deleted("s", now=T0)
     assert await contents(store, now=T0) == {}
     assert [kept.id for kept in await store.read_path("s", "t", bytes_max=None)] == ["t"]
-    assert await store.end_turn(ended(turn, "cancelled"), events=[b"1", b"2"], now=T0)
-    assert not await store.end_turn(ended(turn), events=[], now=T0)
+    assert await store.end_turn(ended(turn, "cancelled"), events=[b"1", b"2"], now=T0) is EndResult.KEPT
+    assert await store.end_turn(ended(turn), events=[], now=T0) is EndResult.LOST
     assert list(await store.read_events("s", "t")) == [b"1", b"2"]
     assert await contents(store, now=T0) == {}
     assert await store.count_sessions(status=None, now=T0) == 0
@@ -418,7 +418,7 @@ async def test_an_end_after_the_removal_is_no_end(store: Store) -> None:
     await store.remove_deleted("s")
     await store.create_session(a_session(created=1), now=at(1))
     before = await contents(store, now=at(1))
-    assert not await store.end_turn(ended(turn), events=[b"1"], now=at(1))
+    assert await store.end_turn(ended(turn), events=[b"1"], now=at(1)) is EndResult.LOST
     await store.start_turn("t", now=at(1))
     assert await contents(store, now=at(1)) == before
     assert list(await store.read_events("s", "t")) == []
@@ -561,23 +561,23 @@ async def test_a_queued_turn_starts_once(store: Store) -> None:
     turn = a_turn(state="queued")
     await store.begin_turn(turn, now=T0)
     session = await store.get_session("s", now=T0)
-    await store.start_turn("t", now=at(3))
+    assert await store.start_turn("t", now=at(3))
     started = msgspec.structs.replace(turn, state="running", started_at=at(3))
     assert await store.get_turn("s", "t", now=T0) == started
-    await store.start_turn("t", now=at(4))
+    assert await store.start_turn("t", now=at(4)), "the turn runs, and is this owner's"
     assert await store.get_turn("s", "t", now=T0) == started
     assert await store.get_session("s", now=T0) == session, "a start is no use of the session"
 
 
 async def test_only_a_queued_turn_starts(store: Store) -> None:
-    await store.start_turn("never", now=T0)
+    assert not await store.start_turn("never", now=T0)
     await store.create_session(a_session(), now=T0)
     await store.begin_turn(a_turn("running"), now=T0)
     await store.begin_turn(a_turn("ended", state="queued"), now=T0)
     await store.end_turn(ended(a_turn("ended", state="queued"), "cancelled"), events=[], now=T0)
     before = await contents(store, now=T0)
-    for name in ("running", "ended"):
-        await store.start_turn(name, now=at(9))
+    assert await store.start_turn("running", now=at(9))
+    assert not await store.start_turn("ended", now=at(9)), "an ended turn must not run"
     assert await contents(store, now=T0) == before
 
 
@@ -594,7 +594,7 @@ async def test_an_end_is_kept_whole(store: Store, state: EndState, begun_as: str
         last_seq=4711,
     )
     events = [b"id: 1\ndata: {}\n\n", UNICODE.encode(), b"", bytes(range(256))]
-    assert await store.end_turn(end, events=events, now=at(8)) is True
+    assert await store.end_turn(end, events=events, now=at(8)) is EndResult.KEPT
     assert await store.get_turn("s", "t", now=at(8)) == end
     assert list(await store.read_events("s", "t")) == events
     session = await store.get_session("s", now=at(8))
@@ -615,11 +615,35 @@ async def test_the_first_end_wins_and_the_second_changes_nothing(store: Store) -
     await store.create_session(a_session(), now=T0)
     turn = a_turn()
     await store.begin_turn(turn, now=T0)
-    assert await store.end_turn(ended(turn, "cancelled"), events=[b"first"], now=at(1)) is True
+    assert await store.end_turn(ended(turn, "cancelled"), events=[b"first"], now=at(1)) is EndResult.KEPT
     before = await contents(store, now=at(1))
     usage = Usage(input_tokens=1, output_tokens=1)
-    assert await store.end_turn(ended(turn, usage=usage), events=[b"second"], now=at(2)) is False
+    assert await store.end_turn(ended(turn, usage=usage), events=[b"second"], now=at(2)) is EndResult.LOST
     assert await contents(store, now=at(1)) == before
+
+
+@pytest.mark.parametrize("is_deleted", [False, True])
+async def test_a_repeated_end_is_kept_already_and_another_end_is_lost(store: Store, *, is_deleted: bool) -> None:
+    await store.create_session(a_session(), now=T0)
+    await store.begin_turn(a_turn(), now=T0)
+    end = ended(a_turn(), now=at(1))
+    assert await store.end_turn(end, events=[b"1"], now=at(1)) is EndResult.KEPT
+    before = await contents(store, now=at(1))
+    if is_deleted:
+        await store.mark_deleted("s", now=at(1))
+    assert await store.end_turn(end, events=[b"1", b"2"], now=at(2), after=0) is EndResult.ALREADY_KEPT
+    for other in (
+        ended(a_turn(), now=at(2)),
+        ended(a_turn(), "cancelled", now=at(1)),
+        ended(a_turn(), text="Another", now=at(1)),
+        msgspec.structs.replace(end, last_seq=99),
+    ):
+        assert await store.end_turn(other, events=[], now=at(2)) is EndResult.LOST
+    if is_deleted:
+        await store.remove_deleted("s")
+        assert await store.end_turn(end, events=[b"1"], now=at(2)) is EndResult.LOST
+    else:
+        assert await contents(store, now=at(1)) == before
 
 
 async def test_an_end_may_be_as_large_as_a_log_can_be(store: Store) -> None:
@@ -628,17 +652,17 @@ async def test_an_end_may_be_as_large_as_a_log_can_be(store: Store) -> None:
     await store.begin_turn(turn, now=T0)
     text = 1024 * "x"
     events = [b"%06d %b" % (number, text.encode()) for number in range(16 * 1024)]
-    assert await store.end_turn(ended(turn, text=1024 * text), events=events, now=at(1)) is True
+    assert await store.end_turn(ended(turn, text=1024 * text), events=events, now=at(1)) is EndResult.KEPT
     assert list(await store.read_events("s", "t")) == events
     assert len((await store.get_turn("s", "t", now=at(1))).text) == 1024 * 1024
     assert (await store.get_session("s", now=at(1))).message_count == 2
 
 
 async def test_an_end_of_an_unknown_turn_is_none(store: Store) -> None:
-    assert await store.end_turn(ended(a_turn()), events=[b"1"], now=T0) is False
+    assert await store.end_turn(ended(a_turn()), events=[b"1"], now=T0) is EndResult.LOST
     await store.create_session(a_session(), now=T0)
     before = await contents(store, now=T0)
-    assert await store.end_turn(ended(a_turn()), events=[b"1"], now=T0) is False
+    assert await store.end_turn(ended(a_turn()), events=[b"1"], now=T0) is EndResult.LOST
     assert await contents(store, now=T0) == before
 
 
@@ -879,8 +903,8 @@ async def test_one_of_two_ends_wins(store: Store) -> None:
             partial(store.end_turn, ends[0], events=[b"0"], now=T0),
             partial(store.end_turn, ends[1], events=[b"1"], now=T0),
         )
-        assert sorted(results, key=str) == [False, True]
-        winner = results.index(True)
+        assert set(results) == {EndResult.KEPT, EndResult.LOST}
+        winner = results.index(EndResult.KEPT)
         assert await store.get_turn("s", turn.id, now=T0) == ends[winner]
         assert list(await store.read_events("s", turn.id)) == [b"%d" % winner]
     assert (await store.get_session("s", now=T0)).open_turns == 0
@@ -934,7 +958,7 @@ async def test_many_at_once_lose_nothing(store: Store) -> None:
         await store.begin_turn(turn, now=T0)
         await store.start_turn(name, now=T0)
         usage = Usage(input_tokens=1, output_tokens=2)
-        assert await store.end_turn(ended(turn, usage=usage), events=[name.encode()], now=T0)
+        assert await store.end_turn(ended(turn, usage=usage), events=[name.encode()], now=T0) is EndResult.KEPT
 
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:

@@ -16,7 +16,7 @@ from service.errors import (
 )
 from service.models.client import Usage
 from service.storage import fork_path
-from service.storage.records import SEQ_AFTER_CRASH, EndState, Item, SessionPatch, SessionRecord, TurnRecord
+from service.storage.records import SEQ_AFTER_CRASH, EndResult, EndState, Item, SessionPatch, SessionRecord, TurnRecord
 from service.storage.store import Store
 from tests.storage.rows import IDLE_TIMEOUT_S, T0, a_session, a_turn, all_turns, at, contents, ended
 
@@ -32,7 +32,7 @@ async def _add(store: Store, turn: TurnRecord, state: EndState = "completed", **
     """A turn that has ended, with two events of its own."""
     await store.begin_turn(turn, now=T0)
     last = ended(turn, state, **end)  # type: ignore[arg-type]
-    assert await store.end_turn(last, events=[f"{turn.id} {n}".encode() for n in range(2)], now=T0)
+    assert await store.end_turn(last, events=[f"{turn.id} {n}".encode() for n in range(2)], now=T0) is EndResult.KEPT
     return last
 
 
@@ -116,7 +116,7 @@ async def test_a_copy_takes_turns_expires_and_is_forked_as_any_session(store: St
     assert copy.head is not None
     assert (await store.begin_turn(a_turn("next", "copy", parent=copy.head), now=NOW)).open_turns == 1
     assert [turn.id for turn in await all_turns(store, "copy", now=NOW)][-1] == "next"
-    assert await store.end_turn(ended(a_turn("next", "copy", parent=copy.head)), events=[], now=NOW)
+    assert await store.end_turn(ended(a_turn("next", "copy", parent=copy.head)), events=[], now=NOW) is EndResult.KEPT
     assert await store.count_sessions(status="idle", now=NOW) == 3
     assert await store.delete_expired(now=second.expires_at, limit=10) == 3
     assert await contents(store, now=T0) == {}

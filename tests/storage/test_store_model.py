@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from service.errors import RefusedError, SessionExistsError, SessionNotFoundError, TurnNotFoundError
 from service.ids import new_turn_id
 from service.models.client import Usage
-from service.storage.records import EndState, SessionPatch, SessionRecord, SessionStatus, TurnRecord
+from service.storage.records import EndResult, EndState, SessionPatch, SessionRecord, SessionStatus, TurnRecord
 from service.storage.store import Store
 from tests.storage.conftest import OpenStore
 from tests.storage.rows import a_session, a_turn, all_turns, at, ended
@@ -103,13 +103,14 @@ class Model:
             message_count=session.message_count + len(turn.input),
         )
 
-    def start(self, turn_id: str, now: datetime) -> None:
+    def start(self, turn_id: str, now: datetime) -> bool:
         if turn_id in self.turns and self.turns[turn_id].state == "queued":
             self.turns[turn_id] = msgspec.structs.replace(self.turns[turn_id], state="running", started_at=now)
+        return turn_id in self.turns and self.turns[turn_id].state == "running"
 
-    def end(self, turn: TurnRecord, events: Sequence[bytes], now: datetime) -> bool:
+    def end(self, turn: TurnRecord, events: Sequence[bytes], now: datetime) -> EndResult:
         if turn.id not in self.turns or self.turns[turn.id].state not in ("queued", "running"):
-            return False
+            return EndResult.ALREADY_KEPT if self.turns.get(turn.id) == turn else EndResult.LOST
         self.turns[turn.id] = turn
         self.events[turn.id] = list(events)
         session = self.sessions[turn.session_id]
@@ -121,7 +122,7 @@ class Model:
             input_tokens=session.input_tokens + (turn.usage.input_tokens if turn.usage else 0),
             output_tokens=session.output_tokens + (turn.usage.output_tokens if turn.usage else 0),
         )
-        return True
+        return EndResult.KEPT
 
     def listing(self, status: SessionStatus | None, now: datetime) -> list[SessionRecord]:
         found = [session for session in self.visible(now).values() if status in (None, session.status)]
@@ -268,7 +269,7 @@ class History:
                 case Begin():
                     return model.begin(self._turn(step), now)
                 case Start(turn):
-                    model.start(self.picked(turn).id, now)
+                    return model.start(self.picked(turn).id, now)
                 case End():
                     turn_record, events = self._end(step)
                     return model.end(turn_record, events, now)
@@ -296,7 +297,7 @@ class History:
                     self.begun.append(turn_record)
                     return session
                 case Start(turn):
-                    await store.start_turn(self.picked(turn).id, now=now)
+                    return await store.start_turn(self.picked(turn).id, now=now)
                 case End():
                     turn_record, events = self._end(step)
                     return await store.end_turn(turn_record, events=events, now=now)

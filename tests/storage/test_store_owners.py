@@ -5,7 +5,7 @@ import pytest
 import trio
 
 from service.errors import OwnedElsewhereError, TurnInProgressError
-from service.storage.records import SEQ_AFTER_CRASH, Checkpoint, Item, LeftOut
+from service.storage.records import SEQ_AFTER_CRASH, Checkpoint, EndResult, Item, LeftOut
 from service.storage.store import Store
 from tests.storage.conftest import OpenStore
 from tests.storage.rows import IDLE_TIMEOUT_S, T0, a_session, a_turn, at, contents, ended
@@ -119,7 +119,7 @@ async def test_recovery_leaves_the_turns_of_owners_that_live(open_shared: OpenSt
                 "running",
                 "interrupted",
             ]
-        assert await second.end_turn(ended(a_turn("t1", "s1")), events=[], now=at(1))
+        assert await second.end_turn(ended(a_turn("t1", "s1")), events=[], now=at(1)) is EndResult.KEPT
 
 
 async def test_of_many_that_recover_at_once_each_turn_is_ended_by_one(open_shared: OpenStore) -> None:
@@ -199,9 +199,10 @@ async def test_only_the_owner_starts_checkpoints_and_ends_its_turns(open_shared:
         await _begin(there, "t")
         await there.begin_turn(a_turn("queued", state="queued"), now=T0)
         before = await contents(there, now=T0)
-        await here.start_turn("queued", now=at(1))
-        await here.checkpoint_turns([a_checkpoint("t", "Hel", b"1")])
-        assert not await here.end_turn(ended(a_turn()), events=[b"1"], now=at(1))
+        assert not await here.start_turn("queued", now=at(1))
+        lost = await here.checkpoint_turns([a_checkpoint("t", "Hel", b"1"), a_checkpoint("queued", "", b"1")])
+        assert set(lost) == {"t", "queued"}
+        assert await here.end_turn(ended(a_turn()), events=[b"1"], now=at(1)) is EndResult.LOST
         assert await contents(here, now=T0) == before
 
 
@@ -212,8 +213,9 @@ async def test_an_owner_that_was_taken_for_dead_cannot_end_its_turn_again(open_s
         async with open_shared() as store:
             assert await store.recover(now=at(1)) == 1
             before = await contents(store, now=at(1))
-            assert not await zombie.end_turn(ended(a_turn()), events=[b"1"], now=at(2))
-            await zombie.checkpoint_turns([a_checkpoint("t", "Hel", b"1")])
+            assert await zombie.end_turn(ended(a_turn()), events=[b"1"], now=at(2)) is EndResult.LOST
+            assert set(await zombie.checkpoint_turns([a_checkpoint("t", "Hel", b"1")])) == {"t"}
+            assert not await zombie.start_turn("t", now=at(2))
             assert await contents(store, now=at(1)) == before
 
 
@@ -244,7 +246,10 @@ async def test_an_end_follows_on_the_checkpoints_that_were_acknowledged(store: S
     await store.checkpoint_turns([a_checkpoint("t", "lo", b"3", after=2)])
     assert (await store.get_turn("s", "t", now=T0)).output == (), "before the end it shows nothing"
     frames = [b"1", b"2", b"3", b"4", b"5"]
-    assert await store.end_turn(ended(a_turn(), text="Hello"), events=frames[after:], now=T0, after=after)
+    assert (
+        await store.end_turn(ended(a_turn(), text="Hello"), events=frames[after:], now=T0, after=after)
+        is EndResult.KEPT
+    )
     assert list(await store.read_events("s", "t")) == frames
     assert (await store.get_turn("s", "t", now=T0)).text == "Hello"
 
@@ -265,9 +270,11 @@ async def test_checkpoints_pass_over_turns_that_are_not_open(store: Store) -> No
     await _begin(store, "t", "t2")
     await store.end_turn(ended(a_turn()), events=[b"1"], now=T0)
     before = await contents(store, now=T0)
-    await store.checkpoint_turns([a_checkpoint("t", "x", b"2", after=1), a_checkpoint("never", "x", b"1")])
+    lost = await store.checkpoint_turns([a_checkpoint("t", "x", b"2", after=1), a_checkpoint("never", "x", b"1")])
+    assert set(lost) == {"t", "never"}
     assert await contents(store, now=T0) == before
-    await store.checkpoint_turns([a_checkpoint("never", "x", b"1"), a_checkpoint("t2", "x", b"1")])
+    lost = await store.checkpoint_turns([a_checkpoint("never", "x", b"1"), a_checkpoint("t2", "x", b"1")])
+    assert set(lost) == {"never"}
     await store.end_turn(ended(a_turn("t2")), events=[b"2"], now=T0, after=1)
     assert list(await store.read_events("s", "t2")) == [b"1", b"2"]
 
@@ -283,7 +290,7 @@ async def test_a_marked_session_s_turns_are_checkpointed_until_it_is_removed(sto
     await _begin(store, "t")
     await store.mark_deleted("s", now=T0)
     await store.checkpoint_turns([a_checkpoint("t", "x", b"1")])
-    assert await store.end_turn(ended(a_turn()), events=[b"2"], now=T0, after=1)
+    assert await store.end_turn(ended(a_turn()), events=[b"2"], now=T0, after=1) is EndResult.KEPT
     assert list(await store.read_events("s", "t")) == [b"1", b"2"]
     await store.remove_deleted("s")
     await store.checkpoint_turns([a_checkpoint("t", "x", b"1")])
@@ -299,7 +306,7 @@ async def test_without_other_owners_there_is_none_to_find(store: Store) -> None:
 async def test_any_owner_forks_ended_turns_and_learns_the_owner_of_the_others(open_shared: OpenStore) -> None:
     async with open_shared() as first, open_shared() as second:
         await _begin(first, "t")
-        assert await first.end_turn(ended(a_turn()), events=[b"1"], now=T0)
+        assert await first.end_turn(ended(a_turn()), events=[b"1"], now=T0) is EndResult.KEPT
         await first.begin_turn(a_turn("open", parent="t"), now=T0)
         assert (await second.fork_session("s", at="t", copy_id="copy", now=T0)).message_count == 2
         with pytest.raises(OwnedElsewhereError):

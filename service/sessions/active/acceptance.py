@@ -184,7 +184,7 @@ class Acceptance:
                 nursery.start_soon(end, session, turn)
 
     def _note_ended(self, turn: Turn) -> None:
-        if not turn.stored:
+        if not (turn.stored or turn.is_lost):
             self._pending_writes.add_end(turn)
         self._active.note_ended(turn)
 

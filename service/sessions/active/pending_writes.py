@@ -128,8 +128,8 @@ class PendingWrites:
         record = msgspec.structs.replace(turn.record(), stored=True)
         try:
             with self.writing():
-                stored = await self._store.end_turn(record, events=events, now=self._clock(), after=turn.stored_seq)
-            turn.stored = turn.stored or stored  # a second attempt at the same time may have been faster
+                result = await self._store.end_turn(record, events=events, now=self._clock(), after=turn.stored_seq)
+            turn.stored = turn.stored or result.is_kept
         except StoreError:
             raise
         except Exception:

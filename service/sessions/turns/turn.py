@@ -50,6 +50,8 @@ class Turn:
         self.ended = trio.Event()
         self.stored = False
         """Whether the turn's end is in the store. Has a meaning only once the turn has ended."""
+        self.is_lost = False
+        """Whether the turn is not this process's any more, so that the store will never take its end."""
         self.crashed = False
         """Whether a fault of this service ended the turn."""
         self.client = client

@@ -19,7 +19,7 @@ from service.sessions.turns.prompt import NOTHING, Prompt, build_prompt, shorten
 from service.sessions.turns.turn import Turn
 from service.sessions.turns.turn_log import log_end
 from service.settings import Settings
-from service.storage.records import LeftOut, TurnRecord
+from service.storage.records import EndResult, LeftOut, TurnRecord
 from service.storage.store import Store
 from service.storage.store_deadline import answered_within
 from service.telemetry.log_context import add_to_log_context
@@ -81,6 +81,17 @@ async def end_turn(turn: Turn, *, store: Store, clock: Clock, within_s: float) -
     return True
 
 
+def lose(turn: Turn) -> None:
+    """Stop the work of a turn that is not this process's any more: another process has ended it in the store."""
+    if turn.cut_short(outcome.Interrupted("crash")):
+        logger.warning(
+            "a turn belongs to this process no longer, because another one took this process for dead: its work is "
+            "stopped",
+            session_id=turn.session_id,
+            turn_id=turn.id,
+        )
+
+
 async def _reply(turn: Turn, *, store: Store, clock: Clock, settings: Settings) -> None:
     """Take the model's whole reply, and decide the end.
 
@@ -89,8 +100,9 @@ async def _reply(turn: Turn, *, store: Store, clock: Clock, settings: Settings) 
     was_queued = not turn.running
     turn.start(clock())
     with answered_within(settings.store_timeout_s):
-        if was_queued:
-            await store.start_turn(turn.id, now=clock())
+        if was_queued and not await store.start_turn(turn.id, now=clock()):
+            lose(turn)
+            return
         path = await store.read_path(turn.session_id, turn.id, bytes_max=settings.prompt_bytes_max)
         older = await _measure_older(path, store)
     prompt = build_prompt(path, system_message=turn.system_message, bytes_max=settings.prompt_bytes_max, older=older)
@@ -190,7 +202,9 @@ async def _keep(turn: Turn, record: TurnRecord, *, store: Store, clock: Clock) -
     events = [encode_frame(event) for event in turn.log.events(after=after)]
     events.append(encode_frame(turn.terminal_event(stored=True)))
     try:
-        return await store.end_turn(record, events=events, now=clock(), after=after)
+        result = await store.end_turn(record, events=events, now=clock(), after=after)
+        turn.is_lost = result is EndResult.LOST
+        return result.is_kept
     except StoreError as error:
         logger.warning("the end of a turn was not stored", turn_id=turn.id, error=str(error), cause=causes_of(error))
     except Exception:

@@ -10,6 +10,7 @@ import trio
 
 from service.errors import StoreError
 from service.sessions.turns.turn import Turn
+from service.sessions.turns.turn_task import lose
 from service.storage.records import Checkpoint
 from service.storage.store import Store
 from service.storage.store_deadline import answered_within
@@ -44,12 +45,19 @@ async def run_checkpoints(
 
 
 async def checkpoint_turns(store: Store, turns: Sequence[Turn], *, store_timeout_s: float) -> None:
-    """Store the growth of these turns, usually in one call. Raises: StoreError."""
+    """Store the growth of these turns, usually in one call. Turns that are not this process's any more stop.
+
+    Raises:
+        StoreError
+    """
     for batch in _batches(turns):
         with answered_within(store_timeout_s):
-            await store.checkpoint_turns([checkpoint for _, checkpoint in batch])
+            lost = await store.checkpoint_turns([checkpoint for _, checkpoint in batch])
         for turn, checkpoint in batch:
-            turn.note_checkpoint(checkpoint)
+            if turn.id in lost:
+                lose(turn)
+            else:
+                turn.note_checkpoint(checkpoint)
 
 
 def _batches(turns: Sequence[Turn]) -> Iterator[list[tuple[Turn, Checkpoint]]]:

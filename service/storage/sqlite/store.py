@@ -1,7 +1,7 @@
 """The store in one SQLite file: three threads with a connection each, and the store object in the event loop."""
 
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import datetime
 from functools import partial
@@ -17,6 +17,7 @@ from service.errors import StoreError
 from service.storage.page_cursor import decode_session_cursor, decode_turn_cursor
 from service.storage.records import (
     Checkpoint,
+    EndResult,
     LeftOut,
     Owner,
     Page,
@@ -173,14 +174,14 @@ class SqliteStore:
     ) -> SessionRecord:
         return await self._writing.call(lambda db: turns.begin(db, turn, self._ownership, now, head=head))
 
-    async def start_turn(self, turn_id: str, *, now: datetime) -> None:
-        await self._writing.call(lambda db: turns.start(db, turn_id, self.fence, now))
+    async def start_turn(self, turn_id: str, *, now: datetime) -> bool:
+        return await self._writing.call(lambda db: turns.start(db, turn_id, self.fence, now))
 
-    async def checkpoint_turns(self, checkpoints: Sequence[Checkpoint]) -> None:
+    async def checkpoint_turns(self, checkpoints: Sequence[Checkpoint]) -> Collection[str]:
         staged = [await self._stage_events(it.session_id, it.turn_id, it.events, after=it.after) for it in checkpoints]
-        await self._writing.call(lambda db: turns.checkpoint(db, checkpoints, staged, self.fence))
+        return await self._writing.call(lambda db: turns.checkpoint(db, checkpoints, staged, self.fence))
 
-    async def end_turn(self, turn: TurnRecord, *, events: Sequence[bytes], now: datetime, after: int = 0) -> bool:
+    async def end_turn(self, turn: TurnRecord, *, events: Sequence[bytes], now: datetime, after: int = 0) -> EndResult:
         staged = await self._stage_events(turn.session_id, turn.id, events, after=after)
         return await self._writing.call(
             lambda db: turns.end(db, turn, events, staged, after=after, fence=self.fence, now=now)

@@ -12,7 +12,7 @@ from service.errors import SessionNotFoundError, TurnNotFoundError
 from service.storage import rules
 from service.storage.page_cursor import TurnPosition, encode_cursor
 from service.storage.page_size import fitting
-from service.storage.records import Checkpoint, LeftOut, Page, SessionRecord, TurnRecord
+from service.storage.records import Checkpoint, EndResult, LeftOut, Page, SessionRecord, TurnRecord
 from service.storage.sqlite import recovery, sessions
 from service.storage.sqlite.ends import keep_end
 from service.storage.sqlite.ownership import Ownership
@@ -42,6 +42,7 @@ _SIZES = f"SELECT ordinal, {_TURN_BYTES} FROM turns WHERE session = ? AND ordina
 _BETWEEN = f"SELECT {TURN_COLUMNS} FROM turns WHERE session = ? AND ordinal BETWEEN ? AND ? ORDER BY ordinal"
 # One table in each statement: several simple statements are several times as fast as one join.
 _OWN = "SELECT key, session FROM turns WHERE id = ? AND +owner = ?"  # ``+`` makes SQLite search by id, not by owner
+_IS_OWN = "id = :turn AND +owner = :owner AND (SELECT id FROM sessions WHERE key = session) IS NOT NULL"
 _INSERT_COLUMNS = (
     "id, parent, state, model, created_at, started_at, ended_at, temperature, max_output_tokens, background, reason, "
     "error, finish_reason, usage, last_seq, left_out, message_items, message_bytes, input, output"
@@ -94,13 +95,11 @@ def begin(
     return session
 
 
-def start(db: apsw.Connection, turn_id: str, fence: int, now: datetime) -> None:
-    db.execute(
-        "UPDATE turns SET state = 'running', started_at = :now "
-        "WHERE id = :turn AND +owner = :owner AND state = 'queued' "
-        "AND (SELECT id FROM sessions WHERE key = session) IS NOT NULL",
-        {"now": moment(now), "turn": turn_id, "owner": fence},
-    )
+def start(db: apsw.Connection, turn_id: str, fence: int, now: datetime) -> bool:
+    """Start a queued turn. Returns whether the turn is this owner's, and so open."""
+    values = {"now": moment(now), "turn": turn_id, "owner": fence}
+    db.execute(f"UPDATE turns SET state = 'running', started_at = :now WHERE {_IS_OWN} AND state = 'queued'", values)
+    return bool(db.changes()) or db.execute(f"SELECT 1 FROM turns WHERE {_IS_OWN}", values).fetchone() is not None
 
 
 class StagedEvents(msgspec.Struct, frozen=True):
@@ -139,10 +138,13 @@ def stage_events(
 
 def checkpoint(
     db: apsw.Connection, checkpoints: Sequence[Checkpoint], staged: Sequence[StagedEvents | None], fence: int
-) -> None:
+) -> list[str]:
+    """Keep checkpoints. Returns the turns that are not this owner's open turns."""
+    lost: list[str] = []
     for it, part in zip(checkpoints, staged, strict=True):
         own = _own(db, it.session_id, it.turn_id, fence)
         if own is None:
+            lost.append(it.turn_id)
             continue
         _keep_rest(db, own.key, it.events, part, after=it.after)
         db.execute("DELETE FROM outputs WHERE turn = ? AND after >= ?", (own.key, it.after))
@@ -152,6 +154,7 @@ def checkpoint(
             )
         if it.left_out is not None:
             db.execute(_KEEP_LEFT_OUT, {"key": own.key, "left_out": as_json(it.left_out)})
+    return lost
 
 
 def end(
@@ -163,13 +166,19 @@ def end(
     after: int,
     fence: int,
     now: datetime,
-) -> bool:
+) -> EndResult:
     own = _own(db, turn.session_id, turn.id, fence)
     if own is None:
-        return False
+        return rules.result_of_late_end(_find(db, turn.session_id, turn.id), turn)
     _keep_rest(db, own.key, events, staged, after=after)
     keep_end(db, own.key, turn, now, session=own.session, idle_timeout_s=own.idle_timeout_s)
-    return True
+    return EndResult.KEPT
+
+
+def _find(db: apsw.Connection, session_id: str, turn_id: str) -> TurnRecord | None:
+    """The turn, also if its session is marked as deleted or has expired."""
+    row: Row | None = db.execute(_GET, (turn_id, _key(db, session_id))).fetchone()
+    return None if row is None else turn_of(session_id, row)
 
 
 def get(db: apsw.Connection, session_id: str, turn_id: str, now: datetime) -> TurnRecord:

@@ -26,7 +26,7 @@ from service.cluster.peer_proof import check_peer
 from service.cluster.peer_socket import socket_name
 from service.errors import OwnedElsewhereError
 from service.sessions.events.events import Event
-from service.storage.records import Checkpoint
+from service.storage.records import Checkpoint, EndResult
 from service.storage.sqlite import SqliteStore, open_sqlite_store
 from tests.api.inprocess import SSE, Api, Reply, leave, open_api
 from tests.descriptors import no_descriptor_left
@@ -569,7 +569,7 @@ async def test_the_owner_answers_a_fork_at_an_open_turn_and_any_process_one_at_a
         assert replies[0].status == 409
 
         now = datetime.now(UTC)
-        assert await owner.store.end_turn(ended(a_turn(TURN, "s")), events=[], now=now)
+        assert await owner.store.end_turn(ended(a_turn(TURN, "s")), events=[], now=now) is EndResult.KEPT
         await owner.store.begin_turn(a_turn("turn_" + 32 * "b", "s", parent=TURN), now=now)
         assert (await api.call("POST", "/sessions/s/fork", {"id": "copy", "at": TURN})).status == 201
 

@@ -13,7 +13,7 @@ from service.errors import SessionExistsError, SessionNotFoundError, StoreError,
 from service.sessions.commands import NewSession, NewTurn
 from service.sessions.upkeep.recovery import INTERVAL_S, recover_once, run_recovery
 from service.storage.memory import MemoryStore
-from service.storage.records import SessionRecord, TurnRecord
+from service.storage.records import EndResult, SessionRecord, TurnRecord
 from tests.sessions.puppet import Stage, frames_of, open_stage
 from tests.sessions.turns.test_turns import start
 
@@ -35,7 +35,7 @@ class FullDisk(MemoryStore):
         self._check("begin_turn")
         return await super().begin_turn(turn, **rest)  # type: ignore[arg-type]
 
-    async def end_turn(self, turn: TurnRecord, **rest: object) -> bool:
+    async def end_turn(self, turn: TurnRecord, **rest: object) -> EndResult:
         self.attempts += 1
         if self.only_turn is None or turn.input[0].text == f"turn {self.only_turn}":
             self._check("end_turn")
@@ -164,18 +164,19 @@ async def test_an_end_that_the_store_does_not_take_any_more_is_not_called_stored
     """Another process took this process for dead."""
 
     class Fenced(MemoryStore):
-        async def end_turn(self, *_: object, **__: object) -> bool:
+        async def end_turn(self, *_: object, **__: object) -> EndResult:
             await trio.lowlevel.checkpoint()
-            return False
+            return EndResult.LOST
 
     async with open_stage(Fenced()) as stage:
         session = await stage.sessions.create_session(NewSession())
         turn = await start(stage.sessions, session.id)
         (await stage.puppet.next_reply()).finish()
         await turn.wait_ended()
+        await wait_all_tasks_blocked()
         assert b'"stored":false' in frames_of(turn.log)[-1]
-        await stage.sessions.pending_writes.retry()
-        assert stage.sessions.pending_writes.turns == 0
+        assert stage.sessions.pending_writes.turns == 0, "the end is tried again, although the store will never take it"
+        assert stage.sessions.pending_writes.refusal is None, "the store did not refuse"
 
 
 async def test_a_deletion_is_not_finished_by_others_before_its_turns_have_ended(autojump_clock: MockClock) -> None:

@@ -155,6 +155,19 @@ async def test_memory_and_store_agree_after_a_write_whose_outcome_was_unknown(
             await check_usable(scene, session_id)
 
 
+@outcomes
+async def test_an_end_whose_outcome_was_unknown_is_told_as_stored_once_the_store_has_it(
+    autojump_clock: MockClock, outcome: Outcome
+) -> None:
+    async with open_scene() as scene:
+        scene.store.late, scene.store.outcome = "end_turn", outcome
+        with pytest.raises(StoreError), capture_logs():
+            await _end(scene)
+        await scene.wait_for_recovery()
+        assert scene.turn.record().stored
+        assert (await scene.store.get_turn("s", scene.turn.id, now=scene.clock())).state == "completed"
+
+
 async def check_usable(scene: Scene, session_id: str) -> None:
     """Check that the session exists, has no open turn and takes a turn, or does not exist and can be created."""
     assert not await scene.store.is_marked(session_id)

@@ -11,6 +11,7 @@ from service.models.retrying import RetryingClient
 from service.sessions.commands import NewTurn
 from service.sessions.turns.turn import Turn
 from service.storage.memory import MemoryStore
+from service.storage.records import EndResult
 from service.telemetry.log_context import log_context
 from tests.kept_log import kept_log, lines_of
 from tests.sessions.puppet import Stage, open_stage
@@ -27,7 +28,7 @@ class RefusingStore(MemoryStore):
 
     refuses = False
 
-    async def end_turn(self, *args: Any, **kwargs: Any) -> bool:
+    async def end_turn(self, *args: Any, **kwargs: Any) -> EndResult:
         if self.refuses:
             await trio.lowlevel.checkpoint()
             raise StoreError("The disk is full.")

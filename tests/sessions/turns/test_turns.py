@@ -21,7 +21,7 @@ from service.sessions.events.outcome import Cancelled
 from service.sessions.sessions import Sessions
 from service.sessions.turns.turn import Turn
 from service.storage.memory import MemoryStore
-from service.storage.records import Failure, TurnRecord
+from service.storage.records import EndResult, Failure, TurnRecord
 from tests.sessions.puppet import Stage, kinds, open_stage, read_all
 
 
@@ -65,7 +65,7 @@ async def test_input_is_stored_before_the_acceptance_returns(autojump_clock: Moc
 
 async def test_end_is_stored_before_its_event_is_visible(autojump_clock: MockClock) -> None:
     class SlowStore(MemoryStore):
-        async def end_turn(self, turn: TurnRecord, **rest: object) -> bool:
+        async def end_turn(self, turn: TurnRecord, **rest: object) -> EndResult:
             reached.set()
             await trio.sleep(0.5)
             return await super().end_turn(turn, **rest)  # type: ignore[arg-type]
@@ -416,7 +416,7 @@ class RefusingStore(MemoryStore):
         self.hang = hang
         self.mended = False
 
-    async def end_turn(self, turn: TurnRecord, **rest: object) -> bool:
+    async def end_turn(self, turn: TurnRecord, **rest: object) -> EndResult:
         if self.mended:
             return await super().end_turn(turn, **rest)  # type: ignore[arg-type]
         if self.hang:

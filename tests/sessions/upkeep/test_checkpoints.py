@@ -1,24 +1,27 @@
 """Checkpoints store the replies of running turns, and a reader gets the part that survives a crash."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import msgspec
 import pytest
 import trio
-from trio.testing import MockClock
+from structlog.testing import capture_logs
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from service.errors import EventsLostError, StoreError
 from service.sessions.commands import NewSession
 from service.sessions.events.events import TurnDelta, TurnInterrupted
 from service.sessions.events.frames import decode_frame, encode_frame
 from service.sessions.events.replay import replay_kept
+from service.sessions.turns.turn import Turn
 from service.sessions.upkeep import checkpoints
 from service.sessions.upkeep.checkpoints import checkpoint_turns, run_checkpoints
+from service.storage import rules
 from service.storage.memory import MemoryStore
-from service.storage.records import SEQ_AFTER_CRASH, Checkpoint, Item
+from service.storage.records import SEQ_AFTER_CRASH, Checkpoint, EndResult, Item
 from tests.sessions.puppet import frames_of, open_stage, read_all
 from tests.sessions.turns.test_turns import start
-from tests.storage.rows import a_turn, ended
+from tests.storage.rows import T0, a_turn, ended
 
 
 class Recording(MemoryStore):
@@ -30,14 +33,15 @@ class Recording(MemoryStore):
         self.refusals = 0
         self.ends: list[int] = []
 
-    async def checkpoint_turns(self, checkpoints: Sequence[Checkpoint]) -> None:
-        await super().checkpoint_turns(checkpoints)
+    async def checkpoint_turns(self, checkpoints: Sequence[Checkpoint]) -> Collection[str]:
+        lost = await super().checkpoint_turns(checkpoints)
         self.calls.append(list(checkpoints))
         if self.refusals:
             self.refusals -= 1
             raise StoreError("told to")
+        return lost
 
-    async def end_turn(self, *arguments: object, after: int = 0, **named: object) -> bool:
+    async def end_turn(self, *arguments: object, after: int = 0, **named: object) -> EndResult:
         self.ends.append(after)
         return await super().end_turn(*arguments, after=after, **named)  # type: ignore[arg-type]
 
@@ -104,11 +108,67 @@ async def test_the_checkpoint_after_a_refused_one_has_its_events_too(autojump_cl
         assert list(await store.read_events(session.id, turn.id)) == frames_of(turn.log)
 
 
+class TakenOver(Recording):
+    """A store in which another owner has taken this one for dead, once :meth:`take_over` was called."""
+
+    async def take_over(self, turn: Turn) -> None:
+        """End a turn as the other owner does, so that it is this owner's no longer."""
+        theirs = rules.crashed(await self.get_turn(turn.session_id, turn.id, now=T0), [], T0)
+        assert await MemoryStore.end_turn(self, theirs, events=[], now=T0) is EndResult.KEPT
+
+
+async def test_a_turn_that_another_process_has_ended_stops_at_its_next_checkpoint(autojump_clock: MockClock) -> None:
+    store = TakenOver()
+    async with open_stage(store) as stage, trio.open_nursery() as nursery:
+        await stage.sessions.create_session(NewSession(id="s"))
+        await stage.sessions.create_session(NewSession(id="other"))
+        turn = await start(stage.sessions, "s")
+        reply = await stage.puppet.next_reply()
+        other = await start(stage.sessions, "other")
+        other_reply = await stage.puppet.next_reply()
+        nursery.start_soon(
+            lambda: run_checkpoints(store, open_turns=stage.sessions.open_turns, interval_s=1, store_timeout_s=5)
+        )
+        await store.take_over(turn)
+        reply.say("to nobody")
+        other_reply.say("Hi")
+        with capture_logs() as log, trio.fail_after(2):
+            record = await turn.wait_ended()
+        assert (record.state, record.reason, record.stored) == ("interrupted", "crash", False)
+        assert [line["turn_id"] for line in log if "took this process for dead" in line["event"]] == [turn.id]
+        await wait_all_tasks_blocked()
+        assert stage.puppet.open_replies == 1, "the model is asked on for a turn that is not this process's"
+        assert stage.sessions.pending_writes.turns == 0, "the end will never be taken, and still waits"
+        assert other.running
+        assert other.stored_seq == 2, "the checkpoints of the other turns count"
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_queued_turn_that_another_process_has_ended_never_asks_the_model(autojump_clock: MockClock) -> None:
+    store = TakenOver()
+    async with open_stage(store) as stage:
+        await stage.sessions.create_session(NewSession(id="s"))
+        first = await start(stage.sessions, "s")
+        reply = await stage.puppet.next_reply()
+        second = await start(stage.sessions, "s", on_conflict="queue")
+        await store.take_over(second)
+        reply.finish()
+        with capture_logs() as log, trio.fail_after(2):
+            await first.wait_ended()
+            record = await second.wait_ended()
+        assert (record.state, record.reason, record.stored) == ("interrupted", "crash", False)
+        assert [line["turn_id"] for line in log if "took this process for dead" in line["event"]] == [second.id]
+        await wait_all_tasks_blocked()
+        assert stage.puppet.open_replies == 0, "the model was asked for a turn that is not this process's"
+        assert stage.sessions.pending_writes.turns == 0
+
+
 async def test_a_turn_that_ends_during_its_checkpoint_is_kept_whole(autojump_clock: MockClock) -> None:
     class Slow(Recording):
-        async def checkpoint_turns(self, checkpoints: Sequence[Checkpoint]) -> None:
-            await super().checkpoint_turns(checkpoints)
+        async def checkpoint_turns(self, checkpoints: Sequence[Checkpoint]) -> Collection[str]:
+            lost = await super().checkpoint_turns(checkpoints)
             await trio.sleep(1)
+            return lost
 
     store = Slow()
     async with open_stage(store) as stage, trio.open_nursery() as nursery:

@@ -22,6 +22,7 @@ from service.errors import (
     StoreError,
     TurnNotFoundError,
 )
+from service.storage.records import EndResult
 from service.storage.sqlite import SqliteStore, database, open_sqlite_store, sessions
 from service.storage.sqlite.schema import SCRIPTS
 from tests.storage.rows import T0, a_session, a_turn, all_sessions, contents, ended
@@ -58,7 +59,7 @@ async def test_a_disk_that_does_not_write_fails_writes_until_it_does(
             assert failed.value.retry_after_s is not None, "it may pass by itself"
             assert await contents(store, now=T0) == before, "reads go on, and see nothing half-done"
         disk.write_fault = None
-        assert await store.end_turn(ended(a_turn()), events=[b"1"], now=T0)
+        assert await store.end_turn(ended(a_turn()), events=[b"1"], now=T0) is EndResult.KEPT
         assert list(await store.read_events("s", "t")) == [b"1"]
     async with open_sqlite_store(path) as store:
         assert (await store.get_turn("s", "t", now=T0)).state == "completed"
