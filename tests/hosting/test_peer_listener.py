@@ -25,20 +25,20 @@ CAP_S = 20
 AS_NOBODY = """
 import os, socket, sys
 os.setuid(65534)
-door = socket.socket(socket.AF_UNIX)
-door.settimeout(10)
-door.connect("\\0" + sys.argv[1])
+peer = socket.socket(socket.AF_UNIX)
+peer.settimeout(10)
+peer.connect("\\0" + sys.argv[1])
 try:
-    door.sendall(b"GET /sessions HTTP/1.1\\r\\nHost: localhost\\r\\n\\r\\n")
-    sys.stdout.buffer.write(door.recv(100))
+    peer.sendall(b"GET /sessions HTTP/1.1\\r\\nHost: localhost\\r\\n\\r\\n")
+    sys.stdout.buffer.write(peer.recv(100))
 except (ConnectionResetError, BrokenPipeError):
     pass
 """
 
 CONNECT = """
 import socket, sys, time
-door = socket.socket(socket.AF_UNIX)
-door.connect("\\0" + sys.argv[1])
+peer = socket.socket(socket.AF_UNIX)
+peer.connect("\\0" + sys.argv[1])
 time.sleep(60)
 """
 
@@ -51,17 +51,17 @@ async def test_only_processes_that_know_the_stores_secret_are_let_in(tmp_path: P
             (address,) = db.execute("SELECT address FROM owners").fetchone()
         with trio.fail_after(CAP_S):
             secret = path.with_name("lastcall.db-owners").read_bytes()  # noqa: ASYNC240
-            async with await trio.open_unix_socket(socket_name(address)) as door:
-                assert await prove_to_owner(door, secret, address=address)
-                await door.send_all(GET)
-                assert (await door.receive_some()).startswith(b"HTTP/1.1 200")
-            async with await trio.open_unix_socket(socket_name(address)) as door:
-                assert not await prove_to_owner(door, b"another" * 5, address=address)
-            async with await trio.open_unix_socket(socket_name(address)) as door:  # another service of this user
-                await door.send_all(GET)
+            async with await trio.open_unix_socket(socket_name(address)) as peer:
+                assert await prove_to_owner(peer, secret, address=address)
+                await peer.send_all(GET)
+                assert (await peer.receive_some()).startswith(b"HTTP/1.1 200")
+            async with await trio.open_unix_socket(socket_name(address)) as peer:
+                assert not await prove_to_owner(peer, b"another" * 5, address=address)
+            async with await trio.open_unix_socket(socket_name(address)) as peer:  # another service of this user
+                await peer.send_all(GET)
                 said = b""
                 with suppress(trio.BrokenResourceError):
-                    while more := await door.receive_some():
+                    while more := await peer.receive_some():
                         said += more
                 assert b"HTTP" not in said
             if os.getuid() == 0:
@@ -84,12 +84,12 @@ async def test_how_a_peer_closes_says_whether_its_client_has_left() -> None:
 
 @pytest.mark.parametrize("reaped", [False, True])
 def test_a_peer_that_has_died_has_not_said_that_its_client_left(reaped: bool) -> None:
-    with socket.socket(socket.AF_UNIX) as door:
-        door.bind(socket_name(f"@test-{secrets.token_hex(8)}"))
-        door.listen()
-        command = [sys.executable, "-c", CONNECT, door.getsockname()[1:].decode()]
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(socket_name(f"@test-{secrets.token_hex(8)}"))
+        listener.listen()
+        command = [sys.executable, "-c", CONNECT, listener.getsockname()[1:].decode()]
         with subprocess.Popen(command) as peer:
-            accepted, _ = door.accept()
+            accepted, _ = listener.accept()
             ours = trio.socket.from_stdlib_socket(accepted)
             with ours:
                 assert not client_returns(ours)

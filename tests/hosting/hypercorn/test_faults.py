@@ -50,8 +50,8 @@ def test_every_fault_is_described_as_it_could_be_filed() -> None:
         assert fault.issue is None or f"<{fault.issue}>" in sections[fault.title]
 
 
-def says_so(mended: bool) -> None:
-    assert not mended
+def says_so(fixed: bool) -> None:
+    assert not fixed
 
 
 def raises_nothing() -> None:
@@ -64,19 +64,19 @@ def looks_for_a_name_that_moved() -> None:
 
 
 def fails_in_a_helper() -> None:
-    says_so(mended=True)
+    says_so(fixed=True)
 
 
 def fails_below_a_nursery() -> None:
     try:
-        assert not "mended"
+        assert not "fixed"
     except AssertionError as error:
         raise ExceptionGroup("nursery", [error]) from None
 
 
 def is_of_two_minds() -> None:
     try:
-        assert not "mended"
+        assert not "fixed"
     except AssertionError as error:
         raise ExceptionGroup("nursery", [error, OSError("the port is taken")]) from None
 
@@ -108,9 +108,9 @@ import pytest, trio
 def helper():
     assert not "what the test needs"
 
-async def test_mended():
+async def test_fixed():
     async with trio.open_nursery():
-        assert not "mended"
+        assert not "fixed"
 
 async def test_there(): pass
 
@@ -140,7 +140,7 @@ def test_the_plugin_knows_the_test_below_what_runs_it_in_trio(tmp_path: Path) ->
     )
     said = [json.loads(line) for line in (tmp_path / "verdicts").read_text().splitlines()]
     assert [(it["test"].partition("::")[2], it["verdict"]) for it in said] == [
-        ("test_mended", Verdict.NOT_NEEDED),
+        ("test_fixed", Verdict.NOT_NEEDED),
         ("test_there", Verdict.NEEDED),
         ("test_broken", Verdict.UNKNOWN),
         ("test_broken", Verdict.UNKNOWN),

@@ -409,15 +409,15 @@ async def test_unwinding_the_tree_interrupts_running_and_queued_turns(autojump_c
 
 
 class RefusingStore(MemoryStore):
-    """A store that refuses or hangs at the end of a turn, until ``mended`` is set."""
+    """A store that refuses or hangs at the end of a turn, until ``fixed`` is set."""
 
     def __init__(self, *, hang: bool) -> None:
         super().__init__()
         self.hang = hang
-        self.mended = False
+        self.fixed = False
 
     async def end_turn(self, turn: TurnRecord, **rest: object) -> EndResult:
-        if self.mended:
+        if self.fixed:
             return await super().end_turn(turn, **rest)  # type: ignore[arg-type]
         if self.hang:
             await trio.sleep_forever()
@@ -441,7 +441,7 @@ async def test_end_that_the_store_refuses_is_marked_as_not_stored_and_kept_later
         assert (await stage.sessions.get_turn(session.id, turn.id)).state == "completed"
         assert (await store.get_turn(session.id, turn.id, now=stage.clock())).state == "running"
         assert stage.sessions.statistics().ends_not_stored == 1
-        store.mended = True
+        store.fixed = True
         await stage.sessions.pending_writes.retry()
         assert (await store.get_turn(session.id, turn.id, now=stage.clock())).text == "kept?"
         assert stage.sessions.statistics().ends_not_stored == 0
