@@ -78,6 +78,7 @@ class Application(QuartTrio):
 def create_app() -> Application:
     """Make an application without a service: it answers 503 until :func:`attach` gives it one. Opens nothing."""
     app = Application("lastcall", static_folder=None)
+    app.config["RESPONSE_TIMEOUT"] = None  # Quart would cut an answer off after 60 s, also one that is being read
     app.url_map.merge_slashes = False  # otherwise Quart redirects ``//``, which would drop a POST's body
     for module in (sessions, turns, chat, health, page):
         app.register_blueprint(module.blueprint)

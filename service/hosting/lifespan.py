@@ -25,6 +25,7 @@ from service.freezes import watch_for_freezes
 from service.hosting.hypercorn.asgi_request import open_requests
 from service.hosting.hypercorn.connections import Connections, Stream
 from service.hosting.hypercorn.patches import install_in_worker
+from service.hosting.hypercorn.unread_answers import watch_unread_answers
 from service.hosting.hypercorn.worker import Worker, find_worker
 from service.hosting.listeners.bind import given_sockets
 from service.hosting.listeners.closing import ListenerShutdown
@@ -120,6 +121,7 @@ class Hosting:
         self._watchdog = Watchdog(settings.shutdown_total_s)
         self._notice = Notice(self._shutdown, self._watchdog)
         self._connections = Connections()
+        self._unread_answers = watch_unread_answers(app, timeout_s=settings.unread_timeout_s)
         self._listeners = Listeners(given_sockets(worker.config))
         self._listener_shutdown = ListenerShutdown(
             worker, self._listeners, wish=partial(self._notice.tell, "max requests")
@@ -192,6 +194,7 @@ class Hosting:
                     nursery.start_soon(self._receive_shutdown, receive)
                     nursery.start_soon(self._notice.watch_hypercorn, self._worker.context)
                     nursery.start_soon(self._announce, service)
+                    nursery.start_soon(self._unread_answers.run)
                     nursery.start_soon(self._leave_clients_to_others)
                     await self._shutdown.work_ended.wait()
                     await self._stop_serving()

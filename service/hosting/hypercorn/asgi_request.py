@@ -1,4 +1,4 @@
-"""A request on its way through Quart-Trio, with two faults corrected and two additions.
+"""A request on its way through Quart-Trio, with two faults corrected and three additions.
 
 * hypercorn tells the application of a disconnect when a response is complete; Quart-Trio then cancels the request
   while that last send is still inside hypercorn, which is about to make the connection ready for the next request.
@@ -7,9 +7,12 @@
   quart-trio 0.12 and 0.13 ``TrioASGIHTTPConnection``. Proven by ``tests/hosting/hypercorn/test_asgi_request.py``.
 * A client that is still sending its request when the work has ended gets an answer at once.
 * From the end of the lame duck on, each response on HTTP/1 says that the connection closes.
+* An answer that its client does not read is given up (``unread_answers``). It goes to hypercorn in pieces, because
+  hypercorn copies what it cannot send at once.
 * The pieces of a stream go to the connection, and hypercorn's messages to the request, without a task in between.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from math import inf
 from typing import Any, cast
@@ -19,16 +22,19 @@ from quart import Quart
 from quart.wrappers import Request
 from quart_trio.asgi import TrioASGIHTTPConnection
 
-from service.api.http.event_stream import LastPiece
+from service.api.http.event_stream import MEDIA_TYPE, LastPiece
 from service.api.http.request_body import BoundedBody
 from service.errors import ShuttingDownError
 from service.freezes import extended_when_late
 from service.hosting.hypercorn.asgi_receive import ReceiveQueue
 from service.hosting.hypercorn.chunked_response import ChunkedResponse
+from service.hosting.hypercorn.unread_answers import Answer, unread_answers_of
 from service.shutdown import Shutdown
 
 LAST_SEND_TIMEOUT_S = 30
 """Bound on the shield around the last send: after it, the connection of a client that does not read is given up."""
+
+PIECE_BYTES = 64 * 1024
 
 _REQUESTS = "lastcall.requests"
 
@@ -61,6 +67,7 @@ class AsgiRequest(TrioASGIHTTPConnection):
     """One request of an application."""
 
     _response: ChunkedResponse | None = None
+    _answer: Answer | None = None
     _is_complete = False
 
     async def __call__(self, receive: Any, send: Any) -> None:
@@ -78,6 +85,8 @@ class AsgiRequest(TrioASGIHTTPConnection):
         finally:
             if requests is not None:
                 requests.discard(request)
+            if self._answer is not None and (answers := unread_answers_of(self.app)) is not None:
+                answers.discard(self._answer)
 
     async def _answer_directly(self, request: Request, receive_queue: ReceiveQueue, send: Any) -> None:
         """Answer as Quart-Trio does, without a nursery and two tasks for each request."""
@@ -114,15 +123,27 @@ class AsgiRequest(TrioASGIHTTPConnection):
             message["headers"] = [*headers, (b"connection", b"close")]
         await send(message)
         self._response = ChunkedResponse.begun_by(send)
+        answers = unread_answers_of(self.app)
+        if answers is not None and not _is_event_stream(message):
+            self._answer = Answer.begun_by(send)
+            if self._answer is not None:
+                answers.add(self._answer)
 
     async def _send_piece(self, send: Any, message: dict[str, Any]) -> None:
         if self._is_complete:
             return  # Quart ends a response again that its last piece has ended
-        piece = message["body"]
         self._is_complete = _is_last(message)
+        if self._answer is None:
+            await self._pass_on(send, message["body"], ends=self._is_complete)
+            return
+        for piece, ends in _pieces(message["body"], ends=self._is_complete):
+            with self._answer.waiting():
+                await self._pass_on(send, piece, ends=ends)
+
+    async def _pass_on(self, send: Any, piece: bytes, *, ends: bool) -> None:
         if self._response is None:
-            await send(message | {"more_body": not self._is_complete})
-        elif self._is_complete:
+            await send({"type": "http.response.body", "body": piece, "more_body": not ends})
+        elif ends:
             await self._response.end(piece)
         else:
             await self._response.write(piece)
@@ -136,6 +157,22 @@ def _is_last(message: dict[str, Any]) -> bool:
     return message["type"] == "http.response.body" and (
         not message.get("more_body", False) or isinstance(message["body"], LastPiece)
     )
+
+
+def _is_event_stream(message: dict[str, Any]) -> bool:
+    return any(
+        name.lower() == b"content-type" and value.startswith(MEDIA_TYPE.encode()) for name, value in message["headers"]
+    )
+
+
+def _pieces(body: bytes, *, ends: bool) -> Iterator[tuple[bytes, bool]]:
+    """A body in pieces, each with whether the response ends with it."""
+    if len(body) <= PIECE_BYTES:
+        yield body, ends
+        return
+    view = memoryview(body)
+    for start in range(0, len(body), PIECE_BYTES):
+        yield bytes(view[start : start + PIECE_BYTES]), ends and start + PIECE_BYTES >= len(body)
 
 
 class _NoNursery:

@@ -5,7 +5,8 @@
 * A connection that its client has closed ends at once, not when the keep-alive time is over.
 * An HTTP/2 connection sends the last frames of its streams before it closes. Without streams it is idle, and streams
   that the client has reset leave nothing behind. hypercorn waits for ever for a client that sends only a preface or
-  resets its only stream, and keeps the buffer of each reset stream.
+  resets its only stream, and keeps the buffer of each reset stream. It also waits for ever until the last bytes of a
+  stream are sent to a client that has left: those bytes are dropped with the connection.
 * A connection that closes with its response ends also if its client has sent another request meanwhile: hypercorn
   pauses the connection's reader for that request and, while the server stops, leaves the reader paused for ever.
 * A connection on which hypercorn itself refuses a request (a websocket's without a key, or one to a host that is not
@@ -17,8 +18,9 @@
 * Empty lines before a request are skipped. h11 refuses them.
 * No input holds the event loop: h11 and h2 work through all bytes of a call without a pause, so each call gets few
   bytes, and a head of either protocol is bounded.
-* A client that does not read cannot hold the server. hypercorn sends under a shield without a deadline, so neither its
-  ``graceful_timeout`` nor any other cancellation reaches such a connection; only closing its socket does.
+* A client that does not read cannot hold the server, nor an answer (``unread_answers``). hypercorn sends under a shield
+  without a deadline, so neither its ``graceful_timeout`` nor any other cancellation reaches such a connection; only
+  closing its socket does.
   Proven by ``tests/hosting/hypercorn/test_connections.py``.
 """
 
@@ -37,6 +39,7 @@ import h11
 import hpack
 import structlog
 import trio
+from h2.errors import ErrorCodes
 from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData
 from hypercorn.protocol.h2 import H2Protocol
@@ -146,6 +149,10 @@ class Connection(TCPServer):
         return f"<Connection {self._socket.fileno()}: {state}>"
 
     @property
+    def socket(self) -> trio.socket.SocketType:
+        return self._socket
+
+    @property
     def is_in_handshake(self) -> bool:
         return not hasattr(self, "protocol")
 
@@ -181,9 +188,22 @@ class Connection(TCPServer):
         protocol = None if self.is_in_handshake else self.protocol.protocol
         if isinstance(protocol, H2Protocol) and protocol.stream_buffers:
             return True
+        return self._is_full
+
+    @property
+    def is_stalled_as_a_whole(self) -> bool:
+        """Whether no stream of the connection can go on: the kernel's buffer is full, or HTTP/2's window is empty."""
+        if self._socket.fileno() < 0 or self._is_full:
+            return True
+        protocol = self.protocol.protocol
+        return isinstance(protocol, H2Protocol) and protocol.connection.outbound_flow_control_window <= 0
+
+    @property
+    def _is_full(self) -> bool:
+        """Whether the kernel takes no more bytes for this client."""
         poll = select.poll()
         poll.register(self._socket.fileno(), select.POLLOUT)
-        return not poll.poll(0)  # the kernel takes no more bytes for this client
+        return not poll.poll(0)
 
     def abort(self) -> None:
         """Close the connection without GOAWAY or a TLS close. The kernel still delivers the bytes that it has taken."""
@@ -192,6 +212,21 @@ class Connection(TCPServer):
         else:
             self._task_group.cancel()
             self._socket.close()
+
+    def reset_stream(self, stream_id: int) -> None:
+        """End a stream of HTTP/2 and its request; the client is told."""
+        self._task_group.spawn(self._reset_stream, stream_id)
+
+    async def _reset_stream(self, stream_id: int) -> None:
+        protocol = self.protocol.protocol
+        assert isinstance(protocol, H2Protocol)
+        with suppress(h2.exceptions.ProtocolError):  # the client was faster
+            protocol.connection.reset_stream(stream_id, ErrorCodes.CANCEL)
+        await protocol._close_stream(stream_id)
+        if stream_id in protocol.stream_buffers:
+            await self._drop_buffer(protocol, stream_id)
+        await protocol._flush()
+        await self._tidy_up(protocol)
 
     async def protocol_send(self, event: Event) -> None:
         if isinstance(event, RawData):
@@ -254,6 +289,9 @@ class Connection(TCPServer):
         else:
             await self._let_answer()
         await self.protocol.handle(Closed())
+        if isinstance(self.protocol.protocol, H2Protocol):
+            for buffer in self.protocol.protocol.stream_buffers.values():
+                await buffer.close()
         if self.idle_task._handle is not None:
             await self.idle_task.stop()  # the client has closed: no request can follow
 
@@ -296,11 +334,15 @@ class Connection(TCPServer):
         """Drop the streams that the client has reset, and start the idle timer if no stream is left."""
         for stream_id, buffer in list(protocol.stream_buffers.items()):
             if stream_id not in protocol.streams and not buffer._complete:
-                await buffer.close()
-                protocol.priority.unblock(stream_id)
-                await protocol.has_data.set()
+                await self._drop_buffer(protocol, stream_id)
         if not protocol.streams and self.idle_task._handle is None:
             await self.idle_task.restart(cast("TaskGroup", self._task_group), self._idle_timeout)
+
+    async def _drop_buffer(self, protocol: H2Protocol, stream_id: int) -> None:
+        """Drop what is left of a stream. hypercorn's sending task then removes the stream."""
+        await protocol.stream_buffers[stream_id].close()
+        protocol.priority.unblock(stream_id)
+        await protocol.has_data.set()
 
     async def _receive(self) -> bytes | bytearray:
         if not self.config.read_timeout:

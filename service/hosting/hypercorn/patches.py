@@ -24,6 +24,7 @@ from typing import Any, Protocol
 
 import h2.connection
 import hypercorn.__main__
+import hypercorn.protocol.h2
 import hypercorn.run
 import hypercorn.trio.run
 import hypercorn.trio.tcp_server
@@ -36,6 +37,7 @@ from service.errors import StartupError
 from service.hosting.hypercorn.asgi_receive import ConnectionTaskGroup
 from service.hosting.hypercorn.chunked_request import JoiningChunkedReader
 from service.hosting.hypercorn.connections import HEAD_BYTES_MAX, BoundedDecoder
+from service.hosting.hypercorn.stream_buffer import BoundedStreamBuffer
 
 Undo = Callable[[], None]
 _ABSENT = object()
@@ -154,6 +156,9 @@ HEAD_BYTES = Patch(
     "HEAD_BYTES_MAX",
 )
 HEAD_DECODER = Patch("h2.connection.Decoder", h2.connection, "Decoder", "BoundedDecoder")
+STREAM_BUFFER = Patch(
+    "hypercorn.protocol.h2.StreamBuffer", hypercorn.protocol.h2, "StreamBuffer", "BoundedStreamBuffer"
+)
 SERVE_LISTENERS = Patch("hypercorn.trio.run.trio", hypercorn.trio.run, "trio", "Listeners.serve_listeners")
 ACCEPT_LOG = Patch(f"the filters of the logger {ACCEPT_LOGGER}", None, "filters", "_RateLimit")
 TERMINATE = Patch("WorkerContext.terminate of the worker", None, "terminate", "DeferredTermination")
@@ -177,7 +182,7 @@ FAULTS = (
     Fault(
         "hypercorn: a client that does not read holds the shutdown for ever",
         f"{_CONNECTIONS}::test_a_client_that_does_not_read_is_still_able_to_hold_hypercorn",
-        "Connections.abort_stalled",
+        "Connections.abort_stalled and UnreadAnswers",
         (TCP_SERVER,),
     ),
     Fault(
@@ -209,6 +214,19 @@ FAULTS = (
         f"{_CONNECTIONS}::test_hypercorn_still_waits_for_a_client_of_http2_that_has_reset_its_stream",
         "the first half of Connection._tidy_up",
         (TCP_SERVER,),
+    ),
+    Fault(
+        "hypercorn: a request of an HTTP/2 client that has left never ends",
+        "tests/hosting/hypercorn/test_unread_answers.py::test_hypercorn_still_waits_for_a_client_of_http2_that_has_left",
+        "the close of the buffers in Connection._read_data",
+        (TCP_SERVER,),
+    ),
+    Fault(
+        "hypercorn: a response on HTTP/2 is held in memory as a whole while its client grants no window",
+        "tests/hosting/hypercorn/test_stream_buffer.py::"
+        "test_hypercorn_still_takes_all_pieces_of_a_stream_without_a_window",
+        "BoundedStreamBuffer",
+        (STREAM_BUFFER,),
     ),
     Fault(
         "hypercorn: a request that arrives while the server stops is reset",
@@ -418,6 +436,7 @@ def install_connections(open_connection: object) -> Iterator[None]:
         undoing.callback(CHUNKED_READER.put(JoiningChunkedReader))
         undoing.callback(HEAD_BYTES.put(HEAD_BYTES_MAX))
         undoing.callback(HEAD_DECODER.put(BoundedDecoder))
+        undoing.callback(STREAM_BUFFER.put(BoundedStreamBuffer))
         yield
 
 

@@ -1,0 +1,175 @@
+"""Answers that their clients do not read: they are given up after a deadline, on HTTP/1 and HTTP/2, also under TLS.
+
+hypercorn waits for such a client without a bound, and the answer is in memory meanwhile. What counts is progress: an
+answer is given up once its client has taken no byte of it for ``unread_timeout_s``, however slowly it reads otherwise.
+TCP counts the bytes that a client has taken; the server's own writes do not show it, because the kernel takes bytes in
+large pieces. On HTTP/2 a client may read the connection and leave a stream without a window: then the stream is reset.
+A connection that takes no bytes at all, or whose own window stays empty, ends. Event streams are no answers: they wait.
+Proven by ``tests/hosting/hypercorn/test_unread_answers.py``.
+"""
+
+import fcntl
+import socket
+import struct
+import termios
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Self
+
+import h2.exceptions
+import structlog
+import trio
+from hypercorn.protocol.h2 import H2Protocol
+from hypercorn.protocol.h11 import H11Protocol
+from hypercorn.protocol.http_stream import HTTPStream
+from quart import Quart
+
+from service.hosting.hypercorn.connections import Connection
+
+logger = structlog.get_logger("lastcall.connections")
+
+_UNREAD_ANSWERS = "lastcall.unread_answers"
+LOOKS = 4
+"""Looks in a row without progress after which an answer is given up. After a freeze of this process there is one look,
+before the bytes that arrived meanwhile are read, and the others come in their time."""
+_BYTES_ACKED = struct.Struct("=120xQ")
+"""``tcpi_bytes_acked`` in Linux' ``struct tcp_info``."""
+
+
+class Answer:
+    """An answer on its way to its client.
+
+    Attributes:
+        pieces: How many pieces of it hypercorn has taken.
+    """
+
+    def __init__(self, stream: HTTPStream, protocol: H11Protocol | H2Protocol, connection: Connection) -> None:
+        self.pieces = 0
+        self._stream = stream
+        self._protocol = protocol
+        self._connection = connection
+        self._is_waiting = False
+        self._seen: tuple[int, ...] = ()
+        self._looks = 0
+
+    def __repr__(self) -> str:
+        return f"<Answer: {self.pieces} pieces sent, {self._looks} looks without progress>"
+
+    @classmethod
+    def begun_by(cls, send: object) -> Self | None:
+        """Return the answer that a request's ASGI ``send`` has begun; None where a server other than ours sends it."""
+        stream = getattr(send, "__self__", None)
+        protocol = getattr(getattr(stream, "send", None), "__self__", None)
+        connection = getattr(getattr(protocol, "send", None), "__self__", None)
+        if isinstance(stream, HTTPStream) and isinstance(protocol, H11Protocol | H2Protocol):
+            return cls(stream, protocol, connection) if isinstance(connection, Connection) else None
+        return None
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The client's time: around the send of one piece."""
+        self._is_waiting = True
+        try:
+            yield
+        finally:
+            self._is_waiting = False
+            self.pieces += 1
+
+    def is_unread(self) -> bool:
+        """Look once. Whether the client has taken no byte since :data:`LOOKS` looks."""
+        taken = self._taken() if self._is_waiting else ()
+        if not taken or taken != self._seen:
+            self._seen, self._looks = taken, 0
+            return False
+        self._looks += 1
+        return self._looks >= LOOKS
+
+    def give_up(self) -> None:
+        """End the stream on HTTP/2, or the connection. The request ends then, too."""
+        protocol = self._protocol
+        if isinstance(protocol, H11Protocol) or self._connection.is_stalled_as_a_whole:
+            self._connection.abort()
+        else:
+            self._connection.reset_stream(self._stream.stream_id)
+
+    def _taken(self) -> tuple[int, ...]:
+        """What grows or shrinks with each byte that the client takes."""
+        if isinstance(self._protocol, H11Protocol):
+            return (self.pieces, *_progress_of(self._connection.socket))
+        buffer = self._protocol.stream_buffers.get(self._stream.stream_id)
+        left = 0 if buffer is None else len(buffer.buffer)
+        # A stream with a window waits only for its turn on a connection that is read.
+        return (self.pieces, left, *(_progress_of(self._connection.socket) if self._has_window() else ()))
+
+    def _has_window(self) -> bool:
+        assert isinstance(self._protocol, H2Protocol)
+        try:
+            return self._protocol.connection.local_flow_control_window(self._stream.stream_id) > 0
+        except h2.exceptions.ProtocolError:  # the stream is closed
+            return True
+
+
+class UnreadAnswers:
+    """The answers that are being sent, and the loop that gives up those that are not read.
+
+    Args:
+        timeout_s: How long a client may take no byte.
+    """
+
+    def __init__(self, *, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._answers: set[Answer] = set()
+
+    def __repr__(self) -> str:
+        return f"<UnreadAnswers: {len(self._answers)} on their way>"
+
+    def add(self, answer: Answer) -> None:
+        self._answers.add(answer)
+
+    def discard(self, answer: Answer) -> None:
+        """Forget an answer that has ended. Idempotent."""
+        self._answers.discard(answer)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """The loop, a child of the hosting. A failure of it ends the process."""
+        task_status.started()
+        while True:
+            await trio.sleep(self._timeout_s / LOOKS)
+            self.look()
+
+    def look(self) -> int:
+        """Look at each answer once, and give up those that are not read. Returns their number."""
+        unread = [answer for answer in self._answers if answer.is_unread()]
+        for answer in unread:
+            self.discard(answer)
+            answer.give_up()
+        if unread:
+            logger.info("answers were given up: their clients did not read them", count=len(unread))
+        return len(unread)
+
+
+def watch_unread_answers(app: Quart, *, timeout_s: float) -> UnreadAnswers:
+    """Attach the set of unread answers to an application: its requests add their answers. The caller runs the loop."""
+    answers = app.extensions[_UNREAD_ANSWERS] = UnreadAnswers(timeout_s=timeout_s)
+    return answers
+
+
+def unread_answers_of(app: Quart) -> UnreadAnswers | None:
+    """Return the set of an application that has one."""
+    return app.extensions.get(_UNREAD_ANSWERS)
+
+
+def _progress_of(sock: trio.socket.SocketType) -> tuple[int, ...]:
+    """Numbers that change when the peer takes bytes: on TCP the bytes taken so far, and those that are still unread."""
+    if sock.fileno() < 0:
+        return ()
+    unread = array("i", [0])
+    try:
+        fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, unread)
+        if sock.family == socket.AF_UNIX:
+            return (unread[0],)
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKED.size)
+        return (unread[0], *_BYTES_ACKED.unpack(info))
+    except (OSError, struct.error):  # the connection is broken, or the kernel does not count
+        return (unread[0],)
