@@ -1,9 +1,14 @@
 """An operator's commands for the store. A service may be running at the same time."""
 
 import argparse
+import signal
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -12,8 +17,16 @@ from service.errors import InvalidRequestError, RefusedError, SessionExistsError
 from service.settings import Settings
 from service.storage.session_export import ExportedSession, not_exported, problems_of_totals, read_exported, shown
 
+if TYPE_CHECKING:  # only these commands need SQLite
+    from service.storage.sqlite.database import BackupProgress
+
 FAILED = 1
 """The exit code if the store is fine but refuses the command, or if a check finds a problem."""
+
+
+PROGRESS_INTERVAL_S = 1.0
+"""The pause between two lines that say how far a backup is; a backup that takes less time writes none."""
+_MB = 1_000_000
 
 
 def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -61,7 +74,8 @@ def _run(settings: Settings, arguments: argparse.Namespace) -> tuple[str, int]:
     path = open_files.real_path(settings.store_url.removeprefix("sqlite:"))
     match arguments.command:
         case "backup":
-            maintenance.backup(path, arguments.path)
+            with _ended_by_sigterm():
+                maintenance.backup(path, arguments.path, on_progress=_progress_lines(path))
             return f"{path} is copied to {arguments.path}", 0
         case "check":
             problems = maintenance.check(path)
@@ -82,6 +96,38 @@ def _run(settings: Settings, arguments: argparse.Namespace) -> tuple[str, int]:
             return whole.session.id, 0
         case _:
             return f"{path} gave {maintenance.vacuum(path)} bytes back", 0
+
+
+def _progress_lines(path: Path) -> "Callable[[BackupProgress], None]":
+    """Return a function that writes a line to standard error, once a second, that says how far a backup is."""
+    told_at = time.monotonic()
+
+    def tell(progress: "BackupProgress") -> None:
+        nonlocal told_at
+        if time.monotonic() - told_at < PROGRESS_INTERVAL_S:
+            return
+        told_at = time.monotonic()
+        sys.stderr.write(
+            f"lastcall: {progress.copied_bytes // _MB} of {progress.total_bytes // _MB} MB are copied; "
+            f"{path.name}-wal has {progress.log_bytes // _MB} MB and grows until the copy is whole\n"
+        )
+        sys.stderr.flush()
+
+    return tell
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the command as an error does, so that what is unfinished is removed."""
+
+    def end(*_: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _read(file: Path | None) -> bytes:

@@ -2,6 +2,10 @@
 
 import io
 import json
+import os
+import re
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import closing
@@ -11,6 +15,7 @@ from typing import Any
 import pytest
 import trio
 
+from service.cli import store_commands
 from service.cli.main import main
 from service.sessions.commands import NewSession, NewTurn
 from service.settings import Settings
@@ -112,6 +117,48 @@ def test_a_backup_is_a_store_and_never_replaces_a_file(
     monkeypatch.setenv("LASTCALL_STORE_URL", "sqlite:copy.db")
     assert main(["check"]) == 0
     assert main(["export", "s"]) == 0
+
+
+def test_a_backup_says_how_far_it_is_beside_its_output(
+    file: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["backup", "short.db"]) == 0
+    quick = capsys.readouterr()
+    assert (quick.out, quick.err) == (f"{file} is copied to short.db\n", "")
+    monkeypatch.setattr(store_commands, "PROGRESS_INTERVAL_S", 0)
+    assert main(["backup", "copy.db"]) == 0
+    slow = capsys.readouterr()
+    assert slow.out == f"{file} is copied to copy.db\n"
+    assert re.fullmatch(
+        r"(lastcall: \d+ of \d+ MB are copied; kept\.db-wal has \d+ MB and grows until the copy is whole\n)+", slow.err
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_backup_that_a_signal_ends_leaves_nothing(
+    file: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    handlers = [signal.getsignal(it) for it in (signal.SIGTERM, signal.SIGINT)]
+    before = set(file.parent.iterdir())
+    monkeypatch.setattr(store_commands, "_progress_lines", lambda _: lambda _: os.kill(os.getpid(), number))
+    with pytest.raises(SystemExit) as ended:
+        sys.exit(main(["backup", "copy.db"]))
+    assert ended.value.code == 128 + number
+    assert set(file.parent.iterdir()) == before
+    assert [signal.getsignal(it) for it in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+def test_a_backup_that_is_killed_leaves_no_file_of_its_name_and_the_next_one_works(file: Path) -> None:
+    script = (
+        "import os; from service.cli import main, store_commands; "
+        "store_commands._progress_lines = lambda _: lambda _: os.kill(os.getpid(), 9); main.main(['backup', 'copy.db'])"
+    )
+    killed = subprocess.run([sys.executable, "-c", script], timeout=30, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert not Path("copy.db").exists()
+    assert main(["check"]) == 0
+    assert main(["backup", "copy.db"]) == 0
+    assert main(["check", "--store", "sqlite:copy.db"]) == 0
 
 
 def test_a_command_takes_the_store_that_its_option_names(file: Path, capsys: Output) -> None:

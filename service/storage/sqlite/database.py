@@ -4,14 +4,16 @@ The file uses WAL, so that readers and the writer never wait for each other, and
 commit is on the disk when it returns.
 """
 
+import errno
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from secrets import token_hex
 
 import apsw
+import msgspec
 
 from service.errors import StartupError
 from service.storage.sqlite.faults import fault_of
@@ -27,6 +29,7 @@ _LOCK_POLL_S = 0.001
 _RESET_WAIT_S = 0.03
 _CACHE_KIB = 16 * 1024
 _WAL_KEPT_BYTES = 64 * 1024 * 1024
+_COPIED_PAGES = 256
 
 
 def connect(path: Path, *, query_only: bool = False) -> apsw.Connection:
@@ -146,13 +149,28 @@ def _check_intact(db: apsw.Connection, path: Path) -> None:
         raise StartupError(f"{path} is damaged ({problem}); restore a backup, or move the file away to begin anew.")
 
 
-def back_up(path: Path, copy: Path, *, replace: bool = False) -> None:
-    """Write a consistent copy of a database that may be in use; the copy gets its name when it is whole.
+class BackupProgress(msgspec.Struct, frozen=True):
+    """How far a backup is.
 
-    Until then the copy has a unique name, and a failed copy is removed.
+    Attributes:
+        log_bytes: The size of the store's log. While the copy is written, the log grows with every write to the store.
+    """
+
+    copied_bytes: int
+    total_bytes: int
+    log_bytes: int
+
+
+def back_up(
+    path: Path, copy: Path, *, replace: bool = False, on_progress: Callable[[BackupProgress], None] | None = None
+) -> None:
+    """Write a consistent copy of a database that may be in use: the database of the moment at which this call begins.
+
+    The copy gets its name when it is whole. Until then it has a unique name; a failed copy is removed.
 
     Args:
         replace: Whether the copy may replace a file.
+        on_progress: Called after each step of about a MiB. An error that it raises ends the backup.
 
     Raises:
         apsw.Error, OSError
@@ -160,22 +178,46 @@ def back_up(path: Path, copy: Path, *, replace: bool = False) -> None:
     unfinished = copy.with_name(f".lastcall-{token_hex(8)}.unfinished")
     create_file(unfinished, flags=os.O_EXCL)
     try:
-        _copy(path, unfinished)
+        _copy(path, unfinished, on_progress)
         if replace:
             unfinished.replace(copy)
         else:
             _name(unfinished, copy)
+        _sync_folder(copy.parent)
     finally:
         for left in (unfinished, unfinished.with_name(f"{unfinished.name}-journal")):
             left.unlink(missing_ok=True)
 
 
-def _copy(path: Path, to: Path) -> None:
+def _copy(path: Path, to: Path, on_progress: Callable[[BackupProgress], None] | None) -> None:
+    log = path.with_name(f"{path.name}-wal")
     with closing(connect(path, query_only=True)) as source, closing(apsw.Connection(str(to))) as target:
+        # Without a read transaction, SQLite begins the copy anew at each write to the source: under constant writes
+        # the copy would never be whole.
+        source.execute("BEGIN")
+        source.execute("SELECT count(*) FROM sqlite_schema").fetchall()
+        page_bytes = source.pragma("page_size")
         with target.backup("main", source, "main") as backup:
             while not backup.done:
-                backup.step(256)
+                backup.step(_COPIED_PAGES)
+                if on_progress is not None:
+                    total, left = backup.page_count, backup.remaining
+                    log_bytes = log.stat().st_size
+                    on_progress(BackupProgress((total - left) * page_bytes, total * page_bytes, log_bytes))
+        source.execute("ROLLBACK")
         target.pragma("journal_mode", "DELETE")  # one file, nothing beside it
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring a new name in a folder to the disk, so that the file is there after a power failure."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that does not sync folders
+            raise
+    finally:
+        os.close(fd)
 
 
 def _name(file: Path, name: Path) -> None:

@@ -4,7 +4,7 @@ All functions block: they are for a command line, not for an event loop.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from datetime import datetime
 from functools import partial
@@ -17,11 +17,14 @@ import msgspec
 from service.errors import SessionNotFoundError, StartupError
 from service.storage.session_export import ExportedSession, ExportedTurn, without_open_turns
 from service.storage.sqlite import database, sessions, turns
+from service.storage.sqlite.database import BackupProgress
+from service.storage.sqlite.faults import fault_of
 from service.storage.sqlite.open_files import OpenFiles
 from service.storage.sqlite.ownership import Ownership
 from service.storage.sqlite.reclaim import reclaim_some, shrink
 from service.storage.sqlite.schema import SCRIPTS
 
+_MB = 1_000_000
 _PAGES_A_STEP = 256
 _INCREMENTAL = 2
 """The value of ``PRAGMA auto_vacuum`` for a file that can give pages back step by step."""
@@ -61,22 +64,69 @@ def vacuum(path: Path) -> int:
         return max(given_back, 0) * int(db.pragma("page_size"))
 
 
-def backup(path: Path, copy: Path) -> None:
+def backup(path: Path, copy: Path, *, on_progress: Callable[[BackupProgress], None] | None = None) -> None:
     """Write a consistent copy; a service may write to the original meanwhile.
 
+    Until the copy is whole, the store's log grows with every write. So that this never fills the disk of a service, the
+    backup gives up when the log has taken half of the space that its disk had left.
+
+    Args:
+        on_progress: Called after each step of about a MiB.
+
     Raises:
-        StartupError: The file is not a store's, the copy exists already, or the disk refuses.
+        StartupError: The file is not a store's, the copy exists already, there is no space, or the disk refuses.
     """
     exists_already = StartupError(f"{copy} exists already; name another file for the copy.")
+
     if os.path.lexists(copy):
         raise exists_already
-    with _opened(path):
+    with _opened(path) as db:
         try:
-            database.back_up(path, copy)
+            _check_space(copy, db.pragma("page_count") * db.pragma("page_size"))
+            database.back_up(path, copy, on_progress=_giving_up(path, on_progress))
         except FileExistsError:
             raise exists_already from None
+        except apsw.FullError as error:
+            raise StartupError(f"{copy} cannot be written: its disk is full. No part of it is kept.") from error
+        except apsw.Error as error:
+            raise StartupError(f"{path} cannot be copied to {copy}: {fault_of(error)[0]}.") from error
         except OSError as error:
             raise StartupError(f"{copy} cannot be written: {error.strerror}.") from error
+
+
+def _giving_up(path: Path, on_progress: Callable[[BackupProgress], None] | None) -> Callable[[BackupProgress], None]:
+    """Return ``on_progress`` with a check before it. Raises: StartupError, if the log takes too much of its disk."""
+    log_bytes: int | None = None
+
+    def check(progress: BackupProgress) -> None:
+        nonlocal log_bytes
+        log_bytes = progress.log_bytes if log_bytes is None else log_bytes
+        grown, free = progress.log_bytes - log_bytes, _free_bytes(path.parent)
+        if grown > free:
+            raise StartupError(
+                f"{path.name}-wal has grown by {grown // _MB} MB since the backup began, and the disk of {path} has "
+                f"{free // _MB} MB left: no copy is made, so that the disk does not get full. Free some space, or try "
+                "again when less is written."
+            )
+        if on_progress is not None:
+            on_progress(progress)
+
+    return check
+
+
+def _check_space(copy: Path, size: int) -> None:
+    """Raises: StartupError: The disk has no space for a copy of this size."""
+    free = _free_bytes(copy.parent)
+    if free < size:
+        raise StartupError(
+            f"{copy} cannot be written: the copy needs {size // _MB + 1} MB, and its disk has {free // _MB} MB left."
+        )
+
+
+def _free_bytes(folder: Path) -> int:
+    """The space that the disk of a folder has for files of this user. Raises: OSError."""
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize
 
 
 def check(path: Path) -> list[str]:
