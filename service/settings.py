@@ -300,7 +300,7 @@ class Settings(BaseModel):
     input_bytes_max: Bytes = 256 * 1024
     """One turn's input, and a session's system message. Reading 256 KiB may hold up other requests for 10 ms."""
     reply_bytes_max: Bytes = 1024 * 1024
-    """One turn's reply."""
+    """One turn's reply, calls included."""
     log_bytes_max: LogBytes = 16 * 1024 * 1024
     """One turn's events in memory: their texts, and some bytes for each event."""
     prompt_bytes_max: Bytes = 512 * 1024

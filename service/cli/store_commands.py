@@ -1,6 +1,7 @@
 """An operator's commands for the store. A service may be running at the same time."""
 
 import argparse
+import re
 import signal
 import sys
 import time
@@ -15,6 +16,7 @@ import msgspec
 from service.clock import wall_clock
 from service.errors import InvalidRequestError, RefusedError, SessionExistsError, StartupError
 from service.settings import Settings
+from service.storage.records import TurnRecord
 from service.storage.session_export import ExportedSession, not_exported, problems_of_totals, read_exported, shown
 
 if TYPE_CHECKING:  # only these commands need SQLite
@@ -150,6 +152,20 @@ def _check_turns(whole: ExportedSession) -> None:
         raise not_exported(problem)
 
 
+def _asked_by(turn: TurnRecord) -> dict[str, object]:
+    """The input and the tools of a turn, as a caller of the API gives them."""
+    tools = [{"type": "function", **msgspec.to_builtins(it)} for it in turn.tools.functions] if turn.tools else []
+    if all(item.type == "message" for item in turn.input):
+        return {"input": turn.input_text, "tools": tools}
+    items = [
+        {"type": "function_call_output", "call_id": item.call_id, "output": item.text}
+        if item.type == "function_call_output"
+        else {"type": "message", "text": item.text or item.encrypted}
+        for item in turn.input
+    ]
+    return {"input": items, "tools": tools}
+
+
 def _check_bounds(whole: ExportedSession, *, text_bytes_max: int) -> None:
     """Refuse values that the API would refuse. Raises: StartupError."""
     from service.api.http.strict_json import check_texts, convert  # noqa: PLC0415  only imports need the API
@@ -158,15 +174,16 @@ def _check_bounds(whole: ExportedSession, *, text_bytes_max: int) -> None:
     asked: list[tuple[str, type[RequestBody], dict[str, object]]] = [
         ("of the session", CreateSession, msgspec.structs.asdict(whole.session))
     ]
-    for turn in (it.turn for it in whole.turns):
-        text = turn.input_text
-        asked.append((f"of turn {shown(turn.id)}", StartTurn, msgspec.structs.asdict(turn) | {"input": text}))
+    asked += [
+        (f"of turn {shown(it.turn.id)}", StartTurn, msgspec.structs.asdict(it.turn) | _asked_by(it.turn))
+        for it in whole.turns
+    ]
     for of, kind, values in asked:
         body = {name: values[name] for name in kind.__struct_fields__ if name in values}
         try:
-            convert(body, kind)
-            for name, value in body.items():
-                check_texts(value, name, bytes_max=text_bytes_max)
+            checked = convert(body, kind)
+            for name in body:
+                check_texts(getattr(checked, name), name, bytes_max=text_bytes_max)
         except InvalidRequestError as error:
-            name = (error.field or "").partition(".")[0]
+            name = re.split(r"[.\[]", error.field or "", maxsplit=1)[0]
             raise not_exported(f"{name} {shown(body.get(name))} {of}: {str(error).removesuffix('.')}") from None

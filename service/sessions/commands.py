@@ -1,11 +1,13 @@
 """Commands to create sessions and turns, and the records that these commands make."""
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Literal
 
 import msgspec
 
-from service.ids import new_message_id, new_session_id, new_turn_id
+from service.ids import new_item_id, new_session_id, new_turn_id
+from service.models.client import Tools
 from service.sessions.turns.turn import OnDisconnect
 from service.settings import Settings
 from service.storage.records import Item, SessionRecord, TurnRecord
@@ -40,18 +42,32 @@ class NewSession(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+def text_input(text: str) -> tuple[Item, ...]:
+    """An input of one message."""
+    return (Item(id=new_item_id("message"), role="user", text=text),)
+
+
+def is_same_input(one: Sequence[Item], other: Sequence[Item]) -> bool:
+    """Whether two inputs say the same; the ids of their items do not matter."""
+    return [msgspec.structs.replace(item, id="") for item in one] == [
+        msgspec.structs.replace(item, id="") for item in other
+    ]
+
+
 class NewTurn(msgspec.Struct, frozen=True, kw_only=True):
-    """A turn to be started.
+    """A turn to be started. Its input is a text, or new items.
 
     Without ``parent`` the turn follows the session's head; with ``parent=None`` the turn is a first turn. With
     ``creates_session`` the session is created if it does not exist.
     """
 
-    text: str
+    text: str = ""
+    items: tuple[Item, ...] = ()
     parent: str | None | msgspec.UnsetType = msgspec.UNSET
     model: str | None = None
     temperature: float | None = None
     max_output_tokens: int | None = None
+    tools: Tools | msgspec.UnsetType = msgspec.UNSET
     on_conflict: OnConflict = "reject"
     on_disconnect: OnDisconnect = "cancel"
     background: bool = False
@@ -69,8 +85,9 @@ class NewTurn(msgspec.Struct, frozen=True, kw_only=True):
             model=self.model or session.model or settings.default_model,
             created_at=now,
             started_at=None if queued else now,
-            input=(Item(id=new_message_id(), role="user", text=self.text),),
+            input=self.items or text_input(self.text),
             temperature=self.temperature,
             max_output_tokens=self.max_output_tokens,
             background=self.background,
+            tools=self.tools,
         )

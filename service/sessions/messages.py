@@ -2,23 +2,21 @@
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Literal, Self
+from typing import Self
 
 import msgspec
 
 from service.errors import InvalidRequestError
-from service.storage.records import Page, TurnRecord
+from service.storage.records import Item, Page, TurnRecord
 
 _COUNT_DIGITS_MAX = 9
 
 
 class MessageRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A message on the path from the root to the head."""
+    """A message, a call or the output of a call on the path from the root to the head."""
 
-    id: str
+    item: Item
     turn_id: str
-    role: Literal["system", "user", "assistant"]
-    text: str
     created_at: datetime
 
 
@@ -67,15 +65,7 @@ def page_of_messages(path: Sequence[TurnRecord], *, head: str | None, limit: int
 
 
 def _messages_of(turn: TurnRecord) -> list[MessageRecord]:
-    """The messages of a turn: the input, and the reply if the reply is not empty."""
-    return [
-        MessageRecord(
-            id=item.id,
-            turn_id=turn.id,
-            role=item.role,
-            text=item.text,
-            created_at=turn.created_at if item.role == "user" else turn.ended_at or turn.created_at,
-        )
-        for item in (*turn.input, *turn.output)
-        if item.type == "message"
-    ]
+    """The messages of a turn, its calls and the outputs: the input, and the reply if the reply is not empty."""
+    replied_at = turn.ended_at or turn.created_at
+    items = [(item, turn.created_at) for item in turn.input] + [(item, replied_at) for item in turn.output]
+    return [MessageRecord(item=item, turn_id=turn.id, created_at=at) for item, at in items if item.is_message]

@@ -37,7 +37,7 @@ from service.sessions.active.active_sessions import ActiveSessions
 from service.sessions.active.deletion import Deletions
 from service.sessions.active.drain import Drain
 from service.sessions.active.pending_writes import PendingWrites
-from service.sessions.commands import NewSession, NewTurn
+from service.sessions.commands import NewSession, NewTurn, is_same_input
 from service.sessions.events import outcome
 from service.sessions.events.event_log import EventLog
 from service.sessions.events.replay import Replays
@@ -46,7 +46,7 @@ from service.sessions.messages import MessageRecord, Position, page_of_messages,
 from service.sessions.statistics import SessionsStatistics
 from service.sessions.turns.turn import Turn, Watch
 from service.settings import Settings
-from service.storage.records import Page, SessionPatch, SessionRecord, SessionStatus, TurnRecord
+from service.storage.records import Item, Page, SessionPatch, SessionRecord, SessionStatus, TurnRecord
 from service.storage.store import Store
 from service.storage.store_deadline import answered_in_turn, answered_within
 
@@ -328,7 +328,7 @@ class Sessions:
             )
         return log, Watch(None)
 
-    async def resume_newest(self, session_id: str, *, text: str, after: int) -> tuple[str, EventLog, Watch]:
+    async def resume_newest(self, session_id: str, *, said: Sequence[Item], after: int) -> tuple[str, EventLog, Watch]:
         """The events of the session's newest turn, the head, for a client that started this turn and reconnects.
 
         The client has seen the events up to ``after`` and repeats the input. Other parameters of the turn were decided
@@ -344,7 +344,7 @@ class Sessions:
             raise ResumeConflictError("This session has no turn to resume.", field="Last-Event-ID")
         newest = await self.get_turn(session_id, head)
         refuse = partial(ResumeConflictError, session_id=session_id, turn_id=head)
-        if newest.input_text != text:
+        if not is_same_input(newest.input, said):
             raise refuse(f"The newest turn of this session, {head!r}, has another input.", field="input")
         log, watch = await self.open_events(session_id, head, after=after)
         if after > log.last_seq:

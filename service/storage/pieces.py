@@ -17,6 +17,8 @@ QUEUED = -1
 """The run of a turn that waited for others."""
 STARTED = -2
 """The run of the beginning of the turn's work."""
+CALL = -3
+"""The run of the opening of the call with the item's index 0; ``CALL - index`` is that of the call with an index."""
 
 _GOES_ON = 255
 

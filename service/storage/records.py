@@ -7,7 +7,7 @@ from typing import Generic, Literal, TypeVar
 
 import msgspec
 
-from service.models.client import FinishReason, Role, Usage
+from service.models.client import FinishReason, Role, Tools, Usage
 
 TurnState = Literal["queued", "running", "completed", "failed", "cancelled", "interrupted"]
 T = TypeVar("T")
@@ -193,6 +193,7 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage | None = None
     last_seq: int = 0
     left_out: LeftOut | None = None
+    tools: Tools | msgspec.UnsetType = msgspec.UNSET
     stored: bool = True
 
     @property
@@ -231,6 +232,11 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
         if self.state == "failed":
             return ()
         return tuple(item for item in self.output if item.type == "function_call" and item.complete)
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether the turn has a call of the model, or the output of a call."""
+        return any(item.call_id for item in (*self.input, *self.output))
 
     @property
     def has_reply(self) -> bool:

@@ -209,7 +209,7 @@ FORGED: dict[str, Callable[[Any], object]] = {
         [it["events"][1].replace("2", "1"), it["events"][0].replace("id: 1", "id: 2").replace('"seq":1', '"seq":2')],
     ),
     "no events": lambda it: it.update(events=[]),
-    "a field that is not known": lambda it: it["turn"].update(tools=[]),
+    "a field that is not known": lambda it: it["turn"].update(tool=[]),
 }
 
 
@@ -225,7 +225,7 @@ def test_data_that_no_service_could_have_made_is_refused_with_session_turn_and_f
     told = str(refused.value)
     assert len(told.splitlines()) == 1
     if forgery == "a field that is not known":
-        assert "turns[0].turn.'tools' is not known to this version" in told
+        assert "turns[0].turn.'tool' is not known to this version" in told
     else:
         assert it["turn"]["id"] in told
         assert "of session 's'" in told

@@ -12,7 +12,11 @@ import trio
 
 from service.errors import ModelError
 from service.models.client import (
+    ArgumentsDelta,
+    CallOpened,
+    EncryptedReasoning,
     Finished,
+    FinishReason,
     ModelEvent,
     ModelRequest,
     Progress,
@@ -36,6 +40,7 @@ class Reply:
         self.request = request
         self.closed = trio.Event()
         self._ready: list[ModelEvent] = []
+        self._calls = 0
         self._error: Exception | None = None
         self._changes = trio.lowlevel.ParkingLot()
 
@@ -45,11 +50,24 @@ class Reply:
     def think(self, *texts: str) -> None:
         self._put(*(ReasoningDelta(text) for text in texts))
 
+    def encrypt(self, text: str, upstream: str = "") -> None:
+        self._put(EncryptedReasoning(text, upstream))
+
+    def call(self, call_id: str, *arguments: str, name: str = "f", upstream: str = "") -> None:
+        """Open a call, and send its arguments in these pieces."""
+        number, self._calls = self._calls, self._calls + 1
+        self._put(CallOpened(number, call_id, name, upstream))
+        self.argue(number, *arguments)
+
+    def argue(self, number: int, *arguments: str) -> None:
+        """Send pieces of the arguments of a call; calls are numbered from 0."""
+        self._put(*(ArgumentsDelta(number, piece) for piece in arguments))
+
     def work(self) -> None:
         self._put(Progress())
 
-    def finish(self) -> None:
-        self._put(Finished(finish_reason="stop", usage=Usage(input_tokens=1, output_tokens=2)))
+    def finish(self, reason: FinishReason = "stop") -> None:
+        self._put(Finished(finish_reason=reason, usage=Usage(input_tokens=1, output_tokens=2)))
 
     def fail(self, error: Exception) -> None:
         self._error = error

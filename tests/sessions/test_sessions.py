@@ -386,7 +386,7 @@ async def all_messages(stage: Stage, session_id: str, *, limit: int) -> list[str
     for _ in range(100):
         page = await stage.sessions.list_messages(session_id, limit=limit, after=after)
         assert len(page.data) <= limit
-        texts += [message.text for message in page.data]
+        texts += [message.item.text for message in page.data]
         after = page.next
         if after is None:
             return texts
@@ -412,16 +412,16 @@ async def test_pages_of_messages_go_on_at_their_cursor_also_after_new_turns(auto
         turn = await start(stage.sessions, session_id, "q")
         reply = await stage.puppet.next_reply()
         first = await stage.sessions.list_messages(session_id, limit=1)
-        assert ([message.text for message in first.data], first.next) == (["q"], None)
+        assert ([message.item.text for message in first.data], first.next) == (["q"], None)
         reply.say("a")
         reply.finish()
         await turn.wait_ended()
         first = await stage.sessions.list_messages(session_id, limit=1)
         other = await start(stage.sessions, session_id, "q2", parent=turn.id)
         second = await stage.sessions.list_messages(session_id, limit=1, after=first.next)
-        assert [message.text for message in second.data] == ["a"]
+        assert [message.item.text for message in second.data] == ["a"]
         third = await stage.sessions.list_messages(session_id, limit=1, after=second.next)
-        assert [message.text for message in third.data] == ["q2"]
+        assert [message.item.text for message in third.data] == ["q2"]
         await stage.sessions.cancel_turn(session_id, other.id)
         await start(stage.sessions, session_id, "beside", parent=None)
         with pytest.raises(InvalidRequestError):
@@ -439,9 +439,9 @@ async def test_messages_of_the_path_are_paged(autojump_clock: MockClock) -> None
             reply.finish()
             await turn.wait_ended()
         page = await stage.sessions.list_messages(session_id, limit=4)
-        assert [message.text for message in page.data] == ["q0", "a0", "q1", "a1"]
+        assert [message.item.text for message in page.data] == ["q0", "a0", "q1", "a1"]
         rest = await stage.sessions.list_messages(session_id, limit=4, after=page.next)
-        assert [message.text for message in rest.data] == ["q2", "a2"]
+        assert [message.item.text for message in rest.data] == ["q2", "a2"]
         assert rest.next is None
         for limit in range(1, 8):
             assert await all_messages(stage, session_id, limit=limit) == ["q0", "a0", "q1", "a1", "q2", "a2"]

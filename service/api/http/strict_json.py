@@ -8,7 +8,7 @@ from typing import Any, Never, TypeVar
 
 import msgspec
 
-from service.api.native.wire import FORMS, Metadata
+from service.api.native.wire import FORMS, KINDS, Metadata
 from service.errors import InvalidRequestError
 from service.json_words import in_json_words
 
@@ -166,7 +166,7 @@ def convert(value: object, kind: type[T], *, strict: bool = True) -> T:
     if path and path["key"]:
         message = f"A key is not valid: {message}"
     if named := _NAMED_FIELD.search(message):
-        field = named["name"]
+        field = f"{field}.{named['name']}" if field else named["name"]
     if field.endswith("[...]") and isinstance(value, dict):
         field = field.removesuffix("[...]")
         field = f"{field}.{_pair_at_fault(value[field])}"
@@ -187,7 +187,11 @@ def _in_words(message: str, kind: type, field: str) -> str:
         if repr(pattern) in message:
             return f"Expected {form}"
     if message.startswith("Invalid enum value"):
-        allowed = msgspec.json.schema(kind)["$defs"][kind.__name__]["properties"][field]["enum"]
+        described = msgspec.json.schema(kind)["$defs"][kind.__name__]["properties"][field]
+        allowed = next(part["enum"] for part in (described, *described.get("anyOf", ())) if "enum" in part)
+        return f"Expected one of {', '.join(map(json.dumps, allowed))}"
+    if message.startswith("Invalid value") and field.endswith(".type"):
+        allowed = KINDS[re.split(r"[.\[]", field, maxsplit=1)[0]]
         return f"Expected one of {', '.join(map(json.dumps, allowed))}"
     return message
 
@@ -202,8 +206,15 @@ def _pair_at_fault(pairs: dict[str, object]) -> str:
 
 
 def check_texts(value: object, field: str, *, bytes_max: int) -> None:
-    """Refuse texts that cannot be stored, sent on or shown, and texts that are too long; metadata has own bounds."""
-    if isinstance(value, dict):
+    """Refuse texts that cannot be stored, sent on or shown, and texts that are too long; metadata has own bounds.
+
+    The texts of a list are too long if they are so together.
+    """
+    if isinstance(value, tuple):
+        _check_list(value, field, bytes_max=bytes_max)
+    elif isinstance(value, msgspec.Struct):
+        _check_list((value,), field, bytes_max=bytes_max)
+    elif isinstance(value, dict):
         for key, text in value.items():
             _utf8_length(key, field, what="A key")
             _utf8_length(text, f"{field}.{key}")
@@ -211,6 +222,34 @@ def check_texts(value: object, field: str, *, bytes_max: int) -> None:
         raise InputTooLargeError(
             f"This text has {size} bytes of UTF-8; at most {bytes_max} are taken (input_bytes_max).", field=field
         )
+
+
+def _check_list(items: Sequence[msgspec.Struct], field: str, *, bytes_max: int) -> None:
+    size = 0
+    for index, item in enumerate(items):
+        for name in item.__struct_fields__:
+            size += _size_of(getattr(item, name), f"{field}[{index}].{name}")
+    if size > bytes_max:
+        raise InputTooLargeError(
+            f"These texts have {size} bytes of UTF-8 together; at most {bytes_max} are taken (input_bytes_max).",
+            field=field,
+        )
+
+
+def _size_of(value: object, field: str) -> int:
+    """The size of all texts and names in a value of JSON, and one for each other value."""
+    size = 0
+    pending = [value]
+    while pending:
+        part = pending.pop()
+        if isinstance(part, dict):
+            size += sum(_utf8_length(key, field, what="A key") for key in part)
+            pending += part.values()
+        elif isinstance(part, list):
+            pending += part
+        else:
+            size += _utf8_length(part, field) if isinstance(part, str) else 1
+    return size
 
 
 def _utf8_length(text: str, field: str, *, what: str = "A text") -> int:

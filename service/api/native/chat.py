@@ -21,7 +21,7 @@ from service.api.native.turns import (
 from service.api.native.wire import Chat
 from service.errors import ResumeConflictError, SessionLimitError, SessionNotFoundError
 from service.ids import new_session_id
-from service.sessions.commands import NewTurn
+from service.sessions.commands import NewTurn, text_input
 from service.supervisor import Service
 
 blueprint = Blueprint("chat", __name__)
@@ -48,7 +48,10 @@ async def chat() -> TrioResponse:
         return await _resume(service, body, after)
     leave_at_end_of_input()
     new = NewTurn(
-        text=body.message, on_disconnect=body.on_disconnect, creates_session=True, request_id=current_request_id()
+        text=body.message,
+        on_disconnect=body.on_disconnect,
+        creates_session=True,
+        request_id=current_request_id(),
     )
     return await start_streaming(service, take_slot(service), body.session_id or new_session_id(), new)
 
@@ -59,7 +62,7 @@ async def _resume(service: Service, body: Chat, after: int) -> TrioResponse:
             "Last-Event-ID asks for an earlier turn, and no session is named.", field="session_id"
         )
     try:
-        return await resume_streaming(service, body.session_id, body.message, after=after)
+        return await resume_streaming(service, body.session_id, text_input(body.message), after=after)
     except ResumeConflictError as error:
         error.field = "message" if error.field == "input" else error.field
         raise

@@ -1,9 +1,11 @@
 """Calls about turns: starting them in three ways, looking at them, streaming and cancelling them."""
 
+from collections.abc import Sequence
 from functools import partial
 from math import inf
 from typing import cast
 
+from msgspec import UNSET, UnsetType
 from quart import Blueprint, request
 from quart_trio.wrappers import TrioResponse
 
@@ -27,7 +29,7 @@ from service.api.http.request_id import current_request_id
 from service.api.http.request_resources import release_after_request
 from service.api.native import wire
 from service.api.native.sessions import checked_session_id
-from service.api.native.wire import EventsQuery, PageQuery, StartTurn, TurnList
+from service.api.native.wire import EventsQuery, FunctionChoice, NewMessage, PageQuery, StartTurn, TurnList
 from service.errors import (
     EventsLostError,
     InvalidRequestError,
@@ -40,12 +42,13 @@ from service.errors import (
     TurnLimitError,
     TurnNotFoundError,
 )
-from service.ids import is_turn_id
-from service.sessions.commands import NewTurn
+from service.ids import is_turn_id, new_item_id
+from service.models.client import FunctionTool, NamedFunction, Tools
+from service.sessions.commands import NewTurn, text_input
 from service.sessions.events.frames import encode_frame
 from service.sessions.events.streams import StreamSlot
 from service.sessions.turns.turn import Turn, Watch
-from service.storage.records import TurnRecord
+from service.storage.records import Item, TurnRecord
 from service.supervisor import Service
 
 blueprint = Blueprint("turns", __name__)
@@ -109,6 +112,10 @@ async def start_turn(session_id: str) -> TrioResponse:
     that streams a turn or waits for it has left, the turn is cancelled, unless it is `background` or
     `on_disconnect` is `continue`.
 
+    With `tools` the model may call functions, which the client runs: `items` of the ended turn has the calls, as do the
+    events `turn.call` and `turn.arguments`. The `input` of the next turn brings the results, as items of the type
+    `function_call_output`. A call whose output is not there is told to the model as not answered.
+
     A client that lost its connection may repeat its request with the id of the last event that it has seen as
     `Last-Event-ID`, as some libraries do by themselves. Then no turn is started. If the session's newest
     turn has the same input, the answer is its events after that one, live; 204 if no event is left; or,
@@ -118,20 +125,22 @@ async def start_turn(session_id: str) -> TrioResponse:
     session_id = checked_session_id(session_id)
     service = current_service()
     body = await read_body(request, StartTurn, service)
+    said = _input_of(body)
     streams = wants_stream(request) and not body.background
     after = read_last_event_id(request)
     if after is not None and streams:
-        return await resume_streaming(service, session_id, body.input, after=after)
+        return await resume_streaming(service, session_id, said, after=after)
     if after is not None:
-        return await _resume_waiting(service, session_id, body.input, after=after, background=body.background)
+        return await _resume_waiting(service, session_id, said, after=after, background=body.background)
     if not body.background:
         leave_at_end_of_input()
     new = NewTurn(
-        text=body.input,
+        items=said,
         parent=body.parent,
         model=body.model,
         temperature=body.temperature,
         max_output_tokens=body.max_output_tokens,
+        tools=_tools_of(body),
         on_conflict=body.on_conflict,
         on_disconnect=body.on_disconnect,
         background=body.background,
@@ -145,6 +154,55 @@ async def start_turn(session_id: str) -> TrioResponse:
         if new.background:
             return _turn_response(turn.record(), 202, with_location=True)
         return _turn_response(await turn.wait_ended(), with_location=True)
+
+
+def _input_of(body: StartTurn) -> tuple[Item, ...]:
+    """Return the input as new items. Raises: InvalidRequestError, if two of them are outputs of one call."""
+    if isinstance(body.input, str):
+        return text_input(body.input)
+    items: list[Item] = []
+    answered: set[str] = set()
+    for index, new in enumerate(body.input):
+        if isinstance(new, NewMessage):
+            items += text_input(new.text)
+            continue
+        if new.call_id in answered:
+            raise InvalidRequestError("This is a second output of the same call.", field=f"input[{index}].call_id")
+        answered.add(new.call_id)
+        items.append(
+            Item(
+                id=new_item_id("function_call_output"),
+                type="function_call_output",
+                role="user",
+                text=new.output,
+                call_id=new.call_id,
+            )
+        )
+    return tuple(items)
+
+
+def _tools_of(body: StartTurn) -> Tools | UnsetType:
+    """Return what the model may call; UNSET if the body says nothing of it.
+
+    Raises:
+        InvalidRequestError: Two functions have one name, or the choice needs a function that is not there.
+    """
+    names = [tool.name for tool in body.tools]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise InvalidRequestError(f"There are two functions named {name!r}.", field=f"tools[{index}].name")
+    choice = NamedFunction(body.tool_choice.name) if isinstance(body.tool_choice, FunctionChoice) else body.tool_choice
+    if isinstance(choice, NamedFunction) and choice.name not in names:
+        raise InvalidRequestError("This is none of the functions in `tools`.", field="tool_choice.name")
+    if choice == "required" and not names:
+        raise InvalidRequestError("A call is required, and `tools` has no function.", field="tool_choice")
+    if not names:
+        return UNSET
+    functions = tuple(
+        FunctionTool(name=tool.name, description=tool.description, parameters=tool.parameters, strict=tool.strict)
+        for tool in body.tools
+    )
+    return Tools(functions=functions, choice=choice, parallel=body.parallel_tool_calls)
 
 
 def take_slot(service: Service) -> StreamSlot:
@@ -173,11 +231,11 @@ async def start_streaming(service: Service, slot: StreamSlot, session_id: str, n
     return response
 
 
-async def resume_streaming(service: Service, session_id: str, text: str, *, after: int) -> TrioResponse:
+async def resume_streaming(service: Service, session_id: str, said: Sequence[Item], *, after: int) -> TrioResponse:
     """Answer the newest turn's events after ``after``, for a client that has come back; 204 if none is left."""
     allow_repeat()
     slot = take_slot(service)
-    turn_id, log, watch = await service.sessions.resume_newest(session_id, text=text, after=after)
+    turn_id, log, watch = await service.sessions.resume_newest(session_id, said=said, after=after)
     release_later(watch)
     drop_body(request)
     if log.closed and after == log.last_seq:
@@ -190,12 +248,12 @@ async def resume_streaming(service: Service, session_id: str, text: str, *, afte
 
 
 async def _resume_waiting(
-    service: Service, session_id: str, text: str, *, after: int, background: bool
+    service: Service, session_id: str, said: Sequence[Item], *, after: int, background: bool
 ) -> TrioResponse:
     """Answer the session's newest turn, for a client that has come back and wants no stream."""
     allow_repeat()
     allow_longer_answer(by_s=0 if background else inf)
-    turn_id, log, watch = await service.sessions.resume_newest(session_id, text=text, after=after)
+    turn_id, log, watch = await service.sessions.resume_newest(session_id, said=said, after=after)
     with watch:
         drop_body(request)
         if not background:

@@ -4,7 +4,7 @@ Texts are bounded further by ``input_bytes_max`` (see :mod:`service.api.http.req
 """
 
 from datetime import datetime
-from typing import Annotated, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -17,6 +17,7 @@ from service.sessions.turns.turn import OnDisconnect
 from service.storage.records import (
     EndReason,
     Failure,
+    Item,
     LeftOut,
     Page,
     SessionRecord,
@@ -29,12 +30,20 @@ from service.storage.records import (
 _SESSION_ID = rf"^{SESSION_ID}$(?!\n)"
 _TURN_ID = rf"^{TURN_ID}$(?!\n)"
 _SEQ = r"^[0-9]{0,15}$(?!\n)"
+_FUNCTION = r"^[A-Za-z0-9_-]{1,64}$(?!\n)"
 FORMS = {
     _SESSION_ID: "1-128 of `A-Z a-z 0-9 _ . -`; not `.` or `..`, which a URL cannot contain",
     _TURN_ID: "the id of a turn: `turn_` and 32 of `0-9 a-f`",
     _SEQ: "the id of an event: a whole number of at most 15 digits",
+    _FUNCTION: "the name of a function: 1-64 of `A-Z a-z 0-9 _ -`",
 }
 """The patterns in words, for error messages."""
+KINDS = {
+    "input": ("message", "function_call_output"),
+    "tools": ("function",),
+    "tool_choice": ("function",),
+}
+"""What ``type`` may be in an object of these fields, for error messages."""
 SessionId = Annotated[str, Meta(pattern=_SESSION_ID, description=f"{FORMS[_SESSION_ID]}.")]
 TurnId = Annotated[str, Meta(pattern=_TURN_ID)]
 # Told to readers of the schema only: :mod:`service.api.http.strict_json` looks itself, and says it in words.
@@ -71,6 +80,10 @@ After = Annotated[str, Meta(max_length=512, description="The `next` of the previ
 
 class RequestBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The body of a request."""
+
+
+class BodyPart(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An object within the body of a request."""
 
 
 class Query(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -197,7 +210,7 @@ class PageQuery(Query, frozen=True, kw_only=True):
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True):
-    """A message.
+    """A message; or, with a ``type``, a call of the model or the output of a call, whose ``text`` is empty.
 
     ``{"id": "msg_9c…", "turn_id": "turn_0a…", "role": "user", "text": "Hi", "created_at": "2026-01-31T09:30:00Z"}``
     """
@@ -207,11 +220,29 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
     role: Role
     text: str
     created_at: Time
+    type: Literal["function_call", "function_call_output"] | UnsetType = UNSET
+    call_id: str | UnsetType = UNSET
+    name: str | UnsetType = UNSET
+    arguments: str | UnsetType = UNSET
+    complete: bool | UnsetType = UNSET
+    output: str | UnsetType = UNSET
 
     @classmethod
     def of(cls, record: MessageRecord) -> Self:
+        item = record.item
+        is_call, is_output = item.type == "function_call", item.type == "function_call_output"
         return cls(
-            id=record.id, turn_id=record.turn_id, role=record.role, text=record.text, created_at=record.created_at
+            id=item.id,
+            turn_id=record.turn_id,
+            role=item.role,
+            text="" if is_call or is_output else item.text,
+            created_at=record.created_at,
+            type="function_call" if is_call else "function_call_output" if is_output else UNSET,
+            call_id=item.call_id or UNSET,
+            name=item.name or UNSET,
+            arguments=item.text if is_call else UNSET,
+            complete=item.complete if is_call else UNSET,
+            output=item.text if is_output else UNSET,
         )
 
 
@@ -229,10 +260,60 @@ class MessageList(msgspec.Struct, frozen=True, kw_only=True):
 # Turns
 
 
+class NewMessage(BodyPart, frozen=True, kw_only=True, tag="message", tag_field="type"):
+    """A text of the user in an input: ``{"type": "message", "text": "And tomorrow?"}``"""
+
+    text: Text
+
+
+class NewFunctionCallOutput(BodyPart, frozen=True, kw_only=True, tag="function_call_output", tag_field="type"):
+    """The result of a call: ``{"type": "function_call_output", "call_id": "call_6f…", "output": "4 °C"}``"""
+
+    call_id: Annotated[str, Meta(min_length=1, description="The `call_id` of the call.", extra_json_schema=_NO_NUL)]
+    output: Annotated[
+        str,
+        Meta(
+            description="The result, in any form that the model understands; it may be empty.",
+            extra_json_schema=_NO_NUL,
+        ),
+    ]
+
+
+NewItems = Annotated[
+    tuple[NewMessage | NewFunctionCallOutput, ...],
+    Meta(
+        min_length=1,
+        max_length=128,
+        description="All texts together have at most `input_bytes_max` bytes of UTF-8.",
+    ),
+]
+
+
+class FunctionTool(BodyPart, frozen=True, kw_only=True, tag="function", tag_field="type"):
+    """A function that the model may call; this service only passes the description to the model's server.
+
+    ``{"type": "function", "name": "get_weather", "description": "The weather in a city.",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}``
+    """
+
+    name: Annotated[str, Meta(pattern=_FUNCTION, description=f"{FORMS[_FUNCTION]}.")]
+    description: str | None = None
+    parameters: Annotated[dict[str, Any], Meta(description="A JSON schema of the arguments.")] | None = None
+    strict: Annotated[bool, Meta(description="Whether the arguments must fit the schema.")] | None = None
+
+
+class FunctionChoice(BodyPart, frozen=True, kw_only=True, tag="function", tag_field="type"):
+    """The function that the model must call: ``{"type": "function", "name": "get_weather"}``"""
+
+    name: str
+
+
 class StartTurn(RequestBody, frozen=True, kw_only=True):
     """``{"input": "What is a nursery?", "temperature": 0.2, "on_conflict": "queue"}``"""
 
-    input: Text
+    input: Annotated[
+        Text | NewItems, Meta(description="A text of the user, or texts and the results of calls of the model.")
+    ]
     parent: (
         Annotated[
             TurnId | None,
@@ -243,6 +324,20 @@ class StartTurn(RequestBody, frozen=True, kw_only=True):
     model: ModelName | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     max_output_tokens: Annotated[int, Meta(ge=1, le=1_000_000_000)] | None = None
+    tools: Annotated[
+        tuple[FunctionTool, ...],
+        Meta(
+            max_length=128,
+            description="Functions that the model may call and the client runs: at most `input_bytes_max` bytes.",
+        ),
+    ] = ()
+    tool_choice: Annotated[
+        Literal["auto", "none", "required"] | FunctionChoice | None,
+        Meta(description="Whether the model calls a function; left to the model's server if left out."),
+    ] = None
+    parallel_tool_calls: Annotated[
+        bool | None, Meta(description="Whether one reply may have several calls; left to the server if left out.")
+    ] = None
     on_conflict: Annotated[
         OnConflict, Meta(description="What to do while another turn of the session is running or queued.")
     ] = "reject"
@@ -255,8 +350,70 @@ class StartTurn(RequestBody, frozen=True, kw_only=True):
     ] = False
 
 
+class MessageItem(msgspec.Struct, frozen=True, kw_only=True, tag="message", tag_field="type"):
+    """``{"type": "message", "id": "msg_9c…", "role": "user", "text": "Hi"}``"""
+
+    id: str
+    role: Role
+    text: str
+
+
+class ReasoningItem(msgspec.Struct, frozen=True, kw_only=True, tag="reasoning", tag_field="type"):
+    """``{"type": "reasoning", "id": "msg_5d…", "text": "The user greets me."}``: no text if it is encrypted only."""
+
+    id: str
+    text: str
+
+
+class FunctionCallItem(msgspec.Struct, frozen=True, kw_only=True, tag="function_call", tag_field="type"):
+    """A call of the model.
+
+    ``{"type": "function_call", "id": "fc_3e…", "call_id": "call_6f…", "name": "get_weather",
+    "arguments": "{\"city\": \"Oslo\"}", "complete": true}``
+    """
+
+    id: str
+    call_id: str
+    name: str
+    arguments: Annotated[str, Meta(description="As the model wrote them: JSON, if the model is right.")]
+    complete: Annotated[
+        bool, Meta(description="Whether the arguments are whole: the reply may be on its way, or cut off.")
+    ]
+
+
+class FunctionCallOutputItem(msgspec.Struct, frozen=True, kw_only=True, tag="function_call_output", tag_field="type"):
+    """The result of a call.
+
+    ``{"type": "function_call_output", "id": "fco_8a…", "call_id": "call_6f…", "output": "4 °C"}``
+    """
+
+    id: str
+    call_id: str
+    output: str
+
+
+TurnItem = MessageItem | ReasoningItem | FunctionCallItem | FunctionCallOutputItem
+
+
+def _item_of(item: Item) -> TurnItem:
+    match item.type:
+        case "message":
+            return MessageItem(id=item.id, role=item.role, text=item.text)
+        case "reasoning":
+            return ReasoningItem(id=item.id, text=item.text)
+        case "function_call":
+            return FunctionCallItem(
+                id=item.id, call_id=item.call_id, name=item.name, arguments=item.text, complete=item.complete
+            )
+        case "function_call_output":
+            return FunctionCallOutputItem(id=item.id, call_id=item.call_id, output=item.text)
+
+
 class Turn(msgspec.Struct, frozen=True, kw_only=True):
     """A turn; ``text`` is the reply so far.
+
+    ``items`` is there only if the turn has a call of the model, or the output of a call: then it has all items of the
+    input and of the reply so far, in their order.
 
     ``"stored": false`` is there only if the turn has ended and the store has not stored its end yet. The write is tried
     again; after a crash the state in the store counts.
@@ -285,6 +442,13 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
     created_at: Time
     started_at: Time | None
     ended_at: Time | None
+    items: (
+        Annotated[
+            tuple[TurnItem, ...],
+            Meta(description="All items of the turn, in order. Only there if it has a call or the output of a call."),
+        ]
+        | UnsetType
+    ) = UNSET
     stored: (
         Annotated[
             Literal[False],
@@ -311,6 +475,7 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
             created_at=record.created_at,
             started_at=record.started_at,
             ended_at=record.ended_at,
+            items=tuple(map(_item_of, (*record.input, *record.output))) if record.has_calls else UNSET,
             stored=UNSET if record.stored else False,
         )
 

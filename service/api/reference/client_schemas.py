@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import msgspec
 
-from service.api.native.wire import RequestBody
+from service.api.native.wire import BodyPart, RequestBody
 
 _NEVER_DEFAULT = ("seq",)
 """Fields whose default means "not known yet" and is never sent: events have seqs from 1."""
@@ -44,7 +44,7 @@ def for_clients(schema: dict[str, Any], kind: type[msgspec.Struct] | None = None
     plain["properties"] = {
         name: _property(described, fields.get(name), kind) for name, described in plain["properties"].items()
     }
-    if not issubclass(kind, RequestBody):
+    if not issubclass(kind, RequestBody | BodyPart):
         plain["required"] = [
             name for name in plain["properties"] if name not in fields or _is_always_there(fields[name], kind)
         ]
@@ -56,7 +56,7 @@ def _property(
 ) -> dict[str, Any]:
     default = described.get("default")
     described = _without_default(described)
-    if issubclass(kind, RequestBody):
+    if issubclass(kind, RequestBody | BodyPart):
         if default not in (None, {}):
             said = f"`{json.dumps(default)}` if left out."
             described["description"] = f"{described.get('description', '')} {said}".strip()

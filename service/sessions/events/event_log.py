@@ -9,8 +9,17 @@ from operator import attrgetter
 import msgspec
 import trio
 
-from service.sessions.events.events import Event, Piece, TerminalEvent, TurnDelta, TurnQueued, TurnReasoning
-from service.storage.pieces import QUEUED, STARTED, Run, length_bytes, pack, unpack
+from service.sessions.events.events import (
+    Event,
+    Piece,
+    TerminalEvent,
+    TurnArguments,
+    TurnCall,
+    TurnDelta,
+    TurnQueued,
+    TurnReasoning,
+)
+from service.storage.pieces import CALL, QUEUED, STARTED, Run, length_bytes, pack, unpack
 
 _TERMINAL_RESERVE_BYTES = 2048
 """Room kept for the terminal event, which must always fit: it may quote 300 characters of up to four bytes."""
@@ -57,7 +66,7 @@ class EventLog:
         self._newest_after = 0
         self._newest_bytes = 0
         self._others: dict[int, Event] = {}  # the events in chunks that are no pieces, by seq
-        self._kinds: dict[int, type[TurnDelta | TurnReasoning]] = {}  # of the pieces in chunks, by item
+        self._kinds: dict[int, type[TurnDelta | TurnReasoning | TurnArguments]] = {}  # of the pieces in chunks, by item
         self._bytes = 0
         self._bytes_max = bytes_max - _TERMINAL_RESERVE_BYTES
         self._last_item = -1
@@ -98,6 +107,8 @@ class EventLog:
             size = _PIECE_BYTES + text_bytes + (_ITEM_CHANGE_BYTES if event.item != self._last_item else 0)
         else:
             text_bytes, size = 0, _OTHER_EVENT_BYTES
+            if isinstance(event, TurnCall):
+                size += len(event.call_id.encode()) + len(event.name.encode())
         if self._bytes + size > self._bytes_max:
             return False
         if isinstance(event, Piece):
@@ -125,7 +136,7 @@ class EventLog:
     def _end_chunk(self) -> None:
         """Make a chunk of the newest events."""
         for event in self._newest:
-            if isinstance(event, TurnDelta | TurnReasoning):
+            if isinstance(event, TurnDelta | TurnReasoning | TurnArguments):
                 self._kinds[event.item] = type(event)
             else:
                 self._others[event.seq] = event
@@ -226,4 +237,6 @@ def _item_of(event: Event) -> int:
     """The item of an event's run."""
     if isinstance(event, Piece):
         return event.item
+    if isinstance(event, TurnCall):
+        return CALL - event.item
     return QUEUED if isinstance(event, TurnQueued) else STARTED

@@ -39,6 +39,24 @@ class TurnReasoning(Piece, frozen=True, kw_only=True, gc=False, tag="turn.reason
     """A piece of the model's reasoning, where the upstream sends it."""
 
 
+class TurnCall(msgspec.Struct, frozen=True, kw_only=True, tag="turn.call", tag_field="type"):
+    """The model calls a function; the arguments follow, also in turns with those of other calls.
+
+    ``item`` is the index of the call among the turn's output items, ``id`` the item's id, ``call_id`` the model
+    server's own id of the call, which the output of the call names.
+    """
+
+    seq: int = 0
+    item: int
+    id: str
+    call_id: str
+    name: str
+
+
+class TurnArguments(Piece, frozen=True, kw_only=True, gc=False, tag="turn.arguments", tag_field="type"):
+    """A piece of the arguments of the call with the index ``item``: all pieces together are JSON."""
+
+
 class TurnCompleted(
     msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="turn.completed", tag_field="type"
 ):
@@ -90,4 +108,4 @@ class TurnInterrupted(
 
 
 TerminalEvent = TurnCompleted | TurnFailed | TurnCancelled | TurnInterrupted
-Event = TurnQueued | TurnStarted | TurnDelta | TurnReasoning | TerminalEvent
+Event = TurnQueued | TurnStarted | TurnDelta | TurnReasoning | TurnCall | TurnArguments | TerminalEvent

@@ -9,7 +9,7 @@ import trio
 from service.errors import EventsLostError
 from service.sessions.events import outcome
 from service.sessions.events.event_log import EventLog
-from service.sessions.events.events import Event, TurnQueued, TurnStarted
+from service.sessions.events.events import Event, TurnCall, TurnQueued, TurnStarted
 from service.sessions.events.frames import decode_frame
 from service.storage.records import TurnRecord
 from service.storage.store import Store
@@ -79,7 +79,9 @@ def replay_kept(turn: TurnRecord, frames: Sequence[bytes]) -> EventLog | None:
 
 
 def _naming(turn: TurnRecord, event: Event) -> Event:
-    """The event, with this turn's ids; in a fork the first events name the copied turn."""
+    """The event, with this turn's ids; in a fork the first events and openings of calls name the copied turn's."""
     if isinstance(event, TurnQueued | TurnStarted):
         return msgspec.structs.replace(event, session_id=turn.session_id, turn_id=turn.id)
+    if isinstance(event, TurnCall) and event.item < len(turn.output):
+        return msgspec.structs.replace(event, id=turn.output[event.item].id)
     return event

@@ -8,6 +8,8 @@ import msgspec
 from service.ids import is_session_id, is_turn_id
 from service.sessions.events.events import (
     Event,
+    TurnArguments,
+    TurnCall,
     TurnDelta,
     TurnQueued,
     TurnReasoning,
@@ -15,9 +17,17 @@ from service.sessions.events.events import (
 )
 from service.sessions.events.frames import decode_frame, encode_frame
 from service.sessions.events.outcome import outcome_of, record_changes, terminal_event
-from service.storage.records import SEQ_AFTER_CRASH, TurnRecord
+from service.storage.records import SEQ_AFTER_CRASH, Item, TurnRecord
 
 _END_FIELDS = ("reason", "error", "finish_reason", "usage")
+_FIELDS_OF_TYPES = {
+    "message": (),
+    "reasoning": ("encrypted", "upstream"),
+    "function_call": ("call_id", "name", "complete", "upstream"),
+    "function_call_output": ("call_id",),
+}
+_FIELDS_OF_SOME = ("call_id", "name", "complete", "encrypted", "upstream")
+_PLAIN = Item(id="", role="user", text="")
 _FRAME = re.compile(rb"id: [1-9][0-9]*\ndata: [^\r\n]+\n\n")
 _ESCAPED = re.compile(r"\\u([0-9a-fA-F]{4})|\\(.)|([^\x20-\x7e])", re.DOTALL)
 _SHORT_ESCAPES = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
@@ -37,13 +47,7 @@ def problems_of(turn: TurnRecord, frames: Sequence[bytes]) -> Iterator[Problem]:
 
 
 def _problems_of_record(turn: TurnRecord) -> Iterator[Problem]:
-    if [(item.type, item.role) for item in turn.input] != [("message", "user")]:
-        yield "input", turn.input, "is not one message of the user"
-    outputs = [(item.type, item.role) for item in turn.output]
-    if not set(outputs) <= {("message", "assistant"), ("reasoning", "assistant")} or len(set(outputs)) < len(outputs):
-        yield "output", turn.output, "is not at most one message and one reasoning of the assistant"
-    if any(not item.text for item in turn.output):
-        yield "output", turn.output, "has an item without text"
+    yield from _problems_of_items(turn)
     if not turn.stored:
         yield "stored", turn.stored, "is not true"
     expected: dict[str, object] = {"state": turn.state}
@@ -59,6 +63,41 @@ def _problems_of_record(turn: TurnRecord) -> Iterator[Problem]:
     for field, value in (dict.fromkeys(_END_FIELDS) | expected).items():
         if getattr(turn, field) != value:
             yield field, getattr(turn, field), f"does not fit a turn that is {turn.state}"
+
+
+def _problems_of_items(turn: TurnRecord) -> Iterator[Problem]:
+    if not turn.input or turn.input[-1].role != "user":
+        yield "input", turn.input, "does not end with an item of the user"
+    for item in turn.input:
+        if problem := _problem_of_item(item):
+            yield "input", turn.input, problem
+    own = [item for item in turn.output if item.role != "assistant" or item.type == "function_call_output"]
+    if own:
+        yield "output", turn.output, "has an item that is not the assistant's"
+    for item in turn.output:
+        if problem := _problem_of_item(item):
+            yield "output", turn.output, problem
+    messages = 0
+    for item in turn.output:
+        messages = 0 if item.type == "function_call" else messages + (item.type == "message")
+        if messages > 1:
+            yield "output", turn.output, "has two messages without a call between them"
+            return
+
+
+def _problem_of_item(item: Item) -> str | None:
+    """What is wrong with an item by itself."""
+    if item.type != "message" and item.role != ("user" if item.type == "function_call_output" else "assistant"):
+        return f"has an item of type {item.type} and role {item.role}"
+    if item.type in ("message", "reasoning") and not item.text and not item.encrypted:
+        return "has an item without text"
+    allowed = _FIELDS_OF_TYPES[item.type]
+    for field in _FIELDS_OF_SOME:
+        if field not in allowed and getattr(item, field) != getattr(_PLAIN, field):
+            return f"has an item of type {item.type} with {field}"
+    if any(name in allowed and not getattr(item, name) for name in ("call_id", "name")):
+        return f"has an item of type {item.type} without call_id or name"
+    return None
 
 
 def _problems_of_events(turn: TurnRecord, frames: Sequence[bytes]) -> Iterator[Problem]:
@@ -87,6 +126,7 @@ def _problems_of_events(turn: TurnRecord, frames: Sequence[bytes]) -> Iterator[P
 def _problems_of_course(turn: TurnRecord, events: Sequence[Event]) -> Iterator[Problem]:
     """Check the events before the terminal event: queued, started, then the pieces of the reply."""
     texts: dict[type, list[str]] = {TurnDelta: [], TurnReasoning: []}
+    calls: dict[int, tuple[TurnCall, list[str]]] = {}
     named: tuple[str, str] | None = None
     stage = 0
     for index, event in enumerate(events):
@@ -101,6 +141,10 @@ def _problems_of_course(turn: TurnRecord, events: Sequence[Event]) -> Iterator[P
             named, stage = names, stage_of_event
         elif isinstance(event, TurnDelta | TurnReasoning) and stage == 2:
             texts[type(event)].append(event.text)
+        elif isinstance(event, TurnCall) and stage == 2 and event.item > max(calls, default=-1):
+            calls[event.item] = event, []
+        elif isinstance(event, TurnArguments) and event.item in calls:
+            calls[event.item][1].append(event.text)
         else:
             yield of, event, "does not belong there"
     if not turn.is_open:
@@ -108,6 +152,13 @@ def _problems_of_course(turn: TurnRecord, events: Sequence[Event]) -> Iterator[P
         for kind, text in ((TurnDelta, turn.text), (TurnReasoning, reasoning)):
             if "".join(texts[kind]) != text:
                 yield "output", turn.output, "has another text than the events"
+        told = {item: (call.call_id, call.name, "".join(pieces)) for item, (call, pieces) in calls.items()}
+        if told != {
+            index: (item.call_id, item.name, item.text)
+            for index, item in enumerate(turn.output)
+            if item.type == "function_call"
+        }:
+            yield "output", turn.output, "has other calls than the events"
 
 
 def _are_names_of(turn: TurnRecord, session_id: str, turn_id: str) -> bool:

@@ -81,6 +81,11 @@ def build_prompt(
     return Prompt(items, left_out if left_out.items else None)
 
 
+def has_outputs(turn: TurnRecord) -> bool:
+    """Whether the turn brings outputs of calls."""
+    return any(item.type == "function_call_output" for item in turn.input)
+
+
 def answered_turn(path: Sequence[TurnRecord]) -> int:
     """The index of the turn whose calls the last turn answers; of the last turn itself if it answers none there."""
     last = len(path) - 1

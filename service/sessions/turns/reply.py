@@ -4,24 +4,51 @@ from typing import Literal
 
 import msgspec
 
-from service.ids import new_message_id
+from service.ids import new_item_id
+from service.models.client import ArgumentsDelta, CallOpened, EncryptedReasoning, ReasoningDelta, TextDelta
 from service.sessions.events.event_log import EventLog
-from service.storage.records import Item
+from service.sessions.events.events import Event, TurnArguments, TurnCall, TurnDelta, TurnReasoning
+from service.storage.records import Item, cut_off
+
+Output = TextDelta | ReasoningDelta | EncryptedReasoning | CallOpened | ArgumentsDelta
+"""The events of a model that are a part of an output item."""
+
+
+_ENCRYPTED_BYTES = 256
+"""What encrypted reasoning takes beside its text: no event of it counts against the bound of the log."""
+
+
+def size_of(told: Output) -> int:
+    """The size that counts against ``reply_bytes_max``, in bytes of UTF-8. Reasoning in words counts in the log."""
+    match told:
+        case ReasoningDelta():
+            return 0
+        case TextDelta(text) | ArgumentsDelta(_, text):
+            return len(text) if text.isascii() else len(text.encode())
+        case CallOpened(_, call_id, name, upstream):
+            return len((call_id + name + upstream).encode())
+        case EncryptedReasoning(text, upstream):
+            return _ENCRYPTED_BYTES + len((text + upstream).encode())
 
 
 class _Growing(msgspec.Struct):
-    """An output item that grows."""
+    """An output item that grows; ``begins`` is the item without its text, ``changed_at`` the seq of its last change
+    that has no event, or of its opening."""
 
-    id: str
-    type: Literal["message", "reasoning"]
+    begins: Item
+    changed_at: int
 
 
 class Reply:
     """The items of a turn's output, in the order of their arrival. An item's index is ``item`` of its events.
 
+    A text continues the last message, and reasoning the last reasoning, unless a call came in between. A server may
+    send a text and reasoning in turns, token by token.
+
     Attributes:
-        length: The code points of the message so far.
-        bytes: The same in bytes of UTF-8.
+        length: The code points of the messages so far.
+        bytes: The size of the messages, the calls and the encrypted reasoning so far, in bytes of UTF-8.
+        calls: The number of calls so far.
     """
 
     def __init__(self, log: EventLog) -> None:
@@ -29,6 +56,8 @@ class Reply:
         self.bytes = 0
         self._log = log
         self._items: list[_Growing] = []
+        self._current: dict[Literal["message", "reasoning"], int] = {}  # the items that texts of a kind continue
+        self._calls: list[int] = []  # the items of the calls
 
     def __repr__(self) -> str:
         return f"<Reply: {len(self._items)} items, {self.length} code points>"
@@ -38,25 +67,85 @@ class Reply:
         """Whether the model has sent a piece of an item."""
         return bool(self._items)
 
-    def index_of(self, kind: Literal["message", "reasoning"]) -> int:
-        """The index of the item of a kind, for the next piece; the item begins with its first piece."""
-        for index, item in enumerate(self._items):
-            if item.type == kind:
-                return index
-        return len(self._items)
+    @property
+    def calls(self) -> int:
+        return len(self._calls)
 
-    def note_piece(self, item: int, kind: Literal["message", "reasoning"], text: str, *, size: int = 0) -> None:
-        """Note a piece that was appended to the log."""
-        if item == len(self._items):
-            self._items.append(_Growing(id=new_message_id(), type=kind))
-        if kind == "message":
-            self.length += len(text)
-            self.bytes += size
+    def event_of(self, told: Output) -> Event | None:
+        """The event that tells a part of the output; None if no event tells it. Changes nothing."""
+        seq = self._log.last_seq + 1
+        match told:
+            case TextDelta(text):
+                return TurnDelta(seq=seq, item=self._index_of("message"), text=text)
+            case ReasoningDelta(text):
+                return TurnReasoning(seq=seq, item=self._index_of("reasoning"), text=text)
+            case CallOpened(_, call_id, name):
+                return TurnCall(
+                    seq=seq, item=len(self._items), id=new_item_id("function_call"), call_id=call_id, name=name
+                )
+            case ArgumentsDelta(number, text):
+                return TurnArguments(seq=seq, item=self._calls[number], text=text)
+            case EncryptedReasoning():
+                return None
+
+    def note(self, told: Output, event: Event | None, size: int) -> None:
+        """Note a part of the output, whose event is in the log, and whose size counts against the bound."""
+        self.bytes += size
+        match told:
+            case TextDelta(text):
+                self.length += len(text)
+                self._begin_text("message")
+            case ReasoningDelta():
+                self._begin_text("reasoning")
+            case CallOpened(_, call_id, name, upstream):
+                assert isinstance(event, TurnCall)
+                call = Item(
+                    id=event.id,
+                    type="function_call",
+                    role="assistant",
+                    text="",
+                    call_id=call_id,
+                    name=name,
+                    upstream=upstream,
+                )
+                self._calls.append(len(self._items))
+                self._items.append(_Growing(call, event.seq))
+                self._current.clear()
+            case EncryptedReasoning(text, upstream):
+                self._encrypt(text, upstream)
+            case ArgumentsDelta():
+                pass
 
     def items(self, *, after: int = 0) -> tuple[Item, ...]:
-        """The output with the texts of the events after a seq; without the items that these events do not touch."""
-        return tuple(
-            Item(id=self._items[index].id, type=self._items[index].type, role="assistant", text=text)
-            for index, text in sorted(self._log.texts(after=after).items())
-            if text
-        )
+        """The output with the texts of the events after a seq; without the items that did not change since.
+
+        A call is complete if its arguments so far are a whole JSON object.
+        """
+        texts = self._log.texts(after=after)
+        items = []
+        for index, growing in enumerate(self._items):
+            text = texts.get(index, "")
+            if text or growing.changed_at >= max(after, 1):
+                items.append(cut_off(msgspec.structs.replace(growing.begins, text=text)))
+        return tuple(items)
+
+    def _index_of(self, kind: Literal["message", "reasoning"]) -> int:
+        return self._current.get(kind, len(self._items))
+
+    def _begin_text(self, kind: Literal["message", "reasoning"]) -> None:
+        """Begin an item, unless the text continues one."""
+        if kind not in self._current:
+            self._current[kind] = len(self._items)
+            begins = Item(id=new_item_id(kind), type=kind, role="assistant", text="")
+            self._items.append(_Growing(begins, 0))
+
+    def _encrypt(self, text: str, upstream: str) -> None:
+        """Add encrypted reasoning to the current reasoning, or to new reasoning if that has some already."""
+        self._begin_text("reasoning")
+        index = self._current["reasoning"]
+        if self._items[index].begins.encrypted:
+            del self._current["reasoning"]
+            self._begin_text("reasoning")
+            index = self._current["reasoning"]
+        begins = msgspec.structs.replace(self._items[index].begins, encrypted=text, upstream=upstream)
+        self._items[index] = _Growing(begins, self._log.last_seq)

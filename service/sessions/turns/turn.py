@@ -13,12 +13,12 @@ import msgspec
 import trio
 
 from service.errors import ModelError
-from service.models.client import Finished, ModelClient, ModelEvent, ReasoningDelta, TextDelta
+from service.models.client import Finished, ModelClient, ModelEvent, Progress
 from service.sessions.events import outcome
 from service.sessions.events.event_log import EventLog
-from service.sessions.events.events import Event, TerminalEvent, TurnDelta, TurnQueued, TurnReasoning, TurnStarted
+from service.sessions.events.events import Event, TerminalEvent, TurnQueued, TurnStarted
 from service.sessions.events.frames import encode_frame
-from service.sessions.turns.reply import Reply
+from service.sessions.turns.reply import Output, Reply, size_of
 from service.sessions.turns.turn_deadlines import TurnDeadlines
 from service.settings import Settings
 from service.storage.records import Checkpoint, LeftOut, TurnRecord, TurnState
@@ -105,7 +105,7 @@ class Turn:
         """The turn's record now, with the reply so far; ``stored`` says whether the store has this end."""
         return msgspec.structs.replace(
             self._record,
-            output=self._reply.items(),
+            output=self._record.output if self.ended.is_set() else self._reply.items(),
             last_seq=self.log.last_seq,
             stored=self.stored or not self.ended.is_set(),
         )
@@ -178,8 +178,13 @@ class Turn:
         return self._reply.length
 
     @property
+    def calls(self) -> int:
+        """The number of calls of functions so far."""
+        return self._reply.calls
+
+    @property
     def has_output(self) -> bool:
-        """Whether the model has sent a piece of the reply or of its reasoning."""
+        """Whether the model has sent a piece of an output item."""
         return self._reply.begun
 
     def take(self, events: Sequence[ModelEvent]) -> Finished | None:
@@ -191,26 +196,24 @@ class Turn:
         if self.first_token_at is None:
             self.first_token_at = trio.current_time()
         for event in events:
-            seq = self.log.last_seq + 1
-            match event:
-                case TextDelta(text):
-                    size = len(text) if text.isascii() else len(text.encode())
-                    if self._reply.bytes + size > self._settings.reply_bytes_max:
-                        raise ModelError(
-                            "reply_too_large",
-                            f"The reply is larger than {self._settings.reply_bytes_max} bytes (reply_bytes_max); "
-                            "the text before that is kept.",
-                        )
-                    item = self._reply.index_of("message")
-                    self.append(TurnDelta(seq=seq, item=item, text=text))
-                    self._reply.note_piece(item, "message", text, size=size)
-                case ReasoningDelta(text):
-                    item = self._reply.index_of("reasoning")
-                    self.append(TurnReasoning(seq=seq, item=item, text=text))
-                    self._reply.note_piece(item, "reasoning", text)
-                case Finished():
-                    return event
+            if isinstance(event, Finished):
+                return event
+            if not isinstance(event, Progress):
+                self._take(event)
         return None
+
+    def _take(self, told: Output) -> None:
+        size = size_of(told)
+        if self._reply.bytes + size > self._settings.reply_bytes_max:
+            raise ModelError(
+                "reply_too_large",
+                f"The reply is larger than {self._settings.reply_bytes_max} bytes (reply_bytes_max); "
+                "the part before that is kept.",
+            )
+        event = self._reply.event_of(told)
+        if event is not None:
+            self.append(event)
+        self._reply.note(told, event, size)
 
     def append(self, event: Event) -> None:
         """Append an event that is not the terminal event. Raises: ModelError (``log_too_large``)."""
@@ -244,6 +247,8 @@ class Turn:
         self.is_ending = True
         changes = outcome.record_changes(self.end) | {"ended_at": now}
         output = self._reply.items()
+        if isinstance(self.end, outcome.Completed) and self.end.finish_reason in ("stop", "tool_calls"):
+            output = tuple(msgspec.structs.replace(item, complete=True) for item in output)
         return msgspec.structs.replace(self._record, output=output, last_seq=self.log.last_seq + 1, **changes)
 
     def conclude(self, record: TurnRecord, *, stored: bool) -> None:

@@ -39,6 +39,7 @@ def log_end(turn: Turn) -> None:
         total_s=_seconds(turn, now),
         events=turn.log.last_seq,
         text_length=turn.text_length,
+        **({"calls": turn.calls} if turn.calls else {}),
     )
 
 

@@ -12,10 +12,10 @@ import trio
 from service.clock import Clock
 from service.errors import ModelError, StoreError
 from service.freezes import calling_when_late, extended_when_late
-from service.models.client import ModelRequest
+from service.models.client import NO_TOOLS, ModelRequest
 from service.sessions.events import outcome
 from service.sessions.events.frames import encode_frame
-from service.sessions.turns.prompt import NOTHING, Prompt, build_prompt, shortened
+from service.sessions.turns.prompt import NOTHING, Prompt, answered_turn, build_prompt, has_outputs, shortened
 from service.sessions.turns.turn import Turn
 from service.sessions.turns.turn_log import log_end
 from service.settings import Settings
@@ -103,7 +103,7 @@ async def _reply(turn: Turn, *, store: Store, clock: Clock, settings: Settings) 
         if was_queued and not await store.start_turn(turn.id, now=clock()):
             lose(turn)
             return
-        path = await store.read_path(turn.session_id, turn.id, bytes_max=settings.prompt_bytes_max)
+        path = await _read_path(turn, store, settings)
         older = await _measure_older(path, store)
     prompt = build_prompt(path, system_message=turn.system_message, bytes_max=settings.prompt_bytes_max, older=older)
     turn.deadlines.expect_token("first_token_timeout", within_s=settings.first_token_timeout_s)
@@ -125,6 +125,19 @@ async def _reply(turn: Turn, *, store: Store, clock: Clock, settings: Settings) 
         _decide_failed(turn, refusal, settings)
 
 
+async def _read_path(turn: Turn, store: Store, settings: Settings) -> Sequence[TurnRecord]:
+    """The turns for the prompt. If the turn brings outputs of calls, the turn of these calls is among them.
+
+    That turn may be larger than a prompt: then as much more is read as its reply and its input can have.
+    """
+    bytes_max = settings.prompt_bytes_max
+    path = await store.read_path(turn.session_id, turn.id, bytes_max=bytes_max)
+    if path and path[0].parent is not None and has_outputs(path[-1]) and answered_turn(path) == len(path) - 1:
+        bytes_max += settings.reply_bytes_max + settings.input_bytes_max
+        path = await store.read_path(turn.session_id, turn.id, bytes_max=bytes_max)
+    return path
+
+
 async def _measure_older(path: Sequence[TurnRecord], store: Store) -> LeftOut:
     """The size of the turns that are too far back to be read."""
     if not path or path[0].parent is None:
@@ -141,6 +154,7 @@ async def _ask(turn: Turn, prompt: Prompt, *, settings: Settings) -> ModelError 
         prompt=prompt.items,
         temperature=record.temperature,
         max_output_tokens=record.max_output_tokens,
+        tools=record.tools or NO_TOOLS,
     )
     try:
         async with turn.client.stream(request) as stream:

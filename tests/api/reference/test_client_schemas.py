@@ -17,6 +17,7 @@ from service.api.reference.page import document_of
 
 SCHEMAS = document_of(create_app())["components"]["schemas"]
 BODIES = {kind.__name__: kind for kind in wire.RequestBody.__subclasses__()}
+PARTS = {kind.__name__: kind for kind in wire.BodyPart.__subclasses__()}
 ANSWERS = {
     name: kind
     for of in (wire.SessionList, wire.MessageList, wire.TurnList, wire.Health, wire.Problem, Event)
@@ -45,7 +46,7 @@ def sent(kind: type[msgspec.Struct], *, whole: bool) -> set[str]:
 
 
 def test_each_type_of_the_document_is_a_body_or_an_answer() -> None:
-    assert SCHEMAS.keys() == {*BODIES, *ANSWERS, "Event", "FailureCode", "ProblemCode"}
+    assert SCHEMAS.keys() == {*BODIES, *PARTS, *ANSWERS, "Event", "FailureCode", "ProblemCode"}
 
 
 @pytest.mark.parametrize("name", BODIES)
@@ -56,6 +57,12 @@ def test_a_field_of_a_body_that_has_a_default_may_be_left_out(name: str) -> None
         if not field.required and field.default not in (None, msgspec.UNSET, msgspec.NODEFAULT):
             said = SCHEMAS[name]["properties"][field.encode_name]["description"]
             assert said.endswith(f"`{msgspec.json.encode(field.default).decode()}` if left out.")
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_field_of_a_part_of_a_body_that_has_a_default_may_be_left_out(name: str) -> None:
+    needed = [field.encode_name for field in msgspec.structs.fields(PARTS[name]) if field.required]
+    assert SCHEMAS[name]["required"] == ["type", *needed]
 
 
 @pytest.mark.parametrize("name", ANSWERS)

@@ -29,7 +29,7 @@ async def test_a_replay_outlives_the_service_delta_by_delta(path: Path) -> None:
             log, _ = await service.sessions.open_events(session, turn.id)
             assert (frames_of(log), log.closed) == (frames, True)
             messages = await service.sessions.list_messages(session, limit=10)
-            assert [message.text for message in messages.data] == ["hi", ended.text]
+            assert [message.item.text for message in messages.data] == ["hi", ended.text]
 
 
 async def test_a_turn_that_the_shutdown_ends_is_kept_with_what_checkpoints_brought_and_the_rest(path: Path) -> None:
