@@ -6,20 +6,25 @@ phase          what happens                                              at most
 lame_duck      readiness is 503, everything still works                  ``lame_duck_timeout_s``
 draining       new work is refused, queued turns are interrupted,        ``drain_timeout_s``
                running turns may finish
+closing        the listeners close                                       0.1 s
 interrupting   the turns that still run are interrupted and stored,      ``cleanup_timeout_s``
                and their streams get the terminal event
 releasing      streams send their last chunk; the host closes the        ``release_timeout_s``
                connections, then the tree closes clients and the store
+released       nothing is left; the host's server may return
 =============  ========================================================  ===========================
 
+Before them the phase is ``serving`` and, from the moment at which a signal is seen until its notice arrives in the
+event loop, ``expected``: readiness is 503 from then on. The phase is the only state of a stop (``stop_state.py``).
+
 Without an open turn the phases after the lame duck take no time. An error in a phase does not stop the later phases:
-the error counts as a fault and is reported.
+the error counts as a fault and is reported. The report counts the closing as a part of the interrupting.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
-from enum import StrEnum
-from typing import TypeVar
+from itertools import pairwise
+from typing import Protocol, TypeVar
 
 import msgspec
 import structlog
@@ -28,6 +33,7 @@ import trio
 from service.sessions.sessions import Sessions
 from service.sessions.statistics import SessionsStatistics
 from service.settings import Settings
+from service.stop_state import Phase, StopState
 
 logger = structlog.get_logger("lastcall.shutdown")
 
@@ -35,18 +41,40 @@ PHASE_MARGIN_S = 0.1
 """Added to the bound of a phase, so that inner waits with the same bound expire before the phase does."""
 LATE_CLOSE_S = 0.2
 """The time for a step that begins when the time of its phase is over."""
+NOTHING = SessionsStatistics(**dict.fromkeys(SessionsStatistics.__struct_fields__, 0))
 T = TypeVar("T")
 
 
-class Phase(StrEnum):
-    SERVING = "serving"
-    LAME_DUCK = "lame_duck"
-    DRAINING = "draining"
-    INTERRUPTING = "interrupting"
-    RELEASING = "releasing"
+_REPORTED = {
+    "lame_duck": Phase.LAME_DUCK,
+    "draining": Phase.DRAINING,
+    "interrupting": Phase.CLOSING,
+    "releasing": Phase.RELEASING,
+}
+"""The phases of the report, and with which phase each of them begins."""
 
 
-PHASES = tuple(Phase)
+class Host(Protocol):
+    """What the shutdown asks of the code that serves the service's clients."""
+
+    async def close_listeners(self) -> None:
+        """Take no more connections, because the ends of all streams will keep the event loop busy.
+
+        Awaited after the drain, before the first running turn is interrupted.
+        """
+
+    def close_listeners_at_once(self) -> bool:
+        """Do the same without waiting, as far as possible. Returns whether :meth:`close_listeners` need not follow."""
+
+
+class NoHost(Host):
+    """The host where other code owns the listeners."""
+
+    async def close_listeners(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    def close_listeners_at_once(self) -> bool:
+        return False
 
 
 class ShutdownReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,38 +115,17 @@ class ShutdownReport(msgspec.Struct, frozen=True, kw_only=True):
         log("shutdown report", **msgspec.structs.asdict(self))
 
 
-class Shutdown:
-    """One shutdown: :meth:`notice` begins it, :meth:`run` runs its phases, :meth:`report` sums it up.
+class Shutdown(StopState):
+    """One shutdown: :meth:`notice` begins it, :meth:`run` runs its phases, :meth:`report` sums it up."""
 
-    Attributes:
-        close_listeners: Set by the host. Awaited after the drain, before the first running turn is interrupted: from
-            then on the host takes no more connections, because the ends of all streams will keep the event loop busy.
-        close_listeners_at_once: Set by the host. Does the same without waiting, as far as possible; True if all
-            listeners are closed.
-        phase: The current phase. Never goes back.
-        accepting: Whether new work is accepted. False from the end of the lame duck on.
-        expected: Whether a notice has been seen, perhaps only outside of the event loop.
-        noticed: Set by the notice.
-        work_ended: Set when all turns are stored and their logs are closed; the streams are finishing then.
-    """
-
-    def __init__(self, settings: Settings) -> None:
-        self.phase = Phase.SERVING
-        self.accepting = True
-        self.expected = False
-        self.noticed = trio.Event()
-        self.work_ended = trio.Event()
-        self.close_listeners: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
-        self.close_listeners_at_once: Callable[[], bool] = lambda: False
+    def __init__(self, settings: Settings, host: Host | None = None) -> None:
+        super().__init__(interrupts_at_once=settings.lame_duck_timeout_s == settings.drain_timeout_s == 0)
         self._settings = settings
+        self._host = host or NoHost()
         self._reason = ""
-        self._hurry = trio.Event()
-        self._noticed_at = 0.0
-        self._phase_started = 0.0
-        self._phases_ms: dict[str, float] = {}
-        self._release_deadline: float | None = None
+        self._notice_age_s = 0.0
         self._sessions: Sessions | None = None
-        self._before: SessionsStatistics | None = None
+        self._before = NOTHING
         self._faults: list[str] = []
         self._clients_closed = 0
         self._connections_aborted = 0
@@ -135,35 +142,19 @@ class Shutdown:
         Args:
             age_s: How long ago the signal was seen, if it was seen outside of the event loop.
         """
-        if self.noticed.is_set():
+        if self.phase >= Phase.LAME_DUCK:
             return
         self._reason = reason
-        self.expected = True
-        self._phases_ms["notice"] = round(age_s * 1000, 1)
-        self._noticed_at = self._phase_started = trio.current_time()
-        self._enter(Phase.LAME_DUCK)
-        if self._settings.lame_duck_timeout_s == 0:
-            self._refuse_work()
-        self.noticed.set()
-        if self._is_hasty:
-            self._interrupt_at_once()
-
-    def expect_notice(self, arrive: Callable[[], None]) -> None:
-        """Note that a notice was seen outside of the event loop and will arrive soon. May be called from any thread.
-
-        Where turns are interrupted at once, further writes of streams would only delay the ends. So streams write
-        nothing more, and the first stream that wants to write calls ``arrive``.
-
-        Args:
-            arrive: Gives the notice, within the event loop. May be called more than once.
-        """
-        self.expected = True
-        if self._is_hasty and self._sessions is not None:
-            self._sessions.drain.end_streams_only(arrive)
+        self._notice_age_s = age_s
+        if self._sessions is not None:
+            self._before = self._sessions.statistics()
+        self.enter(Phase.LAME_DUCK if self._settings.lame_duck_timeout_s else Phase.DRAINING)
+        if self.interrupts_at_once and self._sessions is not None:
+            self._interrupt_at_once(self._sessions)
 
     def hurry(self) -> None:
         """Skip the rest of the lame duck and of the drain, as for a second Ctrl+C."""
-        self._hurry.set()
+        self.enter(Phase.CLOSING)
 
     def note_fault(self, what: str) -> None:
         """Note an error of the shutdown; the report names the fault, and the exit code changes."""
@@ -188,9 +179,8 @@ class Shutdown:
             yield part
         finally:
             now = trio.current_time()
-            deadline = now + self._settings.release_timeout_s
-            if self._release_deadline is not None:
-                deadline = max(self._release_deadline, now + LATE_CLOSE_S)
+            released_by = self.entered_at.get(Phase.RELEASING, now) + self._settings.release_timeout_s
+            deadline = max(released_by, now + LATE_CLOSE_S)
             with self.noting_faults(f"closing {what}"), trio.CancelScope(deadline=deadline, shield=True) as bound:
                 await opened.__aexit__(None, None, None)
             if bound.cancel_called:
@@ -210,22 +200,17 @@ class Shutdown:
         Returns when all turns have ended. An error of this task ends the service; a fault in a phase does not.
         """
         self._sessions = sessions
-        if not self.accepting:
-            sessions.drain.stop_accepting()
+        self._before = sessions.statistics()
         task_status.started()
-        await self.noticed.wait()
-        self._before = self._before or sessions.statistics()
+        await self.reached(Phase.LAME_DUCK)
         if self._settings.lame_duck_timeout_s:
-            with trio.CancelScope(deadline=self._wait_deadline(self._settings.lame_duck_timeout_s)):
-                await self._hurry.wait()
-        self._refuse_work()
-        self._enter(Phase.DRAINING)
+            with self.until(Phase.CLOSING, deadline=self._wait_deadline(self._settings.lame_duck_timeout_s)):
+                await trio.sleep_forever()
+        self.enter(Phase.DRAINING)
         await self._drain(sessions)
-        self._enter(Phase.INTERRUPTING)
+        await self.close_listeners()
         await self._interrupt(sessions)
-        self._enter(Phase.RELEASING)
-        self._release_deadline = trio.current_time() + self._settings.release_timeout_s
-        self.work_ended.set()
+        self.enter(Phase.RELEASING)
 
     def _wait_deadline(self, within_s: float) -> float:
         """The deadline of the lame duck or the drain.
@@ -234,23 +219,15 @@ class Shutdown:
         """
         settings = self._settings
         before_ends_s = settings.shutdown_total_s - settings.cleanup_timeout_s - settings.release_timeout_s - 1
-        return min(trio.current_time() + within_s, self._noticed_at + before_ends_s)
+        return min(trio.current_time() + within_s, self.entered_at[Phase.LAME_DUCK] + before_ends_s)
 
-    @property
-    def _is_hasty(self) -> bool:
-        """Whether the notice itself interrupts turns: neither a lame duck nor a drain is configured."""
-        return self._settings.lame_duck_timeout_s == self._settings.drain_timeout_s == 0
-
-    def _interrupt_at_once(self) -> None:
+    def _interrupt_at_once(self, sessions: Sessions) -> None:
         """Interrupt all turns within the notice; :meth:`run` repeats the steps, but runs late in a busy event loop."""
-        if self._sessions is None:
-            return
         with self.noting_faults("interrupting running turns at once"):
-            if self.close_listeners_at_once():
-                self._before = self._sessions.statistics()
-                self._enter(Phase.DRAINING)
-                self._enter(Phase.INTERRUPTING)
-                self._sessions.drain.interrupt_all()
+            self.enter(Phase.CLOSING)
+            if self._host.close_listeners_at_once():
+                self.enter(Phase.INTERRUPTING)
+                sessions.drain.interrupt_all()
 
     async def _drain(self, sessions: Sessions) -> None:
         with self.noting_faults("interrupting queued turns"):
@@ -259,15 +236,17 @@ class Shutdown:
         # in which every stream runs.
         if not self._settings.drain_timeout_s:
             return
-        with trio.CancelScope(deadline=self._wait_deadline(self._settings.drain_timeout_s)):
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_cancel_after, nursery.cancel_scope, self._hurry)
-                await sessions.drain.wait_idle()
-                nursery.cancel_scope.cancel()
+        with self.until(Phase.CLOSING, deadline=self._wait_deadline(self._settings.drain_timeout_s)):
+            await sessions.drain.wait_idle()
+
+    async def close_listeners(self) -> None:
+        """Close the host's listeners. The host calls this itself where there is no service: after a crash, say."""
+        self.enter(Phase.CLOSING)
+        with self.noting_faults("closing the listeners"):
+            await self._host.close_listeners()
+        self.enter(Phase.INTERRUPTING)
 
     async def _interrupt(self, sessions: Sessions) -> None:
-        with self.noting_faults("closing the listeners"):
-            await self.close_listeners()
         with self.noting_faults("interrupting running turns"):
             sessions.drain.interrupt_all()
         with trio.move_on_after(self._settings.cleanup_timeout_s + PHASE_MARGIN_S) as bound:
@@ -281,21 +260,6 @@ class Shutdown:
                 with self.noting_faults("ending turns that hang"):
                     await sessions.end_hung(within_s=LATE_CLOSE_S)
 
-    def _refuse_work(self) -> None:
-        self.accepting = False
-        if self._sessions is not None:
-            self._sessions.drain.stop_accepting()
-
-    def _enter(self, phase: Phase) -> None:
-        """Enter a phase; change nothing if the shutdown has reached or passed this phase already."""
-        if PHASES.index(phase) <= PHASES.index(self.phase):
-            return
-        now = trio.current_time()
-        if self.phase is not Phase.SERVING:
-            self._phases_ms[str(self.phase)] = _ms(now - self._phase_started)
-        self.phase = phase
-        self._phase_started = now
-
     # The end
 
     def report(self, *, tasks_left: int) -> ShutdownReport:
@@ -303,9 +267,7 @@ class Shutdown:
         faults = list(self._faults)
         if tasks_left:
             faults.append(f"{tasks_left} tasks were left")
-        phases_ms = self._phases_ms | {str(self.phase): _ms(trio.current_time() - self._phase_started)}
-        phases_ms["total"] = round(sum(phases_ms.values()), 1)
-        before = self._before or NOTHING
+        before = self._before
         after = before if self._sessions is None else self._sessions.statistics()
         if crashed := after.turns_crashed - before.turns_crashed:
             faults.append(f"{crashed} turns crashed; the log has the errors")
@@ -313,7 +275,7 @@ class Shutdown:
             faults.append(f"the end of {after.ends_not_stored} turns is not in the store")
         return ShutdownReport(
             reason=self._reason,
-            phases_ms=phases_ms,
+            phases_ms=self._phases_ms(),
             turns_finished=_finished(after) - _finished(before),
             turns_interrupted=after.turns_interrupted - before.turns_interrupted,
             streams_ended=after.streams_ended - before.streams_ended,
@@ -324,13 +286,12 @@ class Shutdown:
             faults=tuple(faults),
         )
 
-
-NOTHING = SessionsStatistics(**dict.fromkeys(SessionsStatistics.__struct_fields__, 0))
-
-
-async def _cancel_after(scope: trio.CancelScope, event: trio.Event) -> None:
-    await event.wait()
-    scope.cancel()
+    def _phases_ms(self) -> dict[str, float]:
+        times = [self.entered_at[phase] for phase in _REPORTED.values() if phase in self.entered_at]
+        spans = pairwise([*times, trio.current_time()])
+        phases_ms = {name: _ms(until - since) for name, (since, until) in zip(_REPORTED, spans, strict=False)}
+        phases_ms = {"notice": _ms(self._notice_age_s)} | phases_ms
+        return phases_ms | {"total": round(sum(phases_ms.values()), 1)}
 
 
 def _finished(statistics: SessionsStatistics) -> int:

@@ -90,7 +90,9 @@ async def open_service(
     async with (
         shutdown.closing(_open_store(settings, peer_address), "the store") as store,
         _open_upstreams(settings, shutdown, clock) as upstreams,
-        open_sessions(store=store, client_for=upstreams.client_for, clock=clock, settings=settings) as sessions,
+        open_sessions(
+            store=store, client_for=upstreams.client_for, clock=clock, settings=settings, stop=shutdown
+        ) as sessions,
         trio.open_nursery() as nursery,
     ):
         await _recover(store, clock, settings)

@@ -24,6 +24,7 @@ LAYERS = (
         "freezes",
         "ids",
         "json_words",
+        "stop_state",
         "store_capabilities",
     ),
 )

@@ -27,6 +27,7 @@ from service.freezes import (
 from service.sessions.commands import NewSession, NewTurn
 from service.sessions.events.streams import Streams
 from service.sessions.turns.turn import Turn
+from service.stop_state import StopState
 from service.storage.memory import MemoryStore
 from service.storage.store_deadline import answered_within
 from tests.sessions.puppet import Stage, open_stage
@@ -208,7 +209,7 @@ async def test_a_store_that_hangs_is_not_waited_for_without_end(watched: None, m
 async def test_heartbeats_wait_until_what_came_in_a_freeze_is_read(watched: None, mock_clock: MockClock) -> None:
     from service.sessions.events.event_log import EventLog
 
-    streams = Streams(streams_max=10, heartbeat_interval_s=15)
+    streams = Streams(streams_max=10, heartbeat_interval_s=15, stop=StopState())
     log = EventLog(bytes_max=10_000)
     woken = trio.Event()
 

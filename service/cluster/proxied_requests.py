@@ -5,6 +5,8 @@ from math import inf
 
 import trio
 
+from service.stop_state import Phase, StopState
+
 _END_ON_ITS_WAY_S = 0.05
 """How much later than its own bound the end of another process's turn may arrive here."""
 _CLOSE_S = 0.04
@@ -17,26 +19,26 @@ class ProxiedRequests:
     Args:
         nursery: The nursery of the sessions supervisor, so that the last call to an owner ends within the service.
         cleanup_timeout_s: How long an owner that stops as well may take for the ends of its turns.
+        stop: Whether this process stops.
     """
 
-    def __init__(self, nursery: trio.Nursery, *, cleanup_timeout_s: float) -> None:
+    def __init__(self, nursery: trio.Nursery, *, cleanup_timeout_s: float, stop: StopState) -> None:
         self._nursery = nursery
         self._cleanup_timeout_s = cleanup_timeout_s
         self._open: set[ProxiedRequest] = set()
-        self._stopping = False
+        self._stop = stop
         self._changes = trio.lowlevel.ParkingLot()
 
     def open_request(self) -> "ProxiedRequest":
         """Open one more request, which the caller must close."""
         proxied = ProxiedRequest(self._note_closed, self._start_close)
-        if self._stopping:
+        if self._stop.phase >= Phase.INTERRUPTING:
             proxied.end_by(self._last_end_by())
         self._open.add(proxied)
         return proxied
 
     def end_soon(self) -> None:
         """Set a deadline for all requests, as this process stops. Ends of owners that stop as well arrive by then."""
-        self._stopping = True
         for proxied in self._open:
             proxied.end_by(self._last_end_by())
 

@@ -28,14 +28,15 @@ from service.hosting.hypercorn.patches import install_in_worker
 from service.hosting.hypercorn.unread_answers import watch_unread_answers
 from service.hosting.hypercorn.worker import Worker, find_worker
 from service.hosting.listeners.bind import given_sockets
-from service.hosting.listeners.closing import ListenerShutdown
+from service.hosting.listeners.closing import DeferredTermination, ListenerShutdown
 from service.hosting.listeners.listeners import Listeners
 from service.hosting.peer_listener import check_sharing, open_peer_listener
 from service.hosting.process.process_exit import ExitCode, leave, leave_at_exit, refuse_to_start
 from service.hosting.process.watchdog import Watchdog, count_tasks
 from service.hosting.stop_signals import Notice
 from service.settings import Settings, check_stand_in, ignored_variables
-from service.shutdown import PHASE_MARGIN_S, Shutdown
+from service.shutdown import PHASE_MARGIN_S, Host, Shutdown
+from service.stop_state import Phase
 from service.supervisor import Service, open_service
 from service.telemetry.banner import announce
 from service.telemetry.logging import Log, configure_logging
@@ -49,7 +50,6 @@ GARBAGE_AFTER = 10_000
 """New objects after which the garbage collector runs. With Python's default of 700 a worker with 500 streams spends a
 fifth of its time on it, in pieces of 50 ms every half second."""
 
-LAME_DUCK_POLL_INTERVAL_S = 0.01
 VARIABLES_SHOWN_MAX = 20
 
 
@@ -101,14 +101,14 @@ async def serve_embedded(app: Quart, settings: Settings, receive: Any, send: Any
         await send({"type": "lifespan.startup.complete"})
         await receive()
         shutdown.notice("the server stops")
-        await shutdown.work_ended.wait()
+        await shutdown.reached(Phase.RELEASING)
         detach(app)
     refusals_of(app).flush()
     shutdown.report(tasks_left=0).log()
     await send({"type": "lifespan.shutdown.complete"})
 
 
-class Hosting:
+class Hosting(Host):
     """One service in one worker process, from its start to the end of the process."""
 
     def __init__(self, app: Quart, worker: Worker, settings: Settings, log: Log) -> None:
@@ -116,18 +116,14 @@ class Hosting:
         self._worker = worker
         self._settings = settings
         self._log = log
-        self._shutdown = Shutdown(settings)
+        self._shutdown = Shutdown(settings, self)
         self._requests = open_requests(app, self._shutdown)
         self._watchdog = Watchdog(settings.shutdown_total_s)
         self._notice = Notice(self._shutdown, self._watchdog)
-        self._connections = Connections()
+        self._connections = Connections(self._shutdown)
         self._unread_answers = watch_unread_answers(app, timeout_s=settings.unread_timeout_s)
         self._listeners = Listeners(given_sockets(worker.config))
-        self._listener_shutdown = ListenerShutdown(
-            worker, self._listeners, wish=partial(self._notice.tell, "max requests")
-        )
-        self._shutdown.close_listeners = self._close_listeners
-        self._shutdown.close_listeners_at_once = self._close_listeners_at_once
+        self._listener_shutdown = ListenerShutdown(worker, self._listeners)
         self._opened = False
         self._closed = trio.Event()  # hypercorn has closed every connection and asks the lifespan to end
         worker.config.shutdown_timeout = settings.shutdown_total_s
@@ -140,14 +136,14 @@ class Hosting:
         with install_in_worker(
             open_connection=self._connections.open,
             serve_listeners=self._listeners.serve_listeners,
-            termination=self._listener_shutdown.termination,
+            termination=DeferredTermination(self._shutdown, partial(self._notice.tell, "max requests")),
             context=self._worker.context,
             stop_event=master.stop_event if master is not None else None,
         ):
             try:
                 yield
             finally:
-                self._listener_shutdown.release()
+                self._shutdown.enter(Phase.RELEASED)
 
     async def run(self, receive: Any, send: Any) -> None:
         """Hold the service until it is to stop, then stop it. Returns only once the server has stopped too.
@@ -160,7 +156,7 @@ class Hosting:
                 try:
                     if self._worker.master is not None:
                         self._notice.watch(self._worker.master)
-                    with watch_for_freezes(counts_frozen_time=self._shutdown.noticed.is_set):
+                    with watch_for_freezes(counts_frozen_time=lambda: self._shutdown.phase >= Phase.LAME_DUCK):
                         await self._hold_service(nursery, receive, send)
                     sockets = self._worker.sockets
                     if not self._opened and sockets is not None:
@@ -196,7 +192,7 @@ class Hosting:
                     nursery.start_soon(self._announce, service)
                     nursery.start_soon(self._unread_answers.run)
                     nursery.start_soon(self._leave_clients_to_others)
-                    await self._shutdown.work_ended.wait()
+                    await self._shutdown.reached(Phase.RELEASING)
                     await self._stop_serving()
                 finally:
                     detach(self._app)
@@ -210,11 +206,10 @@ class Hosting:
             await self._connections.open(worker.app, worker.config, worker.context, ConnectionState({}), stream).run()
 
         with self._shutdown.noting_faults("refusing waiting clients"):
-            self._connections.closing = True
             self._listener_shutdown.give_up_start()
             if not self._listeners.adopt(sockets, self._worker.config, serve, nursery):
                 return
-            await self._listener_shutdown.close_listeners()
+            await self._shutdown.close_listeners()
             with trio.move_on_after(self._settings.release_timeout_s):
                 await self._listeners.wait_served()
 
@@ -226,31 +221,24 @@ class Hosting:
         announce(self._log, self._settings, binds=addresses, secure=secure, store=service.store.name)
 
     async def _leave_clients_to_others(self) -> None:
-        await self._shutdown.noticed.wait()
-        while self._shutdown.accepting:  # noqa: ASYNC110  the lame duck, which a second Ctrl+C ends early
-            await trio.sleep(LAME_DUCK_POLL_INTERVAL_S)
-        if self._settings.drain_timeout_s:
-            await self._listener_shutdown.leave_clients_to_others()
+        await self._shutdown.reached(Phase.DRAINING)
+        if self._shutdown.phase is Phase.DRAINING:  # a drain without a turn, and a second Ctrl+C, end it at once
+            with self._shutdown.until(Phase.CLOSING):
+                await self._listener_shutdown.leave_clients_to_others()
 
-    async def _close_listeners(self) -> None:
-        self._expect_ends_only()
+    async def close_listeners(self) -> None:
+        """For :class:`~service.shutdown.Host`. Idle connections close afterwards; those with a request go on."""
+        _expect_ends_only()
         await self._listener_shutdown.close_listeners()
 
-    def _close_listeners_at_once(self) -> bool:
-        closed = self._listener_shutdown.close_listeners_at_once()
-        if closed:
-            self._expect_ends_only()
-        return closed
-
-    def _expect_ends_only(self) -> None:
-        # The process ends within seconds from here: to look for garbage among objects that end anyway would take a
-        # fifth of the time.
-        gc.disable()
-        self._connections.closing = True
+    def close_listeners_at_once(self) -> bool:
+        """For :class:`~service.shutdown.Host`."""
+        _expect_ends_only()
+        return self._listener_shutdown.close_listeners_at_once()
 
     async def _cancel_unopened(self, opening: trio.CancelScope) -> None:
         """End the start when a notice arrives during it; once opened, the service ends by its own phases."""
-        await self._shutdown.noticed.wait()
+        await self._shutdown.reached(Phase.LAME_DUCK)
         if not self._opened:
             opening.cancel()
 
@@ -265,7 +253,6 @@ class Hosting:
         with self._shutdown.noting_faults("refusing requests that have not begun"):
             self._requests.refuse_uploads()
             aborted += self._connections.abort_handshakes()
-        self._listener_shutdown.release()
         with trio.move_on_after(self._settings.release_timeout_s):
             with trio.move_on_after(self._settings.release_timeout_s / 2):
                 await self._closed.wait()
@@ -287,8 +274,8 @@ class Hosting:
         frame = traceback.extract_tb(cause.__traceback__)[-1]
         logger.critical("service crashed", error=repr(cause), where=f"{frame.filename}:{frame.lineno} in {frame.name}")
         self._shutdown.notice("crash")
-        with self._shutdown.noting_faults("closing the listeners"):
-            await self._listener_shutdown.close_listeners()
+        await self._shutdown.close_listeners()
+        self._shutdown.enter(Phase.RELEASING)
         await self._stop_serving()
 
     def _end(self, crash: Exception | None) -> None:
@@ -301,6 +288,12 @@ class Hosting:
         if not self._closed.is_set():
             leave(code)
         leave_at_exit(code)
+
+
+def _expect_ends_only() -> None:
+    # The process ends within seconds from here: to look for garbage among objects that end anyway would take a fifth of
+    # the time.
+    gc.disable()
 
 
 def first_cause(error: Exception) -> Exception:

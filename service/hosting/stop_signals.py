@@ -29,6 +29,7 @@ from hypercorn.trio.worker_context import WorkerContext
 from service.hosting.hypercorn.worker import Master
 from service.hosting.process.watchdog import Watchdog
 from service.shutdown import Shutdown
+from service.stop_state import Phase
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SECOND_PRESS_S = 0.25
@@ -64,7 +65,7 @@ class Notice:
         self._watchdog.start()
 
     def _arrive(self, reason: str, seen_at: float) -> None:
-        if self._shutdown.noticed.is_set():
+        if self._shutdown.phase >= Phase.LAME_DUCK:
             if reason == "SIGINT" and self._first_seen is not None and seen_at - self._first_seen > SECOND_PRESS_S:
                 self._shutdown.hurry()
             return

@@ -46,6 +46,7 @@ from service.sessions.messages import MessageRecord, Position, page_of_messages,
 from service.sessions.statistics import SessionsStatistics
 from service.sessions.turns.turn import Turn, Watch
 from service.settings import Settings
+from service.stop_state import StopState
 from service.storage.records import Item, Page, SessionPatch, SessionRecord, SessionStatus, TurnRecord
 from service.storage.store import Store
 from service.storage.store_deadline import answered_in_turn, answered_within
@@ -75,6 +76,7 @@ class Sessions:
         client_for: Callable[[str], ModelClient],
         clock: Clock,
         settings: Settings,
+        stop: StopState,
     ) -> None:
         self._store = store
         self._client_for = client_for
@@ -82,9 +84,11 @@ class Sessions:
         self._settings = settings
         self._active = ActiveSessions()
         self.pending_writes = PendingWrites(store, clock=clock, store_timeout_s=settings.store_timeout_s)
-        self.streams = Streams(streams_max=settings.streams_max, heartbeat_interval_s=settings.heartbeat_interval_s)
-        self.proxied_requests = ProxiedRequests(nursery, cleanup_timeout_s=settings.cleanup_timeout_s)
-        self.drain = Drain(self._active, self.streams, self.proxied_requests)
+        self.streams = Streams(
+            streams_max=settings.streams_max, heartbeat_interval_s=settings.heartbeat_interval_s, stop=stop
+        )
+        self.proxied_requests = ProxiedRequests(nursery, cleanup_timeout_s=settings.cleanup_timeout_s, stop=stop)
+        self.drain = Drain(self._active, self.proxied_requests, stop)
         self._replays = Replays(store)
         self._forking = trio.Lock()
         self.deletions = Deletions(
@@ -422,12 +426,15 @@ class Sessions:
 
 @asynccontextmanager
 async def open_sessions(
-    *, store: Store, client_for: Callable[[str], ModelClient], clock: Clock, settings: Settings
+    *, store: Store, client_for: Callable[[str], ModelClient], clock: Clock, settings: Settings, stop: StopState
 ) -> AsyncIterator[Sessions]:
     """Open the sessions supervisor. On exit all session tasks are cancelled: their turns end as ``interrupted``.
 
     A failure of one session never reaches this nursery.
+
+    Args:
+        stop: The phase of the stop, which says when new work is refused.
     """
     async with trio.open_nursery() as nursery:
-        yield Sessions(nursery=nursery, store=store, client_for=client_for, clock=clock, settings=settings)
+        yield Sessions(nursery=nursery, store=store, client_for=client_for, clock=clock, settings=settings, stop=stop)
         nursery.cancel_scope.cancel()

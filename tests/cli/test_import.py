@@ -20,6 +20,7 @@ from service.sessions.events.events import TurnDelta, TurnStarted
 from service.sessions.events.frames import decode_frame, encode_frame
 from service.sessions.events.replay import replay_kept
 from service.settings import Settings, Upstream
+from service.stop_state import Phase
 from service.storage.records import Checkpoint, Item
 from service.storage.session_export import ExportedSession, read_exported
 from service.storage.sqlite import maintenance, open_sqlite_store
@@ -64,7 +65,7 @@ async def fill(path: Path) -> None:
             while running.log.last_seq < 3:
                 await running.log.wait_beyond(running.log.last_seq)
             service.shutdown.notice("test")
-            await service.shutdown.work_ended.wait()
+            await service.shutdown.reached(Phase.RELEASING)
         await crash(path)
         async with open_service(settings) as service:
             await service.sessions.fork_session("s", at=None, copy_id="f")

@@ -19,6 +19,7 @@ from service.hosting import lifespan
 from service.hosting.application import create_hosted_app
 from service.hosting.hypercorn.worker import find_worker
 from service.settings import Settings, load_settings
+from service.stop_state import Phase
 from service.supervisor import Service, open_service
 
 
@@ -200,11 +201,11 @@ async def on_a_hanging_disk(*args: Any, **options: Any) -> AsyncIterator[Service
 
 @asynccontextmanager
 async def with_listeners_that_do_not_close(*args: Any, **options: Any) -> AsyncIterator[Service]:
-    async def stick() -> None:
+    async def stick(_: lifespan.Hosting) -> None:
         raise RuntimeError("they are stuck")
 
+    setattr(lifespan.Hosting, "close_listeners", stick)  # noqa: B010
     async with open_service(*args, **options) as service:
-        service.shutdown.close_listeners = stick
         yield service
 
 
@@ -240,7 +241,7 @@ async def leaving_a_task(*args: Any, **options: Any) -> AsyncIterator[Service]:
             await trio.sleep_forever()
 
     async def leave_it() -> None:
-        await service.shutdown.noticed.wait()
+        await service.shutdown.reached(Phase.LAME_DUCK)
         worker.server_nursery.start_soon(stay)
 
     async with open_service(*args, **options) as service, trio.open_nursery() as nursery:

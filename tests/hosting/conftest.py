@@ -12,6 +12,7 @@ from quart_trio import QuartTrio
 
 from service.hosting.hypercorn.connections import Connections
 from service.hosting.hypercorn.patches import install_connections
+from service.stop_state import StopState
 
 Serve = Callable[..., AbstractAsyncContextManager["Served"]]
 PATIENT_S = 8.0
@@ -61,6 +62,6 @@ def serve() -> Serve:
 @pytest.fixture
 def connections() -> Iterator[Connections]:
     """Connections in the place of hypercorn's own until the test is over."""
-    connections = Connections()
+    connections = Connections(StopState())
     with install_connections(connections.open):
         yield connections

@@ -49,4 +49,4 @@ async def test_a_shutdown_says_its_phase_and_why() -> None:
     shutdown = Shutdown(Settings())
     assert repr(shutdown) == "<Shutdown: serving>"
     shutdown.notice("SIGTERM")
-    assert repr(shutdown) == "<Shutdown: lame_duck, by SIGTERM>"
+    assert repr(shutdown) == "<Shutdown: draining, by SIGTERM>"

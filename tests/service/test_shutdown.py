@@ -1,6 +1,6 @@
 """The phases of the shutdown, in the whole tree, with one thing that hangs, refuses or breaks at exactly one place."""
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -16,7 +16,8 @@ from service.sessions.commands import NewSession, NewTurn
 from service.sessions.events.outcome import Interrupted
 from service.sessions.turns.turn import Turn
 from service.settings import Settings
-from service.shutdown import LATE_CLOSE_S, PHASE_MARGIN_S, Phase, Shutdown, ShutdownReport
+from service.shutdown import LATE_CLOSE_S, PHASE_MARGIN_S, Host, Shutdown, ShutdownReport
+from service.stop_state import Phase
 from service.storage.memory import MemoryStore
 from service.storage.records import EndResult
 from service.supervisor import Service, open_service
@@ -55,11 +56,26 @@ class Model:
     async def aclose(self) -> None: ...
 
 
+class Replaceable(Host):
+    """A host whose steps a test replaces."""
+
+    def __init__(self) -> None:
+        self.closing: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
+        self.closing_at_once: Callable[[], bool] = lambda: False
+
+    async def close_listeners(self) -> None:
+        await self.closing()
+
+    def close_listeners_at_once(self) -> bool:
+        return self.closing_at_once()
+
+
 class Stage:
     """A service with one running turn, and what its stop gave."""
 
     def __init__(self) -> None:
         self.model = Model()
+        self.host = Replaceable()
         self.store = MemoryStore()
         self.close_client: Callable[[], Any] = trio.lowlevel.checkpoint
         self.close_store: Callable[[], Any] = trio.lowlevel.checkpoint
@@ -88,13 +104,13 @@ class Stage:
     @asynccontextmanager
     async def open(self, **settings: Any) -> AsyncIterator[Service]:
         given = {"drain_timeout_s": DRAIN_S, "cleanup_timeout_s": CLEANUP_S, "release_timeout_s": RELEASE_S} | settings
-        self.shutdown = Shutdown(Settings(**given))
+        self.shutdown = Shutdown(Settings(**given), self.host)
         async with open_service(self.shutdown._settings, shutdown=self.shutdown) as service:
             yield service
 
     async def stop(self, notice: str = "test") -> None:
         self.shutdown.notice(notice)
-        await self.shutdown.work_ended.wait()
+        await self.shutdown.reached(Phase.RELEASING)
 
     def report(self) -> ShutdownReport:
         return self.shutdown.report(tasks_left=0)
@@ -226,10 +242,10 @@ async def test_the_listeners_close_after_the_drain_and_before_the_first_interrup
         turn = await stage.start_turn(service)
 
         async def close_listeners() -> None:
-            assert stage.shutdown.phase is Phase.INTERRUPTING
+            assert stage.shutdown.phase is Phase.CLOSING
             assert turn.end is None
 
-        stage.shutdown.close_listeners = close_listeners
+        stage.host.closing = close_listeners
         await stage.stop()
     assert stage.report().faults == ()
 
@@ -243,10 +259,10 @@ async def test_without_a_drain_the_notice_itself_interrupts(autojump_clock: Mock
             closed.append(turn.end is None)
             return True
 
-        stage.shutdown.close_listeners_at_once = close_listeners_at_once
+        stage.host.closing_at_once = close_listeners_at_once
         stage.shutdown.notice("test")
         assert turn.end == Interrupted("shutdown")
-        await stage.shutdown.work_ended.wait()
+        await stage.shutdown.reached(Phase.RELEASING)
     assert closed == [True]
     report = stage.report()
     assert report.faults == ()
@@ -259,18 +275,18 @@ async def test_with_a_drain_the_notice_interrupts_nothing(
 ) -> None:
     async with stage.open(**waiting) as service:
         turn = await stage.start_turn(service)
-        stage.shutdown.close_listeners_at_once = lambda: True
+        stage.host.closing_at_once = lambda: True
         stage.shutdown.expect_notice(lambda: None)
         stage.shutdown.notice("test")
         assert turn.end is None
         assert not service.sessions.streams.open_stream().is_ends_only()
-        await stage.shutdown.work_ended.wait()
+        await stage.shutdown.reached(Phase.RELEASING)
 
 
 async def test_a_stream_that_would_write_has_an_expected_notice_arrive(autojump_clock: MockClock, stage: Stage) -> None:
     async with stage.open(drain_timeout_s=0) as service:
         turn = await stage.start_turn(service)
-        stage.shutdown.close_listeners_at_once = lambda: True
+        stage.host.closing_at_once = lambda: True
         slot = service.sessions.streams.open_stream()
         assert not slot.is_ends_only()
         stage.shutdown.expect_notice(lambda: stage.shutdown.notice("test"))
@@ -278,19 +294,19 @@ async def test_a_stream_that_would_write_has_an_expected_notice_arrive(autojump_
         assert slot.is_ends_only()
         assert turn.end == Interrupted("shutdown")
         assert slot.is_ends_only(), "the second time nothing happens"
-        await stage.shutdown.work_ended.wait()
+        await stage.shutdown.reached(Phase.RELEASING)
     assert stage.report().turns_interrupted == 1
 
 
 async def test_listeners_that_need_time_to_close_are_waited_for(autojump_clock: MockClock, stage: Stage) -> None:
     async with stage.open(drain_timeout_s=0) as service:
         turn = await stage.start_turn(service)
-        stage.shutdown.close_listeners_at_once = lambda: False
+        stage.host.closing_at_once = lambda: False
         stage.shutdown.expect_notice(lambda: None)
         assert service.sessions.streams.open_stream().is_ends_only()
         stage.shutdown.notice("test")
         assert turn.end is None
-        await stage.shutdown.work_ended.wait()
+        await stage.shutdown.reached(Phase.RELEASING)
     assert turn.record().state == "interrupted"
 
 
@@ -301,7 +317,7 @@ async def test_listeners_that_do_not_close_are_a_fault_and_stop_nothing(
         raise OSError("they are stuck")
 
     async with stage.open() as service:
-        stage.shutdown.close_listeners = close_listeners
+        stage.host.closing = close_listeners
         turn = await stage.start_turn(service)
         await stage.stop()
     assert turn.record().state == "interrupted"
@@ -464,5 +480,5 @@ async def test_a_notice_before_the_tree_stands_is_kept(autojump_clock: MockClock
     async with open_service(Settings(), shutdown=shutdown) as service:
         with pytest.raises(ShuttingDownError):
             await service.sessions.create_session(NewSession())
-        await shutdown.work_ended.wait()
+        await shutdown.reached(Phase.RELEASING)
     assert shutdown.report(tasks_left=0).reason == "early"

@@ -30,6 +30,7 @@ from service.sessions.events.events import Event
 from service.sessions.events.frames import decode_frame, encode_frame
 from service.sessions.sessions import Sessions, open_sessions
 from service.settings import Settings
+from service.stop_state import StopState
 from service.storage.memory import MemoryStore
 
 
@@ -154,11 +155,14 @@ class TestClock:
 class Stage:
     """Sessions on a memory store with a puppet."""
 
-    def __init__(self, sessions: Sessions, store: MemoryStore, puppet: Puppet, clock: TestClock) -> None:
+    def __init__(
+        self, sessions: Sessions, store: MemoryStore, puppet: Puppet, clock: TestClock, stop: StopState
+    ) -> None:
         self.sessions = sessions
         self.store = store
         self.puppet = puppet
         self.clock = clock
+        self.stop = stop
 
 
 @asynccontextmanager
@@ -167,13 +171,15 @@ async def open_stage(store: MemoryStore | None = None, /, **settings: object) ->
     store = store or MemoryStore()
     puppet = Puppet()
     clock = TestClock()
+    stop = StopState()
     async with open_sessions(
         store=store,
         client_for=lambda _model: puppet,
         clock=clock,
         settings=Settings.model_validate(settings),
+        stop=stop,
     ) as sessions:
-        yield Stage(sessions, store, puppet, clock)
+        yield Stage(sessions, store, puppet, clock, stop)
     assert puppet.open_replies == 0, "a model call outlived its turn"
     statistics = sessions.statistics()
     assert (statistics.turns_running, statistics.turns_queued, statistics.sessions_live) == (0, 0, 0)

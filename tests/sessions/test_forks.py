@@ -11,6 +11,7 @@ from service.errors import EventsLostError, SessionNotFoundError, ShuttingDownEr
 from service.models.client import Message
 from service.sessions.commands import NewSession
 from service.sessions.events.events import TurnInterrupted, TurnQueued, TurnStarted
+from service.stop_state import Phase
 from service.storage.memory import MemoryStore
 from service.storage.records import SEQ_AFTER_CRASH
 from tests.sessions.active.test_refusing_store import FullDisk
@@ -131,7 +132,7 @@ async def test_a_session_that_is_being_deleted_is_not_forked(
 async def test_a_service_that_stops_forks_nothing(autojump_clock: MockClock) -> None:
     async with open_stage() as stage:
         source = await converse(stage)
-        stage.sessions.drain.stop_accepting()
+        stage.stop.enter(Phase.DRAINING)
         with pytest.raises(ShuttingDownError):
             await stage.sessions.fork_session(source)
 

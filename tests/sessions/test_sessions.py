@@ -20,6 +20,7 @@ from service.sessions.commands import NewSession, NewTurn
 from service.sessions.events.events import TurnInterrupted
 from service.sessions.turns.turn import RETURN_S
 from service.sessions.upkeep.expiry import run_expiry, sweep
+from service.stop_state import Phase, StopState
 from service.storage.memory import MemoryStore
 from service.storage.records import SessionPatch
 from tests.sessions.puppet import Stage, kinds, open_stage, read_all
@@ -468,7 +469,7 @@ async def test_a_proxied_request_that_outlives_the_service_is_not_closed_after_a
 def test_stream_places_are_bounded_and_given_back_once() -> None:
     from service.sessions.events.streams import Streams
 
-    streams = Streams(streams_max=1, heartbeat_interval_s=15)
+    streams = Streams(streams_max=1, heartbeat_interval_s=15, stop=StopState())
     slot = streams.open_stream()
     with pytest.raises(StreamLimitError):
         streams.open_stream()
@@ -489,7 +490,7 @@ async def test_shutdown_refuses_new_work_interrupts_queued_turns_and_lets_runnin
         running = await start(stage.sessions, session_id)
         queued = await start(stage.sessions, session_id, on_conflict="queue")
         reply = await stage.puppet.next_reply()
-        stage.sessions.drain.stop_accepting()
+        stage.stop.enter(Phase.DRAINING)
         with pytest.raises(ShuttingDownError):
             await start(stage.sessions, session_id, on_conflict="queue")
         with pytest.raises(ShuttingDownError):
@@ -516,7 +517,7 @@ async def test_turn_accepted_during_the_interrupt_is_interrupted_too(autojump_cl
         session_id = await new_session(stage)
         nursery.start_soon(start, stage.sessions, session_id)
         await committing.wait()
-        stage.sessions.drain.stop_accepting()
+        stage.stop.enter(Phase.INTERRUPTING)
         assert stage.sessions.drain.interrupt_all() == 0
         await stage.sessions.drain.wait_idle()
         (record,) = (await stage.sessions.list_turns(session_id, limit=2)).data
@@ -543,6 +544,7 @@ async def test_a_proxied_request_has_the_time_of_its_owner_during_the_interrupt(
 ) -> None:
     async with open_stage(cleanup_timeout_s=3) as stage:
         earlier = stage.sessions.proxied_requests.open_request()
+        stage.stop.enter(Phase.INTERRUPTING)
         stage.sessions.drain.interrupt_all()
         later = stage.sessions.proxied_requests.open_request()
         for forward in (earlier, later):

@@ -33,6 +33,7 @@ from service.sessions.sessions import Sessions, open_sessions
 from service.sessions.turns.turn import OnDisconnect, Turn, Watch
 from service.sessions.upkeep.expiry import sweep
 from service.settings import Settings
+from service.stop_state import StopState
 from service.storage.memory import MemoryStore
 from service.storage.records import SessionPatch, TurnState
 from tests.sessions.puppet import frames_of, read_all
@@ -524,6 +525,7 @@ async def _run(history: Sequence[Step], *, grace_s: float) -> None:
                 live_turns_max=LIVE_TURNS_MAX,
                 queued_turns_max=QUEUED_TURNS_MAX,
             ),
+            stop=StopState(),
         ) as sessions:
             both = History(sessions, store, client, model)
             await both.run(history)

@@ -8,6 +8,7 @@ from service.api.http.app_state import current_service, json_response
 from service.api.http.operations import Answer, operation
 from service.api.native.wire import Health
 from service.errors import ShuttingDownError, StoreLostError
+from service.stop_state import Phase
 
 blueprint = Blueprint("health", __name__)
 
@@ -33,7 +34,7 @@ async def readyz() -> TrioResponse:
     `"writes": "refused"`: reads and running streams go on, so a balancer must not take them away. Needs no API key.
     """
     service = current_service()
-    if service.shutdown.expected:
+    if service.shutdown.phase > Phase.SERVING:
         raise ShuttingDownError
     refusal = service.sessions.pending_writes.refusal  # the log has the reason: this call needs no key
     if isinstance(refusal, StoreLostError):

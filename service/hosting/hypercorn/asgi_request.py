@@ -29,7 +29,7 @@ from service.freezes import extended_when_late
 from service.hosting.hypercorn.asgi_receive import ReceiveQueue
 from service.hosting.hypercorn.chunked_response import ChunkedResponse
 from service.hosting.hypercorn.unread_answers import Answer, unread_answers_of
-from service.shutdown import Shutdown
+from service.stop_state import Phase, StopState
 
 LAST_SEND_TIMEOUT_S = 30
 """Bound on the shield around the last send: after it, the connection of a client that does not read is given up."""
@@ -42,13 +42,9 @@ _REQUESTS = "lastcall.requests"
 class OpenRequests(set[Request]):
     """The requests of an application that are open, for the shutdown."""
 
-    def __init__(self, shutdown: Shutdown) -> None:
+    def __init__(self, stop: StopState) -> None:
         super().__init__()
-        self._shutdown = shutdown
-
-    @property
-    def closing(self) -> bool:
-        return not self._shutdown.accepting
+        self.stop = stop
 
     def refuse_uploads(self) -> None:
         """Answer the requests whose bodies are not complete with 503."""
@@ -57,9 +53,9 @@ class OpenRequests(set[Request]):
                 request.body.refuse(ShuttingDownError())
 
 
-def open_requests(app: Quart, shutdown: Shutdown) -> OpenRequests:
-    """Attach the set of open requests to an application; its requests ask the shutdown through this set."""
-    requests = app.extensions[_REQUESTS] = OpenRequests(shutdown)
+def open_requests(app: Quart, stop: StopState) -> OpenRequests:
+    """Attach the set of open requests to an application; its requests ask for the stop's phase through this set."""
+    requests = app.extensions[_REQUESTS] = OpenRequests(stop)
     return requests
 
 
@@ -150,7 +146,7 @@ class AsgiRequest(TrioASGIHTTPConnection):
 
     def _closes(self) -> bool:
         requests: OpenRequests | None = self.app.extensions.get(_REQUESTS)
-        return requests is not None and requests.closing and self.scope["http_version"] < "2"
+        return requests is not None and requests.stop.phase >= Phase.DRAINING and self.scope["http_version"] < "2"
 
 
 def _is_last(message: dict[str, Any]) -> bool:

@@ -52,6 +52,7 @@ from hypercorn.typing import AppWrapper, ConnectionState, TaskGroup
 from service.freezes import extended_when_late
 from service.hosting.hypercorn.asgi_receive import ConnectionTaskGroup
 from service.hosting.hypercorn.request_parser import RequestParser
+from service.stop_state import Phase, StopState
 
 logger = structlog.get_logger("lastcall.connections")
 
@@ -86,12 +87,12 @@ CLOSE_TIMEOUT_S = 1.0
 class Connections:
     """All connections of a worker, once :meth:`open` is installed in place of hypercorn's ``TCPServer`` (``patches``).
 
-    Attributes:
-        closing: True once the listeners are closing: a connection on HTTP/1 then closes after its current response.
+    Args:
+        stop: Says when the listeners close: a connection on HTTP/1 then closes after its current response.
     """
 
-    def __init__(self) -> None:
-        self.closing = False
+    def __init__(self, stop: StopState) -> None:
+        self.stop = stop
         self._open: set[Connection] = set()
 
     def open(
@@ -163,7 +164,7 @@ class Connection(TCPServer):
     @property
     def closes_after_response(self) -> bool:
         """Whether the connection, on HTTP/1, closes after its current response instead of waiting for a request."""
-        closing = self._connections.closing or self._worker_context.terminated.is_set()
+        closing = self._connections.stop.phase >= Phase.CLOSING or self._worker_context.terminated.is_set()
         return closing and not self.is_http2
 
     async def run(self) -> None:

@@ -15,6 +15,7 @@ import trio
 from service.hosting.hypercorn.worker import Master, Worker
 from service.hosting.listeners.listeners import Listeners
 from service.hosting.listeners.worker_status import StatusBeacon, WorkerStatus, holds_socket, statuses_of_others
+from service.stop_state import Phase, StopState
 
 MASTER_LATE_S = 0.025
 """How long to wait for the master's event: a signal to the process group may reach a worker before its master."""
@@ -27,15 +28,15 @@ WAITING_S = 0.025
 
 
 class DeferredTermination:
-    """Stands in for hypercorn's ``context.terminate``: hypercorn's own stop is passed on, and ends with ``release``.
+    """Stands in for hypercorn's ``context.terminate``: hypercorn stops when the listeners are closed, and not before.
 
     Args:
         wish: Called when hypercorn wants to stop, because of ``--max-requests``.
     """
 
-    def __init__(self, wish: Callable[[], None]) -> None:
+    def __init__(self, stop: StopState, wish: Callable[[], None]) -> None:
+        self._stop = stop
         self._wish = wish
-        self._released = trio.Event()
 
     async def set(self) -> None:
         self._wish()
@@ -44,31 +45,20 @@ class DeferredTermination:
         raise AssertionError("hypercorn does not clear it")
 
     async def wait(self) -> None:
-        await self._released.wait()
+        await self._stop.reached(Phase.INTERRUPTING)
 
     def is_set(self) -> bool:
-        return self._released.is_set()
-
-    def release(self) -> None:
-        self._released.set()
+        return self._stop.phase >= Phase.INTERRUPTING
 
 
 class ListenerShutdown:
-    """Decides when the listeners close and hypercorn stops.
+    """Closes the listeners of a worker, in the way that fits what its master and the other workers do."""
 
-    Args:
-        wish: Called when hypercorn wants to stop by itself.
-
-    Attributes:
-        termination: Holds back hypercorn's triggers, once it is installed in their place (``hypercorn/patches``).
-    """
-
-    def __init__(self, worker: Worker, listeners: Listeners, *, wish: Callable[[], None]) -> None:
+    def __init__(self, worker: Worker, listeners: Listeners) -> None:
         self._not_answering = {WorkerStatus.LEAVING}
         self._worker = worker
         self._listeners = listeners
         self._beacon = StatusBeacon()
-        self.termination = DeferredTermination(wish)
 
     def give_up_start(self) -> None:
         """Note that this worker will not serve; workers that still start then do not count as answering either."""
@@ -79,7 +69,7 @@ class ListenerShutdown:
         self._beacon.show(WorkerStatus.SERVING)
 
     async def leave_clients_to_others(self) -> None:
-        """Take no clients while this worker drains and others serve, until the listeners close.
+        """Take no clients while this worker drains and others serve. The caller cancels this when the listeners close.
 
         If the whole service stops, no other worker will answer: then this worker takes clients again at once.
         """
@@ -87,7 +77,7 @@ class ListenerShutdown:
         if self._worker.config.workers < 2:
             return
         others_serve, look_at = False, -inf
-        while not self.termination.is_set():
+        while True:
             now = trio.current_time()
             if self._master_stops:
                 others_serve = False
@@ -96,22 +86,15 @@ class ListenerShutdown:
             self._listeners.accept_clients(not others_serve)
             await trio.sleep(MASTER_POLL_INTERVAL_S)
 
-    def release(self) -> None:
-        """Let hypercorn stop serving. Idempotent; :meth:`Hosting.install` always calls it at its end."""
-        self.termination.release()
-
     async def close_listeners(self) -> None:
-        """Take no more clients, and let hypercorn stop. Idle connections close, connections with a request go on.
-
-        Returns once the clients that waited have their answers, or after :data:`WAITING_S`.
-        """
+        """Take no more clients. Returns once the clients that waited have their answers, or after :data:`WAITING_S`."""
         with trio.move_on_after(MASTER_LATE_S):
             while not self._try_close() and not self._master_stops:  # noqa: ASYNC110  the master has no event for this
                 await trio.sleep(0.001)
         with trio.move_on_after(MASTER_BUSY_S):
             while self._master_stops and not self._try_close():  # noqa: ASYNC110
                 await trio.sleep(0.001)
-        if not self.termination.is_set():
+        if not self._listeners.is_closed:
             self._close(followed=not self._master_stops)
         with trio.move_on_after(WAITING_S):
             await self._listeners.wait_served()
@@ -128,7 +111,7 @@ class ListenerShutdown:
 
     def _try_close(self) -> bool:
         """Close the listeners if it is known already whether another worker will answer. Idempotent."""
-        if self.termination.is_set():
+        if self._listeners.is_closed:
             return True
         followed: bool | None = False
         if self._listeners.open.is_set() and self._worker.master is not None:
@@ -142,7 +125,6 @@ class ListenerShutdown:
         self._beacon.show(WorkerStatus.LEAVING)
         if self._listeners.open.is_set():
             self._listeners.stop_accepting(refuse_waiting=not followed and not self._others_answer())
-        self.release()
 
     def _another_worker_follows(self, master: Master) -> bool | None:
         """Whether the master will start another worker in this worker's place, as in a reload.

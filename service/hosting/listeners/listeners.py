@@ -48,7 +48,7 @@ class Listeners:
         self._served.set()
 
     def __repr__(self) -> str:
-        if self._accepting.cancel_called or not self.open.is_set():
+        if self.is_closed or not self.open.is_set():
             return f"<Listeners: {'closed' if self.open.is_set() else 'not open yet'}>"
         return f"<Listeners {', '.join(self.addresses)}: open>"
 
@@ -94,7 +94,7 @@ class Listeners:
         try:
             await trio.serve_listeners(self._handler, listeners, handler_nursery=self)  # type: ignore[arg-type]
         except* OSError:
-            if not self._accepting.cancel_called:  # otherwise the socket was shut down by _shut
+            if not self.is_closed:  # otherwise the socket was shut down by _shut
                 raise
 
     def adopt(
@@ -132,13 +132,18 @@ class Listeners:
             refuse_waiting: No other process will answer: serve the clients that wait, and have the kernel refuse later
                 ones. Otherwise clients wait for another process, as they always do on a socket that was given.
         """
-        if self._accepting.cancel_called:
+        if self.is_closed:
             return
         self._accepting.cancel()
         if refuse_waiting:
             for listener, given in zip(self._listeners, self._given, strict=True):
                 if not given:
                     self._shut(listener)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether :meth:`stop_accepting` was called."""
+        return self._accepting.cancel_called
 
     @property
     def has_served(self) -> bool:

@@ -1,7 +1,6 @@
 """Open event streams: their number, its bound, and the heartbeats of silent streams."""
 
 from collections import OrderedDict
-from collections.abc import Callable
 from math import inf
 
 import trio
@@ -9,6 +8,7 @@ import trio
 from service.errors import StreamLimitError
 from service.freezes import LATE_S, READING_S
 from service.sessions.events.event_log import EventLog
+from service.stop_state import StopState
 
 
 class Streams:
@@ -16,17 +16,14 @@ class Streams:
 
     Args:
         heartbeat_interval_s: Silence after which a stream sends a heartbeat.
-
-    Attributes:
-        ends_only: Whether streams write only their ends, which will follow soon.
+        stop: Says when streams write only their ends.
     """
 
-    def __init__(self, *, streams_max: int, heartbeat_interval_s: float) -> None:
+    def __init__(self, *, streams_max: int, heartbeat_interval_s: float, stop: StopState) -> None:
         self.open = 0
         self.ended = 0
         self.aborted = 0
-        self.ends_only = False
-        self._on_ends_only: Callable[[], None] = lambda: None
+        self.stop = stop
         self._streams_max = streams_max
         self._heartbeat_interval_s = heartbeat_interval_s
         self._waiting: OrderedDict[StreamSlot, tuple[float, EventLog]] = OrderedDict()
@@ -64,19 +61,6 @@ class Streams:
                 self._waiting.popitem(last=False)
                 log.wake_readers()
 
-    def write_ends_only(self, then: Callable[[], None]) -> None:
-        """Let all streams write only their ends. May be called from any thread.
-
-        Args:
-            then: Called by the streams that notice this, perhaps more than once, within the event loop.
-        """
-        self._on_ends_only = then
-        self.ends_only = True
-
-    def note_ends_only(self) -> None:
-        """For :class:`StreamSlot`."""
-        self._on_ends_only()
-
     def note_waiting(self, slot: "StreamSlot", log: EventLog) -> float:
         """For :class:`StreamSlot`."""
         now = trio.current_time()
@@ -104,11 +88,8 @@ class StreamSlot:
         return f"<StreamSlot: {'closed' if self._streams is None else 'open'}>"
 
     def is_ends_only(self) -> bool:
-        """Whether the stream may write only its end; then calls the callback of :meth:`Streams.write_ends_only`."""
-        if self._streams is None or not self._streams.ends_only:
-            return False
-        self._streams.note_ends_only()
-        return True
+        """Whether the stream may write only its end. The answer may begin the stop (:meth:`StopState.ends_only`)."""
+        return self._streams is not None and self._streams.stop.ends_only()
 
     async def wait_beyond(self, log: EventLog, seq: int) -> None:
         """Wait for an event after ``seq``, for the close of the log, or for the time of a heartbeat."""

@@ -17,6 +17,7 @@ from service.sessions.events.event_log import EventLog
 from service.sessions.events.events import TurnCompleted, TurnDelta
 from service.sessions.events.frames import encode_frame
 from service.sessions.events.streams import Streams
+from service.stop_state import Phase, StopState
 
 
 def delta(seq: int) -> TurnDelta:
@@ -31,7 +32,7 @@ class Opened:
     """A log with some deltas, and a stream of it."""
 
     def __init__(self, deltas: int = 0, *, after: int = 0, streams: Streams | None = None) -> None:
-        self.streams = streams or Streams(streams_max=2, heartbeat_interval_s=15)
+        self.streams = streams or Streams(streams_max=2, heartbeat_interval_s=15, stop=StopState())
         self.log = EventLog(bytes_max=1 << 20)
         self.append(deltas)
         self.slot = self.streams.open_stream()
@@ -93,7 +94,7 @@ async def test_every_blank_line_ends_an_event(autojump_clock: MockClock) -> None
 
 
 async def test_the_silence_of_each_stream_is_measured_by_itself(autojump_clock: MockClock) -> None:
-    streams = Streams(streams_max=3, heartbeat_interval_s=15)
+    streams = Streams(streams_max=3, heartbeat_interval_s=15, stop=StopState())
     early, lively, late = (Opened(1, streams=streams) for _ in range(3))
     pieces: dict[Opened, list[tuple[float, bytes]]] = {}
 
@@ -135,9 +136,10 @@ async def test_a_stream_that_left_gets_no_heartbeat_and_a_reader_that_is_not_sil
 
 
 async def test_where_the_end_is_a_moment_away_nothing_is_written_before_it(autojump_clock: MockClock) -> None:
-    opened = Opened(1)
+    stop = StopState(interrupts_at_once=True)
+    opened = Opened(1, streams=Streams(streams_max=2, heartbeat_interval_s=15, stop=stop))
     await anext(opened.stream)
-    opened.streams.write_ends_only(then=lambda: None)
+    stop.expect_notice(lambda: stop.enter(Phase.DRAINING))
     opened.append(1)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_close_later, opened, 0.05)

@@ -147,7 +147,7 @@ async def test_an_invalid_fork_is_refused(autojump_clock: MockClock) -> None:
         problem = (await api.call("POST", "/sessions/me/fork", {})).problem(409, "turn_in_progress")
         assert problem["turn_id"] == turn
         assert "on_conflict" not in problem["detail"]
-        api.service.sessions.drain.stop_accepting()
+        api.service.shutdown.notice("test")
         (await api.call("POST", "/sessions/me/fork", {})).problem(503, "shutting_down")
 
 

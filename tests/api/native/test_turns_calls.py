@@ -341,7 +341,7 @@ async def test_chat_leaves_no_session_behind_when_its_turn_is_refused(autojump_c
             for body in ({"session_id": "new"}, {}):
                 (await api.call("POST", "/chat", {"message": "Hi"} | body)).problem(503, code)
             assert [session["id"] for session in (await api.call("GET", "/sessions")).json["data"]] == ["old"]
-            api.service.sessions.drain.stop_accepting()
+            api.service.shutdown.notice("test")
 
 
 async def test_chat_whose_client_leaves_at_any_moment_leaves_no_session_without_a_turn(

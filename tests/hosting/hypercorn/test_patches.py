@@ -27,6 +27,7 @@ from service.hosting.hypercorn.patches import PATCHES, Patch
 from service.hosting.listeners.closing import DeferredTermination
 from service.hosting.listeners.listeners import Listeners
 from service.hosting.master import Workers
+from service.stop_state import StopState
 from tests.hosting.hypercorn.library_names import LibraryNames, Name, module_of
 
 FORK = multiprocessing.get_context("fork")
@@ -58,12 +59,13 @@ class Process:
 
         workers = Workers(stop_timeout_s=0)
         workers._start = start
-        termination = DeferredTermination(lambda: None)
+        stop = StopState()
+        termination = DeferredTermination(stop, lambda: None)
         with (
             patches.install_in_command_line(self.main, run),
             workers.install(),
             patches.install_in_worker(
-                open_connection=Connections().open,
+                open_connection=Connections(stop).open,
                 serve_listeners=Listeners([]).serve_listeners,
                 termination=termination,
                 context=self.context,
@@ -225,6 +227,7 @@ from service.hosting.hypercorn.patches import PATCHES
 from service.hosting.lifespan import Hosting
 from service.hosting.serve import serve
 from service.settings import Settings
+from service.stop_state import StopState
 
 def say(when):
     targets = {(id(it.owner), it.key): it.target for it in PATCHES}

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import hypercorn.trio.run
 import hypercorn.utils
@@ -20,8 +22,10 @@ from hypercorn.trio.worker_context import WorkerContext
 from quart_trio import QuartTrio
 
 from service.hosting.hypercorn.worker import Master
+from service.hosting.lifespan import Hosting
 from service.hosting.listeners.closing import DeferredTermination
 from service.hosting.listeners.worker_status import StatusBeacon, WorkerStatus, holds_socket, statuses_of_others
+from service.stop_state import Phase, StopState
 
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
@@ -123,9 +127,10 @@ def test_another_process_shows_its_status(status: WorkerStatus | None, *, out_of
                 other.communicate()
 
 
-async def test_hypercorn_s_stop_is_deferred_until_the_release() -> None:
+async def test_hypercorn_s_stop_is_deferred_until_the_listeners_are_closed() -> None:
     wishes: list[None] = []
-    termination = DeferredTermination(lambda: wishes.append(None))
+    stop = StopState()
+    termination = DeferredTermination(stop, lambda: wishes.append(None))
     context = WorkerContext(max_requests=0)
     context.terminate = termination
     released = trio.Event()
@@ -142,7 +147,10 @@ async def test_hypercorn_s_stop_is_deferred_until_the_release() -> None:
         assert len(wishes) == 1
         assert not released.is_set()
         assert not termination.is_set()
-        termination.release()
+        stop.enter(Phase.CLOSING)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not released.is_set()
+        stop.enter(Phase.INTERRUPTING)
     assert termination.is_set()
 
 
@@ -173,3 +181,27 @@ async def test_a_master_shows_what_it_waits_for(what: str, program: str) -> None
                 await trio.sleep(0.01)
         if program is POLL:
             process.terminate()
+
+
+async def test_a_drain_without_turns_leaves_no_clients_to_others() -> None:
+    """Otherwise the worker would show DRAINING after LEAVING, and the others would count on its answers."""
+    left: list[None] = []
+
+    async def leave_clients_to_others() -> None:
+        left.append(None)
+        await trio.sleep_forever()
+
+    for phases in ([Phase.DRAINING], [Phase.DRAINING, Phase.CLOSING], [Phase.CLOSING]):
+        stop = StopState()
+        hosting = SimpleNamespace(
+            _shutdown=stop, _listener_shutdown=SimpleNamespace(leave_clients_to_others=leave_clients_to_others)
+        )
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(Hosting._leave_clients_to_others, cast("Hosting", hosting))
+            await trio.testing.wait_all_tasks_blocked()
+            for phase in phases:
+                stop.enter(phase)
+            await trio.testing.wait_all_tasks_blocked()
+            assert bool(left) == (phases == [Phase.DRAINING])
+            left.clear()
+            stop.enter(Phase.CLOSING)

@@ -20,6 +20,7 @@ from service.errors import (
     TurnLimitError,
 )
 from service.sessions.commands import NewSession, NewTurn
+from service.stop_state import Phase
 from service.storage.memory import MemoryStore
 from service.storage.records import SessionRecord, TurnRecord
 from tests.sessions.puppet import Stage, open_stage
@@ -110,7 +111,7 @@ async def full(stage: Stage) -> None:
 
 async def closed(stage: Stage) -> None:
     await stage.sessions.create_session(NewSession(id="other"))
-    stage.sessions.drain.stop_accepting()
+    stage.stop.enter(Phase.DRAINING)
 
 
 @pytest.mark.parametrize(("make", "refusal"), [(full, TurnLimitError), (closed, ShuttingDownError)])
@@ -161,7 +162,7 @@ async def test_turn_that_waited_for_another_one_to_be_accepted_is_refused_once_t
         await store.reached.wait()
         nursery.start_soon(_refused_as_the_service_stops, stage)
         await wait_all_tasks_blocked()
-        stage.sessions.drain.stop_accepting()
+        stage.stop.enter(Phase.DRAINING)
         store.goes_on.set()
 
 

@@ -51,7 +51,7 @@ async def open_scene() -> AsyncIterator[Scene]:
     ):
         await nursery.start(lambda task_status: run_recovery(stage.sessions, shared=False, task_status=task_status))
         await stage.sessions.create_session(NewSession(id="s"))
-        scene = Scene(stage.sessions, store, stage.puppet, stage.clock)
+        scene = Scene(stage.sessions, store, stage.puppet, stage.clock, stage.stop)
         scene.turn = await start(stage.sessions, "s", "first")
         scene.reply = await stage.puppet.next_reply()
         scene.reply.say("so far")

@@ -13,10 +13,11 @@ from functools import partial
 from random import Random
 from typing import Any, Literal, cast
 
+import hypothesis
 import msgspec
 import pytest
 import trio
-from hypothesis import HealthCheck, Phase, event, given, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 from trio.testing import MockClock, wait_all_tasks_blocked
@@ -31,6 +32,7 @@ from service.sessions.turns.turn import OnDisconnect, Turn, Watch
 from service.sessions.upkeep.expiry import sweep
 from service.sessions.upkeep.recovery import recover_once
 from service.settings import Settings
+from service.stop_state import Phase, StopState
 from service.storage.memory import MemoryStore
 from service.storage.records import SessionRecord, TurnRecord
 from service.storage.store import Store
@@ -335,7 +337,7 @@ def as_if_stored(frames: Sequence[bytes]) -> list[bytes]:
 
 
 async def _run(history: Sequence[Sequence[Act]], *, ending: Ending, random: Random, faulty: bool) -> None:
-    store, client = UnreliableStore(random, faulty=faulty), ScriptedReplies()
+    store, client, stop = UnreliableStore(random, faulty=faulty), ScriptedReplies(), StopState()
 
     def clock() -> datetime:
         return T0 + timedelta(seconds=trio.current_time())
@@ -343,7 +345,7 @@ async def _run(history: Sequence[Sequence[Act]], *, ending: Ending, random: Rand
     with trio.fail_after(100_000):
         async with (
             open_sessions(
-                store=cast("Store", store), client_for=lambda _model: client, clock=clock, settings=SETTINGS
+                store=cast("Store", store), client_for=lambda _model: client, clock=clock, settings=SETTINGS, stop=stop
             ) as sessions,
             trio.open_nursery() as callers,
         ):
@@ -358,11 +360,12 @@ async def _run(history: Sequence[Sequence[Act]], *, ending: Ending, random: Rand
                     callers.start_soon(races.act, act)
                 await trio.sleep(1)
             if ending == "drain":
-                sessions.drain.stop_accepting()
+                stop.enter(Phase.DRAINING)
                 if random.random() < 0.5:
                     sessions.drain.interrupt_queued()
                 with trio.move_on_after(random.choice([0, 2])):
                     await sessions.drain.wait_idle()
+                stop.enter(Phase.INTERRUPTING)
                 sessions.drain.interrupt_all()
                 interrupted_at = clock()
             if ending != "unwind":
@@ -384,7 +387,9 @@ async def _run(history: Sequence[Sequence[Act]], *, ending: Ending, random: Rand
             await races.check_store()
 
 
-common = settings(phases=set(Phase) - {Phase.explain}, suppress_health_check=[HealthCheck.too_slow])
+common = settings(
+    phases=set(hypothesis.Phase) - {hypothesis.Phase.explain}, suppress_health_check=[HealthCheck.too_slow]
+)
 
 
 @settings(common, max_examples=300, report_multiple_bugs=False)

@@ -14,6 +14,7 @@ import trio
 from service.errors import StartupError, StoreError
 from service.sessions.commands import NewSession, NewTurn
 from service.settings import Settings
+from service.stop_state import Phase
 from service.storage.sqlite import database, open_files, open_sqlite_store
 from service.storage.sqlite.store import SqliteStore
 from service.supervisor import open_service
@@ -251,6 +252,7 @@ def test_the_file_of_a_dead_process_can_be_served_again(path: Path) -> None:
     script = """
 import sys, trio
 from service.storage.sqlite import open_sqlite_store
+from service.stop_state import Phase
 
 async def main():
     async with open_sqlite_store(sys.argv[1]):
@@ -331,7 +333,7 @@ async def test_a_service_notices_without_a_caller_and_tells_no_end_as_stored(pat
             assert not turn.stored
             assert b'"stored":false' in frames_of(turn.log)[-1]
             service.shutdown.notice("test")
-            await service.shutdown.work_ended.wait()
+            await service.shutdown.reached(Phase.RELEASING)
         faults = service.shutdown.report(tasks_left=0).faults
         assert any("the end of 2 turns is not in the store" in fault for fault in faults)
         assert any("closing the store" in fault and "deleted or replaced" in fault for fault in faults)

@@ -40,7 +40,6 @@ async def test_a_turn_that_the_shutdown_ends_is_kept_with_what_checkpoints_broug
             watch.release()
             while turn.stored_seq < 20:
                 await turn.log.wait_beyond(turn.log.last_seq)
-            service.sessions.drain.stop_accepting()
             service.sessions.drain.interrupt_all()
             ended = await turn.wait_ended()
             assert turn.stored_seq >= 20
