@@ -237,23 +237,27 @@ def _check_list(items: Sequence[msgspec.Struct], field: str, *, bytes_max: int) 
 
 
 def _size_of(value: object, field: str) -> int:
-    """The size of all texts and names in a value of JSON, and one for each other value."""
+    """The size of all texts and names in a value of JSON, and one for each other value.
+
+    Texts within a value may have NUL characters: the value is only passed on, as JSON, which escapes them.
+    """
     size = 0
     pending = [value]
+    has_parts = isinstance(value, dict)
     while pending:
         part = pending.pop()
         if isinstance(part, dict):
-            size += sum(_utf8_length(key, field, what="A key") for key in part)
+            size += sum(_utf8_length(key, field, what="A key", takes_nul=True) for key in part)
             pending += part.values()
         elif isinstance(part, list):
             pending += part
         else:
-            size += _utf8_length(part, field) if isinstance(part, str) else 1
+            size += _utf8_length(part, field, takes_nul=has_parts) if isinstance(part, str) else 1
     return size
 
 
-def _utf8_length(text: str, field: str, *, what: str = "A text") -> int:
-    if "\0" in text:
+def _utf8_length(text: str, field: str, *, what: str = "A text", takes_nul: bool = False) -> int:
+    if not takes_nul and "\0" in text:
         raise InvalidRequestError(f"{what} may not have NUL characters.", field=shown(field))
     try:
         return len(text) if text.isascii() else len(text.encode())

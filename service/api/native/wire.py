@@ -297,7 +297,7 @@ class FunctionTool(BodyPart, frozen=True, kw_only=True, tag="function", tag_fiel
     """
 
     name: Annotated[str, Meta(pattern=_FUNCTION, description=f"{FORMS[_FUNCTION]}.")]
-    description: str | None = None
+    description: Annotated[str, Meta(extra_json_schema=_NO_NUL)] | None = None
     parameters: Annotated[dict[str, Any], Meta(description="A JSON schema of the arguments.")] | None = None
     strict: Annotated[bool, Meta(description="Whether the arguments must fit the schema.")] | None = None
 

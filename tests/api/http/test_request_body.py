@@ -4,6 +4,7 @@ import json
 import time
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -97,7 +98,7 @@ def test_a_body_that_is_not_one_unambiguous_json_document_is_malformed(raw: byte
             "tools[0].parameters",
         ),
         (
-            '{"input": "a", "tools": [{"type": "function", "name": "f", "parameters": {"\\u0000": 1}}]}',
+            '{"input": "a", "tools": [{"type": "function", "name": "f", "parameters": {"\\udfff": [1]}}]}',
             "tools[0].parameters",
         ),
         ('{"input": "a", "tool_choice": "any"}', "tool_choice"),
@@ -129,6 +130,13 @@ def test_an_invalid_turn_is_refused_with_its_field(raw: str, field: str | None) 
         parse(raw)
     assert refused.value.field == field
     str(refused.value).encode()
+
+
+def test_the_schema_of_a_functions_arguments_may_be_any_json() -> None:
+    schema = {"\0": ["a\0", None, 1.5, 10**300, {"": True}]}
+    body = parse(json.dumps({"input": "a", "tools": [{"type": "function", "name": "f", "parameters": schema}]}))
+    assert body.tools[0].parameters == schema
+    assert json.loads(msgspec.json.encode(body.tools[0].parameters)) == schema
 
 
 @pytest.mark.parametrize(
