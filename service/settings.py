@@ -195,6 +195,7 @@ IntervalSeconds = Annotated[float, Field(ge=0.1, le=31_536_000, allow_inf_nan=Fa
 Count = Annotated[int, Field(ge=1, le=10_000_000), BeforeValidator(_number)]
 Bytes = Annotated[int, Field(ge=1024, le=1 << 30), BeforeValidator(_number)]
 # The lower bound is well above the room that a log reserves for its terminal event, so that other events fit, too.
+HeldBytes = Annotated[int, Field(ge=1024 * 1024, le=1 << 40), BeforeValidator(_number)]
 LogBytes = Annotated[int, Field(ge=64 * 1024, le=1 << 30), BeforeValidator(_number)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 Key = Annotated[SecretStr, AfterValidator(_key)]
@@ -305,6 +306,9 @@ class Settings(BaseModel):
     """One turn's events in memory: their texts, and some bytes for each event."""
     prompt_bytes_max: Bytes = 512 * 1024
     """The prompt that is sent to a model; beyond it the oldest turns are left out. At least twice `input_bytes_max`."""
+    held_bytes_max: HeldBytes = 256 * 1024 * 1024
+    """All requests while they arrive, and all answers until they are read; beyond it 503. At least 8 times
+    `input_bytes_max` and `reply_bytes_max`."""
 
     lame_duck_timeout_s: Seconds = 0
     """Shutdown: readiness is 503, everything still works."""
@@ -368,6 +372,19 @@ class Settings(BaseModel):
             raise ValueError("\n".join(problems))
         return self
 
+    def _sizes_that_do_not_fit(self) -> Iterator[str]:
+        if self.prompt_bytes_max < 2 * self.input_bytes_max:
+            # The system message and the newest input are never left out, and each may be as long as input_bytes_max.
+            yield (
+                f"prompt_bytes_max should be at least twice input_bytes_max: {self.prompt_bytes_max} is less than "
+                f"2 * {self.input_bytes_max}"
+            )
+        for name, size in (("input_bytes_max", self.input_bytes_max), ("reply_bytes_max", self.reply_bytes_max)):
+            if self.held_bytes_max < 8 * size:  # in JSON a text has up to six bytes for each byte of it
+                yield (
+                    f"held_bytes_max should be at least 8 times {name}: {self.held_bytes_max} is less than 8 * {size}"
+                )
+
     def _inconsistencies(self) -> Iterator[str]:
         given = self.model_fields_set
         if self.bind.startswith("unix:") and not self.api_keys:
@@ -378,12 +395,7 @@ class Settings(BaseModel):
             yield "api_keys should be set with trusted_proxies: without keys no proxy's request is served"
         if (self.tls_certfile is None) != (self.tls_keyfile is None):
             yield "tls_certfile and tls_keyfile should be set together"
-        if self.prompt_bytes_max < 2 * self.input_bytes_max:
-            # The system message and the newest input are never left out, and each may be as long as input_bytes_max.
-            yield (
-                f"prompt_bytes_max should be at least twice input_bytes_max: {self.prompt_bytes_max} is less than "
-                f"2 * {self.input_bytes_max}"
-            )
+        yield from self._sizes_that_do_not_fit()
         if not self.upstreams:
             if not self.model_url.startswith("scripted:") and "model" not in given:
                 yield f"model should be set: a model that {shown_url(self.model_url)} serves"

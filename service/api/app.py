@@ -13,12 +13,14 @@ from service.api.http.app_state import (
     current_access,
     current_service,
     detach,
+    held_bytes_of,
     no_content,
     refusals_of,
     service_of,
     trusted_proxies_of,
 )
 from service.api.http.cors import allow_origin, preflight_response
+from service.api.http.held_bytes import counting_bytes
 from service.api.http.locations import take_prefix
 from service.api.http.operations import operation_of
 from service.api.http.problems import NotReadyError, Refusal, answer_error, problem_response
@@ -49,7 +51,11 @@ class Application(QuartTrio):
         if scope["type"] == "lifespan":
             await super().asgi_app(scope, receive, send)
             return
-        with log_context(request_id=name_request(scope)), request_resources(scope):
+        with (
+            log_context(request_id=name_request(scope)),
+            request_resources(scope),
+            counting_bytes(scope, held_bytes_of(self)),
+        ):
             if (fault := fault_of(scope)) is not None:
                 await refuse_target(scope, send, fault, note=partial(_note_refusal, self))
                 return

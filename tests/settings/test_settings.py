@@ -154,6 +154,15 @@ def test_prompt_that_could_pass_its_bound_is_refused() -> None:
     assert read({"LASTCALL_PROMPT_BYTES_MAX": "4096", "LASTCALL_INPUT_BYTES_MAX": "2048"}).prompt_bytes_max == 4096
 
 
+def test_a_bound_on_held_bytes_that_a_request_or_an_answer_could_not_meet_is_refused() -> None:
+    told = problems({"LASTCALL_HELD_BYTES_MAX": "1048576"})
+    assert told == [
+        "held_bytes_max should be at least 8 times input_bytes_max: 1048576 is less than 8 * 262144",
+        "held_bytes_max should be at least 8 times reply_bytes_max: 1048576 is less than 8 * 1048576",
+    ]
+    assert read({"LASTCALL_HELD_BYTES_MAX": "8388608"}).held_bytes_max == 8 * 1024 * 1024
+
+
 def test_another_file_can_be_named() -> None:
     Path("other.toml").write_text("streams_max = 5")
     assert read({"LASTCALL_CONFIG_FILE": "other.toml"}, file="streams_max = 6").streams_max == 5

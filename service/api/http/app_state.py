@@ -6,6 +6,7 @@ from quart_trio.wrappers import TrioResponse
 
 from service.api.http.access import Access
 from service.api.http.caller_address import TrustedProxies
+from service.api.http.held_bytes import HeldBytes, hold_answer
 from service.api.http.locations import located
 from service.api.http.problems import NotReadyError
 from service.api.http.request_body import body_bytes_max
@@ -16,6 +17,7 @@ _SERVICE = "lastcall"
 _ACCESS = "lastcall.access"
 _TRUSTED_PROXIES = "lastcall.trusted_proxies"
 _REFUSALS = "lastcall.refusals"
+_HELD_BYTES = "lastcall.held_bytes"
 
 
 def attach(app: Quart, service: Service) -> None:
@@ -24,6 +26,7 @@ def attach(app: Quart, service: Service) -> None:
     app.extensions[_ACCESS] = Access.by(service.settings)
     app.extensions[_TRUSTED_PROXIES] = TrustedProxies.by(service.settings)
     app.extensions[_REFUSALS] = service.refusals
+    app.extensions[_HELD_BYTES] = HeldBytes(bytes_max=service.settings.held_bytes_max)
     app.extensions[_SERVICE] = service
 
 
@@ -53,6 +56,12 @@ def refusals_of(app: Quart) -> RefusalLog:
     return refusals
 
 
+def held_bytes_of(app: Quart) -> HeldBytes:
+    """The bytes that the requests of an application hold; without a bound before a service is attached."""
+    held: HeldBytes = app.extensions.get(_HELD_BYTES, HeldBytes())
+    return held
+
+
 def service_of(app: Quart) -> Service | None:
     """The service that is attached."""
     return app.extensions.get(_SERVICE)
@@ -65,11 +74,17 @@ def trusted_proxies_of(app: Quart) -> TrustedProxies:
 
 
 def json_response(body: msgspec.Struct, status: int = 200, *, location: str | None = None) -> TrioResponse:
-    """Return a wire type as a response. ``location`` is a path of this service, without the prefix."""
+    """Return a wire type as a response. ``location`` is a path of this service, without the prefix.
+
+    Raises:
+        HeldBytesLimitError: The request is a GET, and there is no room for the answer.
+    """
     headers = {"Cache-Control": "no-store"}
     if location is not None:
         headers["Location"] = located(location)
-    return TrioResponse(msgspec.json.encode(body), status, headers, content_type="application/json")
+    encoded = msgspec.json.encode(body)
+    hold_answer(len(encoded))
+    return TrioResponse(encoded, status, headers, content_type="application/json")
 
 
 def no_content() -> TrioResponse:

@@ -6,6 +6,7 @@ from typing import Protocol, TypeVar
 import msgspec
 import trio
 
+from service.api.http.held_bytes import room_for_answer
 from service.sessions.messages import MessageRecord
 from service.storage.records import Page, SessionRecord, TurnRecord
 
@@ -28,6 +29,17 @@ class Listing(Protocol[R]):
 
 
 async def read_page(
+    listing: Listing[R], shown: Callable[[R], msgspec.Struct], *, limit: int, after: str | None
+) -> Page[msgspec.Raw]:
+    """Make the page that the current request asks for, as :func:`make_page`, if there is room for it.
+
+    Raises the errors of ``listing``, and HeldBytesLimitError.
+    """
+    with room_for_answer(PAGE_BYTES_MAX):
+        return await make_page(listing, shown, limit=limit, after=after)
+
+
+async def make_page(
     listing: Listing[R], shown: Callable[[R], msgspec.Struct], *, limit: int, after: str | None
 ) -> Page[msgspec.Raw]:
     """Read a page of at most ``limit`` rows, each encoded as JSON; empty only if the listing has no more rows.

@@ -11,6 +11,7 @@ from quart_trio.wrappers import TrioResponse
 from werkzeug.exceptions import HTTPException
 
 from service.api.http.access import LoopbackOnlyError, ProxiedRequestError, UnauthorizedError
+from service.api.http.held_bytes import HeldBytesLimitError
 from service.api.http.locations import prefix_of, turn_path
 from service.api.http.request_body import BodyTimeoutError, UnsupportedEncodingError, UnsupportedMediaTypeError
 from service.api.http.strict_json import InputTooLargeError, MalformedBodyError
@@ -70,6 +71,7 @@ STATUS_BY_ERROR: Mapping[type[LastcallError], int] = {
     TurnLimitError: 503,
     StreamLimitError: 503,
     SessionLimitError: 503,
+    HeldBytesLimitError: 503,
     ShuttingDownError: 503,
     NotReadyError: 503,
     OwnedElsewhereError: 503,
@@ -98,6 +100,7 @@ ADVICE: Mapping[str, str] = {
     "unsupported_media_type": "send `Content-Type: application/json`, not compressed",
     "invalid_request": "`field` and `detail` say what is allowed",
     "queue_full": "`queued_turns_max` turns wait in this session: try again after `Retry-After`",
+    "held_bytes_limit": "requests and answers hold `held_bytes_max` bytes: try again after `Retry-After`",
     "internal_error": "an error in Lastcall; its log has the cause: report it",
     "not_ready": "the server is starting or stopping: try again; another process may answer",
     "owned_elsewhere": "another process runs this session's turns and cannot be reached: try again after `Retry-After`",

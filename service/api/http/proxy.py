@@ -28,6 +28,7 @@ from service.api.http.app_state import current_service
 from service.api.http.end_of_input import leave_at_end_of_input
 from service.api.http.event_frames import EncodeFrame, read_frames
 from service.api.http.event_stream import MEDIA_TYPE, read_last_event_id, read_seen
+from service.api.http.held_bytes import hold_answer
 from service.api.http.request_body import drop_body, kept_body
 from service.api.http.request_id import HEADER_BYTES as REQUEST_ID
 from service.api.http.request_id import current_request_id
@@ -163,6 +164,7 @@ async def forward(error: OwnedElsewhereError) -> TrioResponse:
         raise _unknown_outcome("has died")
     drop_body(request)
     head, body = answer
+    hold_answer(len(body))
     response = TrioResponse(body, head.status_code)
     response.headers.clear()
     response.headers.extend(

@@ -1,11 +1,12 @@
 """Reading a request's body: bounded in size and time, and parsed strictly."""
 
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import trio
 from quart import Request
 from quart_trio.wrappers.request import TrioBody, TrioRequest
 
+from service.api.http.held_bytes import HeldBytesLimitError, RequestBytes, bytes_of
 from service.api.http.strict_json import InputTooLargeError, check_structure, check_texts, convert, parse_json
 from service.api.native.wire import RequestBody
 from service.errors import RefusedError
@@ -62,14 +63,24 @@ class BoundedBody(TrioBody):
         self._bytes_max = max_content_length or 0
         self._error: Exception | None = None
         self._readable = trio.Event()
+        self._counted: RequestBytes | None = None
         if (expected_content_length or 0) > self._bytes_max:
             self._refuse_as_too_large()
 
+    def count_in(self, counted: RequestBytes, *, expected: int) -> None:
+        """Count the data that arrives. A body that finds no room is refused, before it arrives if its size is known."""
+        self._counted = counted
+        try:
+            counted.check(expected)
+        except HeldBytesLimitError as error:
+            self.refuse(error)
+
     async def read(self) -> bytes:
-        """Return the whole body, once.
+        """Return the whole body, once. It counts until the request is over, or :func:`read_body` has parsed it.
 
         Raises:
             InputTooLargeError: The body is too large; raised as soon as that is known.
+            HeldBytesLimitError: There is no room for the body.
             Exception: The error that :meth:`refuse` was given.
         """
         await self._readable.wait()
@@ -83,6 +94,8 @@ class BoundedBody(TrioBody):
         """Take no more data, and raise ``error`` in :meth:`read`. A body that is complete does not change."""
         if not self._readable.is_set():
             self._error = error
+            if self._counted is not None:
+                self._counted.add(-len(self._arrived))
             self._arrived.clear()
             self._readable.set()
 
@@ -91,6 +104,12 @@ class BoundedBody(TrioBody):
             return
         if len(self._arrived) + len(data) > self._bytes_max:
             self._refuse_as_too_large()
+            return
+        try:
+            if self._counted is not None:
+                self._counted.take(len(data))
+        except HeldBytesLimitError as error:
+            self.refuse(error)
         else:
             self._arrived += data
 
@@ -108,9 +127,14 @@ class BoundedBody(TrioBody):
 
 
 class BoundedRequest(TrioRequest):
-    """A request with a :class:`BoundedBody`."""
+    """A request with a :class:`BoundedBody`, whose bytes count from its head on."""
 
     body_class = BoundedBody
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        assert isinstance(self.body, BoundedBody)
+        self.body.count_in(bytes_of(self.scope), expected=self.content_length or 0)
 
 
 def body_bytes_max(settings: Settings) -> int:
@@ -130,6 +154,7 @@ async def read_body(request: Request, kind: type[B], service: Service) -> B:
     Raises:
         UnsupportedMediaTypeError, UnsupportedEncodingError
         InputTooLargeError: Raised before the body is read if the request gives its length.
+        HeldBytesLimitError: As above, or when the body grows.
         BodyTimeoutError
         MalformedBodyError
         InvalidRequestError: The body is JSON, but not a ``kind``; ``field`` names the wrong part.
@@ -150,7 +175,10 @@ async def read_body(request: Request, kind: type[B], service: Service) -> B:
     check_structure(raw)
     if len(raw) > _LONG_BYTES:
         await trio.lowlevel.checkpoint()  # the check and the parsing each take some milliseconds for the longest body
-    return parse_body(raw, kind, text_bytes_max=service.settings.input_bytes_max)
+    body = parse_body(raw, kind, text_bytes_max=service.settings.input_bytes_max)
+    if not kept_body(request):
+        bytes_of(request.scope).add(-len(raw))
+    return body
 
 
 def kept_body(request: Request) -> bytes:
@@ -161,6 +189,7 @@ def kept_body(request: Request) -> bytes:
 
 def drop_body(request: Request) -> None:
     """Keep the body no longer, because the answering process is known. Idempotent."""
+    bytes_of(request.scope).add(-len(kept_body(request)))
     cast("dict[str, object]", request.scope).pop(_KEPT, None)
 
 

@@ -12,6 +12,7 @@ from quart import Quart
 from service import __version__
 from service.api.http.access import LoopbackOnlyError, ProxiedRequestError, UnauthorizedError
 from service.api.http.event_stream import MEDIA_TYPE as EVENT_STREAM
+from service.api.http.held_bytes import HeldBytesLimitError
 from service.api.http.operations import Answer, Operation, operation_of
 from service.api.http.problems import ADVICE, NotReadyError, code_of, status_of
 from service.api.http.problems import MEDIA_TYPE as PROBLEM
@@ -224,6 +225,7 @@ def _errors(operation: Operation, tag: str) -> Iterable[type[LastcallError]]:
         yield ProxiedRequestError
         if tag != _STATIC_TAG:
             yield UnauthorizedError
+            yield HeldBytesLimitError
             yield StoreError
             yield ResourcesExhaustedError
             yield OwnedElsewhereError

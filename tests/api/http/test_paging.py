@@ -8,7 +8,7 @@ import pytest
 from trio.testing import MockClock
 
 from service.api.http import paging
-from service.api.http.paging import PAGE_BYTES_MAX, read_page
+from service.api.http.paging import PAGE_BYTES_MAX, make_page
 from service.api.native.wire import Turn
 from service.storage.page_size import fitting
 from service.storage.records import Page, TurnRecord
@@ -54,7 +54,7 @@ class Turns:
 )
 async def test_a_page_ends_at_its_rows_or_its_bytes(sizes: list[int], limit: int, ends_at: str | None) -> None:
     turns = Turns(sizes)
-    page = await read_page(turns, Turn.of, limit=limit, after=None)
+    page = await make_page(turns, Turn.of, limit=limit, after=None)
     assert (turns.bounds, page.next) == ([PAGE_BYTES_MAX], ends_at)
     assert [msgspec.json.decode(row)["id"] for row in page.data] == [
         f"turn_{n}" for n in range(int(ends_at or len(sizes)))

@@ -1,0 +1,121 @@
+"""The bytes of requests and answers that are in memory, bounded in all (``held_bytes_max``).
+
+The body of a request counts while it arrives and until it is parsed; an answer counts from its making until its client
+has taken it. Beyond the bound a body is refused before it is read, or when it grows, and an answer to a GET before it
+is made. The answer of a call that has changed something counts, but is never refused: the caller could not repeat the
+call. Event streams do not count: they hold a seq and one piece. A request that holds few bytes is never refused: its
+connection takes more, and probes, short messages and cancels have to work.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import inf
+from typing import Any
+
+from quart import request
+
+from service.errors import LimitError
+
+SMALL_BYTES = 16 * 1024
+"""A request that holds no more than this is never refused."""
+
+_KEY = "lastcall.request_bytes"
+
+
+class HeldBytesLimitError(LimitError):
+    """Requests and answers hold ``held_bytes_max`` bytes."""
+
+    code = "held_bytes_limit"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This server holds as many bytes of requests and answers as it may (held_bytes_max); try again later."
+        )
+
+
+class HeldBytes:
+    """The bytes that all requests of an application hold.
+
+    Attributes:
+        bytes: How many there are.
+    """
+
+    def __init__(self, *, bytes_max: float = inf) -> None:
+        self.bytes = 0
+        self._bytes_max = bytes_max
+
+    def __repr__(self) -> str:
+        return f"<HeldBytes: {self.bytes} of {self._bytes_max}>"
+
+    def has_room_for(self, size: int) -> bool:
+        return self.bytes + size <= self._bytes_max
+
+
+class RequestBytes:
+    """The bytes that one request holds. All of them are given back when the request is over."""
+
+    def __init__(self, held: HeldBytes) -> None:
+        self._held = held
+        self._bytes = 0
+
+    def __repr__(self) -> str:
+        return f"<RequestBytes: {self._bytes} of {self._held!r}>"
+
+    def check(self, size: int) -> None:
+        """Raises: HeldBytesLimitError: There is no room for ``size`` bytes more."""
+        if self._bytes + size > SMALL_BYTES and not self._held.has_room_for(size):
+            raise HeldBytesLimitError
+
+    def take(self, size: int) -> None:
+        """Hold more bytes. Raises: HeldBytesLimitError: There is no room; nothing has changed."""
+        self.check(size)
+        self.add(size)
+
+    def add(self, size: int) -> None:
+        """Hold more bytes, or fewer (a negative number), also beyond the bound."""
+        self._bytes += size
+        self._held.bytes += size
+
+    def release(self) -> None:
+        """Hold nothing any more. Idempotent."""
+        self.add(-self._bytes)
+
+
+@contextmanager
+def counting_bytes(scope: dict[str, Any], held: HeldBytes) -> Iterator[None]:
+    """Count the bytes of the request of this ASGI scope, around the ASGI call."""
+    counted = scope[_KEY] = RequestBytes(held)
+    try:
+        yield
+    finally:
+        counted.release()
+
+
+def bytes_of(scope: Any) -> RequestBytes:
+    """Return the bytes of the request of this ASGI scope; without a bound where nothing counts them."""
+    counted: RequestBytes = scope.setdefault(_KEY, RequestBytes(HeldBytes()))
+    return counted
+
+
+@contextmanager
+def room_for_answer(size: int) -> Iterator[None]:
+    """Hold ``size`` bytes while an answer to the current GET is made. Raises: HeldBytesLimitError."""
+    counted = bytes_of(request.scope)
+    counted.take(size)
+    try:
+        yield
+    finally:
+        counted.add(-size)
+
+
+def hold_answer(size: int) -> None:
+    """Count the answer to the current request until the request is over.
+
+    Raises:
+        HeldBytesLimitError: There is no room, and the request can be repeated.
+    """
+    counted = bytes_of(request.scope)
+    if request.method in ("GET", "HEAD"):
+        counted.take(size)
+    else:
+        counted.add(size)

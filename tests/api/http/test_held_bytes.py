@@ -1,0 +1,221 @@
+"""The bytes of requests and answers are bounded in all, and none is counted once its request is over."""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+from trio.testing import MockClock
+
+from service.api.http.app_state import held_bytes_of
+from service.api.http.held_bytes import SMALL_BYTES, HeldBytes, HeldBytesLimitError, RequestBytes
+from service.api.http.request_body import BoundedBody
+from service.errors import ShuttingDownError
+from tests.api.inprocess import LOOPBACK, SSE, Api, leave, open_api
+
+MIB = 1024 * 1024
+UPLOAD = 400_000
+JSON = {"Content-Type": "application/json"}
+
+
+@asynccontextmanager
+async def open_small(**settings: Any) -> AsyncIterator[Api]:
+    bounds = {"input_bytes_max": 65536, "reply_bytes_max": 65536, "held_bytes_max": 2 * MIB, "body_timeout_s": 30}
+    async with open_api(**bounds | {"model_url": "scripted:?tokens=2"} | settings) as api:
+        yield api
+        assert held_bytes_of(api.app).bytes == 0
+
+
+@asynccontextmanager
+async def upload_of(api: Api, size: int, *, announced: bool) -> AsyncIterator[Any]:
+    """An upload that stops one byte before its end."""
+    headers = JSON | ({"Content-Length": str(size)} if announced else {})
+    async with api.open("POST", "/sessions", headers=headers) as connection:
+        for part in range(0, size - 1, 50_000):
+            await connection.send(b" " * min(50_000, size - 1 - part))
+        await trio.testing.wait_all_tasks_blocked()
+        yield connection
+
+
+async def answer_of(connection: Any) -> tuple[int, bytes]:
+    body = b""
+    while True:
+        try:
+            body += await connection.receive()
+        except trio.EndOfChannel:
+            assert connection.status_code is not None
+            return connection.status_code, body
+
+
+@pytest.mark.parametrize("announced", [False, True])
+async def test_uploads_are_refused_beyond_the_bound_and_taken_again_below_it(
+    autojump_clock: MockClock, announced: bool
+) -> None:
+    async with open_small() as api, AsyncExitStack() as uploads:
+        held = held_bytes_of(api.app)
+        open_ones = [await uploads.enter_async_context(upload_of(api, UPLOAD, announced=announced)) for _ in range(5)]
+        assert held.bytes == 5 * (UPLOAD - 1)
+        async with upload_of(api, UPLOAD, announced=announced) as one_more:
+            status, body = await answer_of(one_more)
+            assert (status, b'"held_bytes_limit"' in body) == (503, True)
+            assert one_more.headers["retry-after"] == "1"
+        assert held.bytes == 5 * (UPLOAD - 1)
+        (await api.call("GET", "/sessions")).problem(503, "held_bytes_limit")
+        session_id = await api.new_session(system_message="x" * (SMALL_BYTES // 2))
+        assert (await api.call("GET", "/healthz")).status == 200
+        assert (await api.call("GET", f"/sessions/{session_id}")).status == 200
+        reply = await api.call("POST", f"/sessions/{session_id}/turns", {"input": "hi"}, headers=SSE)
+        assert reply.events[-1]["type"] == "turn.completed"
+        await open_ones[0].send(b"{")
+        await open_ones[0].send_complete()
+        assert (await answer_of(open_ones[0]))[0] == 400
+        assert (await api.call("GET", "/sessions", headers=JSON)).status == 503, "a page needs more room"
+        async with upload_of(api, UPLOAD, announced=announced) as again:
+            await again.send(b"{")
+            await again.send_complete()
+            assert (await answer_of(again))[0] == 400
+        await trio.sleep(31)
+        assert held.bytes == 0, "the others were ended by body_timeout_s"
+        assert [(await answer_of(it))[0] for it in open_ones[1:]] == [408] * 4
+        assert (await api.call("GET", "/sessions")).status == 200
+
+
+async def test_an_announced_body_without_room_is_refused_before_it_is_sent(autojump_clock: MockClock) -> None:
+    async with open_small() as api, AsyncExitStack() as uploads:
+        for _ in range(5):
+            await uploads.enter_async_context(upload_of(api, UPLOAD, announced=True))
+        async with api.open("POST", "/sessions", headers=JSON | {"Content-Length": str(UPLOAD)}) as connection:
+            assert (await answer_of(connection))[0] == 503
+
+
+async def test_a_client_that_leaves_in_the_middle_of_an_upload_holds_nothing(autojump_clock: MockClock) -> None:
+    async with open_small() as api, upload_of(api, UPLOAD, announced=False) as connection:
+        assert held_bytes_of(api.app).bytes == UPLOAD - 1
+        await leave(connection)
+        assert held_bytes_of(api.app).bytes == 0
+
+
+class Call:
+    """A request whose client takes no part of the answer before :meth:`read`."""
+
+    def __init__(self, api: Api, method: str, path: str, body: bytes = b"") -> None:
+        self.status = 0
+        self.body = b""
+        self._app = api.app
+        self._read = trio.Event()
+        self._receives = iter([{"type": "http.request", "body": body, "more_body": False}])
+        target, _, query = path.partition("?")
+        self._scope = LOOPBACK | {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.1"},
+            "http_version": "2",
+            "method": method,
+            "scheme": "http",
+            "path": target,
+            "raw_path": target.encode(),
+            "query_string": query.encode(),
+            "root_path": "",
+            "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
+            "extensions": {},
+        }
+
+    async def run(self) -> None:
+        await self._app(self._scope, self._receive, self._send)  # type: ignore[arg-type]
+
+    def read(self) -> None:
+        self._read.set()
+
+    async def _receive(self) -> dict[str, Any]:
+        for message in self._receives:
+            return message
+        await trio.sleep_forever()
+        raise AssertionError
+
+    async def _send(self, message: dict[str, Any]) -> None:
+        self.status = message.get("status", self.status)
+        self.body += message.get("body", b"")
+        await self._read.wait()
+
+
+async def test_answers_that_are_not_read_are_bounded_and_an_answer_of_a_change_is_not_refused(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_small() as api, trio.open_nursery() as nursery:
+        held = held_bytes_of(api.app)
+        session_id = await api.new_session(system_message="x" * 60_000)
+        for _ in range(11):
+            await api.new_session(system_message="x" * 60_000)
+        stalled = [Call(api, "GET", "/sessions") for _ in range(2)]
+        for call in stalled:
+            nursery.start_soon(call.run)
+            await trio.testing.wait_all_tasks_blocked()
+        page = held.bytes // 2
+        assert page > 12 * 60_000
+        (await api.call("GET", "/sessions")).problem(503, "held_bytes_limit")
+        (await api.call("GET", "/sessions?limit=1")).problem(503, "held_bytes_limit")
+        # What is left is less than a page, and more than a session.
+        assert (await api.call("GET", f"/sessions/{session_id}")).status == 200
+        more = [Call(api, "GET", f"/sessions/{session_id}") for _ in range((2 * MIB - held.bytes) // 60_000 + 2)]
+        for call in more:
+            nursery.start_soon(call.run)
+        await trio.testing.wait_all_tasks_blocked()
+        assert {call.status for call in more} == {200, 503}
+        assert held.bytes <= 2 * MIB
+        change = Call(api, "PATCH", f"/sessions/{session_id}", b'{"title": "new"}')
+        nursery.start_soon(change.run)
+        await trio.testing.wait_all_tasks_blocked()
+        assert change.status == 200, "it could not be repeated"
+        assert held.bytes > 2 * MIB, "but it counts"
+        for call in (change, *more, *stalled):
+            call.read()
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(stalled[0].body) == page
+        assert held.bytes == 0
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("store", ["memory:", "sqlite"])
+async def test_a_body_counts_no_longer_than_it_is_kept(tmp_path: Path, store: str) -> None:
+    """With a shared store the raw body is kept until it is known that this process answers."""
+    url = f"sqlite:{tmp_path}/a.db" if store == "sqlite" else store
+    with trio.fail_after(20):
+        async with open_small(store_url=url, model_url="scripted:?tokens=5&rate=10") as api:
+            session_id = await api.new_session()
+            raw = b'{"input": "' + b"x" * 60_000 + b'"}'
+            async with api.open("POST", f"/sessions/{session_id}/turns", headers=JSON | SSE) as connection:
+                await connection.send(raw[:-1])
+                await trio.testing.wait_all_tasks_blocked()
+                assert held_bytes_of(api.app).bytes == len(raw) - 1
+                await connection.send(raw[-1:])
+                await connection.send_complete()
+                assert await connection.receive()
+                assert held_bytes_of(api.app).bytes == 0
+                assert b"turn.completed" in (await answer_of(connection))[1]
+
+
+def test_a_request_that_holds_few_bytes_is_never_refused() -> None:
+    held = HeldBytes(bytes_max=100)
+    small = RequestBytes(held)
+    small.take(SMALL_BYTES)
+    with pytest.raises(HeldBytesLimitError):
+        small.take(1)
+    assert (held.bytes, held.has_room_for(0)) == (SMALL_BYTES, False)
+    small.release()
+    small.release()
+    assert held.bytes == 0
+
+
+async def test_a_refused_body_gives_its_bytes_back_and_takes_no_more() -> None:
+    held = HeldBytes(bytes_max=100_000)
+    body = BoundedBody(None, 1_000_000)
+    body.count_in(RequestBytes(held), expected=0)
+    body.append(b"x" * 90_000)
+    assert held.bytes == 90_000
+    body.refuse(ShuttingDownError())
+    body.append(b"x" * 90_000)
+    assert held.bytes == 0
+    with pytest.raises(ShuttingDownError):
+        await body.read()
