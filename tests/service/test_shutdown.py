@@ -110,7 +110,8 @@ class Stage:
 
     async def stop(self, notice: str = "test") -> None:
         self.shutdown.notice(notice)
-        await self.shutdown.reached(Phase.RELEASING)
+        with trio.fail_after(1000):
+            await self.shutdown.reached(Phase.RELEASING)
 
     def report(self) -> ShutdownReport:
         return self.shutdown.report(tasks_left=0)
@@ -248,6 +249,22 @@ async def test_the_listeners_close_after_the_drain_and_before_the_first_interrup
         stage.host.closing = close_listeners
         await stage.stop()
     assert stage.report().faults == ()
+
+
+async def test_the_report_counts_the_closing_as_interrupting_and_no_turn_from_before_the_notice(
+    autojump_clock: MockClock, stage: Stage
+) -> None:
+    async def close_listeners() -> None:
+        await trio.sleep(2)
+
+    stage.host.closing = close_listeners
+    async with stage.open() as service:
+        stage.model.finish.set()
+        await (await stage.start_turn(service)).wait_ended()
+        await stage.stop()
+    report = stage.report()
+    assert (report.phases_ms["draining"], report.phases_ms["interrupting"]) == (0, 2000)
+    assert (report.turns_finished, report.turns_interrupted) == (0, 0)
 
 
 async def test_without_a_drain_the_notice_itself_interrupts(autojump_clock: MockClock, stage: Stage) -> None:

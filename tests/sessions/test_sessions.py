@@ -524,6 +524,19 @@ async def test_turn_accepted_during_the_interrupt_is_interrupted_too(autojump_cl
         assert (record.state, record.reason) == ("interrupted", "shutdown")
 
 
+async def test_the_end_of_a_turn_whose_task_is_cancelled_is_stored_all_the_same(autojump_clock: MockClock) -> None:
+    class Slow(MemoryStore):
+        async def end_turn(self, *args: object, **options: object) -> object:  # type: ignore[override]
+            await trio.sleep(0.5)
+            return await super().end_turn(*args, **options)  # type: ignore[arg-type]
+
+    async with open_stage(Slow()) as stage:
+        turn = await start(stage.sessions, await new_session(stage))
+        await stage.puppet.next_reply()
+    assert (turn.record().state, turn.record().reason, turn.stored) == ("interrupted", "shutdown", True)
+    assert trio.current_time() == 0.5
+
+
 async def test_shutdown_waits_for_a_deletion_under_way(autojump_clock: MockClock) -> None:
     class Slow(MemoryStore):
         async def remove_deleted(self, session_id: str) -> None:

@@ -4,6 +4,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+import trio
 
 from service.errors import StoreError
 from service.storage.sqlite import database
@@ -44,3 +45,13 @@ async def test_readyz_tells_that_the_store_refuses_writes_and_reads_go_on(tmp_pa
         await api.service.sessions.pending_writes.retry()  # as the recovery loop does
         assert (await api.call("GET", "/readyz")).json == {"status": "ready"}
         assert {session["id"] for session in (await api.call("GET", "/sessions")).json["data"]} <= {"before", "s"}
+
+
+async def test_readyz_is_503_from_the_moment_at_which_a_signal_is_seen() -> None:
+    async with open_api(lame_duck_timeout_s=30) as api:
+        await trio.to_thread.run_sync(api.service.shutdown.expect_notice, lambda: None)
+        (await api.call("GET", "/readyz")).problem(503, "shutting_down")
+        api.service.shutdown.notice("test")
+        (await api.call("GET", "/readyz")).problem(503, "shutting_down")
+        assert (await api.call("GET", "/healthz")).status == 200
+        assert (await api.call("POST", "/sessions", {})).status == 201, "everything else works in the lame duck"

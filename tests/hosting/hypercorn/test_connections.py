@@ -22,6 +22,7 @@ from quart_trio.wrappers import TrioResponse
 
 from service.hosting.hypercorn.asgi_request import AsgiRequest
 from service.hosting.hypercorn.connections import LAST_FRAMES_S, Connections
+from service.stop_state import Phase
 from tests.hosting.conftest import BRIEF_S, PATIENT_S, Serve, Served
 
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -98,6 +99,21 @@ async def test_a_client_that_does_not_read_is_still_able_to_hold_hypercorn(serve
             with trio.move_on_after(1) as bound:
                 await server.gone.wait()
             assert bound.cancelled_caught
+
+
+async def test_a_connection_closes_after_its_response_once_the_listeners_close(
+    serve: Serve, connections: Connections
+) -> None:
+    async with serve(App()) as server, await server.connect() as client:
+        with trio.fail_after(PATIENT_S):
+            for phase in (Phase.SERVING, Phase.DRAINING):
+                connections.stop.enter(phase)
+                await client.send_all(GET)
+                assert (await client.receive_some()).startswith(b"HTTP/1.1 200")
+            connections.stop.enter(Phase.CLOSING)
+            await client.send_all(GET)
+            answer = b"".join([piece async for piece in client])
+        assert answer.startswith(b"HTTP/1.1 200")
 
 
 async def test_an_idle_connection_whose_close_hangs_is_aborted(

@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
+from unittest.mock import MagicMock
 
 import hypercorn.trio.run
 import hypercorn.utils
@@ -21,6 +22,7 @@ from hypercorn.config import Config
 from hypercorn.trio.worker_context import WorkerContext
 from quart_trio import QuartTrio
 
+from service.hosting import lifespan
 from service.hosting.hypercorn.worker import Master
 from service.hosting.lifespan import Hosting
 from service.hosting.listeners.closing import DeferredTermination
@@ -205,3 +207,14 @@ async def test_a_drain_without_turns_leaves_no_clients_to_others() -> None:
             assert bool(left) == (phases == [Phase.DRAINING])
             left.clear()
             stop.enter(Phase.CLOSING)
+
+
+async def test_hypercorn_may_stop_after_any_end_of_the_hosting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifespan, "install_in_worker", lambda **_: nullcontext())
+    stop, nothing = StopState(), MagicMock()
+    hosting = SimpleNamespace(
+        _shutdown=stop, _worker=nothing, _connections=nothing, _listeners=nothing, _notice=nothing
+    )
+    with pytest.raises(RuntimeError), Hosting.install(cast("Hosting", hosting)):
+        raise RuntimeError
+    assert stop.phase is Phase.RELEASED
