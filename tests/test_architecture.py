@@ -100,9 +100,20 @@ def test_only_the_supervisor_names_concrete_stores_and_model_clients() -> None:
         return top in PROTOCOLS and bool(rest) and rest[0] not in PROTOCOLS[top]
 
     # The commands for a store's file, beside the service, may do so too.
-    others = [module for module in MODULES if module not in {"supervisor", "cli.store_commands"}]
+    others = [module for module in MODULES if module not in {"supervisor", "cli.store_commands", "cli.exported_events"}]
     assert [
         (it, by) for by in others for it in service_imports(by) if is_concrete(it) and package(it) != package(by)
+    ] == []
+
+
+def test_sessions_and_stores_know_no_frames_of_streams() -> None:
+    """Events are data; the frames in files of earlier versions are read in one module."""
+    inside = [module for module in MODULES if package(module) in ("sessions", "storage")]
+    assert [
+        module
+        for module in inside
+        if module != "storage.sqlite.old_frames"
+        and any(word in MODULES[module].read_text() for word in ('"data:', "event-stream", "encode_frame", "api."))
     ] == []
 
 

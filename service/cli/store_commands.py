@@ -71,7 +71,8 @@ def run_store_command(settings: Settings, arguments: argparse.Namespace) -> int:
 
 def _run(settings: Settings, arguments: argparse.Namespace) -> tuple[str, int]:
     """Run a command. Returns the text for standard output, and the exit code."""
-    from service.storage.sqlite import maintenance, open_files  # noqa: PLC0415  only these commands need SQLite
+    from service.cli import exported_events  # noqa: PLC0415  only these commands need SQLite and the API
+    from service.storage.sqlite import maintenance, open_files  # noqa: PLC0415
 
     path = open_files.real_path(settings.store_url.removeprefix("sqlite:"))
     match arguments.command:
@@ -83,13 +84,13 @@ def _run(settings: Settings, arguments: argparse.Namespace) -> tuple[str, int]:
             problems = maintenance.check(path)
             return "\n".join(problems) or f"{path} is whole", FAILED if problems else 0
         case "export":
-            return maintenance.export_session(path, arguments.session).decode(), 0
+            return exported_events.export_session(path, arguments.session).decode(), 0
         case "import":
             whole = read_exported(_read(arguments.file))
             _check_bounds(whole, text_bytes_max=settings.input_bytes_max)
             _check_turns(whole)
             try:
-                maintenance.import_session(path, whole, now=wall_clock())
+                exported_events.import_session(path, whole, now=wall_clock())
             except SessionExistsError as error:
                 raise RefusedError(
                     f"A session {error.session_id!r} is in {path} already; delete it first, or name another store with "
@@ -141,7 +142,7 @@ def _read(file: Path | None) -> bytes:
 
 def _check_turns(whole: ExportedSession) -> None:
     """Refuse a turn that the service cannot have produced, and a session with wrong totals. Raises: StartupError."""
-    from service.sessions.events.whole_turn import problems_of  # noqa: PLC0415  only imports need it
+    from service.cli.whole_turn import problems_of  # noqa: PLC0415  only imports need it
 
     for it in whole.turns:
         for field, value, what in problems_of(it.turn, [event.encode() for event in it.events]):

@@ -39,7 +39,7 @@ from service.sessions.active.drain import Drain
 from service.sessions.active.pending_writes import PendingWrites
 from service.sessions.commands import NewSession, NewTurn, is_same_input
 from service.sessions.events import outcome
-from service.sessions.events.event_log import EventLog
+from service.sessions.events.event_log import Events
 from service.sessions.events.replay import Replays
 from service.sessions.events.streams import Streams
 from service.sessions.messages import MessageRecord, Position, page_of_messages, turns_needed
@@ -89,7 +89,7 @@ class Sessions:
         )
         self.proxied_requests = ProxiedRequests(nursery, cleanup_timeout_s=settings.cleanup_timeout_s, stop=stop)
         self.drain = Drain(self._active, self.proxied_requests, stop)
-        self._replays = Replays(store)
+        self._replays = Replays(store, store_timeout_s=settings.store_timeout_s)
         self._forking = trio.Lock()
         self.deletions = Deletions(
             nursery,
@@ -311,8 +311,8 @@ class Sessions:
         turn.cut_short(outcome.Cancelled("requested"))
         return await turn.wait_ended()
 
-    async def open_events(self, session_id: str, turn_id: str, *, after: int = 0) -> tuple[EventLog, Watch]:
-        """The events of a turn: its live log, or a closed log from the store.
+    async def open_events(self, session_id: str, turn_id: str, *, after: int = 0) -> tuple[Events, Watch]:
+        """The events of a turn: its live log, or a replay from the store.
 
         The watch counts while the turn is open; the caller must release it. There is no checkpoint between taking the
         watch and the return.
@@ -328,11 +328,14 @@ class Sessions:
             return turn.log, turn.watch()
         with self._answered_within():
             log = await self._replays.open(
-                session_id, turn_id, after=after, read_turn=lambda: self._read_turn(session_id, turn_id)
+                session_id,
+                turn_id,
+                after=after,
+                read_turn=lambda with_texts: self._read_turn(session_id, turn_id, with_texts=with_texts),
             )
         return log, Watch(None)
 
-    async def resume_newest(self, session_id: str, *, said: Sequence[Item], after: int) -> tuple[str, EventLog, Watch]:
+    async def resume_newest(self, session_id: str, *, said: Sequence[Item], after: int) -> tuple[str, Events, Watch]:
         """The events of the session's newest turn, the head, for a client that started this turn and reconnects.
 
         The client has seen the events up to ``after`` and repeats the input. Other parameters of the turn were decided
@@ -397,17 +400,17 @@ class Sessions:
         if self.deletions.is_under_way(session_id):
             raise SessionNotFoundError(session_id)
 
-    async def _read_turn(self, session_id: str, turn_id: str) -> TurnRecord:
-        """Read a turn that does not run in this process.
+    async def _read_turn(self, session_id: str, turn_id: str, *, with_texts: bool = True) -> TurnRecord:
+        """Read a turn that does not run in this process, perhaps without the texts of a long output.
 
         Raises:
             SessionNotFoundError, TurnNotFoundError, OwnedElsewhereError
         """
-        record = await self._store.get_turn(session_id, turn_id, now=self._clock())
+        record = await self._store.get_turn(session_id, turn_id, now=self._clock(), with_texts=with_texts)
         if record.is_open:
             await self._refuse_if_elsewhere(session_id)
             # The turn has no owner, so it ended between the two reads.
-            record = await self._store.get_turn(session_id, turn_id, now=self._clock())
+            record = await self._store.get_turn(session_id, turn_id, now=self._clock(), with_texts=with_texts)
         return record
 
     async def _refuse_if_elsewhere(self, session_id: str) -> None:

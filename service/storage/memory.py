@@ -35,9 +35,11 @@ from service.storage.page_cursor import (
     encode_cursor,
 )
 from service.storage.page_size import fitting
+from service.storage.pieces import Run, count, pack, skip, split, text_of, unpack
 from service.storage.records import (
     Checkpoint,
     EndResult,
+    EventsPage,
     LeftOut,
     Owner,
     Page,
@@ -46,6 +48,7 @@ from service.storage.records import (
     SessionStatus,
     TurnRecord,
 )
+from service.storage.store import PAGE_LENGTH_MAX
 
 _FORKED_AT_ONCE = 100
 """Turns that a fork copies in one step of the event loop, which takes some milliseconds."""
@@ -54,7 +57,8 @@ _FORKED_AT_ONCE = 100
 @dataclass
 class _Turn:
     record: TurnRecord
-    events: tuple[bytes, ...] = ()
+    runs: bytes = pack(())
+    """The events, packed."""
 
 
 @dataclass
@@ -102,20 +106,20 @@ class MemoryStore:
         await anyio.lowlevel.checkpoint()
         source = self._visible(source_id, now).record
         at = source.head if at is None else at
-        path, events = ForkPath(), []
+        path, runs = ForkPath(), []
         while at is not None:
             turn = self._turn_of(source_id, at)
-            path.add(turn.record, events_bytes=sum(map(len, turn.events)))
-            events.append(turn.events)
+            path.add(turn.record, events_bytes=len(turn.runs) + sum(len(it.text.encode()) for it in turn.record.output))
+            runs.append(turn.runs)
             at = turn.record.parent
-            await self._let_others_run(source_id, after=len(events), now=now)
+            await self._let_others_run(source_id, after=len(runs), now=now)
         copies: list[TurnRecord] = []
         for copied in copies_of(path, copy_id=copy_id):
             copies.append(copied)
             await self._let_others_run(source_id, after=len(copies), now=now)
         session = forked_session(source, copies, copy_id=copy_id, now=now)
         copy = self._add(session, now)
-        copy.turns = [_Turn(*kept) for kept in zip(copies, reversed(events), strict=True)]
+        copy.turns = [_Turn(*kept) for kept in zip(copies, reversed(runs), strict=True)]
         self._turns |= {turn.record.id: turn for turn in copy.turns}
         return session
 
@@ -216,29 +220,37 @@ class MemoryStore:
         return turn.record.is_open
 
     async def checkpoint_turns(self, checkpoints: Sequence[Checkpoint]) -> Collection[str]:
-        # Only events are kept, so that the end can follow them: no output in this store outlives its owner.
+        # Nothing is kept, because no turn in this store outlives its owner.
         await anyio.lowlevel.checkpoint()
-        lost: list[str] = []
-        for checkpoint in checkpoints:
-            turn = self._turns.get(checkpoint.turn_id)
-            if turn is None or not turn.record.is_open:
-                lost.append(checkpoint.turn_id)
-            else:
-                turn.events = (*turn.events[: checkpoint.after], *checkpoint.events)
-        return lost
+        turns = ((it.turn_id, self._turns.get(it.turn_id)) for it in checkpoints)
+        return [turn_id for turn_id, turn in turns if turn is None or not turn.record.is_open]
 
-    async def end_turn(self, turn: TurnRecord, *, events: Sequence[bytes], now: datetime, after: int = 0) -> EndResult:
+    async def end_turn(
+        self,
+        turn: TurnRecord,
+        *,
+        runs: Sequence[Run],
+        now: datetime,
+        after: int = 0,  # noqa: ARG002
+    ) -> EndResult:
         await anyio.lowlevel.checkpoint_if_cancelled()
         kept = self._turns.get(turn.id)
         if kept is None or not kept.record.is_open:
             return rules.result_of_late_end(None if kept is None else kept.record, turn)
         session = self._sessions[kept.record.session_id]
         kept.record = turn
-        kept.events = (*kept.events[:after], *events)
+        kept.runs = pack(runs)
         self._replace(session, rules.ended(session.record, turn, now))
         return EndResult.KEPT
 
-    async def get_turn(self, session_id: str, turn_id: str, *, now: datetime) -> TurnRecord:
+    async def get_turn(
+        self,
+        session_id: str,
+        turn_id: str,
+        *,
+        now: datetime,
+        with_texts: bool = True,  # noqa: ARG002
+    ) -> TurnRecord:
         await anyio.lowlevel.checkpoint()
         self._visible(session_id, now)
         return self._turn_of(session_id, turn_id).record
@@ -275,10 +287,23 @@ class MemoryStore:
         found = path[start : start + limit]
         return found[: fitting((turn.text_bytes for turn in found), bytes_max=bytes_max, rows_min=2)]
 
-    async def read_events(self, session_id: str, turn_id: str) -> Sequence[bytes]:
+    async def read_events(
+        self, session_id: str, turn_id: str, *, after: int = 0, length_max: int = PAGE_LENGTH_MAX
+    ) -> EventsPage:
         await anyio.lowlevel.checkpoint()
         turn = self._turns.get(turn_id)
-        return turn.events if turn is not None and turn.record.session_id == session_id else ()
+        if turn is None or turn.record.session_id != session_id:
+            return EventsPage(after=after)
+        all_runs = unpack(turn.runs)
+        runs, _ = next(split(skip(all_runs, after), "", length_max=length_max), ((), ""))
+        texts = [item.text for item in turn.record.output]
+        return EventsPage(
+            after=after,
+            runs=tuple(runs),
+            text=text_of(all_runs, texts, after=after, events=count(runs)),
+            kept=count(all_runs),
+            text_length=sum(len(item.text) for item in turn.record.output if item.type == "message"),
+        )
 
     async def find_owner(self, session_id: str) -> Owner | None:  # noqa: ARG002
         # A memory store has only one owner.

@@ -9,7 +9,8 @@ code points of a piece that goes on in the next byte: ``b"\x03\x05"`` is two pie
 ``b"\xff\x01"`` one of 256. So a sum of the bytes is a length of text.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from math import inf
 
 import msgspec
 
@@ -59,6 +60,14 @@ class Run(msgspec.Struct, frozen=True, array_like=True, gc=False):
             return Run(self.item, self.lengths[events:])
         return run_of(self.item, self.pieces()[events:])
 
+    def first(self, events: int) -> "Run":
+        """The run of the first events, at least one."""
+        if self.item < 0 or events >= len(self.lengths):
+            return self
+        if _GOES_ON not in self.lengths:
+            return Run(self.item, self.lengths[:events])
+        return run_of(self.item, self.pieces()[:events])
+
 
 _packed: msgspec.msgpack.Decoder[list[Run]] = msgspec.msgpack.Decoder(list[Run])
 
@@ -104,3 +113,98 @@ def _end_run(joined: list[Run], lengths: list[bytes]) -> None:
 def count(runs: Iterable[Run]) -> int:
     """The number of events."""
     return sum(run.events for run in runs)
+
+
+def skip(runs: Iterable[Run], events: int) -> Iterator[Run]:
+    """The runs after so many events."""
+    for run in runs:
+        skipped = min(events, run.events)
+        events -= skipped
+        if skipped < run.events:
+            yield run.after(skipped)
+
+
+def text_of(runs: Iterable[Run], texts: Sequence[str], *, after: int = 0, events: float = inf) -> str:
+    """The texts of the pieces after so many events, in the order of their arrival.
+
+    Args:
+        runs: All runs of the turn.
+        texts: The texts of the items.
+        events: How many events to take.
+    """
+    parts: list[str] = []
+    ends = [0] * len(texts)
+    for run in runs:
+        if events <= 0:
+            break
+        skipped = min(after, run.events)
+        after -= skipped
+        start = end = ends[run.item] if run.item >= 0 else 0
+        if run.item >= 0:
+            ends[run.item] = end = start + run.length
+        if skipped < run.events:
+            taken = run.after(skipped)
+            start = end - taken.length
+            if events < taken.events:
+                end -= taken.after(int(events)).length
+            events -= taken.events
+            if run.item >= 0:
+                parts.append(texts[run.item][start:end])
+    return "".join(parts)
+
+
+def texts_by_item(runs: Iterable[Run], text: str) -> Iterator[tuple[int, str]]:
+    """The texts of runs, each with its item."""
+    start = 0
+    for run in runs:
+        if run.item >= 0:
+            end = start + run.length
+            yield run.item, text[start:end]
+            start = end
+
+
+def are_of(runs: Sequence[Run], texts: Sequence[str]) -> bool:
+    """Whether the pieces are exactly these items' texts."""
+    lengths = [0] * len(texts)
+    for run in runs:
+        if run.item >= len(texts):
+            return False
+        if run.item >= 0:
+            lengths[run.item] += run.length
+    return lengths == [len(text) for text in texts]
+
+
+def split(runs: Iterable[Run], text: str, *, length_max: int) -> Iterator[tuple[list[Run], str]]:
+    """Runs and their text in parts of at most so many code points and events; more only for a single piece."""
+    part: list[Run] = []
+    size = start = end = 0
+    for run in runs:
+        for few in _cut(run, length_max // 4):
+            cost = max(few.length, len(few.lengths), 1)
+            if part and size + cost > length_max:
+                yield join(part), text[start:end]
+                part, size, start = [], 0, end
+            part.append(few)
+            size += cost
+            end += few.length
+    if part:
+        yield join(part), text[start:end]
+
+
+def _cut(run: Run, length_max: int) -> Iterator[Run]:
+    """A run in runs of at most so many code points and events, or of single pieces."""
+    if run.item < 0 or (run.length <= length_max and len(run.lengths) <= length_max):
+        yield run
+        return
+    lengths = run.lengths
+    start = 0
+    while start < len(lengths):
+        end = start + max(length_max // 64, 1)
+        while end < len(lengths) and lengths[end - 1] == _GOES_ON:
+            end += 1
+        few = Run(run.item, lengths[start:end])
+        if few.length <= length_max:
+            yield few
+        else:
+            yield from (Run(run.item, length_bytes(length)) for length in few.pieces())
+        start = end

@@ -8,6 +8,7 @@ from typing import Generic, Literal, TypeVar
 import msgspec
 
 from service.models.client import FinishReason, Role, Tools, Usage
+from service.storage.pieces import Run
 
 TurnState = Literal["queued", "running", "completed", "failed", "cancelled", "interrupted"]
 T = TypeVar("T")
@@ -266,16 +267,17 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     """The growth of a running turn since the checkpoint before.
 
-    ``after`` is the seq of the last event of the last acknowledged checkpoint, 0 if there was none; ``events`` are
-    the events that follow, without gaps. ``output`` holds the text of these events: an item with a known id continues
-    this item, an item with a new id begins one. ``left_out`` is the turn's.
+    ``after`` is the seq of the last event of the last acknowledged checkpoint, 0 if there was none; ``runs`` are the
+    events that follow, without gaps, and ``text`` is the text of their pieces in the order of arrival. ``items`` are
+    the items that began with these events, without texts, in the order of their indices. ``left_out`` is the turn's.
     """
 
     session_id: str
     turn_id: str
     after: int
-    events: tuple[bytes, ...]
-    output: tuple[Item, ...]
+    runs: tuple[Run, ...]
+    text: str = ""
+    items: tuple[Item, ...] = ()
     left_out: LeftOut | None = None
 
 
@@ -292,6 +294,21 @@ class EndResult(Enum):
     @property
     def is_kept(self) -> bool:
         return self is not EndResult.LOST
+
+
+class EventsPage(msgspec.Struct, frozen=True, kw_only=True):
+    """Successive events of a turn; without runs if the turn has no events there.
+
+    ``after`` is the seq before the first of them, and ``text`` the text of their pieces in the order of arrival.
+    ``kept`` counts all events of the turn that are kept; the terminal event is not among them, because the turn's
+    record tells it. ``text_length`` counts the code points of the turn's messages, if it has ended.
+    """
+
+    after: int
+    runs: tuple[Run, ...] = ()
+    text: str = ""
+    kept: int = 0
+    text_length: int = 0
 
 
 class Owner(msgspec.Struct, frozen=True, kw_only=True):

@@ -128,15 +128,20 @@ def started(turn: TurnRecord, now: datetime) -> TurnRecord:
     return msgspec.structs.replace(turn, state="running", started_at=now) if turn.state == "queued" else turn
 
 
-def crashed(turn: TurnRecord, checkpoints: Iterable[Sequence[Item]], now: datetime) -> TurnRecord:
-    """The end of an open turn whose owner is gone, with the output of its checkpoints, in their order."""
+def crashed(turn: TurnRecord, items: Iterable[Item], growth: Iterable[tuple[int, str]], now: datetime) -> TurnRecord:
+    """The end of an open turn whose owner is gone, with the output of its checkpoints.
+
+    Args:
+        items: The items of the checkpoints, in their order.
+        growth: The texts of the checkpoints' pieces, each with the index of its item.
+    """
     return msgspec.structs.replace(
         turn,
         state="interrupted",
         reason="crash",
         ended_at=now,
         last_seq=SEQ_AFTER_CRASH,
-        output=tuple(map(cut_off, joined(item for output in checkpoints for item in output))),
+        output=tuple(map(cut_off, with_texts(joined(items), growth))),
     )
 
 
@@ -157,6 +162,22 @@ def joined(pieces: Iterable[Item]) -> tuple[Item, ...]:
             items[piece.id] = piece
         texts.setdefault(piece.id, []).append(piece.text)
     return tuple(msgspec.structs.replace(item, text="".join(texts[name])) for name, item in items.items())
+
+
+def with_texts(items: Sequence[Item], growth: Iterable[tuple[int, str]]) -> tuple[Item, ...]:
+    """The items with more text at their ends; each text comes with the index of its item."""
+    texts = [[item.text] for item in items]
+    for index, text in growth:
+        texts[index].append(text)
+    return tuple(
+        msgspec.structs.replace(item, text="".join(parts)) if len(parts) > 1 else item
+        for item, parts in zip(items, texts, strict=True)
+    )
+
+
+def without_texts(items: Iterable[Item]) -> tuple[Item, ...]:
+    """The items, each without its text."""
+    return tuple(msgspec.structs.replace(item, text="") for item in items)
 
 
 def newest_within(path: Iterable[T], bytes_max: int | None, *, bytes_of: Callable[[T], int]) -> list[T]:

@@ -21,7 +21,7 @@ _SHOWN_MAX = 80
 
 
 class ExportedTurn(msgspec.Struct, frozen=True):
-    """A turn and its encoded events, each the text of an SSE frame."""
+    """A turn and its events, each as the text of a frame of the native API's streams."""
 
     turn: TurnRecord
     events: tuple[str, ...]

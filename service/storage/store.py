@@ -17,9 +17,11 @@ from typing import Protocol
 
 import msgspec
 
+from service.storage.pieces import Run
 from service.storage.records import (
     Checkpoint,
     EndResult,
+    EventsPage,
     LeftOut,
     Owner,
     Page,
@@ -29,6 +31,9 @@ from service.storage.records import (
     TurnRecord,
 )
 from service.store_capabilities import StoreCapabilities
+
+PAGE_LENGTH_MAX = 64 * 1024
+"""The code points of a page of events: what a replay holds in memory."""
 
 
 class Store(Protocol):
@@ -78,7 +83,7 @@ class Store(Protocol):
         """Add a session with the settings of another one and copies of its turns from the root to ``at``.
 
         Without ``at`` the copies end at the source's head; a source without turns gives a copy without turns. The
-        copies and their items have new ids. Their events are the same, so events name the source's ids. The totals of
+        copies and their items have new ids. Their events are the same. The totals of
         the session are those of its turns. A fork does not use the source; an expired session of the new id is
         replaced. Returns the copy.
 
@@ -205,8 +210,8 @@ class Store(Protocol):
         """
         ...
 
-    async def end_turn(self, turn: TurnRecord, *, events: Sequence[bytes], now: datetime, after: int = 0) -> EndResult:
-        """Keep a turn's end, its output and its encoded events, and count it as a use.
+    async def end_turn(self, turn: TurnRecord, *, runs: Sequence[Run], now: datetime, after: int = 0) -> EndResult:
+        """Keep a turn's end, its output and its events, and count it as a use.
 
         ``turn`` is the whole record, with its end. ``open_turns`` shrinks by
         one, ``message_count`` grows by the messages and calls of the output, the totals by its usage.
@@ -215,13 +220,18 @@ class Store(Protocol):
         deleted.
 
         Args:
-            events: The events that follow ``after``, without gaps, the terminal event last; or none.
+            runs: All events of the turn but the terminal event, which the record tells; the texts of their pieces are
+                those of ``turn.output``.
             after: The seq of the last event of the last checkpoint that was acknowledged.
         """
         ...
 
-    async def get_turn(self, session_id: str, turn_id: str, *, now: datetime) -> TurnRecord:
-        """Raises: SessionNotFoundError, TurnNotFoundError."""
+    async def get_turn(self, session_id: str, turn_id: str, *, now: datetime, with_texts: bool = True) -> TurnRecord:
+        """A turn. Without ``with_texts`` the texts of a long output may be empty.
+
+        Raises:
+            SessionNotFoundError, TurnNotFoundError
+        """
         ...
 
     async def list_turns(
@@ -266,11 +276,16 @@ class Store(Protocol):
         """
         ...
 
-    async def read_events(self, session_id: str, turn_id: str) -> Sequence[bytes]:
-        """The encoded events of an ended turn: seq 1 first, without gaps. Reads deleted and expired sessions, too.
+    async def read_events(
+        self, session_id: str, turn_id: str, *, after: int = 0, length_max: int = PAGE_LENGTH_MAX
+    ) -> EventsPage:
+        """A page of an ended turn's events: those that follow the seq ``after``, at least one if there is one.
 
-        There are fewer events than the turn's ``last_seq`` if a crash lost some of them or none were kept. Then the
-        terminal event is missing as well, and only the turn's record has the end.
+        There are fewer events than the turn's ``last_seq`` if a crash lost some of them or none were kept. Reads
+        deleted and expired sessions, too. The cost depends on the page, not on the turn.
+
+        Args:
+            length_max: The approximate bound on the code points of the page's text, unless a single piece is longer.
         """
         ...
 

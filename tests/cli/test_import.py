@@ -10,21 +10,22 @@ import msgspec
 import pytest
 import trio
 
+from service.api.native.event_frames import encode_frame
+from service.cli import exported_events, whole_turn
 from service.cli.main import main
 from service.cli.store_commands import _check_bounds, _check_turns
 from service.clock import wall_clock
 from service.errors import StartupError, StoreError
 from service.sessions.commands import NewSession, NewTurn
-from service.sessions.events import whole_turn
-from service.sessions.events.events import TurnDelta, TurnStarted
-from service.sessions.events.frames import decode_frame, encode_frame
-from service.sessions.events.replay import replay_kept
+from service.sessions.events.events import TurnDelta
 from service.settings import Settings, Upstream
 from service.stop_state import Phase
+from service.storage.pieces import STARTED, Run, are_of
 from service.storage.records import Checkpoint, Item
 from service.storage.session_export import ExportedSession, read_exported
-from service.storage.sqlite import maintenance, open_sqlite_store
+from service.storage.sqlite import open_sqlite_store
 from service.supervisor import open_service
+from tests.storage.rows import said
 
 Output = pytest.CaptureFixture[str]
 MODELS = {
@@ -76,17 +77,12 @@ async def crash(path: Path) -> None:
     async with open_sqlite_store(path) as store:
         now = wall_clock()
         session = await store.get_session("s", now=now)
-        head = await store.get_turn("s", str(session.head), now=now)
         turn = NewTurn(text="x", model="whole").record(session, queued=False, now=now, settings=Settings())
         await store.begin_turn(turn, now=now)
-        frames = await store.read_events("s", head.id)
-        event = decode_frame(frames[0])
-        assert isinstance(event, TurnStarted)
-        text = b'id: 2\ndata: {"type":"turn.delta","seq":2,"text":"Hel"}\n\n'
-        started = frames[0].replace(head.id.encode(), turn.id.encode()).replace(b'"hangs"', b'"whole"')
-        output = (Item(id="msg_" + 32 * "e", role="assistant", text="Hel"),)
+        runs = (Run(STARTED), *said("Hel"))
+        items = (Item(id="msg_" + 32 * "e", role="assistant", text=""),)
         await store.checkpoint_turns(
-            [Checkpoint(session_id="s", turn_id=turn.id, after=0, events=(started, text), output=output)]
+            [Checkpoint(session_id="s", turn_id=turn.id, after=0, runs=runs, text="Hel", items=items)]
         )
 
 
@@ -94,7 +90,7 @@ async def crash(path: Path) -> None:
 def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     path = tmp_path_factory.mktemp("filled") / "kept.db"
     trio.run(fill, path)
-    return {session: maintenance.export_session(path, session) for session in ("s", "f")}
+    return {session: exported_events.export_session(path, session) for session in ("s", "f")}
 
 
 def check(exported: bytes) -> ExportedSession:
@@ -170,9 +166,9 @@ def test_a_changed_export_is_refused_in_one_line_or_can_be_served(exports: dict[
             else:
                 served += 1
                 for it in accepted.turns:
-                    log = replay_kept(it.turn, [event.encode() for event in it.events])
-                    assert log is not None
-                    assert log.closed
+                    runs = exported_events.runs_of(it.turn, it.events)
+                    assert exported_events.runs_of(it.turn, exported_events.frames_of(it.turn, runs)) == runs
+                    assert it.turn.is_open or are_of(runs, [item.text for item in it.turn.output])
         container[key] = kept
     assert len(refused) > 1000
     assert served > 20
@@ -252,7 +248,7 @@ def test_an_import_beside_a_service_whose_file_was_moved_makes_no_new_file(
             for file in tmp_path.iterdir():  # noqa: ASYNC240
                 file.unlink()
             with pytest.raises(StartupError, match="still serves the file that was there before"):
-                maintenance.import_session(path, check(exports["s"]), now=wall_clock())
+                exported_events.import_session(path, check(exports["s"]), now=wall_clock())
             assert list(tmp_path.iterdir()) == []  # noqa: ASYNC240
 
     with pytest.raises(StoreError, match="replaced while it was open"):

@@ -8,10 +8,10 @@ from functools import partial
 import trio
 
 from service.sessions.events.events import TerminalEvent
-from service.sessions.events.frames import decode_frame
 from service.sessions.turns.turn import Turn
 from service.settings import Settings
 from tests.service.serving import Serving, serving
+from tests.sessions.puppet import read_all
 from tests.upstreams.raw_server import Connection, open_raw_server
 
 TURNS = 200
@@ -112,7 +112,8 @@ async def watch_the_end(turn: Turn, upstream: Upstream, prompt: str) -> None:
 async def check_record(served: Serving, session_id: str, turn_id: str) -> None:
     status, body = await served.call("GET", f"/sessions/{session_id}/turns/{turn_id}")
     assert status == 200
-    events = [decode_frame(frame) for frame in await served.service.store.read_events(session_id, turn_id)]
+    replay, _ = await served.service.sessions.open_events(session_id, turn_id)
+    events = await read_all(replay)
     terminal = [event for event in events if isinstance(event, TerminalEvent)]
     assert terminal == events[-1:]
     assert [event.seq for event in events] == list(range(1, len(events) + 1))

@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 
 import trio
 
+from service.api.native.event_frames import decode_frame, encode_frame
 from service.errors import ModelError
 from service.models.client import (
     ArgumentsDelta,
@@ -25,9 +26,8 @@ from service.models.client import (
     TextDelta,
     Usage,
 )
-from service.sessions.events.event_log import EventLog
-from service.sessions.events.events import Event
-from service.sessions.events.frames import decode_frame, encode_frame
+from service.sessions.events.event_log import EventLog, Events
+from service.sessions.events.events import Event, Piece
 from service.sessions.sessions import Sessions, open_sessions
 from service.settings import Settings
 from service.stop_state import StopState
@@ -185,13 +185,31 @@ async def open_stage(store: MemoryStore | None = None, /, **settings: object) ->
     assert (statistics.turns_running, statistics.turns_queued, statistics.sessions_live) == (0, 0, 0)
 
 
-async def read_all(log: EventLog, *, after: int = 0) -> list[Event]:
+async def frames_in(log: Events, *, after: int = 0) -> list[bytes]:
+    """The frames that a reader of a log or a replay gets now, after a seq."""
+    frames: list[bytes] = []
+    while True:
+        await log.load_after(after)
+        events = log.read_after(after)
+        if not events:
+            return frames
+        frames += map(encode_frame, events)
+        after = events[-1].seq
+
+
+def pieces_of(log: EventLog) -> list[str]:
+    """The texts of all pieces so far, one by one."""
+    return [event.text for event in log.events() if isinstance(event, Piece)]
+
+
+async def read_all(log: Events, *, after: int = 0) -> list[Event]:
     """The events after a seq, up to the end of the log, as a client that decodes frames sees them."""
     events: list[Event] = []
     cursor = after
     with trio.fail_after(10_000):
         while True:
             await log.wait_beyond(cursor)
+            await log.load_after(cursor)
             new = log.read_after(cursor)
             if not new:
                 return events

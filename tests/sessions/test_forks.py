@@ -15,9 +15,9 @@ from service.stop_state import Phase
 from service.storage.memory import MemoryStore
 from service.storage.records import SEQ_AFTER_CRASH
 from tests.sessions.active.test_refusing_store import FullDisk
-from tests.sessions.puppet import Stage, frames_of, open_stage, read_all
+from tests.sessions.puppet import Stage, frames_in, open_stage, read_all
 from tests.sessions.turns.test_turns import start
-from tests.storage.rows import T0, a_session, a_turn, ended
+from tests.storage.rows import T0, a_session, a_turn, ended, said
 
 
 async def converse(stage: Stage) -> str:
@@ -49,9 +49,9 @@ async def test_a_copy_replays_what_was_sent_with_ids_of_its_own(autojump_clock: 
             copied_log, _ = await stage.sessions.open_events(copy, copied.id)
             renamed = [
                 frame.replace(original.id.encode(), copied.id.encode()).replace(source.encode(), copy.encode())
-                for frame in frames_of(log)
+                for frame in await frames_in(log)
             ]
-            assert frames_of(copied_log) == renamed
+            assert await frames_in(copied_log) == renamed
             assert copied_log.closed
         copied_log, _ = await stage.sessions.open_events(copy, copies[1].id)
         events = await read_all(copied_log)
@@ -68,8 +68,7 @@ async def test_events_that_a_crash_took_are_missing_in_the_copy_and_reported_as_
         await store.create_session(a_session(idle_timeout_s=1e9), now=T0)
         await store.begin_turn(a_turn(), now=T0)
         crashed = msgspec.structs.replace(ended(a_turn(), "interrupted"), reason="crash", last_seq=SEQ_AFTER_CRASH)
-        events = [b'id: 1\ndata: {"type":"turn.delta","seq":1,"text":"Hi"}\n\n']
-        await store.end_turn(crashed, events=events, now=T0)
+        await store.end_turn(crashed, runs=said("Hi"), now=T0)
         copy = await stage.sessions.fork_session("s")
         assert copy.head is not None
         log, _ = await stage.sessions.open_events(copy.id, copy.head)

@@ -36,8 +36,9 @@ from service.settings import Settings
 from service.stop_state import StopState
 from service.storage.memory import MemoryStore
 from service.storage.records import SessionPatch, TurnState
-from tests.sessions.puppet import frames_of, read_all
+from tests.sessions.puppet import frames_in, frames_of, pieces_of, read_all
 from tests.sessions.scripts import Script, ScriptedReplies, token
+from tests.storage.rows import told
 
 T0 = datetime(2030, 1, 1, tzinfo=UTC)
 
@@ -385,7 +386,7 @@ class History:
                     watch.release()  # a second call changes nothing
             case Watching():
                 log, watch = await sessions.open_events(*ids)
-                assert frames_of(log) == frames_of(self.turns[ids[1]].log)
+                assert await frames_in(log) == frames_of(self.turns[ids[1]].log)
                 self.watches[ids[1]].append(watch)
             case Delete(session_id):
                 await sessions.delete_session(session_id)
@@ -499,9 +500,7 @@ class History:
             if self.model.sessions.get(turn.session.id) is turn.session:
                 kept = await self.store.read_path(turn.session.id, turn.id, bytes_max=None)
                 assert list(kept)[-1:] == [record]
-                assert list(await self.store.read_events(turn.session.id, turn.id)) == frames_of(
-                    self.turns[turn.id].log
-                )
+                assert await told(self.store, turn.session.id, turn.id) == pieces_of(self.turns[turn.id].log)
 
 
 async def _run(history: Sequence[Step], *, grace_s: float) -> None:

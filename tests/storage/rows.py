@@ -7,8 +7,9 @@ from typing import TypeVar
 import msgspec
 
 from service.models.client import Usage
+from service.storage.pieces import Run, count, run_of
 from service.storage.records import EndState, Item, Page, SessionRecord, TurnRecord, TurnState
-from service.storage.store import Store
+from service.storage.store import PAGE_LENGTH_MAX, Store
 
 T0 = datetime(2026, 3, 1, 12, 0, 0, 123456, tzinfo=UTC)
 """The first moment of the tests. With microseconds: a store that drops them fails."""
@@ -100,7 +101,28 @@ async def _all_pages(read: Callable[[str | None], Awaitable[Page[T]]]) -> list[T
     raise AssertionError("a listing has no end")
 
 
-Contents = dict[str, tuple[SessionRecord, list[tuple[TurnRecord, list[bytes]]]]]
+def said(*texts: str, item: int = 0) -> tuple[Run, ...]:
+    """The events of pieces of one item, with these texts."""
+    return (run_of(item, map(len, texts)),) if texts else ()
+
+
+async def told(store: Store, session_id: str, turn_id: str, *, length_max: int = PAGE_LENGTH_MAX) -> list[str]:
+    """The texts of all events of a turn that are pieces, read page by page."""
+    texts: list[str] = []
+    after = 0
+    while (page := await store.read_events(session_id, turn_id, after=after, length_max=length_max)).runs:
+        assert page.after == after
+        start = 0
+        for length in (length for run in page.runs if run.item >= 0 for length in run.pieces()):
+            texts.append(page.text[start : start + length])
+            start += length
+        assert start == len(page.text)
+        after += count(page.runs)
+    assert page.kept == after
+    return texts
+
+
+Contents = dict[str, tuple[SessionRecord, list[tuple[TurnRecord, list[str]]]]]
 
 
 async def contents(store: Store, *, now: datetime) -> Contents:
@@ -110,6 +132,6 @@ async def contents(store: Store, *, now: datetime) -> Contents:
         turns = await all_turns(store, session.id, now=now)
         found[session.id] = (
             session,
-            [(turn, list(await store.read_events(session.id, turn.id))) for turn in turns],
+            [(turn, await told(store, session.id, turn.id)) for turn in turns],
         )
     return found

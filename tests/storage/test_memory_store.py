@@ -52,12 +52,12 @@ async def test_the_end_of_a_turn_is_cancelled_at_once_or_not_at_all() -> None:
         others_ran = trio.Event()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_set, others_ran)
-            assert await store.end_turn(ended(a_turn()), events=[], now=T0) is EndResult.KEPT
+            assert await store.end_turn(ended(a_turn()), runs=(), now=T0) is EndResult.KEPT
             assert not others_ran.is_set()
         await store.begin_turn(a_turn("next"), now=T0)
         with trio.CancelScope() as scope:
             scope.cancel()
-            await store.end_turn(ended(a_turn("next")), events=[], now=T0)
+            await store.end_turn(ended(a_turn("next")), runs=(), now=T0)
         assert scope.cancelled_caught
         assert (await store.get_turn("s", "next", now=T0)).is_open
 
@@ -103,7 +103,7 @@ async def a_long_session(store: MemoryStore, turns: int) -> datetime:
     for number in range(turns):
         turn = a_turn(f"turn_{number}", parent=parent)
         await store.begin_turn(turn, now=now)
-        await store.end_turn(msgspec.structs.replace(turn, state="completed"), events=[], now=now)
+        await store.end_turn(msgspec.structs.replace(turn, state="completed"), runs=(), now=now)
         parent = turn.id
     return now
 

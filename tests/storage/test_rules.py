@@ -110,7 +110,7 @@ def test_a_start_is_for_a_queued_turn_only() -> None:
 def test_only_the_very_end_that_the_store_has_is_kept_already() -> None:
     end = ended(a_turn())
     assert rules.result_of_late_end(end, msgspec.structs.replace(end, stored=False)) is EndResult.ALREADY_KEPT
-    for kept in (None, a_turn(), rules.crashed(a_turn(), [], T0), ended(a_turn(), text="Another")):
+    for kept in (None, a_turn(), rules.crashed(a_turn(), [], [], T0), ended(a_turn(), text="Another")):
         assert rules.result_of_late_end(kept, end) is EndResult.LOST
 
 
@@ -122,31 +122,25 @@ def test_a_crashed_turn_has_the_output_of_its_checkpoints_however_they_cut_it(
     whole: list[tuple[str, str]], data: st.DataObject
 ) -> None:
     items = tuple(Item(id=name, role="assistant", text=text) for name, text in whole)
-    checkpoints: list[tuple[Item, ...]] = [()]
-    for item in items:
+    growth: list[tuple[int, str]] = []
+    for index, item in enumerate(items):
         length = len(item.text)
         inner = data.draw(st.lists(st.integers(0, length), max_size=3))
         for start, end in pairwise(sorted([0, *inner, length])):
-            piece = msgspec.structs.replace(item, text=item.text[start:end])
-            if data.draw(st.booleans()):
-                checkpoints.append((piece,))
-            else:
-                checkpoints[-1] = (*checkpoints[-1], piece)
+            growth.append((index, item.text[start:end]))
     turn = a_turn()
-    assert rules.crashed(turn, checkpoints, at(9)) == msgspec.structs.replace(
+    assert rules.crashed(turn, rules.without_texts(items), growth, at(9)) == msgspec.structs.replace(
         turn, state="interrupted", reason="crash", ended_at=at(9), last_seq=SEQ_AFTER_CRASH, output=items
     )
 
 
 def test_a_call_in_a_crashed_turn_is_complete_if_its_arguments_are_a_whole_object() -> None:
-    def piece(number: int, text: str) -> Item:
-        item = Item(
-            id=f"fc_{number}", type="function_call", role="assistant", text=text, call_id=f"c{number}", name="f"
-        )
-        return msgspec.structs.replace(item, complete=False)
-
-    pieces = [[piece(1, '{"a":'), piece(2, "{")], [piece(1, '"}"}'), piece(3, "")]]
-    crashed = rules.crashed(a_turn(), pieces, at(9)).output
+    calls = [
+        Item(id=f"fc_{n}", type="function_call", role="assistant", text="", call_id=f"c{n}", name="f", complete=False)
+        for n in range(3)
+    ]
+    growth = [(0, '{"a":'), (1, "{"), (0, '"}"}')]
+    crashed = rules.crashed(a_turn(), calls, growth, at(9)).output
     assert [(item.text, item.complete) for item in crashed] == [('{"a":"}"}', True), ("{", False), ("", False)]
     assert {item.name for item in crashed} == {"f"}
 

@@ -14,7 +14,7 @@ from service.storage.records import SessionPatch, TurnRecord
 from service.storage.sqlite import forks as sqlite_forks
 from service.storage.store import Store
 from tests.storage.conftest import OpenStore
-from tests.storage.rows import IDLE_TIMEOUT_S, T0, Contents, a_session, a_turn, at, contents, ended
+from tests.storage.rows import IDLE_TIMEOUT_S, T0, Contents, a_session, a_turn, at, contents, ended, said, told
 
 WAITS_MAX = 500
 """More waits than any single call has."""
@@ -67,7 +67,7 @@ async def _look(store: Store) -> Everything:
     for session_id, turn_id in [("old", "told"), ("s", "t"), ("s", "queued"), ("s", "new"), ("marked", "tm")]:
         hidden += [
             list(await store.read_path(session_id, turn_id, bytes_max=None)),
-            list(await store.read_events(session_id, turn_id)),
+            await told(store, session_id, turn_id),
         ]
     return Everything(
         visible=await contents(store, now=now),
@@ -84,10 +84,10 @@ async def _prepare(store: Store) -> None:
         await store.create_session(a_session(name), now=T0)
     for turn in (a_turn("told", "old"), a_turn("tm", "marked")):
         await store.begin_turn(turn, now=T0)
-        await store.end_turn(ended(turn), events=[b"1", b"2"], now=T0)
+        await store.end_turn(ended(turn), runs=said("H", "i"), now=T0)
     for name, parent in (("first", None), ("second", "first")):
         await store.begin_turn(a_turn(name, parent=parent), now=T0)
-        await store.end_turn(ended(a_turn(name, parent=parent)), events=[b"1", b"2"], now=T0)
+        await store.end_turn(ended(a_turn(name, parent=parent)), runs=said("H", "i"), now=T0)
     await store.begin_turn(a_turn("t"), now=T0)
     await store.begin_turn(a_turn("queued", state="queued", parent="t"), now=T0)
     await store.mark_deleted("marked", now=T0)
@@ -107,7 +107,7 @@ STEPS: dict[str, Callable[[Store], Awaitable[object]]] = {
     "start": lambda store: store.start_turn("queued", now=NOW),
     "end": lambda store: store.end_turn(
         ended(a_turn("t"), reasoning="hm", usage=Usage(input_tokens=1, output_tokens=2)),
-        events=[b"1", b"2", b"3"],
+        runs=said("H", "", "i"),
         now=NOW,
     ),
     "recover": lambda store: store.recover(now=NOW),

@@ -28,11 +28,24 @@ from service.storage.page_cursor import (
     decode_turn_cursor,
     encode_cursor,
 )
+from service.storage.pieces import QUEUED, STARTED, Run
 from service.storage.records import EndResult, EndState, Failure, Item, LeftOut, SessionPatch, SessionRecord, TurnRecord
 from service.storage.store import Store
 from service.store_capabilities import BY_SCHEME
 from tests.storage.conftest import OpenStore
-from tests.storage.rows import IDLE_TIMEOUT_S, T0, a_session, a_turn, all_sessions, all_turns, at, contents, ended
+from tests.storage.rows import (
+    IDLE_TIMEOUT_S,
+    T0,
+    a_session,
+    a_turn,
+    all_sessions,
+    all_turns,
+    at,
+    contents,
+    ended,
+    said,
+    told,
+)
 
 UNICODE = "\x00 NUL, é e\u0301, שלום, 日本語, \U0001f468\u200d\U0001f469\u200d\U0001f467, \u2028, \ufeff, ';--"
 
@@ -98,12 +111,12 @@ async def test_an_expired_session_of_the_same_id_is_replaced_with_all_that_belon
     await store.create_session(a_session(), now=T0)
     turn = a_turn()
     await store.begin_turn(turn, now=T0)
-    await store.end_turn(ended(turn), events=[b"1"], now=T0)
+    await store.end_turn(ended(turn), runs=said("Hi"), now=T0)
     later = at(IDLE_TIMEOUT_S)
     fresh = a_session(created=IDLE_TIMEOUT_S)
     await store.create_session(fresh, now=later)
     assert await contents(store, now=later) == {"s": (fresh, [])}
-    assert await store.read_events("s", "t") in ([], ())
+    assert await told(store, "s", "t") == []
     assert list(await store.read_path("s", "t", bytes_max=None)) == []
     with pytest.raises(TurnNotFoundError):
         await store.get_turn("s", "t", now=later)
@@ -230,7 +243,7 @@ async def test_reads_do_not_move_the_deadline(store: Store) -> None:
     await store.create_session(a_session(), now=T0)
     turn = a_turn()
     await store.begin_turn(turn, now=T0)
-    await store.end_turn(ended(turn), events=[b"1"], now=T0)
+    await store.end_turn(ended(turn), runs=said("Hi"), now=T0)
     before = await store.get_session("s", now=T0)
     await contents(store, now=at(30))
     await store.get_turn("s", "t", now=at(30))
@@ -364,9 +377,9 @@ async def test_a_marked_session_is_hidden_while_its_turns_go_on(store: Store) ->
     await store.mark_deleted("s", now=T0)
     assert await contents(store, now=T0) == {}
     assert [kept.id for kept in await store.read_path("s", "t", bytes_max=None)] == ["t"]
-    assert await store.end_turn(ended(turn, "cancelled"), events=[b"1", b"2"], now=T0) is EndResult.KEPT
-    assert await store.end_turn(ended(turn), events=[], now=T0) is EndResult.LOST
-    assert list(await store.read_events("s", "t")) == [b"1", b"2"]
+    assert await store.end_turn(ended(turn, "cancelled"), runs=said("H", "i"), now=T0) is EndResult.KEPT
+    assert await store.end_turn(ended(turn), runs=(), now=T0) is EndResult.LOST
+    assert await told(store, "s", "t") == ["H", "i"]
     assert await contents(store, now=T0) == {}
     assert await store.count_sessions(status=None, now=T0) == 0
 
@@ -375,10 +388,10 @@ async def test_a_removed_session_leaves_nothing_and_its_id_is_free(store: Store)
     await store.create_session(a_session(), now=T0)
     turn = a_turn()
     await store.begin_turn(turn, now=T0)
-    await store.end_turn(ended(turn), events=[b"1"], now=T0)
+    await store.end_turn(ended(turn), runs=said("Hi"), now=T0)
     await store.mark_deleted("s", now=T0)
     await store.remove_deleted("s")
-    assert list(await store.read_events("s", "t")) == []
+    assert await told(store, "s", "t") == []
     assert list(await store.read_path("s", "t", bytes_max=None)) == []
     fresh = a_session(created=1)
     await store.create_session(fresh, now=at(1))
@@ -418,10 +431,10 @@ async def test_an_end_after_the_removal_is_no_end(store: Store) -> None:
     await store.remove_deleted("s")
     await store.create_session(a_session(created=1), now=at(1))
     before = await contents(store, now=at(1))
-    assert await store.end_turn(ended(turn), events=[b"1"], now=at(1)) is EndResult.LOST
+    assert await store.end_turn(ended(turn), runs=said("Hi"), now=at(1)) is EndResult.LOST
     await store.start_turn("t", now=at(1))
     assert await contents(store, now=at(1)) == before
-    assert list(await store.read_events("s", "t")) == []
+    assert await told(store, "s", "t") == []
 
 
 # Expiry
@@ -443,9 +456,9 @@ async def test_expiry_takes_turns_and_events_and_frees_the_id(store: Store) -> N
     await store.create_session(a_session(), now=T0)
     turn = a_turn()
     await store.begin_turn(turn, now=T0)
-    await store.end_turn(ended(turn), events=[b"1"], now=T0)
+    await store.end_turn(ended(turn), runs=said("Hi"), now=T0)
     assert await store.delete_expired(now=at(IDLE_TIMEOUT_S), limit=1) == 1
-    assert list(await store.read_events("s", "t")) == []
+    assert await told(store, "s", "t") == []
     assert list(await store.read_path("s", "t", bytes_max=None)) == []
     await store.create_session(a_session(), now=T0)
     assert await all_turns(store, "s", now=T0) == []
@@ -467,7 +480,7 @@ async def _use_by_begin(store: Store) -> None:
 
 async def _use_by_end(store: Store) -> None:
     await store.begin_turn(a_turn(), now=T0)
-    await store.end_turn(ended(a_turn()), events=[], now=at(50))
+    await store.end_turn(ended(a_turn()), runs=(), now=at(50))
 
 
 @pytest.mark.parametrize("use", [_use_by_patch, _use_by_begin, _use_by_end])
@@ -479,7 +492,7 @@ async def test_a_use_moves_the_deadline(store: Store, use: Callable[[Store], Awa
     # The old deadline has no effect any more ...
     assert await store.delete_expired(now=at(IDLE_TIMEOUT_S), limit=10) == 0
     if session.open_turns:
-        await store.end_turn(ended(a_turn()), events=[], now=at(50))
+        await store.end_turn(ended(a_turn()), runs=(), now=at(50))
     # ... and the new one removes the session, once.
     assert await store.delete_expired(now=at(49 + IDLE_TIMEOUT_S), limit=10) == 0
     assert await store.delete_expired(now=at(50 + IDLE_TIMEOUT_S), limit=10) == 1
@@ -513,7 +526,7 @@ async def test_an_accepted_turn_is_kept_and_is_the_head(store: Store) -> None:
     assert session.status == "running"
     assert await store.get_session("s", now=at(2)) == session
     assert await store.get_turn("s", "t", now=at(2)) == turn
-    assert list(await store.read_events("s", "t")) == []
+    assert await told(store, "s", "t") == []
 
 
 async def test_the_newest_turn_is_the_head_for_any_parent(store: Store) -> None:
@@ -574,7 +587,7 @@ async def test_only_a_queued_turn_starts(store: Store) -> None:
     await store.create_session(a_session(), now=T0)
     await store.begin_turn(a_turn("running"), now=T0)
     await store.begin_turn(a_turn("ended", state="queued"), now=T0)
-    await store.end_turn(ended(a_turn("ended", state="queued"), "cancelled"), events=[], now=T0)
+    await store.end_turn(ended(a_turn("ended", state="queued"), "cancelled"), runs=(), now=T0)
     before = await contents(store, now=T0)
     assert await store.start_turn("running", now=at(9))
     assert not await store.start_turn("ended", now=at(9)), "an ended turn must not run"
@@ -593,10 +606,12 @@ async def test_an_end_is_kept_whole(store: Store, state: EndState, begun_as: str
         error=Failure("a_code", UNICODE) if state == "failed" else None,
         last_seq=4711,
     )
-    events = [b"id: 1\ndata: {}\n\n", UNICODE.encode(), b"", bytes(range(256))]
-    assert await store.end_turn(end, events=events, now=at(8)) is EndResult.KEPT
+    runs = (Run(QUEUED), Run(STARTED), *said(UNICODE), *said(UNICODE[:1], "", UNICODE[1:], item=1), *said(UNICODE))
+    assert await store.end_turn(end, runs=runs, now=at(8)) is EndResult.KEPT
     assert await store.get_turn("s", "t", now=at(8)) == end
-    assert list(await store.read_events("s", "t")) == events
+    assert await told(store, "s", "t") == [UNICODE, UNICODE[:1], "", UNICODE[1:], UNICODE]
+    page = await store.read_events("s", "t")
+    assert (page.runs, page.kept, page.text_length) == (runs, 7, len(UNICODE))
     session = await store.get_session("s", now=at(8))
     assert session == msgspec.structs.replace(
         a_session(),
@@ -615,10 +630,10 @@ async def test_the_first_end_wins_and_the_second_changes_nothing(store: Store) -
     await store.create_session(a_session(), now=T0)
     turn = a_turn()
     await store.begin_turn(turn, now=T0)
-    assert await store.end_turn(ended(turn, "cancelled"), events=[b"first"], now=at(1)) is EndResult.KEPT
+    assert await store.end_turn(ended(turn, "cancelled"), runs=said("Hi"), now=at(1)) is EndResult.KEPT
     before = await contents(store, now=at(1))
     usage = Usage(input_tokens=1, output_tokens=1)
-    assert await store.end_turn(ended(turn, usage=usage), events=[b"second"], now=at(2)) is EndResult.LOST
+    assert await store.end_turn(ended(turn, usage=usage), runs=said("Hi"), now=at(2)) is EndResult.LOST
     assert await contents(store, now=at(1)) == before
 
 
@@ -627,21 +642,21 @@ async def test_a_repeated_end_is_kept_already_and_another_end_is_lost(store: Sto
     await store.create_session(a_session(), now=T0)
     await store.begin_turn(a_turn(), now=T0)
     end = ended(a_turn(), now=at(1))
-    assert await store.end_turn(end, events=[b"1"], now=at(1)) is EndResult.KEPT
+    assert await store.end_turn(end, runs=said("Hi"), now=at(1)) is EndResult.KEPT
     before = await contents(store, now=at(1))
     if is_deleted:
         await store.mark_deleted("s", now=at(1))
-    assert await store.end_turn(end, events=[b"1", b"2"], now=at(2), after=0) is EndResult.ALREADY_KEPT
+    assert await store.end_turn(end, runs=said("H", "i"), now=at(2), after=0) is EndResult.ALREADY_KEPT
     for other in (
         ended(a_turn(), now=at(2)),
         ended(a_turn(), "cancelled", now=at(1)),
         ended(a_turn(), text="Another", now=at(1)),
         msgspec.structs.replace(end, last_seq=99),
     ):
-        assert await store.end_turn(other, events=[], now=at(2)) is EndResult.LOST
+        assert await store.end_turn(other, runs=(), now=at(2)) is EndResult.LOST
     if is_deleted:
         await store.remove_deleted("s")
-        assert await store.end_turn(end, events=[b"1"], now=at(2)) is EndResult.LOST
+        assert await store.end_turn(end, runs=said("Hi"), now=at(2)) is EndResult.LOST
     else:
         assert await contents(store, now=at(1)) == before
 
@@ -651,18 +666,20 @@ async def test_an_end_may_be_as_large_as_a_log_can_be(store: Store) -> None:
     turn = a_turn()
     await store.begin_turn(turn, now=T0)
     text = 1024 * "x"
-    events = [b"%06d %b" % (number, text.encode()) for number in range(16 * 1024)]
-    assert await store.end_turn(ended(turn, text=1024 * text), events=events, now=at(1)) is EndResult.KEPT
-    assert list(await store.read_events("s", "t")) == events
+    texts = [f"{number:06d}" for number in range(160 * 1024)] + [1024 * text] * 8
+    end = ended(turn, text=1024 * text, reasoning="".join(texts))
+    runs = (*said(*texts), *said(1024 * text, item=1))
+    assert await store.end_turn(end, runs=runs, now=at(1)) is EndResult.KEPT
+    assert await told(store, "s", "t") == [*texts, 1024 * text]
     assert len((await store.get_turn("s", "t", now=at(1))).text) == 1024 * 1024
     assert (await store.get_session("s", now=at(1))).message_count == 2
 
 
 async def test_an_end_of_an_unknown_turn_is_none(store: Store) -> None:
-    assert await store.end_turn(ended(a_turn()), events=[b"1"], now=T0) is EndResult.LOST
+    assert await store.end_turn(ended(a_turn()), runs=said("Hi"), now=T0) is EndResult.LOST
     await store.create_session(a_session(), now=T0)
     before = await contents(store, now=T0)
-    assert await store.end_turn(ended(a_turn()), events=[b"1"], now=T0) is EndResult.LOST
+    assert await store.end_turn(ended(a_turn()), runs=said("Hi"), now=T0) is EndResult.LOST
     assert await contents(store, now=T0) == before
 
 
@@ -677,13 +694,13 @@ async def test_an_empty_reply_is_no_message_and_totals_add_up(store: Store) -> N
     ]  # fmt: skip
     for _, end in cases:
         await store.begin_turn(a_turn(end.id), now=T0)
-        await store.end_turn(end, events=[], now=T0)
+        await store.end_turn(end, runs=(), now=T0)
     session = await store.get_session("s", now=T0)
     assert (session.message_count, session.input_tokens, session.output_tokens) == (3, 0, 0)
     for name in "de":
         await store.begin_turn(a_turn(name), now=T0)
         usage = Usage(input_tokens=2**33, output_tokens=3, reasoning_tokens=2)
-        await store.end_turn(ended(a_turn(name), usage=usage), events=[], now=T0)
+        await store.end_turn(ended(a_turn(name), usage=usage), runs=(), now=T0)
     session = await store.get_session("s", now=T0)
     assert (session.message_count, session.input_tokens, session.output_tokens) == (7, 2**34, 6)
 
@@ -693,12 +710,12 @@ async def test_a_turn_of_another_session_is_not_found(store: Store) -> None:
     await store.create_session(a_session("other"), now=T0)
     turn = a_turn("theirs", "other")
     await store.begin_turn(turn, now=T0)
-    await store.end_turn(ended(turn), events=[b"secret"], now=T0)
+    await store.end_turn(ended(turn), runs=said("Hi"), now=T0)
     with pytest.raises(TurnNotFoundError):
         await store.get_turn("s", "theirs", now=T0)
     with pytest.raises(TurnNotFoundError):
         await store.get_turn("s", "nowhere", now=T0)
-    assert list(await store.read_events("s", "theirs")) == []
+    assert await told(store, "s", "theirs") == []
     assert list(await store.read_path("s", "theirs", bytes_max=None)) == []
 
 
@@ -722,7 +739,7 @@ async def test_a_page_of_turns_stays_where_it_is_while_turns_begin_and_end(store
     for name in "abc":
         await store.begin_turn(a_turn(name), now=T0)
     page = await store.list_turns("s", limit=2, after=None, now=T0)
-    await store.end_turn(ended(a_turn("a")), events=[], now=T0)
+    await store.end_turn(ended(a_turn("a")), runs=(), now=T0)
     await store.begin_turn(a_turn("d"), now=T0)
     page = await store.list_turns("s", limit=2, after=page.next, now=T0)
     assert ([turn.id for turn in page.data], page.next) == (["c", "d"], None)
@@ -743,7 +760,7 @@ async def test_the_path_goes_from_the_root_to_the_turn(store: Store) -> None:
     for name, expected in [("c", "a b c"), ("c2", "a b2 c2"), ("a", "a"), ("root2", "root2"), ("nowhere", "")]:
         path = await store.read_path("s", name, bytes_max=None)
         assert [turn.id for turn in path] == expected.split()
-    await store.end_turn(ended(a_turn("b", parent="a"), text="reply"), events=[], now=T0)
+    await store.end_turn(ended(a_turn("b", parent="a"), text="reply"), runs=(), now=T0)
     path = await store.read_path("s", "c", bytes_max=None)
     assert path[1] == ended(a_turn("b", parent="a"), text="reply")
 
@@ -752,7 +769,7 @@ async def test_a_bounded_path_has_the_newest_turns_that_fit_but_always_the_last(
     # Sizes in bytes: a 4 (two-byte characters), b 3 (an input of 1, a reply of 2, reasoning free), c 5.
     b = a_turn("b", parent="a", texts=["x"])
     await _grow(store, a_turn("a", texts=["éé"]), b, a_turn("c", parent="b", texts=["123", "45"]))
-    await store.end_turn(ended(b, text="é", reasoning="not counted"), events=[], now=T0)
+    await store.end_turn(ended(b, text="é", reasoning="not counted"), runs=(), now=T0)
     expected = {0: "c", 4: "c", 5: "c", 7: "c", 8: "b c", 11: "b c", 12: "a b c", 13: "a b c"}
     for bytes_max, names in expected.items():
         path = await store.read_path("s", "c", bytes_max=bytes_max)
@@ -789,7 +806,7 @@ async def test_a_path_is_measured_by_what_it_brings_into_prompts(store: Store) -
         turn = a_turn(name, parent=parent, texts=["12", "345"])
         await store.begin_turn(turn, now=T0)
         end = ended(turn, state, text=text, reasoning="not counted")
-        await store.end_turn(msgspec.structs.replace(end, **changes), events=[], now=T0)
+        await store.end_turn(msgspec.structs.replace(end, **changes), runs=(), now=T0)
         parent, brought = name, brought + brings
         assert await store.measure_path("s", name) == brought
     await store.begin_turn(a_turn("beside", parent="a"), now=T0)
@@ -802,7 +819,7 @@ async def test_a_path_is_measured_by_what_it_brings_into_prompts(store: Store) -
 async def test_left_out_is_stored_with_the_end(store: Store) -> None:
     await _grow(store, a_turn())
     end = msgspec.structs.replace(ended(a_turn()), left_out=LeftOut(2, 10**9))
-    await store.end_turn(end, events=[], now=T0)
+    await store.end_turn(end, runs=(), now=T0)
     assert await store.get_turn("s", "t", now=T0) == end
     copy = await store.fork_session("s", at=None, copy_id="copy", now=T0)
     assert copy.head is not None
@@ -813,7 +830,7 @@ async def test_a_path_is_listed_in_pages_from_its_root(store: Store) -> None:
     tree = [("a", None), ("b", "a"), ("c", "b"), ("b2", "a"), ("d", "c"), ("e", "d")]
     await _grow(store, *(a_turn(name, parent=parent) for name, parent in tree))
     b = ended(a_turn("b", parent="a"), text="reply")
-    await store.end_turn(b, events=[], now=T0)
+    await store.end_turn(b, runs=(), now=T0)
     cases = [
         ("e", None, 3, "a b c"),
         ("e", None, 5, "a b c d e"),
@@ -842,10 +859,10 @@ async def test_large_texts_and_many_events_are_kept(store: Store) -> None:
     turn = a_turn(texts=["\U0001f600" * (64 * 1024)])
     await store.begin_turn(turn, now=T0)
     end = ended(turn, text="é" * (512 * 1024), reasoning="r" * 1024 * 1024)
-    events = [b"id: %d\ndata: x\n\n" % seq for seq in range(1, 20_001)] + [b"x" * 1024 * 1024]
-    await store.end_turn(end, events=events, now=T0)
+    texts = ["é"] * 20_000 + ["é" * (512 * 1024 - 20_000)]
+    await store.end_turn(end, runs=(*said("r" * 1024 * 1024), *said(*texts, item=1)), now=T0)
     assert await store.get_turn("s", "t", now=T0) == end
-    assert list(await store.read_events("s", "t")) == events
+    assert await told(store, "s", "t") == ["r" * 1024 * 1024, *texts]
 
 
 # Recovery and closing
@@ -898,15 +915,15 @@ async def test_one_of_two_ends_wins(store: Store) -> None:
     for n in range(ROUNDS):
         turn = a_turn(f"t{n}")
         await store.begin_turn(turn, now=T0)
-        ends = [ended(turn, "completed"), ended(turn, "cancelled")]
+        ends = [ended(turn, "completed"), ended(turn, "cancelled", text="Ho")]
         results = await _both(
-            partial(store.end_turn, ends[0], events=[b"0"], now=T0),
-            partial(store.end_turn, ends[1], events=[b"1"], now=T0),
+            partial(store.end_turn, ends[0], runs=said("Hi"), now=T0),
+            partial(store.end_turn, ends[1], runs=said("Ho"), now=T0),
         )
         assert set(results) == {EndResult.KEPT, EndResult.LOST}
         winner = results.index(EndResult.KEPT)
         assert await store.get_turn("s", turn.id, now=T0) == ends[winner]
-        assert list(await store.read_events("s", turn.id)) == [b"%d" % winner]
+        assert await told(store, "s", turn.id) == [("Hi", "Ho")[winner]]
     assert (await store.get_session("s", now=T0)).open_turns == 0
 
 
@@ -958,7 +975,7 @@ async def test_many_at_once_lose_nothing(store: Store) -> None:
         await store.begin_turn(turn, now=T0)
         await store.start_turn(name, now=T0)
         usage = Usage(input_tokens=1, output_tokens=2)
-        assert await store.end_turn(ended(turn, usage=usage), events=[name.encode()], now=T0) is EndResult.KEPT
+        assert await store.end_turn(ended(turn, text=name, usage=usage), runs=said(name), now=T0) is EndResult.KEPT
 
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
@@ -971,4 +988,4 @@ async def test_many_at_once_lose_nothing(store: Store) -> None:
     assert sorted(turn.id for turn in turns) == sorted(names)
     assert session.head == turns[-1].id, "the head is what was accepted last"
     for name in names:
-        assert list(await store.read_events("s", name)) == [name.encode()]
+        assert await told(store, "s", name) == [name]

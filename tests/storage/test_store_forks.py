@@ -18,7 +18,7 @@ from service.models.client import Usage
 from service.storage import fork_path
 from service.storage.records import SEQ_AFTER_CRASH, EndResult, EndState, Item, SessionPatch, SessionRecord, TurnRecord
 from service.storage.store import Store
-from tests.storage.rows import IDLE_TIMEOUT_S, T0, a_session, a_turn, all_turns, at, contents, ended
+from tests.storage.rows import IDLE_TIMEOUT_S, T0, a_session, a_turn, all_turns, at, contents, ended, said, told
 
 NOW = at(5)
 
@@ -28,11 +28,18 @@ async def _fork(store: Store, **changes: object) -> SessionRecord:
     return await store.fork_session("s", **call)  # type: ignore[arg-type]
 
 
+def _texts(turn: str) -> list[str]:
+    """The pieces of the events of a turn; ``d`` has no reply."""
+    return [f"{turn}?"] if turn == "d" else [f"{turn}?", f"{turn} 0", f"{turn} 1"]
+
+
 async def _add(store: Store, turn: TurnRecord, state: EndState = "completed", **end: object) -> TurnRecord:
-    """A turn that has ended, with two events of its own."""
+    """A turn that has ended, with events of its own."""
     await store.begin_turn(turn, now=T0)
-    last = ended(turn, state, **end)  # type: ignore[arg-type]
-    assert await store.end_turn(last, events=[f"{turn.id} {n}".encode() for n in range(2)], now=T0) is EndResult.KEPT
+    thought, *texts = _texts(turn.id)
+    last = ended(turn, state, text="".join(texts), reasoning=thought, **end)  # type: ignore[arg-type]
+    runs = (*said(thought), *said(*texts, item=1))
+    assert await store.end_turn(last, runs=runs, now=T0) is EndResult.KEPT
     return last
 
 
@@ -41,10 +48,10 @@ async def _tree(store: Store) -> None:
     settings = {"title": "T", "model": "m", "system_message": "Be brief.", "metadata": {"a": "b"}}
     await store.create_session(msgspec.structs.replace(a_session(), **settings), now=T0)
     usage = Usage(input_tokens=1, output_tokens=2)
-    await _add(store, a_turn("a", texts=["1", "2"]), reasoning="hm", usage=usage)
-    await _add(store, a_turn("b", parent="a"), "interrupted", text="half", usage=usage)
+    await _add(store, a_turn("a", texts=["1", "2"]), usage=usage)
+    await _add(store, a_turn("b", parent="a"), "interrupted", usage=usage)
     await _add(store, a_turn("c", parent="a"), usage=usage)
-    await _add(store, a_turn("d", parent="b"), "failed", text="", usage=usage)
+    await _add(store, a_turn("d", parent="b"), "failed", usage=usage)
 
 
 def _without_ids(turns: Sequence[TurnRecord]) -> list[TurnRecord]:
@@ -79,7 +86,7 @@ async def test_a_copy_has_the_settings_and_the_turns_of_the_path_under_ids_of_it
     assert {turn.session_id for turn in turns} == {"copy"}
     assert {turn.id for turn in turns}.isdisjoint("abcd")
     for turn, name in zip(turns, path, strict=True):
-        assert list(await store.read_events("copy", turn.id)) == [f"{name} {n}".encode() for n in range(2)]
+        assert await told(store, "copy", turn.id) == _texts(name)
         assert await store.get_turn("copy", turn.id, now=NOW) == turn
     assert list(await store.read_path("copy", turns[-1].id, bytes_max=None)) == turns
     assert copy == msgspec.structs.replace(
@@ -116,7 +123,7 @@ async def test_a_copy_takes_turns_expires_and_is_forked_as_any_session(store: St
     assert copy.head is not None
     assert (await store.begin_turn(a_turn("next", "copy", parent=copy.head), now=NOW)).open_turns == 1
     assert [turn.id for turn in await all_turns(store, "copy", now=NOW)][-1] == "next"
-    assert await store.end_turn(ended(a_turn("next", "copy", parent=copy.head)), events=[], now=NOW) is EndResult.KEPT
+    assert await store.end_turn(ended(a_turn("next", "copy", parent=copy.head)), runs=(), now=NOW) is EndResult.KEPT
     assert await store.count_sessions(status="idle", now=NOW) == 3
     assert await store.delete_expired(now=second.expires_at, limit=10) == 3
     assert await contents(store, now=T0) == {}
@@ -153,7 +160,7 @@ async def test_an_open_turn_on_the_path_is_refused_and_one_beside_it_is_not(stor
     await _tree(store)
     await store.begin_turn(a_turn("open", parent="d", state=state), now=T0)  # type: ignore[arg-type]
     await store.begin_turn(a_turn("after", parent="open", state="queued"), now=T0)
-    await store.end_turn(ended(a_turn("after", parent="open"), "cancelled"), events=[], now=T0)
+    await store.end_turn(ended(a_turn("after", parent="open"), "cancelled"), runs=(), now=T0)
     before = await contents(store, now=NOW)
     for last in (None, "open", "after"):
         with pytest.raises(TurnInProgressError) as refused:
@@ -180,10 +187,10 @@ async def test_an_expired_session_of_the_new_id_is_replaced(store: Store) -> Non
     await _tree(store)
     await store.create_session(a_session("copy", idle_timeout_s=1), now=T0)
     await store.begin_turn(a_turn("old", "copy"), now=T0)
-    await store.end_turn(ended(a_turn("old", "copy")), events=[b"1"], now=T0)
+    await store.end_turn(ended(a_turn("old", "copy")), runs=said("Hi"), now=T0)
     copy = await _fork(store)
     assert await store.get_session("copy", now=NOW) == copy
-    assert list(await store.read_events("copy", "old")) == []
+    assert await told(store, "copy", "old") == []
     assert len(await all_turns(store, "copy", now=NOW)) == 3
 
 
@@ -191,11 +198,11 @@ async def test_the_rest_of_a_turn_after_a_crash_is_copied_unchanged(store: Store
     await store.create_session(a_session(), now=T0)
     await store.begin_turn(a_turn(), now=T0)
     crashed = msgspec.structs.replace(ended(a_turn(), "interrupted"), reason="crash", last_seq=SEQ_AFTER_CRASH)
-    await store.end_turn(crashed, events=[b"1", b"2"], now=T0)
+    await store.end_turn(crashed, runs=said("H", "i"), now=T0)
     copy = await _fork(store)
     assert copy.head is not None
     assert (await store.get_turn("copy", copy.head, now=NOW)).last_seq == SEQ_AFTER_CRASH
-    assert list(await store.read_events("copy", copy.head)) == [b"1", b"2"]
+    assert await told(store, "copy", copy.head) == ["H", "i"]
 
 
 async def test_a_path_of_a_thousand_turns_is_copied_whole(store: Store) -> None:
@@ -207,17 +214,17 @@ async def test_a_path_of_a_thousand_turns_is_copied_whole(store: Store) -> None:
     assert (len(turns), copy.message_count, copy.head) == (1000, 2000, turns[-1].id)
     assert _without_ids(turns) == _without_ids(await all_turns(store, "s", now=NOW))
     for n in (0, 500, 999):
-        assert list(await store.read_events("copy", turns[n].id)) == [f"t{n} 0".encode(), f"t{n} 1".encode()]
+        assert await told(store, "copy", turns[n].id) == _texts(f"t{n}")
 
 
 async def test_many_events_are_copied_whole(store: Store) -> None:
     await store.create_session(a_session(), now=T0)
     await store.begin_turn(a_turn(), now=T0)
-    events = [b"%d" % n * 100 for n in range(20_000)]
-    await store.end_turn(ended(a_turn()), events=events, now=T0)
+    texts = [f"{n}" * 100 for n in range(20_000)]
+    await store.end_turn(ended(a_turn(), text="".join(texts)), runs=said(*texts), now=T0)
     copy = await _fork(store)
     assert copy.head is not None
-    assert list(await store.read_events("copy", copy.head)) == events
+    assert await told(store, "copy", copy.head) == texts
 
 
 @pytest.mark.parametrize(("bound", "value"), [("BYTES_MAX", 2500), ("TURNS_MAX", 2)])
@@ -227,7 +234,8 @@ async def test_more_than_a_fork_may_copy_is_refused_and_nothing_changes(
     await store.create_session(a_session(), now=T0)
     for n in range(3):
         await store.begin_turn(a_turn(f"t{n}", parent=f"t{n - 1}" if n else None), now=T0)
-        await store.end_turn(ended(a_turn(f"t{n}", parent=f"t{n - 1}" if n else None)), events=[b"x" * 1000], now=T0)
+        end = ended(a_turn(f"t{n}", parent=f"t{n - 1}" if n else None), reasoning="x" * 1000)
+        await store.end_turn(end, runs=(*said("x" * 1000), *said("Hi", item=1)), now=T0)
     before = await contents(store, now=NOW)
     monkeypatch.setattr(fork_path, bound, value)
     with pytest.raises(InvalidRequestError) as refused:
@@ -283,7 +291,7 @@ async def test_a_session_is_forked_or_deleted_first(store: Store) -> None:
             assert f"copy{n}" not in found
         else:
             assert found[f"copy{n}"][0] == copied
-            assert [events for _, events in found[f"copy{n}"][1]] == [[f"t{n} 0".encode(), f"t{n} 1".encode()]]
+            assert [events for _, events in found[f"copy{n}"][1]] == [_texts(f"t{n}")]
 
 
 async def test_turns_that_begin_and_end_meanwhile_are_in_the_copy_whole_or_not_at_all(store: Store) -> None:
@@ -303,4 +311,4 @@ async def test_turns_that_begin_and_end_meanwhile_are_in_the_copy_whole_or_not_a
             session, turns = found[copy.id]
             assert session == copy
             assert len(turns) in (3, 4)
-            assert all(len(events) == 2 and not turn.is_open for turn, events in turns)
+            assert all(len(events) in (1, 3) and not turn.is_open for turn, events in turns)

@@ -17,7 +17,7 @@ from service.models.client import Usage
 from service.storage.records import EndResult, EndState, SessionPatch, SessionRecord, SessionStatus, TurnRecord
 from service.storage.store import Store
 from tests.storage.conftest import OpenStore
-from tests.storage.rows import a_session, a_turn, all_turns, at, ended
+from tests.storage.rows import a_session, a_turn, all_turns, at, ended, said, told
 
 # Each example opens a store of its own; the fixture only provides the function that opens it.
 histories = settings(
@@ -32,7 +32,7 @@ class Model:
     sessions: dict[str, SessionRecord] = field(default_factory=dict)
     marked: set[str] = field(default_factory=set)
     turns: dict[str, TurnRecord] = field(default_factory=dict)
-    events: dict[str, list[bytes]] = field(default_factory=dict)
+    events: dict[str, list[str]] = field(default_factory=dict)
 
     def visible(self, now: datetime) -> dict[str, SessionRecord]:
         return {
@@ -108,11 +108,11 @@ class Model:
             self.turns[turn_id] = msgspec.structs.replace(self.turns[turn_id], state="running", started_at=now)
         return turn_id in self.turns and self.turns[turn_id].state == "running"
 
-    def end(self, turn: TurnRecord, events: Sequence[bytes], now: datetime) -> EndResult:
+    def end(self, turn: TurnRecord, events: Sequence[str], now: datetime) -> EndResult:
         if turn.id not in self.turns or self.turns[turn.id].state not in ("queued", "running"):
             return EndResult.ALREADY_KEPT if self.turns.get(turn.id) == turn else EndResult.LOST
         self.turns[turn.id] = turn
-        self.events[turn.id] = list(events)
+        self.events[turn.id] = [*events]
         session = self.sessions[turn.session_id]
         self.use(
             turn.session_id,
@@ -247,10 +247,10 @@ class History:
             texts=["x" * n for n in range(step.messages)],
         )
 
-    def _end(self, step: End) -> tuple[TurnRecord, list[bytes]]:
+    def _end(self, step: End) -> tuple[TurnRecord, list[str]]:
         usage = None if step.tokens is None else Usage(input_tokens=step.tokens, output_tokens=step.tokens + 1)
         turn = ended(self.picked(step.turn), step.state, text=step.text, usage=usage, now=self.now)
-        return turn, [step.state.encode(), step.text.encode()]
+        return turn, [text for text in (step.text[:1], step.text[1:]) if text]
 
     def _in_model(self, step: Step) -> object:
         model, now = self.model, self.now
@@ -300,7 +300,7 @@ class History:
                     return await store.start_turn(self.picked(turn).id, now=now)
                 case End():
                     turn_record, events = self._end(step)
-                    return await store.end_turn(turn_record, events=events, now=now)
+                    return await store.end_turn(turn_record, runs=said(*events), now=now)
         except RefusedError as error:
             return type(error)
         return None
@@ -322,7 +322,7 @@ class History:
             assert await all_turns(store, session.id, now=now, limit=2) == turns
         for turn in self.begun:
             kept = turn.id in model.turns
-            assert list(await store.read_events(turn.session_id, turn.id)) == model.events.get(turn.id, [])
+            assert await told(store, turn.session_id, turn.id) == model.events.get(turn.id, [])
             path = await store.read_path(turn.session_id, turn.id, bytes_max=None)
             assert list(path) == (model.path(turn.id) if kept else [])
             paged = await store.list_path(turn.session_id, turn.id, limit=2, first=None)
@@ -383,7 +383,7 @@ class Crowd:
                 await self.store.begin_turn(turn, now=PAGED_AT)
                 self.open_turns[name] = turn
             case "end" if name in self.open_turns:
-                await self.store.end_turn(ended(self.open_turns.pop(name)), events=[], now=PAGED_AT)
+                await self.store.end_turn(ended(self.open_turns.pop(name)), runs=(), now=PAGED_AT)
 
     async def matching(self, status: SessionStatus | None) -> set[str]:
         page = await self.store.list_sessions(limit=1000, after=None, status=status, now=PAGED_AT)

@@ -8,12 +8,20 @@ from service.errors import OwnedElsewhereError, TurnInProgressError
 from service.storage.records import SEQ_AFTER_CRASH, Checkpoint, EndResult, Item, LeftOut
 from service.storage.store import Store
 from tests.storage.conftest import OpenStore
-from tests.storage.rows import IDLE_TIMEOUT_S, T0, a_session, a_turn, at, contents, ended
+from tests.storage.rows import IDLE_TIMEOUT_S, T0, a_session, a_turn, at, contents, ended, said, told
 
 
-def a_checkpoint(turn: str, text: str, *events: bytes, after: int = 0, session: str = "s") -> Checkpoint:
-    item = Item(id=f"{turn}-out", role="assistant", text=text)
-    return Checkpoint(session_id=session, turn_id=turn, after=after, events=events, output=(item,) if text else ())
+def a_checkpoint(turn: str, *texts: str, after: int = 0, session: str = "s", item: int = 0) -> Checkpoint:
+    """Pieces of the message, which begins with them if they are the first events."""
+    message = Item(id=f"{turn}-out", role="assistant", text="")
+    return Checkpoint(
+        session_id=session,
+        turn_id=turn,
+        after=after,
+        runs=said(*texts, item=item),
+        text="".join(texts),
+        items=() if after else (message,),
+    )
 
 
 async def _begin(store: Store, *turns: str, session: str = "s") -> None:
@@ -25,8 +33,8 @@ async def _begin(store: Store, *turns: str, session: str = "s") -> None:
 async def test_everything_is_there_for_the_next_owner(open_shared: OpenStore) -> None:
     async with open_shared() as store:
         await _begin(store, "t", "t2")
-        await store.end_turn(ended(a_turn()), events=[b"1", b"2"], now=T0)
-        await store.end_turn(ended(a_turn("t2")), events=[b"1"], now=T0)
+        await store.end_turn(ended(a_turn()), runs=said("H", "i"), now=T0)
+        await store.end_turn(ended(a_turn("t2")), runs=said("Hi"), now=T0)
         await store.create_session(a_session("other"), now=T0)
         before = await contents(store, now=T0)
     async with open_shared() as store:
@@ -51,10 +59,14 @@ async def test_a_crashed_turn_is_interrupted_with_the_output_and_events_of_its_l
     async with open_shared() as store:
         await _begin(store, "t")
         reasoning = Item(id="r", type="reasoning", role="assistant", text="hm")
-        first = msgspec.structs.replace(a_checkpoint("t", "Hel", b"1", b"2"), output=(reasoning,))
+        first = msgspec.structs.replace(
+            a_checkpoint("t", "h", "m"), items=(msgspec.structs.replace(reasoning, text=""),)
+        )
         await store.checkpoint_turns([first])
-        await store.checkpoint_turns([a_checkpoint("t", "Hel", b"3", after=2)])
-        await store.checkpoint_turns([a_checkpoint("t", "lo", b"4", b"5", after=3)])
+        second = a_checkpoint("t", "Hel", after=2, item=1)
+        message = Item(id="t-out", role="assistant", text="")
+        await store.checkpoint_turns([msgspec.structs.replace(second, items=(message,))])
+        await store.checkpoint_turns([a_checkpoint("t", "l", "o", after=3, item=1)])
     async with open_shared() as store:
         assert (await store.get_turn("s", "t", now=T0)).state == "running"
         assert await store.recover(now=at(7)) == 1
@@ -67,7 +79,7 @@ async def test_a_crashed_turn_is_interrupted_with_the_output_and_events_of_its_l
             last_seq=SEQ_AFTER_CRASH,
             output=(reasoning, Item(id="t-out", role="assistant", text="Hello")),
         )
-        assert list(await store.read_events("s", "t")) == [b"1", b"2", b"3", b"4", b"5"]
+        assert await told(store, "s", "t") == ["h", "m", "Hel", "l", "o"]
         session = await store.get_session("s", now=at(7))
         assert session == msgspec.structs.replace(
             a_session(),
@@ -86,7 +98,7 @@ async def test_left_out_of_a_crashed_turn_is_that_of_its_last_checkpoint(open_sh
     async with open_shared() as store:
         await _begin(store, "t")
         for left_out in (None, LeftOut(1, 2), LeftOut(3, 4)):
-            checkpoint = msgspec.structs.replace(a_checkpoint("t", "Hel", b"1"), left_out=left_out)
+            checkpoint = msgspec.structs.replace(a_checkpoint("t", "Hel"), left_out=left_out)
             await store.checkpoint_turns([checkpoint])
     async with open_shared() as store:
         await store.recover(now=at(1))
@@ -103,7 +115,7 @@ async def test_a_crashed_turn_without_a_checkpoint_is_interrupted_and_empty(open
         for name in ("t", "t2"):
             turn = await store.get_turn("s", name, now=at(1))
             assert (turn.state, turn.text, turn.last_seq) == ("interrupted", "", SEQ_AFTER_CRASH)
-            assert list(await store.read_events("s", name)) == []
+            assert await told(store, "s", name) == []
         assert (await store.get_session("s", now=at(1))).message_count == 2
 
 
@@ -119,7 +131,7 @@ async def test_recovery_leaves_the_turns_of_owners_that_live(open_shared: OpenSt
                 "running",
                 "interrupted",
             ]
-        assert await second.end_turn(ended(a_turn("t1", "s1")), events=[], now=at(1)) is EndResult.KEPT
+        assert await second.end_turn(ended(a_turn("t1", "s1")), runs=(), now=at(1)) is EndResult.KEPT
 
 
 async def test_of_many_that_recover_at_once_each_turn_is_ended_by_one(open_shared: OpenStore) -> None:
@@ -174,7 +186,7 @@ async def test_a_session_whose_turns_run_elsewhere_takes_no_turn_here(open_share
         assert await there.find_owner("s") is None
         assert await contents(here, now=T0) == before
         # Once the turns have ended, any owner may go on.
-        await there.end_turn(ended(a_turn()), events=[], now=at(1))
+        await there.end_turn(ended(a_turn()), runs=(), now=at(1))
         assert await here.find_owner("s") is None
         await here.begin_turn(a_turn("t2"), now=at(1))
         with pytest.raises(OwnedElsewhereError):
@@ -185,7 +197,7 @@ async def test_a_turn_begins_in_a_session_whose_owner_died_and_ends_the_turns_it
     async with open_shared() as here:
         async with open_shared() as dying:
             await _begin(dying, "t")
-            await dying.checkpoint_turns([a_checkpoint("t", "Hel", b"1")])
+            await dying.checkpoint_turns([a_checkpoint("t", "Hel")])
             await _begin(dying, "t2", session="s2")
         session = await here.begin_turn(a_turn("next", parent="t"), now=at(1))
         assert (session.open_turns, session.message_count) == (1, 3)
@@ -200,9 +212,9 @@ async def test_only_the_owner_starts_checkpoints_and_ends_its_turns(open_shared:
         await there.begin_turn(a_turn("queued", state="queued"), now=T0)
         before = await contents(there, now=T0)
         assert not await here.start_turn("queued", now=at(1))
-        lost = await here.checkpoint_turns([a_checkpoint("t", "Hel", b"1"), a_checkpoint("queued", "", b"1")])
+        lost = await here.checkpoint_turns([a_checkpoint("t", "Hel"), a_checkpoint("queued", "x")])
         assert set(lost) == {"t", "queued"}
-        assert await here.end_turn(ended(a_turn()), events=[b"1"], now=at(1)) is EndResult.LOST
+        assert await here.end_turn(ended(a_turn()), runs=said("Hi"), now=at(1)) is EndResult.LOST
         assert await contents(here, now=T0) == before
 
 
@@ -213,8 +225,8 @@ async def test_an_owner_that_was_taken_for_dead_cannot_end_its_turn_again(open_s
         async with open_shared() as store:
             assert await store.recover(now=at(1)) == 1
             before = await contents(store, now=at(1))
-            assert await zombie.end_turn(ended(a_turn()), events=[b"1"], now=at(2)) is EndResult.LOST
-            assert set(await zombie.checkpoint_turns([a_checkpoint("t", "Hel", b"1")])) == {"t"}
+            assert await zombie.end_turn(ended(a_turn()), runs=said("Hi"), now=at(2)) is EndResult.LOST
+            assert set(await zombie.checkpoint_turns([a_checkpoint("t", "Hel")])) == {"t"}
             assert not await zombie.start_turn("t", now=at(2))
             assert await contents(store, now=at(1)) == before
 
@@ -242,59 +254,57 @@ async def test_of_several_owners_one_sweeps(open_shared: OpenStore) -> None:
 @pytest.mark.parametrize("after", [0, 2, 3])
 async def test_an_end_follows_on_the_checkpoints_that_were_acknowledged(store: Store, after: int) -> None:
     await _begin(store, "t")
-    await store.checkpoint_turns([a_checkpoint("t", "Hel", b"1", b"2")])
-    await store.checkpoint_turns([a_checkpoint("t", "lo", b"3", after=2)])
+    await store.checkpoint_turns([a_checkpoint("t", "He", "l")])
+    await store.checkpoint_turns([a_checkpoint("t", "lo", after=2)])
     assert (await store.get_turn("s", "t", now=T0)).output == (), "before the end it shows nothing"
-    frames = [b"1", b"2", b"3", b"4", b"5"]
-    assert (
-        await store.end_turn(ended(a_turn(), text="Hello"), events=frames[after:], now=T0, after=after)
-        is EndResult.KEPT
-    )
-    assert list(await store.read_events("s", "t")) == frames
-    assert (await store.get_turn("s", "t", now=T0)).text == "Hello"
+    texts = ["He", "l", "lo", ", ", "you"]
+    end = ended(a_turn(), text="".join(texts))
+    assert await store.end_turn(end, runs=said(*texts), now=T0, after=after) is EndResult.KEPT
+    assert await told(store, "s", "t") == texts
+    assert (await store.get_turn("s", "t", now=T0)).text == "Hello, you"
 
 
 async def test_a_checkpoint_that_is_given_again_replaces_what_is_beyond_it(open_shared: OpenStore) -> None:
     async with open_shared() as store:
         await _begin(store, "t")
-        await store.checkpoint_turns([a_checkpoint("t", "He", b"1")])
-        await store.checkpoint_turns([a_checkpoint("t", "l", b"2", after=1)])  # the answer to this call is lost
-        await store.checkpoint_turns([a_checkpoint("t", "llo", b"2", b"3", after=1)])
+        await store.checkpoint_turns([a_checkpoint("t", "He")])
+        await store.checkpoint_turns([a_checkpoint("t", "l", after=1)])  # the answer to this call is lost
+        await store.checkpoint_turns([a_checkpoint("t", "ll", "o", after=1)])
     async with open_shared() as store:
         await store.recover(now=T0)
         assert (await store.get_turn("s", "t", now=T0)).text == "Hello"
-        assert list(await store.read_events("s", "t")) == [b"1", b"2", b"3"]
+        assert await told(store, "s", "t") == ["He", "ll", "o"]
 
 
 async def test_checkpoints_pass_over_turns_that_are_not_open(store: Store) -> None:
     await _begin(store, "t", "t2")
-    await store.end_turn(ended(a_turn()), events=[b"1"], now=T0)
+    await store.end_turn(ended(a_turn()), runs=said("Hi"), now=T0)
     before = await contents(store, now=T0)
-    lost = await store.checkpoint_turns([a_checkpoint("t", "x", b"2", after=1), a_checkpoint("never", "x", b"1")])
+    lost = await store.checkpoint_turns([a_checkpoint("t", "x", after=1), a_checkpoint("never", "x")])
     assert set(lost) == {"t", "never"}
     assert await contents(store, now=T0) == before
-    lost = await store.checkpoint_turns([a_checkpoint("never", "x", b"1"), a_checkpoint("t2", "x", b"1")])
+    lost = await store.checkpoint_turns([a_checkpoint("never", "x"), a_checkpoint("t2", "x")])
     assert set(lost) == {"never"}
-    await store.end_turn(ended(a_turn("t2")), events=[b"2"], now=T0, after=1)
-    assert list(await store.read_events("s", "t2")) == [b"1", b"2"]
+    await store.end_turn(ended(a_turn("t2")), runs=said("H", "i"), now=T0, after=1)
+    assert await told(store, "s", "t2") == ["H", "i"]
 
 
 async def test_a_checkpoint_is_no_use_of_the_session(store: Store) -> None:
     await _begin(store, "t")
     before = await store.get_session("s", now=T0)
-    await store.checkpoint_turns([a_checkpoint("t", "x", b"1")])
+    await store.checkpoint_turns([a_checkpoint("t", "x")])
     assert await store.get_session("s", now=T0) == before
 
 
 async def test_a_marked_session_s_turns_are_checkpointed_until_it_is_removed(store: Store) -> None:
     await _begin(store, "t")
     await store.mark_deleted("s", now=T0)
-    await store.checkpoint_turns([a_checkpoint("t", "x", b"1")])
-    assert await store.end_turn(ended(a_turn()), events=[b"2"], now=T0, after=1) is EndResult.KEPT
-    assert list(await store.read_events("s", "t")) == [b"1", b"2"]
+    await store.checkpoint_turns([a_checkpoint("t", "x")])
+    assert await store.end_turn(ended(a_turn()), runs=said("H", "i"), now=T0, after=1) is EndResult.KEPT
+    assert await told(store, "s", "t") == ["H", "i"]
     await store.remove_deleted("s")
-    await store.checkpoint_turns([a_checkpoint("t", "x", b"1")])
-    assert list(await store.read_events("s", "t")) == []
+    await store.checkpoint_turns([a_checkpoint("t", "x")])
+    assert await told(store, "s", "t") == []
 
 
 async def test_without_other_owners_there_is_none_to_find(store: Store) -> None:
@@ -306,7 +316,7 @@ async def test_without_other_owners_there_is_none_to_find(store: Store) -> None:
 async def test_any_owner_forks_ended_turns_and_learns_the_owner_of_the_others(open_shared: OpenStore) -> None:
     async with open_shared() as first, open_shared() as second:
         await _begin(first, "t")
-        assert await first.end_turn(ended(a_turn()), events=[b"1"], now=T0) is EndResult.KEPT
+        assert await first.end_turn(ended(a_turn()), runs=said("Hi"), now=T0) is EndResult.KEPT
         await first.begin_turn(a_turn("open", parent="t"), now=T0)
         assert (await second.fork_session("s", at="t", copy_id="copy", now=T0)).message_count == 2
         with pytest.raises(OwnedElsewhereError):

@@ -46,7 +46,7 @@ async def fill(store: Store) -> list[str]:
         text = "é" * (size // 2) + "x" * (size % 2)
         turn = a_turn(f"t{n}", parent=parent, texts=[text])
         await store.begin_turn(turn, now=T0)
-        await store.end_turn(ended(turn, text=text if n % 2 else ""), events=[], now=T0)
+        await store.end_turn(ended(turn, text=text if n % 2 else ""), runs=(), now=T0)
         parent = turn.id
         session = msgspec.structs.replace(
             a_session(f"s{n:02}", created=n + 1),
@@ -136,7 +136,7 @@ async def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> AsyncIterat
         for n in range(6):
             turn = a_turn(f"t{n}", parent=parent, texts=["x" * LARGE])
             await store.begin_turn(turn, now=T0)
-            await store.end_turn(ended(turn), events=[], now=T0)
+            await store.end_turn(ended(turn), runs=(), now=T0)
             parent = turn.id
             large = msgspec.structs.replace(a_session(f"s{n}", created=n + 1), system_message="x" * LARGE)
             await store.create_session(large, now=T0)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from service.sessions.events.event_log import EventLog
+from service.sessions.events.event_log import Events
 from service.sessions.events.events import Event
 
 EncodeFrame = Callable[[Event], bytes]
@@ -48,10 +48,10 @@ class _NewestFrames:
         del self._frames[:count]
 
 
-def read_frames(log: EventLog, seq: int, *, encode: EncodeFrame, bytes_max: int) -> tuple[bytes, int]:
+def read_frames(log: Events, seq: int, *, encode: EncodeFrame, bytes_max: int) -> tuple[bytes, int]:
     """The frames after ``seq`` that fit in ``bytes_max`` (at least one), and the seq of the last of them.
 
-    Empty bytes and the same seq if there are no such events yet.
+    Empty bytes and the same seq if there are no such events yet, or if a replay has not loaded them.
     """
     newest = log.beside.get(encode)
     if newest is None:

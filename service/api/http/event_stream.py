@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import structlog
 import trio
 from quart import Request
 from quart.wrappers.response import ResponseBody
@@ -14,9 +15,11 @@ from service.api.http.query_params import read_query
 from service.api.http.request_resources import release_after_request
 from service.api.http.strict_json import shown
 from service.api.native.wire import EventsQuery
-from service.errors import InvalidRequestError
-from service.sessions.events.event_log import EventLog
+from service.errors import InvalidRequestError, SessionNotFoundError, StoreError
+from service.sessions.events.event_log import Events
 from service.sessions.events.streams import StreamSlot
+
+logger = structlog.get_logger("lastcall.stream")
 
 MEDIA_TYPE = "text/event-stream"
 HEADERS = {"Cache-Control": "no-store, no-transform", "X-Accel-Buffering": "no"}
@@ -51,7 +54,7 @@ class EventStream(ResponseBody):
         encode: The face's frame of an event.
     """
 
-    def __init__(self, log: EventLog, slot: StreamSlot, *, after: int, encode: EncodeFrame) -> None:
+    def __init__(self, log: Events, slot: StreamSlot, *, after: int, encode: EncodeFrame) -> None:
         self._log = log
         self._encode = encode
         self._slot = slot
@@ -84,7 +87,17 @@ class EventStream(ResponseBody):
         await self._slot.wait_beyond(self._log, self._seq)
         if self._slot.is_ends_only():
             await self._log.wait_closed()
+        await self._load()
         return self._take() or _HEARTBEAT
+
+    async def _load(self) -> None:
+        """Load the next events of a replay. If that fails the stream ends here, as one that was cut."""
+        try:
+            await self._log.load_after(self._seq)
+        except (StoreError, SessionNotFoundError) as error:
+            logger.warning("a replay was cut", log=repr(self._log), seq=self._seq, error=str(error))
+            self._slot.close()
+            raise StopAsyncIteration from None
 
     async def _pause(self) -> None:
         """Pause if the last piece took long to write, because the event loop is busy or the client slow.
@@ -105,7 +118,7 @@ class EventStream(ResponseBody):
         return LastPiece(before + chunk) if self._ended else before + chunk
 
 
-def stream_response(log: EventLog, slot: StreamSlot, *, after: int, encode: EncodeFrame) -> TrioResponse:
+def stream_response(log: Events, slot: StreamSlot, *, after: int, encode: EncodeFrame) -> TrioResponse:
     """Return a response that streams a log from ``after`` on. The end of the request always gives the slot back."""
     release_after_request(slot.close)
     body = EventStream(log, slot, after=after, encode=encode)

@@ -43,7 +43,7 @@ from service.errors import (
     StoreError,
 )
 from service.freezes import move_on_after
-from service.sessions.events.event_log import EventLog
+from service.sessions.events.event_log import Events
 from service.sessions.turns.turn import Watch
 from service.supervisor import Service
 
@@ -265,7 +265,7 @@ class ProxiedStream(ResponseBody):
         self._encode = encode
         self._seq = read_seen(request).seq if request.method == "GET" else read_last_event_id(request) or 0
         self._unsent = b""
-        self._rest: EventLog | None = None
+        self._rest: Events | None = None
 
     async def __aenter__(self) -> "ProxiedStream":
         return self
@@ -284,10 +284,19 @@ class ProxiedStream(ResponseBody):
             except PEER_GONE:
                 self._rest = await self._open_rest()
         if self._rest is not None:
+            await self._load_rest(self._rest)
             frames, self._seq = read_frames(self._rest, self._seq, encode=self._encode, bytes_max=_WRITE_BYTES_MAX)
         if not frames:
             raise StopAsyncIteration
         return frames
+
+    async def _load_rest(self, rest: Events) -> None:
+        """Load the next events from the store. If that fails the stream ends here, as one that was cut."""
+        try:
+            await rest.load_after(self._seq)
+        except LastcallError as error:
+            logger.warning("a stream was cut", log=repr(rest), error=str(error))
+            raise StopAsyncIteration from None
 
     async def _receive_frames(self) -> bytes:
         """Return at least one frame; empty at the end, and when this process stops: the client resumes elsewhere."""
@@ -307,7 +316,7 @@ class ProxiedStream(ResponseBody):
             self._seq = int(last.partition(b"\n")[0])
         return frames
 
-    async def _open_rest(self) -> EventLog | None:
+    async def _open_rest(self) -> Events | None:
         """Return the event log from the store for a stream whose owner died; None if that fails: the stream is cut."""
         turn = _TURN_PATH.search(self._turn_path)  # after the prefix of a proxy
         assert turn is not None

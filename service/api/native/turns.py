@@ -28,6 +28,7 @@ from service.api.http.request_body import drop_body, read_body
 from service.api.http.request_id import current_request_id
 from service.api.http.request_resources import release_after_request
 from service.api.native import wire
+from service.api.native.event_frames import encode_frame
 from service.api.native.sessions import checked_session_id
 from service.api.native.wire import EventsQuery, FunctionChoice, NewMessage, PageQuery, StartTurn, TurnList
 from service.errors import (
@@ -45,7 +46,6 @@ from service.errors import (
 from service.ids import is_turn_id, new_item_id
 from service.models.client import FunctionTool, NamedFunction, Tools
 from service.sessions.commands import NewTurn, text_input
-from service.sessions.events.frames import encode_frame
 from service.sessions.events.streams import StreamSlot
 from service.sessions.turns.turn import Turn, Watch
 from service.storage.records import Item, TurnRecord

@@ -13,7 +13,6 @@ import structlog
 from service.clock import Clock
 from service.errors import SessionLimitError, StoreError
 from service.ids import new_session_id
-from service.sessions.events.frames import encode_frame
 from service.sessions.turns.turn import Turn
 from service.sessions.turns.turn_log import log_end
 from service.storage.records import SessionRecord
@@ -123,12 +122,11 @@ class PendingWrites:
         Raises:
             StoreError
         """
-        events = [encode_frame(event) for event in turn.log.events(after=turn.stored_seq)][:-1]
-        events.append(encode_frame(turn.terminal_event(stored=True)))
+        runs = turn.log.runs()
         record = msgspec.structs.replace(turn.record(), stored=True)
         try:
             with self.writing():
-                result = await self._store.end_turn(record, events=events, now=self._clock(), after=turn.stored_seq)
+                result = await self._store.end_turn(record, runs=runs, now=self._clock(), after=turn.stored_seq)
             turn.stored = turn.stored or result.is_kept
         except StoreError:
             raise

@@ -2,9 +2,9 @@
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
 from math import inf
 from operator import attrgetter
+from typing import Protocol
 
 import msgspec
 import trio
@@ -16,10 +16,10 @@ from service.sessions.events.events import (
     TurnArguments,
     TurnCall,
     TurnDelta,
-    TurnQueued,
     TurnReasoning,
 )
-from service.storage.pieces import CALL, QUEUED, STARTED, Run, length_bytes, pack, unpack
+from service.sessions.events.kept_events import runs_of
+from service.storage.pieces import Run, join, pack, skip, unpack
 
 _TERMINAL_RESERVE_BYTES = 2048
 """Room kept for the terminal event, which must always fit: it may quote 300 characters of up to four bytes."""
@@ -39,6 +39,35 @@ class _Chunk(msgspec.Struct, frozen=True, gc=False):
     after: int
     runs: bytes
     text: bytes
+
+
+class Events(Protocol):
+    """The events of a turn for its readers: the log of a live turn, or a replay of an ended turn."""
+
+    beside: dict[object, object]
+
+    @property
+    def last_seq(self) -> int: ...
+
+    @property
+    def unbroken_seq(self) -> int: ...
+
+    @property
+    def closed(self) -> bool: ...
+
+    def read_after(self, seq: int) -> Sequence[Event]:
+        """Some of the events after ``seq``, in order; a replay has them once :meth:`load_after` has loaded them."""
+        ...
+
+    async def load_after(self, seq: int) -> None:
+        """Have the events after ``seq`` ready, if there are some. Raises: StoreError, EventsLostError."""
+        ...
+
+    async def wait_beyond(self, seq: int, *, until: float = inf) -> None: ...
+
+    def wake_readers(self) -> None: ...
+
+    async def wait_closed(self) -> None: ...
 
 
 class EventLog:
@@ -74,23 +103,13 @@ class EventLog:
         self._readers = trio.lowlevel.ParkingLot()
         self._waiting_for_end = trio.lowlevel.ParkingLot()
 
-    @classmethod
-    def replay(cls, events: Iterable[Event]) -> "EventLog":
-        """The closed log of an ended turn. If events before the terminal event are lost, its seq is higher."""
-        log = cls(bytes_max=0)
-        log._newest = list(events)
-        log.last_seq = log._newest[-1].seq
-        log._closed = True
-        return log
-
     def __repr__(self) -> str:
         return f"<EventLog: {'closed' if self._closed else 'open'}, seq {self.last_seq}>"
 
     @property
     def unbroken_seq(self) -> int:
-        """The seq up to which no event is missing; below ``last_seq`` if events before the terminal event are lost."""
-        count = self._newest_after + len(self._newest)
-        return count if count == self.last_seq else count - 1
+        """The seq up to which no event is missing: no event of a log is."""
+        return self.last_seq
 
     @property
     def closed(self) -> bool:
@@ -141,7 +160,7 @@ class EventLog:
             else:
                 self._others[event.seq] = event
         text = "".join([event.text for event in self._newest if isinstance(event, Piece)])
-        self._chunks.append(_Chunk(self._newest_after, pack(list(_runs_of(self._newest))), text.encode()))
+        self._chunks.append(_Chunk(self._newest_after, pack(list(runs_of(self._newest))), text.encode()))
         self._newest_after += len(self._newest)
         self._newest = []
         self._newest_bytes = 0
@@ -160,6 +179,9 @@ class EventLog:
         """Wake all waiting readers, so that they check their ``until``."""
         self._readers.unpark_all()
 
+    async def load_after(self, seq: int) -> None:
+        """Nothing: a log has all of its events. See :class:`Events`."""
+
     async def wait_closed(self) -> None:
         """Wait until the log has its terminal event."""
         while not self._closed:
@@ -177,6 +199,19 @@ class EventLog:
         while events := self.read_after(after):
             yield from events
             after = events[-1].seq
+
+    def runs(self, *, after: int = 0) -> list[Run]:
+        """All events after a seq in the form in which a store keeps them, without the terminal event."""
+        first = self._chunk_with(after) if after < self._newest_after else len(self._chunks)
+        chunks = self._chunks[first:]
+        runs = [run for chunk in chunks for run in unpack(chunk.runs)]
+        runs += runs_of(self._newest)
+        skipped = after - (chunks[0].after if chunks else self._newest_after)
+        return join(skip(runs, skipped))
+
+    def text(self, *, after: int = 0) -> str:
+        """The texts of the pieces after a seq, in the order of their arrival."""
+        return "".join([text for _, text in self._texts(after)])
 
     def texts(self, *, after: int = 0) -> dict[int, str]:
         """The texts of the pieces after a seq, joined by item, in the order of the items' first pieces."""
@@ -222,21 +257,3 @@ class EventLog:
 
 def _texts_of(events: Iterable[Event]) -> Iterator[tuple[int, str]]:
     return ((event.item, event.text) for event in events if isinstance(event, Piece))
-
-
-def _runs_of(events: Iterable[Event]) -> Iterator[Run]:
-    """The runs of events that are not terminal."""
-    for item, run in groupby(events, key=_item_of):
-        if item < 0:
-            yield from (Run(item) for _ in run)
-        else:
-            yield Run(item, b"".join([length_bytes(len(event.text)) for event in run if isinstance(event, Piece)]))
-
-
-def _item_of(event: Event) -> int:
-    """The item of an event's run."""
-    if isinstance(event, Piece):
-        return event.item
-    if isinstance(event, TurnCall):
-        return CALL - event.item
-    return QUEUED if isinstance(event, TurnQueued) else STARTED

@@ -1,35 +1,49 @@
-"""Replays: the event logs of ended turns, read from the store."""
+"""Replays: the events of ended turns, read from the store page by page."""
 
 from collections.abc import Awaitable, Callable, Sequence
+from math import inf
 from weakref import WeakValueDictionary
 
-import msgspec
 import trio
 
-from service.errors import EventsLostError
-from service.sessions.events import outcome
-from service.sessions.events.event_log import EventLog
-from service.sessions.events.events import Event, TurnCall, TurnQueued, TurnStarted
-from service.sessions.events.frames import decode_frame
-from service.storage.records import TurnRecord
+from service.errors import EventsLostError, SessionNotFoundError
+from service.sessions.events.events import Event, TerminalEvent
+from service.sessions.events.kept_events import events_of, terminal_event_of
+from service.storage.pieces import count
+from service.storage.records import EventsPage, TurnRecord
 from service.storage.store import Store
+from service.storage.store_deadline import answered_within
+
+_EVENTS_MAX = 512
+"""The most events that one read makes of a page."""
+
+ReadTurn = Callable[[bool], Awaitable[TurnRecord]]
+"""Reads a turn's record, with or without the texts of a long output."""
+
+
+class _Page:
+    """A page of a turn's events, shared by the replays that read it."""
+
+    def __init__(self, page: EventsPage) -> None:
+        self.page = page
+        self.end = page.after + count(page.runs)
 
 
 class Replays:
-    """The logs of ended turns. A log stays in memory while it has readers.
+    """Opens replays. Replays that read the same page at the same time share it; without readers no page is kept.
 
-    All readers of one turn share one log, which is read from the store once.
+    Args:
+        store_timeout_s: How long a replay waits for its next page.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, *, store_timeout_s: float) -> None:
         self._store = store
-        self._logs: WeakValueDictionary[tuple[str, str], EventLog] = WeakValueDictionary()
-        self._opening: WeakValueDictionary[tuple[str, str], trio.Lock] = WeakValueDictionary()
+        self._store_timeout_s = store_timeout_s
+        self._pages: WeakValueDictionary[tuple[str, str, int], _Page] = WeakValueDictionary()
+        self._reading: WeakValueDictionary[tuple[str, str, int], trio.Lock] = WeakValueDictionary()
 
-    async def open(
-        self, session_id: str, turn_id: str, *, after: int, read_turn: Callable[[], Awaitable[TurnRecord]]
-    ) -> EventLog:
-        """The closed log of an ended turn.
+    async def open(self, session_id: str, turn_id: str, *, after: int, read_turn: ReadTurn) -> "Replay":
+        """A replay of an ended turn.
 
         Args:
             after: The seq after which the caller reads.
@@ -39,49 +53,105 @@ class Replays:
         Raises:
             EventsLostError: Not all events after ``after`` are in the store, or the turn has not ended.
         """
-        key = session_id, turn_id
-        async with self._opening.setdefault(key, trio.Lock()):
-            log = self._logs.get(key)
-            frames = [] if log is not None else await self._store.read_events(session_id, turn_id)
-            turn = await read_turn()
-            if log is None:
-                log = replay_kept(turn, frames)
-            if log is None:  # the turn may have ended between the two reads
-                frames = await self._store.read_events(session_id, turn_id)
-                log = replay_kept(turn, frames)
-            if log is not None:
-                self._logs[key] = log
-        kept = len(frames) if log is None else log.unbroken_seq
-        if log is None or kept < after < log.last_seq:
+        page = await self._page(session_id, turn_id, after)
+        turn = await read_turn(False)
+        replay = replay_kept(self, turn, page)
+        if replay is None:  # the turn may have ended between the two reads
+            self._pages.pop((session_id, turn_id, after), None)
+            page = await self._page(session_id, turn_id, after)
+            replay = replay_kept(self, turn, page)
+        if replay is None or replay.unbroken_seq < after < replay.last_seq:
+            kept = page.page.kept
+            turn = await read_turn(True)
             raise EventsLostError(turn_id, after=kept, state=turn.state, text=turn.text)
-        return log
+        return replay
+
+    async def next_page(self, session_id: str, turn_id: str, after: int) -> _Page:
+        """The page that begins after a seq, for :class:`Replay`. Raises: StoreError."""
+        with answered_within(self._store_timeout_s):
+            return await self._page(session_id, turn_id, after)
+
+    async def _page(self, session_id: str, turn_id: str, after: int) -> _Page:
+        key = session_id, turn_id, after
+        async with self._reading.setdefault(key, trio.Lock()):
+            page = self._pages.get(key)
+            if page is None:
+                page = self._pages[key] = _Page(await self._store.read_events(session_id, turn_id, after=after))
+            return page
 
 
-def replay_kept(turn: TurnRecord, frames: Sequence[bytes]) -> EventLog | None:
-    """The closed log of stored frames; None if events are missing.
+def replay_kept(replays: Replays, turn: TurnRecord, page: _Page) -> "Replay | None":
+    """The replay of an ended turn, of which a page was read; None if events are missing.
 
     A crash loses the events after the last checkpoint; the text in the store ends at the same checkpoint. The terminal
     event follows with a seq that is higher than the seq of every lost event.
     """
-    if turn.is_open:
+    terminal = None if turn.is_open else terminal_event_of(turn, text_length=page.page.text_length)
+    kept = page.page.kept
+    if terminal is None or not (kept == turn.last_seq - 1 or (turn.reason == "crash" and kept < turn.last_seq)):
         return None
-    events = [_naming(turn, decode_frame(frame)) for frame in frames]
-    if turn.reason == "crash" and len(frames) < turn.last_seq:
-        terminal = outcome.terminal_event(
-            outcome.Interrupted("crash"),
-            seq=turn.last_seq,
-            text_length=len(turn.text),
-            left_out=turn.left_out,
-            stored=True,
-        )
-        return EventLog.replay([*events, terminal])
-    return EventLog.replay(events) if len(frames) == turn.last_seq else None
+    return Replay(replays, turn, page, terminal=terminal)
 
 
-def _naming(turn: TurnRecord, event: Event) -> Event:
-    """The event, with this turn's ids; in a fork the first events and openings of calls name the copied turn's."""
-    if isinstance(event, TurnQueued | TurnStarted):
-        return msgspec.structs.replace(event, session_id=turn.session_id, turn_id=turn.id)
-    if isinstance(event, TurnCall) and event.item < len(turn.output):
-        return msgspec.structs.replace(event, id=turn.output[event.item].id)
-    return event
+class Replay:
+    """The events of an ended turn for one reader, who holds one page of them. Meets :class:`~event_log.Events`.
+
+    Attributes:
+        beside: See :class:`~event_log.EventLog`.
+    """
+
+    closed = True
+
+    def __init__(self, replays: Replays, turn: TurnRecord, page: _Page, *, terminal: TerminalEvent) -> None:
+        self.beside: dict[object, object] = {}
+        self._replays = replays
+        self._turn = turn
+        self._terminal = terminal
+        self._kept = page.page.kept
+        self._page = page
+
+    def __repr__(self) -> str:
+        return f"<Replay of {self._turn.id}: seq {self.last_seq}>"
+
+    @property
+    def last_seq(self) -> int:
+        """The seq of the terminal event."""
+        return self._terminal.seq
+
+    @property
+    def unbroken_seq(self) -> int:
+        """The seq up to which no event is missing; below ``last_seq`` if events before the terminal event are lost."""
+        return self._kept if self._kept < self.last_seq - 1 else self.last_seq
+
+    def read_after(self, seq: int) -> Sequence[Event]:
+        """The events after ``seq`` of the loaded page, which begins there; or the terminal event."""
+        if seq >= self._kept:
+            return [self._terminal] if seq < self.last_seq else []
+        if not self._has_after(seq):
+            return []
+        return events_of(self._turn, self._page.page, after=seq, events_max=_EVENTS_MAX)
+
+    def _has_after(self, seq: int) -> bool:
+        return self._page.page.after <= seq < self._page.end
+
+    async def load_after(self, seq: int) -> None:
+        """Read the page that begins after ``seq``, unless it is the loaded one.
+
+        Raises:
+            StoreError
+            SessionNotFoundError: The session was removed meanwhile.
+        """
+        if seq >= self._kept or self._has_after(seq):
+            return
+        self._page = await self._replays.next_page(self._turn.session_id, self._turn.id, seq)
+        if not self._page.page.runs:
+            raise SessionNotFoundError(self._turn.session_id)
+
+    async def wait_beyond(self, seq: int, *, until: float = inf) -> None:
+        """Nothing: all events are there."""
+
+    def wake_readers(self) -> None:
+        """Nothing: no reader waits."""
+
+    async def wait_closed(self) -> None:
+        """Nothing: the turn has ended."""

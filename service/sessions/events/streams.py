@@ -7,7 +7,7 @@ import trio
 
 from service.errors import StreamLimitError
 from service.freezes import LATE_S, READING_S
-from service.sessions.events.event_log import EventLog
+from service.sessions.events.event_log import Events
 from service.stop_state import StopState
 
 
@@ -26,7 +26,7 @@ class Streams:
         self.stop = stop
         self._streams_max = streams_max
         self._heartbeat_interval_s = heartbeat_interval_s
-        self._waiting: OrderedDict[StreamSlot, tuple[float, EventLog]] = OrderedDict()
+        self._waiting: OrderedDict[StreamSlot, tuple[float, Events]] = OrderedDict()
         """The streams that wait for an event, longest silence first: the start of the silence, and the log."""
 
     def __repr__(self) -> str:
@@ -61,7 +61,7 @@ class Streams:
                 self._waiting.popitem(last=False)
                 log.wake_readers()
 
-    def note_waiting(self, slot: "StreamSlot", log: EventLog) -> float:
+    def note_waiting(self, slot: "StreamSlot", log: Events) -> float:
         """For :class:`StreamSlot`."""
         now = trio.current_time()
         self._waiting[slot] = now, log
@@ -91,7 +91,7 @@ class StreamSlot:
         """Whether the stream may write only its end. The answer may begin the stop (:meth:`StopState.ends_only`)."""
         return self._streams is not None and self._streams.stop.ends_only()
 
-    async def wait_beyond(self, log: EventLog, seq: int) -> None:
+    async def wait_beyond(self, log: Events, seq: int) -> None:
         """Wait for an event after ``seq``, for the close of the log, or for the time of a heartbeat."""
         if log.last_seq <= seq:
             until = inf if self._streams is None else self._streams.note_waiting(self, log)

@@ -33,7 +33,7 @@ def size_of(told: Output) -> int:
 
 class _Growing(msgspec.Struct):
     """An output item that grows; ``begins`` is the item without its text, ``changed_at`` the seq of its last change
-    that has no event, or of its opening."""
+    but the growth of its text, or of its first event."""
 
     begins: Item
     changed_at: int
@@ -116,18 +116,17 @@ class Reply:
             case ArgumentsDelta():
                 pass
 
-    def items(self, *, after: int = 0) -> tuple[Item, ...]:
-        """The output with the texts of the events after a seq; without the items that did not change since.
+    def items(self) -> tuple[Item, ...]:
+        """The output so far. A call is complete if its arguments so far are a whole JSON object."""
+        texts = self._log.texts()
+        return tuple(
+            cut_off(msgspec.structs.replace(growing.begins, text=texts.get(index, "")))
+            for index, growing in enumerate(self._items)
+        )
 
-        A call is complete if its arguments so far are a whole JSON object.
-        """
-        texts = self._log.texts(after=after)
-        items = []
-        for index, growing in enumerate(self._items):
-            text = texts.get(index, "")
-            if text or growing.changed_at >= max(after, 1):
-                items.append(cut_off(msgspec.structs.replace(growing.begins, text=text)))
-        return tuple(items)
+    def changed_after(self, seq: int) -> tuple[Item, ...]:
+        """The items that began or changed after a seq, without their texts; perhaps also with it."""
+        return tuple(growing.begins for growing in self._items if growing.changed_at >= seq)
 
     def _index_of(self, kind: Literal["message", "reasoning"]) -> int:
         return self._current.get(kind, len(self._items))
@@ -137,7 +136,7 @@ class Reply:
         if kind not in self._current:
             self._current[kind] = len(self._items)
             begins = Item(id=new_item_id(kind), type=kind, role="assistant", text="")
-            self._items.append(_Growing(begins, 0))
+            self._items.append(_Growing(begins, self._log.last_seq))
 
     def _encrypt(self, text: str, upstream: str) -> None:
         """Add encrypted reasoning to the current reasoning, or to new reasoning if that has some already."""

@@ -17,10 +17,10 @@ from service.models.client import Finished, ModelClient, ModelEvent, Progress
 from service.sessions.events import outcome
 from service.sessions.events.event_log import EventLog
 from service.sessions.events.events import Event, TerminalEvent, TurnQueued, TurnStarted
-from service.sessions.events.frames import encode_frame
 from service.sessions.turns.reply import Output, Reply, size_of
 from service.sessions.turns.turn_deadlines import TurnDeadlines
 from service.settings import Settings
+from service.storage.pieces import count
 from service.storage.records import Checkpoint, LeftOut, TurnRecord, TurnState
 
 OnDisconnect = Literal["cancel", "continue"]
@@ -232,14 +232,15 @@ class Turn:
             session_id=self.session_id,
             turn_id=self.id,
             after=self.stored_seq,
-            events=tuple(encode_frame(event) for event in self.log.events(after=self.stored_seq)),
-            output=self._reply.items(after=self.stored_seq),
+            runs=tuple(self.log.runs(after=self.stored_seq)),
+            text=self.log.text(after=self.stored_seq),
+            items=self._reply.changed_after(self.stored_seq),
             left_out=self._record.left_out,
         )
 
     def note_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Note that the store has a checkpoint."""
-        self.stored_seq = checkpoint.after + len(checkpoint.events)
+        self.stored_seq = checkpoint.after + count(checkpoint.runs)
 
     def finish(self, now: datetime) -> TurnRecord:
         """Begin the end: return the record with the decided end, ready for the store."""

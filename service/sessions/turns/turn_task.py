@@ -14,7 +14,6 @@ from service.errors import ModelError, StoreError
 from service.freezes import calling_when_late, extended_when_late
 from service.models.client import NO_TOOLS, ModelRequest
 from service.sessions.events import outcome
-from service.sessions.events.frames import encode_frame
 from service.sessions.turns.prompt import NOTHING, Prompt, answered_turn, build_prompt, has_outputs, shortened
 from service.sessions.turns.turn import Turn
 from service.sessions.turns.turn_log import log_end
@@ -212,11 +211,8 @@ def _decide_upstream_failed(turn: Turn, error: ModelError, settings: Settings) -
 
 async def _keep(turn: Turn, record: TurnRecord, *, store: Store, clock: Clock) -> bool:
     """Store an end, with the events that the store does not have yet. Returns whether the store took it."""
-    after = turn.stored_seq
-    events = [encode_frame(event) for event in turn.log.events(after=after)]
-    events.append(encode_frame(turn.terminal_event(stored=True)))
     try:
-        result = await store.end_turn(record, events=events, now=clock(), after=after)
+        result = await store.end_turn(record, runs=turn.log.runs(), now=clock(), after=turn.stored_seq)
         turn.is_lost = result is EndResult.LOST
         return result.is_kept
     except StoreError as error:

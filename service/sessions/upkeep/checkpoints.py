@@ -18,8 +18,8 @@ from service.telemetry.refusal_log import causes_of
 
 logger = structlog.get_logger("lastcall.checkpoints")
 
-_BATCH_BYTES_MAX = 2 * 1024 * 1024
-"""The approximate size of one call to the store; a larger call would delay other writes."""
+_BATCH_LENGTH_MAX = 1024 * 1024
+"""The approximate size of one call to the store, in code points and events; a larger call would delay other writes."""
 
 
 async def run_checkpoints(
@@ -68,8 +68,8 @@ def _batches(turns: Sequence[Turn]) -> Iterator[list[tuple[Turn, Checkpoint]]]:
         if checkpoint is None:
             continue
         batch.append((turn, checkpoint))
-        size += sum(map(len, checkpoint.events))
-        if size > _BATCH_BYTES_MAX:
+        size += len(checkpoint.text) + sum(len(run.lengths) for run in checkpoint.runs)
+        if size > _BATCH_LENGTH_MAX:
             yield batch
             batch, size = [], 0
     if batch:

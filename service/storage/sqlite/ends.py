@@ -1,11 +1,14 @@
 """The rows of a turn's end: the same for a normal end and for a recovery."""
 
+from collections.abc import Sequence
 from datetime import datetime
 
 import apsw
 
 from service.storage import rules
+from service.storage.pieces import Run
 from service.storage.records import TurnRecord
+from service.storage.sqlite import event_pages
 from service.storage.sqlite.rows import moment, values_of
 
 _COLUMNS = (
@@ -21,6 +24,9 @@ _COLUMNS = (
     "message_items",
     "message_bytes",
     "output",
+    "runs",
+    "output_bytes",
+    "text_length",
 )
 _END = f"UPDATE turns SET owner = NULL, {', '.join(f'{name} = :{name}' for name in _COLUMNS)} WHERE key = :key"
 _COUNT = (
@@ -33,13 +39,26 @@ _COUNT = (
 
 
 def keep_end(
-    db: apsw.Connection, key: int, turn: TurnRecord, now: datetime, *, session: int, idle_timeout_s: float
+    db: apsw.Connection,
+    key: int,
+    turn: TurnRecord,
+    now: datetime,
+    *,
+    runs: Sequence[Run] | None,
+    session: int,
+    idle_timeout_s: float,
 ) -> None:
     """Keep the end of the open turn of this key, and what the end changes in its session, which is used at ``now``.
 
-    The turn's checkpoints go: its events must be kept before.
+    Args:
+        runs: The turn's events; if they do not fit in the turn's row, they are in pages already. None if an earlier
+            version has kept them.
     """
     values = values_of(turn)
+    if runs is not None:
+        values |= event_pages.end_columns(turn, runs)
+        if values["runs"]:
+            event_pages.drop(db, key)
     db.execute(_END, {name: values[name] for name in _COLUMNS} | {"key": key})
     db.execute("DELETE FROM outputs WHERE turn = ?", (key,))
     counts = rules.counts_of_end(turn)

@@ -22,11 +22,8 @@ from service.storage.sqlite.rows import Row
 STEP_S = 0.01
 """The approximate time of one step: it ends after the row in which this time is over."""
 
-_EVENTS = "SELECT after FROM events WHERE turn = ? AND after > ? ORDER BY after"
-_COPY_EVENTS = (
-    "INSERT INTO events (turn, after, frames) "
-    "SELECT :copy, after, frames FROM events WHERE turn = :turn AND after = :after"
-)
+_COPIED = {"events": "frames", "event_pages": "runs, text"}
+"""The tables with events, and what they have of them. A turn has rows in one of these tables, or in none."""
 
 
 class Fork(msgspec.Struct, frozen=True, kw_only=True):
@@ -121,13 +118,20 @@ def _copy_some(db: apsw.Connection, fork: Fork, progress: Progress) -> Progress 
     for index in range(progress.turn, len(fork.turns)):
         turn, source = fork.turns[index], fork.sources[index]
         if copied == -1:
-            turns.insert_ended(db, progress.session, index, turn, ())
+            turns.insert_copy(db, progress.session, index, turn, source=source)
         copy = turns.key_of(db, turn.id, progress.session)
-        events: list[Row] = db.execute(_EVENTS, (source, copied)).fetchall()
-        for (after,) in events:
-            db.execute(_COPY_EVENTS, {"copy": copy, "turn": source, "after": after})
-            if time.monotonic() >= deadline:
-                return Progress(progress.session, index, after)
+        for table, columns in _COPIED.items():
+            rows: list[Row] = db.execute(
+                f"SELECT after FROM {table} WHERE turn = ? AND after > ? ORDER BY after", (source, copied)
+            ).fetchall()
+            for (after,) in rows:
+                db.execute(
+                    f"INSERT INTO {table} (turn, after, {columns}) "
+                    f"SELECT ?, after, {columns} FROM {table} WHERE turn = ? AND after = ?",
+                    (copy, source, after),
+                )
+                if time.monotonic() >= deadline:
+                    return Progress(progress.session, index, after)
         copied = -1
         if time.monotonic() >= deadline:
             return Progress(progress.session, index + 1)
@@ -135,5 +139,13 @@ def _copy_some(db: apsw.Connection, fork: Fork, progress: Progress) -> Progress 
 
 
 def _events_bytes(db: apsw.Connection, turn: int) -> int:
-    size: int = db.execute("SELECT coalesce(sum(length(frames)), 0) FROM events WHERE turn = ?", (turn,)).get
-    return size
+    in_turn: int = db.execute(
+        "SELECT octet_length(output) + coalesce(output_bytes, 0) + coalesce(octet_length(runs), 0) "
+        "FROM turns WHERE key = ?",
+        (turn,),
+    ).get
+    in_rows = (
+        db.execute(f"SELECT coalesce(sum(octet_length({column})), 0) FROM {table} WHERE turn = ?", (turn,)).get
+        for table, column in (("events", "frames"), ("event_pages", "runs"))
+    )
+    return in_turn + int(sum(in_rows))

@@ -4,7 +4,7 @@ All functions block: they are for a command line, not for an event loop.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from datetime import datetime
 from functools import partial
@@ -12,10 +12,10 @@ from pathlib import Path
 from shlex import quote
 
 import apsw
-import msgspec
 
 from service.errors import SessionNotFoundError, StartupError
-from service.storage.session_export import ExportedSession, ExportedTurn, without_open_turns
+from service.storage.pieces import Run
+from service.storage.records import SessionRecord, TurnRecord
 from service.storage.sqlite import database, sessions, turns
 from service.storage.sqlite.database import BackupProgress
 from service.storage.sqlite.faults import fault_of
@@ -148,8 +148,8 @@ def check(path: Path) -> list[str]:
     return [problem for problem in problems if problem != "ok"]
 
 
-def export_session(path: Path, session_id: str) -> bytes:
-    """A session with its turns and events, as JSON.
+def export_session(path: Path, session_id: str) -> tuple[SessionRecord, list[tuple[TurnRecord, list[Run]]]]:
+    """A session with its turns and their events.
 
     Raises:
         StartupError: The file is not a store's.
@@ -160,33 +160,31 @@ def export_session(path: Path, session_id: str) -> bytes:
         kept = sessions.find(db, session_id)
         if kept is None or kept.deletion:
             raise SessionNotFoundError(session_id)
-        exported = tuple(
-            ExportedTurn(turn, tuple(event.decode() for event in turns.read_events(db, session_id, turn.id)))
-            for turn in turns.all_of(db, session_id, kept.key)
-        )
+        exported = turns.all_of(db, session_id, kept.key)
         db.execute("COMMIT")
-    return msgspec.json.encode(ExportedSession(session=kept.record, turns=exported))
+    return kept.record, exported
 
 
-def import_session(path: Path, whole: ExportedSession, *, now: datetime) -> None:
-    """Add an exported session under its own id, without open turns. An expired session of this id is replaced.
+def import_session(
+    path: Path, session: SessionRecord, ended: Sequence[tuple[TurnRecord, Sequence[Run]]], *, now: datetime
+) -> None:
+    """Add an exported session under its own id. An expired session of this id is replaced.
 
     Makes the store if it does not exist.
 
     Args:
-        whole: From :func:`~service.storage.session_export.read_exported`.
+        ended: The turns, all of which have ended, with their events.
 
     Raises:
         StartupError: The file is not a store's; or it was deleted or replaced, and a service still serves it.
         SessionExistsError
     """
     _make_store(path)
-    whole = without_open_turns(whole)
     with _opened(path) as db, database.transaction(db):
-        sessions.make_room(db, whole.session.id, now)
-        key = sessions.insert(db, whole.session, turns_begun=len(whole.turns))
-        for ordinal, it in enumerate(whole.turns):
-            turns.insert_ended(db, key, ordinal, it.turn, [event.encode() for event in it.events])
+        sessions.make_room(db, session.id, now)
+        key = sessions.insert(db, session, turns_begun=len(ended))
+        for ordinal, (turn, runs) in enumerate(ended):
+            turns.insert_ended(db, key, ordinal, turn, runs)
 
 
 def _make_store(path: Path) -> None:

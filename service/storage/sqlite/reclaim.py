@@ -31,7 +31,7 @@ def reclaim_some(db: apsw.Connection) -> bool:
 def _delete_turns(db: apsw.Connection, session: int, deadline: float) -> bool:
     """Delete turns of a session until the deadline. Returns whether none is left."""
     while (turn := db.execute("SELECT key FROM turns WHERE session = ? LIMIT 1", (session,)).get) is not None:
-        if not (_delete_rows(db, "events", turn, deadline) and _delete_rows(db, "outputs", turn, deadline)):
+        if not all(_delete_rows(db, table, turn, deadline) for table in ("events", "event_pages", "outputs")):
             return False
         db.execute("DELETE FROM turns WHERE key = ?", (turn,))
         if time.monotonic() >= deadline:

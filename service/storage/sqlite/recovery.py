@@ -10,6 +10,7 @@ import apsw
 
 from service.errors import OwnedElsewhereError
 from service.storage import rules
+from service.storage.sqlite import event_pages
 from service.storage.sqlite.ends import keep_end
 from service.storage.sqlite.ownership import Ownership, fences, owner_of
 from service.storage.sqlite.rows import STAGED_MARK, TURN_COLUMNS, Row, items_of, turn_of
@@ -77,8 +78,11 @@ def _end(db: apsw.Connection, key: int, now: datetime) -> int:
     session_id, idle_timeout_s = db.execute(_GET_SESSION, (session,)).fetchone()  # type: ignore[misc]
     _drop_staged(db, key)
     outputs = db.execute("SELECT items FROM outputs WHERE turn = ? ORDER BY after", (key,))
-    turn = rules.crashed(turn_of(session_id, row), (items_of(json) for (json,) in outputs), now)
-    keep_end(db, key, turn, now, session=session, idle_timeout_s=idle_timeout_s)
+    items = [item for (json,) in outputs for item in items_of(json)]
+    turn = rules.crashed(turn_of(session_id, row)[0], items, event_pages.growth_of(db, key), now)
+    has_frames = db.execute("SELECT 1 FROM events WHERE turn = ? LIMIT 1", (key,)).fetchone() is not None
+    runs = None if has_frames else event_pages.runs_in_pages(db, key)
+    keep_end(db, key, turn, now, runs=runs, session=session, idle_timeout_s=idle_timeout_s)
     return sum(len(item.text.encode()) for item in (*turn.input, *turn.output))
 
 
@@ -90,4 +94,5 @@ def _drop_staged(db: apsw.Connection, turn: int) -> None:
     if mark is not None:
         key, after = mark
         db.execute("DELETE FROM events WHERE turn = ? AND after >= ?", (turn, after))
+        db.execute("DELETE FROM event_pages WHERE turn = ? AND after >= ?", (turn, after))
         db.execute("DELETE FROM outputs WHERE key = ?", (key,))

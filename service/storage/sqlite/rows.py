@@ -1,6 +1,5 @@
 """Rows to records and back."""
 
-from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -19,10 +18,6 @@ _metadata: msgspec.json.Decoder[dict[str, str]] = msgspec.json.Decoder(dict[str,
 _usage: msgspec.json.Decoder[Usage] = msgspec.json.Decoder(Usage)
 _failure: msgspec.json.Decoder[Failure] = msgspec.json.Decoder(Failure)
 _left_out: msgspec.json.Decoder[LeftOut] = msgspec.json.Decoder(LeftOut)
-_frames: msgspec.msgpack.Decoder[list[bytes]] = msgspec.msgpack.Decoder(list[bytes])
-
-FRAMES_BYTES_MAX = 256 * 1024
-"""Bound on the events of one row, unless a single event is larger: a row is read, written and deleted as a whole."""
 
 STAGED_MARK = "ahead"
 """The beginning of the mark of staged events, in a column whose other values are JSON. Kept files have this word."""
@@ -69,13 +64,14 @@ def session_of(row: Row, settings: Row) -> SessionRecord:
 
 TURN_COLUMNS = (
     "id, parent, state, model, created_at, input, output, temperature, max_output_tokens, "
-    "background, started_at, ended_at, reason, error, finish_reason, usage, last_seq, left_out"
+    "background, started_at, ended_at, reason, error, finish_reason, usage, last_seq, left_out, "
+    "CASE WHEN output_bytes IS NULL THEN NULL ELSE key END"
 )
 
 
-def turn_of(session_id: str, row: Row) -> TurnRecord:
-    """The record of a row of :data:`TURN_COLUMNS`."""
-    return TurnRecord(
+def turn_of(session_id: str, row: Row) -> tuple[TurnRecord, int | None]:
+    """The record of a row of :data:`TURN_COLUMNS`; and the turn's key if the texts of its output are in pages."""
+    turn = TurnRecord(
         id=row[0],
         session_id=session_id,
         parent=row[1],
@@ -96,10 +92,11 @@ def turn_of(session_id: str, row: Row) -> TurnRecord:
         last_seq=row[16],
         left_out=None if row[17] is None else _left_out.decode(row[17]),
     )
+    return turn, row[18]
 
 
 def values_of(turn: TurnRecord) -> dict[str, object]:
-    """The columns of a turn that its record decides, by name."""
+    """The columns of a turn, by name; those of its events are those of an open turn."""
     in_prompts = turn.in_prompts
     return {
         "id": turn.id,
@@ -122,31 +119,11 @@ def values_of(turn: TurnRecord) -> dict[str, object]:
         "message_bytes": in_prompts.bytes,
         "input": as_json(turn.input),
         "output": as_json(turn.output),
+        "runs": None,
+        "output_bytes": None,
+        "text_length": None,
     }
 
 
 def items_of(json: str) -> tuple[Item, ...]:
     return _items.decode(json)
-
-
-def pack_frames(events: Sequence[bytes], *, after: int) -> Iterator[tuple[int, bytes]]:
-    """Events as blobs of a bounded size, in order; each with the seq before its first, ``after`` for the first blob."""
-    for part in split_frames(events, bytes_max=FRAMES_BYTES_MAX):
-        yield after, msgspec.msgpack.encode(part)
-        after += len(part)
-
-
-def split_frames(events: Sequence[bytes], *, bytes_max: int) -> Iterator[Sequence[bytes]]:
-    """Events in parts of a bounded size, unless a single one is larger."""
-    start = size = 0
-    for end, event in enumerate(events):
-        if size + len(event) > bytes_max and end > start:
-            yield events[start:end]
-            start, size = end, 0
-        size += len(event)
-    if start < len(events):
-        yield events[start:]
-
-
-def unpack_frames(blob: bytes) -> list[bytes]:
-    return _frames.decode(blob)

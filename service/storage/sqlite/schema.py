@@ -100,7 +100,25 @@ ALTER TABLE turns ADD COLUMN message_items INTEGER;     -- beside message_bytes;
 ALTER TABLE turns ADD COLUMN left_out TEXT;
 """
 
-SCRIPTS = (VERSION_1, VERSION_2)
+VERSION_3 = """
+-- Packed runs (storage/pieces.py): all events of an ended turn, whose texts are in the output; empty if they are in
+-- event_pages; NULL in open turns, and in turns of versions 1 and 2, whose encoded events are in the table events.
+ALTER TABLE turns ADD COLUMN runs BLOB;
+ALTER TABLE turns ADD COLUMN output_bytes INTEGER;  -- of the texts that are in event_pages, if they are there
+ALTER TABLE turns ADD COLUMN text_length INTEGER;   -- the code points of the messages, if their texts are there
+
+-- Events and their texts: of an open turn, checkpoint by checkpoint; and of an ended turn that is too long for one row.
+CREATE TABLE event_pages (
+    key INTEGER PRIMARY KEY,
+    turn INTEGER NOT NULL REFERENCES turns (key),
+    after INTEGER NOT NULL,     -- the seq before the first of them
+    runs BLOB NOT NULL,
+    text BLOB NOT NULL          -- of the pieces, in the order of arrival
+) STRICT;
+CREATE INDEX event_pages_by_turn ON event_pages (turn, after);
+"""
+
+SCRIPTS = (VERSION_1, VERSION_2, VERSION_3)
 """Each script takes the schema one version further. A released script never changes; new scripts are added."""
 
 APPLICATION_ID = 0x4C415354

@@ -15,9 +15,11 @@ import msgspec
 from service import store_capabilities
 from service.errors import StoreError
 from service.storage.page_cursor import decode_session_cursor, decode_turn_cursor
+from service.storage.pieces import Run, skip, split, text_of
 from service.storage.records import (
     Checkpoint,
     EndResult,
+    EventsPage,
     LeftOut,
     Owner,
     Page,
@@ -26,16 +28,18 @@ from service.storage.records import (
     SessionStatus,
     TurnRecord,
 )
-from service.storage.sqlite import forks, recovery, sessions, turns
+from service.storage.sqlite import event_pages, forks, recovery, sessions, turns
+from service.storage.sqlite.event_pages import fits_in_turn
 from service.storage.sqlite.open_files import OpenFiles
 from service.storage.sqlite.ownership import Ownership, find_owner, is_oldest
 from service.storage.sqlite.reader import Reader
-from service.storage.sqlite.rows import STAGED_MARK, split_frames
+from service.storage.sqlite.rows import STAGED_MARK
 from service.storage.sqlite.sql_thread import CLAIMED_GRACE_S, SqlThread
 from service.storage.sqlite.writer import Writer
+from service.storage.store import PAGE_LENGTH_MAX
 
-STEP_BYTES_MAX = 2 * 1024 * 1024
-"""Bound on the events that one step writes, so that the step holds the write lock for milliseconds only."""
+STEP_LENGTH_MAX = 1024 * 1024
+"""Bound on the code points and events that one step writes, so that the step holds the write lock for milliseconds."""
 
 
 @asynccontextmanager
@@ -178,31 +182,37 @@ class SqliteStore:
         return await self._writing.call(lambda db: turns.start(db, turn_id, self.fence, now))
 
     async def checkpoint_turns(self, checkpoints: Sequence[Checkpoint]) -> Collection[str]:
-        staged = [await self._stage_events(it.session_id, it.turn_id, it.events, after=it.after) for it in checkpoints]
+        staged = [
+            await self._stage_events(it.session_id, it.turn_id, it.runs, it.text, after=it.after) for it in checkpoints
+        ]
         return await self._writing.call(lambda db: turns.checkpoint(db, checkpoints, staged, self.fence))
 
-    async def end_turn(self, turn: TurnRecord, *, events: Sequence[bytes], now: datetime, after: int = 0) -> EndResult:
-        staged = await self._stage_events(turn.session_id, turn.id, events, after=after)
+    async def end_turn(self, turn: TurnRecord, *, runs: Sequence[Run], now: datetime, after: int = 0) -> EndResult:
+        staged = None
+        if sum(len(item.text) for item in turn.output) > STEP_LENGTH_MAX and not fits_in_turn(turn, runs):
+            text = text_of(runs, [item.text for item in turn.output], after=after)
+            staged = await self._stage_events(turn.session_id, turn.id, list(skip(runs, after)), text, after=after)
         return await self._writing.call(
-            lambda db: turns.end(db, turn, events, staged, after=after, fence=self.fence, now=now)
+            lambda db: turns.end(db, turn, runs, staged, after=after, fence=self.fence, now=now)
         )
 
     async def _stage_events(
-        self, session_id: str, turn_id: str, events: Sequence[bytes], *, after: int
+        self, session_id: str, turn_id: str, runs: Sequence[Run], text: str, *, after: int
     ) -> turns.StagedEvents | None:
         """Where the events are too many for one step, keep all but the last part of them."""
-        if sum(map(len, events)) <= STEP_BYTES_MAX:
+        if max(len(text), sum(len(run.lengths) for run in runs)) <= STEP_LENGTH_MAX:
             return None
         staged: turns.StagedEvents | None = turns.StagedEvents(f"{STAGED_MARK} {next(self._marks)}")
-        *parts, _ = split_frames(events, bytes_max=STEP_BYTES_MAX)
-        for part in parts:
+        *parts, _ = split(runs, text, length_max=STEP_LENGTH_MAX)
+        for part, part_text in parts:
             if staged is not None:
                 staged = await self._writing.call(
                     partial(
                         turns.stage_events,
                         session_id=session_id,
                         turn_id=turn_id,
-                        events=part,
+                        runs=part,
+                        text=part_text,
                         staged=staged,
                         after=after,
                         fence=self.fence,
@@ -210,8 +220,8 @@ class SqliteStore:
                 )
         return staged
 
-    async def get_turn(self, session_id: str, turn_id: str, *, now: datetime) -> TurnRecord:
-        return await self._looking.call(lambda db: turns.get(db, session_id, turn_id, now))
+    async def get_turn(self, session_id: str, turn_id: str, *, now: datetime, with_texts: bool = True) -> TurnRecord:
+        return await self._looking.call(lambda db: turns.get(db, session_id, turn_id, now, with_texts=with_texts))
 
     async def list_turns(
         self, session_id: str, *, limit: int, after: str | None, now: datetime, bytes_max: int | None = None
@@ -235,8 +245,12 @@ class SqliteStore:
             lambda db: turns.list_path(db, session_id, turn_id, limit=limit, first=first, bytes_max=bytes_max)
         )
 
-    async def read_events(self, session_id: str, turn_id: str) -> Sequence[bytes]:
-        return await self._reading.call(lambda db: turns.read_events(db, session_id, turn_id))
+    async def read_events(
+        self, session_id: str, turn_id: str, *, after: int = 0, length_max: int = PAGE_LENGTH_MAX
+    ) -> EventsPage:
+        return await self._reading.call(
+            lambda db: event_pages.read(db, session_id, turn_id, after=after, length_max=length_max)
+        )
 
     # Owners
 

@@ -12,19 +12,17 @@ from service.errors import SessionNotFoundError, TurnNotFoundError
 from service.storage import rules
 from service.storage.page_cursor import TurnPosition, encode_cursor
 from service.storage.page_size import fitting
+from service.storage.pieces import Run, count, skip, text_of
 from service.storage.records import Checkpoint, EndResult, LeftOut, Page, SessionRecord, TurnRecord
-from service.storage.sqlite import recovery, sessions
+from service.storage.sqlite import event_pages, recovery, sessions
 from service.storage.sqlite.ends import keep_end
+from service.storage.sqlite.event_pages import record_of
 from service.storage.sqlite.ownership import Ownership
 from service.storage.sqlite.rows import (
-    STAGED_MARK,
     TURN_COLUMNS,
     Row,
     as_json,
     moment,
-    pack_frames,
-    turn_of,
-    unpack_frames,
     values_of,
 )
 
@@ -37,7 +35,7 @@ _DOWN_FROM = (
     "SELECT {columns}, ordinal, message_bytes FROM turns WHERE session = ? AND ordinal <= ? ORDER BY ordinal DESC"
 )
 # SQLite finds the length of a text without reading the text.
-_TURN_BYTES = "octet_length(input) + octet_length(output)"
+_TURN_BYTES = "octet_length(input) + octet_length(output) + coalesce(output_bytes, 0)"
 _SIZES = f"SELECT ordinal, {_TURN_BYTES} FROM turns WHERE session = ? AND ordinal > ? ORDER BY ordinal LIMIT ?"
 _BETWEEN = f"SELECT {TURN_COLUMNS} FROM turns WHERE session = ? AND ordinal BETWEEN ? AND ? ORDER BY ordinal"
 # One table in each statement: several simple statements are several times as fast as one join.
@@ -45,15 +43,12 @@ _OWN = "SELECT key, session FROM turns WHERE id = ? AND +owner = ?"  # ``+`` mak
 _IS_OWN = "id = :turn AND +owner = :owner AND (SELECT id FROM sessions WHERE key = session) IS NOT NULL"
 _INSERT_COLUMNS = (
     "id, parent, state, model, created_at, started_at, ended_at, temperature, max_output_tokens, background, reason, "
-    "error, finish_reason, usage, last_seq, left_out, message_items, message_bytes, input, output"
+    "error, finish_reason, usage, last_seq, left_out, message_items, message_bytes, input, output, runs, output_bytes, "
+    "text_length"
 )
 _INSERT = (
     f"INSERT INTO turns (session, ordinal, owner, {_INSERT_COLUMNS}) "
     f"VALUES (:session, :ordinal, :owner, {', '.join(':' + name for name in _INSERT_COLUMNS.split(', '))})"
-)
-_EVENTS = (
-    "SELECT frames FROM events WHERE turn = :turn "
-    "AND after < coalesce((SELECT after FROM outputs WHERE turn = :turn AND items LIKE :mark), 1 << 62) ORDER BY after"
 )
 _KEEP_LEFT_OUT = "UPDATE turns SET left_out = :left_out WHERE key = :key AND left_out IS NOT :left_out"
 
@@ -117,9 +112,10 @@ def stage_events(
     db: apsw.Connection,
     session_id: str,
     turn_id: str,
-    events: Sequence[bytes],
-    staged: StagedEvents,
+    runs: Sequence[Run],
+    text: str,
     *,
+    staged: StagedEvents,
     after: int,
     fence: int,
 ) -> StagedEvents | None:
@@ -132,8 +128,8 @@ def stage_events(
         db.execute("INSERT INTO outputs (turn, after, items) VALUES (?, ?, ?)", (own.key, after, staged.mark))
     elif not _is_marked(db, own.key, after, staged):
         return None
-    _keep_events(db, own.key, events, after=after + staged.count)
-    return msgspec.structs.replace(staged, count=staged.count + len(events))
+    event_pages.keep(db, own.key, runs, text, after=after + staged.count)
+    return msgspec.structs.replace(staged, count=staged.count + count(runs))
 
 
 def checkpoint(
@@ -146,11 +142,11 @@ def checkpoint(
         if own is None:
             lost.append(it.turn_id)
             continue
-        _keep_rest(db, own.key, it.events, part, after=it.after)
+        _keep_rest(db, own.key, it.runs, it.text, part, after=it.after)
         db.execute("DELETE FROM outputs WHERE turn = ? AND after >= ?", (own.key, it.after))
-        if it.output:
+        if it.items:
             db.execute(
-                "INSERT INTO outputs (turn, after, items) VALUES (?, ?, ?)", (own.key, it.after, as_json(it.output))
+                "INSERT INTO outputs (turn, after, items) VALUES (?, ?, ?)", (own.key, it.after, as_json(it.items))
             )
         if it.left_out is not None:
             db.execute(_KEEP_LEFT_OUT, {"key": own.key, "left_out": as_json(it.left_out)})
@@ -160,7 +156,7 @@ def checkpoint(
 def end(
     db: apsw.Connection,
     turn: TurnRecord,
-    events: Sequence[bytes],
+    runs: Sequence[Run],
     staged: StagedEvents | None,
     *,
     after: int,
@@ -170,23 +166,25 @@ def end(
     own = _own(db, turn.session_id, turn.id, fence)
     if own is None:
         return rules.result_of_late_end(_find(db, turn.session_id, turn.id), turn)
-    _keep_rest(db, own.key, events, staged, after=after)
-    keep_end(db, own.key, turn, now, session=own.session, idle_timeout_s=own.idle_timeout_s)
+    if not event_pages.fits_in_turn(turn, runs):
+        text = text_of(runs, [item.text for item in turn.output], after=after)
+        _keep_rest(db, own.key, list(skip(runs, after)), text, staged, after=after)
+    keep_end(db, own.key, turn, now, runs=runs, session=own.session, idle_timeout_s=own.idle_timeout_s)
     return EndResult.KEPT
 
 
 def _find(db: apsw.Connection, session_id: str, turn_id: str) -> TurnRecord | None:
     """The turn, also if its session is marked as deleted or has expired."""
     row: Row | None = db.execute(_GET, (turn_id, _key(db, session_id))).fetchone()
-    return None if row is None else turn_of(session_id, row)
+    return None if row is None else record_of(db, session_id, row)
 
 
-def get(db: apsw.Connection, session_id: str, turn_id: str, now: datetime) -> TurnRecord:
+def get(db: apsw.Connection, session_id: str, turn_id: str, now: datetime, *, with_texts: bool = True) -> TurnRecord:
     session = _visible(db, session_id, now)
     row = db.execute(_GET, (turn_id, session)).fetchone()
     if row is None:
         raise TurnNotFoundError(turn_id)
-    return turn_of(session_id, row)
+    return record_of(db, session_id, row, with_texts=with_texts)
 
 
 def list_page(
@@ -204,30 +202,43 @@ def list_page(
     rows = db.execute(_BETWEEN, (session, shown[0], shown[-1])) if shown else ()
     cursors = tuple(encode_cursor(TurnPosition(ordinal)) for ordinal in shown)
     return Page(
-        data=tuple(turn_of(session_id, row) for row in rows),
+        data=tuple(record_of(db, session_id, row) for row in rows),
         next=cursors[-1] if len(shown) < len(found) else None,
         cursors=cursors,
     )
 
 
-def all_of(db: apsw.Connection, session_id: str, session: int) -> list[TurnRecord]:
-    """All turns of a session, in the order of their acceptance."""
+def all_of(db: apsw.Connection, session_id: str, session: int) -> list[tuple[TurnRecord, list[Run]]]:
+    """All turns of a session with their events, in the order of their acceptance."""
     rows: list[Row] = db.execute(
-        f"SELECT {TURN_COLUMNS} FROM turns WHERE session = ? ORDER BY ordinal", (session,)
+        f"SELECT {TURN_COLUMNS}, key FROM turns WHERE session = ? ORDER BY ordinal", (session,)
     ).fetchall()
-    return [turn_of(session_id, row) for row in rows]
+    return [(record_of(db, session_id, row), event_pages.runs_of(db, row[-1])) for row in rows]
 
 
-def insert_ended(db: apsw.Connection, session: int, ordinal: int, turn: TurnRecord, events: Sequence[bytes]) -> None:
+def insert_ended(db: apsw.Connection, session: int, ordinal: int, turn: TurnRecord, runs: Sequence[Run]) -> None:
     """Add a turn that has ended already. The caller updates the session's counters."""
-    db.execute(_INSERT, values_of(turn) | {"session": session, "ordinal": ordinal, "owner": None})
-    _keep_events(db, db.last_insert_rowid(), events, after=0)
+    values = values_of(turn) | event_pages.end_columns(turn, runs)
+    db.execute(_INSERT, values | {"session": session, "ordinal": ordinal, "owner": None})
+    if not values["runs"]:
+        text = text_of(runs, [item.text for item in turn.output])
+        event_pages.keep(db, db.last_insert_rowid(), runs, text, after=0)
+
+
+def insert_copy(db: apsw.Connection, session: int, ordinal: int, turn: TurnRecord, *, source: int) -> None:
+    """Add a copy of an ended turn; ``source`` is the key of this turn, whose rows in other tables are not copied."""
+    names = ("runs", "output_bytes", "text_length")
+    row: Row = db.execute(f"SELECT {', '.join(names)} FROM turns WHERE key = ?", (source,)).fetchone()  # type: ignore[assignment]
+    values = values_of(turn) | dict(zip(names, row, strict=True))
+    if values["output_bytes"] is not None:
+        values["output"] = as_json(rules.without_texts(turn.output))
+    db.execute(_INSERT, values | {"session": session, "ordinal": ordinal, "owner": None})
 
 
 def read_path(db: apsw.Connection, session_id: str, turn_id: str, bytes_max: int | None) -> list[TurnRecord]:
     session = _key(db, session_id)
     rows = _path_down(db, session, turn_id) if session is not None else ()
-    path = ((turn_of(session_id, row), row[-1]) for row in rows)
+    path = ((record_of(db, session_id, row), row[-1]) for row in rows)
     return [turn for turn, _ in rules.newest_within(path, bytes_max, bytes_of=lambda it: it[1])]
 
 
@@ -238,7 +249,7 @@ def measure_path(db: apsw.Connection, session_id: str, turn_id: str) -> LeftOut:
         this_id, _, message_items, _, message_bytes = row
         if message_items is None:  # the row is of schema 1, which had neither counts nor refusals
             read: Row = db.execute(_GET, (this_id, session)).fetchone()  # type: ignore[assignment]
-            measured += turn_of(session_id, read).in_prompts
+            measured += record_of(db, session_id, read).in_prompts
         else:
             measured += LeftOut(message_items, message_bytes)
     return measured
@@ -281,19 +292,13 @@ def list_path(
     sizes = (db.execute(f"SELECT {_TURN_BYTES} FROM turns WHERE key = ?", (key,)).get for key in keys)
     shown = islice(keys, fitting(sizes, bytes_max=bytes_max, rows_min=2))
     query = f"SELECT {TURN_COLUMNS} FROM turns WHERE key = ?"
-    return [turn_of(session_id, row) for key in shown for row in db.execute(query, (key,))]
+    return [record_of(db, session_id, row) for key in shown for row in db.execute(query, (key,))]
 
 
 def keys_down(db: apsw.Connection, session: int, turn_id: str) -> Iterator[tuple[int, str]]:
     """The keys and ids of a path, from its last turn to the root. Ends as :func:`_path_down` does."""
     for this_id, _, key, *_ in _path_down(db, session, turn_id, "id, parent, key"):
         yield key, this_id
-
-
-def read_events(db: apsw.Connection, session_id: str, turn_id: str) -> list[bytes]:
-    turn = db.execute("SELECT key FROM turns WHERE id = ? AND session = ?", (turn_id, _key(db, session_id))).get
-    rows: list[Row] = db.execute(_EVENTS, {"turn": turn, "mark": f"{STAGED_MARK} %"}).fetchall()
-    return [frame for (frames,) in rows for frame in unpack_frames(frames)]
 
 
 def key_of(db: apsw.Connection, turn_id: str, session: int) -> int:
@@ -328,18 +333,14 @@ def _is_marked(db: apsw.Connection, turn: int, after: int, staged: StagedEvents)
 
 
 def _keep_rest(
-    db: apsw.Connection, turn: int, events: Sequence[bytes], staged: StagedEvents | None, *, after: int
+    db: apsw.Connection, turn: int, runs: Sequence[Run], text: str, staged: StagedEvents | None, *, after: int
 ) -> None:
+    """Keep the events after ``after``, but not again those that are staged."""
     if staged is not None and _is_marked(db, turn, after, staged):
-        _keep_events(db, turn, events[staged.count :], after=after + staged.count)
-    else:
-        _keep_events(db, turn, events, after=after)
-
-
-def _keep_events(db: apsw.Connection, turn: int, events: Sequence[bytes], *, after: int) -> None:
-    db.execute("DELETE FROM events WHERE turn = ? AND after >= ?", (turn, after))
-    for blob_after, blob in pack_frames(events, after=after):
-        db.execute("INSERT INTO events (turn, after, frames) VALUES (?, ?, ?)", (turn, blob_after, blob))
+        runs = list(skip(runs, staged.count))
+        text = text[len(text) - sum(run.length for run in runs) :]
+        after += staged.count
+    event_pages.keep(db, turn, runs, text, after=after)
 
 
 def _key(db: apsw.Connection, session_id: str) -> int | None:

@@ -12,10 +12,10 @@ from trio.testing import MockClock
 from werkzeug.datastructures import Headers
 
 from service.api.http.event_stream import EventStream, read_seen, wants_stream
-from service.errors import InvalidRequestError
+from service.api.native.event_frames import encode_frame
+from service.errors import InvalidRequestError, SessionNotFoundError, StoreError
 from service.sessions.events.event_log import EventLog
 from service.sessions.events.events import TurnCompleted, TurnDelta
-from service.sessions.events.frames import encode_frame
 from service.sessions.events.streams import Streams
 from service.stop_state import Phase, StopState
 
@@ -243,6 +243,20 @@ async def test_a_large_backlog_comes_in_bounded_pieces() -> None:
     sizes = [len(piece) async for piece in opened.stream]
     assert len(sizes) > 2
     assert max(sizes) <= 64 * 1024 + len(b"retry: 1000\n")
+
+
+@pytest.mark.parametrize("error", [StoreError("It hangs."), SessionNotFoundError("s")])
+async def test_a_replay_that_cannot_be_read_further_is_cut(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    async def fail(_: int) -> None:
+        await trio.lowlevel.checkpoint()
+        raise error
+
+    opened = Opened(3)
+    await anext(opened.stream)
+    opened.append(2)
+    monkeypatch.setattr(opened.log, "load_after", fail)
+    assert [piece async for piece in opened.stream] == []
+    assert (opened.streams.open, opened.streams.ended, opened.streams.aborted) == (0, 0, 1)
 
 
 @pytest.mark.parametrize(

@@ -26,11 +26,12 @@ from service.cluster.peer_proof import check_peer
 from service.cluster.peer_socket import socket_name
 from service.errors import OwnedElsewhereError
 from service.sessions.events.events import Event
-from service.storage.records import Checkpoint, EndResult
+from service.storage.records import EndResult
 from service.storage.sqlite import SqliteStore, open_sqlite_store
 from tests.api.inprocess import SSE, Api, Reply, leave, open_api
 from tests.descriptors import no_descriptor_left
 from tests.storage.rows import T0, a_session, a_turn, ended
+from tests.storage.test_store_owners import a_checkpoint
 
 TURN = "turn_" + 32 * "a"
 EVENTS = f"/sessions/s/turns/{TURN}/events"
@@ -216,10 +217,7 @@ async def test_a_stream_that_its_owner_never_began_goes_on_from_what_the_client_
     async with open_owner(tmp_path) as (api, owner), api.open("GET", EVENTS + query, headers=SSE | headers) as client:
         await client.send_complete()
         stream, _ = await owner.take()
-        checkpoint = Checkpoint(
-            session_id="s", turn_id=TURN, after=0, events=tuple(frame(seq).encode() for seq in (1, 2, 3)), output=()
-        )
-        await owner.store.checkpoint_turns([checkpoint])
+        await owner.store.checkpoint_turns([a_checkpoint(TURN, "x", "x", "x")])
         await stream.send_all(HEAD + chunk("retry: 1000\n"))
         assert await client.receive() == b"retry: 1000\n"
         await owner.die(stream)
@@ -252,10 +250,7 @@ async def test_a_client_that_comes_back_by_post_goes_on_from_what_it_has_seen(pr
             await client.send_complete()
             stream, request = await owner.take()
             assert b"\r\nlast-event-id: 2\r\n" in request
-            checkpoint = Checkpoint(
-                session_id="s", turn_id=TURN, after=0, events=tuple(frame(seq).encode() for seq in (1, 2, 3)), output=()
-            )
-            await owner.store.checkpoint_turns([checkpoint])
+            await owner.store.checkpoint_turns([a_checkpoint(TURN, "x", "x", "x")])
             location = f"location: {prefix}/sessions/s/turns/{TURN}\r\n\r\n".encode()
             await stream.send_all(HEAD.replace(b"\r\n\r\n", b"\r\n" + location) + chunk("retry: 1000\n"))
             assert await client.receive() == b"retry: 1000\n"
@@ -447,7 +442,7 @@ async def test_where_the_owner_keeps_changing_the_request_waits_and_is_begun_ane
         assert replies[0].status == 409
 
         async def end_meanwhile(error: OwnedElsewhereError) -> TrioResponse:
-            await owner.store.end_turn(ended(a_turn(TURN, "s")), events=[], now=datetime.now(UTC))
+            await owner.store.end_turn(ended(a_turn(TURN, "s")), runs=(), now=datetime.now(UTC))
             return await proxy.forward(error)
 
         monkeypatch.setattr(app, "forward", end_meanwhile)
@@ -569,7 +564,7 @@ async def test_the_owner_answers_a_fork_at_an_open_turn_and_any_process_one_at_a
         assert replies[0].status == 409
 
         now = datetime.now(UTC)
-        assert await owner.store.end_turn(ended(a_turn(TURN, "s")), events=[], now=now) is EndResult.KEPT
+        assert await owner.store.end_turn(ended(a_turn(TURN, "s")), runs=(), now=now) is EndResult.KEPT
         await owner.store.begin_turn(a_turn("turn_" + 32 * "b", "s", parent=TURN), now=now)
         assert (await api.call("POST", "/sessions/s/fork", {"id": "copy", "at": TURN})).status == 201
 

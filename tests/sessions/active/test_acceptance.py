@@ -226,7 +226,7 @@ class HeadMoves(MemoryStore):
             theirs = a_turn(self.between.pop(0), turn.session_id, parent=self.last)
             self.last = theirs.id
             await super().begin_turn(theirs, now=rest["now"])
-            await super().end_turn(ended(theirs), events=[], now=rest["now"])
+            await super().end_turn(ended(theirs), runs=(), now=rest["now"])
         return await super().begin_turn(turn, **rest)
 
 

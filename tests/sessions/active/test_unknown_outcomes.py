@@ -20,7 +20,7 @@ from service.sessions.upkeep.expiry import sweep
 from service.sessions.upkeep.recovery import INTERVAL_S, run_recovery
 from service.storage.records import SessionPatch
 from tests.sessions.late_store import LateStore, Outcome, open_late_store
-from tests.sessions.puppet import Reply, Stage, frames_of, open_stage
+from tests.sessions.puppet import Reply, Stage, frames_in, frames_of, open_stage
 from tests.sessions.turns.test_turns import start
 
 TIMEOUT_S = 5.0
@@ -335,4 +335,4 @@ async def test_a_replay_of_an_end_that_was_kept_later_does_not_say_that_it_was_n
         assert b'"stored":false' in told[-1]
         await scene.wait_for_recovery()
         log, _ = await scene.sessions.open_events("s", scene.turn.id)
-        assert frames_of(log) == [*told[:-1], told[-1].replace(b',"stored":false', b"")]
+        assert await frames_in(log) == [*told[:-1], told[-1].replace(b',"stored":false', b"")]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from service.api.http.event_frames import read_frames
+from service.api.native.event_frames import decode_frame, encode_frame
 from service.models.client import Usage
 from service.sessions.events.event_log import EventLog
 from service.sessions.events.events import (
@@ -24,7 +25,6 @@ from service.sessions.events.events import (
     TurnReasoning,
     TurnStarted,
 )
-from service.sessions.events.frames import decode_frame, encode_frame
 from service.storage.records import Failure
 from tests.sessions.puppet import frames_of
 
@@ -209,13 +209,6 @@ def test_a_long_log_takes_little_memory_beside_its_text() -> None:
     finally:
         tracemalloc.stop()
     assert size < 10_000 * (4 + 4) * 1.1, "four bytes of text, and less than five beside it"
-
-
-def test_a_replay_of_what_was_kept_is_the_same_log_closed() -> None:
-    log = _filled(5, 6)
-    log.close(_end(log))
-    again = EventLog.replay(log.events())
-    assert (again.closed, again.last_seq, frames_of(again)) == (True, 3, frames_of(log))
 
 
 def test_events_that_were_read_do_not_change_with_the_log() -> None:

@@ -11,7 +11,6 @@ from service.failure_codes import FailureCode
 from service.models.client import Message
 from service.sessions.commands import NewSession, NewTurn
 from service.sessions.events.events import TurnCancelled, TurnCompleted, TurnFailed
-from service.sessions.events.replay import replay_kept
 from service.sessions.turns.turn import Turn
 from service.storage.records import LeftOut, TurnRecord
 from tests.sessions.puppet import Stage, frames_of, open_stage, read_all
@@ -68,7 +67,8 @@ async def test_a_prompt_that_is_too_long_is_sent_once_more_without_the_oldest_tu
         assert end.left_out == LeftOut(6, 153)
         kept = await stage.store.get_turn("s", turn.id, now=stage.clock())
         assert kept.left_out == LeftOut(6, 153)
-        assert replay_kept(kept, await stage.store.read_events("s", turn.id)) is not None
+        replay, _ = await stage.sessions.open_events("s", turn.id)
+        assert (await read_all(replay))[-1] == end
         # The next turn begins with the prompt that was answered here, and asks the model once.
         asked = len(stage.puppet.asked)
         assert (await _say(stage, "next")).left_out == LeftOut(6, 153)

@@ -24,9 +24,8 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from service.errors import EventsLostError, RefusedError, SessionExistsError, SessionNotFoundError, StoreError
 from service.sessions.commands import NewSession, NewTurn, OnConflict
-from service.sessions.events.event_log import EventLog
+from service.sessions.events.event_log import Events
 from service.sessions.events.events import Event, TurnCancelled, TurnCompleted, TurnDelta, TurnFailed, TurnInterrupted
-from service.sessions.events.frames import encode_frame
 from service.sessions.sessions import Sessions, open_sessions
 from service.sessions.turns.turn import OnDisconnect, Turn, Watch
 from service.sessions.upkeep.expiry import sweep
@@ -34,12 +33,12 @@ from service.sessions.upkeep.recovery import recover_once
 from service.settings import Settings
 from service.stop_state import Phase, StopState
 from service.storage.memory import MemoryStore
-from service.storage.records import SessionRecord, TurnRecord
+from service.storage.records import EventsPage, SessionRecord, TurnRecord
 from service.storage.store import Store
-from tests.sessions.puppet import frames_of, kinds, open_stage, read_all
+from tests.sessions.puppet import frames_in, frames_of, kinds, open_stage, pieces_of, read_all
 from tests.sessions.scripts import Script, ScriptedReplies, token
 from tests.sessions.unreliable_store import UnreliableStore
-from tests.storage.rows import a_turn, ended
+from tests.storage.rows import a_turn, ended, said, told
 
 T0 = datetime(2030, 1, 1, tzinfo=UTC)
 SESSIONS = ("a", "b")
@@ -152,7 +151,7 @@ class Races:
     cancelled: set[str] = field(default_factory=set)
     superseded: set[str] = field(default_factory=set)
     deleted: set[str] = field(default_factory=set)
-    read: defaultdict[str, list[tuple[int, EventLog]]] = field(default_factory=lambda: defaultdict(list))
+    read: defaultdict[str, list[tuple[int, Events]]] = field(default_factory=lambda: defaultdict(list))
 
     def clock(self) -> datetime:
         return T0 + timedelta(seconds=trio.current_time())
@@ -205,13 +204,13 @@ class Races:
             log, watch = await self.sessions.open_events(picked.turn.session_id, picked.turn.id)
             await self._stay(picked, log, watch, stays_s)
 
-    async def _stay(self, accepted: Accepted, log: EventLog, watch: Watch, stays_s: int) -> None:
+    async def _stay(self, accepted: Accepted, log: Events, watch: Watch, stays_s: int) -> None:
         """Read until the end, or until the caller's time is over."""
         try:
             with watch, trio.move_on_after(stays_s):
                 events = await read_all(log)
                 assert isinstance(events[-1], TERMINAL)
-                assert as_if_stored(frames_of(log)) == as_if_stored(frames_of(accepted.turn.log))
+                assert as_if_stored(await frames_in(log)) == as_if_stored(frames_of(accepted.turn.log))
         finally:
             accepted.released = True
 
@@ -292,8 +291,7 @@ class Races:
             for turn in (accepted.turn for accepted in self.accepted):
                 if turn.id in kept:
                     assert kept[turn.id] == as_kept(turn.record())
-                    frames = await store.read_events(session.id, turn.id)
-                    assert list(frames) == as_if_stored(frames_of(turn.log))
+                    assert await told(store, session.id, turn.id) == pieces_of(turn.log)
 
     async def check_nothing_is_left(self) -> None:
         await wait_all_tasks_blocked()
@@ -455,9 +453,9 @@ async def test_acceptance_that_the_store_breaks_off_leaves_no_open_turn(
 
 async def test_events_of_a_session_that_goes_away_meanwhile_are_not_an_empty_stream(autojump_clock: MockClock) -> None:
     class SlowEvents(MemoryStore):
-        async def read_events(self, session_id: str, turn_id: str) -> Sequence[bytes]:
+        async def read_events(self, *args: Any, **options: Any) -> EventsPage:
             await trio.sleep(1)
-            return await super().read_events(session_id, turn_id)
+            return await super().read_events(*args, **options)
 
     async with open_stage(SlowEvents()) as stage, trio.open_nursery() as nursery:
         session = await stage.sessions.create_session(NewSession())
@@ -475,8 +473,7 @@ async def test_events_that_were_not_kept_are_lost_and_not_an_empty_stream(autoju
         session = await stage.sessions.create_session(NewSession())
         turn = a_turn(session_id=session.id)
         await stage.store.begin_turn(turn, now=stage.clock())
-        piece = encode_frame(TurnDelta(seq=1, text="half a"))
-        await stage.store.end_turn(ended(turn, "interrupted", text="half a"), events=[piece], now=stage.clock())
+        await stage.store.end_turn(ended(turn, "interrupted", text="half a"), runs=said("half a"), now=stage.clock())
         with pytest.raises(EventsLostError) as lost:
             await stage.sessions.open_events(session.id, turn.id)
         assert (lost.value.after, lost.value.state, lost.value.text) == (1, "interrupted", "half a")

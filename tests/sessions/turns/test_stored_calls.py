@@ -8,10 +8,10 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from service.api.native.event_frames import encode_frame
 from service.errors import StoreError
 from service.sessions.commands import NewSession, NewTurn
 from service.sessions.events.events import Event, TurnArguments, TurnCall, TurnDelta, TurnReasoning
-from service.sessions.events.frames import encode_frame
 from service.sessions.upkeep.checkpoints import checkpoint_turns
 from service.storage.records import TurnRecord, is_json_object
 from service.storage.sqlite import open_sqlite_store

@@ -8,20 +8,20 @@ import trio
 from structlog.testing import capture_logs
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from service.api.native.event_frames import decode_frame, encode_frame
 from service.errors import EventsLostError, StoreError
 from service.sessions.commands import NewSession
 from service.sessions.events.events import TurnDelta, TurnInterrupted
-from service.sessions.events.frames import decode_frame, encode_frame
-from service.sessions.events.replay import replay_kept
 from service.sessions.turns.turn import Turn
 from service.sessions.upkeep import checkpoints
 from service.sessions.upkeep.checkpoints import checkpoint_turns, run_checkpoints
 from service.storage import rules
 from service.storage.memory import MemoryStore
-from service.storage.records import SEQ_AFTER_CRASH, Checkpoint, EndResult, Item
-from tests.sessions.puppet import frames_of, open_stage, read_all
+from service.storage.pieces import STARTED, Run
+from service.storage.records import SEQ_AFTER_CRASH, Checkpoint, EndResult, EndState, EventsPage
+from tests.sessions.puppet import open_stage, pieces_of, read_all
 from tests.sessions.turns.test_turns import start
-from tests.storage.rows import T0, a_turn, ended
+from tests.storage.rows import T0, a_session, a_turn, ended, said, told
 
 
 class Recording(MemoryStore):
@@ -71,18 +71,19 @@ async def test_a_checkpoint_brings_what_all_turns_grew_by_in_one_call(autojump_c
         await trio.sleep(1)
         (again,) = store.calls[1]
         assert (again.turn_id, again.after) == (turns[0].id, 4)
-        assert [decode_frame(event) for event in again.events] == [TurnDelta(seq=5, text=" you")]
+        assert (again.runs, again.text, again.items) == (said(" you", item=1), " you", ())
         first = next(it for it in store.calls[0] if it.turn_id == turns[0].id)
-        assert [(item.type, item.text) for item in first.output] == [("reasoning", "hm"), ("message", "Hello")]
-        assert [(item.id, item.text) for item in again.output] == [(first.output[1].id, " you")]
+        assert first.runs == (Run(STARTED), *said("hm"), *said("Hel", "lo", item=1))
+        assert first.text == "hmHello"
+        assert [(item.type, item.text) for item in first.items] == [("reasoning", ""), ("message", "")]
+        assert [item.id for item in first.items] == [item.id for item in turns[0].record().output]
 
         for reply in replies:
             reply.finish()
         for turn in turns:
             await turn.wait_ended()
-        assert sorted(store.ends) == [1, 1, 5], "an end brings only what no checkpoint did"
-        kept = await store.read_events(turns[0].session_id, turns[0].id)
-        assert list(kept) == frames_of(turns[0].log)
+        assert sorted(store.ends) == [1, 1, 5], "an end names the last event that a checkpoint brought"
+        assert await told(store, turns[0].session_id, turns[0].id) == pieces_of(turns[0].log)
         nursery.cancel_scope.cancel()
 
 
@@ -101,11 +102,11 @@ async def test_the_checkpoint_after_a_refused_one_has_its_events_too(autojump_cl
         reply.say("lo")
         await trio.sleep(1)
         assert [[it.after for it in call] for call in store.calls] == [[0], [0]]
-        assert store.calls[1][0].output[0].text == "Hello"
+        assert store.calls[1][0].text == "Hello"
         nursery.cancel_scope.cancel()
         reply.finish()
         await turn.wait_ended()
-        assert list(await store.read_events(session.id, turn.id)) == frames_of(turn.log)
+        assert await told(store, session.id, turn.id) == pieces_of(turn.log)
 
 
 class TakenOver(Recording):
@@ -113,8 +114,8 @@ class TakenOver(Recording):
 
     async def take_over(self, turn: Turn) -> None:
         """End a turn as the other owner does, so that it is this owner's no longer."""
-        theirs = rules.crashed(await self.get_turn(turn.session_id, turn.id, now=T0), [], T0)
-        assert await MemoryStore.end_turn(self, theirs, events=[], now=T0) is EndResult.KEPT
+        theirs = rules.crashed(await self.get_turn(turn.session_id, turn.id, now=T0), [], [], T0)
+        assert await MemoryStore.end_turn(self, theirs, runs=(), now=T0) is EndResult.KEPT
 
 
 async def test_a_turn_that_another_process_has_ended_stops_at_its_next_checkpoint(autojump_clock: MockClock) -> None:
@@ -183,13 +184,13 @@ async def test_a_turn_that_ends_during_its_checkpoint_is_kept_whole(autojump_clo
         reply.finish()
         await turn.wait_ended()
         await trio.sleep(2)
-        assert list(await store.read_events(session.id, turn.id)) == frames_of(turn.log)
+        assert await told(store, session.id, turn.id) == pieces_of(turn.log)
 
 
 async def test_many_large_turns_are_kept_in_several_calls(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoints, "_BATCH_BYTES_MAX", 2000)
+    monkeypatch.setattr(checkpoints, "_BATCH_LENGTH_MAX", 2000)
     store = Recording()
     async with open_stage(store) as stage:
         for _ in range(5):
@@ -216,9 +217,10 @@ class Crashed(MemoryStore):
         await trio.lowlevel.checkpoint()
         return CRASHED
 
-    async def read_events(self, *_: object) -> Sequence[bytes]:
+    async def read_events(self, session_id: str, turn_id: str, *, after: int = 0, length_max: int = 0) -> EventsPage:
         await trio.lowlevel.checkpoint()
-        return FRAMES
+        texts = ["1 ", "2 ", "3 "][after:]
+        return EventsPage(after=after, runs=said(*texts), text="".join(texts), kept=3, text_length=6)
 
 
 @pytest.mark.parametrize("cursor", [0, 1, 3])
@@ -245,14 +247,27 @@ async def test_after_a_crash_a_reader_that_saw_the_end_has_nothing_left_to_read(
         assert log.read_after(SEQ_AFTER_CRASH) == []
 
 
-def test_a_log_with_holes_is_no_log() -> None:
-    turn = msgspec.structs.replace(ended(a_turn()), last_seq=4)
-    assert replay_kept(turn, FRAMES) is None
-    assert replay_kept(a_turn(), FRAMES) is None, "it is not over"
-    whole = replay_kept(msgspec.structs.replace(turn, last_seq=3), FRAMES)
-    assert whole is not None
-    assert frames_of(whole) == FRAMES
-    empty = msgspec.structs.replace(CRASHED, output=(Item(id="r", type="reasoning", role="assistant", text="hm"),))
-    log = replay_kept(empty, [])
-    assert log is not None
-    assert frames_of(log) == [encode_frame(TurnInterrupted(seq=SEQ_AFTER_CRASH, reason="crash", text_length=0))]
+@pytest.mark.parametrize(("state", "kept", "is_whole"), [("completed", 3, True), ("completed", 2, False)])
+async def test_a_turn_with_holes_is_not_replayed(state: EndState, kept: int, *, is_whole: bool) -> None:
+    store = MemoryStore()
+    async with open_stage(store) as stage:
+        await store.create_session(a_session(idle_timeout_s=1e9), now=T0)
+        await store.begin_turn(a_turn(), now=T0)
+        end = msgspec.structs.replace(ended(a_turn(), state, text="123"), last_seq=4)
+        await store.end_turn(end, runs=said(*"123"[:kept]), now=T0)
+        if is_whole:
+            replay, _ = await stage.sessions.open_events("s", "t")
+            assert len(await read_all(replay)) == 4
+        else:
+            with pytest.raises(EventsLostError):
+                await stage.sessions.open_events("s", "t")
+
+
+async def test_a_crashed_turn_without_events_is_its_end() -> None:
+    store = MemoryStore()
+    async with open_stage(store) as stage:
+        await store.create_session(a_session(idle_timeout_s=1e9), now=T0)
+        await store.begin_turn(a_turn(), now=T0)
+        await store.end_turn(msgspec.structs.replace(CRASHED, output=()), runs=(), now=T0)
+        replay, _ = await stage.sessions.open_events("s", "t")
+        assert await read_all(replay) == [TurnInterrupted(seq=SEQ_AFTER_CRASH, reason="crash", text_length=0)]

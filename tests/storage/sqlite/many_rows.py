@@ -13,7 +13,7 @@ import trio
 from service.storage.records import SessionPatch
 from service.storage.sqlite import SqliteStore, open_sqlite_store
 from service.storage.sqlite.rows import moment
-from tests.storage.rows import T0, a_session, a_turn, at, ended
+from tests.storage.rows import T0, a_session, a_turn, at, ended, said
 
 TURNS = 10
 
@@ -50,7 +50,7 @@ MEASURED: dict[str, Callable[[SqliteStore, str], Awaitable[object]]] = {
     "get": lambda store, n: store.get_session(f"sess_{n}", now=T0),
     "update": lambda store, n: store.update_session(f"sess_{n}", SessionPatch(title="x"), now=T0),
     "begin turn": lambda store, n: store.begin_turn(a_turn(f"new-{n}", f"sess_{n}"), now=T0),
-    "end turn": lambda store, n: store.end_turn(ended(a_turn(f"new-{n}", f"sess_{n}")), events=[b"1"], now=T0),
+    "end turn": lambda store, n: store.end_turn(ended(a_turn(f"new-{n}", f"sess_{n}")), runs=said("Hi"), now=T0),
     "fork 10 turns": lambda store, n: store.fork_session(
         f"sess_{n}", at=f"turn_{n}_{TURNS - 1}", copy_id=f"fork-{n}", now=T0
     ),

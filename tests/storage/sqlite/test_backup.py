@@ -11,7 +11,7 @@ from service.errors import StartupError
 from service.storage.records import SessionPatch
 from service.storage.sqlite import SqliteStore, database, maintenance, open_sqlite_store, sessions
 from service.storage.sqlite.database import BackupProgress
-from tests.storage.rows import T0, a_session, a_turn, all_sessions, contents, ended
+from tests.storage.rows import T0, a_session, a_turn, all_sessions, contents, ended, said
 from tests.storage.sqlite.small_disk import SmallDisk
 
 
@@ -58,7 +58,7 @@ async def test_a_backup_beside_a_service_that_never_pauses_writing_is_whole(path
             for n in count():
                 await store.create_session(a_session(f"s{n}"), now=T0)
                 await store.begin_turn(a_turn(f"t{n}", f"s{n}"), now=T0)
-                await store.end_turn(ended(a_turn(f"t{n}", f"s{n}")), events=[b"1", b"2"], now=T0)
+                await store.end_turn(ended(a_turn(f"t{n}", f"s{n}")), runs=said("H", "i"), now=T0)
 
         nursery.start_soon(write_for_ever)
         with trio.fail_after(20):
@@ -69,7 +69,7 @@ async def test_a_backup_beside_a_service_that_never_pauses_writing_is_whole(path
         kept = await contents(store, now=T0)
         assert {f"large-{n}" for n in range(4)} <= set(kept)
         turns = [it for _, of_session in kept.values() for it in of_session]
-        assert all(list(events) == ([] if turn.is_open else [b"1", b"2"]) for turn, events in turns)
+        assert all(list(events) == ([] if turn.is_open else ["H", "i"]) for turn, events in turns)
 
 
 def test_a_backup_without_space_for_it_is_refused_before_it_begins(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import trio
 
-from service.storage.records import Checkpoint, Item, SessionPatch
+from service.storage.records import SessionPatch
 from service.storage.sqlite import SqliteStore, database, open_sqlite_store, writer
-from tests.storage.rows import T0, Contents, a_session, a_turn, contents, ended
+from tests.storage.rows import T0, Contents, a_session, a_turn, contents, ended, said
 from tests.storage.sqlite.lossy_disk import LossyDisk
+from tests.storage.test_store_owners import a_checkpoint
 
 
 @pytest.fixture
@@ -21,14 +22,15 @@ def disk() -> Iterator[LossyDisk]:
 
 
 async def _checkpoint(store: SqliteStore) -> None:
-    item = Item(id="out", role="assistant", text="Half a")
-    await store.checkpoint_turns([Checkpoint(session_id="s", turn_id="t2", after=0, events=(b"1",), output=(item,))])
+    await store.checkpoint_turns([a_checkpoint("t2", "Half a")])
 
 
 STEPS: list[Callable[[SqliteStore], Awaitable[object]]] = [
     lambda store: store.create_session(a_session(), now=T0),
     lambda store: store.begin_turn(a_turn(texts=["x" * 9000]), now=T0),
-    lambda store: store.end_turn(ended(a_turn(texts=["x" * 9000])), events=[b"1", b"2" * 9000], now=T0),
+    lambda store: store.end_turn(
+        ended(a_turn(texts=["x" * 9000]), text="x" * 9000), runs=said("x", "x" * 8999), now=T0
+    ),
     lambda store: store.update_session("s", SessionPatch(title="new"), now=T0),
     lambda store: store.create_session(a_session("other"), now=T0),
     lambda store: store.begin_turn(a_turn("t2", parent="t", state="queued"), now=T0),

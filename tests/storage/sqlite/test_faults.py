@@ -25,7 +25,7 @@ from service.errors import (
 from service.storage.records import EndResult
 from service.storage.sqlite import SqliteStore, database, open_sqlite_store, sessions
 from service.storage.sqlite.schema import SCRIPTS
-from tests.storage.rows import T0, a_session, a_turn, all_sessions, contents, ended
+from tests.storage.rows import T0, a_session, a_turn, all_sessions, contents, ended, said, told
 from tests.storage.sqlite.faulty_disk import FaultyDisk
 
 
@@ -55,12 +55,12 @@ async def test_a_disk_that_does_not_write_fails_writes_until_it_does(
         disk.write_fault = fault
         for _ in range(2):
             with pytest.raises(StoreError, match=WRITE_FAULTS[fault]) as failed:
-                await store.end_turn(ended(a_turn()), events=[b"x" * 100_000], now=T0)
+                await store.end_turn(ended(a_turn(), text="x" * 100_000), runs=said("x" * 100_000), now=T0)
             assert failed.value.retry_after_s is not None, "it may pass by itself"
             assert await contents(store, now=T0) == before, "reads go on, and see nothing half-done"
         disk.write_fault = None
-        assert await store.end_turn(ended(a_turn()), events=[b"1"], now=T0) is EndResult.KEPT
-        assert list(await store.read_events("s", "t")) == [b"1"]
+        assert await store.end_turn(ended(a_turn()), runs=said("Hi"), now=T0) is EndResult.KEPT
+        assert await told(store, "s", "t") == ["Hi"]
     async with open_sqlite_store(path) as store:
         assert (await store.get_turn("s", "t", now=T0)).state == "completed"
 

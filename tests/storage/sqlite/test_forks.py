@@ -9,9 +9,9 @@ import trio
 from service.errors import SessionNotFoundError, StoreError, TurnNotFoundError
 from service.storage.records import SessionPatch
 from service.storage.sqlite import SqliteStore, forks, open_sqlite_store
+from service.storage.sqlite.event_pages import ROW_LENGTH_MAX
 from service.storage.sqlite.reclaim import reclaim_some
-from service.storage.sqlite.rows import FRAMES_BYTES_MAX
-from tests.storage.rows import T0, a_session, a_turn, at, contents, ended
+from tests.storage.rows import T0, a_session, a_turn, at, contents, ended, said
 
 TURNS = 100
 NOW = at(1)
@@ -27,7 +27,7 @@ async def _fill(store: SqliteStore) -> None:
     for n in range(TURNS):
         turn = a_turn(f"t{n}", parent=f"t{n - 1}" if n else None)
         await store.begin_turn(turn, now=T0)
-        await store.end_turn(ended(turn), events=[b"1", b"2"], now=T0)
+        await store.end_turn(ended(turn), runs=said("H", "i"), now=T0)
 
 
 async def _rows(store: SqliteStore) -> list[int]:
@@ -135,13 +135,13 @@ async def test_a_source_that_goes_away_meanwhile_leaves_no_copy(path: Path) -> N
 async def test_a_log_of_many_rows_is_copied_row_by_row(path: Path) -> None:
     async with open_sqlite_store(path) as store:
         await store.create_session(a_session(), now=T0)
-        events = [b"%d" % n * 1000 for n in range(1500)]
-        assert sum(map(len, events)) > 10 * FRAMES_BYTES_MAX
+        texts = [f"{n}" * 500 for n in range(1500)]
+        assert sum(map(len, texts)) > 10 * ROW_LENGTH_MAX
         for name, parent in (("a", None), ("b", "a")):
             await store.begin_turn(a_turn(name, parent=parent), now=T0)
-            await store.end_turn(ended(a_turn(name, parent=parent)), events=events, now=T0)
+            await store.end_turn(ended(a_turn(name, parent=parent), text="".join(texts)), runs=said(*texts), now=T0)
         before = store.writer.steps
         await store.fork_session("s", at=None, copy_id="copy", now=NOW)
         assert store.writer.steps - before > 20
         found = (await contents(store, now=NOW))["copy"][1]
-        assert [kept for _, kept in found] == [events, events]
+        assert [kept for _, kept in found] == [texts, texts]

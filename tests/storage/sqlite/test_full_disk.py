@@ -15,7 +15,7 @@ from service.storage.sqlite import SqliteStore, open_sqlite_store
 from service.storage.sqlite.reserve import RESERVE_BYTES
 from service.storage.store import Store
 from service.supervisor import open_service
-from tests.storage.rows import T0, a_session, a_turn, all_sessions, ended
+from tests.storage.rows import T0, a_session, a_turn, all_sessions, ended, said
 from tests.storage.sqlite.small_disk import SmallDisk
 
 MIB = 1024 * 1024
@@ -35,7 +35,8 @@ async def add(store: Store, name: str) -> None:
     await store.create_session(a_session(name), now=T0)
     turn = a_turn(f"t-{name}", name)
     await store.begin_turn(turn, now=T0)
-    await store.end_turn(ended(turn), events=[os.urandom(MIB // 4)] * 4, now=T0)
+    texts = [os.urandom(MIB // 8).hex()] * 4
+    await store.end_turn(ended(turn, text="".join(texts)), runs=said(*texts), now=T0)
 
 
 async def fill(store: SqliteStore, disk: SmallDisk) -> list[str]:

@@ -11,12 +11,14 @@ import pytest
 import trio
 
 from service.errors import StoreError
+from service.storage.pieces import Run
 from service.storage.records import Checkpoint, Item
-from service.storage.sqlite import open_sqlite_store, store, turns
-from tests.storage.rows import T0, a_session, a_turn, at, ended
+from service.storage.sqlite import event_pages, open_sqlite_store, store, turns
+from tests.storage.rows import T0, a_session, a_turn, at, ended, said, told
 
-STEP_BYTES = 100
-EVENTS = [b"%010d" % number for number in range(75)]
+STEP_LENGTH = 100
+TEXTS = [f"{number:010d}" for number in range(75)]
+TEXT = "".join(TEXTS)
 STEPS = 7
 """The number of steps that are stored before the last one."""
 
@@ -25,12 +27,13 @@ Call = Callable[..., Any]
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "STEP_BYTES_MAX", STEP_BYTES)
+    monkeypatch.setattr(store, "STEP_LENGTH_MAX", STEP_LENGTH)
+    monkeypatch.setattr(event_pages, "ROW_LENGTH_MAX", STEP_LENGTH)
 
 
-def a_checkpoint(text: str, events: list[bytes], *, after: int = 0) -> Checkpoint:
-    item = Item(id="out", role="assistant", text=text)
-    return Checkpoint(session_id="s", turn_id="t", after=after, events=tuple(events), output=(item,))
+def a_checkpoint(texts: list[str], *, after: int = 0) -> Checkpoint:
+    items = () if after else (Item(id="out", role="assistant", text=""),)
+    return Checkpoint(session_id="s", turn_id="t", after=after, runs=said(*texts), text="".join(texts), items=items)
 
 
 def failing_at(step: int, call: Call) -> Call:
@@ -50,20 +53,20 @@ def failing_at(step: int, call: Call) -> Call:
 
 async def test_no_step_writes_more_than_its_part(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[int] = []
-    keep_events = turns._keep_events
+    keep = event_pages.keep
 
-    def note(db: apsw.Connection, turn: int, events: list[bytes], *, after: int) -> None:
-        written.append(sum(map(len, events)))
-        keep_events(db, turn, events, after=after)
+    def note(db: apsw.Connection, turn: int, runs: list[Run], text: str, *, after: int) -> None:
+        written.append(len(text))
+        keep(db, turn, runs, text, after=after)
 
-    monkeypatch.setattr(turns, "_keep_events", note)
+    monkeypatch.setattr(event_pages, "keep", note)
     async with open_sqlite_store(path) as opened:
         await opened.create_session(a_session(), now=T0)
         await opened.begin_turn(a_turn(), now=T0)
-        await opened.checkpoint_turns([a_checkpoint("x", EVENTS)])
-        await opened.end_turn(ended(a_turn()), events=EVENTS, now=T0, after=len(EVENTS))
-        assert list(await opened.read_events("s", "t")) == EVENTS * 2
-    assert max(written) <= STEP_BYTES
+        await opened.checkpoint_turns([a_checkpoint(TEXTS)])
+        await opened.end_turn(ended(a_turn(), text=TEXT * 2), runs=said(*TEXTS * 2), now=T0, after=len(TEXTS))
+        assert await told(opened, "s", "t") == TEXTS * 2
+    assert max(written) <= STEP_LENGTH
     assert len(written) == 2 * (STEPS + 1)
 
 
@@ -72,34 +75,36 @@ async def test_no_step_writes_more_than_its_part(path: Path, monkeypatch: pytest
 async def test_a_crash_in_the_middle_leaves_the_last_checkpoint(
     path: Path, monkeypatch: pytest.MonkeyPatch, what: str, step: int
 ) -> None:
-    kept = [b"1", b"2"]
+    kept = ["H", "el"]
     async with open_sqlite_store(path) as opened:
         await opened.create_session(a_session(), now=T0)
         await opened.begin_turn(a_turn(), now=T0)
-        await opened.checkpoint_turns([a_checkpoint("Hel", kept)])
+        await opened.checkpoint_turns([a_checkpoint(kept)])
         monkeypatch.setattr(turns, "stage_events", failing_at(step, turns.stage_events))
         for name in ("end", "checkpoint"):
             monkeypatch.setattr(turns, name, failing_at(0, getattr(turns, name)))
         calls: dict[str, Callable[[], Awaitable[object]]] = {
-            "end": lambda: opened.end_turn(ended(a_turn()), events=EVENTS, now=T0, after=2),
-            "checkpoint": lambda: opened.checkpoint_turns([a_checkpoint("lo", EVENTS, after=2)]),
+            "end": lambda: opened.end_turn(
+                ended(a_turn(), text="Hel" + TEXT), runs=said(*kept, *TEXTS), now=T0, after=2
+            ),
+            "checkpoint": lambda: opened.checkpoint_turns([a_checkpoint(TEXTS, after=2)]),
         }
         for _ in range(2):
             with pytest.raises(StoreError):
                 await calls[what]()
-            assert list(await opened.read_events("s", "t")) == kept, "what is not there yet is not seen either"
+            assert await told(opened, "s", "t") == kept, "what is not there yet is not seen either"
     async with open_sqlite_store(path) as opened:
         assert await opened.recover(now=at(1)) == 1
         turn = await opened.get_turn("s", "t", now=at(1))
         assert (turn.state, turn.reason, turn.text) == ("interrupted", "crash", "Hel")
-        assert list(await opened.read_events("s", "t")) == kept
+        assert await told(opened, "s", "t") == kept
         assert (await opened.get_session("s", now=at(1))).open_turns == 0
 
 
-@pytest.mark.parametrize("events", [EVENTS, EVENTS[:5]])
+@pytest.mark.parametrize("texts", [TEXTS, TEXTS[:5]])
 @pytest.mark.parametrize("step", range(STEPS + 1))
 async def test_a_write_that_failed_in_the_middle_is_replaced_by_the_next_one(
-    path: Path, monkeypatch: pytest.MonkeyPatch, step: int, events: list[bytes]
+    path: Path, monkeypatch: pytest.MonkeyPatch, step: int, texts: list[str]
 ) -> None:
     async with open_sqlite_store(path) as opened:
         await opened.create_session(a_session(), now=T0)
@@ -108,12 +113,12 @@ async def test_a_write_that_failed_in_the_middle_is_replaced_by_the_next_one(
             failing.setattr(turns, "stage_events", failing_at(step, turns.stage_events))
             failing.setattr(turns, "checkpoint", failing_at(0, turns.checkpoint))
             with pytest.raises(StoreError):
-                await opened.checkpoint_turns([a_checkpoint("lost", EVENTS)])
-        await opened.checkpoint_turns([a_checkpoint("Hi", events)])
+                await opened.checkpoint_turns([a_checkpoint(TEXTS)])
+        await opened.checkpoint_turns([a_checkpoint(texts)])
     async with open_sqlite_store(path) as opened:
         await opened.recover(now=at(1))
-        assert (await opened.get_turn("s", "t", now=at(1))).text == "Hi"
-        assert list(await opened.read_events("s", "t")) == events
+        assert (await opened.get_turn("s", "t", now=at(1))).text == "".join(texts)
+        assert await told(opened, "s", "t") == texts
 
 
 @pytest.mark.parametrize("first", ["checkpoint", "end"])
@@ -121,16 +126,16 @@ async def test_two_large_writes_of_a_turn_at_once_leave_no_hole(
     path: Path, monkeypatch: pytest.MonkeyPatch, first: str
 ) -> None:
     """An end and a checkpoint with the same beginning, the second begun at every point of the first."""
-    monkeypatch.setattr(store, "STEP_BYTES_MAX", 20)
+    monkeypatch.setattr(store, "STEP_LENGTH_MAX", 20)
     async with open_sqlite_store(path) as opened:
         for number in range(38):
             session, name = f"s{number}", f"t{number}"
             await opened.create_session(a_session(session), now=T0)
             await opened.begin_turn(a_turn(name, session), now=T0)
-            checkpoint = msgspec.structs.replace(a_checkpoint("x", EVENTS[:-1]), session_id=session, turn_id=name)
+            checkpoint = msgspec.structs.replace(a_checkpoint(TEXTS[:-1]), session_id=session, turn_id=name)
             calls: list[Callable[[], Awaitable[object]]] = [
                 partial(opened.checkpoint_turns, [checkpoint]),
-                partial(opened.end_turn, ended(a_turn(name, session)), events=EVENTS, now=T0),
+                partial(opened.end_turn, ended(a_turn(name, session), text=TEXT), runs=said(*TEXTS), now=T0),
             ]
             if first == "end":
                 calls.reverse()
@@ -140,4 +145,4 @@ async def test_two_large_writes_of_a_turn_at_once_leave_no_hole(
                 while opened.writer.steps < before + number:  # noqa: ASYNC110  the write is in a thread
                     await trio.lowlevel.checkpoint()
                 nursery.start_soon(calls[1])
-            assert list(await opened.read_events(session, name)) == EVENTS
+            assert await told(opened, session, name) == TEXTS

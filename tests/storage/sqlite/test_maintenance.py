@@ -14,12 +14,14 @@ import msgspec
 import pytest
 import trio
 
+from service.cli import exported_events
 from service.errors import SessionExistsError, SessionNotFoundError, StartupError
 from service.models.client import Usage
+from service.storage.pieces import STARTED, Run
 from service.storage.records import Item, LeftOut, SessionPatch, TurnRecord, TurnState
 from service.storage.session_export import ExportedSession, read_exported
 from service.storage.sqlite import SqliteStore, database, maintenance, open_sqlite_store
-from tests.storage.rows import T0, a_session, a_turn, at, contents, ended
+from tests.storage.rows import T0, a_session, a_turn, at, contents, ended, said
 
 T1, T2, T3, T4 = (f"turn_{n:032x}" for n in range(1, 5))
 
@@ -42,20 +44,19 @@ async def _fill(store: SqliteStore) -> None:
     for name in (T1, T2, T3):
         turn = _a_turn(name, parent=parent)
         await store.begin_turn(turn, now=T0)
-        events = ['id: 1\ndata: {"text":"é"}\n\n'.encode(), b"id: 2\ndata: {}\n\n"]
-        await store.end_turn(_ended(turn), events=events, now=T0)
+        await store.end_turn(_ended(turn), runs=(Run(STARTED), *said("é")), now=T0)
         parent = name
 
 
 def _import(path: Path, exported: bytes) -> None:
-    maintenance.import_session(path, read_exported(exported), now=T0)
+    exported_events.import_session(path, read_exported(exported), now=T0)
 
 
 async def test_an_exported_session_is_the_same_when_it_is_imported_elsewhere(path: Path) -> None:
     async with open_sqlite_store(path) as store:
         await _fill(store)
         before = await contents(store, now=T0)
-        exported = await trio.to_thread.run_sync(maintenance.export_session, path, "s")
+        exported = await trio.to_thread.run_sync(exported_events.export_session, path, "s")
     there = path.with_name("there.db")
     async with open_sqlite_store(there) as store:
         await trio.to_thread.run_sync(_import, there, exported)
@@ -71,13 +72,13 @@ async def test_a_turn_after_an_open_turn_is_imported_without_the_open_one(path: 
     async with open_sqlite_store(path) as store:
         await store.create_session(a_session(), now=T0)
         await store.begin_turn(_a_turn(T1), now=T0)
-        await store.end_turn(_ended(_a_turn(T1)), events=[], now=T0)
+        await store.end_turn(_ended(_a_turn(T1)), runs=(), now=T0)
         await store.begin_turn(_a_turn(T2, parent=T1), now=T0)
         await store.begin_turn(_a_turn(T3, parent=T2), now=T0)
-        await store.end_turn(_ended(_a_turn(T3, parent=T2)), events=[], now=T0)
-        exported = [maintenance.export_session(path, "s")]
+        await store.end_turn(_ended(_a_turn(T3, parent=T2)), runs=(), now=T0)
+        exported = [exported_events.export_session(path, "s")]
         await store.begin_turn(_a_turn(T4, parent=T2), now=T0)
-        exported.append(maintenance.export_session(path, "s"))
+        exported.append(exported_events.export_session(path, "s"))
     for n, head in enumerate((T3, T1)):
         there = path.with_name(f"{n}.db")
         async with open_sqlite_store(there) as store:
@@ -93,8 +94,8 @@ async def test_a_turn_after_an_open_turn_is_imported_without_the_open_one(path: 
 async def test_an_expired_session_is_replaced_by_one_that_is_imported(path: Path) -> None:
     async with open_sqlite_store(path) as store:
         await _fill(store)
-        exported = maintenance.export_session(path, "s")
-        maintenance.import_session(path, read_exported(exported), now=at(61))
+        exported = exported_events.export_session(path, "s")
+        exported_events.import_session(path, read_exported(exported), now=at(61))
         assert len((await contents(store, now=T0))["s"][1]) == 3
 
 
@@ -138,7 +139,7 @@ BROKEN: dict[str, Callable[[Any, Any], object]] = {
 async def test_a_session_that_no_store_can_have_is_refused_with_the_reason(path: Path, problem: str) -> None:
     async with open_sqlite_store(path) as store:
         await _fill(store)
-    whole = json.loads(maintenance.export_session(path, "s"))
+    whole = json.loads(exported_events.export_session(path, "s"))
     BROKEN[problem](whole["session"], whole["turns"])
     with pytest.raises(StartupError) as refused:
         read_exported(json.dumps(whole).encode())
@@ -151,7 +152,7 @@ async def test_a_circle_of_turns_ends_every_read_and_is_found_by_a_check(path: P
         await _fill(store)
         await store.create_session(a_session("self"), now=T0)
         await store.begin_turn(a_turn("t", "self"), now=T0)
-        await store.end_turn(ended(a_turn("t", "self")), events=[], now=T0)
+        await store.end_turn(ended(a_turn("t", "self")), runs=(), now=T0)
     assert maintenance.check(path) == []
     with closing(sqlite3.connect(path)) as db:
         db.execute("UPDATE turns SET parent = ? WHERE id = ?", (T3, T1))
@@ -175,11 +176,11 @@ async def test_a_circle_of_turns_ends_every_read_and_is_found_by_a_check(path: P
 
 async def test_a_missing_session_and_a_file_that_is_no_export_are_refused(path: Path) -> None:
     with pytest.raises(StartupError, match="not there"):
-        maintenance.export_session(path, "s")
+        exported_events.export_session(path, "s")
     async with open_sqlite_store(path):
         pass
     with pytest.raises(SessionNotFoundError):
-        maintenance.export_session(path, "s")
+        exported_events.export_session(path, "s")
     for exported in (b"", b"{}", b"[]", b'{"x": ' + b"[" * 100_000, b'"\xff"', b'{"session": {"id": "\\ud800"}}'):
         with pytest.raises(StartupError, match="not an exported session"):
             read_exported(exported)
@@ -208,7 +209,7 @@ async def test_vacuum_gives_back_what_was_removed(path: Path) -> None:
     async with open_sqlite_store(path) as store:
         await _fill(store)
         await store.begin_turn(a_turn("large"), now=T0)
-        await store.end_turn(ended(a_turn("large")), events=[b"x" * 1_000_000] * 3, now=T0)
+        await store.end_turn(ended(a_turn("large"), text="x" * 3_000_000), runs=said(*["x" * 1_000_000] * 3), now=T0)
         await store.mark_deleted("s", now=T0)
         await store.remove_deleted("s")
     before = path.stat().st_size  # noqa: ASYNC240
@@ -223,7 +224,7 @@ async def test_a_vacuum_beside_a_service_tells_what_it_gave_back_and_not_what_ca
     async with open_sqlite_store(path) as store:
         await _fill(store)
         await store.begin_turn(a_turn("large"), now=T0)
-        await store.end_turn(ended(a_turn("large")), events=[b"x" * 1_000_000], now=T0)
+        await store.end_turn(ended(a_turn("large"), text="x" * 1_000_000), runs=said("x" * 1_000_000), now=T0)
         before = path.stat().st_size  # noqa: ASYNC240
         assert await trio.to_thread.run_sync(maintenance.vacuum, path) == 0
         assert path.stat().st_size > before  # noqa: ASYNC240

@@ -14,10 +14,11 @@ import pytest
 import trio
 
 from service.errors import StartupError
+from service.storage.pieces import STARTED, Run
 from service.storage.records import SEQ_AFTER_CRASH, LeftOut, SessionPatch
 from service.storage.sqlite import database, open_sqlite_store
 from service.storage.sqlite.schema import APPLICATION_ID, SCRIPTS
-from tests.storage.rows import T0, a_session, a_turn, all_sessions, at, ended
+from tests.storage.rows import T0, a_session, a_turn, all_sessions, at, contents, ended, said, told
 from tests.storage.test_store_owners import a_checkpoint
 
 SCHEMAS = Path(__file__).parent / "schemas"
@@ -44,9 +45,16 @@ async def test_a_database_of_every_version_is_read_and_goes_on(path: Path, versi
         assert (turn.state, turn.text, turn.last_seq) == ("completed", "Hi", 3)
         assert turn.left_out == (None if version == 1 else LeftOut(1, 2))
         assert await store.measure_path("s", "t2") == LeftOut(4, 15)
-        assert list(await store.read_events("s", "t")) == [b"1", b"2", b"3"]
+        assert await told(store, "s", "t") == ["Hi"]
+        page = await store.read_events("s", "t")
+        assert (page.runs[0], page.kept, page.text_length) == (Run(STARTED), 2, 2)
         crashed = await store.get_turn("s", "t2", now=at(1))
         assert (crashed.state, crashed.text, crashed.last_seq) == ("interrupted", "Hel", SEQ_AFTER_CRASH)
+        assert await told(store, "s", "t2") == ["Hel"]
+        assert (await store.fork_session("s", at=None, copy_id="copy", now=at(1))).head is not None
+        assert [texts for _, texts in (await contents(store, now=at(1)))["copy"][1]] == [["Hi"], ["Hel"]]
+        await store.mark_deleted("copy", now=at(1))
+        await store.remove_deleted("copy")
         await store.begin_turn(a_turn("t3", parent="t2"), now=at(1))
 
 
@@ -110,9 +118,9 @@ async def _make(path: Path) -> None:
         await store.update_session("s", SessionPatch(title="é", metadata={"a": "b"}), now=T0)
         await store.begin_turn(a_turn(), now=T0)
         end = msgspec.structs.replace(ended(a_turn()), left_out=LeftOut(1, 2))
-        await store.end_turn(end, events=[b"1", b"2", b"3"], now=T0)
+        await store.end_turn(end, runs=(Run(STARTED), *said("Hi")), now=T0)
         await store.begin_turn(a_turn("t2", parent="t"), now=T0)
-        await store.checkpoint_turns([a_checkpoint("t2", "Hel", b"1")])
+        await store.checkpoint_turns([a_checkpoint("t2", "Hel")])
         await store.create_session(a_session("other"), now=T0)
         await store.create_session(a_session("marked"), now=T0)
         await store.mark_deleted("marked", now=T0)

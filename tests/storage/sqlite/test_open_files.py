@@ -19,7 +19,7 @@ from service.storage.sqlite import database, open_files, open_sqlite_store
 from service.storage.sqlite.store import SqliteStore
 from service.supervisor import open_service
 from tests.sessions.puppet import frames_of
-from tests.storage.rows import T0, a_session, a_turn, all_sessions, ended
+from tests.storage.rows import T0, a_session, a_turn, all_sessions, ended, said
 
 FAULT = "its file was deleted or replaced"
 ENDINGS = ("", "-wal", "-shm", "-owners")
@@ -100,7 +100,7 @@ async def test_nothing_is_written_once_the_file_is_not_there_any_more_and_reads_
             assert refused.value.retry_after_s is not None
             assert str(path) not in str(refused.value)
             with pytest.raises(StoreError, match=FAULT):
-                await store.end_turn(ended(a_turn()), events=[b"1"], now=T0)
+                await store.end_turn(ended(a_turn()), runs=said("Hi"), now=T0)
             with pytest.raises(StoreError, match=FAULT):
                 await store.recover(now=T0)
         assert [session.id for session in await all_sessions(store, now=T0)] == ["s"]

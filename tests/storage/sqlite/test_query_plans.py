@@ -11,7 +11,7 @@ from service.storage.records import SessionPatch
 from service.storage.sqlite import SqliteStore, database, open_sqlite_store
 from service.storage.sqlite.reclaim import reclaim_some
 from service.storage.sqlite.writer import Writer
-from tests.storage.rows import T0, a_session, a_turn, at, ended
+from tests.storage.rows import T0, a_session, a_turn, at, ended, said
 from tests.storage.sqlite.many_rows import fill
 from tests.storage.test_store_owners import a_checkpoint
 
@@ -43,8 +43,8 @@ CALLS: dict[str, Callable[[SqliteStore], Awaitable[object]]] = {
     "delete": lambda store: _delete(store, "sess_000101"),
     "begin": lambda store: store.begin_turn(a_turn("new", "sess_000100", parent="turn_000100_1"), now=T0),
     "start": lambda store: store.start_turn("new", now=T0),
-    "checkpoint": lambda store: store.checkpoint_turns([a_checkpoint("new", "x", b"1", session="sess_000100")]),
-    "end": lambda store: store.end_turn(ended(a_turn("new", "sess_000100")), events=[b"1"], now=T0),
+    "checkpoint": lambda store: store.checkpoint_turns([a_checkpoint("new", "x", session="sess_000100")]),
+    "end": lambda store: store.end_turn(ended(a_turn("new", "sess_000100")), runs=said("Hi"), now=T0),
     "get turn": lambda store: store.get_turn("sess_000100", "turn_000100_1", now=T0),
     "events": lambda store: store.read_events("sess_000100", "turn_000100_1"),
     "path": lambda store: store.read_path("sess_000100", "turn_000100_1", bytes_max=None),

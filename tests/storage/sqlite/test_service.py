@@ -9,7 +9,7 @@ from service.errors import StartupError
 from service.sessions.commands import NewSession, NewTurn
 from service.settings import Settings
 from service.supervisor import open_service
-from tests.sessions.puppet import frames_of
+from tests.sessions.puppet import frames_in, frames_of
 
 
 def _settings(path: Path, script: str = "tokens=50&rate=0&first_token_s=0") -> Settings:
@@ -27,7 +27,7 @@ async def test_a_replay_outlives_the_service_delta_by_delta(path: Path) -> None:
         async with open_service(_settings(path)) as service:
             assert await service.sessions.get_turn(session, turn.id) == ended
             log, _ = await service.sessions.open_events(session, turn.id)
-            assert (frames_of(log), log.closed) == (frames, True)
+            assert (await frames_in(log), log.closed) == (frames, True)
             messages = await service.sessions.list_messages(session, limit=10)
             assert [message.item.text for message in messages.data] == ["hi", ended.text]
 
@@ -48,7 +48,7 @@ async def test_a_turn_that_the_shutdown_ends_is_kept_with_what_checkpoints_broug
             assert (ended.state, ended.reason) == ("interrupted", "shutdown")
             assert await service.sessions.get_turn(session, turn.id) == ended
             log, _ = await service.sessions.open_events(session, turn.id)
-            assert frames_of(log) == frames
+            assert await frames_in(log) == frames
 
 
 async def test_a_store_that_cannot_be_opened_refuses_the_start_in_one_sentence(path: Path) -> None:

@@ -14,10 +14,11 @@ import apsw
 import pytest
 import trio
 
+from service.cli import exported_events
 from service.errors import StoreError
 from service.storage.sqlite import SqliteStore, database, maintenance, open_sqlite_store, reclaim, sessions, writer
 from service.store_capabilities import SQLITE
-from tests.storage.rows import T0, a_session, a_turn, all_sessions, at, ended
+from tests.storage.rows import T0, a_session, a_turn, all_sessions, at, ended, said
 from tests.storage.test_store_owners import a_checkpoint
 
 
@@ -232,14 +233,14 @@ async def test_a_step_of_the_recovery_ends_few_turns_where_they_are_large(path: 
 async def _with_events(store: SqliteStore, *, rows: int) -> None:
     await store.create_session(a_session(), now=T0)
     await store.begin_turn(a_turn(), now=T0)
-    await store.end_turn(ended(a_turn()), events=[b"x" * 300_000] * rows, now=T0)
+    await store.end_turn(ended(a_turn(), text="x" * 60_000 * rows), runs=said(*["x" * 60_000] * rows), now=T0)
     await store.begin_turn(a_turn("t2"), now=T0)
-    await store.checkpoint_turns([a_checkpoint("t2", "x", b"1")])
+    await store.checkpoint_turns([a_checkpoint("t2", "x")])
 
 
 async def _until_empty(store: SqliteStore) -> None:
     def rows(db: apsw.Connection) -> int:
-        tables = ("sessions", "session_settings", "turns", "events", "outputs")
+        tables = ("sessions", "session_settings", "turns", "events", "event_pages", "outputs")
         return sum(db.execute(f"SELECT count(*) FROM {table}").get for table in tables)
 
     with trio.fail_after(30):
@@ -308,4 +309,4 @@ async def test_a_store_without_a_secret_gets_one_that_no_backup_has(path: Path, 
         copy = path.with_name("copy.db")
         maintenance.backup(path, copy)
         assert secret not in copy.read_bytes()  # noqa: ASYNC240
-        assert secret not in maintenance.export_session(path, "s")
+        assert secret not in exported_events.export_session(path, "s")

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
+from service.api.native.event_frames import decode_frame, encode_frame
 from service.ids import is_session_id, is_turn_id
 from service.sessions.events.events import (
     Event,
@@ -15,7 +16,6 @@ from service.sessions.events.events import (
     TurnReasoning,
     TurnStarted,
 )
-from service.sessions.events.frames import decode_frame, encode_frame
 from service.sessions.events.outcome import outcome_of, record_changes, terminal_event
 from service.storage.records import SEQ_AFTER_CRASH, Item, TurnRecord
 

@@ -1,0 +1,82 @@
+"""Exports and imports of sessions: their events are frames of the native API, and runs in a store."""
+
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from pathlib import Path
+
+import msgspec
+
+from service.api.native.event_frames import decode_frame, encode_frame
+from service.sessions.events.events import TurnArguments, TurnCall, TurnDelta, TurnQueued, TurnReasoning, TurnStarted
+from service.sessions.events.kept_events import events_of, terminal_event_of
+from service.storage.pieces import CALL, QUEUED, STARTED, Run, count, join, length_bytes, text_of
+from service.storage.records import EventsPage, TurnRecord
+from service.storage.session_export import ExportedSession, ExportedTurn, without_open_turns
+from service.storage.sqlite import maintenance
+
+
+def export_session(path: Path, session_id: str) -> bytes:
+    """A session of a store with its turns and events, as JSON. Raises as :func:`maintenance.export_session` does."""
+    session, turns = maintenance.export_session(path, session_id)
+    exported = tuple(ExportedTurn(turn, frames_of(turn, runs)) for turn, runs in turns)
+    return msgspec.json.encode(ExportedSession(session=session, turns=exported))
+
+
+def import_session(path: Path, whole: ExportedSession, *, now: datetime) -> None:
+    """Add an exported session to a store, without open turns. Raises as :func:`maintenance.import_session` does.
+
+    Args:
+        whole: From :func:`~service.storage.session_export.read_exported`.
+    """
+    whole = without_open_turns(whole)
+    turns = [(it.turn, runs_of(it.turn, it.events)) for it in whole.turns]
+    maintenance.import_session(path, whole.session, turns, now=now)
+
+
+def frames_of(turn: TurnRecord, runs: Sequence[Run]) -> tuple[str, ...]:
+    """The frames of a turn's events. An open turn has none: an import drops it."""
+    if turn.is_open:
+        return ()
+    texts = [item.text for item in turn.output]
+    page = EventsPage(after=0, runs=tuple(runs), text=text_of(runs, texts))
+    kept = count(runs)
+    events = events_of(turn, page, after=0, events_max=kept)
+    terminal = terminal_event_of(turn, text_length=len(turn.text))
+    if terminal is not None and kept == turn.last_seq - 1:
+        events.append(terminal)
+    return tuple(encode_frame(event).decode() for event in events)
+
+
+def runs_of(turn: TurnRecord, frames: Iterable[str]) -> list[Run]:
+    """The runs of the frames of a turn that was checked (:mod:`service.cli.whole_turn`).
+
+    A piece of a message or of reasoning does not name its item: it is of the first one whose text is not whole yet.
+    """
+    growing = {
+        kind: [[index, len(item.text)] for index, item in enumerate(turn.output) if item.type == kind and item.text]
+        for kind in ("message", "reasoning")
+    }
+    runs: list[Run] = []
+    for frame in frames:
+        match decode_frame(frame.encode()):
+            case TurnQueued():
+                runs.append(Run(QUEUED))
+            case TurnStarted():
+                runs.append(Run(STARTED))
+            case TurnCall(item=item):
+                runs.append(Run(CALL - item))
+            case TurnArguments(item=item, text=text):
+                runs.append(Run(item, length_bytes(len(text))))
+            case TurnDelta(text=text):
+                runs.append(_grow(growing["message"], text))
+            case TurnReasoning(text=text):
+                runs.append(_grow(growing["reasoning"], text))
+    return join(runs)
+
+
+def _grow(growing: list[list[int]], text: str) -> Run:
+    index, rest = growing[0]
+    growing[0][1] -= len(text)
+    if rest <= len(text):
+        del growing[0]
+    return Run(index, length_bytes(len(text)))

@@ -1,0 +1,167 @@
+"""The events of turns, and the texts of long outputs.
+
+An ended turn whose output fits in one page is one row: its events are runs beside the output that has their texts. The
+events of a longer turn, and of an open turn, are rows in ``event_pages`` with the texts of their pieces; then the items
+in ``turns`` have no texts. So a text is kept once, and no row is larger than a page, unless a single piece is.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import apsw
+import msgspec
+
+from service.storage import pieces, rules
+from service.storage.pieces import Run
+from service.storage.records import EventsPage, TurnRecord
+from service.storage.sqlite import old_frames
+from service.storage.sqlite.rows import STAGED_MARK, Row, as_json, items_of, turn_of
+
+ROW_LENGTH_MAX = 64 * 1024
+"""Bound on the code points and on the events of one row, unless a single piece is longer."""
+
+_NO_END = 1 << 62
+_GET = (
+    "SELECT key, state, runs, text_length FROM turns WHERE id = ? AND session = (SELECT key FROM sessions WHERE id = ?)"
+)
+_OUTPUT = "SELECT output FROM turns WHERE key = ?"
+_MARK = "SELECT after FROM outputs WHERE turn = ? AND items LIKE ?"
+_FROM = (
+    "SELECT after, {column} FROM {table} WHERE turn = :turn AND after < :end AND after >= coalesce("
+    "(SELECT max(after) FROM {table} WHERE turn = :turn AND after <= :after AND after < :end), 0) ORDER BY after"
+)
+_PAGES_FROM = _FROM.format(table="event_pages", column="runs, text")
+_FRAMES_FROM = _FROM.format(table="events", column="frames")
+_LAST_PAGE = "SELECT after, runs FROM event_pages WHERE turn = ? AND after < ? ORDER BY after DESC LIMIT 1"
+_LAST_FRAMES = "SELECT after, frames FROM events WHERE turn = ? AND after < ? ORDER BY after DESC LIMIT 1"
+
+
+def fits_in_turn(turn: TurnRecord, runs: Sequence[Run]) -> bool:
+    """Whether an ended turn is kept in one row. So is a turn whose events and output do not belong together."""
+    texts = [item.text for item in turn.output]
+    size = max(sum(map(len, texts)), sum(len(run.lengths) + 1 for run in runs))
+    return size <= ROW_LENGTH_MAX or not pieces.are_of(runs, texts)
+
+
+def end_columns(turn: TurnRecord, runs: Sequence[Run]) -> dict[str, object]:
+    """The columns of an ended turn that depend on where its texts are."""
+    if fits_in_turn(turn, runs):
+        return {"runs": pieces.pack(runs), "output": as_json(turn.output), "output_bytes": None, "text_length": None}
+    return {
+        "runs": b"",
+        "output": as_json(rules.without_texts(turn.output)),
+        "output_bytes": sum(len(item.text.encode()) for item in turn.output),
+        "text_length": sum(len(item.text) for item in turn.output if item.type == "message"),
+    }
+
+
+def keep(db: apsw.Connection, turn: int, runs: Sequence[Run], text: str, *, after: int) -> None:
+    """Keep events in pages, in place of all that follow ``after``."""
+    db.execute("DELETE FROM event_pages WHERE turn = ? AND after >= ?", (turn, after))
+    for part, part_text in pieces.split(runs, text, length_max=ROW_LENGTH_MAX):
+        db.execute(
+            "INSERT INTO event_pages (turn, after, runs, text) VALUES (?, ?, ?, ?)",
+            (turn, after, pieces.pack(part), part_text.encode()),
+        )
+        after += pieces.count(part)
+
+
+def drop(db: apsw.Connection, turn: int) -> None:
+    db.execute("DELETE FROM event_pages WHERE turn = ?", (turn,))
+
+
+def record_of(db: apsw.Connection, session_id: str, row: Row, *, with_texts: bool = True) -> TurnRecord:
+    """The record of a row of :data:`~service.storage.sqlite.rows.TURN_COLUMNS`, with texts that are in pages."""
+    turn, paged = turn_of(session_id, row)
+    if paged is None or not with_texts:
+        return turn
+    return msgspec.structs.replace(turn, output=rules.with_texts(turn.output, growth_of(db, paged)))
+
+
+def growth_of(db: apsw.Connection, turn: int) -> Iterator[tuple[int, str]]:
+    """The texts of a turn's pages, each with the index of its item."""
+    for runs, text in db.execute("SELECT runs, text FROM event_pages WHERE turn = ? ORDER BY after", (turn,)):
+        yield from pieces.texts_by_item(pieces.unpack(runs), text.decode())
+
+
+def runs_of(db: apsw.Connection, turn: int) -> list[Run]:
+    """All events of an ended turn."""
+    row: Row = db.execute("SELECT runs, output FROM turns WHERE key = ?", (turn,)).fetchone()  # type: ignore[assignment]
+    packed, output = row
+    if packed:
+        return pieces.unpack(packed)
+    if packed is not None:
+        return runs_in_pages(db, turn)
+    rows = db.execute("SELECT frames FROM events WHERE turn = ? ORDER BY after", (turn,))
+    items = items_of(output)
+    return pieces.join(run for (frames,) in rows for run, _ in old_frames.read_frames(frames, items))
+
+
+def runs_in_pages(db: apsw.Connection, turn: int) -> list[Run]:
+    rows = db.execute("SELECT runs FROM event_pages WHERE turn = ? ORDER BY after", (turn,))
+    return pieces.join(run for (packed,) in rows for run in pieces.unpack(packed))
+
+
+def read(db: apsw.Connection, session_id: str, turn_id: str, *, after: int, length_max: int) -> EventsPage:
+    """The events after a seq, as :meth:`~service.storage.store.Store.read_events` says."""
+    row: Row | None = db.execute(_GET, (turn_id, session_id)).fetchone()
+    if row is None:
+        return EventsPage(after=after)
+    turn, state, packed, text_length = row
+    if packed:
+        return _in_turn(db, turn, packed, after=after, length_max=length_max)
+    end = _NO_END
+    if state in ("queued", "running"):
+        marked: int | None = db.execute(_MARK, (turn, f"{STAGED_MARK} %")).get
+        end = _NO_END if marked is None else marked
+    bounds = {"turn": turn, "after": after, "end": end}
+    last: Row | None = db.execute(_LAST_PAGE, (turn, end)).fetchone()
+    if last is not None:
+        rows = ((row[0], pieces.unpack(row[1]), row[2].decode()) for row in db.execute(_PAGES_FROM, bounds))
+        kept = last[0] + pieces.count(pieces.unpack(last[1]))
+        return _page(rows, after=after, length_max=length_max, kept=kept, text_length=text_length or 0)
+    output = items_of(db.execute(_OUTPUT, (turn,)).get)
+    last = db.execute(_LAST_FRAMES, (turn, end)).fetchone()
+    if last is None:
+        return EventsPage(after=after)
+    kept = last[0] + sum(1 for _ in old_frames.read_frames(last[1], output))
+    rows = ((row[0], *_joined(old_frames.read_frames(row[1], output))) for row in db.execute(_FRAMES_FROM, bounds))
+    text_length = sum(len(item.text) for item in output if item.type == "message")
+    return _page(rows, after=after, length_max=length_max, kept=kept, text_length=text_length)
+
+
+def _in_turn(db: apsw.Connection, turn: int, packed: bytes, *, after: int, length_max: int) -> EventsPage:
+    runs = pieces.unpack(packed)
+    output = items_of(db.execute(_OUTPUT, (turn,)).get)
+    part, _ = next(pieces.split(pieces.skip(runs, after), "", length_max=length_max), ((), ""))
+    return EventsPage(
+        after=after,
+        runs=tuple(part),
+        text=pieces.text_of(runs, [item.text for item in output], after=after, events=pieces.count(part)),
+        kept=pieces.count(runs),
+        text_length=sum(len(item.text) for item in output if item.type == "message"),
+    )
+
+
+def _page(
+    rows: Iterator[tuple[int, list[Run], str]], *, after: int, length_max: int, kept: int, text_length: int
+) -> EventsPage:
+    """The page after a seq, from rows of which the first has this seq or the events before it."""
+    runs: list[Run] = []
+    texts: list[str] = []
+    size = 0
+    for row_after, row_runs, row_text in rows:
+        rest = list(pieces.skip(row_runs, max(after - row_after, 0)))
+        length = sum(run.length for run in rest)
+        cost = max(length, sum(len(run.lengths) + 1 for run in rest))
+        if runs and size + cost > length_max:
+            break
+        runs += rest
+        texts.append(row_text[len(row_text) - length :])
+        size += cost
+    part, text = next(pieces.split(runs, "".join(texts), length_max=length_max), ((), ""))
+    return EventsPage(after=after, runs=tuple(part), text=text, kept=kept, text_length=text_length)
+
+
+def _joined(events: Iterator[tuple[Run, str]]) -> tuple[list[Run], str]:
+    found = list(events)
+    return pieces.join(run for run, _ in found), "".join(text for _, text in found)
