@@ -170,6 +170,20 @@ class OwnedElsewhereError(RefusedError):
         self.address = address
 
 
+class OwnerHangsError(RefusedError):
+    """The call waits for a turn whose owner hangs. The turn was accepted; ``turn_id`` and ``session_id`` name it."""
+
+    code = "owner_hangs"
+
+    def __init__(self, *, session_id: str, turn_id: str) -> None:
+        super().__init__(
+            f"The process that runs turn {turn_id!r} hangs. The turn was accepted: do not repeat this call, "
+            "ask for the turn at its URL (Location) later."
+        )
+        self.session_id = session_id
+        self.turn_id = turn_id
+
+
 class LimitError(RefusedError):
     """A limit is reached; the same request may succeed after ``retry_after_s`` seconds."""
 

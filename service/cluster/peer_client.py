@@ -33,10 +33,12 @@ class PeerConnection:
 
     Attributes:
         has_asked: Whether the request may have reached the peer.
+        accepted_as: The path of the turn as which the peer has accepted the request, if it has said so.
     """
 
     def __init__(self, stream: trio.SocketStream, *, address: str, secret: bytes) -> None:
         self.has_asked = False
+        self.accepted_as: str | None = None
         self._stream = stream
         self._address = address
         self._secret = secret
@@ -96,6 +98,8 @@ class PeerConnection:
     async def _receive_head(self) -> h11.Response:
         event = await self._next_event()
         while isinstance(event, h11.InformationalResponse):
+            locations = [value.decode("latin-1") for name, value in event.headers if name == b"location"]
+            self.accepted_as = next(iter(locations), self.accepted_as)
             event = await self._next_event()
         if not isinstance(event, h11.Response):
             raise h11.RemoteProtocolError("the peer has closed the connection")

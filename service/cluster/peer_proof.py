@@ -4,11 +4,12 @@ The same user is no proof: containers may share a user and a network, but no sto
 When a process dies, the name of its abstract socket is free, and another process that takes this name must learn
 neither the secret nor a request. So each end sends a random number, and then a digest of both numbers, the listener's
 address and the secret; the owner sends its digest first. Because of the address, a process in between cannot use the
-proof of one owner as the proof of another.
+proof of one owner as the proof of another. The peer's digest also says what the connection is for.
 """
 
 import hmac
 from secrets import token_bytes
+from typing import Literal
 
 import trio
 
@@ -16,15 +17,21 @@ _BYTES = 32
 """The size of a random number, and of a digest (SHA-256)."""
 _TIMEOUT_S = 2.0
 
+Purpose = Literal["a request", "beats"]
+"""What a connection is for: one HTTP request, or the owner's beats (:mod:`service.cluster.owner_beats`)."""
+_ROLES: dict[Purpose, bytes] = {"a request": b"peer", "beats": b"beats"}
+
 
 class PeerGoneError(Exception):
     """The other end closed the connection before the proof was complete."""
 
 
-async def prove_to_owner(stream: trio.SocketStream, secret: bytes, *, address: str) -> bool:
+async def prove_to_owner(
+    stream: trio.SocketStream, secret: bytes, *, address: str, purpose: Purpose = "a request"
+) -> bool:
     """Run the proof on the side that connects. False if the listener does not know the secret; it learns nothing then.
 
-    The caller bounds the wait.
+    The caller bounds the wait. A listener of an earlier version takes a connection for beats for one without proof.
 
     Raises:
         PeerGoneError: The listener has closed: its process ends, or this end did not prove itself.
@@ -35,21 +42,27 @@ async def prove_to_owner(stream: trio.SocketStream, secret: bytes, *, address: s
     theirs = await _receive(stream)
     if not hmac.compare_digest(await _receive(stream), _digest(secret, b"owner", address, ours, theirs)):
         return False
-    await stream.send_all(_digest(secret, b"peer", address, ours, theirs))
+    await stream.send_all(_digest(secret, _ROLES[purpose], address, ours, theirs))
     return True
 
 
-async def check_peer(stream: trio.SocketStream, secret: bytes, *, address: str) -> bool:
-    """Run the proof on the side that listens. Whether the peer proves within two seconds that it knows the secret."""
+async def check_peer(stream: trio.SocketStream, secret: bytes, *, address: str) -> Purpose | None:
+    """Run the proof on the side that listens.
+
+    Returns what the connection is for; None if the peer does not prove within two seconds that it knows the secret.
+    """
     with trio.move_on_after(_TIMEOUT_S):
         try:
             theirs = await _receive(stream)
             ours = token_bytes(_BYTES)
             await stream.send_all(ours + _digest(secret, b"owner", address, theirs, ours))
-            return hmac.compare_digest(await _receive(stream), _digest(secret, b"peer", address, theirs, ours))
+            proof = await _receive(stream)
+            for purpose, role in _ROLES.items():
+                if hmac.compare_digest(proof, _digest(secret, role, address, theirs, ours)):
+                    return purpose
         except (PeerGoneError, OSError, trio.BrokenResourceError):
-            return False
-    return False
+            return None
+    return None
 
 
 async def _receive(stream: trio.SocketStream) -> bytes:

@@ -43,18 +43,23 @@ async def connect_to_peer(address: str) -> trio.SocketStream | None:
         ResourcesExhaustedError: This process may open no more sockets.
     """
     with move_on_after(_CONNECT_TIMEOUT_S):
-        while True:
-            try:
-                stream = await trio.open_unix_socket(socket_name(address))
-            except OSError as error:
-                if is_exhaustion(error.errno):
-                    raise ResourcesExhaustedError from error
-                return None
-            if user_of_peer(stream.socket) != _NOBODY:
-                return stream
-            stream.socket.close()  # the backlog is full; Trio does not notice that the kernel refused
-            await trio.sleep(_POLL_INTERVAL_S)
+        return await wait_for_peer(address)
     return None
+
+
+async def wait_for_peer(address: str) -> trio.SocketStream | None:
+    """Connect as :func:`connect_to_peer` does, but wait as long as the peer takes no more connections."""
+    while True:
+        try:
+            stream = await trio.open_unix_socket(socket_name(address))
+        except OSError as error:
+            if is_exhaustion(error.errno):
+                raise ResourcesExhaustedError from error
+            return None
+        if user_of_peer(stream.socket) != _NOBODY:
+            return stream
+        stream.socket.close()  # the backlog is full; Trio does not notice that the kernel refused
+        await trio.sleep(_POLL_INTERVAL_S)
 
 
 def _credentials_of(stream_socket: trio.socket.SocketType) -> tuple[int, int, int]:

@@ -5,6 +5,7 @@ from math import inf
 
 import trio
 
+from service.cluster.owner_beats import OwnerBeats
 from service.stop_state import Phase, StopState
 
 _END_ON_ITS_WAY_S = 0.05
@@ -19,22 +20,30 @@ class ProxiedRequests:
     Args:
         nursery: The nursery of the sessions supervisor, so that the last call to an owner ends within the service.
         cleanup_timeout_s: How long an owner that stops as well may take for the ends of its turns.
+        secret: Returns the secret of the store.
         stop: Whether this process stops.
+
+    Attributes:
+        beats: The owners' beats, which end the requests of an owner that hangs.
     """
 
-    def __init__(self, nursery: trio.Nursery, *, cleanup_timeout_s: float, stop: StopState) -> None:
+    def __init__(
+        self, nursery: trio.Nursery, *, cleanup_timeout_s: float, secret: Callable[[], bytes], stop: StopState
+    ) -> None:
+        self.beats = OwnerBeats(nursery, secret=secret)
         self._nursery = nursery
         self._cleanup_timeout_s = cleanup_timeout_s
         self._open: set[ProxiedRequest] = set()
         self._stop = stop
         self._changes = trio.lowlevel.ParkingLot()
 
-    def open_request(self) -> "ProxiedRequest":
-        """Open one more request, which the caller must close."""
-        proxied = ProxiedRequest(self._note_closed, self._start_close)
+    def open_request(self, address: str) -> "ProxiedRequest":
+        """Open one more request to the owner at ``address``. The caller must close the request."""
+        proxied = ProxiedRequest(address, self._note_closed, self._start_close)
         if self._stop.phase >= Phase.INTERRUPTING:
             proxied.end_by(self._last_end_by())
         self._open.add(proxied)
+        self.beats.add(proxied, address)
         return proxied
 
     def end_soon(self) -> None:
@@ -58,13 +67,19 @@ class ProxiedRequests:
 
     def _start_close(self, proxied: "ProxiedRequest", call: Callable[[], Awaitable[None]]) -> bool:
         try:
-            self._nursery.start_soon(_run_close, proxied, call, name="close a proxied request")
+            if proxied.owner_hangs:
+                # The owner must see the half-closed connection when it goes on. The shutdown does not wait for that.
+                self._nursery.start_soon(call, name="close a request of an owner that hangs")
+                proxied.close()
+            else:
+                self._nursery.start_soon(_run_close, proxied, call, name="close a proxied request")
         except RuntimeError:  # the nursery is closed: this request outlives the service
             return False
         return True
 
     def _note_closed(self, proxied: "ProxiedRequest") -> None:
         self._open.discard(proxied)
+        self.beats.discard(proxied, proxied.address)
         self._changes.unpark_all()
 
 
@@ -78,31 +93,45 @@ class ProxiedRequest:
     """An answer that this process passes on from a session's owner. Closing it twice has no effect.
 
     Args:
+        address: The owner's address.
         note_closed: Called when the request is closed.
         start: Starts a task that closes the request; returns False if the service is closed already.
+
+    Attributes:
+        owner_hangs: Whether the answer was cut off because the owner hangs.
     """
 
     def __init__(
         self,
+        address: str,
         note_closed: Callable[["ProxiedRequest"], None],
         start: Callable[["ProxiedRequest", Callable[[], Awaitable[None]]], bool],
     ) -> None:
+        self.address = address
+        self.owner_hangs = False
         self._note_closed = note_closed
         self._start = start
         self._deadline = inf
         self._scope = trio.CancelScope()
 
     def __repr__(self) -> str:
-        return f"<ProxiedRequest: {'cut' if self.was_cut else 'open'}>"
+        return f"<ProxiedRequest: {'cut' if self.was_cut or self.owner_hangs else 'open'}>"
 
     def waiting(self) -> trio.CancelScope:
         """The cancel scope of one wait for the owner; cancelled when the answer is cut off."""
         self._scope = trio.CancelScope(deadline=self._deadline)
+        if self.owner_hangs:
+            self._scope.cancel()
         return self._scope
 
     def end_by(self, deadline: float) -> None:
         """Cut the answer off at ``deadline``, because this process stops."""
         self._deadline = self._scope.deadline = deadline
+
+    def end_for_silence(self) -> None:
+        """Cut the answer off now, because the owner hangs."""
+        self.owner_hangs = True
+        self._scope.cancel()
 
     @property
     def was_cut(self) -> bool:
@@ -110,7 +139,7 @@ class ProxiedRequest:
         return self._deadline <= trio.current_time()
 
     def close_after(self, call: Callable[[], Awaitable[None]]) -> bool:
-        """Close this request after a last call to the owner, for which the shutdown waits.
+        """Close this request after a last call to the owner, for which the shutdown waits, unless the owner hangs.
 
         Returns False, and does nothing, if the service is closed already.
         """

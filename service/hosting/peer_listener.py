@@ -7,11 +7,12 @@ store's secret, which is kept beside the store. The process that sends a request
 The way in which a connection ends tells whether the client behind the peer has left (see :func:`client_returns`).
 """
 
+import os
 import secrets
 import select
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +20,8 @@ from typing import Any, cast
 import trio
 from hypercorn.typing import AppWrapper, ConnectionState, Scope
 
-from service.api.http.proxy import PEER
+from service.api.http.proxy import PEER, TELL_ACCEPTED
+from service.cluster.owner_beats import send_beats
 from service.cluster.peer_proof import check_peer
 from service.cluster.peer_socket import process_of_peer, socket_name, user_of_peer
 from service.errors import StartupError
@@ -104,8 +106,12 @@ class PeerListener:
 
     async def _serve(self, stream: trio.SocketStream, *, secret: bytes) -> None:
         is_peer = user_of_peer(stream.socket) == user_of_peer(None)
-        if not is_peer or not await check_peer(stream, secret, address=self.address):
+        purpose = await check_peer(stream, secret, address=self.address) if is_peer else None
+        if purpose is None:
             await trio.aclose_forcefully(stream)
+            return
+        if purpose == "beats":
+            self._start_beats(stream)
             return
         worker = self._worker
         app = cast("AppWrapper", PeerApp(worker.app, stream.socket))
@@ -113,6 +119,15 @@ class PeerListener:
             app, worker.config, worker.context, ConnectionState({}), cast("Stream", stream)
         )
         await connection.run()
+
+    def _start_beats(self, stream: trio.SocketStream) -> None:
+        """Beat on a socket of its own, in a task of this listener: hypercorn's nursery would wait for the beats."""
+        with suppress(OSError):  # no descriptor is left: the peer connects again
+            beating = trio.SocketStream(stream.socket.dup())
+            try:
+                self._nursery.start_soon(send_beats, beating, name="beats")
+            except RuntimeError:  # the listener is closed
+                beating.socket.close()
 
 
 class PeerApp:
@@ -123,7 +138,19 @@ class PeerApp:
         self._peer = peer
 
     async def __call__(self, scope: Any, *rest: Any) -> None:
-        await self._app(cast("Scope", {**scope, PEER: partial(client_returns, self._peer)}), *rest)
+        marks = {PEER: partial(client_returns, self._peer), TELL_ACCEPTED: partial(tell_accepted, self._peer)}
+        await self._app(cast("Scope", {**scope, **marks}), *rest)
+
+
+def tell_accepted(peer: trio.socket.SocketType, path: str) -> None:
+    """Tell a peer, before the answer to its request, the path of the turn as which the request was accepted.
+
+    The message is an interim response (RFC 9110, 15.2). hypercorn sends none on HTTP/1.1, so this one goes past
+    hypercorn, which has not sent anything on this connection yet.
+    """
+    message = b"HTTP/1.1 103 \r\nlocation: " + path.encode("ascii") + b"\r\n\r\n"
+    with suppress(OSError):  # the peer has gone
+        os.write(peer.fileno(), message)
 
 
 def client_returns(peer: trio.socket.SocketType) -> bool:

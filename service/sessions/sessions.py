@@ -87,7 +87,9 @@ class Sessions:
         self.streams = Streams(
             streams_max=settings.streams_max, heartbeat_interval_s=settings.heartbeat_interval_s, stop=stop
         )
-        self.proxied_requests = ProxiedRequests(nursery, cleanup_timeout_s=settings.cleanup_timeout_s, stop=stop)
+        self.proxied_requests = ProxiedRequests(
+            nursery, cleanup_timeout_s=settings.cleanup_timeout_s, secret=lambda: store.peer_secret, stop=stop
+        )
         self.drain = Drain(self._active, self.proxied_requests, stop)
         self._replays = Replays(store, store_timeout_s=settings.store_timeout_s)
         self._forking = trio.Lock()

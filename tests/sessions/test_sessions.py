@@ -461,7 +461,7 @@ async def test_a_proxied_request_that_outlives_the_service_is_not_closed_after_a
         pytest.fail("there is no nursery left for this call")
 
     async with open_stage() as stage:
-        forward = stage.sessions.proxied_requests.open_request()
+        forward = stage.sessions.proxied_requests.open_request("@nowhere")
     assert not forward.close_after(never_called)
     forward.close()
 
@@ -556,10 +556,10 @@ async def test_a_proxied_request_has_the_time_of_its_owner_during_the_interrupt(
     autojump_clock: MockClock,
 ) -> None:
     async with open_stage(cleanup_timeout_s=3) as stage:
-        earlier = stage.sessions.proxied_requests.open_request()
+        earlier = stage.sessions.proxied_requests.open_request("@nowhere")
         stage.stop.enter(Phase.INTERRUPTING)
         stage.sessions.drain.interrupt_all()
-        later = stage.sessions.proxied_requests.open_request()
+        later = stage.sessions.proxied_requests.open_request("@nowhere")
         for forward in (earlier, later):
             with trio.fail_after(10), forward.waiting() as wait:
                 await trio.sleep_forever()

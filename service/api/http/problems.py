@@ -24,6 +24,7 @@ from service.errors import (
     LastcallError,
     LimitError,
     OwnedElsewhereError,
+    OwnerHangsError,
     QueueFullError,
     ResourcesExhaustedError,
     ResumeConflictError,
@@ -75,6 +76,7 @@ STATUS_BY_ERROR: Mapping[type[LastcallError], int] = {
     ShuttingDownError: 503,
     NotReadyError: 503,
     OwnedElsewhereError: 503,
+    OwnerHangsError: 504,
     StoreError: 503,
     ResourcesExhaustedError: 503,
 }
@@ -111,6 +113,8 @@ ADVICE: Mapping[str, str] = {
     "store_unavailable": "the store refuses or does not answer; without `Retry-After` the outcome is unknown: "
     "read the session before you repeat the call",
     "stream_limit": "`streams_max` streams are open: try again after `Retry-After`",
+    "owner_hangs": "the process that runs the turn hangs; the turn was accepted: do not repeat the call, ask for the "
+    "turn at `Location`",
     "turn_limit": "`live_turns_max` turns are open: try again after `Retry-After`",
 }
 """Advice to the reader for each code of a problem: a text without a full stop, with code in backticks."""
@@ -187,7 +191,7 @@ def refusal_of(error: Exception, *, scope: dict[str, Any]) -> Refusal:
         headers["Accept-Encoding"] = "identity"  # RFC 9110, 15.5.16
     if isinstance(error, ShuttingDownError):
         headers["Connection"] = "close"  # so that a pool finds another server
-    if isinstance(error, ResumeConflictError) and error.session_id and error.turn_id:
+    if isinstance(error, ResumeConflictError | OwnerHangsError) and error.session_id and error.turn_id:
         headers["Location"] = prefix + turn_path(error.session_id, error.turn_id)
     if isinstance(error, HTTPException):
         headers.update(pair for pair in error.get_headers() if pair[0] == "Allow")

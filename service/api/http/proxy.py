@@ -4,7 +4,9 @@ The owner answers on a Unix socket (``peer_address``), to processes that know th
 (``service/cluster/peer_proof.py``). It gets the request once it has proved that it knows the secret too. Its answer
 goes to the client as it arrives, heartbeats included, and a client that leaves here has left the owner too. If the
 owner dies during a stream, this process recovers its turns, and the stream goes on from the store up to its terminal
-event, in the face in which it began. If the owner hangs, the client gets an error once the answer is overdue.
+event, in the face in which it began. If the owner hangs, the client gets an error once the answer is overdue; a stream
+and a call that waits for a turn end when the owner's beats are missing (``service/cluster/owner_beats.py``). The client
+has not left then either: the owner finds the connection half closed when it goes on.
 
 When this process stops, the owner's turns go on, and their streams end here when the time is over. The clients have not
 left: this process closes only its sending side, and the owner gives the clients a moment to come back. The owner does
@@ -29,6 +31,7 @@ from service.api.http.end_of_input import leave_at_end_of_input
 from service.api.http.event_frames import EncodeFrame, read_frames
 from service.api.http.event_stream import MEDIA_TYPE, read_last_event_id, read_seen
 from service.api.http.held_bytes import hold_answer
+from service.api.http.locations import located
 from service.api.http.request_body import drop_body, kept_body
 from service.api.http.request_id import HEADER_BYTES as REQUEST_ID
 from service.api.http.request_id import current_request_id
@@ -39,6 +42,7 @@ from service.cluster.proxied_requests import ProxiedRequest
 from service.errors import (
     LastcallError,
     OwnedElsewhereError,
+    OwnerHangsError,
     ShuttingDownError,
     StoreError,
 )
@@ -54,6 +58,8 @@ PEER = "lastcall.peer"
 
 The value is a function that tells, once the request has been cut, whether the client may come back.
 """
+TELL_ACCEPTED = "lastcall.tell_accepted"
+"""Key in the ASGI scope of such a request: a function that tells that process the path of the accepted turn."""
 _LATER = "lastcall.later"
 """Key in a request's ASGI scope: the seconds by which its answer may take longer than a step of the store."""
 _REPEATABLE = "lastcall.repeatable"
@@ -106,8 +112,15 @@ def continue_streams_with(encode: EncodeFrame) -> None:
     cast("dict[str, object]", request.scope)[_ENCODE] = encode
 
 
+def note_accepted(path: str) -> None:
+    """Note the path of the turn as which the current request was accepted, before a wait for the turn's end."""
+    tell = cast("dict[str, Callable[[str], None]]", request.scope).get(TELL_ACCEPTED)
+    if tell is not None:
+        tell(located(path))
+
+
 def release_later(watch: Watch) -> None:
-    """Release the watch of a stream when the current request is over."""
+    """Release the watch of a stream, or of a call that waits, when the current request is over."""
     if is_from_peer():
         client_returns = _client_returns()
         release_after_request(lambda: watch.release(client_returns=client_returns()))
@@ -125,8 +138,9 @@ async def forward(error: OwnedElsewhereError) -> TrioResponse:
 
     Raises:
         ResourcesExhaustedError: No connection to the owner can be made.
-        StoreError: The owner cannot be reached or does not answer in time; or it died, and may have accepted the
-            request; or the owner changed too often.
+        StoreError: The owner cannot be reached or does not answer in time; or it died or hangs, and may have accepted
+            the request; or the owner changed too often.
+        OwnerHangsError: The owner accepted the request as a turn, and hangs.
         ShuttingDownError: This process stops before the answer.
     """
     hops = int(request.headers.get(_HOPS, "0")) if is_from_peer() else 0
@@ -138,27 +152,21 @@ async def forward(error: OwnedElsewhereError) -> TrioResponse:
             error = newer
     if error.address is None or hops >= _HOPS_MAX:
         raise StoreError(str(error))
+    proxied_requests = current_service().sessions.proxied_requests
+    if proxied_requests.beats.hangs(error.address):
+        raise _no_answer(error.session_id)
     stream = await connect_to_peer(error.address)
     if stream is None:
         return await _answer_here(error)
     peer = PeerConnection(stream, address=error.address, secret=current_service().store.peer_secret)
-    slot = current_service().sessions.proxied_requests.open_request()
+    slot = proxied_requests.open_request(error.address)
     release_after_request(partial(_close_peer, peer, slot, _client_returns()))
     if user_of_peer(stream.socket) != user_of_peer(None):
         raise StoreError(str(error))
     logger.debug("asking the owner", session_id=error.session_id, owner=error.fence, method=request.method)
-    answer = None
-    if _answer_timeout_s() == inf:
-        leave_at_end_of_input()
-    with slot.waiting() as wait, move_on_after(_answer_timeout_s()) as bound:
-        answer = await peer.ask(_peer_request(hops + 1), is_stream=_is_stream)
-    may_be_repeated = _may_be_repeated() or not peer.has_asked
-    if wait.cancelled_caught:
-        raise ShuttingDownError
-    if bound.cancelled_caught:
-        raise _no_answer(error.session_id) if may_be_repeated else _unknown_outcome("does not answer")
+    answer = await _ask(peer, slot, error.session_id, hops=hops + 1)
     if answer is None:
-        if may_be_repeated:
+        if _may_be_repeated(peer):
             return await _answer_here(error)
         await _wait_until_free(current_service(), error.session_id, error.fence)
         raise _unknown_outcome("has died")
@@ -183,19 +191,45 @@ async def forward(error: OwnedElsewhereError) -> TrioResponse:
     return response
 
 
+async def _ask(
+    peer: PeerConnection, slot: ProxiedRequest, session_id: str, *, hops: int
+) -> tuple[h11.Response, bytes] | None:
+    """Send the current request to the owner, and return its answer; None if the owner dies before its answer."""
+    answer = None
+    if _answer_timeout_s() == inf:
+        leave_at_end_of_input()
+    with slot.waiting() as wait, move_on_after(_answer_timeout_s()) as bound:
+        answer = await peer.ask(_peer_request(hops), is_stream=_is_stream)
+    if wait.cancelled_caught and not slot.owner_hangs:
+        raise ShuttingDownError
+    if wait.cancelled_caught or bound.cancelled_caught:
+        if _may_be_repeated(peer):
+            raise _no_answer(session_id)
+        raise _hangs(peer.accepted_as) if slot.owner_hangs else _unknown_outcome("does not answer")
+    return answer
+
+
 def _answer_timeout_s() -> float:
     """Return how long the owner may take to answer the current request; a stream's body may take longer."""
     later_s = cast("dict[str, float]", request.scope).get(_LATER, 0)
     return current_service().settings.store_timeout_s + later_s
 
 
-def _may_be_repeated() -> bool:
-    """Whether the current request may be repeated even if the owner has accepted it already."""
-    return request.method != "POST" or _REPEATABLE in request.scope
+def _may_be_repeated(peer: PeerConnection) -> bool:
+    """Whether the current request may be repeated: the owner did not get it, or may have accepted it already."""
+    return request.method != "POST" or _REPEATABLE in request.scope or not peer.has_asked
 
 
 def _no_answer(session_id: str) -> StoreError:
     return StoreError(f"The process that runs the turns of session {session_id!r} does not answer.")
+
+
+def _hangs(accepted_as: str | None) -> LastcallError:
+    """Return the error for a request whose owner hangs, and has accepted the request, or may have done so."""
+    turn = _TURN_PATH.search(accepted_as or "")
+    if turn is None:
+        return _unknown_outcome("hangs")
+    return OwnerHangsError(session_id=turn[1], turn_id=turn[2])
 
 
 def _unknown_outcome(what: str) -> StoreError:
@@ -239,7 +273,7 @@ async def _wait_until_free(service: Service, session_id: str, fence: int) -> Non
 
 def _close_peer(peer: "PeerConnection", slot: ProxiedRequest, client_returns: Callable[[], bool]) -> None:
     """Close the connection to the owner after the request, in a way that tells whether the client has left."""
-    if (slot.was_cut or client_returns()) and slot.close_after(peer.half_close):
+    if (slot.was_cut or slot.owner_hangs or client_returns()) and slot.close_after(peer.half_close):
         return
     peer.close()
     slot.close()
@@ -299,7 +333,10 @@ class ProxiedStream(ResponseBody):
             raise StopAsyncIteration from None
 
     async def _receive_frames(self) -> bytes:
-        """Return at least one frame; empty at the end, and when this process stops: the client resumes elsewhere."""
+        """Return at least one frame; empty at the end, and if this process stops or the owner hangs.
+
+        The client resumes a stream that ends without a terminal event, elsewhere or later.
+        """
         while True:
             data = b""
             with self._slot.waiting():

@@ -22,7 +22,13 @@ from service.api.http.event_stream import (
 from service.api.http.locations import located, turn_path
 from service.api.http.operations import Answer, operation
 from service.api.http.paging import read_page
-from service.api.http.proxy import allow_longer_answer, allow_repeat, continue_streams_with, release_later
+from service.api.http.proxy import (
+    allow_longer_answer,
+    allow_repeat,
+    continue_streams_with,
+    note_accepted,
+    release_later,
+)
 from service.api.http.query_params import read_query
 from service.api.http.request_body import drop_body, read_body
 from service.api.http.request_id import current_request_id
@@ -34,6 +40,7 @@ from service.api.native.wire import EventsQuery, FunctionChoice, NewMessage, Pag
 from service.errors import (
     EventsLostError,
     InvalidRequestError,
+    OwnerHangsError,
     QueueFullError,
     ResumeConflictError,
     SessionNotFoundError,
@@ -100,7 +107,7 @@ def checked_turn_id(turn_id: str) -> str:
         ),
         SEEN_ALL,
     ),
-    errors=(SessionNotFoundError, *STARTING_ERRORS, *RESUMING_ERRORS),
+    errors=(SessionNotFoundError, OwnerHangsError, *STARTING_ERRORS, *RESUMING_ERRORS),
     resumes=RESUMES,
 )
 async def start_turn(session_id: str) -> TrioResponse:
@@ -150,10 +157,12 @@ async def start_turn(session_id: str) -> TrioResponse:
         return await start_streaming(service, take_slot(service), session_id, new)
     allow_longer_answer(by_s=_acceptance_s(service) if new.background else inf)
     turn, watch = await _start(service, session_id, new)
-    with watch:
-        if new.background:
-            return _turn_response(turn.record(), 202, with_location=True)
-        return _turn_response(await turn.wait_ended(), with_location=True)
+    if new.background:
+        watch.release()
+        return _turn_response(turn.record(), 202, with_location=True)
+    release_later(watch)
+    note_accepted(turn_path(turn.session_id, turn.id))
+    return _turn_response(await turn.wait_ended(), with_location=True)
 
 
 def _input_of(body: StartTurn) -> tuple[Item, ...]:
@@ -264,7 +273,7 @@ async def _resume_waiting(
 
 
 def _acceptance_s(service: Service) -> float:
-    """Return how much longer than one step of the store an acceptance may take: it has up to three steps."""
+    """Return how much longer than one step of the store an acceptance in a process of an earlier version may take."""
     return 2 * service.settings.store_timeout_s
 
 

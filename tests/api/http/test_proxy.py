@@ -21,10 +21,11 @@ from service.api import app
 from service.api.http import proxy
 from service.api.http.proxy import PEER, split_whole
 from service.api.native import turns
-from service.cluster import peer_socket
-from service.cluster.peer_proof import check_peer
+from service.cluster import owner_beats, peer_socket
+from service.cluster.peer_proof import Purpose, check_peer
 from service.cluster.peer_socket import socket_name
 from service.errors import OwnedElsewhereError
+from service.hosting import peer_listener
 from service.sessions.events.events import Event
 from service.storage.records import EndResult
 from service.storage.sqlite import SqliteStore, open_sqlite_store
@@ -61,12 +62,21 @@ class Owner:
         self.listener = listener
         self.accepted: list[trio.socket.SocketType] = []
 
-    async def take(self) -> tuple[trio.SocketStream, bytes]:
-        """The next request."""
+    async def take_connection(self) -> tuple[trio.SocketStream, Purpose]:
+        """The next connection, and what it is for."""
         accepted, _ = await self.listener.accept()
         self.accepted.append(accepted)
         stream = trio.SocketStream(accepted)
-        assert await check_peer(stream, self.store.peer_secret, address=self.address)
+        purpose = await check_peer(stream, self.store.peer_secret, address=self.address)
+        assert purpose is not None
+        return stream, purpose
+
+    async def take(self) -> tuple[trio.SocketStream, bytes]:
+        """The next request. A connection for beats in front of the request is closed, as an earlier version does."""
+        stream, purpose = await self.take_connection()
+        while purpose == "beats":
+            await stream.aclose()
+            stream, purpose = await self.take_connection()
         head, _, body = (await stream.receive_some()).partition(b"\r\n\r\n")
         length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
         while len(body) < length:
@@ -425,6 +435,76 @@ async def test_a_call_that_waits_for_its_turn_and_a_stream_wait_as_long_as_that_
         await waiting.send_all(answer("{}"))
         await wait_for(replies)
         assert replies[0].status == 200
+
+
+@pytest.fixture
+def quick_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(owner_beats, "START_AFTER_S", 0.05)
+    monkeypatch.setattr(owner_beats, "BEAT_INTERVAL_S", 0.1)
+    monkeypatch.setattr(owner_beats, "SILENCE_S", 0.3)
+
+
+async def test_a_stream_whose_owner_hangs_ends_as_one_that_can_be_resumed(quick_beats: None, tmp_path: Path) -> None:
+    async with open_owner(tmp_path) as (api, owner), api.open("GET", EVENTS, headers=SSE) as client:
+        await client.send_complete()
+        stream, _ = await owner.take()
+        beating, purpose = await owner.take_connection()
+        assert purpose == "beats"
+        await stream.send_all(HEAD + chunk(frame(1)))
+        assert await client.receive() == frame(1).encode()
+        assert await client.receive() == b"", "the end of the body, without a terminal event"
+        assert (await owner.store.get_turn("s", TURN, now=datetime.now(UTC))).is_open
+
+        problem = (await api.call("GET", EVENTS, headers={"Last-Event-ID": "1"})).problem(503, "store_unavailable")
+        assert problem["retry_after_s"] == 1
+        for method, path in (("POST", "/sessions/s/turns"), ("PATCH", "/sessions/s"), ("DELETE", "/sessions/s")):
+            reply = await api.call(method, path, {"input": "x"} if method == "POST" else {"title": "x"})
+            if method == "PATCH":
+                assert reply.status == 200, "the store answers this call"
+            else:
+                assert reply.problem(503, "store_unavailable")["retry_after_s"] == 1, "nothing was begun"
+
+        await beating.send_all(b".")  # the owner goes on, and finds that the client may come back
+        assert await stream.receive_some() == b""
+        assert peer_listener.client_returns(stream.socket)
+        async with trio.open_nursery() as nursery:
+            replies: list[Reply] = []
+            nursery.start_soon(lambda: ask(api, replies, "GET", EVENTS, headers={"Last-Event-ID": "1"}))
+            resumed, request = await owner.take()
+            assert b"last-event-id: 1" in request.lower()
+            await resumed.send_all(HEAD + chunk(frame(2)) + b"0\r\n\r\n")
+            await wait_for(replies)
+        assert replies[0].body == frame(2).encode()
+        assert api.service.sessions.proxied_requests.is_idle
+
+
+@pytest.mark.parametrize("prefix", ["", "/pre"])
+@pytest.mark.parametrize("accepted", [True, False])
+async def test_a_call_that_waits_for_a_turn_whose_owner_hangs_is_told_the_turn(
+    accepted: bool, prefix: str, quick_beats: None, tmp_path: Path
+) -> None:
+    async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
+        replies: list[Reply] = []
+        scope = {"root_path": prefix}
+        nursery.start_soon(lambda: ask(api, replies, "POST", "/sessions/s/turns", {"input": "x"}, scope=scope))
+        stream, _ = await owner.take()
+        path = f"{prefix}/sessions/s/turns/{TURN}"
+        if accepted:
+            await stream.send_all(f"HTTP/1.1 103 \r\nlocation: {path}\r\n\r\n".encode())
+        _, purpose = await owner.take_connection()
+        assert purpose == "beats"
+        await wait_for(replies)
+        problem = replies[0].json
+        if accepted:
+            assert (replies[0].status, problem["code"], problem["turn_id"]) == (504, "owner_hangs", TURN)
+            assert replies[0].headers["location"] == path
+        else:
+            assert (replies[0].status, problem["code"]) == (503, "store_unavailable")
+            assert "whether it accepted" in problem["detail"]
+        assert "retry-after" not in replies[0].headers
+        assert await stream.receive_some() == b""
+        assert peer_listener.client_returns(stream.socket), "the client has not left"
+        assert api.service.sessions.proxied_requests.is_idle
 
 
 async def test_where_the_owner_keeps_changing_the_request_waits_and_is_begun_anew(
