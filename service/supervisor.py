@@ -43,6 +43,7 @@ from service.models.upstreams import Upstreams
 from service.sessions.sessions import Sessions, open_sessions
 from service.sessions.upkeep.checkpoints import run_checkpoints
 from service.sessions.upkeep.expiry import run_expiry
+from service.sessions.upkeep.heartbeats import run_heartbeats
 from service.sessions.upkeep.recovery import run_recovery
 from service.settings import Settings, shown_url
 from service.shutdown import Shutdown
@@ -104,7 +105,7 @@ async def open_service(
             store_timeout_s=settings.store_timeout_s,
         )
         await nursery.start(expiry, name="expiry loop")
-        await nursery.start(sessions.streams.run_heartbeats, name="heartbeat loop")
+        await nursery.start(run_heartbeats, sessions.streams, name="heartbeat loop")
         await nursery.start(partial(run_recovery, sessions, shared=store.capabilities.shared), name="recovery loop")
         if store.capabilities.durable:
             checkpoints = partial(

@@ -27,6 +27,7 @@ from service.freezes import (
 from service.sessions.commands import NewSession, NewTurn
 from service.sessions.events.streams import Streams
 from service.sessions.turns.turn import Turn
+from service.sessions.upkeep.heartbeats import run_heartbeats
 from service.stop_state import StopState
 from service.storage.memory import MemoryStore
 from service.storage.store_deadline import answered_within
@@ -218,7 +219,7 @@ async def test_heartbeats_wait_until_what_came_in_a_freeze_is_read(watched: None
         woken.set()
 
     async with trio.open_nursery() as nursery:
-        await nursery.start(streams.run_heartbeats)
+        await nursery.start(run_heartbeats, streams)
         nursery.start_soon(wait)
         await wait_all_tasks_blocked()
         mock_clock.jump(100)

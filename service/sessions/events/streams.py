@@ -6,7 +6,6 @@ from math import inf
 import trio
 
 from service.errors import StreamLimitError
-from service.freezes import LATE_S, READING_S
 from service.sessions.events.event_log import Events
 from service.stop_state import StopState
 
@@ -17,6 +16,9 @@ class Streams:
     Args:
         heartbeat_interval_s: Silence after which a stream sends a heartbeat.
         stop: Says when streams write only their ends.
+
+    Attributes:
+        heartbeat_interval_s: As given.
     """
 
     def __init__(self, *, streams_max: int, heartbeat_interval_s: float, stop: StopState) -> None:
@@ -25,7 +27,7 @@ class Streams:
         self.aborted = 0
         self.stop = stop
         self._streams_max = streams_max
-        self._heartbeat_interval_s = heartbeat_interval_s
+        self.heartbeat_interval_s = heartbeat_interval_s
         self._waiting: OrderedDict[StreamSlot, tuple[float, Events]] = OrderedDict()
         """The streams that wait for an event, longest silence first: the start of the silence, and the log."""
 
@@ -43,30 +45,27 @@ class Streams:
         self.open += 1
         return StreamSlot(self)
 
-    async def run_heartbeats(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """The heartbeat loop, a child of the service: wake each stream that has been silent for the interval.
+    def wake_silent(self) -> float:
+        """Wake each stream that has been silent for the interval, so that it sends a heartbeat.
 
-        One task serves all streams, because a deadline for each wait of each stream would cost a tenth of a token.
+        Returns the time at which the next stream will have been silent for so long, at the earliest.
         """
-        task_status.started()
-        while True:
-            now = trio.current_time()
-            since, log = next(iter(self._waiting.values()), (now, None))
-            due_at = since + self._heartbeat_interval_s
-            if log is None or due_at > now:
-                await trio.sleep_until(due_at)
-                if trio.current_time() - due_at >= LATE_S:
-                    await trio.sleep(READING_S)  # unread data in the sockets may end the silence
-            else:
-                self._waiting.popitem(last=False)
-                log.wake_readers()
+        now = trio.current_time()
+        while self._waiting:
+            since, log = next(iter(self._waiting.values()))
+            due_at = since + self.heartbeat_interval_s
+            if due_at > now:
+                return due_at
+            self._waiting.popitem(last=False)
+            log.wake_readers()
+        return now + self.heartbeat_interval_s
 
     def note_waiting(self, slot: "StreamSlot", log: Events) -> float:
         """For :class:`StreamSlot`."""
         now = trio.current_time()
         self._waiting[slot] = now, log
         self._waiting.move_to_end(slot)
-        return now + self._heartbeat_interval_s
+        return now + self.heartbeat_interval_s
 
     def note_closed(self, slot: "StreamSlot", *, ended: bool) -> None:
         """For :class:`StreamSlot`."""

@@ -1,1 +1,1 @@
-"""The loops that keep the service in order: expiry, checkpoints, recovery."""
+"""The loops that keep the service in order: expiry, heartbeats, recovery, checkpoints."""

@@ -1,22 +1,18 @@
 """The checkpoint loop: stores the growth of running turns, so that a crash loses little of them.
 
-An error in this loop is logged, and the loop goes on; the next checkpoint stores what the failed one did not.
+After an error the next checkpoint stores what the failed one did not.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 
-import structlog
 import trio
 
-from service.errors import StoreError
 from service.sessions.turns.turn import Turn
 from service.sessions.turns.turn_task import lose
+from service.sessions.upkeep.run_every import run_every
 from service.storage.records import Checkpoint
 from service.storage.store import Store
 from service.storage.store_deadline import answered_within
-from service.telemetry.refusal_log import causes_of
-
-logger = structlog.get_logger("lastcall.checkpoints")
 
 _BATCH_LENGTH_MAX = 1024 * 1024
 """The approximate size of one call to the store, in code points and events; a larger call would delay other writes."""
@@ -31,17 +27,12 @@ async def run_checkpoints(
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Store the growth of all open turns every ``interval_s``. Runs until cancelled."""
+
+    async def checkpoint_open_turns() -> None:
+        await checkpoint_turns(store, open_turns(), store_timeout_s=store_timeout_s)
+
     task_status.started()
-    while True:
-        await trio.sleep(interval_s)
-        try:
-            await checkpoint_turns(store, open_turns(), store_timeout_s=store_timeout_s)
-        except StoreError as error:
-            logger.warning(
-                "a checkpoint was not stored; the next one tries again", error=str(error), cause=causes_of(error)
-            )
-        except Exception:
-            logger.exception("a checkpoint failed; the next one tries again")
+    await run_every(interval_s, checkpoint_open_turns, name="checkpoints")
 
 
 async def checkpoint_turns(store: Store, turns: Sequence[Turn], *, store_timeout_s: float) -> None:

@@ -1,13 +1,13 @@
 """The expiry loop: removes expired sessions.
 
-The loop need not be in time, because readers do not find an expired session. An error in this loop is logged, and the
-loop goes on.
+The loop need not be in time, because readers do not find an expired session.
 """
 
 import structlog
 import trio
 
 from service.clock import Clock, is_in_doubt
+from service.sessions.upkeep.run_every import run_every
 from service.storage.store import Store
 from service.storage.store_deadline import answered_within
 
@@ -26,16 +26,14 @@ async def run_expiry(
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Sweep every ``interval_s``. Runs until cancelled; a cancelled sweep has removed whole batches."""
+
+    async def sweep_and_log() -> None:
+        removed = await sweep(store, clock=clock, store_timeout_s=store_timeout_s)
+        if removed:
+            logger.info("sessions expired", removed=removed)
+
     task_status.started()
-    while True:
-        await trio.sleep(interval_s)
-        try:
-            removed = await sweep(store, clock=clock, store_timeout_s=store_timeout_s)
-        except Exception:
-            logger.exception("expiry sweep failed; the next one tries again")
-        else:
-            if removed:
-                logger.info("sessions expired", removed=removed)
+    await run_every(interval_s, sweep_and_log, name="expiry")
 
 
 async def sweep(store: Store, *, clock: Clock, store_timeout_s: float) -> int:

@@ -1,14 +1,16 @@
 """The recovery loop: retries refused writes, finishes deletions, ends the turns of processes that have died.
 
-Nothing waits for this loop. An error in it is logged, and the loop goes on.
+Nothing waits for this loop.
 """
+
+from functools import partial
 
 import structlog
 import trio
 
 from service.errors import StoreError
 from service.sessions.sessions import Sessions
-from service.telemetry.refusal_log import causes_of
+from service.sessions.upkeep.run_every import run_every
 
 logger = structlog.get_logger("lastcall.recovery")
 
@@ -23,15 +25,9 @@ async def run_recovery(
     Args:
         shared: Whether other processes, which may die, can use the same store.
     """
+    recover = partial(recover_once, sessions, shared=shared)
     task_status.started()
-    while True:
-        await trio.sleep(INTERVAL_S)
-        try:
-            await recover_once(sessions, shared=shared)
-        except StoreError as error:
-            logger.warning("the store still refuses; trying again", error=str(error), cause=causes_of(error))
-        except Exception:
-            logger.exception("the recovery loop failed; trying again")
+    await run_every(INTERVAL_S, recover, name="recovery")
 
 
 async def recover_once(sessions: Sessions, *, shared: bool) -> None:

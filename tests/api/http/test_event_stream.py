@@ -17,6 +17,7 @@ from service.errors import InvalidRequestError, SessionNotFoundError, StoreError
 from service.sessions.events.event_log import EventLog
 from service.sessions.events.events import TurnCompleted, TurnDelta
 from service.sessions.events.streams import Streams
+from service.sessions.upkeep.heartbeats import run_heartbeats
 from service.stop_state import Phase, StopState
 
 
@@ -49,7 +50,7 @@ class Opened:
 @asynccontextmanager
 async def opened_heartbeats(streams: Streams) -> AsyncIterator[None]:
     async with trio.open_nursery() as nursery:
-        await nursery.start(streams.run_heartbeats)
+        await nursery.start(run_heartbeats, streams)
         yield
         nursery.cancel_scope.cancel()
 
