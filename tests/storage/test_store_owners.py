@@ -4,7 +4,7 @@ import msgspec
 import pytest
 import trio
 
-from service.errors import OwnedElsewhereError, TurnInProgressError
+from service.errors import HeadMovedError, OwnedElsewhereError, TurnInProgressError
 from service.storage.records import SEQ_AFTER_CRASH, Checkpoint, EndResult, Item, LeftOut
 from service.storage.store import Store
 from tests.storage.conftest import OpenStore
@@ -204,6 +204,21 @@ async def test_a_turn_begins_in_a_session_whose_owner_died_and_ends_the_turns_it
         turn = await here.get_turn("s", "t", now=at(1))
         assert (turn.state, turn.reason, turn.text) == ("interrupted", "crash", "Hel")
         assert await here.recover(now=at(2)) == 1, "that of the other session"
+
+
+async def test_a_stale_head_ends_no_turn_of_an_owner_that_is_gone(open_shared: OpenStore) -> None:
+    new = a_turn("new", parent="t")
+    async with open_shared() as here:
+        async with open_shared() as there:
+            await _begin(there, "t")
+            with pytest.raises(OwnedElsewhereError):
+                await here.begin_turn(new, now=at(1), head="stale")
+        before = await contents(here, now=at(1))
+        with pytest.raises(HeadMovedError):
+            await here.begin_turn(new, now=at(1), head="stale")
+        assert await contents(here, now=at(1)) == before
+        assert (await here.begin_turn(new, now=at(1), head="t")).open_turns == 1
+        assert (await here.get_turn("s", "t", now=at(1))).state == "interrupted"
 
 
 async def test_only_the_owner_starts_checkpoints_and_ends_its_turns(open_shared: OpenStore) -> None:
