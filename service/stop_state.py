@@ -110,6 +110,8 @@ class StopState:
         """
         if not self.interrupts_at_once:
             return False
-        if self._entered is Phase.SERVING and self._arrive is not None:
+        if self._entered is Phase.SERVING:
+            if self._arrive is None:
+                return False
             self._arrive()
-        return self.phase > Phase.SERVING
+        return True

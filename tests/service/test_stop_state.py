@@ -80,3 +80,11 @@ async def test_a_first_notice_is_the_one_that_streams_have_arrive() -> None:
         stop.expect_notice(lambda reason=reason: arrived.append(reason))  # type: ignore[misc]
     assert stop.ends_only()
     assert arrived == ["first"]
+
+
+async def test_the_report_tells_how_long_the_notice_took(autojump_clock: MockClock) -> None:
+    shutdown = Shutdown(Settings())
+    shutdown.notice("SIGTERM", age_s=0.0204)
+    await trio.sleep(1)
+    phases_ms = shutdown.report(tasks_left=0).phases_ms
+    assert phases_ms == {"notice": 20.4, "lame_duck": 0, "draining": 1000, "total": 1020.4}

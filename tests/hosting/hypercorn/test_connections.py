@@ -104,7 +104,7 @@ async def test_a_client_that_does_not_read_is_still_able_to_hold_hypercorn(serve
 async def test_a_connection_closes_after_its_response_once_the_listeners_close(
     serve: Serve, connections: Connections
 ) -> None:
-    async with serve(App()) as server, await server.connect() as client:
+    async with serve(App(), keep_alive_timeout=60) as server, await server.connect() as client:
         with trio.fail_after(PATIENT_S):
             for phase in (Phase.SERVING, Phase.DRAINING):
                 connections.stop.enter(phase)
