@@ -14,6 +14,7 @@
     │   ├── EventsLostError          a resume inside events that a crash lost
     │   ├── ResumeConflictError      a resume of a turn that is not the newest turn of its session
     │   ├── OwnedElsewhereError      the session's turns run in another process (``fence``, ``address``)
+    │   ├── OwnerHangsError          the call waits for a turn whose owner hangs (``session_id``, ``turn_id``)
     │   └── LimitError               a limit is reached; try later (``retry_after_s``)
     │       ├── TurnLimitError       ``live_turns_max``
     │       ├── QueueFullError       ``queued_turns_max``
