@@ -20,7 +20,7 @@ from service.errors import (
     SessionNotFoundError,
     TurnNotFoundError,
 )
-from service.models.client import Usage
+from service.models.client import FunctionTool, NamedFunction, Tools, Usage
 from service.storage.page_cursor import (
     SessionPosition,
     TurnPosition,
@@ -28,7 +28,7 @@ from service.storage.page_cursor import (
     decode_turn_cursor,
     encode_cursor,
 )
-from service.storage.pieces import QUEUED, STARTED, Run
+from service.storage.pieces import CALL, QUEUED, STARTED, Run
 from service.storage.records import EndResult, EndState, Failure, Item, LeftOut, SessionPatch, SessionRecord, TurnRecord
 from service.storage.store import Store
 from service.store_capabilities import BY_SCHEME
@@ -624,6 +624,39 @@ async def test_an_end_is_kept_whole(store: Store, state: EndState, begun_as: str
         expires_at=at(8 + IDLE_TIMEOUT_S),
     )
     assert session.status == "idle"
+
+
+async def test_tools_calls_and_outputs_are_kept_whole(store: Store) -> None:
+    schema = {"type": "object", "n": [10**300, 1.5, None, {"\0": True}]}
+    tools = Tools(functions=(FunctionTool(name="f", parameters=schema, strict=True),), choice=NamedFunction("f"))
+    output = Item(id="fco_1", type="function_call_output", role="user", text="", call_id="call_0")
+    reasoning = Item(id="msg_1", type="reasoning", role="assistant", text="", encrypted="gAAA", upstream='{"n":1.0}')
+    call = Item(id="fc_1", type="function_call", role="assistant", text=UNICODE, call_id="call_1", name="f")
+    cut = msgspec.structs.replace(call, id="fc_2", text="", complete=False, upstream="{}")
+    await store.create_session(a_session(), now=T0)
+    turn = msgspec.structs.replace(a_turn(), tools=tools)
+    turn = msgspec.structs.replace(turn, input=(*turn.input, output))
+    await store.begin_turn(turn, now=T0)
+    assert await store.get_turn("s", "t", now=T0) == turn
+    assert (await store.list_turns("s", limit=1, after=None, now=T0)).data == (turn,)
+    end = msgspec.structs.replace(ended(turn), output=(reasoning, call, cut), last_seq=5)
+    runs = (Run(STARTED), Run(CALL - 1), *said(UNICODE, item=1), Run(CALL - 2))
+    assert await store.end_turn(end, runs=runs, now=T0) is EndResult.KEPT
+    assert await store.end_turn(end, runs=runs, now=T0) is EndResult.ALREADY_KEPT
+    assert await store.get_turn("s", "t", now=T0) == end
+    page = await store.read_events("s", "t")
+    assert (page.runs, page.text, page.text_length) == (runs, UNICODE, 0)
+    assert (await store.get_session("s", now=T0)).message_count == 4
+    assert await store.measure_path("s", "t") == end.in_prompts
+    copy = await store.fork_session("s", at=None, copy_id="copy", now=T0)
+    assert copy.head is not None
+    copied = await store.get_turn("copy", copy.head, now=T0)
+    assert copied.tools == tools
+    assert [msgspec.structs.replace(item, id="") for item in (*copied.input, *copied.output)] == [
+        msgspec.structs.replace(item, id="") for item in (*end.input, *end.output)
+    ]
+    assert [item.id.partition("_")[0] for item in (*copied.input, *copied.output)] == ["msg", "fco", "msg", "fc", "fc"]
+    assert copy.message_count == 4
 
 
 async def test_the_first_end_wins_and_the_second_changes_nothing(store: Store) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from service.models.client import Usage
+from service.models.client import Tools, Usage
 from service.storage.records import Failure, Item, LeftOut, SessionRecord, TurnRecord
 
 Row = tuple[Any, ...]
@@ -13,11 +13,19 @@ Row = tuple[Any, ...]
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 
+
+class _Options(msgspec.Struct, frozen=True, kw_only=True):
+    """What a turn's caller asked of the model, beside the input, the temperature and the length."""
+
+    tools: Tools | msgspec.UnsetType = msgspec.UNSET
+
+
 _items: msgspec.json.Decoder[tuple[Item, ...]] = msgspec.json.Decoder(tuple[Item, ...])
 _metadata: msgspec.json.Decoder[dict[str, str]] = msgspec.json.Decoder(dict[str, str])
 _usage: msgspec.json.Decoder[Usage] = msgspec.json.Decoder(Usage)
 _failure: msgspec.json.Decoder[Failure] = msgspec.json.Decoder(Failure)
 _left_out: msgspec.json.Decoder[LeftOut] = msgspec.json.Decoder(LeftOut)
+_options: msgspec.json.Decoder[_Options] = msgspec.json.Decoder(_Options)
 
 STAGED_MARK = "ahead"
 """The beginning of the mark of staged events, in a column whose other values are JSON. Kept files have this word."""
@@ -64,9 +72,11 @@ def session_of(row: Row, settings: Row) -> SessionRecord:
 
 TURN_COLUMNS = (
     "id, parent, state, model, created_at, input, output, temperature, max_output_tokens, "
-    "background, started_at, ended_at, reason, error, finish_reason, usage, last_seq, left_out, "
+    "background, started_at, ended_at, reason, error, finish_reason, usage, last_seq, left_out, options, "
     "CASE WHEN output_bytes IS NULL THEN NULL ELSE key END"
 )
+PATH_COLUMNS = TURN_COLUMNS.replace("options", "NULL")
+"""The columns of turns that are read for a prompt or for their messages: options may be larger than these are."""
 
 
 def turn_of(session_id: str, row: Row) -> tuple[TurnRecord, int | None]:
@@ -91,8 +101,9 @@ def turn_of(session_id: str, row: Row) -> tuple[TurnRecord, int | None]:
         usage=None if row[15] is None else _usage.decode(row[15]),
         last_seq=row[16],
         left_out=None if row[17] is None else _left_out.decode(row[17]),
+        tools=msgspec.UNSET if row[18] is None else _options.decode(row[18]).tools,
     )
-    return turn, row[18]
+    return turn, row[19]
 
 
 def values_of(turn: TurnRecord) -> dict[str, object]:
@@ -115,6 +126,7 @@ def values_of(turn: TurnRecord) -> dict[str, object]:
         "usage": None if turn.usage is None else as_json(turn.usage),
         "last_seq": turn.last_seq,
         "left_out": None if turn.left_out is None else as_json(turn.left_out),
+        "options": None if turn.tools is msgspec.UNSET else as_json(_Options(tools=turn.tools)),
         "message_items": in_prompts.items,
         "message_bytes": in_prompts.bytes,
         "input": as_json(turn.input),

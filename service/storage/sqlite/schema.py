@@ -106,6 +106,7 @@ VERSION_3 = """
 ALTER TABLE turns ADD COLUMN runs BLOB;
 ALTER TABLE turns ADD COLUMN output_bytes INTEGER;  -- of the texts that are in event_pages, if they are there
 ALTER TABLE turns ADD COLUMN text_length INTEGER;   -- the code points of the messages, if their texts are there
+ALTER TABLE turns ADD COLUMN options TEXT;          -- {"tools": …}: what else the caller asked of the model
 
 -- Events and their texts: of an open turn, checkpoint by checkpoint; and of an ended turn that is too long for one row.
 CREATE TABLE event_pages (

@@ -19,6 +19,7 @@ from service.storage.sqlite.ends import keep_end
 from service.storage.sqlite.event_pages import record_of
 from service.storage.sqlite.ownership import Ownership
 from service.storage.sqlite.rows import (
+    PATH_COLUMNS,
     TURN_COLUMNS,
     Row,
     as_json,
@@ -36,15 +37,18 @@ _DOWN_FROM = (
 )
 # SQLite finds the length of a text without reading the text.
 _TURN_BYTES = "octet_length(input) + octet_length(output) + coalesce(output_bytes, 0)"
-_SIZES = f"SELECT ordinal, {_TURN_BYTES} FROM turns WHERE session = ? AND ordinal > ? ORDER BY ordinal LIMIT ?"
+_SIZES = (
+    f"SELECT ordinal, {_TURN_BYTES} + coalesce(octet_length(options), 0) FROM turns "
+    "WHERE session = ? AND ordinal > ? ORDER BY ordinal LIMIT ?"
+)
 _BETWEEN = f"SELECT {TURN_COLUMNS} FROM turns WHERE session = ? AND ordinal BETWEEN ? AND ? ORDER BY ordinal"
 # One table in each statement: several simple statements are several times as fast as one join.
 _OWN = "SELECT key, session FROM turns WHERE id = ? AND +owner = ?"  # ``+`` makes SQLite search by id, not by owner
 _IS_OWN = "id = :turn AND +owner = :owner AND (SELECT id FROM sessions WHERE key = session) IS NOT NULL"
 _INSERT_COLUMNS = (
     "id, parent, state, model, created_at, started_at, ended_at, temperature, max_output_tokens, background, reason, "
-    "error, finish_reason, usage, last_seq, left_out, message_items, message_bytes, input, output, runs, output_bytes, "
-    "text_length"
+    "error, finish_reason, usage, last_seq, left_out, options, message_items, message_bytes, input, output, runs, "
+    "output_bytes, text_length"
 )
 _INSERT = (
     f"INSERT INTO turns (session, ordinal, owner, {_INSERT_COLUMNS}) "
@@ -255,7 +259,7 @@ def measure_path(db: apsw.Connection, session_id: str, turn_id: str) -> LeftOut:
     return measured
 
 
-def _path_down(db: apsw.Connection, session: int, turn_id: str, columns: str = TURN_COLUMNS) -> Iterator[Row]:
+def _path_down(db: apsw.Connection, session: int, turn_id: str, columns: str = PATH_COLUMNS) -> Iterator[Row]:
     """The rows of a path, from its last turn to the root: ``columns``, then ordinal and message_bytes.
 
     A turn's parent is usually the turn accepted before it, so one statement reads a whole run of turns; another
@@ -291,7 +295,7 @@ def list_path(
     keys.reverse()
     sizes = (db.execute(f"SELECT {_TURN_BYTES} FROM turns WHERE key = ?", (key,)).get for key in keys)
     shown = islice(keys, fitting(sizes, bytes_max=bytes_max, rows_min=2))
-    query = f"SELECT {TURN_COLUMNS} FROM turns WHERE key = ?"
+    query = f"SELECT {PATH_COLUMNS} FROM turns WHERE key = ?"
     return [record_of(db, session_id, row) for key in shown for row in db.execute(query, (key,))]
 
 

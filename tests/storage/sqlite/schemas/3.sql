@@ -25,7 +25,7 @@ CREATE TABLE owners (
     address TEXT,
     opened_at INTEGER NOT NULL
 ) STRICT;
-INSERT INTO "owners" VALUES(1,NULL,1795902964426888);
+INSERT INTO "owners" VALUES(1,NULL,1795905095474757);
 CREATE TABLE session_settings (
     session INTEGER PRIMARY KEY REFERENCES sessions (key),
     title TEXT,
@@ -80,11 +80,11 @@ CREATE TABLE turns (
     last_seq INTEGER NOT NULL,
     message_bytes INTEGER NOT NULL,
     input TEXT NOT NULL,
-    output TEXT NOT NULL, message_items INTEGER, left_out TEXT, runs BLOB, output_bytes INTEGER, text_length INTEGER,
+    output TEXT NOT NULL, message_items INTEGER, left_out TEXT, runs BLOB, output_bytes INTEGER, text_length INTEGER, options TEXT,
     CHECK ((owner IS NOT NULL) = (state IN ('queued', 'running')))
 ) STRICT;
-INSERT INTO "turns" VALUES(1,1,0,'t',NULL,NULL,'completed','a-model',1772366400123456,1772366400123456,1772366400123456,NULL,NULL,0,NULL,NULL,'stop',NULL,3,7,'[{"id":"t-in-0","type":"message","role":"user","text":"Hello"}]','[{"id":"t-out","type":"message","role":"assistant","text":"Hi"}]',2,'{"items":1,"bytes":2}',X'9292FEC4009200C40102',NULL,NULL);
-INSERT INTO "turns" VALUES(2,1,1,'t2','t',1,'running','a-model',1772366400123456,1772366400123456,NULL,NULL,NULL,0,NULL,NULL,NULL,NULL,0,5,'[{"id":"t2-in-0","type":"message","role":"user","text":"Hello"}]','[]',1,NULL,NULL,NULL,NULL);
+INSERT INTO "turns" VALUES(1,1,0,'t',NULL,NULL,'completed','a-model',1772366400123456,1772366400123456,1772366400123456,NULL,NULL,0,NULL,NULL,'stop',NULL,3,7,'[{"id":"t-in-0","type":"message","role":"user","text":"Hello"}]','[{"id":"t-out","type":"message","role":"assistant","text":"Hi"}]',2,'{"items":1,"bytes":2}',X'9292FEC4009200C40102',NULL,NULL,NULL);
+INSERT INTO "turns" VALUES(2,1,1,'t2','t',1,'running','a-model',1772366400123456,1772366400123456,NULL,NULL,NULL,0,NULL,NULL,NULL,NULL,0,5,'[{"id":"t2-in-0","type":"message","role":"user","text":"Hello"}]','[]',1,NULL,NULL,NULL,NULL,NULL);
 CREATE INDEX sessions_by_age ON sessions (created_at, id) WHERE deletion = 0;
 CREATE INDEX running_sessions_by_age ON sessions (created_at, id) WHERE deletion = 0 AND open_turns > 0;
 CREATE INDEX idle_sessions_by_deadline ON sessions (expires_at, id) WHERE deletion = 0 AND open_turns = 0;
