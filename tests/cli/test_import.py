@@ -16,7 +16,9 @@ from service.cli.main import main
 from service.cli.store_commands import _check_bounds, _check_turns
 from service.clock import wall_clock
 from service.errors import StartupError, StoreError
-from service.sessions.commands import NewSession, NewTurn
+from service.ids import new_item_id
+from service.models.client import FunctionTool, Tools
+from service.sessions.commands import NewSession, NewTurn, text_input
 from service.sessions.events.events import TurnDelta
 from service.settings import Settings, Upstream
 from service.stop_state import Phase
@@ -33,6 +35,7 @@ MODELS = {
     "whole": "tokens=3&rate=0&first_token_s=0&reasoning=2",
     "fails": "tokens=3&rate=0&first_token_s=0&fail_after=2",
     "refuses": "rate=0&first_token_s=0&fail_after=0&fail_code=context_too_long",
+    "calls": "tokens=1&rate=0&first_token_s=0&reasoning=1&encrypted=3&call=f:{%22a%22:1}&call=g",
     "hangs": "tokens=9&rate=0&first_token_s=0&silent_after=2",
 }
 INPUT = 'line\u2028 end \u0085 "quoted" \\u2028 \u00e9 \U0001f642'
@@ -48,6 +51,13 @@ async def fill(path: Path) -> None:
             await sessions.create_session(NewSession(id="s", title="\u00e9", metadata={"k": "v"}))
             for model in ("whole", "fails", "refuses", "echoes"):
                 turn, watch = await sessions.start_turn("s", NewTurn(text=INPUT, model=model, temperature=0.5))
+                with watch:
+                    await turn.wait_ended()
+            for new in (
+                NewTurn(text=INPUT, model="calls", tools=Tools(functions=(FunctionTool(name="f", parameters={}),))),
+                NewTurn(items=(an_output("call_1_0"), *text_input(INPUT), an_output("none")), model="calls"),
+            ):
+                turn, watch = await sessions.start_turn("s", new)
                 with watch:
                     await turn.wait_ended()
             echo, watch = await sessions.start_turn("s", NewTurn(text=INPUT, parent=None))
@@ -70,6 +80,12 @@ async def fill(path: Path) -> None:
         await crash(path)
         async with open_service(settings) as service:
             await service.sessions.fork_session("s", at=None, copy_id="f")
+
+
+def an_output(call_id: str) -> Item:
+    return Item(
+        id=new_item_id("function_call_output"), type="function_call_output", role="user", text=INPUT, call_id=call_id
+    )
 
 
 async def crash(path: Path) -> None:
@@ -231,7 +247,7 @@ def test_data_that_no_service_could_have_made_is_refused_with_session_turn_and_f
 @pytest.mark.parametrize("text", ["a\u2028b\u0085", "\\u2028", '"\\\u2028', "\U0001f642\u2029", "\x7f\r\n"])
 def test_an_event_that_an_earlier_version_escaped_less_is_the_same_event(text: str) -> None:
     event = TurnDelta(seq=7, text=text)
-    earlier = b"id: 7\ndata: %b\n\n" % msgspec.json.encode(event)
+    earlier = b"id: 7\ndata: %b\n\n" % msgspec.json.encode({"type": "turn.delta", "seq": 7, "text": text})
     for frame in (encode_frame(event), earlier):
         assert whole_turn._read(frame) == event
     assert whole_turn._read(earlier.replace(b"data: {", b"data: { ")) is None
