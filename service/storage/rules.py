@@ -180,6 +180,23 @@ def without_texts(items: Iterable[Item]) -> tuple[Item, ...]:
     return tuple(msgspec.structs.replace(item, text="") for item in items)
 
 
+class PathBound:
+    """Decides, from the last turn to the root, which turns of a path stay within ``bytes_max``: always the last one."""
+
+    def __init__(self, bytes_max: int | None) -> None:
+        self._bytes_max = bytes_max
+        self._bytes = 0
+        self._has_taken = False
+
+    def takes(self, size: int) -> bool:
+        """Whether the next turn, with messages of ``size`` bytes, belongs to them. After a False there are no more."""
+        self._bytes += size
+        if self._has_taken and self._bytes_max is not None and self._bytes > self._bytes_max:
+            return False
+        self._has_taken = True
+        return True
+
+
 def newest_within(path: Iterable[T], bytes_max: int | None, *, bytes_of: Callable[[T], int]) -> list[T]:
     """The newest turns of a path whose messages together stay within ``bytes_max``, but always the last turn.
 
@@ -191,12 +208,10 @@ def newest_within(path: Iterable[T], bytes_max: int | None, *, bytes_of: Callabl
         The turns in the order of the path, from the root on.
     """
     newest: list[T] = []
-    size = 0
+    bound = PathBound(bytes_max)
     for turn in path:
-        if bytes_max is not None:
-            size += bytes_of(turn)
-            if newest and size > bytes_max:
-                break
+        if not bound.takes(0 if bytes_max is None else bytes_of(turn)):
+            break
         newest.append(turn)
     newest.reverse()
     return newest

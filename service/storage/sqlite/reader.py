@@ -14,16 +14,22 @@ from service.storage.sqlite.open_files import OpenFiles
 from service.storage.sqlite.sql_thread import Step
 
 _STEPS_MAX = 100
-"""The most steps of one batch: their outcomes are published together, and the first should not wait long."""
+"""The most steps of one batch, which share snapshots."""
 _SNAPSHOT_S = 0.005
-"""How long one snapshot takes new steps. While a snapshot is held, the log cannot restart, and the writer waits."""
+"""How long one snapshot takes new steps. While a snapshot is held, the log cannot restart, and the writer waits. The
+outcomes of its steps are published together, so that the thread does not hold results for long."""
 
 
 class Reader:
-    """Runs steps that only read, for :class:`~service.storage.sqlite.sql_thread.SqlThread`."""
+    """Runs steps that only read, for :class:`~service.storage.sqlite.sql_thread.SqlThread`.
 
-    def __init__(self, files: OpenFiles) -> None:
+    Args:
+        steps_max: The most steps of one batch; 1 for steps with large results, of which the thread then holds one.
+    """
+
+    def __init__(self, files: OpenFiles, *, steps_max: int = _STEPS_MAX) -> None:
         self._files = files
+        self._steps_max = steps_max
         self._faults = Faults(files.path)
         self._db: apsw.Connection
 
@@ -37,10 +43,9 @@ class Reader:
         except apsw.Error as error:
             raise database.startup_error(self._files.path, error) from error
 
-    def run(self, arriving: Iterator[Step[Any]]) -> Sequence[Step[Any]]:
-        """Run the waiting steps, on a snapshot that is taken after all of them were submitted."""
-        taken = list(islice(arriving, _STEPS_MAX))
-        left = deque(taken)
+    def run(self, arriving: Iterator[Step[Any]]) -> Iterator[Sequence[Step[Any]]]:
+        """Run the waiting steps, on snapshots that are taken after all of them were submitted."""
+        left = deque(islice(arriving, self._steps_max))
         while left:
             try:
                 self._db.execute("BEGIN")
@@ -48,22 +53,27 @@ class Reader:
                 store_error = self._faults.translate(error, self._db)
                 for step in left:
                     step.error = store_error
-                break
-            self._run_on_snapshot(left)
+                yield tuple(left)
+                return
+            done = self._run_on_snapshot(left)
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
-        return taken
+            yield done
+            del done  # the thread holds no result while it runs the next steps
 
-    def _run_on_snapshot(self, left: deque[Step[Any]]) -> None:
+    def _run_on_snapshot(self, left: deque[Step[Any]]) -> Sequence[Step[Any]]:
         deadline = time.monotonic() + _SNAPSHOT_S
+        done: list[Step[Any]] = []
         while left:
             step = left.popleft()
+            done.append(step)
             try:
                 step.run(self._db)
             except Exception as error:  # noqa: BLE001  the caller gets the error
                 step.error = self._faults.translate(error, self._db) if isinstance(error, apsw.Error) else error
             if time.monotonic() >= deadline:
-                return
+                break
+        return done
 
     def run_housekeeping(self, *, idle: bool) -> bool:  # noqa: ARG002
         return False

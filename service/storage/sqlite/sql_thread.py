@@ -4,7 +4,7 @@ The thread is a daemon, so that a hanging disk cannot keep the process from endi
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -74,8 +74,8 @@ class Batches(Protocol):
 
     def open(self) -> None: ...
 
-    def run(self, arriving: Iterator[Step[Any]]) -> Sequence[Step[Any]]:
-        """Run waiting steps, at least one. Each step that was taken has its outcome afterwards."""
+    def run(self, arriving: Iterator[Step[Any]]) -> Iterable[Sequence[Step[Any]]]:
+        """Run waiting steps, at least one. Gives the steps that have their outcomes, each once, as soon as they do."""
         ...
 
     def run_housekeeping(self, *, idle: bool) -> bool:
@@ -160,17 +160,28 @@ class SqlThread:
             return
 
     def _work_through_steps(self) -> None:
+        # No name here keeps a step: a step that is done belongs to its caller alone, with its result.
         may_have_work = True
         while True:
             try:
-                step = self._queue.get(timeout=_PAUSE_S if may_have_work else None)
+                arriving = self._wait_for_steps(timeout_s=_PAUSE_S if may_have_work else None)
             except Empty:
                 may_have_work = self._batches.run_housekeeping(idle=True)
                 continue
-            if step is None:
+            if arriving is None:
                 return
-            self._set_events(*(step.done for step in self._batches.run(self._arriving(step))))
+            self._run_steps(arriving)
             may_have_work = self._batches.run_housekeeping(idle=False)
+
+    def _wait_for_steps(self, *, timeout_s: float | None) -> Iterator[Step[Any]] | None:
+        """Return the waiting steps; None at the end. Raises: Empty."""
+        first = self._queue.get(timeout=timeout_s)
+        return None if first is None else self._arriving(first)
+
+    def _run_steps(self, arriving: Iterator[Step[Any]]) -> None:
+        for done in self._batches.run(arriving):
+            self._set_events(*(step.done for step in done))
+            del done
 
     def _arriving(self, first: Step[Any]) -> Iterator[Step[Any]]:
         """The waiting steps, without those whose callers have left."""

@@ -87,7 +87,7 @@ class SqliteStore:
         self._marks = count()
         # A second reader, so that the many short reads do not wait for a long one.
         self._looking = SqlThread("sqlite reader", Reader(self.files))
-        self._reading = SqlThread("sqlite long reader", Reader(self.files))
+        self._reading = SqlThread("sqlite long reader", Reader(self.files, steps_max=1))
         self._forking = anyio.Lock()  # one fork at a time, because its turns are in memory meanwhile
         self._abandoned: set[str] = set()
 
@@ -232,8 +232,12 @@ class SqliteStore:
         )
 
     async def read_path(self, session_id: str, turn_id: str, *, bytes_max: int | None) -> Sequence[TurnRecord]:
-        thread = self._reading if bytes_max is None else self._looking
-        return await thread.call(lambda db: turns.read_path(db, session_id, turn_id, bytes_max))
+        read = turns.PathRead(session_id, turn_id, bytes_max)
+        # The first step of a bounded read is as short as other looks, and nearly always the only one.
+        await (self._reading if bytes_max is None else self._looking).call(read.read_some)
+        while not read.is_complete:
+            await self._reading.call(read.read_some)
+        return read.turns
 
     async def measure_path(self, session_id: str, turn_id: str) -> LeftOut:
         return await self._reading.call(lambda db: turns.measure_path(db, session_id, turn_id))

@@ -1,5 +1,6 @@
 """The steps that read and write turns, each within a transaction. A step refuses before its first write."""
 
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from datetime import datetime
@@ -29,6 +30,8 @@ from service.storage.sqlite.rows import (
 
 _NEWEST = 1 << 62
 """Above every ordinal."""
+STEP_S = 0.003
+"""The approximate time of one step of a long read, in which the other steps of the same thread wait."""
 
 _VISIBLE = "SELECT key FROM sessions WHERE id = ? AND deletion = 0 AND (open_turns > 0 OR expires_at > ?)"
 _GET = f"SELECT {TURN_COLUMNS} FROM turns WHERE id = ? AND session = ?"
@@ -36,7 +39,9 @@ _DOWN_FROM = (
     "SELECT {columns}, ordinal, message_bytes FROM turns WHERE session = ? AND ordinal <= ? ORDER BY ordinal DESC"
 )
 # SQLite finds the length of a text without reading the text.
-_TURN_BYTES = "octet_length(input) + octet_length(output) + coalesce(output_bytes, 0)"
+_TURN_BYTES = (
+    "octet_length(input) + octet_length(output) + coalesce(output_bytes, 0) + coalesce(octet_length(options), 0)"
+)
 _SIZES = (
     f"SELECT ordinal, {_TURN_BYTES} + coalesce(octet_length(options), 0) FROM turns "
     "WHERE session = ? AND ordinal > ? ORDER BY ordinal LIMIT ?"
@@ -239,11 +244,48 @@ def insert_copy(db: apsw.Connection, session: int, ordinal: int, turn: TurnRecor
     db.execute(_INSERT, values | {"session": session, "ordinal": ordinal, "owner": None})
 
 
-def read_path(db: apsw.Connection, session_id: str, turn_id: str, bytes_max: int | None) -> list[TurnRecord]:
-    session = _key(db, session_id)
-    rows = _path_down(db, session, turn_id) if session is not None else ()
-    path = ((record_of(db, session_id, row), row[-1]) for row in rows)
-    return [turn for turn, _ in rules.newest_within(path, bytes_max, bytes_of=lambda it: it[1])]
+class PathRead:
+    """A path that is read in short steps, from its last turn to the root: thousands of turns may fit into a prompt.
+
+    Each step sees its own snapshot. The turns of a path stay as they are while their session exists; if the session is
+    removed meanwhile, the path is empty.
+
+    Attributes:
+        is_complete: Whether :attr:`turns` has them all.
+    """
+
+    def __init__(self, session_id: str, turn_id: str, bytes_max: int | None) -> None:
+        self.is_complete = False
+        self._session_id = session_id
+        self._bound = rules.PathBound(bytes_max)
+        self._session: int | None = None
+        self._next: tuple[str, int] | None = turn_id, _NEWEST
+        self._down: list[TurnRecord] = []
+
+    @property
+    def turns(self) -> list[TurnRecord]:
+        """The turns so far, root first."""
+        return self._down[::-1]
+
+    def read_some(self, db: apsw.Connection) -> None:
+        """Do one step. It ends after the row in which its time is over."""
+        session = _key(db, self._session_id)
+        if session is None or self._session not in (None, session):
+            self._down.clear()
+            self.is_complete = True
+            return
+        self._session = session
+        assert self._next is not None
+        next_id, below = self._next
+        deadline = time.monotonic() + STEP_S
+        for row in _path_down(db, session, next_id, below=below):
+            if not self._bound.takes(row[-1]):
+                break
+            self._down.append(record_of(db, self._session_id, row))
+            self._next = None if row[1] is None else (row[1], row[-2])
+            if self._next is not None and time.monotonic() >= deadline:
+                return
+        self.is_complete = True
 
 
 def measure_path(db: apsw.Connection, session_id: str, turn_id: str) -> LeftOut:
@@ -259,14 +301,15 @@ def measure_path(db: apsw.Connection, session_id: str, turn_id: str) -> LeftOut:
     return measured
 
 
-def _path_down(db: apsw.Connection, session: int, turn_id: str, columns: str = PATH_COLUMNS) -> Iterator[Row]:
+def _path_down(
+    db: apsw.Connection, session: int, turn_id: str, columns: str = PATH_COLUMNS, *, below: int = _NEWEST
+) -> Iterator[Row]:
     """The rows of a path, from its last turn to the root: ``columns``, then ordinal and message_bytes.
 
     A turn's parent is usually the turn accepted before it, so one statement reads a whole run of turns; another
     statement continues at each jump. A parent that is not older than its child is ignored, because it could be a cycle.
     """
     next_id: str | None = turn_id
-    below = _NEWEST
     while next_id is not None:
         ordinal: int | None = db.execute(
             "SELECT ordinal FROM turns WHERE id = ? AND session = ?", (next_id, session)

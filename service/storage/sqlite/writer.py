@@ -84,7 +84,7 @@ class Writer:
         except (apsw.Error, OSError) as error:
             raise database.startup_error(self._path, error) from error
 
-    def run(self, arriving: Iterator[Step[Any]]) -> Sequence[Step[Any]]:
+    def run(self, arriving: Iterator[Step[Any]]) -> Sequence[Sequence[Step[Any]]]:
         """Run the waiting steps in one transaction.
 
         If the transaction fails, each step runs in a transaction of its own, so that only the faulty steps fail, and a
@@ -116,7 +116,7 @@ class Writer:
                 step.error = step.error or fault
         self.commits += 1
         self.steps += len(taken)
-        return taken
+        return (taken,)
 
     def run_housekeeping(self, *, idle: bool) -> bool:
         """Write a checkpoint or reclaim rows, if it is time. Returns whether there may be more to do."""

@@ -28,7 +28,7 @@ class Hanging:
     def open(self) -> None:
         pass
 
-    def run(self, arriving: Iterator[Step[Any]]) -> Sequence[Step[Any]]:
+    def run(self, arriving: Iterator[Step[Any]]) -> Sequence[Sequence[Step[Any]]]:
         steps = [next(arriving)]
         self.hangs.set()
         assert self.goes_on.wait(20)
@@ -36,7 +36,7 @@ class Hanging:
         with apsw.Connection(":memory:") as db:
             for step in steps:
                 step.run(db)
-        return steps
+        return (steps,)
 
     def run_housekeeping(self, *, idle: bool) -> bool:
         return False

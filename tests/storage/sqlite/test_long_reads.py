@@ -1,0 +1,155 @@
+"""Long reads do not hold up short ones, and a reader holds one result."""
+
+import gc
+import threading
+import time
+import weakref
+from pathlib import Path
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from service.storage.records import TurnRecord
+from service.storage.sqlite import SqliteStore, open_sqlite_store, turns
+from service.storage.sqlite.reader import _SNAPSHOT_S
+from service.storage.sqlite.sql_thread import SqlThread
+from tests.storage.rows import T0, a_session, a_turn, ended
+
+TURNS = 60
+
+
+async def _fill(store: SqliteStore) -> list[str]:
+    """A path with jumps: each seventh turn has a sibling that was accepted before it."""
+    await store.create_session(a_session(), now=T0)
+    path: list[str] = []
+    for n in range(TURNS):
+        parent = path[-1] if path else None
+        for name in (f"beside{n}", f"t{n}") if n % 7 == 3 else (f"t{n}",):
+            turn = a_turn(name, parent=parent, texts=["x" * (n % 5)])
+            await store.begin_turn(turn, now=T0)
+            await store.end_turn(ended(turn), runs=(), now=T0)
+        path.append(f"t{n}")
+    return path
+
+
+@pytest.mark.parametrize("step_s", [0, 60])
+async def test_a_path_is_the_same_in_one_step_and_in_many(
+    path: Path, monkeypatch: pytest.MonkeyPatch, step_s: float
+) -> None:
+    monkeypatch.setattr(turns, "STEP_S", step_s)
+    async with open_sqlite_store(path) as store:
+        names = await _fill(store)
+        whole = await store.read_path("s", names[-1], bytes_max=None)
+        assert [turn.id for turn in whole] == names
+        for bytes_max in (0, 1, 10, 50, 1000):
+            newest = await store.read_path("s", names[-1], bytes_max=bytes_max)
+            assert newest == whole[len(whole) - len(newest) :]
+            left = whole[: len(whole) - len(newest)]
+            size = sum(turn.message_bytes for turn in newest)
+            assert len(newest) == 1 or size <= bytes_max
+            assert not left or size + left[-1].message_bytes > bytes_max
+        assert await store.read_path("s", names[0], bytes_max=0) == whole[:1]
+        assert await store.read_path("s", "nowhere", bytes_max=0) == []
+        assert await store.read_path("nowhere", names[0], bytes_max=0) == []
+
+
+@pytest.mark.parametrize("step_s", [0, 60])
+async def test_a_path_that_a_broken_file_makes_a_circle_has_an_end(
+    path: Path, monkeypatch: pytest.MonkeyPatch, step_s: float
+) -> None:
+    monkeypatch.setattr(turns, "STEP_S", step_s)
+    async with open_sqlite_store(path) as store:
+        names = await _fill(store)
+        await store._writing.call(
+            lambda db: db.execute("UPDATE turns SET parent = ? WHERE id = ?", (names[-1], names[0]))
+        )
+        with trio.fail_after(20):
+            assert len(await store.read_path("s", names[-1], bytes_max=None)) == TURNS
+
+
+async def test_short_reads_are_answered_while_a_path_is_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "STEP_S", 0)
+    async with open_sqlite_store(path) as store:
+        names = await _fill(store)
+        found: list[TurnRecord] = []
+        looks = pages = 0
+
+        async def read() -> None:
+            found.extend(await store.read_path("s", names[-1], bytes_max=10**6))
+
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(read)
+                while not found:
+                    await store.get_session("s", now=T0)
+                    looks += 1
+                    await store.list_turns("s", limit=2, after=None, now=T0)
+                    pages += 1
+        assert [turn.id for turn in found] == names
+        assert min(looks, pages) > 5
+
+
+async def test_a_path_of_a_session_that_is_removed_meanwhile_is_empty(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if another session has taken the id, and turns of the same ids."""
+    monkeypatch.setattr(turns, "STEP_S", 0)
+    async with open_sqlite_store(path) as store:
+        names = await _fill(store)
+        reads = [turns.PathRead("s", names[-1], None) for _ in range(2)]
+        for read in reads:
+            await store._reading.call(read.read_some)
+            assert (len(read.turns), read.is_complete) == (1, False)
+        await store.mark_deleted("s", now=T0)
+        await store._reading.call(reads[0].read_some)
+        assert (len(reads[0].turns), reads[0].is_complete) == (2, False), "a turn runs on while its session is deleted"
+        await store.remove_deleted("s")
+        await store._reading.call(reads[0].read_some)
+        assert (reads[0].turns, reads[0].is_complete) == ([], True)
+        await store.create_session(a_session(), now=T0)
+        await store._reading.call(reads[1].read_some)
+        assert (reads[1].turns, reads[1].is_complete) == ([], True)
+
+
+class Result:
+    """A result to which there can be weak references."""
+
+
+@pytest.mark.parametrize("reader", ["_looking", "_reading"])
+async def test_a_reader_hands_a_long_result_over_before_it_reads_the_next_and_keeps_nothing(
+    path: Path, reader: str
+) -> None:
+    taken = threading.Event()
+    results: list[weakref.ref[Result]] = []
+
+    def read_long(_: object) -> Result:
+        time.sleep(2 * _SNAPSHOT_S)
+        return Result()
+
+    def look(_: object) -> bool:
+        assert taken.wait(10), "this step began before the first result was taken"
+        gc.collect()
+        return results[0]() is None
+
+    async with open_sqlite_store(path) as store:
+        thread: SqlThread = getattr(store, reader)
+
+        async def first() -> None:
+            result = await thread.call(read_long)
+            results.append(weakref.ref(result))
+            del result
+            taken.set()
+
+        async def second() -> None:
+            assert await thread.call(look), "the thread holds the result on"
+
+        submitted = threading.Event()
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(thread.call, lambda _: submitted.wait(10))
+                for call in (first, second):
+                    await wait_all_tasks_blocked()
+                    nursery.start_soon(call)
+                await wait_all_tasks_blocked()
+                submitted.set()
