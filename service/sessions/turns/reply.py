@@ -5,13 +5,13 @@ from typing import Literal
 import msgspec
 
 from service.ids import new_item_id
-from service.models.client import ArgumentsDelta, CallOpened, EncryptedReasoning, ReasoningDelta, TextDelta
+from service.models.client import ArgumentsDelta, CallOpened, EncryptedReasoning, ReasoningDelta
 from service.sessions.events.event_log import EventLog
-from service.sessions.events.events import Event, TurnArguments, TurnCall, TurnDelta, TurnReasoning
+from service.sessions.events.events import Event, TurnArguments, TurnCall, TurnReasoning
 from service.storage.records import Item, cut_off
 
-Output = TextDelta | ReasoningDelta | EncryptedReasoning | CallOpened | ArgumentsDelta
-"""The events of a model that are a part of an output item."""
+Output = ReasoningDelta | EncryptedReasoning | CallOpened | ArgumentsDelta
+"""The events of a model that are a part of an output item, other than its text."""
 
 
 _ENCRYPTED_BYTES = 256
@@ -23,7 +23,7 @@ def size_of(told: Output) -> int:
     match told:
         case ReasoningDelta():
             return 0
-        case TextDelta(text) | ArgumentsDelta(_, text):
+        case ArgumentsDelta(_, text):
             return len(text) if text.isascii() else len(text.encode())
         case CallOpened(_, call_id, name, upstream):
             return len((call_id + name + upstream).encode())
@@ -71,14 +71,23 @@ class Reply:
     def calls(self) -> int:
         return len(self._calls)
 
+    def index_of(self, kind: Literal["message", "reasoning"]) -> int:
+        """The index of the item that a piece of this kind continues or begins."""
+        return self._current.get(kind, len(self._items))
+
+    def note_text(self, text: str, size: int) -> None:
+        """Note a piece of a message, whose event is in the log, and whose size counts against the bound."""
+        self.length += len(text)
+        self.bytes += size
+        if "message" not in self._current:
+            self._begin_text("message")
+
     def event_of(self, told: Output) -> Event | None:
         """The event that tells a part of the output; None if no event tells it. Changes nothing."""
         seq = self._log.last_seq + 1
         match told:
-            case TextDelta(text):
-                return TurnDelta(seq=seq, item=self._index_of("message"), text=text)
             case ReasoningDelta(text):
-                return TurnReasoning(seq=seq, item=self._index_of("reasoning"), text=text)
+                return TurnReasoning(seq=seq, item=self.index_of("reasoning"), text=text)
             case CallOpened(_, call_id, name):
                 return TurnCall(
                     seq=seq, item=len(self._items), id=new_item_id("function_call"), call_id=call_id, name=name
@@ -92,9 +101,6 @@ class Reply:
         """Note a part of the output, whose event is in the log, and whose size counts against the bound."""
         self.bytes += size
         match told:
-            case TextDelta(text):
-                self.length += len(text)
-                self._begin_text("message")
             case ReasoningDelta():
                 self._begin_text("reasoning")
             case CallOpened(_, call_id, name, upstream):
@@ -127,9 +133,6 @@ class Reply:
     def changed_after(self, seq: int) -> tuple[Item, ...]:
         """The items that began or changed after a seq, without their texts; perhaps also with it."""
         return tuple(growing.begins for growing in self._items if growing.changed_at >= seq)
-
-    def _index_of(self, kind: Literal["message", "reasoning"]) -> int:
-        return self._current.get(kind, len(self._items))
 
     def _begin_text(self, kind: Literal["message", "reasoning"]) -> None:
         """Begin an item, unless the text continues one."""

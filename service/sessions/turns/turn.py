@@ -13,10 +13,10 @@ import msgspec
 import trio
 
 from service.errors import ModelError
-from service.models.client import Finished, ModelClient, ModelEvent, Progress
+from service.models.client import Finished, ModelClient, ModelEvent, Progress, TextDelta
 from service.sessions.events import outcome
 from service.sessions.events.event_log import EventLog
-from service.sessions.events.events import Event, TerminalEvent, TurnQueued, TurnStarted
+from service.sessions.events.events import Event, TerminalEvent, TurnDelta, TurnQueued, TurnStarted
 from service.sessions.turns.reply import Output, Reply, size_of
 from service.sessions.turns.turn_deadlines import TurnDeadlines
 from service.settings import Settings
@@ -196,24 +196,33 @@ class Turn:
         if self.first_token_at is None:
             self.first_token_at = trio.current_time()
         for event in events:
-            if isinstance(event, Finished):
+            if isinstance(event, TextDelta):  # nearly all of them
+                text = event.text
+                size = len(text) if text.isascii() else len(text.encode())
+                self._check_size(size)
+                self.append(TurnDelta(seq=self.log.last_seq + 1, item=self._reply.index_of("message"), text=text))
+                self._reply.note_text(text, size)
+            elif isinstance(event, Finished):
                 return event
-            if not isinstance(event, Progress):
+            elif not isinstance(event, Progress):
                 self._take(event)
         return None
 
     def _take(self, told: Output) -> None:
         size = size_of(told)
+        self._check_size(size)
+        event = self._reply.event_of(told)
+        if event is not None:
+            self.append(event)
+        self._reply.note(told, event, size)
+
+    def _check_size(self, size: int) -> None:
         if self._reply.bytes + size > self._settings.reply_bytes_max:
             raise ModelError(
                 "reply_too_large",
                 f"The reply is larger than {self._settings.reply_bytes_max} bytes (reply_bytes_max); "
                 "the part before that is kept.",
             )
-        event = self._reply.event_of(told)
-        if event is not None:
-            self.append(event)
-        self._reply.note(told, event, size)
 
     def append(self, event: Event) -> None:
         """Append an event that is not the terminal event. Raises: ModelError (``log_too_large``)."""
