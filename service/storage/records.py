@@ -213,7 +213,8 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def text_bytes(self) -> int:
         """The size of all texts of input and output, in bytes of UTF-8."""
-        return sum(len(item.text.encode()) for item in (*self.input, *self.output))
+        items = (*self.input, *self.output)
+        return sum(len(text.encode()) for item in items for text in (item.text, item.encrypted, item.upstream))
 
     @property
     def was_refused(self) -> bool:

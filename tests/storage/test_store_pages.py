@@ -38,6 +38,13 @@ def test_a_page_ends_before_the_row_that_does_not_fit(
     assert fitting(sizes, bytes_max=bytes_max, rows_min=rows_min) == rows
 
 
+def test_the_size_of_a_turn_has_all_its_large_fields() -> None:
+    turn = a_turn(texts=["é"])
+    (item,) = turn.input
+    reasoning = msgspec.structs.replace(item, type="reasoning", text="four", encrypted="abc", upstream="12345")
+    assert msgspec.structs.replace(turn, output=(reasoning,)).text_bytes == 2 + 4 + 3 + 5
+
+
 async def fill(store: Store) -> list[str]:
     """Sessions with texts of these sizes, and turns of one session; the session of the turns is the oldest."""
     await store.create_session(a_session("s"), now=T0)
@@ -45,6 +52,9 @@ async def fill(store: Store) -> list[str]:
     for n, size in enumerate(SIZES):
         text = "é" * (size // 2) + "x" * (size % 2)
         turn = a_turn(f"t{n}", parent=parent, texts=[text])
+        if n % 4 == 2:
+            item = msgspec.structs.replace(turn.input[0], text="", upstream=text)
+            turn = msgspec.structs.replace(turn, input=(item,))
         await store.begin_turn(turn, now=T0)
         await store.end_turn(ended(turn, text=text if n % 2 else ""), runs=(), now=T0)
         parent = turn.id
