@@ -270,7 +270,8 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
 
     ``after`` is the seq of the last event of the last acknowledged checkpoint, 0 if there was none; ``runs`` are the
     events that follow, without gaps, and ``text`` is the text of their pieces in the order of arrival. ``items`` are
-    the items that began with these events, without texts, in the order of their indices. ``left_out`` is the turn's.
+    the items that began or changed with these events, without texts, in the order of their indices; a known id replaces
+    what only its model server reads. ``left_out`` is the turn's.
     """
 
     session_id: str
