@@ -68,7 +68,7 @@ class Turn:
         self.is_ending = False
         """Whether the decided end is being stored and published, or was."""
         self.stored_seq = 0
-        """The seq up to which checkpoints have stored the events; a store need not write these events again at the end."""
+        """The seq up to which checkpoints have stored the events; a store need not write these again at the end."""
         self._settings = settings
         self._record = record
         self._on_disconnect = on_disconnect
