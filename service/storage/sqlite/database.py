@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from itertools import count
 from pathlib import Path
 from secrets import token_hex
 
@@ -42,7 +43,7 @@ def connect(path: Path, *, query_only: bool = False) -> apsw.Connection:
         # This setting counts for a new file only, and before WAL. In any other file the pragma would write, too.
         if db.pragma("page_count") == 0:
             db.pragma("auto_vacuum", "INCREMENTAL")
-        if db.pragma("journal_mode", "WAL") != "wal":
+        if _enter_wal(db) != "wal":
             raise StartupError(f"{path} cannot be used: its file system does not allow shared memory (WAL).")
         db.pragma("synchronous", SYNCHRONOUS)
         db.pragma("foreign_keys", True)
@@ -56,6 +57,21 @@ def connect(path: Path, *, query_only: bool = False) -> apsw.Connection:
         db.close()
         raise
     return db
+
+
+def _enter_wal(db: apsw.Connection) -> str:
+    """Let the file use WAL from now on, if it does not yet. Returns the journal mode of the file after that.
+
+    Where two connections change the mode of a new file at once, SQLite refuses one of them without a call of the busy
+    handler, because neither could go on if both waited.
+    """
+    for calls in count():
+        try:
+            return str(db.pragma("journal_mode", "WAL"))
+        except apsw.BusyError:
+            if not _wait_for_lock(calls):
+                raise
+    raise AssertionError("count has no end")
 
 
 def _wait_for_lock(calls: int) -> bool:

@@ -310,3 +310,25 @@ async def test_a_store_without_a_secret_gets_one_that_no_backup_has(path: Path, 
         maintenance.backup(path, copy)
         assert secret not in copy.read_bytes()  # noqa: ASYNC240
         assert secret not in exported_events.export_session(path, "s")
+
+
+class SharedFile:
+    """A connection to a new file whose journal mode another connection changes at the same time, for some calls."""
+
+    def __init__(self, *, busy_calls: int) -> None:
+        self.busy_calls = busy_calls
+
+    def pragma(self, name: str, value: str) -> str:
+        assert name == "journal_mode"
+        if self.busy_calls:
+            self.busy_calls -= 1
+            raise apsw.BusyError
+        return value.lower()
+
+
+def test_processes_that_open_a_new_file_at_once_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite does not call the busy handler in this case, so six threads that open a new file at once may fail."""
+    assert database._enter_wal(SharedFile(busy_calls=3)) == "wal"  # type: ignore[arg-type]
+    monkeypatch.setattr(database, "_LOCK_WAIT_S", 0.002)
+    with pytest.raises(apsw.BusyError):
+        database._enter_wal(SharedFile(busy_calls=10))  # type: ignore[arg-type]
