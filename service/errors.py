@@ -212,10 +212,13 @@ class SessionLimitError(LimitError):
 
 
 class ShuttingDownError(LimitError):
+    """The service is about to stop. With ``untouched`` nothing of the request was done: another process may do it."""
+
     code = "shutting_down"
 
-    def __init__(self) -> None:
+    def __init__(self, *, untouched: bool = False) -> None:
         super().__init__("This server is shutting down and takes no new work; try again: another process may answer.")
+        self.untouched = untouched
 
 
 class StoreError(LastcallError):

@@ -24,7 +24,7 @@ from service.api.http.held_bytes import counting_bytes
 from service.api.http.locations import take_prefix
 from service.api.http.operations import operation_of
 from service.api.http.problems import NotReadyError, Refusal, answer_error, problem_response
-from service.api.http.proxy import PEER, forward, is_from_peer
+from service.api.http.proxy import PEER, forward, hand_over, is_from_peer
 from service.api.http.proxy_headers import proxy_header
 from service.api.http.query_params import check_query_length
 from service.api.http.request_body import BoundedRequest
@@ -92,6 +92,7 @@ def create_app() -> Application:
     app.after_request(_complete)
     app.register_error_handler(Exception, _answer_error)
     app.register_error_handler(OwnedElsewhereError, _answer_elsewhere)
+    app.register_error_handler(ShuttingDownError, _answer_by_successor)
     return app
 
 
@@ -122,6 +123,13 @@ async def _answer_elsewhere(error: OwnedElsewhereError) -> TrioResponse:
     try:
         return await forward(error)
     except Exception as failure:  # noqa: BLE001  the edge of a request, inside of an error handler
+        return await _answer_error(failure)
+
+
+async def _answer_by_successor(error: ShuttingDownError) -> TrioResponse:
+    try:
+        return await hand_over(error)
+    except Exception as failure:  # noqa: BLE001  as above
         return await _answer_error(failure)
 
 

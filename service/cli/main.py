@@ -41,10 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             from service.hosting.reload import serve_and_reload  # noqa: PLC0415
 
             arguments_of_each = [f"--{OPTIONS[name]}={value}" for name, value in overrides.items()]
+            if arguments.workers:
+                arguments_of_each.append(f"--workers={arguments.workers}")
             return serve_and_reload(settings, config_file=sources.file, arguments=arguments_of_each)
         from service.hosting.serve import serve  # noqa: PLC0415
 
-        return serve(settings)
+        return serve(settings, workers=arguments.workers)
     except StartupError as error:
         for line in str(error).splitlines():
             sys.stderr.write(f"lastcall: {line}\n")
@@ -52,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UnicodeEncodeError as error:  # an argument, or the working directory
         sys.stderr.write(f"lastcall: {error.object!r} should be UTF-8\n")
         return EXIT_REFUSED
-    except KeyboardInterrupt:  # before the server handles signals
+    except KeyboardInterrupt:  # a command for the store
         return 128 + signal.SIGINT
 
 
@@ -66,10 +68,24 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     serve = commands.add_parser("serve", help="serve until a signal stops the server")
     serve.add_argument("--bind", metavar="ADDRESS", help=_BIND_HELP)
+    serve.add_argument(
+        "--workers",
+        metavar="N",
+        type=_count,
+        default=0,
+        help="serve with N processes; SIGHUP then starts new ones first",
+    )
     serve.add_argument("--reload", action="store_true", help="start anew when the code or lastcall.toml changes")
     commands.add_parser("config", help="print the settings in force, as TOML, and where each comes from")
     add_commands(commands)
     return parser
+
+
+def _count(text: str) -> int:
+    """Raises: ArgumentTypeError: This is not a number from 1 on."""
+    if not text.isascii() or not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} should be a whole number from 1 on")
+    return int(text)
 
 
 def _shadowed_by_folder() -> str:

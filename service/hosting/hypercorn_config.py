@@ -2,13 +2,14 @@
 
 The module takes the address and the certificate from the settings, and makes :mod:`service.hosting.master` the master.
 Both happen when the first name is read: hypercorn imports this module, lists its names and reads them all. An import
-alone changes nothing.
+alone changes nothing. Reading the first name also makes a stop signal end the process with code 0, until the master
+handles it.
 """
 
 from contextlib import ExitStack
 from typing import Any
 
-from service.hosting import master
+from service.hosting.process.early_stop import end_on_stop_signals
 
 NAMES = ("worker_class", "bind", "certfile", "keyfile", "accesslog", "backlog")
 """The names that hypercorn copies into the configuration of its workers."""
@@ -27,6 +28,9 @@ def __getattr__(name: str) -> Any:
     if name not in NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if not _configuration:
+        _installed.callback(end_on_stop_signals())
+        from service.hosting import master  # noqa: PLC0415  takes a moment, in which a stop signal may come
+
         settings = master.take_over(_installed)
         _configuration.update(
             worker_class="trio",

@@ -9,7 +9,6 @@ import gc
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from math import inf
 from typing import Any
 
@@ -21,6 +20,7 @@ from quart import Quart
 
 from service.api.app import attach, detach
 from service.api.http.app_state import refusals_of
+from service.api.http.proxy import SUCCESSORS
 from service.freezes import watch_for_freezes
 from service.hosting.hypercorn.asgi_request import open_requests
 from service.hosting.hypercorn.connections import Connections, Stream
@@ -50,6 +50,8 @@ GARBAGE_AFTER = 10_000
 """New objects after which the garbage collector runs. With Python's default of 700 a worker with 500 streams spends a
 fifth of its time on it, in pieces of 50 ms every half second."""
 
+IDLE_GRACE_MAX_S = 0.5
+"""How long a worker that others have replaced keeps idle connections: a request on them is answered and is the last."""
 VARIABLES_SHOWN_MAX = 20
 
 
@@ -124,6 +126,8 @@ class Hosting(Host):
         self._unread_answers = watch_unread_answers(app, timeout_s=settings.unread_timeout_s)
         self._listeners = Listeners(given_sockets(worker.config))
         self._listener_shutdown = ListenerShutdown(worker, self._listeners)
+        app.extensions[SUCCESSORS] = lambda: worker.master.successors if worker.master is not None else ()
+        self._peer_address: str | None = None
         self._opened = False
         self._closed = trio.Event()  # hypercorn has closed every connection and asks the lifespan to end
         worker.config.shutdown_timeout = settings.shutdown_total_s
@@ -136,7 +140,7 @@ class Hosting(Host):
         with install_in_worker(
             open_connection=self._connections.open,
             serve_listeners=self._listeners.serve_listeners,
-            termination=DeferredTermination(self._shutdown, partial(self._notice.tell, "max requests")),
+            termination=DeferredTermination(self._shutdown, self._wish_to_end),
             context=self._worker.context,
             stop_event=master.stop_event if master is not None else None,
         ):
@@ -155,6 +159,7 @@ class Hosting(Host):
             async with trio.open_nursery() as nursery:
                 try:
                     if self._worker.master is not None:
+                        self._worker.master.tell_begun(self._settings.shutdown_total_s)
                         self._notice.watch(self._worker.master)
                     with watch_for_freezes(counts_frozen_time=lambda: self._shutdown.phase >= Phase.LAME_DUCK):
                         await self._hold_service(nursery, receive, send)
@@ -180,6 +185,7 @@ class Hosting(Host):
                 ) as service,
             ):
                 if peers is not None:
+                    self._peer_address = peers.address
                     peers.take_peers(service.store.peer_secret)
                 self._opened = True
                 gc.freeze()  # modules, routes and schemas live on: the collector need not look through them
@@ -216,9 +222,16 @@ class Hosting(Host):
     async def _announce(self, service: Service) -> None:
         await self._listeners.open.wait()
         self._listener_shutdown.show_serving()
-        self._worker.count_serving()
+        if self._worker.master is not None:
+            self._worker.master.tell_serving(self._peer_address)
         addresses, secure = self._listeners.addresses, self._listeners.secure_addresses
         announce(self._log, self._settings, binds=addresses, secure=secure, store=service.store.name)
+
+    def _wish_to_end(self) -> None:
+        """Stop because of ``--max-requests``: once another worker serves in this place, if the master sees to that."""
+        master = self._worker.master
+        if master is None or not master.ask_for_successor():
+            self._notice.tell("max requests")
 
     async def _leave_clients_to_others(self) -> None:
         await self._shutdown.reached(Phase.DRAINING)
@@ -229,12 +242,23 @@ class Hosting(Host):
     async def close_listeners(self) -> None:
         """For :class:`~service.shutdown.Host`. Idle connections close afterwards; those with a request go on."""
         _expect_ends_only()
+        self._keep_idle_connections()
         await self._listener_shutdown.close_listeners()
 
     def close_listeners_at_once(self) -> bool:
         """For :class:`~service.shutdown.Host`."""
         _expect_ends_only()
+        self._keep_idle_connections()
         return self._listener_shutdown.close_listeners_at_once()
+
+    @property
+    def _leaves(self) -> bool:
+        """Whether others serve in this worker's place."""
+        return self._worker.master is not None and self._worker.master.leaves
+
+    def _keep_idle_connections(self) -> None:
+        if self._leaves:
+            self._connections.idle_grace_s = min(IDLE_GRACE_MAX_S, self._settings.release_timeout_s / 4)
 
     async def _cancel_unopened(self, opening: trio.CancelScope) -> None:
         """End the start when a notice arrives during it; once opened, the service ends by its own phases."""
@@ -250,12 +274,13 @@ class Hosting(Host):
     async def _stop_serving(self) -> None:
         """Let the streams send their last chunk and hypercorn close, for no longer than the release phase."""
         aborted = 0
-        with self._shutdown.noting_faults("refusing requests that have not begun"):
-            self._requests.refuse_uploads()
-            aborted += self._connections.abort_handshakes()
+        if not self._leaves:
+            aborted += self._refuse_unbegun()
         with trio.move_on_after(self._settings.release_timeout_s):
             with trio.move_on_after(self._settings.release_timeout_s / 2):
                 await self._closed.wait()
+            if self._leaves:
+                aborted += self._refuse_unbegun()
             with self._shutdown.noting_faults("closing stalled connections"):
                 aborted += self._connections.abort_stalled()
             await self._closed.wait()
@@ -265,6 +290,13 @@ class Hosting(Host):
             with trio.move_on_after(PHASE_MARGIN_S):
                 await self._closed.wait()
         self._shutdown.note_connections_aborted(aborted)
+
+    def _refuse_unbegun(self) -> int:
+        """Refuse uploads and handshakes that are not complete. Returns the number of connections that are aborted."""
+        with self._shutdown.noting_faults("refusing requests that have not begun"):
+            self._requests.refuse_uploads()
+            return self._connections.abort_handshakes()
+        return 0
 
     async def _end_crashed(self, error: Exception) -> None:
         """End the streams after a crash: the tree has unwound, so they have their terminal events by now."""

@@ -1,52 +1,45 @@
-"""hypercorn's master, corrected: it returns its workers' exit code, and one worker's end does not end the others.
+"""The master: starts workers on shared sockets, replaces them without refusing a client, and returns their exit code.
 
-hypercorn 0.18 always returns 0, because it joins an emptied list, and it stops all workers when one of them is
-killed. Source: https://github.com/pgjones/hypercorn/issues/269. Proven by
-``tests/hosting/test_master.py``.
+It stands in for hypercorn's own master (``hypercorn.run.run``), which always returns 0, stops all workers when one of
+them is killed, and in a reload ends the old workers before it starts new ones.
+Source: https://github.com/pgjones/hypercorn/issues/269. Proven by ``tests/hosting/test_master.py``.
 
-A worker that was killed is replaced. If a start is refused before any worker has served, the service ends: its
+**A reload** (SIGHUP) starts new workers beside the old ones. Once all of the new ones serve, the old ones are told to
+leave: they take no more clients and drain. If a new worker cannot start, the new ones end, and the old ones serve on.
+A worker that has answered its ``--max-requests`` is replaced in the same way.
+
+**A worker that ends by itself** is replaced. If a start is refused before any worker has served, the service ends: its
 settings, its address or its store are wrong. Once a worker has served, the fault may pass (another process holds the
 store's lock, the disk is full, the settings file is being edited): the start is tried again after a pause, and the
 other workers serve on.
-
-This code runs only in the master, where hypercorn's command line reads :mod:`service.hosting.hypercorn_config`.
 """
 
 import atexit
 import os
+import select
 import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from multiprocessing.connection import wait
-from multiprocessing.context import BaseContext
-from multiprocessing.process import BaseProcess
-from multiprocessing.synchronize import Event, Semaphore
-from socket import socket
+from types import FrameType
 from typing import NoReturn
 
 import hypercorn.run
+import hypercorn.utils
 from hypercorn.config import Config, Sockets
-from hypercorn.typing import WorkerFunc
 
 from service.errors import StartupError
-from service.hosting.hypercorn.patches import (
-    POPULATE,
-    Undo,
-    install_in_command_line,
-    install_in_master,
-    replace_clear,
-    replace_join,
-)
-from service.hosting.hypercorn.worker import share_serving_count
+from service.hosting.hypercorn.patches import install_in_command_line
 from service.hosting.listeners.bind import bind_addresses
-from service.hosting.listeners.worker_status import WorkerStatus, statuses_of_others
 from service.hosting.peer_listener import check_sharing
 from service.hosting.process.process_exit import ExitCode, leave, refuse_to_start, say
 from service.hosting.start_pause import StartPause
+from service.hosting.worker_main import SharedFile
+from service.hosting.worker_process import WorkerProcess, start_worker
 from service.settings import Settings, load_settings
 from service.telemetry.logging import configure_logging
 
@@ -55,15 +48,21 @@ REPLACEMENTS_WITHIN_S = 60
 """Window of the count above: if workers die more often than this, another start will not help."""
 STOP_SLACK_S = 1
 """Time that workers may take beyond their own bound on a shutdown, before they are killed."""
-STOP_POLL_INTERVAL_S = 0.25
+START_MAX_S = 60
+"""How long a worker may take to start while others serve. The first start has no bound: a recovery may be long."""
+SETS_OF_WORKERS_MAX = 3
+"""Bound on the processes, as a multiple of the workers: one set serves, one starts, and one drains."""
 WAIT_MAX_S = 86_400
 """Bound on one wait: poll(2) takes milliseconds in 31 bits, which is 24 days, and settings allow a year."""
+CODE_POLL_INTERVAL_S = 1.0
+"""How often hypercorn's ``--reload`` looks at the files of the code."""
 AT_ONCE_S = 10
 AT_ONCE_MAX = 10
-"""How many workers in a row may end with code 0 within ``AT_ONCE_S`` of their start, without a reload and without
-``--max-requests``: after so many the next one would end too. A start alone takes seconds on a busy machine."""
+"""How many workers in a row may end with code 0 within ``AT_ONCE_S`` of their start without being told to: after so
+many the next one would end too. A start alone takes seconds on a busy machine."""
 DIED = (ExitCode.WATCHDOG, ExitCode.FAULTS)
 """Codes of a worker that has stopped with a fault. The other workers serve on, and the worker is replaced."""
+ENDED_BY_SIGTERM = 128 + signal.SIGTERM
 
 
 def take_over(installed: ExitStack) -> Settings:
@@ -80,147 +79,284 @@ def take_over(installed: ExitStack) -> Settings:
 
 
 def run(settings: Settings, config: Config) -> NoReturn:
-    """Run hypercorn's ``run``, and end the process with the exit code of the workers."""
+    """Stand in for hypercorn's ``run``, and end the process with the exit code of the workers."""
     configure_logging(settings)
-    with ExitStack() as installed:
-        try:
-            check_sharing(settings, workers=config.workers)
-            workers = Workers(stop_timeout_s=settings.shutdown_total_s + STOP_SLACK_S)
-            installed.enter_context(workers.install())
-            bind_addresses(config)
-        except StartupError as error:
-            refuse_to_start(error)
+    try:
+        check_sharing(settings, workers=config.workers)
+        if config.worker_class != "trio" and config.workers:
+            raise StartupError("Lastcall runs on Trio: start hypercorn with --worker-class trio.")
+        bind_addresses(config)
+    except StartupError as error:
+        refuse_to_start(error)
+    if config.workers == 0:
         code = hypercorn.run.run(config)
-    atexit._run_exitfuncs()  # multiprocessing's semaphores are named, and unlinked there
+    else:
+        if config.pid_path is not None:
+            hypercorn.utils.write_pid_file(config.pid_path)
+        code = Workers(config, config.create_sockets(), stop_timeout_s=settings.shutdown_total_s).run()
+    atexit._run_exitfuncs()
     leave(code)
 
 
 class Workers:
-    """Starts, waits for and joins the workers. The methods stand in for hypercorn's functions with the same names.
+    """Starts, replaces and ends the workers.
 
     Args:
-        stop_timeout_s: How long to wait for workers once the service stops; after that they are killed.
+        sockets: The sockets that the workers share. A client that the kernel has accepted waits there for any worker.
+        stop_timeout_s: The bound on the stop of a worker that has not told its own.
+        start: Starts a worker; as :func:`service.hosting.worker_process.start_worker`.
     """
 
-    def __init__(self, *, stop_timeout_s: float) -> None:
+    def __init__(
+        self,
+        config: Config,
+        sockets: Sockets,
+        *,
+        stop_timeout_s: float,
+        start: Callable[..., WorkerProcess] = start_worker,
+    ) -> None:
+        self._config = config
+        self._sockets = sockets
         self._stop_timeout_s = stop_timeout_s
+        self._start = start
+        self._status_file = SharedFile(os.memfd_create("lastcall-worker-status"))
+        self._workers: list[WorkerProcess] = []
+        self._generation = 0
+        self._reload_wanted = False
+        self._stopping = False
         self._has_served = False
         self._pause = StartPause()
-        self._start_is_due = False
-        self._serving_count: Semaphore | None = None
-        self._sockets: Sequence[socket] = ()
-        self._workers_wanted = 0
         self._died_at: deque[float] = deque(maxlen=REPLACEMENTS_MAX)
-        self._started_at: dict[int | None, float] = {}
         self._ended_at_once = 0
-        self._few_requests = False
-        self._reloaded = False
-        self._joining_since: float | None = None
         self._code = 0
-        self._start: Callable[..., None] = POPULATE.current
-        self._stop_event: Event | None = None
-        self._undo_clear: Undo = _nothing
-        self._undo_joins: list[tuple[BaseProcess, Undo]] = []
+        self._woken_by = -1
 
-    def populate(  # noqa: PLR0917  as hypercorn calls it
-        self,
-        processes: list[BaseProcess],
-        config: Config,
-        worker_func: WorkerFunc,
-        sockets: Sockets,
-        stop_event: Event,
-        context: BaseContext,
-    ) -> None:
-        """Start the workers that are missing, unless a pause runs or the service stops."""
-        self._stop_event = stop_event
-        self._start_is_due = len(processes) < config.workers
-        if self._start_is_due and (self._pause.is_running or stop_event.is_set()):
+    # The loop
+
+    def run(self) -> int:
+        """Run the workers until a signal, or an end that no replacement would help. Returns the exit code."""
+        code_changed = self._watch_code() if self._config.use_reloader else lambda: False
+        with self._handling_signals():
+            while not self._stopping:
+                self.advance()
+                if not self._stopping:
+                    self._wait(self._next_look_s())
+                    self._reload_wanted = self._reload_wanted or code_changed()
+            self._stop()
+        os.close(self._status_file.descriptor)
+        for sock in (*self._sockets.secure_sockets, *self._sockets.insecure_sockets):
+            sock.close()
+        return self._code
+
+    def advance(self) -> None:
+        """Do all that is due now. Never waits."""
+        self._take_messages()
+        for worker in self._take_ended():
+            self._judge(worker)
+        if self._stopping:
             return
-        self._start_is_due = False
-        self._serving_count = share_serving_count(config, context)
-        self._workers_wanted = config.workers
-        self._sockets = [*sockets.secure_sockets, *sockets.insecure_sockets]
-        self._few_requests = config.max_requests is not None
-        self._undo_clear()  # workers get a copy of the event, and the copy must have hypercorn's own methods
-        self._undo_clear = _nothing
-        self._start(processes, config, worker_func, sockets, stop_event, context)
-        self._undo_clear = replace_clear(stop_event, self._note_reload)
+        self._kill_late()
+        self._end_late_starts()
+        self._begin_reload()
+        self._start_missing()
+        self._let_stale_leave()
+
+    def _wait(self, for_s: float) -> None:
+        """Wait until a worker has ended or tells something, until a signal, or for this time."""
+        waited_for: list[object] = [it for worker in self._workers for it in worker.waited_for]
+        if self._woken_by >= 0:
+            waited_for.append(self._woken_by)
+        ready = wait(waited_for, min(for_s, WAIT_MAX_S))  # type: ignore[arg-type]
+        if self._woken_by in ready:
+            with suppress(BlockingIOError):
+                os.read(self._woken_by, 1 << 16)
+
+    def _next_look_s(self) -> float:
+        """How long nothing is due, if nothing happens."""
         now = time.monotonic()
-        self._joining_since = None
-        for process in processes:
-            self._started_at.setdefault(process.pid, now)
-            if not any(process is it for it, _ in self._undo_joins):
-                self._undo_joins.append((process, replace_join(process, partial(self._join, process))))
+        due = [now + CODE_POLL_INTERVAL_S if self._config.use_reloader else now + WAIT_MAX_S]
+        due += [worker.end_by for worker in self._workers if worker.end_by is not None]
+        due += [it.started_at + START_MAX_S for it in self._active if not it.serves]
+        if self._missing and self._pause.is_running:
+            due.append(now + self._pause.left_s)
+        return max(min(due) - now, 0.001)
 
-    def _join(self, process: BaseProcess, timeout: float | None = None) -> None:
-        """Stand in for a process's ``join``, with a bound: hypercorn's reload calls ``join`` in a signal handler.
+    @contextmanager
+    def _handling_signals(self) -> Iterator[None]:
+        """Note signals, and wake the loop by them. At the end they are ignored: the process is exiting."""
 
-        During that call no other signal is handled, so a worker that hangs would keep the master for ever. The wait
-        stays in waitpid(2), because workers tell a reload from a stop by it (``Master.waits_for``).
-        """
-        if timeout is not None:
-            type(process).join(process, timeout)
-            return
+        def stop(_number: int, _frame: FrameType | None) -> None:
+            self._stopping = True
 
-        def kill(*_: object) -> None:
-            say(f"killing worker {process.pid}, which did not stop in time", level="error")
-            process.kill()
+        def reload(_number: int, _frame: FrameType | None) -> None:
+            self._reload_wanted = True
 
-        self._joining_since = self._joining_since or time.monotonic()
-        left_s = self._joining_since + self._stop_timeout_s - time.monotonic()
-        before = signal.signal(signal.SIGALRM, kill)
-        signal.setitimer(signal.ITIMER_REAL, max(left_s, 0.001))
+        self._woken_by, waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        before = signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
+        signal.signal(signal.SIGHUP, reload)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, stop)
         try:
-            type(process).join(process)
+            yield
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)
+            signal.set_wakeup_fd(before)
+            os.close(waker)
+            os.close(self._woken_by)
+            self._woken_by = -1
 
-    def wait(self, sentinels: Iterable[int], timeout: float | None = None) -> Sequence[object]:
-        """Return when a worker has ended, or when all are to stop, also if a worker hangs.
+    def _watch_code(self) -> Callable[[], bool]:
+        """Return what tells whether the code has changed, as hypercorn's ``--reload`` does."""
+        hypercorn.utils.load_application(self._config.application_path, self._config.wsgi_max_body_size)
+        return partial(hypercorn.utils.check_for_updates, hypercorn.utils.files_to_watch())
 
-        During a pause this returns from time to time, so that hypercorn sees that it is to stop. With ``--reload``
-        hypercorn gives a timeout, and starts workers only once this returns a list that is not empty.
-        """
-        waited_for = list(sentinels)
-        while True:
-            ended = wait(waited_for, STOP_POLL_INTERVAL_S if timeout is None else timeout)
-            if ended:
-                return ended
-            if self._start_is_due:
-                return [] if self._pause.is_running else [self._pause]
-            if timeout is not None or (self._stop_event is not None and self._stop_event.is_set()):
-                return []
+    # Which workers there are
 
-    def join_exited(self, processes: list[BaseProcess]) -> int:
-        """Remove the workers that have ended from the list. The list is empty if this returns a code other than 0."""
-        assert self._stop_event is not None
-        self._count_serving()
-        stopping = self._stop_event.is_set()
-        exited = self._take_exited(processes)
-        for process in exited:
-            code = _exit_code(process)
-            if not stopping and self._may_try_again(code):
-                self._try_again_later(f"worker {process.pid} could not start (code {code})")
-            elif stopping or not self._may_replace(process, code):
-                self._note_code(code)
-        if not stopping and self._end_at_once(exited):
+    @property
+    def _active(self) -> list[WorkerProcess]:
+        """The workers that are not told to end."""
+        return [worker for worker in self._workers if worker.end_by is None]
+
+    def _is_stale(self, worker: WorkerProcess) -> bool:
+        """Whether another worker is to take this worker's place."""
+        return worker.generation < self._generation or worker.wants_successor
+
+    @property
+    def _fresh(self) -> list[WorkerProcess]:
+        return [worker for worker in self._active if not self._is_stale(worker)]
+
+    @property
+    def _missing(self) -> int:
+        return self._config.workers - len(self._fresh)
+
+    @property
+    def _is_reloading(self) -> bool:
+        return any(worker.generation < self._generation for worker in self._active)
+
+    def _start_missing(self) -> None:
+        """Start the workers that are missing, unless a pause runs or too many old ones still drain."""
+        if self._missing <= 0 or self._pause.is_running:
+            return
+        room = SETS_OF_WORKERS_MAX * self._config.workers - len(self._workers)
+        if any(self._is_stale(worker) and worker.serves for worker in self._active):
+            # One after the other: a start takes a second of a core, which the workers that serve need too. And a fault
+            # that all starts would have is seen by the first of them.
+            room = min(room, 1 - sum(not worker.serves for worker in self._fresh))
+        for _ in range(min(self._missing, room)):
+            worker = self._start(
+                self._config,
+                self._sockets,
+                self._status_file,
+                generation=self._generation,
+                stop_within_s=self._stop_timeout_s,
+            )
+            self._workers.append(worker)
+
+    def _take_messages(self) -> None:
+        for worker in self._workers:
+            served = worker.serves
+            worker.take_messages()
+            if worker.serves and not served:
+                self._has_served = True
+                self._pause.forget_refusals()
+
+    def _take_ended(self) -> list[WorkerProcess]:
+        """Remove the workers that have ended, and return them."""
+        ended = [worker for worker in self._workers if worker.exit_code is not None]
+        self._workers = [worker for worker in self._workers if worker not in ended]
+        for worker in ended:
+            worker.take_messages()
+        return ended
+
+    def _kill_late(self) -> None:
+        now = time.monotonic()
+        for worker in self._workers:
+            if worker.end_by is not None and worker.end_by <= now:
+                say(f"killing worker {worker.pid}, which did not stop in time", level="error")
+                worker.process.kill()
+                worker.end_by = now + STOP_SLACK_S
+
+    # A reload
+
+    def _begin_reload(self) -> None:
+        """Begin the reload that an operator wants, once no other reload is under way."""
+        if not self._reload_wanted or self._is_reloading:
+            return
+        if len(self._workers) > (SETS_OF_WORKERS_MAX - 1) * self._config.workers:
+            return  # the old workers of the last two reloads still drain
+        self._reload_wanted = False
+        self._generation += 1
+        self._pause.end()
+        self._ended_at_once = 0
+
+    def _let_stale_leave(self) -> None:
+        """Tell the workers that are replaced to leave, once enough others serve: in a reload, a whole new set."""
+        new = [worker for worker in self._active if worker.generation == self._generation]
+        spare = sum(worker.serves for worker in new) - self._config.workers
+        if spare < 0:
+            return
+        if self._is_reloading:
+            old = [worker for worker in self._active if worker.generation < self._generation]
+            say(f"reloaded: {self._config.workers + spare} new workers serve, {len(old)} old ones drain", level="info")
+            self._end(old)
+        self._end([worker for worker in new if worker.wants_successor and worker.serves][:spare])
+
+    def _end(self, workers: Sequence[WorkerProcess]) -> None:
+        """Have workers end while others serve."""
+        addresses = [it.peer_address for it in self._active if it.serves and it not in workers]
+        for worker in workers:
+            worker.tell_leave(addresses, slack_s=STOP_SLACK_S)
+            if not worker.has_begun:
+                worker.process.terminate()
+
+    def _fail_reload(self, why: str) -> None:
+        """Give the reload up: its workers end, and the workers before it are to stay."""
+        old = [worker for worker in self._active if worker.generation < self._generation]
+        new = [worker for worker in self._active if worker.generation == self._generation]
+        say(f"the reload failed, {len(old)} old workers serve on: {why}", level="error")
+        self._end(new)
+        self._generation += 1
+        for worker in old:
+            worker.generation = self._generation
+
+    def _end_late_starts(self) -> None:
+        """End the starts that take too long while others serve, as if they were refused."""
+        now = time.monotonic()
+        late = [it for it in self._active if not it.serves and it.started_at + START_MAX_S <= now]
+        if not late or not any(worker.serves for worker in self._active):
+            return
+        why = f"worker {late[0].pid} does not serve after {START_MAX_S} s"
+        if self._is_reloading:
+            self._fail_reload(why)
+        else:
+            self._try_again_later(why)
+            self._end(late)
+
+    # The end of a worker
+
+    def _judge(self, worker: WorkerProcess) -> None:
+        """Decide what the end of a worker means: nothing, another start, or the end of the service."""
+        code, pid = worker.exit_code or 0, worker.pid
+        worker.release()
+        if worker.end_by is not None:
+            if code and not (code == ENDED_BY_SIGTERM and not worker.has_begun):
+                say(f"worker {pid} ended with code {code}, after it was told to end")
+        elif not worker.serves and worker.generation < self._generation:
+            pass  # a newer one starts in its place, or its reload has failed
+        elif not worker.serves and self._is_reloading:
+            self._fail_reload(_could_not_start(pid, code, worker.refusal))
+        elif self._may_try_again(code):
+            self._try_again_later(_could_not_start(pid, code, worker.refusal))
+        elif not self._may_replace(pid, code):
+            self._give_up(code)
+        elif code == 0 and self._ends_at_once(worker):
             what = f"workers end at once, {self._ended_at_once} times in a row"
             if self._has_served:
                 self._try_again_later(what)
             else:
                 say(f"{what}, giving up", level="error")
-                self._note_code(ExitCode.REFUSED)
-        if stopping or self._code:
-            self._stop_event.set()
-            self._join_all(processes)
-        return self._code
-
-    def _count_serving(self) -> None:
-        """Read from the shared count whether workers have begun to serve since the last call."""
-        while self._serving_count is not None and self._serving_count.acquire(block=False):
-            self._has_served = True
-            self._pause.forget_refusals()
+                self._give_up(ExitCode.REFUSED)
 
     def _may_try_again(self, code: int) -> bool:
         """Whether this exit code means a start that failed and may succeed later."""
@@ -231,23 +367,15 @@ class Workers:
         if self._pause.is_running:
             return
         pause_s = self._pause.begin()
-        serving = list(statuses_of_others(self._sockets, parent=os.getpid())).count(WorkerStatus.SERVING)
+        serving = sum(worker.serves for worker in self._active)
         meanwhile = (
-            f"{serving} of {self._workers_wanted} workers serve on"
+            f"{serving} of {self._config.workers} workers serve on"
             if serving
             else "no worker serves until then, and clients wait"
         )
         say(f"{what}; the next start is tried in {pause_s:g} s, {meanwhile}")
 
-    def _note_code(self, code: int) -> None:
-        """Keep this code as the exit code of the service, if it is the first that is not 0.
-
-        Once a worker has served, a start that is refused during the stop does not count.
-        """
-        if not (self._has_served and code == ExitCode.REFUSED):
-            self._code = self._code or code
-
-    def _may_replace(self, process: BaseProcess, code: int) -> bool:
+    def _may_replace(self, pid: int | None, code: int) -> bool:
         if code == 0:
             return True
         if code < 128 and code not in DIED:
@@ -258,72 +386,76 @@ class Workers:
             return False
         self._died_at.append(now)
         how = signal.Signals(code - 128).name if code > 128 else f"with code {code}"
-        say(f"worker {process.pid} ended by {how}, another one takes its place")
+        say(f"worker {pid} ended by {how}, another one takes its place")
         return True
 
-    def _end_at_once(self, exited: list[BaseProcess]) -> bool:
+    def _ends_at_once(self, worker: WorkerProcess) -> bool:
         """Whether so many workers have ended with code 0 right after their start that the next ones would too."""
-        now = time.monotonic()
-        ages_s = [(_exit_code(process), now - self._started_at.pop(process.pid, 0)) for process in exited]
-        lived_s = [age_s for code, age_s in ages_s if code == 0]
-        if self._few_requests or self._reloaded or any(it > AT_ONCE_S for it in lived_s):
-            self._ended_at_once, self._reloaded = 0, False
-        elif lived_s:
+        if time.monotonic() - worker.started_at > AT_ONCE_S:
+            self._ended_at_once = 0
+        else:
             self._ended_at_once += 1
         return self._ended_at_once > AT_ONCE_MAX
 
-    @contextmanager
-    def install(self) -> Iterator[None]:
-        """Put these methods in the place of hypercorn's functions until the context is left."""
-        with install_in_master(populate=self.populate, wait=self.wait, join_exited=self.join_exited):
-            try:
-                yield
-            finally:
-                self._restore()
+    # The end of the service
 
-    def _restore(self) -> None:
-        """Give the master's event and the remaining processes their own methods back."""
-        self._undo_clear()
-        self._undo_clear = _nothing
-        for _, undo in self._undo_joins:
-            undo()
-        self._undo_joins.clear()
+    def _give_up(self, code: int) -> None:
+        """End the service with this code."""
+        self._note_code(code)
+        self._stopping = True
 
-    def _take_exited(self, processes: list[BaseProcess]) -> list[BaseProcess]:
-        exited = [process for process in processes if process.exitcode is not None]
-        for process in exited:
-            processes.remove(process)
-        self._undo_joins = [it for it in self._undo_joins if all(it[0] is not process for process in exited)]
-        return exited
+    def _note_code(self, code: int) -> None:
+        """Keep this code as the exit code of the service, if it is the first that is not 0.
 
-    def _note_reload(self) -> None:
-        """Stand in for the event's ``clear``, which hypercorn calls after a reload, when all workers have ended."""
-        assert self._stop_event is not None
-        type(self._stop_event).clear(self._stop_event)
-        self._reloaded = True
-        self._pause.end()
+        Once a worker has served, a start that is refused during the stop does not count.
+        """
+        if not (self._has_served and code == ExitCode.REFUSED):
+            self._code = self._code or code
 
-    def _join_all(self, processes: list[BaseProcess]) -> None:
-        deadline = time.monotonic() + self._stop_timeout_s
-        while processes:
-            left_s = max(deadline - time.monotonic(), 0)
-            wait([process.sentinel for process in processes], min(left_s, WAIT_MAX_S))
-            late = time.monotonic() >= deadline
-            if late:
-                say(f"killing {len(processes)} workers that did not stop in time", level="error")
-                for process in processes:
-                    process.kill()
-                    process.join()
-            codes = [_exit_code(process) for process in self._take_exited(processes)]
-            for code in [ExitCode.WATCHDOG] if late else codes:
-                self._note_code(code)
+    def _stop(self) -> None:
+        """Tell all workers to stop, and wait for their ends; kill those that are late."""
+        for worker in self._workers:
+            worker.tell_stop(slack_s=STOP_SLACK_S)
+        self._take_messages()
+        self._end_starts(hurry=not self._clients_wait())
+        while self._workers:
+            now = time.monotonic()
+            if all(worker.end_by is not None and worker.end_by - STOP_SLACK_S <= now for worker in self._workers):
+                self._end_starts(hurry=True)
+            if late := [it for it in self._workers if it.end_by is not None and it.end_by <= now]:
+                say(f"killing {len(late)} workers that did not stop in time", level="error")
+                for worker in late:
+                    worker.process.kill()
+                    worker.process.join()
+                self._note_code(ExitCode.WATCHDOG)
+            self._take_messages()
+            for worker in self._take_ended():
+                code = worker.exit_code or 0
+                worker.release()
+                if worker not in late and not (code == ENDED_BY_SIGTERM and not worker.has_begun):
+                    self._note_code(code)
+            if self._workers:
+                ends = [worker.end_by for worker in self._workers if worker.end_by is not None]
+                due = [*ends, *(end - STOP_SLACK_S for end in ends if end - STOP_SLACK_S > now)]
+                self._wait(max(min(due) - now, 0.001))
+
+    def _end_starts(self, *, hurry: bool) -> None:
+        """End the workers that do not handle signals yet, which is at once.
+
+        Without a hurry they go on if only they could answer the clients that wait.
+        """
+        if hurry or any(worker.has_begun for worker in self._workers):
+            for worker in self._workers:
+                if not worker.has_begun:
+                    worker.process.terminate()
+
+    def _clients_wait(self) -> bool:
+        """Whether a client waits for a worker to accept it."""
+        poll = select.poll()
+        for sock in (*self._sockets.secure_sockets, *self._sockets.insecure_sockets):
+            poll.register(sock.fileno(), select.POLLIN)
+        return any(events & select.POLLIN for _, events in poll.poll(0))
 
 
-def _nothing() -> None:
-    """Stand in for an undo function where nothing is to be undone."""
-
-
-def _exit_code(process: BaseProcess) -> int:
-    """Return the exit code as a shell gives it: 128 plus the signal for a process that was killed."""
-    code = process.exitcode or 0
-    return 128 - code if code < 0 else code
+def _could_not_start(pid: int | None, code: int, reason: str) -> str:
+    return f"worker {pid} could not start (code {code}{': ' + reason if reason else ''})"

@@ -18,6 +18,10 @@ class StartPause:
     def is_running(self) -> bool:
         return time.monotonic() < self._until
 
+    @property
+    def left_s(self) -> float:
+        return max(self._until - time.monotonic(), 0)
+
     def begin(self) -> float:
         """Begin a pause after a refused start, twice as long as the last one. Returns its length in seconds."""
         self._length_s = min(2 * self._length_s, MAX_S) or FIRST_S

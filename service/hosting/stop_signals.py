@@ -2,22 +2,21 @@
 
 ==================  ===============================================================================
 SIGTERM, SIGINT     to this process, or to the whole group; from the master once another worker ends
-SIGHUP              a terminal that was closed; with a master, a reload that went to the group
-the master's event  the master was told to stop, or to reload
+SIGHUP              a terminal that was closed; with hypercorn's master, a reload that went to the group
+the master          it stops the service, or other workers serve in this worker's place
 the master's death  no other process would stop this worker
-``terminate``       hypercorn's own wish, by ``--max-requests``
+``terminate``       hypercorn's own wish, by ``--max-requests``, where its own master runs
 ``terminated``      hypercorn has stopped serving for a reason of its own: the backup of all others
 ==================  ===============================================================================
 
-The first one counts. Each of them starts the watchdog where it is seen. Signals and the master's event are seen outside
+The first one counts. Each of them starts the watchdog where it is seen. Signals and the master's word are seen outside
 of the event loop, so a blocked event loop cannot keep the process alive.
 """
 
-import select
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from functools import partial
@@ -34,9 +33,6 @@ from service.stop_state import Phase
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SECOND_PRESS_S = 0.25
 """A terminal's Ctrl+C reaches a worker twice, as SIGINT and by the master: only a later SIGINT is a second Ctrl+C."""
-MASTER_POLL_MS = 5
-"""How often to look at the master's event: a blocking wait for it would need the event's locks, and a worker that is
-killed during the wait would leave the locks taken for ever."""
 
 
 class Notice:
@@ -96,21 +92,11 @@ class Notice:
                 signal.signal(signum, signal.SIG_IGN)
 
     def watch(self, master: Master) -> None:
-        """Watch the master in a thread, at about a tenth of the cost of a poll in the event loop."""
-        watch = threading.Thread(target=_watch_master, args=(master, self.tell), name="master watch", daemon=True)
+        """Watch the master in a thread: a blocked event loop does not delay the notice."""
+        watch = threading.Thread(target=master.watch, args=(self.tell,), name="master watch", daemon=True)
         watch.start()
 
     async def watch_hypercorn(self, context: WorkerContext) -> None:
         """Give notice once hypercorn's listeners are closed, by this service or by hypercorn itself."""
         await context.terminated.wait()
         self.tell("hypercorn stops")
-
-
-def _watch_master(master: Master, tell: Callable[[str], None]) -> None:
-    death = select.poll()
-    death.register(master.sentinel, select.POLLIN)
-    while True:
-        if death.poll(MASTER_POLL_MS):
-            return tell("the master died")
-        if master.wants_stop():
-            return tell("the master stops or reloads")

@@ -3,12 +3,14 @@
 import atexit
 import ctypes
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import trio
@@ -43,6 +45,16 @@ async def refusing_at_times(*args: Any, **options: Any) -> AsyncIterator[Service
         raise StartupError("the disk is full")
     async with open_service(*args, **options) as service:
         yield service
+
+
+def faulty_as_told() -> Any:
+    """To be called: what the file named by FAULT says goes wrong in this start."""
+    fault = Path(os.environ["FAULT"]).read_text()
+    if fault == "import":
+        raise ImportError("no module of that name")
+    if fault == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return refusing if fault == "refuse" else open_service
 
 
 def without_threads() -> Any:

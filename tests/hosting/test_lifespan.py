@@ -1,6 +1,7 @@
 """The lifespan: hypercorn's behaviour when one ends early, and the service's lifespan in a real process."""
 
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -73,13 +74,18 @@ async def test_a_signal_during_the_start_ends_it_cleanly(tmp_path: Path, host: s
 
 @pytest.mark.parametrize("host", ["hypercorn-1", "configured-1", "configured-2"])
 async def test_clients_that_wait_for_a_start_that_is_given_up_get_503(tmp_path: Path, host: str) -> None:
-    """Clients that connect while a reload starts new workers wait for these workers."""
+    """Clients that connect while no worker serves wait for the next ones: in a reload of hypercorn's own master, and
+    where workers of ours have died."""
     slow = tmp_path / "slow"
     async with open_host(tmp_path, host, broken="slow_to_open_again", SLOW=slow) as server:
         with trio.fail_after(CAP_S):
             await server.wait_logged('"serving"', times=int(host[-1]))
             slow.touch()
-            server.signal_main(signal.SIGHUP)
+            if host == "hypercorn-1":
+                server.signal_main(signal.SIGHUP)
+            else:
+                for worker in server.workers():
+                    os.kill(worker, signal.SIGKILL)
             await server.wait_logged("opening", times=int(host[-1]))
             clients = [await trio.open_tcp_stream("127.0.0.1", server.port) for _ in range(10)]
             for client in clients:

@@ -1,345 +1,557 @@
-"""The corrections of hypercorn's master. Its exit codes and its behaviour as a process: ``test_exit_codes.py``."""
+"""The master's decisions, on workers and a clock that are set by hand. As a process: ``test_exit_codes.py``, and
+``tests/process/test_reload.py``."""
 
 import inspect
 import json
-import multiprocessing
 import os
-import signal
-import time
-from contextlib import closing, suppress
-from multiprocessing.process import BaseProcess
-from multiprocessing.synchronize import Event
-from types import CodeType, SimpleNamespace
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, cast
 
 import hypercorn.run
 import pytest
 from hypercorn.config import Config, Sockets
 
-from service.hosting import master, start_pause
-from service.hosting.hypercorn.worker import Worker
-from service.hosting.master import AT_ONCE_MAX, AT_ONCE_S, DIED, REPLACEMENTS_MAX, REPLACEMENTS_WITHIN_S, Workers
+from service.hosting import master, start_pause, worker_process
+from service.hosting.master import (
+    AT_ONCE_MAX,
+    AT_ONCE_S,
+    DIED,
+    REPLACEMENTS_MAX,
+    REPLACEMENTS_WITHIN_S,
+    START_MAX_S,
+    STOP_SLACK_S,
+    Workers,
+)
+from service.hosting.master_link import Message
 from service.hosting.process.process_exit import ExitCode, say
 from service.hosting.start_pause import FIRST_S, MAX_S
+from service.hosting.worker_process import WorkerProcess
 from tests.kept_log import FORMATS, Format, kept_log
 
-
-def test_hypercorn_still_takes_these_names_from_its_module() -> None:
-    assert {"_populate", "wait", "_join_exited"} <= set(hypercorn.run.run.__code__.co_names)
-
-
-def ended(exit_code: int) -> BaseProcess:
-    return cast("BaseProcess", SimpleNamespace(pid=1, exitcode=exit_code, join=lambda: None))
-
-
-def living() -> BaseProcess:
-    return ended(cast("int", None))
-
-
-FORK = multiprocessing.get_context("fork")
-
-
-@pytest.fixture
-def workers() -> Workers:
-    made = Workers(stop_timeout_s=0)
-    made._stop_event = FORK.Event()
-    return made
-
-
-def populate(workers: Workers, processes: list[BaseProcess], config: Config | None = None) -> None:
-    """Call ``populate`` as hypercorn does, once a round."""
-    workers.populate(
-        processes, config or Config(), cast("Any", None), Sockets([], [], []), stop_event_of(workers), FORK
-    )
-
-
-def join(workers: Workers, exit_code: int) -> int:
-    """A worker has ended with this code while the service runs. Returns hypercorn's code; 0: replace the worker."""
-    return workers.join_exited([ended(exit_code)])
+REFUSED = ExitCode.REFUSED
+STOP_TIMEOUT_S = 5.0
 
 
 @pytest.mark.removal
 def test_hypercorns_own_join_still_forgets_the_code_by_its_second_call() -> None:
-    """This test fails once the master returns its workers' codes; then Workers is only needed for the replacing."""
-    processes = [ended(71)]
-    cast("SimpleNamespace", processes[0]).join = lambda: None
+    """This test fails once the master returns its workers' codes; then ours is only needed for the replacing."""
+    processes: Any = [SimpleNamespace(exitcode=71, join=lambda: None)]
     assert hypercorn.run._join_exited(processes) == 71
     assert hypercorn.run._join_exited(processes) == 0
 
 
+@pytest.mark.removal
+def test_a_reload_of_hypercorn_still_ends_the_old_workers_first() -> None:
+    """This test fails once hypercorn's reload starts new workers first, or waits elsewhere than in its handler."""
+    reload = inspect.getsource(hypercorn.run.run).partition("def reload")[2].partition("def shut")[0]
+    assert re.findall(r"shutdown_event\.set|process\.join\(\)|shutdown_event\.clear|_populate", reload) == [
+        "shutdown_event.set",
+        "process.join()",
+        "shutdown_event.clear",
+    ]
+
+
+class FakeWorker(WorkerProcess):
+    """A worker without a process."""
+
+    def __init__(self, pid: int, *, generation: int, stop_within_s: float) -> None:
+        self.fake = SimpleNamespace(pid=pid, exitcode=None, kill=self._kill, terminate=self._terminate)
+        self.signals: list[str] = []
+        self.told: list[str] = []
+        super().__init__(cast("Any", self.fake), cast("Any", None), generation=generation, stop_within_s=stop_within_s)
+
+    def _kill(self) -> None:
+        self.signals.append("SIGKILL")
+
+    def _terminate(self) -> None:
+        self.signals.append("SIGTERM")
+
+    def _tell(self, text: str) -> None:
+        self.told.append(text)
+
+    def release(self) -> None:
+        pass
+
+    def serve(self) -> None:
+        self.has_begun = True
+        self._note(Message.SERVING, f"@{self.pid}")
+
+    def end(self, code: int) -> None:
+        self.fake.exitcode = code
+
+
+class Service:
+    """A master whose workers and whose clock are set by hand."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, workers: int = 2) -> None:
+        self.now = 1000.0
+        self.started: list[FakeWorker] = []
+        clock = SimpleNamespace(monotonic=lambda: self.now)
+        for module in (master, start_pause, worker_process):
+            monkeypatch.setattr(module, "time", clock)
+        config = Config.from_mapping(workers=workers)
+        self.workers = Workers(
+            config, Sockets([], [], []), stop_timeout_s=STOP_TIMEOUT_S, start=cast("Any", self._start)
+        )
+        self.advance()
+
+    def _start(self, _config: Config, *_: object, generation: int, stop_within_s: float) -> WorkerProcess:
+        worker = FakeWorker(len(self.started), generation=generation, stop_within_s=stop_within_s)
+        # The master counts a worker as serving when it reads the worker's message.
+        worker.take_messages = lambda: None  # type: ignore[method-assign]
+        self.started.append(worker)
+        return worker
+
+    def advance(self, by_s: float = 0.0) -> None:
+        self.now += by_s
+        self.workers.advance()
+
+    def serve(self, *workers: FakeWorker) -> None:
+        """Have workers tell that they serve; without one, all that start."""
+        for worker in workers or [it for it in self.started if it.end_by is None and it.exit_code is None]:
+            worker.take_messages = worker.serve  # type: ignore[method-assign]
+        self.advance()
+
+    def end(self, worker: FakeWorker, code: int, *, after_s: float = AT_ONCE_S + 1) -> None:
+        self.now += after_s
+        worker.end(code)
+        self.advance()
+
+    def reload(self) -> None:
+        self.workers._reload_wanted = True
+        self.advance()
+
+    def finish_reload(self) -> None:
+        """Have the new workers serve, which start one after the other."""
+        self.serve()
+        self.serve()
+
+    @property
+    def alive(self) -> int:
+        return sum(worker.exit_code is None for worker in self.started)
+
+    @property
+    def is_stopping(self) -> bool:
+        return self.workers._stopping
+
+    @property
+    def code(self) -> int:
+        return self.workers._code
+
+    def starts_after(self, pause_s: float) -> bool:
+        """Whether the next start comes after exactly this time, within 10 ms."""
+        before = len(self.started)
+        self.advance(pause_s - 0.01)
+        too_early = len(self.started) > before
+        self.advance(0.02)
+        return not too_early and len(self.started) > before
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
+    service = Service(monkeypatch)
+    yield service
+    os.close(service.workers._status_file.descriptor)
+
+
+@pytest.fixture
+def serving(service: Service) -> Service:
+    service.serve()
+    return service
+
+
+# Ends of workers
+
+
 @pytest.mark.parametrize("exit_code", [0, -9, *DIED])
-def test_a_worker_that_stopped_or_died_is_replaced(workers: Workers, exit_code: int) -> None:
-    processes = [ended(exit_code), alive := living()]
-    assert workers.join_exited(processes) == 0
-    assert processes == [alive]
-    assert workers._stop_event is not None
-    assert not workers._stop_event.is_set()
+def test_a_worker_that_stopped_or_died_is_replaced(service: Service, exit_code: int) -> None:
+    service.end(service.started[0], exit_code)
+    assert len(service.started) == 3
+    assert not service.is_stopping
 
 
 @pytest.mark.parametrize("exit_code", [1, 71, 78])
-def test_a_fault_that_the_next_worker_would_have_too_ends_the_service(workers: Workers, exit_code: int) -> None:
-    assert join(workers, exit_code) == exit_code
-    assert workers._stop_event is not None
-    assert workers._stop_event.is_set()
+def test_a_fault_that_the_next_worker_would_have_too_ends_the_service(service: Service, exit_code: int) -> None:
+    service.end(service.started[0], exit_code)
+    assert service.is_stopping
+    assert service.code == exit_code
 
 
-def test_workers_that_die_too_often_end_the_service(workers: Workers) -> None:
-    assert [join(workers, -9) for _ in range(REPLACEMENTS_MAX + 1)] == [0] * REPLACEMENTS_MAX + [137]
+def test_workers_that_die_too_often_end_the_service(service: Service) -> None:
+    for _ in range(REPLACEMENTS_MAX + 1):
+        assert not service.is_stopping
+        service.end(service.started[-1], -9, after_s=1)
+    assert service.is_stopping
+    assert service.code == 137
 
 
-def test_only_workers_that_died_within_a_minute_count(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 1000.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
+def test_only_workers_that_died_within_a_minute_count(service: Service) -> None:
     for _ in range(3 * REPLACEMENTS_MAX):
-        assert join(workers, -9) == 0
-        now += REPLACEMENTS_WITHIN_S / REPLACEMENTS_MAX
+        service.end(service.started[-1], -9, after_s=REPLACEMENTS_WITHIN_S / REPLACEMENTS_MAX)
+    assert not service.is_stopping
 
 
-def test_workers_that_stop_when_told_to_are_always_replaced(workers: Workers) -> None:
-    """With ``--max-requests`` hypercorn tells workers to stop."""
-    assert [join(workers, 0) for _ in range(3 * REPLACEMENTS_MAX)] == [0] * 3 * REPLACEMENTS_MAX
+def test_workers_that_end_at_once_again_and_again_end_the_service(service: Service) -> None:
+    for _ in range(AT_ONCE_MAX + 1):
+        assert not service.is_stopping
+        service.end(service.started[-1], 0, after_s=1)
+    assert service.is_stopping
+    assert service.code == 78
 
 
-def start_and_end(workers: Workers, *, max_requests: int | None = None) -> int:
-    """Start a worker that ends at once with 0, and return the code that hypercorn is told."""
-    config = Config.from_mapping(max_requests=max_requests)
-    workers._start = lambda processes, *_: processes.append(ended(0))
-    processes: list[BaseProcess] = []
-    populate(workers, processes, config)
-    return workers.join_exited(processes)
-
-
-def stop_event_of(workers: Workers) -> Event:
-    assert workers._stop_event is not None
-    return workers._stop_event
-
-
-def test_workers_that_end_at_once_again_and_again_end_the_service(workers: Workers) -> None:
-    assert [start_and_end(workers) for _ in range(AT_ONCE_MAX + 1)] == [0] * AT_ONCE_MAX + [78]
-    assert stop_event_of(workers).is_set()
-
-
-def test_hypercorn_still_clears_its_event_when_a_reload_has_ended() -> None:
-    """This test fails once hypercorn does not clear it; then quick reloads look like workers that end at once."""
-    names = hypercorn.run.run.__code__.co_consts
-    [reload] = [it for it in names if isinstance(it, CodeType) and it.co_name == "reload"]
-    assert reload.co_names[:2] == ("set", "join")
-    assert reload.co_names[-1] == "clear"
-
-
-@pytest.mark.removal
-def test_a_reload_of_hypercorn_still_waits_without_a_bound() -> None:
-    """This test fails once hypercorn's reload has a bound, or waits elsewhere; then Workers._join is not needed."""
-    assert "process.join()" in inspect.getsource(hypercorn.run.run).partition("def reload")[2].partition("def shut")[0]
-
-
-def test_workers_with_few_requests_to_answer_may_end_at_once(workers: Workers) -> None:
-    assert {start_and_end(workers, max_requests=1) for _ in range(3 * AT_ONCE_MAX)} == {0}
-
-
-def test_workers_that_are_reloaded_may_end_at_once(workers: Workers) -> None:
-    for _ in range(3 * AT_ONCE_MAX):
-        stop_event_of(workers).set()
-        stop_event_of(workers).clear()
-        assert start_and_end(workers) == 0
-
-
-def test_only_ends_at_once_in_a_row_count(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 1000.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
+def test_only_ends_at_once_in_a_row_count(service: Service) -> None:
     for _ in range(3):
-        assert {start_and_end(workers) for _ in range(AT_ONCE_MAX)} == {0}
-        assert join(workers, 0) == 0  # this worker was started long ago
+        for _ in range(AT_ONCE_MAX):
+            service.end(service.started[-1], 0, after_s=1)
+        service.end(service.started[-1], 0)
+    assert not service.is_stopping
 
 
-class Rounds:
-    """hypercorn's loop over its workers, as ``hypercorn.run.run`` has it, on a clock that is set by hand."""
-
-    def __init__(self, workers: Workers, monkeypatch: pytest.MonkeyPatch, *, count: int) -> None:
-        self.now = 1000.0
-        self.started = 0
-        self.processes: list[BaseProcess] = []
-        self._workers = workers
-        self._config = Config.from_mapping(workers=count)
-        clock = SimpleNamespace(monotonic=lambda: self.now)
-        monkeypatch.setattr(master, "time", clock)
-        monkeypatch.setattr(start_pause, "time", clock)
-        workers._start = cast("Any", self._start)
-        self.begin()
-
-    def _start(self, processes: list[BaseProcess], *_: object) -> None:
-        missing = self._config.workers - len(processes)
-        self.started += missing
-        processes += [living() for _ in range(missing)]
-
-    def begin(self) -> int:
-        """Begin a round, and return how many workers it starts."""
-        before = self.started
-        populate(self._workers, self.processes, self._config)
-        return self.started - before
-
-    def serve(self) -> None:
-        """A worker tells that it serves."""
-        cast("Any", Worker).count_serving(SimpleNamespace(config=self._config))
-
-    def end(self, exit_code: int) -> int:
-        """End a worker after a while, and return the code that hypercorn is told for the round."""
-        self.now += AT_ONCE_S + 1
-        cast("SimpleNamespace", self.processes[0]).exitcode = exit_code
-        return self._workers.join_exited(self.processes)
-
-    def waits(self, for_s: float) -> bool:
-        """Whether the next start comes after exactly this time, within 10 ms."""
-        self.now += for_s - 0.01
-        too_early = self.begin()
-        self.now += 0.02
-        return not too_early and self.begin() > 0
+def test_a_crash_ends_the_service_after_any_time(serving: Service) -> None:
+    serving.end(serving.started[0], ExitCode.CRASHED)
+    assert serving.is_stopping
+    assert serving.code == ExitCode.CRASHED
 
 
-REFUSED = ExitCode.REFUSED
+# Refused starts
 
 
 @pytest.mark.parametrize("exit_code", [1, REFUSED])
 def test_once_something_has_served_a_refused_start_is_tried_again_after_a_pause(
-    workers: Workers, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], exit_code: int
+    serving: Service, capfd: pytest.CaptureFixture[str], exit_code: int
 ) -> None:
-    rounds = Rounds(workers, monkeypatch, count=2)
-    rounds.serve()
-    assert rounds.end(-9) == 0
-    assert rounds.begin() == 1
-    assert rounds.end(exit_code) == 0
-    assert len(rounds.processes) == 1
-    assert rounds.waits(FIRST_S)
-    assert not stop_event_of(workers).is_set()
+    serving.end(serving.started[0], -9)
+    serving.started[2].refusal = "the disk is full"
+    serving.end(serving.started[2], exit_code)
+    assert serving.starts_after(FIRST_S)
+    assert not serving.is_stopping
     said = capfd.readouterr().err
-    assert f"could not start (code {exit_code:d}); the next start is tried in 1 s" in said
+    assert f"could not start (code {exit_code:d}: the disk is full); the next start is tried in 1 s" in said
+    assert "1 of 2 workers serve on" in said
 
 
-def test_a_crash_ends_the_service_after_any_time(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
-    rounds = Rounds(workers, monkeypatch, count=2)
-    rounds.serve()
-    monkeypatch.setattr(workers, "_join_all", list[BaseProcess].clear)
-    assert rounds.end(ExitCode.CRASHED) == ExitCode.CRASHED
-    assert stop_event_of(workers).is_set()
-
-
-def test_pauses_grow_up_to_a_bound_until_a_worker_serves(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
-    rounds = Rounds(workers, monkeypatch, count=1)
-    rounds.serve()
+def test_pauses_grow_up_to_a_bound_until_a_worker_serves(serving: Service) -> None:
+    serving.end(serving.started[0], -9)
     for pause_s in (1, 2, 4, 8, 16, MAX_S, MAX_S):
-        assert rounds.end(REFUSED) == 0
-        assert rounds.waits(pause_s)
-    rounds.serve()
-    assert rounds.end(REFUSED) == 0
-    assert rounds.waits(FIRST_S)
+        serving.end(serving.started[-1], REFUSED)
+        assert serving.starts_after(pause_s)
+    serving.serve()
+    serving.end(serving.started[-1], -9)
+    serving.end(serving.started[-1], REFUSED)
+    assert serving.starts_after(FIRST_S)
 
 
 def test_workers_that_are_refused_together_begin_one_pause_and_one_line(
-    workers: Workers, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    serving: Service, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    rounds = Rounds(workers, monkeypatch, count=4)
-    rounds.serve()
-    for process in rounds.processes:
-        cast("SimpleNamespace", process).exitcode = REFUSED
-    assert workers.join_exited(rounds.processes) == 0
-    assert rounds.processes == []
-    assert rounds.waits(FIRST_S)
-    assert rounds.started == 8
+    for worker in serving.started[:2]:
+        worker.end(-9)
+    serving.advance()
+    for worker in serving.started[2:]:
+        worker.end(REFUSED)
+    serving.advance()
+    assert serving.starts_after(FIRST_S)
+    assert len(serving.started) == 6
     assert capfd.readouterr().err.count("could not start") == 1
 
 
-def test_a_reload_ends_the_pause(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reload_ends_the_pause(serving: Service) -> None:
     """An operator reloads once the fault is corrected."""
-    rounds = Rounds(workers, monkeypatch, count=1)
-    rounds.serve()
-    for _ in range(2):
-        assert rounds.end(REFUSED) == 0
-        assert rounds.begin() == 0
-        stop_event_of(workers).set()
-        stop_event_of(workers).clear()
-        assert rounds.begin() == 1
-
-
-def test_a_stop_during_the_pause_starts_nothing_and_returns_0(
-    workers: Workers, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rounds = Rounds(workers, monkeypatch, count=1)
-    rounds.serve()
-    assert rounds.end(REFUSED) == 0
-    stop_event_of(workers).set()
-    rounds.now += 2 * FIRST_S
-    assert rounds.begin() == 0
-    workers.wait([])
-    assert workers.join_exited(rounds.processes) == 0
-
-
-def test_a_start_that_is_refused_during_the_stop_does_not_change_its_code(
-    workers: Workers, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rounds = Rounds(workers, monkeypatch, count=1)
-    rounds.serve()
-    stop_event_of(workers).set()
-    assert rounds.end(REFUSED) == 0
-    rounds.processes = [ended(ExitCode.FAULTS)]
-    assert workers.join_exited(rounds.processes) == ExitCode.FAULTS
+    serving.end(serving.started[0], -9)
+    serving.end(serving.started[2], REFUSED)
+    assert len(serving.started) == 3
+    serving.reload()
+    assert len(serving.started) == 4
 
 
 def test_workers_that_end_at_once_are_slowed_down_once_something_has_served(
-    workers: Workers, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    serving: Service, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    rounds = Rounds(workers, monkeypatch, count=1)
-    rounds.serve()
-    assert rounds.end(0) == 0
-    for _ in range(AT_ONCE_MAX):
-        assert rounds.begin() == 1
-        rounds.now -= AT_ONCE_S + 1
-        assert rounds.end(0) == 0
-    assert rounds.begin() == 1
-    rounds.now -= AT_ONCE_S + 1
-    assert rounds.end(0) == 0
-    assert rounds.waits(FIRST_S)
+    for _ in range(AT_ONCE_MAX + 1):
+        serving.end(serving.started[-1], 0, after_s=1)
+    assert serving.starts_after(FIRST_S)
     assert "workers end at once, 11 times in a row; the next start is tried in 1 s" in capfd.readouterr().err
 
 
-def test_the_reloader_learns_when_the_pause_is_over(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
-    """hypercorn's ``--reload`` waits with a timeout, and starts workers only once the wait returns a sentinel."""
-    rounds = Rounds(workers, monkeypatch, count=1)
-    rounds.serve()
-    assert rounds.end(REFUSED) == 0
-    assert rounds.begin() == 0
-    assert workers.wait([], 0) == []
-    rounds.now += FIRST_S
-    assert workers.wait([], 0) != []
+# Reloads
 
 
-def test_a_worker_of_another_master_has_no_count_to_tell() -> None:
-    cast("Any", Worker).count_serving(SimpleNamespace(config=Config()))
+def test_a_reload_tells_no_old_worker_to_leave_before_all_new_ones_serve(
+    serving: Service, capfd: pytest.CaptureFixture[str]
+) -> None:
+    serving.reload()
+    old = serving.started[:2]
+    assert len(serving.started) == 3
+    serving.serve(serving.started[2])
+    new = serving.started[2:]
+    assert len(new) == 2
+    assert not any(worker.told for worker in old)
+    serving.serve(new[1])
+    assert [worker.told for worker in old] == [["leave @2 @3"]] * 2
+    assert not any(worker.told for worker in new)
+    assert "reloaded: 2 new workers serve, 2 old ones drain" in capfd.readouterr().err
+    for worker in old:
+        serving.end(worker, 0, after_s=0.1)
+    assert len(serving.started) == 4
+    assert not serving.is_stopping
 
 
-def test_a_stop_that_may_take_a_year_is_waited_for(workers: Workers) -> None:
+@pytest.mark.parametrize("code", [0, 1, REFUSED, -9, ExitCode.CRASHED], ids=str)
+def test_a_new_worker_that_cannot_start_leaves_the_old_ones_serving(
+    serving: Service, capfd: pytest.CaptureFixture[str], code: int
+) -> None:
+    serving.reload()
+    other = serving.started[2]
+    serving.serve(other)
+    refused = serving.started[3]
+    refused.refusal = "no such setting"
+    serving.end(refused, code, after_s=1)
+    [line] = capfd.readouterr().err.splitlines()
+    shown = 137 if code < 0 else code
+    assert f"the reload failed, 2 old workers serve on: worker 3 could not start (code {shown:d}: no such" in line
+    assert other.told == ["leave @0 @1"]
+    assert not any(worker.told for worker in serving.started[:2])
+    serving.end(other, 0, after_s=1)
+    serving.advance(10 * MAX_S)
+    assert len(serving.started) == 4
+    assert not serving.is_stopping
+    serving.reload()
+    serving.finish_reload()
+    assert all(worker.told for worker in serving.started[:2])
+
+
+def test_new_workers_that_are_refused_together_fail_their_reload_in_one_line(
+    service: Service, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The reload comes before anything serves; then the new workers start together."""
+    service.reload()
+    assert len(service.started) == 4
+    for worker in service.started[2:]:
+        worker.end(REFUSED)
+    service.advance()
+    service.advance(10 * MAX_S)
+    assert len(service.started) == 4
+    assert len(capfd.readouterr().err.splitlines()) == 1
+
+
+def test_a_new_worker_that_never_serves_fails_its_reload_after_a_bound(
+    serving: Service, capfd: pytest.CaptureFixture[str]
+) -> None:
+    serving.reload()
+    other = serving.started[2]
+    serving.serve(other)
+    hanging = serving.started[3]
+    serving.advance(START_MAX_S - 0.1)
+    assert not hanging.signals
+    assert serving.workers._next_look_s() == pytest.approx(0.1)
+    serving.advance(0.1)
+    assert "the reload failed, 2 old workers serve on: worker 3 does not serve after 60 s" in capfd.readouterr().err
+    assert hanging.signals == ["SIGTERM"]
+    assert other.told == ["leave @0 @1"]
+    serving.advance(STOP_TIMEOUT_S + STOP_SLACK_S)
+    assert hanging.signals == ["SIGTERM", "SIGKILL"]
+
+
+def test_a_second_reload_waits_for_the_first(serving: Service) -> None:
+    serving.reload()
+    serving.reload()
+    serving.reload()
+    assert len(serving.started) == 3
+    serving.finish_reload()
+    serving.advance()
+    assert len(serving.started) == 5
+    assert [bool(worker.told) for worker in serving.started] == [True, True, False, False, False]
+    serving.finish_reload()
+    assert [bool(worker.told) for worker in serving.started] == [True] * 4 + [False, False]
+
+
+def test_a_reload_that_follows_a_failed_one_begins_at_once(serving: Service) -> None:
+    serving.reload()
+    serving.reload()
+    serving.end(serving.started[2], REFUSED, after_s=0.1)
+    serving.advance()
+    assert len(serving.started) == 4
+
+
+def test_reloads_while_old_workers_drain_keep_the_processes_bounded(serving: Service) -> None:
+    for _ in range(10):
+        serving.reload()
+        serving.finish_reload()
+        assert serving.alive <= 6
+    drained = [worker for worker in serving.started if worker.told]
+    for worker in drained:
+        worker.end(0)
+    serving.advance()
+    serving.finish_reload()
+    assert serving.alive <= 6
+    assert serving.workers._generation == 3
+
+
+def test_an_old_worker_that_does_not_end_is_killed(serving: Service) -> None:
+    serving.reload()
+    serving.started[0].stop_within_s = 30  # its settings allow a longer drain than those of the master
+    serving.finish_reload()
+    serving.advance(STOP_TIMEOUT_S + STOP_SLACK_S)
+    assert [worker.signals for worker in serving.started[:2]] == [[], ["SIGKILL"]]
+    serving.advance(30)
+    assert serving.started[0].signals == ["SIGKILL"]
+    for worker in serving.started[:2]:
+        worker.end(-9)
+    serving.advance()
+    assert len(serving.started) == 4
+    assert not serving.is_stopping
+
+
+def test_an_old_worker_that_dies_during_a_reload_is_not_replaced(serving: Service) -> None:
+    serving.reload()
+    serving.end(serving.started[0], -9)
+    serving.finish_reload()
+    assert len(serving.started) == 4
+
+
+def test_a_fault_of_a_worker_that_was_told_to_leave_ends_nothing(
+    serving: Service, capfd: pytest.CaptureFixture[str]
+) -> None:
+    serving.reload()
+    serving.finish_reload()
+    serving.end(serving.started[0], ExitCode.CRASHED)
+    assert not serving.is_stopping
+    assert "worker 0 ended with code 71, after it was told to end" in capfd.readouterr().err
+
+
+def test_a_reload_during_the_first_start_replaces_the_workers_that_start(service: Service) -> None:
+    service.reload()
+    service.serve(*service.started[2:])
+    assert [worker.told for worker in service.started[:2]] == [["leave @2 @3"]] * 2
+    assert [worker.signals for worker in service.started[:2]] == [["SIGTERM"]] * 2
+
+
+def test_a_worker_with_enough_requests_leaves_once_another_one_serves(serving: Service) -> None:
+    full = serving.started[0]
+    full.wants_successor = True
+    serving.advance()
+    assert len(serving.started) == 3
+    assert not full.told
+    serving.serve(serving.started[2])
+    assert full.told == ["leave @1 @2"]
+    serving.end(full, 0, after_s=1)
+    assert len(serving.started) == 3
+
+
+def test_a_worker_with_enough_requests_serves_on_while_no_other_one_starts(serving: Service) -> None:
+    full = serving.started[0]
+    full.wants_successor = True
+    serving.advance()
+    serving.end(serving.started[2], REFUSED)
+    assert not full.told
+    assert serving.starts_after(FIRST_S)
+    serving.serve(serving.started[3])
+    assert full.told
+
+
+def test_workers_with_few_requests_to_answer_replace_each_other_without_a_gap(serving: Service) -> None:
+    """Each of them has answered enough before the next one serves."""
+    for _ in range(10):
+        for worker in serving.started:
+            worker.wants_successor = True
+        serving.advance()
+        serving.serve(serving.started[-1])
+        active = serving.workers._active
+        assert sum(worker.serves for worker in active) == 2
+        for worker in serving.started:
+            if worker.told and worker.exit_code is None:
+                serving.end(worker, 0, after_s=1)
+        assert serving.alive <= 6
+    assert sum(bool(worker.told) for worker in serving.started) >= 10
+
+
+# Stops
+
+
+def stop(service: Service) -> int:
+    service.workers._stopping = True
+    service.workers._stop()
+    return service.code
+
+
+def test_a_stop_during_the_pause_starts_nothing_and_returns_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = Service(monkeypatch, workers=1)
+    service.serve()
+    service.end(service.started[0], -9)
+    service.end(service.started[1], REFUSED)
+    service.now += 2 * FIRST_S
+    assert stop(service) == 0
+    assert len(service.started) == 2
+    os.close(service.workers._status_file.descriptor)
+
+
+def test_a_start_that_is_refused_during_the_stop_does_not_change_its_code(serving: Service) -> None:
+    serving.started[0].end(REFUSED)
+    serving.started[1].end(ExitCode.FAULTS)
+    assert stop(serving) == ExitCode.FAULTS
+
+
+def test_workers_that_do_not_handle_signals_yet_are_ended_by_a_stop_without_a_fault(service: Service) -> None:
+    for worker in service.started:
+        worker.fake.terminate = partial(worker.end, -15)
+    assert stop(service) == 0
+
+
+def test_a_start_goes_on_through_a_stop_while_clients_wait_for_it(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a worker that has read its settings can answer them, with 503."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()):
+        service.workers._sockets = Sockets([], [listener], [])
+        first, second = service.started
+
+        def wait(_for_s: float) -> None:
+            if not first.has_begun:
+                assert not first.signals
+                first.has_begun = True
+            else:
+                second.end(0)
+                first.end(0)
+
+        monkeypatch.setattr(service.workers, "_wait", wait)
+        assert stop(service) == 0
+        assert not first.signals
+
+
+def test_a_stop_kills_the_workers_that_are_late_and_returns_70(
+    serving: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for worker in serving.started:
+        worker.fake.join = partial(worker.end, -9)
+
+    def wait(for_s: float) -> None:
+        serving.now += for_s
+
+    monkeypatch.setattr(serving.workers, "_wait", wait)
+    before = serving.now
+    assert stop(serving) == ExitCode.WATCHDOG
+    assert serving.now - before == pytest.approx(STOP_TIMEOUT_S + STOP_SLACK_S)
+
+
+def test_a_stop_that_may_take_a_year_is_waited_for(serving: Service) -> None:
     """poll(2) takes no more than 24 days at once."""
-    workers._stop_timeout_s = 366 * 86_400
-    with closing(FORK.Process(target=time.sleep, args=(0.2,))) as process:
-        process.start()
-        stop_event_of(workers).set()
-        assert workers.join_exited([ended(0), process]) == 0
-        assert process.exitcode == 0
+    serving.workers._workers.clear()
+    reader, writer = os.pipe()
+    os.close(writer)
+    try:
+        serving.workers._woken_by = reader
+        serving.workers._wait(366 * 86_400)
+    finally:
+        serving.workers._woken_by = -1
+        os.close(reader)
 
 
-def test_a_worker_that_cannot_run_holds_up_a_reload_for_its_time_and_no_longer(workers: Workers) -> None:
-    """hypercorn joins the worker in the handler of SIGHUP, where no SIGTERM would end the join."""
-    workers._stop_timeout_s = 0.1
-    with closing(FORK.Process(target=time.sleep, args=(1000,))) as process:
-
-        def start(processes: list[BaseProcess], *_: object) -> None:
-            process.start()
-            os.kill(process.pid or 0, signal.SIGSTOP)
-            processes.append(process)
-
-        workers._start = cast("Any", start)
-        populate(workers, [])
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
+# What the master says
 
 
 def test_the_master_s_lines_do_not_wait_for_a_reader(capfd: pytest.CaptureFixture[str]) -> None:

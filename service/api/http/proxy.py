@@ -13,8 +13,9 @@ left: this process closes only its sending side, and the owner gives the clients
 the same when this process has died (``service/hosting/peer_listener.py``).
 """
 
+import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import inf
 from typing import cast
@@ -60,6 +61,8 @@ The value is a function that tells, once the request has been cut, whether the c
 """
 TELL_ACCEPTED = "lastcall.tell_accepted"
 """Key in the ASGI scope of such a request: a function that tells that process the path of the accepted turn."""
+SUCCESSORS = "lastcall.successors"
+"""Key of a function that returns the addresses of the processes that serve in this one's place when it stops."""
 _LATER = "lastcall.later"
 """Key in a request's ASGI scope: the seconds by which its answer may take longer than a step of the store."""
 _REPEATABLE = "lastcall.repeatable"
@@ -67,6 +70,8 @@ _REPEATABLE = "lastcall.repeatable"
 _ENCODE = "lastcall.encode"
 """Key in a request's ASGI scope: the frame of an event in the face of the stream that answers the request."""
 _HOPS = "lastcall-hops"
+_NO_OWNER = 0
+"""Stands for the fence of a process that has no session of the request."""
 _HOPS_AT_ONCE = 3
 """Hops without a wait: the owner may change while a request is on its way. After more changes each hop waits."""
 _HOPS_MAX = 10
@@ -158,8 +163,29 @@ async def forward(error: OwnedElsewhereError) -> TrioResponse:
     stream = await connect_to_peer(error.address)
     if stream is None:
         return await _answer_here(error)
+    return await _answer_from(stream, error, hops=hops)
+
+
+async def hand_over(error: ShuttingDownError) -> TrioResponse:
+    """Pass the current request, which this process refuses, to a process that serves in its place.
+
+    Raises:
+        ShuttingDownError: There is no such process, or the request came from one.
+        ResourcesExhaustedError, StoreError: As :func:`forward`.
+    """
+    successors: Callable[[], Sequence[str]] = current_app.extensions.get(SUCCESSORS, tuple)
+    if error.untouched and not is_from_peer():
+        for address in random.sample(successors(), len(successors())):
+            if (stream := await connect_to_peer(address)) is not None:
+                return await _answer_from(stream, OwnedElsewhereError("", fence=_NO_OWNER, address=address), hops=0)
+    raise error
+
+
+async def _answer_from(stream: trio.SocketStream, error: OwnedElsewhereError, *, hops: int) -> TrioResponse:
+    """Send the current request to the process at the other end of ``stream``, and return its answer."""
+    assert error.address is not None
     peer = PeerConnection(stream, address=error.address, secret=current_service().store.peer_secret)
-    slot = proxied_requests.open_request(error.address)
+    slot = current_service().sessions.proxied_requests.open_request(error.address)
     release_after_request(partial(_close_peer, peer, slot, _client_returns()))
     if user_of_peer(stream.socket) != user_of_peer(None):
         raise StoreError(str(error))
@@ -221,6 +247,8 @@ def _may_be_repeated(peer: PeerConnection) -> bool:
 
 
 def _no_answer(session_id: str) -> StoreError:
+    if not session_id:
+        return StoreError("The process that serves in this one's place does not answer.")
     return StoreError(f"The process that runs the turns of session {session_id!r} does not answer.")
 
 

@@ -35,7 +35,7 @@ async def readyz() -> TrioResponse:
     """
     service = current_service()
     if service.shutdown.phase > Phase.SERVING:
-        raise ShuttingDownError
+        raise ShuttingDownError(untouched=True)
     refusal = service.sessions.pending_writes.refusal  # the log has the reason: this call needs no key
     if isinstance(refusal, StoreLostError):
         raise refusal

@@ -89,10 +89,14 @@ class Connections:
 
     Args:
         stop: Says when the listeners close: a connection on HTTP/1 then closes after its current response.
+
+    Attributes:
+        idle_grace_s: How long an idle connection waits for a last request once hypercorn stops.
     """
 
     def __init__(self, stop: StopState) -> None:
         self.stop = stop
+        self.idle_grace_s = 0.0
         self._open: set[Connection] = set()
 
     def open(
@@ -370,6 +374,8 @@ class Connection(TCPServer):
 
     async def _wait_for_request_on_its_way(self) -> None:
         """Return when no request is on its way. The reader cancels this wait when it reads a request."""
+        if grace_s := self._connections.idle_grace_s:
+            await trio.sleep(grace_s)
         await self._wait_until_read()
         if not self.protocol.protocol.keep_alive_requests:
             await trio.sleep_until(self._opened_at + FIRST_REQUEST_S)

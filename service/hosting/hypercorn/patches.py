@@ -17,7 +17,6 @@ from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import inf
-from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event as MasterEvent
 from types import ModuleType
 from typing import Any, Protocol
@@ -168,11 +167,6 @@ STOP_EVENT_IS_SET = Patch("is_set of the master's event, in a worker", None, "is
 
 MAIN_RUN = Patch("hypercorn.__main__.run", hypercorn.__main__, "run", "service.hosting.master.run")
 COMMAND_RUN = Patch("run of __main__, for python -m hypercorn", None, "run", "service.hosting.master.run")
-POPULATE = Patch("hypercorn.run._populate", hypercorn.run, "_populate", "Workers.populate")
-WAIT = Patch("hypercorn.run.wait", hypercorn.run, "wait", "Workers.wait")
-JOIN_EXITED = Patch("hypercorn.run._join_exited", hypercorn.run, "_join_exited", "Workers.join_exited")
-STOP_EVENT_CLEAR = Patch("clear of the master's event, in the master", None, "clear", "Workers._note_reload")
-PROCESS_JOIN = Patch("join of each worker's process", None, "join", "Workers._join")
 
 PATCHES = tuple(it for it in tuple(globals().values()) if isinstance(it, Patch))
 
@@ -337,42 +331,27 @@ FAULTS = (
     Fault(
         "hypercorn: the master returns 0 also if its workers fail",
         "tests/hosting/test_master.py::test_hypercorns_own_join_still_forgets_the_code_by_its_second_call",
-        "Workers.join_exited",
-        (
-            JOIN_EXITED,
-            MAIN_RUN,
-            COMMAND_RUN,
-        ),
+        "Workers._note_code",
+        (MAIN_RUN, COMMAND_RUN),
         issue="https://github.com/pgjones/hypercorn/issues/269",
     ),
     Fault(
         "hypercorn: the end of one worker ends all of them",
         "tests/hosting/test_exit_codes.py::test_a_killed_worker_of_bare_hypercorn_ends_the_service_with_0",
-        "Workers",
-        (
-            POPULATE,
-            WAIT,
-            JOIN_EXITED,
-        ),
+        "Workers._may_replace",
+        (MAIN_RUN, COMMAND_RUN),
     ),
     Fault(
         "hypercorn: one refused start ends all workers",
         "tests/hosting/test_exit_codes.py::test_a_refused_start_ends_the_service_of_bare_hypercorn_with_0",
         "StartPause",
-        (
-            POPULATE,
-            WAIT,
-            JOIN_EXITED,
-        ),
+        (MAIN_RUN, COMMAND_RUN),
     ),
     Fault(
-        "hypercorn: a reload waits for its workers in the signal handler, without a bound",
-        "tests/hosting/test_master.py::test_a_reload_of_hypercorn_still_waits_without_a_bound",
-        "Workers._join",
-        (
-            PROCESS_JOIN,
-            STOP_EVENT_CLEAR,
-        ),
+        "hypercorn: a reload ends the old workers before it starts new ones, without a bound",
+        "tests/hosting/test_master.py::test_a_reload_of_hypercorn_still_ends_the_old_workers_first",
+        "Workers._let_stale_leave",
+        (MAIN_RUN, COMMAND_RUN),
     ),
     Fault(
         "hypercorn: two servers with several workers share a port",
@@ -474,26 +453,6 @@ def install_in_command_line(main: ModuleType, run: object) -> Iterator[None]:
             undoing.callback(COMMAND_RUN.put(run, main))
         undoing.callback(MAIN_RUN.put(run))
         yield
-
-
-@contextmanager
-def install_in_master(*, populate: object, wait: object, join_exited: object) -> Iterator[None]:
-    """Have hypercorn's master call these for its functions that start its workers, wait for them and take them."""
-    with ExitStack() as undoing:
-        undoing.callback(POPULATE.put(populate))
-        undoing.callback(WAIT.put(wait))
-        undoing.callback(JOIN_EXITED.put(join_exited))
-        yield
-
-
-def replace_clear(stop_event: MasterEvent, clear: Callable[[], None]) -> Undo:
-    """Have the master's event call this for its ``clear``. To be undone before the event is sent to a worker."""
-    return STOP_EVENT_CLEAR.put(clear, stop_event)
-
-
-def replace_join(process: BaseProcess, join: Callable[..., None]) -> Undo:
-    """Have a worker's process call this for its ``join``."""
-    return PROCESS_JOIN.put(join, process)
 
 
 class _TrioWith(ModuleType):

@@ -6,15 +6,13 @@ held back during the drain, and each new client gets an answer. Proven by
 ``tests/hosting/listeners/test_closing.py``.
 """
 
-import os
 from collections.abc import Callable
-from math import inf
 
 import trio
 
-from service.hosting.hypercorn.worker import Master, Worker
+from service.hosting.hypercorn.worker import Worker
 from service.hosting.listeners.listeners import Listeners
-from service.hosting.listeners.worker_status import StatusBeacon, WorkerStatus, holds_socket, statuses_of_others
+from service.hosting.listeners.worker_status import StatusBeacon, WorkerStatus
 from service.stop_state import Phase, StopState
 
 MASTER_LATE_S = 0.025
@@ -22,7 +20,6 @@ MASTER_LATE_S = 0.025
 MASTER_BUSY_S = 0.05
 """How long a master may run between a worker's end and its next wait, also on a busy machine."""
 MASTER_POLL_INTERVAL_S = 0.01
-OTHERS_POLL_INTERVAL_S = 0.25
 WAITING_S = 0.025
 """How long clients that waited when the listeners closed may hold up the ends of turns."""
 
@@ -55,14 +52,15 @@ class ListenerShutdown:
     """Closes the listeners of a worker, in the way that fits what its master and the other workers do."""
 
     def __init__(self, worker: Worker, listeners: Listeners) -> None:
-        self._not_answering = {WorkerStatus.LEAVING}
+        self._gives_up_start = False
         self._worker = worker
         self._listeners = listeners
-        self._beacon = StatusBeacon()
+        self._beacon = StatusBeacon(worker.master.open_status_file() if worker.master is not None else None)
+        self._beacon.show(WorkerStatus.STARTING)
 
     def give_up_start(self) -> None:
         """Note that this worker will not serve; workers that still start then do not count as answering either."""
-        self._not_answering = {WorkerStatus.LEAVING, WorkerStatus.STARTING}
+        self._gives_up_start = True
 
     def show_serving(self) -> None:
         """Show the other workers that this worker serves."""
@@ -74,15 +72,10 @@ class ListenerShutdown:
         If the whole service stops, no other worker will answer: then this worker takes clients again at once.
         """
         self._beacon.show(WorkerStatus.DRAINING)
-        if self._worker.config.workers < 2:
+        if self._worker.master is None:
             return
-        others_serve, look_at = False, -inf
         while True:
-            now = trio.current_time()
-            if self._master_stops:
-                others_serve = False
-            elif now >= look_at:
-                others_serve, look_at = WorkerStatus.SERVING in self._statuses_of_others(), now + OTHERS_POLL_INTERVAL_S
+            others_serve = not self._master_stops and self._beacon.another_is(WorkerStatus.SERVING)
             self._listeners.accept_clients(not others_serve)
             await trio.sleep(MASTER_POLL_INTERVAL_S)
 
@@ -105,7 +98,7 @@ class ListenerShutdown:
 
     @property
     def _master_stops(self) -> bool:
-        """Whether the master's event shows that it was told to stop or to reload."""
+        """Whether the master was told to stop; to reload, too, with hypercorn's own."""
         master = self._worker.master
         return master is not None and master.wants_stop()
 
@@ -115,8 +108,7 @@ class ListenerShutdown:
             return True
         followed: bool | None = False
         if self._listeners.open.is_set() and self._worker.master is not None:
-            with self._beacon.looking():
-                followed = self._another_worker_follows(self._worker.master)
+            followed = self._worker.master.worker_follows(self._listeners.sockets)
         if followed is not None:
             self._close(followed=followed)
         return followed is not None
@@ -126,29 +118,13 @@ class ListenerShutdown:
         if self._listeners.open.is_set():
             self._listeners.stop_accepting(refuse_waiting=not followed and not self._others_answer())
 
-    def _another_worker_follows(self, master: Master) -> bool | None:
-        """Whether the master will start another worker in this worker's place, as in a reload.
-
-        None while this is not known yet.
-        """
-        if not master.is_alive():
-            return False
-        if not master.wants_stop():
-            return None
-        # A stop or a reload. Only in a reload does the master wait for all of its workers with its sockets open.
-        waits_for = master.waits_for()
-        holds_sockets = holds_socket(master.pid, self._listeners.sockets)
-        if waits_for is None and holds_sockets:
-            return None
-        return waits_for == "all workers" and holds_sockets
-
     def _others_answer(self) -> bool:
         """Whether another worker on these sockets serves, or is about to."""
-        return self._statuses_of_others() - self._not_answering != set()
-
-    def _statuses_of_others(self) -> set[WorkerStatus]:
-        master = self._worker.master
-        if master is None or self._worker.config.workers == 1:
-            return set()
-        with self._beacon.looking():
-            return set(statuses_of_others(self._listeners.sockets, parent=os.getppid()))
+        master, beacon = self._worker.master, self._beacon
+        if master is None:
+            return False
+        # In the order in which a worker's status changes: a change between two of these questions hides no worker.
+        starts = not self._gives_up_start and (
+            master.another_starts(beacon) or beacon.another_is(WorkerStatus.STARTING)
+        )
+        return starts or beacon.another_is(WorkerStatus.SERVING) or beacon.another_is(WorkerStatus.DRAINING)

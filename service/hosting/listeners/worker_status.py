@@ -1,15 +1,24 @@
-"""The status that workers on the same listening sockets show each other: whether a worker still serves."""
+"""The status that workers of one master show each other: whether a worker still serves.
 
+A status is a lock on one byte of a file that all workers of the master have open: the byte of the worker's process id,
+in the range of its status. To ask whether another worker has a status is one system call that never waits, however
+many workers there are and whatever they have open. The kernel drops a lock with its process, so a dead worker has no
+status. Source: fcntl(2), open file description locks.
+"""
+
+import fcntl
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+import struct
+from contextlib import suppress
 from enum import IntEnum
 from pathlib import Path
-from socket import socket
 
-import trio
-
-_NAME = "lastcall-worker-status"
+_FLOCK = struct.Struct("hhqqi4x")
+"""``struct flock``: type, whence, start, length, pid."""
+_RANGE = 1 << 32
+"""Bytes of each status: more than there are process ids."""
+_SPAWNED = b"--multiprocessing-fork"
+"""In the command line of a process that multiprocessing has spawned, as it spawns workers."""
 
 
 class WorkerStatus(IntEnum):
@@ -22,73 +31,90 @@ class WorkerStatus(IntEnum):
 
 
 class StatusBeacon:
-    """Shows the other workers this worker's status: an anonymous file whose size is the status.
+    """Shows a worker's status to the other workers, and reads theirs.
 
-    It is made early and kept until the process is gone, with a spare descriptor: later there may be no descriptor left.
+    Args:
+        file: A descriptor of the workers' common file, opened by this process; None where there is none: then this
+            worker shows no status and takes the others for starting.
     """
 
-    def __init__(self) -> None:
-        self._file = self._spare = -1
-        with suppress(OSError):  # then this worker shows no status, and others see it as starting
-            self._file = os.memfd_create(_NAME)
-            self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    def __init__(self, file: int | None) -> None:
+        self._file = file
+        self._shown: WorkerStatus | None = None
 
     def show(self, status: WorkerStatus) -> None:
-        with suppress(OSError):
-            os.ftruncate(self._file, status)
+        """Show this status from now on."""
+        before, self._shown = self._shown, status
+        if self._file is None or before is status:
+            return
+        with suppress(OSError):  # the kernel has no memory for a lock
+            _fcntl(self._file, fcntl.F_OFD_SETLK, fcntl.F_RDLCK, status * _RANGE + os.getpid(), 1)
+            if before is not None:
+                _fcntl(self._file, fcntl.F_OFD_SETLK, fcntl.F_UNLCK, before * _RANGE + os.getpid(), 1)
 
-    @contextmanager
-    def looking(self) -> Iterator[None]:
-        """Free the spare descriptor for a look at other processes. No other task may run inside of the context."""
-        spare, self._spare = self._spare, -1
-        with suppress(OSError):
-            os.close(spare)
-        try:
-            yield
-        finally:
-            with suppress(OSError):
-                self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    def another_is(self, status: WorkerStatus) -> bool:
+        """Whether another worker shows this status.
+
+        Of several workers that show ``LEAVING`` and then ask, the last one always finds that all others leave.
+        """
+        return self._is_shown(status * _RANGE, _RANGE)
+
+    def shows_any(self, pid: int) -> bool:
+        """Whether a worker with this process id shows a status."""
+        return any(self._is_shown(status * _RANGE + pid, 1) for status in WorkerStatus)
+
+    def _is_shown(self, start: int, length: int) -> bool:
+        if self._file is None:
+            return False
+        return _fcntl(self._file, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, start, length) != fcntl.F_UNLCK
 
 
-def holds_socket(pid: int, sockets: Iterable[socket | trio.socket.SocketType]) -> bool:
-    """Whether a process holds one of these sockets."""
-    return not _names(sockets).isdisjoint(_open_files(pid).values())
+class Siblings:
+    """The other workers of hypercorn's own master, which does not tell its workers when it starts one.
 
-
-def statuses_of_others(sockets: Iterable[socket | trio.socket.SocketType], *, parent: int) -> Iterator[WorkerStatus]:
-    """Yield the status of each other child of ``parent`` that holds one of these sockets.
-
-    The parent is the master or, if the master has died, the process that the kernel gave the workers to.
-    Of several workers that show ``LEAVING`` and then look, the last one always sees that all others leave.
+    Args:
+        master: The process id of the master.
     """
-    names = _names(sockets)
-    for pid in _children(parent):
-        if pid != os.getpid() and not names.isdisjoint((files := _open_files(pid)).values()):
-            yield _status(files)
+
+    def __init__(self, master: int) -> None:
+        self._list = _open(f"/proc/{master}/task/{master}/children")  # kept open: later no descriptor may be left
+        self._others = {pid for pid in self._pids() if not _is_worker(pid)}  # as multiprocessing's resource tracker
+
+    def one_starts(self, beacon: StatusBeacon) -> bool:
+        """Whether a worker runs that shows no status yet."""
+        pids = [pid for pid in self._pids() if pid not in self._others]
+        return any(not beacon.shows_any(pid) and _is_worker(pid) for pid in pids)
+
+    def _pids(self) -> list[int]:
+        """Return the master's children without this process."""
+        with suppress(OSError):  # the master has died: it starts no worker any more
+            if self._list is not None:
+                return [pid for pid in map(int, os.pread(self._list, 1 << 16, 0).split()) if pid != os.getpid()]
+        return []
 
 
-def _status(files: dict[Path, str]) -> WorkerStatus:
-    for path, name in files.items():
-        if _NAME in name:
-            with suppress(OSError):
-                return WorkerStatus(path.stat().st_size)
-    return WorkerStatus.STARTING
+def open_common_file(path: str) -> int | None:
+    """Open the workers' common file; None where there is none. Each process has to open it by itself."""
+    return _open(path, os.O_RDWR)
 
 
-def _names(sockets: Iterable[socket | trio.socket.SocketType]) -> set[str]:
-    return {f"socket:[{os.fstat(it.fileno()).st_ino}]" for it in sockets}
-
-
-def _children(pid: int) -> list[int]:
+def _open(path: str, flags: int = os.O_RDONLY) -> int | None:
     with suppress(OSError):
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return []
+        return os.open(path, flags | os.O_CLOEXEC)
+    return None
 
 
-def _open_files(pid: int) -> dict[Path, str]:
-    files = {}
-    with suppress(OSError):  # gone, or not ours
-        for entry in Path(f"/proc/{pid}/fd").iterdir():
-            with suppress(OSError):
-                files[entry] = str(entry.readlink())
-    return files
+def _is_worker(pid: int) -> bool:
+    """Whether a child of the master is a worker; also where no descriptor is left to find out."""
+    try:
+        return _SPAWNED in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    except OSError:
+        return True
+
+
+def _fcntl(file: int, command: int, kind: int, start: int, length: int) -> int:
+    """Set a lock, or ask for one that would be in its way. Returns the answer's type: ``F_UNLCK`` if there is none."""
+    answer = fcntl.fcntl(file, command, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
+    return int(_FLOCK.unpack(answer)[0])

@@ -4,6 +4,7 @@ import atexit
 import os
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from enum import IntEnum
 from typing import Literal, NoReturn
@@ -66,7 +67,18 @@ def say(text: str, *, level: Level = "warning") -> None:
     writer.close()
 
 
+_refusal_listeners: list[Callable[[str], None]] = []
+
+
+def tell_refusals_to(listener: Callable[[str], None]) -> None:
+    """Have this called with the reason when the start of this process is refused."""
+    _refusal_listeners.append(listener)
+
+
 def refuse_to_start(reason: Exception | str) -> NoReturn:
     """End a start that failed, and write the reason: a StartupError's text, or another error with its type."""
-    say(str(reason) if isinstance(reason, StartupError | str) else repr(reason), level="error")
+    text = str(reason) if isinstance(reason, StartupError | str) else repr(reason)
+    say(text, level="error")
+    for tell in _refusal_listeners:
+        tell(text)
     leave(ExitCode.REFUSED)

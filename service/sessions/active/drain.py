@@ -19,7 +19,7 @@ class Drain:
     def check_accepting(self) -> None:
         """Raises: ShuttingDownError, if new work is refused."""
         if self._stop.phase >= Phase.DRAINING:
-            raise ShuttingDownError
+            raise ShuttingDownError(untouched=True)
 
     def interrupt_queued(self) -> int:
         """End queued turns as ``interrupted``. Returns the number of turns that end now."""

@@ -3,11 +3,11 @@
 import ast
 import logging
 import multiprocessing
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
 
@@ -16,7 +16,7 @@ import hypercorn.run
 import hypercorn.trio.run
 import hypercorn.trio.tcp_server
 import pytest
-from hypercorn.config import Config, Sockets
+from hypercorn.config import Config
 from hypercorn.trio.worker_context import WorkerContext
 
 from service.errors import StartupError
@@ -26,7 +26,6 @@ from service.hosting.hypercorn.connections import Connections
 from service.hosting.hypercorn.patches import PATCHES, Patch
 from service.hosting.listeners.closing import DeferredTermination
 from service.hosting.listeners.listeners import Listeners
-from service.hosting.master import Workers
 from service.stop_state import StopState
 from tests.hosting.hypercorn.library_names import LibraryNames, Name, module_of
 
@@ -40,30 +39,20 @@ class Process:
     def __init__(self) -> None:
         self.context = WorkerContext(None)
         self.stop_event = FORK.Event()
-        self.master_event = FORK.Event()
-        self.worker = FORK.Process()
         self.main = module_of("__main__", run=hypercorn.run.run)
         self.owners: dict[str, object] = {
             patches.ACCEPT_LOG.target: logging.getLogger(patches.ACCEPT_LOGGER),
             patches.TERMINATE.target: self.context,
             patches.STOP_EVENT_IS_SET.target: self.stop_event,
-            patches.STOP_EVENT_CLEAR.target: self.master_event,
-            patches.PROCESS_JOIN.target: self.worker,
             patches.COMMAND_RUN.target: self.main,
         }
 
     @contextmanager
     def install(self) -> Iterator[None]:
-        def start(processes: list[BaseProcess], *_: object) -> None:
-            processes.append(self.worker)
-
-        workers = Workers(stop_timeout_s=0)
-        workers._start = start
         stop = StopState()
         termination = DeferredTermination(stop, lambda: None)
         with (
             patches.install_in_command_line(self.main, run),
-            workers.install(),
             patches.install_in_worker(
                 open_connection=Connections(stop).open,
                 serve_listeners=Listeners([]).serve_listeners,
@@ -72,7 +61,6 @@ class Process:
                 stop_event=self.stop_event,
             ),
         ):
-            hypercorn.run._populate([], Config(), start, Sockets([], [], []), self.master_event, FORK)  # type: ignore[arg-type]
             yield
 
     def own_names(self) -> dict[Name, object]:
@@ -120,9 +108,9 @@ async def test_a_second_service_in_the_same_process_is_undone_first() -> None:
 
 
 def test_an_undo_in_the_wrong_order_is_an_error() -> None:
-    undo_first = patches.WAIT.put(run)
-    undo_second = patches.WAIT.put(test_an_undo_in_the_wrong_order_is_an_error)
-    with pytest.raises(RuntimeError, match=r"^hypercorn\.run\.wait was replaced again since"):
+    undo_first = patches.MAIN_RUN.put(run)
+    undo_second = patches.MAIN_RUN.put(test_an_undo_in_the_wrong_order_is_an_error)
+    with pytest.raises(RuntimeError, match=r"^hypercorn\.__main__\.run was replaced again since"):
         undo_first()
     undo_second()
     undo_first()
@@ -157,20 +145,6 @@ def test_a_missing_reader_refuses_the_start(monkeypatch: pytest.MonkeyPatch) -> 
         patches.CHUNKED_READER.put(run)
 
 
-def test_workers_get_the_masters_event_as_hypercorn_made_it() -> None:
-    """An event that carries a method of ours could not be sent to a worker."""
-    workers = Workers(stop_timeout_s=0)
-    event = FORK.Event()
-    seen: list[bool] = []
-    workers._start = lambda *_: seen.append("clear" in vars(event))
-    for _ in range(2):
-        workers.populate([], Config(), run, Sockets([], [], []), event, FORK)  # type: ignore[arg-type]
-    assert seen == [False, False]
-    assert "clear" in vars(event)
-    workers._restore()
-    assert "clear" not in vars(event)
-
-
 def test_the_configuration_for_hypercorn_installs_when_it_is_read_and_not_at_its_import() -> None:
     before = LibraryNames()
     assert before.changed_since(before) == {}
@@ -179,6 +153,7 @@ def test_the_configuration_for_hypercorn_installs_when_it_is_read_and_not_at_its
     with pytest.raises(AttributeError):
         hypercorn_config.workers  # noqa: B018
     assert LibraryNames().changed_since(before) == {}
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         config = Config.from_object("service.hosting.hypercorn_config")
         assert (config.worker_class, config.backlog) == ("trio", hypercorn_config.BACKLOG)
@@ -186,6 +161,7 @@ def test_the_configuration_for_hypercorn_installs_when_it_is_read_and_not_at_its
     finally:
         hypercorn_config._installed.close()
         hypercorn_config._configuration.clear()
+    assert signal.getsignal(signal.SIGTERM) is handler
     assert LibraryNames().changed_since(before) == {}
 
 

@@ -58,7 +58,7 @@ async def test_another_hypercorn_is_refused() -> None:
         pytest.fail("it should wait")
     assert coroutine.cr_frame is not None
     with pytest.raises(StartupError, match="worker_serve has no"):
-        Worker(trio.lowlevel.current_task(), coroutine.cr_frame, None)
+        Worker(trio.lowlevel.current_task(), coroutine.cr_frame)
     coroutine.close()
 
 

@@ -1,14 +1,11 @@
 """The moment when the listeners close, and the behaviour of hypercorn's own listeners."""
 
 import multiprocessing
-import os
-import resource
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import cast
 from unittest.mock import MagicMock
@@ -23,10 +20,9 @@ from hypercorn.trio.worker_context import WorkerContext
 from quart_trio import QuartTrio
 
 from service.hosting import lifespan
-from service.hosting.hypercorn.worker import Master
+from service.hosting.hypercorn.worker import HypercornMaster
 from service.hosting.lifespan import Hosting
 from service.hosting.listeners.closing import DeferredTermination
-from service.hosting.listeners.worker_status import StatusBeacon, WorkerStatus, holds_socket, statuses_of_others
 from service.stop_state import Phase, StopState
 
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -78,57 +74,6 @@ def test_the_next_listen_opens_a_shut_listener_again() -> None:
     assert "listen" in hypercorn.trio.run.trio_worker.__code__.co_names
 
 
-HOLD = "import sys; print(flush=True); sys.stdin.read()"
-SHOW = """
-import sys
-from service.hosting.listeners.worker_status import StatusBeacon, WorkerStatus
-beacon = StatusBeacon()
-beacon.show(WorkerStatus.{})
-print(flush=True)
-sys.stdin.read()
-"""
-
-
-@contextmanager
-def no_descriptors() -> Iterator[None]:
-    """Inside, this process has no descriptor left."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = max(int(it.name) for it in Path("/proc/self/fd").iterdir()) + 1
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    taken = []
-    try:
-        with suppress(OSError):
-            while True:
-                taken.append(os.dup(0))
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        for descriptor in taken:
-            os.close(descriptor)
-
-
-@pytest.mark.parametrize("out_of_descriptors", [False, True])
-@pytest.mark.parametrize("status", [None, *WorkerStatus])
-def test_another_process_shows_its_status(status: WorkerStatus | None, *, out_of_descriptors: bool) -> None:
-    with listening() as listener:
-        command = [sys.executable, "-c", SHOW.format(status.name) if status is not None else HOLD]
-        with subprocess.Popen(
-            command, pass_fds=[listener.fileno()], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        ) as other:
-            assert other.stdout is not None
-            other.stdout.readline()
-            beacon = StatusBeacon()
-            try:
-                with no_descriptors() if out_of_descriptors else nullcontext(), beacon.looking():
-                    assert holds_socket(other.pid, [listener])
-                    assert list(statuses_of_others([listener], parent=os.getpid())) == [status or WorkerStatus.STARTING]
-                    assert not list(statuses_of_others([listener], parent=other.pid))
-            finally:
-                for descriptor in (beacon._file, beacon._spare):
-                    os.close(descriptor)
-                other.communicate()
-
-
 async def test_hypercorn_s_stop_is_deferred_until_the_listeners_are_closed() -> None:
     wishes: list[None] = []
     stop = StopState()
@@ -177,7 +122,7 @@ os.waitpid(pid, 0)
 async def test_a_master_shows_what_it_waits_for(what: str, program: str) -> None:
     """A stop and a reload set the same event; only the kernel can tell them apart."""
     with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE) as process:  # noqa: ASYNC220
-        master = Master(process.pid, multiprocessing.get_context("fork").Event(), sentinel=-1)
+        master = HypercornMaster(process.pid, multiprocessing.get_context("fork").Event(), sentinel=-1)
         with trio.fail_after(10):
             while master.waits_for() != what:  # noqa: ASYNC110
                 await trio.sleep(0.01)
@@ -195,7 +140,7 @@ async def test_a_drain_without_turns_leaves_no_clients_to_others() -> None:
 
     for phases in ([Phase.DRAINING], [Phase.DRAINING, Phase.CLOSING], [Phase.CLOSING]):
         stop = StopState()
-        hosting = SimpleNamespace(
+        hosting = MagicMock(
             _shutdown=stop, _listener_shutdown=SimpleNamespace(leave_clients_to_others=leave_clients_to_others)
         )
         async with trio.open_nursery() as nursery:
@@ -212,9 +157,7 @@ async def test_a_drain_without_turns_leaves_no_clients_to_others() -> None:
 async def test_hypercorn_may_stop_after_any_end_of_the_hosting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lifespan, "install_in_worker", lambda **_: nullcontext())
     stop, nothing = StopState(), MagicMock()
-    hosting = SimpleNamespace(
-        _shutdown=stop, _worker=nothing, _connections=nothing, _listeners=nothing, _notice=nothing
-    )
+    hosting = MagicMock(_shutdown=stop, _worker=nothing, _connections=nothing, _listeners=nothing, _notice=nothing)
     with pytest.raises(RuntimeError), Hosting.install(cast("Hosting", hosting)):
         raise RuntimeError
     assert stop.phase is Phase.RELEASED
