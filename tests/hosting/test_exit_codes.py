@@ -310,7 +310,8 @@ async def test_a_stop_while_no_start_succeeds_is_0(tmp_path: Path, host: str) ->
     async with open_host(tmp_path, host, broken="refusing_at_times", REFUSE=trigger) as server:
         await served(server, len(server.workers()))
         trigger.touch()
-        server.signal_main(signal.SIGHUP)
+        for worker in server.workers():
+            os.kill(worker, signal.SIGKILL)
         with trio.fail_after(CAP_S):
             await server.wait_logged("the next start is tried in 1 s")
         gone = await stop(server)

@@ -167,7 +167,7 @@ async def test_a_turn_goes_on_in_an_old_worker_while_new_ones_answer_for_it(tmp_
             started = await client.post("/sessions/held/turns", json={"input": "go", "background": True})
             turn_path = started.headers["location"]
             server.signal_main(signal.SIGHUP)
-            await server.wait_logged("reloaded: 2 new workers serve")
+            await server.wait_logged('"shutdown report"')  # of the old worker without a turn
             events = await client.get(f"{turn_path}/events", headers={"Accept": "text/event-stream"})
             kinds = [json.loads(line[6:])["type"] for line in events.text.splitlines() if line.startswith("data: ")]
             assert kinds[-1] == "turn.completed"
