@@ -167,7 +167,12 @@ class Connection(TCPServer):
 
     @property
     def closes_after_response(self) -> bool:
-        """Whether the connection, on HTTP/1, closes after its current response instead of waiting for a request."""
+        """Whether the connection, on HTTP/1, closes after its current response instead of waiting for a request.
+
+        With a grace it closes only after a response that says so: its client may be about to send the next request.
+        """
+        if self._connections.idle_grace_s:
+            return False
         closing = self._connections.stop.phase >= Phase.CLOSING or self._worker_context.terminated.is_set()
         return closing and not self.is_http2
 

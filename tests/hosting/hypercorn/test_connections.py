@@ -116,6 +116,25 @@ async def test_a_connection_closes_after_its_response_once_the_listeners_close(
         assert answer.startswith(b"HTTP/1.1 200")
 
 
+async def test_with_a_grace_a_connection_takes_another_request_after_a_response_that_did_not_say_close(
+    serve: Serve, connections: Connections
+) -> None:
+    """The listeners close while the first response is on its way; to close after it would reset the next request."""
+    connections.idle_grace_s = PATIENT_S
+    app = QuartTrio("test")
+
+    @app.get("/")
+    async def index() -> str:
+        connections.stop.enter(Phase.CLOSING)
+        return "here"
+
+    async with serve(app) as server, await server.connect() as client:
+        with trio.fail_after(PATIENT_S):
+            for _ in range(2):
+                await client.send_all(GET)
+                assert (await client.receive_some()).startswith(b"HTTP/1.1 200")
+
+
 async def test_an_idle_connection_whose_close_hangs_is_aborted(
     serve: Serve, connections: Connections, monkeypatch: pytest.MonkeyPatch
 ) -> None:
