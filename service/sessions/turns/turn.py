@@ -248,7 +248,13 @@ class Turn:
         )
 
     def note_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Note that the store has a checkpoint."""
+        """Note that the store has a checkpoint. Has no effect once the end has begun.
+
+        The end may be partly in the store already, from an earlier seq on. A later attempt must name the same seq: it
+        replaces all events after this seq.
+        """
+        if self.is_ending:
+            return
         self.stored_seq = checkpoint.after + count(checkpoint.runs)
 
     def finish(self, now: datetime) -> TurnRecord:

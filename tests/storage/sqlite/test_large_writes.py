@@ -11,9 +11,14 @@ import pytest
 import trio
 
 from service.errors import StoreError
+from service.models.client import TextDelta
+from service.sessions.events import outcome
+from service.sessions.turns.turn import Turn
+from service.settings import Settings
 from service.storage.pieces import Run
 from service.storage.records import Checkpoint, Item
 from service.storage.sqlite import event_pages, open_sqlite_store, store, turns
+from tests.sessions.puppet import pieces_of
 from tests.storage.rows import T0, a_session, a_turn, at, ended, said, told
 
 STEP_LENGTH = 100
@@ -146,3 +151,29 @@ async def test_two_large_writes_of_a_turn_at_once_leave_no_hole(
                     await trio.lowlevel.checkpoint()
                 nursery.start_soon(calls[1])
             assert await told(opened, session, name) == TEXTS
+
+
+async def test_an_end_that_is_tried_again_after_a_late_acknowledgement_has_no_event_twice(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client: Any = None
+    turn = Turn(a_turn(), client=client, system_message=None, on_disconnect="continue", settings=Settings())
+    turn.start(T0)
+    turn.take([TextDelta(text) for text in TEXTS[:5]])
+    async with open_sqlite_store(path) as opened:
+        await opened.create_session(a_session(), now=T0)
+        await opened.begin_turn(a_turn(), now=T0)
+        checkpoint = turn.checkpoint()
+        assert checkpoint is not None
+        await opened.checkpoint_turns([checkpoint])  # its acknowledgement comes later
+        turn.take([TextDelta(text) for text in TEXTS[5:]])
+        turn.decide(outcome.Completed("stop", None))
+        record = turn.finish(T0)
+        with monkeypatch.context() as failing:
+            failing.setattr(turns, "end", failing_at(0, turns.end))
+            with pytest.raises(StoreError):
+                await opened.end_turn(record, runs=turn.log.runs(), now=T0, after=turn.stored_seq)
+        turn.note_checkpoint(checkpoint)
+        await opened.end_turn(record, runs=turn.log.runs(), now=T0, after=turn.stored_seq)
+        assert (await opened.get_turn("s", "t", now=T0)).text == TEXT
+        assert await told(opened, "s", "t") == pieces_of(turn.log)
