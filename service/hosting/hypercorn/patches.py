@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 import h2.connection
 import hypercorn.__main__
+import hypercorn.protocol
 import hypercorn.protocol.h2
 import hypercorn.run
 import hypercorn.trio.run
@@ -36,6 +37,7 @@ from service.errors import StartupError
 from service.hosting.hypercorn.asgi_receive import ConnectionTaskGroup
 from service.hosting.hypercorn.chunked_request import JoiningChunkedReader
 from service.hosting.hypercorn.connections import HEAD_BYTES_MAX, BoundedDecoder
+from service.hosting.hypercorn.open_streams import Http2Protocol
 from service.hosting.hypercorn.stream_buffer import BoundedStreamBuffer
 
 Undo = Callable[[], None]
@@ -158,6 +160,7 @@ HEAD_DECODER = Patch("h2.connection.Decoder", h2.connection, "Decoder", "Bounded
 STREAM_BUFFER = Patch(
     "hypercorn.protocol.h2.StreamBuffer", hypercorn.protocol.h2, "StreamBuffer", "BoundedStreamBuffer"
 )
+HTTP2_PROTOCOL = Patch("hypercorn.protocol.H2Protocol", hypercorn.protocol, "H2Protocol", "Http2Protocol")
 SERVE_LISTENERS = Patch("hypercorn.trio.run.trio", hypercorn.trio.run, "trio", "Listeners.serve_listeners")
 ACCEPT_LOG = Patch(f"the filters of the logger {ACCEPT_LOGGER}", None, "filters", "_RateLimit")
 TERMINATE = Patch("WorkerContext.terminate of the worker", None, "terminate", "DeferredTermination")
@@ -221,6 +224,13 @@ FAULTS = (
         "test_hypercorn_still_takes_all_pieces_of_a_stream_without_a_window",
         "BoundedStreamBuffer",
         (STREAM_BUFFER,),
+    ),
+    Fault(
+        "hypercorn: a body that arrives after its HTTP/2 request was answered ends the connection",
+        "tests/hosting/hypercorn/test_open_streams.py::"
+        "test_hypercorn_still_ends_a_connection_for_a_body_that_arrives_after_the_answer",
+        "Http2Protocol, with OpenStreams",
+        (HTTP2_PROTOCOL,),
     ),
     Fault(
         "hypercorn: a request that arrives while the server stops is reset",
@@ -416,6 +426,7 @@ def install_connections(open_connection: object) -> Iterator[None]:
         undoing.callback(HEAD_BYTES.put(HEAD_BYTES_MAX))
         undoing.callback(HEAD_DECODER.put(BoundedDecoder))
         undoing.callback(STREAM_BUFFER.put(BoundedStreamBuffer))
+        undoing.callback(HTTP2_PROTOCOL.put(Http2Protocol))
         yield
 
 
