@@ -360,7 +360,7 @@ class Workers:
 
     def _may_try_again(self, code: int) -> bool:
         """Whether this exit code means a start that failed and may succeed later."""
-        return self._has_served and 0 < code < 128 and code not in (*DIED, ExitCode.CRASHED)
+        return self._has_served and code not in (0, ExitCode.CRASHED) and not _died(code)
 
     def _try_again_later(self, what: str) -> None:
         """Begin a pause and log it. Several workers that are refused together begin one pause."""
@@ -378,15 +378,14 @@ class Workers:
     def _may_replace(self, pid: int | None, code: int) -> bool:
         if code == 0:
             return True
-        if code < 128 and code not in DIED:
+        if not _died(code):
             return False
         now = time.monotonic()
         if len(self._died_at) == REPLACEMENTS_MAX and now - self._died_at[0] < REPLACEMENTS_WITHIN_S:
             say(f"{REPLACEMENTS_MAX} workers died within {REPLACEMENTS_WITHIN_S} s, giving up", level="error")
             return False
         self._died_at.append(now)
-        how = signal.Signals(code - 128).name if code > 128 else f"with code {code}"
-        say(f"worker {pid} ended by {how}, another one takes its place")
+        say(f"worker {pid} ended {_how(code)}, another one takes its place")
         return True
 
     def _ends_at_once(self, worker: WorkerProcess) -> bool:
@@ -455,6 +454,24 @@ class Workers:
         for sock in (*self._sockets.secure_sockets, *self._sockets.insecure_sockets):
             poll.register(sock.fileno(), select.POLLIN)
         return any(events & select.POLLIN for _, events in poll.poll(0))
+
+
+def _died(code: int) -> bool:
+    """Whether a worker with this exit code has died of a fault that another worker need not have.
+
+    A code above those of the signals is the worker's own: 255 is a Python that could not be started.
+    """
+    return code in DIED or 128 < code < 128 + signal.NSIG
+
+
+def _how(code: int) -> str:
+    """Say how a worker died. Not every signal has a name: real-time signals have only numbers."""
+    if code in DIED:
+        return f"with code {code}"
+    try:
+        return f"by {signal.Signals(code - 128).name}"
+    except ValueError:
+        return f"by signal {code - 128}"
 
 
 def _could_not_start(pid: int | None, code: int, reason: str) -> str:

@@ -1,5 +1,6 @@
 """A worker's process, as our master sees it. What the process runs: :mod:`service.hosting.worker_main`."""
 
+import math
 import signal
 import time
 from collections.abc import Iterable
@@ -63,27 +64,31 @@ class WorkerProcess:
         return [self.process.sentinel, *([self._connection] if self._connection is not None else [])]
 
     def take_messages(self) -> None:
-        """Note what it has told since the last call. Never waits."""
+        """Note what it has told since the last call. Never waits.
+
+        After an upgrade in place a worker may be newer than this master: words that are unknown here are passed over.
+        """
         while self._connection is not None:
             try:
                 if not self._connection.poll():
                     return
-                word, _, rest = self._connection.recv_bytes().decode().partition(" ")
+                word, _, rest = self._connection.recv_bytes().decode(errors="backslashreplace").partition(" ")
             except (EOFError, OSError):
                 self._connection.close()
                 self._connection = None
                 return
-            self._note(Message(word), rest)
+            self._note(word, rest)
 
-    def _note(self, message: Message, rest: str) -> None:
-        if message is Message.BEGUN:
-            self.has_begun, self.stop_within_s = True, float(rest)
-        elif message is Message.SERVING:
-            self.serves, self.peer_address = True, rest
-        elif message is Message.SUCCESSOR:
-            self.wants_successor = True
-        elif message is Message.REFUSED:
-            self.refusal = rest
+    def _note(self, word: str, rest: str) -> None:
+        match word:
+            case Message.BEGUN:
+                self.has_begun, self.stop_within_s = True, _seconds(rest, default=self.stop_within_s)
+            case Message.SERVING:
+                self.serves, self.peer_address = True, rest
+            case Message.SUCCESSOR:
+                self.wants_successor = True
+            case Message.REFUSED:
+                self.refusal = rest
 
     def tell_leave(self, successors: Iterable[str], *, slack_s: float) -> None:
         """Have it drain and end, because other workers serve in its place."""
@@ -110,6 +115,14 @@ class WorkerProcess:
         self.process.close()
         if self._connection is not None:
             self._connection.close()
+
+
+def _seconds(text: str, *, default: float) -> float:
+    """Return the number of seconds in a worker's message, or the default if there is none."""
+    with suppress(ValueError):
+        if math.isfinite(seconds := float(text)) and seconds >= 0:
+            return seconds
+    return default
 
 
 def start_worker(

@@ -9,6 +9,8 @@ import socket
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -175,7 +177,37 @@ def test_a_worker_that_stopped_or_died_is_replaced(service: Service, exit_code: 
     assert not service.is_stopping
 
 
-@pytest.mark.parametrize("exit_code", [1, 71, 78])
+@pytest.mark.parametrize(
+    ("exit_code", "how"),
+    [
+        (-9, "by SIGKILL"),
+        (-40, "by signal 40"),  # a real-time signal
+        (-64, "by SIGRTMAX"),
+        (70, "with code 70"),
+    ],
+)
+def test_the_log_says_how_a_worker_died_also_where_its_signal_has_no_name(
+    serving: Service, capfd: pytest.CaptureFixture[str], exit_code: int, how: str
+) -> None:
+    serving.end(serving.started[0], exit_code)
+    assert f"worker 0 ended {how}, another one takes its place" in capfd.readouterr().err
+    assert len(serving.started) == 3
+
+
+@pytest.mark.parametrize("exit_code", [128, 193, 255])
+def test_a_code_above_those_of_the_signals_is_a_start_that_failed(service: Service, exit_code: int) -> None:
+    """As 255, where Python was removed and the new process cannot run it."""
+    service.serve()
+    service.end(service.started[0], exit_code)
+    assert len(service.started) == 2
+    assert service.starts_after(FIRST_S)
+    for pause_s in (2, 4, 8, 16, MAX_S, MAX_S):
+        service.end(service.started[-1], exit_code, after_s=1)
+        assert service.starts_after(pause_s)
+    assert not service.is_stopping
+
+
+@pytest.mark.parametrize("exit_code", [1, 71, 78, 255])
 def test_a_fault_that_the_next_worker_would_have_too_ends_the_service(service: Service, exit_code: int) -> None:
     service.end(service.started[0], exit_code)
     assert service.is_stopping
@@ -216,6 +248,43 @@ def test_a_crash_ends_the_service_after_any_time(serving: Service) -> None:
     serving.end(serving.started[0], ExitCode.CRASHED)
     assert serving.is_stopping
     assert serving.code == ExitCode.CRASHED
+
+
+# What workers tell
+
+
+@pytest.fixture
+def linked() -> Iterator[tuple[WorkerProcess, Connection]]:
+    """A worker without a process, and its end of the link."""
+    ours, theirs = Pipe()
+    yield WorkerProcess(cast("Any", None), ours, generation=0, stop_within_s=STOP_TIMEOUT_S), theirs
+    for end in (ours, theirs):
+        end.close()
+
+
+@pytest.mark.parametrize("line", [b"", b" ", b"telemetry on", b"BEGUN 3", b"\xff\xfe 1", b"begun\n3"])
+def test_words_that_this_master_does_not_know_are_passed_over(
+    linked: tuple[WorkerProcess, Connection], line: bytes
+) -> None:
+    """A worker that is newer than the master may tell more."""
+    worker, end = linked
+    end.send_bytes(line)
+    end.send_bytes(b"serving @7")
+    worker.take_messages()
+    assert (worker.has_begun, worker.serves, worker.peer_address) == (False, True, "@7")
+
+
+@pytest.mark.parametrize("rest", ["", "soon", "3 s", "nan", "inf", "-inf", "-1", "1e999", "\udcff"])
+def test_a_bound_on_the_stop_that_is_no_time_leaves_the_master_s_own(
+    linked: tuple[WorkerProcess, Connection], rest: str
+) -> None:
+    worker, end = linked
+    end.send_bytes(f"begun {rest}".encode(errors="surrogateescape"))
+    worker.take_messages()
+    assert (worker.has_begun, worker.stop_within_s) == (True, STOP_TIMEOUT_S)
+    end.send_bytes(b"begun 2.5")
+    worker.take_messages()
+    assert worker.stop_within_s == 2.5
 
 
 # Refused starts
