@@ -179,6 +179,8 @@ class Workers:
         due += [it.started_at + START_MAX_S for it in self._active if not it.serves]
         if self._missing and self._pause.is_running:
             due.append(now + self._pause.left_s)
+        if self._may_begin_reload:  # the one before it has just failed
+            due.append(now)
         return max(min(due) - now, 0.001)
 
     @contextmanager
@@ -244,14 +246,30 @@ class Workers:
             # that all starts would have is seen by the first of them.
             room = min(room, 1 - sum(not worker.serves for worker in self._fresh))
         for _ in range(min(self._missing, room)):
-            worker = self._start(
-                self._config,
-                self._sockets,
-                self._status_file,
-                generation=self._generation,
-                stop_within_s=self._stop_timeout_s,
-            )
+            try:
+                worker = self._start(
+                    self._config,
+                    self._sockets,
+                    self._status_file,
+                    generation=self._generation,
+                    stop_within_s=self._stop_timeout_s,
+                )
+            except OSError as error:
+                self._go_on_without(f"no process can be started for a worker ({error})")
+                return
             self._workers.append(worker)
+
+    def _go_on_without(self, why: str) -> None:
+        """Decide what follows from a start for which the system lacks processes, memory or descriptors."""
+        if self._is_reloading:
+            self._fail_reload(why)
+            if self._missing <= 0:
+                return
+        if self._has_served:
+            self._try_again_later(why)
+        else:
+            say(f"{why}, giving up", level="error")
+            self._give_up(ExitCode.REFUSED)
 
     def _take_messages(self) -> None:
         for worker in self._workers:
@@ -279,12 +297,16 @@ class Workers:
 
     # A reload
 
+    @property
+    def _may_begin_reload(self) -> bool:
+        """Whether a reload is wanted, none is under way, and no more than one set of old workers still drains."""
+        has_room = len(self._workers) <= (SETS_OF_WORKERS_MAX - 1) * self._config.workers
+        return self._reload_wanted and not self._is_reloading and has_room
+
     def _begin_reload(self) -> None:
         """Begin the reload that an operator wants, once no other reload is under way."""
-        if not self._reload_wanted or self._is_reloading:
+        if not self._may_begin_reload:
             return
-        if len(self._workers) > (SETS_OF_WORKERS_MAX - 1) * self._config.workers:
-            return  # the old workers of the last two reloads still drain
         self._reload_wanted = False
         self._generation += 1
         self._pause.end()

@@ -128,7 +128,11 @@ def _seconds(text: str, *, default: float) -> float:
 def start_worker(
     config: Config, sockets: Sockets, status_file: SharedFile, *, generation: int, stop_within_s: float
 ) -> WorkerProcess:
-    """Start a worker on the master's sockets."""
+    """Start a worker on the master's sockets.
+
+    Raises:
+        OSError: The system has no process, memory or descriptor left. Nothing has been started.
+    """
     ours, theirs = _SPAWN.Pipe()
     process = _SPAWN.Process(
         target=run_worker,
@@ -138,6 +142,9 @@ def start_worker(
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
     try:
         process.start()
+    except OSError:
+        ours.close()
+        raise
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         theirs.close()

@@ -1,18 +1,21 @@
 """The master's decisions, on workers and a clock that are set by hand. As a process: ``test_exit_codes.py``, and
 ``tests/process/test_reload.py``."""
 
+import errno
 import inspect
 import json
 import os
 import re
+import signal
 import socket
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import hypercorn.run
 import pytest
@@ -32,7 +35,8 @@ from service.hosting.master import (
 from service.hosting.master_link import Message
 from service.hosting.process.process_exit import ExitCode, say
 from service.hosting.start_pause import FIRST_S, MAX_S
-from service.hosting.worker_process import WorkerProcess
+from service.hosting.worker_main import SharedFile
+from service.hosting.worker_process import WorkerProcess, start_worker
 from tests.kept_log import FORMATS, Format, kept_log
 
 REFUSED = ExitCode.REFUSED
@@ -88,10 +92,15 @@ class FakeWorker(WorkerProcess):
 
 
 class Service:
-    """A master whose workers and whose clock are set by hand."""
+    """A master whose workers and whose clock are set by hand.
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, workers: int = 2) -> None:
+    Args:
+        room: How many workers can be started in all; for a further one the system has no process.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, workers: int = 2, room: int = 1_000_000) -> None:
         self.now = 1000.0
+        self.room = room
         self.started: list[FakeWorker] = []
         clock = SimpleNamespace(monotonic=lambda: self.now)
         for module in (master, start_pause, worker_process):
@@ -103,6 +112,8 @@ class Service:
         self.advance()
 
     def _start(self, _config: Config, *_: object, generation: int, stop_within_s: float) -> WorkerProcess:
+        if len(self.started) >= self.room:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         worker = FakeWorker(len(self.started), generation=generation, stop_within_s=stop_within_s)
         # The master counts a worker as serving when it reads the worker's message.
         worker.take_messages = lambda: None  # type: ignore[method-assign]
@@ -345,6 +356,120 @@ def test_workers_that_end_at_once_are_slowed_down_once_something_has_served(
         serving.end(serving.started[-1], 0, after_s=1)
     assert serving.starts_after(FIRST_S)
     assert "workers end at once, 11 times in a row; the next start is tried in 1 s" in capfd.readouterr().err
+
+
+# Starts for which the system has no process
+
+NO_PROCESS = r"no process can be started for a worker ([Errno 11] Resource temporarily unavailable)"
+
+
+@pytest.mark.parametrize("room", [0, 1])
+def test_a_first_start_without_a_process_ends_the_service(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], room: int
+) -> None:
+    service = Service(monkeypatch, room=room)
+    assert service.is_stopping
+    assert service.code == REFUSED
+    assert f"{NO_PROCESS}, giving up" in capfd.readouterr().err
+    assert len(service.started) == room
+    os.close(service.workers._status_file.descriptor)
+
+
+def test_once_something_has_served_a_start_without_a_process_is_tried_again_after_a_pause(
+    serving: Service, capfd: pytest.CaptureFixture[str]
+) -> None:
+    serving.room = 2
+    serving.end(serving.started[0], -9)
+    assert f"{NO_PROCESS}; the next start is tried in 1 s, 1 of 2 workers serve on" in capfd.readouterr().err
+    assert serving.workers._next_look_s() == pytest.approx(FIRST_S)
+    serving.advance(FIRST_S + 0.01)
+    assert "the next start is tried in 2 s" in capfd.readouterr().err
+    serving.room = 3
+    assert serving.starts_after(2)
+    assert not serving.is_stopping
+
+
+@pytest.mark.parametrize("new", [0, 1])
+def test_a_reload_without_a_process_for_a_new_worker_fails_and_the_old_ones_serve_on(
+    serving: Service, capfd: pytest.CaptureFixture[str], new: int
+) -> None:
+    serving.room = 2 + new
+    serving.reload()
+    serving.serve()
+    [line] = capfd.readouterr().err.splitlines()
+    assert f"the reload failed, 2 old workers serve on: {NO_PROCESS}" in line
+    assert [worker.told for worker in serving.started] == [[], [], ["leave @0 @1"]][: 2 + new]
+    for worker in serving.started[2:]:
+        serving.end(worker, 0, after_s=1)
+    serving.room = 10
+    serving.advance(10 * MAX_S)
+    assert len(serving.started) == 2 + new
+    assert not serving.is_stopping
+    serving.reload()
+    serving.finish_reload()
+    assert all(worker.told for worker in serving.started[:2])
+
+
+def test_new_workers_that_start_together_end_if_there_is_no_process_for_another_one(service: Service) -> None:
+    """The reload comes before anything serves."""
+    service.room = 3
+    service.reload()
+    assert [worker.signals for worker in service.started] == [[], [], ["SIGTERM"]]
+    assert not service.is_stopping
+
+
+def test_an_old_worker_that_is_missing_after_a_reload_without_a_process_is_started_after_a_pause(
+    serving: Service, capfd: pytest.CaptureFixture[str]
+) -> None:
+    serving.started[0].wants_successor = True
+    serving.room = 2
+    serving.reload()
+    failed, pause = capfd.readouterr().err.splitlines()
+    assert "the reload failed, 2 old workers serve on" in failed
+    assert "the next start is tried in 1 s, 2 of 2 workers serve on" in pause
+    serving.room = 3
+    assert serving.starts_after(FIRST_S)
+
+
+def test_a_reload_that_is_wanted_during_one_without_a_process_begins_at_once(serving: Service) -> None:
+    def fail(*_: object, **_options: object) -> NoReturn:
+        serving.workers._reload_wanted = True
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    serving.workers._start = fail
+    serving.reload()
+    assert serving.workers._next_look_s() <= 0.001
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM, errno.EMFILE])
+def test_a_start_without_a_process_leaves_no_descriptor_and_no_blocked_signal(
+    monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail(*_: object) -> NoReturn:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("multiprocessing.util.spawnv_passfds", fail)
+    monkeypatch.setattr("multiprocessing.resource_tracker.getfd", lambda: 2)
+    file = SharedFile(os.memfd_create("status"))
+    before, blocked = open_files(), signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    failed, sockets = 0, before
+    try:
+        start_worker(Config(), Sockets([], [], []), file, generation=0, stop_within_s=STOP_TIMEOUT_S)
+    except OSError as error:
+        failed, sockets = error.errno or 0, open_files("socket:")
+    assert failed == number
+    assert sockets == [name for name in before if name.startswith("socket:")]
+    assert open_files() == before
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == blocked
+    os.close(file.descriptor)
+
+
+def open_files(kind: str = "") -> list[str]:
+    names = []
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # the folder's own descriptor
+            names.append(str(link.readlink()))
+    return sorted(name for name in names if name.startswith(kind))
 
 
 # Reloads
