@@ -13,6 +13,7 @@
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from math import inf
 from typing import Any, cast
@@ -117,10 +118,16 @@ class AsgiRequest(TrioASGIHTTPConnection):
         if message["type"] == "http.response.start" and self._closes():
             headers = [pair for pair in message["headers"] if pair[0].lower() != b"connection"]
             message["headers"] = [*headers, (b"connection", b"close")]
-        await send(message)
+        if message["type"] == "http.response.start" and not _is_event_stream(message):
+            self._watch_answer(send)
+        with nullcontext() if self._answer is None else self._answer.waiting():
+            await send(message)
         self._response = ChunkedResponse.begun_by(send)
+
+    def _watch_answer(self, send: Any) -> None:
+        """Let the answer be given up if its client does not read. Its head can block, too, after earlier answers."""
         answers = unread_answers_of(self.app)
-        if answers is not None and not _is_event_stream(message):
+        if answers is not None:
             self._answer = Answer.begun_by(send)
             if self._answer is not None:
                 answers.add(self._answer)

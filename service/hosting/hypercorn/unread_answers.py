@@ -41,7 +41,7 @@ class Answer:
     """An answer on its way to its client.
 
     Attributes:
-        pieces: How many pieces of it hypercorn has taken.
+        pieces: How many pieces of it hypercorn has taken, its head included.
     """
 
     def __init__(self, stream: HTTPStream, protocol: H11Protocol | H2Protocol, connection: Connection) -> None:
@@ -68,7 +68,7 @@ class Answer:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """The client's time: around the send of one piece."""
+        """The client's time: around the send of the head or of one piece."""
         self._is_waiting = True
         try:
             yield
@@ -99,8 +99,9 @@ class Answer:
             return (self.pieces, *_progress_of(self._connection.socket))
         buffer = self._protocol.stream_buffers.get(self._stream.stream_id)
         left = 0 if buffer is None else len(buffer.buffer)
-        # A stream with a window waits only for its turn on a connection that is read.
-        return (self.pieces, left, *(_progress_of(self._connection.socket) if self._has_window() else ()))
+        # A head, or a stream with a window, waits only for its turn on a connection that is read.
+        waits_for_turn = self.pieces == 0 or self._has_window()
+        return (self.pieces, left, *(_progress_of(self._connection.socket) if waits_for_turn else ()))
 
     def _has_window(self) -> bool:
         assert isinstance(self._protocol, H2Protocol)

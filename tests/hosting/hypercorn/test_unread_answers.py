@@ -45,12 +45,14 @@ class App(QuartTrio):
         self.config["RESPONSE_TIMEOUT"] = None
         self.unread = watch_unread_answers(self, timeout_s=1000)
         self.held: list[weakref.ref[TrioResponse]] = []
+        self.begun = 0
         self.ended = 0
         self.route("/large")(self.large)
         self.route("/small")(self.small)
         self.route("/stream")(self.stream)
 
     async def asgi_app(self, scope: Any, receive: Any, send: Any) -> None:
+        self.begun += scope["type"] == "http"
         try:
             await super().asgi_app(scope, receive, send)
         finally:
@@ -110,6 +112,12 @@ async def connect(server: Served, context: ssl.SSLContext | None = None, *, http
 
 async def ask(stream: trio.abc.Stream, path: str) -> None:
     await stream.send_all(b"GET /%b HTTP/1.1\r\nHost: localhost\r\n\r\n" % path.encode())
+
+
+async def ask_until_closed(stream: trio.abc.Stream, requests: bytes) -> None:
+    with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+        while True:
+            await stream.send_all(requests)
 
 
 class Http2Client:
@@ -177,6 +185,28 @@ async def test_an_answer_that_is_not_read_is_given_up_and_its_memory_is_free(
             assert bytes(await other.receive_some(4096)).startswith(b"HTTP/1.1 200")
             for client in (stalled, other):
                 await trio.aclose_forcefully(client)
+
+
+async def test_an_answer_whose_head_does_not_reach_its_client_is_given_up(
+    serve: Serve, connections: Connections, app: App
+) -> None:
+    """Answers without a body fill what the kernel takes, until a head blocks."""
+    async with serve(app) as server:
+        with trio.fail_after(20):
+            stalled = await connect(server)
+            async with stalled, trio.open_nursery() as nursery:
+                nursery.start_soon(ask_until_closed, stalled, b"HEAD /small HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000)
+                begun = -1
+                while begun != app.begun:
+                    begun = app.begun
+                    await app.is_blocked()
+                assert app.begun == app.ended + 1
+                [answer] = app.unread._answers
+                assert answer.pieces == 0, "its head is blocked"
+                assert (look(app.unread, LOOKS), app.begun - app.ended) == (0, 1)
+                assert look(app.unread, 1) == 1
+                await app.is_blocked()
+                assert (app.begun - app.ended, repr(app.unread)) == (0, "<UnreadAnswers: 0 on their way>")
 
 
 @pytest.mark.parametrize("secure", [False, True])
