@@ -1,10 +1,10 @@
 """The bytes of requests and answers that are in memory, bounded in all (``held_bytes_max``).
 
-The body of a request counts while it arrives and until it is parsed; an answer counts from its making until its client
-has taken it. Beyond the bound a body is refused before it is read, or when it grows, and an answer to a GET before it
-is made. The answer of a call that has changed something counts, but is never refused: the caller could not repeat the
-call. Event streams do not count: they hold a seq and one piece. A request that holds few bytes is never refused: its
-connection takes more, and probes, short messages and cancels have to work.
+The body of a request counts while it arrives and until it is parsed or its answer begins; an answer counts from its
+making until its client has taken it. Beyond the bound a body is refused before it is read, or when it grows, and an
+answer to a GET before it is made. The answer of a call that has changed something counts, but is never refused: the
+caller could not repeat the call. Event streams do not count: they hold a seq and one piece. A request that holds few
+bytes is never refused: its connection takes more, and probes, short messages and cancels have to work.
 """
 
 from collections.abc import Iterator

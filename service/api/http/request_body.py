@@ -63,6 +63,7 @@ class BoundedBody(TrioBody):
         self._bytes_max = max_content_length or 0
         self._error: Exception | None = None
         self._readable = trio.Event()
+        self._is_dropped = False
         self._counted: RequestBytes | None = None
         if (expected_content_length or 0) > self._bytes_max:
             self._refuse_as_too_large()
@@ -99,8 +100,15 @@ class BoundedBody(TrioBody):
             self._arrived.clear()
             self._readable.set()
 
+    def drop(self) -> None:
+        """Hold no data and take no more: an answer has begun, so no handler reads the body any more. Idempotent."""
+        self._is_dropped = True
+        if self._counted is not None:
+            self._counted.add(-len(self._arrived))
+        self._arrived.clear()
+
     def append(self, data: bytes) -> None:
-        if self._error is not None:
+        if self._error is not None or self._is_dropped:
             return
         if len(self._arrived) + len(data) > self._bytes_max:
             self._refuse_as_too_large()
@@ -172,13 +180,18 @@ async def read_body(request: Request, kind: type[B], service: Service) -> B:
             raise BodyTimeoutError
         if service.store.capabilities.shared:
             cast("dict[str, object]", request.scope)[_KEPT] = raw
+    try:
+        return await _parse_in_steps(raw, kind, service)
+    finally:
+        if not kept_body(request):
+            bytes_of(request.scope).add(-len(raw))
+
+
+async def _parse_in_steps(raw: bytes, kind: type[B], service: Service) -> B:
     check_structure(raw)
     if len(raw) > _LONG_BYTES:
         await trio.lowlevel.checkpoint()  # the check and the parsing each take some milliseconds for the longest body
-    body = parse_body(raw, kind, text_bytes_max=service.settings.input_bytes_max)
-    if not kept_body(request):
-        bytes_of(request.scope).add(-len(raw))
-    return body
+    return parse_body(raw, kind, text_bytes_max=service.settings.input_bytes_max)
 
 
 def kept_body(request: Request) -> bytes:

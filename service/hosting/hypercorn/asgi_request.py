@@ -24,7 +24,7 @@ from quart.wrappers import Request
 from quart_trio.asgi import TrioASGIHTTPConnection
 
 from service.api.http.event_stream import MEDIA_TYPE, LastPiece
-from service.api.http.request_body import BoundedBody
+from service.api.http.request_body import BoundedBody, drop_body
 from service.errors import ShuttingDownError
 from service.freezes import extended_when_late
 from service.hosting.hypercorn.asgi_receive import ReceiveQueue
@@ -63,12 +63,13 @@ def open_requests(app: Quart, stop: StopState) -> OpenRequests:
 class AsgiRequest(TrioASGIHTTPConnection):
     """One request of an application."""
 
+    _request: Request | None = None
     _response: ChunkedResponse | None = None
     _answer: Answer | None = None
     _is_complete = False
 
     async def __call__(self, receive: Any, send: Any) -> None:
-        request = self._create_request_from_scope(send)
+        request = self._request = self._create_request_from_scope(send)
         requests: OpenRequests | None = self.app.extensions.get(_REQUESTS)
         if requests is not None:
             requests.add(request)
@@ -118,11 +119,19 @@ class AsgiRequest(TrioASGIHTTPConnection):
         if message["type"] == "http.response.start" and self._closes():
             headers = [pair for pair in message["headers"] if pair[0].lower() != b"connection"]
             message["headers"] = [*headers, (b"connection", b"close")]
-        if message["type"] == "http.response.start" and not _is_event_stream(message):
-            self._watch_answer(send)
+        if message["type"] == "http.response.start":
+            self._drop_body()
+            if not _is_event_stream(message):
+                self._watch_answer(send)
         with nullcontext() if self._answer is None else self._answer.waiting():
             await send(message)
         self._response = ChunkedResponse.begun_by(send)
+
+    def _drop_body(self) -> None:
+        """Hold no body while the answer is sent: the handler is over, so the request is not sent to a peer again."""
+        if self._request is not None and isinstance(self._request.body, BoundedBody):
+            self._request.body.drop()
+            drop_body(self._request)
 
     def _watch_answer(self, send: Any) -> None:
         """Let the answer be given up if its client does not read. Its head can block, too, after earlier answers."""

@@ -208,6 +208,29 @@ def test_a_request_that_holds_few_bytes_is_never_refused() -> None:
     assert held.bytes == 0
 
 
+@pytest.mark.parametrize("is_complete", [False, True])
+async def test_a_dropped_body_gives_its_bytes_back_and_takes_no_more(is_complete: bool) -> None:
+    held = HeldBytes(bytes_max=100_000)
+    body = BoundedBody(None, 1_000_000)
+    body.count_in(RequestBytes(held), expected=0)
+    body.append(b"x" * 90_000)
+    if is_complete:
+        body.set_complete()
+    body.drop()
+    body.append(b"x" * 90_000)
+    body.drop()
+    assert (held.bytes, body._arrived) == (0, b"")
+
+
+async def test_a_body_that_cannot_be_parsed_is_not_counted_while_its_answer_is_sent(autojump_clock: MockClock) -> None:
+    async with open_small() as api, trio.open_nursery() as nursery:
+        malformed = Call(api, "POST", "/sessions", b" " * UPLOAD + b"{")
+        nursery.start_soon(malformed.run)
+        await trio.testing.wait_all_tasks_blocked()
+        assert (malformed.status, held_bytes_of(api.app).bytes) == (400, 0)
+        malformed.read()
+
+
 async def test_a_refused_body_gives_its_bytes_back_and_takes_no_more() -> None:
     held = HeldBytes(bytes_max=100_000)
     body = BoundedBody(None, 1_000_000)

@@ -1,5 +1,8 @@
 """Quart-Trio's requests, with and without the workarounds."""
 
+import re
+from pathlib import Path
+
 import pytest
 import trio
 import trio.testing
@@ -8,11 +11,12 @@ from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
 
 from service.api.app import attach, create_app
+from service.api.http.app_state import held_bytes_of
 from service.hosting.hypercorn.asgi_request import AsgiRequest, open_requests
 from service.settings import Settings
 from service.shutdown import Shutdown
 from service.supervisor import open_service
-from tests.hosting.conftest import BRIEF_S, PATIENT_S, Serve
+from tests.hosting.conftest import BRIEF_S, PATIENT_S, Serve, Served
 
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
@@ -93,6 +97,44 @@ async def test_a_request_whose_body_is_still_coming_is_answered_when_the_work_ha
                 answer = await receive_all(stream)
     assert answer.startswith(b"HTTP/1.1 503")
     assert b"shutting_down" in answer
+
+
+async def call(server: Served, method: bytes, path: bytes, body: bytes = b"") -> bytes:
+    async with await server.connect() as stream:
+        await stream.send_all(
+            b"%b %b HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n%b" % (method, path, len(body), body)
+        )
+        return await receive_all(stream)
+
+
+@pytest.mark.parametrize("store", ["memory:", "sqlite"])
+async def test_a_body_is_dropped_when_its_answer_begins_and_the_rest_of_it_is_not_kept(
+    serve: Serve, tmp_path: Path, store: str
+) -> None:
+    size = 200_000
+    app = create_app()
+    app.asgi_http_class = AsgiRequest
+    settings = Settings(
+        store_url=f"sqlite:{tmp_path}/a.db" if store == "sqlite" else store, model_url="scripted:?tokens=1000&rate=20"
+    )
+    with trio.fail_after(20):
+        async with open_service(settings) as service, serve(app) as server:
+            attach(app, service)
+            await call(server, b"POST", b"/sessions", b'{"id": "s"}')
+            answer = await call(server, b"POST", b"/sessions/s/turns", b'{"input": "hi", "background": true}')
+            turn = re.search(rb"/sessions/s/turns/turn_[0-9a-f]{32}", answer)
+            assert turn is not None
+            async with await server.connect() as stream:
+                head = b"GET %b/events HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % (turn[0], size)
+                await stream.send_all(head + b"x" * (size // 2))
+                assert (await stream.receive_some()).startswith(b"HTTP/1.1 200")
+                await stream.send_all(b"x" * (size // 2))
+                await stream.receive_some()
+                assert held_bytes_of(app).bytes == 0
+                assert b"200" in await call(server, b"POST", turn[0] + b"/cancel")
+                await receive_all(stream)
+            assert held_bytes_of(app).bytes == 0
 
 
 @pytest.mark.parametrize("closing", [False, True])
