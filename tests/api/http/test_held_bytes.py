@@ -219,7 +219,7 @@ async def test_a_dropped_body_gives_its_bytes_back_and_takes_no_more(is_complete
     body.drop()
     body.append(b"x" * 90_000)
     body.drop()
-    assert (held.bytes, body._arrived) == (0, b"")
+    assert (held.bytes, len(body._arrived)) == (0, 0)
 
 
 async def test_a_body_that_cannot_be_parsed_is_not_counted_while_its_answer_is_sent(autojump_clock: MockClock) -> None:
