@@ -122,6 +122,7 @@ class Workers:
         self._status_file = SharedFile(os.memfd_create("lastcall-worker-status"))
         self._workers: list[WorkerProcess] = []
         self._generation = 0
+        self._failed_generation = -1
         self._reload_wanted = False
         self._stopping = False
         self._has_served = False
@@ -338,6 +339,7 @@ class Workers:
         new = [worker for worker in self._active if worker.generation == self._generation]
         say(f"the reload failed, {len(old)} old workers serve on: {why}", level="error")
         self._end(new)
+        self._failed_generation = self._generation
         self._generation += 1
         for worker in old:
             worker.generation = self._generation
@@ -364,12 +366,14 @@ class Workers:
         if worker.end_by is not None:
             if code and not (code == ENDED_BY_SIGTERM and not worker.has_begun):
                 say(f"worker {pid} ended with code {code}, after it was told to end")
+        elif worker.generation == self._failed_generation:
+            pass  # another worker has failed their reload in the same moment
         elif not worker.serves and worker.generation < self._generation:
-            pass  # a newer one starts in its place, or its reload has failed
-        elif not worker.serves and self._is_reloading:
-            self._fail_reload(_could_not_start(pid, code, worker.refusal))
+            pass  # a newer one starts in its place
+        elif self._is_reloading and worker.generation == self._generation and (code or not worker.serves):
+            self._fail_reload(_what_failed(worker, pid, code))
         elif self._may_try_again(code):
-            self._try_again_later(_could_not_start(pid, code, worker.refusal))
+            self._try_again_later(_what_failed(worker, pid, code))
         elif not self._may_replace(pid, code):
             self._give_up(code)
         elif code == 0 and self._ends_at_once(worker):
@@ -496,5 +500,8 @@ def _how(code: int) -> str:
         return f"by signal {code - 128}"
 
 
-def _could_not_start(pid: int | None, code: int, reason: str) -> str:
-    return f"worker {pid} could not start (code {code}{': ' + reason if reason else ''})"
+def _what_failed(worker: WorkerProcess, pid: int | None, code: int) -> str:
+    if worker.serves:
+        return f"worker {pid} ended with code {code} after it had served"
+    reason = f": {worker.refusal}" if worker.refusal else ""
+    return f"worker {pid} could not start (code {code}{reason})"

@@ -81,7 +81,7 @@ class FakeWorker(WorkerProcess):
         self.told.append(text)
 
     def release(self) -> None:
-        pass
+        del self.fake.pid  # as a process that is closed
 
     def serve(self) -> None:
         self.has_begun = True
@@ -517,6 +517,55 @@ def test_a_new_worker_that_cannot_start_leaves_the_old_ones_serving(
     serving.reload()
     serving.finish_reload()
     assert all(worker.told for worker in serving.started[:2])
+
+
+@pytest.mark.parametrize("code", [1, REFUSED, 255, -9, *DIED, ExitCode.CRASHED], ids=str)
+def test_a_new_worker_that_serves_and_ends_before_the_others_serve_fails_its_reload(
+    serving: Service, capfd: pytest.CaptureFixture[str], code: int
+) -> None:
+    serving.reload()
+    first = serving.started[2]
+    serving.serve(first)
+    second = serving.started[3]
+    serving.end(first, code, after_s=1)
+    [line] = capfd.readouterr().err.splitlines()
+    shown = 137 if code < 0 else code
+    assert f"the reload failed, 2 old workers serve on: worker 2 ended with code {shown:d} after it had served" in line
+    assert second.signals == ["SIGTERM"]
+    serving.end(second, -15, after_s=0.1)
+    serving.advance(10 * MAX_S)
+    assert len(serving.started) == 4
+    assert not any(worker.told for worker in serving.started[:2])
+    assert not serving.is_stopping
+
+
+@pytest.mark.parametrize("code", [1, -9, ExitCode.CRASHED], ids=str)
+def test_new_workers_that_serve_and_end_together_fail_their_reload_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], code: int
+) -> None:
+    service = Service(monkeypatch, workers=3)
+    service.serve()
+    service.reload()
+    service.serve()
+    service.serve()
+    for worker in service.started[3:5]:
+        worker.end(code)
+    service.advance()
+    service.end(service.started[5], -15)
+    assert len(capfd.readouterr().err.splitlines()) == 1
+    assert len(service.started) == 6
+    assert not service.is_stopping
+    os.close(service.workers._status_file.descriptor)
+
+
+def test_a_new_worker_that_is_told_to_stop_before_the_others_serve_is_replaced(serving: Service) -> None:
+    """By an operator, with SIGTERM: it ends with 0."""
+    serving.reload()
+    serving.serve(serving.started[2])
+    serving.end(serving.started[2], 0)
+    serving.finish_reload()
+    assert len(serving.started) == 5
+    assert [bool(worker.told) for worker in serving.started] == [True, True, False, False, False]
 
 
 def test_new_workers_that_are_refused_together_fail_their_reload_in_one_line(
