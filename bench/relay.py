@@ -36,7 +36,11 @@ PAD = 60
 BURST = 8
 PACED_TOKENS_PER_S = 3000.0
 COALESCED_TOKENS_PER_S = 8000.0
-_ROOM = {"LASTCALL_REPLY_BYTES_MAX": str(1 << 30), "LASTCALL_LOG_BYTES_MAX": str(1 << 30)}
+_ROOM = {
+    "LASTCALL_REPLY_BYTES_MAX": str(1 << 30),
+    "LASTCALL_LOG_BYTES_MAX": str(1 << 30),
+    "LASTCALL_HELD_BYTES_MAX": str(1 << 33),
+}
 
 
 class RelayRow(msgspec.Struct, kw_only=True):

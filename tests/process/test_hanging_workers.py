@@ -51,6 +51,9 @@ async def test_what_waits_for_a_worker_that_hangs_is_answered_and_goes_on_once_t
             async def nothing_waits() -> bool:
                 return not nursery.child_tasks
 
+            async def is_heard_again() -> bool:
+                return (await client.get(answers[0].headers["Location"])).status_code == 200
+
             async with reaching_others(server, tmp_path, session, method="POST", requests=1):
                 nursery.start_soon(wait_for_turn)
             await wait_until(is_queued)
@@ -63,6 +66,7 @@ async def test_what_waits_for_a_worker_that_hangs_is_answered_and_goes_on_once_t
         assert {stream.end[0] for stream in streams.values()} == {"turn.delta"}
         [answer] = answers
         assert (answer.status_code, answer.json()["code"]) == (504, "owner_hangs")
+        await wait_until(is_heard_again)  # until then the answer is 503
         assert await state_of(client, answer.headers["Location"]) == ("queued", None)
         await assert_turns_wait_for_their_clients(client, streams)
         server.signal_main(signal.SIGTERM)
