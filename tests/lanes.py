@@ -3,6 +3,8 @@
 With several workers (pytest-xdist, ``-n``) a test runs beside others, unless it is marked ``serial``: those come last,
 and each of them has the machine for itself. So the measurement does not include the cost of other tests.
 
+A test that is marked ``long`` is among the first to begin: at the end of a run it would keep one worker busy alone.
+
 Two markers, which most tests get from their directory:
 
 * ``processes``: the test starts processes. A test that does so without the marker fails. ``just quick`` leaves out the
@@ -49,7 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.processes)
         if directories[0] in SERIAL and item.get_closest_marker("parallel") is None:
             item.add_marker(pytest.mark.serial)
-    items.sort(key=_is_serial)
+    items.sort(key=lambda item: (_is_serial(item), item.get_closest_marker("long") is None))
 
 
 def _is_serial(item: pytest.Item) -> bool:

@@ -42,6 +42,12 @@ def test_beside(number):
     while len(list(HERE.glob("gw*"))) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+@pytest.mark.parallel
+@pytest.mark.long
+def test_long():
+    pass
 '''
 UNMARKED = """
 import os, subprocess
@@ -75,7 +81,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path = folder / f"tests/{name}.py"
         path.parent.mkdir(parents=True)
         path.write_text(text)
-    (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n  processes\n  serial\n  parallel\n")
+    (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n  processes\n  serial\n  parallel\n  long\n")
     command = [sys.executable, "-m", "pytest", "-q", "-n2", "-p", "tests.lanes", "--junitxml=run.xml"]
     for plugin in ("anyio", "llmock", "schemathesis", "trio", "hypothesispytest"):
         command += ["-p", f"no:{plugin}"]
@@ -88,7 +94,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_serial_tests_run_alone_and_others_beside_each_other(folder: Path) -> None:
     notes = [line.split() for line in (folder / "tests/notes").read_text().splitlines()]
-    assert len(notes) == 2 * (4 + 8)
+    assert len(notes) == 2 * (4 + 8 + 1)
     first = next(index for index, (_, _, test) in enumerate(notes) if test.startswith("test_timing"))
     serial = [note for note in notes if note[2].startswith("test_timing")]
     assert len(serial) == 8
@@ -97,6 +103,12 @@ def test_serial_tests_run_alone_and_others_beside_each_other(folder: Path) -> No
         assert notes[index : index + 2] == [begun, ended]
         assert (begun[0], begun[2]) == (ended[0], ended[2])
     assert {worker for worker, *_ in notes[:first]} == {"gw0", "gw1"}
+
+
+def test_a_long_test_is_among_the_first_to_begin(folder: Path) -> None:
+    notes = (folder / "tests/notes").read_text().splitlines()
+    begun = [line.split()[-1] for line in notes if " begins " in line]
+    assert "test_long" in begun[:2]
 
 
 @pytest.mark.parametrize("test", ["unmarked_program", "unmarked_fork"])
@@ -115,7 +127,7 @@ def test_all_others_pass(folder: Path) -> None:
         "unmarked_fork",
         "fails_with_half_a_character",
     }
-    assert len(faults(folder)) == 4 + 8 + 5
+    assert len(faults(folder)) == 4 + 8 + 1 + 5
 
 
 def faults(folder: Path) -> dict[str, str]:
