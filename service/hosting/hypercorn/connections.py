@@ -202,7 +202,7 @@ class Connection(TCPServer):
 
     @property
     def is_stalled_as_a_whole(self) -> bool:
-        """Whether no stream of the connection can go on: the kernel's buffer is full, or HTTP/2's window is empty."""
+        """Whether no stream can go on at this moment: the kernel's buffer is full, or HTTP/2's window is empty."""
         if self._socket.fileno() < 0 or self._is_full:
             return True
         protocol = self.protocol.protocol

@@ -4,7 +4,8 @@ hypercorn waits for such a client without a bound, and the answer is in memory m
 answer is given up once its client has taken no byte of it for ``unread_timeout_s``, however slowly it reads otherwise.
 TCP counts the bytes that a client has taken; the server's own writes do not show it, because the kernel takes bytes in
 large pieces. On HTTP/2 a client may read the connection and leave a stream without a window: then the stream is reset.
-A connection that takes no bytes at all, or whose own window stays empty, ends. Event streams are no answers: they wait.
+A connection that takes no bytes at all, and is full or has no window of its own, ends. Event streams are no answers:
+they wait.
 Proven by ``tests/hosting/hypercorn/test_unread_answers.py``.
 """
 
@@ -51,6 +52,7 @@ class Answer:
         self._connection = connection
         self._is_waiting = False
         self._seen: tuple[int, ...] = ()
+        self._connection_seen: tuple[int, ...] = ()
         self._looks = 0
 
     def __repr__(self) -> str:
@@ -81,17 +83,25 @@ class Answer:
         taken = self._taken() if self._is_waiting else ()
         if not taken or taken != self._seen:
             self._seen, self._looks = taken, 0
+            self._connection_seen = _progress_of(self._connection.socket)
             return False
         self._looks += 1
         return self._looks >= LOOKS
 
     def give_up(self) -> None:
         """End the stream on HTTP/2, or the connection. The request ends then, too."""
-        protocol = self._protocol
-        if isinstance(protocol, H11Protocol) or self._connection.is_stalled_as_a_whole:
+        if isinstance(self._protocol, H11Protocol) or self._connection_is_unread():
             self._connection.abort()
         else:
             self._connection.reset_stream(self._stream.stream_id)
+
+    def _connection_is_unread(self) -> bool:
+        """Whether the client has taken nothing from the whole connection since the first of the looks.
+
+        At a single look a connection whose other streams move is often full, too.
+        """
+        progress = _progress_of(self._connection.socket)
+        return self._connection.is_stalled_as_a_whole and progress in ((), self._connection_seen)
 
     def _taken(self) -> tuple[int, ...]:
         """What grows or shrinks with each byte that the client takes."""

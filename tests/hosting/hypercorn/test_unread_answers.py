@@ -280,6 +280,41 @@ async def test_a_stream_of_http2_without_a_window_is_reset_and_the_others_go_on(
             await trio.aclose_forcefully(stream)
 
 
+@pytest.mark.parametrize("stalls_by", ["the kernel", "the window"])
+async def test_a_stream_that_is_not_read_does_not_end_a_connection_that_another_stream_is_read_from(
+    serve: Serve, connections: Connections, app: App, stalls_by: str
+) -> None:
+    """The connection is full at each look, and moves between the looks."""
+    async with serve(app) as server:
+        with trio.fail_after(20):
+            stream = await connect(server)
+            client = Http2Client(stream, window=0)
+            if stalls_by == "the kernel":
+                client.connection.increment_flow_control_window(SIZE)
+            unread, moving = await client.ask("large"), await client.ask("large")
+            client.connection.increment_flow_control_window(SIZE, moving)
+            await client.flush()
+            if stalls_by == "the window":
+                while client.received.get(moving, 0) < 65535:
+                    await client.receive()
+            await app.is_blocked()
+            given_up = 0
+            for _ in range(2 * LOOKS):
+                if stalls_by == "the window":
+                    client.connection.increment_flow_control_window(1000)
+                    await client.flush()
+                await client.receive()
+                await trio.testing.wait_all_tasks_blocked(0.02)
+                assert all(it.is_stalled_as_a_whole for it in connections._open)
+                given_up += app.unread.look()
+            assert given_up == 1
+            while unread not in client.reset:
+                client.connection.increment_flow_control_window(1000)
+                await client.receive()
+            assert (client.reset, app.ended) == ({unread}, 1)
+            await trio.aclose_forcefully(stream)
+
+
 @pytest.mark.parametrize("window", [0, 1 << 20])
 async def test_a_connection_of_http2_that_takes_nothing_ends(
     serve: Serve, connections: Connections, app: App, window: int
