@@ -305,7 +305,8 @@ class Settings(BaseModel):
     log_bytes_max: LogBytes = 16 * 1024 * 1024
     """One turn's events in memory: their texts, and some bytes for each event."""
     prompt_bytes_max: Bytes = 512 * 1024
-    """The prompt that is sent to a model; beyond it the oldest turns are left out. At least twice `input_bytes_max`."""
+    """The prompt that is sent to a model: its texts, and 128 bytes for each turn; beyond it the oldest turns are left
+    out. At least twice `input_bytes_max`."""
     held_bytes_max: HeldBytes = 256 * 1024 * 1024
     """All requests while they arrive, and all answers until they are read; beyond it 503. At least 8 times
     `input_bytes_max` and `reply_bytes_max`."""

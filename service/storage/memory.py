@@ -1,8 +1,8 @@
 """The store that keeps everything in this process's memory, and loses it with the process.
 
 This store is the reference for other stores. Each method has one checkpoint at its start, and then one block without
-a checkpoint, so that it schedules and cancels like a store with I/O. A fork has more checkpoints before its block,
-because it may copy thousands of turns. The end of a turn checks for cancellation but does not yield, because in a
+a checkpoint, so that it schedules and cancels like a store with I/O. A fork and a measured path have more checkpoints,
+because they may have thousands of turns. The end of a turn checks for cancellation but does not yield, because in a
 shutdown hundreds of ends come at once, and their callers end anyway.
 """
 
@@ -52,6 +52,8 @@ from service.storage.store import PAGE_LENGTH_MAX
 
 _FORKED_AT_ONCE = 100
 """Turns that a fork copies in one step of the event loop, which takes some milliseconds."""
+_MEASURED_AT_ONCE = 1000
+"""Turns that are measured in one step of the event loop, which takes some milliseconds."""
 
 
 @dataclass
@@ -277,7 +279,11 @@ class MemoryStore:
 
     async def measure_path(self, session_id: str, turn_id: str) -> LeftOut:
         path = await self.read_path(session_id, turn_id, bytes_max=None)
-        return sum((turn.in_prompts for turn in path), LeftOut())
+        measured = LeftOut()
+        for start in range(0, len(path), _MEASURED_AT_ONCE):
+            await anyio.lowlevel.checkpoint()
+            measured += sum((turn.in_prompts for turn in path[start : start + _MEASURED_AT_ONCE]), LeftOut())
+        return measured
 
     async def list_path(
         self, session_id: str, turn_id: str, *, limit: int, first: str | None, bytes_max: int | None = None

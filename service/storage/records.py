@@ -226,7 +226,10 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def reply(self) -> str:
         """The text of the reply as it stands in later prompts: empty for a failed turn, and for white space."""
-        return "" if self.state == "failed" or not self.text.strip() else self.text
+        if self.state == "failed":
+            return ""
+        text = self.text
+        return "" if text.isspace() else text
 
     @property
     def calls(self) -> tuple[Item, ...]:

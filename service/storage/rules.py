@@ -180,8 +180,15 @@ def without_texts(items: Iterable[Item]) -> tuple[Item, ...]:
     return tuple(msgspec.structs.replace(item, text="") for item in items)
 
 
+TURN_BYTES = 128
+"""What each turn counts in a prompt besides its messages, about as much as in a request. So turns are bounded, too."""
+
+
 class PathBound:
-    """Decides, from the last turn to the root, which turns of a path stay within ``bytes_max``: always the last one."""
+    """Decides, from the last turn to the root, which turns of a path stay within ``bytes_max``: always the last one.
+
+    Each turn counts with its messages and :data:`TURN_BYTES`.
+    """
 
     def __init__(self, bytes_max: int | None) -> None:
         self._bytes_max = bytes_max
@@ -190,7 +197,7 @@ class PathBound:
 
     def takes(self, size: int) -> bool:
         """Whether the next turn, with messages of ``size`` bytes, belongs to them. After a False there are no more."""
-        self._bytes += size
+        self._bytes += size + TURN_BYTES
         if self._has_taken and self._bytes_max is not None and self._bytes > self._bytes_max:
             return False
         self._has_taken = True
@@ -198,7 +205,7 @@ class PathBound:
 
 
 def newest_within(path: Iterable[T], bytes_max: int | None, *, bytes_of: Callable[[T], int]) -> list[T]:
-    """The newest turns of a path whose messages together stay within ``bytes_max``, but always the last turn.
+    """The newest turns of a path that :class:`PathBound` takes.
 
     Args:
         path: From the last turn to the root; read only as far as necessary.

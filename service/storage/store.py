@@ -250,9 +250,9 @@ class Store(Protocol):
     async def read_path(self, session_id: str, turn_id: str, *, bytes_max: int | None) -> Sequence[TurnRecord]:
         """The turns from the root to ``turn_id``, in that order.
 
-        With ``bytes_max``, only the newest turns whose ``message_bytes`` together stay within it, but always
-        the last turn. Empty if the turn does not exist. Reads deleted and expired sessions, too, because a turn runs
-        on while its session is marked as deleted.
+        With ``bytes_max``, only the newest turns that stay within it, each with its ``message_bytes`` and
+        :data:`~service.storage.rules.TURN_BYTES`, but always the last turn. Empty if the turn does not exist. Reads
+        deleted and expired sessions, too, because a turn runs on while its session is marked as deleted.
         """
         ...
 

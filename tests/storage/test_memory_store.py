@@ -10,8 +10,9 @@ import trio
 from trio.testing import assert_checkpoints
 
 from service.errors import SessionExistsError, SessionLimitError, SessionNotFoundError
+from service.storage import memory
 from service.storage.memory import MemoryStore, open_memory_store
-from service.storage.records import EndResult, SessionPatch
+from service.storage.records import EndResult, LeftOut, SessionPatch
 from service.store_capabilities import MEMORY
 from tests.storage.rows import IDLE_TIMEOUT_S, T0, a_session, a_turn, at, ended
 
@@ -29,6 +30,7 @@ METHODS: list[Callable[[MemoryStore], Awaitable[object]]] = [
     lambda store: store.get_turn("s", "t", now=T0),
     lambda store: store.list_turns("s", limit=1, after=None, now=T0),
     lambda store: store.read_path("s", "t", bytes_max=None),
+    lambda store: store.measure_path("s", "t"),
     lambda store: store.list_path("s", "t", limit=1, first=None),
     lambda store: store.read_events("s", "t"),
     lambda store: store.recover(now=T0),
@@ -43,6 +45,28 @@ async def test_every_method_but_one_is_a_checkpoint(method: Callable[[MemoryStor
         await store.begin_turn(a_turn(), now=T0)
         with assert_checkpoints():
             await method(store)
+
+
+async def test_other_tasks_run_while_a_long_path_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_MEASURED_AT_ONCE", 10)
+    async with open_memory_store() as store:
+        await store.create_session(a_session(), now=T0)
+        for n in range(45):
+            await store.begin_turn(a_turn(f"t{n}", parent=f"t{n - 1}" if n else None), now=T0)
+        steps = 0
+
+        async def count_steps() -> None:
+            nonlocal steps
+            while True:
+                await trio.lowlevel.checkpoint()
+                steps += 1
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(count_steps)
+            measured = await store.measure_path("s", "t44")
+            nursery.cancel_scope.cancel()
+        assert measured == LeftOut(45, 45 * len("Hello"))
+        assert steps >= 4
 
 
 async def test_the_end_of_a_turn_is_cancelled_at_once_or_not_at_all() -> None:

@@ -151,7 +151,7 @@ def test_encrypted_reasoning_may_come_later_than_its_words() -> None:
     assert rules.joined([words, rest, words]) == (msgspec.structs.replace(rest, text="aba"),)
 
 
-@given(sizes=st.lists(st.integers(0, 5), max_size=6), bytes_max=st.none() | st.integers(0, 20))
+@given(sizes=st.lists(st.integers(0, 5), max_size=6), bytes_max=st.none() | st.integers(0, 800))
 def test_the_newest_turns_within_a_size_are_all_that_fit_and_always_the_last(
     sizes: list[int], bytes_max: int | None
 ) -> None:
@@ -171,14 +171,14 @@ def test_the_newest_turns_within_a_size_are_all_that_fit_and_always_the_last(
         assert len(newest) == len(sizes)
         assert not read, "a size that does not count is not measured"
     else:
-        assert len(newest) <= 1 or sum(sizes[turn] for turn in newest) <= bytes_max
+        assert len(newest) <= 1 or sum(sizes[turn] + rules.TURN_BYTES for turn in newest) <= bytes_max
         one_more = sizes[len(sizes) - len(newest) - 1 :]
-        assert len(newest) == len(sizes) or sum(one_more) > bytes_max
+        assert len(newest) == len(sizes) or sum(one_more) + rules.TURN_BYTES * len(one_more) > bytes_max
 
 
 def test_a_path_is_read_only_as_far_as_it_is_needed() -> None:
     path = iter(range(100))
-    assert rules.newest_within(path, 3, bytes_of=lambda _: 1) == [2, 1, 0]
+    assert rules.newest_within(path, 3 * (1 + rules.TURN_BYTES), bytes_of=lambda _: 1) == [2, 1, 0]
     assert next(path) == 4
 
 

@@ -30,6 +30,7 @@ from service.storage.page_cursor import (
 )
 from service.storage.pieces import CALL, QUEUED, STARTED, Run
 from service.storage.records import EndResult, EndState, Failure, Item, LeftOut, SessionPatch, SessionRecord, TurnRecord
+from service.storage.rules import TURN_BYTES
 from service.storage.store import Store
 from service.store_capabilities import BY_SCHEME
 from tests.storage.conftest import OpenStore
@@ -803,15 +804,16 @@ async def test_a_bounded_path_has_the_newest_turns_that_fit_but_always_the_last(
     b = a_turn("b", parent="a", texts=["x"])
     await _grow(store, a_turn("a", texts=["éé"]), b, a_turn("c", parent="b", texts=["123", "45"]))
     await store.end_turn(ended(b, text="é", reasoning="not counted"), runs=(), now=T0)
-    expected = {0: "c", 4: "c", 5: "c", 7: "c", 8: "b c", 11: "b c", 12: "a b c", 13: "a b c"}
-    for bytes_max, names in expected.items():
+    expected = {(0, 0): "c", (1, 4): "c", (1, 5): "c", (2, 7): "c", (2, 8): "b c", (3, 11): "b c", (3, 12): "a b c"}
+    for (of_turns, of_texts), names in expected.items():
+        bytes_max = of_turns * TURN_BYTES + of_texts
         path = await store.read_path("s", "c", bytes_max=bytes_max)
         assert [turn.id for turn in path] == names.split(), bytes_max
 
 
 async def test_a_bounded_path_has_no_holes(store: Store) -> None:
     await _grow(store, a_turn("a", texts=["1"]), a_turn("b", parent="a", texts=["1234"]), a_turn("c", parent="b"))
-    path = await store.read_path("s", "c", bytes_max=len("Hello") + 1)
+    path = await store.read_path("s", "c", bytes_max=2 * TURN_BYTES + len("Hello") + 1)
     assert [turn.id for turn in path] == ["c"], "a would fit, but b before it does not"
 
 
@@ -820,7 +822,7 @@ async def test_a_long_path_is_whole(store: Store) -> None:
     await _grow(store, *(a_turn(name, parent=names[n - 1] if n else None) for n, name in enumerate(names)))
     path = await store.read_path("s", names[-1], bytes_max=None)
     assert [turn.id for turn in path] == names
-    assert len(await store.read_path("s", names[-1], bytes_max=50)) == 10
+    assert len(await store.read_path("s", names[-1], bytes_max=10 * (5 + TURN_BYTES))) == 10
 
 
 async def test_a_path_is_measured_by_what_it_brings_into_prompts(store: Store) -> None:

@@ -27,12 +27,14 @@ left out together with their calls. If the prompt would then begin with calls, :
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 import msgspec
 
 from service.errors import ModelError
 from service.models.client import EncryptedReasoning, FunctionCall, FunctionCallOutput, Message, PromptItem
 from service.storage.records import Item, LeftOut, TurnRecord
+from service.storage.rules import TURN_BYTES
 
 NOT_ANSWERED = "[This call was not answered.]"
 BEGINNING_LEFT_OUT = "[The beginning of this conversation is left out.]"
@@ -48,14 +50,17 @@ NOTHING = LeftOut()
 
 
 class Prompt(msgspec.Struct, frozen=True):
-    """The items that are sent, their size in bytes of UTF-8, and the part of the conversation that is left out."""
+    """The items that are sent, and the part of the conversation that is left out."""
 
     items: tuple[PromptItem, ...]
     left_out: LeftOut | None
 
     @property
     def bytes(self) -> int:
-        return sum(len(item.text.encode()) for item in self.items)
+        """The size by which prompts are bounded: the texts in UTF-8, and :data:`TURN_BYTES` for each turn."""
+        sides = groupby(item.role in ("user", "tool") for item in self.items)
+        turns = sum(is_users for is_users, _ in sides)
+        return turns * TURN_BYTES + sum(len(item.text.encode()) for item in self.items)
 
 
 def build_prompt(
@@ -64,14 +69,16 @@ def build_prompt(
     """The items to send for the last turn of ``path`` (root first), which has no reply yet.
 
     Args:
-        bytes_max: Bounds the UTF-8 bytes of all texts: whole turns are left out, oldest first, but never the last one,
-            nor the turn whose calls the last one answers.
+        bytes_max: Bounds the UTF-8 bytes of all texts, with :data:`TURN_BYTES` for each turn: whole turns are left out,
+            oldest first, but never the last one, nor the turn whose calls the last one answers.
         older: The size of the turns before ``path``, which are left out in any case.
     """
     room = bytes_max - len((system_message or "").encode())
-    start = max(_start_within(path, room), _start_learned(path, older))
+    brought = [turn.in_prompts for turn in path]
+    sizes = list(map(_size, path, brought))
+    start = max(_start_within(sizes, room), _start_learned(path, older, brought, sizes))
     start = min(start, answered_turn(path))
-    left_out = sum((turn.in_prompts for turn in path[:start]), older)
+    left_out = sum(brought[:start], older)
     sides = _Sides(model=path[-1].model)
     for turns in _exchanges(path[start:]):
         sides.add(turns)
@@ -123,18 +130,18 @@ def shortened(
     return None if shorter.left_out == refused.left_out else shorter
 
 
-def _start_within(path: Sequence[TurnRecord], room: int) -> int:
+def _start_within(sizes: Sequence[int], room: int) -> int:
     """The index of the first turn from which on all turns fit in ``room`` bytes; at most that of the last turn."""
-    start = len(path)
-    for turn in reversed(path):
-        room -= _size(turn)
-        if room < 0 and start < len(path):
+    start = len(sizes)
+    for size in reversed(sizes):
+        room -= size
+        if room < 0 and start < len(sizes):
             break
         start -= 1
     return start
 
 
-def _start_learned(path: Sequence[TurnRecord], older: LeftOut) -> int:
+def _start_learned(path: Sequence[TurnRecord], older: LeftOut, brought: Sequence[LeftOut], sizes: Sequence[int]) -> int:
     """The index of the first turn that the same model will probably take, judging by the turn before.
 
     Turns that the turn before left out stay out if the model answered that turn. If the prompt of the turn before was
@@ -144,29 +151,32 @@ def _start_learned(path: Sequence[TurnRecord], older: LeftOut) -> int:
         turn = path[index]
         if turn.model != path[-1].model:
             continue
-        start = _start_after(path, turn.left_out.items - older.items) if turn.left_out is not None else 0
+        start = _start_after(brought, turn.left_out.items - older.items) if turn.left_out is not None else 0
         if turn.has_reply:
             return min(start, index)
         if _was_too_long(turn):
-            sent = sum(map(_size, path[start:index])) + sum(len(item.text.encode()) for item in turn.input)
-            return _start_within(path, max(sent // 2, _LEARNED_BYTES_MIN))
+            own = TURN_BYTES + sum(len(item.text.encode()) for item in turn.input)
+            sent = sum(sizes[start:index]) + own
+            return _start_within(sizes, max(sent // 2, _LEARNED_BYTES_MIN))
     return 0
 
 
-def _start_after(path: Sequence[TurnRecord], items: int) -> int:
+def _start_after(brought: Sequence[LeftOut], items: int) -> int:
     """The index of the first turn after the given number of messages."""
-    for index, turn in enumerate(path):
-        if items <= 0 or items < turn.in_prompts.items:  # fewer if only outputs of this turn were left out
+    for index, of_turn in enumerate(brought):
+        if items <= 0 or items < of_turn.items:  # fewer if only outputs of this turn were left out
             return index
-        items -= turn.in_prompts.items
-    return len(path)
+        items -= of_turn.items
+    return len(brought)
 
 
-def _size(turn: TurnRecord) -> int:
-    """The bytes that a turn adds to a prompt, with separators and words of ours that may not be needed."""
+def _size(turn: TurnRecord, brought: LeftOut) -> int:
+    """The size that a turn adds to a prompt, with separators and words of ours that may not be needed."""
+    if not brought.items:
+        return 0
     outputs = sum(item.type == "function_call_output" for item in turn.input)
     words = len(NOT_ANSWERED) * len(turn.calls) + len(_LATE_OUTPUT) * outputs
-    return turn.in_prompts.bytes + len(_SEPARATOR) * (1 + len(turn.input)) + words
+    return TURN_BYTES + brought.bytes + len(_SEPARATOR) * (1 + len(turn.input)) + words
 
 
 def _exchanges(path: Sequence[TurnRecord]) -> Iterator[tuple[TurnRecord, ...]]:

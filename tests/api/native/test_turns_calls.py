@@ -82,7 +82,7 @@ async def test_a_streaming_call_answers_with_the_events(autojump_clock: MockCloc
 
 
 async def test_a_turn_and_its_terminal_event_say_how_much_did_not_go_to_the_model(autojump_clock: MockClock) -> None:
-    async with open_api(prompt_bytes_max=2048, input_bytes_max=1024, model_url="scripted:?tokens=1") as api:
+    async with open_api(prompt_bytes_max=2560, input_bytes_max=1024, model_url="scripted:?tokens=1") as api:
         turns = f"/sessions/{await api.new_session()}/turns"
         first = await api.call("POST", turns, {"input": "é" * 500})
         assert first.json["left_out"] is None

@@ -15,6 +15,7 @@ from service.models.client import (
 )
 from service.sessions.turns.prompt import BEGINNING_LEFT_OUT, NOT_ANSWERED, build_prompt
 from service.storage.records import Failure, Item, LeftOut, TurnRecord, TurnState
+from service.storage.rules import TURN_BYTES
 from tests.storage.rows import T0
 
 EVERYTHING = 10**9
@@ -206,9 +207,10 @@ LONG = [
 
 def test_outputs_are_left_out_together_with_their_calls() -> None:
     path = [*LONG, done([brings("3", "d"), asks("e")], says("E")), LAST]
-    assert asked(*path, bytes_max=150) == ["u: e", "a: E", "u: now"]
-    assert asked(*path, bytes_max=320) == ["u: " + BEGINNING_LEFT_OUT, "call 3", "3: d", "u: e", "a: E", "u: now"]
-    told = build_prompt(path, system_message=None, bytes_max=150).left_out
+    kept = ["u: e", "a: E", "u: now"]
+    assert asked(*path, bytes_max=150 + 2 * TURN_BYTES) == kept
+    assert asked(*path, bytes_max=320 + 3 * TURN_BYTES) == ["u: " + BEGINNING_LEFT_OUT, "call 3", "3: d", *kept]
+    told = build_prompt(path, system_message=None, bytes_max=150 + 2 * TURN_BYTES).left_out
     assert told is not None
     assert told.items == 2 + 2 + 2 + 1
 
@@ -222,7 +224,7 @@ def test_the_calls_that_the_last_turn_answers_stay_beyond_every_bound() -> None:
 
 def test_a_prompt_goes_on_from_what_an_earlier_prompt_left_out() -> None:
     path = [*LONG, done([brings("3", "d"), asks("e")], says("E")), LAST]
-    left_out = build_prompt(path, system_message=None, bytes_max=320).left_out
+    left_out = build_prompt(path, system_message=None, bytes_max=320 + 3 * TURN_BYTES).left_out
     assert left_out is not None
     answered = turn("completed", [asks("now")], [says("N")])
     answered = TurnRecord(
@@ -285,7 +287,7 @@ def test_no_call_and_no_output_is_lost_on_any_path(path: list[TurnRecord]) -> No
             group = []
 
 
-@given(paths, st.integers(0, 200))
+@given(paths, st.integers(0, 1500))
 def test_a_bounded_prompt_is_taken_by_every_upstream_too(path: list[TurnRecord], bytes_max: int) -> None:
     prompt = build_prompt(path, system_message=None, bytes_max=bytes_max)
     check(prompt.items)

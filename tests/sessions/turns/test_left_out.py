@@ -87,7 +87,7 @@ async def test_an_end_says_nothing_of_what_was_not_left_out(autojump_clock: Mock
 
 async def test_a_refusal_in_the_stream_counts_as_long_as_nothing_was_said(autojump_clock: MockClock) -> None:
     async with open_stage() as stage:
-        await _fill(stage, "a" * 50, "b" * 10)
+        await _fill(stage, "a" * 500, "b" * 10)
         turn = await _start(stage, "now")
         (await stage.puppet.next_reply()).fail(TOO_LONG)
         reply = await stage.puppet.next_reply()
@@ -96,7 +96,7 @@ async def test_a_refusal_in_the_stream_counts_as_long_as_nothing_was_said(autoju
         reply.fail(TOO_LONG)
         ended = await turn.wait_ended()
         assert (ended.state, ended.error and ended.error.code) == ("failed", "context_too_long")
-        assert ended.left_out == LeftOut(2, 51)
+        assert ended.left_out == LeftOut(2, 501)
 
 
 async def test_a_refusal_after_the_first_token_is_not_tried_again(autojump_clock: MockClock) -> None:
@@ -220,7 +220,7 @@ async def test_a_turn_that_is_cancelled_in_either_attempt_says_what_that_left_ou
 async def test_left_out_counts_also_the_turns_that_were_not_read(
     autojump_clock: MockClock,
 ) -> None:
-    async with open_stage(prompt_bytes_max=2048, input_bytes_max=1024) as stage:
+    async with open_stage(prompt_bytes_max=2560, input_bytes_max=1024) as stage:
         await _fill(stage, *(f"{n}" * 500 for n in range(9)))
         told: Sequence[LeftOut | None] = [
             turn.left_out for turn in (await stage.sessions.list_turns("s", limit=20)).data

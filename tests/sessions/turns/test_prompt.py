@@ -11,6 +11,7 @@ from service.errors import ModelError
 from service.models.client import Message, PromptItem
 from service.sessions.turns.prompt import build_prompt, shortened
 from service.storage.records import Failure, Item, LeftOut, TurnRecord, TurnState
+from service.storage.rules import TURN_BYTES
 from tests.storage.rows import T0
 
 EVERYTHING = 10**9
@@ -136,14 +137,16 @@ def test_reasoning_is_no_part_of_a_reply() -> None:
 
 def test_the_oldest_turns_are_left_out_whole_and_without_holes() -> None:
     path = [_ended("completed", "1", "1"), _ended("completed", "x" * 100, "x"), _ended("completed", "2", "2")]
-    assert _said(*path, bytes_max=50) == ["u: 2", "a: 2", "u: now"], (
+    room = 50 + 3 * TURN_BYTES
+    assert _said(*path, bytes_max=room) == ["u: 2", "a: 2", "u: now"], (
         "the first turn would fit, the one after it does not"
     )
     assert _said(*path, bytes_max=0) == ["u: now"]
-    assert _said(*path, bytes_max=50, system_message="y" * 49) == ["s: " + "y" * 49, "u: now"]
+    full = "y" * (room - 1)
+    assert _said(*path, bytes_max=room, system_message=full) == [f"s: {full}", "u: now"]
 
 
-@given(paths(), systems, st.integers(0, 200) | st.just(EVERYTHING))
+@given(paths(), systems, st.integers(0, 1500) | st.just(EVERYTHING))
 def test_roles_alternate_on_every_path(path: list[TurnRecord], system_message: str | None, bytes_max: int) -> None:
     prompt = build_prompt(path, system_message=system_message, bytes_max=bytes_max).items
     roles = [message.role for message in prompt]
@@ -226,10 +229,40 @@ def _left_out(*turns: TurnRecord, bytes_max: int = EVERYTHING, older: LeftOut = 
 def test_left_out_counts_messages_and_bytes() -> None:
     path = [_ended("completed", "é", "A"), _ended("failed", "b"), _ended("completed", "c" * 9, "C")]
     assert _left_out(*path) is None
-    assert _left_out(*path, bytes_max=30) == LeftOut(2, 3), "the first one's input and reply"
+    assert _left_out(*path, bytes_max=30 + 3 * TURN_BYTES) == LeftOut(2, 3), "the first one's input and reply"
     assert _left_out(*path, bytes_max=0) == LeftOut(5, 14)
     assert _left_out(*path, older=LeftOut(7, 100)) == LeftOut(7, 100)
     assert _left_out(*path, older=LeftOut(7, 100), bytes_max=0) == LeftOut(12, 114)
+
+
+def test_the_number_of_turns_in_a_prompt_is_bounded_by_its_size_too() -> None:
+    path = [_ended("completed", "q", "A") for _ in range(1000)]
+    prompt = build_prompt([*path, LAST], system_message=None, bytes_max=100 * TURN_BYTES)
+    turns = 100 * TURN_BYTES // (TURN_BYTES + 6)
+    assert prompt.left_out == LeftOut(2 * (1001 - turns), 2 * (1001 - turns)), "only texts are told as left out"
+    assert len(prompt.items) == 2 * turns - 1
+    assert prompt.bytes == turns * TURN_BYTES + 2 * (turns - 1) + len("now")
+
+
+def test_refused_turns_have_no_share_of_a_prompt() -> None:
+    refused = [_ended("failed", "b", code=code) for code in REFUSALS] * 100
+    assert _said(_ended("completed", "a", "A"), *refused, bytes_max=3 * TURN_BYTES) == ["u: a", "a: A", "u: now"]
+    assert _shortened(*refused, _ended("completed", "a", "A")) == ["s: S", "u: now"]
+
+
+def test_each_turn_of_a_path_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+    in_prompts = TurnRecord.in_prompts.fget  # type: ignore[attr-defined]
+
+    def note(turn: TurnRecord) -> LeftOut:
+        measured.append(turn.id)
+        brought: LeftOut = in_prompts(turn)
+        return brought
+
+    monkeypatch.setattr(TurnRecord, "in_prompts", property(note))
+    path = [*LONG, _ended("completed", "q", "A", left_out=LeftOut(6, 303)), LAST]
+    build_prompt(path, system_message=None, bytes_max=EVERYTHING)
+    assert measured == [turn.id for turn in path]
 
 
 def test_refused_turns_do_not_count_as_left_out() -> None:
@@ -261,12 +294,12 @@ def _kept(said: list[str]) -> int:
 def test_without_numbers_half_of_a_prompt_that_was_too_long_is_tried() -> None:
     assert _kept(_shortened(*LONG)) == 3
     assert _kept(_shortened(*LONG, tokens_max=512)) == 3
-    assert _kept(_shortened(*LONG, tokens_max=80)) == 2, "three bytes a token"
+    assert _kept(_shortened(*LONG, tokens_max=240)) == 2, "three bytes a token"
 
 
 def test_with_numbers_as_much_is_tried_as_fits_by_them() -> None:
     assert _kept(_shortened(*LONG, tokens=1000, tokens_max=900)) == 6
-    assert _kept(_shortened(*LONG, tokens=1000, tokens_max=300)) == 2
+    assert _kept(_shortened(*LONG, tokens=1000, tokens_max=400)) == 2
     assert _kept(_shortened(*LONG, tokens=1000, tokens_max=900, max_output_tokens=500)) == 5, (
         "the reply needs room, too"
     )
@@ -332,7 +365,7 @@ def _is_made_of(text: str, pieces: Sequence[str]) -> bool:
     return _is_made_of(text, pieces[1:]) or (text.startswith(first) and _is_made_of(text[len(first) :], pieces[1:]))
 
 
-@given(paths(), systems, st.integers(0, 150))
+@given(paths(), systems, st.integers(0, 1500))
 def test_a_bounded_prompt_is_that_of_the_newest_turns_and_within_its_bound(
     path: list[TurnRecord], system_message: str | None, bytes_max: int
 ) -> None:
@@ -343,10 +376,10 @@ def test_a_bounded_prompt_is_that_of_the_newest_turns_and_within_its_bound(
         for start in range(len(path))
     ]
     assert prompt in suffixes, "whole turns, no holes, always the last"
-    size = sum(len(message.text.encode()) for message in prompt)
+    size = sum(len(message.text.encode()) + TURN_BYTES * (message.role == "user") for message in prompt)
     assert size <= bytes_max or prompt == suffixes[-1]
     if whole is None:  # and as many turns as fit; the count may include merged or repeated texts that the prompt omits
         system_bytes = len((system_message or "").encode())
         for start in range(suffixes.index(prompt)):
-            brought = sum(turn.in_prompts.bytes + 2 * (1 + len(turn.input)) for turn in path[start:])
+            brought = sum(TURN_BYTES + turn.in_prompts.bytes + 2 * (1 + len(turn.input)) for turn in path[start:])
             assert system_bytes + brought > bytes_max
