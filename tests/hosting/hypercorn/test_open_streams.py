@@ -130,7 +130,9 @@ async def test_a_body_that_arrives_after_the_answer_does_not_end_the_other_strea
 @pytest.mark.removal
 async def test_hypercorn_still_ends_a_connection_for_a_body_that_arrives_after_the_answer(serve: Serve) -> None:
     """This test fails once hypercorn drops such a body; then Http2Protocol and OpenStreams are not needed."""
-    with pytest.raises(ExceptionGroup) as raised:
+    ended_by = None
+    try:
         await upload_after_the_answer(serve)
-    ends = raised.value.subgroup((KeyError, trio.EndOfChannel, trio.BrokenResourceError))
-    assert ends is not None
+    except ExceptionGroup as errors:
+        ended_by = errors.subgroup((KeyError, trio.EndOfChannel, trio.BrokenResourceError))
+    assert ended_by is not None
