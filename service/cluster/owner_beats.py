@@ -67,8 +67,11 @@ class OwnerBeats:
         return owner is not None and owner.hangs
 
     def add(self, request: Waiting, address: str) -> None:
-        """Call ``request.end_for_silence()`` once if the owner falls silent before :meth:`discard`."""
+        """Call ``request.end_for_silence()`` once if the owner hangs, or falls silent before :meth:`discard`."""
         owner = self._owners.get(address)
+        if owner is not None and owner.hangs:  # it may have fallen silent since the caller asked
+            request.end_for_silence()
+            return
         if owner is None:
             owner = _Owner(address, self._secret)
             try:

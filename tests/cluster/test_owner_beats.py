@@ -114,6 +114,24 @@ async def test_an_owner_that_misses_three_beats_hangs_until_it_is_heard_again(mo
         assert not scene.beats.hangs(scene.address)
 
 
+async def test_a_request_to_an_owner_that_hangs_already_ends_at_once(mock_clock: MockClock) -> None:
+    """The owner may fall silent between a look at :meth:`OwnerBeats.hangs` and the request."""
+    async with open_scene(mock_clock, by_itself=False) as scene:
+        await scene.let_pass(START_AFTER_S + SILENCE_S + 0.1)
+        late, later = Request(), Request()
+        scene.beats.add(late, scene.address)
+        assert (scene.request.ended, late.ended) == (1, 1)
+        await scene.open[0].send_all(b".")
+        await wait_all_tasks_blocked()
+        scene.beats.discard(scene.request, scene.address)
+        scene.beats.add(later, scene.address)
+        scene.beats.discard(late, scene.address)
+        await scene.let_pass(SILENCE_S - 0.1)
+        assert later.ended == 0
+        await scene.let_pass(0.2)
+        assert (late.ended, later.ended) == (1, 1), "the owner is silent again"
+
+
 async def test_an_owner_that_does_not_even_take_the_connection_hangs(mock_clock: MockClock) -> None:
     async with open_scene(mock_clock, None) as scene:
         await scene.let_pass(START_AFTER_S + SILENCE_S + 0.1)

@@ -170,13 +170,14 @@ async def hand_over(error: ShuttingDownError) -> TrioResponse:
     """Pass the current request, which this process refuses, to a process that serves in its place.
 
     Raises:
-        ShuttingDownError: There is no such process, or the request came from one.
+        ShuttingDownError: There is no such process, or each of them hangs, or the request came from one.
         ResourcesExhaustedError, StoreError: As :func:`forward`.
     """
     successors: Callable[[], Sequence[str]] = current_app.extensions.get(SUCCESSORS, tuple)
     if error.untouched and not is_from_peer():
+        beats = current_service().sessions.proxied_requests.beats
         for address in random.sample(successors(), len(successors())):
-            if (stream := await connect_to_peer(address)) is not None:
+            if not beats.hangs(address) and (stream := await connect_to_peer(address)) is not None:
                 return await _answer_from(stream, OwnedElsewhereError("", fence=_NO_OWNER, address=address), hops=0)
     raise error
 

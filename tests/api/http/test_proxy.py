@@ -19,7 +19,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from service.api import app
 from service.api.http import proxy
-from service.api.http.proxy import PEER, split_whole
+from service.api.http.proxy import PEER, SUCCESSORS, split_whole
 from service.api.native import turns
 from service.cluster import owner_beats, peer_socket
 from service.cluster.peer_proof import Purpose, check_peer
@@ -27,6 +27,7 @@ from service.cluster.peer_socket import socket_name
 from service.errors import OwnedElsewhereError
 from service.hosting import peer_listener
 from service.sessions.events.events import Event
+from service.stop_state import Phase
 from service.storage.records import EndResult
 from service.storage.sqlite import SqliteStore, open_sqlite_store
 from tests.api.inprocess import SSE, Api, Reply, leave, open_api
@@ -504,6 +505,63 @@ async def test_a_call_that_waits_for_a_turn_whose_owner_hangs_is_told_the_turn(
         assert "retry-after" not in replies[0].headers
         assert await stream.receive_some() == b""
         assert peer_listener.client_returns(stream.socket), "the client has not left"
+        assert api.service.sessions.proxied_requests.is_idle
+
+
+def stop_beside(api: Api, owner: Owner, patch: pytest.MonkeyPatch) -> None:
+    """Let the application stop as in a reload, with the owner as the only process that serves in its place."""
+    patch.setitem(api.app.extensions, SUCCESSORS, lambda: [owner.address])
+    api.service.shutdown.enter(Phase.DRAINING)
+
+
+async def let_hang(api: Api, owner: Owner) -> None:
+    """Make a call that waits for its turn, to an owner that answers neither the call nor a connection for beats."""
+    async with trio.open_nursery() as nursery:
+        replies: list[Reply] = []
+        nursery.start_soon(lambda: ask(api, replies, "POST", "/sessions/s/turns", {"input": "x"}))
+        await owner.take()
+        _, purpose = await owner.take_connection()
+        assert purpose == "beats"
+        await wait_for(replies)
+        assert "whether it accepted" in replies[0].problem(503, "store_unavailable")["detail"]
+
+
+async def test_a_process_that_stops_hands_nothing_over_to_one_that_hangs(
+    quick_beats: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_owner(tmp_path) as (api, owner):
+        stop_beside(api, owner, monkeypatch)
+        await let_hang(api, owner)
+        reply = await api.call("POST", "/sessions/s/turns", {"input": "x"})
+        assert reply.problem(503, "shutting_down")["retry_after_s"] == 1, "nothing was begun"
+        assert api.service.sessions.proxied_requests.is_idle
+
+
+@pytest.mark.parametrize("stops", [False, True])
+async def test_a_call_that_connects_to_an_owner_as_it_falls_silent_does_not_wait_for_it(
+    stops: bool, quick_beats: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connecting, silent = trio.Event(), trio.Event()
+
+    async def connect_slowly(address: str) -> trio.SocketStream | None:
+        connecting.set()
+        await silent.wait()
+        return await peer_socket.connect_to_peer(address)
+
+    async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
+        if stops:
+            stop_beside(api, owner, monkeypatch)
+        replies: list[Reply] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(proxy, "connect_to_peer", connect_slowly)
+            nursery.start_soon(lambda: ask(api, replies, "POST", "/sessions/s/turns", {"input": "y"}))
+            await connecting.wait()
+        await let_hang(api, owner)
+        silent.set()
+        await wait_for(replies)
+        problem = replies[0].problem(503, "store_unavailable")
+        assert "does not answer" in problem["detail"]
+        assert problem["retry_after_s"] == 1, "nothing was begun"
         assert api.service.sessions.proxied_requests.is_idle
 
 
