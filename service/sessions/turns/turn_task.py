@@ -14,7 +14,7 @@ from service.errors import ModelError, StoreError
 from service.freezes import calling_when_late, extended_when_late
 from service.models.client import NO_TOOLS, ModelRequest
 from service.sessions.events import outcome
-from service.sessions.turns.prompt import NOTHING, Prompt, answered_turn, build_prompt, has_outputs, shortened
+from service.sessions.turns.prompt import NOTHING, Prompt, build_prompt, has_outputs, shortened
 from service.sessions.turns.turn import Turn
 from service.sessions.turns.turn_log import log_end
 from service.settings import Settings
@@ -127,11 +127,13 @@ async def _reply(turn: Turn, *, store: Store, clock: Clock, settings: Settings) 
 async def _read_path(turn: Turn, store: Store, settings: Settings) -> Sequence[TurnRecord]:
     """The turns for the prompt. If the turn brings outputs of calls, the turn of these calls is among them.
 
-    That turn may be larger than a prompt: then as much more is read as its reply and its input can have.
+    That turn may be larger than a prompt: then as much more is read as its reply and its input can have. It is the last
+    turn with a reply, so no more is read if the path has one.
     """
     bytes_max = settings.prompt_bytes_max
     path = await store.read_path(turn.session_id, turn.id, bytes_max=bytes_max)
-    if path and path[0].parent is not None and has_outputs(path[-1]) and answered_turn(path) == len(path) - 1:
+    is_cut = bool(path) and path[0].parent is not None
+    if is_cut and has_outputs(path[-1]) and not any(turn.has_reply for turn in path[:-1]):
         bytes_max += settings.reply_bytes_max + settings.input_bytes_max
         path = await store.read_path(turn.session_id, turn.id, bytes_max=bytes_max)
     return path

@@ -1,5 +1,7 @@
 """Calls of functions in turns: events, items, bounds and ends; the outputs that the next turn brings."""
 
+from collections.abc import Sequence
+
 import msgspec
 import pytest
 import trio
@@ -12,7 +14,8 @@ from service.sessions.commands import NewSession, NewTurn, text_input
 from service.sessions.events.events import TurnArguments, TurnCall, TurnDelta, TurnReasoning
 from service.sessions.turns.prompt import BEGINNING_LEFT_OUT
 from service.sessions.turns.turn import Turn
-from service.storage.records import Item
+from service.storage.memory import MemoryStore
+from service.storage.records import Item, LeftOut, TurnRecord
 from tests.sessions.puppet import Reply, Stage, kinds, open_stage, read_all
 
 
@@ -205,6 +208,30 @@ async def test_a_long_call_beyond_the_bound_of_prompts_stays_with_its_output(aut
         reply.finish()
         await turn.wait_ended()
         assert turn.record().left_out is None
+
+
+async def test_the_output_of_an_unknown_call_reads_the_path_once(autojump_clock: MockClock) -> None:
+    class Counting(MemoryStore):
+        reads = 0
+
+        async def read_path(self, session_id: str, turn_id: str, *, bytes_max: int | None) -> Sequence[TurnRecord]:
+            self.reads += bytes_max is not None  # measuring reads without a bound
+            return await super().read_path(session_id, turn_id, bytes_max=bytes_max)
+
+    store = Counting()
+    async with open_stage(store, prompt_bytes_max=4096, input_bytes_max=2048) as stage:
+        session = await new_session(stage)
+        for text in "x" * 2000, "y" * 2000, "z" * 1000:
+            turn, reply = await begin(stage, session, NewTurn(text=text))
+            reply.say("R")
+            reply.finish()
+            await turn.wait_ended()
+        reads = store.reads
+        turn, reply = await begin(stage, session, NewTurn(items=(output("none", "1"),)))
+        reply.finish()
+        await turn.wait_ended()
+        assert turn.record().left_out == LeftOut(2, 2001)
+        assert store.reads == reads + 1
 
 
 async def test_a_client_that_comes_back_with_the_same_outputs_gets_its_turn(autojump_clock: MockClock) -> None:
