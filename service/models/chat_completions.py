@@ -208,7 +208,7 @@ class ReplyDecoder:
         self._warn = warn
         self._warned: set[str] = set()
         self._choices = ReplyChoices()
-        self._calls = ReplyCalls()
+        self._calls = ReplyCalls(held_bytes_max=EVENT_BYTES_MAX)
         self._begun = False
         self._has_events = False
         self._has_text = False
@@ -267,8 +267,8 @@ class ReplyDecoder:
         """End the reply: the remaining events, and :class:`Finished`.
 
         Raises:
-            ModelError: ``upstream_truncated``, if no finish reason has arrived; or the error in a body that is no
-                event stream.
+            ModelError: ``upstream_truncated``, if no finish reason has arrived; or the error in what was left: the
+                last event, or a body that is no event stream.
         """
         events: list[ModelEvent] = []
         if self._body is not None:

@@ -16,29 +16,47 @@ from collections.abc import Sequence
 
 import msgspec
 
+from service.errors import ModelError
 from service.ids import new_call_id
 from service.models.chat_chunks import CallDelta, join_surrogates
 from service.models.client import ArgumentsDelta, CallOpened, ModelEvent
 
+CALLS_MAX = 1024
+"""Bound on the calls of one reply, and on their places. Model servers take at most some hundred functions."""
 _ID = re.compile(r"[\x21-\x7e]{1,16384}")
 """A server's id that can be kept, sent back and shown. The longest have a signature in them."""
 _PLACEHOLDER = "{}"
+_PIECE_BYTES = 32
+"""What a piece of arguments counts beside its text while it is held. Its JSON has more bytes than this."""
 _STRUCTURE = re.compile(r'\\.?|["{}\[\]]', re.DOTALL)
 
 
 class ReplyCalls:
-    """The calls of one reply."""
+    """The calls of one reply.
 
-    def __init__(self) -> None:
+    A piece that has no event yet counts against no bound of its turn, so such pieces are bounded here.
+
+    Args:
+        held_bytes_max: Bound on the parts of calls that are held in no event: the arguments of calls without a name,
+            ids that cannot be used. Counted in characters, and 32 more for each piece of arguments.
+    """
+
+    def __init__(self, *, held_bytes_max: int) -> None:
+        self._held_bytes_max = held_bytes_max
+        self._held_bytes = 0
         self.opened = 0
         """How many calls have an opening event."""
         self._calls: list[_Call] = []
         self._at: dict[int, _Call] = {}  # the last call at each index
-        self._named: dict[str, _Call] = {}  # by the server's id
+        self._named: dict[str, _Call] = {}  # by the first id that the server sent for the call
         self._ids: set[str] = set()
 
     def take(self, deltas: Sequence[CallDelta], events: list[ModelEvent]) -> None:
-        """Add the events of a chunk's pieces of calls. A piece may have no event yet."""
+        """Add the events of a chunk's pieces of calls. A piece may have no event yet.
+
+        Raises:
+            ModelError: The server sends more than a reply may have (``upstream_protocol``).
+        """
         for position, delta in enumerate(deltas):
             index = _index(delta.index)
             place = position if index is None and len(deltas) > 1 else index
@@ -48,15 +66,28 @@ class ReplyCalls:
                 self._calls.append(call)
             if place is not None:
                 self._at[place] = call
-            if delta.id:
-                self._named[delta.id] = call
+            held_before = call.held_bytes
             call.add(delta)
+            if delta.id and delta.id == call.id:  # a server may send another id with each piece
+                self._named[delta.id] = call
             self._emit(call, events)
+            self._held_bytes += call.held_bytes - held_before
+            self._check()
 
     def end(self, events: list[ModelEvent]) -> None:
         """Add the events that were held back, because the reply is whole."""
         for call in self._calls:
             self._emit(call, events, at_end=True)
+
+    def _check(self) -> None:
+        if len(self._calls) > CALLS_MAX or len(self._at) > CALLS_MAX:
+            raise ModelError("upstream_protocol", f"The model server sent more than {CALLS_MAX} calls in one reply.")
+        if self._held_bytes > self._held_bytes_max:
+            raise ModelError(
+                "upstream_protocol",
+                f"The model server sent more than {self._held_bytes_max} bytes of calls "
+                "without the names of their functions, or of ids that cannot be used.",
+            )
 
     def _find(self, delta: CallDelta, index: int | None, place: int | None) -> "_Call | None":
         """The call at the place of a piece; None if there is none."""
@@ -75,6 +106,7 @@ class ReplyCalls:
             call.number = self.opened
             self.opened += 1
             events.append(CallOpened(call.number, call_id, call.name, call.upstream))
+            call.held_bytes -= len(call.upstream) + (len(call.id) if call_id == call.id else 0)
         if text := call.take_arguments(with_placeholder=at_end):
             events.append(ArgumentsDelta(call.number, text))
 
@@ -85,7 +117,9 @@ class _Call:
         self.name = ""
         self.upstream = ""
         self.number: int | None = None  # once it has an opening event
-        self._new = ""  # arguments that are in no event yet
+        self.held_bytes = 0
+        """The size of the call's parts that are in no event."""
+        self._new: list[str] = []  # arguments that are in no event yet
         self._half = ""  # the first of two surrogates, if the second comes with the next piece
         self._has_begun = False
         self._unread: list[str] = []  # arguments that were not looked at for the end of the object
@@ -105,9 +139,12 @@ class _Call:
 
     def add(self, delta: CallDelta) -> None:
         function = delta.function
-        self.id = self.id or delta.id or ""
-        if delta.extra_content is not None and not self.upstream:
+        if delta.id and not self.id:
+            self.id = delta.id
+            self.held_bytes += len(self.id)
+        if delta.extra_content is not None and not self.upstream and self.number is None:
             self.upstream = f'{{"extra_content":{bytes(delta.extra_content).decode()}}}'
+            self.held_bytes += len(self.upstream)
         if function is None or (function.name and self.name and self._is_whole()):
             return  # the server repeats the whole call
         self.name = self.name or join_surrogates(function.name or "")
@@ -115,18 +152,29 @@ class _Call:
         if not arguments and arguments != {}:
             return
         text = arguments if isinstance(arguments, str) else msgspec.json.encode(arguments).decode()
-        if self._new == _PLACEHOLDER and not self._has_begun:
-            self._new = ""
-        self._new += self._joined(text)
+        if self._is_placeholder():
+            self._take_new()
+        text = self._joined(text)
+        self._new.append(text)
+        self.held_bytes += _PIECE_BYTES + len(text)
 
     def take_arguments(self, *, with_placeholder: bool) -> str:
         """The arguments that are in no event yet. A placeholder waits for what follows."""
-        text = self._new
-        if text == _PLACEHOLDER and not self._has_begun and not with_placeholder:
+        if not self._new or (self._is_placeholder() and not with_placeholder):
             return ""
-        if text:
-            self._new, self._has_begun = "", True
+        if text := self._take_new():
+            self._has_begun = True
             self._unread.append(text)
+        return text
+
+    def _is_placeholder(self) -> bool:
+        """Whether the arguments so far may be only a placeholder."""
+        return not self._has_begun and len(self._new) <= len(_PLACEHOLDER) and "".join(self._new) == _PLACEHOLDER
+
+    def _take_new(self) -> str:
+        text = "".join(self._new)
+        self.held_bytes -= _PIECE_BYTES * len(self._new) + len(text)
+        self._new.clear()
         return text
 
     def _joined(self, text: str) -> str:

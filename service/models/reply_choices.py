@@ -63,7 +63,7 @@ class ReplyChoices:
     def end(self, *, first_has_ended: bool) -> Sequence[Choice]:
         """End the stream: the held choices that belong to the reply."""
         held = self._held
-        ended = {choice.index for choice in held if choice.finish_reason}
+        ended = {self._index(choice) for choice in held if choice.finish_reason}
         self._decide(is_one_reply=len(ended) + first_has_ended < 2)
         return held if self._is_one_reply else []
 

@@ -394,6 +394,14 @@ def test_reasoning_and_text_may_have_indexes_of_their_own() -> None:
     assert (read.reasoning, read.text) == ("hmhm", "abcdefghijkl")
 
 
+@pytest.mark.parametrize("index", [{}, [], "0", None])
+def test_a_held_choice_whose_index_is_no_number_counts_as_the_first(index: object) -> None:
+    pieces = ((0, "a", None), (1, "b", None), (0, "", None), (index, "c", "stop"))
+    chunks = ({"choices": [{"index": n, "delta": {"content": said}, "finish_reason": end}]} for n, said, end in pieces)
+    read = Read(*map(event, chunks))
+    assert (read.text, read.events[-1]) == ("abc", STOP)
+
+
 def test_two_choices_in_a_chunk_are_one_and_two_pieces_of_one_are_two() -> None:
     both = {"choices": [*piece(0, "a")["choices"], *piece(1, "x")["choices"]]}
     assert read_pieces(both, both, piece(0, "", "stop")).text == "aa"

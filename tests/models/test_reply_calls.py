@@ -1,7 +1,8 @@
 """Calls in streamed replies: each way in which servers were seen to send them gives the same calls."""
 
 import json
-from collections.abc import Sequence
+import tracemalloc
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -9,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.models.chat_completions import ReplyDecoder
+from service.errors import ModelError
+from service.models.chat_chunks import CallDelta, FunctionDelta
+from service.models.chat_completions import EVENT_BYTES_MAX, ReplyDecoder
 from service.models.client import (
     ArgumentsDelta,
     CallOpened,
@@ -19,6 +22,7 @@ from service.models.client import (
     ReasoningDelta,
     TextDelta,
 )
+from service.models.reply_calls import CALLS_MAX, ReplyCalls
 from tests.upstreams.raw_server import DONE, delta, finish
 
 PARIS, OSLO = '{"city":"Paris"}', '{"city":"Oslo"}'
@@ -279,6 +283,151 @@ def test_a_server_that_repeats_names_in_a_long_call_costs_time_that_grows_with_i
     pieces = [chunk(piece("}" if n else '{"a":"', index=0, name="f")) for n in range(5000)]
     ((_, _, arguments),) = calls_in(read(*pieces, chunk(piece('"}', index=0)), finish("tool_calls")))
     assert len(arguments) == 6 + 4999 + 2
+
+
+# Calls without end
+
+
+def failure(chunks: Iterable[object]) -> tuple[str, int]:
+    """The error that ends a stream, and how many chunks came before it."""
+    decoder = ReplyDecoder(redact=str)
+    for number, payload in enumerate(chunks):
+        decoder.feed(event(payload))
+        if decoder.failure is not None:
+            assert decoder.failure.code == "upstream_protocol"
+            return str(decoder.failure), number
+    return "", 0
+
+
+def take_each(calls: ReplyCalls, deltas: Iterable[CallDelta]) -> list[ModelEvent]:
+    events: list[ModelEvent] = []
+    for said in deltas:
+        calls.take([said], events)
+    return events
+
+
+def test_arguments_that_wait_for_a_name_are_bounded() -> None:
+    message, held = failure(chunk(piece("x" * 8192, index=0)) for _ in range(200))
+    assert message == (
+        "The model server sent more than 1048576 bytes of calls without the names of their functions, "
+        "or of ids that cannot be used."
+    )
+    assert held == EVENT_BYTES_MAX // (8192 + 32)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(lambda n: {"index": n, "id": f"{n:020000}"}, id="ids without a name"),
+        pytest.param(lambda n: piece("", name="f", index=n, id=f"{n:020000}"), id="ids that are too long"),
+        pytest.param(lambda n: piece("", name="f", index=n, id=f"{0:016000}"), id="one id for all calls"),
+        pytest.param(lambda n: {"index": n, "extra_content": "x" * 20_000}, id="fields that only the server knows"),
+        pytest.param(lambda n: piece("x" * 20_000, index=n), id="arguments of many calls"),
+        pytest.param(lambda n: piece({"a": f"{n:020000}"}), id="objects"),
+    ],
+)
+def test_what_is_in_no_event_is_bounded_for_all_calls_together(call: Callable[[int], dict[str, Any]]) -> None:
+    message, chunks = failure(chunk(call(n)) for n in range(100))
+    assert message.startswith("The model server sent more than 1048576 bytes of calls")
+    assert chunks >= EVENT_BYTES_MAX // 20_100
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(lambda n: piece("", name="f", index=0, id=f"a{n}"), id="with names"),
+        pytest.param(lambda n: {"index": n, "id": f"a{n}"}, id="without names"),
+        pytest.param(lambda n: piece("{}", name="f" if n % 2 else "g"), id="without ids"),
+    ],
+)
+def test_the_calls_of_one_reply_are_bounded(call: Callable[[int], dict[str, Any]]) -> None:
+    calls = list(map(call, range(CALLS_MAX + 1)))
+    for chunks in (map(chunk, calls), [chunk(*calls)]) if "index" in calls[0] else (map(chunk, calls),):
+        message, _ = failure(chunks)
+        assert message == "The model server sent more than 1024 calls in one reply."
+    assert failure(map(chunk, calls[:-1])) == ("", 0)
+
+
+def test_the_places_of_one_call_are_bounded() -> None:
+    message, _ = failure([chunk(piece("", name="f", id="a")), chunk(*[{"id": "a"}] * (CALLS_MAX + 1))])
+    assert message == "The model server sent more than 1024 calls in one reply."
+
+
+def test_events_from_before_a_bound_was_reached_count() -> None:
+    decoder = ReplyDecoder(redact=str)
+    events = decoder.feed(event(delta("a")) + event(chunk(*(piece("", name="f", index=n) for n in range(2000)))))
+    assert events[0] == TextDelta("a")
+    assert len(calls_in(events[1:])) == CALLS_MAX + 1
+    assert decoder.failure is not None
+
+
+def test_a_whole_body_has_the_same_bounds() -> None:
+    calls = [piece("{}", name="f", id=f"a{n}") for n in range(CALLS_MAX + 1)]
+    body = {"choices": [{"index": 0, "message": {"tool_calls": calls}, "finish_reason": "tool_calls"}]}
+    with pytest.raises(ModelError, match="more than 1024 calls"):
+        read_bytes(json.dumps(body).encode())
+
+
+def test_what_an_event_has_told_is_not_held_any_more() -> None:
+    """Each part of these calls is larger than the bound, over all calls."""
+    signature, arguments = "s" * 30_000, "x" * 20_000
+    chunks: list[dict[str, Any]] = []
+    for n in range(100):
+        early, late = ({"extra_content": signature}, {}) if n % 2 else ({}, {"extra_content": signature})
+        chunks.append(chunk({"index": n, "id": f"{n:016000}", **early}))
+        chunks.append(chunk(piece(arguments, index=n)))
+        chunks.append(chunk(piece("", name="f", index=n)))
+        chunks.append(chunk({"index": n, **late}))
+    events = read(*chunks, finish("tool_calls"))
+    assert calls_in(events) == [(f"{n:016000}", "f", arguments) for n in range(100)]
+
+
+def test_a_piece_without_a_name_does_not_copy_the_pieces_before_it() -> None:
+    """Each copy would have the old and the new text in memory at once."""
+    calls = ReplyCalls(held_bytes_max=10**9)
+    calls.take([CallDelta(0, "a", FunctionDelta(arguments="x" * 1_000_000))], [])
+    copies = 0
+    tracemalloc.start()
+    try:
+        for _ in range(100):
+            tracemalloc.reset_peak()
+            before, _ = tracemalloc.get_traced_memory()
+            calls.take([CallDelta(0, None, FunctionDelta(arguments="y"))], [])
+            _, peak = tracemalloc.get_traced_memory()
+            copies += peak - before > 500_000
+    finally:
+        tracemalloc.stop()
+    assert copies < 5
+    events: list[ModelEvent] = []
+    calls.take([CallDelta(0, None, FunctionDelta(name="f"))], events)
+    assert calls_in(events) == [("a", "f", "x" * 1_000_000 + "y" * 100)]
+
+
+def test_small_pieces_that_wait_for_a_name_count_with_their_overhead() -> None:
+    """A text of one character takes 80 bytes."""
+    calls = ReplyCalls(held_bytes_max=100_000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ModelError, match="more than 100000 bytes of calls"):
+            take_each(calls, (CallDelta(0, "a", FunctionDelta(arguments=chr(0x4E00 + n))) for n in range(10_000)))
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 5 * 100_000
+
+
+def test_another_id_with_each_piece_takes_no_memory() -> None:
+    """Older vLLM sends a new id with each piece of the arguments, of which a long call has thousands."""
+    calls = ReplyCalls(held_bytes_max=EVENT_BYTES_MAX)
+    deltas = (CallDelta(0, f"{n:01000}", FunctionDelta(name="" if n else "f", arguments="x")) for n in range(3000))
+    tracemalloc.start()
+    try:
+        events = take_each(calls, deltas)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert calls_in(events) == [("0" * 1000, "f", "x" * 3000)]
+    assert held < 1_000_000
 
 
 # Any reply, in any pieces
