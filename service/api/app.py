@@ -20,7 +20,7 @@ from service.api.http.app_state import (
     trusted_proxies_of,
 )
 from service.api.http.cors import allow_origin, preflight_response
-from service.api.http.held_bytes import counting_bytes
+from service.api.http.held_bytes import SMALL_BYTES, counting_bytes, hold_answer
 from service.api.http.locations import take_prefix
 from service.api.http.operations import operation_of
 from service.api.http.problems import NotReadyError, Refusal, answer_error, problem_response
@@ -140,8 +140,12 @@ async def _answer_error(error: Exception) -> TrioResponse:
     route = f"{request.method} {request.url_rule.rule}" if is_http and request.url_rule is not None else None
 
     def respond(refusal: Refusal) -> TrioResponse:
+        response = shape(refusal)
+        size = response.content_length or 0
+        if is_http and size > SMALL_BYTES:  # it has the text of a turn
+            hold_answer(size)
         _note_refusal(current_app, refusal, route=route)
-        return shape(refusal)
+        return response
 
     return await answer_error(error, respond=respond)
 

@@ -77,7 +77,7 @@ def json_response(body: msgspec.Struct, status: int = 200, *, location: str | No
     """Return a wire type as a response. ``location`` is a path of this service, without the prefix.
 
     Raises:
-        HeldBytesLimitError: The request is a GET, and there is no room for the answer.
+        HeldBytesLimitError: The request can be repeated, and there is no room for the answer.
     """
     headers = {"Cache-Control": "no-store"}
     if location is not None:

@@ -2,9 +2,10 @@
 
 The body of a request counts while it arrives and until it is parsed or its answer begins; an answer counts from its
 making until its client has taken it. Beyond the bound a body is refused before it is read, or when it grows, and an
-answer to a GET before it is made. The answer of a call that has changed something counts, but is never refused: the
-caller could not repeat the call. Event streams do not count: they hold a seq and one piece. A request that holds few
-bytes is never refused: its connection takes more, and probes, short messages and cancels have to work.
+answer to a GET before it is made. So is the answer of a POST that can be repeated. The answer of another call that has
+changed something counts, but is never refused: the caller could not repeat the call. Event streams do not count: they
+hold a seq and one piece. A request that holds few bytes is never refused: its connection takes more, and probes, short
+messages and cancels have to work.
 """
 
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 
 from quart import request
 
+from service.api.http.repeats import repeat_is_allowed
 from service.errors import LimitError
 
 SMALL_BYTES = 16 * 1024
@@ -115,7 +117,7 @@ def hold_answer(size: int) -> None:
         HeldBytesLimitError: There is no room, and the request can be repeated.
     """
     counted = bytes_of(request.scope)
-    if request.method in ("GET", "HEAD"):
+    if request.method in ("GET", "HEAD") or repeat_is_allowed():
         counted.take(size)
     else:
         counted.add(size)

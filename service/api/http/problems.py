@@ -207,9 +207,16 @@ def problem_response(refusal: Refusal) -> TrioResponse:
 async def answer_error(
     error: Exception, *, respond: Callable[[Refusal], TrioResponse] = problem_response
 ) -> TrioResponse:
-    """Return the response to any error that a request raised. This is the edge of a request."""
+    """Return the response to any error that a request raised. This is the edge of a request.
+
+    If ``respond`` finds no room for the answer, the response says so.
+    """
     connection = request if has_request_context() else websocket
-    response = respond(refusal_of(error, scope=cast("dict[str, Any]", connection.scope)))
+    scope = cast("dict[str, Any]", connection.scope)
+    try:
+        response = respond(refusal_of(error, scope=scope))
+    except HeldBytesLimitError as full:
+        response = respond(refusal_of(full, scope=scope))
     if response.status_code == 500:
         logger.error("request failed", exc_info=error)
     return response

@@ -33,6 +33,7 @@ from service.api.http.event_frames import EncodeFrame, read_frames
 from service.api.http.event_stream import MEDIA_TYPE, read_last_event_id, read_seen
 from service.api.http.held_bytes import hold_answer
 from service.api.http.locations import located
+from service.api.http.repeats import repeat_is_allowed
 from service.api.http.request_body import drop_body, kept_body
 from service.api.http.request_id import HEADER_BYTES as REQUEST_ID
 from service.api.http.request_id import current_request_id
@@ -65,8 +66,6 @@ SUCCESSORS = "lastcall.successors"
 """Key of a function that returns the addresses of the processes that serve in this one's place when it stops."""
 _LATER = "lastcall.later"
 """Key in a request's ASGI scope: the seconds by which its answer may take longer than a step of the store."""
-_REPEATABLE = "lastcall.repeatable"
-"""Key in the ASGI scope of a POST that may be repeated."""
 _ENCODE = "lastcall.encode"
 """Key in a request's ASGI scope: the frame of an event in the face of the stream that answers the request."""
 _HOPS = "lastcall-hops"
@@ -99,14 +98,6 @@ def allow_longer_answer(by_s: float) -> None:
     Call this before the step that may find another process as the owner.
     """
     cast("dict[str, object]", request.scope)[_LATER] = by_s
-
-
-def allow_repeat() -> None:
-    """Allow the current POST to be repeated after the owner's death, because it accepts no work.
-
-    Call this before the step that may find another process as the owner.
-    """
-    cast("dict[str, object]", request.scope)[_REPEATABLE] = True
 
 
 def continue_streams_with(encode: EncodeFrame) -> None:
@@ -244,7 +235,7 @@ def _answer_timeout_s() -> float:
 
 def _may_be_repeated(peer: PeerConnection) -> bool:
     """Whether the current request may be repeated: the owner did not get it, or may have accepted it already."""
-    return request.method != "POST" or _REPEATABLE in request.scope or not peer.has_asked
+    return request.method != "POST" or repeat_is_allowed() or not peer.has_asked
 
 
 def _no_answer(session_id: str) -> StoreError:

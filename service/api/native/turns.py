@@ -24,12 +24,12 @@ from service.api.http.operations import Answer, operation
 from service.api.http.paging import read_page
 from service.api.http.proxy import (
     allow_longer_answer,
-    allow_repeat,
     continue_streams_with,
     note_accepted,
     release_later,
 )
 from service.api.http.query_params import read_query
+from service.api.http.repeats import allow_repeat
 from service.api.http.request_body import drop_body, read_body
 from service.api.http.request_id import current_request_id
 from service.api.http.request_resources import release_after_request

@@ -13,7 +13,7 @@ from trio.testing import MockClock
 from service.api.http.app_state import held_bytes_of
 from service.api.http.held_bytes import SMALL_BYTES, HeldBytes, HeldBytesLimitError, RequestBytes
 from service.api.http.request_body import BoundedBody
-from service.errors import ShuttingDownError
+from service.errors import EventsLostError, ShuttingDownError
 from tests.api.inprocess import LOOPBACK, SSE, Api, leave, open_api
 
 MIB = 1024 * 1024
@@ -175,6 +175,51 @@ async def test_answers_that_are_not_read_are_bounded_and_an_answer_of_a_change_i
         assert len(stalled[0].body) == page
         assert held.bytes == 0
         nursery.cancel_scope.cancel()
+
+
+async def test_an_answer_to_a_post_that_can_be_repeated_is_refused_without_room(autojump_clock: MockClock) -> None:
+    async with open_small() as api:
+        session_id = await api.new_session()
+        turns = f"/sessions/{session_id}/turns"
+        turn = (await api.call("POST", turns, {"input": "x" * 60_000})).json
+        others = RequestBytes(held_bytes_of(api.app))
+        others.add(2 * MIB)
+        for path, body, headers in (
+            (f"{turns}/{turn['id']}/cancel", None, JSON),
+            (turns, {"input": "x" * 60_000}, JSON | {"Last-Event-ID": "1"}),
+        ):
+            (await api.call("POST", path, body, headers=headers)).problem(503, "held_bytes_limit")
+            others.release()
+            again = await api.call("POST", path, body, headers=headers)
+            assert (again.status, again.json["id"]) == (200, turn["id"])
+            others.add(2 * MIB)
+        started = await api.call("POST", turns, {"input": "x" * (SMALL_BYTES - 100)})
+        assert len(started.body) > SMALL_BYTES
+        assert started.status == 200, "it could not be repeated"
+        others.release()
+
+
+async def test_a_problem_with_the_text_of_a_turn_counts_and_is_refused_without_room(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def lose(*_: object, **__: object) -> None:
+        raise EventsLostError(turn_id, after=1, state="interrupted", text="x" * 60_000)
+
+    turn_id = "turn_" + "a" * 32
+    async with open_small() as api, trio.open_nursery() as nursery:
+        held = held_bytes_of(api.app)
+        monkeypatch.setattr(api.service.sessions, "open_events", lose)
+        path = f"/sessions/s/turns/{turn_id}/events"
+        stalled = Call(api, "GET", path)
+        nursery.start_soon(stalled.run)
+        await trio.testing.wait_all_tasks_blocked()
+        assert stalled.status == 410
+        assert held.bytes > 60_000
+        others = RequestBytes(held)
+        others.add(2 * MIB)
+        (await api.call("GET", path)).problem(503, "held_bytes_limit")
+        others.release()
+        stalled.read()
 
 
 @pytest.mark.parametrize("store", ["memory:", "sqlite"])
