@@ -2,8 +2,8 @@
 
 The module takes the address and the certificate from the settings, and makes :mod:`service.hosting.master` the master.
 Both happen when the first name is read: hypercorn imports this module, lists its names and reads them all. An import
-alone changes nothing. Reading the first name also makes a stop signal end the process with code 0, until the master
-handles it.
+alone changes nothing. Reading the first name also makes a stop signal end the process with code 0, and holds SIGHUP
+back, until the master handles them.
 """
 
 from contextlib import ExitStack
@@ -28,7 +28,7 @@ def __getattr__(name: str) -> Any:
     if name not in NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if not _configuration:
-        _installed.callback(end_on_stop_signals())
+        _installed.callback(end_on_stop_signals(hold_hangups=True))
         from service.hosting import master  # noqa: PLC0415  takes a moment, in which a stop signal may come
 
         settings = master.take_over(_installed)

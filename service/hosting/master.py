@@ -36,6 +36,7 @@ from service.errors import StartupError
 from service.hosting.hypercorn.patches import install_in_command_line
 from service.hosting.listeners.bind import bind_addresses
 from service.hosting.peer_listener import check_sharing
+from service.hosting.process.early_stop import deliver_hangups
 from service.hosting.process.process_exit import ExitCode, leave, refuse_to_start, say
 from service.hosting.start_pause import StartPause
 from service.hosting.worker_main import SharedFile
@@ -89,6 +90,7 @@ def run(settings: Settings, config: Config) -> NoReturn:
     except StartupError as error:
         refuse_to_start(error)
     if config.workers == 0:
+        deliver_hangups()
         code = hypercorn.run.run(config)
     else:
         if config.pid_path is not None:
