@@ -9,9 +9,9 @@ import msgspec
 from service.api.native.event_frames import decode_frame, encode_frame
 from service.sessions.events.events import TurnArguments, TurnCall, TurnDelta, TurnQueued, TurnReasoning, TurnStarted
 from service.sessions.events.kept_events import events_of, terminal_event_of
-from service.storage.pieces import CALL, QUEUED, STARTED, Run, count, join, length_bytes, text_of
+from service.storage.pieces import CALL, QUEUED, STARTED, Run, are_of, count, join, length_bytes, text_of
 from service.storage.records import EventsPage, TurnRecord
-from service.storage.session_export import ExportedSession, ExportedTurn, without_open_turns
+from service.storage.session_export import ExportedSession, ExportedTurn, not_exported, shown, without_open_turns
 from service.storage.sqlite import maintenance
 
 
@@ -51,13 +51,16 @@ def runs_of(turn: TurnRecord, frames: Iterable[str]) -> list[Run]:
     """The runs of the frames of a turn that was checked (:mod:`service.cli.whole_turn`).
 
     A piece of a message or of reasoning does not name its item: it is of the first one whose text is not whole yet.
+
+    Raises:
+        StartupError: A piece is not within one item.
     """
     growing = {
         kind: [[index, len(item.text)] for index, item in enumerate(turn.output) if item.type == kind and item.text]
         for kind in ("message", "reasoning")
     }
     runs: list[Run] = []
-    for frame in frames:
+    for number, frame in enumerate(frames):
         match decode_frame(frame.encode()):
             case TurnQueued():
                 runs.append(Run(QUEUED))
@@ -68,15 +71,24 @@ def runs_of(turn: TurnRecord, frames: Iterable[str]) -> list[Run]:
             case TurnArguments(item=item, text=text):
                 runs.append(Run(item, length_bytes(len(text))))
             case TurnDelta(text=text):
-                runs.append(_grow(growing["message"], text))
+                runs.append(_grow(growing["message"], text, turn, number))
             case TurnReasoning(text=text):
-                runs.append(_grow(growing["reasoning"], text))
+                runs.append(_grow(growing["reasoning"], text, turn, number))
+    if not (turn.is_open or are_of(runs, [item.text for item in turn.output])):
+        raise not_exported(f"the events {_of(turn)} do not have the texts of its items")
     return join(runs)
 
 
-def _grow(growing: list[list[int]], text: str) -> Run:
-    index, rest = growing[0]
+def _grow(growing: list[list[int]], text: str, turn: TurnRecord, number: int) -> Run:
+    index, rest = growing[0] if growing else (0, 0)
+    if not 0 < len(text) <= rest:
+        problem = "is empty, or longer than the rest of its item"
+        raise not_exported(f"the text {shown(text)} of events[{number}] {_of(turn)} {problem}")
     growing[0][1] -= len(text)
-    if rest <= len(text):
+    if rest == len(text):
         del growing[0]
     return Run(index, length_bytes(len(text)))
+
+
+def _of(turn: TurnRecord) -> str:
+    return f"of turn {shown(turn.id)} of session {shown(turn.session_id)}"

@@ -157,7 +157,8 @@ def _asked_by(turn: TurnRecord) -> dict[str, object]:
     """The input and the tools of a turn, as a caller of the API gives them."""
     tools = [{"type": "function", **msgspec.to_builtins(it)} for it in turn.tools.functions] if turn.tools else []
     if all(item.type == "message" for item in turn.input):
-        return {"input": turn.input_text, "tools": tools}
+        # Without separators: the API bounds the texts themselves.
+        return {"input": "".join(item.text for item in turn.input), "tools": tools}
     items = [
         {"type": "function_call_output", "call_id": item.call_id, "output": item.text}
         if item.type == "function_call_output"

@@ -19,7 +19,7 @@ from service.errors import StartupError, StoreError
 from service.ids import new_item_id
 from service.models.client import FunctionTool, Tools
 from service.sessions.commands import NewSession, NewTurn, text_input
-from service.sessions.events.events import TurnDelta
+from service.sessions.events.events import Event, TurnDelta
 from service.settings import Settings, Upstream
 from service.stop_state import Phase
 from service.storage.pieces import STARTED, Run, are_of
@@ -242,6 +242,95 @@ def test_data_that_no_service_could_have_made_is_refused_with_session_turn_and_f
     else:
         assert it["turn"]["id"] in told
         assert "of session 's'" in told
+
+
+@pytest.fixture
+def imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], int]:
+    """Import a session into an empty folder; returns the exit code."""
+
+    def run(whole: Any) -> int:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("LASTCALL_STORE_URL", "sqlite:new.db")
+        Path("exported.json").write_text(json.dumps(whole), encoding="utf-8")
+        return main(["import", "exported.json"])
+
+    return run
+
+
+def with_pieces(exported: bytes, output: list[dict[str, object]], *pieces: dict[str, object]) -> Any:
+    """A session with one completed turn, which has this output, and these events between its start and its end."""
+    whole = json.loads(exported)
+    it = next(it for it in whole["turns"] if it["turn"]["state"] == "completed" and it["turn"]["parent"] is None)
+    started, ended = it["events"][0], json.loads(it["events"][-1].split("data: ", 1)[1])
+    assert "turn.started" in started
+    events = [dict(piece) for piece in (*pieces, ended)]
+    events[-1]["text_length"] = sum(len(str(item["text"])) for item in output if item["type"] == "message")
+    for seq, event in enumerate(events, start=2):
+        event["seq"] = seq
+    frames = [encode_frame(msgspec.convert(event, Event)).decode() for event in events]
+    it["turn"] |= {"output": output, "last_seq": len(events) + 1}
+    it["events"] = [started, *frames]
+    whole["turns"] = [it]
+    whole["session"] |= {"head": it["turn"]["id"], "open_turns": 0}
+    whole["session"]["message_count"] = len(it["turn"]["input"]) + len(output)
+    usage = it["turn"]["usage"] or {"input_tokens": 0, "output_tokens": 0}
+    whole["session"] |= {name: usage[name] for name in ("input_tokens", "output_tokens")}
+    return whole
+
+
+def a_message(text: str) -> dict[str, object]:
+    return {"id": new_item_id("message"), "type": "message", "role": "assistant", "text": text}
+
+
+def a_delta(text: str) -> dict[str, object]:
+    return {"type": "turn.delta", "text": text}
+
+
+A_CALL: dict[str, object] = {
+    "id": new_item_id("function_call"),
+    "type": "function_call",
+    "role": "assistant",
+    "text": "",
+}
+A_CALL |= {"call_id": "c", "name": "f"}
+CALLED = {"type": "turn.call", "item": 1, "id": A_CALL["id"], "call_id": "c", "name": "f"}
+
+
+@pytest.mark.parametrize(
+    ("pieces", "code"),
+    [
+        ([a_delta("ab"), CALLED, a_delta("cd")], 0),
+        ([a_delta("ab"), CALLED, a_delta("cd"), a_delta("")], 78),
+        ([a_delta("ab"), a_delta(""), CALLED, a_delta("cd")], 78),
+        ([a_delta("abc"), CALLED, a_delta("d")], 78),
+    ],
+)
+def test_a_piece_that_is_not_within_one_item_is_refused(
+    exports: dict[str, bytes],
+    imported: Callable[[Any], int],
+    capsys: Output,
+    pieces: list[dict[str, object]],
+    code: int,
+) -> None:
+    output = [a_message("ab"), A_CALL, a_message("cd")]
+    assert imported(with_pieces(exports["s"], output, *pieces)) == code
+    if code:
+        told = capsys.readouterr().err
+        assert len(told.splitlines()) == 1
+        assert "is empty, or longer than the rest of its item" in told
+        assert not Path("new.db").exists()
+
+
+def test_inputs_that_are_together_as_long_as_the_bound_are_imported(
+    exports: dict[str, bytes], imported: Callable[[Any], int]
+) -> None:
+    whole = with_pieces(exports["s"], [a_message("ab")], a_delta("ab"))
+    half = "x" * (Settings().input_bytes_max // 2)
+    whole["turns"][0]["turn"]["input"] = [a_message(half) | {"role": "user"}, a_message(half) | {"role": "user"}]
+    whole["session"]["message_count"] = 3
+    assert imported(whole) == 0
+    whole["turns"][0]["turn"]["input"][0]["text"] += "x"
+    assert imported(whole) == 78
 
 
 @pytest.mark.parametrize("text", ["a\u2028b\u0085", "\\u2028", '"\\\u2028', "\U0001f642\u2029", "\x7f\r\n"])
