@@ -59,12 +59,13 @@ class PeerConnection:
             self.close()
 
     async def ask(
-        self, request: PeerRequest, *, is_stream: Callable[[h11.Response], bool]
+        self, request: PeerRequest, *, is_stream: Callable[[h11.Response], bool], note_sent: Callable[[], None]
     ) -> tuple[h11.Response, bytes] | None:
         """Send a request. Returns the answer, or None if the peer dies before its answer.
 
         Args:
             is_stream: Whether an answer's body is a stream. The caller then reads it with :meth:`receive_body`.
+            note_sent: Called once the whole request is sent; this connection holds its body no longer.
 
         Raises:
             InvalidRequestError: HTTP/1.1 cannot express a header of the request.
@@ -75,6 +76,8 @@ class PeerConnection:
                 raise StoreError("The address of the process that runs these turns was taken by another process.")
             self.has_asked = True
             await self._send(request)
+            del request
+            note_sent()
             head = await self._receive_head()
             return head, b"" if is_stream(head) else await self._receive_whole_body()
         except h11.LocalProtocolError as error:

@@ -213,11 +213,16 @@ async def _ask(
     peer: PeerConnection, slot: ProxiedRequest, session_id: str, *, hops: int
 ) -> tuple[h11.Response, bytes] | None:
     """Send the current request to the owner, and return its answer; None if the owner dies before its answer."""
+
+    def drop_sent() -> None:
+        if not _may_be_repeated(peer):  # the answer of a turn may take long
+            drop_body(request)
+
     answer = None
     if _answer_timeout_s() == inf:
         leave_at_end_of_input()
     with slot.waiting() as wait, move_on_after(_answer_timeout_s()) as bound:
-        answer = await peer.ask(_peer_request(hops), is_stream=_is_stream)
+        answer = await peer.ask(_peer_request(hops), is_stream=_is_stream, note_sent=drop_sent)
     if wait.cancelled_caught and not slot.owner_hangs:
         raise ShuttingDownError
     if wait.cancelled_caught or bound.cancelled_caught:

@@ -19,6 +19,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from service.api import app
 from service.api.http import proxy
+from service.api.http.app_state import held_bytes_of
 from service.api.http.proxy import PEER, SUCCESSORS, split_whole
 from service.api.native import turns
 from service.cluster import owner_beats, peer_socket
@@ -436,6 +437,26 @@ async def test_a_call_that_waits_for_its_turn_and_a_stream_wait_as_long_as_that_
         await waiting.send_all(answer("{}"))
         await wait_for(replies)
         assert replies[0].status == 200
+
+
+@pytest.mark.parametrize("is_repeatable", [False, True])
+async def test_a_body_that_cannot_be_sent_again_is_not_kept_while_its_owner_answers(
+    is_repeatable: bool, tmp_path: Path
+) -> None:
+    async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
+        replies: list[Reply] = []
+        headers = {"Last-Event-ID": "1"} if is_repeatable else {}
+        body = {"input": "x" * 100_000}
+        nursery.start_soon(lambda: ask(api, replies, "POST", "/sessions/s/turns", body, headers=headers))
+        stream, sent = await owner.take()
+        assert b"x" * 100_000 in sent
+        await wait_all_tasks_blocked(0.02)
+        held = held_bytes_of(api.app).bytes
+        assert held > 100_000 if is_repeatable else held == 0
+        await stream.send_all(answer("{}"))
+        await wait_for(replies)
+        assert replies[0].status == 200
+        assert held_bytes_of(api.app).bytes == 0
 
 
 @pytest.fixture
