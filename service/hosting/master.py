@@ -15,6 +15,7 @@ other workers serve on.
 """
 
 import atexit
+import math
 import os
 import select
 import signal
@@ -50,7 +51,9 @@ REPLACEMENTS_WITHIN_S = 60
 STOP_SLACK_S = 1
 """Time that workers may take beyond their own bound on a shutdown, before they are killed."""
 START_MAX_S = 60
-"""How long a worker may take to start while others serve. The first start has no bound: a recovery may be long."""
+"""How long a worker may take to start while others serve, from the moment at which one of them serves.
+
+The first start has no bound: a recovery may be long."""
 SETS_OF_WORKERS_MAX = 3
 """Bound on the processes, as a multiple of the workers: one set serves, one starts, and one drains."""
 WAIT_MAX_S = 86_400
@@ -179,7 +182,7 @@ class Workers:
         now = time.monotonic()
         due = [now + CODE_POLL_INTERVAL_S if self._config.use_reloader else now + WAIT_MAX_S]
         due += [worker.end_by for worker in self._workers if worker.end_by is not None]
-        due += [it.started_at + START_MAX_S for it in self._active if not it.serves]
+        due += [late_at for late_at, _ in self._starts]
         if self._missing and self._pause.is_running:
             due.append(now + self._pause.left_s)
         if self._may_begin_reload:  # the one before it has just failed
@@ -234,6 +237,16 @@ class Workers:
     @property
     def _missing(self) -> int:
         return self._config.workers - len(self._fresh)
+
+    @property
+    def _starts(self) -> list[tuple[float, WorkerProcess]]:
+        """The workers that start and are to stay, each with the time from which it is late: never, if none serves.
+
+        What keeps all of them (a recovery, a lock) may have ended when the first one serves, so the bound counts anew.
+        """
+        others_serve_since = min((it.serves_since for it in self._active), default=math.inf)
+        starting = [it for it in self._active if not it.serves and it.generation == self._generation]
+        return [(max(it.started_at, others_serve_since) + START_MAX_S, it) for it in starting]
 
     @property
     def _is_reloading(self) -> bool:
@@ -349,8 +362,8 @@ class Workers:
     def _end_late_starts(self) -> None:
         """End the starts that take too long while others serve, as if they were refused."""
         now = time.monotonic()
-        late = [it for it in self._active if not it.serves and it.started_at + START_MAX_S <= now]
-        if not late or not any(worker.serves for worker in self._active):
+        late = [worker for late_at, worker in self._starts if late_at <= now]
+        if not late:
             return
         why = f"worker {late[0].pid} does not serve after {START_MAX_S} s"
         if self._is_reloading:

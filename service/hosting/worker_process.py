@@ -28,6 +28,7 @@ class WorkerProcess:
         started_at: On the clock of :func:`time.monotonic`.
         has_begun: Whether it handles signals by now.
         serves: Whether it takes clients, or has taken them.
+        serves_since: On the same clock; infinite before it serves.
         wants_successor: Whether another worker is to take its place.
         peer_address: Where the service's other processes reach it; empty where they do not.
         refusal: Why its start was refused, in its own words.
@@ -40,6 +41,7 @@ class WorkerProcess:
         self.stop_within_s = stop_within_s
         self.started_at = time.monotonic()
         self.has_begun = self.serves = self.wants_successor = False
+        self.serves_since = math.inf
         self.peer_address = self.refusal = ""
         self.end_by: float | None = None
         self._connection: Connection | None = connection
@@ -84,6 +86,7 @@ class WorkerProcess:
             case Message.BEGUN:
                 self.has_begun, self.stop_within_s = True, _seconds(rest, default=self.stop_within_s)
             case Message.SERVING:
+                self.serves_since = min(self.serves_since, time.monotonic())
                 self.serves, self.peer_address = True, rest
             case Message.SUCCESSOR:
                 self.wants_successor = True

@@ -30,6 +30,7 @@ from service.hosting.master import (
     REPLACEMENTS_WITHIN_S,
     START_MAX_S,
     STOP_SLACK_S,
+    WAIT_MAX_S,
     Workers,
 )
 from service.hosting.master_link import Message
@@ -598,6 +599,44 @@ def test_a_new_worker_that_never_serves_fails_its_reload_after_a_bound(
     assert other.told == ["leave @0 @1"]
     serving.advance(STOP_TIMEOUT_S + STOP_SLACK_S)
     assert hanging.signals == ["SIGTERM", "SIGKILL"]
+
+
+def test_a_first_start_has_no_bound_and_does_not_keep_the_master_busy(service: Service) -> None:
+    """A recovery may be long."""
+    service.advance(START_MAX_S + 1)
+    assert service.workers._next_look_s() == WAIT_MAX_S
+    service.advance(10 * START_MAX_S)
+    assert not any(worker.signals for worker in service.started)
+    assert not service.is_stopping
+
+
+def test_a_start_is_late_only_a_while_after_another_worker_serves(
+    service: Service, capfd: pytest.CaptureFixture[str]
+) -> None:
+    first, second = service.started
+    service.advance(START_MAX_S + 30)
+    service.serve(first)
+    service.advance(START_MAX_S - 0.1)
+    assert not second.signals
+    assert service.workers._next_look_s() == pytest.approx(0.1)
+    service.advance(0.1)
+    assert second.signals == ["SIGTERM"]
+    assert "worker 1 does not serve after 60 s; the next start is tried in 1 s" in capfd.readouterr().err
+
+
+def test_a_late_start_from_before_a_reload_does_not_fail_it(
+    service: Service, capfd: pytest.CaptureFixture[str]
+) -> None:
+    service.serve(service.started[0])
+    service.advance(START_MAX_S - 1)
+    service.reload()
+    service.advance(2)
+    assert service.workers._next_look_s() == pytest.approx(START_MAX_S - 2)
+    service.serve(service.started[2])
+    service.serve(service.started[3])
+    said = capfd.readouterr().err
+    assert "reloaded: 2 new workers serve, 2 old ones drain" in said
+    assert "failed" not in said
 
 
 def test_a_second_reload_waits_for_the_first(serving: Service) -> None:
