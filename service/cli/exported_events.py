@@ -8,7 +8,7 @@ import msgspec
 
 from service.api.native.event_frames import decode_frame, encode_frame
 from service.sessions.events.events import TurnArguments, TurnCall, TurnDelta, TurnQueued, TurnReasoning, TurnStarted
-from service.sessions.events.kept_events import events_of, terminal_event_of
+from service.sessions.events.kept_events import Place, events_of, terminal_event_of
 from service.storage.pieces import CALL, QUEUED, STARTED, Run, are_of, count, join, length_bytes, text_of
 from service.storage.records import EventsPage, TurnRecord
 from service.storage.session_export import ExportedSession, ExportedTurn, not_exported, shown, without_open_turns
@@ -40,7 +40,7 @@ def frames_of(turn: TurnRecord, runs: Sequence[Run]) -> tuple[str, ...]:
     texts = [item.text for item in turn.output]
     page = EventsPage(after=0, runs=tuple(runs), text=text_of(runs, texts))
     kept = count(runs)
-    events = events_of(turn, page, after=0, events_max=kept)
+    events, _ = events_of(turn, page, Place(0), events_max=kept)
     terminal = terminal_event_of(turn, text_length=len(turn.text))
     if terminal is not None and kept == turn.last_seq - 1:
         events.append(terminal)

@@ -6,12 +6,14 @@ because they may have thousands of turns. The end of a turn checks for cancellat
 shutdown hundreds of ends come at once, and their callers end anyway.
 """
 
+from bisect import bisect_right
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import islice
 from math import inf
+from operator import attrgetter
 from secrets import token_bytes
 
 import anyio.lowlevel
@@ -56,11 +58,23 @@ _MEASURED_AT_ONCE = 1000
 """Turns that are measured in one step of the event loop, which takes some milliseconds."""
 
 
+@dataclass(frozen=True)
+class _Page:
+    """Successive events of a turn, packed."""
+
+    after: int
+    runs: bytes
+    starts: dict[int, int]
+    """Where in the texts of their items the pieces of this page begin."""
+
+
 @dataclass
 class _Turn:
     record: TurnRecord
-    runs: bytes = pack(())
-    """The events, packed."""
+    pages: Sequence[_Page] = ()
+    """The events, in pages, so that a replay reads one of them at a time."""
+    kept: int = 0
+    """The number of events."""
 
 
 @dataclass
@@ -108,20 +122,21 @@ class MemoryStore:
         await anyio.lowlevel.checkpoint()
         source = self._visible(source_id, now).record
         at = source.head if at is None else at
-        path, runs = ForkPath(), []
+        path, kept = ForkPath(), []
         while at is not None:
             turn = self._turn_of(source_id, at)
-            path.add(turn.record, events_bytes=len(turn.runs) + sum(len(it.text.encode()) for it in turn.record.output))
-            runs.append(turn.runs)
+            size = sum(len(page.runs) for page in turn.pages) + sum(len(it.text.encode()) for it in turn.record.output)
+            path.add(turn.record, events_bytes=size)
+            kept.append(turn)
             at = turn.record.parent
-            await self._let_others_run(source_id, after=len(runs), now=now)
+            await self._let_others_run(source_id, after=len(kept), now=now)
         copies: list[TurnRecord] = []
         for copied in copies_of(path, copy_id=copy_id):
             copies.append(copied)
             await self._let_others_run(source_id, after=len(copies), now=now)
         session = forked_session(source, copies, copy_id=copy_id, now=now)
         copy = self._add(session, now)
-        copy.turns = [_Turn(*kept) for kept in zip(copies, reversed(runs), strict=True)]
+        copy.turns = [_Turn(it, old.pages, old.kept) for it, old in zip(copies, reversed(kept), strict=True)]
         self._turns |= {turn.record.id: turn for turn in copy.turns}
         return session
 
@@ -241,7 +256,8 @@ class MemoryStore:
             return rules.result_of_late_end(None if kept is None else kept.record, turn)
         session = self._sessions[kept.record.session_id]
         kept.record = turn
-        kept.runs = pack(runs)
+        kept.pages = tuple(_pages_of(runs))
+        kept.kept = count(runs)
         self._replace(session, rules.ended(session.record, turn, now))
         return EndResult.KEPT
 
@@ -300,16 +316,21 @@ class MemoryStore:
         turn = self._turns.get(turn_id)
         if turn is None or turn.record.session_id != session_id:
             return EventsPage(after=after)
-        all_runs = unpack(turn.runs)
-        runs, _ = next(split(skip(all_runs, after), "", length_max=length_max), ((), ""))
-        texts = [item.text for item in turn.record.output]
-        return EventsPage(
+        page = EventsPage(
             after=after,
-            runs=tuple(runs),
-            text=text_of(all_runs, texts, after=after, events=count(runs)),
-            kept=count(all_runs),
+            kept=turn.kept,
+            ended=not turn.record.is_open,
             text_length=sum(len(item.text) for item in turn.record.output if item.type == "message"),
         )
+        if after >= turn.kept:
+            return page
+        kept = turn.pages[bisect_right(turn.pages, after, key=attrgetter("after")) - 1]
+        kept_runs = unpack(kept.runs)
+        skipped = after - kept.after
+        runs, _ = next(split(skip(kept_runs, skipped), "", length_max=length_max))
+        texts = [item.text for item in turn.record.output]
+        text = text_of(kept_runs, texts, after=skipped, events=count(runs), starts=kept.starts)
+        return msgspec.structs.replace(page, runs=tuple(runs), text=text)
 
     async def find_owner(self, session_id: str) -> Owner | None:  # noqa: ARG002
         # A memory store has only one owner.
@@ -400,6 +421,15 @@ class MemoryStore:
 
     def _status_order(self, session: SessionRecord) -> SortedList[tuple[datetime, str]]:
         return self._running_by_age if session.open_turns else self._idle_by_deadline
+
+
+def _pages_of(runs: Sequence[Run]) -> Iterator[_Page]:
+    after, ends = 0, dict[int, int]()
+    for part, _ in split(runs, "", length_max=PAGE_LENGTH_MAX):
+        yield _Page(after, pack(part), {run.item: ends.get(run.item, 0) for run in part})
+        for run in part:
+            ends[run.item] = ends.get(run.item, 0) + run.length
+        after += count(part)
 
 
 def _status_key(session: SessionRecord) -> tuple[datetime, str]:

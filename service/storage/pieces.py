@@ -9,7 +9,7 @@ code points of a piece that goes on in the next byte: ``b"\x03\x05"`` is two pie
 ``b"\xff\x01"`` one of 256. So a sum of the bytes is a length of text.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import inf
 
 import msgspec
@@ -22,6 +22,8 @@ CALL = -3
 """The run of the opening of the call with the item's index 0; ``CALL - index`` is that of the call with an index."""
 
 _GOES_ON = 255
+_RUN_COST = 16
+"""The least cost of a run, because a run takes memory and time whatever its length."""
 
 
 class Run(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -54,19 +56,27 @@ class Run(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     def after(self, events: int) -> "Run":
         """The run without its first events, which are fewer than all."""
-        if events == 0:
-            return self
-        if _GOES_ON not in self.lengths:
-            return Run(self.item, self.lengths[events:])
-        return run_of(self.item, self.pieces()[events:])
+        return self if events == 0 else Run(self.item, self.lengths[self.end_of(events) :])
 
-    def first(self, events: int) -> "Run":
-        """The run of the first events, at least one."""
-        if self.item < 0 or events >= len(self.lengths):
-            return self
-        if _GOES_ON not in self.lengths:
-            return Run(self.item, self.lengths[:events])
-        return run_of(self.item, self.pieces()[:events])
+    def end_of(self, events: int, start: int = 0) -> int:
+        """The offset in ``lengths`` at which so many events end, which begin at ``start``; at most the run's end.
+
+        Visits the bytes of these events only.
+        """
+        end = start + events
+        while start < end:
+            start, end = end, end + self.lengths.count(_GOES_ON, start, end)
+        return min(end, len(self.lengths))
+
+    @property
+    def size(self) -> int:
+        """The larger of its length in code points and its length in bytes."""
+        return max(self.length, len(self.lengths))
+
+    @property
+    def cost(self) -> int:
+        """What the run takes in memory and time, in code points of text."""
+        return max(self.size, _RUN_COST)
 
 
 _packed: msgspec.msgpack.Decoder[list[Run]] = msgspec.msgpack.Decoder(list[Run])
@@ -124,24 +134,31 @@ def skip(runs: Iterable[Run], events: int) -> Iterator[Run]:
             yield run.after(skipped)
 
 
-def text_of(runs: Iterable[Run], texts: Sequence[str], *, after: int = 0, events: float = inf) -> str:
+def text_of(
+    runs: Iterable[Run],
+    texts: Sequence[str],
+    *,
+    after: int = 0,
+    events: float = inf,
+    starts: Mapping[int, int] | None = None,
+) -> str:
     """The texts of the pieces after so many events, in the order of their arrival.
 
     Args:
-        runs: All runs of the turn.
+        runs: All runs of the turn, or successive ones.
         texts: The texts of the items.
         events: How many events to take.
+        starts: Where in the texts of their items the runs begin, if not at the beginning.
     """
     parts: list[str] = []
-    ends = [0] * len(texts)
+    ends = dict(starts or {})
     for run in runs:
         if events <= 0:
             break
         skipped = min(after, run.events)
         after -= skipped
-        start = end = ends[run.item] if run.item >= 0 else 0
-        if run.item >= 0:
-            ends[run.item] = end = start + run.length
+        start = ends.get(run.item, 0)
+        ends[run.item] = end = start + run.length
         if skipped < run.events:
             taken = run.after(skipped)
             start = end - taken.length
@@ -175,12 +192,12 @@ def are_of(runs: Sequence[Run], texts: Sequence[str]) -> bool:
 
 
 def split(runs: Iterable[Run], text: str, *, length_max: int) -> Iterator[tuple[list[Run], str]]:
-    """Runs and their text in parts of at most so many code points and events; more only for a single piece."""
+    """Runs and their text in parts of at most this cost; more only for a single piece."""
     part: list[Run] = []
     size = start = end = 0
     for run in runs:
         for few in _cut(run, length_max // 4):
-            cost = max(few.length, len(few.lengths), 1)
+            cost = few.size if part and part[-1].item == few.item >= 0 else few.cost
             if part and size + cost > length_max:
                 yield join(part), text[start:end]
                 part, size, start = [], 0, end

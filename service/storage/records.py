@@ -306,13 +306,15 @@ class EventsPage(msgspec.Struct, frozen=True, kw_only=True):
 
     ``after`` is the seq before the first of them, and ``text`` the text of their pieces in the order of arrival.
     ``kept`` counts all events of the turn that are kept; the terminal event is not among them, because the turn's
-    record tells it. ``text_length`` counts the code points of the turn's messages, if it has ended.
+    record tells it. ``ended`` tells whether the turn had ended when the page was read, so that no later read differs.
+    ``text_length`` counts the code points of the turn's messages, if it has ended.
     """
 
     after: int
     runs: tuple[Run, ...] = ()
     text: str = ""
     kept: int = 0
+    ended: bool = False
     text_length: int = 0
 
 

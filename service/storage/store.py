@@ -279,9 +279,10 @@ class Store(Protocol):
     async def read_events(
         self, session_id: str, turn_id: str, *, after: int = 0, length_max: int = PAGE_LENGTH_MAX
     ) -> EventsPage:
-        """A page of an ended turn's events: those that follow the seq ``after``, at least one if there is one.
+        """A page of a turn's events: those that follow the seq ``after``, at least one if there is one.
 
-        There are fewer events than the turn's ``last_seq`` if a crash lost some of them or none were kept. Reads
+        An open turn has only those of its checkpoints, if any. An ended turn has fewer events than its ``last_seq``
+        says if a crash lost some of them or none were kept. Reads
         deleted and expired sessions, too. The cost depends on the page, not on the turn.
 
         Args:

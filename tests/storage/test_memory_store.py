@@ -12,9 +12,11 @@ from trio.testing import assert_checkpoints
 from service.errors import SessionExistsError, SessionLimitError, SessionNotFoundError
 from service.storage import memory
 from service.storage.memory import MemoryStore, open_memory_store
+from service.storage.pieces import Run, unpack
 from service.storage.records import EndResult, LeftOut, SessionPatch
+from service.storage.store import PAGE_LENGTH_MAX
 from service.store_capabilities import MEMORY
-from tests.storage.rows import IDLE_TIMEOUT_S, T0, a_session, a_turn, at, ended
+from tests.storage.rows import IDLE_TIMEOUT_S, T0, a_session, a_turn, at, ended, said
 
 METHODS: list[Callable[[MemoryStore], Awaitable[object]]] = [
     lambda store: store.create_session(a_session("new"), now=T0),
@@ -67,6 +69,31 @@ async def test_other_tasks_run_while_a_long_path_is_measured(monkeypatch: pytest
             nursery.cancel_scope.cancel()
         assert measured == LeftOut(45, 45 * len("Hello"))
         assert steps >= 4
+
+
+async def test_a_page_of_events_costs_the_page_and_not_the_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_memory_store() as store:
+        await store.create_session(a_session(), now=T0)
+        await store.begin_turn(a_turn(), now=T0)
+        texts = [f"{number:04d}" for number in range(10_000)] * 10
+        await store.end_turn(ended(a_turn(), text="".join(texts)), runs=said(*texts), now=T0)
+        unpacked: list[bytes] = []
+
+        def note(packed: bytes) -> list[Run]:
+            unpacked.append(packed)
+            return unpack(packed)
+
+        monkeypatch.setattr(memory, "unpack", note)
+        for seq in (0, 1, 54_321, len(texts) - 1):
+            unpacked.clear()
+            page = await store.read_events("s", "t", after=seq)
+            assert page.text.startswith(texts[seq])
+            assert (page.after, page.kept) == (seq, len(texts))
+            assert sum(map(len, unpacked)) < len(texts) // 5
+            assert len(page.text) <= PAGE_LENGTH_MAX
+        unpacked.clear()
+        assert not (await store.read_events("s", "t", after=len(texts))).runs
+        assert not unpacked
 
 
 async def test_the_end_of_a_turn_is_cancelled_at_once_or_not_at_all() -> None:

@@ -28,10 +28,10 @@ from service.storage.page_cursor import (
     decode_turn_cursor,
     encode_cursor,
 )
-from service.storage.pieces import CALL, QUEUED, STARTED, Run
+from service.storage.pieces import CALL, QUEUED, STARTED, Run, count
 from service.storage.records import EndResult, EndState, Failure, Item, LeftOut, SessionPatch, SessionRecord, TurnRecord
 from service.storage.rules import TURN_BYTES
-from service.storage.store import Store
+from service.storage.store import PAGE_LENGTH_MAX, Store
 from service.store_capabilities import BY_SCHEME
 from tests.storage.conftest import OpenStore
 from tests.storage.rows import (
@@ -658,6 +658,33 @@ async def test_tools_calls_and_outputs_are_kept_whole(store: Store) -> None:
     ]
     assert [item.id.partition("_")[0] for item in (*copied.input, *copied.output)] == ["msg", "fco", "msg", "fc", "fc"]
     assert copy.message_count == 4
+
+
+async def test_a_page_of_events_tells_whether_its_turn_had_ended(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    assert not (await store.read_events("s", "t")).ended, "there is no turn"
+    for turn in (a_turn(), a_turn("queued", state="queued"), a_turn("silent")):
+        await store.begin_turn(turn, now=T0)
+        assert not (await store.read_events("s", turn.id)).ended
+        runs = () if turn.id == "silent" else said("H", "i")
+        await store.end_turn(ended(turn, text="Hi" if runs else ""), runs=runs, now=T0)
+        for after in (0, 1, 2, 99):
+            assert (await store.read_events("s", turn.id, after=after)).ended
+
+
+async def test_a_page_of_events_has_few_runs_however_short_they_are(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    await store.begin_turn(a_turn(), now=T0)
+    pairs = 20_000
+    end = ended(a_turn(), reasoning="r" * pairs, text="t" * pairs)
+    runs = [run for _ in range(pairs) for run in (*said("r"), *said("t", item=1))]
+    await store.end_turn(msgspec.structs.replace(end, last_seq=2 * pairs + 1), runs=runs, now=T0)
+    seq = 0
+    while (page := await store.read_events("s", "t", after=seq)).runs:
+        assert len(page.runs) <= PAGE_LENGTH_MAX // 16
+        assert page.text == "rt" * (len(page.runs) // 2)
+        seq += count(page.runs)
+    assert seq == page.kept == 2 * pairs
 
 
 async def test_the_first_end_wins_and_the_second_changes_nothing(store: Store) -> None:

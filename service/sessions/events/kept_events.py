@@ -2,6 +2,9 @@
 
 from collections.abc import Iterable, Iterator
 from itertools import groupby
+from typing import NamedTuple
+
+import msgspec
 
 from service.sessions.events import outcome
 from service.sessions.events.events import (
@@ -15,7 +18,7 @@ from service.sessions.events.events import (
     TurnReasoning,
     TurnStarted,
 )
-from service.storage.pieces import CALL, QUEUED, STARTED, Run, length_bytes, skip
+from service.storage.pieces import CALL, QUEUED, STARTED, Run, length_bytes
 from service.storage.records import EventsPage, TurnRecord
 
 _PIECES: dict[str, type[TurnDelta | TurnReasoning | TurnArguments]] = {
@@ -43,29 +46,63 @@ def _item_of(event: Event) -> int:
     return QUEUED if isinstance(event, TurnQueued) else STARTED
 
 
-def events_of(turn: TurnRecord, page: EventsPage, *, after: int, events_max: int) -> list[Event]:
-    """The first events of a page after a seq in it; they name the turn's ids.
+class Place(NamedTuple):
+    """A place in a page: the event after ``seq`` begins there."""
+
+    seq: int
+    run: int = 0
+    """The index of the event's run."""
+    offset: int = 0
+    """Where in the lengths of its run the event begins."""
+    start: int = 0
+    """Where in the page's text the event begins."""
+
+
+def place_after(page: EventsPage, seq: int, *, place: Place) -> Place:
+    """The place of the event after a seq of a page. Visits only what is between this place and ``place`` before it."""
+    at, index, offset, start = place
+    while at < seq:
+        run = page.runs[index]
+        if run.item < 0:
+            at, index = at + 1, index + 1
+            continue
+        passed = Run(run.item, run.lengths[offset : run.end_of(seq - at, offset)])
+        at += passed.events
+        start += passed.length
+        offset += len(passed.lengths)
+        if offset == len(run.lengths):
+            index, offset = index + 1, 0
+    return Place(at, index, offset, start)
+
+
+def events_of(turn: TurnRecord, page: EventsPage, place: Place, *, events_max: int) -> tuple[list[Event], Place]:
+    """The first events of a page from a place on, which name the turn's ids; and the place after them.
 
     Args:
-        turn: The turn's record, perhaps without the texts of its output.
+        turn: The turn's record, perhaps without what :func:`without_contents` drops.
     """
-    rest = list(skip(page.runs, after - page.after))
-    start = len(page.text) - sum(run.length for run in rest)
     events: list[Event] = []
-    seq = after
-    for run in rest:
-        if len(events) >= events_max:
-            break
+    seq, index, offset, start = place
+    while index < len(page.runs) and len(events) < events_max:
+        run = page.runs[index]
         if run.item < 0:
-            seq += 1
+            seq, index = seq + 1, index + 1
             events.append(_opening(turn, run.item, seq))
             continue
+        end = run.end_of(events_max - len(events), offset)
         kind = _PIECES[turn.output[run.item].type]
-        for length in run.first(events_max - len(events)).pieces():
+        for length in Run(run.item, run.lengths[offset:end]).pieces():
             seq += 1
             events.append(kind(seq=seq, item=run.item, text=page.text[start : start + length]))
             start += length
-    return events
+        index, offset = (index, end) if end < len(run.lengths) else (index + 1, 0)
+    return events, Place(seq, index, offset, start)
+
+
+def without_contents(turn: TurnRecord) -> TurnRecord:
+    """The record without what may be large in it and is in no event: :func:`events_of` needs only ids and names."""
+    output = tuple(msgspec.structs.replace(item, text="", encrypted="", upstream="") for item in turn.output)
+    return msgspec.structs.replace(turn, input=(), output=output, tools=msgspec.UNSET)
 
 
 def _opening(turn: TurnRecord, item: int, seq: int) -> TurnQueued | TurnStarted | TurnCall:

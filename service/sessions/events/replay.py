@@ -8,7 +8,7 @@ import trio
 
 from service.errors import EventsLostError, SessionNotFoundError
 from service.sessions.events.events import Event, TerminalEvent
-from service.sessions.events.kept_events import events_of, terminal_event_of
+from service.sessions.events.kept_events import Place, events_of, place_after, terminal_event_of, without_contents
 from service.storage.pieces import count
 from service.storage.records import EventsPage, TurnRecord
 from service.storage.store import Store
@@ -26,11 +26,14 @@ class _Page:
 
     def __init__(self, page: EventsPage) -> None:
         self.page = page
+        self.begin = Place(page.after)
         self.end = page.after + count(page.runs)
 
 
 class Replays:
     """Opens replays. Replays that read the same page at the same time share it; without readers no page is kept.
+
+    A page of a turn that has not ended is never shared: a later read of this page has more, once the turn has ended.
 
     Args:
         store_timeout_s: How long a replay waits for its next page.
@@ -55,11 +58,9 @@ class Replays:
         """
         page = await self._page(session_id, turn_id, after)
         turn = await read_turn(False)
-        replay = replay_kept(self, turn, page)
-        if replay is None:  # the turn may have ended between the two reads
-            self._pages.pop((session_id, turn_id, after), None)
+        if not page.page.ended:  # the turn may have ended between the two reads
             page = await self._page(session_id, turn_id, after)
-            replay = replay_kept(self, turn, page)
+        replay = replay_kept(self, turn, page)
         if replay is None or replay.unbroken_seq < after < replay.last_seq:
             kept = page.page.kept
             turn = await read_turn(True)
@@ -76,7 +77,9 @@ class Replays:
         async with self._reading.setdefault(key, trio.Lock()):
             page = self._pages.get(key)
             if page is None:
-                page = self._pages[key] = _Page(await self._store.read_events(session_id, turn_id, after=after))
+                page = _Page(await self._store.read_events(session_id, turn_id, after=after))
+                if page.page.ended:
+                    self._pages[key] = page
             return page
 
 
@@ -86,7 +89,7 @@ def replay_kept(replays: Replays, turn: TurnRecord, page: _Page) -> "Replay | No
     A crash loses the events after the last checkpoint; the text in the store ends at the same checkpoint. The terminal
     event follows with a seq that is higher than the seq of every lost event.
     """
-    terminal = None if turn.is_open else terminal_event_of(turn, text_length=page.page.text_length)
+    terminal = terminal_event_of(turn, text_length=page.page.text_length) if page.page.ended else None
     kept = page.page.kept
     if terminal is None or not (kept == turn.last_seq - 1 or (turn.reason == "crash" and kept < turn.last_seq)):
         return None
@@ -105,10 +108,12 @@ class Replay:
     def __init__(self, replays: Replays, turn: TurnRecord, page: _Page, *, terminal: TerminalEvent) -> None:
         self.beside: dict[object, object] = {}
         self._replays = replays
-        self._turn = turn
+        self._turn = without_contents(turn)
         self._terminal = terminal
         self._kept = page.page.kept
         self._page = page
+        # Where the last read began and ended. A reader may take only the first of the events that it read.
+        self._begin = self._end = page.begin
 
     def __repr__(self) -> str:
         return f"<Replay of {self._turn.id}: seq {self.last_seq}>"
@@ -129,7 +134,11 @@ class Replay:
             return [self._terminal] if seq < self.last_seq else []
         if not self._has_after(seq):
             return []
-        return events_of(self._turn, self._page.page, after=seq, events_max=_EVENTS_MAX)
+        page = self._page.page
+        place = next(place for place in (self._end, self._begin, self._page.begin) if place.seq <= seq)
+        self._begin = place_after(page, seq, place=place)
+        events, self._end = events_of(self._turn, page, self._begin, events_max=_EVENTS_MAX)
+        return events
 
     def _has_after(self, seq: int) -> bool:
         return self._page.page.after <= seq < self._page.end
@@ -144,6 +153,7 @@ class Replay:
         if seq >= self._kept or self._has_after(seq):
             return
         self._page = await self._replays.next_page(self._turn.session_id, self._turn.id, seq)
+        self._begin = self._end = self._page.begin
         if not self._page.page.runs:
             raise SessionNotFoundError(self._turn.session_id)
 

@@ -17,7 +17,7 @@ from service.storage.sqlite import old_frames
 from service.storage.sqlite.rows import STAGED_MARK, Row, as_json, items_of, turn_of
 
 ROW_LENGTH_MAX = 64 * 1024
-"""Bound on the code points and on the events of one row, unless a single piece is longer."""
+"""Bound on the cost of one row's runs (:attr:`~service.storage.pieces.Run.cost`), unless a single piece is longer."""
 
 _NO_END = 1 << 62
 _GET = (
@@ -37,9 +37,7 @@ _LAST_FRAMES = "SELECT after, frames FROM events WHERE turn = ? AND after < ? OR
 
 def fits_in_turn(turn: TurnRecord, runs: Sequence[Run]) -> bool:
     """Whether an ended turn is kept in one row. So is a turn whose events and output do not belong together."""
-    texts = [item.text for item in turn.output]
-    size = max(sum(map(len, texts)), sum(len(run.lengths) + 1 for run in runs))
-    return size <= ROW_LENGTH_MAX or not pieces.are_of(runs, texts)
+    return sum(run.cost for run in runs) <= ROW_LENGTH_MAX or not pieces.are_of(runs, [it.text for it in turn.output])
 
 
 def end_columns(turn: TurnRecord, runs: Sequence[Run]) -> dict[str, object]:
@@ -110,7 +108,8 @@ def read(db: apsw.Connection, session_id: str, turn_id: str, *, after: int, leng
     if packed:
         return _in_turn(db, turn, packed, after=after, length_max=length_max)
     end = _NO_END
-    if state in ("queued", "running"):
+    ended = state not in ("queued", "running")
+    if not ended:
         marked: int | None = db.execute(_MARK, (turn, f"{STAGED_MARK} %")).get
         end = _NO_END if marked is None else marked
     bounds = {"turn": turn, "after": after, "end": end}
@@ -118,15 +117,17 @@ def read(db: apsw.Connection, session_id: str, turn_id: str, *, after: int, leng
     if last is not None:
         rows = ((row[0], pieces.unpack(row[1]), row[2].decode()) for row in db.execute(_PAGES_FROM, bounds))
         kept = last[0] + pieces.count(pieces.unpack(last[1]))
-        return _page(rows, after=after, length_max=length_max, kept=kept, text_length=text_length or 0)
+        page = _page(rows, after=after, length_max=length_max)
+        return msgspec.structs.replace(page, kept=kept, ended=ended, text_length=text_length or 0)
     output = items_of(db.execute(_OUTPUT, (turn,)).get)
     last = db.execute(_LAST_FRAMES, (turn, end)).fetchone()
     if last is None:
-        return EventsPage(after=after)
+        return EventsPage(after=after, ended=ended)
     kept = last[0] + sum(1 for _ in old_frames.read_frames(last[1], output))
     rows = ((row[0], *_joined(old_frames.read_frames(row[1], output))) for row in db.execute(_FRAMES_FROM, bounds))
     text_length = sum(len(item.text) for item in output if item.type == "message")
-    return _page(rows, after=after, length_max=length_max, kept=kept, text_length=text_length)
+    page = _page(rows, after=after, length_max=length_max)
+    return msgspec.structs.replace(page, kept=kept, ended=ended, text_length=text_length)
 
 
 def _in_turn(db: apsw.Connection, turn: int, packed: bytes, *, after: int, length_max: int) -> EventsPage:
@@ -138,28 +139,27 @@ def _in_turn(db: apsw.Connection, turn: int, packed: bytes, *, after: int, lengt
         runs=tuple(part),
         text=pieces.text_of(runs, [item.text for item in output], after=after, events=pieces.count(part)),
         kept=pieces.count(runs),
+        ended=True,
         text_length=sum(len(item.text) for item in output if item.type == "message"),
     )
 
 
-def _page(
-    rows: Iterator[tuple[int, list[Run], str]], *, after: int, length_max: int, kept: int, text_length: int
-) -> EventsPage:
-    """The page after a seq, from rows of which the first has this seq or the events before it."""
+def _page(rows: Iterator[tuple[int, list[Run], str]], *, after: int, length_max: int) -> EventsPage:
+    """The events of the page after a seq, from rows of which the first has this seq or the events before it."""
     runs: list[Run] = []
     texts: list[str] = []
     size = 0
     for row_after, row_runs, row_text in rows:
         rest = list(pieces.skip(row_runs, max(after - row_after, 0)))
         length = sum(run.length for run in rest)
-        cost = max(length, sum(len(run.lengths) + 1 for run in rest))
+        cost = sum(run.cost for run in rest)
         if runs and size + cost > length_max:
             break
         runs += rest
         texts.append(row_text[len(row_text) - length :])
         size += cost
     part, text = next(pieces.split(runs, "".join(texts), length_max=length_max), ((), ""))
-    return EventsPage(after=after, runs=tuple(part), text=text, kept=kept, text_length=text_length)
+    return EventsPage(after=after, runs=tuple(part), text=text)
 
 
 def _joined(events: Iterator[tuple[Run, str]]) -> tuple[list[Run], str]:

@@ -37,7 +37,8 @@ class Kept(MemoryStore):
         """Two events at a time."""
         self.reads += 1
         texts = "123"[: self.kept][after : after + 2]
-        page = EventsPage(after=after, runs=said(*texts), text=texts, kept=self.kept, text_length=3)
+        ended = self.turn is not None and not self.turn.is_open
+        page = EventsPage(after=after, runs=said(*texts), text=texts, kept=self.kept, ended=ended, text_length=3)
         await trio.lowlevel.checkpoint()
         return page
 

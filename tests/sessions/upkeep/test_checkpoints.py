@@ -220,7 +220,7 @@ class Crashed(MemoryStore):
     async def read_events(self, session_id: str, turn_id: str, *, after: int = 0, length_max: int = 0) -> EventsPage:
         await trio.lowlevel.checkpoint()
         texts = ["1 ", "2 ", "3 "][after:]
-        return EventsPage(after=after, runs=said(*texts), text="".join(texts), kept=3, text_length=6)
+        return EventsPage(after=after, runs=said(*texts), text="".join(texts), kept=3, ended=True, text_length=6)
 
 
 @pytest.mark.parametrize("cursor", [0, 1, 3])

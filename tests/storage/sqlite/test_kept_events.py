@@ -4,9 +4,11 @@ import gc
 import tempfile
 import tracemalloc
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import apsw
 import msgspec
 import pytest
 import trio
@@ -14,14 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.api.native.event_frames import encode_frame
-from service.errors import SessionNotFoundError
+from service.errors import OwnedElsewhereError, SessionNotFoundError
 from service.models.client import (
     ArgumentsDelta,
     CallOpened,
     EncryptedReasoning,
+    FunctionTool,
     ModelEvent,
     ReasoningDelta,
     TextDelta,
+    Tools,
 )
 from service.sessions.events import outcome
 from service.sessions.events.events import TurnDelta, TurnInterrupted
@@ -30,7 +34,7 @@ from service.sessions.turns.turn import Turn
 from service.settings import Settings
 from service.storage import pieces
 from service.storage.pieces import Run
-from service.storage.records import SEQ_AFTER_CRASH, TurnRecord
+from service.storage.records import SEQ_AFTER_CRASH, Checkpoint, Item, TurnRecord
 from service.storage.sqlite import event_pages, open_sqlite_store
 from service.storage.store import Store
 from tests.sessions.puppet import frames_in, frames_of
@@ -130,6 +134,91 @@ def test_kept_and_replayed_after_a_restart_a_turn_is_the_same_frames(
 
 def ids(turn: TurnRecord) -> list[str]:
     return [item.id for item in turn.output]
+
+
+@pytest.mark.parametrize("recovered", ["later", "between the two reads"])
+async def test_the_events_of_a_dead_owner_are_read_again_once_its_turn_has_ended(path: Path, recovered: str) -> None:
+    """The first error, and with it all that its frames hold, stays while the caller tries again."""
+    async with open_sqlite_store(path) as store:
+        replays = Replays(store, store_timeout_s=5)
+
+        async def read_turn(with_texts: bool) -> TurnRecord:
+            if recovered != "later":
+                await store.recover(now=at(1))
+            turn = await store.get_turn("s", "t", now=T0, with_texts=with_texts)
+            if turn.is_open:
+                raise OwnedElsewhereError("s", fence=1, address=None)
+            return turn
+
+        error: OwnedElsewhereError | None = None
+        async with open_sqlite_store(path) as owner:
+            await owner.create_session(a_session(), now=T0)
+            await owner.begin_turn(a_turn(), now=T0)
+            growth = Checkpoint(
+                session_id="s",
+                turn_id="t",
+                after=0,
+                runs=said("one "),
+                text="one ",
+                items=(Item(id="out", role="assistant", text=""),),
+            )
+            await owner.checkpoint_turns([growth])
+            if recovered == "later":
+                try:
+                    await replays.open("s", "t", after=0, read_turn=read_turn)
+                except OwnedElsewhereError as refused:
+                    error = refused
+                assert error is not None
+            more = msgspec.structs.replace(growth, after=1, runs=said("two "), text="two ", items=())
+            await owner.checkpoint_turns([more])
+        if recovered == "later":
+            await store.recover(now=at(1))
+        replay = await replays.open("s", "t", after=0, read_turn=read_turn)
+        assert await frames_in(replay) == [
+            encode_frame(TurnDelta(seq=1, text="one ")),
+            encode_frame(TurnDelta(seq=2, text="two ")),
+            encode_frame(TurnInterrupted(seq=SEQ_AFTER_CRASH, reason="crash", text_length=8)),
+        ]
+        del error
+
+
+async def test_a_replay_holds_no_input_and_no_large_field_of_its_turn(path: Path) -> None:
+    large = 256 * 1024
+    tools = Tools(functions=(FunctionTool(name="f", description="d" * large),))
+    turn = msgspec.structs.replace(a_turn(texts=["i" * large]), tools=tools)
+    end = ended(turn, text="Hi")
+    reasoning = msgspec.structs.replace(
+        end.output[0], id="r", type="reasoning", text="", encrypted="e" * large, upstream=f'"{"u" * large}"'
+    )
+    end = msgspec.structs.replace(end, output=(*end.output, reasoning), last_seq=3)
+    async with open_sqlite_store(path) as store:
+        await store.create_session(a_session(), now=T0)
+        await store.begin_turn(turn, now=T0)
+        await store.end_turn(end, runs=said("H", "i"), now=T0)
+        tracemalloc.start()
+        try:
+            before, _ = tracemalloc.get_traced_memory()
+            replay = await a_replay(store, end)
+            await store.get_session("s", now=T0)  # the thread that read the turn's record has dropped it after that
+            gc.collect()
+            after, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert len(await frames_in(replay)) == 3
+        assert after - before < large // 2
+
+
+async def test_a_turn_that_an_earlier_version_kept_without_events_is_replayed_as_its_end(path: Path) -> None:
+    crashed = msgspec.structs.replace(ended(a_turn(), "interrupted", text=""), reason="crash", last_seq=SEQ_AFTER_CRASH)
+    async with open_sqlite_store(path) as store:
+        await store.create_session(a_session(), now=T0)
+        await store.begin_turn(a_turn(), now=T0)
+        await store.end_turn(crashed, runs=(), now=T0)
+    with closing(apsw.Connection(str(path))) as db:
+        db.execute("UPDATE turns SET runs = NULL")
+    async with open_sqlite_store(path) as store:
+        terminal = TurnInterrupted(seq=SEQ_AFTER_CRASH, reason="crash", text_length=0)
+        assert await frames_in(await a_replay(store, crashed)) == [encode_frame(terminal)]
 
 
 LONG = 1024 * 1024
