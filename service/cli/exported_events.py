@@ -50,7 +50,8 @@ def frames_of(turn: TurnRecord, runs: Sequence[Run]) -> tuple[str, ...]:
 def runs_of(turn: TurnRecord, frames: Iterable[str]) -> list[Run]:
     """The runs of the frames of a turn that was checked (:mod:`service.cli.whole_turn`).
 
-    A piece of a message or of reasoning does not name its item: it is of the first one whose text is not whole yet.
+    A piece of a message or of reasoning does not name its item: it is of the first one whose text is not whole yet. A
+    turn may have no events, because none were kept.
 
     Raises:
         StartupError: A piece is not within one item.
@@ -74,7 +75,7 @@ def runs_of(turn: TurnRecord, frames: Iterable[str]) -> list[Run]:
                 runs.append(_grow(growing["message"], text, turn, number))
             case TurnReasoning(text=text):
                 runs.append(_grow(growing["reasoning"], text, turn, number))
-    if not (turn.is_open or are_of(runs, [item.text for item in turn.output])):
+    if runs and not (turn.is_open or are_of(runs, [item.text for item in turn.output])):
         raise not_exported(f"the events {_of(turn)} do not have the texts of its items")
     return join(runs)
 

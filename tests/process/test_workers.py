@@ -353,6 +353,10 @@ async def test_the_death_of_a_worker_leaves_the_turns_of_others_to_their_clients
     assert_log_is_clean(server)
 
 
+STREAMS = 16
+"""So many streams of one turn do not all reach the same worker by chance."""
+
+
 async def test_the_death_of_a_worker_ends_its_own_turns_and_no_others(tmp_path: Path) -> None:
     settings = on_file(tmp_path, model_url=SLOW)
     async with open_lastcall(CONFIGURED_2, tmp_path, **settings) as server, open_client(server) as [client]:
@@ -364,7 +368,7 @@ async def test_the_death_of_a_worker_ends_its_own_turns_and_no_others(tmp_path: 
             owners[session] = owner_of(tmp_path / "lastcall.db", session)
         # The victim is the worker with fewer turns: then the other worker carries streams of both workers' turns.
         victim = min(set(owners.values()), key=list(owners.values()).count)
-        streams = {(session, n): Stream() for session in turns for n in range(4)}
+        streams = {(session, n): Stream() for session in turns for n in range(STREAMS)}
         async with trio.open_nursery() as nursery:
             for (session, _), stream in streams.items():
                 # A client of the victim itself just loses its connection.
