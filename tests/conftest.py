@@ -14,3 +14,5 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("lastcall")
+# For `just quick`, which is run many times a day: a quarter of the examples.
+settings.register_profile("quick", settings.get_profile("lastcall"), max_examples=25)

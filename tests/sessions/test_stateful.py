@@ -538,7 +538,7 @@ async def _run(history: Sequence[Step], *, grace_s: float) -> None:
     assert client.open == {}
 
 
-@settings(max_examples=300, phases=set(Phase) - {Phase.explain})
+@settings(max_examples=3 * settings().max_examples, phases=set(Phase) - {Phase.explain})
 @given(histories, st.sampled_from([0.0, 3.25]))
 def test_sessions_do_what_a_simple_model_of_them_does(history: list[Step], grace_s: float) -> None:
     with capture_logs():  # crashes are part of the histories

@@ -21,7 +21,8 @@ from tests.storage.rows import a_session, a_turn, all_turns, at, ended, said, to
 
 # Each example opens a store of its own; the fixture only provides the function that opens it.
 histories = settings(
-    max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=3 * settings().max_examples,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
 

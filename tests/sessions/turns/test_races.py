@@ -390,7 +390,7 @@ common = settings(
 )
 
 
-@settings(common, max_examples=300, report_multiple_bugs=False)
+@settings(common, max_examples=3 * settings().max_examples, report_multiple_bugs=False)
 @given(
     history=histories,
     ending=st.sampled_from(["rest", "drain", "unwind"]),
