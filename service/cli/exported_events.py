@@ -7,11 +7,11 @@ from pathlib import Path
 import msgspec
 
 from service.api.native.event_frames import decode_frame, encode_frame
+from service.cli.session_export import ExportedSession, ExportedTurn, not_exported, shown, without_open_turns
 from service.sessions.events.events import TurnArguments, TurnCall, TurnDelta, TurnQueued, TurnReasoning, TurnStarted
 from service.sessions.events.kept_events import Place, events_of, terminal_event_of
 from service.storage.pieces import CALL, QUEUED, STARTED, Run, are_of, count, join, length_bytes, text_of
 from service.storage.records import EventsPage, TurnRecord
-from service.storage.session_export import ExportedSession, ExportedTurn, not_exported, shown, without_open_turns
 from service.storage.sqlite import maintenance
 
 
@@ -26,7 +26,7 @@ def import_session(path: Path, whole: ExportedSession, *, now: datetime) -> None
     """Add an exported session to a store, without open turns. Raises as :func:`maintenance.import_session` does.
 
     Args:
-        whole: From :func:`~service.storage.session_export.read_exported`.
+        whole: From :func:`~service.cli.session_export.read_exported`.
     """
     whole = without_open_turns(whole)
     turns = [(it.turn, runs_of(it.turn, it.events)) for it in whole.turns]

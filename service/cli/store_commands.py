@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from service.cli.session_export import ExportedSession, not_exported, problems_of_totals, read_exported, shown
 from service.clock import wall_clock
 from service.errors import InvalidRequestError, RefusedError, SessionExistsError, StartupError
 from service.settings import Settings
 from service.storage.records import TurnRecord
-from service.storage.session_export import ExportedSession, not_exported, problems_of_totals, read_exported, shown
 
 if TYPE_CHECKING:  # only these commands need SQLite
     from service.storage.sqlite.database import BackupProgress

@@ -13,6 +13,7 @@ import trio
 from service.api.native.event_frames import encode_frame
 from service.cli import exported_events, whole_turn
 from service.cli.main import main
+from service.cli.session_export import ExportedSession, read_exported
 from service.cli.store_commands import _check_bounds, _check_turns
 from service.clock import wall_clock
 from service.errors import StartupError, StoreError
@@ -24,7 +25,6 @@ from service.settings import Settings, Upstream
 from service.stop_state import Phase
 from service.storage.pieces import STARTED, Run, are_of
 from service.storage.records import Checkpoint, Item
-from service.storage.session_export import ExportedSession, read_exported
 from service.storage.sqlite import open_sqlite_store
 from service.supervisor import open_service
 from tests.storage.rows import said

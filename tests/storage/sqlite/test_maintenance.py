@@ -15,11 +15,11 @@ import pytest
 import trio
 
 from service.cli import exported_events
+from service.cli.session_export import ExportedSession, read_exported
 from service.errors import SessionExistsError, SessionNotFoundError, StartupError
 from service.models.client import Usage
 from service.storage.pieces import STARTED, Run
 from service.storage.records import Item, LeftOut, SessionPatch, TurnRecord, TurnState
-from service.storage.session_export import ExportedSession, read_exported
 from service.storage.sqlite import SqliteStore, database, maintenance, open_sqlite_store
 from tests.storage.rows import T0, a_session, a_turn, at, contents, ended, said
 

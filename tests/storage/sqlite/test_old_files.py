@@ -10,9 +10,9 @@ import trio
 
 from service.api.native.event_frames import decode_frame, encode_frame
 from service.cli import exported_events
+from service.cli.session_export import read_exported
 from service.sessions.commands import NewTurn
 from service.settings import Settings
-from service.storage.session_export import read_exported
 from service.storage.sqlite import maintenance, open_sqlite_store
 from service.supervisor import open_service
 from tests.sessions.puppet import frames_in
