@@ -49,6 +49,7 @@ from service.storage.records import (
     SessionRecord,
     SessionStatus,
     TurnRecord,
+    text_length,
 )
 from service.storage.store import PAGE_LENGTH_MAX
 
@@ -320,7 +321,7 @@ class MemoryStore:
             after=after,
             kept=turn.kept,
             ended=not turn.record.is_open,
-            text_length=sum(len(item.text) for item in turn.record.output if item.type == "message"),
+            text_length=text_length(turn.record.output),
         )
         if after >= turn.kept:
             return page

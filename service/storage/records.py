@@ -75,6 +75,11 @@ def count_messages(items: Iterable[Item]) -> int:
     return sum(item.is_message for item in items)
 
 
+def text_length(output: Iterable[Item]) -> int:
+    """The code points of a reply: of the messages among the output items."""
+    return sum(len(item.text) for item in output if item.type == "message")
+
+
 def cut_off(item: Item) -> Item:
     """An item of a reply that ended early. A call is complete only if its arguments are a whole JSON object.
 

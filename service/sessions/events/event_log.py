@@ -19,7 +19,7 @@ from service.sessions.events.events import (
     TurnReasoning,
 )
 from service.sessions.events.kept_events import runs_of
-from service.storage.pieces import Run, join, pack, skip, unpack
+from service.storage.pieces import Run, join, pack, skip, texts_by_item, unpack
 
 _TERMINAL_RESERVE_BYTES = 2048
 """Room kept for the terminal event, which must always fit: it may quote 300 characters of up to four bytes."""
@@ -202,8 +202,7 @@ class EventLog:
 
     def runs(self, *, after: int = 0) -> list[Run]:
         """All events after a seq in the form in which a store keeps them, without the terminal event."""
-        first = self._chunk_with(after) if after < self._newest_after else len(self._chunks)
-        chunks = self._chunks[first:]
+        chunks = self._chunks_after(after)
         runs = [run for chunk in chunks for run in unpack(chunk.runs)]
         runs += runs_of(self._newest)
         skipped = after - (chunks[0].after if chunks else self._newest_after)
@@ -221,18 +220,16 @@ class EventLog:
         return {item: "".join(texts) for item, texts in pieces.items()}
 
     def _texts(self, after: int) -> Iterator[tuple[int, str]]:
-        first = self._chunk_with(after) if after < self._newest_after else len(self._chunks)
-        for chunk in self._chunks[first:]:
+        for chunk in self._chunks_after(after):
             if chunk.after < after:
                 yield from _texts_of(self._events_of(chunk)[after - chunk.after :])
-                continue
-            text, start = chunk.text.decode(), 0
-            for run in unpack(chunk.runs):
-                if run.item >= 0:
-                    end = start + run.length
-                    yield run.item, text[start:end]
-                    start = end
+            else:
+                yield from texts_by_item(unpack(chunk.runs), chunk.text.decode())
         yield from _texts_of(self._newest[max(after - self._newest_after, 0) :])
+
+    def _chunks_after(self, seq: int) -> Sequence[_Chunk]:
+        """The chunks with events after ``seq``."""
+        return self._chunks[self._chunk_with(seq) :] if seq < self._newest_after else ()
 
     def _chunk_with(self, seq: int) -> int:
         """The index of the chunk with the event that follows ``seq``."""

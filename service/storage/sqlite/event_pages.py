@@ -12,7 +12,7 @@ import msgspec
 
 from service.storage import pieces, rules
 from service.storage.pieces import Run
-from service.storage.records import EventsPage, TurnRecord
+from service.storage.records import EventsPage, TurnRecord, text_length
 from service.storage.sqlite import old_frames
 from service.storage.sqlite.rows import STAGED_MARK, Row, as_json, items_of, turn_of
 
@@ -48,7 +48,7 @@ def end_columns(turn: TurnRecord, runs: Sequence[Run]) -> dict[str, object]:
         "runs": b"",
         "output": as_json(rules.without_texts(turn.output)),
         "output_bytes": sum(len(item.text.encode()) for item in turn.output),
-        "text_length": sum(len(item.text) for item in turn.output if item.type == "message"),
+        "text_length": text_length(turn.output),
     }
 
 
@@ -104,7 +104,7 @@ def read(db: apsw.Connection, session_id: str, turn_id: str, *, after: int, leng
     row: Row | None = db.execute(_GET, (turn_id, session_id)).fetchone()
     if row is None:
         return EventsPage(after=after)
-    turn, state, packed, text_length = row
+    turn, state, packed, paged_length = row
     if packed:
         return _in_turn(db, turn, packed, after=after, length_max=length_max)
     end = _NO_END
@@ -118,16 +118,15 @@ def read(db: apsw.Connection, session_id: str, turn_id: str, *, after: int, leng
         rows = ((row[0], pieces.unpack(row[1]), row[2].decode()) for row in db.execute(_PAGES_FROM, bounds))
         kept = last[0] + pieces.count(pieces.unpack(last[1]))
         page = _page(rows, after=after, length_max=length_max)
-        return msgspec.structs.replace(page, kept=kept, ended=ended, text_length=text_length or 0)
+        return msgspec.structs.replace(page, kept=kept, ended=ended, text_length=paged_length or 0)
     output = items_of(db.execute(_OUTPUT, (turn,)).get)
     last = db.execute(_LAST_FRAMES, (turn, end)).fetchone()
     if last is None:
         return EventsPage(after=after, ended=ended)
     kept = last[0] + sum(1 for _ in old_frames.read_frames(last[1], output))
     rows = ((row[0], *_joined(old_frames.read_frames(row[1], output))) for row in db.execute(_FRAMES_FROM, bounds))
-    text_length = sum(len(item.text) for item in output if item.type == "message")
     page = _page(rows, after=after, length_max=length_max)
-    return msgspec.structs.replace(page, kept=kept, ended=ended, text_length=text_length)
+    return msgspec.structs.replace(page, kept=kept, ended=ended, text_length=text_length(output))
 
 
 def _in_turn(db: apsw.Connection, turn: int, packed: bytes, *, after: int, length_max: int) -> EventsPage:
@@ -140,7 +139,7 @@ def _in_turn(db: apsw.Connection, turn: int, packed: bytes, *, after: int, lengt
         text=pieces.text_of(runs, [item.text for item in output], after=after, events=pieces.count(part)),
         kept=pieces.count(runs),
         ended=True,
-        text_length=sum(len(item.text) for item in output if item.type == "message"),
+        text_length=text_length(output),
     )
 
 
