@@ -1,5 +1,6 @@
 """The body of an event stream: reads an event log from a seq on."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import structlog
@@ -36,6 +37,11 @@ _BUSY_S = 0.02
 _PAUSE_MAX_S = 0.1
 _SEQ_DIGITS_MAX = 15
 _ACCEPT_LENGTH_MAX = 2048
+
+
+def is_event_stream(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Whether a response with these headers is an event stream."""
+    return any(name.lower() == b"content-type" and value.startswith(MEDIA_TYPE.encode()) for name, value in headers)
 
 
 class LastPiece(bytes):
@@ -122,9 +128,7 @@ def stream_response(log: Events, slot: StreamSlot, *, after: int, encode: Encode
     """Return a response that streams a log from ``after`` on. The end of the request always gives the slot back."""
     release_after_request(slot.close)
     body = EventStream(log, slot, after=after, encode=encode)
-    response = TrioResponse(body, headers=HEADERS, content_type=MEDIA_TYPE)
-    response.timeout = None  # otherwise Quart ends every response after 60 s
-    return response
+    return TrioResponse(body, headers=HEADERS, content_type=MEDIA_TYPE)
 
 
 class Seen(NamedTuple):

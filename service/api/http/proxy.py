@@ -30,7 +30,7 @@ from quart_trio.wrappers import TrioResponse
 from service.api.http.app_state import current_service
 from service.api.http.end_of_input import leave_at_end_of_input
 from service.api.http.event_frames import EncodeFrame, read_frames
-from service.api.http.event_stream import MEDIA_TYPE, read_last_event_id, read_seen
+from service.api.http.event_stream import is_event_stream, read_last_event_id, read_seen
 from service.api.http.held_bytes import hold_answer
 from service.api.http.locations import located
 from service.api.http.repeats import repeat_is_allowed
@@ -205,7 +205,6 @@ async def _answer_from(stream: trio.SocketStream, error: OwnedElsewhereError, *,
             turn_path=response.headers.get("Location") or request.path,
             encode=cast("dict[str, EncodeFrame]", request.scope)[_ENCODE],
         )
-    response.timeout = None
     return response
 
 
@@ -410,9 +409,7 @@ def split_whole(data: bytes) -> tuple[bytes, bytes]:
 
 
 def _is_stream(head: h11.Response) -> bool:
-    return request.method != "HEAD" and any(
-        name == b"content-type" and value.startswith(MEDIA_TYPE.encode()) for name, value in head.headers
-    )
+    return request.method != "HEAD" and is_event_stream(head.headers)
 
 
 def _peer_request(hops: int) -> PeerRequest:

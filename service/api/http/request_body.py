@@ -95,14 +95,15 @@ class BoundedBody(TrioBody):
         """Take no more data, and raise ``error`` in :meth:`read`. A body that is complete does not change."""
         if not self._readable.is_set():
             self._error = error
-            if self._counted is not None:
-                self._counted.add(-len(self._arrived))
-            self._arrived.clear()
+            self._give_back()
             self._readable.set()
 
     def drop(self) -> None:
         """Hold no data and take no more: an answer has begun, so no handler reads the body any more. Idempotent."""
         self._is_dropped = True
+        self._give_back()
+
+    def _give_back(self) -> None:
         if self._counted is not None:
             self._counted.add(-len(self._arrived))
         self._arrived.clear()

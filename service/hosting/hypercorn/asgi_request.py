@@ -23,7 +23,7 @@ from quart import Quart
 from quart.wrappers import Request
 from quart_trio.asgi import TrioASGIHTTPConnection
 
-from service.api.http.event_stream import MEDIA_TYPE, LastPiece
+from service.api.http.event_stream import LastPiece, is_event_stream
 from service.api.http.request_body import BoundedBody, drop_body
 from service.errors import ShuttingDownError
 from service.freezes import extended_when_late
@@ -116,12 +116,12 @@ class AsgiRequest(TrioASGIHTTPConnection):
         if message["type"] == "http.response.body":
             await self._send_piece(send, message)
             return
-        if message["type"] == "http.response.start" and self._closes():
-            headers = [pair for pair in message["headers"] if pair[0].lower() != b"connection"]
-            message["headers"] = [*headers, (b"connection", b"close")]
         if message["type"] == "http.response.start":
+            if self._closes():
+                headers = [pair for pair in message["headers"] if pair[0].lower() != b"connection"]
+                message["headers"] = [*headers, (b"connection", b"close")]
             self._drop_body()
-            if not _is_event_stream(message):
+            if not is_event_stream(message["headers"]):
                 self._watch_answer(send)
         with nullcontext() if self._answer is None else self._answer.waiting():
             await send(message)
@@ -168,12 +168,6 @@ class AsgiRequest(TrioASGIHTTPConnection):
 def _is_last(message: dict[str, Any]) -> bool:
     return message["type"] == "http.response.body" and (
         not message.get("more_body", False) or isinstance(message["body"], LastPiece)
-    )
-
-
-def _is_event_stream(message: dict[str, Any]) -> bool:
-    return any(
-        name.lower() == b"content-type" and value.startswith(MEDIA_TYPE.encode()) for name, value in message["headers"]
     )
 
 
