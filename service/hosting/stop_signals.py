@@ -55,10 +55,12 @@ class Notice:
         now = time.monotonic()
         if self._first_seen is None:
             self._first_seen = now
-        self._watchdog.start()  # first: what the event loop does from the notice on may hold the GIL
-        self._shutdown.expect_notice(partial(self._arrive_early, reason, now))
-        with suppress(trio.RunFinishedError):  # the event loop has ended: the process is already exiting
-            self._token.run_sync_soon(self._arrive, reason, now)
+        try:
+            self._watchdog.start()  # first: what the event loop does from the notice on may hold the GIL
+        finally:
+            self._shutdown.expect_notice(partial(self._arrive_early, reason, now))
+            with suppress(trio.RunFinishedError):  # the event loop has ended: the process is already exiting
+                self._token.run_sync_soon(self._arrive, reason, now)
 
     def _arrive(self, reason: str, seen_at: float) -> None:
         if self._shutdown.phase >= Phase.LAME_DUCK:

@@ -70,6 +70,19 @@ class Unstartable(Watchdog):
         raise RuntimeError("can't start new thread")
 
 
+async def test_the_watchdog_counts_before_the_event_loop_can_see_the_notice() -> None:
+    """From the notice on the event loop may hold the GIL, and the thread that tells it would not run again."""
+    shutdown = Shutdown(Settings())
+    seen: list[Phase] = []
+
+    class Recording(Watchdog):
+        def start(self) -> None:
+            seen.append(shutdown.phase)
+
+    Notice(shutdown, Recording(total_s=1)).tell("the master stops")
+    assert seen == [Phase.SERVING]
+
+
 async def test_a_notice_does_not_depend_on_the_watchdog() -> None:
     shutdown = Shutdown(Settings())
     with pytest.raises(RuntimeError, match="can't start"):
