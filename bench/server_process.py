@@ -123,6 +123,12 @@ class ServerProcess:
                 raise ServerFailedError("the server has ended", exit_code=self.gone.exit_code, log=self.log())
             await trio.sleep(0.01)
 
+    async def wait_workers(self, count: int) -> list[int]:
+        """Return the workers once there are so many: one that has logged its last line lives on for a moment."""
+        while len(workers := self.workers()) != count:  # noqa: ASYNC110  another process's children set no event
+            await trio.sleep(0.02)
+        return workers
+
     # Signals
 
     def signal_main(self, number: int) -> float:

@@ -64,7 +64,7 @@ async def test_a_crash_of_a_supervisor_is_71(tmp_path: Path, host: str) -> None:
     ],
 )
 async def test_the_watchdog_is_70_and_says_where(tmp_path: Path, host: str, how: str) -> None:
-    async with open_host(tmp_path, host, broken=how, **TIGHT) as server:
+    async with open_host(tmp_path, host, broken=how, HELD=tmp_path / "held", **TIGHT) as server:
         signalled = server.signal_main(signal.SIGTERM)
         with trio.fail_after(CAP_S):
             gone = await server.wait_gone()

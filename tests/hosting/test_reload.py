@@ -36,9 +36,7 @@ async def reload(server: ServerProcess, logged: str, *, times: int = 1) -> None:
 
 async def wait_for_workers(server: ServerProcess, count: int) -> list[int]:
     with trio.fail_after(CAP_S):
-        while len(workers := server.workers()) != count:  # noqa: ASYNC110  another process's children set no event
-            await trio.sleep(0.02)
-    return workers
+        return await server.wait_workers(count)
 
 
 async def test_a_reload_that_fails_leaves_the_old_workers_serving_and_says_why_in_a_line(tmp_path: Path) -> None:
