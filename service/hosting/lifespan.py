@@ -29,7 +29,7 @@ from service.hosting.hypercorn.unread_answers import watch_unread_answers
 from service.hosting.hypercorn.worker import Worker, find_worker
 from service.hosting.listeners.bind import given_sockets
 from service.hosting.listeners.closing import DeferredTermination, ListenerShutdown
-from service.hosting.listeners.listeners import Listeners
+from service.hosting.listeners.listeners import ACCEPTED_MAX, SHARED_ACCEPTED_MAX, Listeners
 from service.hosting.peer_listener import check_sharing, open_peer_listener
 from service.hosting.process.process_exit import ExitCode, leave, leave_at_exit, refuse_to_start
 from service.hosting.process.watchdog import Watchdog, count_tasks
@@ -124,7 +124,10 @@ class Hosting(Host):
         self._notice = Notice(self._shutdown, self._watchdog)
         self._connections = Connections(self._shutdown)
         self._unread_answers = watch_unread_answers(app, timeout_s=settings.unread_timeout_s)
-        self._listeners = Listeners(given_sockets(worker.config))
+        self._listeners = Listeners(
+            given_sockets(worker.config),
+            accepted_max=SHARED_ACCEPTED_MAX if worker.config.workers > 1 else ACCEPTED_MAX,
+        )
         self._listener_shutdown = ListenerShutdown(worker, self._listeners)
         app.extensions[SUCCESSORS] = lambda: worker.master.successors if worker.master is not None else ()
         self._peer_address: str | None = None

@@ -10,8 +10,10 @@ clients that connect after the end wait for the next server.
 """
 
 import socket
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections import deque
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from contextlib import closing, suppress
+from itertools import islice
 from typing import cast
 
 import trio
@@ -22,6 +24,11 @@ from service.hosting.hypercorn.connections import Stream, socket_of
 
 BACKLOG_MAX = 1024
 """Clients that may wait to be accepted: while the event loop is busy or, in a reload, until a worker is up."""
+ACCEPTED_MAX = 64
+"""Clients that are accepted in one step of the event loop. Trio accepts one: where a thousand come back at once, the
+last of them waits for a thousand rounds, and each round takes as long as all that the first ones have asked for."""
+SHARED_ACCEPTED_MAX = 8
+"""The same where several workers accept from one socket: the first one must not take all clients of a small burst."""
 
 Listener = trio.SocketListener | trio.SSLListener[trio.SocketStream]
 
@@ -31,14 +38,16 @@ class Listeners:
 
     Args:
         given: For each listener, in order, whether its socket was given to the process.
+        accepted_max: Bound on the clients that one listener accepts in one step of the event loop.
 
     Attributes:
         open: Set once clients are served.
     """
 
-    def __init__(self, given: Sequence[bool]) -> None:
+    def __init__(self, given: Sequence[bool], *, accepted_max: int = ACCEPTED_MAX) -> None:
         self.open = trio.Event()
         self._given = given
+        self._accepted_max = accepted_max
         self._listeners: list[Listener] = []
         self._accepting = trio.CancelScope()
         self._taking = trio.CancelScope()
@@ -90,7 +99,7 @@ class Listeners:
         await trio.sleep_forever()
 
     async def _accept_clients(self) -> None:
-        listeners = [_SharedListener(listener) for listener in self._listeners]
+        listeners = [_SharedListener(it, accepted_max=self._accepted_max) for it in self._listeners]
         try:
             await trio.serve_listeners(self._handler, listeners, handler_nursery=self)  # type: ignore[arg-type]
         except* OSError:
@@ -154,16 +163,12 @@ class Listeners:
         await self._served.wait()
 
     def _shut(self, listener: Listener) -> None:
-        listening = socket.socket(fileno=_socket_of(listener).fileno())
-        try:
-            with suppress(OSError):  # no client waits any more, or another process has shut the socket down too
-                while True:
-                    client, _ = listening.accept()
-                    self._take(_stream_of(client, listener))
-            with suppress(OSError):
-                listening.shutdown(socket.SHUT_RD)
-        finally:
-            listening.detach()
+        with closing(_waiting_clients(listener)) as waiting:
+            for stream in waiting:
+                self._take(stream)
+        listening = _socket_of(listener)
+        with suppress(OSError):
+            listening.shutdown(socket.SHUT_RD)
 
     def _take(self, stream: Stream) -> None:
         if not self._taken:
@@ -192,13 +197,29 @@ class Listeners:
 
 
 class _SharedListener(trio.abc.Listener[Stream]):
-    """A listener that stays open when Trio's ``serve_listeners`` is cancelled."""
+    """A listener that stays open when Trio's ``serve_listeners`` is cancelled, and accepts several clients in one step.
 
-    def __init__(self, listener: Listener) -> None:
+    Args:
+        accepted_max: Bound on the clients of one step.
+    """
+
+    def __init__(self, listener: Listener, *, accepted_max: int) -> None:
         self._listener = listener
+        self._accepted_max = accepted_max
+        self._accepted: deque[Stream] = deque()
 
     async def accept(self) -> Stream:
-        return cast("Stream", await self._listener.accept())
+        """Return the next client.
+
+        The clients that were accepted together with the last one are returned without a checkpoint: so no cancellation
+        comes between them, and none is left unserved.
+        """
+        if self._accepted:
+            return self._accepted.popleft()
+        first = cast("Stream", await self._listener.accept())
+        with closing(_waiting_clients(self._listener)) as others:
+            self._accepted.extend(islice(others, self._accepted_max - 1))
+        return first
 
     async def aclose(self) -> None:
         await trio.lowlevel.checkpoint()
@@ -207,6 +228,22 @@ class _SharedListener(trio.abc.Listener[Stream]):
 def _socket_of(listener: Listener) -> trio.socket.SocketType:
     transport = listener.transport_listener if isinstance(listener, trio.SSLListener) else listener
     return cast("trio.SocketListener", transport).socket
+
+
+def _waiting_clients(listener: Listener) -> Generator[Stream]:
+    """Accept the clients that wait, without waiting for others.
+
+    The iterator ends early after an error of the socket, which Trio's own ``accept`` will meet again.
+    """
+    listening = _socket_of(listener)
+    accepting = socket.socket(listening.family, listening.type, listening.proto, fileno=listening.fileno())
+    try:
+        with suppress(OSError):  # no client waits any more, or another process has shut the socket down
+            while True:
+                client, _ = accepting.accept()
+                yield _stream_of(client, listener)
+    finally:
+        accepting.detach()
 
 
 def _listener_on(listening: socket.socket) -> trio.SocketListener:

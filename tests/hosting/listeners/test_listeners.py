@@ -4,7 +4,11 @@ import errno
 import pickle
 import socket
 import ssl
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ import trustme
 from hypercorn.config import Config, Sockets
 from quart_trio import QuartTrio
 
+from service.hosting.hypercorn.connections import Stream
 from service.hosting.hypercorn.patches import install_listeners
 from service.hosting.listeners.bind import given_sockets, note_given_sockets
 from service.hosting.listeners.listeners import Listeners
@@ -53,6 +58,68 @@ def clients(port: int, count: int) -> list[socket.socket]:
         client.settimeout(5)
         client.sendall(GET)
     return made
+
+
+BACKLOG = 100
+
+
+class Rounds(trio.abc.Instrument):
+    """Counts the rounds of the event loop."""
+
+    count = 0
+
+    def before_io_wait(self, timeout: float) -> None:
+        self.count += 1
+
+
+@asynccontextmanager
+async def accepting(listeners: Listeners, rounds_of: list[int]) -> AsyncIterator[int]:
+    """Serve a listener; yields its port. The round of each client's handler is added to ``rounds_of``."""
+
+    async def note(stream: Stream) -> None:
+        rounds_of.append(rounds.count)
+        await trio.aclose_forcefully(stream)
+
+    rounds = Rounds()
+    trio.lowlevel.add_instrument(rounds)
+    [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(listeners.serve_listeners, note, [listener], handler_nursery=nursery))
+        await listeners.open.wait()
+        yield listener.socket.getsockname()[1]
+        nursery.cancel_scope.cancel()
+    trio.lowlevel.remove_instrument(rounds)
+
+
+async def wait(rounds_of: list[int], count: int) -> None:
+    with trio.fail_after(10):
+        while len(rounds_of) < count:  # noqa: ASYNC110
+            await trio.lowlevel.checkpoint()
+
+
+@pytest.mark.parametrize("accepted_max", [1, 8, 64, 1000])
+async def test_many_clients_are_accepted_in_one_round_and_no_more_than_the_bound(accepted_max: int) -> None:
+    rounds_of: list[int] = []
+    async with accepting(Listeners([False], accepted_max=accepted_max), rounds_of) as port:
+        made = [socket.create_connection(("127.0.0.1", port)) for _ in range(BACKLOG)]  # one step: none is accepted yet
+        await wait(rounds_of, BACKLOG)
+        for client in made:
+            client.close()
+    in_round = Counter(rounds_of)
+    assert max(in_round.values()) == min(accepted_max, BACKLOG)
+    assert len(in_round) == ceil(BACKLOG / accepted_max), "between two of them the event loop runs other tasks"
+
+
+async def test_a_stop_of_accepting_leaves_none_of_the_clients_that_were_accepted_together() -> None:
+    listeners = Listeners([False], accepted_max=64)
+    rounds_of: list[int] = []
+    async with accepting(listeners, rounds_of) as port:
+        made = [socket.create_connection(("127.0.0.1", port)) for _ in range(BACKLOG)]
+        await wait(rounds_of, 1)
+        listeners.stop_accepting(refuse_waiting=True)
+        await wait(rounds_of, BACKLOG)
+        for client in made:
+            client.close()
 
 
 async def test_sockets_that_another_worker_has_shut_are_not_adopted(
