@@ -15,7 +15,7 @@ import trio
 
 _PACKAGES = (
     *("trio", "hypercorn", "quart-trio", "quart", "h11", "httpx", "msgspec"),
-    *("fastapi", "starlette", "uvicorn", "uvloop", "httptools", "sse-starlette"),
+    *("fastapi", "starlette", "uvicorn", "uvloop", "httptools", "aiohttp", "orjson", "sse-starlette"),
 )
 BUSY_SHARE_MAX = 0.1
 """If other processes use more than this share of the cores, the report says that the machine was busy."""

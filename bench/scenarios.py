@@ -18,11 +18,13 @@ MAIN = (
     "cooperative",
     "sse-starlette",
     "fastapi-2s",
+    "fastapi-plain",
+    "tuned",
     "quart-trio",
     "node",
 )
 QUICK = ("lastcall", "lastcall-config", "cooperative", "fastapi-2s", "quart-trio", "node")
-RELAYS = ("lastcall", "fastapi")
+RELAYS = ("lastcall", "tuned", "fastapi-plain", "fastapi")
 
 
 @dataclass(frozen=True)

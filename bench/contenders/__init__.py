@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 
-from bench.server_process import Launch, python_command
+from bench.server_process import ROOT, Launch, python_command
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Contender:
         needs: Modules it imports beyond the service's own.
         store_env: Names the environment variable that takes a store, and turns a path into its value.
         count_replies: Counts the non-empty replies in that store afterwards.
+        keeps_sessions: Whether it has ``POST /sessions`` and ``GET /sessions/{id}``.
+        folder: Where its program lies.
     """
 
     name: str
@@ -40,6 +42,8 @@ class Contender:
     needs: Sequence[str] = ()
     store_env: tuple[str, Callable[[Path], str]] | None = None
     count_replies: Callable[[Path], Awaitable[int]] | None = None
+    keeps_sessions: bool = False
+    folder: Path = ROOT
 
     @property
     def missing(self) -> str | None:
@@ -52,7 +56,7 @@ class Contender:
         env = {"BENCH_UPSTREAM": upstream_url, "LASTCALL_MODEL_URL": upstream_url}
         if self.store_env is not None:
             env[self.store_env[0]] = self.store_env[1](store)
-        return Launch(self.argv, env=env | dict(self.env), workers=self.workers, cpus=cpus)
+        return Launch(self.argv, env=env | dict(self.env), workers=self.workers, cpus=cpus, folder=self.folder)
 
 
 async def _count_rows(store: Path) -> int:
@@ -95,6 +99,7 @@ def _lastcall(name: str, label: str, argv: Sequence[str], *, drain_timeout_s: fl
         workers=workers,
         store_env=("LASTCALL_STORE_URL", "sqlite:{}".format),
         count_replies=_count_turns,
+        keeps_sessions=True,
     )
 
 
@@ -104,15 +109,27 @@ def _hypercorn(application: str, *, workers: int = 1) -> list[str]:
     )
 
 
-def _uvicorn(name: str, label: str, module: str, *options: str, **env: str) -> Contender:
+_FASTAPI = ("fastapi", "uvicorn", "sse_starlette")
+
+
+def _uvicorn(
+    name: str,
+    label: str,
+    module: str,
+    *options: str,
+    needs: Sequence[str] = _FASTAPI,
+    keeps_sessions: bool = False,
+    **env: str,
+) -> Contender:
     return Contender(
         name,
         label,
         python_command("-m", "uvicorn", f"bench.contenders.{module}:app", "--port", "0", *options),
         env=env,
-        needs=("fastapi", "uvicorn", "sse_starlette"),
+        needs=needs,
         store_env=("BENCH_STORE", str),
         count_replies=_count_rows,
+        keeps_sessions=keeps_sessions,
     )
 
 
@@ -153,6 +170,21 @@ CONTENDERS: tuple[Contender, ...] = (
     _uvicorn("sse-starlette-2s", "sse-starlette, README, graceful 2 s", "sse_starlette_readme", *_GRACE),
     _uvicorn("fastapi", "FastAPI, uvicorn", "fastapi_documented"),
     _uvicorn("fastapi-2s", "FastAPI, uvicorn, graceful 2 s", "fastapi_documented", *_GRACE),
+    _uvicorn(
+        "fastapi-plain",
+        "FastAPI, plain StreamingResponse, graceful 2 s",
+        "fastapi_plain",
+        *_GRACE,
+        keeps_sessions=True,
+    ),
+    _uvicorn(
+        "tuned",
+        "Starlette, aiohttp, orjson, uvloop, graceful 2 s",
+        "tuned",
+        *(*_GRACE, "--loop", "uvloop", "--http", "httptools", "--no-access-log"),
+        needs=("starlette", "uvicorn", "uvloop", "httptools", "aiohttp", "orjson"),
+        keeps_sessions=True,
+    ),
     _uvicorn("origin-1", "old back end, 1st", "origin", ORIGIN_VERSION="1"),
     _uvicorn("origin-1-2s", "old back end, 1st, graceful 2 s", "origin", *_GRACE, ORIGIN_VERSION="1"),
     _uvicorn("origin-2", "old back end, 2nd", "origin", ORIGIN_VERSION="2"),
