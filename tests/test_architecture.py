@@ -24,6 +24,7 @@ LAYERS = (
         "freezes",
         "ids",
         "json_words",
+        "lagging_deadlines",
         "stop_state",
         "store_capabilities",
     ),

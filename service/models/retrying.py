@@ -1,8 +1,9 @@
 """A model client that asks again when the upstream fails before its first token."""
 
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
 
 import anyio
 import stamina
@@ -71,18 +72,22 @@ class RetryingClient:
 
 
 class _BegunStream:
-    """A stream whose first events have been taken already."""
+    """A stream whose first events have been taken already; a call for the later ones goes to the stream itself.
+
+    Attributes:
+        receive: See :class:`~service.models.client.ModelStream`.
+    """
 
     def __init__(self, stream: ModelStream, first: Sequence[ModelEvent]) -> None:
+        self.receive: Callable[[], Coroutine[Any, Any, Sequence[ModelEvent]]] = self._receive_first
         self._stream = stream
         self._first = first
 
-    async def receive(self) -> Sequence[ModelEvent]:
-        if self._first:
-            await anyio.lowlevel.checkpoint()
-            first, self._first = self._first, ()
-            return first
-        return await self._stream.receive()
+    async def _receive_first(self) -> Sequence[ModelEvent]:
+        await anyio.lowlevel.checkpoint()
+        self.receive = self._stream.receive
+        first, self._first = self._first, ()
+        return first
 
 
 def _wait_before_retry(error: Exception) -> bool | float:

@@ -6,15 +6,19 @@
     silence    the model server sends nothing for too long    first_token_timeout, next_token_timeout
     abandoned  no client has come back for the turn           cancelled (disconnected)
 
-All of them move where the event loop was late, as :mod:`service.freezes` says.
+All of them move where the event loop was late, as :mod:`service.freezes` says. The silence's deadline moves with each
+token, and Trio hears of that late, as :mod:`service.lagging_deadlines` says.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import inf
 from typing import Literal
 
 import trio
 
-from service.freezes import Deadline, Lateness, check_for_freeze
+from service.freezes import Deadline, Lateness, calling_when_late, check_for_freeze
+from service.lagging_deadlines import DeadlineMover, lagging
 from service.sessions.events import outcome
 
 TokenTimeout = Literal["first_token_timeout", "next_token_timeout"]
@@ -27,6 +31,7 @@ class TurnDeadlines:
 
     Attributes:
         scope: The cancel scope of the turn's work: cancelled by the first deadline that passes, or by :meth:`stop`.
+        armed_at: The deadline of the scope, which may lag behind; -inf once the work was stopped.
     """
 
     def __init__(self) -> None:
@@ -34,8 +39,10 @@ class TurnDeadlines:
         self._run = Deadline()
         self._silence = Deadline()
         self._abandoned = Deadline()
+        self.armed_at = inf
         self._first = self._abandoned
-        """The deadline that passes first."""
+        """The deadline that passed first, or that passes first unless a token moves it."""
+        self._mover: DeadlineMover | None = None
         self._run_s = inf
         self._silence_s = inf
         self._silence_code: TokenTimeout = "first_token_timeout"
@@ -44,6 +51,16 @@ class TurnDeadlines:
         names = {id(self._run): "run", id(self._silence): "silence", id(self._abandoned): "abandoned"}
         return f"<TurnDeadlines: {names[id(self._first)]} at {self._first.at:.3f}>"
 
+    @contextmanager
+    def at_work(self) -> Iterator[trio.CancelScope]:
+        """The block in which the turn's work is done. The deadlines stop it."""
+        with self.scope as scope, calling_when_late(self.note_late), lagging(self) as mover:
+            self._mover = mover
+            try:
+                yield scope
+            finally:
+                self._mover = None
+
     def start(self, turn_timeout_s: float) -> None:
         """The turn begins to run, and may take so many seconds."""
         if self._set(self._run, turn_timeout_s):
@@ -51,8 +68,19 @@ class TurnDeadlines:
 
     def expect_token(self, otherwise: TokenTimeout, *, within_s: float) -> None:
         """The model is to send something within so many seconds from now; the turn fails ``otherwise``."""
-        if self._set(self._silence, within_s):
-            self._silence_code, self._silence_s = otherwise, within_s
+        now = trio.current_time()
+        at = now + within_s
+        if (
+            self._mover is not None
+            and now < self.armed_at <= self._silence.at <= at
+            and otherwise == self._silence_code
+        ):
+            self._silence.set(at, timeout_s=within_s)  # no deadline has passed, and none comes sooner now
+        elif self._set(self._silence, within_s):
+            self._silence_code = otherwise
+        else:
+            return
+        self._silence_s = within_s
 
     def note_client(self) -> None:
         """A client watches the turn: it is not abandoned."""
@@ -64,11 +92,13 @@ class TurnDeadlines:
 
     def stop(self) -> None:
         """Stop the turn's work now, for another cause than a deadline."""
+        self.armed_at = -inf
         self.scope.cancel()
 
     def have_stopped(self) -> bool:
         """Whether a deadline has passed, or the turn's work was stopped in another way."""
         if trio.current_time() >= self.scope.deadline:
+            self.catch_up()
             check_for_freeze()  # after a freeze this moves the deadline
         return self.scope.cancel_called
 
@@ -80,6 +110,11 @@ class TurnDeadlines:
             return outcome.failed("turn_timeout", f"The turn took longer than {self._run_s:g} s (turn_timeout_s).")
         code = self._silence_code
         return outcome.failed(code, f"The model server sent nothing for {self._silence_s:g} s ({code}_s).")
+
+    def catch_up(self) -> None:
+        """Move the scope's deadline to the true one. No effect once the work was stopped."""
+        if self.armed_at > -inf:
+            self._arm()
 
     def note_late(self, lateness: Lateness) -> None:
         """Move the deadlines after a delay of the event loop, so that the model's data is read first."""
@@ -107,4 +142,6 @@ class TurnDeadlines:
             if deadline.at < first.at or (deadline.at == first.at and deadline.planned < first.planned):
                 first = deadline
         self._first = first
-        self.scope.deadline = first.at
+        self.armed_at = self.scope.deadline = first.at
+        if self._mover is not None:
+            self._mover.note_armed(first.at)

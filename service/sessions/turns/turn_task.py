@@ -11,7 +11,7 @@ import trio
 
 from service.clock import Clock
 from service.errors import ModelError, StoreError
-from service.freezes import calling_when_late, extended_when_late
+from service.freezes import extended_when_late
 from service.models.client import NO_TOOLS, ModelRequest
 from service.sessions.events import outcome
 from service.sessions.turns.prompt import NOTHING, Prompt, build_prompt, has_outputs, shortened
@@ -45,7 +45,7 @@ async def run_turn(
         wait_for_others: Returns when no earlier turn of the session is open.
     """
     try:
-        with turn.deadlines.scope as scope, calling_when_late(turn.deadlines.note_late):
+        with turn.deadlines.at_work() as scope:
             await wait_for_others()
             await _reply(turn, store=store, clock=clock, settings=settings)
         if scope.cancelled_caught:

@@ -34,7 +34,7 @@ def code_of(end: Outcome) -> str:
 async def work(deadlines: TurnDeadlines) -> float:
     """Work until a deadline stops it. Returns how long that took."""
     began_at = trio.current_time()
-    with trio.fail_after(CAP_S), deadlines.scope:
+    with trio.fail_after(CAP_S), deadlines.at_work():
         await trio.sleep_forever()
     assert deadlines.have_stopped()
     return trio.current_time() - began_at
