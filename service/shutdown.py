@@ -66,6 +66,13 @@ class Host(Protocol):
     def close_listeners_at_once(self) -> bool:
         """Do the same without waiting, as far as possible. Returns whether :meth:`close_listeners` need not follow."""
 
+    async def wait_clients_gone(self) -> None:
+        """Wait until no client can send a request over a connection that it has. Idle connections close meanwhile.
+
+        Awaited in the drain while no turn is open, if other processes serve in this one's place: a request that comes
+        after the drain would have no time for its stream.
+        """
+
 
 class NoHost(Host):
     """The host where other code owns the listeners."""
@@ -75,6 +82,9 @@ class NoHost(Host):
 
     def close_listeners_at_once(self) -> bool:
         return False
+
+    async def wait_clients_gone(self) -> None:
+        await trio.lowlevel.checkpoint()
 
 
 class ShutdownReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -136,12 +146,14 @@ class Shutdown(StopState):
 
     # Calls from outside
 
-    def notice(self, reason: str, *, age_s: float = 0) -> None:
-        """Begin the stop of the service. The first notice counts; later notices change nothing.
+    def notice(self, reason: str, *, age_s: float = 0, is_replaced: bool = False) -> None:
+        """Begin the stop of the service. The first notice counts; later ones only say whether it is still replaced.
 
         Args:
             age_s: How long ago the signal was seen, if it was seen outside of the event loop.
+            is_replaced: Whether other processes serve in this one's place.
         """
+        self.note_replaced(is_replaced)
         if self.phase >= Phase.LAME_DUCK:
             return
         self._reason = reason
@@ -238,6 +250,12 @@ class Shutdown(StopState):
             return
         with self.until(Phase.CLOSING, deadline=self._wait_deadline(self._settings.drain_timeout_s)):
             await sessions.drain.wait_idle()
+            while self.is_replaced:
+                with self.noting_faults("waiting for clients"):
+                    await self._host.wait_clients_gone()
+                if sessions.drain.is_idle:
+                    break
+                await sessions.drain.wait_idle()
 
     async def close_listeners(self) -> None:
         """Close the host's listeners. The host calls this itself where there is no service: after a crash, say."""

@@ -37,15 +37,18 @@ class StopState:
     Attributes:
         entered_at: The time at which each phase was entered, on the event loop's clock. A phase that was skipped has
             the time of the phase after it.
+        is_replaced: Whether other processes serve in this one's place, as in a reload: then the stop is in no hurry.
     """
 
     def __init__(self, *, interrupts_at_once: bool = False) -> None:
         self.interrupts_at_once = interrupts_at_once
         self.entered_at: dict[Phase, float] = {}
+        self.is_replaced = False
         self._entered = Phase.SERVING
         self._arrive: Callable[[], None] | None = None
         self._changes = trio.lowlevel.ParkingLot()
         self._scopes: dict[trio.CancelScope, Phase] = {}
+        self._scopes_while_replaced: set[trio.CancelScope] = set()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.phase}>"
@@ -89,6 +92,25 @@ class StopState:
                 yield
             finally:
                 del self._scopes[scope]
+
+    def note_replaced(self, is_replaced: bool) -> None:
+        """Note whether other processes serve in this one's place: no longer, once the whole service stops."""
+        self.is_replaced = is_replaced
+        if not is_replaced:
+            for scope in self._scopes_while_replaced:
+                scope.cancel()
+
+    @contextmanager
+    def while_replaced(self) -> Iterator[None]:
+        """Cancel the body once no other process serves in this one's place."""
+        with trio.CancelScope() as scope:
+            if not self.is_replaced:
+                scope.cancel()
+            self._scopes_while_replaced.add(scope)
+            try:
+                yield
+            finally:
+                self._scopes_while_replaced.discard(scope)
 
     # A notice that is seen outside of the event loop
 

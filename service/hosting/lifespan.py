@@ -121,7 +121,9 @@ class Hosting(Host):
         self._shutdown = Shutdown(settings, self)
         self._requests = open_requests(app, self._shutdown)
         self._watchdog = Watchdog(settings.shutdown_total_s)
-        self._notice = Notice(self._shutdown, self._watchdog)
+        self._notice = Notice(
+            self._shutdown, self._watchdog, is_replaced=lambda: worker.master is not None and worker.master.leaves
+        )
         self._connections = Connections(self._shutdown)
         self._unread_answers = watch_unread_answers(app, timeout_s=settings.unread_timeout_s)
         self._listeners = Listeners(
@@ -254,14 +256,25 @@ class Hosting(Host):
         self._keep_idle_connections()
         return self._listener_shutdown.close_listeners_at_once()
 
-    @property
-    def _leaves(self) -> bool:
-        """Whether others serve in this worker's place."""
-        return self._worker.master is not None and self._worker.master.leaves
+    async def wait_clients_gone(self) -> None:
+        """For :class:`~service.shutdown.Host`. Requests that are not complete get half of the release phase's time."""
+        self._connections.close_idle(grace_s=self._idle_grace_s)
+        with self._shutdown.while_replaced():
+            while self._connections.any_open:
+                with trio.move_on_after(self._settings.release_timeout_s / 2) as patience:
+                    await self._connections.wait_none_open()
+                if patience.cancelled_caught:
+                    self._shutdown.note_connections_aborted(self._refuse_unbegun())
+                    if self._connections.all_stalled:
+                        return
 
     def _keep_idle_connections(self) -> None:
-        if self._leaves:
-            self._connections.idle_grace_s = min(IDLE_GRACE_MAX_S, self._settings.release_timeout_s / 4)
+        if self._shutdown.is_replaced:
+            self._connections.idle_grace_s = self._idle_grace_s
+
+    @property
+    def _idle_grace_s(self) -> float:
+        return min(IDLE_GRACE_MAX_S, self._settings.release_timeout_s / 4)
 
     async def _cancel_unopened(self, opening: trio.CancelScope) -> None:
         """End the start when a notice arrives during it; once opened, the service ends by its own phases."""
@@ -277,12 +290,12 @@ class Hosting(Host):
     async def _stop_serving(self) -> None:
         """Let the streams send their last chunk and hypercorn close, for no longer than the release phase."""
         aborted = 0
-        if not self._leaves:
+        if not self._shutdown.is_replaced:
             aborted += self._refuse_unbegun()
         with trio.move_on_after(self._settings.release_timeout_s):
             with trio.move_on_after(self._settings.release_timeout_s / 2):
                 await self._closed.wait()
-            if self._leaves:
+            if self._shutdown.is_replaced:
                 aborted += self._refuse_unbegun()
             with self._shutdown.noting_faults("closing stalled connections"):
                 aborted += self._connections.abort_stalled()

@@ -16,7 +16,7 @@ of the event loop, so a blocked event loop cannot keep the process alive.
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from functools import partial
@@ -41,11 +41,13 @@ class Notice:
     Args:
         shutdown: Gets the notice, in the event loop.
         watchdog: Started at once, in the calling thread.
+        is_replaced: Whether other processes serve in this one's place, as far as the master has said.
     """
 
-    def __init__(self, shutdown: Shutdown, watchdog: Watchdog) -> None:
+    def __init__(self, shutdown: Shutdown, watchdog: Watchdog, *, is_replaced: Callable[[], bool] = bool) -> None:
         self._shutdown = shutdown
         self._watchdog = watchdog
+        self._is_replaced = is_replaced
         self._token = trio.lowlevel.current_trio_token()
         self._first_seen: float | None = None
         self._context = copy_context()
@@ -63,11 +65,10 @@ class Notice:
                 self._token.run_sync_soon(self._arrive, reason, now)
 
     def _arrive(self, reason: str, seen_at: float) -> None:
-        if self._shutdown.phase >= Phase.LAME_DUCK:
-            if reason == "SIGINT" and self._first_seen is not None and seen_at - self._first_seen > SECOND_PRESS_S:
-                self._shutdown.hurry()
-            return
-        self._shutdown.notice(reason, age_s=time.monotonic() - seen_at)
+        is_late = self._first_seen is not None and seen_at - self._first_seen > SECOND_PRESS_S
+        if self._shutdown.phase >= Phase.LAME_DUCK and reason == "SIGINT" and is_late:
+            self._shutdown.hurry()
+        self._shutdown.notice(reason, age_s=time.monotonic() - seen_at, is_replaced=self._is_replaced())
 
     def _arrive_early(self, reason: str, seen_at: float) -> None:
         """Give the notice from the task that sees it first, without that task's context variables."""

@@ -63,6 +63,19 @@ async def test_only_an_interrupt_that_comes_later_is_a_second_press(
     assert shutdown.presses == presses
 
 
+async def test_a_stop_after_a_reload_takes_back_that_others_serve() -> None:
+    shutdown = Shutdown(Settings())
+    leaves = True
+    told = Notice(shutdown, Asleep(total_s=1), is_replaced=lambda: leaves)
+    told.tell("the master reloads")
+    await trio.testing.wait_all_tasks_blocked()
+    assert shutdown.is_replaced
+    leaves = False
+    told.tell("the master stops")
+    await trio.testing.wait_all_tasks_blocked()
+    assert not shutdown.is_replaced
+
+
 class Unstartable(Watchdog):
     """A watchdog whose start fails."""
 

@@ -154,6 +154,35 @@ async def test_reloads_refuse_nothing_on_connections_that_are_kept_and_on_tls(tm
 
 
 @pytest.mark.parallel
+async def test_a_stream_that_an_old_worker_begins_after_the_reload_is_passed_on_to_its_end(tmp_path: Path) -> None:
+    """The old worker has no turn, so nothing but the upload holds its drain; the turn runs in a new worker."""
+    settings: dict[str, Any] = {
+        "drain_timeout_s": 20,
+        "cleanup_timeout_s": 0.1,
+        "release_timeout_s": 20,
+        "model_url": "scripted:?tokens=10&rate=10",
+    }
+    body = b'{"message": "x"}'
+    head = (
+        f"POST /chat HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    )
+    async with open_lastcall(CONFIGURED_2, tmp_path, **settings) as server:
+        async with await trio.open_tcp_stream("127.0.0.1", server.port) as client:
+            await client.send_all(head.encode() + b"\r\n" + body[:-1])
+            server.signal_main(signal.SIGHUP)
+            await server.wait_logged('"shutdown report"')  # of the other old worker, which has no client
+            await client.send_all(body[-1:])
+            answer = b"".join([piece async for piece in client])
+        assert b'"type":"turn.completed"' in answer
+        assert answer.endswith(b"0\r\n\r\n")
+        await server.wait_logged('"shutdown report"', times=2)
+        server.signal_main(signal.SIGTERM)
+        gone = await wait_gone(server)
+    assert gone.exit_code == 0
+    assert_log_is_clean(server)
+
+
+@pytest.mark.parallel
 async def test_a_turn_goes_on_in_an_old_worker_while_new_ones_answer_for_it(tmp_path: Path) -> None:
     """The turn belongs to the old worker; requests about the turn reach the new ones, which pass them on."""
     settings: dict[str, Any] = {"drain_timeout_s": 20, "model_url": "scripted:?tokens=100&rate=20"}

@@ -62,12 +62,16 @@ class Replaceable(Host):
     def __init__(self) -> None:
         self.closing: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
         self.closing_at_once: Callable[[], bool] = lambda: False
+        self.clients_gone: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
 
     async def close_listeners(self) -> None:
         await self.closing()
 
     def close_listeners_at_once(self) -> bool:
         return self.closing_at_once()
+
+    async def wait_clients_gone(self) -> None:
+        await self.clients_gone()
 
 
 class Stage:
@@ -202,6 +206,65 @@ async def test_a_queued_turn_is_interrupted_while_the_one_before_it_may_finish(
         stage.model.finish.set()
     report = stage.report()
     assert (report.turns_finished, report.turns_interrupted) == (1, 1)
+
+
+async def test_a_stream_that_begins_while_the_clients_of_a_replaced_process_leave_has_the_whole_drain(
+    autojump_clock: MockClock, stage: Stage
+) -> None:
+    """No turn is open here, so nothing else holds the drain: the stream is passed on from another process."""
+    async with stage.open() as service, trio.open_nursery() as nursery:
+
+        async def begin_and_end() -> None:
+            proxied = service.sessions.proxied_requests.open_request("@owner")
+            with proxied.waiting():
+                await trio.sleep(DRAIN_S - 1)
+            assert not proxied.was_cut
+            assert stage.shutdown.phase is Phase.DRAINING
+            proxied.close()
+
+        async def bring_one_more() -> None:
+            stage.host.clients_gone = trio.lowlevel.checkpoint
+            nursery.start_soon(begin_and_end)
+            await trio.sleep(0.1)
+
+        stage.host.clients_gone = bring_one_more
+        stage.shutdown.notice("the master reloads", is_replaced=True)
+        with trio.fail_after(1000):
+            await stage.shutdown.reached(Phase.RELEASING)
+        assert trio.current_time() == pytest.approx(DRAIN_S - 1, abs=MOMENT_S)
+    assert stage.report().faults == ()
+
+
+async def test_clients_that_stay_hold_a_replaced_process_no_longer_than_its_drain(
+    autojump_clock: MockClock, stage: Stage
+) -> None:
+    stage.host.clients_gone = trio.sleep_forever
+    async with stage.open():
+        stage.shutdown.notice("the master reloads", is_replaced=True)
+        await stage.shutdown.reached(Phase.RELEASING)
+        assert trio.current_time() == pytest.approx(DRAIN_S, abs=MOMENT_S)
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+async def test_clients_are_waited_for_only_while_others_serve(
+    autojump_clock: MockClock, stage: Stage, is_replaced: bool
+) -> None:
+    """Otherwise no answer would become of a request that these clients send."""
+    asked: list[float] = []
+
+    async def stay() -> None:
+        asked.append(trio.current_time())
+        with stage.shutdown.while_replaced():
+            await trio.sleep_forever()
+
+    stage.host.clients_gone = stay
+    async with stage.open():
+        stage.shutdown.notice("a signal", is_replaced=is_replaced)
+        await trio.sleep(1)
+        assert asked == ([0] if is_replaced else [])
+        stage.shutdown.notice("the master stops")
+        await stage.shutdown.reached(Phase.RELEASING)
+        assert trio.current_time() == pytest.approx(1, abs=MOMENT_S)
 
 
 async def test_a_second_press_skips_the_drain_and_the_lame_duck(autojump_clock: MockClock, stage: Stage) -> None:

@@ -30,8 +30,8 @@ import select
 import termios
 import time
 from array import array
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import cast
 
 import h2.exceptions
@@ -92,18 +92,62 @@ class Connections:
 
     Attributes:
         idle_grace_s: How long an idle connection waits for a last request once hypercorn stops.
+        closes_idle: Whether idle connections close already, before hypercorn stops.
     """
 
     def __init__(self, stop: StopState) -> None:
         self.stop = stop
         self.idle_grace_s = 0.0
+        self.closes_idle = False
         self._open: set[Connection] = set()
+        self._idle: set[trio.CancelScope] = set()
+        self._none_left = trio.lowlevel.ParkingLot()
 
     def open(
         self, app: AppWrapper, config: Config, context: WorkerContext, state: ConnectionState, stream: Stream
     ) -> "Connection":
         """Make a connection. Installed in place of hypercorn's ``TCPServer``."""
-        return Connection(app, config, context, state, stream, connections=self, all_open=self._open)
+        return Connection(app, config, context, state, stream, connections=self)
+
+    def note_begun(self, connection: "Connection") -> None:
+        self._open.add(connection)
+
+    def note_closed(self, connection: "Connection") -> None:
+        self._open.discard(connection)
+        if not self._open:
+            self._none_left.unpark_all()
+
+    @property
+    def any_open(self) -> bool:
+        return bool(self._open)
+
+    @property
+    def all_stalled(self) -> bool:
+        """Whether no client reads any more."""
+        return all(it.is_stalled for it in self._open)
+
+    async def wait_none_open(self) -> None:
+        while self._open:
+            await self._none_left.park()
+
+    def close_idle(self, *, grace_s: float) -> None:
+        """Close each connection that is idle, or will be, after a moment in which a last request may come."""
+        self.idle_grace_s = grace_s
+        self.closes_idle = True
+        for scope in self._idle:
+            scope.cancel()
+
+    @contextmanager
+    def until_idle_close(self, *, within_s: float) -> Iterator[None]:
+        """Cancel the body, a connection's idle time, once idle connections close, or after this time."""
+        with trio.move_on_after(within_s) as scope:
+            if self.closes_idle:
+                scope.cancel()
+            self._idle.add(scope)
+            try:
+                yield
+            finally:
+                self._idle.discard(scope)
 
     def abort_stalled(self) -> int:
         """Close the connections whose clients do not read; returns their number. Slow connections stay open."""
@@ -137,7 +181,6 @@ class Connection(TCPServer):
         stream: Stream,
         *,
         connections: Connections,
-        all_open: "set[Connection]",
     ) -> None:
         config.h2_max_header_list_size = HEAD_BYTES_MAX
         super().__init__(app, config, ConnectionContext(context, self), state, stream)
@@ -145,7 +188,6 @@ class Connection(TCPServer):
         self._connections = connections
         self._socket = socket_of(stream)
         self._takes_plain_bytes = isinstance(stream, trio.SocketStream)
-        self._all_open = all_open
         self._opened_at = trio.current_time()
         self._handshake = trio.CancelScope()
 
@@ -177,7 +219,7 @@ class Connection(TCPServer):
         return closing and not self.is_http2
 
     async def run(self) -> None:
-        self._all_open.add(self)
+        self._connections.note_begun(self)
         self._reader = trio.lowlevel.current_task()
         try:
             if self._takes_plain_bytes:
@@ -188,7 +230,7 @@ class Connection(TCPServer):
         except* Exception as errors:  # noqa: BLE001  the edge of a connection
             logger.info("a connection was dropped: what it sent breaks the server's parser", error=repr(errors))
         finally:
-            self._all_open.discard(self)
+            self._connections.note_closed(self)
 
     @property
     def is_stalled(self) -> bool:
@@ -362,11 +404,11 @@ class Connection(TCPServer):
             return await self.stream.receive_some(MAX_RECV)
 
     async def _idle_timeout(self) -> None:
-        with trio.move_on_after(self.config.keep_alive_timeout):
+        with self._connections.until_idle_close(within_s=self.config.keep_alive_timeout):
             await self._worker_context.terminated.wait()
         # The reader stops this task when it reads a request; each await before the shield lets the reader do so.
         await trio.lowlevel.checkpoint()
-        if self._worker_context.terminated.is_set():
+        if self._connections.closes_idle or self._worker_context.terminated.is_set():
             await self._wait_for_request_on_its_way()
         else:
             await self._wait_until_quiet()  # after a freeze the time is over, but requests may have arrived in it

@@ -41,11 +41,13 @@ class Drain:
         if self._stop.phase >= (Phase.INTERRUPTING if turn.running else Phase.DRAINING):
             turn.cut_short(outcome.Interrupted("shutdown"))
 
-    async def wait_idle(self) -> None:
-        """Wait until no turn is open, no end is being stored, no deletion is under way and no request is proxied.
+    @property
+    def is_idle(self) -> bool:
+        """Whether no turn is open, no end is being stored, no deletion is under way and no request is proxied."""
+        return self._active.is_idle and self._proxied_requests.is_idle
 
-        Returns without a checkpoint if all of this is true already.
-        """
-        while not (self._active.is_idle and self._proxied_requests.is_idle):
+    async def wait_idle(self) -> None:
+        """Wait for :attr:`is_idle`. Returns without a checkpoint if that is true already."""
+        while not self.is_idle:
             await self._active.wait_idle()
             await self._proxied_requests.wait_idle()

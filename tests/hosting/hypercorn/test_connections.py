@@ -135,6 +135,31 @@ async def test_with_a_grace_a_connection_takes_another_request_after_a_response_
                 assert (await client.receive_some()).startswith(b"HTTP/1.1 200")
 
 
+async def test_idle_connections_close_before_hypercorn_stops_each_after_a_last_request(
+    serve: Serve, connections: Connections
+) -> None:
+    async with (
+        serve(App(), keep_alive_timeout=60) as server,
+        await server.connect() as idle,
+        await server.connect() as later,
+    ):
+        with trio.fail_after(PATIENT_S):
+            for client in (idle, later):
+                await client.send_all(GET)
+                assert (await client.receive_some()).startswith(b"HTTP/1.1 200")
+            connections.close_idle(grace_s=0.2)
+            await later.send_all(GET)
+            assert (await later.receive_some()).startswith(b"HTTP/1.1 200")
+            assert await idle.receive_some() == b""
+            await connections.wait_none_open()
+            assert await later.receive_some() == b""
+            assert not connections.any_open
+            async with await server.connect() as another:
+                await another.send_all(GET)
+                assert (await another.receive_some()).startswith(b"HTTP/1.1 200")
+                assert await another.receive_some() == b""
+
+
 async def test_an_idle_connection_whose_close_hangs_is_aborted(
     serve: Serve, connections: Connections, monkeypatch: pytest.MonkeyPatch
 ) -> None:
