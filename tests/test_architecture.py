@@ -25,6 +25,7 @@ LAYERS = (
         "ids",
         "json_words",
         "lagging_deadlines",
+        "steps",
         "stop_state",
         "store_capabilities",
     ),

@@ -1,8 +1,8 @@
 """The store that keeps everything in this process's memory, and loses it with the process.
 
 This store is the reference for other stores. Each method has one checkpoint at its start, and then one block without
-a checkpoint, so that it schedules and cancels like a store with I/O. A fork and a measured path have more checkpoints,
-because they may have thousands of turns. The end of a turn checks for cancellation but does not yield, because in a
+a checkpoint, so that it schedules and cancels like a store with I/O. A fork and a path have more checkpoints, because
+they may have thousands of turns. The end of a turn checks for cancellation but does not yield, because in a
 shutdown hundreds of ends come at once, and their callers end anyway.
 """
 
@@ -27,6 +27,7 @@ from service.errors import (
     SessionNotFoundError,
     TurnNotFoundError,
 )
+from service.steps import Steps, in_steps
 from service.storage import rules
 from service.storage.fork_path import ForkPath, copies_of, forked_session
 from service.storage.page_cursor import (
@@ -55,8 +56,6 @@ from service.storage.store import PAGE_LENGTH_MAX
 
 _FORKED_AT_ONCE = 100
 """Turns that a fork copies in one step of the event loop, which takes some milliseconds."""
-_MEASURED_AT_ONCE = 1000
-"""Turns that are measured in one step of the event loop, which takes some milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -291,16 +290,10 @@ class MemoryStore:
 
     async def read_path(self, session_id: str, turn_id: str, *, bytes_max: int | None) -> Sequence[TurnRecord]:
         await anyio.lowlevel.checkpoint()
-        path = self._path_down(session_id, turn_id)
-        return rules.newest_within(path, bytes_max, bytes_of=lambda turn: turn.message_bytes)
+        return await in_steps(self._newest_of_path(session_id, turn_id, bytes_max))
 
     async def measure_path(self, session_id: str, turn_id: str) -> LeftOut:
-        path = await self.read_path(session_id, turn_id, bytes_max=None)
-        measured = LeftOut()
-        for start in range(0, len(path), _MEASURED_AT_ONCE):
-            await anyio.lowlevel.checkpoint()
-            measured += sum((turn.in_prompts for turn in path[start : start + _MEASURED_AT_ONCE]), LeftOut())
-        return measured
+        return await in_steps(_measured(await self.read_path(session_id, turn_id, bytes_max=None)))
 
     async def list_path(
         self, session_id: str, turn_id: str, *, limit: int, first: str | None, bytes_max: int | None = None
@@ -356,6 +349,24 @@ class MemoryStore:
         if after % _FORKED_AT_ONCE == 0:
             await anyio.lowlevel.checkpoint()
             self._visible(source_id, now)
+
+    def _newest_of_path(self, session_id: str, turn_id: str, bytes_max: int | None) -> Steps[list[TurnRecord]]:
+        """The newest turns of a path that a :class:`~service.storage.rules.PathBound` takes, root first.
+
+        Empty if the session is removed meanwhile, as in other stores.
+        """
+        session = self._sessions.get(session_id)
+        bound = rules.PathBound(bytes_max)
+        newest: list[TurnRecord] = []
+        for turn in self._path_down(session_id, turn_id):
+            if not bound.takes(0 if bytes_max is None else turn.message_bytes):
+                break
+            newest.append(turn)
+            yield
+            if self._sessions.get(session_id) is not session:
+                return []
+        newest.reverse()
+        return newest
 
     def _path_down(self, session_id: str, turn_id: str) -> Iterator[TurnRecord]:
         next_id: str | None = turn_id
@@ -422,6 +433,14 @@ class MemoryStore:
 
     def _status_order(self, session: SessionRecord) -> SortedList[tuple[datetime, str]]:
         return self._running_by_age if session.open_turns else self._idle_by_deadline
+
+
+def _measured(path: Sequence[TurnRecord]) -> Steps[LeftOut]:
+    measured = LeftOut()
+    for turn in path:
+        yield
+        measured += turn.in_prompts
+    return measured
 
 
 def _pages_of(runs: Sequence[Run]) -> Iterator[_Page]:

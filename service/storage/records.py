@@ -33,6 +33,11 @@ def _message() -> ItemType:
     return "message"
 
 
+def utf8_length(text: str) -> int:
+    """The size of a text, in bytes of UTF-8."""
+    return len(text) if text.isascii() else len(text.encode())
+
+
 class Item(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A part of a turn's input or output. ``text`` is what grows while a reply arrives.
 
@@ -64,10 +69,11 @@ class Item(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     @property
     def prompt_bytes(self) -> int:
         """The size of the item in a prompt, in bytes of UTF-8."""
-        size = len(self.text.encode())
+        text = self.text
+        size = len(text) if text.isascii() else len(text.encode())
         if self.type == "message":
             return size
-        return size + len(self.call_id.encode()) + len(self.name.encode()) + len(self.upstream.encode())
+        return size + utf8_length(self.call_id) + utf8_length(self.name) + utf8_length(self.upstream)
 
 
 def count_messages(items: Iterable[Item]) -> int:
@@ -213,7 +219,7 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def text(self) -> str:
         """The reply, without reasoning; partial where the turn did not complete."""
-        return "".join(item.text for item in self.output if item.type == "message")
+        return "".join([item.text for item in self.output if item.type == "message"])
 
     @property
     def text_bytes(self) -> int:
@@ -241,7 +247,7 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
         """The calls of the reply as they stand in later prompts: none of a failed turn, and none that was cut off."""
         if self.state == "failed":
             return ()
-        return tuple(item for item in self.output if item.type == "function_call" and item.complete)
+        return tuple([item for item in self.output if item.type == "function_call" and item.complete])
 
     @property
     def has_calls(self) -> bool:
@@ -259,13 +265,20 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
         if self.was_refused:
             return LeftOut()
         items = [item for item in self.input if item.type != "reasoning"]
-        if self.reply:
-            items += [item for item in self.output if item.type == "message"]
-        items += self.calls
         encrypted = 0
-        if self.has_reply:
-            encrypted = sum(len((item.encrypted + item.upstream).encode()) for item in self.output if item.encrypted)
-        return LeftOut(len(items), sum(item.prompt_bytes for item in items) + encrypted)
+        reply, calls = self.reply, self.calls
+        if reply:
+            items += [item for item in self.output if item.type == "message"]
+        if calls:
+            items += calls
+        if reply or calls:
+            for item in self.output:
+                if item.encrypted:
+                    encrypted += utf8_length(item.encrypted) + utf8_length(item.upstream)
+        size = encrypted
+        for item in items:
+            size += item.prompt_bytes
+        return LeftOut(len(items), size)
 
     @property
     def message_bytes(self) -> int:

@@ -4,7 +4,7 @@ A store that keeps whole records applies these functions to them. A store that c
 from here (:class:`Counts`, :func:`expires_at`) and adds them in its statement.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import TypeVar
 
@@ -202,23 +202,3 @@ class PathBound:
             return False
         self._has_taken = True
         return True
-
-
-def newest_within(path: Iterable[T], bytes_max: int | None, *, bytes_of: Callable[[T], int]) -> list[T]:
-    """The newest turns of a path that :class:`PathBound` takes.
-
-    Args:
-        path: From the last turn to the root; read only as far as necessary.
-        bytes_of: The ``message_bytes`` of a turn.
-
-    Returns:
-        The turns in the order of the path, from the root on.
-    """
-    newest: list[T] = []
-    bound = PathBound(bytes_max)
-    for turn in path:
-        if not bound.takes(0 if bytes_max is None else bytes_of(turn)):
-            break
-        newest.append(turn)
-    newest.reverse()
-    return newest

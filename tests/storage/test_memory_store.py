@@ -10,7 +10,6 @@ import trio
 from trio.testing import assert_checkpoints
 
 from service.errors import SessionExistsError, SessionLimitError, SessionNotFoundError
-from service.storage import memory
 from service.storage.memory import MemoryStore, open_memory_store
 from service.storage.pieces import Run, unpack
 from service.storage.records import EndResult, LeftOut, SessionPatch
@@ -50,7 +49,7 @@ async def test_every_method_but_one_is_a_checkpoint(method: Callable[[MemoryStor
 
 
 async def test_other_tasks_run_while_a_long_path_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_MEASURED_AT_ONCE", 10)
+    monkeypatch.setattr("service.steps.STEP_S", 0)
     async with open_memory_store() as store:
         await store.create_session(a_session(), now=T0)
         for n in range(45):
@@ -83,7 +82,7 @@ async def test_a_page_of_events_costs_the_page_and_not_the_turn(monkeypatch: pyt
             unpacked.append(packed)
             return unpack(packed)
 
-        monkeypatch.setattr(memory, "unpack", note)
+        monkeypatch.setattr("service.storage.memory.unpack", note)
         for seq in (0, 1, 54_321, len(texts) - 1):
             unpacked.clear()
             page = await store.read_events("s", "t", after=seq)

@@ -1,6 +1,6 @@
 """What every store decides in the same way: the rules on records, each by itself."""
 
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 import msgspec
 import pytest
@@ -155,31 +155,15 @@ def test_encrypted_reasoning_may_come_later_than_its_words() -> None:
 def test_the_newest_turns_within_a_size_are_all_that_fit_and_always_the_last(
     sizes: list[int], bytes_max: int | None
 ) -> None:
-    read: list[int] = []
-
-    def path_down() -> list[int]:
-        return list(range(len(sizes)))[::-1]
-
-    def bytes_of(turn: int) -> int:
-        read.append(turn)
-        return sizes[turn]
-
-    newest = rules.newest_within(path_down(), bytes_max, bytes_of=bytes_of)
-    assert newest == list(range(len(sizes) - len(newest), len(sizes))), "in the order of the path, without gaps"
+    bound = rules.PathBound(bytes_max)
+    newest = list(takewhile(bound.takes, sizes))
     assert bool(newest) == bool(sizes)
     if bytes_max is None:
-        assert len(newest) == len(sizes)
-        assert not read, "a size that does not count is not measured"
+        assert newest == sizes
     else:
-        assert len(newest) <= 1 or sum(sizes[turn] + rules.TURN_BYTES for turn in newest) <= bytes_max
-        one_more = sizes[len(sizes) - len(newest) - 1 :]
+        assert len(newest) <= 1 or sum(size + rules.TURN_BYTES for size in newest) <= bytes_max
+        one_more = sizes[: len(newest) + 1]
         assert len(newest) == len(sizes) or sum(one_more) + rules.TURN_BYTES * len(one_more) > bytes_max
-
-
-def test_a_path_is_read_only_as_far_as_it_is_needed() -> None:
-    path = iter(range(100))
-    assert rules.newest_within(path, 3 * (1 + rules.TURN_BYTES), bytes_of=lambda _: 1) == [2, 1, 0]
-    assert next(path) == 4
 
 
 def test_the_totals_of_no_turns_are_nothing() -> None:

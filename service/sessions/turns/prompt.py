@@ -1,5 +1,7 @@
 """The prompt of a turn: a pure function of the session's path.
 
+A path may have thousands of turns, so the work is done in steps: :mod:`service.steps`.
+
 The prompt is the system message, then the turns' messages. The roles alternate in every case, because upstreams refuse
 other prompts:
 
@@ -27,12 +29,12 @@ left out together with their calls. If the prompt would then begin with calls, :
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 
 import msgspec
 
 from service.errors import ModelError
 from service.models.client import EncryptedReasoning, FunctionCall, FunctionCallOutput, Message, PromptItem
+from service.steps import Steps
 from service.storage.records import Item, LeftOut, TurnRecord
 from service.storage.rules import TURN_BYTES
 
@@ -55,17 +57,10 @@ class Prompt(msgspec.Struct, frozen=True):
     items: tuple[PromptItem, ...]
     left_out: LeftOut | None
 
-    @property
-    def bytes(self) -> int:
-        """The size by which prompts are bounded: the texts in UTF-8, and :data:`TURN_BYTES` for each turn."""
-        sides = groupby(item.role in ("user", "tool") for item in self.items)
-        turns = sum(is_users for is_users, _ in sides)
-        return turns * TURN_BYTES + sum(len(item.text.encode()) for item in self.items)
 
-
-def build_prompt(
+def prompt_of(
     path: Sequence[TurnRecord], *, system_message: str | None, bytes_max: int, older: LeftOut = NOTHING
-) -> Prompt:
+) -> Steps[Prompt]:
     """The items to send for the last turn of ``path`` (root first), which has no reply yet.
 
     Args:
@@ -74,17 +69,25 @@ def build_prompt(
         older: The size of the turns before ``path``, which are left out in any case.
     """
     room = bytes_max - len((system_message or "").encode())
-    brought = [turn.in_prompts for turn in path]
-    sizes = list(map(_size, path, brought))
-    start = max(_start_within(sizes, room), _start_learned(path, older, brought, sizes))
-    start = min(start, answered_turn(path))
-    left_out = sum(brought[:start], older)
+    brought: list[LeftOut] = []
+    sizes: list[int] = []
+    for turn in path:
+        yield
+        of_turn = turn.in_prompts
+        brought.append(of_turn)
+        sizes.append(_size(turn, of_turn))
+    learned = yield from _start_learned(path, older, brought, sizes)
+    answered = yield from _answered_turn(path)
+    start = min(max(_start_within(sizes, room), learned), answered)
+    left_out = older
+    for of_turn in brought[:start]:
+        yield
+        left_out += of_turn
     sides = _Sides(model=path[-1].model)
-    for turns in _exchanges(path[start:]):
-        sides.add(turns)
+    yield from sides.add_all(path[start:])
     if left_out.items:
         left_out += sides.leave_out_answers(keep=path[-1])
-    items = sides.settle(system_message, is_whole=not left_out.items)
+    items = yield from sides.settle(system_message, is_whole=not left_out.items)
     return Prompt(items, left_out if left_out.items else None)
 
 
@@ -93,12 +96,13 @@ def has_outputs(turn: TurnRecord) -> bool:
     return any(item.type == "function_call_output" for item in turn.input)
 
 
-def answered_turn(path: Sequence[TurnRecord]) -> int:
+def _answered_turn(path: Sequence[TurnRecord]) -> Steps[int]:
     """The index of the turn whose calls the last turn answers; of the last turn itself if it answers none there."""
     last = len(path) - 1
     outputs = {item.call_id for item in path[-1].input if item.type == "function_call_output"} if path else set()
     if outputs:
         for index in range(last - 1, -1, -1):
+            yield
             if path[index].has_reply:
                 return index if outputs & {call.call_id for call in path[index].calls} else last
     return last
@@ -112,7 +116,7 @@ def shortened(
     system_message: str | None,
     max_output_tokens: int | None,
     older: LeftOut = NOTHING,
-) -> Prompt | None:
+) -> Steps[Prompt | None]:
     """The shorter prompt to try after a ``context_too_long``; None if no further turn can be left out.
 
     If the server says how many tokens it counted and how many it takes, the new prompt has the same share of the old
@@ -120,14 +124,26 @@ def shortened(
     the server takes.
     """
     answer = max_output_tokens or 0
-    keep = refused.bytes // 2
+    refused_bytes = yield from size_of(refused)
+    keep = refused_bytes // 2
     if refusal.tokens_max is not None and refusal.tokens is not None:
         fits = max(refusal.tokens_max - answer, 0) / max(refusal.tokens - answer, 1)
-        keep = int(refused.bytes * min(fits, 1) * _ROOM_FOR_ERROR)
+        keep = int(refused_bytes * min(fits, 1) * _ROOM_FOR_ERROR)
     elif refusal.tokens_max is not None:
         keep = min(keep, refusal.tokens_max * _TOKEN_BYTES)
-    shorter = build_prompt(path, system_message=system_message, bytes_max=keep, older=older)
+    shorter = yield from prompt_of(path, system_message=system_message, bytes_max=keep, older=older)
     return None if shorter.left_out == refused.left_out else shorter
+
+
+def size_of(prompt: Prompt) -> Steps[int]:
+    """The size by which prompts are bounded: the texts in UTF-8, and :data:`TURN_BYTES` for each turn."""
+    size = 0
+    is_users = False
+    for item in prompt.items:
+        yield
+        was_users, is_users = is_users, item.role in ("user", "tool")
+        size += len(item.text.encode()) + (TURN_BYTES if is_users and not was_users else 0)
+    return size
 
 
 def _start_within(sizes: Sequence[int], room: int) -> int:
@@ -141,13 +157,16 @@ def _start_within(sizes: Sequence[int], room: int) -> int:
     return start
 
 
-def _start_learned(path: Sequence[TurnRecord], older: LeftOut, brought: Sequence[LeftOut], sizes: Sequence[int]) -> int:
+def _start_learned(
+    path: Sequence[TurnRecord], older: LeftOut, brought: Sequence[LeftOut], sizes: Sequence[int]
+) -> Steps[int]:
     """The index of the first turn that the same model will probably take, judging by the turn before.
 
     Turns that the turn before left out stay out if the model answered that turn. If the prompt of the turn before was
     too long in the end, the new prompt is at most half as large, or 4 KiB.
     """
     for index in range(len(path) - 2, -1, -1):
+        yield
         turn = path[index]
         if turn.model != path[-1].model:
             continue
@@ -174,29 +193,17 @@ def _size(turn: TurnRecord, brought: LeftOut) -> int:
     """The size that a turn adds to a prompt, with separators and words of ours that may not be needed."""
     if not brought.items:
         return 0
-    outputs = sum(item.type == "function_call_output" for item in turn.input)
-    words = len(NOT_ANSWERED) * len(turn.calls) + len(_LATE_OUTPUT) * outputs
+    words = 0
+    if turn.has_calls:
+        outputs = sum(item.type == "function_call_output" for item in turn.input)
+        words = len(NOT_ANSWERED) * len(turn.calls) + len(_LATE_OUTPUT) * outputs
     return TURN_BYTES + brought.bytes + len(_SEPARATOR) * (1 + len(turn.input)) + words
-
-
-def _exchanges(path: Sequence[TurnRecord]) -> Iterator[tuple[TurnRecord, ...]]:
-    """The turns in groups: turns without a reply, and the turn after them, which has a reply or is the last one."""
-    unanswered: list[TurnRecord] = []
-    for turn in path:
-        if turn.was_refused:
-            if not _was_too_long(turn):
-                unanswered.clear()
-            continue
-        unanswered.append(turn)
-        if turn.has_reply:
-            yield tuple(unanswered)
-            unanswered.clear()
-    if unanswered:
-        yield tuple(unanswered)
 
 
 class _Side:
     """What the user, or the assistant, says until the other one does."""
+
+    __slots__ = ("calls", "encrypted", "is_user", "outputs", "texts")
 
     def __init__(self, *, is_user: bool) -> None:
         self.is_user = is_user
@@ -219,25 +226,43 @@ class _Sides:
         self._sides: list[_Side] = []
         self._encrypted: list[EncryptedReasoning] = []  # for the assistant's next saying
 
-    def add(self, turns: Sequence[TurnRecord]) -> None:
-        """Add turns without a reply, and the turn after them."""
+    def add_all(self, path: Sequence[TurnRecord]) -> Steps[None]:
+        """Add the turns of a path, root first."""
+        unanswered: list[TurnRecord] = []
+        for turn in path:
+            yield
+            if turn.was_refused:
+                if not _was_too_long(turn):
+                    unanswered.clear()
+                continue
+            unanswered.append(turn)
+            reply = turn.reply
+            if reply or turn.calls:
+                yield from self._add_inputs(unanswered)
+                unanswered.clear()
+                self._add_output(turn, reply)
+        if unanswered:
+            yield from self._add_inputs(unanswered)
+
+    def _add_inputs(self, turns: Sequence[TurnRecord]) -> Steps[None]:
+        """Add the inputs of turns without a reply, and of the turn after them, which has a reply or is the last one."""
         asked: list[tuple[TurnRecord, Sequence[Item]]] = []
         for turn in turns:
             history, own = _split_input(turn)
             if history:
-                self._ask(asked)
+                yield from self._ask(asked)
                 asked = []
                 for item in history:
                     self._add_item(item, turn)
             asked.append((turn, own))
-        self._ask(asked)
-        last = turns[-1]
-        if last.has_reply:
-            for item in last.output:
-                if item.type != "message":
-                    self._add_item(item, last)
-            if last.reply:
-                self._side(is_user=False).texts.append(last.reply)
+        yield from self._ask(asked)
+
+    def _add_output(self, turn: TurnRecord, reply: str) -> None:
+        for item in turn.output:
+            if item.type != "message":
+                self._add_item(item, turn)
+        if reply:
+            self._side(is_user=False).texts.append(reply)
 
     def leave_out_answers(self, *, keep: TurnRecord) -> LeftOut:
         """Leave out the outputs whose calls are left out: those before the first reply, except for the last turn's."""
@@ -252,7 +277,7 @@ class _Sides:
             del self._sides[0]
         return LeftOut(len(outputs), sum(item.prompt_bytes for item in outputs))
 
-    def settle(self, system_message: str | None, *, is_whole: bool) -> tuple[PromptItem, ...]:
+    def settle(self, system_message: str | None, *, is_whole: bool) -> Steps[tuple[PromptItem, ...]]:
         """The items in an order that every upstream takes.
 
         Args:
@@ -266,6 +291,7 @@ class _Sides:
             items.append(Message("user", BEGINNING_LEFT_OUT))
         calls: Sequence[FunctionCall] = ()
         for side in self._sides:
+            yield
             if side.is_user:
                 items += _answers(calls, side)
                 calls = ()
@@ -278,13 +304,19 @@ class _Sides:
         items += _answers(calls, _Side(is_user=True))
         return tuple(items)
 
-    def _ask(self, asked: Sequence[tuple[TurnRecord, Sequence[Item]]]) -> None:
-        outputs = {item.call_id: item for _, own in asked for item in own if item.type == "function_call_output"}
-        text = _merged(asked)
+    def _ask(self, asked: Sequence[tuple[TurnRecord, Sequence[Item]]]) -> Steps[None]:
+        outputs: dict[str, Item] = {}
+        for _, own in asked:
+            yield
+            for item in own:
+                if item.type == "function_call_output":
+                    outputs[item.call_id] = item
+        text = yield from _merged(asked)
         if outputs or text is not None:
             side = self._side(is_user=True)
             side.outputs |= outputs
-            side.texts += [] if text is None else [text]
+            if text is not None:
+                side.texts.append(text)
 
     def _add_item(self, item: Item, turn: TurnRecord) -> None:
         upstream = item.upstream if turn.model == self._model else ""
@@ -308,14 +340,19 @@ class _Sides:
         if not self._sides or self._sides[-1].is_user != is_user:
             self._sides.append(_Side(is_user=is_user))
         side = self._sides[-1]
-        if not is_user:
-            side.encrypted += self._encrypted
-        self._encrypted.clear()
+        if self._encrypted:
+            if not is_user:
+                side.encrypted += self._encrypted
+            self._encrypted.clear()
         return side
 
 
 def _answers(calls: Sequence[FunctionCall], side: _Side) -> Iterator[PromptItem]:
     """What the user says after these calls: the output of each call, then a text."""
+    if not (calls or side.outputs):  # nearly always
+        if side.texts:
+            yield Message("user", _SEPARATOR.join(side.texts))
+        return
     called = {call.call_id for call in calls}
     for call_id in (call.call_id for call in calls):
         output = side.outputs.get(call_id)
@@ -332,32 +369,39 @@ def _answers(calls: Sequence[FunctionCall], side: _Side) -> Iterator[PromptItem]
 def _split_input(turn: TurnRecord) -> tuple[Sequence[Item], Sequence[Item]]:
     """The part of an input that is a conversation of its own, and the part that follows it and waits for a reply."""
     start = len(turn.input)
-    while start and (turn.input[start - 1].type, turn.input[start - 1].role) in (
-        ("message", "user"),
-        ("function_call_output", "user"),
-    ):
+    while start and _waits_for_reply(turn.input[start - 1]):
         start -= 1
     return turn.input[:start], turn.input[start:]
 
 
-def _merged(asked: Sequence[tuple[TurnRecord, Sequence[Item]]]) -> str | None:
+def _waits_for_reply(item: Item) -> bool:
+    return item.role == "user" and item.type in ("message", "function_call_output")
+
+
+def _merged(asked: Sequence[tuple[TurnRecord, Sequence[Item]]]) -> Steps[str | None]:
     """The texts of turns without a reply, and of the turn after them, as one text with each of them once.
 
     None if there is no text, but only outputs.
     """
+    if len(asked) == 1:  # nearly always
+        texts = [item.text for item in asked[0][1] if item.type == "message"]
+        return _SEPARATOR.join(texts) if texts else None
     rejected = [index for index, (turn, _) in enumerate(asked) if _has_failed_with(turn, "upstream_rejected")]
     if len(rejected) > 1:
         asked = asked[rejected[-1] :]
-    texts = [[item.text for item in own if item.type == "message"] for _, own in asked]
-    said = [_SEPARATOR.join(of_turn) for of_turn in texts if of_turn]
-    if not said:
-        return None
+    said: list[str] = []
+    for _, own in asked:
+        yield
+        if of_turn := [item.text for item in own if item.type == "message"]:
+            said.append(_SEPARATOR.join(of_turn))
     last = {text.strip(): index for index, text in enumerate(said)}
-    return _SEPARATOR.join(
-        text
-        for index, text in enumerate(said)
-        if last[text.strip()] == index and (text.strip() or index == len(said) - 1)
-    )
+    texts = []
+    for index, text in enumerate(said):
+        yield
+        stripped = text.strip()
+        if last[stripped] == index and (stripped or index == len(said) - 1):
+            texts.append(text)
+    return _SEPARATOR.join(texts) if said else None
 
 
 def _was_too_long(turn: TurnRecord) -> bool:

@@ -14,10 +14,11 @@ from service.errors import ModelError, StoreError
 from service.freezes import extended_when_late
 from service.models.client import NO_TOOLS, ModelRequest
 from service.sessions.events import outcome
-from service.sessions.turns.prompt import NOTHING, Prompt, build_prompt, has_outputs, shortened
+from service.sessions.turns.prompt import NOTHING, Prompt, has_outputs, prompt_of, shortened
 from service.sessions.turns.turn import Turn
 from service.sessions.turns.turn_log import log_end
 from service.settings import Settings
+from service.steps import in_steps
 from service.storage.records import EndResult, LeftOut, TurnRecord
 from service.storage.store import Store
 from service.storage.store_deadline import answered_within
@@ -104,18 +105,22 @@ async def _reply(turn: Turn, *, store: Store, clock: Clock, settings: Settings) 
             return
         path = await _read_path(turn, store, settings)
         older = await _measure_older(path, store)
-    prompt = build_prompt(path, system_message=turn.system_message, bytes_max=settings.prompt_bytes_max, older=older)
+    prompt = await in_steps(
+        prompt_of(path, system_message=turn.system_message, bytes_max=settings.prompt_bytes_max, older=older)
+    )
     turn.deadlines.expect_token("first_token_timeout", within_s=settings.first_token_timeout_s)
     refusal = await _ask(turn, prompt, settings=settings)
     if refusal is None:
         return
-    shorter = shortened(
-        prompt,
-        refusal,
-        path,
-        system_message=turn.system_message,
-        max_output_tokens=turn.record().max_output_tokens,
-        older=older,
+    shorter = await in_steps(
+        shortened(
+            prompt,
+            refusal,
+            path,
+            system_message=turn.system_message,
+            max_output_tokens=turn.record().max_output_tokens,
+            older=older,
+        )
     )
     if shorter is not None:
         logger.info("too long for the model: asking again without the oldest turns", turn_id=turn.id)

@@ -13,9 +13,10 @@ from service.models.client import (
     Message,
     PromptItem,
 )
-from service.sessions.turns.prompt import BEGINNING_LEFT_OUT, NOT_ANSWERED, build_prompt
+from service.sessions.turns.prompt import BEGINNING_LEFT_OUT, NOT_ANSWERED
 from service.storage.records import Failure, Item, LeftOut, TurnRecord, TurnState
 from service.storage.rules import TURN_BYTES
+from tests.sessions.turns.prompts import build_prompt
 from tests.storage.rows import T0
 
 EVERYTHING = 10**9

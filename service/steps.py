@@ -1,0 +1,33 @@
+"""Long work of pure functions, in steps between which other tasks run.
+
+Such a function is a generator: it yields after a step, which takes far less than :data:`STEP_S`, and returns its
+result. It knows nothing of an event loop, and its caller decides whether other tasks run in between.
+"""
+
+import time
+from collections.abc import Generator
+from typing import TypeAlias, TypeVar
+
+import anyio.lowlevel
+
+T = TypeVar("T")
+
+Steps: TypeAlias = Generator[None, None, T]
+"""A function's work in steps, and its result."""
+
+STEP_S = 0.003
+"""The approximate time after which other tasks run."""
+
+
+async def in_steps(steps: Steps[T]) -> T:
+    """Do the work, and let other tasks run in between. After a cancellation the rest of the work is never done."""
+    began_at = time.perf_counter()
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            result: T = done.value
+            return result
+        if time.perf_counter() - began_at >= STEP_S:
+            await anyio.lowlevel.checkpoint()
+            began_at = time.perf_counter()
