@@ -16,11 +16,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench.contenders import CONTENDERS
 from bench.machine import Machine, choose_cpus, describe_machine, look_at_machine
+from bench.pairs import Comparison, compare, ratio_table
+from bench.relay import MODES
 from bench.rows import RowFile
-from bench.scenarios import NAMES, TABLES, Programme, measure
+from bench.scenarios import NAMES, PAIRINGS, TABLES, Programme, measure
+from bench.server_process import ServerFailedError
 from bench.shutdown import CAP_S
 from bench.shutdown_report import draw_table, write_markdown
 from bench.stage import Place
+from bench.table import Table
 
 _RESULTS = Path(__file__).parent / "results"
 
@@ -35,22 +39,32 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Programme, Path]:
     size.add_argument("--full", dest="size", action="store_const", const="full", help="everything, five times: hours")
     parser.add_argument("--only", default="", metavar="NAMES", help=f"servers, by comma: {', '.join(names)}")
     parser.add_argument("--streams", default="", metavar="N", help="numbers of streams, by comma")
+    parser.add_argument("--modes", default="", metavar="NAMES", help=f"of relay, by comma: {', '.join(MODES)}")
     parser.add_argument("--repeats", type=int, metavar="N", help="how often each is measured")
     parser.add_argument("--cap", type=float, default=CAP_S, metavar="SECONDS", help="then a server is killed")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the results go")
     options = parser.parse_args(arguments)
-    only = [name for name in options.only.split(",") if name]
-    if unknown := set(only) - set(names):
-        parser.error(f"no such server: {', '.join(sorted(unknown))}")
+    only = _split_names(parser, options.only, names, "server")
+    modes = _split_names(parser, options.modes, MODES, "mode")
+    if modes and options.scenario != "relay":
+        parser.error(f"--modes belongs to relay, and {options.scenario} has none")
     programme = Programme(
         scenario=options.scenario,
         size=options.size or "usual",
         only=only,
         streams=[int(number) for number in options.streams.split(",") if number],
+        modes=modes or MODES,
         repeats=options.repeats,
         cap_s=options.cap,
     )
     return programme, options.out or (_RESULTS / "quick" if options.size == "quick" else _RESULTS)
+
+
+def _split_names(parser: argparse.ArgumentParser, text: str, known: Sequence[str], what: str) -> list[str]:
+    names = [name for name in text.split(",") if name]
+    if unknown := set(names) - set(known):
+        parser.error(f"no such {what}: {', '.join(sorted(unknown))}")
+    return names
 
 
 async def run(programme: Programme, out: Path, console: Console) -> None:
@@ -75,6 +89,8 @@ async def run(programme: Programme, out: Path, console: Console) -> None:
     if not console.is_terminal:
         console.width = 160
         console.print(_draw(programme, rows))
+    for table, comparisons in _compare(programme, rows):
+        console.print(table.draw(comparisons))
     (out / f"{programme.scenario}.md").write_text(_report(programme, machine, rows, out))
     console.print(f"raw rows and report: {out}")
 
@@ -83,10 +99,25 @@ def _draw(programme: Programme, rows: list[Any]) -> rich.table.Table:
     return draw_table(rows) if programme.scenario == "shutdown" else TABLES[programme.scenario].draw(rows)
 
 
+def _compare(programme: Programme, rows: list[Any]) -> list[tuple[Table, list[Comparison]]]:
+    """Return a table of ratios for each pair of servers that have figures to compare."""
+    if programme.scenario not in PAIRINGS:
+        return []
+    tables = []
+    for first, second in programme.pairs:
+        if comparisons := compare(rows, PAIRINGS[programme.scenario], first.name, second.name):
+            tables.append((ratio_table(first.label, second.label), comparisons))
+    return tables
+
+
 def _report(programme: Programme, machine: Machine, rows: list[Any], out: Path) -> str:
+    ratios = "\n".join(table.write(comparisons) for table, comparisons in _compare(programme, rows))
     if programme.scenario == "shutdown":
-        return write_markdown(machine, rows, cap_s=programme.cap_s, plotted=_plot(programme, rows, out))
-    return f"{TABLES[programme.scenario].write(rows)}\n{describe_machine(machine)}\n"
+        plotted = _plot(programme, rows, out)
+        report = write_markdown(machine, rows, cap_s=programme.cap_s, plotted=plotted)
+        return f"{report}\n{ratios}" if ratios else report
+    tables = [TABLES[programme.scenario].write(rows), *([ratios] if ratios else [])]
+    return "\n".join([*tables, f"{describe_machine(machine)}\n"])
 
 
 def _plot(programme: Programme, rows: list[Any], out: Path) -> bool:
@@ -99,7 +130,12 @@ def _plot(programme: Programme, rows: list[Any], out: Path) -> bool:
 
 def main() -> None:
     programme, out = parse_arguments(sys.argv[1:])
-    trio.run(run, programme, out, Console())
+    try:
+        trio.run(run, programme, out, Console())
+    except ServerFailedError as error:
+        sys.exit(f"a server under test failed: {str(error)[-4000:]}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

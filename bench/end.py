@@ -10,8 +10,10 @@ import msgspec
 import trio
 
 from bench.contenders import Contender
+from bench.pairs import Pairing
 from bench.plan import LoadResult, Streams
-from bench.stage import Place, Stage, chat_streams, open_stage, spread
+from bench.rows import spread
+from bench.stage import Place, Stage, chat_streams, open_stage
 from bench.table import Table, triple
 from bench.upstream import ReplyBook
 
@@ -43,6 +45,13 @@ TABLE = Table(
         ("turns", lambda row: str(row.turns)),
         ("closed", lambda row: str(row.closed)),
         ("closed after ms", lambda row: triple(row.closed_ms, 2)),
+    ),
+)
+PAIRING = Pairing(
+    lambda row: row.cause,
+    (
+        ("closed p50 ms", lambda row: row.closed_ms and row.closed_ms[0]),
+        ("closed p99 ms", lambda row: row.closed_ms and row.closed_ms[1]),
     ),
 )
 

@@ -10,9 +10,11 @@ import msgspec
 import trio
 
 from bench.contenders import Contender
+from bench.pairs import Pairing
 from bench.peers import open_upstream
 from bench.plan import LoadResult
-from bench.stage import Place, chat_streams, direct_streams, open_direct_load, open_stage, spread
+from bench.rows import spread
+from bench.stage import Place, chat_streams, direct_streams, open_direct_load, open_stage
 from bench.table import Table, triple
 from bench.upstream import ReplyBook
 
@@ -47,32 +49,34 @@ TABLE = Table(
         ("first token ms", lambda row: triple(row.first_ms, 2)),
     ),
 )
+PAIRING = Pairing(
+    lambda row: f"{row.beside} streams beside",
+    (
+        ("first token p50 ms", lambda row: row.first_ms and row.first_ms[0]),
+        ("first token p99 ms", lambda row: row.first_ms and row.first_ms[1]),
+    ),
+)
 
 
-async def measure_contender(
-    contender: Contender, place: Place, *, repeat: int, beside: tuple[int, ...]
-) -> list[FirstTokenRow]:
-    rows = []
-    for count in beside:
-        async with open_stage(contender, place) as stage:
-            groups = [chat_streams("others", count, "rate=20")] if count else []
-            async with stage.open_load(*groups):
-                await trio.sleep(1)
-                async with stage.open_load(chat_streams("asked", 1, _MESSAGE, repeat=ASKED)) as load:
-                    await _wait_finished(stage.upstream.books, ASKED)
-                    result = await load.stop()
-        rows.append(_row(contender.name, contender.label, repeat, count, result))
-    return rows
+async def measure_contender(contender: Contender, place: Place, beside: int, *, repeat: int) -> FirstTokenRow:
+    async with open_stage(contender, place) as stage:
+        groups = [chat_streams("others", beside, "rate=20")] if beside else []
+        async with stage.open_load(*groups):
+            await trio.sleep(1)
+            async with stage.open_load(chat_streams("asked", 1, _MESSAGE, repeat=ASKED)) as load:
+                await _wait_finished(stage.upstream.books, ASKED)
+                result = await load.stop()
+    return _row(contender.name, contender.label, repeat, beside, result)
 
 
-async def measure_direct(place: Place, *, repeat: int) -> list[FirstTokenRow]:
+async def measure_direct(place: Place, *, repeat: int) -> FirstTokenRow:
     """Measure the control: the same questions to the model server itself."""
     async with open_upstream(cpus=place.client_cpus) as upstream:
         group = direct_streams("asked", 1, _MESSAGE, repeat=ASKED)
         async with open_direct_load(upstream, place, group) as load:
             await _wait_finished(upstream.books, ASKED)
             result = await load.stop()
-    return [_row("direct", "direct", repeat, 0, result)]
+    return _row("direct", "direct", repeat, 0, result)
 
 
 async def _wait_finished(books: Books, count: int) -> None:

@@ -16,6 +16,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from string import Template
 
@@ -211,12 +212,12 @@ class Load:
     async def _run_stream(self, group: Streams, number: int, settled: trio.Event) -> None:
         """Run one client with its streams one after another. Calls ``settled`` once it is ready or has failed."""
         for _ in range(group.repeat):
-            result = StreamResult(group=group.name, number=number)
+            result = StreamResult(group=group.name, number=number, began_at=time.monotonic())
             self.result.streams.append(result)
             delays = self.result.delays_ns.setdefault(group.name, []) if group.keep_delays else None
             judge = StreamJudge(result, delays_ns=delays)
             try:
-                async with self._opening:
+                async with nullcontext() if group.at_once else self._opening:
                     sock = await self._open_stream(group, number, result)
             except (_RefusedError, WireError) as error:
                 result.end, result.note, result.ended_at = StreamEnd.REFUSED, str(error), time.monotonic()

@@ -32,6 +32,7 @@ class Streams(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         cancel_after_tokens: Cancel the turn, over another connection, after this many tokens; 0: never. The
             response's Location names the turn.
         keep_delays: Note each token's way from the model to here, in ``LoadResult.delays_ns``.
+        at_once: Open all connections at the same moment, and not some after others.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Streams(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     leave_after_tokens: int = 0
     cancel_after_tokens: int = 0
     keep_delays: bool = False
+    at_once: bool = False
 
 
 class Idle(msgspec.Struct, frozen=True, kw_only=True, tag=True):

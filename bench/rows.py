@@ -51,3 +51,9 @@ def summarize(figures: Iterable[float | None]) -> Summary | None:
 def percentile(ascending: Sequence[float], percent: float) -> float:
     """Return the percentile of the figures by the nearest rank."""
     return ascending[max(math.ceil(len(ascending) * percent / 100) - 1, 0)]
+
+
+def spread(figures: Iterable[float]) -> tuple[float, float, float] | None:
+    """Return p50, p99 and the maximum; None without figures."""
+    ascending = sorted(figures)
+    return (percentile(ascending, 50), percentile(ascending, 99), ascending[-1]) if ascending else None

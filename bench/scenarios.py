@@ -4,8 +4,9 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from bench import end, expiry, first_token, idle, relay, store
+from bench import capacity, end, expiry, first_token, herd, idle, relay, requests, shutdown, store
 from bench.contenders import Contender, choose
+from bench.pairs import Pairing
 from bench.shutdown import CAP_S, Case, run_case, special, steady
 from bench.stage import Place
 
@@ -25,6 +26,9 @@ MAIN = (
 )
 QUICK = ("lastcall", "lastcall-config", "cooperative", "fastapi-2s", "quart-trio", "node")
 RELAYS = ("lastcall", "tuned", "fastapi-plain", "fastapi")
+SERVED = ("lastcall-config", "tuned", "fastapi-plain")
+"""For many connections at once: a bare hypercorn has a backlog of 100, and the others have 2048."""
+REPEATS_COMPARED = 5
 
 
 @dataclass(frozen=True)
@@ -37,15 +41,19 @@ class Programme:
     streams: Sequence[int] = ()
     repeats: int | None = None
     cap_s: float = CAP_S
+    modes: Sequence[str] = relay.MODES
+    compared: tuple[Contender, Contender] | None = None  # one service from two commits: no other server takes part
 
     @property
     def chosen(self) -> list[Contender]:
         """Return the contenders by name, or else the scenario's own list."""
+        if self.compared:
+            return list(self.compared)
         if self.only:
             return choose(self.only)
         if self.scenario == "shutdown":
             return choose({"quick": QUICK, "usual": MAIN, "full": ()}[self.size])
-        return choose(RELAYS)
+        return choose(SERVED if self.scenario in ("herd", "requests") else RELAYS)
 
     @property
     def contenders(self) -> list[Contender]:
@@ -57,7 +65,21 @@ class Programme:
         """Return how often each measurement is repeated."""
         if self.repeats is not None:
             return self.repeats
+        if self.compared:
+            return REPEATS_COMPARED
         return {"quick": 1, "usual": 3, "full": 5}[self.size] if self.scenario in ("shutdown", "store") else 1
+
+    @property
+    def pairs(self) -> list[tuple[Contender, Contender]]:
+        """Return the servers to compare: the first contender beside each other one, if there are several repeats."""
+        if self.compared:
+            return [self.compared]
+        return [(other, self.contenders[0]) for other in self.contenders[1:]] if self.times > 1 else []
+
+    def in_turn(self, repeat: int) -> list[Contender]:
+        """Return the contenders in the order of this repeat: each repeat begins with another one."""
+        start = 0 if self.compared else repeat % max(len(self.contenders), 1)
+        return [*self.contenders[start:], *self.contenders[:start]]
 
     def steps(self) -> int | None:
         """Return the number of rows to come, if it is known."""
@@ -85,33 +107,69 @@ async def measure(programme: Programme, place: Place) -> AsyncGenerator[Any, Non
 
 async def _measure_shutdown(programme: Programme, place: Place, repeat: int) -> AsyncGenerator[Any, None]:
     """Yield the runs interleaved: each repeat has all runs, and begins with another contender."""
-    contenders = programme.contenders
-    start = repeat % len(contenders)
     if repeat == 0:
-        for contender in contenders:  # the first start fills byte code and page cache: it is not measured
+        for contender in programme.contenders:  # the first start fills byte code and page cache: it is not measured
             await run_case(contender, steady(0), place, repeat=-1, cap_s=programme.cap_s)
     for case in programme.cases():
-        for contender in [*contenders[start:], *contenders[:start]]:
+        for contender in programme.in_turn(repeat):
             yield await run_case(contender, case, place, repeat=repeat, cap_s=programme.cap_s)
 
 
 async def _measure_relay(programme: Programme, place: Place, repeat: int) -> AsyncGenerator[Any, None]:
     counts = tuple(programme.streams) or ((50,) if programme.size == "quick" else relay.STREAMS)
     window_s = 1.0 if programme.size == "quick" else relay.WINDOW_S
-    for row in await relay.measure_direct(place, repeat=repeat, streams=counts, window_s=window_s):
-        yield row
-    for contender in programme.contenders:
-        for row in await relay.measure_contender(contender, place, repeat=repeat, streams=counts, window_s=window_s):
+    # ``half`` is half of the capacity that ``paced`` shows, which is measured for it if need be.
+    modes = [mode for mode in relay.MODES if mode in programme.modes or (mode == "paced" and "half" in programme.modes)]
+    for count in counts:
+        capacities: dict[str, float | None] = {}
+        for mode in modes:
+            if mode in relay.DIRECT_MODES and not programme.compared:
+                offered = relay.offered_per_s(mode, count)
+                yield await relay.measure_direct(place, mode, count, offered=offered, repeat=repeat, window_s=window_s)
+            for contender in programme.in_turn(repeat):
+                offered = relay.offered_per_s(mode, count, capacity_per_s=capacities.get(contender.name))
+                if mode == "half" and offered is None:
+                    continue  # it received nothing
+                row = await relay.measure_contender(
+                    contender, place, mode, count, offered=offered, repeat=repeat, window_s=window_s
+                )
+                if mode == "paced":
+                    capacities[contender.name] = row.capacity_per_s
+                yield row
+
+
+async def _measure_capacity(programme: Programme, place: Place, repeat: int) -> AsyncGenerator[Any, None]:
+    extent = capacity.QUICK if programme.size == "quick" else capacity.USUAL
+    if programme.streams:
+        extent = replace(extent, lowest=min(programme.streams), highest=max(programme.streams))
+    if not programme.compared:
+        yield await capacity.measure_direct(place, extent, repeat=repeat)
+    for contender in programme.in_turn(repeat):
+        yield await capacity.measure_contender(contender, place, extent, repeat=repeat)
+
+
+async def _measure_herd(programme: Programme, place: Place, repeat: int) -> AsyncGenerator[Any, None]:
+    for chats in programme.streams or ((300,) if programme.size == "quick" else herd.CHATS):
+        if not programme.compared:
+            yield await herd.measure_direct(place, chats, repeat=repeat)
+        for contender in programme.in_turn(repeat):
+            yield await herd.measure_contender(contender, place, chats, repeat=repeat)
+
+
+async def _measure_requests(programme: Programme, place: Place, repeat: int) -> AsyncGenerator[Any, None]:
+    window_s = 0.5 if programme.size == "quick" else requests.WINDOW_S
+    for contender in programme.in_turn(repeat):
+        for row in await requests.measure_contender(contender, place, repeat=repeat, window_s=window_s):
             yield row
 
 
 async def _measure_first_token(programme: Programme, place: Place, repeat: int) -> AsyncGenerator[Any, None]:
     beside = tuple(programme.streams) or ((0,) if programme.size == "quick" else first_token.BESIDE)
-    for row in await first_token.measure_direct(place, repeat=repeat):
-        yield row
-    for contender in programme.contenders:
-        for row in await first_token.measure_contender(contender, place, repeat=repeat, beside=beside):
-            yield row
+    if not programme.compared:
+        yield await first_token.measure_direct(place, repeat=repeat)
+    for count in beside:
+        for contender in programme.in_turn(repeat):
+            yield await first_token.measure_contender(contender, place, count, repeat=repeat)
 
 
 async def _measure_idle(programme: Programme, place: Place, repeat: int) -> AsyncGenerator[Any, None]:
@@ -141,7 +199,7 @@ async def _measure_store(programme: Programme, place: Place, repeat: int) -> Asy
 
 async def _measure_end(programme: Programme, place: Place, repeat: int) -> AsyncGenerator[Any, None]:
     turns = 20 if programme.size == "quick" else end.TURNS
-    for contender in programme.contenders:
+    for contender in programme.in_turn(repeat):
         for row in await end.measure_contender(contender, place, repeat=repeat, turns=turns):
             yield row
 
@@ -149,7 +207,10 @@ async def _measure_end(programme: Programme, place: Place, repeat: int) -> Async
 _SCENARIOS = {
     "shutdown": _measure_shutdown,
     "relay": _measure_relay,
+    "capacity": _measure_capacity,
+    "herd": _measure_herd,
     "first-token": _measure_first_token,
+    "requests": _measure_requests,
     "idle": _measure_idle,
     "expiry": _measure_expiry,
     "end": _measure_end,
@@ -158,9 +219,22 @@ _SCENARIOS = {
 NAMES = tuple(_SCENARIOS)
 TABLES = {
     "relay": relay.TABLE,
+    "capacity": capacity.TABLE,
+    "herd": herd.TABLE,
     "first-token": first_token.TABLE,
+    "requests": requests.TABLE,
     "idle": idle.TABLE,
     "expiry": expiry.TABLE,
     "end": end.TABLE,
     "store": store.TABLE,
 }
+PAIRINGS: dict[str, Pairing] = {
+    "shutdown": shutdown.PAIRING,
+    "relay": relay.PAIRING,
+    "capacity": capacity.PAIRING,
+    "herd": herd.PAIRING,
+    "first-token": first_token.PAIRING,
+    "requests": requests.PAIRING,
+    "end": end.PAIRING,
+}
+"""The scenarios whose servers can be compared in pairs."""

@@ -153,6 +153,10 @@ class ServerProcess:
         """Return the resident memory of all its processes; shared pages count in each."""
         return sum(_resident_bytes(pid) for pid in self.members())
 
+    def cpu_seconds(self) -> float:
+        """Return the processor time that all its live processes have used."""
+        return sum(_cpu_seconds(pid) for pid in self.members())
+
     def _signal(self, send: Callable[[int, int], None], number: int) -> float:
         now = time.monotonic()
         try:
@@ -290,6 +294,14 @@ def _environment(pid: int) -> list[bytes]:
         return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return []
+
+
+def _cpu_seconds(pid: int) -> float:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _resident_bytes(pid: int) -> int:

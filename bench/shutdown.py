@@ -13,6 +13,7 @@ import trio
 
 from bench.contenders import Contender
 from bench.machine import busy_share
+from bench.pairs import Pairing
 from bench.plan import Group, Idle, LoadResult, Request
 from bench.server_process import ServerFailedError
 from bench.stage import Place, Stage, chat_streams, open_stage
@@ -101,6 +102,16 @@ class ShutdownRow(msgspec.Struct, kw_only=True):
     rss_loaded_mib: float = 0
     busy_before: float = 0  # the share of the machine that other processes used
     load_average: float = 0
+
+
+PAIRING = Pairing(
+    lambda row: row.case,
+    (
+        ("gone s", lambda row: row.gone_s),
+        ("last stream s", lambda row: row.last_stream_s),
+        ("memory under load MiB", lambda row: row.rss_loaded_mib or None),
+    ),
+)
 
 
 async def run_case(contender: Contender, case: Case, place: Place, *, repeat: int, cap_s: float = CAP_S) -> ShutdownRow:

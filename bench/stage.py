@@ -1,7 +1,7 @@
 """The setup of a scenario: a server under test, a model server behind it, and a load client."""
 
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,8 +11,7 @@ import trio
 
 from bench.contenders import Contender
 from bench.peers import LoadClient, UpstreamProcess, open_load, open_upstream
-from bench.plan import Group, LoadResult, Plan, Request, Streams
-from bench.rows import percentile
+from bench.plan import Group, Plan, Request, Streams
 from bench.server_process import ServerProcess, open_server
 
 OPENING_MAX_S = 60.0
@@ -37,10 +36,10 @@ class Stage:
     store: Path  # the path of the contender's store, if it has one
 
     @asynccontextmanager
-    async def open_load(self, *groups: Group) -> AsyncIterator[LoadClient]:
-        """Open a load, and wait until all its clients are ready or have failed, for at most a minute."""
+    async def open_load(self, *groups: Group, opening_max_s: float = OPENING_MAX_S) -> AsyncIterator[LoadClient]:
+        """Open a load, and wait until all its clients are ready or have failed, for at most so long."""
         async with open_load(Plan(port=self.server.port, groups=groups), cpus=self.place.client_cpus) as load:
-            with trio.move_on_after(OPENING_MAX_S):
+            with trio.move_on_after(opening_max_s):
                 await load.wait_ready()
             yield load
 
@@ -86,25 +85,3 @@ async def open_direct_load(upstream: UpstreamProcess, place: Place, *groups: Gro
         with trio.fail_after(OPENING_MAX_S):
             await load.wait_ready()
         yield load
-
-
-def cpu_seconds(server: ServerProcess) -> float:
-    """Return the processor time that all processes of the server have used."""
-    total = 0
-    for pid in server.members():
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        total += int(fields[11]) + int(fields[12])
-    return total / os.sysconf("SC_CLK_TCK")
-
-
-def tokens_per_s(result: LoadResult, since: float, until: float) -> float:
-    """Return the tokens received a second, between the samples nearest to two moments."""
-    first = min(result.tokens_by_second, key=lambda sample: abs(sample[0] - since))
-    last = min(result.tokens_by_second, key=lambda sample: abs(sample[0] - until))
-    return (last[1] - first[1]) / (last[0] - first[0])
-
-
-def spread(figures: Sequence[float]) -> tuple[float, float, float] | None:
-    """Return p50, p99 and the maximum."""
-    ascending = sorted(figures)
-    return (percentile(ascending, 50), percentile(ascending, 99), ascending[-1]) if ascending else None

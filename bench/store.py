@@ -21,8 +21,9 @@ from bench.contenders import Contender
 from bench.machine import busy_share
 from bench.peers import open_load
 from bench.plan import Calls, Plan, Request, Streams
+from bench.rows import spread
 from bench.shutdown import Case, run_case
-from bench.stage import Place, Stage, chat_streams, cpu_seconds, open_stage, spread
+from bench.stage import Place, Stage, chat_streams, open_stage
 from bench.table import Table, number, triple
 
 NewRow = Callable[..., "StoreRow"]
@@ -147,10 +148,10 @@ async def _measure_turns(stage: Stage, extent: Extent, new_row: NewRow) -> Store
     group = Calls(name="turns", count=extent.sessions, requests=(_NEXT,), repeat=_FOR_EVER)
     async with open_load(Plan(port=stage.server.port, groups=(group,)), cpus=stage.place.client_cpus) as load:
         await trio.sleep(extent.warm_up_s)
-        used_s = -cpu_seconds(stage.server)
+        used_s = -stage.server.cpu_seconds()
         since = time.monotonic()
         await trio.sleep(extent.window_s)
-        used_s += cpu_seconds(stage.server)
+        used_s += stage.server.cpu_seconds()
         until = time.monotonic()
         clients = (await load.stop()).calls
     took = [

@@ -154,6 +154,7 @@ class StreamResult(msgspec.Struct, kw_only=True):
     status: int | None = None
     tokens: int = 0
     gaps: int = 0  # tokens missing, doubled or out of order
+    began_at: float | None = None  # before the connection was opened
     sent_at: float | None = None
     first_at: float | None = None  # the first piece of text
     ended_at: float | None = None

@@ -37,13 +37,33 @@ def test_a_tiny_run_measures_reports_and_draws(tmp_path: Path) -> None:
     assert all(contender.label in report for contender in choose(names))
 
 
-@pytest.mark.parametrize("scenario", ["relay", "first-token", "end", "idle", "expiry", "store"])
+SIZES = {
+    "relay": ("--streams", "2", "--modes", "live,flood,half"),
+    "capacity": ("--streams", "4"),
+    "herd": ("--streams", "5"),
+    "first-token": ("--streams", "2"),
+    "store": ("--streams", "2"),
+}
+
+
+@pytest.mark.parametrize("scenario", [*SIZES, "end", "idle", "expiry"])
 def test_each_scenario_runs_and_reports(tmp_path: Path, scenario: str) -> None:
-    streams = ("--streams", "2") if scenario in ("relay", "first-token", "store") else ()
-    done = run_bench(scenario, "--quick", "--only", "lastcall", *streams, "--out", str(tmp_path))
+    done = run_bench(scenario, "--quick", "--only", "lastcall", *SIZES.get(scenario, ()), "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     _, *rows = read_rows(tmp_path / f"{scenario}.jsonl")
     assert rows
+    if scenario == "relay":
+        modes = {(row["contender"], row["mode"]) for row in rows}
+        assert modes >= {("lastcall", "half"), *((name, "live") for name in ("lastcall", "direct"))}
+        assert all(row["cpu_us"] > 0 for row in rows if row["contender"] == "lastcall")
+    if scenario == "capacity":
+        assert [(row["contender"], row["failed"], row["carried"]["streams"]) for row in rows] == [
+            ("direct", None, 4),
+            ("lastcall", None, 4),
+        ]
+    if scenario == "herd":
+        assert [(row["began"], row["errors"]) for row in rows] == [(5, {}), (5, {})]
+        assert rows[1]["start_us"] > 0
     if scenario == "end":
         assert {(row["cause"], row["closed"]) for row in rows} == {
             ("client gone", 20),
@@ -59,6 +79,18 @@ def test_each_scenario_runs_and_reports(tmp_path: Path, scenario: str) -> None:
         assert (stop["n"], stop["kept"]) == (2, 2)
         assert stop["phases_ms"]["interrupting"] > 0
     assert (tmp_path / f"{scenario}.md").read_text().count("\n|") == len(rows) + 2
+
+
+def test_requests_are_measured_on_each_server_that_keeps_sessions(tmp_path: Path) -> None:
+    names = [name for name in ("lastcall", "tuned", "fastapi-plain") if name in PRESENT]
+    done = run_bench("requests", "--quick", "--only", ",".join(names), "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    _, *rows = read_rows(tmp_path / "requests.jsonl")
+    assert {(row["contender"], row["what"]) for row in rows} == {
+        (name, what) for name in names for what in ("GET /sessions/{id}", "GET /healthz")
+    }
+    assert [row["lost"] for row in rows] == [0] * len(rows)
+    assert all(row["n"] > 0 for row in rows)
 
 
 def test_a_name_that_is_no_contender_is_refused() -> None:
