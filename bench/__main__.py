@@ -2,8 +2,9 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
-from contextlib import aclosing
+from collections.abc import Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,10 +15,11 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench.contenders import CONTENDERS
+from bench.contenders import CONTENDERS, choose
 from bench.machine import Machine, choose_cpus, describe_machine, look_at_machine
 from bench.pairs import Comparison, compare, ratio_table
 from bench.relay import MODES
+from bench.revisions import RevisionError, open_versions, sides, split
 from bench.rows import RowFile
 from bench.scenarios import NAMES, PAIRINGS, TABLES, Programme, measure
 from bench.server_process import ServerFailedError
@@ -29,8 +31,11 @@ from bench.table import Table
 _RESULTS = Path(__file__).parent / "results"
 
 
-def parse_arguments(arguments: Sequence[str]) -> tuple[Programme, Path]:
-    """Read from the command line what to measure and where to write it. Raises SystemExit, as argparse does."""
+def parse_arguments(arguments: Sequence[str]) -> tuple[Programme, Path, str | None]:
+    """Read from the command line what to measure, where to write it and what to compare.
+
+    Raises SystemExit, as argparse does.
+    """
     names = [contender.name for contender in CONTENDERS]
     parser = argparse.ArgumentParser(prog="just bench", description="What happens to N people streaming on a deploy?")
     parser.add_argument("scenario", nargs="?", default="shutdown", choices=NAMES)
@@ -43,11 +48,18 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Programme, Path]:
     parser.add_argument("--repeats", type=int, metavar="N", help="how often each is measured")
     parser.add_argument("--cap", type=float, default=CAP_S, metavar="SECONDS", help="then a server is killed")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the results go")
+    parser.add_argument(
+        "--compare",
+        metavar="REV",
+        help="one Lastcall of this commit and of the working directory; A..B: of two commits",
+    )
     options = parser.parse_args(arguments)
     only = _split_names(parser, options.only, names, "server")
     modes = _split_names(parser, options.modes, MODES, "mode")
     if modes and options.scenario != "relay":
         parser.error(f"--modes belongs to relay, and {options.scenario} has none")
+    if options.compare is not None:
+        _check_comparison(parser, options.scenario, only, options.compare)
     programme = Programme(
         scenario=options.scenario,
         size=options.size or "usual",
@@ -57,7 +69,8 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Programme, Path]:
         repeats=options.repeats,
         cap_s=options.cap,
     )
-    return programme, options.out or (_RESULTS / "quick" if options.size == "quick" else _RESULTS)
+    kept_apart = "compare" if options.compare is not None else "quick" if options.size == "quick" else "."
+    return programme, options.out or _RESULTS / kept_apart, options.compare
 
 
 def _split_names(parser: argparse.ArgumentParser, text: str, known: Sequence[str], what: str) -> list[str]:
@@ -65,6 +78,28 @@ def _split_names(parser: argparse.ArgumentParser, text: str, known: Sequence[str
     if unknown := set(names) - set(known):
         parser.error(f"no such {what}: {', '.join(sorted(unknown))}")
     return names
+
+
+def _check_comparison(parser: argparse.ArgumentParser, scenario: str, only: Sequence[str], argument: str) -> None:
+    if scenario not in PAIRINGS:
+        parser.error(f"--compare has no figures of {scenario}: choose from {', '.join(PAIRINGS)}")
+    if len(only) > 1 or not all(name.startswith("lastcall") for name in only):
+        parser.error(f"--compare measures one server, and it is a Lastcall: not {', '.join(only)}")
+    try:
+        split(argument)
+    except RevisionError as error:
+        parser.error(str(error))
+
+
+@contextmanager
+def _compared(programme: Programme, argument: str | None) -> Iterator[Programme]:
+    """Lay out both versions of a comparison, if there is one."""
+    if argument is None:
+        yield programme
+        return
+    (contender,) = choose(programme.only or ["lastcall"])
+    with open_versions(argument) as versions:
+        yield replace(programme, compared=sides(contender, versions))
 
 
 async def run(programme: Programme, out: Path, console: Console) -> None:
@@ -129,9 +164,12 @@ def _plot(programme: Programme, rows: list[Any], out: Path) -> bool:
 
 
 def main() -> None:
-    programme, out = parse_arguments(sys.argv[1:])
+    programme, out, compared = parse_arguments(sys.argv[1:])
     try:
-        trio.run(run, programme, out, Console())
+        with _compared(programme, compared) as chosen:
+            trio.run(run, chosen, out, Console())
+    except RevisionError as error:
+        sys.exit(str(error))
     except ServerFailedError as error:
         sys.exit(f"a server under test failed: {str(error)[-4000:]}")
     except KeyboardInterrupt:
