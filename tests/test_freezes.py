@@ -29,9 +29,8 @@ from service.sessions.events.streams import Streams
 from service.sessions.turns.turn import Turn
 from service.sessions.upkeep.heartbeats import run_heartbeats
 from service.stop_state import StopState
-from service.storage.memory import MemoryStore
 from service.storage.store_deadline import answered_within
-from tests.sessions.puppet import Stage, open_stage
+from tests.sessions.puppet import LeavesPathsOut, Stage, open_stage
 
 STEP_S = LATE_S * 0.8
 
@@ -136,7 +135,7 @@ async def test_a_whole_turn_leaves_time_to_read_what_came_in_a_freeze_and_no_mor
 async def test_a_freeze_in_the_middle_of_a_round_of_the_event_loop_is_seen(
     watched: None, mock_clock: MockClock
 ) -> None:
-    class Freezing(MemoryStore):
+    class Freezing(LeavesPathsOut):
         async def read_path(self, *args: object, **kwargs: object) -> object:  # type: ignore[override]
             path = await super().read_path(*args, **kwargs)  # type: ignore[arg-type]
             mock_clock.jump(500)  # next, the turn checks its deadlines

@@ -58,7 +58,8 @@ class NewTurn(msgspec.Struct, frozen=True, kw_only=True):
     """A turn to be started. Its input is a text, or new items.
 
     Without ``parent`` the turn follows the session's head; with ``parent=None`` the turn is a first turn. With
-    ``creates_session`` the session is created if it does not exist.
+    ``creates_session`` the session is created if it does not exist. With ``session_is_new`` as well, the session's id
+    was made for this turn, so no session has it.
     """
 
     text: str = ""
@@ -72,6 +73,7 @@ class NewTurn(msgspec.Struct, frozen=True, kw_only=True):
     on_disconnect: OnDisconnect = "cancel"
     background: bool = False
     creates_session: bool = False
+    session_is_new: bool = False
     request_id: str | None = None
     """What the log calls the request that asks for it."""
 

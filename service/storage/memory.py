@@ -40,6 +40,7 @@ from service.storage.page_cursor import (
 from service.storage.page_size import fitting
 from service.storage.pieces import Run, count, pack, skip, split, text_of, unpack
 from service.storage.records import (
+    BegunTurn,
     Checkpoint,
     EndResult,
     EventsPage,
@@ -215,18 +216,29 @@ class MemoryStore:
     # Turns
 
     async def begin_turn(
-        self, turn: TurnRecord, *, now: datetime, head: str | None | msgspec.UnsetType = msgspec.UNSET
-    ) -> SessionRecord:
+        self,
+        turn: TurnRecord,
+        *,
+        now: datetime,
+        head: str | None | msgspec.UnsetType = msgspec.UNSET,
+        creates: SessionRecord | None = None,
+        path_bytes_max: int | None | msgspec.UnsetType = msgspec.UNSET,
+    ) -> BegunTurn:
         await anyio.lowlevel.checkpoint()
-        session = self._visible(turn.session_id, now)
-        if turn.parent is not None:
-            self._turn_of(turn.session_id, turn.parent)
-        rules.check_head(session.record, head)
+        if creates is not None:
+            rules.check_first_turn(creates, turn, head)
+            session = self._add(creates, now)
+        else:
+            session = self._visible(turn.session_id, now)
+            if turn.parent is not None:
+                self._turn_of(turn.session_id, turn.parent)
+            rules.check_head(session.record, head)
         kept = _Turn(turn)
         session.turns.append(kept)
         self._turns[turn.id] = kept
         self._replace(session, rules.begun(session.record, turn, now))
-        return session.record
+        path = None if path_bytes_max is msgspec.UNSET else self._short_path(session, turn, path_bytes_max)
+        return BegunTurn(session.record, path)
 
     async def start_turn(self, turn_id: str, *, now: datetime) -> bool:
         await anyio.lowlevel.checkpoint()
@@ -350,6 +362,22 @@ class MemoryStore:
             await anyio.lowlevel.checkpoint()
             self._visible(source_id, now)
 
+    def _short_path(self, session: _Session, turn: TurnRecord, bytes_max: int | None) -> Sequence[TurnRecord] | None:
+        """The path to a turn that has just begun; None if it is too long for one step of the event loop."""
+        if len(session.turns) > rules.SHORT_PATH_TURNS:
+            return None
+        bound, down, read = rules.PathBound(bytes_max), [turn], 0
+        bound.takes(turn.message_bytes)
+        for earlier in self._path_down(turn.session_id, turn.parent):
+            size = earlier.message_bytes
+            if not bound.takes(size):
+                break
+            read += size
+            if read > rules.SHORT_PATH_BYTES:
+                return None
+            down.append(earlier)
+        return down[::-1]
+
     def _newest_of_path(self, session_id: str, turn_id: str, bytes_max: int | None) -> Steps[list[TurnRecord]]:
         """The newest turns of a path that a :class:`~service.storage.rules.PathBound` takes, root first.
 
@@ -368,8 +396,8 @@ class MemoryStore:
         newest.reverse()
         return newest
 
-    def _path_down(self, session_id: str, turn_id: str) -> Iterator[TurnRecord]:
-        next_id: str | None = turn_id
+    def _path_down(self, session_id: str, turn_id: str | None) -> Iterator[TurnRecord]:
+        next_id = turn_id
         while next_id is not None:
             turn = self._turns.get(next_id)
             if turn is None or turn.record.session_id != session_id:

@@ -1,6 +1,6 @@
 """The records that a store keeps, as immutable values."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from enum import Enum
 from typing import Generic, Literal, TypeVar
@@ -284,6 +284,18 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
     def message_bytes(self) -> int:
         """The size of the turn's messages in a prompt, in bytes of UTF-8."""
         return self.in_prompts.bytes
+
+
+class BegunTurn(msgspec.Struct, frozen=True):
+    """What the store knows of a turn that it has just accepted.
+
+    Attributes:
+        session: The session after the acceptance.
+        path: The turns for the prompt, if the caller asked for them and they are short enough to be read with a write.
+    """
+
+    session: SessionRecord
+    path: Sequence[TurnRecord] | None = None
 
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):

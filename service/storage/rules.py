@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import msgspec
 
-from service.errors import HeadMovedError
+from service.errors import HeadMovedError, TurnNotFoundError
 from service.storage.records import (
     SEQ_AFTER_CRASH,
     EndResult,
@@ -74,6 +74,13 @@ def check_head(session: SessionRecord, head: str | None | msgspec.UnsetType) -> 
     """Check the head by which a caller chose a turn's parent. Raises: HeadMovedError."""
     if head is not msgspec.UNSET and head != session.head:
         raise HeadMovedError
+
+
+def check_first_turn(session: SessionRecord, turn: TurnRecord, head: str | None | msgspec.UnsetType) -> None:
+    """Check a turn that is accepted together with its session. Raises: TurnNotFoundError, HeadMovedError."""
+    if turn.parent is not None:
+        raise TurnNotFoundError(turn.parent)
+    check_head(session, head)
 
 
 def counts_of_begin(turn: TurnRecord) -> Counts:
@@ -182,6 +189,12 @@ def without_texts(items: Iterable[Item]) -> tuple[Item, ...]:
 
 TURN_BYTES = 128
 """What each turn counts in a prompt besides its messages, about as much as in a request. So turns are bounded, too."""
+
+
+SHORT_PATH_TURNS = 64
+"""The most turns of a session in which the acceptance of a turn returns the turn's path."""
+SHORT_PATH_BYTES = 64 * 1024
+"""The most bytes of messages on such a path, besides those of the turn itself."""
 
 
 class PathBound:

@@ -19,6 +19,7 @@ import msgspec
 
 from service.storage.pieces import Run
 from service.storage.records import (
+    BegunTurn,
     Checkpoint,
     EndResult,
     EventsPage,
@@ -172,18 +173,28 @@ class Store(Protocol):
     # Turns
 
     async def begin_turn(
-        self, turn: TurnRecord, *, now: datetime, head: str | None | msgspec.UnsetType = msgspec.UNSET
-    ) -> SessionRecord:
+        self,
+        turn: TurnRecord,
+        *,
+        now: datetime,
+        head: str | None | msgspec.UnsetType = msgspec.UNSET,
+        creates: SessionRecord | None = None,
+        path_bytes_max: int | None | msgspec.UnsetType = msgspec.UNSET,
+    ) -> BegunTurn:
         """Accept a turn: keep the turn and its input, make it the head, count it as a use.
 
         ``turn.state`` is ``queued`` or ``running``, its id is new. ``open_turns`` grows by one,
-        ``message_count`` by the input's messages. Returns the session after this step.
+        ``message_count`` by the input's messages.
 
         Args:
             head: The head that the session must have, if the caller chose ``turn.parent`` by it.
+            creates: The turn's session, to be added first, as :meth:`create_session` does.
+            path_bytes_max: Return the path to the turn, too, as :meth:`read_path` does with this bound. A store that
+                would hold up other writes for it leaves the path out.
 
         Raises:
             SessionNotFoundError
+            SessionExistsError, SessionLimitError: With ``creates``, as :meth:`create_session`.
             HeadMovedError: The session has another head.
             TurnNotFoundError: ``turn.parent`` is not a turn of this session. (An open turn is allowed.)
             OwnedElsewhereError: Another owner, which lives, has open turns of this session. (Turns of an owner that

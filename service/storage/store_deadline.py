@@ -34,9 +34,16 @@ def answered_within(timeout_s: float, *, shield: bool = False) -> Iterator[Scope
 
 @asynccontextmanager
 async def answered_in_turn(lock: trio.Lock, timeout_s: float) -> AsyncIterator[None]:
-    """Hold a lock. Raises: StoreError, if the wait for the lock takes longer than ``timeout_s``."""
-    with answered_within(timeout_s):
-        await lock.acquire()
+    """Hold a lock. A free lock is taken without a checkpoint.
+
+    Raises:
+        StoreError: The wait for the lock took longer than ``timeout_s``.
+    """
+    try:
+        lock.acquire_nowait()
+    except trio.WouldBlock:
+        with answered_within(timeout_s):
+            await lock.acquire()
     try:
         yield
     finally:

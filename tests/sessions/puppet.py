@@ -7,6 +7,7 @@ needs. The contract of the model clients is tested in ``tests/models``.
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import trio
 
@@ -32,6 +33,14 @@ from service.sessions.sessions import Sessions, open_sessions
 from service.settings import Settings
 from service.stop_state import StopState
 from service.storage.memory import MemoryStore
+from service.storage.records import BegunTurn, TurnRecord
+
+
+class LeavesPathsOut(MemoryStore):
+    """Has only paths that are too long to be read with a write."""
+
+    async def begin_turn(self, turn: TurnRecord, **rest: Any) -> BegunTurn:
+        return BegunTurn((await super().begin_turn(turn, **rest)).session)
 
 
 class Reply:

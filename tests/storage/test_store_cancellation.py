@@ -104,6 +104,9 @@ STEPS: dict[str, Callable[[Store], Awaitable[object]]] = {
     "remove": lambda store: store.remove_deleted("marked"),
     "expire": lambda store: store.delete_expired(now=NOW, limit=10),
     "begin": lambda store: store.begin_turn(a_turn("new", parent="queued", texts=["a", "b"]), now=NOW),
+    "begin with its session": lambda store: store.begin_turn(
+        a_turn("new", "old"), now=NOW, creates=a_session("old", created=IDLE_TIMEOUT_S), path_bytes_max=None
+    ),
     "start": lambda store: store.start_turn("queued", now=NOW),
     "end": lambda store: store.end_turn(
         ended(a_turn("t"), reasoning="hm", usage=Usage(input_tokens=1, output_tokens=2)),

@@ -21,6 +21,7 @@ from service.errors import (
     TurnNotFoundError,
 )
 from service.models.client import FunctionTool, NamedFunction, Tools, Usage
+from service.storage import rules
 from service.storage.page_cursor import (
     SessionPosition,
     TurnPosition,
@@ -29,7 +30,17 @@ from service.storage.page_cursor import (
     encode_cursor,
 )
 from service.storage.pieces import CALL, QUEUED, STARTED, Run, count
-from service.storage.records import EndResult, EndState, Failure, Item, LeftOut, SessionPatch, SessionRecord, TurnRecord
+from service.storage.records import (
+    BegunTurn,
+    EndResult,
+    EndState,
+    Failure,
+    Item,
+    LeftOut,
+    SessionPatch,
+    SessionRecord,
+    TurnRecord,
+)
 from service.storage.rules import TURN_BYTES
 from service.storage.store import PAGE_LENGTH_MAX, Store
 from service.store_capabilities import BY_SCHEME
@@ -237,7 +248,7 @@ async def test_a_session_with_an_open_turn_is_there_past_its_deadline(store: Sto
     assert await store.count_sessions(status="running", now=late) == 1
     assert [session.id for session in await all_sessions(store, now=late)] == ["s"]
     assert await store.delete_expired(now=late, limit=10) == 0
-    assert (await store.begin_turn(a_turn("t2", parent="t"), now=late)).open_turns == 2
+    assert (await store.begin_turn(a_turn("t2", parent="t"), now=late)).session.open_turns == 2
 
 
 async def test_reads_do_not_move_the_deadline(store: Store) -> None:
@@ -515,7 +526,7 @@ async def test_an_accepted_turn_is_kept_and_is_the_head(store: Store) -> None:
     turn = msgspec.structs.replace(
         a_turn(texts=["first", UNICODE]), temperature=0.7, max_output_tokens=5, background=True, created_at=at(1)
     )
-    session = await store.begin_turn(turn, now=at(2))
+    session = (await store.begin_turn(turn, now=at(2))).session
     assert session == msgspec.structs.replace(
         a_session(),
         head="t",
@@ -552,14 +563,116 @@ async def test_a_parent_of_nowhere_or_of_another_session_is_refused_and_nothing_
 
 async def test_a_turn_that_follows_on_the_head_is_refused_where_that_has_moved(store: Store) -> None:
     await store.create_session(a_session(), now=T0)
-    assert (await store.begin_turn(a_turn(), now=T0, head=None)).head == "t"
+    assert (await store.begin_turn(a_turn(), now=T0, head=None)).session.head == "t"
     before = await contents(store, now=T0)
     for head in (None, "another"):
         with pytest.raises(HeadMovedError):
             await store.begin_turn(a_turn("t2", parent=head and "t"), now=at(1), head=head)
     assert await contents(store, now=T0) == before
-    assert (await store.begin_turn(a_turn("t2", parent="t"), now=at(1), head="t")).head == "t2"
-    assert (await store.begin_turn(a_turn("branch", parent="t"), now=at(1))).head == "branch", "no head required"
+    assert (await store.begin_turn(a_turn("t2", parent="t"), now=at(1), head="t")).session.head == "t2"
+    assert (await store.begin_turn(a_turn("branch", parent="t"), now=at(1))).session.head == "branch", (
+        "no head required"
+    )
+
+
+async def test_a_turn_is_accepted_together_with_its_session(store: Store) -> None:
+    new = a_session(created=1)
+    begun = await store.begin_turn(a_turn(texts=["a", "b"]), now=at(2), head=None, creates=new)
+    assert begun.session == msgspec.structs.replace(
+        new, head="t", open_turns=1, message_count=2, last_accessed_at=at(2), expires_at=at(2 + IDLE_TIMEOUT_S)
+    )
+    assert await contents(store, now=T0) == {"s": (begun.session, [(a_turn(texts=["a", "b"]), [])])}
+    await store.end_turn(ended(a_turn(texts=["a", "b"])), runs=said("Hi"), now=at(3))
+    assert (await store.begin_turn(a_turn("t2", parent="t"), now=at(4), head="t")).session.message_count == 4
+
+
+async def test_a_turn_whose_session_is_there_already_is_refused_and_nothing_changes(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    await store.begin_turn(a_turn("first"), now=T0)
+    await store.create_session(a_session("marked"), now=T0)
+    await store.mark_deleted("marked", now=T0)
+    before = await contents(store, now=T0)
+    for session_id in ("s", "marked"):
+        with pytest.raises(SessionExistsError):
+            await store.begin_turn(a_turn("t", session_id), now=at(1), creates=a_session(session_id, created=1))
+    assert await contents(store, now=T0) == before
+    assert await store.is_marked("marked")
+
+
+async def test_a_turn_with_its_session_replaces_an_expired_session(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    await store.begin_turn(a_turn("old"), now=T0)
+    await store.end_turn(ended(a_turn("old")), runs=said("Hi"), now=T0)
+    later = at(IDLE_TIMEOUT_S)
+    begun = await store.begin_turn(a_turn(), now=later, creates=a_session(created=IDLE_TIMEOUT_S))
+    assert await contents(store, now=later) == {"s": (begun.session, [(a_turn(), [])])}
+
+
+@pytest.mark.parametrize(
+    ("parent", "head", "refusal"), [("old", msgspec.UNSET, TurnNotFoundError), (None, "old", HeadMovedError)]
+)
+async def test_a_turn_that_cannot_be_the_first_one_creates_no_session_and_replaces_none(
+    store: Store, parent: str | None, head: str | msgspec.UnsetType, refusal: type[Exception]
+) -> None:
+    await store.create_session(a_session(), now=T0)
+    await store.begin_turn(a_turn("old"), now=T0)
+    await store.end_turn(ended(a_turn("old")), runs=said("Hi"), now=T0)
+    before = await contents(store, now=T0)
+    later = at(IDLE_TIMEOUT_S)
+    for session_id in ("s", "fresh"):
+        with pytest.raises(refusal):
+            await store.begin_turn(
+                a_turn("t", session_id, parent=parent),
+                now=later,
+                head=head,
+                creates=a_session(session_id, created=IDLE_TIMEOUT_S),
+            )
+    assert await contents(store, now=T0) == before
+
+
+async def test_an_acceptance_returns_the_path_that_a_read_finds(store: Store) -> None:
+    begun = await store.begin_turn(a_turn("a", texts=["x" * 5]), now=T0, creates=a_session(), path_bytes_max=0)
+    assert begun.path == [a_turn("a", texts=["x" * 5])], "the last turn is always there"
+    await store.end_turn(ended(a_turn("a", texts=["x" * 5])), runs=said("Hello"), now=T0)
+    for name, parent in (("b", "a"), ("c", "a"), ("d", "b")):
+        turn = msgspec.structs.replace(a_turn(name, parent=parent, texts=["x" * 5]))
+        for bytes_max in (None, 10_000, 2 * (10 + TURN_BYTES), 0):
+            named = msgspec.structs.replace(turn, id=f"{name}-{bytes_max}")
+            begun = await store.begin_turn(named, now=T0, path_bytes_max=bytes_max)
+            assert begun.path == await store.read_path("s", named.id, bytes_max=bytes_max)
+            await store.end_turn(ended(named), runs=said("Hello"), now=T0)
+        await store.begin_turn(turn, now=T0)
+        await store.end_turn(ended(turn), runs=said("Hello"), now=T0)
+    assert [turn.id for turn in begun.path or ()] == ["d-0"]
+
+
+async def test_an_acceptance_returns_no_path_unless_asked_to(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    assert (await store.begin_turn(a_turn(), now=T0)).path is None
+
+
+async def test_an_acceptance_leaves_out_a_path_that_is_too_long_to_be_read_with_a_write(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await store.create_session(a_session(), now=T0)
+    parent = None
+    accepted = 0
+
+    async def is_read(*, turns_max: int, bytes_max: int, of: int | None = None) -> bool:
+        nonlocal parent, accepted
+        monkeypatch.setattr(rules, "SHORT_PATH_TURNS", turns_max)
+        monkeypatch.setattr(rules, "SHORT_PATH_BYTES", bytes_max)
+        turn = a_turn(f"t{accepted}", parent=parent, texts=["x" * 10])
+        begun = await store.begin_turn(turn, now=T0, path_bytes_max=of)
+        parent, accepted = turn.id, accepted + 1
+        assert begun.path in (None, await store.read_path("s", turn.id, bytes_max=of))
+        return begun.path is not None
+
+    assert await is_read(turns_max=1, bytes_max=0), "its own messages do not count"
+    assert not await is_read(turns_max=1, bytes_max=1000)
+    assert not await is_read(turns_max=100, bytes_max=19)
+    assert await is_read(turns_max=100, bytes_max=30)
+    assert await is_read(turns_max=100, bytes_max=10, of=2 * (10 + TURN_BYTES)), "only one more turn fits"
 
 
 async def test_an_input_without_messages_counts_none(store: Store) -> None:
@@ -567,7 +680,7 @@ async def test_an_input_without_messages_counts_none(store: Store) -> None:
     turn = msgspec.structs.replace(
         a_turn(texts=[]), input=(Item(id="r", type="reasoning", role="assistant", text="hm"),)
     )
-    assert (await store.begin_turn(turn, now=T0)).message_count == 0
+    assert (await store.begin_turn(turn, now=T0)).session.message_count == 0
 
 
 async def test_a_queued_turn_starts_once(store: Store) -> None:
@@ -1003,7 +1116,7 @@ async def test_a_session_is_used_or_expires_but_never_both(store: Store) -> None
             assert used is SessionNotFoundError
             assert list(await store.read_path(f"s{n}", turn.id, bytes_max=None)) == []
         else:
-            assert await store.get_session(f"s{n}", now=deadline) == used
+            assert BegunTurn(await store.get_session(f"s{n}", now=deadline)) == used
             assert await store.get_turn(f"s{n}", turn.id, now=deadline) == turn
 
 

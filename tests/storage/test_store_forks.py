@@ -110,7 +110,7 @@ async def test_a_copy_of_a_session_without_turns_has_none(store: Store) -> None:
     copy = await _fork(store)
     assert (copy.head, copy.message_count, copy.title) == (None, 0, "T")
     assert (await contents(store, now=NOW))["copy"] == (copy, [])
-    assert (await store.begin_turn(a_turn("t", "copy"), now=NOW)).head == "t"
+    assert (await store.begin_turn(a_turn("t", "copy"), now=NOW)).session.head == "t"
 
 
 async def test_a_copy_takes_turns_expires_and_is_forked_as_any_session(store: Store) -> None:
@@ -121,7 +121,7 @@ async def test_a_copy_takes_turns_expires_and_is_forked_as_any_session(store: St
         await all_turns(store, "copy", now=NOW)
     )
     assert copy.head is not None
-    assert (await store.begin_turn(a_turn("next", "copy", parent=copy.head), now=NOW)).open_turns == 1
+    assert (await store.begin_turn(a_turn("next", "copy", parent=copy.head), now=NOW)).session.open_turns == 1
     assert [turn.id for turn in await all_turns(store, "copy", now=NOW)][-1] == "next"
     assert await store.end_turn(ended(a_turn("next", "copy", parent=copy.head)), runs=(), now=NOW) is EndResult.KEPT
     assert await store.count_sessions(status="idle", now=NOW) == 3

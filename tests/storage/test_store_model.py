@@ -294,9 +294,10 @@ class History:
                     return await store.delete_expired(now=now, limit=limit)
                 case Begin():
                     turn_record = self._turn(step)
-                    session = await store.begin_turn(turn_record, now=now)
+                    begun = await store.begin_turn(turn_record, now=now, path_bytes_max=None)
                     self.begun.append(turn_record)
-                    return session
+                    assert begun.path == await store.read_path(turn_record.session_id, turn_record.id, bytes_max=None)
+                    return begun.session
                 case Start(turn):
                     return await store.start_turn(self.picked(turn).id, now=now)
                 case End():

@@ -91,7 +91,7 @@ async def test_a_crashed_turn_is_interrupted_with_the_output_and_events_of_its_l
         assert await store.recover(now=at(8)) == 0
         assert await store.delete_expired(now=at(6 + IDLE_TIMEOUT_S), limit=10) == 0
         # The session goes on.
-        assert (await store.begin_turn(a_turn("next", parent="t"), now=at(9))).open_turns == 1
+        assert (await store.begin_turn(a_turn("next", parent="t"), now=at(9))).session.open_turns == 1
 
 
 async def test_left_out_of_a_crashed_turn_is_that_of_its_last_checkpoint(open_shared: OpenStore) -> None:
@@ -199,8 +199,12 @@ async def test_a_turn_begins_in_a_session_whose_owner_died_and_ends_the_turns_it
             await _begin(dying, "t")
             await dying.checkpoint_turns([a_checkpoint("t", "Hel")])
             await _begin(dying, "t2", session="s2")
-        session = await here.begin_turn(a_turn("next", parent="t"), now=at(1))
-        assert (session.open_turns, session.message_count) == (1, 3)
+        begun = await here.begin_turn(a_turn("next", parent="t"), now=at(1), path_bytes_max=None)
+        assert (begun.session.open_turns, begun.session.message_count) == (1, 3)
+        assert [(turn.id, turn.state, turn.text) for turn in begun.path or ()] == [
+            ("t", "interrupted", "Hel"),
+            ("next", "running", ""),
+        ], "the path is the one after the recovery"
         turn = await here.get_turn("s", "t", now=at(1))
         assert (turn.state, turn.reason, turn.text) == ("interrupted", "crash", "Hel")
         assert await here.recover(now=at(2)) == 1, "that of the other session"
@@ -217,7 +221,7 @@ async def test_a_stale_head_ends_no_turn_of_an_owner_that_is_gone(open_shared: O
         with pytest.raises(HeadMovedError):
             await here.begin_turn(new, now=at(1), head="stale")
         assert await contents(here, now=at(1)) == before
-        assert (await here.begin_turn(new, now=at(1), head="t")).open_turns == 1
+        assert (await here.begin_turn(new, now=at(1), head="t")).session.open_turns == 1
         assert (await here.get_turn("s", "t", now=at(1))).state == "interrupted"
 
 

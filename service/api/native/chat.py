@@ -51,6 +51,7 @@ async def chat() -> TrioResponse:
         text=body.message,
         on_disconnect=body.on_disconnect,
         creates_session=True,
+        session_is_new=body.session_id is None,
         request_id=current_request_id(),
     )
     return await start_streaming(service, take_slot(service), body.session_id or new_session_id(), new)

@@ -85,7 +85,7 @@ class Acceptance:
                         try:
                             return await self._accept(session, new, deadline)
                         except SessionExistsError:  # another caller has just created the session
-                            new = msgspec.structs.replace(new, creates_session=False)
+                            new = msgspec.structs.replace(new, creates_session=False, session_is_new=False)
                         except HeadMovedError:
                             pass  # another process has just accepted a turn: follow that turn
 
@@ -108,18 +108,19 @@ class Acceptance:
         )
         if not deadline.left_s:
             await trio.lowlevel.checkpoint()  # raises: no write begins whose outcome would be unknown
-        # Shielded: a cancellation within the commit would leave a turn that no task runs, and a cancellation just
-        # before the commit would leave a session without a turn. There is no checkpoint between the two writes.
-        if is_new:
-            with self._pending_writes.writing(within_s=deadline.left_s, shield=True):
-                await self._store.create_session(stored, now=now)
-        head = stored.head if new.parent is msgspec.UNSET else msgspec.UNSET
-        await self._commit_input(turn, head=head, within_s=deadline.left_s)
+        await self._commit_input(
+            turn,
+            head=stored.head if new.parent is msgspec.UNSET else msgspec.UNSET,
+            creates=stored if is_new else None,
+            within_s=deadline.left_s,
+        )
         self._make_live(session, turn, supersedes=new.on_conflict == "supersede")
         return turn
 
     async def _find_session(self, session_id: str, new: NewTurn, now: datetime) -> tuple[SessionRecord, bool]:
         """The session, and whether it must still be created."""
+        if new.session_is_new:
+            return NewSession(id=session_id).record(now=now, settings=self._settings), True
         try:
             return await self._store.get_session(session_id, now=now), False
         except SessionNotFoundError:
@@ -127,15 +128,26 @@ class Acceptance:
                 raise
             return NewSession(id=session_id).record(now=now, settings=self._settings), True
 
-    async def _commit_input(self, turn: Turn, *, head: str | None | msgspec.UnsetType, within_s: float) -> None:
+    async def _commit_input(
+        self, turn: Turn, *, head: str | None | msgspec.UnsetType, creates: SessionRecord | None, within_s: float
+    ) -> None:
+        """Commit the input, and the session if it is new, in one step.
+
+        A turn that starts at once gets its path by the same step. Shielded: a cancellation within the commit would
+        leave a turn that no task runs.
+        """
+        path_bytes_max = self._settings.prompt_bytes_max if turn.running else msgspec.UNSET
         try:
             with self._pending_writes.writing(within_s=within_s, shield=True):
-                await self._store.begin_turn(turn.record(), now=self._clock(), head=head)
+                begun = await self._store.begin_turn(
+                    turn.record(), now=self._clock(), head=head, creates=creates, path_bytes_max=path_bytes_max
+                )
         except StoreError as error:
             # The store may have the turn or not. If the store has it, the turn must not stay open.
             turn.decide(outcome.failed(error.code, str(error)))
             self._pending_writes.add_end(turn)
             raise
+        turn.path = begun.path
 
     def _make_live(self, session: ActiveSession, turn: Turn, *, supersedes: bool) -> None:
         if supersedes:

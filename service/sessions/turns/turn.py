@@ -54,6 +54,8 @@ class Turn:
         """Whether the turn is not this process's any more, so that the store will never take its end."""
         self.crashed = False
         """Whether a fault of this service ended the turn."""
+        self.path: Sequence[TurnRecord] | None = None
+        """The turns for its prompt, if they came with the acceptance; its task takes them."""
         self.client = client
         self.system_message = system_message
         self.request_id = request_id

@@ -75,9 +75,9 @@ def visible(db: apsw.Connection, session_id: str, now: datetime) -> StoredSessio
     return kept
 
 
-def create(db: apsw.Connection, session: SessionRecord, now: datetime) -> None:
+def create(db: apsw.Connection, session: SessionRecord, now: datetime) -> StoredSession:
     make_room(db, session.id, now)
-    insert(db, session)
+    return StoredSession(session, key=insert(db, session), deletion=0, turns_begun=0, owner=None)
 
 
 def make_room(db: apsw.Connection, session_id: str, now: datetime) -> None:

@@ -17,6 +17,7 @@ from service.errors import StoreError
 from service.storage.page_cursor import decode_session_cursor, decode_turn_cursor
 from service.storage.pieces import Run, skip, split, text_of
 from service.storage.records import (
+    BegunTurn,
     Checkpoint,
     EndResult,
     EventsPage,
@@ -174,9 +175,19 @@ class SqliteStore:
     # Turns
 
     async def begin_turn(
-        self, turn: TurnRecord, *, now: datetime, head: str | None | msgspec.UnsetType = msgspec.UNSET
-    ) -> SessionRecord:
-        return await self._writing.call(lambda db: turns.begin(db, turn, self._ownership, now, head=head))
+        self,
+        turn: TurnRecord,
+        *,
+        now: datetime,
+        head: str | None | msgspec.UnsetType = msgspec.UNSET,
+        creates: SessionRecord | None = None,
+        path_bytes_max: int | None | msgspec.UnsetType = msgspec.UNSET,
+    ) -> BegunTurn:
+        return await self._writing.call(
+            lambda db: turns.begin(
+                db, turn, self._ownership, now, head=head, creates=creates, path_bytes_max=path_bytes_max
+            )
+        )
 
     async def start_turn(self, turn_id: str, *, now: datetime) -> bool:
         return await self._writing.call(lambda db: turns.start(db, turn_id, self.fence, now))

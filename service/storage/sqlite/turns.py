@@ -14,7 +14,7 @@ from service.storage import rules
 from service.storage.page_cursor import TurnPosition, encode_cursor
 from service.storage.page_size import fitting
 from service.storage.pieces import Run, count, skip, text_of
-from service.storage.records import Checkpoint, EndResult, LeftOut, Page, SessionRecord, TurnRecord
+from service.storage.records import BegunTurn, Checkpoint, EndResult, LeftOut, Page, SessionRecord, TurnRecord
 from service.storage.sqlite import event_pages, recovery, sessions
 from service.storage.sqlite.ends import keep_end
 from service.storage.sqlite.event_pages import record_of
@@ -30,6 +30,8 @@ from service.storage.sqlite.rows import (
 
 _NEWEST = 1 << 62
 """Above every ordinal."""
+SHORT_PATH_S = 0.001
+"""The approximate time for which the acceptance of a turn reads its path, while other writes wait."""
 STEP_S = 0.003
 """The approximate time of one step of a long read, in which the other steps of the same thread wait."""
 
@@ -69,17 +71,15 @@ def begin(
     now: datetime,
     *,
     head: str | None | msgspec.UnsetType = msgspec.UNSET,
-) -> SessionRecord:
-    kept = sessions.visible(db, turn.session_id, now)
-    if turn.parent is not None:
-        key_of(db, turn.parent, kept.key)
-    others = None if kept.owner == owners.fence else kept.owner
-    if others is not None:
-        recovery.refuse_if_alive(db, others, owners, turn.session_id)
-    rules.check_head(kept.record, head)
-    if others is not None:
-        recovery.end_turns_of(db, others, now, session=kept.key)
-        kept = sessions.visible(db, turn.session_id, now)
+    creates: SessionRecord | None = None,
+    path_bytes_max: int | None | msgspec.UnsetType = msgspec.UNSET,
+) -> BegunTurn:
+    if creates is not None:
+        rules.check_first_turn(creates, turn, head)
+        kept = sessions.create(db, creates, now)
+    else:
+        kept = _session_for(db, turn, owners, now, head)
+    path = None if path_bytes_max is msgspec.UNSET else _short_path(db, kept, turn, path_bytes_max)
     db.execute(_INSERT, values_of(turn) | {"session": kept.key, "ordinal": kept.turns_begun, "owner": owners.fence})
     session = rules.begun(kept.record, turn, now)
     db.execute(
@@ -96,7 +96,43 @@ def begin(
             kept.key,
         ),
     )
-    return session
+    return BegunTurn(session, path)
+
+
+def _session_for(
+    db: apsw.Connection, turn: TurnRecord, owners: Ownership, now: datetime, head: str | None | msgspec.UnsetType
+) -> sessions.StoredSession:
+    """The session of a turn that may begin. Turns of an owner that is gone are recovered."""
+    kept = sessions.visible(db, turn.session_id, now)
+    if turn.parent is not None:
+        key_of(db, turn.parent, kept.key)
+    others = None if kept.owner == owners.fence else kept.owner
+    if others is not None:
+        recovery.refuse_if_alive(db, others, owners, turn.session_id)
+    rules.check_head(kept.record, head)
+    if others is not None:
+        recovery.end_turns_of(db, others, now, session=kept.key)
+        kept = sessions.visible(db, turn.session_id, now)
+    return kept
+
+
+def _short_path(
+    db: apsw.Connection, session: sessions.StoredSession, turn: TurnRecord, bytes_max: int | None
+) -> Sequence[TurnRecord] | None:
+    """The path to a turn that is about to begin; None if it is too long to be read while other writes wait."""
+    if session.turns_begun >= rules.SHORT_PATH_TURNS:
+        return None
+    bound, down, read = rules.PathBound(bytes_max), [turn], 0
+    bound.takes(turn.message_bytes)
+    deadline = time.monotonic() + SHORT_PATH_S
+    for row in () if turn.parent is None else _path_down(db, session.key, turn.parent):
+        if not bound.takes(row[-1]):
+            break
+        read += row[-1]
+        if read > rules.SHORT_PATH_BYTES or time.monotonic() >= deadline:
+            return None
+        down.append(record_of(db, turn.session_id, row))
+    return down[::-1]
 
 
 def start(db: apsw.Connection, turn_id: str, fence: int, now: datetime) -> bool:

@@ -1,6 +1,6 @@
 """The acceptance of a turn: either all of its writes and counts exist, or none."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -12,7 +12,6 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from service.errors import (
     LimitError,
-    SessionExistsError,
     SessionNotFoundError,
     ShuttingDownError,
     StoreError,
@@ -22,8 +21,8 @@ from service.errors import (
 from service.sessions.commands import NewSession, NewTurn
 from service.stop_state import Phase
 from service.storage.memory import MemoryStore
-from service.storage.records import SessionRecord, TurnRecord
-from tests.sessions.puppet import Stage, open_stage
+from service.storage.records import BegunTurn, LeftOut, SessionRecord, TurnRecord
+from tests.sessions.puppet import LeavesPathsOut, Stage, open_stage
 from tests.sessions.turns.test_turns import start
 from tests.storage.rows import a_turn, ended
 from tests.storage.test_store_cancellation import CancelAtWait
@@ -34,14 +33,10 @@ CHAT = NewTurn(text="hi", creates_session=True)
 class AnswersLate(MemoryStore):
     """Does each step some time before its answer arrives."""
 
-    async def create_session(self, session: SessionRecord, *, now: datetime) -> None:
-        await super().create_session(session, now=now)
+    async def begin_turn(self, turn: TurnRecord, **rest: Any) -> BegunTurn:
+        begun = await super().begin_turn(turn, **rest)
         await trio.lowlevel.checkpoint()
-
-    async def begin_turn(self, turn: TurnRecord, **rest: Any) -> SessionRecord:
-        session = await super().begin_turn(turn, **rest)
-        await trio.lowlevel.checkpoint()
-        return session
+        return begun
 
 
 class Hangs(MemoryStore):
@@ -95,11 +90,10 @@ async def test_caller_that_leaves_at_any_wait_leaves_a_session_with_its_turn_or_
     assert set(outcomes) == {False, True}
 
 
-@pytest.mark.parametrize("step", ["create_session", "begin_turn"])
 async def test_caller_that_leaves_during_a_write_is_held_no_longer_than_the_store_may_take(
-    autojump_clock: MockClock, step: str
+    autojump_clock: MockClock,
 ) -> None:
-    async with open_stage(Hangs(step), store_timeout_s=5) as stage:
+    async with open_stage(Hangs("begin_turn"), store_timeout_s=5) as stage:
         with trio.move_on_after(1), pytest.raises(StoreError):
             await stage.sessions.start_turn("me", CHAT)
         assert trio.current_time() == 5
@@ -125,14 +119,20 @@ async def test_turn_that_is_refused_creates_no_session(
         assert [session.id for session in (await stage.sessions.list_sessions(limit=10)).data] == ["other"]
 
 
-async def test_turn_finds_the_session_that_somebody_else_has_created_meanwhile(autojump_clock: MockClock) -> None:
+@pytest.mark.parametrize("session_is_new", [False, True])
+async def test_turn_finds_the_session_that_somebody_else_has_created_meanwhile(
+    autojump_clock: MockClock, session_is_new: bool
+) -> None:
     class Overtaken(MemoryStore):
-        async def create_session(self, session: SessionRecord, *, now: datetime) -> None:
-            await super().create_session(msgspec.structs.replace(session, title="theirs"), now=now)
-            raise SessionExistsError(session.id)
+        async def begin_turn(self, turn: TurnRecord, **rest: Any) -> BegunTurn:
+            session: SessionRecord | None = rest.get("creates")
+            if session is not None:
+                await super().create_session(msgspec.structs.replace(session, title="theirs"), now=rest["now"])
+            return await super().begin_turn(turn, **rest)
 
     async with open_stage(Overtaken()) as stage:
-        turn, watch = await stage.sessions.start_turn("me", CHAT)
+        new = msgspec.structs.replace(CHAT, session_is_new=session_is_new)
+        turn, watch = await stage.sessions.start_turn("me", new)
         with watch:
             (await stage.puppet.next_reply()).finish()
             assert (await turn.wait_ended()).state == "completed"
@@ -206,6 +206,49 @@ async def test_turn_that_may_create_its_session_continues_one_that_is_there(auto
             assert second.record().parent == first.id
 
 
+class OneStep(MemoryStore):
+    """Refuses all reads of a start: the acceptance is its only step."""
+
+    async def get_session(self, session_id: str, *, now: datetime) -> SessionRecord:
+        raise StoreError("It was read.")
+
+    async def read_path(self, session_id: str, turn_id: str, *, bytes_max: int | None) -> Sequence[TurnRecord]:
+        raise StoreError("It was read.")
+
+
+async def test_the_first_turn_of_a_new_session_starts_with_one_step_of_the_store(autojump_clock: MockClock) -> None:
+    async with open_stage(OneStep()) as stage:
+        turn, watch = await stage.sessions.start_turn("me", msgspec.structs.replace(CHAT, session_is_new=True))
+        with watch:
+            reply = await stage.puppet.next_reply()
+            assert [item.text for item in reply.request.prompt] == ["hi"]
+            reply.finish()
+            assert (await turn.wait_ended()).state == "completed"
+
+
+@pytest.mark.parametrize("kind", [MemoryStore, LeavesPathsOut])
+async def test_the_prompt_is_the_same_from_the_acceptance_and_from_a_read(
+    autojump_clock: MockClock, kind: type[MemoryStore]
+) -> None:
+    async with open_stage(kind(), prompt_bytes_max=3500, input_bytes_max=1024) as stage:
+        session = await stage.sessions.create_session(NewSession(system_message="Be brief."))
+        for number in range(3):
+            turn = await start(stage.sessions, session.id, f"{number}" * 1000)
+            reply = await stage.puppet.next_reply()
+            reply.say("R")
+            reply.finish()
+            await turn.wait_ended()
+        turn = await start(stage.sessions, session.id, "3" * 1000)
+        reply = await stage.puppet.next_reply()
+        reply.finish()
+        await turn.wait_ended()
+    assert [(item.role, item.text[:1], len(item.text)) for item in reply.request.prompt] == [
+        *(("system", "B", 9), ("user", "1", 1000), ("assistant", "R", 1), ("user", "2", 1000)),
+        *(("assistant", "R", 1), ("user", "3", 1000)),
+    ]
+    assert turn.record().left_out == LeftOut(2, 1001)
+
+
 async def test_turn_without_a_model_takes_the_first_of_the_upstreams(autojump_clock: MockClock) -> None:
     upstreams = [{"name": "local", "url": "http://127.0.0.1:1/v1", "models": ["small", "large"]}]
     async with open_stage(upstreams=upstreams) as stage:
@@ -221,7 +264,7 @@ class HeadMoves(MemoryStore):
         self.between = [f"between-{n}" for n in range(times)]
         self.last: str | None = None
 
-    async def begin_turn(self, turn: TurnRecord, **rest: Any) -> SessionRecord:
+    async def begin_turn(self, turn: TurnRecord, **rest: Any) -> BegunTurn:
         if self.between:
             theirs = a_turn(self.between.pop(0), turn.session_id, parent=self.last)
             self.last = theirs.id

@@ -11,7 +11,7 @@ from service.errors import LastcallError, StoreError, TurnLimitError
 from service.sessions import sessions as sessions_module
 from service.sessions.commands import NewSession
 from service.storage.memory import MemoryStore
-from service.storage.records import SessionRecord, TurnRecord
+from service.storage.records import BegunTurn, SessionRecord, TurnRecord
 from tests.sessions.active.test_acceptance import Hangs
 from tests.sessions.puppet import Stage, open_stage
 from tests.sessions.turns.test_turns import start
@@ -68,7 +68,7 @@ async def test_all_steps_of_an_acceptance_have_one_bound(creates_session: bool, 
             await trio.sleep(2)
             return await super().get_session(session_id, now=now)
 
-    async with open_stage(Slow("create_session" if creates_session else "begin_turn"), store_timeout_s=5) as stage:
+    async with open_stage(Slow("begin_turn"), store_timeout_s=5) as stage:
         if not creates_session:
             await stage.sessions.create_session(NewSession(id="s"))
         with pytest.raises(StoreError):
@@ -117,7 +117,7 @@ async def test_callers_that_leave_while_they_wait_leave_nothing(autojump_clock: 
 
 async def test_turns_that_a_slow_store_takes_in_time_are_kept_in_order_and_no_others(autojump_clock: MockClock) -> None:
     class Slow(MemoryStore):
-        async def begin_turn(self, turn: TurnRecord, **rest: object) -> SessionRecord:
+        async def begin_turn(self, turn: TurnRecord, **rest: object) -> BegunTurn:
             await trio.sleep(1.5)
             return await super().begin_turn(turn, **rest)  # type: ignore[arg-type]
 

@@ -14,9 +14,8 @@ from service.sessions.commands import NewSession, NewTurn, text_input
 from service.sessions.events.events import TurnArguments, TurnCall, TurnDelta, TurnReasoning
 from service.sessions.turns.prompt import BEGINNING_LEFT_OUT
 from service.sessions.turns.turn import Turn
-from service.storage.memory import MemoryStore
 from service.storage.records import Item, LeftOut, TurnRecord
-from tests.sessions.puppet import Reply, Stage, kinds, open_stage, read_all
+from tests.sessions.puppet import LeavesPathsOut, Reply, Stage, kinds, open_stage, read_all
 
 
 def output(call_id: str, text: str) -> Item:
@@ -211,7 +210,7 @@ async def test_a_long_call_beyond_the_bound_of_prompts_stays_with_its_output(aut
 
 
 async def test_the_output_of_an_unknown_call_reads_the_path_once(autojump_clock: MockClock) -> None:
-    class Counting(MemoryStore):
+    class Counting(LeavesPathsOut):
         reads = 0
 
         async def read_path(self, session_id: str, turn_id: str, *, bytes_max: int | None) -> Sequence[TurnRecord]:

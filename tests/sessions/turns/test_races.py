@@ -33,7 +33,7 @@ from service.sessions.upkeep.recovery import recover_once
 from service.settings import Settings
 from service.stop_state import Phase, StopState
 from service.storage.memory import MemoryStore
-from service.storage.records import EventsPage, SessionRecord, TurnRecord
+from service.storage.records import BegunTurn, EventsPage, TurnRecord
 from service.storage.store import Store
 from tests.sessions.puppet import frames_in, frames_of, kinds, open_stage, pieces_of, read_all
 from tests.sessions.scripts import Script, ScriptedReplies, token
@@ -435,7 +435,7 @@ async def test_acceptance_that_the_store_breaks_off_leaves_no_open_turn(
     autojump_clock: MockClock, happened: bool
 ) -> None:
     class BreaksOff(MemoryStore):
-        async def begin_turn(self, turn: TurnRecord, **rest: Any) -> SessionRecord:
+        async def begin_turn(self, turn: TurnRecord, **rest: Any) -> BegunTurn:
             if happened:
                 await super().begin_turn(turn, **rest)
             raise StoreError("The line is bad.")

@@ -35,6 +35,7 @@ STEPS: list[Callable[[SqliteStore], Awaitable[object]]] = [
     lambda store: store.create_session(a_session("other"), now=T0),
     lambda store: store.begin_turn(a_turn("t2", parent="t", state="queued"), now=T0),
     lambda store: store.start_turn("t2", now=T0),
+    lambda store: store.begin_turn(a_turn("t3", "third"), now=T0, creates=a_session("third")),
     _checkpoint,
     lambda store: store.mark_deleted("other", now=T0),
     lambda store: store.remove_deleted("other"),

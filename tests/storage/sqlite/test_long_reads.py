@@ -55,6 +55,17 @@ async def test_a_path_is_the_same_in_one_step_and_in_many(
         assert await store.read_path("nowhere", names[0], bytes_max=0) == []
 
 
+async def test_an_acceptance_leaves_a_path_that_takes_long_to_the_threads_that_read(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_sqlite_store(path) as store:
+        await store.begin_turn(a_turn("t"), now=T0, creates=a_session())
+        for name, seconds, is_read in (("a", 60, True), ("b", -1, False)):
+            monkeypatch.setattr(turns, "SHORT_PATH_S", seconds)
+            begun = await store.begin_turn(a_turn(name, parent="t"), now=T0, path_bytes_max=None)
+            assert (begun.path is not None) == is_read
+
+
 @pytest.mark.parametrize("step_s", [0, 60])
 async def test_a_path_that_a_broken_file_makes_a_circle_has_an_end(
     path: Path, monkeypatch: pytest.MonkeyPatch, step_s: float

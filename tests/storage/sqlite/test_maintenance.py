@@ -62,7 +62,7 @@ async def test_an_exported_session_is_the_same_when_it_is_imported_elsewhere(pat
         await trio.to_thread.run_sync(_import, there, exported)
         assert await contents(store, now=T0) == before
         # The imported session takes new turns.
-        session = await store.begin_turn(_a_turn(T4, parent=T3), now=T0)
+        session = (await store.begin_turn(_a_turn(T4, parent=T3), now=T0)).session
         assert (session.head, session.message_count) == (T4, 7)
         with pytest.raises(SessionExistsError):
             _import(there, exported)

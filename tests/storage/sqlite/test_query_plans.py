@@ -42,6 +42,10 @@ CALLS: dict[str, Callable[[SqliteStore], Awaitable[object]]] = {
     "update": lambda store: store.update_session("sess_000100", SessionPatch(title="x"), now=T0),
     "delete": lambda store: _delete(store, "sess_000101"),
     "begin": lambda store: store.begin_turn(a_turn("new", "sess_000100", parent="turn_000100_1"), now=T0),
+    "begin with its session": lambda store: store.begin_turn(a_turn("new1", "new1"), now=T0, creates=a_session("new1")),
+    "begin and read its path": lambda store: store.begin_turn(
+        a_turn("new2", "sess_000100", parent="turn_000100_1"), now=T0, path_bytes_max=None
+    ),
     "start": lambda store: store.start_turn("new", now=T0),
     "checkpoint": lambda store: store.checkpoint_turns([a_checkpoint("new", "x", session="sess_000100")]),
     "end": lambda store: store.end_turn(ended(a_turn("new", "sess_000100")), runs=said("Hi"), now=T0),
