@@ -249,7 +249,7 @@ class Settings(BaseModel):
     store_url: Annotated[str, AfterValidator(_store_url)] = "sqlite:lastcall.db"
     """Where sessions are kept: `sqlite:path`, a file, or `memory:`, gone with the process."""
     store_timeout_s: PositiveSeconds = 5
-    """How long one step of the store may take, and the acceptance of a turn as a whole."""
+    """How long one step of the store may take, and the acceptance of a turn or a fork as a whole."""
     checkpoint_interval_s: IntervalSeconds = 1
     """How often the replies of running turns are kept, in a store that outlives the process."""
 

@@ -27,9 +27,10 @@ from service.errors import (
     ResumeConflictError,
     SessionNotFoundError,
     StoreError,
+    TurnEndingError,
     TurnInProgressError,
 )
-from service.freezes import ScopeDeadline
+from service.freezes import ScopeDeadline, move_on_after
 from service.ids import new_session_id
 from service.models.client import ModelClient
 from service.sessions.active.acceptance import Acceptance
@@ -136,7 +137,7 @@ class Sessions:
     ) -> SessionRecord:
         """Create a session with a copy of the path from the root to ``at``, or to the head.
 
-        The wait for other forks and the fork itself take no longer than ``store_timeout_s`` each.
+        The answer comes within ``store_timeout_s``; at most half of it is the wait for other forks.
 
         Raises:
             SessionNotFoundError
@@ -151,10 +152,14 @@ class Sessions:
         self._check_not_deleted(session_id)
         if self._forking.statistics().tasks_waiting >= FORKS_WAITING_MAX:
             raise StoreError(f"{FORKS_WAITING_MAX} other forks wait already; try again later.")
+        timeout_s = self._settings.store_timeout_s
+        asked_at = trio.current_time()
         try:
             # One fork at a time, because forks are large. The wait for other forks is not a fault of the store.
-            async with answered_in_turn(self._forking, self._settings.store_timeout_s):
-                with self.pending_writes.writing():
+            async with answered_in_turn(self._forking, timeout_s / 2):
+                # A freeze makes the wait longer. The fork itself has half of the time in any case.
+                left_s = max(asked_at + timeout_s - trio.current_time(), timeout_s / 2)
+                with self.pending_writes.writing(within_s=left_s):
                     return await self._store.fork_session(
                         session_id, at=at, copy_id=copy_id or new_session_id(), now=self._clock()
                     )
@@ -305,13 +310,21 @@ class Sessions:
 
         Raises:
             SessionNotFoundError, TurnNotFoundError, OwnedElsewhereError
+            TurnEndingError: The end takes longer than :attr:`cancel_timeout_s`; it comes later.
         """
         self._check_not_deleted(session_id)
         turn = self._find_turn(session_id, turn_id)
         if turn is None:
             return await self.get_turn(session_id, turn_id)
         turn.cut_short(outcome.Cancelled("requested"))
-        return await turn.wait_ended()
+        with move_on_after(self.cancel_timeout_s):
+            return await turn.wait_ended()
+        raise TurnEndingError(session_id=session_id, turn_id=turn_id)
+
+    @property
+    def cancel_timeout_s(self) -> float:
+        """How long a caller waits for the end of a turn that it cancels: the model client closes, the end is stored."""
+        return self._settings.store_timeout_s + self._settings.cleanup_timeout_s
 
     async def open_events(self, session_id: str, turn_id: str, *, after: int = 0) -> tuple[Events, Watch]:
         """The events of a turn: its live log, or a replay from the store.

@@ -34,6 +34,7 @@ from service.errors import (
     ShuttingDownError,
     StoreError,
     StreamLimitError,
+    TurnEndingError,
     TurnInProgressError,
     TurnLimitError,
     TurnNotFoundError,
@@ -76,6 +77,7 @@ STATUS_BY_ERROR: Mapping[type[LastcallError], int] = {
     ShuttingDownError: 503,
     NotReadyError: 503,
     OwnedElsewhereError: 503,
+    TurnEndingError: 503,
     OwnerHangsError: 504,
     StoreError: 503,
     ResourcesExhaustedError: 503,
@@ -114,6 +116,8 @@ ADVICE: Mapping[str, str] = {
     "read the session before you repeat the call",
     "stream_limit": "`streams_max` streams are open: try again after `Retry-After`",
     "owner_hangs": "the process that runs the turn hangs; the turn was accepted: do not repeat the call, ask for the "
+    "turn at `Location`",
+    "turn_ending": "the turn is cancelled, and its end takes long: repeat the call after `Retry-After`, or ask for the "
     "turn at `Location`",
     "turn_limit": "`live_turns_max` turns are open: try again after `Retry-After`",
 }
@@ -191,7 +195,11 @@ def refusal_of(error: Exception, *, scope: dict[str, Any]) -> Refusal:
         headers["Accept-Encoding"] = "identity"  # RFC 9110, 15.5.16
     if isinstance(error, ShuttingDownError):
         headers["Connection"] = "close"  # so that a pool finds another server
-    if isinstance(error, ResumeConflictError | OwnerHangsError) and error.session_id and error.turn_id:
+    if (
+        isinstance(error, ResumeConflictError | OwnerHangsError | TurnEndingError)
+        and error.session_id
+        and error.turn_id
+    ):
         headers["Location"] = prefix + turn_path(error.session_id, error.turn_id)
     if isinstance(error, HTTPException):
         headers.update(pair for pair in error.get_headers() if pair[0] == "Allow")

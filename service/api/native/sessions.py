@@ -164,7 +164,6 @@ async def fork_session(session_id: str) -> TrioResponse:
     session_id = checked_session_id(session_id)
     service = current_service()
     body = await read_body(request, ForkSession, service)
-    allow_longer_answer(by_s=service.settings.store_timeout_s)
     try:
         record = await service.sessions.fork_session(session_id, at=body.at, copy_id=body.id)
     except TurnNotFoundError as error:

@@ -46,6 +46,7 @@ from service.errors import (
     SessionNotFoundError,
     ShuttingDownError,
     StreamLimitError,
+    TurnEndingError,
     TurnInProgressError,
     TurnLimitError,
     TurnNotFoundError,
@@ -353,16 +354,20 @@ async def stream_events(session_id: str, turn_id: str) -> TrioResponse:
 
 @blueprint.post("/sessions/<session_id>/turns/<turn_id>/cancel")
 @operation(
-    id="cancel_turn", answers=(Answer(status=200, description="The turn, ended.", body=wire.Turn),), errors=_NO_TURN
+    id="cancel_turn",
+    answers=(Answer(status=200, description="The turn, ended.", body=wire.Turn),),
+    errors=(*_NO_TURN, TurnEndingError),
 )
 async def cancel_turn(session_id: str, turn_id: str) -> TrioResponse:
     """Cancel a turn and wait for its end.
 
-    Idempotent: if the turn has ended already, or ends in another way first, the answer has that end.
+    Idempotent: if the turn has ended already, or ends in another way first, the answer has that end. If the end takes
+    longer than usual, the answer is 503 `turn_ending` with the turn's URL as `Location`: the turn is cancelled, and its
+    end comes later.
     """
     service = current_service()
     allow_repeat()
-    allow_longer_answer(by_s=service.settings.cleanup_timeout_s)
+    allow_longer_answer(by_s=service.sessions.cancel_timeout_s)
     record = await service.sessions.cancel_turn(checked_session_id(session_id), checked_turn_id(turn_id))
     return _turn_response(record)
 

@@ -400,7 +400,6 @@ async def test_an_owner_that_hangs_is_not_waited_for_beyond_its_time(
     [
         ("POST", f"/sessions/s/turns/{TURN}/cancel", None),
         ("DELETE", "/sessions/s", None),
-        ("POST", "/sessions/s/fork", {}),
         ("POST", "/sessions/s/turns", {"input": "x", "background": True}),
         ("POST", "/chat", {"message": "x", "session_id": "s"}),
     ],

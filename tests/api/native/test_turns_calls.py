@@ -158,6 +158,30 @@ async def test_a_head_request_for_events_streams_nothing(autojump_clock: MockClo
         assert api.service.sessions.statistics().streams_aborted == 0
 
 
+async def test_a_cancel_whose_turn_ends_late_names_the_turn(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_api(model_url=SLOW, store_timeout_s=2, cleanup_timeout_s=1) as api:
+        session_id = await api.new_session()
+        path = f"/sessions/{session_id}/turns"
+        turn = (await api.call("POST", path, {"input": "Hi", "background": True})).json
+        hung = trio.Event()
+
+        async def hang(*_: object, **__: object) -> None:
+            with trio.CancelScope(shield=True):
+                await hung.wait()
+
+        with monkeypatch.context() as late:
+            late.setattr(api.service.store, "end_turn", hang)
+            answer = await api.call("POST", f"{path}/{turn['id']}/cancel")
+        problem = answer.problem(503, "turn_ending")
+        assert (problem["turn_id"], problem["retry_after_s"]) == (turn["id"], 1)
+        assert answer.headers["location"] == f"{path}/{turn['id']}"
+        assert answer.headers["retry-after"] == "1"
+        hung.set()
+        assert (await api.call("POST", f"{path}/{turn['id']}/cancel")).json["state"] == "cancelled"
+
+
 async def test_cancel_waits_for_the_end_and_is_idempotent(autojump_clock: MockClock) -> None:
     async with open_api(model_url=SLOW) as api:
         session_id = await api.new_session()

@@ -243,7 +243,7 @@ async def test_the_test_write_is_visible_to_no_caller(autojump_clock: MockClock)
 async def test_a_fork_that_waits_for_others_says_nothing_about_the_store(autojump_clock: MockClock) -> None:
     class Slow(MemoryStore):
         async def fork_session(self, *arguments: Any, **named: Any) -> SessionRecord:
-            await trio.sleep(4)
+            await trio.sleep(2)
             return await super().fork_session(*arguments, **named)
 
     made: list[SessionRecord] = []
@@ -260,7 +260,7 @@ async def test_a_fork_that_waits_for_others_says_nothing_about_the_store(autojum
         async with trio.open_nursery() as nursery:
             for _ in range(3):
                 nursery.start_soon(fork)
-        assert (len(made), len(refused)) == (2, 1), "the second waits 4 s, the third would 8"
+        assert (len(made), len(refused)) == (2, 1), "the second waits 2 s, the third would 4"
         assert stage.sessions.pending_writes.refusal is None
         await stage.sessions.fork_session(session.id)
 

@@ -7,7 +7,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from service.errors import LastcallError, StoreError, TurnLimitError
+from service.errors import LastcallError, StoreError, TurnEndingError, TurnLimitError
 from service.sessions import sessions as sessions_module
 from service.sessions.commands import NewSession
 from service.storage.memory import MemoryStore
@@ -152,6 +152,67 @@ async def test_deletion_that_takes_long_is_answered_and_goes_on(autojump_clock: 
         await stage.sessions.delete_session("s")
         assert trio.current_time() == 30
         assert (await turn.wait_ended()).reason == "session_deleted"
+
+
+@pytest.mark.parametrize("apart_s", [0.0, 1.0])
+async def test_each_fork_is_answered_within_its_own_bound_while_the_store_hangs(
+    apart_s: float, autojump_clock: MockClock
+) -> None:
+    store = Hangs("fork_session")
+    async with open_stage(store, store_timeout_s=TIMEOUT_S) as stage:
+        await stage.sessions.create_session(NewSession(id="s"))
+        took_s: list[float] = []
+
+        async def fork() -> None:
+            asked_at = trio.current_time()
+            with pytest.raises(StoreError):
+                await stage.sessions.fork_session("s")
+            took_s.append(trio.current_time() - asked_at)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(20):
+                nursery.start_soon(fork)
+                await trio.sleep(apart_s)
+        assert len(took_s) == 20
+        assert max(took_s) == TIMEOUT_S
+        assert stage.sessions.statistics().callers_waiting == 0
+        store.goes_on.set()
+        assert (await stage.sessions.fork_session("s")).id != "s"
+
+
+async def test_a_fork_that_waited_for_another_has_the_rest_of_its_time(autojump_clock: MockClock) -> None:
+    class Slow(MemoryStore):
+        async def fork_session(self, *arguments: object, **named: object) -> SessionRecord:
+            await trio.sleep(2)
+            return await super().fork_session(*arguments, **named)  # type: ignore[arg-type]
+
+    async with open_stage(Slow(), store_timeout_s=TIMEOUT_S) as stage:
+        await stage.sessions.create_session(NewSession(id="s"))
+        async with trio.open_nursery() as nursery:
+            for _ in range(2):
+                nursery.start_soon(stage.sessions.fork_session, "s")
+        assert trio.current_time() == 4
+
+
+async def test_a_cancel_whose_turn_ends_late_is_answered_and_the_turn_ends_later(autojump_clock: MockClock) -> None:
+    """The model client takes its time to close."""
+    async with open_stage(store_timeout_s=TIMEOUT_S, cleanup_timeout_s=1) as stage:
+        await stage.sessions.create_session(NewSession(id="s"))
+        turn = await start(stage.sessions, "s")
+        await stage.puppet.next_reply()
+        stage.puppet.close_s = 30
+        for answered_at in (6, 12):
+            with pytest.raises(TurnEndingError) as caught:
+                await stage.sessions.cancel_turn("s", turn.id)
+            assert (caught.value.session_id, caught.value.turn_id) == ("s", turn.id)
+            assert trio.current_time() == answered_at == stage.sessions.cancel_timeout_s * answered_at / 6
+        with trio.move_on_after(1):
+            await stage.sessions.cancel_turn("s", turn.id)
+        assert trio.current_time() == 13, "a caller that leaves does not wait"
+        record = await turn.wait_ended()
+        assert (record.state, record.reason, record.stored) == ("cancelled", "requested", True)
+        assert trio.current_time() == 30
+        assert await stage.sessions.cancel_turn("s", turn.id) == record
 
 
 async def test_a_bounded_number_of_callers_waits_for_a_fork(
