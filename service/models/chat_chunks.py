@@ -6,6 +6,7 @@ Source: https://platform.openai.com/docs/api-reference/chat-streaming
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ _PARTS_MAX = 20_000
 """Bound on a chunk's members and items. Each costs up to 0.4 us, and nothing else runs meanwhile."""
 _SMALL_BYTES = 64 * 1024
 """A chunk up to this size is not counted, because it cannot have too many parts."""
+_FLOAT_MAX = sys.float_info.max
 _DIGITS_MAX = 40
 _STARTS = (b"{", b"[", b"null", b" ", b"\t", b"\n")
 _EMPTY = (b"null", b"[]", b"{}", b'""', b"false", b"0")
@@ -212,13 +214,23 @@ def _int(digits: str) -> int:
     return int(digits) if len(digits) <= _DIGITS_MAX else 0
 
 
+def _float(text: str) -> float:
+    """Read a number of JSON; the largest one that there is for a larger one, because JSON cannot say infinity."""
+    return min(max(float(text), -_FLOAT_MAX), _FLOAT_MAX)
+
+
+def _no_number(_: str) -> None:
+    """Read NaN or Infinity, which are not JSON: what is kept of the chunk goes back to the server as JSON."""
+
+
 def _read_loosely(payload: bytes) -> Chunk:
     """Read the usable parts of a chunk that has another form than OpenAI's.
 
     Servers have sent: content in parts (Mistral), reasoning in an object (Envoy), half a surrogate pair, counts with
     fractions (OpenRouter), a list around an error (Gemini), NaN (Python's own json).
     """
-    decoded = json.loads(payload.decode(errors="replace"), strict=False, parse_int=_int)
+    text = payload.decode(errors="replace")
+    decoded = json.loads(text, strict=False, parse_int=_int, parse_float=_float, parse_constant=_no_number)
     if isinstance(decoded, list):
         decoded = decoded[0] if decoded else None
     if decoded is None:

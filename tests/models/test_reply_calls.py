@@ -12,13 +12,16 @@ from hypothesis import strategies as st
 
 from service.errors import ModelError
 from service.models.chat_chunks import CallDelta, FunctionDelta
-from service.models.chat_completions import EVENT_BYTES_MAX, ReplyDecoder
+from service.models.chat_completions import EVENT_BYTES_MAX, Dialect, ReplyDecoder, encode_request
 from service.models.client import (
     ArgumentsDelta,
     CallOpened,
     EncryptedReasoning,
     Finished,
+    FunctionCall,
+    FunctionCallOutput,
     ModelEvent,
+    ModelRequest,
     ReasoningDelta,
     TextDelta,
 )
@@ -254,10 +257,30 @@ def test_a_reply_that_was_cut_off_in_a_call_is_no_reply_of_calls() -> None:
 
 
 def test_fields_that_only_the_server_knows_come_with_the_call() -> None:
-    signature = {"google": {"thought_signature": "EjQKMg==", "n": 1e400}}
+    signature = {"google": {"thought_signature": "EjQKMg==", "n": 1.5}}
     opened = read(chunk(piece(PARIS, name="f", id="a", extra_content=signature)), finish("tool_calls"))[0]
     assert isinstance(opened, CallOpened)
     assert json.loads(opened.upstream) == {"extra_content": signature}
+
+
+@pytest.mark.parametrize(
+    ("sent", "goes_back"),
+    [
+        ("1e400", "1.7976931348623157e+308"),
+        ("NaN", "null"),
+        ("[-Infinity,1e400,-1e400]", "[null,1.7976931348623157e+308,-1.7976931348623157e+308]"),
+    ],
+)
+def test_numbers_that_json_cannot_say_go_back_to_the_server_as_json(sent: str, goes_back: str) -> None:
+    """Servers in Python send such numbers."""
+    signature = chunk(piece(PARIS, name="f", id="a", extra_content={"n": "HERE"}))
+    data = json.dumps(signature).replace('"HERE"', sent)
+    opened = read(data.encode(), finish("tool_calls"))[0]
+    assert isinstance(opened, CallOpened)
+    calls = (FunctionCall("a", "f", PARIS, opened.upstream), FunctionCallOutput("a", ""))
+    request = ModelRequest(model="m", prompt=calls)
+    body = encode_request(request, Dialect()).decode()
+    assert f'"extra_content":{{"n":{goes_back}}}' in body.replace(" ", "")
 
 
 def test_encrypted_reasoning_is_kept_with_the_fields_beside_it() -> None:

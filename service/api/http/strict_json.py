@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 from json import JSONDecodeError, JSONDecoder
+from math import isinf
 from typing import Any, Never, TypeVar
 
 import msgspec
@@ -239,7 +240,8 @@ def _check_list(items: Sequence[msgspec.Struct], field: str, *, bytes_max: int) 
 def _size_of(value: object, field: str) -> int:
     """The size of all texts and names in a value of JSON, and one for each other value.
 
-    Texts within a value may have NUL characters: the value is only passed on, as JSON, which escapes them.
+    Texts within a value may have NUL characters: the value is only passed on, as JSON, which escapes them. A number
+    that is too large for 64 bits is read as infinite, which JSON cannot say.
     """
     size = 0
     pending = [value]
@@ -251,6 +253,8 @@ def _size_of(value: object, field: str) -> int:
             pending += part.values()
         elif isinstance(part, list):
             pending += part
+        elif isinstance(part, float) and isinf(part):
+            raise InvalidRequestError("A number may not be larger than a float of 64 bits can be.", field=shown(field))
         else:
             size += _utf8_length(part, field, takes_nul=has_parts) if isinstance(part, str) else 1
     return size

@@ -104,6 +104,7 @@ def test_a_body_that_is_not_one_unambiguous_json_document_is_malformed(raw: byte
         ('{"input": "a", "tool_choice": "any"}', "tool_choice"),
         ('{"input": "a", "tool_choice": {"type": "file_search"}}', "tool_choice.type"),
         ('{"input": "a", "tool_choice": 1}', "tool_choice"),
+        ('{"input": "a", "tools": [{"name": "f", "parameters": {"a": [{"b": -1e400}]}}]}', "tools[0].parameters"),
         ('{"input": "a", "parallel_tool_calls": "yes"}', "parallel_tool_calls"),
         ('{"input": ""}', "input"),
         ('{"input": "a\\u0000b"}', "input"),
