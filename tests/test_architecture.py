@@ -36,7 +36,7 @@ PROTOCOLS = {"models": {"client", "upstreams"}, "storage": {"pieces", "records",
 """The modules of these packages that modules other than the supervisor may import."""
 
 PLACES: dict[str, list[str]] = {
-    "httpx": ["models.openai_compatible"],
+    "httpx": ["models.http", "models.openai_compatible"],
     "hypercorn": ["hosting"],
     "quart": ["api", "hosting"],
     "quart_trio": ["api", "hosting"],

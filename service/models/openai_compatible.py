@@ -1,11 +1,11 @@
 """The client of a chat completions server: OpenAI, DeepSeek, vLLM, Ollama, llama.cpp, LiteLLM and others.
 
-The only module that knows httpx. Decisions, and why:
+Only this module and :mod:`service.models.http`, which carries its requests, know httpx. Decisions, and why:
 
 - **A field that a server refuses** is left out, or renamed as the server asks. Once the server has answered the request
   that was changed so, later requests for that model are made in the same way: :mod:`service.models.dialects`.
 - **A kept connection may be closed** by the server or on the way when a request reaches it: the request is sent again
-  at once, over the next kept connection or a new one.
+  at once, over a new one.
 - **Proxies in the environment are not used** (``trust_env=False``): the settings alone say where prompts
   go. Certificates are trusted as the machine does (``SSL_CERT_FILE`` included) and as certifi does.
 - **Requests ask for bodies without compression**, because compression only delays a stream of tokens. If a server on
@@ -23,11 +23,11 @@ import ssl
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any
+from typing import Protocol
 
-import anyio
-import httpx  # noqa: ASYNC127  the project's choice; only this module knows it
+import httpx  # noqa: ASYNC127  the project's choice
 import structlog
+import trio
 
 from service.clock import Clock, wall_clock
 from service.errors import NOTHING_LEFT, ModelError, SettingsError, is_exhaustion
@@ -36,19 +36,20 @@ from service.ids import is_request_id
 from service.models.chat_completions import ReplyDecoder, encode_request
 from service.models.client import ModelEvent, ModelRequest
 from service.models.dialects import KnownDialects
+from service.models.http.connect import TlsError
+from service.models.http.transport import BODY, ResponseBody, Transport
 from service.models.inflate import ENCODINGS, InflateError, Inflater, inflate
 from service.models.upstream_errors import ErrorReply, RetryHints, error_from_reply, error_from_status
 from service.telemetry.log_context import add_to_log_context
 
 _HOST = re.compile(rb"[0-9a-fA-F:.]+(%[\w.-]+)?|([\w-]{1,63}\.)*[\w-]{1,63}\.?")
-_POOL_REQUESTS_MAX = 32
+_IDLE_MAX = 256
+"""How many connections are kept between turns."""
 _IDLE_EXPIRY_S = 4.0  # uvicorn, under many model servers, closes after 5
 _ERROR_BODY_BYTES_MAX = 64 * 1024
 _ERROR_BODY_TIMEOUT_S = 2.0
 _PIECE_BYTES_MAX = 8 * 1024
 """How much of a body is decoded at once: at the most 10 ms of work. Chunks of servers that stream are smaller."""
-_RECEIVED_MAX = 64
-"""How many chunks are read before other tasks run: reading data that has arrived does not wait."""
 _SECRET_LENGTH_MIN = 8
 """Values of the model URL's query are redacted as possible keys, except for values shorter than this."""
 _USAGE_TIMEOUT_S = 2.0
@@ -99,7 +100,7 @@ async def open_openai_compatible(
     try:
         yield client
     finally:
-        with anyio.CancelScope(shield=True, deadline=anyio.current_time() + _CLOSE_TIMEOUT_S):
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + _CLOSE_TIMEOUT_S):
             await client.aclose()
 
 
@@ -135,19 +136,21 @@ class OpenAICompatibleClient:
             headers["Authorization"] = f"Bearer {api_key}"
         if ssl_context is None and self._url.scheme == "https":
             ssl_context = _trust()
-        self._pools = _Pools(
-            headers=headers,
-            auth=auth,
-            verify=ssl_context if ssl_context is not None else False,  # an http: URL needs no trust
-            timeout=httpx.Timeout(None, connect=connect_timeout_s),
+        transport = Transport(
+            self._url,
+            ssl_context=ssl_context,
+            connect_timeout_s=connect_timeout_s,
+            idle_max=_IDLE_MAX,
+            idle_expiry_s=_IDLE_EXPIRY_S,
         )
+        self._http = httpx.AsyncClient(transport=transport, headers=headers, auth=auth, trust_env=False)
 
     @property
     def name(self) -> str:
         return self._name
 
     async def aclose(self) -> None:
-        await self._pools.aclose()
+        await self._http.aclose()
 
     @asynccontextmanager
     async def stream(self, request: ModelRequest) -> AsyncIterator["OpenAICompatibleStream"]:
@@ -160,7 +163,7 @@ class OpenAICompatibleClient:
                         self._dialects.note_understood(request.model, dialect)
                     warn = partial(self._warn, request.model)
                     decoder = ReplyDecoder(redact=self._redact, described=response.described, warn=warn)
-                    yield OpenAICompatibleStream(response, decoder)
+                    yield OpenAICompatibleStream(response.body, decoder)
                     response.reusable = decoder.finished
                     return
                 reply = ErrorReply.from_body(await response.read_error_body())
@@ -170,33 +173,18 @@ class OpenAICompatibleClient:
 
     @asynccontextmanager
     async def _respond(self, body: bytes) -> AsyncIterator["_Response"]:
-        """Send the request and wait for the response's head. Leaving closes both, or gives the connection back."""
-        connection = _NewConnection()
-        opened: _Response | None = None
-        pool = self._pools.enter()
+        """Send the request and wait for the response's head. Leaving closes the connection, or gives it back."""
+        add_to_log_context(upstream_request_id=None)
         try:
-            add_to_log_context(upstream_request_id=None)
-            opened = await self._send(pool.http, body, connection)
-            add_to_log_context(upstream_request_id=opened.request_id)
-            yield opened
+            sent = await self._http.send(self._http.build_request("POST", self._url, content=body), stream=True)
+        except httpx.HTTPError as error:
+            raise _transport_error(error) from error
+        response = _Response(sent)
+        add_to_log_context(upstream_request_id=response.request_id)
+        try:
+            yield response
         finally:
-            surplus = self._pools.leave(pool)
-            with anyio.CancelScope(shield=True, deadline=anyio.current_time() + _CLOSE_TIMEOUT_S):
-                await (connection if opened is None else opened).aclose()
-                if surplus is not None:
-                    await surplus.http.aclose()
-
-    async def _send(self, http: httpx.AsyncClient, body: bytes, connection: "_NewConnection") -> "_Response":
-        while True:
-            request = http.build_request("POST", self._url, content=body, extensions={"trace": connection.trace})
-            request.stream = _Body(body)
-            try:
-                return _Response(await http.send(request, stream=True))
-            except httpx.HTTPError as error:
-                fault = _transport_error(error, during=connection.phase)
-                # The end of a kept connection says nothing about the server, and the pool has dropped the connection.
-                if fault.code != "upstream_unreachable" or connection.is_new:
-                    raise fault from error
+            await response.aclose()  # noqa: ASYNC102  shielded inside
 
     def _failure(self, response: "_Response", reply: ErrorReply) -> ModelError:
         """The error for a response whose body cannot be read as a reply."""
@@ -220,28 +208,36 @@ class OpenAICompatibleClient:
         return text
 
 
+class _Body(Protocol):
+    """The bytes of a reply."""
+
+    async def receive(self) -> bytes:
+        """Wait for the next bytes; empty at the end."""
+        ...
+
+
 class OpenAICompatibleStream:
     """One reply on its way; see :class:`~service.models.client.ModelStream`."""
 
-    def __init__(self, response: "_Response", decoder: ReplyDecoder) -> None:
-        self._chunks = response.chunks
+    def __init__(self, body: _Body, decoder: ReplyDecoder) -> None:
+        self._body = body
         self._decoder = decoder
         self._end_deadline = math.inf
         self._piece = b""  # the rest of a large chunk
-        self._received = 0  # chunks received since other tasks could run
 
     async def receive(self) -> Sequence[ModelEvent]:
         decoder = self._decoder
         while True:
             if decoder.failure is not None:
                 raise decoder.failure
-            self._received += 1
-            if self._piece or self._received > _RECEIVED_MAX:
-                self._received = 0
-                await anyio.lowlevel.checkpoint()
+            if self._piece:
+                await trio.lowlevel.checkpoint()
             chunk = self._piece or await self._next_chunk()
-            if chunk is None:
+            if not chunk:
                 events = decoder.end()
+            elif len(chunk) <= _PIECE_BYTES_MAX:
+                self._piece = b""
+                events = decoder.feed(chunk)
             else:
                 self._piece = chunk[_PIECE_BYTES_MAX:]
                 events = decoder.feed(chunk[:_PIECE_BYTES_MAX])
@@ -249,22 +245,22 @@ class OpenAICompatibleStream:
                 self._end_deadline = math.inf
                 return events
 
-    async def _next_chunk(self) -> bytes | None:
-        """The next bytes of the body; None if the reply needs no more bytes."""
+    async def _next_chunk(self) -> bytes:
+        """The next bytes of the body; empty if the reply needs no more bytes."""
         try:
             if not self._decoder.has_finish_reason:
-                return await anext(self._chunks, None)
+                return await self._body.receive()
             # The reply may be whole: the rest is not worth a failure or a long wait.
             wait_s = _USAGE_TIMEOUT_S if self._decoder.is_whole else _TEXT_TIMEOUT_S
-            self._end_deadline = min(self._end_deadline, anyio.current_time() + wait_s)
-            with anyio.CancelScope(deadline=self._end_deadline) as scope, extended_when_late(scope, timeout_s=wait_s):
-                chunk = await anext(self._chunks, None)
+            self._end_deadline = min(self._end_deadline, trio.current_time() + wait_s)
+            with trio.CancelScope(deadline=self._end_deadline) as scope, extended_when_late(scope, timeout_s=wait_s):
+                chunk = await self._body.receive()
                 self._end_deadline = scope.deadline  # ``extended_when_late`` may have moved the deadline
                 return chunk
-            return None
+            return b""
         except (httpx.HTTPError, InflateError) as error:
             if self._decoder.has_finish_reason:
-                return None
+                return b""
             if isinstance(error, InflateError):
                 message = f"The model server answered with a compressed body that cannot be read: {error}."
                 raise ModelError("upstream_protocol", message) from error
@@ -273,13 +269,13 @@ class OpenAICompatibleStream:
 
 
 class _Response:
-    """A response whose head has arrived, and the one iterator over its body."""
+    """A response whose head has arrived."""
 
     def __init__(self, response: httpx.Response) -> None:
         self.status = response.status_code
         self.headers = response.headers
-        self._raw = response.aiter_raw()
-        self.chunks = self._raw if self._encoding not in ENCODINGS else _Inflated(self._raw, Inflater(self._encoding))
+        self._raw: ResponseBody = response.extensions[BODY]
+        self.body = self._raw if self._encoding not in ENCODINGS else _Inflated(self._raw, Inflater(self._encoding))
         self.reusable = False
         """Whether the body is about to end by itself, so that the connection can serve another request."""
 
@@ -318,10 +314,8 @@ class _Response:
         body = b""
         with move_on_after(_ERROR_BODY_TIMEOUT_S):
             try:
-                async for chunk in self._raw:
-                    body += chunk
-                    if len(body) > _ERROR_BODY_BYTES_MAX:
-                        break
+                while len(body) <= _ERROR_BODY_BYTES_MAX and (piece := await self._raw.receive()):
+                    body += piece
             except httpx.HTTPError:
                 pass  # the status says enough
         if self._encoding in ENCODINGS:
@@ -329,132 +323,35 @@ class _Response:
         return body
 
     async def aclose(self) -> None:
-        """Give the connection back if the body has ended; otherwise close the connection. The caller must shield this.
-
-        httpx reads a body through nested generators. Closing the outermost generator leaves the inner ones to the
-        garbage collector; an exception in the innermost ends all of them and closes the connection. So this method
-        reads on: until the end of the body if the response is reusable, or else in a scope that cancels the first wait.
-        """
-        with anyio.CancelScope(deadline=anyio.current_time() + _REUSE_TIMEOUT_S) as scope:
-            if not self.reusable:
-                scope.cancel()
-            try:
-                async for _ in self._raw:
-                    pass
-            except httpx.HTTPError:
-                pass  # the caller leaves the response, so the error does not matter
+        """Give the connection back if the body ends in a moment; otherwise close the connection."""
+        try:
+            if self.reusable:
+                with trio.CancelScope(deadline=trio.current_time() + _REUSE_TIMEOUT_S, shield=True):
+                    while await self._raw.receive():
+                        pass
+        except httpx.HTTPError:
+            pass  # the caller leaves the response, so the error does not matter
+        finally:
+            self._raw.close()
 
 
 class _Inflated:
     """The chunks of a compressed body, decompressed."""
 
-    def __init__(self, raw: AsyncIterator[bytes], inflater: Inflater) -> None:
+    def __init__(self, raw: ResponseBody, inflater: Inflater) -> None:
         self._raw = raw
         self._inflater = inflater
 
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self
-
-    async def __anext__(self) -> bytes:
+    async def receive(self) -> bytes:
         while True:
             if self._inflater.has_more:
-                await anyio.lowlevel.checkpoint()  # a small chunk may hold much text
+                await trio.lowlevel.checkpoint()  # a small chunk may hold much text
                 if piece := self._inflater.take():
                     return piece
+            elif chunk := await self._raw.receive():
+                self._inflater.feed(chunk)
             else:
-                self._inflater.feed(await anext(self._raw))
-
-
-class _Pools:
-    """Pools of connections, each with a bounded number of requests at work.
-
-    httpcore 1.0 looks at all connections of a pool whenever one of its requests begins or ends: in a single pool the
-    ends of a thousand turns would cost a million looks. A test in
-    ``test_pools.py`` fails once httpcore no longer does so.
-
-    Args:
-        options: The options of each pool's httpx client.
-    """
-
-    def __init__(self, **options: Any) -> None:
-        self._options = options
-        self._pools: list[_Pool] = []
-
-    def enter(self) -> "_Pool":
-        """A pool with room for a request. The caller must :meth:`leave` the pool."""
-        pool = next((pool for pool in self._pools if pool.requests < _POOL_REQUESTS_MAX), None)
-        if pool is None:
-            limits = httpx.Limits(
-                max_connections=None, max_keepalive_connections=_POOL_REQUESTS_MAX, keepalive_expiry=_IDLE_EXPIRY_S
-            )
-            http = httpx.AsyncClient(limits=limits, follow_redirects=False, trust_env=False, **self._options)
-            pool = _Pool(http)
-            self._pools.append(pool)
-        pool.requests += 1
-        return pool
-
-    def leave(self, pool: "_Pool") -> "_Pool | None":
-        """Note the end of a request. Keeps one unused pool; returns a second one, which the caller must close."""
-        pool.requests -= 1
-        unused = [pool for pool in self._pools if not pool.requests]
-        if len(unused) < 2:
-            return None
-        self._pools.remove(unused[-1])
-        return unused[-1]
-
-    async def aclose(self) -> None:
-        while self._pools:
-            await self._pools.pop().http.aclose()
-
-
-class _Pool:
-    def __init__(self, http: httpx.AsyncClient) -> None:
-        self.http = http
-        self.requests = 0
-
-
-class _Body(httpx.AsyncByteStream):
-    """A request's body in one piece. httpx's own body is an async generator, which a cancelled send leaves open."""
-
-    def __init__(self, body: bytes) -> None:
-        self._pieces = iter((body,))
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self
-
-    async def __anext__(self) -> bytes:
-        try:
-            return next(self._pieces)
-        except StopIteration:
-            raise StopAsyncIteration from None
-
-
-class _NewConnection:
-    """Watches a request set up its connection: the phase that has begun, and the socket, which must not be lost.
-
-    httpcore 1.0 forgets a TCP connection whose TLS handshake is cancelled. A test in ``test_upstream_closing.py`` fails
-    once httpcore no longer does so.
-    """
-
-    def __init__(self) -> None:
-        self.phase = ""
-        self.is_new = False
-        """Whether the last attempt opened a connection instead of using a kept one."""
-        self._stream: Any = None
-
-    async def trace(self, event: str, info: dict[str, Any]) -> None:
-        """Note a phase. httpcore calls this trace function at the start and the end of each phase."""
-        step, _, moment = event.rpartition(".")
-        if moment == "started":
-            self.phase = step
-            self.is_new = self.is_new or step == "connection.connect_tcp"
-        elif event == "connection.connect_tcp.complete":
-            self._stream = info["return_value"]
-
-    async def aclose(self) -> None:
-        """Close the socket, if there is one. Idempotent."""
-        if self._stream is not None:
-            await self._stream.aclose()
+                return b""
 
 
 def _endpoint(url: str, *, setting: str) -> tuple[httpx.URL, tuple[str, str] | None]:
@@ -480,7 +377,7 @@ def _trust() -> ssl.SSLContext:
     return context
 
 
-def _transport_error(error: httpx.HTTPError, *, during: str) -> ModelError:
+def _transport_error(error: httpx.HTTPError) -> ModelError:
     """The error for a request that got no response."""
     causes = list(_causes(error))
     if _is_exhausted(causes):
@@ -498,7 +395,7 @@ def _transport_error(error: httpx.HTTPError, *, during: str) -> ModelError:
                 "The model server's name could not be resolved: check the model URL.",
                 retryable=cause.errno == socket.EAI_AGAIN,
             )
-    if during == "connection.start_tls":
+    if isinstance(error, TlsError):
         reasons = [cause.verify_message for cause in causes if isinstance(cause, ssl.SSLCertVerificationError)]
         if reasons:
             message, reason = "The model server's certificate is not trusted.", f"The reason: {reasons[0]}."
@@ -508,7 +405,7 @@ def _transport_error(error: httpx.HTTPError, *, during: str) -> ModelError:
         )
     if isinstance(error, httpx.ConnectError):
         return ModelError("upstream_unreachable", "The model server could not be reached.", retryable=True)
-    if isinstance(error, httpx.RemoteProtocolError) and "disconnected" not in str(error):
+    if isinstance(error, httpx.RemoteProtocolError):
         return ModelError("upstream_protocol", "The model server did not answer with HTTP: check the model URL.")
     return ModelError("upstream_unreachable", "The model server closed the connection unanswered.", retryable=True)
 

@@ -4,7 +4,20 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.models.upstream import Wire
 from tests.upstreams.independent import running_fakellm, running_llmock
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that opens an upstream runs without TLS and with it."""
+    if {"open_upstream", "open_pair", "open_transport"} & set(metafunc.function.__code__.co_names):
+        metafunc.fixturenames.append("wire")
+        metafunc.parametrize("wire", ["plain", "TLS"], indirect=True)
+
+
+@pytest.fixture
+def wire(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Wire, "has_tls", request.param == "TLS")
 
 
 @pytest.fixture(scope="session")

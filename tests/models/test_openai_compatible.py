@@ -15,7 +15,7 @@ from service.models.client import Finished, Message, ModelEvent, ModelRequest, R
 from service.models.openai_compatible import OpenAICompatibleStream, open_openai_compatible
 from service.models.scripted import open_scripted
 from tests.models.replies import ask, asking, take
-from tests.models.upstream import API_KEY, WAIT_S, open_upstream
+from tests.models.upstream import API_KEY, WAIT_S, open_pair, open_upstream
 from tests.upstreams.raw_server import (
     DONE,
     Behaviour,
@@ -351,7 +351,9 @@ async def test_usage_is_read_in_each_place_where_servers_send_it(
 
 
 async def test_overhead_is_not_progress_and_ready_text_comes_at_once() -> None:
-    """Each HTTP chunk with content is one batch; comments, roles and empty deltas are none."""
+    """All that has arrived is one batch; comments, roles and empty deltas are none."""
+    taken = trio.Event()
+
     role = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]}
     overhead = [role, delta(""), {"choices": []}, {"choices": [], "prompt_filter_results": [{}]}, {"choices": None}]
 
@@ -362,12 +364,15 @@ async def test_overhead_is_not_progress_and_ready_text_comes_at_once() -> None:
         for payload in overhead:
             await connection.send_event(payload)
         await connection.send_body(b'data: {"choices": [{"delta": {"content": "a"}}]}\n\n' * 3)
+        await taken.wait()
         await connection.send_event(finish())
         await connection.send_event(DONE)
         await connection.end_body()
 
-    async with open_upstream(reply) as upstream:
-        batches = (await ask(upstream.client)).batches
+    async with open_upstream(reply) as upstream, upstream.client.stream(asking()) as stream:
+        batches = [await stream.receive()]
+        taken.set()
+        batches.append(await stream.receive())
     assert batches == [[TextDelta("a")] * 3, [Finished(finish_reason="stop")]]
 
 
@@ -498,9 +503,8 @@ class Timed:
 
     def __init__(self, *timed: tuple[float, object]) -> None:
         self._timed = list(timed)
-        self.chunks = self
 
-    async def __anext__(self) -> bytes:
+    async def receive(self) -> bytes:
         if not self._timed:
             await trio.sleep_forever()
         after_s, payload = self._timed.pop(0)
@@ -526,7 +530,7 @@ async def test_how_long_a_text_is_waited_for_after_a_finish_reason(
     timed: list[tuple[float, object]], text: str, took_s: float, autojump_clock: MockClock
 ) -> None:
     start = trio.current_time()
-    reply = await take(OpenAICompatibleStream(Timed(*timed), ReplyDecoder(redact=str)))  # type: ignore[arg-type]
+    reply = await take(OpenAICompatibleStream(Timed(*timed), ReplyDecoder(redact=str)))
     assert reply.text == text
     assert trio.current_time() - start == pytest.approx(took_s)
 
@@ -535,7 +539,7 @@ async def test_a_text_that_came_in_a_freeze_is_read_before_the_reply_is_taken_fo
     texts: list[str] = []
 
     async def read() -> None:
-        texts.append((await take(OpenAICompatibleStream(Timed(*timed), ReplyDecoder(redact=str)))).text)  # type: ignore[arg-type]
+        texts.append((await take(OpenAICompatibleStream(Timed(*timed), ReplyDecoder(redact=str)))).text)
 
     timed = [(0.0, finish()), (25.0, delta("late")), (1.5, usage(1, 2))]
     with watch_for_freezes(clock=trio.current_time, cpu_clock=lambda: 0):
@@ -637,7 +641,7 @@ async def test_no_stream_waits_for_another() -> None:
         await ask(client)
 
     with trio.fail_after(WAIT_S):
-        async with open_raw_server(answer_all_at_once) as server, open_openai_compatible(server.url) as client:
+        async with open_pair(answer_all_at_once) as (server, client):
             async with trio.open_nursery() as nursery:
                 for _ in range(count):
                     nursery.start_soon(ask_once, client)

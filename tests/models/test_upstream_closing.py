@@ -5,7 +5,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-import httpcore
 import pytest
 import trio
 import trustme
@@ -13,7 +12,7 @@ import trustme
 from service.models.client import ModelClient, ModelRequest
 from service.models.openai_compatible import open_openai_compatible
 from tests.models.replies import ask, asking, take
-from tests.models.upstream import WAIT_S, open_upstream
+from tests.models.upstream import WAIT_S, open_pair, open_upstream
 from tests.upstreams.raw_server import (
     DONE,
     Behaviour,
@@ -90,7 +89,7 @@ async def error_head(connection: Connection) -> None:
 async def test_cancelling_closes_the_connection_before_control_returns(steps: tuple[Any, ...]) -> None:
     with trio.fail_after(WAIT_S):
         hang = Hang(*steps)
-        async with open_raw_server(hang) as server, open_openai_compatible(server.url) as client:
+        async with open_pair(hang) as (server, client):
             await cancel_once(hang.reached, client, server)
             assert server.connections_made == 1
 
@@ -121,7 +120,7 @@ async def test_cancelling_closes_while_the_request_is_still_being_sent() -> None
     """The peer reads nothing: its window is full, and most of the prompt is still on this side."""
     with trio.fail_after(WAIT_S):
         hang = Hang()
-        async with open_raw_server(hang) as server, open_openai_compatible(server.url) as client:
+        async with open_pair(hang) as (server, client):
             await cancel_once(hang.reached, client, server, asking("x" * HUGE))
 
 
@@ -142,7 +141,7 @@ async def test_cancelling_closes_while_the_server_floods() -> None:
             finally:
                 cut.set()
 
-        async with open_raw_server(flood) as server, open_openai_compatible(server.url) as client:
+        async with open_pair(flood) as (server, client):
             async with client.stream(asking()) as stream:
                 await stream.receive()
                 await trio.testing.wait_all_tasks_blocked(0.01)
@@ -195,7 +194,7 @@ async def test_cancelling_closes_under_comments_for_ever() -> None:
 async def test_leaving_between_two_tokens_closes_at_once() -> None:
     hang = Hang(request, head, token)
     with trio.fail_after(WAIT_S):
-        async with open_raw_server(hang) as server, open_openai_compatible(server.url) as client:
+        async with open_pair(hang) as (server, client):
             async with client.stream(asking()) as stream:
                 await stream.receive()
                 assert server.established == 1
@@ -228,7 +227,7 @@ async def test_the_callers_error_closes_at_once() -> None:
             assert server.established == 0
 
     with trio.fail_after(WAIT_S):
-        async with open_raw_server(hang) as server, open_openai_compatible(server.url) as client:
+        async with open_pair(hang) as (server, client):
             with pytest.raises(ZeroDivisionError):
                 await fail(server, client)
 
@@ -236,7 +235,7 @@ async def test_the_callers_error_closes_at_once() -> None:
 async def test_leaving_in_a_cancelled_scope_closes_at_once() -> None:
     hang = Hang(request, head, token)
     with trio.fail_after(WAIT_S):
-        async with open_raw_server(hang) as server, open_openai_compatible(server.url) as client:
+        async with open_pair(hang) as (server, client):
             with trio.CancelScope() as scope:
                 async with client.stream(asking()) as stream:
                     await stream.receive()
@@ -288,27 +287,6 @@ async def test_cancelling_closes_in_the_tls_handshake() -> None:
             url = server.url.replace("http:", "https:")
             async with open_openai_compatible(url) as client:
                 await cancel_once(hang.reached, client, server)
-
-
-async def test_httpcore_still_forgets_a_connection_whose_handshake_is_cancelled() -> None:
-    """This test fails once httpcore closes the connection; then ``_NewConnection`` need not keep the socket."""
-    made: list[httpcore.AsyncNetworkStream] = []
-
-    async def trace(event: str, info: dict[str, Any]) -> None:  # noqa: ASYNC124  as httpcore calls it
-        if event == "connection.connect_tcp.complete":
-            made.append(info["return_value"])
-
-    hang = Hang()
-    with trio.fail_after(WAIT_S):
-        async with open_raw_server(hang) as server:
-            async with httpcore.AsyncConnectionPool() as pool, trio.open_nursery() as nursery:
-                url = server.url.replace("http:", "https:")
-                nursery.start_soon(lambda: pool.request("GET", url, extensions={"trace": trace}))
-                await hang.reached.wait()
-                await trio.testing.wait_all_tasks_blocked(0.01)
-                nursery.cancel_scope.cancel()
-            assert server.established == 1
-            await made[0].aclose()
 
 
 # The client as a whole

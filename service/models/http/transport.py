@@ -1,0 +1,243 @@
+"""The transport for httpx: it sends a request over a kept or a new connection, and reads the response."""
+
+import ssl
+from typing import Self
+
+import httpx  # noqa: ASYNC127  the project's choice
+
+from service.models.http.body import BodyDecoder
+from service.models.http.connect import connect
+from service.models.http.connection import Connection
+from service.models.http.head import HeadReader, ResponseHead
+from service.models.http.idle import IdleConnections
+
+BODY = "lastcall.body"
+"""The name of the response's :class:`ResponseBody` among its extensions."""
+
+
+class Transport(httpx.AsyncBaseTransport):
+    """Connections to one model server, each with one request at a time.
+
+    There may be any number of connections at work; those without work are kept for a while, and so many.
+    A connection is kept only after a whole request and a whole response without any ambiguity in it; in all other cases
+    it is closed. Cancelling a request at any point closes its connection.
+
+    Bodies of requests must be in memory. The only bound on time is the one on connecting: the caller sets all others.
+
+    Args:
+        url: An address of the server.
+        ssl_context: For https: which certificates are trusted. The transport sets its ALPN.
+        connect_timeout_s: See :func:`~service.models.http.connect.connect`.
+        idle_max: Bound on the connections without work.
+        idle_expiry_s: How long they are kept.
+    """
+
+    def __init__(
+        self,
+        url: httpx.URL,
+        *,
+        ssl_context: ssl.SSLContext | None,
+        connect_timeout_s: float,
+        idle_max: int,
+        idle_expiry_s: float,
+    ) -> None:
+        self._origin = _origin(url)
+        self._ssl_context = ssl_context if url.scheme == "https" else None
+        self._connect_timeout_s = connect_timeout_s
+        self._idle = IdleConnections(connections_max=idle_max, expiry_s=idle_expiry_s)
+        self._is_closed = False
+        if self._ssl_context is not None:
+            self._ssl_context.set_alpn_protocols(["http/1.1"])
+
+    def __repr__(self) -> str:
+        return f"<Transport to {self._origin[1]}:{self._origin[2]}, {len(self._idle)} idle>"
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Send the request, and return the response once its head is here.
+
+        A kept connection that ends without a byte of an answer says nothing about the server, which may have closed
+        it while the request was on its way: the request is sent again, over a new connection.
+
+        Raises:
+            httpx.TransportError: No response came.
+        """
+        if _origin(request.url) != self._origin:
+            raise httpx.UnsupportedProtocol("this transport reaches one server only")
+        connection = self._idle.take()
+        if connection is not None:
+            try:
+                return await self._exchange(request, connection)
+            except _UnansweredError:
+                pass
+        return await self._exchange(request, await self._connect())
+
+    async def aclose(self) -> None:
+        """Close all connections without work; others are closed by those who use them. Does not wait."""
+        self._is_closed = True
+        self._idle.close()
+
+    async def _connect(self) -> Connection:
+        _, host, port = self._origin
+        return await connect(host, port, ssl_context=self._ssl_context, connect_timeout_s=self._connect_timeout_s)
+
+    async def _exchange(self, request: httpx.Request, connection: Connection) -> httpx.Response:
+        reader = HeadReader(request.method)
+        try:
+            message = reader.encode_request(request.url.raw_path, request.headers.raw) + request.content
+            is_sent = await _send(message, connection, reader)
+            head = await _receive_head(connection, reader)
+            body = ResponseBody(connection, head.open_body(), keeper=self if is_sent and head.is_reusable else None)
+            body.begin(reader.take_rest())
+            return httpx.Response(
+                head.status,
+                headers=head.headers,
+                stream=body,
+                extensions={"http_version": head.http_version, "reason_phrase": head.reason, BODY: body},
+            )
+        except BaseException:
+            connection.close()
+            raise
+
+    def keep(self, connection: Connection) -> None:
+        """Take a connection back whose response has ended as it should."""
+        if self._is_closed:
+            connection.close()
+        else:
+            self._idle.add(connection)
+
+
+class ResponseBody(httpx.AsyncByteStream):
+    """The body of a response. It must be read to its end, or closed.
+
+    Args:
+        keeper: Gets the connection back after the body; None if the connection cannot be used again.
+    """
+
+    def __init__(self, connection: Connection, decoder: BodyDecoder, *, keeper: Transport | None) -> None:
+        self._connection: Connection | None = connection
+        self._decoder = decoder
+        self._keeper = keeper
+        self._first = b""
+
+    def __repr__(self) -> str:
+        return f"<ResponseBody: {'whole' if self._decoder.is_over else 'not whole'}, {self._connection!r}>"
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if piece := await self.receive():
+            return piece
+        raise StopAsyncIteration
+
+    def begin(self, data: bytes) -> None:
+        """Take the bytes that came together with the head."""
+        decoder = self._decoder
+        if not decoder.is_over:
+            self._first = decoder.feed(data)
+        elif data:
+            decoder.is_clean = False
+        if decoder.is_over:
+            self.close()
+
+    async def receive(self) -> bytes:
+        """The next bytes of the body, all that have arrived; empty at its end.
+
+        Waits for the connection, and so lets other tasks run; only bytes that came together with the head, and the end,
+        are returned at once. Cancelling loses nothing.
+
+        Raises:
+            httpx.ReadError: The connection broke.
+            httpx.RemoteProtocolError: The body is not what the head announces, or ended too early.
+            httpx.StreamClosed: The body was closed before its end.
+        """
+        if self._first:
+            piece, self._first = self._first, b""
+            return piece
+        decoder = self._decoder
+        while not decoder.is_over:
+            if decoder.failure is not None:
+                self.close()
+                raise httpx.RemoteProtocolError(str(decoder.failure)) from decoder.failure
+            if self._connection is None:
+                raise httpx.StreamClosed
+            try:
+                data = await self._connection.receive()
+            except OSError as error:
+                self.close()
+                raise httpx.ReadError(str(error)) from error
+            piece = b""
+            if data:
+                piece = decoder.feed(data)
+            else:
+                decoder.end()
+            if decoder.is_over:
+                self.close()
+            if piece:
+                return piece
+        return b""
+
+    def close(self) -> None:
+        """Give the connection back if the body is whole, or else close it. Idempotent, and does not wait."""
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return
+        if self._keeper is not None and self._decoder.is_over and self._decoder.is_clean:
+            self._keeper.keep(connection)
+        else:
+            connection.close()
+
+    async def aclose(self) -> None:
+        """As :meth:`close`, for httpx."""
+        self.close()
+
+
+class _UnansweredError(httpx.ReadError):
+    """The connection ended without a byte of an answer."""
+
+
+async def _send(message: bytes, connection: Connection, reader: HeadReader) -> bool:
+    """Send a request. Returns False if the server will not take the rest: it has refused the request, or has gone.
+
+    A server may answer before it has the whole request. So while the kernel takes no more bytes, the answer is listened
+    to: a refusal ends the sending; after any other answer the server goes on reading, as HTTP allows.
+    """
+    unsent = memoryview(message)
+    while True:
+        try:
+            while unsent and (sent := connection.send_nowait(unsent)):
+                unsent = unsent[sent:]
+            if not unsent and connection.flush_nowait():
+                return True
+            await connection.wait_sendable(or_readable=reader.response is None)
+            answer = connection.receive_nowait() if reader.response is None else None
+        except OSError:
+            return False  # there may be an answer nevertheless
+        if answer is not None:
+            if answer:
+                reader.feed(answer)
+            if not answer or (reader.response is not None and reader.response.status >= 300):
+                return False
+
+
+async def _receive_head(connection: Connection, reader: HeadReader) -> ResponseHead:
+    while reader.response is None:
+        try:
+            data = await connection.receive()
+        except OSError as error:
+            raise _no_head(reader) from error
+        if not data:
+            raise _no_head(reader)
+        reader.feed(data)
+    return reader.response
+
+
+def _no_head(reader: HeadReader) -> httpx.ReadError:
+    if reader.has_begun:
+        return httpx.ReadError("the connection ended within the head of the answer")
+    return _UnansweredError("the connection ended without an answer")
+
+
+def _origin(url: httpx.URL) -> tuple[str, str, int]:
+    port = url.port or (443 if url.scheme == "https" else 80)
+    return url.scheme, url.raw_host.decode("ascii"), port
