@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
-from quart import Quart, Response, current_app, has_request_context, request, websocket
+from quart import Quart, Request, current_app, has_request_context, request, websocket
+from quart.routing import QuartRule
+from quart.wrappers.base import BaseRequestWebsocket
 from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
+from werkzeug.routing import MapAdapter
 
 from service.api.http.app_state import (
     attach,
@@ -28,7 +31,7 @@ from service.api.http.proxy import PEER, forward, hand_over, is_from_peer
 from service.api.http.proxy_headers import proxy_header
 from service.api.http.query_params import check_query_length
 from service.api.http.request_body import BoundedRequest
-from service.api.http.request_id import HEADER, current_request_id, name_request
+from service.api.http.request_id import HEADER, name_request, request_id_of
 from service.api.http.request_resources import request_resources
 from service.api.http.request_target import fault_of, refuse_target
 from service.api.native import chat, sessions, turns
@@ -74,11 +77,44 @@ class Application(QuartTrio):
             if caller is not None:
                 scope["client"] = (caller, 0)  # the port is not known
 
-    async def make_default_options_response(self, *context: Any) -> Response:
-        response = await super().make_default_options_response(*context)  # only Quart 0.23 passes a context
-        allowed = no_content()
-        allowed.headers["Allow"] = response.headers["Allow"]
-        return allowed
+    def create_url_adapter(self, request: BaseRequestWebsocket | None) -> MapAdapter | None:
+        """Return the routes for a request. No route depends on the host, so the host's name is not looked at."""
+        if request is None:
+            return None
+        return MapAdapter(
+            self.url_map,
+            server_name="",
+            script_name=request.root_path,
+            subdomain=None,
+            url_scheme=request.scheme,
+            path_info=request.path,
+            default_method=request.method,
+        )
+
+    async def full_dispatch_request(self, request_context: Any = None) -> TrioResponse:
+        """Answer the request of a context.
+
+        Quart's method does so, too. Besides, it sends signals, keeps sessions, calls functions of blueprints and
+        converts results, which this application does not use.
+        """
+        answered: Request = request_context.request
+        try:
+            response = await _admit(answered) or await self._call_handler(answered, request_context.url_adapter)
+        except Exception as error:  # noqa: BLE001  the edge of a request
+            response = await _answer_any(error)
+        _complete(response, answered)
+        return response
+
+    async def _call_handler(self, answered: Request, routes: MapAdapter) -> TrioResponse:
+        if answered.routing_exception is not None:
+            raise answered.routing_exception
+        rule = cast("QuartRule", answered.url_rule)
+        if answered.method == "OPTIONS" and rule.provide_automatic_options:
+            response = no_content()
+            response.headers["Allow"] = ", ".join(routes.allowed_methods())
+            return response
+        handler: Any = self.view_functions[rule.endpoint]
+        return cast("TrioResponse", await handler(**(answered.view_args or {})))
 
 
 def create_app() -> Application:
@@ -88,15 +124,11 @@ def create_app() -> Application:
     app.url_map.merge_slashes = False  # otherwise Quart redirects ``//``, which would drop a POST's body
     for module in (sessions, turns, chat, health, page):
         app.register_blueprint(module.blueprint)
-    app.before_request(_admit)
-    app.after_request(_complete)
-    app.register_error_handler(Exception, _answer_error)
-    app.register_error_handler(OwnedElsewhereError, _answer_elsewhere)
-    app.register_error_handler(ShuttingDownError, _answer_by_successor)
+    app.register_error_handler(Exception, _answer_error)  # for web sockets
     return app
 
 
-async def _admit() -> TrioResponse | None:
+async def _admit(request: Request) -> TrioResponse | None:
     """Let a request pass to its handler, or answer it here."""
     settings = current_service().settings
     preflight = preflight_response(settings.cors_origins)
@@ -119,18 +151,18 @@ async def _admit() -> TrioResponse | None:
     return None
 
 
-async def _answer_elsewhere(error: OwnedElsewhereError) -> TrioResponse:
+async def _answer_any(error: Exception) -> TrioResponse:
+    """Answer a request that failed, or let the process answer it that can."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
     try:
-        return await forward(error)
-    except Exception as failure:  # noqa: BLE001  the edge of a request, inside of an error handler
-        return await _answer_error(failure)
-
-
-async def _answer_by_successor(error: ShuttingDownError) -> TrioResponse:
-    try:
-        return await hand_over(error)
-    except Exception as failure:  # noqa: BLE001  as above
-        return await _answer_error(failure)
+        if isinstance(error, OwnedElsewhereError):
+            return await forward(error)
+        if isinstance(error, ShuttingDownError):
+            return await hand_over(error)
+    except Exception as failure:  # noqa: BLE001  the edge of a request
+        error = failure
+    return await _answer_error(error)
 
 
 async def _answer_error(error: Exception) -> TrioResponse:
@@ -174,13 +206,12 @@ def _refuse_query(handler: Callable[..., Any]) -> None:
         raise InvalidRequestError("This call takes no parameters.", field=next(iter(request.args), None))
 
 
-async def _complete(response: Response) -> Response:
+def _complete(response: TrioResponse, answered: Request) -> None:
     """Add the headers that each response has."""
-    response.headers[HEADER] = current_request_id()
+    response.headers[HEADER] = request_id_of(cast("dict[str, Any]", answered.scope))
     if is_from_peer():
-        return response  # the process that sent the request on adds the CORS headers
+        return  # the process that sent the request on adds the CORS headers
     try:
         allow_origin(response.headers, current_service().settings.cors_origins)
     except NotReadyError:
         pass
-    return response

@@ -9,6 +9,7 @@ from trio.testing import MockClock
 
 from service.api.app import Application, create_app
 from service.api.http.proxy import PEER
+from service.errors import StoreError
 from tests.api.inprocess import CAP_S, LOOPBACK, Api, open_api
 
 KEY = "the-key-of-a-caller"
@@ -274,6 +275,15 @@ async def test_the_answer_to_a_crash_in_a_handler_has_no_details(monkeypatch: py
         reply.problem(500, "internal_error")
         assert b"42" not in reply.body
         assert b"Runtime" not in reply.body
+
+
+async def test_an_error_out_of_a_nursery_is_answered_as_the_error_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refuse(*_: object, **__: object) -> None:
+        raise ExceptionGroup("of a nursery", [ExceptionGroup("of another", [StoreError("The disk is full.")])])
+
+    async with open_api() as api:
+        monkeypatch.setattr(api.service.sessions, "list_sessions", refuse)
+        (await api.call("GET", "/sessions")).problem(503, "store_unavailable")
 
 
 @pytest.mark.parametrize("refusals", [1, 2])
