@@ -78,6 +78,10 @@ scale sessions="1000000":
 bench *args:
     @{{ uv }} run --group bench python -m bench "$@"
 
+# count what a token and a start execute, and warn where it is 15 % more than recorded; `--record` renews the record
+hot-path *args:
+    @{{ uv }} run python -m bench.hot_path "$@"
+
 # which workarounds the newest hypercorn, quart-trio and trio still need; `--python 3.13` for those of another Python
 removal *args:
     @{{ dev }} python -m tests.removal "$@"
