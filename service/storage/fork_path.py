@@ -8,7 +8,7 @@ import msgspec
 from service.errors import InvalidRequestError, TurnInProgressError
 from service.ids import new_item_id, new_turn_id
 from service.storage.records import Item, SessionRecord, TurnRecord
-from service.storage.rules import used, with_totals
+from service.storage.rules import Counts, counts_of_begin, counts_of_end, used, with_counts
 
 TURNS_MAX = 10_000
 """How many turns one fork copies at most."""
@@ -21,10 +21,12 @@ class ForkPath:
 
     Attributes:
         turns: The turns, the last one first.
+        counts: What these turns add to the counts and totals of a session.
     """
 
     def __init__(self) -> None:
         self.turns: list[TurnRecord] = []
+        self.counts = Counts()
         self._bytes = 0
 
     def add(self, turn: TurnRecord, *, events_bytes: int) -> None:
@@ -32,6 +34,8 @@ class ForkPath:
         if turn.is_open:
             raise TurnInProgressError(turn.id, instead="fork at a turn that has ended")
         self.turns.append(turn)
+        self.counts += counts_of_begin(turn)
+        self.counts += counts_of_end(turn)
         self._bytes += turn.message_bytes + events_bytes
         if len(self.turns) > TURNS_MAX or self._bytes > BYTES_MAX:
             raise InvalidRequestError(
@@ -39,14 +43,6 @@ class ForkPath:
                 "their events; fork at an earlier one.",
                 field="at",
             )
-
-
-def fork_of(
-    source: SessionRecord, path: ForkPath, *, copy_id: str, now: datetime
-) -> tuple[SessionRecord, list[TurnRecord]]:
-    """A new session with the settings of ``source``, and copies of the turns of ``path``, root first."""
-    turns = list(copies_of(path, copy_id=copy_id))
-    return forked_session(source, turns, copy_id=copy_id, now=now), turns
 
 
 def copies_of(path: ForkPath, *, copy_id: str) -> Iterator[TurnRecord]:
@@ -69,11 +65,11 @@ def copies_of(path: ForkPath, *, copy_id: str) -> Iterator[TurnRecord]:
 
 
 def forked_session(
-    source: SessionRecord, copies: Sequence[TurnRecord], *, copy_id: str, now: datetime
+    source: SessionRecord, path: ForkPath, *, head: str | None, copy_id: str, now: datetime
 ) -> SessionRecord:
-    """A new session with the settings of ``source``, of these copies, root first."""
-    session = msgspec.structs.replace(source, id=copy_id, created_at=now, head=copies[-1].id if copies else None)
-    return with_totals(used(session, now), copies)
+    """A new session with the settings of ``source`` and the copies of ``path``; ``head`` is the last copy."""
+    session = msgspec.structs.replace(source, id=copy_id, created_at=now, head=head)
+    return with_counts(used(session, now), path.counts)
 
 
 def _copied(items: Sequence[Item]) -> tuple[Item, ...]:

@@ -135,7 +135,7 @@ class MemoryStore:
         for copied in copies_of(path, copy_id=copy_id):
             copies.append(copied)
             await self._let_others_run(source_id, after=len(copies), now=now)
-        session = forked_session(source, copies, copy_id=copy_id, now=now)
+        session = forked_session(source, path, head=copies[-1].id if copies else None, copy_id=copy_id, now=now)
         copy = self._add(session, now)
         copy.turns = [_Turn(it, old.pages, old.kept) for it, old in zip(copies, reversed(kept), strict=True)]
         self._turns |= {turn.record.id: turn for turn in copy.turns}

@@ -33,6 +33,14 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
     input_tokens: int = 0
     output_tokens: int = 0
 
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(
+            open_turns=self.open_turns + other.open_turns,
+            message_count=self.message_count + other.message_count,
+            input_tokens=self.input_tokens + other.input_tokens,
+            output_tokens=self.output_tokens + other.output_tokens,
+        )
+
 
 # Sessions
 
@@ -110,14 +118,13 @@ def ended(session: SessionRecord, turn: TurnRecord, now: datetime) -> SessionRec
 
 def with_totals(session: SessionRecord, turns: Sequence[TurnRecord]) -> SessionRecord:
     """The session with the counts and totals of these turns, all of which count as ended."""
-    counts = [counts for turn in turns for counts in (counts_of_begin(turn), counts_of_end(turn))]
-    return msgspec.structs.replace(
-        session,
-        open_turns=0,
-        message_count=sum(it.message_count for it in counts),
-        input_tokens=sum(it.input_tokens for it in counts),
-        output_tokens=sum(it.output_tokens for it in counts),
-    )
+    counts = (counts for turn in turns for counts in (counts_of_begin(turn), counts_of_end(turn)))
+    return with_counts(session, sum(counts, Counts()))
+
+
+def with_counts(session: SessionRecord, counts: Counts) -> SessionRecord:
+    """The session with these counts and totals in place of its own."""
+    return msgspec.structs.replace(session, **msgspec.structs.asdict(counts))
 
 
 def _with_counts(session: SessionRecord, counts: Counts) -> SessionRecord:

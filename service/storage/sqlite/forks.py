@@ -5,19 +5,20 @@ its process dies or gives up, the copy is removed like any deleted session.
 """
 
 import time
+from collections.abc import Iterator
 from datetime import datetime
 
 import apsw
 import msgspec
 
-from service.errors import OwnedElsewhereError, SessionExistsError
+from service.errors import OwnedElsewhereError, SessionExistsError, SessionNotFoundError
 from service.ids import new_session_id
 from service.storage import rules
-from service.storage.fork_path import ForkPath, fork_of
+from service.storage.fork_path import ForkPath, copies_of, forked_session
 from service.storage.records import SessionRecord, TurnRecord
-from service.storage.sqlite import sessions, turns
+from service.storage.sqlite import event_pages, sessions, turns
 from service.storage.sqlite.ownership import owner_of
-from service.storage.sqlite.rows import Row
+from service.storage.sqlite.rows import TURN_COLUMNS, Row
 
 STEP_S = 0.01
 """The approximate time of one step: it ends after the row in which this time is over."""
@@ -51,33 +52,90 @@ class Progress(msgspec.Struct, frozen=True):
     after: int = -1
 
 
-def plan(db: apsw.Connection, source_id: str, *, at: str | None, copy_id: str, fence: int, now: datetime) -> Fork:
-    """Read the turns that a fork copies. They have ended, so later changes of the session do not change them.
+class Plan(turns.PathWalk):
+    """Reads the turns that a fork copies, and makes their copies. The turns have ended, so later changes of the session
+    do not change them.
 
-    Raises:
-        SessionNotFoundError, TurnNotFoundError, TurnInProgressError, OwnedElsewhereError, InvalidRequestError
+    Its steps raise SessionNotFoundError, TurnNotFoundError, TurnInProgressError, OwnedElsewhereError and
+    InvalidRequestError.
     """
-    source = sessions.visible(db, source_id, now)
-    at = source.record.head if at is None else at
-    path, keys = ForkPath(), []
-    if at is not None:
-        turns.key_of(db, at, source.key)
-        for key, turn_id in turns.keys_down(db, source.key, at):
-            turn = turns.get(db, source_id, turn_id, now)
-            if turn.is_open and source.owner not in (None, fence):
-                owner = owner_of(db, source.owner)
-                raise OwnedElsewhereError(source_id, fence=owner.fence, address=owner.address)
-            keys.append(key)
-            path.add(turn, events_bytes=_events_bytes(db, key))
-    session, copies = fork_of(source.record, path, copy_id=copy_id, now=now)
-    return Fork(
-        source_id=source_id,
-        at=at,
-        session=session,
-        turns=copies,
-        sources=keys[::-1],
-        hidden_id=f"+{new_session_id()}",
-    )
+
+    columns = f"{TURN_COLUMNS}, key"
+
+    def __init__(self, source_id: str, at: str | None, *, copy_id: str, fence: int, now: datetime) -> None:
+        super().__init__(source_id, at or "")
+        self._at = at
+        self._copy_id = copy_id
+        self._fence = fence
+        self._now = now
+        self._source: sessions.StoredSession | None = None
+        self._path = ForkPath()
+        self._keys: list[int] = []
+        self._copying: Iterator[TurnRecord] | None = None
+        self._copies: list[TurnRecord] = []
+
+    def read_some(self, db: apsw.Connection) -> None:
+        if self._copying is None:
+            self._read_some(db)
+        else:
+            self._copy_some(self._copying)
+
+    def _read_some(self, db: apsw.Connection) -> None:
+        source = sessions.visible(db, self._session_id, self._now)
+        if self._source is None:  # the first step
+            self._source = source
+            if self._at is None:
+                self._at = source.record.head
+            if self._at is None:
+                self.is_complete = True
+                return
+            turns.key_of(db, self._at, source.key)
+            self.begin_at(self._at)
+        super().read_some(db)
+        if self.is_complete:
+            self.is_complete = False
+            self._copying = copies_of(self._path, copy_id=self._copy_id)
+
+    def _takes(self, db: apsw.Connection, row: Row) -> bool:
+        assert self._source is not None
+        turn = event_pages.record_of(db, self._session_id, row)
+        if turn.is_open and self._source.owner not in (None, self._fence):
+            owner = owner_of(db, self._source.owner)
+            raise OwnedElsewhereError(self._session_id, fence=owner.fence, address=owner.address)
+        key = row[-3]
+        self._keys.append(key)
+        self._path.add(turn, events_bytes=_events_bytes(db, key))
+        return True
+
+    def _drop(self) -> None:
+        raise SessionNotFoundError(self._session_id)
+
+    def _copy_some(self, copying: Iterator[TurnRecord]) -> None:
+        deadline = time.monotonic() + turns.STEP_S
+        for copied in copying:
+            self._copies.append(copied)
+            if time.monotonic() >= deadline:
+                return
+        self.is_complete = True
+
+    @property
+    def fork(self) -> Fork:
+        """The fork, once the plan is complete."""
+        assert self._source is not None
+        return Fork(
+            source_id=self._session_id,
+            at=self._at,
+            session=forked_session(
+                self._source.record,
+                self._path,
+                head=self._copies[-1].id if self._copies else None,
+                copy_id=self._copy_id,
+                now=self._now,
+            ),
+            turns=self._copies,
+            sources=self._keys[::-1],
+            hidden_id=f"+{new_session_id()}",
+        )
 
 
 def build(db: apsw.Connection, fork: Fork, progress: Progress | None, *, fence: int, now: datetime) -> Progress | None:

@@ -113,9 +113,10 @@ class SqliteStore:
 
     async def fork_session(self, source_id: str, *, at: str | None, copy_id: str, now: datetime) -> SessionRecord:
         async with self._forking:
-            fork = await self._reading.call(
-                lambda db: forks.plan(db, source_id, at=at, copy_id=copy_id, fence=self.fence, now=now)
-            )
+            plan = forks.Plan(source_id, at, copy_id=copy_id, fence=self.fence, now=now)
+            while not plan.is_complete:
+                await self._reading.call(plan.read_some)
+            fork = plan.fork
             step = partial(forks.build, fork=fork, fence=self.fence, now=now)
             try:
                 progress = await self._writing.call(partial(step, progress=None))
@@ -251,14 +252,18 @@ class SqliteStore:
         return read.turns
 
     async def measure_path(self, session_id: str, turn_id: str) -> LeftOut:
-        return await self._reading.call(lambda db: turns.measure_path(db, session_id, turn_id))
+        measure = turns.PathMeasure(session_id, turn_id)
+        while not measure.is_complete:
+            await self._reading.call(measure.read_some)
+        return measure.measured
 
     async def list_path(
         self, session_id: str, turn_id: str, *, limit: int, first: str | None, bytes_max: int | None = None
     ) -> Sequence[TurnRecord]:
-        return await self._reading.call(
-            lambda db: turns.list_path(db, session_id, turn_id, limit=limit, first=first, bytes_max=bytes_max)
-        )
+        page = turns.PathPage(session_id, turn_id, limit=limit, first=first, bytes_max=bytes_max)
+        while not page.is_complete:
+            await self._reading.call(page.read_some)
+        return page.turns
 
     async def read_events(
         self, session_id: str, turn_id: str, *, after: int = 0, length_max: int = PAGE_LENGTH_MAX

@@ -1,6 +1,7 @@
 """The steps that read and write turns, each within a transaction. A step refuses before its first write."""
 
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
 from datetime import datetime
@@ -36,6 +37,7 @@ STEP_S = 0.003
 """The approximate time of one step of a long read, in which the other steps of the same thread wait."""
 
 _VISIBLE = "SELECT key FROM sessions WHERE id = ? AND deletion = 0 AND (open_turns > 0 OR expires_at > ?)"
+_IDENTITY = "SELECT key, created_at FROM sessions WHERE id = ?"  # the key of a removed session may be used again
 _GET = f"SELECT {TURN_COLUMNS} FROM turns WHERE id = ? AND session = ?"
 _DOWN_FROM = (
     "SELECT {columns}, ordinal, message_bytes FROM turns WHERE session = ? AND ordinal <= ? ORDER BY ordinal DESC"
@@ -280,22 +282,61 @@ def insert_copy(db: apsw.Connection, session: int, ordinal: int, turn: TurnRecor
     db.execute(_INSERT, values | {"session": session, "ordinal": ordinal, "owner": None})
 
 
-class PathRead:
-    """A path that is read in short steps, from its last turn to the root: thousands of turns may fit into a prompt.
+class PathWalk(ABC):
+    """A path that is walked in short steps, from its last turn to the root: a session may have many thousands of turns.
 
     Each step sees its own snapshot. The turns of a path stay as they are while their session exists; if the session is
     removed meanwhile, the path is empty.
 
     Attributes:
-        is_complete: Whether :attr:`turns` has them all.
+        is_complete: Whether the walk is over.
     """
 
-    def __init__(self, session_id: str, turn_id: str, bytes_max: int | None) -> None:
+    columns = PATH_COLUMNS
+
+    def __init__(self, session_id: str, turn_id: str) -> None:
         self.is_complete = False
         self._session_id = session_id
+        self._session: tuple[int, int] | None = None
+        self.begin_at(turn_id)
+
+    def begin_at(self, turn_id: str) -> None:
+        """Set the last turn of the path, before the first step."""
+        self._next: tuple[str, int] = turn_id, _NEWEST
+
+    def read_some(self, db: apsw.Connection) -> None:
+        """Do one step. It ends after the row in which its time is over."""
+        session: tuple[int, int] | None = db.execute(_IDENTITY, (self._session_id,)).fetchone()
+        if session is None or self._session not in (None, session):
+            self.is_complete = True
+            self._drop()
+            return
+        self._session = session
+        next_id, below = self._next
+        deadline = time.monotonic() + STEP_S
+        for row in _path_down(db, session[0], next_id, self.columns, below=below):
+            if not self._takes(db, row):
+                break
+            if row[1] is not None and time.monotonic() >= deadline:
+                self._next = row[1], row[-2]
+                return
+        self.is_complete = True
+
+    @abstractmethod
+    def _takes(self, db: apsw.Connection, row: Row) -> bool:
+        """Take the next row: ``columns``, then ordinal and message_bytes. Returns whether the walk goes on."""
+
+    @abstractmethod
+    def _drop(self) -> None:
+        """Drop what was taken: the session was removed meanwhile, or never existed."""
+
+
+class PathRead(PathWalk):
+    """Reads the newest turns of a path. Thousands of turns may fit into a prompt."""
+
+    def __init__(self, session_id: str, turn_id: str, bytes_max: int | None) -> None:
+        super().__init__(session_id, turn_id)
         self._bound = rules.PathBound(bytes_max)
-        self._session: int | None = None
-        self._next: tuple[str, int] | None = turn_id, _NEWEST
         self._down: list[TurnRecord] = []
 
     @property
@@ -303,38 +344,77 @@ class PathRead:
         """The turns so far, root first."""
         return self._down[::-1]
 
-    def read_some(self, db: apsw.Connection) -> None:
-        """Do one step. It ends after the row in which its time is over."""
-        session = _key(db, self._session_id)
-        if session is None or self._session not in (None, session):
-            self._down.clear()
-            self.is_complete = True
-            return
-        self._session = session
-        assert self._next is not None
-        next_id, below = self._next
-        deadline = time.monotonic() + STEP_S
-        for row in _path_down(db, session, next_id, below=below):
-            if not self._bound.takes(row[-1]):
-                break
-            self._down.append(record_of(db, self._session_id, row))
-            self._next = None if row[1] is None else (row[1], row[-2])
-            if self._next is not None and time.monotonic() >= deadline:
-                return
-        self.is_complete = True
+    def _takes(self, db: apsw.Connection, row: Row) -> bool:
+        if not self._bound.takes(row[-1]):
+            return False
+        self._down.append(record_of(db, self._session_id, row))
+        return True
+
+    def _drop(self) -> None:
+        self._down.clear()
 
 
-def measure_path(db: apsw.Connection, session_id: str, turn_id: str) -> LeftOut:
-    session = _key(db, session_id)
-    measured = LeftOut()
-    for row in _path_down(db, session, turn_id, "id, parent, message_items") if session is not None else ():
+class PathMeasure(PathWalk):
+    """Measures a path.
+
+    Attributes:
+        measured: The size of the turns so far in a prompt.
+    """
+
+    columns = "id, parent, message_items"
+
+    def __init__(self, session_id: str, turn_id: str) -> None:
+        super().__init__(session_id, turn_id)
+        self.measured = LeftOut()
+
+    def _takes(self, db: apsw.Connection, row: Row) -> bool:
         this_id, _, message_items, _, message_bytes = row
         if message_items is None:  # the row is of schema 1, which had neither counts nor refusals
-            read: Row = db.execute(_GET, (this_id, session)).fetchone()  # type: ignore[assignment]
-            measured += record_of(db, session_id, read).in_prompts
+            assert self._session is not None
+            read: Row = db.execute(_GET, (this_id, self._session[0])).fetchone()  # type: ignore[assignment]
+            self.measured += record_of(db, self._session_id, read).in_prompts
         else:
-            measured += LeftOut(message_items, message_bytes)
-    return measured
+            self.measured += LeftOut(message_items, message_bytes)
+        return True
+
+    def _drop(self) -> None:
+        self.measured = LeftOut()
+
+
+class PathPage(PathWalk):
+    """Reads the turns of a path from ``first`` on, as :meth:`~service.storage.store.Store.list_path` says.
+
+    Attributes:
+        turns: The turns, root first, once the walk is complete.
+    """
+
+    columns = "id, parent, key"
+
+    def __init__(self, session_id: str, turn_id: str, *, limit: int, first: str | None, bytes_max: int | None) -> None:
+        super().__init__(session_id, turn_id)
+        self.turns: list[TurnRecord] = []
+        self._first = first
+        self._bytes_max = bytes_max
+        self._has_first = first is None
+        self._keys: deque[int] = deque(maxlen=limit)  # from the last turn to the first
+
+    def read_some(self, db: apsw.Connection) -> None:
+        super().read_some(db)
+        if self.is_complete and self._has_first:
+            self._keys.reverse()
+            sizes = (db.execute(f"SELECT {_TURN_BYTES} FROM turns WHERE key = ?", (key,)).get for key in self._keys)
+            shown = islice(self._keys, fitting(sizes, bytes_max=self._bytes_max, rows_min=2))
+            query = f"SELECT {PATH_COLUMNS} FROM turns WHERE key = ?"
+            self.turns = [record_of(db, self._session_id, row) for key in shown for row in db.execute(query, (key,))]
+
+    def _takes(self, db: apsw.Connection, row: Row) -> bool:  # noqa: ARG002
+        self._keys.append(row[2])
+        is_first: bool = row[0] == self._first
+        self._has_first = self._has_first or is_first
+        return not is_first
+
+    def _drop(self) -> None:
+        self._keys.clear()
 
 
 def _path_down(
@@ -357,31 +437,6 @@ def _path_down(
                 break
             yield row
             next_id, below = row[1], row[-2]
-
-
-def list_path(
-    db: apsw.Connection, session_id: str, turn_id: str, *, limit: int, first: str | None, bytes_max: int | None
-) -> list[TurnRecord]:
-    session = _key(db, session_id)
-    keys: deque[int] = deque(maxlen=limit)  # from the last turn to the first
-    for key, this_id in keys_down(db, session, turn_id) if session is not None else ():
-        keys.append(key)
-        if this_id == first:
-            break
-    else:
-        if first is not None:
-            return []
-    keys.reverse()
-    sizes = (db.execute(f"SELECT {_TURN_BYTES} FROM turns WHERE key = ?", (key,)).get for key in keys)
-    shown = islice(keys, fitting(sizes, bytes_max=bytes_max, rows_min=2))
-    query = f"SELECT {PATH_COLUMNS} FROM turns WHERE key = ?"
-    return [record_of(db, session_id, row) for key in shown for row in db.execute(query, (key,))]
-
-
-def keys_down(db: apsw.Connection, session: int, turn_id: str) -> Iterator[tuple[int, str]]:
-    """The keys and ids of a path, from its last turn to the root. Ends as :func:`_path_down` does."""
-    for this_id, _, key, *_ in _path_down(db, session, turn_id, "id, parent, key"):
-        yield key, this_id
 
 
 def key_of(db: apsw.Connection, turn_id: str, session: int) -> int:

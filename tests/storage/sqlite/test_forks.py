@@ -41,6 +41,13 @@ async def _rows(store: SqliteStore) -> list[int]:
     return await store._writing.call(count)
 
 
+async def _plan(store: SqliteStore) -> forks.Fork:
+    plan = forks.Plan("s", None, copy_id="copy", fence=store.fence, now=NOW)
+    while not plan.is_complete:
+        await store._reading.call(plan.read_some)
+    return plan.fork
+
+
 async def test_others_write_between_the_steps_and_see_nothing_before_the_last(path: Path) -> None:
     async with open_sqlite_store(path) as store, open_sqlite_store(path) as other:
         await _fill(store)
@@ -97,9 +104,7 @@ async def test_the_unfinished_fork_of_a_dead_process_is_removed(path: Path) -> N
     async with open_sqlite_store(path) as store:
         await _fill(store)
         before = await _rows(store)
-        plan = await store._reading.call(
-            lambda db: forks.plan(db, "s", at=None, copy_id="copy", fence=store.fence, now=NOW)
-        )
+        plan = await _plan(store)
         await store._writing.call(lambda db: forks.build(db, plan, None, fence=store.fence, now=NOW))
     async with open_sqlite_store(path) as store:
         assert await _rows(store) != before
@@ -111,9 +116,7 @@ async def test_the_unfinished_fork_of_a_dead_process_is_removed(path: Path) -> N
 async def test_a_source_that_goes_away_meanwhile_leaves_no_copy(path: Path) -> None:
     async with open_sqlite_store(path) as store:
         await _fill(store)
-        plan = await store._reading.call(
-            lambda db: forks.plan(db, "s", at=None, copy_id="copy", fence=store.fence, now=NOW)
-        )
+        plan = await _plan(store)
         progress = await store._writing.call(lambda db: forks.build(db, plan, None, fence=store.fence, now=NOW))
         assert progress is not None
 

@@ -4,15 +4,17 @@ import gc
 import threading
 import time
 import weakref
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from service.storage.records import TurnRecord
+from service.errors import SessionNotFoundError
+from service.storage.records import LeftOut, TurnRecord
 from service.storage.rules import TURN_BYTES
-from service.storage.sqlite import SqliteStore, open_sqlite_store, turns
+from service.storage.sqlite import SqliteStore, forks, open_sqlite_store, turns
 from service.storage.sqlite.reader import _SNAPSHOT_S
 from service.storage.sqlite.sql_thread import SqlThread
 from tests.storage.rows import T0, a_session, a_turn, ended
@@ -67,6 +69,27 @@ async def test_an_acceptance_leaves_a_path_that_takes_long_to_the_threads_that_r
 
 
 @pytest.mark.parametrize("step_s", [0, 60])
+async def test_a_path_is_measured_listed_and_forked_the_same_in_one_step_and_in_many(
+    path: Path, monkeypatch: pytest.MonkeyPatch, step_s: float
+) -> None:
+    monkeypatch.setattr(turns, "STEP_S", step_s)
+    async with open_sqlite_store(path) as store:
+        names = await _fill(store)
+        whole = await store.read_path("s", names[-1], bytes_max=None)
+        measured = await store.measure_path("s", names[-1])
+        assert measured == sum((turn.in_prompts for turn in whole), LeftOut())
+        for first in (None, *names[::11], names[-1]):
+            start = names.index(first) if first else 0
+            assert await store.list_path("s", names[-1], limit=7, first=first) == whole[start : start + 7]
+        assert await store.list_path("s", names[-1], limit=7, first="nowhere") == []
+        assert await store.list_path("s", names[-1], limit=7, first=None, bytes_max=1) == whole[:2]
+        copy = await store.fork_session("s", at=names[-1], copy_id="copy", now=T0)
+        assert copy.head is not None
+        copied = await store.read_path("copy", copy.head, bytes_max=None)
+        assert [turn.input_text for turn in copied] == [turn.input_text for turn in whole]
+
+
+@pytest.mark.parametrize("step_s", [0, 60])
 async def test_a_path_that_a_broken_file_makes_a_circle_has_an_end(
     path: Path, monkeypatch: pytest.MonkeyPatch, step_s: float
 ) -> None:
@@ -102,6 +125,35 @@ async def test_short_reads_are_answered_while_a_path_is_read(path: Path, monkeyp
         assert min(looks, pages) > 5
 
 
+@pytest.mark.parametrize("name", ["measure_path", "list_path", "fork_session"])
+async def test_long_reads_are_answered_in_turn_with_other_reads_of_their_thread(
+    path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(turns, "STEP_S", 0)
+    async with open_sqlite_store(path) as store:
+        names = await _fill(store)
+        reads: dict[str, Callable[[], Awaitable[object]]] = {
+            "measure_path": lambda: store.measure_path("s", names[-1]),
+            "list_path": lambda: store.list_path("s", names[-1], limit=7, first=None),
+            "fork_session": lambda: store.fork_session("s", at=names[-1], copy_id="copy", now=T0),
+        }
+        is_done = False
+        pages = 0
+
+        async def read() -> None:
+            nonlocal is_done
+            await reads[name]()
+            is_done = True
+
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(read)
+                while not is_done:
+                    await store.list_turns("s", limit=2, after=None, now=T0)
+                    pages += 1
+        assert pages > TURNS / 2
+
+
 async def test_a_path_of_a_session_that_is_removed_meanwhile_is_empty(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +174,31 @@ async def test_a_path_of_a_session_that_is_removed_meanwhile_is_empty(
         await store.create_session(a_session(), now=T0)
         await store._reading.call(reads[1].read_some)
         assert (reads[1].turns, reads[1].is_complete) == ([], True)
+
+
+async def test_a_session_that_is_removed_while_its_path_is_measured_listed_or_forked_is_gone(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if another session has taken the id, and turns of the same ids."""
+    monkeypatch.setattr(turns, "STEP_S", 0)
+    async with open_sqlite_store(path) as store:
+        names = await _fill(store)
+        measure = turns.PathMeasure("s", names[-1])
+        page = turns.PathPage("s", names[-1], limit=7, first=None, bytes_max=None)
+        plan = forks.Plan("s", names[-1], copy_id="copy", fence=store.fence, now=T0)
+        walks: list[turns.PathWalk] = [measure, page, plan]
+        for walk in walks:
+            await store._reading.call(walk.read_some)
+            assert not walk.is_complete
+        await store.mark_deleted("s", now=T0)
+        await store.remove_deleted("s")
+        await store.create_session(a_session(created=1), now=T0)
+        for walk in (measure, page):
+            await store._reading.call(walk.read_some)
+            assert walk.is_complete
+        assert (measure.measured, page.turns) == (LeftOut(), [])
+        with pytest.raises(SessionNotFoundError):
+            await store._reading.call(plan.read_some)
 
 
 class Result:
