@@ -232,7 +232,14 @@ class OpenAICompatibleStream:
                 raise decoder.failure
             if self._piece:
                 await trio.lowlevel.checkpoint()
-            chunk = self._piece or await self._next_chunk()
+                chunk = self._piece
+            elif decoder.has_finish_reason:
+                chunk = await self._receive_rest()
+            else:
+                try:
+                    chunk = await self._body.receive()
+                except (httpx.HTTPError, InflateError) as error:
+                    raise _body_error(error) from error
             if not chunk:
                 events = decoder.end()
             elif len(chunk) <= _PIECE_BYTES_MAX:
@@ -245,27 +252,18 @@ class OpenAICompatibleStream:
                 self._end_deadline = math.inf
                 return events
 
-    async def _next_chunk(self) -> bytes:
-        """The next bytes of the body; empty if the reply needs no more bytes."""
+    async def _receive_rest(self) -> bytes:
+        """The next bytes of a body whose reply may be whole: the rest is not worth a failure or a long wait."""
+        wait_s = _USAGE_TIMEOUT_S if self._decoder.is_whole else _TEXT_TIMEOUT_S
+        self._end_deadline = min(self._end_deadline, trio.current_time() + wait_s)
         try:
-            if not self._decoder.has_finish_reason:
-                return await self._body.receive()
-            # The reply may be whole: the rest is not worth a failure or a long wait.
-            wait_s = _USAGE_TIMEOUT_S if self._decoder.is_whole else _TEXT_TIMEOUT_S
-            self._end_deadline = min(self._end_deadline, trio.current_time() + wait_s)
             with trio.CancelScope(deadline=self._end_deadline) as scope, extended_when_late(scope, timeout_s=wait_s):
                 chunk = await self._body.receive()
                 self._end_deadline = scope.deadline  # ``extended_when_late`` may have moved the deadline
                 return chunk
-            return b""
-        except (httpx.HTTPError, InflateError) as error:
-            if self._decoder.has_finish_reason:
-                return b""
-            if isinstance(error, InflateError):
-                message = f"The model server answered with a compressed body that cannot be read: {error}."
-                raise ModelError("upstream_protocol", message) from error
-            message = "The connection to the model server broke in the middle of the reply."
-            raise ModelError("upstream_truncated", message, retryable=True) from error
+        except (httpx.HTTPError, InflateError):
+            pass
+        return b""
 
 
 class _Response:
@@ -408,6 +406,15 @@ def _transport_error(error: httpx.HTTPError) -> ModelError:
     if isinstance(error, httpx.RemoteProtocolError):
         return ModelError("upstream_protocol", "The model server did not answer with HTTP: check the model URL.")
     return ModelError("upstream_unreachable", "The model server closed the connection unanswered.", retryable=True)
+
+
+def _body_error(error: httpx.HTTPError | InflateError) -> ModelError:
+    """The error for a body that broke before its reply was whole."""
+    if isinstance(error, InflateError):
+        message = f"The model server answered with a compressed body that cannot be read: {error}."
+        return ModelError("upstream_protocol", message)
+    message = "The connection to the model server broke in the middle of the reply."
+    return ModelError("upstream_truncated", message, retryable=True)
 
 
 def _is_exhausted(causes: Iterable[BaseException]) -> bool:

@@ -52,12 +52,23 @@ class ChunkedBody:
     extensions and trailers that are no fields are accepted, but make the body not clean.
     """
 
-    __slots__ = ("_in_trailers", "_left", "_line", "_padding", "_trailer_bytes", "failure", "is_clean", "is_over")
+    __slots__ = (
+        "_in_trailers",
+        "_is_between",
+        "_left",
+        "_line",
+        "_padding",
+        "_trailer_bytes",
+        "failure",
+        "is_clean",
+        "is_over",
+    )
 
     def __init__(self) -> None:
         self.is_over = False
         self.is_clean = True
         self.failure: BodyError | None = None
+        self._is_between = True  # whether a chunk's size comes next, from its beginning
         self._left = 0  # the bytes of the chunk that have not come yet
         self._padding = b""  # the part of the line end after the chunk's data that has not come yet
         self._line = bytearray()  # the beginning of a line
@@ -65,8 +76,18 @@ class ChunkedBody:
         self._trailer_bytes = 0
 
     def feed(self, data: bytes) -> bytes:
+        size = len(data)
+        if self._is_between:  # the short way for one whole chunk, as tokens mostly come
+            match = _SIZE_LINE.match(data)
+            if match is not None and 0 < int(match[1], 16) == size - match.end() - 2 and data.endswith(b"\r\n"):
+                return data[match.end() : -2]
+        body = self._feed(data, size)
+        self._is_between = not (self._left or self._padding or self._line or self._in_trailers or self.failure)
+        return body
+
+    def _feed(self, data: bytes, size: int) -> bytes:
         pieces: list[bytes] = []
-        at, size = 0, len(data)
+        at = 0
         try:
             while at < size and not self.is_over:
                 if self._left:
