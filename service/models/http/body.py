@@ -12,7 +12,8 @@ from typing import Protocol
 
 LINE_BYTES_MAX = 16 * 1024
 """Bound on the line with a chunk's size, and on all trailers of a body together."""
-_SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,20})(?:;[^\r\n]*)?[ \t]*\r\n")
+_SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,20})(?:;[^\r\n]{0,16000})?[ \t]{0,99}\r\n")
+"""A chunk's size in its strict form; its length is bounded, as that of a line that comes in pieces is."""
 _LENIENT_SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,20})(?:;[^\n]*?)?[ \t]*(?:\r?\n)")
 """As :data:`_SIZE_LINE`, with a line feed alone at the end, and with carriage returns among the extensions."""
 _TRAILER = re.compile(rb"[-!#$%&'*+.^_`|~0-9A-Za-z]+:[^\r\n\0]*\r\n")

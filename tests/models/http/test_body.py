@@ -3,7 +3,7 @@
 import pytest
 
 from service.models.http.body import LINE_BYTES_MAX, BodyDecoder, ChunkedBody, SizedBody, UnsizedBody
-from tests.models.http.chunked_fuzz import fuzz, read
+from tests.models.http.chunked_fuzz import Read, fuzz, read
 
 CHUNKED = b'5\r\nhello\r\n1;a="b";c\r\n \r\n00000005 \t\r\nworld\r\n0;last\r\nx-trailer: y\r\n\r\n'
 
@@ -89,6 +89,18 @@ def test_an_endless_line_or_trailer_is_bounded(start: bytes, endless: bytes, siz
         fed += len(piece)
         assert fed < LINE_BYTES_MAX + 2 * len(piece) + 2
     assert len(decoder._line) <= LINE_BYTES_MAX + len(piece)
+
+
+@pytest.mark.parametrize(
+    ("length", "failed", "is_clean"), [(15_000, False, True), (16_300, False, False), (20_000, True, True)]
+)
+@pytest.mark.parametrize("size", [1, 700, 64 * 1024])
+def test_the_bound_of_a_line_is_the_same_in_pieces_and_in_one_piece(
+    length: int, failed: bool, is_clean: bool, size: int
+) -> None:
+    body = b"5\r\nhello\r\n1;" + b"x" * length + b"\r\n!\r\n0\r\n\r\n"
+    got = read([body[at : at + size] for at in range(0, len(body), size)])
+    assert got == Read(b"hello" if failed else b"hello!", is_over=not failed, is_clean=is_clean, failed=failed)
 
 
 def test_the_end_of_the_connection_within_a_body_is_an_error() -> None:
