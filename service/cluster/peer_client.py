@@ -44,6 +44,10 @@ class PeerConnection:
         self._secret = secret
         self._protocol = h11.Connection(h11.CLIENT)
 
+    @property
+    def is_closed(self) -> bool:
+        return self._stream.socket.fileno() < 0
+
     def close(self) -> None:
         """Close at once; the peer sees that the client has left. Closing twice has no effect."""
         self._stream.socket.close()
@@ -59,13 +63,14 @@ class PeerConnection:
             self.close()
 
     async def ask(
-        self, request: PeerRequest, *, is_stream: Callable[[h11.Response], bool], note_sent: Callable[[], None]
+        self, request: PeerRequest, *, is_stream: Callable[[h11.Response], bool], note_accepted: Callable[[], None]
     ) -> tuple[h11.Response, bytes] | None:
         """Send a request. Returns the answer, or None if the peer dies before its answer.
 
         Args:
             is_stream: Whether an answer's body is a stream. The caller then reads it with :meth:`receive_body`.
-            note_sent: Called once the whole request is sent; this connection holds its body no longer.
+            note_accepted: Called once the peer says that it has accepted the request as a turn: no other process will
+                have to answer it.
 
         Raises:
             InvalidRequestError: HTTP/1.1 cannot express a header of the request.
@@ -77,8 +82,7 @@ class PeerConnection:
             self.has_asked = True
             await self._send(request)
             del request
-            note_sent()
-            head = await self._receive_head()
+            head = await self._receive_head(note_accepted)
             return head, b"" if is_stream(head) else await self._receive_whole_body()
         except h11.LocalProtocolError as error:
             raise InvalidRequestError(f"This request has a header that cannot be passed on: {error}.") from error
@@ -98,11 +102,13 @@ class PeerConnection:
         with suppress(trio.BrokenResourceError):  # the peer may answer before it has read everything
             await self._stream.send_all(data)
 
-    async def _receive_head(self) -> h11.Response:
+    async def _receive_head(self, note_accepted: Callable[[], None]) -> h11.Response:
         event = await self._next_event()
         while isinstance(event, h11.InformationalResponse):
             locations = [value.decode("latin-1") for name, value in event.headers if name == b"location"]
-            self.accepted_as = next(iter(locations), self.accepted_as)
+            if locations:
+                self.accepted_as = locations[0]
+                note_accepted()
             event = await self._next_event()
         if not isinstance(event, h11.Response):
             raise h11.RemoteProtocolError("the peer has closed the connection")

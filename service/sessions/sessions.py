@@ -38,7 +38,7 @@ from service.sessions.active.active_sessions import ActiveSessions
 from service.sessions.active.deletion import Deletions
 from service.sessions.active.drain import Drain
 from service.sessions.active.pending_writes import PendingWrites
-from service.sessions.commands import NewSession, NewTurn, is_same_input
+from service.sessions.commands import NewSession, NewTurn, OnConflict, is_same_input
 from service.sessions.events import outcome
 from service.sessions.events.event_log import Events
 from service.sessions.events.replay import Replays
@@ -133,11 +133,15 @@ class Sessions:
         return session
 
     async def fork_session(
-        self, session_id: str, *, at: str | None = None, copy_id: str | None = None
+        self, session_id: str, *, at: str | None = None, copy_id: str | None = None, for_peer: bool = False
     ) -> SessionRecord:
         """Create a session with a copy of the path from the root to ``at``, or to the head.
 
         The answer comes within ``store_timeout_s``; at most half of it is the wait for other forks.
+
+        Args:
+            for_peer: Another process asks because this one has open turns of the session; it is answered also in a
+                drain, in which other processes serve.
 
         Raises:
             SessionNotFoundError
@@ -148,7 +152,8 @@ class Sessions:
             InvalidRequestError: The path is too large to copy.
             SessionLimitError, ShuttingDownError
         """
-        self.drain.check_accepting()
+        if not (for_peer and self._active.has_turns(session_id)):
+            self.drain.check_accepting()
         self._check_not_deleted(session_id)
         if self._forking.statistics().tasks_waiting >= FORKS_WAITING_MAX:
             raise StoreError(f"{FORKS_WAITING_MAX} other forks wait already; try again later.")
@@ -268,6 +273,19 @@ class Sessions:
         """
         turn = await self._acceptance.accept(session_id, new)
         return turn, turn.watch()
+
+    async def make_way(self, session_id: str, on_conflict: OnConflict) -> None:
+        """Let the turns of a session end, because this process stops and another one is to accept the next turn.
+
+        ``queue`` waits until they have ended, ``supersede`` cancels them and waits. The wait is short: if a turn is
+        still open then, call this again. Callers that wait count as open turns.
+
+        Raises:
+            SessionNotFoundError: It is being deleted.
+            TurnInProgressError, QueueFullError: By ``on_conflict``.
+            TurnLimitError
+        """
+        await self._acceptance.make_way(session_id, on_conflict)
 
     async def get_turn(self, session_id: str, turn_id: str) -> TurnRecord:
         """A turn with its text so far.

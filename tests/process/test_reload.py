@@ -154,6 +154,56 @@ async def test_reloads_refuse_nothing_on_connections_that_are_kept_and_on_tls(tm
 
 
 @pytest.mark.parallel
+async def test_a_new_turn_of_a_session_whose_turn_runs_in_an_old_worker_is_accepted_by_a_new_one(
+    tmp_path: Path,
+) -> None:
+    settings: dict[str, Any] = {"drain_timeout_s": 60, "model_url": "scripted:?tokens=500&rate=10"}
+    async with open_lastcall(CONFIGURED_2, tmp_path, **settings) as server:
+        url = f"http://127.0.0.1:{server.port}"
+        async with (
+            httpx.AsyncClient(base_url=url, timeout=CAP_S, headers={"Connection": "close"}) as anew,
+            httpx.AsyncClient(base_url=url, timeout=CAP_S) as kept,
+        ):
+            earlier: dict[str, str] = {}
+            answers: dict[str, httpx.Response] = {}
+
+            async def ask(client: httpx.AsyncClient, session: str, on_conflict: str) -> httpx.Response:
+                body = {"input": "x", "on_conflict": on_conflict, "background": True, "max_output_tokens": 2}
+                answers[session] = await client.post(f"/sessions/{session}/turns", json=body)
+                return answers[session]
+
+            for session in ("queued", "kept", "superseded", "refused"):
+                assert (await kept.post("/sessions", json={"id": session})).status_code == 201
+                started = await kept.post(f"/sessions/{session}/turns", json={"input": "x", "background": True})
+                earlier[session] = started.headers["location"]
+            server.signal_main(signal.SIGHUP)
+            await server.wait_logged('"shutdown report"')  # of the old worker without a turn
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(ask, kept, "kept", "queue")
+                nursery.start_soon(ask, anew, "queued", "queue")
+                assert (await ask(anew, "refused", "reject")).json()["code"] == "turn_in_progress"
+                assert (await ask(anew, "superseded", "supersede")).status_code == 202
+                for session in ("kept", "queued", "refused"):
+                    assert (await anew.post(f"{earlier[session]}/cancel")).status_code == 200
+            assert {session: answer.status_code for session, answer in answers.items()} == {
+                "queued": 202,
+                "kept": 202,
+                "superseded": 202,
+                "refused": 409,
+            }
+            superseded = (await anew.get(earlier["superseded"])).json()
+            assert (superseded["state"], superseded["reason"]) == ("cancelled", "superseded")
+            for session in ("queued", "kept", "superseded"):
+                events = await anew.get(answers[session].headers["location"] + "/events")
+                assert '"type":"turn.completed"' in events.text
+            await server.wait_logged('"shutdown report"', times=2)
+        server.signal_main(signal.SIGTERM)
+        gone = await wait_gone(server)
+    assert gone.exit_code == 0
+    assert_log_is_clean(server)
+
+
+@pytest.mark.parallel
 async def test_a_stream_that_an_old_worker_begins_after_the_reload_is_passed_on_to_its_end(tmp_path: Path) -> None:
     """The old worker has no turn, so nothing but the upload holds its drain; the turn runs in a new worker."""
     settings: dict[str, Any] = {

@@ -208,6 +208,26 @@ async def test_a_queued_turn_is_interrupted_while_the_one_before_it_may_finish(
     assert (report.turns_finished, report.turns_interrupted) == (1, 1)
 
 
+async def test_in_a_replaced_process_queued_turns_have_the_rest_of_the_drain(
+    autojump_clock: MockClock, stage: Stage
+) -> None:
+    """They were accepted before the reload, and may well come to their own end."""
+    async with stage.open() as service:
+        turn = await stage.start_turn(service)
+        queue = NewTurn(text="And?", on_conflict="queue", on_disconnect="continue")
+        queued, last = [(await service.sessions.start_turn(turn.session_id, queue))[0] for _ in range(2)]
+        stage.shutdown.notice("the master reloads", is_replaced=True)
+        await trio.sleep(1)
+        service.sessions.drain.interrupt_late(last)  # as if the reload had begun within its acceptance
+        assert [it.record().state for it in (turn, queued, last)] == ["running", "queued", "queued"]
+        stage.model.finish.set()
+        await queued.log.wait_closed()
+        stage.model.finish = trio.Event()
+        await stage.shutdown.reached(Phase.RELEASING)
+    assert [it.record().state for it in (turn, queued, last)] == ["failed", "failed", "interrupted"]
+    assert stage.report().phases_ms["draining"] == pytest.approx(DRAIN_S * 1000)
+
+
 async def test_a_stream_that_begins_while_the_clients_of_a_replaced_process_leave_has_the_whole_drain(
     autojump_clock: MockClock, stage: Stage
 ) -> None:

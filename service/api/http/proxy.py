@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import inf
-from typing import cast
+from typing import Any, cast
 
 import h11
 import structlog
@@ -33,6 +33,7 @@ from service.api.http.event_frames import EncodeFrame, read_frames
 from service.api.http.event_stream import is_event_stream, read_last_event_id, read_seen
 from service.api.http.held_bytes import hold_answer
 from service.api.http.locations import located
+from service.api.http.problems import problem_response, refusal_of
 from service.api.http.repeats import repeat_is_allowed
 from service.api.http.request_body import drop_body, kept_body
 from service.api.http.request_id import HEADER_BYTES as REQUEST_ID
@@ -69,6 +70,10 @@ _LATER = "lastcall.later"
 _ENCODE = "lastcall.encode"
 """Key in a request's ASGI scope: the frame of an event in the face of the stream that answers the request."""
 _HOPS = "lastcall-hops"
+_HANDED_OVER = "lastcall-handed-over"
+"""Header of a request that a process which stops has passed on: any process that serves may answer it."""
+_UNTOUCHED = "lastcall-untouched"
+"""Header of a refusal to a peer: this process stops and has done nothing of the request, so the peer begins anew."""
 _NO_OWNER = 0
 """Stands for the fence of a process that has no session of the request."""
 _HOPS_AT_ONCE = 3
@@ -83,13 +88,23 @@ _WRITE_BYTES_MAX = 64 * 1024
 _HOP_BY_HOP = frozenset(
     (b"connection", b"keep-alive", b"transfer-encoding", b"upgrade", b"te", b"trailer", b"date", b"server", b"expect")
 )
-_SET_ANEW = (b"content-length", _HOPS.encode(), REQUEST_ID)
+_SET_ANEW = (b"content-length", _HOPS.encode(), _HANDED_OVER.encode(), REQUEST_ID)
 _TURN_PATH = re.compile(r"/sessions/([^/]+)/turns/(turn_[0-9a-f]{32})(?:/events)?$")
 
 
 def is_from_peer() -> bool:
     """Whether the current request came from another process of this service."""
     return PEER in request.scope
+
+
+def another_may_answer() -> bool:
+    """Whether another process serves and answers the current request, if this one refuses it because it stops."""
+    return is_from_peer() or bool(_successors())
+
+
+def _successors() -> Sequence[str]:
+    successors: Callable[[], Sequence[str]] = current_app.extensions.get(SUCCESSORS, tuple)
+    return successors()
 
 
 def allow_longer_answer(by_s: float) -> None:
@@ -132,6 +147,9 @@ def _client_returns() -> Callable[[], bool]:
 async def forward(error: OwnedElsewhereError) -> TrioResponse:
     """Pass the current request to the owner that ``error`` names, and return the owner's answer.
 
+    An owner that stops accepts no turn. It lets its own turns of the session end, as ``on_conflict`` of the request
+    says, and has this process begin anew. The owner lives no longer than its stop may take, so the loop ends.
+
     Raises:
         ResourcesExhaustedError: No connection to the owner can be made.
         StoreError: The owner cannot be reached or does not answer in time; or it died or hangs, and may have accepted
@@ -146,35 +164,61 @@ async def forward(error: OwnedElsewhereError) -> TrioResponse:
             return await _begin_anew()
         except OwnedElsewhereError as newer:
             error = newer
-    if error.address is None or hops >= _HOPS_MAX:
-        raise StoreError(str(error))
-    proxied_requests = current_service().sessions.proxied_requests
-    if proxied_requests.beats.hangs(error.address):
-        raise _no_answer(error.session_id)
-    stream = await connect_to_peer(error.address)
-    if stream is None:
-        return await _answer_here(error)
-    return await _answer_from(stream, error, hops=hops)
+    while True:
+        if error.address is None or hops >= _HOPS_MAX:
+            raise StoreError(str(error))
+        if current_service().sessions.proxied_requests.beats.hangs(error.address):
+            raise _no_answer(error.session_id)
+        stream = await connect_to_peer(error.address)
+        if stream is None:
+            return await _answer_here(error)
+        response = await _answer_from(stream, error, hops=hops)
+        if response is not None:
+            return response
+        await trio.sleep(_HOP_WAIT_S)
+        try:
+            return await _begin_anew()
+        except OwnedElsewhereError as newer:
+            error = newer
+        except ShuttingDownError as stopping:
+            return await hand_over(stopping)
 
 
 async def hand_over(error: ShuttingDownError) -> TrioResponse:
     """Pass the current request, which this process refuses, to a process that serves in its place.
 
+    If a process has passed the request on because it took this one for the owner, that process is to begin anew.
+
     Raises:
-        ShuttingDownError: There is no such process, or each of them hangs, or the request came from one.
+        ShuttingDownError: There is no such process, or each of them hangs or stops.
         ResourcesExhaustedError, StoreError: As :func:`forward`.
     """
-    successors: Callable[[], Sequence[str]] = current_app.extensions.get(SUCCESSORS, tuple)
-    if error.untouched and not is_from_peer():
+    if not error.untouched:
+        raise error
+    hops = int(request.headers.get(_HOPS, "0")) if is_from_peer() else 0
+    if (not is_from_peer() or _HANDED_OVER in request.headers) and hops < _HOPS_MAX:
         beats = current_service().sessions.proxied_requests.beats
-        for address in random.sample(successors(), len(successors())):
-            if not beats.hangs(address) and (stream := await connect_to_peer(address)) is not None:
-                return await _answer_from(stream, OwnedElsewhereError("", fence=_NO_OWNER, address=address), hops=0)
+        for address in random.sample(_successors(), len(_successors())):
+            if beats.hangs(address) or (stream := await connect_to_peer(address)) is None:
+                continue
+            anyone = OwnedElsewhereError("", fence=_NO_OWNER, address=address)
+            response = await _answer_from(stream, anyone, hops=hops, handed_over=True)
+            if response is not None:
+                return response
+    if is_from_peer():
+        refusal = problem_response(refusal_of(error, scope=cast("dict[str, Any]", request.scope)))
+        refusal.headers[_UNTOUCHED] = "1"
+        return refusal
     raise error
 
 
-async def _answer_from(stream: trio.SocketStream, error: OwnedElsewhereError, *, hops: int) -> TrioResponse:
-    """Send the current request to the process at the other end of ``stream``, and return its answer."""
+async def _answer_from(
+    stream: trio.SocketStream, error: OwnedElsewhereError, *, hops: int, handed_over: bool = False
+) -> TrioResponse | None:
+    """Send the current request to the process at the other end of ``stream``, and return its answer.
+
+    None if that process stops and has done nothing of the request.
+    """
     assert error.address is not None
     peer = PeerConnection(stream, address=error.address, secret=current_service().store.peer_secret)
     slot = current_service().sessions.proxied_requests.open_request(error.address)
@@ -182,14 +226,21 @@ async def _answer_from(stream: trio.SocketStream, error: OwnedElsewhereError, *,
     if user_of_peer(stream.socket) != user_of_peer(None):
         raise StoreError(str(error))
     logger.debug("asking the owner", session_id=error.session_id, owner=error.fence, method=request.method)
-    answer = await _ask(peer, slot, error.session_id, hops=hops + 1)
+    passed_on = [(_HOPS.encode(), b"%d" % (hops + 1))]
+    if handed_over:
+        passed_on.append((_HANDED_OVER.encode(), b"1"))
+    answer = await _ask(peer, slot, error.session_id, passed_on)
     if answer is None:
         if _may_be_repeated(peer):
             return await _answer_here(error)
         await _wait_until_free(current_service(), error.session_id, error.fence)
         raise _unknown_outcome("has died")
-    drop_body(request)
     head, body = answer
+    if any(name == _UNTOUCHED.encode() for name, _ in head.headers):
+        peer.close()
+        slot.close()
+        return None
+    drop_body(request)
     hold_answer(len(body))
     response = TrioResponse(body, head.status_code)
     response.headers.clear()
@@ -209,19 +260,18 @@ async def _answer_from(stream: trio.SocketStream, error: OwnedElsewhereError, *,
 
 
 async def _ask(
-    peer: PeerConnection, slot: ProxiedRequest, session_id: str, *, hops: int
+    peer: PeerConnection, slot: ProxiedRequest, session_id: str, passed_on: Sequence[tuple[bytes, bytes]]
 ) -> tuple[h11.Response, bytes] | None:
     """Send the current request to the owner, and return its answer; None if the owner dies before its answer."""
 
-    def drop_sent() -> None:
-        if not _may_be_repeated(peer):  # the answer of a turn may take long
-            drop_body(request)
+    def drop_accepted() -> None:
+        drop_body(request)  # the answer, the turn's end, may take long
 
     answer = None
     if _answer_timeout_s() == inf:
         leave_at_end_of_input()
     with slot.waiting() as wait, move_on_after(_answer_timeout_s()) as bound:
-        answer = await peer.ask(_peer_request(hops), is_stream=_is_stream, note_sent=drop_sent)
+        answer = await peer.ask(_peer_request(passed_on), is_stream=_is_stream, note_accepted=drop_accepted)
     if wait.cancelled_caught and not slot.owner_hangs:
         raise ShuttingDownError
     if wait.cancelled_caught or bound.cancelled_caught:
@@ -297,6 +347,9 @@ async def _wait_until_free(service: Service, session_id: str, fence: int) -> Non
 
 def _close_peer(peer: "PeerConnection", slot: ProxiedRequest, client_returns: Callable[[], bool]) -> None:
     """Close the connection to the owner after the request, in a way that tells whether the client has left."""
+    if peer.is_closed:
+        slot.close()
+        return
     if (slot.was_cut or slot.owner_hangs or client_returns()) and slot.close_after(peer.half_close):
         return
     peer.close()
@@ -412,8 +465,12 @@ def _is_stream(head: h11.Response) -> bool:
     return request.method != "HEAD" and is_event_stream(head.headers)
 
 
-def _peer_request(hops: int) -> PeerRequest:
-    """Return the current request for the owner, without the headers that belong to its own connection."""
+def _peer_request(passed_on: Sequence[tuple[bytes, bytes]]) -> PeerRequest:
+    """Return the current request for the owner, without the headers that belong to its own connection.
+
+    Args:
+        passed_on: Headers that say how it was passed on.
+    """
     headers = [
         (name, value)
         for name, value in request.scope["headers"]
@@ -424,6 +481,6 @@ def _peer_request(hops: int) -> PeerRequest:
     return PeerRequest(
         method=request.method,
         target=request.scope["raw_path"] + (b"?" + request.query_string if request.query_string else b""),
-        headers=[*headers, (_HOPS.encode(), b"%d" % hops), (REQUEST_ID, current_request_id().encode())],
+        headers=[*headers, *passed_on, (REQUEST_ID, current_request_id().encode())],
         body=kept_body(request),
     )

@@ -10,7 +10,7 @@ from service.api.http.app_state import current_service, json_response, no_conten
 from service.api.http.locations import session_path
 from service.api.http.operations import Answer, operation
 from service.api.http.paging import read_page
-from service.api.http.proxy import allow_longer_answer
+from service.api.http.proxy import allow_longer_answer, is_from_peer
 from service.api.http.query_params import read_query
 from service.api.http.request_body import read_body
 from service.api.native.wire import (
@@ -165,7 +165,7 @@ async def fork_session(session_id: str) -> TrioResponse:
     service = current_service()
     body = await read_body(request, ForkSession, service)
     try:
-        record = await service.sessions.fork_session(session_id, at=body.at, copy_id=body.id)
+        record = await service.sessions.fork_session(session_id, at=body.at, copy_id=body.id, for_peer=is_from_peer())
     except TurnNotFoundError as error:
         raise InvalidRequestError(str(error), field="at") from None
     return json_response(Session.of(record), 201, location=session_path(record.id))

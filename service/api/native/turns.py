@@ -24,6 +24,7 @@ from service.api.http.operations import Answer, operation
 from service.api.http.paging import read_page
 from service.api.http.proxy import (
     allow_longer_answer,
+    another_may_answer,
     continue_streams_with,
     note_accepted,
     release_later,
@@ -284,8 +285,15 @@ async def _start(service: Service, session_id: str, new: NewTurn) -> tuple[Turn,
         started = await service.sessions.start_turn(session_id, new)
     except TurnNotFoundError as error:  # the missing turn is the body's ``parent``: 422, not 404
         raise InvalidRequestError(str(error), field="parent") from None
-    drop_body(request)
-    return started
+    except ShuttingDownError as error:
+        if not (error.untouched and another_may_answer()):
+            raise
+        refusal = error
+    else:
+        drop_body(request)
+        return started
+    await service.sessions.make_way(session_id, new.on_conflict)
+    raise refusal
 
 
 @blueprint.get("/sessions/<session_id>/turns")

@@ -16,7 +16,7 @@ from service.errors import (
     TurnInProgressError,
     TurnLimitError,
 )
-from service.freezes import ScopeDeadline
+from service.freezes import ScopeDeadline, move_on_after
 from service.models.client import ModelClient
 from service.sessions.active.active_sessions import ActiveSessions
 from service.sessions.active.drain import Drain
@@ -32,6 +32,9 @@ from service.storage.records import SessionRecord
 from service.storage.store import Store
 from service.storage.store_deadline import answered_in_turn, answered_within
 from service.telemetry.log_context import log_context
+
+MAKE_WAY_MAX_S = 1.0
+"""How long a process that stops holds a caller back while the turns of the session end. Then it is asked again."""
 
 
 class Acceptance:
@@ -88,6 +91,20 @@ class Acceptance:
                             new = msgspec.structs.replace(new, creates_session=False, session_is_new=False)
                         except HeadMovedError:
                             pass  # another process has just accepted a turn: follow that turn
+
+    async def make_way(self, session_id: str, on_conflict: OnConflict) -> None:
+        """Let the session's turns end, as :meth:`~service.sessions.sessions.Sessions.make_way` says."""
+        with self._active.holding(session_id) as session:
+            queued = session.holders - 1
+            check_conflict(session, on_conflict, queued_turns_max=self._settings.queued_turns_max, queued=queued)
+            self._check_turn_limit()
+            if on_conflict == "supersede":
+                for turn in session.turns:
+                    turn.cut_short(outcome.Cancelled("superseded"))
+            with self._active.arriving(), move_on_after(min(MAKE_WAY_MAX_S, self._settings.store_timeout_s)):
+                await session.wait_without_turns()
+            # Until their ends are stored, the session is this process's, and no other process may accept a turn.
+            await self._pending_writes.retry_ends_of(session_id)
 
     def _check_turn_limit(self) -> None:
         turns_max = self._settings.live_turns_max
@@ -201,8 +218,11 @@ class Acceptance:
         self._active.note_ended(turn)
 
 
-def check_conflict(session: ActiveSession, on_conflict: OnConflict, *, queued_turns_max: int) -> None:
+def check_conflict(session: ActiveSession, on_conflict: OnConflict, *, queued_turns_max: int, queued: int = 0) -> None:
     """Check that a session takes one more turn.
+
+    Args:
+        queued: How many callers wait with turns that are not among the session's turns yet.
 
     Raises:
         SessionNotFoundError: It is being deleted.
@@ -214,5 +234,5 @@ def check_conflict(session: ActiveSession, on_conflict: OnConflict, *, queued_tu
         return
     if on_conflict == "reject":
         raise TurnInProgressError(session.turns[0].id)
-    if on_conflict == "queue" and len(session.turns) > queued_turns_max:
+    if on_conflict == "queue" and len(session.turns) + queued > queued_turns_max:
         raise QueueFullError(f"{queued_turns_max} turns are queued in this session already (queued_turns_max).")

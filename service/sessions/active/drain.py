@@ -22,7 +22,12 @@ class Drain:
             raise ShuttingDownError(untouched=True)
 
     def interrupt_queued(self) -> int:
-        """End queued turns as ``interrupted``. Returns the number of turns that end now."""
+        """End queued turns as ``interrupted``. Returns the number of turns that end now.
+
+        Where other processes serve in this one's place none ends: queued turns have the rest of the drain, too.
+        """
+        if self._stop.is_replaced:
+            return 0
         return sum(
             turn.cut_short(outcome.Interrupted("shutdown")) for turn in self._active.open_turns() if not turn.running
         )
@@ -38,7 +43,7 @@ class Drain:
 
     def interrupt_late(self, turn: Turn) -> None:
         """Interrupt a turn that was being accepted when the phase that interrupts such turns began."""
-        if self._stop.phase >= (Phase.INTERRUPTING if turn.running else Phase.DRAINING):
+        if self._stop.phase >= (Phase.INTERRUPTING if turn.running or self._stop.is_replaced else Phase.DRAINING):
             turn.cut_short(outcome.Interrupted("shutdown"))
 
     @property

@@ -439,9 +439,8 @@ async def test_a_call_that_waits_for_its_turn_and_a_stream_wait_as_long_as_that_
 
 
 @pytest.mark.parametrize("is_repeatable", [False, True])
-async def test_a_body_that_cannot_be_sent_again_is_not_kept_while_its_owner_answers(
-    is_repeatable: bool, tmp_path: Path
-) -> None:
+async def test_a_body_is_kept_until_its_owner_has_accepted_it(is_repeatable: bool, tmp_path: Path) -> None:
+    """Until then another process may have to answer: this one, if the owner stops."""
     async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
         replies: list[Reply] = []
         headers = {"Last-Event-ID": "1"} if is_repeatable else {}
@@ -450,8 +449,11 @@ async def test_a_body_that_cannot_be_sent_again_is_not_kept_while_its_owner_answ
         stream, sent = await owner.take()
         assert b"x" * 100_000 in sent
         await wait_all_tasks_blocked(0.02)
-        held = held_bytes_of(api.app).bytes
-        assert held > 100_000 if is_repeatable else held == 0
+        assert held_bytes_of(api.app).bytes > 100_000
+        if not is_repeatable:
+            await stream.send_all(b"HTTP/1.1 103 \r\nlocation: " + EVENTS.encode() + b"\r\n\r\n")
+            await wait_all_tasks_blocked(0.02)
+            assert held_bytes_of(api.app).bytes == 0
         await stream.send_all(answer("{}"))
         await wait_for(replies)
         assert replies[0].status == 200
@@ -583,6 +585,99 @@ async def test_a_call_that_connects_to_an_owner_as_it_falls_silent_does_not_wait
         assert "does not answer" in problem["detail"]
         assert problem["retry_after_s"] == 1, "nothing was begun"
         assert api.service.sessions.proxied_requests.is_idle
+
+
+def untouched() -> bytes:
+    """The answer of an owner that stops and leaves the next turn to the process that asks."""
+    return answer("{}", 503).replace(b"\r\n\r\n", b"\r\nlastcall-untouched: 1\r\n\r\n", 1)
+
+
+@pytest.mark.parametrize("asked_before", [0, 3])
+async def test_a_turn_that_its_owner_leaves_to_others_as_it_stops_is_accepted_here(
+    asked_before: int, tmp_path: Path
+) -> None:
+    async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
+        replies: list[Reply] = []
+        body = {"input": "x", "on_conflict": "queue"}
+        nursery.start_soon(lambda: ask(api, replies, "POST", "/sessions/s/turns", body))
+        for _ in range(asked_before):
+            stream, request = await owner.take()
+            assert request.endswith(b'"on_conflict": "queue"}'), "the whole request, each time"
+            await stream.send_all(untouched())
+            assert await stream.receive_some() == b"", "closed before the next connection"
+        stream, _ = await owner.take()
+        assert not replies
+        assert await owner.store.end_turn(ended(a_turn(TURN, "s")), runs=(), now=datetime.now(UTC)) is EndResult.KEPT
+        await stream.send_all(untouched())
+        await wait_for(replies)
+        assert (replies[0].status, replies[0].json["state"], replies[0].json["parent"]) == (200, "completed", TURN)
+        assert "lastcall-untouched" not in replies[0].headers
+        assert api.service.sessions.proxied_requests.is_idle
+        assert held_bytes_of(api.app).bytes == 0
+
+
+async def test_a_client_that_leaves_while_the_owner_stops_has_started_nothing(tmp_path: Path) -> None:
+    async with open_owner(tmp_path) as (api, owner):
+        client = api.open("POST", "/sessions/s/turns", headers={"Content-Type": "application/json"})
+        async with client:
+            await client.send(b'{"input": "x", "on_conflict": "queue"}')
+            await client.send_complete()
+            stream, _ = await owner.take()
+            await stream.send_all(untouched())
+            stream, _ = await owner.take()
+            await leave(client)
+            assert await stream.receive_some() == b""
+        assert await owner.store.end_turn(ended(a_turn(TURN, "s")), runs=(), now=datetime.now(UTC)) is EndResult.KEPT
+        assert [turn["id"] for turn in (await api.call("GET", "/sessions/s/turns")).json["data"]] == [TURN]
+
+
+async def test_a_process_that_stops_meanwhile_as_well_hands_the_request_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
+        replies: list[Reply] = []
+        nursery.start_soon(lambda: ask(api, replies, "POST", "/sessions/s/turns", {"input": "x"}))
+        stream, request = await owner.take()
+        assert b"lastcall-handed-over" not in request
+        stop_beside(api, owner, monkeypatch)
+        await stream.send_all(untouched())
+        stream, request = await owner.take()
+        assert b"\r\nlastcall-handed-over: 1\r\n" in request
+        await stream.send_all(answer("{}", 202))
+        await wait_for(replies)
+        assert replies[0].status == 202
+
+
+async def test_where_every_successor_stops_too_new_work_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
+        replies: list[Reply] = []
+        stop_beside(api, owner, monkeypatch)
+        nursery.start_soon(lambda: ask(api, replies, "POST", "/sessions", {}))
+        stream, _ = await owner.take()
+        await stream.send_all(untouched())
+        await wait_for(replies)
+        assert replies[0].problem(503, "shutting_down")["retry_after_s"] == 1
+        assert "lastcall-untouched" not in replies[0].headers
+
+
+@pytest.mark.parametrize(("headers", "hops"), [({"Lastcall-Handed-Over": "1", "Lastcall-Hops": "1"}, 2), ({}, 0)])
+async def test_work_that_was_handed_over_is_handed_on_and_work_for_its_owner_goes_back(
+    headers: dict[str, str], hops: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
+        replies: list[Reply] = []
+        stop_beside(api, owner, monkeypatch)
+        peer: dict[str, Any] = {"headers": headers, "scope": {PEER: lambda: False}}
+        nursery.start_soon(lambda: ask(api, replies, "POST", "/sessions", {}, **peer))
+        if hops:
+            stream, request = await owner.take()
+            assert b"\r\nlastcall-hops: %d\r\nlastcall-handed-over: 1\r\n" % hops in request
+            await stream.send_all(answer("{}", 201))
+        await wait_for(replies)
+        assert replies[0].status == (201 if hops else 503)
+        assert ("lastcall-untouched" in replies[0].headers) is not bool(hops)
 
 
 async def test_where_the_owner_keeps_changing_the_request_waits_and_is_begun_anew(
