@@ -33,7 +33,7 @@ from service.hosting.listeners.listeners import ACCEPTED_MAX, SHARED_ACCEPTED_MA
 from service.hosting.peer_listener import check_sharing, open_peer_listener
 from service.hosting.process.process_exit import ExitCode, leave, leave_at_exit, refuse_to_start
 from service.hosting.process.watchdog import Watchdog, count_tasks
-from service.hosting.stop_signals import Notice
+from service.hosting.stop_signals import Notice, has_terminal
 from service.settings import Settings, check_stand_in, ignored_variables
 from service.shutdown import PHASE_MARGIN_S, Host, Shutdown
 from service.stop_state import Phase
@@ -122,7 +122,10 @@ class Hosting(Host):
         self._requests = open_requests(app, self._shutdown)
         self._watchdog = Watchdog(settings.shutdown_total_s)
         self._notice = Notice(
-            self._shutdown, self._watchdog, is_replaced=lambda: worker.master is not None and worker.master.leaves
+            self._shutdown,
+            self._watchdog,
+            is_replaced=lambda: worker.master is not None and worker.master.leaves,
+            explain_hangup=worker.master is None and not has_terminal(),
         )
         self._connections = Connections(self._shutdown)
         self._unread_answers = watch_unread_answers(app, timeout_s=settings.unread_timeout_s)

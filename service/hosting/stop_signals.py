@@ -13,6 +13,7 @@ The first one counts. Each of them starts the watchdog where it is seen. Signals
 of the event loop, so a blocked event loop cannot keep the process alive.
 """
 
+import os
 import signal
 import threading
 import time
@@ -22,6 +23,7 @@ from contextvars import copy_context
 from functools import partial
 from types import FrameType
 
+import structlog
 import trio
 from hypercorn.trio.worker_context import WorkerContext
 
@@ -35,6 +37,23 @@ SECOND_PRESS_S = 0.25
 """A terminal's Ctrl+C reaches a worker twice, as SIGINT and by the master: only a later SIGINT is a second Ctrl+C."""
 
 
+HANGUP_ENDS_IT = (
+    "SIGHUP ends a process that serves alone: it cannot reload. To have SIGHUP start new workers first, serve with "
+    "workers, one is enough: lastcall serve --workers 1"
+)
+
+logger = structlog.get_logger("lastcall.process")
+
+
+def has_terminal() -> bool:
+    """Whether this process has a controlling terminal, whose end would be told by SIGHUP. False after that end."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
 class Notice:
     """Passes on a reason to stop to the shutdown and the watchdog. Made inside the event loop.
 
@@ -42,12 +61,21 @@ class Notice:
         shutdown: Gets the notice, in the event loop.
         watchdog: Started at once, in the calling thread.
         is_replaced: Whether other processes serve in this one's place, as far as the master has said.
+        explain_hangup: Whether to log why SIGHUP is no reload here.
     """
 
-    def __init__(self, shutdown: Shutdown, watchdog: Watchdog, *, is_replaced: Callable[[], bool] = bool) -> None:
+    def __init__(
+        self,
+        shutdown: Shutdown,
+        watchdog: Watchdog,
+        *,
+        is_replaced: Callable[[], bool] = bool,
+        explain_hangup: bool = False,
+    ) -> None:
         self._shutdown = shutdown
         self._watchdog = watchdog
         self._is_replaced = is_replaced
+        self._explain_hangup = explain_hangup
         self._token = trio.lowlevel.current_trio_token()
         self._first_seen: float | None = None
         self._context = copy_context()
@@ -68,6 +96,8 @@ class Notice:
         is_late = self._first_seen is not None and seen_at - self._first_seen > SECOND_PRESS_S
         if self._shutdown.phase >= Phase.LAME_DUCK and reason == "SIGINT" and is_late:
             self._shutdown.hurry()
+        if self._shutdown.phase < Phase.LAME_DUCK and reason == "SIGHUP" and self._explain_hangup:
+            logger.warning(HANGUP_ENDS_IT)
         self._shutdown.notice(reason, age_s=time.monotonic() - seen_at, is_replaced=self._is_replaced())
 
     def _arrive_early(self, reason: str, seen_at: float) -> None:

@@ -124,6 +124,17 @@ async def test_no_signal_kills_the_process_between_the_notice_and_its_exit(tmp_p
     assert gone.exit_code == 0
 
 
+@pytest.mark.parametrize("host", [SERVE, "hypercorn-0"])
+async def test_a_process_that_serves_alone_says_that_sighup_is_no_reload(tmp_path: Path, host: str) -> None:
+    async with open_host(tmp_path, host) as server:
+        with trio.fail_after(CAP_S):
+            await server.wait_logged('"serving"')
+            server.signal_main(signal.SIGHUP)
+            gone = await server.wait_gone()
+    assert gone.exit_code == 0
+    assert server.log().count("lastcall serve --workers 1") == 1
+
+
 async def test_a_server_that_stops_by_itself_stops_the_service(tmp_path: Path) -> None:
     async with open_host(tmp_path, SERVE, broken="under_a_server_that_stops") as server:
         with trio.fail_after(CAP_S):

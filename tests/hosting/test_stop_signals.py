@@ -1,13 +1,16 @@
 """Signs of a stop in different orders, and which of them counts as a second Ctrl+C."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import trio.testing
+from structlog.testing import capture_logs
 
 from service.hosting import stop_signals
 from service.hosting.process.watchdog import Watchdog
-from service.hosting.stop_signals import Notice
+from service.hosting.stop_signals import HANGUP_ENDS_IT, Notice
 from service.settings import Settings
 from service.shutdown import Shutdown
 from service.stop_state import Phase
@@ -74,6 +77,40 @@ async def test_a_stop_after_a_reload_takes_back_that_others_serve() -> None:
     told.tell("the master stops")
     await trio.testing.wait_all_tasks_blocked()
     assert not shutdown.is_replaced
+
+
+@pytest.mark.parametrize(
+    ("signs", "explains", "lines"),
+    [(["SIGHUP", "SIGHUP"], True, 1), (["SIGHUP"], False, 0), (["SIGTERM", "SIGHUP"], True, 0)],
+)
+async def test_only_a_hangup_that_ends_the_service_is_explained(signs: list[str], explains: bool, lines: int) -> None:
+    shutdown = Shutdown(Settings())
+    told = Notice(shutdown, Asleep(total_s=1), explain_hangup=explains)
+    with capture_logs() as logged:
+        for sign in signs:
+            told.tell(sign)
+        await trio.testing.wait_all_tasks_blocked()
+    assert [line["event"] for line in logged] == lines * [HANGUP_ENDS_IT]
+    assert shutdown.phase >= Phase.LAME_DUCK
+
+
+WITH_A_TERMINAL = """
+import os
+import pty
+from service.hosting.stop_signals import has_terminal
+os.setsid()
+before = has_terminal()
+_, slave = pty.openpty()
+os.close(os.open(os.ttyname(slave), os.O_RDWR))  # the first terminal that a session's leader opens is its own
+print(before, has_terminal())
+"""
+
+
+def test_a_process_knows_its_controlling_terminal() -> None:
+    said = subprocess.run(
+        [sys.executable, "-c", WITH_A_TERMINAL], capture_output=True, text=True, timeout=30, check=True
+    )
+    assert said.stdout == "False True\n"
 
 
 class Unstartable(Watchdog):
