@@ -170,7 +170,7 @@ async def _probe_contender(contender: Contender, place: Place, extent: Extent, c
 async def _probe_direct(place: Place, extent: Extent, count: int) -> Probe:
     async with open_upstream(cpus=place.client_cpus) as upstream:
         group = direct_streams("s", count, _MESSAGE, keep_delays=True)
-        async with open_direct_load(upstream, place, group) as load:
+        async with open_direct_load(upstream, place, group, opening_max_s=_OPENING_MAX_S) as load:
             await trio.sleep(extent.settle_s)
             window = await watch(load, extent.window_s)
     return judge(window, count)

@@ -103,7 +103,8 @@ def _row(contender: str, label: str, repeat: int, chats: int, result: LoadResult
         if stream.first_at is not None and stream.began_at is not None:
             took.append((stream.first_at - stream.began_at) * 1000)
         else:
-            errors["silent" if stream.end is StreamEnd.OPEN else stream.end.value] += 1
+            end = "silent" if stream.end is StreamEnd.OPEN else stream.end.value
+            errors[end if stream.status is None else f"{end} ({stream.status})"] += 1
     return HerdRow(
         contender=contender,
         label=label,

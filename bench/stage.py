@@ -79,9 +79,11 @@ def direct_streams(name: str, count: int, message: str, **options: object) -> St
 
 
 @asynccontextmanager
-async def open_direct_load(upstream: UpstreamProcess, place: Place, *groups: Group) -> AsyncIterator[LoadClient]:
-    """Open a load on the model server itself: the control of every scenario about delay."""
+async def open_direct_load(
+    upstream: UpstreamProcess, place: Place, *groups: Group, opening_max_s: float = OPENING_MAX_S
+) -> AsyncIterator[LoadClient]:
+    """Open a load on the model server itself: the control of every scenario about delay. As ``Stage.open_load``."""
     async with open_load(Plan(port=upstream.port, groups=groups), cpus=place.client_cpus) as load:
-        with trio.fail_after(OPENING_MAX_S):
+        with trio.move_on_after(opening_max_s):
             await load.wait_ready()
         yield load

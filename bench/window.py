@@ -22,9 +22,9 @@ class Window:
 
     @property
     def received_per_s(self) -> float:
-        """The tokens received a second."""
+        """The tokens received a second; 0 if the load client was too busy to count twice."""
         first, last = self._samples()
-        return (last[1] - first[1]) / (last[0] - first[0])
+        return (last[1] - first[1]) / (last[0] - first[0]) if last[0] > first[0] else 0.0
 
     @property
     def cpu_share(self) -> float | None:

@@ -1,19 +1,21 @@
 """The figures of the scenarios follow from what was observed: the window of a load, the search, a herd, and pairs."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 import pytest
 import trio
 from trio.testing import MockClock
 
-from bench.capacity import DELAY_P99_MAX_MS, CapacityRow, Extent, Probe, judge, search
+from bench.capacity import DELAY_P99_MAX_MS, CapacityRow, Extent, Probe, judge, measure_direct, search
 from bench.capacity import TABLE as CAPACITY_TABLE
 from bench.herd import HerdRow, _add_probes, _row
 from bench.pairs import Pairing, compare, ratio_table
 from bench.plan import LoadResult, ProbeResult
 from bench.relay import offered_per_s
 from bench.scenarios import Programme
+from bench.stage import Place
 from bench.window import Window
 from bench.wire import StreamEnd, StreamResult
 
@@ -36,6 +38,11 @@ def test_a_window_has_the_tokens_and_the_delays_of_its_own_time_only() -> None:
     earlier = Window(since=1.0, until=2.0, used_s=None, result=loaded())
     assert earlier.delays_ms("s") == (1005, 1005, 1005)
     assert (earlier.cpu_share, earlier.cpu_us) == (None, None)
+
+
+def test_a_load_client_that_counted_once_in_the_window_has_received_nothing() -> None:
+    window = Window(since=2.0, until=2.1, used_s=0.1, result=loaded())
+    assert (window.received_per_s, window.cpu_us, window.delays_ms("s")) == (0, None, None)
 
 
 def test_a_server_that_received_nothing_has_no_cost_for_each_token() -> None:
@@ -123,12 +130,12 @@ def test_a_herd_has_the_time_from_the_connect_and_names_what_did_not_begin() -> 
     streams = [
         StreamResult(group="herd", number=0, began_at=1.0, sent_at=1.5, first_at=2.0),
         StreamResult(group="herd", number=1, began_at=1.0, end=StreamEnd.OPEN),
-        StreamResult(group="herd", number=2, began_at=1.0, end=StreamEnd.REFUSED),
-        StreamResult(group="herd", number=3, began_at=1.0, end=StreamEnd.REFUSED),
+        StreamResult(group="herd", number=2, began_at=1.0, end=StreamEnd.REFUSED, status=503),
+        StreamResult(group="herd", number=3, began_at=1.0, end=StreamEnd.REFUSED, status=503),
     ]
     row = _row("x", "X", 0, 4, LoadResult(streams=streams))
     assert (row.began, row.first_ms) == (1, (1000, 1000, 1000))
-    assert row.errors == {"silent": 1, "refused": 2}
+    assert row.errors == {"silent": 1, "refused (503)": 2}
 
 
 def test_only_the_probes_of_the_herds_time_count_and_those_without_an_answer_are_failures() -> None:
@@ -189,3 +196,16 @@ def test_each_repeat_begins_with_another_server_and_the_first_is_compared_with_t
         ("trio", "lastcall"),
     ]
     assert Programme("relay", "usual", only=["lastcall", "trio"], repeats=1).pairs == []
+
+
+async def test_the_control_that_cannot_carry_a_load_is_a_fault_and_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The load client is never ready: its model does not answer."""
+    monkeypatch.setattr("bench.capacity._MESSAGE", "mute=1")
+    monkeypatch.setattr("bench.capacity._OPENING_MAX_S", 0.5)
+    extent = replace(EXTENT, lowest=1, highest=1, settle_s=0, window_s=0.5)
+    with trio.fail_after(30):
+        row = await measure_direct(Place(tmp_path, None, None), extent, repeat=0)
+    assert row.failed is not None
+    assert (row.carried, row.failed.fault) == (None, "1 streams without a token")
