@@ -1,9 +1,10 @@
 """Deadlines that move with each token and cost nothing but a look at the clock.
 
 To move the deadline of a scope costs more than all other work on a token: Trio keeps deadlines in a heap. So the
-deadline that Trio knows lags behind: it stays where it is while the true deadline moves away. Once the lagging deadline
-has come, it is moved to the true one, after the wait for I/O and before Trio looks at its deadlines. Trio calls
-instruments at this moment. Proven by ``tests/test_lagging_deadlines.py``.
+deadline that Trio knows lags behind: it stays where it is while the true deadline moves away. Shortly before the
+lagging deadline has come, it is moved to the true one, after the wait for I/O and before Trio looks at its deadlines.
+Trio calls instruments at this moment, and then reads the clock again: so a deadline that is near never lags. Proven by
+``tests/test_lagging_deadlines.py``.
 """
 
 from collections.abc import Iterator
@@ -14,12 +15,14 @@ from typing import Protocol
 import anyio.lowlevel
 import trio
 
-_LOOK_AHEAD_S = 1.0
+EXACT_S = 1.0
+"""A deadline that is nearer than this does not lag: Trio may look at its deadlines so long after the mover has."""
+_LOOK_AHEAD_S = 2.0
 """Deadlines that lag behind are moved so long before their time, so that one look a second at all of them is enough."""
 
 
 class Lagging(Protocol):
-    """A scope's deadline that may lag behind the true one.
+    """A scope's deadline that may lag behind the true one, until the scope's is as near as :data:`EXACT_S`.
 
     Attributes:
         armed_at: The deadline of the scope. It is never later than the true one.
@@ -53,11 +56,12 @@ class DeadlineMover(trio.abc.Instrument):
 
     def note_armed(self, at: float) -> None:
         """Note the new deadline of a scope."""
-        self._next_at = min(self._next_at, at)
+        if at > trio.current_time() + EXACT_S:
+            self._next_at = min(self._next_at, at)
 
     def after_io_wait(self, timeout: float) -> None:  # noqa: ARG002  the name is Trio's
         """Trio's hook between the wait for I/O and the look at deadlines."""
-        if self._next_at <= trio.current_time():
+        if self._next_at <= trio.current_time() + EXACT_S:
             self._move()
 
     def _move(self) -> None:
@@ -65,7 +69,7 @@ class DeadlineMover(trio.abc.Instrument):
         for deadline in self._lagging:
             if deadline.armed_at <= now + _LOOK_AHEAD_S:
                 deadline.catch_up()
-        self._next_at = min((it.armed_at for it in self._lagging if it.armed_at > now), default=inf)
+        self._next_at = min((it.armed_at for it in self._lagging if it.armed_at > now + EXACT_S), default=inf)
 
 
 _mover: anyio.lowlevel.RunVar[DeadlineMover] = anyio.lowlevel.RunVar("lastcall.lagging_deadlines")

@@ -12,9 +12,8 @@ from typing import Protocol
 
 LINE_BYTES_MAX = 16 * 1024
 """Bound on the line with a chunk's size, and on all trailers of a body together."""
-_SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,20})(?:;[^\r\n]{0,16000})?[ \t]{0,99}\r\n")
-"""A chunk's size in its strict form; its length is bounded, as that of a line that comes in pieces is."""
-_LENIENT_SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,20})(?:;[^\n]*?)?[ \t]*(?:\r?\n)")
+_SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,20})(?:;[^\r\n]*|[ \t]*)\r\n")
+_LENIENT_SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,20})(?:;[^\n]*|[ \t]*\r?)\n")
 """As :data:`_SIZE_LINE`, with a line feed alone at the end, and with carriage returns among the extensions."""
 _TRAILER = re.compile(rb"[-!#$%&'*+.^_`|~0-9A-Za-z]+:[^\r\n\0]*\r\n")
 
@@ -79,7 +78,7 @@ class ChunkedBody:
     def feed(self, data: bytes) -> bytes:
         size = len(data)
         if self._is_between:  # the short way for one whole chunk, as tokens mostly come
-            match = _SIZE_LINE.match(data)
+            match = _SIZE_LINE.match(data, 0, LINE_BYTES_MAX)
             if match is not None and 0 < int(match[1], 16) == size - match.end() - 2 and data.endswith(b"\r\n"):
                 return data[match.end() : -2]
         body = self._feed(data, size)
@@ -100,7 +99,9 @@ class ChunkedBody:
                         self._padding = b"\r\n"
                 elif self._padding:
                     at = self._skip_padding(data, at)
-                elif not self._line and (match := _SIZE_LINE.match(data, at)) and not self._in_trailers:
+                elif not (self._line or self._in_trailers) and (
+                    match := _SIZE_LINE.match(data, at, at + LINE_BYTES_MAX)
+                ):
                     at = match.end()
                     self._begin_chunk(match[1])
                 else:
@@ -112,7 +113,8 @@ class ChunkedBody:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def end(self) -> None:
-        self.failure = BodyError("the connection was closed within a chunked body")
+        if not self.is_over:
+            self.failure = BodyError("the connection was closed within a chunked body")
 
     def _begin_chunk(self, size: bytes) -> None:
         self._left = int(size, 16)
@@ -187,7 +189,8 @@ class SizedBody:
         return body
 
     def end(self) -> None:
-        self.failure = BodyError("the connection was closed before the body had its length")
+        if not self.is_over:
+            self.failure = BodyError("the connection was closed before the body had its length")
 
 
 class UnsizedBody:

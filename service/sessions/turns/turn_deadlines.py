@@ -18,7 +18,7 @@ from typing import Literal
 import trio
 
 from service.freezes import Deadline, Lateness, calling_when_late, check_for_freeze
-from service.lagging_deadlines import DeadlineMover, lagging
+from service.lagging_deadlines import EXACT_S, DeadlineMover, lagging
 from service.sessions.events import outcome
 
 TokenTimeout = Literal["first_token_timeout", "next_token_timeout"]
@@ -72,7 +72,7 @@ class TurnDeadlines:
         at = now + within_s
         if (
             self._mover is not None
-            and now < self.armed_at <= self._silence.at <= at
+            and now + EXACT_S < self.armed_at <= self._silence.at <= at
             and otherwise == self._silence_code
         ):
             self._silence.set(at, timeout_s=within_s)  # no deadline has passed, and none comes sooner now
@@ -97,8 +97,9 @@ class TurnDeadlines:
 
     def have_stopped(self) -> bool:
         """Whether a deadline has passed, or the turn's work was stopped in another way."""
+        if trio.current_time() + EXACT_S >= self.scope.deadline:
+            self.catch_up()  # before Trio looks at the clock and the deadline, in `cancel_called`
         if trio.current_time() >= self.scope.deadline:
-            self.catch_up()
             check_for_freeze()  # after a freeze this moves the deadline
         return self.scope.cancel_called
 

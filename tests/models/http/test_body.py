@@ -1,5 +1,7 @@
 """Bodies of responses, in any pieces: what is read, what ends the connection, and what is bounded."""
 
+import time
+
 import pytest
 
 from service.models.http.body import LINE_BYTES_MAX, BodyDecoder, ChunkedBody, SizedBody, UnsizedBody
@@ -91,16 +93,36 @@ def test_an_endless_line_or_trailer_is_bounded(start: bytes, endless: bytes, siz
     assert len(decoder._line) <= LINE_BYTES_MAX + len(piece)
 
 
-@pytest.mark.parametrize(
-    ("length", "failed", "is_clean"), [(15_000, False, True), (16_300, False, False), (20_000, True, True)]
-)
+@pytest.mark.parametrize(("length", "failed"), [(15_000, False), (16_300, False), (20_000, True)])
 @pytest.mark.parametrize("size", [1, 700, 64 * 1024])
-def test_the_bound_of_a_line_is_the_same_in_pieces_and_in_one_piece(
-    length: int, failed: bool, is_clean: bool, size: int
-) -> None:
+def test_the_bound_of_a_line_is_the_same_in_pieces_and_in_one_piece(length: int, failed: bool, size: int) -> None:
     body = b"5\r\nhello\r\n1;" + b"x" * length + b"\r\n!\r\n0\r\n\r\n"
     got = read([body[at : at + size] for at in range(0, len(body), size)])
-    assert got == Read(b"hello" if failed else b"hello!", is_over=not failed, is_clean=is_clean, failed=failed)
+    assert got == Read(b"hello" if failed else b"hello!", is_over=not failed, is_clean=True, failed=failed)
+
+
+@pytest.mark.parametrize(
+    "line", [b"5;" + b" " * 65_000 + b"\rX", b"5" + b"\t" * 65_000 + b"X\n", b"5;" + b" ;" * 32_000]
+)
+@pytest.mark.parametrize("piece_bytes", [10_000, 65_536])
+def test_a_line_of_blanks_takes_no_longer_than_its_length(line: bytes, piece_bytes: int) -> None:
+    """A pattern that tries each blank as two of its parts takes fourteen seconds for such a line."""
+    decoder = ChunkedBody()
+    began_at = time.thread_time()
+    for at in range(0, len(line), piece_bytes):
+        if decoder.failure is None:
+            decoder.feed(line[at : at + piece_bytes])
+    assert decoder.failure is not None
+    assert time.thread_time() - began_at < 1
+
+
+def test_the_end_of_the_connection_after_a_whole_body_is_none_of_it() -> None:
+    whole: list[tuple[BodyDecoder, bytes]] = [(ChunkedBody(), CHUNKED), (SizedBody(5), b"hello"), (SizedBody(0), b"")]
+    for decoder, data in whole:
+        if data:
+            decoder.feed(data)
+        decoder.end()
+        assert (decoder.is_over, decoder.failure) == (True, None)
 
 
 def test_the_end_of_the_connection_within_a_body_is_an_error() -> None:
