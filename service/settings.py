@@ -288,7 +288,8 @@ class Settings(BaseModel):
     body_timeout_s: PositiveSeconds = 30
     """How long a request's body may take to arrive."""
     unread_timeout_s: PositiveSeconds = 30
-    """An answer of which the client takes no byte for this time is given up. Event streams wait."""
+    """An answer of which the client takes no byte for this time is given up; so is one that is read at less than
+    1 KiB a second, this time later. Event streams wait."""
 
     live_turns_max: Count = 1000
     """Turns that run, are queued or are being accepted, in all sessions."""

@@ -149,7 +149,7 @@ class AsgiRequest(TrioASGIHTTPConnection):
             await self._pass_on(send, message["body"], ends=self._is_complete)
             return
         for piece, ends in _pieces(message["body"], ends=self._is_complete):
-            with self._answer.waiting():
+            with self._answer.waiting(len(piece)):
                 await self._pass_on(send, piece, ends=ends)
 
     async def _pass_on(self, send: Any, piece: bytes, *, ends: bool) -> None:

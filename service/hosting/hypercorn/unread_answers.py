@@ -1,7 +1,9 @@
 """Answers that their clients do not read: they are given up after a deadline, on HTTP/1 and HTTP/2, also under TLS.
 
 hypercorn waits for such a client without a bound, and the answer is in memory meanwhile. What counts is progress: an
-answer is given up once its client has taken no byte of it for ``unread_timeout_s``, however slowly it reads otherwise.
+answer is given up once its client has taken no byte of it for ``unread_timeout_s``. So that a few bytes now and then do
+not hold an answer for hours, it is also given up once its client has waited for longer than :data:`BYTES_A_SECOND_MIN`
+allow, and ``unread_timeout_s`` more: an answer of 1 MiB has 17 minutes.
 TCP counts the bytes that a client has taken; the server's own writes do not show it, because the kernel takes bytes in
 large pieces. On HTTP/2 a client may read the connection and leave a stream without a window: then the stream is reset.
 A connection that takes no bytes at all, and is full or has no window of its own, ends. Event streams are no answers:
@@ -31,9 +33,12 @@ from service.hosting.hypercorn.connections import Connection
 logger = structlog.get_logger("lastcall.connections")
 
 _UNREAD_ANSWERS = "lastcall.unread_answers"
+BYTES_A_SECOND_MIN = 1024
+"""The least speed at which a client reads each of its answers, on average."""
 LOOKS = 4
 """Looks in a row without progress after which an answer is given up. After a freeze of this process there is one look,
 before the bytes that arrived meanwhile are read, and the others come in their time."""
+_BEFORE_BYTES = 64 * 1024
 _BYTES_ACKED = struct.Struct("=120xQ")
 """``tcpi_bytes_acked`` in Linux' ``struct tcp_info``."""
 
@@ -54,9 +59,12 @@ class Answer:
         self._seen: tuple[int, ...] = ()
         self._connection_seen: tuple[int, ...] = ()
         self._looks = 0
+        # What the client has to read before this answer: what the kernel holds, and a piece of another stream.
+        self._bytes = sum(_progress_of(connection.socket)[:1]) + _BEFORE_BYTES
+        self._waits = 0
 
     def __repr__(self) -> str:
-        return f"<Answer: {self.pieces} pieces sent, {self._looks} looks without progress>"
+        return f"<Answer: {self.pieces} pieces sent, {self._looks} looks without progress of {self._waits}>"
 
     @classmethod
     def begun_by(cls, send: object) -> Self | None:
@@ -69,17 +77,25 @@ class Answer:
         return None
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """The client's time: around the send of the head or of one piece."""
+    def waiting(self, size: int = 0) -> Iterator[None]:
+        """The client's time: around the send of the head, or of one piece of ``size`` bytes."""
         self._is_waiting = True
+        self._bytes += size
         try:
             yield
         finally:
             self._is_waiting = False
             self.pieces += 1
 
-    def is_unread(self) -> bool:
-        """Look once. Whether the client has taken no byte since :data:`LOOKS` looks."""
+    def is_unread(self, *, bytes_a_look: float) -> bool:
+        """Look once. Whether the client has taken no byte since :data:`LOOKS` looks, or takes too few.
+
+        Args:
+            bytes_a_look: The bytes that a client takes from look to look at least, on average.
+        """
+        self._waits += self._is_waiting  # and no time in which the application makes the next piece
+        if (self._waits - LOOKS) * bytes_a_look > self._bytes:
+            return True
         taken = self._taken() if self._is_waiting else ()
         if not taken or taken != self._seen:
             self._seen, self._looks = taken, 0
@@ -151,12 +167,13 @@ class UnreadAnswers:
 
     def look(self) -> int:
         """Look at each answer once, and give up those that are not read. Returns their number."""
-        unread = [answer for answer in self._answers if answer.is_unread()]
+        bytes_a_look = BYTES_A_SECOND_MIN * self._timeout_s / LOOKS
+        unread = [answer for answer in self._answers if answer.is_unread(bytes_a_look=bytes_a_look)]
         for answer in unread:
             self.discard(answer)
             answer.give_up()
         if unread:
-            logger.info("answers were given up: their clients did not read them", count=len(unread))
+            logger.info("answers were given up: their clients did not read them, or too slowly", count=len(unread))
         return len(unread)
 
 

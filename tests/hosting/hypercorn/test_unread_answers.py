@@ -25,7 +25,12 @@ from service.api.http.request_body import BoundedRequest
 from service.hosting.hypercorn import asgi_request
 from service.hosting.hypercorn.asgi_request import PIECE_BYTES, AsgiRequest
 from service.hosting.hypercorn.connections import Connections
-from service.hosting.hypercorn.unread_answers import LOOKS, UnreadAnswers, watch_unread_answers
+from service.hosting.hypercorn.unread_answers import (
+    BYTES_A_SECOND_MIN,
+    LOOKS,
+    UnreadAnswers,
+    watch_unread_answers,
+)
 from tests.hosting.conftest import BRIEF_S, Serve, Served
 
 SIZE = 12 * 1024 * 1024
@@ -39,11 +44,11 @@ class App(QuartTrio):
 
     request_class = BoundedRequest
 
-    def __init__(self) -> None:
+    def __init__(self, *, timeout_s: float = 0.01) -> None:
         super().__init__("test")
         self.asgi_http_class = AsgiRequest
         self.config["RESPONSE_TIMEOUT"] = None
-        self.unread = watch_unread_answers(self, timeout_s=1000)
+        self.unread = watch_unread_answers(self, timeout_s=timeout_s)
         self.held: list[weakref.ref[TrioResponse]] = []
         self.begun = 0
         self.ended = 0
@@ -228,6 +233,39 @@ async def test_an_answer_that_is_read_slowly_arrives(
                 assert app.unread.look() == 0
                 taken_by_the_kernel += before != {answer.pieces for answer in app.unread._answers}
             assert app.ended == 0
+            await trio.aclose_forcefully(stream)
+
+
+@pytest.mark.parametrize("http2", [False, True])
+async def test_an_answer_that_is_read_too_slowly_is_given_up_in_a_time_that_its_size_bounds(
+    serve: Serve, connections: Connections, http2: bool
+) -> None:
+    """The client makes progress at each look."""
+    seconds_a_look = 500
+    app = App(timeout_s=seconds_a_look * LOOKS)
+    async with serve(app) as server:
+        with trio.fail_after(60):
+            stream = await connect(server)
+            client = Http2Client(stream, window=1000)
+            answer = await client.ask("large") if http2 else 0
+            if not http2:
+                await ask(stream, "large")
+            await app.is_blocked()
+            looks = 0
+            with suppress(trio.BrokenResourceError):
+                while not app.ended:
+                    if http2:
+                        client.connection.increment_flow_control_window(1, answer)
+                        await client.receive()
+                    else:
+                        await stream.receive_some(4096)
+                    await trio.testing.wait_all_tasks_blocked(0.005)
+                    looks += 1
+                    if app.unread.look():
+                        break
+            await app.is_blocked()
+            assert (app.ended, app.held_answers()) == (1, 0)
+            assert LOOKS < looks <= LOOKS + 2 * SIZE / (BYTES_A_SECOND_MIN * seconds_a_look)
             await trio.aclose_forcefully(stream)
 
 
