@@ -26,6 +26,7 @@ from service.api.http.cors import allow_origin, preflight_response
 from service.api.http.held_bytes import SMALL_BYTES, counting_bytes, hold_answer
 from service.api.http.locations import take_prefix
 from service.api.http.operations import operation_of
+from service.api.http.pacing import Pace, is_paced
 from service.api.http.problems import NotReadyError, Refusal, answer_error, problem_response
 from service.api.http.proxy import PEER, forward, hand_over, is_from_peer
 from service.api.http.proxy_headers import proxy_header
@@ -50,6 +51,10 @@ class Application(QuartTrio):
 
     request_class = BoundedRequest
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._pace = Pace()
+
     async def asgi_app(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
             await super().asgi_app(scope, receive, send)
@@ -64,6 +69,8 @@ class Application(QuartTrio):
                 return
             take_prefix(scope)
             self._name_caller(scope)
+            if is_paced(scope):
+                await self._pace.wait()
             await super().asgi_app(scope, receive, send)
 
     def _name_caller(self, scope: Any) -> None:
