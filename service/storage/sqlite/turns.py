@@ -31,8 +31,11 @@ from service.storage.sqlite.rows import (
 
 _NEWEST = 1 << 62
 """Above every ordinal."""
-SHORT_PATH_S = 0.001
-"""The approximate time for which the acceptance of a turn reads its path, while other writes wait."""
+SHORT_PATH_S = 0.002
+"""The approximate time for which the acceptance of a turn reads its path, while other writes wait: of the processor, so
+that a busy machine changes nothing."""
+SHORT_PATH_ROW_LENGTH = 128 * 1024
+"""The longest row, in characters of its texts, that the acceptance of a turn decodes. Reasoning may be long."""
 STEP_S = 0.003
 """The approximate time of one step of a long read, in which the other steps of the same thread wait."""
 
@@ -126,15 +129,21 @@ def _short_path(
         return None
     bound, down, read = rules.PathBound(bytes_max), [turn], 0
     bound.takes(turn.message_bytes)
-    deadline = time.monotonic() + SHORT_PATH_S
+    deadline = time.thread_time() + SHORT_PATH_S
     for row in () if turn.parent is None else _path_down(db, session.key, turn.parent):
         if not bound.takes(row[-1]):
             break
         read += row[-1]
-        if read > rules.SHORT_PATH_BYTES or time.monotonic() >= deadline:
+        is_long = _is_in_pages(row) or sum([len(it) for it in row if isinstance(it, str)]) > SHORT_PATH_ROW_LENGTH
+        if is_long or read > rules.SHORT_PATH_BYTES or time.thread_time() >= deadline:
             return None
         down.append(record_of(db, turn.session_id, row))
     return down[::-1]
+
+
+def _is_in_pages(row: Row) -> bool:
+    """Whether the texts of a turn's output are in pages: ``PATH_COLUMNS`` end with the key of such a turn."""
+    return row[-3] is not None
 
 
 def start(db: apsw.Connection, turn_id: str, fence: int, now: datetime) -> bool:

@@ -17,7 +17,7 @@ from service.storage.rules import TURN_BYTES
 from service.storage.sqlite import SqliteStore, forks, open_sqlite_store, turns
 from service.storage.sqlite.reader import _SNAPSHOT_S
 from service.storage.sqlite.sql_thread import SqlThread
-from tests.storage.rows import T0, a_session, a_turn, ended
+from tests.storage.rows import T0, a_session, a_turn, ended, said
 
 TURNS = 60
 
@@ -66,6 +66,20 @@ async def test_an_acceptance_leaves_a_path_that_takes_long_to_the_threads_that_r
             monkeypatch.setattr(turns, "SHORT_PATH_S", seconds)
             begun = await store.begin_turn(a_turn(name, parent="t"), now=T0, path_bytes_max=None)
             assert (begun.path is not None) == is_read
+
+
+@pytest.mark.parametrize("has_events", [True, False], ids=["in pages", "in its row"])
+async def test_an_acceptance_decodes_no_long_turn(
+    path: Path, monkeypatch: pytest.MonkeyPatch, has_events: bool
+) -> None:
+    monkeypatch.setattr(turns, "SHORT_PATH_S", 60)
+    reasoning = "x" * turns.SHORT_PATH_ROW_LENGTH
+    runs = said(reasoning) if has_events else ()
+    async with open_sqlite_store(path) as store:
+        await store.begin_turn(a_turn("t"), now=T0, creates=a_session())
+        await store.end_turn(ended(a_turn("t"), text="", reasoning=reasoning), runs=runs, now=T0)
+        assert (await store.begin_turn(a_turn("a", parent="t"), now=T0, path_bytes_max=None)).path is None
+        assert len(await store.read_path("s", "a", bytes_max=None)) == 2
 
 
 @pytest.mark.parametrize("step_s", [0, 60])
