@@ -136,6 +136,7 @@ def _forks_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fork_path, "new_turn_id", new_turn_id)
     monkeypatch.setattr(fork_path, "copies_of", number)
     monkeypatch.setattr(memory, "copies_of", number)
+    monkeypatch.setattr(sqlite_forks, "copies_of", number)
 
 
 @pytest.mark.usefixtures("_forks_alike")
