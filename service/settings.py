@@ -309,8 +309,8 @@ class Settings(BaseModel):
     """The prompt that is sent to a model: its texts, and 128 bytes for each turn; beyond it the oldest turns are left
     out. At least twice `input_bytes_max`."""
     held_bytes_max: HeldBytes = 256 * 1024 * 1024
-    """All requests while they arrive, and all answers until they are read; beyond it 503. At least 8 times
-    `input_bytes_max` and `reply_bytes_max`."""
+    """All requests while they arrive, and all answers until they are read; beyond it 503. What holds up to 16 KiB has a
+    quarter more. At least 8 times `input_bytes_max` and `reply_bytes_max`."""
 
     lame_duck_timeout_s: Seconds = 0
     """Shutdown: readiness is 503, everything still works."""

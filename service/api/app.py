@@ -23,7 +23,7 @@ from service.api.http.app_state import (
     trusted_proxies_of,
 )
 from service.api.http.cors import allow_origin, preflight_response
-from service.api.http.held_bytes import SMALL_BYTES, counting_bytes, hold_answer
+from service.api.http.held_bytes import SMALL_BYTES, bytes_of, counting_bytes, hold_answer
 from service.api.http.locations import take_prefix
 from service.api.http.operations import operation_of
 from service.api.http.pacing import Pace, is_paced
@@ -183,6 +183,8 @@ async def _answer_error(error: Exception) -> TrioResponse:
         size = response.content_length or 0
         if is_http and size > SMALL_BYTES:  # it has the text of a turn
             hold_answer(size)
+        elif is_http:
+            bytes_of(request.scope).add(size)
         _note_refusal(current_app, refusal, route=route)
         return response
 

@@ -2,10 +2,13 @@
 
 The body of a request counts while it arrives and until it is parsed or its answer begins; an answer counts from its
 making until its client has taken it. Beyond the bound a body is refused before it is read, or when it grows, and an
-answer to a GET before it is made. So is the answer of a POST that can be repeated. The answer of another call that has
-changed something counts, but is never refused: the caller could not repeat the call. Event streams do not count: they
-hold a seq and one piece. A request that holds few bytes is never refused: its connection takes more, and probes, short
-messages and cancels have to work.
+answer to a GET before it is made. So are the answers of a PATCH, and of a POST that can be repeated. The answer of
+another call that has changed something counts, but is never refused: the caller could not repeat the call. Event
+streams do not count: they hold a seq and one piece.
+
+Short messages and cancels have to work while large requests have taken all room. So small requests have a reserve
+beyond the bound, a quarter of it, and are refused when the reserve is full, too. Tiny requests, such as probes, are
+never refused: the connection of each takes fifty times as much.
 """
 
 from collections.abc import Iterator
@@ -19,7 +22,11 @@ from service.api.http.repeats import repeat_is_allowed
 from service.errors import LimitError
 
 SMALL_BYTES = 16 * 1024
+"""A request that holds no more than this may use the reserve."""
+TINY_BYTES = 1024
 """A request that holds no more than this is never refused."""
+_RESERVE = 0.25
+"""The reserve for small requests, as a share of the bound."""
 
 _KEY = "lastcall.request_bytes"
 
@@ -49,8 +56,9 @@ class HeldBytes:
     def __repr__(self) -> str:
         return f"<HeldBytes: {self.bytes} of {self._bytes_max}>"
 
-    def has_room_for(self, size: int) -> bool:
-        return self.bytes + size <= self._bytes_max
+    def has_room_for(self, size: int, *, is_small: bool = False) -> bool:
+        bound = self._bytes_max * (1 + _RESERVE) if is_small else self._bytes_max
+        return self.bytes + size <= bound
 
 
 class RequestBytes:
@@ -65,7 +73,8 @@ class RequestBytes:
 
     def check(self, size: int) -> None:
         """Raises: HeldBytesLimitError: There is no room for ``size`` bytes more."""
-        if self._bytes + size > SMALL_BYTES and not self._held.has_room_for(size):
+        total = self._bytes + size
+        if total > TINY_BYTES and not self._held.has_room_for(size, is_small=total <= SMALL_BYTES):
             raise HeldBytesLimitError
 
     def take(self, size: int) -> None:
@@ -117,7 +126,8 @@ def hold_answer(size: int) -> None:
         HeldBytesLimitError: There is no room, and the request can be repeated.
     """
     counted = bytes_of(request.scope)
-    if request.method in ("GET", "HEAD") or repeat_is_allowed():
+    # A PATCH that is repeated changes nothing more.
+    if request.method in ("GET", "HEAD", "PATCH") or repeat_is_allowed():
         counted.take(size)
     else:
         counted.add(size)
