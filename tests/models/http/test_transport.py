@@ -260,12 +260,15 @@ async def test_a_closed_body_is_not_read_on() -> None:
 # Requests that are not taken to their end
 
 
-async def test_a_refusal_before_the_whole_request_is_read_ends_the_sending() -> None:
-    """The server reads nothing more, and keeps the connection open."""
+@pytest.mark.parametrize("ends_its_side", [False, True])
+async def test_a_refusal_before_the_whole_request_is_read_ends_the_sending(ends_its_side: bool) -> None:
+    """The server reads nothing more, and keeps the connection open, or its receiving side of it."""
 
     async def refuse(connection: Connection) -> None:
         await connection.stream.receive_some(100)
         await connection.send(b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno")
+        if ends_its_side:
+            await plain_stream(connection).send_eof()
         await done.wait()
 
     done = trio.Event()
@@ -274,19 +277,6 @@ async def test_a_refusal_before_the_whole_request_is_read_ends_the_sending() -> 
         assert (status, await read(body)) == (413, b"no")
         assert server.established == 0, "half of a request is on the connection"
         done.set()
-
-
-async def test_a_refusal_and_the_end_of_the_connection_before_the_whole_request_is_read_is_the_refusal() -> None:
-    async def refuse(connection: Connection) -> None:
-        await connection.stream.receive_some(100)
-        await connection.send(b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno")
-        await done.wait()
-
-    done = trio.Event()
-    async with open_transport(refuse) as (transport, server):
-        status, body = await send(transport, server, HUGE)
-        done.set()
-        assert (status, await read(body)) == (413, b"no")
 
 
 async def test_a_request_is_sent_to_its_end_though_the_answer_has_begun() -> None:
