@@ -76,13 +76,19 @@ def trusted_proxies_of(app: Quart) -> TrustedProxies:
 def json_response(body: msgspec.Struct, status: int = 200, *, location: str | None = None) -> TrioResponse:
     """Return a wire type as a response. ``location`` is a path of this service, without the prefix.
 
+    A wire type with texts of models goes through :func:`~service.api.http.long_json.encode_json` first.
+
     Raises:
         HeldBytesLimitError: The request can be repeated, and there is no room for the answer.
     """
+    return encoded_response(msgspec.json.encode(body), status, location=location)
+
+
+def encoded_response(encoded: bytes, status: int = 200, *, location: str | None = None) -> TrioResponse:
+    """Return JSON as a response, as :func:`json_response` does."""
     headers = {"Cache-Control": "no-store"}
     if location is not None:
         headers["Location"] = located(location)
-    encoded = msgspec.json.encode(body)
     hold_answer(len(encoded))
     return TrioResponse(encoded, status, headers, content_type="application/json")
 

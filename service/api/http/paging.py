@@ -7,6 +7,7 @@ import msgspec
 import trio
 
 from service.api.http.held_bytes import room_for_answer
+from service.api.http.long_json import encode_json
 from service.sessions.messages import MessageRecord
 from service.storage.records import Page, SessionRecord, TurnRecord
 
@@ -55,7 +56,7 @@ async def make_page(
     rows: list[msgspec.Raw] = []
     size = paused_at = 0
     for record in page.data:
-        row = msgspec.json.encode(shown(record))
+        row = await encode_json(shown(record))
         size += len(row)
         if rows and size > PAGE_BYTES_MAX:
             return Page(data=tuple(rows), next=page.cursors[len(rows) - 1])

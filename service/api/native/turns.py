@@ -9,7 +9,7 @@ from msgspec import UNSET, UnsetType
 from quart import Blueprint, request
 from quart_trio.wrappers import TrioResponse
 
-from service.api.http.app_state import current_service, json_response, no_content
+from service.api.http.app_state import current_service, encoded_response, json_response, no_content
 from service.api.http.end_of_input import leave_at_end_of_input
 from service.api.http.event_stream import (
     HEADERS,
@@ -20,6 +20,7 @@ from service.api.http.event_stream import (
     wants_stream,
 )
 from service.api.http.locations import located, turn_path
+from service.api.http.long_json import encode_json
 from service.api.http.operations import Answer, operation
 from service.api.http.paging import read_page
 from service.api.http.proxy import (
@@ -161,10 +162,10 @@ async def start_turn(session_id: str) -> TrioResponse:
     turn, watch = await _start(service, session_id, new)
     if new.background:
         watch.release()
-        return _turn_response(turn.record(), 202, with_location=True)
+        return await _turn_response(turn.record(), 202, with_location=True)
     release_later(watch)
     note_accepted(turn_path(turn.session_id, turn.id))
-    return _turn_response(await turn.wait_ended(), with_location=True)
+    return await _turn_response(await turn.wait_ended(), with_location=True)
 
 
 def _input_of(body: StartTurn) -> tuple[Item, ...]:
@@ -271,7 +272,7 @@ async def _resume_waiting(
             leave_at_end_of_input()
             await log.wait_closed()
         record = await service.sessions.get_turn(session_id, turn_id)
-    return _turn_response(record, 202 if background else 200, with_location=True)
+    return await _turn_response(record, 202 if background else 200, with_location=True)
 
 
 def _acceptance_s(service: Service) -> float:
@@ -319,7 +320,7 @@ async def list_turns(session_id: str) -> TrioResponse:
 async def get_turn(session_id: str, turn_id: str) -> TrioResponse:
     """Get a turn, with the reply so far."""
     record = await current_service().sessions.get_turn(checked_session_id(session_id), checked_turn_id(turn_id))
-    return _turn_response(record)
+    return await _turn_response(record)
 
 
 @blueprint.get("/sessions/<session_id>/turns/<turn_id>/events")
@@ -377,9 +378,9 @@ async def cancel_turn(session_id: str, turn_id: str) -> TrioResponse:
     allow_repeat()
     allow_longer_answer(by_s=service.sessions.cancel_timeout_s)
     record = await service.sessions.cancel_turn(checked_session_id(session_id), checked_turn_id(turn_id))
-    return _turn_response(record)
+    return await _turn_response(record)
 
 
-def _turn_response(record: TurnRecord, status: int = 200, *, with_location: bool = False) -> TrioResponse:
+async def _turn_response(record: TurnRecord, status: int = 200, *, with_location: bool = False) -> TrioResponse:
     location = turn_path(record.session_id, record.id) if with_location else None
-    return json_response(wire.Turn.of(record), status, location=location)
+    return encoded_response(await encode_json(wire.Turn.of(record)), status, location=location)
