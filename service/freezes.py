@@ -84,6 +84,9 @@ class FreezeWatch(trio.abc.Instrument):
         counts_frozen_time: Whether frozen time counts now, as in a shutdown.
         clock: Real time, in seconds.
         cpu_clock: CPU time of this thread, in seconds.
+
+    Attributes:
+        steps_took_s: How long the steps of all tasks took in the last round of the event loop.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class FreezeWatch(trio.abc.Instrument):
         self._ran_s = cpu_clock()
         self._sample_at = self._seen_at
         self._on_late: dict[OnLate, None] = {}
+        self.steps_took_s = 0.0
 
     @contextmanager
     def calling_when_late(self, on_late: OnLate) -> Iterator[None]:
@@ -105,6 +109,10 @@ class FreezeWatch(trio.abc.Instrument):
             yield
         finally:
             del self._on_late[on_late]
+
+    def before_io_wait(self, timeout: float) -> None:  # noqa: ARG002  the name is Trio's
+        """Trio's hook between the steps of a round and the wait for I/O."""
+        self.steps_took_s = self._clock() - self._seen_at
 
     def after_io_wait(self, timeout: float) -> None:
         """Trio's hook between the wait for I/O, which was to take ``timeout`` seconds, and the look at deadlines."""
@@ -152,6 +160,11 @@ def watch_for_freezes(
     finally:
         trio.lowlevel.remove_instrument(watch)
         _watch.reset(token)
+
+
+def current_watch() -> FreezeWatch | None:
+    """Return the watch of this event loop, if it has one."""
+    return _watch.get()
 
 
 @contextmanager

@@ -125,6 +125,11 @@ class StopState:
         if self._arrive is None:
             self._arrive = arrive
 
+    @property
+    def is_ends_only(self) -> bool:
+        """As :meth:`ends_only`, for a caller that may not begin the stop: no notice arrives."""
+        return self.interrupts_at_once and self.phase is not Phase.SERVING
+
     def ends_only(self) -> bool:
         """Whether streams may write only their ends, because all turns are interrupted now: other writes delay them.
 

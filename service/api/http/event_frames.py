@@ -18,11 +18,13 @@ class _NewestFrames:
     A stream that is further behind encodes what it reads.
 
     Attributes:
+        frame: The newest frame.
         end: The seq of the newest frame; the events of the frames before it have no gap between their seqs.
     """
 
     def __init__(self) -> None:
         self.end = 0
+        self.frame = b""
         self._frames: list[bytes] = []
         self._bytes = 0
 
@@ -36,6 +38,7 @@ class _NewestFrames:
             self._frames = []
             self._bytes = 0
         self.end = seq
+        self.frame = frame
         self._frames.append(frame)
         self._bytes += len(frame)
         if len(self._frames) > _KEPT_FRAMES_MAX:
@@ -57,14 +60,14 @@ def read_frames(log: Events, seq: int, *, encode: EncodeFrame, bytes_max: int) -
     if newest is None:
         newest = log.beside[encode] = _NewestFrames()
     assert isinstance(newest, _NewestFrames)
-    frames = newest.read_after(seq)
     if seq + 1 == log.last_seq:  # the usual case: one event is new
-        if frames:
-            return frames[0], seq + 1
+        if newest.end == seq + 1:
+            return newest.frame, seq + 1
         if len(events := log.read_after(seq)) == 1:
             frame = encode(events[0])
             newest.add(frame, seq + 1)
             return frame, seq + 1
+    frames = newest.read_after(seq)
     size = sum(map(len, frames))
     while size > bytes_max and len(frames) > 1:
         size -= len(frames.pop())

@@ -1,11 +1,12 @@
 """The body of an event stream: reads an event log from a seq on."""
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 import structlog
 import trio
-from quart import Request
+from quart import Request, request
 from quart.wrappers.response import ResponseBody
 from quart_trio.wrappers import TrioResponse
 from werkzeug.datastructures import MIMEAccept
@@ -17,6 +18,7 @@ from service.api.http.request_resources import release_after_request
 from service.api.http.strict_json import shown
 from service.api.native.wire import EventsQuery
 from service.errors import InvalidRequestError, SessionNotFoundError, StoreError
+from service.freezes import current_watch
 from service.sessions.events.event_log import Events
 from service.sessions.events.streams import StreamSlot
 
@@ -35,6 +37,11 @@ _WRITE_BYTES_MAX = 64 * 1024
 _BUSY_S = 0.02
 """A write that takes longer is followed by a pause. It takes less than a millisecond if the event loop is not busy."""
 _PAUSE_MAX_S = 0.1
+_INLINE_BYTES_MAX = 4096
+"""A piece that is larger is left to the stream's task, after which others get their turn."""
+PIECE_WRITER = "lastcall.piece_writer"
+"""Key in the ASGI scope of the host's :class:`PieceWriter`, once the head of an event stream was sent."""
+_NO_SCOPE: Mapping[str, Any] = MappingProxyType({})
 _SEQ_DIGITS_MAX = 15
 _ACCEPT_LENGTH_MAX = 2048
 
@@ -48,8 +55,31 @@ class LastPiece(bytes):
     """The last piece of a body. Its sender may send the end of the response together with it."""
 
 
+class PieceWriter(Protocol):
+    """What a host offers to an event stream: writes pieces of its body without a wait.
+
+    Attributes:
+        has_rest: Whether a part of the last piece is not written. The next piece that the body yields comes after it,
+            also an empty piece.
+    """
+
+    @property
+    def has_rest(self) -> bool: ...
+
+    def write_now(self, piece: bytes) -> bool:
+        """Write a piece, which is not empty, as far as the client's connection takes it now. Raises nothing.
+
+        Returns False if the connection took nothing: then nothing has happened.
+        """
+        ...
+
+
 class EventStream(ResponseBody):
     """Yields all events that are ready as one piece, and a comment after silence. Ends with the log.
+
+    While it waits for an event and the host offers a :class:`PieceWriter`, the task that appends an event writes it:
+    :meth:`take_appended`. The stream's own task goes on where the connection takes no more, where the event loop is
+    busy, in a stop that writes only ends, and at the end.
 
     It waits only in ``__anext__``: no write happens inside of a cancel scope of this class, so no chunk is lost to a
     cancellation. The slot is closed as ended when the piece after the one with the terminal event is asked for: then
@@ -58,9 +88,21 @@ class EventStream(ResponseBody):
     Args:
         after: The last seq that the client has seen.
         encode: The face's frame of an event.
+        scope: The ASGI scope of the request.
     """
 
-    def __init__(self, log: Events, slot: StreamSlot, *, after: int, encode: EncodeFrame) -> None:
+    def __init__(
+        self,
+        log: Events,
+        slot: StreamSlot,
+        *,
+        after: int,
+        encode: EncodeFrame,
+        scope: Mapping[str, Any] = _NO_SCOPE,
+    ) -> None:
+        self._scope = scope
+        self._writer: PieceWriter | None = None
+        self._watch = current_watch()
         self._log = log
         self._encode = encode
         self._slot = slot
@@ -88,13 +130,32 @@ class EventStream(ResponseBody):
             raise StopAsyncIteration
         if not self._begun:
             self._begun = True
+            self._writer = self._scope.get(PIECE_WRITER)
             return self._take(_RETRY)
         await self._pause()
-        await self._slot.wait_beyond(self._log, self._seq)
+        await self._slot.wait_beyond(self._log, self._seq, reader=self)
         if self._slot.is_ends_only():
             await self._log.wait_closed()
         await self._load()
-        return self._take() or _HEARTBEAT
+        return self._take() or (b"" if self._has_rest else _HEARTBEAT)
+
+    @property
+    def _has_rest(self) -> bool:
+        return self._writer is not None and self._writer.has_rest
+
+    def take_appended(self) -> bool:
+        """Write the new events in the task that appended them. See :class:`~event_log.InlineReader`."""
+        writer, log = self._writer, self._log
+        if writer is None or not self._slot.may_write() or (self._watch and self._watch.steps_took_s > _BUSY_S):
+            return False
+        piece, seq = read_frames(log, self._seq, encode=self._encode, bytes_max=_INLINE_BYTES_MAX)
+        if not piece:
+            return True
+        if seq != log.last_seq or len(piece) > _INLINE_BYTES_MAX or not writer.write_now(piece):
+            return False
+        self._seq = seq
+        self._slot.silent_since = trio.current_time()
+        return not writer.has_rest
 
     async def _load(self) -> None:
         """Load the next events of a replay. If that fails the stream ends here, as one that was cut."""
@@ -127,7 +188,8 @@ class EventStream(ResponseBody):
 def stream_response(log: Events, slot: StreamSlot, *, after: int, encode: EncodeFrame) -> TrioResponse:
     """Return a response that streams a log from ``after`` on. The end of the request always gives the slot back."""
     release_after_request(slot.close)
-    body = EventStream(log, slot, after=after, encode=encode)
+    scope: Mapping[str, Any] = request.scope
+    body = EventStream(log, slot, after=after, encode=encode, scope=scope)
     return TrioResponse(body, headers=HEADERS, content_type=MEDIA_TYPE)
 
 

@@ -23,7 +23,7 @@ from quart import Quart
 from quart.wrappers import Request
 from quart_trio.asgi import TrioASGIHTTPConnection
 
-from service.api.http.event_stream import LastPiece, is_event_stream
+from service.api.http.event_stream import PIECE_WRITER, LastPiece, is_event_stream
 from service.api.http.request_body import BoundedBody, drop_body
 from service.errors import ShuttingDownError
 from service.freezes import extended_when_late
@@ -81,6 +81,7 @@ class AsgiRequest(TrioASGIHTTPConnection):
                     nursery.start_soon(self.handle_messages, nursery, request, receive)
                     await self.handle_request(nursery, request, partial(self._send_shielding_the_last, send))
         finally:
+            cast("dict[str, Any]", self.scope).pop(PIECE_WRITER, None)  # a circle: hypercorn's stream holds the scope
             if requests is not None:
                 requests.discard(request)
             if self._answer is not None and (answers := unread_answers_of(self.app)) is not None:
@@ -116,16 +117,20 @@ class AsgiRequest(TrioASGIHTTPConnection):
         if message["type"] == "http.response.body":
             await self._send_piece(send, message)
             return
+        is_stream = False
         if message["type"] == "http.response.start":
             if self._closes():
                 headers = [pair for pair in message["headers"] if pair[0].lower() != b"connection"]
                 message["headers"] = [*headers, (b"connection", b"close")]
             self._drop_body()
-            if not is_event_stream(message["headers"]):
+            is_stream = is_event_stream(message["headers"])
+            if not is_stream:
                 self._watch_answer(send)
         with nullcontext() if self._answer is None else self._answer.waiting():
             await send(message)
         self._response = ChunkedResponse.begun_by(send)
+        if is_stream and self._response is not None and self._response.writes_now:
+            cast("dict[str, Any]", self.scope)[PIECE_WRITER] = self._response
 
     def _drop_body(self) -> None:
         """Hold no body while the answer is sent: the handler is over, so the request is not sent to a peer again."""

@@ -20,9 +20,10 @@ _END = b"0\r\n\r\n"
 
 
 class ChunkedResponse:
-    """A response whose head has been sent."""
+    """A response whose head has been sent. Meets :class:`~service.api.http.event_stream.PieceWriter`."""
 
     def __init__(self, stream: HTTPStream, protocol: H11Protocol, connection: Connection) -> None:
+        self._rest = b""
         self._stream = stream
         self._protocol = protocol
         self._connection = connection
@@ -43,7 +44,30 @@ class ChunkedResponse:
 
     async def write(self, data: bytes) -> None:
         """Send a piece. Returns once the kernel has taken the piece; hypercorn notices a client that has left."""
-        await self._connection.write(_chunk(data))
+        await self._connection.write(self._after_rest(_chunk(data)))
+
+    @property
+    def writes_now(self) -> bool:
+        """Whether :meth:`write_now` can send anything: not under TLS."""
+        return self._connection.takes_plain_bytes
+
+    @property
+    def has_rest(self) -> bool:
+        """Whether a part of the last piece of :meth:`write_now` is not sent. The next write sends it first."""
+        return bool(self._rest)
+
+    def write_now(self, data: bytes) -> bool:
+        """Send a piece as far as the kernel takes it now. Returns False if nothing of it was sent, nor is to be."""
+        if self._rest:
+            return False
+        chunk = _chunk(data)
+        sent = self._connection.write_now(chunk)
+        self._rest = chunk[sent:] if sent else b""
+        return sent > 0
+
+    def _after_rest(self, data: bytes) -> bytes:
+        rest, self._rest = self._rest, b""
+        return rest + data
 
     async def end(self, data: bytes) -> None:
         """Send the last piece and the end of the body together. hypercorn then goes on as after its own end.
@@ -53,7 +77,7 @@ class ChunkedResponse:
         stream = self._stream
         closes = self._connection.closes_after_response
         end = _END if closes else self._protocol.connection.send(h11.EndOfMessage())
-        await self._connection.write(_chunk(data) + end)
+        await self._connection.write(self._after_rest(_chunk(data) + end))
         stream.state = ASGIHTTPState.CLOSED
         await stream.config.log.access(stream.scope, stream.response, time() - stream.start_time)
         if closes:

@@ -200,6 +200,11 @@ class Connection(TCPServer):
         return self._socket
 
     @property
+    def takes_plain_bytes(self) -> bool:
+        """Whether bytes go to the kernel as they are: without TLS."""
+        return self._takes_plain_bytes
+
+    @property
     def is_in_handshake(self) -> bool:
         return not hasattr(self, "protocol")
 
@@ -312,19 +317,22 @@ class Connection(TCPServer):
 
     async def write(self, data: bytes) -> None:
         """Send bytes as they are."""
-        if self._takes_plain_bytes and not self.send_lock.locked():
-            # Nearly always the kernel takes all bytes at once. Then hypercorn's lock and shield and Trio's checks
-            # protect nothing, and cost five times as much as the system call.
-            try:
-                sent = os.write(self._socket.fileno(), data)
-            except OSError:  # the socket would block, or is broken or closed: Trio's send below handles each case
-                sent = 0
-            if sent == len(data):
-                if sent > CHECKPOINT_BYTES:
-                    await trio.lowlevel.cancel_shielded_checkpoint()  # a long replay lets other tasks run
-                return
-            data = data[sent:]
-        await super().protocol_send(RawData(data=data))
+        # Nearly always the kernel takes all bytes at once. Then hypercorn's lock and shield and Trio's checks protect
+        # nothing, and cost five times as much as the system call.
+        sent = self.write_now(data)
+        if sent < len(data):
+            await super().protocol_send(RawData(data=data[sent:]))  # handles a socket that is broken or closed, too
+        elif sent > CHECKPOINT_BYTES:
+            await trio.lowlevel.cancel_shielded_checkpoint()  # a long replay lets other tasks run
+
+    def write_now(self, data: bytes) -> int:
+        """Send as many bytes as the kernel takes now; returns their number. 0 under TLS and while others are sent."""
+        if not self._takes_plain_bytes or self.send_lock.locked():
+            return 0
+        try:
+            return os.write(self._socket.fileno(), data)
+        except OSError:  # the socket would block, or is broken or closed
+            return 0
 
     async def _read_data(self) -> None:
         """Read as hypercorn does, but without a cancel scope for a read that has no deadline."""

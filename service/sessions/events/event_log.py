@@ -2,7 +2,6 @@
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from math import inf
 from operator import attrgetter
 from typing import Protocol
 
@@ -31,6 +30,8 @@ _OTHER_EVENT_BYTES = 512
 _CHUNK_EVENTS_MAX = 64
 _CHUNK_BYTES_MAX = 16 * 1024
 """The newest events are kept as they came. Beyond so many, or so much text, they become a chunk."""
+INLINE_READERS_MAX = 32
+"""So many readers take an event in the step that appends it, which takes each some ten microseconds."""
 
 
 class _Chunk(msgspec.Struct, frozen=True, gc=False):
@@ -39,6 +40,17 @@ class _Chunk(msgspec.Struct, frozen=True, gc=False):
     after: int
     runs: bytes
     text: bytes
+
+
+class InlineReader(Protocol):
+    """A reader that may take events in the step of the task that appends them, while the reader's own task waits."""
+
+    def take_appended(self) -> bool:
+        """Take the new events, without a wait. Returns whether the reader has them all and still waits.
+
+        Otherwise its task is woken: it takes what is left. The same after an error, which the task then meets itself.
+        """
+        ...
 
 
 class Events(Protocol):
@@ -63,9 +75,11 @@ class Events(Protocol):
         """Have the events after ``seq`` ready, if there are some. Raises: StoreError, EventsLostError."""
         ...
 
-    async def wait_beyond(self, seq: int, *, until: float = inf) -> None: ...
+    async def wait_beyond(self, seq: int) -> None: ...
 
-    def wake_readers(self) -> None: ...
+    async def wait_to_read(self, reader: InlineReader | None = None) -> None: ...
+
+    def wake(self, task: trio.lowlevel.Task) -> None: ...
 
     async def wait_closed(self) -> None: ...
 
@@ -100,7 +114,8 @@ class EventLog:
         self._bytes_max = bytes_max - _TERMINAL_RESERVE_BYTES
         self._last_item = -1
         self._closed = False
-        self._readers = trio.lowlevel.ParkingLot()
+        self._waiting: dict[trio.lowlevel.Task, InlineReader | None] = {}
+        self._told_seq = 0
         self._waiting_for_end = trio.lowlevel.ParkingLot()
 
     def __repr__(self) -> str:
@@ -116,10 +131,13 @@ class EventLog:
         """Whether the log has its terminal event, after which no event follows."""
         return self._closed
 
-    def append(self, event: Event) -> bool:
-        """Append an event whose ``seq`` is ``last_seq + 1`` and wake the readers.
+    def append(self, event: Event, *, tells: bool = True) -> bool:
+        """Append an event whose ``seq`` is ``last_seq + 1``, and tell the readers.
 
         Returns False, and appends nothing, if the log would be larger than ``bytes_max``.
+
+        Args:
+            tells: Whether to tell the readers; otherwise the caller calls :meth:`tell_readers` in the same step.
         """
         if isinstance(event, Piece):
             text_bytes = len(event.text) if event.text.isascii() else len(event.text.encode())
@@ -133,16 +151,20 @@ class EventLog:
         if isinstance(event, Piece):
             self._last_item = event.item
         self._bytes += size
-        self._newest_bytes += text_bytes
-        self._append(event)
+        # Never with the newest event, which the readers are about to read.
         if len(self._newest) >= _CHUNK_EVENTS_MAX or self._newest_bytes >= _CHUNK_BYTES_MAX:
             self._end_chunk()
+        self._newest_bytes += text_bytes
+        self._append(event)
+        if tells:
+            self.tell_readers()
         return True
 
     def close(self, terminal: TerminalEvent) -> None:
         """Append the terminal event. Always succeeds; the log then never changes again."""
         self._append(terminal)
         self._closed = True
+        self._wake(list(self._waiting))
         self._waiting_for_end.unpark_all()
 
     def _append(self, event: Event) -> None:
@@ -150,7 +172,35 @@ class EventLog:
         assert event.seq == self.last_seq + 1, "an event has the wrong seq"
         self._newest.append(event)
         self.last_seq += 1
-        self._readers.unpark_all()
+
+    def tell_readers(self) -> None:
+        """Tell the waiting readers of the events that were appended since the last time.
+
+        The readers that began to wait last may take the events inline. The tasks of the others are woken; these readers
+        will then be the last ones that began to wait, so each has its turn.
+        """
+        if self._told_seq == self.last_seq:
+            return
+        self._told_seq = self.last_seq
+        if not self._waiting:
+            return
+        if len(self._waiting) == 1:
+            for task, reader in self._waiting.items():
+                if reader is None or not _takes_appended(reader):
+                    self._wake([task])
+                return
+        tasks = list(self._waiting)
+        woken = tasks[:-INLINE_READERS_MAX]
+        for task in tasks[-INLINE_READERS_MAX:]:
+            reader = self._waiting[task]
+            if reader is None or not _takes_appended(reader):
+                woken.append(task)
+        self._wake(woken)
+
+    def _wake(self, tasks: Iterable[trio.lowlevel.Task]) -> None:
+        for task in tasks:
+            del self._waiting[task]
+            trio.lowlevel.reschedule(task)
 
     def _end_chunk(self) -> None:
         """Make a chunk of the newest events."""
@@ -165,19 +215,26 @@ class EventLog:
         self._newest = []
         self._newest_bytes = 0
 
-    async def wait_beyond(self, seq: int, *, until: float = inf) -> None:
-        """Wait for an event after ``seq``, or for the close of the log.
+    async def wait_beyond(self, seq: int) -> None:
+        """Wait for an event after ``seq``, or for the close of the log."""
+        while self.last_seq <= seq and not self._closed:
+            await self.wait_to_read()
 
-        Args:
-            until: The end of the wait, in seconds of Trio's clock. The caller must see to a call of
-                :meth:`wake_readers` at this time.
-        """
-        while self.last_seq <= seq and not self._closed and trio.current_time() < until:
-            await self._readers.park()
+    async def wait_to_read(self, reader: InlineReader | None = None) -> None:
+        """Wait for a reason to read: an event that ``reader`` does not take inline, the close, or :meth:`wake`."""
+        task = trio.lowlevel.current_task()
+        self._waiting[task] = reader
 
-    def wake_readers(self) -> None:
-        """Wake all waiting readers, so that they check their ``until``."""
-        self._readers.unpark_all()
+        def leave(_: object) -> trio.lowlevel.Abort:
+            del self._waiting[task]
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        await trio.lowlevel.wait_task_rescheduled(leave)
+
+    def wake(self, task: trio.lowlevel.Task) -> None:
+        """Wake a task that is in :meth:`wait_to_read`. No effect if it was woken already."""
+        if task in self._waiting:
+            self._wake([task])
 
     async def load_after(self, seq: int) -> None:
         """Nothing: a log has all of its events. See :class:`Events`."""
@@ -250,6 +307,13 @@ class EventLog:
                 events.append(kind(seq=seq, item=run.item, text=text[start : start + length]))
                 start += length
         return events
+
+
+def _takes_appended(reader: InlineReader) -> bool:
+    try:
+        return reader.take_appended()
+    except Exception:  # noqa: BLE001  it is the reader's own: the task of the reader meets it again, and ends that reader alone
+        return False
 
 
 def _texts_of(events: Iterable[Event]) -> Iterator[tuple[int, str]]:

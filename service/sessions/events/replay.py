@@ -1,12 +1,12 @@
 """Replays: the events of ended turns, read from the store page by page."""
 
 from collections.abc import Awaitable, Callable, Sequence
-from math import inf
 from weakref import WeakValueDictionary
 
 import trio
 
 from service.errors import EventsLostError, SessionNotFoundError
+from service.sessions.events.event_log import InlineReader
 from service.sessions.events.events import Event, TerminalEvent
 from service.sessions.events.kept_events import Place, events_of, place_after, terminal_event_of, without_contents
 from service.storage.pieces import count
@@ -157,10 +157,13 @@ class Replay:
         if not self._page.page.runs:
             raise SessionNotFoundError(self._turn.session_id)
 
-    async def wait_beyond(self, seq: int, *, until: float = inf) -> None:
+    async def wait_beyond(self, seq: int) -> None:
         """Nothing: all events are there."""
 
-    def wake_readers(self) -> None:
+    async def wait_to_read(self, reader: InlineReader | None = None) -> None:
+        """Nothing: all events are there."""
+
+    def wake(self, task: trio.lowlevel.Task) -> None:
         """Nothing: no reader waits."""
 
     async def wait_closed(self) -> None:

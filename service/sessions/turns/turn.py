@@ -197,17 +197,21 @@ class Turn:
         """
         if self.first_token_at is None:
             self.first_token_at = trio.current_time()
-        for event in events:
-            if isinstance(event, TextDelta):  # nearly all of them
-                text = event.text
-                size = len(text) if text.isascii() else len(text.encode())
-                self._check_size(size)
-                self.append(TurnDelta(seq=self.log.last_seq + 1, item=self._reply.index_of("message"), text=text))
-                self._reply.note_text(text, size)
-            elif isinstance(event, Finished):
-                return event
-            elif not isinstance(event, Progress):
-                self._take(event)
+        try:
+            for event in events:
+                if isinstance(event, TextDelta):  # nearly all of them
+                    text = event.text
+                    size = len(text) if text.isascii() else len(text.encode())
+                    self._check_size(size)
+                    item = self._reply.index_of("message")
+                    self.append(TurnDelta(seq=self.log.last_seq + 1, item=item, text=text), tells=False)
+                    self._reply.note_text(text, size)
+                elif isinstance(event, Finished):
+                    return event
+                elif not isinstance(event, Progress):
+                    self._take(event)
+        finally:
+            self.log.tell_readers()  # once for all of these events
         return None
 
     def _take(self, told: Output) -> None:
@@ -215,7 +219,7 @@ class Turn:
         self._check_size(size)
         event = self._reply.event_of(told)
         if event is not None:
-            self.append(event)
+            self.append(event, tells=False)
         self._reply.note(told, event, size)
 
     def _check_size(self, size: int) -> None:
@@ -226,9 +230,13 @@ class Turn:
                 "the part before that is kept.",
             )
 
-    def append(self, event: Event) -> None:
-        """Append an event that is not the terminal event. Raises: ModelError (``log_too_large``)."""
-        if not self.log.append(event):
+    def append(self, event: Event, *, tells: bool = True) -> None:
+        """Append an event that is not the terminal event. Raises: ModelError (``log_too_large``).
+
+        Args:
+            tells: See :meth:`EventLog.append`.
+        """
+        if not self.log.append(event, tells=tells):
             raise ModelError(
                 "log_too_large",
                 f"The events of this turn are larger than {self._settings.log_bytes_max} bytes (log_bytes_max); "

@@ -132,8 +132,18 @@ async def test_a_stream_that_left_gets_no_heartbeat_and_a_reader_that_is_not_sil
             await anext(opened.stream)
             pytest.fail("its own silence began at 10")
         opened.slot.close(ended=False)
-    assert not opened.streams._waiting
     assert trio.current_time() == 20
+
+
+async def test_streams_that_have_left_do_not_pile_up_until_the_time_of_a_heartbeat(autojump_clock: MockClock) -> None:
+    streams = Streams(streams_max=1000, heartbeat_interval_s=10**6, stop=StopState())
+    log = EventLog(bytes_max=1 << 20)
+    for _ in range(1000):
+        slot = streams.open_stream()
+        with trio.move_on_after(0.001):
+            await slot.wait_beyond(log, 0)
+        slot.close()
+    assert len(streams._due) < 100
 
 
 async def test_where_the_end_is_a_moment_away_nothing_is_written_before_it(autojump_clock: MockClock) -> None:

@@ -487,3 +487,26 @@ async def test_caller_that_leaves_during_the_commit_leaves_a_turn_with_an_owner(
         await stage.sessions.drain.wait_idle()
         (record,) = (await stage.sessions.list_turns(session.id, limit=10)).data
         assert (record.state, record.reason) == ("cancelled", "disconnected")
+
+
+async def test_readers_are_told_once_of_what_came_together_and_also_if_its_end_fails(autojump_clock: MockClock) -> None:
+    told: list[int] = []
+    async with open_stage(reply_bytes_max=1024) as stage:
+        session = await stage.sessions.create_session(NewSession())
+        turn = await start(stage.sessions, session.id)
+        reply = await stage.puppet.next_reply()
+        await wait_all_tasks_blocked()
+
+        class Reader:
+            def take_appended(self) -> bool:
+                told.append(turn.log.last_seq)
+                return True
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(turn.log.wait_to_read, Reader())
+            await wait_all_tasks_blocked()
+            for texts in (["a", "b"], ["c", "d", "x" * 1024], ["lost"]):
+                reply.say(*texts)
+                await wait_all_tasks_blocked()
+        assert kinds(await read_all(turn.log))[-1] == "turn.failed"
+    assert told == [3, 5]
