@@ -176,10 +176,11 @@ class OpenAICompatibleClient:
         """Send the request and wait for the response's head. Leaving closes the connection, or gives it back."""
         add_to_log_context(upstream_request_id=None)
         try:
-            sent = await self._http.send(self._http.build_request("POST", self._url, content=body), stream=True)
+            request = self._http.build_request("POST", self._url, content=body)
+            response = _Response(await self._http.send(request, stream=True))
         except httpx.HTTPError as error:
             raise _transport_error(error) from error
-        response = _Response(sent)
+        del body, request  # a prompt may be large, and a reply long
         add_to_log_context(upstream_request_id=response.request_id)
         try:
             yield response
@@ -273,6 +274,7 @@ class _Response:
         self.status = response.status_code
         self.headers = response.headers
         self._raw: ResponseBody = response.extensions[BODY]
+        response.stream = self._raw  # httpx's wrapper and the response hold each other, and so the prompt
         self.body = self._raw if self._encoding not in ENCODINGS else _Inflated(self._raw, Inflater(self._encoding))
         self.reusable = False
         """Whether the body is about to end by itself, so that the connection can serve another request."""

@@ -1,6 +1,7 @@
 """The real client with well-behaved servers of every kind: the requests it sends, and how it reads replies."""
 
 import json
+import weakref
 from collections.abc import Sequence
 
 import pytest
@@ -9,7 +10,7 @@ from trio.testing import MockClock
 
 from service.errors import ModelError, SettingsError
 from service.freezes import watch_for_freezes
-from service.models import openai_compatible
+from service.models import chat_completions, openai_compatible
 from service.models.chat_completions import ReplyDecoder
 from service.models.client import Finished, Message, ModelEvent, ModelRequest, ReasoningDelta, TextDelta, Usage
 from service.models.openai_compatible import OpenAICompatibleStream, open_openai_compatible
@@ -374,6 +375,28 @@ async def test_overhead_is_not_progress_and_ready_text_comes_at_once() -> None:
         taken.set()
         batches.append(await stream.receive())
     assert batches == [[TextDelta("a")] * 3, [Finished(finish_reason="stop")]]
+
+
+async def test_a_prompt_is_not_held_in_its_encoded_form_while_the_reply_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Held:
+        pass
+
+    class Body(bytes):
+        held: Held
+
+    held: list[weakref.ref[Held]] = []
+
+    def encode(request: ModelRequest, dialect: chat_completions.Dialect) -> bytes:
+        body = Body(chat_completions.encode_request(request, dialect))
+        body.held = Held()
+        held.append(weakref.ref(body.held))
+        return body
+
+    monkeypatch.setattr(openai_compatible, "encode_request", encode)
+    behave = replying(delta("x"), finish(), DONE)
+    async with open_upstream(behave) as upstream, upstream.client.stream(asking()) as stream:
+        assert [reference() for reference in held] == [None]
+        await take(stream)
 
 
 async def test_a_head_that_comes_late_is_waited_for() -> None:

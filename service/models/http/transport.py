@@ -83,16 +83,18 @@ class Transport(httpx.AsyncBaseTransport):
     async def _exchange(self, request: httpx.Request, connection: Connection) -> httpx.Response:
         reader = HeadReader(request.method)
         try:
-            message = reader.encode_request(request.url.raw_path, request.headers.raw) + request.content
-            is_sent = await _send(message, connection, reader)
-            head = await _receive_head(connection, reader)
-            body = ResponseBody(connection, head.open_body(), keeper=self if is_sent and head.is_reusable else None)
+            head = reader.encode_request(request.url.raw_path, request.headers.raw)
+            is_sent = await _send(head + request.content, connection, reader)
+            response = await _receive_head(connection, reader)
+            body = ResponseBody(
+                connection, response.open_body(), keeper=self if is_sent and response.is_reusable else None
+            )
             body.begin(reader.take_rest())
             return httpx.Response(
-                head.status,
-                headers=head.headers,
+                response.status,
+                headers=response.headers,
                 stream=body,
-                extensions={"http_version": head.http_version, "reason_phrase": head.reason, BODY: body},
+                extensions={"http_version": response.http_version, "reason_phrase": response.reason, BODY: body},
             )
         except BaseException:
             connection.close()
