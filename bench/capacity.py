@@ -41,7 +41,7 @@ class Extent:
     time_max_s: float  # for each server; then the gap is left as wide as it is
 
 
-QUICK = Extent(lowest=100, highest=1600, precision=0.25, settle_s=1, window_s=1.5, time_max_s=60)
+QUICK = Extent(lowest=100, highest=1600, precision=0.25, settle_s=0.5, window_s=1.5, time_max_s=60)
 USUAL = Extent(lowest=200, highest=2400, precision=0.05, settle_s=2, window_s=5, time_max_s=240)
 
 

@@ -184,6 +184,7 @@ def test_a_figure_that_one_of_both_lacks_is_no_pair_and_nothing_is_divided_by_ze
 
 def test_each_stream_of_the_live_load_gets_twenty_tokens_a_second() -> None:
     assert offered_per_s("live", 200) == 4000
+    assert offered_per_s("flood", 200) is None
     assert offered_per_s("half", 200) is None
     assert offered_per_s("half", 200, capacity_per_s=5000) == 2500
 

@@ -38,7 +38,7 @@ def test_a_tiny_run_measures_reports_and_draws(tmp_path: Path) -> None:
 
 
 SIZES = {
-    "relay": ("--streams", "2", "--modes", "live,flood,half"),
+    "relay": ("--streams", "2", "--modes", "flood,half"),
     "capacity": ("--streams", "4"),
     "herd": ("--streams", "5"),
     "first-token": ("--streams", "2"),
@@ -53,8 +53,10 @@ def test_each_scenario_runs_and_reports(tmp_path: Path, scenario: str) -> None:
     _, *rows = read_rows(tmp_path / f"{scenario}.jsonl")
     assert rows
     if scenario == "relay":
-        modes = {(row["contender"], row["mode"]) for row in rows}
-        assert modes >= {("lastcall", "half"), *((name, "live") for name in ("lastcall", "direct"))}
+        assert {(row["contender"], row["mode"]) for row in rows} == {
+            *(("direct", mode) for mode in ("paced", "flood")),
+            *(("lastcall", mode) for mode in ("paced", "flood", "half")),
+        }
         assert all(row["cpu_us"] > 0 for row in rows if row["contender"] == "lastcall")
     if scenario == "capacity":
         assert [(row["contender"], row["failed"], row["carried"]["streams"]) for row in rows] == [
