@@ -202,7 +202,9 @@ class Load:
                         opening.start_soon(nursery.start, self._run_http2, group)
                     case Calls():
                         for number in range(group.count):
-                            opening.start_soon(self._run_calls, group, number)
+                            settled = trio.Event()
+                            opening.start_soon(settled.wait)
+                            nursery.start_soon(self._run_calls, group, number, settled)
                     case Prober():
                         nursery.start_soon(self._run_prober, group)
         on_ready()
@@ -336,7 +338,8 @@ class Load:
             result.state = "reset"
         result.ended_at = time.monotonic()
 
-    async def _run_calls(self, group: Calls, number: int) -> None:
+    async def _run_calls(self, group: Calls, number: int, settled: trio.Event) -> None:
+        """Run one client. Calls ``settled`` once it is ready or has failed."""
         result = CallsResult(group=group.name, number=number)
         self.result.calls.append(result)
         client = _Client(self._plan, number)
@@ -346,8 +349,11 @@ class Load:
                     for request in group.requests * group.repeat:
                         await client.exchange(sock, request)
                         result.answered_at.append(time.monotonic())
+                        if group.ready_at == "first":
+                            settled.set()
         except (OSError, WireError, _RefusedError) as error:
             result.note = str(error)
+        settled.set()
 
     # HTTP/2
 

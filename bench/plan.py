@@ -79,12 +79,16 @@ class Http2Streams(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Calls(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Clients that send these requests in a row, ``repeat`` times, on one connection, and close it. Ready when done."""
+    """Clients that send these requests in a row, ``repeat`` times, on one connection, and close it.
+
+    A client is ready when its ``first`` request has been answered, or at the ``end`` of its last one.
+    """
 
     name: str
     count: int
     requests: tuple[Request, ...]
     repeat: int = 1
+    ready_at: Literal["first", "end"] = "end"
 
 
 class Prober(msgspec.Struct, frozen=True, kw_only=True, tag=True):

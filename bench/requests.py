@@ -13,8 +13,7 @@ import trio
 
 from bench.contenders import Contender
 from bench.pairs import Pairing
-from bench.peers import open_load
-from bench.plan import Calls, Plan, Request
+from bench.plan import Calls, Request
 from bench.rows import spread
 from bench.stage import Place, Stage, open_stage
 from bench.table import Table, number, triple
@@ -84,8 +83,8 @@ async def measure_contender(contender: Contender, place: Place, *, repeat: int, 
 
 
 async def _measure(stage: Stage, new_row: Callable[..., RequestsRow], asked: Request, window_s: float) -> RequestsRow:
-    group = Calls(name="asking", count=CLIENTS, requests=(asked,), repeat=_FOR_EVER)
-    async with open_load(Plan(port=stage.server.port, groups=(group,)), cpus=stage.place.client_cpus) as load:
+    group = Calls(name="asking", count=CLIENTS, requests=(asked,), repeat=_FOR_EVER, ready_at="first")
+    async with stage.open_load(group) as load:
         await trio.sleep(min(WARM_UP_S, window_s))
         used_s, since = -stage.server.cpu_seconds(), time.monotonic()
         await trio.sleep(window_s)

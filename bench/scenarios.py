@@ -157,7 +157,7 @@ async def _measure_herd(programme: Programme, place: Place, repeat: int) -> Asyn
 
 
 async def _measure_requests(programme: Programme, place: Place, repeat: int) -> AsyncGenerator[Any, None]:
-    window_s = 0.5 if programme.size == "quick" else requests.WINDOW_S
+    window_s = 1.0 if programme.size == "quick" else requests.WINDOW_S
     for contender in programme.in_turn(repeat):
         for row in await requests.measure_contender(contender, place, repeat=repeat, window_s=window_s):
             yield row

@@ -19,8 +19,7 @@ import trio
 
 from bench.contenders import Contender
 from bench.machine import busy_share
-from bench.peers import open_load
-from bench.plan import Calls, Plan, Request, Streams
+from bench.plan import Calls, Request, Streams
 from bench.rows import spread
 from bench.shutdown import Case, run_case
 from bench.stage import Place, Stage, chat_streams, open_stage
@@ -145,8 +144,8 @@ async def _measure_first_tokens(stage: Stage, group: Streams, new_row: NewRow) -
 
 
 async def _measure_turns(stage: Stage, extent: Extent, new_row: NewRow) -> StoreRow:
-    group = Calls(name="turns", count=extent.sessions, requests=(_NEXT,), repeat=_FOR_EVER)
-    async with open_load(Plan(port=stage.server.port, groups=(group,)), cpus=stage.place.client_cpus) as load:
+    group = Calls(name="turns", count=extent.sessions, requests=(_NEXT,), repeat=_FOR_EVER, ready_at="first")
+    async with stage.open_load(group) as load:
         await trio.sleep(extent.warm_up_s)
         used_s = -stage.server.cpu_seconds()
         since = time.monotonic()

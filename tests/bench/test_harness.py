@@ -234,6 +234,21 @@ async def test_calls_in_a_row_are_noted_until_the_first_that_fails(tmp_path: Pat
         assert [began, *calls.answered_at, done] == sorted([began, *calls.answered_at, done])
 
 
+async def test_calls_without_an_end_are_ready_at_their_first_answer(tmp_path: Path) -> None:
+    """A measurement that began before would count the start of the load client."""
+    ever = Calls(name="ever", count=2, requests=(Request(path="/json"),), repeat=1_000_000, ready_at="first")
+    bad = Calls(name="bad", count=1, requests=(Request(path="/refuse"),), ready_at="first")
+    async with open_misbehaving(tmp_path) as server, open_load(Plan(port=server.port, groups=(ever, bad))) as load:
+        await load.wait_ready()
+        result = await load.stop()
+    assert all(calls.answered_at for calls in result.calls if calls.group == "ever")
+    assert sorted((calls.group, bool(calls.note)) for calls in result.calls) == [
+        ("bad", True),
+        ("ever", False),
+        ("ever", False),
+    ]
+
+
 async def test_a_client_that_is_ready_at_the_end_has_read_all_its_streams(tmp_path: Path) -> None:
     body = '{"model": "m", "stream": true, "messages": [{"role": "user", "content": "s$n rate=100 tokens=10"}]}'
     request = Request(path="/v1/chat/completions", body=body)
