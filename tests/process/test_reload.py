@@ -58,6 +58,13 @@ async def reload(server: ServerProcess, *, times: int) -> None:
         await server.wait_workers(2)
 
 
+async def stop_cleanly(server: ServerProcess) -> None:
+    server.signal_main(signal.SIGTERM)
+    gone = await wait_gone(server)
+    assert gone.exit_code == 0
+    assert_log_is_clean(server)
+
+
 async def reload_under_load(folder: Path, argv: list[str]) -> Reloaded:
     """Reload a server with open streams and continuous requests on new connections; each stream outlives a reload."""
     probers = [prober(), prober("/readyz", "GET")]
@@ -147,10 +154,7 @@ async def test_reloads_refuse_nothing_on_connections_that_are_kept_and_on_tls(tm
             assert len(on_kept) > 100
             assert len(on_new) > 20
             assert set(on_kept) == set(on_new) == {201}
-        server.signal_main(signal.SIGTERM)
-        gone = await wait_gone(server)
-    assert gone.exit_code == 0
-    assert_log_is_clean(server)
+        await stop_cleanly(server)
 
 
 @pytest.mark.parallel
@@ -197,10 +201,7 @@ async def test_a_new_turn_of_a_session_whose_turn_runs_in_an_old_worker_is_accep
                 events = await anew.get(answers[session].headers["location"] + "/events")
                 assert '"type":"turn.completed"' in events.text
             await server.wait_logged('"shutdown report"', times=2)
-        server.signal_main(signal.SIGTERM)
-        gone = await wait_gone(server)
-    assert gone.exit_code == 0
-    assert_log_is_clean(server)
+        await stop_cleanly(server)
 
 
 @pytest.mark.parallel
@@ -226,10 +227,7 @@ async def test_a_stream_that_an_old_worker_begins_after_the_reload_is_passed_on_
         assert b'"type":"turn.completed"' in answer
         assert answer.endswith(b"0\r\n\r\n")
         await server.wait_logged('"shutdown report"', times=2)
-        server.signal_main(signal.SIGTERM)
-        gone = await wait_gone(server)
-    assert gone.exit_code == 0
-    assert_log_is_clean(server)
+        await stop_cleanly(server)
 
 
 @pytest.mark.parallel
@@ -249,7 +247,4 @@ async def test_a_turn_goes_on_in_an_old_worker_while_new_ones_answer_for_it(tmp_
             assert kinds[-1] == "turn.completed"
             ended = await client.post("/sessions/held/turns", json={"input": "again", "background": True})
             assert ended.status_code == 202
-        server.signal_main(signal.SIGTERM)
-        gone = await wait_gone(server)
-    assert gone.exit_code == 0
-    assert_log_is_clean(server)
+        await stop_cleanly(server)
