@@ -1,8 +1,8 @@
 """The store that keeps everything in this process's memory, and loses it with the process.
 
 This store is the reference for other stores. Each method has one checkpoint at its start, and then one block without
-a checkpoint, so that it schedules and cancels like a store with I/O. A fork and a path have more checkpoints, because
-they may have thousands of turns. The end of a turn checks for cancellation but does not yield, because in a
+a checkpoint, so that it schedules and cancels like a store with I/O. A listing, a fork and a path have more, because
+they may look at thousands of rows. The end of a turn checks for cancellation but does not yield, because in a
 shutdown hundreds of ends come at once, and their callers end anyway.
 """
 
@@ -55,6 +55,8 @@ from service.storage.records import (
 )
 from service.storage.store import PAGE_LENGTH_MAX
 
+_LISTED_AT_ONCE = 1000
+"""Sessions that a listing looks at in one step of the event loop, which takes less than a millisecond."""
 _FORKED_AT_ONCE = 100
 """Turns that a fork copies in one step of the event loop, which takes some milliseconds."""
 
@@ -160,17 +162,8 @@ class MemoryStore:
         if after is not None:
             position = decode_session_cursor(after)
             maximum = (position.created_at, position.id)
-        newest_first = (
-            self._sessions[session_id].record
-            for _, session_id in order.irange(maximum=maximum, inclusive=(True, False), reverse=True)
-        )
-        wanted = (
-            session
-            for session in newest_first
-            if not session.has_expired(now) and (status is None or session.status == status)
-        )
-        found = tuple(islice(wanted, limit + 1))
-        data = found[: fitting((session.text_bytes for session in found[:limit]), bytes_max=bytes_max)]
+        found = await in_steps(self._newest(order, maximum, limit + 1, status=status, now=now))
+        data = tuple(found)[: fitting((session.text_bytes for session in found[:limit]), bytes_max=bytes_max)]
         cursors = tuple(encode_cursor(SessionPosition(session.created_at, session.id)) for session in data)
         return Page(data=data, next=cursors[-1] if len(data) < len(found) else None, cursors=cursors)
 
@@ -377,6 +370,30 @@ class MemoryStore:
                 return None
             down.append(earlier)
         return down[::-1]
+
+    def _newest(
+        self,
+        order: SortedList[tuple[datetime, str]],
+        maximum: tuple[datetime, str] | None,
+        limit: int,
+        *,
+        status: SessionStatus | None,
+        now: datetime,
+    ) -> Steps[list[SessionRecord]]:
+        """The newest sessions below ``maximum``. Many sessions may have expired that are not removed yet."""
+        found: list[SessionRecord] = []
+        while True:
+            keys = list(islice(order.irange(maximum=maximum, inclusive=(True, False), reverse=True), _LISTED_AT_ONCE))
+            for _, session_id in keys:
+                session = self._sessions[session_id].record
+                if not session.has_expired(now) and (status is None or session.status == status):
+                    found.append(session)
+                    if len(found) == limit:
+                        return found
+            if len(keys) < _LISTED_AT_ONCE:
+                return found
+            maximum = keys[-1]
+            yield
 
     def _newest_of_path(self, session_id: str, turn_id: str, bytes_max: int | None) -> Steps[list[TurnRecord]]:
         """The newest turns of a path that a :class:`~service.storage.rules.PathBound` takes, root first.

@@ -70,6 +70,36 @@ async def test_other_tasks_run_while_a_long_path_is_measured(monkeypatch: pytest
         assert steps >= 4
 
 
+@pytest.mark.parametrize("at_once", [1, 7, 1000])
+async def test_a_listing_looks_at_a_few_sessions_in_each_step_and_misses_none_that_stays(
+    monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr("service.steps.STEP_S", 0)
+    monkeypatch.setattr("service.storage.memory._LISTED_AT_ONCE", at_once)
+    async with open_memory_store() as store:
+        for n in range(100):
+            lives = n % 10 == 3
+            session = a_session(f"s{n}", created=n / 100, idle_timeout_s=1000 if lives else 10)
+            await store.create_session(session, now=T0)
+        listed: list[str] = []
+
+        async def remove_expired() -> None:
+            while True:
+                await store.delete_expired(now=at(100), limit=1)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(remove_expired)
+            after = None
+            while True:
+                page = await store.list_sessions(limit=3, after=after, status="idle", now=at(100))
+                listed += [session.id for session in page.data]
+                after = page.next
+                if after is None:
+                    break
+            nursery.cancel_scope.cancel()
+        assert listed == [f"s{n}" for n in range(93, 0, -10)]
+
+
 async def test_a_page_of_events_costs_the_page_and_not_the_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     async with open_memory_store() as store:
         await store.create_session(a_session(), now=T0)
