@@ -101,14 +101,12 @@ class FreezeWatch(trio.abc.Instrument):
         self._on_late: dict[OnLate, None] = {}
         self.steps_took_s = 0.0
 
-    @contextmanager
-    def calling_when_late(self, on_late: OnLate) -> Iterator[None]:
-        """Call ``on_late`` whenever the event loop was late, before Trio looks at deadlines."""
+    def add(self, on_late: OnLate) -> None:
+        """Call ``on_late`` whenever the event loop was late, before Trio looks at deadlines, until :meth:`remove`."""
         self._on_late[on_late] = None
-        try:
-            yield
-        finally:
-            del self._on_late[on_late]
+
+    def remove(self, on_late: OnLate) -> None:
+        del self._on_late[on_late]
 
     def before_io_wait(self, timeout: float) -> None:  # noqa: ARG002  the name is Trio's
         """Trio's hook between the steps of a round and the wait for I/O."""
@@ -167,15 +165,27 @@ def current_watch() -> FreezeWatch | None:
     return _watch.get()
 
 
-@contextmanager
-def calling_when_late(on_late: OnLate) -> Iterator[None]:
-    """Call ``on_late`` whenever this event loop was late, before Trio looks at deadlines; no effect without a watch."""
-    watch = _watch.get()
-    if watch is None:
-        yield
-        return
-    with watch.calling_when_late(on_late):
-        yield
+class calling_when_late:  # noqa: N801  used as a function
+    """Call ``on_late`` whenever this event loop was late, before Trio looks at deadlines; no effect without a watch.
+
+    A class, because a generator would take ten times the memory in each running turn, and several times the time in
+    each step of the store.
+    """
+
+    __slots__ = ("_on_late", "_watch")
+
+    def __init__(self, on_late: OnLate) -> None:
+        self._on_late = on_late
+        self._watch: FreezeWatch | None = None
+
+    def __enter__(self) -> None:
+        self._watch = _watch.get()
+        if self._watch is not None:
+            self._watch.add(self._on_late)
+
+    def __exit__(self, *_: object) -> None:
+        if self._watch is not None:
+            self._watch.remove(self._on_late)
 
 
 def check_for_freeze() -> None:
@@ -220,12 +230,24 @@ class ScopeDeadline:
         self._scope.deadline = self._deadline.at
 
 
-@contextmanager
-def extended_when_late(scope: _Scope, *, timeout_s: float) -> Iterator[ScopeDeadline]:
+class extended_when_late:  # noqa: N801  used as a function
     """Move the deadline of a scope whenever the event loop was late. To be entered inside of the scope."""
-    deadline = ScopeDeadline(scope, timeout_s=timeout_s)
-    with calling_when_late(deadline.note_late):
-        yield deadline
+
+    __slots__ = ("_calling", "_scope", "_timeout_s")
+
+    def __init__(self, scope: _Scope, *, timeout_s: float) -> None:
+        self._scope = scope
+        self._timeout_s = timeout_s
+        self._calling: calling_when_late
+
+    def __enter__(self) -> ScopeDeadline:
+        deadline = ScopeDeadline(self._scope, timeout_s=self._timeout_s)
+        self._calling = calling_when_late(deadline.note_late)
+        self._calling.__enter__()
+        return deadline
+
+    def __exit__(self, *_: object) -> None:
+        self._calling.__exit__()
 
 
 @contextmanager

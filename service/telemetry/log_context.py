@@ -4,23 +4,31 @@ A task inherits the ids of the task that starts it, and the task of another requ
 each piece of work binds its own ids, and they replace all inherited ids.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
 
 from structlog.contextvars import bind_contextvars, clear_contextvars, get_contextvars
 
 
-@contextmanager
-def log_context(**ids: str | None) -> Iterator[None]:
-    """Put these ids, and no others, on the log lines of the current task until the block ends; None is left out."""
-    before = get_contextvars()
-    clear_contextvars()
-    bind_contextvars(**{name: value for name, value in ids.items() if value is not None})
-    try:
-        yield
-    finally:
+class log_context:  # noqa: N801  used as a function
+    """Put these ids, and no others, on the log lines of the current task until the block ends; None is left out.
+
+    A class, because a generator would take several times the memory in each request and each running turn.
+    """
+
+    __slots__ = ("_before", "_ids")
+
+    def __init__(self, **ids: str | None) -> None:
+        self._ids = {name: value for name, value in ids.items() if value is not None}
+        self._before: dict[str, Any]
+
+    def __enter__(self) -> None:
+        self._before = get_contextvars()
         clear_contextvars()
-        bind_contextvars(**before)
+        bind_contextvars(**self._ids)
+
+    def __exit__(self, *_: object) -> None:
+        clear_contextvars()
+        bind_contextvars(**self._before)
 
 
 def add_to_log_context(**ids: str | None) -> None:

@@ -14,7 +14,7 @@ never refused: the connection of each takes fifty times as much.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import inf
-from typing import Any
+from typing import Any, Self
 
 from quart import request
 
@@ -91,15 +91,17 @@ class RequestBytes:
         """Hold nothing any more. Idempotent."""
         self.add(-self._bytes)
 
+    def __enter__(self) -> Self:
+        return self
 
-@contextmanager
-def counting_bytes(scope: dict[str, Any], held: HeldBytes) -> Iterator[None]:
-    """Count the bytes of the request of this ASGI scope, around the ASGI call."""
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def counting_bytes(scope: dict[str, Any], held: HeldBytes) -> RequestBytes:
+    """Count the bytes of the request of this ASGI scope; to be entered around the ASGI call."""
     counted = scope[_KEY] = RequestBytes(held)
-    try:
-        yield
-    finally:
-        counted.release()
+    return counted
 
 
 def bytes_of(scope: Any) -> RequestBytes:
