@@ -20,7 +20,8 @@ from service.api.http.event_stream import PIECE_WRITER, EventStream, LastPiece
 from service.api.native.event_frames import encode_frame
 from service.freezes import FreezeWatch
 from service.hosting.hypercorn.chunked_response import ChunkedResponse
-from service.sessions.events.event_log import INLINE_READERS_MAX, EventLog
+from service.sessions.events import event_log
+from service.sessions.events.event_log import INLINE_READERS_MAX, WOKEN_MAX, EventLog
 from service.sessions.events.events import Event, TurnCompleted, TurnDelta
 from service.sessions.events.streams import Streams
 from service.stop_state import Phase, StopState
@@ -248,10 +249,14 @@ def run_world(taken: list[Step], *, ends_only: bool) -> None:
     trio.run(run, clock=MockClock(autojump_threshold=0))
 
 
-@given(st.lists(steps, max_size=14), st.booleans())
-@example([settle, burst([60], apart=True), burst([60], apart=True)], False)
-def test_each_reader_gets_each_frame_once_and_in_order(taken: list[Step], ends_only: bool) -> None:
-    run_world(taken, ends_only=ends_only)
+@given(st.lists(steps, max_size=14), st.booleans(), st.booleans())
+@example([settle, burst([60], apart=True), burst([60], apart=True)], False, False)
+def test_each_reader_gets_each_frame_once_and_in_order(taken: list[Step], ends_only: bool, narrow: bool) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if narrow:  # as with hundreds of readers
+            for bound in ("INLINE_READERS_MAX", "WOKEN_MAX", "_WOKEN_BY_WOKEN"):
+                monkeypatch.setattr(event_log, bound, 1)
+        run_world(taken, ends_only=ends_only)
 
 
 # One after the other
@@ -426,6 +431,46 @@ async def test_of_many_readers_a_bounded_number_is_served_inline_and_then_others
             served_before = served
             await wait_all_tasks_blocked()
             assert all(reader.received == world.log.frames(encode_frame) for reader in world.readers)
+
+
+@pytest.mark.parametrize("news", [Log.add, Log.end])
+async def test_of_many_tasks_a_bounded_number_is_woken_in_one_step(
+    autojump_clock: MockClock, news: Callable[[Log], None]
+) -> None:
+    async with opened_world() as world:
+        for _ in range(8 * WOKEN_MAX):
+            world.join()
+        await wait_all_tasks_blocked()
+        news(world.log)
+        assert len(world.log._waiting) == 7 * WOKEN_MAX
+        for reader in world.readers[::3]:
+            reader.scope.cancel()
+        await wait_all_tasks_blocked()
+        for number, reader in enumerate(world.readers):
+            if number % 3:
+                assert reader.received == world.log.frames(encode_frame)
+        assert world.log._to_wake == {}
+
+
+async def test_a_task_whose_turn_to_wake_has_not_come_sleeps_on_if_its_events_are_written_inline(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for bound in ("INLINE_READERS_MAX", "WOKEN_MAX"):
+        monkeypatch.setattr(event_log, bound, 1)
+    async with opened_world() as world:
+        for _ in range(4):
+            world.join()
+        await wait_all_tasks_blocked()
+        waiting = [cast("EventStream", reader) for reader in world.log._waiting.values()]
+        _woken, _, queued, inline = (it for stream in waiting for it in world.readers if it.stream is stream)
+        world.log.add()
+        assert inline.received
+        inline.scope.cancel()
+        world.log.add()
+        assert queued.received == world.log.frames(encode_frame)
+        await wait_all_tasks_blocked()
+        assert b"heartbeat" not in queued.connection.taken
+        assert queued.connection.by_tasks == 1
 
 
 async def test_an_event_is_encoded_once_for_all_readers_of_a_face(autojump_clock: MockClock) -> None:
