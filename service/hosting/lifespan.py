@@ -261,15 +261,19 @@ class Hosting(Host):
 
     async def wait_clients_gone(self) -> None:
         """For :class:`~service.shutdown.Host`. Requests that are not complete get half of the release phase's time."""
+        patience_s = self._settings.release_timeout_s / 2
         self._connections.close_idle(grace_s=self._idle_grace_s)
         with self._shutdown.while_replaced():
+            await trio.sleep(self._idle_grace_s)  # clients that were accepted together with the notice begin in it
             while self._connections.any_open:
-                with trio.move_on_after(self._settings.release_timeout_s / 2) as patience:
+                with trio.move_on_after(patience_s) as patience:
                     await self._connections.wait_none_open()
                 if patience.cancelled_caught:
-                    self._shutdown.note_connections_aborted(self._refuse_unbegun())
+                    self._shutdown.note_connections_aborted(self._refuse_unbegun(older_than_s=patience_s))
                     if self._connections.all_stalled:
                         return
+        if not self._shutdown.is_replaced:
+            self._connections.keep_idle()
 
     def _keep_idle_connections(self) -> None:
         if self._shutdown.is_replaced:
@@ -310,11 +314,11 @@ class Hosting(Host):
                 await self._closed.wait()
         self._shutdown.note_connections_aborted(aborted)
 
-    def _refuse_unbegun(self) -> int:
+    def _refuse_unbegun(self, *, older_than_s: float = 0) -> int:
         """Refuse uploads and handshakes that are not complete. Returns the number of connections that are aborted."""
         with self._shutdown.noting_faults("refusing requests that have not begun"):
-            self._requests.refuse_uploads()
-            return self._connections.abort_handshakes()
+            self._requests.refuse_uploads(older_than_s=older_than_s)
+            return self._connections.abort_handshakes(older_than_s=older_than_s)
         return 0
 
     async def _end_crashed(self, error: Exception) -> None:

@@ -77,6 +77,7 @@ class MasterLink(Master):
             try:
                 word, _, rest = self._connection.recv_bytes().decode().partition(" ")
             except (EOFError, OSError):
+                self._told = Message.STOP  # the workers in this one's place stop, too
                 return tell("the master died")
             if word == Message.LEAVE:
                 self.successors = rest.split()

@@ -56,9 +56,13 @@ class BoundedBody(TrioBody):
     The body of Quart 0.22 would do, but for :meth:`refuse`. That of Quart 0.23 keeps all that arrives, without a bound,
     until the body is complete. Quart 0.22 calls ``append``; Quart 0.23 calls ``put`` and ``disconnect``.
     Cause and removal test: the last of ``FAULTS`` in ``service/hosting/hypercorn/patches.py``.
+
+    Attributes:
+        began_at: When the head of the request had arrived, in seconds of Trio's clock.
     """
 
     def __init__(self, expected_content_length: int | None, max_content_length: int | None) -> None:
+        self.began_at = trio.current_time()
         self._arrived = bytearray()
         self._bytes_max = max_content_length or 0
         self._error: Exception | None = None

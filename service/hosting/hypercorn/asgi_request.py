@@ -47,10 +47,11 @@ class OpenRequests(set[Request]):
         super().__init__()
         self.stop = stop
 
-    def refuse_uploads(self) -> None:
-        """Answer the requests whose bodies are not complete with 503."""
+    def refuse_uploads(self, *, older_than_s: float = 0) -> None:
+        """Answer the requests that began so long ago and whose bodies are not complete with 503."""
+        begun_until = trio.current_time() - older_than_s
         for request in self:
-            if isinstance(request.body, BoundedBody):
+            if isinstance(request.body, BoundedBody) and request.body.began_at <= begun_until:
                 request.body.refuse(ShuttingDownError())
 
 

@@ -137,6 +137,11 @@ class Connections:
         for scope in self._idle:
             scope.cancel()
 
+    def keep_idle(self) -> None:
+        """Close idle connections no longer: the opposite of :meth:`close_idle`."""
+        self.idle_grace_s = 0.0
+        self.closes_idle = False
+
     @contextmanager
     def until_idle_close(self, *, within_s: float) -> Iterator[None]:
         """Cancel the body, a connection's idle time, once idle connections close, or after this time."""
@@ -157,9 +162,10 @@ class Connections:
         """Close every connection, in any state; returns their number."""
         return self._abort(list(self._open))
 
-    def abort_handshakes(self) -> int:
-        """Close the connections whose TLS handshake is not complete; returns their number."""
-        return self._abort([it for it in self._open if it.is_in_handshake])
+    def abort_handshakes(self, *, older_than_s: float = 0) -> int:
+        """Close the connections that are so old and whose TLS handshake is not complete; returns their number."""
+        opened_until = trio.current_time() - older_than_s
+        return self._abort([it for it in self._open if it.is_in_handshake and it.opened_at <= opened_until])
 
     def _abort(self, connections: "list[Connection]") -> int:
         for connection in connections:
@@ -188,7 +194,7 @@ class Connection(TCPServer):
         self._connections = connections
         self._socket = socket_of(stream)
         self._takes_plain_bytes = isinstance(stream, trio.SocketStream)
-        self._opened_at = trio.current_time()
+        self.opened_at = trio.current_time()
         self._handshake = trio.CancelScope()
 
     def __repr__(self) -> str:
@@ -433,7 +439,7 @@ class Connection(TCPServer):
             await trio.sleep(grace_s)
         await self._wait_until_read()
         if not self.protocol.protocol.keep_alive_requests:
-            await trio.sleep_until(self._opened_at + FIRST_REQUEST_S)
+            await trio.sleep_until(self.opened_at + FIRST_REQUEST_S)
             await self._wait_until_read()
 
     async def _wait_until_quiet(self) -> None:

@@ -93,6 +93,10 @@ async def test_a_request_whose_body_is_still_coming_is_answered_when_the_work_ha
                 )
                 await trio.testing.wait_all_tasks_blocked(0.05)
                 service.shutdown.notice("test")
+                requests.refuse_uploads(older_than_s=30)  # it began a moment ago
+                with trio.move_on_after(0.05) as waiting:
+                    await stream.receive_some()
+                assert waiting.cancelled_caught
                 requests.refuse_uploads()
                 answer = await receive_all(stream)
     assert answer.startswith(b"HTTP/1.1 503")

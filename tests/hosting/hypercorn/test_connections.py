@@ -158,6 +158,12 @@ async def test_idle_connections_close_before_hypercorn_stops_each_after_a_last_r
                 await another.send_all(GET)
                 assert (await another.receive_some()).startswith(b"HTTP/1.1 200")
                 assert await another.receive_some() == b""
+            connections.keep_idle()
+            async with await server.connect() as kept:
+                for _ in range(2):
+                    await kept.send_all(GET)
+                    assert (await kept.receive_some()).startswith(b"HTTP/1.1 200")
+                assert connections.any_open
 
 
 async def test_an_idle_connection_whose_close_hangs_is_aborted(
@@ -248,6 +254,7 @@ async def test_a_handshake_that_does_not_go_on_is_closed(
                 await stream.send_all(b"\x16\x03\x01")  # the first bytes of a ClientHello
                 await trio.testing.wait_all_tasks_blocked(0.05)
                 server.stop.set()
+                assert connections.abort_handshakes(older_than_s=30) == 0
                 assert connections.abort_handshakes() == 1
                 await server.gone.wait()
 
