@@ -35,6 +35,8 @@ from tests.process.lastcall import (
 RELOADS = 2
 WAIT_MAX_S = 0.25
 """A promise: the longest wait of a new request during a reload."""
+SILENT_MAX_S = 2
+"""Bound on the wait of the requests that were on their way when the clients stopped. A reload takes longer."""
 SERVE_2 = python_command("-m", "service", "serve", "--workers", "2")
 
 
@@ -90,12 +92,12 @@ async def test_under_load_reloads_refuse_and_reset_no_client(tmp_path: Path, arg
     assert_log_is_clean(reloaded.server)
     assert_all_ended_properly(reloaded.result)
     assert (reloaded.gone.exit_code, reloaded.gone.strays) == (0, ())
-    probes = [probe for probe in reloaded.result.probes if probe.outcome != "silent"]  # the last ones, at the end
-    assert {(p.group, p.outcome, p.status) for p in probes} == {
+    silent = [probe.at for probe in reloaded.result.probes if probe.outcome == "silent"]
+    assert all(reloaded.stopped_at - at < SILENT_MAX_S for at in silent), "only the last ones are not answered yet"
+    assert {(p.group, p.outcome, p.status) for p in reloaded.result.probes if p.outcome != "silent"} == {
         ("/sessions", "answered", 201),
         ("/readyz", "answered", 200),
     }
-    assert len(reloaded.result.probes) - len(probes) <= 5
     assert len(reports(reloaded.server)) == 2 * RELOADS + 2
     assert all(it["faults"] == [] and it["connections_aborted"] == 0 for it in reports(reloaded.server)[: 2 * RELOADS])
 
