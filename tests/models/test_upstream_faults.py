@@ -557,6 +557,26 @@ async def test_the_text_before_an_error_in_the_same_chunk_is_kept() -> None:
     assert came.events == [TextDelta("kept")]
 
 
+async def test_a_reset_after_the_finish_reason_fails_no_reply() -> None:
+    async def reply(connection: Connection) -> None:
+        await connection.receive_request()
+        await connection.send_head()
+        await connection.send_event(delta("whole"))
+        await connection.send_event(finish())
+        await taken.wait()
+        connection.reset_when_closed()
+
+    taken = trio.Event()
+    came = Reply()
+    async with open_upstream(reply) as upstream:
+        async with upstream.client.stream(asking()) as stream:
+            came.batches.append(await stream.receive())
+            taken.set()
+            await take(stream, came)
+        assert upstream.server.established == 0
+    assert (came.text, came.finished.finish_reason) == ("whole", "stop")
+
+
 # Secrets
 
 

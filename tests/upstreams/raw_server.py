@@ -15,6 +15,7 @@ client ends first (a send fails) is simply over.
 import json
 import socket
 import ssl
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -103,6 +104,12 @@ class Connection:
         lines = {"content-type": "application/json", "content-length": str(len(data))} | (headers or {})
         await self.send_head(status, lines, chunked=False)
         await self.send(data)
+
+    def reset_when_closed(self) -> None:
+        """Have the connection end with a reset, not with an end of its stream."""
+        plain = self.stream.transport_stream if isinstance(self.stream, trio.SSLStream) else self.stream
+        assert isinstance(plain, trio.SocketStream)
+        plain.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     async def wait_closed(self) -> None:
         """Return once the client has closed the connection. Reads and forgets what it still sends."""

@@ -120,6 +120,7 @@ class ResponseBody(httpx.AsyncByteStream):
         self._decoder = decoder
         self._keeper = keeper
         self._first = b""
+        self._breakage: str | None = None  # why the connection broke
 
     def __repr__(self) -> str:
         return f"<ResponseBody: {'whole' if self._decoder.is_over else 'not whole'}, {self._connection!r}>"
@@ -149,7 +150,7 @@ class ResponseBody(httpx.AsyncByteStream):
         are returned at once. Cancelling loses nothing.
 
         Raises:
-            httpx.ReadError: The connection broke.
+            httpx.ReadError: The connection broke; this and the next error come again with each further call.
             httpx.RemoteProtocolError: The body is not what the head announces, or ended too early.
             httpx.StreamClosed: The body was closed before its end.
         """
@@ -161,13 +162,16 @@ class ResponseBody(httpx.AsyncByteStream):
             if decoder.failure is not None:
                 self.close()
                 raise httpx.RemoteProtocolError(str(decoder.failure)) from decoder.failure
+            if self._breakage is not None:
+                raise httpx.ReadError(self._breakage)
             if self._connection is None:
                 raise httpx.StreamClosed
             try:
                 data = await self._connection.receive()
             except OSError as error:
+                self._breakage = str(error)
                 self.close()
-                raise httpx.ReadError(str(error)) from error
+                raise httpx.ReadError(self._breakage) from error
             piece = b""
             if data:
                 piece = decoder.feed(data)
