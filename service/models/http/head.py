@@ -15,6 +15,8 @@ HEAD_BYTES_MAX = 100 * 1024
 INTERIM_MAX = 256
 """Bound on the interim responses (1xx) before a response. Some servers send one from time to time while they work."""
 _HEAD_END = re.compile(rb"\n\r?\n")
+_REFUSED = re.compile(rb"[\0\v\f]|\r(?!\n)")
+"""What h11 refuses within a line. It takes the square of the time where blanks are before such a byte."""
 _CHUNKED_LINE = re.compile(
     rb"^transfer-encoding:[ \t]*chunked(?:[ \t]*,[ \t]*chunked)*[ \t]*\r?\n(?![ \t])", re.IGNORECASE | re.MULTILINE
 )
@@ -109,6 +111,8 @@ class HeadReader:
         return rest
 
     def _take(self, head: bytes) -> None:
+        if _REFUSED.search(head):
+            raise httpx.RemoteProtocolError("the head has a control character")
         is_ambiguous, head = fold_chunked(head)
         if len(head) > HEAD_BYTES_MAX:
             raise httpx.RemoteProtocolError(f"the head has more than {HEAD_BYTES_MAX} bytes")
