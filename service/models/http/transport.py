@@ -26,7 +26,8 @@ class Transport(httpx.AsyncBaseTransport):
 
     Args:
         url: An address of the server.
-        ssl_context: For https: which certificates are trusted. The transport sets its ALPN.
+        ssl_context: For https: which certificates are trusted. The transport sets its ALPN, and forbids a second
+            handshake within a connection (TLS 1.2 had them): sending would have to wait for bytes of the server.
         connect_timeout_s: See :func:`~service.models.http.connect.connect`.
         idle_max: Bound on the connections without work.
         idle_expiry_s: How long they are kept.
@@ -48,6 +49,7 @@ class Transport(httpx.AsyncBaseTransport):
         self._is_closed = False
         if self._ssl_context is not None:
             self._ssl_context.set_alpn_protocols(["http/1.1"])
+            self._ssl_context.options |= ssl.OP_NO_RENEGOTIATION
 
     def __repr__(self) -> str:
         return f"<Transport to {self._origin[1]}:{self._origin[2]}, {len(self._idle)} idle>"
@@ -207,6 +209,10 @@ async def _send(message: bytes, connection: Connection, reader: HeadReader) -> b
 
     A server may answer before it has the whole request. So while the kernel takes no more bytes, the answer is listened
     to: a refusal ends the sending; after any other answer the server goes on reading, as HTTP allows.
+
+    Raises:
+        httpx.WriteError: This side cannot send, for want of memory for example.
+        httpx.ReadError: The connection broke while the answer was listened to.
     """
     unsent = memoryview(message)
     while True:
@@ -216,9 +222,14 @@ async def _send(message: bytes, connection: Connection, reader: HeadReader) -> b
             if not unsent and connection.flush_nowait():
                 return True
             await connection.wait_sendable(or_readable=reader.response is None)
-            answer = connection.receive_nowait() if reader.response is None else None
-        except OSError:
+        except ConnectionError:
             return False  # there may be an answer nevertheless
+        except OSError as error:
+            raise httpx.WriteError(str(error)) from error
+        try:
+            answer = connection.receive_nowait() if reader.response is None else None
+        except OSError as error:
+            raise _no_head(reader) from error
         if answer is not None:
             if answer:
                 reader.feed(answer)

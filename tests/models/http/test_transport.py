@@ -1,5 +1,6 @@
 """The transport on real sockets, plain and with TLS: odd servers, kept connections, and cancelling at each step."""
 
+import errno
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,9 +12,11 @@ import trustme
 
 from service.models.http import head as head_module
 from service.models.http.connect import TlsError, connect
+from service.models.http.connection import Connection as SendingConnection
 from service.models.http.transport import BODY, ResponseBody, Transport
-from tests.models.upstream import WAIT_S, Wire, tls_contexts
-from tests.upstreams.raw_server import Behaviour, Connection, RawServer, open_raw_server
+from tests.models.replies import ask as ask_client
+from tests.models.upstream import WAIT_S, Wire, failure_of, open_pair, tls_contexts
+from tests.upstreams.raw_server import DONE, Behaviour, Connection, RawServer, delta, finish, open_raw_server, replying
 
 HUGE = b"x" * (16 * 1024 * 1024)
 """More bytes than the kernel takes for a peer that does not read."""
@@ -319,6 +322,39 @@ async def test_a_server_that_ends_its_side_without_an_answer_is_a_read_error() -
             await send(transport, server)
 
 
+@pytest.mark.parametrize("waits_first", [False, True])
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(errno.ENOBUFS, "No buffer space"), "resources_exhausted"),
+        (OSError(errno.ENOMEM, "Cannot allocate"), "resources_exhausted"),
+        (OSError(errno.EHOSTUNREACH, "No route"), "upstream_unreachable"),
+        (ssl.SSLWantReadError("a second handshake"), "upstream_unreachable"),
+    ],
+)
+async def test_a_request_that_this_side_cannot_send_waits_for_no_answer(
+    error: OSError, code: str, waits_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server waits for the request, and so would never answer."""
+    tried = 0
+
+    def fail(connection: SendingConnection, data: memoryview) -> int:
+        nonlocal tried
+        tried += 1
+        if waits_first and tried == 1:
+            return 0
+        raise error
+
+    async with open_pair(replying(delta("x"), finish(), DONE)) as (server, client):
+        await ask_client(client)
+        assert server.established == 1
+        monkeypatch.setattr(SendingConnection, "send_nowait", fail)
+        failure = await failure_of(client)
+        assert (failure.code, failure.retryable) == (code, True)
+        assert tried >= 1 + waits_first
+        assert (server.established, server.connections_made) == (0, 1)
+
+
 # Kept connections
 
 
@@ -502,6 +538,7 @@ async def test_tls_names_the_server_and_offers_http_1_1_only() -> None:
                 with pytest.raises(TlsError, match=r"not valid for '127\.0\.0\.1'"):
                     await transport.handle_async_request(httpx.Request("POST", server.url, content=b""))
     assert (names, chosen) == (["localhost", None], ["http/1.1"])
+    assert for_client.options & ssl.OP_NO_RENEGOTIATION
 
 
 async def test_a_connection_with_tls_tells_its_peer_that_it_ends() -> None:
