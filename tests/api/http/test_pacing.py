@@ -19,9 +19,9 @@ class Arrivals:
         self._pace = pace
 
     async def arrive(self, names: range) -> list[trio.CancelScope]:
-        return [await self._nursery.start(self._run, name) for name in names]
+        return [await self._nursery.start(self.run, name) for name in names]
 
-    async def _run(self, name: int, task_status: trio.TaskStatus[trio.CancelScope]) -> None:
+    async def run(self, name: int, task_status: trio.TaskStatus[trio.CancelScope]) -> None:
         with trio.CancelScope() as scope:
             task_status.started(scope)
             await self._pace.wait()
