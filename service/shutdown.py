@@ -153,8 +153,12 @@ class Shutdown(StopState):
             age_s: How long ago the signal was seen, if it was seen outside of the event loop.
             is_replaced: Whether other processes serve in this one's place.
         """
+        was_replaced = self.is_replaced
         self.note_replaced(is_replaced)
         if self.phase >= Phase.LAME_DUCK:
+            if was_replaced and not is_replaced and self.phase >= Phase.DRAINING and self._sessions is not None:
+                with self.noting_faults("interrupting queued turns"):
+                    self._sessions.drain.interrupt_queued()
             return
         self._reason = reason
         self._notice_age_s = age_s

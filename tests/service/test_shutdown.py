@@ -287,6 +287,26 @@ async def test_clients_are_waited_for_only_while_others_serve(
         assert trio.current_time() == pytest.approx(1, abs=MOMENT_S)
 
 
+async def test_queued_turns_of_a_replaced_process_end_once_the_whole_service_stops(
+    autojump_clock: MockClock, stage: Stage
+) -> None:
+    """Otherwise they would begin to ask their models after the stop."""
+    async with stage.open() as service:
+        running = await stage.start_turn(service)
+        new = NewTurn(text="Next", on_disconnect="continue", on_conflict="queue")
+        queued, _ = await service.sessions.start_turn(running.session_id, new)
+        stage.shutdown.notice("the master reloads", is_replaced=True)
+        await trio.sleep(1)
+        assert queued.record().state == "queued"
+        stage.shutdown.notice("the master stops")
+        await queued.log.wait_closed()
+        assert queued.record().state == "interrupted"
+        assert not running.log.closed
+        assert trio.current_time() == pytest.approx(1, abs=MOMENT_S)
+        running.cut_short(Interrupted("shutdown"))
+    assert stage.report().faults == ()
+
+
 async def test_a_second_press_skips_the_drain_and_the_lame_duck(autojump_clock: MockClock, stage: Stage) -> None:
     async with stage.open(lame_duck_timeout_s=50) as service, trio.open_nursery() as nursery:
         await stage.start_turn(service)

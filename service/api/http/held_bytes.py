@@ -112,13 +112,12 @@ def bytes_of(scope: Any) -> RequestBytes:
 
 @contextmanager
 def room_for_answer(size: int) -> Iterator[None]:
-    """Hold ``size`` bytes while an answer to the current GET is made. Raises: HeldBytesLimitError."""
-    counted = bytes_of(request.scope)
-    counted.take(size)
+    """Hold ``size`` bytes while the answer to the current request is made. Raises: As :func:`hold_answer`."""
+    hold_answer(size)
     try:
         yield
     finally:
-        counted.add(-size)
+        bytes_of(request.scope).add(-size)
 
 
 def hold_answer(size: int) -> None:

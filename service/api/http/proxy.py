@@ -97,9 +97,9 @@ def is_from_peer() -> bool:
     return PEER in request.scope
 
 
-def another_may_answer() -> bool:
-    """Whether another process serves and answers the current request, if this one refuses it because it stops."""
-    return is_from_peer() or bool(_successors())
+def was_passed_to_owner() -> bool:
+    """Whether another process has passed the current request on because it takes this one for the session's owner."""
+    return is_from_peer() and _HANDED_OVER not in request.headers
 
 
 def _successors() -> Sequence[str]:

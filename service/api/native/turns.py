@@ -19,16 +19,17 @@ from service.api.http.event_stream import (
     stream_response,
     wants_stream,
 )
+from service.api.http.held_bytes import room_for_answer
 from service.api.http.locations import located, turn_path
 from service.api.http.long_json import encode_json
 from service.api.http.operations import Answer, operation
 from service.api.http.paging import read_page
 from service.api.http.proxy import (
     allow_longer_answer,
-    another_may_answer,
     continue_streams_with,
     note_accepted,
     release_later,
+    was_passed_to_owner,
 )
 from service.api.http.query_params import read_query
 from service.api.http.repeats import allow_repeat
@@ -158,7 +159,7 @@ async def start_turn(session_id: str) -> TrioResponse:
     )
     if streams:
         return await start_streaming(service, take_slot(service), session_id, new)
-    allow_longer_answer(by_s=_acceptance_s(service) if new.background else inf)
+    allow_longer_answer(by_s=_acceptance_s(service, new) if new.background else inf)
     turn, watch = await _start(service, session_id, new)
     if new.background:
         watch.release()
@@ -235,7 +236,7 @@ def take_slot(service: Service) -> StreamSlot:
 
 async def start_streaming(service: Service, slot: StreamSlot, session_id: str, new: NewTurn) -> TrioResponse:
     """Start a turn, and answer its events as a stream."""
-    allow_longer_answer(by_s=_acceptance_s(service))
+    allow_longer_answer(by_s=_acceptance_s(service, new))
     turn, watch = await _start(service, session_id, new)
     release_later(watch)
     response = stream_response(turn.log, slot, after=0, encode=encode_frame)
@@ -275,9 +276,15 @@ async def _resume_waiting(
     return await _turn_response(record, 202 if background else 200, with_location=True)
 
 
-def _acceptance_s(service: Service) -> float:
-    """Return how much longer than one step of the store an acceptance in a process of an earlier version may take."""
-    return 2 * service.settings.store_timeout_s
+def _acceptance_s(service: Service, new: NewTurn) -> float:
+    """Return how much longer than one step of the store an acceptance in another process may take.
+
+    In one of an earlier version it takes three steps. In a reload a turn that queues waits for the turns of a process
+    that drains.
+    """
+    settings = service.settings
+    draining_s = settings.drain_timeout_s + settings.cleanup_timeout_s if new.on_conflict == "queue" else 0
+    return 2 * settings.store_timeout_s + draining_s
 
 
 async def _start(service: Service, session_id: str, new: NewTurn) -> tuple[Turn, Watch]:
@@ -287,8 +294,8 @@ async def _start(service: Service, session_id: str, new: NewTurn) -> tuple[Turn,
     except TurnNotFoundError as error:  # the missing turn is the body's ``parent``: 422, not 404
         raise InvalidRequestError(str(error), field="parent") from None
     except ShuttingDownError as error:
-        if not (error.untouched and another_may_answer()):
-            raise
+        if not (error.untouched and was_passed_to_owner()):
+            raise  # the process that serves in this one's place looks at the request first
         refusal = error
     else:
         drop_body(request)
@@ -383,4 +390,7 @@ async def cancel_turn(session_id: str, turn_id: str) -> TrioResponse:
 
 async def _turn_response(record: TurnRecord, status: int = 200, *, with_location: bool = False) -> TrioResponse:
     location = turn_path(record.session_id, record.id) if with_location else None
-    return encoded_response(await encode_json(wire.Turn.of(record)), status, location=location)
+    length = sum([len(item.text) for items in (record.input, record.output) for item in items])
+    with room_for_answer(length):
+        encoded = await encode_json(wire.Turn.of(record))
+    return encoded_response(encoded, status, location=location)

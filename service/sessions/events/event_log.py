@@ -212,9 +212,12 @@ class EventLog:
 
     def _wake_some(self, count: int) -> None:
         for task in list(islice(self._to_wake, count)):
-            del self._to_wake[task]
-            del self._waiting[task]
-            trio.lowlevel.reschedule(task)
+            self._wake_now(task)
+
+    def _wake_now(self, task: trio.lowlevel.Task) -> None:
+        del self._to_wake[task]
+        del self._waiting[task]
+        trio.lowlevel.reschedule(task)
 
     def _end_chunk(self) -> None:
         """Make a chunk of the newest events."""
@@ -251,9 +254,10 @@ class EventLog:
                 self._wake_some(_WOKEN_BY_WOKEN)
 
     def wake(self, task: trio.lowlevel.Task) -> None:
-        """Wake a task that is in :meth:`wait_to_read`. No effect if it was woken already."""
+        """Wake a task that is in :meth:`wait_to_read`, in this step. No effect if it was woken already."""
         if task in self._waiting:
-            self._wake([task])
+            self._to_wake[task] = None
+            self._wake_now(task)
 
     async def load_after(self, seq: int) -> None:
         """Nothing: a log has all of its events. See :class:`Events`."""

@@ -12,7 +12,9 @@ from trio.testing import MockClock
 
 from service.api.http.app_state import held_bytes_of
 from service.api.http.held_bytes import SMALL_BYTES, TINY_BYTES, HeldBytes, HeldBytesLimitError, RequestBytes
+from service.api.http.long_json import encode_json
 from service.api.http.request_body import BoundedBody
+from service.api.native import turns
 from service.errors import EventsLostError, ShuttingDownError
 from tests.api.inprocess import LOOPBACK, SSE, Api, leave, open_api
 
@@ -38,6 +40,37 @@ async def upload_of(api: Api, size: int, *, announced: bool) -> AsyncIterator[An
             await connection.send(b" " * min(50_000, size - 1 - part))
         await trio.testing.wait_all_tasks_blocked()
         yield connection
+
+
+@pytest.mark.parametrize("made_at_once", [2, 40])
+async def test_answers_with_long_texts_are_refused_beyond_the_bound_before_they_are_made(
+    monkeypatch: pytest.MonkeyPatch, made_at_once: int
+) -> None:
+    """Such an answer is made in steps, between which others begin."""
+    being_made = most = 0
+
+    async def encode_slowly(body: Any) -> bytes:
+        nonlocal being_made, most
+        being_made += 1
+        most = max(most, being_made)
+        await trio.testing.wait_all_tasks_blocked()
+        being_made -= 1
+        return await encode_json(body)
+
+    async with open_small(input_bytes_max=262_144, prompt_bytes_max=MIB) as api:
+        await api.new_session(id="s")
+        started = await api.call("POST", "/sessions/s/turns", {"input": "x" * 250_000, "background": True})
+        monkeypatch.setattr(turns, "encode_json", encode_slowly)
+        statuses: list[int] = []
+
+        async def get() -> None:
+            statuses.append((await api.call("GET", started.headers["location"])).status)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(made_at_once):
+                nursery.start_soon(get)
+        assert most == min(made_at_once, 2 * MIB // 250_000)
+        assert (503 in statuses) == (made_at_once > most)
 
 
 async def answer_of(connection: Any) -> tuple[int, bytes]:

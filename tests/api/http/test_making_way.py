@@ -8,7 +8,8 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from service.api.http.proxy import PEER
+from service.api.http import proxy
+from service.api.http.proxy import PEER, SUCCESSORS
 from service.sessions.active.acceptance import MAKE_WAY_MAX_S
 from service.stop_state import Phase
 from tests.api.inprocess import Api, Reply, open_api
@@ -92,6 +93,62 @@ async def test_without_a_process_that_serves_on_nothing_is_waited_for_or_cancell
         assert "lastcall-untouched" not in reply.headers
         assert trio.current_time() == began
         assert (await api.call("GET", path)).json["state"] == "running"
+
+
+@pytest.mark.parametrize("scope", [{}, {PEER: lambda: False}], ids=["from a client", "handed over by a peer"])
+async def test_a_request_that_another_process_is_to_check_first_cancels_nothing_here(
+    autojump_clock: MockClock, scope: dict[str, Any]
+) -> None:
+    async with open_stopping() as (api, path):
+        api.app.extensions[SUCCESSORS] = lambda: ["/nowhere"]
+        headers = {"lastcall-handed-over": "1"} if scope else {}
+        body = {"input": "y", "on_conflict": "supersede", "model": "unknown"}
+        (await api.call("POST", "/sessions/s/turns", body, headers=headers, scope=scope)).problem(503, "shutting_down")
+        assert (await api.call("GET", path)).json["state"] == "running"
+
+
+class SilentPeer:
+    """The connection to a process that serves on, and waits there for the end of a turn."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self.has_asked = False
+        self.accepted_as = None
+        self.is_closed = False
+
+    async def ask(self, *_: object, **__: object) -> None:
+        self.has_asked = True
+        await trio.sleep_forever()
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    async def half_close(self) -> None:
+        self.is_closed = True
+
+
+@pytest.mark.parametrize("streams", [True, False])
+async def test_a_queued_turn_that_is_handed_over_may_wait_for_as_long_as_the_drain(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, streams: bool
+) -> None:
+    ends: list[trio.SocketStream] = []
+
+    async def connect(_: str) -> trio.SocketStream:
+        pair = [trio.SocketStream(end) for end in trio.socket.socketpair()]
+        ends.extend(pair)
+        return pair[0]
+
+    monkeypatch.setattr(proxy, "connect_to_peer", connect)
+    monkeypatch.setattr(proxy, "PeerConnection", SilentPeer)
+    async with open_stopping(drain_timeout_s=120) as (api, _):
+        monkeypatch.setattr(type(api.service.store), "peer_secret", b"x", raising=False)
+        api.app.extensions[SUCCESSORS] = lambda: ["@new"]
+        began = trio.current_time()
+        body = {"input": "y", "on_conflict": "queue", "background": not streams}
+        headers = {"Accept": "text/event-stream"} if streams else {}
+        (await api.call("POST", "/sessions/s/turns", body, headers=headers)).problem(503, "shutting_down")
+        assert trio.current_time() - began > 100, "until this process has to stop"
+    for end in ends:
+        await end.aclose()
 
 
 @pytest.mark.parametrize("on_conflict", ["reject", "queue", "supersede"])

@@ -1,4 +1,4 @@
-"""Events that the appending task writes, on real sockets: resets, full buffers, clients that stall, TLS and HTTP/2."""
+"""Events that the appending task writes, on real sockets: resets, full buffers, clients that stall."""
 
 import socket
 import struct

@@ -301,6 +301,26 @@ async def test_a_waiting_reader_can_leave_and_the_others_stay(autojump_clock: Mo
     assert awake == ["stayer"]
 
 
+async def test_a_task_that_is_woken_for_its_heartbeat_wakes_also_if_its_reader_takes_an_event_then(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.sessions.events.event_log.WOKEN_MAX", 0)  # as if others had used it up
+
+    class Taking:
+        def take_appended(self) -> bool:
+            return True
+
+    log = EventLog(bytes_max=MIB)
+    with trio.fail_after(1):
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(log.wait_to_read, Taking())
+            await wait_all_tasks_blocked()
+            for task in nursery.child_tasks:
+                log.wake(task)
+            log.append(_delta(log))
+
+
 # Writing
 
 
