@@ -6,15 +6,17 @@ Only this module and :mod:`service.models.http`, which carries its requests, kno
   that was changed so, later requests for that model are made in the same way: :mod:`service.models.dialects`.
 - **A kept connection may be closed** by the server or on the way when a request reaches it: the request is sent again
   at once, over a new one.
-- **Proxies in the environment are not used** (``trust_env=False``): the settings alone say where prompts
+- **Proxies in the environment are not used**: the settings alone say where prompts
   go. Certificates are trusted as the machine does (``SSL_CERT_FILE`` included) and as certifi does.
 - **Requests ask for bodies without compression**, because compression only delays a stream of tokens. If a server on
   the way compresses a body nevertheless, the client decompresses the body within bounds.
 - **Redirects are not followed**: they would carry a prompt and a key to an address that is not configured.
+- **No cookies are kept**: one of a load balancer would send all turns to the same model server.
 - **Connections have no bound**, so no turn ever queues for one with its deadlines running: ``live_turns_max``
   is the bound on streams.
 """
 
+import base64
 import math
 import os
 import re
@@ -130,27 +132,33 @@ class OpenAICompatibleClient:
         self._secrets = [secret for secret in (api_key, auth and auth[1], *keys_in_query) if secret]
         self._clock = clock
         self._dialects = KnownDialects()
-        headers = {"Accept": "text/event-stream", "Accept-Encoding": "identity", "Content-Type": "application/json"}
-        headers["User-Agent"] = "lastcall"
+        self._headers = {
+            "Accept": "text/event-stream",
+            "Accept-Encoding": "identity",
+            "Connection": "keep-alive",
+            "User-Agent": "lastcall",
+            "Content-Type": "application/json",
+        }
         if api_key is not None:
-            headers["Authorization"] = f"Bearer {api_key}"
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        elif auth is not None:
+            self._headers["Authorization"] = f"Basic {base64.b64encode(':'.join(auth).encode()).decode()}"
         if ssl_context is None and self._url.scheme == "https":
             ssl_context = _trust()
-        transport = Transport(
+        self._transport = Transport(
             self._url,
             ssl_context=ssl_context,
             connect_timeout_s=connect_timeout_s,
             idle_max=_IDLE_MAX,
             idle_expiry_s=_IDLE_EXPIRY_S,
         )
-        self._http = httpx.AsyncClient(transport=transport, headers=headers, auth=auth, trust_env=False)
 
     @property
     def name(self) -> str:
         return self._name
 
     async def aclose(self) -> None:
-        await self._http.aclose()
+        await self._transport.aclose()
 
     @asynccontextmanager
     async def stream(self, request: ModelRequest) -> AsyncIterator["OpenAICompatibleStream"]:
@@ -176,8 +184,8 @@ class OpenAICompatibleClient:
         """Send the request and wait for the response's head. Leaving closes the connection, or gives it back."""
         add_to_log_context(upstream_request_id=None)
         try:
-            request = self._http.build_request("POST", self._url, content=body)
-            response = _Response(await self._http.send(request, stream=True))
+            request = httpx.Request("POST", self._url, headers=self._headers, content=body)
+            response = _Response(await self._transport.handle_async_request(request))
         except httpx.HTTPError as error:
             raise _transport_error(error) from error
         del body, request  # a prompt may be large, and a reply long
@@ -274,7 +282,6 @@ class _Response:
         self.status = response.status_code
         self.headers = response.headers
         self._raw: ResponseBody = response.extensions[BODY]
-        response.stream = self._raw  # httpx's wrapper and the response hold each other, and so the prompt
         self.body = self._raw if self._encoding not in ENCODINGS else _Inflated(self._raw, Inflater(self._encoding))
         self.reusable = False
         """Whether the body is about to end by itself, so that the connection can serve another request."""

@@ -69,6 +69,41 @@ async def test_a_request_has_all_fields_of_the_turn_and_no_others() -> None:
     assert plain.json.keys() == {"model", "messages", "stream", "stream_options"}
 
 
+async def test_a_request_has_these_headers_and_no_others() -> None:
+    requests: list[Request] = []
+    async with open_upstream(noting(requests)) as upstream:
+        await ask(upstream.client)
+        host = f"127.0.0.1:{upstream.server.port}"
+    assert requests[0].headers == {
+        "host": host,
+        "content-length": str(len(requests[0].body)),
+        "accept": "text/event-stream",
+        "accept-encoding": "identity",
+        "connection": "keep-alive",
+        "user-agent": "lastcall",
+        "content-type": "application/json",
+        "authorization": f"Bearer {API_KEY}",
+    }
+
+
+async def test_no_cookie_is_kept() -> None:
+    """A cookie of a load balancer would send all turns to one model server."""
+    requests: list[Request] = []
+
+    async def pin(connection: Connection) -> None:
+        while True:
+            requests.append(await connection.receive_request())
+            await connection.send_head(headers={"set-cookie": "AWSALB=first; Path=/"})
+            for payload in (delta("ok"), finish(), DONE):
+                await connection.send_event(payload)
+            await connection.end_body()
+
+    async with open_upstream(pin) as upstream:
+        for _ in range(2):
+            assert (await ask(upstream.client)).text == "ok"
+    assert ["cookie" in request.headers for request in requests] == [False, False]
+
+
 @pytest.mark.parametrize(
     ("path", "target"),
     [

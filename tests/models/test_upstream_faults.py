@@ -469,6 +469,22 @@ async def test_an_error_does_not_wait_for_its_body(
     assert error.code == "upstream_error"
 
 
+@pytest.mark.parametrize("status", [302, 308])
+@pytest.mark.parametrize(
+    "location", ["https://other.test/v1", "http://xn--/", "http://[", "//:x", "http://h:99999/", "\x80", "", "x" * 9999]
+)
+async def test_a_redirect_is_a_refusal_wherever_it_leads(status: int, location: str) -> None:
+    async def redirect(connection: Connection) -> None:
+        await connection.receive_request()
+        await connection.send_response(status, b"", {"location": location})
+        await connection.wait_closed()
+
+    async with open_upstream(redirect) as upstream:
+        error = await failure_of(upstream.client)
+        assert upstream.server.connections_made == 1
+    assert error.code == "upstream_rejected"
+
+
 # A reply that breaks off
 
 
