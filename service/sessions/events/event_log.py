@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import groupby, islice
 from operator import attrgetter
 from typing import Protocol
 
@@ -40,11 +40,22 @@ _WOKEN_BY_WOKEN = 4
 
 
 class _Chunk(msgspec.Struct, frozen=True, gc=False):
-    """Successive events in a compact form: packed runs, and the texts of the pieces in the order of their arrival."""
+    """Successive events in a compact form: their runs, and the texts of the pieces in the order of their arrival.
+
+    Nearly all chunks have pieces of one item only. Many of these are read together, without work for each of them.
+
+    Attributes:
+        item: The item of all the pieces, if there is nothing else: then ``runs`` is the lengths of its one run.
+            Otherwise it is -1, and ``runs`` is packed runs.
+    """
 
     after: int
+    item: int
     runs: bytes
     text: bytes
+
+    def unpacked(self) -> list[Run]:
+        return unpack(self.runs) if self.item < 0 else [Run(self.item, self.runs)]
 
 
 class InlineReader(Protocol):
@@ -226,8 +237,12 @@ class EventLog:
                 self._kinds[event.item] = type(event)
             else:
                 self._others[event.seq] = event
-        text = "".join([event.text for event in self._newest if isinstance(event, Piece)])
-        self._chunks.append(_Chunk(self._newest_after, pack(list(runs_of(self._newest))), text.encode()))
+        text = "".join([event.text for event in self._newest if isinstance(event, Piece)]).encode()
+        runs = list(runs_of(self._newest))
+        if len(runs) == 1 and runs[0].item >= 0:
+            self._chunks.append(_Chunk(self._newest_after, runs[0].item, runs[0].lengths, text))
+        else:
+            self._chunks.append(_Chunk(self._newest_after, -1, pack(runs), text))
         self._newest_after += len(self._newest)
         self._newest = []
         self._newest_bytes = 0
@@ -283,7 +298,12 @@ class EventLog:
     def runs(self, *, after: int = 0) -> list[Run]:
         """All events after a seq in the form in which a store keeps them, without the terminal event."""
         chunks = self._chunks_after(after)
-        runs = [run for chunk in chunks for run in unpack(chunk.runs)]
+        runs: list[Run] = []
+        for item, alike in groupby(chunks, key=attrgetter("item")):
+            if item >= 0:
+                runs.append(Run(item, b"".join([chunk.runs for chunk in alike])))
+            else:
+                runs += [run for chunk in alike for run in unpack(chunk.runs)]
         runs += runs_of(self._newest)
         skipped = after - (chunks[0].after if chunks else self._newest_after)
         return join(skip(runs, skipped))
@@ -300,10 +320,15 @@ class EventLog:
         return {item: "".join(texts) for item, texts in pieces.items()}
 
     def _texts(self, after: int) -> Iterator[tuple[int, str]]:
-        for chunk in self._chunks_after(after):
-            if chunk.after < after:
-                yield from _texts_of(self._events_of(chunk)[after - chunk.after :])
-            else:
+        chunks = self._chunks_after(after)
+        if chunks and chunks[0].after < after:
+            yield from _texts_of(self._events_of(chunks[0])[after - chunks[0].after :])
+            chunks = chunks[1:]
+        for item, alike in groupby(chunks, key=attrgetter("item")):
+            if item >= 0:
+                yield item, b"".join([chunk.text for chunk in alike]).decode()
+                continue
+            for chunk in alike:
                 yield from texts_by_item(unpack(chunk.runs), chunk.text.decode())
         yield from _texts_of(self._newest[max(after - self._newest_after, 0) :])
 
@@ -319,7 +344,7 @@ class EventLog:
         events: list[Event] = []
         seq = chunk.after
         text, start = chunk.text.decode(), 0
-        for run in unpack(chunk.runs):
+        for run in chunk.unpacked():
             if run.item < 0:
                 seq += 1
                 events.append(self._others[seq])

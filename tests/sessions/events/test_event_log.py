@@ -16,6 +16,7 @@ from service.models.client import Usage
 from service.sessions.events.event_log import EventLog
 from service.sessions.events.events import (
     Event,
+    Piece,
     TurnCancelled,
     TurnCompleted,
     TurnDelta,
@@ -25,6 +26,7 @@ from service.sessions.events.events import (
     TurnReasoning,
     TurnStarted,
 )
+from service.sessions.events.kept_events import runs_of
 from service.storage.records import Failure
 from tests.sessions.puppet import frames_of
 
@@ -169,6 +171,10 @@ def test_a_log_tells_the_events_and_the_texts_that_were_appended(
             if isinstance(event, TurnDelta | TurnReasoning):
                 texts[event.item] = texts.get(event.item, "") + event.text
         assert log.texts(after=cursor) == texts
+        assert log.text(after=cursor) == "".join(
+            [event.text for event in all_events[cursor:] if isinstance(event, Piece)]
+        )
+        assert log.runs(after=cursor) == list(runs_of(all_events[cursor:]))
 
 
 def test_a_read_past_the_end_is_empty_and_moves_nothing() -> None:
