@@ -6,20 +6,22 @@ service differs.
 """
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any
 
 from bench.contenders import Contender
 from bench.server_process import ROOT
 
-_GIT_TIME_MAX_S = 60
+_TIME_MAX_S = 60
 
 
 class RevisionError(Exception):
@@ -112,9 +114,11 @@ def _open_worktree(commit: str) -> Iterator[Path]:
     finally:
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl+C must not leave half of it behind
         try:
-            _git("worktree", "remove", "--force", str(folder))
+            with suppress(RevisionError):  # it hangs: the folder is removed below
+                _git("worktree", "remove", "--force", str(folder))
             shutil.rmtree(folder, ignore_errors=True)
-            _git("worktree", "prune")
+            with suppress(RevisionError):  # it hangs: any later prune forgets the folder, which is gone
+                _git("worktree", "prune")
         finally:
             signal.signal(signal.SIGINT, before)
 
@@ -122,9 +126,7 @@ def _open_worktree(commit: str) -> Iterator[Path]:
 def _check_service(version: Version) -> None:
     """Make sure that a server which is started in the folder runs the folder's own service."""
     command = [sys.executable, "-c", "import service; print(service.__file__)"]
-    done = subprocess.run(
-        command, cwd=version.folder, capture_output=True, text=True, timeout=_GIT_TIME_MAX_S, check=False
-    )
+    done = _run(command, cwd=version.folder)
     found = done.stdout.strip()
     if done.returncode or not Path(found).resolve().is_relative_to(version.folder):
         raise RevisionError(
@@ -136,13 +138,22 @@ def _check_service(version: Version) -> None:
 def _git(*arguments: str) -> "subprocess.CompletedProcess[str]":
     """Run git on this repository, in a session of its own, so that Ctrl+C does not end it in the middle."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    return subprocess.run(
-        ("git", "-C", str(ROOT), *arguments),
-        env=env,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=_GIT_TIME_MAX_S,
-        check=False,
-        start_new_session=True,
-    )
+    return _run(["git", "-C", str(ROOT), *arguments], env=env, start_new_session=True)
+
+
+def _run(command: Sequence[str], **options: Any) -> "subprocess.CompletedProcess[str]":
+    """Run a short command to its end. Raises: RevisionError, if it takes too long."""
+    try:
+        return subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_TIME_MAX_S,
+            check=False,
+            **options,
+        )
+    except subprocess.TimeoutExpired:
+        raise RevisionError(
+            f"--compare: `{shlex.join(command)}` did not end within {_TIME_MAX_S} s, and was stopped"
+        ) from None

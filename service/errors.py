@@ -11,7 +11,7 @@
     │   ├── SessionExistsError       the chosen id is taken
     │   ├── TurnNotFoundError        the session has no such turn
     │   ├── TurnInProgressError      a running or queued turn is in the way
-    │   ├── TurnEndingError          a turn is cancelled, and its end takes long (``session_id``, ``turn_id``)
+    │   ├── TurnEndingError          a turn is ending, and its end takes long (``session_id``, ``turn_id``)
     │   ├── EventsLostError          a resume inside events that a crash lost
     │   ├── ResumeConflictError      a resume of a turn that is not the newest turn of its session
     │   ├── OwnedElsewhereError      the session's turns run in another process (``fence``, ``address``)
@@ -127,14 +127,14 @@ class TurnInProgressError(RefusedError):
 
 
 class TurnEndingError(RefusedError):
-    """A turn is cancelled, and its end takes longer than the caller waits."""
+    """A turn is ending, cancelled or as was decided before, and its end takes longer than the caller waits."""
 
     code = "turn_ending"
     retry_after_s = 1
 
     def __init__(self, *, session_id: str, turn_id: str) -> None:
         super().__init__(
-            f"Turn {turn_id!r} is cancelled, but its end takes longer than usual: repeat this call, or ask for the "
+            f"Turn {turn_id!r} is ending, but its end takes longer than usual: repeat this call, or ask for the "
             "turn at its URL (Location) later."
         )
         self.session_id = session_id

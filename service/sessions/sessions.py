@@ -159,12 +159,13 @@ class Sessions:
             raise StoreError(f"{FORKS_WAITING_MAX} other forks wait already; try again later.")
         timeout_s = self._settings.store_timeout_s
         asked_at = trio.current_time()
+        waits = self._forking.locked()
         try:
             # One fork at a time, because forks are large. The wait for other forks is not a fault of the store.
             async with answered_in_turn(self._forking, timeout_s / 2):
                 # A freeze makes the wait longer. The fork itself has half of the time in any case.
                 left_s = max(asked_at + timeout_s - trio.current_time(), timeout_s / 2)
-                with self.pending_writes.writing(within_s=left_s):
+                with self.pending_writes.writing(within_s=left_s, late_is_refused=not waits):
                     return await self._store.fork_session(
                         session_id, at=at, copy_id=copy_id or new_session_id(), now=self._clock()
                     )

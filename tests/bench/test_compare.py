@@ -6,8 +6,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -110,6 +111,43 @@ def test_a_second_ctrl_c_does_not_keep_the_folders(repository: Path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         measure()
     monkeypatch.setattr("subprocess.run", run)
+    assert left_behind(repository) == ([], 0)
+
+
+def hanging_at(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on each command with this word hangs."""
+    run = subprocess.run
+
+    def hangs(command: Sequence[str], **options: Any) -> object:
+        if word in command:
+            raise subprocess.TimeoutExpired(command, options["timeout"])
+        return run(command, **options)
+
+    monkeypatch.setattr("subprocess.run", hangs)
+
+
+@pytest.mark.parametrize("word", ["rev-parse", "add", "-c"])
+def test_a_command_that_hangs_is_said_and_leaves_nothing_behind(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    with monkeypatch.context() as patched:
+        hanging_at(word, patched)
+        with pytest.raises(RevisionError, match="did not end within 60 s"), open_versions("old"):
+            pass
+    assert left_behind(repository) == ([], 0)
+
+
+@pytest.mark.parametrize("word", ["remove", "prune"])
+def test_a_removal_that_hangs_leaves_no_folder_and_hides_no_error(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    def measure() -> None:
+        with open_versions("old"):
+            hanging_at(word, patched)
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        measure()
     assert left_behind(repository) == ([], 0)
 
 

@@ -117,7 +117,7 @@ ADVICE: Mapping[str, str] = {
     "stream_limit": "`streams_max` streams are open: try again after `Retry-After`",
     "owner_hangs": "the process that runs the turn hangs; the turn was accepted: do not repeat the call, ask for the "
     "turn at `Location`",
-    "turn_ending": "the turn is cancelled, and its end takes long: repeat the call after `Retry-After`, or ask for the "
+    "turn_ending": "the turn is ending, and its end takes long: repeat the call after `Retry-After`, or ask for the "
     "turn at `Location`",
     "turn_limit": "`live_turns_max` turns are open: try again after `Retry-After`",
 }

@@ -24,6 +24,8 @@ Texts are read at a nanosecond a byte, but each value, key and object takes up t
 """
 _DIGITS_MAX = 400
 """Bound on the digits of a whole number: the time grows faster than the digits, and no field takes so many."""
+_WHOLE_MAX = 2**53
+"""Beyond it a float stays a float: as a whole number ``1e308`` would take 309 digits, fifty times what was sent."""
 _MESSAGE_MAX = 2000
 """Bound on a message that quotes a caller, before patterns are searched for in it."""
 
@@ -125,7 +127,7 @@ def _whole_number(text: str) -> int:
 def _number(text: str) -> float | int:
     """Read ``1.0`` and ``1e0`` as the whole number 1, because JSON has one type of number."""
     number = float(text)
-    return int(number) if number.is_integer() else number
+    return int(number) if abs(number) < _WHOLE_MAX and number.is_integer() else number
 
 
 _NUMBERS: dict[str, Any] = {

@@ -378,7 +378,7 @@ async def cancel_turn(session_id: str, turn_id: str) -> TrioResponse:
     """Cancel a turn and wait for its end.
 
     Idempotent: if the turn has ended already, or ends in another way first, the answer has that end. If the end takes
-    longer than usual, the answer is 503 `turn_ending` with the turn's URL as `Location`: the turn is cancelled, and its
+    longer than usual, the answer is 503 `turn_ending` with the turn's URL as `Location`: the turn is ending, and its
     end comes later.
     """
     service = current_service()

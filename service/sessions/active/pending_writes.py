@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 import msgspec
 import structlog
+import trio
 
 from service.clock import Clock
 from service.errors import SessionLimitError, StoreError
@@ -40,18 +41,23 @@ class PendingWrites:
         self._ends: dict[str, Turn] = {}
 
     @contextmanager
-    def writing(self, *, within_s: float | None = None, shield: bool = False) -> Iterator[None]:
+    def writing(
+        self, *, within_s: float | None = None, shield: bool = False, late_is_refused: bool = True
+    ) -> Iterator[None]:
         """Bound one write to the store, and note its outcome in :attr:`refusal`. Raises: StoreError.
 
         Args:
             within_s: How long the write may take; ``store_timeout_s`` unless given.
+            late_is_refused: Whether a write that is not done by then was refused. A write that had less than its time
+                says nothing of the store.
             shield: Whether only this bound ends the write, and no cancellation from outside.
         """
         try:
             with answered_within(self._store_timeout_s if within_s is None else within_s, shield=shield):
                 yield
         except StoreError as error:
-            self.refusal = error
+            if late_is_refused or not isinstance(error.__cause__, trio.TooSlowError):
+                self.refusal = error
             raise
         self.refusal = None
 

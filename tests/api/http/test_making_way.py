@@ -10,8 +10,10 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from service.api.http import proxy
 from service.api.http.proxy import PEER, SUCCESSORS
+from service.errors import StoreError
 from service.sessions.active.acceptance import MAKE_WAY_MAX_S
 from service.stop_state import Phase
+from service.storage.records import EndResult
 from tests.api.inprocess import Api, Reply, open_api
 
 TURN_S = 9
@@ -160,6 +162,32 @@ async def test_a_turn_whose_session_has_no_open_turn_any_more_is_left_to_the_pee
         began = trio.current_time()
         assert_left_to_the_peer(await ask(api, on_conflict))
         assert trio.current_time() == began
+
+
+@pytest.mark.parametrize("on_conflict", ["reject", "queue", "supersede"])
+async def test_a_turn_whose_way_is_barred_by_an_end_that_the_store_does_not_take_gets_a_503(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, on_conflict: str
+) -> None:
+    """No other process may accept a turn before that end is stored, so this is not left to the peer."""
+
+    async def refuse(*_: object, **__: object) -> EndResult:
+        await trio.lowlevel.checkpoint()
+        raise StoreError("The disk is full.")
+
+    async with open_stopping() as (api, path):
+        with monkeypatch.context() as full:
+            full.setattr(api.service.store, "end_turn", refuse)
+            if on_conflict != "supersede":
+                await api.call("POST", f"{path}/cancel")
+            reply = await ask(api, on_conflict)
+            reply.problem(503, "store_unavailable")
+            assert "lastcall-untouched" not in reply.headers
+            assert "retry-after" in reply.headers
+            assert api.service.sessions.pending_writes.turns == 1
+        assert_left_to_the_peer(await ask(api, on_conflict))
+        assert api.service.sessions.pending_writes.turns == 0
+        ended = (await api.call("GET", path)).json
+        assert (ended["state"], "stored" in ended) == ("cancelled", False)
 
 
 async def test_callers_that_wait_count_as_queued_and_as_open_turns(autojump_clock: MockClock) -> None:

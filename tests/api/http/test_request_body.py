@@ -269,6 +269,24 @@ def test_a_text_may_have_any_number_of_brackets_commas_colons_and_quotes() -> No
     assert parse(raw, text_bytes_max=len(text)).input == text
 
 
+@pytest.mark.parametrize("number", ["1e308", "-1e308", "1.7976931348623157e308", "1e16", "9007199254740992.0"])
+def test_a_large_number_of_a_tool_keeps_its_value_and_is_no_longer_than_it_was_sent(number: str) -> None:
+    numbers = 5000
+    raw = f'{{"input": "a", "tools": [{{"name": "f", "parameters": {{"enum": [{",".join([number] * numbers)}]}}}}]}}'
+    tools = parse(raw.encode(), text_bytes_max=2 * numbers).tools
+    assert not isinstance(tools, msgspec.UnsetType)
+    kept = msgspec.json.encode(tools)
+    assert len(kept) < len(raw) + numbers
+    assert json.loads(kept)[0]["parameters"] == {"enum": [float(number)] * numbers}
+
+
+@pytest.mark.parametrize("number", ["1.0", "1e0", "1e15", "-9007199254740991.0"])
+def test_a_whole_number_is_one_however_it_is_written(number: str) -> None:
+    read = parse_json(number.encode())
+    assert isinstance(read, int)
+    assert read == float(number)
+
+
 FRAGMENTS = ["[", "]", "{", "}", ",", ":", '"', "\\", "\\u0041", "\\ud83d", "0", "9" * 300, "1e5", "-", ".5", " ", "\n",
              "null", '"a":', '"a":0,', '"",', "\x00", "é", "\N{GRINNING FACE}"]  # fmt: skip
 

@@ -215,6 +215,60 @@ async def test_a_cancel_whose_turn_ends_late_is_answered_and_the_turn_ends_later
         assert await stage.sessions.cancel_turn("s", turn.id) == record
 
 
+async def test_a_cancel_that_comes_after_another_end_does_not_say_that_the_turn_is_cancelled(
+    autojump_clock: MockClock,
+) -> None:
+    store = Hangs("end_turn")
+    async with open_stage(store, store_timeout_s=TIMEOUT_S, cleanup_timeout_s=10) as stage:
+        await stage.sessions.create_session(NewSession(id="s"))
+        turn = await start(stage.sessions, "s")
+        (await stage.puppet.next_reply()).finish()
+        await store.reached.wait()
+        stage.sessions._settings = stage.sessions._settings.model_copy(update={"cleanup_timeout_s": 1})
+        with pytest.raises(TurnEndingError, match="is ending") as caught:
+            await stage.sessions.cancel_turn("s", turn.id)
+        assert "cancelled" not in str(caught.value)
+        store.goes_on.set()
+        assert (await stage.sessions.cancel_turn("s", turn.id)).state == "completed"
+
+
+async def test_a_fork_that_waited_and_had_less_than_its_time_says_nothing_of_the_store(
+    autojump_clock: MockClock,
+) -> None:
+    class Slow(MemoryStore):
+        async def fork_session(self, *arguments: object, **named: object) -> SessionRecord:
+            await trio.sleep(0.9 * TIMEOUT_S)
+            return await super().fork_session(*arguments, **named)  # type: ignore[arg-type]
+
+    async with open_stage(Slow(), store_timeout_s=TIMEOUT_S) as stage:
+        await stage.sessions.create_session(NewSession(id="s"))
+
+        async def fork_later() -> None:
+            await trio.sleep(0.45 * TIMEOUT_S)
+            with pytest.raises(StoreError):
+                await stage.sessions.fork_session("s")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stage.sessions.fork_session, "s")
+            nursery.start_soon(fork_later)
+        assert trio.current_time() == pytest.approx(1.45 * TIMEOUT_S)
+        assert stage.sessions.pending_writes.refusal is None
+
+
+async def test_a_fork_that_had_its_whole_time_or_was_refused_says_that_the_store_takes_no_writes(
+    autojump_clock: MockClock,
+) -> None:
+    store = Hangs("fork_session")
+    async with open_stage(store, store_timeout_s=TIMEOUT_S) as stage:
+        await stage.sessions.create_session(NewSession(id="s"))
+        with pytest.raises(StoreError):
+            await stage.sessions.fork_session("s")
+        assert stage.sessions.pending_writes.refusal is not None
+        store.goes_on.set()
+        await stage.sessions.fork_session("s")
+        assert stage.sessions.pending_writes.refusal is None
+
+
 async def test_a_bounded_number_of_callers_waits_for_a_fork(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,6 +40,7 @@ async def test_the_end_of_a_reply_in_pieces_of_one_byte_does_not_hold_the_event_
             with watching_steps() as watched:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(end)
+                    await turn.wait_ended()
             longest.append(watched.seconds)
             assert turn.stored
             assert turn.record().text == "x" * REPLY_BYTES
