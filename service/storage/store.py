@@ -33,6 +33,10 @@ from service.storage.records import (
 )
 from service.store_capabilities import StoreCapabilities
 
+Monotonic = Callable[[], float]
+"""The time that passes for a store: seconds from any start, which never go back. It is given to a store whose intervals
+or leases depend on it, when that is opened, so that a test moves it. ``now`` of the calls is the wall clock's time."""
+
 PAGE_LENGTH_MAX = 64 * 1024
 """The code points of a page of events: what a replay holds in memory."""
 

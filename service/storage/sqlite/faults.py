@@ -1,7 +1,6 @@
 """Faults of SQLite and the disk, in words for an operator."""
 
 import os
-import time
 from math import inf
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import apsw
 import structlog
 
 from service.errors import ResourcesExhaustedError, StoreError, is_exhaustion
+from service.storage.store import Monotonic
 
 logger = structlog.get_logger("lastcall.store")
 
@@ -44,8 +44,9 @@ class Faults:
     A lasting fault is logged every :data:`LOG_EVERY_S` seconds, not for each failed step.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, monotonic: Monotonic) -> None:
         self._path = path
+        self._monotonic = monotonic
         self._logged_words = ""
         self._logged_at = -inf
 
@@ -63,7 +64,7 @@ class Faults:
 
     def _log(self, error: apsw.Error, *, system: str | None) -> None:
         words, _ = fault_of(error)
-        now = time.monotonic()
+        now = self._monotonic()
         if words == self._logged_words and now - self._logged_at < LOG_EVERY_S:
             return
         self._logged_words, self._logged_at = words, now

@@ -12,6 +12,7 @@ from service.storage.sqlite import database
 from service.storage.sqlite.faults import Faults
 from service.storage.sqlite.open_files import OpenFiles
 from service.storage.sqlite.sql_thread import Step
+from service.storage.store import Monotonic
 
 _STEPS_MAX = 100
 """The most steps of one batch, which share snapshots."""
@@ -27,10 +28,10 @@ class Reader:
         steps_max: The most steps of one batch; 1 for steps with large results, of which the thread then holds one.
     """
 
-    def __init__(self, files: OpenFiles, *, steps_max: int = _STEPS_MAX) -> None:
+    def __init__(self, files: OpenFiles, *, monotonic: Monotonic, steps_max: int = _STEPS_MAX) -> None:
         self._files = files
         self._steps_max = steps_max
-        self._faults = Faults(files.path)
+        self._faults = Faults(files.path, monotonic)
         self._db: apsw.Connection
 
     def open(self) -> None:

@@ -37,7 +37,7 @@ from service.storage.sqlite.reader import Reader
 from service.storage.sqlite.rows import STAGED_MARK
 from service.storage.sqlite.sql_thread import CLAIMED_GRACE_S, SqlThread
 from service.storage.sqlite.writer import Writer
-from service.storage.store import PAGE_LENGTH_MAX
+from service.storage.store import PAGE_LENGTH_MAX, Monotonic
 
 STEP_LENGTH_MAX = 1024 * 1024
 """Bound on the code points and events that one step writes, so that the step holds the write lock for milliseconds."""
@@ -45,19 +45,24 @@ STEP_LENGTH_MAX = 1024 * 1024
 
 @asynccontextmanager
 async def open_sqlite_store(
-    path: str | Path, *, address: str | None = None, close_timeout_s: float = 5
+    path: str | Path,
+    *,
+    address: str | None = None,
+    close_timeout_s: float = 5,
+    monotonic: Monotonic = time.monotonic,
 ) -> AsyncIterator["SqliteStore"]:
     """Open the store in the file at ``path``, which may be a link. Makes the file if necessary; closes on leaving.
 
     Args:
         address: The address at which this process answers other owners of the same file.
         close_timeout_s: How long closing may take. A disk that hangs longer is left to daemon threads.
+        monotonic: The time by which housekeeping and the repetition of a fault in the log are due.
 
     Raises:
         StartupError: The file cannot be used; one sentence says why and what to do.
         StoreError: On leaving: the file was deleted or replaced, so its content is lost.
     """
-    store = SqliteStore(path, address=address)
+    store = SqliteStore(path, address=address, monotonic=monotonic)
     try:
         await store.open()
         yield store
@@ -79,16 +84,18 @@ class SqliteStore:
 
     capabilities = store_capabilities.SQLITE
 
-    def __init__(self, path: str | Path, *, address: str | None) -> None:
+    def __init__(self, path: str | Path, *, address: str | None, monotonic: Monotonic = time.monotonic) -> None:
         self.files = OpenFiles(path)
         self.name = f"sqlite:{self.files.path}"
         self._ownership = Ownership(self.files.path.with_name(f"{self.files.path.name}-owners"))
-        self.writer = Writer(self.files, self._ownership, address=address, opened_at=time.time_ns() // 1000)
+        self.writer = Writer(
+            self.files, self._ownership, address=address, opened_at=time.time_ns() // 1000, monotonic=monotonic
+        )
         self._writing = SqlThread("sqlite writer", self.writer)
         self._marks = count()
         # A second reader, so that the many short reads do not wait for a long one.
-        self._looking = SqlThread("sqlite reader", Reader(self.files))
-        self._reading = SqlThread("sqlite long reader", Reader(self.files, steps_max=1))
+        self._looking = SqlThread("sqlite reader", Reader(self.files, monotonic=monotonic))
+        self._reading = SqlThread("sqlite long reader", Reader(self.files, monotonic=monotonic, steps_max=1))
         self._forking = anyio.Lock()  # one fork at a time, because its turns are in memory meanwhile
         self._abandoned: set[str] = set()
 

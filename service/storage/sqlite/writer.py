@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from math import inf
 from typing import Any, TypeVar
 
 import apsw
@@ -17,6 +18,7 @@ from service.storage.sqlite.ownership import Ownership
 from service.storage.sqlite.reclaim import reclaim_some, shrink
 from service.storage.sqlite.reserve import Reserve
 from service.storage.sqlite.sql_thread import Step
+from service.storage.store import Monotonic
 
 logger = structlog.get_logger("lastcall.store")
 
@@ -44,13 +46,16 @@ class Writer:
         removed: Set by a step that hid a session, so that there are rows to reclaim.
     """
 
-    def __init__(self, files: OpenFiles, ownership: Ownership, *, address: str | None, opened_at: int) -> None:
+    def __init__(
+        self, files: OpenFiles, ownership: Ownership, *, address: str | None, opened_at: int, monotonic: Monotonic
+    ) -> None:
         self.commits = 0
         self.steps = 0
         self.removed = True
         self._files = files
         self._path = files.path
-        self._faults = Faults(files.path)
+        self._monotonic = monotonic
+        self._faults = Faults(files.path, monotonic)
         self._ownership = ownership
         self._address = address
         self._opened_at = opened_at
@@ -59,8 +64,8 @@ class Writer:
         self._is_full = False
         """Whether the disk was full, and the free pages were not given back to it yet."""
         self._wal_pages = 0
-        self._housekept_at = 0.0
-        self._reset_at = 0.0
+        self._housekept_at = -inf
+        self._reset_at = -inf
 
     def open(self) -> None:
         """Raises: StartupError."""
@@ -120,7 +125,7 @@ class Writer:
 
     def run_housekeeping(self, *, idle: bool) -> bool:
         """Write a checkpoint or reclaim rows, if it is time. Returns whether there may be more to do."""
-        now = time.monotonic()
+        now = self._monotonic()
         if not idle and now - self._housekept_at < _HOUSEKEEPING_INTERVAL_S:
             return True
         self._housekept_at = now

@@ -24,7 +24,10 @@ from service.errors import (
 )
 from service.storage.records import EndResult
 from service.storage.sqlite import SqliteStore, database, open_sqlite_store, sessions
+from service.storage.sqlite.open_files import OpenFiles
+from service.storage.sqlite.ownership import Ownership
 from service.storage.sqlite.schema import SCRIPTS
+from service.storage.sqlite.writer import Writer
 from tests.storage.rows import T0, a_session, a_turn, all_sessions, contents, ended, said, told
 from tests.storage.sqlite.faulty_disk import FaultyDisk
 
@@ -63,6 +66,34 @@ async def test_a_disk_that_does_not_write_fails_writes_until_it_does(
         assert await told(store, "s", "t") == ["Hi"]
     async with open_sqlite_store(path) as store:
         assert (await store.get_turn("s", "t", now=T0)).state == "completed"
+
+
+async def test_a_fault_that_lasts_is_in_the_log_every_ten_seconds(disk: FaultyDisk, path: Path) -> None:
+    now = 1000.0
+    async with open_sqlite_store(path, monotonic=lambda: now) as store:
+        disk.write_fault = apsw.FullError
+        with structlog.testing.capture_logs() as log:
+            for seconds, lines in ((0, 1), (9.9, 1), (0.1, 2), (9.9, 2), (50, 3)):
+                now += seconds
+                with pytest.raises(StoreError):
+                    await store.create_session(a_session(), now=T0)
+                assert len(log) == lines
+        disk.write_fault = None
+
+
+def test_housekeeping_is_done_in_its_interval_while_steps_keep_arriving(path: Path) -> None:
+    now = 1000.0
+    owners = Ownership(path.with_name(f"{path.name}-owners"))
+    writer = Writer(OpenFiles(path), owners, address=None, opened_at=0, monotonic=lambda: now)
+    writer.open()
+    done: list[bool] = []
+    with closing(owners), closing(writer):
+        for seconds in (0, 0.05, 0.04, 0.02):
+            now += seconds
+            writer.removed = True
+            writer.run_housekeeping(idle=False)
+            done.append(not writer.removed)
+    assert done == [True, False, False, True]
 
 
 async def test_the_error_of_a_fault_has_no_path_and_the_log_has_it_once(disk: FaultyDisk, path: Path) -> None:

@@ -1,5 +1,6 @@
 """The write-ahead log stays within its bound, whichever readers there are."""
 
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def test_a_reader_that_does_not_let_go_is_waited_for_a_moment_only(path: Path) -
 def test_a_reader_takes_a_new_snapshot_for_steps_that_come_later(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trio.run(_make, path)
     files = OpenFiles(path)
-    reading = Reader(files)
+    reading = Reader(files, monotonic=time.monotonic)
     with closing(database.connect(path)) as db:
         files.note_opened(db)
         reading.open()
