@@ -285,6 +285,7 @@ class Sessions:
             SessionNotFoundError: It is being deleted.
             TurnInProgressError, QueueFullError: By ``on_conflict``.
             TurnLimitError
+            StoreError: The store does not take the ends of earlier turns, within ``store_timeout_s`` in all.
         """
         await self._acceptance.make_way(session_id, on_conflict)
 

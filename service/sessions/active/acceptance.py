@@ -104,7 +104,8 @@ class Acceptance:
             with self._active.arriving(), move_on_after(min(MAKE_WAY_MAX_S, self._settings.store_timeout_s)):
                 await session.wait_without_turns()
             # Until their ends are stored, the session is this process's, and no other process may accept a turn.
-            await self._pending_writes.retry_ends_of(session_id)
+            with answered_within(self._settings.store_timeout_s):  # for all of them: a process waits for the answer
+                await self._pending_writes.retry_ends_of(session_id)
 
     def _check_turn_limit(self) -> None:
         turns_max = self._settings.live_turns_max

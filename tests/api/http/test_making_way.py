@@ -190,6 +190,36 @@ async def test_a_turn_whose_way_is_barred_by_an_end_that_the_store_does_not_take
         assert (ended["state"], "stored" in ended) == ("cancelled", False)
 
 
+async def test_the_answer_comes_in_time_while_the_store_is_slow_to_take_many_ends(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process that asks does not wait as long as each of the ends may take."""
+    end_s: float = 60
+
+    async with open_api(model_url="scripted:?rate=1", store_timeout_s=5, cleanup_timeout_s=1) as api:
+        await api.new_session(id="s")
+        body = {"input": "x", "on_conflict": "queue", "background": True}
+        turns = [(await api.call("POST", "/sessions/s/turns", body)).headers["location"] for _ in range(2)]
+        with monkeypatch.context() as hanging:
+            end_turn = api.service.store.end_turn
+
+            async def slow(*arguments: Any, **named: Any) -> EndResult:
+                await trio.sleep(end_s)
+                return await end_turn(*arguments, **named)
+
+            hanging.setattr(api.service.store, "end_turn", slow)
+            for turn in turns:
+                await api.call("POST", f"{turn}/cancel")
+            assert api.service.sessions.pending_writes.turns == 2
+            api.service.shutdown.enter(Phase.DRAINING)
+            end_s = 4
+            began = trio.current_time()
+            (await ask(api, "queue")).problem(503, "store_unavailable")
+            assert trio.current_time() - began == pytest.approx(5, abs=MOMENT_S)
+            assert api.service.sessions.pending_writes.turns == 1
+        assert_left_to_the_peer(await ask(api, "queue"))
+
+
 async def test_callers_that_wait_count_as_queued_and_as_open_turns(autojump_clock: MockClock) -> None:
     async with open_stopping(queued_turns_max=2) as (api, _), trio.open_nursery() as nursery:
         for _ in range(2):
