@@ -324,6 +324,11 @@ FAULTS = (
         "RequestParser",
     ),
     Fault(
+        "h11: a field of blanks takes a time that grows with its length squared",
+        "tests/hosting/hypercorn/test_request_parser.py::test_h11_still_takes_long_for_blanks_before_a_byte_that_it_refuses",
+        "has_refused_bytes",
+    ),
+    Fault(
         "hypercorn: the server goes on serving when its lifespan has ended",
         "tests/hosting/test_lifespan.py::test_hypercorn_still_serves_on_without_its_lifespan",
         "that Hosting ends the process by itself",

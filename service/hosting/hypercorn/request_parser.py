@@ -1,16 +1,38 @@
-"""h11's parser of requests, which skips empty lines before a request line.
+"""h11's parser of requests: skips empty lines before a request line, and refuses bad bytes before it reads fields.
 
 Some clients send a line end after a body, which the body's length does not count. h11 reads this line end as the next
 request's line, and refuses it with 400.
 
 Source: https://www.rfc-editor.org/rfc/rfc9112#section-2.2-6; h11 0.16, ``_readers.maybe_read_from_IDLE_client``.
 Proven by ``tests/hosting/hypercorn/test_request_parser.py``.
+
+h11's pattern of a field tries each blank as two of its parts, so a field of blanks that ends with a byte that h11
+refuses takes a time that grows with its length squared: seconds for one head. Such a head is refused before the pattern
+sees it.
+
+Source: h11 0.16, ``_abnf.field_value``.
 """
+
+import re
 
 import h11
 
 EMPTY_LINES_MAX = 8
 """Empty lines that are skipped before one request. h11 refuses a client that sends more."""
+
+
+_REFUSED = re.compile(rb"[\0\v\f]|\r[^\n]")
+"""Bytes that h11 refuses in a request line and in fields."""
+_END_OF_FIELDS = re.compile(rb"\n\r?\n")
+
+
+def has_refused_bytes(received: bytes | bytearray) -> bool:
+    """Whether the lines of a head or of trailers have bytes that h11 refuses. False until their empty line is here."""
+    refused = _REFUSED.search(received)
+    if refused is None:
+        return False
+    end = _END_OF_FIELDS.search(received)
+    return end is not None and refused.start() < end.start()
 
 
 class RequestParser(h11.Connection):
@@ -25,6 +47,9 @@ class RequestParser(h11.Connection):
         # complete, and the server would not notice a client that leaves meanwhile.
         if self.their_state in (h11.IDLE, h11.DONE) and self._begins_with_half_a_line_end():
             return h11.NEED_DATA
+        if self.their_state is h11.IDLE and has_refused_bytes(received := self.trailing_data[0]):
+            self._receive_buffer.maybe_extract_at_most(len(received))
+            self._receive_buffer += b"\0\r\n\r\n"  # h11 refuses this in the same way, and at once
         event = super().next_event()
         if isinstance(event, h11.Request):
             self._empty_lines = 0

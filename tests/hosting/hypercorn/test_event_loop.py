@@ -145,6 +145,11 @@ HEADS: dict[str, bytes] = {
     "far too many fields": request("GET", "/sessions", b"", *[b"a:"] * 15_000),
     "a folded field": request("GET", "/sessions", b"", b"a: b" + b"\r\n b" * 3000),
     "a field of spaces": request("GET", "/sessions", b"", b"a: b" + b" " * 15_000 + b"\x01"),
+    **{
+        f"a field of {blank!r} that ends with {end!r}": request("GET", "/sessions", b"", b"a:" + blank * 15_000 + end)
+        for blank in (b" ", b"\t")
+        for end in (b"\0", b"\v", b"\f", b"\rx")
+    },
     "a field of words": request("GET", "/sessions", b"", b"a: " + b"b " * 7500 + b"\x01"),
     "a long name": request("GET", "/sessions", b"", b"a" * 15_000 + b": b"),
     "accepts much": request("POST", "/chat", b"{}", b"Accept: text/event-stream," + b"a/b;q=0.1," * 1500),
@@ -174,6 +179,11 @@ HEADS: dict[str, bytes] = {
     "chunks of a byte with extensions": chunked([b" "] * 50_000, b";a"),
     "a long extension": chunked([b" "] * 1000, b";" + b"a" * 1000),
     "many trailers": chunked([b"{}"], trailers=b"a:b\r\n" * 3000),
+    "an extension of spaces": chunked([b"{}"], b";" + b" " * 15_000 + b"\nx"),
+    "an extension of spaces without an end": request(
+        "POST", "/sessions", b"", b"Transfer-Encoding: chunked"
+    ) + b"2;" + b" " * 15_000,
+    "a trailer of spaces": chunked([b"{}"], trailers=b"a:" + b" " * 15_000 + b"\0\r\n"),
     "the docs": request("GET", "/docs"),
 }  # fmt: skip
 

@@ -1,5 +1,7 @@
 """Empty lines before a request are skipped, however they are cut, up to a bound."""
 
+import time
+
 import h11
 import pytest
 import trio
@@ -63,6 +65,42 @@ def test_too_many_empty_lines_and_other_bytes_are_refused(begin: bytes) -> None:
     connection.receive_data(begin + GET)
     with pytest.raises(h11.RemoteProtocolError):
         events(connection)
+
+
+@pytest.mark.removal
+def test_h11_still_takes_long_for_blanks_before_a_byte_that_it_refuses() -> None:
+    """This test fails once h11 takes no longer than the length; then has_refused_bytes is no longer needed."""
+
+    def thread_s(connection: h11.Connection) -> float:
+        connection.receive_data(b"GET / HTTP/1.1\r\nHost: a\r\nb:" + b" " * 6000 + b"\0\r\n\r\n")
+        began_at = time.thread_time()
+        with pytest.raises(h11.RemoteProtocolError):
+            connection.next_event()
+        return time.thread_time() - began_at
+
+    assert thread_s(h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES_MAX)) > 20 * thread_s(parser())
+
+
+@given(
+    st.lists(
+        st.sampled_from([b"a", b":", b" ", b"\t", b"\0", b"\v", b"\f", b"\r", b"\n", b"\r\n", b"\x01"]), max_size=12
+    ),
+    st.binary(max_size=5),
+)
+def test_bad_bytes_of_a_head_are_refused_as_h11_refuses_them(parts: list[bytes], after: bytes) -> None:
+    received = b"GET / HTTP/1.1\r\nHost: a\r\nb: c" + b"".join(parts) + b"\r\n\r\n" + after
+    ours, theirs = parser(), h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES_MAX)
+    verdicts: list[object] = []
+    for connection in (ours, theirs):
+        connection.receive_data(received)
+        try:
+            event = connection.next_event()
+        except h11.RemoteProtocolError as error:
+            verdicts.append((error.error_status_hint, connection.their_state))
+        else:
+            assert isinstance(event, h11.Request)
+            verdicts.append(event.headers)
+    assert verdicts[0] == verdicts[1]
 
 
 def test_half_a_line_end_at_the_end_of_the_input_is_not_waited_for() -> None:
