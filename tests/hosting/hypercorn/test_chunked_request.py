@@ -44,7 +44,7 @@ FRAMES = st.one_of(
         b"0\r\na: b\r\n\r\n", b"0;a\r\n\r\n", b"\r\n", b"1\nx\n", b"1\r\nxx\r\n", b"1\r\nx\n", b"g\r\n", b"-1\r\n",
         b"1;\n\r\nx\r\n",
         b"f" * 20 + b"\r\n", b"f" * 21 + b"\r\n", b"1;" + b"a" * 120 + b"\r\nx\r\n", b" 1\r\nx\r\n", b"0x1\r\nx\r\n",
-        b"1\r\n\r\n\r\n",
+        b"1\r\n\r\n\r\n", b"0\r\n\n\x0b\r\n\r\n", b"0\r\na:\x0b\r\n\r\n", b"0\r\na: b\r\n\r\n\x0b",
         b"GET / HTTP/1.1\r\n\r\n",
     ]),
 )  # fmt: skip
