@@ -23,6 +23,7 @@ LAYERS = (
         "clock",
         "freezes",
         "ids",
+        "http1_lines",
         "json_words",
         "lagging_deadlines",
         "steps",

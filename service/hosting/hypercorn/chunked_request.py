@@ -4,21 +4,19 @@ h11 makes an event of each chunk, and hypercorn sends a message for each event: 
 byte, so a body of some hundred kilobytes takes seconds. h11's pattern still decides what a chunk is, and h11 still
 reads the chunks that are not whole yet.
 
-A chunk's extensions and the trailers are looked at before h11's patterns, whose time grows with the square of the
-blanks in them where a byte follows that h11 refuses. Proven by ``tests/hosting/hypercorn/test_chunked_request.py``.
-"""
+A chunk's extensions and the trailers are looked at before h11's patterns: :mod:`service.http1_lines`.
 
-import re
+Proven by ``tests/hosting/hypercorn/test_chunked_request.py``.
+"""
 
 import h11
 from h11._readers import ChunkedReader
 from h11._receivebuffer import ReceiveBuffer
 
 from service.hosting.hypercorn.request_parser import has_refused_bytes
+from service.http1_lines import CHUNK_HEADER
 
 _END = b"\r\n"
-_CHUNK_HEADER = re.compile(rb"([0-9A-Fa-f]{1,20})(?:;[^\r\n]*|[ \t]*)\r\n")
-"""What h11's pattern accepts, but for carriage returns among extensions."""
 
 
 class JoiningChunkedReader(ChunkedReader):
@@ -51,7 +49,7 @@ def _take_whole_chunks(buf: ReceiveBuffer) -> bytes:
     received = buf._data
     data: list[bytearray] = []
     position = 0
-    while (header := _CHUNK_HEADER.match(received, position)) is not None:
+    while (header := CHUNK_HEADER.match(received, position)) is not None:
         size = int(header[1], base=16)
         start = header.end()
         end = start + size

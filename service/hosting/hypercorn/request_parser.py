@@ -6,32 +6,24 @@ request's line, and refuses it with 400.
 Source: https://www.rfc-editor.org/rfc/rfc9112#section-2.2-6; h11 0.16, ``_readers.maybe_read_from_IDLE_client``.
 Proven by ``tests/hosting/hypercorn/test_request_parser.py``.
 
-h11's pattern of a field tries each blank as two of its parts, so a field of blanks that ends with a byte that h11
-refuses takes a time that grows with its length squared: seconds for one head. Such a head is refused before the pattern
-sees it.
-
-Source: h11 0.16, ``_abnf.field_value``.
+A head with a byte that h11 refuses is refused before h11's patterns see it, because these may take seconds for it:
+:mod:`service.http1_lines`.
 """
 
-import re
-
 import h11
+
+from service.http1_lines import END_OF_FIELDS, REFUSED
 
 EMPTY_LINES_MAX = 8
 """Empty lines that are skipped before one request. h11 refuses a client that sends more."""
 
 
-_REFUSED = re.compile(rb"[\0\v\f]|\r[^\n]")
-"""Bytes that h11 refuses in a request line and in fields."""
-_END_OF_FIELDS = re.compile(rb"\n\r?\n")
-
-
 def has_refused_bytes(received: bytes | bytearray) -> bool:
     """Whether the lines of a head or of trailers have bytes that h11 refuses. False until their empty line is here."""
-    refused = _REFUSED.search(received)
+    refused = REFUSED.search(received)
     if refused is None:
         return False
-    end = _END_OF_FIELDS.search(received)
+    end = END_OF_FIELDS.search(received)
     return end is not None and refused.start() < end.start()
 
 

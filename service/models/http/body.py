@@ -10,11 +10,12 @@ Source: RFC 9112, sections 6 and 7.
 import re
 from typing import Protocol
 
+from service.http1_lines import CHUNK_HEADER
+
 LINE_BYTES_MAX = 16 * 1024
 """Bound on the line with a chunk's size, and on all trailers of a body together."""
-_SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,20})(?:;[^\r\n]*|[ \t]*)\r\n")
 _LENIENT_SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,20})(?:;[^\n]*|[ \t]*\r?)\n")
-"""As :data:`_SIZE_LINE`, with a line feed alone at the end, and with carriage returns among the extensions."""
+"""As :data:`CHUNK_HEADER`, with a line feed alone at the end, and with carriage returns among the extensions."""
 _TRAILER = re.compile(rb"[-!#$%&'*+.^_`|~0-9A-Za-z]+:[^\r\n\0]*\r\n")
 
 
@@ -78,7 +79,7 @@ class ChunkedBody:
     def feed(self, data: bytes) -> bytes:
         size = len(data)
         if self._is_between:  # the short way for one whole chunk, as tokens mostly come
-            match = _SIZE_LINE.match(data, 0, LINE_BYTES_MAX)
+            match = CHUNK_HEADER.match(data, 0, LINE_BYTES_MAX)
             if match is not None and 0 < int(match[1], 16) == size - match.end() - 2 and data.endswith(b"\r\n"):
                 return data[match.end() : -2]
         body = self._feed(data, size)
@@ -100,7 +101,7 @@ class ChunkedBody:
                 elif self._padding:
                     at = self._skip_padding(data, at)
                 elif not (self._line or self._in_trailers) and (
-                    match := _SIZE_LINE.match(data, at, at + LINE_BYTES_MAX)
+                    match := CHUNK_HEADER.match(data, at, at + LINE_BYTES_MAX)
                 ):
                     at = match.end()
                     self._begin_chunk(match[1])
@@ -153,7 +154,7 @@ class ChunkedBody:
         return end
 
     def _take_size(self, line: bytes) -> None:
-        match = _SIZE_LINE.fullmatch(line)
+        match = CHUNK_HEADER.fullmatch(line)
         if match is None:
             self.is_clean = False
             match = _LENIENT_SIZE_LINE.fullmatch(line)

@@ -8,15 +8,13 @@ import re
 import h11
 import httpx  # noqa: ASYNC127  the project's choice
 
+from service.http1_lines import END_OF_FIELDS, REFUSED
 from service.models.http.body import BodyDecoder, ChunkedBody, SizedBody, UnsizedBody
 
 HEAD_BYTES_MAX = 100 * 1024
 """Bound on a response's head."""
 INTERIM_MAX = 256
 """Bound on the interim responses (1xx) before a response. Some servers send one from time to time while they work."""
-_HEAD_END = re.compile(rb"\n\r?\n")
-_REFUSED = re.compile(rb"[\0\v\f]|\r(?!\n)")
-"""What h11 refuses within a line. It takes the square of the time where blanks are before such a byte."""
 _CHUNKED_LINE = re.compile(
     rb"^transfer-encoding:[ \t]*chunked(?:[ \t]*,[ \t]*chunked)*[ \t]*\r?\n(?![ \t])", re.IGNORECASE | re.MULTILINE
 )
@@ -94,7 +92,7 @@ class HeadReader:
         self._received += data
         if not self._received.startswith(_START[: len(self._received)]):
             raise httpx.RemoteProtocolError("the answer is not HTTP")
-        while self.response is None and (end := _HEAD_END.search(self._received, self._searched)):
+        while self.response is None and (end := END_OF_FIELDS.search(self._received, self._searched)):
             head = bytes(self._received[: end.end()])
             del self._received[: end.end()]
             self._searched = 0
@@ -111,7 +109,7 @@ class HeadReader:
         return rest
 
     def _take(self, head: bytes) -> None:
-        if _REFUSED.search(head):
+        if REFUSED.search(head):
             raise httpx.RemoteProtocolError("the head has a control character")
         is_ambiguous, head = fold_chunked(head)
         if len(head) > HEAD_BYTES_MAX:
