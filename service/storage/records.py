@@ -69,8 +69,7 @@ class Item(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     @property
     def prompt_bytes(self) -> int:
         """The size of the item in a prompt, in bytes of UTF-8."""
-        text = self.text
-        size = len(text) if text.isascii() else len(text.encode())
+        size = utf8_length(self.text)
         if self.type == "message":
             return size
         return size + utf8_length(self.call_id) + utf8_length(self.name) + utf8_length(self.upstream)

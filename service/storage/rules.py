@@ -6,7 +6,6 @@ from here (:class:`Counts`, :func:`expires_at`) and adds them in its statement.
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
-from typing import TypeVar
 
 import msgspec
 
@@ -21,8 +20,6 @@ from service.storage.records import (
     count_messages,
     cut_off,
 )
-
-T = TypeVar("T")
 
 
 class Counts(msgspec.Struct, frozen=True, kw_only=True):

@@ -102,6 +102,11 @@ def was_passed_to_owner() -> bool:
     return is_from_peer() and _HANDED_OVER not in request.headers
 
 
+def _hops() -> int:
+    """How many processes have passed the current request on."""
+    return int(request.headers.get(_HOPS, "0")) if is_from_peer() else 0
+
+
 def _successors() -> Sequence[str]:
     successors: Callable[[], Sequence[str]] = current_app.extensions.get(SUCCESSORS, tuple)
     return successors()
@@ -157,7 +162,7 @@ async def forward(error: OwnedElsewhereError) -> TrioResponse:
         OwnerHangsError: The owner accepted the request as a turn, and hangs.
         ShuttingDownError: This process stops before the answer.
     """
-    hops = int(request.headers.get(_HOPS, "0")) if is_from_peer() else 0
+    hops = _hops()
     if _HOPS_AT_ONCE <= hops < _HOPS_MAX:
         await trio.sleep(_HOP_WAIT_S * (hops - _HOPS_AT_ONCE + 1))
         try:
@@ -195,8 +200,8 @@ async def hand_over(error: ShuttingDownError) -> TrioResponse:
     """
     if not error.untouched:
         raise error
-    hops = int(request.headers.get(_HOPS, "0")) if is_from_peer() else 0
-    if (not is_from_peer() or _HANDED_OVER in request.headers) and hops < _HOPS_MAX:
+    hops = _hops()
+    if not was_passed_to_owner() and hops < _HOPS_MAX:
         beats = current_service().sessions.proxied_requests.beats
         for address in random.sample(_successors(), len(_successors())):
             if beats.hangs(address) or (stream := await connect_to_peer(address)) is None:

@@ -8,7 +8,7 @@ from service.ids import new_item_id
 from service.models.client import ArgumentsDelta, CallOpened, EncryptedReasoning, ReasoningDelta
 from service.sessions.events.event_log import EventLog
 from service.sessions.events.events import Event, TurnArguments, TurnCall, TurnReasoning
-from service.storage.records import Item, cut_off
+from service.storage.records import Item, cut_off, utf8_length
 
 Output = ReasoningDelta | EncryptedReasoning | CallOpened | ArgumentsDelta
 """The events of a model that are a part of an output item, other than its text."""
@@ -24,7 +24,7 @@ def size_of(told: Output) -> int:
         case ReasoningDelta():
             return 0
         case ArgumentsDelta(_, text):
-            return len(text) if text.isascii() else len(text.encode())
+            return utf8_length(text)
         case CallOpened(_, call_id, name, upstream):
             return len((call_id + name + upstream).encode())
         case EncryptedReasoning(text, upstream):
