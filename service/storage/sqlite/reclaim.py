@@ -23,7 +23,8 @@ def reclaim_some(db: apsw.Connection) -> bool:
         if session is None:
             return _shrink_some(db)
         if _delete_turns(db, session, deadline):
-            db.execute("DELETE FROM session_settings WHERE session = ?", (session,))
+            for table in ("siblings", "session_metadata", "session_settings"):
+                db.execute(f"DELETE FROM {table} WHERE session = ?", (session,))
             db.execute("DELETE FROM sessions WHERE key = ?", (session,))
     return True
 

@@ -119,7 +119,58 @@ CREATE TABLE event_pages (
 CREATE INDEX event_pages_by_turn ON event_pages (turn, after);
 """
 
-SCRIPTS = (VERSION_1, VERSION_2, VERSION_3)
+VERSION_4 = """
+-- The places of turns among the turns with the same parent, where there are at least two; the parent of roots is ''.
+CREATE TABLE siblings (
+    session INTEGER NOT NULL REFERENCES sessions (key),
+    parent TEXT NOT NULL,
+    ordinal INTEGER NOT NULL,   -- of the turn
+    place INTEGER NOT NULL,     -- from 1
+    PRIMARY KEY (session, parent, ordinal)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX turns_by_parent ON turns (session, coalesce(parent, ''), ordinal);
+INSERT INTO siblings (session, parent, ordinal, place)
+    SELECT session, parent, ordinal, place FROM (
+        SELECT session, coalesce(parent, '') AS parent, ordinal,
+            row_number() OVER (PARTITION BY session, coalesce(parent, '') ORDER BY ordinal) AS place,
+            count(*) OVER (PARTITION BY session, coalesce(parent, '')) AS siblings
+        FROM turns
+    ) WHERE siblings > 1;
+
+ALTER TABLE turns ADD COLUMN events_deleted INTEGER NOT NULL DEFAULT 0; -- 1: a text was deleted, its events with it
+ALTER TABLE turns ADD COLUMN cached_tokens INTEGER;
+
+ALTER TABLE sessions ADD COLUMN owner_name TEXT NOT NULL DEFAULT '';    -- of the keys that may use the session
+ALTER TABLE sessions ADD COLUMN reasoning_tokens INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE sessions ADD COLUMN cached_tokens INTEGER NOT NULL DEFAULT 0;
+CREATE INDEX sessions_by_owner ON sessions (owner_name, created_at, id) WHERE deletion = 0 AND owner_name <> '';
+
+ALTER TABLE session_settings ADD COLUMN options TEXT;   -- {"temperature": …}: of turns that name none
+
+CREATE TABLE session_metadata (
+    name TEXT NOT NULL,
+    value TEXT NOT NULL,
+    created_at INTEGER NOT NULL,    -- of the session
+    session INTEGER NOT NULL REFERENCES sessions (key),
+    PRIMARY KEY (name, value, created_at, session)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX metadata_by_session ON session_metadata (session);
+
+CREATE TABLE idempotency_keys (
+    caller TEXT NOT NULL,
+    key TEXT NOT NULL,
+    fingerprint BLOB NOT NULL,
+    session INTEGER,            -- the session that was made, or whose turn was
+    session_id TEXT NOT NULL,
+    turn TEXT,                  -- the turn that was made
+    gone_at INTEGER,            -- when what was made was deleted
+    PRIMARY KEY (caller, key)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX idempotency_keys_by_session ON idempotency_keys (session) WHERE session IS NOT NULL;
+CREATE INDEX idempotency_keys_by_end ON idempotency_keys (gone_at) WHERE gone_at IS NOT NULL;
+"""
+
+SCRIPTS = (VERSION_1, VERSION_2, VERSION_3, VERSION_4)
 """Each script takes the schema one version further. A released script never changes; new scripts are added."""
 
 APPLICATION_ID = 0x4C415354

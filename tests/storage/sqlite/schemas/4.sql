@@ -1,0 +1,130 @@
+BEGIN TRANSACTION;
+CREATE TABLE event_pages (
+    key INTEGER PRIMARY KEY,
+    turn INTEGER NOT NULL REFERENCES turns (key),
+    after INTEGER NOT NULL,     -- the seq before the first of them
+    runs BLOB NOT NULL,
+    text BLOB NOT NULL          -- of the pieces, in the order of arrival
+) STRICT;
+INSERT INTO "event_pages" VALUES(1,2,0,X'919200C40103',X'48656C');
+CREATE TABLE events (
+    key INTEGER PRIMARY KEY,
+    turn INTEGER NOT NULL REFERENCES turns (key),
+    after INTEGER NOT NULL,     -- the seq before the first of them
+    frames BLOB NOT NULL
+) STRICT;
+CREATE TABLE idempotency_keys (
+    caller TEXT NOT NULL,
+    key TEXT NOT NULL,
+    fingerprint BLOB NOT NULL,
+    session INTEGER,            -- the session that was made, or whose turn was
+    session_id TEXT NOT NULL,
+    turn TEXT,                  -- the turn that was made
+    gone_at INTEGER,            -- when what was made was deleted
+    PRIMARY KEY (caller, key)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE outputs (
+    key INTEGER PRIMARY KEY,
+    turn INTEGER NOT NULL REFERENCES turns (key),
+    after INTEGER NOT NULL,
+    items TEXT NOT NULL
+) STRICT;
+INSERT INTO "outputs" VALUES(1,2,0,'[{"id":"t2-out","type":"message","role":"assistant","text":""}]');
+CREATE TABLE owners (
+    fence INTEGER PRIMARY KEY AUTOINCREMENT,
+    address TEXT,
+    opened_at INTEGER NOT NULL
+) STRICT;
+INSERT INTO "owners" VALUES(1,NULL,1795925950865918);
+CREATE TABLE session_metadata (
+    name TEXT NOT NULL,
+    value TEXT NOT NULL,
+    created_at INTEGER NOT NULL,    -- of the session
+    session INTEGER NOT NULL REFERENCES sessions (key),
+    PRIMARY KEY (name, value, created_at, session)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE session_settings (
+    session INTEGER PRIMARY KEY REFERENCES sessions (key),
+    title TEXT,
+    model TEXT,
+    system_message TEXT,
+    metadata TEXT NOT NULL
+, options TEXT) STRICT;
+INSERT INTO "session_settings" VALUES(1,'é',NULL,NULL,'{"a":"b"}',NULL);
+INSERT INTO "session_settings" VALUES(2,NULL,NULL,NULL,'{}',NULL);
+INSERT INTO "session_settings" VALUES(3,NULL,NULL,NULL,'{}',NULL);
+CREATE TABLE sessions (
+    key INTEGER PRIMARY KEY,
+    id TEXT UNIQUE,
+    deletion INTEGER NOT NULL DEFAULT 0 CHECK (deletion IN (0, 1, 2)), -- 0 none, 1 marked, 2 removed
+    deleter INTEGER,            -- the owner that marked it
+    created_at INTEGER NOT NULL,
+    last_accessed_at INTEGER NOT NULL,
+    expires_at INTEGER NOT NULL,
+    idle_timeout_s REAL NOT NULL,
+    head TEXT,
+    message_count INTEGER NOT NULL DEFAULT 0,
+    open_turns INTEGER NOT NULL DEFAULT 0 CHECK (open_turns >= 0),
+    owner INTEGER,              -- of its open turns
+    turns_begun INTEGER NOT NULL DEFAULT 0,
+    input_tokens INTEGER NOT NULL DEFAULT 0,
+    output_tokens INTEGER NOT NULL DEFAULT 0, owner_name TEXT NOT NULL DEFAULT '', reasoning_tokens INTEGER NOT NULL DEFAULT 0, cached_tokens INTEGER NOT NULL DEFAULT 0,
+    CHECK ((id IS NULL) = (deletion = 2)),
+    CHECK ((owner IS NULL) = (open_turns = 0))
+) STRICT;
+INSERT INTO "sessions" VALUES(1,'s',0,NULL,1772366400123456,1772366400123456,1772366460123456,60.0,'t2',3,1,1,2,0,0,'',0,0);
+INSERT INTO "sessions" VALUES(2,'other',0,NULL,1772366400123456,1772366400123456,1772366460123456,60.0,NULL,0,0,NULL,0,0,0,'',0,0);
+INSERT INTO "sessions" VALUES(3,'marked',1,1,1772366400123456,1772366400123456,1772366460123456,60.0,NULL,0,0,NULL,0,0,0,'',0,0);
+CREATE TABLE siblings (
+    session INTEGER NOT NULL REFERENCES sessions (key),
+    parent TEXT NOT NULL,
+    ordinal INTEGER NOT NULL,   -- of the turn
+    place INTEGER NOT NULL,     -- from 1
+    PRIMARY KEY (session, parent, ordinal)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE turns (
+    key INTEGER PRIMARY KEY,
+    session INTEGER NOT NULL REFERENCES sessions (key),
+    ordinal INTEGER NOT NULL,   -- from 0, in the order of acceptance
+    id TEXT NOT NULL,
+    parent TEXT,
+    owner INTEGER,              -- while it is open
+    state TEXT NOT NULL CHECK (state IN ('queued', 'running', 'completed', 'failed', 'cancelled', 'interrupted')),
+    model TEXT NOT NULL,
+    created_at INTEGER NOT NULL,
+    started_at INTEGER,
+    ended_at INTEGER,
+    temperature REAL,
+    max_output_tokens INTEGER,
+    background INTEGER NOT NULL,
+    reason TEXT,
+    error TEXT,
+    finish_reason TEXT,
+    usage TEXT,
+    last_seq INTEGER NOT NULL,
+    message_bytes INTEGER NOT NULL,
+    input TEXT NOT NULL,
+    output TEXT NOT NULL, message_items INTEGER, left_out TEXT, runs BLOB, output_bytes INTEGER, text_length INTEGER, options TEXT, events_deleted INTEGER NOT NULL DEFAULT 0, cached_tokens INTEGER,
+    CHECK ((owner IS NOT NULL) = (state IN ('queued', 'running')))
+) STRICT;
+INSERT INTO "turns" VALUES(1,1,0,'t',NULL,NULL,'completed','a-model',1772366400123456,1772366400123456,1772366400123456,NULL,NULL,0,NULL,NULL,'stop',NULL,3,7,'[{"id":"t-in-0","type":"message","role":"user","text":"Hello"}]','[{"id":"t-out","type":"message","role":"assistant","text":"Hi"}]',2,'{"items":1,"bytes":2}',X'9292FEC4009200C40102',NULL,NULL,NULL,0,NULL);
+INSERT INTO "turns" VALUES(2,1,1,'t2','t',1,'running','a-model',1772366400123456,1772366400123456,NULL,NULL,NULL,0,NULL,NULL,NULL,NULL,0,5,'[{"id":"t2-in-0","type":"message","role":"user","text":"Hello"}]','[]',1,NULL,NULL,NULL,NULL,NULL,0,NULL);
+CREATE INDEX sessions_by_age ON sessions (created_at, id) WHERE deletion = 0;
+CREATE INDEX running_sessions_by_age ON sessions (created_at, id) WHERE deletion = 0 AND open_turns > 0;
+CREATE INDEX idle_sessions_by_deadline ON sessions (expires_at, id) WHERE deletion = 0 AND open_turns = 0;
+CREATE INDEX marked_sessions ON sessions (deleter) WHERE deletion = 1;
+CREATE INDEX removed_sessions ON sessions (key) WHERE deletion = 2;
+CREATE UNIQUE INDEX turns_by_id ON turns (id, session);
+CREATE UNIQUE INDEX turns_by_ordinal ON turns (session, ordinal);
+CREATE INDEX open_turns ON turns (owner) WHERE owner IS NOT NULL;
+CREATE INDEX events_by_turn ON events (turn, after);
+CREATE INDEX outputs_by_turn ON outputs (turn, after);
+CREATE INDEX event_pages_by_turn ON event_pages (turn, after);
+CREATE INDEX turns_by_parent ON turns (session, coalesce(parent, ''), ordinal);
+CREATE INDEX sessions_by_owner ON sessions (owner_name, created_at, id) WHERE deletion = 0 AND owner_name <> '';
+CREATE INDEX metadata_by_session ON session_metadata (session);
+CREATE INDEX idempotency_keys_by_session ON idempotency_keys (session) WHERE session IS NOT NULL;
+CREATE INDEX idempotency_keys_by_end ON idempotency_keys (gone_at) WHERE gone_at IS NOT NULL;
+DELETE FROM "sqlite_sequence";
+INSERT INTO "sqlite_sequence" VALUES('owners',1);
+COMMIT;
