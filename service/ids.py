@@ -1,4 +1,8 @@
-"""Ids of sessions, turns, items, calls and requests: a prefix and 128 random bits."""
+"""Ids of sessions, turns, items, calls and requests: a prefix and 128 random bits.
+
+Ids of sessions are per owner: two owners may have sessions of the same id. Inside of the service a session's id is
+the *scoped* one, ``OWNER/ID``; callers see the public one, ``ID``. Without an owner it is the public one inside, too.
+"""
 
 import re
 import secrets
@@ -6,6 +10,8 @@ from typing import Literal
 
 SESSION_ID = r"(?!\.{1,2}$)[A-Za-z0-9_.-]{1,128}"
 """The form of a session's id: a pattern for a whole text, for Python and JavaScript. A client may choose the id."""
+OWNER_NAME = r"[A-Za-z0-9_.~@|:+=-]{1,128}"
+"""The form of an owner's name: that of user ids and mail addresses, without the slash that ends it in a scoped id."""
 TURN_ID = r"turn_[0-9a-f]{32}"
 """The form of a turn's id."""
 REQUEST_ID = r"[A-Za-z0-9._~+/=:@-]{1,128}"
@@ -42,6 +48,31 @@ def new_request_id() -> str:
 def is_session_id(text: str) -> bool:
     """Whether a client may choose this id: 1 to 128 characters of ``[A-Za-z0-9_.-]``, except ``.`` and ``..``."""
     return re.fullmatch(SESSION_ID, text) is not None
+
+
+def is_owner_name(text: str) -> bool:
+    return re.fullmatch(OWNER_NAME, text) is not None
+
+
+def scoped(owner: str, public: str) -> str:
+    """The id inside of the service of an owner's session; ``owner`` is empty for sessions without an owner."""
+    return f"{owner}/{public}" if owner else public
+
+
+def public_id(session_id: str) -> str:
+    """The id that callers see."""
+    return session_id.rpartition("/")[2]
+
+
+def owner_of(session_id: str) -> str:
+    """The name of a session's owner; empty if the session has none."""
+    return session_id.rpartition("/")[0]
+
+
+def is_scoped_id(text: str) -> bool:
+    """Whether a session may have this id inside of the service."""
+    owner, slash, public = text.rpartition("/")
+    return is_session_id(public) and (is_owner_name(owner) if slash else True)
 
 
 def is_turn_id(text: str) -> bool:

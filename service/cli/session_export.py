@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 import msgspec
 
 from service.errors import StartupError
-from service.ids import is_item_id, is_session_id, is_turn_id
+from service.ids import is_item_id, is_scoped_id, is_turn_id
 from service.json_words import in_json_words
 from service.storage.records import Item, SessionRecord, TurnRecord
 from service.storage.rules import expires_at, with_totals
@@ -81,7 +81,7 @@ def without_open_turns(whole: ExportedSession) -> ExportedSession:
 def _problems(whole: ExportedSession, given: object) -> Iterator[str]:
     session = whole.session
     yield from _unknown(given, msgspec.to_builtins(whole), "")
-    if not is_session_id(session.id):
+    if not is_scoped_id(session.id):
         yield f"its id {shown(session.id)} is not a valid session id"
     yield from _problems_of_times(session, "of the session")
     turns: set[str] = set()

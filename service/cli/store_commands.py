@@ -38,8 +38,8 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     backup.add_argument("path", type=Path, help="the new file")
     add("check", help="check the whole store; exit code 1 if there are problems")
     export = add("export", help="print a session with its turns and events, as JSON")
-    export.add_argument("session", help="the session's id")
-    imported = add("import", help="add an exported session, under its own id")
+    export.add_argument("session", help="the session's id; OWNER/ID if it has an owner")
+    imported = add("import", help="add an exported session, under its own id and owner")
     imported.add_argument("file", type=Path, nargs="?", help="the output of export; standard input if left out")
     add("vacuum", help="give the space of removed data back to the disk, in short steps")
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from service.ids import new_item_id, new_session_id, new_turn_id
+from service.ids import new_item_id, new_session_id, new_turn_id, scoped
 from service.models.client import Tools
 from service.sessions.turns.turn import OnDisconnect
 from service.settings import Settings
@@ -17,9 +17,10 @@ OnConflict = Literal["reject", "queue", "supersede"]
 
 
 class NewSession(msgspec.Struct, frozen=True, kw_only=True):
-    """A session to be created; each field that is left out has a default."""
+    """A session to be created; each field that is left out has a default. ``id`` is the public id."""
 
     id: str | None = None
+    owner: str = ""
     title: str | None = None
     model: str | None = None
     system_message: str | None = None
@@ -30,7 +31,7 @@ class NewSession(msgspec.Struct, frozen=True, kw_only=True):
         """The session as it is created."""
         idle_timeout_s = settings.default_idle_timeout_s if self.idle_timeout_s is None else self.idle_timeout_s
         return SessionRecord(
-            id=self.id or new_session_id(),
+            id=scoped(self.owner, self.id or new_session_id()),
             created_at=now,
             last_accessed_at=now,
             expires_at=expires_at(now, idle_timeout_s),

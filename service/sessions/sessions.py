@@ -31,7 +31,7 @@ from service.errors import (
     TurnInProgressError,
 )
 from service.freezes import ScopeDeadline, move_on_after
-from service.ids import new_session_id
+from service.ids import new_session_id, owner_of, scoped
 from service.models.client import ModelClient
 from service.sessions.active.acceptance import Acceptance
 from service.sessions.active.active_sessions import ActiveSessions
@@ -135,11 +135,12 @@ class Sessions:
     async def fork_session(
         self, session_id: str, *, at: str | None = None, copy_id: str | None = None, for_peer: bool = False
     ) -> SessionRecord:
-        """Create a session with a copy of the path from the root to ``at``, or to the head.
+        """Create a session of the same owner with a copy of the path from the root to ``at``, or to the head.
 
         The answer comes within ``store_timeout_s``; at most half of it is the wait for other forks.
 
         Args:
+            copy_id: The new session's public id.
             for_peer: Another process asks because this one has open turns of the session; it is answered also in a
                 drain, in which other processes serve.
 
@@ -167,7 +168,10 @@ class Sessions:
                 left_s = max(asked_at + timeout_s - trio.current_time(), timeout_s / 2)
                 with self.pending_writes.writing(within_s=left_s, late_is_refused=not waits):
                     return await self._store.fork_session(
-                        session_id, at=at, copy_id=copy_id or new_session_id(), now=self._clock()
+                        session_id,
+                        at=at,
+                        copy_id=scoped(owner_of(session_id), copy_id or new_session_id()),
+                        now=self._clock(),
                     )
         except TurnInProgressError as error:
             if self.pending_writes.has_end_of(error.turn_id):
@@ -186,17 +190,22 @@ class Sessions:
         limit: int,
         after: str | None = None,
         status: SessionStatus | None = None,
+        owner: str | None = None,
         bytes_max: int | None = None,
     ) -> Page[SessionRecord]:
-        """A page of sessions, newest first. A page cursor of another listing raises InvalidRequestError."""
+        """A page of sessions, newest first. A page cursor of another listing raises InvalidRequestError.
+
+        Args:
+            owner: Only the sessions of this owner; with an empty text those without an owner.
+        """
         with self._answered_within():
             return await self._store.list_sessions(
-                limit=limit, after=after, status=status, now=self._clock(), bytes_max=bytes_max
+                limit=limit, after=after, status=status, now=self._clock(), owner=owner, bytes_max=bytes_max
             )
 
-    async def count_sessions(self, *, status: SessionStatus | None = None) -> int:
+    async def count_sessions(self, *, status: SessionStatus | None = None, owner: str | None = None) -> int:
         with self._answered_within():
-            return await self._store.count_sessions(status=status, now=self._clock())
+            return await self._store.count_sessions(status=status, now=self._clock(), owner=owner)
 
     async def update_session(self, session_id: str, patch: SessionPatch) -> SessionRecord:
         """Change a session and move its deadline.

@@ -88,6 +88,42 @@ class _Session:
     deleted: bool = False
 
 
+@dataclass
+class _Listed:
+    """Sorted lists of sessions that are not marked as deleted: each is in the first list and in one of the others."""
+
+    by_age: SortedList[tuple[datetime, str]] = field(default_factory=SortedList)
+    running_by_age: SortedList[tuple[datetime, str]] = field(default_factory=SortedList)
+    idle_by_deadline: SortedList[tuple[datetime, str]] = field(default_factory=SortedList)
+
+    def add(self, session: SessionRecord) -> None:
+        self.by_age.add((session.created_at, session.id))
+        self._of_status(session).add(_status_key(session))
+
+    def remove(self, session: SessionRecord) -> None:
+        self.by_age.remove((session.created_at, session.id))
+        self._of_status(session).remove(_status_key(session))
+
+    def replace(self, session: SessionRecord, changed: SessionRecord) -> None:
+        self._of_status(session).remove(_status_key(session))
+        self._of_status(changed).add(_status_key(changed))
+
+    def count(self, status: SessionStatus | None, now: datetime) -> int:
+        running = 0 if status == "idle" else len(self.running_by_age)
+        return running if status == "running" else running + len(self.idle_by_deadline) - self.count_expired(now)
+
+    def count_expired(self, now: datetime) -> int:
+        # The highest character makes this key the last one of its moment: `expires_at <= now`.
+        return self.idle_by_deadline.bisect_right((now, "\U0010ffff"))
+
+    def _of_status(self, session: SessionRecord) -> SortedList[tuple[datetime, str]]:
+        return self.running_by_age if session.open_turns else self.idle_by_deadline
+
+
+def _status_key(session: SessionRecord) -> tuple[datetime, str]:
+    return (session.created_at if session.open_turns else session.expires_at, session.id)
+
+
 @asynccontextmanager
 async def open_memory_store(*, sessions_max: float = inf) -> AsyncIterator["MemoryStore"]:
     """An empty store for at most ``sessions_max`` sessions, closed on leaving."""
@@ -109,11 +145,9 @@ class MemoryStore:
         self._sessions_max = sessions_max
         self._sessions: dict[str, _Session] = {}
         self._turns: dict[str, _Turn] = {}
-        # Sorted lists of the sessions that are not marked as deleted. Each session is in the first list and in one of
-        # the others.
-        self._by_age: SortedList[tuple[datetime, str]] = SortedList()
-        self._running_by_age: SortedList[tuple[datetime, str]] = SortedList()
-        self._idle_by_deadline: SortedList[tuple[datetime, str]] = SortedList()
+        self._listed = _Listed()
+        self._listed_of: dict[str, _Listed] = {}
+        """Those of each owner. Sessions without an owner are in ``_listed`` only."""
 
     # Sessions
 
@@ -154,30 +188,27 @@ class MemoryStore:
         after: str | None,
         status: SessionStatus | None,
         now: datetime,
+        owner: str | None = None,
         bytes_max: int | None = None,
     ) -> Page[SessionRecord]:
         await anyio.lowlevel.checkpoint()
-        order = self._running_by_age if status == "running" else self._by_age
+        listed = self._listed_of.get(owner, _Listed()) if owner else self._listed
+        order = listed.running_by_age if status == "running" else listed.by_age
         maximum = None
         if after is not None:
             position = decode_session_cursor(after)
             maximum = (position.created_at, position.id)
-        found = await in_steps(self._newest(order, maximum, limit + 1, status=status, now=now))
+        found = await in_steps(self._newest(order, maximum, limit + 1, status=status, owner=owner, now=now))
         data = tuple(found)[: fitting((session.text_bytes for session in found[:limit]), bytes_max=bytes_max)]
         cursors = tuple(encode_cursor(SessionPosition(session.created_at, session.id)) for session in data)
         return Page(data=data, next=cursors[-1] if len(data) < len(found) else None, cursors=cursors)
 
-    async def count_sessions(self, *, status: SessionStatus | None, now: datetime) -> int:
+    async def count_sessions(self, *, status: SessionStatus | None, now: datetime, owner: str | None = None) -> int:
         await anyio.lowlevel.checkpoint()
-        running = len(self._running_by_age)
-        idle = len(self._idle_by_deadline) - self._count_expired(now)
-        match status:
-            case None:
-                return running + idle
-            case "running":
-                return running
-            case "idle":
-                return idle
+        if owner:
+            return self._listed_of.get(owner, _Listed()).count(status, now)
+        owned = self._listed_of.values() if owner is not None else ()
+        return self._listed.count(status, now) - sum(listed.count(status, now) for listed in owned)
 
     async def update_session(self, session_id: str, patch: SessionPatch, *, now: datetime) -> SessionRecord:
         await anyio.lowlevel.checkpoint()
@@ -378,6 +409,7 @@ class MemoryStore:
         limit: int,
         *,
         status: SessionStatus | None,
+        owner: str | None,
         now: datetime,
     ) -> Steps[list[SessionRecord]]:
         """The newest sessions below ``maximum``. Many sessions may have expired that are not removed yet."""
@@ -386,7 +418,7 @@ class MemoryStore:
             keys = list(islice(order.irange(maximum=maximum, inclusive=(True, False), reverse=True), _LISTED_AT_ONCE))
             for _, session_id in keys:
                 session = self._sessions[session_id].record
-                if not session.has_expired(now) and (status is None or session.status == status):
+                if not session.has_expired(now) and status in (None, session.status) and owner in (None, session.owner):
                     found.append(session)
                     if len(found) == limit:
                         return found
@@ -439,8 +471,8 @@ class MemoryStore:
                 f"{self._sessions_max} sessions are kept already (memory_sessions_max); delete some or try again later."
             )
         added = self._sessions[session.id] = _Session(session)
-        self._by_age.add((session.created_at, session.id))
-        self._status_order(session).add(_status_key(session))
+        for listed in self._lists_of(session):
+            listed.add(session)
         return added
 
     def _turn_of(self, session_id: str, turn_id: str) -> _Turn:
@@ -449,25 +481,23 @@ class MemoryStore:
             raise TurnNotFoundError(turn_id)
         return turn
 
-    def _count_expired(self, now: datetime) -> int:
-        # The highest character makes this key the last one of its moment: `expires_at <= now`.
-        return self._idle_by_deadline.bisect_right((now, "\U0010ffff"))
-
     def _remove_expired(self, now: datetime, limit: int) -> int:
-        expired = self._idle_by_deadline[: min(limit, self._count_expired(now))]
+        expired = self._listed.idle_by_deadline[: min(limit, self._listed.count_expired(now))]
         for _, session_id in expired:
             self._remove(self._sessions[session_id])
         return len(expired)
 
     def _replace(self, session: _Session, record: SessionRecord) -> None:
         if not session.deleted:
-            self._status_order(session.record).remove(_status_key(session.record))
-            self._status_order(record).add(_status_key(record))
+            for listed in self._lists_of(record):
+                listed.replace(session.record, record)
         session.record = record
 
     def _hide(self, session: SessionRecord) -> None:
-        self._by_age.remove((session.created_at, session.id))
-        self._status_order(session).remove(_status_key(session))
+        for listed in self._lists_of(session):
+            listed.remove(session)
+        if session.owner and not self._listed_of[session.owner].by_age:
+            del self._listed_of[session.owner]
 
     def _remove(self, session: _Session) -> None:
         if not session.deleted:
@@ -476,8 +506,10 @@ class MemoryStore:
             del self._turns[turn.record.id]
         del self._sessions[session.record.id]
 
-    def _status_order(self, session: SessionRecord) -> SortedList[tuple[datetime, str]]:
-        return self._running_by_age if session.open_turns else self._idle_by_deadline
+    def _lists_of(self, session: SessionRecord) -> Iterator["_Listed"]:
+        yield self._listed
+        if session.owner:
+            yield self._listed_of.setdefault(session.owner, _Listed())
 
 
 def _measured(path: Sequence[TurnRecord]) -> Steps[LeftOut]:
@@ -495,7 +527,3 @@ def _pages_of(runs: Sequence[Run]) -> Iterator[_Page]:
         for run in part:
             ends[run.item] = ends.get(run.item, 0) + run.length
         after += count(part)
-
-
-def _status_key(session: SessionRecord) -> tuple[datetime, str]:
-    return (session.created_at if session.open_turns else session.expires_at, session.id)

@@ -7,6 +7,7 @@ from typing import Generic, Literal, TypeVar
 
 import msgspec
 
+from service.ids import owner_of
 from service.models.client import FinishReason, Role, Tools, Usage
 from service.storage.pieces import Run
 
@@ -129,6 +130,11 @@ class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         # A whole number becomes a float here, so that the first answer shows the same value as later ones.
         msgspec.structs.force_setattr(self, "idle_timeout_s", float(self.idle_timeout_s))
+
+    @property
+    def owner(self) -> str:
+        """The name of the owner, which the id never loses; empty for a session without one."""
+        return owner_of(self.id)
 
     @property
     def text_bytes(self) -> int:

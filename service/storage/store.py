@@ -46,7 +46,8 @@ class Store(Protocol):
 
     A session that is marked as deleted, or has expired at ``now``, does not exist for a method that
     takes ``now``, unless the method says otherwise. ``now`` is an aware datetime; stores have no clock of
-    their own. Ids of turns are unique among all sessions. Every ``limit`` is at least 1.
+    their own. Ids of turns are unique among all sessions. Ids of sessions are scoped ones
+    (:mod:`service.ids`), so a session's owner is a part of its id. Every ``limit`` is at least 1.
 
     The acceptance of a turn, its end and a patch *use* a session at ``now``; a read does not: ``last_accessed_at``
     becomes ``now``, ``expires_at`` becomes ``now`` plus the session's idle timeout.
@@ -113,9 +114,13 @@ class Store(Protocol):
         after: str | None,
         status: SessionStatus | None,
         now: datetime,
+        owner: str | None = None,
         bytes_max: int | None = None,
     ) -> Page[SessionRecord]:
         """A page of sessions, newest first (by ``created_at``, then ``id``).
+
+        With ``owner`` only the sessions of this owner; with an empty text those without an owner. A page cursor names a
+        place in the order of all sessions, so one of another owner's listing tells nothing of them.
 
         The listing is stable while sessions come and go: a session that exists from the first page to the last is on
         exactly one page. ``after`` is the ``next`` of the page before, and stays valid when the
@@ -129,7 +134,7 @@ class Store(Protocol):
         """
         ...
 
-    async def count_sessions(self, *, status: SessionStatus | None, now: datetime) -> int:
+    async def count_sessions(self, *, status: SessionStatus | None, now: datetime, owner: str | None = None) -> int:
         """The number of sessions that a complete listing would have."""
         ...
 

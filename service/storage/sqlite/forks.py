@@ -12,12 +12,12 @@ import apsw
 import msgspec
 
 from service.errors import OwnedElsewhereError, SessionExistsError, SessionNotFoundError
-from service.ids import new_session_id
+from service.ids import new_session_id, owner_of, scoped
 from service.storage import rules
 from service.storage.fork_path import ForkPath, copies_of, forked_session
 from service.storage.records import SessionRecord, TurnRecord
 from service.storage.sqlite import event_pages, sessions, turns
-from service.storage.sqlite.ownership import owner_of
+from service.storage.sqlite.ownership import owner_of as owner_in
 from service.storage.sqlite.rows import TURN_COLUMNS, Row
 
 STEP_S = 0.01
@@ -100,7 +100,7 @@ class Plan(turns.PathWalk):
         assert self._source is not None
         turn = event_pages.record_of(db, self._session_id, row)
         if turn.is_open and self._source.owner not in (None, self._fence):
-            owner = owner_of(db, self._source.owner)
+            owner = owner_in(db, self._source.owner)
             raise OwnedElsewhereError(self._session_id, fence=owner.fence, address=owner.address)
         key = row[-3]
         self._keys.append(key)
@@ -134,7 +134,7 @@ class Plan(turns.PathWalk):
             ),
             turns=self._copies,
             sources=self._keys[::-1],
-            hidden_id=f"+{new_session_id()}",
+            hidden_id=scoped(owner_of(self._copy_id), f"+{new_session_id()}"),
         )
 
 

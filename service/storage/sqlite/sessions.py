@@ -30,8 +30,13 @@ _FILTERS: dict[SessionStatus | None, str] = {
     "running": "AND open_turns > 0",
     "idle": "AND open_turns = 0",
 }
-_COUNT_RUNNING = "SELECT count(*) FROM sessions WHERE deletion = 0 AND open_turns > 0"
-_COUNT_IDLE = "SELECT count(*) FROM sessions WHERE deletion = 0 AND open_turns = 0 AND expires_at > ?"
+# An index has the sessions with an owner, so SQLite must see that the name is not empty.
+_INDEXED_OWNER = "AND owner_name <> '' AND owner_name = :owner"
+_ANY_OWNER = "AND owner_name <> ''"
+# Without that index: the running sessions are few, and most sessions without an owner are in files without owners.
+_OWNER = "AND +owner_name = :owner"
+_COUNT_RUNNING = "SELECT count(*) FROM sessions WHERE deletion = 0 AND open_turns > 0 {filter}"
+_COUNT_IDLE = "SELECT count(*) FROM sessions WHERE deletion = 0 AND open_turns = 0 AND expires_at > :now {filter}"
 _EXPIRED = (
     "SELECT key FROM sessions WHERE deletion = 0 AND open_turns = 0 AND expires_at <= ? ORDER BY expires_at, id LIMIT ?"
 )
@@ -98,10 +103,11 @@ def hide(db: apsw.Connection, key: int) -> None:
 def insert(db: apsw.Connection, session: SessionRecord, *, turns_begun: int = 0) -> int:
     """Add a session. Returns its key."""
     db.execute(
-        "INSERT INTO sessions (id, created_at, last_accessed_at, expires_at, idle_timeout_s, head, message_count, "
-        "input_tokens, output_tokens, turns_begun) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO sessions (id, owner_name, created_at, last_accessed_at, expires_at, idle_timeout_s, head, "
+        "message_count, input_tokens, output_tokens, turns_begun) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             session.id,
+            session.owner,
             moment(session.created_at),
             moment(session.last_accessed_at),
             moment(session.expires_at),
@@ -128,10 +134,14 @@ def list_page(
     after: SessionPosition | None,
     status: SessionStatus | None,
     now: datetime,
+    owner: str | None,
     bytes_max: int | None,
 ) -> Page[SessionRecord]:
     condition = _FILTERS[status]
     values: dict[str, int | str] = {"now": moment(now), "limit": limit + 1}
+    if owner is not None:
+        condition += " " + (_INDEXED_OWNER if owner and status != "running" else _OWNER)
+        values["owner"] = owner
     if after is not None:
         condition += " AND (created_at, id) < (:after, :after_id)"
         values |= {"after": moment(after.created_at), "after_id": after.id}
@@ -142,10 +152,22 @@ def list_page(
     return Page(data=data, next=cursors[-1] if len(data) < len(rows) else None, cursors=cursors)
 
 
-def count(db: apsw.Connection, status: SessionStatus | None, now: datetime) -> int:
-    running: int = 0 if status == "idle" else db.execute(_COUNT_RUNNING).get
-    idle: int = 0 if status == "running" else db.execute(_COUNT_IDLE, (moment(now),)).get
-    return running + idle
+def count(db: apsw.Connection, status: SessionStatus | None, now: datetime, *, owner: str | None = None) -> int:
+    running = 0 if status == "idle" else _count(db, _COUNT_RUNNING, now, owner, "" if owner is None else _OWNER)
+    return running if status == "running" else running + _count_idle(db, now, owner)
+
+
+def _count_idle(db: apsw.Connection, now: datetime, owner: str | None) -> int:
+    if owner:
+        return _count(db, _COUNT_IDLE, now, owner, _INDEXED_OWNER)
+    # An index alone counts all sessions; in a file without owners there is nothing to take off.
+    owned = 0 if owner is None else _count(db, _COUNT_IDLE, now, owner, _ANY_OWNER)
+    return _count(db, _COUNT_IDLE, now, owner, "") - owned
+
+
+def _count(db: apsw.Connection, query: str, now: datetime, owner: str | None, filter_: str) -> int:
+    counted: int = db.execute(query.format(filter=filter_), {"now": moment(now), "owner": owner}).get
+    return counted
 
 
 def update(db: apsw.Connection, session_id: str, patch: SessionPatch, now: datetime) -> SessionRecord:

@@ -146,15 +146,18 @@ class SqliteStore:
         after: str | None,
         status: SessionStatus | None,
         now: datetime,
+        owner: str | None = None,
         bytes_max: int | None = None,
     ) -> Page[SessionRecord]:
         position = None if after is None else decode_session_cursor(after)
         return await self._reading.call(
-            lambda db: sessions.list_page(db, limit=limit, after=position, status=status, now=now, bytes_max=bytes_max)
+            lambda db: sessions.list_page(
+                db, limit=limit, after=position, status=status, now=now, owner=owner, bytes_max=bytes_max
+            )
         )
 
-    async def count_sessions(self, *, status: SessionStatus | None, now: datetime) -> int:
-        return await self._reading.call(lambda db: sessions.count(db, status, now))
+    async def count_sessions(self, *, status: SessionStatus | None, now: datetime, owner: str | None = None) -> int:
+        return await self._reading.call(lambda db: sessions.count(db, status, now, owner=owner))
 
     async def update_session(self, session_id: str, patch: SessionPatch, *, now: datetime) -> SessionRecord:
         return await self._writing.call(lambda db: sessions.update(db, session_id, patch, now))
