@@ -16,6 +16,7 @@
     │   ├── ResumeConflictError      a resume of a turn that is not the newest turn of its session
     │   ├── OwnedElsewhereError      the session's turns run in another process (``fence``, ``address``)
     │   ├── OwnerHangsError          the call waits for a turn whose owner hangs (``session_id``, ``turn_id``)
+    │   ├── PreconditionFailedError  the session is not as the caller saw it last (``revision``)
     │   └── LimitError               a limit is reached; try later (``retry_after_s``)
     │       ├── TurnLimitError       ``live_turns_max``
     │       ├── QueueFullError       ``queued_turns_max``
@@ -199,6 +200,18 @@ class OwnerHangsError(RefusedError):
         )
         self.session_id = session_id
         self.turn_id = turn_id
+
+
+class PreconditionFailedError(RefusedError):
+    """The session has none of the revisions that the caller takes a change for; ``revision`` is the one that it has."""
+
+    code = "precondition_failed"
+
+    def __init__(self, revision: str) -> None:
+        super().__init__(
+            "The session has changed since you read it: get the session again, and decide again what to change."
+        )
+        self.revision = revision
 
 
 class LimitError(RefusedError):

@@ -12,7 +12,7 @@
     └── drain           no more work, then no more turns active/drain.py
 """
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager
 from functools import partial
 
@@ -207,31 +207,42 @@ class Sessions:
         with self._answered_within():
             return await self._store.count_sessions(status=status, now=self._clock(), owner=owner)
 
-    async def update_session(self, session_id: str, patch: SessionPatch) -> SessionRecord:
+    async def update_session(
+        self, session_id: str, patch: SessionPatch, *, revisions: Collection[str] | None = None
+    ) -> SessionRecord:
         """Change a session and move its deadline.
+
+        Args:
+            revisions: Change the session only if it has one of these revisions; None stands for all.
 
         Raises:
             SessionNotFoundError
+            PreconditionFailedError: The session has another revision.
             InvalidRequestError: The model is unknown.
         """
         self._check_not_deleted(session_id)
         if isinstance(patch.model, str):
             self._client_for(patch.model)
         with self.pending_writes.writing():
-            return await self._store.update_session(session_id, patch, now=self._clock())
+            return await self._store.update_session(session_id, patch, now=self._clock(), revisions=revisions)
 
-    async def delete_session(self, session_id: str) -> None:
+    async def delete_session(self, session_id: str, *, revisions: Collection[str] | None = None) -> None:
         """Delete a session: no caller finds the session from now on; then its turns end, then its rows are removed.
 
-        The deletion continues if the caller is cancelled. A second call meanwhile waits for the same deletion.
+        The deletion continues if the caller is cancelled. A second call meanwhile waits for the same deletion, whatever
+        revision it takes the session for, because the session is gone already.
+
+        Args:
+            revisions: Delete the session only if it has one of these revisions; None stands for all.
 
         Raises:
             SessionNotFoundError
+            PreconditionFailedError: The session has another revision.
             OwnedElsewhereError: Another process runs turns of this session; that process must delete it.
             StoreError: Also if the deletion takes longer than :attr:`deletion_timeout_s`; it goes on then.
             ShuttingDownError: The service ended before the deletion did.
         """
-        await self.deletions.delete(session_id, within_s=self.deletion_timeout_s)
+        await self.deletions.delete(session_id, revisions=revisions, within_s=self.deletion_timeout_s)
 
     @property
     def deletion_timeout_s(self) -> float:

@@ -57,6 +57,8 @@ from service.storage.store import PAGE_LENGTH_MAX
 
 _LISTED_AT_ONCE = 1000
 """Sessions that a listing looks at in one step of the event loop, which takes less than a millisecond."""
+_ROOM_AFTER_S = 10
+"""After which time a caller that found no room for a session is told to try again: sessions live for long."""
 _FORKED_AT_ONCE = 100
 """Turns that a fork copies in one step of the event loop, which takes some milliseconds."""
 
@@ -210,15 +212,19 @@ class MemoryStore:
         owned = self._listed_of.values() if owner is not None else ()
         return self._listed.count(status, now) - sum(listed.count(status, now) for listed in owned)
 
-    async def update_session(self, session_id: str, patch: SessionPatch, *, now: datetime) -> SessionRecord:
+    async def update_session(
+        self, session_id: str, patch: SessionPatch, *, now: datetime, revisions: Collection[str] | None = None
+    ) -> SessionRecord:
         await anyio.lowlevel.checkpoint()
         session = self._visible(session_id, now)
+        rules.check_revision(session.record, revisions)
         self._replace(session, rules.patched(session.record, patch, now))
         return session.record
 
-    async def mark_deleted(self, session_id: str, *, now: datetime) -> None:
+    async def mark_deleted(self, session_id: str, *, now: datetime, revisions: Collection[str] | None = None) -> None:
         await anyio.lowlevel.checkpoint()
         session = self._visible(session_id, now)
+        rules.check_revision(session.record, revisions)
         self._hide(session.record)
         session.deleted = True
 
@@ -468,7 +474,8 @@ class MemoryStore:
             self._remove(present)
         if len(self._sessions) >= self._sessions_max and not self._remove_expired(now, limit=1):
             raise SessionLimitError(
-                f"{self._sessions_max} sessions are kept already (memory_sessions_max); delete some or try again later."
+                f"{self._sessions_max} sessions are kept already (memory_sessions_max); delete some or try later.",
+                retry_after_s=_ROOM_AFTER_S,
             )
         added = self._sessions[session.id] = _Session(session)
         for listed in self._lists_of(session):

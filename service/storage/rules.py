@@ -4,12 +4,13 @@ A store that keeps whole records applies these functions to them. A store that c
 from here (:class:`Counts`, :func:`expires_at`) and adds them in its statement.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime, timedelta
+from hashlib import blake2b
 
 import msgspec
 
-from service.errors import HeadMovedError, TurnNotFoundError
+from service.errors import HeadMovedError, PreconditionFailedError, TurnNotFoundError
 from service.storage.records import (
     SEQ_AFTER_CRASH,
     EndResult,
@@ -70,6 +71,26 @@ def patched(session: SessionRecord, patch: SessionPatch, now: datetime) -> Sessi
 def changes_of(patch: SessionPatch) -> dict[str, object]:
     """The fields that a patch sets."""
     return {name: value for name, value in msgspec.structs.asdict(patch).items() if value is not msgspec.UNSET}
+
+
+PATCHED_FIELDS = tuple(name for name in SessionPatch.__struct_fields__ if name in SessionRecord.__struct_fields__)
+"""The fields of a session that a patch can set: a new field of patches is among them by itself."""
+_REVISION_BYTES = 16
+
+
+def revision_of(session: SessionRecord) -> str:
+    """The revision of a session: a text that changes with each field that a patch can set, and with nothing else."""
+    values = [getattr(session, name) for name in PATCHED_FIELDS]
+    return blake2b(msgspec.json.encode(values, order="deterministic"), digest_size=_REVISION_BYTES).hexdigest()
+
+
+def check_revision(session: SessionRecord, revisions: Collection[str] | None) -> None:
+    """Check that a session has one of these revisions; None stands for all. Raises: PreconditionFailedError."""
+    if revisions is None:
+        return
+    revision = revision_of(session)
+    if revision not in revisions:
+        raise PreconditionFailedError(revision)
 
 
 # Turns

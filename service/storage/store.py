@@ -138,19 +138,29 @@ class Store(Protocol):
         """The number of sessions that a complete listing would have."""
         ...
 
-    async def update_session(self, session_id: str, patch: SessionPatch, *, now: datetime) -> SessionRecord:
+    async def update_session(
+        self, session_id: str, patch: SessionPatch, *, now: datetime, revisions: Collection[str] | None = None
+    ) -> SessionRecord:
         """Apply a patch and count it as a use; a new idle timeout holds at once. Returns the session after it.
+
+        Args:
+            revisions: The session must have one of these revisions (:func:`~service.storage.rules.revision_of`).
 
         Raises:
             SessionNotFoundError
+            PreconditionFailedError: The session has another revision.
         """
         ...
 
-    async def mark_deleted(self, session_id: str, *, now: datetime) -> None:
+    async def mark_deleted(self, session_id: str, *, now: datetime, revisions: Collection[str] | None = None) -> None:
         """Hide a session from every reader, for good, before its turns are ended.
+
+        Args:
+            revisions: As for :meth:`update_session`.
 
         Raises:
             SessionNotFoundError
+            PreconditionFailedError: The session has another revision.
             OwnedElsewhereError: Another owner, which lives, has open turns of the session and must delete it.
         """
         ...

@@ -1,6 +1,6 @@
 """Forks: the events and the prompt of a copy, and the cases without a copy."""
 
-from datetime import datetime
+from typing import Any
 
 import msgspec
 import pytest
@@ -116,9 +116,9 @@ async def test_a_session_that_is_being_deleted_is_not_forked(
         go_on = trio.Event()
         mark_deleted = stage.store.mark_deleted
 
-        async def wait_and_mark(session_id: str, *, now: datetime) -> None:
+        async def wait_and_mark(session_id: str, **arguments: Any) -> None:
             await go_on.wait()
-            await mark_deleted(session_id, now=now)
+            await mark_deleted(session_id, **arguments)
 
         monkeypatch.setattr(stage.store, "mark_deleted", wait_and_mark)
         nursery.start_soon(stage.sessions.delete_session, source)

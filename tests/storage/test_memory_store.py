@@ -160,10 +160,11 @@ async def test_sessions_are_bounded_and_those_that_have_expired_make_room() -> N
         await store.create_session(a_session("used"), now=T0)
         with pytest.raises(SessionLimitError):
             await store.create_session(a_session("new"), now=T0)
-        with pytest.raises(SessionLimitError):
+        with pytest.raises(SessionLimitError) as refused:
             await store.fork_session("used", at=None, copy_id="copy", now=T0)
         with pytest.raises(SessionExistsError):
             await store.create_session(a_session("used"), now=T0)
+        assert refused.value.retry_after_s == 10
         await store.update_session("used", SessionPatch(title="x"), now=at(1))
         await store.fork_session("used", at=None, copy_id="copy", now=at(IDLE_TIMEOUT_S))
         with pytest.raises(SessionLimitError):

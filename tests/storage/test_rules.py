@@ -7,10 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.errors import HeadMovedError
+from service.errors import HeadMovedError, PreconditionFailedError
 from service.models.client import Usage
 from service.storage import rules
-from service.storage.records import SEQ_AFTER_CRASH, EndResult, EndState, Item, SessionPatch, TurnRecord
+from service.storage.records import (
+    SEQ_AFTER_CRASH,
+    EndResult,
+    EndState,
+    Item,
+    SessionPatch,
+    SessionRecord,
+    TurnRecord,
+)
 from tests.storage.rows import IDLE_TIMEOUT_S, T0, a_session, a_turn, at, ended
 
 texts = st.text(max_size=6)
@@ -54,6 +62,47 @@ def test_a_patch_changes_the_fields_that_it_sets_and_is_a_use() -> None:
         session, title=None, idle_timeout_s=5, last_accessed_at=at(7), expires_at=at(12)
     ), "a new idle timeout counts from this use"
     assert rules.patched(session, SessionPatch(), at(7)) == rules.used(session, at(7))
+
+
+NEW_VALUES: dict[str, object] = {
+    "title": "New",
+    "model": "b",
+    "system_message": "Be brief.",
+    "metadata": {"k": "w"},
+    "idle_timeout_s": 7.0,
+}
+
+
+def test_a_revision_changes_with_each_field_that_a_patch_can_set() -> None:
+    session = msgspec.structs.replace(a_session(), title="Old", model="a", metadata={"k": "v"})
+    assert set(rules.PATCHED_FIELDS) == set(NEW_VALUES), "a new field of a patch needs a new value here"
+    others = [msgspec.structs.replace(session, **{name: value}) for name, value in NEW_VALUES.items()]
+    revisions = {rules.revision_of(it) for it in (session, *others)}
+    assert len(revisions) == 1 + len(others)
+
+
+def test_a_revision_changes_with_nothing_else() -> None:
+    session = msgspec.structs.replace(a_session(), metadata={"a": "1", "b": "2"})
+    turn = a_turn()
+    after_a_turn = rules.ended(rules.begun(session, turn, at(1)), ended(turn, text="Hi"), at(2))
+    unpatched = {name: getattr(session, name) for name in rules.PATCHED_FIELDS}
+    assert rules.revision_of(msgspec.structs.replace(after_a_turn, **unpatched)) == rules.revision_of(session)
+    other_order = msgspec.structs.replace(session, metadata={"b": "2", "a": "1"})
+    assert rules.revision_of(other_order) == rules.revision_of(session)
+    assert rules.revision_of(session) == rules.revision_of(
+        msgspec.json.decode(msgspec.json.encode(session), type=SessionRecord)
+    )
+
+
+def test_a_session_must_have_one_of_the_revisions() -> None:
+    session = a_session()
+    revision = rules.revision_of(session)
+    rules.check_revision(session, None)
+    rules.check_revision(session, ["other", revision])
+    for revisions in ([], ["other"], [revision.upper() + "x"]):
+        with pytest.raises(PreconditionFailedError) as refused:
+            rules.check_revision(session, revisions)
+        assert refused.value.revision == revision
 
 
 # Turns

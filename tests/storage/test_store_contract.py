@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from service.errors import (
     HeadMovedError,
     InvalidRequestError,
+    PreconditionFailedError,
     SessionExistsError,
     SessionNotFoundError,
     TurnNotFoundError,
@@ -181,6 +182,31 @@ async def test_a_new_idle_timeout_holds_at_once(store: Store, idle_timeout_s: fl
     patched = await store.update_session("s", SessionPatch(idle_timeout_s=idle_timeout_s), now=at(10))
     assert patched.idle_timeout_s == idle_timeout_s
     assert patched.expires_at == at(10 + idle_timeout_s)
+
+
+async def test_a_patch_for_another_revision_changes_nothing_and_tells_the_revision(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    seen = rules.revision_of(a_session())
+    first = await store.update_session("s", SessionPatch(title="first"), now=at(1), revisions=["older", seen])
+    with pytest.raises(PreconditionFailedError) as refused:
+        await store.update_session("s", SessionPatch(title="second"), now=at(2), revisions=[seen])
+    assert refused.value.revision == rules.revision_of(first)
+    with pytest.raises(PreconditionFailedError):
+        await store.update_session("s", SessionPatch(), now=at(2), revisions=[])
+    assert await store.get_session("s", now=at(2)) == first
+
+
+async def test_a_deletion_for_another_revision_deletes_nothing(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    seen = rules.revision_of(a_session())
+    patched = await store.update_session("s", SessionPatch(metadata={"a": "b"}), now=T0)
+    with pytest.raises(PreconditionFailedError) as refused:
+        await store.mark_deleted("s", now=T0, revisions=[seen])
+    assert refused.value.revision == rules.revision_of(patched)
+    assert not await store.is_marked("s")
+    assert await store.get_session("s", now=T0) == patched
+    await store.mark_deleted("s", now=T0, revisions=[refused.value.revision])
+    assert await store.is_marked("s")
 
 
 # Sessions and turns that do not exist
@@ -1064,7 +1090,7 @@ async def _both(first: Callable[[], Awaitable[object]], second: Callable[[], Awa
     async def run(n: int, call: Callable[[], Awaitable[object]]) -> None:
         try:
             results[n] = await call()
-        except (SessionNotFoundError, SessionExistsError) as error:
+        except (SessionNotFoundError, SessionExistsError, PreconditionFailedError) as error:
             results[n] = type(error)
 
     with trio.fail_after(30):
@@ -1132,6 +1158,20 @@ async def test_a_session_takes_a_turn_or_is_deleted_first(store: Store) -> None:
         kept = list(await store.read_path(f"s{n}", turn.id, bytes_max=None))
         assert kept == ([] if begun is SessionNotFoundError else [turn])
         assert await contents(store, now=T0) == {}
+
+
+async def test_one_of_two_changes_of_one_revision_happens(store: Store) -> None:
+    for n in range(ROUNDS):
+        await store.create_session(a_session(f"s{n}"), now=T0)
+        seen = [rules.revision_of(a_session(f"s{n}"))]
+        changed, deleted = await _both(
+            partial(store.update_session, f"s{n}", SessionPatch(title="new"), now=T0, revisions=seen),
+            partial(store.mark_deleted, f"s{n}", now=T0, revisions=seen),
+        )
+        if deleted is PreconditionFailedError:
+            assert changed == await store.get_session(f"s{n}", now=T0)
+        else:
+            assert (changed, deleted) == (SessionNotFoundError, None)
 
 
 async def test_one_of_two_deletions_marks(store: Store) -> None:

@@ -4,8 +4,9 @@ import msgspec
 import pytest
 import trio
 
-from service.errors import HeadMovedError, OwnedElsewhereError, TurnInProgressError
-from service.storage.records import SEQ_AFTER_CRASH, Checkpoint, EndResult, Item, LeftOut
+from service.errors import HeadMovedError, OwnedElsewhereError, PreconditionFailedError, TurnInProgressError
+from service.storage import rules
+from service.storage.records import SEQ_AFTER_CRASH, Checkpoint, EndResult, Item, LeftOut, SessionPatch
 from service.storage.store import Store
 from tests.storage.conftest import OpenStore
 from tests.storage.rows import IDLE_TIMEOUT_S, T0, a_session, a_turn, at, contents, ended, said, told
@@ -165,6 +166,19 @@ async def test_recovery_finishes_the_deletions_of_owners_that_are_gone(open_shar
         assert [turn.id for turn in await living.read_path("s", "t", bytes_max=None)] == ["t"]
         assert list(await living.read_path("s2", "t2", bytes_max=None)) == []
         await living.create_session(a_session("s2"), now=at(1))
+
+
+async def test_a_change_by_another_owner_makes_a_revision_old(open_shared: OpenStore) -> None:
+    async with open_shared() as there, open_shared() as here:
+        await there.create_session(a_session(), now=T0)
+        seen = [rules.revision_of(await here.get_session("s", now=T0))]
+        patched = await there.update_session("s", SessionPatch(title="new"), now=T0, revisions=seen)
+        with pytest.raises(PreconditionFailedError) as refused:
+            await here.update_session("s", SessionPatch(title="newer"), now=T0, revisions=seen)
+        assert refused.value.revision == rules.revision_of(patched)
+        with pytest.raises(PreconditionFailedError):
+            await here.mark_deleted("s", now=T0, revisions=seen)
+        assert await here.get_session("s", now=T0) == patched
 
 
 async def test_a_deletion_is_its_owners_alone(open_shared: OpenStore) -> None:

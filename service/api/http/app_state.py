@@ -73,7 +73,9 @@ def trusted_proxies_of(app: Quart) -> TrustedProxies:
     return proxies
 
 
-def json_response(body: msgspec.Struct, status: int = 200, *, location: str | None = None) -> TrioResponse:
+def json_response(
+    body: msgspec.Struct, status: int = 200, *, location: str | None = None, etag: str | None = None
+) -> TrioResponse:
     """Return a wire type as a response. ``location`` is a path of this service, without the prefix.
 
     A wire type with texts of models goes through :func:`~service.api.http.long_json.encode_json` first.
@@ -81,21 +83,33 @@ def json_response(body: msgspec.Struct, status: int = 200, *, location: str | No
     Raises:
         HeldBytesLimitError: The request can be repeated, and there is no room for the answer.
     """
-    return encoded_response(msgspec.json.encode(body), status, location=location)
+    return encoded_response(msgspec.json.encode(body), status, location=location, etag=etag)
 
 
-def encoded_response(encoded: bytes, status: int = 200, *, location: str | None = None) -> TrioResponse:
+def encoded_response(
+    encoded: bytes, status: int = 200, *, location: str | None = None, etag: str | None = None
+) -> TrioResponse:
     """Return JSON as a response, as :func:`json_response` does."""
     headers = {"Cache-Control": "no-store"}
     if location is not None:
         headers["Location"] = located(location)
+    if etag is not None:
+        headers["ETag"] = etag
     hold_answer(len(encoded))
     return TrioResponse(encoded, status, headers, content_type="application/json")
 
 
-def no_content() -> TrioResponse:
-    """Return a response without a body, with status 204."""
-    response = TrioResponse(b"", 204)
+def not_modified(etag: str) -> TrioResponse:
+    """Return the answer to a request that knows what it would get, with status 304."""
+    response = no_content(304)
+    response.headers["Cache-Control"] = "no-store"
+    response.headers["ETag"] = etag
+    return response
+
+
+def no_content(status: int = 204) -> TrioResponse:
+    """Return a response without a body."""
+    response = TrioResponse(b"", status)
     for name in ("Content-Type", "Content-Length"):  # Quart sets them also without a body
         response.headers.pop(name, None)
     return response

@@ -23,6 +23,7 @@ class Answer:
         streams: Whether the answer may be an event stream instead (or, without ``body``, always is).
         media_type: The type of a body that is neither JSON nor an event stream.
         located: The thing that ``Location`` names, if the answer has this header.
+        tagged: Whether the answer has a session's ``ETag``.
         links: Operations to which the answer leads, with the parameters that the answer gives them.
     """
 
@@ -32,6 +33,7 @@ class Answer:
     streams: bool = False
     media_type: str | None = None
     located: str = ""
+    tagged: bool = False
     links: tuple[tuple[str, dict[str, str]], ...] = ()
 
 
@@ -40,7 +42,8 @@ class Operation:
     """The description of an operation, in addition to its path and docstring.
 
     ``errors`` leaves out the errors that every operation may answer (see :mod:`service.api.reference.openapi`).
-    ``resumes`` describes the effect of the header ``Last-Event-ID``, if the operation reads it.
+    ``resumes`` describes the effect of the header ``Last-Event-ID``, if the operation reads it; ``preconditions`` those
+    of the headers that name ETags.
     """
 
     id: str
@@ -49,6 +52,7 @@ class Operation:
     body: type[RequestBody] | None = None
     query: type[Query] | None = None
     resumes: str = ""
+    preconditions: tuple[tuple[str, str], ...] = ()
     accepts_stream: bool = False
 
 

@@ -13,6 +13,7 @@ from werkzeug.exceptions import HTTPException
 from service.api.http.access import LoopbackOnlyError, ProxiedRequestError, UnauthorizedError
 from service.api.http.held_bytes import HeldBytesLimitError
 from service.api.http.locations import prefix_of, turn_path
+from service.api.http.preconditions import MalformedHeaderError, quoted
 from service.api.http.request_body import BodyTimeoutError, UnsupportedEncodingError, UnsupportedMediaTypeError
 from service.api.http.strict_json import InputTooLargeError, MalformedBodyError
 from service.api.native.wire import Problem
@@ -25,6 +26,7 @@ from service.errors import (
     LimitError,
     OwnedElsewhereError,
     OwnerHangsError,
+    PreconditionFailedError,
     QueueFullError,
     ResourcesExhaustedError,
     ResumeConflictError,
@@ -56,6 +58,7 @@ class NotReadyError(LimitError):
 
 STATUS_BY_ERROR: Mapping[type[LastcallError], int] = {
     MalformedBodyError: 400,
+    MalformedHeaderError: 400,
     UnauthorizedError: 401,
     LoopbackOnlyError: 403,
     ProxiedRequestError: 403,
@@ -66,6 +69,7 @@ STATUS_BY_ERROR: Mapping[type[LastcallError], int] = {
     TurnInProgressError: 409,
     ResumeConflictError: 409,
     EventsLostError: 410,
+    PreconditionFailedError: 412,
     InputTooLargeError: 413,
     UnsupportedMediaTypeError: 415,
     InvalidRequestError: 422,
@@ -86,6 +90,7 @@ STATUS_BY_ERROR: Mapping[type[LastcallError], int] = {
 
 ADVICE: Mapping[str, str] = {
     "malformed_body": "send one JSON document, without repeated keys",
+    "malformed_header": "`field` names the header and `detail` its form",
     "bad_request": "the request is not valid HTTP, or its target is neither a path nor a URL",
     "unauthorized": "send `Authorization: Bearer <key>`",
     "loopback_only": "this server serves its own machine only: set `LASTCALL_API_KEYS` there",
@@ -100,6 +105,8 @@ ADVICE: Mapping[str, str] = {
     "turn_in_progress": "wait for the turn `turn_id`, cancel it, or send `on_conflict` as `queue` or `supersede`",
     "resume_conflict": "`Last-Event-ID` on a POST names no event of a turn with this input",
     "events_lost": "a crash took these events; the problem has the turn's `state` and `text`",
+    "precondition_failed": "the session has changed since you read it: get it again; `ETag` is its present one. A weak "
+    "ETag, `W/…`, never matches",
     "input_too_large": "`field` says which part; `input_bytes_max` is the bound",
     "unsupported_media_type": "send `Content-Type: application/json`, not compressed",
     "invalid_request": "`field` and `detail` say what is allowed",
@@ -122,6 +129,24 @@ ADVICE: Mapping[str, str] = {
     "turn_limit": "`live_turns_max` turns are open: try again after `Retry-After`",
 }
 """Advice to the reader for each code of a problem: a text without a full stop, with code in backticks."""
+
+REASONS_TO_RETRY: Mapping[str, str] = {
+    "session_exists": "never: the id stays taken until its session is deleted or expires",
+    "turn_in_progress": "never: how long the turn takes is not known; `GET …/turns/{turn}?wait=30` waits for its end",
+    "resume_conflict": "never: the same request gets the same answer",
+    "queue_full": "always: a queued turn starts, and leaves the queue, when the one before it ends",
+    "held_bytes_limit": "always: other requests end within moments",
+    "not_ready": "always: a start takes moments, and in a stop another process may answer",
+    "owned_elsewhere": "always: the process that runs the turns is found again, or its turns are ended",
+    "resources_exhausted": "always: connections close within moments",
+    "session_limit": "always, 10 seconds: sessions expire, or are deleted, less often than turns end",
+    "shutting_down": "always: another process may answer, or this one starts again",
+    "store_unavailable": "if the fault may pass and nothing was begun; without it, look before you repeat the call",
+    "stream_limit": "always: streams end within moments",
+    "turn_ending": "always: the end is on its way",
+    "turn_limit": "always: turns end within moments",
+}
+"""Whether an answer with status 409, 429 or 503 has ``Retry-After``, by its code, and why."""
 
 _CODE_BY_STATUS = {404: "not_found", 405: "method_not_allowed"}
 _OTHER_REFUSAL = (400, "bad_request")
@@ -193,6 +218,8 @@ def refusal_of(error: Exception, *, scope: dict[str, Any]) -> Refusal:
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, UnsupportedEncodingError):
         headers["Accept-Encoding"] = "identity"  # RFC 9110, 15.5.16
+    if isinstance(error, PreconditionFailedError):
+        headers["ETag"] = quoted(error.revision)
     if isinstance(error, ShuttingDownError):
         headers["Connection"] = "close"  # so that a pool finds another server
     if (

@@ -6,10 +6,11 @@ import msgspec
 from quart import Blueprint, request
 from quart_trio.wrappers import TrioResponse
 
-from service.api.http.app_state import current_service, json_response, no_content
+from service.api.http.app_state import current_service, json_response, no_content, not_modified
 from service.api.http.locations import session_path
 from service.api.http.operations import Answer, operation
 from service.api.http.paging import read_page
+from service.api.http.preconditions import etag_of, is_none_match, read_if_match
 from service.api.http.proxy import allow_longer_answer, is_from_peer
 from service.api.http.query_params import read_query
 from service.api.http.request_body import read_body
@@ -26,6 +27,7 @@ from service.api.native.wire import (
 )
 from service.errors import (
     InvalidRequestError,
+    PreconditionFailedError,
     SessionExistsError,
     SessionLimitError,
     SessionNotFoundError,
@@ -60,7 +62,14 @@ def checked_session_id(session_id: str) -> str:
     id="create_session",
     body=CreateSession,
     answers=(
-        Answer(status=201, description="The new session.", body=Session, located="The new session.", links=_LED_BY_ID),
+        Answer(
+            status=201,
+            description="The new session.",
+            body=Session,
+            located="The new session.",
+            tagged=True,
+            links=_LED_BY_ID,
+        ),
     ),
     errors=(SessionExistsError, SessionLimitError, ShuttingDownError),
 )
@@ -73,7 +82,7 @@ async def create_session() -> TrioResponse:
     service = current_service()
     body = await read_body(request, CreateSession, service)
     record = await service.sessions.create_session(NewSession(**msgspec.structs.asdict(body)))
-    return json_response(Session.of(record), 201, location=session_path(record.id))
+    return json_response(Session.of(record), 201, location=session_path(record.id), etag=etag_of(record))
 
 
 @blueprint.get("/sessions")
@@ -98,50 +107,67 @@ async def list_sessions() -> TrioResponse:
 @blueprint.get("/sessions/<session_id>")
 @operation(
     id="get_session",
-    answers=(Answer(status=200, description="The session.", body=Session),),
+    preconditions=(("If-None-Match", "An `ETag` that was received: 304 if the session still has it."),),
+    answers=(
+        Answer(status=200, description="The session.", body=Session, tagged=True),
+        Answer(status=304, description="The session has the `ETag` in `If-None-Match`.", tagged=True),
+    ),
     errors=(SessionNotFoundError,),
 )
 async def get_session(session_id: str) -> TrioResponse:
-    """Get a session. Reading does not keep it from expiring."""
+    """Get a session. Reading does not keep it from expiring.
+
+    The `ETag` stands for what PATCH can change. It does not change with times, counts, `status` and `usage`, so that a
+    turn which ends makes no `If-Match` fail.
+    """
     record = await current_service().sessions.get_session(checked_session_id(session_id))
-    return json_response(Session.of(record))
+    if is_none_match(record):
+        return not_modified(etag_of(record))
+    return json_response(Session.of(record), etag=etag_of(record))
 
 
 @blueprint.patch("/sessions/<session_id>")
 @operation(
     id="update_session",
     body=UpdateSession,
-    answers=(Answer(status=200, description="The session as it is now.", body=Session),),
-    errors=(SessionNotFoundError,),
+    preconditions=(("If-Match", "`ETag`s that were received: the session is changed only if it has one of them."),),
+    answers=(Answer(status=200, description="The session as it is now.", body=Session, tagged=True),),
+    errors=(SessionNotFoundError, PreconditionFailedError),
 )
 async def update_session(session_id: str) -> TrioResponse:
     """Change a session and move its expiry.
 
     Fields that are left out do not change; null clears `title`, `model` and `system_message`. `metadata` is replaced as
     a whole.
+
+    With `If-Match` the session is changed only if nothing that PATCH can change has changed since its `ETag` was
+    received: otherwise the answer is 412 `precondition_failed`, with the `ETag` that the session has now.
     """
     session_id = checked_session_id(session_id)
     service = current_service()
     body = await read_body(request, UpdateSession, service)
     patch = SessionPatch(**msgspec.structs.asdict(body))
-    return json_response(Session.of(await service.sessions.update_session(session_id, patch)))
+    record = await service.sessions.update_session(session_id, patch, revisions=read_if_match())
+    return json_response(Session.of(record), etag=etag_of(record))
 
 
 @blueprint.delete("/sessions/<session_id>")
 @operation(
     id="delete_session",
+    preconditions=(("If-Match", "`ETag`s that were received: the session is deleted only if it has one of them."),),
     answers=(Answer(status=204, description="The session, its turns and their events are gone."),),
-    errors=(SessionNotFoundError,),
+    errors=(SessionNotFoundError, PreconditionFailedError),
 )
 async def delete_session(session_id: str) -> TrioResponse:
     """Delete a session.
 
     For all callers the session is gone at once; its turns end as `cancelled` (`session_deleted`). The deletion
-    completes even if the caller leaves. A second call during the deletion waits and gets 204 too.
+    completes even if the caller leaves. A second call during the deletion waits and gets 204 too, also with another
+    `If-Match`. With `If-Match` the session is deleted only if it has one of these `ETag`s.
     """
     service = current_service()
     allow_longer_answer(by_s=service.settings.cleanup_timeout_s + service.settings.store_timeout_s)
-    await service.sessions.delete_session(checked_session_id(session_id))
+    await service.sessions.delete_session(checked_session_id(session_id), revisions=read_if_match())
     return no_content()
 
 
@@ -149,7 +175,16 @@ async def delete_session(session_id: str) -> TrioResponse:
 @operation(
     id="fork_session",
     body=ForkSession,
-    answers=(Answer(status=201, description="The copy.", body=Session, located="The new session.", links=_LED_BY_ID),),
+    answers=(
+        Answer(
+            status=201,
+            description="The copy.",
+            body=Session,
+            located="The new session.",
+            tagged=True,
+            links=_LED_BY_ID,
+        ),
+    ),
     errors=(
         *(SessionNotFoundError, SessionExistsError, TurnInProgressError),
         *(SessionLimitError, ShuttingDownError),
@@ -168,7 +203,7 @@ async def fork_session(session_id: str) -> TrioResponse:
         record = await service.sessions.fork_session(session_id, at=body.at, copy_id=body.id, for_peer=is_from_peer())
     except TurnNotFoundError as error:
         raise InvalidRequestError(str(error), field="at") from None
-    return json_response(Session.of(record), 201, location=session_path(record.id))
+    return json_response(Session.of(record), 201, location=session_path(record.id), etag=etag_of(record))
 
 
 @blueprint.get("/sessions/<session_id>/messages")

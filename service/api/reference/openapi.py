@@ -14,6 +14,7 @@ from service.api.http.access import LoopbackOnlyError, ProxiedRequestError, Unau
 from service.api.http.event_stream import MEDIA_TYPE as EVENT_STREAM
 from service.api.http.held_bytes import HeldBytesLimitError
 from service.api.http.operations import Answer, Operation, operation_of
+from service.api.http.preconditions import TAGS, MalformedHeaderError
 from service.api.http.problems import ADVICE, NotReadyError, code_of, status_of
 from service.api.http.problems import MEDIA_TYPE as PROBLEM
 from service.api.http.problems import codes as problem_codes
@@ -26,6 +27,7 @@ from service.errors import (
     InvalidRequestError,
     LastcallError,
     OwnedElsewhereError,
+    PreconditionFailedError,
     ResourcesExhaustedError,
     ResumeConflictError,
     StoreError,
@@ -46,6 +48,7 @@ _TAGS = {
 _BODY_ERRORS = (MalformedBodyError, BodyTimeoutError, InputTooLargeError, UnsupportedMediaTypeError)
 _PATH_PARAMETERS = {"session_id": SessionId, "turn_id": TurnId}
 _REF = "#/components/schemas/{name}"
+_ETAG = "Stands for what PATCH can change; for `If-Match`."
 _EXAMPLE_STREAM = """\
 id: 1
 data: {"type":"turn.started","seq":1,"session_id":"sess_6f","turn_id":"turn_0a","model":"scripted"}
@@ -174,6 +177,8 @@ def _parameters(operation: Operation, path_names: list[str], schemas: _Schemas) 
             "description": operation.resumes,
             "schema": {"type": "string", "pattern": "^[0-9]{0,15}$"},
         }
+    for name, effect in operation.preconditions:
+        yield {"name": name, "in": "header", "description": effect, "schema": TAGS}
 
 
 def _answer(answer: Answer, schemas: _Schemas) -> dict[str, Any]:
@@ -187,9 +192,12 @@ def _answer(answer: Answer, schemas: _Schemas) -> dict[str, Any]:
         content[answer.media_type] = {"schema": {"type": "object" if answer.media_type.endswith("json") else "string"}}
     if content:
         described["content"] = content
-    if answer.located:
+    headers = {"Location": answer.located, "ETag": _ETAG if answer.tagged else ""}
+    if any(headers.values()):
         described["headers"] = {
-            "Location": {"description": answer.located, "required": True, "schema": {"type": "string"}}
+            name: {"description": meaning, "required": True, "schema": {"type": "string"}}
+            for name, meaning in headers.items()
+            if meaning
         }
     if answer.links:
         described["links"] = {
@@ -218,6 +226,8 @@ def _errors(operation: Operation, tag: str) -> Iterable[type[LastcallError]]:
     yield from operation.errors
     if operation.body is not None:
         yield from _BODY_ERRORS
+    if operation.preconditions:
+        yield MalformedHeaderError
     yield InvalidRequestError
     yield LoopbackOnlyError
     yield NotReadyError
@@ -249,5 +259,7 @@ def _problems(errors: Iterable[type[LastcallError]], schemas: _Schemas) -> dict[
             problem["headers"] = {
                 "Location": {"description": "The session's newest turn.", "schema": {"type": "string"}}
             }
+        if f"`{PreconditionFailedError.code}`" in codes[status]:
+            problem["headers"] = {"ETag": {"description": "That of the session now.", "schema": {"type": "string"}}}
         described[str(status)] = problem
     return described

@@ -172,7 +172,7 @@ class Acceptance:
             for earlier in session.turns:
                 earlier.cut_short(outcome.Cancelled("superseded"))
         self._active.add(session, turn)
-        if session.deletion is not None:
+        if session.is_deleted:
             turn.cut_short(outcome.Cancelled("session_deleted"))
         self._drain.interrupt_late(turn)
         if not session.has_task:
@@ -229,7 +229,7 @@ def check_conflict(session: ActiveSession, on_conflict: OnConflict, *, queued_tu
         SessionNotFoundError: It is being deleted.
         TurnInProgressError, QueueFullError: By ``on_conflict``.
     """
-    if session.deletion is not None:
+    if session.is_deleted:
         raise SessionNotFoundError(session.id)
     if not session.turns:
         return

@@ -4,11 +4,13 @@ The outcome of each of the two writes may be unknown: a store that did not answe
 Until the outcome is known, this module remembers the session's id, and :meth:`Deletions.resolve` asks the store.
 """
 
+from collections.abc import Collection
+
 import structlog
 import trio
 
 from service.clock import Clock
-from service.errors import LastcallError, RefusedError, StoreError
+from service.errors import LastcallError, PreconditionFailedError, RefusedError, StoreError
 from service.freezes import move_on_after
 from service.sessions.active.active_sessions import ActiveSessions
 from service.sessions.active.pending_writes import PendingWrites
@@ -54,27 +56,39 @@ class Deletions:
         """The sessions that this process has marked, or may have marked, as deleted in the store."""
 
     def is_under_way(self, session_id: str) -> bool:
-        """Whether the deletion of a session is under way: callers do not find it, even if the store still has it."""
+        """Whether a deletion of a session is under way and certain (:attr:`ActiveSession.is_deleted`)."""
         session = self._active.find(session_id)
-        return session is not None and session.deletion is not None
+        return session is not None and session.is_deleted
 
-    async def delete(self, session_id: str, *, within_s: float) -> None:
+    async def delete(self, session_id: str, *, within_s: float, revisions: Collection[str] | None = None) -> None:
         """Delete a session, as :meth:`~service.sessions.sessions.Sessions.delete_session` says.
 
         Cancellation, and the end of ``within_s``, affect the caller alone.
         """
-        with self._active.holding(session_id) as session:
-            deletion = session.deletion or self._begin(session)
         self.callers_waiting += 1
         try:
             with move_on_after(within_s) as wait:
-                await deletion.ended.wait()
+                error = await self._wait_deleted(session_id, revisions)
         finally:
             self.callers_waiting -= 1
         if wait.cancelled_caught:
             raise StoreError(f"Session {session_id!r} is being deleted, which takes longer than usual; try again.")
-        if deletion.error is not None:
-            raise deletion.error
+        if error is not None:
+            raise error
+
+    async def _wait_deleted(self, session_id: str, revisions: Collection[str] | None) -> Exception | None:
+        """Wait for the deletion of a session, which begins unless one is under way. Returns the deletion's error.
+
+        A deletion that another caller has begun, and that was refused for the revisions of that caller, says nothing
+        about this call: then a deletion for this call begins.
+        """
+        while True:
+            with self._active.holding(session_id) as session:
+                begins = session.deletion is None
+                deletion = session.deletion or self._begin(session, revisions)
+            await deletion.ended.wait()
+            if begins or not isinstance(deletion.error, PreconditionFailedError):
+                return deletion.error
 
     async def resolve(self) -> None:
         """Ask the store for the unknown outcomes, and finish the deletions of sessions that are marked.
@@ -96,8 +110,8 @@ class Deletions:
                         logger.info("a deletion with an unknown outcome is finished", session_id=session_id)
                         self._begin(session)
 
-    def _begin(self, session: ActiveSession) -> Deletion:
-        deletion = session.deletion = Deletion()
+    def _begin(self, session: ActiveSession, revisions: Collection[str] | None = None) -> Deletion:
+        deletion = session.deletion = Deletion(revisions)
         self._nursery.start_soon(self._run, session, deletion, name=f"delete {session.id}")
         return deletion
 
@@ -105,7 +119,8 @@ class Deletions:
         """The task of a deletion. A failure reaches the callers that wait for it; a later deletion begins anew."""
         try:
             async with session.acceptance:
-                await self._mark(session.id)
+                await self._mark(session.id, deletion.revisions)
+                deletion.is_certain = True
             for turn in session.turns:
                 turn.cut_short(outcome.Cancelled("session_deleted"))
             await session.wait_without_turns()
@@ -124,11 +139,11 @@ class Deletions:
             session.deletion = None
             self._active.forget_without_work(session)
 
-    async def _mark(self, session_id: str) -> None:
+    async def _mark(self, session_id: str, revisions: Collection[str] | None) -> None:
         """Mark a session as deleted, unless an earlier attempt has done so.
 
         Raises:
-            SessionNotFoundError, OwnedElsewhereError
+            SessionNotFoundError, OwnedElsewhereError, PreconditionFailedError
             StoreError: The outcome is unknown; the session's id is remembered.
         """
         if session_id in self._unresolved and await self._is_marked(session_id):
@@ -138,7 +153,7 @@ class Deletions:
         self._unresolved.add(session_id)
         try:
             with self._pending_writes.writing():
-                await self._store.mark_deleted(session_id, now=self._clock())
+                await self._store.mark_deleted(session_id, now=self._clock(), revisions=revisions)
         except RefusedError:
             self._unresolved.discard(session_id)
             raise

@@ -4,7 +4,7 @@
 its children. The task lives while turns are queued or running. A failure in it ends the turns of this session only.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 
 import structlog
 import trio
@@ -41,6 +41,11 @@ class ActiveSession:
     def __repr__(self) -> str:
         state = "being deleted" if self.deletion is not None else f"{len(self.turns)} open turns"
         return f"<ActiveSession {self.id}: {state}>"
+
+    @property
+    def is_deleted(self) -> bool:
+        """Whether its deletion is under way and certain: callers do not find it, even if the store still has it."""
+        return self.deletion is not None and self.deletion.is_certain
 
     @property
     def has_work(self) -> bool:
@@ -135,8 +140,16 @@ class ActiveSession:
 
 
 class Deletion:
-    """A deletion under way; all callers that delete the session wait for it."""
+    """A deletion under way; all callers that delete the session wait for it.
 
-    def __init__(self) -> None:
+    Attributes:
+        revisions: The revisions of the session for which it was asked; None stands for all.
+        is_certain: Whether the session is gone for its callers. A deletion that was asked for some revisions becomes
+            certain when the store has checked the session's revision.
+    """
+
+    def __init__(self, revisions: Collection[str] | None = None) -> None:
+        self.revisions = revisions
+        self.is_certain = revisions is None
         self.ended = trio.Event()
         self.error: Exception | None = ShuttingDownError()  # until it has succeeded

@@ -1,5 +1,6 @@
 """The steps that read and write sessions, each within a transaction. A step refuses before its first write."""
 
+from collections.abc import Collection
 from datetime import datetime
 
 import apsw
@@ -170,8 +171,16 @@ def _count(db: apsw.Connection, query: str, now: datetime, owner: str | None, fi
     return counted
 
 
-def update(db: apsw.Connection, session_id: str, patch: SessionPatch, now: datetime) -> SessionRecord:
+def update(
+    db: apsw.Connection,
+    session_id: str,
+    patch: SessionPatch,
+    now: datetime,
+    *,
+    revisions: Collection[str] | None = None,
+) -> SessionRecord:
     kept = visible(db, session_id, now)
+    rules.check_revision(kept.record, revisions)
     session = rules.patched(kept.record, patch, now)
     db.execute(
         "UPDATE sessions SET idle_timeout_s = ?, last_accessed_at = ?, expires_at = ? WHERE key = ?",
@@ -185,8 +194,16 @@ def update(db: apsw.Connection, session_id: str, patch: SessionPatch, now: datet
     return session
 
 
-def mark_deleted(db: apsw.Connection, session_id: str, deleter: Ownership, now: datetime) -> None:
+def mark_deleted(
+    db: apsw.Connection,
+    session_id: str,
+    deleter: Ownership,
+    now: datetime,
+    *,
+    revisions: Collection[str] | None = None,
+) -> None:
     kept = visible(db, session_id, now)
+    rules.check_revision(kept.record, revisions)
     if kept.owner not in (None, deleter.fence):
         recovery.refuse_if_alive(db, kept.owner, deleter, session_id)
         recovery.end_turns_of(db, kept.owner, now, session=kept.key)

@@ -159,12 +159,15 @@ class SqliteStore:
     async def count_sessions(self, *, status: SessionStatus | None, now: datetime, owner: str | None = None) -> int:
         return await self._reading.call(lambda db: sessions.count(db, status, now, owner=owner))
 
-    async def update_session(self, session_id: str, patch: SessionPatch, *, now: datetime) -> SessionRecord:
-        return await self._writing.call(lambda db: sessions.update(db, session_id, patch, now))
+    async def update_session(
+        self, session_id: str, patch: SessionPatch, *, now: datetime, revisions: Collection[str] | None = None
+    ) -> SessionRecord:
+        return await self._writing.call(lambda db: sessions.update(db, session_id, patch, now, revisions=revisions))
 
-    async def mark_deleted(self, session_id: str, *, now: datetime) -> None:
+    async def mark_deleted(self, session_id: str, *, now: datetime, revisions: Collection[str] | None = None) -> None:
         await self._writing.call(
-            lambda db: sessions.mark_deleted(db, session_id, self._ownership, now), makes_space=True
+            lambda db: sessions.mark_deleted(db, session_id, self._ownership, now, revisions=revisions),
+            makes_space=True,
         )
 
     async def is_marked(self, session_id: str) -> bool:

@@ -1,6 +1,6 @@
 """The acceptance of a turn: either all of its writes and counts exist, or none."""
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -173,9 +173,11 @@ async def _refused_as_the_service_stops(stage: Stage) -> None:
 
 async def test_turn_whose_session_is_deleted_during_its_acceptance_ends_at_once(autojump_clock: MockClock) -> None:
     class Slow(Hangs):
-        async def mark_deleted(self, session_id: str, *, now: datetime) -> None:
+        async def mark_deleted(
+            self, session_id: str, *, now: datetime, revisions: Collection[str] | None = None
+        ) -> None:
             await trio.sleep(1)
-            await super().mark_deleted(session_id, now=now)
+            await super().mark_deleted(session_id, now=now, revisions=revisions)
 
     store = Slow("begin_turn")
     async with open_stage(store) as stage, trio.open_nursery() as nursery:

@@ -1,0 +1,85 @@
+"""Preconditions of a request (RFC 9110, 13): the ETag of a session, and the headers that name ETags."""
+
+import re
+from collections.abc import Collection
+
+from quart import request
+
+from service.errors import InvalidRequestError
+from service.storage.records import SessionRecord
+from service.storage.rules import revision_of
+
+TAGS = {
+    "type": "string",
+    "anyOf": [{"const": "*"}, {"pattern": r'^(W/)?"[!#-~]*"(, (W/)?"[!#-~]*")*$'}],
+}
+"""The schema of both headers."""
+# Each alternative begins with another character, so that a long header is read in one pass.
+_NEXT = re.compile(r'[ \t]*(?:(W/)?"([!#-~\x80-\xff]*)"[ \t]*)?(?:,|\Z)')
+
+
+class MalformedHeaderError(InvalidRequestError):
+    """A header does not have the form that HTTP gives it; ``field`` is its name."""
+
+    code = "malformed_header"
+
+
+def etag_of(session: SessionRecord) -> str:
+    """Return the ETag of a session: it stands for what PATCH can change, and for nothing else."""
+    return quoted(revision_of(session))
+
+
+def quoted(revision: str) -> str:
+    """Return a revision as a strong ETag."""
+    return f'"{revision}"'
+
+
+def read_if_match() -> Collection[str] | None:
+    """Return the revisions for which the current request wants its change; None if it takes every revision.
+
+    A weak ETag stands for no revision, because no change may be based on it (RFC 9110, 13.1.1).
+
+    Raises:
+        MalformedHeaderError
+    """
+    tags = _read_tags("If-Match")
+    return None if tags is None else {tag for tag, is_weak in tags if not is_weak}
+
+
+def is_none_match(session: SessionRecord) -> bool:
+    """Whether the current request wants no session of this revision, by its ``If-None-Match``.
+
+    Raises:
+        MalformedHeaderError
+    """
+    if "If-None-Match" not in request.headers:
+        return False
+    tags = _read_tags("If-None-Match")
+    return tags is None or revision_of(session) in (tag for tag, _ in tags)
+
+
+def _read_tags(name: str) -> list[tuple[str, bool]] | None:
+    """Return the tags in a header, each with whether it is weak; None if the header is not there, or is ``*``.
+
+    Raises:
+        MalformedHeaderError
+    """
+    if name not in request.headers:
+        return None
+    value = ",".join(request.headers.getlist(name)).strip(" \t")
+    if value == "*":
+        return None
+    tags: list[tuple[str, bool]] = []
+    position = 0
+    while position <= len(value):
+        part = _NEXT.match(value, position)
+        if part is None:
+            break
+        if part[2] is not None:
+            tags.append((part[2], part[1] is not None))
+        position = part.end() if part[0].endswith(",") else len(value) + 1
+    if position <= len(value) or not tags:
+        raise MalformedHeaderError(
+            f'{name} takes * or ETags as they were received, with their quotes: {name}: "0f3a".', field=name
+        )
+    return tags

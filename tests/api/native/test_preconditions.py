@@ -1,0 +1,123 @@
+"""Preconditions on sessions, as a client sees them: ``ETag``, ``If-Match`` and ``If-None-Match``."""
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from tests.api.inprocess import Api, open_api
+
+ALL = ["*", " * "]
+OTHERS = ['"0f"', '""', '"a,b", "c"', '"a" , , "b",', ',"a"', 'W/"x"', '"\xe9"']
+MALFORMED = [
+    "",
+    " ",
+    ",",
+    "0f",
+    '"',
+    '"a',
+    'a"',
+    '"a" "b"',
+    '*, "a"',
+    '"a", *',
+    "**",
+    'w/"a"',
+    'W/ "a"',
+    '"a b"',
+    "W/*",
+]
+
+
+async def _etag(api: Api) -> str:
+    return (await api.call("GET", "/sessions/me")).headers["etag"]
+
+
+async def test_the_etag_of_a_session_changes_with_what_patch_changes_alone(autojump_clock: MockClock) -> None:
+    async with open_api() as api:
+        created = await api.call("POST", "/sessions", {"id": "me", "metadata": {"a": "b"}})
+        etag = created.headers["etag"]
+        assert etag.startswith('"')
+        assert etag.endswith('"')
+        assert await _etag(api) == etag
+        assert (await api.call("PATCH", "/sessions/me", {"metadata": {"a": "b"}})).headers["etag"] == etag
+        head = await api.call("HEAD", "/sessions/me")
+        assert (head.headers["etag"], head.headers["cache-control"]) == (etag, "no-store")
+        patched = await api.call("PATCH", "/sessions/me", {"title": "New"})
+        assert patched.headers["etag"] == await _etag(api) != etag
+        forked = await api.call("POST", "/sessions/me/fork", {"id": "copy"})
+        assert forked.headers["etag"] == (await api.call("GET", "/sessions/copy")).headers["etag"]
+
+
+async def test_a_change_is_made_only_to_the_session_that_was_seen() -> None:
+    async with open_api() as api:
+        etag = (await api.call("POST", "/sessions", {"id": "me"})).headers["etag"]
+        first = await api.call("PATCH", "/sessions/me", {"title": "First"}, headers={"If-Match": f'"x", {etag}'})
+        assert (first.status, first.json["title"]) == (200, "First")
+        for method, body in (("PATCH", {"title": "Second"}), ("DELETE", None)):
+            refused = await api.call(method, "/sessions/me", body, headers={"If-Match": etag})
+            refused.problem(412, "precondition_failed")
+            assert refused.headers["etag"] == first.headers["etag"]
+        assert (await api.call("GET", "/sessions/me")).json["title"] == "First"
+        deleted = await api.call("DELETE", "/sessions/me", headers={"If-Match": first.headers["etag"]})
+        assert deleted.status == 204
+        for method, body in (("PATCH", {}), ("DELETE", None)):
+            gone = await api.call(method, "/sessions/me", body, headers={"If-Match": "*"})
+            gone.problem(404, "session_not_found")
+
+
+@pytest.mark.parametrize("value", [*ALL, *OTHERS])
+async def test_every_form_of_if_match_is_read(value: str) -> None:
+    async with open_api() as api:
+        etag = (await api.call("POST", "/sessions", {"id": "me"})).headers["etag"]
+        reply = await api.call("PATCH", "/sessions/me", {}, headers={"If-Match": value})
+        assert reply.status == (200 if value in ALL else 412)
+        if value not in ALL:
+            assert (await api.call("PATCH", "/sessions/me", {}, headers={"If-Match": f"{value}, {etag}"})).status == 200
+
+
+async def test_a_weak_etag_never_matches_a_change_and_matches_a_look() -> None:
+    async with open_api() as api:
+        etag = (await api.call("POST", "/sessions", {"id": "me"})).headers["etag"]
+        changed = await api.call("PATCH", "/sessions/me", {}, headers={"If-Match": f"W/{etag}"})
+        changed.problem(412, "precondition_failed")
+        assert (await api.call("GET", "/sessions/me", headers={"If-None-Match": f"W/{etag}"})).status == 304
+
+
+@pytest.mark.parametrize("value", MALFORMED)
+async def test_a_malformed_list_of_etags_is_refused_by_name(value: str) -> None:
+    async with open_api() as api:
+        await api.new_session(id="me")
+        for method, name, body in (
+            ("PATCH", "If-Match", {}),
+            ("DELETE", "If-Match", None),
+            ("GET", "If-None-Match", None),
+        ):
+            reply = await api.call(method, "/sessions/me", body, headers={name: value})
+            reply.problem(400, "malformed_header", name)
+        assert (await api.call("GET", "/sessions/me")).status == 200
+
+
+async def test_a_long_list_of_etags_is_read_in_one_pass() -> None:
+    async with open_api() as api:
+        await api.new_session(id="me")
+        for value in (" " * 20_000 + "x", '"a",' * 10_000, "," * 20_000, '"' * 20_001, 'W/"' * 9_000):
+            with trio.fail_after(5):
+                reply = await api.call("PATCH", "/sessions/me", {}, headers={"If-Match": value})
+            assert reply.status in (400, 412)
+
+
+async def test_a_look_at_a_session_that_is_known_is_304() -> None:
+    async with open_api() as api:
+        etag = (await api.call("POST", "/sessions", {"id": "me"})).headers["etag"]
+        for value in (etag, f'"x", {etag}', "*"):
+            known = await api.call("GET", "/sessions/me", headers={"If-None-Match": value})
+            assert (known.status, known.body, known.headers["etag"]) == (304, b"", etag)
+            assert "content-type" not in known.headers
+        assert (await api.call("GET", "/sessions/me", headers={"If-None-Match": '"x"'})).status == 200
+        (await api.call("GET", "/sessions/you", headers={"If-None-Match": "*"})).problem(404, "session_not_found")
+
+
+async def test_a_wrong_body_is_told_before_a_wrong_etag() -> None:
+    async with open_api() as api:
+        await api.new_session(id="me")
+        reply = await api.call("PATCH", "/sessions/me", {"title": 1}, headers={"If-Match": '"x"'})
+        reply.problem(422, "invalid_request", "title")
