@@ -37,11 +37,15 @@ class ProxiedRequests:
         self._stop = stop
         self._changes = trio.lowlevel.ParkingLot()
 
-    def open_request(self, address: str) -> "ProxiedRequest":
-        """Open one more request to the owner at ``address``. The caller must close the request."""
-        proxied = ProxiedRequest(address, self._note_closed, self._start_close)
+    def open_request(self, address: str, *, is_look: bool = False) -> "ProxiedRequest":
+        """Open one more request to the owner at ``address``. The caller must close the request.
+
+        Args:
+            is_look: The request waits for a change, and is as good without it: a stop does not wait for the request.
+        """
+        proxied = ProxiedRequest(address, self._note_closed, self._start_close, is_look=is_look)
         if self._stop.phase >= Phase.INTERRUPTING:
-            proxied.end_by(self._last_end_by())
+            proxied.end_by(self._last_end_by(proxied))
         self._open.add(proxied)
         self.beats.add(proxied, address)
         return proxied
@@ -49,21 +53,21 @@ class ProxiedRequests:
     def end_soon(self) -> None:
         """Set a deadline for all requests, as this process stops. Ends of owners that stop as well arrive by then."""
         for proxied in self._open:
-            proxied.end_by(self._last_end_by())
+            proxied.end_by(self._last_end_by(proxied))
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request is open."""
-        return not self._open
+        """Whether no request is open for which a stop waits."""
+        return all(proxied.is_look for proxied in self._open)
 
     async def wait_idle(self) -> None:
         """Wait for :attr:`is_idle`. Returns without a checkpoint if that is true already."""
-        while self._open:
+        while not self.is_idle:
             await self._changes.park()
 
-    def _last_end_by(self) -> float:
-        """The time by which the ends of an owner that stops as well have arrived here."""
-        return trio.current_time() + self._cleanup_timeout_s + _END_ON_ITS_WAY_S
+    def _last_end_by(self, proxied: "ProxiedRequest") -> float:
+        """The time by which the end of an owner that stops as well has arrived here. A look ends at once."""
+        return trio.current_time() + (0 if proxied.is_look else self._cleanup_timeout_s + _END_ON_ITS_WAY_S)
 
     def _start_close(self, proxied: "ProxiedRequest", call: Callable[[], Awaitable[None]]) -> bool:
         try:
@@ -98,6 +102,7 @@ class ProxiedRequest:
         start: Starts a task that closes the request; returns False if the service is closed already.
 
     Attributes:
+        is_look: Whether a stop does not wait for the answer.
         owner_hangs: Whether the answer was cut off because the owner hangs.
     """
 
@@ -106,8 +111,11 @@ class ProxiedRequest:
         address: str,
         note_closed: Callable[["ProxiedRequest"], None],
         start: Callable[["ProxiedRequest", Callable[[], Awaitable[None]]], bool],
+        *,
+        is_look: bool = False,
     ) -> None:
         self.address = address
+        self.is_look = is_look
         self.owner_hangs = False
         self._note_closed = note_closed
         self._start = start

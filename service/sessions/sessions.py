@@ -323,6 +323,20 @@ class Sessions:
         with self._answered_within():
             return await self._read_turn(session_id, turn_id)
 
+    async def wait_turn(self, session_id: str, turn_id: str) -> TurnRecord:
+        """Wait for the end of a turn; returns the turn. Cancellation affects the caller only.
+
+        A look, and no interest: the caller holds no watch, so that its leave does not end the turn, and the turn ends
+        for lack of clients while such a caller waits.
+
+        Raises:
+            SessionNotFoundError, TurnNotFoundError
+            OwnedElsewhereError: The turn is open in another process.
+        """
+        self._check_not_deleted(session_id)
+        turn = self._find_turn(session_id, turn_id)
+        return await self.get_turn(session_id, turn_id) if turn is None else await turn.wait_ended()
+
     async def list_turns(
         self, session_id: str, *, limit: int, after: str | None = None, bytes_max: int | None = None
     ) -> Page[TurnRecord]:

@@ -67,6 +67,8 @@ SUCCESSORS = "lastcall.successors"
 """Key of a function that returns the addresses of the processes that serve in this one's place when it stops."""
 _LATER = "lastcall.later"
 """Key in a request's ASGI scope: the seconds by which its answer may take longer than a step of the store."""
+_LOOK = "lastcall.look"
+"""Key in a request's ASGI scope: its answer is as good without the end of the turn for which the answer waits."""
 _ENCODE = "lastcall.encode"
 """Key in a request's ASGI scope: the frame of an event in the face of the stream that answers the request."""
 _HOPS = "lastcall-hops"
@@ -118,6 +120,15 @@ def allow_longer_answer(by_s: float) -> None:
     Call this before the step that may find another process as the owner.
     """
     cast("dict[str, object]", request.scope)[_LATER] = by_s
+
+
+def allow_look(within_s: float) -> None:
+    """Allow the current request to wait ``within_s`` for the end of a turn, though a stop does not wait for the answer.
+
+    Call this before the step that may find another process as the owner.
+    """
+    allow_longer_answer(within_s)
+    cast("dict[str, object]", request.scope)[_LOOK] = True
 
 
 def continue_streams_with(encode: EncodeFrame) -> None:
@@ -226,7 +237,7 @@ async def _answer_from(
     """
     assert error.address is not None
     peer = PeerConnection(stream, address=error.address, secret=current_service().store.peer_secret)
-    slot = current_service().sessions.proxied_requests.open_request(error.address)
+    slot = current_service().sessions.proxied_requests.open_request(error.address, is_look=_LOOK in request.scope)
     release_after_request(partial(_close_peer, peer, slot, _client_returns()))
     if user_of_peer(stream.socket) != user_of_peer(None):
         raise StoreError(str(error))

@@ -26,6 +26,7 @@ from service.api.http.operations import Answer, operation
 from service.api.http.paging import read_page
 from service.api.http.proxy import (
     allow_longer_answer,
+    allow_look,
     continue_streams_with,
     note_accepted,
     release_later,
@@ -39,7 +40,7 @@ from service.api.http.request_resources import release_after_request
 from service.api.native import wire
 from service.api.native.event_frames import encode_frame
 from service.api.native.sessions import checked_session_id
-from service.api.native.wire import EventsQuery, FunctionChoice, NewMessage, PageQuery, StartTurn, TurnList
+from service.api.native.wire import EventsQuery, FunctionChoice, NewMessage, PageQuery, StartTurn, TurnList, TurnQuery
 from service.errors import (
     EventsLostError,
     InvalidRequestError,
@@ -54,6 +55,7 @@ from service.errors import (
     TurnLimitError,
     TurnNotFoundError,
 )
+from service.freezes import move_on_after
 from service.ids import is_turn_id, new_item_id
 from service.models.client import FunctionTool, NamedFunction, Tools
 from service.sessions.commands import NewTurn, text_input
@@ -322,12 +324,37 @@ async def list_turns(session_id: str) -> TrioResponse:
 
 @blueprint.get("/sessions/<session_id>/turns/<turn_id>")
 @operation(
-    id="get_turn", answers=(Answer(status=200, description="The turn as it stands.", body=wire.Turn),), errors=_NO_TURN
+    id="get_turn",
+    query=TurnQuery,
+    answers=(Answer(status=200, description="The turn as it stands.", body=wire.Turn),),
+    errors=(*_NO_TURN, StreamLimitError),
 )
 async def get_turn(session_id: str, turn_id: str) -> TrioResponse:
-    """Get a turn, with the reply so far."""
-    record = await current_service().sessions.get_turn(checked_session_id(session_id), checked_turn_id(turn_id))
+    """Get a turn, with the reply so far.
+
+    For clients without event streams: with `wait` the answer comes when the turn has ended, or after so many seconds
+    as the turn stands then; look at `ended_at`, and ask again. A turn that begins to run is not waited for. Such a call
+    only looks: it does not keep a turn from being cancelled when its last client leaves. It counts as a stream under
+    `streams_max`.
+    """
+    session_id, turn_id = checked_session_id(session_id), checked_turn_id(turn_id)
+    wait_s = read_query(request, TurnQuery).wait
+    service = current_service()
+    if wait_s:
+        allow_look(wait_s)
+    record = await service.sessions.get_turn(session_id, turn_id)
+    if wait_s and record.is_open:
+        record = await _wait_for_end(service, session_id, turn_id, within_s=wait_s)
     return await _turn_response(record)
+
+
+async def _wait_for_end(service: Service, session_id: str, turn_id: str, *, within_s: float) -> TurnRecord:
+    """Return a turn when it has ended, or after ``within_s`` as it stands."""
+    take_slot(service)
+    leave_at_end_of_input()
+    with move_on_after(within_s):
+        return await service.sessions.wait_turn(session_id, turn_id)
+    return await service.sessions.get_turn(session_id, turn_id)
 
 
 @blueprint.get("/sessions/<session_id>/turns/<turn_id>/events")

@@ -480,6 +480,15 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+class TurnQuery(Query, frozen=True, kw_only=True):
+    """``?wait=30``: the turn when it ends, or as it stands after 30 seconds."""
+
+    wait: Annotated[
+        int,
+        Meta(ge=0, le=60, description="Seconds to wait for the turn's end; with 0 the answer comes at once."),
+    ] = 0
+
+
 class TurnList(msgspec.Struct, frozen=True, kw_only=True):
     """``{"data": [{"id": "turn_0a…", …}], "next": null}``: oldest first."""
 

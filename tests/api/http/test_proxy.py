@@ -805,6 +805,35 @@ async def test_a_request_that_came_from_a_process_that_stops_is_cut_as_its_own(t
             await stream.aclose()
 
 
+async def test_a_look_that_waits_is_passed_on_with_the_time_that_it_may_take(tmp_path: Path) -> None:
+    async with open_owner(tmp_path, store_timeout_s=0.2) as (api, owner), trio.open_nursery() as nursery:
+        replies: list[Reply] = []
+        nursery.start_soon(lambda: ask(api, replies, "GET", f"/sessions/s/turns/{TURN}?wait=1"))
+        stream, request = await owner.take()
+        assert request.startswith(f"GET /sessions/s/turns/{TURN}?wait=1 ".encode())
+        await trio.sleep(0.5)
+        await stream.send_all(answer("{}"))
+        await wait_for(replies)
+        assert replies[0].status == 200
+
+
+async def test_a_stop_does_not_wait_for_a_look_that_waits_at_the_owner(tmp_path: Path) -> None:
+    async with open_owner(tmp_path, cleanup_timeout_s=CAP_S) as (api, owner), trio.open_nursery() as nursery:
+        replies: list[Reply] = []
+        nursery.start_soon(lambda: ask(api, replies, "GET", f"/sessions/s/turns/{TURN}?wait=30"))
+        stream, _ = await owner.take()
+        assert api.service.sessions.drain.is_idle
+        api.service.shutdown.enter(Phase.INTERRUPTING)
+        api.service.sessions.drain.interrupt_all()
+        await wait_for(replies)
+        replies[0].problem(503, "shutting_down")
+        assert replies[0].headers["retry-after"] == "1"
+        assert await stream.receive_some() == b"", "the request no longer waits at the owner"
+        nursery.start_soon(lambda: ask(api, replies, "GET", f"/sessions/s/turns/{TURN}?wait=30"))
+        await wait_for(replies, 2)
+        replies[1].problem(503, "shutting_down")
+
+
 async def test_the_owner_answers_a_fork_at_an_open_turn_and_any_process_one_at_an_ended_turn(tmp_path: Path) -> None:
     async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
         replies: list[Reply] = []
