@@ -168,24 +168,37 @@ def _asked_by(turn: TurnRecord) -> dict[str, object]:
     return {"input": items, "tools": tools}
 
 
+def _added_by(turn: TurnRecord) -> list[dict[str, object]]:
+    """The items of an added turn, as a caller of the API gives them."""
+    return [
+        {"type": "function_call_output", "call_id": item.call_id, "output": item.text}
+        if item.type == "function_call_output"
+        else {"type": "function_call", "call_id": item.call_id, "name": item.name, "arguments": item.text}
+        if item.type == "function_call"
+        else {"type": "message", "role": item.role, "text": item.text}
+        for item in (*turn.input, *turn.output)
+    ]
+
+
 def _check_bounds(whole: ExportedSession, *, text_bytes_max: int) -> None:
     """Refuse values that the API would refuse. Raises: StartupError."""
     from service.api.http.strict_json import check_texts, convert  # noqa: PLC0415  only imports need the API
-    from service.api.native.wire import CreateSession, RequestBody, StartTurn  # noqa: PLC0415
+    from service.api.native.wire import AddMessages, CreateSession, RequestBody, StartTurn  # noqa: PLC0415
 
     asked: list[tuple[str, type[RequestBody], dict[str, object]]] = [
         ("of the session", CreateSession, msgspec.structs.asdict(whole.session))
     ]
-    asked += [
-        (f"of turn {shown(it.turn.id)}", StartTurn, msgspec.structs.asdict(it.turn) | _asked_by(it.turn))
-        for it in whole.turns
-    ]
+    for turn in (it.turn for it in whole.turns):
+        kind: type[RequestBody] = AddMessages if turn.was_added else StartTurn
+        values: dict[str, object]
+        values = {"items": _added_by(turn)} if turn.was_added else msgspec.structs.asdict(turn) | _asked_by(turn)
+        asked.append((f"of turn {shown(turn.id)}", kind, values))
     for of, kind, values in asked:
         body = {name: values[name] for name in kind.__struct_fields__ if name in values}
         try:
             checked = convert(body, kind)
             for name in body:
-                check_texts(getattr(checked, name), name, bytes_max=text_bytes_max)
+                check_texts(getattr(checked, name), name, bytes_max=text_bytes_max, bounds_each=kind.bounds_each)
         except InvalidRequestError as error:
             name = re.split(r"[.\[]", error.field or "", maxsplit=1)[0]
             raise not_exported(f"{name} {shown(body.get(name))} {of}: {str(error).removesuffix('.')}") from None

@@ -66,7 +66,7 @@ def _problems_of_record(turn: TurnRecord) -> Iterator[Problem]:
 
 
 def _problems_of_items(turn: TurnRecord) -> Iterator[Problem]:
-    if not turn.input or turn.input[-1].role != "user":
+    if not turn.was_added and (not turn.input or turn.input[-1].role != "user"):
         yield "input", turn.input, "does not end with an item of the user"
     for item in turn.input:
         if problem := _problem_of_item(item):

@@ -1,6 +1,6 @@
 """Commands to create sessions and turns, and the records that these commands make."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Literal
 
@@ -10,8 +10,12 @@ from service.ids import new_item_id, new_session_id, new_turn_id, scoped
 from service.models.client import Tools
 from service.sessions.turns.turn import OnDisconnect
 from service.settings import Settings
+from service.storage.pieces import count
 from service.storage.records import Item, SessionRecord, TurnRecord
-from service.storage.rules import expires_at
+from service.storage.rules import events_at_once, expires_at
+
+INPUT_ITEMS_MAX = 128
+"""The most items in the input of one turn."""
 
 OnConflict = Literal["reject", "queue", "supersede"]
 
@@ -94,3 +98,70 @@ class NewTurn(msgspec.Struct, frozen=True, kw_only=True):
             background=self.background,
             tools=self.tools,
         )
+
+
+class NewItems(msgspec.Struct, frozen=True, kw_only=True):
+    """Items of a conversation, to be added as turns that are complete at once. ``parent`` is as in :class:`NewTurn`."""
+
+    items: tuple[Item, ...]
+    parent: str | None | msgspec.UnsetType = msgspec.UNSET
+
+    def records(self, session: SessionRecord, *, now: datetime, settings: Settings) -> list[TurnRecord]:
+        """The turns as they are added, each the parent of the next one."""
+        parent = session.head if self.parent is msgspec.UNSET else self.parent
+        turns: list[TurnRecord] = []
+        for said, replied in turns_of(self.items, settings):
+            turn = TurnRecord(
+                id=new_turn_id(),
+                session_id=session.id,
+                parent=parent,
+                state="completed",
+                model=session.model or settings.default_model,
+                created_at=now,
+                ended_at=now,
+                input=tuple(said),
+                output=tuple(replied),
+                finish_reason="tool_calls" if any(item.type == "function_call" for item in replied) else "stop",
+                last_seq=count(events_at_once(replied)) + 1,
+            )
+            turns.append(turn)
+            parent = turn.id
+        return turns
+
+
+def turns_of(items: Sequence[Item], settings: Settings) -> Iterator[tuple[list[Item], list[Item]]]:
+    """Cut a conversation into the inputs and outputs of turns.
+
+    A turn is what the caller's side says and then what the model's side says. It has the form and the bounds of other
+    turns: a second text of the model without a call in between, and what would be too much for one input or reply,
+    begins another turn.
+    """
+    said: list[Item] = []
+    replied: list[Item] = []
+    said_bytes = replied_bytes = 0
+    has_text = False
+    for item in items:
+        size = item.prompt_bytes
+        if is_callers(item):
+            is_full = bool(said) and said_bytes + size > settings.input_bytes_max
+            begins = bool(replied) or is_full or len(said) == INPUT_ITEMS_MAX
+        else:
+            is_full = bool(replied) and replied_bytes + size > settings.reply_bytes_max
+            begins = is_full or (has_text and item.type == "message")
+        if begins:
+            yield said, replied
+            said, replied, said_bytes, replied_bytes, has_text = [], [], 0, 0, False
+        if is_callers(item):
+            said.append(item)
+            said_bytes += size
+        else:
+            replied.append(item)
+            replied_bytes += size
+            has_text = item.type == "message"
+    if said or replied:
+        yield said, replied
+
+
+def is_callers(item: Item) -> bool:
+    """Whether an item is of the caller's side of a conversation, which the model answers."""
+    return item.role != "assistant"

@@ -49,14 +49,14 @@ def page_of_messages(path: Sequence[TurnRecord], *, head: str | None, limit: int
     ``path`` has at least two turns, or ends at the head. The page has no message if these turns have none.
     """
     messages = [
-        (message, Position(turn.id, count)) for turn in path for count, message in enumerate(_messages_of(turn), 1)
+        (message, Position(turn.id, count)) for turn in path for count, message in enumerate(messages_of(turn), 1)
     ]
     page, rest = messages[skip : skip + limit], messages[skip + limit :]
     goes_on = None
     if rest:
         _, goes_on = page[-1]
     elif path and path[-1].id != head:
-        goes_on = Position(path[-1].id, len(_messages_of(path[-1])))
+        goes_on = Position(path[-1].id, len(messages_of(path[-1])))
     return Page(
         data=tuple(message for message, _ in page),
         next=str(goes_on) if goes_on else None,
@@ -64,7 +64,7 @@ def page_of_messages(path: Sequence[TurnRecord], *, head: str | None, limit: int
     )
 
 
-def _messages_of(turn: TurnRecord) -> list[MessageRecord]:
+def messages_of(turn: TurnRecord) -> list[MessageRecord]:
     """The messages of a turn, its calls and the outputs: the input, and the reply if the reply is not empty."""
     replied_at = turn.ended_at or turn.created_at
     items = [(item, turn.created_at) for item in turn.input] + [(item, replied_at) for item in turn.output]

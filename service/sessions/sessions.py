@@ -38,7 +38,7 @@ from service.sessions.active.active_sessions import ActiveSessions
 from service.sessions.active.deletion import Deletions
 from service.sessions.active.drain import Drain
 from service.sessions.active.pending_writes import PendingWrites
-from service.sessions.commands import NewSession, NewTurn, OnConflict, is_same_input
+from service.sessions.commands import NewItems, NewSession, NewTurn, OnConflict, is_same_input
 from service.sessions.events import outcome
 from service.sessions.events.event_log import Events
 from service.sessions.events.replay import Replays
@@ -273,6 +273,20 @@ class Sessions:
         if start is not None and not path:
             raise InvalidRequestError("after is not on the path to this session's head.", field="after")
         return page_of_messages(path, head=session.head, limit=limit, skip=start.count if start else 0)
+
+    async def add_items(self, session_id: str, new: NewItems) -> Sequence[TurnRecord]:
+        """Add items of a conversation as turns that are complete at once; the last one is the head. Returns the turns.
+
+        All of them are added, or none. The answer comes within ``store_timeout_s``, as that of :meth:`start_turn`.
+
+        Raises:
+            SessionNotFoundError
+            OwnedElsewhereError: Another process runs turns of this session.
+            TurnNotFoundError: ``parent`` is not a turn of this session.
+            TurnInProgressError: ``parent`` is open; or, without ``parent``, a turn of the session is.
+            ShuttingDownError
+        """
+        return await self._acceptance.add(session_id, new)
 
     # Turns
 

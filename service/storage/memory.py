@@ -270,6 +270,22 @@ class MemoryStore:
         path = None if path_bytes_max is msgspec.UNSET else self._short_path(session, turn, path_bytes_max)
         return BegunTurn(session.record, path)
 
+    async def add_turns(
+        self, added: Sequence[TurnRecord], *, now: datetime, head: str | None | msgspec.UnsetType = msgspec.UNSET
+    ) -> SessionRecord:
+        await anyio.lowlevel.checkpoint()
+        session = self._visible(added[0].session_id, now)
+        if added[0].parent is not None:
+            parent = self._turn_of(added[0].session_id, added[0].parent).record
+            rules.check_parent_of_added(parent.id, is_open=parent.is_open)
+        rules.check_head(session.record, head)
+        for turn in added:
+            runs = rules.events_at_once(turn.output)
+            kept = self._turns[turn.id] = _Turn(turn, tuple(_pages_of(runs)), count(runs))
+            session.turns.append(kept)
+        self._replace(session, rules.with_added(session.record, added, now))
+        return session.record
+
     async def start_turn(self, turn_id: str, *, now: datetime) -> bool:
         await anyio.lowlevel.checkpoint()
         turn = self._turns.get(turn_id)

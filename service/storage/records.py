@@ -186,6 +186,8 @@ class LeftOut(msgspec.Struct, frozen=True):
 class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A turn: an input, the reply to it, and its place in the session's tree.
 
+    A turn that a caller added complete has no ``started_at``, and may have no input, or no output.
+
     The store gets output items with the end; until then the live turn holds them. ``last_seq`` is the seq of
     the terminal event. ``left_out`` is None if the whole conversation went to the model. The store does not keep
     ``stored``: it is False if the turn has ended and the store has not taken this end.
@@ -216,6 +218,11 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def is_open(self) -> bool:
         return self.state in ("queued", "running")
+
+    @property
+    def was_added(self) -> bool:
+        """Whether a caller brought both sides of the turn, and no model was asked."""
+        return self.state == "completed" and self.started_at is None
 
     @property
     def input_text(self) -> str:

@@ -10,7 +10,8 @@ from hashlib import blake2b
 
 import msgspec
 
-from service.errors import HeadMovedError, PreconditionFailedError, TurnNotFoundError
+from service.errors import HeadMovedError, PreconditionFailedError, TurnInProgressError, TurnNotFoundError
+from service.storage.pieces import CALL, STARTED, Run, run_of
 from service.storage.records import (
     SEQ_AFTER_CRASH,
     EndResult,
@@ -134,6 +135,35 @@ def ended(session: SessionRecord, turn: TurnRecord, now: datetime) -> SessionRec
     return used(_with_counts(session, counts_of_end(turn)), now)
 
 
+def check_parent_of_added(turn_id: str, *, is_open: bool) -> None:
+    """Check the turn that an added turn follows. Raises: TurnInProgressError."""
+    if is_open:
+        raise TurnInProgressError(turn_id, instead="name an ended turn as the parent")
+
+
+def with_added(session: SessionRecord, turns: Sequence[TurnRecord], now: datetime) -> SessionRecord:
+    """The session after turns that are complete at once were added. The last one is the head."""
+    counts = [count for turn in turns for count in (counts_of_begin(turn), counts_of_end(turn))]
+    return used(msgspec.structs.replace(_with_counts(session, sum(counts, Counts())), head=turns[-1].id), now)
+
+
+def events_at_once(output: Sequence[Item]) -> list[Run]:
+    """The events of a turn whose output came at once: its start, then each item; a text in pieces of a bounded length.
+
+    The terminal event is not among them.
+    """
+    runs = [Run(STARTED)]
+    for index, item in enumerate(output):
+        if item.type == "function_call":
+            runs.append(Run(CALL - index))
+        lengths = [PIECE_LENGTH_MAX] * (len(item.text) // PIECE_LENGTH_MAX)
+        if rest := len(item.text) % PIECE_LENGTH_MAX:
+            lengths.append(rest)
+        if lengths:
+            runs.append(run_of(index, lengths))
+    return runs
+
+
 def with_totals(session: SessionRecord, turns: Sequence[TurnRecord]) -> SessionRecord:
     """The session with the counts and totals of these turns, all of which count as ended."""
     counts = (counts for turn in turns for counts in (counts_of_begin(turn), counts_of_end(turn)))
@@ -210,6 +240,10 @@ def with_texts(items: Sequence[Item], growth: Iterable[tuple[int, str]]) -> tupl
 def without_texts(items: Iterable[Item]) -> tuple[Item, ...]:
     """The items, each without its text."""
     return tuple(msgspec.structs.replace(item, text="") for item in items)
+
+
+PIECE_LENGTH_MAX = 4096
+"""The most code points in one event of a turn whose output came at once."""
 
 
 TURN_BYTES = 128

@@ -221,6 +221,26 @@ class Store(Protocol):
         """
         ...
 
+    async def add_turns(
+        self, added: Sequence[TurnRecord], *, now: datetime, head: str | None | msgspec.UnsetType = msgspec.UNSET
+    ) -> SessionRecord:
+        """Add turns that are complete at once, make the last one the head, count it as a use. Returns the session.
+
+        All are of one session and ``completed``, with new ids; each but the first one follows the one before it. The
+        events of each are :func:`~service.storage.rules.events_at_once`. ``message_count`` grows by their messages.
+
+        Args:
+            head: The head that the session must have, if the caller chose the first turn's parent by it.
+
+        Raises:
+            SessionNotFoundError
+            HeadMovedError: The session has another head.
+            TurnNotFoundError: The first turn's parent is not a turn of this session.
+            TurnInProgressError: That parent is open.
+            OwnedElsewhereError: As :meth:`begin_turn`.
+        """
+        ...
+
     async def start_turn(self, turn_id: str, *, now: datetime) -> bool:
         """Start a queued turn: ``started_at`` becomes ``now``. Changes nothing if the turn is not queued.
 

@@ -19,7 +19,7 @@ from service.clock import wall_clock
 from service.errors import StartupError, StoreError
 from service.ids import new_item_id
 from service.models.client import FunctionTool, Tools
-from service.sessions.commands import NewSession, NewTurn, text_input
+from service.sessions.commands import NewItems, NewSession, NewTurn, text_input
 from service.sessions.events.events import Event, TurnDelta
 from service.settings import Settings, Upstream
 from service.stop_state import Phase
@@ -63,6 +63,7 @@ async def fill(path: Path) -> None:
             echo, watch = await sessions.start_turn("s", NewTurn(text=INPUT, parent=None))
             with watch:
                 await echo.wait_ended()
+            await sessions.add_items("s", NewItems(items=(*text_input(INPUT), *added_items())))
             running, watch = await sessions.start_turn("s", NewTurn(text="x", model="hangs", background=True))
             watch.release()
             queued, watch = await sessions.start_turn("s", NewTurn(text="x", on_conflict="queue", background=True))
@@ -80,6 +81,16 @@ async def fill(path: Path) -> None:
         await crash(path)
         async with open_service(settings) as service:
             await service.sessions.fork_session("s", at=None, copy_id="f")
+
+
+def added_items() -> Iterator[Item]:
+    """A conversation of all kinds of items, of which some turns have no input or no output."""
+    for text in (INPUT, "again", 5000 * "long"):
+        yield Item(id=new_item_id("message"), role="assistant", text=text)
+    call = Item(
+        id=new_item_id("function_call"), type="function_call", role="assistant", text="{}", call_id="1", name="f"
+    )
+    yield from (call, an_output("1"), Item(id=new_item_id("message"), role="system", text=INPUT))
 
 
 def an_output(call_id: str) -> Item:
@@ -142,7 +153,7 @@ def test_a_refused_import_makes_no_store(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LASTCALL_STORE_URL", "sqlite:new.db")
-    Path("exported.json").write_bytes(exports["s"].replace(b'"completed"', b'"failed"'))
+    Path("exported.json").write_bytes(exports["s"].replace(b'"completed"', b'"failed"', 1))
     assert main(["import", "exported.json"]) == 78
     assert "error None of turn" in capsys.readouterr().err
     assert [it.name for it in tmp_path.iterdir()] == ["exported.json"]

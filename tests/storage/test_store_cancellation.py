@@ -15,6 +15,7 @@ from service.storage.sqlite import forks as sqlite_forks
 from service.storage.store import Store
 from tests.storage.conftest import OpenStore
 from tests.storage.rows import IDLE_TIMEOUT_S, T0, Contents, a_session, a_turn, at, contents, ended, said, told
+from tests.storage.test_store_added_turns import an_added_turn
 
 WAITS_MAX = 500
 """More waits than any single call has."""
@@ -106,6 +107,9 @@ STEPS: dict[str, Callable[[Store], Awaitable[object]]] = {
     "begin": lambda store: store.begin_turn(a_turn("new", parent="queued", texts=["a", "b"]), now=NOW),
     "begin with its session": lambda store: store.begin_turn(
         a_turn("new", "old"), now=NOW, creates=a_session("old", created=IDLE_TIMEOUT_S), path_bytes_max=None
+    ),
+    "add": lambda store: store.add_turns(
+        [an_added_turn("new", parent="first"), an_added_turn("newer", parent="new")], now=NOW
     ),
     "start": lambda store: store.start_turn("queued", now=NOW),
     "end": lambda store: store.end_turn(

@@ -215,5 +215,5 @@ def parse_body(raw: bytes, kind: type[B], *, text_bytes_max: int) -> B:
     """Parse and check a body, as the last part of :func:`read_body`, in one step of the event loop."""
     body = convert(parse_json(raw), kind)
     for name in kind.__struct_fields__:
-        check_texts(getattr(body, name), name, bytes_max=text_bytes_max)
+        check_texts(getattr(body, name), name, bytes_max=text_bytes_max, bounds_each=kind.bounds_each)
     return body

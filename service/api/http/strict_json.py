@@ -190,8 +190,10 @@ def _in_words(message: str, kind: type, field: str) -> str:
         if repr(pattern) in message:
             return f"Expected {form}"
     if message.startswith("Invalid enum value"):
-        described = msgspec.json.schema(kind)["$defs"][kind.__name__]["properties"][field]
-        allowed = next(part["enum"] for part in (described, *described.get("anyOf", ())) if "enum" in part)
+        parts = msgspec.json.schema(kind)["$defs"]
+        name = field.rpartition(".")[2]
+        described = [part["properties"].get(name, {}) for part in (parts[kind.__name__], *parts.values())]
+        allowed = next(it["enum"] for of in described for it in (of, *of.get("anyOf", ())) if "enum" in it)
         return f"Expected one of {', '.join(map(json.dumps, allowed))}"
     if message.startswith("Invalid value") and field.endswith(".type"):
         allowed = KINDS[re.split(r"[.\[]", field, maxsplit=1)[0]]
@@ -208,12 +210,15 @@ def _pair_at_fault(pairs: dict[str, object]) -> str:
     return ""
 
 
-def check_texts(value: object, field: str, *, bytes_max: int) -> None:
+def check_texts(value: object, field: str, *, bytes_max: int, bounds_each: bool = False) -> None:
     """Refuse texts that cannot be stored, sent on or shown, and texts that are too long; metadata has own bounds.
 
-    The texts of a list are too long if they are so together.
+    The texts of a list are too long if they are so together; with ``bounds_each`` if those of one object are.
     """
-    if isinstance(value, tuple):
+    if isinstance(value, tuple) and bounds_each:
+        for index, item in enumerate(value):
+            _check_list((item,), field, bytes_max=bytes_max, index=index)
+    elif isinstance(value, tuple):
         _check_list(value, field, bytes_max=bytes_max)
     elif isinstance(value, msgspec.Struct):
         _check_list((value,), field, bytes_max=bytes_max)
@@ -227,11 +232,12 @@ def check_texts(value: object, field: str, *, bytes_max: int) -> None:
         )
 
 
-def _check_list(items: Sequence[msgspec.Struct], field: str, *, bytes_max: int) -> None:
+def _check_list(items: Sequence[msgspec.Struct], field: str, *, bytes_max: int, index: int = 0) -> None:
+    """Check the objects of a list from ``index`` on."""
     size = 0
-    for index, item in enumerate(items):
-        for name in item.__struct_fields__:
-            size += _size_of(getattr(item, name), f"{field}[{index}].{name}")
+    for place, item in enumerate(items, index):
+        for name in (name for name in item.__struct_fields__ if name != "role"):  # a role is no text
+            size += _size_of(getattr(item, name), f"{field}[{place}].{name}")
     if size > bytes_max:
         raise InputTooLargeError(
             f"These texts have {size} bytes of UTF-8 together; at most {bytes_max} are taken (input_bytes_max).",

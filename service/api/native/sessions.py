@@ -6,15 +6,20 @@ import msgspec
 from quart import Blueprint, request
 from quart_trio.wrappers import TrioResponse
 
-from service.api.http.app_state import current_service, json_response, no_content, not_modified
-from service.api.http.locations import session_path
+from service.api.http.app_state import current_service, encoded_response, json_response, no_content, not_modified
+from service.api.http.held_bytes import room_for_answer
+from service.api.http.locations import session_path, turn_path
+from service.api.http.long_json import encode_json
 from service.api.http.operations import Answer, operation
 from service.api.http.paging import read_page
 from service.api.http.preconditions import etag_of, is_none_match, read_if_match
 from service.api.http.proxy import allow_longer_answer, is_from_peer
 from service.api.http.query_params import read_query
-from service.api.http.request_body import read_body
+from service.api.http.request_body import drop_body, read_body
+from service.api.native.new_items import added_items
 from service.api.native.wire import (
+    AddedMessages,
+    AddMessages,
     CreateSession,
     ForkSession,
     Message,
@@ -36,7 +41,7 @@ from service.errors import (
     TurnNotFoundError,
 )
 from service.ids import is_session_id
-from service.sessions.commands import NewSession
+from service.sessions.commands import NewItems, NewSession
 from service.storage.records import SessionPatch
 
 blueprint = Blueprint("sessions", __name__)
@@ -45,7 +50,7 @@ _LED_BY_ID = tuple(
     (name, {"session_id": "$response.body#/id"})
     for name in (
         *("get_session", "update_session", "delete_session", "fork_session"),
-        *("list_messages", "start_turn", "list_turns"),
+        *("list_messages", "add_messages", "start_turn", "list_turns"),
     )
 )
 
@@ -220,3 +225,39 @@ async def list_messages(session_id: str) -> TrioResponse:
     listing = partial(current_service().sessions.list_messages, session_id)
     page = await read_page(listing, Message.of, limit=query.limit, after=query.after or None)
     return json_response(MessageList.of(page))
+
+
+@blueprint.post("/sessions/<session_id>/messages")
+@operation(
+    id="add_messages",
+    body=AddMessages,
+    answers=(
+        Answer(
+            status=201, description="The new turns.", body=AddedMessages, located="The last one, which is the head."
+        ),
+    ),
+    errors=(SessionNotFoundError, TurnInProgressError, ShuttingDownError),
+)
+async def add_messages(session_id: str) -> TrioResponse:
+    """Add messages, calls and results to a conversation, without asking a model.
+
+    The items become turns that are complete at once: a question and its answer are one turn, so a whole conversation
+    is a chain of turns. All of them are added, or none. The last turn becomes the head.
+    A conversation that is too long for one call may come in several, each of which follows the one before.
+
+    The events of such a turn can be read as those of others. Its `started_at` is null, because no model was asked.
+    """
+    session_id = checked_session_id(session_id)
+    service = current_service()
+    body = await read_body(request, AddMessages, service)
+    new = NewItems(items=added_items(body.items, settings=service.settings), parent=body.parent)
+    allow_longer_answer(by_s=service.settings.store_timeout_s)
+    try:
+        turns = await service.sessions.add_items(session_id, new)
+    except TurnNotFoundError as error:
+        raise InvalidRequestError(str(error), field="parent") from None
+    drop_body(request)
+    added = AddedMessages.of(turns)
+    with room_for_answer(sum([len(message.text) for message in added.messages])):
+        encoded = await encode_json(added)
+    return encoded_response(encoded, 201, location=turn_path(session_id, turns[-1].id))

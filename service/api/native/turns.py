@@ -39,6 +39,7 @@ from service.api.http.request_id import current_request_id
 from service.api.http.request_resources import release_after_request
 from service.api.native import wire
 from service.api.native.event_frames import encode_frame
+from service.api.native.new_items import output_item
 from service.api.native.sessions import checked_session_id
 from service.api.native.wire import EventsQuery, FunctionChoice, NewMessage, PageQuery, StartTurn, TurnList, TurnQuery
 from service.errors import (
@@ -56,7 +57,7 @@ from service.errors import (
     TurnNotFoundError,
 )
 from service.freezes import move_on_after
-from service.ids import is_turn_id, new_item_id
+from service.ids import is_turn_id
 from service.models.client import FunctionTool, NamedFunction, Tools
 from service.sessions.commands import NewTurn, text_input
 from service.sessions.events.streams import StreamSlot
@@ -184,15 +185,7 @@ def _input_of(body: StartTurn) -> tuple[Item, ...]:
         if new.call_id in answered:
             raise InvalidRequestError("This is a second output of the same call.", field=f"input[{index}].call_id")
         answered.add(new.call_id)
-        items.append(
-            Item(
-                id=new_item_id("function_call_output"),
-                type="function_call_output",
-                role="user",
-                text=new.output,
-                call_id=new.call_id,
-            )
-        )
+        items.append(output_item(new))
     return tuple(items)
 
 

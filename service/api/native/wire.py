@@ -3,16 +3,17 @@
 Texts are bounded further by ``input_bytes_max`` (see :mod:`service.api.http.request_body`).
 """
 
+from collections.abc import Sequence
 from datetime import datetime
-from typing import Annotated, Any, Literal, Self, cast
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from service.ids import SESSION_ID, TURN_ID
 from service.models.client import FinishReason, Role, Usage
-from service.sessions.commands import OnConflict
-from service.sessions.messages import MessageRecord
+from service.sessions.commands import INPUT_ITEMS_MAX, OnConflict
+from service.sessions.messages import MessageRecord, messages_of
 from service.sessions.turns.turn import OnDisconnect
 from service.storage.records import (
     EndReason,
@@ -38,8 +39,11 @@ FORMS = {
     _FUNCTION: "the name of a function: 1-64 of `A-Z a-z 0-9 _ -`",
 }
 """The patterns in words, for error messages."""
+ADDED_ITEMS_MAX = 500
+"""The most items that one call adds, because they are added in one step of the store."""
 KINDS = {
     "input": ("message", "function_call_output"),
+    "items": ("message", "function_call", "function_call_output"),
     "tools": ("function",),
     "tool_choice": ("function",),
 }
@@ -79,7 +83,13 @@ After = Annotated[str, Meta(max_length=512, description="The `next` of the previ
 
 
 class RequestBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The body of a request."""
+    """The body of a request.
+
+    Attributes:
+        bounds_each: Whether each object of a list may have ``input_bytes_max`` of texts, and not only the list.
+    """
+
+    bounds_each: ClassVar[bool] = False
 
 
 class BodyPart(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -283,10 +293,68 @@ NewItems = Annotated[
     tuple[NewMessage | NewFunctionCallOutput, ...],
     Meta(
         min_length=1,
-        max_length=128,
+        max_length=INPUT_ITEMS_MAX,
         description="All texts together have at most `input_bytes_max` bytes of UTF-8.",
     ),
 ]
+
+
+class AddedMessage(BodyPart, frozen=True, kw_only=True, tag="message", tag_field="type"):
+    """A text of a conversation: ``{"type": "message", "role": "assistant", "text": "It will rain."}``"""
+
+    role: Annotated[
+        Role, Meta(description="A `system` message is a note, which goes to models in its place in the conversation.")
+    ]
+    text: Text
+
+
+class AddedFunctionCall(BodyPart, frozen=True, kw_only=True, tag="function_call", tag_field="type"):
+    """A call that a model has made.
+
+    ``{"type": "function_call", "call_id": "call_6f…", "name": "get_weather", "arguments": "{\"city\": \"Oslo\"}"}``
+    """
+
+    call_id: Annotated[str, Meta(min_length=1, extra_json_schema=_NO_NUL)]
+    name: Annotated[str, Meta(pattern=_FUNCTION, description=f"{FORMS[_FUNCTION]}.")]
+    arguments: Annotated[str, Meta(description="JSON, as the model wrote it.", extra_json_schema=_NO_NUL)]
+
+
+class AddMessages(RequestBody, frozen=True, kw_only=True):
+    """``{"items": [{"type": "message", "role": "user", "text": "Hi"}]}``: a conversation, oldest first."""
+
+    bounds_each = True
+
+    items: Annotated[
+        tuple[AddedMessage | AddedFunctionCall | NewFunctionCallOutput, ...],
+        Meta(
+            min_length=1,
+            max_length=ADDED_ITEMS_MAX,
+            description="Each has at most `input_bytes_max` bytes of UTF-8, one of the model `reply_bytes_max`.",
+        ),
+    ]
+    parent: (
+        Annotated[
+            TurnId | None,
+            Meta(description="The ended turn that the items follow: the head if left out, none if null."),
+        ]
+        | UnsetType
+    ) = UNSET
+
+
+class AddedMessages(msgspec.Struct, frozen=True, kw_only=True):
+    """The new turns, the last of which is the head, and all that they add to the messages of the session.
+
+    ``{"turns": ["turn_0a…"], "messages": [{"id": "msg_9c…", "turn_id": "turn_0a…", "role": "user", "text": "Hi",
+    "created_at": "2026-01-31T09:30:00Z"}]}``
+    """
+
+    turns: tuple[str, ...]
+    messages: tuple[Message, ...]
+
+    @classmethod
+    def of(cls, records: Sequence[TurnRecord]) -> Self:
+        messages = tuple(Message.of(message) for record in records for message in messages_of(record))
+        return cls(turns=tuple(record.id for record in records), messages=messages)
 
 
 class FunctionTool(BodyPart, frozen=True, kw_only=True, tag="function", tag_field="type"):
@@ -412,8 +480,8 @@ def _item_of(item: Item) -> TurnItem:
 class Turn(msgspec.Struct, frozen=True, kw_only=True):
     """A turn; ``text`` is the reply so far.
 
-    ``items`` is there only if the turn has a call of the model, or the output of a call: then it has all items of the
-    input and of the reply so far, in their order.
+    ``items`` is there only if the turn has a call of the model, the output of a call or a system message: then it has
+    all items of the input and of the reply so far, in their order.
 
     ``"stored": false`` is there only if the turn has ended and the store has not stored its end yet. The write is tried
     again; after a crash the state in the store counts.
@@ -445,7 +513,9 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
     items: (
         Annotated[
             tuple[TurnItem, ...],
-            Meta(description="All items of the turn, in order. Only there if it has a call or the output of a call."),
+            Meta(
+                description="All items of the turn, in order. Only there if it has calls, outputs or system messages."
+            ),
         ]
         | UnsetType
     ) = UNSET
@@ -475,7 +545,7 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
             created_at=record.created_at,
             started_at=record.started_at,
             ended_at=record.ended_at,
-            items=tuple(map(_item_of, (*record.input, *record.output))) if record.has_calls else UNSET,
+            items=tuple(map(_item_of, (*record.input, *record.output))) if _shows_items(record) else UNSET,
             stored=UNSET if record.stored else False,
         )
 
@@ -487,6 +557,11 @@ class TurnQuery(Query, frozen=True, kw_only=True):
         int,
         Meta(ge=0, le=60, description="Seconds to wait for the turn's end; with 0 the answer comes at once."),
     ] = 0
+
+
+def _shows_items(record: TurnRecord) -> bool:
+    """Whether ``input`` and ``text`` do not say all about a turn: it has calls, or outputs or notes in its input."""
+    return record.has_calls or any(item.role == "system" for item in record.input)
 
 
 class TurnList(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,6 +1,6 @@
 """The acceptance of a turn: the checks, the commit of its input, and the start of the task that runs it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 
 import msgspec
@@ -22,13 +22,13 @@ from service.sessions.active.active_sessions import ActiveSessions
 from service.sessions.active.drain import Drain
 from service.sessions.active.pending_writes import PendingWrites
 from service.sessions.active.session import ActiveSession
-from service.sessions.commands import NewSession, NewTurn, OnConflict
+from service.sessions.commands import NewItems, NewSession, NewTurn, OnConflict
 from service.sessions.events import outcome
 from service.sessions.turns.turn import Turn
 from service.sessions.turns.turn_log import turn_log_context
 from service.sessions.turns.turn_task import end_turn, run_turn
 from service.settings import Settings
-from service.storage.records import SessionRecord
+from service.storage.records import SessionRecord, TurnRecord
 from service.storage.store import Store
 from service.storage.store_deadline import answered_in_turn, answered_within
 from service.telemetry.log_context import log_context
@@ -91,6 +91,37 @@ class Acceptance:
                             new = msgspec.structs.replace(new, creates_session=False, session_is_new=False)
                         except HeadMovedError:
                             pass  # another process has just accepted a turn: follow that turn
+
+    async def add(self, session_id: str, new: NewItems) -> Sequence[TurnRecord]:
+        """Add turns that are complete at once, as :meth:`~service.sessions.sessions.Sessions.add_items` says.
+
+        The waits have the bounds of :meth:`accept`. A cancellation leaves all of the turns behind, or none.
+        """
+        self._drain.check_accepting()
+        with self._active.holding(session_id) as session:
+            _check_adding(session, new)
+            timeout_s = self._settings.store_timeout_s
+            with self._active.arriving(), answered_within(timeout_s) as deadline:
+                async with answered_in_turn(session.acceptance, timeout_s / 2):
+                    self._drain.check_accepting()
+                    _check_adding(session, new)
+                    await self._pending_writes.retry_ends_of(session_id)
+                    while True:
+                        try:
+                            return await self._add(session_id, new, deadline)
+                        except HeadMovedError:
+                            pass  # another process has just accepted a turn: follow that turn
+
+    async def _add(self, session_id: str, new: NewItems, deadline: ScopeDeadline) -> Sequence[TurnRecord]:
+        now = self._clock()
+        stored = await self._store.get_session(session_id, now=now)
+        turns = new.records(stored, now=now, settings=self._settings)
+        head = stored.head if new.parent is msgspec.UNSET else msgspec.UNSET
+        if not deadline.left_s:
+            await trio.lowlevel.checkpoint()  # raises: no write begins whose outcome would be unknown
+        with self._pending_writes.writing(within_s=deadline.left_s):
+            await self._store.add_turns(turns, now=now, head=head)
+        return turns
 
     async def make_way(self, session_id: str, on_conflict: OnConflict) -> None:
         """Let the session's turns end, as :meth:`~service.sessions.sessions.Sessions.make_way` says."""
@@ -217,6 +248,14 @@ class Acceptance:
         if not (turn.stored or turn.is_lost):
             self._pending_writes.add_end(turn)
         self._active.note_ended(turn)
+
+
+def _check_adding(session: ActiveSession, new: NewItems) -> None:
+    """Check that a session takes added turns. Raises: SessionNotFoundError, TurnInProgressError."""
+    if session.deletion is not None:
+        raise SessionNotFoundError(session.id)
+    if new.parent is msgspec.UNSET and session.turns:
+        raise TurnInProgressError(session.turns[0].id, instead="name an ended turn as the parent")
 
 
 def check_conflict(session: ActiveSession, on_conflict: OnConflict, *, queued_turns_max: int, queued: int = 0) -> None:

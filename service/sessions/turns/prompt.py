@@ -14,6 +14,10 @@ other prompts:
   servers refuse such a reply in a prompt. An input without an answer is merged into the next input; equal texts are
   merged into one. Inputs that were rejected twice in a row, for an unknown reason, are not sent a third time.
 
+A system message among the inputs is a note, which a caller added to the conversation. It stays in its place, as near as
+the order of the sides allows: before the user's text that it is beside or that comes next, and after outputs. A note
+before everything else is a part of the system message.
+
 Calls are a part of the reply, and their outputs a part of the next input. Upstreams refuse a prompt in which a call is
 not followed by its output, or an output does not follow its call:
 
@@ -168,7 +172,7 @@ def _start_learned(
     for index in range(len(path) - 2, -1, -1):
         yield
         turn = path[index]
-        if turn.model != path[-1].model:
+        if turn.model != path[-1].model or turn.was_added:
             continue
         start = _start_after(brought, turn.left_out.items - older.items) if turn.left_out is not None else 0
         if turn.has_reply:
@@ -203,10 +207,11 @@ def _size(turn: TurnRecord, brought: LeftOut) -> int:
 class _Side:
     """What the user, or the assistant, says until the other one does."""
 
-    __slots__ = ("calls", "encrypted", "is_user", "outputs", "texts")
+    __slots__ = ("calls", "encrypted", "is_user", "notes", "outputs", "texts")
 
     def __init__(self, *, is_user: bool) -> None:
         self.is_user = is_user
+        self.notes: list[str] = []
         self.texts: list[str] = []
         self.outputs: dict[str, Item] = {}
         self.calls: list[FunctionCall] = []
@@ -224,6 +229,7 @@ class _Sides:
         self._model = model
         self._system: list[str] = []
         self._sides: list[_Side] = []
+        self._notes: list[str] = []  # for the user's next saying
         self._encrypted: list[EncryptedReasoning] = []  # for the assistant's next saying
 
     def add_all(self, path: Sequence[TurnRecord]) -> Steps[None]:
@@ -274,6 +280,7 @@ class _Sides:
         for item in outputs:
             del first.outputs[item.call_id]
         if not first.outputs and not first.texts:
+            self._system += first.notes
             del self._sides[0]
         return LeftOut(len(outputs), sum(item.prompt_bytes for item in outputs))
 
@@ -331,15 +338,22 @@ class _Sides:
                 if item.encrypted and turn.model == self._model:
                     self._encrypted.append(EncryptedReasoning(item.encrypted, upstream))
             case "message":
-                if item.role == "system" and not self._sides:
-                    self._system.append(item.text)
-                else:
+                if item.role != "system":
                     self._side(is_user=item.role != "assistant").texts.append(item.text)
+                elif not self._sides:
+                    self._system.append(item.text)
+                elif self._sides[-1].is_user:
+                    self._sides[-1].notes.append(item.text)
+                else:
+                    self._notes.append(item.text)
 
     def _side(self, *, is_user: bool) -> _Side:
         if not self._sides or self._sides[-1].is_user != is_user:
             self._sides.append(_Side(is_user=is_user))
         side = self._sides[-1]
+        if is_user and self._notes:
+            side.notes += self._notes
+            self._notes.clear()
         if self._encrypted:
             if not is_user:
                 side.encrypted += self._encrypted
@@ -348,8 +362,10 @@ class _Sides:
 
 
 def _answers(calls: Sequence[FunctionCall], side: _Side) -> Iterator[PromptItem]:
-    """What the user says after these calls: the output of each call, then a text."""
+    """What the user says after these calls: the output of each call, then notes, then a text."""
     if not (calls or side.outputs):  # nearly always
+        if side.notes:
+            yield Message("system", _SEPARATOR.join(side.notes))
         if side.texts:
             yield Message("user", _SEPARATOR.join(side.texts))
         return
@@ -362,6 +378,8 @@ def _answers(calls: Sequence[FunctionCall], side: _Side) -> Iterator[PromptItem]
         for item in side.outputs.values()
         if item.call_id not in called
     ]
+    if side.notes:
+        yield Message("system", _SEPARATOR.join(side.notes))
     if late or side.texts:
         yield Message("user", _SEPARATOR.join([*late, *side.texts]))
 

@@ -203,6 +203,11 @@ class SqliteStore:
             )
         )
 
+    async def add_turns(
+        self, added: Sequence[TurnRecord], *, now: datetime, head: str | None | msgspec.UnsetType = msgspec.UNSET
+    ) -> SessionRecord:
+        return await self._writing.call(lambda db: turns.add(db, added, self._ownership, now, head=head))
+
     async def start_turn(self, turn_id: str, *, now: datetime) -> bool:
         return await self._writing.call(lambda db: turns.start(db, turn_id, self.fence, now))
 

@@ -104,6 +104,37 @@ def begin(
     return BegunTurn(session, path)
 
 
+def add(
+    db: apsw.Connection,
+    added: Sequence[TurnRecord],
+    owners: Ownership,
+    now: datetime,
+    *,
+    head: str | None | msgspec.UnsetType = msgspec.UNSET,
+) -> SessionRecord:
+    kept = _session_for(db, added[0], owners, now, head)
+    parent = added[0].parent
+    if parent is not None:
+        owner = db.execute("SELECT owner FROM turns WHERE id = ? AND session = ?", (parent, kept.key)).get
+        rules.check_parent_of_added(parent, is_open=owner is not None)
+    for ordinal, turn in enumerate(added, kept.turns_begun):
+        insert_ended(db, kept.key, ordinal, turn, rules.events_at_once(turn.output))
+    session = rules.with_added(kept.record, added, now)
+    db.execute(
+        "UPDATE sessions SET head = ?, turns_begun = ?, message_count = ?, last_accessed_at = ?, expires_at = ? "
+        "WHERE key = ?",
+        (
+            session.head,
+            kept.turns_begun + len(added),
+            session.message_count,
+            moment(session.last_accessed_at),
+            moment(session.expires_at),
+            kept.key,
+        ),
+    )
+    return session
+
+
 def _session_for(
     db: apsw.Connection, turn: TurnRecord, owners: Ownership, now: datetime, head: str | None | msgspec.UnsetType
 ) -> sessions.StoredSession:

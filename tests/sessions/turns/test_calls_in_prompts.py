@@ -57,6 +57,7 @@ def turn(
         state=state,
         model=model,
         created_at=T0,
+        started_at=T0,
         error=Failure(code or "upstream_error", "no") if state == "failed" else None,
         input=tuple(said),
         output=tuple(output),

@@ -63,6 +63,7 @@ def _turn(
         state=state,
         model=model,
         created_at=T0,
+        started_at=T0,
         error=None if code is None else Failure(code, "it says"),
         left_out=left_out,
         input=tuple(Item(id="i", role="user", text=text) for text in said),

@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import apsw
+import msgspec
 import pytest
 
 from service.storage.records import SessionPatch
@@ -13,6 +14,7 @@ from service.storage.sqlite.reclaim import reclaim_some
 from service.storage.sqlite.writer import Writer
 from tests.storage.rows import T0, a_session, a_turn, at, ended, said
 from tests.storage.sqlite.many_rows import fill
+from tests.storage.test_store_added_turns import an_added_turn
 from tests.storage.test_store_owners import a_checkpoint
 
 LATE = at(3601)
@@ -45,6 +47,9 @@ CALLS: dict[str, Callable[[SqliteStore], Awaitable[object]]] = {
     "begin with its session": lambda store: store.begin_turn(a_turn("new1", "new1"), now=T0, creates=a_session("new1")),
     "begin and read its path": lambda store: store.begin_turn(
         a_turn("new2", "sess_000100", parent="turn_000100_1"), now=T0, path_bytes_max=None
+    ),
+    "add": lambda store: store.add_turns(
+        [msgspec.structs.replace(an_added_turn("added", parent="turn_000100_1"), session_id="sess_000100")], now=T0
     ),
     "start": lambda store: store.start_turn("new", now=T0),
     "checkpoint": lambda store: store.checkpoint_turns([a_checkpoint("new", "x", session="sess_000100")]),

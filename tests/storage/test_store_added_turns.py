@@ -1,0 +1,121 @@
+"""Turns that are complete at once: what every store keeps of them, and when it refuses them."""
+
+import msgspec
+import pytest
+
+from service.errors import (
+    HeadMovedError,
+    OwnedElsewhereError,
+    SessionNotFoundError,
+    TurnInProgressError,
+    TurnNotFoundError,
+)
+from service.storage.pieces import STARTED, Run, count
+from service.storage.records import EndResult, Item, LeftOut, TurnRecord
+from service.storage.rules import PIECE_LENGTH_MAX, events_at_once
+from service.storage.store import Store
+from tests.storage.conftest import OpenStore
+from tests.storage.rows import IDLE_TIMEOUT_S, T0, a_session, a_turn, all_turns, at, contents, ended, said, told
+
+
+def an_added_turn(name: str, *, parent: str | None = None, asked: str = "Hi", replied: str = "Hello") -> TurnRecord:
+    output = (Item(id=f"{name}-out", role="assistant", text=replied),) if replied else ()
+    return TurnRecord(
+        id=name,
+        session_id="s",
+        parent=parent,
+        state="completed",
+        model="a-model",
+        created_at=T0,
+        ended_at=T0,
+        input=(Item(id=f"{name}-in", role="user", text=asked),) if asked else (),
+        output=output,
+        finish_reason="stop",
+        last_seq=count(events_at_once(output)) + 1,
+    )
+
+
+async def test_added_turns_are_a_chain_from_the_head_and_count_as_one_use(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    added = [an_added_turn("a"), an_added_turn("b", parent="a", replied=""), an_added_turn("c", parent="b", asked="")]
+    session = await store.add_turns(added, now=at(5), head=None)
+    assert session == msgspec.structs.replace(
+        a_session(), head="c", message_count=4, last_accessed_at=at(5), expires_at=at(5 + IDLE_TIMEOUT_S)
+    )
+    assert await store.get_session("s", now=T0) == session
+    assert await all_turns(store, "s", now=T0) == added
+    assert list(await store.read_path("s", "c", bytes_max=None)) == added
+    assert await store.measure_path("s", "c") == LeftOut(4, 14)
+    assert await store.get_turn("s", "b", now=T0) == added[1]
+    begun = await store.begin_turn(a_turn("next", parent="c"), now=at(6), head="c", path_bytes_max=None)
+    assert [turn.id for turn in begun.path or ()] == ["a", "b", "c", "next"]
+
+
+async def test_the_events_of_an_added_turn_are_its_start_and_then_its_texts(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    long = "x" * (2 * PIECE_LENGTH_MAX + 1)
+    call = Item(id="call", type="function_call", role="assistant", text='{"a":1}', call_id="1", name="f")
+    turn = an_added_turn("a", replied=long)
+    output = (*turn.output, call, msgspec.structs.replace(call, id="other", text=""))
+    turn = msgspec.structs.replace(turn, output=output, last_seq=count(events_at_once(output)) + 1)
+    await store.add_turns([turn], now=T0)
+    assert await told(store, "s", "a", length_max=5000) == [long[:4096], long[:4096], "x", '{"a":1}']
+    page = await store.read_events("s", "a")
+    assert page.runs[0] == Run(STARTED)
+    assert (page.kept, page.kept + 1, page.ended) == (7, turn.last_seq, True)
+
+
+async def test_an_added_turn_whose_texts_fill_many_pages_is_read_whole(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    turn = an_added_turn("a", replied="é" * 300_000)
+    await store.add_turns([turn], now=T0)
+    assert await store.get_turn("s", "a", now=T0) == turn
+    assert "".join(await told(store, "s", "a")) == "é" * 300_000
+    copy = await store.fork_session("s", at=None, copy_id="copy", now=T0)
+    assert copy.message_count == 2
+    assert (await all_turns(store, "copy", now=T0))[0].text == "é" * 300_000
+
+
+async def test_what_cannot_be_added_changes_nothing(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    await store.create_session(a_session("other"), now=T0)
+    await store.begin_turn(a_turn("theirs", "other"), now=T0)
+    await store.add_turns([an_added_turn("a")], now=T0)
+    await store.begin_turn(a_turn("open", parent="a"), now=T0)
+    before = await contents(store, now=T0)
+    for error, parent in ((TurnNotFoundError, "none"), (TurnNotFoundError, "theirs"), (TurnInProgressError, "open")):
+        with pytest.raises(error):
+            await store.add_turns([an_added_turn("b", parent=parent)], now=at(1))
+    with pytest.raises(HeadMovedError):
+        await store.add_turns([an_added_turn("b", parent="a")], now=at(1), head="a")
+    with pytest.raises(SessionNotFoundError):
+        await store.add_turns([msgspec.structs.replace(an_added_turn("b"), session_id="none")], now=at(1))
+    assert await contents(store, now=T0) == before
+
+
+async def test_turns_are_added_beside_an_open_turn_with_an_ended_parent(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    await store.add_turns([an_added_turn("a")], now=T0)
+    open_turn = a_turn("open", parent="a")
+    await store.begin_turn(open_turn, now=T0)
+    session = await store.add_turns([an_added_turn("b", parent="a")], now=T0)
+    assert (session.head, session.open_turns, session.message_count) == ("b", 1, 5)
+    assert await store.end_turn(ended(open_turn), runs=said("Hi"), now=T0) is EndResult.KEPT
+    session = await store.get_session("s", now=T0)
+    assert (session.head, session.open_turns, session.message_count) == ("b", 0, 6)
+
+
+async def test_only_the_owner_of_the_open_turns_adds_turns(open_shared: OpenStore) -> None:
+    async with open_shared() as store:
+        await store.create_session(a_session(), now=T0)
+        await store.add_turns([an_added_turn("a")], now=T0)
+        async with open_shared() as owner:
+            await owner.begin_turn(a_turn("open", parent="a"), now=T0)
+            with pytest.raises(OwnedElsewhereError):
+                await store.add_turns([an_added_turn("b", parent="a")], now=T0)
+        await store.add_turns([an_added_turn("b", parent="open")], now=at(1))
+        assert [turn.state for turn in await all_turns(store, "s", now=at(1))] == [
+            "completed",
+            "interrupted",
+            "completed",
+        ]
