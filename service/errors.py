@@ -17,6 +17,8 @@
     │   ├── OwnedElsewhereError      the session's turns run in another process (``fence``, ``address``)
     │   ├── OwnerHangsError          the call waits for a turn whose owner hangs (``session_id``, ``turn_id``)
     │   ├── PreconditionFailedError  the session is not as the caller saw it last (``revision``)
+    │   ├── KeyReusedError           an idempotency key that came with another request before
+    │   ├── MadeIsGoneError          what the call with this idempotency key made is gone
     │   └── LimitError               a limit is reached; try later (``retry_after_s``)
     │       ├── TurnLimitError       ``live_turns_max``
     │       ├── QueueFullError       ``queued_turns_max``
@@ -24,14 +26,15 @@
     │       ├── SessionLimitError    ``memory_sessions_max``
     │       └── ShuttingDownError    no new work: the service is about to stop
     ├── HeadMovedError               another process was faster: read the head again; callers never see this
+    ├── RepeatedError                an earlier call with this idempotency key made something; callers never see this
     ├── StoreError                   the store refused, hung or broke
     │   ├── ResourcesExhaustedError  the system gives this process no more descriptors or buffers
     │   └── StoreLostError           the store's file was deleted or replaced: another process may serve another file
     └── ModelError                   the upstream failed (``code``, ``retryable``, ``retry_after_s``)
 
 The module that calls a library turns the library's exceptions into these types. Model clients raise
-:class:`ModelError` only. Stores raise :class:`StoreError`, :class:`HeadMovedError` and subclasses of
-:class:`RefusedError`.
+:class:`ModelError` only. Stores raise :class:`StoreError`, :class:`HeadMovedError`, :class:`RepeatedError` and
+subclasses of :class:`RefusedError`.
 """
 
 import errno
@@ -115,6 +118,60 @@ class HeadMovedError(LastcallError):
 
     Callers never see this error.
     """
+
+
+class RepeatedError(LastcallError):
+    """An earlier call with the same idempotency key has made something: a session, or a turn of a session.
+
+    Args:
+        fingerprint: The fingerprint of that call.
+        turn_id: The turn that the call made, the last one of several; None if it made a session without a turn.
+        first_turn_id: The first one of several turns.
+        is_gone: Whether what was made was deleted, or has expired.
+    """
+
+    def __init__(
+        self,
+        *,
+        fingerprint: bytes,
+        session_id: str,
+        turn_id: str | None,
+        first_turn_id: str | None = None,
+        is_gone: bool,
+    ) -> None:
+        super().__init__(f"A call with this idempotency key has made {turn_id or session_id!r} already.")
+        self.fingerprint = fingerprint
+        self.session_id = session_id
+        self.turn_id = turn_id
+        self.first_turn_id = first_turn_id
+        self.is_gone = is_gone
+
+
+class KeyReusedError(RefusedError):
+    """The idempotency key came with another request before: another method, path or body."""
+
+    code = "idempotency_key_reused"
+    field = "Idempotency-Key"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This Idempotency-Key came with another request before: a key belongs to one method, path and body. "
+            "Send a new key with a new request, and the same body with a repetition."
+        )
+
+
+class MadeIsGoneError(RefusedError):
+    """The call with this idempotency key was accepted before, and what it made is gone."""
+
+    code = "idempotency_key_spent"
+    field = "Idempotency-Key"
+
+    def __init__(self, *, session_id: str, turn_id: str | None) -> None:
+        made = f"session {session_id!r}" if turn_id is None else f"turn {turn_id!r} of session {session_id!r}"
+        super().__init__(
+            f"The call with this Idempotency-Key made {made}, which was deleted or has expired. "
+            "Send a new key to make another."
+        )
 
 
 class TurnInProgressError(RefusedError):

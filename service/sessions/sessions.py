@@ -48,7 +48,7 @@ from service.sessions.statistics import SessionsStatistics
 from service.sessions.turns.turn import Turn, Watch
 from service.settings import Settings
 from service.stop_state import StopState
-from service.storage.records import Item, Page, SessionPatch, SessionRecord, SessionStatus, TurnRecord
+from service.storage.records import IdempotencyKey, Item, Page, SessionPatch, SessionRecord, SessionStatus, TurnRecord
 from service.storage.store import Store
 from service.storage.store_deadline import answered_in_turn, answered_within
 
@@ -115,10 +115,11 @@ class Sessions:
 
     # Sessions
 
-    async def create_session(self, new: NewSession) -> SessionRecord:
+    async def create_session(self, new: NewSession, *, key: IdempotencyKey | None = None) -> SessionRecord:
         """Create a session.
 
         Raises:
+            RepeatedError
             SessionExistsError: The chosen id is taken.
             InvalidRequestError: The model is unknown.
             SessionLimitError, ShuttingDownError
@@ -129,7 +130,7 @@ class Sessions:
         if session.model is not None:
             self._client_for(session.model)  # an unknown model is refused now, not at the first turn
         with self.pending_writes.writing():
-            await self._store.create_session(session, now=now)
+            await self._store.create_session(session, now=now, key=key)
         return session
 
     async def fork_session(

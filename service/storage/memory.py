@@ -7,6 +7,7 @@ shutdown hundreds of ends come at once, and their callers end anyway.
 """
 
 from bisect import bisect_right
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from sortedcontainers import SortedList
 
 from service import store_capabilities
 from service.errors import (
+    RepeatedError,
     SessionExistsError,
     SessionLimitError,
     SessionNotFoundError,
@@ -44,6 +46,7 @@ from service.storage.records import (
     Checkpoint,
     EndResult,
     EventsPage,
+    IdempotencyKey,
     LeftOut,
     Owner,
     Page,
@@ -87,6 +90,8 @@ class _Session:
     record: SessionRecord
     turns: list[_Turn] = field(default_factory=list)
     """The session's turns, in the order of their acceptance."""
+    keys: list[tuple[str, str]] = field(default_factory=list)
+    """The idempotency keys of the session and its turns."""
     deleted: bool = False
 
 
@@ -126,6 +131,17 @@ def _status_key(session: SessionRecord) -> tuple[datetime, str]:
     return (session.created_at if session.open_turns else session.expires_at, session.id)
 
 
+@dataclass
+class _Key:
+    """An idempotency key, and what was made with it; the session is None once it is removed."""
+
+    fingerprint: bytes
+    session: _Session | None
+    session_id: str
+    turn_id: str | None
+    first_turn_id: str | None
+
+
 @asynccontextmanager
 async def open_memory_store(*, sessions_max: float = inf) -> AsyncIterator["MemoryStore"]:
     """An empty store for at most ``sessions_max`` sessions, closed on leaving."""
@@ -150,15 +166,23 @@ class MemoryStore:
         self._listed = _Listed()
         self._listed_of: dict[str, _Listed] = {}
         """Those of each owner. Sessions without an owner are in ``_listed`` only."""
+        self._keys: dict[tuple[str, str], _Key] = {}
+        self._gone: deque[tuple[str, str]] = deque()
+        """Keys of things that are gone, before :meth:`forget_keys` has noted when."""
+        self._gone_at: deque[tuple[datetime, tuple[str, str]]] = deque()
 
     # Sessions
 
-    async def create_session(self, session: SessionRecord, *, now: datetime) -> None:
+    async def create_session(self, session: SessionRecord, *, now: datetime, key: IdempotencyKey | None = None) -> None:
         await anyio.lowlevel.checkpoint()
-        self._add(session, now)
+        self._check_key(key, now)
+        self._keep_key(key, self._add(session, now))
 
-    async def fork_session(self, source_id: str, *, at: str | None, copy_id: str, now: datetime) -> SessionRecord:
+    async def fork_session(
+        self, source_id: str, *, at: str | None, copy_id: str, now: datetime, key: IdempotencyKey | None = None
+    ) -> SessionRecord:
         await anyio.lowlevel.checkpoint()
+        self._check_key(key, now)
         source = self._visible(source_id, now).record
         at = source.head if at is None else at
         path, kept = ForkPath(), []
@@ -174,7 +198,9 @@ class MemoryStore:
             copies.append(copied)
             await self._let_others_run(source_id, after=len(copies), now=now)
         session = forked_session(source, path, head=copies[-1].id if copies else None, copy_id=copy_id, now=now)
+        self._check_key(key, now)
         copy = self._add(session, now)
+        self._keep_key(key, copy)
         copy.turns = [_Turn(it, old.pages, old.kept) for it, old in zip(copies, reversed(kept), strict=True)]
         self._turns |= {turn.record.id: turn for turn in copy.turns}
         return session
@@ -243,6 +269,22 @@ class MemoryStore:
         await anyio.lowlevel.checkpoint()
         return self._remove_expired(now, limit)
 
+    # Idempotency keys
+
+    async def check_key(self, key: IdempotencyKey, *, now: datetime) -> None:
+        await anyio.lowlevel.checkpoint()
+        self._check_key(key, now)
+
+    async def forget_keys(self, *, now: datetime, limit: int) -> bool:
+        await anyio.lowlevel.checkpoint()
+        noted = [self._gone.popleft() for _ in range(min(limit, len(self._gone)))]
+        self._gone_at.extend((now, name) for name in noted)
+        until, forgotten = rules.forgotten_until(now), 0
+        while forgotten < limit and self._gone_at and self._gone_at[0][0] <= until:
+            del self._keys[self._gone_at.popleft()[1]]
+            forgotten += 1
+        return limit in (len(noted), forgotten)
+
     # Turns
 
     async def begin_turn(
@@ -253,8 +295,10 @@ class MemoryStore:
         head: str | None | msgspec.UnsetType = msgspec.UNSET,
         creates: SessionRecord | None = None,
         path_bytes_max: int | None | msgspec.UnsetType = msgspec.UNSET,
+        key: IdempotencyKey | None = None,
     ) -> BegunTurn:
         await anyio.lowlevel.checkpoint()
+        self._check_key(key, now)
         if creates is not None:
             rules.check_first_turn(creates, turn, head)
             session = self._add(creates, now)
@@ -266,14 +310,21 @@ class MemoryStore:
         kept = _Turn(turn)
         session.turns.append(kept)
         self._turns[turn.id] = kept
+        self._keep_key(key, session, turn.id)
         self._replace(session, rules.begun(session.record, turn, now))
         path = None if path_bytes_max is msgspec.UNSET else self._short_path(session, turn, path_bytes_max)
         return BegunTurn(session.record, path)
 
     async def add_turns(
-        self, added: Sequence[TurnRecord], *, now: datetime, head: str | None | msgspec.UnsetType = msgspec.UNSET
+        self,
+        added: Sequence[TurnRecord],
+        *,
+        now: datetime,
+        head: str | None | msgspec.UnsetType = msgspec.UNSET,
+        key: IdempotencyKey | None = None,
     ) -> SessionRecord:
         await anyio.lowlevel.checkpoint()
+        self._check_key(key, now)
         session = self._visible(added[0].session_id, now)
         if added[0].parent is not None:
             parent = self._turn_of(added[0].session_id, added[0].parent).record
@@ -283,6 +334,7 @@ class MemoryStore:
             runs = rules.events_at_once(turn.output)
             kept = self._turns[turn.id] = _Turn(turn, tuple(_pages_of(runs)), count(runs))
             session.turns.append(kept)
+        self._keep_key(key, session, added[-1].id, first_turn_id=added[0].id)
         self._replace(session, rules.with_added(session.record, added, now))
         return session.record
 
@@ -498,6 +550,32 @@ class MemoryStore:
             listed.add(session)
         return added
 
+    def _check_key(self, key: IdempotencyKey | None, now: datetime) -> None:
+        made = None if key is None else self._keys.get((key.caller, key.key))
+        if made is None:
+            return
+        session = made.session
+        exists = session is not None and rules.is_visible(session.record, now, is_deleted=session.deleted)
+        raise RepeatedError(
+            fingerprint=made.fingerprint,
+            session_id=made.session_id,
+            turn_id=made.turn_id,
+            first_turn_id=made.first_turn_id,
+            is_gone=not exists or (made.turn_id is not None and made.turn_id not in self._turns),
+        )
+
+    def _keep_key(
+        self,
+        key: IdempotencyKey | None,
+        session: _Session,
+        turn_id: str | None = None,
+        first_turn_id: str | None = None,
+    ) -> None:
+        if key is not None:
+            name = (key.caller, key.key)
+            self._keys[name] = _Key(key.fingerprint, session, session.record.id, turn_id, first_turn_id)
+            session.keys.append(name)
+
     def _turn_of(self, session_id: str, turn_id: str) -> _Turn:
         turn = self._turns.get(turn_id)
         if turn is None or turn.record.session_id != session_id:
@@ -528,6 +606,9 @@ class MemoryStore:
         for turn in session.turns:
             del self._turns[turn.record.id]
         del self._sessions[session.record.id]
+        for name in session.keys:
+            self._keys[name].session = None
+        self._gone.extend(session.keys)
 
     def _lists_of(self, session: SessionRecord) -> Iterator["_Listed"]:
         yield self._listed

@@ -298,6 +298,19 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
         return self.in_prompts.bytes
 
 
+class IdempotencyKey(msgspec.Struct, frozen=True, kw_only=True):
+    """The key of a call that may be repeated: what the call makes is made once.
+
+    Attributes:
+        caller: Who sends it: the keys of two callers never meet.
+        fingerprint: Tells the request from others: equal for requests that ask for the same.
+    """
+
+    caller: str
+    key: str
+    fingerprint: bytes
+
+
 class BegunTurn(msgspec.Struct, frozen=True):
     """What the store knows of a turn that it has just accepted.
 

@@ -94,6 +94,17 @@ def check_revision(session: SessionRecord, revisions: Collection[str] | None) ->
         raise PreconditionFailedError(revision)
 
 
+# Idempotency keys
+
+KEY_KEPT_S = 24 * 3600
+"""How long a key is kept at least after what it made is gone."""
+
+
+def forgotten_until(now: datetime) -> datetime:
+    """The latest moment of a deletion that is so long ago that the key is forgotten."""
+    return now - timedelta(seconds=KEY_KEPT_S)
+
+
 # Turns
 
 

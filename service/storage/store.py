@@ -23,6 +23,7 @@ from service.storage.records import (
     Checkpoint,
     EndResult,
     EventsPage,
+    IdempotencyKey,
     LeftOut,
     Owner,
     Page,
@@ -52,10 +53,14 @@ class Store(Protocol):
     The acceptance of a turn, its end and a patch *use* a session at ``now``; a read does not: ``last_accessed_at``
     becomes ``now``, ``expires_at`` becomes ``now`` plus the session's idle timeout.
 
+    A step that is given a ``key`` keeps the key together with what the step makes, for as long as this exists, and for
+    :data:`~service.storage.rules.KEY_KEPT_S` at least from then on. Before all else the step raises
+    :class:`~service.errors.RepeatedError` if the same caller's key is kept already, by any owner.
+
     Every method raises :class:`~service.errors.StoreError` if the store refuses or breaks. The outcome of
     such a step is unknown, as after a cancellation. The step may even happen later, but never after the
-    next write of the same owner: the writes of an owner, and :meth:`is_marked`, happen in the order of
-    their calls, so that a later call finds the outcome of an earlier one.
+    next write of the same owner: the writes of an owner, :meth:`is_marked` and :meth:`check_key`, happen in the order
+    of their calls, so that a later call finds the outcome of an earlier one.
     Callers bound their waits. ``aclose`` flushes and closes; no method may be called after it.
     """
 
@@ -76,24 +81,28 @@ class Store(Protocol):
 
     # Sessions
 
-    async def create_session(self, session: SessionRecord, *, now: datetime) -> None:
+    async def create_session(self, session: SessionRecord, *, now: datetime, key: IdempotencyKey | None = None) -> None:
         """Add a session. An expired one of the same id is replaced, with all that belongs to it.
 
         Raises:
+            RepeatedError
             SessionExistsError: The id is taken, or its deletion is not finished.
             SessionLimitError: The store keeps no more sessions; :meth:`fork_session` raises it, too.
         """
         ...
 
-    async def fork_session(self, source_id: str, *, at: str | None, copy_id: str, now: datetime) -> SessionRecord:
+    async def fork_session(
+        self, source_id: str, *, at: str | None, copy_id: str, now: datetime, key: IdempotencyKey | None = None
+    ) -> SessionRecord:
         """Add a session with the settings of another one and copies of its turns from the root to ``at``.
 
         Without ``at`` the copies end at the source's head; a source without turns gives a copy without turns. The
         copies and their items have new ids. Their events are the same. The totals of
         the session are those of its turns. A fork does not use the source; an expired session of the new id is
-        replaced. Returns the copy.
+        replaced. The copy and the key appear together. Returns the copy.
 
         Raises:
+            RepeatedError
             SessionNotFoundError: The source does not exist.
             TurnNotFoundError: ``at`` is not a turn of the source.
             TurnInProgressError: A turn that would be copied is open.
@@ -189,6 +198,26 @@ class Store(Protocol):
         """
         ...
 
+    # Idempotency keys
+
+    async def check_key(self, key: IdempotencyKey, *, now: datetime) -> None:
+        """Check that a key has made nothing yet.
+
+        Answered in the order of this owner's writes: a step with this key and an unknown outcome has happened by then,
+        or never will.
+
+        Raises:
+            RepeatedError: It says what was made, and by which request.
+        """
+        ...
+
+    async def forget_keys(self, *, now: datetime, limit: int) -> bool:
+        """Forget keys of things that are gone for long, and note that things are gone: at most ``limit`` of each.
+
+        Returns whether there may be more to do. Of several owners only the oldest does this.
+        """
+        ...
+
     # Turns
 
     async def begin_turn(
@@ -199,6 +228,7 @@ class Store(Protocol):
         head: str | None | msgspec.UnsetType = msgspec.UNSET,
         creates: SessionRecord | None = None,
         path_bytes_max: int | None | msgspec.UnsetType = msgspec.UNSET,
+        key: IdempotencyKey | None = None,
     ) -> BegunTurn:
         """Accept a turn: keep the turn and its input, make it the head, count it as a use.
 
@@ -212,6 +242,7 @@ class Store(Protocol):
                 would hold up other writes for it leaves the path out.
 
         Raises:
+            RepeatedError
             SessionNotFoundError
             SessionExistsError, SessionLimitError: With ``creates``, as :meth:`create_session`.
             HeadMovedError: The session has another head.
@@ -222,7 +253,12 @@ class Store(Protocol):
         ...
 
     async def add_turns(
-        self, added: Sequence[TurnRecord], *, now: datetime, head: str | None | msgspec.UnsetType = msgspec.UNSET
+        self,
+        added: Sequence[TurnRecord],
+        *,
+        now: datetime,
+        head: str | None | msgspec.UnsetType = msgspec.UNSET,
+        key: IdempotencyKey | None = None,
     ) -> SessionRecord:
         """Add turns that are complete at once, make the last one the head, count it as a use. Returns the session.
 
@@ -233,6 +269,7 @@ class Store(Protocol):
             head: The head that the session must have, if the caller chose the first turn's parent by it.
 
         Raises:
+            RepeatedError
             SessionNotFoundError
             HeadMovedError: The session has another head.
             TurnNotFoundError: The first turn's parent is not a turn of this session.

@@ -15,7 +15,7 @@ from service.storage.memory import MemoryStore
 
 WRITES = (
     *("create_session", "fork_session", "update_session", "mark_deleted", "is_marked", "remove_deleted"),
-    *("delete_expired", "begin_turn", "add_turns", "start_turn", "checkpoint_turns", "end_turn"),
+    *("delete_expired", "check_key", "begin_turn", "add_turns", "start_turn", "checkpoint_turns", "end_turn"),
 )
 Outcome = Literal["lands", "is lost"]
 

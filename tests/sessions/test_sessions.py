@@ -1,6 +1,7 @@
 """Sessions: conflicts, disconnects, deletion, expiry, paging of messages, and the shutdown's side."""
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import pytest
 import trio
@@ -9,6 +10,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from service.errors import (
     InvalidRequestError,
     QueueFullError,
+    RepeatedError,
     SessionExistsError,
     SessionNotFoundError,
     ShuttingDownError,
@@ -22,7 +24,7 @@ from service.sessions.turns.turn import RETURN_S
 from service.sessions.upkeep.expiry import run_expiry, sweep
 from service.stop_state import Phase, StopState
 from service.storage.memory import MemoryStore
-from service.storage.records import SessionPatch
+from service.storage.records import IdempotencyKey, SessionPatch
 from tests.sessions.puppet import Stage, kinds, open_stage, read_all
 from tests.sessions.turns.test_turns import start
 from tests.storage.rows import a_turn
@@ -344,6 +346,25 @@ async def test_session_used_between_the_look_of_expiry_and_its_delete_stays(auto
         used.set()
         await wait_all_tasks_blocked()
         assert (await stage.sessions.get_session(session_id)).title == "still here"
+
+
+async def test_expiry_loop_forgets_the_keys_of_sessions_that_are_gone_for_a_day(autojump_clock: MockClock) -> None:
+    kept = [IdempotencyKey(caller="", key=f"{n}", fingerprint=b"f") for n in range(250)]
+    async with open_stage(idle_timeout_s=100) as stage, trio.open_nursery() as nursery:
+        for key in kept:
+            await stage.sessions.create_session(NewSession(), key=key)
+        stage.clock.advance(101)
+        run = partial(run_expiry, stage.store, clock=stage.clock, interval_s=300, store_timeout_s=5)
+        await nursery.start(lambda task_status: run(task_status=task_status))
+        await trio.sleep(301)
+        for key in kept:
+            with pytest.raises(RepeatedError):
+                await stage.store.check_key(key, now=stage.clock())
+        stage.clock.advance(24 * 3600)
+        await trio.sleep(300)
+        for key in kept:
+            await stage.store.check_key(key, now=stage.clock())
+        nursery.cancel_scope.cancel()
 
 
 async def test_expiry_loop_sweeps_in_batches_and_survives_an_error(autojump_clock: MockClock) -> None:

@@ -1,6 +1,6 @@
-"""The expiry loop: removes expired sessions.
+"""The expiry loop: removes expired sessions, and forgets idempotency keys of things that are gone for long.
 
-The loop need not be in time, because readers do not find an expired session.
+The loop need not be in time, because readers do not find an expired session, and a key that is kept longer is no harm.
 """
 
 import structlog
@@ -14,7 +14,7 @@ from service.storage.store_deadline import answered_within
 logger = structlog.get_logger("lastcall.expiry")
 
 _BATCH_MAX = 100
-"""Sessions that one step removes; a larger step would delay other writes."""
+"""Sessions that one step removes, or keys that it forgets; a larger step would delay other writes."""
 
 
 async def run_expiry(
@@ -31,6 +31,7 @@ async def run_expiry(
         removed = await sweep(store, clock=clock, store_timeout_s=store_timeout_s)
         if removed:
             logger.info("sessions expired", removed=removed)
+        await forget_keys(store, clock=clock, store_timeout_s=store_timeout_s)
 
     task_status.started()
     await run_every(interval_s, sweep_and_log, name="expiry")
@@ -51,3 +52,14 @@ async def sweep(store: Store, *, clock: Clock, store_timeout_s: float) -> int:
         removed += batch
         if batch < _BATCH_MAX:
             return removed
+
+
+async def forget_keys(store: Store, *, clock: Clock, store_timeout_s: float) -> None:
+    """Forget the keys of things that are gone for long, in batches; none while the clock is in doubt."""
+    while True:
+        now = clock()
+        if is_in_doubt(clock):
+            return
+        with answered_within(store_timeout_s):
+            if not await store.forget_keys(now=now, limit=_BATCH_MAX):
+                return

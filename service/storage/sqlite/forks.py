@@ -15,8 +15,8 @@ from service.errors import OwnedElsewhereError, SessionExistsError, SessionNotFo
 from service.ids import new_session_id, owner_of, scoped
 from service.storage import rules
 from service.storage.fork_path import ForkPath, copies_of, forked_session
-from service.storage.records import SessionRecord, TurnRecord
-from service.storage.sqlite import event_pages, sessions, turns
+from service.storage.records import IdempotencyKey, SessionRecord, TurnRecord
+from service.storage.sqlite import event_pages, idempotency, sessions, turns
 from service.storage.sqlite.ownership import owner_of as owner_in
 from service.storage.sqlite.rows import TURN_COLUMNS, Row
 
@@ -42,6 +42,7 @@ class Fork(msgspec.Struct, frozen=True, kw_only=True):
     turns: list[TurnRecord]
     sources: list[int]
     hidden_id: str
+    key: IdempotencyKey | None
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -56,18 +57,28 @@ class Plan(turns.PathWalk):
     """Reads the turns that a fork copies, and makes their copies. The turns have ended, so later changes of the session
     do not change them.
 
-    Its steps raise SessionNotFoundError, TurnNotFoundError, TurnInProgressError, OwnedElsewhereError and
+    Its steps raise RepeatedError, SessionNotFoundError, TurnNotFoundError, TurnInProgressError, OwnedElsewhereError and
     InvalidRequestError.
     """
 
     columns = f"{TURN_COLUMNS}, key"
 
-    def __init__(self, source_id: str, at: str | None, *, copy_id: str, fence: int, now: datetime) -> None:
+    def __init__(
+        self,
+        source_id: str,
+        at: str | None,
+        *,
+        copy_id: str,
+        fence: int,
+        now: datetime,
+        key: IdempotencyKey | None = None,
+    ) -> None:
         super().__init__(source_id, at or "")
         self._at = at
         self._copy_id = copy_id
         self._fence = fence
         self._now = now
+        self._key = key
         self._source: sessions.StoredSession | None = None
         self._path = ForkPath()
         self._keys: list[int] = []
@@ -81,6 +92,8 @@ class Plan(turns.PathWalk):
             self._copy_some(self._copying)
 
     def _read_some(self, db: apsw.Connection) -> None:
+        if self._source is None:  # no copies are made if an earlier call has made a fork
+            idempotency.check(db, self._key, self._now)
         source = sessions.visible(db, self._session_id, self._now)
         if self._source is None:  # the first step
             self._source = source
@@ -135,6 +148,7 @@ class Plan(turns.PathWalk):
             turns=self._copies,
             sources=self._keys[::-1],
             hidden_id=scoped(owner_of(self._copy_id), f"+{new_session_id()}"),
+            key=self._key,
         )
 
 
@@ -142,9 +156,11 @@ def build(db: apsw.Connection, fork: Fork, progress: Progress | None, *, fence: 
     """Do one step of a fork. None once the copy is shown.
 
     Raises:
+        RepeatedError: Another fork with the same key was faster.
         SessionNotFoundError: The source was removed meanwhile.
         SessionExistsError
     """
+    idempotency.check(db, fork.key, now)
     source = sessions.visible(db, fork.source_id, now)
     if fork.at is not None:
         turns.key_of(db, fork.at, source.key)  # raises if another session has taken the source's id
@@ -160,6 +176,7 @@ def build(db: apsw.Connection, fork: Fork, progress: Progress | None, *, fence: 
             "UPDATE sessions SET id = ?, deletion = 0, deleter = NULL WHERE key = ?",
             (fork.session.id, progress.session),
         )
+        idempotency.keep(db, fork.key, session=progress.session, session_id=fork.session.id)
     return unfinished
 
 

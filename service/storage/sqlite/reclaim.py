@@ -7,6 +7,8 @@ import time
 
 import apsw
 
+from service.storage.sqlite import idempotency
+
 STEP_S = 0.01
 """The approximate time for which a step holds the write lock: it ends after the row in which this time is over."""
 
@@ -22,7 +24,7 @@ def reclaim_some(db: apsw.Connection) -> bool:
         session = db.execute("SELECT key FROM sessions WHERE deletion = 2 LIMIT 1").get
         if session is None:
             return _shrink_some(db)
-        if _delete_turns(db, session, deadline):
+        if _delete_turns(db, session, deadline) and idempotency.cut_off_some(db, session):
             for table in ("siblings", "session_metadata", "session_settings"):
                 db.execute(f"DELETE FROM {table} WHERE session = ?", (session,))
             db.execute("DELETE FROM sessions WHERE key = ?", (session,))

@@ -160,14 +160,15 @@ CREATE TABLE idempotency_keys (
     caller TEXT NOT NULL,
     key TEXT NOT NULL,
     fingerprint BLOB NOT NULL,
-    session INTEGER,            -- the session that was made, or whose turn was
+    session INTEGER,            -- the session that was made, or whose turn was; NULL once what was made is gone
     session_id TEXT NOT NULL,
-    turn TEXT,                  -- the turn that was made
-    gone_at INTEGER,            -- when what was made was deleted
+    turn TEXT,                  -- the turn that was made, or the last one of several
+    first_turn TEXT,            -- the first one of several
+    gone_at INTEGER,            -- when it was found that what was made is gone
     PRIMARY KEY (caller, key)
 ) STRICT, WITHOUT ROWID;
-CREATE INDEX idempotency_keys_by_session ON idempotency_keys (session) WHERE session IS NOT NULL;
-CREATE INDEX idempotency_keys_by_end ON idempotency_keys (gone_at) WHERE gone_at IS NOT NULL;
+CREATE INDEX idempotency_keys_by_session ON idempotency_keys (session, turn) WHERE session IS NOT NULL;
+CREATE INDEX idempotency_keys_by_end ON idempotency_keys (gone_at) WHERE session IS NULL;
 """
 
 SCRIPTS = (VERSION_1, VERSION_2, VERSION_3, VERSION_4)

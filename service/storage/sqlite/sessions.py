@@ -10,8 +10,8 @@ from service.errors import SessionExistsError, SessionNotFoundError
 from service.storage import rules
 from service.storage.page_cursor import SessionPosition, encode_cursor
 from service.storage.page_size import fitting
-from service.storage.records import Page, SessionPatch, SessionRecord, SessionStatus
-from service.storage.sqlite import recovery
+from service.storage.records import IdempotencyKey, Page, SessionPatch, SessionRecord, SessionStatus
+from service.storage.sqlite import idempotency, recovery
 from service.storage.sqlite.ownership import Ownership
 from service.storage.sqlite.rows import SESSION_COLUMNS, SETTINGS_COLUMNS, Row, as_json, moment, session_of
 
@@ -81,9 +81,14 @@ def visible(db: apsw.Connection, session_id: str, now: datetime) -> StoredSessio
     return kept
 
 
-def create(db: apsw.Connection, session: SessionRecord, now: datetime) -> StoredSession:
+def create(
+    db: apsw.Connection, session: SessionRecord, now: datetime, *, key: IdempotencyKey | None = None
+) -> StoredSession:
+    idempotency.check(db, key, now)
     make_room(db, session.id, now)
-    return StoredSession(session, key=insert(db, session), deletion=0, turns_begun=0, owner=None)
+    created = StoredSession(session, key=insert(db, session), deletion=0, turns_begun=0, owner=None)
+    idempotency.keep(db, key, session=created.key, session_id=session.id)
+    return created
 
 
 def make_room(db: apsw.Connection, session_id: str, now: datetime) -> None:

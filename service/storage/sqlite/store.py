@@ -21,6 +21,7 @@ from service.storage.records import (
     Checkpoint,
     EndResult,
     EventsPage,
+    IdempotencyKey,
     LeftOut,
     Owner,
     Page,
@@ -29,7 +30,7 @@ from service.storage.records import (
     SessionStatus,
     TurnRecord,
 )
-from service.storage.sqlite import event_pages, forks, recovery, sessions, turns
+from service.storage.sqlite import event_pages, forks, idempotency, recovery, sessions, turns
 from service.storage.sqlite.event_pages import fits_in_turn
 from service.storage.sqlite.open_files import OpenFiles
 from service.storage.sqlite.ownership import Ownership, find_owner, is_oldest
@@ -115,12 +116,14 @@ class SqliteStore:
 
     # Sessions
 
-    async def create_session(self, session: SessionRecord, *, now: datetime) -> None:
-        await self._writing.call(lambda db: sessions.create(db, session, now))
+    async def create_session(self, session: SessionRecord, *, now: datetime, key: IdempotencyKey | None = None) -> None:
+        await self._writing.call(lambda db: sessions.create(db, session, now, key=key))
 
-    async def fork_session(self, source_id: str, *, at: str | None, copy_id: str, now: datetime) -> SessionRecord:
+    async def fork_session(
+        self, source_id: str, *, at: str | None, copy_id: str, now: datetime, key: IdempotencyKey | None = None
+    ) -> SessionRecord:
         async with self._forking:
-            plan = forks.Plan(source_id, at, copy_id=copy_id, fence=self.fence, now=now)
+            plan = forks.Plan(source_id, at, copy_id=copy_id, fence=self.fence, now=now, key=key)
             while not plan.is_complete:
                 await self._reading.call(plan.read_some)
             fork = plan.fork
@@ -186,6 +189,17 @@ class SqliteStore:
             self.writer.removed = True
         return removed
 
+    # Idempotency keys
+
+    async def check_key(self, key: IdempotencyKey, *, now: datetime) -> None:
+        await self._writing.call(lambda db: idempotency.check(db, key, now), makes_space=True)
+
+    async def forget_keys(self, *, now: datetime, limit: int) -> bool:
+        def forget(db: apsw.Connection) -> bool:
+            return is_oldest(db, self._ownership) and idempotency.forget(db, now, limit)
+
+        return await self._writing.call(forget, makes_space=True)
+
     # Turns
 
     async def begin_turn(
@@ -196,17 +210,23 @@ class SqliteStore:
         head: str | None | msgspec.UnsetType = msgspec.UNSET,
         creates: SessionRecord | None = None,
         path_bytes_max: int | None | msgspec.UnsetType = msgspec.UNSET,
+        key: IdempotencyKey | None = None,
     ) -> BegunTurn:
         return await self._writing.call(
             lambda db: turns.begin(
-                db, turn, self._ownership, now, head=head, creates=creates, path_bytes_max=path_bytes_max
+                db, turn, self._ownership, now, head=head, creates=creates, path_bytes_max=path_bytes_max, key=key
             )
         )
 
     async def add_turns(
-        self, added: Sequence[TurnRecord], *, now: datetime, head: str | None | msgspec.UnsetType = msgspec.UNSET
+        self,
+        added: Sequence[TurnRecord],
+        *,
+        now: datetime,
+        head: str | None | msgspec.UnsetType = msgspec.UNSET,
+        key: IdempotencyKey | None = None,
     ) -> SessionRecord:
-        return await self._writing.call(lambda db: turns.add(db, added, self._ownership, now, head=head))
+        return await self._writing.call(lambda db: turns.add(db, added, self._ownership, now, head=head, key=key))
 
     async def start_turn(self, turn_id: str, *, now: datetime) -> bool:
         return await self._writing.call(lambda db: turns.start(db, turn_id, self.fence, now))

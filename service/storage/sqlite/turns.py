@@ -15,8 +15,17 @@ from service.storage import rules
 from service.storage.page_cursor import TurnPosition, encode_cursor
 from service.storage.page_size import fitting
 from service.storage.pieces import Run, count, skip, text_of
-from service.storage.records import BegunTurn, Checkpoint, EndResult, LeftOut, Page, SessionRecord, TurnRecord
-from service.storage.sqlite import event_pages, recovery, sessions
+from service.storage.records import (
+    BegunTurn,
+    Checkpoint,
+    EndResult,
+    IdempotencyKey,
+    LeftOut,
+    Page,
+    SessionRecord,
+    TurnRecord,
+)
+from service.storage.sqlite import event_pages, idempotency, recovery, sessions
 from service.storage.sqlite.ends import keep_end
 from service.storage.sqlite.event_pages import record_of
 from service.storage.sqlite.ownership import Ownership
@@ -78,7 +87,9 @@ def begin(
     head: str | None | msgspec.UnsetType = msgspec.UNSET,
     creates: SessionRecord | None = None,
     path_bytes_max: int | None | msgspec.UnsetType = msgspec.UNSET,
+    key: IdempotencyKey | None = None,
 ) -> BegunTurn:
+    idempotency.check(db, key, now)
     if creates is not None:
         rules.check_first_turn(creates, turn, head)
         kept = sessions.create(db, creates, now)
@@ -101,6 +112,7 @@ def begin(
             kept.key,
         ),
     )
+    idempotency.keep(db, key, session=kept.key, session_id=turn.session_id, turn=turn.id)
     return BegunTurn(session, path)
 
 
@@ -111,7 +123,9 @@ def add(
     now: datetime,
     *,
     head: str | None | msgspec.UnsetType = msgspec.UNSET,
+    key: IdempotencyKey | None = None,
 ) -> SessionRecord:
+    idempotency.check(db, key, now)
     kept = _session_for(db, added[0], owners, now, head)
     parent = added[0].parent
     if parent is not None:
@@ -132,6 +146,7 @@ def add(
             kept.key,
         ),
     )
+    idempotency.keep(db, key, session=kept.key, session_id=session.id, turn=added[-1].id, first_turn=added[0].id)
     return session
 
 

@@ -43,6 +43,14 @@ def fill(db: apsw.Connection, sessions: int, *, turns: int = 2) -> None:
         """,
         {"turns": turns},
     )
+    # A key of each session, and one of a session that is gone for long.
+    db.execute(
+        """
+        INSERT INTO idempotency_keys (caller, key, fingerprint, session, session_id, turn, gone_at)
+        SELECT '', id, x'00', key, id, head, NULL FROM sessions WHERE id LIKE 'sess_%' UNION ALL
+        SELECT '', 'gone ' || id, x'00', NULL, id, NULL, key FROM sessions WHERE id LIKE 'sess_%'
+        """
+    )
 
 
 MEASURED: dict[str, Callable[[SqliteStore, str], Awaitable[object]]] = {

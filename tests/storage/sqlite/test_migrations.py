@@ -15,7 +15,7 @@ import trio
 
 from service.errors import StartupError
 from service.storage.pieces import STARTED, Run
-from service.storage.records import SEQ_AFTER_CRASH, LeftOut, SessionPatch
+from service.storage.records import SEQ_AFTER_CRASH, IdempotencyKey, LeftOut, SessionPatch
 from service.storage.sqlite import database, open_sqlite_store
 from service.storage.sqlite.schema import APPLICATION_ID, SCRIPTS
 from tests.storage.rows import T0, a_session, a_turn, all_sessions, at, contents, ended, said, told
@@ -121,7 +121,7 @@ async def _make(path: Path) -> None:
         await store.end_turn(end, runs=(Run(STARTED), *said("Hi")), now=T0)
         await store.begin_turn(a_turn("t2", parent="t"), now=T0)
         await store.checkpoint_turns([a_checkpoint("t2", "Hel")])
-        await store.create_session(a_session("other"), now=T0)
+        await store.create_session(a_session("other"), now=T0, key=IdempotencyKey(caller="", key="k", fingerprint=b"f"))
         await store.create_session(a_session("marked"), now=T0)
         await store.mark_deleted("marked", now=T0)
 

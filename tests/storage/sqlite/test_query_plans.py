@@ -8,7 +8,8 @@ import apsw
 import msgspec
 import pytest
 
-from service.storage.records import SessionPatch
+from service.errors import RepeatedError
+from service.storage.records import IdempotencyKey, SessionPatch
 from service.storage.sqlite import SqliteStore, database, open_sqlite_store
 from service.storage.sqlite.reclaim import reclaim_some
 from service.storage.sqlite.writer import Writer
@@ -18,6 +19,7 @@ from tests.storage.test_store_added_turns import an_added_turn
 from tests.storage.test_store_owners import a_checkpoint
 
 LATE = at(3601)
+A_KEY = IdempotencyKey(caller="", key="k", fingerprint=b"f")
 
 
 async def _delete(store: SqliteStore, session: str) -> None:
@@ -33,6 +35,11 @@ async def _fork_over_an_expired_one(store: SqliteStore) -> None:
 async def _second_page(store: SqliteStore) -> object:
     first = await store.list_sessions(limit=10, after=None, status=None, now=T0)
     return await store.list_sessions(limit=10, after=first.next, status=None, now=T0)
+
+
+async def _check_key(store: SqliteStore) -> None:
+    with pytest.raises(RepeatedError):
+        await store.check_key(A_KEY, now=T0)
 
 
 CALLS: dict[str, Callable[[SqliteStore], Awaitable[object]]] = {
@@ -77,6 +84,12 @@ CALLS: dict[str, Callable[[SqliteStore], Awaitable[object]]] = {
     "count of an owner": lambda store: store.count_sessions(status=None, owner="ann", now=T0),
     "expire": lambda store: store.delete_expired(now=LATE, limit=10),
     "recover": lambda store: store.recover(now=T0),
+    "create with a key": lambda store: store.create_session(a_session("new3"), now=T0, key=A_KEY),
+    "begin with a key": lambda store: store.begin_turn(
+        a_turn("new4", "sess_000100", parent="turn_000100_1"), now=T0, key=msgspec.structs.replace(A_KEY, key="other")
+    ),
+    "check a key": _check_key,
+    "forget keys": lambda store: store.forget_keys(now=LATE, limit=10),
     "reclaim": lambda store: store._writing.call(reclaim_some),
 }
 

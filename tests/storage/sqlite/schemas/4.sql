@@ -17,12 +17,14 @@ CREATE TABLE idempotency_keys (
     caller TEXT NOT NULL,
     key TEXT NOT NULL,
     fingerprint BLOB NOT NULL,
-    session INTEGER,            -- the session that was made, or whose turn was
+    session INTEGER,            -- the session that was made, or whose turn was; NULL once what was made is gone
     session_id TEXT NOT NULL,
-    turn TEXT,                  -- the turn that was made
-    gone_at INTEGER,            -- when what was made was deleted
+    turn TEXT,                  -- the turn that was made, or the last one of several
+    first_turn TEXT,            -- the first one of several
+    gone_at INTEGER,            -- when it was found that what was made is gone
     PRIMARY KEY (caller, key)
 ) STRICT, WITHOUT ROWID;
+INSERT INTO "idempotency_keys" VALUES('','k',X'66',2,'other',NULL,NULL,NULL);
 CREATE TABLE outputs (
     key INTEGER PRIMARY KEY,
     turn INTEGER NOT NULL REFERENCES turns (key),
@@ -35,7 +37,7 @@ CREATE TABLE owners (
     address TEXT,
     opened_at INTEGER NOT NULL
 ) STRICT;
-INSERT INTO "owners" VALUES(1,NULL,1795925950865918);
+INSERT INTO "owners" VALUES(1,NULL,1795927730001452);
 CREATE TABLE session_metadata (
     name TEXT NOT NULL,
     value TEXT NOT NULL,
@@ -123,8 +125,8 @@ CREATE INDEX event_pages_by_turn ON event_pages (turn, after);
 CREATE INDEX turns_by_parent ON turns (session, coalesce(parent, ''), ordinal);
 CREATE INDEX sessions_by_owner ON sessions (owner_name, created_at, id) WHERE deletion = 0 AND owner_name <> '';
 CREATE INDEX metadata_by_session ON session_metadata (session);
-CREATE INDEX idempotency_keys_by_session ON idempotency_keys (session) WHERE session IS NOT NULL;
-CREATE INDEX idempotency_keys_by_end ON idempotency_keys (gone_at) WHERE gone_at IS NOT NULL;
+CREATE INDEX idempotency_keys_by_session ON idempotency_keys (session, turn) WHERE session IS NOT NULL;
+CREATE INDEX idempotency_keys_by_end ON idempotency_keys (gone_at) WHERE session IS NULL;
 DELETE FROM "sqlite_sequence";
 INSERT INTO "sqlite_sequence" VALUES('owners',1);
 COMMIT;
