@@ -212,6 +212,7 @@ class Upstream(BaseModel):
     url: UpstreamUrl
     api_key: Key | None = None
     models: Annotated[tuple[Name, ...], AfterValidator(_models)]
+    prompt_bytes_max: dict[Name, Bytes] = {}
 
     _texts = field_validator("*", mode="before")(_text)
 
@@ -262,7 +263,7 @@ class Settings(BaseModel):
     """The key sent to `model_url`; or `model_api_key_file`, a file that holds it."""
     upstreams: tuple[Upstream, ...] = ()
     """Several model servers in place of `model_url`: `[[upstreams]]` tables of `name`, `url`, `api_key` (or
-    `api_key_file`), `models`."""
+    `api_key_file`), `models` and `prompt_bytes_max`, a table of the models that have a bound of their own."""
     model_retries_max: Annotated[int, Field(ge=0, le=10), BeforeValidator(_number)] = 2
     """How often an upstream's fault before the first token is retried."""
     upstream_words: Annotated[Literal["caller", "log"], BeforeValidator(_lowercase)] = "caller"
@@ -330,6 +331,11 @@ class Settings(BaseModel):
             return self.upstreams[0].models[0]
         return self.model
 
+    def prompt_bytes_max_of(self, model: str) -> int:
+        """The bound on prompts for a model: its own, or that of all models."""
+        own = (it.prompt_bytes_max[model] for it in self.upstreams if model in it.prompt_bytes_max)
+        return next(own, self.prompt_bytes_max)
+
     @property
     def default_idle_timeout_s(self) -> float:
         """The idle timeout of sessions that choose none."""
@@ -375,12 +381,19 @@ class Settings(BaseModel):
         return self
 
     def _sizes_that_do_not_fit(self) -> Iterator[str]:
-        if self.prompt_bytes_max < 2 * self.input_bytes_max:
-            # The system message and the newest input are never left out, and each may be as long as input_bytes_max.
-            yield (
-                f"prompt_bytes_max should be at least twice input_bytes_max: {self.prompt_bytes_max} is less than "
-                f"2 * {self.input_bytes_max}"
-            )
+        bounds = [("prompt_bytes_max", self.prompt_bytes_max)]
+        bounds += [
+            (f"upstreams[{number}].prompt_bytes_max[{model!r}]", bytes_max)
+            for number, upstream in enumerate(self.upstreams)
+            for model, bytes_max in upstream.prompt_bytes_max.items()
+        ]
+        for name, bytes_max in bounds:
+            if bytes_max < 2 * self.input_bytes_max:
+                # The system message and the newest input are never left out. Each may be as long as input_bytes_max.
+                yield (
+                    f"{name} should be at least twice input_bytes_max: {bytes_max} is less than "
+                    f"2 * {self.input_bytes_max}"
+                )
         for name, size in (("input_bytes_max", self.input_bytes_max), ("reply_bytes_max", self.reply_bytes_max)):
             if self.held_bytes_max < 8 * size:  # in JSON a text has up to six bytes for each byte of it
                 yield (
@@ -410,6 +423,12 @@ class Settings(BaseModel):
         ):
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 yield f"upstreams should not share a {what}: {', '.join(map(repr, twice))}"
+        for number, upstream in enumerate(self.upstreams):
+            if others := sorted(upstream.prompt_bytes_max.keys() - set(upstream.models)):
+                yield (
+                    f"upstreams[{number}].prompt_bytes_max should only name models of this upstream: "
+                    f"{', '.join(map(repr, others))}"
+                )
         if not any(self.default_model in it.models for it in self.upstreams):
             yield f"model {self.model!r} should be one that an upstream serves"
 
@@ -654,6 +673,8 @@ def _complaint(detail: ErrorDetails, *, of_variable: bool) -> str:
         return "is missing"
     if names == ["upstreams"]:
         return "should be at least one [[upstreams]] table of the file"
+    if names[:2] == ["upstreams", "prompt_bytes_max"]:
+        names = names[:2]  # the last name is that of a model
     value = detail["input"]
     if names[-1] in ("url", "model_url") and isinstance(value, str):
         value = shown_url(value)
@@ -675,6 +696,8 @@ def _shown(value: object) -> str:
 def _allowed(name: str, detail: ErrorDetails) -> str:
     if detail["type"] == "value_error" and not isinstance(detail["input"], bool):
         return str(detail["ctx"]["error"])
+    if detail["type"] == "dict_type":
+        return "should be a table of models, such as { small = 1048576 }"
     if detail["type"] == "tuple_type":
         return f"should be a list of strings, such as {_LISTS[name]}"
     field_schema: dict[str, Any] = Settings.model_json_schema()["properties"].get(name, {})

@@ -142,5 +142,11 @@ def _assignment(name: str, value: object) -> str:
         value = shown_url(str(value))
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return f"{name} = {text}"  # the JSON of a string, a number or a list of them is also TOML
+    if isinstance(value, dict):
+        return f"{name} = {{{', '.join(f'{_toml(key)} = {_toml(part)}' for key, part in value.items())}}}"
+    return f"{name} = {_toml(value)}"
+
+
+def _toml(value: object) -> str:
+    """A string, a number or a list of them as TOML: their JSON is TOML, too."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -28,6 +28,8 @@ class NewSession(msgspec.Struct, frozen=True, kw_only=True):
     title: str | None = None
     model: str | None = None
     system_message: str | None = None
+    temperature: float | None = None
+    max_output_tokens: int | None = None
     metadata: dict[str, str] = {}
     idle_timeout_s: float | None = None
 
@@ -43,6 +45,8 @@ class NewSession(msgspec.Struct, frozen=True, kw_only=True):
             title=self.title,
             model=self.model,
             system_message=self.system_message,
+            temperature=self.temperature,
+            max_output_tokens=self.max_output_tokens,
             metadata=self.metadata,
         )
 
@@ -71,6 +75,7 @@ class NewTurn(msgspec.Struct, frozen=True, kw_only=True):
     items: tuple[Item, ...] = ()
     parent: str | None | msgspec.UnsetType = msgspec.UNSET
     model: str | None = None
+    system_message: str | None = None
     temperature: float | None = None
     max_output_tokens: int | None = None
     tools: Tools | msgspec.UnsetType = msgspec.UNSET
@@ -93,8 +98,9 @@ class NewTurn(msgspec.Struct, frozen=True, kw_only=True):
             created_at=now,
             started_at=None if queued else now,
             input=self.items or text_input(self.text),
-            temperature=self.temperature,
-            max_output_tokens=self.max_output_tokens,
+            system_message=self.system_message,
+            temperature=session.temperature if self.temperature is None else self.temperature,
+            max_output_tokens=self.max_output_tokens or session.max_output_tokens,
             background=self.background,
             tools=self.tools,
         )

@@ -120,6 +120,8 @@ class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
     title: str | None = None
     model: str | None = None
     system_message: str | None = None
+    temperature: float | None = None
+    max_output_tokens: int | None = None
     metadata: dict[str, str] = {}
     head: str | None = None
     message_count: int = 0
@@ -130,6 +132,8 @@ class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         # A whole number becomes a float here, so that the first answer shows the same value as later ones.
         msgspec.structs.force_setattr(self, "idle_timeout_s", float(self.idle_timeout_s))
+        if self.temperature is not None:
+            msgspec.structs.force_setattr(self, "temperature", float(self.temperature))
 
     @property
     def owner(self) -> str:
@@ -157,6 +161,8 @@ class SessionPatch(msgspec.Struct, frozen=True, kw_only=True):
     title: str | None | msgspec.UnsetType = msgspec.UNSET
     model: str | None | msgspec.UnsetType = msgspec.UNSET
     system_message: str | None | msgspec.UnsetType = msgspec.UNSET
+    temperature: float | None | msgspec.UnsetType = msgspec.UNSET
+    max_output_tokens: int | None | msgspec.UnsetType = msgspec.UNSET
     metadata: dict[str, str] | msgspec.UnsetType = msgspec.UNSET
     idle_timeout_s: float | msgspec.UnsetType = msgspec.UNSET
 
@@ -189,8 +195,9 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
     A turn that a caller added complete has no ``started_at``, and may have no input, or no output.
 
     The store gets output items with the end; until then the live turn holds them. ``last_seq`` is the seq of
-    the terminal event. ``left_out`` is None if the whole conversation went to the model. The store does not keep
-    ``stored``: it is False if the turn has ended and the store has not taken this end.
+    the terminal event. ``system_message`` is the turn's own, in place of the session's. ``left_out`` is None if the
+    whole conversation went to the model. The store does not keep ``stored``: it is False if the turn has ended and the
+    store has not taken this end.
     """
 
     id: str
@@ -201,6 +208,7 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
     created_at: datetime
     input: tuple[Item, ...]
     output: tuple[Item, ...] = ()
+    system_message: str | None = None
     temperature: float | None = None
     max_output_tokens: int | None = None
     background: bool = False

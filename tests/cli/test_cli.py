@@ -93,7 +93,8 @@ api_keys = ["open-sesame-open-sesame"]
 name = "near \\"and\\" dear"
 url = "http://127.0.0.1:1/v1"
 api_key = "open-sesame"
-models = ["small", "large"]
+models = ["small", "org/large:7b"]
+prompt_bytes_max = { "org/large:7b" = 1_000_000, small = 600_000 }
 
 [[upstreams]]
 name = "far"

@@ -154,6 +154,32 @@ def test_prompt_that_could_pass_its_bound_is_refused() -> None:
     assert read({"LASTCALL_PROMPT_BYTES_MAX": "4096", "LASTCALL_INPUT_BYTES_MAX": "2048"}).prompt_bytes_max == 4096
 
 
+def test_a_model_may_have_a_bound_on_prompts_of_its_own() -> None:
+    bounds = 'models = ["small", "org/large:7b"]\nprompt_bytes_max = {"org/large:7b" = 1048576}'
+    settings = read(file=TWO_UPSTREAMS.replace('models = ["small", "large"]', bounds))
+    assert [settings.prompt_bytes_max_of(model) for model in ("small", "org/large:7b", "huge", "no model")] == [
+        *(524288, 1048576, 524288, 524288),
+    ]
+
+
+def test_a_bound_on_the_prompts_of_a_model_is_checked_as_that_of_all_models() -> None:
+    def told(bounds: str) -> list[str]:
+        given = f'models = ["small", "large"]\nprompt_bytes_max = {bounds}'
+        return problems(file=TWO_UPSTREAMS.replace('models = ["small", "large"]', given))
+
+    (line,) = told("{small = 524287}")
+    assert line.startswith("upstreams[0].prompt_bytes_max['small'] should be at least twice input_bytes_max: 524287 ")
+    assert told("{smal = 524288}") == ["upstreams[0].prompt_bytes_max should only name models of this upstream: 'smal'"]
+    allowed = "should be a whole number of at least 1024, at most 1073741824"
+    for wrong in ("1", "true", '"many"'):
+        (line,) = told(f"{{small = {wrong}}}")
+        assert line.startswith("lastcall.toml: upstreams[0].prompt_bytes_max.small: ")
+        assert line.endswith(allowed)
+    assert told("5") == [
+        "lastcall.toml: upstreams[0].prompt_bytes_max: 5 should be a table of models, such as { small = 1048576 }"
+    ]
+
+
 def test_a_bound_on_held_bytes_that_a_request_or_an_answer_could_not_meet_is_refused() -> None:
     told = problems({"LASTCALL_HELD_BYTES_MAX": "1048576"})
     assert told == [

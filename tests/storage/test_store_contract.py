@@ -89,6 +89,8 @@ async def test_a_session_is_read_as_it_was_created(store: Store) -> None:
         title=UNICODE,
         model="a/model:7b",
         system_message=UNICODE * 1000,
+        temperature=0.7,
+        max_output_tokens=1 << 40,
         metadata={UNICODE[:64]: UNICODE, "": ""},
     )
     await store.create_session(session, now=T0)
@@ -163,6 +165,21 @@ async def test_a_patch_changes_what_it_names_and_moves_the_deadline(store: Store
         expires_at=at(10 + IDLE_TIMEOUT_S),
     )
     assert await store.get_session("s", now=at(10)) == patched
+
+
+async def test_a_patch_sets_and_unsets_each_option_by_itself(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    for patch, temperature, max_output_tokens in (
+        (SessionPatch(temperature=1), 1.0, None),
+        (SessionPatch(max_output_tokens=5), 1.0, 5),
+        (SessionPatch(title="x"), 1.0, 5),
+        (SessionPatch(temperature=None), None, 5),
+        (SessionPatch(max_output_tokens=None), None, None),
+    ):
+        patched = await store.update_session("s", patch, now=T0)
+        assert (repr(patched.temperature), patched.max_output_tokens) == (repr(temperature), max_output_tokens)
+        assert await store.get_session("s", now=T0) == patched
+    assert (await store.fork_session("s", at=None, copy_id="copy", now=T0)).temperature is None
 
 
 async def test_a_patch_can_unset_and_an_empty_one_only_moves_the_deadline(store: Store) -> None:
@@ -774,7 +791,7 @@ async def test_tools_calls_and_outputs_are_kept_whole(store: Store) -> None:
     call = Item(id="fc_1", type="function_call", role="assistant", text=UNICODE, call_id="call_1", name="f")
     cut = msgspec.structs.replace(call, id="fc_2", text="", complete=False, upstream="{}")
     await store.create_session(a_session(), now=T0)
-    turn = msgspec.structs.replace(a_turn(), tools=tools)
+    turn = msgspec.structs.replace(a_turn(), tools=tools, system_message=UNICODE)
     turn = msgspec.structs.replace(turn, input=(*turn.input, output))
     await store.begin_turn(turn, now=T0)
     assert await store.get_turn("s", "t", now=T0) == turn

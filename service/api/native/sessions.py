@@ -142,8 +142,8 @@ async def get_session(session_id: str) -> TrioResponse:
 async def update_session(session_id: str) -> TrioResponse:
     """Change a session and move its expiry.
 
-    Fields that are left out do not change; null clears `title`, `model` and `system_message`. `metadata` is replaced as
-    a whole.
+    Fields that are left out do not change; null clears `title`, `model`, `system_message`, `temperature` and
+    `max_output_tokens`. `metadata` is replaced as a whole.
 
     With `If-Match` the session is changed only if nothing that PATCH can change has changed since its `ETag` was
     received: otherwise the answer is 412 `precondition_failed`, with the `ETag` that the session has now.

@@ -152,6 +152,7 @@ async def start_turn(session_id: str) -> TrioResponse:
         items=said,
         parent=body.parent,
         model=body.model,
+        system_message=body.system_message,
         temperature=body.temperature,
         max_output_tokens=body.max_output_tokens,
         tools=_tools_of(body),

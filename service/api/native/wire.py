@@ -58,6 +58,10 @@ Text = Annotated[
     str,
     Meta(min_length=1, description="At most `input_bytes_max` bytes of UTF-8, no NUL.", extra_json_schema=_NO_NUL),
 ]
+Temperature = Annotated[float, Meta(ge=0, le=2)]
+MaxOutputTokens = Annotated[int, Meta(ge=1, le=1_000_000_000)]
+_OF_TURNS = Meta(description="Of turns that name none; left to the model's server if null.")
+_OF_SESSION = Meta(description="The session's if left out.")
 Metadata = Annotated[
     dict[
         Annotated[str, Meta(min_length=1, max_length=64, extra_json_schema=_NO_NUL)],
@@ -110,6 +114,8 @@ class CreateSession(RequestBody, frozen=True, kw_only=True):
     title: Title | None = None
     model: ModelName | None = None
     system_message: Text | None = None
+    temperature: Annotated[Temperature | None, _OF_TURNS] = None
+    max_output_tokens: Annotated[MaxOutputTokens | None, _OF_TURNS] = None
     metadata: Metadata = {}
     idle_timeout_s: IdleTimeout | None = None
 
@@ -124,12 +130,14 @@ class ForkSession(RequestBody, frozen=True, kw_only=True):
 class UpdateSession(RequestBody, frozen=True, kw_only=True):
     """``{"title": "Refund for order 4711", "model": null}``: fields that are left out do not change.
 
-    null clears ``title``, ``model`` and ``system_message``.
+    null clears ``title``, ``model``, ``system_message``, ``temperature`` and ``max_output_tokens``.
     """
 
     title: Title | None | UnsetType = UNSET
     model: ModelName | None | UnsetType = UNSET
     system_message: Text | None | UnsetType = UNSET
+    temperature: Annotated[Temperature | None, _OF_TURNS] | UnsetType = UNSET
+    max_output_tokens: Annotated[MaxOutputTokens | None, _OF_TURNS] | UnsetType = UNSET
     metadata: Annotated[Metadata, Meta(extra_json_schema={"description": "Replaces all pairs."})] | UnsetType = UNSET
     idle_timeout_s: IdleTimeout | UnsetType = UNSET
 
@@ -151,7 +159,8 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
 
     ``{"id": "sess_6f…", "created_at": "2026-01-31T09:30:00Z", "last_accessed_at": "2026-01-31T09:31:07.25Z",
     "expires_at": "2026-01-31T10:01:07.25Z", "idle_timeout_s": 1800, "title": null, "model": null,
-    "system_message": "Be brief.", "metadata": {}, "status": "idle", "head": "turn_0a…", "message_count": 2,
+    "system_message": "Be brief.", "temperature": null, "max_output_tokens": null, "metadata": {},
+    "status": "idle", "head": "turn_0a…", "message_count": 2,
     "usage": {"input_tokens": 12, "output_tokens": 34}}``
     """
 
@@ -163,6 +172,8 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     title: str | None
     model: str | None
     system_message: str | None
+    temperature: float | None
+    max_output_tokens: int | None
     metadata: dict[str, str]
     status: SessionStatus
     head: str | None
@@ -180,6 +191,8 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
             title=record.title,
             model=record.model,
             system_message=record.system_message,
+            temperature=None if record.temperature is None else _whole(record.temperature),
+            max_output_tokens=record.max_output_tokens,
             metadata=record.metadata,
             status=record.status,
             head=record.head,
@@ -390,8 +403,11 @@ class StartTurn(RequestBody, frozen=True, kw_only=True):
         | UnsetType
     ) = UNSET
     model: ModelName | None = None
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    max_output_tokens: Annotated[int, Meta(ge=1, le=1_000_000_000)] | None = None
+    system_message: Annotated[
+        Text | None, Meta(description="In place of the session's, for this turn only. Up to `input_bytes_max` bytes.")
+    ] = None
+    temperature: Annotated[Temperature | None, _OF_SESSION] = None
+    max_output_tokens: Annotated[MaxOutputTokens | None, _OF_SESSION] = None
     tools: Annotated[
         tuple[FunctionTool, ...],
         Meta(

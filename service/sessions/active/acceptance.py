@@ -150,7 +150,7 @@ class Acceptance:
         turn = Turn(
             record,
             client=self._client_for(record.model),
-            system_message=stored.system_message,
+            system_message=record.system_message or stored.system_message,
             on_disconnect="continue" if new.background else new.on_disconnect,
             settings=self._settings,
             request_id=new.request_id,
@@ -185,7 +185,7 @@ class Acceptance:
         A turn that starts at once gets its path by the same step. Shielded: a cancellation within the commit would
         leave a turn that no task runs.
         """
-        path_bytes_max = self._settings.prompt_bytes_max if turn.running else msgspec.UNSET
+        path_bytes_max = self._settings.prompt_bytes_max_of(turn.model) if turn.running else msgspec.UNSET
         try:
             with self._pending_writes.writing(within_s=within_s, shield=True):
                 begun = await self._store.begin_turn(

@@ -106,7 +106,12 @@ async def _reply(turn: Turn, *, store: Store, clock: Clock, settings: Settings) 
         path = await _read_path(turn, store, settings)
         older = await _measure_older(path, store)
     prompt = await in_steps(
-        prompt_of(path, system_message=turn.system_message, bytes_max=settings.prompt_bytes_max, older=older)
+        prompt_of(
+            path,
+            system_message=turn.system_message,
+            bytes_max=settings.prompt_bytes_max_of(turn.model),
+            older=older,
+        )
     )
     turn.deadlines.expect_token("first_token_timeout", within_s=settings.first_token_timeout_s)
     refusal = await _ask(turn, prompt, settings=settings)
@@ -135,7 +140,7 @@ async def _read_path(turn: Turn, store: Store, settings: Settings) -> Sequence[T
     That turn may be larger than a prompt: then as much more is read as its reply and its input can have. It is the last
     turn with a reply, so no more is read if the path has one.
     """
-    bytes_max = settings.prompt_bytes_max
+    bytes_max = settings.prompt_bytes_max_of(turn.model)
     path, turn.path = turn.path, None
     if path is None:
         path = await store.read_path(turn.session_id, turn.id, bytes_max=bytes_max)

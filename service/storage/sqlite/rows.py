@@ -18,6 +18,14 @@ class _Options(msgspec.Struct, frozen=True, kw_only=True):
     """What a turn's caller asked of the model, beside the input, the temperature and the length."""
 
     tools: Tools | msgspec.UnsetType = msgspec.UNSET
+    system_message: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class _SessionOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What turns of a session ask of the model if they name nothing else."""
+
+    temperature: float | None = None
+    max_output_tokens: int | None = None
 
 
 _items: msgspec.json.Decoder[tuple[Item, ...]] = msgspec.json.Decoder(tuple[Item, ...])
@@ -25,7 +33,11 @@ _metadata: msgspec.json.Decoder[dict[str, str]] = msgspec.json.Decoder(dict[str,
 _usage: msgspec.json.Decoder[Usage] = msgspec.json.Decoder(Usage)
 _failure: msgspec.json.Decoder[Failure] = msgspec.json.Decoder(Failure)
 _left_out: msgspec.json.Decoder[LeftOut] = msgspec.json.Decoder(LeftOut)
+_session_options: msgspec.json.Decoder[_SessionOptions] = msgspec.json.Decoder(_SessionOptions)
+_NO_OPTIONS = _SessionOptions()
 _options: msgspec.json.Decoder[_Options] = msgspec.json.Decoder(_Options)
+
+_NOTHING_ASKED = _Options()
 
 STAGED_MARK = "ahead"
 """The beginning of the mark of staged events, in a column whose other values are JSON. Kept files have this word."""
@@ -47,11 +59,12 @@ SESSION_COLUMNS = (
     "key, id, created_at, last_accessed_at, expires_at, idle_timeout_s, head, message_count, open_turns, input_tokens, "
     "output_tokens"
 )
-SETTINGS_COLUMNS = "title, model, system_message, metadata"
+SETTINGS_COLUMNS = "title, model, system_message, metadata, options"
 
 
 def session_of(row: Row, settings: Row) -> SessionRecord:
     """The record of a row of :data:`SESSION_COLUMNS` and its row of :data:`SETTINGS_COLUMNS`."""
+    options = _NO_OPTIONS if settings[4] is None else _session_options.decode(settings[4])
     return SessionRecord(
         id=row[1],
         created_at=time_of(row[2]),
@@ -66,7 +79,21 @@ def session_of(row: Row, settings: Row) -> SessionRecord:
         title=settings[0],
         model=settings[1],
         system_message=settings[2],
+        temperature=options.temperature,
+        max_output_tokens=options.max_output_tokens,
         metadata=_metadata.decode(settings[3]),
+    )
+
+
+def settings_of(session: SessionRecord) -> tuple[object, ...]:
+    """The values of :data:`SETTINGS_COLUMNS`."""
+    options = _SessionOptions(temperature=session.temperature, max_output_tokens=session.max_output_tokens)
+    return (
+        session.title,
+        session.model,
+        session.system_message,
+        as_json(session.metadata),
+        None if options == _NO_OPTIONS else as_json(options),
     )
 
 
@@ -81,6 +108,7 @@ PATH_COLUMNS = TURN_COLUMNS.replace("options", "NULL")
 
 def turn_of(session_id: str, row: Row) -> tuple[TurnRecord, int | None]:
     """The record of a row of :data:`TURN_COLUMNS`; and the turn's key if the texts of its output are in pages."""
+    options = _NOTHING_ASKED if row[18] is None else _options.decode(row[18])
     turn = TurnRecord(
         id=row[0],
         session_id=session_id,
@@ -101,7 +129,8 @@ def turn_of(session_id: str, row: Row) -> tuple[TurnRecord, int | None]:
         usage=None if row[15] is None else _usage.decode(row[15]),
         last_seq=row[16],
         left_out=None if row[17] is None else _left_out.decode(row[17]),
-        tools=msgspec.UNSET if row[18] is None else _options.decode(row[18]).tools,
+        tools=options.tools,
+        system_message=None if options.system_message is msgspec.UNSET else options.system_message,
     )
     return turn, row[19]
 
@@ -109,6 +138,9 @@ def turn_of(session_id: str, row: Row) -> tuple[TurnRecord, int | None]:
 def values_of(turn: TurnRecord) -> dict[str, object]:
     """The columns of a turn, by name; those of its events are those of an open turn."""
     in_prompts = turn.in_prompts
+    options = _Options(
+        tools=turn.tools, system_message=msgspec.UNSET if turn.system_message is None else turn.system_message
+    )
     return {
         "id": turn.id,
         "parent": turn.parent,
@@ -126,7 +158,7 @@ def values_of(turn: TurnRecord) -> dict[str, object]:
         "usage": None if turn.usage is None else as_json(turn.usage),
         "last_seq": turn.last_seq,
         "left_out": None if turn.left_out is None else as_json(turn.left_out),
-        "options": None if turn.tools is msgspec.UNSET else as_json(_Options(tools=turn.tools)),
+        "options": None if options == _NOTHING_ASKED else as_json(options),
         "message_items": in_prompts.items,
         "message_bytes": in_prompts.bytes,
         "input": as_json(turn.input),

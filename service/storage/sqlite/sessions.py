@@ -13,7 +13,7 @@ from service.storage.page_size import fitting
 from service.storage.records import IdempotencyKey, Page, SessionPatch, SessionRecord, SessionStatus
 from service.storage.sqlite import idempotency, recovery
 from service.storage.sqlite.ownership import Ownership
-from service.storage.sqlite.rows import SESSION_COLUMNS, SETTINGS_COLUMNS, Row, as_json, moment, session_of
+from service.storage.sqlite.rows import SESSION_COLUMNS, SETTINGS_COLUMNS, Row, moment, session_of, settings_of
 
 _GET = f"SELECT {SESSION_COLUMNS}, deletion, turns_begun, owner FROM sessions WHERE id = ?"
 # Two simple statements are several times as fast as one that joins.
@@ -127,8 +127,8 @@ def insert(db: apsw.Connection, session: SessionRecord, *, turns_begun: int = 0)
     )
     key = db.last_insert_rowid()
     db.execute(
-        "INSERT INTO session_settings (session, title, model, system_message, metadata) VALUES (?, ?, ?, ?, ?)",
-        (key, session.title, session.model, session.system_message, as_json(session.metadata)),
+        f"INSERT INTO session_settings (session, {SETTINGS_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)",
+        (key, *settings_of(session)),
     )
     return key
 
@@ -193,8 +193,8 @@ def update(
     )
     if rules.changes_of(patch).keys() - {"idle_timeout_s"}:
         db.execute(
-            "UPDATE session_settings SET title = ?, model = ?, system_message = ?, metadata = ? WHERE session = ?",
-            (session.title, session.model, session.system_message, as_json(session.metadata), kept.key),
+            f"UPDATE session_settings SET ({SETTINGS_COLUMNS}) = (?, ?, ?, ?, ?) WHERE session = ?",
+            (*settings_of(session), kept.key),
         )
     return session
 

@@ -15,7 +15,8 @@ async def test_a_session_is_created_read_changed_and_deleted() -> None:
         session = created.json
         assert list(session) == [
             "id", "created_at", "last_accessed_at", "expires_at", "idle_timeout_s", "title", "model",
-            "system_message", "metadata", "status", "head", "message_count", "usage",
+            "system_message", "temperature", "max_output_tokens", "metadata",
+            "status", "head", "message_count", "usage",
         ]  # fmt: skip
         assert session["created_at"].endswith("Z")
         lifetime = datetime.fromisoformat(session["expires_at"]) - datetime.fromisoformat(session["created_at"])
@@ -179,3 +180,22 @@ async def test_at_the_bound_on_sessions_the_answer_is_503(autojump_clock: MockCl
         assert more.events[-1]["type"] == "turn.completed"
         assert (await api.call("DELETE", f"/sessions/{session_id}")).status == 204
         await api.new_session()
+
+
+async def test_a_session_has_options_for_turns_that_name_none(autojump_clock: MockClock) -> None:
+    async with open_api(model_url="scripted:?rate=0&first_token_s=0") as api:
+        created = await api.call("POST", "/sessions", {"temperature": 1, "max_output_tokens": 3})
+        assert (created.json["temperature"], created.json["max_output_tokens"]) == (1, 3)
+        session = created.headers["location"]
+        cut = await api.call("POST", f"{session}/turns", {"input": "a b c d e f g h"})
+        assert (cut.json["finish_reason"], cut.json["usage"]["output_tokens"]) == ("length", 3)
+        whole = await api.call("POST", f"{session}/turns", {"input": "a b c", "max_output_tokens": 100})
+        assert whole.json["finish_reason"] == "stop"
+        own = await api.call("POST", f"{session}/turns", {"input": "a", "system_message": "x" * 100})
+        assert own.status == 200
+        patched = await api.call("PATCH", session, {"temperature": 0.25, "max_output_tokens": None})
+        assert (patched.json["temperature"], patched.json["max_output_tokens"]) == (0.25, None)
+        for wrong in ({"temperature": 2.1}, {"temperature": -0.1}, {"max_output_tokens": 0}):
+            (await api.call("PATCH", session, wrong)).problem(422, "invalid_request", *wrong)
+        long = {"input": "a", "system_message": "x" * 300_000}
+        (await api.call("POST", f"{session}/turns", long)).problem(413, "input_too_large", "system_message")

@@ -94,9 +94,11 @@ def test_the_codes_are_enums_with_their_meanings() -> None:
 
 def test_the_fields_that_null_clears_are_named() -> None:
     clearable = {field.name for field in msgspec.structs.fields(UpdateSession) if _takes_null(field.name)}
-    assert clearable == {"title", "model", "system_message"}
+    assert clearable == {"title", "model", "system_message", "temperature", "max_output_tokens"}
     said = DOCUMENT["paths"]["/sessions/{session_id}"]["patch"]["description"]
-    assert "null clears `title`, `model` and `system_message`." in said
+    assert "null clears `title`, `model`, `system_message`, `temperature` and `max_output_tokens`." in " ".join(
+        said.split()
+    )
 
 
 def _takes_null(name: str) -> bool:
