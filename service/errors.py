@@ -41,6 +41,7 @@ import errno
 from typing import Final
 
 from service.failure_codes import FailureCode
+from service.ids import public_id
 
 NOTHING_LEFT = "no file descriptor left, or no memory for a connection (its operator may raise the limit: ulimit -n)"
 """A part of error texts: the state of a process that has reached a limit of the system."""
@@ -93,7 +94,9 @@ class SessionNotFoundError(RefusedError):
     code = "session_not_found"
 
     def __init__(self, session_id: str) -> None:
-        super().__init__(f"There is no session {session_id!r}: it never existed, was deleted or has expired.")
+        super().__init__(
+            f"There is no session {public_id(session_id)!r}: it never existed, was deleted or has expired."
+        )
         self.session_id = session_id
 
 
@@ -101,7 +104,7 @@ class SessionExistsError(RefusedError):
     code = "session_exists"
 
     def __init__(self, session_id: str) -> None:
-        super().__init__(f"A session {session_id!r} exists already; choose another id or leave it out.")
+        super().__init__(f"A session {public_id(session_id)!r} exists already; choose another id or leave it out.")
         self.session_id = session_id
 
 
@@ -239,7 +242,7 @@ class OwnedElsewhereError(RefusedError):
     retry_after_s = 1
 
     def __init__(self, session_id: str, *, fence: int, address: str | None) -> None:
-        super().__init__(f"The turns of session {session_id!r} run in another process of this service.")
+        super().__init__(f"The turns of session {public_id(session_id)!r} run in another process of this service.")
         self.session_id = session_id
         self.fence = fence
         self.address = address

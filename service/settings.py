@@ -12,6 +12,7 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from hashlib import sha256
 from ipaddress import IPv6Network, ip_address, ip_network
 from pathlib import Path
 from stat import S_ISREG
@@ -23,8 +24,10 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     SecretStr,
+    Tag,
     field_validator,
     model_validator,
 )
@@ -32,6 +35,7 @@ from pydantic import ValidationError as InvalidSettings
 from pydantic_core import ErrorDetails
 
 from service.errors import SettingsError
+from service.ids import is_owner_name
 from service.service_links import made_by_links
 from service.store_capabilities import BY_SCHEME, StoreCapabilities
 
@@ -41,25 +45,33 @@ CONFIG_FILE_VARIABLE = "LASTCALL_CONFIG_FILE"
 """Names a file to read instead of ``lastcall.toml`` in the working directory. The only variable that is no setting."""
 OPTIONS = {"bind": "bind", "store_url": "store"}
 """Settings that the command line may say, and what its option is called."""
-SECRETS = frozenset({"api_key", "api_keys", "model_api_key"})
+SECRETS = frozenset({"api_key", "api_keys", "key", "key_sha256", "model_api_key"})
 """Settings whose values are never shown."""
+Permission = Literal["talk", "read", "administer"]
+"""What a key may do: see :mod:`service.api.http.callers`."""
 UNIX_PEERS = "unix:"
 """An entry of ``trusted_proxies``: every peer that connects through a Unix socket."""
 MASK = "********"
 """The text that is shown in place of a secret."""
 FILE_SUFFIX = "_file"
 """``api_keys_file`` in place of ``api_keys``, and so for each secret: the value is read from that file."""
+_KEYS_OF_CALLERS = ("api_keys", "key")
+"""Secrets of which a file may hold several."""
 SECRET_FILE_BYTES_MAX = 64 * 1024
 CALLER_KEY_LENGTH_MIN = 16
 """Bound below which a key of callers could be found by trying."""
 _LISTS = {
     "api_keys": '["first-key-0123456789", "second-key-0123456789"]',
     "cors_origins": '["https://app.example.org"]',
+    "may": '["talk", "read"]',
     "models": '["small", "large"]',
     "trusted_proxies": '["10.0.0.0/8"]',
 }
 """Examples of settings that are lists of strings, as written in the file."""
-
+_TABLES = {"api_keys": "key", "upstreams": "api_key"}
+"""Settings that are lists of tables, and the secret in each table. It may be in a file, too: ``key_file``."""
+_PLAIN, _NAMED = "a plain key", "a named key"
+"""The forms of an entry of ``api_keys``. Pydantic has these tags in the place of an error."""
 
 SHOWN_MAX = 100
 """The longest value, in characters, that an error text shows in full."""
@@ -154,6 +166,35 @@ def _caller_key(secret: SecretStr) -> SecretStr:
     return secret
 
 
+def _owner_name(text: str) -> str:
+    if not is_owner_name(text):
+        raise ValueError(
+            "should be 1 to 128 of A-Z a-z 0-9 _ . ~ @ | : + = -, as it is the owner of the key's sessions"
+        )
+    return text
+
+
+def _sha256(secret: SecretStr) -> SecretStr:
+    text = secret.get_secret_value().lower()
+    if not re.fullmatch(r"[0-9a-f]{64}", text):
+        raise ValueError('should be the SHA-256 of a key, 64 of 0-9 a-f: printf %s "$KEY" | sha256sum makes it')
+    return SecretStr(text)
+
+
+def _several(value: object) -> object:
+    return (value,) if isinstance(value, str | SecretStr) else value
+
+
+def _permissions(may: tuple[Permission, ...]) -> tuple[Permission, ...]:
+    if not may:
+        raise ValueError('should be at least one of "talk", "read" and "administer"')
+    return may
+
+
+def _form_of_key(value: object) -> str:
+    return _NAMED if isinstance(value, dict | NamedKey) else _PLAIN
+
+
 def _web_origin(text: str) -> str:
     if text != "*" and not re.fullmatch(r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?", text):
         raise ValueError(
@@ -203,6 +244,19 @@ CallerKey = Annotated[Key, AfterValidator(_caller_key)]
 UpstreamUrl = Annotated[str, AfterValidator(_upstream_url)]
 
 
+class NamedKey(BaseModel):
+    """One ``[[api_keys]]`` table: the keys of one caller, the name of that caller, and what it may do."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    name: Annotated[str, AfterValidator(_owner_name)]
+    key: Annotated[tuple[CallerKey, ...], BeforeValidator(_several)] = ()
+    key_sha256: Annotated[tuple[Annotated[SecretStr, AfterValidator(_sha256)], ...], BeforeValidator(_several)] = ()
+    may: Annotated[tuple[Permission, ...], AfterValidator(_permissions)] = ("talk", "read")
+
+    _texts = field_validator("*", mode="before")(_text)
+
+
 class Upstream(BaseModel):
     """One ``[[upstreams]]`` table: a model server and the models it serves."""
 
@@ -232,9 +286,16 @@ class Settings(BaseModel):
     """Certificate chain (PEM); together with `tls_keyfile`. Bare hypercorn has its own `--certfile` instead."""
     tls_keyfile: Name | None = None
     """The certificate's private key (PEM). Bare hypercorn has its own `--keyfile` instead."""
-    api_keys: tuple[CallerKey, ...] = ()
+    api_keys: tuple[
+        Annotated[
+            Annotated[CallerKey, Tag(_PLAIN)] | Annotated[NamedKey, Tag(_NAMED)],
+            Discriminator(_form_of_key),
+        ],
+        ...,
+    ] = ()
     """Bearer keys of callers, 16 characters at least, separated by commas in the environment; or `api_keys_file`, a
-    file of them. Without any, only loopback is served."""
+    file of them; or `[[api_keys]]` tables of `name`, `key` (`key_file`, `key_sha256`) and `may`. Without any, only
+    loopback is served."""
     cors_origins: tuple[Annotated[str, AfterValidator(_web_origin)], ...] = ()
     """Web origins whose pages may call; separated by commas in the environment."""
     trusted_proxies: tuple[Annotated[str, AfterValidator(_proxies)], ...] = ()
@@ -400,8 +461,28 @@ class Settings(BaseModel):
                     f"held_bytes_max should be at least 8 times {name}: {self.held_bytes_max} is less than 8 * {size}"
                 )
 
+    def _keys_that_clash(self) -> Iterator[str]:
+        """Two owners of one key, or two tables of one name. Plain keys may be there twice: they are all alike."""
+        named = [key for key in self.api_keys if isinstance(key, NamedKey)]
+        names = [key.name for key in named]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            yield (
+                f"api_keys should not share a name: {', '.join(map(repr, twice))}; a second key of one name goes into "
+                'the same table: key = ["…", "…"]'
+            )
+        for key in named:
+            if not key.key and not key.key_sha256:
+                yield f"api_keys of {key.name!r} should have a key, a key_file or a key_sha256"
+        owners: dict[bytes, str] = {}
+        for name, digest in (pair for key in self.api_keys for pair in digests_of(key)):
+            first = owners.setdefault(digest, name)
+            if first != name:
+                both = " and ".join(repr(it) if it else "a plain key" for it in (first, name))
+                yield f"api_keys should not share a key: {both} have the same"
+
     def _inconsistencies(self) -> Iterator[str]:
         given = self.model_fields_set
+        yield from self._keys_that_clash()
         if self.bind.startswith("unix:") and not self.api_keys:
             # Without keys only this machine is served, and a Unix socket does not say where a request comes from.
             yield "api_keys should be set for a bind of unix:path, or every request would be refused"
@@ -433,6 +514,25 @@ class Settings(BaseModel):
             yield f"model {self.model!r} should be one that an upstream serves"
 
 
+def digest_of(key: str) -> bytes:
+    """The form in which a caller's key is kept and compared."""
+    return sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def secrets_of(entry: SecretStr | NamedKey) -> tuple[SecretStr, ...]:
+    """The secrets of one entry of ``api_keys``."""
+    return (entry,) if isinstance(entry, SecretStr) else (*entry.key, *entry.key_sha256)
+
+
+def digests_of(entry: SecretStr | NamedKey) -> list[tuple[str, bytes]]:
+    """The digests of the keys of one entry of ``api_keys``, each with its name, which is empty for a plain key."""
+    if isinstance(entry, SecretStr):
+        return [("", digest_of(entry.get_secret_value()))]
+    hashed = [bytes.fromhex(it.get_secret_value()) for it in entry.key_sha256]
+    return [(entry.name, digest) for digest in [*(digest_of(it.get_secret_value()) for it in entry.key), *hashed]]
+
+
+_TYPE_OF_TABLE: dict[str, type[BaseModel]] = {"api_keys": NamedKey, "upstreams": Upstream}
 _SECRETS_AT_THE_TOP = SECRETS & Settings.model_fields.keys()
 
 
@@ -489,13 +589,15 @@ def load_settings(**overrides: str) -> Settings:
 class Sources:
     """Values of settings and their sources: ``origins`` has the variable, option or file of each name in ``values``.
 
-    ``problems`` has what is wrong with files of secrets, which are read before the values are checked.
+    ``problems`` has what is wrong with files of secrets, which are read before the values are checked. ``key_files``
+    are the files of callers' keys.
     """
 
     file: Path
     values: dict[str, object] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
+    key_files: set[Path] = field(default_factory=set)
 
     def add(self, origin: str, name: str, value: object) -> None:
         self.values[name], self.origins[name] = value, origin
@@ -507,32 +609,38 @@ class Sources:
             secret = name.removesuffix(FILE_SUFFIX)
             if secret in _SECRETS_AT_THE_TOP and name != secret:
                 self._add_secret_file(origin, secret, value, beside=secret in layer)
-            elif name == "upstreams" and isinstance(value, list):
-                self.add(
-                    origin, name, [self._with_key(table, f"{origin}: {name}[{n}]") for n, table in enumerate(value)]
-                )
-            elif name not in _SECRETS_AT_THE_TOP or name + FILE_SUFFIX not in layer:
+            elif name in _SECRETS_AT_THE_TOP and name + FILE_SUFFIX in layer:
+                continue  # the file's name is refused
+            elif name in _TABLES and isinstance(value, list):
+                tables = [self._with_key(it, _TABLES[name], f"{origin}: {name}[{n}]") for n, it in enumerate(value)]
+                self.add(origin, name, tables)
+            else:
                 self.add(origin, name, value)
 
     def _add_secret_file(self, origin: str, name: str, path: object, *, beside: bool) -> None:
         where = origin if origin.startswith(ENV_PREFIX) else f"{origin}: {name}{FILE_SUFFIX}"
         self.add(where, name, None)
         try:
-            self.values[name] = _read_secret(name, path, beside=beside)
+            self.values[name] = self._read_secret(name, path, beside=beside)
         except ValueError as error:
             del self.values[name]
             self.problems[name] = f"{where}: {error}"
 
-    def _with_key(self, table: object, where: str) -> object:
-        """The table of an upstream, with its key from the file that it names."""
-        if not isinstance(table, dict) or (name := f"api_key{FILE_SUFFIX}") not in table:
+    def _with_key(self, table: object, secret: str, where: str) -> object:
+        """The table of an upstream or of a caller, with its key from the file that it names."""
+        if not isinstance(table, dict) or (name := f"{secret}{FILE_SUFFIX}") not in table:
             return table
         others = {key: value for key, value in table.items() if key != name}
         try:
-            return others | {"api_key": _read_secret("api_key", table[name], beside="api_key" in table)}
+            return others | {secret: self._read_secret(secret, table[name], beside=secret in table)}
         except ValueError as error:
             self.problems[where] = f"{where}.{name}: {error}"
             return others
+
+    def _read_secret(self, name: str, path: object, *, beside: bool) -> object:
+        if name in _KEYS_OF_CALLERS and isinstance(path, str):
+            self.key_files.add(Path(path))
+        return _read_secret(name, path, beside=beside)
 
     def settings(self) -> Settings:
         """Raises: SettingsError."""
@@ -552,7 +660,7 @@ class Sources:
             if not detail["loc"]:
                 yield from str(detail["ctx"]["error"]).splitlines()
                 continue
-            name, *path = detail["loc"]
+            name, *path = detail["loc"] = tuple(part for part in detail["loc"] if part not in (_PLAIN, _NAMED))
             of_variable = self.origins[str(name)].startswith(ENV_PREFIX)
             yield f"{self.place(str(name), *path)}: {_complaint(detail, of_variable=of_variable)}"
 
@@ -651,7 +759,7 @@ def _read_secret(name: str, path: object, *, beside: bool) -> object:
         raise ValueError("names a file that is not UTF-8") from None
     if not (parts := [part.strip() for part in re.split(r"[,\r\n]", text) if part.strip()]):
         raise ValueError("names a file without a key in it")
-    return parts if name in _LISTS else text
+    return parts if name in _KEYS_OF_CALLERS else text
 
 
 def _split_list(name: str, text: str) -> object:
@@ -665,7 +773,7 @@ def _complaint(detail: ErrorDetails, *, of_variable: bool) -> str:
     """The error text for one value: the value and what is allowed. Shows no secret, and no value of an unknown name."""
     names = [part for part in detail["loc"] if isinstance(part, str)]
     if detail["type"] == "extra_forbidden":
-        known: type[BaseModel] = Upstream if len(names) > 1 else Settings
+        known = _TYPE_OF_TABLE[names[0]] if len(names) > 1 else Settings
         meant = get_close_matches(names[-1].removeprefix(ENV_PREFIX).lower(), known.model_fields, n=1)
         spelt = [ENV_PREFIX + it.upper() if of_variable else it for it in meant]
         return f"is not a setting; did you mean {spelt[0]}?" if spelt else "is not a setting"
@@ -698,6 +806,8 @@ def _allowed(name: str, detail: ErrorDetails) -> str:
         return str(detail["ctx"]["error"])
     if detail["type"] == "dict_type":
         return "should be a table of models, such as { small = 1048576 }"
+    if detail["type"] == "tuple_type" and name not in _LISTS:
+        return "should be a string, or a list of strings"
     if detail["type"] == "tuple_type":
         return f"should be a list of strings, such as {_LISTS[name]}"
     field_schema: dict[str, Any] = Settings.model_json_schema()["properties"].get(name, {})

@@ -15,6 +15,7 @@
        ├─ heartbeat loop     wakes the streams that have been silent for a while
        ├─ recovery loop      retries writes that the store refused, and ends the turns of processes that died
        ├─ checkpoint loop    only with a store that outlives the process
+       ├─ key loop           reads API keys again when their files change
        ├─ refusal loop       tells how many requests were refused, once a second
     └─ shutdown watcher   waits for the notice, then runs the phases
 
@@ -24,7 +25,7 @@ model clients in reverse order and the store close, one after the other. The ind
 goes on. Any other failure of a child ends the service: the tree unwinds, and the failure leaves :func:`open_service`.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,7 @@ import structlog
 import trio
 from pydantic import SecretStr
 
+from service.api_keys import ApiKeys
 from service.clock import Clock, SteadyClock
 from service.errors import StartupError, StoreError
 from service.models.client import ModelClient
@@ -45,7 +47,7 @@ from service.sessions.upkeep.checkpoints import run_checkpoints
 from service.sessions.upkeep.expiry import run_expiry
 from service.sessions.upkeep.heartbeats import run_heartbeats
 from service.sessions.upkeep.recovery import run_recovery
-from service.settings import Settings, shown_url
+from service.settings import Settings, Sources, shown_url
 from service.shutdown import Shutdown
 from service.storage.memory import open_memory_store
 from service.storage.store import Store
@@ -65,6 +67,7 @@ class Service:
     sessions: Sessions
     shutdown: Shutdown
     refusals: RefusalLog
+    keys: ApiKeys
 
 
 @asynccontextmanager
@@ -74,6 +77,7 @@ async def open_service(
     shutdown: Shutdown | None = None,
     clock: Clock | None = None,
     peer_address: str | None = None,
+    read_sources: Callable[[], Sources] | None = None,
 ) -> AsyncIterator[Service]:
     """Open the whole service. Leaving the context stops and closes each part within a bound of its own.
 
@@ -81,6 +85,7 @@ async def open_service(
         shutdown: Receives the notice. The caller makes it where a notice may come before the tree is open.
         clock: Wall time; a :class:`~service.clock.SteadyClock` unless given.
         peer_address: The address at which this process answers other processes that share the store.
+        read_sources: Reads the settings again, for API keys that change; None if they never do.
 
     Raises:
         StartupError: A part cannot be opened; one sentence names the part and the reason.
@@ -88,6 +93,7 @@ async def open_service(
     shutdown = shutdown or Shutdown(settings)
     clock = clock or SteadyClock()
     refusals = RefusalLog()
+    keys = ApiKeys(settings, read_sources=read_sources)
     async with (
         shutdown.closing(_open_store(settings, peer_address), "the store") as store,
         _open_upstreams(settings, shutdown, clock) as upstreams,
@@ -118,7 +124,8 @@ async def open_service(
             await nursery.start(checkpoints, name="checkpoint loop")
         await nursery.start(refusals.run, name="refusal loop")
         await nursery.start(shutdown.run, sessions, name="shutdown watcher")
-        yield Service(settings, clock, store, sessions, shutdown, refusals)
+        await nursery.start(keys.run, name="key loop")
+        yield Service(settings, clock, store, sessions, shutdown, refusals, keys)
         nursery.cancel_scope.cancel()
 
 

@@ -10,7 +10,7 @@ LAYERS = (
     ("cli", "asgi", "__main__"),
     ("hosting",),
     ("api",),
-    ("supervisor", "shutdown"),
+    ("supervisor", "shutdown", "api_keys"),
     ("sessions",),
     ("cluster",),
     ("models", "storage"),

@@ -22,6 +22,7 @@ from service.api.http.app_state import (
     service_of,
     trusted_proxies_of,
 )
+from service.api.http.callers import CALLER, admit, caller_at_peer
 from service.api.http.cors import allow_origin, preflight_response
 from service.api.http.held_bytes import SMALL_BYTES, bytes_of, counting_bytes, hold_answer
 from service.api.http.locations import take_prefix
@@ -144,15 +145,19 @@ async def _admit(request: Request) -> TrioResponse | None:
     is_probe = request.blueprint == health.blueprint.name
     needs_no_key = is_probe or request.blueprint == page.blueprint.name
     access = current_access()
-    if not is_from_peer() and not (needs_no_key and access.key_digests):
-        access.check(
+    if is_from_peer():
+        admit(request, caller_at_peer(request.headers.get(CALLER.decode())))
+    elif not (needs_no_key and access.needs_key):
+        caller = access.check(
             authorization=request.headers.get("Authorization"),
             # HAProxy's probe speaks HTTP/1.0 and sends no host. A browser, for which the host is checked, sends one.
             host=request.headers.get("Host") or ("localhost" if is_probe else None),
             client=request.scope.get("client"),
             server=request.scope.get("server"),
-            proxy_header=None if is_probe or access.key_digests else proxy_header(request.scope["headers"]),
+            proxy_header=None if is_probe or access.needs_key else proxy_header(request.scope["headers"]),
         )
+        if not needs_no_key:
+            admit(request, caller)
     if request.query_string and not is_probe and request.endpoint is not None:
         _refuse_query(current_app.view_functions[request.endpoint])
     return None

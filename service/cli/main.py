@@ -12,7 +12,17 @@ import service
 from service import __version__
 from service.cli.store_commands import add_commands, run_store_command
 from service.errors import StartupError
-from service.settings import OPTIONS, SECRETS, Settings, Sources, Upstream, check_stand_in, read_sources, shown_url
+from service.settings import (
+    OPTIONS,
+    SECRETS,
+    NamedKey,
+    Settings,
+    Sources,
+    Upstream,
+    check_stand_in,
+    read_sources,
+    shown_url,
+)
 
 EXIT_REFUSED = 78
 """The exit code of a start-up that was refused: ``EX_CONFIG`` of sysexits.h."""
@@ -46,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return serve_and_reload(settings, config_file=sources.file, arguments=arguments_of_each)
         from service.hosting.serve import serve  # noqa: PLC0415
 
-        return serve(settings, workers=arguments.workers)
+        return serve(settings, workers=arguments.workers, overrides=overrides)
     except StartupError as error:
         for line in str(error).splitlines():
             sys.stderr.write(f"lastcall: {line}\n")
@@ -122,9 +132,18 @@ def _top_level(settings: Settings, sources: Sources) -> Iterator[str]:
     for name in Settings.model_fields:
         if name == "upstreams" or name in replaced:
             continue
+        if name == "api_keys":
+            yield from _named_keys(settings)
         value = settings.default_model if name == "model" else getattr(settings, name)
         origin = sources.origins.get(name)
         yield _assignment(name, value) + (f"  # {origin}" if origin else "")
+
+
+def _named_keys(settings: Settings) -> Iterator[str]:
+    """Comments, because a table without its key would be refused."""
+    for key in settings.api_keys:
+        if isinstance(key, NamedKey):
+            yield f"# a key of {key.name!r}, which may {' and '.join(key.may)}:"
 
 
 def _upstream_tables(upstreams: Sequence[Upstream]) -> Iterator[str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from service.api.native.event_frames import decode_frame, encode_frame
-from service.ids import is_session_id, is_turn_id
+from service.ids import is_session_id, is_turn_id, public_id
 from service.sessions.events.events import (
     Event,
     TurnArguments,
@@ -163,7 +163,7 @@ def _problems_of_course(turn: TurnRecord, events: Sequence[Event]) -> Iterator[P
 
 def _are_names_of(turn: TurnRecord, session_id: str, turn_id: str) -> bool:
     """Whether events may name these ids: the turn's own ids, or, in a fork, the ids of the copied turn."""
-    own = session_id == turn.session_id, turn_id == turn.id
+    own = session_id == public_id(turn.session_id), turn_id == turn.id
     return all(own) or (not any(own) and is_session_id(session_id) and is_turn_id(turn_id))
 
 

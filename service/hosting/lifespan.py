@@ -46,6 +46,9 @@ logger = structlog.get_logger("lastcall")
 LOAD_SETTINGS = "lastcall.load_settings"
 """Key of the function that loads an application's settings: the lifespan's begin calls it, not an import."""
 
+READ_SOURCES = "lastcall.read_sources"
+"""Key of the function that reads them again."""
+
 GARBAGE_AFTER = 10_000
 """New objects after which the garbage collector runs. With Python's default of 700 a worker with 500 streams spends a
 fifth of its time on it, in pieces of 50 ms every half second."""
@@ -189,7 +192,10 @@ class Hosting(Host):
                     self._worker, self._connections, serving=self._listeners.open, settings=self._settings
                 ) as peers,
                 open_service(
-                    self._settings, shutdown=self._shutdown, peer_address=peers.address if peers else None
+                    self._settings,
+                    shutdown=self._shutdown,
+                    peer_address=peers.address if peers else None,
+                    read_sources=self._app.extensions.get(READ_SOURCES),
                 ) as service,
             ):
                 if peers is not None:

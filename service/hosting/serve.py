@@ -1,5 +1,6 @@
 """``lastcall serve``: serves until it is told to stop, in one process or with workers."""
 
+from collections.abc import Mapping
 from functools import partial
 
 import hypercorn.trio
@@ -12,15 +13,16 @@ from service.hosting.application import create_hosted_app
 from service.hosting.hypercorn_config import BACKLOG
 from service.hosting.listeners.bind import bind_addresses
 from service.hosting.process.process_exit import ExitCode, say
-from service.settings import Settings
+from service.settings import Settings, read_sources
 from service.telemetry.logging import configure_logging
 
 
-def serve(settings: Settings, *, workers: int = 0) -> int:
+def serve(settings: Settings, *, workers: int = 0, overrides: Mapping[str, str] | None = None) -> int:
     """Serve until the process is told to stop. Returns the exit code, unless the process has exited with it already.
 
     Args:
         workers: How many worker processes serve; with 0 this process does.
+        overrides: The settings of the command line.
     """
     configure_logging(settings)
     config = Config()
@@ -38,6 +40,6 @@ def serve(settings: Settings, *, workers: int = 0) -> int:
     except StartupError as error:
         say(str(error), level="error")
         return ExitCode.REFUSED
-    app = create_hosted_app(lambda: settings)
+    app = create_hosted_app(lambda: settings, read_sources=partial(read_sources, **(overrides or {})))
     trio.run(partial(hypercorn.trio.serve, app, config, mode="asgi"))
     return 0

@@ -20,7 +20,7 @@ import trio
 from structlog.stdlib import ExtraAdder, ProcessorFormatter, add_log_level, add_logger_name
 from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger
 
-from service.settings import MASK, Settings
+from service.settings import MASK, Settings, secrets_of
 from service.telemetry.escaping import escape, escape_json, escape_lines, escape_value
 from service.telemetry.log_writer import LogWriter
 
@@ -52,6 +52,12 @@ def current_layout() -> "LineLayout | None":
     return next((log.layout for log in reversed(_current_logs())), None)
 
 
+def mask_secrets_of(settings: Settings) -> None:
+    """Mask the secrets of changed settings in this process's log; those of the former settings stay masked."""
+    for log in _current_logs():
+        log.layout.mask.add(settings)
+
+
 def _current_logs() -> list["Log"]:
     return [handler for handler in logging.getLogger().handlers if isinstance(handler, Log)]
 
@@ -62,12 +68,14 @@ class LineLayout:
     Attributes:
         is_console: Whether lines are written for a person, and not as JSON.
         render: The processors that make the line of an event that has its level, its logger and its time.
+        mask: The last of them.
     """
 
     def __init__(self, settings: Settings, *, isatty: bool) -> None:
         self.is_console = isatty if settings.log_format == "auto" else settings.log_format == "console"
         self.render = _console_processors(colors=isatty) if self.is_console else _json_processors()
-        self.render.append(_SecretMask(settings))
+        self.mask = _SecretMask(settings)
+        self.render.append(self.mask)
 
     def line(self, text: str, *, level: str, logger_name: str) -> str:
         """Return the line of one text that does not go through the log, as in a signal handler."""
@@ -191,7 +199,12 @@ class _SecretMask:
     """The last step: masks every secret of the settings in the rendered line."""
 
     def __init__(self, settings: Settings) -> None:
-        self._secrets = sorted(set(_forms_of_secrets(settings)), key=len, reverse=True)
+        self._secrets: list[str] = []
+        self.add(settings)
+
+    def add(self, settings: Settings) -> None:
+        """Mask the secrets of these settings, too."""
+        self._secrets = sorted({*self._secrets, *_forms_of_secrets(settings)}, key=len, reverse=True)
 
     def __call__(self, _logger: WrappedLogger, _method: str, rendered: Any) -> str:
         line = str(rendered)
@@ -202,8 +215,10 @@ class _SecretMask:
 
 
 def _forms_of_secrets(settings: Settings) -> Iterator[str]:
-    keys = [*settings.api_keys, *(it.api_key for it in settings.all_upstreams)]
-    secrets = [key.get_secret_value() for key in keys if key is not None]
+    keys = [key for entry in settings.api_keys for key in secrets_of(entry)]
+    secrets = [
+        it.get_secret_value() for it in (*keys, *(up.api_key for up in settings.all_upstreams)) if it is not None
+    ]
     for upstream in settings.all_upstreams:
         if not upstream.url.startswith("scripted:"):
             secrets += _query_values(upstream.url)

@@ -103,7 +103,30 @@ models = ["huge"]
 """
 
 
-@pytest.mark.parametrize("file", ["", "shutdown_timeout_s = 2.5", UPSTREAMS])
+NAMED_KEYS = """
+model_url = "scripted:"
+[[api_keys]]
+name = "ann"
+key = "open-sesame-open-sesame"
+[[api_keys]]
+name = "bob"
+key = ["sesame-sesame-sesame", "sesame-sesame-sesame-2"]
+may = ["administer", "talk"]
+"""
+
+
+def test_printed_config_names_the_callers(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("lastcall.toml").write_text(NAMED_KEYS)
+    assert main(["config"]) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if "key" in line and "model" not in line] == [
+        "# tls_keyfile is not set",
+        "# a key of 'ann', which may talk and read:",
+        "# a key of 'bob', which may administer and talk:",
+        "# api_keys is set, and hidden  # lastcall.toml",
+    ]
+
+
+@pytest.mark.parametrize("file", ["", "shutdown_timeout_s = 2.5", UPSTREAMS, NAMED_KEYS])
 def test_printed_config_gives_the_same_settings_less_the_secrets(capsys: pytest.CaptureFixture[str], file: str) -> None:
     Path("lastcall.toml").write_text(file)
     settings = read_sources({}).settings()

@@ -1,13 +1,12 @@
 """Access: callers need an API key; without keys only this machine may call."""
 
-import hmac
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from hashlib import sha256
 from ipaddress import IPv6Address, ip_address
 from typing import Self
 
+from service.api_keys import LOCAL, ApiKeys, Caller
 from service.errors import RefusedError
 from service.settings import Settings
 
@@ -52,13 +51,18 @@ class ProxiedRequestError(RefusedError):
 
 @dataclass(frozen=True)
 class Access:
-    """The access rule. It keeps digests of the keys, not the keys."""
+    """The access rule."""
 
-    key_digests: tuple[bytes, ...]
+    keys: ApiKeys
 
     @classmethod
     def by(cls, settings: Settings) -> Self:
-        return cls(tuple(_digest(key.get_secret_value()) for key in settings.api_keys))
+        """The rule with keys that never change."""
+        return cls(ApiKeys(settings))
+
+    @property
+    def needs_key(self) -> bool:
+        return self.keys.are_set
 
     def check(
         self,
@@ -68,8 +72,8 @@ class Access:
         client: Address,
         server: Address,
         proxy_header: str | None,
-    ) -> None:
-        """Return if the request may pass.
+    ) -> Caller:
+        """Return who sends the request, if it may pass.
 
         The host name is checked against DNS rebinding: otherwise a web page whose name points to this machine could
         call through the user's own browser. A Unix socket needs keys: its client is usually a proxy, which calls from
@@ -84,12 +88,11 @@ class Access:
             ProxiedRequestError
             LoopbackOnlyError
         """
-        if self.key_digests:
-            if not self._has_key(authorization or ""):
-                raise UnauthorizedError
-        elif proxy_header is not None:
+        if self.needs_key:
+            return self._caller_with(authorization or "")
+        if proxy_header is not None:
             raise ProxiedRequestError(proxy_header)
-        elif not (
+        if not (
             client is not None
             and server is not None
             and is_loopback(client[0])
@@ -97,17 +100,14 @@ class Access:
             and is_loopback_host(host or "")
         ):
             raise LoopbackOnlyError
+        return LOCAL
 
-    def _has_key(self, authorization: str) -> bool:
-        """Whether a key matches. All digests are always compared, so the time tells nothing about the keys."""
+    def _caller_with(self, authorization: str) -> Caller:
         scheme, _, key = authorization.partition(" ")
-        digest = _digest(key.strip())
-        matches = [hmac.compare_digest(digest, known) for known in self.key_digests]
-        return scheme.lower() == "bearer" and any(matches)
-
-
-def _digest(key: str) -> bytes:
-    return sha256(key.encode("utf-8", "surrogateescape")).digest()
+        caller = self.keys.find(key.strip())
+        if caller is None or scheme.lower() != "bearer":
+            raise UnauthorizedError
+        return caller
 
 
 @lru_cache(maxsize=1024)

@@ -23,7 +23,7 @@ _HELD_BYTES = "lastcall.held_bytes"
 def attach(app: Quart, service: Service) -> None:
     """Let the application answer from this service. The service's settings hold for all requests from now on."""
     app.config["MAX_CONTENT_LENGTH"] = body_bytes_max(service.settings)
-    app.extensions[_ACCESS] = Access.by(service.settings)
+    app.extensions[_ACCESS] = Access(service.keys)
     app.extensions[_TRUSTED_PROXIES] = TrustedProxies.by(service.settings)
     app.extensions[_REFUSALS] = service.refusals
     app.extensions[_HELD_BYTES] = HeldBytes(bytes_max=service.settings.held_bytes_max)

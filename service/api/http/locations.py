@@ -8,9 +8,12 @@ from urllib.parse import quote
 
 from quart import request
 
+from service.ids import public_id
+
 
 def session_path(session_id: str) -> str:
-    return f"/sessions/{session_id}"
+    """The path of a session, of a scoped or public id."""
+    return f"/sessions/{public_id(session_id)}"
 
 
 def turn_path(session_id: str, turn_id: str) -> str:

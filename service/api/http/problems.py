@@ -11,6 +11,7 @@ from quart_trio.wrappers import TrioResponse
 from werkzeug.exceptions import HTTPException
 
 from service.api.http.access import LoopbackOnlyError, ProxiedRequestError, UnauthorizedError
+from service.api.http.callers import NotPermittedError
 from service.api.http.held_bytes import HeldBytesLimitError
 from service.api.http.locations import prefix_of, turn_path
 from service.api.http.preconditions import MalformedHeaderError, quoted
@@ -62,6 +63,7 @@ STATUS_BY_ERROR: Mapping[type[LastcallError], int] = {
     UnauthorizedError: 401,
     LoopbackOnlyError: 403,
     ProxiedRequestError: 403,
+    NotPermittedError: 403,
     SessionNotFoundError: 404,
     TurnNotFoundError: 404,
     BodyTimeoutError: 408,
@@ -96,6 +98,7 @@ ADVICE: Mapping[str, str] = {
     "loopback_only": "this server serves its own machine only: set `LASTCALL_API_KEYS` there",
     "proxied_without_keys": "this server serves its own machine only, and a proxy passed the request on: "
     "set `LASTCALL_API_KEYS` there",
+    "not_permitted": "the key lacks what `detail` names: use another one, or give it to the key (`may`)",
     "not_found": "there is no such call: `/docs` lists all calls",
     "session_not_found": "the session never existed, was deleted or has expired",
     "turn_not_found": "the session has no such turn",

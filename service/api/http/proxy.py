@@ -28,6 +28,7 @@ from quart.wrappers.response import ResponseBody
 from quart_trio.wrappers import TrioResponse
 
 from service.api.http.app_state import current_service
+from service.api.http.callers import CALLER, caller_header, current_caller, current_owner
 from service.api.http.end_of_input import leave_at_end_of_input
 from service.api.http.event_frames import EncodeFrame, read_frames
 from service.api.http.event_stream import is_event_stream, read_last_event_id, read_seen
@@ -50,6 +51,7 @@ from service.errors import (
     StoreError,
 )
 from service.freezes import move_on_after
+from service.ids import public_id, scoped
 from service.sessions.events.event_log import Events
 from service.sessions.turns.turn import Watch
 from service.supervisor import Service
@@ -90,7 +92,7 @@ _WRITE_BYTES_MAX = 64 * 1024
 _HOP_BY_HOP = frozenset(
     (b"connection", b"keep-alive", b"transfer-encoding", b"upgrade", b"te", b"trailer", b"date", b"server", b"expect")
 )
-_SET_ANEW = (b"content-length", _HOPS.encode(), _HANDED_OVER.encode(), REQUEST_ID)
+_SET_ANEW = (b"content-length", _HOPS.encode(), _HANDED_OVER.encode(), CALLER, REQUEST_ID)
 _TURN_PATH = re.compile(r"/sessions/([^/]+)/turns/(turn_[0-9a-f]{32})(?:/events)?$")
 
 
@@ -311,7 +313,7 @@ def _may_be_repeated(peer: PeerConnection) -> bool:
 def _no_answer(session_id: str) -> StoreError:
     if not session_id:
         return StoreError("The process that serves in this one's place does not answer.")
-    return StoreError(f"The process that runs the turns of session {session_id!r} does not answer.")
+    return StoreError(f"The process that runs the turns of session {public_id(session_id)!r} does not answer.")
 
 
 def _hangs(accepted_as: str | None) -> LastcallError:
@@ -390,6 +392,7 @@ class ProxiedStream(ResponseBody):
         self._fence = fence
         self._turn_path = turn_path
         self._encode = encode
+        self._owner = current_owner()
         self._seq = read_seen(request).seq if request.method == "GET" else read_last_event_id(request) or 0
         self._unsent = b""
         self._rest: Events | None = None
@@ -450,7 +453,7 @@ class ProxiedStream(ResponseBody):
         """Return the event log from the store for a stream whose owner died; None if that fails: the stream is cut."""
         turn = _TURN_PATH.search(self._turn_path)  # after the prefix of a proxy
         assert turn is not None
-        session_id, turn_id = turn.groups()
+        session_id, turn_id = scoped(self._owner, turn[1]), turn[2]
         try:
             await _wait_until_free(self._service, session_id, self._fence)
             log, watch = await self._service.sessions.open_events(session_id, turn_id)
@@ -497,6 +500,11 @@ def _peer_request(passed_on: Sequence[tuple[bytes, bytes]]) -> PeerRequest:
     return PeerRequest(
         method=request.method,
         target=request.scope["raw_path"] + (b"?" + request.query_string if request.query_string else b""),
-        headers=[*headers, *passed_on, (REQUEST_ID, current_request_id().encode())],
+        headers=[
+            *headers,
+            *passed_on,
+            (CALLER, caller_header(current_caller())),
+            (REQUEST_ID, current_request_id().encode()),
+        ],
         body=kept_body(request),
     )

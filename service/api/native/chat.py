@@ -4,6 +4,7 @@ from quart import Blueprint, request
 from quart_trio.wrappers import TrioResponse
 
 from service.api.http.app_state import current_service
+from service.api.http.callers import current_owner
 from service.api.http.end_of_input import leave_at_end_of_input
 from service.api.http.event_stream import read_last_event_id
 from service.api.http.operations import Answer, operation
@@ -20,7 +21,7 @@ from service.api.native.turns import (
 )
 from service.api.native.wire import Chat
 from service.errors import ResumeConflictError, SessionLimitError, SessionNotFoundError
-from service.ids import new_session_id
+from service.ids import new_session_id, scoped
 from service.sessions.commands import NewTurn, text_input
 from service.supervisor import Service
 
@@ -54,7 +55,8 @@ async def chat() -> TrioResponse:
         session_is_new=body.session_id is None,
         request_id=current_request_id(),
     )
-    return await start_streaming(service, take_slot(service), body.session_id or new_session_id(), new)
+    session_id = scoped(current_owner(), body.session_id or new_session_id())
+    return await start_streaming(service, take_slot(service), session_id, new)
 
 
 async def _resume(service: Service, body: Chat, after: int) -> TrioResponse:
@@ -63,7 +65,9 @@ async def _resume(service: Service, body: Chat, after: int) -> TrioResponse:
             "Last-Event-ID asks for an earlier turn, and no session is named.", field="session_id"
         )
     try:
-        return await resume_streaming(service, body.session_id, text_input(body.message), after=after)
+        return await resume_streaming(
+            service, scoped(current_owner(), body.session_id), text_input(body.message), after=after
+        )
     except ResumeConflictError as error:
         error.field = "message" if error.field == "input" else error.field
         raise

@@ -7,7 +7,8 @@ Every character that some client takes for a line end is escaped, so that the li
 
 import msgspec
 
-from service.sessions.events.events import Event, TurnDelta, TurnReasoning
+from service.ids import public_id
+from service.sessions.events.events import Event, TurnDelta, TurnQueued, TurnReasoning, TurnStarted
 
 _LINE_ENDS = tuple((end.encode(), b"\\u%04x" % ord(end)) for end in ("\x85", "\u2028", "\u2029"))
 _encode = msgspec.json.encode
@@ -24,6 +25,8 @@ def encode_frame(event: Event) -> bytes:
         return b'id: %d\ndata: {"type":"turn.delta","seq":%d,"text":%b}\n\n' % (seq, seq, _json_of(event.text))
     if isinstance(event, TurnReasoning):
         return b'id: %d\ndata: {"type":"turn.reasoning","seq":%d,"text":%b}\n\n' % (seq, seq, _json_of(event.text))
+    if isinstance(event, TurnQueued | TurnStarted):
+        event = msgspec.structs.replace(event, session_id=public_id(event.session_id))
     return b"id: %d\ndata: %b\n\n" % (seq, _json_of(event))
 
 

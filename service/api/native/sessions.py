@@ -7,6 +7,7 @@ from quart import Blueprint, request
 from quart_trio.wrappers import TrioResponse
 
 from service.api.http.app_state import current_service, encoded_response, json_response, no_content, not_modified
+from service.api.http.callers import listed_owner, owner_of_new
 from service.api.http.held_bytes import room_for_answer
 from service.api.http.locations import session_path, turn_path
 from service.api.http.long_json import encode_json
@@ -40,7 +41,7 @@ from service.errors import (
     TurnInProgressError,
     TurnNotFoundError,
 )
-from service.ids import is_session_id
+from service.ids import is_session_id, public_id
 from service.sessions.commands import NewItems, NewSession
 from service.storage.records import SessionPatch
 
@@ -56,9 +57,12 @@ _LED_BY_ID = tuple(
 
 
 def checked_session_id(session_id: str) -> str:
-    """Return an id of valid form. Raises: SessionNotFoundError, because no session has an id of another form."""
-    if not is_session_id(session_id):
-        raise SessionNotFoundError(session_id[:128])
+    """Return a path's id of valid form; :func:`~service.api.http.callers.admit` has made it a scoped one.
+
+    Raises: SessionNotFoundError, because no session has an id of another form.
+    """
+    if not is_session_id(public_id(session_id)):
+        raise SessionNotFoundError(public_id(session_id)[:128])
     return session_id
 
 
@@ -86,7 +90,8 @@ async def create_session() -> TrioResponse:
     """
     service = current_service()
     body = await read_body(request, CreateSession, service)
-    record = await service.sessions.create_session(NewSession(**msgspec.structs.asdict(body)))
+    new = NewSession(**msgspec.structs.asdict(body) | {"owner": owner_of_new(body.owner)})
+    record = await service.sessions.create_session(new)
     return json_response(Session.of(record), 201, location=session_path(record.id), etag=etag_of(record))
 
 
@@ -103,9 +108,11 @@ async def list_sessions() -> TrioResponse:
     """
     query = read_query(request, SessionsQuery)
     sessions = current_service().sessions
-    listing = partial(sessions.list_sessions, status=query.status or None)
+    listing = partial(sessions.list_sessions, status=query.status or None, owner=listed_owner())
     page = await read_page(listing, Session.of, limit=query.limit, after=query.after or None)
-    count = await sessions.count_sessions(status=query.status or None) if query.count else msgspec.UNSET
+    count: int | msgspec.UnsetType = msgspec.UNSET
+    if query.count:
+        count = await sessions.count_sessions(status=query.status or None, owner=listed_owner())
     return json_response(SessionList.of(page, count=count))
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, cast
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from service.ids import SESSION_ID, TURN_ID
+from service.ids import OWNER_NAME, SESSION_ID, TURN_ID, public_id
 from service.models.client import FinishReason, Role, Usage
 from service.sessions.commands import INPUT_ITEMS_MAX, OnConflict
 from service.sessions.messages import MessageRecord, messages_of
@@ -29,11 +29,13 @@ from service.storage.records import (
 
 # Python's ``$`` also matches before a last line end, and JavaScript's does not; the lookahead makes them equal.
 _SESSION_ID = rf"^{SESSION_ID}$(?!\n)"
+_OWNER_NAME = rf"^{OWNER_NAME}$(?!\n)"
 _TURN_ID = rf"^{TURN_ID}$(?!\n)"
 _SEQ = r"^[0-9]{0,15}$(?!\n)"
 _FUNCTION = r"^[A-Za-z0-9_-]{1,64}$(?!\n)"
 FORMS = {
     _SESSION_ID: "1-128 of `A-Z a-z 0-9 _ . -`; not `.` or `..`, which a URL cannot contain",
+    _OWNER_NAME: "the name of an owner: 1-128 of `A-Z a-z 0-9 _ . ~ @ | : + = -`",
     _TURN_ID: "the id of a turn: `turn_` and 32 of `0-9 a-f`",
     _SEQ: "the id of an event: a whole number of at most 15 digits",
     _FUNCTION: "the name of a function: 1-64 of `A-Z a-z 0-9 _ -`",
@@ -49,6 +51,7 @@ KINDS = {
 }
 """What ``type`` may be in an object of these fields, for error messages."""
 SessionId = Annotated[str, Meta(pattern=_SESSION_ID, description=f"{FORMS[_SESSION_ID]}.")]
+OwnerName = Annotated[str, Meta(pattern=_OWNER_NAME)]
 TurnId = Annotated[str, Meta(pattern=_TURN_ID)]
 # Told to readers of the schema only: :mod:`service.api.http.strict_json` looks itself, and says it in words.
 _NO_NUL = {"pattern": r"^[^\x00]*$"}
@@ -111,6 +114,9 @@ class CreateSession(RequestBody, frozen=True, kw_only=True):
     """``{"id": "support-4711", "system_message": "Be brief.", "metadata": {"team": "blue"}}``"""
 
     id: SessionId | None = None
+    owner: Annotated[
+        OwnerName | None, Meta(description="Needs a key that may `administer`; the key's own name if left out.")
+    ] = None
     title: Title | None = None
     model: ModelName | None = None
     system_message: Text | None = None
@@ -179,11 +185,12 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     head: str | None
     message_count: int
     usage: SessionUsage
+    owner: Annotated[str, Meta(description="Whose session it is. Only there if it has an owner.")] | UnsetType = UNSET
 
     @classmethod
     def of(cls, record: SessionRecord) -> Self:
         return cls(
-            id=record.id,
+            id=public_id(record.id),
             created_at=record.created_at,
             last_accessed_at=record.last_accessed_at,
             expires_at=record.expires_at,
@@ -198,6 +205,7 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
             head=record.head,
             message_count=record.message_count,
             usage=SessionUsage(record.input_tokens, record.output_tokens),
+            owner=record.owner or UNSET,
         )
 
 
@@ -547,7 +555,7 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
     def of(cls, record: TurnRecord) -> Self:
         return cls(
             id=record.id,
-            session_id=record.session_id,
+            session_id=public_id(record.session_id),
             parent=record.parent,
             state=record.state,
             reason=record.reason,

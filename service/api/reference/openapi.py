@@ -11,6 +11,7 @@ from quart import Quart
 
 from service import __version__
 from service.api.http.access import LoopbackOnlyError, ProxiedRequestError, UnauthorizedError
+from service.api.http.callers import OWNER, NotPermittedError
 from service.api.http.event_stream import MEDIA_TYPE as EVENT_STREAM
 from service.api.http.held_bytes import HeldBytesLimitError
 from service.api.http.operations import Answer, Operation, operation_of
@@ -21,7 +22,7 @@ from service.api.http.problems import codes as problem_codes
 from service.api.http.request_body import BodyTimeoutError, UnsupportedMediaTypeError
 from service.api.http.strict_json import InputTooLargeError, MalformedBodyError
 from service.api.native.events import Event
-from service.api.native.wire import Problem, SessionId, TurnId
+from service.api.native.wire import OwnerName, Problem, SessionId, TurnId
 from service.api.reference.client_schemas import for_clients, structs_in
 from service.errors import (
     InvalidRequestError,
@@ -147,7 +148,7 @@ def _operation(operation: Operation, tag: str, doc: str, path_names: list[str], 
         "tags": [tag],
         "summary": " ".join(summary.split()),
         "description": description,
-        "parameters": list(_parameters(operation, path_names, schemas)),
+        "parameters": list(_parameters(operation, tag, path_names, schemas)),
         "responses": {},
     }
     if tag in _OPEN_TAGS:
@@ -163,13 +164,20 @@ def _operation(operation: Operation, tag: str, doc: str, path_names: list[str], 
     return described
 
 
-def _parameters(operation: Operation, path_names: list[str], schemas: _Schemas) -> Iterator[dict[str, Any]]:
+def _parameters(operation: Operation, tag: str, path_names: list[str], schemas: _Schemas) -> Iterator[dict[str, Any]]:
     for name in path_names:
         yield {"name": name, "in": "path", "required": True, "schema": schemas.of(_PATH_PARAMETERS[name])}
     if operation.query is not None:
         schema = schemas.of(operation.query)
         for name, of_one in schemas.components.pop(schema["$ref"].rpartition("/")[2])["properties"].items():
             yield {"name": name, "in": "query", "schema": of_one}
+    if tag not in _OPEN_TAGS:
+        yield {
+            "name": OWNER,
+            "in": "header",
+            "description": "The owner for whom the caller acts; needs a key that may `administer`.",
+            "schema": schemas.of(OwnerName),
+        }
     if operation.resumes:
         yield {
             "name": "Last-Event-ID",
@@ -235,6 +243,7 @@ def _errors(operation: Operation, tag: str) -> Iterable[type[LastcallError]]:
         yield ProxiedRequestError
         if tag != _STATIC_TAG:
             yield UnauthorizedError
+            yield NotPermittedError
             yield HeldBytesLimitError
             yield StoreError
             yield ResourcesExhaustedError

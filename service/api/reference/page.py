@@ -52,7 +52,7 @@ async def root() -> TrioResponse:
 @operation(id="docs", answers=(Answer(status=200, description="HTML.", media_type="text/html"),))
 async def docs() -> TrioResponse:
     """Read this description as a page."""
-    page = _page_of(current_app, prefix=located(""), keyed=bool(current_access().key_digests))
+    page = _page_of(current_app, prefix=located(""), keyed=current_access().needs_key)
     return TrioResponse(page, headers=_PAGE_HEADERS, content_type="text/html; charset=utf-8")
 
 

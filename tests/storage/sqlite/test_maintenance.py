@@ -101,7 +101,7 @@ async def test_an_expired_session_is_replaced_by_one_that_is_imported(path: Path
 
 BROKEN: dict[str, Callable[[Any, Any], object]] = {
     "its id '..' is not a valid session id": lambda session, _: session.update(id=".."),
-    "its id 'a/b' is not a valid session id": lambda session, _: session.update(id="a/b"),
+    "its id 'a b/c' is not a valid session id": lambda session, _: session.update(id="a b/c"),
     "its id 'a\\x00b' is not a valid session id": lambda session, _: session.update(id="a\0b"),
     "its id '' is not a valid session id": lambda session, _: session.update(id=""),
     f"its id '{'z' * 79}… is not a valid session id": lambda session, _: session.update(id="z" * 300),
