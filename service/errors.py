@@ -19,13 +19,13 @@
     │   ├── PreconditionFailedError  the session is not as the caller saw it last (``revision``)
     │   ├── KeyReusedError           an idempotency key that came with another request before
     │   ├── MadeIsGoneError          what the call with this idempotency key made is gone
+    │   ├── HeadMovedError           the session's head is another turn than the caller saw (``turn_id``)
     │   └── LimitError               a limit is reached; try later (``retry_after_s``)
     │       ├── TurnLimitError       ``live_turns_max``
     │       ├── QueueFullError       ``queued_turns_max``
     │       ├── StreamLimitError     ``streams_max``
     │       ├── SessionLimitError    ``memory_sessions_max``
     │       └── ShuttingDownError    no new work: the service is about to stop
-    ├── HeadMovedError               another process was faster: read the head again; callers never see this
     ├── RepeatedError                an earlier call with this idempotency key made something; callers never see this
     ├── StoreError                   the store refused, hung or broke
     │   ├── ResourcesExhaustedError  the system gives this process no more descriptors or buffers
@@ -33,8 +33,8 @@
     └── ModelError                   the upstream failed (``code``, ``retryable``, ``retry_after_s``)
 
 The module that calls a library turns the library's exceptions into these types. Model clients raise
-:class:`ModelError` only. Stores raise :class:`StoreError`, :class:`HeadMovedError`, :class:`RepeatedError` and
-subclasses of :class:`RefusedError`.
+:class:`ModelError` only. Stores raise :class:`StoreError`, :class:`RepeatedError` and subclasses of
+:class:`RefusedError`.
 """
 
 import errno
@@ -116,11 +116,15 @@ class TurnNotFoundError(RefusedError):
         self.turn_id = turn_id
 
 
-class HeadMovedError(LastcallError):
-    """Another process has accepted a turn since this process read the session's head; read the head again.
+class HeadMovedError(RefusedError):
+    """The session's head is not the turn that the caller saw; ``turn_id`` is the head, None if there is none."""
 
-    Callers never see this error.
-    """
+    code = "head_moved"
+
+    def __init__(self, head: str | None) -> None:
+        now = "has no head" if head is None else f"has the head {head!r}"
+        super().__init__(f"This session {now}, and not the one in `seen_head`: read the session, and decide again.")
+        self.turn_id = head
 
 
 class RepeatedError(LastcallError):

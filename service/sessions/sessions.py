@@ -220,11 +220,18 @@ class Sessions:
             SessionNotFoundError
             PreconditionFailedError: The session has another revision.
             InvalidRequestError: The model is unknown.
+            HeadMovedError, TurnNotFoundError, TurnInProgressError, OwnedElsewhereError: The head does not move, as
+                :meth:`~service.storage.store.Store.update_session` says.
         """
         self._check_not_deleted(session_id)
         if isinstance(patch.model, str):
             self._client_for(patch.model)
-        with self.pending_writes.writing():
+        within_s = self._settings.store_timeout_s
+        if patch.head is not msgspec.UNSET:  # a turn whose end is not stored would be in the way
+            with self._answered_within() as deadline:
+                await self.pending_writes.retry_ends_of(session_id)
+                within_s = deadline.left_s
+        with self.pending_writes.writing(within_s=within_s):
             return await self._store.update_session(session_id, patch, now=self._clock(), revisions=revisions)
 
     async def delete_session(self, session_id: str, *, revisions: Collection[str] | None = None) -> None:

@@ -16,6 +16,7 @@ from itertools import islice
 from math import inf
 from operator import attrgetter
 from secrets import token_bytes
+from typing import TypeVar
 
 import anyio.lowlevel
 import msgspec
@@ -27,6 +28,7 @@ from service.errors import (
     SessionExistsError,
     SessionLimitError,
     SessionNotFoundError,
+    TurnInProgressError,
     TurnNotFoundError,
 )
 from service.steps import Steps, in_steps
@@ -50,13 +52,18 @@ from service.storage.records import (
     LeftOut,
     Owner,
     Page,
+    Places,
     SessionPatch,
     SessionRecord,
     SessionStatus,
+    Siblings,
+    TreeNode,
     TurnRecord,
     text_length,
 )
 from service.storage.store import PAGE_LENGTH_MAX
+
+R = TypeVar("R")
 
 _LISTED_AT_ONCE = 1000
 """Sessions that a listing looks at in one step of the event loop, which takes less than a millisecond."""
@@ -83,6 +90,8 @@ class _Turn:
     """The events, in pages, so that a replay reads one of them at a time."""
     kept: int = 0
     """The number of events."""
+    place: int = 1
+    """From 1, among the turns with the same parent."""
 
 
 @dataclass
@@ -92,7 +101,17 @@ class _Session:
     """The session's turns, in the order of their acceptance."""
     keys: list[tuple[str, str]] = field(default_factory=list)
     """The idempotency keys of the session and its turns."""
+    ordinals: dict[str | None, list[int]] = field(default_factory=dict)
+    """The places in ``turns`` of the turns of each parent."""
     deleted: bool = False
+
+    def add(self, turn: _Turn) -> Siblings:
+        """Add a turn as the newest one."""
+        siblings = self.ordinals.setdefault(turn.record.parent, [])
+        siblings.append(len(self.turns))
+        turn.place = len(siblings)
+        self.turns.append(turn)
+        return Siblings(turn.place, turn.place)
 
 
 @dataclass
@@ -201,7 +220,8 @@ class MemoryStore:
         self._check_key(key, now)
         copy = self._add(session, now)
         self._keep_key(key, copy)
-        copy.turns = [_Turn(it, old.pages, old.kept) for it, old in zip(copies, reversed(kept), strict=True)]
+        for it, old in zip(copies, reversed(kept), strict=True):
+            copy.add(_Turn(it, old.pages, old.kept))
         self._turns |= {turn.record.id: turn for turn in copy.turns}
         return session
 
@@ -244,6 +264,10 @@ class MemoryStore:
         await anyio.lowlevel.checkpoint()
         session = self._visible(session_id, now)
         rules.check_revision(session.record, revisions)
+        rules.check_head(session.record, patch.seen_head)
+        if patch.head is not msgspec.UNSET:
+            for turn_id in (patch.head, session.record.head):
+                self._refuse_if_open(session_id, turn_id, instead=rules.INSTEAD_OF_MOVING)
         self._replace(session, rules.patched(session.record, patch, now))
         return session.record
 
@@ -296,6 +320,7 @@ class MemoryStore:
         creates: SessionRecord | None = None,
         path_bytes_max: int | None | msgspec.UnsetType = msgspec.UNSET,
         key: IdempotencyKey | None = None,
+        branches: bool = False,
     ) -> BegunTurn:
         await anyio.lowlevel.checkpoint()
         self._check_key(key, now)
@@ -307,13 +332,14 @@ class MemoryStore:
             if turn.parent is not None:
                 self._turn_of(turn.session_id, turn.parent)
             rules.check_head(session.record, head)
-        kept = _Turn(turn)
-        session.turns.append(kept)
-        self._turns[turn.id] = kept
+            if branches:
+                self._refuse_if_open(turn.session_id, turn.parent)
+        kept = self._turns[turn.id] = _Turn(turn)
+        siblings = session.add(kept)
         self._keep_key(key, session, turn.id)
         self._replace(session, rules.begun(session.record, turn, now))
         path = None if path_bytes_max is msgspec.UNSET else self._short_path(session, turn, path_bytes_max)
-        return BegunTurn(session.record, path)
+        return BegunTurn(session.record, path, siblings)
 
     async def add_turns(
         self,
@@ -333,7 +359,7 @@ class MemoryStore:
         for turn in added:
             runs = rules.events_at_once(turn.output)
             kept = self._turns[turn.id] = _Turn(turn, tuple(_pages_of(runs)), count(runs))
-            session.turns.append(kept)
+            session.add(kept)
         self._keep_key(key, session, added[-1].id, first_turn_id=added[0].id)
         self._replace(session, rules.with_added(session.record, added, now))
         return session.record
@@ -384,18 +410,41 @@ class MemoryStore:
         return self._turn_of(session_id, turn_id).record
 
     async def list_turns(
-        self, session_id: str, *, limit: int, after: str | None, now: datetime, bytes_max: int | None = None
+        self,
+        session_id: str,
+        *,
+        limit: int,
+        after: str | None,
+        now: datetime,
+        bytes_max: int | None = None,
+        parent: str | None | msgspec.UnsetType = msgspec.UNSET,
     ) -> Page[TurnRecord]:
+        await anyio.lowlevel.checkpoint()
+        session = self._visible(session_id, now)
+        if isinstance(parent, str):
+            self._turn_of(session_id, parent)
+        ordinals = range(len(session.turns)) if parent is msgspec.UNSET else session.ordinals.get(parent, ())
+        start = 0 if after is None else bisect_right(ordinals, decode_turn_cursor(after).ordinal)
+        found = [session.turns[ordinal].record for ordinal in ordinals[start : start + limit]]
+        return _page_of(found, ordinals, start, fitting((turn.text_bytes for turn in found), bytes_max=bytes_max))
+
+    async def list_tree(self, session_id: str, *, limit: int, after: str | None, now: datetime) -> Page[TreeNode]:
         await anyio.lowlevel.checkpoint()
         turns = self._visible(session_id, now).turns
         start = 0 if after is None else decode_turn_cursor(after).ordinal + 1
-        found = [turn.record for turn in turns[start : start + limit]]
-        end = start + fitting((turn.text_bytes for turn in found), bytes_max=bytes_max)
-        cursors = tuple(encode_cursor(TurnPosition(ordinal)) for ordinal in range(start, end))
-        return Page(
-            data=tuple(found[: end - start]),
-            next=cursors[-1] if end < len(turns) else None,
-            cursors=cursors,
+        nodes = [TreeNode.of(turn.record) for turn in turns[start : start + limit]]
+        return _page_of(nodes, range(len(turns)), start, len(nodes))
+
+    async def find_places(self, session_id: str, turn_ids: Collection[str]) -> Places:
+        await anyio.lowlevel.checkpoint()
+        session = self._sessions.get(session_id)
+        if session is None:
+            return Places()
+        turns = [turn for turn in map(self._turns.get, turn_ids) if turn and turn.record.session_id == session_id]
+        counts = session.ordinals
+        return Places(
+            session.record.head,
+            {turn.record.id: Siblings(turn.place, len(counts[turn.record.parent])) for turn in turns},
         )
 
     async def read_path(self, session_id: str, turn_id: str, *, bytes_max: int | None) -> Sequence[TurnRecord]:
@@ -582,6 +631,16 @@ class MemoryStore:
             raise TurnNotFoundError(turn_id)
         return turn
 
+    def _refuse_if_open(self, session_id: str, turn_id: str | None, **instead: str) -> None:
+        """Raises: TurnInProgressError: A turn on the path to this turn is open. TurnNotFoundError: There is none."""
+        if turn_id is None:
+            return
+        self._turn_of(session_id, turn_id)
+        path = self._path_down(session_id, turn_id)
+        still_open = rules.find_open((turn.id, turn.state, turn.started_at) for turn in path)
+        if still_open is not None:
+            raise TurnInProgressError(still_open, **instead)
+
     def _remove_expired(self, now: datetime, limit: int) -> int:
         expired = self._listed.idle_by_deadline[: min(limit, self._listed.count_expired(now))]
         for _, session_id in expired:
@@ -614,6 +673,15 @@ class MemoryStore:
         yield self._listed
         if session.owner:
             yield self._listed_of.setdefault(session.owner, _Listed())
+
+
+def _page_of(found: Sequence[R], ordinals: Sequence[int], start: int, length: int) -> Page[R]:
+    """The page of the first ``length`` rows of ``found``, which begin at ``start`` of all rows' ordinals."""
+    end = start + length
+    cursors = tuple(encode_cursor(TurnPosition(ordinal)) for ordinal in ordinals[start:end])
+    return Page(
+        data=tuple(found[:length]), next=cursors[-1] if cursors and end < len(ordinals) else None, cursors=cursors
+    )
 
 
 def _measured(path: Sequence[TurnRecord]) -> Steps[LeftOut]:

@@ -1,6 +1,6 @@
 """The records that a store keeps, as immutable values."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from enum import Enum
 from typing import Generic, Literal, TypeVar
@@ -156,7 +156,10 @@ class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SessionPatch(msgspec.Struct, frozen=True, kw_only=True):
-    """Changes to a session; a field that is ``UNSET`` stays as it is."""
+    """Changes to a session; a field that is ``UNSET`` stays as it is.
+
+    ``seen_head`` changes nothing: it is the head that the session must have, for all other changes.
+    """
 
     title: str | None | msgspec.UnsetType = msgspec.UNSET
     model: str | None | msgspec.UnsetType = msgspec.UNSET
@@ -165,6 +168,8 @@ class SessionPatch(msgspec.Struct, frozen=True, kw_only=True):
     max_output_tokens: int | None | msgspec.UnsetType = msgspec.UNSET
     metadata: dict[str, str] | msgspec.UnsetType = msgspec.UNSET
     idle_timeout_s: float | msgspec.UnsetType = msgspec.UNSET
+    head: str | None | msgspec.UnsetType = msgspec.UNSET
+    seen_head: str | None | msgspec.UnsetType = msgspec.UNSET
 
 
 def is_refusal(code: str) -> bool:
@@ -319,16 +324,52 @@ class IdempotencyKey(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint: bytes
 
 
+class Siblings(msgspec.Struct, frozen=True):
+    """A turn's place, from 1, among the turns with its parent in the order of acceptance, and the count of these turns.
+
+    The first turns of a session are siblings, too.
+    """
+
+    place: int = 1
+    count: int = 1
+
+
+class Places(msgspec.Struct, frozen=True):
+    """The places of some turns in their session's tree: the session's head, and the siblings of each turn by its id.
+
+    A turn that does not exist has no siblings here.
+    """
+
+    head: str | None = None
+    siblings: Mapping[str, Siblings] = {}
+
+
+class TreeNode(msgspec.Struct, frozen=True, kw_only=True):
+    """A turn in its session's tree, without its texts."""
+
+    id: str
+    parent: str | None
+    state: TurnState
+    created_at: datetime
+    ended_at: datetime | None
+
+    @classmethod
+    def of(cls, turn: TurnRecord) -> "TreeNode":
+        return cls(id=turn.id, parent=turn.parent, state=turn.state, created_at=turn.created_at, ended_at=turn.ended_at)
+
+
 class BegunTurn(msgspec.Struct, frozen=True):
     """What the store knows of a turn that it has just accepted.
 
     Attributes:
         session: The session after the acceptance.
         path: The turns for the prompt, if the caller asked for them and they are short enough to be read with a write.
+        siblings: The turn's place among its siblings, the last one.
     """
 
     session: SessionRecord
     path: Sequence[TurnRecord] | None = None
+    siblings: Siblings = Siblings()
 
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):

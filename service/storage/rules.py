@@ -19,6 +19,7 @@ from service.storage.records import (
     SessionPatch,
     SessionRecord,
     TurnRecord,
+    TurnState,
     count_messages,
     cut_off,
 )
@@ -71,16 +72,20 @@ def patched(session: SessionRecord, patch: SessionPatch, now: datetime) -> Sessi
 
 def changes_of(patch: SessionPatch) -> dict[str, object]:
     """The fields that a patch sets."""
-    return {name: value for name, value in msgspec.structs.asdict(patch).items() if value is not msgspec.UNSET}
+    fields = msgspec.structs.asdict(patch)
+    return {name: fields[name] for name in fields if name != "seen_head" and fields[name] is not msgspec.UNSET}
 
 
-PATCHED_FIELDS = tuple(name for name in SessionPatch.__struct_fields__ if name in SessionRecord.__struct_fields__)
-"""The fields of a session that a patch can set: a new field of patches is among them by itself."""
+PATCHED_FIELDS = tuple(
+    name for name in SessionPatch.__struct_fields__ if name in SessionRecord.__struct_fields__ and name != "head"
+)
+"""The fields of a session that only a patch can set: a new field of patches is among them by itself. Each turn sets the
+head, too, so a change of the head depends on ``seen_head`` instead."""
 _REVISION_BYTES = 16
 
 
 def revision_of(session: SessionRecord) -> str:
-    """The revision of a session: a text that changes with each field that a patch can set, and with nothing else."""
+    """The revision of a session: a text that changes with :data:`PATCHED_FIELDS`, and with nothing else."""
     values = [getattr(session, name) for name in PATCHED_FIELDS]
     return blake2b(msgspec.json.encode(values, order="deterministic"), digest_size=_REVISION_BYTES).hexdigest()
 
@@ -111,7 +116,27 @@ def forgotten_until(now: datetime) -> datetime:
 def check_head(session: SessionRecord, head: str | None | msgspec.UnsetType) -> None:
     """Check the head by which a caller chose a turn's parent. Raises: HeadMovedError."""
     if head is not msgspec.UNSET and head != session.head:
-        raise HeadMovedError
+        raise HeadMovedError(session.head)
+
+
+INSTEAD_OF_MOVING = "move the head later"
+NEVER_STARTED_MAX = 1000
+"""How far up a path a step looks for an open turn, past turns that ended before they started; then it looks no further,
+and the last of them counts as open: each of these turns came while a turn before it was open."""
+
+
+def find_open(path_down: Iterable[tuple[str, TurnState, datetime | int | None]]) -> str | None:
+    """The open turn on a path, if there is one. A turn that has started, or is complete, has only ended turns above it.
+
+    Args:
+        path_down: The turns from the last one to the root: id, state and ``started_at`` of each.
+    """
+    for looked_at, (turn_id, state, started_at) in enumerate(path_down):
+        if state in ("queued", "running") or looked_at == NEVER_STARTED_MAX:
+            return turn_id
+        if started_at is not None or state == "completed":
+            break
+    return None
 
 
 def check_first_turn(session: SessionRecord, turn: TurnRecord, head: str | None | msgspec.UnsetType) -> None:

@@ -27,9 +27,11 @@ from service.storage.records import (
     LeftOut,
     Owner,
     Page,
+    Places,
     SessionPatch,
     SessionRecord,
     SessionStatus,
+    TreeNode,
     TurnRecord,
 )
 from service.store_capabilities import StoreCapabilities
@@ -158,6 +160,11 @@ class Store(Protocol):
         Raises:
             SessionNotFoundError
             PreconditionFailedError: The session has another revision.
+            HeadMovedError: The session has another head than ``patch.seen_head``.
+            TurnNotFoundError: ``patch.head`` is not a turn of this session.
+            TurnInProgressError: With ``patch.head``, a turn on the path to it, or to the head before, is open.
+            OwnedElsewhereError: Such a turn is open, and belongs to another owner, which lives. (Turns of an owner that
+                is gone are recovered in the same step.)
         """
         ...
 
@@ -229,6 +236,7 @@ class Store(Protocol):
         creates: SessionRecord | None = None,
         path_bytes_max: int | None | msgspec.UnsetType = msgspec.UNSET,
         key: IdempotencyKey | None = None,
+        branches: bool = False,
     ) -> BegunTurn:
         """Accept a turn: keep the turn and its input, make it the head, count it as a use.
 
@@ -240,6 +248,7 @@ class Store(Protocol):
             creates: The turn's session, to be added first, as :meth:`create_session` does.
             path_bytes_max: Return the path to the turn, too, as :meth:`read_path` does with this bound. A store that
                 would hold up other writes for it leaves the path out.
+            branches: The turn is to run beside other turns of its session: the path to its parent must have ended.
 
         Raises:
             RepeatedError
@@ -247,6 +256,7 @@ class Store(Protocol):
             SessionExistsError, SessionLimitError: With ``creates``, as :meth:`create_session`.
             HeadMovedError: The session has another head.
             TurnNotFoundError: ``turn.parent`` is not a turn of this session. (An open turn is allowed.)
+            TurnInProgressError: With ``branches``, a turn on the path to ``turn.parent`` is open.
             OwnedElsewhereError: Another owner, which lives, has open turns of this session. (Turns of an owner that
                 is gone are recovered in the same step.)
         """
@@ -322,15 +332,45 @@ class Store(Protocol):
         ...
 
     async def list_turns(
-        self, session_id: str, *, limit: int, after: str | None, now: datetime, bytes_max: int | None = None
+        self,
+        session_id: str,
+        *,
+        limit: int,
+        after: str | None,
+        now: datetime,
+        bytes_max: int | None = None,
+        parent: str | None | msgspec.UnsetType = msgspec.UNSET,
     ) -> Page[TurnRecord]:
-        """A page of all turns of a session, in the order of their acceptance.
+        """A page of all turns of a session, or of those with one parent, in the order of their acceptance.
 
         Paged as :meth:`list_sessions`.
+
+        Args:
+            parent: The parent of the turns; None stands for the turns without a parent.
+
+        Raises:
+            SessionNotFoundError
+            TurnNotFoundError: ``parent`` is not a turn of this session.
+            InvalidRequestError: ``after`` is not a page cursor of this listing.
+        """
+        ...
+
+    async def list_tree(self, session_id: str, *, limit: int, after: str | None, now: datetime) -> Page[TreeNode]:
+        """A page of all turns of a session without their texts, in the order of their acceptance.
+
+        Paged as :meth:`list_turns`, with the same page cursors. Reads no texts.
 
         Raises:
             SessionNotFoundError
             InvalidRequestError: ``after`` is not a page cursor of this listing.
+        """
+        ...
+
+    async def find_places(self, session_id: str, turn_ids: Collection[str]) -> Places:
+        """The head of a session, and the places of some of its turns among their siblings.
+
+        Costs the same for every turn, also where thousands have the same parent. A turn that does not exist has no
+        place. Reads deleted and expired sessions, too.
         """
         ...
 

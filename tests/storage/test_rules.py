@@ -70,6 +70,8 @@ NEW_VALUES: dict[str, object] = {
     "system_message": "Be brief.",
     "metadata": {"k": "w"},
     "idle_timeout_s": 7.0,
+    "temperature": 0.5,
+    "max_output_tokens": 7,
 }
 
 

@@ -22,6 +22,7 @@ from service.errors import (
     INTERNAL_ERROR,
     INTERNAL_ERROR_MESSAGE,
     EventsLostError,
+    HeadMovedError,
     InvalidRequestError,
     LastcallError,
     LimitError,
@@ -69,6 +70,7 @@ STATUS_BY_ERROR: Mapping[type[LastcallError], int] = {
     BodyTimeoutError: 408,
     SessionExistsError: 409,
     TurnInProgressError: 409,
+    HeadMovedError: 409,
     ResumeConflictError: 409,
     EventsLostError: 410,
     PreconditionFailedError: 412,
@@ -106,6 +108,7 @@ ADVICE: Mapping[str, str] = {
     "body_timeout": "the body did not arrive within `body_timeout_s`",
     "session_exists": "choose another id, or leave it out",
     "turn_in_progress": "wait for the turn `turn_id`, cancel it, or send `on_conflict` as `queue` or `supersede`",
+    "head_moved": "the head is `turn_id` now: read the session, and decide again",
     "resume_conflict": "`Last-Event-ID` on a POST names no event of a turn with this input",
     "events_lost": "a crash took these events; the problem has the turn's `state` and `text`",
     "precondition_failed": "the session has changed since you read it: get it again; `ETag` is its present one. A weak "
@@ -136,6 +139,7 @@ ADVICE: Mapping[str, str] = {
 REASONS_TO_RETRY: Mapping[str, str] = {
     "session_exists": "never: the id stays taken until its session is deleted or expires",
     "turn_in_progress": "never: how long the turn takes is not known; `GET …/turns/{turn}?wait=30` waits for its end",
+    "head_moved": "never: the head does not move back by itself",
     "resume_conflict": "never: the same request gets the same answer",
     "queue_full": "always: a queued turn starts, and leaves the queue, when the one before it ends",
     "held_bytes_limit": "always: other requests end within moments",

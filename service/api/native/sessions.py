@@ -32,6 +32,7 @@ from service.api.native.wire import (
     UpdateSession,
 )
 from service.errors import (
+    HeadMovedError,
     InvalidRequestError,
     PreconditionFailedError,
     SessionExistsError,
@@ -129,8 +130,8 @@ async def list_sessions() -> TrioResponse:
 async def get_session(session_id: str) -> TrioResponse:
     """Get a session. Reading does not keep it from expiring.
 
-    The `ETag` stands for what PATCH can change. It does not change with times, counts, `status` and `usage`, so that a
-    turn which ends makes no `If-Match` fail.
+    The `ETag` stands for what only PATCH can change. It does not change with `head`, times, counts, `status` and
+    `usage`, so that a turn which ends makes no `If-Match` fail.
     """
     record = await current_service().sessions.get_session(checked_session_id(session_id))
     if is_none_match(record):
@@ -144,7 +145,7 @@ async def get_session(session_id: str) -> TrioResponse:
     body=UpdateSession,
     preconditions=(("If-Match", "`ETag`s that were received: the session is changed only if it has one of them."),),
     answers=(Answer(status=200, description="The session as it is now.", body=Session, tagged=True),),
-    errors=(SessionNotFoundError, PreconditionFailedError),
+    errors=(SessionNotFoundError, TurnInProgressError, HeadMovedError, PreconditionFailedError),
 )
 async def update_session(session_id: str) -> TrioResponse:
     """Change a session and move its expiry.
@@ -152,14 +153,23 @@ async def update_session(session_id: str) -> TrioResponse:
     Fields that are left out do not change; null clears `title`, `model`, `system_message`, `temperature` and
     `max_output_tokens`. `metadata` is replaced as a whole.
 
-    With `If-Match` the session is changed only if nothing that PATCH can change has changed since its `ETag` was
-    received: otherwise the answer is 412 `precondition_failed`, with the `ETag` that the session has now.
+    `head` chooses the branch that the session shows, and that the next turn follows: any turn of the session, or null
+    to begin anew. While a turn runs on the path to this turn, or to the head so far, the answer is 409
+    `turn_in_progress`. With `seen_head` all changes depend on the head that the client saw: 409 `head_moved` if another
+    client was faster.
+
+    With `If-Match` the session is changed only if nothing else that PATCH can change has changed since its `ETag` was
+    received: otherwise the answer is 412 `precondition_failed`, with the `ETag` that the session has now. The `ETag`
+    does not cover `head`, which each turn moves.
     """
     session_id = checked_session_id(session_id)
     service = current_service()
     body = await read_body(request, UpdateSession, service)
     patch = SessionPatch(**msgspec.structs.asdict(body))
-    record = await service.sessions.update_session(session_id, patch, revisions=read_if_match())
+    try:
+        record = await service.sessions.update_session(session_id, patch, revisions=read_if_match())
+    except TurnNotFoundError as error:
+        raise InvalidRequestError(str(error), field="head") from None
     return json_response(Session.of(record), etag=etag_of(record))
 
 

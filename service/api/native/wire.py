@@ -137,6 +137,8 @@ class UpdateSession(RequestBody, frozen=True, kw_only=True):
     """``{"title": "Refund for order 4711", "model": null}``: fields that are left out do not change.
 
     null clears ``title``, ``model``, ``system_message``, ``temperature`` and ``max_output_tokens``.
+
+    ``{"head": "turn_0a6c1b9e2f3d4c5a8b7e6f5d4c3b2a19", "seen_head": "turn_7f3e…"}``: shows another branch.
     """
 
     title: Title | None | UnsetType = UNSET
@@ -146,6 +148,16 @@ class UpdateSession(RequestBody, frozen=True, kw_only=True):
     max_output_tokens: Annotated[MaxOutputTokens | None, _OF_TURNS] | UnsetType = UNSET
     metadata: Annotated[Metadata, Meta(extra_json_schema={"description": "Replaces all pairs."})] | UnsetType = UNSET
     idle_timeout_s: IdleTimeout | UnsetType = UNSET
+    head: (
+        Annotated[TurnId | None, Meta(description="The turn that the next turn is to follow; none if null.")]
+        | UnsetType
+    ) = UNSET
+    seen_head: (
+        Annotated[
+            TurnId | None, Meta(description="The head that the client has seen: if it is another one, nothing changes.")
+        ]
+        | UnsetType
+    ) = UNSET
 
 
 class SessionUsage(msgspec.Struct, frozen=True):

@@ -38,6 +38,19 @@ _LOST_PARENTS = (
     "WHERE deletion = 0 AND parent IS NOT NULL AND NOT EXISTS (SELECT 1 FROM turns AS before "
     "WHERE before.id = turns.parent AND before.session = turns.session AND before.ordinal < turns.ordinal)"
 )
+_PLACES = (
+    "SELECT session, coalesce(parent, '') AS parent, ordinal, "
+    "row_number() OVER (PARTITION BY session, coalesce(parent, '') ORDER BY ordinal) AS place, "
+    "count(*) OVER (PARTITION BY session, coalesce(parent, '')) AS count FROM turns"
+)
+_WRONG_PLACES = (
+    "SELECT DISTINCT sessions.id, parent FROM ("
+    f"SELECT session, parent FROM ({_PLACES}) AS found LEFT JOIN siblings USING (session, parent, ordinal) "
+    "WHERE siblings.place IS NOT found.place AND (count > 1 OR siblings.place IS NOT NULL) "
+    "UNION ALL SELECT session, parent FROM siblings WHERE NOT EXISTS (SELECT 1 FROM turns "
+    "WHERE turns.session = siblings.session AND turns.ordinal = siblings.ordinal)"
+    ") JOIN sessions ON session = sessions.key WHERE deletion = 0"
+)
 
 
 def vacuum(path: Path) -> int:
@@ -144,6 +157,10 @@ def check(path: Path) -> list[str]:
         problems += [
             f"session {row[0]!r}: the parent {row[2]!r} of turn {row[1]!r} is not a turn before it"
             for row in db.execute(_LOST_PARENTS)
+        ]
+        problems += [
+            f"session {row[0]!r}: the places of the turns with the parent {row[1]!r} are wrong"
+            for row in db.execute(_WRONG_PLACES)
         ]
     return [problem for problem in problems if problem != "ok"]
 

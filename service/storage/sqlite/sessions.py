@@ -6,12 +6,12 @@ from datetime import datetime
 import apsw
 import msgspec
 
-from service.errors import SessionExistsError, SessionNotFoundError
+from service.errors import SessionExistsError, SessionNotFoundError, TurnInProgressError
 from service.storage import rules
 from service.storage.page_cursor import SessionPosition, encode_cursor
 from service.storage.page_size import fitting
 from service.storage.records import IdempotencyKey, Page, SessionPatch, SessionRecord, SessionStatus
-from service.storage.sqlite import idempotency, recovery
+from service.storage.sqlite import idempotency, recovery, trees
 from service.storage.sqlite.ownership import Ownership
 from service.storage.sqlite.rows import SESSION_COLUMNS, SETTINGS_COLUMNS, Row, moment, session_of, settings_of
 
@@ -180,23 +180,47 @@ def update(
     db: apsw.Connection,
     session_id: str,
     patch: SessionPatch,
+    owners: Ownership,
     now: datetime,
     *,
     revisions: Collection[str] | None = None,
 ) -> SessionRecord:
     kept = visible(db, session_id, now)
     rules.check_revision(kept.record, revisions)
+    rules.check_head(kept.record, patch.seen_head)
+    if patch.head is not msgspec.UNSET:
+        kept = _free_to_move(db, kept, patch.head, owners, now)
     session = rules.patched(kept.record, patch, now)
     db.execute(
-        "UPDATE sessions SET idle_timeout_s = ?, last_accessed_at = ?, expires_at = ? WHERE key = ?",
-        (session.idle_timeout_s, moment(session.last_accessed_at), moment(session.expires_at), kept.key),
+        "UPDATE sessions SET idle_timeout_s = ?, last_accessed_at = ?, expires_at = ?, head = ? WHERE key = ?",
+        (session.idle_timeout_s, moment(session.last_accessed_at), moment(session.expires_at), session.head, kept.key),
     )
-    if rules.changes_of(patch).keys() - {"idle_timeout_s"}:
+    if rules.changes_of(patch).keys() - {"idle_timeout_s", "head"}:
         db.execute(
             f"UPDATE session_settings SET ({SETTINGS_COLUMNS}) = (?, ?, ?, ?, ?) WHERE session = ?",
             (*settings_of(session), kept.key),
         )
     return session
+
+
+def _free_to_move(
+    db: apsw.Connection, kept: StoredSession, head: str | None, owners: Ownership, now: datetime
+) -> StoredSession:
+    """The session whose head may move to a turn, or to None. Turns of an owner that is gone are recovered.
+
+    Raises:
+        TurnNotFoundError, TurnInProgressError, OwnedElsewhereError
+    """
+    # Also without open turns: the new head may not be one of the session's turns.
+    found = [trees.find_open(db, kept.key, turn) for turn in (head, kept.record.head) if turn is not None]
+    still_open = next((turn for turn in found if turn is not None), None)
+    if still_open is None:
+        return kept
+    if kept.owner in (None, owners.fence):
+        raise TurnInProgressError(still_open, instead=rules.INSTEAD_OF_MOVING)
+    recovery.refuse_if_alive(db, kept.owner, owners, kept.record.id)
+    recovery.end_turns_of(db, kept.owner, now, session=kept.key)
+    return visible(db, kept.record.id, now)
 
 
 def mark_deleted(

@@ -25,12 +25,14 @@ from service.storage.records import (
     LeftOut,
     Owner,
     Page,
+    Places,
     SessionPatch,
     SessionRecord,
     SessionStatus,
+    TreeNode,
     TurnRecord,
 )
-from service.storage.sqlite import event_pages, forks, idempotency, recovery, sessions, turns
+from service.storage.sqlite import event_pages, forks, idempotency, recovery, sessions, trees, turns
 from service.storage.sqlite.event_pages import fits_in_turn
 from service.storage.sqlite.open_files import OpenFiles
 from service.storage.sqlite.ownership import Ownership, find_owner, is_oldest
@@ -165,7 +167,9 @@ class SqliteStore:
     async def update_session(
         self, session_id: str, patch: SessionPatch, *, now: datetime, revisions: Collection[str] | None = None
     ) -> SessionRecord:
-        return await self._writing.call(lambda db: sessions.update(db, session_id, patch, now, revisions=revisions))
+        return await self._writing.call(
+            lambda db: sessions.update(db, session_id, patch, self._ownership, now, revisions=revisions)
+        )
 
     async def mark_deleted(self, session_id: str, *, now: datetime, revisions: Collection[str] | None = None) -> None:
         await self._writing.call(
@@ -211,10 +215,19 @@ class SqliteStore:
         creates: SessionRecord | None = None,
         path_bytes_max: int | None | msgspec.UnsetType = msgspec.UNSET,
         key: IdempotencyKey | None = None,
+        branches: bool = False,
     ) -> BegunTurn:
         return await self._writing.call(
             lambda db: turns.begin(
-                db, turn, self._ownership, now, head=head, creates=creates, path_bytes_max=path_bytes_max, key=key
+                db,
+                turn,
+                self._ownership,
+                now,
+                head=head,
+                creates=creates,
+                path_bytes_max=path_bytes_max,
+                key=key,
+                branches=branches,
             )
         )
 
@@ -274,12 +287,30 @@ class SqliteStore:
         return await self._looking.call(lambda db: turns.get(db, session_id, turn_id, now, with_texts=with_texts))
 
     async def list_turns(
-        self, session_id: str, *, limit: int, after: str | None, now: datetime, bytes_max: int | None = None
+        self,
+        session_id: str,
+        *,
+        limit: int,
+        after: str | None,
+        now: datetime,
+        bytes_max: int | None = None,
+        parent: str | None | msgspec.UnsetType = msgspec.UNSET,
     ) -> Page[TurnRecord]:
         position = None if after is None else decode_turn_cursor(after)
         return await self._reading.call(
-            lambda db: turns.list_page(db, session_id, limit=limit, after=position, now=now, bytes_max=bytes_max)
+            lambda db: turns.list_page(
+                db, session_id, limit=limit, after=position, now=now, bytes_max=bytes_max, parent=parent
+            )
         )
+
+    async def list_tree(self, session_id: str, *, limit: int, after: str | None, now: datetime) -> Page[TreeNode]:
+        position = None if after is None else decode_turn_cursor(after)
+        return await self._reading.call(
+            lambda db: turns.list_tree(db, session_id, limit=limit, after=position, now=now)
+        )
+
+    async def find_places(self, session_id: str, turn_ids: Collection[str]) -> Places:
+        return await self._looking.call(lambda db: trees.find_places(db, session_id, turn_ids))
 
     async def read_path(self, session_id: str, turn_id: str, *, bytes_max: int | None) -> Sequence[TurnRecord]:
         read = turns.PathRead(session_id, turn_id, bytes_max)

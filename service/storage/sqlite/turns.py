@@ -10,7 +10,7 @@ from itertools import islice
 import apsw
 import msgspec
 
-from service.errors import SessionNotFoundError, TurnNotFoundError
+from service.errors import SessionNotFoundError, TurnInProgressError, TurnNotFoundError
 from service.storage import rules
 from service.storage.page_cursor import TurnPosition, encode_cursor
 from service.storage.page_size import fitting
@@ -23,9 +23,11 @@ from service.storage.records import (
     LeftOut,
     Page,
     SessionRecord,
+    Siblings,
+    TreeNode,
     TurnRecord,
 )
-from service.storage.sqlite import event_pages, idempotency, recovery, sessions
+from service.storage.sqlite import event_pages, idempotency, recovery, sessions, trees
 from service.storage.sqlite.ends import keep_end
 from service.storage.sqlite.event_pages import record_of
 from service.storage.sqlite.ownership import Ownership
@@ -60,9 +62,9 @@ _TURN_BYTES = (
 )
 _SIZES = (
     f"SELECT ordinal, {_TURN_BYTES} + coalesce(octet_length(options), 0) FROM turns "
-    "WHERE session = ? AND ordinal > ? ORDER BY ordinal LIMIT ?"
+    "WHERE {which} AND ordinal > ? ORDER BY ordinal LIMIT ?"
 )
-_BETWEEN = f"SELECT {TURN_COLUMNS} FROM turns WHERE session = ? AND ordinal BETWEEN ? AND ? ORDER BY ordinal"
+_AT = f"SELECT {TURN_COLUMNS} FROM turns WHERE session = ? AND ordinal = ?"
 # One table in each statement: several simple statements are several times as fast as one join.
 _OWN = "SELECT key, session FROM turns WHERE id = ? AND +owner = ?"  # ``+`` makes SQLite search by id, not by owner
 _IS_OWN = "id = :turn AND +owner = :owner AND (SELECT id FROM sessions WHERE key = session) IS NOT NULL"
@@ -88,14 +90,18 @@ def begin(
     creates: SessionRecord | None = None,
     path_bytes_max: int | None | msgspec.UnsetType = msgspec.UNSET,
     key: IdempotencyKey | None = None,
+    branches: bool = False,
 ) -> BegunTurn:
     idempotency.check(db, key, now)
     if creates is not None:
         rules.check_first_turn(creates, turn, head)
         kept = sessions.create(db, creates, now)
     else:
-        kept = _session_for(db, turn, owners, now, head)
+        kept = _session_for(db, turn, owners, now, head, branches=branches)
     path = None if path_bytes_max is msgspec.UNSET else _short_path(db, kept, turn, path_bytes_max)
+    siblings = Siblings()
+    if kept.turns_begun:
+        siblings = trees.add_sibling(db, kept.key, turn.parent, kept.turns_begun)
     db.execute(_INSERT, values_of(turn) | {"session": kept.key, "ordinal": kept.turns_begun, "owner": owners.fence})
     session = rules.begun(kept.record, turn, now)
     db.execute(
@@ -113,7 +119,7 @@ def begin(
         ),
     )
     idempotency.keep(db, key, session=kept.key, session_id=turn.session_id, turn=turn.id)
-    return BegunTurn(session, path)
+    return BegunTurn(session, path, siblings)
 
 
 def add(
@@ -151,7 +157,13 @@ def add(
 
 
 def _session_for(
-    db: apsw.Connection, turn: TurnRecord, owners: Ownership, now: datetime, head: str | None | msgspec.UnsetType
+    db: apsw.Connection,
+    turn: TurnRecord,
+    owners: Ownership,
+    now: datetime,
+    head: str | None | msgspec.UnsetType,
+    *,
+    branches: bool = False,
 ) -> sessions.StoredSession:
     """The session of a turn that may begin. Turns of an owner that is gone are recovered."""
     kept = sessions.visible(db, turn.session_id, now)
@@ -163,7 +175,11 @@ def _session_for(
     rules.check_head(kept.record, head)
     if others is not None:
         recovery.end_turns_of(db, others, now, session=kept.key)
-        kept = sessions.visible(db, turn.session_id, now)
+        return sessions.visible(db, turn.session_id, now)
+    if branches and turn.parent is not None and kept.record.open_turns:
+        still_open = trees.find_open(db, kept.key, turn.parent)
+        if still_open is not None:
+            raise TurnInProgressError(still_open)
     return kept
 
 
@@ -297,17 +313,29 @@ def list_page(
     after: TurnPosition | None,
     now: datetime,
     bytes_max: int | None,
+    parent: str | None | msgspec.UnsetType,
 ) -> Page[TurnRecord]:
     session = _visible(db, session_id, now)
-    found: list[Row] = db.execute(_SIZES, (session, -1 if after is None else after.ordinal, limit + 1)).fetchall()
+    if isinstance(parent, str):
+        key_of(db, parent, session)
+    which = ("session = ?", session) if parent is msgspec.UNSET else (trees.CHILDREN, session, parent or "")
+    found: list[Row] = db.execute(
+        _SIZES.format(which=which[0]), (*which[1:], -1 if after is None else after.ordinal, limit + 1)
+    ).fetchall()
     shown = [ordinal for ordinal, _ in found[: fitting((size for _, size in found[:limit]), bytes_max=bytes_max)]]
-    rows = db.execute(_BETWEEN, (session, shown[0], shown[-1])) if shown else ()
+    rows = (row for ordinal in shown for row in db.execute(_AT, (session, ordinal)))
     cursors = tuple(encode_cursor(TurnPosition(ordinal)) for ordinal in shown)
     return Page(
         data=tuple(record_of(db, session_id, row) for row in rows),
         next=cursors[-1] if len(shown) < len(found) else None,
         cursors=cursors,
     )
+
+
+def list_tree(
+    db: apsw.Connection, session_id: str, *, limit: int, after: TurnPosition | None, now: datetime
+) -> Page[TreeNode]:
+    return trees.list_page(db, _visible(db, session_id, now), limit=limit, after=after)
 
 
 def all_of(db: apsw.Connection, session_id: str, session: int) -> list[tuple[TurnRecord, list[Run]]]:
@@ -320,6 +348,7 @@ def all_of(db: apsw.Connection, session_id: str, session: int) -> list[tuple[Tur
 
 def insert_ended(db: apsw.Connection, session: int, ordinal: int, turn: TurnRecord, runs: Sequence[Run]) -> None:
     """Add a turn that has ended already. The caller updates the session's counters."""
+    trees.add_sibling(db, session, turn.parent, ordinal)
     values = values_of(turn) | event_pages.end_columns(turn, runs)
     db.execute(_INSERT, values | {"session": session, "ordinal": ordinal, "owner": None})
     if not values["runs"]:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import apsw
 import structlog
 
-from service.errors import HeadMovedError, RefusedError, RepeatedError, StoreError
+from service.errors import RefusedError, RepeatedError, StoreError
 from service.storage.sqlite import database
 from service.storage.sqlite.faults import Faults
 from service.storage.sqlite.file_system import network_file_system
@@ -234,7 +234,7 @@ def _run_one(db: apsw.Connection, step: Step[Any]) -> None:
     changes = db.total_changes()
     try:
         step.run(db)
-    except (RefusedError, HeadMovedError, RepeatedError) as refusal:
+    except (RefusedError, RepeatedError) as refusal:
         if db.total_changes() != changes:
             raise
         step.error = refusal

@@ -199,3 +199,44 @@ async def test_a_session_has_options_for_turns_that_name_none(autojump_clock: Mo
             (await api.call("PATCH", session, wrong)).problem(422, "invalid_request", *wrong)
         long = {"input": "a", "system_message": "x" * 300_000}
         (await api.call("POST", f"{session}/turns", long)).problem(413, "input_too_large", "system_message")
+
+
+async def test_the_head_moves_to_another_branch_that_the_next_turn_follows(autojump_clock: MockClock) -> None:
+    async with open_api() as api:
+        session_id = await api.new_session()
+        url = f"/sessions/{session_id}"
+        first, second = [
+            (await api.call("POST", f"{url}/turns", {"input": text})).json["id"] for text in ("one", "two")
+        ]
+        moved = await api.call("PATCH", url, {"head": first, "seen_head": second, "title": "T"})
+        assert (moved.status, moved.json["head"], moved.json["title"]) == (200, first, "T")
+        assert [message["text"] for message in await _messages(api, session_id)][::2] == ["one"]
+        third = (await api.call("POST", f"{url}/turns", {"input": "three"})).json
+        assert third["parent"] == first
+
+        stale = await api.call("PATCH", url, {"head": second, "seen_head": first, "title": "U"})
+        assert stale.problem(409, "head_moved")["turn_id"] == third["id"]
+        assert (await api.call("GET", url)).json["title"] == "T", "nothing changes"
+        assert (await api.call("PATCH", url, {"head": None})).json["head"] is None
+        assert await _messages(api, session_id) == []
+        root = (await api.call("POST", f"{url}/turns", {"input": "anew"})).json
+        assert root["parent"] is None
+
+        unknown = {"head": "turn_" + 32 * "0"}
+        (await api.call("PATCH", url, unknown)).problem(422, "invalid_request", "head")
+        (await api.call("PATCH", url, {"head": "x"})).problem(422, "invalid_request", "head")
+        (await api.call("PATCH", "/sessions/nowhere", unknown)).problem(404, "session_not_found")
+
+
+async def test_the_head_stays_while_a_turn_runs_on_the_path(autojump_clock: MockClock) -> None:
+    async with open_api() as api:
+        session_id = await api.new_session()
+        url = f"/sessions/{session_id}"
+        first = (await api.call("POST", f"{url}/turns", {"input": "one"})).json["id"]
+        model = "scripted:?delay_s=5"
+        running = (await api.call("POST", f"{url}/turns", {"input": "two", "background": True, "model": model})).json[
+            "id"
+        ]
+        assert (await api.call("PATCH", url, {"head": first})).problem(409, "turn_in_progress")["turn_id"] == running
+        await api.call("POST", f"{url}/turns/{running}/cancel")
+        assert (await api.call("PATCH", url, {"head": first})).json["head"] == first

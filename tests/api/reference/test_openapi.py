@@ -94,7 +94,8 @@ def test_the_codes_are_enums_with_their_meanings() -> None:
 
 def test_the_fields_that_null_clears_are_named() -> None:
     clearable = {field.name for field in msgspec.structs.fields(UpdateSession) if _takes_null(field.name)}
-    assert clearable == {"title", "model", "system_message", "temperature", "max_output_tokens"}
+    cleared = {"title", "model", "system_message", "temperature", "max_output_tokens"}
+    assert clearable == cleared | {"head", "seen_head"}, "null as a head is a place: before the first turn"
     said = DOCUMENT["paths"]["/sessions/{session_id}"]["patch"]["description"]
     assert "null clears `title`, `model`, `system_message`, `temperature` and `max_output_tokens`." in " ".join(
         said.split()
@@ -117,7 +118,7 @@ def refusals(kind: type[LastcallError]) -> Iterator[type[LastcallError]]:
 
 
 def test_every_refusal_has_a_status() -> None:
-    never_told = {RefusedError, errors.LimitError, errors.HeadMovedError}
+    never_told = {RefusedError, errors.LimitError, errors.RepeatedError}
     assert [kind for kind in refusals(LastcallError) if status_of(kind) == 500 and kind not in never_told] == []
     assert status_of(ModelError) == status_of(ValueError) == 500
 

@@ -35,7 +35,7 @@ async def test_a_backup_ends_although_another_connection_writes_at_each_of_its_s
                 session = a_session(f"later-{len(steps)}")
                 with database.transaction(other):
                     sessions.create(other, session, T0)
-                    sessions.update(other, "large-0", SessionPatch(title="y" * 100_000), T0)
+                    sessions.update(other, "large-0", SessionPatch(title="y" * 100_000), store._ownership, T0)
 
             maintenance.backup(path, copy, on_progress=write)
         assert len(await all_sessions(store, now=T0)) == len(before) + len(steps)
@@ -93,7 +93,7 @@ async def test_a_backup_gives_up_before_the_log_fills_the_disk(path: Path, monke
                 monkeypatch.setattr(maintenance, "_free_bytes", lambda _: 1_500_000)
                 with database.transaction(other):
                     for n in range(3):
-                        sessions.update(other, f"large-{n}", SessionPatch(title="y" * 2_000_000), T0)
+                        sessions.update(other, f"large-{n}", SessionPatch(title="y" * 2_000_000), store._ownership, T0)
 
             with pytest.raises(StartupError, match=r"-wal has grown by \d+ MB since .* has 1 MB left: no copy is made"):
                 maintenance.backup(path, copy, on_progress=write)

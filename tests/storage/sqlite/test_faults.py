@@ -167,7 +167,7 @@ async def test_one_step_that_fails_does_not_take_along_those_that_share_its_comm
 
 
 @pytest.mark.parametrize("place", [0, 4, 9])
-@pytest.mark.parametrize("refusal", [SessionNotFoundError("s"), HeadMovedError()], ids=["not found", "head moved"])
+@pytest.mark.parametrize("refusal", [SessionNotFoundError("s"), HeadMovedError("t")], ids=["not found", "head moved"])
 async def test_a_step_that_refuses_after_it_has_written_leaves_nothing_behind(
     path: Path, place: int, refusal: Exception
 ) -> None:

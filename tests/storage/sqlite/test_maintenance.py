@@ -19,7 +19,7 @@ from service.cli.session_export import ExportedSession, read_exported
 from service.errors import SessionExistsError, SessionNotFoundError, StartupError
 from service.models.client import Usage
 from service.storage.pieces import STARTED, Run
-from service.storage.records import Item, LeftOut, SessionPatch, TurnRecord, TurnState
+from service.storage.records import Item, LeftOut, SessionPatch, Siblings, TurnRecord, TurnState
 from service.storage.sqlite import SqliteStore, database, maintenance, open_sqlite_store
 from tests.storage.rows import T0, a_session, a_turn, at, contents, ended, said
 
@@ -145,6 +145,39 @@ async def test_a_session_that_no_store_can_have_is_refused_with_the_reason(path:
         read_exported(json.dumps(whole).encode())
     assert str(refused.value).startswith(f"This is not an exported session: {problem}")
     assert len(str(refused.value).splitlines()) == 1
+
+
+WRONG_PLACES = {
+    "one is missing": "DELETE FROM siblings WHERE place = 2",
+    "all are missing": "DELETE FROM siblings",
+    "one is wrong": "UPDATE siblings SET place = 3 WHERE place = 2",
+    "one too many": "INSERT INTO siblings SELECT session, parent, 99, 3 FROM siblings WHERE place = 2",
+}
+
+
+async def test_an_imported_session_has_the_places_of_its_turns_and_a_check_finds_wrong_ones(path: Path) -> None:
+    async with open_sqlite_store(path) as store:
+        await _fill(store)
+        await store.begin_turn(_a_turn(T4, parent=T2), now=T0)
+        await store.end_turn(_ended(_a_turn(T4, parent=T2)), runs=(), now=T0)
+    imported = path.with_name("imported.db")
+    exported_events.import_session(imported, read_exported(exported_events.export_session(path, "s")), now=T0)
+    async with open_sqlite_store(imported) as store:
+        assert (await store.find_places("s", [T2, T3, T4])).siblings == {
+            T2: Siblings(),
+            T3: Siblings(1, 2),
+            T4: Siblings(2, 2),
+        }
+    assert maintenance.check(imported) == []
+    for name, broken in WRONG_PLACES.items():
+        copy = path.with_name(f"{name}.db")
+        maintenance.backup(imported, copy)
+        with closing(sqlite3.connect(copy)) as db:
+            db.execute(broken)
+            db.commit()
+        assert maintenance.check(copy) == [f"session 's': the places of the turns with the parent {T2!r} are wrong"], (
+            name
+        )
 
 
 async def test_a_circle_of_turns_ends_every_read_and_is_found_by_a_check(path: Path) -> None:

@@ -58,6 +58,16 @@ CALLS: dict[str, Callable[[SqliteStore], Awaitable[object]]] = {
     "add": lambda store: store.add_turns(
         [msgspec.structs.replace(an_added_turn("added", parent="turn_000100_1"), session_id="sess_000100")], now=T0
     ),
+    "begin a branch": lambda store: store.begin_turn(
+        a_turn("new3", "sess_000103", parent="turn_000103_0"), now=T0, branches=True
+    ),
+    "begin one more branch": lambda store: store.begin_turn(
+        a_turn("new4", "sess_000103", parent="turn_000103_0"), now=T0, branches=True
+    ),
+    "move the head": lambda store: store.update_session("sess_000104", SessionPatch(head="turn_000104_0"), now=T0),
+    "places": lambda store: store.find_places("sess_000103", ["new4", "turn_000103_0"]),
+    "siblings": lambda store: store.list_turns("sess_000103", limit=2, after=None, now=T0, parent="turn_000103_0"),
+    "tree": lambda store: store.list_tree("sess_000103", limit=2, after=None, now=T0),
     "start": lambda store: store.start_turn("new", now=T0),
     "checkpoint": lambda store: store.checkpoint_turns([a_checkpoint("new", "x", session="sess_000100")]),
     "end": lambda store: store.end_turn(ended(a_turn("new", "sess_000100")), runs=said("Hi"), now=T0),

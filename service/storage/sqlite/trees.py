@@ -1,0 +1,98 @@
+"""The tree of a session's turns: siblings, open turns on a path, and pages of the tree.
+
+The table ``siblings`` has the place of each turn that has a sibling. A turn without siblings has no row there, so that
+a conversation without branches costs one look-up in an index for each turn.
+"""
+
+from collections.abc import Collection, Iterator
+from datetime import datetime
+
+import apsw
+
+from service.errors import TurnNotFoundError
+from service.storage import rules
+from service.storage.page_cursor import TurnPosition, encode_cursor
+from service.storage.records import Page, Places, Siblings, TreeNode, TurnState
+from service.storage.sqlite.rows import Row, time_of
+
+CHILDREN = "session = ? AND coalesce(parent, '') = ?"
+"""The condition that finds the children of a turn, or of None as the empty text, by their index."""
+
+_FIRST_CHILD = f"SELECT ordinal FROM turns WHERE {CHILDREN} ORDER BY ordinal LIMIT 1"
+_LAST_PLACE = "SELECT place FROM siblings WHERE session = ? AND parent = ? ORDER BY ordinal DESC LIMIT 1"
+_PLACE = "SELECT place FROM siblings WHERE session = ? AND parent = ? AND ordinal = ?"
+_ADD = "INSERT INTO siblings (session, parent, ordinal, place) VALUES (?, ?, ?, ?)"
+_STEP_UP = "SELECT id, state, started_at, parent FROM turns WHERE id = ? AND session = ?"
+_NODES = (
+    "SELECT id, parent, state, created_at, ended_at, ordinal FROM turns "
+    "WHERE session = ? AND ordinal > ? ORDER BY ordinal LIMIT ?"
+)
+
+
+def add_sibling(db: apsw.Connection, session: int, parent: str | None, ordinal: int) -> Siblings:
+    """Count a turn, which is about to be added as the newest of its session, among its siblings."""
+    parent = parent or ""
+    first: int | None = db.execute(_FIRST_CHILD, (session, parent)).get
+    if first is None:
+        return Siblings()
+    last: int | None = db.execute(_LAST_PLACE, (session, parent)).get
+    if last is None:
+        db.execute(_ADD, (session, parent, first, 1))
+        last = 1
+    db.execute(_ADD, (session, parent, ordinal, last + 1))
+    return Siblings(last + 1, last + 1)
+
+
+def find_places(db: apsw.Connection, session_id: str, turn_ids: Collection[str]) -> Places:
+    row: Row | None = db.execute("SELECT key, head FROM sessions WHERE id = ?", (session_id,)).fetchone()
+    if row is None:
+        return Places()
+    session, head = row
+    siblings: dict[str, Siblings] = {}
+    for turn_id in turn_ids:
+        turn: Row | None = db.execute(
+            "SELECT ordinal, coalesce(parent, '') FROM turns WHERE id = ? AND session = ?", (turn_id, session)
+        ).fetchone()
+        if turn is None:
+            continue
+        ordinal, parent = turn
+        place: int | None = db.execute(_PLACE, (session, parent, ordinal)).get
+        if place is None:
+            siblings[turn_id] = Siblings()
+        else:
+            siblings[turn_id] = Siblings(place, db.execute(_LAST_PLACE, (session, parent)).get)
+    return Places(head, siblings)
+
+
+def find_open(db: apsw.Connection, session: int, turn_id: str) -> str | None:
+    """The open turn on the path to a turn, if there is one. Raises: TurnNotFoundError: There is no such turn."""
+    return rules.find_open(_up_from(db, session, turn_id))
+
+
+def _up_from(db: apsw.Connection, session: int, turn_id: str) -> Iterator[tuple[str, TurnState, datetime | int | None]]:
+    next_id: str | None = turn_id
+    while next_id is not None:
+        row: Row | None = db.execute(_STEP_UP, (next_id, session)).fetchone()
+        if row is None:
+            raise TurnNotFoundError(next_id)
+        *found, next_id = row
+        yield tuple(found)
+
+
+def list_page(db: apsw.Connection, session: int, *, limit: int, after: TurnPosition | None) -> Page[TreeNode]:
+    """A page of the turns of a session, without their texts."""
+    rows: list[Row] = db.execute(_NODES, (session, -1 if after is None else after.ordinal, limit + 1)).fetchall()
+    cursors = tuple(encode_cursor(TurnPosition(row[-1])) for row in rows[:limit])
+    return Page(
+        data=tuple(map(_node_of, rows[:limit])), next=cursors[-1] if len(rows) > limit else None, cursors=cursors
+    )
+
+
+def _node_of(row: Row) -> TreeNode:
+    return TreeNode(
+        id=row[0],
+        parent=row[1],
+        state=row[2],
+        created_at=time_of(row[3]),
+        ended_at=None if row[4] is None else time_of(row[4]),
+    )
