@@ -8,10 +8,11 @@ shutdown hundreds of ends come at once, and their callers end anyway.
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from itertools import islice
 from math import inf
 from operator import attrgetter
@@ -31,9 +32,10 @@ from service.errors import (
     TurnInProgressError,
     TurnNotFoundError,
 )
-from service.steps import Steps, in_steps
+from service.steps import Steps, at_once, in_steps
 from service.storage import rules
 from service.storage.fork_path import ForkPath, copies_of, forked_session
+from service.storage.memory_documents import Document, MemoryDocuments
 from service.storage.page_cursor import (
     SessionPosition,
     TurnPosition,
@@ -50,6 +52,7 @@ from service.storage.records import (
     EventsPage,
     IdempotencyKey,
     LeftOut,
+    Match,
     Owner,
     Page,
     Places,
@@ -61,7 +64,10 @@ from service.storage.records import (
     TurnRecord,
     text_length,
 )
+from service.storage.search import Found, SearchQuery, search_page, searched_texts
+from service.storage.search_cursor import SearchCursors
 from service.storage.store import PAGE_LENGTH_MAX
+from service.storage.terms import query_terms
 
 R = TypeVar("R")
 
@@ -92,6 +98,11 @@ class _Turn:
     """The number of events."""
     place: int = 1
     """From 1, among the turns with the same parent."""
+    document: int | None = None
+    """Its number among the documents that are searched, once it has ended."""
+
+    def texts(self) -> Iterable[str]:
+        return searched_texts(self.record)
 
 
 @dataclass
@@ -104,6 +115,8 @@ class _Session:
     ordinals: dict[str | None, list[int]] = field(default_factory=dict)
     """The places in ``turns`` of the turns of each parent."""
     deleted: bool = False
+    title_document: int | None = None
+    """The number of the title among the documents that are searched."""
 
     def add(self, turn: _Turn) -> Siblings:
         """Add a turn as the newest one."""
@@ -189,6 +202,7 @@ class MemoryStore:
         self._gone: deque[tuple[str, str]] = deque()
         """Keys of things that are gone, before :meth:`forget_keys` has noted when."""
         self._gone_at: deque[tuple[datetime, tuple[str, str]]] = deque()
+        self._documents = MemoryDocuments()
 
     # Sessions
 
@@ -217,12 +231,18 @@ class MemoryStore:
             copies.append(copied)
             await self._let_others_run(source_id, after=len(copies), now=now)
         session = forked_session(source, path, head=copies[-1].id if copies else None, copy_id=copy_id, now=now)
-        self._check_key(key, now)
-        copy = self._add(session, now)
+        turns = [_Turn(it, old.pages, old.kept) for it, old in zip(copies, reversed(kept), strict=True)]
+        title_document = self._documents.reserve()
+        async with self._prepared(turns):
+            self._visible(source_id, now)
+            self._check_key(key, now)
+            copy = self._add(session, now, title_document=title_document)
         self._keep_key(key, copy)
-        for it, old in zip(copies, reversed(kept), strict=True):
-            copy.add(_Turn(it, old.pages, old.kept))
+        for turn in turns:
+            copy.add(turn)
         self._turns |= {turn.record.id: turn for turn in copy.turns}
+        for turn in turns:
+            self._publish(turn)
         return session
 
     async def get_session(self, session_id: str, *, now: datetime) -> SessionRecord:
@@ -251,6 +271,33 @@ class MemoryStore:
         cursors = tuple(encode_cursor(SessionPosition(session.created_at, session.id)) for session in data)
         return Page(data=data, next=cursors[-1] if len(data) < len(found) else None, cursors=cursors)
 
+    async def search_sessions(
+        self,
+        query: str,
+        *,
+        limit: int,
+        after: str | None,
+        status: SessionStatus | None,
+        now: datetime,
+        owner: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        bytes_max: int | None = None,
+    ) -> Page[Match]:
+        await anyio.lowlevel.checkpoint()
+        cursors = SearchCursors(self.peer_secret)
+        wanted = SearchQuery(
+            cursors=cursors,
+            terms=await in_steps(query_terms(query)),
+            limit=limit,
+            after=None if after is None else cursors.decode(after),
+            status=status,
+            owner=owner,
+            metadata=metadata or {},
+            now=now,
+            bytes_max=bytes_max,
+        )
+        return await in_steps(search_page(_MemoryIndex(self._documents, self._sessions, wanted), wanted))
+
     async def count_sessions(self, *, status: SessionStatus | None, now: datetime, owner: str | None = None) -> int:
         await anyio.lowlevel.checkpoint()
         if owner:
@@ -268,7 +315,11 @@ class MemoryStore:
         if patch.head is not msgspec.UNSET:
             for turn_id in (patch.head, session.record.head):
                 self._refuse_if_open(session_id, turn_id, instead=rules.INSTEAD_OF_MOVING)
+        title = session.record.title
         self._replace(session, rules.patched(session.record, patch, now))
+        if session.record.title != title:
+            self._forget_title(session, title)
+            self._publish_title(session)
         return session.record
 
     async def mark_deleted(self, session_id: str, *, now: datetime, revisions: Collection[str] | None = None) -> None:
@@ -288,10 +339,13 @@ class MemoryStore:
         session = self._sessions.get(session_id)
         if session is not None and session.deleted:
             self._remove(session)
+            await in_steps(self._documents.reclaim())
 
     async def delete_expired(self, *, now: datetime, limit: int) -> int:
         await anyio.lowlevel.checkpoint()
-        return self._remove_expired(now, limit)
+        removed = self._remove_expired(now, limit)
+        await in_steps(self._documents.reclaim())
+        return removed
 
     # Idempotency keys
 
@@ -350,19 +404,22 @@ class MemoryStore:
         key: IdempotencyKey | None = None,
     ) -> SessionRecord:
         await anyio.lowlevel.checkpoint()
-        self._check_key(key, now)
-        session = self._visible(added[0].session_id, now)
-        if added[0].parent is not None:
-            parent = self._turn_of(added[0].session_id, added[0].parent).record
-            rules.check_parent_of_added(parent.id, is_open=parent.is_open)
-        rules.check_head(session.record, head)
-        for turn in added:
-            runs = rules.events_at_once(turn.output)
-            kept = self._turns[turn.id] = _Turn(turn, tuple(_pages_of(runs)), count(runs))
-            session.add(kept)
-        self._keep_key(key, session, added[-1].id, first_turn_id=added[0].id)
-        self._replace(session, rules.with_added(session.record, added, now))
-        return session.record
+        runs = [rules.events_at_once(turn.output) for turn in added]
+        turns = [_Turn(turn, tuple(_pages_of(its)), count(its)) for turn, its in zip(added, runs, strict=True)]
+        async with self._prepared(turns):
+            self._check_key(key, now)
+            session = self._visible(added[0].session_id, now)
+            if added[0].parent is not None:
+                parent = self._turn_of(added[0].session_id, added[0].parent).record
+                rules.check_parent_of_added(parent.id, is_open=parent.is_open)
+            rules.check_head(session.record, head)
+            for turn in turns:
+                session.add(turn)
+                self._turns[turn.record.id] = turn
+                self._publish(turn)
+            self._keep_key(key, session, added[-1].id, first_turn_id=added[0].id)
+            self._replace(session, rules.with_added(session.record, added, now))
+            return session.record
 
     async def start_turn(self, turn_id: str, *, now: datetime) -> bool:
         await anyio.lowlevel.checkpoint()
@@ -387,11 +444,15 @@ class MemoryStore:
         after: int = 0,  # noqa: ARG002
     ) -> EndResult:
         await anyio.lowlevel.checkpoint_if_cancelled()
-        kept = self._turns.get(turn.id)
+        ended = _Turn(turn)
+        async with self._prepared([ended]):
+            kept = self._turns.get(turn.id)
         if kept is None or not kept.record.is_open:
+            self._forget(ended)
             return rules.result_of_late_end(None if kept is None else kept.record, turn)
         session = self._sessions[kept.record.session_id]
-        kept.record = turn
+        kept.record, kept.document = turn, ended.document
+        self._publish(kept)
         kept.pages = tuple(_pages_of(runs))
         kept.kept = count(runs)
         self._replace(session, rules.ended(session.record, turn, now))
@@ -498,6 +559,42 @@ class MemoryStore:
     async def aclose(self) -> None:
         await anyio.lowlevel.checkpoint()
 
+    # Documents
+
+    @asynccontextmanager
+    async def _prepared(self, turns: Sequence[_Turn]) -> AsyncIterator[None]:
+        """Put ended turns into the index, in steps; the body publishes them. If it raises, they are taken out again."""
+        try:
+            for turn in turns:
+                turn.document = self._documents.reserve()
+                await in_steps(self._documents.prepare(turn.document, turn.texts))
+            yield
+        except BaseException:
+            for turn in turns:
+                self._forget(turn)
+            raise
+
+    def _publish(self, turn: _Turn) -> None:
+        assert turn.document is not None
+        self._documents.publish(turn.document, Document(turn.record.session_id, turn.record.id, turn.texts))
+
+    def _forget(self, turn: _Turn) -> None:
+        if turn.document is not None:
+            self._documents.remove(turn.document, turn.texts)
+            turn.document = None
+
+    def _publish_title(self, session: _Session, number: int | None = None) -> None:
+        title = session.record.title
+        if title is not None:
+            number = session.title_document = number or self._documents.reserve()
+            at_once(self._documents.prepare(number, partial(_title, title)))
+            self._documents.publish(number, Document(session.record.id, None, partial(_title, title)))
+
+    def _forget_title(self, session: _Session, title: str | None) -> None:
+        if session.title_document is not None and title is not None:
+            self._documents.remove(session.title_document, partial(_title, title))
+            session.title_document = None
+
     # Parts of a step
 
     async def _let_others_run(self, source_id: str, *, after: int, now: datetime) -> None:
@@ -583,7 +680,7 @@ class MemoryStore:
             raise SessionNotFoundError(session_id)
         return session
 
-    def _add(self, session: SessionRecord, now: datetime) -> _Session:
+    def _add(self, session: SessionRecord, now: datetime, *, title_document: int | None = None) -> _Session:
         present = self._sessions.get(session.id)
         if present is not None:
             if rules.keeps_its_id(present.record, now, is_deleted=present.deleted):
@@ -597,6 +694,7 @@ class MemoryStore:
         added = self._sessions[session.id] = _Session(session)
         for listed in self._lists_of(session):
             listed.add(session)
+        self._publish_title(added, title_document)
         return added
 
     def _check_key(self, key: IdempotencyKey | None, now: datetime) -> None:
@@ -662,7 +760,9 @@ class MemoryStore:
     def _remove(self, session: _Session) -> None:
         if not session.deleted:
             self._hide(session.record)
+        self._forget_title(session, session.record.title)
         for turn in session.turns:
+            self._forget(turn)
             del self._turns[turn.record.id]
         del self._sessions[session.record.id]
         for name in session.keys:
@@ -682,6 +782,42 @@ def _page_of(found: Sequence[R], ordinals: Sequence[int], start: int, length: in
     return Page(
         data=tuple(found[:length]), next=cursors[-1] if cursors and end < len(ordinals) else None, cursors=cursors
     )
+
+
+class _MemoryIndex:
+    """Meets :class:`service.storage.search.Index`. A session is its id."""
+
+    def __init__(self, documents: MemoryDocuments, sessions: Mapping[str, _Session], query: SearchQuery) -> None:
+        self._documents = documents
+        self._sessions = sessions
+        self._query = query
+
+    def newest(self) -> int | None:
+        return self._documents.newest
+
+    def is_whole(self) -> bool:
+        return True
+
+    def documents(self, *, below: int) -> Iterator[tuple[int, Found[str] | None]]:
+        for number, it in self._documents.matching(self._query.terms, below=below):
+            yield number, None if it is None else Found(number, it.session_id, it.turn_id, it.texts)
+
+    def is_in(self, session: str, *, first: int, last: int) -> bool:
+        kept = self._sessions[session]
+        numbers = (kept.title_document, *(turn.document for turn in kept.turns))
+        return any(
+            number is not None and first <= number <= last and self._documents.has_terms(number, self._query.terms)
+            for number in numbers
+        )
+
+    def record(self, session: str) -> SessionRecord | None:
+        kept = self._sessions[session]
+        is_visible = rules.is_visible(kept.record, self._query.now, is_deleted=kept.deleted)
+        return kept.record if is_visible and self._query.takes(kept.record) else None
+
+
+def _title(title: str) -> Iterable[str]:
+    return (title,)
 
 
 def _measured(path: Sequence[TurnRecord]) -> Steps[LeftOut]:

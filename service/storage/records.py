@@ -436,9 +436,20 @@ class Owner(msgspec.Struct, frozen=True, kw_only=True):
 class Page(msgspec.Struct, Generic[T], frozen=True):
     """One page of a listing; ``next`` is the page cursor of the following page, None on the last page.
 
-    ``cursors`` has the page cursor after each row, for a reader that shows only the first rows of the page.
+    ``cursors`` has the page cursor after each row, for a reader that shows only the first rows of the page. ``partial``
+    says that rows may be missing: they were not found in time, or are not in the index yet. Such a page may be empty
+    although it is not the last one.
     """
 
     data: tuple[T, ...]
     next: str | None
     cursors: tuple[str, ...] = ()
+    partial: bool = False
+
+
+class Match(msgspec.Struct, frozen=True, kw_only=True):
+    """A session that a search has found: by its title, or by the messages of one of its turns."""
+
+    session: SessionRecord
+    turn_id: str | None
+    snippet: str

@@ -11,7 +11,7 @@ process dies; only then may :meth:`Store.recover` of another owner end these tur
 have one owner. The store refuses a new turn of this session to any other owner, and names the first one.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Protocol
 
@@ -25,6 +25,7 @@ from service.storage.records import (
     EventsPage,
     IdempotencyKey,
     LeftOut,
+    Match,
     Owner,
     Page,
     Places,
@@ -142,6 +143,33 @@ class Store(Protocol):
 
         Raises:
             InvalidRequestError: ``after`` is not a page cursor of this listing (``field`` is ``after``).
+        """
+        ...
+
+    async def search_sessions(
+        self,
+        query: str,
+        *,
+        limit: int,
+        after: str | None,
+        status: SessionStatus | None,
+        now: datetime,
+        owner: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        bytes_max: int | None = None,
+    ) -> Page[Match]:
+        """A page of the sessions that have a document with all terms of a query (:mod:`service.storage.terms`).
+
+        A document is the title, or the messages of an ended turn. Each session comes once, with its document that
+        became what it is last; the newest of these documents first. A query without terms finds nothing.
+
+        A search takes :data:`~service.storage.search.SEARCH_S` at most; then its page is ``partial``, and ``next``
+        leads on from where it was. A page is partial, too, while documents of an earlier version are not in the index
+        yet. Paged as :meth:`list_sessions`: a session that is found from the first page to the last is on exactly one
+        page. Documents that are newer than the first page are not in this search.
+
+        Raises:
+            InvalidRequestError: ``after`` is not a page cursor of a search (``field`` is ``after``).
         """
         ...
 

@@ -22,6 +22,7 @@ METHODS: list[Callable[[MemoryStore], Awaitable[object]]] = [
     lambda store: store.get_session("s", now=T0),
     lambda store: store.list_sessions(limit=1, after=None, status=None, now=T0),
     lambda store: store.count_sessions(status=None, now=T0),
+    lambda store: store.search_sessions("hello", limit=1, after=None, status=None, now=T0),
     lambda store: store.update_session("s", SessionPatch(), now=T0),
     lambda store: store.mark_deleted("s", now=T0),
     lambda store: store.remove_deleted("s"),

@@ -176,6 +176,7 @@ READS: dict[str, Callable[[Store], Awaitable[object]]] = {
     "get": lambda store: store.get_session("s", now=NOW),
     "list": lambda store: store.list_sessions(limit=2, after=None, status=None, now=NOW),
     "count": lambda store: store.count_sessions(status=None, now=NOW),
+    "search": lambda store: store.search_sessions("hello", limit=2, after=None, status=None, now=NOW),
     "get turn": lambda store: store.get_turn("s", "t", now=NOW),
     "list turns": lambda store: store.list_turns("s", limit=1, after=None, now=NOW),
     "path": lambda store: store.read_path("s", "queued", bytes_max=None),

@@ -1,6 +1,6 @@
 """The rows of a turn's end: the same for a normal end and for a recovery."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
 
 import apsw
@@ -8,7 +8,7 @@ import apsw
 from service.storage import rules
 from service.storage.pieces import Run
 from service.storage.records import TurnRecord
-from service.storage.sqlite import event_pages
+from service.storage.sqlite import documents, event_pages
 from service.storage.sqlite.rows import moment, values_of
 
 _COLUMNS = (
@@ -47,10 +47,12 @@ def keep_end(
     runs: Sequence[Run] | None,
     session: int,
     idle_timeout_s: float,
+    terms: Collection[str] | None = None,
 ) -> None:
     """Keep the end of the open turn of this key, and what the end changes in its session, which is used at ``now``.
 
     Args:
+        terms: The terms of the turn; None if they are to be cut here.
         runs: The turn's events; if they do not fit in the turn's row, they are in pages already. None if an earlier
             version has kept them.
     """
@@ -61,6 +63,7 @@ def keep_end(
             event_pages.drop(db, key)
     db.execute(_END, {name: values[name] for name in _COLUMNS} | {"key": key})
     db.execute("DELETE FROM outputs WHERE turn = ?", (key,))
+    documents.add_turn(db, key, session, documents.terms_of_turn(turn) if terms is None else terms)
     counts = rules.counts_of_end(turn)
     db.execute(
         _COUNT,

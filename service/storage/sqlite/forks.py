@@ -5,7 +5,7 @@ its process dies or gives up, the copy is removed like any deleted session.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from datetime import datetime
 
 import apsw
@@ -34,6 +34,8 @@ class Fork(msgspec.Struct, frozen=True, kw_only=True):
         at: The last turn to copy; None if there are no turns to copy.
         sources: The keys of the turns whose copies are in ``turns``.
         hidden_id: The id of the copy while it is hidden.
+        terms: The terms of turns with long texts, by the turns' places in ``turns``. They are cut beforehand, so that
+            no step holds the write lock meanwhile.
     """
 
     source_id: str
@@ -43,6 +45,7 @@ class Fork(msgspec.Struct, frozen=True, kw_only=True):
     sources: list[int]
     hidden_id: str
     key: IdempotencyKey | None
+    terms: dict[int, Collection[str]]
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -149,6 +152,7 @@ class Plan(turns.PathWalk):
             sources=self._keys[::-1],
             hidden_id=scoped(owner_of(self._copy_id), f"+{new_session_id()}"),
             key=self._key,
+            terms={},
         )
 
 
@@ -193,7 +197,7 @@ def _copy_some(db: apsw.Connection, fork: Fork, progress: Progress) -> Progress 
     for index in range(progress.turn, len(fork.turns)):
         turn, source = fork.turns[index], fork.sources[index]
         if copied == -1:
-            turns.insert_copy(db, progress.session, index, turn, source=source)
+            turns.insert_copy(db, progress.session, index, turn, source=source, terms=fork.terms.get(index))
         copy = turns.key_of(db, turn.id, progress.session)
         for table, columns in _COPIED.items():
             rows: list[Row] = db.execute(

@@ -7,7 +7,7 @@ import time
 
 import apsw
 
-from service.storage.sqlite import idempotency
+from service.storage.sqlite import documents, idempotency
 
 STEP_S = 0.01
 """The approximate time for which a step holds the write lock: it ends after the row in which this time is over."""
@@ -25,6 +25,7 @@ def reclaim_some(db: apsw.Connection) -> bool:
         if session is None:
             return _shrink_some(db)
         if _delete_turns(db, session, deadline) and idempotency.cut_off_some(db, session):
+            documents.forget_title(db, session)
             for table in ("siblings", "session_metadata", "session_settings"):
                 db.execute(f"DELETE FROM {table} WHERE session = ?", (session,))
             db.execute("DELETE FROM sessions WHERE key = ?", (session,))
@@ -36,6 +37,7 @@ def _delete_turns(db: apsw.Connection, session: int, deadline: float) -> bool:
     while (turn := db.execute("SELECT key FROM turns WHERE session = ? LIMIT 1", (session,)).get) is not None:
         if not all(_delete_rows(db, table, turn, deadline) for table in ("events", "event_pages", "outputs")):
             return False
+        documents.forget_turn(db, turn)
         db.execute("DELETE FROM turns WHERE key = ?", (turn,))
         if time.monotonic() >= deadline:
             return False

@@ -156,6 +156,27 @@ CREATE TABLE session_metadata (
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX metadata_by_session ON session_metadata (session);
 
+-- What is searched: the titles of sessions and the ended turns, numbered in the order in which they became so. The
+-- numbers are the rows of the index, whose columns are terms (storage/terms.py) and marks (sqlite/documents.py).
+CREATE TABLE documents (
+    key INTEGER PRIMARY KEY,
+    session INTEGER NOT NULL,
+    turn INTEGER REFERENCES turns (key)     -- NULL: the title
+) STRICT;
+CREATE UNIQUE INDEX documents_of_turns ON documents (turn) WHERE turn IS NOT NULL;
+CREATE UNIQUE INDEX documents_of_titles ON documents (session) WHERE turn IS NULL;
+CREATE VIRTUAL TABLE search USING fts5 (terms, content='', contentless_delete=1, detail=none, tokenize='ascii');
+INSERT INTO search (search, rank) VALUES ('automerge', 0);      -- the writer merges between the commits
+INSERT INTO search (search, rank) VALUES ('crisismerge', 256);
+
+-- The rows of earlier versions that are not in the indexes yet; no row once all of them are.
+CREATE TABLE unindexed (
+    kind TEXT PRIMARY KEY CHECK (kind IN ('sessions', 'turns')),
+    key INTEGER NOT NULL        -- of the row that is next, from the newest one to the oldest
+) STRICT, WITHOUT ROWID;
+INSERT INTO unindexed (kind, key) SELECT 'sessions', max(key) FROM sessions HAVING max(key) IS NOT NULL;
+INSERT INTO unindexed (kind, key) SELECT 'turns', max(key) FROM turns HAVING max(key) IS NOT NULL;
+
 CREATE TABLE idempotency_keys (
     caller TEXT NOT NULL,
     key TEXT NOT NULL,

@@ -11,11 +11,14 @@ from service.storage import rules
 from service.storage.page_cursor import SessionPosition, encode_cursor
 from service.storage.page_size import fitting
 from service.storage.records import IdempotencyKey, Page, SessionPatch, SessionRecord, SessionStatus
-from service.storage.sqlite import idempotency, recovery, trees
+from service.storage.sqlite import documents, idempotency, recovery, trees
 from service.storage.sqlite.ownership import Ownership
 from service.storage.sqlite.rows import SESSION_COLUMNS, SETTINGS_COLUMNS, Row, moment, session_of, settings_of
 
 _GET = f"SELECT {SESSION_COLUMNS}, deletion, turns_begun, owner FROM sessions WHERE id = ?"
+_GET_BY_KEY = (
+    f"SELECT {SESSION_COLUMNS} FROM sessions WHERE key = ? AND deletion = 0 AND (open_turns > 0 OR expires_at > ?)"
+)
 # Two simple statements are several times as fast as one that joins.
 _SETTINGS_BYTES = (
     "SELECT coalesce(octet_length(title), 0) + coalesce(octet_length(system_message), 0) + octet_length(metadata) "
@@ -71,6 +74,12 @@ def _record(db: apsw.Connection, row: Row) -> SessionRecord:
     settings: Row | None = db.execute(_GET_SETTINGS, (row[0],)).fetchone()
     assert settings is not None, "a session without its settings"
     return session_of(row, settings)
+
+
+def visible_by_key(db: apsw.Connection, key: int, now: datetime) -> SessionRecord | None:
+    """The session of this key, unless it is marked as deleted, removed or has expired."""
+    row: Row | None = db.execute(_GET_BY_KEY, (key, moment(now))).fetchone()
+    return None if row is None else _record(db, row)
 
 
 def visible(db: apsw.Connection, session_id: str, now: datetime) -> StoredSession:
@@ -130,6 +139,7 @@ def insert(db: apsw.Connection, session: SessionRecord, *, turns_begun: int = 0)
         f"INSERT INTO session_settings (session, {SETTINGS_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)",
         (key, *settings_of(session)),
     )
+    documents.set_title(db, key, session.title)
     return key
 
 
@@ -200,6 +210,8 @@ def update(
             f"UPDATE session_settings SET ({SETTINGS_COLUMNS}) = (?, ?, ?, ?, ?) WHERE session = ?",
             (*settings_of(session), kept.key),
         )
+    if session.title != kept.record.title:
+        documents.set_title(db, kept.key, session.title)
     return session
 
 

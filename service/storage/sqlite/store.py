@@ -1,7 +1,7 @@
-"""The store in one SQLite file: three threads with a connection each, and the store object in the event loop."""
+"""The store in one SQLite file: four threads with a connection each, and the store object in the event loop."""
 
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import datetime
 from functools import partial
@@ -14,6 +14,7 @@ import msgspec
 
 from service import store_capabilities
 from service.errors import StoreError
+from service.steps import in_steps
 from service.storage.page_cursor import decode_session_cursor, decode_turn_cursor
 from service.storage.pieces import Run, skip, split, text_of
 from service.storage.records import (
@@ -23,6 +24,7 @@ from service.storage.records import (
     EventsPage,
     IdempotencyKey,
     LeftOut,
+    Match,
     Owner,
     Page,
     Places,
@@ -32,7 +34,9 @@ from service.storage.records import (
     TreeNode,
     TurnRecord,
 )
-from service.storage.sqlite import event_pages, forks, idempotency, recovery, sessions, trees, turns
+from service.storage.search import SearchQuery, searched_texts
+from service.storage.search_cursor import SearchCursors
+from service.storage.sqlite import event_pages, forks, idempotency, recovery, search, sessions, trees, turns
 from service.storage.sqlite.event_pages import fits_in_turn
 from service.storage.sqlite.open_files import OpenFiles
 from service.storage.sqlite.ownership import Ownership, find_owner, is_oldest
@@ -41,9 +45,13 @@ from service.storage.sqlite.rows import STAGED_MARK
 from service.storage.sqlite.sql_thread import CLAIMED_GRACE_S, SqlThread
 from service.storage.sqlite.writer import Writer
 from service.storage.store import PAGE_LENGTH_MAX, Monotonic
+from service.storage.terms import document_terms, query_terms
 
 STEP_LENGTH_MAX = 1024 * 1024
 """Bound on the code points and events that one step writes, so that the step holds the write lock for milliseconds."""
+
+_LONG_BYTES = 64 * 1024
+"""The messages of a turn whose terms are not cut within a step, in bytes: it would take more than 3 ms."""
 
 
 @asynccontextmanager
@@ -99,6 +107,8 @@ class SqliteStore:
         # A second reader, so that the many short reads do not wait for a long one.
         self._looking = SqlThread("sqlite reader", Reader(self.files, monotonic=monotonic))
         self._reading = SqlThread("sqlite long reader", Reader(self.files, monotonic=monotonic, steps_max=1))
+        # A third reader, because a search takes up to a quarter of a second.
+        self._searching = SqlThread("sqlite search", Reader(self.files, monotonic=monotonic, steps_max=1))
         self._forking = anyio.Lock()  # one fork at a time, because its turns are in memory meanwhile
         self._abandoned: set[str] = set()
 
@@ -115,6 +125,7 @@ class SqliteStore:
         await self._writing.open()
         await self._looking.open()
         await self._reading.open()
+        await self._searching.open()
 
     # Sessions
 
@@ -129,6 +140,9 @@ class SqliteStore:
             while not plan.is_complete:
                 await self._reading.call(plan.read_some)
             fork = plan.fork
+            for index, turn in enumerate(fork.turns):
+                if turn.message_bytes > _LONG_BYTES:
+                    fork.terms[index] = await _terms(turn)
             step = partial(forks.build, fork=fork, fence=self.fence, now=now)
             try:
                 progress = await self._writing.call(partial(step, progress=None))
@@ -160,6 +174,32 @@ class SqliteStore:
                 db, limit=limit, after=position, status=status, now=now, owner=owner, bytes_max=bytes_max
             )
         )
+
+    async def search_sessions(
+        self,
+        query: str,
+        *,
+        limit: int,
+        after: str | None,
+        status: SessionStatus | None,
+        now: datetime,
+        owner: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        bytes_max: int | None = None,
+    ) -> Page[Match]:
+        cursors = SearchCursors(self.peer_secret)
+        wanted = SearchQuery(
+            cursors=cursors,
+            terms=await in_steps(query_terms(query)),
+            limit=limit,
+            after=None if after is None else cursors.decode(after),
+            status=status,
+            owner=owner,
+            metadata=metadata or {},
+            now=now,
+            bytes_max=bytes_max,
+        )
+        return await self._searching.call(lambda db: search.page(db, wanted))
 
     async def count_sessions(self, *, status: SessionStatus | None, now: datetime, owner: str | None = None) -> int:
         return await self._reading.call(lambda db: sessions.count(db, status, now, owner=owner))
@@ -239,7 +279,10 @@ class SqliteStore:
         head: str | None | msgspec.UnsetType = msgspec.UNSET,
         key: IdempotencyKey | None = None,
     ) -> SessionRecord:
-        return await self._writing.call(lambda db: turns.add(db, added, self._ownership, now, head=head, key=key))
+        terms = [await _terms(turn) for turn in added]
+        return await self._writing.call(
+            lambda db: turns.add(db, added, terms, self._ownership, now, head=head, key=key)
+        )
 
     async def start_turn(self, turn_id: str, *, now: datetime) -> bool:
         return await self._writing.call(lambda db: turns.start(db, turn_id, self.fence, now))
@@ -255,8 +298,9 @@ class SqliteStore:
         if sum(len(item.text) for item in turn.output) > STEP_LENGTH_MAX and not fits_in_turn(turn, runs):
             text = text_of(runs, [item.text for item in turn.output], after=after)
             staged = await self._stage_events(turn.session_id, turn.id, list(skip(runs, after)), text, after=after)
+        terms = await _terms(turn)
         return await self._writing.call(
-            lambda db: turns.end(db, turn, runs, staged, after=after, fence=self.fence, now=now)
+            lambda db: turns.end(db, turn, runs, staged, terms=terms, after=after, fence=self.fence, now=now)
         )
 
     async def _stage_events(
@@ -360,7 +404,7 @@ class SqliteStore:
     async def aclose(self) -> None:
         # The writer closes last, because the last connection writes the log back and removes it.
         try:
-            for thread in (self._looking, self._reading, self._writing):
+            for thread in (self._looking, self._reading, self._searching, self._writing):
                 await thread.close()
         finally:
             self._ownership.close()
@@ -375,3 +419,8 @@ class SqliteStore:
 
 def _delete_expired(db: apsw.Connection, owners: Ownership, now: datetime, limit: int) -> int:
     return sessions.delete_expired(db, now, limit) if is_oldest(db, owners) else 0
+
+
+async def _terms(turn: TurnRecord) -> Collection[str]:
+    """The terms of an ended turn, cut in steps: in the writer's thread a long reply would hold up other writes."""
+    return await in_steps(document_terms(searched_texts(turn)))

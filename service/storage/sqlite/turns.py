@@ -3,7 +3,7 @@
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime
 from itertools import islice
 
@@ -27,7 +27,7 @@ from service.storage.records import (
     TreeNode,
     TurnRecord,
 )
-from service.storage.sqlite import event_pages, idempotency, recovery, sessions, trees
+from service.storage.sqlite import documents, event_pages, idempotency, recovery, sessions, trees
 from service.storage.sqlite.ends import keep_end
 from service.storage.sqlite.event_pages import record_of
 from service.storage.sqlite.ownership import Ownership
@@ -125,6 +125,7 @@ def begin(
 def add(
     db: apsw.Connection,
     added: Sequence[TurnRecord],
+    terms: Sequence[Collection[str]],
     owners: Ownership,
     now: datetime,
     *,
@@ -138,7 +139,8 @@ def add(
         owner = db.execute("SELECT owner FROM turns WHERE id = ? AND session = ?", (parent, kept.key)).get
         rules.check_parent_of_added(parent, is_open=owner is not None)
     for ordinal, turn in enumerate(added, kept.turns_begun):
-        insert_ended(db, kept.key, ordinal, turn, rules.events_at_once(turn.output))
+        runs = rules.events_at_once(turn.output)
+        insert_ended(db, kept.key, ordinal, turn, runs, terms=terms[ordinal - kept.turns_begun])
     session = rules.with_added(kept.record, added, now)
     db.execute(
         "UPDATE sessions SET head = ?, turns_begun = ?, message_count = ?, last_accessed_at = ?, expires_at = ? "
@@ -277,6 +279,7 @@ def end(
     runs: Sequence[Run],
     staged: StagedEvents | None,
     *,
+    terms: Collection[str],
     after: int,
     fence: int,
     now: datetime,
@@ -287,7 +290,7 @@ def end(
     if not event_pages.fits_in_turn(turn, runs):
         text = text_of(runs, [item.text for item in turn.output], after=after)
         _keep_rest(db, own.key, list(skip(runs, after)), text, staged, after=after)
-    keep_end(db, own.key, turn, now, runs=runs, session=own.session, idle_timeout_s=own.idle_timeout_s)
+    keep_end(db, own.key, turn, now, runs=runs, session=own.session, idle_timeout_s=own.idle_timeout_s, terms=terms)
     return EndResult.KEPT
 
 
@@ -346,24 +349,49 @@ def all_of(db: apsw.Connection, session_id: str, session: int) -> list[tuple[Tur
     return [(record_of(db, session_id, row), event_pages.runs_of(db, row[-1])) for row in rows]
 
 
-def insert_ended(db: apsw.Connection, session: int, ordinal: int, turn: TurnRecord, runs: Sequence[Run]) -> None:
-    """Add a turn that has ended already. The caller updates the session's counters."""
+def insert_ended(
+    db: apsw.Connection,
+    session: int,
+    ordinal: int,
+    turn: TurnRecord,
+    runs: Sequence[Run],
+    *,
+    terms: Collection[str] | None = None,
+) -> None:
+    """Add a turn that has ended already. The caller updates the session's counters.
+
+    Args:
+        terms: The terms of the turn; None if they are to be cut here.
+    """
     trees.add_sibling(db, session, turn.parent, ordinal)
     values = values_of(turn) | event_pages.end_columns(turn, runs)
-    db.execute(_INSERT, values | {"session": session, "ordinal": ordinal, "owner": None})
+    key = _insert_ended(db, session, ordinal, values)
     if not values["runs"]:
         text = text_of(runs, [item.text for item in turn.output])
-        event_pages.keep(db, db.last_insert_rowid(), runs, text, after=0)
+        event_pages.keep(db, key, runs, text, after=0)
+    documents.add_turn(db, key, session, documents.terms_of_turn(turn) if terms is None else terms)
 
 
-def insert_copy(db: apsw.Connection, session: int, ordinal: int, turn: TurnRecord, *, source: int) -> None:
-    """Add a copy of an ended turn; ``source`` is the key of this turn, whose rows in other tables are not copied."""
+def insert_copy(
+    db: apsw.Connection, session: int, ordinal: int, turn: TurnRecord, *, source: int, terms: Collection[str] | None
+) -> None:
+    """Add a copy of an ended turn; ``source`` is the key of this turn, whose rows in other tables are not copied.
+
+    Args:
+        terms: The terms of the turn; None if they are to be cut here.
+    """
     names = ("runs", "output_bytes", "text_length")
     row: Row = db.execute(f"SELECT {', '.join(names)} FROM turns WHERE key = ?", (source,)).fetchone()  # type: ignore[assignment]
     values = values_of(turn) | dict(zip(names, row, strict=True))
     if values["output_bytes"] is not None:
         values["output"] = as_json(rules.without_texts(turn.output))
+    key = _insert_ended(db, session, ordinal, values)
+    documents.add_turn(db, key, session, documents.terms_of_turn(turn) if terms is None else terms)
+
+
+def _insert_ended(db: apsw.Connection, session: int, ordinal: int, values: dict[str, object]) -> int:
     db.execute(_INSERT, values | {"session": session, "ordinal": ordinal, "owner": None})
+    return db.last_insert_rowid()
 
 
 class PathWalk(ABC):

@@ -10,7 +10,7 @@ import apsw
 import structlog
 
 from service.errors import RefusedError, RepeatedError, StoreError
-from service.storage.sqlite import database
+from service.storage.sqlite import database, documents
 from service.storage.sqlite.faults import Faults
 from service.storage.sqlite.file_system import network_file_system
 from service.storage.sqlite.open_files import OpenFiles
@@ -64,6 +64,8 @@ class Writer:
         self._is_full = False
         """Whether the disk was full, and the free pages were not given back to it yet."""
         self._wal_pages = 0
+        self._unmerged = 0
+        """The commits that may have added parts to the search index since these were merged."""
         self._housekept_at = -inf
         self._reset_at = -inf
 
@@ -120,11 +122,12 @@ class Writer:
             for step in taken:
                 step.error = step.error or fault
         self.commits += 1
+        self._unmerged += 1
         self.steps += len(taken)
         return (taken,)
 
     def run_housekeeping(self, *, idle: bool) -> bool:
-        """Write a checkpoint or reclaim rows, if it is time. Returns whether there may be more to do."""
+        """Write a checkpoint, reclaim rows or merge the index, if it is time. Returns whether more may be to do."""
         now = self._monotonic()
         if not idle and now - self._housekept_at < _HOUSEKEEPING_INTERVAL_S:
             return True
@@ -136,11 +139,13 @@ class Writer:
                 self._write_checkpoint(now)
             elif self.removed:
                 self.removed = self._transact(reclaim_some)
+            elif self._unmerged >= documents.SEGMENTS_MAX and not self._transact(documents.merge_some):
+                self._unmerged = 0
         except (apsw.Error, StoreError) as error:
             # A step will meet the same fault and tell its caller, unless the disk has just become full.
             was_full, self._is_full = self._is_full, self._is_full or isinstance(error, apsw.FullError)
             return self._is_full and not was_full
-        return self.removed
+        return self.removed or self._unmerged >= documents.SEGMENTS_MAX
 
     def close(self) -> None:
         self._files.prepare_close(self._db)

@@ -1,4 +1,17 @@
+PRAGMA page_size=4096;
+PRAGMA writable_schema=ON;
 BEGIN TRANSACTION;
+DROP TABLE IF EXISTS documents;
+CREATE TABLE documents (
+    key INTEGER PRIMARY KEY,
+    session INTEGER NOT NULL,
+    turn INTEGER REFERENCES turns (key)     -- NULL: the title
+) STRICT;
+INSERT INTO documents VALUES(1,1,NULL);
+INSERT INTO documents VALUES(2,1,1);
+CREATE UNIQUE INDEX documents_of_titles ON documents (session) WHERE turn IS NULL;
+CREATE UNIQUE INDEX documents_of_turns ON documents (turn) WHERE turn IS NOT NULL;
+DROP TABLE IF EXISTS event_pages;
 CREATE TABLE event_pages (
     key INTEGER PRIMARY KEY,
     turn INTEGER NOT NULL REFERENCES turns (key),
@@ -6,13 +19,17 @@ CREATE TABLE event_pages (
     runs BLOB NOT NULL,
     text BLOB NOT NULL          -- of the pieces, in the order of arrival
 ) STRICT;
-INSERT INTO "event_pages" VALUES(1,2,0,X'919200C40103',X'48656C');
+INSERT INTO event_pages VALUES(1,2,0,X'919200C40103',X'48656C');
+CREATE INDEX event_pages_by_turn ON event_pages (turn, after);
+DROP TABLE IF EXISTS events;
 CREATE TABLE events (
     key INTEGER PRIMARY KEY,
     turn INTEGER NOT NULL REFERENCES turns (key),
     after INTEGER NOT NULL,     -- the seq before the first of them
     frames BLOB NOT NULL
 ) STRICT;
+CREATE INDEX events_by_turn ON events (turn, after);
+DROP TABLE IF EXISTS idempotency_keys;
 CREATE TABLE idempotency_keys (
     caller TEXT NOT NULL,
     key TEXT NOT NULL,
@@ -24,20 +41,47 @@ CREATE TABLE idempotency_keys (
     gone_at INTEGER,            -- when it was found that what was made is gone
     PRIMARY KEY (caller, key)
 ) STRICT, WITHOUT ROWID;
-INSERT INTO "idempotency_keys" VALUES('','k',X'66',2,'other',NULL,NULL,NULL);
+INSERT INTO idempotency_keys VALUES('','k',X'66',2,'other',NULL,NULL,NULL);
+CREATE INDEX idempotency_keys_by_end ON idempotency_keys (gone_at) WHERE session IS NULL;
+CREATE INDEX idempotency_keys_by_session ON idempotency_keys (session, turn) WHERE session IS NOT NULL;
+DROP TABLE IF EXISTS outputs;
 CREATE TABLE outputs (
     key INTEGER PRIMARY KEY,
     turn INTEGER NOT NULL REFERENCES turns (key),
     after INTEGER NOT NULL,
     items TEXT NOT NULL
 ) STRICT;
-INSERT INTO "outputs" VALUES(1,2,0,'[{"id":"t2-out","type":"message","role":"assistant","text":""}]');
+INSERT INTO outputs VALUES(1,2,0,'[{"id":"t2-out","type":"message","role":"assistant","text":""}]');
+CREATE INDEX outputs_by_turn ON outputs (turn, after);
+DROP TABLE IF EXISTS owners;
 CREATE TABLE owners (
     fence INTEGER PRIMARY KEY AUTOINCREMENT,
     address TEXT,
     opened_at INTEGER NOT NULL
 ) STRICT;
-INSERT INTO "owners" VALUES(1,NULL,1795927730001452);
+INSERT INTO owners VALUES(1,NULL,1795928296599497);
+DELETE FROM sqlite_schema WHERE name='search' AND type='table';
+INSERT INTO sqlite_schema(type,name,tbl_name,rootpage,sql) VALUES('table','search','search',0,'CREATE VIRTUAL TABLE search USING fts5 (terms, content='''', contentless_delete=1, detail=none, tokenize=''ascii'')');
+DROP TABLE IF EXISTS search_config;
+CREATE TABLE 'search_config'(k PRIMARY KEY, v) WITHOUT ROWID;
+INSERT INTO search_config VALUES('automerge',0);
+INSERT INTO search_config VALUES('crisismerge',256);
+INSERT INTO search_config VALUES('version',4);
+DROP TABLE IF EXISTS search_data;
+CREATE TABLE 'search_data'(id INTEGER PRIMARY KEY, block BLOB);
+INSERT INTO search_data VALUES(1,X'0209');
+INSERT INTO search_data VALUES(10,X'00000002FF000001010200000201010101010000010201010202000001');
+INSERT INTO search_data VALUES(137438953473,X'000000190330C3A9010104EE8080310103018101030282300104050704');
+INSERT INTO search_data VALUES(274877906945,X'00000020063068656C6C6F02020169020104EE808031020301810203028230020408040704');
+DROP TABLE IF EXISTS search_docsize;
+CREATE TABLE 'search_docsize'(id INTEGER PRIMARY KEY, sz BLOB, origin INTEGER);
+INSERT INTO search_docsize VALUES(1,X'04',1);
+INSERT INTO search_docsize VALUES(2,X'05',2);
+DROP TABLE IF EXISTS search_idx;
+CREATE TABLE 'search_idx'(segid, term, pgno, PRIMARY KEY(segid, term)) WITHOUT ROWID;
+INSERT INTO search_idx VALUES(1,X'',2);
+INSERT INTO search_idx VALUES(2,X'',2);
+DROP TABLE IF EXISTS session_metadata;
 CREATE TABLE session_metadata (
     name TEXT NOT NULL,
     value TEXT NOT NULL,
@@ -45,6 +89,8 @@ CREATE TABLE session_metadata (
     session INTEGER NOT NULL REFERENCES sessions (key),
     PRIMARY KEY (name, value, created_at, session)
 ) STRICT, WITHOUT ROWID;
+CREATE INDEX metadata_by_session ON session_metadata (session);
+DROP TABLE IF EXISTS session_settings;
 CREATE TABLE session_settings (
     session INTEGER PRIMARY KEY REFERENCES sessions (key),
     title TEXT,
@@ -52,9 +98,10 @@ CREATE TABLE session_settings (
     system_message TEXT,
     metadata TEXT NOT NULL
 , options TEXT) STRICT;
-INSERT INTO "session_settings" VALUES(1,'é',NULL,NULL,'{"a":"b"}',NULL);
-INSERT INTO "session_settings" VALUES(2,NULL,NULL,NULL,'{}',NULL);
-INSERT INTO "session_settings" VALUES(3,NULL,NULL,NULL,'{}',NULL);
+INSERT INTO session_settings VALUES(1,'é',NULL,NULL,'{"a":"b"}',NULL);
+INSERT INTO session_settings VALUES(2,NULL,NULL,NULL,'{}',NULL);
+INSERT INTO session_settings VALUES(3,NULL,NULL,NULL,'{}',NULL);
+DROP TABLE IF EXISTS sessions;
 CREATE TABLE sessions (
     key INTEGER PRIMARY KEY,
     id TEXT UNIQUE,
@@ -74,9 +121,16 @@ CREATE TABLE sessions (
     CHECK ((id IS NULL) = (deletion = 2)),
     CHECK ((owner IS NULL) = (open_turns = 0))
 ) STRICT;
-INSERT INTO "sessions" VALUES(1,'s',0,NULL,1772366400123456,1772366400123456,1772366460123456,60.0,'t2',3,1,1,2,0,0,'',0,0);
-INSERT INTO "sessions" VALUES(2,'other',0,NULL,1772366400123456,1772366400123456,1772366460123456,60.0,NULL,0,0,NULL,0,0,0,'',0,0);
-INSERT INTO "sessions" VALUES(3,'marked',1,1,1772366400123456,1772366400123456,1772366460123456,60.0,NULL,0,0,NULL,0,0,0,'',0,0);
+INSERT INTO sessions VALUES(1,'s',0,NULL,1772366400123456,1772366400123456,1772366460123456,60.0,'t2',3,1,1,2,0,0,'',0,0);
+INSERT INTO sessions VALUES(2,'other',0,NULL,1772366400123456,1772366400123456,1772366460123456,60.0,NULL,0,0,NULL,0,0,0,'',0,0);
+INSERT INTO sessions VALUES(3,'marked',1,1,1772366400123456,1772366400123456,1772366460123456,60.0,NULL,0,0,NULL,0,0,0,'',0,0);
+CREATE INDEX idle_sessions_by_deadline ON sessions (expires_at, id) WHERE deletion = 0 AND open_turns = 0;
+CREATE INDEX marked_sessions ON sessions (deleter) WHERE deletion = 1;
+CREATE INDEX removed_sessions ON sessions (key) WHERE deletion = 2;
+CREATE INDEX running_sessions_by_age ON sessions (created_at, id) WHERE deletion = 0 AND open_turns > 0;
+CREATE INDEX sessions_by_age ON sessions (created_at, id) WHERE deletion = 0;
+CREATE INDEX sessions_by_owner ON sessions (owner_name, created_at, id) WHERE deletion = 0 AND owner_name <> '';
+DROP TABLE IF EXISTS siblings;
 CREATE TABLE siblings (
     session INTEGER NOT NULL REFERENCES sessions (key),
     parent TEXT NOT NULL,
@@ -84,6 +138,7 @@ CREATE TABLE siblings (
     place INTEGER NOT NULL,     -- from 1
     PRIMARY KEY (session, parent, ordinal)
 ) STRICT, WITHOUT ROWID;
+DROP TABLE IF EXISTS turns;
 CREATE TABLE turns (
     key INTEGER PRIMARY KEY,
     session INTEGER NOT NULL REFERENCES sessions (key),
@@ -109,24 +164,23 @@ CREATE TABLE turns (
     output TEXT NOT NULL, message_items INTEGER, left_out TEXT, runs BLOB, output_bytes INTEGER, text_length INTEGER, options TEXT, events_deleted INTEGER NOT NULL DEFAULT 0, cached_tokens INTEGER,
     CHECK ((owner IS NOT NULL) = (state IN ('queued', 'running')))
 ) STRICT;
-INSERT INTO "turns" VALUES(1,1,0,'t',NULL,NULL,'completed','a-model',1772366400123456,1772366400123456,1772366400123456,NULL,NULL,0,NULL,NULL,'stop',NULL,3,7,'[{"id":"t-in-0","type":"message","role":"user","text":"Hello"}]','[{"id":"t-out","type":"message","role":"assistant","text":"Hi"}]',2,'{"items":1,"bytes":2}',X'9292FEC4009200C40102',NULL,NULL,NULL,0,NULL);
-INSERT INTO "turns" VALUES(2,1,1,'t2','t',1,'running','a-model',1772366400123456,1772366400123456,NULL,NULL,NULL,0,NULL,NULL,NULL,NULL,0,5,'[{"id":"t2-in-0","type":"message","role":"user","text":"Hello"}]','[]',1,NULL,NULL,NULL,NULL,NULL,0,NULL);
-CREATE INDEX sessions_by_age ON sessions (created_at, id) WHERE deletion = 0;
-CREATE INDEX running_sessions_by_age ON sessions (created_at, id) WHERE deletion = 0 AND open_turns > 0;
-CREATE INDEX idle_sessions_by_deadline ON sessions (expires_at, id) WHERE deletion = 0 AND open_turns = 0;
-CREATE INDEX marked_sessions ON sessions (deleter) WHERE deletion = 1;
-CREATE INDEX removed_sessions ON sessions (key) WHERE deletion = 2;
+INSERT INTO turns VALUES(1,1,0,'t',NULL,NULL,'completed','a-model',1772366400123456,1772366400123456,1772366400123456,NULL,NULL,0,NULL,NULL,'stop',NULL,3,7,'[{"id":"t-in-0","type":"message","role":"user","text":"Hello"}]','[{"id":"t-out","type":"message","role":"assistant","text":"Hi"}]',2,'{"items":1,"bytes":2}',X'9292FEC4009200C40102',NULL,NULL,NULL,0,NULL);
+INSERT INTO turns VALUES(2,1,1,'t2','t',1,'running','a-model',1772366400123456,1772366400123456,NULL,NULL,NULL,0,NULL,NULL,NULL,NULL,0,5,'[{"id":"t2-in-0","type":"message","role":"user","text":"Hello"}]','[]',1,NULL,NULL,NULL,NULL,NULL,0,NULL);
+CREATE INDEX open_turns ON turns (owner) WHERE owner IS NOT NULL;
 CREATE UNIQUE INDEX turns_by_id ON turns (id, session);
 CREATE UNIQUE INDEX turns_by_ordinal ON turns (session, ordinal);
-CREATE INDEX open_turns ON turns (owner) WHERE owner IS NOT NULL;
-CREATE INDEX events_by_turn ON events (turn, after);
-CREATE INDEX outputs_by_turn ON outputs (turn, after);
-CREATE INDEX event_pages_by_turn ON event_pages (turn, after);
 CREATE INDEX turns_by_parent ON turns (session, coalesce(parent, ''), ordinal);
-CREATE INDEX sessions_by_owner ON sessions (owner_name, created_at, id) WHERE deletion = 0 AND owner_name <> '';
-CREATE INDEX metadata_by_session ON session_metadata (session);
-CREATE INDEX idempotency_keys_by_session ON idempotency_keys (session, turn) WHERE session IS NOT NULL;
-CREATE INDEX idempotency_keys_by_end ON idempotency_keys (gone_at) WHERE session IS NULL;
-DELETE FROM "sqlite_sequence";
-INSERT INTO "sqlite_sequence" VALUES('owners',1);
-COMMIT;
+DROP TABLE IF EXISTS unindexed;
+CREATE TABLE unindexed (
+    kind TEXT PRIMARY KEY CHECK (kind IN ('sessions', 'turns')),
+    key INTEGER NOT NULL        -- of the row that is next, from the newest one to the oldest
+) STRICT, WITHOUT ROWID;
+DELETE FROM main.sqlite_sequence WHERE name='owners';
+INSERT INTO main.sqlite_sequence VALUES ('owners', 1);
+pragma user_version=4;
+pragma application_id=1279349588;
+COMMIT TRANSACTION;
+PRAGMA writable_schema=OFF;
+BEGIN;
+CREATE TABLE no_such_table(x,y,z);
+ROLLBACK;

@@ -1,0 +1,114 @@
+"""The search index of the memory store: for each term, the numbers of the documents that have it.
+
+A document counts from its publication to its removal. What it has in the lists of its terms is put there before, and
+taken out afterwards, in steps: a long reply has many thousands of terms.
+"""
+
+from array import array
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import msgspec
+
+from service.steps import Steps
+from service.storage.terms import document_terms
+
+_TERMS_AT_ONCE = 256
+"""The terms that one step puts into their lists, which takes a fraction of a millisecond."""
+
+Texts = Callable[[], Iterable[str]]
+
+
+class Document(msgspec.Struct, frozen=True):
+    """A title (``turn_id`` is None) or an ended turn."""
+
+    session_id: str
+    turn_id: str | None
+    texts: Texts
+
+
+class MemoryDocuments:
+    """The documents, and the lists of their terms.
+
+    Attributes:
+        newest: The highest number that was ever published, if any.
+    """
+
+    def __init__(self) -> None:
+        self._documents: dict[int, Document] = {}
+        self._numbers: dict[str, array[int]] = {}  # in ascending order
+        self._removed: deque[tuple[int, Texts]] = deque()
+        self._last = 0
+        self.newest: int | None = None
+
+    def reserve(self) -> int:
+        """A number for the next document."""
+        self._last += 1
+        return self._last
+
+    def prepare(self, number: int, texts: Texts) -> Steps[None]:
+        """Put a document's number into the lists of its terms. Afterwards it is published, or else removed."""
+        terms = yield from document_terms(texts())
+        for done, term in enumerate(terms):
+            numbers = self._numbers.setdefault(term, array("q"))
+            if not numbers or numbers[-1] < number:
+                numbers.append(number)
+            elif not _has(numbers, number):
+                numbers.insert(bisect_left(numbers, number), number)
+            if done % _TERMS_AT_ONCE == 0:
+                yield
+
+    def publish(self, number: int, document: Document) -> None:
+        self._documents[number] = document
+        self.newest = number if self.newest is None else max(self.newest, number)
+
+    def remove(self, number: int, texts: Texts) -> None:
+        """Let a document be found no more. :meth:`reclaim` does the rest."""
+        self._documents.pop(number, None)
+        self._removed.append((number, texts))
+
+    def reclaim(self) -> Steps[None]:
+        """Take removed documents out of the lists."""
+        while self._removed:
+            entry = self._removed[0]
+            yield from self._take_out(*entry)
+            if self._removed and self._removed[0] is entry:  # no other task has done the same meanwhile
+                self._removed.popleft()
+
+    def _take_out(self, number: int, texts: Texts) -> Steps[None]:
+        terms = yield from document_terms(texts())
+        for done, term in enumerate(terms):
+            numbers = self._numbers.get(term)
+            if numbers is not None and _has(numbers, number):
+                del numbers[bisect_left(numbers, number)]
+                if not numbers:
+                    del self._numbers[term]
+            if done % _TERMS_AT_ONCE == 0:
+                yield
+
+    # Queries
+
+    def matching(self, terms: Sequence[str], *, below: int) -> Iterator[tuple[int, Document | None]]:
+        """The numbers below this one that are in the list of a rare term, the highest first; each with its document, if
+        the document has all terms. Documents may come and go between two of them."""
+        while (rare := self._rarest(terms)) is not None and (index := bisect_left(rare, below)) > 0:
+            below = rare[index - 1]
+            yield below, self._documents.get(below) if self.has_terms(below, terms) else None
+
+    def has_terms(self, number: int, terms: Sequence[str]) -> bool:
+        """Whether a published document has all these terms."""
+        return number in self._documents and all(
+            (numbers := self._numbers.get(term)) is not None and _has(numbers, number) for term in terms
+        )
+
+    def _rarest(self, terms: Sequence[str]) -> "array[int] | None":
+        """The shortest list; None if a term is in no document."""
+        lists = [self._numbers.get(term) for term in terms]
+        found = [numbers for numbers in lists if numbers is not None]
+        return min(found, key=len) if len(found) == len(terms) else None
+
+
+def _has(numbers: "array[int]", number: int) -> bool:
+    index = bisect_left(numbers, number)
+    return index < len(numbers) and numbers[index] == number

@@ -1,0 +1,144 @@
+"""A search page: which documents are on it, in the same way for every store.
+
+A document is the title of a session, or a turn: its input and its output together. Documents are numbered in the order
+in which they became what they are: a title when it was set, a turn when it ended.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import datetime
+from typing import Generic, Protocol, TypeVar
+
+import msgspec
+
+from service.steps import Steps
+from service.storage.page_size import fitting
+from service.storage.records import Item, Match, Page, SessionRecord, SessionStatus, TurnRecord
+from service.storage.search_cursor import SearchCursors, SearchPosition
+from service.storage.snippets import snippet
+
+SEARCH_S = 0.25
+"""How long a search looks for matches. After this time its page is partial, and the next page goes on from there."""
+
+S = TypeVar("S")
+
+
+def searched_texts(turn: TurnRecord) -> Iterator[str]:
+    """The texts by which a turn is found: its messages, without reasoning, calls and outputs of calls."""
+    return (item.text for item in (*turn.input, *turn.output) if _is_searched(item))
+
+
+def _is_searched(item: Item) -> bool:
+    return item.type == "message"
+
+
+class SearchQuery(msgspec.Struct, frozen=True, kw_only=True):
+    """A search, and the page of it that is asked for.
+
+    Attributes:
+        terms: All of them must be in one document. None of them: the search finds nothing.
+    """
+
+    cursors: SearchCursors
+    terms: tuple[str, ...]
+    limit: int
+    after: SearchPosition | None
+    status: SessionStatus | None
+    owner: str | None
+    metadata: Mapping[str, str]
+    now: datetime
+    bytes_max: int | None
+
+    def takes(self, session: SessionRecord) -> bool:
+        """Whether a visible session passes the filters."""
+        return (
+            self.owner in (None, session.owner)
+            and self.status in (None, session.status)
+            and has_metadata(session, self.metadata)
+        )
+
+
+def has_metadata(session: SessionRecord, pairs: Mapping[str, str]) -> bool:
+    return all(session.metadata.get(name) == value for name, value in pairs.items())
+
+
+class Found(msgspec.Struct, Generic[S], frozen=True):
+    """A document that has all terms. ``session`` is the store's own name of its session."""
+
+    number: int
+    session: S
+    turn_id: str | None
+    texts: Callable[[], Iterable[str]]
+
+
+class Index(Protocol[S]):
+    """What a store gives for one search."""
+
+    def newest(self) -> int | None:
+        """The highest number of a document; None if there is no document."""
+        ...
+
+    def is_whole(self) -> bool:
+        """Whether all documents are in the index."""
+        ...
+
+    def documents(self, *, below: int) -> Iterator[tuple[int, Found[S] | None]]:
+        """The documents with all terms and a number below this one, the highest first.
+
+        Each comes with its number. None in place of a document: there is no further one from this number on.
+        """
+        ...
+
+    def is_in(self, session: S, *, first: int, last: int) -> bool:
+        """Whether a document of this session with a number from ``first`` to ``last`` has all terms."""
+        ...
+
+    def record(self, session: S) -> SessionRecord | None:
+        """The session, if it is visible and passes the filters of the search."""
+        ...
+
+
+def search_page(index: Index[S], query: SearchQuery) -> Steps[Page[Match]]:
+    """Make a page of a search: each session at its document with the highest number.
+
+    A page is partial if its time was over before it was full, or if not all documents are in the index yet.
+    """
+    deadline = time.monotonic() + SEARCH_S
+    partial = not index.is_whole()
+    newest = index.newest() if query.after is None else query.after.newest
+    if newest is None or not query.terms:
+        return Page((), None, partial=partial)
+    below = newest + 1 if query.after is None else query.after.document
+    seen: set[S] = set()
+    data: list[Match] = []
+    cursors: list[str] = []
+    for number, document in index.documents(below=below):
+        yield
+        if document is not None and document.session not in seen:
+            seen.add(document.session)
+            record = index.record(document.session)
+            if record is not None and not _was_shown(index, document, query):
+                if len(data) == query.limit:
+                    return _page(data, cursors, query, partial=partial, next_cursor=cursors[-1])
+                text = yield from snippet(document.texts(), query.terms[0])
+                data.append(Match(session=record, turn_id=document.turn_id, snippet=text))
+                cursors.append(query.cursors.encode(SearchPosition(number, newest)))
+        if time.monotonic() >= deadline:
+            rest = query.cursors.encode(SearchPosition(number, newest))
+            return _page(data, cursors, query, partial=True, next_cursor=rest)
+    return _page(data, cursors, query, partial=partial, next_cursor=None)
+
+
+def _was_shown(index: Index[S], document: Found[S], query: SearchQuery) -> bool:
+    """Whether an earlier page had the session of this document."""
+    after = query.after
+    return after is not None and index.is_in(document.session, first=after.document, last=after.newest)
+
+
+def _page(
+    data: list[Match], cursors: list[str], query: SearchQuery, *, partial: bool, next_cursor: str | None
+) -> Page[Match]:
+    fits = fitting((match.session.text_bytes + len(match.snippet) for match in data), bytes_max=query.bytes_max)
+    if fits < len(data):
+        return Page(tuple(data[:fits]), cursors[fits - 1], tuple(cursors[:fits]), partial=partial)
+    return Page(tuple(data), next_cursor, tuple(cursors), partial=partial)

@@ -1,0 +1,112 @@
+"""Cuts texts and queries into the terms by which a text is found: the same ones in every store.
+
+A term is a word of UAX #29 in lower case (case folding) and in one normal form (NFKC), cut further where a character
+like ``.``, ``'`` or ``_`` joins two words: so ``example`` finds ``example.com``. Scripts that are written without
+spaces give each pair of neighbours, and each character alone; a query gives the pairs only, or its single character.
+
+Terms consist of letters, digits and combining marks. So a store may add marks of its own that no text contains.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from unicodedata import normalize
+
+from apsw import unicode
+
+from service.steps import Steps
+
+TERM_LENGTH_MAX = 64
+"""The characters of a longer word that count."""
+
+_CHUNK_LENGTH = 4096
+"""The characters that are cut in one step, which takes less than a millisecond."""
+_OVERLAP = 8
+"""The characters that two chunks share where no break was found between them: a pair and the marks on it."""
+
+_SPACELESS = (
+    "\u0e01-\u0e3a\u0e40-\u0e4e"  # Thai
+    "\u0e81-\u0ece\u0edc-\u0edf"  # Lao
+    "\u1000-\u103f\u1050-\u108f\u109a-\u109d\ua9e0-\ua9ef\ua9fa-\ua9fe\uaa60-\uaa7f"  # Myanmar
+    "\u1780-\u17d3\u17d7\u17dc\u17dd"  # Khmer
+    "\u3041-\u3096\u3099\u309a\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\U0001aff0-\U0001b16f"  # Kana
+    "\u3005-\u3007\u3021-\u3029\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Han
+)
+_RUN = re.compile(f"[{_SPACELESS}][{_SPACELESS}\u200b]*")
+_ASCII_WORD = re.compile("[0-9a-z]+")
+_JOINER = re.compile("[\x00-/:-@[-`{-\x7f\u2018\u2019]+")
+_INVISIBLE = re.compile(
+    "[\u00ad\u034f\u061c\u200c-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\U000e0000-\U000e0fff]+"
+)
+# Words end at these characters whatever stands beside them.
+_BREAK = re.compile("[\x00-/:-@[-`{-\x7f\\s\u3000-\u3002\uff01\uff0c\uff1f]")
+
+
+def document_terms(texts: Iterable[str]) -> Steps[set[str]]:
+    """All terms of a document, from its texts."""
+    found: set[str] = set()
+    for text in texts:
+        for _, chunk in chunks(text):
+            found |= terms_of(chunk)
+            yield
+    return found
+
+
+def query_terms(query: str) -> Steps[tuple[str, ...]]:
+    """The terms that a document must have all of, the longest first, because long terms are usually rare."""
+    found: set[str] = set()
+    for _, chunk in chunks(query):
+        words, runs = _cut(chunk)
+        found.update(words)
+        for run in runs:
+            found.update(map("".join, pairwise(run)) if len(run) > 1 else run)
+        yield
+    return tuple(sorted(found, key=lambda term: (-len(term), term)))
+
+
+def terms_of(chunk: str) -> set[str]:
+    """The terms of a short text."""
+    words, runs = _cut(chunk)
+    found = set(words)
+    for run in runs:
+        found.update(run, map("".join, pairwise(run)))
+    return found
+
+
+def chunks(text: str) -> Iterator[tuple[int, str]]:
+    """A text in parts that can be cut into terms one by one, each with the place where it begins."""
+    start = 0
+    while len(text) - start > _CHUNK_LENGTH:
+        end = start + _CHUNK_LENGTH
+        found = _BREAK.search(text, end, end + _CHUNK_LENGTH)
+        if found is not None:
+            yield start, text[start : found.end()]
+            start = found.end()
+        else:
+            yield start, text[start : end + _CHUNK_LENGTH]
+            start = end + _CHUNK_LENGTH - _OVERLAP
+    yield start, text[start:]
+
+
+def _cut(chunk: str) -> tuple[list[str], list[str]]:
+    """The words of a short text, and its runs of characters that are written without spaces."""
+    if chunk.isascii():
+        return [word[:TERM_LENGTH_MAX] for word in _ASCII_WORD.findall(chunk.lower())], []
+    text = normalize("NFKC", _INVISIBLE.sub("", normalize("NFKC", chunk).casefold()))
+    words: list[str] = []
+    runs: list[str] = []
+    end = 0
+    for found in _RUN.finditer(text):
+        words += _words(text[end : found.start()])
+        runs.append(found[0].replace("\u200b", ""))
+        end = found.end()
+    words += _words(text[end:])
+    return words, runs
+
+
+def _words(text: str) -> Iterator[str]:
+    for word in unicode.word_iter(text):
+        if word.isalnum():
+            yield word[:TERM_LENGTH_MAX]
+        else:
+            yield from (part[:TERM_LENGTH_MAX] for part in _JOINER.split(word) if part)

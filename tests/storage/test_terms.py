@@ -1,0 +1,137 @@
+# ruff: noqa: RUF001  letters that look like others are what is tested
+"""Texts and queries are cut into the same terms, whatever their case and normal form."""
+
+import re
+from typing import Literal
+from unicodedata import normalize
+
+import pytest
+from apsw import unicode
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.steps import Steps, at_once
+from service.storage import terms
+from service.storage.snippets import SNIPPET_LENGTH_MAX, snippet
+from service.storage.terms import TERM_LENGTH_MAX, document_terms, query_terms
+
+SPACELESS = "日本語テキストひらがなสวัสดีครับພາສາລາວខ្មែរမြန်မာ"
+texts = (
+    st.text()
+    | st.text(st.sampled_from("aB1é.,'_ ßİ日本語คำ한국\u200b\u200d\u0301\u00ad🙂"))
+    | st.text(st.characters(codec="ascii"))
+)
+
+
+def of_query(query: str) -> set[str]:
+    return set(at_once(query_terms(query)))
+
+
+def of_document(*texts: str) -> set[str]:
+    return at_once(document_terms(texts))
+
+
+@pytest.mark.parametrize(
+    ("text", "query"),
+    [
+        ("Hello, World!", "WORLD hello"),
+        ("see https://example.com/a_path", "example"),
+        ("L’amour can't wait", "amour can"),
+        ("Straße", "STRASSE"),
+        ("caf\u00e9", "CAFE\u0301"),
+        ("ﬁle №5 ｈｔｔｐ", "file no5 http"),
+        ("日本語のテキスト", "日本"),
+        ("日本語のテキスト", "語"),
+        ("ｶﾞｲﾄﾞ", "ガイド"),
+        ("我爱你", "爱"),
+        ("สวัสดีครับ", "สวัสดี"),
+        ("ភាសា\u200bខ្មែរ", "ភាសាខ្មែរ"),
+        ("한국어 문장입니다", "한국어"),
+        ("co\u00adoperate", "cooperate"),
+        ("می\u200cخواهم", "میخواهم"),
+        ("GPT-4 costs 3.14", "gpt 4"),
+    ],
+)
+def test_a_text_is_found_by_its_words(text: str, query: str) -> None:
+    assert of_query(query)
+    assert of_query(query) <= of_document(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "query"), [("Hello", "Hell"), ("日本語", "日語"), ("한국어", "한국"), ("one two", "three"), ("é", "e")]
+)
+def test_a_text_is_not_found_by_parts_of_words_nor_by_pairs_that_it_lacks(text: str, query: str) -> None:
+    assert not of_query(query) <= of_document(text)
+
+
+@given(texts, st.integers(0, 30))
+def test_a_text_finds_itself_and_is_found_by_each_of_its_words(text: str, pick: int) -> None:
+    assert of_query(text) <= of_document(text)
+    words = list(unicode.word_iter(normalize("NFKC", text)))
+    if words:
+        assert of_query(words[pick % len(words)]) <= of_document(text)
+
+
+@given(texts, st.sampled_from(["NFC", "NFD", "NFKC", "NFKD"]))
+def test_the_normal_form_and_the_case_of_a_text_do_not_matter(
+    text: str, form: Literal["NFC", "NFD", "NFKC", "NFKD"]
+) -> None:
+    assert of_document(normalize(form, text)) == of_document(text)
+    assert of_document(text.casefold()) == of_document(text)
+    if text.isascii():
+        assert of_document(text.upper()) == of_document(text)
+
+
+@given(texts)
+def test_terms_consist_of_letters_digits_and_marks(text: str) -> None:
+    for term in of_document(text) | of_query(text):
+        assert 0 < len(term) <= TERM_LENGTH_MAX
+        assert re.fullmatch(r"[0-9a-z\x80-\U000fffff]+", term), "FTS5 would cut it, or read it as an operator"
+        assert not re.search(r"[\s\ue000-\uf8ff\ud800-\udfff]", term), "stores use these characters"
+
+
+@given(st.text(st.sampled_from("aB1 .'_é日本語한\n")), st.integers(1, 5))
+def test_a_long_text_has_the_terms_of_its_words_however_it_is_cut_into_chunks(text: str, length: int) -> None:
+    whole = terms.terms_of(text)
+    cut_length, terms._CHUNK_LENGTH = terms._CHUNK_LENGTH, length * 10
+    try:
+        assert whole <= of_document(text) or max(map(len, text.split()), default=0) > length * 10
+    finally:
+        terms._CHUNK_LENGTH = cut_length
+
+
+@pytest.mark.parametrize("text", ["a" * 10**6, "日" * 10**6, "word " * 200_000, '"\x00' * 500_000, "\ud800" * 10**6])
+def test_a_text_of_a_million_characters_is_cut_in_small_steps(text: str) -> None:
+    steps: Steps[object] = document_terms((text,))
+    assert sum(1 for _ in steps) >= len(text) // 10_000
+    assert all(len(chunk) <= 10_000 for _, chunk in terms.chunks(text))
+    assert len(at_once(query_terms(text))) <= 300
+
+
+@pytest.mark.parametrize("query", ["", "   ", "!?", '"', "\x00", "()*^:-", "🙂", "\ud800", "\u200b", "\u0301"])
+def test_a_query_without_words_has_no_terms(query: str) -> None:
+    assert of_query(query) == set()
+
+
+# Snippets
+
+
+def test_a_snippet_is_the_part_of_the_text_around_the_term() -> None:
+    text = "one two three " * 1000 + "the Needle,\n here " + "four five six " * 1000
+    found = at_once(snippet(("nothing", text), "needle"))
+    assert found.startswith("…")
+    assert found.endswith("…")
+    assert "three the Needle, here four" in found
+    assert len(found) <= SNIPPET_LENGTH_MAX + 2
+    assert found.strip("…").split()[0] in ("one", "two", "three"), "words are whole"
+
+
+def test_a_short_text_is_its_own_snippet() -> None:
+    assert at_once(snippet(("A short text",), "short")) == "A short text"
+    assert at_once(snippet((SPACELESS,), "日本")) == SPACELESS
+
+
+@given(st.lists(texts, max_size=3), texts)
+def test_a_snippet_is_short_whatever_the_text(given_texts: list[str], word: str) -> None:
+    for term in of_query(word) or {"x"}:
+        assert len(at_once(snippet([*given_texts, word * 50], term))) <= SNIPPET_LENGTH_MAX + 2
