@@ -23,6 +23,7 @@
     │   └── LimitError               a limit is reached; try later (``retry_after_s``)
     │       ├── TurnLimitError       ``live_turns_max``
     │       ├── QueueFullError       ``queued_turns_max``
+    │       ├── BranchLimitError     ``branches_max``
     │       ├── StreamLimitError     ``streams_max``
     │       ├── SessionLimitError    ``memory_sessions_max``
     │       └── ShuttingDownError    no new work: the service is about to stop
@@ -294,6 +295,10 @@ class TurnLimitError(LimitError):
 
 class QueueFullError(LimitError):
     code = "queue_full"
+
+
+class BranchLimitError(LimitError):
+    code = "branch_limit"
 
 
 class StreamLimitError(LimitError):

@@ -357,6 +357,8 @@ class Settings(BaseModel):
     """Turns that run, are queued or are being accepted, in all sessions."""
     queued_turns_max: Count = 8
     """Turns queued in one session."""
+    branches_max: Count = 8
+    """Turns of one session that run at once, when one more with an ended `parent` is to run beside them."""
     memory_sessions_max: Count = 1_000_000
     """Sessions kept at once with `memory:`."""
     streams_max: Count = 10000

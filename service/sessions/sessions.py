@@ -38,7 +38,7 @@ from service.sessions.active.active_sessions import ActiveSessions
 from service.sessions.active.deletion import Deletions
 from service.sessions.active.drain import Drain
 from service.sessions.active.pending_writes import PendingWrites
-from service.sessions.commands import NewItems, NewSession, NewTurn, OnConflict, is_same_input
+from service.sessions.commands import NewItems, NewSession, NewTurn, is_same_input
 from service.sessions.events import outcome
 from service.sessions.events.event_log import Events
 from service.sessions.events.replay import Replays
@@ -310,26 +310,28 @@ class Sessions:
             SessionNotFoundError
             OwnedElsewhereError: Another process runs turns of this session.
             TurnNotFoundError: ``parent`` is not a turn of this session.
-            TurnInProgressError, QueueFullError: By ``on_conflict``.
+            TurnInProgressError, QueueFullError: By ``on_conflict``, if the turn follows the head or an open turn.
+            BranchLimitError: ``parent`` is another turn or None, and ``branches_max`` turns of the session run.
             TurnLimitError, SessionLimitError, ShuttingDownError
             InvalidRequestError: The model is unknown.
         """
         turn = await self._acceptance.accept(session_id, new)
         return turn, turn.watch()
 
-    async def make_way(self, session_id: str, on_conflict: OnConflict) -> None:
+    async def make_way(self, session_id: str, new: NewTurn) -> None:
         """Let the turns of a session end, because this process stops and another one is to accept the next turn.
 
-        ``queue`` waits until they have ended, ``supersede`` cancels them and waits. The wait is short: if a turn is
+        ``queue`` waits until they have ended, ``supersede`` cancels them and waits. A turn that branches waits, because
+        all open turns of a session have one owner. The wait is short: if a turn is
         still open then, call this again. Callers that wait count as open turns.
 
         Raises:
             SessionNotFoundError: It is being deleted.
             TurnInProgressError, QueueFullError: By ``on_conflict``.
-            TurnLimitError
+            BranchLimitError, TurnLimitError
             StoreError: The store does not take the ends of earlier turns, within ``store_timeout_s`` in all.
         """
-        await self._acceptance.make_way(session_id, on_conflict)
+        await self._acceptance.make_way(session_id, new)
 
     async def get_turn(self, session_id: str, turn_id: str) -> TurnRecord:
         """A turn with its text so far.
@@ -360,18 +362,25 @@ class Sessions:
         return await self.get_turn(session_id, turn_id) if turn is None else await turn.wait_ended()
 
     async def list_turns(
-        self, session_id: str, *, limit: int, after: str | None = None, bytes_max: int | None = None
+        self,
+        session_id: str,
+        *,
+        limit: int,
+        after: str | None = None,
+        bytes_max: int | None = None,
+        parent: str | None | msgspec.UnsetType = msgspec.UNSET,
     ) -> Page[TurnRecord]:
-        """A page of all turns of a session, oldest first.
+        """A page of all turns of a session, or of those with one parent, oldest first.
 
         Raises:
             SessionNotFoundError
+            TurnNotFoundError: ``parent`` is not a turn of this session.
             OwnedElsewhereError: Some of these turns are open in another process, which has their texts so far.
         """
         self._check_not_deleted(session_id)
         with self._answered_within():
             page = await self._store.list_turns(
-                session_id, limit=limit, after=after, now=self._clock(), bytes_max=bytes_max
+                session_id, limit=limit, after=after, now=self._clock(), bytes_max=bytes_max, parent=parent
             )
             if any(record.is_open for record in page.data) and not self._active.has_turns(session_id):
                 await self._refuse_if_elsewhere(session_id)

@@ -8,7 +8,7 @@ import msgspec
 import trio
 
 from service.errors import ModelError
-from service.models.client import Finished, ModelEvent, ModelRequest, TextDelta, Usage
+from service.models.client import Finished, ModelEvent, ModelRequest, PromptItem, TextDelta, Usage
 
 Last = Literal["finish", "fail", "crash", "silence"]
 
@@ -34,15 +34,22 @@ class Script(msgspec.Struct, frozen=True):
 class ScriptedReplies:
     """A model client that looks up its script by the last line of the user's message.
 
-    The client knows the session of each input, and checks that no two replies of a session overlap.
+    The client knows the session of each input, and checks that no two replies of a session overlap, unless the history
+    has branches.
+
+    Attributes:
+        open: The replies that are being sent: the session of each by its key.
+        prompts: The prompts of all replies, by their keys.
     """
 
     name = "scripted replies"
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_branches: bool = False) -> None:
         self.scripts: dict[str, tuple[str, Script]] = {}
         self.asked: list[str] = []
         self.open: dict[str, str] = {}
+        self.prompts: dict[str, Sequence[PromptItem]] = {}
+        self._has_branches = has_branches
 
     def expect(self, key: str, session_id: str, script: Script) -> None:
         self.scripts[key] = (session_id, script)
@@ -54,16 +61,17 @@ class ScriptedReplies:
         assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
         key = request.prompt[-1].text.rpartition("\n\n")[2]
         session_id, script = self.scripts[key]
-        assert session_id not in self.open, "two turns of one session run at once"
+        assert self._has_branches or session_id not in self.open.values(), "two turns of one session run at once"
         self.asked.append(key)
-        self.open[session_id] = key
+        self.prompts[key] = request.prompt
+        self.open[key] = session_id
         try:
             yield _Reply(key, script)
         finally:
             if script.close_s:
                 with trio.CancelScope(shield=True, deadline=trio.current_time() + script.close_s):
                     await trio.sleep_forever()
-            del self.open[session_id]
+            del self.open[key]
 
     async def aclose(self) -> None:
         await trio.lowlevel.checkpoint()

@@ -19,6 +19,8 @@ from structlog.testing import capture_logs
 from trio.testing import MockClock
 
 from service.errors import (
+    BranchLimitError,
+    HeadMovedError,
     QueueFullError,
     RefusedError,
     SessionExistsError,
@@ -27,6 +29,7 @@ from service.errors import (
     TurnLimitError,
     TurnNotFoundError,
 )
+from service.models.client import Message
 from service.sessions.commands import NewSession, NewTurn, OnConflict
 from service.sessions.events.events import TurnCancelled, TurnCompleted, TurnFailed, TurnInterrupted
 from service.sessions.sessions import Sessions, open_sessions
@@ -35,7 +38,7 @@ from service.sessions.upkeep.expiry import sweep
 from service.settings import Settings
 from service.stop_state import StopState
 from service.storage.memory import MemoryStore
-from service.storage.records import SessionPatch, TurnState
+from service.storage.records import Places, SessionPatch, Siblings, TurnState
 from tests.sessions.puppet import frames_in, frames_of, pieces_of, read_all
 from tests.sessions.scripts import Script, ScriptedReplies, token
 from tests.storage.rows import told
@@ -48,6 +51,7 @@ NEXT_TOKEN_TIMEOUT_S = 2 + 1 / 64
 TURN_TIMEOUT_S = 5 + 1 / 128
 LIVE_TURNS_MAX = 5
 QUEUED_TURNS_MAX = 2
+BRANCHES_MAX = 3
 
 
 # The model: no tasks, no scopes; it computes what must happen, and when.
@@ -106,6 +110,25 @@ class ModelTurn:
             said += 1
         return "".join(token(self.key, number) for number in range(1, said + 1))
 
+    @property
+    def path(self) -> list["ModelTurn"]:
+        """The turns from the root to this one."""
+        parent = next((turn for turn in self.session.turns if turn.id == self.parent), None)
+        return [*(parent.path if parent else ()), self]
+
+    def prompt(self) -> list[tuple[str, str]]:
+        """What the model is asked: roles and texts of the path, whose turns before this one have ended."""
+        found: list[tuple[str, str]] = []
+        for turn in self.path:
+            if found and found[-1][0] == "user":
+                found[-1] = ("user", f"{found[-1][1]}\n\n{turn.key}")
+            else:
+                found.append(("user", turn.key))
+            reply = "" if turn is self or turn.state == "failed" else turn.text_at(inf)
+            if reply:
+                found.append(("assistant", reply))
+        return found
+
 
 @dataclass(eq=False)
 class ModelSession:
@@ -113,11 +136,29 @@ class ModelSession:
     idle_timeout_s: float
     deadline: float
     turns: list[ModelTurn] = field(default_factory=list)
+    head: str | None = None
     title: str | None = None
 
     @property
     def open(self) -> list[ModelTurn]:
         return [turn for turn in self.turns if turn.is_open]
+
+    @property
+    def running(self) -> int:
+        return sum(turn.state == "running" for turn in self.turns)
+
+    def open_on_path(self, turn_id: str | None) -> ModelTurn | None:
+        """The last open turn on the path to a turn."""
+        path = next((turn.path for turn in self.turns if turn.id == turn_id), [])
+        return next((turn for turn in reversed(path) if turn.is_open), None)
+
+    def branches(self, parent: str | None, *, is_named: bool) -> bool:
+        """Whether a turn with this parent runs beside the open turns: the parent is named, and its path has ended."""
+        return is_named and self.open_on_path(parent) is None
+
+    def siblings(self, turn: ModelTurn) -> Siblings:
+        ids = [other.id for other in self.turns if other.parent == turn.parent]
+        return Siblings(ids.index(turn.id) + 1, len(ids))
 
     @property
     def message_count(self) -> int:
@@ -160,25 +201,53 @@ class Model:
             raise SessionNotFoundError(session_id)
         return session
 
-    def check_start(self, session_id: str, on_conflict: OnConflict, parent: str | None, now: float) -> None:
+    def check_start(
+        self, session_id: str, on_conflict: OnConflict, parent: str | None, now: float, *, is_named: bool
+    ) -> None:
         """Raise the error that refuses such a turn, if one does."""
-        open_here = self.sessions[session_id].open if session_id in self.sessions else []
-        if open_here and on_conflict == "reject":
-            raise TurnInProgressError(open_here[0].id)
-        if open_here and on_conflict == "queue" and len(open_here) > QUEUED_TURNS_MAX:
-            raise QueueFullError("full")
+        here = self.sessions.get(session_id)
+        if here is not None and is_named and parent not in [turn.id for turn in here.open]:
+            if here.running >= BRANCHES_MAX:
+                raise BranchLimitError("branches")
+        elif here is not None:
+            self._check_following(here, on_conflict)
         if sum(len(session.open) for session in self.sessions.values()) >= LIVE_TURNS_MAX:
             raise TurnLimitError("limit")
         session = self.session(session_id, now)
         if parent is not None and parent not in [turn.id for turn in session.turns]:
             raise TurnNotFoundError(parent)
+        if not session.branches(parent, is_named=is_named):
+            self._check_following(session, on_conflict)
 
-    def start(self, turn: ModelTurn, on_conflict: OnConflict, now: float) -> None:
+    def _check_following(self, session: ModelSession, on_conflict: OnConflict) -> None:
+        if session.open and on_conflict == "reject":
+            raise TurnInProgressError(session.open[0].id)
+        queued = sum(turn.state == "queued" for turn in session.open)
+        if session.open and on_conflict == "queue" and queued >= QUEUED_TURNS_MAX:
+            raise QueueFullError("full")
+
+    def check_move(self, session_id: str, head: str | None, seen: str | None, now: float) -> ModelSession:
+        """Raise the error that refuses to move the head, if one does."""
+        session = self.session(session_id, now)
+        if seen != session.head:
+            raise HeadMovedError(session.head)
+        if head is not None and head not in [turn.id for turn in session.turns]:
+            raise TurnNotFoundError(head)
+        for turn_id in (head, session.head):
+            if (still_open := session.open_on_path(turn_id)) is not None:
+                raise TurnInProgressError(still_open.id)
+        return session
+
+    def start(self, turn: ModelTurn, on_conflict: OnConflict, now: float, *, branches: bool) -> None:
         session = turn.session
         earlier = session.open
         session.turns.append(turn)
+        session.head = turn.id
         self.turns.append(turn)
         session.use(now)
+        if branches:
+            turn.state, turn.started = "running", now
+            return
         if on_conflict == "supersede":
             for other in reversed(earlier):  # the queued turns first, so that none of them starts
                 self.end(other, now, "cancelled", "superseded")
@@ -230,6 +299,16 @@ class Start(msgspec.Struct, frozen=True):
     on_disconnect: OnDisconnect
     background: bool
     parent: int | None | Literal["head"]
+    is_sibling: bool
+    """Whether the turn is beside the picked one, as a retry or an edit of it is, and does not follow it."""
+
+
+class Move(msgspec.Struct, frozen=True):
+    """Moves the head to a turn. The caller has seen the head, or the parent of that turn in its place."""
+
+    session_id: str
+    turn: int | None
+    is_stale: bool
 
 
 class Cancel(msgspec.Struct, frozen=True):
@@ -256,7 +335,7 @@ class Wait(msgspec.Struct, frozen=True):
     seconds: int
 
 
-Step = Create | Patch | Start | Cancel | Release | Watching | Delete | Sweep | Wait
+Step = Create | Patch | Start | Move | Cancel | Release | Watching | Delete | Sweep | Wait
 
 session_ids = st.sampled_from(["a", "a", "b"])
 picks = st.integers(0, 3)
@@ -276,7 +355,8 @@ def _starts(on_conflict: OnConflict) -> st.SearchStrategy[Step]:
         st.just(on_conflict),
         on_disconnect=st.sampled_from(["cancel", "cancel", "cancel", "continue"]),
         background=st.sampled_from([False, False, False, True]),
-        parent=st.sampled_from(["head", "head", "head", "head", "head", None, 0, 2]),
+        parent=st.sampled_from(["head", "head", "head", "head", None, 0, 1, 2, 3]),
+        is_sibling=st.booleans(),
     )
 
 
@@ -290,6 +370,7 @@ steps: st.SearchStrategy[Step] = st.one_of(
     st.builds(Wait, st.integers(1, 15)),
     st.builds(Create, session_ids, st.sampled_from([None, 2.4, 20.4])),
     st.builds(Patch, session_ids, st.text(max_size=3), st.sampled_from([2.4, 20.4])),
+    st.builds(Move, session_ids, st.none() | picks, st.sampled_from([False, False, True])),
     st.builds(Cancel, picks),
     st.builds(Release, picks),
     st.builds(Watching, st.just(0)),
@@ -330,12 +411,13 @@ class History:
             return
         picked = self._picked(step.turn) if isinstance(step, Cancel | Release | Watching) else None
         expected = found = None
+        moved = self._heads(step) if isinstance(step, Move) else (None, None)
         try:
             self._in_model(step, picked)
         except RefusedError as error:
             expected = type(error)
         try:
-            await self._in_sessions(step, picked)
+            await self._in_sessions(step, picked, moved)
         except RefusedError as error:
             found = type(error)
         assert found == expected, step
@@ -355,7 +437,11 @@ class History:
                 session.title, session.idle_timeout_s = title, idle_timeout_s
                 session.use(now)
             case Start(session_id):
-                model.check_start(session_id, step.on_conflict, self._parent(step), now)
+                model.check_start(session_id, step.on_conflict, self._parent(step), now, is_named=step.parent != "head")
+            case Move(session_id):
+                session = model.check_move(session_id, *self._heads(step), now)
+                session.head = self._heads(step)[0]
+                session.use(now)
             case Cancel():
                 if (turn := self._kept(picked)).is_open:
                     model.end(turn, now, "cancelled", "requested")
@@ -367,7 +453,7 @@ class History:
             case Delete(session_id):
                 model.delete(session_id, now)
 
-    async def _in_sessions(self, step: Step, picked: ModelTurn | None) -> None:
+    async def _in_sessions(self, step: Step, picked: ModelTurn | None, moved: tuple[str | None, str | None]) -> None:
         sessions = self.sessions
         ids = (picked.session.id, picked.id) if picked is not None else ("a", "turn_none")
         match step:
@@ -377,6 +463,9 @@ class History:
                 await sessions.update_session(session_id, SessionPatch(title=title, idle_timeout_s=idle_timeout_s))
             case Start():
                 await self._start(step)
+            case Move(session_id):
+                head, seen = moved
+                await sessions.update_session(session_id, SessionPatch(head=head, seen_head=seen))
             case Cancel():
                 assert not (await sessions.cancel_turn(*ids)).is_open, "a cancel waits for the end"
             case Release():
@@ -399,6 +488,8 @@ class History:
         script = step.script.later(2.0 ** -(9 + len(self.model.turns)))
         self.client.expect(key, step.session_id, script)
         parent = self._parent(step)
+        before = self.model.sessions.get(step.session_id)
+        branches = before is not None and before.branches(parent, is_named=step.parent != "head")
         turn, watch = await self.sessions.start_turn(
             step.session_id,
             NewTurn(
@@ -417,16 +508,28 @@ class History:
             ModelTurn(key, turn.id, session, parent, script, keeps_on),
             step.on_conflict,
             self.now,
+            branches=branches,
         )
+        assert turn.siblings == session.siblings(session.turns[-1])
 
     def _parent(self, step: Start) -> str | None:
         if step.parent is None:
             return None
         if isinstance(step.parent, int):
             picked = self._picked(step.parent)
-            return picked.id if picked is not None else "turn_none"
+            if picked is None:
+                return "turn_none"
+            return picked.parent if step.is_sibling else picked.id
         session = self.model.sessions.get(step.session_id)
-        return session.turns[-1].id if session is not None and session.turns else None
+        return session.head if session is not None else None
+
+    def _heads(self, step: Move) -> tuple[str | None, str | None]:
+        """The head that the step sets, and the head that it has seen."""
+        picked = None if step.turn is None else self._picked(step.turn)
+        session = self.model.sessions.get(step.session_id)
+        seen = session.head if session is not None else None
+        head = None if step.turn is None else picked.id if picked is not None else "turn_none"
+        return head, "turn_none" if step.is_stale else seen
 
     def _picked(self, pick: int) -> ModelTurn | None:
         newest_first = self.model.turns[::-1]
@@ -453,7 +556,12 @@ class History:
                 assert await self._is_gone(session_id)
                 continue
             record = await self.sessions.get_session(session_id)
-            assert record.head == (session.turns[-1].id if session.turns else None)
+            assert record.head == session.head
+            places = await self.store.find_places(session_id, [turn.id for turn in session.turns])
+            assert places == Places(session.head, {turn.id: session.siblings(turn) for turn in session.turns})
+            for parent in {None, *(turn.parent for turn in session.turns)}:
+                children = await self.sessions.list_turns(session_id, limit=100, parent=parent)
+                assert [turn.id for turn in children.data] == [it.id for it in session.turns if it.parent == parent]
             assert record.message_count == session.message_count
             assert (record.open_turns, record.title) == (len(session.open), session.title)
             assert abs((record.expires_at - T0).total_seconds() - session.deadline) < 1e-4
@@ -464,6 +572,9 @@ class History:
                 assert (found.text, found.parent) == (turn.text_at(now), turn.parent)
                 assert await self.sessions.get_turn(session_id, turn.id) == found
                 assert (await self.store.get_turn(session_id, turn.id, now=self.clock())).state == turn.state
+        for turn in model.turns:
+            if (asked := self.client.prompts.pop(turn.key, None)) is not None:
+                assert [(item.role, item.text) for item in asked if isinstance(item, Message)] == turn.prompt()
         statistics = self.sessions.statistics()
         states = [turn.state for turn in model.turns]
         assert [
@@ -476,6 +587,9 @@ class History:
         ] == [states.count(state) for state in ("queued", "running", "completed", "failed", "cancelled", "interrupted")]
         assert statistics.sessions_live == sum(1 for session in model.sessions.values() if session.open)
         assert len(self.client.open) == statistics.turns_running, "a running turn has one upstream stream, others none"
+        assert all(
+            turn.path[-2:-1] == [] or not turn.path[-2].is_open for turn in model.turns if turn.state == "running"
+        )
 
     async def _is_gone(self, session_id: str) -> bool:
         try:
@@ -505,7 +619,7 @@ class History:
 
 async def _run(history: Sequence[Step], *, grace_s: float) -> None:
     await trio.sleep(1 / 3)
-    store, client, model = MemoryStore(), ScriptedReplies(), Model(grace_s=grace_s)
+    store, client, model = MemoryStore(), ScriptedReplies(has_branches=True), Model(grace_s=grace_s)
 
     def clock() -> datetime:
         return T0 + timedelta(seconds=trio.current_time())
@@ -523,6 +637,7 @@ async def _run(history: Sequence[Step], *, grace_s: float) -> None:
                 disconnect_grace_s=grace_s,
                 live_turns_max=LIVE_TURNS_MAX,
                 queued_turns_max=QUEUED_TURNS_MAX,
+                branches_max=BRANCHES_MAX,
             ),
             stop=StopState(),
         ) as sessions:

@@ -43,6 +43,7 @@ from service.api.native.new_items import output_item
 from service.api.native.sessions import checked_session_id
 from service.api.native.wire import EventsQuery, FunctionChoice, NewMessage, PageQuery, StartTurn, TurnList, TurnQuery
 from service.errors import (
+    BranchLimitError,
     EventsLostError,
     InvalidRequestError,
     OwnerHangsError,
@@ -114,7 +115,7 @@ def checked_turn_id(turn_id: str) -> str:
         ),
         SEEN_ALL,
     ),
-    errors=(SessionNotFoundError, OwnerHangsError, *STARTING_ERRORS, *RESUMING_ERRORS),
+    errors=(SessionNotFoundError, OwnerHangsError, BranchLimitError, *STARTING_ERRORS, *RESUMING_ERRORS),
     resumes=RESUMES,
 )
 async def start_turn(session_id: str) -> TrioResponse:
@@ -275,11 +276,12 @@ async def _resume_waiting(
 def _acceptance_s(service: Service, new: NewTurn) -> float:
     """Return how much longer than one step of the store an acceptance in another process may take.
 
-    In one of an earlier version it takes three steps. In a reload a turn that queues waits for the turns of a process
-    that drains.
+    In one of an earlier version it takes three steps. In a reload a turn that queues or branches waits for the turns of
+    a process that drains.
     """
     settings = service.settings
-    draining_s = settings.drain_timeout_s + settings.cleanup_timeout_s if new.on_conflict == "queue" else 0
+    waits = new.on_conflict == "queue" or new.parent is not UNSET
+    draining_s = settings.drain_timeout_s + settings.cleanup_timeout_s if waits else 0
     return 2 * settings.store_timeout_s + draining_s
 
 
@@ -296,7 +298,7 @@ async def _start(service: Service, session_id: str, new: NewTurn) -> tuple[Turn,
     else:
         drop_body(request)
         return started
-    await service.sessions.make_way(session_id, new.on_conflict)
+    await service.sessions.make_way(session_id, new)
     raise refusal
 
 

@@ -8,6 +8,7 @@ import trio
 
 from service.clock import Clock
 from service.errors import (
+    BranchLimitError,
     HeadMovedError,
     QueueFullError,
     SessionExistsError,
@@ -39,6 +40,10 @@ MAKE_WAY_MAX_S = 1.0
 
 class Acceptance:
     """Accepts turns, one after the other in each session.
+
+    A turn *follows* if its parent is the head, because none is named, or an open turn: ``on_conflict`` decides about it
+    while any turn of the session is open. A turn *branches* if its named parent has ended, or is None: it runs at once
+    beside the open turns, at most ``branches_max`` in all.
 
     Args:
         nursery: The nursery of the sessions supervisor. Acceptance starts the session tasks in it.
@@ -75,22 +80,25 @@ class Acceptance:
         """
         self._drain.check_accepting()
         with self._active.holding(session_id) as session:
-            check_conflict(session, new.on_conflict, queued_turns_max=self._settings.queued_turns_max)
+            self._check_place(session, new)
             self._check_turn_limit()
             timeout_s = self._settings.store_timeout_s
             with self._active.arriving(), answered_within(timeout_s) as deadline:
                 async with answered_in_turn(session.acceptance, timeout_s / 2):
                     self._drain.check_accepting()
-                    check_conflict(session, new.on_conflict, queued_turns_max=self._settings.queued_turns_max)
+                    branches = self._check_place(session, new)
                     # The ends of the earlier turns must be in the store, because this turn's prompt contains them.
                     await self._pending_writes.retry_ends_of(session_id)
                     while True:
                         try:
-                            return await self._accept(session, new, deadline)
+                            return await self._accept(session, new, deadline, branches=branches)
                         except SessionExistsError:  # another caller has just created the session
                             new = msgspec.structs.replace(new, creates_session=False, session_is_new=False)
                         except HeadMovedError:
                             pass  # another process has just accepted a turn: follow that turn
+                        except TurnInProgressError:  # the parent ended before it started, and a turn above it is open
+                            self._check_following(session, new.on_conflict)
+                            branches = False
 
     async def add(self, session_id: str, new: NewItems) -> Sequence[TurnRecord]:
         """Add turns that are complete at once, as :meth:`~service.sessions.sessions.Sessions.add_items` says.
@@ -123,13 +131,12 @@ class Acceptance:
             await self._store.add_turns(turns, now=now, head=head)
         return turns
 
-    async def make_way(self, session_id: str, on_conflict: OnConflict) -> None:
+    async def make_way(self, session_id: str, new: NewTurn) -> None:
         """Let the session's turns end, as :meth:`~service.sessions.sessions.Sessions.make_way` says."""
         with self._active.holding(session_id) as session:
-            queued = session.holders - 1
-            check_conflict(session, on_conflict, queued_turns_max=self._settings.queued_turns_max, queued=queued)
+            branches = self._check_place(session, new, others=session.holders - 1)
             self._check_turn_limit()
-            if on_conflict == "supersede":
+            if new.on_conflict == "supersede" and not branches:
                 for turn in session.turns:
                     turn.cut_short(outcome.Cancelled("superseded"))
             with self._active.arriving(), move_on_after(min(MAKE_WAY_MAX_S, self._settings.store_timeout_s)):
@@ -138,15 +145,46 @@ class Acceptance:
             with answered_within(self._settings.store_timeout_s):  # for all of them: a process waits for the answer
                 await self._pending_writes.retry_ends_of(session_id)
 
+    def _check_place(self, session: ActiveSession, new: NewTurn, *, others: int = 0) -> bool:
+        """Check that a session takes one more turn. Returns whether the turn branches.
+
+        Args:
+            others: How many callers wait with turns that are not among the session's turns yet.
+
+        Raises:
+            SessionNotFoundError: The session is being deleted.
+            BranchLimitError: The turn branches, and too many turns run.
+            TurnInProgressError, QueueFullError: The turn follows, by ``on_conflict``.
+        """
+        if session.is_deleted:
+            raise SessionNotFoundError(session.id)
+        if new.parent is msgspec.UNSET or session.find(new.parent) is not None:
+            self._check_following(session, new.on_conflict, others=others)
+            return False
+        branches_max = self._settings.branches_max
+        if session.turns_running + others >= branches_max:
+            raise BranchLimitError(f"{branches_max} turns run in this session already (branches_max); try again later.")
+        return True
+
+    def _check_following(self, session: ActiveSession, on_conflict: OnConflict, *, others: int = 0) -> None:
+        queued_turns_max = self._settings.queued_turns_max
+        if not session.turns:
+            return
+        if on_conflict == "reject":
+            raise TurnInProgressError(session.turns[0].id)
+        if on_conflict == "queue" and session.turns_waiting + others >= queued_turns_max:
+            raise QueueFullError(f"{queued_turns_max} turns are queued in this session already (queued_turns_max).")
+
     def _check_turn_limit(self) -> None:
         turns_max = self._settings.live_turns_max
         if self._active.turns_open + self._pending_writes.turns >= turns_max:
             raise TurnLimitError(f"{turns_max} turns are running already (live_turns_max); try again later.")
 
-    async def _accept(self, session: ActiveSession, new: NewTurn, deadline: ScopeDeadline) -> Turn:
+    async def _accept(self, session: ActiveSession, new: NewTurn, deadline: ScopeDeadline, *, branches: bool) -> Turn:
         now = self._clock()
         stored, is_new = await self._find_session(session.id, new, now)
-        record = new.record(stored, queued=bool(session.turns), now=now, settings=self._settings)
+        queued = bool(session.turns) and not branches
+        record = new.record(stored, queued=queued, now=now, settings=self._settings)
         turn = Turn(
             record,
             client=self._client_for(record.model),
@@ -161,9 +199,10 @@ class Acceptance:
             turn,
             head=stored.head if new.parent is msgspec.UNSET else msgspec.UNSET,
             creates=stored if is_new else None,
+            branches=branches,
             within_s=deadline.left_s,
         )
-        self._make_live(session, turn, supersedes=new.on_conflict == "supersede")
+        self._make_live(session, turn, supersedes=new.on_conflict == "supersede" and not branches)
         return turn
 
     async def _find_session(self, session_id: str, new: NewTurn, now: datetime) -> tuple[SessionRecord, bool]:
@@ -178,7 +217,13 @@ class Acceptance:
             return NewSession(id=session_id).record(now=now, settings=self._settings), True
 
     async def _commit_input(
-        self, turn: Turn, *, head: str | None | msgspec.UnsetType, creates: SessionRecord | None, within_s: float
+        self,
+        turn: Turn,
+        *,
+        head: str | None | msgspec.UnsetType,
+        creates: SessionRecord | None,
+        branches: bool,
+        within_s: float,
     ) -> None:
         """Commit the input, and the session if it is new, in one step.
 
@@ -189,7 +234,12 @@ class Acceptance:
         try:
             with self._pending_writes.writing(within_s=within_s, shield=True):
                 begun = await self._store.begin_turn(
-                    turn.record(), now=self._clock(), head=head, creates=creates, path_bytes_max=path_bytes_max
+                    turn.record(),
+                    now=self._clock(),
+                    head=head,
+                    creates=creates,
+                    path_bytes_max=path_bytes_max,
+                    branches=branches,
                 )
         except StoreError as error:
             # The store may have the turn or not. If the store has it, the turn must not stay open.
@@ -197,6 +247,7 @@ class Acceptance:
             self._pending_writes.add_end(turn)
             raise
         turn.path = begun.path
+        turn.siblings = begun.siblings
 
     def _make_live(self, session: ActiveSession, turn: Turn, *, supersedes: bool) -> None:
         if supersedes:
@@ -217,7 +268,7 @@ class Acceptance:
             with turn_log_context(turn):
                 await run_turn(
                     turn,
-                    wait_for_others=lambda: session.wait_first(turn),
+                    wait_to_start=lambda: session.wait_to_start(turn),
                     default_end=session.default_end,
                     store=self._store,
                     clock=self._clock,
@@ -256,23 +307,3 @@ def _check_adding(session: ActiveSession, new: NewItems) -> None:
         raise SessionNotFoundError(session.id)
     if new.parent is msgspec.UNSET and session.turns:
         raise TurnInProgressError(session.turns[0].id, instead="name an ended turn as the parent")
-
-
-def check_conflict(session: ActiveSession, on_conflict: OnConflict, *, queued_turns_max: int, queued: int = 0) -> None:
-    """Check that a session takes one more turn.
-
-    Args:
-        queued: How many callers wait with turns that are not among the session's turns yet.
-
-    Raises:
-        SessionNotFoundError: It is being deleted.
-        TurnInProgressError, QueueFullError: By ``on_conflict``.
-    """
-    if session.is_deleted:
-        raise SessionNotFoundError(session.id)
-    if not session.turns:
-        return
-    if on_conflict == "reject":
-        raise TurnInProgressError(session.turns[0].id)
-    if on_conflict == "queue" and len(session.turns) + queued > queued_turns_max:
-        raise QueueFullError(f"{queued_turns_max} turns are queued in this session already (queued_turns_max).")

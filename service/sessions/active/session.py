@@ -1,7 +1,8 @@
 """A session with work: its open turns, in the order in which they run.
 
 :meth:`ActiveSession.run` is the session's task, a child of the sessions supervisor. The turns run in this task or are
-its children. The task lives while turns are queued or running. A failure in it ends the turns of this session only.
+its children: turns that follow each other one after the other, branches of the conversation at once. The task lives
+while turns are queued or running. A failure in it ends the turns of this session only.
 """
 
 from collections.abc import Awaitable, Callable, Collection
@@ -20,7 +21,7 @@ class ActiveSession:
     """The state of a session in memory, while the session has work or a caller decides about it.
 
     Attributes:
-        turns: Open turns, oldest first: the first runs, the others are queued behind it.
+        turns: Open turns, in the order of their acceptance. A queued turn starts when it is the first one.
         acceptance: A lock, held from the check of ``turns`` until a new turn is among them.
         holders: How many callers are deciding about the session; the session stays active meanwhile.
         deletion: The deletion of the session while it is under way.
@@ -65,12 +66,21 @@ class ActiveSession:
         else:
             self._unstarted.append(turn)
 
-    def find(self, turn_id: str) -> Turn | None:
+    def find(self, turn_id: str | None) -> Turn | None:
         return next((turn for turn in self.turns if turn.id == turn_id), None)
 
-    async def wait_first(self, turn: Turn) -> None:
-        """Return when no earlier turn is open."""
-        while self.turns[0] is not turn:
+    @property
+    def turns_running(self) -> int:
+        return sum(turn.running for turn in self.turns)
+
+    @property
+    def turns_waiting(self) -> int:
+        """How many turns are queued behind another one; the first one is about to start if it is queued."""
+        return sum(not turn.running for turn in self.turns[1:])
+
+    async def wait_to_start(self, turn: Turn) -> None:
+        """Return when a turn may start: at once if it was accepted as running, else when no earlier turn is open."""
+        while not turn.running and self.turns[0] is not turn:
             await self._changes.park()
 
     async def wait_without_turns(self) -> None:
@@ -80,7 +90,7 @@ class ActiveSession:
     async def run(self, run_one: Callable[[Turn], Awaitable[None]], note_ended: Callable[[Turn], None]) -> None:
         """The session's task: run its turns as they are accepted, and return when none is open.
 
-        The first turn runs in this task itself, which saves a task for most sessions; queued turns are child tasks. A
+        The first turn runs in this task itself, which saves a task for most sessions; the others are child tasks. A
         failure in this task is logged and ends this session's turns; cancellation ends these turns as well.
 
         Args:

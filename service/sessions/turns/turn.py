@@ -21,7 +21,7 @@ from service.sessions.turns.reply import Output, Reply, size_of
 from service.sessions.turns.turn_deadlines import TurnDeadlines
 from service.settings import Settings
 from service.storage.pieces import count
-from service.storage.records import Checkpoint, LeftOut, TurnRecord, TurnState
+from service.storage.records import Checkpoint, LeftOut, Siblings, TurnRecord, TurnState
 
 OnDisconnect = Literal["cancel", "continue"]
 RETURN_S = 5.0
@@ -56,6 +56,8 @@ class Turn:
         """Whether a fault of this service ended the turn."""
         self.path: Sequence[TurnRecord] | None = None
         """The turns for its prompt, if they came with the acceptance; its task takes them."""
+        self.siblings = Siblings()
+        """The turn's place among its siblings at its acceptance."""
         self.client = client
         self.system_message = system_message
         self.request_id = request_id

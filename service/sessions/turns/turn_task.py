@@ -31,7 +31,7 @@ logger = structlog.get_logger("lastcall.turn")
 async def run_turn(
     turn: Turn,
     *,
-    wait_for_others: Callable[[], Awaitable[None]],
+    wait_to_start: Callable[[], Awaitable[None]],
     default_end: Callable[[], outcome.Outcome],
     store: Store,
     clock: Clock,
@@ -43,11 +43,11 @@ async def run_turn(
     and published, within ``cleanup_timeout_s``.
 
     Args:
-        wait_for_others: Returns when no earlier turn of the session is open.
+        wait_to_start: Returns when the turn may start. Branches start at once, others after all earlier turns.
     """
     try:
         with turn.deadlines.at_work() as scope:
-            await wait_for_others()
+            await wait_to_start()
             await _reply(turn, store=store, clock=clock, settings=settings)
         if scope.cancelled_caught:
             turn.decide(turn.deadlines.end())

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -218,6 +219,22 @@ async def test_the_answer_comes_in_time_while_the_store_is_slow_to_take_many_end
             assert trio.current_time() - began == pytest.approx(5, abs=MOMENT_S)
             assert api.service.sessions.pending_writes.turns == 1
         assert_left_to_the_peer(await ask(api, "queue"))
+
+
+async def test_a_branch_waits_for_the_turns_and_cancels_none(autojump_clock: MockClock) -> None:
+    async with open_stopping(branches_max=2) as (api, path), trio.open_nursery() as nursery:
+        body = {"input": "y", "parent": None, "on_conflict": "supersede"}
+        branch = partial(api.call, "POST", "/sessions/s/turns", body, scope={PEER: lambda: False})
+        for _ in range(2):
+            began = trio.current_time()
+            assert_left_to_the_peer(await branch())
+            assert trio.current_time() - began == pytest.approx(MAKE_WAY_MAX_S, abs=MOMENT_S)
+        assert (await api.call("GET", path)).json["state"] == "running"
+        nursery.start_soon(branch)
+        await wait_all_tasks_blocked()
+        (await branch()).problem(429, "branch_limit")
+        assert (await api.call("GET", f"{path}?wait=30")).json["state"] == "completed"
+        assert_left_to_the_peer(await branch())
 
 
 async def test_callers_that_wait_count_as_queued_and_as_open_turns(autojump_clock: MockClock) -> None:
