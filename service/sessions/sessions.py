@@ -12,7 +12,7 @@
     └── drain           no more work, then no more turns active/drain.py
 """
 
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager
 from functools import partial
 
@@ -48,7 +48,16 @@ from service.sessions.statistics import SessionsStatistics
 from service.sessions.turns.turn import Turn, Watch
 from service.settings import Settings
 from service.stop_state import StopState
-from service.storage.records import IdempotencyKey, Item, Page, SessionPatch, SessionRecord, SessionStatus, TurnRecord
+from service.storage.records import (
+    IdempotencyKey,
+    Item,
+    Match,
+    Page,
+    SessionPatch,
+    SessionRecord,
+    SessionStatus,
+    TurnRecord,
+)
 from service.storage.store import Store
 from service.storage.store_deadline import answered_in_turn, answered_within
 
@@ -192,16 +201,51 @@ class Sessions:
         after: str | None = None,
         status: SessionStatus | None = None,
         owner: str | None = None,
+        metadata: Mapping[str, str] | None = None,
         bytes_max: int | None = None,
     ) -> Page[SessionRecord]:
         """A page of sessions, newest first. A page cursor of another listing raises InvalidRequestError.
 
         Args:
             owner: Only the sessions of this owner; with an empty text those without an owner.
+            metadata: Only the sessions that have all of these pairs.
         """
         with self._answered_within():
             return await self._store.list_sessions(
-                limit=limit, after=after, status=status, now=self._clock(), owner=owner, bytes_max=bytes_max
+                limit=limit,
+                after=after,
+                status=status,
+                now=self._clock(),
+                owner=owner,
+                metadata=metadata,
+                bytes_max=bytes_max,
+            )
+
+    async def search_sessions(
+        self,
+        query: str,
+        *,
+        limit: int,
+        after: str | None = None,
+        status: SessionStatus | None = None,
+        owner: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        bytes_max: int | None = None,
+    ) -> Page[Match]:
+        """A page of the sessions that have all words of a query in their title, or in the messages of one ended turn.
+
+        Filtered and paged as :meth:`list_sessions`.
+        """
+        with self._answered_within():
+            return await self._store.search_sessions(
+                query,
+                limit=limit,
+                after=after,
+                status=status,
+                now=self._clock(),
+                owner=owner,
+                metadata=metadata,
+                bytes_max=bytes_max,
             )
 
     async def count_sessions(self, *, status: SessionStatus | None = None, owner: str | None = None) -> int:

@@ -203,6 +203,8 @@ class MemoryStore:
         """Keys of things that are gone, before :meth:`forget_keys` has noted when."""
         self._gone_at: deque[tuple[datetime, tuple[str, str]]] = deque()
         self._documents = MemoryDocuments()
+        self._by_pair: dict[tuple[str, str], SortedList[tuple[datetime, str]]] = {}
+        """The sessions that are not marked as deleted, for each pair of their metadata."""
 
     # Sessions
 
@@ -257,16 +259,21 @@ class MemoryStore:
         status: SessionStatus | None,
         now: datetime,
         owner: str | None = None,
+        metadata: Mapping[str, str] | None = None,
         bytes_max: int | None = None,
     ) -> Page[SessionRecord]:
         await anyio.lowlevel.checkpoint()
         listed = self._listed_of.get(owner, _Listed()) if owner else self._listed
         order = listed.running_by_age if status == "running" else listed.by_age
+        if metadata:
+            order = min((self._by_pair.get(pair, SortedList()) for pair in metadata.items()), key=len)
         maximum = None
         if after is not None:
             position = decode_session_cursor(after)
             maximum = (position.created_at, position.id)
-        found = await in_steps(self._newest(order, maximum, limit + 1, status=status, owner=owner, now=now))
+        found = await in_steps(
+            self._newest(order, maximum, limit + 1, status=status, owner=owner, metadata=metadata or {}, now=now)
+        )
         data = tuple(found)[: fitting((session.text_bytes for session in found[:limit]), bytes_max=bytes_max)]
         cursors = tuple(encode_cursor(SessionPosition(session.created_at, session.id)) for session in data)
         return Page(data=data, next=cursors[-1] if len(data) < len(found) else None, cursors=cursors)
@@ -630,6 +637,7 @@ class MemoryStore:
         *,
         status: SessionStatus | None,
         owner: str | None,
+        metadata: Mapping[str, str],
         now: datetime,
     ) -> Steps[list[SessionRecord]]:
         """The newest sessions below ``maximum``. Many sessions may have expired that are not removed yet."""
@@ -638,7 +646,7 @@ class MemoryStore:
             keys = list(islice(order.irange(maximum=maximum, inclusive=(True, False), reverse=True), _LISTED_AT_ONCE))
             for _, session_id in keys:
                 session = self._sessions[session_id].record
-                if not session.has_expired(now) and status in (None, session.status) and owner in (None, session.owner):
+                if not session.has_expired(now) and rules.is_listed(session, status, owner, metadata):
                     found.append(session)
                     if len(found) == limit:
                         return found
@@ -694,6 +702,7 @@ class MemoryStore:
         added = self._sessions[session.id] = _Session(session)
         for listed in self._lists_of(session):
             listed.add(session)
+        self._add_pairs(session)
         self._publish_title(added, title_document)
         return added
 
@@ -749,9 +758,23 @@ class MemoryStore:
         if not session.deleted:
             for listed in self._lists_of(record):
                 listed.replace(session.record, record)
+            if session.record.metadata != record.metadata:
+                self._remove_pairs(session.record)
+                self._add_pairs(record)
         session.record = record
 
+    def _add_pairs(self, session: SessionRecord) -> None:
+        for pair in session.metadata.items():
+            self._by_pair.setdefault(pair, SortedList()).add((session.created_at, session.id))
+
+    def _remove_pairs(self, session: SessionRecord) -> None:
+        for pair in session.metadata.items():
+            self._by_pair[pair].remove((session.created_at, session.id))
+            if not self._by_pair[pair]:
+                del self._by_pair[pair]
+
     def _hide(self, session: SessionRecord) -> None:
+        self._remove_pairs(session)
         for listed in self._lists_of(session):
             listed.remove(session)
         if session.owner and not self._listed_of[session.owner].by_age:

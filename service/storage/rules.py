@@ -4,7 +4,7 @@ A store that keeps whole records applies these functions to them. A store that c
 from here (:class:`Counts`, :func:`expires_at`) and adds them in its statement.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from hashlib import blake2b
 
@@ -18,6 +18,7 @@ from service.storage.records import (
     Item,
     SessionPatch,
     SessionRecord,
+    SessionStatus,
     TurnRecord,
     TurnState,
     count_messages,
@@ -53,6 +54,17 @@ def is_visible(session: SessionRecord, now: datetime, *, is_deleted: bool) -> bo
 def keeps_its_id(session: SessionRecord, now: datetime, *, is_deleted: bool) -> bool:
     """Whether no other session may take the session's id: it exists, or its deletion is not finished."""
     return is_deleted or not session.has_expired(now)
+
+
+def is_listed(
+    session: SessionRecord, status: SessionStatus | None, owner: str | None, metadata: Mapping[str, str]
+) -> bool:
+    """Whether a listing with these filters has the session; None and no pairs stand for all sessions."""
+    return (
+        owner in (None, session.owner)
+        and status in (None, session.status)
+        and all(session.metadata.get(name) == value for name, value in metadata.items())
+    )
 
 
 def expires_at(last_accessed_at: datetime, idle_timeout_s: float) -> datetime:

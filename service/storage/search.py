@@ -12,13 +12,15 @@ from typing import Generic, Protocol, TypeVar
 import msgspec
 
 from service.steps import Steps
+from service.storage import rules
 from service.storage.page_size import fitting
 from service.storage.records import Item, Match, Page, SessionRecord, SessionStatus, TurnRecord
 from service.storage.search_cursor import SearchCursors, SearchPosition
 from service.storage.snippets import snippet
 
 SEARCH_S = 0.25
-"""How long a search looks for matches. After this time its page is partial, and the next page goes on from there."""
+"""How long a search, or a listing by metadata, looks for rows. After this time its page is partial, and the next page
+goes on from there."""
 
 S = TypeVar("S")
 
@@ -51,15 +53,7 @@ class SearchQuery(msgspec.Struct, frozen=True, kw_only=True):
 
     def takes(self, session: SessionRecord) -> bool:
         """Whether a visible session passes the filters."""
-        return (
-            self.owner in (None, session.owner)
-            and self.status in (None, session.status)
-            and has_metadata(session, self.metadata)
-        )
-
-
-def has_metadata(session: SessionRecord, pairs: Mapping[str, str]) -> bool:
-    return all(session.metadata.get(name) == value for name, value in pairs.items())
+        return rules.is_listed(session, self.status, self.owner, self.metadata)
 
 
 class Found(msgspec.Struct, Generic[S], frozen=True):

@@ -127,6 +127,7 @@ class Store(Protocol):
         status: SessionStatus | None,
         now: datetime,
         owner: str | None = None,
+        metadata: Mapping[str, str] | None = None,
         bytes_max: int | None = None,
     ) -> Page[SessionRecord]:
         """A page of sessions, newest first (by ``created_at``, then ``id``).
@@ -137,6 +138,9 @@ class Store(Protocol):
         The listing is stable while sessions come and go: a session that exists from the first page to the last is on
         exactly one page. ``after`` is the ``next`` of the page before, and stays valid when the
         sessions around it are gone.
+
+        With ``metadata`` only the sessions that have all of these pairs. Such a page may be ``partial``, as those of
+        :meth:`search_sessions` are.
 
         With ``bytes_max`` a page ends before the row with which the ``text_bytes`` of its rows would be more than that;
         it has at least one row. The store does not read the texts of the rows that are not on the page.

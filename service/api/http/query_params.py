@@ -24,6 +24,7 @@ def read_query(request: Request, kind: type[Q]) -> Q:
     """
     check_query_length(request)
     values = request.args.to_dict(flat=False)
+    maps = {name: _take_map(values, name) for name in _maps(kind)}
     if not kind.__struct_config__.forbid_unknown_fields:
         values = {name: given for name, given in values.items() if name in kind.__struct_encode_fields__}
     for name, given in values.items():
@@ -31,7 +32,26 @@ def read_query(request: Request, kind: type[Q]) -> Q:
             raise InvalidRequestError("This parameter may be given once.", field=shown(name))
         if name in _whole_numbers(kind) and not (given[0].isascii() and given[0].isdigit()):
             raise InvalidRequestError("This parameter takes a whole number, in digits only.", field=name)
-    return convert({name: given[0] for name, given in values.items()}, kind, strict=False)
+    return convert({name: given[0] for name, given in values.items()} | maps, kind, strict=False)
+
+
+def _take_map(values: dict[str, list[str]], name: str) -> dict[str, str]:
+    """Take the parameters of a map out of ``values``: ``name.key=value``, or ``name[key]=value`` as OpenAPI has it.
+
+    Raises:
+        InvalidRequestError: The map has no key, or one key twice.
+    """
+    taken: dict[str, str] = {}
+    for parameter in [it for it in values if it.startswith((f"{name}.", f"{name}["))] + [name] * (name in values):
+        given = values.pop(parameter)
+        rest = parameter.removeprefix(name)
+        key = rest[1:-1] if rest.startswith("[") and rest.endswith("]") else rest[1:]
+        if not rest:
+            raise InvalidRequestError(f"This parameter needs a key: {name}.key=value.", field=name)
+        if len(given) > 1 or key in taken:
+            raise InvalidRequestError("This parameter may be given once for each key.", field=shown(parameter))
+        taken[key] = given[0]
+    return taken
 
 
 def check_query_length(request: Request) -> None:
@@ -49,6 +69,16 @@ def _whole_numbers(kind: type[Query]) -> frozenset[str]:
     assert isinstance(described, msgspec.inspect.StructType)
     return frozenset(
         field.encode_name for field in described.fields if isinstance(_plain(field.type), msgspec.inspect.IntType)
+    )
+
+
+@cache
+def _maps(kind: type[Query]) -> frozenset[str]:
+    """Return the parameters that are maps."""
+    described = msgspec.inspect.type_info(kind)
+    assert isinstance(described, msgspec.inspect.StructType)
+    return frozenset(
+        field.encode_name for field in described.fields if isinstance(_plain(field.type), msgspec.inspect.DictType)
     )
 
 

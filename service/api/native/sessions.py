@@ -106,15 +106,26 @@ async def list_sessions() -> TrioResponse:
     """List sessions, newest first.
 
     A session that exists from the first page to the last one is on exactly one page.
+
+    With `q` only sessions with all of its words, in the title or in the messages of one ended turn; words are whole,
+    and their case does not matter. Each session comes once, with the newest `match`: the newest match first. With
+    `metadata.key=value`, which may be there several times, only sessions with these pairs. A page that takes too long
+    is `partial`, perhaps empty, and `next` goes on where it ended.
     """
     query = read_query(request, SessionsQuery)
+    is_filtered = bool(query.q or query.metadata)
+    if is_filtered and query.count:
+        raise InvalidRequestError("Sessions are not counted with `q` or `metadata`.", field="count")
     sessions = current_service().sessions
-    listing = partial(sessions.list_sessions, status=query.status or None, owner=listed_owner())
-    page = await read_page(listing, Session.of, limit=query.limit, after=query.after or None)
-    count: int | msgspec.UnsetType = msgspec.UNSET
-    if query.count:
-        count = await sessions.count_sessions(status=query.status or None, owner=listed_owner())
-    return json_response(SessionList.of(page, count=count))
+    status, owner = query.status or None, listed_owner()
+    if query.q:
+        search = partial(sessions.search_sessions, query.q, status=status, owner=owner, metadata=query.metadata)
+        page = await read_page(search, Session.of_match, limit=query.limit, after=query.after or None)
+    else:
+        listing = partial(sessions.list_sessions, status=status, owner=owner, metadata=query.metadata)
+        page = await read_page(listing, Session.of, limit=query.limit, after=query.after or None)
+    count = await sessions.count_sessions(status=status, owner=owner) if query.count else msgspec.UNSET
+    return json_response(SessionList.of(page, count=count, partial=page.partial if is_filtered else msgspec.UNSET))
 
 
 @blueprint.get("/sessions/<session_id>")

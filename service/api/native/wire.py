@@ -20,6 +20,7 @@ from service.storage.records import (
     Failure,
     Item,
     LeftOut,
+    Match,
     Page,
     SessionRecord,
     SessionStatus,
@@ -172,6 +173,13 @@ def _whole(number: float) -> float:
     return int(number) if number.is_integer() else number
 
 
+class FoundBy(msgspec.Struct, frozen=True, kw_only=True):
+    """``{"turn_id": "turn_0a…", "snippet": "…where is Lisbon? In Portugal…"}``"""
+
+    turn_id: Annotated[str | None, Meta(description="The turn with the words; null: they are in the title.")]
+    snippet: Annotated[str, Meta(description="The text around a word of the query: at most 202 characters.")]
+
+
 class Session(msgspec.Struct, frozen=True, kw_only=True):
     """A session.
 
@@ -198,6 +206,14 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     message_count: int
     usage: SessionUsage
     owner: Annotated[str, Meta(description="Whose session it is. Only there if it has an owner.")] | UnsetType = UNSET
+    match: Annotated[FoundBy, Meta(description="Where the words of `q` are. Only there in a search.")] | UnsetType = (
+        UNSET
+    )
+
+    @classmethod
+    def of_match(cls, match: Match) -> Self:
+        found_by = FoundBy(turn_id=match.turn_id, snippet=match.snippet)
+        return msgspec.structs.replace(cls.of(match.session), match=found_by)
 
     @classmethod
     def of(cls, record: SessionRecord) -> Self:
@@ -222,12 +238,23 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SessionsQuery(Query, frozen=True, kw_only=True):
-    """``?limit=50&status=running&count=true``"""
+    """``?limit=50&status=running&count=true``, ``?q=lisbon+flight&metadata.team=blue``"""
 
     limit: Limit = 20
     after: After | UnsetType = UNSET
     status: SessionStatus | UnsetType = UNSET
-    count: Annotated[bool, Meta(description="Whether to add the exact count of all pages.")] = False
+    count: Annotated[
+        bool, Meta(description="Whether to add the exact count of all pages; not with `q` or `metadata`.")
+    ] = False
+    q: Annotated[
+        str,
+        Meta(
+            description="Only sessions that have all of these words in the title, or in the messages of an ended turn."
+        ),
+    ] = ""
+    metadata: Annotated[
+        Metadata, Meta(extra_json_schema={"description": "Only sessions with these pairs: `metadata.key=value`."})
+    ] = {}
 
 
 class SessionList(msgspec.Struct, frozen=True, kw_only=True):
@@ -236,10 +263,14 @@ class SessionList(msgspec.Struct, frozen=True, kw_only=True):
     data: tuple[Session, ...]
     next: str | None
     count: int | UnsetType = UNSET
+    partial: Annotated[
+        bool | UnsetType,
+        Meta(description="With `q` or `metadata`: whether sessions may be missing on this page. `next` goes on."),
+    ] = UNSET
 
     @classmethod
-    def of(cls, page: Page[msgspec.Raw], *, count: int | UnsetType = UNSET) -> Self:
-        return cls(data=cast("tuple[Session, ...]", page.data), next=page.next, count=count)
+    def of(cls, page: Page[msgspec.Raw], *, count: int | UnsetType = UNSET, partial: bool | UnsetType = UNSET) -> Self:
+        return cls(data=cast("tuple[Session, ...]", page.data), next=page.next, count=count, partial=partial)
 
 
 class PageQuery(Query, frozen=True, kw_only=True):

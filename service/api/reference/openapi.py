@@ -170,7 +170,8 @@ def _parameters(operation: Operation, tag: str, path_names: list[str], schemas: 
     if operation.query is not None:
         schema = schemas.of(operation.query)
         for name, of_one in schemas.components.pop(schema["$ref"].rpartition("/")[2])["properties"].items():
-            yield {"name": name, "in": "query", "schema": of_one}
+            style = {"style": "deepObject", "explode": True} if of_one.get("type") == "object" else {}
+            yield {"name": name, "in": "query", "schema": of_one} | style
     if tag not in _OPEN_TAGS:
         yield {
             "name": OWNER,

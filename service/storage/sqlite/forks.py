@@ -180,6 +180,7 @@ def build(db: apsw.Connection, fork: Fork, progress: Progress | None, *, fence: 
             "UPDATE sessions SET id = ?, deletion = 0, deleter = NULL WHERE key = ?",
             (fork.session.id, progress.session),
         )
+        db.execute("UPDATE session_metadata SET id = ? WHERE session = ?", (fork.session.id, progress.session))
         idempotency.keep(db, fork.key, session=progress.session, session_id=fork.session.id)
     return unfinished
 

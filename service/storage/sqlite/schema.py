@@ -148,11 +148,11 @@ CREATE INDEX sessions_by_owner ON sessions (owner_name, created_at, id) WHERE de
 ALTER TABLE session_settings ADD COLUMN options TEXT;   -- {"temperature": …}: of turns that name none
 
 CREATE TABLE session_metadata (
-    name TEXT NOT NULL,
-    value TEXT NOT NULL,
+    pair BLOB NOT NULL,             -- a digest (sqlite/metadata.py)
     created_at INTEGER NOT NULL,    -- of the session
+    id TEXT NOT NULL,               -- of the session, also after its removal
     session INTEGER NOT NULL REFERENCES sessions (key),
-    PRIMARY KEY (name, value, created_at, session)
+    PRIMARY KEY (pair, created_at, id, session)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX metadata_by_session ON session_metadata (session);
 

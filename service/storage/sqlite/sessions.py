@@ -1,6 +1,6 @@
 """The steps that read and write sessions, each within a transaction. A step refuses before its first write."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from datetime import datetime
 
 import apsw
@@ -11,7 +11,7 @@ from service.storage import rules
 from service.storage.page_cursor import SessionPosition, encode_cursor
 from service.storage.page_size import fitting
 from service.storage.records import IdempotencyKey, Page, SessionPatch, SessionRecord, SessionStatus
-from service.storage.sqlite import documents, idempotency, recovery, trees
+from service.storage.sqlite import documents, idempotency, metadata, recovery, trees
 from service.storage.sqlite.ownership import Ownership
 from service.storage.sqlite.rows import SESSION_COLUMNS, SETTINGS_COLUMNS, Row, moment, session_of, settings_of
 
@@ -140,6 +140,7 @@ def insert(db: apsw.Connection, session: SessionRecord, *, turns_begun: int = 0)
         (key, *settings_of(session)),
     )
     documents.set_title(db, key, session.title)
+    metadata.insert(db, key, session)
     return key
 
 
@@ -166,6 +167,24 @@ def list_page(
     data = tuple(_record(db, row) for row in rows[: fitting(sizes, bytes_max=bytes_max)])
     cursors = tuple(encode_cursor(SessionPosition(session.created_at, session.id)) for session in data)
     return Page(data=data, next=cursors[-1] if len(data) < len(rows) else None, cursors=cursors)
+
+
+def list_page_by_metadata(
+    db: apsw.Connection,
+    pairs: Mapping[str, str],
+    *,
+    limit: int,
+    after: SessionPosition | None,
+    status: SessionStatus | None,
+    now: datetime,
+    owner: str | None,
+    bytes_max: int | None,
+) -> Page[SessionRecord]:
+    def listed(key: int) -> SessionRecord | None:
+        session = visible_by_key(db, key, now)
+        return session if session is not None and rules.is_listed(session, status, owner, pairs) else None
+
+    return metadata.list_page(db, pairs, listed, owner=owner, limit=limit, after=after, bytes_max=bytes_max)
 
 
 def count(db: apsw.Connection, status: SessionStatus | None, now: datetime, *, owner: str | None = None) -> int:
@@ -212,6 +231,9 @@ def update(
         )
     if session.title != kept.record.title:
         documents.set_title(db, kept.key, session.title)
+    if session.metadata != kept.record.metadata:
+        metadata.delete(db, kept.key)
+        metadata.insert(db, kept.key, session)
     return session
 
 

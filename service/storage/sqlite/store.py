@@ -166,9 +166,23 @@ class SqliteStore:
         status: SessionStatus | None,
         now: datetime,
         owner: str | None = None,
+        metadata: Mapping[str, str] | None = None,
         bytes_max: int | None = None,
     ) -> Page[SessionRecord]:
         position = None if after is None else decode_session_cursor(after)
+        if metadata:
+            return await self._searching.call(
+                lambda db: sessions.list_page_by_metadata(
+                    db,
+                    metadata,
+                    limit=limit,
+                    after=position,
+                    status=status,
+                    now=now,
+                    owner=owner,
+                    bytes_max=bytes_max,
+                )
+            )
         return await self._reading.call(
             lambda db: sessions.list_page(
                 db, limit=limit, after=position, status=status, now=now, owner=owner, bytes_max=bytes_max

@@ -71,7 +71,7 @@ async def test_wrong_parameters_are_refused_by_name(autojump_clock: MockClock) -
             ("after=" + "x" * 600, "after"),
             ("status=dead", "status"),
             ("count=maybe", "count"),
-            ("q=x", "q"),
+            ("query=x", "query"),
             ("%FF=x", "%FF"),
         ]:
             (await api.call("GET", f"/sessions?{query}")).problem(422, "invalid_request", field)

@@ -51,6 +51,15 @@ async def _search(store: SqliteStore) -> object:
     return await store.search_sessions("a title", limit=1, after=first.next, status=None, now=T0)
 
 
+async def _pages_by_metadata(store: SqliteStore) -> object:
+    pairs = {"team": "blue", "vip": "yes"}
+    for name in ("sess_000100", "sess_000103"):
+        await store.update_session(name, SessionPatch(metadata=pairs), now=T0)
+    first = await store.list_sessions(limit=1, after=None, status=None, metadata=pairs, now=T0)
+    assert first.next is not None
+    return await store.list_sessions(limit=1, after=first.next, status=None, metadata=pairs, now=T0)
+
+
 CALLS: dict[str, Callable[[SqliteStore], Awaitable[object]]] = {
     "create": lambda store: store.create_session(a_session("new"), now=T0),
     "create over an expired one": lambda store: store.create_session(a_session("sess_000000"), now=LATE),
@@ -102,6 +111,7 @@ CALLS: dict[str, Callable[[SqliteStore], Awaitable[object]]] = {
     "page without an owner": lambda store: store.list_sessions(limit=10, after=None, status=None, owner="", now=T0),
     "count of an owner": lambda store: store.count_sessions(status=None, owner="ann", now=T0),
     "search": _search,
+    "page by metadata": _pages_by_metadata,
     "expire": lambda store: store.delete_expired(now=LATE, limit=10),
     "recover": lambda store: store.recover(now=T0),
     "create with a key": lambda store: store.create_session(a_session("new3"), now=T0, key=A_KEY),

@@ -59,7 +59,7 @@ CREATE TABLE owners (
     address TEXT,
     opened_at INTEGER NOT NULL
 ) STRICT;
-INSERT INTO owners VALUES(1,NULL,1795928296599497);
+INSERT INTO owners VALUES(1,NULL,1795928533676913);
 DELETE FROM sqlite_schema WHERE name='search' AND type='table';
 INSERT INTO sqlite_schema(type,name,tbl_name,rootpage,sql) VALUES('table','search','search',0,'CREATE VIRTUAL TABLE search USING fts5 (terms, content='''', contentless_delete=1, detail=none, tokenize=''ascii'')');
 DROP TABLE IF EXISTS search_config;
@@ -83,12 +83,13 @@ INSERT INTO search_idx VALUES(1,X'',2);
 INSERT INTO search_idx VALUES(2,X'',2);
 DROP TABLE IF EXISTS session_metadata;
 CREATE TABLE session_metadata (
-    name TEXT NOT NULL,
-    value TEXT NOT NULL,
+    pair BLOB NOT NULL,             -- a digest (sqlite/metadata.py)
     created_at INTEGER NOT NULL,    -- of the session
+    id TEXT NOT NULL,               -- of the session, also after its removal
     session INTEGER NOT NULL REFERENCES sessions (key),
-    PRIMARY KEY (name, value, created_at, session)
+    PRIMARY KEY (pair, created_at, id, session)
 ) STRICT, WITHOUT ROWID;
+INSERT INTO session_metadata VALUES(X'F3311567412CB8CC3F619E4199AAFDAC',1772366400123456,'s',1);
 CREATE INDEX metadata_by_session ON session_metadata (session);
 DROP TABLE IF EXISTS session_settings;
 CREATE TABLE session_settings (
