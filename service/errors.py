@@ -39,7 +39,7 @@ The module that calls a library turns the library's exceptions into these types.
 """
 
 import errno
-from typing import Final
+from typing import Any, Final
 
 from service.failure_codes import FailureCode
 from service.ids import public_id
@@ -354,6 +354,10 @@ class ModelError(LastcallError):
         retry_after_s: The wait in seconds that the upstream asked for; None if it did not ask for one.
         tokens: With ``context_too_long``, the tokens that the upstream counted; None if it does not say.
         tokens_max: The tokens that the upstream takes; None if it does not say.
+
+    Attributes:
+        usage: What the upstream has counted for replies that failed before their first token
+            (:class:`~service.models.client.Usage`); None if it has not counted, as nearly always.
     """
 
     def __init__(
@@ -375,3 +379,4 @@ class ModelError(LastcallError):
         self.retry_after_s = retry_after_s
         self.tokens = tokens
         self.tokens_max = tokens_max
+        self.usage: Any = None

@@ -15,6 +15,11 @@ FORMAT = 1
 """The version of the form of an exported session."""
 COUNT_MAX = 10**12
 """The most events or tokens of one turn, so that sums fit in every store."""
+TOTAL_MAX = 10**18
+"""The most tokens of one session."""
+TOKENS_OF_LATER_VERSIONS = ("reasoning_tokens", "cached_tokens")
+"""The totals of a session that exports of earlier versions do not have."""
+TOKENS = ("input_tokens", "output_tokens", *TOKENS_OF_LATER_VERSIONS)
 
 _SHOWN_MAX = 80
 """Characters of a wrong value that are shown."""
@@ -75,7 +80,10 @@ def without_open_turns(whole: ExportedSession) -> ExportedSession:
         if not turn.is_open:
             kept.append(ExportedTurn(msgspec.structs.replace(turn, parent=parent), it.events))
     session = msgspec.structs.replace(whole.session, head=stand_ins[whole.session.head])
-    return ExportedSession(session=with_totals(session, [it.turn for it in kept]), turns=tuple(kept))
+    totals = with_totals(session, [it.turn for it in kept])
+    # What was used for a title, or for turns that were deleted, is in no turn. Earlier versions lack some totals.
+    tokens = {name: max(getattr(session, name), getattr(totals, name)) for name in TOKENS}
+    return ExportedSession(session=msgspec.structs.replace(totals, **tokens), turns=tuple(kept))
 
 
 def _problems(whole: ExportedSession, given: object) -> Iterator[str]:
@@ -109,11 +117,18 @@ def problems_of_totals(whole: ExportedSession) -> Iterator[str]:
     """Check the counts of a session against its turns; open turns count with their inputs."""
     session = whole.session
     opened = [it.turn for it in whole.turns if it.turn.is_open]
-    totals = with_totals(session, [it.turn for it in whole.turns])
+    # What an open turn has used so far counts at its end.
+    turns = [msgspec.structs.replace(it.turn, usage=None) if it.turn.is_open else it.turn for it in whole.turns]
+    totals = with_totals(session, turns)
     totals = msgspec.structs.replace(totals, open_turns=len(opened))
-    for name in ("open_turns", "message_count", "input_tokens", "output_tokens"):
+    for name in ("open_turns", "message_count"):
         if getattr(session, name) != getattr(totals, name):
             yield f"{name} {shown(getattr(session, name))} of the session is not {getattr(totals, name)}"
+    for name in TOKENS:
+        least = 0 if name in TOKENS_OF_LATER_VERSIONS else getattr(totals, name)
+        if not least <= getattr(session, name) <= TOTAL_MAX:
+            told = shown(getattr(session, name))
+            yield f"{name} {told} of the session is not between {least} and {TOTAL_MAX}"
     try:
         deadline = expires_at(session.last_accessed_at, session.idle_timeout_s)
     except (OverflowError, ValueError):
@@ -161,7 +176,9 @@ def _has_a_place_in_time(value: datetime) -> bool:
 
 
 def _problems_of_counts(turn: TurnRecord, of: str) -> Iterator[str]:
-    counts = {"last_seq": turn.last_seq} | (msgspec.structs.asdict(turn.usage) if turn.usage is not None else {})
+    counts = {"last_seq": turn.last_seq}
+    if turn.usage is not None:
+        counts |= {name: it for name, it in msgspec.structs.asdict(turn.usage).items() if it is not msgspec.UNSET}
     if turn.left_out is not None:
         counts |= {"left_out.items": turn.left_out.items, "left_out.bytes": turn.left_out.bytes}
     for name, count in counts.items():

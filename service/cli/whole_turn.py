@@ -19,7 +19,7 @@ from service.sessions.events.events import (
 from service.sessions.events.outcome import outcome_of, record_changes, terminal_event
 from service.storage.records import SEQ_AFTER_CRASH, Item, TurnRecord
 
-_END_FIELDS = ("reason", "error", "finish_reason", "usage")
+_END_FIELDS = ("reason", "error", "finish_reason")
 _FIELDS_OF_TYPES = {
     "message": (),
     "reasoning": ("encrypted", "upstream"),
@@ -114,7 +114,12 @@ def _problems_of_events(turn: TurnRecord, frames: Sequence[bytes]) -> Iterator[P
             yield "last_seq", turn.last_seq, f"does not go with {len(events)} events"
             return
         expected = terminal_event(
-            outcome, seq=len(events), text_length=len(turn.text), left_out=turn.left_out, stored=True
+            outcome,
+            seq=len(events),
+            text_length=len(turn.text),
+            usage=turn.usage,
+            left_out=turn.left_out,
+            stored=True,
         )
         if not events or events[-1] not in (expected, msgspec.structs.replace(expected, stored=False)):
             yield f"events[{len(events) - 1}]", frames[-1].decode() if frames else None, "is not the turn's end"

@@ -88,10 +88,43 @@ class OutputDetails(msgspec.Struct):
     reasoning_tokens: int | None = None
 
 
+class InputDetails(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
 class TokenUsage(msgspec.Struct, gc=False):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    total_tokens: int | None = None
+    prompt_tokens_details: InputDetails | None = None
     completion_tokens_details: OutputDetails | None = None
+    prompt_cache_hit_tokens: int | None = None  # sent by DeepSeek
+    cached_tokens: int | None = None  # sent by Moonshot
+    cache_read_input_tokens: int | None = None  # sent by gateways to Anthropic
+    reasoning_tokens: int | None = None  # sent by Perplexity
+
+    @property
+    def says_something(self) -> bool:
+        return self.prompt_tokens is not None or self.completion_tokens is not None
+
+    @property
+    def cached(self) -> int | None:
+        """The tokens of the prompt that the server had in a cache; None if it does not say."""
+        details = self.prompt_tokens_details
+        forms = (
+            details.cached_tokens if details is not None else None,
+            self.prompt_cache_hit_tokens,
+            self.cached_tokens,
+            self.cache_read_input_tokens,
+        )
+        return next((count for count in forms if count is not None), None)
+
+    @property
+    def reasoned(self) -> int | None:
+        """The tokens of the reasoning; None if the server does not say."""
+        details = self.completion_tokens_details
+        said = details.reasoning_tokens if details is not None else None
+        return self.reasoning_tokens if said is None else said
 
 
 class Chunk(msgspec.Struct, gc=False):
@@ -338,13 +371,21 @@ def _thoughts(content: object) -> str:
 def _usage(said: object) -> TokenUsage | None:
     if not isinstance(said, dict):
         return None
-    details = said.get("completion_tokens_details")
+    of_input, of_output = said.get("prompt_tokens_details"), said.get("completion_tokens_details")
     return TokenUsage(
         prompt_tokens=_whole(said.get("prompt_tokens")),
         completion_tokens=_whole(said.get("completion_tokens")),
-        completion_tokens_details=OutputDetails(_whole(details.get("reasoning_tokens")))
-        if isinstance(details, dict)
+        total_tokens=_whole(said.get("total_tokens")),
+        prompt_tokens_details=InputDetails(_whole(of_input.get("cached_tokens")))
+        if isinstance(of_input, dict)
         else None,
+        completion_tokens_details=OutputDetails(_whole(of_output.get("reasoning_tokens")))
+        if isinstance(of_output, dict)
+        else None,
+        prompt_cache_hit_tokens=_whole(said.get("prompt_cache_hit_tokens")),
+        cached_tokens=_whole(said.get("cached_tokens")),
+        cache_read_input_tokens=_whole(said.get("cache_read_input_tokens")),
+        reasoning_tokens=_whole(said.get("reasoning_tokens")),
     )
 
 

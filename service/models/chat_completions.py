@@ -219,7 +219,8 @@ class ReplyDecoder:
         self._body_parts = PartsCount()
         self._half = ""  # the first of two surrogates, if the second comes with the next chunk
         self._finish_reason: FinishReason | None = None
-        self._usage: Usage | None = None
+        self.usage: Usage | None = None
+        """What the server has counted so far."""
         self.finished = False
         self.failure: ModelError | None = None
         """The error that ended the reply. It is not raised at once, so that earlier events of its chunk count."""
@@ -325,7 +326,7 @@ class ReplyDecoder:
         if self._finish_reason == "stop" and self._calls.opened:
             self._finish_reason = "tool_calls"  # several servers say "stop" here
         self.finished = True
-        events.append(Finished(finish_reason=self._finish_reason, usage=self._usage))
+        events.append(Finished(finish_reason=self._finish_reason, usage=self.usage))
 
     def _take(self, payload: bytes, events: list[ModelEvent]) -> bool:
         """Take an event's data. Returns whether it was the last event."""
@@ -390,8 +391,8 @@ class ReplyDecoder:
                 self._take_choices(choices, payload, events)
         elif not chunk.error:
             self._take_no_choice(chunk, payload)
-        if chunk.usage is not None:
-            self._usage = _usage(chunk.usage)
+        if chunk.usage is not None and (self.usage is None or chunk.usage.says_something):
+            self.usage = _usage(chunk.usage)
 
     def _take_choices(self, choices: Sequence[Choice], payload: bytes, events: list[ModelEvent]) -> None:
         """Take the choices of a chunk that belong to the reply."""
@@ -466,7 +467,7 @@ class ReplyDecoder:
 
     def _unfinished(self) -> ModelError:
         """The error for a reply without a finish reason."""
-        if not self._choices.has_begun and self._usage is None:
+        if not self._choices.has_begun and self.usage is None:
             if self._has_skipped or self._sse.foreign_events:
                 message = "The model server sent something that is not a chat completion."
                 return ModelError("upstream_protocol", message)
@@ -509,9 +510,12 @@ def _finish_reason(reason: str) -> FinishReason:
 
 
 def _usage(usage: TokenUsage) -> Usage:
-    details = usage.completion_tokens_details
+    """The counts of a server. Some (xAI) count the reasoning beside the completion, which shows in their totals."""
+    said, written, reasoned = tokens(usage.prompt_tokens), tokens(usage.completion_tokens), tokens(usage.reasoned)
+    is_beside = reasoned > 0 and usage.total_tokens == said + written + reasoned
     return Usage(
-        input_tokens=tokens(usage.prompt_tokens),
-        output_tokens=tokens(usage.completion_tokens),
-        reasoning_tokens=tokens(details.reasoning_tokens if details is not None else None),
+        input_tokens=said,
+        output_tokens=written + reasoned if is_beside else written,
+        reasoning_tokens=reasoned,
+        cached_tokens=msgspec.UNSET if usage.cached is None else tokens(usage.cached),
     )

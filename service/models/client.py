@@ -108,11 +108,31 @@ class ModelRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens as the upstream counted them; ``reasoning_tokens`` are part of ``output_tokens``."""
+    """Tokens as the upstream counted them.
+
+    ``reasoning_tokens`` are part of ``output_tokens``. ``cached_tokens`` are those of ``input_tokens`` that were in a
+    cache of the upstream, which sells them for less; UNSET if the upstream does not say.
+    """
 
     input_tokens: int
     output_tokens: int
     reasoning_tokens: int = 0
+    cached_tokens: int | msgspec.UnsetType = msgspec.UNSET
+
+    def __add__(self, other: "Usage") -> "Usage":
+        cached = [it.cached_tokens for it in (self, other) if it.cached_tokens is not msgspec.UNSET]
+        return Usage(
+            input_tokens=self.input_tokens + other.input_tokens,
+            output_tokens=self.output_tokens + other.output_tokens,
+            reasoning_tokens=self.reasoning_tokens + other.reasoning_tokens,
+            cached_tokens=sum(cached) if cached else msgspec.UNSET,
+        )
+
+
+def total_usage(*parts: Usage | None) -> Usage | None:
+    """The sum of what upstreams counted; None if none of them has counted."""
+    counted = [part for part in parts if part is not None]
+    return sum(counted[1:], counted[0]) if counted else None
 
 
 class TextDelta(msgspec.Struct, frozen=True, gc=False):
@@ -164,6 +184,14 @@ ModelEvent = TextDelta | ReasoningDelta | EncryptedReasoning | CallOpened | Argu
 
 class ModelStream(Protocol):
     """One reply on its way."""
+
+    @property
+    def usage(self) -> Usage | None:
+        """What the upstream has counted for this reply so far, failed attempts included; None if it has not counted.
+
+        Most upstreams count at the end of a reply, some in each piece. Valid after the stream was left, too.
+        """
+        ...
 
     async def receive(self) -> Sequence[ModelEvent]:
         """Wait for at least one event, then return all events that have arrived, in order.

@@ -36,7 +36,7 @@ from service.errors import NOTHING_LEFT, ModelError, SettingsError, is_exhaustio
 from service.freezes import extended_when_late, move_on_after
 from service.ids import is_request_id
 from service.models.chat_completions import ReplyDecoder, encode_request
-from service.models.client import ModelEvent, ModelRequest
+from service.models.client import ModelEvent, ModelRequest, Usage
 from service.models.dialects import KnownDialects
 from service.models.http.connect import TlsError
 from service.models.http.transport import BODY, ResponseBody, Transport
@@ -233,6 +233,10 @@ class OpenAICompatibleStream:
         self._decoder = decoder
         self._end_deadline = math.inf
         self._piece = b""  # the rest of a large chunk
+
+    @property
+    def usage(self) -> Usage | None:
+        return self._decoder.usage
 
     async def receive(self) -> Sequence[ModelEvent]:
         decoder = self._decoder

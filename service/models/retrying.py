@@ -11,7 +11,7 @@ import structlog
 from stamina.instrumentation import RetryDetails
 
 from service.errors import ModelError
-from service.models.client import ModelClient, ModelEvent, ModelRequest, ModelStream
+from service.models.client import ModelClient, ModelEvent, ModelRequest, ModelStream, Usage, total_usage
 
 _WAIT_INITIAL_S = 0.25
 _WAIT_MAX_S = 4.0
@@ -26,6 +26,9 @@ class RetryingClient:
     Only ``retryable`` errors are retried, after a jittered wait that doubles or the wait that the
     upstream asked for. If the wait would end after the caller's deadline, the error is raised at once.
     Nothing is repeated after the first event, or after a deadline (which is a cancellation).
+
+    An attempt that fails before its first event nearly always costs nothing, and the upstream counts nothing. What an
+    upstream has counted for such attempts is a part of the reply's usage, or of the last error's.
 
     Args:
         client: The wrapped client. Closing the wrapper closes it.
@@ -55,6 +58,7 @@ class RetryingClient:
 
     async def _open(self, request: ModelRequest) -> tuple[AsyncExitStack, ModelStream]:
         """A stream that has begun, and the exit stack that leaves it. This method leaves failed streams itself."""
+        spent: Usage | None = None
         async for attempt in stamina.retry_context(
             on=_wait_before_retry,
             attempts=self._attempts,
@@ -66,8 +70,12 @@ class RetryingClient:
             with attempt:
                 async with AsyncExitStack() as stack:
                     stream = await stack.enter_async_context(self._client.stream(request))
-                    first = await stream.receive()
-                    return stack.pop_all(), _BegunStream(stream, first)
+                    try:
+                        first = await stream.receive()
+                    except ModelError as error:
+                        error.usage = spent = total_usage(spent, stream.usage)
+                        raise
+                    return stack.pop_all(), _BegunStream(stream, first, spent)
         raise AssertionError("unreachable: the last attempt returns or raises")
 
 
@@ -78,10 +86,15 @@ class _BegunStream:
         receive: See :class:`~service.models.client.ModelStream`.
     """
 
-    def __init__(self, stream: ModelStream, first: Sequence[ModelEvent]) -> None:
+    def __init__(self, stream: ModelStream, first: Sequence[ModelEvent], spent: Usage | None) -> None:
         self.receive: Callable[[], Coroutine[Any, Any, Sequence[ModelEvent]]] = self._receive_first
         self._stream = stream
         self._first = first
+        self._spent = spent
+
+    @property
+    def usage(self) -> Usage | None:
+        return total_usage(self._spent, self._stream.usage)
 
     async def _receive_first(self) -> Sequence[ModelEvent]:
         await anyio.lowlevel.checkpoint()

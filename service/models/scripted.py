@@ -30,6 +30,7 @@ from service.models.client import (
     CallOpened,
     EncryptedReasoning,
     Finished,
+    FinishReason,
     FunctionCallOutput,
     ModelEvent,
     ModelRequest,
@@ -188,6 +189,7 @@ class ScriptedStream:
         self._input_tokens = sum(len(message.text.split()) for message in request.prompt)
         self._next = 0
         self._start = anyio.current_time() + script.first_token_s
+        self.usage: Usage | None = None
 
     async def receive(self) -> Sequence[ModelEvent]:
         if self._next >= self._stop and self._stop < self._length:
@@ -222,14 +224,13 @@ class ScriptedStream:
         return TextDelta(self._words[index] if self._words is not None else _numbered(index, self._script.token_bytes))
 
     def _finished(self) -> Finished:
-        return Finished(
-            finish_reason="length" if self._cut else "tool_calls" if self._calls else "stop",
-            usage=Usage(
-                input_tokens=self._input_tokens,
-                output_tokens=self._length,
-                reasoning_tokens=min(self._reasoning, self._length),
-            ),
+        self.usage = Usage(
+            input_tokens=self._input_tokens,
+            output_tokens=self._length,
+            reasoning_tokens=min(self._reasoning, self._length),
         )
+        reason: FinishReason = "length" if self._cut else "tool_calls" if self._calls else "stop"
+        return Finished(finish_reason=reason, usage=self.usage)
 
 
 def _failure(script: Script) -> ModelError:

@@ -128,6 +128,8 @@ class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
     open_turns: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
+    reasoning_tokens: int = 0
+    cached_tokens: int = 0
 
     def __post_init__(self) -> None:
         # A whole number becomes a float here, so that the first answer shows the same value as later ones.
@@ -378,7 +380,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     ``after`` is the seq of the last event of the last acknowledged checkpoint, 0 if there was none; ``runs`` are the
     events that follow, without gaps, and ``text`` is the text of their pieces in the order of arrival. ``items`` are
     the items that began or changed with these events, without texts, in the order of their indices; a known id replaces
-    what only its model server reads. ``left_out`` is the turn's.
+    what only its model server reads. ``left_out`` is the turn's, and ``usage`` what the upstream has counted so far.
     """
 
     session_id: str
@@ -388,6 +390,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     text: str = ""
     items: tuple[Item, ...] = ()
     left_out: LeftOut | None = None
+    usage: Usage | None = None
 
 
 class EndResult(Enum):

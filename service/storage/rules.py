@@ -11,6 +11,7 @@ from hashlib import blake2b
 import msgspec
 
 from service.errors import HeadMovedError, PreconditionFailedError, TurnInProgressError, TurnNotFoundError
+from service.models.client import Usage
 from service.storage.pieces import CALL, STARTED, Run, run_of
 from service.storage.records import (
     SEQ_AFTER_CRASH,
@@ -33,6 +34,8 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
     message_count: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
+    reasoning_tokens: int = 0
+    cached_tokens: int = 0
 
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(
@@ -40,6 +43,8 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
             message_count=self.message_count + other.message_count,
             input_tokens=self.input_tokens + other.input_tokens,
             output_tokens=self.output_tokens + other.output_tokens,
+            reasoning_tokens=self.reasoning_tokens + other.reasoning_tokens,
+            cached_tokens=self.cached_tokens + other.cached_tokens,
         )
 
 
@@ -165,11 +170,18 @@ def counts_of_begin(turn: TurnRecord) -> Counts:
 
 def counts_of_end(turn: TurnRecord) -> Counts:
     """What the end of a turn adds: its reply in messages and calls, and its usage; there is one open turn less."""
+    return Counts(open_turns=-1, message_count=count_messages(turn.output)) + counts_of_usage(turn.usage)
+
+
+def counts_of_usage(usage: Usage | None) -> Counts:
+    """What an upstream's counts add to the totals of a session."""
+    if usage is None:
+        return Counts()
     return Counts(
-        open_turns=-1,
-        message_count=count_messages(turn.output),
-        input_tokens=turn.usage.input_tokens if turn.usage else 0,
-        output_tokens=turn.usage.output_tokens if turn.usage else 0,
+        input_tokens=usage.input_tokens,
+        output_tokens=usage.output_tokens,
+        reasoning_tokens=usage.reasoning_tokens,
+        cached_tokens=usage.cached_tokens or 0,
     )
 
 
@@ -230,6 +242,8 @@ def _with_counts(session: SessionRecord, counts: Counts) -> SessionRecord:
         message_count=session.message_count + counts.message_count,
         input_tokens=session.input_tokens + counts.input_tokens,
         output_tokens=session.output_tokens + counts.output_tokens,
+        reasoning_tokens=session.reasoning_tokens + counts.reasoning_tokens,
+        cached_tokens=session.cached_tokens + counts.cached_tokens,
     )
 
 

@@ -148,6 +148,37 @@ def test_an_exported_session_is_imported_into_an_empty_folder_unchanged(
     assert (tmp_path / "new.db").stat().st_mode & 0o777 == 0o600
 
 
+def test_a_session_has_used_at_least_what_its_turns_have(exports: dict[str, bytes]) -> None:
+    """It may have used more: for a title, and for turns that were deleted."""
+    whole = json.loads(exports["s"])
+    used = whole["session"]["input_tokens"]
+    whole["session"]["input_tokens"] = used + 100
+    check(json.dumps(whole).encode())
+    for wrong in (used - 1, -1, 10**19):
+        whole["session"]["input_tokens"] = wrong
+        with pytest.raises(StartupError, match=f"input_tokens {wrong} of the session is not between {used} and"):
+            check(json.dumps(whole).encode())
+
+
+def test_a_session_of_an_earlier_version_gets_the_totals_that_it_lacks(
+    exports: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LASTCALL_STORE_URL", "sqlite:new.db")
+    whole = json.loads(exports["s"])
+    reasoning = whole["session"].pop("reasoning_tokens")
+    assert reasoning > 0
+    del whole["session"]["cached_tokens"]
+    whole["session"]["output_tokens"] += 5
+    Path("exported.json").write_text(json.dumps(whole))
+    assert main(["import", "exported.json"]) == 0
+    capsys.readouterr()
+    assert main(["export", "s"]) == 0
+    imported = json.loads(capsys.readouterr().out)["session"]
+    assert (imported["reasoning_tokens"], imported["cached_tokens"]) == (reasoning, 0)
+    assert imported["output_tokens"] == whole["session"]["output_tokens"], "what was used is not forgotten"
+
+
 def test_a_refused_import_makes_no_store(
     exports: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
 ) -> None:

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import UNSET, UnsetType
 
 from service.errors import ModelError
 from service.models.chat_chunks import Chunk, decode_chunk, join_surrogates
@@ -183,6 +184,63 @@ def test_odd_counts_of_tokens_fail_no_reply(told: object, counted: tuple[int, in
         TextDelta("x"),
         Finished(finish_reason="stop", usage=expected),
     ]
+
+
+@pytest.mark.parametrize(
+    ("told", "cached"),
+    [
+        ({}, UNSET),
+        ({"prompt_tokens_details": {"cached_tokens": 64, "audio_tokens": 0}}, 64),
+        ({"prompt_tokens_details": {"cached_tokens": 0}}, 0),
+        ({"prompt_tokens_details": None}, UNSET),
+        ({"prompt_tokens_details": {"cached_tokens": None}, "prompt_cache_hit_tokens": 7}, 7),
+        ({"prompt_cache_hit_tokens": 64, "prompt_cache_miss_tokens": 36}, 64),
+        ({"prompt_cache_hit_tokens": 0, "prompt_cache_miss_tokens": 100}, 0),
+        ({"cached_tokens": 9}, 9),
+        ({"cache_read_input_tokens": 9, "cache_creation_input_tokens": 3}, 9),
+        ({"prompt_tokens_details": {"cached_tokens": -5}}, 0),
+        ({"prompt_tokens_details": {"cached_tokens": 2**70}}, 10**12),
+        ({"prompt_tokens_details": {"cached_tokens": 2.5}}, 2),
+        ({"prompt_tokens_details": [], "cached_tokens": "many"}, UNSET),
+    ],
+)
+def test_cached_tokens_are_read_in_every_form_and_only_where_they_are_told(
+    told: dict[str, object], cached: int | UnsetType
+) -> None:
+    usage = {"prompt_tokens": 100, "completion_tokens": 2} | told
+    *_, finished = read(delta("x"), finish(), {"choices": [], "usage": usage}, DONE)
+    assert finished == Finished(
+        finish_reason="stop", usage=Usage(input_tokens=100, output_tokens=2, cached_tokens=cached)
+    )
+
+
+@pytest.mark.parametrize(
+    ("told", "output", "reasoning"),
+    [
+        ({"completion_tokens": 50, "completion_tokens_details": {"reasoning_tokens": 40}, "total_tokens": 60}, 50, 40),
+        ({"completion_tokens": 9, "completion_tokens_details": {"reasoning_tokens": 94}, "total_tokens": 113}, 103, 94),
+        ({"completion_tokens": 9, "completion_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 19}, 9, 0),
+        ({"completion_tokens": 9, "reasoning_tokens": 4, "total_tokens": 19}, 9, 4),
+        ({"completion_tokens": 9, "reasoning_tokens": 4}, 9, 4),
+    ],
+)
+def test_reasoning_is_a_part_of_the_output_also_where_a_server_counts_it_beside(
+    told: dict[str, object], output: int, reasoning: int
+) -> None:
+    *_, finished = read(delta("x"), finish(), {"choices": [], "usage": {"prompt_tokens": 10} | told}, DONE)
+    assert isinstance(finished, Finished)
+    assert finished.usage == Usage(input_tokens=10, output_tokens=output, reasoning_tokens=reasoning)
+
+
+def test_what_a_server_counts_in_each_piece_is_known_before_the_end() -> None:
+    decoder = new_decoder()
+    assert decoder.usage is None
+    for written in (1, 2):
+        counted = {"usage": {"prompt_tokens": 7, "completion_tokens": written}}
+        decoder.feed(event(delta("x") | counted))
+        assert decoder.usage == Usage(input_tokens=7, output_tokens=written)
+    decoder.feed(event({"choices": [], "usage": {}}))
+    assert decoder.usage == Usage(input_tokens=7, output_tokens=2), "an empty count says nothing"
 
 
 def test_usage_in_another_type_is_none() -> None:

@@ -10,7 +10,7 @@ import trio
 from trio.testing import MockClock
 
 from service.errors import ModelError
-from service.models.client import Finished, ModelEvent, ModelRequest, TextDelta
+from service.models.client import Finished, ModelEvent, ModelRequest, TextDelta, Usage
 from service.models.openai_compatible import open_openai_compatible
 from service.models.retrying import RetryingClient
 from tests.models.replies import ask, asking, take
@@ -35,6 +35,7 @@ class FailingClient:
         self.begun: list[float] = []
         self.open = 0
         self.closed = False
+        self.usage: Usage | None = None
 
     @asynccontextmanager
     async def stream(self, request: ModelRequest) -> AsyncIterator["FailingClient"]:
@@ -220,3 +221,23 @@ async def test_an_independent_servers_passing_faults_are_repeated(llmock_url: st
     with trio.fail_after(WAIT_S):
         async with open_openai_compatible(llmock_url) as client:
             assert (await ask(RetryingClient(client, retries_max=2))).text
+
+
+async def test_what_an_upstream_counted_for_failed_attempts_is_a_part_of_the_usage(autojump_clock: MockClock) -> None:
+    """Nearly always this is nothing: an upstream that fails before its first token has counted nothing."""
+    client = FailingClient(unreachable(), in_receive=True)
+    async with RetryingClient(client, retries_max=1).stream(asking()) as stream:
+        assert stream.usage is None
+    counted = Usage(input_tokens=10, output_tokens=0, cached_tokens=4)
+    client = FailingClient(unreachable(), unreachable(), in_receive=True)
+    client.usage = counted
+    async with RetryingClient(client, retries_max=2).stream(asking()) as stream:
+        client.usage = None
+        assert stream.usage == Usage(input_tokens=20, output_tokens=0, cached_tokens=8)
+        client.usage = Usage(input_tokens=10, output_tokens=5, reasoning_tokens=3)
+        assert stream.usage == Usage(input_tokens=30, output_tokens=5, reasoning_tokens=3, cached_tokens=8)
+    client = FailingClient(unreachable(), final(), in_receive=True)
+    client.usage = counted
+    with pytest.raises(ModelError) as failed:
+        await ask(RetryingClient(client, retries_max=2))
+    assert failed.value.usage == counted + counted

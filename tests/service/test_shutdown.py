@@ -32,6 +32,7 @@ class Model:
     """A client whose replies go on until a test says otherwise."""
 
     name = "model"
+    usage = None
 
     def __init__(self) -> None:
         self.finish = trio.Event()

@@ -53,6 +53,8 @@ class Reply:
         self._calls = 0
         self._error: Exception | None = None
         self._changes = trio.lowlevel.ParkingLot()
+        self.usage: Usage | None = None
+        """What the upstream has counted: set by a test, and with the end of the reply."""
 
     def say(self, *texts: str) -> None:
         self._put(*(TextDelta(text) for text in texts))
@@ -77,7 +79,7 @@ class Reply:
         self._put(Progress())
 
     def finish(self, reason: FinishReason = "stop") -> None:
-        self._put(Finished(finish_reason=reason, usage=Usage(input_tokens=1, output_tokens=2)))
+        self._put(Finished(finish_reason=reason, usage=self.usage or Usage(input_tokens=1, output_tokens=2)))
 
     def fail(self, error: Exception) -> None:
         self._error = error
@@ -93,6 +95,8 @@ class Reply:
             await self._changes.park()
         if self._ready:
             events, self._ready = self._ready, []
+            if isinstance(events[-1], Finished):
+                self.usage = events[-1].usage
             return events
         assert self._error is not None
         raise self._error
@@ -108,6 +112,8 @@ class Puppet:
         self.refuse: ModelError | None = None
         self.takes_bytes: int | None = None
         """The longest prompt that the client does not refuse as too long."""
+        self.counts_refused: Usage | None = None
+        """What the upstream counts for a prompt that it refuses so."""
         self.asked: list[tuple[PromptItem, ...]] = []
         """Every prompt that the client got, refused or not."""
         self.hang_before_head = False
@@ -122,7 +128,9 @@ class Puppet:
         if self.refuse is not None:
             raise self.refuse
         if self.takes_bytes is not None and sum(len(it.text.encode()) for it in request.prompt) > self.takes_bytes:
-            raise ModelError("context_too_long", "Too long.")
+            too_long = ModelError("context_too_long", "Too long.")
+            too_long.usage = self.counts_refused
+            raise too_long
         reply = Reply(request)
         self.open_replies += 1
         self._send.send_nowait(reply)

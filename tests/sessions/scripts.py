@@ -82,6 +82,7 @@ class _Reply:
         self._key = key
         self._script = script
         self._said = 0
+        self.usage: Usage | None = None
 
     async def receive(self) -> Sequence[ModelEvent]:
         if self._said < len(self._script.tokens):
@@ -91,7 +92,8 @@ class _Reply:
         await trio.sleep(self._script.last_s)
         match self._script.last:
             case "finish":
-                return [Finished(finish_reason="stop", usage=Usage(input_tokens=1, output_tokens=self._said))]
+                self.usage = Usage(input_tokens=1, output_tokens=self._said)
+                return [Finished(finish_reason="stop", usage=self.usage)]
             case "fail":
                 raise ModelError("upstream_error", "As the script says.")
             case "crash":

@@ -22,7 +22,14 @@ from service.storage.records import (
 from tests.storage.rows import IDLE_TIMEOUT_S, T0, a_session, a_turn, at, ended
 
 texts = st.text(max_size=6)
-usages = st.none() | st.builds(Usage, input_tokens=st.integers(0, 9), output_tokens=st.integers(0, 9))
+tokens = st.integers(0, 9)
+usages = st.none() | st.builds(
+    Usage,
+    input_tokens=tokens,
+    output_tokens=tokens,
+    reasoning_tokens=tokens,
+    cached_tokens=tokens | st.just(msgspec.UNSET),
+)
 
 
 @st.composite

@@ -759,7 +759,7 @@ async def test_an_end_is_kept_whole(store: Store, state: EndState, begun_as: str
     await store.begin_turn(turn, now=T0)
     end = msgspec.structs.replace(
         ended(turn, state, text=UNICODE, reasoning=UNICODE * 2, now=at(7)),
-        usage=Usage(input_tokens=10, output_tokens=20, reasoning_tokens=5),
+        usage=Usage(input_tokens=10, output_tokens=20, reasoning_tokens=5, cached_tokens=3),
         error=Failure("a_code", UNICODE) if state == "failed" else None,
         last_seq=4711,
     )
@@ -777,10 +777,27 @@ async def test_an_end_is_kept_whole(store: Store, state: EndState, begun_as: str
         message_count=2,
         input_tokens=10,
         output_tokens=20,
+        reasoning_tokens=5,
+        cached_tokens=3,
         last_accessed_at=at(8),
         expires_at=at(8 + IDLE_TIMEOUT_S),
     )
     assert session.status == "idle"
+
+
+@pytest.mark.parametrize("cached", [msgspec.UNSET, 0, 7])
+async def test_a_count_that_an_upstream_does_not_tell_is_not_kept_as_zero(
+    store: Store, cached: int | msgspec.UnsetType
+) -> None:
+    await store.create_session(a_session(), now=T0)
+    await store.begin_turn(a_turn(), now=T0)
+    end = ended(a_turn(), usage=Usage(input_tokens=9, output_tokens=1, cached_tokens=cached))
+    await store.end_turn(end, runs=said("Hi"), now=T0)
+    assert await store.get_turn("s", "t", now=T0) == end
+    copy = await store.fork_session("s", at=None, copy_id="copy", now=T0)
+    assert copy.cached_tokens == (cached or 0)
+    (copied,) = await all_turns(store, "copy", now=T0)
+    assert copied.usage == end.usage
 
 
 async def test_tools_calls_and_outputs_are_kept_whole(store: Store) -> None:
@@ -1206,7 +1223,7 @@ async def test_many_at_once_lose_nothing(store: Store) -> None:
         turn = a_turn(name, state="queued")
         await store.begin_turn(turn, now=T0)
         await store.start_turn(name, now=T0)
-        usage = Usage(input_tokens=1, output_tokens=2)
+        usage = Usage(input_tokens=1, output_tokens=2, reasoning_tokens=1, cached_tokens=1)
         assert await store.end_turn(ended(turn, text=name, usage=usage), runs=said(name), now=T0) is EndResult.KEPT
 
     with trio.fail_after(60):
@@ -1216,6 +1233,7 @@ async def test_many_at_once_lose_nothing(store: Store) -> None:
     session = await store.get_session("s", now=T0)
     assert (session.open_turns, session.message_count) == (0, 100)
     assert (session.input_tokens, session.output_tokens) == (50, 100)
+    assert (session.reasoning_tokens, session.cached_tokens) == (50, 50)
     turns = await all_turns(store, "s", now=T0, limit=7)
     assert sorted(turn.id for turn in turns) == sorted(names)
     assert session.head == turns[-1].id, "the head is what was accepted last"

@@ -5,6 +5,7 @@ import pytest
 import trio
 
 from service.errors import HeadMovedError, OwnedElsewhereError, PreconditionFailedError, TurnInProgressError
+from service.models.client import Usage
 from service.storage import rules
 from service.storage.records import SEQ_AFTER_CRASH, Checkpoint, EndResult, Item, LeftOut, SessionPatch
 from service.storage.store import Store
@@ -93,6 +94,27 @@ async def test_a_crashed_turn_is_interrupted_with_the_output_and_events_of_its_l
         assert await store.delete_expired(now=at(6 + IDLE_TIMEOUT_S), limit=10) == 0
         # The session goes on.
         assert (await store.begin_turn(a_turn("next", parent="t"), now=at(9))).session.open_turns == 1
+
+
+async def test_usage_of_a_crashed_turn_is_that_of_its_last_checkpoint_and_counts_once(open_shared: OpenStore) -> None:
+    usages = [
+        None,
+        Usage(input_tokens=9, output_tokens=1),
+        Usage(input_tokens=9, output_tokens=2, cached_tokens=5),
+        None,
+    ]
+    async with open_shared() as store:
+        await _begin(store, "t", "t2")
+        for usage in usages:
+            await store.checkpoint_turns([msgspec.structs.replace(a_checkpoint("t", "Hel"), usage=usage)])
+        assert (await store.get_session("s", now=T0)).input_tokens == 0, "an open turn counts at its end"
+    async with open_shared() as store:
+        assert await store.recover(now=at(1)) == 2
+        assert (await store.get_turn("s", "t", now=at(1))).usage == usages[2]
+        assert (await store.get_turn("s", "t2", now=at(1))).usage is None
+        session = await store.get_session("s", now=at(1))
+        counted = (session.input_tokens, session.output_tokens, session.reasoning_tokens, session.cached_tokens)
+        assert counted == (9, 2, 0, 5)
 
 
 async def test_left_out_of_a_crashed_turn_is_that_of_its_last_checkpoint(open_shared: OpenStore) -> None:

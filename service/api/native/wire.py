@@ -162,10 +162,18 @@ class UpdateSession(RequestBody, frozen=True, kw_only=True):
 
 
 class SessionUsage(msgspec.Struct, frozen=True):
-    """``{"input_tokens": 120, "output_tokens": 340}``: all turns, as the upstreams counted."""
+    """All turns, as the upstreams counted.
+
+    ``{"input_tokens": 120, "output_tokens": 340, "reasoning_tokens": 200, "cached_tokens": 64}``
+
+    ``reasoning_tokens`` are part of ``output_tokens``, ``cached_tokens`` of ``input_tokens``. Turns that ended early
+    count with what was counted by then.
+    """
 
     input_tokens: int
     output_tokens: int
+    reasoning_tokens: int
+    cached_tokens: int
 
 
 def _whole(number: float) -> float:
@@ -187,7 +195,7 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     "expires_at": "2026-01-31T10:01:07.25Z", "idle_timeout_s": 1800, "title": null, "model": null,
     "system_message": "Be brief.", "temperature": null, "max_output_tokens": null, "metadata": {},
     "status": "idle", "head": "turn_0a…", "message_count": 2,
-    "usage": {"input_tokens": 12, "output_tokens": 34}}``
+    "usage": {"input_tokens": 12, "output_tokens": 34, "reasoning_tokens": 0, "cached_tokens": 0}}``
     """
 
     id: str
@@ -232,7 +240,12 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
             status=record.status,
             head=record.head,
             message_count=record.message_count,
-            usage=SessionUsage(record.input_tokens, record.output_tokens),
+            usage=SessionUsage(
+                input_tokens=record.input_tokens,
+                output_tokens=record.output_tokens,
+                reasoning_tokens=record.reasoning_tokens,
+                cached_tokens=record.cached_tokens,
+            ),
             owner=record.owner or UNSET,
         )
 

@@ -62,7 +62,8 @@ class TurnCompleted(
 ):
     """The reply is whole. ``text_length`` counts its Unicode code points.
 
-    Each kind of terminal event has ``left_out`` if a part of the conversation did not go to the model.
+    Each kind of terminal event has ``left_out`` if a part of the conversation did not go to the model; the others have
+    ``usage`` if the upstream had counted before they ended.
     """
 
     seq: int = 0
@@ -79,6 +80,7 @@ class TurnFailed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
     seq: int = 0
     error: Failure
     text_length: int
+    usage: Usage | None = None
     left_out: LeftOut | None = None
     stored: bool = True
 
@@ -91,6 +93,7 @@ class TurnCancelled(
     seq: int = 0
     reason: CancelReason
     text_length: int
+    usage: Usage | None = None
     left_out: LeftOut | None = None
     stored: bool = True
 
@@ -103,6 +106,7 @@ class TurnInterrupted(
     seq: int = 0
     reason: InterruptReason
     text_length: int
+    usage: Usage | None = None
     left_out: LeftOut | None = None
     stored: bool = True
 

@@ -119,4 +119,6 @@ def terminal_event_of(turn: TurnRecord, *, text_length: int) -> TerminalEvent | 
     end = outcome.outcome_of(turn)
     if end is None:
         return None
-    return outcome.terminal_event(end, seq=turn.last_seq, text_length=text_length, left_out=turn.left_out, stored=True)
+    return outcome.terminal_event(
+        end, seq=turn.last_seq, text_length=text_length, usage=turn.usage, left_out=turn.left_out, stored=True
+    )

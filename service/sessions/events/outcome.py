@@ -1,5 +1,7 @@
 """The outcome of a turn, which is decided once, and the terminal event that publishes it."""
 
+from typing import TypedDict
+
 import msgspec
 
 from service.errors import INTERNAL_ERROR, INTERNAL_ERROR_MESSAGE
@@ -13,7 +15,6 @@ class Completed(msgspec.Struct, frozen=True):
     """The upstream finished its reply."""
 
     finish_reason: FinishReason
-    usage: Usage | None
 
 
 class Failed(msgspec.Struct, frozen=True):
@@ -49,8 +50,8 @@ def internal_error() -> Failed:
 def record_changes(end: Outcome) -> dict[str, object]:
     """The fields of a turn's record that this end sets; the other fields of an end are None."""
     match end:
-        case Completed(finish_reason, usage):
-            return {"state": "completed", "finish_reason": finish_reason, "usage": usage}
+        case Completed(finish_reason):
+            return {"state": "completed", "finish_reason": finish_reason}
         case Failed(error):
             return {"state": "failed", "error": error}
         case Cancelled(reason):
@@ -62,7 +63,7 @@ def record_changes(end: Outcome) -> dict[str, object]:
 def outcome_of(turn: TurnRecord) -> Outcome | None:
     """The outcome in a turn's record. None if the turn is open, or if the record lacks a field of its end."""
     if turn.state == "completed" and turn.finish_reason is not None:
-        return Completed(turn.finish_reason, turn.usage)
+        return Completed(turn.finish_reason)
     if turn.state == "failed" and turn.error is not None:
         return Failed(turn.error)
     reason = turn.reason
@@ -72,22 +73,26 @@ def outcome_of(turn: TurnRecord) -> Outcome | None:
 
 
 def terminal_event(
-    end: Outcome, *, seq: int, text_length: int, left_out: LeftOut | None, stored: bool
+    end: Outcome, *, seq: int, text_length: int, usage: Usage | None, left_out: LeftOut | None, stored: bool
 ) -> TerminalEvent:
     """The terminal event for this outcome."""
+    rest = _Rest(seq=seq, text_length=text_length, usage=usage, left_out=left_out, stored=stored)
     match end:
-        case Completed(finish_reason, usage):
-            return TurnCompleted(
-                seq=seq,
-                finish_reason=finish_reason,
-                usage=usage,
-                text_length=text_length,
-                left_out=left_out,
-                stored=stored,
-            )
+        case Completed(finish_reason):
+            return TurnCompleted(finish_reason=finish_reason, **rest)
         case Failed(error):
-            return TurnFailed(seq=seq, error=error, text_length=text_length, left_out=left_out, stored=stored)
+            return TurnFailed(error=error, **rest)
         case Cancelled(reason):
-            return TurnCancelled(seq=seq, reason=reason, text_length=text_length, left_out=left_out, stored=stored)
+            return TurnCancelled(reason=reason, **rest)
         case Interrupted(reason):
-            return TurnInterrupted(seq=seq, reason=reason, text_length=text_length, left_out=left_out, stored=stored)
+            return TurnInterrupted(reason=reason, **rest)
+
+
+class _Rest(TypedDict):
+    """What each kind of terminal event has."""
+
+    seq: int
+    text_length: int
+    usage: Usage | None
+    left_out: LeftOut | None
+    stored: bool

@@ -13,7 +13,16 @@ import msgspec
 import trio
 
 from service.errors import ModelError
-from service.models.client import Finished, ModelClient, ModelEvent, Progress, TextDelta
+from service.models.client import (
+    Finished,
+    ModelClient,
+    ModelEvent,
+    ModelStream,
+    Progress,
+    TextDelta,
+    Usage,
+    total_usage,
+)
 from service.sessions.events import outcome
 from service.sessions.events.event_log import EventLog
 from service.sessions.events.events import Event, TerminalEvent, TurnDelta, TurnQueued, TurnStarted
@@ -79,6 +88,8 @@ class Turn:
         self._return_deadline = -inf
         self._watches = 0
         self._reply = Reply(self.log)
+        self._spent: Usage | None = None
+        self._stream: ModelStream | None = None
         if record.state == "queued":
             self.append(TurnQueued(seq=1, session_id=record.session_id, turn_id=record.id))
 
@@ -176,6 +187,19 @@ class Turn:
         """Note the part of the conversation that the prompt leaves out."""
         self._record = msgspec.structs.replace(self._record, left_out=left_out)
 
+    def note_stream(self, stream: ModelStream) -> None:
+        """Note the model's stream, which counts the tokens, also of a reply that does not come to its end."""
+        self._spent, self._stream = self.usage, stream
+
+    def note_spent(self, usage: Usage | None) -> None:
+        """Note what an upstream has counted for a reply that never began."""
+        self._spent = total_usage(self._spent, usage)
+
+    @property
+    def usage(self) -> Usage | None:
+        """What the upstream has counted so far, for all replies that were asked of it."""
+        return total_usage(self._spent, None if self._stream is None else self._stream.usage)
+
     @property
     def text_length(self) -> int:
         """The code points of the reply so far."""
@@ -257,6 +281,7 @@ class Turn:
             text=self.log.text(after=self.stored_seq),
             items=self._reply.changed_after(self.stored_seq),
             left_out=self._record.left_out,
+            usage=self.usage,
         )
 
     def note_checkpoint(self, checkpoint: Checkpoint) -> None:
@@ -273,7 +298,7 @@ class Turn:
         """Begin the end: return the record with the decided end, ready for the store."""
         assert self.end is not None, "a turn finished before its end was decided"
         self.is_ending = True
-        changes = outcome.record_changes(self.end) | {"ended_at": now}
+        changes = outcome.record_changes(self.end) | {"ended_at": now, "usage": self.usage}
         output = self._reply.items()
         if isinstance(self.end, outcome.Completed) and self.end.finish_reason in ("stop", "tool_calls"):
             output = tuple(msgspec.structs.replace(item, complete=True) for item in output)
@@ -294,6 +319,7 @@ class Turn:
             self.end,
             seq=self.log.last_seq + (0 if self.log.closed else 1),
             text_length=self._reply.length,
+            usage=self._record.usage,
             left_out=self._record.left_out,
             stored=stored,
         )

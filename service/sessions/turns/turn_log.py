@@ -6,6 +6,7 @@ from typing import Any
 import structlog
 import trio
 
+from service.models.client import Usage
 from service.sessions.events import outcome
 from service.sessions.turns.turn import Turn
 from service.storage.records import Failure
@@ -33,6 +34,7 @@ def log_end(turn: Turn) -> None:
         model=turn.model,
         outcome=turn.state,
         **_ending(turn.end),
+        **_tokens(turn.usage),
         **({} if turn.stored else {"stored": False}),
         **({"queued_s": _seconds(turn, turn.started_at)} if turn.was_queued else {}),
         first_token_s=_seconds(turn, turn.first_token_at),
@@ -52,11 +54,14 @@ def _seconds(turn: Turn, at: float | None) -> float | None:
     return None if at is None else round(at - turn.accepted_at, 3)
 
 
+def _tokens(usage: Usage | None) -> dict[str, int]:
+    return {} if usage is None else {"input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens}
+
+
 def _ending(end: outcome.Outcome | None) -> dict[str, Any]:
     match end:
-        case outcome.Completed(finish_reason, usage):
-            tokens = {"input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens} if usage else {}
-            return {"code": finish_reason, **tokens}
+        case outcome.Completed(finish_reason):
+            return {"code": finish_reason}
         case outcome.Failed(Failure(code, message)):
             return {"code": code, "error": message}
         case outcome.Cancelled(reason) | outcome.Interrupted(reason):

@@ -171,6 +171,7 @@ async def _ask(turn: Turn, prompt: Prompt, *, settings: Settings) -> ModelError 
     )
     try:
         async with turn.client.stream(request) as stream:
+            turn.note_stream(stream)
             try:
                 while turn.end is None:
                     events = await stream.receive()
@@ -178,13 +179,14 @@ async def _ask(turn: Turn, prompt: Prompt, *, settings: Settings) -> ModelError 
                         break  # another caller has decided the end meanwhile
                     finished = turn.take(events)
                     if finished is not None:
-                        turn.decide(outcome.Completed(finished.finish_reason, finished.usage))
+                        turn.decide(outcome.Completed(finished.finish_reason))
                     turn.deadlines.expect_token("next_token_timeout", within_s=settings.next_token_timeout_s)
             except Exception as error:
                 if _is_too_long(turn, error):
                     raise
                 _decide_failed(turn, error, settings)  # decided now: until the client has closed a deadline may pass
     except ModelError as error:
+        turn.note_spent(error.usage)
         if not _is_too_long(turn, error):
             raise
         return error

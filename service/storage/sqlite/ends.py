@@ -33,7 +33,8 @@ _COUNT = (
     "UPDATE sessions SET open_turns = open_turns + :open_turns, "
     "owner = CASE open_turns + :open_turns WHEN 0 THEN NULL ELSE owner END, "
     "message_count = message_count + :message_count, input_tokens = input_tokens + :input_tokens, "
-    "output_tokens = output_tokens + :output_tokens, last_accessed_at = :now, expires_at = :expires_at "
+    "output_tokens = output_tokens + :output_tokens, reasoning_tokens = reasoning_tokens + :reasoning_tokens, "
+    "cached_tokens = cached_tokens + :cached_tokens, last_accessed_at = :now, expires_at = :expires_at "
     "WHERE key = :session"
 )
 
@@ -73,6 +74,8 @@ def keep_end(
             "message_count": counts.message_count,
             "input_tokens": counts.input_tokens,
             "output_tokens": counts.output_tokens,
+            "reasoning_tokens": counts.reasoning_tokens,
+            "cached_tokens": counts.cached_tokens,
             "now": moment(now),
             "expires_at": moment(rules.expires_at(now, idle_timeout_s)),
         },

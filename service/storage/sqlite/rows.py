@@ -57,7 +57,7 @@ def as_json(value: object) -> str:
 
 SESSION_COLUMNS = (
     "key, id, created_at, last_accessed_at, expires_at, idle_timeout_s, head, message_count, open_turns, input_tokens, "
-    "output_tokens"
+    "output_tokens, reasoning_tokens, cached_tokens"
 )
 SETTINGS_COLUMNS = "title, model, system_message, metadata, options"
 
@@ -76,6 +76,8 @@ def session_of(row: Row, settings: Row) -> SessionRecord:
         open_turns=row[8],
         input_tokens=row[9],
         output_tokens=row[10],
+        reasoning_tokens=row[11],
+        cached_tokens=row[12],
         title=settings[0],
         model=settings[1],
         system_message=settings[2],

@@ -138,11 +138,14 @@ INSERT INTO siblings (session, parent, ordinal, place)
     ) WHERE siblings > 1;
 
 ALTER TABLE turns ADD COLUMN events_deleted INTEGER NOT NULL DEFAULT 0; -- 1: a text was deleted, its events with it
-ALTER TABLE turns ADD COLUMN cached_tokens INTEGER;
 
 ALTER TABLE sessions ADD COLUMN owner_name TEXT NOT NULL DEFAULT '';    -- of the keys that may use the session
 ALTER TABLE sessions ADD COLUMN reasoning_tokens INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE sessions ADD COLUMN cached_tokens INTEGER NOT NULL DEFAULT 0;
+UPDATE sessions SET reasoning_tokens = counted.tokens FROM (
+    SELECT session, sum(usage ->> '$.reasoning_tokens') AS tokens FROM turns
+    WHERE usage IS NOT NULL AND state NOT IN ('queued', 'running') GROUP BY session
+) AS counted WHERE key = counted.session AND counted.tokens > 0;
 CREATE INDEX sessions_by_owner ON sessions (owner_name, created_at, id) WHERE deletion = 0 AND owner_name <> '';
 
 ALTER TABLE session_settings ADD COLUMN options TEXT;   -- {"temperature": …}: of turns that name none

@@ -119,7 +119,8 @@ def insert(db: apsw.Connection, session: SessionRecord, *, turns_begun: int = 0)
     """Add a session. Returns its key."""
     db.execute(
         "INSERT INTO sessions (id, owner_name, created_at, last_accessed_at, expires_at, idle_timeout_s, head, "
-        "message_count, input_tokens, output_tokens, turns_begun) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "message_count, input_tokens, output_tokens, reasoning_tokens, cached_tokens, turns_begun) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             session.id,
             session.owner,
@@ -131,6 +132,8 @@ def insert(db: apsw.Connection, session: SessionRecord, *, turns_begun: int = 0)
             session.message_count,
             session.input_tokens,
             session.output_tokens,
+            session.reasoning_tokens,
+            session.cached_tokens,
             turns_begun,
         ),
     )

@@ -78,6 +78,7 @@ _INSERT = (
     f"VALUES (:session, :ordinal, :owner, {', '.join(':' + name for name in _INSERT_COLUMNS.split(', '))})"
 )
 _KEEP_LEFT_OUT = "UPDATE turns SET left_out = :left_out WHERE key = :key AND left_out IS NOT :left_out"
+_KEEP_USAGE = "UPDATE turns SET usage = :usage WHERE key = :key AND usage IS NOT :usage"
 
 
 def begin(
@@ -270,6 +271,8 @@ def checkpoint(
             )
         if it.left_out is not None:
             db.execute(_KEEP_LEFT_OUT, {"key": own.key, "left_out": as_json(it.left_out)})
+        if it.usage is not None:
+            db.execute(_KEEP_USAGE, {"key": own.key, "usage": as_json(it.usage)})
     return lost
 
 

@@ -32,7 +32,7 @@ async def test_the_end_of_a_reply_in_pieces_of_one_byte_does_not_hold_the_event_
             turn.start(T0)
             for _ in range(REPLY_BYTES // 1024):
                 turn.take([TextDelta("x")] * 1024)
-            turn.decide(outcome.Completed("stop", None))
+            turn.decide(outcome.Completed("stop"))
 
             async def end(turn: Turn = turn) -> None:
                 assert await end_turn(turn, store=store, clock=lambda: T0, within_s=60)

@@ -101,7 +101,7 @@ def test_kept_and_replayed_after_a_restart_a_turn_is_the_same_frames(
                 turn.note_checkpoint(checkpoint)
                 record = turn.record()
         if not crashes:
-            turn.decide(outcome.Completed("stop", None))
+            turn.decide(outcome.Completed("stop"))
             record = turn.finish(T0)
             await store.end_turn(record, runs=turn.log.runs(), now=T0, after=turn.stored_seq)
             turn.conclude(record, stored=True)

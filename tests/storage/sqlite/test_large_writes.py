@@ -167,7 +167,7 @@ async def test_an_end_that_is_tried_again_after_a_late_acknowledgement_has_no_ev
         assert checkpoint is not None
         await opened.checkpoint_turns([checkpoint])  # its acknowledgement comes later
         turn.take([TextDelta(text) for text in TEXTS[5:]])
-        turn.decide(outcome.Completed("stop", None))
+        turn.decide(outcome.Completed("stop"))
         record = turn.finish(T0)
         with monkeypatch.context() as failing:
             failing.setattr(turns, "end", failing_at(0, turns.end))

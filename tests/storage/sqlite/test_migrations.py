@@ -61,6 +61,18 @@ async def test_a_database_of_every_version_is_read_and_goes_on(path: Path, versi
         await store.begin_turn(a_turn("t3", parent="t2"), now=at(1))
 
 
+@pytest.mark.parametrize("version", [1, 2, 3])
+async def test_a_migration_counts_the_reasoning_of_turns_that_have_ended(path: Path, version: int) -> None:
+    _restore(path, version)
+    with closing(sqlite3.connect(path)) as db:
+        usage = '{"input_tokens":1,"output_tokens":9,"reasoning_tokens":7}'
+        db.execute("UPDATE turns SET usage = ? WHERE id = 't'", (usage,))
+        db.commit()
+    async with open_sqlite_store(path) as store:
+        found = {session.id: session.reasoning_tokens for session in await all_sessions(store, now=at(1))}
+        assert found == {"s": 7, "other": 0}
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_released_version_makes_the_schema_that_its_scripts_make(path: Path, version: int) -> None:
     _restore(path, version)

@@ -59,7 +59,7 @@ CREATE TABLE owners (
     address TEXT,
     opened_at INTEGER NOT NULL
 ) STRICT;
-INSERT INTO owners VALUES(1,NULL,1795928533676913);
+INSERT INTO owners VALUES(1,NULL,1795928902184891);
 DELETE FROM sqlite_schema WHERE name='search' AND type='table';
 INSERT INTO sqlite_schema(type,name,tbl_name,rootpage,sql) VALUES('table','search','search',0,'CREATE VIRTUAL TABLE search USING fts5 (terms, content='''', contentless_delete=1, detail=none, tokenize=''ascii'')');
 DROP TABLE IF EXISTS search_config;
@@ -162,11 +162,11 @@ CREATE TABLE turns (
     last_seq INTEGER NOT NULL,
     message_bytes INTEGER NOT NULL,
     input TEXT NOT NULL,
-    output TEXT NOT NULL, message_items INTEGER, left_out TEXT, runs BLOB, output_bytes INTEGER, text_length INTEGER, options TEXT, events_deleted INTEGER NOT NULL DEFAULT 0, cached_tokens INTEGER,
+    output TEXT NOT NULL, message_items INTEGER, left_out TEXT, runs BLOB, output_bytes INTEGER, text_length INTEGER, options TEXT, events_deleted INTEGER NOT NULL DEFAULT 0,
     CHECK ((owner IS NOT NULL) = (state IN ('queued', 'running')))
 ) STRICT;
-INSERT INTO turns VALUES(1,1,0,'t',NULL,NULL,'completed','a-model',1772366400123456,1772366400123456,1772366400123456,NULL,NULL,0,NULL,NULL,'stop',NULL,3,7,'[{"id":"t-in-0","type":"message","role":"user","text":"Hello"}]','[{"id":"t-out","type":"message","role":"assistant","text":"Hi"}]',2,'{"items":1,"bytes":2}',X'9292FEC4009200C40102',NULL,NULL,NULL,0,NULL);
-INSERT INTO turns VALUES(2,1,1,'t2','t',1,'running','a-model',1772366400123456,1772366400123456,NULL,NULL,NULL,0,NULL,NULL,NULL,NULL,0,5,'[{"id":"t2-in-0","type":"message","role":"user","text":"Hello"}]','[]',1,NULL,NULL,NULL,NULL,NULL,0,NULL);
+INSERT INTO turns VALUES(1,1,0,'t',NULL,NULL,'completed','a-model',1772366400123456,1772366400123456,1772366400123456,NULL,NULL,0,NULL,NULL,'stop',NULL,3,7,'[{"id":"t-in-0","type":"message","role":"user","text":"Hello"}]','[{"id":"t-out","type":"message","role":"assistant","text":"Hi"}]',2,'{"items":1,"bytes":2}',X'9292FEC4009200C40102',NULL,NULL,NULL,0);
+INSERT INTO turns VALUES(2,1,1,'t2','t',1,'running','a-model',1772366400123456,1772366400123456,NULL,NULL,NULL,0,NULL,NULL,NULL,NULL,0,5,'[{"id":"t2-in-0","type":"message","role":"user","text":"Hello"}]','[]',1,NULL,NULL,NULL,NULL,NULL,0);
 CREATE INDEX open_turns ON turns (owner) WHERE owner IS NOT NULL;
 CREATE UNIQUE INDEX turns_by_id ON turns (id, session);
 CREATE UNIQUE INDEX turns_by_ordinal ON turns (session, ordinal);
