@@ -175,7 +175,8 @@ class MadeIsGoneError(RefusedError):
     field = "Idempotency-Key"
 
     def __init__(self, *, session_id: str, turn_id: str | None) -> None:
-        made = f"session {session_id!r}" if turn_id is None else f"turn {turn_id!r} of session {session_id!r}"
+        session = f"session {public_id(session_id)!r}"
+        made = session if turn_id is None else f"turn {turn_id!r} of {session}"
         super().__init__(
             f"The call with this Idempotency-Key made {made}, which was deleted or has expired. "
             "Send a new key to make another."

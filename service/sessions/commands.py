@@ -11,9 +11,11 @@ from service.models.client import Tools
 from service.sessions.turns.turn import OnDisconnect
 from service.settings import Settings
 from service.storage.pieces import count
-from service.storage.records import Item, SessionRecord, TurnRecord
+from service.storage.records import IdempotencyKey, Item, SessionRecord, TurnRecord
 from service.storage.rules import events_at_once, expires_at
 
+ADDED_ITEMS_MAX = 500
+"""The most items that one call adds, because they are added in one step of the store."""
 INPUT_ITEMS_MAX = 128
 """The most items in the input of one turn."""
 
@@ -86,6 +88,8 @@ class NewTurn(msgspec.Struct, frozen=True, kw_only=True):
     session_is_new: bool = False
     request_id: str | None = None
     """What the log calls the request that asks for it."""
+    key: IdempotencyKey | None = None
+    """The key with which the request may be repeated."""
 
     def record(self, session: SessionRecord, *, queued: bool, now: datetime, settings: Settings) -> TurnRecord:
         """The turn as it is accepted."""
@@ -111,6 +115,7 @@ class NewItems(msgspec.Struct, frozen=True, kw_only=True):
 
     items: tuple[Item, ...]
     parent: str | None | msgspec.UnsetType = msgspec.UNSET
+    key: IdempotencyKey | None = None
 
     def records(self, session: SessionRecord, *, now: datetime, settings: Settings) -> list[TurnRecord]:
         """The turns as they are added, each the parent of the next one."""

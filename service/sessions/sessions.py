@@ -4,6 +4,7 @@
 
     Sessions            the calls about sessions and turns
     ├── active          the sessions with work           active/active_sessions.py, active/session.py
+    ├── keyed_calls     calls that may be repeated       active/keyed_calls.py
     ├── acceptance      a turn's acceptance              active/acceptance.py, commands.py, turns/turn_task.py
     ├── deletions       a session's deletion             active/deletion.py
     ├── pending_writes  writes that the store refused    active/pending_writes.py
@@ -24,11 +25,13 @@ from service.cluster.proxied_requests import ProxiedRequests
 from service.errors import (
     InvalidRequestError,
     OwnedElsewhereError,
+    RepeatedError,
     ResumeConflictError,
     SessionNotFoundError,
     StoreError,
     TurnEndingError,
     TurnInProgressError,
+    TurnNotFoundError,
 )
 from service.freezes import ScopeDeadline, move_on_after
 from service.ids import new_session_id, owner_of, scoped
@@ -37,8 +40,9 @@ from service.sessions.active.acceptance import Acceptance
 from service.sessions.active.active_sessions import ActiveSessions
 from service.sessions.active.deletion import Deletions
 from service.sessions.active.drain import Drain
+from service.sessions.active.keyed_calls import KeyedCalls, gone_if_not_found
 from service.sessions.active.pending_writes import PendingWrites
-from service.sessions.commands import NewItems, NewSession, NewTurn, is_same_input
+from service.sessions.commands import ADDED_ITEMS_MAX, NewItems, NewSession, NewTurn, is_same_input
 from service.sessions.events import outcome
 from service.sessions.events.event_log import Events
 from service.sessions.events.replay import Replays
@@ -103,6 +107,7 @@ class Sessions:
         self.drain = Drain(self._active, self.proxied_requests, stop)
         self._replays = Replays(store, store_timeout_s=settings.store_timeout_s)
         self._forking = trio.Lock()
+        self._keyed_calls = KeyedCalls(store, clock=clock, store_timeout_s=settings.store_timeout_s)
         self.deletions = Deletions(
             nursery,
             self._active,
@@ -125,14 +130,20 @@ class Sessions:
     # Sessions
 
     async def create_session(self, new: NewSession, *, key: IdempotencyKey | None = None) -> SessionRecord:
-        """Create a session.
+        """Create a session; with a key that an earlier call had, return the session which that call has created.
 
         Raises:
-            RepeatedError
+            KeyReusedError, MadeIsGoneError
             SessionExistsError: The chosen id is taken.
             InvalidRequestError: The model is unknown.
             SessionLimitError, ShuttingDownError
         """
+        try:
+            return await self._keyed_calls.once(key, partial(self._create_session, new, key))
+        except RepeatedError as error:
+            return await self._session_made_before(error)
+
+    async def _create_session(self, new: NewSession, key: IdempotencyKey | None) -> SessionRecord:
         self.drain.check_accepting()
         now = self._clock()
         session = new.record(now=now, settings=self._settings)
@@ -143,11 +154,18 @@ class Sessions:
         return session
 
     async def fork_session(
-        self, session_id: str, *, at: str | None = None, copy_id: str | None = None, for_peer: bool = False
+        self,
+        session_id: str,
+        *,
+        at: str | None = None,
+        copy_id: str | None = None,
+        for_peer: bool = False,
+        key: IdempotencyKey | None = None,
     ) -> SessionRecord:
         """Create a session of the same owner with a copy of the path from the root to ``at``, or to the head.
 
-        The answer comes within ``store_timeout_s``; at most half of it is the wait for other forks.
+        The answer comes within ``store_timeout_s``; at most half of it is the wait for other forks. With a key that an
+        earlier call had, the copy is the one which that call has made.
 
         Args:
             copy_id: The new session's public id.
@@ -155,6 +173,7 @@ class Sessions:
                 drain, in which other processes serve.
 
         Raises:
+            KeyReusedError, MadeIsGoneError
             SessionNotFoundError
             TurnNotFoundError: ``at`` is not a turn of this session.
             TurnInProgressError: A turn on that path is open.
@@ -163,6 +182,15 @@ class Sessions:
             InvalidRequestError: The path is too large to copy.
             SessionLimitError, ShuttingDownError
         """
+        fork = partial(self._fork_session, session_id, at=at, copy_id=copy_id, for_peer=for_peer, key=key)
+        try:
+            return await self._keyed_calls.once(key, fork)
+        except RepeatedError as error:
+            return await self._session_made_before(error)
+
+    async def _fork_session(
+        self, session_id: str, *, at: str | None, copy_id: str | None, for_peer: bool, key: IdempotencyKey | None
+    ) -> SessionRecord:
         if not (for_peer and self._active.has_turns(session_id)):
             self.drain.check_accepting()
         self._check_not_deleted(session_id)
@@ -182,6 +210,7 @@ class Sessions:
                         at=at,
                         copy_id=scoped(owner_of(session_id), copy_id or new_session_id()),
                         now=self._clock(),
+                        key=key,
                     )
         except TurnInProgressError as error:
             if self.pending_writes.has_end_of(error.turn_id):
@@ -329,16 +358,21 @@ class Sessions:
     async def add_items(self, session_id: str, new: NewItems) -> Sequence[TurnRecord]:
         """Add items of a conversation as turns that are complete at once; the last one is the head. Returns the turns.
 
-        All of them are added, or none. The answer comes within ``store_timeout_s``, as that of :meth:`start_turn`.
+        All of them are added, or none. The answer comes within ``store_timeout_s``, as that of :meth:`start_turn`. With
+        a key that an earlier call had, the turns are those which that call has added.
 
         Raises:
+            KeyReusedError, MadeIsGoneError
             SessionNotFoundError
             OwnedElsewhereError: Another process runs turns of this session.
             TurnNotFoundError: ``parent`` is not a turn of this session.
             TurnInProgressError: ``parent`` is open; or, without ``parent``, a turn of the session is.
             ShuttingDownError
         """
-        return await self._acceptance.add(session_id, new)
+        try:
+            return await self._keyed_calls.once(new.key, partial(self._acceptance.add, session_id, new))
+        except RepeatedError as error:
+            return await self._turns_added_before(error)
 
     # Turns
 
@@ -348,9 +382,12 @@ class Sessions:
         There is no checkpoint between the acceptance and the return, so the watch is never lost; the caller must
         release the watch. Cancellation before the acceptance leaves nothing behind, not even a created session.
         The answer comes within ``store_timeout_s``; at most half of it is the wait for other callers of this session.
-        Callers that wait count as open turns.
+        Callers that wait count as open turns. With a key that an earlier call had, no turn is accepted: the turn is the
+        one which that call has started, if it is open here.
 
         Raises:
+            RepeatedError: An earlier call with the key has started a turn, which has ended or is open elsewhere.
+            KeyReusedError, MadeIsGoneError
             SessionNotFoundError
             OwnedElsewhereError: Another process runs turns of this session.
             TurnNotFoundError: ``parent`` is not a turn of this session.
@@ -359,8 +396,50 @@ class Sessions:
             TurnLimitError, SessionLimitError, ShuttingDownError
             InvalidRequestError: The model is unknown.
         """
-        turn = await self._acceptance.accept(session_id, new)
-        return turn, turn.watch()
+
+        async def start() -> tuple[Turn, Watch]:
+            turn = await self._acceptance.accept(session_id, new)
+            return turn, turn.watch()
+
+        try:
+            return await self._keyed_calls.once(
+                new.key,
+                start,
+                take_share=lambda started: (started[0], started[0].watch()),
+                give_back=lambda started: started[1].release(),
+            )
+        except RepeatedError as error:
+            turn = self._find_turn(error.session_id, error.turn_id or "")
+            if turn is None or self.deletions.is_under_way(error.session_id):
+                raise
+            return turn, turn.watch()
+
+    async def check_key(self, key: IdempotencyKey) -> None:
+        """Check that no earlier call with a key has made anything.
+
+        Raises:
+            RepeatedError: It says what was made.
+            KeyReusedError, MadeIsGoneError
+        """
+        await self._keyed_calls.check(key)
+
+    async def _session_made_before(self, error: RepeatedError) -> SessionRecord:
+        """The session that an earlier call has made, as it is now. Raises: MadeIsGoneError."""
+        with gone_if_not_found(error):
+            return await self.get_session(error.session_id)
+
+    async def _turns_added_before(self, error: RepeatedError) -> Sequence[TurnRecord]:
+        """The turns that an earlier call has added. Raises: MadeIsGoneError."""
+        assert error.turn_id is not None, "the same request has added turns"
+        with gone_if_not_found(error):
+            await self.get_session(error.session_id)
+            with self._answered_within():
+                turns = await self._store.list_path(
+                    error.session_id, error.turn_id, limit=ADDED_ITEMS_MAX, first=error.first_turn_id
+                )
+            if not turns:
+                raise TurnNotFoundError(error.turn_id)
+        return turns
 
     async def make_way(self, session_id: str, new: NewTurn) -> None:
         """Let the turns of a session end, because this process stops and another one is to accept the next turn.

@@ -317,7 +317,7 @@ class IdempotencyKey(msgspec.Struct, frozen=True, kw_only=True):
     """The key of a call that may be repeated: what the call makes is made once.
 
     Attributes:
-        caller: Who sends it: the keys of two callers never meet.
+        caller: The owner for whom the call is made: the keys of two owners never meet.
         fingerprint: Tells the request from others: equal for requests that ask for the same.
     """
 

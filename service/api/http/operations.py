@@ -42,8 +42,8 @@ class Operation:
     """The description of an operation, in addition to its path and docstring.
 
     ``errors`` leaves out the errors that every operation may answer (see :mod:`service.api.reference.openapi`).
-    ``resumes`` describes the effect of the header ``Last-Event-ID``, if the operation reads it; ``preconditions`` those
-    of the headers that name ETags.
+    ``keyed`` says whether it reads the header ``Idempotency-Key``; ``resumes`` describes the effect of the header
+    ``Last-Event-ID``, if the operation reads it; ``preconditions`` those of the headers that name ETags.
     """
 
     id: str
@@ -51,6 +51,7 @@ class Operation:
     errors: tuple[type[LastcallError], ...] = ()
     body: type[RequestBody] | None = None
     query: type[Query] | None = None
+    keyed: bool = False
     resumes: str = ""
     preconditions: tuple[tuple[str, str], ...] = ()
     accepts_stream: bool = False

@@ -13,6 +13,7 @@ from werkzeug.exceptions import HTTPException
 from service.api.http.access import LoopbackOnlyError, ProxiedRequestError, UnauthorizedError
 from service.api.http.callers import NotPermittedError
 from service.api.http.held_bytes import HeldBytesLimitError
+from service.api.http.idempotency_keys import InvalidKeyError
 from service.api.http.locations import prefix_of, turn_path
 from service.api.http.preconditions import MalformedHeaderError, quoted
 from service.api.http.request_body import BodyTimeoutError, UnsupportedEncodingError, UnsupportedMediaTypeError
@@ -25,8 +26,10 @@ from service.errors import (
     EventsLostError,
     HeadMovedError,
     InvalidRequestError,
+    KeyReusedError,
     LastcallError,
     LimitError,
+    MadeIsGoneError,
     OwnedElsewhereError,
     OwnerHangsError,
     PreconditionFailedError,
@@ -61,6 +64,7 @@ class NotReadyError(LimitError):
 
 STATUS_BY_ERROR: Mapping[type[LastcallError], int] = {
     MalformedBodyError: 400,
+    InvalidKeyError: 400,
     MalformedHeaderError: 400,
     UnauthorizedError: 401,
     LoopbackOnlyError: 403,
@@ -74,10 +78,12 @@ STATUS_BY_ERROR: Mapping[type[LastcallError], int] = {
     HeadMovedError: 409,
     ResumeConflictError: 409,
     EventsLostError: 410,
+    MadeIsGoneError: 410,
     PreconditionFailedError: 412,
     InputTooLargeError: 413,
     UnsupportedMediaTypeError: 415,
     InvalidRequestError: 422,
+    KeyReusedError: 422,
     QueueFullError: 429,
     BranchLimitError: 429,
     TurnLimitError: 503,
@@ -97,6 +103,7 @@ STATUS_BY_ERROR: Mapping[type[LastcallError], int] = {
 ADVICE: Mapping[str, str] = {
     "malformed_body": "send one JSON document, without repeated keys",
     "malformed_header": "`field` names the header and `detail` its form",
+    "invalid_idempotency_key": "send one `Idempotency-Key` of 1 to 255 printable ASCII characters, bare or in quotes",
     "bad_request": "the request is not valid HTTP, or its target is neither a path nor a URL",
     "unauthorized": "send `Authorization: Bearer <key>`",
     "loopback_only": "this server serves its own machine only: set `LASTCALL_API_KEYS` there",
@@ -115,10 +122,13 @@ ADVICE: Mapping[str, str] = {
     "events_lost": "a crash took these events; the problem has the turn's `state` and `text`",
     "precondition_failed": "the session has changed since you read it: get it again; `ETag` is its present one. A weak "
     "ETag, `W/…`, never matches",
+    "idempotency_key_spent": "what the first call with this `Idempotency-Key` made is gone: send a new key",
     "input_too_large": "`field` says which part; `input_bytes_max` is the bound",
     "unsupported_media_type": "send `Content-Type: application/json`, not compressed",
     "invalid_request": "`field` and `detail` say what is allowed",
     "branch_limit": "`branches_max` turns run in this session: try again after `Retry-After`",
+    "idempotency_key_reused": "another request came with this `Idempotency-Key` before: send a new key, or the same "
+    "method, path and body",
     "queue_full": "`queued_turns_max` turns wait in this session: try again after `Retry-After`",
     "held_bytes_limit": "requests and answers hold `held_bytes_max` bytes: try again after `Retry-After`",
     "internal_error": "an error in Lastcall; its log has the cause: report it",
@@ -129,7 +139,7 @@ ADVICE: Mapping[str, str] = {
     "session_limit": "`memory_sessions_max` sessions are kept: try again after `Retry-After`",
     "shutting_down": "the server is stopping: try again; another process may answer",
     "store_unavailable": "the store refuses or does not answer; without `Retry-After` the outcome is unknown: "
-    "read the session before you repeat the call",
+    "read the session before you repeat the call; with an `Idempotency-Key` the call may be repeated at once",
     "stream_limit": "`streams_max` streams are open: try again after `Retry-After`",
     "owner_hangs": "the process that runs the turn hangs; the turn was accepted: do not repeat the call, ask for the "
     "turn at `Location`",

@@ -7,6 +7,7 @@ from service.api.http.app_state import current_service
 from service.api.http.callers import current_owner
 from service.api.http.end_of_input import leave_at_end_of_input
 from service.api.http.event_stream import read_last_event_id
+from service.api.http.idempotency_keys import read_key
 from service.api.http.operations import Answer, operation
 from service.api.http.request_body import read_body
 from service.api.http.request_id import current_request_id
@@ -23,6 +24,7 @@ from service.api.native.wire import Chat
 from service.errors import ResumeConflictError, SessionLimitError, SessionNotFoundError
 from service.ids import new_session_id, scoped
 from service.sessions.commands import NewTurn, text_input
+from service.storage.records import IdempotencyKey
 from service.supervisor import Service
 
 blueprint = Blueprint("chat", __name__)
@@ -31,6 +33,7 @@ blueprint = Blueprint("chat", __name__)
 @blueprint.post("/chat")
 @operation(
     id="chat",
+    keyed=True,
     body=Chat,
     answers=(Answer(status=200, description="The turn's events.", streams=True, located="The turn."), SEEN_ALL),
     errors=(SessionNotFoundError, SessionLimitError, *STARTING_ERRORS, *RESUMING_ERRORS),
@@ -40,13 +43,15 @@ async def chat() -> TrioResponse:
     """Send a message and stream the reply.
 
     The session is created if it does not exist; the first event has its id. With `Last-Event-ID` no session and no turn
-    is created: the answer continues the newest turn of `session_id`, as described for turns.
+    is created: the answer continues the turn with the same `Idempotency-Key`, or the newest turn of `session_id`, as
+    described for turns.
     """
     service = current_service()
     body = await read_body(request, Chat, service)
+    key = read_key(body)
     after = read_last_event_id(request)
     if after is not None:
-        return await _resume(service, body, after)
+        return await _resume(service, body, after, key)
     leave_at_end_of_input()
     new = NewTurn(
         text=body.message,
@@ -54,20 +59,16 @@ async def chat() -> TrioResponse:
         creates_session=True,
         session_is_new=body.session_id is None,
         request_id=current_request_id(),
+        key=key,
     )
     session_id = scoped(current_owner(), body.session_id or new_session_id())
     return await start_streaming(service, take_slot(service), session_id, new)
 
 
-async def _resume(service: Service, body: Chat, after: int) -> TrioResponse:
-    if body.session_id is None:
-        raise ResumeConflictError(
-            "Last-Event-ID asks for an earlier turn, and no session is named.", field="session_id"
-        )
+async def _resume(service: Service, body: Chat, after: int, key: IdempotencyKey | None) -> TrioResponse:
     try:
-        return await resume_streaming(
-            service, scoped(current_owner(), body.session_id), text_input(body.message), after=after
-        )
+        session_id = None if body.session_id is None else scoped(current_owner(), body.session_id)
+        return await resume_streaming(service, session_id, text_input(body.message), after=after, key=key)
     except ResumeConflictError as error:
         error.field = "message" if error.field == "input" else error.field
         raise

@@ -9,6 +9,7 @@ from quart_trio.wrappers import TrioResponse
 from service.api.http.app_state import current_service, encoded_response, json_response, no_content, not_modified
 from service.api.http.callers import listed_owner, owner_of_new
 from service.api.http.held_bytes import room_for_answer
+from service.api.http.idempotency_keys import read_key
 from service.api.http.locations import session_path, turn_path
 from service.api.http.long_json import encode_json
 from service.api.http.operations import Answer, operation
@@ -70,6 +71,7 @@ def checked_session_id(session_id: str) -> str:
 @blueprint.post("/sessions")
 @operation(
     id="create_session",
+    keyed=True,
     body=CreateSession,
     answers=(
         Answer(
@@ -92,7 +94,7 @@ async def create_session() -> TrioResponse:
     service = current_service()
     body = await read_body(request, CreateSession, service)
     new = NewSession(**msgspec.structs.asdict(body) | {"owner": owner_of_new(body.owner)})
-    record = await service.sessions.create_session(new)
+    record = await service.sessions.create_session(new, key=read_key(body))
     return json_response(Session.of(record), 201, location=session_path(record.id), etag=etag_of(record))
 
 
@@ -207,6 +209,7 @@ async def delete_session(session_id: str) -> TrioResponse:
 @blueprint.post("/sessions/<session_id>/fork")
 @operation(
     id="fork_session",
+    keyed=True,
     body=ForkSession,
     answers=(
         Answer(
@@ -233,7 +236,9 @@ async def fork_session(session_id: str) -> TrioResponse:
     service = current_service()
     body = await read_body(request, ForkSession, service)
     try:
-        record = await service.sessions.fork_session(session_id, at=body.at, copy_id=body.id, for_peer=is_from_peer())
+        record = await service.sessions.fork_session(
+            session_id, at=body.at, copy_id=body.id, for_peer=is_from_peer(), key=read_key(body)
+        )
     except TurnNotFoundError as error:
         raise InvalidRequestError(str(error), field="at") from None
     return json_response(Session.of(record), 201, location=session_path(record.id), etag=etag_of(record))
@@ -258,6 +263,7 @@ async def list_messages(session_id: str) -> TrioResponse:
 @blueprint.post("/sessions/<session_id>/messages")
 @operation(
     id="add_messages",
+    keyed=True,
     body=AddMessages,
     answers=(
         Answer(
@@ -278,7 +284,7 @@ async def add_messages(session_id: str) -> TrioResponse:
     session_id = checked_session_id(session_id)
     service = current_service()
     body = await read_body(request, AddMessages, service)
-    new = NewItems(items=added_items(body.items, settings=service.settings), parent=body.parent)
+    new = NewItems(items=added_items(body.items, settings=service.settings), parent=body.parent, key=read_key(body))
     allow_longer_answer(by_s=service.settings.store_timeout_s)
     try:
         turns = await service.sessions.add_items(session_id, new)

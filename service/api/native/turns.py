@@ -1,9 +1,9 @@
 """Calls about turns: starting them in three ways, looking at them, streaming and cancelling them."""
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from math import inf
-from typing import cast
+from typing import NamedTuple, cast
 
 from msgspec import UNSET, UnsetType
 from quart import Blueprint, request
@@ -20,6 +20,7 @@ from service.api.http.event_stream import (
     wants_stream,
 )
 from service.api.http.held_bytes import room_for_answer
+from service.api.http.idempotency_keys import read_key
 from service.api.http.locations import located, turn_path
 from service.api.http.long_json import encode_json
 from service.api.http.operations import Answer, operation
@@ -48,6 +49,7 @@ from service.errors import (
     InvalidRequestError,
     OwnerHangsError,
     QueueFullError,
+    RepeatedError,
     ResumeConflictError,
     SessionNotFoundError,
     ShuttingDownError,
@@ -60,10 +62,12 @@ from service.errors import (
 from service.freezes import move_on_after
 from service.ids import is_turn_id
 from service.models.client import FunctionTool, NamedFunction, Tools
+from service.sessions.active.keyed_calls import gone_if_not_found
 from service.sessions.commands import NewTurn, text_input
+from service.sessions.events.event_log import Events
 from service.sessions.events.streams import StreamSlot
 from service.sessions.turns.turn import Turn, Watch
-from service.storage.records import Item, TurnRecord
+from service.storage.records import IdempotencyKey, Item, TurnRecord
 from service.supervisor import Service
 
 blueprint = Blueprint("turns", __name__)
@@ -95,6 +99,7 @@ def checked_turn_id(turn_id: str) -> str:
 @blueprint.post("/sessions/<session_id>/turns")
 @operation(
     id="start_turn",
+    keyed=True,
     body=StartTurn,
     accepts_stream=True,
     answers=(
@@ -131,8 +136,11 @@ async def start_turn(session_id: str) -> TrioResponse:
     events `turn.call` and `turn.arguments`. The `input` of the next turn brings the results, as items of the type
     `function_call_output`. A call whose output is not there is told to the model as not answered.
 
+    With an `Idempotency-Key` the request may be repeated: it starts one turn, and a repetition gets the answer of this
+    turn. A stream begins with the first event, or after `Last-Event-ID`.
+
     A client that lost its connection may repeat its request with the id of the last event that it has seen as
-    `Last-Event-ID`, as some libraries do by themselves. Then no turn is started. If the session's newest
+    `Last-Event-ID`, as some libraries do by themselves. Then no turn is started. Without a key: if the session's newest
     turn has the same input, the answer is its events after that one, live; 204 if no event is left; or,
     without a stream, the turn. The other fields of the body are not compared. If that turn has another input,
     or fewer events, the answer is 409 `resume_conflict` with the turn's URL as `Location`.
@@ -142,11 +150,13 @@ async def start_turn(session_id: str) -> TrioResponse:
     body = await read_body(request, StartTurn, service)
     said = _input_of(body)
     streams = wants_stream(request) and not body.background
+    key = read_key(body)
     after = read_last_event_id(request)
     if after is not None and streams:
-        return await resume_streaming(service, session_id, said, after=after)
+        return await resume_streaming(service, session_id, said, after=after, key=key)
     if after is not None:
-        return await _resume_waiting(service, session_id, said, after=after, background=body.background)
+        find = partial(_resume, service, session_id, said, after=after, key=key)
+        return await _answer_again(find, background=body.background)
     if not body.background:
         leave_at_end_of_input()
     new = NewTurn(
@@ -161,11 +171,15 @@ async def start_turn(session_id: str) -> TrioResponse:
         on_disconnect=body.on_disconnect,
         background=body.background,
         request_id=current_request_id(),
+        key=key,
     )
     if streams:
         return await start_streaming(service, take_slot(service), session_id, new)
     allow_longer_answer(by_s=_acceptance_s(service, new) if new.background else inf)
-    turn, watch = await _start(service, session_id, new)
+    try:
+        turn, watch = await _start(service, session_id, new)
+    except RepeatedError as repeated:
+        return await _answer_again(partial(_open_made, service, repeated), background=new.background)
     if new.background:
         watch.release()
         return await _turn_response(turn.record(), 202, with_location=True)
@@ -234,42 +248,101 @@ def take_slot(service: Service) -> StreamSlot:
 async def start_streaming(service: Service, slot: StreamSlot, session_id: str, new: NewTurn) -> TrioResponse:
     """Start a turn, and answer its events as a stream."""
     allow_longer_answer(by_s=_acceptance_s(service, new))
-    turn, watch = await _start(service, session_id, new)
+    try:
+        turn, watch = await _start(service, session_id, new)
+    except RepeatedError as repeated:
+        return _stream_again(slot, await _open_made(service, repeated), after=0)
     release_later(watch)
     response = stream_response(turn.log, slot, after=0, encode=encode_frame)
     response.headers["Location"] = located(turn_path(turn.session_id, turn.id))
     return response
 
 
-async def resume_streaming(service: Service, session_id: str, said: Sequence[Item], *, after: int) -> TrioResponse:
-    """Answer the newest turn's events after ``after``, for a client that has come back; 204 if none is left."""
+class _Resumed(NamedTuple):
+    """A turn that was started by an earlier request; there is no checkpoint between taking the watch and its return."""
+
+    session_id: str
+    turn_id: str
+    log: Events
+    watch: Watch
+
+
+async def resume_streaming(
+    service: Service, session_id: str | None, said: Sequence[Item], *, after: int, key: IdempotencyKey | None
+) -> TrioResponse:
+    """Answer a turn's events after ``after``, for a client that has come back; 204 if none is left."""
     allow_repeat()
     slot = take_slot(service)
+    return _stream_again(slot, await _resume(service, session_id, said, after=after, key=key), after=after)
+
+
+async def _resume(
+    service: Service, session_id: str | None, said: Sequence[Item], *, after: int, key: IdempotencyKey | None
+) -> _Resumed:
+    """Find the turn of a client that has come back: the one with its key, else the session's newest one.
+
+    Raises:
+        ResumeConflictError: There is no such turn.
+    """
+    allow_repeat()
+    if key is not None:
+        try:
+            await service.sessions.check_key(key)
+        except RepeatedError as repeated:
+            return await _open_made(service, repeated, after=after)
+    if session_id is None:
+        raise ResumeConflictError(
+            "Last-Event-ID asks for an earlier turn, and no session is named.", field="session_id"
+        )
     turn_id, log, watch = await service.sessions.resume_newest(session_id, said=said, after=after)
-    release_later(watch)
+    return _Resumed(session_id, turn_id, log, watch)
+
+
+async def _open_made(service: Service, repeated: RepeatedError, *, after: int = 0) -> _Resumed:
+    """Open the turn that an earlier request with the same key has started.
+
+    Raises:
+        MadeIsGoneError
+        ResumeConflictError: The turn has fewer events than ``after``.
+    """
+    session_id, turn_id = repeated.session_id, repeated.turn_id
+    assert turn_id is not None, "the same request has started a turn"
+    with gone_if_not_found(repeated):
+        log, watch = await service.sessions.open_events(session_id, turn_id, after=after)
+    if after > log.last_seq:
+        watch.release()
+        raise ResumeConflictError(
+            f"The turn with this Idempotency-Key, {turn_id!r}, has {log.last_seq} events so far, and not {after}.",
+            field="Last-Event-ID",
+            session_id=session_id,
+            turn_id=turn_id,
+        )
+    return _Resumed(session_id, turn_id, log, watch)
+
+
+def _stream_again(slot: StreamSlot, resumed: _Resumed, *, after: int) -> TrioResponse:
+    release_later(resumed.watch)
     drop_body(request)
-    if log.closed and after == log.last_seq:
+    if resumed.log.closed and after == resumed.log.last_seq:
         response = no_content()
     else:
         leave_at_end_of_input()
-        response = stream_response(log, slot, after=after, encode=encode_frame)
-    response.headers["Location"] = located(turn_path(session_id, turn_id))
+        response = stream_response(resumed.log, slot, after=after, encode=encode_frame)
+    response.headers["Location"] = located(turn_path(resumed.session_id, resumed.turn_id))
     return response
 
 
-async def _resume_waiting(
-    service: Service, session_id: str, said: Sequence[Item], *, after: int, background: bool
-) -> TrioResponse:
-    """Answer the session's newest turn, for a client that has come back and wants no stream."""
-    allow_repeat()
+async def _answer_again(find: Callable[[], Awaitable[_Resumed]], *, background: bool) -> TrioResponse:
+    """Answer a turn that was started before, without a stream: at once with ``background``, else when it has ended."""
     allow_longer_answer(by_s=0 if background else inf)
-    turn_id, log, watch = await service.sessions.resume_newest(session_id, said=said, after=after)
+    session_id, turn_id, log, watch = await find()
     with watch:
         drop_body(request)
         if not background:
             leave_at_end_of_input()
+            note_accepted(turn_path(session_id, turn_id))
             await log.wait_closed()
-        record = await service.sessions.get_turn(session_id, turn_id)
+        record = await current_service().sessions.get_turn(session_id, turn_id)
     return await _turn_response(record, 202 if background else 200, with_location=True)
 
 

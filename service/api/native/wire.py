@@ -12,7 +12,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from service.ids import OWNER_NAME, SESSION_ID, TURN_ID, public_id
 from service.models.client import FinishReason, Role, Usage
-from service.sessions.commands import INPUT_ITEMS_MAX, OnConflict
+from service.sessions.commands import ADDED_ITEMS_MAX, INPUT_ITEMS_MAX, OnConflict
 from service.sessions.messages import MessageRecord, messages_of
 from service.sessions.turns.turn import OnDisconnect
 from service.storage.records import (
@@ -42,8 +42,6 @@ FORMS = {
     _FUNCTION: "the name of a function: 1-64 of `A-Z a-z 0-9 _ -`",
 }
 """The patterns in words, for error messages."""
-ADDED_ITEMS_MAX = 500
-"""The most items that one call adds, because they are added in one step of the store."""
 KINDS = {
     "input": ("message", "function_call_output"),
     "items": ("message", "function_call", "function_call_output"),

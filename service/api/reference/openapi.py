@@ -14,6 +14,7 @@ from service.api.http.access import LoopbackOnlyError, ProxiedRequestError, Unau
 from service.api.http.callers import OWNER, NotPermittedError
 from service.api.http.event_stream import MEDIA_TYPE as EVENT_STREAM
 from service.api.http.held_bytes import HeldBytesLimitError
+from service.api.http.idempotency_keys import HEADER, InvalidKeyError
 from service.api.http.operations import Answer, Operation, operation_of
 from service.api.http.preconditions import TAGS, MalformedHeaderError
 from service.api.http.problems import ADVICE, NotReadyError, code_of, status_of
@@ -26,7 +27,9 @@ from service.api.native.wire import OwnerName, Problem, SessionId, TurnId
 from service.api.reference.client_schemas import for_clients, structs_in
 from service.errors import (
     InvalidRequestError,
+    KeyReusedError,
     LastcallError,
+    MadeIsGoneError,
     OwnedElsewhereError,
     PreconditionFailedError,
     ResourcesExhaustedError,
@@ -47,6 +50,13 @@ _TAGS = {
     "docs": "The OpenAPI document, and a page of it.",
 }
 _BODY_ERRORS = (MalformedBodyError, BodyTimeoutError, InputTooLargeError, UnsupportedMediaTypeError)
+_KEYED = (
+    "Makes the call safe to repeat: a key of your choice, such as a random UUID, at most 255 characters. A repetition "
+    "(same key, method, path and body) gets the answer of the first call and does nothing again. The key is kept as "
+    "long as what the call made, and 24 hours at least after this is gone. A call that was refused keeps no key."
+)
+_KEY = r"^[!#-+\--~]([ -+\--~]{0,253}[!-+\--~])?$"
+"""A bare key: it does not begin with a quote, and has no comma, and no blanks at its ends."""
 _PATH_PARAMETERS = {"session_id": SessionId, "turn_id": TurnId}
 _REF = "#/components/schemas/{name}"
 _ETAG = "Stands for what PATCH can change; for `If-Match`."
@@ -179,6 +189,13 @@ def _parameters(operation: Operation, tag: str, path_names: list[str], schemas: 
             "description": "The owner for whom the caller acts; needs a key that may `administer`.",
             "schema": schemas.of(OwnerName),
         }
+    if operation.keyed:
+        yield {
+            "name": HEADER,
+            "in": "header",
+            "description": _KEYED,
+            "schema": {"type": "string", "pattern": _KEY},
+        }
     if operation.resumes:
         yield {
             "name": "Last-Event-ID",
@@ -233,6 +250,8 @@ def example_of(kind: type[msgspec.Struct]) -> dict[str, Any]:
 
 def _errors(operation: Operation, tag: str) -> Iterable[type[LastcallError]]:
     yield from operation.errors
+    if operation.keyed:
+        yield from (InvalidKeyError, KeyReusedError, MadeIsGoneError)
     if operation.body is not None:
         yield from _BODY_ERRORS
     if operation.preconditions:

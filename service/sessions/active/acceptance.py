@@ -29,7 +29,7 @@ from service.sessions.turns.turn import Turn
 from service.sessions.turns.turn_log import turn_log_context
 from service.sessions.turns.turn_task import end_turn, run_turn
 from service.settings import Settings
-from service.storage.records import SessionRecord, TurnRecord
+from service.storage.records import IdempotencyKey, SessionRecord, TurnRecord
 from service.storage.store import Store
 from service.storage.store_deadline import answered_in_turn, answered_within
 from service.telemetry.log_context import log_context
@@ -128,7 +128,7 @@ class Acceptance:
         if not deadline.left_s:
             await trio.lowlevel.checkpoint()  # raises: no write begins whose outcome would be unknown
         with self._pending_writes.writing(within_s=deadline.left_s):
-            await self._store.add_turns(turns, now=now, head=head)
+            await self._store.add_turns(turns, now=now, head=head, key=new.key)
         return turns
 
     async def make_way(self, session_id: str, new: NewTurn) -> None:
@@ -200,6 +200,7 @@ class Acceptance:
             head=stored.head if new.parent is msgspec.UNSET else msgspec.UNSET,
             creates=stored if is_new else None,
             branches=branches,
+            key=new.key,
             within_s=deadline.left_s,
         )
         self._make_live(session, turn, supersedes=new.on_conflict == "supersede" and not branches)
@@ -223,6 +224,7 @@ class Acceptance:
         head: str | None | msgspec.UnsetType,
         creates: SessionRecord | None,
         branches: bool,
+        key: IdempotencyKey | None,
         within_s: float,
     ) -> None:
         """Commit the input, and the session if it is new, in one step.
@@ -240,6 +242,7 @@ class Acceptance:
                     creates=creates,
                     path_bytes_max=path_bytes_max,
                     branches=branches,
+                    key=key,
                 )
         except StoreError as error:
             # The store may have the turn or not. If the store has it, the turn must not stay open.
