@@ -283,7 +283,8 @@ async def _ask(
     """Send the current request to the owner, and return its answer; None if the owner dies before its answer."""
 
     def drop_accepted() -> None:
-        drop_body(request)  # the answer, the turn's end, may take long
+        if not repeat_is_allowed():  # otherwise another process may have to answer, if the owner dies
+            drop_body(request)  # the answer, the turn's end, may take long
 
     answer = None
     if _answer_timeout_s() == inf:

@@ -174,9 +174,10 @@ class KeyedCalls:
             return await call()
         except OwnedElsewhereError:
             raise  # the owner is asked next, and the step that named it has checked the key
-        except (RefusedError, StoreError):
-            left_s = asked_at + self._timeout_s - trio.current_time()
-            if left_s > 0:
-                with answered_within(left_s):
-                    await self._store.check_key(key, now=self._clock())
-            raise
+        except (RefusedError, StoreError) as error:
+            refusal = error
+        left_s = asked_at + self._timeout_s - trio.current_time()
+        if left_s > 0:
+            with answered_within(left_s):
+                await self._store.check_key(key, now=self._clock())
+        raise refusal

@@ -7,6 +7,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from tests.api.http.test_callers import open_callers
 from tests.api.inprocess import SSE, Api, Reply, leave, open_api
 
 SLOW = "scripted:?tokens=100&rate=1"
@@ -294,3 +295,22 @@ async def test_a_page_may_send_a_key_from_another_origin() -> None:
         headers = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
         reply = await api.call("OPTIONS", "/chat", headers=headers)
         assert "Idempotency-Key" in reply.headers["access-control-allow-headers"]
+
+
+async def test_the_keys_of_two_owners_never_meet(autojump_clock: MockClock) -> None:
+    async with open_callers() as call:
+        made: dict[str, set[str]] = {}
+        for name in ("ann", "bob", "plain"):
+            for _ in range(2):
+                reply = await call(name, "POST", "/chat", {"message": "Hi", "session_id": "s"}, Idempotency_Key="k")
+                made.setdefault(name, set()).add(reply.headers["location"])
+        assert [len(turns) for turns in made.values()] == [1, 1, 1]
+        assert len(set().union(*made.values())) == 3
+        for owner in ("ann", "bob"):  # the owner for whom an administrator acts counts
+            again = await call(
+                "root", "POST", "/chat", {"message": "Hi", "session_id": "s"}, owner=owner, Idempotency_Key="k"
+            )
+            assert {again.headers["location"]} == made[owner]
+        await call("ann", "DELETE", "/sessions/s")
+        gone = await call("ann", "POST", "/chat", {"message": "Hi", "session_id": "s"}, Idempotency_Key="k")
+        assert "session 's'" in gone.problem(410, "idempotency_key_spent", "Idempotency-Key")["detail"]
