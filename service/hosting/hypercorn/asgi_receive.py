@@ -6,8 +6,8 @@ streams. The queue here hands a message over inside of the call that puts it.
 Proven by ``tests/hosting/hypercorn/test_asgi_receive.py``.
 """
 
+from collections import deque
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from types import TracebackType
 from typing import Any, cast
 
@@ -30,34 +30,65 @@ class ReceiveQueue:
     """
 
     def __init__(self, *, kept_max: int) -> None:
-        self._to_app, self._from_server = trio.open_memory_channel[ASGIReceiveEvent](kept_max)
+        self._kept_max = kept_max
+        self._kept: deque[ASGIReceiveEvent] = deque()
+        self._last: ASGIReceiveEvent | None = None
+        self._changed: trio.Event | None = None
         self._take: Callable[[Any], None] | None = None
         self._count = 0
         self._is_over = False
         self._over: trio.Event | None = None
 
     async def __call__(self) -> ASGIReceiveEvent:
-        return await self._from_server.receive()
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while not self._kept:
+            if self._last is not None:
+                await trio.lowlevel.cancel_shielded_checkpoint()  # an application may ask again and again
+                return self._last
+            await self._wait_for_change()
+        message = self._kept.popleft()
+        self._note_change()
+        return message
 
     def deliver_to(self, take: Callable[[Any], None]) -> None:
         """Give the messages that are kept, and all later ones, to ``take``."""
         self._take = take
-        with suppress(trio.WouldBlock):
-            while True:
-                take(self._from_server.receive_nowait())
+        while self._kept:
+            take(self._kept.popleft())
+        if self._last is not None:
+            take(self._last)
+        self._note_change()
 
     async def put(self, message: ASGIReceiveEvent) -> None:
-        """Add a message. Called by hypercorn."""
+        """Add a message. Called by the server."""
         self._count += 1
         if self._count % CHECKPOINT_MESSAGES == 0:
             await trio.lowlevel.checkpoint()
+        while self._take is None and len(self._kept) >= self._kept_max:
+            await self._wait_for_change()
         if self._take is not None:
             self._take(message)
-            return
-        try:
-            self._to_app.send_nowait(message)
-        except trio.WouldBlock:
-            await self._to_app.send(message)
+        else:
+            self._kept.append(message)
+            self._note_change()
+
+    def put_last(self, message: ASGIReceiveEvent) -> None:
+        """Add the message that ends the others, also if there is no room. Only the first call counts."""
+        if self._last is None:
+            self._last = message
+            if self._take is not None:
+                self._take(message)
+            self._note_change()
+
+    async def _wait_for_change(self) -> None:
+        if self._changed is None:
+            self._changed = trio.Event()
+        await self._changed.wait()
+
+    def _note_change(self) -> None:
+        if self._changed is not None:
+            self._changed.set()
+            self._changed = None
 
     def note_over(self) -> None:
         """Note that the request is over, or that an end of its input ends it (:data:`LEAVES_AT_END`)."""

@@ -56,6 +56,38 @@ async def test_a_sender_waits_while_the_queue_is_full() -> None:
     assert taken == [message(number) for number in range(3)]
 
 
+async def test_the_last_message_needs_no_room_and_is_received_again_and_again() -> None:
+    receive_queue = ReceiveQueue(kept_max=1)
+    await receive_queue.put(message(0))
+    receive_queue.put_last(message(1))
+    receive_queue.put_last(message(2))
+    assert [await receive_queue() for _ in range(3)] == [message(0), message(1), message(1)]
+
+
+async def test_the_last_message_wakes_all_that_wait_for_one() -> None:
+    receive_queue = ReceiveQueue(kept_max=1)
+    received: list[Any] = []
+
+    async def receive() -> None:
+        received.append(await receive_queue())
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(receive)
+        nursery.start_soon(receive)
+        await trio.testing.wait_all_tasks_blocked()
+        receive_queue.put_last(message(0))
+    assert received == [message(0)] * 2
+
+
+async def test_kept_messages_and_the_last_one_are_handed_over_in_order() -> None:
+    receive_queue = ReceiveQueue(kept_max=2)
+    taken: list[Any] = []
+    await receive_queue.put(message(0))
+    receive_queue.put_last(message(1))
+    receive_queue.deliver_to(taken.append)
+    assert taken == [message(0), message(1)]
+
+
 async def test_many_messages_do_not_have_the_event_loop_for_themselves() -> None:
     receive_queue = ReceiveQueue(kept_max=10)
     receive_queue.deliver_to(lambda _: None)
