@@ -23,7 +23,8 @@ from service.api.http.app_state import refusals_of
 from service.api.http.proxy import SUCCESSORS
 from service.freezes import watch_for_freezes
 from service.hosting.hypercorn.asgi_request import open_requests
-from service.hosting.hypercorn.connections import Connections, Stream
+from service.hosting.hypercorn.connections import Connections
+from service.hosting.hypercorn.http1_connection import Stream
 from service.hosting.hypercorn.patches import install_in_worker
 from service.hosting.hypercorn.unread_answers import watch_unread_answers
 from service.hosting.hypercorn.worker import Worker, find_worker

@@ -25,7 +25,8 @@ from service.cluster.owner_beats import send_beats
 from service.cluster.peer_proof import check_peer
 from service.cluster.peer_socket import process_of_peer, socket_name, user_of_peer
 from service.errors import StartupError
-from service.hosting.hypercorn.connections import Connections, Stream
+from service.hosting.hypercorn.connections import Connections
+from service.hosting.hypercorn.http1_connection import Stream
 from service.hosting.hypercorn.worker import Worker
 from service.settings import Settings
 

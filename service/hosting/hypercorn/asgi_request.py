@@ -9,7 +9,7 @@
 * From the end of the lame duck on, each response on HTTP/1 says that the connection closes.
 * An answer that its client does not read is given up (``unread_answers``). It goes to hypercorn in pieces, because
   hypercorn copies what it cannot send at once.
-* The pieces of a stream go to the connection, and hypercorn's messages to the request, without a task in between.
+* The server's messages go to the request without a task in between.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ from service.api.http.request_body import BoundedBody, drop_body
 from service.errors import ShuttingDownError
 from service.freezes import extended_when_late
 from service.hosting.hypercorn.asgi_receive import ReceiveQueue
-from service.hosting.hypercorn.chunked_response import ChunkedResponse
+from service.hosting.hypercorn.http1_exchange import Http1Exchange
 from service.hosting.hypercorn.unread_answers import Answer, unread_answers_of
 from service.stop_state import Phase, StopState
 
@@ -65,7 +65,6 @@ class AsgiRequest(TrioASGIHTTPConnection):
     """One request of an application."""
 
     _request: Request | None = None
-    _response: ChunkedResponse | None = None
     _answer: Answer | None = None
     _is_complete = False
 
@@ -82,7 +81,7 @@ class AsgiRequest(TrioASGIHTTPConnection):
                     nursery.start_soon(self.handle_messages, nursery, request, receive)
                     await self.handle_request(nursery, request, partial(self._send_shielding_the_last, send))
         finally:
-            cast("dict[str, Any]", self.scope).pop(PIECE_WRITER, None)  # a circle: hypercorn's stream holds the scope
+            cast("dict[str, Any]", self.scope).pop(PIECE_WRITER, None)  # a circle: the exchange holds the scope
             if requests is not None:
                 requests.discard(request)
             if self._answer is not None and (answers := unread_answers_of(self.app)) is not None:
@@ -129,9 +128,15 @@ class AsgiRequest(TrioASGIHTTPConnection):
                 self._watch_answer(send)
         with nullcontext() if self._answer is None else self._answer.waiting():
             await send(message)
-        self._response = ChunkedResponse.begun_by(send)
-        if is_stream and self._response is not None and self._response.writes_now:
-            cast("dict[str, Any]", self.scope)[PIECE_WRITER] = self._response
+        if is_stream:
+            self._offer_writer(send)
+
+    def _offer_writer(self, send: Any) -> None:
+        """Let the task that appends an event write it to this stream, where its connection can do so."""
+        exchange = getattr(send, "__self__", None)
+        chunks = exchange.chunks if isinstance(exchange, Http1Exchange) else None
+        if chunks is not None and chunks.writes_now:
+            cast("dict[str, Any]", self.scope)[PIECE_WRITER] = chunks
 
     def _drop_body(self) -> None:
         """Hold no body while the answer is sent: the handler is over, so the request is not sent to a peer again."""
@@ -152,19 +157,11 @@ class AsgiRequest(TrioASGIHTTPConnection):
             return  # Quart ends a response again that its last piece has ended
         self._is_complete = _is_last(message)
         if self._answer is None:
-            await self._pass_on(send, message["body"], ends=self._is_complete)
+            await send(_body_message(message["body"], ends=self._is_complete))
             return
         for piece, ends in _pieces(message["body"], ends=self._is_complete):
             with self._answer.waiting(len(piece)):
-                await self._pass_on(send, piece, ends=ends)
-
-    async def _pass_on(self, send: Any, piece: bytes, *, ends: bool) -> None:
-        if self._response is None:
-            await send({"type": "http.response.body", "body": piece, "more_body": not ends})
-        elif ends:
-            await self._response.end(piece)
-        else:
-            await self._response.write(piece)
+                await send(_body_message(piece, ends=ends))
 
     def _closes(self) -> bool:
         requests: OpenRequests | None = self.app.extensions.get(_REQUESTS)
@@ -175,6 +172,10 @@ def _is_last(message: dict[str, Any]) -> bool:
     return message["type"] == "http.response.body" and (
         not message.get("more_body", False) or isinstance(message["body"], LastPiece)
     )
+
+
+def _body_message(piece: bytes, *, ends: bool) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": piece, "more_body": not ends}
 
 
 def _pieces(body: bytes, *, ends: bool) -> Iterator[tuple[bytes, bool]]:

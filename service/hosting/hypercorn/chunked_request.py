@@ -36,7 +36,7 @@ class JoiningChunkedReader(ChunkedReader):
     def _check_lines(self, received: bytearray) -> None:
         """Raises: h11.LocalProtocolError: The next chunk's header, or the trailers, have bytes that h11 refuses."""
         if self._reading_trailer:
-            if not received.startswith((_END, b"\n")) and has_refused_bytes(received):
+            if received.startswith(b"\n") or (not received.startswith(_END) and has_refused_bytes(received)):
                 raise h11.LocalProtocolError("illegal trailer")
             return
         header = received[: max(received.find(_END), 0)]

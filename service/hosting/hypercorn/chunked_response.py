@@ -1,50 +1,31 @@
-"""A chunked response on HTTP/1 whose pieces are written to the connection without h11.
+"""The chunks of a response on HTTP/1.1, written to the connection without h11.
 
-hypercorn and h11 take 30 microseconds for each piece and send the end of the body separately. A piece can be framed
-without them, and framing changes no state of theirs. Proven by ``tests/hosting/hypercorn/test_chunked_response.py``.
+Proven by ``tests/hosting/hypercorn/test_http1_exchange.py`` and ``test_inline_writing.py``.
 """
 
-from time import time
-from typing import Self
-
-import h11
-from h11._writers import ChunkedWriter
-from hypercorn.events import Closed
-from hypercorn.protocol.events import StreamClosed
-from hypercorn.protocol.h11 import H11Protocol
-from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
-
-from service.hosting.hypercorn.connections import Connection
+from typing import Protocol
 
 _END = b"0\r\n\r\n"
+
+
+class ChunkConnection(Protocol):
+    """The connection of a response."""
+
+    @property
+    def takes_plain_bytes(self) -> bool: ...
+
+    async def write(self, data: bytes) -> None: ...
+
+    def write_now(self, data: bytes) -> int: ...
 
 
 class ChunkedResponse:
     """A response whose head has been sent. Meets :class:`~service.api.http.event_stream.PieceWriter`."""
 
-    def __init__(self, stream: HTTPStream, protocol: H11Protocol, connection: Connection) -> None:
+    def __init__(self, connection: ChunkConnection) -> None:
         self._rest = b""
-        self._stream = stream
-        self._protocol = protocol
+        self._has_ended = False
         self._connection = connection
-
-    @classmethod
-    def begun_by(cls, send: object) -> Self | None:
-        """Return the response that a request's ASGI ``send`` has begun; None if it is not a chunked one on HTTP/1."""
-        stream = getattr(send, "__self__", None)
-        if not isinstance(stream, HTTPStream) or stream.state is not ASGIHTTPState.RESPONSE:
-            return None
-        protocol = getattr(stream.send, "__self__", None)
-        if not isinstance(protocol, H11Protocol) or not isinstance(protocol.connection, h11.Connection):
-            return None
-        connection = getattr(protocol.send, "__self__", None)
-        if not isinstance(connection, Connection) or not isinstance(protocol.connection._writer, ChunkedWriter):
-            return None
-        return cls(stream, protocol, connection)
-
-    async def write(self, data: bytes) -> None:
-        """Send a piece. Returns once the kernel has taken the piece; hypercorn notices a client that has left."""
-        await self._connection.write(self._after_rest(_chunk(data)))
 
     @property
     def writes_now(self) -> bool:
@@ -58,33 +39,26 @@ class ChunkedResponse:
 
     def write_now(self, data: bytes) -> bool:
         """Send a piece as far as the kernel takes it now. Returns False if nothing of it was sent, nor is to be."""
-        if self._rest:
+        if self._rest or self._has_ended:
             return False
         chunk = _chunk(data)
         sent = self._connection.write_now(chunk)
         self._rest = chunk[sent:] if sent else b""
         return sent > 0
 
+    async def write(self, data: bytes) -> None:
+        """Send a piece. Returns once the kernel has taken the piece, or the client has left."""
+        if framed := self._after_rest(_chunk(data)):
+            await self._connection.write(framed)
+
+    async def end(self, data: bytes) -> None:
+        """Send the last piece and the end of the body together."""
+        self._has_ended = True
+        await self._connection.write(self._after_rest(_chunk(data) + _END))
+
     def _after_rest(self, data: bytes) -> bytes:
         rest, self._rest = self._rest, b""
         return rest + data
-
-    async def end(self, data: bytes) -> None:
-        """Send the last piece and the end of the body together. hypercorn then goes on as after its own end.
-
-        A connection that is to close closes at once: h11 and hypercorn do not prepare it for another request first.
-        """
-        stream = self._stream
-        closes = self._connection.closes_after_response
-        end = _END if closes else self._protocol.connection.send(h11.EndOfMessage())
-        await self._connection.write(self._after_rest(_chunk(data) + end))
-        stream.state = ASGIHTTPState.CLOSED
-        await stream.config.log.access(stream.scope, stream.response, time() - stream.start_time)
-        if closes:
-            stream.closed = True
-            await self._connection.protocol_send(Closed())
-        else:
-            await stream.send(StreamClosed(stream_id=stream.stream_id))
 
 
 def _chunk(data: bytes) -> bytes:

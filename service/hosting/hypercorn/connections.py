@@ -1,4 +1,7 @@
-"""The open connections: hypercorn's connections, counted, with the bounds and the ends that hypercorn lacks.
+"""The open connections: ours on HTTP/1.1, and hypercorn's on HTTP/2 and for WebSockets, with what hypercorn lacks.
+
+A connection begins on HTTP/1.1 (``http1_connection``) unless TLS has agreed on HTTP/2. A WebSocket's handshake, the
+preface of HTTP/2 and an upgrade to HTTP/2 go to hypercorn's protocols, with all that has arrived. For those:
 
 * A connection without a request is kept for a moment while the server closes: to close it while its first request
   arrives would reset it.
@@ -7,17 +10,11 @@
   that the client has reset leave nothing behind. hypercorn waits for ever for a client that sends only a preface or
   resets its only stream, and keeps the buffer of each reset stream. It also waits for ever until the last bytes of a
   stream are sent to a client that has left: those bytes are dropped with the connection.
-* A connection that closes with its response ends also if its client has sent another request meanwhile: hypercorn
-  pauses the connection's reader for that request and, while the server stops, leaves the reader paused for ever.
-* A connection on which hypercorn itself refuses a request (a websocket's without a key, or one to a host that is not
-  in its ``server_names``) closes with that answer, as the answer says. hypercorn keeps the connection open for ever.
+* A connection on which hypercorn itself refuses a WebSocket (without a key, or to a host that is not in its
+  ``server_names``) closes with that answer, as the answer says. hypercorn keeps the connection open for ever.
 * Bytes that hypercorn cannot parse end their connection. In hypercorn some bytes end the process, before any access
   check: an invalid ``HTTP2-Settings`` header, a path of HTTP/2 that is not ASCII, more priorities than the limit.
-* A client that closes its sending side after its request gets an answer, unless the request waits for a turn or
-  streams a turn. hypercorn treats every end of input as a client that leaves.
-* Empty lines before a request are skipped. h11 refuses them.
-* No input holds the event loop: h11 and h2 work through all bytes of a call without a pause, so each call gets few
-  bytes, and a head of either protocol is bounded.
+* No input holds the event loop: h2 works through all bytes of a call without a pause, so each call gets few bytes.
 * A client that does not read cannot hold the server, nor an answer (``unread_answers``). hypercorn sends under a shield
   without a deadline, so neither its ``graceful_timeout`` nor any other cancellation reaches such a connection; only
   closing its socket does.
@@ -26,7 +23,6 @@
 
 import fcntl
 import os
-import select
 import termios
 import time
 from array import array
@@ -42,46 +38,48 @@ import trio
 from h2.errors import ErrorCodes
 from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData
+from hypercorn.protocol import ProtocolWrapper
 from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import H11Protocol, H11WSConnection
-from hypercorn.protocol.http_stream import HTTPStream
 from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
 from hypercorn.trio.worker_context import EventWrapper, WorkerContext
 from hypercorn.typing import AppWrapper, ConnectionState, TaskGroup
+from hypercorn.utils import parse_socket_addr
 
 from service.freezes import extended_when_late
 from service.hosting.hypercorn.asgi_receive import ConnectionTaskGroup
-from service.hosting.hypercorn.request_parser import RequestParser
+from service.hosting.hypercorn.http1_connection import (
+    CHECKPOINT_BYTES,
+    CLOSE_TIMEOUT_S,
+    FIRST_REQUEST_S,
+    HEAD_PIECE_BYTES,
+    STEP_S,
+    UNREAD_POLL_INTERVAL_S,
+    Http1Connection,
+    ServerFields,
+    Stream,
+    is_full,
+    socket_of,
+)
+from service.hosting.hypercorn.http1_exchange import Address
 from service.stop_state import Phase, StopState
 
 logger = structlog.get_logger("lastcall.connections")
 
-Stream = trio.SSLStream[trio.SocketStream]
-"""A connection's stream, with TLS or without, in the type that hypercorn declares."""
-FIRST_REQUEST_S = 0.05
-"""How long a connection without a request is kept once the listeners close: a request may be on its way."""
-UNREAD_POLL_INTERVAL_S = 0.005
 QUIET_POLLS = 3
 """Looks in a row without unread bytes: a request stops the idle timer two event loop rounds after it was read."""
-CHECKPOINT_BYTES = 4096
 HEAD_BYTES_MAX = 16 * 1024
 """Bound on a request's head on HTTP/2, compressed and as a list of fields; as ``h11_max_incomplete_size`` on HTTP/1.
 
 Source: https://www.rfc-editor.org/rfc/rfc9113#name-defined-settings (``SETTINGS_MAX_HEADER_LIST_SIZE``)
 """
-HEAD_PIECE_BYTES = 4096
-BODY_PIECE_BYTES = 16 * 1024
 FRAMES_PIECE_BYTES = 512
 """A frame of HTTP/2 can have only 9 bytes, and takes some 20 microseconds, or 200 if it begins a request."""
 SIZE_UPDATES_MAX = 2
 """Source: https://www.rfc-editor.org/rfc/rfc7541#section-4.2"""
 _SIZE_UPDATES = bytes(range(0x20, 0x40))
-STEP_S = 0.002
-"""How long a connection handles its input before other tasks get a turn."""
 LAST_FRAMES_S = 0.5
 """How long a close waits for HTTP/2 frames that the client's window holds back."""
-CLOSE_TIMEOUT_S = 1.0
-"""Bound on hypercorn's close of an idle connection, which is shielded. After it the connection is aborted."""
 
 
 class Connections:
@@ -102,6 +100,13 @@ class Connections:
         self._open: set[Connection] = set()
         self._idle: set[trio.CancelScope] = set()
         self._none_left = trio.lowlevel.ParkingLot()
+        self._fields: ServerFields | None = None
+
+    def fields(self, config: Config) -> ServerFields:
+        """The fields that hypercorn adds to responses on HTTP/1.1."""
+        if self._fields is None or self._fields.config is not config:
+            self._fields = ServerFields(config)
+        return self._fields
 
     def open(
         self, app: AppWrapper, config: Config, context: WorkerContext, state: ConnectionState, stream: Stream
@@ -189,13 +194,15 @@ class Connection(TCPServer):
         connections: Connections,
     ) -> None:
         config.h2_max_header_list_size = HEAD_BYTES_MAX
-        super().__init__(app, config, ConnectionContext(context, self), state, stream)
+        super().__init__(app, config, context, state, stream)
         self._worker_context = context
         self._connections = connections
         self._socket = socket_of(stream)
         self._takes_plain_bytes = isinstance(stream, trio.SocketStream)
         self.opened_at = trio.current_time()
         self._handshake = trio.CancelScope()
+        self._is_in_handshake = True
+        self._http1: Http1Connection | None = None
 
     def __repr__(self) -> str:
         state = "closed" if self._socket.fileno() < 0 else "in handshake" if self.is_in_handshake else "open"
@@ -206,17 +213,28 @@ class Connection(TCPServer):
         return self._socket
 
     @property
-    def takes_plain_bytes(self) -> bool:
-        """Whether bytes go to the kernel as they are: without TLS."""
-        return self._takes_plain_bytes
-
-    @property
     def is_in_handshake(self) -> bool:
-        return not hasattr(self, "protocol")
+        return self._is_in_handshake
 
     @property
     def is_http2(self) -> bool:
-        return isinstance(self.protocol.protocol, H2Protocol)
+        return self._http2 is not None
+
+    @property
+    def _http2(self) -> H2Protocol | None:
+        protocol = getattr(getattr(self, "protocol", None), "protocol", None)
+        return protocol if isinstance(protocol, H2Protocol) else None
+
+    @property
+    def idle_grace_s(self) -> float:
+        return self._connections.idle_grace_s
+
+    def closes_idle(self) -> bool:
+        return self._connections.closes_idle or self._worker_context.terminated.is_set()
+
+    async def wait_until_idle_close(self, *, within_s: float) -> None:
+        with self._connections.until_idle_close(within_s=within_s):
+            await self._worker_context.terminated.wait()
 
     @property
     def closes_after_response(self) -> bool:
@@ -233,45 +251,102 @@ class Connection(TCPServer):
         self._connections.note_begun(self)
         self._reader = trio.lowlevel.current_task()
         try:
-            if self._takes_plain_bytes:
-                await super().run()
-            else:
-                with self._handshake:
-                    await super().run()
+            with self._handshake:
+                await self._shake_hands()
+            if self._is_in_handshake:
+                return
+            sock = self._socket
+            client = parse_socket_addr(sock.family, sock.getpeername())
+            server = parse_socket_addr(sock.family, sock.getsockname())
+            begun: bytes | None = b""
+            if self._alpn != "h2":
+                begun = await self._serve_http1(client, server)
+            if begun is not None:
+                await self._serve_other_protocol(begun, client, server)
+        except* OSError:
+            pass
         except* Exception as errors:  # noqa: BLE001  the edge of a connection
             logger.info("a connection was dropped: what it sent breaks the server's parser", error=repr(errors))
         finally:
+            self._socket.close()
             self._connections.note_closed(self)
+
+    async def _shake_hands(self) -> None:
+        self._alpn: str | None = "http/1.1"
+        if not self._takes_plain_bytes:
+            try:
+                with trio.fail_after(self.config.ssl_handshake_timeout):
+                    await self.stream.do_handshake()
+            except (trio.BrokenResourceError, trio.TooSlowError):
+                return
+            self._alpn = self.stream.selected_alpn_protocol()
+        self._is_in_handshake = False
+
+    async def _serve_http1(self, client: Address, server: Address) -> bytes | None:
+        """Serve HTTP/1.1. Returns the bytes with which another protocol begins, or None once the connection ended."""
+        self._http1 = Http1Connection(
+            self.app,
+            self._worker_context,
+            ConnectionState(self.state),
+            self.stream,
+            host=self,
+            fields=self._connections.fields(self.config),
+            client=client,
+            server=server,
+        )
+        try:
+            return await self._http1.run()
+        finally:
+            self._http1 = None  # a circle
+
+    async def _serve_other_protocol(self, begun: bytes, client: Address, server: Address) -> None:
+        """Serve HTTP/2, or WebSockets, as hypercorn does."""
+        self.context = ConnectionContext(self._worker_context, self)
+        try:
+            task_group = self._task_group = ConnectionTaskGroup()
+            async with task_group:
+                self.protocol = ProtocolWrapper(
+                    self.app,
+                    self.config,
+                    self.context,
+                    cast("TaskGroup", task_group),
+                    ConnectionState(self.state),
+                    not self._takes_plain_bytes,
+                    client,
+                    server,
+                    self.protocol_send,
+                    self._alpn,
+                )
+                await self.protocol.initiate()
+                await self.idle_task.restart(cast("TaskGroup", self._task_group), self._idle_timeout)
+                await self._read_data(begun)
+        finally:
+            await self._close()  # noqa: ASYNC102  a cancelled close closes the socket
 
     @property
     def is_stalled(self) -> bool:
         """Whether the client does not read: the kernel's buffer is full, or HTTP/2 frames wait for a window."""
         if self._socket.fileno() < 0:
             return True
-        protocol = None if self.is_in_handshake else self.protocol.protocol
-        if isinstance(protocol, H2Protocol) and protocol.stream_buffers:
+        if self._http2 is not None and self._http2.stream_buffers:
             return True
-        return self._is_full
+        return is_full(self._socket)
 
     @property
     def is_stalled_as_a_whole(self) -> bool:
         """Whether no stream can go on at this moment: the kernel's buffer is full, or HTTP/2's window is empty."""
-        if self._socket.fileno() < 0 or self._is_full:
+        if self._socket.fileno() < 0 or is_full(self._socket):
             return True
-        protocol = self.protocol.protocol
-        return isinstance(protocol, H2Protocol) and protocol.connection.outbound_flow_control_window <= 0
-
-    @property
-    def _is_full(self) -> bool:
-        """Whether the kernel takes no more bytes for this client."""
-        poll = select.poll()
-        poll.register(self._socket.fileno(), select.POLLOUT)
-        return not poll.poll(0)
+        return self._http2 is not None and self._http2.connection.outbound_flow_control_window <= 0
 
     def abort(self) -> None:
         """Close the connection without GOAWAY or a TLS close. The kernel still delivers the bytes that it has taken."""
         if self.is_in_handshake:
             self._handshake.cancel()
+        elif self._http1 is not None:
+            self._http1.abort()
+        elif not hasattr(self, "_task_group"):
+            self._socket.close()
         else:
             self._task_group.cancel()
             self._socket.close()
@@ -298,14 +373,12 @@ class Connection(TCPServer):
                 self._task_group.cancel()
             return
         await super().protocol_send(event)
-        if isinstance(event, Closed) and self._is_ahead:
-            self._task_group.cancel()
 
     @property
     def _has_refused(self) -> bool:
-        """Whether hypercorn itself has answered a request on HTTP/1: only hypercorn answers in the task that reads.
+        """Whether hypercorn itself has answered a WebSocket's handshake: only hypercorn answers in the task that reads.
 
-        Neither its ``WSStream`` nor its ``HTTPStream`` send a ``StreamClosed`` after ``_send_error_response``.
+        Its ``WSStream`` sends no ``StreamClosed`` after ``_send_error_response``.
         """
         protocol = self.protocol.protocol
         if not isinstance(protocol, H11Protocol) or trio.lowlevel.current_task() is not self._reader:
@@ -314,12 +387,6 @@ class Connection(TCPServer):
         if isinstance(connection, H11WSConnection):
             connection = connection.h11_connection
         return connection.our_state is h11.MUST_CLOSE
-
-    @property
-    def _is_ahead(self) -> bool:
-        """Whether the client, on HTTP/1, has sent bytes after the request that is being answered. They stay unread."""
-        protocol = self.protocol.protocol
-        return isinstance(protocol, H11Protocol) and bool(protocol.connection.trailing_data[0])
 
     async def write(self, data: bytes) -> None:
         """Send bytes as they are."""
@@ -340,40 +407,28 @@ class Connection(TCPServer):
         except OSError:  # the socket would block, or is broken or closed
             return 0
 
-    async def _read_data(self) -> None:
-        """Read as hypercorn does, but without a cancel scope for a read that has no deadline."""
-        self._use_request_parser()
-        data: bytes | bytearray = b"..."
-        while data:
-            try:
+    async def _read_data(self, begun: bytes = b"") -> None:
+        """Read as hypercorn does, but without a cancel scope for a read that has no deadline.
+
+        Args:
+            begun: What was received already.
+        """
+        data: bytes | bytearray = begun
+        try:
+            data = data or await self._receive()
+            while data:
+                await self._handle_in_pieces(data)
+                if self._http2 is not None:
+                    await self._tidy_up(self._http2)
                 data = await self._receive()
-            except (trio.ClosedResourceError, trio.BrokenResourceError, trio.TooSlowError):
-                break
-            await self._handle_in_pieces(data)
-            if isinstance(self.protocol.protocol, H2Protocol):
-                await self._tidy_up(self.protocol.protocol)
-        else:
-            await self._let_answer()
+        except (trio.ClosedResourceError, trio.BrokenResourceError, trio.TooSlowError):
+            pass
         await self.protocol.handle(Closed())
-        if isinstance(self.protocol.protocol, H2Protocol):
-            for buffer in self.protocol.protocol.stream_buffers.values():
+        if self._http2 is not None:
+            for buffer in self._http2.stream_buffers.values():
                 await buffer.close()
         if self.idle_task._handle is not None:
             await self.idle_task.stop()  # the client has closed: no request can follow
-
-    def _use_request_parser(self) -> None:
-        protocol = self.protocol.protocol
-        if isinstance(protocol, H11Protocol):
-            protocol.connection = RequestParser(head_bytes_max=self.config.h11_max_incomplete_size)
-
-    async def _let_answer(self) -> None:
-        """After the end of the input, wait until the request is answered, or until the end of input must end it.
-
-        Requests that wait for no turn are bounded by their own deadlines.
-        """
-        protocol = self.protocol.protocol
-        if isinstance(protocol, H11Protocol) and isinstance(protocol.stream, HTTPStream) and self._task_group.newest:
-            await self._task_group.newest.wait_over()
 
     async def _handle_in_pieces(self, data: bytes | bytearray) -> None:
         began_at = time.perf_counter()
@@ -394,7 +449,7 @@ class Connection(TCPServer):
         protocol = self.protocol.protocol
         if isinstance(protocol, H2Protocol):
             return FRAMES_PIECE_BYTES
-        return BODY_PIECE_BYTES if protocol.connection.their_state is h11.SEND_BODY else HEAD_PIECE_BYTES
+        return HEAD_PIECE_BYTES
 
     async def _tidy_up(self, protocol: H2Protocol) -> None:
         """Drop the streams that the client has reset, and start the idle timer if no stream is left."""
@@ -418,11 +473,10 @@ class Connection(TCPServer):
             return await self.stream.receive_some(MAX_RECV)
 
     async def _idle_timeout(self) -> None:
-        with self._connections.until_idle_close(within_s=self.config.keep_alive_timeout):
-            await self._worker_context.terminated.wait()
+        await self.wait_until_idle_close(within_s=self.config.keep_alive_timeout)
         # The reader stops this task when it reads a request; each await before the shield lets the reader do so.
         await trio.lowlevel.checkpoint()
-        if self._connections.closes_idle or self._worker_context.terminated.is_set():
+        if self.closes_idle():
             await self._wait_for_request_on_its_way()
         else:
             await self._wait_until_quiet()  # after a freeze the time is over, but requests may have arrived in it
@@ -493,11 +547,6 @@ class BoundedDecoder(hpack.Decoder):
         if len(data) - len(data.lstrip(_SIZE_UPDATES)) > SIZE_UPDATES_MAX:
             raise hpack.HPACKDecodingError("A head has more table size updates than it may have.")
         return super().decode(data, raw)
-
-
-def socket_of(stream: Stream) -> trio.socket.SocketType:
-    """The socket below a connection's stream, with TLS or without."""
-    return cast("trio.SocketStream", getattr(stream, "transport_stream", stream)).socket
 
 
 class ConnectionContext(WorkerContext):

@@ -8,8 +8,8 @@ that is not there any more refuses the start.
 
 These are extension points of the libraries, and no patches: Quart's ``asgi_http_class``, ``asgi_lifespan_class``,
 ``request_class`` and ``body_class``; what :class:`~service.hosting.hypercorn.connections.Connection` overrides of
-hypercorn's ``TCPServer``, with the parser that it gives to a connection of its own; hypercorn's ``Config``; and the
-filters that ``service.telemetry.logging`` adds to hypercorn's loggers.
+hypercorn's ``TCPServer``, which serves HTTP/1.1 by a connection of ours; hypercorn's ``Config``; and the filters that
+``service.telemetry.logging`` adds to hypercorn's loggers.
 """
 
 import logging
@@ -27,14 +27,12 @@ import hypercorn.protocol
 import hypercorn.protocol.h2
 import hypercorn.run
 import hypercorn.trio.run
-import hypercorn.trio.tcp_server
 import trio
 from h11._readers import READERS
 from h11._state import SEND_BODY
 from hypercorn.trio.worker_context import WorkerContext
 
 from service.errors import StartupError
-from service.hosting.hypercorn.asgi_receive import ConnectionTaskGroup
 from service.hosting.hypercorn.chunked_request import JoiningChunkedReader
 from service.hosting.hypercorn.connections import HEAD_BYTES_MAX, BoundedDecoder
 from service.hosting.hypercorn.open_streams import Http2Protocol
@@ -143,7 +141,6 @@ class Fault:
 # In a worker
 
 TCP_SERVER = Patch("hypercorn.trio.run.TCPServer", hypercorn.trio.run, "TCPServer", "Connections.open")
-TASK_GROUP = Patch("hypercorn.trio.tcp_server.TaskGroup", hypercorn.trio.tcp_server, "TaskGroup", "ConnectionTaskGroup")
 CHUNKED_READER = Patch(
     "h11._readers.READERS[SEND_BODY]['chunked']",
     READERS[SEND_BODY],
@@ -186,12 +183,6 @@ FAULTS = (
         "hypercorn: a connection that its client has closed is kept until the keep-alive timeout",
         f"{_CONNECTIONS}::test_hypercorn_still_keeps_connections_that_their_clients_closed",
         "the last step of Connection._read_data",
-        (TCP_SERVER,),
-    ),
-    Fault(
-        "hypercorn: a connection whose client has asked ahead is never closed during a shutdown",
-        f"{_CONNECTIONS}::test_hypercorn_still_waits_for_a_client_that_has_sent_more",
-        "Connection._is_ahead",
         (TCP_SERVER,),
     ),
     Fault(
@@ -245,34 +236,20 @@ FAULTS = (
         (TCP_SERVER,),
     ),
     Fault(
-        "hypercorn: a client that closes its sending side after its request gets no answer",
-        "tests/hosting/hypercorn/test_end_of_input.py::test_hypercorn_still_takes_every_end_of_input_for_leaving",
-        "Connection._let_answer",
-        (TCP_SERVER,),
-    ),
-    Fault(
         "hypercorn: bytes that its parsers do not expect end the whole server",
         f"{_CONNECTIONS}::test_bytes_that_hypercorn_cannot_parse_still_end_all_of_it",
         "the except* of Connection.run",
         (TCP_SERVER,),
     ),
     Fault(
-        "hypercorn: a head of any length is accepted when it arrives in one piece",
-        "tests/hosting/hypercorn/test_event_loop.py::test_hypercorn_still_takes_a_long_head_that_comes_in_one_piece",
-        "Connection._handle_in_pieces",
-        (TCP_SERVER,),
-    ),
-    Fault(
         "hypercorn: a request takes a task and a round of the event loop for each message",
         "tests/hosting/hypercorn/test_asgi_receive.py::test_the_receive_queue_is_still_needed",
-        "ReceiveQueue",
-        (TASK_GROUP,),
+        "ReceiveQueue on HTTP/2",
     ),
     Fault(
         "hypercorn: a cancelled task group raises its own cancellation",
         "tests/hosting/hypercorn/test_asgi_receive.py::test_hypercorns_task_group_still_lets_its_own_cancellation_out",
         "ConnectionTaskGroup.__aexit__",
-        (TASK_GROUP,),
     ),
     Fault(
         "h11: each chunk of a body is an event",
@@ -312,11 +289,6 @@ FAULTS = (
         "quart-trio, hypercorn: a kept-alive connection never times out",
         "tests/hosting/hypercorn/test_asgi_request.py::test_the_shield_of_the_last_send_is_still_needed",
         "the shield of AsgiRequest._send_shielding_the_last",
-    ),
-    Fault(
-        "hypercorn: the last piece of a stream and its end are two writes",
-        "tests/hosting/hypercorn/test_chunked_response.py::test_it_is_still_needed",
-        "ChunkedResponse.end",
     ),
     Fault(
         "h11: an empty line before a request is refused",
@@ -426,7 +398,6 @@ def install_connections(open_connection: object) -> Iterator[None]:
     """Have hypercorn's trio worker open its connections with this, in place of its ``TCPServer``."""
     with ExitStack() as undoing:
         undoing.callback(TCP_SERVER.put(open_connection))
-        undoing.callback(TASK_GROUP.put(ConnectionTaskGroup))
         undoing.callback(CHUNKED_READER.put(JoiningChunkedReader))
         undoing.callback(HEAD_BYTES.put(HEAD_BYTES_MAX))
         undoing.callback(HEAD_DECODER.put(BoundedDecoder))

@@ -24,11 +24,11 @@ import h2.exceptions
 import structlog
 import trio
 from hypercorn.protocol.h2 import H2Protocol
-from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.protocol.http_stream import HTTPStream
 from quart import Quart
 
 from service.hosting.hypercorn.connections import Connection
+from service.hosting.hypercorn.http1_exchange import ExchangeConnection, Http1Exchange
 
 logger = structlog.get_logger("lastcall.connections")
 
@@ -43,6 +43,38 @@ _BYTES_ACKED = struct.Struct("=120xQ")
 """``tcpi_bytes_acked`` in Linux' ``struct tcp_info``."""
 
 
+class Http2Stream:
+    """The stream of an answer on HTTP/2."""
+
+    def __init__(self, connection: Connection, protocol: H2Protocol, stream_id: int) -> None:
+        self._connection = connection
+        self._protocol = protocol
+        self._stream_id = stream_id
+
+    @property
+    def left_bytes(self) -> int:
+        """What hypercorn has still to send."""
+        buffer = self._protocol.stream_buffers.get(self._stream_id)
+        return 0 if buffer is None else len(buffer.buffer)
+
+    def has_window(self) -> bool:
+        try:
+            return self._protocol.connection.local_flow_control_window(self._stream_id) > 0
+        except h2.exceptions.ProtocolError:  # the stream is closed
+            return True
+
+    def connection_is_unread(self, *, since: tuple[int, ...]) -> bool:
+        """Whether the client has taken nothing from the whole connection since the first of the looks.
+
+        At a single look a connection whose other streams move is often full, too.
+        """
+        progress = _progress_of(self._connection.socket)
+        return self._connection.is_stalled_as_a_whole and progress in ((), since)
+
+    def reset(self) -> None:
+        self._connection.reset_stream(self._stream_id)
+
+
 class Answer:
     """An answer on its way to its client.
 
@@ -50,11 +82,10 @@ class Answer:
         pieces: How many pieces of it hypercorn has taken, its head included.
     """
 
-    def __init__(self, stream: HTTPStream, protocol: H11Protocol | H2Protocol, connection: Connection) -> None:
+    def __init__(self, connection: Connection | ExchangeConnection, stream: Http2Stream | None = None) -> None:
         self.pieces = 0
-        self._stream = stream
-        self._protocol = protocol
         self._connection = connection
+        self._stream = stream
         self._is_waiting = False
         self._seen: tuple[int, ...] = ()
         self._connection_seen: tuple[int, ...] = ()
@@ -70,10 +101,12 @@ class Answer:
     def begun_by(cls, send: object) -> Self | None:
         """Return the answer that a request's ASGI ``send`` has begun; None where a server other than ours sends it."""
         stream = getattr(send, "__self__", None)
+        if isinstance(stream, Http1Exchange):
+            return cls(stream.connection)
         protocol = getattr(getattr(stream, "send", None), "__self__", None)
         connection = getattr(getattr(protocol, "send", None), "__self__", None)
-        if isinstance(stream, HTTPStream) and isinstance(protocol, H11Protocol | H2Protocol):
-            return cls(stream, protocol, connection) if isinstance(connection, Connection) else None
+        if isinstance(stream, HTTPStream) and isinstance(protocol, H2Protocol) and isinstance(connection, Connection):
+            return cls(connection, Http2Stream(connection, protocol, stream.stream_id))
         return None
 
     @contextmanager
@@ -106,35 +139,19 @@ class Answer:
 
     def give_up(self) -> None:
         """End the stream on HTTP/2, or the connection. The request ends then, too."""
-        if isinstance(self._protocol, H11Protocol) or self._connection_is_unread():
+        if self._stream is None or self._stream.connection_is_unread(since=self._connection_seen):
             self._connection.abort()
         else:
-            self._connection.reset_stream(self._stream.stream_id)
-
-    def _connection_is_unread(self) -> bool:
-        """Whether the client has taken nothing from the whole connection since the first of the looks.
-
-        At a single look a connection whose other streams move is often full, too.
-        """
-        progress = _progress_of(self._connection.socket)
-        return self._connection.is_stalled_as_a_whole and progress in ((), self._connection_seen)
+            self._stream.reset()
 
     def _taken(self) -> tuple[int, ...]:
         """What grows or shrinks with each byte that the client takes."""
-        if isinstance(self._protocol, H11Protocol):
+        if self._stream is None:
             return (self.pieces, *_progress_of(self._connection.socket))
-        buffer = self._protocol.stream_buffers.get(self._stream.stream_id)
-        left = 0 if buffer is None else len(buffer.buffer)
         # A head, or a stream with a window, waits only for its turn on a connection that is read.
-        waits_for_turn = self.pieces == 0 or self._has_window()
-        return (self.pieces, left, *(_progress_of(self._connection.socket) if waits_for_turn else ()))
-
-    def _has_window(self) -> bool:
-        assert isinstance(self._protocol, H2Protocol)
-        try:
-            return self._protocol.connection.local_flow_control_window(self._stream.stream_id) > 0
-        except h2.exceptions.ProtocolError:  # the stream is closed
-            return True
+        waits_for_turn = self.pieces == 0 or self._stream.has_window()
+        progress = _progress_of(self._connection.socket) if waits_for_turn else ()
+        return (self.pieces, self._stream.left_bytes, *progress)
 
 
 class UnreadAnswers:

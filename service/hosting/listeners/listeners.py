@@ -20,7 +20,7 @@ import trio
 from hypercorn.config import Config, Sockets
 from hypercorn.utils import repr_socket_addr
 
-from service.hosting.hypercorn.connections import Stream, socket_of
+from service.hosting.hypercorn.http1_connection import Stream, socket_of
 
 BACKLOG_MAX = 1024
 """Clients that may wait to be accepted: while the event loop is busy or, in a reload, until a worker is up."""

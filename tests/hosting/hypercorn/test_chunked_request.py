@@ -1,5 +1,6 @@
 """Chunks are joined, and otherwise read as h11 reads them."""
 
+import re
 from itertools import pairwise
 
 import h11
@@ -45,7 +46,7 @@ FRAMES = st.one_of(
         b"1;\n\r\nx\r\n",
         b"f" * 20 + b"\r\n", b"f" * 21 + b"\r\n", b"1;" + b"a" * 120 + b"\r\nx\r\n", b" 1\r\nx\r\n", b"0x1\r\nx\r\n",
         b"1\r\n\r\n\r\n", b"0\r\n\n\x0b\r\n\r\n", b"0\r\na:\x0b\r\n\r\n", b"0\r\na: b\r\n\r\n\x0b",
-        b"GET / HTTP/1.1\r\n\r\n",
+        b"0\r\na: b\n\n", b"0\r\na: b\r\n\n", b"GET / HTTP/1.1\r\n\r\n",
     ]),
 )  # fmt: skip
 
@@ -55,7 +56,17 @@ def test_a_chunked_body_is_read_as_h11_reads_it_in_any_pieces(framed: bytes, cut
     places = sorted({0, len(framed), *(cut for cut in cuts if cut < len(framed))})
     pieces = [framed[start:end] for start, end in pairwise(places)]
     body, end, _ = read(JoiningChunkedReader, pieces)
-    assert (body, end) == read(ChunkedReader, pieces)[:2]
+    expected = read(ChunkedReader, pieces)[:2]
+    refuses_line_feed = end == "refused with 400" and re.search(rb"(?<!\r)\n", framed) is not None
+    assert (body, end) == expected or (refuses_line_feed and expected[1].startswith("EndOfMessage"))
+
+
+@pytest.mark.parametrize("trailers", [b"\n", b"a: b\n\r\n", b"a: b\n\n", b"a: b\r\n\n", b"a: b\nc: d\r\n\r\n"])
+def test_trailers_with_a_line_feed_alone_are_refused(trailers: bytes) -> None:
+    framed = b"1\r\nx\r\n0\r\n" + trailers
+    assert read(ChunkedReader, [framed])[1].startswith("EndOfMessage")
+    for pieces in ([framed], [bytes([byte]) for byte in framed]):
+        assert read(JoiningChunkedReader, pieces)[1] == "refused with 400"
 
 
 def test_the_chunks_of_a_piece_are_one_event() -> None:

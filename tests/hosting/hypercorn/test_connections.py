@@ -318,12 +318,6 @@ async def test_a_connection_closes_with_its_response_though_its_client_has_sent_
 
 
 @pytest.mark.removal
-async def test_hypercorn_still_waits_for_a_client_that_has_sent_more(serve: Serve) -> None:
-    """This test fails once hypercorn closes such a connection; then Connection._is_ahead is no longer needed."""
-    assert not await stops_though_a_client_has_sent_more(serve, GET, patience_s=BRIEF_S)
-
-
-@pytest.mark.removal
 async def test_bytes_that_hypercorn_cannot_parse_still_end_all_of_it(serve: Serve) -> None:
     """This test fails once such bytes end only their connection. Ours do: ``tests/process/test_malformed.py``."""
     data = GET.replace(

@@ -6,12 +6,10 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 import trio.testing
-from hypercorn.trio.tcp_server import TCPServer
 from quart_trio import QuartTrio
 
 from service.api.http.end_of_input import leave_at_end_of_input
 from service.api.http.request_body import BoundedRequest
-from service.hosting.hypercorn import connections as hosting
 from service.hosting.hypercorn.asgi_request import AsgiRequest
 from service.hosting.hypercorn.connections import Connections
 from tests.hosting.conftest import Serve
@@ -141,15 +139,3 @@ async def test_a_stop_does_not_wait_for_such_a_request_beyond_its_own_time(
             server.stop.set()
             await server.gone.wait()
             assert app.left.is_set()
-
-
-@pytest.mark.removal
-async def test_hypercorn_still_takes_every_end_of_input_for_leaving(
-    serve: Serve, connections: Connections, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """This test fails once hypercorn answers such a client; then Connection._let_answer can be reconsidered."""
-    monkeypatch.setattr(hosting.Connection, "_read_data", TCPServer._read_data)
-    app = App()
-    async with half_closed(serve, app, request("never")) as client:
-        await app.left.wait()
-        assert await rest_of(client) == b""

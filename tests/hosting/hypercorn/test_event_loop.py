@@ -179,11 +179,19 @@ HEADS: dict[str, bytes] = {
     "chunks of a byte with extensions": chunked([b" "] * 50_000, b";a"),
     "a long extension": chunked([b" "] * 1000, b";" + b"a" * 1000),
     "many trailers": chunked([b"{}"], trailers=b"a:b\r\n" * 3000),
-    "an extension of spaces": chunked([b"{}"], b";" + b" " * 15_000 + b"\nx"),
+    **{
+        f"an extension of {blank!r} that ends with {end!r}": chunked([b"{}"], b";" + blank * 15_000 + end)
+        for blank in (b" ", b"\t")
+        for end in (b"\0", b"\v", b"\f", b"\rx", b"\nx")
+    },
+    **{
+        f"a trailer of {blank!r} that ends with {end!r}": chunked([b"{}"], trailers=b"a:" + blank * 30_000 + end)
+        for blank in (b" ", b"\t")
+        for end in (b"\0\r\n", b"\v\r\n", b"\f\r\n", b"\rx\r\n", b"\nx\r\n")
+    },
     "an extension of spaces without an end": request(
         "POST", "/sessions", b"", b"Transfer-Encoding: chunked"
     ) + b"2;" + b" " * 15_000,
-    "a trailer of spaces": chunked([b"{}"], trailers=b"a:" + b" " * 15_000 + b"\0\r\n"),
     "the docs": request("GET", "/docs"),
 }  # fmt: skip
 
@@ -204,15 +212,6 @@ async def test_a_head_of_http_1_is_bounded_though_it_comes_in_one_piece() -> Non
         for length, status in ((15_000, b"200"), (22_000, b"431"), (60_000, b"431")):
             data = request("GET", "/healthz", b"", b"a: " + b"a" * length)
             assert (await exchange(server.port, data, LongestStep())).split()[1] == status
-
-
-@pytest.mark.removal
-async def test_hypercorn_still_takes_a_long_head_that_comes_in_one_piece() -> None:
-    """This test fails once hypercorn bounds the head; then only the event loop needs Connection._handle_in_pieces."""
-    async with serving(SETTINGS) as server:
-        data = request("GET", "/healthz", b"", b"a: " + b"a" * 22_000)
-        status = (await exchange(server.port, data, LongestStep())).split()[1]
-    assert status == b"200"
 
 
 @pytest.mark.usefixtures("connections")

@@ -98,7 +98,7 @@ class Reader:
         self.connection = FakeConnection(room)
         self.scope = trio.CancelScope()
         self.is_ended = False
-        self.response = ChunkedResponse(cast("Any", None), cast("Any", None), cast("Any", self.connection))
+        self.response = ChunkedResponse(cast("Any", self.connection))
         self.slot = streams.open_stream()
         self.stream = EventStream(log, self.slot, after=after, encode=encode, scope={PIECE_WRITER: self.response})
 

@@ -20,7 +20,7 @@ import trustme
 from hypercorn.config import Config, Sockets
 from quart_trio import QuartTrio
 
-from service.hosting.hypercorn.connections import Stream
+from service.hosting.hypercorn.http1_connection import Stream
 from service.hosting.hypercorn.patches import install_listeners
 from service.hosting.listeners.bind import given_sockets, note_given_sockets
 from service.hosting.listeners.listeners import Listeners

@@ -1,19 +1,22 @@
-"""Streams on HTTP/1 that bypass hypercorn and h11: a client sees the same bytes."""
+"""Requests and responses on HTTP/1.1: a client sees the bytes that hypercorn would send, in fewer writes."""
 
 import logging
 import os
+import socket
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
 
 from service.api.http.event_stream import LastPiece
 from service.api.http.request_body import BoundedRequest
-from service.hosting.hypercorn import chunked_response
 from service.hosting.hypercorn.asgi_request import AsgiRequest
 from service.hosting.hypercorn.connections import Connections
+from service.hosting.hypercorn.http1_exchange import Http1Exchange
 from tests.hosting.conftest import Serve, Served
 
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -116,13 +119,6 @@ async def test_the_last_piece_and_the_end_are_one_write(
     assert await writes_of_a_short_stream(serve, monkeypatch) == [b"3\r\nall\r\n0\r\n\r\n"]
 
 
-@pytest.mark.removal
-async def test_it_is_still_needed(serve: Serve, connections: Connections, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This test fails once hypercorn sends the last piece with the end; then ChunkedResponse.end is not needed."""
-    monkeypatch.setattr(chunked_response.ChunkedResponse, "begun_by", lambda _send: None)
-    assert await writes_of_a_short_stream(serve, monkeypatch) == [b"3\r\nall\r\n", b"0\r\n\r\n"]
-
-
 async def test_access_is_logged(
     serve: Serve, app: QuartTrio, connections: Connections, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -130,3 +126,94 @@ async def test_access_is_logged(
     async with serve(app, accesslog=logging.getLogger("access"), access_log_format="%(r)s %(s)s") as server:
         await ask(server, CLOSING)
     assert [record.getMessage() for record in caplog.records if record.name == "access"] == ["GET / 1.1 200"]
+
+
+@pytest.mark.parametrize("ends", [True, False], ids=["whole", "in the middle"])
+async def test_the_access_to_a_response_that_is_given_up_is_logged_once(
+    serve: Serve, connections: Connections, caplog: pytest.LogCaptureFixture, ends: bool
+) -> None:
+    """The send of a piece is cancelled, and the piece may be the last one."""
+
+    async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            raise RuntimeError("not supported")
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        with trio.move_on_after(0.05):
+            await send({"type": "http.response.body", "body": b"." * (1 << 26), "more_body": not ends})
+
+    caplog.set_level(logging.INFO)
+    log = {"accesslog": logging.getLogger("access"), "access_log_format": "%(r)s %(s)s"}
+    with trio.fail_after(10):
+        async with serve(app, **log) as server, await server.connect() as client:
+            await client.send_all(GET)
+            async for _ in client:
+                pass
+            await connections.wait_none_open()
+    assert [record.getMessage() for record in caplog.records if record.name == "access"] == ["GET / 1.1 -"]
+
+
+async def streaming(scope: dict[str, Any], send: Any, sent: list[bytes], *, ended: trio.Event) -> None:
+    """Write pieces at once until one does not fit; then send the others, and the end, as ASGI does."""
+    exchange = send.__self__
+    assert isinstance(exchange, Http1Exchange)
+    assert exchange.chunks is None
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    if scope["method"] == "HEAD" or scope["http_version"] == "1.0":
+        assert exchange.chunks is None
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        return
+    chunks = exchange.chunks
+    assert chunks is not None
+    assert chunks.writes_now
+    for number in range(1000):
+        piece = b"%06d" % number * 1000
+        if not chunks.write_now(piece):
+            break
+        sent.append(piece)
+        if chunks.has_rest:
+            assert not chunks.write_now(b"not before the rest")
+            break
+    for piece in (b"then", b"and then"):
+        await send({"type": "http.response.body", "body": piece, "more_body": True})
+        sent.append(piece)
+    await send({"type": "http.response.body", "body": b""})
+    assert not chunks.write_now(b"after the end")
+    ended.set()
+
+
+@pytest.mark.parametrize("size", [1000, 4_000_000])
+async def test_pieces_that_are_written_at_once_keep_their_order_with_the_others(
+    serve: Serve, connections: Connections, size: int
+) -> None:
+    sent: list[bytes] = []
+    ended = trio.Event()
+
+    async def app(scope: dict[str, Any], _receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            raise RuntimeError("not supported")
+        await streaming(scope, send, sent, ended=ended)
+
+    async with serve(app) as server, await server.connect() as client:
+        with trio.fail_after(20):
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+            await client.send_all(CLOSING)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            received = b"".join([part async for part in client])
+            await ended.wait()
+    body = received.partition(b"\r\n\r\n")[2]
+    assert body == b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in sent) + b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize("request_", [CLOSING.replace(b"GET", b"HEAD"), CLOSING.replace(b"1.1", b"1.0")])
+async def test_only_streams_of_chunks_are_written_to_at_once(
+    serve: Serve, connections: Connections, request_: bytes
+) -> None:
+    async def app(scope: dict[str, Any], _receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            raise RuntimeError("not supported")
+        await streaming(scope, send, [], ended=trio.Event())
+
+    async with serve(app) as server, await server.connect() as client:
+        with trio.fail_after(20):
+            await client.send_all(request_)
+            assert b"".join([part async for part in client]).startswith(b"HTTP/1.1 200")
