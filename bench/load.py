@@ -343,14 +343,19 @@ class Load:
         result = CallsResult(group=group.name, number=number)
         self.result.calls.append(result)
         client = _Client(self._plan, number)
+        requests = iter(group.requests * group.repeat)
         try:
             async with self._opening:
-                with await client.connect() as sock:
-                    for request in group.requests * group.repeat:
-                        await client.exchange(sock, request)
-                        result.answered_at.append(time.monotonic())
-                        if group.ready_at == "first":
-                            settled.set()
+                while (request := next(requests, None)) is not None:
+                    with await client.connect() as sock:
+                        while request is not None:
+                            response = await client.exchange(sock, request)
+                            result.answered_at.append(time.monotonic())
+                            if group.ready_at == "first":
+                                settled.set()
+                            if response.closes:
+                                break  # as any client has to: the next request takes a new connection
+                            request = next(requests, None)
         except (OSError, WireError, _RefusedError) as error:
             result.note = str(error)
         settled.set()
@@ -418,7 +423,7 @@ class Load:
                 else:
                     result.outcome = "closed" if response.status is None else "incomplete"
                 result.retry_after = "retry-after" in response.headers
-                result.connection_close = response.headers.get("connection", "").lower() == "close"
+                result.connection_close = response.closes
             result.answered_at = time.monotonic()
 
 

@@ -79,7 +79,9 @@ class Http2Streams(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Calls(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Clients that send these requests in a row, ``repeat`` times, on one connection, and close it.
+    """Clients that send these requests in a row, ``repeat`` times, on one connection at a time, and close it.
+
+    An answer that says so is the last one of its connection.
 
     A client is ready when its ``first`` request has been answered, or at the ``end`` of its last one.
     """

@@ -38,6 +38,11 @@ class ResponseParser:
         self._after_data = False  # the CRLF after a chunk's data is due
         self._trailers = False
 
+    @property
+    def closes(self) -> bool:
+        """Whether the peer says that the connection ends with this response."""
+        return self.headers.get("connection", "").lower() == "close"
+
     def feed(self, data: bytes) -> bytes:
         """Take received bytes, and return the bytes of the body in them.
 

@@ -61,6 +61,11 @@ def serve_one(sock: socket.socket, path: str) -> bool:
         case ["json"]:
             sock.sendall(b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 10\r\n\r\n{"id":"x"}')
             return True
+        case ["last-json"]:
+            head = (
+                b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: 10\r\n\r\n"
+            )
+            sock.sendall(head + b'{"id":"x"}')
         case ["refuse"]:
             sock.sendall(
                 b"HTTP/1.1 503 Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}"

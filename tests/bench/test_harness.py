@@ -234,6 +234,14 @@ async def test_calls_in_a_row_are_noted_until_the_first_that_fails(tmp_path: Pat
         assert [began, *calls.answered_at, done] == sorted([began, *calls.answered_at, done])
 
 
+async def test_calls_go_on_after_the_last_answer_of_a_connection(tmp_path: Path) -> None:
+    group = Calls(name="all", count=2, requests=(Request(path="/json"), Request(path="/last-json")), repeat=3)
+    async with open_misbehaving(tmp_path) as server, open_load(Plan(port=server.port, groups=(group,))) as load:
+        await load.wait_ready()
+        result = await load.stop()
+    assert [(len(calls.answered_at), calls.note) for calls in result.calls] == [(6, ""), (6, "")]
+
+
 async def test_calls_without_an_end_are_ready_at_their_first_answer(tmp_path: Path) -> None:
     """A measurement that began before would count the start of the load client."""
     ever = Calls(name="ever", count=2, requests=(Request(path="/json"),), repeat=1_000_000, ready_at="first")
