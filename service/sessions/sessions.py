@@ -57,14 +57,18 @@ from service.storage.records import (
     Item,
     Match,
     Page,
+    Places,
     SessionPatch,
     SessionRecord,
     SessionStatus,
+    TreeNode,
     TurnRecord,
 )
 from service.storage.store import Store
 from service.storage.store_deadline import answered_in_turn, answered_within
 
+PLACES_MAX_S = 1.0
+"""How long an answer waits for the places of its turns, which the store knows."""
 FORKS_WAITING_MAX = 100
 """Bound on callers that wait for other forks; beyond it a fork is refused at once."""
 
@@ -470,6 +474,15 @@ class Sessions:
         with self._answered_within():
             return await self._read_turn(session_id, turn_id)
 
+    async def get_asked(self, session_id: str, turn_id: str) -> TurnRecord:
+        """A turn whose input is to be repeated; its output may have no texts. Raises as :meth:`get_turn`."""
+        self._check_not_deleted(session_id)
+        turn = self._find_turn(session_id, turn_id)
+        if turn is not None:
+            return turn.record()
+        with self._answered_within():
+            return await self._read_turn(session_id, turn_id, with_texts=False)
+
     async def wait_turn(self, session_id: str, turn_id: str) -> TurnRecord:
         """Wait for the end of a turn; returns the turn. Cancellation affects the caller only.
 
@@ -510,6 +523,30 @@ class Sessions:
         live = [self._find_turn(session_id, record.id) for record in page.data]
         data = (turn.record() if turn else record for turn, record in zip(live, page.data, strict=True))
         return msgspec.structs.replace(page, data=tuple(data))
+
+    async def list_tree(self, session_id: str, *, limit: int, after: str | None = None) -> Page[TreeNode]:
+        """A page of the tree of a session's turns, in the order of their acceptance.
+
+        Raises:
+            SessionNotFoundError
+        """
+        self._check_not_deleted(session_id)
+        with self._answered_within():
+            page = await self._store.list_tree(session_id, limit=limit, after=after, now=self._clock())
+        live = [self._find_turn(session_id, node.id) for node in page.data]
+        data = (TreeNode.of(turn.record()) if turn else node for turn, node in zip(live, page.data, strict=True))
+        return msgspec.structs.replace(page, data=tuple(data))
+
+    async def find_places(self, session_id: str, turn_ids: Collection[str]) -> Places | None:
+        """The places of turns in their session's tree; None if the store does not answer within a moment.
+
+        They are shown beside turns that this process may have in memory: these are shown also while the store hangs.
+        """
+        try:
+            with answered_within(min(PLACES_MAX_S, self._settings.store_timeout_s)):
+                return await self._store.find_places(session_id, turn_ids)
+        except StoreError:
+            return None
 
     async def cancel_turn(self, session_id: str, turn_id: str) -> TurnRecord:
         """End a turn as ``cancelled`` (``requested``) and wait for its end; idempotent.
@@ -558,32 +595,57 @@ class Sessions:
             )
         return log, Watch(None)
 
-    async def resume_newest(self, session_id: str, *, said: Sequence[Item], after: int) -> tuple[str, Events, Watch]:
-        """The events of the session's newest turn, the head, for a client that started this turn and reconnects.
+    async def resume_newest(
+        self,
+        session_id: str,
+        *,
+        said: Sequence[Item],
+        after: int,
+        parent: str | None | msgspec.UnsetType = msgspec.UNSET,
+        besides: str | None = None,
+    ) -> tuple[str, Events, Watch]:
+        """The events of the session's newest turn, for a client that started this turn and reconnects.
 
         The client has seen the events up to ``after`` and repeats the input. Other parameters of the turn were decided
-        at its acceptance and are not compared. Starts no turn. Returns the turn's id, its log and a watch, as
-        :meth:`open_events` does.
+        at its acceptance and are not compared. The turn is the head if that has this input; else, because branches may
+        have been started since, the newest open turn that has it. Starts no turn. Returns the turn's id, its log and a
+        watch, as :meth:`open_events` does.
+
+        Args:
+            parent: Of several turns with this input one with this parent is taken, if there is one.
+            besides: A turn that is not meant: the one that the turn is a retry of.
 
         Raises:
             SessionNotFoundError, OwnedElsewhereError, EventsLostError
-            ResumeConflictError: There is no turn, or the newest turn has another input or fewer events.
+            ResumeConflictError: There is no such turn, or it has fewer events.
         """
         head = (await self.get_session(session_id)).head
-        if head is None:
+        newest = None if head is None else await self.get_turn(session_id, head)
+        open_here = [turn.record() for turn in reversed(self._active.turns_of(session_id))]
+        fitting = [
+            turn
+            for turn in (newest, *open_here)
+            if turn is not None and turn.id != besides and is_same_input(turn.input, said)
+        ]
+        found = min(fitting, key=lambda turn: parent not in (msgspec.UNSET, turn.parent), default=None)
+        if found is None and not open_here:
+            with self._answered_within():
+                await self._refuse_if_elsewhere(session_id)
+        if newest is None and found is None:
             raise ResumeConflictError("This session has no turn to resume.", field="Last-Event-ID")
-        newest = await self.get_turn(session_id, head)
-        refuse = partial(ResumeConflictError, session_id=session_id, turn_id=head)
-        if not is_same_input(newest.input, said):
-            raise refuse(f"The newest turn of this session, {head!r}, has another input.", field="input")
-        log, watch = await self.open_events(session_id, head, after=after)
+        shown = found or newest
+        assert shown is not None
+        refuse = partial(ResumeConflictError, session_id=session_id, turn_id=shown.id)
+        if found is None:
+            raise refuse(f"The newest turn of this session, {shown.id!r}, has another input.", field="input")
+        log, watch = await self.open_events(session_id, found.id, after=after)
         if after > log.last_seq:
             watch.release()
             raise refuse(
-                f"The newest turn of this session, {head!r}, has {log.last_seq} events so far, and not {after}.",
+                f"The newest turn of this session, {found.id!r}, has {log.last_seq} events so far, and not {after}.",
                 field="Last-Event-ID",
             )
-        return head, log, watch
+        return found.id, log, watch
 
     # All of them
 

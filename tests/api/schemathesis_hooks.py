@@ -12,7 +12,7 @@ import schemathesis
 from schemathesis import Case, CheckContext, HookContext, Response
 from schemathesis.checks import positive_data_acceptance
 
-OPAQUE = {"after", "at", "Idempotency-Key", "Last-Event-ID", "lastEventId", "parent"}
+OPAQUE = {"after", "at", "head", "Idempotency-Key", "Last-Event-ID", "lastEventId", "parent", "turn_id"}
 """Parameters whose texts may have the right form and are still refused, because the server never gave them out."""
 DEPENDENT = re.compile(r"tool_choice(\.name)?|tools\[\d+\]\.name|(input|items)\[\d+\]\.call_id")
 """Fields that have to fit others of the same body: a choice needs its function, and names and ids are there once."""

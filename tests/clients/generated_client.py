@@ -69,6 +69,11 @@ def main(url: str, key: str) -> None:
         replayed = events_of(call("turns.stream_events", 200, **known, turn_id=turn.id))
         chatted = events_of(call("chat.chat", 200, client=client, body=models.Chat(message="Hi")))
         call("turns.cancel_turn", 200, **known, turn_id=turn.id)
+        retried = call("turns.retry_turn", 200, **known, turn_id=turn.id, body=models.RetryTurn(temperature=1.0))
+        assert (retried.siblings.place, retried.siblings.count, retried.is_head) == (2, 2, True)
+        tree = call("turns.get_tree", 200, **known).data
+        assert [node.parent for node in tree] == [None, turn.id, None]
+        call("sessions.update_session", 200, **known, body=models.UpdateSession(head=tree[1].id))
         seen: dict[str, Any] = {
             "title": call("sessions.get_session", 200, **known).title,
             "sessions": call("sessions.list_sessions", 200, client=client, count=True).count,

@@ -1,5 +1,7 @@
 """The chat call, for a first try: it takes a message and answers a stream of events."""
 
+from functools import partial
+
 from quart import Blueprint, request
 from quart_trio.wrappers import TrioResponse
 
@@ -68,7 +70,9 @@ async def chat() -> TrioResponse:
 async def _resume(service: Service, body: Chat, after: int, key: IdempotencyKey | None) -> TrioResponse:
     try:
         session_id = None if body.session_id is None else scoped(current_owner(), body.session_id)
-        return await resume_streaming(service, session_id, text_input(body.message), after=after, key=key)
+        said = text_input(body.message)
+        resume = partial(service.sessions.resume_newest, session_id or "", said=said, after=after)
+        return await resume_streaming(service, session_id, resume, after=after, key=key)
     except ResumeConflictError as error:
         error.field = "message" if error.field == "input" else error.field
         raise

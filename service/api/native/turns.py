@@ -5,6 +5,7 @@ from functools import partial
 from math import inf
 from typing import NamedTuple, cast
 
+import msgspec
 from msgspec import UNSET, UnsetType
 from quart import Blueprint, request
 from quart_trio.wrappers import TrioResponse
@@ -42,7 +43,19 @@ from service.api.native import wire
 from service.api.native.event_frames import encode_frame
 from service.api.native.new_items import output_item
 from service.api.native.sessions import checked_session_id
-from service.api.native.wire import EventsQuery, FunctionChoice, NewMessage, PageQuery, StartTurn, TurnList, TurnQuery
+from service.api.native.wire import (
+    EventsQuery,
+    FunctionChoice,
+    NewMessage,
+    RetryTurn,
+    StartTurn,
+    TreeQuery,
+    TreeTurn,
+    TurnList,
+    TurnQuery,
+    TurnsQuery,
+    TurnTree,
+)
 from service.errors import (
     BranchLimitError,
     EventsLostError,
@@ -60,14 +73,14 @@ from service.errors import (
     TurnNotFoundError,
 )
 from service.freezes import move_on_after
-from service.ids import is_turn_id
-from service.models.client import FunctionTool, NamedFunction, Tools
+from service.ids import is_turn_id, new_item_id
+from service.models.client import FunctionTool, NamedFunction, ToolChoice, Tools
 from service.sessions.active.keyed_calls import gone_if_not_found
 from service.sessions.commands import NewTurn, text_input
 from service.sessions.events.event_log import Events
 from service.sessions.events.streams import StreamSlot
 from service.sessions.turns.turn import Turn, Watch
-from service.storage.records import IdempotencyKey, Item, TurnRecord
+from service.storage.records import IdempotencyKey, Item, Page, Places, TurnRecord
 from service.supervisor import Service
 
 blueprint = Blueprint("turns", __name__)
@@ -85,8 +98,28 @@ SEEN_ALL = Answer(
 )
 _LED_BY_ID = tuple(
     (name, {"session_id": "$response.body#/session_id", "turn_id": "$response.body#/id"})
-    for name in ("get_turn", "stream_events", "cancel_turn")
+    for name in ("get_turn", "stream_events", "cancel_turn", "retry_turn")
 )
+STARTED = (
+    Answer(
+        status=200,
+        description="The turn, ended; or its events.",
+        body=wire.Turn,
+        streams=True,
+        located="The turn.",
+        links=_LED_BY_ID,
+    ),
+    Answer(
+        status=202,
+        description="The turn, accepted (`background`).",
+        body=wire.Turn,
+        located="The turn.",
+        links=_LED_BY_ID,
+    ),
+    SEEN_ALL,
+)
+Newest = Callable[[], Awaitable[tuple[str, Events, Watch]]]
+"""Finds the turn of a client that has come back without a key."""
 
 
 def checked_turn_id(turn_id: str) -> str:
@@ -102,24 +135,7 @@ def checked_turn_id(turn_id: str) -> str:
     keyed=True,
     body=StartTurn,
     accepts_stream=True,
-    answers=(
-        Answer(
-            status=200,
-            description="The turn, ended; or its events.",
-            body=wire.Turn,
-            streams=True,
-            located="The turn.",
-            links=_LED_BY_ID,
-        ),
-        Answer(
-            status=202,
-            description="The turn, accepted (`background`).",
-            body=wire.Turn,
-            located="The turn.",
-            links=_LED_BY_ID,
-        ),
-        SEEN_ALL,
-    ),
+    answers=STARTED,
     errors=(SessionNotFoundError, OwnerHangsError, BranchLimitError, *STARTING_ERRORS, *RESUMING_ERRORS),
     resumes=RESUMES,
 )
@@ -142,23 +158,16 @@ async def start_turn(session_id: str) -> TrioResponse:
     A client that lost its connection may repeat its request with the id of the last event that it has seen as
     `Last-Event-ID`, as some libraries do by themselves. Then no turn is started. Without a key: if the session's newest
     turn has the same input, the answer is its events after that one, live; 204 if no event is left; or,
-    without a stream, the turn. The other fields of the body are not compared. If that turn has another input,
-    or fewer events, the answer is 409 `resume_conflict` with the turn's URL as `Location`.
+    without a stream, the turn. Where a branch was started since, the newest open turn with this input is meant, if
+    possible one with this `parent`. The other fields of the body are not compared. If no turn has this input, or it has
+    fewer events, the answer is 409 `resume_conflict` with the newest turn's URL as `Location`. Two turns that run with
+    one input and one parent are not told apart: stream the URL of the one that is meant.
     """
     session_id = checked_session_id(session_id)
     service = current_service()
     body = await read_body(request, StartTurn, service)
     said = _input_of(body)
-    streams = wants_stream(request) and not body.background
     key = read_key(body)
-    after = read_last_event_id(request)
-    if after is not None and streams:
-        return await resume_streaming(service, session_id, said, after=after, key=key)
-    if after is not None:
-        find = partial(_resume, service, session_id, said, after=after, key=key)
-        return await _answer_again(find, background=body.background)
-    if not body.background:
-        leave_at_end_of_input()
     new = NewTurn(
         items=said,
         parent=body.parent,
@@ -166,13 +175,91 @@ async def start_turn(session_id: str) -> TrioResponse:
         system_message=body.system_message,
         temperature=body.temperature,
         max_output_tokens=body.max_output_tokens,
-        tools=_tools_of(body),
+        tools=_tools_of(body.tools, body.tool_choice, parallel=body.parallel_tool_calls),
         on_conflict=body.on_conflict,
         on_disconnect=body.on_disconnect,
         background=body.background,
         request_id=current_request_id(),
         key=key,
     )
+    return await _answer_new(service, session_id, new)
+
+
+@blueprint.post("/sessions/<session_id>/turns/<turn_id>/retry")
+@operation(
+    id="retry_turn",
+    keyed=True,
+    body=RetryTurn,
+    accepts_stream=True,
+    answers=STARTED,
+    errors=(*_NO_TURN, OwnerHangsError, BranchLimitError, *STARTING_ERRORS, *RESUMING_ERRORS),
+    resumes=RESUMES,
+)
+async def retry_turn(session_id: str, turn_id: str) -> TrioResponse:
+    """Ask again: start a turn with the input and the parent of another one.
+
+    The new turn is a sibling of the other one, which stays as it is; it becomes the head. Its model, system message,
+    temperature, bound and tools are those of the other one, unless the body names others. The answer is that of
+    `start_turn`. The other turn may still run: both run at once then. Only if it waits in the queue, so does the new
+    one, as `on_conflict` says.
+
+    For an edit start a turn with another `input` and the same `parent`.
+    """
+    session_id, turn_id = checked_session_id(session_id), checked_turn_id(turn_id)
+    service = current_service()
+    body = await read_body(request, RetryTurn, service)
+    key = read_key(body)
+    try:
+        turn = await service.sessions.get_asked(session_id, turn_id)
+    except _NO_TURN:
+        if key is not None:  # the turn may have been deleted since this request has started another one
+            try:
+                await service.sessions.check_key(key)
+            except RepeatedError as repeated:
+                return await _answer_made(service, repeated, background=body.background)
+        raise
+    if not turn.input:
+        raise InvalidRequestError(f"Turn {turn_id!r} has no input that could be sent again.", field="turn_id")
+    new = NewTurn(
+        items=tuple(msgspec.structs.replace(item, id=new_item_id(item.type)) for item in turn.input),
+        parent=turn.parent,
+        model=turn.model if body.model is UNSET else body.model,
+        system_message=turn.system_message if body.system_message is UNSET else body.system_message,
+        temperature=turn.temperature if body.temperature is UNSET else body.temperature,
+        max_output_tokens=turn.max_output_tokens if body.max_output_tokens is UNSET else body.max_output_tokens,
+        tools=_retried_tools(body, turn.tools),
+        on_conflict=body.on_conflict,
+        on_disconnect=body.on_disconnect,
+        background=body.background,
+        request_id=current_request_id(),
+        key=key,
+    )
+    return await _answer_new(service, session_id, new, retried=turn_id)
+
+
+async def _answer_new(service: Service, session_id: str, new: NewTurn, *, retried: str | None = None) -> TrioResponse:
+    """Start a turn and answer it, as a stream or when it has ended; or resume it, for a client that has come back.
+
+    Args:
+        retried: The turn that the new one is a retry of.
+    """
+    streams = wants_stream(request) and not new.background
+    after = read_last_event_id(request)
+    if after is not None:
+        newest = partial(
+            service.sessions.resume_newest,
+            session_id,
+            said=new.items,
+            parent=new.parent,
+            besides=retried,
+            after=after,
+        )
+        if streams:
+            return await resume_streaming(service, session_id, newest, after=after, key=new.key)
+        find = partial(_resume, service, session_id, newest, after=after, key=new.key)
+        return await _answer_again(find, background=new.background)
+    if not new.background:
+        leave_at_end_of_input()
     if streams:
         return await start_streaming(service, take_slot(service), session_id, new)
     allow_longer_answer(by_s=_acceptance_s(service, new) if new.background else inf)
@@ -182,10 +269,11 @@ async def start_turn(session_id: str) -> TrioResponse:
         return await _answer_again(partial(_open_made, service, repeated), background=new.background)
     if new.background:
         watch.release()
-        return await _turn_response(turn.record(), 202, with_location=True)
+        accepted = Places(turn.id, {turn.id: turn.siblings})
+        return await _turn_response(service, turn.record(), 202, with_location=True, places=accepted)
     release_later(watch)
     note_accepted(turn_path(turn.session_id, turn.id))
-    return await _turn_response(await turn.wait_ended(), with_location=True)
+    return await _turn_response(service, await turn.wait_ended(), with_location=True)
 
 
 def _input_of(body: StartTurn) -> tuple[Item, ...]:
@@ -205,17 +293,22 @@ def _input_of(body: StartTurn) -> tuple[Item, ...]:
     return tuple(items)
 
 
-def _tools_of(body: StartTurn) -> Tools | UnsetType:
-    """Return what the model may call; UNSET if the body says nothing of it.
+def _tools_of(
+    tools: Sequence[wire.FunctionTool] | Sequence[FunctionTool],
+    choice: FunctionChoice | ToolChoice | None,
+    *,
+    parallel: bool | None,
+) -> Tools | UnsetType:
+    """Return what the model may call; UNSET if there are no functions.
 
     Raises:
         InvalidRequestError: Two functions have one name, or the choice needs a function that is not there.
     """
-    names = [tool.name for tool in body.tools]
+    names = [tool.name for tool in tools]
     for index, name in enumerate(names):
         if name in names[:index]:
             raise InvalidRequestError(f"There are two functions named {name!r}.", field=f"tools[{index}].name")
-    choice = NamedFunction(body.tool_choice.name) if isinstance(body.tool_choice, FunctionChoice) else body.tool_choice
+    choice = NamedFunction(choice.name) if isinstance(choice, FunctionChoice) else choice
     if isinstance(choice, NamedFunction) and choice.name not in names:
         raise InvalidRequestError("This is none of the functions in `tools`.", field="tool_choice.name")
     if choice == "required" and not names:
@@ -224,9 +317,19 @@ def _tools_of(body: StartTurn) -> Tools | UnsetType:
         return UNSET
     functions = tuple(
         FunctionTool(name=tool.name, description=tool.description, parameters=tool.parameters, strict=tool.strict)
-        for tool in body.tools
+        for tool in tools
     )
-    return Tools(functions=functions, choice=choice, parallel=body.parallel_tool_calls)
+    return Tools(functions=functions, choice=choice, parallel=parallel)
+
+
+def _retried_tools(body: RetryTurn, kept: Tools | UnsetType) -> Tools | UnsetType:
+    """Return what the model may call in a retry, where ``kept`` is what it might call. Raises: InvalidRequestError."""
+    old = kept if body.tools is UNSET and kept is not UNSET else Tools(functions=())
+    return _tools_of(
+        old.functions if body.tools is UNSET else body.tools,
+        old.choice if body.tool_choice is UNSET else body.tool_choice,
+        parallel=old.parallel if body.parallel_tool_calls is UNSET else body.parallel_tool_calls,
+    )
 
 
 def take_slot(service: Service) -> StreamSlot:
@@ -268,16 +371,16 @@ class _Resumed(NamedTuple):
 
 
 async def resume_streaming(
-    service: Service, session_id: str | None, said: Sequence[Item], *, after: int, key: IdempotencyKey | None
+    service: Service, session_id: str | None, newest: Newest, *, after: int, key: IdempotencyKey | None
 ) -> TrioResponse:
     """Answer a turn's events after ``after``, for a client that has come back; 204 if none is left."""
     allow_repeat()
     slot = take_slot(service)
-    return _stream_again(slot, await _resume(service, session_id, said, after=after, key=key), after=after)
+    return _stream_again(slot, await _resume(service, session_id, newest, after=after, key=key), after=after)
 
 
 async def _resume(
-    service: Service, session_id: str | None, said: Sequence[Item], *, after: int, key: IdempotencyKey | None
+    service: Service, session_id: str | None, newest: Newest, *, after: int, key: IdempotencyKey | None
 ) -> _Resumed:
     """Find the turn of a client that has come back: the one with its key, else the session's newest one.
 
@@ -294,8 +397,7 @@ async def _resume(
         raise ResumeConflictError(
             "Last-Event-ID asks for an earlier turn, and no session is named.", field="session_id"
         )
-    turn_id, log, watch = await service.sessions.resume_newest(session_id, said=said, after=after)
-    return _Resumed(session_id, turn_id, log, watch)
+    return _Resumed(session_id, *await newest())
 
 
 async def _open_made(service: Service, repeated: RepeatedError, *, after: int = 0) -> _Resumed:
@@ -320,6 +422,15 @@ async def _open_made(service: Service, repeated: RepeatedError, *, after: int = 
     return _Resumed(session_id, turn_id, log, watch)
 
 
+async def _answer_made(service: Service, repeated: RepeatedError, *, background: bool) -> TrioResponse:
+    """Answer the turn that an earlier request with the same key has started."""
+    after = read_last_event_id(request) or 0
+    if wants_stream(request) and not background:
+        slot = take_slot(service)
+        return _stream_again(slot, await _open_made(service, repeated, after=after), after=after)
+    return await _answer_again(partial(_open_made, service, repeated, after=after), background=background)
+
+
 def _stream_again(slot: StreamSlot, resumed: _Resumed, *, after: int) -> TrioResponse:
     release_later(resumed.watch)
     drop_body(request)
@@ -342,8 +453,9 @@ async def _answer_again(find: Callable[[], Awaitable[_Resumed]], *, background: 
             leave_at_end_of_input()
             note_accepted(turn_path(session_id, turn_id))
             await log.wait_closed()
-        record = await current_service().sessions.get_turn(session_id, turn_id)
-    return await _turn_response(record, 202 if background else 200, with_location=True)
+        service = current_service()
+        record = await service.sessions.get_turn(session_id, turn_id)
+    return await _turn_response(service, record, 202 if background else 200, with_location=True)
 
 
 def _acceptance_s(service: Service, new: NewTurn) -> float:
@@ -378,17 +490,54 @@ async def _start(service: Service, session_id: str, new: NewTurn) -> tuple[Turn,
 @blueprint.get("/sessions/<session_id>/turns")
 @operation(
     id="list_turns",
-    query=PageQuery,
+    query=TurnsQuery,
     answers=(Answer(status=200, description="A page of turns.", body=TurnList),),
     errors=(SessionNotFoundError,),
 )
 async def list_turns(session_id: str) -> TrioResponse:
-    """List all turns of a session, in the order of their acceptance."""
+    """List all turns of a session, or the turns with one parent, in the order of their acceptance.
+
+    The turns with one parent are siblings: the same question asked again, or in other words. `siblings` of a turn tells
+    its place among them and their count, as a switch "2 / 3" in a chat page shows them.
+    """
     session_id = checked_session_id(session_id)
-    query = read_query(request, PageQuery)
-    listing = partial(current_service().sessions.list_turns, session_id)
-    page = await read_page(listing, wire.Turn.of, limit=query.limit, after=query.after or None)
+    query = read_query(request, TurnsQuery)
+    sessions = current_service().sessions
+    parent = None if query.parent == "null" else query.parent
+    places: Places | None = None
+
+    async def listing(*, limit: int, after: str | None, bytes_max: int) -> Page[TurnRecord]:
+        nonlocal places
+        page = await sessions.list_turns(session_id, limit=limit, after=after, bytes_max=bytes_max, parent=parent)
+        places = await sessions.find_places(session_id, [turn.id for turn in page.data])
+        return page
+
+    try:
+        page = await read_page(
+            listing, lambda turn: wire.Turn.of(turn, places), limit=query.limit, after=query.after or None
+        )
+    except TurnNotFoundError as error:
+        raise InvalidRequestError(str(error), field="parent") from None
     return json_response(TurnList.of(page))
+
+
+@blueprint.get("/sessions/<session_id>/tree")
+@operation(
+    id="get_tree",
+    query=TreeQuery,
+    answers=(Answer(status=200, description="A page of the tree.", body=TurnTree),),
+    errors=(SessionNotFoundError,),
+)
+async def get_tree(session_id: str) -> TrioResponse:
+    """List ids, parents, states and times of all turns of a session, in the order of their acceptance.
+
+    That is all that a page needs to draw the tree, or to find the path to a turn: a parent comes before the turns that
+    follow it.
+    """
+    session_id = checked_session_id(session_id)
+    query = read_query(request, TreeQuery)
+    page = await current_service().sessions.list_tree(session_id, limit=query.limit, after=query.after or None)
+    return json_response(TurnTree(data=tuple(map(TreeTurn.of, page.data)), next=page.next))
 
 
 @blueprint.get("/sessions/<session_id>/turns/<turn_id>")
@@ -414,7 +563,7 @@ async def get_turn(session_id: str, turn_id: str) -> TrioResponse:
     record = await service.sessions.get_turn(session_id, turn_id)
     if wait_s and record.is_open:
         record = await _wait_for_end(service, session_id, turn_id, within_s=wait_s)
-    return await _turn_response(record)
+    return await _turn_response(service, record)
 
 
 async def _wait_for_end(service: Service, session_id: str, turn_id: str, *, within_s: float) -> TurnRecord:
@@ -481,12 +630,22 @@ async def cancel_turn(session_id: str, turn_id: str) -> TrioResponse:
     allow_repeat()
     allow_longer_answer(by_s=service.sessions.cancel_timeout_s)
     record = await service.sessions.cancel_turn(checked_session_id(session_id), checked_turn_id(turn_id))
-    return await _turn_response(record)
+    return await _turn_response(service, record)
 
 
-async def _turn_response(record: TurnRecord, status: int = 200, *, with_location: bool = False) -> TrioResponse:
+async def _turn_response(
+    service: Service,
+    record: TurnRecord,
+    status: int = 200,
+    *,
+    with_location: bool = False,
+    places: Places | None = None,
+) -> TrioResponse:
+    """Answer a turn. ``places`` has its place in the tree, if the caller knows this already."""
+    if places is None:
+        places = await service.sessions.find_places(record.session_id, [record.id])
     location = turn_path(record.session_id, record.id) if with_location else None
     length = sum([len(item.text) for items in (record.input, record.output) for item in items])
     with room_for_answer(length):
-        encoded = await encode_json(wire.Turn.of(record))
+        encoded = await encode_json(wire.Turn.of(record, places))
     return encoded_response(encoded, status, location=location)

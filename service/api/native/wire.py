@@ -22,8 +22,11 @@ from service.storage.records import (
     LeftOut,
     Match,
     Page,
+    Places,
     SessionRecord,
     SessionStatus,
+    Siblings,
+    TreeNode,
     TurnRecord,
     TurnState,
 )
@@ -32,12 +35,14 @@ from service.storage.records import (
 _SESSION_ID = rf"^{SESSION_ID}$(?!\n)"
 _OWNER_NAME = rf"^{OWNER_NAME}$(?!\n)"
 _TURN_ID = rf"^{TURN_ID}$(?!\n)"
+_PARENT = rf"^({TURN_ID}|null)$(?!\n)"
 _SEQ = r"^[0-9]{0,15}$(?!\n)"
 _FUNCTION = r"^[A-Za-z0-9_-]{1,64}$(?!\n)"
 FORMS = {
     _SESSION_ID: "1-128 of `A-Z a-z 0-9 _ . -`; not `.` or `..`, which a URL cannot contain",
     _OWNER_NAME: "the name of an owner: 1-128 of `A-Z a-z 0-9 _ . ~ @ | : + = -`",
     _TURN_ID: "the id of a turn: `turn_` and 32 of `0-9 a-f`",
+    _PARENT: "the id of a turn (`turn_` and 32 of `0-9 a-f`), or `null`",
     _SEQ: "the id of an event: a whole number of at most 15 digits",
     _FUNCTION: "the name of a function: 1-64 of `A-Z a-z 0-9 _ -`",
 }
@@ -496,6 +501,34 @@ class StartTurn(RequestBody, frozen=True, kw_only=True):
     ] = False
 
 
+class RetryTurn(RequestBody, frozen=True, kw_only=True):
+    """``{"temperature": 1, "on_disconnect": "continue"}``: what is left out is as in the turn that is retried.
+
+    null stands for what a new turn has without the field.
+    """
+
+    model: ModelName | None | UnsetType = UNSET
+    system_message: Text | None | UnsetType = UNSET
+    temperature: Temperature | None | UnsetType = UNSET
+    max_output_tokens: MaxOutputTokens | None | UnsetType = UNSET
+    tools: (
+        Annotated[tuple[FunctionTool, ...], Meta(max_length=128, description="In place of the turn's; none if empty.")]
+        | UnsetType
+    ) = UNSET
+    tool_choice: Literal["auto", "none", "required"] | FunctionChoice | None | UnsetType = UNSET
+    parallel_tool_calls: bool | None | UnsetType = UNSET
+    on_conflict: Annotated[
+        OnConflict, Meta(description="What to do if the retried turn waits for other turns to end.")
+    ] = "reject"
+    on_disconnect: Annotated[
+        OnDisconnect,
+        Meta(description="What happens when no client streams the turn or waits for it any more."),
+    ] = "cancel"
+    background: Annotated[
+        bool, Meta(description="Answer 202 at once; the turn runs also if no client waits for it.")
+    ] = False
+
+
 class MessageItem(msgspec.Struct, frozen=True, kw_only=True, tag="message", tag_field="type"):
     """``{"type": "message", "id": "msg_9c…", "role": "user", "text": "Hi"}``"""
 
@@ -567,7 +600,8 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
     ``{"id": "turn_0a…", "session_id": "sess_6f…", "parent": null, "state": "completed", "reason": null,
     "error": null, "model": "scripted", "input": "Hi", "text": "Hello.", "finish_reason": "stop",
     "usage": {"input_tokens": 1, "output_tokens": 2, "reasoning_tokens": 0}, "left_out": null,
-    "created_at": "2026-01-31T09:30:00Z", "started_at": "2026-01-31T09:30:00Z", "ended_at": "2026-01-31T09:30:01Z"}``
+    "created_at": "2026-01-31T09:30:00Z", "started_at": "2026-01-31T09:30:00Z", "ended_at": "2026-01-31T09:30:01Z",
+    "siblings": {"place": 1, "count": 1}, "is_head": true}``
     """
 
     id: str
@@ -588,6 +622,24 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
     created_at: Time
     started_at: Time | None
     ended_at: Time | None
+    siblings: (
+        Annotated[
+            Siblings,
+            Meta(
+                extra_json_schema={
+                    "description": "The place, from 1, and the count of the turns with the same parent, in the order "
+                    "of acceptance. Left out only if the store does not answer."
+                }
+            ),
+        ]
+        | UnsetType
+    ) = UNSET
+    is_head: (
+        Annotated[
+            bool, Meta(description="Whether the turn is the session's head. Left out if the store does not answer.")
+        ]
+        | UnsetType
+    ) = UNSET
     items: (
         Annotated[
             tuple[TurnItem, ...],
@@ -606,7 +658,8 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
     ) = UNSET
 
     @classmethod
-    def of(cls, record: TurnRecord) -> Self:
+    def of(cls, record: TurnRecord, places: Places | None = None) -> Self:
+        siblings = places.siblings.get(record.id) if places is not None else None
         return cls(
             id=record.id,
             session_id=public_id(record.session_id),
@@ -623,9 +676,49 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
             created_at=record.created_at,
             started_at=record.started_at,
             ended_at=record.ended_at,
+            siblings=UNSET if siblings is None else siblings,
+            is_head=UNSET if places is None or siblings is None else places.head == record.id,
             items=tuple(map(_item_of, (*record.input, *record.output))) if _shows_items(record) else UNSET,
             stored=UNSET if record.stored else False,
         )
+
+
+class TurnsQuery(PageQuery, frozen=True, kw_only=True):
+    """``?parent=turn_0a…&limit=50``: the turns that follow this turn; with ``null`` the first turns."""
+
+    parent: (
+        Annotated[str, Meta(pattern=_PARENT, description="Only the turns with this parent; `null`: without one.")]
+        | UnsetType
+    ) = UNSET
+
+
+class TreeQuery(Query, frozen=True, kw_only=True):
+    """``?limit=1000``"""
+
+    limit: Annotated[int, Meta(ge=1, le=1000, description="At most this many turns on a page.")] = 100
+    after: After | UnsetType = UNSET
+
+
+class TreeTurn(msgspec.Struct, frozen=True, kw_only=True):
+    """``{"id": "turn_0a…", "parent": null, "state": "completed", "created_at": "2026-01-31T09:30:00Z",
+    "ended_at": "2026-01-31T09:30:01Z"}``"""
+
+    id: str
+    parent: str | None
+    state: TurnState
+    created_at: Time
+    ended_at: Time | None
+
+    @classmethod
+    def of(cls, node: TreeNode) -> Self:
+        return cls(id=node.id, parent=node.parent, state=node.state, created_at=node.created_at, ended_at=node.ended_at)
+
+
+class TurnTree(msgspec.Struct, frozen=True, kw_only=True):
+    """``{"data": [{"id": "turn_0a…", "parent": null, …}], "next": null}``: in the order of acceptance."""
+
+    data: tuple[TreeTurn, ...]
+    next: str | None
 
 
 class TurnQuery(Query, frozen=True, kw_only=True):

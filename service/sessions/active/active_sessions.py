@@ -73,6 +73,11 @@ class ActiveSessions:
         """The turns that run or are queued, each with its session."""
         return [(session, turn) for session in self._sessions.values() for turn in session.turns]
 
+    def turns_of(self, session_id: str) -> list[Turn]:
+        """The open turns of a session, in the order of their acceptance."""
+        session = self._sessions.get(session_id)
+        return [] if session is None else session.turns.copy()
+
     def has_turns(self, session_id: str) -> bool:
         """Whether a session has an open turn."""
         session = self._sessions.get(session_id)

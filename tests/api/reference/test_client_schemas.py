@@ -20,7 +20,10 @@ BODIES = {kind.__name__: kind for kind in wire.RequestBody.__subclasses__()}
 PARTS = {kind.__name__: kind for kind in wire.BodyPart.__subclasses__()}
 ANSWERS = {
     name: kind
-    for of in (wire.SessionList, wire.MessageList, wire.AddedMessages, wire.TurnList, wire.Health, wire.Problem, Event)
+    for of in (
+        *(wire.SessionList, wire.MessageList, wire.AddedMessages, wire.TurnList, wire.TurnTree),
+        *(wire.Health, wire.Problem, Event),
+    )
     for name, kind in structs_in(of).items()
 }
 

@@ -50,6 +50,7 @@ def test_every_call_of_the_design_that_there_is_is_described() -> None:
         "DELETE /sessions/{session_id}", "GET /sessions/{session_id}/messages", "POST /sessions/{session_id}/turns",
         "GET /sessions/{session_id}/turns", "GET /sessions/{session_id}/turns/{turn_id}",
         "GET /sessions/{session_id}/turns/{turn_id}/events", "POST /sessions/{session_id}/turns/{turn_id}/cancel",
+        "POST /sessions/{session_id}/turns/{turn_id}/retry", "GET /sessions/{session_id}/tree",
         "POST /sessions/{session_id}/fork", "POST /sessions/{session_id}/messages", "POST /chat",
         "GET /healthz", "GET /readyz", "GET /openapi.json", "GET /docs", "GET /",
     }  # fmt: skip
