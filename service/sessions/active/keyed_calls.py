@@ -43,13 +43,11 @@ class _FirstCall:
     def __init__(self, fingerprint: bytes) -> None:
         self.fingerprint = fingerprint
         self.ended = trio.Event()
-        self.was_accepted = False
         self.repeated: RepeatedError | None = None
         self.shares: list[_Share[Any]] = []
 
     def accept(self, result: object) -> None:
         """Give each call that waits its share, in the step in which this one was accepted."""
-        self.was_accepted = True
         for share in self.shares:
             share.results.append(share.take(result))
 
@@ -159,8 +157,6 @@ class KeyedCalls:
         finally:
             if is_same:
                 first.shares.remove(share)
-        if first.was_accepted and not is_same:
-            raise KeyReusedError
         if first.repeated is not None:
             check_repeated(first.repeated, key)
             raise first.repeated.with_traceback(None)

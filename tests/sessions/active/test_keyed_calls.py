@@ -2,6 +2,9 @@
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from math import inf
+from random import Random
+from typing import cast
 
 import pytest
 import trio
@@ -20,9 +23,11 @@ from service.errors import (
 from service.sessions.commands import NewItems, NewSession, NewTurn, OnConflict, text_input
 from service.sessions.turns.turn import Turn, Watch
 from service.stop_state import Phase
+from service.storage.memory import MemoryStore
 from service.storage.records import IdempotencyKey
 from tests.sessions.late_store import LateStore, Outcome, open_late_store
 from tests.sessions.puppet import Stage, open_stage
+from tests.sessions.unreliable_store import UnreliableStore
 
 TIMEOUT_S = 5.0
 KEY = IdempotencyKey(caller="", key="k", fingerprint=b"f")
@@ -134,20 +139,23 @@ async def test_a_repetition_that_is_cancelled_in_the_moment_of_the_acceptance_gi
     autojump_clock: MockClock,
 ) -> None:
     async with open_stage() as stage:
-        calls = Calls(stage)
+        calls, goes_on = Calls(stage), trio.Event()
         begin = stage.store.begin_turn
 
         async def begin_and_cancel(*args: object, **rest: object) -> object:
             begun = await begin(*args, **rest)  # type: ignore[arg-type]
+            await goes_on.wait()
             calls.scopes["second"].cancel()  # it is delivered once the first call has returned
             return begun
 
         stage.store.begin_turn = begin_and_cancel  # type: ignore[method-assign, assignment]
         async with trio.open_nursery() as nursery:
             nursery.start_soon(calls.start, "first")
+            await wait_all_tasks_blocked()
             nursery.start_soon(calls.start, "second")
-        if "second" in calls.started:
-            await calls.leave("second")
+            await wait_all_tasks_blocked()
+            goes_on.set()
+        assert calls.started.keys() == {"first"}
         first = calls.turn("first")
         assert first.end is None
         await calls.leave("first")
@@ -361,3 +369,36 @@ async def test_in_a_drain_a_repetition_joins_the_turn_of_its_key_and_a_new_key_i
         assert calls.turn("again") is calls.turn("first")
         await calls.start("new", "other", IdempotencyKey(caller="", key="new", fingerprint=b"f"))
         assert isinstance(calls.refused["new"], ShuttingDownError)
+
+
+# Anything at any time
+
+
+@pytest.mark.parametrize("seed", range(40))
+async def test_calls_with_one_key_make_one_turn_whatever_the_store_and_the_clients_do(
+    seed: int, autojump_clock: MockClock
+) -> None:
+    random = Random(seed)
+    store = UnreliableStore(random, faulty=True)
+    async with open_stage(cast("MemoryStore", store), store_timeout_s=TIMEOUT_S) as stage:
+        calls = Calls(stage)
+
+        async def come_and_go(name: str) -> None:
+            await trio.sleep(random.choice([0, 0.5, random.random() * 20]))
+            with trio.move_on_after(random.choice([0, 0.5, random.random() * 10, inf])):
+                await calls.start(name, on_conflict=random.choice(["reject", "queue", "supersede"]))
+            if name in calls.started and random.random() < 0.5:
+                await trio.sleep(random.random() * 3)
+                calls.started[name][1].release()
+
+        async with trio.open_nursery() as nursery:
+            for number in range(12):
+                nursery.start_soon(come_and_go, f"{number}")
+        store.quick = True
+        await trio.sleep(200)  # writes that hang are over
+        await calls.start("last")
+        assert "last" in calls.told
+        assert {turn for name, turn in calls.told.items()} == {calls.told["last"]}
+        assert store.inner._turns.keys() == {calls.told["last"]}
+        assert len(stage.puppet.asked) <= 1
+        assert not stage.sessions._keyed_calls._first
