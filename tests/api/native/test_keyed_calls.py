@@ -171,6 +171,32 @@ async def test_several_keys_are_refused() -> None:
         assert "2 headers Idempotency-Key" in json.loads(body)["detail"]
 
 
+async def test_a_retry_with_a_key_is_done_once(autojump_clock: MockClock) -> None:
+    async with open_api(model_url=SLOW, branches_max=2) as api:
+        await api.new_session(id="me")
+        asked = await ask(api, "background", "first")
+        path = f"{asked.headers['location']}/retry"
+        replies: list[Reply] = []
+
+        async def retry(headers: dict[str, str], **body: object) -> None:
+            replies.append(await api.call("POST", path, body, headers={"Idempotency-Key": "k"} | headers))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(retry, {})
+                nursery.start_soon(retry, SSE)
+        assert {reply.status for reply in replies} == {200}
+        assert len({reply.headers["location"] for reply in replies}) == 1
+        assert await made(api) == (1, 2)
+        replies.clear()
+        await retry({}, temperature=1)
+        replies[0].problem(422, "idempotency_key_reused", "Idempotency-Key")
+        await api.call("DELETE", "/sessions/me")
+        replies.clear()
+        await retry({})
+        replies[0].problem(410, "idempotency_key_spent", "Idempotency-Key")
+
+
 # Streams, waits and kinds of answers
 
 
