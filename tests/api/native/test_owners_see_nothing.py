@@ -1,0 +1,240 @@
+"""No call tells one owner that another owner's session exists: the same calls, in worlds with and without the other.
+
+Ann's calls are made twice: once while Bob, and an administrator who acts for him, use the same ids, keys and words; and
+once alone. Her answers must be the same, but for times and random ids. She guesses Bob's ids, turns and page cursors.
+"""
+
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import trio
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from structlog.testing import capture_logs
+
+from tests.api.http.test_callers import KEYS, key_of
+from tests.api.inprocess import Api, Reply, open_api
+from tests.storage.conftest import MEMORY_DISK
+
+RANDOM_IDS = re.compile(r"\b(turn|sess|msg|fc|fco|call|req)_[0-9a-f]{32}")
+TURN_IDS = re.compile(r"turn_[0-9a-f]{32}")
+TIMES = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)")
+CURSOR = re.compile(r'"next":"([^"]+)"')
+NO_TURN = "turn_" + "0" * 32
+COMPARED_HEADERS = ("location", "retry-after", "content-type", "etag", "allow", "www-authenticate", "cache-control")
+UPSTREAMS = (
+    {"name": "quick", "url": "scripted:?rate=0&tokens=2&first_token_s=0", "models": ("quick",)},
+    {"name": "hanging", "url": "scripted:?first_token_s=1000", "models": ("hangs",)},
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A call. ``turn`` is a turn that Ann or Bob has seen, or none; ``cursor`` is a page cursor of theirs, or none."""
+
+    actor: str
+    kind: str
+    session: int = 0
+    other: int = 1
+    word: str = "alpha"
+    turn: tuple[str, int] = ("none", 0)
+    cursor: str = "none"
+    key: int = 0
+    status: str = ""
+
+
+Request = tuple[str, str, object, Mapping[str, str]]
+Built = tuple[Any, ...]
+
+
+def _turn(step: Step, turn: str, **fields: object) -> dict[str, object]:
+    parent = {} if step.turn[0] == "none" else {"parent": turn}
+    return {"input": step.word, "model": "quick", **parent, **fields}
+
+
+def _list(step: Step, cursor: str, query: str = "") -> str:
+    return f"/sessions?limit=2&count=true{f'&after={cursor}' if cursor else ''}{query}"
+
+
+KINDS: dict[str, Callable[[Step, str, str, str], Built]] = {
+    "create": lambda it, s, _t, _c: ("POST", "/sessions", {"id": s, "title": it.word, "metadata": {"team": it.word}}),
+    "create with a new id": lambda it, _s, _t, _c: ("POST", "/sessions", {"title": it.word}),
+    "create for Bob": lambda _, s, _t, _c: ("POST", "/sessions", {"id": s, "owner": "bob"}),
+    "chat": lambda it, s, _t, _c: (
+        "POST",
+        "/chat",
+        {"message": it.word, "session_id": s},
+        {"Accept": "text/event-stream"},
+    ),
+    "chat in a new session": lambda it, _s, _t, _c: ("POST", "/chat", {"message": it.word}),
+    "resume": lambda it, s, _t, _c: ("POST", "/chat", {"message": it.word, "session_id": s}, {"Last-Event-ID": "99"}),
+    "get": lambda _, s, _t, _c: ("GET", f"/sessions/{s}"),
+    "get as Bob": lambda _, s, _t, _c: ("GET", f"/sessions/{s}", None, {"Lastcall-Owner": "bob"}),
+    "get by a scoped id": lambda _, s, _t, _c: ("GET", f"/sessions/bob%2F{s}"),
+    "rename": lambda it, s, _t, _c: ("PATCH", f"/sessions/{s}", {"title": it.word}),
+    "rename if it matches": lambda it, s, _t, _c: ("PATCH", f"/sessions/{s}", {"title": it.word}, {"If-Match": '"x"'}),
+    "move the head": lambda _, s, t, _c: ("PATCH", f"/sessions/{s}", {"head": t}),
+    "delete": lambda _, s, _t, _c: ("DELETE", f"/sessions/{s}"),
+    "fork": lambda it, s, t, _c: (
+        *("POST", f"/sessions/{s}/fork"),
+        {"id": f"s{it.other}"} | ({} if it.turn[0] == "none" else {"at": t}),
+    ),
+    "turn": lambda it, s, t, _c: ("POST", f"/sessions/{s}/turns", _turn(it, t)),
+    "turn in place of others": lambda it, s, t, _c: (
+        "POST",
+        f"/sessions/{s}/turns",
+        _turn(it, t, on_conflict="supersede"),
+    ),
+    "turn that hangs": lambda it, s, t, _c: (
+        *("POST", f"/sessions/{s}/turns"),
+        _turn(it, t, model="hangs", background=True, on_conflict="queue"),
+    ),
+    "retry": lambda _, s, t, _c: ("POST", f"/sessions/{s}/turns/{t}/retry", {"model": "quick"}),
+    "cancel": lambda _, s, t, _c: ("POST", f"/sessions/{s}/turns/{t}/cancel"),
+    "get turn": lambda _, s, t, _c: ("GET", f"/sessions/{s}/turns/{t}"),
+    "events": lambda _, s, t, _c: ("HEAD", f"/sessions/{s}/turns/{t}/events"),
+    "turns": lambda _, s, _t, c: ("GET", f"/sessions/{s}/turns?limit=2{f'&after={c}' if c else ''}"),
+    "siblings": lambda _, s, t, _c: ("GET", f"/sessions/{s}/turns?parent={t}"),
+    "tree": lambda _, s, _t, _c: ("GET", f"/sessions/{s}/tree"),
+    "messages": lambda _, s, _t, c: ("GET", f"/sessions/{s}/messages?limit=2{f'&after={c}' if c else ''}"),
+    "add messages": lambda it, s, _t, _c: (
+        *("POST", f"/sessions/{s}/messages"),
+        {"items": [{"type": "message", "role": "user", "text": it.word}]},
+    ),
+    "delete turn": lambda _, s, t, _c: ("DELETE", f"/sessions/{s}/turns/{t}"),
+    "list": lambda it, _s, _t, c: ("GET", _list(it, c)),
+    "list of a status": lambda it, _s, _t, c: ("GET", _list(it, c, f"&status={it.status or 'idle'}")),
+    "list by metadata": lambda it, _s, _t, c: (
+        *("GET", f"/sessions?limit=2&metadata.team={it.word}{f'&after={c}' if c else ''}"),
+    ),
+    "search": lambda it, _s, _t, c: ("GET", f"/sessions?limit=2&q={it.word}{f'&after={c}' if c else ''}"),
+    "list as Bob": lambda it, _s, _t, c: ("GET", _list(it, c), None, {"Lastcall-Owner": "bob"}),
+}
+BEGINNING = (
+    Step("bob", "create", 0),
+    Step("bob", "chat", 1, key=1),
+    Step("root", "turn", 0, key=2),
+    Step("bob", "turn that hangs", 1),
+    Step("bob", "list"),
+    Step("root", "create", 2, word="beta"),
+    Step("ann", "chat", 0),
+    Step("ann", "create", 1, word="beta"),
+)
+"""What there is in any case: Ann has two of Bob's three ids."""
+
+refs = st.tuples(st.sampled_from(("none", "ann", "bob")), st.integers(0, 9))
+steps = st.builds(
+    Step,
+    st.sampled_from(("ann", "ann", "ann", "bob", "root")),
+    st.sampled_from(sorted(KINDS)),
+    session=st.integers(0, 2),
+    other=st.integers(0, 3),
+    word=st.sampled_from(("alpha", "beta")),
+    turn=refs,
+    cursor=st.sampled_from(("none", "none", "ann", "bob")),
+    key=st.integers(0, 2),
+    status=st.sampled_from(("idle", "running")),
+)
+
+
+@dataclass
+class World:
+    """One run of the calls.
+
+    Attributes:
+        guesses: What Ann knows of Bob, for each of her calls: in the world without him they are those of the other one.
+    """
+
+    api: Api
+    others_act: bool
+    guesses: dict[int, tuple[str, str]]
+    turns: dict[str, list[str]] = field(default_factory=lambda: {"ann": [], "bob": []})
+    cursors: dict[str, str] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+    """What stands for each random id in Ann's answers."""
+
+    async def run(self, history: Sequence[Step]) -> Sequence[object]:
+        answers = []
+        for index, step in enumerate(history):
+            if step.actor != "ann" and not self.others_act:
+                continue
+            request = self._request(index, step)
+            reply = await self._call(step, request)
+            text = reply.body.decode() + reply.headers.get("location", "")
+            seen = self.turns["ann" if step.actor == "ann" else "bob"]
+            guessed = repr(request)  # a refusal repeats it
+            seen += [turn for turn in dict.fromkeys(TURN_IDS.findall(text)) if turn not in seen and turn not in guessed]
+            if found := CURSOR.search(text):
+                self.cursors["ann" if step.actor == "ann" else "bob"] = found[1]
+            if step.actor == "ann":
+                answers.append((index, step.kind, self._masked(reply)))
+        return answers
+
+    def _request(self, index: int, step: Step) -> Built:
+        if "bob" in (step.turn[0], step.cursor) and step.actor == "ann":
+            if self.others_act:
+                self.guesses[index] = self._turn_of("bob", step.turn[1]), self.cursors.get("bob", "")
+            turn, cursor = self.guesses[index]
+            turn = turn if step.turn[0] == "bob" else self._turn_of("ann", step.turn[1])
+            cursor = cursor if step.cursor == "bob" else self.cursors.get(step.cursor, "")
+        else:
+            turn = self._turn_of(step.turn[0], step.turn[1])
+            cursor = self.cursors.get(step.cursor, "")
+        return KINDS[step.kind](step, f"s{step.session}", turn, cursor)
+
+    def _turn_of(self, who: str, number: int) -> str:
+        seen = self.turns.get(who, [])
+        return seen[number % len(seen)] if seen else NO_TURN
+
+    async def _call(self, step: Step, request: Built) -> Reply:
+        method, path, body, headers, *_ = (*request, None, None)[:4] if len(request) < 4 else request
+        headers = {"Authorization": f"Bearer {key_of(step.actor)}"} | (headers or {})
+        if step.actor == "root":
+            headers["Lastcall-Owner"] = "bob"
+        if method == "POST" and step.key:
+            headers["Idempotency-Key"] = f'"key-{step.key}"'
+        with trio.fail_after(20):
+            return await self.api.call(method, path, body, headers=headers)
+
+    def _masked(self, reply: Reply) -> object:
+        def name(found: re.Match[str]) -> str:
+            return self.names.setdefault(found[0], f"<{found[1]} {len(self.names)}>")
+
+        headers = [RANDOM_IDS.sub(name, f"{it}: {reply.headers.get(it)}") for it in COMPARED_HEADERS]
+        body = TIMES.sub("<time>", CURSOR.sub('"next":"<cursor>"', RANDOM_IDS.sub(name, reply.body.decode())))
+        return reply.status, headers, body
+
+
+async def answers_of(
+    history: Sequence[Step], guesses: dict[int, tuple[str, str]], *, others_act: bool, store: str
+) -> Iterable[object]:
+    with tempfile.TemporaryDirectory(dir=MEMORY_DISK) as folder:
+        url = "memory:" if store == "memory" else f"sqlite:{folder}/lastcall.db"
+        async with open_api(
+            store_url=url, upstreams=UPSTREAMS, api_keys=KEYS, drain_timeout_s=0, release_timeout_s=5
+        ) as api:
+            world = World(api, others_act, guesses)
+            answers = await world.run(history)
+            if others_act:
+                root = {"Authorization": f"Bearer {key_of('root')}"}
+                everything = await api.call("GET", "/sessions?limit=100", headers=root)
+                others = {it["owner"] for it in everything.json["data"]} - {"ann"}
+                deleted = any(it.kind == "delete" for it in history)
+                assert others == {"bob"} or deleted
+            return answers
+
+
+@pytest.mark.parametrize("store", ["memory", "sqlite"])
+@settings(max_examples=15, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@given(history=st.lists(steps, min_size=10, max_size=40))
+def test_an_owner_s_answers_are_the_same_without_the_other_owner(store: str, history: list[Step]) -> None:
+    whole = [*BEGINNING, *history]
+    guesses: dict[int, tuple[str, str]] = {}
+    with capture_logs():
+        beside_bob = trio.run(lambda: answers_of(whole, guesses, others_act=True, store=store))
+        alone = trio.run(lambda: answers_of(whole, guesses, others_act=False, store=store))
+    assert beside_bob == alone
