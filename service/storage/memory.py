@@ -417,9 +417,9 @@ class MemoryStore:
             self._check_key(key, now)
             session = self._visible(added[0].session_id, now)
             if added[0].parent is not None:
-                parent = self._turn_of(added[0].session_id, added[0].parent).record
-                rules.check_parent_of_added(parent.id, is_open=parent.is_open)
+                self._turn_of(added[0].session_id, added[0].parent)
             rules.check_head(session.record, head)
+            self._refuse_if_open(added[0].session_id, added[0].parent, instead=rules.INSTEAD_OF_ADDING)
             for turn in turns:
                 session.add(turn)
                 self._turns[turn.record.id] = turn

@@ -10,7 +10,7 @@ from hashlib import blake2b
 
 import msgspec
 
-from service.errors import HeadMovedError, PreconditionFailedError, TurnInProgressError, TurnNotFoundError
+from service.errors import HeadMovedError, PreconditionFailedError, TurnNotFoundError
 from service.models.client import Usage
 from service.storage.pieces import CALL, STARTED, Run, run_of
 from service.storage.records import (
@@ -137,6 +137,7 @@ def check_head(session: SessionRecord, head: str | None | msgspec.UnsetType) -> 
 
 
 INSTEAD_OF_MOVING = "move the head later"
+INSTEAD_OF_ADDING = "name an ended turn as the parent"
 NEVER_STARTED_MAX = 1000
 """How far up a path a step looks for an open turn, past turns that ended before they started; then it looks no further,
 and the last of them counts as open: each of these turns came while a turn before it was open."""
@@ -193,12 +194,6 @@ def begun(session: SessionRecord, turn: TurnRecord, now: datetime) -> SessionRec
 def ended(session: SessionRecord, turn: TurnRecord, now: datetime) -> SessionRecord:
     """The session after the end of a turn; ``turn`` is the ended turn."""
     return used(_with_counts(session, counts_of_end(turn)), now)
-
-
-def check_parent_of_added(turn_id: str, *, is_open: bool) -> None:
-    """Check the turn that an added turn follows. Raises: TurnInProgressError."""
-    if is_open:
-        raise TurnInProgressError(turn_id, instead="name an ended turn as the parent")
 
 
 def with_added(session: SessionRecord, turns: Sequence[TurnRecord], now: datetime) -> SessionRecord:

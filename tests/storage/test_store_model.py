@@ -11,10 +11,27 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from service.errors import RefusedError, SessionExistsError, SessionNotFoundError, TurnNotFoundError
+from service.errors import (
+    HeadMovedError,
+    RefusedError,
+    SessionExistsError,
+    SessionNotFoundError,
+    TurnInProgressError,
+    TurnNotFoundError,
+)
 from service.ids import new_turn_id
 from service.models.client import Usage
-from service.storage.records import EndResult, EndState, SessionPatch, SessionRecord, SessionStatus, TurnRecord
+from service.storage.records import (
+    EndResult,
+    EndState,
+    Places,
+    SessionPatch,
+    SessionRecord,
+    SessionStatus,
+    Siblings,
+    TreeNode,
+    TurnRecord,
+)
 from service.storage.store import Store
 from tests.storage.conftest import OpenStore
 from tests.storage.rows import a_session, a_turn, all_turns, at, ended, said, told
@@ -104,6 +121,50 @@ class Model:
             message_count=session.message_count + len(turn.input),
         )
 
+    def branch(self, turn: TurnRecord, now: datetime) -> SessionRecord:
+        self.get(turn.session_id, now)
+        self.check_turn(turn.session_id, turn.parent)
+        self.refuse_if_open(turn.parent)
+        return self.begin(turn, now)
+
+    def check_turn(self, session_id: str, turn_id: str | None) -> None:
+        if turn_id is not None and (turn_id not in self.turns or self.turns[turn_id].session_id != session_id):
+            raise TurnNotFoundError(turn_id)
+
+    def refuse_if_open(self, turn_id: str | None) -> None:
+        """Refuse if a turn on the path is open. A turn that has started has only ended turns above it."""
+        while turn_id is not None:
+            turn = self.turns[turn_id]
+            if turn.is_open:
+                raise TurnInProgressError(turn.id)
+            if turn.started_at is not None or turn.state == "completed":
+                return
+            turn_id = turn.parent
+
+    def move(self, name: str, head: str | None, seen: str | None, now: datetime) -> SessionRecord:
+        session = self.get(name, now)
+        if seen != session.head:
+            raise HeadMovedError(session.head)
+        self.check_turn(name, head)
+        for turn_id in (head, session.head):
+            self.refuse_if_open(turn_id)
+        return self.use(name, now, head=head)
+
+    def fork(self, turn: TurnRecord, copy_id: str, now: datetime) -> int:
+        """The number of turns of the copy."""
+        self.get(turn.session_id, now)
+        self.check_turn(turn.session_id, turn.id)
+        path = self.path(turn.id)
+        for it in reversed(path):
+            if it.is_open:
+                raise TurnInProgressError(it.id)
+        if copy_id in self.sessions and (copy_id in self.marked or copy_id in self.visible(now)):
+            raise SessionExistsError(copy_id)
+        return len(path)
+
+    def siblings(self, turn: TurnRecord) -> list[str]:
+        return [it.id for it in self.turns.values() if (it.session_id, it.parent) == (turn.session_id, turn.parent)]
+
     def start(self, turn_id: str, now: datetime) -> bool:
         if turn_id in self.turns and self.turns[turn_id].state == "queued":
             self.turns[turn_id] = msgspec.structs.replace(self.turns[turn_id], state="running", started_at=now)
@@ -179,6 +240,23 @@ class Begin(msgspec.Struct, frozen=True):
     messages: int
 
 
+class Branch(msgspec.Struct, frozen=True):
+    """A turn beside others: it follows the picked turn, or is beside it; its path must have ended."""
+
+    turn: int
+    is_sibling: bool
+
+
+class Move(msgspec.Struct, frozen=True):
+    session_id: str
+    turn: int | None
+    seen: int | None | Literal["head"]
+
+
+class Fork(msgspec.Struct, frozen=True):
+    turn: int
+
+
 class Start(msgspec.Struct, frozen=True):
     turn: int
 
@@ -190,7 +268,7 @@ class End(msgspec.Struct, frozen=True):
     tokens: int | None
 
 
-Step = Wait | Create | Update | Mark | Remove | Expire | Begin | Start | End
+Step = Wait | Create | Update | Mark | Remove | Expire | Begin | Branch | Move | Fork | Start | End
 
 steps = st.one_of(
     st.builds(Wait, st.integers(-2, 15)),
@@ -202,6 +280,10 @@ steps = st.one_of(
     st.builds(Expire, st.integers(1, 3)),
     st.builds(Begin, session_ids, st.none() | picks, st.sampled_from(["queued", "running"]), st.integers(0, 3)),
     st.builds(Begin, session_ids, st.none() | picks, st.sampled_from(["queued", "running"]), st.integers(0, 3)),
+    st.builds(Branch, picks, st.booleans()),
+    st.builds(Branch, picks, st.booleans()),
+    st.builds(Move, session_ids, st.none() | picks, st.sampled_from(["head", "head", None, 0])),
+    st.builds(Fork, picks),
     st.builds(Start, picks),
     st.builds(
         End,
@@ -222,6 +304,8 @@ class History:
     model: Model
     seconds: int = 0
     begun: list[TurnRecord] = field(default_factory=list)
+    _moved: tuple[str | None, str | None] = (None, None)
+    """The head that a step sets, and the head that its caller has seen before it."""
 
     @property
     def now(self) -> datetime:
@@ -235,6 +319,7 @@ class History:
         if isinstance(step, Wait):
             self.seconds = max(0, self.seconds + step.seconds)
             return
+        self._moved = self._heads(step) if isinstance(step, Move) else (None, None)
         expected, found = self._in_model(step), await self._in_store(step)
         assert found == expected, step
 
@@ -247,6 +332,60 @@ class History:
             state=step.state,
             texts=["x" * n for n in range(step.messages)],
         )
+
+    def _branch(self, step: Branch) -> TurnRecord:
+        beside = self.picked(step.turn)
+        parent = beside.parent if step.is_sibling else beside.id
+        return a_turn(f"t{len(self.begun)}", beside.session_id, parent=parent)
+
+    def _heads(self, step: Move) -> tuple[str | None, str | None]:
+        """The head that the step sets, and the head that it has seen."""
+        session = self.model.sessions.get(step.session_id)
+        seen = None if step.seen is None or session is None else session.head
+        if isinstance(step.seen, int):
+            seen = self.picked(step.seen).id
+        return None if step.turn is None else self.picked(step.turn).id, seen
+
+    def _tree_in_model(self, step: Branch | Move | Fork) -> object:
+        match step:
+            case Branch():
+                turn = self._branch(step)
+                session = self.model.branch(turn, self.now)
+                places = self.model.siblings(turn)
+                return session, Siblings(len(places), len(places))
+            case Move(session_id):
+                return self.model.move(session_id, *self._moved, self.now)
+            case Fork(pick):
+                return self.model.fork(self.picked(pick), "copy", self.now)
+
+    async def _tree_in_store(self, step: Branch | Move | Fork) -> object:
+        match step:
+            case Branch():
+                turn = self._branch(step)
+                begun = await self.store.begin_turn(turn, now=self.now, branches=True)
+                self.begun.append(turn)
+                return begun.session, begun.siblings
+            case Move(session_id):
+                patch = SessionPatch(head=self._moved[0], seen_head=self._moved[1])
+                return await self.store.update_session(session_id, patch, now=self.now)
+            case Fork(pick):
+                return await self._fork(self.picked(pick))
+
+    async def _fork(self, turn: TurnRecord) -> int:
+        """Fork, compare the copy with the path, and delete it. Returns the number of its turns."""
+        store, now = self.store, self.now
+        copy = await store.fork_session(turn.session_id, at=turn.id, copy_id="copy", now=now)
+        copies = await all_turns(store, "copy", now=now)
+        path = self.model.path(turn.id)
+        assert [it.input_text for it in copies] == [it.input_text for it in path]
+        assert [it.parent for it in copies] == [None, *(it.id for it in copies[:-1])]
+        assert await store.find_places("copy", [it.id for it in copies]) == Places(
+            copy.head, {it.id: Siblings() for it in copies}
+        )
+        assert copy.head == copies[-1].id
+        await store.mark_deleted("copy", now=now)
+        await store.remove_deleted("copy")
+        return len(copies)
 
     def _end(self, step: End) -> tuple[TurnRecord, list[str]]:
         usage = None if step.tokens is None else Usage(input_tokens=step.tokens, output_tokens=step.tokens + 1)
@@ -269,6 +408,8 @@ class History:
                     return model.delete_expired(now, limit)
                 case Begin():
                     return model.begin(self._turn(step), now)
+                case Branch() | Move() | Fork():
+                    return self._tree_in_model(step)
                 case Start(turn):
                     return model.start(self.picked(turn).id, now)
                 case End():
@@ -298,6 +439,8 @@ class History:
                     self.begun.append(turn_record)
                     assert begun.path == await store.read_path(turn_record.session_id, turn_record.id, bytes_max=None)
                     return begun.session
+                case Branch() | Move() | Fork():
+                    return await self._tree_in_store(step)
                 case Start(turn):
                     return await store.start_turn(self.picked(turn).id, now=now)
                 case End():
@@ -322,6 +465,16 @@ class History:
         for session in model.listing(None, now):
             turns = [turn for turn in model.turns.values() if turn.session_id == session.id]
             assert await all_turns(store, session.id, now=now, limit=2) == turns
+            tree = await store.list_tree(session.id, limit=100, after=None, now=now)
+            assert tree.data == tuple(map(TreeNode.of, turns))
+            places = await store.find_places(session.id, [turn.id for turn in self.begun])
+            ids = {turn.id: model.siblings(turn) for turn in turns}
+            assert places == Places(
+                session.head, {name: Siblings(its.index(name) + 1, len(its)) for name, its in ids.items()}
+            )
+            for parent in {turn.parent for turn in turns}:
+                children = await store.list_turns(session.id, limit=100, after=None, now=now, parent=parent)
+                assert list(children.data) == [turn for turn in turns if turn.parent == parent]
         for turn in self.begun:
             kept = turn.id in model.turns
             assert await told(store, turn.session_id, turn.id) == model.events.get(turn.id, [])

@@ -18,6 +18,7 @@ from service.storage.rules import NEVER_STARTED_MAX
 from service.storage.store import Store
 from tests.storage.conftest import OpenStore
 from tests.storage.rows import T0, a_session, a_turn, all_turns, at, contents, ended
+from tests.storage.test_store_added_turns import an_added_turn
 
 
 async def _add(
@@ -191,6 +192,20 @@ async def test_no_branch_begins_on_a_path_with_an_open_turn(store: Store) -> Non
     assert await contents(store, now=T0) == before
     await store.end_turn(ended(a_turn("open", parent="d")), runs=(), now=T0)
     await store.begin_turn(a_turn("branch", parent="q2"), now=T0, branches=True)
+
+
+async def test_turns_are_added_to_no_path_with_an_open_turn_but_beside_it(store: Store) -> None:
+    await _a_small_tree(store)
+    await _add(store, "open", "d", is_open=True)
+    await _add_unstarted(store, "q", "open")
+    before = await contents(store, now=T0)
+    for parent in ("open", "q"):
+        with pytest.raises(TurnInProgressError) as refused:
+            await store.add_turns([an_added_turn("x", parent=parent)], now=T0)
+        assert refused.value.turn_id == "open"
+    assert await contents(store, now=T0) == before
+    await store.add_turns([an_added_turn("x", parent="r1"), an_added_turn("y", parent="x")], now=T0)
+    assert await store.find_places("s", ["x", "y"]) == Places("y", {"x": Siblings(4, 4), "y": Siblings()})
 
 
 async def test_the_search_for_an_open_turn_on_a_path_has_a_bound(store: Store) -> None:

@@ -94,14 +94,15 @@ def begin(
     branches: bool = False,
 ) -> BegunTurn:
     idempotency.check(db, key, now)
+    parent_ordinal = None
     if creates is not None:
         rules.check_first_turn(creates, turn, head)
         kept = sessions.create(db, creates, now)
     else:
-        kept = _session_for(db, turn, owners, now, head, branches=branches)
+        kept, parent_ordinal = _session_for(db, turn, owners, now, head, branches=branches)
     path = None if path_bytes_max is msgspec.UNSET else _short_path(db, kept, turn, path_bytes_max)
     siblings = Siblings()
-    if kept.turns_begun:
+    if kept.turns_begun and parent_ordinal != kept.turns_begun - 1:  # nothing follows the newest turn yet
         siblings = trees.add_sibling(db, kept.key, turn.parent, kept.turns_begun)
     db.execute(_INSERT, values_of(turn) | {"session": kept.key, "ordinal": kept.turns_begun, "owner": owners.fence})
     session = rules.begun(kept.record, turn, now)
@@ -134,11 +135,7 @@ def add(
     key: IdempotencyKey | None = None,
 ) -> SessionRecord:
     idempotency.check(db, key, now)
-    kept = _session_for(db, added[0], owners, now, head)
-    parent = added[0].parent
-    if parent is not None:
-        owner = db.execute("SELECT owner FROM turns WHERE id = ? AND session = ?", (parent, kept.key)).get
-        rules.check_parent_of_added(parent, is_open=owner is not None)
+    kept, _ = _session_for(db, added[0], owners, now, head, branches=True, instead=rules.INSTEAD_OF_ADDING)
     for ordinal, turn in enumerate(added, kept.turns_begun):
         runs = rules.events_at_once(turn.output)
         insert_ended(db, kept.key, ordinal, turn, runs, terms=terms[ordinal - kept.turns_begun])
@@ -166,24 +163,33 @@ def _session_for(
     now: datetime,
     head: str | None | msgspec.UnsetType,
     *,
-    branches: bool = False,
-) -> sessions.StoredSession:
-    """The session of a turn that may begin. Turns of an owner that is gone are recovered."""
+    branches: bool,
+    **instead: str,
+) -> tuple[sessions.StoredSession, int | None]:
+    """The session of a turn that may begin, and its parent's ordinal. Turns of an owner that is gone are recovered.
+
+    Args:
+        branches: Whether the path to the parent must have ended.
+        instead: What the caller may do if it has not.
+    """
     kept = sessions.visible(db, turn.session_id, now)
+    ordinal: int | None = None
     if turn.parent is not None:
-        key_of(db, turn.parent, kept.key)
+        ordinal = db.execute("SELECT ordinal FROM turns WHERE id = ? AND session = ?", (turn.parent, kept.key)).get
+        if ordinal is None:
+            raise TurnNotFoundError(turn.parent)
     others = None if kept.owner == owners.fence else kept.owner
     if others is not None:
         recovery.refuse_if_alive(db, others, owners, turn.session_id)
     rules.check_head(kept.record, head)
     if others is not None:
         recovery.end_turns_of(db, others, now, session=kept.key)
-        return sessions.visible(db, turn.session_id, now)
+        return sessions.visible(db, turn.session_id, now), ordinal
     if branches and turn.parent is not None and kept.record.open_turns:
         still_open = trees.find_open(db, kept.key, turn.parent)
         if still_open is not None:
-            raise TurnInProgressError(still_open)
-    return kept
+            raise TurnInProgressError(still_open, **instead)
+    return kept, ordinal
 
 
 def _short_path(
