@@ -3,12 +3,11 @@
 import time
 
 import msgspec
-import trio
 
 from bench.contenders import Contender
-from bench.plan import Calls, Request
+from bench.plan import Calls, Group, Request
 from bench.server_process import open_server
-from bench.stage import Place, Stage, chat_streams, open_stage
+from bench.stage import Place, chat_streams, open_stage
 from bench.stored_sessions import fill, open_store
 from bench.table import Table, number
 
@@ -17,6 +16,8 @@ class IdleRow(msgspec.Struct, kw_only=True):
     """One figure: the cost of ``count`` things of one kind."""
 
     kind: str = "idle"
+    contender: str
+    label: str
     what: str
     repeat: int
     count: int
@@ -27,40 +28,76 @@ class IdleRow(msgspec.Struct, kw_only=True):
 
 TABLE = Table(
     "Idle: what it costs to be there",
-    "Growth of the server's resident memory over a server that has nothing to do, for so many and for each; and "
-    "the time from the start of the process until it listens.",
+    "Memory is PSS: a page that several processes share counts in parts. Of a process: all that it has. Of sessions "
+    "and streams: the growth of the whole process group over a server that has nothing to do, for so many and for "
+    "each. A start is the time from the start of the process until it listens.",
     (
         ("what", lambda row: row.what),
+        ("server", lambda row: row.label),
         ("count", lambda row: f"{row.count:,}"),
         ("in all", lambda row: f"{number(row.total, 2)} {row.unit.partition(' ')[0]}"),
         ("each", lambda row: "-" if row.each is None else f"{number(row.each, 2)} {row.unit.partition(' ')[2]}"),
     ),
 )
+_WARM_UP = 50
+_QUIET = "silent_after=1"
+"""The model sends one token of an endless reply, and is silent then."""
 
 
-async def measure_memory(
+async def measure_processes(contender: Contender, place: Place, *, repeat: int) -> list[IdleRow]:
+    """Measure the memory of the processes of a server that has nothing to do."""
+    async with open_stage(contender, place) as stage:
+        workers = set(stage.server.workers()) or {stage.server.pid}
+        sizes = await stage.server.settled_pss_bytes()
+    rows = []
+    for what, pids in (("an idle worker", workers), ("an idle server's other processes", set(sizes) - workers)):
+        if total := sum(sizes[pid] for pid in pids):
+            mib = total / 2**20
+            rows.append(_row(contender, what, repeat, len(pids), total=mib, each=mib / len(pids), unit="MiB MiB"))
+    return rows
+
+
+async def measure_streams(contender: Contender, place: Place, *, repeat: int, streams: int) -> list[IdleRow]:
+    """Measure the memory of live streams that are quiet, each with a connection to the model server."""
+    quiet = chat_streams("q", streams, _QUIET)
+    return [
+        await _measure_growth(contender, place, "a relayed stream, live and quiet", quiet, repeat=repeat, count=streams)
+    ]
+
+
+async def measure_sessions(
     contender: Contender, place: Place, *, repeat: int, sessions: int, turns: int
 ) -> list[IdleRow]:
-    """Measure the memory of stored sessions, of sessions with a running turn, and of live streams."""
-    rows = []
+    """Measure the memory of sessions in the memory store, and of running turns without a stream."""
     create = Calls(name="create", count=20, requests=(Request(path="/sessions", body="{}"),), repeat=sessions // 20)
     begin = (
         Request(path="/sessions", body='{"id": "t$n"}'),
-        Request(path="/sessions/t$n/turns", body='{"input": "t$n rate=1", "background": true}'),
+        Request(path="/sessions/t$n/turns", body=f'{{"input": "t$n {_QUIET}", "background": true}}'),
     )
     run = Calls(name="run", count=turns, requests=begin)
-    stream = chat_streams("s", turns, "rate=1")
-    for what, count, group in (
-        ("stored session, memory store", sessions, create),
-        ("session with a running turn", turns, run),
-        ("session with a running turn and a live stream", turns, stream),
-    ):
-        async with open_stage(contender, place, LASTCALL_STORE_URL="memory:") as stage:
-            before = await _resident_bytes(stage)
-            async with stage.open_load(group):
-                grown = await _resident_bytes(stage) - before
-        rows.append(_memory_row(what, repeat, count, grown))
-    return rows
+    kept = await _measure_growth(
+        contender,
+        place,
+        "a stored session, memory store",
+        create,
+        repeat=repeat,
+        count=sessions,
+        LASTCALL_STORE_URL="memory:",
+    )
+    running = "a running turn without a stream"
+    return [kept, await _measure_growth(contender, place, running, run, repeat=repeat, count=turns)]
+
+
+async def _measure_growth(
+    contender: Contender, place: Place, what: str, group: Group, *, repeat: int, count: int, **settings: str
+) -> IdleRow:
+    async with open_stage(contender, place, **settings) as stage:
+        async with stage.open_load(chat_streams("w", _WARM_UP, "tokens=2")):
+            pass  # what the first requests load is no cost of a stream
+        before = sum((await stage.server.settled_pss_bytes()).values())
+        async with stage.open_load(group):
+            grown = sum((await stage.server.settled_pss_bytes()).values()) - before
+    return _row(contender, what, repeat, count, total=grown / 2**20, each=grown / count / 1024, unit="MiB KiB")
 
 
 async def measure_start(contender: Contender, place: Place, *, repeat: int, sessions: int) -> list[IdleRow]:
@@ -79,15 +116,19 @@ async def _measure_start(contender: Contender, place: Place, repeat: int, sessio
     began = time.monotonic()
     async with open_server(launch, log_path=place.folder / f"start-{repeat}-{sessions}.log"):
         took_s = time.monotonic() - began
-    return IdleRow(what="start, SQLite", repeat=repeat, count=sessions, total=took_s, each=None, unit="s")
+    return _row(contender, "start, SQLite", repeat, sessions, total=took_s, each=None, unit="s")
 
 
-async def _resident_bytes(stage: Stage) -> int:
-    await trio.sleep(1)
-    return stage.server.resident_bytes()
-
-
-def _memory_row(what: str, repeat: int, count: int, grown: int) -> IdleRow:
+def _row(
+    contender: Contender, what: str, repeat: int, count: int, *, total: float, each: float | None, unit: str
+) -> IdleRow:
     return IdleRow(
-        what=what, repeat=repeat, count=count, total=grown / 2**20, each=grown / count / 1024, unit="MiB KiB"
+        contender=contender.name,
+        label=contender.label,
+        what=what,
+        repeat=repeat,
+        count=count,
+        total=total,
+        each=each,
+        unit=unit,
     )

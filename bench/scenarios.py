@@ -28,6 +28,7 @@ QUICK = ("lastcall", "lastcall-config", "cooperative", "fastapi-2s", "quart-trio
 RELAYS = ("lastcall", "tuned", "fastapi-plain", "fastapi")
 SERVED = ("lastcall-config", "tuned", "fastapi-plain")
 """For many connections at once: a bare hypercorn has a backlog of 100, and the others have 2048."""
+IDLE = ("lastcall", "lastcall-2", "tuned", "fastapi-plain")
 REPEATS_COMPARED = 5
 
 
@@ -53,6 +54,8 @@ class Programme:
             return choose(self.only)
         if self.scenario == "shutdown":
             return choose({"quick": QUICK, "usual": MAIN, "full": ()}[self.size])
+        if self.scenario == "idle":
+            return choose(IDLE)
         return choose(SERVED if self.scenario in ("herd", "requests") else RELAYS)
 
     @property
@@ -173,9 +176,21 @@ async def _measure_first_token(programme: Programme, place: Place, repeat: int) 
 
 
 async def _measure_idle(programme: Programme, place: Place, repeat: int) -> AsyncGenerator[Any, None]:
-    (lastcall,) = choose(["lastcall"])
+    """Yield the memory of each server, and then what only Lastcall has."""
     sessions = {"quick": 1_000, "usual": 100_000, "full": 100_000}[programme.size]
-    for row in await idle.measure_memory(lastcall, place, repeat=repeat, sessions=min(sessions, 10_000), turns=500):
+    streams = programme.streams[0] if programme.streams else 500
+    for contender in programme.in_turn(repeat):
+        for row in await idle.measure_processes(contender, place, repeat=repeat):
+            yield row
+        if contender.workers == 1 and contender.relays:
+            for row in await idle.measure_streams(contender, place, repeat=repeat, streams=streams):
+                yield row
+    (lastcall,) = choose(["lastcall"])
+    if lastcall not in programme.contenders:
+        return
+    for row in await idle.measure_sessions(
+        lastcall, place, repeat=repeat, sessions=min(sessions, 10_000), turns=streams
+    ):
         yield row
     for row in await idle.measure_start(lastcall, place, repeat=repeat, sessions=sessions):
         yield row

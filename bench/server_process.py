@@ -153,6 +153,22 @@ class ServerProcess:
         """Return the resident memory of all its processes; shared pages count in each."""
         return sum(_resident_bytes(pid) for pid in self.members())
 
+    def pss_bytes(self) -> dict[int, int]:
+        """Return the memory of each of its processes; a page that several processes share counts in parts.
+
+        Source: https://docs.kernel.org/filesystems/proc.html (``smaps_rollup``)
+        """
+        return {pid: _pss_bytes(pid) for pid in self.members()}
+
+    async def settled_pss_bytes(self, *, quiet_s: float = 2.0, within_s: float = 20.0) -> dict[int, int]:
+        """Return :meth:`pss_bytes` once their sum has not changed by 0.2 % for a while: after garbage collections."""
+        with trio.move_on_after(within_s):
+            before = -1.0
+            while abs(sum(self.pss_bytes().values()) - before) > 0.002 * before:
+                before = sum(self.pss_bytes().values())
+                await trio.sleep(quiet_s)
+        return self.pss_bytes()
+
     def cpu_seconds(self) -> float:
         """Return the processor time that all its live processes have used."""
         return sum(_cpu_seconds(pid) for pid in self.members())
@@ -309,3 +325,12 @@ def _resident_bytes(pid: int) -> int:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (FileNotFoundError, ProcessLookupError):
         return 0
+
+
+def _pss_bytes(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return 0
+    (kib,) = re.findall(r"^Pss:\s+(\d+) kB$", lines, re.MULTILINE)
+    return int(kib) * 1024
