@@ -86,7 +86,8 @@ class FreezeWatch(trio.abc.Instrument):
         cpu_clock: CPU time of this thread, in seconds.
 
     Attributes:
-        steps_took_s: How long the steps of all tasks took in the last round of the event loop.
+        steps_took_s: How long the steps of all tasks took in the last round of the event loop. Of work that takes
+            several rounds, because a task gives others a turn in between: how long it has taken so far.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class FreezeWatch(trio.abc.Instrument):
         self._sample_at = self._seen_at
         self._on_late: dict[OnLate, None] = {}
         self.steps_took_s = 0.0
+        self._busy_since: float | None = None
 
     def add(self, on_late: OnLate) -> None:
         """Call ``on_late`` whenever the event loop was late, before Trio looks at deadlines, until :meth:`remove`."""
@@ -108,9 +110,19 @@ class FreezeWatch(trio.abc.Instrument):
     def remove(self, on_late: OnLate) -> None:
         del self._on_late[on_late]
 
+    def now(self) -> float:
+        """The time on the watch's clock, for :meth:`note_busy`."""
+        return self._clock()
+
+    def note_busy(self, since: float) -> None:
+        """Note in this round of the event loop that a task does work in it that began at ``since``."""
+        self._busy_since = since
+
     def before_io_wait(self, timeout: float) -> None:  # noqa: ARG002  the name is Trio's
         """Trio's hook between the steps of a round and the wait for I/O."""
-        self.steps_took_s = self._clock() - self._seen_at
+        began = self._seen_at if self._busy_since is None else self._busy_since
+        self._busy_since = None
+        self.steps_took_s = self._clock() - began
 
     def after_io_wait(self, timeout: float) -> None:
         """Trio's hook between the wait for I/O, which was to take ``timeout`` seconds, and the look at deadlines."""

@@ -38,6 +38,7 @@ from service.api_keys import ApiKeys
 from service.clock import Clock, SteadyClock
 from service.errors import StartupError, StoreError
 from service.models.client import ModelClient
+from service.models.http.read_poller import open_read_poller
 from service.models.openai_compatible import open_openai_compatible
 from service.models.retrying import RetryingClient
 from service.models.scripted import Script, open_scripted
@@ -171,13 +172,14 @@ async def _open_upstreams(settings: Settings, shutdown: Shutdown, clock: Clock) 
                 name=name,
                 connect_timeout_s=settings.connect_timeout_s,
                 clock=clock,
+                poller=poller,
             )
         client = await clients.enter_async_context(
             shutdown.closing(opened, f"the model client {name or shown_url(url)}")
         )
         return RetryingClient(client, retries_max=settings.model_retries_max)
 
-    async with AsyncExitStack() as clients:
+    async with open_read_poller() as poller, AsyncExitStack() as clients:
         if settings.upstreams:
             by_model: dict[str, ModelClient] = {}
             for upstream in settings.upstreams:

@@ -6,7 +6,7 @@ an error, cancellation) closes the upstream connection before control returns, s
 paid for that no client will read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -182,6 +182,10 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True):
 ModelEvent = TextDelta | ReasoningDelta | EncryptedReasoning | CallOpened | ArgumentsDelta | Progress | Finished
 
 
+TakeEvents = Callable[[Sequence[ModelEvent]], bool]
+"""Takes events, and returns whether more are wanted."""
+
+
 class ModelStream(Protocol):
     """One reply on its way."""
 
@@ -204,6 +208,24 @@ class ModelStream(Protocol):
             ModelError: The upstream failed; no event will follow.
         """
         ...
+
+    async def relay(self, take: TakeEvents) -> None:
+        """Give the events to ``take`` as :meth:`receive` would return them, until it returns False.
+
+        A client may call ``take`` in a step of another task, with the context variables of this one: so a token needs
+        no task of its own. After a cancellation ``take`` is not called again.
+
+        Raises:
+            ModelError: As :meth:`receive`.
+            Exception: What ``take`` has raised.
+        """
+        ...
+
+
+async def relay_received(stream: ModelStream, take: TakeEvents) -> None:
+    """:meth:`ModelStream.relay` for streams whose caller waits for the events."""
+    while take(await stream.receive()):
+        pass
 
 
 class ModelClient(Protocol):

@@ -36,9 +36,10 @@ from service.errors import NOTHING_LEFT, ModelError, SettingsError, is_exhaustio
 from service.freezes import extended_when_late, move_on_after
 from service.ids import is_request_id
 from service.models.chat_completions import ReplyDecoder, encode_request
-from service.models.client import ModelEvent, ModelRequest, Usage
+from service.models.client import ModelEvent, ModelRequest, TakeEvents, Usage
 from service.models.dialects import KnownDialects
 from service.models.http.connect import TlsError
+from service.models.http.read_poller import ReadPoller
 from service.models.http.transport import BODY, ResponseBody, Transport
 from service.models.inflate import ENCODINGS, InflateError, Inflater, inflate
 from service.models.upstream_errors import ErrorReply, RetryHints, error_from_reply, error_from_status
@@ -61,6 +62,7 @@ _TEXT_TIMEOUT_S = 30.0
 _REUSE_TIMEOUT_S = 0.05
 """How long leaving a whole reply waits for the end of the response. Without this end the connection is closed."""
 _CLOSE_TIMEOUT_S = 1.0
+_NO_HEADERS = httpx.Headers()
 
 logger = structlog.get_logger("lastcall.models")
 
@@ -74,6 +76,7 @@ async def open_openai_compatible(
     connect_timeout_s: float = 5.0,
     ssl_context: ssl.SSLContext | None = None,
     clock: Clock = wall_clock,
+    poller: ReadPoller | None = None,
 ) -> AsyncIterator["OpenAICompatibleClient"]:
     """Open a client with one connection pool; leaving closes every connection, within a second.
 
@@ -87,6 +90,7 @@ async def open_openai_compatible(
             all other waits.
         ssl_context: Replaces the default trust in certificates (see the module).
         clock: The clock with which a ``Retry-After`` with a date is compared.
+        poller: Waits for the replies of all turns, where they are relayed; None if each task waits by itself.
 
     Raises:
         SettingsError: The URL or the key cannot be used; the message shows neither password nor key.
@@ -98,6 +102,7 @@ async def open_openai_compatible(
         connect_timeout_s=connect_timeout_s,
         ssl_context=ssl_context,
         clock=clock,
+        poller=poller,
     )
     try:
         yield client
@@ -118,6 +123,7 @@ class OpenAICompatibleClient:
         connect_timeout_s: float,
         ssl_context: ssl.SSLContext | None,
         clock: Clock,
+        poller: ReadPoller | None = None,
     ) -> None:
         url_setting, key_setting = (
             (f"upstreams.{name}.url", f"upstreams.{name}.api_key") if name else ("model_url", "model_api_key")
@@ -151,6 +157,7 @@ class OpenAICompatibleClient:
             connect_timeout_s=connect_timeout_s,
             idle_max=_IDLE_MAX,
             idle_expiry_s=_IDLE_EXPIRY_S,
+            poller=poller,
         )
 
     @property
@@ -165,35 +172,35 @@ class OpenAICompatibleClient:
         """See :class:`~service.models.client.ModelClient`."""
         dialect = known = self._dialects.of(request.model)
         while True:
-            async with self._respond(encode_request(request, dialect)) as response:
+            response = await self._respond(encode_request(request, dialect))
+            try:
                 if response.is_readable:
                     if dialect != known:
                         self._dialects.note_understood(request.model, dialect)
                     warn = partial(self._warn, request.model)
                     decoder = ReplyDecoder(redact=self._redact, described=response.described, warn=warn)
+                    response.drop_head()
+                    del request  # a prompt may be large, and a reply long
                     yield OpenAICompatibleStream(response.body, decoder)
                     response.reusable = decoder.finished
                     return
                 reply = ErrorReply.from_body(await response.read_error_body())
+            finally:
+                await response.aclose()  # noqa: ASYNC102  shielded inside
             refused, dialect = dialect, dialect.learn(request, response.status, reply)
             if dialect == refused:
                 raise self._failure(response, reply)
 
-    @asynccontextmanager
-    async def _respond(self, body: bytes) -> AsyncIterator["_Response"]:
-        """Send the request and wait for the response's head. Leaving closes the connection, or gives it back."""
+    async def _respond(self, body: bytes) -> "_Response":
+        """Send the request and wait for the response's head. The caller closes the response."""
         add_to_log_context(upstream_request_id=None)
         try:
             request = httpx.Request("POST", self._url, headers=self._headers, content=body)
             response = _Response(await self._transport.handle_async_request(request))
         except httpx.HTTPError as error:
             raise _transport_error(error) from error
-        del body, request  # a prompt may be large, and a reply long
         add_to_log_context(upstream_request_id=response.request_id)
-        try:
-            yield response
-        finally:
-            await response.aclose()  # noqa: ASYNC102  shielded inside
+        return response
 
     def _failure(self, response: "_Response", reply: ErrorReply) -> ModelError:
         """The error for a response whose body cannot be read as a reply."""
@@ -265,6 +272,28 @@ class OpenAICompatibleStream:
                 self._end_deadline = math.inf
                 return events
 
+    async def relay(self, take: TakeEvents) -> None:
+        """See :class:`~service.models.client.ModelStream`."""
+        decoder = self._decoder
+        goes_on = True
+
+        def take_piece(piece: bytes) -> bool:
+            nonlocal goes_on
+            if len(piece) > _PIECE_BYTES_MAX:
+                self._piece = piece
+                return False
+            if events := decoder.feed(piece):
+                self._end_deadline = math.inf
+                goes_on = take(events)
+            return goes_on and decoder.failure is None and not decoder.has_finish_reason
+
+        while goes_on:
+            is_simple = decoder.failure is None and not decoder.has_finish_reason and not self._piece
+            if is_simple and isinstance(self._body, ResponseBody):
+                await self._body.relay(take_piece)
+            if goes_on:
+                goes_on = take(await self.receive())
+
     async def _receive_rest(self) -> bytes:
         """The next bytes of a body whose reply may be whole: the rest is not worth a failure or a long wait."""
         wait_s = _USAGE_TIMEOUT_S if self._decoder.is_whole else _TEXT_TIMEOUT_S
@@ -289,6 +318,10 @@ class _Response:
         self.body = self._raw if self._encoding not in ENCODINGS else _Inflated(self._raw, Inflater(self._encoding))
         self.reusable = False
         """Whether the body is about to end by itself, so that the connection can serve another request."""
+
+    def drop_head(self) -> None:
+        """Hold the headers no longer. From now on only the body may be asked for."""
+        self.headers = _NO_HEADERS
 
     @property
     def request_id(self) -> str | None:

@@ -1,8 +1,9 @@
 """A model client that asks again when the upstream fails before its first token."""
 
 import random
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager
+from types import TracebackType
 from typing import Any
 
 import anyio
@@ -11,7 +12,15 @@ import structlog
 from stamina.instrumentation import RetryDetails
 
 from service.errors import ModelError
-from service.models.client import ModelClient, ModelEvent, ModelRequest, ModelStream, Usage, total_usage
+from service.models.client import (
+    ModelClient,
+    ModelEvent,
+    ModelRequest,
+    ModelStream,
+    TakeEvents,
+    Usage,
+    total_usage,
+)
 
 _WAIT_INITIAL_S = 0.25
 _WAIT_MAX_S = 4.0
@@ -46,19 +55,37 @@ class RetryingClient:
     def name(self) -> str:
         return self._client.name
 
-    @asynccontextmanager
-    async def stream(self, request: ModelRequest) -> AsyncIterator[ModelStream]:
+    def stream(self, request: ModelRequest) -> AbstractAsyncContextManager[ModelStream]:
         """See :class:`~service.models.client.ModelClient`."""
-        opened, stream = await self._open(request)
-        async with opened:
-            yield stream
+        return _RetriedStream(self._client, request, attempts=self._attempts)
 
     async def aclose(self) -> None:
         await self._client.aclose()
 
-    async def _open(self, request: ModelRequest) -> tuple[AsyncExitStack, ModelStream]:
-        """A stream that has begun, and the exit stack that leaves it. This method leaves failed streams itself."""
-        spent: Usage | None = None
+
+class _RetriedStream(AbstractAsyncContextManager[ModelStream]):
+    """Entering opens a stream that has begun, and leaves all that failed before it. Leaving leaves that stream.
+
+    A class, because a generator and an exit stack would stay in memory for the whole reply.
+    """
+
+    __slots__ = ("_attempts", "_client", "_entered", "_request", "_spent")
+
+    def __init__(self, client: ModelClient, request: ModelRequest, *, attempts: int) -> None:
+        self._client = client
+        self._request: ModelRequest | None = request
+        self._attempts = attempts
+        self._entered: AbstractAsyncContextManager[ModelStream] | None = None
+        self._spent: Usage | None = None
+
+    async def __aenter__(self) -> ModelStream:
+        request, self._request = self._request, None  # a prompt may be large, and a reply long
+        assert request is not None
+        try:
+            return await self._attempt(request)
+        except ModelError as error:
+            failure: ModelError | None = error
+        # Only now, because stamina's objects are circles, which live until the garbage collector finds them.
         async for attempt in stamina.retry_context(
             on=_wait_before_retry,
             attempts=self._attempts,
@@ -68,15 +95,30 @@ class RetryingClient:
             wait_jitter=_WAIT_JITTER_S,
         ):
             with attempt:
-                async with AsyncExitStack() as stack:
-                    stream = await stack.enter_async_context(self._client.stream(request))
-                    try:
-                        first = await stream.receive()
-                    except ModelError as error:
-                        error.usage = spent = total_usage(spent, stream.usage)
-                        raise
-                    return stack.pop_all(), _BegunStream(stream, first, spent)
+                if failure is not None:
+                    first, failure = failure, None
+                    raise first
+                return await self._attempt(request)
         raise AssertionError("unreachable: the last attempt returns or raises")
+
+    async def _attempt(self, request: ModelRequest) -> ModelStream:
+        entered = self._client.stream(request)
+        stream = await entered.__aenter__()
+        try:
+            first = await stream.receive()
+        except BaseException as error:
+            if isinstance(error, ModelError):
+                error.usage = self._spent = total_usage(self._spent, stream.usage)
+            await entered.__aexit__(type(error), error, error.__traceback__)  # noqa: ASYNC102  bounded inside
+            raise
+        self._entered = entered
+        return _BegunStream(stream, first, self._spent)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool | None:
+        assert self._entered is not None
+        return await self._entered.__aexit__(kind, error, traceback)  # noqa: ASYNC102  bounded inside
 
 
 class _BegunStream:
@@ -95,6 +137,10 @@ class _BegunStream:
     @property
     def usage(self) -> Usage | None:
         return total_usage(self._spent, self._stream.usage)
+
+    async def relay(self, take: TakeEvents) -> None:
+        if take(await self.receive()):
+            await self._stream.relay(take)
 
     async def _receive_first(self) -> Sequence[ModelEvent]:
         await anyio.lowlevel.checkpoint()

@@ -35,8 +35,10 @@ from service.models.client import (
     ModelEvent,
     ModelRequest,
     ReasoningDelta,
+    TakeEvents,
     TextDelta,
     Usage,
+    relay_received,
 )
 
 _BATCH_MAX = 64
@@ -203,6 +205,9 @@ class ScriptedStream:
         if self._next == self._length:
             events.append(self._finished())
         return events
+
+    async def relay(self, take: TakeEvents) -> None:
+        await relay_received(self, take)
 
     def _due(self, index: int) -> float:
         return self._start + (index / self._script.rate if self._script.rate else 0.0)

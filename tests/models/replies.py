@@ -15,6 +15,12 @@ from service.models.client import (
 )
 
 
+class Reading:
+    """How :func:`take` reads: it asks for the next events, or has them relayed."""
+
+    relays = False
+
+
 @dataclass
 class Reply:
     """The events of one stream."""
@@ -48,6 +54,14 @@ def asking(text: str = "hello", *, max_output_tokens: int | None = None) -> Mode
 async def take(stream: ModelStream, reply: Reply | None = None) -> Reply:
     """Receive to the end. If an error comes, ``reply`` has the events from before it."""
     reply = reply or Reply()
+
+    def append(events: Sequence[ModelEvent]) -> bool:
+        reply.batches.append(events)
+        return not isinstance(events[-1], Finished)
+
+    if Reading.relays:
+        await stream.relay(append)
+        return reply
     while True:
         reply.batches.append(await stream.receive())
         if isinstance(reply.batches[-1][-1], Finished):

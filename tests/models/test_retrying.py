@@ -10,7 +10,7 @@ import trio
 from trio.testing import MockClock
 
 from service.errors import ModelError
-from service.models.client import Finished, ModelEvent, ModelRequest, TextDelta, Usage
+from service.models.client import Finished, ModelEvent, ModelRequest, TakeEvents, TextDelta, Usage, relay_received
 from service.models.openai_compatible import open_openai_compatible
 from service.models.retrying import RetryingClient
 from tests.models.replies import ask, asking, take
@@ -47,6 +47,9 @@ class FailingClient:
             yield self
         finally:
             self.open -= 1
+
+    async def relay(self, take: TakeEvents) -> None:
+        await relay_received(self, take)
 
     async def receive(self) -> Sequence[ModelEvent]:
         await trio.lowlevel.checkpoint()

@@ -14,6 +14,7 @@ import trustme
 from service.clock import Clock, wall_clock
 from service.errors import ModelError
 from service.models.client import ModelClient
+from service.models.http.read_poller import open_read_poller
 from service.models.openai_compatible import OpenAICompatibleClient, open_openai_compatible
 from tests.models.replies import Reply, asking, take
 from tests.upstreams.raw_server import Behaviour, RawServer, open_raw_server
@@ -52,7 +53,8 @@ async def open_pair(behave: Behaviour, **options: Any) -> AsyncIterator[tuple[Ra
     path = options.pop("path", "")
     async with (
         open_raw_server(behave, ssl_context=for_server) as server,
-        open_openai_compatible(server.url + path, ssl_context=for_client, **options) as client,
+        open_read_poller() as poller,
+        open_openai_compatible(server.url + path, ssl_context=for_client, poller=poller, **options) as client,
     ):
         yield server, client
 
@@ -64,7 +66,12 @@ async def open_upstream(behave: Behaviour, *, path: str = "", clock: Clock = wal
     with trio.fail_after(WAIT_S):
         async with open_raw_server(behave, ssl_context=for_server) as server:
             url = server.url + path
-            async with open_openai_compatible(url, api_key=API_KEY, clock=clock, ssl_context=for_client) as client:
+            async with (
+                open_read_poller() as poller,
+                open_openai_compatible(
+                    url, api_key=API_KEY, clock=clock, ssl_context=for_client, poller=poller
+                ) as client,
+            ):
                 yield Upstream(server, client)
             assert server.established == 0
             await server.wait_idle()

@@ -24,8 +24,10 @@ from service.models.client import (
     Progress,
     PromptItem,
     ReasoningDelta,
+    TakeEvents,
     TextDelta,
     Usage,
+    relay_received,
 )
 from service.sessions.events.event_log import EventLog, Events
 from service.sessions.events.events import Event, Piece
@@ -88,6 +90,9 @@ class Reply:
     def _put(self, *events: ModelEvent) -> None:
         self._ready.extend(events)
         self._changes.unpark_all()
+
+    async def relay(self, take: TakeEvents) -> None:
+        await relay_received(self, take)
 
     async def receive(self) -> Sequence[ModelEvent]:
         await trio.lowlevel.checkpoint()

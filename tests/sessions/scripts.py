@@ -8,7 +8,16 @@ import msgspec
 import trio
 
 from service.errors import ModelError
-from service.models.client import Finished, ModelEvent, ModelRequest, PromptItem, TextDelta, Usage
+from service.models.client import (
+    Finished,
+    ModelEvent,
+    ModelRequest,
+    PromptItem,
+    TakeEvents,
+    TextDelta,
+    Usage,
+    relay_received,
+)
 
 Last = Literal["finish", "fail", "crash", "silence"]
 
@@ -83,6 +92,9 @@ class _Reply:
         self._script = script
         self._said = 0
         self.usage: Usage | None = None
+
+    async def relay(self, take: TakeEvents) -> None:
+        await relay_received(self, take)
 
     async def receive(self) -> Sequence[ModelEvent]:
         if self._said < len(self._script.tokens):

@@ -7,6 +7,7 @@ exception for nothing, so :meth:`Connection.receive` waits until there is someth
 
 import socket
 import ssl
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 import trio
@@ -30,6 +31,14 @@ class Connection:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {'closed' if self.is_closed else self._sock.fileno()}>"
 
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    @property
+    def has_end(self) -> bool:
+        """Whether the next receive returns the peer's end, or fails, without anything to read on the socket."""
+        return False
+
     async def receive(self) -> bytes:
         """The next bytes; empty once the peer has ended its side. Always waits, so that other tasks run.
 
@@ -44,20 +53,29 @@ class Connection:
                 pass  # woken for nothing, which Linux may do
 
     async def wait_sendable(self, *, or_readable: bool) -> None:
-        """Wait until the kernel takes more bytes, or until there is something to receive."""
+        """Wait until the kernel takes more bytes, or until there is something to receive.
+
+        Raises:
+            OSError: The system cannot wait.
+        """
         if not or_readable:
             await trio.lowlevel.wait_writable(self._sock)
             return
         # One task can wait for one direction only. The second task lives as long as this wait does.
+        failures: list[OSError] = []
         async with trio.open_nursery() as nursery:
 
-            async def wait_readable() -> None:
-                await trio.lowlevel.wait_readable(self._sock)
+            async def wait(for_one: Callable[[socket.socket], Awaitable[None]]) -> None:
+                try:
+                    await for_one(self._sock)
+                except OSError as error:  # out of the nursery it would come as a group
+                    failures.append(error)
                 nursery.cancel_scope.cancel()
 
-            nursery.start_soon(wait_readable)
-            await trio.lowlevel.wait_writable(self._sock)
-            nursery.cancel_scope.cancel()
+            nursery.start_soon(wait, trio.lowlevel.wait_readable)
+            await wait(trio.lowlevel.wait_writable)
+        if failures:
+            raise failures[0]
 
     def receive_nowait(self) -> bytes | None:
         """The bytes that have arrived; empty at the peer's end, None if there are none.
@@ -114,6 +132,7 @@ class TlsConnection(Connection):
         self._tls = context.wrap_bio(self._received, self._to_send, server_hostname=server_hostname)
         self._unsent = memoryview(b"")
         self._has_ended = False
+        self._failure: ssl.SSLError | None = None  # what came after the records that were returned
 
     async def do_handshake(self) -> None:
         """Agree on keys, and check the peer's certificate.
@@ -136,18 +155,22 @@ class TlsConnection(Connection):
                 return
             self._take(await super().receive())
 
+    @property
+    def has_end(self) -> bool:
+        return self._has_ended or self._failure is not None
+
     async def receive(self) -> bytes:
-        if self._has_ended:
+        if self.has_end:
             await trio.lowlevel.checkpoint()
-            return b""
+            return self._end()
         while True:
             self._take(await super().receive())
             if (plain := self._decrypt()) is not None:
                 return plain
 
     def receive_nowait(self) -> bytes | None:
-        if self._has_ended:
-            return b""
+        if self.has_end:
+            return self._end()
         while (data := super().receive_nowait()) is not None:
             self._take(data)
             if (plain := self._decrypt()) is not None:
@@ -187,8 +210,17 @@ class TlsConnection(Connection):
         else:
             self._received.write_eof()
 
+    def _end(self) -> bytes:
+        """The peer's end. Raises: ssl.SSLError, if that is a record which cannot be read."""
+        if self._failure is not None:
+            raise self._failure
+        return b""
+
     def _decrypt(self) -> bytes | None:
-        """What the received bytes say; empty at the peer's end, None if they are no whole record, or none with data."""
+        """What the received bytes say; empty at the peer's end, None if they are no whole record, or none with data.
+
+        A record that cannot be read is an error only after the records before it.
+        """
         pieces: list[bytes] = []
         try:
             while not pieces or self._received.pending or self._tls.pending():
@@ -203,4 +235,9 @@ class TlsConnection(Connection):
                 return None
         except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
             self._has_ended = True
+        except ssl.SSLError as error:
+            self.flush_nowait()  # tells the peer why
+            if not pieces:
+                raise
+            self._failure = error
         return b"".join(pieces)

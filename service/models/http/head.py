@@ -43,6 +43,8 @@ class ResponseHead:
             and not (is_chunked and length is not None)
         )
         self.has_body = method != "HEAD" and self.status not in (204, 304)
+        if not self.has_body and method != "HEAD" and (is_chunked or int(length or 0)):
+            self.is_reusable = False  # a server that announces a body may send one, in spite of the status
         self._is_chunked, self._length = is_chunked, length
 
     def open_body(self) -> BodyDecoder:

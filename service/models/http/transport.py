@@ -1,18 +1,23 @@
 """The transport for httpx: it sends a request over a kept or a new connection, and reads the response."""
 
 import ssl
-from typing import Self
+from collections.abc import Callable
+from typing import NamedTuple, Self
 
 import httpx  # noqa: ASYNC127  the project's choice
+import trio
 
 from service.models.http.body import BodyDecoder
 from service.models.http.connect import connect
 from service.models.http.connection import Connection
 from service.models.http.head import HeadReader, ResponseHead
 from service.models.http.idle import IdleConnections
+from service.models.http.read_poller import ReadPoller
 
 BODY = "lastcall.body"
 """The name of the response's :class:`ResponseBody` among its extensions."""
+RESEND_S = 5.0
+"""How soon a kept connection has to end for its request to be sent again: later the server may have worked on it."""
 
 
 class Transport(httpx.AsyncBaseTransport):
@@ -31,6 +36,7 @@ class Transport(httpx.AsyncBaseTransport):
         connect_timeout_s: See :func:`~service.models.http.connect.connect`.
         idle_max: Bound on the connections without work.
         idle_expiry_s: How long they are kept.
+        poller: Waits for the bodies of all responses; None if each task waits by itself.
     """
 
     def __init__(
@@ -41,12 +47,14 @@ class Transport(httpx.AsyncBaseTransport):
         connect_timeout_s: float,
         idle_max: int,
         idle_expiry_s: float,
+        poller: ReadPoller | None = None,
     ) -> None:
         self._origin = _origin(url)
         self._ssl_context = ssl_context if url.scheme == "https" else None
         self._connect_timeout_s = connect_timeout_s
         self._idle = IdleConnections(connections_max=idle_max, expiry_s=idle_expiry_s)
         self._is_closed = False
+        self._poller = poller
         if self._ssl_context is not None:
             self._ssl_context.set_alpn_protocols(["http/1.1"])
             self._ssl_context.options |= ssl.OP_NO_RENEGOTIATION
@@ -57,8 +65,8 @@ class Transport(httpx.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send the request, and return the response once its head is here.
 
-        A kept connection that ends without a byte of an answer says nothing about the server, which may have closed
-        it while the request was on its way: the request is sent again, over a new connection.
+        A kept connection that soon ends without a byte of an answer says nothing about the server, which may have
+        closed it while the request was on its way: the request is sent again, over a new connection.
 
         Raises:
             httpx.TransportError: No response came.
@@ -67,10 +75,12 @@ class Transport(httpx.AsyncBaseTransport):
             raise httpx.UnsupportedProtocol("this transport reaches one server only")
         connection = self._idle.take()
         if connection is not None:
+            since = trio.current_time()
             try:
                 return await self._exchange(request, connection)
             except _UnansweredError:
-                pass
+                if trio.current_time() > since + RESEND_S:
+                    raise
         return await self._exchange(request, await self._connect())
 
     async def aclose(self) -> None:
@@ -86,10 +96,14 @@ class Transport(httpx.AsyncBaseTransport):
         reader = HeadReader(request.method)
         try:
             head = reader.encode_request(request.url.raw_path, request.headers.raw)
-            is_sent = await _send(head + request.content, connection, reader)
+            sending = await _send(head + request.content, connection, reader)
             response = await _receive_head(connection, reader)
             body = ResponseBody(
-                connection, response.open_body(), keeper=self if is_sent and response.is_reusable else None
+                connection,
+                response.open_body(),
+                keeper=self if sending.is_whole and response.is_reusable else None,
+                poller=self._poller,
+                unsent=sending.rest,
             )
             body.begin(reader.take_rest())
             return httpx.Response(
@@ -115,12 +129,24 @@ class ResponseBody(httpx.AsyncByteStream):
 
     Args:
         keeper: Gets the connection back after the body; None if the connection cannot be used again.
+        poller: Waits for :meth:`relay`.
+        unsent: The rest of the request, if its response came before the whole request was sent.
     """
 
-    def __init__(self, connection: Connection, decoder: BodyDecoder, *, keeper: Transport | None) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        decoder: BodyDecoder,
+        *,
+        keeper: Transport | None,
+        poller: ReadPoller | None = None,
+        unsent: memoryview | None = None,
+    ) -> None:
         self._connection: Connection | None = connection
         self._decoder = decoder
         self._keeper = keeper
+        self._poller = poller
+        self._unsent = unsent
         self._first = b""
         self._breakage: str | None = None  # why the connection broke
 
@@ -169,7 +195,7 @@ class ResponseBody(httpx.AsyncByteStream):
             if self._connection is None:
                 raise httpx.StreamClosed
             try:
-                data = await self._connection.receive()
+                data = await self._receive_from(self._connection)
             except OSError as error:
                 self._breakage = str(error)
                 self.close()
@@ -184,6 +210,61 @@ class ResponseBody(httpx.AsyncByteStream):
             if piece:
                 return piece
         return b""
+
+    async def _receive_from(self, connection: Connection) -> bytes:
+        """The next bytes of the connection, on which the rest of the request is sent meanwhile."""
+        while self._unsent is not None:
+            if (data := connection.receive_nowait()) is not None:
+                await trio.lowlevel.checkpoint()
+                return data
+            self._send_rest(connection)
+            if self._unsent is not None:
+                await connection.wait_sendable(or_readable=True)
+        return await connection.receive()
+
+    def _send_rest(self, connection: Connection) -> None:
+        assert self._unsent is not None
+        try:
+            self._unsent = _send_nowait(self._unsent, connection)
+        except OSError:
+            self._unsent = None  # the server takes no more, which the end of the response shows
+
+    async def relay(self, take: Callable[[bytes], bool]) -> None:
+        """Give the next bytes to ``take`` as they arrive, until it returns False or :meth:`receive` has to go on.
+
+        Bytes that came together with the head, the end of the body and all errors are left to :meth:`receive`, which
+        the caller calls next. Without a poller all is left to it. ``take`` is called in a step of another task.
+
+        Raises:
+            Exception: What ``take`` has raised.
+        """
+        connection, decoder = self._connection, self._decoder
+        if self._poller is None or connection is None or connection.has_end or self._first or self._unsent is not None:
+            return
+        if decoder.is_over or decoder.failure is not None:
+            return
+
+        def take_next() -> bool:
+            try:
+                data = connection.receive_nowait()
+            except OSError as error:
+                self._breakage = str(error)
+                return False
+            if data is None:
+                return True
+            piece = b""
+            if data:
+                piece = decoder.feed(data)
+            else:
+                decoder.end()
+            if decoder.is_over or decoder.failure is not None or not data:
+                self._first = piece
+                return False
+            return (not piece or take(piece)) and not connection.has_end
+
+        await self._poller.call_while_readable(connection.fileno(), take_next)
+        if self._decoder.is_over or self._breakage is not None:
+            self.close()
 
     def close(self) -> None:
         """Give the connection back if the body is whole, or else close it. Idempotent, and does not wait."""
@@ -200,41 +281,62 @@ class ResponseBody(httpx.AsyncByteStream):
         self.close()
 
 
+class _Sending(NamedTuple):
+    """How far a request was sent when its response begins: its rest, if that is still to be sent."""
+
+    rest: memoryview | None
+    is_whole: bool
+
+
 class _UnansweredError(httpx.ReadError):
     """The connection ended without a byte of an answer."""
 
 
-async def _send(message: bytes, connection: Connection, reader: HeadReader) -> bool:
-    """Send a request. Returns False if the server will not take the rest: it has refused the request, or has gone.
+def _send_nowait(unsent: memoryview, connection: Connection) -> memoryview | None:
+    """Send as much as the kernel takes now. Returns the rest; None once all is sent.
+
+    Raises:
+        OSError: The connection is broken.
+    """
+    while unsent and (sent := connection.send_nowait(unsent)):
+        unsent = unsent[sent:]
+    return None if not unsent and connection.flush_nowait() else unsent
+
+
+async def _send(message: bytes, connection: Connection, reader: HeadReader) -> _Sending:
+    """Send a request. Returns what is left of it once the server has answered.
 
     A server may answer before it has the whole request. So while the kernel takes no more bytes, the answer is listened
-    to: a refusal ends the sending; after any other answer the server goes on reading, as HTTP allows.
+    to: a refusal ends the sending; after any other answer the rest is sent while the response is read, because the
+    server may go on reading, or not.
 
     Raises:
         httpx.WriteError: This side cannot send, for want of memory for example.
         httpx.ReadError: The connection broke while the answer was listened to.
     """
-    unsent = memoryview(message)
-    while True:
+    unsent: memoryview | None = memoryview(message)
+    while unsent is not None:
         try:
-            while unsent and (sent := connection.send_nowait(unsent)):
-                unsent = unsent[sent:]
-            if not unsent and connection.flush_nowait():
-                return True
-            await connection.wait_sendable(or_readable=reader.response is None)
+            unsent = _send_nowait(unsent, connection)
+            if unsent is not None:
+                await connection.wait_sendable(or_readable=True)
         except ConnectionError:
-            return False  # there may be an answer nevertheless
+            return _Sending(None, is_whole=False)  # there may be an answer nevertheless
         except OSError as error:
             raise httpx.WriteError(str(error)) from error
+        if unsent is None:
+            break
         try:
-            answer = connection.receive_nowait() if reader.response is None else None
+            answer = connection.receive_nowait()
         except OSError as error:
             raise _no_head(reader) from error
-        if answer is not None:
-            if answer:
-                reader.feed(answer)
-            if not answer or (reader.response is not None and reader.response.status >= 300):
-                return False
+        if answer:
+            reader.feed(answer)
+        if answer == b"" or (reader.response is not None and reader.response.status >= 300):
+            return _Sending(None, is_whole=False)
+        if reader.response is not None:
+            break
+    return _Sending(unsent, is_whole=unsent is None)
 
 
 async def _receive_head(connection: Connection, reader: HeadReader) -> ResponseHead:

@@ -103,8 +103,8 @@ class Events(Protocol):
 class EventLog:
     """An append-only log of events with seqs from 1, without gaps.
 
-    Only the turn's own task appends and closes. Reading is synchronous, so a reader holds only a number
-    (the last seq that the reader has seen, 0 for none) while it waits or is stalled.
+    Only the turn's own task appends and closes, and what takes the model's events for it. Reading is synchronous, so a
+    reader holds only a number (the last seq that the reader has seen, 0 for none) while it waits or is stalled.
 
     The log is the only place in which the texts of a running turn are: :meth:`texts` tells the output so far.
 

@@ -12,7 +12,7 @@ import trio
 from service.clock import Clock
 from service.errors import ModelError, StoreError
 from service.freezes import extended_when_late
-from service.models.client import NO_TOOLS, ModelRequest
+from service.models.client import NO_TOOLS, ModelEvent, ModelRequest
 from service.sessions.events import outcome
 from service.sessions.turns.prompt import NOTHING, Prompt, has_outputs, prompt_of, shortened
 from service.sessions.turns.turn import Turn
@@ -114,14 +114,17 @@ async def _reply(turn: Turn, *, store: Store, clock: Clock, settings: Settings) 
         )
     )
     turn.deadlines.expect_token("first_token_timeout", within_s=settings.first_token_timeout_s)
-    refusal = await _ask(turn, prompt, settings=settings)
+    asked = _Asked(path, prompt)
+    del path, prompt  # they may be large, and a reply long
+    refusal = await _ask(turn, asked, settings=settings)
     if refusal is None:
         return
+    assert asked.prompt is not None
     shorter = await in_steps(
         shortened(
-            prompt,
+            asked.prompt,
             refusal,
-            path,
+            asked.path,
             system_message=turn.system_message,
             max_output_tokens=turn.record().max_output_tokens,
             older=older,
@@ -129,7 +132,9 @@ async def _reply(turn: Turn, *, store: Store, clock: Clock, settings: Settings) 
     )
     if shorter is not None:
         logger.info("too long for the model: asking again without the oldest turns", turn_id=turn.id)
-        refusal = await _ask(turn, shorter, settings=settings)
+        asked = _Asked((), shorter)
+        del shorter
+        refusal = await _ask(turn, asked, settings=settings)
     if refusal is not None:
         _decide_failed(turn, refusal, settings)
 
@@ -158,29 +163,41 @@ async def _measure_older(path: Sequence[TurnRecord], store: Store) -> LeftOut:
     return await store.measure_path(path[0].session_id, path[0].parent)
 
 
-async def _ask(turn: Turn, prompt: Prompt, *, settings: Settings) -> ModelError | None:
+class _Asked:
+    """A prompt, and the turns of which it was made, until the model has begun its output."""
+
+    __slots__ = ("path", "prompt")
+
+    def __init__(self, path: Sequence[TurnRecord], prompt: Prompt) -> None:
+        self.path = path
+        self.prompt: Prompt | None = prompt
+
+    def drop(self) -> None:
+        """Hold the prompt no longer: the model will not be asked again."""
+        self.path, self.prompt = (), None
+
+
+async def _ask(turn: Turn, asked: _Asked, *, settings: Settings) -> ModelError | None:
     """Take the model's reply to a prompt. Returns the error of a prompt that is too long, and decides nothing then."""
-    turn.note_prompt(prompt.left_out)
-    record = turn.record()
-    request = ModelRequest(
-        model=record.model,
-        prompt=prompt.items,
-        temperature=record.temperature,
-        max_output_tokens=record.max_output_tokens,
-        tools=record.tools or NO_TOOLS,
-    )
+
+    def take(events: Sequence[ModelEvent]) -> bool:
+        """Take events of the model, and return whether the turn goes on."""
+        if turn.end is not None:
+            return False  # another caller has decided the end meanwhile
+        finished = turn.take(events)
+        if asked.prompt is not None and turn.has_output:
+            asked.drop()
+        if finished is not None:
+            turn.decide(outcome.Completed(finished.finish_reason))
+        turn.deadlines.expect_token("next_token_timeout", within_s=settings.next_token_timeout_s)
+        return turn.end is None
+
     try:
-        async with turn.client.stream(request) as stream:
+        async with turn.client.stream(_request(turn, asked)) as stream:
             turn.note_stream(stream)
             try:
-                while turn.end is None:
-                    events = await stream.receive()
-                    if turn.end is not None:
-                        break  # another caller has decided the end meanwhile
-                    finished = turn.take(events)
-                    if finished is not None:
-                        turn.decide(outcome.Completed(finished.finish_reason))
-                    turn.deadlines.expect_token("next_token_timeout", within_s=settings.next_token_timeout_s)
+                if turn.end is None:
+                    await stream.relay(take)
             except Exception as error:
                 if _is_too_long(turn, error):
                     raise
@@ -191,6 +208,19 @@ async def _ask(turn: Turn, prompt: Prompt, *, settings: Settings) -> ModelError 
             raise
         return error
     return None
+
+
+def _request(turn: Turn, asked: _Asked) -> ModelRequest:
+    assert asked.prompt is not None
+    turn.note_prompt(asked.prompt.left_out)
+    record = turn.record()
+    return ModelRequest(
+        model=record.model,
+        prompt=asked.prompt.items,
+        temperature=record.temperature,
+        max_output_tokens=record.max_output_tokens,
+        tools=record.tools or NO_TOOLS,
+    )
 
 
 def _is_too_long(turn: Turn, error: Exception) -> bool:

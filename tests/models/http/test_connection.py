@@ -5,9 +5,13 @@ import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
+import pytest
 import trio
 
+from service.models.http.body import UnsizedBody
 from service.models.http.connection import TlsConnection
+from service.models.http.read_poller import open_read_poller
+from service.models.http.transport import ResponseBody
 from tests.models.upstream import WAIT_S, tls_contexts
 
 
@@ -107,6 +111,41 @@ async def test_a_record_in_pieces_is_waited_for_and_several_records_are_one_piec
         peer.tls.write(b"d" * 40_000)
         peer.send()
         assert await connection.receive() == b"c" * 10 + b"d" * 40_000
+
+
+async def test_relaying_ends_with_the_peer_s_end_though_nothing_is_left_to_read() -> None:
+    taken: list[bytes] = []
+    async with open_tls() as (connection, peer), open_read_poller() as poller:
+        body = ResponseBody(connection, UnsizedBody(), keeper=None, poller=poller)
+        peer.tls.write(b"last")
+        peer.say_end()
+        peer.send()
+        await body.relay(lambda piece: not taken.append(piece))  # type: ignore[func-returns-value]
+        assert taken == [b"last"]
+        assert await body.receive() == b""
+
+
+@pytest.mark.parametrize("now", [False, True])
+async def test_the_records_before_a_broken_one_are_returned_first(now: bool) -> None:
+    """A model's last words come, also where the line breaks within the same read."""
+
+    async def receive() -> bytes | None:
+        return connection.receive_nowait() if now else await connection.receive()
+
+    async with open_tls() as (connection, peer):
+        peer.tls.write(b"good")
+        good = peer.take_words()
+        peer.tls.write(b"text")
+        broken = bytearray(peer.take_words())
+        broken[-1] ^= 1
+        peer.send(good + broken)
+        await trio.lowlevel.wait_readable(connection.fileno())
+        assert await receive() == b"good"
+        assert connection.has_end
+        for _ in range(2):
+            with pytest.raises(ssl.SSLError):
+                await receive()
+        assert not connection.is_usable()
 
 
 async def test_a_record_that_was_changed_breaks_the_connection() -> None:

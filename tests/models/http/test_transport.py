@@ -13,7 +13,9 @@ import trustme
 from service.models.http import head as head_module
 from service.models.http.connect import TlsError, connect
 from service.models.http.connection import Connection as SendingConnection
+from service.models.http.read_poller import open_read_poller
 from service.models.http.transport import BODY, ResponseBody, Transport
+from tests.models.replies import Reading
 from tests.models.replies import ask as ask_client
 from tests.models.upstream import WAIT_S, Wire, failure_of, open_pair, tls_contexts
 from tests.upstreams.raw_server import DONE, Behaviour, Connection, RawServer, delta, finish, open_raw_server, replying
@@ -31,9 +33,17 @@ async def open_transport(behave: Behaviour) -> AsyncIterator[tuple[Transport, Ra
     for_server, for_client = tls_contexts() if Wire.has_tls else (None, None)
     with trio.fail_after(WAIT_S):
         async with open_raw_server(behave, ssl_context=for_server) as server:
-            async with Transport(
-                httpx.URL(server.url), ssl_context=for_client, connect_timeout_s=WAIT_S, idle_max=4, idle_expiry_s=60
-            ) as transport:
+            async with (
+                open_read_poller() as poller,
+                Transport(
+                    httpx.URL(server.url),
+                    ssl_context=for_client,
+                    connect_timeout_s=WAIT_S,
+                    idle_max=4,
+                    idle_expiry_s=60,
+                    poller=poller,
+                ) as transport,
+            ):
                 yield transport, server
             assert server.established == 0
             await server.wait_idle()
@@ -46,7 +56,18 @@ async def send(transport: Transport, server: RawServer, body: bytes = b"{}") -> 
 
 
 async def read(body: ResponseBody) -> bytes:
-    return b"".join([piece async for piece in body])
+    pieces = []
+
+    def take(piece: bytes) -> bool:
+        pieces.append(piece)
+        return True
+
+    while True:
+        if Reading.relays:
+            await body.relay(take)
+        if not (piece := await body.receive()):
+            return b"".join(pieces)
+        pieces.append(piece)
 
 
 async def ask(transport: Transport, server: RawServer, body: bytes = b"{}") -> bytes:
@@ -127,12 +148,83 @@ async def test_a_response_without_a_length_ends_with_its_connection() -> None:
 
 
 @pytest.mark.parametrize("status", [b"204 No Content", b"304 Not Modified"])
-async def test_a_response_without_a_body_is_over_with_its_head(status: bytes) -> None:
-    answer = b"HTTP/1.1 " + status + b"\r\nContent-Length: 5\r\n\r\n"
+@pytest.mark.parametrize(
+    ("announced", "connections"),
+    [(b"", 1), (b"Content-Length: 0\r\n", 1), (b"Content-Length: 5\r\n", 2), (b"Transfer-Encoding: chunked\r\n", 2)],
+)
+async def test_a_response_without_a_body_is_over_with_its_head_and_the_connection_too_if_a_body_may_follow(
+    status: bytes, announced: bytes, connections: int
+) -> None:
+    answer = b"HTTP/1.1 " + status + b"\r\n" + announced + b"\r\n"
     async with open_transport(answering(answer, answer)) as (transport, server):
         for _ in range(2):
             assert await ask(transport, server) == b""
+        assert server.connections_made == connections
+
+
+@pytest.mark.parametrize(
+    ("head", "rest"),
+    [
+        (CHUNKED, b"2\r\nhi\r\n0\r\n\r\n"),
+        (CHUNKED + b"2\r\nh", b"i\r\n0\r\n\r\n"),
+        (OK + b"Content-Length: 2\r\n\r\n", b"hi"),
+        (OK + b"Content-Length: 2\r\n\r\nh", b"i"),
+    ],
+)
+async def test_the_last_bytes_may_come_together_with_the_end(head: bytes, rest: bytes) -> None:
+    async def answer(connection: Connection) -> None:
+        for _ in range(2):
+            await connection.receive_request()
+            await connection.send(head)
+            await trio.testing.wait_all_tasks_blocked(0.001)
+            await connection.send(rest)
+        await connection.wait_closed()
+
+    async with open_transport(answer) as (transport, server):
+        for _ in range(2):
+            assert await ask(transport, server) == b"hi"
         assert server.connections_made == 1
+
+
+async def test_relayed_bytes_before_a_broken_chunk_are_given_first_and_the_error_is_the_next_call_s() -> None:
+    async def answer(connection: Connection) -> None:
+        await connection.receive_request()
+        await connection.send(CHUNKED)
+        await trio.testing.wait_all_tasks_blocked(0.001)
+        await connection.send(b"2\r\nhi\r\nno size\r\n")
+        await connection.wait_closed()
+
+    async with open_transport(answer) as (transport, server):
+        _, body = await send(transport, server)
+        await body.relay(lambda piece: pytest.fail(f"{piece!r} is left to receive"))
+        assert await body.receive() == b"hi"
+        await body.relay(lambda piece: pytest.fail(f"{piece!r} comes after the error"))
+        with pytest.raises(httpx.RemoteProtocolError):
+            await body.receive()
+        assert server.established == 0
+
+
+async def test_relaying_ends_when_the_taker_wants_no_more_and_nothing_is_lost() -> None:
+    async def answer(connection: Connection) -> None:
+        await connection.receive_request()
+        await connection.send(CHUNKED)
+        for piece in (b"a", b"b", b"c"):
+            await trio.testing.wait_all_tasks_blocked(0.001)
+            await connection.send_body(piece)
+        await connection.end_body()
+        await connection.wait_closed()
+
+    taken: list[bytes] = []
+
+    def take(piece: bytes) -> bool:
+        taken.append(piece)
+        return piece != b"b"
+
+    async with open_transport(answer) as (transport, server):
+        _, body = await send(transport, server)
+        await body.relay(take)
+        assert taken == [b"a", b"b"]
+        assert await read(body) == b"c"
 
 
 async def test_bytes_after_a_response_without_a_body_end_its_connection() -> None:
@@ -301,6 +393,40 @@ async def test_a_request_is_sent_to_its_end_though_the_answer_has_begun() -> Non
         assert got >= len(HUGE)
 
 
+async def test_an_answer_is_read_though_its_server_reads_no_more_of_the_request() -> None:
+    async def answer_without_reading(connection: Connection) -> None:
+        await connection.stream.receive_some(100)
+        await connection.send(CHUNKED)
+        for piece in (b"h", b"i"):
+            await trio.testing.wait_all_tasks_blocked(0.001)
+            await connection.send_body(piece)
+        await connection.end_body()
+        await done.wait()
+
+    done = trio.Event()
+    async with open_transport(answer_without_reading) as (transport, server):
+        assert await ask(transport, server, HUGE) == b"hi"
+        assert server.established == 0, "half of a request is on the connection"
+        done.set()
+
+
+async def test_a_system_that_cannot_wait_for_a_socket_is_a_write_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def wait_writable(_: object) -> None:
+        await trio.lowlevel.checkpoint()
+        raise OSError(errno.ENOMEM, "Cannot allocate")
+
+    async def take_nothing(connection: Connection) -> None:
+        await done.wait()
+
+    done = trio.Event()
+    async with open_transport(take_nothing) as (transport, server):
+        with monkeypatch.context() as patch:
+            patch.setattr("service.models.http.connection.trio.lowlevel.wait_writable", wait_writable)
+            with pytest.raises(httpx.WriteError, match="Cannot allocate"):
+                await send(transport, server, HUGE)
+        done.set()
+
+
 async def test_a_server_that_goes_while_the_request_is_sent_is_a_read_error() -> None:
     async def leave(connection: Connection) -> None:
         await connection.stream.receive_some(100)
@@ -404,6 +530,24 @@ async def test_a_request_is_sent_again_only_if_a_kept_connection_ended_without_a
             assert await ask(transport, server) == b"hi"
         assert server.connections_made == connections
         assert requests == 1 + connections
+
+
+async def test_a_request_that_a_kept_connection_leaves_unanswered_for_long_is_not_sent_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The server may have worked on it: a retry is the caller's to decide."""
+    monkeypatch.setattr("service.models.http.transport.RESEND_S", -1.0)
+
+    async def end(connection: Connection) -> None:
+        await connection.receive_request()
+        await connection.send(WHOLE)
+        await connection.receive_request()
+
+    async with open_transport(end) as (transport, server):
+        assert await ask(transport, server) == b"hi"
+        with pytest.raises(httpx.ReadError):
+            await ask(transport, server)
+        assert server.connections_made == 1
 
 
 async def test_a_connection_of_a_closed_transport_is_closed_after_its_response() -> None:
