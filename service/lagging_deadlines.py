@@ -7,8 +7,6 @@ Trio calls instruments at this moment, and then reads the clock again: so a dead
 ``tests/test_lagging_deadlines.py``.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from math import inf
 from typing import Protocol
 
@@ -75,16 +73,27 @@ class DeadlineMover(trio.abc.Instrument):
 _mover: anyio.lowlevel.RunVar[DeadlineMover] = anyio.lowlevel.RunVar("lastcall.lagging_deadlines")
 
 
-@contextmanager
-def lagging(deadline: Lagging) -> Iterator[DeadlineMover]:
-    """Let a deadline lag behind within the block. The mover has to hear of each new ``armed_at``."""
-    mover = _mover.get(None)
-    if mover is None:
-        mover = DeadlineMover()
-        _mover.set(mover)
-        trio.lowlevel.add_instrument(mover)  # until the end of the event loop: to add one takes 50 microseconds
-    mover.add(deadline)
-    try:
-        yield mover
-    finally:
-        mover.discard(deadline)
+class lagging:  # noqa: N801  used as a function
+    """Let a deadline lag behind within the block. The mover has to hear of each new ``armed_at``.
+
+    A class, because a generator would take several times the memory in each running turn.
+    """
+
+    __slots__ = ("_deadline", "_mover")
+
+    def __init__(self, deadline: Lagging) -> None:
+        self._deadline = deadline
+        self._mover: DeadlineMover
+
+    def __enter__(self) -> DeadlineMover:
+        mover = _mover.get(None)
+        if mover is None:
+            mover = DeadlineMover()
+            _mover.set(mover)
+            trio.lowlevel.add_instrument(mover)  # until the end of the event loop: to add one takes 50 microseconds
+        self._mover = mover
+        mover.add(self._deadline)
+        return mover
+
+    def __exit__(self, *_: object) -> None:
+        self._mover.discard(self._deadline)

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from quart import Quart, Request, current_app, has_request_context, request, websocket
 from quart.routing import QuartRule
+from quart.sessions import NullSession, SessionInterface
 from quart.wrappers.base import BaseRequestWebsocket
 from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
@@ -47,10 +48,24 @@ from service.telemetry.refusal_log import causes_of
 __all__ = ["Application", "attach", "create_app", "detach"]
 
 
+class _NoCookies(SessionInterface):
+    """No request has a session of Quart's, which is a cookie: all share one that nothing can be put into."""
+
+    def __init__(self) -> None:
+        self._none = NullSession()
+
+    async def open_session(self, app: Quart, request: BaseRequestWebsocket) -> NullSession:  # noqa: ARG002  Quart's
+        return self._none
+
+    def is_null_session(self, session: object) -> bool:
+        return session is self._none
+
+
 class Application(QuartTrio):
     """A Quart application whose requests are bounded and always give back their resources."""
 
     request_class = BoundedRequest
+    session_interface = _NoCookies()  # type: ignore[assignment]  # any interface will do
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)

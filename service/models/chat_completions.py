@@ -206,7 +206,7 @@ class ReplyDecoder:
         self._redact = redact
         self._described = described
         self._warn = warn
-        self._warned: set[str] = set()
+        self._warned: frozenset[str] = frozenset()
         self._choices = ReplyChoices()
         self._calls = ReplyCalls(held_bytes_max=EVENT_BYTES_MAX)
         self._begun = False
@@ -454,7 +454,7 @@ class ReplyDecoder:
 
     def _warn_once(self, sentence: str, payload: bytes = b"") -> None:
         if sentence not in self._warned:
-            self._warned.add(sentence)
+            self._warned |= {sentence}
             if self._warn is not None:
                 start = self._redact(payload[:_START_BYTES_MAX].decode(errors="replace"))
                 self._warn(sentence, start[:_START_LENGTH_MAX])

@@ -49,7 +49,7 @@ class ReplyCalls:
         self._calls: list[_Call] = []
         self._at: dict[int, _Call] = {}  # the last call at each index
         self._named: dict[str, _Call] = {}  # by the first id that the server sent for the call
-        self._ids: set[str] = set()
+        self._ids: set[str] | None = None
 
     def take(self, deltas: Sequence[CallDelta], events: list[ModelEvent]) -> None:
         """Add the events of a chunk's pieces of calls. A piece may have no event yet.
@@ -101,8 +101,9 @@ class ReplyCalls:
         if call.number is None:
             if not call.name:
                 return  # the name is still to come
-            call_id = call.id if _ID.fullmatch(call.id) and call.id not in self._ids else new_call_id()
-            self._ids.add(call_id)
+            ids = self._ids = self._ids or set()
+            call_id = call.id if _ID.fullmatch(call.id) and call.id not in ids else new_call_id()
+            ids.add(call_id)
             call.number = self.opened
             self.opened += 1
             events.append(CallOpened(call.number, call_id, call.name, call.upstream))

@@ -23,14 +23,11 @@ class ReplyChoices:
         """An index that needs no decision: a choice that stands alone in its chunk under it belongs to the reply."""
         self._first = 0
         self._last = 0
-        self._heard: set[int] = set()
+        self.has_begun = False
+        """Whether the stream has had a choice."""
+        self._others: set[int] | None = None  # the indexes that came beside the first
         self._held: list[Choice] = []
         self._is_one_reply: bool | None = None  # None before the decision
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether the stream has had a choice."""
-        return bool(self._heard)
 
     @property
     def is_holding(self) -> bool:
@@ -50,10 +47,10 @@ class ReplyChoices:
         """
         if self._is_one_reply:
             return choices
-        if not self._heard:
+        if not self.has_begun:
+            self.has_begun = True
             self.usual = choices[0].index
             self._first = self._last = self._index(choices[0])
-            self._heard.add(self._first)
         if len({self._index(choice, position) for position, choice in enumerate(choices)}) > 1:
             self._decide(is_one_reply=False)
         if self._is_one_reply is None:
@@ -69,8 +66,10 @@ class ReplyChoices:
 
     def _consider(self, choice: Choice, first_has_ended: bool) -> Sequence[Choice]:
         index, last = self._index(choice), self._last
-        is_new = index not in self._heard
-        self._heard.add(index)
+        is_new = index != self._first and index not in (self._others or ())
+        if is_new:
+            self._others = self._others or set()
+            self._others.add(index)
         self._last = index
         if index == self._first and (not self._held or not choice.says_something):
             return [choice]

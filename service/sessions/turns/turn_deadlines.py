@@ -10,9 +10,8 @@ All of them move where the event loop was late, as :mod:`service.freezes` says. 
 token, and Trio hears of that late, as :mod:`service.lagging_deadlines` says.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from math import inf
+from types import TracebackType
 from typing import Literal
 
 import trio
@@ -51,15 +50,13 @@ class TurnDeadlines:
         names = {id(self._run): "run", id(self._silence): "silence", id(self._abandoned): "abandoned"}
         return f"<TurnDeadlines: {names[id(self._first)]} at {self._first.at:.3f}>"
 
-    @contextmanager
-    def at_work(self) -> Iterator[trio.CancelScope]:
+    def at_work(self) -> "_AtWork":
         """The block in which the turn's work is done. The deadlines stop it."""
-        with self.scope as scope, calling_when_late(self.note_late), lagging(self) as mover:
-            self._mover = mover
-            try:
-                yield scope
-            finally:
-                self._mover = None
+        return _AtWork(self)
+
+    def begin_to_lag(self, mover: DeadlineMover | None) -> None:
+        """Let the mover move the deadline that Trio knows; without one, move it with each token."""
+        self._mover = mover
 
     def start(self, turn_timeout_s: float) -> None:
         """The turn begins to run, and may take so many seconds."""
@@ -146,3 +143,29 @@ class TurnDeadlines:
         self.armed_at = self.scope.deadline = first.at
         if self._mover is not None:
             self._mover.note_armed(first.at)
+
+
+class _AtWork:
+    """See :meth:`TurnDeadlines.at_work`. A class, because generators would take more memory in each running turn."""
+
+    __slots__ = ("_calling", "_deadlines", "_lagging")
+
+    def __init__(self, deadlines: TurnDeadlines) -> None:
+        self._deadlines = deadlines
+        self._calling = calling_when_late(deadlines.note_late)
+        self._lagging = lagging(deadlines)
+
+    def __enter__(self) -> trio.CancelScope:
+        self._calling.__enter__()
+        self._deadlines.begin_to_lag(self._lagging.__enter__())
+        return self._deadlines.scope.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        try:
+            return self._deadlines.scope.__exit__(kind, error, traceback)
+        finally:
+            self._deadlines.begin_to_lag(None)
+            self._lagging.__exit__()
+            self._calling.__exit__()
