@@ -445,16 +445,16 @@ def _stream_again(slot: StreamSlot, resumed: _Resumed, *, after: int) -> TrioRes
 
 async def _answer_again(find: Callable[[], Awaitable[_Resumed]], *, background: bool) -> TrioResponse:
     """Answer a turn that was started before, without a stream: at once with ``background``, else when it has ended."""
-    allow_longer_answer(by_s=0 if background else inf)
+    service = current_service()
+    allow_longer_answer(by_s=service.settings.store_timeout_s if background else inf)
     session_id, turn_id, log, watch = await find()
-    with watch:
-        drop_body(request)
-        if not background:
-            leave_at_end_of_input()
-            note_accepted(turn_path(session_id, turn_id))
-            await log.wait_closed()
-        service = current_service()
-        record = await service.sessions.get_turn(session_id, turn_id)
+    release_later(watch)
+    drop_body(request)
+    if not background:
+        leave_at_end_of_input()
+        note_accepted(turn_path(session_id, turn_id))
+        await log.wait_closed()
+    record = await service.sessions.get_turn(session_id, turn_id)
     return await _turn_response(service, record, 202 if background else 200, with_location=True)
 
 
