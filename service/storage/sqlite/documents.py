@@ -18,6 +18,8 @@ SEGMENTS_MAX = 16
 _MERGED_PAGES = 64
 """The pages of the index that are merged in one step, which takes some milliseconds."""
 
+_TITLE = "SELECT key FROM documents WHERE session = ? AND turn IS NULL"
+
 BLOCK_BITS = 18
 """FTS5 cannot be interrupted: a query for several terms asks for a block of documents at a time."""
 # Characters for private use: no word has one.
@@ -35,6 +37,33 @@ def add_turn(db: apsw.Connection, turn: int, session: int, terms: Iterable[str])
     """Index an ended turn, by its key and that of its session. It is not indexed yet."""
     db.execute("INSERT INTO documents (session, turn) VALUES (?, ?)", (session, turn))
     _insert(db, db.last_insert_rowid(), session, terms)
+
+
+def add_old_turn(db: apsw.Connection, turn: int, session: int, terms: Iterable[str]) -> None:
+    """Index a turn of an earlier version: as a document that is older than all others."""
+    _insert(db, _number_of_old(db, session, turn), session, terms)
+
+
+def add_old_title(db: apsw.Connection, session: int, title: str) -> None:
+    """Index a title of an earlier version: as a document that is older than all others."""
+    _insert(db, _number_of_old(db, session, None), session, at_once(document_terms((title,))))
+
+
+def _number_of_old(db: apsw.Connection, session: int, turn: int | None) -> int:
+    db.execute(
+        "INSERT INTO documents (key, session, turn) "
+        "VALUES (min(coalesce((SELECT min(key) FROM documents), 0), 0) - 1, ?, ?)",
+        (session, turn),
+    )
+    return db.last_insert_rowid()
+
+
+def has_turn(db: apsw.Connection, turn: int) -> bool:
+    return db.execute("SELECT 1 FROM documents WHERE turn = ?", (turn,)).fetchone() is not None
+
+
+def has_title(db: apsw.Connection, session: int) -> bool:
+    return db.execute(_TITLE, (session,)).fetchone() is not None
 
 
 def change_turn(db: apsw.Connection, turn: int, session: int, terms: Iterable[str]) -> None:
@@ -62,7 +91,7 @@ def set_title(db: apsw.Connection, session: int, title: str | None) -> None:
 
 def forget_title(db: apsw.Connection, session: int) -> None:
     """Remove a title from the index, if it is there."""
-    _forget(db, db.execute("SELECT key FROM documents WHERE session = ? AND turn IS NULL", (session,)).get)
+    _forget(db, db.execute(_TITLE, (session,)).get)
 
 
 def _forget(db: apsw.Connection, number: int | None) -> None:
@@ -82,7 +111,7 @@ def session_term(session: int) -> str:
 
 
 def block_term(block: int) -> str:
-    return f"{_BLOCK}{block}"
+    return f"{_BLOCK}{block}".replace("-", "n")  # FTS5 would cut a term at a sign
 
 
 def owner_term(owner: str) -> str:

@@ -16,7 +16,7 @@ import apsw
 from service.errors import SessionNotFoundError, StartupError
 from service.storage.pieces import Run
 from service.storage.records import SessionRecord, TurnRecord
-from service.storage.sqlite import database, sessions, turns
+from service.storage.sqlite import database, documents, sessions, turns
 from service.storage.sqlite.database import BackupProgress
 from service.storage.sqlite.faults import fault_of
 from service.storage.sqlite.open_files import OpenFiles
@@ -51,6 +51,18 @@ _WRONG_PLACES = (
     "WHERE turns.session = siblings.session AND turns.ordinal = siblings.ordinal)"
     ") JOIN sessions ON session = sessions.key WHERE deletion = 0"
 )
+_IS_INDEXED = "NOT EXISTS (SELECT 1 FROM unindexed WHERE kind = '{kind}')"
+_NOT_SEARCHED = (
+    "SELECT sessions.id, turns.id FROM turns JOIN sessions ON sessions.key = session WHERE deletion = 0 "
+    "AND turns.owner IS NULL AND NOT EXISTS (SELECT 1 FROM documents WHERE turn = turns.key) "
+    f"AND {_IS_INDEXED.format(kind='turns')}"
+)
+_TITLES_NOT_SEARCHED = (
+    "SELECT id FROM sessions JOIN session_settings ON session = sessions.key WHERE deletion = 0 AND title IS NOT NULL "
+    "AND NOT EXISTS (SELECT 1 FROM documents WHERE documents.session = sessions.key AND turn IS NULL) "
+    f"AND {_IS_INDEXED.format(kind='sessions')}"
+)
+_LOST_DOCUMENTS = "SELECT key FROM documents EXCEPT SELECT id FROM search_docsize"
 
 
 def vacuum(path: Path) -> int:
@@ -61,7 +73,7 @@ def vacuum(path: Path) -> int:
     """
     given_back = 0
     with _opened(path) as db:
-        for step in (reclaim_some, partial(shrink, pages=_PAGES_A_STEP)):
+        for step in (reclaim_some, documents.merge_some, partial(shrink, pages=_PAGES_A_STEP)):
             more = True
             while more:
                 with database.transaction(db):
@@ -162,6 +174,9 @@ def check(path: Path) -> list[str]:
             f"session {row[0]!r}: the places of the turns with the parent {row[1]!r} are wrong"
             for row in db.execute(_WRONG_PLACES)
         ]
+        problems += [f"session {row[0]!r}: turn {row[1]!r} is not searched" for row in db.execute(_NOT_SEARCHED)]
+        problems += [f"session {row[0]!r}: the title is not searched" for row in db.execute(_TITLES_NOT_SEARCHED)]
+        problems += [f"document {row[0]} has no terms in the search index" for row in db.execute(_LOST_DOCUMENTS)]
     return [problem for problem in problems if problem != "ok"]
 
 

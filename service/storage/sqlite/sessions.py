@@ -82,6 +82,12 @@ def visible_by_key(db: apsw.Connection, key: int, now: datetime) -> SessionRecor
     return None if row is None else _record(db, row)
 
 
+def by_key(db: apsw.Connection, key: int) -> SessionRecord:
+    """The session of this key, which has an id."""
+    row: Row = db.execute(f"SELECT {SESSION_COLUMNS} FROM sessions WHERE key = ?", (key,)).fetchone()  # type: ignore[assignment]
+    return _record(db, row)
+
+
 def visible(db: apsw.Connection, session_id: str, now: datetime) -> StoredSession:
     """Raises: SessionNotFoundError."""
     kept = find(db, session_id)

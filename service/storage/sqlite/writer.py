@@ -13,8 +13,9 @@ from service.errors import RefusedError, RepeatedError, StoreError
 from service.storage.sqlite import database, documents
 from service.storage.sqlite.faults import Faults
 from service.storage.sqlite.file_system import network_file_system
+from service.storage.sqlite.indexing import Indexing
 from service.storage.sqlite.open_files import OpenFiles
-from service.storage.sqlite.ownership import Ownership
+from service.storage.sqlite.ownership import Ownership, is_oldest
 from service.storage.sqlite.reclaim import reclaim_some, shrink
 from service.storage.sqlite.reserve import Reserve
 from service.storage.sqlite.sql_thread import Step
@@ -33,6 +34,8 @@ _RESET_EVERY_S = 1.0
 """The pause after a failed restart of the log: each attempt blocks all writers."""
 _HOUSEKEEPING_INTERVAL_S = 0.1
 """The interval of the work between commits while steps keep arriving."""
+_INDEX_RETRY_S = 1.0
+"""The pause until a process looks again whether the one that indexes old rows is gone."""
 _SHRINK_PAGES = 256
 """The pages that one step gives back to a full disk."""
 
@@ -66,6 +69,9 @@ class Writer:
         self._wal_pages = 0
         self._unmerged = 0
         """The commits that may have added parts to the search index since these were merged."""
+        self._indexing: Indexing | None = Indexing()
+        """What is left to do for the indexes of a file of an earlier version."""
+        self._index_at = -inf
         self._housekept_at = -inf
         self._reset_at = -inf
 
@@ -139,13 +145,28 @@ class Writer:
                 self._write_checkpoint(now)
             elif self.removed:
                 self.removed = self._transact(reclaim_some)
+            elif self._indexing is not None and now >= self._index_at:
+                self._index_old_rows(self._indexing, now)
             elif self._unmerged >= documents.SEGMENTS_MAX and not self._transact(documents.merge_some):
                 self._unmerged = 0
         except (apsw.Error, StoreError) as error:
             # A step will meet the same fault and tell its caller, unless the disk has just become full.
             was_full, self._is_full = self._is_full, self._is_full or isinstance(error, apsw.FullError)
             return self._is_full and not was_full
-        return self.removed or self._unmerged >= documents.SEGMENTS_MAX
+        is_indexing = self._indexing is not None and now >= self._index_at
+        return self.removed or is_indexing or self._unmerged >= documents.SEGMENTS_MAX
+
+    def _index_old_rows(self, indexing: Indexing, now: float) -> None:
+        """Do a step for the indexes of a file of an earlier version, if this is the process that does it."""
+        if indexing.is_done(self._db):
+            self._indexing = None
+        elif not is_oldest(self._db, self._ownership):
+            self._index_at = now + _INDEX_RETRY_S
+        else:
+            indexing.run_step(self._transact)
+            self._unmerged += 1
+            if self._unmerged >= documents.SEGMENTS_MAX and not self._transact(documents.merge_some):
+                self._unmerged = 0
 
     def close(self) -> None:
         self._files.prepare_close(self._db)
