@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 import msgspec
 
 from service.errors import StartupError
-from service.ids import is_item_id, is_scoped_id, is_turn_id
+from service.ids import is_item_id, is_scoped_id, is_turn_id, public_id, scoped
 from service.json_words import in_json_words
 from service.storage.records import Item, SessionRecord, TurnRecord
 from service.storage.rules import expires_at, with_totals
@@ -67,6 +67,13 @@ def shown(value: object) -> str:
     """A wrong value on one line, shortened."""
     text = repr(value)
     return text if len(text) <= _SHOWN_MAX else f"{text[:_SHOWN_MAX]}…"
+
+
+def owned_by(whole: ExportedSession, owner: str) -> ExportedSession:
+    """The session as another owner's; ``owner`` is empty for a session without one. Its events name public ids."""
+    session_id = scoped(owner, public_id(whole.session.id))
+    turns = [ExportedTurn(msgspec.structs.replace(it.turn, session_id=session_id), it.events) for it in whole.turns]
+    return ExportedSession(session=msgspec.structs.replace(whole.session, id=session_id), turns=tuple(turns))
 
 
 def without_open_turns(whole: ExportedSession) -> ExportedSession:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from service.cli.session_export import ExportedSession, not_exported, problems_of_totals, read_exported, shown
+from service.cli.session_export import ExportedSession, not_exported, owned_by, problems_of_totals, read_exported, shown
 from service.clock import wall_clock
-from service.errors import InvalidRequestError, RefusedError, SessionExistsError, StartupError
+from service.errors import InvalidRequestError, RefusedError, SessionExistsError, SessionNotFoundError, StartupError
+from service.ids import is_owner_name, public_id
 from service.settings import Settings
 from service.storage.records import TurnRecord
 
@@ -40,6 +41,7 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     export = add("export", help="print a session with its turns and events, as JSON")
     export.add_argument("session", help="the session's id; OWNER/ID if it has an owner")
     imported = add("import", help="add an exported session, under its own id and owner")
+    imported.add_argument("--owner", metavar="NAME", help="give the session to this owner; '' for none")
     imported.add_argument("file", type=Path, nargs="?", help="the output of export; standard input if left out")
     add("vacuum", help="give the space of removed data back to the disk, in short steps")
 
@@ -84,9 +86,14 @@ def _run(settings: Settings, arguments: argparse.Namespace) -> tuple[str, int]:
             problems = maintenance.check(path)
             return "\n".join(problems) or f"{path} is whole", FAILED if problems else 0
         case "export":
-            return exported_events.export_session(path, arguments.session).decode(), 0
+            try:
+                return exported_events.export_session(path, arguments.session).decode(), 0
+            except SessionNotFoundError as error:
+                raise RefusedError(f"There is no session {error.session_id!r} in {path}.") from None
         case "import":
             whole = read_exported(_read(arguments.file))
+            if arguments.owner is not None:
+                whole = owned_by(whole, _owner_of_import(arguments.owner))
             _check_bounds(whole, text_bytes_max=settings.input_bytes_max)
             _check_turns(whole)
             try:
@@ -99,6 +106,13 @@ def _run(settings: Settings, arguments: argparse.Namespace) -> tuple[str, int]:
             return whole.session.id, 0
         case _:
             return f"{path} gave {maintenance.vacuum(path)} bytes back", 0
+
+
+def _owner_of_import(name: str) -> str:
+    """Raises: StartupError: No owner can have this name."""
+    if name and not is_owner_name(name):
+        raise StartupError(f"--owner: {shown(name)} should be 1 to 128 of A-Z a-z 0-9 _ . ~ @ | : + = -.")
+    return name
 
 
 def _progress_lines(path: Path) -> "Callable[[BackupProgress], None]":
@@ -186,7 +200,7 @@ def _check_bounds(whole: ExportedSession, *, text_bytes_max: int) -> None:
     from service.api.native.wire import AddMessages, CreateSession, RequestBody, StartTurn  # noqa: PLC0415
 
     asked: list[tuple[str, type[RequestBody], dict[str, object]]] = [
-        ("of the session", CreateSession, msgspec.structs.asdict(whole.session))
+        ("of the session", CreateSession, msgspec.structs.asdict(whole.session) | {"id": public_id(whole.session.id)})
     ]
     for turn in (it.turn for it in whole.turns):
         kind: type[RequestBody] = AddMessages if turn.was_added else StartTurn

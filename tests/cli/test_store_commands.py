@@ -76,6 +76,33 @@ def test_an_exported_session_is_imported_by_another_store(
     assert "nothing.json cannot be read" in capsys.readouterr().err
 
 
+def test_an_import_gives_a_session_to_an_owner_and_keeps_the_owner_that_it_has(file: Path, capsys: Output) -> None:
+    def exported(session: str) -> str:
+        assert main(["export", session]) == 0
+        return capsys.readouterr().out
+
+    Path("bare.json").write_text(bare := exported("s"))
+    assert main(["import", "--owner", "ann@example.org", "bare.json"]) == 0
+    assert capsys.readouterr().out == "ann@example.org/s\n"
+    Path("owned.json").write_text(owned := exported("ann@example.org/s"))
+    assert [json.loads(it)["turns"][0]["events"] for it in (owned, bare)] == [
+        json.loads(bare)["turns"][0]["events"]
+    ] * 2
+    assert main(["import", "--store", "sqlite:other.db", "owned.json"]) == 0
+    assert main(["export", "--store", "sqlite:other.db", "ann@example.org/s"]) == 0
+    assert capsys.readouterr().out == f"ann@example.org/s\n{owned}"
+    assert main(["import", "--store", "sqlite:other.db", "--owner", "", "owned.json"]) == 0
+    assert main(["export", "--store", "sqlite:other.db", "s"]) == 0
+    assert capsys.readouterr().out == f"s\n{bare}"
+
+    assert main(["import", "owned.json"]) == 1
+    assert f"A session 'ann@example.org/s' is in {file} already" in capsys.readouterr().err
+    assert main(["export", "bob/s"]) == 1
+    assert capsys.readouterr().err == f"lastcall: There is no session 'bob/s' in {file}.\n"
+    assert main(["import", "--owner", "a/b", "bare.json"]) == 78
+    assert capsys.readouterr().err.startswith("lastcall: --owner: 'a/b' should be 1 to 128 of")
+
+
 BEYOND: dict[str, Callable[[Any, Any], object]] = {
     "idle_timeout_s 1e+300 of the session: Expected a number <= 31536000": lambda session, _: session.update(
         idle_timeout_s=1e300
