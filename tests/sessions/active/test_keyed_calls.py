@@ -3,8 +3,9 @@
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from math import inf
+from pathlib import Path
 from random import Random
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import trio
@@ -15,6 +16,7 @@ from service.errors import (
     KeyReusedError,
     LastcallError,
     MadeIsGoneError,
+    OwnedElsewhereError,
     RepeatedError,
     ShuttingDownError,
     StoreError,
@@ -24,7 +26,8 @@ from service.sessions.commands import NewItems, NewSession, NewTurn, OnConflict,
 from service.sessions.turns.turn import Turn, Watch
 from service.stop_state import Phase
 from service.storage.memory import MemoryStore
-from service.storage.records import IdempotencyKey
+from service.storage.records import BegunTurn, IdempotencyKey
+from service.storage.sqlite import open_sqlite_store
 from tests.sessions.late_store import LateStore, Outcome, open_late_store
 from tests.sessions.puppet import Stage, open_stage
 from tests.sessions.unreliable_store import UnreliableStore
@@ -34,6 +37,20 @@ KEY = IdempotencyKey(caller="", key="k", fingerprint=b"f")
 OTHER_REQUEST = IdempotencyKey(caller="", key="k", fingerprint=b"g")
 
 outcomes = pytest.mark.parametrize("outcome", ["lands", "is lost"])
+
+
+class Barrier:
+    """Tasks wait here for each other."""
+
+    def __init__(self, count: int) -> None:
+        self._left = count
+        self._all_here = trio.Event()
+
+    async def wait(self) -> None:
+        self._left -= 1
+        if self._left == 0:
+            self._all_here.set()
+        await self._all_here.wait()
 
 
 class Calls:
@@ -369,6 +386,65 @@ async def test_in_a_drain_a_repetition_joins_the_turn_of_its_key_and_a_new_key_i
         assert calls.turn("again") is calls.turn("first")
         await calls.start("new", "other", IdempotencyKey(caller="", key="new", fingerprint=b"f"))
         assert isinstance(calls.refused["new"], ShuttingDownError)
+
+
+# Two processes
+
+
+@pytest.mark.parametrize("sessions", [("s", "s"), ("new", "newer")], ids=["one session", "a new session each"])
+@pytest.mark.parametrize("first", ["here", "there"])
+async def test_of_two_processes_that_start_a_turn_with_one_key_at_once_one_does(
+    tmp_path: Path, sessions: tuple[str, str], first: str
+) -> None:
+    """Both have looked for the session, which has no owner, before either of them begins."""
+    both_look = Barrier(2)
+    async with (
+        open_sqlite_store(tmp_path / "lastcall.db", address="unix:here") as here,
+        open_sqlite_store(tmp_path / "lastcall.db", address="unix:there") as there,
+        open_stage(cast("MemoryStore", here)) as one,
+        open_stage(cast("MemoryStore", there)) as other,
+    ):
+        await one.sessions.create_session(NewSession(id="s"))
+        stages = {"here": (one, here, sessions[0]), "there": (other, there, sessions[1])}
+        begun, looked = trio.Event(), trio.Event()
+        told: dict[str, str] = {}
+
+        async def start(name: str) -> None:
+            stage, store, session = stages[name]
+            begin = store.begin_turn
+
+            async def begin_in_order(*args: Any, **rest: Any) -> BegunTurn:
+                await both_look.wait()
+                if name != first:
+                    await begun.wait()
+                result = await begin(*args, **rest)
+                begun.set()
+                return result
+
+            store.begin_turn = begin_in_order  # type: ignore[method-assign]
+            new = NewTurn(text="Hi", key=KEY, creates_session=True, session_is_new=session != "s")
+            try:
+                turn, watch = await stage.sessions.start_turn(session, new)
+            except RepeatedError as repeated:
+                told[name] = repeated.turn_id or ""
+                with pytest.raises(OwnedElsewhereError) as elsewhere:
+                    await stage.sessions.open_events(repeated.session_id, told[name])
+                assert elsewhere.value.address == f"unix:{first}"
+                looked.set()
+            else:
+                told[name] = turn.id
+                assert name == first
+                with watch:
+                    await stage.puppet.next_reply()
+                    await looked.wait()
+
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(start, "here")
+                nursery.start_soon(start, "there")
+        assert len(set(told.values())) == 1
+        assert await here.count_sessions(status=None, now=one.clock()) == (1 if sessions == ("s", "s") else 2)
+        assert len(one.puppet.asked) + len(other.puppet.asked) == 1
 
 
 # Anything at any time
