@@ -320,6 +320,9 @@ class Settings(BaseModel):
     `api_keys`, and where other machines reach the server."""
     model: Name = "scripted"
     """The model of sessions and turns that name none. With `upstreams`, their first model unless set."""
+    title_model: Name | None = None
+    """The model that writes a title for a session without one, after its first turn; unless set, titles are the
+    callers'."""
     model_api_key: Key | None = None
     """The key sent to `model_url`; or `model_api_key_file`, a file that holds it."""
     upstreams: tuple[Upstream, ...] = ()
@@ -483,7 +486,6 @@ class Settings(BaseModel):
                 yield f"api_keys should not share a key: {both} have the same"
 
     def _inconsistencies(self) -> Iterator[str]:
-        given = self.model_fields_set
         yield from self._keys_that_clash()
         if self.bind.startswith("unix:") and not self.api_keys:
             # Without keys only this machine is served, and a Unix socket does not say where a request comes from.
@@ -494,6 +496,10 @@ class Settings(BaseModel):
         if (self.tls_certfile is None) != (self.tls_keyfile is None):
             yield "tls_certfile and tls_keyfile should be set together"
         yield from self._sizes_that_do_not_fit()
+        yield from self._upstreams_that_do_not_fit()
+
+    def _upstreams_that_do_not_fit(self) -> Iterator[str]:
+        given = self.model_fields_set
         if not self.upstreams:
             if not self.model_url.startswith("scripted:") and "model" not in given:
                 yield f"model should be set: a model that {shown_url(self.model_url)} serves"
@@ -514,6 +520,8 @@ class Settings(BaseModel):
                 )
         if not any(self.default_model in it.models for it in self.upstreams):
             yield f"model {self.model!r} should be one that an upstream serves"
+        if self.title_model is not None and not any(self.title_model in it.models for it in self.upstreams):
+            yield f"title_model {self.title_model!r} should be one that an upstream serves"
 
 
 def digest_of(key: str) -> bytes:

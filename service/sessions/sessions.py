@@ -8,6 +8,7 @@
     ├── acceptance      a turn's acceptance              active/acceptance.py, commands.py, turns/turn_task.py
     ├── deletions       a session's deletion             active/deletion.py
     ├── pending_writes  writes that the store refused    active/pending_writes.py
+    ├── titles          titles that a model writes       titles.py
     ├── replays         the logs of ended turns          events/replay.py
     ├── streams         open event streams               events/streams.py
     └── drain           no more work, then no more turns active/drain.py
@@ -49,6 +50,7 @@ from service.sessions.events.replay import Replays
 from service.sessions.events.streams import Streams
 from service.sessions.messages import MessageRecord, Position, page_of_messages, turns_needed
 from service.sessions.statistics import SessionsStatistics
+from service.sessions.titles import Titles
 from service.sessions.turns.turn import Turn, Watch
 from service.settings import Settings
 from service.stop_state import StopState
@@ -112,10 +114,12 @@ class Sessions:
         self._replays = Replays(store, store_timeout_s=settings.store_timeout_s)
         self._forking = trio.Lock()
         self._keyed_calls = KeyedCalls(store, clock=clock, store_timeout_s=settings.store_timeout_s)
+        self._titles = Titles(nursery, store=store, client_for=client_for, clock=clock, settings=settings, stop=stop)
         self.deletions = Deletions(
             nursery,
             self._active,
             self.pending_writes,
+            self._titles,
             store=store,
             clock=clock,
             store_timeout_s=settings.store_timeout_s,
@@ -124,6 +128,7 @@ class Sessions:
             nursery,
             self._active,
             self.pending_writes,
+            self._titles,
             self.drain,
             store=store,
             client_for=client_for,

@@ -32,6 +32,7 @@ from service.errors import (
     TurnInProgressError,
     TurnNotFoundError,
 )
+from service.models.client import Usage
 from service.steps import Steps, at_once, in_steps
 from service.storage import rules
 from service.storage.fork_path import ForkPath, copies_of, forked_session
@@ -328,6 +329,20 @@ class MemoryStore:
             self._forget_title(session, title)
             self._publish_title(session)
         return session.record
+
+    async def keep_title(
+        self, session: SessionRecord, title: str | None, *, usage: Usage | None, now: datetime
+    ) -> bool:
+        await anyio.lowlevel.checkpoint()
+        kept = self._sessions.get(session.id)
+        if kept is None or not rules.is_titled(kept.record, session, now, is_deleted=kept.deleted):
+            return False
+        before = kept.record
+        self._replace(kept, rules.titled(before, title, usage, now))
+        if kept.record.title == before.title:
+            return False
+        self._publish_title(kept)
+        return True
 
     async def mark_deleted(self, session_id: str, *, now: datetime, revisions: Collection[str] | None = None) -> None:
         await anyio.lowlevel.checkpoint()

@@ -130,6 +130,7 @@ class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
     output_tokens: int = 0
     reasoning_tokens: int = 0
     cached_tokens: int = 0
+    titled_at: datetime | None = None
 
     def __post_init__(self) -> None:
         # A whole number becomes a float here, so that the first answer shows the same value as later ones.
@@ -147,6 +148,11 @@ class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
         """The size of the texts that a caller chose, in bytes of UTF-8: the part of a record that may be large."""
         texts = (self.title or "", self.system_message or "", *self.metadata, *self.metadata.values())
         return sum(len(text.encode()) for text in texts)
+
+    @property
+    def updated_at(self) -> datetime:
+        """When the session changed last: a use, or a title that was written for it."""
+        return self.last_accessed_at if self.titled_at is None else max(self.last_accessed_at, self.titled_at)
 
     @property
     def status(self) -> SessionStatus:

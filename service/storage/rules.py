@@ -87,6 +87,19 @@ def patched(session: SessionRecord, patch: SessionPatch, now: datetime) -> Sessi
     return used(msgspec.structs.replace(session, **changes_of(patch)), now)
 
 
+def is_titled(kept: SessionRecord, session: SessionRecord, now: datetime, *, is_deleted: bool) -> bool:
+    """Whether the session in the store is the one for which a title was written, and no later one of its id."""
+    return is_visible(kept, now, is_deleted=is_deleted) and kept.created_at == session.created_at
+
+
+def titled(session: SessionRecord, title: str | None, usage: Usage | None, now: datetime) -> SessionRecord:
+    """The session with a title that was written for it, unless it has one; and with what that cost. It was not used."""
+    session = _with_counts(session, counts_of_usage(usage))
+    if title is None or session.title is not None:
+        return session
+    return msgspec.structs.replace(session, title=title, titled_at=now)
+
+
 def changes_of(patch: SessionPatch) -> dict[str, object]:
     """The fields that a patch sets."""
     fields = msgspec.structs.asdict(patch)

@@ -17,6 +17,7 @@ from typing import Protocol
 
 import msgspec
 
+from service.models.client import Usage
 from service.storage.pieces import Run
 from service.storage.records import (
     BegunTurn,
@@ -197,6 +198,16 @@ class Store(Protocol):
             TurnInProgressError: With ``patch.head``, a turn on the path to it, or to the head before, is open.
             OwnedElsewhereError: Such a turn is open, and belongs to another owner, which lives. (Turns of an owner that
                 is gone are recovered in the same step.)
+        """
+        ...
+
+    async def keep_title(
+        self, session: SessionRecord, title: str | None, *, usage: Usage | None, now: datetime
+    ) -> bool:
+        """Give a session a title, if it has none, and add what it cost to the totals. It is not a use of the session.
+
+        Does nothing if the session does not exist, or is another one of the same id. Returns whether the session has
+        this title now. ``title`` is None if only the cost is to be kept.
         """
         ...
 

@@ -463,6 +463,9 @@ def test_upstreams_that_contradict_each_other_are_refused() -> None:
     assert problems({"LASTCALL_MODEL": "other"}, file=TWO_UPSTREAMS) == [
         "model 'other' should be one that an upstream serves"
     ]
+    assert problems({"LASTCALL_TITLE_MODEL": "other"}, file=TWO_UPSTREAMS) == [
+        "title_model 'other' should be one that an upstream serves"
+    ]
     assert problems({"LASTCALL_MODEL_URL": "scripted:"}, file=TWO_UPSTREAMS) == [
         "model_url should not be set together with upstreams"
     ]

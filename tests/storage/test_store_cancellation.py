@@ -101,6 +101,7 @@ STEPS: dict[str, Callable[[Store], Awaitable[object]]] = {
     "fork over an expired one": lambda store: store.fork_session("s", at="second", copy_id="old", now=NOW),
     "create over an expired one": lambda store: store.create_session(a_session("old", created=IDLE_TIMEOUT_S), now=NOW),
     "update": lambda store: store.update_session("s", SessionPatch(title="new", metadata={"a": "b"}), now=NOW),
+    "title": lambda store: store.keep_title(a_session(), "new", usage=Usage(input_tokens=1, output_tokens=1), now=NOW),
     "mark": lambda store: store.mark_deleted("s", now=NOW),
     "remove": lambda store: store.remove_deleted("marked"),
     "expire": lambda store: store.delete_expired(now=NOW, limit=10),

@@ -226,6 +226,66 @@ async def test_a_deletion_for_another_revision_deletes_nothing(store: Store) -> 
     assert await store.is_marked("s")
 
 
+TITLE_USAGE = Usage(input_tokens=5, output_tokens=3, reasoning_tokens=2, cached_tokens=1)
+
+
+async def test_a_title_is_given_to_a_session_without_one_and_is_no_use(store: Store) -> None:
+    session = msgspec.structs.replace(a_session(), input_tokens=10)
+    await store.create_session(session, now=T0)
+    assert await store.keep_title(session, UNICODE[1:], usage=TITLE_USAGE, now=at(7))
+    titled = msgspec.structs.replace(
+        session,
+        title=UNICODE[1:],
+        titled_at=at(7),
+        input_tokens=15,
+        output_tokens=3,
+        reasoning_tokens=2,
+        cached_tokens=1,
+    )
+    assert await store.get_session("s", now=at(7)) == titled
+    assert (titled.updated_at, titled.last_accessed_at) == (at(7), T0)
+    patched = await store.update_session("s", SessionPatch(metadata={"a": "b"}), now=at(9))
+    assert (patched.updated_at, patched.titled_at) == (at(9), at(7))
+    assert await store.get_session("s", now=at(9)) == patched
+    assert [it.titled_at for it in await all_sessions(store, now=at(9))] == [at(7)]
+
+
+async def test_a_title_that_a_session_has_stays_and_the_cost_of_another_counts(store: Store) -> None:
+    session = msgspec.structs.replace(a_session(), title="Mine")
+    await store.create_session(session, now=T0)
+    assert not await store.keep_title(session, "Another", usage=TITLE_USAGE, now=at(7))
+    kept = await store.get_session("s", now=at(7))
+    assert (kept.title, kept.titled_at, kept.input_tokens, kept.updated_at) == ("Mine", None, 5, T0)
+    assert not await store.keep_title(session, None, usage=TITLE_USAGE, now=at(7))
+    assert not await store.keep_title(session, "Another", usage=None, now=at(7))
+    assert await store.get_session("s", now=at(7)) == msgspec.structs.replace(
+        kept, input_tokens=10, output_tokens=6, reasoning_tokens=4, cached_tokens=2
+    )
+
+
+async def test_a_title_is_for_one_session_and_for_no_later_one_of_its_id(store: Store) -> None:
+    earlier = a_session()
+    assert not await store.keep_title(earlier, "Title", usage=TITLE_USAGE, now=T0)
+    later = a_session(created=1)
+    await store.create_session(later, now=at(1))
+    assert not await store.keep_title(earlier, "Title", usage=TITLE_USAGE, now=at(1))
+    assert not await store.keep_title(later, "Title", usage=TITLE_USAGE, now=at(1 + IDLE_TIMEOUT_S)), "it has expired"
+    assert await store.get_session("s", now=at(1)) == later
+    await store.mark_deleted("s", now=at(1))
+    assert not await store.keep_title(later, "Title", usage=TITLE_USAGE, now=at(1))
+
+
+async def test_a_title_that_was_given_is_found_and_copied(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    assert await store.keep_title(a_session(), "Kombucha", usage=None, now=T0)
+    copy = await store.fork_session("s", at=None, copy_id="copy", now=at(1))
+    assert (copy.title, copy.updated_at) == ("Kombucha", at(1))
+    search = partial(store.search_sessions, "kombucha", limit=9, after=None, status=None, now=at(1))
+    assert {it.session.id for it in (await search()).data} == {"s", "copy"}
+    await store.update_session("s", SessionPatch(title=None), now=at(1))
+    assert {it.session.id for it in (await search()).data} == {"copy"}
+
+
 # Sessions and turns that do not exist
 
 

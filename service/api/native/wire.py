@@ -195,7 +195,8 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     """A session.
 
     ``{"id": "sess_6f…", "created_at": "2026-01-31T09:30:00Z", "last_accessed_at": "2026-01-31T09:31:07.25Z",
-    "expires_at": "2026-01-31T10:01:07.25Z", "idle_timeout_s": 1800, "title": null, "model": null,
+    "updated_at": "2026-01-31T09:31:07.25Z", "expires_at": "2026-01-31T10:01:07.25Z", "idle_timeout_s": 1800,
+    "title": null, "model": null,
     "system_message": "Be brief.", "temperature": null, "max_output_tokens": null, "metadata": {},
     "status": "idle", "head": "turn_0a…", "message_count": 2,
     "usage": {"input_tokens": 12, "output_tokens": 34, "reasoning_tokens": 0, "cached_tokens": 0}}``
@@ -204,6 +205,10 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     created_at: Time
     last_accessed_at: Time
+    updated_at: Annotated[
+        Time,
+        Meta(description="When something that PATCH can change did, a turn began or ended, or messages were added."),
+    ]
     expires_at: Time
     idle_timeout_s: float
     title: str | None
@@ -232,6 +237,7 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
             id=public_id(record.id),
             created_at=record.created_at,
             last_accessed_at=record.last_accessed_at,
+            updated_at=record.updated_at,
             expires_at=record.expires_at,
             idle_timeout_s=_whole(record.idle_timeout_s),
             title=record.title,

@@ -25,6 +25,7 @@ from service.sessions.active.pending_writes import PendingWrites
 from service.sessions.active.session import ActiveSession
 from service.sessions.commands import NewItems, NewSession, NewTurn, OnConflict
 from service.sessions.events import outcome
+from service.sessions.titles import Titles
 from service.sessions.turns.turn import Turn
 from service.sessions.turns.turn_log import turn_log_context
 from service.sessions.turns.turn_task import end_turn, run_turn
@@ -54,6 +55,7 @@ class Acceptance:
         nursery: trio.Nursery,
         active: ActiveSessions,
         pending_writes: PendingWrites,
+        titles: Titles,
         drain: Drain,
         *,
         store: Store,
@@ -64,6 +66,7 @@ class Acceptance:
         self._nursery = nursery
         self._active = active
         self._pending_writes = pending_writes
+        self._titles = titles
         self._drain = drain
         self._store = store
         self._client_for = client_for
@@ -302,11 +305,12 @@ class Acceptance:
         if not (turn.stored or turn.is_lost):
             self._pending_writes.add_end(turn)
         self._active.note_ended(turn)
+        self._titles.note_ended(turn)
 
 
 def _check_adding(session: ActiveSession, new: NewItems) -> None:
     """Check that a session takes added turns. Raises: SessionNotFoundError, TurnInProgressError."""
-    if session.deletion is not None:
+    if session.is_deleted:
         raise SessionNotFoundError(session.id)
     if new.parent is msgspec.UNSET and session.turns:
         raise TurnInProgressError(session.turns[0].id, instead="name an ended turn as the parent")

@@ -16,6 +16,7 @@ from service.sessions.active.active_sessions import ActiveSessions
 from service.sessions.active.pending_writes import PendingWrites
 from service.sessions.active.session import ActiveSession, Deletion
 from service.sessions.events import outcome
+from service.sessions.titles import Titles
 from service.storage.store import Store
 from service.storage.store_deadline import answered_within
 
@@ -40,6 +41,7 @@ class Deletions:
         nursery: trio.Nursery,
         active: ActiveSessions,
         pending_writes: PendingWrites,
+        titles: Titles,
         *,
         store: Store,
         clock: Clock,
@@ -49,6 +51,7 @@ class Deletions:
         self._nursery = nursery
         self._active = active
         self._pending_writes = pending_writes
+        self._titles = titles
         self._store = store
         self._clock = clock
         self._store_timeout_s = store_timeout_s
@@ -121,6 +124,7 @@ class Deletions:
             async with session.acceptance:
                 await self._mark(session.id, deletion.revisions)
                 deletion.is_certain = True
+            self._titles.cancel(session.id)
             for turn in session.turns:
                 turn.cut_short(outcome.Cancelled("session_deleted"))
             await session.wait_without_turns()

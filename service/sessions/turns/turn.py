@@ -67,6 +67,8 @@ class Turn:
         """The turns for its prompt, if they came with the acceptance; its task takes them."""
         self.siblings = Siblings()
         """The turn's place among its siblings at its acceptance."""
+        self.is_opening = False
+        """Whether no turn before it on its path has a reply of a model. Has a meaning once it has begun to run."""
         self.client = client
         self.system_message = system_message
         self.request_id = request_id

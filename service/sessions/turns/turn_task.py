@@ -105,6 +105,7 @@ async def _reply(turn: Turn, *, store: Store, clock: Clock, settings: Settings) 
             return
         path = await _read_path(turn, store, settings)
         older = await _measure_older(path, store)
+    turn.is_opening = bool(path) and _is_opening(path)
     prompt = await in_steps(
         prompt_of(
             path,
@@ -137,6 +138,12 @@ async def _reply(turn: Turn, *, store: Store, clock: Clock, settings: Settings) 
         refusal = await _ask(turn, asked, settings=settings)
     if refusal is not None:
         _decide_failed(turn, refusal, settings)
+
+
+def _is_opening(path: Sequence[TurnRecord]) -> bool:
+    """Whether the last turn of a path is the first one that a model answers; added turns do not count."""
+    earlier = path[:-1]
+    return path[0].parent is None and not any(it.state == "completed" and not it.was_added for it in earlier)
 
 
 async def _read_path(turn: Turn, store: Store, settings: Settings) -> Sequence[TurnRecord]:

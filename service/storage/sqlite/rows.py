@@ -59,7 +59,7 @@ SESSION_COLUMNS = (
     "key, id, created_at, last_accessed_at, expires_at, idle_timeout_s, head, message_count, open_turns, input_tokens, "
     "output_tokens, reasoning_tokens, cached_tokens"
 )
-SETTINGS_COLUMNS = "title, model, system_message, metadata, options"
+SETTINGS_COLUMNS = "title, model, system_message, metadata, options, titled_at"
 
 
 def session_of(row: Row, settings: Row) -> SessionRecord:
@@ -84,6 +84,7 @@ def session_of(row: Row, settings: Row) -> SessionRecord:
         temperature=options.temperature,
         max_output_tokens=options.max_output_tokens,
         metadata=_metadata.decode(settings[3]),
+        titled_at=None if settings[5] is None else time_of(settings[5]),
     )
 
 
@@ -96,6 +97,7 @@ def settings_of(session: SessionRecord) -> tuple[object, ...]:
         session.system_message,
         as_json(session.metadata),
         None if options == _NO_OPTIONS else as_json(options),
+        None if session.titled_at is None else moment(session.titled_at),
     )
 
 

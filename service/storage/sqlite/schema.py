@@ -149,6 +149,7 @@ UPDATE sessions SET reasoning_tokens = counted.tokens FROM (
 CREATE INDEX sessions_by_owner ON sessions (owner_name, created_at, id) WHERE deletion = 0 AND owner_name <> '';
 
 ALTER TABLE session_settings ADD COLUMN options TEXT;   -- {"temperature": …}: of turns that name none
+ALTER TABLE session_settings ADD COLUMN titled_at INTEGER;  -- when a model wrote the title
 
 CREATE TABLE session_metadata (
     pair BLOB NOT NULL,             -- a digest (sqlite/metadata.py)

@@ -7,6 +7,7 @@ import apsw
 import msgspec
 
 from service.errors import SessionExistsError, SessionNotFoundError, TurnInProgressError
+from service.models.client import Usage
 from service.storage import rules
 from service.storage.page_cursor import SessionPosition, encode_cursor
 from service.storage.page_size import fitting
@@ -145,7 +146,7 @@ def insert(db: apsw.Connection, session: SessionRecord, *, turns_begun: int = 0)
     )
     key = db.last_insert_rowid()
     db.execute(
-        f"INSERT INTO session_settings (session, {SETTINGS_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)",
+        f"INSERT INTO session_settings (session, {SETTINGS_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)",
         (key, *settings_of(session)),
     )
     documents.set_title(db, key, session.title)
@@ -235,7 +236,7 @@ def update(
     )
     if rules.changes_of(patch).keys() - {"idle_timeout_s", "head"}:
         db.execute(
-            f"UPDATE session_settings SET ({SETTINGS_COLUMNS}) = (?, ?, ?, ?, ?) WHERE session = ?",
+            f"UPDATE session_settings SET ({SETTINGS_COLUMNS}) = (?, ?, ?, ?, ?, ?) WHERE session = ?",
             (*settings_of(session), kept.key),
         )
     if session.title != kept.record.title:
@@ -244,6 +245,27 @@ def update(
         metadata.delete(db, kept.key)
         metadata.insert(db, kept.key, session)
     return session
+
+
+def keep_title(
+    db: apsw.Connection, session: SessionRecord, title: str | None, usage: Usage | None, now: datetime
+) -> bool:
+    kept = find(db, session.id)
+    if kept is None or not rules.is_titled(kept.record, session, now, is_deleted=kept.is_deleted):
+        return False
+    changed = rules.titled(kept.record, title, usage, now)
+    db.execute(
+        "UPDATE sessions SET input_tokens = ?, output_tokens = ?, reasoning_tokens = ?, cached_tokens = ? "
+        "WHERE key = ?",
+        (changed.input_tokens, changed.output_tokens, changed.reasoning_tokens, changed.cached_tokens, kept.key),
+    )
+    if changed.title == kept.record.title:
+        return False
+    db.execute(
+        "UPDATE session_settings SET title = ?, titled_at = ? WHERE session = ?", (changed.title, moment(now), kept.key)
+    )
+    documents.set_title(db, kept.key, changed.title)
+    return True
 
 
 def _free_to_move(

@@ -14,6 +14,7 @@ import msgspec
 
 from service import store_capabilities
 from service.errors import StoreError
+from service.models.client import Usage
 from service.steps import in_steps
 from service.storage.page_cursor import decode_session_cursor, decode_turn_cursor
 from service.storage.pieces import Run, skip, split, text_of
@@ -224,6 +225,11 @@ class SqliteStore:
         return await self._writing.call(
             lambda db: sessions.update(db, session_id, patch, self._ownership, now, revisions=revisions)
         )
+
+    async def keep_title(
+        self, session: SessionRecord, title: str | None, *, usage: Usage | None, now: datetime
+    ) -> bool:
+        return await self._writing.call(lambda db: sessions.keep_title(db, session, title, usage, now))
 
     async def mark_deleted(self, session_id: str, *, now: datetime, revisions: Collection[str] | None = None) -> None:
         await self._writing.call(

@@ -14,7 +14,7 @@ async def test_a_session_is_created_read_changed_and_deleted() -> None:
         assert created.headers["location"] == "/sessions/me"
         session = created.json
         assert list(session) == [
-            "id", "created_at", "last_accessed_at", "expires_at", "idle_timeout_s", "title", "model",
+            "id", "created_at", "last_accessed_at", "updated_at", "expires_at", "idle_timeout_s", "title", "model",
             "system_message", "temperature", "max_output_tokens", "metadata",
             "status", "head", "message_count", "usage",
         ]  # fmt: skip

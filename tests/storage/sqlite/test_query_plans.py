@@ -37,6 +37,12 @@ async def _second_page(store: SqliteStore) -> object:
     return await store.list_sessions(limit=10, after=first.next, status=None, now=T0)
 
 
+async def _title(store: SqliteStore) -> None:
+    await store.create_session(a_session("untitled"), now=T0)
+    session = await store.get_session("untitled", now=T0)
+    assert await store.keep_title(session, "x", usage=None, now=T0)
+
+
 async def _check_key(store: SqliteStore) -> None:
     with pytest.raises(RepeatedError):
         await store.check_key(A_KEY, now=T0)
@@ -67,6 +73,7 @@ CALLS: dict[str, Callable[[SqliteStore], Awaitable[object]]] = {
     "fork over an expired one": _fork_over_an_expired_one,
     "get": lambda store: store.get_session("sess_000100", now=T0),
     "update": lambda store: store.update_session("sess_000100", SessionPatch(title="x"), now=T0),
+    "title": _title,
     "delete": lambda store: _delete(store, "sess_000101"),
     "begin": lambda store: store.begin_turn(a_turn("new", "sess_000100", parent="turn_000100_1"), now=T0),
     "begin with its session": lambda store: store.begin_turn(a_turn("new1", "new1"), now=T0, creates=a_session("new1")),

@@ -59,7 +59,7 @@ CREATE TABLE owners (
     address TEXT,
     opened_at INTEGER NOT NULL
 ) STRICT;
-INSERT INTO owners VALUES(1,NULL,1795928902184891);
+INSERT INTO owners VALUES(1,NULL,1795929115216177);
 DELETE FROM sqlite_schema WHERE name='search' AND type='table';
 INSERT INTO sqlite_schema(type,name,tbl_name,rootpage,sql) VALUES('table','search','search',0,'CREATE VIRTUAL TABLE search USING fts5 (terms, content='''', contentless_delete=1, detail=none, tokenize=''ascii'')');
 DROP TABLE IF EXISTS search_config;
@@ -98,10 +98,10 @@ CREATE TABLE session_settings (
     model TEXT,
     system_message TEXT,
     metadata TEXT NOT NULL
-, options TEXT) STRICT;
-INSERT INTO session_settings VALUES(1,'é',NULL,NULL,'{"a":"b"}',NULL);
-INSERT INTO session_settings VALUES(2,NULL,NULL,NULL,'{}',NULL);
-INSERT INTO session_settings VALUES(3,NULL,NULL,NULL,'{}',NULL);
+, options TEXT, titled_at INTEGER) STRICT;
+INSERT INTO session_settings VALUES(1,'é',NULL,NULL,'{"a":"b"}',NULL,NULL);
+INSERT INTO session_settings VALUES(2,NULL,NULL,NULL,'{}',NULL,NULL);
+INSERT INTO session_settings VALUES(3,NULL,NULL,NULL,'{}',NULL,NULL);
 DROP TABLE IF EXISTS sessions;
 CREATE TABLE sessions (
     key INTEGER PRIMARY KEY,
