@@ -1,5 +1,6 @@
 """Requests that another process has to answer. The owner is a script here, with a socket and a row in the store."""
 
+import json
 import os
 import secrets
 import socket
@@ -853,6 +854,43 @@ async def test_the_owner_answers_a_fork_at_an_open_turn_and_any_process_one_at_a
         await owner.die()
         forked = await api.call("POST", "/sessions/s/fork", {"id": "second"})
         assert (forked.status, forked.json["message_count"]) == (201, 3)
+
+
+async def test_branches_and_heads_on_an_open_path_are_the_owners(tmp_path: Path) -> None:
+    branch, newest = f"turn_{32 * 'c'}", f"turn_{32 * 'b'}"
+    async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
+        replies: list[Reply] = []
+
+        async def assert_passed_on(method: str, path: str, body: dict[str, object], status: int) -> None:
+            nursery.start_soon(lambda: ask(api, replies, method, path, body))
+            stream, request = await owner.take()
+            assert request.startswith(f"{method} {path} ".encode())
+            assert json.loads(request.partition(b"\r\n\r\n")[2]) == body
+            await stream.send_all(answer("{}", status))
+            await wait_for(replies)
+            assert replies.pop().status == status
+
+        await assert_passed_on("PATCH", "/sessions/s", {"head": None}, 409)
+        await assert_passed_on("POST", f"/sessions/s/turns/{TURN}/retry", {"temperature": 1}, 200)
+        now = datetime.now(UTC)
+        assert await owner.store.end_turn(ended(a_turn(TURN, "s")), runs=(), now=now) is EndResult.KEPT
+        await owner.store.begin_turn(a_turn(newest, "s", parent=TURN), now=now)
+        await assert_passed_on("POST", "/sessions/s/turns", {"input": "x", "parent": None}, 200)
+        await assert_passed_on("POST", f"/sessions/s/turns/{TURN}/retry", {}, 200)
+        await assert_passed_on("PATCH", "/sessions/s", {"head": TURN, "seen_head": newest}, 409)
+        stale = await api.call("PATCH", "/sessions/s", {"head": TURN, "seen_head": TURN})
+        assert stale.problem(409, "head_moved")["turn_id"] == newest
+        await owner.store.begin_turn(a_turn(branch, "s"), now=now, branches=True)
+        assert await owner.store.end_turn(ended(a_turn(branch, "s")), runs=(), now=now) is EndResult.KEPT
+        moved = await api.call("PATCH", "/sessions/s", {"head": TURN, "seen_head": branch})
+        assert (moved.status, moved.json["status"]) == (200, "running"), "beside the open turn any process moves it"
+        tree = (await api.call("GET", "/sessions/s/tree")).json["data"]
+        assert [turn["state"] for turn in tree] == ["completed", "running", "completed"]
+
+        await owner.die()
+        assert (await api.call("PATCH", "/sessions/s", {"head": newest})).status == 200
+        retried = await api.call("POST", f"/sessions/s/turns/{newest}/retry", {})
+        assert (retried.json["siblings"], retried.json["parent"]) == ({"place": 2, "count": 2}, TURN)
 
 
 async def wait_for(replies: list[Reply], count: int = 1) -> None:

@@ -53,6 +53,41 @@ def fill(db: apsw.Connection, sessions: int, *, turns: int = 2) -> None:
     )
 
 
+TREE = "tree"
+"""The session of :func:`fill_tree`."""
+
+
+def fill_tree(db: apsw.Connection, turns: int) -> None:
+    """A session of an even number of turns ``turn_0`` and on; the last one is ``turn_newest``.
+
+    Turns of odd ordinals follow the first one, and the others the turn two before them.
+    """
+    db.execute(
+        "INSERT INTO sessions (id, created_at, last_accessed_at, expires_at, idle_timeout_s, head, turns_begun) "
+        "VALUES (?, ?, ?, ?, 3600, 'turn_newest', ?)",
+        (TREE, *3 * [moment(T0)], turns),
+    )
+    db.execute("UPDATE sessions SET expires_at = expires_at + 3600000000 WHERE id = ?", (TREE,))
+    db.execute("INSERT INTO session_settings (session, metadata) SELECT key, '{}' FROM sessions WHERE id = ?", (TREE,))
+    db.execute(
+        """
+        WITH RECURSIVE n (n) AS (SELECT 0 UNION ALL SELECT n + 1 FROM n WHERE n + 1 < :turns)
+        INSERT INTO turns (session, ordinal, id, parent, state, model, created_at, started_at, background, last_seq,
+        message_bytes, input, output)
+        SELECT key, n, iif(n = :turns - 1, 'turn_newest', printf('turn_%d', n)),
+        iif(n = 0, NULL, printf('turn_%d', iif(n % 2, 0, n - 2))), 'completed', 'm', created_at, created_at, 0, 2, 2,
+        '[{"id":"i","type":"message","role":"user","text":"1"}]',
+        '[{"id":"o","type":"message","role":"assistant","text":"2"}]'
+        FROM sessions CROSS JOIN n WHERE sessions.id = :tree
+        """,
+        {"turns": turns, "tree": TREE},
+    )
+    db.execute(
+        "INSERT INTO siblings (session, parent, ordinal, place) SELECT session, parent, ordinal, row_number() OVER "
+        "(ORDER BY ordinal) FROM turns WHERE parent = 'turn_0'"
+    )
+
+
 MEASURED: dict[str, Callable[[SqliteStore, str], Awaitable[object]]] = {
     "create": lambda store, n: store.create_session(a_session(f"new-{n}", idle_timeout_s=1e6), now=T0),
     "get": lambda store, n: store.get_session(f"sess_{n}", now=T0),

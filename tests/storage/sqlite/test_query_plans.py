@@ -9,12 +9,13 @@ import msgspec
 import pytest
 
 from service.errors import RepeatedError
-from service.storage.records import IdempotencyKey, SessionPatch
+from service.storage.page_cursor import TurnPosition, encode_cursor
+from service.storage.records import IdempotencyKey, Places, SessionPatch, Siblings
 from service.storage.sqlite import SqliteStore, database, open_sqlite_store
 from service.storage.sqlite.reclaim import reclaim_some
 from service.storage.sqlite.writer import Writer
 from tests.storage.rows import T0, a_session, a_turn, at, ended, said
-from tests.storage.sqlite.many_rows import fill
+from tests.storage.sqlite.many_rows import TREE, fill, fill_tree
 from tests.storage.test_store_added_turns import an_added_turn
 from tests.storage.test_store_owners import a_checkpoint
 
@@ -221,3 +222,45 @@ async def test_the_work_of_a_call_is_the_same_with_a_thousand_and_with_a_hundred
     few = await work(path, 1000)
     many = await work(path.with_name("many.db"), 100_000)
     assert {name: (few[name], many[name]) for name in CALLS if many[name] > few[name] + 1} == {}
+
+
+MIDDLE = 40
+"""A turn in the middle of the smaller one of the two sessions."""
+TREE_CALLS: dict[str, Callable[[SqliteStore], Awaitable[object]]] = {
+    "follow": lambda store: store.begin_turn(a_turn("f", TREE, parent="turn_newest"), now=T0),
+    "retry": lambda store: store.begin_turn(a_turn("r", TREE, parent=f"turn_{MIDDLE}"), now=T0, branches=True),
+    "one of many siblings": lambda store: store.begin_turn(a_turn("m", TREE, parent="turn_0"), now=T0, branches=True),
+    "end": lambda store: store.end_turn(ended(a_turn("m", TREE, parent="turn_0")), runs=(), now=T0),
+    "places": lambda store: store.find_places(TREE, ["m", "turn_newest", "turn_1", f"turn_{MIDDLE}"]),
+    "siblings": lambda store: store.list_turns(TREE, limit=20, after=_after(MIDDLE), now=T0, parent="turn_0"),
+    "children": lambda store: store.list_turns(TREE, limit=20, after=None, now=T0, parent=f"turn_{MIDDLE}"),
+    "tree": lambda store: store.list_tree(TREE, limit=20, after=_after(MIDDLE), now=T0),
+    "turns": lambda store: store.list_turns(TREE, limit=20, after=_after(MIDDLE), now=T0),
+    "move the head": lambda store: store.update_session(TREE, SessionPatch(head="turn_0", seen_head="m"), now=T0),
+}
+
+
+def _after(ordinal: int) -> str:
+    return encode_cursor(TurnPosition(ordinal))
+
+
+async def test_the_work_of_a_call_is_the_same_in_a_session_of_a_hundred_and_of_a_hundred_thousand_turns(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = Counted(monkeypatch)
+
+    async def work(path: Path, turns: int) -> dict[str, int]:
+        async with open_sqlite_store(path) as store:
+            await store._writing.call(lambda db: fill_tree(db, turns))
+            found = {}
+            for name, call in TREE_CALLS.items():
+                counted.hundreds = 0
+                await call(store)
+                found[name] = counted.hundreds
+            places = await store.find_places(TREE, ["m"])
+            assert places == Places("turn_0", {"m": Siblings(turns // 2 + 2, turns // 2 + 2)})
+            return found
+
+    few = await work(path, 100)
+    many = await work(path.with_name("many.db"), 100_000)
+    assert {name: (few[name], many[name]) for name in TREE_CALLS if many[name] > few[name] + 1} == {}
