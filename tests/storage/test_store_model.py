@@ -1,9 +1,11 @@
 """A store against a simple model of one, and paging while rows come and go, by generated histories."""
 
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -22,6 +24,7 @@ from service.errors import (
 from service.ids import new_turn_id
 from service.models.client import Usage
 from service.storage.records import (
+    SEQ_AFTER_CRASH,
     EndResult,
     EndState,
     Places,
@@ -32,8 +35,9 @@ from service.storage.records import (
     TreeNode,
     TurnRecord,
 )
+from service.storage.sqlite import maintenance, open_sqlite_store
 from service.storage.store import Store
-from tests.storage.conftest import OpenStore
+from tests.storage.conftest import MEMORY_DISK, OpenStore
 from tests.storage.rows import a_session, a_turn, all_turns, at, ended, said, told
 
 # Each example opens a store of its own; the fixture only provides the function that opens it.
@@ -162,6 +166,17 @@ class Model:
             raise SessionExistsError(copy_id)
         return len(path)
 
+    def crash(self, now: datetime) -> int:
+        """The owner of all open turns dies, and another one recovers them. Returns how many there were."""
+        ended_by_it = [turn for turn in self.turns.values() if turn.is_open]
+        for turn in ended_by_it:
+            end = {"state": "interrupted", "reason": "crash", "ended_at": now, "last_seq": SEQ_AFTER_CRASH}
+            self.turns[turn.id] = msgspec.structs.replace(turn, **end)
+            self.use(turn.session_id, now, open_turns=self.sessions[turn.session_id].open_turns - 1)
+        for name in [*self.marked]:
+            self.remove(name)
+        return len(ended_by_it)
+
     def siblings(self, turn: TurnRecord) -> list[str]:
         return [it.id for it in self.turns.values() if (it.session_id, it.parent) == (turn.session_id, turn.parent)]
 
@@ -255,6 +270,10 @@ class Move(msgspec.Struct, frozen=True):
 
 class Fork(msgspec.Struct, frozen=True):
     turn: int
+
+
+class Restart(msgspec.Struct, frozen=True):
+    pass
 
 
 class Start(msgspec.Struct, frozen=True):
@@ -498,6 +517,27 @@ async def test_a_store_does_what_a_simple_model_of_it_does(open_store: OpenStore
         for step in history:
             await both.take(step)
             await both.compare()
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(steps | st.just(Restart()), max_size=25))
+async def test_a_store_that_loses_its_owner_again_and_again_does_what_the_model_does(
+    history: list[Step | Restart],
+) -> None:
+    with tempfile.TemporaryDirectory(dir=MEMORY_DISK) as directory:
+        model, begun, seconds, rest = Model(), list[TurnRecord](), 0, history.copy()
+        while True:
+            async with open_sqlite_store(f"{directory}/lastcall.db") as store:
+                both = History(store, model, seconds, begun)
+                assert await store.recover(now=both.now) == model.crash(both.now)
+                await both.compare()
+                while rest and not isinstance(step := rest.pop(0), Restart):
+                    await both.take(step)
+                    await both.compare()
+                seconds = both.seconds
+            assert maintenance.check(Path(directory, "lastcall.db")) == []
+            if not rest:
+                return
 
 
 # Paging
