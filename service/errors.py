@@ -10,9 +10,12 @@
     │   ├── SessionNotFoundError     the session never existed, was deleted or has expired
     │   ├── SessionExistsError       the chosen id is taken
     │   ├── TurnNotFoundError        the session has no such turn
+    │   ├── ItemNotFoundError        the session has no such item
+    │   ├── TooManyTurnsError        a deletion would take too many turns, or too large ones, with it
     │   ├── TurnInProgressError      a running or queued turn is in the way
     │   ├── TurnEndingError          a turn is ending, and its end takes long (``session_id``, ``turn_id``)
     │   ├── EventsLostError          a resume inside events that a crash lost
+    │   ├── EventsDeletedError       a replay of a turn of which an item was deleted
     │   ├── ResumeConflictError      a resume of a turn that is not the newest turn of its session
     │   ├── OwnedElsewhereError      the session's turns run in another process (``fence``, ``address``)
     │   ├── OwnerHangsError          the call waits for a turn whose owner hangs (``session_id``, ``turn_id``)
@@ -114,6 +117,27 @@ class TurnNotFoundError(RefusedError):
 
     def __init__(self, turn_id: str) -> None:
         super().__init__(f"This session has no turn {turn_id!r}.")
+        self.turn_id = turn_id
+
+
+class ItemNotFoundError(RefusedError):
+    code = "item_not_found"
+
+    def __init__(self, item_id: str) -> None:
+        super().__init__(f"This session has no item {item_id!r}.")
+        self.item_id = item_id
+
+
+class TooManyTurnsError(RefusedError):
+    """The turns that follow a turn are too many, or too large, to be deleted in one step."""
+
+    code = "too_many_turns"
+
+    def __init__(self, turn_id: str, *, turns_max: int, bytes_max: int) -> None:
+        super().__init__(
+            f"Turn {turn_id!r} and the turns that follow it are more than {turns_max}, or have more than {bytes_max} "
+            "bytes; delete a later turn first."
+        )
         self.turn_id = turn_id
 
 
@@ -219,6 +243,16 @@ class EventsLostError(RefusedError):
         self.after = after
         self.state = state
         self.text = text
+
+
+class EventsDeletedError(RefusedError):
+    """An item of the turn's reply was deleted, and the turn's events with it; only the rest of the turn remains."""
+
+    code = "events_deleted"
+
+    def __init__(self, turn_id: str) -> None:
+        super().__init__(f"A part of the reply of turn {turn_id!r} was deleted, and the turn's events with it.")
+        self.turn_id = turn_id
 
 
 class ResumeConflictError(RefusedError):

@@ -17,7 +17,8 @@ TURN_ID = r"turn_[0-9a-f]{32}"
 REQUEST_ID = r"[A-Za-z0-9._~+/=:@-]{1,128}"
 """The form of a request's id: what gateways and tracers send, and nothing that needs quotes in a header or a log."""
 _ITEM_PREFIXES = {"message": "msg", "reasoning": "msg", "function_call": "fc", "function_call_output": "fco"}
-_ITEM_ID = re.compile(rf"({'|'.join(_ITEM_PREFIXES.values())})_[0-9a-f]{{32}}")
+ITEM_ID = r"(msg|fc|fco)_[0-9a-f]{32}"
+"""The form of an item's id."""
 
 
 def new_session_id() -> str:
@@ -80,7 +81,7 @@ def is_turn_id(text: str) -> bool:
 
 
 def is_item_id(text: str) -> bool:
-    return _ITEM_ID.fullmatch(text) is not None
+    return re.fullmatch(ITEM_ID, text) is not None
 
 
 def is_request_id(text: str) -> bool:

@@ -12,6 +12,7 @@ from service.sessions.events.events import TurnArguments, TurnCall, TurnDelta, T
 from service.sessions.events.kept_events import Place, events_of, terminal_event_of
 from service.storage.pieces import CALL, QUEUED, STARTED, Run, are_of, count, join, length_bytes, text_of
 from service.storage.records import EventsPage, TurnRecord
+from service.storage.rules import events_at_once
 from service.storage.sqlite import maintenance
 
 
@@ -35,7 +36,7 @@ def import_session(path: Path, whole: ExportedSession, *, now: datetime) -> None
 
 def frames_of(turn: TurnRecord, runs: Sequence[Run]) -> tuple[str, ...]:
     """The frames of a turn's events. An open turn has none: an import drops it."""
-    if turn.is_open:
+    if turn.is_open or turn.events_deleted:
         return ()
     texts = [item.text for item in turn.output]
     page = EventsPage(after=0, runs=tuple(runs), text=text_of(runs, texts))
@@ -56,6 +57,8 @@ def runs_of(turn: TurnRecord, frames: Iterable[str]) -> list[Run]:
     Raises:
         StartupError: A piece is not within one item.
     """
+    if turn.events_deleted:
+        return events_at_once(turn.output)  # the store keeps long texts by them
     growing = {
         kind: [[index, len(item.text)] for index, item in enumerate(turn.output) if item.type == kind and item.text]
         for kind in ("message", "reasoning")

@@ -121,7 +121,10 @@ def _problems(whole: ExportedSession, given: object) -> Iterator[str]:
 
 
 def problems_of_totals(whole: ExportedSession) -> Iterator[str]:
-    """Check the counts of a session against its turns; open turns count with their inputs."""
+    """Check the counts of a session against its turns; open turns count with their inputs.
+
+    Tokens stay counted when their turns are deleted, so a session may have used more than its turns.
+    """
     session = whole.session
     opened = [it.turn for it in whole.turns if it.turn.is_open]
     # What an open turn has used so far counts at its end.

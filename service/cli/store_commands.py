@@ -168,11 +168,11 @@ def _check_turns(whole: ExportedSession) -> None:
 
 
 def _asked_by(turn: TurnRecord) -> dict[str, object]:
-    """The input and the tools of a turn, as a caller of the API gives them."""
+    """The input and the tools of a turn, as a caller of the API gives them. An input may be deleted: then it is one."""
     tools = [{"type": "function", **msgspec.to_builtins(it)} for it in turn.tools.functions] if turn.tools else []
     if all(item.type == "message" for item in turn.input):
         # Without separators: the API bounds the texts themselves.
-        return {"input": "".join(item.text for item in turn.input), "tools": tools}
+        return {"input": "".join(item.text for item in turn.input) or "-", "tools": tools}
     items = [
         {"type": "function_call_output", "call_id": item.call_id, "output": item.text}
         if item.type == "function_call_output"
@@ -202,7 +202,7 @@ def _check_bounds(whole: ExportedSession, *, text_bytes_max: int) -> None:
     asked: list[tuple[str, type[RequestBody], dict[str, object]]] = [
         ("of the session", CreateSession, msgspec.structs.asdict(whole.session) | {"id": public_id(whole.session.id)})
     ]
-    for turn in (it.turn for it in whole.turns):
+    for turn in (it.turn for it in whole.turns if it.turn.input or it.turn.output):
         kind: type[RequestBody] = AddMessages if turn.was_added else StartTurn
         values: dict[str, object]
         values = {"items": _added_by(turn)} if turn.was_added else msgspec.structs.asdict(turn) | _asked_by(turn)

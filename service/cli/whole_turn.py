@@ -66,7 +66,7 @@ def _problems_of_record(turn: TurnRecord) -> Iterator[Problem]:
 
 
 def _problems_of_items(turn: TurnRecord) -> Iterator[Problem]:
-    if not turn.was_added and (not turn.input or turn.input[-1].role != "user"):
+    if not turn.was_added and turn.input and turn.input[-1].role != "user":  # all of its input may be deleted
         yield "input", turn.input, "does not end with an item of the user"
     for item in turn.input:
         if problem := _problem_of_item(item):
@@ -78,7 +78,7 @@ def _problems_of_items(turn: TurnRecord) -> Iterator[Problem]:
         if problem := _problem_of_item(item):
             yield "output", turn.output, problem
     messages = 0
-    for item in turn.output:
+    for item in () if turn.events_deleted else turn.output:  # the call between them may be deleted
         messages = 0 if item.type == "function_call" else messages + (item.type == "message")
         if messages > 1:
             yield "output", turn.output, "has two messages without a call between them"
@@ -101,6 +101,12 @@ def _problem_of_item(item: Item) -> str | None:
 
 
 def _problems_of_events(turn: TurnRecord, frames: Sequence[bytes]) -> Iterator[Problem]:
+    if turn.events_deleted:
+        if frames:
+            yield "events", [frame.decode() for frame in frames], "do not go with events_deleted"
+        elif turn.is_open:
+            yield "events_deleted", True, "does not fit an open turn"
+        return
     events: list[Event] = []
     for seq, frame in enumerate(frames, start=1):
         event = _read(frame)

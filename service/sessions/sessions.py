@@ -66,6 +66,7 @@ from service.storage.records import (
     TreeNode,
     TurnRecord,
 )
+from service.storage.rules import INSTEAD_OF_DELETING
 from service.storage.store import Store
 from service.storage.store_deadline import answered_in_turn, answered_within
 
@@ -351,15 +352,19 @@ class Sessions:
         start = None if after is None else Position.parse(after)
         session = await self.get_session(session_id)
         path: Sequence[TurnRecord] = ()
-        if session.head is not None:
+        asked = ""
+        while not path and session.head not in (None, asked):  # again if the head was deleted between the two reads
+            asked = session.head or ""
             with self._answered_within():
                 path = await self._store.list_path(
                     session_id,
-                    session.head,
+                    asked,
                     limit=turns_needed(limit),
                     first=start.turn_id if start else None,
                     bytes_max=bytes_max,
                 )
+            if not path:
+                session = await self.get_session(session_id)
         if start is not None and not path:
             raise InvalidRequestError("after is not on the path to this session's head.", field="after")
         return page_of_messages(path, head=session.head, limit=limit, skip=start.count if start else 0)
@@ -383,7 +388,40 @@ class Sessions:
         except RepeatedError as error:
             return await self._turns_added_before(error)
 
+    async def delete_item(self, session_id: str, item_id: str) -> None:
+        """Delete an item of a conversation; the outputs of a call are deleted with the call.
+
+        The answer comes within ``store_timeout_s``, as that of :meth:`start_turn`.
+
+        Raises:
+            SessionNotFoundError, ItemNotFoundError
+            OwnedElsewhereError: Another process runs turns of this session.
+            TurnInProgressError: The item's turn, or a turn that follows it, is open.
+            TooManyTurnsError: The outputs of a call are in too many turns.
+        """
+        for turn in self._active.open_turns_of(session_id):
+            if turn.record().find_item(item_id) is not None:
+                raise TurnInProgressError(turn.id, instead=INSTEAD_OF_DELETING)
+        await self._acceptance.delete(
+            session_id, lambda: self._store.delete_item(session_id, item_id, now=self._clock())
+        )
+
     # Turns
+
+    async def delete_turn(self, session_id: str, turn_id: str) -> None:
+        """Delete a turn and all turns that follow it. If the head is among them, the turn's parent is the head.
+
+        The answer comes within ``store_timeout_s``, as that of :meth:`start_turn`.
+
+        Raises:
+            SessionNotFoundError, TurnNotFoundError
+            OwnedElsewhereError: Another process runs turns of this session.
+            TurnInProgressError: One of these turns is open.
+            TooManyTurnsError
+        """
+        await self._acceptance.delete(
+            session_id, lambda: self._store.delete_turns(session_id, turn_id, now=self._clock())
+        )
 
     async def start_turn(self, session_id: str, new: NewTurn) -> tuple[Turn, Watch]:
         """Accept a turn. When this call returns, the input is kept, and the turn runs or is queued.

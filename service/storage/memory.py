@@ -25,17 +25,19 @@ from sortedcontainers import SortedList
 
 from service import store_capabilities
 from service.errors import (
+    ItemNotFoundError,
     RepeatedError,
     SessionExistsError,
     SessionLimitError,
     SessionNotFoundError,
+    StoreError,
     TurnInProgressError,
     TurnNotFoundError,
 )
 from service.models.client import Usage
 from service.steps import Steps, at_once, in_steps
 from service.storage import rules
-from service.storage.fork_path import ForkPath, copies_of, forked_session
+from service.storage.fork_path import EDITED_MEANWHILE, ForkPath, copies_of, forked_session
 from service.storage.memory_documents import Document, MemoryDocuments
 from service.storage.page_cursor import (
     SessionPosition,
@@ -52,6 +54,7 @@ from service.storage.records import (
     EndResult,
     EventsPage,
     IdempotencyKey,
+    Item,
     LeftOut,
     Match,
     Owner,
@@ -68,7 +71,7 @@ from service.storage.records import (
 from service.storage.search import Found, SearchQuery, search_page, searched_texts
 from service.storage.search_cursor import SearchCursors
 from service.storage.store import PAGE_LENGTH_MAX
-from service.storage.terms import query_terms
+from service.storage.terms import document_terms, query_terms
 
 R = TypeVar("R")
 
@@ -97,6 +100,8 @@ class _Turn:
     """The events, in pages, so that a replay reads one of them at a time."""
     kept: int = 0
     """The number of events."""
+    ordinal: int = 0
+    """From 0, in the order of acceptance."""
     place: int = 1
     """From 1, among the turns with the same parent."""
     document: int | None = None
@@ -113,19 +118,44 @@ class _Session:
     """The session's turns, in the order of their acceptance."""
     keys: list[tuple[str, str]] = field(default_factory=list)
     """The idempotency keys of the session and its turns."""
-    ordinals: dict[str | None, list[int]] = field(default_factory=dict)
-    """The places in ``turns`` of the turns of each parent."""
+    children: dict[str | None, list[_Turn]] = field(default_factory=dict)
+    """The turns of each parent, in the order of their acceptance."""
+    begun: int = 0
+    """How many turns were accepted so far."""
+    edits: int = 0
+    """How often turns or items were deleted."""
     deleted: bool = False
     title_document: int | None = None
     """The number of the title among the documents that are searched."""
 
     def add(self, turn: _Turn) -> Siblings:
         """Add a turn as the newest one."""
-        siblings = self.ordinals.setdefault(turn.record.parent, [])
-        siblings.append(len(self.turns))
+        siblings = self.children.setdefault(turn.record.parent, [])
+        siblings.append(turn)
         turn.place = len(siblings)
+        turn.ordinal, self.begun = self.begun, self.begun + 1
         self.turns.append(turn)
         return Siblings(turn.place, turn.place)
+
+    def with_followers(self, turn: _Turn) -> list[_Turn]:
+        """A turn and all that follow it. Raises: TooManyTurnsError."""
+        found, size = [turn], 0
+        for number, follower in enumerate(found, 1):
+            size += follower.record.text_bytes
+            rules.check_size_of_deletion(turn.record.id, turns=number, size=size)
+            found += self.children.get(follower.record.id, ())
+        return found
+
+    def remove(self, turns: Sequence[_Turn]) -> None:
+        """Take a turn and all that follow it out. The siblings of the first turn move up."""
+        removed = {turn.record.id for turn in turns}
+        self.turns = [turn for turn in self.turns if turn.record.id not in removed]
+        for turn_id in removed:
+            self.children.pop(turn_id, None)
+        siblings = self.children[turns[0].record.parent]
+        siblings.remove(turns[0])
+        for place, turn in enumerate(siblings, 1):
+            turn.place = place
 
 
 @dataclass
@@ -219,7 +249,8 @@ class MemoryStore:
     ) -> SessionRecord:
         await anyio.lowlevel.checkpoint()
         self._check_key(key, now)
-        source = self._visible(source_id, now).record
+        found = self._visible(source_id, now)
+        source, edits = found.record, found.edits
         at = source.head if at is None else at
         path, kept = ForkPath(), []
         while at is not None:
@@ -228,16 +259,16 @@ class MemoryStore:
             path.add(turn.record, events_bytes=size)
             kept.append(turn)
             at = turn.record.parent
-            await self._let_others_run(source_id, after=len(kept), now=now)
+            await self._let_others_run(source_id, after=len(kept), edits=edits, now=now)
         copies: list[TurnRecord] = []
         for copied in copies_of(path, copy_id=copy_id):
             copies.append(copied)
-            await self._let_others_run(source_id, after=len(copies), now=now)
+            await self._let_others_run(source_id, after=len(copies), edits=edits, now=now)
         session = forked_session(source, path, head=copies[-1].id if copies else None, copy_id=copy_id, now=now)
         turns = [_Turn(it, old.pages, old.kept) for it, old in zip(copies, reversed(kept), strict=True)]
         title_document = self._documents.reserve()
         async with self._prepared(turns):
-            self._visible(source_id, now)
+            self._check_unchanged(source_id, edits, now)
             self._check_key(key, now)
             copy = self._add(session, now, title_document=title_document)
         self._keep_key(key, copy)
@@ -443,6 +474,48 @@ class MemoryStore:
             self._replace(session, rules.with_added(session.record, added, now))
             return session.record
 
+    async def delete_turns(self, session_id: str, turn_id: str, *, now: datetime) -> None:
+        await anyio.lowlevel.checkpoint()
+        session = self._visible(session_id, now)
+        followers = session.with_followers(self._turn_of(session_id, turn_id))
+        for turn in followers:
+            if turn.record.is_open:
+                raise TurnInProgressError(turn.record.id, instead=rules.INSTEAD_OF_DELETING)
+        session.remove(followers)
+        for turn in followers:
+            self._forget(turn)
+            del self._turns[turn.record.id]
+        head = session.record.head
+        if head in {turn.record.id for turn in followers}:
+            head = followers[0].record.parent
+        self._note_edit(session, messages=sum(turn.record.message_count for turn in followers), head=head)
+
+    async def delete_item(self, session_id: str, item_id: str, *, now: datetime) -> None:
+        await anyio.lowlevel.checkpoint()
+        while True:
+            session = self._visible(session_id, now)
+            edits = session.edits
+            turn = await in_steps(_search(session.turns, item_id))
+            item = None if turn is None else turn.record.find_item(item_id)
+            if turn is None or item is None:
+                raise ItemNotFoundError(item_id)
+            terms = await in_steps(_lost_terms(turn.record, rules.without_items(turn.record, [item_id])))
+            if self._visible(session_id, now) is session and session.edits == edits:
+                self._delete_item(session, turn, item, terms)
+                return
+
+    def _delete_item(self, session: _Session, found: _Turn, item: Item, terms: Collection[str]) -> None:
+        still_open = self._open_follower(session, found)
+        if still_open is not None:
+            raise TurnInProgressError(still_open, instead=rules.INSTEAD_OF_DELETING)
+        changes: list[tuple[_Turn, Collection[str]]] = [(found, [item.id])]
+        if item.type == "function_call":
+            changes += _answers(session, found, item)
+        if found.document is not None:
+            self._documents.drop(found.document, terms)
+        messages = sum(_delete_from(turn, item_ids) for turn, item_ids in changes)
+        self._note_edit(session, messages=messages, head=session.record.head)
+
     async def start_turn(self, turn_id: str, *, now: datetime) -> bool:
         await anyio.lowlevel.checkpoint()
         turn = self._turns.get(turn_id)
@@ -506,17 +579,15 @@ class MemoryStore:
         session = self._visible(session_id, now)
         if isinstance(parent, str):
             self._turn_of(session_id, parent)
-        ordinals = range(len(session.turns)) if parent is msgspec.UNSET else session.ordinals.get(parent, ())
-        start = 0 if after is None else bisect_right(ordinals, decode_turn_cursor(after).ordinal)
-        found = [session.turns[ordinal].record for ordinal in ordinals[start : start + limit]]
-        return _page_of(found, ordinals, start, fitting((turn.text_bytes for turn in found), bytes_max=bytes_max))
+        turns = session.turns if parent is msgspec.UNSET else session.children.get(parent, ())
+        shown, more = _after(turns, after, limit=limit)
+        fits = fitting((turn.record.text_bytes for turn in shown), bytes_max=bytes_max)
+        return _page_of([turn.record for turn in shown[:fits]], shown, more=more)
 
     async def list_tree(self, session_id: str, *, limit: int, after: str | None, now: datetime) -> Page[TreeNode]:
         await anyio.lowlevel.checkpoint()
-        turns = self._visible(session_id, now).turns
-        start = 0 if after is None else decode_turn_cursor(after).ordinal + 1
-        nodes = [TreeNode.of(turn.record) for turn in turns[start : start + limit]]
-        return _page_of(nodes, range(len(turns)), start, len(nodes))
+        shown, more = _after(self._visible(session_id, now).turns, after, limit=limit)
+        return _page_of([TreeNode.of(turn.record) for turn in shown], shown, more=more)
 
     async def find_places(self, session_id: str, turn_ids: Collection[str]) -> Places:
         await anyio.lowlevel.checkpoint()
@@ -524,7 +595,7 @@ class MemoryStore:
         if session is None:
             return Places()
         turns = [turn for turn in map(self._turns.get, turn_ids) if turn and turn.record.session_id == session_id]
-        counts = session.ordinals
+        counts = session.children
         return Places(
             session.record.head,
             {turn.record.id: Siblings(turn.place, len(counts[turn.record.parent])) for turn in turns},
@@ -552,6 +623,8 @@ class MemoryStore:
         turn = self._turns.get(turn_id)
         if turn is None or turn.record.session_id != session_id:
             return EventsPage(after=after)
+        if turn.record.events_deleted:
+            return EventsPage(after=after, ended=True, events_deleted=True)
         page = EventsPage(
             after=after,
             kept=turn.kept,
@@ -619,14 +692,41 @@ class MemoryStore:
 
     # Parts of a step
 
-    async def _let_others_run(self, source_id: str, *, after: int, now: datetime) -> None:
-        """Yield to other tasks after every hundred turns of a fork. The copied turns have ended and never change.
+    async def _let_others_run(self, source_id: str, *, after: int, edits: int, now: datetime) -> None:
+        """Yield to other tasks after every hundred turns of a fork. The copied turns have ended.
 
-        Raises: SessionNotFoundError: The source was removed meanwhile.
+        Raises:
+            SessionNotFoundError: The source was removed meanwhile.
+            StoreError: Something was deleted from the source meanwhile.
         """
         if after % _FORKED_AT_ONCE == 0:
             await anyio.lowlevel.checkpoint()
-            self._visible(source_id, now)
+            self._check_unchanged(source_id, edits, now)
+
+    def _check_unchanged(self, source_id: str, edits: int, now: datetime) -> None:
+        if self._visible(source_id, now).edits != edits:
+            raise StoreError(EDITED_MEANWHILE)
+
+    def _open_follower(self, session: _Session, turn: _Turn) -> str | None:
+        """An open turn that is this turn or follows it. One whose path is long counts as a follower."""
+        looked_at, left = 0, session.record.open_turns
+        for newer in reversed(session.turns):
+            if not left:
+                break
+            if not newer.record.is_open:
+                continue
+            left -= 1
+            for record in self._path_down(session.record.id, newer.record.id):
+                looked_at += 1
+                if record.id == turn.record.id or looked_at > rules.PATHS_LOOKED_AT_MAX:
+                    return newer.record.id
+                if self._turns[record.id].ordinal < turn.ordinal:
+                    break
+        return None
+
+    def _note_edit(self, session: _Session, *, messages: int, head: str | None) -> None:
+        session.edits += 1
+        self._replace(session, rules.with_deleted(session.record, messages=messages, head=head))
 
     def _short_path(self, session: _Session, turn: TurnRecord, bytes_max: int | None) -> Sequence[TurnRecord] | None:
         """The path to a turn that has just begun; None if it is too long for one step of the event loop."""
@@ -676,6 +776,7 @@ class MemoryStore:
         Empty if the session is removed meanwhile, as in other stores.
         """
         session = self._sessions.get(session_id)
+        edits = session.edits if session is not None else 0
         bound = rules.PathBound(bytes_max)
         newest: list[TurnRecord] = []
         for turn in self._path_down(session_id, turn_id):
@@ -685,6 +786,8 @@ class MemoryStore:
             yield
             if self._sessions.get(session_id) is not session:
                 return []
+            if session is not None and session.edits != edits:  # turns or items were deleted meanwhile: anew
+                return (yield from self._newest_of_path(session_id, turn_id, bytes_max))
         newest.reverse()
         return newest
 
@@ -813,13 +916,58 @@ class MemoryStore:
             yield self._listed_of.setdefault(session.owner, _Listed())
 
 
-def _page_of(found: Sequence[R], ordinals: Sequence[int], start: int, length: int) -> Page[R]:
-    """The page of the first ``length`` rows of ``found``, which begin at ``start`` of all rows' ordinals."""
-    end = start + length
-    cursors = tuple(encode_cursor(TurnPosition(ordinal)) for ordinal in ordinals[start:end])
-    return Page(
-        data=tuple(found[:length]), next=cursors[-1] if cursors and end < len(ordinals) else None, cursors=cursors
-    )
+def _search(turns: Sequence[_Turn], item_id: str) -> Steps[_Turn | None]:
+    """The turn of an item, searched from the newest turn on."""
+    for turn in reversed(turns):
+        yield
+        if turn.record.find_item(item_id) is not None:
+            return turn
+    return None
+
+
+def _lost_terms(before: TurnRecord, after: TurnRecord) -> Steps[Collection[str]]:
+    """The terms by which a turn is not found any more."""
+    found_by = yield from document_terms(searched_texts(before))
+    still_found_by = yield from document_terms(searched_texts(after))
+    return set(found_by) - set(still_found_by)
+
+
+def _answers(session: _Session, turn: _Turn, call: Item) -> Iterator[tuple[_Turn, Collection[str]]]:
+    """The outputs of a call in the turns that follow, up to the first turn with a reply on each branch.
+
+    Raises: TooManyTurnsError.
+    """
+    following, looked_at = [turn], 0
+    while following:
+        for child in session.children.get(following.pop().record.id, ()):
+            looked_at += 1
+            rules.check_size_of_deletion(turn.record.id, turns=looked_at, size=0)
+            if outputs := rules.answers_to(call, child.record):
+                yield child, outputs
+            if not child.record.has_reply:
+                following.append(child)
+
+
+def _delete_from(turn: _Turn, item_ids: Collection[str]) -> int:
+    """Delete items of an ended turn. Returns how many messages there are less."""
+    before, turn.record = turn.record, rules.without_items(turn.record, item_ids)
+    if turn.record.events_deleted:
+        turn.pages, turn.kept = (), 0
+    return before.message_count - turn.record.message_count
+
+
+def _after(turns: Sequence[_Turn], after: str | None, *, limit: int) -> tuple[Sequence[_Turn], bool]:
+    """The turns after a page cursor, and whether there are more than these."""
+    ordinal = -1 if after is None else decode_turn_cursor(after).ordinal
+    start = bisect_right(turns, ordinal, key=attrgetter("ordinal"))
+    return turns[start : start + limit], len(turns) > start + limit
+
+
+def _page_of(rows: Sequence[R], turns: Sequence[_Turn], *, more: bool) -> Page[R]:
+    """The page of these rows, which are those of the first of these turns; ``more``: turns come after them."""
+    cursors = tuple(encode_cursor(TurnPosition(turn.ordinal)) for turn in turns[: len(rows)])
+    has_next = more or len(rows) < len(turns)
+    return Page(data=tuple(rows), next=cursors[-1] if cursors and has_next else None, cursors=cursors)
 
 
 class _MemoryIndex:

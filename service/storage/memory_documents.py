@@ -68,6 +68,11 @@ class MemoryDocuments:
         self._documents.pop(number, None)
         self._removed.append((number, texts))
 
+    def drop(self, number: int, terms: Iterable[str]) -> None:
+        """Let a document be found no more by these terms: it has lost the texts with them."""
+        for term in terms:
+            self._take_from(term, number)
+
     def reclaim(self) -> Steps[None]:
         """Take removed documents out of the lists."""
         while self._removed:
@@ -79,13 +84,16 @@ class MemoryDocuments:
     def _take_out(self, number: int, texts: Texts) -> Steps[None]:
         terms = yield from document_terms(texts())
         for done, term in enumerate(terms):
-            numbers = self._numbers.get(term)
-            if numbers is not None and _has(numbers, number):
-                del numbers[bisect_left(numbers, number)]
-                if not numbers:
-                    del self._numbers[term]
+            self._take_from(term, number)
             if done % _TERMS_AT_ONCE == 0:
                 yield
+
+    def _take_from(self, term: str, number: int) -> None:
+        numbers = self._numbers.get(term)
+        if numbers is not None and _has(numbers, number):
+            del numbers[bisect_left(numbers, number)]
+            if not numbers:
+                del self._numbers[term]
 
     # Queries
 

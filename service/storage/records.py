@@ -209,8 +209,9 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     The store gets output items with the end; until then the live turn holds them. ``last_seq`` is the seq of
     the terminal event. ``system_message`` is the turn's own, in place of the session's. ``left_out`` is None if the
-    whole conversation went to the model. The store does not keep ``stored``: it is False if the turn has ended and the
-    store has not taken this end.
+    whole conversation went to the model. With ``events_deleted`` an item of the reply was deleted, and
+    the turn's events with it. The store does not keep ``stored``: it is False if the turn has ended and the store has
+    not taken this end.
     """
 
     id: str
@@ -234,6 +235,7 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
     last_seq: int = 0
     left_out: LeftOut | None = None
     tools: Tools | msgspec.UnsetType = msgspec.UNSET
+    events_deleted: bool = False
     stored: bool = True
 
     @property
@@ -259,6 +261,14 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
         """The size of all texts of input and output, in bytes of UTF-8."""
         items = (*self.input, *self.output)
         return sum(len(text.encode()) for item in items for text in (item.text, item.encrypted, item.upstream))
+
+    @property
+    def message_count(self) -> int:
+        """The messages, calls and outputs of the turn."""
+        return count_messages(self.input) + count_messages(self.output)
+
+    def find_item(self, item_id: str) -> Item | None:
+        return next((item for item in (*self.input, *self.output) if item.id == item_id), None)
 
     @property
     def was_refused(self) -> bool:
@@ -420,7 +430,8 @@ class EventsPage(msgspec.Struct, frozen=True, kw_only=True):
     ``after`` is the seq before the first of them, and ``text`` the text of their pieces in the order of arrival.
     ``kept`` counts all events of the turn that are kept; the terminal event is not among them, because the turn's
     record tells it. ``ended`` tells whether the turn had ended when the page was read, so that no later read differs.
-    ``text_length`` counts the code points of the turn's messages, if it has ended.
+    ``text_length`` counts the code points of the turn's messages, if it has ended. With ``events_deleted`` the turn has
+    no events any more.
     """
 
     after: int
@@ -428,6 +439,7 @@ class EventsPage(msgspec.Struct, frozen=True, kw_only=True):
     text: str = ""
     kept: int = 0
     ended: bool = False
+    events_deleted: bool = False
     text_length: int = 0
 
 

@@ -10,7 +10,12 @@ from hashlib import blake2b
 
 import msgspec
 
-from service.errors import HeadMovedError, PreconditionFailedError, TurnNotFoundError
+from service.errors import (
+    HeadMovedError,
+    PreconditionFailedError,
+    TooManyTurnsError,
+    TurnNotFoundError,
+)
 from service.models.client import Usage
 from service.storage.pieces import CALL, STARTED, Run, run_of
 from service.storage.records import (
@@ -213,6 +218,44 @@ def with_added(session: SessionRecord, turns: Sequence[TurnRecord], now: datetim
     """The session after turns that are complete at once were added. The last one is the head."""
     counts = [count for turn in turns for count in (counts_of_begin(turn), counts_of_end(turn))]
     return used(msgspec.structs.replace(_with_counts(session, sum(counts, Counts())), head=turns[-1].id), now)
+
+
+INSTEAD_OF_DELETING = "delete this later"
+DELETED_TURNS_MAX = 400
+"""The most turns that one deletion takes with it. A deletion is one step of the store, so that all of its texts are
+gone at once; a step of this size takes some 20 ms."""
+DELETED_BYTES_MAX = 4 * 1024 * 1024
+"""The most bytes of their texts, unless it is one turn."""
+PATHS_LOOKED_AT_MAX = 2000
+"""The most turns of the paths to open turns that a deletion of an item looks at. A longer path counts as one on which
+the item is."""
+
+
+def without_items(turn: TurnRecord, item_ids: Collection[str]) -> TurnRecord:
+    """The turn without some items. Its events would tell the deleted part of its reply, so they are deleted as well."""
+    output = tuple(item for item in turn.output if item.id not in item_ids)
+    return msgspec.structs.replace(
+        turn,
+        input=tuple(item for item in turn.input if item.id not in item_ids),
+        output=output,
+        events_deleted=turn.events_deleted or len(output) < len(turn.output),
+    )
+
+
+def check_size_of_deletion(turn_id: str, *, turns: int, size: int) -> None:
+    """Check how much a deletion of a turn takes with it. Raises: TooManyTurnsError."""
+    if turns > DELETED_TURNS_MAX or (turns > 1 and size > DELETED_BYTES_MAX):
+        raise TooManyTurnsError(turn_id, turns_max=DELETED_TURNS_MAX, bytes_max=DELETED_BYTES_MAX)
+
+
+def answers_to(call: Item, turn: TurnRecord) -> list[str]:
+    """The ids of the items in a turn's input that are outputs of a call."""
+    return [item.id for item in turn.input if item.type == "function_call_output" and item.call_id == call.call_id]
+
+
+def with_deleted(session: SessionRecord, *, messages: int, head: str | None) -> SessionRecord:
+    """The session after a deletion of some messages, which is no use of it. Tokens were used and stay counted."""
+    return msgspec.structs.replace(session, message_count=session.message_count - messages, head=head)
 
 
 def events_at_once(output: Sequence[Item]) -> list[Run]:

@@ -331,6 +331,39 @@ class Store(Protocol):
         """
         ...
 
+    async def delete_turns(self, session_id: str, turn_id: str, *, now: datetime) -> None:
+        """Delete a turn and all turns that follow it, with their events. No use of the session.
+
+        If the head is among them, the turn's parent is the head. ``message_count`` shrinks by their messages; the
+        tokens that they used stay in the totals.
+
+        Raises:
+            SessionNotFoundError, TurnNotFoundError
+            TurnInProgressError: One of these turns is open.
+            OwnedElsewhereError: As :meth:`begin_turn`.
+            TooManyTurnsError: They are more than :data:`~service.storage.rules.DELETED_TURNS_MAX`, or than
+                :data:`~service.storage.rules.DELETED_BYTES_MAX` in bytes.
+        """
+        ...
+
+    async def delete_item(self, session_id: str, item_id: str, *, now: datetime) -> None:
+        """Delete an item of a turn. No use of the session.
+
+        The outputs of a call are deleted with the call: those in the inputs of the turns that follow, up to the first
+        turn with a reply on each branch. An output that is deleted leaves its call. The events of the turn are deleted
+        if the item is a part of its reply: :meth:`read_events` has none from then on. ``message_count`` shrinks.
+
+        The search for the item reads the session's turns, from the newest one on.
+
+        Raises:
+            SessionNotFoundError
+            ItemNotFoundError: No turn has this item. (The reply of an open turn is not in the store.)
+            TurnInProgressError: The item's turn, or a turn that follows it, is open.
+            OwnedElsewhereError: As :meth:`begin_turn`.
+            TooManyTurnsError: The outputs of a call are in too many turns, as for :meth:`delete_turns`.
+        """
+        ...
+
     async def start_turn(self, turn_id: str, *, now: datetime) -> bool:
         """Start a queued turn: ``started_at`` becomes ``now``. Changes nothing if the turn is not queued.
 
@@ -452,7 +485,7 @@ class Store(Protocol):
         """A page of a turn's events: those that follow the seq ``after``, at least one if there is one.
 
         An open turn has only those of its checkpoints, if any. An ended turn has fewer events than its ``last_seq``
-        says if a crash lost some of them or none were kept. Reads
+        says if a crash lost some of them or none were kept; it has none if an item of its reply was deleted. Reads
         deleted and expired sessions, too. The cost depends on the page, not on the turn.
 
         Args:

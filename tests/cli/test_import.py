@@ -21,6 +21,7 @@ from service.ids import new_item_id
 from service.models.client import FunctionTool, Tools
 from service.sessions.commands import NewItems, NewSession, NewTurn, text_input
 from service.sessions.events.events import Event, TurnDelta
+from service.sessions.sessions import Sessions
 from service.settings import Settings, Upstream
 from service.stop_state import Phase
 from service.storage.pieces import STARTED, Run, are_of
@@ -64,6 +65,8 @@ async def fill(path: Path) -> None:
             with watch:
                 await echo.wait_ended()
             await sessions.add_items("s", NewItems(items=(*text_input(INPUT), *added_items())))
+            (doomed,) = await sessions.add_items("s", NewItems(items=text_input("doomed")))
+            await delete_some(sessions, doomed.id)
             running, watch = await sessions.start_turn("s", NewTurn(text="x", model="hangs", background=True))
             watch.release()
             queued, watch = await sessions.start_turn("s", NewTurn(text="x", on_conflict="queue", background=True))
@@ -81,6 +84,17 @@ async def fill(path: Path) -> None:
         await crash(path)
         async with open_service(settings) as service:
             await service.sessions.fork_session("s", at=None, copy_id="f")
+
+
+async def delete_some(sessions: Sessions, turn_id: str) -> None:
+    """Delete a turn, and parts of others: a long reply, a call with its output, and an input."""
+    await sessions.delete_turn("s", turn_id)
+    turns = (await sessions.list_turns("s", limit=100)).data
+    calling = next(turn for turn in turns if turn.model == "calls")
+    doomed = [next(item.id for item in calling.output if item.type == "function_call"), turns[1].input[0].id]
+    doomed += [item.id for turn in turns if turn.was_added for item in turn.output if item.text == "again"]
+    for item_id in doomed:
+        await sessions.delete_item("s", item_id)
 
 
 def added_items() -> Iterator[Item]:

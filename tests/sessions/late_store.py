@@ -15,7 +15,17 @@ from service.storage.memory import MemoryStore
 
 WRITES = (
     *("create_session", "fork_session", "update_session", "keep_title", "mark_deleted", "is_marked", "remove_deleted"),
-    *("delete_expired", "check_key", "begin_turn", "add_turns", "start_turn", "checkpoint_turns", "end_turn"),
+    *(
+        "delete_expired",
+        "check_key",
+        "begin_turn",
+        "add_turns",
+        "delete_turns",
+        "delete_item",
+        "start_turn",
+        "checkpoint_turns",
+        "end_turn",
+    ),
 )
 Outcome = Literal["lands", "is lost"]
 

@@ -112,6 +112,8 @@ STEPS: dict[str, Callable[[Store], Awaitable[object]]] = {
     "add": lambda store: store.add_turns(
         [an_added_turn("new", parent="first"), an_added_turn("newer", parent="new")], now=NOW
     ),
+    "delete turns": lambda store: store.delete_turns("old", "told", now=T0),
+    "delete an item": lambda store: store.delete_item("old", "told-out", now=T0),
     "start": lambda store: store.start_turn("queued", now=NOW),
     "end": lambda store: store.end_turn(
         ended(a_turn("t"), reasoning="hm", usage=Usage(input_tokens=1, output_tokens=2)),

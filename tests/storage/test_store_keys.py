@@ -325,3 +325,12 @@ async def test_a_key_that_cannot_be_kept_takes_what_was_made_with_it(open_shared
             await STEPS[step][0](store, a_key())
         assert await contents(store, now=T0) == before
         assert await _made(store) is None
+
+
+async def test_the_key_of_a_turn_that_was_deleted_says_that_it_is_gone(store: Store) -> None:
+    await _prepare(store)
+    await _begin(store, a_key())
+    await store.end_turn(ended(a_turn("turn", "source", parent="told")), runs=said("H", "i"), now=T0)
+    assert await _made(store) == ("source", "turn", False)
+    await store.delete_turns("source", "told", now=T0)
+    assert await _made(store) == ("source", "turn", True)

@@ -17,7 +17,7 @@ from service.api.http.query_params import read_query
 from service.api.http.request_resources import release_after_request
 from service.api.http.strict_json import shown
 from service.api.native.wire import EventsQuery
-from service.errors import InvalidRequestError, SessionNotFoundError, StoreError
+from service.errors import EventsDeletedError, InvalidRequestError, SessionNotFoundError, StoreError
 from service.freezes import current_watch
 from service.sessions.events.event_log import Events
 from service.sessions.events.streams import StreamSlot
@@ -161,7 +161,7 @@ class EventStream(ResponseBody):
         """Load the next events of a replay. If that fails the stream ends here, as one that was cut."""
         try:
             await self._log.load_after(self._seq)
-        except (StoreError, SessionNotFoundError) as error:
+        except (StoreError, SessionNotFoundError, EventsDeletedError) as error:
             logger.warning("a replay was cut", log=repr(self._log), seq=self._seq, error=str(error))
             self._slot.close()
             raise StopAsyncIteration from None

@@ -35,15 +35,17 @@ from service.api.native.wire import (
 from service.errors import (
     HeadMovedError,
     InvalidRequestError,
+    ItemNotFoundError,
     PreconditionFailedError,
     SessionExistsError,
     SessionLimitError,
     SessionNotFoundError,
     ShuttingDownError,
+    TooManyTurnsError,
     TurnInProgressError,
     TurnNotFoundError,
 )
-from service.ids import is_session_id, public_id
+from service.ids import is_item_id, is_session_id, public_id
 from service.sessions.commands import NewItems, NewSession
 from service.storage.records import SessionPatch
 
@@ -295,3 +297,29 @@ async def add_messages(session_id: str) -> TrioResponse:
     with room_for_answer(sum([len(message.text) for message in added.messages])):
         encoded = await encode_json(added)
     return encoded_response(encoded, 201, location=turn_path(session_id, turns[-1].id))
+
+
+@blueprint.delete("/sessions/<session_id>/messages/<item_id>")
+@operation(
+    id="delete_message",
+    answers=(Answer(status=204, description="The message is gone, and so are the results of a call."),),
+    errors=(SessionNotFoundError, ItemNotFoundError, TurnInProgressError, TooManyTurnsError),
+)
+async def delete_message(session_id: str, item_id: str) -> TrioResponse:
+    """Delete a message, a call or a result from its turn, also on another branch, and reasoning by its id.
+
+    The results of a call are deleted with the call. A result that is deleted leaves its call, which is told to the
+    model as not answered. If a part of a reply is deleted, the events of its turn are deleted, too: a replay is 410
+    `events_deleted`. Neither the turn nor one that follows it may be open. The turn stays, even without items.
+    """
+    service = current_service()
+    allow_longer_answer(by_s=service.settings.store_timeout_s)
+    await service.sessions.delete_item(checked_session_id(session_id), checked_item_id(item_id))
+    return no_content()
+
+
+def checked_item_id(item_id: str) -> str:
+    """Return an id of valid form. Raises: ItemNotFoundError, because no item has an id of another form."""
+    if not is_item_id(item_id):
+        raise ItemNotFoundError(item_id[:128])
+    return item_id

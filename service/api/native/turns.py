@@ -58,6 +58,7 @@ from service.api.native.wire import (
 )
 from service.errors import (
     BranchLimitError,
+    EventsDeletedError,
     EventsLostError,
     InvalidRequestError,
     OwnerHangsError,
@@ -67,6 +68,7 @@ from service.errors import (
     SessionNotFoundError,
     ShuttingDownError,
     StreamLimitError,
+    TooManyTurnsError,
     TurnEndingError,
     TurnInProgressError,
     TurnLimitError,
@@ -88,7 +90,7 @@ blueprint = Blueprint("turns", __name__)
 _SLOT = "lastcall.slot"
 _NO_TURN = (SessionNotFoundError, TurnNotFoundError)
 STARTING_ERRORS = (TurnInProgressError, QueueFullError, TurnLimitError, StreamLimitError, ShuttingDownError)
-RESUMING_ERRORS = (ResumeConflictError, EventsLostError)
+RESUMING_ERRORS = (ResumeConflictError, EventsLostError, EventsDeletedError)
 RESUMES = (
     "The id of the last event that the client has seen: no turn is started. "
     "The answer continues the session's newest turn after that event, if that turn has this input."
@@ -575,6 +577,24 @@ async def _wait_for_end(service: Service, session_id: str, turn_id: str, *, with
     return await service.sessions.get_turn(session_id, turn_id)
 
 
+@blueprint.delete("/sessions/<session_id>/turns/<turn_id>")
+@operation(
+    id="delete_turn",
+    answers=(Answer(status=204, description="The turn, all turns that follow it and their events are gone."),),
+    errors=(*_NO_TURN, TurnInProgressError, TooManyTurnsError),
+)
+async def delete_turn(session_id: str, turn_id: str) -> TrioResponse:
+    """Delete a turn and all turns that follow it, on every branch.
+
+    If the head is among them, the turn's parent becomes the head. None of these turns may be open. They are at most
+    400, and 4 MiB: of a longer conversation delete a later turn first. The tokens that they used stay counted.
+    """
+    service = current_service()
+    allow_longer_answer(by_s=service.settings.store_timeout_s)
+    await service.sessions.delete_turn(checked_session_id(session_id), checked_turn_id(turn_id))
+    return no_content()
+
+
 @blueprint.get("/sessions/<session_id>/turns/<turn_id>/events")
 @operation(
     id="stream_events",
@@ -584,7 +604,7 @@ async def _wait_for_end(service: Service, session_id: str, turn_id: str, *, with
         Answer(status=200, description="The events after the one that was seen last, live.", streams=True),
         Answer(status=204, description="The turn has ended and all its events have been seen: do not reconnect."),
     ),
-    errors=(*_NO_TURN, EventsLostError, StreamLimitError),
+    errors=(*_NO_TURN, EventsLostError, EventsDeletedError, StreamLimitError),
 )
 async def stream_events(session_id: str, turn_id: str) -> TrioResponse:
     """Stream a turn's events: live, replayed or both.

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, cast
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from service.ids import OWNER_NAME, SESSION_ID, TURN_ID, public_id
+from service.ids import ITEM_ID, OWNER_NAME, SESSION_ID, TURN_ID, public_id
 from service.models.client import FinishReason, Role, Usage
 from service.sessions.commands import ADDED_ITEMS_MAX, INPUT_ITEMS_MAX, OnConflict
 from service.sessions.messages import MessageRecord, messages_of
@@ -36,6 +36,7 @@ _SESSION_ID = rf"^{SESSION_ID}$(?!\n)"
 _OWNER_NAME = rf"^{OWNER_NAME}$(?!\n)"
 _TURN_ID = rf"^{TURN_ID}$(?!\n)"
 _PARENT = rf"^({TURN_ID}|null)$(?!\n)"
+_ITEM_ID = rf"^{ITEM_ID}$(?!\n)"
 _SEQ = r"^[0-9]{0,15}$(?!\n)"
 _FUNCTION = r"^[A-Za-z0-9_-]{1,64}$(?!\n)"
 FORMS = {
@@ -57,6 +58,7 @@ KINDS = {
 SessionId = Annotated[str, Meta(pattern=_SESSION_ID, description=f"{FORMS[_SESSION_ID]}.")]
 OwnerName = Annotated[str, Meta(pattern=_OWNER_NAME)]
 TurnId = Annotated[str, Meta(pattern=_TURN_ID)]
+ItemId = Annotated[str, Meta(pattern=_ITEM_ID)]
 # Told to readers of the schema only: :mod:`service.api.http.strict_json` looks itself, and says it in words.
 _NO_NUL = {"pattern": r"^[^\x00]*$"}
 Title = Annotated[str, Meta(max_length=200, extra_json_schema=_NO_NUL)]
@@ -655,6 +657,13 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
         ]
         | UnsetType
     ) = UNSET
+    events_deleted: (
+        Annotated[
+            Literal[True],
+            Meta(description="Only there if a part of the reply was deleted, and the turn's events with it."),
+        ]
+        | UnsetType
+    ) = UNSET
     stored: (
         Annotated[
             Literal[False],
@@ -685,6 +694,7 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
             siblings=UNSET if siblings is None else siblings,
             is_head=UNSET if places is None or siblings is None else places.head == record.id,
             items=tuple(map(_item_of, (*record.input, *record.output))) if _shows_items(record) else UNSET,
+            events_deleted=True if record.events_deleted else UNSET,
             stored=UNSET if record.stored else False,
         )
 

@@ -23,7 +23,7 @@ from service.api.http.problems import codes as problem_codes
 from service.api.http.request_body import BodyTimeoutError, UnsupportedMediaTypeError
 from service.api.http.strict_json import InputTooLargeError, MalformedBodyError
 from service.api.native.events import Event
-from service.api.native.wire import OwnerName, Problem, SessionId, TurnId
+from service.api.native.wire import ItemId, OwnerName, Problem, SessionId, TurnId
 from service.api.reference.client_schemas import for_clients, structs_in
 from service.errors import (
     InvalidRequestError,
@@ -57,7 +57,7 @@ _KEYED = (
 )
 _KEY = r"^[!#-+\--~]([ -+\--~]{0,253}[!-+\--~])?$"
 """A bare key: it does not begin with a quote, and has no comma, and no blanks at its ends."""
-_PATH_PARAMETERS = {"session_id": SessionId, "turn_id": TurnId}
+_PATH_PARAMETERS = {"session_id": SessionId, "turn_id": TurnId, "item_id": ItemId}
 _REF = "#/components/schemas/{name}"
 _ETAG = "Stands for what PATCH can change; for `If-Match`."
 _EXAMPLE_STREAM = """\

@@ -89,7 +89,11 @@ details > :not(summary) { margin-left: 1.2rem }
 
 
 _EXAMPLE_URL = "http://localhost:8000"
-_EXAMPLE_IDS = {"session_id": "support-4711", "turn_id": "turn_0a6c1b9e2f3d4c5a8b7e6f5d4c3b2a19"}
+_EXAMPLE_IDS = {
+    "session_id": "support-4711",
+    "turn_id": "turn_0a6c1b9e2f3d4c5a8b7e6f5d4c3b2a19",
+    "item_id": "msg_9c6c1b9e2f3d4c5a8b7e6f5d4c3b2a19",
+}
 _STYLE_HASH = b64encode(sha256(_STYLE.encode()).digest()).decode()
 _PAGE_HEADERS = {
     "Content-Security-Policy": f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; "

@@ -1,6 +1,6 @@
 """The acceptance of a turn: the checks, the commit of its input, and the start of the task that runs it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 
 import msgspec
@@ -133,6 +133,24 @@ class Acceptance:
         with self._pending_writes.writing(within_s=deadline.left_s):
             await self._store.add_turns(turns, now=now, head=head, key=new.key)
         return turns
+
+    async def delete(self, session_id: str, write: Callable[[], Awaitable[None]]) -> None:
+        """Delete a part of a conversation, between acceptances. The waits have the bounds of :meth:`accept`.
+
+        Args:
+            write: The step of the store. The deletion is whole or not done, also after a cancellation.
+        """
+        with self._active.holding(session_id) as session:
+            _check_not_deleted(session)
+            timeout_s = self._settings.store_timeout_s
+            with self._active.arriving(), answered_within(timeout_s) as deadline:
+                async with answered_in_turn(session.acceptance, timeout_s / 2):
+                    _check_not_deleted(session)
+                    await self._pending_writes.retry_ends_of(session_id)  # until then these turns are open in the store
+                    if not deadline.left_s:
+                        await trio.lowlevel.checkpoint()  # raises: no write begins whose outcome would be unknown
+                    with self._pending_writes.writing(within_s=deadline.left_s):
+                        await write()
 
     async def make_way(self, session_id: str, new: NewTurn) -> None:
         """Let the session's turns end, as :meth:`~service.sessions.sessions.Sessions.make_way` says."""
@@ -308,9 +326,14 @@ class Acceptance:
         self._titles.note_ended(turn)
 
 
-def _check_adding(session: ActiveSession, new: NewItems) -> None:
-    """Check that a session takes added turns. Raises: SessionNotFoundError, TurnInProgressError."""
+def _check_not_deleted(session: ActiveSession) -> None:
+    """Raises: SessionNotFoundError: The session is being deleted."""
     if session.is_deleted:
         raise SessionNotFoundError(session.id)
+
+
+def _check_adding(session: ActiveSession, new: NewItems) -> None:
+    """Check that a session takes added turns. Raises: SessionNotFoundError, TurnInProgressError."""
+    _check_not_deleted(session)
     if new.parent is msgspec.UNSET and session.turns:
         raise TurnInProgressError(session.turns[0].id, instead="name an ended turn as the parent")

@@ -83,6 +83,11 @@ class ActiveSessions:
         session = self._sessions.get(session_id)
         return session is not None and bool(session.turns)
 
+    def open_turns_of(self, session_id: str) -> list[Turn]:
+        """The open turns of a session."""
+        session = self._sessions.get(session_id)
+        return list(session.turns) if session is not None else []
+
     def find_turn(self, session_id: str, turn_id: str) -> Turn | None:
         """The turn, if it is open."""
         session = self._sessions.get(session_id)

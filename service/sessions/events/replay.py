@@ -5,7 +5,7 @@ from weakref import WeakValueDictionary
 
 import trio
 
-from service.errors import EventsLostError, SessionNotFoundError
+from service.errors import EventsDeletedError, EventsLostError, SessionNotFoundError
 from service.sessions.events.event_log import InlineReader
 from service.sessions.events.events import Event, TerminalEvent
 from service.sessions.events.kept_events import Place, events_of, place_after, terminal_event_of, without_contents
@@ -54,10 +54,13 @@ class Replays:
                 read, so that a session that is deleted meanwhile is not found.
 
         Raises:
+            EventsDeletedError: An item of the turn's reply was deleted.
             EventsLostError: Not all events after ``after`` are in the store, or the turn has not ended.
         """
         page = await self._page(session_id, turn_id, after)
         turn = await read_turn(False)
+        if turn.events_deleted:
+            raise EventsDeletedError(turn_id)
         if not page.page.ended:  # the turn may have ended between the two reads
             page = await self._page(session_id, turn_id, after)
         replay = replay_kept(self, turn, page)
@@ -148,12 +151,15 @@ class Replay:
 
         Raises:
             StoreError
-            SessionNotFoundError: The session was removed meanwhile.
+            EventsDeletedError: An item of the turn's reply was deleted meanwhile.
+            SessionNotFoundError: The session or the turn was removed meanwhile.
         """
         if seq >= self._kept or self._has_after(seq):
             return
         self._page = await self._replays.next_page(self._turn.session_id, self._turn.id, seq)
         self._begin = self._end = self._page.begin
+        if self._page.page.events_deleted:
+            raise EventsDeletedError(self._turn.id)
         if not self._page.page.runs:
             raise SessionNotFoundError(self._turn.session_id)
 

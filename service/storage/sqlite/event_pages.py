@@ -21,7 +21,8 @@ ROW_LENGTH_MAX = 64 * 1024
 
 _NO_END = 1 << 62
 _GET = (
-    "SELECT key, state, runs, text_length FROM turns WHERE id = ? AND session = (SELECT key FROM sessions WHERE id = ?)"
+    "SELECT key, state, runs, text_length, events_deleted FROM turns "
+    "WHERE id = ? AND session = (SELECT key FROM sessions WHERE id = ?)"
 )
 _OUTPUT = "SELECT output FROM turns WHERE key = ?"
 _MARK = "SELECT after FROM outputs WHERE turn = ? AND items LIKE ?"
@@ -104,7 +105,9 @@ def read(db: apsw.Connection, session_id: str, turn_id: str, *, after: int, leng
     row: Row | None = db.execute(_GET, (turn_id, session_id)).fetchone()
     if row is None:
         return EventsPage(after=after)
-    turn, state, packed, paged_length = row
+    turn, state, packed, paged_length, events_deleted = row
+    if events_deleted:
+        return EventsPage(after=after, ended=True, events_deleted=True)
     if packed:
         return _in_turn(db, turn, packed, after=after, length_max=length_max)
     end = _NO_END

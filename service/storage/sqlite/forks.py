@@ -11,10 +11,10 @@ from datetime import datetime
 import apsw
 import msgspec
 
-from service.errors import OwnedElsewhereError, SessionExistsError, SessionNotFoundError
+from service.errors import OwnedElsewhereError, SessionExistsError, SessionNotFoundError, StoreError
 from service.ids import new_session_id, owner_of, scoped
 from service.storage import rules
-from service.storage.fork_path import ForkPath, copies_of, forked_session
+from service.storage.fork_path import EDITED_MEANWHILE, ForkPath, copies_of, forked_session
 from service.storage.records import IdempotencyKey, SessionRecord, TurnRecord
 from service.storage.sqlite import event_pages, idempotency, sessions, turns
 from service.storage.sqlite.ownership import owner_of as owner_in
@@ -36,6 +36,7 @@ class Fork(msgspec.Struct, frozen=True, kw_only=True):
         hidden_id: The id of the copy while it is hidden.
         terms: The terms of turns with long texts, by the turns' places in ``turns``. They are cut beforehand, so that
             no step holds the write lock meanwhile.
+        edits: How often something was deleted from the source when its turns were read.
     """
 
     source_id: str
@@ -44,6 +45,7 @@ class Fork(msgspec.Struct, frozen=True, kw_only=True):
     turns: list[TurnRecord]
     sources: list[int]
     hidden_id: str
+    edits: int
     key: IdempotencyKey | None
     terms: dict[int, Collection[str]]
 
@@ -57,11 +59,11 @@ class Progress(msgspec.Struct, frozen=True):
 
 
 class Plan(turns.PathWalk):
-    """Reads the turns that a fork copies, and makes their copies. The turns have ended, so later changes of the session
-    do not change them.
+    """Reads the turns that a fork copies, and makes their copies. The turns have ended, so of the later changes of the
+    session only deletions change them.
 
-    Its steps raise RepeatedError, SessionNotFoundError, TurnNotFoundError, TurnInProgressError, OwnedElsewhereError and
-    InvalidRequestError.
+    Its steps raise RepeatedError, StoreError (something was deleted meanwhile), SessionNotFoundError,
+    TurnNotFoundError, TurnInProgressError, OwnedElsewhereError and InvalidRequestError.
     """
 
     columns = f"{TURN_COLUMNS}, key"
@@ -107,6 +109,7 @@ class Plan(turns.PathWalk):
                 return
             turns.key_of(db, self._at, source.key)
             self.begin_at(self._at)
+        _check_unchanged(source, self._source.edits)
         super().read_some(db)
         if self.is_complete:
             self.is_complete = False
@@ -150,6 +153,7 @@ class Plan(turns.PathWalk):
             ),
             turns=self._copies,
             sources=self._keys[::-1],
+            edits=self._source.edits,
             hidden_id=scoped(owner_of(self._copy_id), f"+{new_session_id()}"),
             key=self._key,
             terms={},
@@ -163,11 +167,13 @@ def build(db: apsw.Connection, fork: Fork, progress: Progress | None, *, fence: 
         RepeatedError: Another fork with the same key was faster.
         SessionNotFoundError: The source was removed meanwhile.
         SessionExistsError
+        StoreError: Something was deleted from the source meanwhile.
     """
     idempotency.check(db, fork.key, now)
     source = sessions.visible(db, fork.source_id, now)
     if fork.at is not None:
         turns.key_of(db, fork.at, source.key)  # raises if another session has taken the source's id
+    _check_unchanged(source, fork.edits)
     in_the_way = sessions.find(db, fork.session.id)
     if in_the_way is not None and rules.keeps_its_id(in_the_way.record, now, is_deleted=in_the_way.is_deleted):
         raise SessionExistsError(fork.session.id)
@@ -183,6 +189,11 @@ def build(db: apsw.Connection, fork: Fork, progress: Progress | None, *, fence: 
         db.execute("UPDATE session_metadata SET id = ? WHERE session = ?", (fork.session.id, progress.session))
         idempotency.keep(db, fork.key, session=progress.session, session_id=fork.session.id)
     return unfinished
+
+
+def _check_unchanged(source: sessions.StoredSession, edits: int) -> None:
+    if source.edits != edits:
+        raise StoreError(EDITED_MEANWHILE)
 
 
 def _begin(db: apsw.Connection, fork: Fork, fence: int) -> int:

@@ -104,6 +104,7 @@ def settings_of(session: SessionRecord) -> tuple[object, ...]:
 TURN_COLUMNS = (
     "id, parent, state, model, created_at, input, output, temperature, max_output_tokens, "
     "background, started_at, ended_at, reason, error, finish_reason, usage, last_seq, left_out, options, "
+    "events_deleted, "
     "CASE WHEN output_bytes IS NULL THEN NULL ELSE key END"
 )
 PATH_COLUMNS = TURN_COLUMNS.replace("options", "NULL")
@@ -134,9 +135,10 @@ def turn_of(session_id: str, row: Row) -> tuple[TurnRecord, int | None]:
         last_seq=row[16],
         left_out=None if row[17] is None else _left_out.decode(row[17]),
         tools=options.tools,
+        events_deleted=bool(row[19]),
         system_message=None if options.system_message is msgspec.UNSET else options.system_message,
     )
-    return turn, row[19]
+    return turn, row[20]
 
 
 def values_of(turn: TurnRecord) -> dict[str, object]:
@@ -163,6 +165,7 @@ def values_of(turn: TurnRecord) -> dict[str, object]:
         "last_seq": turn.last_seq,
         "left_out": None if turn.left_out is None else as_json(turn.left_out),
         "options": None if options == _NOTHING_ASKED else as_json(options),
+        "events_deleted": int(turn.events_deleted),
         "message_items": in_prompts.items,
         "message_bytes": in_prompts.bytes,
         "input": as_json(turn.input),

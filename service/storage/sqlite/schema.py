@@ -138,6 +138,7 @@ INSERT INTO siblings (session, parent, ordinal, place)
     ) WHERE siblings > 1;
 
 ALTER TABLE turns ADD COLUMN events_deleted INTEGER NOT NULL DEFAULT 0; -- 1: a text was deleted, its events with it
+ALTER TABLE sessions ADD COLUMN edits INTEGER NOT NULL DEFAULT 0;   -- deletions of turns and items so far
 
 ALTER TABLE sessions ADD COLUMN owner_name TEXT NOT NULL DEFAULT '';    -- of the keys that may use the session
 ALTER TABLE sessions ADD COLUMN reasoning_tokens INTEGER NOT NULL DEFAULT 0;

@@ -16,7 +16,7 @@ from service.storage.sqlite import documents, idempotency, metadata, recovery, t
 from service.storage.sqlite.ownership import Ownership
 from service.storage.sqlite.rows import SESSION_COLUMNS, SETTINGS_COLUMNS, Row, moment, session_of, settings_of
 
-_GET = f"SELECT {SESSION_COLUMNS}, deletion, turns_begun, owner FROM sessions WHERE id = ?"
+_GET = f"SELECT {SESSION_COLUMNS}, deletion, turns_begun, owner, edits FROM sessions WHERE id = ?"
 _GET_BY_KEY = (
     f"SELECT {SESSION_COLUMNS} FROM sessions WHERE key = ? AND deletion = 0 AND (open_turns > 0 OR expires_at > ?)"
 )
@@ -56,6 +56,7 @@ class StoredSession(msgspec.Struct, frozen=True):
     deletion: int
     turns_begun: int
     owner: int | None
+    edits: int = 0
 
     @property
     def is_deleted(self) -> bool:
@@ -67,8 +68,10 @@ def find(db: apsw.Connection, session_id: str) -> StoredSession | None:
     row: Row | None = db.execute(_GET, (session_id,)).fetchone()
     if row is None:
         return None
-    deletion, turns_begun, owner = row[-3:]
-    return StoredSession(_record(db, row), key=row[0], deletion=deletion, turns_begun=turns_begun, owner=owner)
+    deletion, turns_begun, owner, edits = row[-4:]
+    return StoredSession(
+        _record(db, row), key=row[0], deletion=deletion, turns_begun=turns_begun, owner=owner, edits=edits
+    )
 
 
 def _record(db: apsw.Connection, row: Row) -> SessionRecord:
@@ -120,6 +123,16 @@ def make_room(db: apsw.Connection, session_id: str, now: datetime) -> None:
 def hide(db: apsw.Connection, key: int) -> None:
     """Hide a session: no query finds it any more, and its rows are reclaimed later."""
     db.execute(_HIDE, (key,))
+
+
+def insert_removed(db: apsw.Connection, now: datetime) -> int:
+    """Add a session that is removed already, for rows that are to be reclaimed. Returns its key."""
+    db.execute(
+        "INSERT INTO sessions (id, deletion, created_at, last_accessed_at, expires_at, idle_timeout_s) "
+        "VALUES (NULL, 2, :now, :now, :now, 0)",
+        {"now": moment(now)},
+    )
+    return db.last_insert_rowid()
 
 
 def insert(db: apsw.Connection, session: SessionRecord, *, turns_begun: int = 0) -> int:

@@ -16,6 +16,7 @@ from service import store_capabilities
 from service.errors import StoreError
 from service.models.client import Usage
 from service.steps import in_steps
+from service.storage import rules
 from service.storage.page_cursor import decode_session_cursor, decode_turn_cursor
 from service.storage.pieces import Run, skip, split, text_of
 from service.storage.records import (
@@ -37,7 +38,17 @@ from service.storage.records import (
 )
 from service.storage.search import SearchQuery, searched_texts
 from service.storage.search_cursor import SearchCursors
-from service.storage.sqlite import event_pages, forks, idempotency, recovery, search, sessions, trees, turns
+from service.storage.sqlite import (
+    deletions,
+    event_pages,
+    forks,
+    idempotency,
+    recovery,
+    search,
+    sessions,
+    trees,
+    turns,
+)
 from service.storage.sqlite.event_pages import fits_in_turn
 from service.storage.sqlite.open_files import OpenFiles
 from service.storage.sqlite.ownership import Ownership, find_owner, is_oldest
@@ -303,6 +314,22 @@ class SqliteStore:
         return await self._writing.call(
             lambda db: turns.add(db, added, terms, self._ownership, now, head=head, key=key)
         )
+
+    async def delete_turns(self, session_id: str, turn_id: str, *, now: datetime) -> None:
+        await self._writing.call(
+            lambda db: deletions.delete_turns(db, session_id, turn_id, self._ownership, now), makes_space=True
+        )
+        self.writer.removed = True
+
+    async def delete_item(self, session_id: str, item_id: str, *, now: datetime) -> None:
+        is_done = False
+        while not is_done:  # again if something else was deleted meanwhile
+            search = deletions.ItemSearch(session_id, item_id, now)
+            while not search.is_complete:
+                await self._reading.call(search.read_some)
+            terms = () if search.turn is None else await _terms(rules.without_items(search.turn, [item_id]))
+            step = partial(deletions.delete_item, search=search, terms=terms, owners=self._ownership, now=now)
+            is_done = await self._writing.call(step)
 
     async def start_turn(self, turn_id: str, *, now: datetime) -> bool:
         return await self._writing.call(lambda db: turns.start(db, turn_id, self.fence, now))

@@ -4,7 +4,7 @@ The table ``siblings`` has the place of each turn that has a sibling. A turn wit
 a conversation without branches costs one look-up in an index for each turn.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime
 
 import apsw
@@ -21,6 +21,8 @@ CHILDREN = "session = ? AND coalesce(parent, '') = ?"
 _FIRST_CHILD = f"SELECT ordinal FROM turns WHERE {CHILDREN} ORDER BY ordinal LIMIT 1"
 _LAST_PLACE = "SELECT place FROM siblings WHERE session = ? AND parent = ? ORDER BY ordinal DESC LIMIT 1"
 _PLACE = "SELECT place FROM siblings WHERE session = ? AND parent = ? AND ordinal = ?"
+_SIBLING = "session = :session AND parent = :parent AND ordinal = :ordinal"
+_NEWER_SIBLINGS = "session = :session AND parent = :parent AND ordinal > :ordinal"
 _ADD = "INSERT INTO siblings (session, parent, ordinal, place) VALUES (?, ?, ?, ?)"
 _STEP_UP = "SELECT id, state, started_at, parent FROM turns WHERE id = ? AND session = ?"
 _NODES = (
@@ -41,6 +43,21 @@ def add_sibling(db: apsw.Connection, session: int, parent: str | None, ordinal: 
         last = 1
     db.execute(_ADD, (session, parent, ordinal, last + 1))
     return Siblings(last + 1, last + 1)
+
+
+def remove(db: apsw.Connection, session: int, turns: Sequence[tuple[str, str | None, int]]) -> None:
+    """Take a turn and all that follow it out of the tree; each with its id, its parent and its ordinal.
+
+    Call this before their rows change. The siblings of the first turn move up.
+    """
+    for turn_id, _, _ in turns:
+        db.execute("DELETE FROM siblings WHERE session = ? AND parent = ?", (session, turn_id))
+    _, parent, ordinal = turns[0]
+    values = {"session": session, "parent": parent or "", "ordinal": ordinal}
+    db.execute(f"DELETE FROM siblings WHERE {_SIBLING}", values)
+    db.execute(f"UPDATE siblings SET place = place - 1 WHERE {_NEWER_SIBLINGS}", values)
+    if db.execute(_LAST_PLACE, (session, parent or "")).get == 1:  # the last one has no siblings any more
+        db.execute("DELETE FROM siblings WHERE session = ? AND parent = ?", (session, parent or ""))
 
 
 def find_places(db: apsw.Connection, session_id: str, turn_ids: Collection[str]) -> Places:

@@ -51,7 +51,8 @@ STEP_S = 0.003
 """The approximate time of one step of a long read, in which the other steps of the same thread wait."""
 
 _VISIBLE = "SELECT key FROM sessions WHERE id = ? AND deletion = 0 AND (open_turns > 0 OR expires_at > ?)"
-_IDENTITY = "SELECT key, created_at FROM sessions WHERE id = ?"  # the key of a removed session may be used again
+# The key of a removed session may be used again.
+_IDENTITY = "SELECT key, created_at, edits FROM sessions WHERE id = ?"
 _GET = f"SELECT {TURN_COLUMNS} FROM turns WHERE id = ? AND session = ?"
 _DOWN_FROM = (
     "SELECT {columns}, ordinal, message_bytes FROM turns WHERE session = ? AND ordinal <= ? ORDER BY ordinal DESC"
@@ -70,8 +71,8 @@ _OWN = "SELECT key, session FROM turns WHERE id = ? AND +owner = ?"  # ``+`` mak
 _IS_OWN = "id = :turn AND +owner = :owner AND (SELECT id FROM sessions WHERE key = session) IS NOT NULL"
 _INSERT_COLUMNS = (
     "id, parent, state, model, created_at, started_at, ended_at, temperature, max_output_tokens, background, reason, "
-    "error, finish_reason, usage, last_seq, left_out, options, message_items, message_bytes, input, output, runs, "
-    "output_bytes, text_length"
+    "error, finish_reason, usage, last_seq, left_out, options, events_deleted, message_items, message_bytes, input, "
+    "output, runs, output_bytes, text_length"
 )
 _INSERT = (
     f"INSERT INTO turns (session, ordinal, owner, {_INSERT_COLUMNS}) "
@@ -201,7 +202,7 @@ def _short_path(
     bound, down, read = rules.PathBound(bytes_max), [turn], 0
     bound.takes(turn.message_bytes)
     deadline = time.thread_time() + SHORT_PATH_S
-    for row in () if turn.parent is None else _path_down(db, session.key, turn.parent):
+    for row in () if turn.parent is None else path_down(db, session.key, turn.parent):
         if not bound.takes(row[-1]):
             break
         read += row[-1]
@@ -406,8 +407,8 @@ def _insert_ended(db: apsw.Connection, session: int, ordinal: int, values: dict[
 class PathWalk(ABC):
     """A path that is walked in short steps, from its last turn to the root: a session may have many thousands of turns.
 
-    Each step sees its own snapshot. The turns of a path stay as they are while their session exists; if the session is
-    removed meanwhile, the path is empty.
+    Each step sees its own snapshot. The turns of a path stay as they are unless turns or items of the session are
+    deleted: then the walk begins anew. If the session is removed meanwhile, the path is empty.
 
     Attributes:
         is_complete: Whether the walk is over.
@@ -418,24 +419,28 @@ class PathWalk(ABC):
     def __init__(self, session_id: str, turn_id: str) -> None:
         self.is_complete = False
         self._session_id = session_id
-        self._session: tuple[int, int] | None = None
+        self._session: tuple[int, int, int] | None = None
         self.begin_at(turn_id)
 
     def begin_at(self, turn_id: str) -> None:
         """Set the last turn of the path, before the first step."""
+        self._turn_id = turn_id
         self._next: tuple[str, int] = turn_id, _NEWEST
 
     def read_some(self, db: apsw.Connection) -> None:
         """Do one step. It ends after the row in which its time is over."""
-        session: tuple[int, int] | None = db.execute(_IDENTITY, (self._session_id,)).fetchone()
-        if session is None or self._session not in (None, session):
+        session: tuple[int, int, int] | None = db.execute(_IDENTITY, (self._session_id,)).fetchone()
+        if session is None or (self._session is not None and self._session[:2] != session[:2]):
             self.is_complete = True
             self._drop()
             return
+        if self._session not in (None, session):
+            self._drop()
+            self.begin_at(self._turn_id)
         self._session = session
         next_id, below = self._next
         deadline = time.monotonic() + STEP_S
-        for row in _path_down(db, session[0], next_id, self.columns, below=below):
+        for row in path_down(db, session[0], next_id, self.columns, below=below):
             if not self._takes(db, row):
                 break
             if row[1] is not None and time.monotonic() >= deadline:
@@ -449,7 +454,7 @@ class PathWalk(ABC):
 
     @abstractmethod
     def _drop(self) -> None:
-        """Drop what was taken: the session was removed meanwhile, or never existed."""
+        """Drop what was taken: the session was removed meanwhile, never existed, or has lost turns or items."""
 
 
 class PathRead(PathWalk):
@@ -457,6 +462,7 @@ class PathRead(PathWalk):
 
     def __init__(self, session_id: str, turn_id: str, bytes_max: int | None) -> None:
         super().__init__(session_id, turn_id)
+        self._bytes_max = bytes_max
         self._bound = rules.PathBound(bytes_max)
         self._down: list[TurnRecord] = []
 
@@ -472,6 +478,7 @@ class PathRead(PathWalk):
         return True
 
     def _drop(self) -> None:
+        self._bound = rules.PathBound(self._bytes_max)
         self._down.clear()
 
 
@@ -535,10 +542,11 @@ class PathPage(PathWalk):
         return not is_first
 
     def _drop(self) -> None:
+        self._has_first = self._first is None
         self._keys.clear()
 
 
-def _path_down(
+def path_down(
     db: apsw.Connection, session: int, turn_id: str, columns: str = PATH_COLUMNS, *, below: int = _NEWEST
 ) -> Iterator[Row]:
     """The rows of a path, from its last turn to the root: ``columns``, then ordinal and message_bytes.

@@ -13,7 +13,7 @@ from werkzeug.datastructures import Headers
 
 from service.api.http.event_stream import EventStream, read_seen, wants_stream
 from service.api.native.event_frames import encode_frame
-from service.errors import InvalidRequestError, SessionNotFoundError, StoreError
+from service.errors import EventsDeletedError, InvalidRequestError, SessionNotFoundError, StoreError
 from service.sessions.events.event_log import EventLog
 from service.sessions.events.events import TurnCompleted, TurnDelta
 from service.sessions.events.streams import Streams
@@ -256,7 +256,7 @@ async def test_a_large_backlog_comes_in_bounded_pieces() -> None:
     assert max(sizes) <= 64 * 1024 + len(b"retry: 1000\n")
 
 
-@pytest.mark.parametrize("error", [StoreError("It hangs."), SessionNotFoundError("s")])
+@pytest.mark.parametrize("error", [StoreError("It hangs."), SessionNotFoundError("s"), EventsDeletedError("t")])
 async def test_a_replay_that_cannot_be_read_further_is_cut(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     async def fail(_: int) -> None:
         await trio.lowlevel.checkpoint()

@@ -51,7 +51,9 @@ def test_every_call_of_the_design_that_there_is_is_described() -> None:
         "GET /sessions/{session_id}/turns", "GET /sessions/{session_id}/turns/{turn_id}",
         "GET /sessions/{session_id}/turns/{turn_id}/events", "POST /sessions/{session_id}/turns/{turn_id}/cancel",
         "POST /sessions/{session_id}/turns/{turn_id}/retry", "GET /sessions/{session_id}/tree",
-        "POST /sessions/{session_id}/fork", "POST /sessions/{session_id}/messages", "POST /chat",
+        "POST /sessions/{session_id}/fork", "POST /sessions/{session_id}/messages",
+        "DELETE /sessions/{session_id}/messages/{item_id}", "DELETE /sessions/{session_id}/turns/{turn_id}",
+        "POST /chat",
         "GET /healthz", "GET /readyz", "GET /openapi.json", "GET /docs", "GET /",
     }  # fmt: skip
 
@@ -193,8 +195,9 @@ async def test_each_call_has_a_command_that_does_it(keys: tuple[str, ...], prefi
         }
         assert commands.keys() == {operation["operationId"] for _, operation in operations()}
         ids: dict[str, str] = {}
-        order = ("create_session", "start_turn", "fork_session", *sorted(commands.keys() - {"delete_session"}))
-        for id_ in (*dict.fromkeys(order), "delete_session"):
+        first = ("create_session", "start_turn", "fork_session", "add_messages")
+        last = ("delete_message", "delete_turn", "delete_session")
+        for id_ in (*first, *sorted(commands.keys() - {*first, *last}), *last):
             parts = commands[id_]
             target = next(part for part in parts if part.startswith(url)).removeprefix(url)
             method = parts[parts.index("-X") + 1] if "-X" in parts else "GET"
@@ -209,6 +212,8 @@ async def test_each_call_has_a_command_that_does_it(keys: tuple[str, ...], prefi
             assert (parts[1] == "-N") is (reply.headers.get("content-type") == "text/event-stream")
             if id_ == "start_turn":
                 ids["turn_0a6c1b9e2f3d4c5a8b7e6f5d4c3b2a19"] = reply.events[0]["turn_id"]
+            if id_ == "add_messages":
+                ids["msg_9c6c1b9e2f3d4c5a8b7e6f5d4c3b2a19"] = reply.json["messages"][0]["id"]
 
 
 def test_each_body_has_an_example_that_is_one() -> None:

@@ -97,6 +97,8 @@ CALLS: dict[str, Callable[[SqliteStore], Awaitable[object]]] = {
     "start": lambda store: store.start_turn("new", now=T0),
     "checkpoint": lambda store: store.checkpoint_turns([a_checkpoint("new", "x", session="sess_000100")]),
     "end": lambda store: store.end_turn(ended(a_turn("new", "sess_000100")), runs=said("Hi"), now=T0),
+    "delete an item": lambda store: store.delete_item("sess_000100", "added-out", now=T0),
+    "delete turns": lambda store: store.delete_turns("sess_000100", "added", now=T0),
     "get turn": lambda store: store.get_turn("sess_000100", "turn_000100_1", now=T0),
     "events": lambda store: store.read_events("sess_000100", "turn_000100_1"),
     "path": lambda store: store.read_path("sess_000100", "turn_000100_1", bytes_max=None),

@@ -59,7 +59,7 @@ CREATE TABLE owners (
     address TEXT,
     opened_at INTEGER NOT NULL
 ) STRICT;
-INSERT INTO owners VALUES(1,NULL,1795929115216177);
+INSERT INTO owners VALUES(1,NULL,1795929982584716);
 DELETE FROM sqlite_schema WHERE name='search' AND type='table';
 INSERT INTO sqlite_schema(type,name,tbl_name,rootpage,sql) VALUES('table','search','search',0,'CREATE VIRTUAL TABLE search USING fts5 (terms, content='''', contentless_delete=1, detail=none, tokenize=''ascii'')');
 DROP TABLE IF EXISTS search_config;
@@ -118,13 +118,13 @@ CREATE TABLE sessions (
     owner INTEGER,              -- of its open turns
     turns_begun INTEGER NOT NULL DEFAULT 0,
     input_tokens INTEGER NOT NULL DEFAULT 0,
-    output_tokens INTEGER NOT NULL DEFAULT 0, owner_name TEXT NOT NULL DEFAULT '', reasoning_tokens INTEGER NOT NULL DEFAULT 0, cached_tokens INTEGER NOT NULL DEFAULT 0,
+    output_tokens INTEGER NOT NULL DEFAULT 0, edits INTEGER NOT NULL DEFAULT 0, owner_name TEXT NOT NULL DEFAULT '', reasoning_tokens INTEGER NOT NULL DEFAULT 0, cached_tokens INTEGER NOT NULL DEFAULT 0,
     CHECK ((id IS NULL) = (deletion = 2)),
     CHECK ((owner IS NULL) = (open_turns = 0))
 ) STRICT;
-INSERT INTO sessions VALUES(1,'s',0,NULL,1772366400123456,1772366400123456,1772366460123456,60.0,'t2',3,1,1,2,0,0,'',0,0);
-INSERT INTO sessions VALUES(2,'other',0,NULL,1772366400123456,1772366400123456,1772366460123456,60.0,NULL,0,0,NULL,0,0,0,'',0,0);
-INSERT INTO sessions VALUES(3,'marked',1,1,1772366400123456,1772366400123456,1772366460123456,60.0,NULL,0,0,NULL,0,0,0,'',0,0);
+INSERT INTO sessions VALUES(1,'s',0,NULL,1772366400123456,1772366400123456,1772366460123456,60.0,'t2',3,1,1,2,0,0,0,'',0,0);
+INSERT INTO sessions VALUES(2,'other',0,NULL,1772366400123456,1772366400123456,1772366460123456,60.0,NULL,0,0,NULL,0,0,0,0,'',0,0);
+INSERT INTO sessions VALUES(3,'marked',1,1,1772366400123456,1772366400123456,1772366460123456,60.0,NULL,0,0,NULL,0,0,0,0,'',0,0);
 CREATE INDEX idle_sessions_by_deadline ON sessions (expires_at, id) WHERE deletion = 0 AND open_turns = 0;
 CREATE INDEX marked_sessions ON sessions (deleter) WHERE deletion = 1;
 CREATE INDEX removed_sessions ON sessions (key) WHERE deletion = 2;

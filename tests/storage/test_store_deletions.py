@@ -1,0 +1,373 @@
+"""Deletions of turns and items: what every store forgets with them, and when it refuses them."""
+
+import msgspec
+import pytest
+import trio
+
+from service.errors import (
+    ItemNotFoundError,
+    OwnedElsewhereError,
+    SessionNotFoundError,
+    StoreError,
+    TooManyTurnsError,
+    TurnInProgressError,
+    TurnNotFoundError,
+)
+from service.models.client import Usage
+from service.storage import rules
+from service.storage.pieces import CALL, STARTED, Run
+from service.storage.records import Item, LeftOut, Siblings, TurnRecord
+from service.storage.store import Store
+from tests.storage.conftest import OpenStore
+from tests.storage.rows import T0, Contents, a_session, a_turn, all_turns, at, contents, ended, said, told
+from tests.storage.test_store_added_turns import an_added_turn
+
+
+async def a_tree(store: Store) -> None:
+    """A session with the turns a → b → c, and b2 and b3 beside b; c follows b, d follows b2."""
+    await store.create_session(a_session(), now=T0)
+    parents = {"a": None, "b": "a", "b2": "a", "b3": "a", "c": "b", "d": "b2"}
+    for name, parent in parents.items():
+        turn = a_turn(name, parent=parent, texts=[f"question {name}"])
+        await store.begin_turn(turn, now=T0)
+        end = ended(turn, text=f"answer {name}", usage=Usage(input_tokens=1, output_tokens=2))
+        await store.end_turn(end, runs=(Run(STARTED), *said(f"answer {name}")), now=T0)
+
+
+async def names(store: Store, session_id: str = "s") -> list[str]:
+    return [turn.id for turn in await all_turns(store, session_id, now=T0)]
+
+
+async def places(store: Store, *turn_ids: str) -> dict[str, tuple[int, int]]:
+    found = await store.find_places("s", turn_ids)
+    return {name: (it.place, it.count) for name, it in found.siblings.items()}
+
+
+async def found_by(store: Store, query: str) -> list[str | None]:
+    """The turns that a search finds."""
+    page = await store.search_sessions(query, limit=10, after=None, status=None, metadata={}, now=T0)
+    return [match.turn_id for match in page.data]
+
+
+# Turns
+
+
+async def test_a_deletion_takes_a_turn_and_all_that_follows_it(store: Store) -> None:
+    await a_tree(store)
+    before = await store.get_session("s", now=T0)
+    await store.delete_turns("s", "b", now=at(9))
+    assert await names(store) == ["a", "b2", "b3", "d"]
+    session = await store.get_session("s", now=T0)
+    assert session == msgspec.structs.replace(before, message_count=8)
+    assert (session.input_tokens, session.output_tokens) == (6, 12), "they were paid for"
+    for name in ("b", "c"):
+        with pytest.raises(TurnNotFoundError):
+            await store.get_turn("s", name, now=T0)
+        assert await told(store, "s", name) == []
+        assert list(await store.read_path("s", name, bytes_max=None)) == []
+        assert await store.measure_path("s", name) == LeftOut()
+        with pytest.raises(TurnNotFoundError):
+            await store.begin_turn(a_turn("new", parent=name), now=T0)
+    with pytest.raises(TurnNotFoundError):
+        await store.delete_turns("s", "b", now=T0)
+
+
+async def test_the_head_falls_to_the_parent_of_the_deleted_turn(store: Store) -> None:
+    await a_tree(store)
+    assert (await store.get_session("s", now=T0)).head == "d"
+    await store.delete_turns("s", "c", now=T0)
+    assert (await store.get_session("s", now=T0)).head == "d", "the head was not deleted"
+    await store.delete_turns("s", "b2", now=T0)
+    assert (await store.get_session("s", now=T0)).head == "a"
+    await store.delete_turns("s", "a", now=T0)
+    session = await store.get_session("s", now=T0)
+    assert (session.head, session.message_count) == (None, 0)
+    assert await names(store) == []
+    begun = await store.begin_turn(a_turn("new"), now=T0, head=None, path_bytes_max=None)
+    assert [turn.id for turn in begun.path or ()] == ["new"]
+    assert begun.siblings == Siblings(1, 1)
+
+
+async def test_the_siblings_of_a_deleted_turn_move_up(store: Store) -> None:
+    await a_tree(store)
+    assert await places(store, "b", "b2", "b3") == {"b": (1, 3), "b2": (2, 3), "b3": (3, 3)}
+    await store.delete_turns("s", "b2", now=T0)
+    assert await places(store, "b", "b2", "b3", "c") == {"b": (1, 2), "b3": (2, 2), "c": (1, 1)}
+    begun = await store.begin_turn(a_turn("b4", parent="a"), now=T0)
+    assert begun.siblings == Siblings(3, 3)
+    await store.delete_turns("s", "b", now=T0)
+    assert await places(store, "b3", "b4", "a") == {"b3": (1, 2), "b4": (2, 2), "a": (1, 1)}
+    await store.delete_turns("s", "b3", now=T0)
+    assert await places(store, "b4") == {"b4": (1, 1)}
+    page = await store.list_turns("s", limit=5, after=None, now=T0, parent="a")
+    assert [turn.id for turn in page.data] == ["b4"]
+
+
+async def test_pages_go_on_when_turns_around_them_are_deleted(store: Store) -> None:
+    await a_tree(store)
+    first = await store.list_turns("s", limit=2, after=None, now=T0)
+    tree = await store.list_tree("s", limit=2, after=None, now=T0)
+    assert [turn.id for turn in first.data] == ["a", "b"]
+    await store.delete_turns("s", "b", now=T0)
+    rest = await store.list_turns("s", limit=9, after=first.next, now=T0)
+    assert [turn.id for turn in rest.data] == ["b2", "b3", "d"]
+    nodes = await store.list_tree("s", limit=9, after=tree.next, now=T0)
+    assert [node.id for node in nodes.data] == ["b2", "b3", "d"]
+    await store.begin_turn(a_turn("new", parent="d"), now=T0)
+    assert (await store.list_turns("s", limit=9, after=rest.cursors[-1], now=T0)).data[0].id == "new"
+
+
+async def test_deleted_turns_are_not_found_by_their_words(store: Store) -> None:
+    await a_tree(store)
+    assert await found_by(store, "answer b2") == ["b2"]
+    await store.delete_turns("s", "b2", now=T0)
+    assert await found_by(store, "answer b2") == []
+    assert await found_by(store, "question d") == []
+    assert await found_by(store, "question b3") == ["b3"]
+
+
+async def test_turns_are_not_deleted_while_one_of_them_is_open(store: Store) -> None:
+    await a_tree(store)
+    await store.begin_turn(a_turn("open", parent="c"), now=T0)
+    before = await contents(store, now=T0)
+    for name in ("a", "b", "c", "open"):
+        with pytest.raises(TurnInProgressError):
+            await store.delete_turns("s", name, now=T0)
+    assert await contents(store, now=T0) == before
+    await store.delete_turns("s", "b2", now=T0)
+    assert (await store.get_session("s", now=T0)).head == "open"
+    assert "b2" not in await names(store)
+    assert (await store.get_session("s", now=T0)).open_turns == 1
+
+
+async def test_other_sessions_and_what_is_not_there_stay(store: Store) -> None:
+    await a_tree(store)
+    await store.create_session(a_session("other"), now=T0)
+    before = await contents(store, now=T0)
+    with pytest.raises(TurnNotFoundError):
+        await store.delete_turns("other", "a", now=T0)
+    with pytest.raises(SessionNotFoundError):
+        await store.delete_turns("none", "a", now=T0)
+    with pytest.raises(ItemNotFoundError):
+        await store.delete_item("other", "a-out", now=T0)
+    with pytest.raises(SessionNotFoundError):
+        await store.delete_item("none", "a-out", now=T0)
+    assert await contents(store, now=T0) == before
+
+
+async def test_more_turns_than_the_bound_are_not_deleted_at_once(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    count = rules.DELETED_TURNS_MAX + 1
+    turns = [an_added_turn(f"t{n}", parent=f"t{n - 1}" if n else None) for n in range(count)]
+    await store.add_turns(turns, now=T0)
+    with pytest.raises(TooManyTurnsError):
+        await store.delete_turns("s", "t0", now=T0)
+    assert (await store.get_session("s", now=T0)).message_count == 2 * count
+    await store.delete_turns("s", "t1", now=T0)
+    assert await names(store) == ["t0"]
+
+
+async def test_turns_larger_than_the_bound_are_not_deleted_at_once_but_one_is(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    large = "x" * (rules.DELETED_BYTES_MAX // 2 + 1)
+    await store.add_turns([an_added_turn("a", asked=large), an_added_turn("b", parent="a", asked=large)], now=T0)
+    with pytest.raises(TooManyTurnsError):
+        await store.delete_turns("s", "a", now=T0)
+    await store.delete_turns("s", "b", now=T0)
+    await store.delete_turns("s", "a", now=T0)
+    assert (await store.get_session("s", now=T0)).message_count == 0
+
+
+# Items
+
+
+def with_items(name: str, *items: Item, parent: str | None = None) -> TurnRecord:
+    """An added turn with these items in its input and output."""
+    turn = an_added_turn(name, parent=parent)
+    output = tuple(item for item in items if item.role == "assistant")
+    said = tuple(item for item in items if item.role != "assistant")
+    return msgspec.structs.replace(turn, input=said, output=output)
+
+
+def asks(text: str) -> Item:
+    return Item(id=f"i_{text}", role="user", text=text)
+
+
+def says(text: str) -> Item:
+    return Item(id=f"o_{text}", role="assistant", text=text)
+
+
+def calls(call_id: str) -> Item:
+    return Item(id=f"c_{call_id}", type="function_call", role="assistant", text="{}", call_id=call_id, name="f")
+
+
+def brings(call_id: str, name: str) -> Item:
+    return Item(id=f"r_{name}", type="function_call_output", role="user", text="secret", call_id=call_id)
+
+
+async def items_of(store: Store, *names: str) -> list[list[str]]:
+    turns = [await store.get_turn("s", name, now=T0) for name in names]
+    return [[item.id for item in (*turn.input, *turn.output)] for turn in turns]
+
+
+async def test_an_item_of_an_input_leaves_its_turn_and_the_events_stay(store: Store) -> None:
+    await a_tree(store)
+    before = await store.get_session("s", now=T0)
+    await store.delete_item("s", "b-in-0", now=at(9))
+    turn = await store.get_turn("s", "b", now=T0)
+    assert (turn.input, turn.text, turn.events_deleted) == ((), "answer b", False)
+    assert await told(store, "s", "b") == ["answer b"]
+    assert await store.get_session("s", now=T0) == msgspec.structs.replace(before, message_count=11)
+    assert await store.measure_path("s", "b") == LeftOut(3, 10 + 8 + 8)
+    assert await found_by(store, "question b") == []
+    assert await found_by(store, "answer b") == ["b"]
+
+
+async def test_an_item_of_a_reply_takes_the_events_with_it(store: Store) -> None:
+    await a_tree(store)
+    await store.delete_item("s", "c-out", now=T0)
+    turn = await store.get_turn("s", "c", now=T0)
+    assert (turn.output, turn.events_deleted, turn.last_seq, turn.usage) == (
+        *((), True, 3, Usage(input_tokens=1, output_tokens=2)),
+    )
+    page = await store.read_events("s", "c")
+    assert (page.runs, page.text, page.kept, page.ended, page.events_deleted) == ((), "", 0, True, True)
+    assert await store.read_events("s", "c", after=2) == msgspec.structs.replace(page, after=2)
+    assert (await store.get_session("s", now=T0)).message_count == 11
+    assert await found_by(store, "answer c") == []
+    with pytest.raises(ItemNotFoundError):
+        await store.delete_item("s", "c-out", now=T0)
+    copy = await store.fork_session("s", at="c", copy_id="copy", now=T0)
+    assert copy.head is not None
+    copied = await store.get_turn("copy", copy.head, now=T0)
+    assert (copied.output, copied.events_deleted) == ((), True)
+    assert (await store.read_events("copy", copy.head)).events_deleted
+
+
+async def test_what_is_left_of_a_long_reply_is_read_whole(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    begun = a_turn()
+    await store.begin_turn(begun, now=T0)
+    long = "é" * 200_000
+    end = ended(begun, text=long, reasoning="hm" * 50_000)
+    runs = (Run(STARTED), *said("hm" * 50_000), *said(*[long[:1000]] * 200, item=1))
+    await store.end_turn(end, runs=runs, now=T0)
+    await store.delete_item("s", "t-reasoning", now=T0)
+    turn = await store.get_turn("s", "t", now=T0)
+    assert turn == msgspec.structs.replace(end, output=end.output[1:], events_deleted=True)
+    assert (await all_turns(store, "s", now=T0))[0].text == long
+    assert (await store.read_events("s", "t", after=7)).runs == ()
+    assert (await store.get_session("s", now=T0)).message_count == 2
+    await store.delete_item("s", "t-out", now=T0)
+    assert (await store.get_turn("s", "t", now=T0)).text == ""
+
+
+async def test_a_call_takes_its_outputs_along_on_every_branch(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    turns = [
+        with_items("a", asks("a"), calls("1"), calls("2")),
+        with_items("b", brings("1", "b"), brings("2", "b2"), parent="a"),  # no reply: the next one has the output, too
+        with_items("c", brings("1", "c"), says("C"), parent="b"),
+        with_items("d", brings("1", "d"), parent="c"),
+    ]
+    await store.add_turns(turns, now=T0)
+    await store.add_turns([with_items("e", brings("1", "e"), says("E"), parent="a")], now=T0)
+    await store.delete_item("s", "c_1", now=T0)
+    assert await items_of(store, "a", "b", "c", "d", "e") == [
+        *(["i_a", "c_2"], ["r_b2"], ["o_C"], ["r_d"], ["o_E"]),
+    ]
+    assert (await store.get_session("s", now=T0)).message_count == 6
+    flags = [(await store.get_turn("s", name, now=T0)).events_deleted for name in ("a", "b", "c", "e")]
+    assert flags == [True, False, False, False]
+
+
+async def test_an_output_that_is_deleted_leaves_its_call(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    await store.add_turns([with_items("a", asks("a"), calls("1"))], now=T0)
+    await store.add_turns([with_items("b", brings("1", "b"), says("B"), parent="a")], now=T0)
+    await store.delete_item("s", "r_b", now=T0)
+    assert await items_of(store, "a", "b") == [["i_a", "c_1"], ["o_B"]]
+
+
+async def test_an_item_is_not_deleted_while_its_turn_or_one_that_follows_is_open(store: Store) -> None:
+    await a_tree(store)
+    await store.begin_turn(a_turn("open", parent="c"), now=T0)
+    before = await contents(store, now=T0)
+    for item_id in ("a-in-0", "b-out", "open-in-0"):
+        with pytest.raises(TurnInProgressError):
+            await store.delete_item("s", item_id, now=T0)
+    assert await contents(store, now=T0) == before
+    for item_id in ("d-out", "b2-in-0"):
+        await store.delete_item("s", item_id, now=T0)
+    await store.end_turn(ended(a_turn("open", parent="c")), runs=said("Hi"), now=T0)
+    await store.delete_item("s", "open-out", now=T0)
+    assert (await store.get_turn("s", "open", now=T0)).output == ()
+
+
+async def test_an_id_in_a_text_is_not_taken_for_the_item(store: Store) -> None:
+    await a_tree(store)
+    await store.add_turns([an_added_turn("q", parent="d", asked='"id":"a-out"', replied='"a-out"')], now=T0)
+    await store.delete_item("s", "a-out", now=T0)
+    assert (await store.get_turn("s", "a", now=T0)).output == ()
+    assert (await store.get_turn("s", "q", now=T0)).text == '"a-out"'
+
+
+# Several owners
+
+
+async def test_only_the_owner_of_the_open_turns_deletes(open_shared: OpenStore) -> None:
+    async with open_shared() as store:
+        await a_tree(store)
+        async with open_shared() as owner:
+            await owner.begin_turn(a_turn("open", parent="b3"), now=T0)
+            for delete in (store.delete_turns("s", "b", now=T0), store.delete_item("s", "b-out", now=T0)):
+                with pytest.raises(OwnedElsewhereError):
+                    await delete
+            await owner.delete_turns("s", "b", now=T0)
+            await owner.delete_item("s", "d-out", now=T0)
+        # The owner has died with its turn.
+        await store.delete_item("s", "open-in-0", now=at(1))
+        await store.delete_turns("s", "b3", now=at(1))
+        assert await names(store) == ["a", "b2", "d"]
+        session = await store.get_session("s", now=at(1))
+        assert (session.open_turns, session.head, session.message_count) == (0, "a", 5)
+
+
+async def test_a_fork_beside_a_deletion_is_whole_or_refused(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    turns = [an_added_turn(f"t{n}", parent=f"t{n - 1}" if n else None) for n in range(900)]
+    await store.add_turns(turns, now=T0)
+    outcomes: list[str] = []
+
+    async def fork() -> None:
+        try:
+            copy = await store.fork_session("s", at="t899", copy_id="copy", now=T0)
+            outcomes.append(f"whole {copy.message_count}")
+        except (StoreError, TurnNotFoundError) as error:
+            outcomes.append(type(error).__name__)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(fork)
+        nursery.start_soon(lambda: store.delete_item("s", "t5-out", now=T0))
+    found: Contents = await contents(store, now=T0)
+    assert outcomes
+    if outcomes[0].startswith("whole"):
+        assert outcomes[0] in ("whole 1800", "whole 1799")
+        copied = found["copy"][1]
+        assert sum(turn.message_count for turn, _ in copied) == found["copy"][0].message_count
+        for turn, texts in copied:
+            assert turn.events_deleted or "".join(texts) == turn.text
+    else:
+        assert outcomes[0] in ("StoreError", "TurnNotFoundError")
+        assert "copy" not in found
+
+
+async def test_runs_of_calls_are_made_anew_for_what_is_left(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    begun = a_turn()
+    await store.begin_turn(begun, now=T0)
+    end = msgspec.structs.replace(ended(begun), output=(says("A"), calls("1")), last_seq=5)
+    await store.end_turn(end, runs=(Run(STARTED), *said("A"), Run(CALL - 1), *said("{}", item=1)), now=T0)
+    await store.delete_item("s", "o_A", now=T0)
+    assert (await store.get_turn("s", "t", now=T0)).output == (calls("1"),)
+    assert (await store.read_events("s", "t")).events_deleted
