@@ -153,13 +153,14 @@ class Sessions:
         except RepeatedError as error:
             return await self._session_made_before(error)
 
-    async def _create_session(self, new: NewSession, key: IdempotencyKey | None) -> SessionRecord:
+    async def _create_session(self, new: NewSession, key: IdempotencyKey | None, within_s: float) -> SessionRecord:
         self.drain.check_accepting()
         now = self._clock()
         session = new.record(now=now, settings=self._settings)
         if session.model is not None:
             self._client_for(session.model)  # an unknown model is refused now, not at the first turn
-        with self.pending_writes.writing():
+        has_all = within_s >= self._settings.store_timeout_s
+        with self.pending_writes.writing(within_s=within_s, late_is_refused=has_all):
             await self._store.create_session(session, now=now, key=key)
         return session
 
@@ -199,21 +200,27 @@ class Sessions:
             return await self._session_made_before(error)
 
     async def _fork_session(
-        self, session_id: str, *, at: str | None, copy_id: str | None, for_peer: bool, key: IdempotencyKey | None
+        self,
+        session_id: str,
+        within_s: float,
+        *,
+        at: str | None,
+        copy_id: str | None,
+        for_peer: bool,
+        key: IdempotencyKey | None,
     ) -> SessionRecord:
         if not (for_peer and self._active.has_turns(session_id)):
             self.drain.check_accepting()
         self._check_not_deleted(session_id)
         if self._forking.statistics().tasks_waiting >= FORKS_WAITING_MAX:
             raise StoreError(f"{FORKS_WAITING_MAX} other forks wait already; try again later.")
-        timeout_s = self._settings.store_timeout_s
         asked_at = trio.current_time()
-        waits = self._forking.locked()
+        waits = self._forking.locked() or within_s < self._settings.store_timeout_s
         try:
             # One fork at a time, because forks are large. The wait for other forks is not a fault of the store.
-            async with answered_in_turn(self._forking, timeout_s / 2):
+            async with answered_in_turn(self._forking, within_s / 2):
                 # A freeze makes the wait longer. The fork itself has half of the time in any case.
-                left_s = max(asked_at + timeout_s - trio.current_time(), timeout_s / 2)
+                left_s = max(asked_at + within_s - trio.current_time(), within_s / 2)
                 with self.pending_writes.writing(within_s=left_s, late_is_refused=not waits):
                     return await self._store.fork_session(
                         session_id,
@@ -444,8 +451,8 @@ class Sessions:
             InvalidRequestError: The model is unknown.
         """
 
-        async def start() -> tuple[Turn, Watch]:
-            turn = await self._acceptance.accept(session_id, new)
+        async def start(within_s: float) -> tuple[Turn, Watch]:
+            turn = await self._acceptance.accept(session_id, new, within_s)
             return turn, turn.watch()
 
         try:

@@ -73,11 +73,11 @@ class Acceptance:
         self._clock = clock
         self._settings = settings
 
-    async def accept(self, session_id: str, new: NewTurn) -> Turn:
+    async def accept(self, session_id: str, new: NewTurn, within_s: float) -> Turn:
         """Accept a turn, as :meth:`~service.sessions.sessions.Sessions.start_turn` says.
 
         No checkpoint comes between the acceptance and the return. Cancellation before the first write leaves nothing
-        behind; from the first write on the caller is shielded. All of it takes no longer than ``store_timeout_s``. At
+        behind; from the first write on the caller is shielded. All of it takes no longer than ``within_s``. At
         most half of this time is the wait for other callers of the session: a write that begins late would time out,
         with an unknown outcome, though the store may be well.
         """
@@ -85,9 +85,8 @@ class Acceptance:
         with self._active.holding(session_id) as session:
             self._check_place(session, new)
             self._check_turn_limit()
-            timeout_s = self._settings.store_timeout_s
-            with self._active.arriving(), answered_within(timeout_s) as deadline:
-                async with answered_in_turn(session.acceptance, timeout_s / 2):
+            with self._active.arriving(), answered_within(within_s) as deadline:
+                async with answered_in_turn(session.acceptance, within_s / 2):
                     self._drain.check_accepting()
                     branches = self._check_place(session, new)
                     # The ends of the earlier turns must be in the store, because this turn's prompt contains them.
@@ -103,7 +102,7 @@ class Acceptance:
                             self._check_following(session, new.on_conflict)
                             branches = False
 
-    async def add(self, session_id: str, new: NewItems) -> Sequence[TurnRecord]:
+    async def add(self, session_id: str, new: NewItems, within_s: float) -> Sequence[TurnRecord]:
         """Add turns that are complete at once, as :meth:`~service.sessions.sessions.Sessions.add_items` says.
 
         The waits have the bounds of :meth:`accept`. A cancellation leaves all of the turns behind, or none.
@@ -111,9 +110,8 @@ class Acceptance:
         self._drain.check_accepting()
         with self._active.holding(session_id) as session:
             _check_adding(session, new)
-            timeout_s = self._settings.store_timeout_s
-            with self._active.arriving(), answered_within(timeout_s) as deadline:
-                async with answered_in_turn(session.acceptance, timeout_s / 2):
+            with self._active.arriving(), answered_within(within_s) as deadline:
+                async with answered_in_turn(session.acceptance, within_s / 2):
                     self._drain.check_accepting()
                     _check_adding(session, new)
                     await self._pending_writes.retry_ends_of(session_id)

@@ -86,17 +86,17 @@ class KeyedCalls:
     async def once(
         self,
         key: IdempotencyKey | None,
-        call: Callable[[], Awaitable[T]],
+        call: Callable[[float], Awaitable[T]],
         *,
         take_share: Callable[[T], T] = lambda result: result,
         give_back: Callable[[T], object] = lambda _: None,
     ) -> T:
         """Make a call, or share the result of the call with the same key that is under way. Without a key: just call.
 
-        There is no checkpoint between the result and the return. The answer comes within ``store_timeout_s`` if
-        ``call`` has this bound.
+        There is no checkpoint between the result and the return. The answer comes within ``store_timeout_s``.
 
         Args:
+            call: Takes the seconds within which it must answer: half of ``store_timeout_s`` or more.
             take_share: What a call that waited gets of the result.
             give_back: Called for the share of a call that was cancelled meanwhile.
 
@@ -106,7 +106,7 @@ class KeyedCalls:
             StoreError: Also if the first call was refused so late that this one cannot begin any more.
         """
         if key is None:
-            return await call()
+            return await call(self._timeout_s)
         name = (key.caller, key.key)
         asked_at = trio.current_time()
         while (first := self._first.get(name)) is not None:
@@ -164,10 +164,10 @@ class KeyedCalls:
             raise StoreError("The first call with this Idempotency-Key was not accepted in time; try again.")
         return share
 
-    async def _call(self, key: IdempotencyKey, call: Callable[[], Awaitable[T]], asked_at: float) -> T:
+    async def _call(self, key: IdempotencyKey, call: Callable[[float], Awaitable[T]], asked_at: float) -> T:
         """Make a call. It is refused only if no earlier call with the key, anywhere, has made anything."""
         try:
-            return await call()
+            return await call(max(asked_at + self._timeout_s - trio.current_time(), self._timeout_s / 2))
         except OwnedElsewhereError:
             raise  # the owner is asked next, and the step that named it has checked the key
         except (RefusedError, StoreError) as error:

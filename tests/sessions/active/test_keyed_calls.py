@@ -250,6 +250,22 @@ async def test_each_of_many_repetitions_is_answered_in_time_while_the_store_hang
         await trio.sleep(200)
 
 
+async def test_a_repetition_that_waited_has_the_rest_of_its_own_time(autojump_clock: MockClock) -> None:
+    async with open_late_stage() as (_, store, calls):
+        await calls.start("in the way", key=None)
+        store.late, store.late_s = "check_key", 2.0
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(calls.start, "first")
+            await wait_all_tasks_blocked()
+            nursery.start_soon(calls.start, "second", "s", KEY, "supersede")
+            await trio.sleep(1.5)
+            store.late, store.late_s = "begin_turn", 100.0
+        assert isinstance(calls.refused["first"], TurnInProgressError)
+        assert isinstance(calls.refused["second"], StoreError)
+        assert calls.took_s["second"] <= TIMEOUT_S + 0.001
+        await trio.sleep(200)
+
+
 # Outcomes that are not known
 
 
