@@ -26,8 +26,8 @@ import os
 import termios
 import time
 from array import array
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from typing import cast
 
 import h2.exceptions
@@ -147,17 +147,17 @@ class Connections:
         self.idle_grace_s = 0.0
         self.closes_idle = False
 
-    @contextmanager
-    def until_idle_close(self, *, within_s: float) -> Iterator[None]:
-        """Cancel the body, a connection's idle time, once idle connections close, or after this time."""
-        with trio.move_on_after(within_s) as scope:
-            if self.closes_idle:
-                scope.cancel()
-            self._idle.add(scope)
-            try:
-                yield
-            finally:
-                self._idle.discard(scope)
+    def until_idle_close(self, scope: trio.CancelScope) -> "_UntilIdleClose":
+        """Cancel a scope, around a connection's idle time, once idle connections close."""
+        return _UntilIdleClose(self, scope)
+
+    def note_idle(self, scope: trio.CancelScope) -> None:
+        if self.closes_idle:
+            scope.cancel()
+        self._idle.add(scope)
+
+    def note_not_idle(self, scope: trio.CancelScope) -> None:
+        self._idle.discard(scope)
 
     def abort_stalled(self) -> int:
         """Close the connections whose clients do not read; returns their number. Slow connections stay open."""
@@ -178,6 +178,22 @@ class Connections:
         return len(connections)
 
 
+class _UntilIdleClose:
+    """See :meth:`Connections.until_idle_close`. A class, because each connection waits in it."""
+
+    __slots__ = ("_connections", "_scope")
+
+    def __init__(self, connections: Connections, scope: trio.CancelScope) -> None:
+        self._connections = connections
+        self._scope = scope
+
+    def __enter__(self) -> None:
+        self._connections.note_idle(self._scope)
+
+    def __exit__(self, *_: object) -> None:
+        self._connections.note_not_idle(self._scope)
+
+
 class Connection(TCPServer):
     """One connection, as hypercorn serves it."""
 
@@ -194,14 +210,14 @@ class Connection(TCPServer):
         connections: Connections,
     ) -> None:
         config.h2_max_header_list_size = HEAD_BYTES_MAX
-        super().__init__(app, config, context, state, stream)
+        # The locks and tasks of hypercorn's connection take memory, and HTTP/1.1 needs none of them.
+        self.app, self.config, self.state, self.stream = app, config, state, stream
         self._worker_context = context
         self._connections = connections
         self._socket = socket_of(stream)
         self._takes_plain_bytes = isinstance(stream, trio.SocketStream)
         self.opened_at = trio.current_time()
-        self._handshake = trio.CancelScope()
-        self._is_in_handshake = True
+        self._handshake: trio.CancelScope | None = None if self._takes_plain_bytes else trio.CancelScope()
         self._http1: Http1Connection | None = None
 
     def __repr__(self) -> str:
@@ -214,7 +230,7 @@ class Connection(TCPServer):
 
     @property
     def is_in_handshake(self) -> bool:
-        return self._is_in_handshake
+        return self._handshake is not None
 
     @property
     def is_http2(self) -> bool:
@@ -233,7 +249,7 @@ class Connection(TCPServer):
         return self._connections.closes_idle or self._worker_context.terminated.is_set()
 
     async def wait_until_idle_close(self, *, within_s: float) -> None:
-        with self._connections.until_idle_close(within_s=within_s):
+        with trio.move_on_after(within_s) as scope, self._connections.until_idle_close(scope):
             await self._worker_context.terminated.wait()
 
     @property
@@ -251,18 +267,20 @@ class Connection(TCPServer):
         self._connections.note_begun(self)
         self._reader = trio.lowlevel.current_task()
         try:
-            with self._handshake:
-                await self._shake_hands()
-            if self._is_in_handshake:
+            alpn: str | None = "http/1.1"
+            if self._handshake is not None:
+                with self._handshake:
+                    alpn = await self._shake_hands()
+            if self._handshake is not None:
                 return
             sock = self._socket
             client = parse_socket_addr(sock.family, sock.getpeername())
             server = parse_socket_addr(sock.family, sock.getsockname())
             begun: bytes | None = b""
-            if self._alpn != "h2":
+            if alpn != "h2":
                 begun = await self._serve_http1(client, server)
             if begun is not None:
-                await self._serve_other_protocol(begun, client, server)
+                await self._serve_other_protocol(begun, client, server, alpn=alpn)
         except* OSError:
             pass
         except* Exception as errors:  # noqa: BLE001  the edge of a connection
@@ -271,16 +289,16 @@ class Connection(TCPServer):
             self._socket.close()
             self._connections.note_closed(self)
 
-    async def _shake_hands(self) -> None:
-        self._alpn: str | None = "http/1.1"
-        if not self._takes_plain_bytes:
-            try:
-                with trio.fail_after(self.config.ssl_handshake_timeout):
-                    await self.stream.do_handshake()
-            except (trio.BrokenResourceError, trio.TooSlowError):
-                return
-            self._alpn = self.stream.selected_alpn_protocol()
-        self._is_in_handshake = False
+    async def _shake_hands(self) -> str | None:
+        """Agree on keys. Returns the protocol that was agreed on."""
+        try:
+            with trio.fail_after(self.config.ssl_handshake_timeout):
+                await self.stream.do_handshake()
+        except (trio.BrokenResourceError, trio.TooSlowError):
+            return None
+        self._handshake = None
+        agreed: str | None = self.stream.selected_alpn_protocol()
+        return agreed
 
     async def _serve_http1(self, client: Address, server: Address) -> bytes | None:
         """Serve HTTP/1.1. Returns the bytes with which another protocol begins, or None once the connection ended."""
@@ -299,9 +317,10 @@ class Connection(TCPServer):
         finally:
             self._http1 = None  # a circle
 
-    async def _serve_other_protocol(self, begun: bytes, client: Address, server: Address) -> None:
+    async def _serve_other_protocol(self, begun: bytes, client: Address, server: Address, *, alpn: str | None) -> None:
         """Serve HTTP/2, or WebSockets, as hypercorn does."""
-        self.context = ConnectionContext(self._worker_context, self)
+        context = ConnectionContext(self._worker_context, self)
+        super().__init__(self.app, self.config, context, self.state, self.stream)
         try:
             task_group = self._task_group = ConnectionTaskGroup()
             async with task_group:
@@ -315,7 +334,7 @@ class Connection(TCPServer):
                     client,
                     server,
                     self.protocol_send,
-                    self._alpn,
+                    alpn,
                 )
                 await self.protocol.initiate()
                 await self.idle_task.restart(cast("TaskGroup", self._task_group), self._idle_timeout)
@@ -341,7 +360,7 @@ class Connection(TCPServer):
 
     def abort(self) -> None:
         """Close the connection without GOAWAY or a TLS close. The kernel still delivers the bytes that it has taken."""
-        if self.is_in_handshake:
+        if self._handshake is not None:
             self._handshake.cancel()
         elif self._http1 is not None:
             self._http1.abort()

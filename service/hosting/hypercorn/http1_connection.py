@@ -190,6 +190,7 @@ class Http1Connection:
             if _asks_for_another_protocol(request):
                 return self._parser.received + self._input
             exchange = await self._begin(request)
+            del request  # the exchange has what is needed of it for as long as the response takes
             if exchange is None:
                 return None
             if not (await self._read_body(exchange) and await self._go_on_after(exchange)):
