@@ -116,8 +116,8 @@ class _Session:
     record: SessionRecord
     turns: list[_Turn] = field(default_factory=list)
     """The session's turns, in the order of their acceptance."""
-    keys: list[tuple[str, str]] = field(default_factory=list)
-    """The idempotency keys of the session and its turns."""
+    keys: dict[str | None, tuple[str, str]] = field(default_factory=dict)
+    """The idempotency keys of the session (None) and of its turns, by their ids."""
     children: dict[str | None, list[_Turn]] = field(default_factory=dict)
     """The turns of each parent, in the order of their acceptance."""
     begun: int = 0
@@ -485,6 +485,8 @@ class MemoryStore:
         for turn in followers:
             self._forget(turn)
             del self._turns[turn.record.id]
+            if turn.record.id in session.keys:
+                self._gone.append(session.keys.pop(turn.record.id))
         head = session.record.head
         if head in {turn.record.id for turn in followers}:
             head = followers[0].record.parent
@@ -848,7 +850,7 @@ class MemoryStore:
         if key is not None:
             name = (key.caller, key.key)
             self._keys[name] = _Key(key.fingerprint, session, session.record.id, turn_id, first_turn_id)
-            session.keys.append(name)
+            session.keys[turn_id] = name
 
     def _turn_of(self, session_id: str, turn_id: str) -> _Turn:
         turn = self._turns.get(turn_id)
@@ -906,9 +908,9 @@ class MemoryStore:
             self._forget(turn)
             del self._turns[turn.record.id]
         del self._sessions[session.record.id]
-        for name in session.keys:
+        for name in session.keys.values():
             self._keys[name].session = None
-        self._gone.extend(session.keys)
+        self._gone.extend(session.keys.values())
 
     def _lists_of(self, session: SessionRecord) -> Iterator["_Listed"]:
         yield self._listed

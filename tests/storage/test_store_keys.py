@@ -236,6 +236,31 @@ async def test_the_key_of_a_session_that_is_being_deleted_says_that_it_is_gone(s
     assert await _made(store) == ("made", "turn", True)
 
 
+@pytest.mark.usefixtures("_in_many_steps")
+async def test_the_keys_of_deleted_turns_are_spent_and_forgotten_a_day_later_while_the_session_lives(
+    store: Store,
+) -> None:
+    await store.create_session(a_session("s", idle_timeout_s=10 * KEY_KEPT_S), now=T0, key=a_key("session"))
+    for name, parent in (("a", None), ("b", "a"), ("c", "b")):
+        await store.begin_turn(a_turn(name, parent=parent), now=T0, key=a_key(name))
+        await store.end_turn(ended(a_turn(name, parent=parent)), runs=said("Hi"), now=T0)
+    added = [
+        msgspec.structs.replace(an_added_turn(name, parent=parent), session_id="s")
+        for name, parent in (("d", "c"), ("e", "d"))
+    ]
+    await store.add_turns(added, now=T0, key=a_key("added"))
+    await store.delete_turns("s", "e", now=at(1))
+    assert await _made(store, a_key("added")) == ("s", "e", True)
+    await store.delete_turns("s", "b", now=at(1))
+    for seconds in (10, 10 + KEY_KEPT_S - 1):
+        await _forget(store, seconds=seconds)
+        assert [await _made(store, a_key(name)) for name in ("b", "c")] == [("s", "b", True), ("s", "c", True)]
+    await _forget(store, seconds=10 + KEY_KEPT_S)
+    assert [await _made(store, a_key(name)) for name in ("b", "c", "added")] == [None] * 3
+    assert await _made(store, a_key("a")) == ("s", "a", False)
+    assert await _made(store, a_key("session")) == ("s", None, False)
+
+
 async def test_a_forgotten_key_makes_something_anew(store: Store) -> None:
     await _begin_with_session(store, a_key())
     await _delete(store, "made")

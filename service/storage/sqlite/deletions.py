@@ -15,7 +15,7 @@ from service.errors import ItemNotFoundError, TurnInProgressError, TurnNotFoundE
 from service.storage import rules
 from service.storage.pieces import text_of
 from service.storage.records import Item, TurnRecord, count_messages
-from service.storage.sqlite import documents, event_pages, recovery, sessions, trees, turns
+from service.storage.sqlite import documents, event_pages, idempotency, recovery, sessions, trees, turns
 from service.storage.sqlite.ownership import Ownership
 from service.storage.sqlite.rows import TURN_COLUMNS, Row, items_of, values_of
 
@@ -71,6 +71,7 @@ def delete_turns(db: apsw.Connection, session_id: str, turn_id: str, owners: Own
     trees.remove(db, kept.key, [(turn.id, turn.parent, turn.ordinal) for turn in followers])
     for turn in followers:
         documents.forget_turn(db, turn.key)
+        idempotency.move(db, turn.id, kept.key, hidden)
         db.execute(_HIDE, {"hidden": hidden, "key": turn.key})
     head = kept.record.head
     _note(

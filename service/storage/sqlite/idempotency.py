@@ -26,6 +26,7 @@ _NOTE_GONE = (
     f"UPDATE idempotency_keys SET gone_at = :now WHERE {_SOME.format(condition='session IS NULL AND gone_at IS NULL')}"
 )
 _FORGET = f"DELETE FROM idempotency_keys WHERE {_SOME.format(condition='session IS NULL AND gone_at <= :until')}"
+_MOVE = "UPDATE idempotency_keys SET session = ? WHERE session = ? AND turn = ?"
 _CUT_OFF_AT_ONCE = 100
 
 
@@ -63,6 +64,11 @@ def keep(
     """Keep the key of a step, which :func:`check` has let pass, with what the step has made."""
     if key is not None:
         db.execute(_KEEP, (key.caller, key.key, key.fingerprint, session, session_id, turn, first_turn))
+
+
+def move(db: apsw.Connection, turn: str, session: int, to: int) -> None:
+    """Move the key of a turn that is deleted to the removed session that takes the turn's rows."""
+    db.execute(_MOVE, (to, session, turn))
 
 
 def cut_off_some(db: apsw.Connection, session: int) -> bool:

@@ -171,6 +171,17 @@ async def test_several_keys_are_refused() -> None:
         assert "2 headers Idempotency-Key" in json.loads(body)["detail"]
 
 
+@pytest.mark.parametrize("call", ["turn", "background", "chat", "messages"])
+async def test_the_key_of_a_turn_that_was_deleted_is_spent(call: str, autojump_clock: MockClock) -> None:
+    async with open_api() as api:
+        await api.new_session(id="me")
+        first = await ask(api, call)
+        await trio.sleep(100)
+        assert (await api.call("DELETE", first.headers["location"])).status == 204
+        problem = (await ask(api, call)).problem(410, "idempotency_key_spent", "Idempotency-Key")
+        assert first.headers["location"].rpartition("/")[2] in problem["detail"]
+
+
 async def test_a_retry_with_a_key_is_done_once(autojump_clock: MockClock) -> None:
     async with open_api(model_url=SLOW, branches_max=2) as api:
         await api.new_session(id="me")
