@@ -70,9 +70,10 @@ clients *args:
 crash times="200":
     @{{ dev }} python -m tests.storage.sqlite.crash {{ times }}
 
-# what the store's calls cost with so many sessions in it
-scale sessions="1000000":
+# what the store's calls cost with so many sessions in it, and what search costs with so many messages
+scale sessions="1000000" messages="1000000":
     @{{ dev }} python -m tests.storage.sqlite.many_rows {{ sessions }}
+    @{{ dev }} python -m tests.storage.sqlite.many_documents {{ messages }}
 
 # measure; arguments go to the bench, which is installed with what it compares
 bench *args:

@@ -27,7 +27,7 @@ from service.sessions.sessions import Sessions
 from service.sessions.turns.turn import Turn
 from service.settings import Settings
 from service.storage.records import SEQ_AFTER_CRASH, Checkpoint
-from service.storage.sqlite import SqliteStore, forks, open_sqlite_store
+from service.storage.sqlite import SqliteStore, forks, maintenance, open_sqlite_store
 from service.supervisor import open_service
 from tests.storage import rows
 
@@ -268,6 +268,7 @@ async def compare(path: Path, facts: Facts) -> None:
                 await store.get_session(session, now=facts.killed_at)
         for session in _forks_in(path):
             await _compare_copies(store, session, facts.forked.get(session))
+        assert maintenance.check(path) == [], "each ended turn is in the search index, and no other"
     _check_file(path)
 
 

@@ -110,11 +110,11 @@ async def measure(path: Path, sessions: int) -> None:
     async with open_sqlite_store(path) as store:
         started = time.perf_counter()
         await store._writing.call(lambda db: fill(db, sessions, turns=TURNS))
-        _say(f"filled in {time.perf_counter() - started:.0f} s")
+        say(f"filled in {time.perf_counter() - started:.0f} s")
     started = time.perf_counter()
     async with open_sqlite_store(path) as store:
         await store.recover(now=T0)
-        _say(f"opened in {(time.perf_counter() - started) * 1e3:.0f} ms")
+        say(f"opened in {(time.perf_counter() - started) * 1e3:.0f} ms")
         step = sessions // 101
         for name, call in MEASURED.items():
             times = []
@@ -123,10 +123,10 @@ async def measure(path: Path, sessions: int) -> None:
                 await call(store, f"{n * step:06d}")
                 times.append((time.perf_counter() - started) * 1e3)
             times.sort()
-            _say(f"{name:16} p50 {statistics.median(times):8.2f} ms  p99 {times[98]:8.2f} ms")
+            say(f"{name:16} p50 {statistics.median(times):8.2f} ms  p99 {times[98]:8.2f} ms")
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     sys.stdout.write(f"{line}\n")
 
 
