@@ -61,6 +61,14 @@ async def test_a_reply_is_deltas_and_then_one_finished(client: ModelClient) -> N
     assert reply.finished.finish_reason == "stop"
 
 
+async def test_a_stream_says_what_was_counted_also_after_it_was_left(client: ModelClient) -> None:
+    with trio.fail_after(WAIT_S):
+        async with client.stream(asking()) as stream:
+            assert stream.usage is None or stream.usage.output_tokens >= 0
+            reply = await take(stream)
+        assert stream.usage == reply.finished.usage
+
+
 async def test_the_same_request_gets_a_whole_reply_again_and_again(client: ModelClient) -> None:
     with trio.fail_after(WAIT_S):
         texts = {(await ask(client)).text for _ in range(3)}

@@ -704,3 +704,23 @@ async def test_no_stream_waits_for_another() -> None:
                 for _ in range(count):
                     nursery.start_soon(ask_once, client)
             assert server.connections_made == count
+
+
+async def test_what_a_server_counts_with_each_piece_is_known_when_the_reply_is_left_early() -> None:
+    """xAI and Gemini count so. Most servers count at the end only."""
+
+    async def count(connection: Connection) -> None:
+        await connection.receive_request()
+        await connection.send_head()
+        for written in (1, 2):
+            told = {"prompt_tokens": 9, "completion_tokens": written, "prompt_tokens_details": {"cached_tokens": 8}}
+            await connection.send_event(delta("x") | {"usage": told})
+        await connection.wait_closed()
+
+    async with open_upstream(count) as upstream:
+        events: list[ModelEvent] = []
+        async with upstream.client.stream(asking()) as stream:
+            while len(events) < 2:
+                events += await stream.receive()
+        assert events == [TextDelta("x")] * 2
+        assert stream.usage == Usage(input_tokens=9, output_tokens=2, cached_tokens=8)

@@ -300,6 +300,7 @@ class Turn:
         """Begin the end: return the record with the decided end, ready for the store."""
         assert self.end is not None, "a turn finished before its end was decided"
         self.is_ending = True
+        self._spent, self._stream = self.usage, None  # the turn may be kept until the store takes its end
         changes = outcome.record_changes(self.end) | {"ended_at": now, "usage": self.usage}
         output = self._reply.items()
         if isinstance(self.end, outcome.Completed) and self.end.finish_reason in ("stop", "tool_calls"):
