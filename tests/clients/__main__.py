@@ -174,7 +174,7 @@ async def httpx_sse(around: Surroundings) -> str:
 GENERATED = {
     "title": "A title",
     "sessions": 2,
-    "turns": ["completed", "completed"],
+    "turns": ["completed", "completed", "completed"],
     "messages": 4,
     "text": "".join(PLAIN),
     "texts": ["".join(PLAIN)] * 3,

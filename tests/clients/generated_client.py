@@ -84,6 +84,10 @@ def main(url: str, key: str) -> None:
             "last": [events[-1]["type"] for events in (streamed, replayed, chatted)],
         }
         call("sessions.fork_session", 201, **known, body=models.ForkSession())
+        items = [models.AddedMessage(type_="message", role=models.AddedMessageRole.USER, text="Hm")]
+        added = call("sessions.add_messages", 201, **known, body=models.AddMessages(items=items))
+        call("sessions.delete_message", 204, **known, item_id=added.messages[0].id)
+        call("turns.delete_turn", 204, **known, turn_id=added.turns[0])
         call("sessions.delete_session", 204, **known)
         seen["code"] = call("sessions.get_session", 404, **known).code
         for name, status in (

@@ -66,6 +66,12 @@ const replayed = await eventsOf(
 );
 const chatted = await eventsOf(must(await client.POST("/chat", { body: { message: "Hi" }, parseAs: "stream" })));
 must(await client.POST("/sessions/{session_id}/turns/{turn_id}/cancel", { params: turnById }));
+const retried = must(
+  await client.POST("/sessions/{session_id}/turns/{turn_id}/retry", { params: turnById, body: { temperature: 1 } }),
+);
+if (typeof retried === "string" || retried.siblings?.place !== 2 || !retried.is_head) throw new Error("it is no sibling");
+const tree = must(await client.GET("/sessions/{session_id}/tree", { params: byId })).data;
+must(await client.PATCH("/sessions/{session_id}", { params: byId, body: { head: tree[1]!.id, seen_head: retried.id } }));
 const seen = {
   called,
   title: must(await client.GET("/sessions/{session_id}", { params: byId })).title,
@@ -78,6 +84,18 @@ const seen = {
   code: "",
 };
 must(await client.POST("/sessions/{session_id}/fork", { params: byId, body: {} }));
+const added = must(
+  await client.POST("/sessions/{session_id}/messages", {
+    params: byId,
+    body: { items: [{ type: "message", role: "user", text: "Hm" }] },
+  }),
+);
+await client.DELETE("/sessions/{session_id}/messages/{item_id}", {
+  params: { path: { ...byId.path, item_id: added.messages[0]!.id } },
+});
+await client.DELETE("/sessions/{session_id}/turns/{turn_id}", {
+  params: { path: { ...byId.path, turn_id: added.turns[0]! } },
+});
 await client.DELETE("/sessions/{session_id}", { params: byId });
 const { error } = await client.GET("/sessions/{session_id}", { params: byId });
 seen.code = error!.code;

@@ -11,7 +11,7 @@ from service.storage.rules import revision_of
 
 TAGS = {
     "type": "string",
-    "anyOf": [{"const": "*"}, {"pattern": r'^(W/)?"[!#-~]*"(, (W/)?"[!#-~]*")*$'}],
+    "pattern": r'^(\*|(W/)?"[!#-~]*"(, (W/)?"[!#-~]*")*)$',
 }
 """The schema of both headers."""
 # Each alternative begins with another character, so that a long header is read in one pass.

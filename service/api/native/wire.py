@@ -464,6 +464,10 @@ class FunctionChoice(BodyPart, frozen=True, kw_only=True, tag="function", tag_fi
     name: str
 
 
+_WITHOUT_CLIENTS = Meta(description="What happens when no client streams the turn or waits for it any more.")
+_AT_ONCE = Meta(description="Answer 202 at once; the turn runs also if no client waits for it.")
+
+
 class StartTurn(RequestBody, frozen=True, kw_only=True):
     """``{"input": "What is a nursery?", "temperature": 0.2, "on_conflict": "queue"}``"""
 
@@ -500,13 +504,8 @@ class StartTurn(RequestBody, frozen=True, kw_only=True):
     on_conflict: Annotated[
         OnConflict, Meta(description="What to do while another turn of the session is running or queued.")
     ] = "reject"
-    on_disconnect: Annotated[
-        OnDisconnect,
-        Meta(description="What happens when no client streams the turn or waits for it any more."),
-    ] = "cancel"
-    background: Annotated[
-        bool, Meta(description="Answer 202 at once; the turn runs also if no client waits for it.")
-    ] = False
+    on_disconnect: Annotated[OnDisconnect, _WITHOUT_CLIENTS] = "cancel"
+    background: Annotated[bool, _AT_ONCE] = False
 
 
 class RetryTurn(RequestBody, frozen=True, kw_only=True):
@@ -528,13 +527,8 @@ class RetryTurn(RequestBody, frozen=True, kw_only=True):
     on_conflict: Annotated[
         OnConflict, Meta(description="What to do if the retried turn waits for other turns to end.")
     ] = "reject"
-    on_disconnect: Annotated[
-        OnDisconnect,
-        Meta(description="What happens when no client streams the turn or waits for it any more."),
-    ] = "cancel"
-    background: Annotated[
-        bool, Meta(description="Answer 202 at once; the turn runs also if no client waits for it.")
-    ] = False
+    on_disconnect: Annotated[OnDisconnect, _WITHOUT_CLIENTS] = "cancel"
+    background: Annotated[bool, _AT_ONCE] = False
 
 
 class MessageItem(msgspec.Struct, frozen=True, kw_only=True, tag="message", tag_field="type"):
