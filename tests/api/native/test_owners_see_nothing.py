@@ -6,6 +6,7 @@ once alone. Her answers must be the same, but for times and random ids. She gues
 
 import re
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,10 +22,9 @@ from tests.api.inprocess import Api, Reply, open_api
 from tests.storage.conftest import MEMORY_DISK
 
 RANDOM_IDS = re.compile(r"\b(turn|sess|msg|fc|fco|call|req)_[0-9a-f]{32}")
-TURN_IDS = re.compile(r"turn_[0-9a-f]{32}")
+SEEN_IDS = {kind: re.compile(rf"{kind}_[0-9a-f]{{32}}") for kind in ("turn", "msg")}
 TIMES = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)")
 CURSOR = re.compile(r'"next":"([^"]+)"')
-NO_TURN = "turn_" + "0" * 32
 COMPARED_HEADERS = ("location", "retry-after", "content-type", "etag", "allow", "www-authenticate", "cache-control")
 UPSTREAMS = (
     {"name": "quick", "url": "scripted:?rate=0&tokens=2&first_token_s=0", "models": ("quick",)},
@@ -34,7 +34,7 @@ UPSTREAMS = (
 
 @dataclass(frozen=True)
 class Step:
-    """A call. ``turn`` is a turn that Ann or Bob has seen, or none; ``cursor`` is a page cursor of theirs, or none."""
+    """A call. ``turn`` is a turn or a message that Ann or Bob has seen, or none; ``cursor`` is a cursor of theirs."""
 
     actor: str
     kind: str
@@ -105,6 +105,8 @@ KINDS: dict[str, Callable[[Step, str, str, str], Built]] = {
         *("POST", f"/sessions/{s}/messages"),
         {"items": [{"type": "message", "role": "user", "text": it.word}]},
     ),
+    "delete message": lambda _, s, m, _c: ("DELETE", f"/sessions/{s}/messages/{m}"),
+    "get turn and wait": lambda _, s, t, _c: ("GET", f"/sessions/{s}/turns/{t}?wait=0"),
     "delete turn": lambda _, s, t, _c: ("DELETE", f"/sessions/{s}/turns/{t}"),
     "list": lambda it, _s, _t, c: ("GET", _list(it, c)),
     "list of a status": lambda it, _s, _t, c: ("GET", _list(it, c, f"&status={it.status or 'idle'}")),
@@ -152,7 +154,8 @@ class World:
     api: Api
     others_act: bool
     guesses: dict[int, tuple[str, str]]
-    turns: dict[str, list[str]] = field(default_factory=lambda: {"ann": [], "bob": []})
+    seen: defaultdict[tuple[str, str], list[str]] = field(default_factory=lambda: defaultdict(list))
+    """The ids of turns and messages in the answers of Ann, and in those of Bob and of the administrator."""
     cursors: dict[str, str] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
     """What stands for each random id in Ann's answers."""
@@ -165,9 +168,10 @@ class World:
             request = self._request(index, step)
             reply = await self._call(step, request)
             text = reply.body.decode() + reply.headers.get("location", "")
-            seen = self.turns["ann" if step.actor == "ann" else "bob"]
             guessed = repr(request)  # a refusal repeats it
-            seen += [turn for turn in dict.fromkeys(TURN_IDS.findall(text)) if turn not in seen and turn not in guessed]
+            for kind, form in SEEN_IDS.items():
+                seen = self.seen["ann" if step.actor == "ann" else "bob", kind]
+                seen += [it for it in dict.fromkeys(form.findall(text)) if it not in seen and it not in guessed]
             if found := CURSOR.search(text):
                 self.cursors["ann" if step.actor == "ann" else "bob"] = found[1]
             if step.actor == "ann":
@@ -175,20 +179,19 @@ class World:
         return answers
 
     def _request(self, index: int, step: Step) -> Built:
-        if "bob" in (step.turn[0], step.cursor) and step.actor == "ann":
+        who, number = step.turn
+        kind = "msg" if step.kind == "delete message" else "turn"
+        item, cursor = self._seen_by(who, kind, number), self.cursors.get(step.cursor, "")
+        if step.actor == "ann":
             if self.others_act:
-                self.guesses[index] = self._turn_of("bob", step.turn[1]), self.cursors.get("bob", "")
-            turn, cursor = self.guesses[index]
-            turn = turn if step.turn[0] == "bob" else self._turn_of("ann", step.turn[1])
-            cursor = cursor if step.cursor == "bob" else self.cursors.get(step.cursor, "")
-        else:
-            turn = self._turn_of(step.turn[0], step.turn[1])
-            cursor = self.cursors.get(step.cursor, "")
-        return KINDS[step.kind](step, f"s{step.session}", turn, cursor)
+                self.guesses[index] = item, cursor
+            item = self.guesses[index][0] if who == "bob" else item
+            cursor = self.guesses[index][1] if step.cursor == "bob" else cursor
+        return KINDS[step.kind](step, f"s{step.session}", item, cursor)
 
-    def _turn_of(self, who: str, number: int) -> str:
-        seen = self.turns.get(who, [])
-        return seen[number % len(seen)] if seen else NO_TURN
+    def _seen_by(self, who: str, kind: str, number: int) -> str:
+        seen = self.seen[who, kind]
+        return seen[number % len(seen)] if seen else f"{kind}_{'0' * 32}"
 
     async def _call(self, step: Step, request: Built) -> Reply:
         method, path, body, headers, *_ = (*request, None, None)[:4] if len(request) < 4 else request
