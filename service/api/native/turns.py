@@ -212,14 +212,9 @@ async def retry_turn(session_id: str, turn_id: str) -> TrioResponse:
     body = await read_body(request, RetryTurn, service)
     key = read_key(body)
     try:
-        turn = await service.sessions.get_asked(session_id, turn_id)
-    except _NO_TURN:
-        if key is not None:  # the turn may have been deleted since this request has started another one
-            try:
-                await service.sessions.check_key(key)
-            except RepeatedError as repeated:
-                return await _answer_made(service, repeated, background=body.background)
-        raise
+        turn = await _find_asked(service, session_id, turn_id, key)
+    except RepeatedError as repeated:
+        return await _answer_made(service, repeated, background=body.background)
     if not turn.input:
         raise InvalidRequestError(f"Turn {turn_id!r} has no input that could be sent again.", field="turn_id")
     new = NewTurn(
@@ -237,6 +232,22 @@ async def retry_turn(session_id: str, turn_id: str) -> TrioResponse:
         key=key,
     )
     return await _answer_new(service, session_id, new, retried=turn_id)
+
+
+async def _find_asked(service: Service, session_id: str, turn_id: str, key: IdempotencyKey | None) -> TurnRecord:
+    """Find the turn that is to be retried.
+
+    Raises:
+        SessionNotFoundError, TurnNotFoundError
+        RepeatedError: The turn is gone, and was not when an earlier request with this key has retried it.
+    """
+    try:
+        return await service.sessions.get_asked(session_id, turn_id)
+    except _NO_TURN as error:
+        refusal = error
+    if key is not None:
+        await service.sessions.check_key(key)
+    raise refusal
 
 
 async def _answer_new(service: Service, session_id: str, new: NewTurn, *, retried: str | None = None) -> TrioResponse:
