@@ -1,8 +1,8 @@
 """Titles: a model writes one for a session that has none, when the first turn of its conversation is complete.
 
 The call is no turn: it is in no tree, it has no events, and it does not use the session. Its tokens count in the
-session's usage. A title that a caller sets meanwhile stays. A call that fails leaves the session without a title, and
-one line in the log; it is not repeated.
+session's usage. A title that a caller sets meanwhile stays, and no title tells of messages that were deleted meanwhile.
+A call that fails leaves the session without a title, and one line in the log; it is not repeated.
 """
 
 import re
@@ -20,7 +20,7 @@ from service.models.client import Finished, Message, ModelClient, ModelRequest, 
 from service.sessions.turns.turn import Turn
 from service.settings import Settings
 from service.stop_state import Phase, StopState
-from service.storage.records import SessionRecord, TurnRecord
+from service.storage.records import SessionRecord, TitleSource, TurnRecord
 from service.storage.store import Store
 from service.storage.store_deadline import answered_within
 from service.telemetry.log_context import log_context
@@ -90,20 +90,21 @@ class Titles:
         if turn.session_id in self._scopes or len(self._scopes) >= WAITING_MAX or self._stop.phase >= Phase.DRAINING:
             return
         scope = self._scopes[turn.session_id] = trio.CancelScope()
-        request = _request_for(turn.record(), self._settings.title_model)
-        self._nursery.start_soon(self._run, turn.session_id, request, scope, name=f"title of {turn.session_id}")
+        record = turn.record()
+        request, source = _request_for(record, self._settings.title_model), TitleSource.of(record)
+        self._nursery.start_soon(self._run, turn.session_id, request, source, scope, name=f"title of {turn.session_id}")
 
     def cancel(self, session_id: str) -> None:
         """Cancel the call for a session, if there is one: the session is deleted."""
         if session_id in self._scopes:
             self._scopes[session_id].cancel()
 
-    async def _run(self, session_id: str, request: ModelRequest, scope: trio.CancelScope) -> None:
+    async def _run(self, session_id: str, request: ModelRequest, source: TitleSource, scope: trio.CancelScope) -> None:
         """The task of one title. Its failure ends nothing else."""
         try:
             with log_context(session_id=session_id), scope, self._stop.until(Phase.DRAINING):
                 async with self._places:
-                    await self._write(session_id, request)
+                    await self._write(session_id, request, source)
         except SessionNotFoundError:
             pass
         except LastcallError as error:
@@ -113,7 +114,7 @@ class Titles:
         finally:
             del self._scopes[session_id]
 
-    async def _write(self, session_id: str, request: ModelRequest) -> None:
+    async def _write(self, session_id: str, request: ModelRequest, source: TitleSource) -> None:
         with answered_within(self._settings.store_timeout_s):
             session = await self._store.get_session(session_id, now=self._clock())
         if session.title is not None:
@@ -124,7 +125,7 @@ class Titles:
             await self._ask(request, answer)
         except ModelError as error:
             failure = error  # what was counted by then was paid for
-        await self._keep(session, answer)
+        await self._keep(session, answer, source)
         if failure is not None:
             raise failure
 
@@ -142,10 +143,12 @@ class Titles:
         if answer.title is None:
             raise ModelError("upstream_protocol", "The model answered with nothing that can be a title.")
 
-    async def _keep(self, session: SessionRecord, answer: "_Answer") -> None:
+    async def _keep(self, session: SessionRecord, answer: "_Answer", source: TitleSource) -> None:
         if answer.title is not None or answer.usage is not None:
             with answered_within(self._settings.store_timeout_s):
-                await self._store.keep_title(session, answer.title, usage=answer.usage, now=self._clock())
+                await self._store.keep_title(
+                    session, answer.title, usage=answer.usage, now=self._clock(), source=source
+                )
 
 
 class _Answer:

@@ -64,6 +64,7 @@ from service.storage.records import (
     SessionRecord,
     SessionStatus,
     Siblings,
+    TitleSource,
     TreeNode,
     TurnRecord,
     text_length,
@@ -362,12 +363,22 @@ class MemoryStore:
         return session.record
 
     async def keep_title(
-        self, session: SessionRecord, title: str | None, *, usage: Usage | None, now: datetime
+        self,
+        session: SessionRecord,
+        title: str | None,
+        *,
+        usage: Usage | None,
+        now: datetime,
+        source: TitleSource | None = None,
     ) -> bool:
         await anyio.lowlevel.checkpoint()
         kept = self._sessions.get(session.id)
         if kept is None or not rules.is_titled(kept.record, session, now, is_deleted=kept.deleted):
             return False
+        if source is not None:
+            turn = self._turns.get(source.turn_id)
+            if turn is None or TitleSource.of(turn.record) != source:
+                title = None
         before = kept.record
         self._replace(kept, rules.titled(before, title, usage, now))
         if kept.record.title == before.title:

@@ -376,6 +376,17 @@ class TreeNode(msgspec.Struct, frozen=True, kw_only=True):
         return cls(id=turn.id, parent=turn.parent, state=turn.state, created_at=turn.created_at, ended_at=turn.ended_at)
 
 
+class TitleSource(msgspec.Struct, frozen=True):
+    """What a title was written of: a turn, and how many messages, calls and outputs this turn had then."""
+
+    turn_id: str
+    items: int
+
+    @classmethod
+    def of(cls, turn: TurnRecord) -> "TitleSource":
+        return cls(turn.id, turn.in_prompts.items)
+
+
 class BegunTurn(msgspec.Struct, frozen=True):
     """What the store knows of a turn that it has just accepted.
 

@@ -33,6 +33,7 @@ from service.storage.records import (
     SessionPatch,
     SessionRecord,
     SessionStatus,
+    TitleSource,
     TreeNode,
     TurnRecord,
 )
@@ -202,12 +203,21 @@ class Store(Protocol):
         ...
 
     async def keep_title(
-        self, session: SessionRecord, title: str | None, *, usage: Usage | None, now: datetime
+        self,
+        session: SessionRecord,
+        title: str | None,
+        *,
+        usage: Usage | None,
+        now: datetime,
+        source: TitleSource | None = None,
     ) -> bool:
         """Give a session a title, if it has none, and add what it cost to the totals. It is not a use of the session.
 
         Does nothing if the session does not exist, or is another one of the same id. Returns whether the session has
         this title now. ``title`` is None if only the cost is to be kept.
+
+        Args:
+            source: The title is not kept if this turn, or an item of it, was deleted since: the title tells its texts.
         """
         ...
 

@@ -188,6 +188,20 @@ async def test_a_deletion_cancels_the_call(autojump_clock: MockClock) -> None:
         assert (await _session(stage)).title is None
 
 
+async def test_a_title_of_messages_that_were_deleted_meanwhile_is_not_kept(autojump_clock: MockClock) -> None:
+    async with open_titled_stage() as stage:
+        await stage.sessions.create_session(NewSession(id="s"))
+        await _complete(stage)
+        reply = await _next_title(stage)
+        message, _ = (await stage.sessions.list_messages("s", limit=9)).data
+        await stage.sessions.delete_item("s", message.item.id)
+        reply.say("Tea")
+        reply.finish()
+        await wait_all_tasks_blocked()
+        session = await _session(stage)
+        assert (session.title, session.output_tokens) == (None, 2 + 2)
+
+
 async def test_a_later_session_of_the_id_does_not_get_the_title(autojump_clock: MockClock) -> None:
     """Another process may delete the session, and does not know of the call."""
     async with open_titled_stage() as stage:

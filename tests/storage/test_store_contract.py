@@ -40,6 +40,7 @@ from service.storage.records import (
     LeftOut,
     SessionPatch,
     SessionRecord,
+    TitleSource,
     TurnRecord,
 )
 from service.storage.rules import TURN_BYTES
@@ -273,6 +274,23 @@ async def test_a_title_is_for_one_session_and_for_no_later_one_of_its_id(store: 
     assert await store.get_session("s", now=at(1)) == later
     await store.mark_deleted("s", now=at(1))
     assert not await store.keep_title(later, "Title", usage=TITLE_USAGE, now=at(1))
+
+
+@pytest.mark.parametrize("deleted", ["nothing", "t-in-0", "t-out", "the turn"])
+async def test_a_title_tells_of_nothing_that_was_deleted(store: Store, deleted: str) -> None:
+    await store.create_session(a_session(), now=T0)
+    await store.begin_turn(a_turn(), now=T0)
+    turn = ended(a_turn(), text="Hi")
+    await store.end_turn(turn, runs=said("Hi"), now=T0)
+    if deleted == "the turn":
+        await store.delete_turns("s", "t", now=T0)
+    elif deleted != "nothing":
+        await store.delete_item("s", deleted, now=T0)
+    source = TitleSource.of(turn)
+    kept = await store.keep_title(a_session(), "Title", usage=TITLE_USAGE, now=at(7), source=source)
+    assert kept == (deleted == "nothing")
+    session = await store.get_session("s", now=at(7))
+    assert (session.title, session.input_tokens) == ("Title" if kept else None, 5)
 
 
 async def test_a_title_that_was_given_is_found_and_copied(store: Store) -> None:

@@ -11,7 +11,7 @@ from service.models.client import Usage
 from service.storage import rules
 from service.storage.page_cursor import SessionPosition, encode_cursor
 from service.storage.page_size import fitting
-from service.storage.records import IdempotencyKey, Page, SessionPatch, SessionRecord, SessionStatus
+from service.storage.records import IdempotencyKey, Page, SessionPatch, SessionRecord, SessionStatus, TitleSource
 from service.storage.sqlite import documents, idempotency, metadata, recovery, trees
 from service.storage.sqlite.ownership import Ownership
 from service.storage.sqlite.rows import SESSION_COLUMNS, SETTINGS_COLUMNS, Row, moment, session_of, settings_of
@@ -45,6 +45,7 @@ _COUNT_IDLE = "SELECT count(*) FROM sessions WHERE deletion = 0 AND open_turns =
 _EXPIRED = (
     "SELECT key FROM sessions WHERE deletion = 0 AND open_turns = 0 AND expires_at <= ? ORDER BY expires_at, id LIMIT ?"
 )
+_ITEMS = "SELECT message_items FROM turns WHERE id = ? AND session = ?"
 _HIDE = "UPDATE sessions SET id = NULL, deletion = 2, deleter = NULL WHERE key = ?"
 
 
@@ -261,11 +262,19 @@ def update(
 
 
 def keep_title(
-    db: apsw.Connection, session: SessionRecord, title: str | None, usage: Usage | None, now: datetime
+    db: apsw.Connection,
+    session: SessionRecord,
+    title: str | None,
+    usage: Usage | None,
+    now: datetime,
+    *,
+    source: TitleSource | None = None,
 ) -> bool:
     kept = find(db, session.id)
     if kept is None or not rules.is_titled(kept.record, session, now, is_deleted=kept.is_deleted):
         return False
+    if source is not None and db.execute(_ITEMS, (source.turn_id, kept.key)).get != source.items:
+        title = None
     changed = rules.titled(kept.record, title, usage, now)
     db.execute(
         "UPDATE sessions SET input_tokens = ?, output_tokens = ?, reasoning_tokens = ?, cached_tokens = ? "

@@ -33,6 +33,7 @@ from service.storage.records import (
     SessionPatch,
     SessionRecord,
     SessionStatus,
+    TitleSource,
     TreeNode,
     TurnRecord,
 )
@@ -238,9 +239,15 @@ class SqliteStore:
         )
 
     async def keep_title(
-        self, session: SessionRecord, title: str | None, *, usage: Usage | None, now: datetime
+        self,
+        session: SessionRecord,
+        title: str | None,
+        *,
+        usage: Usage | None,
+        now: datetime,
+        source: TitleSource | None = None,
     ) -> bool:
-        return await self._writing.call(lambda db: sessions.keep_title(db, session, title, usage, now))
+        return await self._writing.call(lambda db: sessions.keep_title(db, session, title, usage, now, source=source))
 
     async def mark_deleted(self, session_id: str, *, now: datetime, revisions: Collection[str] | None = None) -> None:
         await self._writing.call(
