@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import trio
@@ -17,6 +18,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
+from service.storage import search
+from service.storage.sqlite import metadata
 from tests.api.http.test_callers import KEYS, key_of
 from tests.api.inprocess import Api, Reply, open_api
 from tests.storage.conftest import MEMORY_DISK
@@ -200,7 +203,7 @@ class World:
             headers["Lastcall-Owner"] = "bob"
         if method == "POST" and step.key:
             headers["Idempotency-Key"] = f'"key-{step.key}"'
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             return await self.api.call(method, path, body, headers=headers)
 
     def _masked(self, reply: Reply) -> object:
@@ -215,10 +218,11 @@ class World:
 async def answers_of(
     history: Sequence[Step], guesses: dict[int, tuple[str, str]], *, others_act: bool, store: str
 ) -> Iterable[object]:
-    with tempfile.TemporaryDirectory(dir=MEMORY_DISK) as folder:
+    no_hurry = [patch.object(module, "SEARCH_S", 60) for module in (search, metadata)]  # a loaded machine may be slow
+    with tempfile.TemporaryDirectory(dir=MEMORY_DISK) as folder, no_hurry[0], no_hurry[1]:
         url = "memory:" if store == "memory" else f"sqlite:{folder}/lastcall.db"
         async with open_api(
-            store_url=url, upstreams=UPSTREAMS, api_keys=KEYS, drain_timeout_s=0, release_timeout_s=5
+            store_url=url, upstreams=UPSTREAMS, api_keys=KEYS, drain_timeout_s=0, store_timeout_s=30
         ) as api:
             world = World(api, others_act, guesses)
             answers = await world.run(history)
