@@ -411,6 +411,55 @@ async def test_the_death_of_a_worker_ends_its_own_turns_and_no_others(tmp_path: 
     assert_log_is_clean(server)
 
 
+async def test_branches_run_at_once_through_any_worker_and_end_with_their_owner(tmp_path: Path) -> None:
+    settings = on_file(tmp_path, model_url=SLOW, branches_max=MANY)
+    async with open_lastcall(CONFIGURED_2, tmp_path, **settings) as server, open_client(server) as [client]:
+        session = await new_session(client, "s")
+        first = await start(client, session)
+        started: list[httpx.Response] = []
+
+        async def retry() -> None:
+            started.append(await client.post(f"{first}/retry", json={"background": True}))
+
+        async with (
+            trio.open_nursery() as nursery,  # the outer one: the requests are answered once the owner goes on
+            reaching_others(server, tmp_path, session, method="POST", requests=MANY),
+        ):
+            for _ in range(MANY):
+                nursery.start_soon(retry)
+        accepted = [it for it in started if it.status_code == 202]
+        assert sorted(it.json()["siblings"]["place"] for it in accepted) == list(range(2, MANY + 1))
+        [refused] = [it for it in started if it.status_code != 202]
+        assert (refused.status_code, refused.json()["code"]) == (429, "branch_limit")
+        turns = [first, *(it.headers["location"] for it in accepted)]
+
+        async def all_run() -> bool:
+            return await are(client, session, ["running None"] * MANY)
+
+        await wait_until(all_run)
+        head = (await client.get(session)).json()["head"]
+        moved = await client.patch(session, json={"head": None, "seen_head": head})
+        assert (moved.status_code, moved.json()["code"]) == (409, "turn_in_progress")
+        os.kill(owner_of(tmp_path / "lastcall.db", session), signal.SIGKILL)
+
+        async def all_recovered() -> bool:
+            return await are(client, session, ["interrupted crash"] * MANY)
+
+        await wait_until(all_recovered)
+        moved = await client.patch(session, json={"head": turns[0].rpartition("/")[2], "seen_head": head})
+        assert moved.status_code == 200
+        listed = (await client.get(f"{session}/turns?parent=null&limit=100")).json()["data"]
+        assert [turn["siblings"] for turn in listed] == [{"place": n, "count": MANY} for n in range(1, MANY + 1)]
+        assert [turn["is_head"] for turn in listed] == [True, *[False] * (MANY - 1)]
+        with trio.fail_after(CAP_S):
+            await server.wait_logged("another one takes its place")
+            await server.wait_logged("Running on ", times=3)
+        server.signal_main(signal.SIGTERM)
+        gone = await wait_gone(server)
+    assert gone.exit_code == 0
+    assert_log_is_clean(server)
+
+
 async def until_cut(stream: Stream, client: httpx.AsyncClient, *request: Any) -> None:
     with suppress(httpx.RemoteProtocolError, httpx.ReadError):
         await stream.run(client, *request)
