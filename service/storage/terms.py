@@ -33,7 +33,8 @@ _SPACELESS = (
     "\u3005-\u3007\u3021-\u3029\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Han
 )
 _RUN = re.compile(f"[{_SPACELESS}][{_SPACELESS}\u200b]*")
-_ASCII_WORD = re.compile("[0-9a-z]+")
+_ASCII_WORDS = {code: chr(code).lower() if chr(code).isalnum() else " " for code in range(128)}
+"""Makes small letters of an ASCII text, and spaces of all that is in no word: the words of UAX #29, cut at joiners."""
 _JOINER = re.compile("[\x00-/:-@[-`{-\x7f\u2018\u2019]+")
 _INVISIBLE = re.compile(
     "[\u00ad\u034f\u061c\u200c-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\U000e0000-\U000e0fff]+"
@@ -57,7 +58,7 @@ def query_terms(query: str) -> Steps[tuple[str, ...]]:
     found: set[str] = set()
     for _, chunk in chunks(query):
         words, runs = _cut(chunk)
-        found.update(words)
+        found |= _shortened(words)
         for run in runs:
             found.update(map("".join, pairwise(run)) if len(run) > 1 else run)
         yield
@@ -67,7 +68,7 @@ def query_terms(query: str) -> Steps[tuple[str, ...]]:
 def terms_of(chunk: str) -> set[str]:
     """The terms of a short text."""
     words, runs = _cut(chunk)
-    found = set(words)
+    found = _shortened(words)
     for run in runs:
         found.update(run, map("".join, pairwise(run)))
     return found
@@ -91,7 +92,7 @@ def chunks(text: str) -> Iterator[tuple[int, str]]:
 def _cut(chunk: str) -> tuple[list[str], list[str]]:
     """The words of a short text, and its runs of characters that are written without spaces."""
     if chunk.isascii():
-        return [word[:TERM_LENGTH_MAX] for word in _ASCII_WORD.findall(chunk.lower())], []
+        return chunk.translate(_ASCII_WORDS).split(), []
     text = normalize("NFKC", _INVISIBLE.sub("", normalize("NFKC", chunk).casefold()))
     words: list[str] = []
     runs: list[str] = []
@@ -107,6 +108,13 @@ def _cut(chunk: str) -> tuple[list[str], list[str]]:
 def _words(text: str) -> Iterator[str]:
     for word in unicode.word_iter(text):
         if word.isalnum():
-            yield word[:TERM_LENGTH_MAX]
+            yield word
         else:
-            yield from (part[:TERM_LENGTH_MAX] for part in _JOINER.split(word) if part)
+            yield from filter(None, _JOINER.split(word))
+
+
+def _shortened(words: Iterable[str]) -> set[str]:
+    found = set(words)
+    if max(map(len, found), default=0) > TERM_LENGTH_MAX:
+        return {word[:TERM_LENGTH_MAX] for word in found}
+    return found

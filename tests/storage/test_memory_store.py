@@ -216,3 +216,18 @@ async def test_a_long_fork_whose_source_goes_meanwhile_leaves_nothing() -> None:
             await store.fork_session("s", at=None, copy_id="copy", now=now)
         with pytest.raises(SessionNotFoundError):
             await store.get_session("copy", now=now)
+
+
+async def test_the_search_index_keeps_nothing_of_sessions_that_are_gone() -> None:
+    async with open_memory_store() as store:
+        for n in range(3):
+            session = msgspec.structs.replace(a_session(f"s{n}"), title=f"title {n}", metadata={"k": "v"})
+            await store.create_session(session, now=T0)
+            turn = a_turn(f"t{n}", f"s{n}")
+            await store.begin_turn(turn, now=T0)
+            await store.end_turn(ended(turn), runs=said("Hi"), now=T0)
+        await store.mark_deleted("s0", now=T0)
+        await store.remove_deleted("s0")
+        assert set(store._documents._numbers) == {"title", "1", "2", "hello", "hi"}
+        await store.delete_expired(now=at(2 * IDLE_TIMEOUT_S), limit=10)
+        assert (store._documents._numbers, store._documents._documents, store._by_pair) == ({}, {}, {})

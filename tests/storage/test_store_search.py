@@ -332,6 +332,28 @@ async def test_an_end_whose_caller_is_cancelled_leaves_the_whole_turn_in_the_ind
     assert await found(store, "w199999") == await found(store, "question") == ["a"]
 
 
+async def test_other_tasks_run_while_a_long_reply_is_put_into_the_index(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.steps.STEP_S", 0)
+    await add_session(store, "a")
+    turn = a_turn("t", "a")
+    await store.begin_turn(turn, now=T0)
+    rounds = 0
+
+    async def count_rounds() -> None:
+        nonlocal rounds
+        while True:
+            await trio.lowlevel.checkpoint()
+            rounds += 1
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(count_rounds)
+        await store.end_turn(ended(turn, text="word " * 50_000), runs=(), now=T0)
+        nursery.cancel_scope.cancel()
+    assert rounds >= 50, "the words are cut in steps"
+
+
 # Against a model
 
 

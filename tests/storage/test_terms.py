@@ -82,6 +82,11 @@ def test_the_normal_form_and_the_case_of_a_text_do_not_matter(
         assert of_document(text.upper()) == of_document(text)
 
 
+@given(st.text(st.characters(codec="ascii")))
+def test_ascii_has_the_same_terms_beside_other_characters(text: str) -> None:
+    assert terms.terms_of(f"{text} é") == terms.terms_of(text) | {"é"}
+
+
 @given(texts)
 def test_terms_consist_of_letters_digits_and_marks(text: str) -> None:
     for term in of_document(text) | of_query(text):

@@ -5,18 +5,20 @@ nothing: the next one goes on. Rows that change meanwhile are indexed by their c
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import apsw
+import structlog
 
-from service.steps import Steps
-from service.storage.records import TurnRecord
+from service.steps import Steps, at_once
 from service.storage.search import searched_texts
 from service.storage.sqlite import documents, event_pages, metadata, sessions
 from service.storage.sqlite.rows import TURN_COLUMNS, Row
 from service.storage.terms import document_terms
+
+logger = structlog.get_logger("lastcall.store")
 
 STEP_S = 0.01
 """The approximate time of one step: it ends after the row in which this time is over."""
@@ -71,11 +73,11 @@ class Indexing:
         while (row := db.execute(_NEXT_TURN, (key,)).fetchone()) is not None:
             turn, owner, size = row
             if owner is None and not documents.has_turn(db, turn):  # an open turn is indexed by its end
-                record = _read(db, turn)
+                texts = _texts_of(db, turn)
                 if size > LONG_BYTES:
-                    self._long = turn, document_terms(tuple(searched_texts(record)))
+                    self._long = turn, document_terms(texts)
                     return int(turn)
-                _index_turn(db, turn, documents.terms_of_turn(record))
+                _index_turn(db, turn, at_once(document_terms(texts)))
             key = int(turn) - 1
             if time.monotonic() >= deadline:
                 return key
@@ -87,15 +89,23 @@ def _index_sessions(db: apsw.Connection, key: int, deadline: float) -> int | Non
     while (row := db.execute(_NEXT_SESSION, (key,)).fetchone()) is not None:
         session, deletion = row
         if deletion == 0:
-            record = sessions.by_key(db, session)
-            metadata.delete(db, session)
-            metadata.insert(db, session, record)
-            if record.title is not None and not documents.has_title(db, session):
-                documents.add_old_title(db, session, record.title)
+            _index_session(db, session)
         key = int(session) - 1
         if time.monotonic() >= deadline:
             return key
     return None
+
+
+def _index_session(db: apsw.Connection, session: int) -> None:
+    try:
+        record = sessions.by_key(db, session)
+    except (ValueError, LookupError) as error:
+        logger.warning("a session cannot be searched: its row is damaged", session=session, error=str(error))
+        return
+    metadata.delete(db, session)
+    metadata.insert(db, session, record)
+    if record.title is not None and not documents.has_title(db, session):
+        documents.add_old_title(db, session, record.title)
 
 
 def _index_turn(db: apsw.Connection, turn: int, terms: Iterable[str]) -> None:
@@ -105,9 +115,14 @@ def _index_turn(db: apsw.Connection, turn: int, terms: Iterable[str]) -> None:
         documents.add_old_turn(db, turn, session, terms)
 
 
-def _read(db: apsw.Connection, turn: int) -> TurnRecord:
+def _texts_of(db: apsw.Connection, turn: int) -> Sequence[str]:
+    """The texts of a turn. None of a damaged row, which must not stop the writer; `lastcall check` tells damage."""
     row: Row = db.execute(_GET_TURN, (turn,)).fetchone()  # type: ignore[assignment]
-    return event_pages.record_of(db, "", row)
+    try:
+        return tuple(searched_texts(event_pages.record_of(db, "", row)))
+    except (ValueError, LookupError) as error:
+        logger.warning("a turn cannot be searched: its row is damaged", turn_id=row[0], error=str(error))
+        return ()
 
 
 def _note(db: apsw.Connection, kind: str, key: int | None) -> None:

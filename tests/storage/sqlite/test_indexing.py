@@ -158,6 +158,20 @@ async def test_one_of_several_processes_indexes_and_another_goes_on_when_it_is_g
         assert await found(other, "title", now=1) == ["s4", "s3", "s2", "s1"]
 
 
+async def test_a_damaged_row_is_left_out(path: Path) -> None:
+    write(path, long=False)
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("UPDATE turns SET input = '[{\"broken' WHERE id = 't1-0'")
+        db.execute("UPDATE session_settings SET metadata = '[]' WHERE session = 2")
+        db.commit()
+    async with open_sqlite_store(path) as store:
+        await index_whole(store)
+        for name in ("s3", "s4"):
+            assert await found(store, f"question {name[1]}q0") == [name]
+        assert await found(store, "question 1q0") == []
+        assert (await store.get_session("s1", now=T0)).title == "title 1"
+
+
 async def test_a_fork_and_a_new_session_are_found_beside_old_rows(path: Path) -> None:
     write(path, long=False)
     async with open_sqlite_store(path) as store:
