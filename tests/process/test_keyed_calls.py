@@ -30,17 +30,16 @@ class Model:
         self.asked = trio.Event()
         self.goes_on = trio.Event()
 
-    async def reply(self, connection: Connection) -> None:
-        while True:
-            await connection.receive_request()
-            self.calls += 1
-            self.asked.set()
-            await connection.send_head()
-            await connection.send_event(delta("Hello"))
-            await self.goes_on.wait()
-            for event in (delta("."), finish()):
-                await connection.send_event(event)
-            await connection.end_body()
+    async def answer(self, connection: Connection) -> None:
+        """Answer one request, which has arrived."""
+        self.calls += 1
+        self.asked.set()
+        await connection.send_head()
+        await connection.send_event(delta("Hello"))
+        await self.goes_on.wait()
+        for event in (delta("."), finish()):
+            await connection.send_event(event)
+        await connection.end_body()
 
 
 class Callers:
@@ -105,11 +104,13 @@ async def test_many_calls_with_one_key_make_one_turn_and_one_call_of_the_model_a
     models: list[Model] = []
 
     async def reply(connection: Connection) -> None:
-        await models[-1].reply(connection)
+        while True:  # a connection is kept, and may serve the next call
+            await connection.receive_request()
+            await models[-1].answer(connection)
 
     async with (
         open_raw_server(reply) as upstream,
-        open_lastcall(CONFIGURED_4, tmp_path, model_url=upstream.url) as server,
+        open_lastcall(CONFIGURED_4, tmp_path, model_url=upstream.url, store_timeout_s=CAP_S) as server,
         open_client(server) as [client],
     ):
         calls = [
