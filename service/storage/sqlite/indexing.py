@@ -36,9 +36,14 @@ Transact = Callable[[Callable[[apsw.Connection], Any]], Any]
 
 
 class Indexing:
-    """The work of one process. Sessions come first, then turns, the newest ones first."""
+    """The work of one process. Sessions come first, then turns, the newest ones first.
+
+    Attributes:
+        steps: How many steps it has done.
+    """
 
     def __init__(self) -> None:
+        self.steps = 0
         self._long: tuple[int, Steps[set[str]]] | None = None
         """The key of a long turn, and the cutting of its terms."""
 
@@ -47,6 +52,7 @@ class Indexing:
 
     def run_step(self, transact: Transact) -> None:
         """Do one step. ``transact`` runs a part of it in a transaction."""
+        self.steps += 1
         if self._long is None:
             transact(self._index_some)
             return

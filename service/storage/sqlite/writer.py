@@ -159,11 +159,17 @@ class Writer:
     def _index_old_rows(self, indexing: Indexing, now: float) -> None:
         """Do a step for the indexes of a file of an earlier version, if this is the process that does it."""
         if indexing.is_done(self._db):
+            if indexing.steps:
+                logger.info("the search index is whole: all earlier turns are in it")
             self._indexing = None
         elif not is_oldest(self._db, self._ownership):
             self._index_at = now + _INDEX_RETRY_S
         else:
+            if not indexing.steps:
+                logger.info("earlier turns are put into the search index: until then searches are partial")
+            self._index_at = now + _INDEX_RETRY_S  # should the step fail
             indexing.run_step(self._transact)
+            self._index_at = now
             self._unmerged += 1
             if self._unmerged >= documents.SEGMENTS_MAX and not self._transact(documents.merge_some):
                 self._unmerged = 0

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from structlog.testing import capture_logs
 
 from service.storage.records import SessionPatch, SessionRecord
 from service.storage.sqlite import SqliteStore, database, indexing, maintenance, open_sqlite_store
@@ -72,8 +73,11 @@ async def index_whole(store: SqliteStore) -> None:
 
 async def test_all_old_rows_are_found_once_the_indexes_are_whole(path: Path) -> None:
     write(path)
+    with capture_logs() as logs:
+        async with open_sqlite_store(path) as store:
+            await index_whole(store)
+    assert [line["event"].partition(" ")[0] for line in logs] == ["earlier", "the"], "the begin and the end, once"
     async with open_sqlite_store(path) as store:
-        await index_whole(store)
         await store.recover(now=T0)
         assert await found(store, "title") == ["s4", "s3", "s2", "s1"]
         assert await found(store, "question", limit=1) == ["s4", "s3", "s2", "s1"]
