@@ -20,7 +20,9 @@ from typing import Any, cast
 
 import trio
 from quart import Quart
-from quart.wrappers import Request
+from quart.utils import encode_headers
+from quart.wrappers import Request, Response
+from quart.wrappers.response import DataBody
 from quart_trio.asgi import TrioASGIHTTPConnection
 
 from service.api.http.event_stream import PIECE_WRITER, LastPiece, is_event_stream
@@ -67,6 +69,7 @@ class AsgiRequest(TrioASGIHTTPConnection):
     _request: Request | None = None
     _answer: Answer | None = None
     _is_complete = False
+    _is_on_http1 = False
 
     async def __call__(self, receive: Any, send: Any) -> None:
         request = self._request = self._create_request_from_scope(send)
@@ -89,6 +92,7 @@ class AsgiRequest(TrioASGIHTTPConnection):
 
     async def _answer_directly(self, request: Request, receive_queue: ReceiveQueue, send: Any) -> None:
         """Answer as Quart-Trio does, without a nursery and two tasks for each request."""
+        self._is_on_http1 = isinstance(getattr(send, "__self__", None), Http1Exchange)
         body = cast("BoundedBody", request.body)
         scope = trio.CancelScope()
 
@@ -103,6 +107,19 @@ class AsgiRequest(TrioASGIHTTPConnection):
         with scope:
             receive_queue.deliver_to(take)
             await self.handle_request(cast("trio.Nursery", _NO_NURSERY), request, partial(self._send, send))
+
+    async def _send_response(self, send: Any, response: Any) -> None:
+        """Send a response as Quart does, but on HTTP/1.1 one whose body is known in two messages and not in three.
+
+        On HTTP/2 the body stays apart from the end: a client that leaves in a last message is not told of.
+        """
+        body = response.response if self._is_on_http1 and isinstance(response, Response) else None
+        if not isinstance(body, DataBody):
+            await super()._send_response(send, response)
+            return
+        headers = encode_headers(response.headers)
+        await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
+        await send({"type": "http.response.body", "body": body.data[body.begin : body.end], "more_body": False})
 
     async def _send_shielding_the_last(self, send: Any, message: dict[str, Any]) -> None:
         last = _is_last(message)

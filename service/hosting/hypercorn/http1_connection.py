@@ -187,10 +187,11 @@ class Http1Connection:
 
     async def _serve(self) -> bytes | None:
         while (request := await self._next_request()) is not None:
-            if _asks_for_another_protocol(request):
+            fields = list(request.headers)  # h11's own list makes a pair at each look
+            if _asks_for_another_protocol(request, fields):
                 return self._parser.received + self._input
-            exchange = await self._begin(request)
-            del request  # the exchange has what is needed of it for as long as the response takes
+            exchange = await self._begin(request, fields)
+            del request, fields  # the exchange has what is needed of them for as long as the response takes
             if exchange is None:
                 return None
             if not (await self._read_body(exchange) and await self._go_on_after(exchange)):
@@ -217,11 +218,11 @@ class Http1Connection:
                 return None
         return None
 
-    async def _begin(self, request: h11.Request) -> Http1Exchange | None:
+    async def _begin(self, request: h11.Request, request_fields: Fields) -> Http1Exchange | None:
         """Start the application's task for a request. Returns None if the connection ends before it."""
         self._is_idle = False
         self._requests += 1
-        keeps_alive = _keeps_alive(request)
+        keeps_alive = _keeps_alive(request, request_fields)
         self._client_closes = not keeps_alive
         if self._parser.they_are_waiting_for_100_continue:
             fields = b"".join(b"%b: %b\r\n" % field for field in self._fields.current())
@@ -231,6 +232,7 @@ class Http1Connection:
         client, server = self._addresses
         exchange = self._exchange = Http1Exchange(
             request,
+            request.headers.raw_items() if self.config.h11_pass_raw_headers else request_fields,
             self,
             scheme="http" if self._is_plain else "https",
             client=client,
@@ -238,7 +240,7 @@ class Http1Connection:
             state=self._state,
             keeps_alive=keeps_alive,
         )
-        if self.config.server_names and not self._is_named(request):
+        if self.config.server_names and not self._is_named(request_fields):
             await exchange.refuse(404)
             return exchange
         if self._context.max_requests is not None:
@@ -247,8 +249,8 @@ class Http1Connection:
         self._nursery.start_soon(exchange.run, self._app)
         return exchange
 
-    def _is_named(self, request: h11.Request) -> bool:
-        host = next((value for name, value in request.headers if name == b"host"), b"")
+    def _is_named(self, fields: Fields) -> bool:
+        host = next((value for name, value in fields if name == b"host"), b"")
         return host.decode() in self.config.server_names
 
     async def _read_body(self, exchange: Http1Exchange) -> bool:
@@ -524,7 +526,7 @@ def socket_of(stream: Stream) -> trio.socket.SocketType:
     return cast("trio.SocketStream", getattr(stream, "transport_stream", stream)).socket
 
 
-def _keeps_alive(request: h11.Request) -> bool:
+def _keeps_alive(request: h11.Request, fields: Fields) -> bool:
     """Whether the connection can stay open after the response, as far as the request says so.
 
     It closes where another server on the way may see another end of this request or of its response: after a request
@@ -535,7 +537,7 @@ def _keeps_alive(request: h11.Request) -> bool:
     if request.http_version < b"1.1" or not request.method.isupper():
         return False
     framings = 0
-    for name, value in request.headers:
+    for name, value in fields:
         if name in (b"content-length", b"transfer-encoding"):
             framings += 1
         elif name == b"connection" and any(token.strip() == b"close" for token in value.lower().split(b",")):
@@ -543,12 +545,12 @@ def _keeps_alive(request: h11.Request) -> bool:
     return framings < 2
 
 
-def _asks_for_another_protocol(request: h11.Request) -> bool:
+def _asks_for_another_protocol(request: h11.Request, fields: Fields) -> bool:
     """Whether hypercorn would answer this request with another protocol: a WebSocket, or HTTP/2 without TLS."""
     if request.method == b"PRI" and request.target == b"*" and request.http_version == b"2.0":
         return True
     upgrade, connection, has_body = b"", b"", False
-    for name, value in request.headers:
+    for name, value in fields:
         if name == b"upgrade":
             upgrade = value.strip().lower()
         elif name == b"connection":

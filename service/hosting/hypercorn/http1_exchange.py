@@ -72,6 +72,7 @@ class Http1Exchange:
     def __init__(
         self,
         request: h11.Request,
+        fields: Fields,
         connection: ExchangeConnection,
         *,
         scheme: str,
@@ -90,7 +91,6 @@ class Http1Exchange:
         self._config = config
         self._started_at = time()
         path, _, query = request.target.partition(b"?")
-        headers = request.headers.raw_items() if config.h11_pass_raw_headers else list(request.headers)
         self.scope: dict[str, Any] = {
             "type": "http",
             "http_version": request.http_version.decode(),
@@ -101,7 +101,7 @@ class Http1Exchange:
             "raw_path": path,
             "query_string": query,
             "root_path": config.root_path,
-            "headers": headers,
+            "headers": fields,
             "client": client,
             "server": server,
             "state": state.copy(),

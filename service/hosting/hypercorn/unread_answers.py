@@ -16,8 +16,7 @@ import socket
 import struct
 import termios
 from array import array
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from typing import Self
 
 import h2.exceptions
@@ -91,7 +90,7 @@ class Answer:
         self._connection_seen: tuple[int, ...] = ()
         self._looks = 0
         # What the client has to read before this answer: what the kernel holds, and a piece of another stream.
-        self._bytes = sum(_progress_of(connection.socket)[:1]) + _BEFORE_BYTES
+        self._bytes = _unread_bytes_of(connection.socket) + _BEFORE_BYTES
         self._waits = 0
 
     def __repr__(self) -> str:
@@ -109,16 +108,17 @@ class Answer:
             return cls(connection, Http2Stream(connection, protocol, stream.stream_id))
         return None
 
-    @contextmanager
-    def waiting(self, size: int = 0) -> Iterator[None]:
+    def waiting(self, size: int = 0) -> Self:
         """The client's time: around the send of the head, or of one piece of ``size`` bytes."""
-        self._is_waiting = True
         self._bytes += size
-        try:
-            yield
-        finally:
-            self._is_waiting = False
-            self.pieces += 1
+        return self
+
+    def __enter__(self) -> None:
+        self._is_waiting = True
+
+    def __exit__(self, *_: object) -> None:
+        self._is_waiting = False
+        self.pieces += 1
 
     def is_unread(self, *, bytes_a_look: float) -> bool:
         """Look once. Whether the client has taken no byte since :data:`LOOKS` looks, or takes too few.
@@ -209,12 +209,19 @@ def _progress_of(sock: trio.socket.SocketType) -> tuple[int, ...]:
     """Numbers that change when the peer takes bytes: on TCP the bytes taken so far, and those that are still unread."""
     if sock.fileno() < 0:
         return ()
-    unread = array("i", [0])
+    unread_bytes = _unread_bytes_of(sock)
     try:
-        fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, unread)
         if sock.family == socket.AF_UNIX:
-            return (unread[0],)
+            return (unread_bytes,)
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKED.size)
-        return (unread[0], *_BYTES_ACKED.unpack(info))
+        return (unread_bytes, *_BYTES_ACKED.unpack(info))
     except (OSError, struct.error):  # the connection is broken, or the kernel does not count
-        return (unread[0],)
+        return (unread_bytes,)
+
+
+def _unread_bytes_of(sock: trio.socket.SocketType) -> int:
+    """The bytes that the kernel still holds for the peer."""
+    unread = array("i", [0])
+    with suppress(OSError, ValueError):  # the connection is broken or closed
+        fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, unread)
+    return unread[0]

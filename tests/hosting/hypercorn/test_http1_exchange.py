@@ -4,11 +4,12 @@ import logging
 import os
 import socket
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import trio
 import trio.testing
+from quart.wrappers.response import DataBody
 from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
 
@@ -117,6 +118,56 @@ async def test_the_last_piece_and_the_end_are_one_write(
     serve: Serve, connections: Connections, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert await writes_of_a_short_stream(serve, monkeypatch) == [b"3\r\nall\r\n0\r\n\r\n"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ("GET /whole", (b"200", b"a whole body")),
+        ("HEAD /whole", (b"200", b"")),
+        ("GET /part", (b"206", b"whole")),
+        ("GET /empty", (b"200", b"")),
+        ("GET /nothing", (b"204", b"")),
+    ],
+)
+async def test_a_body_that_is_known_takes_two_messages(
+    serve: Serve, connections: Connections, monkeypatch: pytest.MonkeyPatch, asked: str, expected: tuple[bytes, bytes]
+) -> None:
+    app = QuartTrio("test")
+    app.asgi_http_class = AsgiRequest
+    app.request_class = BoundedRequest
+    sent: list[str] = []
+    send = Http1Exchange.send
+
+    @app.get("/whole")
+    async def whole() -> TrioResponse:
+        return TrioResponse(b"a whole body")
+
+    @app.get("/part")
+    async def part() -> TrioResponse:
+        response = TrioResponse(b"a whole body", status=206)
+        await cast("DataBody", response.response).make_conditional(2, 7)
+        response.content_length = 5
+        return response
+
+    @app.get("/empty")
+    async def empty() -> str:
+        return ""
+
+    @app.get("/nothing")
+    async def nothing() -> tuple[str, int]:
+        return "", 204
+
+    async def note(exchange: Http1Exchange, message: Any) -> None:
+        if message is not None:
+            sent.append(message["type"])
+        await send(exchange, message)
+
+    monkeypatch.setattr(Http1Exchange, "send", note)
+    async with serve(app) as server:
+        head, body = await ask(server, CLOSING.replace(b"GET /", asked.encode()))
+    assert (head.split()[1], body) == expected
+    assert sent == ["http.response.start", "http.response.body"]
 
 
 async def test_access_is_logged(
