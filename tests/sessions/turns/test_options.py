@@ -68,9 +68,9 @@ async def test_a_turn_keeps_the_options_that_it_ran_with(autojump_clock: MockClo
 @pytest.mark.parametrize("kind", [MemoryStore, LeavesPathsOut])
 async def test_the_prompts_of_a_model_have_its_own_bound(autojump_clock: MockClock, kind: type[MemoryStore]) -> None:
     upstream = Upstream(
-        name="u", url="scripted:", models=("small", "large"), prompt_bytes_max={"small": 2560, "large": 10_000}
+        name="u", url="scripted:", models=("small", "large"), prompt_bytes_max={"small": 3600, "large": 10_000}
     )
-    async with open_stage(kind(), upstreams=[upstream], input_bytes_max=1024, prompt_bytes_max=5000) as stage:
+    async with open_stage(kind(), upstreams=[upstream], input_bytes_max=1024, prompt_bytes_max=2560) as stage:
         session_id = (await stage.sessions.create_session(NewSession())).id
         for text in ("a", "b", "c", "d"):
             turn, watch = await stage.sessions.start_turn(session_id, NewTurn(text=text * 1000, model="large"))
@@ -82,6 +82,6 @@ async def test_the_prompts_of_a_model_have_its_own_bound(autojump_clock: MockClo
                 assert (await turn.wait_ended()).left_out is None
         small = await start(stage.sessions, session_id, "now", model="small")
         reply = await stage.puppet.next_reply()
-        assert [item.text[:1] for item in reply.request.prompt] == ["c", "r", "d", "r", "n"]
+        assert [item.text[:1] for item in reply.request.prompt] == ["b", "r", "c", "r", "d", "r", "n"]
         reply.finish()
-        assert (await small.wait_ended()).left_out == LeftOut(4, 2002)
+        assert (await small.wait_ended()).left_out == LeftOut(2, 1001)

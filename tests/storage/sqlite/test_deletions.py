@@ -1,13 +1,15 @@
 """Deletions of turns and items in the file: what is left of them, and for how long a step holds the writer."""
 
+from functools import partial
 from pathlib import Path
 
 import apsw
+import pytest
 import trio
 
-from service.errors import ItemNotFoundError
+from service.errors import ItemNotFoundError, StoreError
 from service.storage.pieces import STARTED, Run
-from service.storage.sqlite import deletions, maintenance, open_sqlite_store
+from service.storage.sqlite import deletions, forks, maintenance, open_sqlite_store, turns
 from service.storage.sqlite.reclaim import reclaim_some
 from tests.storage.rows import T0, a_session, a_turn, ended, said
 from tests.storage.test_store_added_turns import an_added_turn
@@ -96,3 +98,50 @@ async def test_an_item_that_is_deleted_twice_at_the_same_time_counts_once(path: 
                 nursery.start_soon(delete, item_id)
         assert missing == ["c-out"]
         assert (await store.get_session("s", now=T0)).message_count == 9
+
+
+@pytest.mark.parametrize("path_of", [turns.PathRead, turns.PathPage])
+async def test_a_long_read_of_a_path_begins_anew_after_a_deletion(
+    path: Path, monkeypatch: pytest.MonkeyPatch, path_of: type[turns.PathRead | turns.PathPage]
+) -> None:
+    monkeypatch.setattr(turns, "STEP_S", 0)  # one turn in each step
+
+    def begin() -> turns.PathRead | turns.PathPage:
+        if path_of is turns.PathRead:
+            return turns.PathRead("s", "c", None)
+        return turns.PathPage("s", "c", limit=9, first=None, bytes_max=None)
+
+    async with open_sqlite_store(path) as store:
+        await a_tree(store)
+        edited, lost = begin(), begin()
+        for walk in (edited, lost):
+            await store._reading.call(walk.read_some)
+            assert not walk.is_complete
+        await store.delete_item("s", "c-out", now=T0)
+        while not edited.is_complete:
+            await store._reading.call(edited.read_some)
+        assert [(turn.id, turn.text) for turn in edited.turns] == [("a", "answer a"), ("b", "answer b"), ("c", "")]
+        await store.delete_turns("s", "b", now=T0)
+        while not lost.is_complete:
+            await store._reading.call(lost.read_some)
+        assert list(lost.turns) == [], "and not a path without its end"
+
+
+async def test_a_fork_of_what_was_deleted_meanwhile_is_refused_in_each_of_its_steps(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "STEP_S", 0)
+    async with open_sqlite_store(path) as store:
+        await a_tree(store)
+        plans = [forks.Plan("s", "c", copy_id="copy", fence=store.fence, now=T0) for _ in range(2)]
+        await store._reading.call(plans[0].read_some)
+        while not plans[1].is_complete:
+            await store._reading.call(plans[1].read_some)
+        await store.delete_item("s", "a-out", now=T0)
+        with pytest.raises(StoreError, match="deleted while it was copied"):
+            await store._reading.call(plans[0].read_some)
+        build = partial(forks.build, fork=plans[1].fork, progress=None, fence=store.fence, now=T0)
+        with pytest.raises(StoreError, match="deleted while it was copied"):
+            await store._writing.call(build)
+        copy = await store.fork_session("s", at="c", copy_id="copy", now=T0)
+        assert copy.message_count == 5
