@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from service.errors import (
     HeadMovedError,
+    ItemNotFoundError,
     RefusedError,
     SessionExistsError,
     SessionNotFoundError,
@@ -23,6 +24,7 @@ from service.errors import (
 )
 from service.ids import new_turn_id
 from service.models.client import Usage
+from service.storage import rules
 from service.storage.records import (
     SEQ_AFTER_CRASH,
     EndResult,
@@ -39,6 +41,7 @@ from service.storage.sqlite import maintenance, open_sqlite_store
 from service.storage.store import Store
 from tests.storage.conftest import MEMORY_DISK, OpenStore
 from tests.storage.rows import a_session, a_turn, all_turns, at, ended, said, told
+from tests.storage.test_store_added_turns import an_added_turn
 
 # Each example opens a store of its own; the fixture only provides the function that opens it.
 histories = settings(
@@ -154,6 +157,52 @@ class Model:
             self.refuse_if_open(turn_id)
         return self.use(name, now, head=head)
 
+    def add(self, turns: Sequence[TurnRecord], now: datetime) -> SessionRecord:
+        session = self.get(turns[0].session_id, now)
+        self.check_turn(turns[0].session_id, turns[0].parent)
+        self.refuse_if_open(turns[0].parent)
+        for turn in turns:
+            self.turns[turn.id] = turn
+            self.events[turn.id] = [turn.text] if turn.text else []
+        count = session.message_count + sum(map(_messages_in, turns))
+        return self.use(session.id, now, head=turns[-1].id, message_count=count)
+
+    def followers(self, turn_id: str) -> list[TurnRecord]:
+        """A turn and all that follow it."""
+        found = [self.turns[turn_id]]
+        for turn in found:
+            found += [it for it in self.turns.values() if it.parent == turn.id]
+        return found
+
+    def delete_turns(self, name: str, turn_id: str, now: datetime) -> None:
+        session = self.get(name, now)
+        self.check_turn(name, turn_id)
+        gone = self.followers(turn_id)
+        self.refuse_open(gone)
+        for turn in gone:
+            del self.turns[turn.id]
+            self.events.pop(turn.id, None)
+        head = gone[0].parent if session.head in {turn.id for turn in gone} else session.head
+        count = session.message_count - sum(map(_messages_in, gone))
+        self.sessions[name] = msgspec.structs.replace(session, head=head, message_count=count)
+
+    def delete_item(self, turn_id: str, name: str, item_id: str, now: datetime) -> None:
+        session = self.get(name, now)
+        turn = self.turns.get(turn_id)
+        if turn is None or turn.session_id != name or turn.find_item(item_id) is None:
+            raise ItemNotFoundError(item_id)
+        self.refuse_open(self.followers(turn_id))
+        left = rules.without_items(turn, [item_id])
+        self.turns[turn_id] = left
+        if left.events_deleted:
+            self.events.pop(turn_id, None)
+        self.sessions[name] = msgspec.structs.replace(session, message_count=session.message_count - 1)
+
+    def refuse_open(self, turns: Sequence[TurnRecord]) -> None:
+        for turn in turns:
+            if turn.is_open:
+                raise TurnInProgressError(turn.id)
+
     def fork(self, turn: TurnRecord, copy_id: str, now: datetime) -> int:
         """The number of turns of the copy."""
         self.get(turn.session_id, now)
@@ -214,6 +263,10 @@ class Model:
         return found
 
 
+def _messages_in(turn: TurnRecord) -> int:
+    return len(turn.input) + len(turn.output)
+
+
 # A history is a list of steps over a few names, so that steps meet.
 
 session_ids = st.sampled_from(["a", "b", "c"])
@@ -268,6 +321,23 @@ class Move(msgspec.Struct, frozen=True):
     seen: int | None | Literal["head"]
 
 
+class Add(msgspec.Struct, frozen=True):
+    """Two turns that are complete at once."""
+
+    session_id: str
+    parent: int | None
+    texts: tuple[str, str]
+
+
+class DeleteTurns(msgspec.Struct, frozen=True):
+    turn: int
+
+
+class DeleteItem(msgspec.Struct, frozen=True):
+    turn: int
+    item: Literal["in-0", "in-1", "out"]
+
+
 class Fork(msgspec.Struct, frozen=True):
     turn: int
 
@@ -287,7 +357,23 @@ class End(msgspec.Struct, frozen=True):
     tokens: int | None
 
 
-Step = Wait | Create | Update | Mark | Remove | Expire | Begin | Branch | Move | Fork | Start | End
+Step = (
+    Wait
+    | Create
+    | Update
+    | Mark
+    | Remove
+    | Expire
+    | Begin
+    | Branch
+    | Move
+    | Fork
+    | Add
+    | DeleteTurns
+    | DeleteItem
+    | Start
+    | End
+)
 
 steps = st.one_of(
     st.builds(Wait, st.integers(-2, 15)),
@@ -303,6 +389,9 @@ steps = st.one_of(
     st.builds(Branch, picks, st.booleans()),
     st.builds(Move, session_ids, st.none() | picks, st.sampled_from(["head", "head", None, 0])),
     st.builds(Fork, picks),
+    st.builds(Add, session_ids, st.none() | picks, st.tuples(st.sampled_from(["", "Hi"]), st.just("Ho"))),
+    st.builds(DeleteTurns, picks),
+    st.builds(DeleteItem, picks, st.sampled_from(["in-0", "in-1", "out"])),
     st.builds(Start, picks),
     st.builds(
         End,
@@ -364,6 +453,36 @@ class History:
         if isinstance(step.seen, int):
             seen = self.picked(step.seen).id
         return None if step.turn is None else self.picked(step.turn).id, seen
+
+    def _added(self, step: Add) -> list[TurnRecord]:
+        number = len(self.begun)
+        parent = None if step.parent is None else self.picked(step.parent).id
+        first = an_added_turn(f"t{number}", parent=parent, replied=step.texts[0])
+        second = an_added_turn(f"t{number + 1}", parent=first.id, replied=step.texts[1])
+        return [msgspec.structs.replace(turn, session_id=step.session_id) for turn in (first, second)]
+
+    def _edit_in_model(self, step: Add | DeleteTurns | DeleteItem) -> object:
+        if isinstance(step, Add):
+            return self.model.add(self._added(step), self.now)
+        turn = self.picked(step.turn)
+        if isinstance(step, DeleteTurns):
+            self.model.delete_turns(turn.session_id, turn.id, self.now)
+        else:
+            self.model.delete_item(turn.id, turn.session_id, f"{turn.id}-{step.item}", self.now)
+        return None
+
+    async def _edit_in_store(self, step: Add | DeleteTurns | DeleteItem) -> object:
+        if isinstance(step, Add):
+            turns = self._added(step)
+            session = await self.store.add_turns(turns, now=self.now)
+            self.begun += turns
+            return session
+        turn = self.picked(step.turn)
+        if isinstance(step, DeleteTurns):
+            await self.store.delete_turns(turn.session_id, turn.id, now=self.now)
+        else:
+            await self.store.delete_item(turn.session_id, f"{turn.id}-{step.item}", now=self.now)
+        return None
 
     def _tree_in_model(self, step: Branch | Move | Fork) -> object:
         match step:
@@ -429,6 +548,8 @@ class History:
                     return model.begin(self._turn(step), now)
                 case Branch() | Move() | Fork():
                     return self._tree_in_model(step)
+                case Add() | DeleteTurns() | DeleteItem():
+                    return self._edit_in_model(step)
                 case Start(turn):
                     return model.start(self.picked(turn).id, now)
                 case End():
@@ -460,6 +581,8 @@ class History:
                     return begun.session
                 case Branch() | Move() | Fork():
                     return await self._tree_in_store(step)
+                case Add() | DeleteTurns() | DeleteItem():
+                    return await self._edit_in_store(step)
                 case Start(turn):
                     return await store.start_turn(self.picked(turn).id, now=now)
                 case End():
@@ -517,6 +640,31 @@ async def test_a_store_does_what_a_simple_model_of_it_does(open_store: OpenStore
         for step in history:
             await both.take(step)
             await both.compare()
+
+
+small_picks = st.integers(0, 3)
+edits = st.one_of(
+    st.builds(Add, st.just("a"), small_picks, st.tuples(st.sampled_from(["", "Hi"]), st.just("Ho"))),
+    st.builds(Begin, st.just("a"), small_picks, st.just("running"), st.just(1)),
+    st.builds(Branch, small_picks, st.booleans()),
+    st.builds(End, small_picks, st.sampled_from(["completed", "failed"]), st.just("Hi"), st.just(1)),
+    st.builds(End, small_picks, st.just("completed"), st.just("Hi"), st.just(1)),
+    st.builds(DeleteTurns, st.integers(0, 5)),
+    st.builds(DeleteItem, st.integers(0, 5), st.sampled_from(["in-0", "in-0", "out"])),
+    st.builds(Fork, small_picks),
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(st.lists(edits, min_size=5, max_size=30))
+async def test_a_tree_from_which_turns_and_items_are_deleted_is_that_of_the_model(
+    open_store: OpenStore, history: list[Step]
+) -> None:
+    async with open_store() as store:
+        both = History(store, Model())
+        for step in (Create("a", 30), Add("a", None, ("Hi", "Ho")), *history):
+            await both.take(step)
+        await both.compare()
 
 
 @settings(suppress_health_check=[HealthCheck.too_slow])
