@@ -893,6 +893,29 @@ async def test_branches_and_heads_on_an_open_path_are_the_owners(tmp_path: Path)
         assert (retried.json["siblings"], retried.json["parent"]) == ({"place": 2, "count": 2}, TURN)
 
 
+async def test_messages_are_added_and_deleted_by_the_owner_of_the_open_turn(tmp_path: Path) -> None:
+    async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
+        replies: list[Reply] = []
+        hello = {"items": [{"type": "message", "role": "user", "text": "x"}], "parent": None}
+        asked: tuple[tuple[str, str, object], ...] = (
+            ("POST", "/sessions/s/messages", hello),
+            ("DELETE", f"/sessions/s/turns/{TURN}", None),
+        )
+        for method, path, body in asked:
+            nursery.start_soon(ask, api, replies, method, path, body)
+            stream, request = await owner.take()
+            assert request.startswith(f"{method} {path} ".encode())
+            assert body is None or json.loads(request.partition(b"\r\n\r\n")[2]) == body
+            await stream.send_all(answer("{}", 409))
+            await wait_for(replies)
+            assert replies.pop().status == 409
+
+        await owner.die()
+        assert (await api.call("DELETE", f"/sessions/s/turns/{TURN}")).status == 204
+        assert (await api.call("GET", "/sessions/s")).json["head"] is None
+        assert (await api.call("POST", "/sessions/s/messages", hello)).status == 201
+
+
 async def wait_for(replies: list[Reply], count: int = 1) -> None:
     while len(replies) < count:  # noqa: ASYNC110
         await trio.sleep(0.005)
