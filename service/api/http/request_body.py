@@ -163,6 +163,7 @@ async def read_body(request: Request, kind: type[B], service: Service) -> B:
     """Read the body as a ``kind``. Cancelled when the client leaves.
 
     If other processes may share the store, and so may have to answer, the raw body is kept until :func:`drop_body`.
+    A body that may be left out has its defaults then.
 
     Raises:
         UnsupportedMediaTypeError, UnsupportedEncodingError
@@ -172,7 +173,8 @@ async def read_body(request: Request, kind: type[B], service: Service) -> B:
         MalformedBodyError
         InvalidRequestError: The body is JSON, but not a ``kind``; ``field`` names the wrong part.
     """
-    if request.mimetype != "application/json":
+    may_be_empty = kind.may_be_left_out and "Content-Type" not in request.headers
+    if request.mimetype != "application/json" and not may_be_empty:
         raise UnsupportedMediaTypeError
     if request.headers.get("Content-Encoding", "identity").strip().lower() not in ("identity", ""):
         raise UnsupportedEncodingError
@@ -186,7 +188,11 @@ async def read_body(request: Request, kind: type[B], service: Service) -> B:
         if service.store.capabilities.shared:
             cast("dict[str, object]", request.scope)[_KEPT] = raw
     try:
-        return await _parse_in_steps(raw, kind, service)
+        if not may_be_empty:
+            return await _parse_in_steps(raw, kind, service)
+        if raw:
+            raise UnsupportedMediaTypeError
+        return kind()
     finally:
         if not kept_body(request):
             bytes_of(request.scope).add(-len(raw))

@@ -100,9 +100,11 @@ class RequestBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     Attributes:
         bounds_each: Whether each object of a list may have ``input_bytes_max`` of texts, and not only the list.
+        may_be_left_out: Whether a request without a body, and without its type, means all defaults.
     """
 
     bounds_each: ClassVar[bool] = False
+    may_be_left_out: ClassVar[bool] = False
 
 
 class BodyPart(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -511,8 +513,10 @@ class StartTurn(RequestBody, frozen=True, kw_only=True):
 class RetryTurn(RequestBody, frozen=True, kw_only=True):
     """``{"temperature": 1, "on_disconnect": "continue"}``: what is left out is as in the turn that is retried.
 
-    null stands for what a new turn has without the field.
+    null stands for what a new turn has without the field. The body may be left out.
     """
+
+    may_be_left_out: ClassVar[bool] = True
 
     model: ModelName | None | UnsetType = UNSET
     system_message: Text | None | UnsetType = UNSET

@@ -165,7 +165,7 @@ def _operation(operation: Operation, tag: str, doc: str, path_names: list[str], 
         described["security"] = []
     if operation.body is not None:
         described["requestBody"] = {
-            "required": True,
+            "required": not operation.body.may_be_left_out,
             "content": {"application/json": _content(operation.body, schemas)},
         }
     for answer in operation.answers:

@@ -7,15 +7,18 @@ meanwhile, and can be cancelled at this wait as at any other.
 """
 
 import select
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import trio
 
-from service.freezes import current_watch
+from service.freezes import FreezeWatch, current_watch
+from service.steps import STEP_S
 
 CALLS_MAX = 64
-"""How many functions are called in one step; other tasks get a turn after it. A token takes some 30 microseconds."""
+"""How many functions are called in one step; other tasks get a turn after it. A token takes some 30 microseconds, and
+what has come meanwhile in a full event loop takes longer: a step ends after :data:`~service.steps.STEP_S`, too."""
 
 
 class ReadPoller:
@@ -32,7 +35,7 @@ class ReadPoller:
         """Call ``on_readable`` each time there is something to read, until it returns False. May be cancelled.
 
         Once ``on_readable`` has returned False, or this task was cancelled, it is not called again. It is called in
-        another task, with the context variables of this one, and must not close the socket. If the system takes no more
+        another task, with the context variables of this one, seldom for nothing, and must not close the socket. If the system takes no more
         sockets to wait for, this returns at once.
 
         Raises:
@@ -59,28 +62,37 @@ class ReadPoller:
         watch = current_watch()
         while True:
             await trio.lowlevel.wait_readable(self._epoll.fileno())
-            began = watch.now() if watch is not None else 0.0
-            while self._call_some():
-                await trio.lowlevel.checkpoint()
-                if watch is not None:
-                    watch.note_busy(began)
+            await self._call_all(watch)
 
-    def _call_some(self) -> bool:
-        """Call the functions of the sockets that are ready. Returns whether there may be more of them."""
-        ready = self._epoll.poll(0, CALLS_MAX)
-        for fileno, _ in ready:
-            waiting = self._waiting.get(fileno)
-            if waiting is None:
-                continue  # an earlier function of this step has had its task cancelled
-            try:
-                goes_on = waiting.call()
-            except Exception as error:  # noqa: BLE001  it is raised in the task that waits
-                waiting.error = error
-                goes_on = False
-            if not goes_on and self._waiting.get(fileno) is waiting:
-                self._forget(fileno)
-                trio.lowlevel.reschedule(waiting.task)
-        return len(ready) == CALLS_MAX
+    async def _call_all(self, watch: FreezeWatch | None) -> None:
+        """Call the functions of the sockets that are ready, in steps. A socket is called again after all others."""
+        began = watch.now() if watch is not None else 0.0
+        while True:
+            ready = self._epoll.poll(0, CALLS_MAX)
+            step_end = time.perf_counter() + STEP_S
+            for index, (fileno, _) in enumerate(ready, 1):
+                self._call(fileno)
+                is_over = index == len(ready) < CALLS_MAX
+                if not is_over and (index == CALLS_MAX or time.perf_counter() >= step_end):
+                    await trio.lowlevel.checkpoint()
+                    if watch is not None:
+                        watch.note_busy(began)
+                    step_end = time.perf_counter() + STEP_S
+            if len(ready) < CALLS_MAX:
+                return
+
+    def _call(self, fileno: int) -> None:
+        waiting = self._waiting.get(fileno)
+        if waiting is None:
+            return  # its task was cancelled after the epoll had named it
+        try:
+            goes_on = waiting.call()
+        except Exception as error:  # noqa: BLE001  it is raised in the task that waits
+            waiting.error = error
+            goes_on = False
+        if not goes_on and self._waiting.get(fileno) is waiting:
+            self._forget(fileno)
+            trio.lowlevel.reschedule(waiting.task)
 
     def _forget(self, fileno: int) -> None:
         del self._waiting[fileno]

@@ -84,6 +84,16 @@ async def test_a_retry_keeps_the_options_of_the_turn_unless_the_body_has_others(
         (await _retry(api, turn, input="y")).problem(422, "invalid_request", "input")
 
 
+async def test_a_retry_needs_no_body(autojump_clock: MockClock) -> None:
+    async with open_api(model_url=FAST) as api:
+        await api.new_session(id="s")
+        path = f"{TURNS}/{(await _ask(api, 'one'))['id']}/retry"
+        assert (await api.call("POST", path)).json["siblings"] == {"place": 2, "count": 2}
+        (await api.call("POST", path, raw=b"{}")).problem(415, "unsupported_media_type")
+        (await api.call("POST", path, headers={"Content-Type": "text/plain"})).problem(415, "unsupported_media_type")
+        (await api.call("POST", f"{TURNS}", raw=b"")).problem(415, "unsupported_media_type")
+
+
 async def test_a_retry_streams_and_runs_beside_the_turn_that_still_runs(autojump_clock: MockClock) -> None:
     async with open_api(model_url=SLOW) as api:
         await api.new_session(id="s")

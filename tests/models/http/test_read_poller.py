@@ -11,7 +11,9 @@ import pytest
 import trio
 
 from service.freezes import FreezeWatch, current_watch, watch_for_freezes
+from service.models.http import read_poller
 from service.models.http.read_poller import CALLS_MAX, ReadPoller, open_read_poller
+from service.steps import STEP_S
 
 WAIT_S = 20
 
@@ -215,3 +217,32 @@ async def test_other_tasks_get_a_turn_between_many_functions_and_these_count_as_
     assert len(called_in) == 2 * CALLS_MAX
     assert max(Counter(called_in).values()) <= CALLS_MAX, "too many functions were called in one step"
     assert max(rounds.steps_took_s) == pytest.approx(0.001 * 2 * CALLS_MAX)
+
+
+async def test_functions_that_take_long_are_called_in_several_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full event loop has much to read on each socket. All sockets are read before one is read again."""
+    now = [0.0]
+    monkeypatch.setattr(read_poller.time, "perf_counter", lambda: now[0])
+    called: list[tuple[int, int]] = []
+    rounds = Rounds(FreezeWatch(counts_frozen_time=lambda: False, clock=lambda: now[0], cpu_clock=lambda: now[0]))
+    count = 5
+    with ExitStack() as stack:
+        trio.lowlevel.add_instrument(rounds)
+        stack.callback(trio.lowlevel.remove_instrument, rounds)
+        async with open_read_poller() as poller, trio.open_nursery() as nursery:
+            assert poller is not None
+            for number in range(count):
+                reader = Reader(poller)
+                stack.callback(reader.close)
+
+                def take(number: int = number) -> bool:  # reads nothing, so that there is always something to read
+                    now[0] += STEP_S
+                    called.append((number, rounds.count))
+                    return len(called) < 3 * count - number
+
+                reader.take = take  # type: ignore[method-assign]
+                reader.theirs.send(b"a")
+                nursery.start_soon(reader.run)
+    numbers, in_rounds = zip(*called, strict=True)
+    assert all(sorted(numbers[at : at + count]) == list(range(count)) for at in (0, count))
+    assert max(Counter(in_rounds).values()) == 1
