@@ -103,7 +103,11 @@ class _RetriedStream(AbstractAsyncContextManager[ModelStream]):
 
     async def _attempt(self, request: ModelRequest) -> ModelStream:
         entered = self._client.stream(request)
-        stream = await entered.__aenter__()
+        try:
+            stream = await entered.__aenter__()
+        except ModelError as error:
+            error.usage = self._spent = total_usage(self._spent, error.usage)
+            raise
         try:
             first = await stream.receive()
         except BaseException as error:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import pytest
 import structlog
@@ -244,3 +244,19 @@ async def test_what_an_upstream_counted_for_failed_attempts_is_a_part_of_the_usa
     with pytest.raises(ModelError) as failed:
         await ask(RetryingClient(client, retries_max=2))
     assert failed.value.usage == counted + counted
+
+
+async def test_what_was_counted_before_an_upstream_could_not_be_reached_any_more_is_kept(
+    autojump_clock: MockClock,
+) -> None:
+    counting, gone = FailingClient(unreachable(), in_receive=True), FailingClient(final())
+    counting.usage = Usage(input_tokens=10, output_tokens=0)
+    attempts = iter((counting, gone))
+
+    class Changing(FailingClient):
+        def stream(self, request: ModelRequest) -> AbstractAsyncContextManager[FailingClient]:  # type: ignore[override]
+            return next(attempts).stream(request)
+
+    with pytest.raises(ModelError) as failed:
+        await ask(RetryingClient(Changing(), retries_max=1))
+    assert failed.value.usage == counting.usage

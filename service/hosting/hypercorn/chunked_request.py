@@ -23,8 +23,9 @@ class JoiningChunkedReader(ChunkedReader):
     """h11's reader of chunks, which returns the data of several chunks as one event."""
 
     def __call__(self, buf: ReceiveBuffer) -> h11.Data | h11.EndOfMessage | None:
-        if self._bytes_to_discard == _END and buf._data.startswith(_END):
-            buf.maybe_extract_at_most(len(_END))
+        # The line end of the last chunk, or the rest of it. So h11 never reads this and a header unchecked in one call.
+        if (rest := self._bytes_to_discard) and buf._data.startswith(rest):
+            buf.maybe_extract_at_most(len(rest))
             self._bytes_to_discard = b""
         if not (self._bytes_in_chunk or self._bytes_to_discard or self._reading_trailer):
             data = _take_whole_chunks(buf)

@@ -13,6 +13,8 @@ from contextlib import suppress
 import trio
 
 RECEIVED_BYTES_MAX = 64 * 1024
+RELAYED_BYTES_MAX = 16 * 1024
+"""How much :meth:`Connection.receive_nowait` takes: many connections are read in one step."""
 _PLAIN_BYTES_MAX = 64 * 1024
 """How many bytes are encrypted before the result is sent."""
 
@@ -84,7 +86,7 @@ class Connection:
             OSError: The connection is broken.
         """
         try:
-            return self._sock.recv(RECEIVED_BYTES_MAX)
+            return self._sock.recv(RELAYED_BYTES_MAX)
         except (BlockingIOError, InterruptedError):
             return None
 

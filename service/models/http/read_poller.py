@@ -35,8 +35,8 @@ class ReadPoller:
         """Call ``on_readable`` each time there is something to read, until it returns False. May be cancelled.
 
         Once ``on_readable`` has returned False, or this task was cancelled, it is not called again. It is called in
-        another task, with the context variables of this one, seldom for nothing, and must not close the socket. If the system takes no more
-        sockets to wait for, this returns at once.
+        another task, with the context variables of this one, and seldom for nothing. It must not close the socket. If
+        the system takes no more sockets to wait for, this returns at once.
 
         Raises:
             Exception: What ``on_readable`` has raised.

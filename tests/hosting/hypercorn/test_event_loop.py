@@ -15,6 +15,7 @@ from hypercorn.trio.worker_context import WorkerContext
 
 from service.api.http.request_body import body_bytes_max
 from service.hosting.hypercorn.connections import HEAD_BYTES_MAX, BoundedDecoder
+from service.hosting.hypercorn.http1_connection import HEAD_PIECE_BYTES
 from service.settings import Settings
 from tests.longest_step import STEP_MAX_S, LongestStep, watching_steps
 from tests.service.serving import serving
@@ -140,6 +141,13 @@ def chunked(chunks: Iterable[bytes], extension: bytes = b"", trailers: bytes = b
     return head + framed + b"0\r\n" + trailers + b"\r\n"
 
 
+def split_line_end(blank: bytes) -> bytes:
+    """A chunk whose line end comes in two pieces, because the server takes so many bytes first; then a long header."""
+    head = request("POST", "/sessions", b"", b"Content-Type: application/json", b"Transfer-Encoding: chunked")
+    size = HEAD_PIECE_BYTES - len(head) - len(b"abc\r\n\r")
+    return head + b"%03x\r\n%b\r\n0;%b\n\r\n" % (size, b" " * size, blank * 15_000)
+
+
 HEADS: dict[str, bytes] = {
     "many fields": request("GET", "/sessions", b"", *[b"a:b"] * 3000),
     "far too many fields": request("GET", "/sessions", b"", *[b"a:"] * 15_000),
@@ -178,6 +186,7 @@ HEADS: dict[str, bytes] = {
     "chunks of a byte": chunked([b" "] * 50_000),
     "chunks of a byte with extensions": chunked([b" "] * 50_000, b";a"),
     "a long extension": chunked([b" "] * 1000, b";" + b"a" * 1000),
+    **{f"an extension of {blank!r} after a line end in two pieces": split_line_end(blank) for blank in (b" ", b"\t")},
     "many trailers": chunked([b"{}"], trailers=b"a:b\r\n" * 3000),
     **{
         f"an extension of {blank!r} that ends with {end!r}": chunked([b"{}"], b";" + blank * 15_000 + end)

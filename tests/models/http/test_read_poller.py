@@ -11,7 +11,6 @@ import pytest
 import trio
 
 from service.freezes import FreezeWatch, current_watch, watch_for_freezes
-from service.models.http import read_poller
 from service.models.http.read_poller import CALLS_MAX, ReadPoller, open_read_poller
 from service.steps import STEP_S
 
@@ -222,7 +221,7 @@ async def test_other_tasks_get_a_turn_between_many_functions_and_these_count_as_
 async def test_functions_that_take_long_are_called_in_several_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """A full event loop has much to read on each socket. All sockets are read before one is read again."""
     now = [0.0]
-    monkeypatch.setattr(read_poller.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr("service.models.http.read_poller.time.perf_counter", lambda: now[0])
     called: list[tuple[int, int]] = []
     rounds = Rounds(FreezeWatch(counts_frozen_time=lambda: False, clock=lambda: now[0], cpu_clock=lambda: now[0]))
     count = 5
