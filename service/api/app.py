@@ -161,7 +161,8 @@ async def _admit(request: Request) -> TrioResponse | None:
     needs_no_key = is_probe or request.blueprint == page.blueprint.name
     access = current_access()
     if is_from_peer():
-        admit(request, caller_at_peer(request.headers.get(CALLER.decode())))
+        if not needs_no_key:
+            admit(request, caller_at_peer(request.headers.get(CALLER.decode())))
     elif not (needs_no_key and access.needs_key):
         caller = access.check(
             authorization=request.headers.get("Authorization"),

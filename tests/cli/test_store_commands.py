@@ -116,7 +116,7 @@ BEYOND: dict[str, Callable[[Any, Any], object]] = {
     "model '' of turn 'turn_": lambda _, turn: turn.update(model=""),
     "temperature 2.5 of turn": lambda _, turn: turn.update(temperature=2.5),
     "max_output_tokens 0 of turn": lambda _, turn: turn.update(max_output_tokens=0),
-    "input '' of turn": lambda _, turn: turn.update(input=[]),
+    "message_count 2 of the session is not 1": lambda _, turn: turn.update(input=[]),
 }
 
 

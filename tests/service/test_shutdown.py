@@ -11,7 +11,7 @@ from trio.testing import MockClock
 
 from service import supervisor
 from service.errors import ModelError, ShuttingDownError, StoreError
-from service.models.client import ModelEvent, ModelRequest, TextDelta
+from service.models.client import ModelEvent, ModelRequest, TakeEvents, TextDelta, relay_received
 from service.sessions.commands import NewSession, NewTurn
 from service.sessions.events.outcome import Interrupted
 from service.sessions.turns.turn import Turn
@@ -46,6 +46,9 @@ class Model:
         finally:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
                 await self.on_leaving()
+
+    async def relay(self, take: TakeEvents) -> None:
+        await relay_received(self, take)
 
     async def receive(self) -> Sequence[ModelEvent]:
         if not self._said:

@@ -117,9 +117,10 @@ def listed_owner() -> str | None:
     return current_owner()
 
 
-def caller_header(caller: Caller) -> bytes:
-    """Return the value of :data:`CALLER`."""
-    return f"{' '.join(sorted(caller.may))};{caller.name}".encode()
+def caller_headers() -> tuple[tuple[bytes, bytes], ...]:
+    """Return :data:`CALLER` of the current request; nothing for a request that needs no key, which has no caller."""
+    caller = cast("dict[str, Caller]", request.scope).get(_CALLER)
+    return () if caller is None else ((CALLER, f"{' '.join(sorted(caller.may))};{caller.name}".encode()),)
 
 
 def caller_at_peer(value: str | None) -> Caller:

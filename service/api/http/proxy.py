@@ -28,7 +28,7 @@ from quart.wrappers.response import ResponseBody
 from quart_trio.wrappers import TrioResponse
 
 from service.api.http.app_state import current_service
-from service.api.http.callers import CALLER, caller_header, current_caller, current_owner
+from service.api.http.callers import CALLER, caller_headers, current_owner
 from service.api.http.end_of_input import leave_at_end_of_input
 from service.api.http.event_frames import EncodeFrame, read_frames
 from service.api.http.event_stream import is_event_stream, read_last_event_id, read_seen
@@ -504,7 +504,7 @@ def _peer_request(passed_on: Sequence[tuple[bytes, bytes]]) -> PeerRequest:
         headers=[
             *headers,
             *passed_on,
-            (CALLER, caller_header(current_caller())),
+            *caller_headers(),
             (REQUEST_ID, current_request_id().encode()),
         ],
         body=kept_body(request),

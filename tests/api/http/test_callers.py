@@ -2,11 +2,13 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from service.api.http.callers import CALLER, caller_at_peer, caller_header
+from service.api.http import callers
+from service.api.http.callers import CALLER, caller_at_peer, caller_headers
 from service.api.http.proxy import PEER
 from service.api_keys import LOCAL, PLAIN, Caller
 from service.ids import public_id, scoped
@@ -62,8 +64,14 @@ def test_scoped_ids_give_their_parts_back() -> None:
 
 
 @pytest.mark.parametrize("caller", [PLAIN, LOCAL, Caller("a+b@c|d", frozenset(("read",))), Caller("x", frozenset())])
-def test_another_process_tells_the_caller(caller: Caller) -> None:
-    assert caller_at_peer(caller_header(caller).decode()) == caller
+def test_another_process_tells_the_caller(caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+    scope: dict[str, object] = {"type": "http"}
+    with monkeypatch.context() as patch:
+        patch.setattr(callers, "request", SimpleNamespace(scope=scope))
+        assert caller_headers() == (), "a probe has no caller"
+        scope["lastcall.caller"] = caller
+        ((name, value),) = caller_headers()
+    assert (name, caller_at_peer(value.decode())) == (CALLER, caller)
 
 
 async def test_a_session_belongs_to_the_name_of_the_key(autojump_clock: object) -> None:

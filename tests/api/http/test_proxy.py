@@ -649,6 +649,21 @@ async def test_a_process_that_stops_meanwhile_as_well_hands_the_request_over(
         assert replies[0].status == 202
 
 
+@pytest.mark.parametrize("keys", [(), ("a-plain-key-0123456789",)])
+async def test_a_probe_has_no_caller_and_is_handed_over_like_all_others(
+    keys: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_owner(tmp_path, api_keys=keys) as (api, owner), trio.open_nursery() as nursery:
+        replies: list[Reply] = []
+        stop_beside(api, owner, monkeypatch)
+        nursery.start_soon(lambda: ask(api, replies, "GET", "/readyz"))
+        stream, request = await owner.take()
+        assert b"lastcall-caller" not in request.lower()
+        await stream.send_all(answer("{}", 200))
+        await wait_for(replies)
+        assert replies[0].status == 200
+
+
 async def test_where_every_successor_stops_too_new_work_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

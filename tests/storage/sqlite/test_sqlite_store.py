@@ -56,12 +56,6 @@ async def test_a_new_connection_writes_nothing_to_a_file_that_is_there(path: Pat
         assert log.read_bytes() == before
 
 
-@pytest.mark.processes
-async def test_apsw_is_imported_by_who_opens_such_a_store_only() -> None:
-    script = "import sys, service.supervisor, service.cli; sys.exit('apsw' in sys.modules)"
-    await trio.run_process([sys.executable, "-c", script])
-
-
 # The thread
 
 
