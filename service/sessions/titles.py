@@ -38,13 +38,13 @@ TITLE_LENGTH_MAX = 80
 _INPUT_LENGTH_MAX = 2000
 _REPLY_LENGTH_MAX = 1000
 _ANSWER_LENGTH_MAX = 4000
-"""The code points after which an answer is not read any further; reasoning may be in front of the title."""
+"""The code points of an answer that are looked at; an answer is not read any further. Reasoning may be in front."""
 _TOKENS_MAX = 1000
 _INSTRUCTION = (
     "Write a title for the conversation: at most six words, in the language of the conversation, in plain text and "
     "without quotation marks. Answer with the title alone."
 )
-_THOUGHTS = re.compile(r"\s*<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | re.IGNORECASE)
+_THOUGHTS = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | re.IGNORECASE)
 _LABEL = re.compile(r"title\s*[:\uff1a]\s*", re.IGNORECASE)
 _OPENING_QUOTES = "\"'`\u201c\u201e\u201d\u2018\u00ab\u00bb\u300c\u300e"
 _CLOSING_QUOTES = "\"'`\u201d\u201c\u201d\u2019\u00bb\u00ab\u300d\u300f"
@@ -193,7 +193,8 @@ def title_of(answer: str) -> str | None:
     Models write their thoughts in front of it, a label, Markdown, a full stop. Controls that would change how other
     text is shown are left out, and no character that consists of several code points is cut in two.
     """
-    for line in _THOUGHTS.sub("", answer, count=1).splitlines():
+    lines = _THOUGHTS.sub("", answer[:_ANSWER_LENGTH_MAX], count=1).splitlines()
+    for line in filter(str.strip, lines):
         text = "".join(filter(_is_plain, line))
         text = " ".join(text.split()).lstrip("#>*- ").strip("*_ ")
         text = _LABEL.sub("", text, count=1) if _LABEL.match(text) else text

@@ -1,5 +1,6 @@
 """Titles that a model writes: when, for which session, and what happens beside and after the call."""
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -325,3 +326,48 @@ def test_a_long_title_is_cut_and_no_character_is_cut_in_two(text: str) -> None:
     assert title.endswith("\u2026")
     assert not title.endswith(("\u200d\u2026", " \u2026"))
     title.encode()
+
+
+ANSWER_MAX = 4000
+"""The code points of an answer that are looked at."""
+
+
+@pytest.mark.parametrize(
+    ("begin", "filling"),
+    [
+        ("Sure.\n", " "),
+        ("", " "),
+        ("", "\n"),
+        ("", "\u200b"),
+        ("", "<think>"),
+        ("", "<think></think>"),
+        ("", "title "),
+        ("", "#>*- "),
+        ("", "\"'`"),
+        ("", "a\u0301"),
+        ("", "\u0301"),
+    ],
+)
+def test_the_title_of_any_answer_is_found_in_one_pass(begin: str, filling: str) -> None:
+    """An answer of one event may be long, and its author is the caller: no client is served meanwhile."""
+    for length in (ANSWER_MAX, 50_000):
+        answer = begin + filling * (length // len(filling)) + "x"
+        took_s = []
+        for _ in range(5):
+            began_at = time.thread_time()
+            title_of(answer)
+            took_s.append(time.thread_time() - began_at)
+        assert min(took_s) < 0.005
+
+
+async def test_of_an_answer_in_one_event_no_more_is_looked_at_than_of_one_in_many(autojump_clock: MockClock) -> None:
+    assert title_of("-\n" * (ANSWER_MAX // 2 - 2) + "Tea") == "Tea"
+    assert title_of("-\n" * (ANSWER_MAX // 2) + "Tea") is None
+    async with open_titled_stage() as stage:
+        await stage.sessions.create_session(NewSession(id="s"))
+        await _complete(stage)
+        reply = await _next_title(stage)
+        reply.say("-\n" * ANSWER_MAX + "Tea")
+        reply.finish()
+        await wait_all_tasks_blocked()
+        assert (await _session(stage)).title is None
