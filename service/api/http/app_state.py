@@ -99,17 +99,9 @@ def encoded_response(
     return TrioResponse(encoded, status, headers, content_type="application/json")
 
 
-def not_modified(etag: str) -> TrioResponse:
-    """Return the answer to a request that knows what it would get, with status 304."""
-    response = no_content(304)
-    response.headers["Cache-Control"] = "no-store"
-    response.headers["ETag"] = etag
-    return response
-
-
-def no_content(status: int = 204) -> TrioResponse:
+def no_content() -> TrioResponse:
     """Return a response without a body."""
-    response = TrioResponse(b"", status)
+    response = TrioResponse(b"", 204)
     for name in ("Content-Type", "Content-Length"):  # Quart sets them also without a body
         response.headers.pop(name, None)
     return response

@@ -7,9 +7,7 @@ from werkzeug.datastructures import Headers
 from service.api.http.app_state import no_content
 
 _METHODS = "GET, POST, PATCH, DELETE"
-_REQUEST_HEADERS = (
-    "Authorization, Content-Type, Idempotency-Key, If-Match, If-None-Match, Last-Event-ID, Lastcall-Owner, X-Request-ID"
-)
+_REQUEST_HEADERS = "Authorization, Content-Type, Idempotency-Key, If-Match, Last-Event-ID, Lastcall-Owner, X-Request-ID"
 _RESPONSE_HEADERS = "ETag, Location, Retry-After, X-Request-ID"
 _PREFLIGHT_S = 600
 

@@ -1,4 +1,4 @@
-"""Preconditions of a request (RFC 9110, 13): the ETag of a session, and the headers that name ETags."""
+"""Preconditions of a request (RFC 9110, 13): the ETag of a session, and the header that names ETags."""
 
 import re
 from collections.abc import Collection
@@ -13,7 +13,7 @@ TAGS = {
     "type": "string",
     "pattern": r'^(\*|(W/)?"[!#-~]*"(, (W/)?"[!#-~]*")*)$',
 }
-"""The schema of both headers."""
+"""The schema of ``If-Match``."""
 # Each alternative begins with another character, so that a long header is read in one pass.
 _NEXT = re.compile(r'[ \t]*(?:(W/)?"([!#-~\x80-\xff]*)"[ \t]*)?(?:,|\Z)')
 
@@ -25,7 +25,10 @@ class MalformedHeaderError(InvalidRequestError):
 
 
 def etag_of(session: SessionRecord) -> str:
-    """Return the ETag of a session: it stands for what PATCH can change, and for nothing else."""
+    """Return the ETag of a session: it stands for what PATCH can change, and for nothing else.
+
+    So it is no validator of the whole session, and ``If-None-Match`` is not looked at.
+    """
     return quoted(revision_of(session))
 
 
@@ -42,33 +45,14 @@ def read_if_match() -> Collection[str] | None:
     Raises:
         MalformedHeaderError
     """
-    tags = _read_tags("If-Match")
-    return None if tags is None else {tag for tag, is_weak in tags if not is_weak}
-
-
-def is_none_match(session: SessionRecord) -> bool:
-    """Whether the current request wants no session of this revision, by its ``If-None-Match``.
-
-    Raises:
-        MalformedHeaderError
-    """
-    if "If-None-Match" not in request.headers:
-        return False
-    tags = _read_tags("If-None-Match")
-    return tags is None or revision_of(session) in (tag for tag, _ in tags)
-
-
-def _read_tags(name: str) -> list[tuple[str, bool]] | None:
-    """Return the tags in a header, each with whether it is weak; None if the header is not there, or is ``*``.
-
-    Raises:
-        MalformedHeaderError
-    """
-    if name not in request.headers:
+    if "If-Match" not in request.headers:
         return None
-    value = ",".join(request.headers.getlist(name)).strip(" \t")
-    if value == "*":
-        return None
+    value = ",".join(request.headers.getlist("If-Match")).strip(" \t")
+    return None if value == "*" else {tag for tag, is_weak in _tags_in(value) if not is_weak}
+
+
+def _tags_in(value: str) -> list[tuple[str, bool]]:
+    """Return the tags in the value of ``If-Match``, each with whether it is weak. Raises: MalformedHeaderError."""
     tags: list[tuple[str, bool]] = []
     position = 0
     while position <= len(value):
@@ -80,6 +64,6 @@ def _read_tags(name: str) -> list[tuple[str, bool]] | None:
         position = part.end() if part[0].endswith(",") else len(value) + 1
     if position <= len(value) or not tags:
         raise MalformedHeaderError(
-            f'{name} takes * or ETags as they were received, with their quotes: {name}: "0f3a".', field=name
+            'If-Match takes * or ETags as they were received, with their quotes: If-Match: "0f3a".', field="If-Match"
         )
     return tags

@@ -6,7 +6,7 @@ import msgspec
 from quart import Blueprint, request
 from quart_trio.wrappers import TrioResponse
 
-from service.api.http.app_state import current_service, encoded_response, json_response, no_content, not_modified
+from service.api.http.app_state import current_service, encoded_response, json_response, no_content
 from service.api.http.callers import listed_owner, owner_of_new
 from service.api.http.held_bytes import room_for_answer
 from service.api.http.idempotency_keys import read_key
@@ -14,7 +14,7 @@ from service.api.http.locations import session_path, turn_path
 from service.api.http.long_json import encode_json
 from service.api.http.operations import Answer, operation
 from service.api.http.paging import read_page
-from service.api.http.preconditions import etag_of, is_none_match, read_if_match
+from service.api.http.preconditions import etag_of, read_if_match
 from service.api.http.proxy import allow_longer_answer, is_from_peer
 from service.api.http.query_params import read_query
 from service.api.http.request_body import drop_body, read_body
@@ -135,22 +135,18 @@ async def list_sessions() -> TrioResponse:
 @blueprint.get("/sessions/<session_id>")
 @operation(
     id="get_session",
-    preconditions=(("If-None-Match", "An `ETag` that was received: 304 if the session still has it."),),
-    answers=(
-        Answer(status=200, description="The session.", body=Session, tagged=True),
-        Answer(status=304, description="The session has the `ETag` in `If-None-Match`.", tagged=True),
-    ),
+    answers=(Answer(status=200, description="The session.", body=Session, tagged=True),),
     errors=(SessionNotFoundError,),
 )
 async def get_session(session_id: str) -> TrioResponse:
     """Get a session. Reading does not keep it from expiring.
 
-    The `ETag` stands for what only PATCH can change. It does not change with `head`, times, counts, `status` and
-    `usage`, so that a turn which ends makes no `If-Match` fail.
+    The `ETag` is for `If-Match`, and stands for what PATCH can change, besides `head`. It does not change with `head`,
+    times, counts, `status` and `usage`, so that a turn which ends makes no `If-Match` fail. A title that a model writes
+    after the session's first turn (`title_model`) does change it. Since it does not stand for the whole answer,
+    `If-None-Match` has no effect here.
     """
     record = await current_service().sessions.get_session(checked_session_id(session_id))
-    if is_none_match(record):
-        return not_modified(etag_of(record))
     return json_response(Session.of(record), etag=etag_of(record))
 
 
