@@ -63,6 +63,7 @@ from service.errors import (
     InvalidRequestError,
     OwnerHangsError,
     QueueFullError,
+    RefusedError,
     RepeatedError,
     ResumeConflictError,
     SessionNotFoundError,
@@ -215,8 +216,6 @@ async def retry_turn(session_id: str, turn_id: str) -> TrioResponse:
         turn = await _find_asked(service, session_id, turn_id, key)
     except RepeatedError as repeated:
         return await _answer_made(service, repeated, background=body.background)
-    if not turn.input:
-        raise InvalidRequestError(f"Turn {turn_id!r} has no input that could be sent again.", field="turn_id")
     new = NewTurn(
         items=tuple(msgspec.structs.replace(item, id=new_item_id(item.type)) for item in turn.input),
         parent=turn.parent,
@@ -239,12 +238,18 @@ async def _find_asked(service: Service, session_id: str, turn_id: str, key: Idem
 
     Raises:
         SessionNotFoundError, TurnNotFoundError
-        RepeatedError: The turn is gone, and was not when an earlier request with this key has retried it.
+        InvalidRequestError: The turn has no input.
+        RepeatedError: The turn or its input is gone, and was not when an earlier request with this key has retried it.
     """
+    refusal: RefusedError
     try:
-        return await service.sessions.get_asked(session_id, turn_id)
+        turn = await service.sessions.get_asked(session_id, turn_id)
     except _NO_TURN as error:
         refusal = error
+    else:
+        if turn.input:
+            return turn
+        refusal = InvalidRequestError(f"Turn {turn_id!r} has no input that could be sent again.", field="turn_id")
     if key is not None:
         await service.sessions.check_key(key)
     raise refusal
@@ -270,7 +275,7 @@ async def _answer_new(service: Service, session_id: str, new: NewTurn, *, retrie
         if streams:
             return await resume_streaming(service, session_id, newest, after=after, key=new.key)
         find = partial(_resume, service, session_id, newest, after=after, key=new.key)
-        return await _answer_again(find, background=new.background)
+        return await _answer_again(find, session_id, background=new.background)
     if not new.background:
         leave_at_end_of_input()
     if streams:
@@ -279,7 +284,7 @@ async def _answer_new(service: Service, session_id: str, new: NewTurn, *, retrie
     try:
         turn, watch = await _start(service, session_id, new)
     except RepeatedError as repeated:
-        return await _answer_again(partial(_open_made, service, repeated), background=new.background)
+        return await _answer_again(partial(_open_made, service, repeated), session_id, background=new.background)
     if new.background:
         watch.release()
         accepted = Places(turn.id, {turn.id: turn.siblings})
@@ -441,7 +446,8 @@ async def _answer_made(service: Service, repeated: RepeatedError, *, background:
     if wants_stream(request) and not background:
         slot = take_slot(service)
         return _stream_again(slot, await _open_made(service, repeated, after=after), after=after)
-    return await _answer_again(partial(_open_made, service, repeated, after=after), background=background)
+    find = partial(_open_made, service, repeated, after=after)
+    return await _answer_again(find, repeated.session_id, background=background)
 
 
 def _stream_again(slot: StreamSlot, resumed: _Resumed, *, after: int) -> TrioResponse:
@@ -456,17 +462,25 @@ def _stream_again(slot: StreamSlot, resumed: _Resumed, *, after: int) -> TrioRes
     return response
 
 
-async def _answer_again(find: Callable[[], Awaitable[_Resumed]], *, background: bool) -> TrioResponse:
-    """Answer a turn that was started before, without a stream: at once with ``background``, else when it has ended."""
+async def _answer_again(find: Callable[[], Awaitable[_Resumed]], session_id: str, *, background: bool) -> TrioResponse:
+    """Answer a turn that was started before, without a stream: at once with ``background``, else when it has ended.
+
+    Events that are gone are not missed: a turn without its events has ended.
+    """
     service = current_service()
     allow_longer_answer(by_s=service.settings.store_timeout_s if background else inf)
-    session_id, turn_id, log, watch = await find()
-    release_later(watch)
-    drop_body(request)
-    if not background:
-        leave_at_end_of_input()
-        note_accepted(turn_path(session_id, turn_id))
-        await log.wait_closed()
+    try:
+        _, turn_id, log, watch = await find()
+    except (EventsDeletedError, EventsLostError) as events_gone:
+        turn_id = events_gone.turn_id
+        drop_body(request)
+    else:
+        release_later(watch)
+        drop_body(request)
+        if not background:
+            leave_at_end_of_input()
+            note_accepted(turn_path(session_id, turn_id))
+            await log.wait_closed()
     record = await service.sessions.get_turn(session_id, turn_id)
     return await _turn_response(service, record, 202 if background else 200, with_location=True)
 

@@ -327,6 +327,54 @@ async def test_the_key_of_a_turn_that_failed_answers_this_turn(autojump_clock: M
         assert await made(api) == (1, 1)
 
 
+@pytest.mark.parametrize("call", ["turn", "background", "retry"])
+async def test_the_key_of_a_turn_of_which_a_part_was_deleted_answers_the_rest(
+    call: str, autojump_clock: MockClock
+) -> None:
+    async with open_api() as api:
+        await api.new_session(id="me")
+        path, body = CALLS["turn" if call == "retry" else call]
+        if call == "retry":
+            path, body = f"{(await api.call('POST', path, body)).headers['location']}/retry", {}
+        key = {"Idempotency-Key": "k"}
+        first = await api.call("POST", path, body, headers=key)
+        turn = first.headers["location"]
+        await api.call("GET", f"{turn}?wait=60")
+        _, reply = (await api.call("GET", "/sessions/me/messages")).json["data"]
+        assert (await api.call("DELETE", f"/sessions/me/messages/{reply['id']}")).status == 204
+        (await api.call("GET", f"{turn}/events")).problem(410, "events_deleted")
+        now = (await api.call("GET", turn)).json
+        assert now["text"] == ""
+        for headers in ({}, {"Last-Event-ID": "0"}, {"Last-Event-ID": "2"}):
+            again = await api.call("POST", path, body, headers=key | headers)
+            assert (again.status, again.headers["location"], again.json) == (first.status, turn, now)
+        if call != "background":  # which is never a stream
+            (await api.call("POST", path, body, headers=key | SSE)).problem(410, "events_deleted")
+        assert await made(api) == (1, 2 if call == "retry" else 1)
+        assert (await api.call("DELETE", turn)).status == 204
+        (await api.call("POST", path, body, headers=key)).problem(410, "idempotency_key_spent", "Idempotency-Key")
+
+
+async def test_a_retry_is_answered_again_after_the_input_of_the_turn_that_it_retried_was_deleted(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_api() as api:
+        await api.new_session(id="me")
+        asked = (await ask(api, "turn", "first")).headers["location"]
+        said, _ = (await api.call("GET", "/sessions/me/messages")).json["data"]
+        first = await api.call("POST", f"{asked}/retry", {}, headers={"Idempotency-Key": "k"})
+        assert (await api.call("DELETE", f"/sessions/me/messages/{said['id']}")).status == 204
+        for headers in ({}, SSE):
+            again = await api.call("POST", f"{asked}/retry", {}, headers={"Idempotency-Key": "k"} | headers)
+            assert (again.status, again.headers["location"]) == (200, first.headers["location"])
+        changed = await api.call("POST", f"{asked}/retry", {"temperature": 1}, headers={"Idempotency-Key": "k"})
+        changed.problem(422, "idempotency_key_reused", "Idempotency-Key")
+        for headers in ({}, {"Idempotency-Key": "other"}):
+            refused = await api.call("POST", f"{asked}/retry", {}, headers=headers)
+            refused.problem(422, "invalid_request", "turn_id")
+        assert await made(api) == (1, 2)
+
+
 async def test_a_page_may_send_a_key_from_another_origin() -> None:
     async with open_api(cors_origins=("https://a.example",)) as api:
         headers = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
