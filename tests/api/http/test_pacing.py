@@ -82,6 +82,7 @@ async def test_a_request_that_leaves_holds_up_no_other() -> None:
         ("POST", "/chat", True),
         ("POST", "/prefix/sessions/a/turns", True),
         ("GET", "/sessions/a/turns/b/events", True),
+        ("POST", "/sessions/a/turns/b/retry", True),
         ("GET", "/sessions/a/turns", False),
         ("POST", "/sessions/a/turns/b/cancel", False),
         ("GET", "/healthz", False),
