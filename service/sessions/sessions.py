@@ -621,11 +621,16 @@ class Sessions:
         """How long a caller waits for the end of a turn that it cancels: the model client closes, the end is stored."""
         return self._settings.store_timeout_s + self._settings.cleanup_timeout_s
 
-    async def open_events(self, session_id: str, turn_id: str, *, after: int = 0) -> tuple[Events, Watch]:
+    async def open_events(
+        self, session_id: str, turn_id: str, *, after: int = 0, watches: bool = True
+    ) -> tuple[Events, Watch]:
         """The events of a turn: its live log, or a replay from the store.
 
         The watch counts while the turn is open; the caller must release it. There is no checkpoint between taking the
         watch and the return.
+
+        Args:
+            watches: Whether the caller is a client of the turn. Without it the watch counts nowhere.
 
         Raises:
             SessionNotFoundError, TurnNotFoundError, OwnedElsewhereError
@@ -635,7 +640,7 @@ class Sessions:
         self._check_not_deleted(session_id)
         turn = self._find_turn(session_id, turn_id)
         if turn is not None:
-            return turn.log, turn.watch()
+            return turn.log, turn.watch() if watches else Watch(None)
         with self._answered_within():
             log = await self._replays.open(
                 session_id,

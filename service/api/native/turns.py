@@ -11,6 +11,7 @@ from quart import Blueprint, request
 from quart_trio.wrappers import TrioResponse
 
 from service.api.http.app_state import current_service, encoded_response, json_response, no_content
+from service.api.http.callers import current_caller
 from service.api.http.end_of_input import leave_at_end_of_input
 from service.api.http.event_stream import (
     HEADERS,
@@ -639,6 +640,9 @@ async def stream_events(session_id: str, turn_id: str) -> TrioResponse:
     polyfills do) or as `after`: then no event is missing or sent twice. The header wins over the query, and in the
     query the id wins over `after`. Unknown names in the query are ignored.
 
+    A turn that runs for its clients alone (`on_disconnect` is `cancel`) has no client in a caller who may only `read`:
+    the turn may end while this caller follows it.
+
     Compare the ids of events, and do not count them: if the process that ran the turn has crashed, the id of the
     last event, `turn.interrupted`, jumps to 1073741824 or more.
     """
@@ -646,7 +650,8 @@ async def stream_events(session_id: str, turn_id: str) -> TrioResponse:
     service = current_service()
     session_id, turn_id = checked_session_id(session_id), checked_turn_id(turn_id)
     slot = take_slot(service)
-    log, watch = await service.sessions.open_events(session_id, turn_id, after=seen)
+    may_talk = "talk" in current_caller().may
+    log, watch = await service.sessions.open_events(session_id, turn_id, after=seen, watches=may_talk)
     release_later(watch)
     if seen >= log.last_seq and log.closed:
         return no_content()

@@ -6,14 +6,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import trio
+from trio.testing import MockClock
 
 from service.api.http import callers
 from service.api.http.callers import CALLER, caller_at_peer, caller_headers
 from service.api.http.proxy import PEER
 from service.api_keys import LOCAL, PLAIN, Caller
 from service.ids import public_id, scoped
-from tests.api.inprocess import SSE, Api, Reply, open_api
+from tests.api.inprocess import SSE, Api, Reply, leave, open_api
 
+SLOW = "scripted:?tokens=100&rate=1"
 NAMES = ("ann", "bob", "reader", "root", "auditor", "plain")
 TURN = "turn_" + "0" * 32
 
@@ -54,7 +57,7 @@ class Callers:
 
 @asynccontextmanager
 async def open_callers(**settings: Any) -> AsyncIterator[Callers]:
-    async with open_api(api_keys=KEYS, model_url="scripted:", **settings) as api:
+    async with open_api(**{"api_keys": KEYS, "model_url": "scripted:"} | settings) as api:
         yield Callers(api)
 
 
@@ -235,3 +238,72 @@ async def test_the_header_of_another_process_is_believed_only_from_another_proce
         assert passed_on.json["owner"] == "root"
         of_an_earlier_version = await call.api.call("GET", "/sessions/s", scope={PEER: bool})
         assert of_an_earlier_version.status == 404
+
+
+def _of_ann(name: str, *, at_owner: bool) -> dict[str, Any]:
+    """What a call of this key for Ann has, sent to this process or to one that passes it on to this one."""
+    if not at_owner:
+        return {"headers": {"Authorization": f"Bearer {key_of(name)}", "Lastcall-Owner": "ann"} | SSE}
+    may = "read administer" if name == "auditor" else "read talk administer"
+    return {"headers": {CALLER.decode(): f"{may};{name}", "Lastcall-Owner": "ann"} | SSE, "scope": {PEER: bool}}
+
+
+@pytest.mark.parametrize("at_owner", [False, True], ids=["here", "at the owner's process"])
+@pytest.mark.parametrize("name", ["auditor", "root"])
+async def test_a_caller_who_may_only_read_keeps_no_turn_running(
+    name: str, *, at_owner: bool, autojump_clock: MockClock
+) -> None:
+    """Another one who may talk does: the turn has a client."""
+    async with open_callers(model_url=SLOW) as call:
+        await call("ann", "POST", "/sessions", {"id": "s"})
+        api = call.api
+        headers = {"Authorization": f"Bearer {key_of('ann')}", "Content-Type": "application/json"} | SSE
+        talker = api.open("POST", "/sessions/s/turns", headers=headers)
+        replies: list[Reply] = []
+        async with trio.open_nursery() as nursery, talker:
+            await talker.send(b'{"input": "Hi"}')
+            await talker.send_complete()
+            await trio.sleep(5)
+            [turn] = (await call("ann", "GET", "/sessions/s/turns")).json["data"]
+
+            async def look() -> None:
+                path = f"/sessions/s/turns/{turn['id']}/events"
+                replies.append(await api.call("GET", path, **_of_ann(name, at_owner=at_owner)))
+
+            nursery.start_soon(look)
+            await trio.sleep(5)
+            assert not replies
+            await leave(talker)
+            left_at = trio.current_time()
+        ran_on_s = trio.current_time() - left_at
+        end = replies[0].events[-1]
+        if name == "auditor":
+            assert (end["type"], end["reason"]) == ("turn.cancelled", "disconnected")
+            assert ran_on_s < 2
+        else:
+            assert end["type"] == "turn.completed"
+            assert ran_on_s == pytest.approx(90, abs=5)
+
+
+async def test_a_caller_who_may_only_read_gives_no_client_more_time_to_come_back(autojump_clock: MockClock) -> None:
+    async with open_callers(model_url=SLOW, disconnect_grace_s=10) as call:
+        headers = {"Authorization": f"Bearer {key_of('ann')}", "Content-Type": "application/json"} | SSE
+        talker = call.api.open("POST", "/chat", headers=headers)
+        async with talker:
+            await talker.send(b'{"message": "Hi", "session_id": "s"}')
+            await talker.send_complete()
+            await trio.sleep(5)
+            [turn] = (await call("ann", "GET", "/sessions/s/turns")).json["data"]
+            await leave(talker)
+        path = f"/sessions/s/turns/{turn['id']}"
+        for _ in range(3):
+            await trio.sleep(3)
+            reader = call.api.open("GET", f"{path}/events", **_of_ann("auditor", at_owner=False))
+            async with reader:
+                await reader.send_complete()
+                await reader.receive()
+                await leave(reader)
+        assert (await call("ann", "GET", path)).json["state"] == "running"
+        await trio.sleep(2)
+        ended = (await call("ann", "GET", path)).json
+        assert (ended["state"], ended["reason"]) == ("cancelled", "disconnected")
