@@ -12,6 +12,7 @@ import trio
 from service.clock import Clock
 from service.errors import LastcallError, PreconditionFailedError, RefusedError, StoreError
 from service.freezes import move_on_after
+from service.ids import public_id
 from service.sessions.active.active_sessions import ActiveSessions
 from service.sessions.active.pending_writes import PendingWrites
 from service.sessions.active.session import ActiveSession, Deletion
@@ -75,7 +76,9 @@ class Deletions:
         finally:
             self.callers_waiting -= 1
         if wait.cancelled_caught:
-            raise StoreError(f"Session {session_id!r} is being deleted, which takes longer than usual; try again.")
+            raise StoreError(
+                f"Session {public_id(session_id)!r} is being deleted, which takes longer than usual; try again."
+            )
         if error is not None:
             raise error
 

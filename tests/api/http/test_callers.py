@@ -1,13 +1,13 @@
 """Callers with named keys: what each may do, whose sessions a call is about, and who acts for others."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import trio
-from trio.testing import MockClock
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from service.api.http import callers
 from service.api.http.callers import CALLER, caller_at_peer, caller_headers
@@ -307,3 +307,26 @@ async def test_a_caller_who_may_only_read_gives_no_client_more_time_to_come_back
         await trio.sleep(2)
         ended = (await call("ann", "GET", path)).json
         assert (ended["state"], ended["reason"]) == ("cancelled", "disconnected")
+
+
+async def test_a_deletion_that_takes_too_long_tells_the_public_id(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_callers(model_url=SLOW, store_timeout_s=10, cleanup_timeout_s=1) as call:
+        await call("ann", "POST", "/sessions", {"id": "s"})
+
+        def slow(step: Callable[..., Awaitable[object]]) -> Callable[..., Awaitable[object]]:
+            async def slow_step(*args: object, **kwargs: object) -> object:
+                await trio.sleep(9)
+                return await step(*args, **kwargs)
+
+            return slow_step
+
+        for name in ("begin_turn", "mark_deleted", "remove_deleted"):  # each of them within the store's time
+            monkeypatch.setattr(call.api.service.store, name, slow(getattr(call.api.service.store, name)))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(call, "ann", "POST", "/sessions/s/turns", {"input": "Hi"})
+            await wait_all_tasks_blocked()  # the acceptance is before the deletion
+            late = (await call("ann", "DELETE", "/sessions/s")).problem(503, "store_unavailable")
+        assert late["detail"].startswith("Session 's' is being deleted")
+        assert (await call("ann", "DELETE", "/sessions/s")).status == 204
