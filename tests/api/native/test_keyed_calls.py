@@ -355,6 +355,29 @@ async def test_the_key_of_a_turn_of_which_a_part_was_deleted_answers_the_rest(
         (await api.call("POST", path, body, headers=key)).problem(410, "idempotency_key_spent", "Idempotency-Key")
 
 
+@pytest.mark.parametrize("key", [{}, {"Idempotency-Key": "k"}])
+async def test_a_client_that_comes_back_without_a_stream_gets_its_turn_though_the_events_are_gone(
+    key: dict[str, str], autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_api() as api:
+        end_turn = api.service.store.end_turn
+
+        async def lose_events(turn: Any, **rest: Any) -> Any:
+            return await end_turn(turn, **rest | {"runs": ()})
+
+        monkeypatch.setattr(api.service.store, "end_turn", lose_events)
+        await api.new_session(id="me")
+        path, body = CALLS["turn"]
+        first = await api.call("POST", path, body, headers=key)
+        (await api.call("GET", f"{first.headers['location']}/events")).problem(410, "events_lost")
+        for seen in ({"Last-Event-ID": "1"}, key):
+            if seen:
+                again = await api.call("POST", path, body, headers=key | seen)
+                assert (again.status, again.json) == (200, first.json)
+        (await api.call("POST", path, body, headers=SSE | key | {"Last-Event-ID": "1"})).problem(410, "events_lost")
+        assert await made(api) == (1, 1)
+
+
 async def test_a_retry_is_answered_again_after_the_input_of_the_turn_that_it_retried_was_deleted(
     autojump_clock: MockClock,
 ) -> None:
