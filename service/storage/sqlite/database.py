@@ -15,11 +15,14 @@ from secrets import token_hex
 
 import apsw
 import msgspec
+import structlog
 
 from service.errors import StartupError
 from service.storage.sqlite.faults import fault_of
 from service.storage.sqlite.ownership import Ownership, any_alive
 from service.storage.sqlite.schema import APPLICATION_ID, SCRIPTS
+
+logger = structlog.get_logger("lastcall.store")
 
 SYNCHRONOUS = "FULL"
 CHECK_BYTES_MAX = 32 * 1024 * 1024
@@ -27,6 +30,8 @@ CHECK_BYTES_MAX = 32 * 1024 * 1024
 
 _LOCK_WAIT_S = 5.0
 _LOCK_POLL_S = 0.001
+_UPGRADE_WAIT_S = 1800.0
+"""How long a start waits for the lock of a file whose schema is old: another process copies the file and changes it."""
 _RESET_WAIT_S = 0.03
 _CACHE_KIB = 16 * 1024
 _WAL_KEPT_BYTES = 64 * 1024 * 1024
@@ -121,11 +126,12 @@ def prepare(db: apsw.Connection, path: Path, *, ownership: Ownership) -> None:
     _check_intact(db, path)
     if version_of(db, path) == len(SCRIPTS):
         return
-    with transaction(db):
+    with transaction(db, opens=path):
         version = version_of(db, path)  # another process may have changed the schema first
         if 0 < version < len(SCRIPTS):
             if any_alive(db, ownership):
                 raise StartupError(f"{path} is in use by an older version of this service; stop that one first.")
+            logger.info("the file is copied and brought to a new schema: this may take a while", schema=len(SCRIPTS))
             back_up(path, path.with_name(f"{path.name}.schema-{version}"), replace=True)
         for script in SCRIPTS[version:]:
             db.execute(script)
@@ -134,9 +140,16 @@ def prepare(db: apsw.Connection, path: Path, *, ownership: Ownership) -> None:
 
 
 @contextmanager
-def transaction(db: apsw.Connection) -> Iterator[None]:
-    """A transaction around the body: all of its writes happen, or none if it raises."""
-    db.execute("BEGIN IMMEDIATE")
+def transaction(db: apsw.Connection, *, opens: Path | None = None) -> Iterator[None]:
+    """A transaction around the body: all of its writes happen, or none if it raises.
+
+    Args:
+        opens: The file, where it is being opened: then this waits for a process that brings the schema up.
+    """
+    if opens is None:
+        db.execute("BEGIN IMMEDIATE")
+    else:
+        _begin_after_upgrade(db, opens)
     try:
         yield
         db.execute("COMMIT")
@@ -144,6 +157,24 @@ def transaction(db: apsw.Connection) -> Iterator[None]:
         if db.in_transaction:  # some faults have rolled it back already
             db.execute("ROLLBACK")
         raise
+
+
+def _begin_after_upgrade(db: apsw.Connection, path: Path) -> None:
+    """Begin a transaction. An old schema says that another process may hold the lock to change it, for minutes."""
+    deadline = time.monotonic() + _UPGRADE_WAIT_S
+    waits = False
+    while True:
+        is_old = version_of(db, path) < len(SCRIPTS)  # before the attempt, which the process may end
+        try:
+            db.execute("BEGIN IMMEDIATE")
+        except apsw.BusyError:
+            if not is_old or time.monotonic() >= deadline:
+                raise
+            if not waits:
+                logger.info("another process holds the lock of a file with an old schema: waiting until it is changed")
+            waits = True
+        else:
+            return
 
 
 def version_of(db: apsw.Connection, path: Path) -> int:

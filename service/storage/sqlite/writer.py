@@ -85,7 +85,9 @@ class Writer:
                 logger.warning("the database is on a network file system: its locks may not hold", type=kind)
             self._db = database.connect(self._path)
             try:
-                with database.transaction(self._db):  # from the transaction's beginning on the log file exists
+                with database.transaction(
+                    self._db, opens=self._path
+                ):  # from the transaction's beginning on the log file exists
                     self._files.note_opened(self._db)
                 self._db.set_wal_hook(self._note_wal)
                 database.prepare(self._db, self._path, ownership=self._ownership)

@@ -6,6 +6,7 @@ tests.storage.sqlite.test_migrations`` wrote it when that was the newest.
 
 import sqlite3
 import tempfile
+import threading
 from contextlib import closing
 from io import StringIO
 from pathlib import Path
@@ -101,6 +102,54 @@ async def test_a_migration_leaves_a_copy_from_before_and_happens_once(
     with closing(sqlite3.connect(f"{path}.schema-{len(SCRIPTS)}")) as db:
         assert db.execute("PRAGMA user_version").fetchone() == (len(SCRIPTS),)
         assert db.execute("SELECT count(*) FROM sessions").fetchone() == (3,)
+
+
+async def test_workers_that_start_together_wait_for_the_one_that_migrates_a_large_file(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _restore(path, len(SCRIPTS))
+    all_wait = threading.Event()
+    copies: list[Path] = []
+    waiting: set[int] = set()
+    back_up = database.back_up
+
+    def copy_slowly(source: Path, copy: Path, *, replace: bool) -> None:
+        copies.append(copy)
+        assert all_wait.wait(20)
+        monkeypatch.setattr(database, "_LOCK_WAIT_S", 5)
+        back_up(source, copy, replace=replace)
+
+    class Logger:
+        def info(self, event: str, **_: object) -> None:
+            if "another process holds the lock" in event:
+                waiting.add(threading.get_ident())
+                if len(waiting) == 3:
+                    all_wait.set()
+
+    monkeypatch.setattr(database, "logger", Logger())
+    monkeypatch.setattr(database, "SCRIPTS", (*SCRIPTS, NEXT))
+    monkeypatch.setattr(database, "_LOCK_WAIT_S", 0.05)
+    monkeypatch.setattr(database, "back_up", copy_slowly)
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            for _ in range(4):
+                nursery.start_soon(_open, path)
+    assert len(copies) == 1
+
+
+def test_a_lock_that_a_stranger_holds_is_waited_for_within_a_bound(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound of an old file is longer than that of a new one, and both have an end."""
+    monkeypatch.setattr(database, "_LOCK_WAIT_S", 0.01)
+    monkeypatch.setattr(database, "_UPGRADE_WAIT_S", 0.05)
+    for version in (len(SCRIPTS) - 1, len(SCRIPTS)):
+        name = path.with_name(f"{version}.db")
+        _restore(name, version)
+        with (
+            closing(database.connect(name)) as stranger,
+            database.transaction(stranger),
+            pytest.raises(StartupError, match="another process holds its lock"),
+        ):
+            trio.run(_open, name)
 
 
 async def _open(path: Path) -> None:
