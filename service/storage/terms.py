@@ -9,8 +9,8 @@ Terms consist of letters, digits and combining marks. So a store may add marks o
 
 import re
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
-from unicodedata import normalize
+from itertools import groupby, pairwise
+from unicodedata import combining, normalize
 
 from apsw import unicode
 
@@ -20,7 +20,9 @@ TERM_LENGTH_MAX = 64
 """The characters of a longer word that count."""
 
 _CHUNK_LENGTH = 4096
-"""The characters that are cut in one step, which takes less than a millisecond."""
+"""The characters of an ASCII text that are cut in one step, which takes less than a millisecond."""
+_WIDE_CHUNK_LENGTH = 512
+"""The same for other texts. One character may become 18 in the normal form, so a step takes up to some milliseconds."""
 _OVERLAP = 8
 """The characters that two chunks share where no break was found between them: a pair and the marks on it."""
 
@@ -39,6 +41,8 @@ _JOINER = re.compile("[\x00-/:-@[-`{-\x7f\u2018\u2019]+")
 _INVISIBLE = re.compile(
     "[\u00ad\u034f\u061c\u200c-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\U000e0000-\U000e0fff]+"
 )
+_MARKS = re.compile("[\\W\uff9e\uff9f]{33,}")
+"""Longer runs of marks than the words of any language have. The marks are among these characters, which are more."""
 # Words end at these characters whatever stands beside them.
 _BREAK = re.compile("[\x00-/:-@[-`{-\x7f\\s\u3000-\u3002\uff01\uff0c\uff1f]")
 
@@ -77,15 +81,16 @@ def terms_of(chunk: str) -> set[str]:
 def chunks(text: str) -> Iterator[tuple[int, str]]:
     """A text in parts that can be cut into terms one by one, each with the place where it begins."""
     start = 0
-    while len(text) - start > _CHUNK_LENGTH:
-        end = start + _CHUNK_LENGTH
-        found = _BREAK.search(text, end, end + _CHUNK_LENGTH)
+    length = _CHUNK_LENGTH if text.isascii() else _WIDE_CHUNK_LENGTH
+    while len(text) - start > length:
+        end = start + length
+        found = _BREAK.search(text, end, end + length)
         if found is not None:
             yield start, text[start : found.end()]
             start = found.end()
         else:
-            yield start, text[start : end + _CHUNK_LENGTH]
-            start = end + _CHUNK_LENGTH - _OVERLAP
+            yield start, text[start : end + length]
+            start = end + length - _OVERLAP
     yield start, text[start:]
 
 
@@ -93,7 +98,7 @@ def _cut(chunk: str) -> tuple[list[str], list[str]]:
     """The words of a short text, and its runs of characters that are written without spaces."""
     if chunk.isascii():
         return chunk.translate(_ASCII_WORDS).split(), []
-    text = normalize("NFKC", _INVISIBLE.sub("", normalize("NFKC", chunk).casefold()))
+    text = _normalized(_INVISIBLE.sub("", _normalized(chunk).casefold()))
     words: list[str] = []
     runs: list[str] = []
     end = 0
@@ -103,6 +108,22 @@ def _cut(chunk: str) -> tuple[list[str], list[str]]:
         end = found.end()
     words += _words(text[end:])
     return words, runs
+
+
+def _normalized(text: str) -> str:
+    """The text in its normal form.
+
+    CPython puts the marks on a letter in order by insertion, which takes the square of their number, and holds the GIL
+    meanwhile. So long runs of marks are put in order before: the normal form is the same.
+    """
+    return normalize("NFKC", _MARKS.sub(_in_order, text))
+
+
+def _in_order(found: re.Match[str]) -> str:
+    """Decomposed characters, with the marks between two others in the order of the normal form."""
+    decomposed = "".join(normalize("NFKD", character) for character in found[0])
+    parts = (sorted(part, key=combining) for _, part in groupby(decomposed, lambda it: combining(it) == 0))
+    return "".join(map("".join, parts))
 
 
 def _words(text: str) -> Iterator[str]:

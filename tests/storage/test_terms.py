@@ -2,8 +2,12 @@
 """Texts and queries are cut into the same terms, whatever their case and normal form."""
 
 import re
+import sys
+from bisect import bisect_right
+from collections.abc import Iterator
+from itertools import groupby
 from typing import Literal
-from unicodedata import normalize
+from unicodedata import combining, normalize
 
 import pytest
 from apsw import unicode
@@ -111,6 +115,78 @@ def test_a_text_of_a_million_characters_is_cut_in_small_steps(text: str) -> None
     assert sum(1 for _ in steps) >= len(text) // 10_000
     assert all(len(chunk) <= 10_000 for _, chunk in terms.chunks(text))
     assert len(at_once(query_terms(text))) <= 300
+
+
+LONG = [
+    "a" + "\u0301\u0316" * 20_000,  # marks of two classes in turns: each pair is in the wrong order
+    "a" + "\u0301\u00ad\u0316\u00ad" * 10_000,  # the same, once invisible characters are taken out
+    "a" + "\uff9e\u0301" * 20_000,  # a letter that becomes a mark
+    "a" + "\u0f73" * 20_000,  # a mark of class 0 that becomes two of other classes
+    "a" + "\u0344\u0316" * 20_000,
+    "(\u0301\u0316" * 15_000,
+    "\ufdfa" * 30_000,
+    "\U0001d160" * 30_000,
+    "日a" * 20_000,
+    "สวัสดีครับ" * 4000,
+    "我爱你，" * 10_000,
+    "é" + "word " * 10_000,
+]
+
+
+@pytest.mark.parametrize("text", LONG)
+def test_no_step_of_any_text_is_long(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    normalized: list[str] = []
+
+    def note(form: Literal["NFKC", "NFKD"], given: str) -> str:
+        normalized.append(given)
+        return normalize(form, given)
+
+    monkeypatch.setattr(terms, "normalize", note)
+    lengths: list[int] = []
+    for _ in document_terms((text,)):
+        lengths.append(sum(map(len, normalized)))
+        normalized = [given for given in normalized if len(given) > 1]
+        assert all(moves(given) <= 50 * len(given) for given in normalized)
+        normalized.clear()
+    assert len(lengths) >= len(text) // 1100
+    assert max(lengths) <= 50_000
+
+
+def moves(text: str) -> int:
+    """How often CPython moves a mark by one place to bring a text into its normal form."""
+    moved = 0
+    for is_mark, classes in groupby(map(combining, normalize_each(text)), bool):
+        ordered: list[int] = []
+        for number in classes if is_mark else ():
+            place = bisect_right(ordered, number)
+            moved += len(ordered) - place
+            ordered.insert(place, number)
+    return moved
+
+
+def normalize_each(text: str) -> Iterator[str]:
+    for character in text:
+        yield from normalize("NFKD", character)
+
+
+def test_all_marks_are_among_the_characters_of_a_run_of_marks() -> None:
+    marks = [it for it in map(chr, range(sys.maxunicode + 1)) if combining(normalize("NFKD", it)[0])]
+    assert len(marks) > 900
+    assert [it for it in marks if not terms._MARKS.fullmatch(it * 33)] == []
+
+
+@given(
+    st.text(st.sampled_from("a日é\u0301\u0316\u0323\u0344\u0f73\uff9e\u00ad\u1100\u1161🙂"), max_size=60),
+    st.sampled_from(["NFC", "NFD", "NFKC", "NFKD"]),
+)
+def test_marks_of_a_long_run_may_stand_in_any_order_of_the_same_text(
+    marks: str, form: Literal["NFC", "NFD", "NFKC", "NFKD"]
+) -> None:
+    text = "a" + "\u0301\u0316\u0334" * 15 + marks
+    assert len(of_document(text)) >= 1
+    assert terms._normalized(text) == normalize("NFKC", text)
+    assert of_document(normalize(form, text)) == of_document(text)
+    assert of_document("a" + "\u0334\u0316\u0301" * 15 + marks) == of_document(text)
 
 
 @pytest.mark.parametrize("query", ["", "   ", "!?", '"', "\x00", "()*^:-", "🙂", "\ud800", "\u200b", "\u0301"])
