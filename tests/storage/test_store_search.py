@@ -221,6 +221,18 @@ async def test_later_documents_do_not_move_the_pages_of_a_search(store: Store) -
     assert page.next is None
 
 
+async def test_the_number_of_a_deleted_document_is_not_given_again_between_two_pages(store: Store) -> None:
+    for name in "abc":
+        await add_session(store, name)
+        await add_turn(store, name, "word", turn_id=f"t{name}")
+    page = await store.search_sessions("word", limit=1, after=None, status=None, now=T0)
+    assert [match.session.id for match in page.data] == ["c"]
+    await store.delete_turns("c", "tc", now=T0)
+    await add_turn(store, "a", "word", turn_id="newer")
+    page = await store.search_sessions("word", limit=9, after=page.next, status=None, now=T0)
+    assert [match.session.id for match in page.data] == ["b", "a"]
+
+
 async def test_a_page_ends_where_its_bytes_end_and_goes_on_after_any_row(store: Store) -> None:
     for n in range(6):
         await add_session(store, f"s{n}", "word " + "x" * 100)

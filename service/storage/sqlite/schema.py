@@ -164,7 +164,7 @@ CREATE INDEX metadata_by_session ON session_metadata (session);
 -- What is searched: the titles of sessions and the ended turns, numbered in the order in which they became so. The
 -- numbers are the rows of the index, whose columns are terms (storage/terms.py) and marks (sqlite/documents.py).
 CREATE TABLE documents (
-    key INTEGER PRIMARY KEY,
+    key INTEGER PRIMARY KEY AUTOINCREMENT,  -- never given again: search pages go on from it
     session INTEGER NOT NULL,
     turn INTEGER REFERENCES turns (key)     -- NULL: the title
 ) STRICT;

@@ -3,7 +3,7 @@ PRAGMA writable_schema=ON;
 BEGIN TRANSACTION;
 DROP TABLE IF EXISTS documents;
 CREATE TABLE documents (
-    key INTEGER PRIMARY KEY,
+    key INTEGER PRIMARY KEY AUTOINCREMENT,  -- never given again: search pages go on from it
     session INTEGER NOT NULL,
     turn INTEGER REFERENCES turns (key)     -- NULL: the title
 ) STRICT;
@@ -59,7 +59,7 @@ CREATE TABLE owners (
     address TEXT,
     opened_at INTEGER NOT NULL
 ) STRICT;
-INSERT INTO owners VALUES(1,NULL,1795929982584716);
+INSERT INTO owners VALUES(1,NULL,1795932849481186);
 DELETE FROM sqlite_schema WHERE name='search' AND type='table';
 INSERT INTO sqlite_schema(type,name,tbl_name,rootpage,sql) VALUES('table','search','search',0,'CREATE VIRTUAL TABLE search USING fts5 (terms, content='''', contentless_delete=1, detail=none, tokenize=''ascii'')');
 DROP TABLE IF EXISTS search_config;
@@ -176,6 +176,8 @@ CREATE TABLE unindexed (
     kind TEXT PRIMARY KEY CHECK (kind IN ('sessions', 'turns')),
     key INTEGER NOT NULL        -- of the row that is next, from the newest one to the oldest
 ) STRICT, WITHOUT ROWID;
+DELETE FROM main.sqlite_sequence WHERE name='documents';
+INSERT INTO main.sqlite_sequence VALUES ('documents', 2);
 DELETE FROM main.sqlite_sequence WHERE name='owners';
 INSERT INTO main.sqlite_sequence VALUES ('owners', 1);
 pragma user_version=4;
