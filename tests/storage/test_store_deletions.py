@@ -178,6 +178,19 @@ async def test_turns_larger_than_the_bound_are_not_deleted_at_once_but_one_is(st
     assert (await store.get_session("s", now=T0)).message_count == 0
 
 
+async def test_long_replies_count_for_the_bound_on_a_deletion(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    reply = "x" * (rules.DELETED_BYTES_MAX // 2 + 1)
+    for name, parent in (("a", None), ("b", "a")):
+        turn = a_turn(name, parent=parent)
+        await store.begin_turn(turn, now=T0)
+        await store.end_turn(ended(turn, text=reply), runs=said(reply), now=T0)
+    with pytest.raises(TooManyTurnsError):
+        await store.delete_turns("s", "a", now=T0)
+    await store.delete_turns("s", "b", now=T0)
+    assert await names(store) == ["a"]
+
+
 # Items
 
 

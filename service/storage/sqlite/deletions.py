@@ -26,7 +26,7 @@ _FOLLOWERS = (
 )
 _ROW = (
     "SELECT id, ordinal, parent, owner, input, output, output_bytes IS NOT NULL, "
-    "octet_length(input) + octet_length(output) FROM turns WHERE key = ?"
+    "octet_length(input) + octet_length(output) + coalesce(output_bytes, 0) FROM turns WHERE key = ?"
 )
 _HIDE = (
     "UPDATE turns SET session = :hidden, parent = NULL, input = '[]', output = '[]', runs = NULL, options = NULL, "
@@ -146,7 +146,7 @@ class ItemSearch:
 def delete_item(
     db: apsw.Connection, *, search: ItemSearch, terms: Collection[str], owners: Ownership, now: datetime
 ) -> bool:
-    """Delete an item that a search has found. False if something was deleted since: the search must begin anew.
+    """Delete an item that a search has found. False if the turn, or its session, has changed: the search begins anew.
 
     Args:
         terms: Those of the turn without the item.
@@ -163,9 +163,10 @@ def delete_item(
     if gone_owner is not None:
         recovery.end_turns_of(db, gone_owner, now, session=kept.key)
         kept = sessions.visible(db, session_id, now)
+        found = _find(db, session_id, kept.key, search.turn.id)
     elif still_open := _open_follower(db, kept, found, owners.fence):
         raise TurnInProgressError(still_open, instead=rules.INSTEAD_OF_DELETING)
-    if found.turn.is_open:  # it was recovered just now, and has other texts
+    if found is None or found.turn != search.turn:  # it has ended since, and the terms are not its own
         return False
     changes: list[tuple[_Found, Collection[str]]] = [(found, [item.id])]
     if item.type == "function_call":

@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import apsw
 import pytest
@@ -13,7 +14,7 @@ from service.storage.sqlite import deletions, forks, maintenance, open_sqlite_st
 from service.storage.sqlite.reclaim import reclaim_some
 from tests.storage.rows import T0, a_session, a_turn, ended, said
 from tests.storage.test_store_added_turns import an_added_turn
-from tests.storage.test_store_deletions import a_tree
+from tests.storage.test_store_deletions import a_tree, found_by
 
 LONG = "secret " * 50_000
 
@@ -98,6 +99,32 @@ async def test_an_item_that_is_deleted_twice_at_the_same_time_counts_once(path: 
                 nursery.start_soon(delete, item_id)
         assert missing == ["c-out"]
         assert (await store.get_session("s", now=T0)).message_count == 9
+
+
+async def test_a_reply_that_ends_while_an_item_of_its_input_is_deleted_is_found(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_sqlite_store(path) as owner, open_sqlite_store(path) as other:
+        await owner.create_session(a_session(), now=T0)
+        turn = a_turn("t", texts=["question"])
+        await owner.begin_turn(turn, now=T0)
+        write = other._writing.call
+        ends = 0
+
+        async def write_late(*args: Any, **more: Any) -> Any:
+            nonlocal ends
+            ends += 1
+            if ends == 1:  # the search has found the turn open
+                await owner.end_turn(ended(turn, text="answer"), runs=(Run(STARTED), *said("answer")), now=T0)
+            return await write(*args, **more)
+
+        monkeypatch.setattr(other._writing, "call", write_late)
+        await other.delete_item("s", "t-in-0", now=T0)
+        assert ends == 2, "the search began anew"
+        kept = await other.get_turn("s", "t", now=T0)
+        assert (kept.input, kept.text) == ((), "answer")
+        assert await found_by(other, "answer") == ["t"]
+        assert await found_by(other, "question") == []
 
 
 @pytest.mark.parametrize("path_of", [turns.PathRead, turns.PathPage])
