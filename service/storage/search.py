@@ -91,6 +91,10 @@ class Index(Protocol[S]):
         """The session, if it is visible and passes the filters of the search."""
         ...
 
+    def still_has(self, document: Found[S]) -> bool:
+        """Whether a document that was found is still there, with all terms: other tasks ran meanwhile."""
+        ...
+
 
 def search_page(index: Index[S], query: SearchQuery) -> Steps[Page[Match]]:
     """Make a page of a search: each session at its document with the highest number.
@@ -107,7 +111,6 @@ def search_page(index: Index[S], query: SearchQuery) -> Steps[Page[Match]]:
     data: list[Match] = []
     cursors: list[str] = []
     for number, document in index.documents(below=below):
-        yield
         if document is not None and document.session not in seen:
             seen.add(document.session)
             record = index.record(document.session)
@@ -115,8 +118,12 @@ def search_page(index: Index[S], query: SearchQuery) -> Steps[Page[Match]]:
                 if len(data) == query.limit:
                     return _page(data, cursors, query, partial=partial, next_cursor=cursors[-1])
                 text = yield from snippet(document.texts(), query.terms[0])
-                data.append(Match(session=record, turn_id=document.turn_id, snippet=text))
-                cursors.append(query.cursors.encode(SearchPosition(number, newest)))
+                if index.still_has(document):
+                    data.append(Match(session=record, turn_id=document.turn_id, snippet=text))
+                    cursors.append(query.cursors.encode(SearchPosition(number, newest)))
+                else:  # an older document of the session may be found in its place
+                    seen.discard(document.session)
+        yield
         if time.monotonic() >= deadline:
             rest = query.cursors.encode(SearchPosition(number, newest))
             return _page(data, cursors, query, partial=True, next_cursor=rest)

@@ -10,9 +10,12 @@ import trio
 from trio.testing import assert_checkpoints
 
 from service.errors import SessionExistsError, SessionLimitError, SessionNotFoundError
-from service.storage.memory import MemoryStore, open_memory_store
+from service.steps import Steps, at_once
+from service.storage.memory import MemoryStore, _MemoryIndex, open_memory_store
 from service.storage.pieces import Run, unpack
-from service.storage.records import EndResult, LeftOut, SessionPatch
+from service.storage.records import EndResult, LeftOut, Match, Page, SessionPatch
+from service.storage.search import SearchQuery, search_page
+from service.storage.search_cursor import SearchCursors
 from service.storage.store import PAGE_LENGTH_MAX
 from service.store_capabilities import MEMORY
 from tests.storage.rows import IDLE_TIMEOUT_S, T0, a_session, a_turn, at, ended, said
@@ -216,6 +219,66 @@ async def test_a_long_fork_whose_source_goes_meanwhile_leaves_nothing() -> None:
             await store.fork_session("s", at=None, copy_id="copy", now=now)
         with pytest.raises(SessionNotFoundError):
             await store.get_session("copy", now=now)
+
+
+Change = Callable[[MemoryStore], Awaitable[object]]
+Shown = list[tuple[str | None, str | None]]
+
+
+async def remove_b(store: MemoryStore) -> None:
+    await store.mark_deleted("b", now=T0)
+    await store.remove_deleted("b")
+
+
+async def make_b_anew(store: MemoryStore) -> None:
+    await remove_b(store)
+    await store.create_session(msgspec.structs.replace(a_session("b"), title="Anew"), now=T0)
+
+
+async def delete_the_turn_of_b(store: MemoryStore) -> None:
+    await store.delete_turns("b", "of_b", now=T0)
+
+
+@pytest.mark.parametrize("change", [remove_b, make_b_anew, delete_the_turn_of_b])
+async def test_a_search_shows_no_document_that_goes_between_two_of_its_steps(change: Change) -> None:
+    shown: list[Shown] = []
+    is_done = False
+    while not is_done:
+        async with open_memory_store() as store:
+            search = await a_search_for_hello(store)
+            is_done = is_done_after(search, steps=len(shown))
+            if not is_done:
+                await change(store)
+                shown.append([(match.turn_id, match.session.title) for match in at_once(search).data])
+    without_b: Shown = [("of_c", None), ("of_a", None)]
+    with_b: Shown = [("of_c", None), ("of_b", None), ("of_a", None)]
+    assert shown == [without_b] * shown.count(without_b) + [with_b] * shown.count(with_b)
+    assert shown.count(without_b) >= 8, "b was gone while its snippet was made"
+    assert shown.count(with_b) >= 3
+
+
+async def a_search_for_hello(store: MemoryStore) -> Steps[Page[Match]]:
+    for name in ("a", "b", "c"):
+        await store.create_session(a_session(name), now=T0)
+        turn = a_turn(f"of_{name}", name, texts=["x " * 8000, "hello"])
+        await store.begin_turn(turn, now=T0)
+        await store.end_turn(ended(turn), runs=(), now=T0)
+    query = SearchQuery(
+        cursors=SearchCursors(b"x" * 32),
+        terms=("hello",),
+        limit=9,
+        after=None,
+        status=None,
+        owner=None,
+        metadata={},
+        now=T0,
+        bytes_max=None,
+    )
+    return search_page(_MemoryIndex(store._documents, store._sessions, query), query)
+
+
+def is_done_after(search: Steps[Page[Match]], *, steps: int) -> bool:
+    return any(next(search, search) is search for _ in range(steps))
 
 
 async def test_the_search_index_keeps_nothing_of_sessions_that_are_gone() -> None:
