@@ -391,7 +391,7 @@ class Workers:
             self._try_again_later(_what_failed(worker, pid, code))
         elif not self._may_replace(pid, code):
             self._give_up(code)
-        elif code == 0 and self._ends_at_once(worker):
+        elif code == 0 and not self._stopping and self._ends_at_once(worker):
             what = f"workers end at once, {self._ended_at_once} times in a row"
             if self._has_served:
                 self._try_again_later(what)

@@ -248,6 +248,19 @@ def test_workers_that_end_at_once_again_and_again_end_the_service(service: Servi
     assert service.code == 78
 
 
+def test_workers_that_end_at_once_together_end_the_service_once(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    service = Service(monkeypatch, workers=4)
+    for _ in range(AT_ONCE_MAX):
+        service.end(service.started[-1], 0, after_s=1)
+    for worker in service.started[-3:]:
+        worker.end(0)
+    service.advance()
+    assert (service.is_stopping, service.code) == (True, 78)
+    assert capfd.readouterr().err.count("giving up") == 1
+
+
 def test_only_ends_at_once_in_a_row_count(service: Service) -> None:
     for _ in range(3):
         for _ in range(AT_ONCE_MAX):
