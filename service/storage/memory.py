@@ -72,12 +72,14 @@ from service.storage.records import (
 from service.storage.search import Found, SearchQuery, search_page, searched_texts
 from service.storage.search_cursor import SearchCursors
 from service.storage.store import PAGE_LENGTH_MAX
-from service.storage.terms import document_terms, query_terms
+from service.storage.terms import TERMS_MAX, document_terms, query_terms
 
 R = TypeVar("R")
 
 _LISTED_AT_ONCE = 1000
 """Sessions that a listing looks at in one step of the event loop, which takes less than a millisecond."""
+_FURTHER_TERMS_S = 5
+"""Bound on the indexing after a deletion, which a cancelled caller waits for."""
 _ROOM_AFTER_S = 10
 """After which time a caller that found no room for a session is told to try again: sessions live for long."""
 _FORKED_AT_ONCE = 100
@@ -512,9 +514,12 @@ class MemoryStore:
             item = None if turn is None else turn.record.find_item(item_id)
             if turn is None or item is None:
                 raise ItemNotFoundError(item_id)
-            terms = await in_steps(_lost_terms(turn.record, rules.without_items(turn.record, [item_id])))
+            terms, had_all = await in_steps(_lost_terms(turn.record, rules.without_items(turn.record, [item_id])))
             if self._visible(session_id, now) is session and session.edits == edits:
                 self._delete_item(session, turn, item, terms)
+                if not had_all:
+                    with anyio.move_on_after(_FURTHER_TERMS_S, shield=True):
+                        await in_steps(self._add_further_terms(turn, turn.record))
                 return
 
     def _delete_item(self, session: _Session, found: _Turn, item: Item, terms: Collection[str]) -> None:
@@ -528,6 +533,15 @@ class MemoryStore:
             self._documents.drop(found.document, terms)
         messages = sum(_delete_from(turn, item_ids) for turn, item_ids in changes)
         self._note_edit(session, messages=messages, head=session.record.head)
+
+    def _add_further_terms(self, turn: _Turn, record: TurnRecord) -> Steps[None]:
+        """Index what a turn has now, until it changes again: of more terms than count, other ones may be the first."""
+        number = turn.document
+        if number is not None:
+            for _ in self._documents.prepare(number, turn.texts):
+                yield
+                if turn.document != number or turn.record is not record:
+                    return
 
     async def start_turn(self, turn_id: str, *, now: datetime) -> bool:
         await anyio.lowlevel.checkpoint()
@@ -938,11 +952,11 @@ def _search(turns: Sequence[_Turn], item_id: str) -> Steps[_Turn | None]:
     return None
 
 
-def _lost_terms(before: TurnRecord, after: TurnRecord) -> Steps[Collection[str]]:
-    """The terms by which a turn is not found any more."""
+def _lost_terms(before: TurnRecord, after: TurnRecord) -> Steps[tuple[Collection[str], bool]]:
+    """The terms by which a turn is not found any more, and whether it was found by all that it had."""
     found_by = yield from document_terms(searched_texts(before))
     still_found_by = yield from document_terms(searched_texts(after))
-    return set(found_by) - set(still_found_by)
+    return found_by - still_found_by, len(found_by) < TERMS_MAX
 
 
 def _answers(session: _Session, turn: _Turn, call: Item) -> Iterator[tuple[_Turn, Collection[str]]]:

@@ -19,6 +19,9 @@ from service.steps import Steps
 TERM_LENGTH_MAX = 64
 """The characters of a longer word that count."""
 
+TERMS_MAX = 32 * 1024
+"""The different terms of a document that count, the first ones of it: a store adds a document in one step."""
+
 _CHUNK_LENGTH = 4096
 """The characters of an ASCII text that are cut in one step, which takes less than a millisecond."""
 _WIDE_CHUNK_LENGTH = 512
@@ -48,11 +51,16 @@ _BREAK = re.compile("[\x00-/:-@[-`{-\x7f\\s\u3000-\u3002\uff01\uff0c\uff1f]")
 
 
 def document_terms(texts: Iterable[str]) -> Steps[set[str]]:
-    """All terms of a document, from its texts."""
+    """The first :data:`TERMS_MAX` terms of a document, from its texts: the same ones for the same texts."""
     found: set[str] = set()
     for text in texts:
         for _, chunk in chunks(text):
-            found |= terms_of(chunk)
+            terms = terms_of(chunk)
+            if len(found) + len(terms) > TERMS_MAX:
+                terms = set(sorted(terms - found)[: TERMS_MAX - len(found)])
+            found |= terms
+            if len(found) == TERMS_MAX:
+                return found
             yield
     return found
 

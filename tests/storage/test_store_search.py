@@ -17,8 +17,9 @@ from service.steps import at_once
 from service.storage import search
 from service.storage.records import Item, Match, Page, SessionPatch, SessionStatus
 from service.storage.snippets import SNIPPET_LENGTH_MAX
+from service.storage.sqlite import documents
 from service.storage.store import Store
-from service.storage.terms import document_terms, query_terms
+from service.storage.terms import TERMS_MAX, document_terms, query_terms
 from tests.storage.conftest import OpenStore
 from tests.storage.rows import IDLE_TIMEOUT_S, T0, a_session, a_turn, at, ended, said
 
@@ -35,6 +36,13 @@ async def add_turn(store: Store, session_id: str, text: str, reply: str = "", *,
     await store.begin_turn(turn, now=T0)
     await store.end_turn(ended(turn, text=reply), runs=said(reply) if reply else (), now=T0)
     return turn.id
+
+
+async def index_whole(store: Store) -> None:
+    """Wait until all turns are in the index."""
+    with trio.fail_after(60):
+        while (await store.search_sessions("word", limit=1, after=None, status=None, now=T0)).partial:  # noqa: ASYNC110
+            await trio.sleep(0.001)
 
 
 async def found(
@@ -332,16 +340,57 @@ async def test_a_search_whose_time_is_over_is_partial_and_goes_on(
 
 async def test_an_end_whose_caller_is_cancelled_leaves_the_whole_turn_in_the_index_or_nothing(store: Store) -> None:
     await add_session(store, "a")
-    long = " ".join(f"w{n}" for n in range(200_000))
+    long = " ".join(f"w{n}" for n in range(30_000))
     turn = a_turn("t", "a", texts=["question"])
     await store.begin_turn(turn, now=T0)
     with trio.move_on_after(0) as scope:
         await store.end_turn(ended(turn, text=long), runs=(), now=T0)
     assert scope.cancelled_caught
     is_ended = not (await store.get_turn("a", "t", now=T0)).is_open
-    assert await found(store, "w199999") == await found(store, "question") == (["a"] if is_ended else [])
+    await index_whole(store)
+    assert await found(store, "w29999") == await found(store, "question") == (["a"] if is_ended else [])
     await store.end_turn(ended(turn, text=long), runs=(), now=T0)
-    assert await found(store, "w199999") == await found(store, "question") == ["a"]
+    await index_whole(store)
+    assert await found(store, "w29999") == await found(store, "question") == ["a"]
+
+
+async def test_the_first_terms_of_a_turn_count_up_to_their_bound(store: Store) -> None:
+    await add_session(store, "a")
+    first, last = (" ".join(f"{name}{n}" for n in range(TERMS_MAX // 2 - 1)) for name in "vw")
+    turn = a_turn("t", "a", texts=[first, last])
+    await store.begin_turn(turn, now=T0)
+    await store.end_turn(ended(turn, text="one two three"), runs=said("one two three"), now=T0)
+    await index_whole(store)
+    assert await found(store, f"v0 w{TERMS_MAX // 2 - 2} one three") == ["a"], "the least ones of the last part count"
+    assert await found(store, "two") == []
+    await store.delete_item("a", turn.input[0].id, now=T0)
+    await index_whole(store)
+    assert await found(store, f"w{TERMS_MAX // 2 - 2} one two three") == ["a"], "they are among the first ones now"
+    assert await found(store, "v0") == []
+    await store.delete_turns("a", "t", now=T0)
+    assert await found(store, "two") == await found(store, "w0") == []
+
+
+async def test_turns_with_many_terms_are_found_like_others(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "STEP_TERMS_MAX", 2)
+    for name in ("a", "b", "c"):
+        await add_session(store, name)
+    long = await add_turn(store, "a", "word one two", "three four")
+    await add_turn(store, "b", "word")
+    await add_turn(store, "c", "word one two")
+    newest = await add_turn(store, "b", "words five", "three four")
+    copy = await store.fork_session("a", at=long, copy_id="d", now=T0)
+    await index_whole(store)
+    assert [(it.session.id, it.turn_id) for it in await matches(store, "four three")] == [
+        ("d", copy.head),
+        ("b", newest),
+        ("a", long),
+    ]
+    assert await found(store, "word", limit=1) == ["d", "c", "b", "a"], "a turn counts from its end"
+    await store.delete_turns("a", long, now=T0)
+    await store.mark_deleted("c", now=T0)
+    await store.remove_deleted("c")
+    assert await found(store, "one two") == ["d"]
 
 
 async def test_other_tasks_run_while_a_long_reply_is_put_into_the_index(

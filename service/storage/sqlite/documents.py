@@ -2,9 +2,12 @@
 
 The index has no texts: FTS5 keeps, for each term, the numbers of the documents that have it. Each document has further
 terms, marks that no text contains: its session, the owner of the session, and its block.
+
+FTS5 writes a document at once, within the step and the commit that add it. So a step adds few terms only. A turn with
+more has its number from its end on, and waits in the table ``unindexed`` until the housekeeping adds its terms.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 
 import apsw
 
@@ -12,6 +15,11 @@ from service.steps import at_once
 from service.storage.records import TurnRecord
 from service.storage.search import searched_texts
 from service.storage.terms import document_terms
+
+STEP_TERMS_MAX = 8 * 1024
+"""The terms that one step of a caller adds, which takes some 3 ms with the commit."""
+STEP_BYTES_MAX = 12 * 1024
+"""The messages whose terms one step cuts and adds, in bytes. They have no more terms than :data:`STEP_TERMS_MAX`."""
 
 SEGMENTS_MAX = 16
 """The commits after which the parts of the index that they added are merged, so that a query reads few of them."""
@@ -33,10 +41,40 @@ def terms_of_turn(turn: TurnRecord) -> Collection[str]:
     return at_once(document_terms(searched_texts(turn)))
 
 
-def add_turn(db: apsw.Connection, turn: int, session: int, terms: Iterable[str]) -> None:
-    """Index an ended turn, by its key and that of its session. It is not indexed yet."""
+def within_a_step(terms: Iterable[Collection[str]]) -> Iterator[Collection[str] | None]:
+    """The terms of turns that one step adds; None in place of those that are too many for it."""
+    left = STEP_TERMS_MAX
+    for of_turn in terms:
+        fit = len(of_turn) <= left
+        left -= len(of_turn) if fit else 0
+        yield of_turn if fit else None
+
+
+def add_turn(db: apsw.Connection, turn: int, session: int, terms: Collection[str] | None) -> None:
+    """Index an ended turn, by its key and that of its session. It is not indexed yet.
+
+    Args:
+        terms: None if they are to be added later, as those of a turn with very many.
+    """
     db.execute("INSERT INTO documents (session, turn) VALUES (?, ?)", (session, turn))
-    _insert(db, db.last_insert_rowid(), session, terms)
+    _add(db, db.last_insert_rowid(), session, turn, terms)
+
+
+def _add(db: apsw.Connection, number: int, session: int, turn: int, terms: Collection[str] | None) -> None:
+    if terms is None or len(terms) > STEP_TERMS_MAX:
+        db.execute("INSERT OR IGNORE INTO unindexed (kind, key) VALUES ('turn', ?)", (turn,))
+    else:
+        _insert(db, number, session, terms)
+
+
+def add_waiting_turn(db: apsw.Connection, turn: int, session: int, terms: Iterable[str]) -> None:
+    """Add the terms of a turn that waits for it."""
+    _wait_no_more(db, turn)
+    _insert(db, db.execute("SELECT key FROM documents WHERE turn = ?", (turn,)).get, session, terms)
+
+
+def _wait_no_more(db: apsw.Connection, turn: int) -> None:
+    db.execute("DELETE FROM unindexed WHERE kind = 'turn' AND key = ?", (turn,))
 
 
 def add_old_turn(db: apsw.Connection, turn: int, session: int, terms: Iterable[str]) -> None:
@@ -66,18 +104,20 @@ def has_title(db: apsw.Connection, session: int) -> bool:
     return db.execute(_TITLE, (session,)).fetchone() is not None
 
 
-def change_turn(db: apsw.Connection, turn: int, session: int, terms: Iterable[str]) -> None:
+def change_turn(db: apsw.Connection, turn: int, session: int, terms: Collection[str]) -> None:
     """Index an ended turn whose texts have changed. It keeps its place among the documents, if it has one."""
     number: int | None = db.execute("SELECT key FROM documents WHERE turn = ?", (turn,)).get
     if number is None:
         add_turn(db, turn, session, terms)
     else:
         db.execute("DELETE FROM search WHERE rowid = ?", (number,))
-        _insert(db, number, session, terms)
+        _wait_no_more(db, turn)
+        _add(db, number, session, turn, terms)
 
 
 def forget_turn(db: apsw.Connection, turn: int) -> None:
     """Remove a turn from the index, if it is there."""
+    _wait_no_more(db, turn)
     _forget(db, db.execute("SELECT key FROM documents WHERE turn = ?", (turn,)).get)
 
 

@@ -48,12 +48,12 @@ def keep_end(
     runs: Sequence[Run] | None,
     session: int,
     idle_timeout_s: float,
-    terms: Collection[str] | None = None,
+    terms: Collection[str] | None,
 ) -> None:
     """Keep the end of the open turn of this key, and what the end changes in its session, which is used at ``now``.
 
     Args:
-        terms: The terms of the turn; None if they are to be cut here.
+        terms: The terms of the turn; None if they are to be cut and added later.
         runs: The turn's events; if they do not fit in the turn's row, they are in pages already. None if an earlier
             version has kept them.
     """
@@ -64,7 +64,7 @@ def keep_end(
             event_pages.drop(db, key)
     db.execute(_END, {name: values[name] for name in _COLUMNS} | {"key": key})
     db.execute("DELETE FROM outputs WHERE turn = ?", (key,))
-    documents.add_turn(db, key, session, documents.terms_of_turn(turn) if terms is None else terms)
+    documents.add_turn(db, key, session, terms)
     counts = rules.counts_of_end(turn)
     db.execute(
         _COUNT,

@@ -16,7 +16,7 @@ from service.ids import new_session_id, owner_of, scoped
 from service.storage import rules
 from service.storage.fork_path import EDITED_MEANWHILE, ForkPath, copies_of, forked_session
 from service.storage.records import IdempotencyKey, SessionRecord, TurnRecord
-from service.storage.sqlite import event_pages, idempotency, sessions, turns
+from service.storage.sqlite import documents, event_pages, idempotency, sessions, turns
 from service.storage.sqlite.ownership import owner_of as owner_in
 from service.storage.sqlite.rows import TURN_COLUMNS, Row
 
@@ -209,7 +209,8 @@ def _copy_some(db: apsw.Connection, fork: Fork, progress: Progress) -> Progress 
     for index in range(progress.turn, len(fork.turns)):
         turn, source = fork.turns[index], fork.sources[index]
         if copied == -1:
-            turns.insert_copy(db, progress.session, index, turn, source=source, terms=fork.terms.get(index))
+            terms = fork.terms[index] if index in fork.terms else documents.terms_of_turn(turn)
+            turns.insert_copy(db, progress.session, index, turn, source=source, terms=terms)
         copy = turns.key_of(db, turn.id, progress.session)
         for table, columns in _COPIED.items():
             rows: list[Row] = db.execute(

@@ -62,7 +62,10 @@ _TITLES_NOT_SEARCHED = (
     "AND NOT EXISTS (SELECT 1 FROM documents WHERE documents.session = sessions.key AND turn IS NULL) "
     f"AND {_IS_INDEXED.format(kind='sessions')}"
 )
-_LOST_DOCUMENTS = "SELECT key FROM documents EXCEPT SELECT id FROM search_docsize"
+_LOST_DOCUMENTS = (
+    "SELECT key FROM documents WHERE NOT EXISTS (SELECT 1 FROM search_docsize WHERE id = documents.key) "
+    "AND NOT EXISTS (SELECT 1 FROM unindexed WHERE kind = 'turn' AND unindexed.key = turn)"
+)
 
 
 def vacuum(path: Path) -> int:
@@ -216,7 +219,7 @@ def import_session(
         sessions.make_room(db, session.id, now)
         key = sessions.insert(db, session, turns_begun=len(ended))
         for ordinal, (turn, runs) in enumerate(ended):
-            turns.insert_ended(db, key, ordinal, turn, runs)
+            turns.insert_ended(db, key, ordinal, turn, runs, terms=documents.terms_of_turn(turn))
 
 
 def _make_store(path: Path) -> None:

@@ -10,7 +10,7 @@ import apsw
 
 from service.errors import OwnedElsewhereError
 from service.storage import rules
-from service.storage.sqlite import event_pages
+from service.storage.sqlite import documents, event_pages
 from service.storage.sqlite.ends import keep_end
 from service.storage.sqlite.ownership import Ownership, fences, owner_of
 from service.storage.sqlite.rows import STAGED_MARK, TURN_COLUMNS, Row, items_of, turn_of
@@ -57,7 +57,7 @@ def end_turns_of(
     rows: list[Row] = db.execute(_OPEN, {"owner": fence, "session": session, "limit": turns_max}).fetchall()
     ended = size = 0
     for (key,) in rows:
-        size += _end(db, key, now)
+        size += _end(db, key, now, searched_bytes_max=documents.STEP_BYTES_MAX - size)
         ended += 1
         if size >= bytes_max:
             break
@@ -71,8 +71,8 @@ def refuse_if_alive(db: apsw.Connection, fence: int, owners: Ownership, session_
         raise OwnedElsewhereError(session_id, fence=owner.fence, address=owner.address)
 
 
-def _end(db: apsw.Connection, key: int, now: datetime) -> int:
-    """End an open turn. Returns the bytes of its messages."""
+def _end(db: apsw.Connection, key: int, now: datetime, *, searched_bytes_max: int) -> int:
+    """End an open turn. With longer messages it is indexed later. Returns the bytes of its messages."""
     row: Row = db.execute(_GET, (key,)).fetchone()  # type: ignore[assignment]
     session = row[-1]
     session_id, idle_timeout_s = db.execute(_GET_SESSION, (session,)).fetchone()  # type: ignore[misc]
@@ -82,8 +82,10 @@ def _end(db: apsw.Connection, key: int, now: datetime) -> int:
     turn = rules.crashed(turn_of(session_id, row)[0], items, event_pages.growth_of(db, key), now)
     has_frames = db.execute("SELECT 1 FROM events WHERE turn = ? LIMIT 1", (key,)).fetchone() is not None
     runs = None if has_frames else event_pages.runs_in_pages(db, key)
-    keep_end(db, key, turn, now, runs=runs, session=session, idle_timeout_s=idle_timeout_s)
-    return sum(len(item.text.encode()) for item in (*turn.input, *turn.output))
+    size = sum(len(item.text.encode()) for item in (*turn.input, *turn.output))
+    terms = documents.terms_of_turn(turn) if size <= searched_bytes_max else None
+    keep_end(db, key, turn, now, runs=runs, session=session, idle_timeout_s=idle_timeout_s, terms=terms)
+    return size
 
 
 def _drop_staged(db: apsw.Connection, turn: int) -> None:

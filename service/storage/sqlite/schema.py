@@ -174,10 +174,12 @@ CREATE VIRTUAL TABLE search USING fts5 (terms, content='', contentless_delete=1,
 INSERT INTO search (search, rank) VALUES ('automerge', 0);      -- the writer merges between the commits
 INSERT INTO search (search, rank) VALUES ('crisismerge', 256);
 
--- The rows of earlier versions that are not in the indexes yet; no row once all of them are.
+-- What is not in the indexes yet; no row once all is. For the sessions and turns of earlier versions it has the key of
+-- the row that is next, from the newest one to the oldest; besides, each turn whose terms were too many for its end.
 CREATE TABLE unindexed (
-    kind TEXT PRIMARY KEY CHECK (kind IN ('sessions', 'turns')),
-    key INTEGER NOT NULL        -- of the row that is next, from the newest one to the oldest
+    kind TEXT NOT NULL CHECK (kind IN ('sessions', 'turns', 'turn')),
+    key INTEGER NOT NULL,
+    PRIMARY KEY (kind, key)
 ) STRICT, WITHOUT ROWID;
 INSERT INTO unindexed (kind, key) SELECT 'sessions', max(key) FROM sessions HAVING max(key) IS NOT NULL;
 INSERT INTO unindexed (kind, key) SELECT 'turns', max(key) FROM turns HAVING max(key) IS NOT NULL;

@@ -17,6 +17,11 @@ TERMS_MAX = 16
 """The terms of a query that FTS5 looks for. A document that has them is read and looked through for the others."""
 
 _TURN_BY_KEY = f"SELECT {TURN_COLUMNS} FROM turns WHERE key = ?"
+_WAITING = (
+    "SELECT 1 FROM unindexed LEFT JOIN turns ON kind = 'turn' AND turns.key = unindexed.key "
+    "LEFT JOIN sessions ON sessions.key = turns.session WHERE true"
+)
+"""The turns of others that wait are not told to an owner."""
 _MATCHING = "SELECT rowid FROM search WHERE search MATCH ? AND rowid BETWEEN ? AND ? ORDER BY rowid DESC"
 
 
@@ -43,7 +48,9 @@ class _SqliteIndex:
         return number
 
     def is_whole(self) -> bool:
-        return self._db.execute("SELECT 1 FROM unindexed LIMIT 1").fetchone() is None
+        owner = self._query.owner
+        waiting = _WAITING if owner is None else f"{_WAITING} AND (kind <> 'turn' OR owner_name = :owner)"
+        return self._db.execute(f"{waiting} LIMIT 1", {"owner": owner}).fetchone() is None
 
     def documents(self, *, below: int) -> Iterator[tuple[int, Found[int] | None]]:
         lowest: int | None = self._db.execute("SELECT min(key) FROM documents").get

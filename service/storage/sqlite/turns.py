@@ -137,9 +137,10 @@ def add(
 ) -> SessionRecord:
     idempotency.check(db, key, now)
     kept, _ = _session_for(db, added[0], owners, now, head, branches=True, instead=rules.INSTEAD_OF_ADDING)
-    for ordinal, turn in enumerate(added, kept.turns_begun):
-        runs = rules.events_at_once(turn.output)
-        insert_ended(db, kept.key, ordinal, turn, runs, terms=terms[ordinal - kept.turns_begun])
+    for ordinal, (turn, of_turn) in enumerate(
+        zip(added, documents.within_a_step(terms), strict=True), kept.turns_begun
+    ):
+        insert_ended(db, kept.key, ordinal, turn, rules.events_at_once(turn.output), terms=of_turn)
     session = rules.with_added(kept.record, added, now)
     db.execute(
         "UPDATE sessions SET head = ?, turns_begun = ?, message_count = ?, last_accessed_at = ?, expires_at = ? "
@@ -366,12 +367,12 @@ def insert_ended(
     turn: TurnRecord,
     runs: Sequence[Run],
     *,
-    terms: Collection[str] | None = None,
+    terms: Collection[str] | None,
 ) -> None:
     """Add a turn that has ended already. The caller updates the session's counters.
 
     Args:
-        terms: The terms of the turn; None if they are to be cut here.
+        terms: The terms of the turn; None if they are to be cut and added later.
     """
     trees.add_sibling(db, session, turn.parent, ordinal)
     values = values_of(turn) | event_pages.end_columns(turn, runs)
@@ -379,24 +380,20 @@ def insert_ended(
     if not values["runs"]:
         text = text_of(runs, [item.text for item in turn.output])
         event_pages.keep(db, key, runs, text, after=0)
-    documents.add_turn(db, key, session, documents.terms_of_turn(turn) if terms is None else terms)
+    documents.add_turn(db, key, session, terms)
 
 
 def insert_copy(
-    db: apsw.Connection, session: int, ordinal: int, turn: TurnRecord, *, source: int, terms: Collection[str] | None
+    db: apsw.Connection, session: int, ordinal: int, turn: TurnRecord, *, source: int, terms: Collection[str]
 ) -> None:
-    """Add a copy of an ended turn; ``source`` is the key of this turn, whose rows in other tables are not copied.
-
-    Args:
-        terms: The terms of the turn; None if they are to be cut here.
-    """
+    """Add a copy of an ended turn; ``source`` is the key of this turn, whose rows in other tables are not copied."""
     names = ("runs", "output_bytes", "text_length")
     row: Row = db.execute(f"SELECT {', '.join(names)} FROM turns WHERE key = ?", (source,)).fetchone()  # type: ignore[assignment]
     values = values_of(turn) | dict(zip(names, row, strict=True))
     if values["output_bytes"] is not None:
         values["output"] = as_json(rules.without_texts(turn.output))
     key = _insert_ended(db, session, ordinal, values)
-    documents.add_turn(db, key, session, documents.terms_of_turn(turn) if terms is None else terms)
+    documents.add_turn(db, key, session, terms)
 
 
 def _insert_ended(db: apsw.Connection, session: int, ordinal: int, values: dict[str, object]) -> int:

@@ -70,7 +70,7 @@ class Writer:
         self._unmerged = 0
         """The commits that may have added parts to the search index since these were merged."""
         self._indexing: Indexing | None = Indexing()
-        """What is left to do for the indexes of a file of an earlier version."""
+        """The work for the indexes, while some may be left."""
         self._index_at = -inf
         self._housekept_at = -inf
         self._reset_at = -inf
@@ -110,7 +110,7 @@ class Writer:
         try:
             if self._is_full and self._is_short():
                 raise apsw.FullError  # the space that is left is for steps that free space
-            self._transact(lambda db: _run_together(db, arriving, taken))
+            self._transact(lambda db: self._run_and_look(db, partial(_run_together, db, arriving, taken)))
         except Exception as error:  # noqa: BLE001  the callers get their step's error
             self._is_full = self._is_full or isinstance(error, apsw.FullError)
             if not taken:  # the transaction did not begin: the fault is the same for all steps
@@ -148,7 +148,7 @@ class Writer:
             elif self.removed:
                 self.removed = self._transact(reclaim_some)
             elif self._indexing is not None and now >= self._index_at:
-                self._index_old_rows(self._indexing, now)
+                self._index_rows(self._indexing, now)
             elif self._unmerged >= documents.SEGMENTS_MAX and not self._transact(documents.merge_some):
                 self._unmerged = 0
         except (apsw.Error, StoreError) as error:
@@ -158,16 +158,16 @@ class Writer:
         is_indexing = self._indexing is not None and now >= self._index_at
         return self.removed or is_indexing or self._unmerged >= documents.SEGMENTS_MAX
 
-    def _index_old_rows(self, indexing: Indexing, now: float) -> None:
-        """Do a step for the indexes of a file of an earlier version, if this is the process that does it."""
+    def _index_rows(self, indexing: Indexing, now: float) -> None:
+        """Do a step for the indexes: of a file of an earlier version, if this is the process that does it."""
         if indexing.is_done(self._db):
-            if indexing.steps:
+            if indexing.old_steps:
                 logger.info("the search index is whole: all earlier turns are in it")
             self._indexing = None
-        elif not is_oldest(self._db, self._ownership):
+        elif not (is_waiting := indexing.has_waiting(self._db)) and not is_oldest(self._db, self._ownership):
             self._index_at = now + _INDEX_RETRY_S
         else:
-            if not indexing.steps:
+            if not is_waiting and not indexing.old_steps:
                 logger.info("earlier turns are put into the search index: until then searches are partial")
             self._index_at = now + _INDEX_RETRY_S  # should the step fail
             indexing.run_step(self._transact)
@@ -184,12 +184,18 @@ class Writer:
 
     def _run_alone(self, step: Step[Any]) -> None:
         def run() -> None:
-            self._transact(lambda db: _run_one(db, step))
+            self._transact(lambda db: self._run_and_look(db, partial(_run_one, db, step)))
 
         try:
             self._with_reserve(run) if step.makes_space else run()
         except Exception as error:  # noqa: BLE001  the caller gets the error
             step.error = self._translate(error)
+
+    def _run_and_look(self, db: apsw.Connection, run: Callable[[], None]) -> None:
+        """Run steps within a transaction, and look whether there are rows that wait for the indexes."""
+        run()
+        if self._indexing is None and not (indexing := Indexing()).is_done(db):
+            self._indexing = indexing
 
     def _with_reserve(self, write: Callable[[], T]) -> T:
         """Make a write that frees space; if the disk is full, with the space of the reserve."""

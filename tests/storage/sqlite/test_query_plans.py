@@ -199,8 +199,8 @@ def _is_scan(sql: str, step: str) -> bool:
         return True
     if not step.startswith("SCAN") or re.search("VIRTUAL TABLE INDEX [0-9]+:.", step):
         return False
-    # There are only as many owners as processes, few sessions run, and at most two rows are in ``unindexed``. A listing
-    # walks an index in its order and stops at its limit.
+    # There are only as many owners as processes, few sessions run, and few turns wait in ``unindexed``. A listing walks
+    # an index in its order and stops at its limit.
     few = "owners" in step or "INDEX running_sessions_by_age" in step or "unindexed" in step
     return not few and not (re.search("USING (COVERING )?INDEX", step) and "LIMIT" in sql)
 

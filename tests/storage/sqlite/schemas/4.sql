@@ -173,8 +173,9 @@ CREATE UNIQUE INDEX turns_by_ordinal ON turns (session, ordinal);
 CREATE INDEX turns_by_parent ON turns (session, coalesce(parent, ''), ordinal);
 DROP TABLE IF EXISTS unindexed;
 CREATE TABLE unindexed (
-    kind TEXT PRIMARY KEY CHECK (kind IN ('sessions', 'turns')),
-    key INTEGER NOT NULL        -- of the row that is next, from the newest one to the oldest
+    kind TEXT NOT NULL CHECK (kind IN ('sessions', 'turns', 'turn')),
+    key INTEGER NOT NULL,
+    PRIMARY KEY (kind, key)
 ) STRICT, WITHOUT ROWID;
 DELETE FROM main.sqlite_sequence WHERE name='documents';
 INSERT INTO main.sqlite_sequence VALUES ('documents', 2);

@@ -1,0 +1,213 @@
+"""Turns with many terms: the steps of callers add few terms, and the housekeeping adds those of the turns that wait."""
+
+import random
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from service.errors import TurnNotFoundError
+from service.storage.sqlite import SqliteStore, database, documents, indexing, maintenance, open_sqlite_store, recovery
+from service.storage.sqlite.writer import Writer
+from service.storage.terms import TERMS_MAX
+from tests.storage.rows import T0, a_session, a_turn, ended, said
+from tests.storage.test_store_added_turns import an_added_turn
+from tests.storage.test_store_search import add_session, add_turn, found, index_whole, matches
+
+LENGTH = 256 * 1024 // 3
+"""The characters of a long input: each has three bytes."""
+
+
+def random_text(length: int, seed: int) -> str:
+    chosen = random.Random(seed)
+    return "".join(chr(chosen.randrange(0x4E00, 0x9FFF)) for _ in range(length))
+
+
+@contextmanager
+def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[list[int], list[int]]]:
+    """The terms that each transaction adds: those of callers' steps, and those of the housekeeping."""
+    by_callers: list[int] = []
+    by_housekeeping: list[int] = []
+    counts = by_callers
+    transact, housekeep, insert = Writer._transact, Writer.run_housekeeping, documents._insert
+
+    def counting_transact(writer: Writer, call: Callable[[Any], Any]) -> Any:
+        counts.append(0)
+        return transact(writer, call)
+
+    def counting_housekeep(writer: Writer, *, idle: bool) -> bool:
+        nonlocal counts
+        counts = by_housekeeping
+        try:
+            return housekeep(writer, idle=idle)
+        finally:
+            counts = by_callers
+
+    def counting_insert(db: Any, number: int, session: int, terms: Collection[str]) -> None:
+        counts[-1] += len(terms)
+        insert(db, number, session, terms)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Writer, "_transact", counting_transact)
+        patched.setattr(Writer, "run_housekeeping", counting_housekeep)
+        patched.setattr(documents, "_insert", counting_insert)
+        yield by_callers, by_housekeeping
+
+
+@contextmanager
+def no_housekeeping(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with monkeypatch.context() as paused:
+        paused.setattr(Writer, "run_housekeeping", lambda _, *, idle: False)  # noqa: ARG005
+        yield
+
+
+async def test_no_step_of_a_caller_adds_many_terms(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with counting(monkeypatch) as (by_callers, by_housekeeping):
+        async with open_sqlite_store(path) as store:
+            await add_session(store, "a")
+            text = random_text(LENGTH, 1000)
+            await add_turn(store, "a", text, "ended", turn_id="t")
+            await store.create_session(a_session(), now=T0)
+            added = [
+                an_added_turn(f"n{n}", parent=f"n{n - 1}" if n else None, asked=random_text(1100, n), replied="")
+                for n in range(100)
+            ]
+            await store.add_turns(added, now=T0)
+            page = await store.search_sessions("ended", limit=1, after=None, status=None, now=T0)
+            assert page.partial
+            await index_whole(store)
+            assert await found(store, text[:9]) == ["a"]
+            for n in (0, 50, 99):
+                query = added[n].input[0].text[-9:]
+                assert [(it.session.id, it.turn_id) for it in await matches(store, query)] == [("s", f"n{n}")]
+            await store.delete_item("s", "n3-in", now=T0)
+    assert documents.STEP_TERMS_MAX // 2 < max(by_callers) <= documents.STEP_TERMS_MAX
+    assert sum(by_housekeeping) > 200_000
+    assert max(by_housekeeping) <= TERMS_MAX
+    assert maintenance.check(path) == []
+
+
+async def test_a_recovery_leaves_long_turns_to_the_housekeeping(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recovery, "_TURNS_MAX", 1000)
+    lengths = (1000, 1000, 1000, 1000, 1000, 1000, LENGTH)
+    texts = [random_text(length, n) for n, length in enumerate(lengths)]
+    async with open_sqlite_store(path) as store:
+        for n, text in enumerate(texts):
+            await add_session(store, f"s{n}")
+            await store.begin_turn(a_turn(f"t{n}", f"s{n}", texts=[text]), now=T0)
+    with counting(monkeypatch) as (by_callers, _):
+        async with open_sqlite_store(path) as store:
+            assert await store.recover(now=T0) == len(texts)
+            await index_whole(store)
+            for n, text in enumerate(texts):
+                assert await found(store, text[:9]) == [f"s{n}"]
+    assert 1000 < max(by_callers) <= documents.STEP_TERMS_MAX
+    assert maintenance.check(path) == []
+
+
+async def test_pages_are_partial_while_a_turn_waits_and_a_process_that_dies_leaves_it_to_the_next(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "STEP_TERMS_MAX", 3)
+    with no_housekeeping(monkeypatch):
+        async with open_sqlite_store(path) as store:
+            for name in ("a", "b"):
+                await add_session(store, name)
+            waiting = await add_turn(store, "a", "word one two three")
+            await add_turn(store, "b", "word")
+            page = await store.search_sessions("word", limit=9, after=None, status=None, now=T0)
+            assert ([it.session.id for it in page.data], page.partial) == (["b"], True)
+            assert maintenance.check(path) == [], "a turn that waits is not lost"
+            copy = await store.fork_session("a", at=waiting, copy_id="copy", now=T0)
+    async with open_sqlite_store(path) as store:
+        await index_whole(store)
+        assert [(it.session.id, it.turn_id) for it in await matches(store, "one three")] == [
+            ("copy", copy.head),
+            ("a", waiting),
+        ]
+        assert await found(store, "word") == ["copy", "b", "a"]
+    assert maintenance.check(path) == []
+
+
+async def test_what_is_deleted_while_it_waits_is_never_found(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "STEP_TERMS_MAX", 3)
+    with no_housekeeping(monkeypatch):
+        async with open_sqlite_store(path) as store:
+            for name in ("a", "b", "c", "d"):
+                await add_session(store, name)
+                turn = a_turn(f"t{name}", name, texts=["secret one two three", "word"])
+                await store.begin_turn(turn, now=T0)
+                await store.end_turn(ended(turn, text="four five six"), runs=said("four five six"), now=T0)
+            await store.delete_turns("a", "ta", now=T0)
+            await store.delete_item("b", a_turn("tb", "b", texts=["x", "y"]).input[0].id, now=T0)
+            await store.mark_deleted("c", now=T0)
+            await store.remove_deleted("c")
+    async with open_sqlite_store(path) as store:
+        await index_whole(store)
+        assert await found(store, "secret") == ["d"]
+        assert await found(store, "word five") == ["d", "b"]
+        with trio.fail_after(30):
+            while store.writer.removed:  # noqa: ASYNC110  no event tells the end
+                await trio.sleep(0.001)
+        [item, *_] = (await store.get_turn("b", "tb", now=T0)).input
+        await store.delete_item("b", item.id, now=T0)
+        assert await found(store, "word") == ["d"], "few terms are left, and they do not wait"
+        with pytest.raises(TurnNotFoundError):
+            await store.get_turn("a", "ta", now=T0)
+    assert maintenance.check(path) == []
+
+
+async def test_a_text_that_is_deleted_while_its_terms_are_cut_is_not_found(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "STEP_TERMS_MAX", 3)
+    monkeypatch.setattr(indexing, "LONG_BYTES", 0)
+    with no_housekeeping(monkeypatch):
+        async with open_sqlite_store(path) as store:
+            await add_session(store, "a")
+            turn = a_turn("t", "a", texts=["secret", "word one two three"])
+            await store.begin_turn(turn, now=T0)
+            await store.end_turn(ended(turn, text="end"), runs=said("end"), now=T0)
+            work = indexing.Indexing()
+            db = database.connect(path)
+
+            def transact(step: Callable[[Any], Any]) -> Any:
+                with database.transaction(db):
+                    return step(db)
+
+            try:
+                work.run_step(transact)
+                await store.delete_item("a", turn.input[0].id, now=T0)
+                steps = 0
+                while not work.is_done(db):
+                    work.run_step(transact)
+                    steps += 1
+            finally:
+                db.close()
+            assert steps == 3, "the cutting of the old texts ends, and begins anew with those that are left"
+            assert await found(store, "secret") == []
+            assert await found(store, "word one end") == ["a"]
+
+
+async def test_an_owner_is_not_told_of_the_turns_of_others_that_wait(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "STEP_TERMS_MAX", 3)
+
+    async def is_partial(store: SqliteStore, owner: str | None) -> bool:
+        page = await store.search_sessions("word", limit=9, after=None, status=None, now=T0, owner=owner)
+        return page.partial
+
+    with no_housekeeping(monkeypatch):
+        async with open_sqlite_store(path) as store:
+            await add_session(store, "alice/a")
+            await add_turn(store, "alice/a", "word one two three")
+            assert [await is_partial(store, owner) for owner in ("alice", None, "bob", "")] == [
+                True,
+                True,
+                False,
+                False,
+            ]
