@@ -249,12 +249,11 @@ def test_workers_that_end_at_once_again_and_again_end_the_service(service: Servi
 
 
 def test_workers_that_end_at_once_together_end_the_service_once(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    service: Service, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    service = Service(monkeypatch, workers=4)
     for _ in range(AT_ONCE_MAX):
-        service.end(service.started[-1], 0, after_s=1)
-    for worker in service.started[-3:]:
+        service.end(service.started[-1], 0, after_s=0.1)
+    for worker in service.started:
         worker.end(0)
     service.advance()
     assert (service.is_stopping, service.code) == (True, 78)
