@@ -33,6 +33,7 @@
     ├── RepeatedError                an earlier call with this idempotency key made something; callers never see this
     ├── StoreError                   the store refused, hung or broke
     │   ├── ResourcesExhaustedError  the system gives this process no more descriptors or buffers
+    │   ├── EditedMeanwhileError     a part of what was copied was deleted meanwhile; the store works
     │   └── StoreLostError           the store's file was deleted or replaced: another process may serve another file
     └── ModelError                   the upstream failed (``code``, ``retryable``, ``retry_after_s``)
 
@@ -366,6 +367,13 @@ class StoreError(LastcallError):
 
 class StoreLostError(StoreError):
     """The store that this process has open is not the store that its name leads to: nothing can be kept here."""
+
+
+class EditedMeanwhileError(StoreError):
+    """A caller deleted a part of a conversation while it was copied. This says nothing of the store."""
+
+    def __init__(self) -> None:
+        super().__init__("A part of this conversation was deleted while it was copied; try again.")
 
 
 class ResourcesExhaustedError(StoreError):

@@ -410,7 +410,9 @@ class Sessions:
             if turn.record().find_item(item_id) is not None:
                 raise TurnInProgressError(turn.id, instead=INSTEAD_OF_DELETING)
         await self._acceptance.delete(
-            session_id, lambda: self._store.delete_item(session_id, item_id, now=self._clock())
+            session_id,
+            lambda: self._store.delete_item(session_id, item_id, now=self._clock()),
+            late_is_refused=False,  # before it writes, the store looks for the item: in a long session that takes long
         )
 
     # Turns

@@ -12,8 +12,6 @@ from service.storage.rules import Counts, counts_of_begin, counts_of_end, used, 
 
 TURNS_MAX = 10_000
 """How many turns one fork copies at most."""
-EDITED_MEANWHILE = "A part of this conversation was deleted while it was copied; try again."
-"""The text of the error of such a fork."""
 BYTES_MAX = 64 * 1024 * 1024
 """The messages and events that one fork copies at most."""
 

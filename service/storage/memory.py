@@ -25,19 +25,19 @@ from sortedcontainers import SortedList
 
 from service import store_capabilities
 from service.errors import (
+    EditedMeanwhileError,
     ItemNotFoundError,
     RepeatedError,
     SessionExistsError,
     SessionLimitError,
     SessionNotFoundError,
-    StoreError,
     TurnInProgressError,
     TurnNotFoundError,
 )
 from service.models.client import Usage
 from service.steps import Steps, at_once, in_steps
 from service.storage import rules
-from service.storage.fork_path import EDITED_MEANWHILE, ForkPath, copies_of, forked_session
+from service.storage.fork_path import ForkPath, copies_of, forked_session
 from service.storage.memory_documents import Document, MemoryDocuments
 from service.storage.page_cursor import (
     SessionPosition,
@@ -724,7 +724,7 @@ class MemoryStore:
 
         Raises:
             SessionNotFoundError: The source was removed meanwhile.
-            StoreError: Something was deleted from the source meanwhile.
+            EditedMeanwhileError: Something was deleted from the source meanwhile.
         """
         if after % _FORKED_AT_ONCE == 0:
             await anyio.lowlevel.checkpoint()
@@ -732,7 +732,7 @@ class MemoryStore:
 
     def _check_unchanged(self, source_id: str, edits: int, now: datetime) -> None:
         if self._visible(source_id, now).edits != edits:
-            raise StoreError(EDITED_MEANWHILE)
+            raise EditedMeanwhileError
 
     def _open_follower(self, session: _Session, turn: _Turn) -> str | None:
         """An open turn that is this turn or follows it. One whose path is long counts as a follower."""

@@ -371,7 +371,7 @@ async def test_a_fork_beside_a_deletion_is_whole_or_refused(store: Store) -> Non
         for turn, texts in copied:
             assert turn.events_deleted or "".join(texts) == turn.text
     else:
-        assert outcomes[0] in ("StoreError", "TurnNotFoundError")
+        assert outcomes[0] in ("EditedMeanwhileError", "TurnNotFoundError")
         assert "copy" not in found
 
 

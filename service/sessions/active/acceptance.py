@@ -132,11 +132,14 @@ class Acceptance:
             await self._store.add_turns(turns, now=now, head=head, key=new.key)
         return turns
 
-    async def delete(self, session_id: str, write: Callable[[], Awaitable[None]]) -> None:
+    async def delete(
+        self, session_id: str, write: Callable[[], Awaitable[None]], *, late_is_refused: bool = True
+    ) -> None:
         """Delete a part of a conversation, between acceptances. The waits have the bounds of :meth:`accept`.
 
         Args:
             write: The step of the store. The deletion is whole or not done, also after a cancellation.
+            late_is_refused: Whether a step that takes too long says that the store refuses writes.
         """
         with self._active.holding(session_id) as session:
             _check_not_deleted(session)
@@ -147,7 +150,7 @@ class Acceptance:
                     await self._pending_writes.retry_ends_of(session_id)  # until then these turns are open in the store
                     if not deadline.left_s:
                         await trio.lowlevel.checkpoint()  # raises: no write begins whose outcome would be unknown
-                    with self._pending_writes.writing(within_s=deadline.left_s):
+                    with self._pending_writes.writing(within_s=deadline.left_s, late_is_refused=late_is_refused):
                         await write()
 
     async def make_way(self, session_id: str, new: NewTurn) -> None:

@@ -12,7 +12,7 @@ import structlog
 import trio
 
 from service.clock import Clock
-from service.errors import SessionLimitError, StoreError
+from service.errors import EditedMeanwhileError, SessionLimitError, StoreError
 from service.ids import new_session_id
 from service.sessions.turns.turn import Turn
 from service.sessions.turns.turn_log import log_end
@@ -55,6 +55,8 @@ class PendingWrites:
         try:
             with answered_within(self._store_timeout_s if within_s is None else within_s, shield=shield):
                 yield
+        except EditedMeanwhileError:
+            raise
         except StoreError as error:
             if late_is_refused or not isinstance(error.__cause__, trio.TooSlowError):
                 self.refusal = error

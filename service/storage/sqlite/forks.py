@@ -11,10 +11,10 @@ from datetime import datetime
 import apsw
 import msgspec
 
-from service.errors import OwnedElsewhereError, SessionExistsError, SessionNotFoundError, StoreError
+from service.errors import EditedMeanwhileError, OwnedElsewhereError, SessionExistsError, SessionNotFoundError
 from service.ids import new_session_id, owner_of, scoped
 from service.storage import rules
-from service.storage.fork_path import EDITED_MEANWHILE, ForkPath, copies_of, forked_session
+from service.storage.fork_path import ForkPath, copies_of, forked_session
 from service.storage.records import IdempotencyKey, SessionRecord, TurnRecord
 from service.storage.sqlite import documents, event_pages, idempotency, sessions, turns
 from service.storage.sqlite.ownership import owner_of as owner_in
@@ -62,7 +62,7 @@ class Plan(turns.PathWalk):
     """Reads the turns that a fork copies, and makes their copies. The turns have ended, so of the later changes of the
     session only deletions change them.
 
-    Its steps raise RepeatedError, StoreError (something was deleted meanwhile), SessionNotFoundError,
+    Its steps raise RepeatedError, EditedMeanwhileError, SessionNotFoundError,
     TurnNotFoundError, TurnInProgressError, OwnedElsewhereError and InvalidRequestError.
     """
 
@@ -167,7 +167,7 @@ def build(db: apsw.Connection, fork: Fork, progress: Progress | None, *, fence: 
         RepeatedError: Another fork with the same key was faster.
         SessionNotFoundError: The source was removed meanwhile.
         SessionExistsError
-        StoreError: Something was deleted from the source meanwhile.
+        EditedMeanwhileError: Something was deleted from the source meanwhile.
     """
     idempotency.check(db, fork.key, now)
     source = sessions.visible(db, fork.source_id, now)
@@ -193,7 +193,7 @@ def build(db: apsw.Connection, fork: Fork, progress: Progress | None, *, fence: 
 
 def _check_unchanged(source: sessions.StoredSession, edits: int) -> None:
     if source.edits != edits:
-        raise StoreError(EDITED_MEANWHILE)
+        raise EditedMeanwhileError
 
 
 def _begin(db: apsw.Connection, fork: Fork, fence: int) -> int:

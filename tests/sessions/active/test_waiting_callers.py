@@ -1,13 +1,21 @@
 """Callers that wait for each other while the store hangs: counted, and answered within bounds of their own."""
 
 from collections import Counter
+from contextlib import suppress
 from datetime import datetime
 
 import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from service.errors import LastcallError, StoreError, TurnEndingError, TurnLimitError
+from service.errors import (
+    EditedMeanwhileError,
+    ItemNotFoundError,
+    LastcallError,
+    StoreError,
+    TurnEndingError,
+    TurnLimitError,
+)
 from service.sessions import sessions as sessions_module
 from service.sessions.commands import NewSession
 from service.storage.memory import MemoryStore
@@ -15,6 +23,7 @@ from service.storage.records import BegunTurn, SessionRecord, TurnRecord
 from tests.sessions.active.test_acceptance import Hangs
 from tests.sessions.puppet import Stage, open_stage
 from tests.sessions.turns.test_turns import start
+from tests.storage.test_store_added_turns import an_added_turn
 
 TIMEOUT_S = 5.0
 
@@ -284,3 +293,30 @@ async def test_a_bounded_number_of_callers_waits_for_a_fork(
             await stage.sessions.fork_session("s")
         assert trio.current_time() == 0, "it does not wait first"
         store.goes_on.set()
+
+
+async def test_a_deletion_beside_a_fork_and_a_long_search_for_an_item_say_nothing_of_the_store(
+    autojump_clock: MockClock,
+) -> None:
+    searching = Hangs("delete_item")
+    async with open_stage(searching, store_timeout_s=TIMEOUT_S) as stage:
+        await stage.sessions.create_session(NewSession(id="s"))
+        with pytest.raises(StoreError, match="in time"):
+            await stage.sessions.delete_item("s", "none")
+        assert stage.sessions.pending_writes.refusal is None
+        searching.goes_on.set()
+
+    class EditedBeside(MemoryStore):
+        async def _let_others_run(self, source_id: str, *, after: int, edits: int, now: datetime) -> None:
+            with suppress(ItemNotFoundError):  # it is deleted once
+                await self.delete_item(source_id, "t5-out", now=now)
+            await super()._let_others_run(source_id, after=after, edits=edits, now=now)
+
+    store = EditedBeside()
+    async with open_stage(store, store_timeout_s=TIMEOUT_S) as stage:
+        await stage.sessions.create_session(NewSession(id="s"))
+        added = [an_added_turn(f"t{n}", parent=f"t{n - 1}" if n else None) for n in range(150)]
+        await store.add_turns(added, now=stage.clock())
+        with pytest.raises(EditedMeanwhileError):
+            await stage.sessions.fork_session("s", at="t149")
+        assert stage.sessions.pending_writes.refusal is None
