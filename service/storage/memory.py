@@ -6,6 +6,7 @@ they may look at thousands of rows. The end of a turn checks for cancellation bu
 shutdown hundreds of ends come at once, and their callers end anyway.
 """
 
+import time
 from bisect import bisect_right
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -36,7 +37,7 @@ from service.errors import (
 )
 from service.models.client import Usage
 from service.steps import Steps, at_once, in_steps
-from service.storage import rules
+from service.storage import rules, search
 from service.storage.fork_path import ForkPath, copies_of, forked_session
 from service.storage.memory_documents import Document, MemoryDocuments
 from service.storage.page_cursor import (
@@ -231,14 +232,15 @@ class MemoryStore:
         self._turns: dict[str, _Turn] = {}
         self._listed = _Listed()
         self._listed_of: dict[str, _Listed] = {}
-        """Those of each owner. Sessions without an owner are in ``_listed`` only."""
+        """Those of each owner; with an empty name those without an owner."""
         self._keys: dict[tuple[str, str], _Key] = {}
         self._gone: deque[tuple[str, str]] = deque()
         """Keys of things that are gone, before :meth:`forget_keys` has noted when."""
         self._gone_at: deque[tuple[datetime, tuple[str, str]]] = deque()
         self._documents = MemoryDocuments()
-        self._by_pair: dict[tuple[str, str], SortedList[tuple[datetime, str]]] = {}
-        """The sessions that are not marked as deleted, for each pair of their metadata."""
+        self._by_pair: dict[tuple[str | None, str, str], SortedList[tuple[datetime, str]]] = {}
+        """The sessions that are not marked as deleted, for each pair of their metadata: those of each owner, and those
+        of all owners under None."""
 
     # Sessions
 
@@ -298,20 +300,23 @@ class MemoryStore:
         bytes_max: int | None = None,
     ) -> Page[SessionRecord]:
         await anyio.lowlevel.checkpoint()
-        listed = self._listed_of.get(owner, _Listed()) if owner else self._listed
+        deadline = time.monotonic() + search.SEARCH_S if metadata else inf
+        listed = self._listed_by(owner)
         order = listed.running_by_age if status == "running" else listed.by_age
         if metadata:
-            order = min((self._by_pair.get(pair, SortedList()) for pair in metadata.items()), key=len)
+            order = min((self._by_pair.get((owner, *pair), SortedList()) for pair in metadata.items()), key=len)
         maximum = None
         if after is not None:
             position = decode_session_cursor(after)
             maximum = (position.created_at, position.id)
-        found = await in_steps(
-            self._newest(order, maximum, limit + 1, status=status, owner=owner, metadata=metadata or {}, now=now)
-        )
+        is_listed = partial(rules.is_listed, status=status, owner=owner, metadata=metadata or {})
+        found, rest = await in_steps(self._newest(order, maximum, limit + 1, is_listed, now=now, deadline=deadline))
         data = tuple(found)[: fitting((session.text_bytes for session in found[:limit]), bytes_max=bytes_max)]
         cursors = tuple(encode_cursor(SessionPosition(session.created_at, session.id)) for session in data)
-        return Page(data=data, next=cursors[-1] if len(data) < len(found) else None, cursors=cursors)
+        next_cursor = None if rest is None else encode_cursor(SessionPosition(*rest))
+        if len(data) < len(found):
+            next_cursor = cursors[-1]
+        return Page(data=data, next=next_cursor, cursors=cursors, partial=rest is not None)
 
     async def search_sessions(
         self,
@@ -342,10 +347,7 @@ class MemoryStore:
 
     async def count_sessions(self, *, status: SessionStatus | None, now: datetime, owner: str | None = None) -> int:
         await anyio.lowlevel.checkpoint()
-        if owner:
-            return self._listed_of.get(owner, _Listed()).count(status, now)
-        owned = self._listed_of.values() if owner is not None else ()
-        return self._listed.count(status, now) - sum(listed.count(status, now) for listed in owned)
+        return self._listed_by(owner).count(status, now)
 
     async def update_session(
         self, session_id: str, patch: SessionPatch, *, now: datetime, revisions: Collection[str] | None = None
@@ -776,25 +778,29 @@ class MemoryStore:
         order: SortedList[tuple[datetime, str]],
         maximum: tuple[datetime, str] | None,
         limit: int,
+        is_listed: Callable[[SessionRecord], bool],
         *,
-        status: SessionStatus | None,
-        owner: str | None,
-        metadata: Mapping[str, str],
         now: datetime,
-    ) -> Steps[list[SessionRecord]]:
-        """The newest sessions below ``maximum``. Many sessions may have expired that are not removed yet."""
+        deadline: float,
+    ) -> Steps[tuple[list[SessionRecord], tuple[datetime, str] | None]]:
+        """The newest sessions below ``maximum``; and where to go on, if the time was over first.
+
+        Many sessions may have expired that are not removed yet.
+        """
         found: list[SessionRecord] = []
         while True:
             keys = list(islice(order.irange(maximum=maximum, inclusive=(True, False), reverse=True), _LISTED_AT_ONCE))
             for _, session_id in keys:
                 session = self._sessions[session_id].record
-                if not session.has_expired(now) and rules.is_listed(session, status, owner, metadata):
+                if not session.has_expired(now) and is_listed(session):
                     found.append(session)
                     if len(found) == limit:
-                        return found
+                        return found, None
             if len(keys) < _LISTED_AT_ONCE:
-                return found
+                return found, None
             maximum = keys[-1]
+            if time.monotonic() >= deadline:
+                return found, maximum
             yield
 
     def _newest_of_path(self, session_id: str, turn_id: str, bytes_max: int | None) -> Steps[list[TurnRecord]]:
@@ -909,11 +915,11 @@ class MemoryStore:
         session.record = record
 
     def _add_pairs(self, session: SessionRecord) -> None:
-        for pair in session.metadata.items():
+        for pair in _pairs_of(session):
             self._by_pair.setdefault(pair, SortedList()).add((session.created_at, session.id))
 
     def _remove_pairs(self, session: SessionRecord) -> None:
-        for pair in session.metadata.items():
+        for pair in _pairs_of(session):
             self._by_pair[pair].remove((session.created_at, session.id))
             if not self._by_pair[pair]:
                 del self._by_pair[pair]
@@ -922,7 +928,7 @@ class MemoryStore:
         self._remove_pairs(session)
         for listed in self._lists_of(session):
             listed.remove(session)
-        if session.owner and not self._listed_of[session.owner].by_age:
+        if not self._listed_of[session.owner].by_age:
             del self._listed_of[session.owner]
 
     def _remove(self, session: _Session) -> None:
@@ -939,8 +945,10 @@ class MemoryStore:
 
     def _lists_of(self, session: SessionRecord) -> Iterator["_Listed"]:
         yield self._listed
-        if session.owner:
-            yield self._listed_of.setdefault(session.owner, _Listed())
+        yield self._listed_of.setdefault(session.owner, _Listed())
+
+    def _listed_by(self, owner: str | None) -> "_Listed":
+        return self._listed if owner is None else self._listed_of.get(owner, _Listed())
 
 
 def _search(turns: Sequence[_Turn], item_id: str) -> Steps[_Turn | None]:
@@ -1031,6 +1039,10 @@ class _MemoryIndex:
     def still_has(self, document: Found[str]) -> bool:
         # A number is never given again, not even to another session with the same id.
         return self._documents.has_terms(document.number, self._query.terms)
+
+
+def _pairs_of(session: SessionRecord) -> Iterator[tuple[str | None, str, str]]:
+    return ((owner, *pair) for pair in session.metadata.items() for owner in (None, session.owner))
 
 
 def _title(title: str) -> Iterable[str]:

@@ -103,10 +103,10 @@ def search_page(index: Index[S], query: SearchQuery) -> Steps[Page[Match]]:
     """
     deadline = time.monotonic() + SEARCH_S
     partial = not index.is_whole()
-    newest = index.newest() if query.after is None else query.after.newest
-    if newest is None or not query.terms:
+    below = _end(index) if query.after is None else query.after.document
+    if below is None or not query.terms:
         return Page((), None, partial=partial)
-    below = newest + 1 if query.after is None else query.after.document
+    newest = None if query.after is None else query.after.newest
     seen: set[S] = set()
     data: list[Match] = []
     cursors: list[str] = []
@@ -117,6 +117,7 @@ def search_page(index: Index[S], query: SearchQuery) -> Steps[Page[Match]]:
             if record is not None and not _was_shown(index, document, query):
                 if len(data) == query.limit:
                     return _page(data, cursors, query, partial=partial, next_cursor=cursors[-1])
+                newest = number if newest is None else newest
                 text = yield from snippet(document.texts(), query.terms[0])
                 if index.still_has(document):
                     data.append(Match(session=record, turn_id=document.turn_id, snippet=text))
@@ -125,9 +126,14 @@ def search_page(index: Index[S], query: SearchQuery) -> Steps[Page[Match]]:
                     seen.discard(document.session)
         yield
         if time.monotonic() >= deadline:
-            rest = query.cursors.encode(SearchPosition(number, newest))
+            rest = query.cursors.encode(SearchPosition(number, number if newest is None else newest))
             return _page(data, cursors, query, partial=True, next_cursor=rest)
     return _page(data, cursors, query, partial=partial, next_cursor=None)
+
+
+def _end(index: Index[S]) -> int | None:
+    newest = index.newest()
+    return None if newest is None else newest + 1
 
 
 def _was_shown(index: Index[S], document: Found[S], query: SearchQuery) -> bool:

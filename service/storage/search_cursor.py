@@ -17,7 +17,8 @@ _NUMBERS = Struct(">qq")
 class SearchPosition(msgspec.Struct, frozen=True):
     """A place among the documents of a search, by number, the highest first.
 
-    ``newest`` is the highest number when the search began: later documents are not in this search.
+    ``newest`` is the number of the first document that the search has shown: sessions that were shown have a document
+    from there to this place. It is not the highest number of all, which moves with the documents of other owners.
     """
 
     document: int

@@ -134,8 +134,9 @@ class Store(Protocol):
     ) -> Page[SessionRecord]:
         """A page of sessions, newest first (by ``created_at``, then ``id``).
 
-        With ``owner`` only the sessions of this owner; with an empty text those without an owner. A page cursor names a
-        place in the order of all sessions, so one of another owner's listing tells nothing of them.
+        With ``owner`` only the sessions of this owner; with an empty text those without an owner. The cost of the
+        listing and the places that its page cursors name depend on these sessions only. The cursor of another owner's
+        listing is a place in the order of all sessions, and tells nothing of them.
 
         The listing is stable while sessions come and go: a session that exists from the first page to the last is on
         exactly one page. ``after`` is the ``next`` of the page before, and stays valid when the

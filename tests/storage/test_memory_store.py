@@ -3,6 +3,7 @@
 from collections.abc import Awaitable, Callable
 from datetime import datetime
 from functools import partial
+from typing import Any
 
 import msgspec
 import pytest
@@ -11,15 +12,17 @@ from trio.testing import assert_checkpoints
 
 from service.errors import SessionExistsError, SessionLimitError, SessionNotFoundError
 from service.steps import Steps, at_once
+from service.storage import rules
 from service.storage.memory import MemoryStore, _MemoryIndex, open_memory_store
 from service.storage.pieces import Run, unpack
-from service.storage.records import EndResult, LeftOut, Match, Page, SessionPatch
+from service.storage.records import EndResult, LeftOut, Match, Page, SessionPatch, SessionRecord, SessionStatus
 from service.storage.search import SearchQuery, search_page
 from service.storage.search_cursor import SearchCursors
 from service.storage.store import PAGE_LENGTH_MAX
 from service.store_capabilities import MEMORY
 from tests.storage.rows import IDLE_TIMEOUT_S, T0, a_session, a_turn, at, ended, said
 
+STATUSES: tuple[SessionStatus | None, ...] = (None, "idle", "running")
 METHODS: list[Callable[[MemoryStore], Awaitable[object]]] = [
     lambda store: store.create_session(a_session("new"), now=T0),
     lambda store: store.get_session("s", now=T0),
@@ -294,3 +297,36 @@ async def test_the_search_index_keeps_nothing_of_sessions_that_are_gone() -> Non
         assert set(store._documents._numbers) == {"title", "1", "2", "hello", "hi"}
         await store.delete_expired(now=at(2 * IDLE_TIMEOUT_S), limit=10)
         assert (store._documents._numbers, store._documents._documents, store._by_pair) == ({}, {}, {})
+
+
+async def test_a_listing_looks_at_its_owners_sessions_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[str] = []
+    is_listed = rules.is_listed
+
+    def note(session: SessionRecord, *args: Any, **kwargs: Any) -> bool:
+        looked.append(session.id)
+        return is_listed(session, *args, **kwargs)
+
+    monkeypatch.setattr(rules, "is_listed", note)
+    pairs = {"team": "blue"}
+    async with open_memory_store() as store:
+        for name in (*(f"alice/{n}" for n in range(5)), "bob/s", "plain"):
+            await store.create_session(msgspec.structs.replace(a_session(name), metadata=pairs), now=T0)
+        for owner, own in {"": ["plain"], "bob": ["bob/s"], "eve": []}.items():
+            for metadata in (None, pairs, {"team": "red"}):
+                for status in STATUSES:
+                    looked.clear()
+                    page = await store.list_sessions(
+                        limit=9, after=None, status=status, now=T0, owner=owner, metadata=metadata
+                    )
+                    found = [session.id for session in page.data]
+                    assert found == ([] if status == "running" or metadata == {"team": "red"} else own)
+                    assert set(looked) <= set(own)
+        await store.begin_turn(a_turn(session_id="plain"), now=T0)
+        for name in ("plain", "bob/s"):
+            await store.mark_deleted(name, now=T0)
+        assert [await store.count_sessions(status=None, now=T0, owner=owner) for owner in ("", "bob", "alice")] == [
+            0,
+            0,
+            5,
+        ]

@@ -3,10 +3,14 @@
 from collections.abc import Sequence
 
 import msgspec
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from service.storage import memory, search
+from service.storage.page_cursor import decode_session_cursor
 from service.storage.records import SessionPatch, SessionStatus
+from service.storage.sqlite import metadata
 from service.storage.store import Store
 from tests.storage.conftest import OpenStore
 from tests.storage.rows import IDLE_TIMEOUT_S, T0, a_session, a_turn, at
@@ -99,6 +103,36 @@ async def test_a_listing_by_metadata_goes_on_after_any_row_and_ends_where_its_by
         limit=6, after=None, status=None, now=T0, metadata={"k": "v" * 100}, bytes_max=250
     )
     assert (short.data, short.next) == (page.data[:2], page.cursors[1])
+
+
+async def test_a_listing_by_metadata_whose_time_is_over_tells_nothing_of_other_owners(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (search, metadata):
+        monkeypatch.setattr(module, "SEARCH_S", 0)
+    monkeypatch.setattr(memory, "_LISTED_AT_ONCE", 1)
+
+    async def pages(owner: str | None) -> list[tuple[list[str], bool, str | None]]:
+        found: list[tuple[list[str], bool, str | None]] = []
+        after = None
+        while not found or after is not None:
+            page = await store.list_sessions(
+                limit=9, after=after, status=None, now=T0, owner=owner, metadata={"team": "blue"}
+            )
+            after = page.next
+            place = None if after is None else decode_session_cursor(after).id
+            found.append(([session.id for session in page.data], page.partial, place))
+            assert len(found) < PAGES_MAX
+        return found
+
+    for name in ("alice/divorce-lawyer", "alice/s", "bob/s"):
+        await add(store, name, team="blue")
+    assert await pages("") == await pages("eve") == [([], False, None)]
+    assert await pages("bob") == [(["bob/s"], True, "bob/s"), ([], False, None)]
+    await add(store, "s", team="blue")
+    assert await pages("") == [(["s"], True, "s"), ([], False, None)]
+    names = ["s", "bob/s", "alice/s", "alice/divorce-lawyer"]
+    assert await pages(None) == [*(([name], True, name) for name in names), ([], False, None)]
 
 
 texts = st.text(max_size=5) | st.sampled_from(["", "a", "\x00", "'; --", "é", "e\u0301", "%", "\U0001f642"])

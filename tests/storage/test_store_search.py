@@ -213,6 +213,22 @@ async def test_a_cursor_does_not_tell_how_many_documents_there_are(store: Store)
     assert raw != sorted(raw)
 
 
+async def test_a_cursor_stays_the_same_while_other_owners_go_on(store: Store) -> None:
+    async def cursors(owner: str) -> tuple[str, ...]:
+        page = await store.search_sessions("word", limit=1, after=None, status=None, owner=owner, now=T0)
+        assert page.next == page.cursors[0]
+        following = await store.search_sessions("word", limit=1, after=page.next, status=None, owner=owner, now=T0)
+        return *page.cursors, *following.cursors
+
+    for name in ("bob/a", "bob/b", "a", "b"):
+        await add_session(store, name, "word")
+    before = [await cursors("bob"), await cursors("")]
+    await add_session(store, "ann/a", "word")
+    await add_turn(store, "ann/a", "word", "reply")
+    await store.update_session("ann/a", SessionPatch(title="another word"), now=T0)
+    assert [await cursors("bob"), await cursors("")] == before
+
+
 async def test_later_documents_do_not_move_the_pages_of_a_search(store: Store) -> None:
     for name in "abcdef":
         await add_session(store, name, "word")
@@ -336,6 +352,30 @@ async def test_a_search_whose_time_is_over_is_partial_and_goes_on(
         assert page.partial
         assert len(page.data) <= 1
     assert data == names[::-1]
+    page = await store.search_sessions("one three", limit=3, after=None, status=None, owner="bob", now=T0)
+    assert (page.data, page.next, page.partial) == ((), None, False), "no other owner's document ends a page"
+
+
+async def test_partial_pages_show_a_session_once_also_while_documents_are_added(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "SEARCH_S", 0)
+    for name in "abcd":
+        await add_session(store, name, "one two", team="blue" if name in "abc" else "red")
+    data: list[str] = []
+    page: Page[Match] = Page((), None)
+    for n in range(PAGES_MAX):
+        page = await store.search_sessions(
+            "two one", limit=3, after=page.next, status=None, now=T0, metadata={"team": "blue"}
+        )
+        assert n or not page.data, "the newest document is one of another team"
+        data += [match.session.id for match in page.data]
+        if page.next is None:
+            break
+        for name in "abc":
+            await store.update_session(name, SessionPatch(title=f"one two {n}"), now=T0) if name in data else None
+        await add_session(store, f"new{n}", "one two", team="blue")
+    assert data == ["c", "b", "a"]
 
 
 async def test_an_end_whose_caller_is_cancelled_leaves_the_whole_turn_in_the_index_or_nothing(store: Store) -> None:

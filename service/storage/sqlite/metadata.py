@@ -1,10 +1,14 @@
 """The index of sessions by the pairs of their metadata: its rows change in the transactions that change the pairs.
 
 A row has a digest of the pair, so that it is short whatever the pair. The record of the session decides in the end.
+
+The sessions of an owner are in the rows of this owner and in those of all owners. The sessions without an owner are in
+rows of their own. So a listing reads no row of a session that its caller must not know, and neither its time nor its
+page cursor tells of one; a listing of all sessions merges the two kinds of rows.
 """
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
 
@@ -20,22 +24,26 @@ _COUNTED_MAX = 1000
 """So many rows of each pair are counted, to begin with the rarest one."""
 _DIGEST_BYTES = 16
 _END = (1 << 62, "")
+_NO_OWNER = ""
+_ALL_OWNERS = "/"  # no owner's name has a slash
 
 _SOME = "SELECT 1 FROM session_metadata WHERE pair = ? LIMIT ?"
-_NEWEST = (
-    "SELECT created_at, id, session FROM session_metadata WHERE pair = ? AND (created_at, id) < (?, ?) "
-    "ORDER BY created_at DESC, id DESC"
-)
+_BELOW = "SELECT created_at, id, session FROM session_metadata WHERE pair = ? AND (created_at, id) < (?, ?)"
+_NEWEST = " ORDER BY created_at DESC, id DESC"
 _HAS = "SELECT 1 FROM session_metadata WHERE pair = ? AND created_at = ? AND id = ? AND session = ?"
+
+
+_Pair = tuple[bytes, ...]
 
 
 def insert(db: apsw.Connection, key: int, session: SessionRecord) -> None:
     """Add the pairs of a session, by its key."""
-    for pair in _pairs(session.metadata, ("", session.owner) if session.owner else ("",)):
-        db.execute(
-            "INSERT INTO session_metadata (pair, created_at, id, session) VALUES (?, ?, ?, ?)",
-            (pair, moment(session.created_at), session.id, key),
-        )
+    for pair in _pairs(session.metadata, (session.owner, _ALL_OWNERS) if session.owner else (_NO_OWNER,)):
+        for digest in pair:
+            db.execute(
+                "INSERT INTO session_metadata (pair, created_at, id, session) VALUES (?, ?, ?, ?)",
+                (digest, moment(session.created_at), session.id, key),
+            )
 
 
 def delete(db: apsw.Connection, key: int) -> None:
@@ -57,16 +65,18 @@ def list_page(
 
     Args:
         record: Reads the session of a key; None if the listing does not have it.
-        owner: The owner, whose own rows are read, so that the sessions of others cost nothing.
+        owner: Only the rows of this owner are read.
     """
     deadline = time.monotonic() + SEARCH_S
-    pairs = sorted(_pairs(metadata, (owner or "",)), key=partial(_rows_of, db))
+    owners = (_NO_OWNER, _ALL_OWNERS) if owner is None else (owner,)
+    pairs = sorted(_pairs(metadata, owners), key=partial(_rows_of, db))
     is_partial = db.execute("SELECT 1 FROM unindexed WHERE kind = 'sessions'").fetchone() is not None
     rarest, others = pairs[0], pairs[1:]
     start = _END if after is None else (moment(after.created_at), after.id)
     found: list[SessionRecord] = []
     rest: str | None = None
-    for row in db.execute(_NEWEST, (rarest, *start)):
+    newest = " UNION ALL ".join([_BELOW] * len(rarest)) + _NEWEST
+    for row in db.execute(newest, [value for digest in rarest for value in (digest, *start)]):
         session = record(row[2]) if _has_all(db, others, row) else None
         if session is not None:
             found.append(session)
@@ -80,17 +90,21 @@ def list_page(
     return Page(data, cursors[-1] if len(data) < len(found) else rest, cursors, partial=is_partial)
 
 
-def _rows_of(db: apsw.Connection, pair: bytes) -> int:
-    return len(db.execute(_SOME, (pair, _COUNTED_MAX)).fetchall())
+def _rows_of(db: apsw.Connection, pair: _Pair) -> int:
+    return sum(len(db.execute(_SOME, (digest, _COUNTED_MAX)).fetchall()) for digest in pair)
 
 
-def _has_all(db: apsw.Connection, pairs: Collection[bytes], row: Row) -> bool:
-    return all(db.execute(_HAS, (pair, *row)).fetchone() is not None for pair in pairs)
+def _has_all(db: apsw.Connection, pairs: Iterable[_Pair], row: Row) -> bool:
+    return all(_has(db, pair, row) for pair in pairs)
 
 
-def _pairs(metadata: Mapping[str, str], owners: Collection[str]) -> list[bytes]:
-    """The digests of pairs for all callers (the owner is empty), or for those of an owner."""
-    return [_digest(owner, name, value) for name, value in metadata.items() for owner in owners]
+def _has(db: apsw.Connection, pair: _Pair, row: Row) -> bool:
+    return any(db.execute(_HAS, (digest, *row)).fetchone() is not None for digest in pair)
+
+
+def _pairs(metadata: Mapping[str, str], owners: Sequence[str]) -> list[_Pair]:
+    """The digests of each pair: one for each of these owners."""
+    return [tuple(_digest(owner, name, value) for owner in owners) for name, value in metadata.items()]
 
 
 def _digest(*texts: str) -> bytes:

@@ -64,7 +64,8 @@ class _SqliteIndex:
             block = last >> BLOCK_BITS
             first = block << BLOCK_BITS
             yield from self._found(f'{self._match} "{block_term(block)}"', first, last)
-            yield first, None
+            if first > lowest:
+                yield first, None
             last = first - 1
 
     def is_in(self, session: int, *, first: int, last: int) -> bool:

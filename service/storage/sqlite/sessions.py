@@ -1,6 +1,6 @@
 """The steps that read and write sessions, each within a transaction. A step refuses before its first write."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 
 import apsw
@@ -27,18 +27,19 @@ _SETTINGS_BYTES = (
 )
 _GET_SETTINGS = f"SELECT {SETTINGS_COLUMNS} FROM session_settings WHERE session = ?"
 _LIST = (
-    f"SELECT {SESSION_COLUMNS} FROM sessions WHERE deletion = 0 AND (open_turns > 0 OR expires_at > :now) "
-    "{filter} ORDER BY created_at DESC, id DESC LIMIT :limit"
+    f"SELECT {SESSION_COLUMNS} FROM sessions WHERE deletion = 0 AND (open_turns > 0 OR expires_at > :now) {{filter}}"
 )
+_NEWEST = " ORDER BY created_at DESC, id DESC LIMIT :limit"
 _FILTERS: dict[SessionStatus | None, str] = {
     None: "",
     "running": "AND open_turns > 0",
     "idle": "AND open_turns = 0",
 }
-# An index has the sessions with an owner, so SQLite must see that the name is not empty.
+# The indexes have either the sessions with an owner or those without, so SQLite must see which of them are asked for.
 _INDEXED_OWNER = "AND owner_name <> '' AND owner_name = :owner"
 _ANY_OWNER = "AND owner_name <> ''"
-# Without that index: the running sessions are few, and most sessions without an owner are in files without owners.
+_NO_OWNER = "AND owner_name = ''"
+# Without those indexes: the running sessions are few.
 _OWNER = "AND +owner_name = :owner"
 _COUNT_RUNNING = "SELECT count(*) FROM sessions WHERE deletion = 0 AND open_turns > 0 {filter}"
 _COUNT_IDLE = "SELECT count(*) FROM sessions WHERE deletion = 0 AND open_turns = 0 AND expires_at > :now {filter}"
@@ -178,19 +179,28 @@ def list_page(
     owner: str | None,
     bytes_max: int | None,
 ) -> Page[SessionRecord]:
-    condition = _FILTERS[status]
+    further = ""
     values: dict[str, int | str] = {"now": moment(now), "limit": limit + 1}
     if owner is not None:
-        condition += " " + (_INDEXED_OWNER if owner and status != "running" else _OWNER)
         values["owner"] = owner
     if after is not None:
-        condition += " AND (created_at, id) < (:after, :after_id)"
+        further = " AND (created_at, id) < (:after, :after_id)"
         values |= {"after": moment(after.created_at), "after_id": after.id}
-    rows: list[Row] = db.execute(_LIST.format(filter=condition), values).fetchall()
+    lists = (_LIST.format(filter=f"{_FILTERS[status]} {it}{further}") for it in _owner_filters(status, owner))
+    rows: list[Row] = db.execute(" UNION ALL ".join(lists) + _NEWEST, values).fetchall()
     sizes = (db.execute(_SETTINGS_BYTES, (key,)).get for key, *_ in rows[:limit])
     data = tuple(_record(db, row) for row in rows[: fitting(sizes, bytes_max=bytes_max)])
     cursors = tuple(encode_cursor(SessionPosition(session.created_at, session.id)) for session in data)
     return Page(data=data, next=cursors[-1] if len(data) < len(rows) else None, cursors=cursors)
+
+
+def _owner_filters(status: SessionStatus | None, owner: str | None) -> Sequence[str]:
+    """The conditions by which a listing finds its sessions: by each of them in the order of an index."""
+    if status == "running":
+        return ("" if owner is None else _OWNER,)
+    if owner is None:
+        return (_NO_OWNER, _ANY_OWNER)
+    return (_INDEXED_OWNER if owner else _NO_OWNER,)
 
 
 def list_page_by_metadata(

@@ -226,6 +226,40 @@ async def test_the_work_of_a_call_is_the_same_with_a_thousand_and_with_a_hundred
     assert {name: (few[name], many[name]) for name in CALLS if many[name] > few[name] + 1} == {}
 
 
+LISTINGS: dict[str, Callable[[SqliteStore], Awaitable[object]]] = {
+    f"{status or 'page'} of {owner!r}": lambda store, status=status, owner=owner: store.list_sessions(  # type: ignore[misc]
+        limit=10, after=None, status=status, owner=owner, now=T0
+    )
+    for status in (None, "idle", "running")
+    for owner in ("", "bob", None)
+}
+
+
+async def test_the_work_of_a_listing_does_not_grow_with_the_sessions_of_other_owners(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = Counted(monkeypatch)
+
+    async def work(path: Path, sessions: int) -> dict[str, int]:
+        async with open_sqlite_store(path) as store:
+            await store._writing.call(lambda db: fill(db, sessions, turns=1))
+            await store._writing.call(
+                lambda db: db.execute("UPDATE sessions SET owner_name = 'ann', id = 'ann/' || id")
+            )
+            for name in ("s", "bob/s"):
+                await store.create_session(a_session(name, created=-1e6, idle_timeout_s=2e6), now=T0)
+            found = {}
+            for name, call in LISTINGS.items():
+                counted.hundreds = 0
+                await call(store)
+                found[name] = counted.hundreds
+            return found
+
+    few = await work(path, 100)
+    many = await work(path.with_name("many.db"), 10_000)
+    assert {name: (few[name], many[name]) for name in LISTINGS if many[name] > few[name] + 1} == {}
+
+
 MIDDLE = 40
 """A turn in the middle of the smaller one of the two sessions."""
 TREE_CALLS: dict[str, Callable[[SqliteStore], Awaitable[object]]] = {

@@ -59,7 +59,7 @@ CREATE TABLE owners (
     address TEXT,
     opened_at INTEGER NOT NULL
 ) STRICT;
-INSERT INTO owners VALUES(1,NULL,1795932849481186);
+INSERT INTO owners VALUES(1,NULL,1795932963359912);
 DELETE FROM sqlite_schema WHERE name='search' AND type='table';
 INSERT INTO sqlite_schema(type,name,tbl_name,rootpage,sql) VALUES('table','search','search',0,'CREATE VIRTUAL TABLE search USING fts5 (terms, content='''', contentless_delete=1, detail=none, tokenize=''ascii'')');
 DROP TABLE IF EXISTS search_config;
@@ -127,9 +127,10 @@ INSERT INTO sessions VALUES(2,'other',0,NULL,1772366400123456,1772366400123456,1
 INSERT INTO sessions VALUES(3,'marked',1,1,1772366400123456,1772366400123456,1772366460123456,60.0,NULL,0,0,NULL,0,0,0,0,'',0,0);
 CREATE INDEX idle_sessions_by_deadline ON sessions (expires_at, id) WHERE deletion = 0 AND open_turns = 0;
 CREATE INDEX marked_sessions ON sessions (deleter) WHERE deletion = 1;
+CREATE INDEX owned_sessions_by_age ON sessions (created_at, id) WHERE deletion = 0 AND owner_name <> '';
+CREATE INDEX plain_sessions_by_age ON sessions (created_at, id) WHERE deletion = 0 AND owner_name = '';
 CREATE INDEX removed_sessions ON sessions (key) WHERE deletion = 2;
 CREATE INDEX running_sessions_by_age ON sessions (created_at, id) WHERE deletion = 0 AND open_turns > 0;
-CREATE INDEX sessions_by_age ON sessions (created_at, id) WHERE deletion = 0;
 CREATE INDEX sessions_by_owner ON sessions (owner_name, created_at, id) WHERE deletion = 0 AND owner_name <> '';
 DROP TABLE IF EXISTS siblings;
 CREATE TABLE siblings (
