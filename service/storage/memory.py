@@ -7,7 +7,7 @@ shutdown hundreds of ends come at once, and their callers end anyway.
 """
 
 import time
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -83,6 +83,8 @@ _FURTHER_TERMS_S = 5
 """Bound on the indexing after a deletion, which a cancelled caller waits for."""
 _ROOM_AFTER_S = 10
 """After which time a caller that found no room for a session is told to try again: sessions live for long."""
+_DOCUMENTS_AT_ONCE = 256
+"""Documents of a session that a search looks at in one step, which takes less than a millisecond."""
 _FORKED_AT_ONCE = 100
 """Turns that a fork copies in one step of the event loop, which takes some milliseconds."""
 
@@ -131,6 +133,8 @@ class _Session:
     deleted: bool = False
     title_document: int | None = None
     """The number of the title among the documents that are searched."""
+    documents: SortedList[int] = field(default_factory=SortedList)
+    """The numbers of all documents of the session."""
 
     def add(self, turn: _Turn) -> Siblings:
         """Add a turn as the newest one."""
@@ -152,14 +156,16 @@ class _Session:
 
     def remove(self, turns: Sequence[_Turn]) -> None:
         """Take a turn and all that follow it out. The siblings of the first turn move up."""
-        removed = {turn.record.id for turn in turns}
-        self.turns = [turn for turn in self.turns if turn.record.id not in removed]
-        for turn_id in removed:
-            self.children.pop(turn_id, None)
+        for turn in turns:
+            del self.turns[bisect_left(self.turns, turn.ordinal, key=attrgetter("ordinal"))]
+            self.children.pop(turn.record.id, None)
+            if turn.document is not None:
+                self.documents.remove(turn.document)
+        index = turns[0].place - 1
         siblings = self.children[turns[0].record.parent]
-        siblings.remove(turns[0])
-        for place, turn in enumerate(siblings, 1):
-            turn.place = place
+        del siblings[index]
+        for turn in siblings[index:]:
+            turn.place -= 1
 
 
 @dataclass
@@ -280,8 +286,7 @@ class MemoryStore:
         for turn in turns:
             copy.add(turn)
         self._turns |= {turn.record.id: turn for turn in copy.turns}
-        for turn in turns:
-            self._publish(turn)
+        self._publish(copy, *turns)
         return session
 
     async def get_session(self, session_id: str, *, now: datetime) -> SessionRecord:
@@ -484,7 +489,7 @@ class MemoryStore:
             for turn in turns:
                 session.add(turn)
                 self._turns[turn.record.id] = turn
-                self._publish(turn)
+            self._publish(session, *turns)
             self._keep_key(key, session, added[-1].id, first_turn_id=added[0].id)
             self._replace(session, rules.with_added(session.record, added, now))
             return session.record
@@ -519,12 +524,13 @@ class MemoryStore:
             terms, had_all = await in_steps(_lost_terms(turn.record, rules.without_items(turn.record, [item_id])))
             if self._visible(session_id, now) is session and session.edits == edits:
                 self._delete_item(session, turn, item, terms)
-                if not had_all:
-                    with anyio.move_on_after(_FURTHER_TERMS_S, shield=True):
+                with anyio.move_on_after(_FURTHER_TERMS_S, shield=True):
+                    if not had_all:
                         await in_steps(self._add_further_terms(turn, turn.record))
+                    await in_steps(self._documents.reclaim())
                 return
 
-    def _delete_item(self, session: _Session, found: _Turn, item: Item, terms: Collection[str]) -> None:
+    def _delete_item(self, session: _Session, found: _Turn, item: Item, terms: set[str]) -> None:
         still_open = self._open_follower(session, found)
         if still_open is not None:
             raise TurnInProgressError(still_open, instead=rules.INSTEAD_OF_DELETING)
@@ -576,7 +582,7 @@ class MemoryStore:
             return rules.result_of_late_end(None if kept is None else kept.record, turn)
         session = self._sessions[kept.record.session_id]
         kept.record, kept.document = turn, ended.document
-        self._publish(kept)
+        self._publish(session, kept)
         kept.pages = tuple(_pages_of(runs))
         kept.kept = count(runs)
         self._replace(session, rules.ended(session.record, turn, now))
@@ -698,9 +704,11 @@ class MemoryStore:
                 self._forget(turn)
             raise
 
-    def _publish(self, turn: _Turn) -> None:
-        assert turn.document is not None
-        self._documents.publish(turn.document, Document(turn.record.session_id, turn.record.id, turn.texts))
+    def _publish(self, session: _Session, *turns: _Turn) -> None:
+        for turn in turns:
+            assert turn.document is not None
+            self._documents.publish(turn.document, Document(turn.record.session_id, turn.record.id, turn.texts))
+        session.documents.update(turn.document for turn in turns if turn.document is not None)
 
     def _forget(self, turn: _Turn) -> None:
         if turn.document is not None:
@@ -713,10 +721,12 @@ class MemoryStore:
             number = session.title_document = number or self._documents.reserve()
             at_once(self._documents.prepare(number, partial(_title, title)))
             self._documents.publish(number, Document(session.record.id, None, partial(_title, title)))
+            session.documents.add(number)
 
     def _forget_title(self, session: _Session, title: str | None) -> None:
         if session.title_document is not None and title is not None:
             self._documents.remove(session.title_document, partial(_title, title))
+            session.documents.remove(session.title_document)
             session.title_document = None
 
     # Parts of a step
@@ -960,7 +970,7 @@ def _search(turns: Sequence[_Turn], item_id: str) -> Steps[_Turn | None]:
     return None
 
 
-def _lost_terms(before: TurnRecord, after: TurnRecord) -> Steps[tuple[Collection[str], bool]]:
+def _lost_terms(before: TurnRecord, after: TurnRecord) -> Steps[tuple[set[str], bool]]:
     """The terms by which a turn is not found any more, and whether it was found by all that it had."""
     found_by = yield from document_terms(searched_texts(before))
     still_found_by = yield from document_terms(searched_texts(after))
@@ -1023,13 +1033,16 @@ class _MemoryIndex:
         for number, it in self._documents.matching(self._query.terms, below=below):
             yield number, None if it is None else Found(number, it.session_id, it.turn_id, it.texts)
 
-    def is_in(self, session: str, *, first: int, last: int) -> bool:
-        kept = self._sessions[session]
-        numbers = (kept.title_document, *(turn.document for turn in kept.turns))
-        return any(
-            number is not None and first <= number <= last and self._documents.has_terms(number, self._query.terms)
-            for number in numbers
-        )
+    def is_in(self, session: str, *, first: int, last: int) -> Steps[bool]:
+        while (kept := self._sessions.get(session)) is not None:
+            numbers = list(islice(kept.documents.irange(first, last), _DOCUMENTS_AT_ONCE))
+            if any(self._documents.has_terms(number, self._query.terms) for number in numbers):
+                return True
+            if len(numbers) < _DOCUMENTS_AT_ONCE:
+                return False
+            first = numbers[-1] + 1
+            yield
+        return False
 
     def record(self, session: str) -> SessionRecord | None:
         kept = self._sessions[session]

@@ -7,7 +7,7 @@ taken out afterwards, in steps: a long reply has many thousands of terms.
 from array import array
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 
 import msgspec
 
@@ -39,6 +39,7 @@ class MemoryDocuments:
         self._documents: dict[int, Document] = {}
         self._numbers: dict[str, array[int]] = {}  # in ascending order
         self._removed: deque[tuple[int, Texts]] = deque()
+        self._dropped: dict[int, Set[str]] = {}
         self._last = 0
         self.newest: int | None = None
 
@@ -49,6 +50,8 @@ class MemoryDocuments:
 
     def prepare(self, number: int, texts: Texts) -> Steps[None]:
         """Put a document's number into the lists of its terms. Afterwards it is published, or else removed."""
+        while number in self._dropped:
+            yield from self._take_dropped(number)
         terms = yield from document_terms(texts())
         for done, term in enumerate(terms):
             numbers = self._numbers.setdefault(term, array("q"))
@@ -68,18 +71,30 @@ class MemoryDocuments:
         self._documents.pop(number, None)
         self._removed.append((number, texts))
 
-    def drop(self, number: int, terms: Iterable[str]) -> None:
-        """Let a document be found no more by these terms: it has lost the texts with them."""
-        for term in terms:
-            self._take_from(term, number)
+    def drop(self, number: int, terms: Set[str]) -> None:
+        """Let a document be found no more by these terms: it has lost the texts with them. :meth:`reclaim` does the
+        rest."""
+        self._dropped[number] = self._dropped.get(number, frozenset()) | terms
 
     def reclaim(self) -> Steps[None]:
-        """Take removed documents out of the lists."""
+        """Take removed documents, and terms that documents have lost, out of the lists."""
         while self._removed:
             entry = self._removed[0]
             yield from self._take_out(*entry)
             if self._removed and self._removed[0] is entry:  # no other task has done the same meanwhile
                 self._removed.popleft()
+        while self._dropped:
+            yield from self._take_dropped(next(iter(self._dropped)))
+
+    def _take_dropped(self, number: int) -> Steps[None]:
+        dropped = self._dropped.get(number, frozenset())
+        for done, term in enumerate(dropped):
+            self._take_from(term, number)
+            if done % _TERMS_AT_ONCE == 0:
+                yield
+                if self._dropped.get(number) is not dropped:  # another task has done it, or there are more of them
+                    return
+        self._dropped.pop(number, None)
 
     def _take_out(self, number: int, texts: Texts) -> Steps[None]:
         terms = yield from document_terms(texts())
@@ -106,8 +121,10 @@ class MemoryDocuments:
 
     def has_terms(self, number: int, terms: Sequence[str]) -> bool:
         """Whether a published document has all these terms."""
+        dropped = self._dropped.get(number, ())
         return number in self._documents and all(
-            (numbers := self._numbers.get(term)) is not None and _has(numbers, number) for term in terms
+            (numbers := self._numbers.get(term)) is not None and _has(numbers, number) and term not in dropped
+            for term in terms
         )
 
     def _rarest(self, terms: Sequence[str]) -> "array[int] | None":

@@ -83,7 +83,7 @@ class Index(Protocol[S]):
         """
         ...
 
-    def is_in(self, session: S, *, first: int, last: int) -> bool:
+    def is_in(self, session: S, *, first: int, last: int) -> Steps[bool]:
         """Whether a document of this session with a number from ``first`` to ``last`` has all terms."""
         ...
 
@@ -114,7 +114,7 @@ def search_page(index: Index[S], query: SearchQuery) -> Steps[Page[Match]]:
         if document is not None and document.session not in seen:
             seen.add(document.session)
             record = index.record(document.session)
-            if record is not None and not _was_shown(index, document, query):
+            if record is not None and not (yield from _was_shown(index, document, query)):
                 if len(data) == query.limit:
                     return _page(data, cursors, query, partial=partial, next_cursor=cursors[-1])
                 newest = number if newest is None else newest
@@ -136,10 +136,10 @@ def _end(index: Index[S]) -> int | None:
     return None if newest is None else newest + 1
 
 
-def _was_shown(index: Index[S], document: Found[S], query: SearchQuery) -> bool:
+def _was_shown(index: Index[S], document: Found[S], query: SearchQuery) -> Steps[bool]:
     """Whether an earlier page had the session of this document."""
     after = query.after
-    return after is not None and index.is_in(document.session, first=after.document, last=after.newest)
+    return after is not None and (yield from index.is_in(document.session, first=after.document, last=after.newest))
 
 
 def _page(

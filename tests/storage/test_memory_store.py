@@ -1,8 +1,9 @@
 """The promises of the memory store beyond the contract."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -14,6 +15,7 @@ from service.errors import SessionExistsError, SessionLimitError, SessionNotFoun
 from service.steps import Steps, at_once
 from service.storage import rules
 from service.storage.memory import MemoryStore, _MemoryIndex, open_memory_store
+from service.storage.memory_documents import Document, MemoryDocuments
 from service.storage.pieces import Run, unpack
 from service.storage.records import EndResult, LeftOut, Match, Page, SessionPatch, SessionRecord, SessionStatus
 from service.storage.search import SearchQuery, search_page
@@ -224,6 +226,17 @@ async def test_a_long_fork_whose_source_goes_meanwhile_leaves_nothing() -> None:
             await store.get_session("copy", now=now)
 
 
+HELLO = SearchQuery(
+    cursors=SearchCursors(b"x" * 32),
+    terms=("hello",),
+    limit=9,
+    after=None,
+    status=None,
+    owner=None,
+    metadata={},
+    now=T0,
+    bytes_max=None,
+)
 Change = Callable[[MemoryStore], Awaitable[object]]
 Shown = list[tuple[str | None, str | None]]
 
@@ -266,22 +279,54 @@ async def a_search_for_hello(store: MemoryStore) -> Steps[Page[Match]]:
         turn = a_turn(f"of_{name}", name, texts=["x " * 8000, "hello"])
         await store.begin_turn(turn, now=T0)
         await store.end_turn(ended(turn), runs=(), now=T0)
-    query = SearchQuery(
-        cursors=SearchCursors(b"x" * 32),
-        terms=("hello",),
-        limit=9,
-        after=None,
-        status=None,
-        owner=None,
-        metadata={},
-        now=T0,
-        bytes_max=None,
-    )
-    return search_page(_MemoryIndex(store._documents, store._sessions, query), query)
+    return search_page(_MemoryIndex(store._documents, store._sessions, HELLO), HELLO)
 
 
 def is_done_after(search: Steps[Page[Match]], *, steps: int) -> bool:
     return any(next(search, search) is search for _ in range(steps))
+
+
+async def test_a_search_looks_at_a_few_documents_of_a_long_session_in_each_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked_at = 0
+    has_terms = MemoryDocuments.has_terms
+
+    def count(documents: MemoryDocuments, number: int, terms: Sequence[str]) -> bool:
+        nonlocal looked_at
+        looked_at += 1
+        return has_terms(documents, number, terms)
+
+    monkeypatch.setattr(MemoryDocuments, "has_terms", count)
+    async with open_memory_store() as store:
+        await a_long_session(store, turns=1000)
+        numbers = store._sessions["s"].documents
+        assert len(numbers) == 1000
+        await a_search_for_hello(store)
+        query = msgspec.structs.replace(HELLO, terms=("missing",))
+        steps = _MemoryIndex(store._documents, store._sessions, query).is_in("s", first=numbers[50], last=numbers[949])
+        counts: list[int] = []
+        for _ in steps:
+            counts.append(looked_at)
+            looked_at = 0
+        assert sum(counts) + looked_at == 900
+        assert max(counts) <= 256
+
+
+async def test_terms_that_a_document_has_lost_are_gone_at_once_and_taken_out_in_steps() -> None:
+    documents = MemoryDocuments()
+    texts = [" ".join(f"w{n}" for n in range(1000))]
+    at_once(documents.prepare(1, lambda: texts))
+    documents.publish(1, Document("s", "t", lambda: texts))
+    documents.drop(1, {f"w{n}" for n in range(500)})
+    documents.drop(1, {f"w{n}" for n in range(500, 999)})
+    assert [documents.has_terms(1, [term]) for term in ("w0", "w998", "w999")] == [False, False, True]
+    assert len(documents._numbers) == 1000, "the lists are as they were"
+    left = [len(documents._numbers) for _ in documents.reclaim()]
+    assert len(left) >= 4
+    assert all(before - after <= 256 for before, after in pairwise(left))
+    assert set(documents._numbers) == {"w999"}
+    assert documents._dropped == {}
 
 
 async def test_the_search_index_keeps_nothing_of_sessions_that_are_gone() -> None:

@@ -5,7 +5,7 @@ from functools import partial
 
 import apsw
 
-from service.steps import at_once
+from service.steps import Steps, at_once
 from service.storage.records import Match, Page, SessionRecord
 from service.storage.search import Found, SearchQuery, search_page, searched_texts
 from service.storage.sqlite import event_pages, sessions
@@ -68,7 +68,8 @@ class _SqliteIndex:
                 yield first, None
             last = first - 1
 
-    def is_in(self, session: int, *, first: int, last: int) -> bool:
+    def is_in(self, session: int, *, first: int, last: int) -> Steps[bool]:
+        yield
         of_session = f'{self._match} "{session_term(session)}"'
         return any(found is not None for _, found in self._found(of_session, first, last))
 
