@@ -118,7 +118,7 @@ def search_page(index: Index[S], query: SearchQuery) -> Steps[Page[Match]]:
                 if len(data) == query.limit:
                     return _page(data, cursors, query, partial=partial, next_cursor=cursors[-1])
                 newest = number if newest is None else newest
-                text = yield from snippet(document.texts(), query.terms[0])
+                text = yield from snippet(document.texts(), query.terms[0], deadline=deadline)
                 if index.still_has(document):
                     data.append(Match(session=record, turn_id=document.turn_id, snippet=text))
                     cursors.append(query.cursors.encode(SearchPosition(number, newest)))

@@ -1,7 +1,9 @@
 """Snippets: the part of a text that a search shows."""
 
 import re
+import time
 from collections.abc import Iterable
+from math import inf
 
 from service.steps import Steps
 from service.storage.terms import chunks, terms_of
@@ -16,17 +18,28 @@ _PART = re.compile(r"\S{1,64}")
 _CUT_OFF = "…"
 
 
-def snippet(texts: Iterable[str], term: str) -> Steps[str]:
-    """The part of the first text with this term, around the term; else the beginning of the first text."""
+def snippet(texts: Iterable[str], term: str, *, deadline: float = inf) -> Steps[str]:
+    """The part of the first text with this term, around the term; else the beginning of the first text.
+
+    After the deadline (of ``time.monotonic``) the term is looked for no further.
+    """
     beginning: str | None = None
     for text in texts:
         if beginning is None:
             beginning = text
         for start, chunk in chunks(text):
-            if term in terms_of(chunk):
+            if _has(chunk, term):
                 return _around(text, start + _place(chunk, term))
             yield
+            if time.monotonic() >= deadline:
+                return _around(beginning, 0)
     return _around(beginning or "", 0)
+
+
+def _has(chunk: str, term: str) -> bool:
+    if chunk.isascii() and term not in chunk.lower():  # the terms of such a chunk are parts of it
+        return False
+    return term in terms_of(chunk)
 
 
 def _place(chunk: str, term: str) -> int:

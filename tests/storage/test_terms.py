@@ -212,6 +212,28 @@ def test_a_short_text_is_its_own_snippet() -> None:
     assert at_once(snippet((SPACELESS,), "日本")) == SPACELESS
 
 
+def test_only_parts_of_an_ascii_text_that_may_have_the_term_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut: list[str] = []
+
+    def note(chunk: str) -> set[str]:
+        cut.append(chunk)
+        return terms.terms_of(chunk)
+
+    monkeypatch.setattr("service.storage.snippets.terms_of", note)
+    text = "word " * 50_000 + "needles " + "word " * 5000 + "a NEEDLE"
+    assert at_once(snippet((text,), "needle")).endswith("a NEEDLE")
+    assert sum(map(len, cut)) < 40_000
+
+
+@pytest.mark.parametrize("text", ["begin " + "word " * 50_000 + "needle", "begin " + "我爱你，" * 10_000 + "needle"])
+def test_a_snippet_whose_time_is_over_is_the_beginning_of_the_text(text: str) -> None:
+    steps = snippet((text,), "needle", deadline=0)
+    assert sum(1 for _ in steps) == 1
+    assert at_once(snippet((text,), "needle", deadline=0)).startswith("begin ")
+    assert at_once(snippet(("needle " + text,), "needle", deadline=0)).startswith("needle begin")
+    assert at_once(snippet((text,), "needle")).endswith("needle")
+
+
 @given(st.lists(texts, max_size=3), texts)
 def test_a_snippet_is_short_whatever_the_text(given_texts: list[str], word: str) -> None:
     for term in of_query(word) or {"x"}:
