@@ -6,7 +6,7 @@ from typing import TypeVar
 import msgspec
 from quart import Request
 
-from service.api.http.strict_json import convert, shown
+from service.api.http.strict_json import check_texts, convert, shown
 from service.api.native.wire import Query
 from service.errors import InvalidRequestError
 
@@ -32,7 +32,10 @@ def read_query(request: Request, kind: type[Q]) -> Q:
             raise InvalidRequestError("This parameter may be given once.", field=shown(name))
         if name in _whole_numbers(kind) and not (given[0].isascii() and given[0].isdigit()):
             raise InvalidRequestError("This parameter takes a whole number, in digits only.", field=name)
-    return convert({name: given[0] for name, given in values.items()} | maps, kind, strict=False)
+    query = convert({name: given[0] for name, given in values.items()} | maps, kind, strict=False)
+    for name, pairs in maps.items():
+        check_texts(pairs, name, bytes_max=_QUERY_BYTES_MAX)
+    return query
 
 
 def _take_map(values: dict[str, list[str]], name: str) -> dict[str, str]:

@@ -158,7 +158,9 @@ def convert(value: object, kind: type[T], *, strict: bool = True) -> T:
         InvalidRequestError: The value is not a ``kind``; ``field`` names the wrong part.
     """
     try:
-        return msgspec.convert(value, kind, strict=strict)
+        converted = msgspec.convert(value, kind, strict=strict)
+        _check_types(value)
+        return converted
     except UnicodeEncodeError as error:
         raise InvalidRequestError("A name may not have half of a surrogate pair.", field=shown(error.object)) from None
     except msgspec.ValidationError as error:
@@ -175,6 +177,20 @@ def convert(value: object, kind: type[T], *, strict: bool = True) -> T:
         field = f"{field}.{_pair_at_fault(value[field])}"
     message = _in_words(message, kind, field)
     raise InvalidRequestError(shown(message) + ".", field=shown(field) or None)
+
+
+def _check_types(value: object) -> None:
+    """Refuse an object without its ``type`` where it can be of one kind only, because msgspec needs it of several only.
+
+    Raises:
+        InvalidRequestError
+    """
+    for name, kinds in KINDS.items():
+        given = value.get(name) if isinstance(value, dict) and len(kinds) == 1 else None
+        for index, part in enumerate(given if isinstance(given, list) else [given]):
+            if isinstance(part, dict) and "type" not in part:
+                place = f"[{index}]" if isinstance(given, list) else ""
+                raise InvalidRequestError("Object missing required field `type`.", field=f"{name}{place}.type")
 
 
 def _without_middle(message: str) -> str:

@@ -104,7 +104,10 @@ def test_a_body_that_is_not_one_unambiguous_json_document_is_malformed(raw: byte
         ('{"input": "a", "tool_choice": "any"}', "tool_choice"),
         ('{"input": "a", "tool_choice": {"type": "file_search"}}', "tool_choice.type"),
         ('{"input": "a", "tool_choice": 1}', "tool_choice"),
-        ('{"input": "a", "tools": [{"name": "f", "parameters": {"a": [{"b": -1e400}]}}]}', "tools[0].parameters"),
+        (
+            '{"input": "a", "tools": [{"type": "function", "name": "f", "parameters": {"a": [{"b": -1e400}]}}]}',
+            "tools[0].parameters",
+        ),
         ('{"input": "a", "parallel_tool_calls": "yes"}', "parallel_tool_calls"),
         ('{"input": ""}', "input"),
         ('{"input": "a\\u0000b"}', "input"),
@@ -272,7 +275,8 @@ def test_a_text_may_have_any_number_of_brackets_commas_colons_and_quotes() -> No
 @pytest.mark.parametrize("number", ["1e308", "-1e308", "1.7976931348623157e308", "1e16", "9007199254740992.0"])
 def test_a_large_number_of_a_tool_keeps_its_value_and_is_no_longer_than_it_was_sent(number: str) -> None:
     numbers = 5000
-    raw = f'{{"input": "a", "tools": [{{"name": "f", "parameters": {{"enum": [{",".join([number] * numbers)}]}}}}]}}'
+    enum = ",".join([number] * numbers)
+    raw = f'{{"input": "a", "tools": [{{"type": "function", "name": "f", "parameters": {{"enum": [{enum}]}}}}]}}'
     tools = parse(raw.encode(), text_bytes_max=2 * numbers).tools
     assert not isinstance(tools, msgspec.UnsetType)
     kept = msgspec.json.encode(tools)

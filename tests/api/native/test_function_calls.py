@@ -119,6 +119,8 @@ async def test_a_client_that_comes_back_with_its_outputs_starts_no_turn(autojump
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "other"}}, "tool_choice.name"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [TOOL, {"name": "untyped"}]}, "tools[1].type"),
+        ({"tools": [TOOL], "tool_choice": {"name": TOOL["name"]}}, "tool_choice.type"),
         ({"input": [{"type": "image", "url": "x"}]}, "input[0].type"),
     ],
 )

@@ -5,6 +5,7 @@ acts for him, use the same ids, keys and words; and once without these. The answ
 random ids. Ann and Pat guess Bob's ids, turns and page cursors. In some runs each search ends after one row.
 """
 
+import binascii
 import re
 import tempfile
 from base64 import urlsafe_b64decode
@@ -238,7 +239,10 @@ class World:
         return reply.status, headers, body
 
     def _check_tells_nothing_of_bob(self, cursor: str) -> None:
-        inside = urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4))
+        try:
+            inside = urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4))
+        except binascii.Error:  # a cursor of messages is plain text
+            inside = cursor.encode()
         known = [it for (who, _), ids in self.seen.items() if who == "bob" for it in ids]
         assert not any(it.encode() in inside for it in ("bob", *known))
 

@@ -12,6 +12,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from service.api.http.event_frames import read_frames
 from service.api.native.event_frames import decode_frame, encode_frame
+from service.ids import public_id
 from service.models.client import Usage
 from service.sessions.events.event_log import EventLog
 from service.sessions.events.events import (
@@ -408,8 +409,11 @@ LINE_ENDS = "".join(map(chr, (*range(0x20), 0x7F, 0x85, 0xA0, 0x2028, 0x2029)))
 
 @given(events)
 @example(TurnDelta(seq=1, text="\r\n\r\ndata: data: \u2028\x00"))
-def test_a_frame_is_its_event(event: Event) -> None:
-    assert decode_frame(encode_frame(event)) == event
+def test_a_frame_is_its_event_with_the_public_id_of_the_session(event: Event) -> None:
+    told = decode_frame(encode_frame(event))
+    if isinstance(event, TurnQueued | TurnStarted):
+        event = msgspec.structs.replace(event, session_id=public_id(event.session_id))
+    assert told == event
 
 
 @given(events)
