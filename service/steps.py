@@ -34,7 +34,7 @@ async def in_steps(steps: Steps[T]) -> T:
 
 
 def at_once(steps: Steps[T]) -> T:
-    """Do the work at once, in a thread that holds up no other task."""
+    """Do the work at once: where it holds up no other task, as in a thread, or is short."""
     while True:
         try:
             next(steps)

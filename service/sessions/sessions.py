@@ -512,8 +512,8 @@ class Sessions:
         """
         await self._acceptance.make_way(session_id, new)
 
-    async def get_turn(self, session_id: str, turn_id: str) -> TurnRecord:
-        """A turn with its text so far.
+    async def get_turn(self, session_id: str, turn_id: str, *, with_texts: bool = True) -> TurnRecord:
+        """A turn with its text so far. Without ``with_texts`` the texts of a long output may be empty.
 
         Raises:
             SessionNotFoundError, TurnNotFoundError
@@ -524,16 +524,7 @@ class Sessions:
         if turn is not None:
             return turn.record()
         with self._answered_within():
-            return await self._read_turn(session_id, turn_id)
-
-    async def get_asked(self, session_id: str, turn_id: str) -> TurnRecord:
-        """A turn whose input is to be repeated; its output may have no texts. Raises as :meth:`get_turn`."""
-        self._check_not_deleted(session_id)
-        turn = self._find_turn(session_id, turn_id)
-        if turn is not None:
-            return turn.record()
-        with self._answered_within():
-            return await self._read_turn(session_id, turn_id, with_texts=False)
+            return await self._read_turn(session_id, turn_id, with_texts=with_texts)
 
     async def wait_turn(self, session_id: str, turn_id: str) -> TurnRecord:
         """Wait for the end of a turn; returns the turn. Cancellation affects the caller only.

@@ -47,7 +47,7 @@ from service.storage.page_cursor import (
     decode_turn_cursor,
     encode_cursor,
 )
-from service.storage.page_size import fitting
+from service.storage.page_size import fitting, page_of_sessions
 from service.storage.pieces import Run, count, pack, skip, split, text_of, unpack
 from service.storage.records import (
     BegunTurn,
@@ -316,12 +316,8 @@ class MemoryStore:
             maximum = (position.created_at, position.id)
         is_listed = partial(rules.is_listed, status=status, owner=owner, metadata=metadata or {})
         found, rest = await in_steps(self._newest(order, maximum, limit + 1, is_listed, now=now, deadline=deadline))
-        data = tuple(found)[: fitting((session.text_bytes for session in found[:limit]), bytes_max=bytes_max)]
-        cursors = tuple(encode_cursor(SessionPosition(session.created_at, session.id)) for session in data)
-        next_cursor = None if rest is None else encode_cursor(SessionPosition(*rest))
-        if len(data) < len(found):
-            next_cursor = cursors[-1]
-        return Page(data=data, next=next_cursor, cursors=cursors, partial=rest is not None)
+        place = None if rest is None else SessionPosition(*rest)
+        return page_of_sessions(found, limit=limit, bytes_max=bytes_max, rest=place, partial=rest is not None)
 
     async def search_sessions(
         self,

@@ -14,7 +14,7 @@ import msgspec
 from service.steps import Steps
 from service.storage import rules
 from service.storage.page_size import fitting
-from service.storage.records import Item, Match, Page, SessionRecord, SessionStatus, TurnRecord
+from service.storage.records import Match, Page, SessionRecord, SessionStatus, TurnRecord
 from service.storage.search_cursor import SearchCursors, SearchPosition
 from service.storage.snippets import snippet
 
@@ -27,11 +27,7 @@ S = TypeVar("S")
 
 def searched_texts(turn: TurnRecord) -> Iterator[str]:
     """The texts by which a turn is found: its messages, without reasoning, calls and outputs of calls."""
-    return (item.text for item in (*turn.input, *turn.output) if _is_searched(item))
-
-
-def _is_searched(item: Item) -> bool:
-    return item.type == "message"
+    return (item.text for item in (*turn.input, *turn.output) if item.type == "message")
 
 
 class SearchQuery(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,6 +4,7 @@ from functools import cache
 from typing import TypeVar
 
 import msgspec
+from msgspec.inspect import DictType, IntType
 from quart import Request
 
 from service.api.http.strict_json import check_texts, convert, shown
@@ -24,13 +25,14 @@ def read_query(request: Request, kind: type[Q]) -> Q:
     """
     check_query_length(request)
     values = request.args.to_dict(flat=False)
-    maps = {name: _take_map(values, name) for name in _maps(kind)}
+    maps = {name: _take_map(values, name) for name in _parameters_of(kind, DictType)}
     if not kind.__struct_config__.forbid_unknown_fields:
         values = {name: given for name, given in values.items() if name in kind.__struct_encode_fields__}
     for name, given in values.items():
         if len(given) > 1:
             raise InvalidRequestError("This parameter may be given once.", field=shown(name))
-        if name in _whole_numbers(kind) and not (given[0].isascii() and given[0].isdigit()):
+        # msgspec alone would accept ``2.0`` and ``2e0`` for whole numbers, too.
+        if name in _parameters_of(kind, IntType) and not (given[0].isascii() and given[0].isdigit()):
             raise InvalidRequestError("This parameter takes a whole number, in digits only.", field=name)
     query = convert({name: given[0] for name, given in values.items()} | maps, kind, strict=False)
     for name, pairs in maps.items():
@@ -66,23 +68,11 @@ def check_query_length(request: Request) -> None:
 
 
 @cache
-def _whole_numbers(kind: type[Query]) -> frozenset[str]:
-    """Return the parameters that are whole numbers: msgspec alone would accept ``2.0`` and ``2e0`` for them too."""
+def _parameters_of(kind: type[Query], type_of: type[msgspec.inspect.Type]) -> frozenset[str]:
+    """Return the parameters that have this type."""
     described = msgspec.inspect.type_info(kind)
     assert isinstance(described, msgspec.inspect.StructType)
-    return frozenset(
-        field.encode_name for field in described.fields if isinstance(_plain(field.type), msgspec.inspect.IntType)
-    )
-
-
-@cache
-def _maps(kind: type[Query]) -> frozenset[str]:
-    """Return the parameters that are maps."""
-    described = msgspec.inspect.type_info(kind)
-    assert isinstance(described, msgspec.inspect.StructType)
-    return frozenset(
-        field.encode_name for field in described.fields if isinstance(_plain(field.type), msgspec.inspect.DictType)
-    )
+    return frozenset(field.encode_name for field in described.fields if isinstance(_plain(field.type), type_of))
 
 
 def _plain(described: msgspec.inspect.Type) -> msgspec.inspect.Type:

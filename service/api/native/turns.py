@@ -244,7 +244,7 @@ async def _find_asked(service: Service, session_id: str, turn_id: str, key: Idem
     """
     refusal: RefusedError
     try:
-        turn = await service.sessions.get_asked(session_id, turn_id)
+        turn = await service.sessions.get_turn(session_id, turn_id, with_texts=False)
     except _NO_TURN as error:
         refusal = error
     else:

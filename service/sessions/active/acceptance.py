@@ -1,7 +1,9 @@
 """The acceptance of a turn: the checks, the commit of its input, and the start of the task that runs it."""
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from datetime import datetime
+from typing import TypeVar
 
 import msgspec
 import trio
@@ -34,6 +36,8 @@ from service.storage.records import IdempotencyKey, SessionRecord, TurnRecord
 from service.storage.store import Store
 from service.storage.store_deadline import answered_in_turn, answered_within
 from service.telemetry.log_context import log_context
+
+T = TypeVar("T")
 
 MAKE_WAY_MAX_S = 1.0
 """How long a process that stops holds a caller back while the turns of the session end. Then it is asked again."""
@@ -81,53 +85,47 @@ class Acceptance:
         most half of this time is the wait for other callers of the session: a write that begins late would time out,
         with an unknown outcome, though the store may be well.
         """
-        self._drain.check_accepting()
-        with self._active.holding(session_id) as session:
-            self._check_place(session, new)
-            self._check_turn_limit()
-            with self._active.arriving(), answered_within(within_s) as deadline:
-                async with answered_in_turn(session.acceptance, within_s / 2):
-                    self._drain.check_accepting()
-                    branches = self._check_place(session, new)
-                    # The ends of the earlier turns must be in the store, because this turn's prompt contains them.
-                    await self._pending_writes.retry_ends_of(session_id)
-                    while True:
-                        try:
-                            return await self._accept(session, new, deadline, branches=branches)
-                        except SessionExistsError:  # another caller has just created the session
-                            new = msgspec.structs.replace(new, creates_session=False, session_is_new=False)
-                        except HeadMovedError:
-                            pass  # another process has just accepted a turn: follow that turn
-                        except TurnInProgressError:  # the parent ended before it started, and a turn above it is open
-                            self._check_following(session, new.on_conflict)
-                            branches = False
+
+        def check(session: ActiveSession) -> bool:
+            self._drain.check_accepting()
+            return self._check_place(session, new)
+
+        async with self._deciding(session_id, check, within_s, adds_open_turn=True) as (session, found, deadline):
+            branches = found
+            while True:
+                try:
+                    return await self._accept(session, new, deadline, branches=branches)
+                except SessionExistsError:  # another caller has just created the session
+                    new = msgspec.structs.replace(new, creates_session=False, session_is_new=False)
+                except HeadMovedError:
+                    pass  # another process has just accepted a turn: follow that turn
+                except TurnInProgressError:  # the parent ended before it started, and a turn above it is open
+                    self._check_following(session, new.on_conflict)
+                    branches = False
 
     async def add(self, session_id: str, new: NewItems, within_s: float) -> Sequence[TurnRecord]:
         """Add turns that are complete at once, as :meth:`~service.sessions.sessions.Sessions.add_items` says.
 
         The waits have the bounds of :meth:`accept`. A cancellation leaves all of the turns behind, or none.
         """
-        self._drain.check_accepting()
-        with self._active.holding(session_id) as session:
+
+        def check(session: ActiveSession) -> None:
+            self._drain.check_accepting()
             _check_adding(session, new)
-            with self._active.arriving(), answered_within(within_s) as deadline:
-                async with answered_in_turn(session.acceptance, within_s / 2):
-                    self._drain.check_accepting()
-                    _check_adding(session, new)
-                    await self._pending_writes.retry_ends_of(session_id)
-                    while True:
-                        try:
-                            return await self._add(session_id, new, deadline)
-                        except HeadMovedError:
-                            pass  # another process has just accepted a turn: follow that turn
+
+        async with self._deciding(session_id, check, within_s) as (_, _, deadline):
+            while True:
+                try:
+                    return await self._add(session_id, new, deadline)
+                except HeadMovedError:
+                    pass  # another process has just accepted a turn: follow that turn
 
     async def _add(self, session_id: str, new: NewItems, deadline: ScopeDeadline) -> Sequence[TurnRecord]:
         now = self._clock()
         stored = await self._store.get_session(session_id, now=now)
         turns = new.records(stored, now=now, settings=self._settings)
         head = stored.head if new.parent is msgspec.UNSET else msgspec.UNSET
-        if not deadline.left_s:
-            await trio.lowlevel.checkpoint()  # raises: no write begins whose outcome would be unknown
+        await _refuse_if_late(deadline)
         with self._pending_writes.writing(within_s=deadline.left_s):
             await self._store.add_turns(turns, now=now, head=head, key=new.key)
         return turns
@@ -141,17 +139,33 @@ class Acceptance:
             write: The step of the store. The deletion is whole or not done, also after a cancellation.
             late_is_refused: Whether a step that takes too long says that the store refuses writes.
         """
+        async with self._deciding(session_id, _check_not_deleted, self._settings.store_timeout_s) as (_, _, deadline):
+            await _refuse_if_late(deadline)
+            with self._pending_writes.writing(within_s=deadline.left_s, late_is_refused=late_is_refused):
+                await write()
+
+    @asynccontextmanager
+    async def _deciding(
+        self, session_id: str, check: Callable[[ActiveSession], T], within_s: float, *, adds_open_turn: bool = False
+    ) -> AsyncIterator[tuple[ActiveSession, T, ScopeDeadline]]:
+        """Hold a session for a change of its tree, after other callers; at most half of the time is the wait for them.
+
+        The ends of earlier turns are in the store then: a prompt contains them, and the store takes these turns for
+        open until then.
+
+        Args:
+            check: Refuses the change: before the wait, and again after it. Its second result is a part of the value.
+            adds_open_turn: Whether ``live_turns_max`` is checked, too.
+        """
         with self._active.holding(session_id) as session:
-            _check_not_deleted(session)
-            timeout_s = self._settings.store_timeout_s
-            with self._active.arriving(), answered_within(timeout_s) as deadline:
-                async with answered_in_turn(session.acceptance, timeout_s / 2):
-                    _check_not_deleted(session)
-                    await self._pending_writes.retry_ends_of(session_id)  # until then these turns are open in the store
-                    if not deadline.left_s:
-                        await trio.lowlevel.checkpoint()  # raises: no write begins whose outcome would be unknown
-                    with self._pending_writes.writing(within_s=deadline.left_s, late_is_refused=late_is_refused):
-                        await write()
+            check(session)
+            if adds_open_turn:
+                self._check_turn_limit()
+            with self._active.arriving(), answered_within(within_s) as deadline:
+                async with answered_in_turn(session.acceptance, within_s / 2):
+                    checked = check(session)
+                    await self._pending_writes.retry_ends_of(session_id)
+                    yield session, checked, deadline
 
     async def make_way(self, session_id: str, new: NewTurn) -> None:
         """Let the session's turns end, as :meth:`~service.sessions.sessions.Sessions.make_way` says."""
@@ -178,8 +192,7 @@ class Acceptance:
             BranchLimitError: The turn branches, and too many turns run.
             TurnInProgressError, QueueFullError: The turn follows, by ``on_conflict``.
         """
-        if session.is_deleted:
-            raise SessionNotFoundError(session.id)
+        _check_not_deleted(session)
         if new.parent is msgspec.UNSET or session.find(new.parent) is not None:
             self._check_following(session, new.on_conflict, others=others)
             return False
@@ -215,8 +228,7 @@ class Acceptance:
             settings=self._settings,
             request_id=new.request_id,
         )
-        if not deadline.left_s:
-            await trio.lowlevel.checkpoint()  # raises: no write begins whose outcome would be unknown
+        await _refuse_if_late(deadline)
         await self._commit_input(
             turn,
             head=stored.head if new.parent is msgspec.UNSET else msgspec.UNSET,
@@ -325,6 +337,12 @@ class Acceptance:
             self._pending_writes.add_end(turn)
         self._active.note_ended(turn)
         self._titles.note_ended(turn)
+
+
+async def _refuse_if_late(deadline: ScopeDeadline) -> None:
+    """Raise once the time is over, because the outcome of a write that begins then would be unknown."""
+    if not deadline.left_s:
+        await trio.lowlevel.checkpoint()
 
 
 def _check_not_deleted(session: ActiveSession) -> None:

@@ -159,7 +159,7 @@ def _index_long(db: apsw.Connection, long: _LongTurn, terms: Iterable[str]) -> N
     if db.execute("SELECT 1 FROM unindexed WHERE kind = 'turn' AND key = ?", (long.key,)).fetchone() is not None:
         documents.add_waiting_turn(db, long.key, _session_of(db, long.key), terms)
     elif not documents.has_turn(db, long.key):
-        documents.add_old_turn(db, long.key, _session_of(db, long.key), terms)
+        _index_turn(db, long.key, terms)
 
 
 def _index_turn(db: apsw.Connection, turn: int, terms: Iterable[str]) -> None:

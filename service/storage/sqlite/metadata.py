@@ -14,8 +14,8 @@ from hashlib import blake2b
 
 import apsw
 
-from service.storage.page_cursor import SessionPosition, encode_cursor
-from service.storage.page_size import fitting
+from service.storage.page_cursor import SessionPosition
+from service.storage.page_size import page_of_sessions
 from service.storage.records import Page, SessionRecord
 from service.storage.search import SEARCH_S
 from service.storage.sqlite.rows import Row, moment, time_of
@@ -74,7 +74,7 @@ def list_page(
     rarest, others = pairs[0], pairs[1:]
     start = _END if after is None else (moment(after.created_at), after.id)
     found: list[SessionRecord] = []
-    rest: str | None = None
+    rest: SessionPosition | None = None
     newest = " UNION ALL ".join([_BELOW] * len(rarest)) + _NEWEST
     for row in db.execute(newest, [value for digest in rarest for value in (digest, *start)]):
         session = record(row[2]) if _has_all(db, others, row) else None
@@ -83,11 +83,9 @@ def list_page(
             if len(found) > limit:
                 break
         if time.monotonic() >= deadline:
-            rest, is_partial = encode_cursor(SessionPosition(time_of(row[0]), row[1])), True
+            rest, is_partial = SessionPosition(time_of(row[0]), row[1]), True
             break
-    data = tuple(found[: fitting((session.text_bytes for session in found[:limit]), bytes_max=bytes_max)])
-    cursors = tuple(encode_cursor(SessionPosition(session.created_at, session.id)) for session in data)
-    return Page(data, cursors[-1] if len(data) < len(found) else rest, cursors, partial=is_partial)
+    return page_of_sessions(found, limit=limit, bytes_max=bytes_max, rest=rest, partial=is_partial)
 
 
 def _rows_of(db: apsw.Connection, pair: _Pair) -> int:

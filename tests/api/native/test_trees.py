@@ -222,10 +222,14 @@ async def test_a_keyed_retry_is_done_once_and_not_taken_for_another_one(
         resumed = await api.call("POST", path, {"background": False}, headers=back)
         resumed.problem(422, "idempotency_key_reused", "Idempotency-Key")
 
-        async def gone(*_: str) -> TurnRecord:
-            raise TurnNotFoundError(old["id"])
+        get_turn = api.service.sessions.get_turn
 
-        monkeypatch.setattr(api.service.sessions, "get_asked", gone)
+        async def gone(session_id: str, turn_id: str, **named: bool) -> TurnRecord:
+            if turn_id == old["id"]:
+                raise TurnNotFoundError(turn_id)
+            return await get_turn(session_id, turn_id, **named)
+
+        monkeypatch.setattr(api.service.sessions, "get_turn", gone)
         (await api.call("POST", path, {"background": True})).problem(404, "turn_not_found")
         once_more = await api.call("POST", path, {"background": True}, headers={"Idempotency-Key": "a"})
         assert once_more.json["id"] == one.json["id"]

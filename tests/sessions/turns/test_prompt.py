@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from service.errors import ModelError
 from service.models.client import Message, PromptItem
 from service.sessions.turns.prompt import shortened, size_of
+from service.steps import at_once
 from service.storage.records import Failure, Item, LeftOut, TurnRecord, TurnState
 from service.storage.rules import TURN_BYTES
-from tests.sessions.turns.prompts import all_at_once, build_prompt
+from tests.sessions.turns.prompts import build_prompt
 from tests.storage.rows import T0
 
 EVERYTHING = 10**9
@@ -243,7 +244,7 @@ def test_the_number_of_turns_in_a_prompt_is_bounded_by_its_size_too() -> None:
     turns = 100 * TURN_BYTES // (TURN_BYTES + 6)
     assert prompt.left_out == LeftOut(2 * (1001 - turns), 2 * (1001 - turns)), "only texts are told as left out"
     assert len(prompt.items) == 2 * turns - 1
-    assert all_at_once(size_of(prompt)) == turns * TURN_BYTES + 2 * (turns - 1) + len("now")
+    assert at_once(size_of(prompt)) == turns * TURN_BYTES + 2 * (turns - 1) + len("now")
 
 
 def test_refused_turns_have_no_share_of_a_prompt() -> None:
@@ -279,7 +280,7 @@ def _shortened(
     path = [*turns, LAST]
     refused = build_prompt(path, system_message="S", bytes_max=EVERYTHING)
     refusal = ModelError("context_too_long", "no", tokens=tokens, tokens_max=tokens_max)
-    shorter = all_at_once(shortened(refused, refusal, path, system_message="S", max_output_tokens=max_output_tokens))
+    shorter = at_once(shortened(refused, refusal, path, system_message="S", max_output_tokens=max_output_tokens))
     return [] if shorter is None else _in_short(shorter.items)
 
 
