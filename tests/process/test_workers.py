@@ -402,13 +402,7 @@ async def test_the_death_of_a_worker_ends_its_own_turns_and_no_others(tmp_path: 
         assert {stream.end for stream in others if stream.end[0] != "turn.delta"} == {
             ("turn.cancelled", "session_deleted")
         }
-        with trio.fail_after(CAP_S):
-            await server.wait_logged("another one takes its place")
-            await server.wait_logged("Running on ", times=3)
-        server.signal_main(signal.SIGTERM)
-        gone = await wait_gone(server)
-    assert gone.exit_code == 0
-    assert_log_is_clean(server)
+        await stop_once_replaced(server)
 
 
 async def test_branches_run_at_once_through_any_worker_and_end_with_their_owner(tmp_path: Path) -> None:
@@ -451,11 +445,16 @@ async def test_branches_run_at_once_through_any_worker_and_end_with_their_owner(
         listed = (await client.get(f"{session}/turns?parent=null&limit=100")).json()["data"]
         assert [turn["siblings"] for turn in listed] == [{"place": n, "count": MANY} for n in range(1, MANY + 1)]
         assert [turn["is_head"] for turn in listed] == [True, *[False] * (MANY - 1)]
-        with trio.fail_after(CAP_S):
-            await server.wait_logged("another one takes its place")
-            await server.wait_logged("Running on ", times=3)
-        server.signal_main(signal.SIGTERM)
-        gone = await wait_gone(server)
+        await stop_once_replaced(server)
+
+
+async def stop_once_replaced(server: ServerProcess) -> None:
+    """Wait until a third worker serves in the place of one that has died, and stop the server."""
+    with trio.fail_after(CAP_S):
+        await server.wait_logged("another one takes its place")
+        await server.wait_logged("Running on ", times=3)
+    server.signal_main(signal.SIGTERM)
+    gone = await wait_gone(server)
     assert gone.exit_code == 0
     assert_log_is_clean(server)
 

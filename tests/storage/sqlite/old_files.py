@@ -6,7 +6,7 @@ A file with 10 000 turns was written by that version itself, and read with these
 import json
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import msgspec
@@ -87,15 +87,22 @@ def rows_of(frames: Sequence[bytes], *, per_row: int = 3000) -> Iterator[tuple[i
         yield after, msgspec.msgpack.encode(frames[after : after + per_row])
 
 
+@contextmanager
+def old_file(path: Path, version: int) -> Iterator[sqlite3.Connection]:
+    """A new file of an old version of the schema, of an owner that is gone: number 1."""
+    with closing(sqlite3.connect(path)) as db:
+        for script in SCRIPTS[:version]:
+            db.executescript(script)
+        db.execute(f"PRAGMA user_version = {version}")
+        db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        db.execute("INSERT INTO owners (fence, address, opened_at) VALUES (1, NULL, 0)")
+        yield db
+
+
 def write(path: Path) -> list[OldTurn]:
     """Write the file. The last turn of each session runs, in a process that is gone."""
     turns: list[OldTurn] = []
-    with closing(sqlite3.connect(path)) as db:
-        for script in SCRIPTS[:VERSION]:
-            db.executescript(script)
-        db.execute(f"PRAGMA user_version = {VERSION}")
-        db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        db.execute("INSERT INTO owners (fence, address, opened_at) VALUES (1, NULL, 0)")
+    with old_file(path, VERSION) as db:
         for key in range(1, SESSIONS + 1):
             session = f"sess_{key:032x}"
             own = [a_turn(session, number) for number in range(TURNS)]

@@ -12,9 +12,9 @@ from structlog.testing import capture_logs
 from service.storage.records import SessionPatch, SessionRecord
 from service.storage.sqlite import SqliteStore, database, indexing, maintenance, open_sqlite_store
 from service.storage.sqlite.rows import moment
-from service.storage.sqlite.schema import APPLICATION_ID, SCRIPTS
 from service.storage.sqlite.writer import Writer
 from tests.storage.rows import T0, a_turn, at, ended, said
+from tests.storage.sqlite.old_files import old_file
 from tests.storage.test_store_search import found
 
 VERSION = 3
@@ -25,12 +25,7 @@ TURNS = 5
 
 def write(path: Path, *, sessions: int = SESSIONS, turns: int = TURNS, long: bool = True) -> None:
     """A file of schema 3: sessions with titles and pairs; the last turn of each is open, and its process is gone."""
-    with closing(sqlite3.connect(path)) as db:
-        for script in SCRIPTS[:VERSION]:
-            db.executescript(script)
-        db.execute(f"PRAGMA user_version = {VERSION}")
-        db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        db.execute("INSERT INTO owners (fence, address, opened_at) VALUES (1, NULL, 0)")
+    with old_file(path, VERSION) as db:
         now = moment(T0)
         for key in range(1, sessions + 1):
             db.execute(
