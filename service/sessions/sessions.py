@@ -25,6 +25,7 @@ from service.clock import Clock
 from service.cluster.proxied_requests import ProxiedRequests
 from service.errors import (
     InvalidRequestError,
+    ItemNotFoundError,
     OwnedElsewhereError,
     RepeatedError,
     ResumeConflictError,
@@ -48,6 +49,7 @@ from service.sessions.events import outcome
 from service.sessions.events.event_log import Events
 from service.sessions.events.replay import Replays
 from service.sessions.events.streams import Streams
+from service.sessions.items import ItemsPage, PlacedItem, items_down, items_up
 from service.sessions.messages import MessageRecord, Position, page_of_messages, turns_needed
 from service.sessions.statistics import SessionsStatistics
 from service.sessions.titles import Titles
@@ -394,6 +396,51 @@ class Sessions:
             return await self._keyed_calls.once(new.key, partial(self._acceptance.add, session_id, new))
         except RepeatedError as error:
             return await self._turns_added_before(error)
+
+    async def find_item(self, session_id: str, item_id: str) -> PlacedItem:
+        """An item of a session, also on another branch; an open turn has those of its input.
+
+        Raises:
+            SessionNotFoundError, ItemNotFoundError
+        """
+        self._check_not_deleted(session_id)
+        with self._answered_within():
+            turn = await self._store.find_item(session_id, item_id, now=self._clock())
+        item = turn.find_item(item_id)
+        assert item is not None, "the store has found it"
+        return PlacedItem(item, turn)
+
+    async def list_items(
+        self, session_id: str, *, limit: int, after: str | None, newest_first: bool, bytes_max: int
+    ) -> ItemsPage:
+        """A page of the items from the root to the head, reasoning included; an open turn has those of its input.
+
+        Args:
+            after: The id of the item after which the page begins. Newest first, the page goes on towards the root, also
+                if the head has moved to another branch since.
+            bytes_max: About the most bytes of texts that are read.
+
+        Raises:
+            SessionNotFoundError
+            InvalidRequestError: ``after`` is no item of the session; or, oldest first, not on the path to the head.
+        """
+        session = await self.get_session(session_id)
+        at: str | None = None
+        if after is not None:
+            try:
+                at = (await self.find_item(session_id, after)).turn.id
+            except ItemNotFoundError:
+                raise InvalidRequestError("This is no item of the conversation.", field="after") from None
+        read = items_down if newest_first else items_up
+        asked: str | None = None
+        while at or session.head not in (None, asked):  # again if the head was deleted between the two reads
+            asked = session.head
+            with self._answered_within():
+                page = await read(self._store, session, at=at, after=after, limit=limit, bytes_max=bytes_max)
+            if page is not None:
+                return page
+            session = await self.get_session(session_id)
+        return ItemsPage((), has_more=False)
 
     async def delete_item(self, session_id: str, item_id: str) -> None:
         """Delete an item of a conversation; the outputs of a call are deleted with the call.

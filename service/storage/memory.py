@@ -508,6 +508,13 @@ class MemoryStore:
             head = followers[0].record.parent
         self._note_edit(session, messages=sum(turn.record.message_count for turn in followers), head=head)
 
+    async def find_item(self, session_id: str, item_id: str, *, now: datetime) -> TurnRecord:
+        await anyio.lowlevel.checkpoint()
+        turn = await in_steps(_search(self._visible(session_id, now).turns, item_id))
+        if turn is None:
+            raise ItemNotFoundError(item_id)
+        return turn.record
+
     async def delete_item(self, session_id: str, item_id: str, *, now: datetime) -> None:
         await anyio.lowlevel.checkpoint()
         while True:

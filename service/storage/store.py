@@ -357,6 +357,15 @@ class Store(Protocol):
         """
         ...
 
+    async def find_item(self, session_id: str, item_id: str, *, now: datetime) -> TurnRecord:
+        """The turn that has an item. The search reads the session's turns, from the newest one on.
+
+        Raises:
+            SessionNotFoundError
+            ItemNotFoundError: No turn has this item. (The reply of an open turn is not in the store.)
+        """
+        ...
+
     async def delete_item(self, session_id: str, item_id: str, *, now: datetime) -> None:
         """Delete an item of a turn. No use of the session.
 

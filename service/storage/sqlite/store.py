@@ -13,7 +13,7 @@ import apsw
 import msgspec
 
 from service import store_capabilities
-from service.errors import StoreError
+from service.errors import ItemNotFoundError, StoreError
 from service.models.client import Usage
 from service.steps import in_steps
 from service.storage import rules
@@ -328,12 +328,22 @@ class SqliteStore:
         )
         self.writer.removed = True
 
+    async def find_item(self, session_id: str, item_id: str, *, now: datetime) -> TurnRecord:
+        search = await self._search_item(session_id, item_id, now)
+        if search.turn is None:
+            raise ItemNotFoundError(item_id)
+        return search.turn
+
+    async def _search_item(self, session_id: str, item_id: str, now: datetime) -> deletions.ItemSearch:
+        search = deletions.ItemSearch(session_id, item_id, now)
+        while not search.is_complete:
+            await self._reading.call(search.read_some)
+        return search
+
     async def delete_item(self, session_id: str, item_id: str, *, now: datetime) -> None:
         is_done = False
         while not is_done:  # again if something else was deleted meanwhile
-            search = deletions.ItemSearch(session_id, item_id, now)
-            while not search.is_complete:
-                await self._reading.call(search.read_some)
+            search = await self._search_item(session_id, item_id, now)
             terms = () if search.turn is None else await _terms(rules.without_items(search.turn, [item_id]))
             step = partial(deletions.delete_item, search=search, terms=terms, owners=self._ownership, now=now)
             is_done = await self._writing.call(step)
