@@ -134,7 +134,8 @@ options = parser.parse_args()
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+    # A handler would run between two steps of the main thread, which may hold the lock of ``stopping`` just then.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     listener = socket.create_server(("127.0.0.1", 0), backlog=512)
     sleep = "import signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(float(sys.argv[1]))"
     if options.stray:
@@ -148,8 +149,8 @@ def main() -> None:
             threading.Thread(target=serve, args=(sock,), daemon=True).start()
 
     threading.Thread(target=accept, daemon=True).start()
-    while not stopping.wait(0.05):
-        pass
+    signal.sigwait({signal.SIGTERM})
+    stopping.set()
     sys.stderr.write(options.say)
     if options.linger:
         subprocess.Popen([sys.executable, "-c", sleep, str(options.linger)])
