@@ -4,9 +4,14 @@ A task inherits the ids of the task that starts it, and the task of another requ
 each piece of work binds its own ids, and they replace all inherited ids.
 """
 
+from collections.abc import Mapping
+from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
-from structlog.contextvars import bind_contextvars, clear_contextvars, get_contextvars
+from structlog.typing import EventDict, WrappedLogger
+
+_current: ContextVar[Mapping[str, str]] = ContextVar("log_context", default=MappingProxyType({}))
 
 
 class log_context:  # noqa: N801  used as a function
@@ -19,16 +24,14 @@ class log_context:  # noqa: N801  used as a function
 
     def __init__(self, **ids: str | None) -> None:
         self._ids = {name: value for name, value in ids.items() if value is not None}
-        self._before: dict[str, Any]
+        self._before: Mapping[str, str]
 
     def __enter__(self) -> None:
-        self._before = get_contextvars()
-        clear_contextvars()
-        bind_contextvars(**self._ids)
+        self._before = _current.get()
+        _current.set(self._ids)
 
     def __exit__(self, *_: object) -> None:
-        clear_contextvars()
-        bind_contextvars(**self._before)
+        _current.set(self._before)
 
 
 def add_to_log_context(**ids: str | None) -> None:
@@ -36,4 +39,16 @@ def add_to_log_context(**ids: str | None) -> None:
 
     None removes an id that an earlier step has added.
     """
-    bind_contextvars(**{name: ... if value is None else value for name, value in ids.items()})
+    changed = {**_current.get(), **ids}
+    _current.set({name: value for name, value in changed.items() if value is not None})
+
+
+def current_ids() -> Mapping[str, str]:
+    """The ids on the log lines of the current task."""
+    return _current.get()
+
+
+def with_current_ids(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """Put the ids of the current task on an event, for structlog; what the call of the log names wins."""
+    merged: dict[str, Any] = {**_current.get(), **event}
+    return merged

@@ -22,6 +22,7 @@ from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger
 
 from service.settings import MASK, Settings, secrets_of
 from service.telemetry.escaping import escape, escape_json, escape_lines, escape_value
+from service.telemetry.log_context import with_current_ids
 from service.telemetry.log_writer import LogWriter
 
 ACCESS_LOGGER = "hypercorn.access"
@@ -95,7 +96,7 @@ class Log(logging.Handler):
         self.writer = writer
         self.layout = LineLayout(settings, isatty=writer.isatty)
         before: list[Processor] = [
-            structlog.contextvars.merge_contextvars,
+            with_current_ids,
             add_log_level,
             _STAMP,
             _with_process_id,
@@ -157,6 +158,7 @@ class Log(logging.Handler):
         return event
 
 
+_JSON = json.JSONEncoder(default=str, ensure_ascii=False)
 _STAMP = structlog.processors.TimeStamper(fmt="iso", utc=True)
 
 
@@ -264,13 +266,12 @@ def _json_processors() -> list[Processor]:
     return [
         structlog.processors.format_exc_info,
         _in_order,
-        structlog.processors.JSONRenderer(default=str, ensure_ascii=False),
-        _without_raw_characters,
+        _in_json,
     ]
 
 
-def _without_raw_characters(_logger: WrappedLogger, _method: str, rendered: Any) -> str:
-    return escape_json(str(rendered))
+def _in_json(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
+    return escape_json(_JSON.encode(event))
 
 
 def _in_order(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:

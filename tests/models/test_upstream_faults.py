@@ -15,7 +15,7 @@ import trustme
 from service.models import chat_completions, openai_compatible
 from service.models.client import TextDelta
 from service.models.openai_compatible import open_openai_compatible
-from service.telemetry.log_context import log_context
+from service.telemetry.log_context import current_ids, log_context
 from tests.descriptors import no_descriptor_left
 from tests.models.replies import Reply, ask, asking, take
 from tests.models.upstream import API_KEY, WAIT_S, failure_of, open_upstream
@@ -656,7 +656,7 @@ async def test_the_log_names_an_upstreams_own_request_id_if_it_is_valid(named: s
     async with open_upstream(refusing(401, b"", {"x-request-id": named})) as upstream:
         with log_context(turn_id="t"):
             await failure_of(upstream.client)
-            assert structlog.contextvars.get_contextvars().get("upstream_request_id") == shown
+            assert current_ids().get("upstream_request_id") == shown
 
 
 async def test_a_call_without_an_answer_has_no_request_id_of_the_call_before_it() -> None:
@@ -668,7 +668,7 @@ async def test_a_call_without_an_answer_has_no_request_id_of_the_call_before_it(
     async with open_upstream(answer_once) as upstream:
         with log_context(turn_id="t"):
             await failure_of(upstream.client)
-            assert structlog.contextvars.get_contextvars()["upstream_request_id"] == "a"
+            assert current_ids()["upstream_request_id"] == "a"
             with trio.move_on_after(0):
                 await failure_of(upstream.client)
-            assert "upstream_request_id" not in structlog.contextvars.get_contextvars()
+            assert "upstream_request_id" not in current_ids()
