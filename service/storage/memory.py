@@ -70,7 +70,7 @@ from service.storage.records import (
     TurnRecord,
     text_length,
 )
-from service.storage.search import Found, SearchQuery, search_page, searched_texts
+from service.storage.search import SEARCH_S, Found, SearchQuery, search_page, searched_texts
 from service.storage.search_cursor import SearchCursors
 from service.storage.store import PAGE_LENGTH_MAX
 from service.storage.terms import TERMS_MAX, document_terms, query_terms
@@ -344,6 +344,7 @@ class MemoryStore:
             now=now,
             bytes_max=bytes_max,
         )
+        await in_steps(self._documents.prepare_noted(within_s=SEARCH_S))
         return await in_steps(search_page(_MemoryIndex(self._documents, self._sessions, wanted), wanted))
 
     async def count_sessions(self, *, status: SessionStatus | None, now: datetime, owner: str | None = None) -> int:
@@ -577,15 +578,13 @@ class MemoryStore:
         after: int = 0,  # noqa: ARG002
     ) -> EndResult:
         await anyio.lowlevel.checkpoint_if_cancelled()
-        ended = _Turn(turn)
-        async with self._prepared([ended]):
-            kept = self._turns.get(turn.id)
+        kept = self._turns.get(turn.id)
         if kept is None or not kept.record.is_open:
-            self._forget(ended)
             return rules.result_of_late_end(None if kept is None else kept.record, turn)
         session = self._sessions[kept.record.session_id]
-        kept.record, kept.document = turn, ended.document
-        self._publish(session, kept)
+        kept.record, kept.document = turn, self._documents.reserve()
+        self._documents.note(kept.document, Document(turn.session_id, turn.id, kept.texts))
+        session.documents.add(kept.document)
         kept.pages = tuple(_pages_of(runs))
         kept.kept = count(runs)
         self._replace(session, rules.ended(session.record, turn, now))
@@ -1030,7 +1029,7 @@ class _MemoryIndex:
         return self._documents.newest
 
     def is_whole(self) -> bool:
-        return True
+        return self._documents.is_whole
 
     def documents(self, *, below: int) -> Iterator[tuple[int, Found[str] | None]]:
         for number, it in self._documents.matching(self._query.terms, below=below):

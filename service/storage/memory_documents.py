@@ -1,13 +1,16 @@
 """The search index of the memory store: for each term, the numbers of the documents that have it.
 
-A document counts from its publication to its removal. What it has in the lists of its terms is put there before, and
-taken out afterwards, in steps: a long reply has many thousands of terms.
+A document counts from its publication to its removal. What it has in the lists of its terms is put there before, or by
+the next search (:meth:`MemoryDocuments.note`), and taken out afterwards, in steps: a long reply has many thousands of
+terms.
 """
 
+import time
 from array import array
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from functools import partial
 
 import msgspec
 
@@ -28,6 +31,13 @@ class Document(msgspec.Struct, frozen=True):
     texts: Texts
 
 
+class _Noted(msgspec.Struct):
+    """A document whose terms are not in their lists; perhaps those of the texts in ``begun`` are, or some of them."""
+
+    texts: Texts
+    begun: tuple[str, ...] = ()
+
+
 class MemoryDocuments:
     """The documents, and the lists of their terms.
 
@@ -40,6 +50,7 @@ class MemoryDocuments:
         self._numbers: dict[str, array[int]] = {}  # in ascending order
         self._removed: deque[tuple[int, Texts]] = deque()
         self._dropped: dict[int, Set[str]] = {}
+        self._noted: dict[int, _Noted] = {}
         self._last = 0
         self.newest: int | None = None
 
@@ -66,8 +77,41 @@ class MemoryDocuments:
         self._documents[number] = document
         self.newest = number if self.newest is None else max(self.newest, number)
 
+    def note(self, number: int, document: Document) -> None:
+        """Publish a document whose terms the next search prepares: a turn that ends does not wait for them."""
+        self._noted[number] = _Noted(document.texts)
+        self.publish(number, document)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the terms of all documents are in the lists."""
+        return not self._noted
+
+    def prepare_noted(self, *, within_s: float) -> Steps[None]:
+        """Prepare the documents that were noted, the newest first, as far as this takes ``within_s``.
+
+        A document is not found before all of its terms are in the lists. Other tasks may do the same meanwhile, and a
+        task may never come to the end.
+        """
+        deadline = time.monotonic() + within_s
+        while self._noted and time.monotonic() < deadline:
+            number, noted = next(reversed(self._noted.items()))
+            said = tuple(noted.texts())
+            if noted.begun and noted.begun != said:
+                yield from self._take_out(number, partial(tuple, noted.begun))
+            noted.begun = said
+            yield from self.prepare(number, partial(tuple, said))
+            if number not in self._documents:
+                self._removed.append((number, partial(tuple, said)))
+            elif tuple(noted.texts()) == said:
+                self._noted.pop(number, None)
+            yield
+
     def remove(self, number: int, texts: Texts) -> None:
         """Let a document be found no more. :meth:`reclaim` does the rest."""
+        noted = self._noted.pop(number, None)
+        if noted is not None:
+            texts = partial(tuple, noted.begun)
         self._documents.pop(number, None)
         self._removed.append((number, texts))
 
@@ -121,8 +165,10 @@ class MemoryDocuments:
 
     def has_terms(self, number: int, terms: Sequence[str]) -> bool:
         """Whether a published document has all these terms."""
+        if number not in self._documents or number in self._noted:
+            return False
         dropped = self._dropped.get(number, ())
-        return number in self._documents and all(
+        return all(
             (numbers := self._numbers.get(term)) is not None and _has(numbers, number) and term not in dropped
             for term in terms
         )

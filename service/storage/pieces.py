@@ -82,8 +82,10 @@ class Run(msgspec.Struct, frozen=True, array_like=True, gc=False):
 _packed: msgspec.msgpack.Decoder[list[Run]] = msgspec.msgpack.Decoder(list[Run])
 
 
-def run_of(item: int, lengths: Iterable[int]) -> Run:
+def run_of(item: int, lengths: Sequence[int]) -> Run:
     """The run of an item's pieces with these lengths."""
+    if max(lengths, default=0) < _GOES_ON:
+        return Run(item, bytes(lengths))
     return Run(item, b"".join(map(length_bytes, lengths)))
 
 
@@ -193,6 +195,10 @@ def are_of(runs: Sequence[Run], texts: Sequence[str]) -> bool:
 
 def split(runs: Iterable[Run], text: str, *, length_max: int) -> Iterator[tuple[list[Run], str]]:
     """Runs and their text in parts of at most this cost; more only for a single piece."""
+    runs = list(runs)
+    if runs and sum(run.cost for run in runs) <= length_max:  # nearly always
+        yield join(runs), text[: sum(run.length for run in runs)]
+        return
     part: list[Run] = []
     size = start = end = 0
     for run in runs:

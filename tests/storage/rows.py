@@ -103,7 +103,7 @@ async def _all_pages(read: Callable[[str | None], Awaitable[Page[T]]]) -> list[T
 
 def said(*texts: str, item: int = 0) -> tuple[Run, ...]:
     """The events of pieces of one item, with these texts."""
-    return (run_of(item, map(len, texts)),) if texts else ()
+    return (run_of(item, list(map(len, texts))),) if texts else ()
 
 
 async def told(store: Store, session_id: str, turn_id: str, *, length_max: int = PAGE_LENGTH_MAX) -> list[str]:

@@ -433,7 +433,7 @@ async def test_turns_with_many_terms_are_found_like_others(store: Store, monkeyp
     assert await found(store, "one two") == ["d"]
 
 
-async def test_other_tasks_run_while_a_long_reply_is_put_into_the_index(
+async def test_other_tasks_run_while_a_long_reply_is_put_into_the_index_and_found(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("service.steps.STEP_S", 0)
@@ -451,6 +451,7 @@ async def test_other_tasks_run_while_a_long_reply_is_put_into_the_index(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(count_rounds)
         await store.end_turn(ended(turn, text="word " * 50_000), runs=(), now=T0)
+        assert await found(store, "word") == ["a"]
         nursery.cancel_scope.cancel()
     assert rounds >= 50, "the words are cut in steps"
 

@@ -365,4 +365,15 @@ def _takes_appended(reader: InlineReader) -> bool:
 
 
 def _texts_of(events: Iterable[Event]) -> Iterator[tuple[int, str]]:
-    return ((event.item, event.text) for event in events if isinstance(event, Piece))
+    """The texts of pieces with their items; successive pieces of one item together."""
+    item, texts = -1, list[str]()
+    for event in events:
+        if not isinstance(event, (TurnDelta, Piece)):  # the first of them is exact, which is fast
+            continue
+        if event.item != item:
+            if texts:
+                yield item, "".join(texts)
+            item, texts = event.item, []
+        texts.append(event.text)
+    if texts:
+        yield item, "".join(texts)

@@ -1,7 +1,6 @@
 """A turn's events in the compact form that a store keeps, and back: runs of pieces, and the turn's record."""
 
 from collections.abc import Iterable, Iterator
-from itertools import groupby
 from typing import NamedTuple
 
 import msgspec
@@ -18,7 +17,7 @@ from service.sessions.events.events import (
     TurnReasoning,
     TurnStarted,
 )
-from service.storage.pieces import CALL, QUEUED, STARTED, Run, length_bytes
+from service.storage.pieces import CALL, QUEUED, STARTED, Run, run_of
 from service.storage.records import EventsPage, TurnRecord
 
 _PIECES: dict[str, type[TurnDelta | TurnReasoning | TurnArguments]] = {
@@ -30,20 +29,26 @@ _PIECES: dict[str, type[TurnDelta | TurnReasoning | TurnArguments]] = {
 
 def runs_of(events: Iterable[Event]) -> Iterator[Run]:
     """The runs of events; a terminal event is none of them."""
-    for item, run in groupby(events, key=_item_of):
-        if item >= 0:
-            yield Run(item, b"".join([length_bytes(len(event.text)) for event in run if isinstance(event, Piece)]))
-        else:
-            yield from (Run(item) for event in run if isinstance(event, TurnQueued | TurnStarted | TurnCall))
-
-
-def _item_of(event: Event) -> int:
-    """The item of an event's run."""
-    if isinstance(event, Piece):
-        return event.item
-    if isinstance(event, TurnCall):
-        return CALL - event.item
-    return QUEUED if isinstance(event, TurnQueued) else STARTED
+    item, lengths = -1, list[int]()
+    for event in events:
+        if isinstance(event, (TurnDelta, Piece)):  # the first of them is exact, which is fast
+            if event.item != item:
+                if lengths:
+                    yield run_of(item, lengths)
+                item, lengths = event.item, []
+            lengths.append(len(event.text))
+            continue
+        if lengths:
+            yield run_of(item, lengths)
+            item, lengths = -1, []
+        if isinstance(event, TurnStarted):
+            yield Run(STARTED)
+        elif isinstance(event, TurnCall):
+            yield Run(CALL - event.item)
+        elif isinstance(event, TurnQueued):
+            yield Run(QUEUED)
+    if lengths:
+        yield run_of(item, lengths)
 
 
 class Place(NamedTuple):

@@ -1,0 +1,129 @@
+"""The memory store's index of documents whose terms the next search puts into their lists."""
+
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.steps import Steps, at_once
+from service.storage.memory_documents import Document, MemoryDocuments
+
+LONG_S = 60.0
+WORDS = ["one", "two", "three", "four"]
+
+
+class Said:
+    """The texts of a document, which may change."""
+
+    def __init__(self, *texts: str) -> None:
+        self.texts = texts
+
+    def __call__(self) -> Iterable[str]:
+        return self.texts
+
+
+def noted(documents: MemoryDocuments, *texts: str) -> tuple[int, Said]:
+    number, said = documents.reserve(), Said(*texts)
+    documents.note(number, Document("session", f"turn {number}", said))
+    return number, said
+
+
+def found(documents: MemoryDocuments, word: str) -> list[int]:
+    last = documents.newest or 0
+    return [number for number, document in documents.matching([word], below=last + 1) if document is not None]
+
+
+def interrupted(steps: Steps[None], after: int) -> None:
+    """Do some steps, as a task that is cancelled then."""
+    for _, _ in zip(range(after), steps, strict=False):
+        pass
+    steps.close()
+
+
+def test_a_noted_document_is_found_once_a_search_has_prepared_it() -> None:
+    documents = MemoryDocuments()
+    number, _ = noted(documents, "one two")
+    assert not documents.is_whole
+    assert found(documents, "one") == []
+    at_once(documents.prepare_noted(within_s=LONG_S))
+    assert documents.is_whole
+    assert found(documents, "one") == [number]
+
+
+def test_the_newest_documents_are_prepared_first_and_only_for_the_given_time() -> None:
+    documents = MemoryDocuments()
+    first, _ = noted(documents, "one")
+    second, _ = noted(documents, "one")
+    interrupted(documents.prepare_noted(within_s=LONG_S), after=3)
+    assert found(documents, "one") == [second]
+    at_once(documents.prepare_noted(within_s=0))
+    assert not documents.is_whole
+    at_once(documents.prepare_noted(within_s=LONG_S))
+    assert found(documents, "one") == [second, first]
+
+
+@pytest.mark.parametrize("after", range(1, 5))
+def test_a_text_that_is_deleted_while_it_is_prepared_is_not_found(after: int) -> None:
+    documents = MemoryDocuments()
+    number, said = noted(documents, "one", "two")
+    steps = documents.prepare_noted(within_s=LONG_S)
+    for _ in range(after):
+        next(steps, None)
+    said.texts = ("two",)
+    documents.drop(number, {"one"})
+    at_once(documents.reclaim())
+    for _ in steps:
+        assert found(documents, "one") == []
+    at_once(documents.prepare_noted(within_s=LONG_S))
+    at_once(documents.reclaim())
+    assert found(documents, "one") == []
+    assert found(documents, "two") == [number]
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("note"), st.lists(st.sampled_from(WORDS), min_size=1, max_size=3)),
+            st.tuples(st.just("edit"), st.integers(0, 5)),
+            st.tuples(st.just("remove"), st.integers(0, 5)),
+            st.tuples(st.just("step"), st.integers(0, 1)),
+            st.tuples(st.just("cancel"), st.integers(0, 1)),
+            st.tuples(st.just("reclaim"), st.none()),
+        ),
+        max_size=40,
+    )
+)
+def test_two_searches_that_prepare_at_once_find_what_a_scan_finds(actions: list[tuple[str, object]]) -> None:
+    documents = MemoryDocuments()
+    kept: dict[int, Said] = {}
+    searches: list[Steps[None]] = [documents.prepare_noted(within_s=LONG_S) for _ in range(2)]
+    for action, given_value in actions:
+        match action, given_value:
+            case "note", list(words):
+                number, said = noted(documents, *words)
+                kept[number] = said
+            case "edit", int(index) if index < len(kept):
+                number = list(kept)[index]
+                said = kept[number]
+                lost, said.texts = said.texts[:1], said.texts[1:]
+                documents.drop(number, set(lost) - set(said.texts))
+            case "remove", int(index) if index < len(kept):
+                number = list(kept)[index]
+                documents.remove(number, kept.pop(number))
+            case "step", int(index):
+                next(searches[index], None)
+            case "cancel", int(index):
+                searches[index].close()
+                searches[index] = documents.prepare_noted(within_s=LONG_S)
+            case "reclaim", None:
+                at_once(documents.reclaim())
+        for word in WORDS:
+            assert set(found(documents, word)) <= {number for number, said in kept.items() if word in said.texts}
+    for search in searches:
+        at_once(search)
+    at_once(documents.prepare_noted(within_s=LONG_S))
+    at_once(documents.reclaim())
+    for word in WORDS:
+        assert set(found(documents, word)) == {number for number, said in kept.items() if word in said.texts}
+    assert documents.is_whole
