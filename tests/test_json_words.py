@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from service.api.http.strict_json import convert
+from service.api.http.wire_types import Query, RequestBody
 from service.api.native import wire
 from service.errors import InvalidRequestError
 from service.json_words import in_json_words
@@ -54,7 +55,7 @@ def refusals(kind: type[msgspec.Struct], values: Iterable[object], *, strict: bo
 @pytest.mark.parametrize(
     "kind", [wire.CreateSession, wire.UpdateSession, wire.ForkSession, wire.StartTurn, wire.Chat], ids=repr
 )
-def test_no_refusal_of_a_body_names_a_type_of_python(kind: type[wire.RequestBody]) -> None:
+def test_no_refusal_of_a_body_names_a_type_of_python(kind: type[RequestBody]) -> None:
     texts = refusals(kind, VALUES, strict=True)
     for value in (None, [1], 1, "x", True):
         with pytest.raises(InvalidRequestError, match=r"^Expected an object, got ") as caught:
@@ -65,7 +66,7 @@ def test_no_refusal_of_a_body_names_a_type_of_python(kind: type[wire.RequestBody
 
 
 @pytest.mark.parametrize("kind", QUERIES, ids=repr)
-def test_no_refusal_of_a_parameter_names_a_type_that_it_came_as(kind: type[wire.Query]) -> None:
+def test_no_refusal_of_a_parameter_names_a_type_that_it_came_as(kind: type[Query]) -> None:
     texts = refusals(kind, ("", "x", "null", "2.5", "-1", "9" * 600), strict=False)
     assert len(texts) > 3
     assert [text for text in texts if PYTHON.search(text) or "got a string" in text] == []

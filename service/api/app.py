@@ -26,7 +26,7 @@ from service.api.http.app_state import (
 from service.api.http.callers import CALLER, admit, caller_at_peer
 from service.api.http.cors import allow_origin, preflight_response
 from service.api.http.held_bytes import SMALL_BYTES, bytes_of, counting_bytes, hold_answer
-from service.api.http.locations import take_prefix
+from service.api.http.locations import root_path_of, take_prefix
 from service.api.http.operations import operation_of
 from service.api.http.pacing import Pace, is_paced
 from service.api.http.problems import NotReadyError, Refusal, answer_error, problem_response
@@ -81,7 +81,9 @@ class Application(QuartTrio):
             counting_bytes(scope, held_bytes_of(self)),
         ):
             if (fault := fault_of(scope)) is not None:
-                await refuse_target(scope, send, fault, note=partial(_note_refusal, self))
+                path: str = scope["path"].removeprefix(root_path_of(scope))
+                respond = openai_error_response if is_path_of_openai(path) else problem_response
+                await refuse_target(scope, send, fault, respond=respond, note=partial(_note_refusal, self))
                 return
             take_prefix(scope)
             self._name_caller(scope)

@@ -197,7 +197,8 @@ def _added_by(turn: TurnRecord) -> list[dict[str, object]]:
 def _check_bounds(whole: ExportedSession, *, text_bytes_max: int) -> None:
     """Refuse values that the API would refuse. Raises: StartupError."""
     from service.api.http.strict_json import check_texts, convert  # noqa: PLC0415  only imports need the API
-    from service.api.native.wire import AddMessages, CreateSession, RequestBody, StartTurn  # noqa: PLC0415
+    from service.api.http.wire_types import RequestBody  # noqa: PLC0415
+    from service.api.native.wire import AddMessages, CreateSession, StartTurn  # noqa: PLC0415
 
     asked: list[tuple[str, type[RequestBody], dict[str, object]]] = [
         ("of the session", CreateSession, msgspec.structs.asdict(whole.session) | {"id": public_id(whole.session.id)})

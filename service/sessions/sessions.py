@@ -573,6 +573,18 @@ class Sessions:
         with self._answered_within():
             return await self._read_turn(session_id, turn_id, with_texts=with_texts)
 
+    async def find_session_of(self, turn_id: str) -> str:
+        """The id of a turn's session, of any owner.
+
+        Raises:
+            TurnNotFoundError: There is no such turn. (If its session has expired, a later call says so.)
+        """
+        with self._answered_within():
+            session_id = await self._store.find_session_of(turn_id)
+        if session_id is None:
+            raise TurnNotFoundError(turn_id)
+        return session_id
+
     async def wait_turn(self, session_id: str, turn_id: str) -> TurnRecord:
         """Wait for the end of a turn; returns the turn. Cancellation affects the caller only.
 

@@ -602,6 +602,11 @@ class MemoryStore:
         self._visible(session_id, now)
         return self._turn_of(session_id, turn_id).record
 
+    async def find_session_of(self, turn_id: str) -> str | None:
+        await anyio.lowlevel.checkpoint()
+        turn = self._turns.get(turn_id)
+        return None if turn is None else turn.record.session_id
+
     async def list_turns(
         self,
         session_id: str,

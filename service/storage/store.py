@@ -427,6 +427,10 @@ class Store(Protocol):
         """
         ...
 
+    async def find_session_of(self, turn_id: str) -> str | None:
+        """The id of a turn's session, which may have expired or be marked as deleted; None if there is no such turn."""
+        ...
+
     async def list_turns(
         self,
         session_id: str,

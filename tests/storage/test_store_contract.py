@@ -1317,3 +1317,21 @@ async def test_many_at_once_lose_nothing(store: Store) -> None:
     assert session.head == turns[-1].id, "the head is what was accepted last"
     for name in names:
         assert await told(store, "s", name) == [name]
+
+
+async def test_the_session_of_a_turn_is_found_by_the_turn_alone(store: Store) -> None:
+    for name in ("s", "blue/s"):
+        await store.create_session(a_session(name), now=T0)
+        await store.begin_turn(a_turn(f"turn of {name}", name), now=T0)
+        await store.end_turn(ended(a_turn(f"turn of {name}", name)), runs=(), now=T0)
+    copy = await store.fork_session("s", at=None, copy_id="copy", now=T0)
+    assert copy.head is not None
+    assert await store.find_session_of("turn of s") == "s"
+    assert await store.find_session_of("turn of blue/s") == "blue/s"
+    assert await store.find_session_of(copy.head) == "copy"
+    assert await store.find_session_of("turn") is None
+    await store.delete_turns("copy", copy.head, now=T0)
+    assert await store.find_session_of(copy.head) is None
+    await store.mark_deleted("blue/s", now=T0)
+    await store.remove_deleted("blue/s")
+    assert await store.find_session_of("turn of blue/s") is None

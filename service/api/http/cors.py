@@ -7,8 +7,26 @@ from werkzeug.datastructures import Headers
 from service.api.http.app_state import no_content
 
 _METHODS = "GET, POST, PATCH, DELETE"
-_REQUEST_HEADERS = "Authorization, Content-Type, Idempotency-Key, If-Match, Last-Event-ID, Lastcall-Owner, X-Request-ID"
-_RESPONSE_HEADERS = "ETag, Location, Retry-After, X-Request-ID"
+_OF_OPENAI = (
+    "Arch",
+    "Helper-Method",
+    "Lang",
+    "OS",
+    "Package-Version",
+    "Retry-Count",
+    "Runtime",
+    "Runtime-Version",
+    "Timeout",
+)
+"""What OpenAI's JavaScript client tells of itself with each request, in headers ``X-Stainless-…``."""
+_REQUEST_HEADERS = ", ".join(
+    (
+        *("Authorization", "Content-Type", "Idempotency-Key", "If-Match", "Last-Event-ID", "Lastcall-Owner"),
+        *("OpenAI-Beta", "OpenAI-Organization", "OpenAI-Project", "X-Request-ID"),
+        *(f"X-Stainless-{name}" for name in _OF_OPENAI),
+    )
+)
+_RESPONSE_HEADERS = "ETag, Location, Retry-After, X-Request-ID, X-Should-Retry"
 _PREFLIGHT_S = 600
 
 

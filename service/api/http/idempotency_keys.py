@@ -14,7 +14,7 @@ from quart import request
 
 from service.api.http.callers import current_owner
 from service.api.http.repeats import allow_repeat
-from service.api.native.wire import RequestBody
+from service.api.http.wire_types import RequestBody
 from service.errors import InvalidRequestError
 from service.storage.records import IdempotencyKey
 

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from service.api.native.wire import Query, RequestBody
+from service.api.http.wire_types import Query, RequestBody
 from service.errors import LastcallError
 
 H = TypeVar("H", bound=Callable[..., Any])
@@ -24,6 +24,7 @@ class Answer:
         media_type: The type of a body that is neither JSON nor an event stream.
         located: The thing that ``Location`` names, if the answer has this header.
         tagged: Whether the answer has a session's ``ETag``.
+        events: What the events of its stream are, if they are not the native API's.
         links: Operations to which the answer leads, with the parameters that the answer gives them.
     """
 
@@ -35,6 +36,7 @@ class Answer:
     located: str = ""
     tagged: bool = False
     links: tuple[tuple[str, dict[str, str]], ...] = ()
+    events: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import trio
 AT_ONCE = 16
 """Requests that begin within two rounds of the event loop. Each takes some milliseconds in all, in about ten rounds."""
 
-_PACED = {"POST": ("/chat", "/turns", "/retry"), "GET": ("/events",)}
+_PACED = {"POST": ("/chat", "/turns", "/retry", "/responses", "/completions"), "GET": ("/events",)}
 """The ends of the paths of requests that wait, by method. Others are short, or end work."""
 
 

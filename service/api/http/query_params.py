@@ -4,11 +4,11 @@ from functools import cache
 from typing import TypeVar
 
 import msgspec
-from msgspec.inspect import DictType, IntType
+from msgspec.inspect import DictType, IntType, VarTupleType
 from quart import Request
 
 from service.api.http.strict_json import check_texts, convert, shown
-from service.api.native.wire import Query
+from service.api.http.wire_types import Query
 from service.errors import InvalidRequestError
 
 Q = TypeVar("Q", bound=Query)
@@ -26,6 +26,7 @@ def read_query(request: Request, kind: type[Q]) -> Q:
     check_query_length(request)
     values = request.args.to_dict(flat=False)
     maps = {name: _take_map(values, name) for name in _parameters_of(kind, DictType)}
+    lists = {name: given for name in _parameters_of(kind, VarTupleType) if (given := _take_list(values, name))}
     if not kind.__struct_config__.forbid_unknown_fields:
         values = {name: given for name, given in values.items() if name in kind.__struct_encode_fields__}
     for name, given in values.items():
@@ -34,7 +35,7 @@ def read_query(request: Request, kind: type[Q]) -> Q:
         # msgspec alone would accept ``2.0`` and ``2e0`` for whole numbers, too.
         if name in _parameters_of(kind, IntType) and not (given[0].isascii() and given[0].isdigit()):
             raise InvalidRequestError("This parameter takes a whole number, in digits only.", field=name)
-    query = convert({name: given[0] for name, given in values.items()} | maps, kind, strict=False)
+    query = convert({name: given[0] for name, given in values.items()} | maps | lists, kind, strict=False)
     for name, pairs in maps.items():
         check_texts(pairs, name, bytes_max=_QUERY_BYTES_MAX)
     return query
@@ -57,6 +58,13 @@ def _take_map(values: dict[str, list[str]], name: str) -> dict[str, str]:
             raise InvalidRequestError("This parameter may be given once for each key.", field=shown(parameter))
         taken[key] = given[0]
     return taken
+
+
+def _take_list(values: dict[str, list[str]], name: str) -> list[str]:
+    """Take the parameters of a list out of ``values``, in the forms that clients send: ``name=…``, ``name[]=…`` and
+    ``name[0]=…``, each several times."""
+    named = [it for it in values if it == name or (it.startswith(f"{name}[") and it.endswith("]"))]
+    return [given for parameter in named for given in values.pop(parameter)]
 
 
 def check_query_length(request: Request) -> None:

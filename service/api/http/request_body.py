@@ -8,7 +8,7 @@ from quart_trio.wrappers.request import TrioBody, TrioRequest
 
 from service.api.http.held_bytes import HeldBytesLimitError, RequestBytes, bytes_of
 from service.api.http.strict_json import InputTooLargeError, check_structure, check_texts, convert, parse_json
-from service.api.native.wire import RequestBody
+from service.api.http.wire_types import RequestBody
 from service.errors import RefusedError
 from service.freezes import move_on_after
 from service.settings import Settings
@@ -219,7 +219,9 @@ def drop_body(request: Request) -> None:
 
 def parse_body(raw: bytes, kind: type[B], *, text_bytes_max: int) -> B:
     """Parse and check a body, as the last part of :func:`read_body`, in one step of the event loop."""
-    body = convert(parse_json(raw), kind)
+    told = parse_json(raw)
+    kind.check_given(told)
+    body = convert(told, kind)
     for name in kind.__struct_fields__:
         check_texts(getattr(body, name), name, bytes_max=text_bytes_max, bounds_each=kind.bounds_each)
     return body

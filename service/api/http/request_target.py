@@ -9,10 +9,11 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
+from quart_trio.wrappers import TrioResponse
 from werkzeug.exceptions import BadRequest, HTTPException, NotFound
 
 from service.api.http.locations import root_path_of
-from service.api.http.problems import Refusal, problem_response, refusal_of
+from service.api.http.problems import Refusal, refusal_of
 from service.api.http.request_id import HEADER, request_id_of
 
 _NEITHER = "The target of this request is neither a path nor a URL."
@@ -52,11 +53,17 @@ def _names_host(value: bytes) -> bool:
 
 
 async def refuse_target(
-    scope: dict[str, Any], send: Any, fault: HTTPException, *, note: Callable[[Refusal], None]
+    scope: dict[str, Any],
+    send: Any,
+    fault: HTTPException,
+    *,
+    respond: Callable[[Refusal], TrioResponse],
+    note: Callable[[Refusal], None],
 ) -> None:
     """Answer in place of the application.
 
     Args:
+        respond: Makes the answer.
         note: Called with what is answered.
     """
     if scope["type"] == "websocket":
@@ -64,7 +71,7 @@ async def refuse_target(
         return
     refusal = refusal_of(fault, scope=scope)
     note(refusal)
-    response = problem_response(refusal)
+    response = respond(refusal)
     response.headers[HEADER] = request_id_of(scope)
     headers = [(name.lower().encode(), value.encode()) for name, value in response.headers.items()]
     await send({"type": "http.response.start", "status": response.status_code, "headers": headers})

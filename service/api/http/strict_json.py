@@ -2,14 +2,15 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from json import JSONDecodeError, JSONDecoder
 from math import isinf
 from typing import Any, Never, TypeVar
 
 import msgspec
 
-from service.api.native.wire import FORMS, KINDS, Metadata
+from service.api.http.wire_types import Metadata
+from service.api.native.wire import FORMS, KINDS
 from service.errors import InvalidRequestError
 from service.json_words import in_json_words
 
@@ -148,6 +149,7 @@ def _decode(text: str) -> object:
 
 
 _PATH = re.compile(r" - at `(?P<key>key` in `)?\$\.?(?P<path>[^`]*)`$", re.DOTALL)
+_INDICES = re.compile(r"(\[\d+\])+$")
 _NAMED_FIELD = re.compile(r"field `(?P<name>.*)`", re.DOTALL)
 
 
@@ -205,16 +207,23 @@ def _in_words(message: str, kind: type, field: str) -> str:
     for pattern, form in FORMS.items():
         if repr(pattern) in message:
             return f"Expected {form}"
+    allowed: Sequence[object] = ()
     if message.startswith("Invalid enum value"):
         parts = msgspec.json.schema(kind)["$defs"]
-        name = field.rpartition(".")[2]
+        name = _INDICES.sub("", field.rpartition(".")[2])
         described = [part["properties"].get(name, {}) for part in (parts[kind.__name__], *parts.values())]
-        allowed = next(it["enum"] for of in described for it in (of, *of.get("anyOf", ())) if "enum" in it)
-        return f"Expected one of {', '.join(map(json.dumps, allowed))}"
-    if message.startswith("Invalid value") and field.endswith(".type"):
-        allowed = KINDS[re.split(r"[.\[]", field, maxsplit=1)[0]]
-        return f"Expected one of {', '.join(map(json.dumps, allowed))}"
-    return message
+        allowed = next((enum for of in described for enum in _enums_in(of)), ())
+    elif message.startswith("Invalid value") and field.endswith(".type"):
+        allowed = KINDS.get(re.split(r"[.\[]", field, maxsplit=1)[0], ())
+    return f"Expected one of {', '.join(map(json.dumps, allowed))}" if allowed else message
+
+
+def _enums_in(described: dict[str, Any]) -> Iterator[list[object]]:
+    """The enums in the schema of a field: its own, those of its kinds and those of its items."""
+    if "enum" in described:
+        yield described["enum"]
+    for part in (*described.get("anyOf", ()), *([described["items"]] if "items" in described else ())):
+        yield from _enums_in(part)
 
 
 def _pair_at_fault(pairs: dict[str, object]) -> str:
@@ -236,7 +245,7 @@ def check_texts(value: object, field: str, *, bytes_max: int, bounds_each: bool 
             _check_list((item,), field, bytes_max=bytes_max, index=index)
     elif isinstance(value, tuple):
         _check_list(value, field, bytes_max=bytes_max)
-    elif isinstance(value, msgspec.Struct):
+    elif isinstance(value, msgspec.Struct) or (isinstance(value, dict) and not _has_texts_only(value)):
         _check_list((value,), field, bytes_max=bytes_max)
     elif isinstance(value, dict):
         for key, text in value.items():
@@ -248,10 +257,17 @@ def check_texts(value: object, field: str, *, bytes_max: int, bounds_each: bool 
         )
 
 
-def _check_list(items: Sequence[msgspec.Struct], field: str, *, bytes_max: int, index: int = 0) -> None:
-    """Check the objects of a list from ``index`` on."""
+def _has_texts_only(value: dict[str, object]) -> bool:
+    return all(isinstance(text, str) for text in value.values())
+
+
+def _check_list(items: Sequence[object], field: str, *, bytes_max: int, index: int = 0) -> None:
+    """Check the objects of a list from ``index`` on. Values without a type of ours count as a whole."""
     size = 0
     for place, item in enumerate(items, index):
+        if not isinstance(item, msgspec.Struct):
+            size += _size_of(item, f"{field}[{place}]")
+            continue
         for name in (name for name in item.__struct_fields__ if name != "role"):  # a role is no text
             size += _size_of(getattr(item, name), f"{field}[{place}].{name}")
     if size > bytes_max:
@@ -268,15 +284,17 @@ def _size_of(value: object, field: str) -> int:
     that is too large for 64 bits is read as infinite, which JSON cannot say.
     """
     size = 0
-    pending = [value]
+    pending: list[object] = [value]
     has_parts = isinstance(value, dict)
     while pending:
         part = pending.pop()
         if isinstance(part, dict):
             size += sum(_utf8_length(key, field, what="A key", takes_nul=True) for key in part)
             pending += part.values()
-        elif isinstance(part, list):
+        elif isinstance(part, list | tuple):
             pending += part
+        elif isinstance(part, msgspec.Struct):
+            pending += [getattr(part, name) for name in part.__struct_fields__]
         elif isinstance(part, float) and isinf(part):
             raise InvalidRequestError("A number may not be larger than a float of 64 bits can be.", field=shown(field))
         else:

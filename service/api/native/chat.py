@@ -13,15 +13,8 @@ from service.api.http.idempotency_keys import read_key
 from service.api.http.operations import Answer, operation
 from service.api.http.request_body import read_body
 from service.api.http.request_id import current_request_id
-from service.api.native.turns import (
-    RESUMES,
-    RESUMING_ERRORS,
-    SEEN_ALL,
-    STARTING_ERRORS,
-    resume_streaming,
-    start_streaming,
-    take_slot,
-)
+from service.api.http.turn_answers import resume_streaming, start_streaming
+from service.api.native.turns import FACE, RESUMES, RESUMING_ERRORS, SEEN_ALL, STARTING_ERRORS
 from service.api.native.wire import Chat
 from service.errors import ResumeConflictError, SessionLimitError, SessionNotFoundError
 from service.ids import new_session_id, scoped
@@ -64,7 +57,7 @@ async def chat() -> TrioResponse:
         key=key,
     )
     session_id = scoped(current_owner(), body.session_id or new_session_id())
-    return await start_streaming(service, take_slot(service), session_id, new)
+    return await start_streaming(service, session_id, new, FACE)
 
 
 async def _resume(service: Service, body: Chat, after: int, key: IdempotencyKey | None) -> TrioResponse:
@@ -72,7 +65,7 @@ async def _resume(service: Service, body: Chat, after: int, key: IdempotencyKey 
         session_id = None if body.session_id is None else scoped(current_owner(), body.session_id)
         said = text_input(body.message)
         resume = partial(service.sessions.resume_newest, session_id or "", said=said, after=after)
-        return await resume_streaming(service, session_id, resume, after=after, key=key)
+        return await resume_streaming(service, session_id, resume, FACE, after=after, key=key)
     except ResumeConflictError as error:
         error.field = "message" if error.field == "input" else error.field
         raise

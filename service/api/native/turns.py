@@ -1,9 +1,7 @@
 """Calls about turns: starting them in three ways, looking at them, streaming and cancelling them."""
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from math import inf
-from typing import NamedTuple, cast
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -23,23 +21,24 @@ from service.api.http.event_stream import (
 )
 from service.api.http.held_bytes import room_for_answer
 from service.api.http.idempotency_keys import read_key
-from service.api.http.locations import located, turn_path
+from service.api.http.locations import turn_path
 from service.api.http.long_json import encode_json
 from service.api.http.operations import Answer, operation
 from service.api.http.paging import read_page
-from service.api.http.proxy import (
-    allow_longer_answer,
-    allow_look,
-    continue_streams_with,
-    note_accepted,
-    release_later,
-    was_passed_to_owner,
-)
+from service.api.http.proxy import allow_longer_answer, allow_look, continue_streams_with, release_later
 from service.api.http.query_params import read_query
 from service.api.http.repeats import allow_repeat
-from service.api.http.request_body import drop_body, read_body
+from service.api.http.request_body import read_body
 from service.api.http.request_id import current_request_id
-from service.api.http.request_resources import release_after_request
+from service.api.http.turn_answers import (
+    FoundTurn,
+    answer_again,
+    answer_made,
+    answer_new,
+    resume,
+    resume_streaming,
+    take_slot,
+)
 from service.api.native import wire
 from service.api.native.event_frames import encode_frame
 from service.api.native.new_items import output_item
@@ -79,17 +78,13 @@ from service.errors import (
 from service.freezes import move_on_after
 from service.ids import is_turn_id, new_item_id
 from service.models.client import FunctionTool, NamedFunction, ToolChoice, Tools
-from service.sessions.active.keyed_calls import gone_if_not_found
 from service.sessions.commands import NewTurn, text_input
-from service.sessions.events.event_log import Events
 from service.sessions.events.streams import StreamSlot
-from service.sessions.turns.turn import Turn, Watch
 from service.storage.records import IdempotencyKey, Item, Page, Places, TurnRecord
 from service.supervisor import Service
 
 blueprint = Blueprint("turns", __name__)
 
-_SLOT = "lastcall.slot"
 _NO_TURN = (SessionNotFoundError, TurnNotFoundError)
 STARTING_ERRORS = (TurnInProgressError, QueueFullError, TurnLimitError, StreamLimitError, ShuttingDownError)
 RESUMING_ERRORS = (ResumeConflictError, EventsLostError, EventsDeletedError)
@@ -122,8 +117,6 @@ STARTED = (
     ),
     SEEN_ALL,
 )
-Newest = Callable[[], Awaitable[tuple[str, Events, Watch]]]
-"""Finds the turn of a client that has come back without a key."""
 
 
 def checked_turn_id(turn_id: str) -> str:
@@ -131,6 +124,39 @@ def checked_turn_id(turn_id: str) -> str:
     if not is_turn_id(turn_id):
         raise TurnNotFoundError(turn_id[:128])
     return turn_id
+
+
+class _NativeTurns:
+    """How the native API shows turns: a :class:`~service.api.http.turn_answers.TurnFace`."""
+
+    def path(self, session_id: str, turn_id: str) -> str:
+        return turn_path(session_id, turn_id)
+
+    def continue_streams(self) -> None:
+        continue_streams_with(encode_frame)
+
+    async def stream(self, opened: FoundTurn, slot: StreamSlot, *, after: int) -> TrioResponse:
+        return stream_response(opened.log, slot, after=after, encode=encode_frame)
+
+    async def show(
+        self,
+        service: Service,
+        record: TurnRecord,
+        status: int = 200,
+        *,
+        with_location: bool = False,
+        places: Places | None = None,
+    ) -> TrioResponse:
+        if places is None:
+            places = await service.sessions.find_places(record.session_id, [record.id])
+        location = turn_path(record.session_id, record.id) if with_location else None
+        length = sum([len(item.text) for items in (record.input, record.output) for item in items])
+        with room_for_answer(length):
+            encoded = await encode_json(wire.Turn.of(record, places))
+        return encoded_response(encoded, status, location=location)
+
+
+FACE = _NativeTurns()
 
 
 @blueprint.post("/sessions/<session_id>/turns")
@@ -216,7 +242,9 @@ async def retry_turn(session_id: str, turn_id: str) -> TrioResponse:
     try:
         turn = await _find_asked(service, session_id, turn_id, key)
     except RepeatedError as repeated:
-        return await _answer_made(service, repeated, background=body.background)
+        streams = wants_stream(request) and not body.background
+        after = read_last_event_id(request) or 0
+        return await answer_made(service, repeated, FACE, streams=streams, background=body.background, after=after)
     new = NewTurn(
         items=tuple(msgspec.structs.replace(item, id=new_item_id(item.type)) for item in turn.input),
         parent=turn.parent,
@@ -264,35 +292,20 @@ async def _answer_new(service: Service, session_id: str, new: NewTurn, *, retrie
     """
     streams = wants_stream(request) and not new.background
     after = read_last_event_id(request)
-    if after is not None:
-        newest = partial(
-            service.sessions.resume_newest,
-            session_id,
-            said=new.items,
-            parent=new.parent,
-            besides=retried,
-            after=after,
-        )
-        if streams:
-            return await resume_streaming(service, session_id, newest, after=after, key=new.key)
-        find = partial(_resume, service, session_id, newest, after=after, key=new.key)
-        return await _answer_again(find, session_id, background=new.background)
-    if not new.background:
-        leave_at_end_of_input()
+    if after is None:
+        return await answer_new(service, session_id, new, FACE, streams=streams)
+    newest = partial(
+        service.sessions.resume_newest,
+        session_id,
+        said=new.items,
+        parent=new.parent,
+        besides=retried,
+        after=after,
+    )
     if streams:
-        return await start_streaming(service, take_slot(service), session_id, new)
-    allow_longer_answer(by_s=_acceptance_s(service, new) if new.background else inf)
-    try:
-        turn, watch = await _start(service, session_id, new)
-    except RepeatedError as repeated:
-        return await _answer_again(partial(_open_made, service, repeated), session_id, background=new.background)
-    if new.background:
-        watch.release()
-        accepted = Places(turn.id, {turn.id: turn.siblings})
-        return await _turn_response(service, turn.record(), 202, with_location=True, places=accepted)
-    release_later(watch)
-    note_accepted(turn_path(turn.session_id, turn.id))
-    return await _turn_response(service, await turn.wait_ended(), with_location=True)
+        return await resume_streaming(service, session_id, newest, FACE, after=after, key=new.key)
+    find = partial(resume, service, session_id, newest, after=after, key=new.key)
+    return await answer_again(find, session_id, FACE, background=new.background)
 
 
 def _input_of(body: StartTurn) -> tuple[Item, ...]:
@@ -349,170 +362,6 @@ def _retried_tools(body: RetryTurn, kept: Tools | UnsetType) -> Tools | UnsetTyp
         old.choice if body.tool_choice is UNSET else body.tool_choice,
         parallel=old.parallel if body.parallel_tool_calls is UNSET else body.parallel_tool_calls,
     )
-
-
-def take_slot(service: Service) -> StreamSlot:
-    """Take the slot of the answer's stream, before any work for the request begins.
-
-    A request has one slot, also if its handler runs again (see :mod:`service.api.http.proxy`).
-
-    Raises:
-        StreamLimitError
-    """
-    continue_streams_with(encode_frame)
-    scope = cast("dict[str, StreamSlot]", request.scope)
-    if _SLOT not in scope:
-        scope[_SLOT] = service.sessions.streams.open_stream()
-        release_after_request(scope[_SLOT].release_unused)  # has an effect only if the answer is no stream
-    return scope[_SLOT]
-
-
-async def start_streaming(service: Service, slot: StreamSlot, session_id: str, new: NewTurn) -> TrioResponse:
-    """Start a turn, and answer its events as a stream."""
-    allow_longer_answer(by_s=_acceptance_s(service, new))
-    try:
-        turn, watch = await _start(service, session_id, new)
-    except RepeatedError as repeated:
-        return _stream_again(slot, await _open_made(service, repeated), after=0)
-    release_later(watch)
-    response = stream_response(turn.log, slot, after=0, encode=encode_frame)
-    response.headers["Location"] = located(turn_path(turn.session_id, turn.id))
-    return response
-
-
-class _Resumed(NamedTuple):
-    """A turn that was started by an earlier request; there is no checkpoint between taking the watch and its return."""
-
-    session_id: str
-    turn_id: str
-    log: Events
-    watch: Watch
-
-
-async def resume_streaming(
-    service: Service, session_id: str | None, newest: Newest, *, after: int, key: IdempotencyKey | None
-) -> TrioResponse:
-    """Answer a turn's events after ``after``, for a client that has come back; 204 if none is left."""
-    allow_repeat()
-    slot = take_slot(service)
-    return _stream_again(slot, await _resume(service, session_id, newest, after=after, key=key), after=after)
-
-
-async def _resume(
-    service: Service, session_id: str | None, newest: Newest, *, after: int, key: IdempotencyKey | None
-) -> _Resumed:
-    """Find the turn of a client that has come back: the one with its key, else the session's newest one.
-
-    Raises:
-        ResumeConflictError: There is no such turn.
-    """
-    allow_repeat()
-    if key is not None:
-        try:
-            await service.sessions.check_key(key)
-        except RepeatedError as repeated:
-            return await _open_made(service, repeated, after=after)
-    if session_id is None:
-        raise ResumeConflictError(
-            "Last-Event-ID asks for an earlier turn, and no session is named.", field="session_id"
-        )
-    return _Resumed(session_id, *await newest())
-
-
-async def _open_made(service: Service, repeated: RepeatedError, *, after: int = 0) -> _Resumed:
-    """Open the turn that an earlier request with the same key has started.
-
-    Raises:
-        MadeIsGoneError
-        ResumeConflictError: The turn has fewer events than ``after``.
-    """
-    session_id, turn_id = repeated.session_id, repeated.turn_id
-    assert turn_id is not None, "the same request has started a turn"
-    with gone_if_not_found(repeated):
-        log, watch = await service.sessions.open_events(session_id, turn_id, after=after)
-    if after > log.last_seq:
-        watch.release()
-        raise ResumeConflictError(
-            f"The turn with this Idempotency-Key, {turn_id!r}, has {log.last_seq} events so far, and not {after}.",
-            field="Last-Event-ID",
-            session_id=session_id,
-            turn_id=turn_id,
-        )
-    return _Resumed(session_id, turn_id, log, watch)
-
-
-async def _answer_made(service: Service, repeated: RepeatedError, *, background: bool) -> TrioResponse:
-    """Answer the turn that an earlier request with the same key has started."""
-    after = read_last_event_id(request) or 0
-    if wants_stream(request) and not background:
-        slot = take_slot(service)
-        return _stream_again(slot, await _open_made(service, repeated, after=after), after=after)
-    find = partial(_open_made, service, repeated, after=after)
-    return await _answer_again(find, repeated.session_id, background=background)
-
-
-def _stream_again(slot: StreamSlot, resumed: _Resumed, *, after: int) -> TrioResponse:
-    release_later(resumed.watch)
-    drop_body(request)
-    if resumed.log.closed and after == resumed.log.last_seq:
-        response = no_content()
-    else:
-        leave_at_end_of_input()
-        response = stream_response(resumed.log, slot, after=after, encode=encode_frame)
-    response.headers["Location"] = located(turn_path(resumed.session_id, resumed.turn_id))
-    return response
-
-
-async def _answer_again(find: Callable[[], Awaitable[_Resumed]], session_id: str, *, background: bool) -> TrioResponse:
-    """Answer a turn that was started before, without a stream: at once with ``background``, else when it has ended.
-
-    Events that are gone are not missed: a turn without its events has ended.
-    """
-    service = current_service()
-    allow_longer_answer(by_s=service.settings.store_timeout_s if background else inf)
-    try:
-        _, turn_id, log, watch = await find()
-    except (EventsDeletedError, EventsLostError) as events_gone:
-        turn_id = events_gone.turn_id
-        drop_body(request)
-    else:
-        release_later(watch)
-        drop_body(request)
-        if not background:
-            leave_at_end_of_input()
-            note_accepted(turn_path(session_id, turn_id))
-            await log.wait_closed()
-    record = await service.sessions.get_turn(session_id, turn_id)
-    return await _turn_response(service, record, 202 if background else 200, with_location=True)
-
-
-def _acceptance_s(service: Service, new: NewTurn) -> float:
-    """Return how much longer than one step of the store an acceptance in another process may take.
-
-    In one of an earlier version it takes three steps. In a reload a turn that queues or branches waits for the turns of
-    a process that drains.
-    """
-    settings = service.settings
-    waits = new.on_conflict == "queue" or new.parent is not UNSET
-    draining_s = settings.drain_timeout_s + settings.cleanup_timeout_s if waits else 0
-    return 2 * settings.store_timeout_s + draining_s
-
-
-async def _start(service: Service, session_id: str, new: NewTurn) -> tuple[Turn, Watch]:
-    """Start a turn. There is no checkpoint after its acceptance, so the watch cannot get lost."""
-    try:
-        started = await service.sessions.start_turn(session_id, new)
-    except TurnNotFoundError as error:  # the missing turn is the body's ``parent``: 422, not 404
-        raise InvalidRequestError(str(error), field="parent") from None
-    except ShuttingDownError as error:
-        if not (error.untouched and was_passed_to_owner()):
-            raise  # the process that serves in this one's place looks at the request first
-        refusal = error
-    else:
-        drop_body(request)
-        return started
-    await service.sessions.make_way(session_id, new)
-    raise refusal
 
 
 @blueprint.get("/sessions/<session_id>/turns")
@@ -591,7 +440,7 @@ async def get_turn(session_id: str, turn_id: str) -> TrioResponse:
     record = await service.sessions.get_turn(session_id, turn_id)
     if wait_s and record.is_open:
         record = await _wait_for_end(service, session_id, turn_id, within_s=wait_s)
-    return await _turn_response(service, record)
+    return await FACE.show(service, record)
 
 
 async def _wait_for_end(service: Service, session_id: str, turn_id: str, *, within_s: float) -> TurnRecord:
@@ -649,6 +498,7 @@ async def stream_events(session_id: str, turn_id: str) -> TrioResponse:
     seen, field = read_seen(request)
     service = current_service()
     session_id, turn_id = checked_session_id(session_id), checked_turn_id(turn_id)
+    FACE.continue_streams()
     slot = take_slot(service)
     may_talk = "talk" in current_caller().may
     log, watch = await service.sessions.open_events(session_id, turn_id, after=seen, watches=may_talk)
@@ -680,22 +530,4 @@ async def cancel_turn(session_id: str, turn_id: str) -> TrioResponse:
     allow_repeat()
     allow_longer_answer(by_s=service.sessions.cancel_timeout_s)
     record = await service.sessions.cancel_turn(checked_session_id(session_id), checked_turn_id(turn_id))
-    return await _turn_response(service, record)
-
-
-async def _turn_response(
-    service: Service,
-    record: TurnRecord,
-    status: int = 200,
-    *,
-    with_location: bool = False,
-    places: Places | None = None,
-) -> TrioResponse:
-    """Answer a turn. ``places`` has its place in the tree, if the caller knows this already."""
-    if places is None:
-        places = await service.sessions.find_places(record.session_id, [record.id])
-    location = turn_path(record.session_id, record.id) if with_location else None
-    length = sum([len(item.text) for items in (record.input, record.output) for item in items])
-    with room_for_answer(length):
-        encoded = await encode_json(wire.Turn.of(record, places))
-    return encoded_response(encoded, status, location=location)
+    return await FACE.show(service, record)

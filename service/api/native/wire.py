@@ -10,6 +10,18 @@ from typing import Annotated, Any, ClassVar, Literal, Self, cast
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from service.api.http.wire_types import NO_NUL as _NO_NUL
+from service.api.http.wire_types import (
+    BodyPart,
+    Limit,
+    MaxOutputTokens,
+    Metadata,
+    ModelName,
+    Query,
+    RequestBody,
+    Temperature,
+    Text,
+)
 from service.ids import ITEM_ID, OWNER_NAME, SESSION_ID, TURN_ID, public_id
 from service.models.client import FinishReason, Role, Usage
 from service.sessions.commands import ADDED_ITEMS_MAX, INPUT_ITEMS_MAX, OnConflict
@@ -59,60 +71,16 @@ SessionId = Annotated[str, Meta(pattern=_SESSION_ID, description=f"{FORMS[_SESSI
 OwnerName = Annotated[str, Meta(pattern=_OWNER_NAME)]
 TurnId = Annotated[str, Meta(pattern=_TURN_ID)]
 ItemId = Annotated[str, Meta(pattern=_ITEM_ID)]
-# Told to readers of the schema only: :mod:`service.api.http.strict_json` looks itself, and says it in words.
-_NO_NUL = {"pattern": r"^[^\x00]*$"}
 Title = Annotated[str, Meta(max_length=200, extra_json_schema=_NO_NUL)]
-ModelName = Annotated[str, Meta(min_length=1, max_length=256, extra_json_schema=_NO_NUL)]
-Text = Annotated[
-    str,
-    Meta(min_length=1, description="At most `input_bytes_max` bytes of UTF-8, no NUL.", extra_json_schema=_NO_NUL),
-]
-Temperature = Annotated[float, Meta(ge=0, le=2)]
-MaxOutputTokens = Annotated[int, Meta(ge=1, le=1_000_000_000)]
 _OF_TURNS = Meta(description="Of turns that name none; left to the model's server if null.")
 _OF_SESSION = Meta(description="The session's if left out.")
-Metadata = Annotated[
-    dict[
-        Annotated[str, Meta(min_length=1, max_length=64, extra_json_schema=_NO_NUL)],
-        Annotated[str, Meta(max_length=512, extra_json_schema=_NO_NUL)],
-    ],
-    Meta(max_length=16, description="At most 16 pairs, keys of 1-64 characters, values of at most 512."),
-]
 IdleTimeout = Annotated[float, Meta(ge=1, le=31_536_000, description="Seconds without use until the session expires.")]
-Limit = Annotated[
-    int,
-    Meta(
-        ge=1,
-        le=100,
-        description="At most this many items on a page; fewer where they would be more than 1 MiB of JSON.",
-    ),
-]
 LastEventId = Annotated[
     str,
     Meta(pattern=_SEQ, description="The id of the last event that was seen; wins over `after`. Empty: none."),
 ]
 Time = Annotated[datetime, Meta(tz=True)]
 After = Annotated[str, Meta(max_length=512, description="The `next` of the previous page.")]
-
-
-class RequestBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The body of a request.
-
-    Attributes:
-        bounds_each: Whether each object of a list may have ``input_bytes_max`` of texts, and not only the list.
-        may_be_left_out: Whether a request without a body, and without its type, means all defaults.
-    """
-
-    bounds_each: ClassVar[bool] = False
-    may_be_left_out: ClassVar[bool] = False
-
-
-class BodyPart(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An object within the body of a request."""
-
-
-class Query(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The query string of a request. A parameter that was not given is UNSET, because "null" is a text here."""
 
 
 # Sessions
@@ -130,7 +98,7 @@ class CreateSession(RequestBody, frozen=True, kw_only=True):
     system_message: Text | None = None
     temperature: Annotated[Temperature | None, _OF_TURNS] = None
     max_output_tokens: Annotated[MaxOutputTokens | None, _OF_TURNS] = None
-    metadata: Metadata = {}
+    metadata: Metadata = {}  # noqa: RUF012  the fields of a Struct are no class attributes
     idle_timeout_s: IdleTimeout | None = None
 
 
@@ -280,7 +248,7 @@ class SessionsQuery(Query, frozen=True, kw_only=True):
     ] = ""
     metadata: Annotated[
         Metadata, Meta(extra_json_schema={"description": "Only sessions with these pairs: `metadata.key=value`."})
-    ] = {}
+    ] = {}  # noqa: RUF012  the fields of a Struct are no class attributes
 
 
 class SessionList(msgspec.Struct, frozen=True, kw_only=True):

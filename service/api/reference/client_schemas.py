@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import msgspec
 
-from service.api.native.wire import BodyPart, RequestBody
+from service.api.http.wire_types import BodyPart, RequestBody
 
 _NEVER_DEFAULT = ("seq",)
 """Fields whose default means "not known yet" and is never sent: events have seqs from 1."""

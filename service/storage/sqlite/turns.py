@@ -319,6 +319,15 @@ def get(db: apsw.Connection, session_id: str, turn_id: str, now: datetime, *, wi
     return record_of(db, session_id, row, with_texts=with_texts)
 
 
+def find_session_of(db: apsw.Connection, turn_id: str) -> str | None:
+    """The id of a turn's session; None if there is no such turn, or its session is removed."""
+    for (session,) in db.execute("SELECT session FROM turns WHERE id = ?", (turn_id,)).fetchall():
+        session_id: str | None = db.execute("SELECT id FROM sessions WHERE key = ?", (session,)).get
+        if session_id is not None:
+            return session_id
+    return None
+
+
 def list_page(
     db: apsw.Connection,
     session_id: str,

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from service.api.http.idempotency_keys import InvalidKeyError, canonical, fingerprint_of, parse_key
 from service.api.http.request_body import parse_body
-from service.api.native.wire import AddMessages, Chat, CreateSession, ForkSession, RequestBody, StartTurn
+from service.api.http.wire_types import RequestBody
+from service.api.native.wire import AddMessages, Chat, CreateSession, ForkSession, StartTurn
 from service.errors import InvalidRequestError
 
 KEYS = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), min_size=1, max_size=255)

@@ -18,14 +18,14 @@ from service.api.http.strict_json import (
     InputTooLargeError,
     MalformedBodyError,
     check_structure,
+    convert,
     parse_json,
 )
+from service.api.http.wire_types import BodyPart, Query, RequestBody
 from service.api.native.wire import (
     Chat,
     CreateSession,
     ForkSession,
-    Query,
-    RequestBody,
     SessionsQuery,
     StartTurn,
     UpdateSession,
@@ -36,7 +36,10 @@ from tests.longest_step import STEP_MAX_S
 
 
 def parse(raw: bytes | str, kind: Any = StartTurn, *, text_bytes_max: int = 1024) -> Any:
-    return parse_body(raw.encode() if isinstance(raw, str) else raw, kind, text_bytes_max=text_bytes_max)
+    raw = raw.encode() if isinstance(raw, str) else raw
+    if issubclass(kind, Query):
+        return convert(parse_json(raw), kind)
+    return parse_body(raw, kind, text_bytes_max=text_bytes_max)
 
 
 @pytest.mark.parametrize(
@@ -416,3 +419,45 @@ async def test_quarts_own_body_still_keeps_more_than_it_takes() -> None:
         await body.put(b"x" * 11)
     kept = b"".join([body._queue.get_nowait() for _ in range(100)])
     assert len(kept) == 1100
+
+
+class _Nested(BodyPart, frozen=True, kw_only=True):
+    text: str = ""
+    any: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+class _Whole(RequestBody, frozen=True, kw_only=True):
+    """``{"inner": {"text": "a"}}``"""
+
+    @classmethod
+    def check_given(cls, told: object) -> None:
+        if isinstance(told, dict) and "old" in told:
+            raise InvalidRequestError("This name is not used any more.", field="old")
+
+    inner: _Nested | None = None
+    parts: tuple[_Nested, ...] = ()
+    lists: tuple[dict[str, Any], ...] = ()
+    choice: str | dict[str, Any] = ""
+
+
+def test_a_body_may_refuse_what_it_was_given_in_its_own_words() -> None:
+    with pytest.raises(InvalidRequestError, match="not used any more"):
+        parse('{"old": 1, "new": 2}', _Whole)
+    assert parse('{"choice": "x"}', _Whole).choice == "x"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"inner": {"any": {"a": [%s]}}}',
+        '{"parts": [{"text": %s}]}',
+        '{"lists": [{"a": {"b": %s}}]}',
+        '{"choice": {"a": 1, "b": %s}}',
+    ],
+)
+def test_texts_are_checked_at_every_depth(body: str) -> None:
+    assert parse(body % '"x"', _Whole)
+    with pytest.raises(InputTooLargeError):
+        parse(body % json.dumps("x" * 1025), _Whole)
+    with pytest.raises(InvalidRequestError, match="surrogate"):
+        parse(body % '"\\ud800"', _Whole)

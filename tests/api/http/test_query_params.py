@@ -1,0 +1,58 @@
+"""Lists in a query string, in the forms in which clients send them. The tests of calls have texts, numbers and maps."""
+
+from typing import Annotated, Any, Literal
+
+import pytest
+from msgspec import Meta
+from quart import request
+
+from service.api.app import create_app
+from service.api.http.query_params import read_query
+from service.api.http.wire_types import Query
+from service.errors import InvalidRequestError
+from tests.api.inprocess import LOOPBACK
+
+
+class Colours(Query, frozen=True, kw_only=True):
+    """``?colour=red&colour=blue``"""
+
+    colour: Annotated[tuple[Literal["red", "blue"], ...], Meta(max_length=3)] = ()
+    limit: int = 1
+
+
+async def read(query: str) -> Any:
+    async with create_app().test_request_context(f"/?{query}", scope_base=LOOPBACK):
+        return read_query(request, Colours)
+
+
+@pytest.mark.parametrize(
+    ("query", "colours"),
+    [
+        ("", ()),
+        ("limit=3", ()),
+        ("colour=red", ("red",)),
+        ("colour=red&colour=blue&colour=red", ("red", "blue", "red")),
+        ("colour[]=red&limit=2&colour[]=blue", ("red", "blue")),
+        ("colour[0]=red&colour[1]=blue", ("red", "blue")),
+        ("colour%5B%5D=blue", ("blue",)),
+    ],
+)
+async def test_a_list_is_read_in_every_form(query: str, colours: tuple[str, ...]) -> None:
+    assert (await read(query)).colour == colours
+
+
+@pytest.mark.parametrize(
+    ("query", "field"),
+    [
+        ("colour=green", "colour[0]"),
+        ("colour[]=red&colour[]=", "colour[1]"),
+        ("colour=red&colour=red&colour=red&colour=red", "colour"),
+        ("colours=red", "colours"),
+        ("colour[=red", "colour["),
+        ("limit=1&limit=1", "limit"),
+    ],
+)
+async def test_a_list_that_is_wrong_is_refused_by_its_name(query: str, field: str) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        await read(query)
+    assert refused.value.field == field
