@@ -79,9 +79,8 @@ async def test_the_server_does_what_its_openapi_document_says(tmp_path: Path) ->
                 if not (operation["parameters"] or "requestBody" in operation):
                     continue
                 if schemathesis.calls(operation_id) < EXAMPLES:
-                    # schemathesis sends no input twice, and deletes few of its sessions: if it ran out, run it again.
-                    included = {operation_id} if operation_id == "delete_session" else {operation_id, *CREATORS}
-                    await schemathesis.run("--phases", "fuzzing", *(f"--include-operation-id={it}" for it in included))
+                    # Beside others some operations get few calls: two of 200, when creators were beside them.
+                    await schemathesis.run("--phases", "fuzzing", f"--include-operation-id={operation_id}")
                     assert schemathesis.calls(operation_id) >= EXAMPLES, operation_id
             for seed in range(2, SEEDS if IN_CI else 2):
                 # schemathesis draws at random: answers that its runs have not met may come in further runs.
