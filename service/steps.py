@@ -33,6 +33,31 @@ async def in_steps(steps: Steps[T]) -> T:
             began_at = time.perf_counter()
 
 
+class WorkTime:
+    """The time that work in steps takes, without the waits between its steps."""
+
+    def __init__(self) -> None:
+        self._before_s = 0.0
+        self._began_at = 0.0
+
+    @property
+    def elapsed_s(self) -> float:
+        """The time of the steps so far. Asked within a step of :meth:`of`."""
+        return self._before_s + time.monotonic() - self._began_at
+
+    def of(self, steps: Steps[T]) -> Steps[T]:
+        """The same steps, whose time counts."""
+        while True:
+            self._began_at = time.monotonic()
+            try:
+                next(steps)
+            except StopIteration as done:
+                result: T = done.value
+                return result
+            self._before_s = self.elapsed_s
+            yield
+
+
 def at_once(steps: Steps[T]) -> T:
     """Do the work at once: where it holds up no other task, as in a thread, or is short."""
     while True:

@@ -6,7 +6,6 @@ they may look at thousands of rows. The end of a turn checks for cancellation bu
 shutdown hundreds of ends come at once, and their callers end anyway.
 """
 
-import time
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -36,7 +35,7 @@ from service.errors import (
     TurnNotFoundError,
 )
 from service.models.client import Usage
-from service.steps import Steps, at_once, in_steps
+from service.steps import Steps, WorkTime, at_once, in_steps
 from service.storage import rules, search
 from service.storage.fork_path import ForkPath, copies_of, forked_session
 from service.storage.memory_documents import Document, MemoryDocuments
@@ -305,7 +304,7 @@ class MemoryStore:
         bytes_max: int | None = None,
     ) -> Page[SessionRecord]:
         await anyio.lowlevel.checkpoint()
-        deadline = time.monotonic() + search.SEARCH_S if metadata else inf
+        work = WorkTime()
         listed = self._listed_by(owner)
         order = listed.running_by_age if status == "running" else listed.by_age
         if metadata:
@@ -315,7 +314,9 @@ class MemoryStore:
             position = decode_session_cursor(after)
             maximum = (position.created_at, position.id)
         is_listed = partial(rules.is_listed, status=status, owner=owner, metadata=metadata or {})
-        found, rest = await in_steps(self._newest(order, maximum, limit + 1, is_listed, now=now, deadline=deadline))
+        is_over = (lambda: work.elapsed_s >= search.SEARCH_S) if metadata else (lambda: False)
+        newest = self._newest(order, maximum, limit + 1, is_listed, now=now, is_over=is_over)
+        found, rest = await in_steps(work.of(newest))
         place = None if rest is None else SessionPosition(*rest)
         return page_of_sessions(found, limit=limit, bytes_max=bytes_max, rest=place, partial=rest is not None)
 
@@ -798,7 +799,7 @@ class MemoryStore:
         is_listed: Callable[[SessionRecord], bool],
         *,
         now: datetime,
-        deadline: float,
+        is_over: Callable[[], bool],
     ) -> Steps[tuple[list[SessionRecord], tuple[datetime, str] | None]]:
         """The newest sessions below ``maximum``; and where to go on, if the time was over first.
 
@@ -816,7 +817,7 @@ class MemoryStore:
             if len(keys) < _LISTED_AT_ONCE:
                 return found, None
             maximum = keys[-1]
-            if time.monotonic() >= deadline:
+            if is_over():
                 return found, maximum
             yield
 

@@ -5,7 +5,6 @@ the next search (:meth:`MemoryDocuments.note`), and taken out afterwards, in ste
 terms.
 """
 
-import time
 from array import array
 from bisect import bisect_left
 from collections import deque
@@ -14,7 +13,7 @@ from functools import partial
 
 import msgspec
 
-from service.steps import Steps
+from service.steps import Steps, WorkTime
 from service.storage.terms import document_terms
 
 _TERMS_AT_ONCE = 256
@@ -93,8 +92,11 @@ class MemoryDocuments:
         A document is not found before all of its terms are in the lists. Other tasks may do the same meanwhile, and a
         task may never come to the end.
         """
-        deadline = time.monotonic() + within_s
-        while self._noted and time.monotonic() < deadline:
+        work = WorkTime()
+        return work.of(self._prepare_noted(lambda: work.elapsed_s >= within_s))
+
+    def _prepare_noted(self, is_over: Callable[[], bool]) -> Steps[None]:
+        while self._noted and not is_over():
             number, noted = next(reversed(self._noted.items()))
             said = tuple(noted.texts())
             if noted.begun and noted.begun != said:

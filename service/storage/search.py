@@ -4,14 +4,13 @@ A document is the title of a session, or a turn: its input and its output togeth
 in which they became what they are: a title when it was set, a turn when it ended.
 """
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import Generic, Protocol, TypeVar
 
 import msgspec
 
-from service.steps import Steps
+from service.steps import Steps, WorkTime
 from service.storage import rules
 from service.storage.page_size import fitting
 from service.storage.records import Match, Page, SessionRecord, SessionStatus, TurnRecord
@@ -19,8 +18,8 @@ from service.storage.search_cursor import SearchCursors, SearchPosition
 from service.storage.snippets import snippet
 
 SEARCH_S = 0.25
-"""How long a search, or a listing by metadata, looks for rows. After this time its page is partial, and the next page
-goes on from there."""
+"""How long a search, or a listing by metadata, looks for rows: its own work, without its waits for others. After this
+time its page is partial, and the next page goes on from there."""
 
 S = TypeVar("S")
 
@@ -97,7 +96,11 @@ def search_page(index: Index[S], query: SearchQuery) -> Steps[Page[Match]]:
 
     A page is partial if its time was over before it was full, or if not all documents are in the index yet.
     """
-    deadline = time.monotonic() + SEARCH_S
+    work = WorkTime()
+    return work.of(_search_page(index, query, lambda: work.elapsed_s >= SEARCH_S))
+
+
+def _search_page(index: Index[S], query: SearchQuery, is_over: Callable[[], bool]) -> Steps[Page[Match]]:
     partial = not index.is_whole()
     below = _end(index) if query.after is None else query.after.document
     if below is None or not query.terms:
@@ -114,14 +117,14 @@ def search_page(index: Index[S], query: SearchQuery) -> Steps[Page[Match]]:
                 if len(data) == query.limit:
                     return _page(data, cursors, query, partial=partial, next_cursor=cursors[-1])
                 newest = number if newest is None else newest
-                text = yield from snippet(document.texts(), query.terms[0], deadline=deadline)
+                text = yield from snippet(document.texts(), query.terms[0], is_over=is_over)
                 if index.still_has(document):
                     data.append(Match(session=record, turn_id=document.turn_id, snippet=text))
                     cursors.append(query.cursors.encode(SearchPosition(number, newest)))
                 else:  # an older document of the session may be found in its place
                     seen.discard(document.session)
         yield
-        if time.monotonic() >= deadline:
+        if is_over():
             rest = query.cursors.encode(SearchPosition(number, number if newest is None else newest))
             return _page(data, cursors, query, partial=True, next_cursor=rest)
     return _page(data, cursors, query, partial=partial, next_cursor=None)

@@ -1,9 +1,7 @@
 """Snippets: the part of a text that a search shows."""
 
 import re
-import time
-from collections.abc import Iterable
-from math import inf
+from collections.abc import Callable, Iterable
 
 from service.steps import Steps
 from service.storage.terms import chunks, terms_of
@@ -18,10 +16,10 @@ _PART = re.compile(r"\S{1,64}")
 _CUT_OFF = "…"
 
 
-def snippet(texts: Iterable[str], term: str, *, deadline: float = inf) -> Steps[str]:
+def snippet(texts: Iterable[str], term: str, *, is_over: Callable[[], bool] = lambda: False) -> Steps[str]:
     """The part of the first text with this term, around the term; else the beginning of the first text.
 
-    After the deadline (of ``time.monotonic``) the term is looked for no further.
+    Once the time of the search is over, the term is looked for no further.
     """
     beginning: str | None = None
     for text in texts:
@@ -31,7 +29,7 @@ def snippet(texts: Iterable[str], term: str, *, deadline: float = inf) -> Steps[
             if _has(chunk, term):
                 return _around(text, start + _place(chunk, term))
             yield
-            if time.monotonic() >= deadline:
+            if is_over():
                 return _around(beginning, 0)
     return _around(beginning or "", 0)
 

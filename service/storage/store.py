@@ -170,10 +170,11 @@ class Store(Protocol):
         A document is the title, or the messages of an ended turn. Each session comes once, with its document that
         became what it is last; the newest of these documents first. A query without terms finds nothing.
 
-        A search takes :data:`~service.storage.search.SEARCH_S` at most; then its page is ``partial``, and ``next``
-        leads on from where it was. A page is partial, too, while documents of an earlier version are not in the index
-        yet. Paged as :meth:`list_sessions`: a session that is found from the first page to the last is on exactly one
-        page. Documents that are newer than the first page are not in this search.
+        A search works for :data:`~service.storage.search.SEARCH_S` at most, in short steps, each of which sees the
+        store of its own moment; then its page is ``partial``, and ``next`` leads on from where it was. A page is
+        partial, too, while documents of an earlier version are not in the index yet. Paged as :meth:`list_sessions`: a
+        session that is found from the first page to the last is on exactly one page. Documents that are newer than the
+        first page are not in this search.
 
         Raises:
             InvalidRequestError: ``after`` is not a page cursor of a search (``field`` is ``after``).

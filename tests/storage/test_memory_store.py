@@ -279,6 +279,7 @@ async def a_search_for_hello(store: MemoryStore) -> Steps[Page[Match]]:
         turn = a_turn(f"of_{name}", name, texts=["x " * 8000, "hello"])
         await store.begin_turn(turn, now=T0)
         await store.end_turn(ended(turn), runs=(), now=T0)
+    at_once(store._documents.prepare_noted(within_s=60))
     return search_page(_MemoryIndex(store._documents, store._sessions, HELLO), HELLO)
 
 
@@ -337,6 +338,7 @@ async def test_the_search_index_keeps_nothing_of_sessions_that_are_gone() -> Non
             turn = a_turn(f"t{n}", f"s{n}")
             await store.begin_turn(turn, now=T0)
             await store.end_turn(ended(turn), runs=said("Hi"), now=T0)
+        at_once(store._documents.prepare_noted(within_s=60))
         await store.mark_deleted("s0", now=T0)
         await store.remove_deleted("s0")
         assert set(store._documents._numbers) == {"title", "1", "2", "hello", "hi"}

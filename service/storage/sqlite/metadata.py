@@ -9,6 +9,7 @@ page cursor tells of one; a listing of all sessions merges the two kinds of rows
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from hashlib import blake2b
 
@@ -20,6 +21,8 @@ from service.storage.records import Page, SessionRecord
 from service.storage.search import SEARCH_S
 from service.storage.sqlite.rows import Row, moment, time_of
 
+STEP_S = 0.005
+"""The approximate time of one step of a listing."""
 _COUNTED_MAX = 1000
 """So many rows of each pair are counted, to begin with the rarest one."""
 _DIGEST_BYTES = 16
@@ -51,41 +54,76 @@ def delete(db: apsw.Connection, key: int) -> None:
     db.execute("DELETE FROM session_metadata WHERE session = ?", (key,))
 
 
-def list_page(
-    db: apsw.Connection,
-    metadata: Mapping[str, str],
-    record: Callable[[int], SessionRecord | None],
-    *,
-    owner: str | None,
-    limit: int,
-    after: SessionPosition | None,
-    bytes_max: int | None,
-) -> Page[SessionRecord]:
-    """A page of the sessions with these pairs, as :meth:`~service.storage.store.Store.list_sessions` says.
+class Listing:
+    """Makes a page of the sessions with some pairs, as :meth:`~service.storage.store.Store.list_sessions` says.
+
+    Works in short steps, each on its own snapshot of the file.
+
+    Attributes:
+        page: The page, once the listing is complete.
 
     Args:
         record: Reads the session of a key; None if the listing does not have it.
         owner: Only the rows of this owner are read.
     """
-    deadline = time.monotonic() + SEARCH_S
-    owners = (_NO_OWNER, _ALL_OWNERS) if owner is None else (owner,)
-    pairs = sorted(_pairs(metadata, owners), key=partial(_rows_of, db))
-    is_partial = db.execute("SELECT 1 FROM unindexed WHERE kind = 'sessions'").fetchone() is not None
-    rarest, others = pairs[0], pairs[1:]
-    start = _END if after is None else (moment(after.created_at), after.id)
-    found: list[SessionRecord] = []
-    rest: SessionPosition | None = None
-    newest = " UNION ALL ".join([_BELOW] * len(rarest)) + _NEWEST
-    for row in db.execute(newest, [value for digest in rarest for value in (digest, *start)]):
-        session = record(row[2]) if _has_all(db, others, row) else None
-        if session is not None:
-            found.append(session)
-            if len(found) > limit:
-                break
-        if time.monotonic() >= deadline:
-            rest, is_partial = SessionPosition(time_of(row[0]), row[1]), True
-            break
-    return page_of_sessions(found, limit=limit, bytes_max=bytes_max, rest=rest, partial=is_partial)
+
+    def __init__(
+        self,
+        metadata: Mapping[str, str],
+        record: Callable[[apsw.Connection, int], SessionRecord | None],
+        *,
+        owner: str | None,
+        limit: int,
+        after: SessionPosition | None,
+        bytes_max: int | None,
+    ) -> None:
+        self.page: Page[SessionRecord] | None = None
+        self._pairs = _pairs(metadata, (_NO_OWNER, _ALL_OWNERS) if owner is None else (owner,))
+        self._record = record
+        self._limit = limit
+        self._bytes_max = bytes_max
+        self._below = _END if after is None else (moment(after.created_at), after.id)
+        self._found: list[SessionRecord] = []
+        self._is_partial: bool | None = None
+        self._took_s = 0.0
+
+    def read_some(self, db: apsw.Connection) -> None:
+        """Do one step."""
+        began_at = time.monotonic()
+        if self._is_partial is None:  # the first step
+            self._is_partial = db.execute("SELECT 1 FROM unindexed WHERE kind = 'sessions'").fetchone() is not None
+            self._pairs.sort(key=partial(_rows_of, db))
+        with closing(self._newest(db)) as rows:
+            for row in rows:
+                self._below = row[:2]
+                session = self._record(db, row[2]) if _has_all(db, self._pairs[1:], row) else None
+                if session is not None:
+                    self._found.append(session)
+                    if len(self._found) > self._limit:
+                        break
+                step_s = time.monotonic() - began_at
+                if self._took_s + step_s >= SEARCH_S:
+                    self._complete(rest=SessionPosition(time_of(row[0]), row[1]))
+                    return
+                if step_s >= STEP_S:
+                    self._took_s += step_s
+                    return
+        self._complete()
+
+    def _newest(self, db: apsw.Connection) -> apsw.Cursor:
+        """The rows of the rarest pair that come next."""
+        rarest = self._pairs[0]
+        newest = " UNION ALL ".join([_BELOW] * len(rarest)) + _NEWEST
+        return db.execute(newest, [value for digest in rarest for value in (digest, *self._below)])
+
+    def _complete(self, *, rest: SessionPosition | None = None) -> None:
+        self.page = page_of_sessions(
+            self._found,
+            limit=self._limit,
+            bytes_max=self._bytes_max,
+            rest=rest,
+            partial=bool(self._is_partial) or rest is not None,
+        )
 
 
 def _rows_of(db: apsw.Connection, pair: _Pair) -> int:

@@ -1,5 +1,10 @@
-"""Queries on the index of :mod:`service.storage.sqlite.documents`."""
+"""Queries on the index of :mod:`service.storage.sqlite.documents`, in short steps.
 
+Each step reads its own snapshot of the file: while a snapshot is held, the log of the file cannot restart. So a query
+ends with its step, and the next step goes on below the last number.
+"""
+
+import time
 from collections.abc import Iterable, Iterator
 from functools import partial
 
@@ -13,6 +18,8 @@ from service.storage.sqlite.documents import BLOCK_BITS, block_term, owner_term,
 from service.storage.sqlite.rows import TURN_COLUMNS, Row
 from service.storage.terms import document_terms
 
+STEP_S = 0.005
+"""The approximate time of one step, without that in which FTS5 finds the first document."""
 TERMS_MAX = 16
 """The terms of a query that FTS5 looks for. A document that has them is read and looked through for the others."""
 
@@ -25,16 +32,36 @@ _WAITING = (
 _MATCHING = "SELECT rowid FROM search WHERE search MATCH ? AND rowid BETWEEN ? AND ? ORDER BY rowid DESC"
 
 
-def page(db: apsw.Connection, query: SearchQuery) -> Page[Match]:
-    """A page of a search, as :meth:`~service.storage.store.Store.search_sessions` says."""
-    return at_once(search_page(_SqliteIndex(db, query), query))
+class Search:
+    """Makes a page of a search, as :meth:`~service.storage.store.Store.search_sessions` says.
+
+    Attributes:
+        page: The page, once the search is complete.
+    """
+
+    def __init__(self, query: SearchQuery) -> None:
+        self.page: Page[Match] | None = None
+        self._index = _SqliteIndex(query)
+        self._steps = search_page(self._index, query)
+
+    def read_some(self, db: apsw.Connection) -> None:
+        """Do one step."""
+        self._index.begin_step(db)
+        try:
+            next(self._steps)
+            while not self._index.is_step_over():
+                next(self._steps)
+        except StopIteration as done:
+            self.page = done.value
+        finally:
+            self._index.end_step()
 
 
 class _SqliteIndex:
     """Meets :class:`service.storage.search.Index`. A session is its key."""
 
-    def __init__(self, db: apsw.Connection, query: SearchQuery) -> None:
-        self._db = db
+    def __init__(self, query: SearchQuery) -> None:
+        self._db: apsw.Connection
         self._query = query
         terms = query.terms[:TERMS_MAX]
         if query.owner is not None:  # the cost of the search depends on the owner's documents
@@ -42,6 +69,32 @@ class _SqliteIndex:
         self._match = " ".join(f'"{term}"' for term in terms)
         self._is_single = len(terms) == 1
         self._further = frozenset(query.terms[TERMS_MAX:])
+        self._step = 0
+        self._step_ends_at = 0.0
+        self._has_begun = False
+        """Whether FTS5 has found the first document of this step."""
+        self._found_in = 0
+        """The step in which the last document was found."""
+        self._open: list[apsw.Cursor] = []
+
+    # Steps
+
+    def begin_step(self, db: apsw.Connection) -> None:
+        self._db = db
+        self._step += 1
+        self._step_ends_at = time.monotonic() + STEP_S
+        self._has_begun = False
+
+    def is_step_over(self) -> bool:
+        return time.monotonic() >= self._step_ends_at
+
+    def end_step(self) -> None:
+        """End the queries of this step, which hold its snapshot."""
+        for cursor in self._open:
+            cursor.close()
+        self._open.clear()
+
+    # The index
 
     def newest(self) -> int | None:
         number: int | None = self._db.execute("SELECT max(key) FROM documents").get
@@ -56,37 +109,60 @@ class _SqliteIndex:
         lowest: int | None = self._db.execute("SELECT min(key) FROM documents").get
         if lowest is None:
             return
-        if self._is_single:  # such a query finds its documents one by one
-            yield from self._found(self._match, lowest, below - 1)
-            return
         last = below - 1
         while last >= lowest:
             block = last >> BLOCK_BITS
             first = block << BLOCK_BITS
-            yield from self._found(f'{self._match} "{block_term(block)}"', first, last)
+            # A query for a single term finds its documents one by one, in all blocks.
+            found = self._found(lowest, last) if self._is_single else self._found(first, last, block_term(block))
+            for number, document in found:
+                self._found_in = self._step
+                yield number, document
+            if self._is_single:
+                return
             if first > lowest:
                 yield first, None
             last = first - 1
 
     def is_in(self, session: int, *, first: int, last: int) -> Steps[bool]:
-        yield
-        of_session = f'{self._match} "{session_term(session)}"'
-        return any(found is not None for _, found in self._found(of_session, first, last))
+        for _, found in self._found(first, last, session_term(session)):
+            if found is not None:
+                return True
+            yield
+        return False
 
     def record(self, session: int) -> SessionRecord | None:
         record = sessions.visible_by_key(self._db, session, self._query.now)
         return record if record is not None and self._query.takes(record) else None
 
-    def still_has(self, document: Found[int]) -> bool:  # noqa: ARG002
-        return True  # a page is read in one snapshot
+    def still_has(self, document: Found[int]) -> bool:
+        if self._found_in == self._step:
+            return True
+        found = self._found(document.number, document.number)
+        return any(it is not None for _, it in found) and self.record(document.session) is not None
 
-    def _found(self, match: str, first: int, last: int) -> Iterator[tuple[int, Found[int] | None]]:
-        for (number,) in self._db.execute(_MATCHING, (match, first, last)):
-            document = self._document(number)
-            if document is None or (self._further and not self._further <= at_once(document_terms(document.texts()))):
-                yield number, None
+    def _found(self, first: int, last: int, *marks: str) -> Iterator[tuple[int, Found[int] | None]]:
+        """The documents from ``last`` down to ``first``, each with its number; None if it lacks a term of the query."""
+        match = " ".join((self._match, *(f'"{mark}"' for mark in marks)))
+        while last >= first:
+            step = self._step
+            for number in self._matching(match, first, last):
+                last = number - 1
+                yield number, self._document(number)
+                if self._step != step:
+                    break
             else:
-                yield number, document
+                return
+
+    def _matching(self, match: str, first: int, last: int) -> Iterator[int]:
+        """The numbers that FTS5 finds, in the snapshot of this step."""
+        cursor = self._db.cursor()
+        self._open.append(cursor)
+        cursor.execute(_MATCHING, (match, first, last))
+        if not self._has_begun:  # each step of a search gets on, however long the beginning takes
+            self._has_begun = True
+            self._step_ends_at = time.monotonic() + STEP_S
+        return (number for (number,) in cursor)
 
     def _document(self, number: int) -> Found[int] | None:
         row: Row | None = self._db.execute("SELECT session, turn FROM documents WHERE key = ?", (number,)).fetchone()
@@ -94,9 +170,12 @@ class _SqliteIndex:
             return None
         session, key = row
         if key is None:
-            return Found(number, session, None, partial(_title, self._db, session))
-        turn_id: str | None = self._db.execute("SELECT id FROM turns WHERE key = ?", (key,)).get
-        return Found(number, session, turn_id, partial(_messages, self._db, key))
+            found = Found(number, session, None, partial(_title, self._db, session))
+        else:
+            turn_id: str | None = self._db.execute("SELECT id FROM turns WHERE key = ?", (key,)).get
+            found = Found(number, session, turn_id, partial(_messages, self._db, key))
+        has_further = not self._further or self._further <= at_once(document_terms(found.texts()))
+        return found if has_further else None
 
 
 def _title(db: apsw.Connection, session: int) -> Iterable[str]:

@@ -203,8 +203,7 @@ def _owner_filters(status: SessionStatus | None, owner: str | None) -> Sequence[
     return (_INDEXED_OWNER if owner else _NO_OWNER,)
 
 
-def list_page_by_metadata(
-    db: apsw.Connection,
+def listing_by_metadata(
     pairs: Mapping[str, str],
     *,
     limit: int,
@@ -213,12 +212,12 @@ def list_page_by_metadata(
     now: datetime,
     owner: str | None,
     bytes_max: int | None,
-) -> Page[SessionRecord]:
-    def listed(key: int) -> SessionRecord | None:
+) -> metadata.Listing:
+    def listed(db: apsw.Connection, key: int) -> SessionRecord | None:
         session = visible_by_key(db, key, now)
         return session if session is not None and rules.is_listed(session, status, owner, pairs) else None
 
-    return metadata.list_page(db, pairs, listed, owner=owner, limit=limit, after=after, bytes_max=bytes_max)
+    return metadata.Listing(pairs, listed, owner=owner, limit=limit, after=after, bytes_max=bytes_max)
 
 
 def count(db: apsw.Connection, status: SessionStatus | None, now: datetime, *, owner: str | None = None) -> int:

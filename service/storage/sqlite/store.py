@@ -184,18 +184,12 @@ class SqliteStore:
     ) -> Page[SessionRecord]:
         position = None if after is None else decode_session_cursor(after)
         if metadata:
-            return await self._searching.call(
-                lambda db: sessions.list_page_by_metadata(
-                    db,
-                    metadata,
-                    limit=limit,
-                    after=position,
-                    status=status,
-                    now=now,
-                    owner=owner,
-                    bytes_max=bytes_max,
-                )
+            listing = sessions.listing_by_metadata(
+                metadata, limit=limit, after=position, status=status, now=now, owner=owner, bytes_max=bytes_max
             )
+            while listing.page is None:
+                await self._searching.call(listing.read_some)
+            return listing.page
         return await self._reading.call(
             lambda db: sessions.list_page(
                 db, limit=limit, after=position, status=status, now=now, owner=owner, bytes_max=bytes_max
@@ -226,7 +220,10 @@ class SqliteStore:
             now=now,
             bytes_max=bytes_max,
         )
-        return await self._searching.call(lambda db: search.page(db, wanted))
+        searched = search.Search(wanted)
+        while searched.page is None:
+            await self._searching.call(searched.read_some)
+        return searched.page
 
     async def count_sessions(self, *, status: SessionStatus | None, now: datetime, owner: str | None = None) -> int:
         return await self._reading.call(lambda db: sessions.count(db, status, now, owner=owner))

@@ -2,15 +2,19 @@
 
 import time
 from contextlib import closing
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import apsw
+import msgspec
 import pytest
 import trio
 
 from service.ids import new_session_id
-from service.storage.records import SessionPatch
-from service.storage.sqlite import database, open_sqlite_store, reader, writer
+from service.storage import search as any_search
+from service.storage.records import SessionPatch, SessionRecord
+from service.storage.sqlite import database, open_sqlite_store, reader, sessions, writer
 from service.storage.sqlite.open_files import OpenFiles
 from service.storage.sqlite.reader import Reader
 from service.storage.sqlite.sql_thread import SqlThread, Step
@@ -20,6 +24,10 @@ SLOW = (
     "WITH RECURSIVE n (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n LIMIT 20000) "
     "SELECT sum(n) + count(*) FROM n, owners"
 )
+
+
+SEARCHED = 4000
+"""Sessions through which a search walks longer than the writes of the test take."""
 
 
 def _count(db: apsw.Connection) -> int:
@@ -46,13 +54,13 @@ async def test_the_log_stays_bounded_while_readers_never_pause(path: Path, monke
                 await thread.call(lambda db: db.execute(SLOW).get)
 
         async def write(n: int) -> None:
-            for _ in range(400):
+            for _ in range(200):
                 await store.create_session(a_session(new_session_id()), now=T0)
                 await store.update_session("s", SessionPatch(title=f"{n}" + "x" * 100_000), now=T0)
 
         with trio.fail_after(60):
             async with trio.open_nursery() as reading:
-                for thread in (store._looking, store._reading):
+                for thread in (store._looking, store._reading, store._searching):
                     for _ in range(10):
                         reading.start_soon(read, thread)
                 async with trio.open_nursery() as writing:
@@ -61,6 +69,41 @@ async def test_the_log_stays_bounded_while_readers_never_pause(path: Path, monke
                 reading.cancel_scope.cancel()
         pages = path.with_name(f"{path.name}-wal").stat().st_size / 4096
         assert pages < 4 * bound
+
+
+async def test_the_log_stays_bounded_during_long_searches(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bound, looked_at = 500, 0
+    monkeypatch.setattr(writer, "_CHECKPOINT_PAGES", 100)
+    monkeypatch.setattr(writer, "_HOUSEKEEPING_INTERVAL_S", 0.01)
+    monkeypatch.setattr(writer, "_RESET_EVERY_S", 0)
+    monkeypatch.setattr(writer, "_LOG_PAGES_MAX", bound)
+    monkeypatch.setattr(any_search, "SEARCH_S", 60)
+    visible_by_key = sessions.visible_by_key
+
+    def look_slowly(db: apsw.Connection, key: int, now: datetime) -> SessionRecord | None:
+        nonlocal looked_at
+        looked_at += 1
+        time.sleep(0.002)
+        return visible_by_key(db, key, now)
+
+    def fill(db: apsw.Connection) -> None:
+        for n in range(SEARCHED):
+            sessions.insert(db, msgspec.structs.replace(a_session(f"s{n}"), title="word"))
+
+    monkeypatch.setattr(sessions, "visible_by_key", look_slowly)
+    async with open_sqlite_store(path) as store:
+        await store._writing.call(fill)
+        with trio.fail_after(60):
+            async with trio.open_nursery() as looking:
+                for _ in range(4):
+                    looking.start_soon(
+                        partial(store.search_sessions, "word", limit=9, after=None, status="running", now=T0)
+                    )
+                for n in range(200):
+                    await store.update_session("s0", SessionPatch(title=f"{n}" + "x" * 100_000), now=T0)
+                assert 0 < looked_at < 4 * SEARCHED, "the searches went on all the time"
+                looking.cancel_scope.cancel()
+        assert path.with_name(f"{path.name}-wal").stat().st_size / 4096 < 4 * bound
 
 
 def test_a_reader_that_does_not_let_go_is_waited_for_a_moment_only(path: Path) -> None:
