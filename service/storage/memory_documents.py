@@ -58,19 +58,24 @@ class MemoryDocuments:
         self._last += 1
         return self._last
 
-    def prepare(self, number: int, texts: Texts) -> Steps[None]:
-        """Put a document's number into the lists of its terms. Afterwards it is published, or else removed."""
+    def prepare(self, number: int, texts: Texts, is_wanted: Callable[[], bool] = lambda: True) -> Steps[None]:
+        """Put a document's number into the lists of its terms. Afterwards it is published, or else removed.
+
+        Ends early once the document is not wanted any more as these texts.
+        """
         while number in self._dropped:
             yield from self._take_dropped(number)
         terms = yield from document_terms(texts())
         for done, term in enumerate(terms):
+            if done % _TERMS_AT_ONCE == 1:
+                yield
+            if done % _TERMS_AT_ONCE <= 1 and not is_wanted():  # after each yield
+                return
             numbers = self._numbers.setdefault(term, array("q"))
             if not numbers or numbers[-1] < number:
                 numbers.append(number)
             elif not _has(numbers, number):
                 numbers.insert(bisect_left(numbers, number), number)
-            if done % _TERMS_AT_ONCE == 0:
-                yield
 
     def publish(self, number: int, document: Document) -> None:
         self._documents[number] = document
@@ -102,12 +107,16 @@ class MemoryDocuments:
             if noted.begun and noted.begun != said:
                 yield from self._take_out(number, partial(tuple, noted.begun))
             noted.begun = said
-            yield from self.prepare(number, partial(tuple, said))
+            yield from self.prepare(number, partial(tuple, said), partial(self._is_noted, number, noted, said))
             if number not in self._documents:
                 self._removed.append((number, partial(tuple, said)))
             elif tuple(noted.texts()) == said:
                 self._noted.pop(number, None)
             yield
+
+    def _is_noted(self, number: int, noted: _Noted, said: tuple[str, ...]) -> bool:
+        """Whether a document is still to be prepared as these texts: another task may have gone on with other ones."""
+        return self._noted.get(number) is noted and noted.begun == said
 
     def remove(self, number: int, texts: Texts) -> None:
         """Let a document be found no more. :meth:`reclaim` does the rest."""
