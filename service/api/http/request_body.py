@@ -163,7 +163,7 @@ async def read_body(request: Request, kind: type[B], service: Service) -> B:
     """Read the body as a ``kind``. Cancelled when the client leaves.
 
     If other processes may share the store, and so may have to answer, the raw body is kept until :func:`drop_body`.
-    A body that may be left out has its defaults then.
+    A body that may be left out has its defaults then, whether the request gives a type of its body or not.
 
     Raises:
         UnsupportedMediaTypeError, UnsupportedEncodingError
@@ -173,8 +173,8 @@ async def read_body(request: Request, kind: type[B], service: Service) -> B:
         MalformedBodyError
         InvalidRequestError: The body is JSON, but not a ``kind``; ``field`` names the wrong part.
     """
-    may_be_empty = kind.may_be_left_out and "Content-Type" not in request.headers
-    if request.mimetype != "application/json" and not may_be_empty:
+    has_type = request.mimetype == "application/json"
+    if not has_type and not (kind.may_be_left_out and "Content-Type" not in request.headers):
         raise UnsupportedMediaTypeError
     if request.headers.get("Content-Encoding", "identity").strip().lower() not in ("identity", ""):
         raise UnsupportedEncodingError
@@ -188,11 +188,11 @@ async def read_body(request: Request, kind: type[B], service: Service) -> B:
         if service.store.capabilities.shared:
             cast("dict[str, object]", request.scope)[_KEPT] = raw
     try:
-        if not may_be_empty:
-            return await _parse_in_steps(raw, kind, service)
-        if raw:
+        if not raw and kind.may_be_left_out:
+            return kind()
+        if not has_type:
             raise UnsupportedMediaTypeError
-        return kind()
+        return await _parse_in_steps(raw, kind, service)
     finally:
         if not kept_body(request):
             bytes_of(request.scope).add(-len(raw))

@@ -36,7 +36,7 @@ class RequestBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     Attributes:
         bounds_each: Whether each object of a list may have ``input_bytes_max`` of texts, and not only the list.
-        may_be_left_out: Whether a request without a body, and without its type, means all defaults.
+        may_be_left_out: Whether a request without a body means all defaults.
     """
 
     bounds_each: ClassVar[bool] = False

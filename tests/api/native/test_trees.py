@@ -89,6 +89,9 @@ async def test_a_retry_needs_no_body(autojump_clock: MockClock) -> None:
         await api.new_session(id="s")
         path = f"{TURNS}/{(await _ask(api, 'one'))['id']}/retry"
         assert (await api.call("POST", path)).json["siblings"] == {"place": 2, "count": 2}
+        typed = {"Content-Type": "application/json"}
+        assert (await api.call("POST", path, headers=typed)).json["siblings"] == {"place": 3, "count": 3}
+        (await api.call("POST", f"{TURNS}", headers=typed)).problem(400, "malformed_body")
         (await api.call("POST", path, raw=b"{}")).problem(415, "unsupported_media_type")
         (await api.call("POST", path, headers={"Content-Type": "text/plain"})).problem(415, "unsupported_media_type")
         (await api.call("POST", f"{TURNS}", raw=b"")).problem(415, "unsupported_media_type")
