@@ -191,7 +191,7 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     metadata: dict[str, str]
     status: SessionStatus
     head: str | None
-    message_count: int
+    message_count: Annotated[int, Meta(description="The messages of all turns, also on other branches.")]
     usage: SessionUsage
     owner: Annotated[str, Meta(description="Whose session it is. Only there if it has an owner.")] | UnsetType = UNSET
     match: Annotated[FoundBy, Meta(description="Where the words of `q` are. Only there in a search.")] | UnsetType = (

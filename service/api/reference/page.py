@@ -134,7 +134,7 @@ def render(document: dict[str, Any], *, url: str = _EXAMPLE_URL, keyed: bool = F
 _ABOUT_COMMANDS = (
     f"The commands are for a shell; replace `{_EXAMPLE_URL}` by this server's address, and the ids by your own."
 )
-_ABOUT_KEYS = " `$LASTCALL_KEY` stands for one of the server's API keys: `export LASTCALL_KEY=…` once."
+_ABOUT_KEYS = " `$API_KEY` stands for one of the server's API keys: `export API_KEY=…` once."
 
 
 def _command(method: str, path: str, operation: dict[str, Any], *, url: str, keyed: bool) -> str:
@@ -149,7 +149,7 @@ def _command(method: str, path: str, operation: dict[str, Any], *, url: str, key
         parts.append(f"-X {method.upper()}")
     parts.append(shlex.quote(url + path))
     if keyed and operation.get("security") != []:
-        parts.append('-H "Authorization: Bearer $LASTCALL_KEY"')
+        parts.append('-H "Authorization: Bearer $API_KEY"')
     if EVENT_STREAM in answers and "application/json" in answers:
         parts.append(f"-H 'Accept: {EVENT_STREAM}'")
     for media, content in operation.get("requestBody", {}).get("content", {}).items():

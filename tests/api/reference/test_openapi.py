@@ -203,7 +203,7 @@ async def test_each_call_has_a_command_that_does_it(keys: tuple[str, ...], prefi
             method = parts[parts.index("-X") + 1] if "-X" in parts else "GET"
             headers = dict(part.split(": ", 1) for option, part in pairwise(parts) if option == "-H")
             if "Authorization" in headers:
-                headers["Authorization"] = headers["Authorization"].replace("$LASTCALL_KEY", KEY)
+                headers["Authorization"] = headers["Authorization"].replace("$API_KEY", KEY)
             data = next((part for option, part in pairwise(parts) if option == "-d"), "")
             for shown, given in ids.items():
                 target, data = target.replace(shown, given), data.replace(shown, given)
