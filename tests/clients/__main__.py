@@ -34,13 +34,15 @@ from tests.clients.surroundings import (
     open_nginx,
     probe_status,
 )
+from tests.node import NODE
 from tests.process.lastcall import HYPERCORN_0, SERVE, SSE, Host, open_lastcall
 
 HTTPX_SSE = "0.4.3"
 """The newest version that makes an event of every blank line."""
 OPENAPI_PYTHON_CLIENT = "0.29.1"
 TSC = (
-    *("npx", "tsc", "--strict", "--skipLibCheck", "--target", "es2022", "--lib", "es2022,dom,dom.asynciterable"),
+    *(NODE, "node_modules/.bin/tsc", "--strict", "--skipLibCheck"),
+    *("--target", "es2022", "--lib", "es2022,dom,dom.asynciterable"),
     *("--module", "nodenext", "--outDir", ".", "generated_client.ts"),
 )
 TOKENS = 20
@@ -105,7 +107,7 @@ def check_whole(seen: dict[str, Any]) -> None:
 
 
 async def run_library(around: Surroundings, *arguments: str) -> dict[str, Any]:
-    command = ["node", "libraries.mjs", *arguments]
+    command = [NODE, "libraries.mjs", *arguments]
     done = await trio.run_process(command, cwd=around.node, capture_stdout=True, stderr=subprocess.STDOUT, check=False)
     check(done.returncode == 0, done.stdout.decode()[-500:])
     seen: dict[str, Any] = json.loads(done.stdout)
@@ -189,7 +191,7 @@ async def openapi_typescript(around: Surroundings) -> str:
     async with open_service(api_keys=KEY_ALONE, pause_s=0) as port:
         url = f"http://127.0.0.1:{port}"
         for command in (
-            ["npx", "openapi-typescript", f"{url}/openapi.json", "-o", "schema.d.ts"],
+            [NODE, "node_modules/.bin/openapi-typescript", f"{url}/openapi.json", "-o", "schema.d.ts"],
             TSC,
         ):
             done = await trio.run_process(
@@ -197,7 +199,7 @@ async def openapi_typescript(around: Surroundings) -> str:
             )
             check(done.returncode == 0, done.stdout.decode()[-1500:])
         done = await trio.run_process(
-            ["node", "generated_client.js", url, KEY_ALONE],
+            [NODE, "generated_client.js", url, KEY_ALONE],
             cwd=around.node,
             capture_stdout=True,
             stderr=subprocess.STDOUT,

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import trio
 
+from tests.node import NODE, NPM
+
 HERE = Path(__file__).parent
 SCRIPTS = ("libraries.mjs", "express_proxy.mjs", "generated_client.ts")
 NEWEST_MAJOR = {"typescript": "5"}
@@ -35,8 +37,6 @@ class MissingError(Exception):
 
 def install_node_packages(*, newest: bool) -> Path:
     """Make a folder with the packages and their scripts. Pinned packages are installed once for each lock file."""
-    if shutil.which("npm") is None:
-        raise MissingError("npm is not installed: install Node.js 20 or newer")
     lock = (HERE / "package-lock.json").read_bytes()
     name = "newest" if newest else hashlib.sha256(lock).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"lastcall-clients-{os.getuid()}-{name}"
@@ -49,11 +49,11 @@ def install_node_packages(*, newest: bool) -> Path:
         packages: dict[str, str] = json.loads((HERE / "package.json").read_bytes())["dependencies"]
         if newest:  # without a version npm takes the newest that this Node.js can run
             (folder / "package.json").write_text('{"private": true}')
-            command = ["npm", "install", *(f"{it}@{NEWEST_MAJOR[it]}" if it in NEWEST_MAJOR else it for it in packages)]
+            command = [*NPM, "install", *(f"{it}@{NEWEST_MAJOR[it]}" if it in NEWEST_MAJOR else it for it in packages)]
         else:
             for file in ("package.json", "package-lock.json"):
                 shutil.copy(HERE / file, folder)
-            command = ["npm", "ci"]
+            command = [*NPM, "ci"]
         _run([*command, "--no-audit", "--no-fund", "--ignore-scripts"], folder)
         (folder / "installed").touch()
     return folder
@@ -61,7 +61,7 @@ def install_node_packages(*, newest: bool) -> Path:
 
 def node_versions(folder: Path) -> dict[str, str]:
     packages: dict[str, str] = json.loads((HERE / "package.json").read_bytes())["dependencies"]
-    versions = {"node": _run(["node", "--version"], folder).strip()}
+    versions = {"node": _run([NODE, "--version"], folder).strip()}
     for package in packages:
         versions[package] = json.loads((folder / "node_modules" / package / "package.json").read_bytes())["version"]
     return versions
@@ -267,7 +267,7 @@ def _lay_out(folder: Path, config: str) -> None:
 async def open_express(folder: Path, target: int) -> AsyncIterator[int]:
     """Run Express with its compression in front of a server. Gives its port."""
     log = folder / "express.log"
-    command = ["node", "express_proxy.mjs", f"http://127.0.0.1:{target}"]
+    command = [NODE, "express_proxy.mjs", f"http://127.0.0.1:{target}"]
     async with open_process(command, log=log, cwd=folder):
         with trio.fail_after(CAP_S):
             while not (printed := log.read_text()).endswith("\n"):  # noqa: ASYNC110, ASYNC240
