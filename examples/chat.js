@@ -1,6 +1,6 @@
 // A chat in one page: streams, stops, retries and edits; a reload, a lost connection or a restarted server loses nothing.
 
-import { ENDS, Refused, ask, cancel, follow, path, start, turns } from "./lastcall.js";
+import { ENDS, Refused, ask, cancel, follow, newKey, path, start, turns } from "./lastcall.js";
 
 const server = new URLSearchParams(location.search).get("server") ?? "http://127.0.0.1:8000";
 const isNew = location.hash === "";
@@ -13,7 +13,6 @@ const [log, status, form, message, sendButton, stopButton, keepButton] =
 const otherTabs = new BroadcastChannel(sessionUrl);
 
 let work = new AbortController(); // what the page does now: new work ends it
-let head = null; // the newest turn that the page knows
 let running = null; // the URL of the turn that is running
 let editing = null; // the turn whose input is in the text box
 
@@ -39,7 +38,7 @@ async function attempt(action) {
 
 /** Shows the conversation as the server has it, and follows its newest turn where that is running. */
 async function show(options, started = {}) {
-  ({ head } = await ask(sessionUrl, options));
+  const { head } = await ask(sessionUrl, options);
   const shown = path(await turns(sessionUrl, options), head);
   options.signal.throwIfAborted();
   say("");
@@ -68,7 +67,7 @@ async function send(input, parent) {
     sendButton.disabled = true;
     let started;
     try {
-      started = await start(sessionUrl, { input, parent, head }, options);
+      started = await start(sessionUrl, { input, parent }, options);
     } catch (error) {
       if (!(error instanceof Refused) || error.problem.code !== "turn_in_progress") throw error;
       await show(options); // another tab was first: show its turn, keep this message
@@ -133,8 +132,9 @@ otherTabs.addEventListener("message", () => attempt(show));
 
 attempt(async (options) => {
   if (isNew) {
+    const headers = { "Content-Type": "application/json", ...newKey() };
     const body = JSON.stringify({ id: sessionId });
-    await ask(`${server}/sessions`, { ...options, method: "POST", headers: { "Content-Type": "application/json" }, body });
+    await ask(`${server}/sessions`, { ...options, method: "POST", headers, body });
   }
   await show(options);
 });

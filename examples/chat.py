@@ -9,6 +9,7 @@ import json
 import random
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,7 +35,7 @@ def pause(attempt: int, response: httpx.Response | None = None) -> None:
 
 
 def ask(client: httpx.Client, method: str, path: str, **request: Any) -> Any:
-    """The JSON that a call answers. For calls that may be repeated: it waits while the server is away."""
+    """The JSON that a call answers. For calls that are safe to repeat: it waits while the server is away."""
     attempt = 0
     while True:
         try:
@@ -80,24 +81,11 @@ def follow(client: httpx.Client, turn: str) -> Iterator[dict[str, Any]]:
 def start(client: httpx.Client, session: str, text: str) -> str:
     """Start a turn that runs without a client, too; return its path.
 
-    A call without an answer may have arrived all the same: before it is repeated, look whether the newest turn is it.
+    A call without an answer may have arrived all the same. All attempts have one key, so they start one turn.
     """
-    head = ask(client, "GET", session)["head"]
-    attempt = 0
-    while True:
-        response = None
-        try:
-            response = client.post(f"{session}/turns", json={"input": text, "background": True})
-        except httpx.TransportError:
-            pass
-        if response is not None and response.status_code not in PASSING:
-            response.raise_for_status()
-            return f"{session}/turns/{response.json()['id']}"
-        pause(attempt, response)
-        attempt += 1
-        newest = ask(client, "GET", session)["head"]
-        if newest != head and ask(client, "GET", f"{session}/turns/{newest}")["input"] == text:
-            return f"{session}/turns/{newest}"
+    key = {"Idempotency-Key": str(uuid.uuid4())}
+    turn = ask(client, "POST", f"{session}/turns", json={"input": text, "background": True}, headers=key)
+    return f"{session}/turns/{turn['id']}"
 
 
 def show(event: dict[str, Any]) -> None:

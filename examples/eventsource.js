@@ -1,11 +1,10 @@
 // One question and its answer through the browser's own EventSource, which comes back by itself after a cut.
 
-import { ENDS, Refused, ask, pause } from "./lastcall.js";
+import { ENDS, ask, newKey, pause } from "./lastcall.js";
 
 const server = new URLSearchParams(location.search).get("server") ?? "http://127.0.0.1:8000";
 const [form, message, reply, status] =
   ["form", "message", "reply", "status"].map((id) => document.getElementById(id));
-const json = { "Content-Type": "application/json" };
 
 /** Calls `onEvent` with each event of a turn, to its last one. */
 export function listen(turnUrl, { onEvent, onWait }, seen = 0, attempt = 0) {
@@ -28,20 +27,23 @@ export function listen(turnUrl, { onEvent, onWait }, seen = 0, attempt = 0) {
 }
 
 async function talk() {
-  const options = { method: "POST", headers: json };
-  const session = await ask(`${server}/sessions`, { ...options, body: "{}" });
-  const path = `${server}/sessions/${session.id}/turns`;
-  const response = await fetch(path, { ...options, body: JSON.stringify({ input: message.value, background: true }) });
-  if (!response.ok) throw await Refused.from(response);
+  const onWait = () => (status.textContent = "waiting for the server");
+  const make = (url, body) => {
+    const headers = { "Content-Type": "application/json", ...newKey() };
+    return ask(url, { method: "POST", headers, body: JSON.stringify(body), onWait });
+  };
+  const session = await make(`${server}/sessions`, {});
+  const turnsUrl = `${server}/sessions/${session.id}/turns`;
+  const turn = await make(turnsUrl, { input: message.value, background: true });
   reply.textContent = "";
   status.textContent = "running";
-  listen(`${path}/${(await response.json()).id}`, {
+  listen(`${turnsUrl}/${turn.id}`, {
     onEvent(event) {
       if (event.type === "turn.delta") reply.append(event.text);
       else if (event.text !== undefined) reply.textContent = event.text; // what was kept, where events were lost
       status.textContent = ENDS.includes(event.type) ? event.type.slice("turn.".length) : "running";
     },
-    onWait: () => (status.textContent = "waiting for the server"),
+    onWait,
   });
 }
 

@@ -49,13 +49,19 @@ export async function pause(attempt, response, signal) {
   signal?.throwIfAborted();
 }
 
-/** The JSON that a call answers. For calls that may be repeated (reads, cancel): it waits while the server is away. */
-export async function ask(url, { signal, onWait, ...request } = {}) {
+/**
+ * The header that makes a POST safe to repeat: one for each thing that is to be made, and not for each attempt.
+ * Browsers have `randomUUID` on https pages and on localhost.
+ */
+export const newKey = () => ({ "Idempotency-Key": crypto.randomUUID() });
+
+/** What `read` takes from the answer to a call that is safe to repeat. While the server is away, it is called again. */
+async function repeat(url, read, { signal, onWait, ...request }) {
   for (let attempt = 0; ; attempt++) {
     let response;
     try {
       response = await fetch(url, { ...request, signal });
-      if (response.ok) return await response.json();
+      if (response.ok) return await read(response);
     } catch (error) {
       if (signal?.aborted) throw error;
     }
@@ -64,6 +70,9 @@ export async function ask(url, { signal, onWait, ...request } = {}) {
     await pause(attempt, response, signal);
   }
 }
+
+/** The JSON that a call answers. For calls that are safe to repeat: reads, cancel, a POST with a key. */
+export const ask = (url, options = {}) => repeat(url, (response) => response.json(), options);
 
 /**
  * All events of a turn to its last one, each once, across cuts and restarts.
@@ -95,30 +104,15 @@ export async function* follow(turnUrl, { response, signal, onWait } = {}) {
 }
 
 /**
- * Starts a turn: gives its URL, and the response that streams it.
+ * Starts a turn: gives its URL, and the response that streams it from its first event on.
  *
- * A call without an answer may have arrived all the same. So before it is repeated, this looks for the turn among those
- * that were accepted after `head`, the newest turn that the caller knows; then there is a URL and no response.
+ * A call without an answer may have arrived all the same. All attempts have one key, so they start one turn.
  */
-export async function start(sessionUrl, { input, parent, head }, { signal, onWait } = {}) {
-  const headers = { "Content-Type": "application/json", Accept: "text/event-stream" };
+export function start(sessionUrl, { input, parent }, options) {
+  const headers = { "Content-Type": "application/json", Accept: "text/event-stream", ...newKey() };
   const body = JSON.stringify({ input, parent, on_disconnect: "continue" });
-  for (let attempt = 0; ; attempt++) {
-    let response;
-    try {
-      response = await fetch(`${sessionUrl}/turns`, { method: "POST", headers, body, signal });
-    } catch (error) {
-      if (signal?.aborted) throw error;
-    }
-    if (response?.ok) return { url: new URL(response.headers.get("Location"), sessionUrl).href, response };
-    if (response && !PASSING.includes(response.status)) throw await Refused.from(response);
-    onWait?.();
-    await pause(attempt, response, signal);
-    const all = await turns(sessionUrl, { signal, onWait });
-    const later = all.slice(all.findIndex((turn) => turn.id === head) + 1);
-    const mine = later.find((turn) => turn.input === input && (parent === undefined || turn.parent === parent));
-    if (mine) return { url: `${sessionUrl}/turns/${mine.id}` };
-  }
+  const read = (response) => ({ url: new URL(response.headers.get("Location"), sessionUrl).href, response });
+  return repeat(`${sessionUrl}/turns`, read, { ...options, method: "POST", headers, body });
 }
 
 /** Ends a turn. Its streams get `turn.cancelled`; the answer is the turn, ended. */
