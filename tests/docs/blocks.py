@@ -15,9 +15,10 @@ DOCUMENTS = tuple(
     sorted(
         path.relative_to(ROOT)
         for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "bench/README.md", ROOT / "examples/README.md")
-        if path.exists() and path.name != "CHANGELOG.md"
+        if path.exists() and path.name not in ("CHANGELOG.md", "api.md")
     )
 )
+"""The documents with commands of a shell. Those of docs/api.md are run by tests.docs.test_api_page."""
 COMMAND_TIMEOUT_S = 60
 """Bound of one command; not a promise of the server."""
 
