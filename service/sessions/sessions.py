@@ -702,6 +702,10 @@ class Sessions:
             )
         return log, Watch(None)
 
+    def find_live_turn(self, session_id: str, turn_id: str) -> Turn | None:
+        """The turn, if this process runs it, or ran it and its end is not in the store yet."""
+        return self._find_turn(session_id, turn_id)
+
     async def resume_newest(
         self,
         session_id: str,

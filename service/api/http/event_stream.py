@@ -13,6 +13,8 @@ from werkzeug.datastructures import MIMEAccept
 from werkzeug.http import parse_accept_header
 
 from service.api.http.event_frames import EncodeFrame, read_frames
+from service.api.http.face_frames import BEGINNING, Face, Place, frames_of
+from service.api.http.held_bytes import bytes_of
 from service.api.http.query_params import read_query
 from service.api.http.request_resources import release_after_request
 from service.api.http.strict_json import shown
@@ -33,6 +35,8 @@ _RETRY = b"retry: %d\n" % RETRY_MS
 _HEARTBEAT = b": heartbeat\n"
 """``retry:`` and heartbeat do not end with a blank line: they are part of the next event's block. Decoders that keep
 the last id, such as httpx-sse 0.4.3, would take a blank line for an empty event."""
+_HEARTBEAT_BLOCK = b": heartbeat\n\n"
+"""The comment of streams without ids, for decoders that read blocks and look only at the first line of each."""
 _WRITE_BYTES_MAX = 64 * 1024
 _BUSY_S = 0.02
 """A write that takes longer is followed by a pause. It takes less than a millisecond if the event loop is not busy."""
@@ -88,6 +92,8 @@ class EventStream(ResponseBody):
     Args:
         after: The last seq that the client has seen.
         encode: The face's frame of an event.
+        opening: What the stream begins with, in one piece with the events that are ready.
+        heartbeat: The comment after silence.
         scope: The ASGI scope of the request.
     """
 
@@ -98,9 +104,13 @@ class EventStream(ResponseBody):
         *,
         after: int,
         encode: EncodeFrame,
+        opening: bytes = _RETRY,
+        heartbeat: bytes = _HEARTBEAT,
         scope: Mapping[str, Any] = _NO_SCOPE,
     ) -> None:
         self._scope = scope
+        self._opening = opening
+        self._heartbeat = heartbeat
         self._writer: PieceWriter | None = None
         self._watch = current_watch()
         self._log = log
@@ -110,6 +120,7 @@ class EventStream(ResponseBody):
         self._begun = False
         self._caught_up = False
         self._taken_at = 0.0
+        self._held_bytes = 0
         self._ended = False
 
     def __repr__(self) -> str:
@@ -131,13 +142,13 @@ class EventStream(ResponseBody):
         if not self._begun:
             self._begun = True
             self._writer = self._scope.get(PIECE_WRITER)
-            return self._take(_RETRY)
+            return self._take(self._opening) or self._heartbeat
         await self._pause()
         await self._slot.wait_beyond(self._log, self._seq, reader=self)
         if self._slot.is_ends_only():
             await self._log.wait_closed()
         await self._load()
-        return self._take() or (b"" if self._has_rest else _HEARTBEAT)
+        return self._take() or (b"" if self._has_rest else self._heartbeat)
 
     @property
     def _has_rest(self) -> bool:
@@ -182,7 +193,16 @@ class EventStream(ResponseBody):
         self._caught_up = self._seq == self._log.last_seq
         self._taken_at = trio.current_time()
         self._ended = self._log.closed and self._seq == self._log.last_seq
+        if self._held_bytes or len(chunk) > _WRITE_BYTES_MAX:
+            self._hold(len(chunk))
         return LastPiece(before + chunk) if self._ended else before + chunk
+
+    def _hold(self, size: int) -> None:
+        """Count a large piece until the next one is asked for: an event that repeats a whole text, in some faces."""
+        size = size if size > _WRITE_BYTES_MAX else 0
+        if self._scope is not _NO_SCOPE:
+            bytes_of(self._scope).add(size - self._held_bytes)
+            self._held_bytes = size
 
 
 def stream_response(log: Events, slot: StreamSlot, *, after: int, encode: EncodeFrame) -> TrioResponse:
@@ -190,6 +210,24 @@ def stream_response(log: Events, slot: StreamSlot, *, after: int, encode: Encode
     release_after_request(slot.close)
     scope: Mapping[str, Any] = request.scope
     body = EventStream(log, slot, after=after, encode=encode, scope=scope)
+    return TrioResponse(body, headers=HEADERS, content_type=MEDIA_TYPE)
+
+
+def stream_face(log: Events, slot: StreamSlot, *, face: Face, place: Place = BEGINNING) -> TrioResponse:
+    """Return a response that streams a log in a face from a place on, as :func:`stream_response` does.
+
+    See :mod:`service.api.http.face_frames`.
+    """
+    release_after_request(slot.close)
+    body = EventStream(
+        log,
+        slot,
+        after=place.seq,
+        encode=frames_of(log, face),
+        opening=place.rest,
+        heartbeat=_HEARTBEAT_BLOCK,
+        scope=request.scope,
+    )
     return TrioResponse(body, headers=HEADERS, content_type=MEDIA_TYPE)
 
 

@@ -4,7 +4,7 @@ The body of a request counts while it arrives and until it is parsed or its answ
 making until its client has taken it. Beyond the bound a body is refused before it is read, or when it grows, and an
 answer to a GET before it is made. So are the answers of a PATCH, and of a POST that can be repeated. The answer of
 another call that has changed something counts, but is never refused: the caller could not repeat the call. Event
-streams do not count: they hold a seq and one piece.
+streams hold a seq and one piece, which counts only if it is large, and is never refused.
 
 Short messages and cancels have to work while large requests have taken all room. So small requests have a reserve
 beyond the bound, a quarter of it, and are refused when the reserve is full, too. Tiny requests, such as probes, are

@@ -15,10 +15,10 @@ the same when this process has died (``service/hosting/peer_listener.py``).
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from math import inf
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import h11
 import structlog
@@ -32,6 +32,7 @@ from service.api.http.callers import CALLER, caller_headers, current_owner
 from service.api.http.end_of_input import leave_at_end_of_input
 from service.api.http.event_frames import EncodeFrame, read_frames
 from service.api.http.event_stream import is_event_stream, read_last_event_id, read_seen
+from service.api.http.face_frames import Face, TurnSource, find_place, frames_of, open_turn
 from service.api.http.held_bytes import hold_answer
 from service.api.http.locations import located
 from service.api.http.problems import problem_response, refusal_of
@@ -71,8 +72,8 @@ _LATER = "lastcall.later"
 """Key in a request's ASGI scope: the seconds by which its answer may take longer than a step of the store."""
 _LOOK = "lastcall.look"
 """Key in a request's ASGI scope: its answer is as good without the end of the turn for which the answer waits."""
-_ENCODE = "lastcall.encode"
-"""Key in a request's ASGI scope: the frame of an event in the face of the stream that answers the request."""
+_FACE = "lastcall.face"
+"""Key in a request's ASGI scope: the face of the stream that answers the request."""
 _HOPS = "lastcall-hops"
 _HANDED_OVER = "lastcall-handed-over"
 """Header of a request that a process which stops has passed on: any process that serves may answer it."""
@@ -133,12 +134,31 @@ def allow_look(within_s: float) -> None:
     cast("dict[str, object]", request.scope)[_LOOK] = True
 
 
-def continue_streams_with(encode: EncodeFrame) -> None:
-    """Let a stream that answers the current request go on in these frames, if its owner dies.
+class FaceStream(NamedTuple):
+    """A stream in a face: how it goes on in this process, if the process that sends it dies.
+
+    Both functions are called when there is no current request any more.
+
+    Args:
+        face_of: Makes the face for the turn of the stream.
+        find_turn: Finds the turn, as the ids of its session, scoped, and of the turn itself, from the ``Location`` of
+            the owner's answer, or else from the path of the request. Raises: LastcallError: The stream is cut.
+        seen: How many frames the client had seen before this stream.
+        end: The face's :attr:`Face.end`.
+    """
+
+    face_of: Callable[[TurnSource], Face]
+    find_turn: Callable[[str], Awaitable[tuple[str, str]]]
+    seen: int = 0
+    end: bytes = b""
+
+
+def continue_streams_with(face: EncodeFrame | FaceStream) -> None:
+    """Let a stream that answers the current request go on in this face, if its owner dies.
 
     Call this before the step that may find another process as the owner.
     """
-    cast("dict[str, object]", request.scope)[_ENCODE] = encode
+    cast("dict[str, object]", request.scope)[_FACE] = face
 
 
 def note_accepted(path: str) -> None:
@@ -272,7 +292,7 @@ async def _answer_from(
             slot,
             fence=error.fence,
             turn_path=response.headers.get("Location") or request.path,
-            encode=cast("dict[str, EncodeFrame]", request.scope)[_ENCODE],
+            face=cast("dict[str, EncodeFrame | FaceStream]", request.scope)[_FACE],
         )
     return response
 
@@ -381,22 +401,35 @@ class ProxiedStream(ResponseBody):
     Args:
         fence: The owner's fence.
         turn_path: The path of the turn whose events the stream has.
-        encode: The frame of an event in the stream's face.
+        face: The stream's face: the frame of an event, or a :class:`FaceStream`.
     """
 
     def __init__(
-        self, peer: "PeerConnection", slot: ProxiedRequest, *, fence: int, turn_path: str, encode: EncodeFrame
+        self,
+        peer: "PeerConnection",
+        slot: ProxiedRequest,
+        *,
+        fence: int,
+        turn_path: str,
+        face: EncodeFrame | FaceStream,
     ) -> None:
         self._service = current_service()  # there is no current request any more when it is sent
         self._peer = peer
         self._slot = slot
         self._fence = fence
         self._turn_path = turn_path
-        self._encode = encode
+        self._face = face
         self._owner = current_owner()
-        self._seq = read_seen(request).seq if request.method == "GET" else read_last_event_id(request) or 0
+        self._seq = self._frames_seen = 0
+        if isinstance(face, FaceStream):
+            self._frames_seen = face.seen
+        else:
+            self._seq = read_seen(request).seq if request.method == "GET" else read_last_event_id(request) or 0
         self._unsent = b""
+        self._has_ended = False
         self._rest: Events | None = None
+        self._encode: EncodeFrame | None = None
+        self._opening = b""
 
     async def __aenter__(self) -> "ProxiedStream":
         return self
@@ -413,13 +446,19 @@ class ProxiedStream(ResponseBody):
             try:
                 frames = await self._receive_frames()
             except PEER_GONE:
-                self._rest = await self._open_rest()
+                self._rest = None if self._has_ended else await self._open_rest()
         if self._rest is not None:
-            await self._load_rest(self._rest)
-            frames, self._seq = read_frames(self._rest, self._seq, encode=self._encode, bytes_max=_WRITE_BYTES_MAX)
+            frames = await self._read_rest(self._rest)
         if not frames:
             raise StopAsyncIteration
         return frames
+
+    async def _read_rest(self, rest: Events) -> bytes:
+        assert self._encode is not None
+        await self._load_rest(rest)
+        opening, self._opening = self._opening, b""
+        frames, self._seq = read_frames(rest, self._seq, encode=self._encode, bytes_max=_WRITE_BYTES_MAX)
+        return opening + frames
 
     async def _load_rest(self, rest: Events) -> None:
         """Load the next events from the store. If that fails the stream ends here, as one that was cut."""
@@ -442,27 +481,55 @@ class ProxiedStream(ResponseBody):
                 return b""
             whole, self._unsent = split_whole(self._unsent + data)
             if whole:
-                return self._noting_seq(whole)
+                self._note(whole)
+                return whole
 
-    def _noting_seq(self, frames: bytes) -> bytes:
+    def _note(self, frames: bytes) -> None:
+        """Note the frames that go to the client."""
+        if isinstance(self._face, FaceStream):
+            self._frames_seen += (b"\n" + frames).count(b"\ndata: ")  # no frame has two of these lines
+            self._has_ended = bool(self._face.end) and frames.endswith(self._face.end)
+            return
         _, found, last = (b"\n" + frames).rpartition(b"\nid: ")
         if found:
             self._seq = int(last.partition(b"\n")[0])
-        return frames
 
     async def _open_rest(self) -> Events | None:
         """Return the event log from the store for a stream whose owner died; None if that fails: the stream is cut."""
-        turn = _TURN_PATH.search(self._turn_path)  # after the prefix of a proxy
-        assert turn is not None
-        session_id, turn_id = scoped(self._owner, turn[1]), turn[2]
+        try:
+            session_id, turn_id = await self._find_turn()
+        except LastcallError as error:
+            logger.warning("a stream was cut with its owner", path=self._turn_path, error=str(error))
+            return None
         try:
             await _wait_until_free(self._service, session_id, self._fence)
-            log, watch = await self._service.sessions.open_events(session_id, turn_id)
+            log = await self._go_on(session_id, turn_id)
         except LastcallError as error:
             logger.warning("a stream was cut with its owner", session_id=session_id, turn_id=turn_id, error=str(error))
             return None
-        watch.release()
         logger.info("a stream ends from the store: its owner died", session_id=session_id, turn_id=turn_id)
+        return log
+
+    async def _find_turn(self) -> tuple[str, str]:
+        if isinstance(self._face, FaceStream):
+            return await self._face.find_turn(self._turn_path)
+        turn = _TURN_PATH.search(self._turn_path)  # after the prefix of a proxy
+        assert turn is not None
+        return scoped(self._owner, turn[1]), turn[2]
+
+    async def _go_on(self, session_id: str, turn_id: str) -> Events:
+        """Open the turn's events, and find the place in them after the frames that the client has."""
+        sessions = self._service.sessions
+        if isinstance(self._face, FaceStream):
+            turn, log, watch = await open_turn(sessions, session_id, turn_id)
+            watch.release()
+            face = self._face.face_of(turn)
+            self._seq, self._opening, _ = await find_place(log, face, seen=self._frames_seen)
+            self._encode = frames_of(log, face)
+            return log
+        log, watch = await sessions.open_events(session_id, turn_id)
+        watch.release()
+        self._encode = self._face
         if self._seq < log.last_seq:
             # A client that saw events which were lost goes on with the terminal event.
             self._seq = min(self._seq, log.unbroken_seq)

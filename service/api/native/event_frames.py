@@ -7,11 +7,10 @@ Every character that some client takes for a line end is escaped, so that the li
 
 import msgspec
 
+from service.api.http.frame_json import frame_json
 from service.ids import public_id
 from service.sessions.events.events import Event, TurnDelta, TurnQueued, TurnReasoning, TurnStarted
 
-_LINE_ENDS = tuple((end.encode(), b"\\u%04x" % ord(end)) for end in ("\x85", "\u2028", "\u2029"))
-_encode = msgspec.json.encode
 _decoder: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
 
 
@@ -22,24 +21,12 @@ def encode_frame(event: Event) -> bytes:
     """
     seq = event.seq
     if isinstance(event, TurnDelta):
-        return b'id: %d\ndata: {"type":"turn.delta","seq":%d,"text":%b}\n\n' % (seq, seq, _json_of(event.text))
+        return b'id: %d\ndata: {"type":"turn.delta","seq":%d,"text":%b}\n\n' % (seq, seq, frame_json(event.text))
     if isinstance(event, TurnReasoning):
-        return b'id: %d\ndata: {"type":"turn.reasoning","seq":%d,"text":%b}\n\n' % (seq, seq, _json_of(event.text))
+        return b'id: %d\ndata: {"type":"turn.reasoning","seq":%d,"text":%b}\n\n' % (seq, seq, frame_json(event.text))
     if isinstance(event, TurnQueued | TurnStarted):
         event = msgspec.structs.replace(event, session_id=public_id(event.session_id))
-    return b"id: %d\ndata: %b\n\n" % (seq, _json_of(event))
-
-
-def _json_of(value: object) -> bytes:
-    """JSON with U+0085, U+2028 and U+2029 as ``\\u`` escapes; JSON itself escapes all other line ends.
-
-    A client that splits lines as Python's ``str.splitlines`` does (httpx, and so httpx-sse) would cut an event there.
-    """
-    json = _encode(value)
-    if not json.isascii():
-        for line_end, escape in _LINE_ENDS:
-            json = json.replace(line_end, escape)
-    return json
+    return b"id: %d\ndata: %b\n\n" % (seq, frame_json(event))
 
 
 def decode_frame(frame: bytes) -> Event:

@@ -87,6 +87,10 @@ class Events(Protocol):
         """Some of the events after ``seq``, in order; a replay has them once :meth:`load_after` has loaded them."""
         ...
 
+    def alike_after(self, seq: int) -> int:
+        """How many of the next events after ``seq`` are pieces of one item, if this is known without reading them."""
+        ...
+
     async def load_after(self, seq: int) -> None:
         """Have the events after ``seq`` ready, if there are some. Raises: StoreError, EventsLostError."""
         ...
@@ -288,6 +292,16 @@ class EventLog:
             return self._newest[seq - self._newest_after :]
         chunk = self._chunks[self._chunk_with(seq)]
         return self._events_of(chunk)[seq - chunk.after :]
+
+    def alike_after(self, seq: int) -> int:
+        """How many of the next events after ``seq`` are pieces of one item. See :class:`Events`."""
+        if seq >= self._newest_after:
+            return 0
+        index = self._chunk_with(seq)
+        if self._chunks[index].item < 0:
+            return 0
+        end = self._chunks[index + 1].after if index + 1 < len(self._chunks) else self._newest_after
+        return end - seq
 
     def events(self, *, after: int = 0) -> Iterator[Event]:
         """All events after a seq."""

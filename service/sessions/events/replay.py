@@ -9,7 +9,7 @@ from service.errors import EventsDeletedError, EventsLostError, SessionNotFoundE
 from service.sessions.events.event_log import InlineReader
 from service.sessions.events.events import Event, TerminalEvent
 from service.sessions.events.kept_events import Place, events_of, place_after, terminal_event_of, without_contents
-from service.storage.pieces import count
+from service.storage.pieces import Run, count
 from service.storage.records import EventsPage, TurnRecord
 from service.storage.store import Store
 from service.storage.store_deadline import answered_within
@@ -138,10 +138,21 @@ class Replay:
         if not self._has_after(seq):
             return []
         page = self._page.page
-        place = next(place for place in (self._end, self._begin, self._page.begin) if place.seq <= seq)
-        self._begin = place_after(page, seq, place=place)
+        self._begin = self._place_after(seq)
         events, self._end = events_of(self._turn, page, self._begin, events_max=_EVENTS_MAX)
         return events
+
+    def alike_after(self, seq: int) -> int:
+        """How many of the next events of the loaded page are pieces of one item. See :class:`~event_log.Events`."""
+        if seq >= self._kept or not self._has_after(seq):
+            return 0
+        self._begin = self._place_after(seq)
+        run = self._page.page.runs[self._begin.run]
+        return Run(run.item, run.lengths[self._begin.offset :]).events if run.item >= 0 else 0
+
+    def _place_after(self, seq: int) -> Place:
+        place = next(place for place in (self._end, self._begin, self._page.begin) if place.seq <= seq)
+        return place_after(self._page.page, seq, place=place)
 
     def _has_after(self, seq: int) -> bool:
         return self._page.page.after <= seq < self._page.end

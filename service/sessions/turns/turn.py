@@ -30,7 +30,7 @@ from service.sessions.turns.reply import Output, Reply, size_of
 from service.sessions.turns.turn_deadlines import TurnDeadlines
 from service.settings import Settings
 from service.storage.pieces import count
-from service.storage.records import Checkpoint, LeftOut, Siblings, TurnRecord, TurnState
+from service.storage.records import Checkpoint, Item, LeftOut, Siblings, TurnRecord, TurnState
 
 OnDisconnect = Literal["cancel", "continue"]
 RETURN_S = 5.0
@@ -126,6 +126,10 @@ class Turn:
             last_seq=self.log.last_seq,
             stored=self.stored or not self.ended.is_set(),
         )
+
+    def begun_items(self) -> tuple[Item, ...]:
+        """The items of the reply that have begun so far, perhaps without their texts."""
+        return self._record.output if self.ended.is_set() else self._reply.changed_after(0)
 
     async def wait_ended(self) -> TurnRecord:
         """Wait until the end is stored and published. Cancellation affects the caller only."""

@@ -12,10 +12,12 @@ from trio.testing import MockClock
 from werkzeug.datastructures import Headers
 
 from service.api.http.event_stream import EventStream, read_seen, wants_stream
+from service.api.http.face_frames import Step, find_place, frames_of
+from service.api.http.held_bytes import HeldBytes, counting_bytes
 from service.api.native.event_frames import encode_frame
 from service.errors import EventsDeletedError, InvalidRequestError, SessionNotFoundError, StoreError
 from service.sessions.events.event_log import EventLog
-from service.sessions.events.events import TurnCompleted, TurnDelta
+from service.sessions.events.events import Event, Piece, TurnCompleted, TurnDelta
 from service.sessions.events.streams import Streams
 from service.sessions.upkeep.heartbeats import run_heartbeats
 from service.stop_state import Phase, StopState
@@ -29,15 +31,40 @@ def terminal(seq: int) -> TurnCompleted:
     return TurnCompleted(seq=seq, finish_reason="stop", usage=None, text_length=1)
 
 
+class NumberedState:
+    """Each event is a frame with its number."""
+
+    def piece(self, event: Piece, number: int) -> bytes:
+        return b"data: %d\n\n" % number
+
+    def step(self, event: Event, number: int, gap: int) -> Step:
+        return Step([b"data: %d end\n\n" % number], self)
+
+
+class NumberedFace:
+    key = "numbered"
+    end = b"data: over\n\n"
+
+    def begin(self) -> NumberedState:
+        return NumberedState()
+
+
 class Opened:
     """A log with some deltas, and a stream of it."""
 
-    def __init__(self, deltas: int = 0, *, after: int = 0, streams: Streams | None = None) -> None:
+    def __init__(
+        self,
+        deltas: int = 0,
+        *,
+        after: int = 0,
+        streams: Streams | None = None,
+        scope: dict[str, object] | None = None,
+    ) -> None:
         self.streams = streams or Streams(streams_max=2, heartbeat_interval_s=15, stop=StopState())
         self.log = EventLog(bytes_max=1 << 20)
         self.append(deltas)
         self.slot = self.streams.open_stream()
-        self.stream = EventStream(self.log, self.slot, after=after, encode=encode_frame)
+        self.stream = EventStream(self.log, self.slot, after=after, encode=encode_frame, scope=scope or {})
 
     def append(self, deltas: int) -> None:
         for _ in range(deltas):
@@ -366,3 +393,59 @@ def _request(headers: Headers, query: bytes = b"") -> Request:
     from quart_trio.wrappers import TrioRequest
 
     return TrioRequest("GET", "http", "/", query, headers, "", "1.1", {}, send_push_promise=push)  # type: ignore[typeddict-item]
+
+
+async def opened_in_a_face(deltas: int, *, seen: int, scope: dict[str, object] | None = None) -> Opened:
+    opened = Opened(deltas)
+    face = NumberedFace()
+    place = await find_place(opened.log, face, seen=seen)
+    opened.stream = EventStream(
+        opened.log,
+        opened.slot,
+        after=place.seq,
+        encode=frames_of(opened.log, face),
+        opening=place.rest,
+        heartbeat=b": heartbeat\n\n",
+        scope=scope or {},
+    )
+    return opened
+
+
+async def test_a_stream_of_a_face_begins_after_the_frames_that_were_seen_and_ends_with_the_faces_end() -> None:
+    opened = await opened_in_a_face(3, seen=1)
+    assert await anext(opened.stream) == b"data: 1\n\ndata: 2\n\n"
+    opened.append(1)
+    assert await anext(opened.stream) == b"data: 3\n\n"
+    opened.close()
+    assert await anext(opened.stream) == b"data: 4 end\n\ndata: over\n\n"
+    with pytest.raises(StopAsyncIteration):
+        await anext(opened.stream)
+
+
+async def test_a_stream_of_a_face_without_a_frame_yet_begins_with_a_comment() -> None:
+    opened = await opened_in_a_face(2, seen=2)
+    assert await anext(opened.stream) == b": heartbeat\n\n"
+
+
+async def test_a_stream_of_a_face_that_has_no_frame_left_says_only_that_it_is_over() -> None:
+    opened = await opened_in_a_face(1, seen=0)
+    opened.close()
+    place = await find_place(opened.log, NumberedFace(), seen=2)
+    assert place == (2, b"data: over\n\n", False)
+
+
+async def test_a_large_piece_counts_while_its_client_takes_it() -> None:
+    held = HeldBytes()
+    scope: dict[str, object] = {}
+    counted = counting_bytes(scope, held)
+    opened = Opened(scope=scope)
+    assert opened.log.append(TurnDelta(seq=1, text="x" * 100_000))
+    piece = await anext(opened.stream)
+    assert held.bytes == len(piece) - len(b"retry: 1000\n") > 100_000
+    opened.append(1)
+    await anext(opened.stream)
+    assert held.bytes == 0
+    assert opened.log.append(TurnDelta(seq=3, text="x" * 100_000))
+    await anext(opened.stream)
+    counted.release()
+    assert held.bytes == 0

@@ -21,7 +21,7 @@ from trio.testing import wait_all_tasks_blocked
 from service.api import app
 from service.api.http import proxy
 from service.api.http.app_state import held_bytes_of
-from service.api.http.proxy import PEER, SUCCESSORS, split_whole
+from service.api.http.proxy import PEER, SUCCESSORS, FaceStream, split_whole
 from service.api.native import turns
 from service.cluster import owner_beats, peer_socket
 from service.cluster.peer_proof import Purpose, check_peer
@@ -30,8 +30,9 @@ from service.errors import OwnedElsewhereError
 from service.hosting import peer_listener
 from service.sessions.events.events import Event
 from service.stop_state import Phase
-from service.storage.records import EndResult
+from service.storage.records import SEQ_AFTER_CRASH, EndResult
 from service.storage.sqlite import SqliteStore, open_sqlite_store
+from tests.api.counting_face import CountingFace
 from tests.api.inprocess import SSE, Api, Reply, leave, open_api
 from tests.descriptors import no_descriptor_left
 from tests.storage.rows import T0, a_session, a_turn, ended
@@ -251,6 +252,55 @@ async def test_a_stream_of_a_dead_owner_goes_on_in_the_face_in_which_it_began(
         assert await client.receive() == b"id: 1\ndata: another face\n\n"
         await owner.die(stream)
         assert await client.receive() == b"id: 1073741824\ndata: another face\n\n"
+
+
+@pytest.mark.parametrize(
+    ("told", "rest"),
+    [
+        ("", "data: 0 begin\n\ndata: 1 open 0\n\ndata: 2 +\n\ndata: 3 +\n\n"),
+        ("data: 0 begin\n\n", "data: 1 open 0\n\ndata: 2 +\n\ndata: 3 +\n\n"),
+        (": heartbeat\n\ndata: 0 begin\n\ndata: 1 open 0\n\ndata: 2 +\n\n", "data: 3 +\n\n"),
+    ],
+)
+async def test_a_stream_of_numbered_frames_goes_on_after_those_that_the_dead_owner_has_sent(
+    told: str, rest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def find_turn(path: str) -> tuple[str, str]:
+        assert path == f"/sessions/s/turns/{TURN}/events"
+        return "s", TURN
+
+    face = CountingFace()
+    monkeypatch.setattr(turns, "encode_frame", FaceStream(lambda _: face, find_turn, end=face.end))
+    async with open_owner(tmp_path) as (api, owner), api.open("GET", EVENTS, headers=SSE) as client:
+        await client.send_complete()
+        stream, _ = await owner.take()
+        await owner.store.checkpoint_turns([a_checkpoint(TURN, "x", "x")])
+        await stream.send_all(HEAD + chunk(told or ": heartbeat\n\n"))
+        assert await client.receive() == (told or ": heartbeat\n\n").encode()
+        await owner.die(stream)
+        end = SEQ_AFTER_CRASH
+        closing = f"data: {end + 1} close 0\n\ndata: {end + 2} end\n\ndata: over\n\n"
+        got = b""
+        while piece := await client.receive():
+            got += piece
+        assert got == (rest + closing).encode()
+
+
+async def test_a_stream_of_numbered_frames_that_has_ended_does_not_end_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def find_turn(_: str) -> tuple[str, str]:
+        raise AssertionError("the stream is over")
+
+    face = CountingFace()
+    monkeypatch.setattr(turns, "encode_frame", FaceStream(lambda _: face, find_turn, end=face.end))
+    async with open_owner(tmp_path) as (api, owner), api.open("GET", EVENTS, headers=SSE) as client:
+        await client.send_complete()
+        stream, _ = await owner.take()
+        await stream.send_all(HEAD + chunk("data: 0 begin\n\ndata: over\n\n"))
+        assert await client.receive() == b"data: 0 begin\n\ndata: over\n\n"
+        await owner.die(stream)
+        assert await client.receive() == b""
 
 
 @pytest.mark.parametrize("prefix", ["", "/behind/a/proxy"])

@@ -176,6 +176,9 @@ def test_a_log_tells_the_events_and_the_texts_that_were_appended(
             [event.text for event in all_events[cursor:] if isinstance(event, Piece)]
         )
         assert log.runs(after=cursor) == list(runs_of(all_events[cursor:]))
+        alike = all_events[cursor : cursor + log.alike_after(cursor)]
+        assert all(isinstance(event, Piece) for event in alike)
+        assert len({event.item for event in alike if isinstance(event, Piece)}) <= 1
 
 
 def test_a_read_past_the_end_is_empty_and_moves_nothing() -> None:
