@@ -140,9 +140,12 @@ def test_the_page_has_the_errors_of_the_code() -> None:
 
 @asynccontextmanager
 async def serving(folder: Path) -> AsyncIterator[ServerProcess]:
-    """Run the server of the page's reader: all settings are the default ones, except for the key on the page."""
+    """Run the server of the page's reader: all settings are the default ones, except for the key on the page.
+
+    The model is a little slower than by default: a cancel, which comes after several programs have started, is in time.
+    """
     env = {"LASTCALL_BIND": "127.0.0.1:0", "LASTCALL_LOG_FORMAT": "json", "LASTCALL_ACCESS_LOG": "on"}
-    env |= {"LASTCALL_API_KEYS": KEY, "LASTCALL_MODEL_URL": "scripted:"}
+    env |= {"LASTCALL_API_KEYS": KEY, "LASTCALL_MODEL_URL": "scripted:?rate=25"}
     launch = Launch(python_command("-m", "service", "serve"), env=env, folder=folder)
     async with open_server(launch, log_path=folder / "server.log", start_timeout_s=60) as server:
         yield server
