@@ -1,0 +1,399 @@
+"""Items in the form of OpenAI's API, for responses and conversations: as they are shown, and as they are taken.
+
+What this service cannot pass to a model is refused by its name: images, audio, files, and items of hosted tools. The
+text parts of a message are one text inside of the service.
+"""
+
+import base64
+import binascii
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Never
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
+
+from service.api.http.strict_json import shown
+from service.api.openai.errors import ParameterError
+from service.api.openai.ids import flat_name, item_name
+from service.ids import new_item_id
+from service.models.client import Role
+from service.storage.records import Item
+
+ItemStatus = Literal["in_progress", "completed", "incomplete"]
+Namespaces = Mapping[str, tuple[str, str]]
+"""The namespace and the name of each function that the model knows by a flat name, by this name."""
+NO_NAMESPACES: Namespaces = {}
+
+_NAME_LENGTH_MAX = 64
+_CALL_ID_LENGTH_MAX = 256
+_NAME_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
+
+
+# Items as they are shown
+
+
+class InputText(msgspec.Struct, frozen=True, tag="input_text", tag_field="type"):
+    """``{"type": "input_text", "text": "Hi"}``"""
+
+    text: str
+
+
+class OutputText(msgspec.Struct, frozen=True, tag="output_text", tag_field="type"):
+    """``{"type": "output_text", "text": "Hello.", "annotations": [], "logprobs": []}``"""
+
+    text: str
+    annotations: Annotated[tuple[str, ...], Meta(max_length=0)] = ()
+    logprobs: Annotated[tuple[str, ...], Meta(max_length=0)] = ()
+
+
+class ReasoningText(msgspec.Struct, frozen=True, tag="reasoning_text", tag_field="type"):
+    """``{"type": "reasoning_text", "text": "The user greets me."}``"""
+
+    text: str
+
+
+class ShownMessage(msgspec.Struct, frozen=True, kw_only=True, tag="message", tag_field="type"):
+    """A message.
+
+    ``{"type": "message", "id": "msg_9c…", "status": "completed", "role": "assistant", "content": [{"type":
+    "output_text", "text": "Hello.", "annotations": [], "logprobs": []}]}``
+    """
+
+    id: str
+    status: ItemStatus
+    role: Role
+    content: tuple[InputText | OutputText, ...]
+
+
+class ShownReasoning(msgspec.Struct, frozen=True, kw_only=True, tag="reasoning", tag_field="type"):
+    """Reasoning, in words, encrypted, or both. Model servers send whole texts and no summaries.
+
+    ``{"type": "reasoning", "id": "rs_5d…", "status": "completed", "summary": [], "content": [{"type": "reasoning_text",
+    "text": "The user greets me."}]}``
+    """
+
+    id: str
+    status: ItemStatus
+    summary: Annotated[tuple[str, ...], Meta(max_length=0)] = ()
+    content: tuple[ReasoningText, ...] | UnsetType = UNSET
+    encrypted_content: str | UnsetType = UNSET
+
+
+class ShownFunctionCall(msgspec.Struct, frozen=True, kw_only=True, tag="function_call", tag_field="type"):
+    """A call of the model.
+
+    ``{"type": "function_call", "id": "fc_3e…", "status": "completed", "call_id": "call_6f…", "name": "get_weather",
+    "arguments": "{\\"city\\": \\"Oslo\\"}"}``
+    """
+
+    id: str
+    status: ItemStatus
+    call_id: str
+    name: str
+    arguments: str
+    namespace: str | UnsetType = UNSET
+
+
+class ShownFunctionCallOutput(msgspec.Struct, frozen=True, kw_only=True, tag="function_call_output", tag_field="type"):
+    """The result of a call.
+
+    ``{"type": "function_call_output", "id": "fco_8a…", "status": "completed", "call_id": "call_6f…", "output": "4"}``
+    """
+
+    id: str
+    status: ItemStatus
+    call_id: str
+    output: str
+
+
+ShownItem = ShownMessage | ShownReasoning | ShownFunctionCall | ShownFunctionCallOutput
+
+
+def shown_item(
+    item: Item,
+    *,
+    status: ItemStatus = "completed",
+    namespaces: Namespaces = NO_NAMESPACES,
+    encrypted: bool = False,
+) -> ShownItem:
+    """An item as clients of OpenAI's API see it.
+
+    Args:
+        namespaces: The names of the functions of the turn that are in namespaces.
+        encrypted: Whether encrypted reasoning is shown, as ``include`` asks for it.
+    """
+    name = item_name(item)
+    match item.type:
+        case "message":
+            part = OutputText(item.text) if item.role == "assistant" else InputText(item.text)
+            return ShownMessage(id=name, status=status, role=item.role, content=(part,))
+        case "reasoning":
+            return ShownReasoning(
+                id=name,
+                status=status,
+                content=(ReasoningText(item.text),) if item.text else UNSET,
+                encrypted_content=_sealed(item) if encrypted and item.encrypted else UNSET,
+            )
+        case "function_call":
+            namespace, function = namespaces.get(item.name, (UNSET, item.name))
+            return ShownFunctionCall(
+                id=name, status=status, call_id=item.call_id, name=function, arguments=item.text, namespace=namespace
+            )
+        case "function_call_output":
+            return ShownFunctionCallOutput(id=name, status=status, call_id=item.call_id, output=item.text)
+
+
+def status_of(items: Sequence[Item], index: int, *, is_open: bool, is_whole: bool) -> ItemStatus:
+    """The status of an item of a reply, by what follows it: a text does not go on after a call.
+
+    Args:
+        is_open: Whether the reply may still grow.
+        is_whole: Whether the model has ended the reply by itself.
+    """
+    item = items[index]
+    if is_whole:
+        return "completed"
+    if item.type == "function_call":
+        return "in_progress" if is_open else "completed" if item.complete else "incomplete"
+    if any(later.type == "function_call" for later in items[index + 1 :]):
+        return "completed"
+    if is_open:
+        return "in_progress"
+    has_answer = item.type == "reasoning" and any(later.type == "message" for later in items[index + 1 :])
+    return "completed" if has_answer else "incomplete"
+
+
+# Encrypted reasoning
+
+_SEAL = "lc1."
+"""What encrypted reasoning begins with that has passed through this service: it carries its server's fields, too."""
+
+
+class _Sealed(msgspec.Struct, frozen=True, array_like=True):
+    text: str
+    upstream: dict[str, msgspec.Raw] = {}
+
+
+def _sealed(item: Item) -> str:
+    """Encrypted reasoning for a client, which only gives it back: without more fields it is as the server sent it."""
+    if not item.upstream and not item.encrypted.startswith(_SEAL):
+        return item.encrypted
+    kept = msgspec.json.encode((item.encrypted, msgspec.Raw(item.upstream.encode() or b"{}")))
+    return _SEAL + base64.urlsafe_b64encode(kept).decode()
+
+
+def _unsealed(content: str, field: str) -> tuple[str, str]:
+    """The encrypted text, and its server's fields as JSON."""
+    if not content.startswith(_SEAL):
+        return content, ""
+    try:
+        sealed = msgspec.json.decode(base64.urlsafe_b64decode(content.removeprefix(_SEAL)), type=_Sealed)
+    except (binascii.Error, msgspec.MsgspecError, ValueError, RecursionError):
+        raise ParameterError(
+            "This encrypted content is not as this server gave it out: send it unchanged.",
+            param=field,
+            code="invalid_encrypted_content",
+        ) from None
+    return _checked(sealed.text, field), msgspec.json.encode(sealed.upstream).decode() if sealed.upstream else ""
+
+
+# Items as they are taken
+
+_REFUSED_PARTS = {
+    "input_image": "Images are",
+    "input_audio": "Audio is",
+    "output_audio": "Audio is",
+    "input_file": "Files are",
+    "input_video": "Videos are",
+    "computer_screenshot": "Images are",
+}
+_ROLES: Mapping[str, Role] = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
+_TAKEN = "`message`, `reasoning`, `function_call` and `function_call_output`"
+_FIELDS = {
+    "message": frozenset({"type", "id", "status", "role", "content", "phase"}),
+    "reasoning": frozenset({"type", "id", "status", "summary", "content", "encrypted_content"}),
+    "function_call": frozenset(
+        {"type", "id", "status", "call_id", "name", "arguments", "namespace", "caller", "created_by"}
+    ),
+    "function_call_output": frozenset(
+        {"type", "id", "status", "call_id", "output", "name", "namespace", "caller", "created_by"}
+    ),
+}
+
+
+def read_items(told: Sequence[object], *, field: str) -> tuple[Item, ...]:
+    """Read items that a caller brings, of every role. They get new ids: a history may be brought many times.
+
+    ``developer`` is ``system`` here. A message without text, and reasoning without words and without encrypted content,
+    is left out: it says nothing.
+
+    Args:
+        field: The name of the parameter.
+
+    Raises:
+        ParameterError: An item is wrong, or is of a kind that this service does not take.
+    """
+    items = (_read_item(item, f"{field}[{index}]") for index, item in enumerate(told))
+    return tuple(item for item in items if item is not None)
+
+
+def _read_item(told: object, field: str) -> Item | None:
+    item = _object(told, field)
+    kind = item.get("type")
+    if kind is None and "role" in item:
+        kind = "message"
+    if kind not in _FIELDS:
+        _refuse_type(kind, field)
+    unknown = next((name for name, value in item.items() if name not in _FIELDS[kind] and value is not None), None)
+    if unknown is not None:
+        raise ParameterError(
+            f"Unknown parameter: {shown(unknown)!r}.", param=f"{field}.{shown(unknown)}", code="unknown_parameter"
+        )
+    match kind:
+        case "message":
+            return _read_message(item, field)
+        case "reasoning":
+            return _read_reasoning(item, field)
+        case "function_call":
+            return _read_call(item, field)
+        case _:
+            return Item(
+                id=new_item_id("function_call_output"),
+                type="function_call_output",
+                role="user",
+                call_id=_call_id(item, field),
+                text=_read_text(item.get("output"), f"{field}.output", ("input_text", "text"), between="\n"),
+            )
+
+
+def _refuse_type(kind: object, field: str) -> Never:
+    if not isinstance(kind, str):
+        raise ParameterError(f"Expected an item with a type: {_TAKEN}.", param=f"{field}.type")
+    if kind == "item_reference":
+        raise ParameterError(
+            "This server does not take references to items: send the items, or name the response that has them as "
+            "`previous_response_id`.",
+            param=field,
+            code="unsupported_value",
+        )
+    raise ParameterError(
+        f"Items of the type {shown(kind)!r} are not supported: this server takes {_TAKEN}.",
+        param=f"{field}.type",
+        code="unsupported_value",
+    )
+
+
+def _read_message(item: Mapping[str, Any], field: str) -> Item | None:
+    role = item.get("role")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise ParameterError("Expected `user`, `assistant`, `system` or `developer`.", param=f"{field}.role")
+    is_models = role == "assistant"
+    text = _read_text(
+        item.get("content"),
+        f"{field}.content",
+        ("output_text", "input_text", "text", "refusal") if is_models else ("input_text", "text", "output_text"),
+        between="" if is_models else "\n",
+    )
+    return Item(id=new_item_id("message"), role=_ROLES[role], text=text) if text else None
+
+
+def _read_reasoning(item: Mapping[str, Any], field: str) -> Item | None:
+    text = "".join(
+        _read_text(item.get(name) or (), f"{field}.{name}", kinds, between="\n\n")
+        for name, kinds in (("summary", ("summary_text",)), ("content", ("reasoning_text", "text")))
+    )
+    content = item.get("encrypted_content")
+    encrypted, upstream = "", ""
+    if content is not None:
+        where = f"{field}.encrypted_content"
+        encrypted, upstream = _unsealed(_text(content, where), where)
+    if not text and not encrypted:
+        return None
+    return Item(
+        id=new_item_id("reasoning"),
+        type="reasoning",
+        role="assistant",
+        text=text,
+        encrypted=encrypted,
+        upstream=upstream,
+    )
+
+
+def _read_call(item: Mapping[str, Any], field: str) -> Item:
+    name, namespace = _name(item.get("name"), f"{field}.name"), item.get("namespace")
+    if namespace is not None:
+        name = flat_name(_name(namespace, f"{field}.namespace"), name)
+    return Item(
+        id=new_item_id("function_call"),
+        type="function_call",
+        role="assistant",
+        call_id=_call_id(item, field),
+        name=name,
+        text=_text(item.get("arguments"), f"{field}.arguments"),
+    )
+
+
+def _read_text(content: object, field: str, kinds: Sequence[str], *, between: str) -> str:
+    """Read a text, or an array of parts with texts."""
+    if isinstance(content, str):
+        return _checked(content, field)
+    if not isinstance(content, list | tuple):
+        raise ParameterError("Expected a text, or an array of parts.", param=field, code="invalid_type")
+    return between.join([_read_part(part, f"{field}[{index}]", kinds) for index, part in enumerate(content)])
+
+
+def _read_part(told: object, field: str, kinds: Sequence[str]) -> str:
+    part = _object(told, field)
+    kind = part.get("type")
+    if isinstance(kind, str) and kind in _REFUSED_PARTS:
+        raise ParameterError(
+            f"{_REFUSED_PARTS[kind]} not supported: this server takes texts.",
+            param=f"{field}.type",
+            code="unsupported_value",
+        )
+    if kind not in kinds:
+        raise ParameterError(
+            f"Expected a part of the type {' or '.join(f'`{it}`' for it in kinds)}.",
+            param=f"{field}.type",
+            code="invalid_value",
+        )
+    name = "refusal" if kind == "refusal" else "text"
+    return _text(part.get(name), f"{field}.{name}")
+
+
+def _object(told: object, field: str) -> dict[str, Any]:
+    if not isinstance(told, dict):
+        raise ParameterError("Expected an object.", param=field, code="invalid_type")
+    return told
+
+
+def _call_id(item: Mapping[str, Any], field: str) -> str:
+    call_id = _text(item.get("call_id"), f"{field}.call_id")
+    if not 1 <= len(call_id) <= _CALL_ID_LENGTH_MAX:
+        raise ParameterError(f"Expected 1 to {_CALL_ID_LENGTH_MAX} characters.", param=f"{field}.call_id")
+    return call_id
+
+
+def _name(told: object, field: str) -> str:
+    name = _text(told, field)
+    if not 1 <= len(name) <= _NAME_LENGTH_MAX or not _NAME_CHARACTERS.issuperset(name):
+        raise ParameterError("Expected a name: 1-64 of `A-Z a-z 0-9 _ -`.", param=field)
+    return name
+
+
+def _text(told: object, field: str) -> str:
+    if not isinstance(told, str):
+        raise ParameterError("Expected a text.", param=field, code="invalid_type")
+    return _checked(told, field)
+
+
+def _checked(text: str, field: str) -> str:
+    """A text that can be stored and sent on. Raises: ParameterError."""
+    if "\0" in text:
+        raise ParameterError("A text may not have NUL characters.", param=field)
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ParameterError("A text may not have half of a surrogate pair.", param=field) from None
+    return text
