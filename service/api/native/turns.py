@@ -267,7 +267,7 @@ async def _find_asked(service: Service, session_id: str, turn_id: str, key: Idem
 
     Raises:
         SessionNotFoundError, TurnNotFoundError
-        InvalidRequestError: The turn has no input.
+        InvalidRequestError: The turn has no input of the user: a prompt would end with a reply, or with a note.
         RepeatedError: The turn or its input is gone, and was not when an earlier request with this key has retried it.
     """
     refusal: RefusedError
@@ -276,7 +276,7 @@ async def _find_asked(service: Service, session_id: str, turn_id: str, key: Idem
     except _NO_TURN as error:
         refusal = error
     else:
-        if turn.input:
+        if any(item.role == "user" for item in turn.input):
             return turn
         refusal = InvalidRequestError(f"Turn {turn_id!r} has no input that could be sent again.", field="turn_id")
     if key is not None:

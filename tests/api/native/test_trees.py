@@ -97,6 +97,22 @@ async def test_a_retry_needs_no_body(autojump_clock: MockClock) -> None:
         (await api.call("POST", f"{TURNS}", raw=b"")).problem(415, "unsupported_media_type")
 
 
+async def test_a_turn_without_a_question_is_not_retried(autojump_clock: MockClock) -> None:
+    """The model would be asked with a prompt that ends with its own reply."""
+    async with open_api() as api:
+        await api.new_session(id="s")
+        items = [
+            {"type": "message", "role": "user", "text": "Hi"},
+            {"type": "message", "role": "assistant", "text": "Hello"},
+            {"type": "message", "role": "system", "text": "The user has paid."},
+            {"type": "message", "role": "assistant", "text": "Thank you"},
+            {"type": "message", "role": "assistant", "text": "Goodbye"},
+        ]
+        added = (await api.call("POST", "/sessions/s/messages", {"items": items})).json["turns"]
+        for turn_id in added[1:]:
+            (await _retry(api, {"id": turn_id})).problem(422, "invalid_request", "turn_id")
+
+
 async def test_a_retry_streams_and_runs_beside_the_turn_that_still_runs(autojump_clock: MockClock) -> None:
     async with open_api(model_url=SLOW) as api:
         await api.new_session(id="s")
