@@ -70,6 +70,10 @@ clients *args:
 crash times="200":
     @{{ dev }} python -m tests.storage.sqlite.crash {{ times }}
 
+# look for faults in generated histories of sessions, so many times longer than the tests do
+histories times="10":
+    @EXAMPLES=$(( 100 * {{ times }} )) {{ dev }} python -m pytest {{ parallel }} --hypothesis-profile long tests/sessions/trees
+
 # what the store's calls cost with so many sessions in it, and what search costs with so many messages
 scale sessions="1000000" messages="1000000":
     @{{ dev }} python -m tests.storage.sqlite.many_rows {{ sessions }}

@@ -16,3 +16,10 @@ settings.register_profile(
 settings.load_profile("lastcall")
 # For `just quick`, which is run many times a day: a quarter of the examples.
 settings.register_profile("quick", settings.get_profile("lastcall"), max_examples=25)
+# For `just histories`, which looks for what the usual number of examples does not find: always new ones.
+settings.register_profile(
+    "long",
+    settings.get_profile("lastcall"),
+    derandomize=False,
+    max_examples=int(os.environ.get("EXAMPLES", "100")),
+)
