@@ -144,13 +144,16 @@ class FaceStream(NamedTuple):
         find_turn: Finds the turn, as the ids of its session, scoped, and of the turn itself, from the ``Location`` of
             the owner's answer, or else from the path of the request. Raises: LastcallError: The stream is cut.
         seen: How many frames the client had seen before this stream.
-        end: The face's :attr:`Face.end`.
+        end: How a stream that is whole ends: the face's :attr:`Face.end`, or one of several ends.
+        cut: The last frame of a stream that ends early and cannot be resumed, for clients that would take its end for
+            that of a whole stream.
     """
 
     face_of: Callable[[TurnSource], Face]
     find_turn: Callable[[str], Awaitable[tuple[str, str]]]
     seen: int = 0
-    end: bytes = b""
+    end: bytes | tuple[bytes, ...] = b""
+    cut: bytes = b""
 
 
 def continue_streams_with(face: EncodeFrame | FaceStream) -> None:
@@ -426,7 +429,7 @@ class ProxiedStream(ResponseBody):
         else:
             self._seq = read_seen(request).seq if request.method == "GET" else read_last_event_id(request) or 0
         self._unsent = b""
-        self._has_ended = False
+        self._has_ended = self._is_cut = False
         self._rest: Events | None = None
         self._encode: EncodeFrame | None = None
         self._opening = b""
@@ -442,16 +445,24 @@ class ProxiedStream(ResponseBody):
 
     async def __anext__(self) -> bytes:
         frames = b""
-        if self._rest is None:
+        if self._rest is None and not self._is_cut:
             try:
                 frames = await self._receive_frames()
             except PEER_GONE:
                 self._rest = None if self._has_ended else await self._open_rest()
         if self._rest is not None:
             frames = await self._read_rest(self._rest)
+        frames = frames or self._cut()
         if not frames:
             raise StopAsyncIteration
         return frames
+
+    def _cut(self) -> bytes:
+        """The last frame of a stream that has no end; empty if it has one, or needs no such frame."""
+        if not isinstance(self._face, FaceStream) or self._has_ended or self._rest is not None or self._is_cut:
+            return b""
+        self._is_cut = True
+        return self._face.cut
 
     async def _read_rest(self, rest: Events) -> bytes:
         assert self._encode is not None

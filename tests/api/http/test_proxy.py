@@ -26,7 +26,7 @@ from service.api.native import turns
 from service.cluster import owner_beats, peer_socket
 from service.cluster.peer_proof import Purpose, check_peer
 from service.cluster.peer_socket import socket_name
-from service.errors import OwnedElsewhereError
+from service.errors import OwnedElsewhereError, TurnNotFoundError
 from service.hosting import peer_listener
 from service.sessions.events.events import Event
 from service.stop_state import Phase
@@ -301,6 +301,35 @@ async def test_a_stream_of_numbered_frames_that_has_ended_does_not_end_again(
         assert await client.receive() == b"data: 0 begin\n\ndata: over\n\n"
         await owner.die(stream)
         assert await client.receive() == b""
+
+
+@pytest.mark.parametrize("dies", [True, False], ids=["the owner dies", "the owner ends its answer"])
+@pytest.mark.parametrize(
+    ("told", "rest"),
+    [("data: 0 begin\n\n", b"data: cut\n\n"), ("data: over\n\n", b""), ("data: other end\n\n", b"")],
+)
+async def test_a_stream_that_nothing_can_go_on_with_tells_that_it_was_cut(
+    told: str, rest: bytes, dies: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def find_turn(_: str) -> tuple[str, str]:
+        raise TurnNotFoundError(TURN)
+
+    ends = (b"data: over\n\n", b"other end\n\n")
+    stream_face = FaceStream(lambda _: CountingFace(), find_turn, end=ends, cut=b"data: cut\n\n")
+    monkeypatch.setattr(turns, "encode_frame", stream_face)
+    async with open_owner(tmp_path) as (api, owner), api.open("GET", EVENTS, headers=SSE) as client:
+        await client.send_complete()
+        stream, _ = await owner.take()
+        await stream.send_all(HEAD + chunk(told))
+        assert await client.receive() == told.encode()
+        if dies:
+            await owner.die(stream)
+        else:
+            await stream.send_all(b"0\r\n\r\n")
+        got = b""
+        while piece := await client.receive():
+            got += piece
+        assert got == rest
 
 
 @pytest.mark.parametrize("prefix", ["", "/behind/a/proxy"])
