@@ -11,7 +11,6 @@
     │   ├── SessionExistsError       the chosen id is taken
     │   ├── TurnNotFoundError        the session has no such turn
     │   ├── ItemNotFoundError        the session has no such item
-    │   ├── TooManyTurnsError        a deletion would take too many turns, or too large ones, with it
     │   ├── TurnInProgressError      a running or queued turn is in the way
     │   ├── TurnEndingError          a turn is ending, and its end takes long (``session_id``, ``turn_id``)
     │   ├── EventsLostError          a resume inside events that a crash lost
@@ -127,19 +126,6 @@ class ItemNotFoundError(RefusedError):
     def __init__(self, item_id: str) -> None:
         super().__init__(f"This session has no item {item_id!r}.")
         self.item_id = item_id
-
-
-class TooManyTurnsError(RefusedError):
-    """The turns that follow a turn are too many, or too large, to be deleted in one step."""
-
-    code = "too_many_turns"
-
-    def __init__(self, turn_id: str, *, turns_max: int, bytes_max: int) -> None:
-        super().__init__(
-            f"Turn {turn_id!r} and the turns that follow it are more than {turns_max}, or have more than {bytes_max} "
-            "bytes; delete a later turn first."
-        )
-        self.turn_id = turn_id
 
 
 class HeadMovedError(RefusedError):

@@ -451,15 +451,12 @@ class Sessions:
             SessionNotFoundError, ItemNotFoundError
             OwnedElsewhereError: Another process runs turns of this session.
             TurnInProgressError: The item's turn, or a turn that follows it, is open.
-            TooManyTurnsError: The outputs of a call are in too many turns.
         """
         for turn in self._active.open_turns_of(session_id):
             if turn.record().find_item(item_id) is not None:
                 raise TurnInProgressError(turn.id, instead=INSTEAD_OF_DELETING)
         await self._acceptance.delete(
-            session_id,
-            lambda: self._store.delete_item(session_id, item_id, now=self._clock()),
-            late_is_refused=False,  # before it writes, the store looks for the item: in a long session that takes long
+            session_id, lambda: self._store.delete_item(session_id, item_id, now=self._clock())
         )
 
     # Turns
@@ -473,7 +470,6 @@ class Sessions:
             SessionNotFoundError, TurnNotFoundError
             OwnedElsewhereError: Another process runs turns of this session.
             TurnInProgressError: One of these turns is open.
-            TooManyTurnsError
         """
         await self._acceptance.delete(
             session_id, lambda: self._store.delete_turns(session_id, turn_id, now=self._clock())

@@ -19,6 +19,7 @@ from operator import attrgetter
 from secrets import token_bytes
 from typing import TypeVar
 
+import anyio
 import anyio.lowlevel
 import msgspec
 from sortedcontainers import SortedList
@@ -80,10 +81,14 @@ _LISTED_AT_ONCE = 1000
 """Sessions that a listing looks at in one step of the event loop, which takes less than a millisecond."""
 _FURTHER_TERMS_S = 5
 """Bound on the indexing after a deletion, which a cancelled caller waits for."""
+_RECLAIM_S = 0.5
+"""How long the caller of a deletion of turns waits until they are taken out of the lists; the next call goes on."""
 _ROOM_AFTER_S = 10
 """After which time a caller that found no room for a session is told to try again: sessions live for long."""
 _DOCUMENTS_AT_ONCE = 256
 """Documents of a session that a search looks at in one step, which takes less than a millisecond."""
+_LOOKED_AT_ONCE = 100
+"""Turns that are looked at in one step, which takes some microseconds."""
 _FORKED_AT_ONCE = 100
 """Turns that a fork copies in one step of the event loop, which takes some milliseconds."""
 
@@ -99,6 +104,19 @@ class _Page:
 
 
 @dataclass
+class _Deletion:
+    """A deletion of turns: all of them are deleted at once, and taken out of the lists afterwards.
+
+    Attributes:
+        turns: The turns that are still in the lists.
+    """
+
+    session: "_Session"
+    turns: list["_Turn"]
+    is_done: bool = False
+
+
+@dataclass
 class _Turn:
     record: TurnRecord
     pages: Sequence[_Page] = ()
@@ -111,6 +129,10 @@ class _Turn:
     """From 1, among the turns with the same parent."""
     document: int | None = None
     """Its number among the documents that are searched, once it has ended."""
+    deletion: _Deletion | None = None
+
+    def is_deleted(self) -> bool:
+        return self.deletion is not None and self.deletion.is_done
 
     def texts(self) -> Iterable[str]:
         return searched_texts(self.record)
@@ -144,27 +166,43 @@ class _Session:
         self.turns.append(turn)
         return Siblings(turn.place, turn.place)
 
-    def with_followers(self, turn: _Turn) -> list[_Turn]:
-        """A turn and all that follow it. Raises: TooManyTurnsError."""
-        found, size = [turn], 0
-        for number, follower in enumerate(found, 1):
-            size += follower.record.text_bytes
-            rules.check_size_of_deletion(turn.record.id, turns=number, size=size)
+    @property
+    def version(self) -> tuple[int, int]:
+        """What changes with each deletion and each new turn."""
+        return self.edits, self.begun
+
+    def followers_of(self, turn: _Turn) -> Steps[list[_Turn]]:
+        """A turn and all that follow it."""
+        found = [turn]
+        for follower in found:
+            yield
             found += self.children.get(follower.record.id, ())
         return found
 
-    def remove(self, turns: Sequence[_Turn]) -> None:
-        """Take a turn and all that follow it out. The siblings of the first turn move up."""
-        for turn in turns:
-            del self.turns[bisect_left(self.turns, turn.ordinal, key=attrgetter("ordinal"))]
-            self.children.pop(turn.record.id, None)
-            if turn.document is not None:
-                self.documents.remove(turn.document)
-        index = turns[0].place - 1
+    def others_than(self, deletion: _Deletion) -> Steps[list[_Turn] | None]:
+        """All turns but those of a deletion; None if these are so few that they are taken out one by one."""
+        if len(deletion.turns) <= _LOOKED_AT_ONCE:
+            return None
+        others: list[_Turn] = []
+        for looked_at, turn in enumerate(self.turns):
+            if turn.deletion is not deletion:
+                others.append(turn)
+            if looked_at % _LOOKED_AT_ONCE == 0:
+                yield
+        return others
+
+    def remove(self, turns: Sequence[_Turn], others: list[_Turn] | None) -> None:
+        """Take a turn and all that follow it out; the others stay. The siblings of the first turn move up."""
+        if others is not None:
+            self.turns = others
+        else:
+            for turn in turns:
+                del self.turns[bisect_left(self.turns, turn.ordinal, key=attrgetter("ordinal"))]
         siblings = self.children[turns[0].record.parent]
+        index = turns[0].place - 1
         del siblings[index]
-        for turn in siblings[index:]:
-            turn.place -= 1
+        for sibling in siblings[index:]:
+            sibling.place -= 1
 
 
 @dataclass
@@ -243,6 +281,9 @@ class MemoryStore:
         """Keys of things that are gone, before :meth:`forget_keys` has noted when."""
         self._gone_at: deque[tuple[datetime, tuple[str, str]]] = deque()
         self._documents = MemoryDocuments()
+        self._deleting = anyio.Lock()  # one deletion of turns at a time, because it marks its turns
+        self._deletions: deque[_Deletion] = deque()
+        """Those whose turns are not yet taken out of the lists."""
         self._by_pair: dict[tuple[str | None, str, str], SortedList[tuple[datetime, str]]] = {}
         """The sessions that are not marked as deleted, for each pair of their metadata: those of each owner, and those
         of all owners under None."""
@@ -383,7 +424,7 @@ class MemoryStore:
         if kept is None or not rules.is_titled(kept.record, session, now, is_deleted=kept.deleted):
             return False
         if source is not None:
-            turn = self._turns.get(source.turn_id)
+            turn = self._find_turn(source.turn_id)
             if turn is None or TitleSource.of(turn.record) != source:
                 title = None
         before = kept.record
@@ -410,12 +451,12 @@ class MemoryStore:
         session = self._sessions.get(session_id)
         if session is not None and session.deleted:
             self._remove(session)
-            await in_steps(self._documents.reclaim())
+            await in_steps(self._reclaim())
 
     async def delete_expired(self, *, now: datetime, limit: int) -> int:
         await anyio.lowlevel.checkpoint()
         removed = self._remove_expired(now, limit)
-        await in_steps(self._documents.reclaim())
+        await in_steps(self._reclaim())
         return removed
 
     # Idempotency keys
@@ -475,8 +516,7 @@ class MemoryStore:
         key: IdempotencyKey | None = None,
     ) -> SessionRecord:
         await anyio.lowlevel.checkpoint()
-        runs = [rules.events_at_once(turn.output) for turn in added]
-        turns = [_Turn(turn, tuple(_pages_of(its)), count(its)) for turn, its in zip(added, runs, strict=True)]
+        turns = await in_steps(_with_events(added))
         async with self._prepared(turns):
             self._check_key(key, now)
             session = self._visible(added[0].session_id, now)
@@ -494,21 +534,34 @@ class MemoryStore:
 
     async def delete_turns(self, session_id: str, turn_id: str, *, now: datetime) -> None:
         await anyio.lowlevel.checkpoint()
+        async with self._deleting:
+            while not await in_steps(self._delete_turns(session_id, turn_id, now)):
+                pass  # the tree has changed meanwhile
+        with anyio.move_on_after(_RECLAIM_S, shield=True):
+            await in_steps(self._reclaim())
+
+    def _delete_turns(self, session_id: str, turn_id: str, now: datetime) -> Steps[bool]:
+        """Delete a turn and all that follow it. Returns whether they are deleted: not if the tree changes meanwhile."""
         session = self._visible(session_id, now)
-        followers = session.with_followers(self._turn_of(session_id, turn_id))
-        for turn in followers:
+        version, first, messages = session.version, self._turn_of(session_id, turn_id), 0
+        deletion = _Deletion(session, (yield from session.followers_of(first)))
+        for turn in deletion.turns:
+            yield
             if turn.record.is_open:
                 raise TurnInProgressError(turn.record.id, instead=rules.INSTEAD_OF_DELETING)
-        session.remove(followers)
-        for turn in followers:
-            self._forget(turn)
-            del self._turns[turn.record.id]
-            if turn.record.id in session.keys:
-                self._gone.append(session.keys.pop(turn.record.id))
+            turn.deletion = deletion
+            messages += turn.record.message_count
+        others = yield from session.others_than(deletion)
+        if self._visible(session_id, now) is not session or session.version != version:
+            return False
+        deletion.is_done = True
+        self._deletions.append(deletion)
         head = session.record.head
-        if head in {turn.record.id for turn in followers}:
-            head = followers[0].record.parent
-        self._note_edit(session, messages=sum(turn.record.message_count for turn in followers), head=head)
+        if head is not None and self._find_turn(head) is None:
+            head = first.record.parent
+        session.remove(deletion.turns, others)
+        self._note_edit(session, messages=messages, head=head)
+        return True
 
     async def find_item(self, session_id: str, item_id: str, *, now: datetime) -> TurnRecord:
         await anyio.lowlevel.checkpoint()
@@ -521,31 +574,36 @@ class MemoryStore:
         await anyio.lowlevel.checkpoint()
         while True:
             session = self._visible(session_id, now)
-            edits = session.edits
+            version = session.version
             turn = await in_steps(_search(session.turns, item_id))
             item = None if turn is None else turn.record.find_item(item_id)
             if turn is None or item is None:
                 raise ItemNotFoundError(item_id)
-            terms, had_all = await in_steps(_lost_terms(turn.record, rules.without_items(turn.record, [item_id])))
-            if self._visible(session_id, now) is session and session.edits == edits:
-                self._delete_item(session, turn, item, terms)
+            record = turn.record
+            terms, had_all = await in_steps(_lost_terms(record, rules.without_items(record, [item_id])))
+            changes = await in_steps(_without_answers(session, turn, item))
+            if (
+                self._visible(session_id, now) is session
+                and session.version == version
+                and turn.record is record
+                and changes.are_current()
+            ):
+                self._delete_item(session, turn, item, terms, changes)
                 with anyio.move_on_after(_FURTHER_TERMS_S, shield=True):
                     if not had_all:
                         await in_steps(self._add_further_terms(turn, turn.record))
-                    await in_steps(self._documents.reclaim())
+                    await in_steps(self._reclaim())
                 return
 
-    def _delete_item(self, session: _Session, found: _Turn, item: Item, terms: set[str]) -> None:
+    def _delete_item(self, session: _Session, found: _Turn, item: Item, terms: set[str], answers: "_Answers") -> None:
         still_open = self._open_follower(session, found)
         if still_open is not None:
             raise TurnInProgressError(still_open, instead=rules.INSTEAD_OF_DELETING)
-        changes: list[tuple[_Turn, Collection[str]]] = [(found, [item.id])]
-        if item.type == "function_call":
-            changes += _answers(session, found, item)
         if found.document is not None:
             self._documents.drop(found.document, terms)
-        messages = sum(_delete_from(turn, item_ids) for turn, item_ids in changes)
-        self._note_edit(session, messages=messages, head=session.record.head)
+        for turn, _, without in answers.changes:
+            turn.record = without
+        self._note_edit(session, messages=answers.messages + _delete_from(found, [item.id]), head=session.record.head)
 
     def _add_further_terms(self, turn: _Turn, record: TurnRecord) -> Steps[None]:
         """Index what a turn has now, until it changes again: of more terms than count, other ones may be the first."""
@@ -558,7 +616,7 @@ class MemoryStore:
 
     async def start_turn(self, turn_id: str, *, now: datetime) -> bool:
         await anyio.lowlevel.checkpoint()
-        turn = self._turns.get(turn_id)
+        turn = self._find_turn(turn_id)
         if turn is None:
             return False
         turn.record = rules.started(turn.record, now)
@@ -567,7 +625,7 @@ class MemoryStore:
     async def checkpoint_turns(self, checkpoints: Sequence[Checkpoint]) -> Collection[str]:
         # Nothing is kept, because no turn in this store outlives its owner.
         await anyio.lowlevel.checkpoint()
-        turns = ((it.turn_id, self._turns.get(it.turn_id)) for it in checkpoints)
+        turns = ((it.turn_id, self._find_turn(it.turn_id)) for it in checkpoints)
         return [turn_id for turn_id, turn in turns if turn is None or not turn.record.is_open]
 
     async def end_turn(
@@ -579,12 +637,12 @@ class MemoryStore:
         after: int = 0,  # noqa: ARG002
     ) -> EndResult:
         await anyio.lowlevel.checkpoint_if_cancelled()
-        kept = self._turns.get(turn.id)
+        kept = self._find_turn(turn.id)
         if kept is None or not kept.record.is_open:
             return rules.result_of_late_end(None if kept is None else kept.record, turn)
         session = self._sessions[kept.record.session_id]
         kept.record, kept.document = turn, self._documents.reserve()
-        self._documents.note(kept.document, Document(turn.session_id, turn.id, kept.texts))
+        self._documents.note(kept.document, Document(turn.session_id, turn.id, kept.texts, kept.is_deleted))
         session.documents.add(kept.document)
         kept.pages = tuple(_pages_of(runs))
         kept.kept = count(runs)
@@ -605,7 +663,7 @@ class MemoryStore:
 
     async def find_session_of(self, turn_id: str) -> str | None:
         await anyio.lowlevel.checkpoint()
-        turn = self._turns.get(turn_id)
+        turn = self._find_turn(turn_id)
         return None if turn is None else turn.record.session_id
 
     async def list_turns(
@@ -637,7 +695,7 @@ class MemoryStore:
         session = self._sessions.get(session_id)
         if session is None:
             return Places()
-        turns = [turn for turn in map(self._turns.get, turn_ids) if turn and turn.record.session_id == session_id]
+        turns = [turn for turn in map(self._find_turn, turn_ids) if turn and turn.record.session_id == session_id]
         counts = session.children
         return Places(
             session.record.head,
@@ -663,7 +721,7 @@ class MemoryStore:
         self, session_id: str, turn_id: str, *, after: int = 0, length_max: int = PAGE_LENGTH_MAX
     ) -> EventsPage:
         await anyio.lowlevel.checkpoint()
-        turn = self._turns.get(turn_id)
+        turn = self._find_turn(turn_id)
         if turn is None or turn.record.session_id != session_id:
             return EventsPage(after=after)
         if turn.record.events_deleted:
@@ -715,13 +773,36 @@ class MemoryStore:
     def _publish(self, session: _Session, *turns: _Turn) -> None:
         for turn in turns:
             assert turn.document is not None
-            self._documents.publish(turn.document, Document(turn.record.session_id, turn.record.id, turn.texts))
+            self._documents.publish(
+                turn.document, Document(turn.record.session_id, turn.record.id, turn.texts, turn.is_deleted)
+            )
         session.documents.update(turn.document for turn in turns if turn.document is not None)
 
     def _forget(self, turn: _Turn) -> None:
         if turn.document is not None:
             self._documents.remove(turn.document, turn.texts)
             turn.document = None
+
+    def _reclaim(self) -> Steps[None]:
+        """Take deleted turns out of the lists, and removed documents out of the index."""
+        while self._deletions:
+            deletion = self._deletions[0]
+            while deletion.turns:
+                self._take_out(deletion.session, deletion.turns.pop())
+                yield
+            if self._deletions and self._deletions[0] is deletion:  # no other task has done the same meanwhile
+                self._deletions.popleft()
+        yield from self._documents.reclaim()
+
+    def _take_out(self, session: _Session, turn: _Turn) -> None:
+        turn_id = turn.record.id
+        session.children.pop(turn_id, None)
+        if turn.document is not None:
+            session.documents.remove(turn.document)
+        self._forget(turn)
+        del self._turns[turn_id]
+        if turn_id in session.keys:
+            self._gone.append(session.keys.pop(turn_id))
 
     def _publish_title(self, session: _Session, number: int | None = None) -> None:
         title = session.record.title
@@ -845,7 +926,7 @@ class MemoryStore:
     def _path_down(self, session_id: str, turn_id: str | None) -> Iterator[TurnRecord]:
         next_id = turn_id
         while next_id is not None:
-            turn = self._turns.get(next_id)
+            turn = self._find_turn(next_id)
             if turn is None or turn.record.session_id != session_id:
                 return
             yield turn.record
@@ -886,7 +967,7 @@ class MemoryStore:
             session_id=made.session_id,
             turn_id=made.turn_id,
             first_turn_id=made.first_turn_id,
-            is_gone=not exists or (made.turn_id is not None and made.turn_id not in self._turns),
+            is_gone=not exists or (made.turn_id is not None and self._find_turn(made.turn_id) is None),
         )
 
     def _keep_key(
@@ -901,8 +982,12 @@ class MemoryStore:
             self._keys[name] = _Key(key.fingerprint, session, session.record.id, turn_id, first_turn_id)
             session.keys[turn_id] = name
 
-    def _turn_of(self, session_id: str, turn_id: str) -> _Turn:
+    def _find_turn(self, turn_id: str) -> _Turn | None:
         turn = self._turns.get(turn_id)
+        return None if turn is None or turn.is_deleted() else turn
+
+    def _turn_of(self, session_id: str, turn_id: str) -> _Turn:
+        turn = self._find_turn(turn_id)
         if turn is None or turn.record.session_id != session_id:
             raise TurnNotFoundError(turn_id)
         return turn
@@ -960,6 +1045,7 @@ class MemoryStore:
         for name in session.keys.values():
             self._keys[name].session = None
         self._gone.extend(session.keys.values())
+        session.keys.clear()  # deleted turns are taken out later
 
     def _lists_of(self, session: SessionRecord) -> Iterator["_Listed"]:
         yield self._listed
@@ -973,7 +1059,7 @@ def _search(turns: Sequence[_Turn], item_id: str) -> Steps[_Turn | None]:
     """The turn of an item, searched from the newest turn on."""
     for turn in reversed(turns):
         yield
-        if turn.record.find_item(item_id) is not None:
+        if turn.record.find_item(item_id) is not None and not turn.is_deleted():
             return turn
     return None
 
@@ -985,20 +1071,35 @@ def _lost_terms(before: TurnRecord, after: TurnRecord) -> Steps[tuple[set[str], 
     return found_by - still_found_by, len(found_by) < TERMS_MAX
 
 
-def _answers(session: _Session, turn: _Turn, call: Item) -> Iterator[tuple[_Turn, Collection[str]]]:
+@dataclass
+class _Answers:
+    """The turns with outputs of a call, each with its record and with its record without them."""
+
+    changes: list[tuple[_Turn, TurnRecord, TurnRecord]] = field(default_factory=list)
+    messages: int = 0
+    """How many messages the outputs are."""
+
+    def are_current(self) -> bool:
+        return all(turn.record is record for turn, record, _ in self.changes)
+
+
+def _without_answers(session: _Session, turn: _Turn, item: Item) -> Steps[_Answers]:
     """The outputs of a call in the turns that follow, up to the first turn with a reply on each branch.
 
-    Raises: TooManyTurnsError.
+    There are none if the item is no call.
     """
-    following, looked_at = [turn], 0
+    answers, following = _Answers(), [turn] if item.type == "function_call" else []
     while following:
         for child in session.children.get(following.pop().record.id, ()):
-            looked_at += 1
-            rules.check_size_of_deletion(turn.record.id, turns=looked_at, size=0)
-            if outputs := rules.answers_to(call, child.record):
-                yield child, outputs
-            if not child.record.has_reply:
+            yield
+            record = child.record
+            if outputs := rules.answers_to(item, record):
+                without = rules.without_items(record, outputs)
+                answers.changes.append((child, record, without))
+                answers.messages += record.message_count - without.message_count
+            if not record.has_reply:
                 following.append(child)
+    return answers
 
 
 def _delete_from(turn: _Turn, item_ids: Collection[str]) -> int:
@@ -1068,6 +1169,15 @@ def _pairs_of(session: SessionRecord) -> Iterator[tuple[str | None, str, str]]:
 
 def _title(title: str) -> Iterable[str]:
     return (title,)
+
+
+def _with_events(added: Sequence[TurnRecord]) -> Steps[list[_Turn]]:
+    turns: list[_Turn] = []
+    for turn in added:
+        yield
+        runs = rules.events_at_once(turn.output)
+        turns.append(_Turn(turn, tuple(_pages_of(runs)), count(runs)))
+    return turns
 
 
 def _measured(path: Sequence[TurnRecord]) -> Steps[LeftOut]:

@@ -22,12 +22,18 @@ _TERMS_AT_ONCE = 256
 Texts = Callable[[], Iterable[str]]
 
 
+def _never() -> bool:
+    return False
+
+
 class Document(msgspec.Struct, frozen=True):
     """A title (``turn_id`` is None) or an ended turn."""
 
     session_id: str
     turn_id: str | None
     texts: Texts
+    is_deleted: Callable[[], bool] = _never
+    """Whether its turn is deleted: the document is found no more, and removed later."""
 
 
 class _Noted(msgspec.Struct):
@@ -176,7 +182,8 @@ class MemoryDocuments:
 
     def has_terms(self, number: int, terms: Sequence[str]) -> bool:
         """Whether a published document has all these terms."""
-        if number not in self._documents or number in self._noted:
+        document = self._documents.get(number)
+        if document is None or document.is_deleted() or number in self._noted:
             return False
         dropped = self._dropped.get(number, ())
         return all(

@@ -13,7 +13,6 @@ import msgspec
 from service.errors import (
     HeadMovedError,
     PreconditionFailedError,
-    TooManyTurnsError,
     TurnNotFoundError,
 )
 from service.models.client import Usage
@@ -221,11 +220,6 @@ def with_added(session: SessionRecord, turns: Sequence[TurnRecord], now: datetim
 
 
 INSTEAD_OF_DELETING = "delete this later"
-DELETED_TURNS_MAX = 400
-"""The most turns that one deletion takes with it. A deletion is one step of the store, so that all of its texts are
-gone at once; a step of this size takes some 20 ms."""
-DELETED_BYTES_MAX = 4 * 1024 * 1024
-"""The most bytes of their texts, unless it is one turn."""
 PATHS_LOOKED_AT_MAX = 2000
 """The most turns of the paths to open turns that a deletion of an item looks at. A longer path counts as one on which
 the item is."""
@@ -240,12 +234,6 @@ def without_items(turn: TurnRecord, item_ids: Collection[str]) -> TurnRecord:
         output=output,
         events_deleted=turn.events_deleted or len(output) < len(turn.output),
     )
-
-
-def check_size_of_deletion(turn_id: str, *, turns: int, size: int) -> None:
-    """Check how much a deletion of a turn takes with it. Raises: TooManyTurnsError."""
-    if turns > DELETED_TURNS_MAX or (turns > 1 and size > DELETED_BYTES_MAX):
-        raise TooManyTurnsError(turn_id, turns_max=DELETED_TURNS_MAX, bytes_max=DELETED_BYTES_MAX)
 
 
 def answers_to(call: Item, turn: TurnRecord) -> list[str]:

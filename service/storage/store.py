@@ -346,6 +346,7 @@ class Store(Protocol):
     async def delete_turns(self, session_id: str, turn_id: str, *, now: datetime) -> None:
         """Delete a turn and all turns that follow it, with their events. No use of the session.
 
+        However many they are, readers see all of them or none, also after a crash; so it is with :meth:`delete_item`.
         If the head is among them, the turn's parent is the head. ``message_count`` shrinks by their messages; the
         tokens that they used stay in the totals.
 
@@ -353,8 +354,6 @@ class Store(Protocol):
             SessionNotFoundError, TurnNotFoundError
             TurnInProgressError: One of these turns is open.
             OwnedElsewhereError: As :meth:`begin_turn`.
-            TooManyTurnsError: They are more than :data:`~service.storage.rules.DELETED_TURNS_MAX`, or than
-                :data:`~service.storage.rules.DELETED_BYTES_MAX` in bytes.
         """
         ...
 
@@ -381,7 +380,6 @@ class Store(Protocol):
             ItemNotFoundError: No turn has this item. (The reply of an open turn is not in the store.)
             TurnInProgressError: The item's turn, or a turn that follows it, is open.
             OwnedElsewhereError: As :meth:`begin_turn`.
-            TooManyTurnsError: The outputs of a call are in too many turns, as for :meth:`delete_turns`.
         """
         ...
 

@@ -2,6 +2,7 @@
 
 import msgspec
 import pytest
+import trio
 
 from service.errors import (
     HeadMovedError,
@@ -13,6 +14,7 @@ from service.errors import (
 from service.storage.pieces import STARTED, Run, count
 from service.storage.records import EndResult, Item, LeftOut, TurnRecord
 from service.storage.rules import PIECE_LENGTH_MAX, events_at_once
+from service.storage.sqlite import tree_changes
 from service.storage.store import Store
 from tests.storage.conftest import OpenStore
 from tests.storage.rows import IDLE_TIMEOUT_S, T0, a_session, a_turn, all_turns, at, contents, ended, said, told
@@ -119,3 +121,43 @@ async def test_only_the_owner_of_the_open_turns_adds_turns(open_shared: OpenStor
             "interrupted",
             "completed",
         ]
+
+
+async def test_very_many_added_turns_are_shown_at_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.steps.STEP_S", 0)
+    monkeypatch.setattr(tree_changes, "STEP_S", 0.0001)
+    await store.create_session(a_session(), now=T0)
+    await store.add_turns([an_added_turn("a")], now=T0)
+    added = [an_added_turn(f"t{n}", parent=f"t{n - 1}" if n else "a", asked=f"words {n}") for n in range(500)]
+    seen: list[tuple[int, str | None, int]] = []
+    ended = trio.Event()
+
+    async def look() -> None:
+        while not ended.is_set():
+            session = await store.get_session("s", now=T0)
+            page = await store.search_sessions("words", limit=1, after=None, status=None, metadata={}, now=T0)
+            tree = await store.list_tree("s", limit=1000, after=None, now=T0)
+            seen.append((session.message_count, page.data[0].turn_id if page.data else None, len(tree.data)))
+
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(look)
+            while not seen:
+                await trio.lowlevel.checkpoint()
+            await store.add_turns(added, now=T0)
+            during = len(seen)
+            while len(seen) < during + 2:
+                await trio.lowlevel.checkpoint()
+            ended.set()
+    assert during > 1, "others read between the steps"
+    counts = [count for count, _, _ in seen]
+    assert counts == sorted(counts, key=(2, 1002).index)
+    in_trees = [turns for _, _, turns in seen]
+    assert in_trees == sorted(in_trees, key=(1, 501).index)
+    # A search that began before it was over knows the newest turn of that moment.
+    found = [turn_id is not None for _, turn_id, _ in seen]
+    assert found == sorted(found)
+    assert (seen[0], seen[-1]) == ((2, None, 1), (1002, "t499", 501))
+    assert await all_turns(store, "s", now=T0) == [an_added_turn("a"), *added]
+    await store.delete_turns("s", "t0", now=T0)
+    assert await all_turns(store, "s", now=T0) == [an_added_turn("a")]

@@ -7,20 +7,27 @@ import trio
 from service.errors import (
     ItemNotFoundError,
     OwnedElsewhereError,
+    RepeatedError,
     SessionNotFoundError,
     StoreError,
-    TooManyTurnsError,
     TurnInProgressError,
     TurnNotFoundError,
 )
 from service.models.client import Usage
-from service.storage import rules
 from service.storage.pieces import CALL, STARTED, Run
-from service.storage.records import Item, LeftOut, Siblings, TurnRecord
+from service.storage.records import IdempotencyKey, Item, LeftOut, Siblings, TurnRecord
+from service.storage.sqlite import tree_changes, writer
+from service.storage.sqlite import turns as sqlite_turns
 from service.storage.store import Store
 from tests.storage.conftest import OpenStore
 from tests.storage.rows import T0, Contents, a_session, a_turn, all_turns, at, contents, ended, said, told
 from tests.storage.test_store_added_turns import an_added_turn
+
+
+@pytest.fixture(autouse=True)
+def _rows_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is deleted is gone for readers before its rows are reclaimed."""
+    monkeypatch.setattr(writer, "reclaim_some", lambda _: False)
 
 
 async def a_tree(store: Store) -> None:
@@ -64,6 +71,7 @@ async def test_a_deletion_takes_a_turn_and_all_that_follows_it(store: Store) -> 
         with pytest.raises(TurnNotFoundError):
             await store.get_turn("s", name, now=T0)
         assert await told(store, "s", name) == []
+        assert await store.find_session_of(name) is None
         assert list(await store.read_path("s", name, bytes_max=None)) == []
         assert await store.measure_path("s", name) == LeftOut()
         with pytest.raises(TurnNotFoundError):
@@ -155,40 +163,145 @@ async def test_other_sessions_and_what_is_not_there_stay(store: Store) -> None:
     assert await contents(store, now=T0) == before
 
 
-async def test_more_turns_than_the_bound_are_not_deleted_at_once(store: Store) -> None:
-    await store.create_session(a_session(), now=T0)
-    count = rules.DELETED_TURNS_MAX + 1
-    turns = [an_added_turn(f"t{n}", parent=f"t{n - 1}" if n else None) for n in range(count)]
-    await store.add_turns(turns, now=T0)
-    with pytest.raises(TooManyTurnsError):
-        await store.delete_turns("s", "t0", now=T0)
-    assert (await store.get_session("s", now=T0)).message_count == 2 * count
-    await store.delete_turns("s", "t1", now=T0)
-    assert await names(store) == ["t0"]
+MANY = 1200
 
 
-async def test_turns_larger_than_the_bound_are_not_deleted_at_once_but_one_is(store: Store) -> None:
+def a_chain(name: str, turns: int, *, below: str) -> list[TurnRecord]:
+    """Turns that follow one another: ``name0``, ``name1`` and so on."""
+    parents = [below, *(f"{name}{n}" for n in range(turns))]
+    return [an_added_turn(f"{name}{n}", parent=parents[n], asked=f"{name}{n} words") for n in range(turns)]
+
+
+async def a_large_tree(store: Store) -> None:
+    """The turns a → b and a → b2, and very many turns below b, on two branches."""
     await store.create_session(a_session(), now=T0)
-    large = "x" * (rules.DELETED_BYTES_MAX // 2 + 1)
+    await store.add_turns([an_added_turn("a", asked="first words")], now=T0)
+    for turn in (an_added_turn("b", parent="a"), an_added_turn("b2", parent="a")):
+        await store.add_turns([turn], now=T0)
+    for chain in (a_chain("x", MANY // 2, below="b"), a_chain("y", MANY // 2, below="b")):
+        await store.add_turns(chain, now=T0)
+
+
+@pytest.fixture
+def in_small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.steps.STEP_S", 0)
+    monkeypatch.setattr(sqlite_turns, "STEP_S", 0)
+    monkeypatch.setattr(tree_changes, "STEP_S", 0)
+    monkeypatch.setattr(tree_changes, "_AT_ONCE", 50)
+
+
+@pytest.mark.usefixtures("in_small_steps")
+async def test_very_many_turns_are_deleted_at_once_for_all_readers(store: Store) -> None:
+    await a_large_tree(store)
+    seen: list[tuple[object, ...]] = []
+    ended = trio.Event()
+
+    async def look() -> None:
+        """Look at one thing after the other, so that the deletion may be between two of them."""
+        while not ended.is_set():
+            session = await store.get_session("s", now=T0)
+            seen.append(("session", session.message_count, session.head))
+            seen.append(("tree", len((await store.list_tree("s", limit=2 * MANY, after=None, now=T0)).data)))
+            seen.append(("places", *sorted((await places(store, "b", "b2", "y0")).items())))
+            seen.append(("found", *await found_by(store, "words")))
+            seen.append(("turns", len((await store.list_turns("s", limit=9, after=None, now=T0, parent="a")).data)))
+            seen.append(("path", len(await store.list_path("s", f"y{MANY // 2 - 1}", limit=2 * MANY, first=None))))
+            seen.append(("events", len(await told(store, "s", "x7"))))
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(look)
+            while not seen:
+                await trio.lowlevel.checkpoint()
+            before = len(seen)
+            await store.delete_turns("s", "b", now=T0)
+            during = len(seen)
+            while len(seen) < during + 7:
+                await trio.lowlevel.checkpoint()
+            ended.set()
+    assert during > before, "others read between the steps"
+    for number, (was, becomes) in enumerate(
+        (
+            (("session", 2 * MANY + 6, f"y{MANY // 2 - 1}"), ("session", 4, "a")),
+            (("tree", MANY + 3), ("tree", 2)),
+            (("places", ("b", (1, 2)), ("b2", (2, 2)), ("y0", (2, 2))), ("places", ("b2", (1, 1)))),
+            (("found", f"y{MANY // 2 - 1}"), ("found", "a")),
+            (("turns", 2), ("turns", 1)),
+            (("path", MANY // 2 + 2), ("path", 0)),
+            (("events", 1), ("events", 0)),
+        )
+    ):
+        told_in_order = seen[number::7]
+        changed = told_in_order.index(becomes)
+        assert told_in_order[:changed] == [was] * changed
+        assert told_in_order[changed:] == [becomes] * (len(told_in_order) - changed)
+
+
+async def test_large_turns_are_deleted_however_large_they_are_together(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    large = "x" * (3 * 1024 * 1024)
     await store.add_turns([an_added_turn("a", asked=large), an_added_turn("b", parent="a", asked=large)], now=T0)
-    with pytest.raises(TooManyTurnsError):
-        await store.delete_turns("s", "a", now=T0)
-    await store.delete_turns("s", "b", now=T0)
+    turn = a_turn("c", parent="b")
+    await store.begin_turn(turn, now=T0)
+    await store.end_turn(ended(turn, text=large), runs=said(large), now=T0)
     await store.delete_turns("s", "a", now=T0)
-    assert (await store.get_session("s", now=T0)).message_count == 0
+    session = await store.get_session("s", now=T0)
+    assert (session.message_count, session.head) == (0, None)
+    assert await names(store) == []
 
 
-async def test_long_replies_count_for_the_bound_on_a_deletion(store: Store) -> None:
-    await store.create_session(a_session(), now=T0)
-    reply = "x" * (rules.DELETED_BYTES_MAX // 2 + 1)
-    for name, parent in (("a", None), ("b", "a")):
-        turn = a_turn(name, parent=parent)
-        await store.begin_turn(turn, now=T0)
-        await store.end_turn(ended(turn, text=reply), runs=said(reply), now=T0)
-    with pytest.raises(TooManyTurnsError):
-        await store.delete_turns("s", "a", now=T0)
-    await store.delete_turns("s", "b", now=T0)
+async def test_a_turn_that_is_begun_while_its_parent_is_being_deleted_is_deleted_or_refused(store: Store) -> None:
+    await a_large_tree(store)
+    outcomes: list[str] = []
+
+    async def add() -> None:
+        try:
+            await store.add_turns([an_added_turn("new", parent="x9")], now=T0)
+        except TurnNotFoundError:
+            outcomes.append("refused")
+        else:
+            outcomes.append("added")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lambda: store.delete_turns("s", "b", now=T0))
+        nursery.start_soon(add)
+    assert outcomes in (["added"], ["refused"])
+    assert await names(store) == ["a", "b2"]
+    session = await store.get_session("s", now=T0)
+    assert (session.message_count, session.head) == (4, "a")
+
+
+async def test_deletions_of_one_tree_at_the_same_time_count_each_turn_once(store: Store) -> None:
+    await a_large_tree(store)
+    missing: list[str] = []
+
+    async def delete(turn_id: str) -> None:
+        try:
+            await store.delete_turns("s", turn_id, now=T0)
+        except TurnNotFoundError as error:
+            missing.append(error.turn_id)
+
+    async with trio.open_nursery() as nursery:
+        for turn_id in ("x300", "b", "y5", "b2", "x300"):
+            nursery.start_soon(delete, turn_id)
+    assert "b" not in missing
+    assert "b2" not in missing
     assert await names(store) == ["a"]
+    session = await store.get_session("s", now=T0)
+    assert (session.message_count, session.head) == (2, "a")
+
+
+async def test_the_key_of_a_deleted_turn_is_that_of_something_gone(store: Store) -> None:
+    await a_tree(store)
+    key = IdempotencyKey(caller="", key="k", fingerprint=b"f")
+    await store.add_turns([an_added_turn("e", parent="b")], now=T0, key=key)
+    with pytest.raises(RepeatedError) as kept:
+        await store.check_key(key, now=T0)
+    assert not kept.value.is_gone
+    await store.delete_turns("s", "b", now=T0)
+    with pytest.raises(RepeatedError) as gone:
+        await store.check_key(key, now=T0)
+    assert gone.value.is_gone
 
 
 # Items
@@ -292,6 +405,32 @@ async def test_a_call_takes_its_outputs_along_on_every_branch(store: Store) -> N
     assert (await store.get_session("s", now=T0)).message_count == 6
     flags = [(await store.get_turn("s", name, now=T0)).events_deleted for name in ("a", "b", "c", "e")]
     assert flags == [True, False, False, False]
+
+
+@pytest.mark.usefixtures("in_small_steps")
+async def test_a_call_takes_very_many_outputs_along_however_far_they_are(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    await store.add_turns([with_items("a", asks("a"), calls("1"))], now=T0)
+    for n in range(300):  # the same output again and again, and at the end of a long way without a reply
+        answer = with_items(f"b{n}", asks(f"b{n}"), brings("1", f"b{n}"), *([says(f"B{n}")] if n else []), parent="a")
+        await store.add_turns([answer], now=T0)
+    far = [with_items(f"c{n}", asks(f"c{n}"), parent=f"c{n - 1}" if n else "b0") for n in range(500)]
+    await store.add_turns([*far, with_items("d", brings("1", "d"), says("D"), parent="c499")], now=T0)
+    before = (await store.get_session("s", now=T0)).message_count
+    assert (await store.measure_path("s", "d")).items == 506
+    await store.delete_item("s", "c_1", now=T0)
+    assert await items_of(store, "a", "b0", "b299", "d") == [["i_a"], ["i_b0"], ["i_b299", "o_B299"], ["o_D"]]
+    path = await store.read_path("s", "d", bytes_max=None)
+    assert [item for turn in path for item in turn.input if item.type == "function_call_output"] == []
+    assert [turn.id for turn in await store.read_path("s", "b7", bytes_max=None)] == ["a", "b7"]
+    assert (await store.get_session("s", now=T0)).message_count == before - 302
+    assert (await store.measure_path("s", "d")).items == 503
+    copy = await store.fork_session("s", at="b9", copy_id="copy", now=T0)
+    assert copy.message_count == 3
+    await store.delete_item("s", "i_b299", now=T0)
+    assert await items_of(store, "b299") == [["o_B299"]]
+    await store.delete_turns("s", "b299", now=T0)
+    assert (await store.get_session("s", now=T0)).message_count == before - 304
 
 
 async def test_an_output_that_is_deleted_leaves_its_call(store: Store) -> None:

@@ -41,7 +41,6 @@ from service.errors import (
     SessionLimitError,
     SessionNotFoundError,
     ShuttingDownError,
-    TooManyTurnsError,
     TurnInProgressError,
     TurnNotFoundError,
 )
@@ -299,7 +298,7 @@ async def add_messages(session_id: str) -> TrioResponse:
 @operation(
     id="delete_message",
     answers=(Answer(status=204, description="The message is gone, and so are the results of a call."),),
-    errors=(SessionNotFoundError, ItemNotFoundError, TurnInProgressError, TooManyTurnsError),
+    errors=(SessionNotFoundError, ItemNotFoundError, TurnInProgressError),
 )
 async def delete_message(session_id: str, item_id: str) -> TrioResponse:
     """Delete a message, a call or a result from its turn, also on another branch, and reasoning by its id.

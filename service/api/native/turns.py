@@ -69,7 +69,6 @@ from service.errors import (
     SessionNotFoundError,
     ShuttingDownError,
     StreamLimitError,
-    TooManyTurnsError,
     TurnEndingError,
     TurnInProgressError,
     TurnLimitError,
@@ -456,13 +455,13 @@ async def _wait_for_end(service: Service, session_id: str, turn_id: str, *, with
 @operation(
     id="delete_turn",
     answers=(Answer(status=204, description="The turn, all turns that follow it and their events are gone."),),
-    errors=(*_NO_TURN, TurnInProgressError, TooManyTurnsError),
+    errors=(*_NO_TURN, TurnInProgressError),
 )
 async def delete_turn(session_id: str, turn_id: str) -> TrioResponse:
     """Delete a turn and all turns that follow it, on every branch.
 
-    If the head is among them, the turn's parent becomes the head. None of these turns may be open. They are at most
-    400, and 4 MiB: of a longer conversation delete a later turn first. The tokens that they used stay counted.
+    If the head is among them, the turn's parent becomes the head. None of these turns may be open. However many they
+    are, all are gone at once. The tokens that they used stay counted.
     """
     service = current_service()
     allow_longer_answer(by_s=service.settings.store_timeout_s)

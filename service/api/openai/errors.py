@@ -32,7 +32,6 @@ from service.errors import (
     QueueFullError,
     SessionExistsError,
     SessionNotFoundError,
-    TooManyTurnsError,
     TurnEndingError,
     TurnInProgressError,
     TurnNotFoundError,
@@ -249,8 +248,6 @@ def _shown(error: Exception) -> _Shown:  # noqa: C901, PLR0911, PLR0912  a table
                 message=f"Response {response_id(turn_id)!r} is queued or in progress: wait for it, or cancel it.",
                 param="conversation",
             )
-        case TooManyTurnsError():
-            return _Shown(message="Too much would be deleted at once: delete later responses first.")
         case EventsDeletedError():
             return _Shown(message="A part of this response was deleted, and its events too: get it without a stream.")
         case EventsLostError():

@@ -130,18 +130,16 @@ class Acceptance:
             await self._store.add_turns(turns, now=now, head=head, key=new.key)
         return turns
 
-    async def delete(
-        self, session_id: str, write: Callable[[], Awaitable[None]], *, late_is_refused: bool = True
-    ) -> None:
+    async def delete(self, session_id: str, write: Callable[[], Awaitable[None]]) -> None:
         """Delete a part of a conversation, between acceptances. The waits have the bounds of :meth:`accept`.
 
         Args:
-            write: The step of the store. The deletion is whole or not done, also after a cancellation.
-            late_is_refused: Whether a step that takes too long says that the store refuses writes.
+            write: The call of the store. The deletion is whole or not done, also after a cancellation. In a long
+                session it takes long; that says nothing of the store.
         """
         async with self._deciding(session_id, _check_not_deleted, self._settings.store_timeout_s) as (_, _, deadline):
             await _refuse_if_late(deadline)
-            with self._pending_writes.writing(within_s=deadline.left_s, late_is_refused=late_is_refused):
+            with self._pending_writes.writing(within_s=deadline.left_s, late_is_refused=False):
                 await write()
 
     @asynccontextmanager

@@ -1,11 +1,12 @@
-"""The steps that delete turns and items, each within a transaction.
+"""The steps that delete turns and items.
 
-A deletion of turns gives their rows, without their texts, to a session that is removed already. So no query finds them,
-and what they have in other tables is reclaimed with that session, in short steps.
+A deletion first looks for all that it takes with it, in short steps of a reader, and then notes and deletes the parts
+(:mod:`service.storage.sqlite.tree_changes`), mostly within one transaction. If the tree changes meanwhile, the
+deletion begins anew.
 """
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from datetime import datetime
 
 import apsw
@@ -15,167 +16,271 @@ from service.errors import ItemNotFoundError, TurnInProgressError, TurnNotFoundE
 from service.storage import rules
 from service.storage.pieces import text_of
 from service.storage.records import Item, TurnRecord, count_messages
-from service.storage.sqlite import documents, event_pages, idempotency, recovery, sessions, trees, turns
+from service.storage.sqlite import documents, event_pages, recovery, sessions, tree_changes, trees, turns
 from service.storage.sqlite.ownership import Ownership
-from service.storage.sqlite.rows import TURN_COLUMNS, Row, items_of, values_of
+from service.storage.sqlite.rows import TURN_COLUMNS, Row, input_of, items_of, values_of
+from service.storage.sqlite.tree_changes import Part, Progress
 
-_FOLLOWERS = (
-    "WITH RECURSIVE found (key, id) AS (SELECT key, id FROM turns WHERE id = :turn AND session = :session "
-    "UNION ALL SELECT turns.key, turns.id FROM found CROSS JOIN turns "
-    "ON session = :session AND coalesce(parent, '') = found.id) SELECT key FROM found LIMIT :limit"
-)
-_ROW = (
-    "SELECT id, ordinal, parent, owner, input, output, output_bytes IS NOT NULL, "
-    "octet_length(input) + octet_length(output) + coalesce(output_bytes, 0) FROM turns WHERE key = ?"
-)
-_HIDE = (
-    "UPDATE turns SET session = :hidden, parent = NULL, input = '[]', output = '[]', runs = NULL, options = NULL, "
-    "error = NULL WHERE key = :key"
-)
+_TAKEN = "key, id, ordinal, owner, parent, input, deleted_items, output, output_bytes IS NOT NULL"
+_ROOT = f"SELECT {_TAKEN} FROM shown_turns WHERE id = ? AND session = ?"
+_FOLLOWERS = f"SELECT {_TAKEN} FROM shown_turns WHERE {trees.CHILDREN} AND ordinal > ? ORDER BY ordinal"
 _NEWER_FIRST = (
-    "SELECT id, ordinal, instr(input, :item) > 0 OR instr(output, :item) > 0 FROM turns "
+    "SELECT id, ordinal, instr(input, :item) > 0 OR instr(output, :item) > 0 FROM shown_turns "
     "WHERE session = :session AND ordinal < :below ORDER BY ordinal DESC"
 )
 _OPEN = "SELECT id FROM turns WHERE owner = ? AND session = ?"
-_GET = f"SELECT {TURN_COLUMNS}, key, ordinal FROM turns WHERE id = ? AND session = ?"
-_CHILDREN = f"SELECT id FROM turns WHERE {trees.CHILDREN}"
+_IS_OPEN = "SELECT owner IS NOT NULL FROM turns WHERE id = ? AND session = ?"
+_GET = f"SELECT {TURN_COLUMNS}, key, ordinal FROM shown_turns WHERE id = ? AND session = ?"
+_CHILDREN = (
+    f"SELECT {TURN_COLUMNS}, key, ordinal FROM shown_turns WHERE {trees.CHILDREN} AND ordinal > ? ORDER BY ordinal"
+)
 _KEPT = (
     *("input", "output", "runs", "output_bytes", "text_length", "message_items", "message_bytes", "events_deleted"),
 )
 _KEEP = f"UPDATE turns SET {', '.join(f'{name} = :{name}' for name in _KEPT)} WHERE key = :key"
 
 
-class _Follower(msgspec.Struct, frozen=True):
-    """A turn that is to be deleted."""
+class _Version(msgspec.Struct, frozen=True):
+    """What changes with each deletion in a session and with each new turn, and when another session gets its key."""
 
-    key: int
-    id: str
-    ordinal: int
-    parent: str | None
-    owner: int | None
-    messages: int
+    session: int
+    created_at: datetime
+    edits: int
+    turns_begun: int
 
 
-def delete_turns(db: apsw.Connection, session_id: str, turn_id: str, owners: Ownership, now: datetime) -> None:
-    kept = sessions.visible(db, session_id, now)
-    gone_owner = _check_owner(db, kept, owners)
-    followers = list(_followers(db, kept.key, turn_id))
-    for turn in followers:
-        if turn.owner is not None and gone_owner is None:
-            raise TurnInProgressError(turn.id, instead=rules.INSTEAD_OF_DELETING)
-    if gone_owner is not None:
-        recovery.end_turns_of(db, gone_owner, now, session=kept.key)
-        kept = sessions.visible(db, session_id, now)
-        followers = list(_followers(db, kept.key, turn_id))
-    hidden = sessions.insert_removed(db, now)
-    trees.remove(db, kept.key, [(turn.id, turn.parent, turn.ordinal) for turn in followers])
-    for turn in followers:
-        documents.forget_turn(db, turn.key)
-        idempotency.move(db, turn.id, kept.key, hidden)
-        db.execute(_HIDE, {"hidden": hidden, "key": turn.key})
-    head = kept.record.head
-    _note(
-        db,
-        kept,
-        messages=sum(turn.messages for turn in followers),
-        head=followers[0].parent if head in {turn.id for turn in followers} else head,
-    )
+def _version_of(kept: sessions.StoredSession) -> _Version:
+    return _Version(kept.key, kept.record.created_at, kept.edits, kept.turns_begun)
 
 
-def _check_owner(db: apsw.Connection, kept: sessions.StoredSession, owners: Ownership) -> int | None:
-    """The owner of the session's open turns, if it is gone. Raises: OwnedElsewhereError, if it lives."""
-    if kept.owner in (None, owners.fence):
-        return None
-    recovery.refuse_if_alive(db, kept.owner, owners, kept.record.id)
-    return kept.owner
+# Turns
 
 
-def _followers(db: apsw.Connection, session: int, turn_id: str) -> Iterator[_Follower]:
-    """A turn and all that follow it. Raises: TurnNotFoundError, TooManyTurnsError."""
-    limit = rules.DELETED_TURNS_MAX + 1
-    keys: list[Row] = db.execute(_FOLLOWERS, {"turn": turn_id, "session": session, "limit": limit}).fetchall()
-    if not keys:
-        raise TurnNotFoundError(turn_id)
-    size = 0
-    for number, (key,) in enumerate(keys, 1):
-        row: Row = db.execute(_ROW, (key,)).fetchone()  # type: ignore[assignment]
-        name, ordinal, parent, owner, said, replied, is_paged, row_bytes = row
-        size += row_bytes
-        rules.check_size_of_deletion(turn_id, turns=number, size=size)
+class FollowersRead:
+    """Finds a turn and all turns that follow it, in short steps. Anew if the tree changes meanwhile.
+
+    Attributes:
+        session_id: The session.
+        parts: The turns, the first one first.
+        messages: How many messages they have.
+        open_turn: One of them that is open, if there is one.
+        parent: That of the first turn.
+        ordinal: That of the first turn.
+        version: The version of the tree in which they were found.
+    """
+
+    def __init__(self, session_id: str, turn_id: str, now: datetime) -> None:
+        self.session_id = session_id
+        self.is_complete = False
+        self.parts: list[Part] = []
+        self.messages = 0
+        self.open_turn: str | None = None
+        self.parent: str | None = None
+        self.ordinal = 0
+        self.version: _Version | None = None
+        self._turn_id = turn_id
+        self._now = now
+        self._following: list[tuple[str, int]] = []
+        """Turns, each with the ordinal after which its further children come."""
+
+    def read_some(self, db: apsw.Connection) -> None:
+        """Do one step. Raises: SessionNotFoundError, TurnNotFoundError."""
+        kept = sessions.visible(db, self.session_id, self._now)
+        if self.version != _version_of(kept):
+            self._begin(db, kept)
+        deadline = time.monotonic() + turns.STEP_S
+        while self._following:
+            parent, after = self._following.pop()
+            for row in db.execute(_FOLLOWERS, (kept.key, parent, after)):
+                self._take(row)
+                if time.monotonic() >= deadline:
+                    self._following.append((parent, row[2]))
+                    return
+        self.is_complete = True
+
+    def _begin(self, db: apsw.Connection, kept: sessions.StoredSession) -> None:
+        row: Row | None = db.execute(_ROOT, (self._turn_id, kept.key)).fetchone()
+        if row is None:
+            raise TurnNotFoundError(self._turn_id)
+        self.version = _version_of(kept)
+        self.parts, self.messages, self.open_turn, self._following = [], 0, None, []
+        self.ordinal, self.parent = row[2], row[4]
+        self._take(row)
+
+    def _take(self, row: Row) -> None:
+        key, turn_id, _, owner, _, said, deleted, replied, is_paged = row
         output = items_of(replied)
         if is_paged:  # the texts are elsewhere: each message has one
             output = tuple(msgspec.structs.replace(item, text="…") for item in output)
-        messages = count_messages(items_of(said)) + count_messages(output)
-        yield _Follower(key, name, ordinal, parent, owner, messages)
+        self.parts.append(Part(key))
+        self.messages += count_messages(input_of(said, deleted)) + count_messages(output)
+        self._following.append((turn_id, -1))
+        if owner is not None:
+            self.open_turn = turn_id
+
+
+def delete_turns(
+    db: apsw.Connection,
+    *,
+    read: FollowersRead,
+    change: int,
+    progress: Progress,
+    owners: Ownership,
+    now: datetime,
+) -> Progress:
+    """Do one step of the deletion of the turns that a read has found."""
+    kept = sessions.visible(db, read.session_id, now)
+    if _recover(db, kept, owners, now) or read.version != _version_of(kept):
+        return tree_changes.give_up(db, change)
+    if read.open_turn is not None:
+        if db.execute(_IS_OPEN, (read.open_turn, kept.key)).get:
+            raise TurnInProgressError(read.open_turn, instead=rules.INSTEAD_OF_DELETING)
+        return tree_changes.give_up(db, change)
+    noted = tree_changes.note_some(db, change, read.parts, progress.noted, owner=owners.fence)
+    if noted < len(read.parts):
+        return Progress(noted)
+    tree_changes.set_deleted(db, change)
+    trees.remove(db, kept.key, read.parent, read.ordinal)
+    head = kept.record.head
+    if head is not None and tree_changes.has_turn(db, change, kept.key, head):
+        head = read.parent
+    _note(db, kept, messages=read.messages, head=head)
+    return Progress(noted, is_done=True)
+
+
+def _recover(db: apsw.Connection, kept: sessions.StoredSession, owners: Ownership, now: datetime) -> bool:
+    """End the session's open turns if their owner is gone. Returns whether this was so.
+
+    Raises:
+        OwnedElsewhereError: The owner lives.
+    """
+    if kept.owner in (None, owners.fence):
+        return False
+    recovery.refuse_if_alive(db, kept.owner, owners, kept.record.id)
+    recovery.end_turns_of(db, kept.owner, now, session=kept.key)
+    return True
+
+
+# Items
 
 
 class ItemSearch:
-    """Searches the turn of an item in short steps, from the newest turn on.
+    """Searches the turn of an item in short steps, from the newest turn on; then, if wanted, the outputs of a call.
 
     Attributes:
+        session_id: The session.
         turn: The turn, once the search is complete; None if no turn has the item.
-        edits: How often something was deleted from the session when the search was complete.
+        answers: The outputs of the call, if the item is one.
+        messages: How many messages these are.
+        version: The version of the tree when the search was complete.
     """
 
-    def __init__(self, session_id: str, item_id: str, now: datetime) -> None:
+    def __init__(self, session_id: str, item_id: str, now: datetime, *, with_answers: bool = True) -> None:
         self.session_id = session_id
         self.item_id = item_id
-        self.turn: TurnRecord | None = None
-        self.edits = 0
+        self._with_answers = with_answers
         self.is_complete = False
+        self.turn: TurnRecord | None = None
+        self.answers: list[Part] = []
+        self.messages = 0
+        self.version: _Version | None = None
         self._now = now
         self._below = 1 << 62
+        self._call: Item | None = None
+        self._following: list[tuple[str, int]] = []
+        """Turns, each with the ordinal after which its further children come."""
 
     def read_some(self, db: apsw.Connection) -> None:
         """Do one step. Raises: SessionNotFoundError."""
-        session = sessions.visible(db, self.session_id, self._now)
-        self.edits = session.edits
+        kept = sessions.visible(db, self.session_id, self._now)
+        version, self.version = self.version, _version_of(kept)
+        if self._call is not None and version != self.version:
+            self._begin_anew()
+        if self._call is None:
+            self._search(db, kept)
+        else:
+            self._find_answers(db, kept, self._call)
+
+    def _begin_anew(self) -> None:
+        self.turn, self._call, self._below = None, None, 1 << 62
+        self.answers, self.messages, self._following = [], 0, []
+
+    def _search(self, db: apsw.Connection, kept: sessions.StoredSession) -> None:
         deadline = time.monotonic() + turns.STEP_S
-        values = {"item": f'"{self.item_id}"', "session": session.key, "below": self._below}
+        values = {"item": f'"{self.item_id}"', "session": kept.key, "below": self._below}
         for turn_id, ordinal, may_have_it in db.execute(_NEWER_FIRST, values):
-            found = _find(db, self.session_id, session.key, turn_id) if may_have_it else None
-            if found is not None and found.turn.find_item(self.item_id) is not None:
+            found = _find(db, self.session_id, kept.key, turn_id) if may_have_it else None
+            item = None if found is None else found.turn.find_item(self.item_id)
+            if found is not None and item is not None:
                 self.turn = found.turn
+                if item.type == "function_call" and self._with_answers:
+                    self._call, self._following = item, [(turn_id, -1)]
+                    return
                 break
             self._below = ordinal
             if time.monotonic() >= deadline:
                 return
         self.is_complete = True
 
+    def _find_answers(self, db: apsw.Connection, kept: sessions.StoredSession, call: Item) -> None:
+        """Look for the outputs of a call in the turns that follow, up to the first turn with a reply on each branch."""
+        deadline = time.monotonic() + turns.STEP_S
+        while self._following:
+            parent, after = self._following.pop()
+            for row in db.execute(_CHILDREN, (kept.key, parent, after)):
+                *_, key, ordinal = row
+                child = event_pages.record_of(db, self.session_id, row[:-2])
+                if outputs := rules.answers_to(call, child):
+                    self.answers.append(Part.of_items(key, outputs))
+                    self.messages += child.message_count - rules.without_items(child, outputs).message_count
+                if not child.has_reply:
+                    self._following.append((child.id, -1))
+                if time.monotonic() >= deadline:
+                    self._following.append((parent, ordinal))
+                    return
+        self.is_complete = True
+
 
 def delete_item(
-    db: apsw.Connection, *, search: ItemSearch, terms: Collection[str], owners: Ownership, now: datetime
-) -> bool:
-    """Delete an item that a search has found. False if the turn, or its session, has changed: the search begins anew.
+    db: apsw.Connection,
+    *,
+    search: ItemSearch,
+    terms: Collection[str],
+    change: int,
+    progress: Progress,
+    owners: Ownership,
+    now: datetime,
+) -> Progress:
+    """Do one step of the deletion of an item that a search has found.
 
     Args:
         terms: Those of the turn without the item.
     """
     session_id = search.session_id
     kept = sessions.visible(db, session_id, now)
-    gone_owner = _check_owner(db, kept, owners)
+    if _recover(db, kept, owners, now):
+        return tree_changes.give_up(db, change)
     if search.turn is None:
         raise ItemNotFoundError(search.item_id)
     found = _find(db, session_id, kept.key, search.turn.id)
     item = search.turn.find_item(search.item_id)
-    if kept.edits != search.edits or found is None or item is None:
-        return False
-    if gone_owner is not None:
-        recovery.end_turns_of(db, gone_owner, now, session=kept.key)
-        kept = sessions.visible(db, session_id, now)
-        found = _find(db, session_id, kept.key, search.turn.id)
-    elif still_open := _open_follower(db, kept, found, owners.fence):
+    if search.version != _version_of(kept) or found is None or item is None:
+        return tree_changes.give_up(db, change)
+    if still_open := _open_follower(db, kept, found, owners.fence):
         raise TurnInProgressError(still_open, instead=rules.INSTEAD_OF_DELETING)
-    if found is None or found.turn != search.turn:  # it has ended since, and the terms are not its own
-        return False
-    changes: list[tuple[_Found, Collection[str]]] = [(found, [item.id])]
-    if item.type == "function_call":
-        changes += _answers(db, session_id, kept.key, found.turn, item)
-    messages = sum(_delete_from(db, it, item_ids) for it, item_ids in changes)
+    if found.turn != search.turn:  # it has ended since, and the terms are not its own
+        return tree_changes.give_up(db, change)
+    noted = progress.noted
+    if search.answers:
+        noted = tree_changes.note_some(db, change, search.answers, noted, owner=owners.fence)
+        if noted < len(search.answers):
+            return Progress(noted)
+        tree_changes.set_deleted(db, change)
+    messages = search.messages + _delete_from(db, found, [item.id])
     if item.type == "message":
         documents.change_turn(db, found.key, kept.key, terms)
     _note(db, kept, messages=messages, head=kept.record.head)
-    return True
+    return Progress(noted, is_done=True)
 
 
 class _Found(msgspec.Struct, frozen=True):
@@ -203,28 +308,6 @@ def _open_follower(db: apsw.Connection, kept: sessions.StoredSession, found: _Fo
     return None
 
 
-def _answers(
-    db: apsw.Connection, session_id: str, session: int, turn: TurnRecord, call: Item
-) -> Iterator[tuple[_Found, Collection[str]]]:
-    """The outputs of a call in the turns that follow, up to the first turn with a reply on each branch.
-
-    Raises: TooManyTurnsError.
-    """
-    following, looked_at = [turn.id], 0
-    while following:
-        parent = following.pop()
-        children: list[Row] = db.execute(_CHILDREN, (session, parent)).fetchall()
-        for (child_id,) in children:
-            looked_at += 1
-            rules.check_size_of_deletion(turn.id, turns=looked_at, size=0)
-            child = _find(db, session_id, session, child_id)
-            assert child is not None
-            if outputs := rules.answers_to(call, child.turn):
-                yield child, outputs
-            if not child.turn.has_reply:
-                following.append(child_id)
-
-
 def _delete_from(db: apsw.Connection, found: _Found, item_ids: Collection[str]) -> int:
     """Delete items of an ended turn. Returns how many messages there are less."""
     turn = rules.without_items(found.turn, item_ids)
@@ -239,11 +322,7 @@ def _delete_from(db: apsw.Connection, found: _Found, item_ids: Collection[str]) 
             event_pages.keep(db, found.key, runs, text, after=0)
         db.execute(_KEEP, {name: values[name] for name in _KEPT} | {"key": found.key})
     else:  # the events and the output stay as they are
-        in_prompts = turn.in_prompts
-        db.execute(
-            "UPDATE turns SET input = ?, message_items = ?, message_bytes = ? WHERE key = ?",
-            (values["input"], in_prompts.items, in_prompts.bytes, found.key),
-        )
+        tree_changes.keep_input(db, found.key, turn)
     return found.turn.message_count - turn.message_count
 
 

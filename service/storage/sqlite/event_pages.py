@@ -21,7 +21,7 @@ ROW_LENGTH_MAX = 64 * 1024
 
 _NO_END = 1 << 62
 _GET = (
-    "SELECT key, state, runs, text_length, events_deleted FROM turns "
+    "SELECT key, state, runs, text_length, events_deleted FROM shown_turns "
     "WHERE id = ? AND session = (SELECT key FROM sessions WHERE id = ?)"
 )
 _OUTPUT = "SELECT output FROM turns WHERE key = ?"

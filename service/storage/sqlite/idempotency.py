@@ -1,7 +1,7 @@
 """The steps about idempotency keys, each within a transaction. A step refuses before its first write.
 
-A key refers to the number of its session. A removal of the session does not look at its keys: they are cut off later,
-with the session's other rows, before the number may be used again.
+A key refers to the number of its session. A removal of the session, or of turns, does not look at keys: they are cut
+off later, with the other rows, before the number may be used again.
 """
 
 from datetime import datetime
@@ -19,14 +19,14 @@ _KEEP = (
     "VALUES (?, ?, ?, ?, ?, ?, ?)"
 )
 _SESSION_EXISTS = "SELECT deletion = 0 AND (open_turns > 0 OR expires_at > ?) FROM sessions WHERE key = ?"
-_TURN_EXISTS = "SELECT 1 FROM turns WHERE id = ? AND session = ?"
+_TURN_EXISTS = "SELECT 1 FROM shown_turns WHERE id = ? AND session = ?"
 _SOME = "(caller, key) IN (SELECT caller, key FROM idempotency_keys WHERE {condition} LIMIT :limit)"
 _CUT_OFF = f"UPDATE idempotency_keys SET session = NULL WHERE {_SOME.format(condition='session = :session')}"
 _NOTE_GONE = (
     f"UPDATE idempotency_keys SET gone_at = :now WHERE {_SOME.format(condition='session IS NULL AND gone_at IS NULL')}"
 )
 _FORGET = f"DELETE FROM idempotency_keys WHERE {_SOME.format(condition='session IS NULL AND gone_at <= :until')}"
-_MOVE = "UPDATE idempotency_keys SET session = ? WHERE session = ? AND turn = ?"
+_CUT_OFF_TURN = "UPDATE idempotency_keys SET session = NULL WHERE session = ? AND turn = ?"
 _CUT_OFF_AT_ONCE = 100
 
 
@@ -66,9 +66,9 @@ def keep(
         db.execute(_KEEP, (key.caller, key.key, key.fingerprint, session, session_id, turn, first_turn))
 
 
-def move(db: apsw.Connection, turn: str, session: int, to: int) -> None:
-    """Move the key of a turn that is deleted to the removed session that takes the turn's rows."""
-    db.execute(_MOVE, (to, session, turn))
+def cut_off(db: apsw.Connection, session: int, turn: str) -> None:
+    """Cut the key of a deleted turn off from it."""
+    db.execute(_CUT_OFF_TURN, (session, turn))
 
 
 def cut_off_some(db: apsw.Connection, session: int) -> bool:

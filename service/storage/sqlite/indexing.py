@@ -35,7 +35,7 @@ _NEXT_WAITING = (
     "SELECT unindexed.key, session, octet_length(input) + octet_length(output) + coalesce(output_bytes, 0) "
     "FROM unindexed JOIN turns ON turns.key = unindexed.key WHERE kind = 'turn' ORDER BY unindexed.key DESC LIMIT 1"
 )
-_GET_TURN = f"SELECT {TURN_COLUMNS} FROM turns WHERE key = ?"
+_GET_TURN = f"SELECT {TURN_COLUMNS} FROM edited_turns WHERE key = ?"
 _VERSION = "SELECT turns.id, edits FROM turns JOIN sessions ON sessions.key = session WHERE turns.key = ?"
 
 Transact = Callable[[Callable[[apsw.Connection], Any]], Any]

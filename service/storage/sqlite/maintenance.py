@@ -4,6 +4,7 @@ All functions block: they are for a command line, not for an event loop.
 """
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from datetime import datetime
@@ -16,7 +17,7 @@ import apsw
 from service.errors import SessionNotFoundError, StartupError
 from service.storage.pieces import Run
 from service.storage.records import SessionRecord, TurnRecord
-from service.storage.sqlite import database, documents, sessions, turns
+from service.storage.sqlite import database, documents, sessions, trees, turns
 from service.storage.sqlite.database import BackupProgress
 from service.storage.sqlite.faults import fault_of
 from service.storage.sqlite.open_files import OpenFiles
@@ -26,22 +27,27 @@ from service.storage.sqlite.schema import SCRIPTS
 
 _MB = 1_000_000
 _PAGES_A_STEP = 256
+_TURNS_AT_ONCE = 50
+_BYTES_AT_ONCE = 128 * 1024
+"""The turns, and the bytes of their texts, that one step of an import adds."""
+_PAUSE_S = 0.002
+"""The pause after a step, in which a service that waits for the lock gets it."""
 _INCREMENTAL = 2
 """The value of ``PRAGMA auto_vacuum`` for a file that can give pages back step by step."""
 
 _LOST_HEADS = (
     "SELECT sessions.id, head FROM sessions WHERE deletion = 0 AND head IS NOT NULL "
-    "AND NOT EXISTS (SELECT 1 FROM turns WHERE turns.id = head AND session = sessions.key)"
+    "AND NOT EXISTS (SELECT 1 FROM shown_turns WHERE shown_turns.id = head AND session = sessions.key)"
 )
 _LOST_PARENTS = (
-    "SELECT sessions.id, turns.id, parent FROM sessions JOIN turns ON session = sessions.key "
-    "WHERE deletion = 0 AND parent IS NOT NULL AND NOT EXISTS (SELECT 1 FROM turns AS before "
-    "WHERE before.id = turns.parent AND before.session = turns.session AND before.ordinal < turns.ordinal)"
+    "SELECT sessions.id, it.id, parent FROM sessions JOIN shown_turns AS it ON session = sessions.key "
+    "WHERE deletion = 0 AND parent IS NOT NULL AND NOT EXISTS (SELECT 1 FROM shown_turns AS before "
+    "WHERE before.id = it.parent AND before.session = it.session AND before.ordinal < it.ordinal)"
 )
 _PLACES = (
     "SELECT session, coalesce(parent, '') AS parent, ordinal, "
     "row_number() OVER (PARTITION BY session, coalesce(parent, '') ORDER BY ordinal) AS place, "
-    "count(*) OVER (PARTITION BY session, coalesce(parent, '')) AS count FROM turns"
+    "count(*) OVER (PARTITION BY session, coalesce(parent, '')) AS count FROM shown_turns"
 )
 _WRONG_PLACES = (
     "SELECT DISTINCT sessions.id, parent FROM ("
@@ -53,8 +59,8 @@ _WRONG_PLACES = (
 )
 _IS_INDEXED = "NOT EXISTS (SELECT 1 FROM unindexed WHERE kind = '{kind}')"
 _NOT_SEARCHED = (
-    "SELECT sessions.id, turns.id FROM turns JOIN sessions ON sessions.key = session WHERE deletion = 0 "
-    "AND turns.owner IS NULL AND NOT EXISTS (SELECT 1 FROM documents WHERE turn = turns.key) "
+    "SELECT sessions.id, it.id FROM shown_turns AS it JOIN sessions ON sessions.key = session WHERE deletion = 0 "
+    "AND it.owner IS NULL AND NOT EXISTS (SELECT 1 FROM documents WHERE turn = it.key) "
     f"AND {_IS_INDEXED.format(kind='turns')}"
 )
 _TITLES_NOT_SEARCHED = (
@@ -205,7 +211,8 @@ def import_session(
 ) -> None:
     """Add an exported session under its own id. An expired session of this id is replaced.
 
-    Makes the store if it does not exist.
+    The session is built hidden, in short steps between the writes of a service, and shown by the last step. If this
+    process dies before that, the service removes the session. Makes the store if it does not exist.
 
     Args:
         ended: The turns, all of which have ended, with their events.
@@ -215,11 +222,64 @@ def import_session(
         SessionExistsError
     """
     _make_store(path)
-    with _opened(path) as db, database.transaction(db):
-        sessions.make_room(db, session.id, now)
-        key = sessions.insert(db, session, turns_begun=len(ended))
-        for ordinal, (turn, runs) in enumerate(ended):
-            turns.insert_ended(db, key, ordinal, turn, runs, terms=documents.terms_of_turn(turn))
+    with _opened(path) as db, _owner(db, path) as fence:
+        hidden_id = sessions.hidden_id_for(session.id)
+        with database.transaction(db):
+            sessions.find_expired(db, session.id, now)
+            key = sessions.insert_hidden(db, session, hidden_id, turns_begun=len(ended), fence=fence)
+        try:
+            ordinal = 0
+            for some in _imported_at_once(ended):
+                cut = documents.within_a_step([documents.terms_of_turn(turn) for turn, _ in some])
+                with database.transaction(db):
+                    for (turn, runs), terms in zip(some, cut, strict=True):
+                        trees.add_sibling(db, key, turn.parent, ordinal)
+                        turns.insert_ended(db, key, ordinal, turn, runs, terms=terms)
+                        ordinal += 1
+                time.sleep(_PAUSE_S)
+            with database.transaction(db):
+                sessions.make_room(db, session.id, now)
+                sessions.show(db, key, session.id)
+        except BaseException:
+            with database.transaction(db):
+                sessions.remove_deleted(db, hidden_id)
+            raise
+
+
+def _imported_at_once(
+    ended: Sequence[tuple[TurnRecord, Sequence[Run]]],
+) -> Iterator[Sequence[tuple[TurnRecord, Sequence[Run]]]]:
+    """The turns, parted so that each part is added in milliseconds, unless a single turn is large."""
+    some: list[tuple[TurnRecord, Sequence[Run]]] = []
+    size = 0
+    for turn, runs in ended:
+        size += turn.text_bytes
+        if some and (len(some) == _TURNS_AT_ONCE or size > _BYTES_AT_ONCE):
+            yield some
+            some, size = [], turn.text_bytes
+        some.append((turn, runs))
+    if some:
+        yield some
+
+
+@contextmanager
+def _owner(db: apsw.Connection, path: Path) -> Iterator[int]:
+    """Own what is built hidden: services leave it alone while this process lives. Gives the owner's fence."""
+    ownership = Ownership(path.with_name(f"{path.name}-owners"))
+    try:
+        try:
+            ownership.open()
+            with database.transaction(db):
+                ownership.begin(db, address=None, opened_at=time.time_ns() // 1000)
+        except OSError as error:
+            raise database.startup_error(path, error) from error
+        try:
+            yield ownership.fence
+        finally:
+            with database.transaction(db):
+                db.execute("DELETE FROM owners WHERE fence = ?", (ownership.fence,))
+    finally:
+        ownership.close()
 
 
 def _make_store(path: Path) -> None:

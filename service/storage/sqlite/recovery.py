@@ -10,7 +10,7 @@ import apsw
 
 from service.errors import OwnedElsewhereError
 from service.storage import rules
-from service.storage.sqlite import documents, event_pages
+from service.storage.sqlite import documents, event_pages, tree_changes
 from service.storage.sqlite.ends import keep_end
 from service.storage.sqlite.ownership import Ownership, fences, owner_of
 from service.storage.sqlite.rows import STAGED_MARK, TURN_COLUMNS, Row, items_of, turn_of
@@ -24,7 +24,7 @@ _OPEN = (
     "SELECT turns.key FROM turns CROSS JOIN sessions ON sessions.key = session "
     "WHERE turns.owner = :owner AND deletion <> 2 AND (:session IS NULL OR session = :session) LIMIT :limit"
 )
-_GET = f"SELECT {TURN_COLUMNS}, session FROM turns WHERE key = ?"
+_GET = f"SELECT {TURN_COLUMNS}, session FROM edited_turns WHERE key = ?"
 _GET_SESSION = "SELECT id, idle_timeout_s FROM sessions WHERE key = ?"
 
 
@@ -39,6 +39,7 @@ def recover_some(db: apsw.Connection, owners: Ownership, now: datetime) -> tuple
                 "UPDATE sessions SET id = NULL, deletion = 2, deleter = NULL WHERE deletion = 1 AND deleter = ?",
                 (fence,),
             )
+            tree_changes.give_up_all_of(db, fence)
             db.execute("DELETE FROM owners WHERE fence = ?", (fence,))
         return ended, False
     return 0, True

@@ -36,6 +36,7 @@ _left_out: msgspec.json.Decoder[LeftOut] = msgspec.json.Decoder(LeftOut)
 _session_options: msgspec.json.Decoder[_SessionOptions] = msgspec.json.Decoder(_SessionOptions)
 _NO_OPTIONS = _SessionOptions()
 _options: msgspec.json.Decoder[_Options] = msgspec.json.Decoder(_Options)
+_ids: msgspec.json.Decoder[frozenset[str]] = msgspec.json.Decoder(frozenset[str])
 
 _NOTHING_ASKED = _Options()
 
@@ -104,11 +105,27 @@ def settings_of(session: SessionRecord) -> tuple[object, ...]:
 TURN_COLUMNS = (
     "id, parent, state, model, created_at, input, output, temperature, max_output_tokens, "
     "background, started_at, ended_at, reason, error, finish_reason, usage, last_seq, left_out, options, "
-    "events_deleted, "
+    "events_deleted, deleted_items, "
     "CASE WHEN output_bytes IS NULL THEN NULL ELSE key END"
 )
+"""The columns of a record, in the views of turns: these know which items are deleted that a row has still."""
+_DELETED_ITEMS = 20
 PATH_COLUMNS = TURN_COLUMNS.replace("options", "NULL")
 """The columns of turns that are read for a prompt or for their messages: options may be larger than these are."""
+
+
+def input_of(json: str, deleted_items: str | None) -> tuple[Item, ...]:
+    """The input of a turn, by its columns ``input`` and ``deleted_items``."""
+    items = _items.decode(json)
+    if deleted_items is None:
+        return items
+    deleted = _ids.decode(deleted_items)
+    return tuple(item for item in items if item.id not in deleted)
+
+
+def has_lost_items(row: Row) -> bool:
+    """Whether a row of :data:`TURN_COLUMNS` has items that are deleted: ``message_bytes`` counts them still."""
+    return row[_DELETED_ITEMS] is not None
 
 
 def turn_of(session_id: str, row: Row) -> tuple[TurnRecord, int | None]:
@@ -121,7 +138,7 @@ def turn_of(session_id: str, row: Row) -> tuple[TurnRecord, int | None]:
         state=row[2],
         model=row[3],
         created_at=time_of(row[4]),
-        input=_items.decode(row[5]),
+        input=input_of(row[5], row[_DELETED_ITEMS]),
         output=_items.decode(row[6]),
         temperature=row[7],
         max_output_tokens=row[8],
@@ -138,7 +155,7 @@ def turn_of(session_id: str, row: Row) -> tuple[TurnRecord, int | None]:
         events_deleted=bool(row[19]),
         system_message=None if options.system_message is msgspec.UNSET else options.system_message,
     )
-    return turn, row[20]
+    return turn, row[21]
 
 
 def values_of(turn: TurnRecord) -> dict[str, object]:

@@ -138,6 +138,32 @@ INSERT INTO siblings (session, parent, ordinal, place)
     ) WHERE siblings > 1;
 
 ALTER TABLE turns ADD COLUMN events_deleted INTEGER NOT NULL DEFAULT 0; -- 1: a text was deleted, its events with it
+
+-- Changes with too many parts for one step (sqlite/tree_changes.py). First the parts are noted, step by step; the step
+-- that sets the state changes all of them at once for all readers; then, step by step, rows are changed and reclaimed.
+CREATE TABLE tree_changes (
+    key INTEGER PRIMARY KEY,    -- a random number
+    state INTEGER NOT NULL CHECK (state IN (0, 1, 2, 3)),   -- 0 parts are being noted, 1 deleted, 2 over, 3 being added
+    owner INTEGER NOT NULL      -- the one that notes the parts
+) STRICT;
+CREATE INDEX unfinished_tree_changes ON tree_changes (owner) WHERE state IN (0, 3);
+CREATE INDEX ended_tree_changes ON tree_changes (state) WHERE state IN (1, 2);
+CREATE TABLE changed_parts (
+    change INTEGER NOT NULL REFERENCES tree_changes (key),
+    turn INTEGER NOT NULL REFERENCES turns (key),
+    items TEXT,                 -- the ids of items of the input, a JSON list without its brackets; NULL: the whole turn
+    PRIMARY KEY (change, turn)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX changed_parts_by_turn ON changed_parts (turn);
+CREATE VIEW edited_turns AS SELECT *, (
+    SELECT '[' || group_concat(items) || ']' FROM changed_parts CROSS JOIN tree_changes ON tree_changes.key = change
+    WHERE changed_parts.turn = turns.key AND tree_changes.state = 1
+) AS deleted_items FROM turns;
+-- What readers find by an id, a place or a parent. All that is above such a turn is shown, too.
+CREATE VIEW shown_turns AS SELECT * FROM edited_turns WHERE NOT EXISTS (
+    SELECT 1 FROM changed_parts CROSS JOIN tree_changes ON tree_changes.key = change
+    WHERE changed_parts.turn = edited_turns.key AND tree_changes.state IN (1, 3) AND items IS NULL
+);
 ALTER TABLE sessions ADD COLUMN edits INTEGER NOT NULL DEFAULT 0;   -- deletions of turns and items so far
 
 ALTER TABLE sessions ADD COLUMN owner_name TEXT NOT NULL DEFAULT '';    -- of the keys that may use the session

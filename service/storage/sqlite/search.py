@@ -23,7 +23,7 @@ STEP_S = 0.005
 TERMS_MAX = 16
 """The terms of a query that FTS5 looks for. A document that has them is read and looked through for the others."""
 
-_TURN_BY_KEY = f"SELECT {TURN_COLUMNS} FROM turns WHERE key = ?"
+_TURN_BY_KEY = f"SELECT {TURN_COLUMNS} FROM shown_turns WHERE key = ?"
 _WAITING = (
     "SELECT 1 FROM unindexed LEFT JOIN turns ON kind = 'turn' AND turns.key = unindexed.key "
     "LEFT JOIN sessions ON sessions.key = turns.session WHERE true"
@@ -172,7 +172,9 @@ class _SqliteIndex:
         if key is None:
             found = Found(number, session, None, partial(_title, self._db, session))
         else:
-            turn_id: str | None = self._db.execute("SELECT id FROM turns WHERE key = ?", (key,)).get
+            turn_id: str | None = self._db.execute("SELECT id FROM shown_turns WHERE key = ?", (key,)).get
+            if turn_id is None:
+                return None
             found = Found(number, session, turn_id, partial(_messages, self._db, key))
         has_further = not self._further or self._further <= at_once(document_terms(found.texts()))
         return found if has_further else None

@@ -7,6 +7,7 @@ import apsw
 import msgspec
 
 from service.errors import SessionExistsError, SessionNotFoundError, TurnInProgressError
+from service.ids import new_session_id, owner_of, scoped
 from service.models.client import Usage
 from service.storage import rules
 from service.storage.page_cursor import SessionPosition, encode_cursor
@@ -46,7 +47,7 @@ _COUNT_IDLE = "SELECT count(*) FROM sessions WHERE deletion = 0 AND open_turns =
 _EXPIRED = (
     "SELECT key FROM sessions WHERE deletion = 0 AND open_turns = 0 AND expires_at <= ? ORDER BY expires_at, id LIMIT ?"
 )
-_ITEMS = "SELECT message_items FROM turns WHERE id = ? AND session = ?"
+_ITEMS = "SELECT iif(deleted_items IS NULL, message_items, NULL) FROM shown_turns WHERE id = ? AND session = ?"
 _HIDE = "UPDATE sessions SET id = NULL, deletion = 2, deleter = NULL WHERE key = ?"
 
 
@@ -114,27 +115,24 @@ def create(
 
 def make_room(db: apsw.Connection, session_id: str, now: datetime) -> None:
     """Cut off an expired session of this id. Raises: SessionExistsError: A session of this id has not expired."""
+    expired = find_expired(db, session_id, now)
+    if expired is not None:
+        hide(db, expired)
+
+
+def find_expired(db: apsw.Connection, session_id: str, now: datetime) -> int | None:
+    """The key of an expired session of this id. Raises: SessionExistsError: A session of this id has not expired."""
     present = find(db, session_id)
     if present is None:
-        return
+        return None
     if rules.keeps_its_id(present.record, now, is_deleted=present.is_deleted):
         raise SessionExistsError(session_id)
-    hide(db, present.key)
+    return present.key
 
 
 def hide(db: apsw.Connection, key: int) -> None:
     """Hide a session: no query finds it any more, and its rows are reclaimed later."""
     db.execute(_HIDE, (key,))
-
-
-def insert_removed(db: apsw.Connection, now: datetime) -> int:
-    """Add a session that is removed already, for rows that are to be reclaimed. Returns its key."""
-    db.execute(
-        "INSERT INTO sessions (id, deletion, created_at, last_accessed_at, expires_at, idle_timeout_s) "
-        "VALUES (NULL, 2, :now, :now, :now, 0)",
-        {"now": moment(now)},
-    )
-    return db.last_insert_rowid()
 
 
 def insert(db: apsw.Connection, session: SessionRecord, *, turns_begun: int = 0) -> int:
@@ -167,6 +165,32 @@ def insert(db: apsw.Connection, session: SessionRecord, *, turns_begun: int = 0)
     documents.set_title(db, key, session.title)
     metadata.insert(db, key, session)
     return key
+
+
+def insert_hidden(db: apsw.Connection, session: SessionRecord, hidden_id: str, *, turns_begun: int, fence: int) -> int:
+    """Add a session that is built step by step. Readers see nothing of it, and it is removed if its builder dies.
+
+    Args:
+        hidden_id: An id that no client can choose (:func:`hidden_id_for`).
+        fence: The owner that builds it.
+
+    Returns:
+        The key of the session.
+    """
+    key = insert(db, msgspec.structs.replace(session, id=hidden_id), turns_begun=turns_begun)
+    db.execute("UPDATE sessions SET deletion = 1, deleter = ? WHERE key = ?", (fence, key))
+    return key
+
+
+def hidden_id_for(session_id: str) -> str:
+    """An id for a session while it is hidden."""
+    return scoped(owner_of(session_id), f"+{new_session_id()}")
+
+
+def show(db: apsw.Connection, key: int, session_id: str) -> None:
+    """Show a session that was built hidden, by its own id, which is free."""
+    db.execute("UPDATE sessions SET id = ?, deletion = 0, deleter = NULL WHERE key = ?", (session_id, key))
+    db.execute("UPDATE session_metadata SET id = ? WHERE session = ?", (session_id, key))
 
 
 def list_page(

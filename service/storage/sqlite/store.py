@@ -7,13 +7,14 @@ from datetime import datetime
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import TypeVar
 
 import anyio
 import apsw
 import msgspec
 
 from service import store_capabilities
-from service.errors import ItemNotFoundError, StoreError
+from service.errors import ItemNotFoundError, RefusedError, RepeatedError, StoreError
 from service.models.client import Usage
 from service.steps import in_steps
 from service.storage import rules
@@ -47,6 +48,7 @@ from service.storage.sqlite import (
     recovery,
     search,
     sessions,
+    tree_changes,
     trees,
     turns,
 )
@@ -56,9 +58,12 @@ from service.storage.sqlite.ownership import Ownership, find_owner, is_oldest
 from service.storage.sqlite.reader import Reader
 from service.storage.sqlite.rows import STAGED_MARK
 from service.storage.sqlite.sql_thread import CLAIMED_GRACE_S, SqlThread
+from service.storage.sqlite.tree_changes import Progress
 from service.storage.sqlite.writer import Writer
 from service.storage.store import PAGE_LENGTH_MAX, Monotonic
 from service.storage.terms import document_terms, query_terms
+
+P = TypeVar("P", bound=Progress)
 
 STEP_LENGTH_MAX = 1024 * 1024
 """Bound on the code points and events that one step writes, so that the step holds the write lock for milliseconds."""
@@ -124,6 +129,9 @@ class SqliteStore:
         self._searching = SqlThread("sqlite search", Reader(self.files, monotonic=monotonic, steps_max=1))
         self._forking = anyio.Lock()  # one fork at a time, because its turns are in memory meanwhile
         self._abandoned: set[str] = set()
+        """The hidden copies of forks that failed or whose callers left."""
+        self._given_up: set[int] = set()
+        """Changes of trees that failed or whose callers left."""
 
     @property
     def peer_secret(self) -> bytes:
@@ -315,35 +323,60 @@ class SqliteStore:
         key: IdempotencyKey | None = None,
     ) -> SessionRecord:
         terms = [await _terms(turn) for turn in added]
-        return await self._writing.call(
-            lambda db: turns.add(db, added, terms, self._ownership, now, head=head, key=key)
-        )
+        step = partial(turns.add_some, added=added, terms=terms, owners=self._ownership, now=now, head=head, key=key)
+        session = (await self._change(step, turns.Addition())).session
+        assert session is not None, "an addition never begins anew"
+        return session
 
     async def delete_turns(self, session_id: str, turn_id: str, *, now: datetime) -> None:
-        await self._writing.call(
-            lambda db: deletions.delete_turns(db, session_id, turn_id, self._ownership, now), makes_space=True
-        )
-        self.writer.removed = True
+        is_done: bool | None = False
+        while not is_done:  # again if the tree has changed meanwhile
+            read = deletions.FollowersRead(session_id, turn_id, now)
+            while not read.is_complete:
+                await self._reading.call(read.read_some)
+            step = partial(deletions.delete_turns, read=read, owners=self._ownership, now=now)
+            is_done = (await self._change(step, Progress(), makes_space=True)).is_done
 
     async def find_item(self, session_id: str, item_id: str, *, now: datetime) -> TurnRecord:
-        search = await self._search_item(session_id, item_id, now)
+        search = await self._search_item(session_id, item_id, now, with_answers=False)
         if search.turn is None:
             raise ItemNotFoundError(item_id)
         return search.turn
 
-    async def _search_item(self, session_id: str, item_id: str, now: datetime) -> deletions.ItemSearch:
-        search = deletions.ItemSearch(session_id, item_id, now)
+    async def _search_item(
+        self, session_id: str, item_id: str, now: datetime, *, with_answers: bool
+    ) -> deletions.ItemSearch:
+        search = deletions.ItemSearch(session_id, item_id, now, with_answers=with_answers)
         while not search.is_complete:
             await self._reading.call(search.read_some)
         return search
 
     async def delete_item(self, session_id: str, item_id: str, *, now: datetime) -> None:
-        is_done = False
-        while not is_done:  # again if something else was deleted meanwhile
-            search = await self._search_item(session_id, item_id, now)
+        is_done: bool | None = False
+        while not is_done:  # again if the tree has changed meanwhile
+            search = await self._search_item(session_id, item_id, now, with_answers=True)
             terms = () if search.turn is None else await _terms(rules.without_items(search.turn, [item_id]))
             step = partial(deletions.delete_item, search=search, terms=terms, owners=self._ownership, now=now)
-            is_done = await self._writing.call(step)
+            is_done = (await self._change(step, Progress())).is_done
+
+    async def _change(self, step: Callable[..., P], progress: P, *, makes_space: bool = False) -> P:
+        """Do the steps of a change of a tree. Returns its progress: done, or to be begun anew.
+
+        A change that fails, or whose caller leaves, is done as a whole or undone.
+        """
+        key = tree_changes.new_key()
+        try:
+            while progress.is_done is None:
+                call: Callable[[apsw.Connection], P] = partial(step, change=key, progress=progress)
+                progress = await self._writing.call(call, makes_space=makes_space)
+        except BaseException as error:
+            if progress.noted or not isinstance(error, RefusedError | RepeatedError):
+                self._given_up.add(key)
+                with anyio.move_on_after(CLAIMED_GRACE_S, shield=True), suppress(StoreError):
+                    await self._clear_abandoned()
+            raise
+        self.writer.removed = True
+        return progress
 
     async def start_turn(self, turn_id: str, *, now: datetime) -> bool:
         return await self._writing.call(lambda db: turns.start(db, turn_id, self.fence, now))
@@ -475,7 +508,11 @@ class SqliteStore:
             self.files.close()
 
     async def _clear_abandoned(self) -> None:
-        """Remove the hidden copies of failed forks."""
+        """Remove the hidden copies of failed forks, and undo failed changes of trees."""
+        for key in list(self._given_up):
+            await self._writing.call(partial(tree_changes.give_up, change=key), makes_space=True)
+            self._given_up.discard(key)
+            self.writer.removed = True
         for hidden_id in list(self._abandoned):
             await self.remove_deleted(hidden_id)
             self._abandoned.discard(hidden_id)

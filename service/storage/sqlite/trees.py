@@ -4,7 +4,7 @@ The table ``siblings`` has the place of each turn that has a sibling. A turn wit
 a conversation without branches costs one look-up in an index for each turn.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from datetime import datetime
 
 import apsw
@@ -18,41 +18,53 @@ from service.storage.sqlite.rows import Row, time_of
 CHILDREN = "session = ? AND coalesce(parent, '') = ?"
 """The condition that finds the children of a turn, or of None as the empty text, by their index."""
 
-_FIRST_CHILD = f"SELECT ordinal FROM turns WHERE {CHILDREN} ORDER BY ordinal LIMIT 1"
+_OTHER_CHILD = f"SELECT ordinal FROM shown_turns WHERE {CHILDREN} AND ordinal <> ? LIMIT 1"
 _LAST_PLACE = "SELECT place FROM siblings WHERE session = ? AND parent = ? ORDER BY ordinal DESC LIMIT 1"
+_NEWEST = "SELECT ordinal, place FROM siblings WHERE session = ? AND parent = ? ORDER BY ordinal DESC LIMIT 1"
 _PLACE = "SELECT place FROM siblings WHERE session = ? AND parent = ? AND ordinal = ?"
 _SIBLING = "session = :session AND parent = :parent AND ordinal = :ordinal"
 _NEWER_SIBLINGS = "session = :session AND parent = :parent AND ordinal > :ordinal"
+_PLACE_BEFORE = (
+    "SELECT place FROM siblings WHERE session = :session AND parent = :parent AND ordinal < :ordinal "
+    "ORDER BY ordinal DESC LIMIT 1"
+)
 _ADD = "INSERT INTO siblings (session, parent, ordinal, place) VALUES (?, ?, ?, ?)"
-_STEP_UP = "SELECT id, state, started_at, parent FROM turns WHERE id = ? AND session = ?"
+_STEP_UP = "SELECT id, state, started_at, parent FROM shown_turns WHERE id = ? AND session = ?"
 _NODES = (
-    "SELECT id, parent, state, created_at, ended_at, ordinal FROM turns "
+    "SELECT id, parent, state, created_at, ended_at, ordinal FROM shown_turns "
     "WHERE session = ? AND ordinal > ? ORDER BY ordinal LIMIT ?"
 )
 
 
 def add_sibling(db: apsw.Connection, session: int, parent: str | None, ordinal: int) -> Siblings:
-    """Count a turn, which is about to be added as the newest of its session, among its siblings."""
+    """Count a turn, which is or is about to be in the session, among its siblings. Mostly it is the newest of them."""
     parent = parent or ""
-    first: int | None = db.execute(_FIRST_CHILD, (session, parent)).get
-    if first is None:
+    other: int | None = db.execute(_OTHER_CHILD, (session, parent, ordinal)).get
+    if other is None:
         return Siblings()
-    last: int | None = db.execute(_LAST_PLACE, (session, parent)).get
-    if last is None:
-        db.execute(_ADD, (session, parent, first, 1))
-        last = 1
-    db.execute(_ADD, (session, parent, ordinal, last + 1))
-    return Siblings(last + 1, last + 1)
+    newest: Row | None = db.execute(_NEWEST, (session, parent)).fetchone()
+    if newest is None:
+        newest = other, 1
+        db.execute(_ADD, (session, parent, other, 1))
+    newest_ordinal, count = newest
+    place = count + 1
+    if newest_ordinal > ordinal:
+        values = {"session": session, "parent": parent, "ordinal": ordinal}
+        place = (db.execute(_PLACE_BEFORE, values).get or 0) + 1
+        db.execute(f"UPDATE siblings SET place = place + 1 WHERE {_NEWER_SIBLINGS}", values)
+    db.execute(_ADD, (session, parent, ordinal, place))
+    return Siblings(place, count + 1)
 
 
-def remove(db: apsw.Connection, session: int, turns: Sequence[tuple[str, str | None, int]]) -> None:
-    """Take a turn and all that follow it out of the tree; each with its id, its parent and its ordinal.
+def forget_place(db: apsw.Connection, session: int, parent: str | None, ordinal: int) -> None:
+    """Remove the place of a turn whose siblings are removed, too."""
+    db.execute(
+        f"DELETE FROM siblings WHERE {_SIBLING}", {"session": session, "parent": parent or "", "ordinal": ordinal}
+    )
 
-    Call this before their rows change. The siblings of the first turn move up.
-    """
-    for turn_id, _, _ in turns:
-        db.execute("DELETE FROM siblings WHERE session = ? AND parent = ?", (session, turn_id))
-    _, parent, ordinal = turns[0]
+
+def remove(db: apsw.Connection, session: int, parent: str | None, ordinal: int) -> None:
+    """Take a turn out of the tree: its siblings move up. The turns that follow it cannot be found without it."""
     values = {"session": session, "parent": parent or "", "ordinal": ordinal}
     db.execute(f"DELETE FROM siblings WHERE {_SIBLING}", values)
     db.execute(f"UPDATE siblings SET place = place - 1 WHERE {_NEWER_SIBLINGS}", values)
@@ -68,7 +80,7 @@ def find_places(db: apsw.Connection, session_id: str, turn_ids: Collection[str])
     siblings: dict[str, Siblings] = {}
     for turn_id in turn_ids:
         turn: Row | None = db.execute(
-            "SELECT ordinal, coalesce(parent, '') FROM turns WHERE id = ? AND session = ?", (turn_id, session)
+            "SELECT ordinal, coalesce(parent, '') FROM shown_turns WHERE id = ? AND session = ?", (turn_id, session)
         ).fetchone()
         if turn is None:
             continue

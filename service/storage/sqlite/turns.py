@@ -27,7 +27,7 @@ from service.storage.records import (
     TreeNode,
     TurnRecord,
 )
-from service.storage.sqlite import documents, event_pages, idempotency, recovery, sessions, trees
+from service.storage.sqlite import documents, event_pages, idempotency, recovery, sessions, tree_changes, trees
 from service.storage.sqlite.ends import keep_end
 from service.storage.sqlite.event_pages import record_of
 from service.storage.sqlite.ownership import Ownership
@@ -36,6 +36,7 @@ from service.storage.sqlite.rows import (
     TURN_COLUMNS,
     Row,
     as_json,
+    has_lost_items,
     moment,
     values_of,
 )
@@ -53,19 +54,20 @@ STEP_S = 0.003
 _VISIBLE = "SELECT key FROM sessions WHERE id = ? AND deletion = 0 AND (open_turns > 0 OR expires_at > ?)"
 # The key of a removed session may be used again.
 _IDENTITY = "SELECT key, created_at, edits FROM sessions WHERE id = ?"
-_GET = f"SELECT {TURN_COLUMNS} FROM turns WHERE id = ? AND session = ?"
+_GET = f"SELECT {TURN_COLUMNS} FROM shown_turns WHERE id = ? AND session = ?"
 _DOWN_FROM = (
-    "SELECT {columns}, ordinal, message_bytes FROM turns WHERE session = ? AND ordinal <= ? ORDER BY ordinal DESC"
+    "SELECT {columns}, ordinal, message_bytes FROM edited_turns "
+    "WHERE session = ? AND ordinal <= ? ORDER BY ordinal DESC"
 )
 # SQLite finds the length of a text without reading the text.
 _TURN_BYTES = (
     "octet_length(input) + octet_length(output) + coalesce(output_bytes, 0) + coalesce(octet_length(options), 0)"
 )
 _SIZES = (
-    f"SELECT ordinal, {_TURN_BYTES} + coalesce(octet_length(options), 0) FROM turns "
+    f"SELECT ordinal, {_TURN_BYTES} + coalesce(octet_length(options), 0) FROM shown_turns "
     "WHERE {which} AND ordinal > ? ORDER BY ordinal LIMIT ?"
 )
-_AT = f"SELECT {TURN_COLUMNS} FROM turns WHERE session = ? AND ordinal = ?"
+_AT = f"SELECT {TURN_COLUMNS} FROM edited_turns WHERE session = ? AND ordinal = ?"
 # One table in each statement: several simple statements are several times as fast as one join.
 _OWN = "SELECT key, session FROM turns WHERE id = ? AND +owner = ?"  # ``+`` makes SQLite search by id, not by owner
 _IS_OWN = "id = :turn AND +owner = :owner AND (SELECT id FROM sessions WHERE key = session) IS NOT NULL"
@@ -125,29 +127,53 @@ def begin(
     return BegunTurn(session, path, siblings)
 
 
-def add(
+class Addition(tree_changes.Progress, frozen=True):
+    """The progress of turns that are added.
+
+    Attributes:
+        first: The ordinal of the first one. The first step takes the ordinals of all.
+        session: The session, once all turns are added.
+    """
+
+    first: int = 0
+    session: SessionRecord | None = None
+
+
+def add_some(
     db: apsw.Connection,
     added: Sequence[TurnRecord],
     terms: Sequence[Collection[str]],
     owners: Ownership,
     now: datetime,
     *,
+    change: int,
+    progress: Addition,
     head: str | None | msgspec.UnsetType = msgspec.UNSET,
     key: IdempotencyKey | None = None,
-) -> SessionRecord:
+) -> Addition:
+    """Do one step of an addition of turns. Few turns are added by one step; more are hidden until the last step."""
     idempotency.check(db, key, now)
     kept, _ = _session_for(db, added[0], owners, now, head, branches=True, instead=rules.INSTEAD_OF_ADDING)
-    for ordinal, (turn, of_turn) in enumerate(
-        zip(added, documents.within_a_step(terms), strict=True), kept.turns_begun
-    ):
-        insert_ended(db, kept.key, ordinal, turn, rules.events_at_once(turn.output), terms=of_turn)
+    first = progress.first if progress.noted else kept.turns_begun
+    keys = _insert_some(db, kept.key, first, added, terms, done=progress.noted)
+    noted = progress.noted + len(keys)
+    if progress.noted or noted < len(added):
+        tree_changes.note_added(db, change, keys, owner=owners.fence)
+    if noted < len(added):
+        if not progress.noted:
+            db.execute("UPDATE sessions SET turns_begun = ? WHERE key = ?", (first + len(added), kept.key))
+        return Addition(noted, first=first)
+    if progress.noted:
+        tree_changes.set_added(db, change)
     session = rules.with_added(kept.record, added, now)
+    trees.add_sibling(db, kept.key, added[0].parent, first)
     db.execute(
         "UPDATE sessions SET head = ?, turns_begun = ?, message_count = ?, last_accessed_at = ?, expires_at = ? "
         "WHERE key = ?",
         (
             session.head,
-            kept.turns_begun + len(added),
+            # One ordinal is left free if the others are taken already: so a deletion sees that there are new turns.
+            kept.turns_begun + 1 if progress.noted else first + len(added),
             session.message_count,
             moment(session.last_accessed_at),
             moment(session.expires_at),
@@ -155,7 +181,27 @@ def add(
         ),
     )
     idempotency.keep(db, key, session=kept.key, session_id=session.id, turn=added[-1].id, first_turn=added[0].id)
-    return session
+    return Addition(noted, is_done=True, session=session)
+
+
+def _insert_some(
+    db: apsw.Connection,
+    session: int,
+    first: int,
+    added: Sequence[TurnRecord],
+    terms: Sequence[Collection[str]],
+    *,
+    done: int,
+) -> list[int]:
+    """Insert turns until the time of a step is over. Returns their keys."""
+    deadline = time.monotonic() + tree_changes.STEP_S
+    keys: list[int] = []
+    for index, of_turn in enumerate(documents.within_a_step(islice(terms, done, None)), done):
+        turn = added[index]
+        keys.append(insert_ended(db, session, first + index, turn, rules.events_at_once(turn.output), terms=of_turn))
+        if time.monotonic() >= deadline:
+            break
+    return keys
 
 
 def _session_for(
@@ -177,7 +223,9 @@ def _session_for(
     kept = sessions.visible(db, turn.session_id, now)
     ordinal: int | None = None
     if turn.parent is not None:
-        ordinal = db.execute("SELECT ordinal FROM turns WHERE id = ? AND session = ?", (turn.parent, kept.key)).get
+        ordinal = db.execute(
+            "SELECT ordinal FROM shown_turns WHERE id = ? AND session = ?", (turn.parent, kept.key)
+        ).get
         if ordinal is None:
             raise TurnNotFoundError(turn.parent)
     others = None if kept.owner == owners.fence else kept.owner
@@ -204,14 +252,23 @@ def _short_path(
     bound.takes(turn.message_bytes)
     deadline = time.thread_time() + SHORT_PATH_S
     for row in () if turn.parent is None else path_down(db, session.key, turn.parent):
-        if not bound.takes(row[-1]):
+        size = _bytes_in_prompts(db, turn.session_id, row)
+        if not bound.takes(size):
             break
-        read += row[-1]
+        read += size
         is_long = _is_in_pages(row) or sum([len(it) for it in row if isinstance(it, str)]) > SHORT_PATH_ROW_LENGTH
         if is_long or read > rules.SHORT_PATH_BYTES or time.thread_time() >= deadline:
             return None
         down.append(record_of(db, turn.session_id, row))
     return down[::-1]
+
+
+def _bytes_in_prompts(db: apsw.Connection, session_id: str, row: Row) -> int:
+    """The size of the turn of a row of :func:`path_down` in prompts."""
+    if has_lost_items(row):
+        return record_of(db, session_id, row).message_bytes
+    size: int = row[-1]
+    return size
 
 
 def _is_in_pages(row: Row) -> bool:
@@ -321,7 +378,7 @@ def get(db: apsw.Connection, session_id: str, turn_id: str, now: datetime, *, wi
 
 def find_session_of(db: apsw.Connection, turn_id: str) -> str | None:
     """The id of a turn's session; None if there is no such turn, or its session is removed."""
-    for (session,) in db.execute("SELECT session FROM turns WHERE id = ?", (turn_id,)).fetchall():
+    for (session,) in db.execute("SELECT session FROM shown_turns WHERE id = ?", (turn_id,)).fetchall():
         session_id: str | None = db.execute("SELECT id FROM sessions WHERE key = ?", (session,)).get
         if session_id is not None:
             return session_id
@@ -364,7 +421,7 @@ def list_tree(
 def all_of(db: apsw.Connection, session_id: str, session: int) -> list[tuple[TurnRecord, list[Run]]]:
     """All turns of a session with their events, in the order of their acceptance."""
     rows: list[Row] = db.execute(
-        f"SELECT {TURN_COLUMNS}, key FROM turns WHERE session = ? ORDER BY ordinal", (session,)
+        f"SELECT {TURN_COLUMNS}, key FROM shown_turns WHERE session = ? ORDER BY ordinal", (session,)
     ).fetchall()
     return [(record_of(db, session_id, row), event_pages.runs_of(db, row[-1])) for row in rows]
 
@@ -377,19 +434,22 @@ def insert_ended(
     runs: Sequence[Run],
     *,
     terms: Collection[str] | None,
-) -> None:
-    """Add a turn that has ended already. The caller updates the session's counters.
+) -> int:
+    """Add a turn that has ended already. The caller updates the session's counters, and the places of siblings.
 
     Args:
         terms: The terms of the turn; None if they are to be cut and added later.
+
+    Returns:
+        The key of the turn.
     """
-    trees.add_sibling(db, session, turn.parent, ordinal)
     values = values_of(turn) | event_pages.end_columns(turn, runs)
     key = _insert_ended(db, session, ordinal, values)
     if not values["runs"]:
         text = text_of(runs, [item.text for item in turn.output])
         event_pages.keep(db, key, runs, text, after=0)
     documents.add_turn(db, key, session, terms)
+    return key
 
 
 def insert_copy(
@@ -478,7 +538,7 @@ class PathRead(PathWalk):
         return self._down[::-1]
 
     def _takes(self, db: apsw.Connection, row: Row) -> bool:
-        if not self._bound.takes(row[-1]):
+        if not self._bound.takes(_bytes_in_prompts(db, self._session_id, row)):
             return False
         self._down.append(record_of(db, self._session_id, row))
         return True
@@ -495,7 +555,7 @@ class PathMeasure(PathWalk):
         measured: The size of the turns so far in a prompt.
     """
 
-    columns = "id, parent, message_items"
+    columns = "id, parent, iif(deleted_items IS NULL, message_items, NULL)"
 
     def __init__(self, session_id: str, turn_id: str) -> None:
         super().__init__(session_id, turn_id)
@@ -503,7 +563,7 @@ class PathMeasure(PathWalk):
 
     def _takes(self, db: apsw.Connection, row: Row) -> bool:
         this_id, _, message_items, _, message_bytes = row
-        if message_items is None:  # the row is of schema 1, which had neither counts nor refusals
+        if message_items is None:  # an item was deleted, or the row is of schema 1, which had no counts
             assert self._session is not None
             read: Row = db.execute(_GET, (this_id, self._session[0])).fetchone()  # type: ignore[assignment]
             self.measured += record_of(db, self._session_id, read).in_prompts
@@ -538,7 +598,7 @@ class PathPage(PathWalk):
             self._keys.reverse()
             sizes = (db.execute(f"SELECT {_TURN_BYTES} FROM turns WHERE key = ?", (key,)).get for key in self._keys)
             shown = islice(self._keys, fitting(sizes, bytes_max=self._bytes_max, rows_min=2))
-            query = f"SELECT {PATH_COLUMNS} FROM turns WHERE key = ?"
+            query = f"SELECT {PATH_COLUMNS} FROM edited_turns WHERE key = ?"
             self.turns = [record_of(db, self._session_id, row) for key in shown for row in db.execute(query, (key,))]
 
     def _takes(self, db: apsw.Connection, row: Row) -> bool:  # noqa: ARG002
@@ -563,7 +623,7 @@ def path_down(
     next_id: str | None = turn_id
     while next_id is not None:
         ordinal: int | None = db.execute(
-            "SELECT ordinal FROM turns WHERE id = ? AND session = ?", (next_id, session)
+            "SELECT ordinal FROM shown_turns WHERE id = ? AND session = ?", (next_id, session)
         ).get
         if ordinal is None or ordinal >= below:
             return
@@ -576,7 +636,7 @@ def path_down(
 
 def key_of(db: apsw.Connection, turn_id: str, session: int) -> int:
     """Raises: TurnNotFoundError: The session has no such turn."""
-    key: int | None = db.execute("SELECT key FROM turns WHERE id = ? AND session = ?", (turn_id, session)).get
+    key: int | None = db.execute("SELECT key FROM shown_turns WHERE id = ? AND session = ?", (turn_id, session)).get
     if key is None:
         raise TurnNotFoundError(turn_id)
     return key

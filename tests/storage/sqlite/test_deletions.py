@@ -1,5 +1,7 @@
 """Deletions of turns and items in the file: what is left of them, and for how long a step holds the writer."""
 
+from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,13 +10,26 @@ import apsw
 import pytest
 import trio
 
-from service.errors import ItemNotFoundError, StoreError
+from service.errors import ItemNotFoundError, StoreError, TurnNotFoundError
 from service.storage.pieces import STARTED, Run
-from service.storage.sqlite import deletions, forks, maintenance, open_sqlite_store, turns
+from service.storage.records import IdempotencyKey, Siblings, TurnRecord
+from service.storage.sqlite import (
+    SqliteStore,
+    deletions,
+    documents,
+    forks,
+    maintenance,
+    open_sqlite_store,
+    reclaim,
+    tree_changes,
+    turns,
+)
 from service.storage.sqlite.reclaim import reclaim_some
-from tests.storage.rows import T0, a_session, a_turn, ended, said
+from service.storage.sqlite.writer import Writer
+from service.storage.store import Store
+from tests.storage.rows import T0, a_session, a_turn, contents, ended, said
 from tests.storage.test_store_added_turns import an_added_turn
-from tests.storage.test_store_deletions import a_tree, found_by
+from tests.storage.test_store_deletions import a_chain, a_tree, asks, brings, calls, found_by, says, with_items
 
 LONG = "secret " * 50_000
 
@@ -52,20 +67,304 @@ async def test_deleted_texts_leave_the_rows_and_the_pages_of_long_turns_are_recl
         assert db.execute("SELECT count(*) FROM documents WHERE turn NOT IN (SELECT key FROM turns)").get == 0
 
 
-async def test_a_store_that_is_killed_after_a_deletion_has_all_of_it(path: Path) -> None:
+async def reclaim_all(store: SqliteStore) -> None:
+    while await store._writing.call(reclaim_some):
+        pass
+
+
+def rows_in(path: Path) -> dict[str, int]:
+    """How many rows the tables have that a deletion writes to."""
+    tables = ("turns", "siblings", "documents", "unindexed", "tree_changes", "changed_parts", "sessions")
+    with closing(apsw.Connection(str(path))) as db:
+        return {table: db.execute(f"SELECT count(*) FROM {table}").get for table in tables}
+
+
+async def a_tree_with_calls(store: Store) -> None:
+    await a_tree(store)
+    await store.add_turns([with_items("call", asks("call"), calls("1"), parent="b")], now=T0)
+    for n in range(6):
+        answer = with_items(f"answer{n}", brings("1", f"answer{n}"), says(f"A{n}"), parent="call")
+        await store.add_turns([answer], now=T0)
+
+
+CHANGES = ("b", "c_1", "new")
+"""A turn and a call that are deleted, and the beginning of the names of added turns."""
+A_KEY = IdempotencyKey(caller="", key="k", fingerprint=b"f")
+
+
+def added_turns() -> list[TurnRecord]:
+    return a_chain("new", 7, below="b2")
+
+
+async def change(store: Store, what: str) -> None:
+    match what:
+        case "b":
+            await store.delete_turns("s", what, now=T0)
+        case "c_1":
+            await store.delete_item("s", what, now=T0)
+        case _:
+            await store.add_turns(added_turns(), now=T0, key=A_KEY)
+
+
+class Steps:
+    """A change step by step, by a process that may die after each of them."""
+
+    def __init__(self, store: SqliteStore, what: str) -> None:
+        self.progress = turns.Addition() if what == "new" else tree_changes.Progress()
+        self._store = store
+        self._key = tree_changes.new_key()
+        self._read: deletions.FollowersRead | deletions.ItemSearch | None = None
+        if what != "new":
+            self._read = (deletions.ItemSearch if what == "c_1" else deletions.FollowersRead)("s", what, T0)
+
+    async def read(self) -> None:
+        while self._read is not None and not self._read.is_complete:
+            await self._store._reading.call(self._read.read_some)
+
+    async def do(self) -> None:
+        more: dict[str, Any] = {"owners": self._store._ownership, "now": T0}
+        more |= {"change": self._key, "progress": self.progress}
+        step: Callable[[apsw.Connection], tree_changes.Progress]
+        if isinstance(self._read, deletions.ItemSearch):
+            step = partial(deletions.delete_item, search=self._read, terms=(), **more)
+        elif self._read is not None:
+            step = partial(deletions.delete_turns, read=self._read, **more)
+        else:
+            added = added_turns()
+            terms = [documents.terms_of_turn(turn) for turn in added]
+            step = partial(turns.add_some, added=added, terms=terms, key=A_KEY, **more)
+        self.progress = await self._store._writing.call(step)
+
+
+@pytest.fixture
+def in_the_smallest_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "STEP_S", 0)
+    monkeypatch.setattr(tree_changes, "STEP_S", 0)
+    monkeypatch.setattr(tree_changes, "_AT_ONCE", 1)
+    monkeypatch.setattr(reclaim, "STEP_S", 0.000001)
+    monkeypatch.setattr(Writer, "run_housekeeping", lambda _, *, idle: False)  # noqa: ARG005
+
+
+@pytest.mark.usefixtures("in_the_smallest_steps")
+@pytest.mark.parametrize("what", CHANGES)
+async def test_a_process_that_dies_at_any_step_leaves_all_of_a_change_or_nothing(path: Path, what: str) -> None:
     async with open_sqlite_store(path) as store:
-        await a_tree(store)
-        await store.delete_turns("s", "b", now=T0)
-        with apsw.Connection(str(path)) as db:
-            assert db.execute("SELECT count(*) FROM turns JOIN sessions ON sessions.key = session").get == 6
-            assert db.execute("SELECT group_concat(input) FROM turns WHERE session <> 1").get == "[],[]"
+        await a_tree_with_calls(store)
+        before = await contents(store, now=T0)
+    original, whole = path.read_bytes(), rows_in(path)  # noqa: ASYNC240
     async with open_sqlite_store(path) as store:
-        assert await store.recover(now=T0) == 0
-        while await store._writing.call(reclaim_some):
-            pass
+        await change(store, what)
+        after = await contents(store, now=T0)
+        await reclaim_all(store)
+        assert await contents(store, now=T0) == after
     assert maintenance.check(path) == []
-    with apsw.Connection(str(path)) as db:
-        assert db.execute("SELECT count(*) FROM turns").get == 4
+    final = rows_in(path)
+    assert (final["tree_changes"], final["changed_parts"]) == (0, 0)
+
+    outcomes: list[bool] = []
+    steps_max = 0
+    while True:
+        path.write_bytes(original)  # noqa: ASYNC240
+        async with open_sqlite_store(path) as store:
+            steps = Steps(store, what)
+            await steps.read()
+            for _ in range(steps_max):
+                if steps.progress.is_done is None:
+                    await steps.do()
+                else:
+                    await store._writing.call(reclaim_some)
+            is_done = steps.progress.is_done is True
+            outcomes.append(is_done)
+            assert await contents(store, now=T0) == (after if is_done else before)
+            assert maintenance.check(path) == [], "and a backup of this moment is one, too"
+        is_over = is_done and rows_in(path) == final
+        async with open_sqlite_store(path) as store:  # the next process
+            assert await store.recover(now=T0) == 0
+            assert await contents(store, now=T0) == (after if is_done else before)
+            await reclaim_all(store)
+            assert await contents(store, now=T0) == (after if is_done else before)
+        assert rows_in(path) == (final if is_done else whole)
+        assert maintenance.check(path) == []
+        if is_over:
+            break
+        steps_max += 1
+    assert outcomes.count(False) > 5
+    assert outcomes.count(True) > 2
+    assert sorted(outcomes) == outcomes
+
+
+@pytest.mark.usefixtures("in_the_smallest_steps")
+@pytest.mark.parametrize("what", CHANGES)
+async def test_the_unfinished_change_of_a_caller_that_left_is_undone(path: Path, what: str) -> None:
+    async with open_sqlite_store(path) as store:
+        await a_tree_with_calls(store)
+        before = await contents(store, now=T0)
+        for steps in range(1, 4):
+            with trio.fail_after(30):
+                async with trio.open_nursery() as nursery:
+                    commits = store.writer.commits
+                    nursery.start_soon(change, store, what)
+                    while store.writer.commits < commits + steps:
+                        await trio.lowlevel.checkpoint()
+                    nursery.cancel_scope.cancel()
+            assert await contents(store, now=T0) == before
+            await reclaim_all(store)
+            found = rows_in(path)
+            assert (found["tree_changes"], found["changed_parts"], found["turns"]) == (0, 0, 13)
+
+
+@pytest.mark.usefixtures("in_the_smallest_steps")
+async def test_what_could_not_be_undone_at_once_is_undone_later(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_sqlite_store(path) as store:
+        await a_tree_with_calls(store)
+
+        def refuse(*_: object, **__: object) -> None:
+            raise StoreError("The disk is full.")
+
+        with monkeypatch.context() as patched, trio.fail_after(30):
+            patched.setattr(tree_changes, "give_up", refuse)
+            async with trio.open_nursery() as nursery:
+                commits = store.writer.commits
+                nursery.start_soon(partial(store.delete_turns, "s", "b", now=T0))
+                while store.writer.commits < commits + 3:
+                    await trio.lowlevel.checkpoint()
+                nursery.cancel_scope.cancel()
+        await reclaim_all(store)
+        assert rows_in(path)["changed_parts"] > 0
+        await store.recover(now=T0)
+        await reclaim_all(store)
+        assert rows_in(path)["changed_parts"] == 0
+        assert len((await contents(store, now=T0))["s"][1]) == 13
+
+
+@pytest.mark.usefixtures("in_the_smallest_steps")
+@pytest.mark.parametrize("meanwhile", ["turn", "item", "deletion", "session", "addition"])
+async def test_a_deletion_begins_anew_if_the_tree_changes_between_its_steps(path: Path, meanwhile: str) -> None:
+    async with open_sqlite_store(path) as store, open_sqlite_store(path) as other:
+        await a_tree_with_calls(store)
+        addition = Steps(other, "new")
+        if meanwhile == "addition":
+            await addition.do()
+        deletion = Steps(store, "b")
+        await deletion.read()
+        for _ in range(3):
+            await deletion.do()
+        match meanwhile:
+            case "turn":
+                await other.add_turns([an_added_turn("new", parent="answer5")], now=T0)
+            case "item":
+                await other.delete_item("s", "c_1", now=T0)
+            case "deletion":
+                await other.delete_turns("s", "call", now=T0)
+            case "addition":  # it had begun before
+                while addition.progress.is_done is None:
+                    await addition.do()
+            case "session":
+                await other.mark_deleted("s", now=T0)
+                await other.remove_deleted("s")
+                await reclaim_all(other)
+                await other.create_session(a_session(), now=T0)
+        await deletion.do()
+        assert deletion.progress == tree_changes.Progress(is_done=False)
+        if meanwhile == "session":
+            with pytest.raises(TurnNotFoundError):
+                await store.delete_turns("s", "b", now=T0)
+            return
+        await store.delete_turns("s", "b", now=T0)
+        found = (await contents(other, now=T0))["s"]
+        added = [turn.id for turn in added_turns()] if meanwhile == "addition" else []
+        assert [turn.id for turn, _ in found[1]] == ["a", "b2", "b3", "d", *added]
+        head = added[-1] if added else "a"
+        assert (found[0].head, found[0].message_count) == (head, 8 + 2 * len(added))
+        await reclaim_all(store)
+    assert maintenance.check(path) == []
+    assert rows_in(path)["turns"] == 4 + len(added)
+
+
+@pytest.mark.usefixtures("in_the_smallest_steps")
+async def test_a_session_goes_with_what_a_deletion_has_left_of_it(path: Path) -> None:
+    async with open_sqlite_store(path) as store:
+        await a_tree_with_calls(store)
+        deletion = Steps(store, "b2")
+        await deletion.read()
+        await deletion.do()  # and its process hangs
+        await store.delete_item("s", "c_1", now=T0)
+        await store.delete_turns("s", "call", now=T0)
+        await store.mark_deleted("s", now=T0)
+        await store.remove_deleted("s")
+        await reclaim_all(store)
+        found = rows_in(path)
+        assert found == dict.fromkeys(found, 0) | {"tree_changes": 1}
+        await store.create_session(a_session(), now=T0)
+        await store.add_turns([an_added_turn("t")], now=T0)  # with the key of a row that was deleted
+        assert list(await contents(store, now=T0)) == ["s"]
+        assert len((await contents(store, now=T0))["s"][1]) == 1
+
+
+@pytest.mark.usefixtures("in_the_smallest_steps")
+async def test_turns_that_begin_while_others_are_added_keep_their_order(path: Path) -> None:
+    async with open_sqlite_store(path) as store, open_sqlite_store(path) as other:
+        await a_tree_with_calls(store)
+        addition = Steps(store, "new")
+        await addition.do()
+        for name, parent in (("beside", "b2"), ("beside2", "b2"), ("below", "d")):
+            await other.add_turns([an_added_turn(name, parent=parent)], now=T0)
+        assert (await other.find_places("s", ["beside2"])).siblings == {"beside2": Siblings(3, 3)}
+        with pytest.raises(TurnNotFoundError):
+            await other.add_turns([an_added_turn("x", parent="new0")], now=T0)
+        while addition.progress.is_done is None:
+            await addition.do()
+        places = (await other.find_places("s", ["d", "new0", "beside", "beside2", "new1", "below"])).siblings
+        assert places == {
+            "d": Siblings(1, 4),
+            "new0": Siblings(2, 4),
+            "beside": Siblings(3, 4),
+            "beside2": Siblings(4, 4),
+            "new1": Siblings(1, 1),
+            "below": Siblings(1, 1),
+        }
+        await reclaim_all(store)
+        assert maintenance.check(path) == []
+        assert (await other.get_session("s", now=T0)).head == "new6"
+        await other.begin_turn(a_turn("next", parent="new6"), now=T0, head="new6")
+        path_down = [turn.id for turn in await other.read_path("s", "next", bytes_max=None)]
+        assert path_down == ["a", "b2", *(f"new{n}" for n in range(7)), "next"]
+    assert maintenance.check(path) == []
+
+
+@pytest.mark.usefixtures("in_the_smallest_steps")
+async def test_an_addition_whose_parent_is_deleted_meanwhile_is_refused_as_a_whole(path: Path) -> None:
+    async with open_sqlite_store(path) as store, open_sqlite_store(path) as other:
+        await a_tree_with_calls(store)
+        addition = Steps(store, "new")
+        await addition.do()
+        await other.delete_turns("s", "b2", now=T0)
+        with pytest.raises(TurnNotFoundError):
+            await addition.do()
+        assert "new0" not in [turn.id for turn, _ in (await contents(store, now=T0))["s"][1]]
+    async with open_sqlite_store(path) as store:
+        await store.recover(now=T0)
+        await reclaim_all(store)
+    assert maintenance.check(path) == []
+    assert rows_in(path)["turns"] == 11
+
+
+async def test_an_export_has_no_deleted_turn(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Writer, "run_housekeeping", lambda _, *, idle: False)  # noqa: ARG005
+    async with open_sqlite_store(path) as store:
+        await a_tree_with_calls(store)
+        await store.delete_item("s", "c_1", now=T0)
+        await store.delete_turns("s", "b2", now=T0)
+        exported = maintenance.export_session(path, "s")
+        shown = (await contents(store, now=T0))["s"]
+        assert exported[0] == shown[0]
+        assert [turn for turn, _ in exported[1]] == [turn for turn, _ in shown[1]]
+        assert "secret" not in str(exported)
+        assert "secret" in texts_in(path), "the rows are still there"
+        maintenance.vacuum(path)
+        assert "secret" not in texts_in(path)
+        assert "answer d" not in texts_in(path)
+        assert (await contents(store, now=T0))["s"] == shown
 
 
 async def test_an_item_is_found_by_steps_however_old_its_turn_is(path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from service.errors import RepeatedError
 from service.storage.page_cursor import TurnPosition, encode_cursor
-from service.storage.records import IdempotencyKey, Places, SessionPatch, Siblings
+from service.storage.records import IdempotencyKey, Item, Places, SessionPatch, Siblings, TurnRecord
 from service.storage.sqlite import SqliteStore, database, open_sqlite_store
 from service.storage.sqlite.reclaim import reclaim_some
 from service.storage.sqlite.writer import Writer
@@ -67,6 +67,18 @@ async def _pages_by_metadata(store: SqliteStore) -> object:
     return await store.list_sessions(limit=1, after=first.next, status=None, metadata=pairs, now=T0)
 
 
+async def _delete_a_call(store: SqliteStore) -> None:
+    call = an_added_turn("call", parent="turn_000105_1", asked="Hi", replied="")
+    made = (Item(id="c", type="function_call", role="assistant", text="{}", call_id="1", name="f"),)
+    brought = (Item(id="r", type="function_call_output", role="user", text="x", call_id="1"),)
+    turns = (
+        msgspec.structs.replace(call, output=made),
+        msgspec.structs.replace(an_added_turn("answer", parent="call"), input=brought),
+    )
+    await store.add_turns([msgspec.structs.replace(it, session_id="sess_000105") for it in turns], now=T0)
+    await store.delete_item("sess_000105", "c", now=T0)
+
+
 CALLS: dict[str, Callable[[SqliteStore], Awaitable[object]]] = {
     "create": lambda store: store.create_session(a_session("new"), now=T0),
     "create over an expired one": lambda store: store.create_session(a_session("sess_000000"), now=LATE),
@@ -98,6 +110,7 @@ CALLS: dict[str, Callable[[SqliteStore], Awaitable[object]]] = {
     "checkpoint": lambda store: store.checkpoint_turns([a_checkpoint("new", "x", session="sess_000100")]),
     "end": lambda store: store.end_turn(ended(a_turn("new", "sess_000100")), runs=said("Hi"), now=T0),
     "delete an item": lambda store: store.delete_item("sess_000100", "added-out", now=T0),
+    "delete a call": _delete_a_call,
     "delete turns": lambda store: store.delete_turns("sess_000100", "added", now=T0),
     "get turn": lambda store: store.get_turn("sess_000100", "turn_000100_1", now=T0),
     "events": lambda store: store.read_events("sess_000100", "turn_000100_1"),
@@ -272,8 +285,16 @@ TREE_CALLS: dict[str, Callable[[SqliteStore], Awaitable[object]]] = {
     "children": lambda store: store.list_turns(TREE, limit=20, after=None, now=T0, parent=f"turn_{MIDDLE}"),
     "tree": lambda store: store.list_tree(TREE, limit=20, after=_after(MIDDLE), now=T0),
     "turns": lambda store: store.list_turns(TREE, limit=20, after=_after(MIDDLE), now=T0),
-    "move the head": lambda store: store.update_session(TREE, SessionPatch(head="turn_0", seen_head="m"), now=T0),
+    "add": lambda store: store.add_turns([_in_tree(an_added_turn("added", parent=f"turn_{MIDDLE}"))], now=T0),
+    "delete": lambda store: store.delete_turns(TREE, "added", now=T0),
+    "move the head": lambda store: store.update_session(
+        TREE, SessionPatch(head="turn_0", seen_head=f"turn_{MIDDLE}"), now=T0
+    ),
 }
+
+
+def _in_tree(turn: TurnRecord) -> TurnRecord:
+    return msgspec.structs.replace(turn, session_id=TREE)
 
 
 def _after(ordinal: int) -> str:

@@ -1,6 +1,14 @@
 PRAGMA page_size=4096;
 PRAGMA writable_schema=ON;
 BEGIN TRANSACTION;
+DROP TABLE IF EXISTS changed_parts;
+CREATE TABLE changed_parts (
+    change INTEGER NOT NULL REFERENCES tree_changes (key),
+    turn INTEGER NOT NULL REFERENCES turns (key),
+    items TEXT,                 -- the ids of items of the input, a JSON list without its brackets; NULL: the whole turn
+    PRIMARY KEY (change, turn)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX changed_parts_by_turn ON changed_parts (turn);
 DROP TABLE IF EXISTS documents;
 CREATE TABLE documents (
     key INTEGER PRIMARY KEY AUTOINCREMENT,  -- never given again: search pages go on from it
@@ -59,7 +67,7 @@ CREATE TABLE owners (
     address TEXT,
     opened_at INTEGER NOT NULL
 ) STRICT;
-INSERT INTO owners VALUES(1,NULL,1795932963359912);
+INSERT INTO owners VALUES(1,NULL,1795941053958404);
 DELETE FROM sqlite_schema WHERE name='search' AND type='table';
 INSERT INTO sqlite_schema(type,name,tbl_name,rootpage,sql) VALUES('table','search','search',0,'CREATE VIRTUAL TABLE search USING fts5 (terms, content='''', contentless_delete=1, detail=none, tokenize=''ascii'')');
 DROP TABLE IF EXISTS search_config;
@@ -140,6 +148,14 @@ CREATE TABLE siblings (
     place INTEGER NOT NULL,     -- from 1
     PRIMARY KEY (session, parent, ordinal)
 ) STRICT, WITHOUT ROWID;
+DROP TABLE IF EXISTS tree_changes;
+CREATE TABLE tree_changes (
+    key INTEGER PRIMARY KEY,    -- a random number
+    state INTEGER NOT NULL CHECK (state IN (0, 1, 2, 3)),   -- 0 parts are being noted, 1 deleted, 2 over, 3 being added
+    owner INTEGER NOT NULL      -- the one that notes the parts
+) STRICT;
+CREATE INDEX ended_tree_changes ON tree_changes (state) WHERE state IN (1, 2);
+CREATE INDEX unfinished_tree_changes ON tree_changes (owner) WHERE state IN (0, 3);
 DROP TABLE IF EXISTS turns;
 CREATE TABLE turns (
     key INTEGER PRIMARY KEY,
@@ -178,6 +194,16 @@ CREATE TABLE unindexed (
     key INTEGER NOT NULL,
     PRIMARY KEY (kind, key)
 ) STRICT, WITHOUT ROWID;
+DROP VIEW IF EXISTS edited_turns;
+CREATE VIEW edited_turns AS SELECT *, (
+    SELECT '[' || group_concat(items) || ']' FROM changed_parts CROSS JOIN tree_changes ON tree_changes.key = change
+    WHERE changed_parts.turn = turns.key AND tree_changes.state = 1
+) AS deleted_items FROM turns;
+DROP VIEW IF EXISTS shown_turns;
+CREATE VIEW shown_turns AS SELECT * FROM edited_turns WHERE NOT EXISTS (
+    SELECT 1 FROM changed_parts CROSS JOIN tree_changes ON tree_changes.key = change
+    WHERE changed_parts.turn = edited_turns.key AND tree_changes.state IN (1, 3) AND items IS NULL
+);
 DELETE FROM main.sqlite_sequence WHERE name='documents';
 INSERT INTO main.sqlite_sequence VALUES ('documents', 2);
 DELETE FROM main.sqlite_sequence WHERE name='owners';
