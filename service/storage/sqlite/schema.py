@@ -174,10 +174,15 @@ UPDATE sessions SET reasoning_tokens = counted.tokens FROM (
     WHERE usage IS NOT NULL AND state NOT IN ('queued', 'running') GROUP BY session
 ) AS counted WHERE key = counted.session AND counted.tokens > 0;
 CREATE INDEX sessions_by_owner ON sessions (owner_name, created_at, id) WHERE deletion = 0 AND owner_name <> '';
--- In place of one index of all sessions: a listing of the sessions without an owner walks past no others.
+-- In place of one index of all sessions: what is listed or counted without an owner walks past no others.
 DROP INDEX sessions_by_age;
 CREATE INDEX plain_sessions_by_age ON sessions (created_at, id) WHERE deletion = 0 AND owner_name = '';
 CREATE INDEX owned_sessions_by_age ON sessions (created_at, id) WHERE deletion = 0 AND owner_name <> '';
+DROP INDEX idle_sessions_by_deadline;
+CREATE INDEX plain_idle_sessions_by_deadline ON sessions (expires_at, id)
+    WHERE deletion = 0 AND open_turns = 0 AND owner_name = '';
+CREATE INDEX owned_idle_sessions_by_deadline ON sessions (expires_at, id)
+    WHERE deletion = 0 AND open_turns = 0 AND owner_name <> '';
 
 ALTER TABLE session_settings ADD COLUMN options TEXT;   -- {"temperature": …}: of turns that name none
 ALTER TABLE session_settings ADD COLUMN titled_at INTEGER;  -- when a model wrote the title

@@ -44,8 +44,13 @@ _NO_OWNER = "AND owner_name = ''"
 _OWNER = "AND +owner_name = :owner"
 _COUNT_RUNNING = "SELECT count(*) FROM sessions WHERE deletion = 0 AND open_turns > 0 {filter}"
 _COUNT_IDLE = "SELECT count(*) FROM sessions WHERE deletion = 0 AND open_turns = 0 AND expires_at > :now {filter}"
+_COUNT_IDLE_OF = _COUNT_IDLE.replace("expires_at", "+expires_at")  # by the index of the owner
+_EXPIRED_AMONG = (
+    "SELECT key, expires_at, id FROM sessions WHERE deletion = 0 AND open_turns = 0 AND expires_at <= :now {filter}"
+)
 _EXPIRED = (
-    "SELECT key FROM sessions WHERE deletion = 0 AND open_turns = 0 AND expires_at <= ? ORDER BY expires_at, id LIMIT ?"
+    f"{_EXPIRED_AMONG.format(filter=_NO_OWNER)} UNION ALL {_EXPIRED_AMONG.format(filter=_ANY_OWNER)} "
+    "ORDER BY expires_at, id LIMIT :limit"
 )
 _ITEMS = "SELECT iif(deleted_items IS NULL, message_items, NULL) FROM shown_turns WHERE id = ? AND session = ?"
 _HIDE = "UPDATE sessions SET id = NULL, deletion = 2, deleter = NULL WHERE key = ?"
@@ -251,10 +256,9 @@ def count(db: apsw.Connection, status: SessionStatus | None, now: datetime, *, o
 
 def _count_idle(db: apsw.Connection, now: datetime, owner: str | None) -> int:
     if owner:
-        return _count(db, _COUNT_IDLE, now, owner, _INDEXED_OWNER)
-    # An index alone counts all sessions; in a file without owners there is nothing to take off.
-    owned = 0 if owner is None else _count(db, _COUNT_IDLE, now, owner, _ANY_OWNER)
-    return _count(db, _COUNT_IDLE, now, owner, "") - owned
+        return _count(db, _COUNT_IDLE_OF, now, owner, _INDEXED_OWNER)
+    owned = _count(db, _COUNT_IDLE, now, owner, _ANY_OWNER) if owner is None else 0
+    return _count(db, _COUNT_IDLE, now, owner, _NO_OWNER) + owned
 
 
 def _count(db: apsw.Connection, query: str, now: datetime, owner: str | None, filter_: str) -> int:
@@ -375,6 +379,6 @@ def remove_deleted(db: apsw.Connection, session_id: str) -> bool:
 
 def delete_expired(db: apsw.Connection, now: datetime, limit: int) -> int:
     """Cut expired sessions off, the earliest deadline first. Returns how many."""
-    keys = db.execute(_EXPIRED, (moment(now), limit)).fetchall()
-    db.executemany(_HIDE, keys)
-    return len(keys)
+    rows: list[Row] = db.execute(_EXPIRED, {"now": moment(now), "limit": limit}).fetchall()
+    db.executemany(_HIDE, [(key,) for key, *_ in rows])
+    return len(rows)

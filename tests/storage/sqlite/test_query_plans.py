@@ -133,6 +133,7 @@ CALLS: dict[str, Callable[[SqliteStore], Awaitable[object]]] = {
     ),
     "page without an owner": lambda store: store.list_sessions(limit=10, after=None, status=None, owner="", now=T0),
     "count of an owner": lambda store: store.count_sessions(status=None, owner="ann", now=T0),
+    "count of an owner, idle": lambda store: store.count_sessions(status="idle", owner="bob", now=T0),
     "search": _search,
     "page by metadata": _pages_by_metadata,
     "expire": lambda store: store.delete_expired(now=LATE, limit=10),
@@ -246,6 +247,13 @@ LISTINGS: dict[str, Callable[[SqliteStore], Awaitable[object]]] = {
     for status in (None, "idle", "running")
     for owner in ("", "bob", None)
 }
+COUNTS: dict[str, Callable[[SqliteStore], Awaitable[object]]] = {
+    f"count of {owner!r}, {status}": lambda store, status=status, owner=owner: store.count_sessions(  # type: ignore[misc]
+        status=status, owner=owner, now=T0
+    )
+    for status in (None, "idle", "running")
+    for owner in ("", "bob")
+}
 
 
 async def test_the_work_of_a_listing_does_not_grow_with_the_sessions_of_other_owners(
@@ -262,7 +270,7 @@ async def test_the_work_of_a_listing_does_not_grow_with_the_sessions_of_other_ow
             for name in ("s", "bob/s"):
                 await store.create_session(a_session(name, created=-1e6, idle_timeout_s=2e6), now=T0)
             found = {}
-            for name, call in LISTINGS.items():
+            for name, call in (LISTINGS | COUNTS).items():
                 counted.hundreds = 0
                 await call(store)
                 found[name] = counted.hundreds
@@ -270,7 +278,7 @@ async def test_the_work_of_a_listing_does_not_grow_with_the_sessions_of_other_ow
 
     few = await work(path, 100)
     many = await work(path.with_name("many.db"), 10_000)
-    assert {name: (few[name], many[name]) for name in LISTINGS if many[name] > few[name] + 1} == {}
+    assert {name: (few[name], many[name]) for name in LISTINGS | COUNTS if many[name] > few[name] + 1} == {}
 
 
 MIDDLE = 40

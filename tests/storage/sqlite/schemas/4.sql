@@ -67,7 +67,7 @@ CREATE TABLE owners (
     address TEXT,
     opened_at INTEGER NOT NULL
 ) STRICT;
-INSERT INTO owners VALUES(1,NULL,1795941053958404);
+INSERT INTO owners VALUES(1,NULL,1795942906756543);
 DELETE FROM sqlite_schema WHERE name='search' AND type='table';
 INSERT INTO sqlite_schema(type,name,tbl_name,rootpage,sql) VALUES('table','search','search',0,'CREATE VIRTUAL TABLE search USING fts5 (terms, content='''', contentless_delete=1, detail=none, tokenize=''ascii'')');
 DROP TABLE IF EXISTS search_config;
@@ -133,9 +133,12 @@ CREATE TABLE sessions (
 INSERT INTO sessions VALUES(1,'s',0,NULL,1772366400123456,1772366400123456,1772366460123456,60.0,'t2',3,1,1,2,0,0,0,'',0,0);
 INSERT INTO sessions VALUES(2,'other',0,NULL,1772366400123456,1772366400123456,1772366460123456,60.0,NULL,0,0,NULL,0,0,0,0,'',0,0);
 INSERT INTO sessions VALUES(3,'marked',1,1,1772366400123456,1772366400123456,1772366460123456,60.0,NULL,0,0,NULL,0,0,0,0,'',0,0);
-CREATE INDEX idle_sessions_by_deadline ON sessions (expires_at, id) WHERE deletion = 0 AND open_turns = 0;
 CREATE INDEX marked_sessions ON sessions (deleter) WHERE deletion = 1;
+CREATE INDEX owned_idle_sessions_by_deadline ON sessions (expires_at, id)
+    WHERE deletion = 0 AND open_turns = 0 AND owner_name <> '';
 CREATE INDEX owned_sessions_by_age ON sessions (created_at, id) WHERE deletion = 0 AND owner_name <> '';
+CREATE INDEX plain_idle_sessions_by_deadline ON sessions (expires_at, id)
+    WHERE deletion = 0 AND open_turns = 0 AND owner_name = '';
 CREATE INDEX plain_sessions_by_age ON sessions (created_at, id) WHERE deletion = 0 AND owner_name = '';
 CREATE INDEX removed_sessions ON sessions (key) WHERE deletion = 2;
 CREATE INDEX running_sessions_by_age ON sessions (created_at, id) WHERE deletion = 0 AND open_turns > 0;
