@@ -8,13 +8,13 @@ Terms consist of letters, digits and combining marks. So a store may add marks o
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import groupby, pairwise
 from unicodedata import combining, normalize
 
 from apsw import unicode
 
-from service.steps import Steps
+from service.steps import Steps, at_once
 
 TERM_LENGTH_MAX = 64
 """The characters of a longer word that count."""
@@ -65,6 +65,18 @@ def document_terms(texts: Iterable[str]) -> Steps[set[str]]:
     return found
 
 
+def has_terms(texts: Sequence[str], terms: Collection[str]) -> bool:
+    """Whether a document has all of these terms. Costs a fraction of cutting the document if it lacks one of them."""
+    left = set(terms)
+    for text in texts:
+        for _, chunk in chunks(text):
+            folded = _folded(chunk)
+            left = {term for term in left if term not in folded}
+            if not left:
+                break
+    return not left and at_once(document_terms(texts)).issuperset(terms)
+
+
 def query_terms(query: str) -> Steps[tuple[str, ...]]:
     """The terms that a document must have all of, the longest first, because long terms are usually rare."""
     found: set[str] = set()
@@ -106,7 +118,7 @@ def _cut(chunk: str) -> tuple[list[str], list[str]]:
     """The words of a short text, and its runs of characters that are written without spaces."""
     if chunk.isascii():
         return chunk.translate(_ASCII_WORDS).split(), []
-    text = _normalized(_INVISIBLE.sub("", _normalized(chunk).casefold()))
+    text = _without_case(chunk)
     words: list[str] = []
     runs: list[str] = []
     end = 0
@@ -116,6 +128,17 @@ def _cut(chunk: str) -> tuple[list[str], list[str]]:
         end = found.end()
     words += _words(text[end:])
     return words, runs
+
+
+def _folded(chunk: str) -> str:
+    """A text of which all terms of a short text are parts."""
+    if chunk.isascii():
+        return chunk.lower()
+    return _without_case(chunk).replace("\u200b", "")
+
+
+def _without_case(chunk: str) -> str:
+    return _normalized(_INVISIBLE.sub("", _normalized(chunk).casefold()))
 
 
 def _normalized(text: str) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import apsw
 import msgspec
 import pytest
 import trio
@@ -17,7 +18,8 @@ from service.steps import at_once
 from service.storage import search
 from service.storage.records import Item, Match, Page, SessionPatch, SessionStatus
 from service.storage.snippets import SNIPPET_LENGTH_MAX
-from service.storage.sqlite import documents
+from service.storage.sqlite import SqliteStore, documents
+from service.storage.sqlite.indexing import Indexing
 from service.storage.store import Store
 from service.storage.terms import TERMS_MAX, document_terms, query_terms
 from tests.storage.conftest import OpenStore
@@ -39,10 +41,15 @@ async def add_turn(store: Store, session_id: str, text: str, reply: str = "", *,
 
 
 async def index_whole(store: Store) -> None:
-    """Wait until all turns are in the index."""
-    with trio.fail_after(60):
-        while (await store.search_sessions("word", limit=1, after=None, status=None, now=T0)).partial:  # noqa: ASYNC110
-            await trio.sleep(0.001)
+    """Put all turns into the index that wait for that."""
+    if isinstance(store, SqliteStore):
+        await store._writing.call(index_at_once)
+
+
+def index_at_once(db: apsw.Connection) -> None:
+    work = Indexing()
+    while not work.is_done(db):
+        work.run_step(lambda step: step(db))
 
 
 async def found(
@@ -489,12 +496,12 @@ class Naive:
         self.documents += [Document(name, turns[it.turn], it.text) for it in documents if it.turn is not None]
 
 
-Change = tuple[Literal["create", "title", "turn", "delete", "fork", "search"], int, str, int]
+Change = tuple[Literal["create", "title", "turn", "delete", "fork", "index", "search"], int, str, int]
 words = st.sampled_from(
     ["one", "two", "TWO one", "three, one", "日本語", "本", "Éa", "e\u0301a", "", "!", "one two three"]
 )
 changes: st.SearchStrategy[Change] = st.tuples(
-    st.sampled_from(["create", "title", "turn", "turn", "turn", "delete", "fork", "search", "search"]),
+    st.sampled_from(["create", "title", "turn", "turn", "turn", "delete", "fork", "index", "search", "search"]),
     st.integers(0, 2),
     words,
     st.integers(1, 3),
@@ -542,6 +549,8 @@ async def test_a_store_finds_what_a_look_at_all_documents_finds(
                     copies = [turn.id for turn in (await store.list_turns(copy, limit=99, after=None, now=T0)).data]
                     heads[copy] = session.head
                     model.copy(name, dict(zip(sources, copies, strict=True)), copy)
+                case "index":
+                    await index_whole(store)
                 case "search":
                     for query in (text, f"{text} yes"):
                         given_pages = await matches(store, query, limit=limit)

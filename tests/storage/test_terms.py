@@ -1,6 +1,7 @@
 # ruff: noqa: RUF001  letters that look like others are what is tested
 """Texts and queries are cut into the same terms, whatever their case and normal form."""
 
+import random
 import re
 import sys
 from bisect import bisect_right
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from service.steps import Steps, at_once
 from service.storage import terms
 from service.storage.snippets import SNIPPET_LENGTH_MAX, snippet
-from service.storage.terms import TERM_LENGTH_MAX, document_terms, query_terms
+from service.storage.terms import TERM_LENGTH_MAX, TERMS_MAX, document_terms, has_terms, query_terms
 
 SPACELESS = "日本語テキストひらがなสวัสดีครับພາສາລາວខ្មែរမြန်မာ"
 texts = (
@@ -97,6 +98,24 @@ def test_terms_consist_of_letters_digits_and_marks(text: str) -> None:
         assert 0 < len(term) <= TERM_LENGTH_MAX
         assert re.fullmatch(r"[0-9a-z\x80-\U000fffff]+", term), "FTS5 would cut it, or read it as an operator"
         assert not re.search(r"[\s\ue000-\uf8ff\ud800-\udfff]", term), "stores use these characters"
+
+
+@given(st.lists(texts, max_size=3), texts, st.randoms(use_true_random=False))
+def test_a_document_has_the_terms_that_it_is_cut_into_and_no_others(
+    given_texts: list[str], other: str, chosen: random.Random
+) -> None:
+    own = of_document(*given_texts)
+    for wanted in (own, chosen.sample(sorted(own), len(own) // 2), of_query(other), {*of_query(other), *own}):
+        assert has_terms(given_texts, wanted) == own.issuperset(wanted)
+
+
+def test_a_document_with_very_many_words_has_the_first_ones() -> None:
+    words = [f"w{n}" for n in range(TERMS_MAX + 1)]
+    text = " ".join(words)
+    assert has_terms([text], words[:2])
+    assert not has_terms([text], words[-1:])
+    assert not has_terms(["a b"], ["a", "c"])
+    assert has_terms([], [])
 
 
 @given(st.text(st.sampled_from("aB1 .'_é日本語한\n")), st.integers(1, 5))

@@ -3,18 +3,27 @@
 The index has no texts: FTS5 keeps, for each term, the numbers of the documents that have it. Each document has further
 terms, marks that no text contains: its session, the owner of the session, and its block.
 
-FTS5 writes a document at once, within the step and the commit that add it. So a step adds few terms only. A turn with
-more has its number from its end on, and waits in the table ``unindexed`` until the housekeeping adds its terms.
+FTS5 writes a part of the index with each commit that adds terms, and merges the parts later: one document alone costs
+several times as much as one of many. So the end of a turn gives a number only, and the document waits in the table
+``unindexed`` until the housekeeping adds the terms of all that wait. Searches look into these documents themselves. No
+step adds very many terms: a longer turn waits, too.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import apsw
+import msgspec
 
 from service.steps import at_once
 from service.storage.records import TurnRecord
 from service.storage.search import searched_texts
 from service.storage.terms import document_terms
+
+WAITING_MAX = 64
+"""So many documents that wait are indexed at once; fewer ones some time later. A search looks into each of them."""
+LOOKED_AT_BYTES_MAX = 128 * 1024
+"""The longest turn that waits and that searches look into, in bytes of its row: searches are partial while a longer one
+waits. No turn whose end leaves it to the housekeeping is as long."""
 
 STEP_TERMS_MAX = 8 * 1024
 """The terms that one step of a caller adds, which takes some 3 ms with the commit."""
@@ -54,50 +63,44 @@ def add_turn(db: apsw.Connection, turn: int, session: int, terms: Collection[str
     """Index an ended turn, by its key and that of its session. It is not indexed yet.
 
     Args:
-        terms: None if they are to be added later, as those of a turn with very many.
+        terms: None if they are to be added later.
     """
     db.execute("INSERT INTO documents (session, turn) VALUES (?, ?)", (session, turn))
-    _add(db, db.last_insert_rowid(), session, turn, terms)
+    _add(db, db.last_insert_rowid(), session, terms)
 
 
-def _add(db: apsw.Connection, number: int, session: int, turn: int, terms: Collection[str] | None) -> None:
+def _add(db: apsw.Connection, number: int, session: int, terms: Collection[str] | None) -> None:
     if terms is None or len(terms) > STEP_TERMS_MAX:
-        db.execute("INSERT OR IGNORE INTO unindexed (kind, key) VALUES ('turn', ?)", (turn,))
+        db.execute("INSERT INTO unindexed (kind, key) VALUES ('document', ?)", (number,))
     else:
         _insert(db, number, session, terms)
 
 
-def add_waiting_turn(db: apsw.Connection, turn: int, session: int, terms: Iterable[str]) -> None:
-    """Add the terms of a turn that waits for it."""
-    _wait_no_more(db, turn)
-    _insert(db, db.execute("SELECT key FROM documents WHERE turn = ?", (turn,)).get, session, terms)
+def add_waiting(db: apsw.Connection, number: int, session: int, terms: Iterable[str]) -> None:
+    """Add the terms of a document that waits for it. Those of higher numbers come later: so FTS5 writes one part."""
+    db.execute("DELETE FROM unindexed WHERE kind = 'document' AND key = ?", (number,))
+    _insert(db, number, session, terms)
 
 
-def _wait_no_more(db: apsw.Connection, turn: int) -> None:
-    db.execute("DELETE FROM unindexed WHERE kind = 'turn' AND key = ?", (turn,))
+class OldDocument(msgspec.Struct, frozen=True):
+    """A title (``turn`` is None) or an ended turn of an earlier version, by the keys."""
+
+    session: int
+    turn: int | None
+    terms: Collection[str]
 
 
-def add_old_turn(db: apsw.Connection, turn: int, session: int, terms: Iterable[str]) -> None:
-    """Index a turn of an earlier version: as a document that is older than all others."""
-    _insert(db, _number_of_old(db, session, turn), session, terms)
-
-
-def add_old_title(db: apsw.Connection, session: int, title: str) -> None:
-    """Index a title of an earlier version: as a document that is older than all others."""
-    _insert(db, _number_of_old(db, session, None), session, at_once(document_terms((title,))))
-
-
-def _number_of_old(db: apsw.Connection, session: int, turn: int | None) -> int:
-    db.execute(
-        "INSERT INTO documents (key, session, turn) "
-        "VALUES (min(coalesce((SELECT min(key) FROM documents), 0), 0) - 1, ?, ?)",
-        (session, turn),
-    )
-    return db.last_insert_rowid()
+def add_old(db: apsw.Connection, found: Sequence[OldDocument]) -> None:
+    """Index documents of an earlier version, the newest first: as documents that are older than all others."""
+    lowest: int = db.execute("SELECT min(coalesce((SELECT min(key) FROM documents), 0), 0)").get
+    # In the order of their numbers: FTS5 writes a part of the index for each number that is lower than the one before.
+    for number, it in zip(range(lowest - len(found), lowest), reversed(found), strict=True):
+        db.execute("INSERT INTO documents (key, session, turn) VALUES (?, ?, ?)", (number, it.session, it.turn))
+        _insert(db, number, it.session, it.terms)
 
 
 def has_turn(db: apsw.Connection, turn: int) -> bool:
-    return db.execute("SELECT 1 FROM documents WHERE turn = ?", (turn,)).fetchone() is not None
+    return _number_of(db, turn) is not None
 
 
 def has_title(db: apsw.Connection, session: int) -> bool:
@@ -106,19 +109,17 @@ def has_title(db: apsw.Connection, session: int) -> bool:
 
 def change_turn(db: apsw.Connection, turn: int, session: int, terms: Collection[str]) -> None:
     """Index an ended turn whose texts have changed. It keeps its place among the documents, if it has one."""
-    number: int | None = db.execute("SELECT key FROM documents WHERE turn = ?", (turn,)).get
+    number = _number_of(db, turn)
     if number is None:
         add_turn(db, turn, session, terms)
     else:
-        db.execute("DELETE FROM search WHERE rowid = ?", (number,))
-        _wait_no_more(db, turn)
-        _add(db, number, session, turn, terms)
+        _take_out(db, number)
+        _add(db, number, session, terms)
 
 
 def forget_turn(db: apsw.Connection, turn: int) -> None:
     """Remove a turn from the index, if it is there."""
-    _wait_no_more(db, turn)
-    _forget(db, db.execute("SELECT key FROM documents WHERE turn = ?", (turn,)).get)
+    _forget(db, _number_of(db, turn))
 
 
 def set_title(db: apsw.Connection, session: int, title: str | None) -> None:
@@ -136,8 +137,19 @@ def forget_title(db: apsw.Connection, session: int) -> None:
 
 def _forget(db: apsw.Connection, number: int | None) -> None:
     if number is not None:
-        db.execute("DELETE FROM search WHERE rowid = ?", (number,))
+        _take_out(db, number)
         db.execute("DELETE FROM documents WHERE key = ?", (number,))
+
+
+def _take_out(db: apsw.Connection, number: int) -> None:
+    """Remove the terms of a document, or let it wait for them no more."""
+    db.execute("DELETE FROM search WHERE rowid = ?", (number,))
+    db.execute("DELETE FROM unindexed WHERE kind = 'document' AND key = ?", (number,))
+
+
+def _number_of(db: apsw.Connection, turn: int) -> int | None:
+    number: int | None = db.execute("SELECT key FROM documents WHERE turn = ?", (turn,)).get
+    return number
 
 
 def _insert(db: apsw.Connection, number: int, session: int, terms: Iterable[str]) -> None:

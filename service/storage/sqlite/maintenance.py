@@ -70,7 +70,7 @@ _TITLES_NOT_SEARCHED = (
 )
 _LOST_DOCUMENTS = (
     "SELECT key FROM documents WHERE NOT EXISTS (SELECT 1 FROM search_docsize WHERE id = documents.key) "
-    "AND NOT EXISTS (SELECT 1 FROM unindexed WHERE kind = 'turn' AND unindexed.key = turn)"
+    "AND NOT EXISTS (SELECT 1 FROM unindexed WHERE kind = 'document' AND unindexed.key = documents.key)"
 )
 
 

@@ -76,8 +76,8 @@ class Reader:
                 break
         return done
 
-    def run_housekeeping(self, *, idle: bool) -> bool:  # noqa: ARG002
-        return False
+    def run_housekeeping(self, *, idle: bool) -> None:  # noqa: ARG002
+        return None
 
     def close(self) -> None:
         self._files.prepare_close(self._db)

@@ -210,9 +210,9 @@ INSERT INTO search (search, rank) VALUES ('automerge', 0);      -- the writer me
 INSERT INTO search (search, rank) VALUES ('crisismerge', 256);
 
 -- What is not in the indexes yet; no row once all is. For the sessions and turns of earlier versions it has the key of
--- the row that is next, from the newest one to the oldest; besides, each turn whose terms were too many for its end.
+-- the row that is next, from the newest one to the oldest; besides, each document that waits for its terms.
 CREATE TABLE unindexed (
-    kind TEXT NOT NULL CHECK (kind IN ('sessions', 'turns', 'turn')),
+    kind TEXT NOT NULL CHECK (kind IN ('sessions', 'turns', 'document')),
     key INTEGER NOT NULL,
     PRIMARY KEY (kind, key)
 ) STRICT, WITHOUT ROWID;

@@ -4,31 +4,47 @@ Each step reads its own snapshot of the file: while a snapshot is held, the log 
 ends with its step, and the next step goes on below the last number.
 """
 
+import heapq
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial
+from operator import itemgetter
 
 import apsw
 
-from service.steps import Steps, at_once
+from service.steps import Steps
 from service.storage.records import Match, Page, SessionRecord
 from service.storage.search import Found, SearchQuery, search_page, searched_texts
 from service.storage.sqlite import event_pages, sessions
-from service.storage.sqlite.documents import BLOCK_BITS, block_term, owner_term, session_term
+from service.storage.sqlite.documents import (
+    BLOCK_BITS,
+    LOOKED_AT_BYTES_MAX,
+    block_term,
+    owner_term,
+    session_term,
+)
 from service.storage.sqlite.rows import TURN_COLUMNS, Row
-from service.storage.terms import document_terms
+from service.storage.terms import has_terms
 
 STEP_S = 0.005
 """The approximate time of one step, without that in which FTS5 finds the first document."""
 TERMS_MAX = 16
 """The terms of a query that FTS5 looks for. A document that has them is read and looked through for the others."""
 
+_NO_END = 1 << 62
 _TURN_BY_KEY = f"SELECT {TURN_COLUMNS} FROM shown_turns WHERE key = ?"
+_IS_OLD = "SELECT 1 FROM unindexed WHERE kind IN ('sessions', 'turns')"
 _WAITING = (
-    "SELECT 1 FROM unindexed LEFT JOIN turns ON kind = 'turn' AND turns.key = unindexed.key "
-    "LEFT JOIN sessions ON sessions.key = turns.session WHERE true"
+    "SELECT unindexed.key FROM unindexed CROSS JOIN documents ON documents.key = unindexed.key "
+    "CROSS JOIN turns ON turns.key = turn CROSS JOIN sessions ON sessions.key = turns.session "
+    "WHERE kind = 'document' AND unindexed.key BETWEEN :first AND :last AND (:owner IS NULL OR owner_name = :owner) "
+    "AND octet_length(input) + octet_length(output) + coalesce(output_bytes, 0) {bytes}"
 )
-"""The turns of others that wait are not told to an owner."""
+"""Those of other owners are not told to an owner."""
+_WAITING_LONG = _WAITING.format(bytes="> :bytes LIMIT 1")
+_WAITING_SHORT = _WAITING.format(
+    bytes="<= :bytes AND (:session IS NULL OR turns.session = :session) ORDER BY unindexed.key DESC"
+)
 _MATCHING = "SELECT rowid FROM search WHERE search MATCH ? AND rowid BETWEEN ? AND ? ORDER BY rowid DESC"
 
 
@@ -68,7 +84,7 @@ class _SqliteIndex:
             terms = (owner_term(query.owner), *terms)
         self._match = " ".join(f'"{term}"' for term in terms)
         self._is_single = len(terms) == 1
-        self._further = frozenset(query.terms[TERMS_MAX:])
+        self._further = query.terms[TERMS_MAX:]
         self._step = 0
         self._step_ends_at = 0.0
         self._has_begun = False
@@ -101,9 +117,8 @@ class _SqliteIndex:
         return number
 
     def is_whole(self) -> bool:
-        owner = self._query.owner
-        waiting = _WAITING if owner is None else f"{_WAITING} AND (kind <> 'turn' OR owner_name = :owner)"
-        return self._db.execute(f"{waiting} LIMIT 1", {"owner": owner}).fetchone() is None
+        long = {"first": 0, "last": _NO_END, "owner": self._query.owner, "bytes": LOOKED_AT_BYTES_MAX}
+        return self._db.execute(_IS_OLD).fetchone() is None and self._db.execute(_WAITING_LONG, long).fetchone() is None
 
     def documents(self, *, below: int) -> Iterator[tuple[int, Found[int] | None]]:
         lowest: int | None = self._db.execute("SELECT min(key) FROM documents").get
@@ -125,7 +140,7 @@ class _SqliteIndex:
             last = first - 1
 
     def is_in(self, session: int, *, first: int, last: int) -> Steps[bool]:
-        for _, found in self._found(first, last, session_term(session)):
+        for _, found in self._found(first, last, session_term(session), session=session):
             if found is not None:
                 return True
             yield
@@ -141,30 +156,48 @@ class _SqliteIndex:
         found = self._found(document.number, document.number)
         return any(it is not None for _, it in found) and self.record(document.session) is not None
 
-    def _found(self, first: int, last: int, *marks: str) -> Iterator[tuple[int, Found[int] | None]]:
-        """The documents from ``last`` down to ``first``, each with its number; None if it lacks a term of the query."""
+    def _found(
+        self, first: int, last: int, *marks: str, session: int | None = None
+    ) -> Iterator[tuple[int, Found[int] | None]]:
+        """The documents from ``last`` down to ``first``, each with its number; None if it lacks a term of the query.
+
+        Args:
+            session: Only its documents; its mark is among ``marks``.
+        """
         match = " ".join((self._match, *(f'"{mark}"' for mark in marks)))
         while last >= first:
             step = self._step
-            for number in self._matching(match, first, last):
+            # Both queries read the snapshot of this step, so a document is among the results of one of them.
+            indexed = ((number, self._further) for number in self._matching(match, first, last))
+            waiting = ((number, self._query.terms) for number in self._waiting(first, last, session))
+            for number, missing in heapq.merge(indexed, waiting, key=itemgetter(0), reverse=True):
                 last = number - 1
-                yield number, self._document(number)
+                yield number, self._document(number, missing)
                 if self._step != step:
                     break
             else:
                 return
 
     def _matching(self, match: str, first: int, last: int) -> Iterator[int]:
-        """The numbers that FTS5 finds, in the snapshot of this step."""
-        cursor = self._db.cursor()
-        self._open.append(cursor)
-        cursor.execute(_MATCHING, (match, first, last))
+        """The documents that FTS5 finds."""
+        found = self._numbers(_MATCHING, (match, first, last))
         if not self._has_begun:  # each step of a search gets on, however long the beginning takes
             self._has_begun = True
             self._step_ends_at = time.monotonic() + STEP_S
-        return (number for (number,) in cursor)
+        return found
 
-    def _document(self, number: int) -> Found[int] | None:
+    def _waiting(self, first: int, last: int, session: int | None) -> Iterator[int]:
+        """The documents that wait for their terms, and are short enough to be looked through."""
+        of_whom = {"owner": self._query.owner, "session": session}
+        return self._numbers(_WAITING_SHORT, of_whom | {"first": first, "last": last, "bytes": LOOKED_AT_BYTES_MAX})
+
+    def _numbers(self, query: str, values: tuple[str, int, int] | dict[str, int | str | None]) -> Iterator[int]:
+        cursor = self._db.cursor()
+        self._open.append(cursor)
+        return (number for (number,) in cursor.execute(query, values))
+
+    def _document(self, number: int, missing: Collection[str]) -> Found[int] | None:
+        """A document, if it has the terms of the query that were not looked for yet."""
         row: Row | None = self._db.execute("SELECT session, turn FROM documents WHERE key = ?", (number,)).fetchone()
         if row is None:
             return None
@@ -176,8 +209,7 @@ class _SqliteIndex:
             if turn_id is None:
                 return None
             found = Found(number, session, turn_id, partial(_messages, self._db, key))
-        has_further = not self._further or self._further <= at_once(document_terms(found.texts()))
-        return found if has_further else None
+        return found if not missing or has_terms(tuple(found.texts()), missing) else None
 
 
 def _title(db: apsw.Connection, session: int) -> Iterable[str]:

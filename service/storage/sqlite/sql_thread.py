@@ -23,8 +23,9 @@ CLAIMED_GRACE_S = 0.25
 
 STEPS_MAX = 20_000
 """Bound on the steps that wait. While a disk hangs, the steps whose callers have left are among them."""
-_PAUSE_S = 0.01
-"""The pause between two calls of ``run_housekeeping``, for new steps and for other processes that wait for the lock."""
+PAUSE_S = 0.01
+"""The shortest pause between two calls of ``run_housekeeping`` without a step: for other processes that wait for the
+lock."""
 
 
 class Step(Generic[T]):
@@ -78,8 +79,9 @@ class Batches(Protocol):
         """Run waiting steps, at least one. Gives the steps that have their outcomes, each once, as soon as they do."""
         ...
 
-    def run_housekeeping(self, *, idle: bool) -> bool:
-        """Do work between batches; ``idle`` if no step waits. Returns whether there may be more of this work."""
+    def run_housekeeping(self, *, idle: bool) -> float | None:
+        """Do work between batches; ``idle`` if no step waits. Returns after which time without a step there is more of
+        this work, in seconds; None if there is no more."""
         ...
 
     def close(self) -> None: ...
@@ -161,17 +163,17 @@ class SqlThread:
 
     def _work_through_steps(self) -> None:
         # No name here keeps a step: a step that is done belongs to its caller alone, with its result.
-        may_have_work = True
+        pause_s: float | None = PAUSE_S
         while True:
             try:
-                arriving = self._wait_for_steps(timeout_s=_PAUSE_S if may_have_work else None)
+                arriving = self._wait_for_steps(timeout_s=max(pause_s, PAUSE_S) if pause_s else None)
             except Empty:
-                may_have_work = self._batches.run_housekeeping(idle=True)
+                pause_s = self._batches.run_housekeeping(idle=True)
                 continue
             if arriving is None:
                 return
             self._run_steps(arriving)
-            may_have_work = self._batches.run_housekeeping(idle=False)
+            pause_s = self._batches.run_housekeeping(idle=False)
 
     def _wait_for_steps(self, *, timeout_s: float | None) -> Iterator[Step[Any]] | None:
         """Return the waiting steps; None at the end. Raises: Empty."""

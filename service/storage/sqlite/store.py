@@ -70,6 +70,8 @@ STEP_LENGTH_MAX = 1024 * 1024
 
 _LONG_BYTES = 64 * 1024
 """The messages of a turn whose terms are not cut within a step, in bytes: it would take more than 3 ms."""
+_LONG_LENGTH = 16 * 1024
+"""The characters of a turn whose terms its end adds. A shorter one waits for that, and searches look into it."""
 
 
 @asynccontextmanager
@@ -392,7 +394,8 @@ class SqliteStore:
         if sum(len(item.text) for item in turn.output) > STEP_LENGTH_MAX and not fits_in_turn(turn, runs):
             text = text_of(runs, [item.text for item in turn.output], after=after)
             staged = await self._stage_events(turn.session_id, turn.id, list(skip(runs, after)), text, after=after)
-        terms = await _terms(turn)
+        is_long = sum(len(item.text) for item in (*turn.input, *turn.output)) > _LONG_LENGTH
+        terms = await _terms(turn) if is_long else None
         return await self._writing.call(
             lambda db: turns.end(db, turn, runs, staged, terms=terms, after=after, fence=self.fence, now=now)
         )

@@ -347,7 +347,7 @@ def end(
     runs: Sequence[Run],
     staged: StagedEvents | None,
     *,
-    terms: Collection[str],
+    terms: Collection[str] | None,
     after: int,
     fence: int,
     now: datetime,

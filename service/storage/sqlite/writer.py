@@ -18,7 +18,7 @@ from service.storage.sqlite.open_files import OpenFiles
 from service.storage.sqlite.ownership import Ownership, is_oldest
 from service.storage.sqlite.reclaim import reclaim_some, shrink
 from service.storage.sqlite.reserve import Reserve
-from service.storage.sqlite.sql_thread import Step
+from service.storage.sqlite.sql_thread import PAUSE_S, Step
 from service.storage.store import Monotonic
 
 logger = structlog.get_logger("lastcall.store")
@@ -36,6 +36,8 @@ _HOUSEKEEPING_INTERVAL_S = 0.1
 """The interval of the work between commits while steps keep arriving."""
 _INDEX_RETRY_S = 1.0
 """The pause until a process looks again whether the one that indexes old rows is gone."""
+_INDEX_AFTER_S = 0.5
+"""How long documents wait for others that are indexed together with them, if they are few."""
 _SHRINK_PAGES = 256
 """The pages that one step gives back to a full disk."""
 
@@ -71,6 +73,8 @@ class Writer:
         """The commits that may have added parts to the search index since these were merged."""
         self._indexing: Indexing | None = Indexing()
         """The work for the indexes, while some may be left."""
+        self._waiting = 0
+        """The documents that wait for the index, as far as they are counted."""
         self._index_at = -inf
         self._housekept_at = -inf
         self._reset_at = -inf
@@ -134,44 +138,54 @@ class Writer:
         self.steps += len(taken)
         return (taken,)
 
-    def run_housekeeping(self, *, idle: bool) -> bool:
-        """Write a checkpoint, reclaim rows or merge the index, if it is time. Returns whether more may be to do."""
+    def run_housekeeping(self, *, idle: bool) -> float | None:
+        """Write a checkpoint, reclaim rows, or add to the index or merge it, if it is time. Returns when there is more
+        of this, in seconds."""
         now = self._monotonic()
-        if not idle and now - self._housekept_at < _HOUSEKEEPING_INTERVAL_S:
-            return True
+        is_crowded = self._waiting >= documents.WAITING_MAX
+        if not idle and not is_crowded and now - self._housekept_at < _HOUSEKEEPING_INTERVAL_S:
+            return self._pause_s(now)
         self._housekept_at = now
         try:
             if self._is_full:
-                return self._make_space()
+                return PAUSE_S if self._make_space() else None
             if self._wal_pages >= _CHECKPOINT_PAGES:
                 self._write_checkpoint(now)
+            elif self._indexing is not None and now >= self._index_at and (self._waiting or not self.removed):
+                self._index_rows(self._indexing, now)
             elif self.removed:
                 self.removed = self._transact(reclaim_some)
-            elif self._indexing is not None and now >= self._index_at:
-                self._index_rows(self._indexing, now)
             elif self._unmerged >= documents.SEGMENTS_MAX and not self._transact(documents.merge_some):
                 self._unmerged = 0
         except (apsw.Error, StoreError) as error:
             # A step will meet the same fault and tell its caller, unless the disk has just become full.
             was_full, self._is_full = self._is_full, self._is_full or isinstance(error, apsw.FullError)
-            return self._is_full and not was_full
-        is_indexing = self._indexing is not None and now >= self._index_at
-        return self.removed or is_indexing or self._unmerged >= documents.SEGMENTS_MAX
+            return PAUSE_S if self._is_full and not was_full else None
+        return self._pause_s(now)
+
+    def _pause_s(self, now: float) -> float | None:
+        """After which time there is work between commits; None if there is none."""
+        is_due = self._wal_pages >= _CHECKPOINT_PAGES or self._unmerged >= documents.SEGMENTS_MAX
+        if self._is_full or self.removed or is_due:
+            return PAUSE_S
+        return None if self._indexing is None else max(self._index_at - now, PAUSE_S)
 
     def _index_rows(self, indexing: Indexing, now: float) -> None:
         """Do a step for the indexes: of a file of an earlier version, if this is the process that does it."""
         if indexing.is_done(self._db):
             if indexing.old_steps:
                 logger.info("the search index is whole: all earlier turns are in it")
-            self._indexing = None
-        elif not (is_waiting := indexing.has_waiting(self._db)) and not is_oldest(self._db, self._ownership):
+            self._indexing, self._waiting = None, 0
+        elif not self._count_waiting(indexing) and not is_oldest(self._db, self._ownership):
             self._index_at = now + _INDEX_RETRY_S
         else:
-            if not is_waiting and not indexing.old_steps:
+            if not self._waiting and not indexing.old_steps:
                 logger.info("earlier turns are put into the search index: until then searches are partial")
             self._index_at = now + _INDEX_RETRY_S  # should the step fail
             indexing.run_step(self._transact)
             self._index_at = now
+            if not self._count_waiting(indexing) and not indexing.old_steps and indexing.is_done(self._db):
+                self._indexing = None
             self._unmerged += 1
             if self._unmerged >= documents.SEGMENTS_MAX and not self._transact(documents.merge_some):
                 self._unmerged = 0
@@ -192,10 +206,16 @@ class Writer:
             step.error = self._translate(error)
 
     def _run_and_look(self, db: apsw.Connection, run: Callable[[], None]) -> None:
-        """Run steps within a transaction, and look whether there are rows that wait for the indexes."""
+        """Run steps within a transaction, and look whether there are documents that wait for the index."""
         run()
         if self._indexing is None and not (indexing := Indexing()).is_done(db):
-            self._indexing = indexing
+            self._indexing, self._index_at = indexing, self._monotonic() + _INDEX_AFTER_S
+        if self._indexing is not None and self._count_waiting(self._indexing) >= documents.WAITING_MAX:
+            self._index_at = -inf
+
+    def _count_waiting(self, indexing: Indexing) -> int:
+        self._waiting = indexing.count_waiting(self._db, at_most=documents.WAITING_MAX)
+        return self._waiting
 
     def _with_reserve(self, write: Callable[[], T]) -> T:
         """Make a write that frees space; if the disk is full, with the space of the reserve."""

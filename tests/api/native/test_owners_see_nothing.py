@@ -255,7 +255,7 @@ async def answers_of(
         for module in (search, metadata):
             stack.enter_context(patch.object(module, "SEARCH_S", search_s))
         if not search_s:  # a page may end at a row of a deleted session, so these rows stay
-            stack.enter_context(patch.object(Writer, "run_housekeeping", lambda _, *, idle: False))  # noqa: ARG005
+            stack.enter_context(patch.object(Writer, "run_housekeeping", lambda _, *, idle: None))  # noqa: ARG005
         url = "memory:" if store == "memory" else f"sqlite:{folder}/lastcall.db"
         async with open_api(
             store_url=url, upstreams=UPSTREAMS, api_keys=KEYS, drain_timeout_s=0, store_timeout_s=30

@@ -89,7 +89,7 @@ async def test_all_old_rows_are_found_once_the_indexes_are_whole(path: Path) -> 
 async def test_pages_are_partial_until_the_indexes_are_whole(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(path)
     with monkeypatch.context() as paused:
-        paused.setattr(Writer, "run_housekeeping", lambda _, *, idle: False)  # noqa: ARG005
+        paused.setattr(Writer, "run_housekeeping", lambda _, *, idle: None)  # noqa: ARG005
         async with open_sqlite_store(path) as store:
             for listing in (
                 store.search_sessions("title", limit=9, after=None, status=None, now=T0),
@@ -147,6 +147,30 @@ async def test_steps_are_short_and_go_on_where_another_process_ended(
         await store.recover(now=T0)
         assert await found(store, "question") == await found(store, "title") == ["s4", "s3", "s2", "s1"]
     assert maintenance.check(path) == []
+
+
+async def test_a_step_adds_one_part_to_the_index_however_many_rows_it_takes(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(indexing, "STEP_S", 60)
+    write(path, sessions=10, turns=20, long=False)
+    with monkeypatch.context() as paused:
+        paused.setattr(Writer, "run_housekeeping", lambda _, *, idle: None)  # noqa: ARG005
+        async with open_sqlite_store(path):
+            pass
+    with closing(database.connect(path)) as db:
+        work, steps = indexing.Indexing(), 0
+
+        def transact(step: object) -> object:
+            with database.transaction(db):
+                return step(db)  # type: ignore[operator]
+
+        while not work.is_done(db):
+            work.run_step(transact)
+            steps += 1
+        documents = db.execute("SELECT count(*) FROM documents").get
+        assert documents == 10 + 10 * 19
+        assert db.execute("SELECT count(DISTINCT segid) FROM search_idx").get <= steps < 5
 
 
 async def test_one_of_several_processes_indexes_and_another_goes_on_when_it_is_gone(path: Path) -> None:

@@ -172,7 +172,7 @@ class Counted:
             return db
 
         monkeypatch.setattr(database, "connect", connect_and_count)
-        monkeypatch.setattr(Writer, "run_housekeeping", lambda _, *, idle: False)  # noqa: ARG005  only the calls are counted
+        monkeypatch.setattr(Writer, "run_housekeeping", lambda _, *, idle: None)  # noqa: ARG005  only the calls are counted
 
     def _note(self, _cursor: object, sql: str, _bindings: object) -> bool:
         self.statements.add(sql)

@@ -17,7 +17,7 @@ from service.storage.terms import query_terms
 from tests.storage.rows import T0, a_session, a_turn, ended, said
 from tests.storage.sqlite.many_documents import fill
 from tests.storage.test_memory_store import HELLO
-from tests.storage.test_store_search import add_session, add_turn, found
+from tests.storage.test_store_search import add_session, add_turn, found, index_at_once
 
 PAIRS = {"team": "blue"}
 STEPS_MAX = 500
@@ -141,6 +141,25 @@ async def test_documents_that_change_between_the_steps_are_neither_lost_nor_show
         assert len(shown) == len(set(shown))
         assert set(names[3:]) <= set(shown) <= set(names)
         assert set(await found(store, "one two")) == {*names, *(f"new{n}" for n in range(done))}
+
+
+@pytest.mark.usefixtures("_short_steps")
+async def test_documents_that_are_indexed_between_the_steps_are_neither_lost_nor_shown_twice(path: Path) -> None:
+    async with open_sqlite_store(path) as store:
+        names = [f"s{n}" for n in range(9)]
+        for name in names:
+            await add_session(store, name)
+        for n in range(18):
+            await add_turn(store, names[n % 9], "one two", f"reply {n}")
+        work = a_search("one two")
+        shown = 0
+        while await run_steps(store, work, steps=1):
+            shown += 1
+            if shown % 4 == 0:
+                await store._writing.call(index_at_once)
+            await add_turn(store, names[shown % 9], "one two")
+        assert work.page is not None
+        assert [match.session.id for match in work.page.data] == names[::-1]
 
 
 async def test_a_search_does_not_count_its_waits(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,8 +38,8 @@ class Hanging:
                 step.run(db)
         return (steps,)
 
-    def run_housekeeping(self, *, idle: bool) -> bool:
-        return False
+    def run_housekeeping(self, *, idle: bool) -> None:
+        return None
 
     def close(self) -> None:
         pass

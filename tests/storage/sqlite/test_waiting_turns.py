@@ -1,8 +1,8 @@
-"""Turns with many terms: the steps of callers add few terms, and the housekeeping adds those of the turns that wait."""
+"""Turns that wait for the index: the steps of callers add few terms or none, and the housekeeping adds the others."""
 
 import random
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,23 @@ import pytest
 import trio
 
 from service.errors import TurnNotFoundError
-from service.storage.sqlite import SqliteStore, database, documents, indexing, maintenance, open_sqlite_store, recovery
+from service.storage.sqlite import (
+    SqliteStore,
+    database,
+    documents,
+    indexing,
+    maintenance,
+    open_sqlite_store,
+    recovery,
+    search,
+    writer,
+)
 from service.storage.sqlite.writer import Writer
 from service.storage.terms import TERMS_MAX
 from tests.storage.rows import T0, a_session, a_turn, ended, said
+from tests.storage.sqlite.test_indexing import index_whole
 from tests.storage.test_store_added_turns import an_added_turn
-from tests.storage.test_store_search import add_session, add_turn, found, index_whole, matches
+from tests.storage.test_store_search import add_session, add_turn, found, index_at_once, matches
 
 LENGTH = 256 * 1024 // 3
 """The characters of a long input: each has three bytes."""
@@ -38,7 +49,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[list[int], list[
         counts.append(0)
         return transact(writer, call)
 
-    def counting_housekeep(writer: Writer, *, idle: bool) -> bool:
+    def counting_housekeep(writer: Writer, *, idle: bool) -> float | None:
         nonlocal counts
         counts = by_housekeeping
         try:
@@ -60,7 +71,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[list[int], list[
 @contextmanager
 def no_housekeeping(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as paused:
-        paused.setattr(Writer, "run_housekeeping", lambda _, *, idle: False)  # noqa: ARG005
+        paused.setattr(Writer, "run_housekeeping", lambda _, *, idle: None)  # noqa: ARG005
         yield
 
 
@@ -108,15 +119,15 @@ async def test_a_recovery_leaves_long_turns_to_the_housekeeping(path: Path, monk
     assert maintenance.check(path) == []
 
 
-async def test_pages_are_partial_while_a_turn_waits_and_a_process_that_dies_leaves_it_to_the_next(
+async def test_pages_are_partial_while_a_long_turn_waits_and_a_process_that_dies_leaves_it_to_the_next(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(documents, "STEP_TERMS_MAX", 3)
+    monkeypatch.setattr(search, "LOOKED_AT_BYTES_MAX", 300)
     with no_housekeeping(monkeypatch):
         async with open_sqlite_store(path) as store:
             for name in ("a", "b"):
                 await add_session(store, name)
-            waiting = await add_turn(store, "a", "word one two three")
+            waiting = await add_turn(store, "a", f"word one two three {'x' * 300}")
             await add_turn(store, "b", "word")
             page = await store.search_sessions("word", limit=9, after=None, status=None, now=T0)
             assert ([it.session.id for it in page.data], page.partial) == (["b"], True)
@@ -165,6 +176,7 @@ async def test_a_text_that_is_deleted_while_its_terms_are_cut_is_not_found(
 ) -> None:
     monkeypatch.setattr(documents, "STEP_TERMS_MAX", 3)
     monkeypatch.setattr(indexing, "LONG_BYTES", 0)
+    monkeypatch.setattr(indexing, "STEP_S", 0)
     with no_housekeeping(monkeypatch):
         async with open_sqlite_store(path) as store:
             await add_session(store, "a")
@@ -187,7 +199,7 @@ async def test_a_text_that_is_deleted_while_its_terms_are_cut_is_not_found(
                     steps += 1
             finally:
                 db.close()
-            assert steps == 3, "the cutting of the old texts ends, and begins anew with those that are left"
+            assert steps == 6, "the cutting of the old texts ends, and begins anew with those that are left"
             assert await found(store, "secret") == []
             assert await found(store, "word one end") == ["a"]
 
@@ -195,7 +207,7 @@ async def test_a_text_that_is_deleted_while_its_terms_are_cut_is_not_found(
 async def test_an_owner_is_not_told_of_the_turns_of_others_that_wait(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(documents, "STEP_TERMS_MAX", 3)
+    monkeypatch.setattr(search, "LOOKED_AT_BYTES_MAX", 0)
 
     async def is_partial(store: SqliteStore, owner: str | None) -> bool:
         page = await store.search_sessions("word", limit=9, after=None, status=None, now=T0, owner=owner)
@@ -211,3 +223,122 @@ async def test_an_owner_is_not_told_of_the_turns_of_others_that_wait(
                 False,
                 False,
             ]
+
+
+async def waiting_in(store: SqliteStore) -> int:
+    query = "SELECT count(*) FROM unindexed WHERE kind = 'document'"
+    return await store._writing.call(lambda db: db.execute(query).get)
+
+
+async def test_searches_look_into_turns_that_wait(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    many = [f"word{n}" for n in range(100)]
+    with no_housekeeping(monkeypatch):
+        async with open_sqlite_store(path) as store:
+            for name in ("a", "b", "ann/c"):
+                await add_session(store, name, "title")
+            for round_ in range(3):
+                for name in ("a", "b", "ann/c"):
+                    await add_turn(store, name, f"Stra\u00dfe \u65e5\u672c\u8a9e {round_}", " ".join(many))
+                if round_ == 0:
+                    await store._writing.call(index_at_once)
+            assert await waiting_in(store) == 6
+            for query in ("strasse", "\uff53\uff54rasse \u65e5\u672c", " ".join(reversed(many)), "\u8a9e 2"):
+                assert await found(store, query, limit=1) == ["ann/c", "b", "a"]
+            assert await found(store, "strasse 0") == ["ann/c", "b", "a"], "these are in the index"
+            assert await found(store, "strasse title") == await found(store, "strass") == []
+            page = await store.search_sessions("word99", limit=9, after=None, status=None, now=T0, owner="ann")
+            assert ([it.session.id for it in page.data], page.next, page.partial) == (["ann/c"], None, False)
+            page = await store.search_sessions("word99 1", limit=9, after=None, status=None, now=T0, owner="bob")
+            assert (page.data, page.next, page.partial) == ((), None, False)
+            assert maintenance.check(path) == []
+
+
+async def test_a_search_goes_on_page_by_page_while_turns_wait_and_are_indexed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with no_housekeeping(monkeypatch):
+        async with open_sqlite_store(path) as store:
+            names = [f"s{n}" for n in range(6)]
+            for name in names:
+                await add_session(store, name)
+                for _ in range(3):
+                    await add_turn(store, name, "word")
+            data: list[str] = []
+            after = None
+            for _ in names:
+                page = await store.search_sessions("word", limit=1, after=after, status=None, now=T0)
+                data += [it.session.id for it in page.data]
+                after = page.next
+                await store._writing.call(index_at_once)
+                await add_turn(store, data[0], "word")
+                await add_turn(store, data[-1], "word")
+            assert (data, after) == (names[::-1], None)
+
+
+async def test_few_turns_are_indexed_together_after_some_time(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "_INDEX_AFTER_S", 0.1)
+    with counting(monkeypatch) as (by_callers, by_housekeeping):
+        async with open_sqlite_store(path) as store:
+            await add_session(store, "a")
+            for n in range(5):
+                await add_turn(store, "a", f"word {n}", "a reply")
+            await index_whole(store)
+            assert await waiting_in(store) == 0
+            assert await found(store, "word 3 reply") == ["a"]
+    assert sum(by_callers) == 0
+    assert sum(by_housekeeping) == 5 * len({"word", "n", "a", "reply"})
+
+
+async def test_many_turns_are_indexed_at_once_and_no_search_looks_into_more(path: Path) -> None:
+    now = 1000.0
+    async with open_sqlite_store(path, monotonic=lambda: now) as store:
+        await add_session(store, "a")
+        await index_whole(store)
+        turns = documents.WAITING_MAX + 1
+        for n in range(turns):
+            await add_turn(store, "a", f"word{n}")
+            if n == turns - 3:
+                assert await waiting_in(store) == turns - 2, "it is not time yet"
+        with trio.fail_after(30):
+            while await waiting_in(store) > 1:  # noqa: ASYNC110  no event tells the end
+                await trio.sleep(0.001)
+        assert [await found(store, f"word{n}") for n in (0, turns - 1)] == [["a"], ["a"]]
+
+
+async def test_another_process_finds_and_indexes_the_turns_of_one_that_is_gone(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_sqlite_store(path) as other:
+        async with open_sqlite_store(path) as store:
+            await add_session(store, "a")
+            await add_turn(store, "a", "word")
+            assert await found(other, "word") == ["a"]
+        monkeypatch.setattr(writer, "_INDEX_AFTER_S", 0)
+        assert await found(other, "word") == ["a"]
+        await add_session(other, "b", "word")
+        await index_whole(other)
+        assert await waiting_in(other) == 0
+        assert await found(other, "word") == ["b", "a"]
+
+
+async def test_short_turns_do_not_wait_for_a_long_one(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(indexing, "STEP_S", 0)
+    with no_housekeeping(monkeypatch):
+        async with open_sqlite_store(path) as store:
+            await add_session(store, "a")
+            await add_turn(store, "a", random_text(LENGTH, 1), turn_id="long")
+            work = indexing.Indexing()
+            with closing(database.connect(path)) as db:
+
+                def transact(step: Callable[[Any], Any]) -> Any:
+                    with database.transaction(db):
+                        return step(db)
+
+                for n in range(3):
+                    await add_turn(store, "a", f"word{n}")
+                    assert await waiting_in(store) == 2
+                    work.run_step(transact)
+                    assert await waiting_in(store) == 1
+                while not work.is_done(db):
+                    work.run_step(transact)
+            assert await found(store, random_text(LENGTH, 1)[:9]) == ["a"]

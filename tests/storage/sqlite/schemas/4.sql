@@ -67,7 +67,7 @@ CREATE TABLE owners (
     address TEXT,
     opened_at INTEGER NOT NULL
 ) STRICT;
-INSERT INTO owners VALUES(1,NULL,1795942906756543);
+INSERT INTO owners VALUES(1,NULL,1795942922462644);
 DELETE FROM sqlite_schema WHERE name='search' AND type='table';
 INSERT INTO sqlite_schema(type,name,tbl_name,rootpage,sql) VALUES('table','search','search',0,'CREATE VIRTUAL TABLE search USING fts5 (terms, content='''', contentless_delete=1, detail=none, tokenize=''ascii'')');
 DROP TABLE IF EXISTS search_config;
@@ -77,18 +77,15 @@ INSERT INTO search_config VALUES('crisismerge',256);
 INSERT INTO search_config VALUES('version',4);
 DROP TABLE IF EXISTS search_data;
 CREATE TABLE 'search_data'(id INTEGER PRIMARY KEY, block BLOB);
-INSERT INTO search_data VALUES(1,X'0209');
-INSERT INTO search_data VALUES(10,X'00000002FF000001010200000201010101010000010201010202000001');
+INSERT INTO search_data VALUES(1,X'0104');
+INSERT INTO search_data VALUES(10,X'00000002FF00000101010000010101010101000001');
 INSERT INTO search_data VALUES(137438953473,X'000000190330C3A9010104EE8080310103018101030282300104050704');
-INSERT INTO search_data VALUES(274877906945,X'00000020063068656C6C6F02020169020104EE808031020301810203028230020408040704');
 DROP TABLE IF EXISTS search_docsize;
 CREATE TABLE 'search_docsize'(id INTEGER PRIMARY KEY, sz BLOB, origin INTEGER);
 INSERT INTO search_docsize VALUES(1,X'04',1);
-INSERT INTO search_docsize VALUES(2,X'05',2);
 DROP TABLE IF EXISTS search_idx;
 CREATE TABLE 'search_idx'(segid, term, pgno, PRIMARY KEY(segid, term)) WITHOUT ROWID;
 INSERT INTO search_idx VALUES(1,X'',2);
-INSERT INTO search_idx VALUES(2,X'',2);
 DROP TABLE IF EXISTS session_metadata;
 CREATE TABLE session_metadata (
     pair BLOB NOT NULL,             -- a digest (sqlite/metadata.py)
@@ -193,10 +190,11 @@ CREATE UNIQUE INDEX turns_by_ordinal ON turns (session, ordinal);
 CREATE INDEX turns_by_parent ON turns (session, coalesce(parent, ''), ordinal);
 DROP TABLE IF EXISTS unindexed;
 CREATE TABLE unindexed (
-    kind TEXT NOT NULL CHECK (kind IN ('sessions', 'turns', 'turn')),
+    kind TEXT NOT NULL CHECK (kind IN ('sessions', 'turns', 'document')),
     key INTEGER NOT NULL,
     PRIMARY KEY (kind, key)
 ) STRICT, WITHOUT ROWID;
+INSERT INTO unindexed VALUES('document',2);
 DROP VIEW IF EXISTS edited_turns;
 CREATE VIEW edited_turns AS SELECT *, (
     SELECT '[' || group_concat(items) || ']' FROM changed_parts CROSS JOIN tree_changes ON tree_changes.key = change
