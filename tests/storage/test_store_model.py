@@ -642,31 +642,6 @@ async def test_a_store_does_what_a_simple_model_of_it_does(open_store: OpenStore
             await both.compare()
 
 
-small_picks = st.integers(0, 3)
-edits = st.one_of(
-    st.builds(Add, st.just("a"), small_picks, st.tuples(st.sampled_from(["", "Hi"]), st.just("Ho"))),
-    st.builds(Begin, st.just("a"), small_picks, st.just("running"), st.just(1)),
-    st.builds(Branch, small_picks, st.booleans()),
-    st.builds(End, small_picks, st.sampled_from(["completed", "failed"]), st.just("Hi"), st.just(1)),
-    st.builds(End, small_picks, st.just("completed"), st.just("Hi"), st.just(1)),
-    st.builds(DeleteTurns, st.integers(0, 5)),
-    st.builds(DeleteItem, st.integers(0, 5), st.sampled_from(["in-0", "in-0", "out"])),
-    st.builds(Fork, small_picks),
-)
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(st.lists(edits, min_size=5, max_size=30))
-async def test_a_tree_from_which_turns_and_items_are_deleted_is_that_of_the_model(
-    open_store: OpenStore, history: list[Step]
-) -> None:
-    async with open_store() as store:
-        both = History(store, Model())
-        for step in (Create("a", 30), Add("a", None, ("Hi", "Ho")), *history):
-            await both.take(step)
-        await both.compare()
-
-
 @settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(steps | st.just(Restart()), max_size=25))
 async def test_a_store_that_loses_its_owner_again_and_again_does_what_the_model_does(

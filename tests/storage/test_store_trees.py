@@ -2,8 +2,6 @@
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from service.errors import (
     HeadMovedError,
@@ -13,7 +11,7 @@ from service.errors import (
     TurnInProgressError,
     TurnNotFoundError,
 )
-from service.storage.records import Places, SessionPatch, SessionRecord, Siblings, TreeNode, TurnRecord
+from service.storage.records import Places, SessionPatch, SessionRecord, Siblings, TreeNode
 from service.storage.rules import NEVER_STARTED_MAX
 from service.storage.store import Store
 from tests.storage.conftest import OpenStore
@@ -331,37 +329,3 @@ async def test_a_branch_begins_where_the_owner_of_its_path_is_gone(open_shared: 
         begun = await here.begin_turn(a_turn("branch", parent="open"), now=T0, branches=True, path_bytes_max=None)
         assert begun.path is not None
         assert [turn.state for turn in begun.path] == ["interrupted", "running"]
-
-
-# Any tree
-
-parents = st.lists(st.none() | st.integers(0, 12), min_size=1, max_size=12)
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(parents)
-async def test_places_siblings_and_tree_of_any_tree_are_right(open_store: OpenStore, picks: list[int | None]) -> None:
-    async with open_store() as store:
-        await store.create_session(a_session(), now=T0)
-        turns: list[TurnRecord] = []
-        for number, pick in enumerate(picks):
-            parent = None if pick is None or not turns else turns[pick % len(turns)].id
-            turns.append(a_turn(f"t{number}", parent=parent))
-            await store.begin_turn(turns[-1], now=T0)
-        by_parent: dict[str | None, list[str]] = {None: []} | {turn.id: [] for turn in turns}
-        for turn in turns:
-            by_parent[turn.parent].append(turn.id)
-        places = await store.find_places("s", [turn.id for turn in turns])
-        assert places.siblings == {
-            turn.id: Siblings(by_parent[turn.parent].index(turn.id) + 1, len(by_parent[turn.parent])) for turn in turns
-        }
-        for parent, children in by_parent.items():
-            found: list[str] = []
-            after = None
-            while True:
-                page = await store.list_turns("s", limit=2, after=after, now=T0, parent=parent)
-                found += [turn.id for turn in page.data]
-                if (after := page.next) is None:
-                    break
-            assert found == children
-        assert (await store.list_tree("s", limit=99, after=None, now=T0)).data == tuple(map(TreeNode.of, turns))
