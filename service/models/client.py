@@ -97,7 +97,8 @@ class ModelRequest(msgspec.Struct, frozen=True, kw_only=True):
     ``prompt`` holds at most one system message, first; then the user and the assistant alternate. The assistant's side
     is one text, or calls, or a text and then calls. The outputs of all these calls follow at once, in the order of the
     calls and before a text of the user. The last item is the user's text or an output. In a conversation to which a
-    caller has added notes, a system message may also come before a text of the user, after the outputs of calls.
+    caller has added notes, a system message may also come before a text of the user, after the outputs of calls; it is
+    the last item if no text follows these outputs.
     """
 
     model: str

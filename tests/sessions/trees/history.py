@@ -149,7 +149,9 @@ class History:
                 await worker.stop()
 
     async def take(self, step: Step) -> None:
-        if self._unnoticed and not (isinstance(step, MEETS_CRASHED) and self._crashed_in == {step.session_id}):
+        if isinstance(step, MEETS_CRASHED) and len(self._crashed_in) == 1:
+            step = msgspec.structs.replace(step, session_id=min(self._crashed_in))
+        else:
             await self._notice()
         if not self._unnoticed:  # else the dead worker's turns end in the moment of its death
             self.model.now += 1
@@ -303,6 +305,8 @@ class History:
         await self._wait_ended(ended)
         if begun.state == "running":
             await self._wait_asked(session, begun)
+            if step.replies is not None:
+                await self._tell(begun, step.replies)
 
     async def _wait_ended(self, turns: Sequence[ModelTurn]) -> None:
         for turn in turns:
@@ -314,20 +318,26 @@ class History:
         live.reply = await live.worker.client.next_reply()
         prompt = live.reply.request.prompt
         assert [short(item) for item in prompt] == session.prompt(turn)
-        assert prompt[-1].role in ("user", "tool"), "the model is asked something"
+        last = next(item for item in reversed(prompt) if item.role != "system")
+        assert last.role in ("user", "tool"), "the model is asked something"
 
     async def _say(self, step: Say) -> None:
-        if (found := self._running(step.running)) is None:
-            return
-        _, turn, reply = found
+        if (found := self._running(step.running)) is not None:
+            _, turn, _ = found
+            await self._tell(turn, step.words)
+
+    async def _tell(self, turn: ModelTurn, words: str | None) -> None:
+        """Let the model send a piece of its reply; a call, if there are no words."""
+        reply = self._live[turn.id].reply
+        assert reply is not None
         reply.usage = usage = self._usage()
-        if step.words is None:
+        if words is None:
             call_id = str(len(turn.calls) + 1)
             reply.call(call_id, "{}", name=FUNCTION)
             self.model.say(turn, Part("call", "{}", call_id), usage)
         else:
-            reply.say(f"{step.words} ")
-            self.model.say(turn, Part("assistant", f"{step.words} "), usage)
+            reply.say(f"{words} ")
+            self.model.say(turn, Part("assistant", f"{words} "), usage)
         await wait_all_tasks_blocked()
 
     def _usage(self) -> Usage:
@@ -476,7 +486,9 @@ class History:
             for worker in dead:
                 await worker.stop()
         else:
-            dead = [serving[step.worker % len(serving)]]
+            at_work = {live.worker for live in self._live.values()}
+            choice = [worker for worker in serving if worker in at_work] or serving
+            dead = [choice[step.worker % len(choice)]]
             await dead[0].kill()
         self.workers.serving = [worker for worker in serving if worker not in dead]
         rank = self.model.next_rank()

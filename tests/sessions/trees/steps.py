@@ -46,19 +46,24 @@ class Move(msgspec.Struct, frozen=True):
 
 
 class Start(msgspec.Struct, frozen=True):
-    """A turn: a further one, an edit or a branch. With ``answers`` it brings the outputs of its parent's calls."""
+    """A turn: a further one, an edit or a branch. With ``answers`` it brings the outputs of its parent's calls.
+
+    ``replies`` are the first words of the reply, if the turn runs at once.
+    """
 
     session_id: str
     words: str
     place: Place
     on_conflict: OnConflict
     answers: bool
+    replies: str | None
 
 
 class Retry(msgspec.Struct, frozen=True):
     session_id: str
     turn: int
     on_conflict: OnConflict
+    replies: str | None
 
 
 class Say(msgspec.Struct, frozen=True):
@@ -178,7 +183,7 @@ session_ids = _weighted((7, st.just(SESSION_IDS[0])), (3, any_session))
 picks = _weighted((3, st.integers(0, 4)), (1, st.integers(0, 15)))
 few = st.integers(0, 2)
 words = st.sampled_from(WORDS)
-titles = st.none() | words
+titles = replies = st.none() | words
 conflicts: st.SearchStrategy[OnConflict] = st.sampled_from(["queue", "queue", "reject", "supersede"])
 picked_places = st.tuples(st.sampled_from(["after", "beside"]), picks)
 places: st.SearchStrategy[Place] = _weighted((2, st.just("head")), (1, st.just("root")), (4, picked_places))  # type: ignore[arg-type]
@@ -191,11 +196,11 @@ exchanges = st.builds(
     calls=st.booleans(),
 )
 steps: st.SearchStrategy[Step] = _weighted(
-    (6, st.builds(Start, session_ids, words, places, conflicts, st.booleans())),
-    (6, st.builds(Say, few, st.none() | words | words)),
-    (4, st.builds(Finish, few, st.sampled_from([False, False, True]))),
+    (6, st.builds(Start, session_ids, words, places, conflicts, st.booleans(), replies)),
+    (5, st.builds(Say, few, st.none() | words | words)),
+    (3, st.builds(Finish, few, st.sampled_from([False, False, True]))),
     (5, st.builds(Add, session_ids, st.lists(exchanges, min_size=1, max_size=3).map(tuple), places)),
-    (4, st.builds(Retry, session_ids, picks, conflicts)),
+    (4, st.builds(Retry, session_ids, picks, conflicts, replies)),
     (3, st.builds(Cancel, session_ids, picks)),
     (3, st.builds(Move, session_ids, st.none() | picks, st.sampled_from([False, False, False, True]))),
     (4, st.builds(DeleteTurn, session_ids, picks)),
@@ -208,7 +213,7 @@ steps: st.SearchStrategy[Step] = _weighted(
     (1, st.just(Sweep())),
     (1, st.just(Checkpoint())),
     (1, st.builds(Restart, few)),
-    (3, st.builds(Crash, st.none() | few, st.booleans(), st.booleans())),
+    (3, st.builds(Crash, st.sampled_from([None, 0, 1, 2]), st.booleans(), st.booleans())),
 )
 histories = st.lists(st.tuples(steps, few), min_size=15, max_size=40)
 """Steps, each with the worker that its first call reaches."""

@@ -61,6 +61,13 @@ def test_a_note_does_not_come_between_a_call_and_its_output() -> None:
     assert asked(asks("a"), calls("1"), brings("1"), notes("n"), says("B"))[2:4] == ["1: out", "s: n"]
 
 
+def test_a_note_beside_outputs_without_a_text_is_the_last_item() -> None:
+    path = [*added(asks("a"), calls("1"), notes("n")), turn("running", [brings("1")])]
+    assert [short(it) for it in build_prompt(path, system_message=None, bytes_max=EVERYTHING).items] == [
+        *("u: a", "call 1", "1: out", "s: n"),
+    ]
+
+
 def test_a_note_is_left_out_with_its_turn() -> None:
     items = (asks("a"), says("A"), notes("n"), asks("b"), says("B"), asks("c"), says("C"))
     assert asked(*items, bytes_max=60 + 2 * TURN_BYTES) == ["u: c", "a: C", "u: now"]
