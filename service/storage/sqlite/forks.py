@@ -11,17 +11,18 @@ from datetime import datetime
 import apsw
 import msgspec
 
-from service.errors import EditedMeanwhileError, OwnedElsewhereError, SessionExistsError, SessionNotFoundError
-from service.ids import new_session_id, owner_of, scoped
-from service.storage import rules
+from service.errors import EditedMeanwhileError, OwnedElsewhereError, SessionNotFoundError
 from service.storage.fork_path import ForkPath, copies_of, forked_session
 from service.storage.records import IdempotencyKey, SessionRecord, TurnRecord
-from service.storage.sqlite import documents, event_pages, idempotency, sessions, turns
-from service.storage.sqlite.ownership import owner_of as owner_in
+from service.storage.sqlite import event_pages, idempotency, sessions, turns
+from service.storage.sqlite.ownership import owner_of
 from service.storage.sqlite.rows import TURN_COLUMNS, Row
 
-STEP_S = 0.01
+STEP_S = 0.005
 """The approximate time of one step: it ends after the row in which this time is over."""
+_TURNS_AT_ONCE = 32
+_BYTES_AT_ONCE = 128 * 1024
+"""The turns, and the bytes of their messages, whose terms are cut before one step."""
 
 _COPIED = {"events": "frames", "event_pages": "runs, text"}
 """The tables with events, and what they have of them. A turn has rows in one of these tables, or in none."""
@@ -34,8 +35,8 @@ class Fork(msgspec.Struct, frozen=True, kw_only=True):
         at: The last turn to copy; None if there are no turns to copy.
         sources: The keys of the turns whose copies are in ``turns``.
         hidden_id: The id of the copy while it is hidden.
-        terms: The terms of turns with long texts, by the turns' places in ``turns``. They are cut beforehand, so that
-            no step holds the write lock meanwhile.
+        terms: The terms of the turns that come next, by their places in ``turns``. They are cut between the steps, so
+            that no step holds the write lock meanwhile, and dropped after the turns are copied.
         edits: How often something was deleted from the source when its turns were read.
     """
 
@@ -119,7 +120,7 @@ class Plan(turns.PathWalk):
         assert self._source is not None
         turn = event_pages.record_of(db, self._session_id, row)
         if turn.is_open and self._source.owner not in (None, self._fence):
-            owner = owner_in(db, self._source.owner)
+            owner = owner_of(db, self._source.owner)
             raise OwnedElsewhereError(self._session_id, fence=owner.fence, address=owner.address)
         key = row[-3]
         self._keys.append(key)
@@ -154,10 +155,24 @@ class Plan(turns.PathWalk):
             turns=self._copies,
             sources=self._keys[::-1],
             edits=self._source.edits,
-            hidden_id=scoped(owner_of(self._copy_id), f"+{new_session_id()}"),
+            hidden_id=sessions.hidden_id_for(self._copy_id),
             key=self._key,
             terms={},
         )
+
+
+def places_to_cut(fork: Fork, progress: Progress | None) -> Iterator[int]:
+    """The places of the turns whose terms the next step needs. Terms of turns that are copied are dropped."""
+    first = 0 if progress is None else progress.turn
+    for index in [index for index in fork.terms if index < first]:
+        del fork.terms[index]
+    size = 0
+    for index in range(first, min(first + _TURNS_AT_ONCE, len(fork.turns))):
+        size += fork.turns[index].message_bytes
+        if index > first and size > _BYTES_AT_ONCE:
+            return
+        if index not in fork.terms:
+            yield index
 
 
 def build(db: apsw.Connection, fork: Fork, progress: Progress | None, *, fence: int, now: datetime) -> Progress | None:
@@ -174,19 +189,15 @@ def build(db: apsw.Connection, fork: Fork, progress: Progress | None, *, fence: 
     if fork.at is not None:
         turns.key_of(db, fork.at, source.key)  # raises if another session has taken the source's id
     _check_unchanged(source, fork.edits)
-    in_the_way = sessions.find(db, fork.session.id)
-    if in_the_way is not None and rules.keeps_its_id(in_the_way.record, now, is_deleted=in_the_way.is_deleted):
-        raise SessionExistsError(fork.session.id)
-    progress = progress or Progress(_begin(db, fork, fence))
+    in_the_way = sessions.find_expired(db, fork.session.id, now)
+    if progress is None:
+        begun = sessions.insert_hidden(db, fork.session, fork.hidden_id, turns_begun=len(fork.turns), fence=fence)
+        progress = Progress(begun)
     unfinished = _copy_some(db, fork, progress)
     if unfinished is None:
         if in_the_way is not None:
-            sessions.hide(db, in_the_way.key)
-        db.execute(
-            "UPDATE sessions SET id = ?, deletion = 0, deleter = NULL WHERE key = ?",
-            (fork.session.id, progress.session),
-        )
-        db.execute("UPDATE session_metadata SET id = ? WHERE session = ?", (fork.session.id, progress.session))
+            sessions.hide(db, in_the_way)
+        sessions.show(db, progress.session, fork.session.id)
         idempotency.keep(db, fork.key, session=progress.session, session_id=fork.session.id)
     return unfinished
 
@@ -196,21 +207,15 @@ def _check_unchanged(source: sessions.StoredSession, edits: int) -> None:
         raise EditedMeanwhileError
 
 
-def _begin(db: apsw.Connection, fork: Fork, fence: int) -> int:
-    hidden = msgspec.structs.replace(fork.session, id=fork.hidden_id)
-    key = sessions.insert(db, hidden, turns_begun=len(fork.turns))
-    db.execute("UPDATE sessions SET deletion = 1, deleter = ? WHERE key = ?", (fence, key))
-    return key
-
-
 def _copy_some(db: apsw.Connection, fork: Fork, progress: Progress) -> Progress | None:
     deadline = time.monotonic() + STEP_S
     copied = progress.after
     for index in range(progress.turn, len(fork.turns)):
         turn, source = fork.turns[index], fork.sources[index]
         if copied == -1:
-            terms = fork.terms[index] if index in fork.terms else documents.terms_of_turn(turn)
-            turns.insert_copy(db, progress.session, index, turn, source=source, terms=terms)
+            if index not in fork.terms:
+                return Progress(progress.session, index)
+            turns.insert_copy(db, progress.session, index, turn, source=source, terms=fork.terms[index])
         copy = turns.key_of(db, turn.id, progress.session)
         for table, columns in _COPIED.items():
             rows: list[Row] = db.execute(

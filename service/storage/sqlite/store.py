@@ -68,8 +68,6 @@ P = TypeVar("P", bound=Progress)
 STEP_LENGTH_MAX = 1024 * 1024
 """Bound on the code points and events that one step writes, so that the step holds the write lock for milliseconds."""
 
-_LONG_BYTES = 64 * 1024
-"""The messages of a turn whose terms are not cut within a step, in bytes: it would take more than 3 ms."""
 _LONG_LENGTH = 16 * 1024
 """The characters of a turn whose terms its end adds. A shorter one waits for that, and searches look into it."""
 
@@ -163,20 +161,20 @@ class SqliteStore:
             while not plan.is_complete:
                 await self._reading.call(plan.read_some)
             fork = plan.fork
-            for index, turn in enumerate(fork.turns):
-                if turn.message_bytes > _LONG_BYTES:
-                    fork.terms[index] = await _terms(turn)
+            progress: forks.Progress | None = None
             step = partial(forks.build, fork=fork, fence=self.fence, now=now)
             try:
-                progress = await self._writing.call(partial(step, progress=None))
-                while progress is not None:
+                while True:
+                    for index in forks.places_to_cut(fork, progress):
+                        fork.terms[index] = await _terms(fork.turns[index])
                     progress = await self._writing.call(partial(step, progress=progress))
+                    if progress is None:
+                        return fork.session
             except BaseException:
                 self._abandoned.add(fork.hidden_id)
                 with anyio.move_on_after(CLAIMED_GRACE_S, shield=True), suppress(StoreError):
                     await self._clear_abandoned()
                 raise
-            return fork.session
 
     async def get_session(self, session_id: str, *, now: datetime) -> SessionRecord:
         return await self._looking.call(lambda db: sessions.visible(db, session_id, now).record)

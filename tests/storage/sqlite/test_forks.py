@@ -1,14 +1,20 @@
 """A fork in a file is built hidden and in steps: the promises beyond the contract."""
 
+import threading
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import apsw
 import pytest
 import trio
 
 from service.errors import SessionNotFoundError, StoreError, TurnNotFoundError
+from service.steps import Steps
+from service.storage import terms
 from service.storage.records import SessionPatch
-from service.storage.sqlite import SqliteStore, forks, open_sqlite_store
+from service.storage.sqlite import SqliteStore, documents, forks, open_sqlite_store
+from service.storage.sqlite import store as store_module
 from service.storage.sqlite.event_pages import ROW_LENGTH_MAX
 from service.storage.sqlite.reclaim import reclaim_some
 from tests.storage.rows import T0, a_session, a_turn, at, contents, ended, said
@@ -148,3 +154,32 @@ async def test_a_log_of_many_rows_is_copied_row_by_row(path: Path) -> None:
         assert store.writer.steps - before > 20
         found = (await contents(store, now=NOW))["copy"][1]
         assert [kept for _, kept in found] == [texts, texts]
+
+
+async def test_the_terms_of_a_copy_are_cut_between_the_steps_a_few_turns_at_a_time(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forks, "STEP_S", 60)
+    monkeypatch.setattr(forks, "_TURNS_AT_ONCE", 10)
+    cut_in: set[threading.Thread] = set()
+    held: list[int] = []
+
+    def document_terms(texts: Iterable[str]) -> Steps[set[str]]:
+        cut_in.add(threading.current_thread())
+        return terms.document_terms(texts)
+
+    def build(*args: Any, **more: Any) -> forks.Progress | None:
+        held.append(len(more["fork"].terms))
+        return build_before(*args, **more)
+
+    build_before = forks.build
+    async with open_sqlite_store(path) as store:
+        await _fill(store)
+        for module in (store_module, documents):
+            monkeypatch.setattr(module, "document_terms", document_terms)
+        monkeypatch.setattr(forks, "build", build)
+        await store.fork_session("s", at=None, copy_id="copy", now=NOW)
+        assert cut_in == {threading.current_thread()}
+        assert held == [10] * 10
+        found = await store.search_sessions("Hi", limit=9, after=None, status=None, now=NOW)
+        assert ([match.session.id for match in found.data], found.partial) == (["copy", "s"], False)
