@@ -35,6 +35,7 @@ from service.errors import (
     TurnInProgressError,
     TurnNotFoundError,
 )
+from service.ids import owner_of
 from service.models.client import Usage
 from service.steps import Steps, WorkTime, at_once, in_steps
 from service.storage import rules, search
@@ -386,7 +387,7 @@ class MemoryStore:
             now=now,
             bytes_max=bytes_max,
         )
-        await in_steps(self._documents.prepare_noted(within_s=SEARCH_S))
+        await in_steps(self._documents.prepare_noted(owner, within_s=SEARCH_S))
         return await in_steps(search_page(_MemoryIndex(self._documents, self._sessions, wanted), wanted))
 
     async def count_sessions(self, *, status: SessionStatus | None, now: datetime, owner: str | None = None) -> int:
@@ -609,7 +610,7 @@ class MemoryStore:
         """Index what a turn has now, until it changes again: of more terms than count, other ones may be the first."""
         number = turn.document
         if number is not None:
-            for _ in self._documents.prepare(number, turn.texts):
+            for _ in self._documents.prepare(number, owner_of(record.session_id), turn.texts):
                 yield
                 if turn.document != number or turn.record is not record:
                     return
@@ -763,7 +764,7 @@ class MemoryStore:
         try:
             for turn in turns:
                 turn.document = self._documents.reserve()
-                await in_steps(self._documents.prepare(turn.document, turn.texts))
+                await in_steps(self._documents.prepare(turn.document, owner_of(turn.record.session_id), turn.texts))
             yield
         except BaseException:
             for turn in turns:
@@ -808,7 +809,7 @@ class MemoryStore:
         title = session.record.title
         if title is not None:
             number = session.title_document = number or self._documents.reserve()
-            at_once(self._documents.prepare(number, partial(_title, title)))
+            at_once(self._documents.prepare(number, session.record.owner, partial(_title, title)))
             self._documents.publish(number, Document(session.record.id, None, partial(_title, title)))
             session.documents.add(number)
 
@@ -1136,10 +1137,10 @@ class _MemoryIndex:
         return self._documents.newest
 
     def is_whole(self) -> bool:
-        return self._documents.is_whole
+        return self._documents.is_whole(self._query.owner)
 
     def documents(self, *, below: int) -> Iterator[tuple[int, Found[str] | None]]:
-        for number, it in self._documents.matching(self._query.terms, below=below):
+        for number, it in self._documents.matching(self._query.terms, below=below, owner=self._query.owner):
             yield number, None if it is None else Found(number, it.session_id, it.turn_id, it.texts)
 
     def is_in(self, session: str, *, first: int, last: int) -> Steps[bool]:

@@ -1,10 +1,14 @@
-"""The search index of the memory store: for each term, the numbers of the documents that have it.
+"""The search index of the memory store: for each owner and each term, the numbers of the documents that have it.
+
+A search of an owner reads the lists and prepares the documents of this owner only: neither its time nor its pages
+depend on other owners. A search among all owners merges what it finds for each of them.
 
 A document counts from its publication to its removal. What it has in the lists of its terms is put there before, or by
 the next search (:meth:`MemoryDocuments.note`), and taken out afterwards, in steps: a long reply has many thousands of
 terms.
 """
 
+import heapq
 from array import array
 from bisect import bisect_left
 from collections import deque
@@ -13,6 +17,7 @@ from functools import partial
 
 import msgspec
 
+from service.ids import owner_of
 from service.steps import Steps, WorkTime
 from service.storage.terms import document_terms
 
@@ -52,10 +57,12 @@ class MemoryDocuments:
 
     def __init__(self) -> None:
         self._documents: dict[int, Document] = {}
-        self._numbers: dict[str, array[int]] = {}  # in ascending order
+        self._numbers: dict[str, dict[str, array[int]]] = {}  # for each owner; in ascending order
+        self._owners: dict[int, str] = {}
+        """The owner of each document, until it is taken out of all lists."""
         self._removed: deque[tuple[int, Texts]] = deque()
         self._dropped: dict[int, Set[str]] = {}
-        self._noted: dict[int, _Noted] = {}
+        self._noted: dict[str, dict[int, _Noted]] = {}
         self._last = 0
         self.newest: int | None = None
 
@@ -64,11 +71,14 @@ class MemoryDocuments:
         self._last += 1
         return self._last
 
-    def prepare(self, number: int, texts: Texts, is_wanted: Callable[[], bool] = lambda: True) -> Steps[None]:
+    def prepare(
+        self, number: int, owner: str, texts: Texts, is_wanted: Callable[[], bool] = lambda: True
+    ) -> Steps[None]:
         """Put a document's number into the lists of its terms. Afterwards it is published, or else removed.
 
         Ends early once the document is not wanted any more as these texts.
         """
+        self._owners[number] = owner
         while number in self._dropped:
             yield from self._take_dropped(number)
         terms = yield from document_terms(texts())
@@ -77,7 +87,7 @@ class MemoryDocuments:
                 yield
             if done % _TERMS_AT_ONCE <= 1 and not is_wanted():  # after each yield
                 return
-            numbers = self._numbers.setdefault(term, array("q"))
+            numbers = self._numbers.setdefault(owner, {}).setdefault(term, array("q"))
             if not numbers or numbers[-1] < number:
                 numbers.append(number)
             elif not _has(numbers, number):
@@ -89,44 +99,57 @@ class MemoryDocuments:
 
     def note(self, number: int, document: Document) -> None:
         """Publish a document whose terms the next search prepares: a turn that ends does not wait for them."""
-        self._noted[number] = _Noted(document.texts)
+        owner = self._owners[number] = owner_of(document.session_id)
+        self._noted.setdefault(owner, {})[number] = _Noted(document.texts)
         self.publish(number, document)
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether the terms of all documents are in the lists."""
-        return not self._noted
+    def is_whole(self, owner: str | None = None) -> bool:
+        """Whether the terms of all documents are in the lists: of those of an owner, or of all owners."""
+        return not (self._noted if owner is None else owner in self._noted)
 
-    def prepare_noted(self, *, within_s: float) -> Steps[None]:
-        """Prepare the documents that were noted, the newest first, as far as this takes ``within_s``.
+    def prepare_noted(self, owner: str | None = None, *, within_s: float) -> Steps[None]:
+        """Prepare the documents of an owner, or of all, that were noted, as far as this takes ``within_s``.
+
+        The newest documents of an owner come first.
 
         A document is not found before all of its terms are in the lists. Other tasks may do the same meanwhile, and a
         task may never come to the end.
         """
         work = WorkTime()
-        return work.of(self._prepare_noted(lambda: work.elapsed_s >= within_s))
+        return work.of(self._prepare_noted(owner, lambda: work.elapsed_s >= within_s))
 
-    def _prepare_noted(self, is_over: Callable[[], bool]) -> Steps[None]:
-        while self._noted and not is_over():
-            number, noted = next(reversed(self._noted.items()))
+    def _prepare_noted(self, owner: str | None, is_over: Callable[[], bool]) -> Steps[None]:
+        while not self.is_whole(owner) and not is_over():
+            noted_owner = next(iter(self._noted)) if owner is None else owner
+            number, noted = next(reversed(self._noted[noted_owner].items()))
             said = tuple(noted.texts())
             if noted.begun and noted.begun != said:
                 yield from self._take_out(number, partial(tuple, noted.begun))
             noted.begun = said
-            yield from self.prepare(number, partial(tuple, said), partial(self._is_noted, number, noted, said))
-            if number not in self._documents:
-                self._removed.append((number, partial(tuple, said)))
-            elif tuple(noted.texts()) == said:
-                self._noted.pop(number, None)
+            is_noted = partial(self._is_noted, number, noted, said)
+            yield from self.prepare(number, noted_owner, partial(tuple, said), is_noted)
+            if number in self._documents and tuple(noted.texts()) == said:
+                self._note_no_more(number)
             yield
 
     def _is_noted(self, number: int, noted: _Noted, said: tuple[str, ...]) -> bool:
         """Whether a document is still to be prepared as these texts: another task may have gone on with other ones."""
-        return self._noted.get(number) is noted and noted.begun == said
+        return self._noted_of(number) is noted and noted.begun == said
+
+    def _noted_of(self, number: int) -> _Noted | None:
+        return self._noted.get(self._owners.get(number, ""), {}).get(number)
+
+    def _note_no_more(self, number: int) -> _Noted | None:
+        owner = self._owners.get(number, "")
+        of_owner = self._noted.get(owner, {})
+        noted = of_owner.pop(number, None)
+        if not of_owner:
+            self._noted.pop(owner, None)
+        return noted
 
     def remove(self, number: int, texts: Texts) -> None:
         """Let a document be found no more. :meth:`reclaim` does the rest."""
-        noted = self._noted.pop(number, None)
+        noted = self._note_no_more(number)
         if noted is not None:
             texts = partial(tuple, noted.begun)
         self._documents.pop(number, None)
@@ -140,10 +163,13 @@ class MemoryDocuments:
     def reclaim(self) -> Steps[None]:
         """Take removed documents, and terms that documents have lost, out of the lists."""
         while self._removed:
-            entry = self._removed[0]
-            yield from self._take_out(*entry)
+            number, texts = entry = self._removed[0]
+            yield from self._take_out(number, texts)
+            while number in self._dropped:
+                yield from self._take_dropped(number)
             if self._removed and self._removed[0] is entry:  # no other task has done the same meanwhile
                 self._removed.popleft()
+                self._owners.pop(number, None)
         while self._dropped:
             yield from self._take_dropped(next(iter(self._dropped)))
 
@@ -165,35 +191,51 @@ class MemoryDocuments:
                 yield
 
     def _take_from(self, term: str, number: int) -> None:
-        numbers = self._numbers.get(term)
+        owner = self._owners.get(number, "")
+        lists = self._numbers.get(owner, {})
+        numbers = lists.get(term)
         if numbers is not None and _has(numbers, number):
             del numbers[bisect_left(numbers, number)]
             if not numbers:
-                del self._numbers[term]
+                del lists[term]
+            if not lists:
+                del self._numbers[owner]
 
     # Queries
 
-    def matching(self, terms: Sequence[str], *, below: int) -> Iterator[tuple[int, Document | None]]:
+    def matching(
+        self, terms: Sequence[str], *, below: int, owner: str | None = None
+    ) -> Iterator[tuple[int, Document | None]]:
         """The numbers below this one that are in the list of a rare term, the highest first; each with its document, if
-        the document has all terms. Documents may come and go between two of them."""
-        while (rare := self._rarest(terms)) is not None and (index := bisect_left(rare, below)) > 0:
+        the document has all terms. Documents may come and go between two of them.
+
+        Args:
+            owner: Only the documents of this owner.
+        """
+        owners = list(self._numbers) if owner is None else [owner]
+        for number in heapq.merge(*(self._rare(it, terms, below) for it in owners), reverse=True):
+            yield number, self._documents.get(number) if self.has_terms(number, terms) else None
+
+    def _rare(self, owner: str, terms: Sequence[str], below: int) -> Iterator[int]:
+        """The numbers in the list of a rare term of an owner."""
+        while (rare := self._rarest(owner, terms)) is not None and (index := bisect_left(rare, below)) > 0:
             below = rare[index - 1]
-            yield below, self._documents.get(below) if self.has_terms(below, terms) else None
+            yield below
 
     def has_terms(self, number: int, terms: Sequence[str]) -> bool:
         """Whether a published document has all these terms."""
         document = self._documents.get(number)
-        if document is None or document.is_deleted() or number in self._noted:
+        if document is None or document.is_deleted() or self._noted_of(number) is not None:
             return False
-        dropped = self._dropped.get(number, ())
+        dropped, lists = self._dropped.get(number, ()), self._numbers.get(self._owners[number], {})
         return all(
-            (numbers := self._numbers.get(term)) is not None and _has(numbers, number) and term not in dropped
-            for term in terms
+            (numbers := lists.get(term)) is not None and _has(numbers, number) and term not in dropped for term in terms
         )
 
-    def _rarest(self, terms: Sequence[str]) -> "array[int] | None":
-        """The shortest list; None if a term is in no document."""
-        lists = [self._numbers.get(term) for term in terms]
+    def _rarest(self, owner: str, terms: Sequence[str]) -> "array[int] | None":
+        """The shortest list of an owner; None if a term is in none of his documents."""
+        of_owner = self._numbers.get(owner, {})
+        lists = [of_owner.get(term) for term in terms]
         found = [numbers for numbers in lists if numbers is not None]
         return min(found, key=len) if len(found) == len(terms) else None
 

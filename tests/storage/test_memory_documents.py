@@ -44,10 +44,10 @@ def interrupted(steps: Steps[None], after: int) -> None:
 def test_a_noted_document_is_found_once_a_search_has_prepared_it() -> None:
     documents = MemoryDocuments()
     number, _ = noted(documents, "one two")
-    assert not documents.is_whole
+    assert not documents.is_whole()
     assert found(documents, "one") == []
     at_once(documents.prepare_noted(within_s=LONG_S))
-    assert documents.is_whole
+    assert documents.is_whole()
     assert found(documents, "one") == [number]
 
 
@@ -58,7 +58,7 @@ def test_the_newest_documents_are_prepared_first_and_only_for_the_given_time() -
     interrupted(documents.prepare_noted(within_s=LONG_S), after=3)
     assert found(documents, "one") == [second]
     at_once(documents.prepare_noted(within_s=0))
-    assert not documents.is_whole
+    assert not documents.is_whole()
     at_once(documents.prepare_noted(within_s=LONG_S))
     assert found(documents, "one") == [second, first]
 
@@ -79,6 +79,32 @@ def test_a_text_that_is_deleted_while_it_is_prepared_is_not_found(after: int) ->
     at_once(documents.reclaim())
     assert found(documents, "one") == []
     assert found(documents, "two") == [number]
+
+
+def test_a_search_of_an_owner_prepares_and_walks_no_documents_of_others() -> None:
+    documents = MemoryDocuments()
+    numbers: dict[str, list[int]] = {"ann/": [], "bob/": [], "": []}
+    for n in range(12):
+        owner = list(numbers)[n % 3]
+        number = documents.reserve()
+        numbers[owner].append(number)
+        documents.note(number, Document(f"{owner}s", f"turn {n}", Said("one", f"word{n}")))
+    at_once(documents.prepare_noted("bob", within_s=LONG_S))
+    assert [documents.is_whole(owner) for owner in ("ann", "bob", "", None)] == [False, True, False, False]
+
+    def walked(*words: str, owner: str | None) -> list[int]:
+        return [number for number, _ in documents.matching(words, below=100, owner=owner)]
+
+    assert walked("one", owner=None) == walked("one", owner="bob") == numbers["bob/"][::-1]
+    at_once(documents.prepare_noted(within_s=LONG_S))
+    assert [documents.is_whole(owner) for owner in ("ann", "bob", "", None)] == [True] * 4
+    assert walked("one", owner=None) == list(range(12, 0, -1))
+    assert walked("one", owner="ann") == numbers["ann/"][::-1]
+    assert walked("one", owner="") == numbers[""][::-1]
+    assert walked("word0", "one", owner="bob") == walked("one", owner="eve") == []
+    documents.remove(numbers["bob/"][-1], Said("one", "word10"))
+    at_once(documents.reclaim())
+    assert walked("one", owner="bob") == numbers["bob/"][-2::-1]
 
 
 @given(
@@ -126,4 +152,4 @@ def test_two_searches_that_prepare_at_once_find_what_a_scan_finds(actions: list[
     at_once(documents.reclaim())
     for word in WORDS:
         assert set(found(documents, word)) == {number for number, said in kept.items() if word in said.texts}
-    assert documents.is_whole
+    assert documents.is_whole()

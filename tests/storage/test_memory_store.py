@@ -317,16 +317,16 @@ async def test_a_search_looks_at_a_few_documents_of_a_long_session_in_each_step(
 async def test_terms_that_a_document_has_lost_are_gone_at_once_and_taken_out_in_steps() -> None:
     documents = MemoryDocuments()
     texts = [" ".join(f"w{n}" for n in range(1000))]
-    at_once(documents.prepare(1, lambda: texts))
+    at_once(documents.prepare(1, "", lambda: texts))
     documents.publish(1, Document("s", "t", lambda: texts))
     documents.drop(1, {f"w{n}" for n in range(500)})
     documents.drop(1, {f"w{n}" for n in range(500, 999)})
     assert [documents.has_terms(1, [term]) for term in ("w0", "w998", "w999")] == [False, False, True]
-    assert len(documents._numbers) == 1000, "the lists are as they were"
-    left = [len(documents._numbers) for _ in documents.reclaim()]
+    assert len(documents._numbers[""]) == 1000, "the lists are as they were"
+    left = [len(documents._numbers[""]) for _ in documents.reclaim()]
     assert len(left) >= 4
     assert all(before - after <= 256 for before, after in pairwise(left))
-    assert set(documents._numbers) == {"w999"}
+    assert set(documents._numbers[""]) == {"w999"}
     assert documents._dropped == {}
 
 
@@ -341,9 +341,10 @@ async def test_the_search_index_keeps_nothing_of_sessions_that_are_gone() -> Non
         at_once(store._documents.prepare_noted(within_s=60))
         await store.mark_deleted("s0", now=T0)
         await store.remove_deleted("s0")
-        assert set(store._documents._numbers) == {"title", "1", "2", "hello", "hi"}
+        assert set(store._documents._numbers[""]) == {"title", "1", "2", "hello", "hi"}
         await store.delete_expired(now=at(2 * IDLE_TIMEOUT_S), limit=10)
-        assert (store._documents._numbers, store._documents._documents, store._by_pair) == ({}, {}, {})
+        left = store._documents
+        assert (left._numbers, left._documents, left._owners, left._noted, store._by_pair) == ({}, {}, {}, {}, {})
 
 
 async def test_a_listing_looks_at_its_owners_sessions_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -279,8 +279,7 @@ async def answers_of(
 def test_an_owner_s_answers_are_the_same_without_the_other_owner(
     store: str, history: list[Step], is_hurried: bool
 ) -> None:
-    # Otherwise there is time for a loaded machine. In memory a search walks through all owners' documents.
-    search_s = 0 if is_hurried and store == "sqlite" else 60
+    search_s = 0 if is_hurried else 60  # time for a loaded machine
     whole = [*BEGINNING, *history]
     guesses: dict[int, tuple[str, str]] = {}
 
