@@ -18,7 +18,8 @@ NAMES = ("a", "b")
 SESSION_IDS = [scoped(owner, name) for owner in OWNERS for name in NAMES]
 """Two owners have sessions of the same public ids."""
 WORDS = ("ape", "bee", "Cat", "日本", "ape bee")
-QUERIES = ("ape", "bee", "cat", "日本", "本", "ape bee", "bee cat", "dog")
+TITLES = ("dog", "elk dog", "日本", "ape")
+QUERIES = ("ape", "bee", "cat", "日本", "本", "ape bee", "bee cat", "dog", "elk", "none")
 TEAMS: list[dict[str, str]] = [{}, {"team": "red"}, {"team": "blue"}]
 
 Place = Literal["head", "root"] | tuple[Literal["after", "beside"], int]
@@ -183,14 +184,15 @@ session_ids = _weighted((7, st.just(SESSION_IDS[0])), (3, any_session))
 picks = _weighted((3, st.integers(0, 4)), (1, st.integers(0, 15)))
 few = st.integers(0, 2)
 words = st.sampled_from(WORDS)
-titles = replies = st.none() | words
+replies = st.none() | words
+titles = st.none() | st.sampled_from(TITLES)
 conflicts: st.SearchStrategy[OnConflict] = st.sampled_from(["queue", "queue", "reject", "supersede"])
 picked_places = st.tuples(st.sampled_from(["after", "beside"]), picks)
 places: st.SearchStrategy[Place] = _weighted((2, st.just("head")), (1, st.just("root")), (4, picked_places))  # type: ignore[arg-type]
 exchanges = st.builds(
     Exchange,
-    note=st.sampled_from([False, False, True]),
-    answer=st.sampled_from([False, False, True]),
+    note=st.sampled_from([False, False, False, True]),
+    answer=st.sampled_from([False, False, False, True]),
     asks=st.none() | words,
     replies=st.none() | words,
     calls=st.booleans(),
@@ -206,14 +208,14 @@ steps: st.SearchStrategy[Step] = _weighted(
     (4, st.builds(DeleteTurn, session_ids, picks)),
     (6, st.builds(DeleteItem, session_ids, picks, st.integers(0, 5))),
     (3, st.builds(Fork, session_ids, st.none() | picks, st.sampled_from(NAMES))),
-    (2, st.builds(Patch, session_ids, titles, st.sampled_from(TEAMS))),
+    (3, st.builds(Patch, session_ids, titles, st.sampled_from(TEAMS))),
     (2, st.builds(Create, any_session, st.sampled_from([30, 300]), titles)),
     (1, st.builds(DeleteSession, any_session)),
     (2, st.builds(Wait, st.sampled_from([10, 40, 400]))),
     (1, st.just(Sweep())),
     (1, st.just(Checkpoint())),
     (1, st.builds(Restart, few)),
-    (3, st.builds(Crash, st.sampled_from([None, 0, 1, 2]), st.booleans(), st.booleans())),
+    (4, st.builds(Crash, st.sampled_from([None, 0, 1, 2]), st.booleans(), st.sampled_from([True, False, False]))),
 )
 histories = st.lists(st.tuples(steps, few), min_size=15, max_size=40)
 """Steps, each with the worker that its first call reaches."""
