@@ -383,6 +383,7 @@ class ModelError(LastcallError):
         retry_after_s: The wait in seconds that the upstream asked for; None if it did not ask for one.
         tokens: With ``context_too_long``, the tokens that the upstream counted; None if it does not say.
         tokens_max: The tokens that the upstream takes; None if it does not say.
+        parameter: With ``parameter_refused``, the parameter of the request that the upstream does not take.
 
     Attributes:
         usage: What the upstream has counted for replies that failed before their first token
@@ -399,6 +400,7 @@ class ModelError(LastcallError):
         retry_after_s: float | None = None,
         tokens: int | None = None,
         tokens_max: int | None = None,
+        parameter: str | None = None,
     ) -> None:
         super().__init__(f"{message} {upstream_words}".rstrip())
         self.code: FailureCode = code
@@ -408,4 +410,5 @@ class ModelError(LastcallError):
         self.retry_after_s = retry_after_s
         self.tokens = tokens
         self.tokens_max = tokens_max
+        self.parameter = parameter
         self.usage: Any = None

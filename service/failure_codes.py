@@ -18,6 +18,7 @@ FailureCode = Literal[
     "context_too_long",
     "content_filter",
     "unsupported_content",
+    "parameter_refused",
     "rate_limited",
     "upstream_rejected",
     "upstream_error",
@@ -64,6 +65,10 @@ FAILURES: Mapping[FailureCode, FailureMeaning] = {
     ),
     "unsupported_content": FailureMeaning(
         "the model server does not take input of this kind; the input is not sent again", "user"
+    ),
+    "parameter_refused": FailureMeaning(
+        "the model server does not take a parameter of the request, or its value: `param` names the parameter",
+        "caller: without this parameter, or another `model`",
     ),
     "rate_limited": FailureMeaning(
         "the model server answered 429, also after `model_retries_max` more attempts",

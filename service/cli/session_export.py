@@ -95,10 +95,12 @@ def without_open_turns(whole: ExportedSession) -> ExportedSession:
 
 def _problems(whole: ExportedSession, given: object) -> Iterator[str]:
     session = whole.session
-    yield from _unknown(given, msgspec.to_builtins(whole), "")
+    yield from _unknown(given, msgspec.to_builtins(whole, enc_hook=_decoded), "")
     if not is_scoped_id(session.id):
         yield f"its id {shown(session.id)} is not a valid session id"
     yield from _problems_of_times(session, "of the session")
+    if session.ephemeral:
+        yield "the session was made for a turn that is not kept (ephemeral)"
     turns: set[str] = set()
     items: set[str] = set()
     for it in whole.turns:
@@ -146,6 +148,13 @@ def problems_of_totals(whole: ExportedSession) -> Iterator[str]:
     if session.expires_at != deadline:
         told = shown(session.expires_at.isoformat())
         yield f"expires_at {told} of the session is not idle_timeout_s after last_accessed_at"
+
+
+def _decoded(value: object) -> object:
+    """What a turn's face keeps, as JSON values."""
+    if isinstance(value, msgspec.Raw):
+        return msgspec.json.decode(value)
+    raise NotImplementedError
 
 
 def _unknown(given: object, read: object, at: str) -> Iterator[str]:

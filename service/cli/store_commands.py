@@ -1,7 +1,6 @@
 """An operator's commands for the store. A service may be running at the same time."""
 
 import argparse
-import re
 import signal
 import sys
 import time
@@ -11,14 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from service.cli.session_export import ExportedSession, not_exported, owned_by, problems_of_totals, read_exported, shown
 from service.clock import wall_clock
-from service.errors import InvalidRequestError, RefusedError, SessionExistsError, SessionNotFoundError, StartupError
-from service.ids import is_owner_name, public_id
+from service.errors import RefusedError, SessionExistsError, SessionNotFoundError, StartupError
+from service.ids import is_owner_name
 from service.settings import Settings
-from service.storage.records import TurnRecord
 
 if TYPE_CHECKING:  # only these commands need SQLite
     from service.storage.sqlite.database import BackupProgress
@@ -73,7 +69,7 @@ def run_store_command(settings: Settings, arguments: argparse.Namespace) -> int:
 
 def _run(settings: Settings, arguments: argparse.Namespace) -> tuple[str, int]:
     """Run a command. Returns the text for standard output, and the exit code."""
-    from service.cli import exported_events  # noqa: PLC0415  only these commands need SQLite and the API
+    from service.cli import exported_events, import_bounds  # noqa: PLC0415  only these commands need SQLite, the API
     from service.storage.sqlite import maintenance, open_files  # noqa: PLC0415
 
     path = open_files.real_path(settings.store_url.removeprefix("sqlite:"))
@@ -94,7 +90,7 @@ def _run(settings: Settings, arguments: argparse.Namespace) -> tuple[str, int]:
             whole = read_exported(_read(arguments.file))
             if arguments.owner is not None:
                 whole = owned_by(whole, _owner_of_import(arguments.owner))
-            _check_bounds(whole, text_bytes_max=settings.input_bytes_max)
+            import_bounds.check_bounds(whole, text_bytes_max=settings.input_bytes_max)
             _check_turns(whole)
             try:
                 exported_events.import_session(path, whole, now=wall_clock())
@@ -165,55 +161,3 @@ def _check_turns(whole: ExportedSession) -> None:
             )
     for problem in problems_of_totals(whole):
         raise not_exported(problem)
-
-
-def _asked_by(turn: TurnRecord) -> dict[str, object]:
-    """The input and the tools of a turn, as a caller of the API gives them. An input may be deleted: then it is one."""
-    tools = [{"type": "function", **msgspec.to_builtins(it)} for it in turn.tools.functions] if turn.tools else []
-    if all(item.type == "message" for item in turn.input):
-        # Without separators: the API bounds the texts themselves.
-        return {"input": "".join(item.text for item in turn.input) or "-", "tools": tools}
-    items = [
-        {"type": "function_call_output", "call_id": item.call_id, "output": item.text}
-        if item.type == "function_call_output"
-        else {"type": "message", "text": item.text or item.encrypted}
-        for item in turn.input
-    ]
-    return {"input": items, "tools": tools}
-
-
-def _added_by(turn: TurnRecord) -> list[dict[str, object]]:
-    """The items of an added turn, as a caller of the API gives them."""
-    return [
-        {"type": "function_call_output", "call_id": item.call_id, "output": item.text}
-        if item.type == "function_call_output"
-        else {"type": "function_call", "call_id": item.call_id, "name": item.name, "arguments": item.text}
-        if item.type == "function_call"
-        else {"type": "message", "role": item.role, "text": item.text}
-        for item in (*turn.input, *turn.output)
-    ]
-
-
-def _check_bounds(whole: ExportedSession, *, text_bytes_max: int) -> None:
-    """Refuse values that the API would refuse. Raises: StartupError."""
-    from service.api.http.strict_json import check_texts, convert  # noqa: PLC0415  only imports need the API
-    from service.api.http.wire_types import RequestBody  # noqa: PLC0415
-    from service.api.native.wire import AddMessages, CreateSession, StartTurn  # noqa: PLC0415
-
-    asked: list[tuple[str, type[RequestBody], dict[str, object]]] = [
-        ("of the session", CreateSession, msgspec.structs.asdict(whole.session) | {"id": public_id(whole.session.id)})
-    ]
-    for turn in (it.turn for it in whole.turns if it.turn.input or it.turn.output):
-        kind: type[RequestBody] = AddMessages if turn.was_added else StartTurn
-        values: dict[str, object]
-        values = {"items": _added_by(turn)} if turn.was_added else msgspec.structs.asdict(turn) | _asked_by(turn)
-        asked.append((f"of turn {shown(turn.id)}", kind, values))
-    for of, kind, values in asked:
-        body = {name: values[name] for name in kind.__struct_fields__ if name in values}
-        try:
-            checked = convert(body, kind)
-            for name in body:
-                check_texts(getattr(checked, name), name, bytes_max=text_bytes_max, bounds_each=kind.bounds_each)
-        except InvalidRequestError as error:
-            name = re.split(r"[.\[]", error.field or "", maxsplit=1)[0]
-            raise not_exported(f"{name} {shown(body.get(name))} {of}: {str(error).removesuffix('.')}") from None

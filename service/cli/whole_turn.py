@@ -17,7 +17,7 @@ from service.sessions.events.events import (
     TurnStarted,
 )
 from service.sessions.events.outcome import outcome_of, record_changes, terminal_event
-from service.storage.records import SEQ_AFTER_CRASH, Item, TurnRecord
+from service.storage.records import FACE_BYTES_MAX, SEQ_AFTER_CRASH, Item, TurnRecord
 
 _END_FIELDS = ("reason", "error", "finish_reason")
 _FIELDS_OF_TYPES = {
@@ -50,6 +50,10 @@ def _problems_of_record(turn: TurnRecord) -> Iterator[Problem]:
     yield from _problems_of_items(turn)
     if not turn.stored:
         yield "stored", turn.stored, "is not true"
+    if turn.ephemeral and not turn.is_open:
+        yield "ephemeral", True, "does not fit a turn that has ended: its end removes it"
+    if turn.face and len(msgspec.json.encode(turn.face)) > FACE_BYTES_MAX:
+        yield "face", turn.face, f"has more than {FACE_BYTES_MAX} bytes"
     expected: dict[str, object] = {"state": turn.state}
     if turn.is_open:
         expected |= {"output": (), "ended_at": None, "last_seq": 0, "left_out": turn.left_out}
@@ -66,8 +70,8 @@ def _problems_of_record(turn: TurnRecord) -> Iterator[Problem]:
 
 
 def _problems_of_items(turn: TurnRecord) -> Iterator[Problem]:
-    if not turn.was_added and turn.input and turn.input[-1].role != "user":  # all of its input may be deleted
-        yield "input", turn.input, "does not end with an item of the user"
+    if not turn.was_added and turn.input and turn.input[-1].role == "assistant":  # all of its input may be deleted
+        yield "input", turn.input, "ends with an item of the assistant"
     for item in turn.input:
         if problem := _problem_of_item(item):
             yield "input", turn.input, problem

@@ -41,13 +41,24 @@ class CallDelta(msgspec.Struct, gc=False):
 
 
 class ReasoningDetail(msgspec.Struct, gc=False):
-    """A part of the reasoning; ``data`` is encrypted. Only such a part matters: the others are in ``reasoning`` too."""
+    """A part of the reasoning; ``data`` is encrypted. Words are in ``reasoning`` too, if the server sends that."""
 
     data: str | None = None
+    signature: str | None = None  # of all words under the same index
+    text: str | None = None
+    summary: str | None = None
     type: str | None = None
     id: str | None = None
     format: str | None = None
     index: int | None = None
+
+
+class ThinkingBlock(msgspec.Struct, gc=False):
+    """A part of the reasoning in Anthropic's form; its words are in ``reasoning_content`` too."""
+
+    type: str | None = None
+    signature: str | None = None
+    data: str | None = None
 
 
 class Delta(msgspec.Struct, gc=False):
@@ -58,6 +69,15 @@ class Delta(msgspec.Struct, gc=False):
     tool_calls: list[CallDelta] | None = None
     function_call: FunctionDelta | None = None  # the form before tool_calls
     reasoning_details: list[ReasoningDetail] | None = None  # sent by OpenRouter
+    thinking_blocks: list[ThinkingBlock] | None = None  # sent by LiteLLM
+
+    @property
+    def thoughts(self) -> str:
+        """The piece of the reasoning in words."""
+        words = self.reasoning_content or self.reasoning
+        if words or not self.reasoning_details:
+            return words or ""
+        return "".join([detail.text or detail.summary or "" for detail in self.reasoning_details])
 
     @property
     def calls(self) -> Sequence[CallDelta]:
@@ -303,6 +323,7 @@ def _delta(said: object) -> Delta | None:
         tool_calls=_calls(said.get("tool_calls")),
         function_call=_function(said.get("function_call")),
         reasoning_details=_details(said.get("reasoning_details")),
+        thinking_blocks=_blocks(said.get("thinking_blocks")),
     )
 
 
@@ -334,12 +355,25 @@ def _details(said: object) -> list[ReasoningDetail]:
     return [
         ReasoningDetail(
             data=_name(detail.get("data")),
+            signature=_name(detail.get("signature")),
+            text=_text(detail.get("text")),
+            summary=_text(detail.get("summary")),
             type=_name(detail.get("type")),
             id=_name(detail.get("id")),
             format=_name(detail.get("format")),
             index=_whole(detail.get("index")),
         )
         for detail in details
+    ]
+
+
+def _blocks(said: object) -> list[ThinkingBlock]:
+    blocks = [block for block in said if isinstance(block, dict)] if isinstance(said, list) else []
+    return [
+        ThinkingBlock(
+            type=_name(block.get("type")), signature=_name(block.get("signature")), data=_name(block.get("data"))
+        )
+        for block in blocks
     ]
 
 

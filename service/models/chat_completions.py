@@ -4,7 +4,7 @@
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
@@ -16,7 +16,6 @@ from service.models.chat_chunks import (
     Chunk,
     Delta,
     PartsCount,
-    ReasoningDetail,
     TokenUsage,
     decode_chunk,
     has_work,
@@ -24,6 +23,8 @@ from service.models.chat_chunks import (
     tokens,
 )
 from service.models.client import (
+    NO_OPTIONS,
+    SIGNED,
     EncryptedReasoning,
     Finished,
     FinishReason,
@@ -33,13 +34,17 @@ from service.models.client import (
     ModelEvent,
     ModelRequest,
     NamedFunction,
+    Options,
     Progress,
     PromptItem,
+    Reasoning,
     ReasoningDelta,
     TextDelta,
+    TextFormat,
     Tools,
     Usage,
 )
+from service.models.parameters import parameters_of, refused_parameter, without_effect
 from service.models.reply_calls import ReplyCalls
 from service.models.reply_choices import ReplyChoices
 from service.models.sse_decoder import EventTooLargeError, SseDecoder
@@ -53,6 +58,10 @@ SKIPPED_BYTES_MAX = 64 * 1024 * 1024
 BODY_BYTES_MAX = 8 * 1024 * 1024
 """Bound on a body that is no event stream: a whole reply, with all that JSON adds to a text."""
 _DONE = b"[DONE]"
+_REASONING = "reasoning_content"
+_MISSES_REASONING = re.compile(
+    rf"{_REASONING}.*(missing|required|must|provide|pass)|(missing|must|pass).*{_REASONING}", re.DOTALL | re.IGNORECASE
+)
 _NOTHING = Delta()
 _FIELD_NAMES = re.compile(rb"(?:data:\s*)+")
 _LINES_MAX = 1000
@@ -86,10 +95,16 @@ class Dialect(msgspec.Struct, frozen=True):
             models.
         stream_options: Whether the server knows ``stream_options``. Mistral and Fireworks refused this field, and send
             usage without it.
+        left_out: The parameters that the server refuses: they are left out where their value has no effect. Where it
+            has one, they are sent, and the caller is told of the refusal.
+        wants_reasoning: Whether the server wants the model's reasoning in words back, with the calls that it led to.
+            DeepSeek and Moonshot refuse calls without it.
     """
 
     limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     stream_options: bool = True
+    left_out: frozenset[str] = frozenset()
+    wants_reasoning: bool = False
 
     def learn(self, request: ModelRequest, status: int, reply: ErrorReply) -> "Dialect":
         """The dialect in which to ask again after a refusal; the same dialect if another one would not help."""
@@ -99,14 +114,22 @@ class Dialect(msgspec.Struct, frozen=True):
             return msgspec.structs.replace(self, stream_options=False)
         if request.max_output_tokens is not None and "max_completion_tokens" in reply.words:
             return msgspec.structs.replace(self, limit_field="max_completion_tokens")
+        if not self.wants_reasoning and _MISSES_REASONING.search(reply.words):
+            return msgspec.structs.replace(self, wants_reasoning=True)
+        sent = parameters_of(request)
+        refused = refused_parameter(reply.words, reply.parameter, sent)
+        if refused is not None and refused in without_effect(sent):
+            return msgspec.structs.replace(self, left_out=self.left_out | {refused})
         return self
 
 
 def encode_request(request: ModelRequest, dialect: Dialect) -> bytes:
     """The body of the request."""
+    if dialect.left_out:
+        request = _without(request, without_effect(parameters_of(request)) & dialect.left_out)
     body: dict[str, Any] = {
         "model": request.model,
-        "messages": _messages(request.prompt),
+        "messages": _messages(request.prompt, dialect),
         "stream": True,
     }
     if dialect.stream_options:
@@ -117,10 +140,56 @@ def encode_request(request: ModelRequest, dialect: Dialect) -> bytes:
         body[dialect.limit_field] = request.max_output_tokens
     if request.tools.functions:
         body |= _tools(request.tools)
+    if request.options is not NO_OPTIONS:
+        body |= _options(request.options)
     return msgspec.json.encode(body)
 
 
-def _messages(prompt: Sequence[PromptItem]) -> list[dict[str, Any]]:
+def _without(request: ModelRequest, names: Collection[str]) -> ModelRequest:
+    """The request without some of its parameters."""
+    tools, options = request.tools, request.options
+    return msgspec.structs.replace(
+        request,
+        temperature=None if "temperature" in names else request.temperature,
+        tools=msgspec.structs.replace(
+            tools,
+            choice=None if "tool_choice" in names else tools.choice,
+            parallel=None if "parallel_tool_calls" in names else tools.parallel,
+        ),
+        options=msgspec.structs.replace(options, **{name: None for name in names if name in Options.__struct_fields__}),
+    )
+
+
+def _options(options: Options) -> dict[str, Any]:
+    body = {
+        "top_p": options.top_p,
+        "response_format": None if options.text_format is None else _response_format(options.text_format),
+        "reasoning_effort": options.reasoning_effort,
+        "verbosity": options.verbosity,
+        "presence_penalty": options.presence_penalty,
+        "frequency_penalty": options.frequency_penalty,
+        "stop": options.stop or None,
+        "seed": options.seed,
+    }
+    return {name: value for name, value in body.items() if value is not None}
+
+
+def _response_format(text_format: TextFormat) -> dict[str, Any]:
+    if text_format.type == "json_object":
+        return {"type": "json_object"}
+    described = {
+        "name": text_format.name,
+        "description": text_format.description,
+        "schema": text_format.schema,
+        "strict": text_format.strict,
+    }
+    return {
+        "type": "json_schema",
+        "json_schema": {name: value for name, value in described.items() if value is not None},
+    }
+
+
+def _messages(prompt: Sequence[PromptItem], dialect: Dialect) -> list[dict[str, Any]]:
     """The prompt in messages: what the assistant says between two others' messages is one message with its calls."""
     messages: list[dict[str, Any]] = []
     for item in prompt:
@@ -131,11 +200,13 @@ def _messages(prompt: Sequence[PromptItem]) -> list[dict[str, Any]]:
         else:
             if not messages or messages[-1]["role"] != "assistant":
                 messages.append({"role": "assistant", "content": None})
-            _add_to_reply(messages[-1], item)
+            _add_to_reply(messages[-1], item, dialect)
     return messages
 
 
-def _add_to_reply(message: dict[str, Any], item: Message | FunctionCall | EncryptedReasoning) -> None:
+def _add_to_reply(
+    message: dict[str, Any], item: Message | FunctionCall | EncryptedReasoning | Reasoning, dialect: Dialect
+) -> None:
     match item:
         case Message():
             message["content"] = (message["content"] or "") + item.text
@@ -143,9 +214,26 @@ def _add_to_reply(message: dict[str, Any], item: Message | FunctionCall | Encryp
             function = {"name": item.name, "arguments": _arguments(item.text)}
             call = {"id": item.call_id, "type": "function", "function": function, **_upstream(item.upstream)}
             message.setdefault("tool_calls", []).append(call)
+            if dialect.wants_reasoning:
+                message.setdefault(_REASONING, "")
         case EncryptedReasoning():
-            detail = {**_upstream(item.upstream), "data": item.text}
-            message.setdefault("reasoning_details", []).append(detail)
+            _add_encrypted(message, item)
+        case Reasoning() if dialect.wants_reasoning:
+            message[_REASONING] = message.get(_REASONING, "") + item.text
+        case Reasoning():
+            pass
+
+
+def _add_encrypted(message: dict[str, Any], item: EncryptedReasoning) -> None:
+    fields = _upstream(item.upstream)
+    kind = bytes(fields.get("type", b"")).decode().strip('"')
+    sealed: dict[str, Any] = {"signature" if kind in SIGNED else "data": item.text}
+    if kind == "reasoning.text":
+        sealed["text"] = item.signed
+    elif kind == "thinking":
+        sealed["thinking"] = item.signed
+    is_block = kind in ("thinking", "redacted_thinking")
+    message.setdefault("thinking_blocks" if is_block else "reasoning_details", []).append(fields | sealed)
 
 
 def _arguments(text: str) -> str:
@@ -191,6 +279,7 @@ class ReplyDecoder:
     Args:
         redact: Removes the secrets from an upstream's words.
         described: The content type of the response, if it is no event stream.
+        sent: The parameters of the request, which an error in the reply may be about.
         warn: Called with a sentence for the log and the beginning of the data, once for data that is no chunk
             and once for events that are too large.
     """
@@ -200,11 +289,13 @@ class ReplyDecoder:
         *,
         redact: Callable[[str], str],
         described: str | None = None,
+        sent: Collection[str] = (),
         warn: Callable[[str, str], None] | None = None,
     ) -> None:
         self._sse = SseDecoder(event_bytes_max=EVENT_BYTES_MAX, skipped_bytes_max=SKIPPED_BYTES_MAX)
         self._redact = redact
         self._described = described
+        self._sent = sent
         self._warn = warn
         self._warned: frozenset[str] = frozenset()
         self._choices = ReplyChoices()
@@ -366,7 +457,7 @@ class ReplyDecoder:
         said = ErrorReply.from_body(payload)
         is_error = said.is_error_member or (said.message and chunk.choices is None and chunk.usage is None)
         if is_error and not self.is_whole:
-            raise error_from_reply(said, redact=self._redact)
+            raise self._error(said)
 
     def _take_whole(self, body: bytes, events: list[ModelEvent]) -> None:
         try:
@@ -375,7 +466,7 @@ class ReplyDecoder:
             raise self._no_event_stream() from None
         if not chunk.choices and not chunk.error:
             said = ErrorReply.from_body(body)
-            raise error_from_reply(said, redact=self._redact) if said.is_error_member else self._no_event_stream(said)
+            raise self._error(said) if said.is_error_member else self._no_event_stream(said)
         self._take_chunk(chunk, body, events)
         self._note_done(events)
 
@@ -419,7 +510,7 @@ class ReplyDecoder:
             delta = choice.message
         if delta is None:
             delta = _NOTHING
-        reasoning = delta.reasoning_content or delta.reasoning
+        reasoning = delta.thoughts
         if reasoning:
             events.append(ReasoningDelta(join_surrogates(reasoning)))
         text = delta.content or delta.refusal or choice.text
@@ -431,8 +522,8 @@ class ReplyDecoder:
                 events.append(TextDelta(text))
         if delta.tool_calls or delta.function_call:
             self._calls.take(delta.calls, events)
-        if delta.reasoning_details:
-            _take_encrypted(delta.reasoning_details, events)
+        if delta.reasoning_details or delta.thinking_blocks:
+            _take_encrypted(delta, events)
         if not text and not events and has_work(payload):
             events.append(Progress())
         if choice.finish_reason and choice.finish_reason != "null":
@@ -440,7 +531,10 @@ class ReplyDecoder:
 
     def _fail(self, error: object) -> None:
         if not self.is_whole:
-            raise error_from_reply(ErrorReply.from_error_member(error), redact=self._redact)
+            raise self._error(ErrorReply.from_error_member(error))
+
+    def _error(self, said: ErrorReply) -> ModelError:
+        return error_from_reply(said, redact=self._redact, sent=self._sent)
 
     def _note_large_events(self, events: list[ModelEvent]) -> None:
         """Count an event that was left out because of its size as progress of the model: such an event is an image."""
@@ -489,12 +583,23 @@ class ReplyDecoder:
         )
 
 
-def _take_encrypted(details: Sequence[ReasoningDetail], events: list[ModelEvent]) -> None:
-    for detail in details:
+def _take_encrypted(delta: Delta, events: list[ModelEvent]) -> None:
+    """Take what only the server can read of the reasoning, and its signatures."""
+    for detail in delta.reasoning_details or ():
+        rest = {"type": detail.type, "id": detail.id, "format": detail.format, "index": detail.index}
         if detail.data:
-            rest = {"type": detail.type, "id": detail.id, "format": detail.format, "index": detail.index}
-            upstream = {name: value for name, value in rest.items() if value is not None}
-            events.append(EncryptedReasoning(detail.data, msgspec.json.encode(upstream).decode()))
+            events.append(EncryptedReasoning(detail.data, _fields(rest)))
+        elif detail.signature:
+            events.append(EncryptedReasoning(detail.signature, _fields(rest | {"type": "reasoning.text"})))
+    for block in delta.thinking_blocks or ():
+        if block.data:
+            events.append(EncryptedReasoning(block.data, _fields({"type": "redacted_thinking"})))
+        elif block.signature:
+            events.append(EncryptedReasoning(block.signature, _fields({"type": "thinking"})))
+
+
+def _fields(values: Mapping[str, object]) -> str:
+    return msgspec.json.encode({name: value for name, value in values.items() if value is not None}).decode()
 
 
 def _pieces(payload: bytes) -> list[bytes]:

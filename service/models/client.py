@@ -47,19 +47,39 @@ class FunctionCallOutput(msgspec.Struct, frozen=True):
 
 
 class EncryptedReasoning(msgspec.Struct, frozen=True):
-    """Reasoning of the model that only its server can read, in a reply or in a prompt. Shown to no client.
+    """Reasoning of the model that only its server can read, or its server's signature of reasoning in words.
 
-    ``text`` is what the server sent, unchanged. ``upstream`` is JSON of the fields that the server sent beside it and
-    wants back.
+    In a reply or in a prompt; shown to no client. ``text`` is what the server sent, unchanged. ``upstream`` is JSON of
+    the fields that the server sent beside it and wants back. In a prompt ``signed`` are the words that go back with
+    their signature.
     """
 
     role: ClassVar[Role] = "assistant"
 
     text: str
     upstream: str = ""
+    signed: str = ""
 
 
-PromptItem = Message | FunctionCall | FunctionCallOutput | EncryptedReasoning
+SIGNED = ("reasoning.text", "thinking")
+"""The types of ``upstream`` of reasoning whose ``text`` is a signature of words: OpenRouter's, and Anthropic's own."""
+_SIGNED = tuple(f'"type":"{kind}"' for kind in SIGNED)
+
+
+def is_signature(upstream: str) -> bool:
+    """Whether these fields of encrypted reasoning say that its text is a signature of the words before it."""
+    return any(kind in upstream for kind in _SIGNED)
+
+
+class Reasoning(msgspec.Struct, frozen=True):
+    """Reasoning of the model in words, in a prompt: before the calls of the same reply. Few servers want it back."""
+
+    role: ClassVar[Role] = "assistant"
+
+    text: str
+
+
+PromptItem = Message | FunctionCall | FunctionCallOutput | EncryptedReasoning | Reasoning
 
 
 class FunctionTool(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -91,6 +111,39 @@ class Tools(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 NO_TOOLS = Tools()
 
 
+class TextFormat(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The form that the text of the reply must have: a JSON object, or JSON that fits ``schema``.
+
+    ``name``, ``schema``, ``description`` and ``strict`` belong to ``json_schema``. This service does not check the
+    reply against the schema.
+    """
+
+    type: Literal["json_schema", "json_object"]
+    name: str = ""
+    schema: dict[str, Any] | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a caller asks of the model beside the prompt, the temperature, the length and the tools.
+
+    Options that are None, or empty, are not sent: the model's server decides.
+    """
+
+    top_p: float | None = None
+    text_format: TextFormat | None = None
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+
+NO_OPTIONS = Options()
+
+
 class ModelRequest(msgspec.Struct, frozen=True, kw_only=True):
     """The request of a turn to a model.
 
@@ -98,7 +151,7 @@ class ModelRequest(msgspec.Struct, frozen=True, kw_only=True):
     is one text, or calls, or a text and then calls. The outputs of all these calls follow at once, in the order of the
     calls and before a text of the user. The last item is the user's text or an output. In a conversation to which a
     caller has added notes, a system message may also come before a text of the user, after the outputs of calls; it is
-    the last item if no text follows these outputs.
+    the last item if no text follows, or if a caller's input ends with it. Reasoning comes first in its reply.
     """
 
     model: str
@@ -106,6 +159,7 @@ class ModelRequest(msgspec.Struct, frozen=True, kw_only=True):
     temperature: float | None = None
     max_output_tokens: int | None = None
     tools: Tools = NO_TOOLS
+    options: Options = NO_OPTIONS
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):

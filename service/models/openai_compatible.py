@@ -42,6 +42,7 @@ from service.models.http.connect import TlsError
 from service.models.http.read_poller import ReadPoller
 from service.models.http.transport import BODY, ResponseBody, Transport
 from service.models.inflate import ENCODINGS, InflateError, Inflater, inflate
+from service.models.parameters import parameters_of
 from service.models.upstream_errors import ErrorReply, RetryHints, error_from_reply, error_from_status
 from service.telemetry.log_context import add_to_log_context
 
@@ -178,7 +179,8 @@ class OpenAICompatibleClient:
                     if dialect != known:
                         self._dialects.note_understood(request.model, dialect)
                     warn = partial(self._warn, request.model)
-                    decoder = ReplyDecoder(redact=self._redact, described=response.described, warn=warn)
+                    sent = tuple(parameters_of(request))
+                    decoder = ReplyDecoder(redact=self._redact, described=response.described, sent=sent, warn=warn)
                     response.drop_head()
                     del request  # a prompt may be large, and a reply long
                     yield OpenAICompatibleStream(response.body, decoder)
@@ -189,7 +191,7 @@ class OpenAICompatibleClient:
                 await response.aclose()  # noqa: ASYNC102  shielded inside
             refused, dialect = dialect, dialect.learn(request, response.status, reply)
             if dialect == refused:
-                raise self._failure(response, reply)
+                raise self._failure(response, reply, request)
 
     async def _respond(self, body: bytes) -> "_Response":
         """Send the request and wait for the response's head. The caller closes the response."""
@@ -202,13 +204,14 @@ class OpenAICompatibleClient:
         add_to_log_context(upstream_request_id=response.request_id)
         return response
 
-    def _failure(self, response: "_Response", reply: ErrorReply) -> ModelError:
+    def _failure(self, response: "_Response", reply: ErrorReply, request: ModelRequest) -> ModelError:
         """The error for a response whose body cannot be read as a reply."""
+        sent = parameters_of(request)
         if not response.is_success:
             hints = RetryHints.from_headers(response.headers, now=self._clock())
-            return error_from_status(response.status, reply, hints=hints, redact=self._redact)
+            return error_from_status(response.status, reply, hints=hints, redact=self._redact, sent=sent)
         if reply.is_error_member:
-            return error_from_reply(reply, redact=self._redact)
+            return error_from_reply(reply, redact=self._redact, sent=sent)
         return ModelError(
             "upstream_protocol",
             "The model server answered with a compressed body that was not requested: check the model URL. "

@@ -6,6 +6,10 @@ The URL of the client describes the reply, so that tests, demos and benchmarks c
     scripted:?tokens=200&rate=50                200 tokens, 50 a second
     scripted:?tokens=200&fail_after=20          an upstream_error after 20 of them
     scripted:?call=get_weather:{"city":"Oslo"}  a call; once its output is there, a text that quotes the output
+    scripted:?text=Hello there.                 this text
+    scripted:?refuse=text_format                a server that does not take this parameter
+
+If a JSON text is asked for, the reply is the simplest JSON that fits the schema. Other options have no effect.
 
 Entering the stream fixes the moment at which each token is due. A late caller gets all due tokens at once, so a
 slow event loop does not stretch the reply.
@@ -34,12 +38,15 @@ from service.models.client import (
     FunctionCallOutput,
     ModelEvent,
     ModelRequest,
+    Reasoning,
     ReasoningDelta,
     TakeEvents,
     TextDelta,
+    TextFormat,
     Usage,
     relay_received,
 )
+from service.models.parameters import parameters_of
 
 _BATCH_MAX = 64
 """Bound on the tokens of one :meth:`ScriptedStream.receive`, for an unpaced script."""
@@ -56,6 +63,13 @@ _Rate = Annotated[float, msgspec.Meta(ge=0, le=1_000_000)]
 _Seconds = Annotated[float, msgspec.Meta(ge=0, le=86_400)]
 _Size = Annotated[int, msgspec.Meta(ge=1, le=65_536)]
 _Calls = Annotated[tuple[Annotated[str, msgspec.Meta(pattern=_CALL)], ...], msgspec.Meta(max_length=64)]
+_Text = Annotated[str, msgspec.Meta(min_length=1, max_length=65_536)]
+_Parameters = Annotated[
+    tuple[Annotated[str, msgspec.Meta(pattern=r"^[a-z_]{1,64}$")], ...], msgspec.Meta(max_length=64)
+]
+_SEVERAL = ("call", "refuse")
+"""The parameters that may be there several times."""
+_DEPTH_MAX = 32
 
 
 class Script(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -65,11 +79,14 @@ class Script(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         tokens: Length of the text, as numbered tokens. Without it, the reply quotes the input, or is only calls.
         rate: Tokens a second; 0 for tokens without waits.
         first_token_s: Wait before the first token.
+        text: The text, a word a token, in place of numbered tokens and of the quote.
         token_bytes: Size of each numbered token; without it, a token is its number and a space.
         reasoning: Tokens of reasoning before the text.
         encrypted: Size of encrypted reasoning before the text, which is one token; without it, there is none.
         call: A call after the text, as ``name:arguments``; may be there several times. Eight characters of the
             arguments are a token, and so is the name. A prompt that ends with outputs of calls gets no calls.
+        finish: The reason of the end, in place of ``stop`` or ``tool_calls``.
+        refuse: Refuse a request that has this parameter (``text_format``, ``top_p``); may be there several times.
         fail_after: Fail after this number of tokens, reasoning included; 0 refuses the request itself.
         fail_code: The code of the failure, one of the codes with which turns fail.
         silent_after: Send nothing more, for ever, after this number of tokens, reasoning included.
@@ -79,10 +96,13 @@ class Script(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     tokens: _Count | None = None
     rate: _Rate = 40
     first_token_s: _Seconds = 0.2
+    text: _Text | None = None
     token_bytes: _Size | None = None
     reasoning: _Count = 0
     encrypted: _Size | None = None
     call: _Calls = ()
+    finish: FinishReason | None = None
+    refuse: _Parameters = ()
     fail_after: _Count | None = None
     fail_code: FailureCode = "upstream_error"
     silent_after: _Count | None = None
@@ -102,10 +122,10 @@ class Script(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         known = ", ".join(cls.__struct_fields__)
         values: dict[str, str | list[str]] = {}
         for parameter, value in parse_qsl(query, keep_blank_values=True):
-            if parameter == "call":
-                calls = values.setdefault("call", [])
-                assert isinstance(calls, list)
-                calls.append(value)
+            if parameter in _SEVERAL:
+                several = values.setdefault(parameter, [])
+                assert isinstance(several, list)
+                several.append(value)
             elif parameter in values:
                 raise SettingsError(f"{setting}: {parameter!r} is there twice in {url!r}.")
             else:
@@ -153,6 +173,10 @@ class ScriptedClient:
     async def stream(self, request: ModelRequest) -> AsyncIterator["ScriptedStream"]:
         """See :class:`~service.models.client.ModelClient`."""
         await anyio.lowlevel.checkpoint()
+        for name in parameters_of(request):
+            if name in self.script.refuse:
+                message = f"The scripted model does not take {name}, as its URL says."
+                raise ModelError("parameter_refused", message, parameter=name)
         if self.script.fail_after == 0:
             raise _failure(self.script)
         self.streams_open += 1
@@ -178,7 +202,11 @@ class ScriptedStream:
         has_outputs = isinstance(last, FunctionCallOutput)
         self._calls = [] if has_outputs else list(_calls(script.call, turn=len(request.prompt)))
         self._words: list[str] | None = None
-        if script.tokens is None:
+        if script.text is not None:
+            self._words = _tokens(script.text)
+        elif script.tokens is None and request.options.text_format is not None and not self._calls:
+            self._words = _tokens(_fitting_text(request.options.text_format))
+        elif script.tokens is None:
             self._words = [] if self._calls else _answer(last.text, has_outputs=has_outputs)
         text_length = len(self._words) if self._words is not None else script.tokens or 0
         limit = request.max_output_tokens
@@ -188,7 +216,7 @@ class ScriptedStream:
         if limit is not None:
             self._length = min(self._length, limit)
         self._stop = min(self._length, _or_inf(script.fail_after), _or_inf(script.silent_after))
-        self._input_tokens = sum(len(message.text.split()) for message in request.prompt)
+        self._input_tokens = sum(len(it.text.split()) for it in request.prompt if not isinstance(it, Reasoning))
         self._next = 0
         self._start = anyio.current_time() + script.first_token_s
         self.usage: Usage | None = None
@@ -234,7 +262,8 @@ class ScriptedStream:
             output_tokens=self._length,
             reasoning_tokens=min(self._reasoning, self._length),
         )
-        reason: FinishReason = "length" if self._cut else "tool_calls" if self._calls else "stop"
+        reason: FinishReason = "tool_calls" if self._calls else "stop"
+        reason = "length" if self._cut else self._script.finish or reason
         return Finished(finish_reason=reason, usage=self.usage)
 
 
@@ -271,7 +300,37 @@ def _answer(text: str, *, has_outputs: bool) -> list[str]:
         f"{begins}: “{_shortened(text)}” I am a script and not a model, so that is all I can say about it. "
         "Name a real one in LASTCALL_MODEL_URL and LASTCALL_MODEL, and it answers here."
     )
-    return re.findall(r"\S+\s*", answer)
+    return _tokens(answer)
+
+
+def _tokens(text: str) -> list[str]:
+    """A text in tokens: words, each with the white space after it."""
+    return re.findall(r"\s*\S+\s*|\s+", text)
+
+
+def _fitting_text(text_format: TextFormat) -> str:
+    return msgspec.json.encode(_fitting(text_format.schema or {"type": "object"})).decode()
+
+
+def _fitting(schema: object, *, depth: int = 0) -> object:
+    """The simplest JSON value that fits a usual schema; None for a schema that says more than types and values."""
+    if not isinstance(schema, dict) or depth == _DEPTH_MAX:
+        return None
+    for choices in (schema.get("enum"), [schema["const"]] if "const" in schema else None):
+        if isinstance(choices, list) and choices:
+            return choices[0]
+    for several in ("anyOf", "oneOf", "allOf"):
+        if isinstance(schema.get(several), list) and schema[several]:
+            return _fitting(schema[several][0], depth=depth + 1)
+    kind = schema.get("type")
+    kind = kind[0] if isinstance(kind, list) and kind else kind
+    if kind == "object":
+        properties, required = schema.get("properties"), schema.get("required")
+        parts = properties if isinstance(properties, dict) else {}
+        names = required if isinstance(required, list) else list(parts)
+        return {name: _fitting(parts.get(name), depth=depth + 1) for name in names if isinstance(name, str)}
+    simplest: dict[object, object] = {"array": [], "string": "text", "integer": 0, "number": 0, "boolean": False}
+    return simplest.get(kind) if isinstance(kind, str) else None
 
 
 def _shortened(text: str) -> str:

@@ -5,7 +5,7 @@ cases apart in which a user can do something.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -14,10 +14,12 @@ import msgspec
 
 from service.errors import ModelError
 from service.failure_codes import FailureCode
+from service.models.parameters import refused_parameter
 from service.models.sse_decoder import SseDecoder
 
 _QUOTE_LENGTH_MAX = 300
 _WORDS_LENGTH_MAX = 4000
+_PARAMETER_LENGTH_MAX = 200
 _DEPTH_MAX = 4
 _MESSAGES = (
     *(
@@ -84,12 +86,14 @@ _OUT_OF_CREDIT = re.compile(
 class ErrorReply(msgspec.Struct, frozen=True, kw_only=True):
     """The error text of an upstream, in its own words, before secrets are removed.
 
-    ``words`` has all texts that tell one case from another, ``message`` the text for a reader. ``is_error_member`` is
-    true if the text stood under ``error``, a member that no regular reply has.
+    ``words`` has all texts that tell one case from another, ``message`` the text for a reader. ``parameter`` is what
+    the server names as wrong in a field of its own. ``is_error_member`` is true if the text stood under ``error``, a
+    member that no regular reply has.
     """
 
     words: str = ""
     message: str = ""
+    parameter: str = ""
     status: int | None = None
     is_error_member: bool = False
 
@@ -107,6 +111,7 @@ class ErrorReply(msgspec.Struct, frozen=True, kw_only=True):
         return cls(
             words=_words(error.get("code"), error.get("Code"), error.get("type"), error.get("status"), message),
             message=message,
+            parameter=_parameter(error.get("param")),
             status=_status(error.get("code")) or _status(error.get("status")),
             is_error_member=True,
         )
@@ -135,7 +140,12 @@ class ErrorReply(msgspec.Struct, frozen=True, kw_only=True):
             return cls.from_error_member(error)
         message = _message_in(decoded)
         code = decoded.get("code")
-        return cls(words=_words(code, decoded.get("type"), message), message=message, status=_status(code))
+        return cls(
+            words=_words(code, decoded.get("type"), message),
+            message=message,
+            parameter=_parameter(decoded.get("param")),
+            status=_status(code),
+        )
 
     @classmethod
     def _from_text(cls, body: bytes) -> "ErrorReply":
@@ -173,6 +183,8 @@ class RetryHints(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _NO_HINTS = RetryHints()
+_REFUSING = frozenset({400, 404, 422})
+"""The statuses with which servers refuse a parameter. OpenRouter says 404 if no provider takes the parameter."""
 _REFUSED_INPUT: tuple[FailureCode, ...] = ("context_too_long", "content_filter", "unsupported_content")
 """Codes of refusals of an input: the same input is refused again, even if a header says otherwise."""
 
@@ -192,6 +204,10 @@ def _error_in(said: dict[Any, Any]) -> object:
 
 def _status(code: object) -> int | None:
     return int(str(code)) if re.fullmatch(r"[45]\d\d", str(code), re.ASCII) else None
+
+
+def _parameter(said: object) -> str:
+    return said[:_PARAMETER_LENGTH_MAX] if isinstance(said, str) else ""
 
 
 def _words(*parts: object) -> str:
@@ -217,10 +233,19 @@ def _text_of(said: object, *, depth: int = 0) -> str:
 
 
 def error_from_status(
-    status: int, reply: ErrorReply, *, redact: Callable[[str], str], hints: RetryHints = _NO_HINTS
+    status: int,
+    reply: ErrorReply,
+    *,
+    redact: Callable[[str], str],
+    hints: RetryHints = _NO_HINTS,
+    sent: Collection[str] = (),
 ) -> ModelError:
-    """The error for a response whose status is not 200."""
-    error = _error_from_status(status, reply, redact=redact)
+    """The error for a response whose status is not 200.
+
+    Args:
+        sent: The parameters of the request (:mod:`service.models.parameters`).
+    """
+    error = _error_from_status(status, reply, redact=redact, sent=sent)
     if hints.is_useful is not None:
         error.retryable = hints.is_useful and error.code not in _REFUSED_INPUT
     if error.retryable or error.code == "rate_limited":
@@ -228,7 +253,9 @@ def error_from_status(
     return error
 
 
-def _error_from_status(status: int, reply: ErrorReply, *, redact: Callable[[str], str]) -> ModelError:
+def _error_from_status(
+    status: int, reply: ErrorReply, *, redact: Callable[[str], str], sent: Collection[str]
+) -> ModelError:
     words = quote(reply, redact=redact)
     if 300 <= status < 400:
         return ModelError(
@@ -255,7 +282,8 @@ def _error_from_status(status: int, reply: ErrorReply, *, redact: Callable[[str]
     if status < 500 and status != 429 and is_about_model:
         message = f"The model server does not know this model (HTTP {status})."
         return ModelError("model_not_found", message, upstream_words=words)
-    if status == 404:
+    refused = refused_parameter(reply.words, reply.parameter, sent) if status in _REFUSING else None
+    if status == 404 and refused is None:
         return ModelError(
             "upstream_rejected",
             "The model server has no chat completions at this address (HTTP 404): check the model URL.",
@@ -276,6 +304,9 @@ def _error_from_status(status: int, reply: ErrorReply, *, redact: Callable[[str]
             retryable=True,
         )
     code, what = _refusal(reply)
+    if code == "upstream_rejected" and refused is not None:
+        message = f"The model server does not take {refused}, or not this value of it (HTTP {status})."
+        return ModelError("parameter_refused", message, upstream_words=words, parameter=refused)
     return ModelError(code, f"The model server {what} (HTTP {status}).", upstream_words=words)
 
 
@@ -288,10 +319,10 @@ def _refusal(reply: ErrorReply) -> tuple[FailureCode, str]:
     return "upstream_rejected", "refused the request"
 
 
-def error_from_reply(reply: ErrorReply, *, redact: Callable[[str], str]) -> ModelError:
+def error_from_reply(reply: ErrorReply, *, redact: Callable[[str], str], sent: Collection[str] = ()) -> ModelError:
     """The error for an ``error`` member where a part of the reply should have been."""
     if reply.status is not None:
-        return error_from_status(reply.status, reply, redact=redact)
+        return error_from_status(reply.status, reply, redact=redact, sent=sent)
     for pattern, status in (
         (_CONTEXT_TOO_LONG, 400),
         (_WRONG_KEY, 400),

@@ -6,18 +6,21 @@ from typing import Literal
 
 import msgspec
 
+from service.errors import InvalidRequestError
 from service.ids import new_item_id, new_session_id, new_turn_id, scoped
-from service.models.client import Tools
+from service.models.client import NO_OPTIONS, Options, Tools
 from service.sessions.turns.turn import OnDisconnect
 from service.settings import Settings
 from service.storage.pieces import count
-from service.storage.records import IdempotencyKey, Item, SessionRecord, TurnRecord
+from service.storage.records import FACE_BYTES_MAX, IdempotencyKey, Item, SessionRecord, TurnRecord
 from service.storage.rules import events_at_once, expires_at
 
 ADDED_ITEMS_MAX = 500
 """The most items that one call adds, because they are added in one step of the store."""
 INPUT_ITEMS_MAX = 128
-"""The most items in the input of one turn."""
+"""The most items in the input of one turn of the native API: texts, and outputs of calls."""
+HISTORY_ITEMS_MAX = 4096
+"""The most items in the input of one turn where a caller may bring a conversation with it."""
 
 OnConflict = Literal["reject", "queue", "supersede"]
 
@@ -70,7 +73,11 @@ class NewTurn(msgspec.Struct, frozen=True, kw_only=True):
 
     Without ``parent`` the turn follows the session's head; with ``parent=None`` the turn is a first turn. With
     ``creates_session`` the session is created if it does not exist. With ``session_is_new`` as well, the session's id
-    was made for this turn, so no session has it.
+    was made for this turn, so no session has it. With ``ephemeral`` the turn's end removes it, and the session as well
+    if that is created with it.
+
+    ``face`` is stored with the turn and not looked at: JSON values by name, at most
+    :data:`~service.storage.records.FACE_BYTES_MAX` bytes.
     """
 
     text: str = ""
@@ -81,6 +88,9 @@ class NewTurn(msgspec.Struct, frozen=True, kw_only=True):
     temperature: float | None = None
     max_output_tokens: int | None = None
     tools: Tools | msgspec.UnsetType = msgspec.UNSET
+    options: Options = NO_OPTIONS
+    face: dict[str, msgspec.Raw] | msgspec.UnsetType = msgspec.UNSET
+    ephemeral: bool = False
     on_conflict: OnConflict = "reject"
     on_disconnect: OnDisconnect = "cancel"
     background: bool = False
@@ -107,7 +117,27 @@ class NewTurn(msgspec.Struct, frozen=True, kw_only=True):
             max_output_tokens=self.max_output_tokens or session.max_output_tokens,
             background=self.background,
             tools=self.tools,
+            options=self.options,
+            face=_kept_face(self.face),
+            ephemeral=self.ephemeral,
         )
+
+
+def _kept_face(face: dict[str, msgspec.Raw] | msgspec.UnsetType) -> dict[str, msgspec.Raw] | msgspec.UnsetType:
+    """A copy of what a face keeps with a turn, without the request's body of which its values may be parts.
+
+    Raises:
+        InvalidRequestError: It is too large.
+    """
+    if face is msgspec.UNSET:
+        return msgspec.UNSET
+    size = len(msgspec.json.encode(face))
+    if size > FACE_BYTES_MAX:
+        raise InvalidRequestError(
+            f"What is to be kept beside the input, with tools, instructions and metadata, has {size} bytes of JSON; "
+            f"at most {FACE_BYTES_MAX} are kept."
+        )
+    return {name: value.copy() for name, value in face.items()}
 
 
 class NewItems(msgspec.Struct, frozen=True, kw_only=True):

@@ -87,6 +87,8 @@ class Titles:
         """Note that a turn has ended: the session may need a title now. Begins the call, and does not wait for it."""
         if self._settings.title_model is None or not (turn.is_opening and turn.stored and turn.state == "completed"):
             return
+        if turn.is_ephemeral:
+            return
         if turn.session_id in self._scopes or len(self._scopes) >= WAITING_MAX or self._stop.phase >= Phase.DRAINING:
             return
         scope = self._scopes[turn.session_id] = trio.CancelScope()

@@ -152,6 +152,8 @@ class _Session:
     """How many turns were accepted so far."""
     edits: int = 0
     """How often turns or items were deleted."""
+    removed: int = 0
+    """How many ephemeral turns have ended."""
     deleted: bool = False
     title_document: int | None = None
     """The number of the title among the documents that are searched."""
@@ -168,9 +170,9 @@ class _Session:
         return Siblings(turn.place, turn.place)
 
     @property
-    def version(self) -> tuple[int, int]:
-        """What changes with each deletion and each new turn."""
-        return self.edits, self.begun
+    def version(self) -> tuple[int, int, int]:
+        """What changes with each deletion, each new turn and each turn that its end removes."""
+        return self.edits, self.begun, self.removed
 
     def followers_of(self, turn: _Turn) -> Steps[list[_Turn]]:
         """A turn and all that follow it."""
@@ -303,6 +305,7 @@ class MemoryStore:
         self._check_key(key, now)
         found = self._visible(source_id, now)
         source, edits = found.record, found.edits
+        rules.check_takes_turns(source)
         at = source.head if at is None else at
         path, kept = ForkPath(), []
         while at is not None:
@@ -495,9 +498,7 @@ class MemoryStore:
             rules.check_first_turn(creates, turn, head)
             session = self._add(creates, now)
         else:
-            session = self._visible(turn.session_id, now)
-            if turn.parent is not None:
-                self._turn_of(turn.session_id, turn.parent)
+            session = self._to_follow(turn, now)
             rules.check_head(session.record, head)
             if branches:
                 self._refuse_if_open(turn.session_id, turn.parent)
@@ -520,9 +521,7 @@ class MemoryStore:
         turns = await in_steps(_with_events(added))
         async with self._prepared(turns):
             self._check_key(key, now)
-            session = self._visible(added[0].session_id, now)
-            if added[0].parent is not None:
-                self._turn_of(added[0].session_id, added[0].parent)
+            session = self._to_follow(added[0], now)
             rules.check_head(session.record, head)
             self._refuse_if_open(added[0].session_id, added[0].parent, instead=rules.INSTEAD_OF_ADDING)
             for turn in turns:
@@ -642,6 +641,10 @@ class MemoryStore:
         if kept is None or not kept.record.is_open:
             return rules.result_of_late_end(None if kept is None else kept.record, turn)
         session = self._sessions[kept.record.session_id]
+        if turn.ephemeral:
+            self._replace(session, rules.ended(session.record, turn, now))
+            self._remove_ephemeral(session, kept)
+            return EndResult.KEPT
         kept.record, kept.document = turn, self._documents.reserve()
         self._documents.note(kept.document, Document(turn.session_id, turn.id, kept.texts, kept.is_deleted))
         session.documents.add(kept.document)
@@ -649,6 +652,18 @@ class MemoryStore:
         kept.kept = count(runs)
         self._replace(session, rules.ended(session.record, turn, now))
         return EndResult.KEPT
+
+    def _remove_ephemeral(self, session: _Session, turn: _Turn) -> None:
+        """Remove an ephemeral turn, and its session if that was made for it."""
+        if session.record.ephemeral:
+            self._remove(session)
+            return
+        session.remove([turn], None)
+        session.removed += 1
+        session.children.pop(turn.record.id, None)
+        del self._turns[turn.record.id]
+        if turn.record.id in session.keys:
+            self._gone.append(session.keys.pop(turn.record.id))
 
     async def get_turn(
         self,
@@ -939,6 +954,14 @@ class MemoryStore:
             raise SessionNotFoundError(session_id)
         return session
 
+    def _to_follow(self, turn: TurnRecord, now: datetime) -> _Session:
+        """The session of a turn that may begin. Raises: SessionNotFoundError, TurnNotFoundError."""
+        session = self._visible(turn.session_id, now)
+        rules.check_takes_turns(session.record)
+        if turn.parent is not None and self._turn_of(turn.session_id, turn.parent).record.ephemeral:
+            raise TurnNotFoundError(turn.parent)
+        return session
+
     def _add(self, session: SessionRecord, now: datetime, *, title_document: int | None = None) -> _Session:
         present = self._sessions.get(session.id)
         if present is not None:
@@ -1032,8 +1055,8 @@ class MemoryStore:
         self._remove_pairs(session)
         for listed in self._lists_of(session):
             listed.remove(session)
-        if not self._listed_of[session.owner].by_age:
-            del self._listed_of[session.owner]
+        if not self._listed_by(session.owner).by_age:
+            self._listed_of.pop(session.owner, None)
 
     def _remove(self, session: _Session) -> None:
         if not session.deleted:
@@ -1049,6 +1072,8 @@ class MemoryStore:
         session.keys.clear()  # deleted turns are taken out later
 
     def _lists_of(self, session: SessionRecord) -> Iterator["_Listed"]:
+        if session.ephemeral:
+            return
         yield self._listed
         yield self._listed_of.setdefault(session.owner, _Listed())
 

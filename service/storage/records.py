@@ -8,7 +8,7 @@ from typing import Generic, Literal, TypeVar
 import msgspec
 
 from service.ids import owner_of
-from service.models.client import FinishReason, Role, Tools, Usage
+from service.models.client import NO_OPTIONS, FinishReason, Options, Role, Tools, Usage, is_signature
 from service.storage.pieces import Run
 
 TurnState = Literal["queued", "running", "completed", "failed", "cancelled", "interrupted"]
@@ -43,7 +43,8 @@ class Item(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A part of a turn's input or output. ``text`` is what grows while a reply arrives.
 
     - A *message* of ``role``.
-    - *Reasoning* of the model: in words, ``encrypted``, or both. Only a server of ``encrypted`` can read it.
+    - *Reasoning* of the model: in words, ``encrypted``, or both. Only a server of ``encrypted`` can read it; it may be
+      a signature of the words.
     - A *function call* of the model: ``text`` is the arguments, exactly as they were streamed. ``complete`` is False if
       the reply ended within them. ``call_id`` is the model server's id.
     - A *function call output*, which a caller brings: ``text`` is the result of the call ``call_id``.
@@ -74,6 +75,21 @@ class Item(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         if self.type == "message":
             return size
         return size + utf8_length(self.call_id) + utf8_length(self.name) + utf8_length(self.upstream)
+
+
+def _reasoning_bytes(items: Iterable[Item]) -> int:
+    """The size of reasoning that goes back to the model's server: encrypted, signed, and in words before calls."""
+    size = words = 0
+    has_calls = False
+    for item in items:
+        has_calls = has_calls or item.type == "function_call"
+        if item.type != "reasoning":
+            continue
+        words += utf8_length(item.text)
+        if item.encrypted:
+            signed = utf8_length(item.text) if is_signature(item.upstream) else 0
+            size += utf8_length(item.encrypted) + utf8_length(item.upstream) + signed
+    return size + words if has_calls else size
 
 
 def count_messages(items: Iterable[Item]) -> int:
@@ -109,7 +125,8 @@ class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     ``open_turns`` counts turns that are queued or running; ``message_count`` the messages on all
     turns (inputs and non-empty replies, calls and their outputs); ``expires_at`` is the moment past which the session
-    is gone unless it has an open turn.
+    is gone unless it has an open turn. An *ephemeral* session was made for one ephemeral turn, takes no other one and
+    ends with this turn; no listing and no search has it.
     """
 
     id: str
@@ -131,6 +148,7 @@ class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
     reasoning_tokens: int = 0
     cached_tokens: int = 0
     titled_at: datetime | None = None
+    ephemeral: bool = False
 
     def __post_init__(self) -> None:
         # A whole number becomes a float here, so that the first answer shows the same value as later ones.
@@ -186,10 +204,14 @@ def is_refusal(code: str) -> bool:
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """Why a turn failed: a stable code and a sentence for a user."""
+    """Why a turn failed: a stable code and a sentence for a user.
+
+    ``param`` is the parameter of the turn that the model server refused, if that is the cause.
+    """
 
     code: str
     message: str
+    param: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class LeftOut(msgspec.Struct, frozen=True):
@@ -212,6 +234,10 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
     whole conversation went to the model. With ``events_deleted`` an item of the reply was deleted, and
     the turn's events with it. The store does not keep ``stored``: it is False if the turn has ended and the store has
     not taken this end.
+
+    ``face`` is what the caller's face wants back with the turn; nothing below ``service/api`` looks at it. An
+    *ephemeral* turn is kept like others while it is open; its end removes it. No turn follows an ephemeral one, and it
+    never becomes the head.
     """
 
     id: str
@@ -235,6 +261,9 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
     last_seq: int = 0
     left_out: LeftOut | None = None
     tools: Tools | msgspec.UnsetType = msgspec.UNSET
+    options: Options = NO_OPTIONS
+    face: dict[str, msgspec.Raw] | msgspec.UnsetType = msgspec.UNSET
+    ephemeral: bool = False
     events_deleted: bool = False
     stored: bool = True
 
@@ -308,17 +337,15 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
         if self.was_refused:
             return LeftOut()
         items = [item for item in self.input if item.type != "reasoning"]
-        encrypted = 0
+        reasoning = _reasoning_bytes(self.input) if len(items) < len(self.input) else 0
         reply, calls = self.reply, self.calls
         if reply:
             items += [item for item in self.output if item.type == "message"]
         if calls:
             items += calls
         if reply or calls:
-            for item in self.output:
-                if item.encrypted:
-                    encrypted += utf8_length(item.encrypted) + utf8_length(item.upstream)
-        size = encrypted
+            reasoning += _reasoning_bytes(self.output)
+        size = reasoning
         for item in items:
             size += item.prompt_bytes
         return LeftOut(len(items), size)
@@ -327,6 +354,10 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
     def message_bytes(self) -> int:
         """The size of the turn's messages in a prompt, in bytes of UTF-8."""
         return self.in_prompts.bytes
+
+
+FACE_BYTES_MAX = 256 * 1024
+"""The most bytes of JSON in a turn's ``face``."""
 
 
 class IdempotencyKey(msgspec.Struct, frozen=True, kw_only=True):

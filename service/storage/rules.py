@@ -13,6 +13,7 @@ import msgspec
 from service.errors import (
     HeadMovedError,
     PreconditionFailedError,
+    SessionNotFoundError,
     TurnNotFoundError,
 )
 from service.models.client import Usage
@@ -70,7 +71,8 @@ def is_listed(
 ) -> bool:
     """Whether a listing with these filters has the session; None and no pairs stand for all sessions."""
     return (
-        owner in (None, session.owner)
+        not session.ephemeral
+        and owner in (None, session.owner)
         and status in (None, session.status)
         and all(session.metadata.get(name) == value for name, value in metadata.items())
     )
@@ -182,13 +184,14 @@ def check_first_turn(session: SessionRecord, turn: TurnRecord, head: str | None 
 
 
 def counts_of_begin(turn: TurnRecord) -> Counts:
-    """What the acceptance of a turn adds: an open turn, and the messages of its input."""
-    return Counts(open_turns=1, message_count=count_messages(turn.input))
+    """What the acceptance of a turn adds: an open turn, and the messages of its input unless they will be removed."""
+    return Counts(open_turns=1, message_count=0 if turn.ephemeral else count_messages(turn.input))
 
 
 def counts_of_end(turn: TurnRecord) -> Counts:
     """What the end of a turn adds: its reply in messages and calls, and its usage; there is one open turn less."""
-    return Counts(open_turns=-1, message_count=count_messages(turn.output)) + counts_of_usage(turn.usage)
+    messages = 0 if turn.ephemeral else count_messages(turn.output)
+    return Counts(open_turns=-1, message_count=messages) + counts_of_usage(turn.usage)
 
 
 def counts_of_usage(usage: Usage | None) -> Counts:
@@ -205,7 +208,8 @@ def counts_of_usage(usage: Usage | None) -> Counts:
 
 def begun(session: SessionRecord, turn: TurnRecord, now: datetime) -> SessionRecord:
     """The session after the acceptance of a turn."""
-    return used(msgspec.structs.replace(_with_counts(session, counts_of_begin(turn)), head=turn.id), now)
+    head = session.head if turn.ephemeral else turn.id
+    return used(msgspec.structs.replace(_with_counts(session, counts_of_begin(turn)), head=head), now)
 
 
 def ended(session: SessionRecord, turn: TurnRecord, now: datetime) -> SessionRecord:
@@ -308,8 +312,19 @@ def crashed(turn: TurnRecord, items: Iterable[Item], growth: Iterable[tuple[int,
     )
 
 
+def check_takes_turns(session: SessionRecord) -> None:
+    """Check that a session takes another turn, or a fork. Raises: SessionNotFoundError: It is ephemeral."""
+    if session.ephemeral:
+        raise SessionNotFoundError(session.id)
+
+
 def result_of_late_end(kept: TurnRecord | None, end: TurnRecord) -> EndResult:
-    """What becomes of an end if the turn is not open, or not this owner's; ``kept`` is the turn in the store."""
+    """What becomes of an end if the turn is not open, or not this owner's; ``kept`` is the turn in the store.
+
+    An ephemeral turn that is gone has had its end.
+    """
+    if kept is None and end.ephemeral:
+        return EndResult.ALREADY_KEPT
     return EndResult.ALREADY_KEPT if kept == msgspec.structs.replace(end, stored=True) else EndResult.LOST
 
 

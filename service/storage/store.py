@@ -58,6 +58,11 @@ class Store(Protocol):
     The acceptance of a turn, its end and a patch *use* a session at ``now``; a read does not: ``last_accessed_at``
     becomes ``now``, ``expires_at`` becomes ``now`` plus the session's idle timeout.
 
+    The end of an *ephemeral* turn removes the turn, its texts and its events in the same step, and its session if that
+    is ephemeral as well; what a kept session has used counts. Until then the turn is like others, but it is never the
+    head, its messages do not count, no turn follows it, and an ephemeral session takes no other turn and is in no
+    listing.
+
     A step that is given a ``key`` keeps the key together with what the step makes, for as long as this exists, and for
     :data:`~service.storage.rules.KEY_KEPT_S` at least from then on. Before all else the step raises
     :class:`~service.errors.RepeatedError` if the same caller's key is kept already, by any owner.
@@ -108,7 +113,7 @@ class Store(Protocol):
 
         Raises:
             RepeatedError
-            SessionNotFoundError: The source does not exist.
+            SessionNotFoundError: The source does not exist, or is ephemeral.
             TurnNotFoundError: ``at`` is not a turn of the source.
             TurnInProgressError: A turn that would be copied is open.
             OwnedElsewhereError: Such a turn is open and belongs to another owner, alive or not.
@@ -307,10 +312,11 @@ class Store(Protocol):
 
         Raises:
             RepeatedError
-            SessionNotFoundError
+            SessionNotFoundError: Also if the session is ephemeral.
             SessionExistsError, SessionLimitError: With ``creates``, as :meth:`create_session`.
             HeadMovedError: The session has another head.
-            TurnNotFoundError: ``turn.parent`` is not a turn of this session. (An open turn is allowed.)
+            TurnNotFoundError: ``turn.parent`` is not a turn of this session, or is ephemeral. (An open turn is
+                allowed.)
             TurnInProgressError: With ``branches``, a turn on the path to ``turn.parent`` is open.
             OwnedElsewhereError: Another owner, which lives, has open turns of this session. (Turns of an owner that
                 is gone are recovered in the same step.)
@@ -408,8 +414,8 @@ class Store(Protocol):
         ``turn`` is the whole record, with its end. ``open_turns`` shrinks by
         one, ``message_count`` grows by the messages and calls of the output, the totals by its usage.
         The first end wins: a call changes nothing if the turn has ended, is gone or is not this owner's, and the result
-        says whether the store has this very end from an earlier call. Also works on a session that is marked as
-        deleted.
+        says whether the store has this very end from an earlier call; an ephemeral turn that is gone has had it. Also
+        works on a session that is marked as deleted.
 
         Args:
             runs: All events of the turn but the terminal event, which the record tells; the texts of their pieces are

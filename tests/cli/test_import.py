@@ -12,20 +12,21 @@ import trio
 
 from service.api.native.event_frames import encode_frame
 from service.cli import exported_events, whole_turn
+from service.cli.import_bounds import check_bounds
 from service.cli.main import main
 from service.cli.session_export import ExportedSession, read_exported
-from service.cli.store_commands import _check_bounds, _check_turns
+from service.cli.store_commands import _check_turns
 from service.clock import wall_clock
 from service.errors import StartupError, StoreError
 from service.ids import new_item_id
-from service.models.client import FunctionTool, Tools
+from service.models.client import FunctionTool, Options, TextFormat, Tools
 from service.sessions.commands import NewItems, NewSession, NewTurn, text_input
 from service.sessions.events.events import Event, TurnDelta
 from service.sessions.sessions import Sessions
 from service.settings import Settings, Upstream
 from service.stop_state import Phase
 from service.storage.pieces import STARTED, Run, are_of
-from service.storage.records import Checkpoint, Item
+from service.storage.records import FACE_BYTES_MAX, Checkpoint, Item
 from service.storage.sqlite import open_sqlite_store
 from service.supervisor import open_service
 from tests.storage.rows import said
@@ -42,6 +43,18 @@ MODELS = {
 INPUT = 'line\u2028 end \u0085 "quoted" \\u2028 \u00e9 \U0001f642'
 
 
+OPTIONS = Options(
+    top_p=0.5,
+    text_format=TextFormat(type="json_schema", name="x", schema={"n": [1, 1.5, None, INPUT]}, strict=True),
+    reasoning_effort="low",
+    verbosity="low",
+    presence_penalty=-1,
+    frequency_penalty=1,
+    stop=(INPUT,),
+    seed=7,
+)
+
+
 async def fill(path: Path) -> None:
     """Make a session ``s`` with turns of every kind of end, and its fork ``f``."""
     upstreams = tuple(Upstream(name=name, url=f"scripted:?{script}", models=(name,)) for name, script in MODELS.items())
@@ -55,12 +68,22 @@ async def fill(path: Path) -> None:
                 with watch:
                     await turn.wait_ended()
             for new in (
-                NewTurn(text=INPUT, model="calls", tools=Tools(functions=(FunctionTool(name="f", parameters={}),))),
+                NewTurn(
+                    text=INPUT,
+                    model="calls",
+                    tools=Tools(functions=(FunctionTool(name="f", parameters={}),)),
+                    options=OPTIONS,
+                    face={"metadata": msgspec.Raw(msgspec.json.encode({"k": [INPUT, 1.5, None]}))},
+                ),
                 NewTurn(items=(an_output("call_1_0"), *text_input(INPUT), an_output("none")), model="calls"),
             ):
                 turn, watch = await sessions.start_turn("s", new)
                 with watch:
                     await turn.wait_ended()
+            history = (*text_input(INPUT), *added_items(), *text_input("now"))
+            asked, watch = await sessions.start_turn("s", NewTurn(items=history, model="echoes", parent=None))
+            with watch:
+                await asked.wait_ended()
             echo, watch = await sessions.start_turn("s", NewTurn(text=INPUT, parent=None))
             with watch:
                 await echo.wait_ended()
@@ -137,7 +160,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 def check(exported: bytes) -> ExportedSession:
     """Check an export as the command does before it writes. Raises: StartupError."""
     whole = read_exported(exported)
-    _check_bounds(whole, text_bytes_max=Settings().input_bytes_max)
+    check_bounds(whole, text_bytes_max=Settings().input_bytes_max)
     _check_turns(whole)
     return whole
 
@@ -264,7 +287,8 @@ FORGED: dict[str, Callable[[Any], object]] = {
     "failed without an error": lambda it: it["turn"].update(state="failed", finish_reason=None),
     "completed, and an error": lambda it: it["turn"].update(error={"code": "x", "message": "y"}),
     "an input of the assistant": lambda it: it["turn"]["input"][0].update(role="assistant"),
-    "an input of the system": lambda it: it["turn"]["input"][0].update(role="system"),
+    "an end that was to remove it": lambda it: it["turn"].update(ephemeral=True),
+    "a face that is too large": lambda it: it["turn"].update(face={"x": "x" * FACE_BYTES_MAX}),
     "text unlike its deltas": lambda it: it["turn"]["output"][-1].update(text="another"),
     "a delta that is not in the text": edit_event(4, '"text":"', '"text":"more '),
     "another length": edit_event(-1, '"text_length":', '"text_length":1'),
@@ -375,6 +399,31 @@ def test_a_piece_that_is_not_within_one_item_is_refused(
         assert len(told.splitlines()) == 1
         assert "is empty, or longer than the rest of its item" in told
         assert not Path("new.db").exists()
+
+
+def test_an_ephemeral_session_is_not_imported(
+    exports: dict[str, bytes], imported: Callable[[Any], int], capsys: Output
+) -> None:
+    whole = json.loads(exports["s"])
+    whole["session"]["ephemeral"] = True
+    assert imported(whole) == 78
+    assert "made for a turn that is not kept" in capsys.readouterr().err
+
+
+def test_a_history_in_an_input_has_the_bounds_of_an_input_and_of_added_messages(
+    exports: dict[str, bytes], imported: Callable[[Any], int], capsys: Output
+) -> None:
+    whole = json.loads(exports["s"])
+    turn = next(it["turn"] for it in whole["turns"] if any(item["role"] == "assistant" for item in it["turn"]["input"]))
+    call = next(item for item in turn["input"] if item["type"] == "function_call")
+    for name in ("a b", "x" * 65):
+        kept, call["name"] = call["name"], name
+        assert imported(whole) == 78
+        assert "items" in capsys.readouterr().err
+        call["name"] = kept
+    turn["input"][0]["text"] = "x" * Settings().input_bytes_max
+    assert imported(whole) == 78
+    assert "input" in capsys.readouterr().err
 
 
 def test_inputs_that_are_together_as_long_as_the_bound_are_imported(

@@ -1,5 +1,8 @@
 """The scripted client: the parameters of its URL, and replies that follow them exactly and on time."""
 
+from typing import Any
+from urllib.parse import urlencode
+
 import pytest
 import trio
 from hypothesis import given
@@ -16,8 +19,10 @@ from service.models.client import (
     FunctionCallOutput,
     Message,
     ModelRequest,
+    Options,
     ReasoningDelta,
     TextDelta,
+    TextFormat,
     Usage,
 )
 from service.models.scripted import Script, ScriptedClient, open_scripted
@@ -237,7 +242,7 @@ def test_a_wrong_url_is_refused_by_name(url: str, named: str) -> None:
 def test_every_parameter_can_be_set() -> None:
     url = (
         "scripted:?tokens=200&rate=50&first_token_s=0.2&token_bytes=8&reasoning=3&fail_after=100&fail_code=rate_limited"
-        "&silent_after=150&ignore_close_s=1&encrypted=9&call=f"
+        "&silent_after=150&ignore_close_s=1&encrypted=9&call=f&text=Hi&finish=length&refuse=seed"
     )
     assert set(Script.__struct_fields__) == {pair.partition("=")[0] for pair in url.partition("?")[2].split("&")}
     assert Script.from_url(url) == Script(
@@ -252,4 +257,62 @@ def test_every_parameter_can_be_set() -> None:
         ignore_close_s=1,
         encrypted=9,
         call=("f",),
+        text="Hi",
+        finish="length",
+        refuse=("seed",),
     )
+
+
+async def test_a_text_of_the_script_comes_word_by_word_and_unchanged(autojump_clock: MockClock) -> None:
+    for text, tokens in (("Hello there,  friend.\n", 3), (" x", 1), ("\n", 1), ('{"a": "ä 👋"}', 3)):
+        reply = await ask(scripted(urlencode({"text": text, "rate": 0, "first_token_s": 0})))
+        assert reply.text == text
+        assert len(reply.events) == tokens + 1
+
+
+async def test_a_text_comes_before_calls_and_the_end_has_the_reason_of_the_script(autojump_clock: MockClock) -> None:
+    reply = await ask(scripted("text=Well.&call=f&finish=content_filter"))
+    assert [type(event) for event in reply.events] == [TextDelta, CallOpened, Finished]
+    assert reply.finished.finish_reason == "content_filter"
+
+
+@pytest.mark.parametrize(
+    ("schema", "text"),
+    [
+        (None, "{}"),
+        ({"type": "object"}, "{}"),
+        ({"type": "object", "properties": {"b": {"type": "string"}, "a": {"type": "integer"}}}, '{"b":"text","a":0}'),
+        ({"type": "object", "properties": {"b": {}, "a": {"enum": [1]}}, "required": ["a", {}]}, '{"a":1}'),
+        ({"anyOf": [{"type": "array"}, {"type": "null"}]}, "[]"),
+        ({"type": ["boolean", "null"]}, "false"),
+        ({"const": 5}, "5"),
+        ({"type": [{}], "enum": [], "anyOf": []}, "null"),
+        ({"type": "object", "properties": {"a": {"$ref": "#"}}}, '{"a":null}'),
+    ],
+)
+async def test_a_json_text_fits_a_usual_schema(
+    autojump_clock: MockClock, schema: dict[str, Any] | None, text: str
+) -> None:
+    text_format = TextFormat(type="json_object" if schema is None else "json_schema", name="x", schema=schema)
+    request = ModelRequest(model="m", prompt=(Message("user", "hi"),), options=Options(text_format=text_format))
+    assert (await ask(scripted("rate=0"), request)).text == text
+
+
+async def test_a_schema_that_is_nested_deeply_is_cut(autojump_clock: MockClock) -> None:
+    schema: dict[str, Any] = {"type": "object"}
+    for _ in range(200):
+        schema = {"type": "object", "properties": {"a": schema}}
+    options = Options(text_format=TextFormat(type="json_schema", name="x", schema=schema))
+    request = ModelRequest(model="m", prompt=(Message("user", "hi"),), options=options)
+    assert "null" in (await ask(scripted("rate=0"), request)).text
+
+
+async def test_a_parameter_that_the_script_refuses_is_named(autojump_clock: MockClock) -> None:
+    client = scripted("refuse=seed&refuse=top_p&rate=0")
+    assert (await ask(client)).text
+    for options, refused in ((Options(top_p=1), "top_p"), (Options(seed=0, top_p=0.5), "top_p")):
+        request = ModelRequest(model="m", prompt=(Message("user", "hi"),), options=options)
+        with pytest.raises(ModelError) as caught:
+            await ask(client, request)
+        assert (caught.value.code, caught.value.parameter) == ("parameter_refused", refused)
+    assert client.streams_open == 0

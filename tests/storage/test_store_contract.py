@@ -21,7 +21,7 @@ from service.errors import (
     SessionNotFoundError,
     TurnNotFoundError,
 )
-from service.models.client import FunctionTool, NamedFunction, Tools, Usage
+from service.models.client import NO_OPTIONS, FunctionTool, NamedFunction, Options, TextFormat, Tools, Usage
 from service.storage import rules
 from service.storage.page_cursor import (
     SessionPosition,
@@ -909,6 +909,45 @@ async def test_tools_calls_and_outputs_are_kept_whole(store: Store) -> None:
     ]
     assert [item.id.partition("_")[0] for item in (*copied.input, *copied.output)] == ["msg", "fco", "msg", "fc", "fc"]
     assert copy.message_count == 4
+
+
+async def test_options_and_what_a_face_keeps_are_kept_whole(store: Store) -> None:
+    schema = {"type": "object", "properties": {"b": {}, "a": {"enum": [10**300, 1.5, None, "\0"]}}}
+    options = Options(
+        top_p=0.1,
+        text_format=TextFormat(type="json_schema", name="x", schema=schema, description=UNICODE, strict=False),
+        reasoning_effort="low",
+        verbosity="high",
+        presence_penalty=-0.5,
+        frequency_penalty=0,
+        stop=("", UNICODE),
+        seed=-(1 << 62),
+    )
+    face = {
+        "metadata": msgspec.Raw(msgspec.json.encode({UNICODE: [UNICODE]})),
+        "n": msgspec.Raw(b"1e2"),
+        "": msgspec.Raw(b"null"),
+    }
+    await store.create_session(a_session(), now=T0)
+    turns = [
+        msgspec.structs.replace(a_turn("all"), options=options, face=face),
+        msgspec.structs.replace(a_turn("empty", parent="all"), face={}),
+        a_turn("none", parent="empty"),
+    ]
+    for turn in turns:
+        await store.begin_turn(turn, now=T0)
+        assert await store.get_turn("s", turn.id, now=T0) == turn
+        end = ended(turn)
+        assert await store.end_turn(end, runs=said("Hi"), now=T0) is EndResult.KEPT
+        assert await store.end_turn(end, runs=said("Hi"), now=T0) is EndResult.ALREADY_KEPT
+        assert await store.get_turn("s", turn.id, now=T0) == end
+    assert (await store.get_turn("s", "none", now=T0)).face is msgspec.UNSET
+    await store.delete_item("s", "all-out", now=T0)
+    await store.fork_session("s", at=None, copy_id="copy", now=T0)
+    for session_id in ("s", "copy"):
+        kept = await all_turns(store, session_id, now=T0)
+        assert [turn.options for turn in kept] == [options, NO_OPTIONS, NO_OPTIONS]
+        assert [turn.face for turn in kept] == [face, {}, msgspec.UNSET]
 
 
 async def test_a_page_of_events_tells_whether_its_turn_had_ended(store: Store) -> None:

@@ -113,24 +113,47 @@ class Model:
             self.remove(session.id)
         return len(expired[:limit])
 
-    def begin(self, turn: TurnRecord, now: datetime) -> SessionRecord:
+    def to_follow(self, turn: TurnRecord, now: datetime) -> SessionRecord:
+        """The session of a turn that may begin: nothing follows an ephemeral turn."""
         session = self.get(turn.session_id, now)
-        if turn.parent is not None and (
-            turn.parent not in self.turns or self.turns[turn.parent].session_id != turn.session_id
-        ):
+        if session.ephemeral:
+            raise SessionNotFoundError(session.id)
+        self.check_turn(turn.session_id, turn.parent)
+        if turn.parent is not None and self.turns[turn.parent].ephemeral:
             raise TurnNotFoundError(turn.parent)
+        return session
+
+    def begin(self, turn: TurnRecord, now: datetime) -> SessionRecord:
+        session = self.to_follow(turn, now)
         self.turns[turn.id] = turn
-        return self.use(
-            turn.session_id,
+        opened = session.open_turns + 1
+        if turn.ephemeral:
+            return self.use(turn.session_id, now, open_turns=opened)
+        count = session.message_count + len(turn.input)
+        return self.use(turn.session_id, now, head=turn.id, open_turns=opened, message_count=count)
+
+    def begin_alone(self, turn: TurnRecord, session: SessionRecord, now: datetime) -> SessionRecord:
+        """Begin an ephemeral turn with a session of its own."""
+        self.create(session, now)
+        self.turns[turn.id] = turn
+        return self.use(session.id, now, open_turns=1)
+
+    def end_ephemeral(self, turn: TurnRecord, now: datetime) -> None:
+        del self.turns[turn.id]
+        session = self.sessions[turn.session_id]
+        if session.ephemeral:
+            self.remove(session.id)
+            return
+        self.use(
+            session.id,
             now,
-            head=turn.id,
-            open_turns=session.open_turns + 1,
-            message_count=session.message_count + len(turn.input),
+            open_turns=session.open_turns - 1,
+            input_tokens=session.input_tokens + (turn.usage.input_tokens if turn.usage else 0),
+            output_tokens=session.output_tokens + (turn.usage.output_tokens if turn.usage else 0),
         )
 
     def branch(self, turn: TurnRecord, now: datetime) -> SessionRecord:
-        self.get(turn.session_id, now)
-        self.check_turn(turn.session_id, turn.parent)
+        self.to_follow(turn, now)
         self.refuse_if_open(turn.parent)
         return self.begin(turn, now)
 
@@ -158,8 +181,7 @@ class Model:
         return self.use(name, now, head=head)
 
     def add(self, turns: Sequence[TurnRecord], now: datetime) -> SessionRecord:
-        session = self.get(turns[0].session_id, now)
-        self.check_turn(turns[0].session_id, turns[0].parent)
+        session = self.to_follow(turns[0], now)
         self.refuse_if_open(turns[0].parent)
         for turn in turns:
             self.turns[turn.id] = turn
@@ -205,7 +227,8 @@ class Model:
 
     def fork(self, turn: TurnRecord, copy_id: str, now: datetime) -> int:
         """The number of turns of the copy."""
-        self.get(turn.session_id, now)
+        if self.get(turn.session_id, now).ephemeral:
+            raise SessionNotFoundError(turn.session_id)
         self.check_turn(turn.session_id, turn.id)
         path = self.path(turn.id)
         for it in reversed(path):
@@ -219,6 +242,9 @@ class Model:
         """The owner of all open turns dies, and another one recovers them. Returns how many there were."""
         ended_by_it = [turn for turn in self.turns.values() if turn.is_open]
         for turn in ended_by_it:
+            if turn.ephemeral:
+                self.end_ephemeral(turn, now)
+                continue
             end = {"state": "interrupted", "reason": "crash", "ended_at": now, "last_seq": SEQ_AFTER_CRASH}
             self.turns[turn.id] = msgspec.structs.replace(turn, **end)
             self.use(turn.session_id, now, open_turns=self.sessions[turn.session_id].open_turns - 1)
@@ -235,6 +261,11 @@ class Model:
         return turn_id in self.turns and self.turns[turn_id].state == "running"
 
     def end(self, turn: TurnRecord, events: Sequence[str], now: datetime) -> EndResult:
+        if turn.ephemeral:
+            if turn.id not in self.turns:
+                return EndResult.ALREADY_KEPT
+            self.end_ephemeral(turn, now)
+            return EndResult.KEPT
         if turn.id not in self.turns or self.turns[turn.id].state not in ("queued", "running"):
             return EndResult.ALREADY_KEPT if self.turns.get(turn.id) == turn else EndResult.LOST
         self.turns[turn.id] = turn
@@ -251,7 +282,7 @@ class Model:
         return EndResult.KEPT
 
     def listing(self, status: SessionStatus | None, now: datetime) -> list[SessionRecord]:
-        found = [session for session in self.visible(now).values() if status in (None, session.status)]
+        found = [it for it in self.visible(now).values() if status in (None, it.status) and not it.ephemeral]
         return sorted(found, key=lambda session: (session.created_at, session.id), reverse=True)
 
     def path(self, turn_id: str) -> list[TurnRecord]:
@@ -306,6 +337,14 @@ class Begin(msgspec.Struct, frozen=True):
     parent: int | None
     state: Literal["queued", "running"]
     messages: int
+
+
+class BeginEphemeral(msgspec.Struct, frozen=True):
+    """An ephemeral turn, which follows the picked turn, or has a session of its own."""
+
+    session_id: str
+    parent: int | None
+    is_alone: bool
 
 
 class Branch(msgspec.Struct, frozen=True):
@@ -365,6 +404,7 @@ Step = (
     | Remove
     | Expire
     | Begin
+    | BeginEphemeral
     | Branch
     | Move
     | Fork
@@ -385,6 +425,7 @@ steps = st.one_of(
     st.builds(Expire, st.integers(1, 3)),
     st.builds(Begin, session_ids, st.none() | picks, st.sampled_from(["queued", "running"]), st.integers(0, 3)),
     st.builds(Begin, session_ids, st.none() | picks, st.sampled_from(["queued", "running"]), st.integers(0, 3)),
+    st.builds(BeginEphemeral, session_ids, st.none() | picks, st.booleans()),
     st.builds(Branch, picks, st.booleans()),
     st.builds(Branch, picks, st.booleans()),
     st.builds(Move, session_ids, st.none() | picks, st.sampled_from(["head", "head", None, 0])),
@@ -441,6 +482,15 @@ class History:
             texts=["x" * n for n in range(step.messages)],
         )
 
+    def _ephemeral(self, step: BeginEphemeral) -> TurnRecord:
+        begins = Begin(step.session_id, None if step.is_alone else step.parent, "running", 1)
+        return msgspec.structs.replace(self._turn(begins), ephemeral=True)
+
+    def _alone(self, step: BeginEphemeral) -> SessionRecord | None:
+        """The session that is made for the turn."""
+        session = self._session(step.session_id, 30)
+        return msgspec.structs.replace(session, ephemeral=True) if step.is_alone else None
+
     def _branch(self, step: Branch) -> TurnRecord:
         beside = self.picked(step.turn)
         parent = beside.parent if step.is_sibling else beside.id
@@ -484,8 +534,11 @@ class History:
             await self.store.delete_item(turn.session_id, f"{turn.id}-{step.item}", now=self.now)
         return None
 
-    def _tree_in_model(self, step: Branch | Move | Fork) -> object:
+    def _tree_in_model(self, step: Branch | Move | Fork | BeginEphemeral) -> object:
         match step:
+            case BeginEphemeral():
+                turn, alone = self._ephemeral(step), self._alone(step)
+                return self.model.begin_alone(turn, alone, self.now) if alone else self.model.begin(turn, self.now)
             case Branch():
                 turn = self._branch(step)
                 session = self.model.branch(turn, self.now)
@@ -496,8 +549,13 @@ class History:
             case Fork(pick):
                 return self.model.fork(self.picked(pick), "copy", self.now)
 
-    async def _tree_in_store(self, step: Branch | Move | Fork) -> object:
+    async def _tree_in_store(self, step: Branch | Move | Fork | BeginEphemeral) -> object:
         match step:
+            case BeginEphemeral():
+                turn = self._ephemeral(step)
+                begun = await self.store.begin_turn(turn, now=self.now, creates=self._alone(step))
+                self.begun.append(turn)
+                return begun.session
             case Branch():
                 turn = self._branch(step)
                 begun = await self.store.begin_turn(turn, now=self.now, branches=True)
@@ -546,7 +604,7 @@ class History:
                     return model.delete_expired(now, limit)
                 case Begin():
                     return model.begin(self._turn(step), now)
-                case Branch() | Move() | Fork():
+                case Branch() | Move() | Fork() | BeginEphemeral():
                     return self._tree_in_model(step)
                 case Add() | DeleteTurns() | DeleteItem():
                     return self._edit_in_model(step)
@@ -579,7 +637,7 @@ class History:
                     self.begun.append(turn_record)
                     assert begun.path == await store.read_path(turn_record.session_id, turn_record.id, bytes_max=None)
                     return begun.session
-                case Branch() | Move() | Fork():
+                case Branch() | Move() | Fork() | BeginEphemeral():
                     return await self._tree_in_store(step)
                 case Add() | DeleteTurns() | DeleteItem():
                     return await self._edit_in_store(step)

@@ -76,7 +76,7 @@ from service.errors import (
 )
 from service.freezes import move_on_after
 from service.ids import is_turn_id, new_item_id
-from service.models.client import FunctionTool, NamedFunction, ToolChoice, Tools
+from service.models.client import NO_OPTIONS, FunctionTool, NamedFunction, Options, TextFormat, ToolChoice, Tools
 from service.sessions.commands import NewTurn, text_input
 from service.sessions.events.streams import StreamSlot
 from service.storage.records import IdempotencyKey, Item, Page, Places, TurnRecord
@@ -205,6 +205,7 @@ async def start_turn(session_id: str) -> TrioResponse:
         temperature=body.temperature,
         max_output_tokens=body.max_output_tokens,
         tools=_tools_of(body.tools, body.tool_choice, parallel=body.parallel_tool_calls),
+        options=_options_of(body, NO_OPTIONS),
         on_conflict=body.on_conflict,
         on_disconnect=body.on_disconnect,
         background=body.background,
@@ -228,9 +229,9 @@ async def retry_turn(session_id: str, turn_id: str) -> TrioResponse:
     """Ask again: start a turn with the input and the parent of another one.
 
     The new turn is a sibling of the other one, which stays as it is; it becomes the head. Its model, system message,
-    temperature, bound and tools are those of the other one, unless the body names others. The answer is that of
-    `start_turn`. The other turn may still run: both run at once then. Only if it waits in the queue, so does the new
-    one, as `on_conflict` says.
+    temperature, bound, tools and other options are those of the other one, unless the body names others. The answer is
+    that of `start_turn`. The other turn may still run: both run at once then. Only if it waits in the queue, so does
+    the new one, as `on_conflict` says.
 
     For an edit start a turn with another `input` and the same `parent`.
     """
@@ -252,6 +253,7 @@ async def retry_turn(session_id: str, turn_id: str) -> TrioResponse:
         temperature=turn.temperature if body.temperature is UNSET else body.temperature,
         max_output_tokens=turn.max_output_tokens if body.max_output_tokens is UNSET else body.max_output_tokens,
         tools=_retried_tools(body, turn.tools),
+        options=_options_of(body, turn.options),
         on_conflict=body.on_conflict,
         on_disconnect=body.on_disconnect,
         background=body.background,
@@ -360,6 +362,31 @@ def _retried_tools(body: RetryTurn, kept: Tools | UnsetType) -> Tools | UnsetTyp
         old.functions if body.tools is UNSET else body.tools,
         old.choice if body.tool_choice is UNSET else body.tool_choice,
         parallel=old.parallel if body.parallel_tool_calls is UNSET else body.parallel_tool_calls,
+    )
+
+
+def _options_of(body: StartTurn | RetryTurn, kept: Options) -> Options:
+    """Return what a body asks of the model beside the tools, with ``kept`` for all that the body leaves out."""
+    text_format = kept.text_format
+    if not isinstance(body.text_format, UnsetType):
+        text_format = None if body.text_format is None else _text_format(body.text_format)
+    return msgspec.structs.replace(
+        kept,
+        top_p=kept.top_p if body.top_p is UNSET else body.top_p,
+        text_format=text_format,
+        reasoning_effort=kept.reasoning_effort if body.reasoning_effort is UNSET else body.reasoning_effort,
+    )
+
+
+def _text_format(asked: wire.JsonSchemaFormat | wire.JsonObjectFormat) -> TextFormat:
+    if isinstance(asked, wire.JsonObjectFormat):
+        return TextFormat(type="json_object")
+    return TextFormat(
+        type="json_schema",
+        name=asked.name,
+        schema=asked.schema,
+        description=asked.description,
+        strict=asked.strict,
     )
 
 

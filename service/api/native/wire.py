@@ -51,13 +51,15 @@ _PARENT = rf"^({TURN_ID}|null)$(?!\n)"
 _ITEM_ID = rf"^{ITEM_ID}$(?!\n)"
 _SEQ = r"^[0-9]{0,15}$(?!\n)"
 _FUNCTION = r"^[A-Za-z0-9_-]{1,64}$(?!\n)"
+_EFFORT = r"^[a-z_]{1,32}$(?!\n)"
 FORMS = {
     _SESSION_ID: "1-128 of `A-Z a-z 0-9 _ . -`; not `.` or `..`, which a URL cannot contain",
     _OWNER_NAME: "the name of an owner: 1-128 of `A-Z a-z 0-9 _ . ~ @ | : + = -`",
     _TURN_ID: "the id of a turn: `turn_` and 32 of `0-9 a-f`",
     _PARENT: "the id of a turn (`turn_` and 32 of `0-9 a-f`), or `null`",
     _SEQ: "the id of an event: a whole number of at most 15 digits",
-    _FUNCTION: "the name of a function: 1-64 of `A-Z a-z 0-9 _ -`",
+    _FUNCTION: "the name of a function or a format: 1-64 of `A-Z a-z 0-9 _ -`",
+    _EFFORT: "a word: 1-32 of `a-z _`",
 }
 """The patterns in words, for error messages."""
 KINDS = {
@@ -65,6 +67,7 @@ KINDS = {
     "items": ("message", "function_call", "function_call_output"),
     "tools": ("function",),
     "tool_choice": ("function",),
+    "text_format": ("json_schema", "json_object"),
 }
 """What ``type`` may be in an object of these fields, for error messages."""
 SessionId = Annotated[str, Meta(pattern=_SESSION_ID, description=f"{FORMS[_SESSION_ID]}.")]
@@ -434,6 +437,38 @@ class FunctionChoice(BodyPart, frozen=True, kw_only=True, tag="function", tag_fi
     name: str
 
 
+class JsonSchemaFormat(BodyPart, frozen=True, kw_only=True, tag="json_schema", tag_field="type"):
+    """The text of the reply is JSON that fits a schema, by the model's server; this service does not check it.
+
+    ``{"type": "json_schema", "name": "weather", "schema": {"type": "object", "properties": {"city":
+    {"type": "string"}}, "required": ["city"], "additionalProperties": false}, "strict": true}``
+    """
+
+    name: Annotated[str, Meta(pattern=_FUNCTION, description=f"{FORMS[_FUNCTION]}.")]
+    schema: Annotated[dict[str, Any], Meta(description="A JSON schema of the text.")]
+    description: Annotated[str, Meta(extra_json_schema=_NO_NUL)] | None = None
+    strict: Annotated[bool, Meta(description="Whether the text must fit the schema.")] | None = None
+
+
+class JsonObjectFormat(BodyPart, frozen=True, kw_only=True, tag="json_object", tag_field="type"):
+    """The text of the reply is a JSON object, by the model's server: ``{"type": "json_object"}``"""
+
+
+TopP = Annotated[
+    float, Meta(ge=0, le=1, description="Only the likeliest tokens, up to this share; left to the server if left out.")
+]
+TextFormat = Annotated[
+    JsonSchemaFormat | JsonObjectFormat,
+    Meta(description="The form of the reply's text: at most `input_bytes_max` bytes. A plain text if left out."),
+]
+ReasoningEffort = Annotated[
+    str,
+    Meta(
+        pattern=_EFFORT,
+        description="How much the model thinks, like `low` or `high`, in the words of its server; left to the server "
+        "if left out.",
+    ),
+]
 _WITHOUT_CLIENTS = Meta(description="What happens when no client streams the turn or waits for it any more.")
 _AT_ONCE = Meta(description="Answer 202 at once; the turn runs also if no client waits for it.")
 
@@ -471,6 +506,9 @@ class StartTurn(RequestBody, frozen=True, kw_only=True):
     parallel_tool_calls: Annotated[
         bool | None, Meta(description="Whether one reply may have several calls; left to the server if left out.")
     ] = None
+    top_p: TopP | None = None
+    text_format: TextFormat | None = None
+    reasoning_effort: ReasoningEffort | None = None
     on_conflict: Annotated[
         OnConflict, Meta(description="What to do while another turn of the session is running or queued.")
     ] = "reject"
@@ -496,6 +534,9 @@ class RetryTurn(RequestBody, frozen=True, kw_only=True):
     ) = UNSET
     tool_choice: Literal["auto", "none", "required"] | FunctionChoice | None | UnsetType = UNSET
     parallel_tool_calls: bool | None | UnsetType = UNSET
+    top_p: TopP | None | UnsetType = UNSET
+    text_format: TextFormat | None | UnsetType = UNSET
+    reasoning_effort: ReasoningEffort | None | UnsetType = UNSET
     on_conflict: Annotated[
         OnConflict, Meta(description="What to do if the retried turn waits for other turns to end.")
     ] = "reject"
@@ -713,8 +754,9 @@ class TurnQuery(Query, frozen=True, kw_only=True):
 
 
 def _shows_items(record: TurnRecord) -> bool:
-    """Whether ``input`` and ``text`` do not say all about a turn: it has calls, or outputs or notes in its input."""
-    return record.has_calls or any(item.role == "system" for item in record.input)
+    """Whether ``input`` and ``text`` do not say all about a turn: it has calls, or an input that is not only texts of
+    the user."""
+    return record.has_calls or any(item.role != "user" for item in record.input)
 
 
 class TurnList(msgspec.Struct, frozen=True, kw_only=True):

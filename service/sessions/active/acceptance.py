@@ -240,14 +240,14 @@ class Acceptance:
 
     async def _find_session(self, session_id: str, new: NewTurn, now: datetime) -> tuple[SessionRecord, bool]:
         """The session, and whether it must still be created."""
-        if new.session_is_new:
-            return NewSession(id=session_id).record(now=now, settings=self._settings), True
-        try:
-            return await self._store.get_session(session_id, now=now), False
-        except SessionNotFoundError:
-            if not new.creates_session:
-                raise
-            return NewSession(id=session_id).record(now=now, settings=self._settings), True
+        if not new.session_is_new:
+            try:
+                return await self._store.get_session(session_id, now=now), False
+            except SessionNotFoundError:
+                if not new.creates_session:
+                    raise
+        session = NewSession(id=session_id).record(now=now, settings=self._settings)
+        return msgspec.structs.replace(session, ephemeral=new.ephemeral), True
 
     async def _commit_input(
         self,

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from service.models.client import NO_OPTIONS
 from service.sessions.events import outcome
 from service.sessions.events.events import (
     Event,
@@ -107,7 +108,9 @@ def events_of(turn: TurnRecord, page: EventsPage, place: Place, *, events_max: i
 def without_contents(turn: TurnRecord) -> TurnRecord:
     """The record without what may be large in it and is in no event: :func:`events_of` needs only ids and names."""
     output = tuple(msgspec.structs.replace(item, text="", encrypted="", upstream="") for item in turn.output)
-    return msgspec.structs.replace(turn, input=(), output=output, tools=msgspec.UNSET)
+    return msgspec.structs.replace(
+        turn, input=(), output=output, tools=msgspec.UNSET, options=NO_OPTIONS, face=msgspec.UNSET
+    )
 
 
 def _opening(turn: TurnRecord, item: int, seq: int) -> TurnQueued | TurnStarted | TurnCall:

@@ -38,8 +38,8 @@ class Interrupted(msgspec.Struct, frozen=True):
 Outcome = Completed | Failed | Cancelled | Interrupted
 
 
-def failed(code: FailureCode, message: str) -> Failed:
-    return Failed(Failure(code, message))
+def failed(code: FailureCode, message: str, *, param: str | None = None) -> Failed:
+    return Failed(Failure(code, message, msgspec.UNSET if param is None else param))
 
 
 def internal_error() -> Failed:

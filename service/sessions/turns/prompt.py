@@ -16,7 +16,7 @@ other prompts:
 
 A system message among the inputs is a note, which a caller added to the conversation. It stays in its place, as near as
 the order of the sides allows: before the user's text that it is beside or that comes next, and after outputs. A note
-before everything else is a part of the system message.
+before everything else is a part of the system message. A note after everything else comes last.
 
 Calls are a part of the reply, and their outputs a part of the next input. Upstreams refuse a prompt in which a call is
 not followed by its output, or an output does not follow its call:
@@ -37,7 +37,15 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from service.errors import ModelError
-from service.models.client import EncryptedReasoning, FunctionCall, FunctionCallOutput, Message, PromptItem
+from service.models.client import (
+    EncryptedReasoning,
+    FunctionCall,
+    FunctionCallOutput,
+    Message,
+    PromptItem,
+    Reasoning,
+    is_signature,
+)
 from service.steps import Steps
 from service.storage.records import Item, LeftOut, TurnRecord
 from service.storage.rules import TURN_BYTES
@@ -147,6 +155,8 @@ def size_of(prompt: Prompt) -> Steps[int]:
         yield
         was_users, is_users = is_users, item.role in ("user", "tool")
         size += len(item.text.encode()) + (TURN_BYTES if is_users and not was_users else 0)
+        if isinstance(item, EncryptedReasoning):
+            size += len(item.signed.encode())
     return size
 
 
@@ -207,7 +217,7 @@ def _size(turn: TurnRecord, brought: LeftOut) -> int:
 class _Side:
     """What the user, or the assistant, says until the other one does."""
 
-    __slots__ = ("calls", "encrypted", "is_user", "notes", "outputs", "texts")
+    __slots__ = ("calls", "encrypted", "is_user", "notes", "outputs", "reasoning", "texts")
 
     def __init__(self, *, is_user: bool) -> None:
         self.is_user = is_user
@@ -216,6 +226,7 @@ class _Side:
         self.outputs: dict[str, Item] = {}
         self.calls: list[FunctionCall] = []
         self.encrypted: list[EncryptedReasoning] = []
+        self.reasoning: list[str] = []
 
 
 class _Sides:
@@ -231,6 +242,7 @@ class _Sides:
         self._sides: list[_Side] = []
         self._notes: list[str] = []  # for the user's next saying
         self._encrypted: list[EncryptedReasoning] = []  # for the assistant's next saying
+        self._reasoning: list[str] = []  # for the same
 
     def add_all(self, path: Sequence[TurnRecord]) -> Steps[None]:
         """Add the turns of a path, root first."""
@@ -304,11 +316,15 @@ class _Sides:
                 calls = ()
             else:
                 items += side.encrypted
+                if side.calls and side.reasoning:
+                    items.append(Reasoning(_SEPARATOR.join(side.reasoning)))
                 if side.texts:
                     items.append(Message("assistant", _SEPARATOR.join(side.texts)))
                 items += side.calls
                 calls = side.calls
-        items += _answers(calls, _Side(is_user=True))
+        last = _Side(is_user=True)
+        last.notes += self._notes
+        items += _answers(calls, last)
         return tuple(items)
 
     def _ask(self, asked: Sequence[tuple[TurnRecord, Sequence[Item]]]) -> Steps[None]:
@@ -335,8 +351,12 @@ class _Sides:
             case "function_call_output":
                 self._side(is_user=True).outputs[item.call_id] = item
             case "reasoning":
-                if item.encrypted and turn.model == self._model:
-                    self._encrypted.append(EncryptedReasoning(item.encrypted, upstream))
+                if turn.model == self._model:
+                    if item.encrypted:
+                        signed = item.text if is_signature(upstream) else ""
+                        self._encrypted.append(EncryptedReasoning(item.encrypted, upstream, signed))
+                    if item.text:
+                        self._reasoning.append(item.text)
             case "message":
                 if item.role != "system":
                     self._side(is_user=item.role != "assistant").texts.append(item.text)
@@ -354,10 +374,12 @@ class _Sides:
         if is_user and self._notes:
             side.notes += self._notes
             self._notes.clear()
-        if self._encrypted:
+        if self._encrypted or self._reasoning:
             if not is_user:
                 side.encrypted += self._encrypted
+                side.reasoning += self._reasoning
             self._encrypted.clear()
+            self._reasoning.clear()
         return side
 
 

@@ -5,7 +5,7 @@ from typing import Literal
 import msgspec
 
 from service.ids import new_item_id
-from service.models.client import ArgumentsDelta, CallOpened, EncryptedReasoning, ReasoningDelta
+from service.models.client import ArgumentsDelta, CallOpened, EncryptedReasoning, ReasoningDelta, is_signature
 from service.sessions.events.event_log import EventLog
 from service.sessions.events.events import Event, TurnArguments, TurnCall, TurnReasoning
 from service.storage.records import Item, cut_off, utf8_length
@@ -151,3 +151,5 @@ class Reply:
             index = self._current["reasoning"]
         begins = msgspec.structs.replace(self._items[index].begins, encrypted=text, upstream=upstream)
         self._items[index] = _Growing(begins, self._log.last_seq)
+        if is_signature(upstream):  # what follows is not what was signed
+            del self._current["reasoning"]

@@ -115,6 +115,10 @@ class Turn:
         return self._record.state
 
     @property
+    def is_ephemeral(self) -> bool:
+        return self._record.ephemeral
+
+    @property
     def running(self) -> bool:
         return self._record.state == "running"
 

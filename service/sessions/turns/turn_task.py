@@ -227,6 +227,7 @@ def _request(turn: Turn, asked: _Asked) -> ModelRequest:
         temperature=record.temperature,
         max_output_tokens=record.max_output_tokens,
         tools=record.tools or NO_TOOLS,
+        options=record.options,
     )
 
 
@@ -251,7 +252,8 @@ def _decide_failed(turn: Turn, error: Exception, settings: Settings) -> None:
 def _decide_upstream_failed(turn: Turn, error: ModelError, settings: Settings) -> None:
     """Decide that the upstream failed. The log gets the upstream's words where the settings keep them from callers."""
     callers_get_words = settings.upstream_words == "caller"
-    decided = turn.decide(outcome.failed(error.code, str(error) if callers_get_words else error.message))
+    message = str(error) if callers_get_words else error.message
+    decided = turn.decide(outcome.failed(error.code, message, param=error.parameter))
     if decided and error.upstream_words and not callers_get_words:
         logger.warning(
             "upstream's words were kept from the caller",

@@ -8,7 +8,7 @@ import apsw
 from service.storage import rules
 from service.storage.pieces import Run
 from service.storage.records import TurnRecord
-from service.storage.sqlite import documents, event_pages
+from service.storage.sqlite import documents, event_pages, removals
 from service.storage.sqlite.rows import moment, values_of
 
 _COLUMNS = (
@@ -52,19 +52,13 @@ def keep_end(
 ) -> None:
     """Keep the end of the open turn of this key, and what the end changes in its session, which is used at ``now``.
 
+    An ephemeral turn is removed instead.
+
     Args:
         terms: The terms of the turn; None if they are to be cut and added later.
         runs: The turn's events; if they do not fit in the turn's row, they are in pages already. None if an earlier
             version has kept them.
     """
-    values = values_of(turn)
-    if runs is not None:
-        values |= event_pages.end_columns(turn, runs)
-        if values["runs"]:
-            event_pages.drop(db, key)
-    db.execute(_END, {name: values[name] for name in _COLUMNS} | {"key": key})
-    db.execute("DELETE FROM outputs WHERE turn = ?", (key,))
-    documents.add_turn(db, key, session, terms)
     counts = rules.counts_of_end(turn)
     db.execute(
         _COUNT,
@@ -80,3 +74,14 @@ def keep_end(
             "expires_at": moment(rules.expires_at(now, idle_timeout_s)),
         },
     )
+    if turn.ephemeral:
+        removals.remove_ephemeral(db, key, turn, session=session)
+        return
+    values = values_of(turn)
+    if runs is not None:
+        values |= event_pages.end_columns(turn, runs)
+        if values["runs"]:
+            event_pages.drop(db, key)
+    db.execute(_END, {name: values[name] for name in _COLUMNS} | {"key": key})
+    db.execute("DELETE FROM outputs WHERE turn = ?", (key,))
+    documents.add_turn(db, key, session, terms)

@@ -12,9 +12,10 @@ import apsw
 import msgspec
 
 from service.errors import EditedMeanwhileError, OwnedElsewhereError, SessionNotFoundError
+from service.storage import rules
 from service.storage.fork_path import ForkPath, copies_of, forked_session
 from service.storage.records import IdempotencyKey, SessionRecord, TurnRecord
-from service.storage.sqlite import event_pages, idempotency, sessions, turns
+from service.storage.sqlite import event_pages, idempotency, removals, sessions, turns
 from service.storage.sqlite.ownership import owner_of
 from service.storage.sqlite.rows import TURN_COLUMNS, Row
 
@@ -101,6 +102,7 @@ class Plan(turns.PathWalk):
         if self._source is None:  # no copies are made if an earlier call has made a fork
             idempotency.check(db, self._key, self._now)
         source = sessions.visible(db, self._session_id, self._now)
+        rules.check_takes_turns(source.record)
         if self._source is None:  # the first step
             self._source = source
             if self._at is None:
@@ -196,7 +198,7 @@ def build(db: apsw.Connection, fork: Fork, progress: Progress | None, *, fence: 
     unfinished = _copy_some(db, fork, progress)
     if unfinished is None:
         if in_the_way is not None:
-            sessions.hide(db, in_the_way)
+            removals.hide(db, in_the_way)
         sessions.show(db, progress.session, fork.session.id)
         idempotency.keep(db, fork.key, session=progress.session, session_id=fork.session.id)
     return unfinished

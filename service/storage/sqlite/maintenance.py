@@ -199,7 +199,7 @@ def export_session(path: Path, session_id: str) -> tuple[SessionRecord, list[tup
     with _opened(path) as db:
         db.execute("BEGIN")  # one moment
         kept = sessions.find(db, session_id)
-        if kept is None or kept.deletion:
+        if kept is None or kept.deletion or kept.record.ephemeral:
             raise SessionNotFoundError(session_id)
         exported = turns.all_of(db, session_id, kept.key)
         db.execute("COMMIT")

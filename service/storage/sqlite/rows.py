@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from service.models.client import Tools, Usage
+from service.models.client import NO_OPTIONS, Options, Tools, Usage
 from service.storage.records import Failure, Item, LeftOut, SessionRecord, TurnRecord
 
 Row = tuple[Any, ...]
@@ -15,10 +15,12 @@ _MICROSECOND = timedelta(microseconds=1)
 
 
 class _Options(msgspec.Struct, frozen=True, kw_only=True):
-    """What a turn's caller asked of the model, beside the input, the temperature and the length."""
+    """What a turn's caller asked of the model, beside the input, the temperature and the length; and for its face."""
 
     tools: Tools | msgspec.UnsetType = msgspec.UNSET
     system_message: str | msgspec.UnsetType = msgspec.UNSET
+    further: Options | msgspec.UnsetType = msgspec.UNSET
+    face: dict[str, msgspec.Raw] | msgspec.UnsetType = msgspec.UNSET
 
 
 class _SessionOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -58,7 +60,7 @@ def as_json(value: object) -> str:
 
 SESSION_COLUMNS = (
     "key, id, created_at, last_accessed_at, expires_at, idle_timeout_s, head, message_count, open_turns, input_tokens, "
-    "output_tokens, reasoning_tokens, cached_tokens"
+    "output_tokens, reasoning_tokens, cached_tokens, ephemeral"
 )
 SETTINGS_COLUMNS = "title, model, system_message, metadata, options, titled_at"
 
@@ -79,6 +81,7 @@ def session_of(row: Row, settings: Row) -> SessionRecord:
         output_tokens=row[10],
         reasoning_tokens=row[11],
         cached_tokens=row[12],
+        ephemeral=bool(row[13]),
         title=settings[0],
         model=settings[1],
         system_message=settings[2],
@@ -105,7 +108,7 @@ def settings_of(session: SessionRecord) -> tuple[object, ...]:
 TURN_COLUMNS = (
     "id, parent, state, model, created_at, input, output, temperature, max_output_tokens, "
     "background, started_at, ended_at, reason, error, finish_reason, usage, last_seq, left_out, options, "
-    "events_deleted, deleted_items, "
+    "events_deleted, deleted_items, ephemeral, "
     "CASE WHEN output_bytes IS NULL THEN NULL ELSE key END"
 )
 """The columns of a record, in the views of turns: these know which items are deleted that a row has still."""
@@ -152,17 +155,23 @@ def turn_of(session_id: str, row: Row) -> tuple[TurnRecord, int | None]:
         last_seq=row[16],
         left_out=None if row[17] is None else _left_out.decode(row[17]),
         tools=options.tools,
+        options=options.further or NO_OPTIONS,
+        face=options.face,
         events_deleted=bool(row[19]),
+        ephemeral=bool(row[21]),
         system_message=None if options.system_message is msgspec.UNSET else options.system_message,
     )
-    return turn, row[21]
+    return turn, row[22]
 
 
 def values_of(turn: TurnRecord) -> dict[str, object]:
     """The columns of a turn, by name; those of its events are those of an open turn."""
     in_prompts = turn.in_prompts
     options = _Options(
-        tools=turn.tools, system_message=msgspec.UNSET if turn.system_message is None else turn.system_message
+        tools=turn.tools,
+        system_message=msgspec.UNSET if turn.system_message is None else turn.system_message,
+        further=msgspec.UNSET if turn.options == NO_OPTIONS else turn.options,
+        face=turn.face,
     )
     return {
         "id": turn.id,
@@ -183,6 +192,7 @@ def values_of(turn: TurnRecord) -> dict[str, object]:
         "left_out": None if turn.left_out is None else as_json(turn.left_out),
         "options": None if options == _NOTHING_ASKED else as_json(options),
         "events_deleted": int(turn.events_deleted),
+        "ephemeral": int(turn.ephemeral),
         "message_items": in_prompts.items,
         "message_bytes": in_prompts.bytes,
         "input": as_json(turn.input),

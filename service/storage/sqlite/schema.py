@@ -173,12 +173,21 @@ UPDATE sessions SET reasoning_tokens = counted.tokens FROM (
     SELECT session, sum(usage ->> '$.reasoning_tokens') AS tokens FROM turns
     WHERE usage IS NOT NULL AND state NOT IN ('queued', 'running') GROUP BY session
 ) AS counted WHERE key = counted.session AND counted.tokens > 0;
-CREATE INDEX sessions_by_owner ON sessions (owner_name, created_at, id) WHERE deletion = 0 AND owner_name <> '';
+-- 1: the end of the turn removes it, and its session if that was made for it. No listing has such a session.
+ALTER TABLE turns ADD COLUMN ephemeral INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE sessions ADD COLUMN ephemeral INTEGER NOT NULL DEFAULT 0;
+CREATE INDEX sessions_by_owner ON sessions (owner_name, created_at, id)
+    WHERE deletion = 0 AND ephemeral = 0 AND owner_name <> '';
 -- In place of one index of all sessions: what is listed or counted without an owner walks past no others.
 DROP INDEX sessions_by_age;
-CREATE INDEX plain_sessions_by_age ON sessions (created_at, id) WHERE deletion = 0 AND owner_name = '';
-CREATE INDEX owned_sessions_by_age ON sessions (created_at, id) WHERE deletion = 0 AND owner_name <> '';
-DROP INDEX idle_sessions_by_deadline;
+CREATE INDEX plain_sessions_by_age ON sessions (created_at, id)
+    WHERE deletion = 0 AND ephemeral = 0 AND owner_name = '';
+CREATE INDEX owned_sessions_by_age ON sessions (created_at, id)
+    WHERE deletion = 0 AND ephemeral = 0 AND owner_name <> '';
+DROP INDEX running_sessions_by_age;
+CREATE INDEX running_sessions_by_age ON sessions (created_at, id)
+    WHERE deletion = 0 AND ephemeral = 0 AND open_turns > 0;
+DROP INDEX idle_sessions_by_deadline;   -- an ephemeral session is never idle
 CREATE INDEX plain_idle_sessions_by_deadline ON sessions (expires_at, id)
     WHERE deletion = 0 AND open_turns = 0 AND owner_name = '';
 CREATE INDEX owned_idle_sessions_by_deadline ON sessions (expires_at, id)

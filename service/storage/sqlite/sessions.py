@@ -13,7 +13,7 @@ from service.storage import rules
 from service.storage.page_cursor import SessionPosition, encode_cursor
 from service.storage.page_size import fitting
 from service.storage.records import IdempotencyKey, Page, SessionPatch, SessionRecord, SessionStatus, TitleSource
-from service.storage.sqlite import documents, idempotency, metadata, recovery, trees
+from service.storage.sqlite import documents, idempotency, metadata, recovery, removals, trees
 from service.storage.sqlite.ownership import Ownership
 from service.storage.sqlite.rows import SESSION_COLUMNS, SETTINGS_COLUMNS, Row, moment, session_of, settings_of
 
@@ -28,7 +28,8 @@ _SETTINGS_BYTES = (
 )
 _GET_SETTINGS = f"SELECT {SETTINGS_COLUMNS} FROM session_settings WHERE session = ?"
 _LIST = (
-    f"SELECT {SESSION_COLUMNS} FROM sessions WHERE deletion = 0 AND (open_turns > 0 OR expires_at > :now) {{filter}}"
+    f"SELECT {SESSION_COLUMNS} FROM sessions "
+    "WHERE deletion = 0 AND ephemeral = 0 AND (open_turns > 0 OR expires_at > :now) {filter}"
 )
 _NEWEST = " ORDER BY created_at DESC, id DESC LIMIT :limit"
 _FILTERS: dict[SessionStatus | None, str] = {
@@ -37,12 +38,13 @@ _FILTERS: dict[SessionStatus | None, str] = {
     "idle": "AND open_turns = 0",
 }
 # The indexes have either the sessions with an owner or those without, so SQLite must see which of them are asked for.
-_INDEXED_OWNER = "AND owner_name <> '' AND owner_name = :owner"
-_ANY_OWNER = "AND owner_name <> ''"
-_NO_OWNER = "AND owner_name = ''"
+_INDEXED_OWNER = "AND ephemeral = 0 AND owner_name <> '' AND owner_name = :owner"
+_ANY_OWNER = "AND ephemeral = 0 AND owner_name <> ''"
+_NO_OWNER = "AND ephemeral = 0 AND owner_name = ''"
 # Without those indexes: the running sessions are few.
 _OWNER = "AND +owner_name = :owner"
-_COUNT_RUNNING = "SELECT count(*) FROM sessions WHERE deletion = 0 AND open_turns > 0 {filter}"
+_COUNT_RUNNING = "SELECT count(*) FROM sessions WHERE deletion = 0 AND ephemeral = 0 AND open_turns > 0 {filter}"
+# An ephemeral session is never idle.
 _COUNT_IDLE = "SELECT count(*) FROM sessions WHERE deletion = 0 AND open_turns = 0 AND expires_at > :now {filter}"
 _COUNT_IDLE_OF = _COUNT_IDLE.replace("expires_at", "+expires_at")  # by the index of the owner
 _EXPIRED_AMONG = (
@@ -53,7 +55,6 @@ _EXPIRED = (
     "ORDER BY expires_at, id LIMIT :limit"
 )
 _ITEMS = "SELECT iif(deleted_items IS NULL, message_items, NULL) FROM shown_turns WHERE id = ? AND session = ?"
-_HIDE = "UPDATE sessions SET id = NULL, deletion = 2, deleter = NULL WHERE key = ?"
 
 
 class StoredSession(msgspec.Struct, frozen=True):
@@ -122,7 +123,7 @@ def make_room(db: apsw.Connection, session_id: str, now: datetime) -> None:
     """Cut off an expired session of this id. Raises: SessionExistsError: A session of this id has not expired."""
     expired = find_expired(db, session_id, now)
     if expired is not None:
-        hide(db, expired)
+        removals.hide(db, expired)
 
 
 def find_expired(db: apsw.Connection, session_id: str, now: datetime) -> int | None:
@@ -135,17 +136,12 @@ def find_expired(db: apsw.Connection, session_id: str, now: datetime) -> int | N
     return present.key
 
 
-def hide(db: apsw.Connection, key: int) -> None:
-    """Hide a session: no query finds it any more, and its rows are reclaimed later."""
-    db.execute(_HIDE, (key,))
-
-
 def insert(db: apsw.Connection, session: SessionRecord, *, turns_begun: int = 0) -> int:
     """Add a session. Returns its key."""
     db.execute(
         "INSERT INTO sessions (id, owner_name, created_at, last_accessed_at, expires_at, idle_timeout_s, head, "
-        "message_count, input_tokens, output_tokens, reasoning_tokens, cached_tokens, turns_begun) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "message_count, input_tokens, output_tokens, reasoning_tokens, cached_tokens, turns_begun, ephemeral) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             session.id,
             session.owner,
@@ -160,6 +156,7 @@ def insert(db: apsw.Connection, session: SessionRecord, *, turns_begun: int = 0)
             session.reasoning_tokens,
             session.cached_tokens,
             turns_begun,
+            int(session.ephemeral),
         ),
     )
     key = db.last_insert_rowid()
@@ -373,12 +370,12 @@ def remove_deleted(db: apsw.Connection, session_id: str) -> bool:
     key = db.execute("SELECT key FROM sessions WHERE id = ? AND deletion = 1", (session_id,)).get
     if key is None:
         return False
-    hide(db, key)
+    removals.hide(db, key)
     return True
 
 
 def delete_expired(db: apsw.Connection, now: datetime, limit: int) -> int:
     """Cut expired sessions off, the earliest deadline first. Returns how many."""
     rows: list[Row] = db.execute(_EXPIRED, {"now": moment(now), "limit": limit}).fetchall()
-    db.executemany(_HIDE, [(key,) for key, *_ in rows])
+    db.executemany(removals.HIDE, [(key,) for key, *_ in rows])
     return len(rows)

@@ -388,6 +388,8 @@ class SqliteStore:
         return await self._writing.call(lambda db: turns.checkpoint(db, checkpoints, staged, self.fence))
 
     async def end_turn(self, turn: TurnRecord, *, runs: Sequence[Run], now: datetime, after: int = 0) -> EndResult:
+        if turn.ephemeral:
+            return await self._end_ephemeral(turn, now)
         staged = None
         if sum(len(item.text) for item in turn.output) > STEP_LENGTH_MAX and not fits_in_turn(turn, runs):
             text = text_of(runs, [item.text for item in turn.output], after=after)
@@ -397,6 +399,12 @@ class SqliteStore:
         return await self._writing.call(
             lambda db: turns.end(db, turn, runs, staged, terms=terms, after=after, fence=self.fence, now=now)
         )
+
+    async def _end_ephemeral(self, turn: TurnRecord, now: datetime) -> EndResult:
+        end = partial(turns.end, turn=turn, runs=(), staged=None, terms=(), after=0, fence=self.fence, now=now)
+        result = await self._writing.call(end, makes_space=True)
+        self.writer.removed = True
+        return result
 
     async def _stage_events(
         self, session_id: str, turn_id: str, runs: Sequence[Run], text: str, *, after: int

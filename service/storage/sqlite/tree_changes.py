@@ -24,6 +24,8 @@ DELETING, DELETED, OVER, ADDING = 0, 1, 2, 3
 """The states. The turns of a change are hidden while it is ``DELETED`` or ``ADDING``."""
 _AT_ONCE = 256
 _KEY_BITS = 62
+_NO_OWNER = 0
+"""The owner of a change that is done in one step."""
 _BEGIN = "INSERT OR IGNORE INTO tree_changes (key, state, owner) VALUES (?, ?, ?)"
 _NOTE = "INSERT INTO changed_parts (change, turn, items) VALUES (?, ?, ?)"
 _SET = "UPDATE tree_changes SET state = ? WHERE key = ?"
@@ -86,6 +88,13 @@ def note_added(db: apsw.Connection, change: int, turns: Sequence[int], *, owner:
     """Note turns that an addition has added: they are hidden from their first moment on."""
     db.execute(_BEGIN, (change, ADDING, owner))
     db.executemany(_NOTE, ((change, turn, None) for turn in turns))
+
+
+def delete_at_once(db: apsw.Connection, turn: int) -> None:
+    """Delete a turn, which is out of the tree, in this step."""
+    change = new_key()
+    db.execute(_BEGIN, (change, DELETED, _NO_OWNER))
+    db.execute(_NOTE, (change, turn, None))
 
 
 def set_deleted(db: apsw.Connection, change: int) -> None:

@@ -73,13 +73,14 @@ _OWN = "SELECT key, session FROM turns WHERE id = ? AND +owner = ?"  # ``+`` mak
 _IS_OWN = "id = :turn AND +owner = :owner AND (SELECT id FROM sessions WHERE key = session) IS NOT NULL"
 _INSERT_COLUMNS = (
     "id, parent, state, model, created_at, started_at, ended_at, temperature, max_output_tokens, background, reason, "
-    "error, finish_reason, usage, last_seq, left_out, options, events_deleted, message_items, message_bytes, input, "
-    "output, runs, output_bytes, text_length"
+    "error, finish_reason, usage, last_seq, left_out, options, events_deleted, ephemeral, message_items, "
+    "message_bytes, input, output, runs, output_bytes, text_length"
 )
 _INSERT = (
     f"INSERT INTO turns (session, ordinal, owner, {_INSERT_COLUMNS}) "
     f"VALUES (:session, :ordinal, :owner, {', '.join(':' + name for name in _INSERT_COLUMNS.split(', '))})"
 )
+_ORDINAL_TO_FOLLOW = "SELECT ordinal FROM shown_turns WHERE id = ? AND session = ? AND ephemeral = 0"
 _KEEP_LEFT_OUT = "UPDATE turns SET left_out = :left_out WHERE key = :key AND left_out IS NOT :left_out"
 _KEEP_USAGE = "UPDATE turns SET usage = :usage WHERE key = :key AND usage IS NOT :usage"
 
@@ -221,11 +222,10 @@ def _session_for(
         instead: What the caller may do if it has not.
     """
     kept = sessions.visible(db, turn.session_id, now)
+    rules.check_takes_turns(kept.record)
     ordinal: int | None = None
     if turn.parent is not None:
-        ordinal = db.execute(
-            "SELECT ordinal FROM shown_turns WHERE id = ? AND session = ?", (turn.parent, kept.key)
-        ).get
+        ordinal = db.execute(_ORDINAL_TO_FOLLOW, (turn.parent, kept.key)).get
         if ordinal is None:
             raise TurnNotFoundError(turn.parent)
     others = None if kept.owner == owners.fence else kept.owner
@@ -355,7 +355,7 @@ def end(
     own = _own(db, turn.session_id, turn.id, fence)
     if own is None:
         return rules.result_of_late_end(_find(db, turn.session_id, turn.id), turn)
-    if not event_pages.fits_in_turn(turn, runs):
+    if not (turn.ephemeral or event_pages.fits_in_turn(turn, runs)):
         text = text_of(runs, [item.text for item in turn.output], after=after)
         _keep_rest(db, own.key, list(skip(runs, after)), text, staged, after=after)
     keep_end(db, own.key, turn, now, runs=runs, session=own.session, idle_timeout_s=own.idle_timeout_s, terms=terms)

@@ -102,7 +102,7 @@ async def test_encrypted_reasoning_is_kept_with_the_reasoning_that_it_follows(au
         ]
         assert kinds(await read_all(turn.log)) == ["turn.started", "turn.reasoning", "turn.call", "turn.completed"]
         _, reply = await begin(stage, session, NewTurn(items=(output("a", "1"),)))
-        assert [item.text for item in reply.request.prompt] == ["hi", "gAAA", "gBBB", "", "1"]
+        assert [item.text for item in reply.request.prompt] == ["hi", "gAAA", "gBBB", "hm", "", "1"]
         reply.finish()
 
 

@@ -12,6 +12,7 @@ from service.models.client import (
     FunctionCallOutput,
     Message,
     PromptItem,
+    Reasoning,
 )
 from service.sessions.turns.prompt import BEGINNING_LEFT_OUT, NOT_ANSWERED
 from service.storage.records import Failure, Item, LeftOut, TurnRecord, TurnState
@@ -85,6 +86,8 @@ def short(item: PromptItem) -> str:
             return f"{call_id}: {text}"
         case EncryptedReasoning(text):
             return f"encrypted {text}"
+        case Reasoning(text):
+            return f"thinks {text}"
 
 
 def check(items: Sequence[PromptItem]) -> None:
@@ -106,7 +109,7 @@ def check(items: Sequence[PromptItem]) -> None:
         if not rest:
             return
         start = len(rest)
-        while rest and isinstance(rest[0], EncryptedReasoning):
+        while rest and isinstance(rest[0], EncryptedReasoning | Reasoning):
             del rest[0]
         if rest and isinstance(rest[0], Message):
             assert rest[0].role == "assistant"
@@ -184,7 +187,11 @@ def test_data_that_only_one_model_server_can_read_goes_to_no_other_model() -> No
     first = done([asks("a")], thought, calls("1", upstream='{"x":1}'))
     last = turn("running", [brings("1")])
     same = build_prompt([first, last], system_message=None, bytes_max=EVERYTHING).items
-    assert same[1:3] == (EncryptedReasoning("gAAA", '{"n":1}'), FunctionCall("1", "f", '{"of":"1"}', '{"x":1}'))
+    assert same[1:4] == (
+        EncryptedReasoning("gAAA", '{"n":1}'),
+        Reasoning("hm"),
+        FunctionCall("1", "f", '{"of":"1"}', '{"x":1}'),
+    )
     last = turn("running", [brings("1")], model="other")
     assert build_prompt([first, last], system_message=None, bytes_max=EVERYTHING).items[1:2] == (
         FunctionCall("1", "f", '{"of":"1"}'),

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from service.models.client import Message, PromptItem
 from service.sessions.commands import turns_of
-from service.sessions.turns.prompt import BEGINNING_LEFT_OUT
+from service.sessions.turns.prompt import BEGINNING_LEFT_OUT, NOT_ANSWERED
 from service.settings import Settings
 from service.storage.records import Item, LeftOut, TurnRecord
 from service.storage.rules import TURN_BYTES
@@ -65,6 +65,19 @@ def test_a_note_beside_outputs_without_a_text_is_the_last_item() -> None:
     path = [*added(asks("a"), calls("1"), notes("n")), turn("running", [brings("1")])]
     assert [short(it) for it in build_prompt(path, system_message=None, bytes_max=EVERYTHING).items] == [
         *("u: a", "call 1", "1: out", "s: n"),
+    ]
+
+
+def test_a_note_at_the_end_of_an_input_comes_last() -> None:
+    def ask(*said: Item) -> list[str]:
+        path = [*added(asks("a"), says("A")), turn("running", said)]
+        return [short(it) for it in build_prompt(path, system_message="S", bytes_max=EVERYTHING).items]
+
+    assert ask(notes("n")) == ["s: S", "u: a", "a: A", "s: n"]
+    assert ask(asks("b"), notes("n")) == ["s: S", "u: a", "a: A", "s: n", "u: b"]
+    assert ask(asks("b"), says("B"), notes("n"), notes("m")) == ["s: S", "u: a", "a: A", "u: b", "a: B", "s: n\n\nm"]
+    assert ask(calls("1"), notes("n")) == [
+        *("s: S", "u: a", "a: A", "call 1", f"1: {NOT_ANSWERED}", "s: n"),
     ]
 
 

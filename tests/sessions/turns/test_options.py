@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from trio.testing import MockClock
 
-from service.models.client import Message
+from service.models.client import NO_OPTIONS, Message, Options, TextFormat
 from service.sessions.commands import NewSession, NewTurn
 from service.settings import Upstream
 from service.storage.memory import MemoryStore
@@ -85,3 +85,34 @@ async def test_the_prompts_of_a_model_have_its_own_bound(autojump_clock: MockClo
         assert [item.text[:1] for item in reply.request.prompt] == ["b", "r", "c", "r", "d", "r", "n"]
         reply.finish()
         assert (await small.wait_ended()).left_out == LeftOut(2, 1001)
+
+
+OPTIONS = Options(
+    top_p=0.5,
+    text_format=TextFormat(type="json_schema", name="x", schema={"type": "object"}),
+    reasoning_effort="low",
+    verbosity="low",
+    presence_penalty=1,
+    frequency_penalty=-1,
+    stop=("END",),
+    seed=7,
+)
+
+
+@pytest.mark.parametrize("kind", [MemoryStore, LeavesPathsOut])
+async def test_further_options_go_to_the_model_for_this_turn_alone(
+    autojump_clock: MockClock, kind: type[MemoryStore]
+) -> None:
+    async with open_stage(kind()) as stage:
+        session_id = (await stage.sessions.create_session(NewSession())).id
+        turns = [
+            await start(stage.sessions, session_id, "a"),
+            await start(stage.sessions, session_id, "b", options=OPTIONS, on_conflict="queue"),
+            await start(stage.sessions, session_id, "c", on_conflict="queue"),
+        ]
+        for turn, options in zip(turns, (NO_OPTIONS, OPTIONS, NO_OPTIONS), strict=True):
+            reply = await stage.puppet.next_reply()
+            assert reply.request.options == options
+            reply.finish()
+            assert (await turn.wait_ended()).options == options
+            assert (await stage.sessions.get_turn(session_id, turn.id)).options == options

@@ -33,6 +33,14 @@ async def _fork_over_an_expired_one(store: SqliteStore) -> None:
     await store.fork_session("copy", at=None, copy_id="sess_000001", now=LATE)
 
 
+async def _begin_and_end_ephemeral(store: SqliteStore, *, is_alone: bool) -> None:
+    session = "alone" if is_alone else "sess_000100"
+    turn = msgspec.structs.replace(a_turn(f"e-{session}", session), ephemeral=True)
+    creates = msgspec.structs.replace(a_session(session), ephemeral=True) if is_alone else None
+    await store.begin_turn(turn, now=T0, creates=creates)
+    await store.end_turn(ended(turn), runs=said("Hi"), now=T0)
+
+
 async def _second_page(store: SqliteStore) -> object:
     first = await store.list_sessions(limit=10, after=None, status=None, now=T0)
     return await store.list_sessions(limit=10, after=first.next, status=None, now=T0)
@@ -109,6 +117,8 @@ CALLS: dict[str, Callable[[SqliteStore], Awaitable[object]]] = {
     "start": lambda store: store.start_turn("new", now=T0),
     "checkpoint": lambda store: store.checkpoint_turns([a_checkpoint("new", "x", session="sess_000100")]),
     "end": lambda store: store.end_turn(ended(a_turn("new", "sess_000100")), runs=said("Hi"), now=T0),
+    "ephemeral turn": lambda store: _begin_and_end_ephemeral(store, is_alone=False),
+    "ephemeral turn with its session": lambda store: _begin_and_end_ephemeral(store, is_alone=True),
     "delete an item": lambda store: store.delete_item("sess_000100", "added-out", now=T0),
     "delete a call": _delete_a_call,
     "delete turns": lambda store: store.delete_turns("sess_000100", "added", now=T0),

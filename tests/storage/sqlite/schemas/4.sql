@@ -67,7 +67,7 @@ CREATE TABLE owners (
     address TEXT,
     opened_at INTEGER NOT NULL
 ) STRICT;
-INSERT INTO owners VALUES(1,NULL,1795942922462644);
+INSERT INTO owners VALUES(1,NULL,1795943185824740);
 DELETE FROM sqlite_schema WHERE name='search' AND type='table';
 INSERT INTO sqlite_schema(type,name,tbl_name,rootpage,sql) VALUES('table','search','search',0,'CREATE VIRTUAL TABLE search USING fts5 (terms, content='''', contentless_delete=1, detail=none, tokenize=''ascii'')');
 DROP TABLE IF EXISTS search_config;
@@ -123,23 +123,27 @@ CREATE TABLE sessions (
     owner INTEGER,              -- of its open turns
     turns_begun INTEGER NOT NULL DEFAULT 0,
     input_tokens INTEGER NOT NULL DEFAULT 0,
-    output_tokens INTEGER NOT NULL DEFAULT 0, edits INTEGER NOT NULL DEFAULT 0, owner_name TEXT NOT NULL DEFAULT '', reasoning_tokens INTEGER NOT NULL DEFAULT 0, cached_tokens INTEGER NOT NULL DEFAULT 0,
+    output_tokens INTEGER NOT NULL DEFAULT 0, edits INTEGER NOT NULL DEFAULT 0, owner_name TEXT NOT NULL DEFAULT '', reasoning_tokens INTEGER NOT NULL DEFAULT 0, cached_tokens INTEGER NOT NULL DEFAULT 0, ephemeral INTEGER NOT NULL DEFAULT 0,
     CHECK ((id IS NULL) = (deletion = 2)),
     CHECK ((owner IS NULL) = (open_turns = 0))
 ) STRICT;
-INSERT INTO sessions VALUES(1,'s',0,NULL,1772366400123456,1772366400123456,1772366460123456,60.0,'t2',3,1,1,2,0,0,0,'',0,0);
-INSERT INTO sessions VALUES(2,'other',0,NULL,1772366400123456,1772366400123456,1772366460123456,60.0,NULL,0,0,NULL,0,0,0,0,'',0,0);
-INSERT INTO sessions VALUES(3,'marked',1,1,1772366400123456,1772366400123456,1772366460123456,60.0,NULL,0,0,NULL,0,0,0,0,'',0,0);
+INSERT INTO sessions VALUES(1,'s',0,NULL,1772366400123456,1772366400123456,1772366460123456,60.0,'t2',3,1,1,2,0,0,0,'',0,0,0);
+INSERT INTO sessions VALUES(2,'other',0,NULL,1772366400123456,1772366400123456,1772366460123456,60.0,NULL,0,0,NULL,0,0,0,0,'',0,0,0);
+INSERT INTO sessions VALUES(3,'marked',1,1,1772366400123456,1772366400123456,1772366460123456,60.0,NULL,0,0,NULL,0,0,0,0,'',0,0,0);
 CREATE INDEX marked_sessions ON sessions (deleter) WHERE deletion = 1;
 CREATE INDEX owned_idle_sessions_by_deadline ON sessions (expires_at, id)
     WHERE deletion = 0 AND open_turns = 0 AND owner_name <> '';
-CREATE INDEX owned_sessions_by_age ON sessions (created_at, id) WHERE deletion = 0 AND owner_name <> '';
+CREATE INDEX owned_sessions_by_age ON sessions (created_at, id)
+    WHERE deletion = 0 AND ephemeral = 0 AND owner_name <> '';
 CREATE INDEX plain_idle_sessions_by_deadline ON sessions (expires_at, id)
     WHERE deletion = 0 AND open_turns = 0 AND owner_name = '';
-CREATE INDEX plain_sessions_by_age ON sessions (created_at, id) WHERE deletion = 0 AND owner_name = '';
+CREATE INDEX plain_sessions_by_age ON sessions (created_at, id)
+    WHERE deletion = 0 AND ephemeral = 0 AND owner_name = '';
 CREATE INDEX removed_sessions ON sessions (key) WHERE deletion = 2;
-CREATE INDEX running_sessions_by_age ON sessions (created_at, id) WHERE deletion = 0 AND open_turns > 0;
-CREATE INDEX sessions_by_owner ON sessions (owner_name, created_at, id) WHERE deletion = 0 AND owner_name <> '';
+CREATE INDEX running_sessions_by_age ON sessions (created_at, id)
+    WHERE deletion = 0 AND ephemeral = 0 AND open_turns > 0;
+CREATE INDEX sessions_by_owner ON sessions (owner_name, created_at, id)
+    WHERE deletion = 0 AND ephemeral = 0 AND owner_name <> '';
 DROP TABLE IF EXISTS siblings;
 CREATE TABLE siblings (
     session INTEGER NOT NULL REFERENCES sessions (key),
@@ -179,11 +183,11 @@ CREATE TABLE turns (
     last_seq INTEGER NOT NULL,
     message_bytes INTEGER NOT NULL,
     input TEXT NOT NULL,
-    output TEXT NOT NULL, message_items INTEGER, left_out TEXT, runs BLOB, output_bytes INTEGER, text_length INTEGER, options TEXT, events_deleted INTEGER NOT NULL DEFAULT 0,
+    output TEXT NOT NULL, message_items INTEGER, left_out TEXT, runs BLOB, output_bytes INTEGER, text_length INTEGER, options TEXT, events_deleted INTEGER NOT NULL DEFAULT 0, ephemeral INTEGER NOT NULL DEFAULT 0,
     CHECK ((owner IS NOT NULL) = (state IN ('queued', 'running')))
 ) STRICT;
-INSERT INTO turns VALUES(1,1,0,'t',NULL,NULL,'completed','a-model',1772366400123456,1772366400123456,1772366400123456,NULL,NULL,0,NULL,NULL,'stop',NULL,3,7,'[{"id":"t-in-0","type":"message","role":"user","text":"Hello"}]','[{"id":"t-out","type":"message","role":"assistant","text":"Hi"}]',2,'{"items":1,"bytes":2}',X'9292FEC4009200C40102',NULL,NULL,NULL,0);
-INSERT INTO turns VALUES(2,1,1,'t2','t',1,'running','a-model',1772366400123456,1772366400123456,NULL,NULL,NULL,0,NULL,NULL,NULL,NULL,0,5,'[{"id":"t2-in-0","type":"message","role":"user","text":"Hello"}]','[]',1,NULL,NULL,NULL,NULL,NULL,0);
+INSERT INTO turns VALUES(1,1,0,'t',NULL,NULL,'completed','a-model',1772366400123456,1772366400123456,1772366400123456,NULL,NULL,0,NULL,NULL,'stop',NULL,3,7,'[{"id":"t-in-0","type":"message","role":"user","text":"Hello"}]','[{"id":"t-out","type":"message","role":"assistant","text":"Hi"}]',2,'{"items":1,"bytes":2}',X'9292FEC4009200C40102',NULL,NULL,NULL,0,0);
+INSERT INTO turns VALUES(2,1,1,'t2','t',1,'running','a-model',1772366400123456,1772366400123456,NULL,NULL,NULL,0,NULL,NULL,NULL,NULL,0,5,'[{"id":"t2-in-0","type":"message","role":"user","text":"Hello"}]','[]',1,NULL,NULL,NULL,NULL,NULL,0,0);
 CREATE INDEX open_turns ON turns (owner) WHERE owner IS NOT NULL;
 CREATE UNIQUE INDEX turns_by_id ON turns (id, session);
 CREATE UNIQUE INDEX turns_by_ordinal ON turns (session, ordinal);
