@@ -39,6 +39,7 @@ from service.clock import Clock, SteadyClock
 from service.errors import StartupError, StoreError
 from service.models.client import ModelClient
 from service.models.http.read_poller import open_read_poller
+from service.models.model_catalog import ModelCatalog
 from service.models.openai_compatible import open_openai_compatible
 from service.models.retrying import RetryingClient
 from service.models.scripted import Script, open_scripted
@@ -66,6 +67,7 @@ class Service:
     clock: Clock
     store: Store
     sessions: Sessions
+    models: ModelCatalog
     shutdown: Shutdown
     refusals: RefusalLog
     keys: ApiKeys
@@ -126,7 +128,8 @@ async def open_service(
         await nursery.start(refusals.run, name="refusal loop")
         await nursery.start(shutdown.run, sessions, name="shutdown watcher")
         await nursery.start(keys.run, name="key loop")
-        yield Service(settings, clock, store, sessions, shutdown, refusals, keys)
+        models = ModelCatalog(upstreams, default_model=settings.default_model)
+        yield Service(settings, clock, store, sessions, models, shutdown, refusals, keys)
         nursery.cancel_scope.cancel()
 
 

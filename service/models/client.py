@@ -8,7 +8,7 @@ paid for that no client will read.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import msgspec
 
@@ -283,6 +283,14 @@ async def relay_received(stream: ModelStream, take: TakeEvents) -> None:
         pass
 
 
+class ListedModel(msgspec.Struct, frozen=True, kw_only=True):
+    """A model, as its server lists it. ``created`` is a Unix time."""
+
+    id: str
+    created: int | None = None
+    owned_by: str | None = None
+
+
 class ModelClient(Protocol):
     """A way to one upstream."""
 
@@ -305,5 +313,18 @@ class ModelClient(Protocol):
         """Close every connection. Called once, after the last stream was left.
 
         May be cancelled: the connections are then dropped.
+        """
+        ...
+
+
+@runtime_checkable
+class ListsModels(Protocol):
+    """A model client whose server can tell which models it has."""
+
+    async def list_models(self) -> Sequence[ListedModel]:
+        """Ask the server for its models. The caller bounds the wait.
+
+        Raises:
+            ModelError: The server cannot be reached, or its answer is no list of models.
         """
         ...

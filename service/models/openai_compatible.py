@@ -36,12 +36,13 @@ from service.errors import NOTHING_LEFT, ModelError, SettingsError, is_exhaustio
 from service.freezes import extended_when_late, move_on_after
 from service.ids import is_request_id
 from service.models.chat_completions import ReplyDecoder, encode_request
-from service.models.client import ModelEvent, ModelRequest, TakeEvents, Usage
+from service.models.client import ListedModel, ModelEvent, ModelRequest, TakeEvents, Usage
 from service.models.dialects import KnownDialects
 from service.models.http.connect import TlsError
 from service.models.http.read_poller import ReadPoller
 from service.models.http.transport import BODY, ResponseBody, Transport
 from service.models.inflate import ENCODINGS, InflateError, Inflater, inflate
+from service.models.listed_models import LIST_BYTES_MAX, read_models
 from service.models.parameters import parameters_of
 from service.models.upstream_errors import ErrorReply, RetryHints, error_from_reply, error_from_status
 from service.telemetry.log_context import add_to_log_context
@@ -130,6 +131,7 @@ class OpenAICompatibleClient:
             (f"upstreams.{name}.url", f"upstreams.{name}.api_key") if name else ("model_url", "model_api_key")
         )
         self._url, auth = _endpoint(url, setting=url_setting)
+        self._models_url = self._url.copy_with(path=self._url.path.removesuffix("/chat/completions") + "/models")
         if api_key is not None and not re.fullmatch(r"[\x21-\x7e]+", api_key):
             raise SettingsError(f"{key_setting}: it has characters that cannot be in a key (or is empty).")
         if api_key is not None and auth is not None:
@@ -193,16 +195,37 @@ class OpenAICompatibleClient:
             if dialect == refused:
                 raise self._failure(response, reply, request)
 
+    async def list_models(self) -> Sequence[ListedModel]:
+        """See :class:`~service.models.client.ListsModels`."""
+        headers = {name: value for name, value in self._headers.items() if name != "Content-Type"}
+        headers["Accept"] = "application/json"
+        response = await self._send(httpx.Request("GET", self._models_url, headers=headers))
+        try:
+            if not response.is_readable:
+                raise ModelError(
+                    "upstream_rejected", f"The model server has no list of models (HTTP {response.status})."
+                )
+            body = await response.read_body(bytes_max=LIST_BYTES_MAX)
+            response.reusable = True
+        finally:
+            await response.aclose()  # noqa: ASYNC102  shielded inside
+        try:
+            return read_models(body)
+        except ValueError as error:
+            raise ModelError("upstream_protocol", "The model server's list of models cannot be read.") from error
+
     async def _respond(self, body: bytes) -> "_Response":
         """Send the request and wait for the response's head. The caller closes the response."""
         add_to_log_context(upstream_request_id=None)
-        try:
-            request = httpx.Request("POST", self._url, headers=self._headers, content=body)
-            response = _Response(await self._transport.handle_async_request(request))
-        except httpx.HTTPError as error:
-            raise _transport_error(error) from error
+        response = await self._send(httpx.Request("POST", self._url, headers=self._headers, content=body))
         add_to_log_context(upstream_request_id=response.request_id)
         return response
+
+    async def _send(self, request: httpx.Request) -> "_Response":
+        try:
+            return _Response(await self._transport.handle_async_request(request))
+        except httpx.HTTPError as error:
+            raise _transport_error(error) from error
 
     def _failure(self, response: "_Response", reply: ErrorReply, request: ModelRequest) -> ModelError:
         """The error for a response whose body cannot be read as a reply."""
@@ -355,6 +378,22 @@ class _Response:
         """The compression of the body; empty if it is not compressed."""
         said = [name.strip() for name in self.headers.get("content-encoding", "").lower().split(",")]
         return ", ".join(name for name in said if name not in ("", "identity", "none", "utf-8"))
+
+    async def read_body(self, *, bytes_max: int) -> bytes:
+        """The whole body.
+
+        Raises:
+            ModelError: It broke off, cannot be decompressed or is larger than ``bytes_max``.
+        """
+        body = bytearray()
+        try:
+            while piece := await self.body.receive():
+                body += piece
+                if len(body) > bytes_max:
+                    raise ModelError("upstream_protocol", f"The model server's answer has more than {bytes_max} bytes.")
+        except (httpx.HTTPError, InflateError) as error:
+            raise _body_error(error) from error
+        return bytes(body)
 
     async def read_error_body(self) -> bytes:
         """The part of the body that arrives within bounds of size and time."""

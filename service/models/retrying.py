@@ -13,6 +13,8 @@ from stamina.instrumentation import RetryDetails
 
 from service.errors import ModelError
 from service.models.client import (
+    ListedModel,
+    ListsModels,
     ModelClient,
     ModelEvent,
     ModelRequest,
@@ -58,6 +60,10 @@ class RetryingClient:
     def stream(self, request: ModelRequest) -> AbstractAsyncContextManager[ModelStream]:
         """See :class:`~service.models.client.ModelClient`."""
         return _RetriedStream(self._client, request, attempts=self._attempts)
+
+    async def list_models(self) -> Sequence[ListedModel]:
+        """The models that the wrapped client's server lists; none if it cannot. Asked once."""
+        return await self._client.list_models() if isinstance(self._client, ListsModels) else ()
 
     async def aclose(self) -> None:
         await self._client.aclose()

@@ -22,6 +22,16 @@ class Upstreams:
         self._by_model = dict(by_model or {})
 
     @property
+    def default(self) -> ModelClient | None:
+        """The client for every model that :attr:`routes` does not have."""
+        return self._default
+
+    @property
+    def routes(self) -> Mapping[str, ModelClient]:
+        """The clients of the models that are known by name, in the settings' order."""
+        return self._by_model
+
+    @property
     def models(self) -> Iterable[str]:
         """The models that are known by name, in the settings' order."""
         return tuple(self._by_model)
