@@ -17,6 +17,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from service.api.http.event_frames import EncodeFrame
 from service.api.http.event_stream import PIECE_WRITER, EventStream, LastPiece
+from service.api.http.face_frames import encoder_of
 from service.api.native.event_frames import encode_frame
 from service.freezes import FreezeWatch
 from service.hosting.hypercorn.chunked_response import ChunkedResponse
@@ -25,6 +26,7 @@ from service.sessions.events.event_log import INLINE_READERS_MAX, WOKEN_MAX, Eve
 from service.sessions.events.events import Event, TurnCompleted, TurnDelta
 from service.sessions.events.streams import Streams
 from service.stop_state import Phase, StopState
+from tests.api.counting_face import CountingFace
 
 MIB = 1024 * 1024
 PLENTY = 1 << 40
@@ -35,6 +37,14 @@ def encode_for_another_face(event: Event) -> bytes:
 
 
 FACES: tuple[EncodeFrame, ...] = (encode_frame, encode_for_another_face)
+
+
+def encode_in_states(log: EventLog, *, after: int) -> EncodeFrame:
+    """The frames of a face whose frames depend on the events before, up to a seq."""
+    encoder = encoder_of(log, CountingFace())
+    while encoder.seq < after:
+        encoder.skip_some(log)
+    return encoder.encode
 
 
 class Log(EventLog):
@@ -153,6 +163,11 @@ class World:
         self.nursery.start_soon(reader.run)
         return reader
 
+    def join_in_face(self, face: int, *, after: int, room: int) -> Reader:
+        """Join in one of the faces, the last of which has states."""
+        encode = FACES[face] if face < len(FACES) else encode_in_states(self.log, after=after)
+        return self.join(encode=encode, after=after, room=room)
+
 
 @asynccontextmanager
 async def opened_world() -> AsyncIterator[World]:
@@ -200,9 +215,9 @@ steps: st.SearchStrategy[Step] = st.one_of(
     st.builds(lambda sizes: burst(sizes * 70, apart=True), st.lists(st.just(1), min_size=1, max_size=1)),
     st.builds(
         lambda face, behind, room: (
-            lambda world: world.join(encode=FACES[face], after=max(world.log.last_seq - behind, 0), room=room)
+            lambda world: world.join_in_face(face, after=max(world.log.last_seq - behind, 0), room=room)
         ),
-        st.integers(0, 1),
+        st.integers(0, len(FACES)),
         st.integers(0, 90),
         rooms,
     ),
