@@ -23,17 +23,14 @@ from service.storage.sqlite.tree_changes import Part, Progress
 
 _TAKEN = "key, id, ordinal, owner, parent, input, deleted_items, output, output_bytes IS NOT NULL"
 _ROOT = f"SELECT {_TAKEN} FROM shown_turns WHERE id = ? AND session = ?"
-_FOLLOWERS = f"SELECT {_TAKEN} FROM shown_turns WHERE {trees.CHILDREN} AND ordinal > ? ORDER BY ordinal"
 _NEWER_FIRST = (
     "SELECT id, ordinal, instr(input, :item) > 0 OR instr(output, :item) > 0 FROM shown_turns "
     "WHERE session = :session AND ordinal < :below ORDER BY ordinal DESC"
 )
 _OPEN = "SELECT id FROM turns WHERE owner = ? AND session = ?"
 _IS_OPEN = "SELECT owner IS NOT NULL FROM turns WHERE id = ? AND session = ?"
-_GET = f"SELECT {TURN_COLUMNS}, key, ordinal FROM shown_turns WHERE id = ? AND session = ?"
-_CHILDREN = (
-    f"SELECT {TURN_COLUMNS}, key, ordinal FROM shown_turns WHERE {trees.CHILDREN} AND ordinal > ? ORDER BY ordinal"
-)
+_FOUND = f"{TURN_COLUMNS}, key, ordinal"
+_GET = f"SELECT {_FOUND} FROM shown_turns WHERE id = ? AND session = ?"
 _KEPT = (
     *("input", "output", "runs", "output_bytes", "text_length", "message_items", "message_bytes", "events_deleted"),
 )
@@ -91,7 +88,7 @@ class FollowersRead:
         deadline = time.monotonic() + turns.STEP_S
         while self._following:
             parent, after = self._following.pop()
-            for row in db.execute(_FOLLOWERS, (kept.key, parent, after)):
+            for row in trees.children_of(db, kept.key, parent, _TAKEN, after=after):
                 self._take(row)
                 if time.monotonic() >= deadline:
                     self._following.append((parent, row[2]))
@@ -227,7 +224,7 @@ class ItemSearch:
         deadline = time.monotonic() + turns.STEP_S
         while self._following:
             parent, after = self._following.pop()
-            for row in db.execute(_CHILDREN, (kept.key, parent, after)):
+            for row in trees.children_of(db, kept.key, parent, _FOUND, after=after):
                 *_, key, ordinal = row
                 child = event_pages.record_of(db, self.session_id, row[:-2])
                 if outputs := rules.answers_to(call, child):
