@@ -31,7 +31,7 @@ _TURNS_AT_ONCE = 50
 _BYTES_AT_ONCE = 128 * 1024
 """The turns, and the bytes of their texts, that one step of an import adds."""
 _PAUSE_S = 0.002
-"""The pause after a step, in which a service that waits for the lock gets it."""
+"""The pause after a step of an import: longer than a process waits until it looks at a lock again."""
 _INCREMENTAL = 2
 """The value of ``PRAGMA auto_vacuum`` for a file that can give pages back step by step."""
 
@@ -236,7 +236,7 @@ def import_session(
                         trees.add_sibling(db, key, turn.parent, ordinal)
                         turns.insert_ended(db, key, ordinal, turn, runs, terms=terms)
                         ordinal += 1
-                time.sleep(_PAUSE_S)
+                _let_others_write()
             with database.transaction(db):
                 sessions.make_room(db, session.id, now)
                 sessions.show(db, key, session.id)
@@ -244,6 +244,11 @@ def import_session(
             with database.transaction(db):
                 sessions.remove_deleted(db, hidden_id)
             raise
+
+
+def _let_others_write() -> None:
+    """Pause, so that a service that waits for the lock gets it."""
+    time.sleep(_PAUSE_S)
 
 
 def _imported_at_once(
@@ -273,11 +278,9 @@ def _owner(db: apsw.Connection, path: Path) -> Iterator[int]:
                 ownership.begin(db, address=None, opened_at=time.time_ns() // 1000)
         except OSError as error:
             raise database.startup_error(path, error) from error
-        try:
-            yield ownership.fence
-        finally:
-            with database.transaction(db):
-                db.execute("DELETE FROM owners WHERE fence = ?", (ownership.fence,))
+        yield ownership.fence
+        with database.transaction(db):  # if not, a recovery looks for what is left, and removes the row, too
+            db.execute("DELETE FROM owners WHERE fence = ?", (ownership.fence,))
     finally:
         ownership.close()
 

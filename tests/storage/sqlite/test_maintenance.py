@@ -20,8 +20,9 @@ from service.errors import SessionExistsError, SessionNotFoundError, StartupErro
 from service.models.client import Usage
 from service.storage.pieces import STARTED, Run
 from service.storage.records import Item, LeftOut, SessionPatch, Siblings, TurnRecord, TurnState
-from service.storage.sqlite import SqliteStore, database, maintenance, open_sqlite_store
-from tests.storage.rows import T0, a_session, a_turn, at, contents, ended, said
+from service.storage.sqlite import SqliteStore, database, maintenance, open_sqlite_store, sessions, turns
+from service.storage.sqlite.reclaim import reclaim_some
+from tests.storage.rows import T0, Contents, a_session, a_turn, at, contents, ended, said
 
 T1, T2, T3, T4 = (f"turn_{n:032x}" for n in range(1, 5))
 
@@ -349,3 +350,70 @@ async def test_a_check_says_what_is_wrong(path: Path) -> None:
         db.execute("DELETE FROM sessions")
         db.commit()
     assert any("turns row" in problem for problem in maintenance.check(path))
+
+
+class Died(BaseException):
+    """The process died here."""
+
+
+@pytest.mark.parametrize("cleans_up", [True, False])
+@pytest.mark.parametrize("step", [0, 1, 2])
+async def test_an_import_that_ends_in_the_middle_leaves_nothing(
+    path: Path, monkeypatch: pytest.MonkeyPatch, step: int, *, cleans_up: bool
+) -> None:
+    async with open_sqlite_store(path) as store:
+        await _fill(store)
+        exported = exported_events.export_session(path, "s")
+        expired = await contents(store, now=T0)
+    insert, steps = turns.insert_ended, 0
+
+    def insert_or_die(*args: Any, **more: Any) -> int:
+        nonlocal steps
+        if steps == step:
+            raise Died
+        steps += 1
+        return insert(*args, **more)
+
+    monkeypatch.setattr(maintenance, "_TURNS_AT_ONCE", 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(turns, "insert_ended", insert_or_die)
+        if not cleans_up:
+            patched.setattr(sessions, "remove_deleted", lambda *_: False)
+        with pytest.raises(Died):
+            exported_events.import_session(path, read_exported(exported), now=at(61))
+    async with open_sqlite_store(path) as store:
+        assert await contents(store, now=T0) == expired, "not even the session that expires is replaced"
+        await store.recover(now=T0)
+        while await store._writing.call(reclaim_some):
+            pass
+        count = await store._writing.call(lambda db: db.execute("SELECT count(*) FROM turns").get)
+        assert count == 3
+        owners = await store._writing.call(lambda db: db.execute("SELECT count(*) FROM owners").get)
+        assert owners == 1
+    exported_events.import_session(path, read_exported(exported), now=at(61))
+    assert maintenance.check(path) == []
+
+
+async def test_an_import_lets_others_write_between_its_steps_and_shows_nothing_before_the_last(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = path.with_name("there.db")
+    async with open_sqlite_store(path) as store, open_sqlite_store(there) as other:
+        await _fill(store)
+        exported = exported_events.export_session(path, "s")
+        pauses: list[Contents] = []
+
+        def pause() -> None:
+            trio.from_thread.run(look)
+
+        async def look() -> None:
+            await other.recover(now=T0)  # the builder lives
+            await other.create_session(a_session(f"beside-{len(pauses)}"), now=T0)
+            pauses.append(await contents(other, now=T0))
+
+        monkeypatch.setattr(maintenance, "_TURNS_AT_ONCE", 1)
+        monkeypatch.setattr(maintenance, "_let_others_write", pause)
+        await trio.to_thread.run_sync(lambda: exported_events.import_session(there, read_exported(exported), now=T0))
+        assert len(pauses) == 3
+        assert all("s" not in found for found in pauses)
+        assert (await contents(other, now=T0))["s"] == (await contents(store, now=T0))["s"]
