@@ -27,6 +27,7 @@ from service.storage.memory import MemoryStore
 from service.storage.records import FACE_BYTES_MAX, IdempotencyKey
 from tests.sessions.active.test_refusing_store import FullDisk
 from tests.sessions.puppet import Reply, Stage, kinds, open_stage, read_all
+from tests.sessions.test_branches import _a_conversation
 from tests.sessions.turns.test_turns import start
 
 FACE = {"metadata": msgspec.Raw(b'{"a": 1e2}')}
@@ -43,15 +44,7 @@ async def alone(stage: Stage, text: str = "hi", **new: object) -> tuple[Turn, Re
 
 async def conversation(stage: Stage, *texts: str) -> list[str]:
     """A session ``s`` with turns that have ended. Returns their ids."""
-    await stage.sessions.create_session(NewSession(id="s"))
-    turns = []
-    for text in texts:
-        turns.append(await start(stage.sessions, "s", text))
-        reply = await stage.puppet.next_reply()
-        reply.say(text.upper())
-        reply.finish()
-        await turns[-1].wait_ended()
-    return [turn.id for turn in turns]
+    return [turn.id for turn in await _a_conversation(stage, *texts)]
 
 
 def is_empty(store: MemoryStore) -> bool:

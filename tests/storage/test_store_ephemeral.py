@@ -16,6 +16,8 @@ from service.errors import (
     TurnNotFoundError,
 )
 from service.models.client import Usage
+from service.steps import at_once
+from service.storage.memory import MemoryStore
 from service.storage.records import EndResult, EndState, SessionPatch, SessionRecord, Siblings, TurnRecord
 from service.storage.sqlite import maintenance, open_sqlite_store
 from service.storage.sqlite.store import SqliteStore
@@ -363,3 +365,19 @@ async def _dump(store: SqliteStore, table: str) -> str:
 
 async def _rows(store: SqliteStore, table: str) -> Sequence[object]:
     return await store._reading.call(lambda db: db.execute(f"SELECT * FROM {table}").fetchall())
+
+
+async def test_a_deletion_of_many_turns_begins_anew_if_an_ephemeral_turn_ends_meanwhile() -> None:
+    """It looks at all turns of the session, step by step, and would keep the one that has just gone."""
+    store = MemoryStore()
+    await store.create_session(a_session(), now=T0)
+    await store.begin_turn(ephemeral(), now=T0)
+    chain = [an_added_turn(f"t{n}", parent=f"t{n - 1}" if n else None) for n in range(150)]
+    await store.add_turns(chain, now=T0)
+    deletion = store._delete_turns("s", "t0", T0)
+    for _ in range(2 * len(chain) + 1):
+        next(deletion)
+    await store.end_turn(ended(ephemeral()), runs=said("Hi"), now=T0)
+    assert at_once(deletion) is False
+    await store.delete_turns("s", "t0", now=T0)
+    assert await contents(store, now=T0) == {"s": (a_session(), [])}
