@@ -31,9 +31,7 @@ _OPEN = "SELECT id FROM turns WHERE owner = ? AND session = ?"
 _IS_OPEN = "SELECT owner IS NOT NULL FROM turns WHERE id = ? AND session = ?"
 _FOUND = f"{TURN_COLUMNS}, key, ordinal"
 _GET = f"SELECT {_FOUND} FROM shown_turns WHERE id = ? AND session = ?"
-_KEPT = (
-    *("input", "output", "runs", "output_bytes", "text_length", "message_items", "message_bytes", "events_deleted"),
-)
+_KEPT = (*("input", "output", "runs", "output_bytes", "text_length", "message_items", "message_bytes"),)
 _KEEP = f"UPDATE turns SET {', '.join(f'{name} = :{name}' for name in _KEPT)} WHERE key = :key"
 
 
@@ -313,6 +311,7 @@ def _delete_from(db: apsw.Connection, found: _Found, item_ids: Collection[str]) 
         runs = rules.events_at_once(turn.output)
         values |= event_pages.end_columns(turn, runs)
         event_pages.drop(db, found.key)
+        event_pages.note_deleted(db, found.key)
         db.execute("DELETE FROM events WHERE turn = ?", (found.key,))
         if not values["runs"]:
             text = text_of(runs, [item.text for item in turn.output])

@@ -24,6 +24,9 @@ _GET = (
     "SELECT key, state, runs, text_length, events_deleted FROM shown_turns "
     "WHERE id = ? AND session = (SELECT key FROM sessions WHERE id = ?)"
 )
+_NOTE_DELETED = (
+    "INSERT INTO turn_marks (turn, events_deleted) VALUES (?, 1) ON CONFLICT (turn) DO UPDATE SET events_deleted = 1"
+)
 _OUTPUT = "SELECT output FROM turns WHERE key = ?"
 _MARK = "SELECT after FROM outputs WHERE turn = ? AND items LIKE ?"
 _FROM = (
@@ -62,6 +65,11 @@ def keep(db: apsw.Connection, turn: int, runs: Sequence[Run], text: str, *, afte
             (turn, after, pieces.pack(part), part_text.encode()),
         )
         after += pieces.count(part)
+
+
+def note_deleted(db: apsw.Connection, turn: int) -> None:
+    """Note that a turn has lost its events, with a text that was deleted."""
+    db.execute(_NOTE_DELETED, (turn,))
 
 
 def drop(db: apsw.Connection, turn: int) -> None:

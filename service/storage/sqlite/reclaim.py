@@ -90,7 +90,8 @@ def _delete_turn(db: apsw.Connection, turn: int, deadline: float) -> None:
     documents.forget_turn(db, turn)
     trees.forget_place(db, session, parent, ordinal)
     idempotency.cut_off(db, session, turn_id)
-    db.execute("DELETE FROM changed_parts WHERE turn = ?", (turn,))
+    for table in ("changed_parts", "turn_marks"):
+        db.execute(f"DELETE FROM {table} WHERE turn = ?", (turn,))
     db.execute("DELETE FROM turns WHERE key = ?", (turn,))
 
 

@@ -191,8 +191,6 @@ def values_of(turn: TurnRecord) -> dict[str, object]:
         "last_seq": turn.last_seq,
         "left_out": None if turn.left_out is None else as_json(turn.left_out),
         "options": None if options == _NOTHING_ASKED else as_json(options),
-        "events_deleted": int(turn.events_deleted),
-        "ephemeral": int(turn.ephemeral),
         "message_items": in_prompts.items,
         "message_bytes": in_prompts.bytes,
         "input": as_json(turn.input),

@@ -130,14 +130,19 @@ CREATE TABLE siblings (
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX turns_by_parent ON turns (session, coalesce(parent, ''), ordinal);
 INSERT INTO siblings (session, parent, ordinal, place)
-    SELECT session, parent, ordinal, place FROM (
-        SELECT session, coalesce(parent, '') AS parent, ordinal,
-            row_number() OVER (PARTITION BY session, coalesce(parent, '') ORDER BY ordinal) AS place,
-            count(*) OVER (PARTITION BY session, coalesce(parent, '')) AS siblings
-        FROM turns
-    ) WHERE siblings > 1;
+    SELECT turns.session, coalesce(turns.parent, ''), ordinal,
+        row_number() OVER (PARTITION BY turns.session, coalesce(turns.parent, '') ORDER BY ordinal)
+    FROM (
+        SELECT session, coalesce(parent, '') AS parent FROM turns
+        GROUP BY session, coalesce(parent, '') HAVING count(*) > 1
+    ) AS shared CROSS JOIN turns ON turns.session = shared.session AND coalesce(turns.parent, '') = shared.parent;
 
-ALTER TABLE turns ADD COLUMN events_deleted INTEGER NOT NULL DEFAULT 0; -- 1: a text was deleted, its events with it
+-- What few turns have. For a new column of a STRICT table SQLite would read all turns, with their texts.
+CREATE TABLE turn_marks (
+    turn INTEGER PRIMARY KEY REFERENCES turns (key),
+    events_deleted INTEGER NOT NULL DEFAULT 0,  -- 1: a text was deleted, its events with it
+    ephemeral INTEGER NOT NULL DEFAULT 0        -- 1: the end of the turn removes it
+) STRICT;
 
 -- Changes with too many parts for one step (sqlite/tree_changes.py). First the parts are noted, step by step; the step
 -- that sets the state changes all of them at once for all readers; then, step by step, rows are changed and reclaimed.
@@ -158,7 +163,10 @@ CREATE INDEX changed_parts_by_turn ON changed_parts (turn);
 CREATE VIEW edited_turns AS SELECT *, (
     SELECT '[' || group_concat(items) || ']' FROM changed_parts CROSS JOIN tree_changes ON tree_changes.key = change
     WHERE changed_parts.turn = turns.key AND tree_changes.state = 1
-) AS deleted_items FROM turns;
+) AS deleted_items,
+    coalesce((SELECT events_deleted FROM turn_marks WHERE turn = turns.key), 0) AS events_deleted,
+    coalesce((SELECT ephemeral FROM turn_marks WHERE turn = turns.key), 0) AS ephemeral
+FROM turns;
 -- What readers find by an id, a place or a parent. All that is above such a turn is shown, too.
 CREATE VIEW shown_turns AS SELECT * FROM edited_turns WHERE NOT EXISTS (
     SELECT 1 FROM changed_parts CROSS JOIN tree_changes ON tree_changes.key = change
@@ -173,8 +181,7 @@ UPDATE sessions SET reasoning_tokens = counted.tokens FROM (
     SELECT session, sum(usage ->> '$.reasoning_tokens') AS tokens FROM turns
     WHERE usage IS NOT NULL AND state NOT IN ('queued', 'running') GROUP BY session
 ) AS counted WHERE key = counted.session AND counted.tokens > 0;
--- 1: the end of the turn removes it, and its session if that was made for it. No listing has such a session.
-ALTER TABLE turns ADD COLUMN ephemeral INTEGER NOT NULL DEFAULT 0;
+-- 1: made for an ephemeral turn, whose end removes the session. No listing has such a session.
 ALTER TABLE sessions ADD COLUMN ephemeral INTEGER NOT NULL DEFAULT 0;
 CREATE INDEX sessions_by_owner ON sessions (owner_name, created_at, id)
     WHERE deletion = 0 AND ephemeral = 0 AND owner_name <> '';

@@ -73,14 +73,15 @@ _OWN = "SELECT key, session FROM turns WHERE id = ? AND +owner = ?"  # ``+`` mak
 _IS_OWN = "id = :turn AND +owner = :owner AND (SELECT id FROM sessions WHERE key = session) IS NOT NULL"
 _INSERT_COLUMNS = (
     "id, parent, state, model, created_at, started_at, ended_at, temperature, max_output_tokens, background, reason, "
-    "error, finish_reason, usage, last_seq, left_out, options, events_deleted, ephemeral, message_items, "
-    "message_bytes, input, output, runs, output_bytes, text_length"
+    "error, finish_reason, usage, last_seq, left_out, options, message_items, message_bytes, input, "
+    "output, runs, output_bytes, text_length"
 )
 _INSERT = (
     f"INSERT INTO turns (session, ordinal, owner, {_INSERT_COLUMNS}) "
     f"VALUES (:session, :ordinal, :owner, {', '.join(':' + name for name in _INSERT_COLUMNS.split(', '))})"
 )
 _ORDINAL_TO_FOLLOW = "SELECT ordinal FROM shown_turns WHERE id = ? AND session = ? AND ephemeral = 0"
+_MARK = "INSERT INTO turn_marks (turn, events_deleted, ephemeral) VALUES (?, ?, ?)"
 _KEEP_LEFT_OUT = "UPDATE turns SET left_out = :left_out WHERE key = :key AND left_out IS NOT :left_out"
 _KEEP_USAGE = "UPDATE turns SET usage = :usage WHERE key = :key AND usage IS NOT :usage"
 
@@ -108,7 +109,7 @@ def begin(
     siblings = Siblings()
     if kept.turns_begun and parent_ordinal != kept.turns_begun - 1:  # nothing follows the newest turn yet
         siblings = trees.add_sibling(db, kept.key, turn.parent, kept.turns_begun)
-    db.execute(_INSERT, values_of(turn) | {"session": kept.key, "ordinal": kept.turns_begun, "owner": owners.fence})
+    _insert(db, turn, values_of(turn) | {"session": kept.key, "ordinal": kept.turns_begun, "owner": owners.fence})
     session = rules.begun(kept.record, turn, now)
     db.execute(
         "UPDATE sessions SET head = ?, open_turns = ?, owner = ?, turns_begun = ?, message_count = ?, "
@@ -444,7 +445,7 @@ def insert_ended(
         The key of the turn.
     """
     values = values_of(turn) | event_pages.end_columns(turn, runs)
-    key = _insert_ended(db, session, ordinal, values)
+    key = _insert_ended(db, session, ordinal, turn, values)
     if not values["runs"]:
         text = text_of(runs, [item.text for item in turn.output])
         event_pages.keep(db, key, runs, text, after=0)
@@ -461,13 +462,21 @@ def insert_copy(
     values = values_of(turn) | dict(zip(names, row, strict=True))
     if values["output_bytes"] is not None:
         values["output"] = as_json(rules.without_texts(turn.output))
-    key = _insert_ended(db, session, ordinal, values)
+    key = _insert_ended(db, session, ordinal, turn, values)
     documents.add_turn(db, key, session, terms)
 
 
-def _insert_ended(db: apsw.Connection, session: int, ordinal: int, values: dict[str, object]) -> int:
-    db.execute(_INSERT, values | {"session": session, "ordinal": ordinal, "owner": None})
-    return db.last_insert_rowid()
+def _insert_ended(db: apsw.Connection, session: int, ordinal: int, turn: TurnRecord, values: dict[str, object]) -> int:
+    return _insert(db, turn, values | {"session": session, "ordinal": ordinal, "owner": None})
+
+
+def _insert(db: apsw.Connection, turn: TurnRecord, values: dict[str, object]) -> int:
+    """Insert the row of a turn. Returns its key."""
+    db.execute(_INSERT, values)
+    key = db.last_insert_rowid()
+    if turn.events_deleted or turn.ephemeral:
+        db.execute(_MARK, (key, turn.events_deleted, turn.ephemeral))
+    return key
 
 
 class PathWalk(ABC):

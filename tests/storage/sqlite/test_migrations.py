@@ -87,6 +87,13 @@ def test_a_released_version_makes_the_schema_that_its_scripts_make(path: Path, v
         assert schema(db) == schema(made), "a script was changed after its release"
 
 
+def test_no_migration_adds_a_column_to_the_turns() -> None:
+    """In a STRICT table SQLite reads all rows for that, with all texts of the file."""
+    for script in SCRIPTS[3:]:
+        assert "ALTER TABLE turns" not in script
+        assert "ALTER TABLE event_pages" not in script
+
+
 async def test_a_migration_leaves_a_copy_from_before_and_happens_once(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,7 +67,7 @@ CREATE TABLE owners (
     address TEXT,
     opened_at INTEGER NOT NULL
 ) STRICT;
-INSERT INTO owners VALUES(1,NULL,1795943185824740);
+INSERT INTO owners VALUES(1,NULL,1795943670939817);
 DELETE FROM sqlite_schema WHERE name='search' AND type='table';
 INSERT INTO sqlite_schema(type,name,tbl_name,rootpage,sql) VALUES('table','search','search',0,'CREATE VIRTUAL TABLE search USING fts5 (terms, content='''', contentless_delete=1, detail=none, tokenize=''ascii'')');
 DROP TABLE IF EXISTS search_config;
@@ -77,15 +77,18 @@ INSERT INTO search_config VALUES('crisismerge',256);
 INSERT INTO search_config VALUES('version',4);
 DROP TABLE IF EXISTS search_data;
 CREATE TABLE 'search_data'(id INTEGER PRIMARY KEY, block BLOB);
-INSERT INTO search_data VALUES(1,X'0104');
-INSERT INTO search_data VALUES(10,X'00000002FF00000101010000010101010101000001');
+INSERT INTO search_data VALUES(1,X'0209');
+INSERT INTO search_data VALUES(10,X'00000002FF000001010200000201010101010000010201010202000001');
 INSERT INTO search_data VALUES(137438953473,X'000000190330C3A9010104EE8080310103018101030282300104050704');
+INSERT INTO search_data VALUES(274877906945,X'00000020063068656C6C6F02020169020104EE808031020301810203028230020408040704');
 DROP TABLE IF EXISTS search_docsize;
 CREATE TABLE 'search_docsize'(id INTEGER PRIMARY KEY, sz BLOB, origin INTEGER);
 INSERT INTO search_docsize VALUES(1,X'04',1);
+INSERT INTO search_docsize VALUES(2,X'05',2);
 DROP TABLE IF EXISTS search_idx;
 CREATE TABLE 'search_idx'(segid, term, pgno, PRIMARY KEY(segid, term)) WITHOUT ROWID;
 INSERT INTO search_idx VALUES(1,X'',2);
+INSERT INTO search_idx VALUES(2,X'',2);
 DROP TABLE IF EXISTS session_metadata;
 CREATE TABLE session_metadata (
     pair BLOB NOT NULL,             -- a digest (sqlite/metadata.py)
@@ -160,6 +163,12 @@ CREATE TABLE tree_changes (
 ) STRICT;
 CREATE INDEX ended_tree_changes ON tree_changes (state) WHERE state IN (1, 2);
 CREATE INDEX unfinished_tree_changes ON tree_changes (owner) WHERE state IN (0, 3);
+DROP TABLE IF EXISTS turn_marks;
+CREATE TABLE turn_marks (
+    turn INTEGER PRIMARY KEY REFERENCES turns (key),
+    events_deleted INTEGER NOT NULL DEFAULT 0,  -- 1: a text was deleted, its events with it
+    ephemeral INTEGER NOT NULL DEFAULT 0        -- 1: the end of the turn removes it
+) STRICT;
 DROP TABLE IF EXISTS turns;
 CREATE TABLE turns (
     key INTEGER PRIMARY KEY,
@@ -183,11 +192,11 @@ CREATE TABLE turns (
     last_seq INTEGER NOT NULL,
     message_bytes INTEGER NOT NULL,
     input TEXT NOT NULL,
-    output TEXT NOT NULL, message_items INTEGER, left_out TEXT, runs BLOB, output_bytes INTEGER, text_length INTEGER, options TEXT, events_deleted INTEGER NOT NULL DEFAULT 0, ephemeral INTEGER NOT NULL DEFAULT 0,
+    output TEXT NOT NULL, message_items INTEGER, left_out TEXT, runs BLOB, output_bytes INTEGER, text_length INTEGER, options TEXT,
     CHECK ((owner IS NOT NULL) = (state IN ('queued', 'running')))
 ) STRICT;
-INSERT INTO turns VALUES(1,1,0,'t',NULL,NULL,'completed','a-model',1772366400123456,1772366400123456,1772366400123456,NULL,NULL,0,NULL,NULL,'stop',NULL,3,7,'[{"id":"t-in-0","type":"message","role":"user","text":"Hello"}]','[{"id":"t-out","type":"message","role":"assistant","text":"Hi"}]',2,'{"items":1,"bytes":2}',X'9292FEC4009200C40102',NULL,NULL,NULL,0,0);
-INSERT INTO turns VALUES(2,1,1,'t2','t',1,'running','a-model',1772366400123456,1772366400123456,NULL,NULL,NULL,0,NULL,NULL,NULL,NULL,0,5,'[{"id":"t2-in-0","type":"message","role":"user","text":"Hello"}]','[]',1,NULL,NULL,NULL,NULL,NULL,0,0);
+INSERT INTO turns VALUES(1,1,0,'t',NULL,NULL,'completed','a-model',1772366400123456,1772366400123456,1772366400123456,NULL,NULL,0,NULL,NULL,'stop',NULL,3,7,'[{"id":"t-in-0","type":"message","role":"user","text":"Hello"}]','[{"id":"t-out","type":"message","role":"assistant","text":"Hi"}]',2,'{"items":1,"bytes":2}',X'9292FEC4009200C40102',NULL,NULL,NULL);
+INSERT INTO turns VALUES(2,1,1,'t2','t',1,'running','a-model',1772366400123456,1772366400123456,NULL,NULL,NULL,0,NULL,NULL,NULL,NULL,0,5,'[{"id":"t2-in-0","type":"message","role":"user","text":"Hello"}]','[]',1,NULL,NULL,NULL,NULL,NULL);
 CREATE INDEX open_turns ON turns (owner) WHERE owner IS NOT NULL;
 CREATE UNIQUE INDEX turns_by_id ON turns (id, session);
 CREATE UNIQUE INDEX turns_by_ordinal ON turns (session, ordinal);
@@ -198,12 +207,14 @@ CREATE TABLE unindexed (
     key INTEGER NOT NULL,
     PRIMARY KEY (kind, key)
 ) STRICT, WITHOUT ROWID;
-INSERT INTO unindexed VALUES('document',2);
 DROP VIEW IF EXISTS edited_turns;
 CREATE VIEW edited_turns AS SELECT *, (
     SELECT '[' || group_concat(items) || ']' FROM changed_parts CROSS JOIN tree_changes ON tree_changes.key = change
     WHERE changed_parts.turn = turns.key AND tree_changes.state = 1
-) AS deleted_items FROM turns;
+) AS deleted_items,
+    coalesce((SELECT events_deleted FROM turn_marks WHERE turn = turns.key), 0) AS events_deleted,
+    coalesce((SELECT ephemeral FROM turn_marks WHERE turn = turns.key), 0) AS ephemeral
+FROM turns;
 DROP VIEW IF EXISTS shown_turns;
 CREATE VIEW shown_turns AS SELECT * FROM edited_turns WHERE NOT EXISTS (
     SELECT 1 FROM changed_parts CROSS JOIN tree_changes ON tree_changes.key = change
