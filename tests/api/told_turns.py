@@ -160,7 +160,9 @@ class Follower:
                 return
 
 
-texts = st.text(min_size=1, max_size=6) | st.sampled_from(["\u2028", "\x85\n\r", '"%d%b"', "%", "👋", "é" * 300])
+texts = st.text(min_size=1, max_size=6) | st.sampled_from(
+    ["\u2028", "\x85\n\r", '"%d%b"', '"text":@,"output":@,"arguments":@', "%", "👋", "é" * 300]
+)
 
 
 @st.composite

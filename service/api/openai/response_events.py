@@ -10,7 +10,7 @@ the next item after it, and has the encrypted content at its end.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import msgspec
 
@@ -19,7 +19,6 @@ from service.api.http.frame_json import frame_json
 from service.api.openai.echo import Echo
 from service.api.openai.ids import item_name
 from service.api.openai.items import (
-    ItemStatus,
     OutputText,
     ReasoningText,
     ShownFunctionCall,
@@ -39,6 +38,8 @@ _TERMINAL_TYPES: Mapping[ResponseStatus, str] = {
     "incomplete": "response.incomplete",
     "cancelled": "response.incomplete",  # it has no event of its own; the response in the event has this status
 }
+_HOLE = msgspec.Raw(b"@")
+"""Stands where JSON that was made before goes. Within a text a quote is escaped, so ``NAME":@`` is nowhere else."""
 _NO_TEXT = OutputText("")
 _NO_REASONING = ReasoningText("")
 
@@ -167,9 +168,18 @@ class _Telling:
         record = self._face.turn.record()
         response = response_of(record, encrypted=self._face.encrypted)
         self._open_items(record.output)
-        for index in tuple(self._open):
-            self._close(index, record.output[index], response.output[index].status)
-        self._tell_response(_TERMINAL_TYPES[response.status], response)
+        output = []
+        for index, (item, shown) in enumerate(zip(record.output, response.output, strict=True)):
+            text = frame_json(item.text)
+            json = _json_of_item(shown, text)
+            output.append(json)
+            if index in self._open:
+                self._close(index, shown, text, json)
+        whole = frame_json(msgspec.structs.replace(response, output=cast("Any", _HOLE)))
+        self._tell(
+            _TERMINAL_TYPES[response.status],
+            b'"response":%b' % whole.replace(b'output":@', b'output":[%b]' % b",".join(output), 1),
+        )
 
     # Items
 
@@ -195,7 +205,7 @@ class _Telling:
 
     def _open_part(self, index: int, item: Item) -> None:
         """Open the text of a message or of reasoning."""
-        place = _place_of_part(index, item)
+        place = _place_of_part(index, item_name(item))
         is_message = item.type == "message"
         part = frame_json(_NO_TEXT if is_message else _NO_REASONING)
         self._tell("response.content_part.added", b'%b,"part":%b' % (place, part))
@@ -210,16 +220,22 @@ class _Telling:
         for index in tuple(self._open):
             if items is None:
                 items = self._face.turn.record().output
-            if items[index].type != "function_call":
-                self._close(index, items[index], "completed")
+            item = items[index]
+            if item.type == "function_call":
+                continue
+            shown = shown_item(
+                item, status="completed", namespaces=self._face.echo.namespaces, encrypted=self._face.encrypted
+            )
+            text = frame_json(item.text)
+            self._close(index, shown, text, _json_of_item(shown, text))
 
-    def _close(self, index: int, item: Item, status: ItemStatus) -> None:
+    def _close(self, index: int, shown: ShownItem, text: bytes, json: bytes) -> None:
+        """End an item, whose text and which itself are given as JSON, too."""
         self._open.remove(index)
-        shown = shown_item(item, status=status, namespaces=self._face.echo.namespaces, encrypted=self._face.encrypted)
         if index in self._templates:
-            for kind, body in _ends_of_text(index, item, shown):
+            for kind, body in _ends_of_text(index, shown, text):
                 self._tell(kind, body)
-        self._tell("response.output_item.done", b'"output_index":%d,"item":%b' % (index, frame_json(shown)))
+        self._tell("response.output_item.done", b'"output_index":%d,"item":%b' % (index, json))
 
     # Frames
 
@@ -242,23 +258,34 @@ def _template(kind: str, place: bytes, rest: bytes = b"") -> bytes:
     return b'event: %b\ndata: {"type":"%b","sequence_number":%%d,%b,"delta":%%b%b}\n\n' % (name, name, place, rest)
 
 
-def _place_of_part(index: int, item: Item) -> bytes:
-    return b'"item_id":%b,"output_index":%d,"content_index":0' % (frame_json(item_name(item)), index)
+def _place_of_part(index: int, name: str) -> bytes:
+    return b'"item_id":%b,"output_index":%d,"content_index":0' % (frame_json(name), index)
 
 
-def _ends_of_text(index: int, item: Item, shown: ShownItem) -> Iterator[tuple[str, bytes]]:
+def _ends_of_text(index: int, shown: ShownItem, text: bytes) -> Iterator[tuple[str, bytes]]:
     """The types and the fields of the events that end the text of an item."""
-    text = frame_json(item.text)
     if isinstance(shown, ShownFunctionCall):
         place = b'"item_id":%b,"output_index":%d' % (frame_json(shown.id), index)
         name = frame_json(shown.name)
         yield "response.function_call_arguments.done", b'%b,"name":%b,"arguments":%b' % (place, name, text)
         return
-    place = _place_of_part(index, item)
-    if item.type == "message":
+    place = _place_of_part(index, shown.id)
+    if isinstance(shown, ShownMessage):
         yield "response.output_text.done", b'%b,"text":%b,"logprobs":[]' % (place, text)
-        part: OutputText | ReasoningText = OutputText(item.text)
+        part = frame_json(OutputText(cast("str", _HOLE)))
     else:
         yield "response.reasoning_text.done", b'%b,"text":%b' % (place, text)
-        part = ReasoningText(item.text)
-    yield "response.content_part.done", b'%b,"part":%b' % (place, frame_json(part))
+        part = frame_json(ReasoningText(cast("str", _HOLE)))
+    yield "response.content_part.done", b'%b,"part":%b' % (place, part.replace(b'text":@', b'text":%b' % text, 1))
+
+
+def _json_of_item(shown: ShownItem, text: bytes) -> bytes:
+    """The JSON of an item whose text is JSON already, so that a long text is encoded once for all events with it."""
+    if isinstance(shown, ShownFunctionCall):
+        json = frame_json(msgspec.structs.replace(shown, arguments=cast("str", _HOLE)))
+        return json.replace(b'arguments":@', b'arguments":%b' % text, 1)
+    if isinstance(shown, ShownMessage | ShownReasoning) and shown.content:
+        part = msgspec.structs.replace(shown.content[0], text=cast("str", _HOLE))
+        json = frame_json(msgspec.structs.replace(shown, content=cast("Any", (part,))))
+        return json.replace(b'text":@', b'text":%b' % text, 1)
+    return frame_json(shown)
