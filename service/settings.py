@@ -333,6 +333,9 @@ class Settings(BaseModel):
     upstream_words: Annotated[Literal["caller", "log"], BeforeValidator(_lowercase)] = "caller"
     """Where an upstream's own error text goes: into the `error.message` of the failed turn (`caller`), or into the log
     alone (`log`)."""
+    hosted_tools: Annotated[Literal["leave_out", "refuse"], BeforeValidator(_lowercase)] = "leave_out"
+    """What becomes of a tool in a request under `/v1` that is no function, such as `web_search`: it is left out, and
+    the answer names it (`leave_out`), or the request is refused (`refuse`)."""
 
     idle_timeout_s: PositiveSeconds | None = None
     """A session that is unused for this time expires; 30 days, or 1800 with `memory:`. A session may choose its own."""

@@ -461,19 +461,33 @@ class Sessions:
 
     # Turns
 
-    async def delete_turn(self, session_id: str, turn_id: str) -> None:
+    async def delete_turn(self, session_id: str, turn_id: str, *, unless_followed: bool = False) -> bool:
         """Delete a turn and all turns that follow it. If the head is among them, the turn's parent is the head.
 
-        The answer comes within ``store_timeout_s``, as that of :meth:`start_turn`.
+        The answer comes within ``store_timeout_s``, as that of :meth:`start_turn`. Returns whether it was deleted.
+
+        Args:
+            unless_followed: Delete nothing if any turn follows this one.
 
         Raises:
             SessionNotFoundError, TurnNotFoundError
             OwnedElsewhereError: Another process runs turns of this session.
             TurnInProgressError: One of these turns is open.
         """
-        await self._acceptance.delete(
-            session_id, lambda: self._store.delete_turns(session_id, turn_id, now=self._clock())
-        )
+        is_followed = False
+
+        async def write() -> None:
+            nonlocal is_followed
+            if unless_followed:
+                page = await self._store.list_turns(
+                    session_id, limit=1, after=None, now=self._clock(), bytes_max=1, parent=turn_id
+                )
+                is_followed = bool(page.data)
+            if not is_followed:
+                await self._store.delete_turns(session_id, turn_id, now=self._clock())
+
+        await self._acceptance.delete(session_id, write)
+        return not is_followed
 
     async def start_turn(self, session_id: str, new: NewTurn) -> tuple[Turn, Watch]:
         """Accept a turn. When this call returns, the input is kept, and the turn runs or is queued.

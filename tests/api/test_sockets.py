@@ -112,9 +112,12 @@ async def test_a_body_without_a_length_is_answered_at_the_bound() -> None:
     assert received.startswith(b"HTTP/1.1 413")
 
 
-async def test_a_websocket_is_refused_and_nothing_breaks() -> None:
+@pytest.mark.parametrize(
+    ("path", "refusal"), [(b"/chat", b"HTTP/1.1 4"), (b"/v1/responses", b"HTTP/1.1 404"), (b"/v1/x", b"HTTP/1.1 404")]
+)
+async def test_a_websocket_is_refused_and_nothing_breaks(path: bytes, refusal: bytes) -> None:
     upgrade = (
-        b"GET /chat HTTP/1.1\r\nhost: localhost\r\nconnection: upgrade\r\nupgrade: websocket\r\n"
+        b"GET " + path + b" HTTP/1.1\r\nhost: localhost\r\nconnection: upgrade\r\nupgrade: websocket\r\n"
         b"sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
     )
     with trio.fail_after(CAP_S):
@@ -123,7 +126,7 @@ async def test_a_websocket_is_refused_and_nothing_breaks() -> None:
                 await stream.send_all(upgrade)
                 received = await stream.receive_some()
             assert not received.startswith(b"HTTP/1.1 101")
-            assert received.startswith(b"HTTP/1.1 4")
+            assert received.startswith(refusal)
             assert (await server.call("GET", "/healthz"))[0] == 200
 
 

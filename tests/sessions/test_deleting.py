@@ -207,6 +207,28 @@ async def test_a_deletion_waits_for_an_acceptance_and_then_finds_its_turn(autoju
         (await stage.puppet.next_reply()).finish()
 
 
+async def test_a_turn_that_others_follow_may_be_left_also_where_one_is_just_being_accepted(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_stage() as stage:
+        session_id, (first, _, last) = await a_conversation(stage)
+        assert not await stage.sessions.delete_turn(session_id, first.id, unless_followed=True)
+        assert await texts_of(stage, session_id) == "aAbBcC"
+        items = NewItems(items=(asks("d"), says("D")))
+        deleted: list[bool] = []
+
+        async def delete() -> None:
+            deleted.append(await stage.sessions.delete_turn(session_id, last.id, unless_followed=True))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stage.sessions.add_items, session_id, items)
+            await trio.lowlevel.checkpoint()
+            nursery.start_soon(delete)
+        assert await texts_of(stage, session_id) == ("aAbBdD" if deleted[0] else "aAbBcCdD")
+        assert await stage.sessions.delete_turn(session_id, (await stage.sessions.get_session(session_id)).head or "")
+        assert not await stage.sessions.delete_turn(session_id, first.id, unless_followed=True)
+
+
 @pytest.mark.parametrize("what", ["item", "turn"])
 async def test_a_deletion_that_is_cancelled_is_done_or_not(autojump_clock: MockClock, what: str) -> None:
     texts: set[str] = set()

@@ -40,7 +40,7 @@ from service.ids import public_id
 
 _PATH = "/v1"
 _NOT_THERE = frozenset({f"{_PATH}/responses/compact", f"{_PATH}/responses/input_tokens"})
-"""Calls of OpenAI's API that are not there, though a response could have a path of this form."""
+"""Calls that are not there, though a response could have a path of this form. Nor are there WebSockets."""
 SHOULD_RETRY = "x-should-retry"
 """Header that OpenAI's SDKs obey before all else."""
 
@@ -157,7 +157,7 @@ def openai_error_response(refusal: Refusal) -> TrioResponse:
     told = _no_call(page) if isinstance(error, NotFound) else _shown(error)
     status = status_for_clients(type(error)) if isinstance(error, LastcallError) else problem.status
     headers = dict(refusal.headers)
-    if isinstance(error, MethodNotAllowed) and has_request_context() and request.path in _NOT_THERE:
+    if isinstance(error, MethodNotAllowed) and (not has_request_context() or request.path in _NOT_THERE):
         status, told = 404, _no_call(page)
         headers.pop("Allow", None)
     member = ErrorMember(

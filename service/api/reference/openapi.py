@@ -4,9 +4,11 @@ import inspect
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, get_args
+from http import HTTPStatus
+from typing import Annotated, Any, get_args
 
 import msgspec
+from msgspec import Meta
 from quart import Quart
 
 from service import __version__
@@ -24,6 +26,8 @@ from service.api.http.request_body import BodyTimeoutError, UnsupportedMediaType
 from service.api.http.strict_json import InputTooLargeError, MalformedBodyError
 from service.api.native.events import Event
 from service.api.native.wire import ItemId, OwnerName, Problem, SessionId, TurnId
+from service.api.openai.errors import ErrorBody, status_for_clients
+from service.api.openai.ids import CONVERSATION_NAME, ITEM_NAME, RESPONSE_NAME
 from service.api.reference.client_schemas import for_clients, structs_in
 from service.errors import (
     InvalidRequestError,
@@ -40,12 +44,15 @@ from service.failure_codes import FAILURES
 
 _PROBE_TAG = "health"
 _STATIC_TAG = "docs"
+OPENAI_TAGS = frozenset({"responses"})
+"""The calls with these tags are those of OpenAI's API, with errors in its shape."""
 _OPEN_TAGS = (_PROBE_TAG, _STATIC_TAG)
 """The calls with these tags need no API key."""
 _TAGS = {
     "sessions": "A session holds a conversation: a tree of turns, and a head.",
     "turns": "A turn is an input and the reply to it. Every accepted turn ends exactly once.",
     "chat": "One call from a message to its reply.",
+    "responses": "OpenAI's API: a response is a turn. See docs/openai.md for each parameter.",
     "health": "For probes of a balancer or an orchestrator.",
     "docs": "The OpenAPI document, and a page of it.",
 }
@@ -57,7 +64,14 @@ _KEYED = (
 )
 _KEY = r"^[!#-+\--~]([ -+\--~]{0,253}[!-+\--~])?$"
 """A bare key: it does not begin with a quote, and has no comma, and no blanks at its ends."""
-_PATH_PARAMETERS = {"session_id": SessionId, "turn_id": TurnId, "item_id": ItemId}
+_PATH_PARAMETERS = {
+    "session_id": SessionId,
+    "turn_id": TurnId,
+    "item_id": ItemId,
+    "response_id": Annotated[str, Meta(pattern=RESPONSE_NAME)],
+    "conversation_id": Annotated[str, Meta(pattern=CONVERSATION_NAME)],
+    "item_name": Annotated[str, Meta(pattern=ITEM_NAME)],
+}
 _REF = "#/components/schemas/{name}"
 _ETAG = "Stands for what PATCH can change; for `If-Match`."
 _EXAMPLE_STREAM = """\
@@ -117,9 +131,9 @@ class _Schemas:
 
     def of(self, kind: Any) -> dict[str, Any]:
         (schema,), components = msgspec.json.schema_components([kind], ref_template=_REF)
-        self.components |= {
-            name: for_clients(component, structs_in(kind)[name]) for name, component in components.items()
-        }
+        for name, component in components.items():
+            described = for_clients(component, structs_in(kind)[name])
+            assert self.components.setdefault(name, described) == described, f"two types are named {name}"
         return for_clients(schema)
 
     def event_stream(self) -> dict[str, Any]:
@@ -170,7 +184,8 @@ def _operation(operation: Operation, tag: str, doc: str, path_names: list[str], 
         }
     for answer in operation.answers:
         described["responses"][str(answer.status)] = _answer(answer, schemas)
-    described["responses"].update(_problems(_errors(operation, tag), schemas))
+    errors = _errors(operation, tag)
+    described["responses"] |= _openai_errors(errors, schemas) if tag in OPENAI_TAGS else _problems(errors, schemas)
     return described
 
 
@@ -213,7 +228,11 @@ def _answer(answer: Answer, schemas: _Schemas) -> dict[str, Any]:
     if answer.body is not None:
         content["application/json"] = _content(answer.body, schemas)
     if answer.streams:
-        content[EVENT_STREAM] = {"schema": schemas.event_stream(), "example": _EXAMPLE_STREAM}
+        content[EVENT_STREAM] = (
+            {"schema": {"type": "string", "description": answer.events}}
+            if answer.events
+            else {"schema": schemas.event_stream(), "example": _EXAMPLE_STREAM}
+        )
     if answer.media_type is not None:
         content[answer.media_type] = {"schema": {"type": "object" if answer.media_type.endswith("json") else "string"}}
     if content:
@@ -239,7 +258,7 @@ def _content(kind: type[msgspec.Struct], schemas: _Schemas) -> dict[str, Any]:
 def example_of(kind: type[msgspec.Struct]) -> dict[str, Any]:
     """Return the example in a wire type's docstring; a list's example consists of its item's example."""
     fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
-    if "data" in fields:
+    if fields.keys() >= {"data", "next"}:
         (item, _) = get_args(fields["data"])
         return {"data": [example_of(item)], "next": None}
     found = re.search(r"``(\{.*?\})``", kind.__doc__ or "", re.DOTALL)
@@ -268,6 +287,21 @@ def _errors(operation: Operation, tag: str) -> Iterable[type[LastcallError]]:
             yield StoreError
             yield ResourcesExhaustedError
             yield OwnedElsewhereError
+
+
+def _openai_errors(errors: Iterable[type[LastcallError]], schemas: _Schemas) -> dict[str, Any]:
+    """The errors of a call of OpenAI's API. Their codes are told by docs/openai.md."""
+    described: dict[str, Any] = {}
+    for status in sorted({status_for_clients(error) for error in errors}):
+        described[str(status)] = {
+            "description": HTTPStatus(status).phrase,
+            "content": {"application/json": _content(ErrorBody, schemas)},
+        }
+        if status in (429, 503):
+            described[str(status)]["headers"] = {
+                "Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 0}}
+            }
+    return described
 
 
 def _problems(errors: Iterable[type[LastcallError]], schemas: _Schemas) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from service.api.http.event_stream import MEDIA_TYPE as EVENT_STREAM
 from service.api.http.locations import located
 from service.api.http.operations import Answer, operation
 from service.api.http.problems import ADVICE, codes
-from service.api.reference.openapi import build_document
+from service.api.reference.openapi import OPENAI_TAGS, build_document
 from service.failure_codes import FAILURES
 
 blueprint = Blueprint("docs", __name__)
@@ -93,6 +93,7 @@ _EXAMPLE_IDS = {
     "session_id": "support-4711",
     "turn_id": "turn_0a6c1b9e2f3d4c5a8b7e6f5d4c3b2a19",
     "item_id": "msg_9c6c1b9e2f3d4c5a8b7e6f5d4c3b2a19",
+    "response_id": "resp_0a6c1b9e2f3d4c5a8b7e6f5d4c3b2a19",
 }
 _STYLE_HASH = b64encode(sha256(_STYLE.encode()).digest()).decode()
 _PAGE_HEADERS = {
@@ -143,14 +144,18 @@ def _command(method: str, path: str, operation: dict[str, Any], *, url: str, key
         path = path.replace(f"{{{name}}}", value)
     parts = ["curl"]
     answers = [media for answer in operation["responses"].values() for media in answer.get("content", {})]
-    if EVENT_STREAM in answers:
+    bodies = [content["example"] for content in operation.get("requestBody", {}).get("content", {}).values()]
+    streams = EVENT_STREAM in answers
+    if operation["tags"][0] in OPENAI_TAGS:  # the body asks for a stream, and no header
+        streams = any(body.get("stream") for body in bodies)
+    if streams:
         parts.append("-N")  # show each event as it arrives
     if method != "get":
         parts.append(f"-X {method.upper()}")
     parts.append(shlex.quote(url + path))
     if keyed and operation.get("security") != []:
         parts.append('-H "Authorization: Bearer $API_KEY"')
-    if EVENT_STREAM in answers and "application/json" in answers:
+    if streams and "application/json" in answers and operation["tags"][0] not in OPENAI_TAGS:
         parts.append(f"-H 'Accept: {EVENT_STREAM}'")
     for media, content in operation.get("requestBody", {}).get("content", {}).items():
         body = json.dumps(content["example"], ensure_ascii=False)

@@ -13,6 +13,10 @@ from service.api.app import create_app
 from service.api.http.wire_types import BodyPart, RequestBody
 from service.api.native import wire
 from service.api.native.events import Event
+from service.api.openai.errors import ErrorBody
+from service.api.openai.failures import EndErrorBody
+from service.api.openai.response import Response
+from service.api.openai.responses import DeletedResponse, InputItems
 from service.api.reference.client_schemas import structs_in
 from service.api.reference.page import document_of
 
@@ -30,6 +34,7 @@ ANSWERS = {
     for of in (
         *(wire.SessionList, wire.MessageList, wire.AddedMessages, wire.TurnList, wire.TurnTree),
         *(wire.Health, wire.Problem, Event),
+        *(Response, InputItems, DeletedResponse, ErrorBody, EndErrorBody),
     )
     for name, kind in structs_in(of).items()
 }

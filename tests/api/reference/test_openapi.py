@@ -19,12 +19,17 @@ from service.api.app import create_app
 from service.api.http.problems import STATUS_BY_ERROR, code_of, codes, problem_of, status_of
 from service.api.native import wire
 from service.api.native.wire import UpdateSession
+from service.api.openai import errors as openai_errors
+from service.api.openai import failures, items, requests, responses
+from service.api.openai import response as openai_response
 from service.api.reference.page import document_of
 from service.errors import LastcallError, ModelError, RefusedError, StartupError
 from service.failure_codes import FailureCode
 from tests.api.inprocess import open_api
 
 DOCUMENT = document_of(create_app())
+WIRE = (wire, openai_errors, failures, items, requests, openai_response, responses)
+"""The modules with the types of bodies."""
 
 
 def operations() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -54,6 +59,8 @@ def test_every_call_of_the_design_that_there_is_is_described() -> None:
         "POST /sessions/{session_id}/fork", "POST /sessions/{session_id}/messages",
         "DELETE /sessions/{session_id}/messages/{item_id}", "DELETE /sessions/{session_id}/turns/{turn_id}",
         "POST /chat",
+        "POST /v1/responses", "GET /v1/responses/{response_id}", "DELETE /v1/responses/{response_id}",
+        "POST /v1/responses/{response_id}/cancel", "GET /v1/responses/{response_id}/input_items",
         "GET /healthz", "GET /readyz", "GET /openapi.json", "GET /docs", "GET /",
     }  # fmt: skip
 
@@ -76,7 +83,8 @@ def test_every_operation_says_what_it_is_and_how_it_fails(name: str, operation: 
     for status, response in operation["responses"].items():
         assert response["description"]
         if status >= "4":
-            assert list(response["content"]) == ["application/problem+json"]
+            media = "application/json" if " /v1/" in name else "application/problem+json"
+            assert list(response["content"]) == [media]
     is_open = name in ("GET /healthz", "GET /readyz", "GET /openapi.json", "GET /docs", "GET /")
     assert ("401" in operation["responses"]) is not is_open
     assert (operation.get("security") == []) is is_open
@@ -195,8 +203,8 @@ async def test_each_call_has_a_command_that_does_it(keys: tuple[str, ...], prefi
         }
         assert commands.keys() == {operation["operationId"] for _, operation in operations()}
         ids: dict[str, str] = {}
-        first = ("create_session", "start_turn", "fork_session", "add_messages")
-        last = ("delete_message", "delete_turn", "delete_session")
+        first = ("create_session", "start_turn", "fork_session", "add_messages", "create_response")
+        last = ("delete_message", "delete_turn", "delete_session", "delete_response")
         for id_ in (*first, *sorted(commands.keys() - {*first, *last}), *last):
             parts = commands[id_]
             target = next(part for part in parts if part.startswith(url)).removeprefix(url)
@@ -212,6 +220,8 @@ async def test_each_call_has_a_command_that_does_it(keys: tuple[str, ...], prefi
             assert (parts[1] == "-N") is (reply.headers.get("content-type") == "text/event-stream")
             if id_ == "start_turn":
                 ids["turn_0a6c1b9e2f3d4c5a8b7e6f5d4c3b2a19"] = reply.events[0]["turn_id"]
+            if id_ == "create_response":
+                ids["resp_0a6c1b9e2f3d4c5a8b7e6f5d4c3b2a19"] = reply.headers["location"].rpartition("/")[2]
             if id_ == "add_messages":
                 ids["msg_9c6c1b9e2f3d4c5a8b7e6f5d4c3b2a19"] = reply.json["messages"][0]["id"]
 
@@ -226,7 +236,8 @@ def test_each_body_has_an_example_that_is_one() -> None:
     ]
     assert len(taken) > 15
     for content in taken:
-        kind = getattr(wire, content["schema"]["$ref"].rpartition("/")[2])
+        name = content["schema"]["$ref"].rpartition("/")[2]
+        (kind,) = {getattr(module, name) for module in WIRE if hasattr(module, name)}
         assert msgspec.convert(content["example"], kind)
 
 

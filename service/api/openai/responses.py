@@ -1,0 +1,466 @@
+"""The calls of ``/v1/responses``. A response is a turn, and ``previous_response_id`` its parent."""
+
+import re
+from collections.abc import Sequence
+from functools import partial
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
+from quart import Blueprint, request
+from quart_trio.wrappers import TrioResponse
+
+from service.api.http.app_state import current_service, encoded_response, json_response
+from service.api.http.callers import current_caller, current_owner
+from service.api.http.end_of_input import leave_at_end_of_input
+from service.api.http.event_stream import HEADERS, MEDIA_TYPE, stream_face
+from service.api.http.face_frames import EndedTurn, TurnSource, find_place
+from service.api.http.held_bytes import room_for_answer
+from service.api.http.idempotency_keys import read_key
+from service.api.http.locations import located
+from service.api.http.long_json import encode_json
+from service.api.http.operations import Answer, operation
+from service.api.http.proxy import FaceStream, allow_longer_answer, continue_streams_with, release_later
+from service.api.http.query_params import read_query
+from service.api.http.repeats import allow_repeat
+from service.api.http.request_body import read_body
+from service.api.http.request_id import current_request_id
+from service.api.http.turn_answers import FoundTurn, answer_made, answer_new, take_slot
+from service.api.http.wire_types import Limit, Query
+from service.api.openai.echo import Echo
+from service.api.openai.errors import (
+    ConversationLockedError,
+    ConversationNotFoundError,
+    ParameterError,
+    PreviousResponseNotFoundError,
+    PreviousResponseOpenError,
+    ResponseNotFoundError,
+    response_path,
+)
+from service.api.openai.failures import EndErrorBody, end_response
+from service.api.openai.ids import item_id_of, item_name, public_session_id_of, response_id, turn_id_of
+from service.api.openai.items import ShownItem, shown_item
+from service.api.openai.requests import CreateResponse, Includable, read_request, turn_of
+from service.api.openai.response import Response, response_of
+from service.api.openai.response_events import DONE, ResponseFace
+from service.errors import (
+    BranchLimitError,
+    EventsDeletedError,
+    InvalidRequestError,
+    ItemNotFoundError,
+    OwnerHangsError,
+    RepeatedError,
+    SessionLimitError,
+    SessionNotFoundError,
+    ShuttingDownError,
+    StreamLimitError,
+    TurnEndingError,
+    TurnInProgressError,
+    TurnLimitError,
+    TurnNotFoundError,
+)
+from service.ids import new_session_id, owner_of, scoped
+from service.sessions.commands import NewTurn
+from service.sessions.events.streams import StreamSlot
+from service.storage.records import Item, Places, TurnRecord
+from service.supervisor import Service
+
+blueprint = Blueprint("responses", __name__)
+
+_IN_PATH = re.compile(r"/v1/responses/(resp_[0-9a-f]{32})(?:/|$)")
+_NOT_FOUND = (SessionNotFoundError, TurnNotFoundError)
+_SEQUENCE_MAX = 1 << 31
+_PARAMS = {"text_format": "text.format", "verbosity": "text.verbosity", "reasoning_effort": "reasoning.effort"}
+"""Parameters of the core that this API calls otherwise."""
+_ENCRYPTED: Includable = "reasoning.encrypted_content"
+_LED_BY_ID = tuple(
+    (name, {"response_id": "$response.body#/id"})
+    for name in ("get_response", "cancel_response", "list_input_items", "delete_response")
+)
+EVENTS = (
+    "The events of the response: `response.created`, `response.in_progress`, those of its items, and one of "
+    "`response.completed`, `response.incomplete` and `response.failed`; then `[DONE]`."
+)
+StartingAfter = Annotated[
+    int, Meta(ge=0, le=_SEQUENCE_MAX, description="With `stream`: the sequence number that was seen last.")
+]
+
+
+class RetrieveQuery(Query, frozen=True, kw_only=True):
+    """``?stream=true&starting_after=41``"""
+
+    stream: bool = False
+    starting_after: StartingAfter | UnsetType = UNSET
+    include: Annotated[tuple[Includable, ...], Meta(description="Encrypted reasoning, if it is among these.")] = ()
+    include_obfuscation: Annotated[bool, Meta(description="Accepted without effect.")] = False
+
+
+class InputItemsQuery(Query, frozen=True, kw_only=True):
+    """``?limit=20&order=asc``"""
+
+    limit: Limit = 20
+    order: Literal["asc", "desc"] = "desc"
+    after: Annotated[str, Meta(max_length=128, description="The id of the last item of the page before.")] = ""
+    include: Annotated[tuple[Includable, ...], Meta(description="Encrypted reasoning, if it is among these.")] = ()
+
+
+class InputItems(msgspec.Struct, frozen=True, kw_only=True):
+    """Some items of a response's input. Without items both ids are empty.
+
+    ``{"object": "list", "data": [{"id": "msg_9c0a6c1b9e2f3d4c5a8b7e6f5d4c3b2a", "type": "message", "role": "user",
+    "status": "completed", "content": [{"type": "input_text", "text": "Hi"}]}],
+    "first_id": "msg_9c0a6c1b9e2f3d4c5a8b7e6f5d4c3b2a", "last_id": "msg_9c0a6c1b9e2f3d4c5a8b7e6f5d4c3b2a",
+    "has_more": false}``
+    """
+
+    object: Literal["list"] = "list"
+    data: tuple[ShownItem, ...]
+    first_id: str
+    last_id: str
+    has_more: bool
+
+
+class DeletedResponse(msgspec.Struct, frozen=True, kw_only=True):
+    """``{"id": "resp_0a…", "object": "response", "deleted": true}``"""
+
+    id: str
+    object: Literal["response"] = "response"
+    deleted: bool = True
+
+
+class _Responses:
+    """How this API shows turns: a :class:`~service.api.http.turn_answers.TurnFace`.
+
+    Args:
+        waits: Whether the client waits for the end without a stream, so that a failure is an error of HTTP.
+        seen: How many frames the client has seen.
+        follows_conversation: Whether the request named a conversation.
+        encrypted: Whether encrypted reasoning is shown, though the request of the response did not ask for it.
+    """
+
+    def __init__(
+        self, *, waits: bool = False, seen: int = 0, follows_conversation: bool = False, encrypted: bool = False
+    ) -> None:
+        self._waits = waits
+        self._seen = seen
+        self._follows_conversation = follows_conversation
+        self._encrypted = encrypted
+
+    def path(self, session_id: str, turn_id: str) -> str:  # noqa: ARG002  the path has the turn alone
+        return response_path(turn_id)
+
+    def continue_streams(self) -> None:
+        sessions = current_service().sessions
+
+        async def find_turn(path: str) -> tuple[str, str]:
+            found = _IN_PATH.search(path)  # after the prefix of a proxy
+            assert found is not None
+            turn_id = turn_id_of(found[1]) or ""
+            return await sessions.find_session_of(turn_id), turn_id
+
+        face_of = partial(ResponseFace, encrypted=self._encrypted)
+        continue_streams_with(FaceStream(face_of, find_turn, seen=self._seen, end=DONE))
+
+    async def stream(self, opened: FoundTurn, slot: StreamSlot, *, after: int) -> TrioResponse:  # noqa: ARG002
+        """The events after the frames that the client has seen; ``after`` is always 0."""
+        face = ResponseFace(await _source_of(opened), encrypted=self._encrypted)
+        place = await find_place(opened.log, face, seen=self._seen)
+        return stream_face(opened.log, slot, face=face, place=place)
+
+    async def show(
+        self,
+        service: Service,  # noqa: ARG002
+        record: TurnRecord,
+        status: int = 200,  # noqa: ARG002  an accepted response is 200, too
+        *,
+        with_location: bool = False,
+        places: Places | None = None,  # noqa: ARG002
+    ) -> TrioResponse:
+        if self._waits and _is_failure(record):
+            return self._failure(record)
+        location = response_path(record.id) if with_location else None
+        length = sum([len(item.text) + len(item.encrypted) for item in record.output])
+        with room_for_answer(length):
+            encoded = await encode_json(response_of(record, encrypted=self._encrypted))
+        return encoded_response(encoded, location=location)
+
+    def _failure(self, record: TurnRecord) -> TrioResponse:
+        """The error of HTTP for a response that failed. Sent again, a conversation would have the input twice."""
+        response = end_response(record, repeats_input=self._follows_conversation, params=_PARAMS)
+        response.headers["Location"] = located(response_path(record.id))
+        return response
+
+
+def _is_failure(record: TurnRecord) -> bool:
+    """Whether a client that waits gets an error: it would take a part of a reply for the whole."""
+    return record.state == "failed" or (record.state == "interrupted" and not record.has_reply)
+
+
+async def _source_of(opened: FoundTurn) -> TurnSource:
+    sessions = current_service().sessions
+    live = sessions.find_live_turn(opened.session_id, opened.turn_id)
+    if live is not None and live.log is opened.log:
+        return live
+    return EndedTurn(await sessions.get_turn(opened.session_id, opened.turn_id))
+
+
+@blueprint.post("/v1/responses")
+@operation(
+    id="create_response",
+    keyed=True,
+    body=CreateResponse,
+    answers=(
+        Answer(
+            status=200,
+            description="The response: ended; accepted (`background`); or its events (`stream`).",
+            body=Response,
+            streams=True,
+            events=EVENTS,
+            located="The response.",
+            links=_LED_BY_ID,
+        ),
+        Answer(status=502, description="The model server failed.", body=EndErrorBody),
+        Answer(status=504, description="A deadline of the response has passed.", body=EndErrorBody),
+    ),
+    errors=(
+        *(SessionNotFoundError, SessionLimitError, TurnLimitError, BranchLimitError, StreamLimitError),
+        *(ShuttingDownError, OwnerHangsError),
+    ),
+)
+async def create_response() -> TrioResponse:
+    """Ask a model for a response.
+
+    Without `conversation` and `previous_response_id` a new tree of responses begins. With `previous_response_id` the
+    response follows the named one; any number may follow one response, at the same time. With `conversation` it follows
+    the newest response of the conversation; while another one is on its way there the answer is 400
+    `conversation_locked`. The input is stored before the first byte of the answer; with `store: false` it is kept while
+    the response runs.
+
+    When the client leaves, the response is cancelled, unless it is `background`.
+    """
+    service = current_service()
+    body = await read_body(request, CreateResponse, service)
+    asked = read_request(body, service.settings, hosted=service.settings.hosted_tools)
+    key = read_key(body)
+    streams, background = bool(body.stream), bool(body.background)
+    face = _Responses(waits=not (streams or background), follows_conversation=body.conversation is not None)
+    try:
+        session_id, parent = await _place_of(service, body)
+    except PreviousResponseNotFoundError:
+        if key is None:
+            raise
+        try:  # it may have been there when an earlier request with this key has followed it
+            await service.sessions.check_key(key)
+        except RepeatedError as repeated:
+            return await answer_made(service, repeated, face, streams=streams, background=background)
+        raise
+    new = turn_of(body, asked, parent=parent, request_id=current_request_id(), key=key)
+    return await _start(service, session_id, new, body, face, streams=streams)
+
+
+async def _start(
+    service: Service, session_id: str, new: NewTurn, body: CreateResponse, face: _Responses, *, streams: bool
+) -> TrioResponse:
+    """Start the response, with its refusals in the words of the request."""
+    previous, conversation = body.previous_response_id, body.conversation_name
+    try:
+        return await answer_new(service, session_id, new, face, streams=streams)
+    except TurnInProgressError:
+        if previous is not None:
+            raise PreviousResponseOpenError(previous) from None
+        raise ConversationLockedError(conversation or "") from None
+    except SessionNotFoundError:
+        if previous is not None:
+            raise PreviousResponseNotFoundError(previous) from None
+        raise ConversationNotFoundError(conversation or "", param="conversation") from None
+    except InvalidRequestError as error:
+        if error.field == "parent" and previous is not None:
+            raise PreviousResponseNotFoundError(previous) from None
+        raise
+
+
+async def _place_of(service: Service, body: CreateResponse) -> tuple[str, str | None | UnsetType]:
+    """The session of a new response, scoped, and the turn that it follows; a new session and None for a first one.
+
+    Raises:
+        PreviousResponseNotFoundError, ConversationNotFoundError
+    """
+    owner = current_owner()
+    if body.previous_response_id is not None:
+        try:
+            session_id, turn_id = await _find(service, body.previous_response_id)
+            await _get(service, session_id, turn_id, with_texts=False)
+        except TurnNotFoundError:
+            raise PreviousResponseNotFoundError(body.previous_response_id) from None
+        return session_id, turn_id
+    if body.conversation_name is not None:
+        public = public_session_id_of(body.conversation_name)
+        if public is None:
+            raise ConversationNotFoundError(body.conversation_name, param="conversation")
+        return scoped(owner, public), UNSET
+    return scoped(owner, new_session_id()), None
+
+
+async def _find(service: Service, name: str) -> tuple[str, str]:
+    """The ids of a response's session and turn. Raises: ResponseNotFoundError, also for a response of another owner."""
+    turn_id = turn_id_of(name)
+    if turn_id is None:
+        raise ResponseNotFoundError(name)
+    try:
+        session_id = await service.sessions.find_session_of(turn_id)
+    except TurnNotFoundError:
+        raise ResponseNotFoundError(name) from None
+    if owner_of(session_id) != current_owner():
+        raise ResponseNotFoundError(name)
+    return session_id, turn_id
+
+
+async def _get(service: Service, session_id: str, turn_id: str, *, with_texts: bool = True) -> TurnRecord:
+    """A response's turn. Raises: ResponseNotFoundError, also for one that was deleted and that others follow."""
+    try:
+        record = await service.sessions.get_turn(session_id, turn_id, with_texts=with_texts)
+    except _NOT_FOUND:
+        raise ResponseNotFoundError(response_id(turn_id)) from None
+    if not (record.input or record.output or record.is_open):
+        raise ResponseNotFoundError(response_id(turn_id))
+    return record
+
+
+@blueprint.get("/v1/responses/<response_id>")
+@operation(
+    id="get_response",
+    query=RetrieveQuery,
+    answers=(
+        Answer(
+            status=200,
+            description="The response as it stands; or its events.",
+            body=Response,
+            streams=True,
+            events=EVENTS,
+        ),
+    ),
+    errors=(TurnNotFoundError, EventsDeletedError, StreamLimitError),
+)
+async def get_response(response_id: str) -> TrioResponse:
+    """Get a response, with the output so far; with `stream` its events, live, replayed or both.
+
+    After a lost connection send the last event's `sequence_number` as `starting_after`: then no event is missing or
+    sent twice. Without it the events come from the first one on.
+    """
+    query = read_query(request, RetrieveQuery)
+    service = current_service()
+    if query.starting_after is not UNSET and not query.stream:
+        raise ParameterError("Without `stream` there are no events.", param="starting_after")
+    encrypted = _ENCRYPTED in query.include
+    if query.stream:
+        seen = 0 if query.starting_after is UNSET else query.starting_after + 1
+        return await _stream(service, response_id, _Responses(seen=seen, encrypted=encrypted))
+    session_id, turn_id = await _find(service, response_id)
+    face = _Responses(encrypted=encrypted)
+    return await face.show(service, await _get(service, session_id, turn_id))
+
+
+async def _stream(service: Service, name: str, face: _Responses) -> TrioResponse:
+    face.continue_streams()
+    slot = take_slot(service)
+    session_id, turn_id = await _find(service, name)
+    may_talk = "talk" in current_caller().may
+    try:
+        log, watch = await service.sessions.open_events(session_id, turn_id, watches=may_talk)
+        release_later(watch)
+        if request.method == "HEAD":
+            return TrioResponse(b"", headers=HEADERS, content_type=MEDIA_TYPE)
+        leave_at_end_of_input()
+        return await face.stream(FoundTurn(session_id, turn_id, log, watch), slot, after=0)
+    except _NOT_FOUND:
+        raise ResponseNotFoundError(name) from None
+    except EventsDeletedError:
+        await _get(service, session_id, turn_id, with_texts=False)
+        raise
+
+
+@blueprint.delete("/v1/responses/<response_id>")
+@operation(
+    id="delete_response",
+    answers=(Answer(status=200, description="The response is gone.", body=DeletedResponse),),
+    errors=(TurnNotFoundError, TurnInProgressError, TurnEndingError),
+)
+async def delete_response(response_id: str) -> TrioResponse:
+    """Delete a response. One that is queued or in progress is cancelled first.
+
+    Responses that follow it stay, without what the deleted one said. A conversation to which it belonged stays.
+    """
+    service = current_service()
+    session_id, turn_id = await _find(service, response_id)
+    sessions = service.sessions
+    allow_longer_answer(by_s=sessions.cancel_timeout_s + service.settings.store_timeout_s)
+    record = await _get(service, session_id, turn_id)
+    if record.is_open:
+        record = await sessions.cancel_turn(session_id, turn_id)
+    try:
+        if not await sessions.delete_turn(session_id, turn_id, unless_followed=True):
+            await _delete_items(service, record)
+    except _NOT_FOUND:
+        pass  # another call has deleted it meanwhile; or it was ephemeral
+    return json_response(DeletedResponse(id=response_id))
+
+
+async def _delete_items(service: Service, record: TurnRecord) -> None:
+    """Delete all that a turn says, which others follow. A turn without items is no response any more."""
+    for item in (*record.output, *record.input):
+        try:
+            await service.sessions.delete_item(record.session_id, item.id)
+        except ItemNotFoundError:
+            pass  # deleted with the call that it answers, or by another call
+
+
+@blueprint.post("/v1/responses/<response_id>/cancel")
+@operation(
+    id="cancel_response",
+    answers=(Answer(status=200, description="The response, ended.", body=Response),),
+    errors=(TurnNotFoundError, TurnEndingError),
+)
+async def cancel_response(response_id: str) -> TrioResponse:
+    """Cancel a response, background or not, and wait for its end. One that has ended is answered as it is."""
+    service = current_service()
+    allow_repeat()
+    allow_longer_answer(by_s=service.sessions.cancel_timeout_s)
+    session_id, turn_id = await _find(service, response_id)
+    await _get(service, session_id, turn_id)
+    return await _Responses().show(service, await service.sessions.cancel_turn(session_id, turn_id))
+
+
+@blueprint.get("/v1/responses/<response_id>/input_items")
+@operation(
+    id="list_input_items",
+    query=InputItemsQuery,
+    answers=(Answer(status=200, description="A page of items.", body=InputItems),),
+    errors=(TurnNotFoundError,),
+)
+async def list_input_items(response_id: str) -> TrioResponse:
+    """List the items of a response's own input, the last one first. Those of earlier responses are not among them."""
+    query = read_query(request, InputItemsQuery)
+    service = current_service()
+    session_id, turn_id = await _find(service, response_id)
+    record = await _get(service, session_id, turn_id)
+    items = record.input if query.order == "asc" else record.input[::-1]
+    rest = _items_after(items, query.after) if query.after else items
+    page = rest[: query.limit]
+    namespaces, encrypted = Echo.of_face(record.face).namespaces, _ENCRYPTED in query.include
+    listed = InputItems(
+        data=tuple([shown_item(item, namespaces=namespaces, encrypted=encrypted) for item in page]),
+        first_id=item_name(page[0]) if page else "",
+        last_id=item_name(page[-1]) if page else "",
+        has_more=len(rest) > len(page),
+    )
+    with room_for_answer(sum([len(item.text) for item in page])):
+        return encoded_response(await encode_json(listed))
+
+
+def _items_after(items: Sequence[Item], name: str) -> Sequence[Item]:
+    """The items after one of them. Raises: ParameterError: It is none of them."""
+    item_id = item_id_of(name)
+    for index, item in enumerate(items, 1):
+        if item.id == item_id:
+            return items[index:]
+    raise ParameterError("This is no item of the response's input.", param="after")
