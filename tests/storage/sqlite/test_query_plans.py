@@ -11,7 +11,7 @@ import pytest
 from service.errors import RepeatedError
 from service.storage.page_cursor import TurnPosition, encode_cursor
 from service.storage.records import IdempotencyKey, Item, Places, SessionPatch, Siblings, TurnRecord
-from service.storage.sqlite import SqliteStore, database, open_sqlite_store
+from service.storage.sqlite import SqliteStore, database, open_sqlite_store, reclaim
 from service.storage.sqlite.reclaim import reclaim_some
 from service.storage.sqlite.writer import Writer
 from tests.storage.rows import T0, a_session, a_turn, at, ended, said
@@ -182,6 +182,7 @@ class Counted:
             return db
 
         monkeypatch.setattr(database, "connect", connect_and_count)
+        monkeypatch.setattr(reclaim, "STEP_S", 60)  # all of it, on a slow machine as well
         monkeypatch.setattr(Writer, "run_housekeeping", lambda _, *, idle: None)  # noqa: ARG005  only the calls are counted
 
     def _note(self, _cursor: object, sql: str, _bindings: object) -> bool:
