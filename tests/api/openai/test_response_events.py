@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+import httpx2
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from openai import omit
+from openai import OpenAI, omit
 from openai.lib.streaming.responses._responses import ResponseStreamState
 from openai.types.responses import ResponseStreamEvent
 from pydantic import TypeAdapter
@@ -348,3 +349,27 @@ async def test_the_sdks_own_state_follows_every_stream(told: list[ModelEvent], e
     adapter: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
     for event in await events_of(turn):
         state.handle_event(adapter.validate_python(event))
+
+
+@pytest.mark.processes  # the client asks the system for its name
+@pytest.mark.parametrize("end", [STOP, outcome.Cancelled("requested"), outcome.failed("upstream_error", "Broken.")])
+async def test_the_official_client_reads_a_stream_and_a_response_in_strict_validation(end: outcome.Outcome) -> None:
+    turn = tell([ReasoningDelta("Hm."), TextDelta("Hel"), TextDelta("lo\u2028")], end)
+    told = b": heartbeat\n\n" + await read_to_the_end(turn.log, ResponseFace(turn))
+    whole = msgspec.json.encode(response_of(turn.record()))
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        if request.method == "POST":
+            return httpx2.Response(200, content=told, headers={"content-type": "text/event-stream"})
+        return httpx2.Response(200, content=whole, headers={"content-type": "application/json"})
+
+    with (
+        httpx2.Client(transport=httpx2.MockTransport(answer)) as http,
+        OpenAI(api_key="x", base_url="http://test/v1", http_client=http, _strict_response_validation=True) as client,
+    ):
+        events = list(client.responses.create(model="m", input="Hi", stream=True))
+        response = client.responses.retrieve("resp_1")
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == "Hello\u2028"
+    assert response.output_text == "Hello\u2028"
+    assert (response.status == "completed") == (end == STOP)
