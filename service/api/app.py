@@ -38,7 +38,7 @@ from service.api.http.request_id import HEADER, name_request, request_id_of
 from service.api.http.request_resources import request_resources
 from service.api.http.request_target import fault_of, refuse_target
 from service.api.native import chat, sessions, turns
-from service.api.openai import responses
+from service.api.openai import chat_completions, conversations, models, responses
 from service.api.openai.errors import is_path_of_openai, openai_error_response
 from service.api.operator import health
 from service.api.reference import page
@@ -148,7 +148,7 @@ def create_app() -> Application:
     app = Application("lastcall", static_folder=None)
     app.config["RESPONSE_TIMEOUT"] = None  # Quart would cut an answer off after 60 s, also one that is being read
     app.url_map.merge_slashes = False  # otherwise Quart redirects ``//``, which would drop a POST's body
-    for module in (sessions, turns, chat, responses, health, page):
+    for module in (sessions, turns, chat, responses, conversations, chat_completions, models, health, page):
         app.register_blueprint(module.blueprint)
     app.register_error_handler(Exception, _answer_error)  # for web sockets
     return app

@@ -407,7 +407,8 @@ class Sessions:
         with self._answered_within():
             turn = await self._store.find_item(session_id, item_id, now=self._clock())
         item = turn.find_item(item_id)
-        assert item is not None, "the store has found it"
+        if item is None or turn.ephemeral:
+            raise ItemNotFoundError(item_id)
         return PlacedItem(item, turn)
 
     async def list_items(

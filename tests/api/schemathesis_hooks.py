@@ -19,6 +19,7 @@ DEPENDENT = re.compile(r"count|tool_choice(\.name)?|tools\[\d+\]\.name|(input|it
 
 OF_OPENAI = re.compile(
     r"input|tools|tool_choice|conversation|previous_response_id|store|stream_options|starting_after|after|metadata"
+    r"|messages|max_tokens|items"
 )
 """The beginnings of such parameters of OpenAI's API, whose objects have no types in the schema."""
 
@@ -57,7 +58,7 @@ def answers_are_noted(_ctx: CheckContext, response: Response, case: Case[Any]) -
 def before_load_schema(_context: HookContext, raw_schema: dict[str, Any]) -> None:
     """Replace the schema of each stream by the schema of one event: schemathesis checks each event with it.
 
-    Leave owners out.
+    Leave owners out, and responses that are not stored.
     """
     data = {"contentMediaType": "application/json", "contentSchema": {"$ref": "#/components/schemas/Event"}}
     event = {
@@ -67,6 +68,8 @@ def before_load_schema(_context: HookContext, raw_schema: dict[str, Any]) -> Non
     }
     # An owner by chance has no session, so nothing that was made would be found again.
     del raw_schema["components"]["schemas"]["CreateSession"]["properties"]["owner"]
+    # Neither is a response that is not stored.
+    del raw_schema["components"]["schemas"]["CreateResponse"]["properties"]["store"]
     for operation in (it for methods in raw_schema["paths"].values() for it in methods.values()):
         operation["parameters"] = [it for it in operation["parameters"] if it["name"] != "Lastcall-Owner"]
         for response in operation["responses"].values():

@@ -4,7 +4,7 @@ import pytest
 from trio.testing import MockClock
 
 from service.errors import InvalidRequestError, ItemNotFoundError, SessionNotFoundError
-from service.sessions.commands import NewItems, NewSession
+from service.sessions.commands import NewItems, NewSession, NewTurn
 from service.sessions.items import ItemsPage
 from service.storage.records import SessionPatch
 from tests.sessions.puppet import Stage, open_stage
@@ -176,3 +176,15 @@ async def test_an_item_is_found_on_every_branch_and_not_in_another_session(autoj
             await stage.sessions.find_item(await a_conversation(stage, 1), items[-1].item.id)
         with pytest.raises(SessionNotFoundError):
             await stage.sessions.find_item("none", items[0].item.id)
+
+
+async def test_items_of_an_ephemeral_turn_are_in_no_conversation(autojump_clock: MockClock) -> None:
+    async with open_stage() as stage:
+        session_id = await a_conversation(stage, 1)
+        new = NewTurn(text="secret", ephemeral=True)
+        turn, watch = await stage.sessions.start_turn(session_id, new)
+        with watch:
+            await stage.puppet.next_reply()
+            assert await all_pages(stage, session_id, limit=9, newest_first=True) == ["Aa"]
+            with pytest.raises(ItemNotFoundError):
+                await stage.sessions.find_item(session_id, turn.record().input[0].id)

@@ -23,6 +23,8 @@ def _with_encoded_texts(value: msgspec.Struct) -> Steps[msgspec.Struct]:
         field = getattr(value, name)
         if isinstance(field, str) and len(field) >= _LONG:
             changes[name] = yield from _encoded(field)
+        elif isinstance(field, msgspec.Struct):
+            changes[name] = yield from _with_encoded_texts(field)
         elif isinstance(field, tuple):
             parts: list[object] = []
             for part in field:

@@ -4,8 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import msgspec
-
 from service.api.http.wire_types import Query, RequestBody
 from service.errors import LastcallError
 
@@ -19,7 +17,7 @@ class Answer:
     """One way in which an operation succeeds.
 
     Attributes:
-        body: The JSON body, if there is one.
+        body: The type of the JSON body, if there is one: a wire type, or a union of some.
         streams: Whether the answer may be an event stream instead (or, without ``body``, always is).
         media_type: The type of a body that is neither JSON nor an event stream.
         located: The thing that ``Location`` names, if the answer has this header.
@@ -30,7 +28,7 @@ class Answer:
 
     status: int
     description: str
-    body: type[msgspec.Struct] | None = None
+    body: Any = None
     streams: bool = False
     media_type: str | None = None
     located: str = ""

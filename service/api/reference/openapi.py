@@ -24,6 +24,7 @@ from service.api.http.problems import MEDIA_TYPE as PROBLEM
 from service.api.http.problems import codes as problem_codes
 from service.api.http.request_body import BodyTimeoutError, UnsupportedMediaTypeError
 from service.api.http.strict_json import InputTooLargeError, MalformedBodyError
+from service.api.http.wire_types import ModelName
 from service.api.native.events import Event
 from service.api.native.wire import ItemId, OwnerName, Problem, SessionId, TurnId
 from service.api.openai.errors import ErrorBody, status_for_clients
@@ -44,7 +45,7 @@ from service.failure_codes import FAILURES
 
 _PROBE_TAG = "health"
 _STATIC_TAG = "docs"
-OPENAI_TAGS = frozenset({"responses"})
+OPENAI_TAGS = frozenset({"responses", "conversations", "chat_completions", "models"})
 """The calls with these tags are those of OpenAI's API, with errors in its shape."""
 _OPEN_TAGS = (_PROBE_TAG, _STATIC_TAG)
 """The calls with these tags need no API key."""
@@ -53,6 +54,9 @@ _TAGS = {
     "turns": "A turn is an input and the reply to it. Every accepted turn ends exactly once.",
     "chat": "One call from a message to its reply.",
     "responses": "OpenAI's API: a response is a turn. See docs/openai.md for each parameter.",
+    "conversations": "OpenAI's API: a conversation is a session.",
+    "chat_completions": "OpenAI's API: a whole conversation goes in, one reply comes out, and nothing is kept.",
+    "models": "OpenAI's API: the models that a request may name.",
     "health": "For probes of a balancer or an orchestrator.",
     "docs": "The OpenAPI document, and a page of it.",
 }
@@ -70,6 +74,7 @@ _PATH_PARAMETERS = {
     "item_id": ItemId,
     "response_id": Annotated[str, Meta(pattern=RESPONSE_NAME)],
     "conversation_id": Annotated[str, Meta(pattern=CONVERSATION_NAME)],
+    "model": ModelName,
     "item_name": Annotated[str, Meta(pattern=ITEM_NAME)],
 }
 _REF = "#/components/schemas/{name}"
@@ -91,7 +96,7 @@ def build_document(app: Quart) -> dict[str, Any]:
     paths: dict[str, dict[str, Any]] = {}
     for rule in app.url_map.iter_rules():
         handler = app.view_functions[rule.endpoint]
-        path = re.sub("<([^>]+)>", r"{\1}", rule.rule)
+        path = re.sub("<(?:[a-z]+:)?([^>]+)>", r"{\1}", rule.rule)
         tag = rule.endpoint.partition(".")[0]
         method = next(iter((rule.methods or set()) - {"HEAD", "OPTIONS"})).lower()
         paths.setdefault(path, {})[method] = _operation(
@@ -255,8 +260,13 @@ def _content(kind: type[msgspec.Struct], schemas: _Schemas) -> dict[str, Any]:
     return {"schema": schemas.of(kind), "example": example_of(kind)}
 
 
-def example_of(kind: type[msgspec.Struct]) -> dict[str, Any]:
-    """Return the example in a wire type's docstring; a list's example consists of its item's example."""
+def example_of(kind: Any) -> dict[str, Any]:
+    """Return the example in a wire type's docstring; a list's example consists of its item's example.
+
+    The example of one type out of several is that of the first one.
+    """
+    if not isinstance(kind, type):
+        return example_of(get_args(kind)[0])
     fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
     if fields.keys() >= {"data", "next"}:
         (item, _) = get_args(fields["data"])

@@ -94,6 +94,9 @@ _EXAMPLE_IDS = {
     "turn_id": "turn_0a6c1b9e2f3d4c5a8b7e6f5d4c3b2a19",
     "item_id": "msg_9c6c1b9e2f3d4c5a8b7e6f5d4c3b2a19",
     "response_id": "resp_0a6c1b9e2f3d4c5a8b7e6f5d4c3b2a19",
+    "conversation_id": "conv_6f0a6c1b9e2f3d4c5a8b7e6f5d4c3b2a",
+    "item_name": "msg_9c0a6c1b9e2f3d4c5a8b7e6f5d4c3b2a",
+    "model": "scripted",
 }
 _STYLE_HASH = b64encode(sha256(_STYLE.encode()).digest()).decode()
 _PAGE_HEADERS = {

@@ -13,8 +13,11 @@ from service.api.app import create_app
 from service.api.http.wire_types import BodyPart, RequestBody
 from service.api.native import wire
 from service.api.native.events import Event
+from service.api.openai.chat_frames import ChatCompletion
+from service.api.openai.conversation_wire import Conversation, ConversationDeleted, ConversationItems
 from service.api.openai.errors import ErrorBody
 from service.api.openai.failures import EndErrorBody
+from service.api.openai.models import ModelList
 from service.api.openai.response import Response
 from service.api.openai.responses import DeletedResponse, InputItems
 from service.api.reference.client_schemas import structs_in
@@ -35,6 +38,7 @@ ANSWERS = {
         *(wire.SessionList, wire.MessageList, wire.AddedMessages, wire.TurnList, wire.TurnTree),
         *(wire.Health, wire.Problem, Event),
         *(Response, InputItems, DeletedResponse, ErrorBody, EndErrorBody),
+        *(ChatCompletion, Conversation, ConversationDeleted, ConversationItems, ModelList),
     )
     for name, kind in structs_in(of).items()
 }

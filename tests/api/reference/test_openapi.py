@@ -19,8 +19,17 @@ from service.api.app import create_app
 from service.api.http.problems import STATUS_BY_ERROR, code_of, codes, problem_of, status_of
 from service.api.native import wire
 from service.api.native.wire import UpdateSession
+from service.api.openai import (
+    chat_frames,
+    chat_requests,
+    conversation_wire,
+    failures,
+    items,
+    models,
+    requests,
+    responses,
+)
 from service.api.openai import errors as openai_errors
-from service.api.openai import failures, items, requests, responses
 from service.api.openai import response as openai_response
 from service.api.reference.page import document_of
 from service.errors import LastcallError, ModelError, RefusedError, StartupError
@@ -28,7 +37,10 @@ from service.failure_codes import FailureCode
 from tests.api.inprocess import open_api
 
 DOCUMENT = document_of(create_app())
-WIRE = (wire, openai_errors, failures, items, requests, openai_response, responses)
+WIRE = (
+    *(wire, openai_errors, failures, items, requests, openai_response, responses),
+    *(chat_frames, chat_requests, conversation_wire, models),
+)
 """The modules with the types of bodies."""
 
 
@@ -59,6 +71,12 @@ def test_every_call_of_the_design_that_there_is_is_described() -> None:
         "POST /sessions/{session_id}/fork", "POST /sessions/{session_id}/messages",
         "DELETE /sessions/{session_id}/messages/{item_id}", "DELETE /sessions/{session_id}/turns/{turn_id}",
         "POST /chat",
+        "POST /v1/chat/completions", "GET /v1/models", "GET /v1/models/{model}", "POST /v1/conversations",
+        "GET /v1/conversations/{conversation_id}", "POST /v1/conversations/{conversation_id}",
+        "DELETE /v1/conversations/{conversation_id}", "GET /v1/conversations/{conversation_id}/items",
+        "POST /v1/conversations/{conversation_id}/items",
+        "GET /v1/conversations/{conversation_id}/items/{item_name}",
+        "DELETE /v1/conversations/{conversation_id}/items/{item_name}",
         "POST /v1/responses", "GET /v1/responses/{response_id}", "DELETE /v1/responses/{response_id}",
         "POST /v1/responses/{response_id}/cancel", "GET /v1/responses/{response_id}/input_items",
         "GET /healthz", "GET /readyz", "GET /openapi.json", "GET /docs", "GET /",
@@ -151,6 +169,8 @@ async def test_the_page_is_whole_without_anything_from_elsewhere() -> None:
 
 
 KEY = "a-key-of-sixteen-or-more"
+CONVERSATIONS_FIRST = ("create_conversation", "create_conversation_items")
+CONVERSATIONS_LAST = ("delete_conversation_item", "delete_conversation")
 
 
 async def test_the_description_needs_no_key_and_all_else_does() -> None:
@@ -203,8 +223,15 @@ async def test_each_call_has_a_command_that_does_it(keys: tuple[str, ...], prefi
         }
         assert commands.keys() == {operation["operationId"] for _, operation in operations()}
         ids: dict[str, str] = {}
-        first = ("create_session", "start_turn", "fork_session", "add_messages", "create_response")
-        last = ("delete_message", "delete_turn", "delete_session", "delete_response")
+        first = (
+            "create_session",
+            "start_turn",
+            "fork_session",
+            "add_messages",
+            "create_response",
+            *CONVERSATIONS_FIRST,
+        )
+        last = ("delete_message", "delete_turn", "delete_session", "delete_response", *CONVERSATIONS_LAST)
         for id_ in (*first, *sorted(commands.keys() - {*first, *last}), *last):
             parts = commands[id_]
             target = next(part for part in parts if part.startswith(url)).removeprefix(url)
@@ -222,6 +249,10 @@ async def test_each_call_has_a_command_that_does_it(keys: tuple[str, ...], prefi
                 ids["turn_0a6c1b9e2f3d4c5a8b7e6f5d4c3b2a19"] = reply.events[0]["turn_id"]
             if id_ == "create_response":
                 ids["resp_0a6c1b9e2f3d4c5a8b7e6f5d4c3b2a19"] = reply.headers["location"].rpartition("/")[2]
+            if id_ == "create_conversation":
+                ids["conv_6f0a6c1b9e2f3d4c5a8b7e6f5d4c3b2a"] = reply.json["id"]
+            if id_ == "create_conversation_items":
+                ids["msg_9c0a6c1b9e2f3d4c5a8b7e6f5d4c3b2a"] = reply.json["first_id"]
             if id_ == "add_messages":
                 ids["msg_9c6c1b9e2f3d4c5a8b7e6f5d4c3b2a19"] = reply.json["messages"][0]["id"]
 
