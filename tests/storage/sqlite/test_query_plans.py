@@ -33,12 +33,11 @@ async def _fork_over_an_expired_one(store: SqliteStore) -> None:
     await store.fork_session("copy", at=None, copy_id="sess_000001", now=LATE)
 
 
-async def _begin_and_end_ephemeral(store: SqliteStore, *, is_alone: bool) -> None:
-    session = "alone" if is_alone else "sess_000100"
-    turn = msgspec.structs.replace(a_turn(f"e-{session}", session), ephemeral=True)
-    creates = msgspec.structs.replace(a_session(session), ephemeral=True) if is_alone else None
-    await store.begin_turn(turn, now=T0, creates=creates)
-    await store.end_turn(ended(turn), runs=said("Hi"), now=T0)
+def _ephemeral(session: str) -> TurnRecord:
+    return msgspec.structs.replace(a_turn(f"e-{session}", session), ephemeral=True)
+
+
+FOR_ONE_TURN = msgspec.structs.replace(a_session("alone"), ephemeral=True)
 
 
 async def _second_page(store: SqliteStore) -> object:
@@ -117,8 +116,12 @@ CALLS: dict[str, Callable[[SqliteStore], Awaitable[object]]] = {
     "start": lambda store: store.start_turn("new", now=T0),
     "checkpoint": lambda store: store.checkpoint_turns([a_checkpoint("new", "x", session="sess_000100")]),
     "end": lambda store: store.end_turn(ended(a_turn("new", "sess_000100")), runs=said("Hi"), now=T0),
-    "ephemeral turn": lambda store: _begin_and_end_ephemeral(store, is_alone=False),
-    "ephemeral turn with its session": lambda store: _begin_and_end_ephemeral(store, is_alone=True),
+    "begin an ephemeral turn": lambda store: store.begin_turn(_ephemeral("sess_000100"), now=T0),
+    "end an ephemeral turn": lambda store: store.end_turn(ended(_ephemeral("sess_000100")), runs=(), now=T0),
+    "begin with an ephemeral session": lambda store: store.begin_turn(
+        _ephemeral("alone"), now=T0, creates=FOR_ONE_TURN
+    ),
+    "end an ephemeral session": lambda store: store.end_turn(ended(_ephemeral("alone")), runs=(), now=T0),
     "delete an item": lambda store: store.delete_item("sess_000100", "added-out", now=T0),
     "delete a call": _delete_a_call,
     "delete turns": lambda store: store.delete_turns("sess_000100", "added", now=T0),
