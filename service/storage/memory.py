@@ -6,11 +6,10 @@ they may look at thousands of rows. The end of a turn checks for cancellation bu
 shutdown hundreds of ends come at once, and their callers end anyway.
 """
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from itertools import islice
@@ -40,7 +39,10 @@ from service.models.client import Usage
 from service.steps import Steps, WorkTime, at_once, in_steps
 from service.storage import rules, search
 from service.storage.fork_path import ForkPath, copies_of, forked_session
+from service.storage.memory_deletions import CallAnswers, delete_from, find_turn, lost_terms, without_answers
 from service.storage.memory_documents import Document, MemoryDocuments
+from service.storage.memory_search import MemoryIndex
+from service.storage.memory_sessions import KeptEvents, KeptKey, KeptSession, KeptTurn, ListedSessions, TurnDeletion
 from service.storage.page_cursor import (
     SessionPosition,
     TurnPosition,
@@ -71,10 +73,10 @@ from service.storage.records import (
     TurnRecord,
     text_length,
 )
-from service.storage.search import SEARCH_S, Found, SearchQuery, search_page, searched_texts
+from service.storage.search import SEARCH_S, SearchQuery, search_page
 from service.storage.search_cursor import SearchCursors
 from service.storage.store import PAGE_LENGTH_MAX
-from service.storage.terms import TERMS_MAX, document_terms, query_terms
+from service.storage.terms import query_terms
 
 R = TypeVar("R")
 
@@ -86,173 +88,8 @@ _RECLAIM_S = 0.5
 """How long the caller of a deletion of turns waits until they are taken out of the lists; the next call goes on."""
 _ROOM_AFTER_S = 10
 """After which time a caller that found no room for a session is told to try again: sessions live for long."""
-_DOCUMENTS_AT_ONCE = 256
-"""Documents of a session that a search looks at in one step, which takes less than a millisecond."""
-_LOOKED_AT_ONCE = 100
-"""Turns that are looked at in one step, which takes some microseconds."""
 _FORKED_AT_ONCE = 100
 """Turns that a fork copies in one step of the event loop, which takes some milliseconds."""
-
-
-@dataclass(frozen=True)
-class _Page:
-    """Successive events of a turn, packed."""
-
-    after: int
-    runs: bytes
-    starts: dict[int, int]
-    """Where in the texts of their items the pieces of this page begin."""
-
-
-@dataclass
-class _Deletion:
-    """A deletion of turns: all of them are deleted at once, and taken out of the lists afterwards.
-
-    Attributes:
-        turns: The turns that are still in the lists.
-    """
-
-    session: "_Session"
-    turns: list["_Turn"]
-    is_done: bool = False
-
-
-@dataclass
-class _Turn:
-    record: TurnRecord
-    pages: Sequence[_Page] = ()
-    """The events, in pages, so that a replay reads one of them at a time."""
-    kept: int = 0
-    """The number of events."""
-    ordinal: int = 0
-    """From 0, in the order of acceptance."""
-    place: int = 1
-    """From 1, among the turns with the same parent."""
-    document: int | None = None
-    """Its number among the documents that are searched, once it has ended."""
-    deletion: _Deletion | None = None
-
-    def is_deleted(self) -> bool:
-        return self.deletion is not None and self.deletion.is_done
-
-    def texts(self) -> Iterable[str]:
-        return searched_texts(self.record)
-
-
-@dataclass
-class _Session:
-    record: SessionRecord
-    turns: list[_Turn] = field(default_factory=list)
-    """The session's turns, in the order of their acceptance."""
-    keys: dict[str | None, tuple[str, str]] = field(default_factory=dict)
-    """The idempotency keys of the session (None) and of its turns, by their ids."""
-    children: dict[str | None, list[_Turn]] = field(default_factory=dict)
-    """The turns of each parent, in the order of their acceptance."""
-    begun: int = 0
-    """How many turns were accepted so far."""
-    edits: int = 0
-    """How often turns or items were deleted."""
-    removed: int = 0
-    """How many ephemeral turns have ended."""
-    deleted: bool = False
-    title_document: int | None = None
-    """The number of the title among the documents that are searched."""
-    documents: SortedList[int] = field(default_factory=SortedList)
-    """The numbers of all documents of the session."""
-
-    def add(self, turn: _Turn) -> Siblings:
-        """Add a turn as the newest one."""
-        siblings = self.children.setdefault(turn.record.parent, [])
-        siblings.append(turn)
-        turn.place = len(siblings)
-        turn.ordinal, self.begun = self.begun, self.begun + 1
-        self.turns.append(turn)
-        return Siblings(turn.place, turn.place)
-
-    @property
-    def version(self) -> tuple[int, int, int]:
-        """What changes with each deletion, each new turn and each turn that its end removes."""
-        return self.edits, self.begun, self.removed
-
-    def followers_of(self, turn: _Turn) -> Steps[list[_Turn]]:
-        """A turn and all that follow it."""
-        found = [turn]
-        for follower in found:
-            yield
-            found += self.children.get(follower.record.id, ())
-        return found
-
-    def others_than(self, deletion: _Deletion) -> Steps[list[_Turn] | None]:
-        """All turns but those of a deletion; None if these are so few that they are taken out one by one."""
-        if len(deletion.turns) <= _LOOKED_AT_ONCE:
-            return None
-        others: list[_Turn] = []
-        for looked_at, turn in enumerate(self.turns):
-            if turn.deletion is not deletion:
-                others.append(turn)
-            if looked_at % _LOOKED_AT_ONCE == 0:
-                yield
-        return others
-
-    def remove(self, turns: Sequence[_Turn], others: list[_Turn] | None) -> None:
-        """Take a turn and all that follow it out; the others stay. The siblings of the first turn move up."""
-        if others is not None:
-            self.turns = others
-        else:
-            for turn in turns:
-                del self.turns[bisect_left(self.turns, turn.ordinal, key=attrgetter("ordinal"))]
-        siblings = self.children[turns[0].record.parent]
-        index = turns[0].place - 1
-        del siblings[index]
-        for sibling in siblings[index:]:
-            sibling.place -= 1
-
-
-@dataclass
-class _Listed:
-    """Sorted lists of sessions that are not marked as deleted: each is in the first list and in one of the others."""
-
-    by_age: SortedList[tuple[datetime, str]] = field(default_factory=SortedList)
-    running_by_age: SortedList[tuple[datetime, str]] = field(default_factory=SortedList)
-    idle_by_deadline: SortedList[tuple[datetime, str]] = field(default_factory=SortedList)
-
-    def add(self, session: SessionRecord) -> None:
-        self.by_age.add((session.created_at, session.id))
-        self._of_status(session).add(_status_key(session))
-
-    def remove(self, session: SessionRecord) -> None:
-        self.by_age.remove((session.created_at, session.id))
-        self._of_status(session).remove(_status_key(session))
-
-    def replace(self, session: SessionRecord, changed: SessionRecord) -> None:
-        self._of_status(session).remove(_status_key(session))
-        self._of_status(changed).add(_status_key(changed))
-
-    def count(self, status: SessionStatus | None, now: datetime) -> int:
-        running = 0 if status == "idle" else len(self.running_by_age)
-        return running if status == "running" else running + len(self.idle_by_deadline) - self.count_expired(now)
-
-    def count_expired(self, now: datetime) -> int:
-        # The highest character makes this key the last one of its moment: `expires_at <= now`.
-        return self.idle_by_deadline.bisect_right((now, "\U0010ffff"))
-
-    def _of_status(self, session: SessionRecord) -> SortedList[tuple[datetime, str]]:
-        return self.running_by_age if session.open_turns else self.idle_by_deadline
-
-
-def _status_key(session: SessionRecord) -> tuple[datetime, str]:
-    return (session.created_at if session.open_turns else session.expires_at, session.id)
-
-
-@dataclass
-class _Key:
-    """An idempotency key, and what was made with it; the session is None once it is removed."""
-
-    fingerprint: bytes
-    session: _Session | None
-    session_id: str
-    turn_id: str | None
-    first_turn_id: str | None
 
 
 @asynccontextmanager
@@ -274,18 +111,18 @@ class MemoryStore:
     def __init__(self, *, sessions_max: float = inf) -> None:
         self.peer_secret = token_bytes(32)  # only this process uses the store
         self._sessions_max = sessions_max
-        self._sessions: dict[str, _Session] = {}
-        self._turns: dict[str, _Turn] = {}
-        self._listed = _Listed()
-        self._listed_of: dict[str, _Listed] = {}
+        self._sessions: dict[str, KeptSession] = {}
+        self._turns: dict[str, KeptTurn] = {}
+        self._listed = ListedSessions()
+        self._listed_of: dict[str, ListedSessions] = {}
         """Those of each owner; with an empty name those without an owner."""
-        self._keys: dict[tuple[str, str], _Key] = {}
+        self._keys: dict[tuple[str, str], KeptKey] = {}
         self._gone: deque[tuple[str, str]] = deque()
         """Keys of things that are gone, before :meth:`forget_keys` has noted when."""
         self._gone_at: deque[tuple[datetime, tuple[str, str]]] = deque()
         self._documents = MemoryDocuments()
         self._deleting = anyio.Lock()  # one deletion of turns at a time, because it marks its turns
-        self._deletions: deque[_Deletion] = deque()
+        self._deletions: deque[TurnDeletion] = deque()
         """Those whose turns are not yet taken out of the lists."""
         self._by_pair: dict[tuple[str | None, str, str], SortedList[tuple[datetime, str]]] = {}
         """The sessions that are not marked as deleted, for each pair of their metadata: those of each owner, and those
@@ -320,7 +157,7 @@ class MemoryStore:
             copies.append(copied)
             await self._let_others_run(source_id, after=len(copies), edits=edits, now=now)
         session = forked_session(source, path, head=copies[-1].id if copies else None, copy_id=copy_id, now=now)
-        turns = [_Turn(it, old.pages, old.kept) for it, old in zip(copies, reversed(kept), strict=True)]
+        turns = [KeptTurn(it, old.pages, old.kept) for it, old in zip(copies, reversed(kept), strict=True)]
         title_document = self._documents.reserve()
         async with self._prepared(turns):
             self._check_unchanged(source_id, edits, now)
@@ -391,7 +228,7 @@ class MemoryStore:
             bytes_max=bytes_max,
         )
         await in_steps(self._documents.prepare_noted(owner, within_s=SEARCH_S))
-        return await in_steps(search_page(_MemoryIndex(self._documents, self._sessions, wanted), wanted))
+        return await in_steps(search_page(MemoryIndex(self._documents, self._sessions, wanted), wanted))
 
     async def count_sessions(self, *, status: SessionStatus | None, now: datetime, owner: str | None = None) -> int:
         await anyio.lowlevel.checkpoint()
@@ -502,7 +339,7 @@ class MemoryStore:
             rules.check_head(session.record, head)
             if branches:
                 self._refuse_if_open(turn.session_id, turn.parent)
-        kept = self._turns[turn.id] = _Turn(turn)
+        kept = self._turns[turn.id] = KeptTurn(turn)
         siblings = session.add(kept)
         self._keep_key(key, session, turn.id)
         self._replace(session, rules.begun(session.record, turn, now))
@@ -544,7 +381,7 @@ class MemoryStore:
         """Delete a turn and all that follow it. Returns whether they are deleted: not if the tree changes meanwhile."""
         session = self._visible(session_id, now)
         version, first, messages = session.version, self._turn_of(session_id, turn_id), 0
-        deletion = _Deletion(session, (yield from session.followers_of(first)))
+        deletion = TurnDeletion(session, (yield from session.followers_of(first)))
         for turn in deletion.turns:
             yield
             if turn.record.is_open:
@@ -565,7 +402,7 @@ class MemoryStore:
 
     async def find_item(self, session_id: str, item_id: str, *, now: datetime) -> TurnRecord:
         await anyio.lowlevel.checkpoint()
-        turn = await in_steps(_search(self._visible(session_id, now).turns, item_id))
+        turn = await in_steps(find_turn(self._visible(session_id, now).turns, item_id))
         if turn is None:
             raise ItemNotFoundError(item_id)
         return turn.record
@@ -575,13 +412,13 @@ class MemoryStore:
         while True:
             session = self._visible(session_id, now)
             version = session.version
-            turn = await in_steps(_search(session.turns, item_id))
+            turn = await in_steps(find_turn(session.turns, item_id))
             item = None if turn is None else turn.record.find_item(item_id)
             if turn is None or item is None:
                 raise ItemNotFoundError(item_id)
             record = turn.record
-            terms, had_all = await in_steps(_lost_terms(record, rules.without_items(record, [item_id])))
-            changes = await in_steps(_without_answers(session, turn, item))
+            terms, had_all = await in_steps(lost_terms(record, rules.without_items(record, [item_id])))
+            changes = await in_steps(without_answers(session, turn, item))
             if (
                 self._visible(session_id, now) is session
                 and session.version == version
@@ -595,7 +432,9 @@ class MemoryStore:
                     await in_steps(self._reclaim())
                 return
 
-    def _delete_item(self, session: _Session, found: _Turn, item: Item, terms: set[str], answers: "_Answers") -> None:
+    def _delete_item(
+        self, session: KeptSession, found: KeptTurn, item: Item, terms: set[str], answers: CallAnswers
+    ) -> None:
         still_open = self._open_follower(session, found)
         if still_open is not None:
             raise TurnInProgressError(still_open, instead=rules.INSTEAD_OF_DELETING)
@@ -603,9 +442,9 @@ class MemoryStore:
             self._documents.drop(found.document, terms)
         for turn, _, without in answers.changes:
             turn.record = without
-        self._note_edit(session, messages=answers.messages + _delete_from(found, [item.id]), head=session.record.head)
+        self._note_edit(session, messages=answers.messages + delete_from(found, [item.id]), head=session.record.head)
 
-    def _add_further_terms(self, turn: _Turn, record: TurnRecord) -> Steps[None]:
+    def _add_further_terms(self, turn: KeptTurn, record: TurnRecord) -> Steps[None]:
         """Index what a turn has now, until it changes again: of more terms than count, other ones may be the first."""
         number = turn.document
         if number is not None:
@@ -653,7 +492,7 @@ class MemoryStore:
         self._replace(session, rules.ended(session.record, turn, now))
         return EndResult.KEPT
 
-    def _remove_ephemeral(self, session: _Session, turn: _Turn) -> None:
+    def _remove_ephemeral(self, session: KeptSession, turn: KeptTurn) -> None:
         """Remove an ephemeral turn, and its session if that was made for it."""
         if session.record.ephemeral:
             self._remove(session)
@@ -774,7 +613,7 @@ class MemoryStore:
     # Documents
 
     @asynccontextmanager
-    async def _prepared(self, turns: Sequence[_Turn]) -> AsyncIterator[None]:
+    async def _prepared(self, turns: Sequence[KeptTurn]) -> AsyncIterator[None]:
         """Put ended turns into the index, in steps; the body publishes them. If it raises, they are taken out again."""
         try:
             for turn in turns:
@@ -786,7 +625,7 @@ class MemoryStore:
                 self._forget(turn)
             raise
 
-    def _publish(self, session: _Session, *turns: _Turn) -> None:
+    def _publish(self, session: KeptSession, *turns: KeptTurn) -> None:
         for turn in turns:
             assert turn.document is not None
             self._documents.publish(
@@ -794,7 +633,7 @@ class MemoryStore:
             )
         session.documents.update(turn.document for turn in turns if turn.document is not None)
 
-    def _forget(self, turn: _Turn) -> None:
+    def _forget(self, turn: KeptTurn) -> None:
         if turn.document is not None:
             self._documents.remove(turn.document, turn.texts)
             turn.document = None
@@ -810,7 +649,7 @@ class MemoryStore:
                 self._deletions.popleft()
         yield from self._documents.reclaim()
 
-    def _take_out(self, session: _Session, turn: _Turn) -> None:
+    def _take_out(self, session: KeptSession, turn: KeptTurn) -> None:
         turn_id = turn.record.id
         session.children.pop(turn_id, None)
         if turn.document is not None:
@@ -820,7 +659,7 @@ class MemoryStore:
         if turn_id in session.keys:
             self._gone.append(session.keys.pop(turn_id))
 
-    def _publish_title(self, session: _Session, number: int | None = None) -> None:
+    def _publish_title(self, session: KeptSession, number: int | None = None) -> None:
         title = session.record.title
         if title is not None:
             number = session.title_document = number or self._documents.reserve()
@@ -828,7 +667,7 @@ class MemoryStore:
             self._documents.publish(number, Document(session.record.id, None, partial(_title, title)))
             session.documents.add(number)
 
-    def _forget_title(self, session: _Session, title: str | None) -> None:
+    def _forget_title(self, session: KeptSession, title: str | None) -> None:
         if session.title_document is not None and title is not None:
             self._documents.remove(session.title_document, partial(_title, title))
             session.documents.remove(session.title_document)
@@ -851,7 +690,7 @@ class MemoryStore:
         if self._visible(source_id, now).edits != edits:
             raise EditedMeanwhileError
 
-    def _open_follower(self, session: _Session, turn: _Turn) -> str | None:
+    def _open_follower(self, session: KeptSession, turn: KeptTurn) -> str | None:
         """An open turn that is this turn or follows it. One whose path is long counts as a follower."""
         looked_at, left = 0, session.record.open_turns
         for newer in reversed(session.turns):
@@ -868,11 +707,11 @@ class MemoryStore:
                     break
         return None
 
-    def _note_edit(self, session: _Session, *, messages: int, head: str | None) -> None:
+    def _note_edit(self, session: KeptSession, *, messages: int, head: str | None) -> None:
         session.edits += 1
         self._replace(session, rules.with_deleted(session.record, messages=messages, head=head))
 
-    def _short_path(self, session: _Session, turn: TurnRecord, bytes_max: int | None) -> Sequence[TurnRecord] | None:
+    def _short_path(self, session: KeptSession, turn: TurnRecord, bytes_max: int | None) -> Sequence[TurnRecord] | None:
         """The path to a turn that has just begun; None if it is too long for one step of the event loop."""
         if len(session.turns) > rules.SHORT_PATH_TURNS:
             return None
@@ -948,13 +787,13 @@ class MemoryStore:
             yield turn.record
             next_id = turn.record.parent
 
-    def _visible(self, session_id: str, now: datetime) -> _Session:
+    def _visible(self, session_id: str, now: datetime) -> KeptSession:
         session = self._sessions.get(session_id)
         if session is None or not rules.is_visible(session.record, now, is_deleted=session.deleted):
             raise SessionNotFoundError(session_id)
         return session
 
-    def _to_follow(self, turn: TurnRecord, now: datetime) -> _Session:
+    def _to_follow(self, turn: TurnRecord, now: datetime) -> KeptSession:
         """The session of a turn that may begin. Raises: SessionNotFoundError, TurnNotFoundError."""
         session = self._visible(turn.session_id, now)
         rules.check_takes_turns(session.record)
@@ -962,7 +801,7 @@ class MemoryStore:
             raise TurnNotFoundError(turn.parent)
         return session
 
-    def _add(self, session: SessionRecord, now: datetime, *, title_document: int | None = None) -> _Session:
+    def _add(self, session: SessionRecord, now: datetime, *, title_document: int | None = None) -> KeptSession:
         present = self._sessions.get(session.id)
         if present is not None:
             if rules.keeps_its_id(present.record, now, is_deleted=present.deleted):
@@ -973,7 +812,7 @@ class MemoryStore:
                 f"{self._sessions_max} sessions are kept already (memory_sessions_max); delete some or try later.",
                 retry_after_s=_ROOM_AFTER_S,
             )
-        added = self._sessions[session.id] = _Session(session)
+        added = self._sessions[session.id] = KeptSession(session)
         for listed in self._lists_of(session):
             listed.add(session)
         self._add_pairs(session)
@@ -997,20 +836,20 @@ class MemoryStore:
     def _keep_key(
         self,
         key: IdempotencyKey | None,
-        session: _Session,
+        session: KeptSession,
         turn_id: str | None = None,
         first_turn_id: str | None = None,
     ) -> None:
         if key is not None:
             name = (key.caller, key.key)
-            self._keys[name] = _Key(key.fingerprint, session, session.record.id, turn_id, first_turn_id)
+            self._keys[name] = KeptKey(key.fingerprint, session, session.record.id, turn_id, first_turn_id)
             session.keys[turn_id] = name
 
-    def _find_turn(self, turn_id: str) -> _Turn | None:
+    def _find_turn(self, turn_id: str) -> KeptTurn | None:
         turn = self._turns.get(turn_id)
         return None if turn is None or turn.is_deleted() else turn
 
-    def _turn_of(self, session_id: str, turn_id: str) -> _Turn:
+    def _turn_of(self, session_id: str, turn_id: str) -> KeptTurn:
         turn = self._find_turn(turn_id)
         if turn is None or turn.record.session_id != session_id:
             raise TurnNotFoundError(turn_id)
@@ -1032,7 +871,7 @@ class MemoryStore:
             self._remove(self._sessions[session_id])
         return len(expired)
 
-    def _replace(self, session: _Session, record: SessionRecord) -> None:
+    def _replace(self, session: KeptSession, record: SessionRecord) -> None:
         if not session.deleted:
             for listed in self._lists_of(record):
                 listed.replace(session.record, record)
@@ -1058,7 +897,7 @@ class MemoryStore:
         if not self._listed_by(session.owner).by_age:
             self._listed_of.pop(session.owner, None)
 
-    def _remove(self, session: _Session) -> None:
+    def _remove(self, session: KeptSession) -> None:
         if not session.deleted:
             self._hide(session.record)
         self._forget_title(session, session.record.title)
@@ -1071,122 +910,28 @@ class MemoryStore:
         self._gone.extend(session.keys.values())
         session.keys.clear()  # deleted turns are taken out later
 
-    def _lists_of(self, session: SessionRecord) -> Iterator["_Listed"]:
+    def _lists_of(self, session: SessionRecord) -> Iterator[ListedSessions]:
         if session.ephemeral:
             return
         yield self._listed
-        yield self._listed_of.setdefault(session.owner, _Listed())
+        yield self._listed_of.setdefault(session.owner, ListedSessions())
 
-    def _listed_by(self, owner: str | None) -> "_Listed":
-        return self._listed if owner is None else self._listed_of.get(owner, _Listed())
-
-
-def _search(turns: Sequence[_Turn], item_id: str) -> Steps[_Turn | None]:
-    """The turn of an item, searched from the newest turn on."""
-    for turn in reversed(turns):
-        yield
-        if turn.record.find_item(item_id) is not None and not turn.is_deleted():
-            return turn
-    return None
+    def _listed_by(self, owner: str | None) -> ListedSessions:
+        return self._listed if owner is None else self._listed_of.get(owner, ListedSessions())
 
 
-def _lost_terms(before: TurnRecord, after: TurnRecord) -> Steps[tuple[set[str], bool]]:
-    """The terms by which a turn is not found any more, and whether it was found by all that it had."""
-    found_by = yield from document_terms(searched_texts(before))
-    still_found_by = yield from document_terms(searched_texts(after))
-    return found_by - still_found_by, len(found_by) < TERMS_MAX
-
-
-@dataclass
-class _Answers:
-    """The turns with outputs of a call, each with its record and with its record without them."""
-
-    changes: list[tuple[_Turn, TurnRecord, TurnRecord]] = field(default_factory=list)
-    messages: int = 0
-    """How many messages the outputs are."""
-
-    def are_current(self) -> bool:
-        return all(turn.record is record for turn, record, _ in self.changes)
-
-
-def _without_answers(session: _Session, turn: _Turn, item: Item) -> Steps[_Answers]:
-    """The outputs of a call in the turns that follow, up to the first turn with a reply on each branch.
-
-    There are none if the item is no call.
-    """
-    answers, following = _Answers(), [turn] if item.type == "function_call" else []
-    while following:
-        for child in session.children.get(following.pop().record.id, ()):
-            yield
-            record = child.record
-            if outputs := rules.answers_to(item, record):
-                without = rules.without_items(record, outputs)
-                answers.changes.append((child, record, without))
-                answers.messages += record.message_count - without.message_count
-            if not record.has_reply:
-                following.append(child)
-    return answers
-
-
-def _delete_from(turn: _Turn, item_ids: Collection[str]) -> int:
-    """Delete items of an ended turn. Returns how many messages there are less."""
-    before, turn.record = turn.record, rules.without_items(turn.record, item_ids)
-    if turn.record.events_deleted:
-        turn.pages, turn.kept = (), 0
-    return before.message_count - turn.record.message_count
-
-
-def _after(turns: Sequence[_Turn], after: str | None, *, limit: int) -> tuple[Sequence[_Turn], bool]:
+def _after(turns: Sequence[KeptTurn], after: str | None, *, limit: int) -> tuple[Sequence[KeptTurn], bool]:
     """The turns after a page cursor, and whether there are more than these."""
     ordinal = -1 if after is None else decode_turn_cursor(after).ordinal
     start = bisect_right(turns, ordinal, key=attrgetter("ordinal"))
     return turns[start : start + limit], len(turns) > start + limit
 
 
-def _page_of(rows: Sequence[R], turns: Sequence[_Turn], *, more: bool) -> Page[R]:
+def _page_of(rows: Sequence[R], turns: Sequence[KeptTurn], *, more: bool) -> Page[R]:
     """The page of these rows, which are those of the first of these turns; ``more``: turns come after them."""
     cursors = tuple(encode_cursor(TurnPosition(turn.ordinal)) for turn in turns[: len(rows)])
     has_next = more or len(rows) < len(turns)
     return Page(data=tuple(rows), next=cursors[-1] if cursors and has_next else None, cursors=cursors)
-
-
-class _MemoryIndex:
-    """Meets :class:`service.storage.search.Index`. A session is its id."""
-
-    def __init__(self, documents: MemoryDocuments, sessions: Mapping[str, _Session], query: SearchQuery) -> None:
-        self._documents = documents
-        self._sessions = sessions
-        self._query = query
-
-    def newest(self) -> int | None:
-        return self._documents.newest
-
-    def is_whole(self) -> bool:
-        return self._documents.is_whole(self._query.owner)
-
-    def documents(self, *, below: int) -> Iterator[tuple[int, Found[str] | None]]:
-        for number, it in self._documents.matching(self._query.terms, below=below, owner=self._query.owner):
-            yield number, None if it is None else Found(number, it.session_id, it.turn_id, it.texts)
-
-    def is_in(self, session: str, *, first: int, last: int) -> Steps[bool]:
-        while (kept := self._sessions.get(session)) is not None:
-            numbers = list(islice(kept.documents.irange(first, last), _DOCUMENTS_AT_ONCE))
-            if any(self._documents.has_terms(number, self._query.terms) for number in numbers):
-                return True
-            if len(numbers) < _DOCUMENTS_AT_ONCE:
-                return False
-            first = numbers[-1] + 1
-            yield
-        return False
-
-    def record(self, session: str) -> SessionRecord | None:
-        kept = self._sessions[session]
-        is_visible = rules.is_visible(kept.record, self._query.now, is_deleted=kept.deleted)
-        return kept.record if is_visible and self._query.takes(kept.record) else None
-
-    def still_has(self, document: Found[str]) -> bool:
-        # A number is never given again, not even to another session with the same id.
-        return self._documents.has_terms(document.number, self._query.terms)
 
 
 def _pairs_of(session: SessionRecord) -> Iterator[tuple[str | None, str, str]]:
@@ -1197,12 +942,12 @@ def _title(title: str) -> Iterable[str]:
     return (title,)
 
 
-def _with_events(added: Sequence[TurnRecord]) -> Steps[list[_Turn]]:
-    turns: list[_Turn] = []
+def _with_events(added: Sequence[TurnRecord]) -> Steps[list[KeptTurn]]:
+    turns: list[KeptTurn] = []
     for turn in added:
         yield
         runs = rules.events_at_once(turn.output)
-        turns.append(_Turn(turn, tuple(_pages_of(runs)), count(runs)))
+        turns.append(KeptTurn(turn, tuple(_pages_of(runs)), count(runs)))
     return turns
 
 
@@ -1214,10 +959,10 @@ def _measured(path: Sequence[TurnRecord]) -> Steps[LeftOut]:
     return measured
 
 
-def _pages_of(runs: Sequence[Run]) -> Iterator[_Page]:
+def _pages_of(runs: Sequence[Run]) -> Iterator[KeptEvents]:
     after, ends = 0, dict[int, int]()
     for part, _ in split(runs, "", length_max=PAGE_LENGTH_MAX):
-        yield _Page(after, pack(part), {run.item: ends.get(run.item, 0) for run in part})
+        yield KeptEvents(after, pack(part), {run.item: ends.get(run.item, 0) for run in part})
         for run in part:
             ends[run.item] = ends.get(run.item, 0) + run.length
         after += count(part)

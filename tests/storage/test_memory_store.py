@@ -14,8 +14,9 @@ from trio.testing import assert_checkpoints
 from service.errors import SessionExistsError, SessionLimitError, SessionNotFoundError
 from service.steps import Steps, at_once
 from service.storage import rules
-from service.storage.memory import MemoryStore, _MemoryIndex, open_memory_store
+from service.storage.memory import MemoryStore, open_memory_store
 from service.storage.memory_documents import Document, MemoryDocuments
+from service.storage.memory_search import MemoryIndex
 from service.storage.pieces import Run, unpack
 from service.storage.records import EndResult, LeftOut, Match, Page, SessionPatch, SessionRecord, SessionStatus
 from service.storage.search import SearchQuery, search_page
@@ -280,7 +281,7 @@ async def a_search_for_hello(store: MemoryStore) -> Steps[Page[Match]]:
         await store.begin_turn(turn, now=T0)
         await store.end_turn(ended(turn), runs=(), now=T0)
     at_once(store._documents.prepare_noted(within_s=60))
-    return search_page(_MemoryIndex(store._documents, store._sessions, HELLO), HELLO)
+    return search_page(MemoryIndex(store._documents, store._sessions, HELLO), HELLO)
 
 
 def is_done_after(search: Steps[Page[Match]], *, steps: int) -> bool:
@@ -305,7 +306,7 @@ async def test_a_search_looks_at_a_few_documents_of_a_long_session_in_each_step(
         assert len(numbers) == 1000
         await a_search_for_hello(store)
         query = msgspec.structs.replace(HELLO, terms=("missing",))
-        steps = _MemoryIndex(store._documents, store._sessions, query).is_in("s", first=numbers[50], last=numbers[949])
+        steps = MemoryIndex(store._documents, store._sessions, query).is_in("s", first=numbers[50], last=numbers[949])
         counts: list[int] = []
         for _ in steps:
             counts.append(looked_at)

@@ -1,0 +1,177 @@
+"""What the memory store keeps: sessions with their turns and events, and the lists of sessions."""
+
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from operator import attrgetter
+
+from sortedcontainers import SortedList
+
+from service.steps import Steps
+from service.storage.records import SessionRecord, SessionStatus, Siblings, TurnRecord
+from service.storage.search import searched_texts
+
+_LOOKED_AT_ONCE = 100
+"""Turns that are looked at in one step, which takes some microseconds."""
+
+
+@dataclass(frozen=True)
+class KeptEvents:
+    """Successive events of a turn, packed."""
+
+    after: int
+    runs: bytes
+    starts: dict[int, int]
+    """Where in the texts of their items the pieces of this page begin."""
+
+
+@dataclass
+class TurnDeletion:
+    """A deletion of turns: all of them are deleted at once, and taken out of the lists afterwards.
+
+    Attributes:
+        turns: The turns that are still in the lists.
+    """
+
+    session: "KeptSession"
+    turns: list["KeptTurn"]
+    is_done: bool = False
+
+
+@dataclass
+class KeptTurn:
+    record: TurnRecord
+    pages: Sequence[KeptEvents] = ()
+    """The events, in pages, so that a replay reads one of them at a time."""
+    kept: int = 0
+    """The number of events."""
+    ordinal: int = 0
+    """From 0, in the order of acceptance."""
+    place: int = 1
+    """From 1, among the turns with the same parent."""
+    document: int | None = None
+    """Its number among the documents that are searched, once it has ended."""
+    deletion: TurnDeletion | None = None
+
+    def is_deleted(self) -> bool:
+        return self.deletion is not None and self.deletion.is_done
+
+    def texts(self) -> Iterable[str]:
+        return searched_texts(self.record)
+
+
+@dataclass
+class KeptSession:
+    record: SessionRecord
+    turns: list[KeptTurn] = field(default_factory=list)
+    """The session's turns, in the order of their acceptance."""
+    keys: dict[str | None, tuple[str, str]] = field(default_factory=dict)
+    """The idempotency keys of the session (None) and of its turns, by their ids."""
+    children: dict[str | None, list[KeptTurn]] = field(default_factory=dict)
+    """The turns of each parent, in the order of their acceptance."""
+    begun: int = 0
+    """How many turns were accepted so far."""
+    edits: int = 0
+    """How often turns or items were deleted."""
+    removed: int = 0
+    """How many ephemeral turns have ended."""
+    deleted: bool = False
+    title_document: int | None = None
+    """The number of the title among the documents that are searched."""
+    documents: SortedList[int] = field(default_factory=SortedList)
+    """The numbers of all documents of the session."""
+
+    def add(self, turn: KeptTurn) -> Siblings:
+        """Add a turn as the newest one."""
+        siblings = self.children.setdefault(turn.record.parent, [])
+        siblings.append(turn)
+        turn.place = len(siblings)
+        turn.ordinal, self.begun = self.begun, self.begun + 1
+        self.turns.append(turn)
+        return Siblings(turn.place, turn.place)
+
+    @property
+    def version(self) -> tuple[int, int, int]:
+        """What changes with each deletion, each new turn and each turn that its end removes."""
+        return self.edits, self.begun, self.removed
+
+    def followers_of(self, turn: KeptTurn) -> Steps[list[KeptTurn]]:
+        """A turn and all that follow it."""
+        found = [turn]
+        for follower in found:
+            yield
+            found += self.children.get(follower.record.id, ())
+        return found
+
+    def others_than(self, deletion: TurnDeletion) -> Steps[list[KeptTurn] | None]:
+        """All turns but those of a deletion; None if these are so few that they are taken out one by one."""
+        if len(deletion.turns) <= _LOOKED_AT_ONCE:
+            return None
+        others: list[KeptTurn] = []
+        for looked_at, turn in enumerate(self.turns):
+            if turn.deletion is not deletion:
+                others.append(turn)
+            if looked_at % _LOOKED_AT_ONCE == 0:
+                yield
+        return others
+
+    def remove(self, turns: Sequence[KeptTurn], others: list[KeptTurn] | None) -> None:
+        """Take a turn and all that follow it out; the others stay. The siblings of the first turn move up."""
+        if others is not None:
+            self.turns = others
+        else:
+            for turn in turns:
+                del self.turns[bisect_left(self.turns, turn.ordinal, key=attrgetter("ordinal"))]
+        siblings = self.children[turns[0].record.parent]
+        index = turns[0].place - 1
+        del siblings[index]
+        for sibling in siblings[index:]:
+            sibling.place -= 1
+
+
+@dataclass
+class ListedSessions:
+    """Sorted lists of sessions that are not marked as deleted: each is in the first list and in one of the others."""
+
+    by_age: SortedList[tuple[datetime, str]] = field(default_factory=SortedList)
+    running_by_age: SortedList[tuple[datetime, str]] = field(default_factory=SortedList)
+    idle_by_deadline: SortedList[tuple[datetime, str]] = field(default_factory=SortedList)
+
+    def add(self, session: SessionRecord) -> None:
+        self.by_age.add((session.created_at, session.id))
+        self._of_status(session).add(_status_key(session))
+
+    def remove(self, session: SessionRecord) -> None:
+        self.by_age.remove((session.created_at, session.id))
+        self._of_status(session).remove(_status_key(session))
+
+    def replace(self, session: SessionRecord, changed: SessionRecord) -> None:
+        self._of_status(session).remove(_status_key(session))
+        self._of_status(changed).add(_status_key(changed))
+
+    def count(self, status: SessionStatus | None, now: datetime) -> int:
+        running = 0 if status == "idle" else len(self.running_by_age)
+        return running if status == "running" else running + len(self.idle_by_deadline) - self.count_expired(now)
+
+    def count_expired(self, now: datetime) -> int:
+        # The highest character makes this key the last one of its moment: `expires_at <= now`.
+        return self.idle_by_deadline.bisect_right((now, "\U0010ffff"))
+
+    def _of_status(self, session: SessionRecord) -> SortedList[tuple[datetime, str]]:
+        return self.running_by_age if session.open_turns else self.idle_by_deadline
+
+
+def _status_key(session: SessionRecord) -> tuple[datetime, str]:
+    return (session.created_at if session.open_turns else session.expires_at, session.id)
+
+
+@dataclass
+class KeptKey:
+    """An idempotency key, and what was made with it; the session is None once it is removed."""
+
+    fingerprint: bytes
+    session: KeptSession | None
+    session_id: str
+    turn_id: str | None
+    first_turn_id: str | None
