@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from openai import OpenAI, omit
 from openai.lib.streaming.responses._responses import ResponseStreamState
 from openai.types.responses import ResponseStreamEvent
-from pydantic import TypeAdapter
 
 from service.api.http.event_frames import read_frames
 from service.api.http.face_frames import EndedTurn
@@ -31,7 +30,7 @@ from service.models.client import (
 from service.sessions.events import outcome
 from service.sessions.turns.turn import Turn
 from service.storage.records import SEQ_AFTER_CRASH
-from tests.api.openai.validation import check_frame, check_response
+from tests.api.openai.validation import adapter_of, check_frame, check_response
 from tests.api.told_turns import (
     Follower,
     a_told_turn,
@@ -346,9 +345,8 @@ async def test_a_client_that_has_seen_all_gets_the_end_of_the_stream_alone() -> 
 async def test_the_sdks_own_state_follows_every_stream(told: list[ModelEvent], end: outcome.Outcome) -> None:
     turn = tell(told, end)
     state: Any = ResponseStreamState(input_tools=omit, text_format=omit)
-    adapter: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
     for event in await events_of(turn):
-        state.handle_event(adapter.validate_python(event))
+        state.handle_event(adapter_of(ResponseStreamEvent).validate_python(event))
 
 
 @pytest.mark.processes  # the client asks the system for its name
