@@ -3,7 +3,7 @@
 The turn has all of the messages as its input: nothing of an earlier call is known.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, UnsetType
@@ -11,6 +11,7 @@ from msgspec import UNSET, Meta, UnsetType
 from service.api.http.strict_json import InputTooLargeError, shown
 from service.api.http.wire_types import NO_NUL, BodyPart, Metadata, ModelName, RequestBody
 from service.api.openai.errors import ParameterError
+from service.api.openai.unsupported import Refused, refuse_values, unsupported
 from service.errors import InvalidRequestError
 from service.ids import new_item_id
 from service.models.client import FunctionTool, NamedFunction, Options, Role, TextFormat, ToolChoice, Tools
@@ -235,7 +236,7 @@ class CreateChatCompletion(RequestBody, frozen=True, kw_only=True):
 _NO_AUDIO = "this server takes and makes texts only"
 _OLD_FUNCTIONS = "it was replaced by `tools` and `tool_choice`"
 _NO_LOGPROBS = "this server does not pass on the probabilities of tokens"
-_REFUSED: Mapping[str, tuple[tuple[object, ...], str]] = {
+_REFUSED: Refused = {
     "audio": ((), _NO_AUDIO),
     "function_call": ((), _OLD_FUNCTIONS),
     "functions": (([],), _OLD_FUNCTIONS),
@@ -265,10 +266,7 @@ def refuse_unsupported(told: object) -> None:
     """
     if not isinstance(told, dict):
         return
-    for name, (taken, why) in _REFUSED.items():
-        value = told.get(name)
-        if value is not None and not any(value == it and type(value) is type(it) for it in taken):
-            raise _unsupported(f"`{name}` is not supported with this value: {why}.", name)
+    refuse_values(told, _REFUSED)
     for index, message in enumerate(_list_in(told, "messages")):
         _refuse_in_message(message, f"messages[{index}]")
     for index, tool in enumerate(_list_in(told, "tools")):
@@ -288,7 +286,7 @@ def _refuse_in_message(message: object, place: str) -> None:
         )
     for name, why in (("audio", _NO_AUDIO), ("function_call", _OLD_FUNCTIONS)):
         if message.get(name) is not None:
-            raise _unsupported(f"`{name}` of a message is not supported: {why}.", f"{place}.{name}")
+            raise unsupported(f"`{name}` of a message is not supported: {why}.", f"{place}.{name}")
     for index, part in enumerate(_list_in(message, "content")):
         kinds = ("text", "refusal") if role == "assistant" else ("text",)
         _refuse_type(part, kinds, f"{place}.content[{index}]", "Content")
@@ -304,10 +302,6 @@ def _refuse_type(part: object, taken: Sequence[str], place: str, what: str) -> N
             param=f"{place}.type",
             code="unsupported_value",
         )
-
-
-def _unsupported(message: str, param: str) -> ParameterError:
-    return ParameterError(message, param=param, code="unsupported_parameter")
 
 
 def _list_in(told: dict[str, object], name: str) -> list[object]:

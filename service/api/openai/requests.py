@@ -24,6 +24,7 @@ from service.api.openai.echo import Echo
 from service.api.openai.errors import ParameterError
 from service.api.openai.items import read_items
 from service.api.openai.tools import TOOLS_MAX, HostedTools, TakenTools, take_tools
+from service.api.openai.unsupported import Refused, refuse_values, unsupported
 from service.models.client import Options, TextFormat
 from service.sessions.commands import NewTurn, text_input
 from service.settings import Settings
@@ -210,7 +211,7 @@ class CreateResponse(RequestBody, frozen=True, kw_only=True):
 
 # What is not supported
 
-_REFUSED: Mapping[str, tuple[tuple[object, ...], str]] = {
+_REFUSED: Refused = {
     "access_programs": (({},), "it is about models of OpenAI's own"),
     "background_options": (({},), "a background response runs at once"),
     "context_management": (
@@ -237,13 +238,10 @@ def refuse_unsupported(told: object) -> None:
     """
     if not isinstance(told, dict):
         return
-    for name, (taken, why) in _REFUSED.items():
-        value = told.get(name)
-        if value is not None and not any(value == it and type(value) is type(it) for it in taken):
-            raise _unsupported(f"`{name}` is not supported with this value: {why}.", name)
+    refuse_values(told, _REFUSED)
     include = told.get("include")
     if isinstance(include, list) and _INCLUDED_LOGPROBS in include:
-        raise _unsupported("This server does not pass on the probabilities of tokens.", "include")
+        raise unsupported("This server does not pass on the probabilities of tokens.", "include")
     _refuse_within(told.get("reasoning"), "reasoning", {"mode": ("standard",), "context": ("auto",)})
     _refuse_within(
         told.get("prompt_cache_options"), "prompt_cache_options", {"prewarm": (False,), "comparison_response_id": ()}
@@ -256,11 +254,7 @@ def _refuse_within(given: object, param: str, taken: Mapping[str, Sequence[objec
     for name, values in taken.items():
         value = given.get(name)
         if value is not None and value not in values:
-            raise _unsupported(f"`{param}.{name}` is not supported with this value.", f"{param}.{name}")
-
-
-def _unsupported(message: str, param: str) -> ParameterError:
-    return ParameterError(message, param=param, code="unsupported_parameter")
+            raise unsupported(f"`{param}.{name}` is not supported with this value.", f"{param}.{name}")
 
 
 # The turn
