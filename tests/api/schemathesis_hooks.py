@@ -18,7 +18,7 @@ DEPENDENT = re.compile(r"count|tool_choice(\.name)?|tools\[\d+\]\.name|(input|it
 """Fields that have to fit others: a choice needs its function, names and ids are there once, a search has no count."""
 
 OF_OPENAI = re.compile(
-    r"input|tools|tool_choice|conversation|previous_response_id|store|stream_options|starting_after|after|metadata"
+    r"input|tools|tool_choice|conversation|previous_response_id|store|stream_options|starting_after|after|metadata|client_metadata"
     r"|messages|max_tokens|items"
 )
 """The beginnings of such parameters of OpenAI's API, whose objects have no types in the schema."""

@@ -284,21 +284,20 @@ def _size_of(value: object, field: str) -> int:
     that is too large for 64 bits is read as infinite, which JSON cannot say.
     """
     size = 0
-    pending: list[object] = [value]
-    has_parts = isinstance(value, dict)
+    pending: list[tuple[object, bool]] = [(value, False)]
     while pending:
-        part = pending.pop()
+        part, is_within = pending.pop()
         if isinstance(part, dict):
             size += sum(_utf8_length(key, field, what="A key", takes_nul=True) for key in part)
-            pending += part.values()
+            pending += [(it, True) for it in part.values()]
         elif isinstance(part, list | tuple):
-            pending += part
+            pending += [(it, is_within) for it in part]
         elif isinstance(part, msgspec.Struct):
-            pending += [getattr(part, name) for name in part.__struct_fields__]
+            pending += [(getattr(part, name), False) for name in part.__struct_fields__]
         elif isinstance(part, float) and isinf(part):
             raise InvalidRequestError("A number may not be larger than a float of 64 bits can be.", field=shown(field))
         else:
-            size += _utf8_length(part, field, takes_nul=has_parts) if isinstance(part, str) else 1
+            size += _utf8_length(part, field, takes_nul=is_within) if isinstance(part, str) else 1
     return size
 
 

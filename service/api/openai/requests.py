@@ -135,7 +135,7 @@ class PromptCacheOptions(BodyPart, frozen=True, kw_only=True):
     """``{"mode": "implicit"}``: model servers decide about their caches."""
 
     mode: Literal["implicit", "explicit"] | None = None
-    ttl: str | None = None
+    ttl: Annotated[str, Meta(max_length=64, extra_json_schema=NO_NUL)] | None = None
     prewarm: Annotated[bool, Meta(extra_json_schema={"enum": [False]})] | None = None
     comparison_response_id: _Nothing = None
 

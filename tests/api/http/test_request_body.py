@@ -461,3 +461,11 @@ def test_texts_are_checked_at_every_depth(body: str) -> None:
         parse(body % json.dumps("x" * 1025), _Whole)
     with pytest.raises(InvalidRequestError, match="surrogate"):
         parse(body % '"\\ud800"', _Whole)
+
+
+def test_only_texts_within_a_value_without_a_type_may_have_a_nul() -> None:
+    """Such a value is passed on as JSON, which escapes the character."""
+    assert parse('{"inner": {"any": {"a": ["\\u0000"]}}, "parts": [{"any": {"a": "\\u0000"}}]}', _Whole)
+    for body in ('{"inner": {"text": "\\u0000"}}', '{"parts": [{"text": "a", "any": {}}, {"text": "\\u0000"}]}'):
+        with pytest.raises(InvalidRequestError, match="NUL"):
+            parse(body, _Whole)
