@@ -64,6 +64,7 @@ from service.storage.store import PAGE_LENGTH_MAX, Monotonic
 from service.storage.terms import document_terms, query_terms
 
 P = TypeVar("P", bound=Progress)
+T = TypeVar("T")
 
 STEP_LENGTH_MAX = 1024 * 1024
 """Bound on the code points and events that one step writes, so that the step holds the write lock for milliseconds."""
@@ -265,16 +266,10 @@ class SqliteStore:
         return await self._writing.call(lambda db: sessions.is_marked(db, session_id, self.fence), makes_space=True)
 
     async def remove_deleted(self, session_id: str) -> None:
-        if await self._writing.call(lambda db: sessions.remove_deleted(db, session_id), makes_space=True):
-            self.writer.removed = True
+        await self._remove(lambda db: sessions.remove_deleted(db, session_id))
 
     async def delete_expired(self, *, now: datetime, limit: int) -> int:
-        removed = await self._writing.call(
-            lambda db: _delete_expired(db, self._ownership, now, limit), makes_space=True
-        )
-        if removed:
-            self.writer.removed = True
-        return removed
+        return await self._remove(lambda db: _delete_expired(db, self._ownership, now, limit))
 
     # Idempotency keys
 
@@ -368,14 +363,13 @@ class SqliteStore:
         try:
             while progress.is_done is None:
                 call: Callable[[apsw.Connection], P] = partial(step, change=key, progress=progress)
-                progress = await self._writing.call(call, makes_space=makes_space)
+                progress = await self._remove(call, lambda it: it.is_done is not None, makes_space=makes_space)
         except BaseException as error:
             if progress.noted or not isinstance(error, RefusedError | RepeatedError):
                 self._given_up.add(key)
                 with anyio.move_on_after(CLAIMED_GRACE_S, shield=True), suppress(StoreError):
                     await self._clear_abandoned()
             raise
-        self.writer.removed = True
         return progress
 
     async def start_turn(self, turn_id: str, *, now: datetime) -> bool:
@@ -402,9 +396,7 @@ class SqliteStore:
 
     async def _end_ephemeral(self, turn: TurnRecord, now: datetime) -> EndResult:
         end = partial(turns.end, turn=turn, runs=(), staged=None, terms=(), after=0, fence=self.fence, now=now)
-        result = await self._writing.call(end, makes_space=True)
-        self.writer.removed = True
-        return result
+        return await self._remove(end, lambda _: True)
 
     async def _stage_events(
         self, session_id: str, turn_id: str, runs: Sequence[Run], text: str, *, after: int
@@ -500,11 +492,11 @@ class SqliteStore:
         await self._clear_abandoned()
         recovered, finished = 0, False
         while not finished:
-            ended, finished = await self._writing.call(partial(recovery.recover_some, owners=self._ownership, now=now))
+            step = partial(recovery.recover_some, owners=self._ownership, now=now)
+            ended, finished = await self._remove(step, lambda _: True, makes_space=False)
             recovered += ended
             if after_step is not None:
                 after_step()
-        self.writer.removed = True
         return recovered
 
     async def aclose(self) -> None:
@@ -516,12 +508,28 @@ class SqliteStore:
             self._ownership.close()
             self.files.close()
 
+    async def _remove(
+        self, call: Callable[[apsw.Connection], T], leaves: Callable[[T], object] = bool, *, makes_space: bool = True
+    ) -> T:
+        """Run a step that may leave rows to reclaim. The writer learns it in its thread, before it looks whether it may
+        rest, and also if the caller has left.
+
+        Args:
+            leaves: Whether there are such rows, by the result of the step.
+        """
+
+        def run(db: apsw.Connection) -> T:
+            result = call(db)
+            self.writer.removed = bool(leaves(result)) or self.writer.removed
+            return result
+
+        return await self._writing.call(run, makes_space=makes_space)
+
     async def _clear_abandoned(self) -> None:
         """Remove the hidden copies of failed forks, and undo failed changes of trees."""
         for key in list(self._given_up):
-            await self._writing.call(partial(tree_changes.give_up, change=key), makes_space=True)
+            await self._remove(partial(tree_changes.give_up, change=key), lambda _: True)
             self._given_up.discard(key)
-            self.writer.removed = True
         for hidden_id in list(self._abandoned):
             await self.remove_deleted(hidden_id)
             self._abandoned.discard(hidden_id)

@@ -34,6 +34,8 @@ _RESET_EVERY_S = 1.0
 """The pause after a failed restart of the log: each attempt blocks all writers."""
 _HOUSEKEEPING_INTERVAL_S = 0.1
 """The interval of the work between commits while steps keep arriving."""
+_RETRY_S = 1.0
+"""The pause after work between commits that has failed."""
 _INDEX_RETRY_S = 1.0
 """The pause until a process looks again whether the one that indexes old rows is gone."""
 _INDEX_AFTER_S = 0.5
@@ -48,7 +50,7 @@ class Writer:
     Attributes:
         commits: How many transactions held steps.
         steps: How many steps they held.
-        removed: Set by a step that hid a session, so that there are rows to reclaim.
+        removed: Set by a step, in the writer's thread, that hid rows which are to be reclaimed.
     """
 
     def __init__(
@@ -158,9 +160,11 @@ class Writer:
             elif self._unmerged >= documents.SEGMENTS_MAX and not self._transact(documents.merge_some):
                 self._unmerged = 0
         except (apsw.Error, StoreError) as error:
-            # A step will meet the same fault and tell its caller, unless the disk has just become full.
+            # A step will meet the same fault and tell its caller. Without a step the work is tried again later.
             was_full, self._is_full = self._is_full, self._is_full or isinstance(error, apsw.FullError)
-            return PAUSE_S if self._is_full and not was_full else None
+            if self._is_full and not was_full:
+                return PAUSE_S
+            return None if self._pause_s(now) is None else _RETRY_S
         return self._pause_s(now)
 
     def _pause_s(self, now: float) -> float | None:

@@ -7,8 +7,11 @@ import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import apsw
 import pytest
@@ -17,8 +20,10 @@ import trio
 from service.cli import exported_events
 from service.errors import StoreError
 from service.storage.sqlite import SqliteStore, database, maintenance, open_sqlite_store, reclaim, sessions, writer
+from service.storage.sqlite.sql_thread import Step
 from service.store_capabilities import SQLITE
 from tests.storage.rows import T0, a_session, a_turn, all_sessions, at, ended, said
+from tests.storage.test_store_added_turns import an_added_turn
 from tests.storage.test_store_owners import a_checkpoint
 
 
@@ -326,3 +331,71 @@ def test_processes_that_open_a_new_file_at_once_wait_for_each_other(monkeypatch:
     monkeypatch.setattr(database, "_LOCK_WAIT_S", 0.002)
     with pytest.raises(apsw.BusyError):
         database._enter_wal(SharedFile(busy_calls=10))  # type: ignore[arg-type]
+
+
+async def test_the_writer_does_not_rest_while_rows_are_to_be_reclaimed(path: Path) -> None:
+    """A step says so itself: its caller gets its result while the writer looks whether it may rest, or has left."""
+    async with open_sqlite_store(path) as store:
+        said: list[bool] = []
+        run = store.writer.run
+
+        def run_and_look(arriving: Iterator[Step[Any]]) -> Sequence[Sequence[Step[Any]]]:
+            taken = run(arriving)
+            said.append(store.writer.removed)
+            return taken
+
+        await _until_resting(store)
+        store.writer.run = run_and_look  # type: ignore[method-assign]
+        for removes in (_remove_session, _delete_turns, _expire, _add_turns):
+            del said[:]
+            await removes(store)
+            assert said[-1], removes.__name__
+            await _until_resting(store)
+
+
+async def _until_resting(store: SqliteStore) -> None:
+    with trio.fail_after(30):
+        while store.writer.removed:  # noqa: ASYNC110  no event tells the end
+            await trio.sleep(0.001)
+
+
+async def _remove_session(store: SqliteStore) -> None:
+    await store.create_session(a_session("a"), now=T0)
+    await store.mark_deleted("a", now=T0)
+    await store.remove_deleted("a")
+
+
+async def _add_turns(store: SqliteStore) -> None:
+    await store.create_session(a_session(), now=T0)
+    await store.add_turns([an_added_turn("b1"), an_added_turn("b2", parent="b1")], now=T0)
+
+
+async def _delete_turns(store: SqliteStore) -> None:
+    await _add_turns(store)
+    await store.delete_turns("s", "b1", now=T0)
+
+
+async def _expire(store: SqliteStore) -> None:
+    await store.create_session(a_session("c"), now=T0)
+    await store.delete_expired(now=T0 + timedelta(days=365), limit=9)
+
+
+async def test_work_between_commits_that_fails_is_tried_again_without_a_step(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "_RETRY_S", 0.001)
+    failed = 0
+
+    def fail_twice(db: apsw.Connection) -> bool:
+        nonlocal failed
+        if failed < 2:
+            failed += 1
+            raise apsw.BusyError
+        return reclaim.reclaim_some(db)
+
+    async with open_sqlite_store(path) as store:
+        await _until_resting(store)
+        monkeypatch.setattr(writer, "reclaim_some", fail_twice)
+        await _remove_session(store)
+        await _until_resting(store)
+    assert failed == 2
