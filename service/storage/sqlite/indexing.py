@@ -23,9 +23,10 @@ from service.storage.terms import TERMS_MAX, document_terms
 logger = structlog.get_logger("lastcall.store")
 
 STEP_S = 0.01
-"""The approximate time of one step: no further row is taken once this time is over."""
+"""The approximate time of one step: no further row is taken, and none is cut on, once this time is over."""
 LONG_BYTES = 16 * 1024
-"""The terms of a longer turn are cut in steps of their own, outside of a transaction."""
+"""The terms of a longer turn are cut in steps of their own, outside of a transaction. So are those of a shorter one
+that takes the time of a step: a character of some scripts takes a hundred times as long as a letter of ASCII."""
 _WAITING_AT_ONCE = 256
 """The documents that wait of which one step reads the places."""
 
@@ -46,7 +47,8 @@ Transact = Callable[[Callable[[apsw.Connection], Any]], Any]
 
 
 class _LongTurn(NamedTuple):
-    """A turn whose terms are being cut: its key, its session's key, and its number if it waits."""
+    """A turn whose terms are being cut outside of a transaction: its key, its session's key, and its number if it
+    waits."""
 
     key: int
     session: int
@@ -68,6 +70,8 @@ class Indexing:
     def __init__(self) -> None:
         self.old_steps = 0
         self._long: _LongTurn | None = None
+        self._begun: _LongTurn | None = None
+        """A shorter turn whose terms were not cut within the step that began with it. It comes before all others."""
 
     def is_done(self, db: apsw.Connection) -> bool:
         return db.execute("SELECT 1 FROM unindexed LIMIT 1").fetchone() is None
@@ -76,22 +80,31 @@ class Indexing:
         """The number of documents that wait."""
         return len(db.execute("SELECT 1 FROM unindexed WHERE kind = 'document' LIMIT ?", (at_most,)).fetchall())
 
-    def run_step(self, transact: Transact) -> None:
-        """Do one step. ``transact`` runs a part of it in a transaction."""
+    def run_step(self, transact: Transact, *, takes_old: bool = True) -> None:
+        """Do one step. ``transact`` runs a part of it in a transaction.
+
+        Args:
+            takes_old: Whether this is the process that adds the rows of earlier versions.
+        """
         deadline = time.monotonic() + STEP_S
-        transact(partial(self._index_some, deadline=deadline))
-        if self._long is None:
+        if self._begun is None:
+            transact(partial(self._index_some, deadline=deadline, takes_old=takes_old))
+        turn = self._begun or self._long
+        if turn is None:
             return
         try:
-            next(self._long.steps)
+            next(turn.steps)
             while time.monotonic() < deadline:
-                next(self._long.steps)
+                next(turn.steps)
         except StopIteration as done:
-            transact(partial(_index_long, long=self._long, terms=done.value))
-            self._long = None
+            if turn is self._begun:  # before the transaction: should it fail, the turn is cut again
+                self._begun = None
+            else:
+                self._long = None
+            transact(partial(_index_long, long=turn, terms=done.value))
 
-    def _index_some(self, db: apsw.Connection, deadline: float) -> None:
-        if self._index_waiting(db, deadline) or self._long is not None:
+    def _index_some(self, db: apsw.Connection, deadline: float, *, takes_old: bool) -> None:
+        if self._index_waiting(db, deadline) or self._long is not None or not takes_old:
             return
         left: dict[str, int] = dict(db.execute(_OLD).fetchall())  # type: ignore[arg-type]
         self.old_steps += bool(left)
@@ -102,7 +115,7 @@ class Indexing:
             _note(db, "turns", self._index_turns(db, left["turns"], deadline))
 
     def _index_waiting(self, db: apsw.Connection, deadline: float) -> bool:
-        """Index documents that wait. Returns whether there was one."""
+        """Index documents that wait. Returns whether this took the time of the step."""
         rows: list[Row] = db.execute(_NEXT_WAITING, (_WAITING_AT_ONCE,)).fetchall()
         if not rows:
             db.execute("DELETE FROM unindexed WHERE kind = 'document'")  # should a row have lost its turn
@@ -111,7 +124,12 @@ class Indexing:
         for number, turn, session, size in rows:
             if size > LONG_BYTES:
                 continue
-            terms = at_once(document_terms(_texts_of(db, turn)))
+            steps = document_terms(_texts_of(db, turn))
+            terms = _cut(steps, deadline)
+            if terms is None:
+                if not added:
+                    self._begun = _LongTurn(turn, session, number, _version(db, turn), steps)
+                return True  # the next step begins with it
             added += len(terms)
             if len(terms) < added > TERMS_MAX:
                 return True
@@ -122,7 +140,7 @@ class Indexing:
         if self._long is None and longest is not None:
             number, turn, session, _ = longest
             self._long = _LongTurn(turn, session, number, _version(db, turn), document_terms(_texts_of(db, turn)))
-        return True
+        return False
 
     def _index_turns(self, db: apsw.Connection, key: int, deadline: float) -> int | None:
         """Index turns from this key on. Returns the key that is next; None at the end."""
@@ -131,13 +149,13 @@ class Indexing:
         while (row := db.execute(_NEXT_TURN, (key,)).fetchone()) is not None:
             turn, session, owner, size = row
             if owner is None and not documents.has_turn(db, turn):  # an open turn is indexed by its end
-                if size > LONG_BYTES:
+                steps = document_terms(_texts_of(db, turn))
+                terms = None if size > LONG_BYTES else _cut(steps, deadline)
+                if terms is None:
                     if not found:
-                        steps = document_terms(_texts_of(db, turn))
                         self._long = _LongTurn(turn, session, None, _version(db, turn), steps)
                     key = turn
                     break
-                terms = at_once(document_terms(_texts_of(db, turn)))
                 found.append(OldDocument(session, turn, terms))
                 terms_count += len(terms)
             key = turn - 1
@@ -145,6 +163,18 @@ class Indexing:
                 break
         documents.add_old(db, found)
         return None if row is None else key
+
+
+def _cut(steps: Steps[set[str]], deadline: float) -> set[str] | None:
+    """The terms of a turn; None if the time is over before all are cut. At least one part of it is cut."""
+    try:
+        next(steps)
+        while time.monotonic() < deadline:
+            next(steps)
+    except StopIteration as done:
+        terms: set[str] = done.value
+        return terms
+    return None
 
 
 def _index_sessions(db: apsw.Connection, key: int, deadline: float) -> int | None:

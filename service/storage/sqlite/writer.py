@@ -180,13 +180,15 @@ class Writer:
             if indexing.old_steps:
                 logger.info("the search index is whole: all earlier turns are in it")
             self._indexing, self._waiting = None, 0
-        elif not self._count_waiting(indexing) and not is_oldest(self._db, self._ownership):
+            return
+        takes_old = is_oldest(self._db, self._ownership)
+        if not self._count_waiting(indexing) and not takes_old:
             self._index_at = now + _INDEX_RETRY_S
         else:
             if not self._waiting and not indexing.old_steps:
                 logger.info("earlier turns are put into the search index: until then searches are partial")
             self._index_at = now + _INDEX_RETRY_S  # should the step fail
-            indexing.run_step(self._transact)
+            indexing.run_step(self._transact, takes_old=takes_old)
             self._index_at = now
             if not self._count_waiting(indexing) and not indexing.old_steps and indexing.is_done(self._db):
                 self._indexing = None

@@ -5,11 +5,14 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import apsw
 import pytest
 import trio
 
 from service.errors import TurnNotFoundError
+from service.storage import terms
 from service.storage.sqlite import (
     SqliteStore,
     database,
@@ -342,3 +345,119 @@ async def test_short_turns_do_not_wait_for_a_long_one(path: Path, monkeypatch: p
                 while not work.is_done(db):
                     work.run_step(transact)
             assert await found(store, random_text(LENGTH, 1)[:9]) == ["a"]
+
+
+SLOW = "\ufdfa " * 2000
+"""A short text whose terms take tens of milliseconds."""
+
+
+@contextmanager
+def cutting(monkeypatch: pytest.MonkeyPatch, work: indexing.Indexing, db: Any) -> Iterator[Callable[[], int]]:
+    """Gives what does one step, and returns how many parts of texts its longest transaction cuts."""
+    cut = terms.terms_of
+    done = longest = 0
+
+    def counting_cut(chunk: str) -> set[str]:
+        nonlocal done
+        done += 1
+        return cut(chunk)
+
+    def transact(step: Callable[[Any], Any]) -> Any:
+        nonlocal done, longest
+        with database.transaction(db):
+            done = 0
+            result = step(db)
+            longest = max(longest, done)
+            return result
+
+    def run_step() -> int:
+        nonlocal longest
+        longest = 0
+        work.run_step(transact)
+        return longest
+
+    with monkeypatch.context() as patched:
+        patched.setattr(terms, "terms_of", counting_cut)
+        patched.setattr(indexing, "STEP_S", 0)
+        yield run_step
+
+
+@pytest.mark.parametrize("is_old", [False, True], ids=["waiting", "of an earlier version"])
+async def test_no_transaction_of_the_housekeeping_cuts_on_once_its_time_is_over(
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_old: bool,
+) -> None:
+    with no_housekeeping(monkeypatch):
+        async with open_sqlite_store(path) as store:
+            await add_session(store, "a")
+            for n in range(3):
+                await add_turn(store, "a", f"word{n} {SLOW}", "a reply")
+            with closing(database.connect(path)) as db:
+                if is_old:
+                    make_old(db)
+                work = indexing.Indexing()
+                with cutting(monkeypatch, work, db) as run_step:
+                    while not work.is_done(db):
+                        assert run_step() <= 1
+            assert [await found(store, f"word{n} reply") for n in range(3)] == [["a"]] * 3
+    assert maintenance.check(path) == []
+
+
+def run_all(work: indexing.Indexing, db: Any, run_step: Callable[[], int]) -> None:
+    while not work.is_done(db):
+        run_step()
+
+
+def make_old(db: Any) -> None:
+    """Leave all turns to the indexing of an earlier version."""
+    db.execute("DELETE FROM documents WHERE turn IS NOT NULL")
+    db.execute("DELETE FROM unindexed")
+    db.execute("INSERT INTO unindexed (kind, key) SELECT 'turns', max(key) FROM turns")
+
+
+async def test_a_turn_whose_transaction_failed_is_cut_and_added_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with no_housekeeping(monkeypatch):
+        async with open_sqlite_store(path) as store:
+            await add_session(store, "a")
+            await add_turn(store, "a", f"word {SLOW}")
+            with closing(database.connect(path)) as db:
+                work = indexing.Indexing()
+                with cutting(monkeypatch, work, db) as run_step, monkeypatch.context() as failing:
+                    failing.setattr(indexing, "_index_long", Mock(side_effect=apsw.BusyError))
+                    with pytest.raises(apsw.BusyError):
+                        run_all(work, db, run_step)
+                    failing.undo()
+                    run_all(work, db, run_step)
+            assert await found(store, "word") == ["a"]
+
+
+async def test_rows_of_an_earlier_version_are_indexed_while_turns_keep_ending(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with no_housekeeping(monkeypatch):
+        async with open_sqlite_store(path) as store:
+            await add_session(store, "a")
+            for n in range(5):
+                await add_turn(store, "a", f"old{n}")
+            with closing(database.connect(path)) as db:
+                make_old(db)
+                work = indexing.Indexing()
+
+                def transact(step: Callable[[Any], Any]) -> Any:
+                    with database.transaction(db):
+                        return step(db)
+
+                await add_turn(store, "a", "first")
+                work.run_step(transact, takes_old=False)
+                assert work.count_waiting(db, at_most=9) == 0
+                assert not work.is_done(db), "another process takes the old rows"
+                monkeypatch.setattr(indexing, "STEP_S", 60)
+                for n in range(3):
+                    await add_turn(store, "a", f"new{n}")
+                    work.run_step(transact)
+                assert work.is_done(db)
+            for word in ("first", "old0", "old4", "new0", "new2"):
+                assert await found(store, word) == ["a"]
