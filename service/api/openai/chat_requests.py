@@ -219,7 +219,7 @@ class CreateChatCompletion(RequestBody, frozen=True, kw_only=True):
     prompt_cache_retention: _NoEffect = None
     prompt_cache_options: Annotated[dict[str, Any], Meta(max_length=16, description=_NO_EFFECT)] | None = None
     service_tier: Literal["auto", "default"] | None = None
-    modalities: tuple[Literal["text"], ...] | None = None
+    modalities: Annotated[tuple[Literal["text"], ...], Meta(max_length=1)] | None = None
     logprobs: _False | None = None
     top_logprobs: Literal[0] | None = None
     logit_bias: Annotated[dict[str, Any], Meta(max_length=0)] | None = None
