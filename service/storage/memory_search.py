@@ -48,6 +48,7 @@ class MemoryIndex:
         is_visible = rules.is_visible(kept.record, self._query.now, is_deleted=kept.deleted)
         return kept.record if is_visible and self._query.takes(kept.record) else None
 
-    def still_has(self, document: Found[str]) -> bool:
+    def still_has(self, document: Found[str]) -> Steps[bool]:
+        yield from ()
         # A number is never given again, not even to another session with the same id.
         return self._documents.has_terms(document.number, self._query.terms)

@@ -74,7 +74,8 @@ class Index(Protocol[S]):
     def documents(self, *, below: int) -> Iterator[tuple[int, Found[S] | None]]:
         """The documents with all terms and a number below this one, the highest first.
 
-        Each comes with its number. None in place of a document: there is no further one from this number on.
+        Each comes with its number. None in place of a document: there is no further one from this number on. It may be
+        so before a document whose texts are looked through, again and again.
         """
         ...
 
@@ -86,7 +87,7 @@ class Index(Protocol[S]):
         """The session, if it is visible and passes the filters of the search."""
         ...
 
-    def still_has(self, document: Found[S]) -> bool:
+    def still_has(self, document: Found[S]) -> Steps[bool]:
         """Whether a document that was found is still there, with all terms: other tasks ran meanwhile."""
         ...
 
@@ -118,13 +119,13 @@ def _search_page(index: Index[S], query: SearchQuery, is_over: Callable[[], bool
                     return _page(data, cursors, query, partial=partial, next_cursor=cursors[-1])
                 newest = number if newest is None else newest
                 text = yield from snippet(document.texts(), query.terms[0], is_over=is_over)
-                if index.still_has(document):
+                if (yield from index.still_has(document)):
                     data.append(Match(session=record, turn_id=document.turn_id, snippet=text))
                     cursors.append(query.cursors.encode(SearchPosition(number, newest)))
                 else:  # an older document of the session may be found in its place
                     seen.discard(document.session)
         yield
-        if is_over():
+        if number < below and is_over():  # each page gets on, however long its first document takes
             rest = query.cursors.encode(SearchPosition(number, number if newest is None else newest))
             return _page(data, cursors, query, partial=True, next_cursor=rest)
     return _page(data, cursors, query, partial=partial, next_cursor=None)

@@ -14,7 +14,7 @@ from unicodedata import combining, normalize
 
 from apsw import unicode
 
-from service.steps import Steps, at_once
+from service.steps import Steps
 
 TERM_LENGTH_MAX = 64
 """The characters of a longer word that count."""
@@ -65,16 +65,17 @@ def document_terms(texts: Iterable[str]) -> Steps[set[str]]:
     return found
 
 
-def has_terms(texts: Sequence[str], terms: Collection[str]) -> bool:
+def has_terms(texts: Sequence[str], terms: Collection[str]) -> Steps[bool]:
     """Whether a document has all of these terms. Costs a fraction of cutting the document if it lacks one of them."""
     left = set(terms)
     for text in texts:
         for _, chunk in chunks(text):
             folded = _folded(chunk)
             left = {term for term in left if term not in folded}
+            yield
             if not left:
-                break
-    return not left and at_once(document_terms(texts)).issuperset(terms)
+                return (yield from document_terms(texts)).issuperset(terms)
+    return not left
 
 
 def query_terms(query: str) -> Steps[tuple[str, ...]]:

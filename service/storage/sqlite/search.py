@@ -6,7 +6,7 @@ ends with its step, and the next step goes on below the last number.
 
 import heapq
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from operator import itemgetter
 
@@ -150,16 +150,23 @@ class _SqliteIndex:
         record = sessions.visible_by_key(self._db, session, self._query.now)
         return record if record is not None and self._query.takes(record) else None
 
-    def still_has(self, document: Found[int]) -> bool:
+    def still_has(self, document: Found[int]) -> Steps[bool]:
         if self._found_in == self._step:
             return True
-        found = self._found(document.number, document.number)
-        return any(it is not None for _, it in found) and self.record(document.session) is not None
+        number = document.number
+        for _, found in self._found(number, number, block_term(number >> BLOCK_BITS)):
+            if found is not None:
+                return self.record(document.session) is not None
+            yield
+        return False
 
     def _found(
         self, first: int, last: int, *marks: str, session: int | None = None
     ) -> Iterator[tuple[int, Found[int] | None]]:
         """The documents from ``last`` down to ``first``, each with its number; None if it lacks a term of the query.
+
+        A document whose texts are looked through for terms may take many steps. In each of them the number above it
+        comes, with None.
 
         Args:
             session: Only its documents; its mark is among ``marks``.
@@ -172,7 +179,17 @@ class _SqliteIndex:
             waiting = ((number, self._query.terms) for number in self._waiting(first, last, session))
             for number, missing in heapq.merge(indexed, waiting, key=itemgetter(0), reverse=True):
                 last = number - 1
-                yield number, self._document(number, missing)
+                found = self._document(number)
+                if found is not None and missing:
+                    texts = tuple(found.texts())
+                    looking = has_terms(texts, missing)
+                    while (has := _next(looking)) is None:
+                        yield number + 1, None
+                    if has and self._step != step and self._texts_of(number) != texts:
+                        last = number  # once more, as it is now
+                        break
+                    found = found if has else None
+                yield number, found
                 if self._step != step:
                     break
             else:
@@ -196,20 +213,29 @@ class _SqliteIndex:
         self._open.append(cursor)
         return (number for (number,) in cursor.execute(query, values))
 
-    def _document(self, number: int, missing: Collection[str]) -> Found[int] | None:
-        """A document, if it has the terms of the query that were not looked for yet."""
+    def _document(self, number: int) -> Found[int] | None:
         row: Row | None = self._db.execute("SELECT session, turn FROM documents WHERE key = ?", (number,)).fetchone()
         if row is None:
             return None
         session, key = row
         if key is None:
-            found = Found(number, session, None, partial(_title, self._db, session))
-        else:
-            turn_id: str | None = self._db.execute("SELECT id FROM shown_turns WHERE key = ?", (key,)).get
-            if turn_id is None:
-                return None
-            found = Found(number, session, turn_id, partial(_messages, self._db, key))
-        return found if not missing or has_terms(tuple(found.texts()), missing) else None
+            return Found(number, session, None, partial(_title, self._db, session))
+        turn_id: str | None = self._db.execute("SELECT id FROM shown_turns WHERE key = ?", (key,)).get
+        return None if turn_id is None else Found(number, session, turn_id, partial(_messages, self._db, key))
+
+    def _texts_of(self, number: int) -> tuple[str, ...] | None:
+        document = self._document(number)
+        return None if document is None else tuple(document.texts())
+
+
+def _next(looking: Steps[bool]) -> bool | None:
+    """Do a step. Returns the result; None if there are more steps."""
+    try:
+        next(looking)
+    except StopIteration as done:
+        has: bool = done.value
+        return has
+    return None
 
 
 def _title(db: apsw.Connection, session: int) -> Iterable[str]:

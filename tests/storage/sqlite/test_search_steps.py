@@ -11,11 +11,13 @@ import trio
 
 from service.steps import Steps, WorkTime, at_once
 from service.storage import search as any_search
+from service.storage import terms
 from service.storage.records import Match, Page, SessionPatch
 from service.storage.sqlite import SqliteStore, database, metadata, open_sqlite_store, search, sessions
 from service.storage.terms import query_terms
 from tests.storage.rows import T0, a_session, a_turn, ended, said
 from tests.storage.sqlite.many_documents import fill
+from tests.storage.sqlite.test_waiting_turns import no_housekeeping
 from tests.storage.test_memory_store import HELLO
 from tests.storage.test_store_search import add_session, add_turn, found, index_at_once
 
@@ -110,6 +112,7 @@ async def test_a_search_shows_no_document_that_goes_between_two_of_its_steps(pat
                 turn = a_turn(f"of_{name}", name, texts=["x " * 8000, "hello"])
                 await store.begin_turn(turn, now=T0)
                 await store.end_turn(ended(turn, text="end"), runs=said("end"), now=T0)
+            await store._writing.call(index_at_once)
             work = a_search("hello")
             is_done = await run_steps(store, work, steps=len(shown)) < len(shown)
             if not is_done:
@@ -122,6 +125,88 @@ async def test_a_search_shows_no_document_that_goes_between_two_of_its_steps(pat
     assert shown == [without_b] * shown.count(without_b) + [with_b] * shown.count(with_b)
     assert shown.count(without_b) >= 8, "b was gone while its snippet was made"
     assert shown.count(with_b) >= 3
+
+
+WIDE = "\u65e5\u672c\u8a9e " * 1000
+"""A text that searches look into while it waits, in several parts."""
+
+
+async def add_waiting(store: SqliteStore, session: str, *texts: str) -> None:
+    await store.create_session(a_session(session), now=T0)
+    turn = a_turn(f"of_{session}", session, texts=texts)
+    await store.begin_turn(turn, now=T0)
+    await store.end_turn(ended(turn, text="end"), runs=said("end"), now=T0)
+
+
+@pytest.mark.usefixtures("_short_steps")
+@pytest.mark.parametrize("query", ["hello end", "hello missing"])
+async def test_a_step_looks_into_one_part_of_a_turn_that_waits(
+    path: Path, monkeypatch: pytest.MonkeyPatch, query: str
+) -> None:
+    cuts = 0
+    with no_housekeeping(monkeypatch):
+        async with open_sqlite_store(path) as store:
+            await add_waiting(store, "a", WIDE, "hello")
+            await add_waiting(store, "b", "hello", WIDE)
+            without_case = terms._without_case
+
+            def counting(chunk: str) -> str:
+                nonlocal cuts
+                cuts += 1
+                return without_case(chunk)
+
+            monkeypatch.setattr(terms, "_without_case", counting)
+            work, longest, looked = a_search(query), 0, 0
+            while await run_steps(store, work, steps=1):
+                longest, looked, cuts = max(longest, cuts), looked + cuts, 0
+    assert work.page is not None
+    assert [it.session.id for it in work.page.data] == (["b", "a"] if query == "hello end" else [])
+    assert longest == 1
+    assert looked > 5
+
+
+@pytest.mark.parametrize("change", [remove_b, delete_the_word_of_b])
+async def test_a_search_shows_no_turn_that_waits_and_goes_while_a_search_looks_into_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch, change: Change
+) -> None:
+    shown: list[list[str]] = []
+    is_done = False
+    with no_housekeeping(monkeypatch):
+        while not is_done:
+            async with open_sqlite_store(path.with_name(f"{len(shown)}.db")) as store:
+                for name in ("a", "b", "c"):
+                    await add_waiting(store, name, WIDE[:1200], "hello")
+                monkeypatch.setattr(search, "STEP_S", 0)
+                work = a_search("hello")
+                is_done = await run_steps(store, work, steps=len(shown)) < len(shown)
+                if not is_done:
+                    await change(store)
+                    monkeypatch.setattr(search, "STEP_S", 60)  # the step that finds the turn shows it, too
+                    await run_steps(store, work)
+                    assert work.page is not None
+                    shown.append([it.session.id for it in work.page.data])
+    without_b, with_b = shown.count(["c", "a"]), shown.count(["c", "b", "a"])
+    assert shown == [["c", "a"]] * without_b + [["c", "b", "a"]] * with_b
+    assert without_b >= 8
+    assert with_b >= 3
+
+
+async def test_a_page_whose_time_is_over_within_a_turn_that_waits_still_gets_on(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(any_search, "SEARCH_S", 0)
+    with no_housekeeping(monkeypatch):
+        async with open_sqlite_store(path) as store:
+            for name in ("a", "b", "c"):
+                await add_waiting(store, name, WIDE, "hello" if name != "b" else "no word")
+            data: list[str] = []
+            pages, after = 0, None
+            while pages == 0 or after is not None:
+                page = await store.search_sessions("hello", limit=9, after=after, status=None, now=T0)
+                data += [it.session.id for it in page.data]
+                pages, after = pages + 1, page.next
+                assert pages < 20
+            assert data == ["c", "a"]
 
 
 @pytest.mark.usefixtures("_short_steps")
