@@ -37,11 +37,13 @@ from service.storage.records import (
     TitleSource,
     TreeNode,
     TurnRecord,
+    utf8_length,
 )
 from service.storage.search import SearchQuery, searched_texts
 from service.storage.search_cursor import SearchCursors
 from service.storage.sqlite import (
     deletions,
+    documents,
     event_pages,
     forks,
     idempotency,
@@ -70,7 +72,12 @@ STEP_LENGTH_MAX = 1024 * 1024
 """Bound on the code points and events that one step writes, so that the step holds the write lock for milliseconds."""
 
 _LONG_LENGTH = 16 * 1024
-"""The characters of a turn whose terms its end adds. A shorter one waits for that, and searches look into it."""
+"""The characters of a turn whose terms its end adds. A shorter one waits for that, and searches look into it. Those of
+a text that is not ASCII count fourfold: they take a multiple of the time."""
+_ITEM_BYTES_MAX = 256
+"""What an item takes in its row beside its strings."""
+_ESCAPED_BYTES_MAX = 6
+"""What a byte of a string takes in its row."""
 
 
 @asynccontextmanager
@@ -388,8 +395,7 @@ class SqliteStore:
         if sum(len(item.text) for item in turn.output) > STEP_LENGTH_MAX and not fits_in_turn(turn, runs):
             text = text_of(runs, [item.text for item in turn.output], after=after)
             staged = await self._stage_events(turn.session_id, turn.id, list(skip(runs, after)), text, after=after)
-        is_long = sum(len(item.text) for item in (*turn.input, *turn.output)) > _LONG_LENGTH
-        terms = await _terms(turn) if is_long else None
+        terms = await _terms(turn) if _is_long(turn) else None
         return await self._writing.call(
             lambda db: turns.end(db, turn, runs, staged, terms=terms, after=after, fence=self.fence, now=now)
         )
@@ -537,6 +543,16 @@ class SqliteStore:
 
 def _delete_expired(db: apsw.Connection, owners: Ownership, now: datetime, limit: int) -> int:
     return sessions.delete_expired(db, now, limit) if is_oldest(db, owners) else 0
+
+
+def _is_long(turn: TurnRecord) -> bool:
+    """Whether a search could not look into the turn, or would take long for it."""
+    items = (*turn.input, *turn.output)
+    if sum(len(item.text) * (1 if item.text.isascii() else 4) for item in items) > _LONG_LENGTH:
+        return True
+    strings = (text for it in items for text in (it.text, it.encrypted, it.upstream, it.name, it.call_id))
+    bytes_max = len(items) * _ITEM_BYTES_MAX + _ESCAPED_BYTES_MAX * sum(map(utf8_length, strings))
+    return bytes_max > documents.LOOKED_AT_BYTES_MAX
 
 
 async def _terms(turn: TurnRecord) -> Collection[str]:

@@ -8,11 +8,13 @@ from typing import Any
 from unittest.mock import Mock
 
 import apsw
+import msgspec
 import pytest
 import trio
 
 from service.errors import TurnNotFoundError
 from service.storage import terms
+from service.storage.records import Item
 from service.storage.sqlite import (
     SqliteStore,
     database,
@@ -461,3 +463,30 @@ async def test_rows_of_an_earlier_version_are_indexed_while_turns_keep_ending(
                 assert work.is_done(db)
             for word in ("first", "old0", "old4", "new0", "new2"):
                 assert await found(store, word) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "reasoning"),
+    [
+        (["word"], Item(id="r", type="reasoning", role="assistant", text="", encrypted="x" * 140_000)),
+        (["word"], Item(id="r", type="reasoning", role="assistant", text="", upstream="\x01" * 30_000)),
+        (["word", *["x"] * 3000], None),
+    ],
+    ids=["encrypted reasoning", "escaped characters", "many items"],
+)
+async def test_a_turn_of_few_words_is_found_with_its_end_however_long_its_row_is(
+    path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[str], reasoning: Item | None
+) -> None:
+    with no_housekeeping(monkeypatch):
+        async with open_sqlite_store(path) as store:
+            await add_session(store, "a")
+            turn = a_turn("t", "a", texts=asked)
+            await store.begin_turn(turn, now=T0)
+            end = ended(turn, text="end")
+            if reasoning is not None:
+                end = msgspec.structs.replace(end, output=(reasoning, *end.output))
+            await store.end_turn(end, runs=said("end", item=len(end.output) - 1), now=T0)
+            page = await store.search_sessions("word end", limit=9, after=None, status=None, now=T0)
+            assert ([it.session.id for it in page.data], page.partial) == (["a"], False)
+            size = "SELECT octet_length(input) + octet_length(output) FROM turns"
+            assert await store._looking.call(lambda db: db.execute(size).get) > documents.LOOKED_AT_BYTES_MAX
