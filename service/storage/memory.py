@@ -447,7 +447,7 @@ class MemoryStore:
     def _add_further_terms(self, turn: KeptTurn, record: TurnRecord) -> Steps[None]:
         """Index what a turn has now, until it changes again: of more terms than count, other ones may be the first."""
         number = turn.document
-        if number is not None:
+        if number is not None and not self._documents.is_noted(number):  # the next search prepares a noted one
             for _ in self._documents.prepare(number, owner_of(record.session_id), turn.texts):
                 yield
                 if turn.document != number or turn.record is not record:

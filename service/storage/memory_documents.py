@@ -103,6 +103,10 @@ class MemoryDocuments:
         self._noted.setdefault(owner, {})[number] = _Noted(document.texts)
         self.publish(number, document)
 
+    def is_noted(self, number: int) -> bool:
+        """Whether the next search prepares a document. Until then its terms are not to be prepared otherwise."""
+        return self._noted_of(number) is not None
+
     def is_whole(self, owner: str | None = None) -> bool:
         """Whether the terms of all documents are in the lists: of those of an owner, or of all owners."""
         return not (self._noted if owner is None else owner in self._noted)
@@ -225,7 +229,7 @@ class MemoryDocuments:
     def has_terms(self, number: int, terms: Sequence[str]) -> bool:
         """Whether a published document has all these terms."""
         document = self._documents.get(number)
-        if document is None or document.is_deleted() or self._noted_of(number) is not None:
+        if document is None or document.is_deleted() or self.is_noted(number):
             return False
         dropped, lists = self._dropped.get(number, ()), self._numbers.get(self._owners[number], {})
         return all(

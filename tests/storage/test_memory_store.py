@@ -13,7 +13,7 @@ from trio.testing import assert_checkpoints
 
 from service.errors import SessionExistsError, SessionLimitError, SessionNotFoundError
 from service.steps import Steps, at_once
-from service.storage import rules
+from service.storage import memory_deletions, rules
 from service.storage.memory import MemoryStore, open_memory_store
 from service.storage.memory_documents import Document, MemoryDocuments
 from service.storage.memory_search import MemoryIndex
@@ -379,3 +379,25 @@ async def test_a_listing_looks_at_its_owners_sessions_only(monkeypatch: pytest.M
             0,
             5,
         ]
+
+
+@pytest.mark.parametrize("searches", [False, True])
+async def test_nothing_is_left_of_a_turn_that_loses_an_item_and_then_its_session(
+    monkeypatch: pytest.MonkeyPatch, searches: bool
+) -> None:
+    monkeypatch.setattr(memory_deletions, "TERMS_MAX", 3)  # so that the turn has terms beside those that count
+    async with open_memory_store() as store:
+        await store.create_session(a_session(), now=T0)
+        turn = a_turn(texts=["hello one two", "three four"])
+        await store.begin_turn(turn, now=T0)
+        await store.end_turn(ended(turn, text="end"), runs=said("end"), now=T0)
+        if searches:
+            at_once(store._documents.prepare_noted(within_s=60))
+            assert store._documents._numbers
+        await store.delete_item("s", turn.input[1].id, now=T0)
+        if searches:
+            at_once(store._documents.prepare_noted(within_s=60))
+        await store.mark_deleted("s", now=T0)
+        await store.remove_deleted("s")
+        at_once(store._documents.reclaim())
+        assert (store._documents._numbers, store._documents._owners, store._documents._noted) == ({}, {}, {})
