@@ -45,6 +45,9 @@ PLACES: dict[str, list[str]] = {
 }
 """The only packages or modules that may import these."""
 
+FACES = ("api.native", "api.openai", "api.operator")
+"""The faces of the API. What they share is in ``api.http``."""
+
 MODULES = {
     ".".join(path.relative_to(SERVICE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(SERVICE.rglob("*.py"))
@@ -95,6 +98,17 @@ def test_imports_point_inwards() -> None:
         return its > own or same_layer or value_types
 
     assert [(it, by) for by in MODULES for it in service_imports(by) if not may_import(by, it)] == []
+
+
+def test_no_face_of_the_api_imports_another_face_and_what_they_share_imports_none() -> None:
+    def face_of(module: str) -> str | None:
+        return next((face for face in FACES if is_within(module, face)), None)
+
+    parts = [module for module in MODULES if is_within(module, "api.http") or face_of(module)]
+    assert {face_of(module) for module in parts} == {*FACES, None}
+    assert [
+        (it, by) for by in parts for it in service_imports(by) if face_of(it) is not None and face_of(it) != face_of(by)
+    ] == []
 
 
 def test_only_the_supervisor_names_concrete_stores_and_model_clients() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import msgspec
 import pytest
 
+from service.api.http.event_stream import EventsQuery
 from service.api.http.strict_json import convert
 from service.api.http.wire_types import Query, RequestBody
 from service.api.native import wire
@@ -17,7 +18,7 @@ VALUES: tuple[object, ...] = (
     *(None, True, 1, 1.5, -1, 1e300, "", "x" * 9999, [], [1], {}, {"": ""}, {"a": 1}, {"a": "x" * 999}),
     *({"a" * 99: ""}, {str(number): "" for number in range(20)}),
 )
-QUERIES = (wire.SessionsQuery, wire.PageQuery, wire.EventsQuery)
+QUERIES = (wire.SessionsQuery, wire.PageQuery, EventsQuery)
 
 
 @pytest.mark.parametrize(

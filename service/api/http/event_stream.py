@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
+import msgspec
 import structlog
 import trio
+from msgspec import Meta
 from quart import Request, request
 from quart.wrappers.response import ResponseBody
 from quart_trio.wrappers import TrioResponse
@@ -18,7 +20,7 @@ from service.api.http.held_bytes import bytes_of
 from service.api.http.query_params import read_query
 from service.api.http.request_resources import release_after_request
 from service.api.http.strict_json import shown
-from service.api.native.wire import EventsQuery
+from service.api.http.wire_types import SEQ_PATTERN, Query
 from service.errors import EventsDeletedError, InvalidRequestError, SessionNotFoundError, StoreError
 from service.freezes import current_watch
 from service.sessions.events.event_log import Events
@@ -229,6 +231,25 @@ def stream_face(log: Events, slot: StreamSlot, *, face: Face, place: Place = BEG
         scope=request.scope,
     )
     return TrioResponse(body, headers=HEADERS, content_type=MEDIA_TYPE)
+
+
+LastEventId = Annotated[
+    str,
+    Meta(pattern=SEQ_PATTERN, description="The id of the last event that was seen; wins over `after`. Empty: none."),
+]
+
+
+class EventsQuery(Query, frozen=True, kw_only=True, forbid_unknown_fields=False):
+    """``?after=12``: only the events with a larger seq. ``?lastEventId=12``: the same, in the form of a polyfill.
+
+    The header ``Last-Event-ID`` wins over the parameters of that name, and they win over ``after``: a client that
+    reconnects repeats its first URL, and adds the id that it has seen last. Other names are ignored,
+    because clients add parameters of their own against caches.
+    """
+
+    after: Annotated[int, Meta(ge=0, le=10**15, description="The seq of the last event that was seen.")] = 0
+    last_event_id: LastEventId = msgspec.field(default="", name="lastEventId")
+    last_event_id_too: LastEventId = msgspec.field(default="", name="Last-Event-ID")
 
 
 class Seen(NamedTuple):

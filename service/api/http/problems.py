@@ -18,7 +18,6 @@ from service.api.http.locations import prefix_of, turn_path
 from service.api.http.preconditions import MalformedHeaderError, quoted
 from service.api.http.request_body import BodyTimeoutError, UnsupportedEncodingError, UnsupportedMediaTypeError
 from service.api.http.strict_json import InputTooLargeError, MalformedBodyError
-from service.api.native.wire import Problem
 from service.errors import (
     INTERNAL_ERROR,
     INTERNAL_ERROR_MESSAGE,
@@ -192,6 +191,30 @@ def code_of(kind: type[LastcallError]) -> str:
     """Return the stable code of an error type that is in the map."""
     code: str = getattr(kind, "code")  # noqa: B009
     return code
+
+
+class Problem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A problem document.
+
+    ``{"type": "/docs#turn_in_progress", "title": "Turn in progress", "status": 409, "code": "turn_in_progress",
+    "detail": "Turn 'turn_0a…' is still running or queued in this session; …", "turn_id": "turn_0a…"}``
+
+    ``field`` names the part of the request that is wrong; ``retry_after_s`` repeats the header;
+    ``turn_id``, ``state`` and ``text`` belong to the turn that is in the way, is missing or has lost events.
+
+    Source: https://www.rfc-editor.org/rfc/rfc9457
+    """
+
+    type: str
+    title: str
+    status: int
+    code: str
+    detail: str
+    field: str | None = None
+    retry_after_s: int | None = None
+    turn_id: str | None = None
+    state: str | None = None
+    text: str | None = None
 
 
 def codes() -> list[tuple[int, str]]:

@@ -9,8 +9,7 @@ from typing import Any, Never, TypeVar
 
 import msgspec
 
-from service.api.http.wire_types import Metadata
-from service.api.native.wire import FORMS, KINDS
+from service.api.http.wire_types import FORMS, KINDS, Metadata
 from service.errors import InvalidRequestError
 from service.json_words import in_json_words
 

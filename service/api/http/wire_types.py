@@ -5,8 +5,41 @@ from typing import Annotated, ClassVar
 import msgspec
 from msgspec import Meta
 
+from service.ids import ITEM_ID, OWNER_NAME, SESSION_ID, TURN_ID
+
+# Python's ``$`` also matches before a last line end, and JavaScript's does not; the lookahead makes them equal.
+SESSION_ID_PATTERN = rf"^{SESSION_ID}$(?!\n)"
+OWNER_NAME_PATTERN = rf"^{OWNER_NAME}$(?!\n)"
+TURN_ID_PATTERN = rf"^{TURN_ID}$(?!\n)"
+PARENT_PATTERN = rf"^({TURN_ID}|null)$(?!\n)"
+ITEM_ID_PATTERN = rf"^{ITEM_ID}$(?!\n)"
+SEQ_PATTERN = r"^[0-9]{0,15}$(?!\n)"
+FUNCTION_PATTERN = r"^[A-Za-z0-9_-]{1,64}$(?!\n)"
+EFFORT_PATTERN = r"^[a-z_]{1,32}$(?!\n)"
+FORMS = {
+    SESSION_ID_PATTERN: "1-128 of `A-Z a-z 0-9 _ . -`; not `.` or `..`, which a URL cannot contain",
+    OWNER_NAME_PATTERN: "the name of an owner: 1-128 of `A-Z a-z 0-9 _ . ~ @ | : + = -`",
+    TURN_ID_PATTERN: "the id of a turn: `turn_` and 32 of `0-9 a-f`",
+    PARENT_PATTERN: "the id of a turn (`turn_` and 32 of `0-9 a-f`), or `null`",
+    SEQ_PATTERN: "the id of an event: a whole number of at most 15 digits",
+    FUNCTION_PATTERN: "the name of a function or a format: 1-64 of `A-Z a-z 0-9 _ -`",
+    EFFORT_PATTERN: "a word: 1-32 of `a-z _`",
+}
+"""The patterns in words, for error messages."""
+KINDS = {
+    "input": ("message", "function_call_output"),
+    "items": ("message", "function_call", "function_call_output"),
+    "tools": ("function",),
+    "tool_choice": ("function",),
+    "text_format": ("json_schema", "json_object"),
+}
+"""What ``type`` may be in an object of these fields, for error messages."""
 # Told to readers of the schema only: :mod:`service.api.http.strict_json` looks itself, and says it in words.
 NO_NUL = {"pattern": r"^[^\x00]*$"}
+SessionId = Annotated[str, Meta(pattern=SESSION_ID_PATTERN, description=f"{FORMS[SESSION_ID_PATTERN]}.")]
+OwnerName = Annotated[str, Meta(pattern=OWNER_NAME_PATTERN)]
+TurnId = Annotated[str, Meta(pattern=TURN_ID_PATTERN)]
+ItemId = Annotated[str, Meta(pattern=ITEM_ID_PATTERN)]
 ModelName = Annotated[str, Meta(min_length=1, max_length=256, extra_json_schema=NO_NUL)]
 Text = Annotated[
     str,

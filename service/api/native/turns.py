@@ -14,6 +14,7 @@ from service.api.http.end_of_input import leave_at_end_of_input
 from service.api.http.event_stream import (
     HEADERS,
     MEDIA_TYPE,
+    EventsQuery,
     read_last_event_id,
     read_seen,
     stream_response,
@@ -44,7 +45,6 @@ from service.api.native.event_frames import encode_frame
 from service.api.native.new_items import output_item
 from service.api.native.sessions import checked_session_id
 from service.api.native.wire import (
-    EventsQuery,
     FunctionChoice,
     NewMessage,
     RetryTurn,

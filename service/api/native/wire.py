@@ -10,19 +10,26 @@ from typing import Annotated, Any, ClassVar, Literal, Self, cast
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from service.api.http.wire_types import NO_NUL as _NO_NUL
 from service.api.http.wire_types import (
+    EFFORT_PATTERN,
+    FORMS,
+    FUNCTION_PATTERN,
+    PARENT_PATTERN,
     BodyPart,
     Limit,
     MaxOutputTokens,
     Metadata,
     ModelName,
+    OwnerName,
     Query,
     RequestBody,
+    SessionId,
     Temperature,
     Text,
+    TurnId,
 )
-from service.ids import ITEM_ID, OWNER_NAME, SESSION_ID, TURN_ID, public_id
+from service.api.http.wire_types import NO_NUL as _NO_NUL
+from service.ids import public_id
 from service.models.client import FinishReason, Role, Usage
 from service.sessions.commands import ADDED_ITEMS_MAX, INPUT_ITEMS_MAX, OnConflict
 from service.sessions.messages import MessageRecord, messages_of
@@ -43,45 +50,10 @@ from service.storage.records import (
     TurnState,
 )
 
-# Python's ``$`` also matches before a last line end, and JavaScript's does not; the lookahead makes them equal.
-_SESSION_ID = rf"^{SESSION_ID}$(?!\n)"
-_OWNER_NAME = rf"^{OWNER_NAME}$(?!\n)"
-_TURN_ID = rf"^{TURN_ID}$(?!\n)"
-_PARENT = rf"^({TURN_ID}|null)$(?!\n)"
-_ITEM_ID = rf"^{ITEM_ID}$(?!\n)"
-_SEQ = r"^[0-9]{0,15}$(?!\n)"
-_FUNCTION = r"^[A-Za-z0-9_-]{1,64}$(?!\n)"
-_EFFORT = r"^[a-z_]{1,32}$(?!\n)"
-FORMS = {
-    _SESSION_ID: "1-128 of `A-Z a-z 0-9 _ . -`; not `.` or `..`, which a URL cannot contain",
-    _OWNER_NAME: "the name of an owner: 1-128 of `A-Z a-z 0-9 _ . ~ @ | : + = -`",
-    _TURN_ID: "the id of a turn: `turn_` and 32 of `0-9 a-f`",
-    _PARENT: "the id of a turn (`turn_` and 32 of `0-9 a-f`), or `null`",
-    _SEQ: "the id of an event: a whole number of at most 15 digits",
-    _FUNCTION: "the name of a function or a format: 1-64 of `A-Z a-z 0-9 _ -`",
-    _EFFORT: "a word: 1-32 of `a-z _`",
-}
-"""The patterns in words, for error messages."""
-KINDS = {
-    "input": ("message", "function_call_output"),
-    "items": ("message", "function_call", "function_call_output"),
-    "tools": ("function",),
-    "tool_choice": ("function",),
-    "text_format": ("json_schema", "json_object"),
-}
-"""What ``type`` may be in an object of these fields, for error messages."""
-SessionId = Annotated[str, Meta(pattern=_SESSION_ID, description=f"{FORMS[_SESSION_ID]}.")]
-OwnerName = Annotated[str, Meta(pattern=_OWNER_NAME)]
-TurnId = Annotated[str, Meta(pattern=_TURN_ID)]
-ItemId = Annotated[str, Meta(pattern=_ITEM_ID)]
 Title = Annotated[str, Meta(max_length=200, extra_json_schema=_NO_NUL)]
 _OF_TURNS = Meta(description="Of turns that name none; left to the model's server if null.")
 _OF_SESSION = Meta(description="The session's if left out.")
 IdleTimeout = Annotated[float, Meta(ge=1, le=31_536_000, description="Seconds without use until the session expires.")]
-LastEventId = Annotated[
-    str,
-    Meta(pattern=_SEQ, description="The id of the last event that was seen; wins over `after`. Empty: none."),
-]
 Time = Annotated[datetime, Meta(tz=True)]
 After = Annotated[str, Meta(max_length=512, description="The `next` of the previous page.")]
 
@@ -376,7 +348,7 @@ class AddedFunctionCall(BodyPart, frozen=True, kw_only=True, tag="function_call"
     """
 
     call_id: Annotated[str, Meta(min_length=1, extra_json_schema=_NO_NUL)]
-    name: Annotated[str, Meta(pattern=_FUNCTION, description=f"{FORMS[_FUNCTION]}.")]
+    name: Annotated[str, Meta(pattern=FUNCTION_PATTERN, description=f"{FORMS[FUNCTION_PATTERN]}.")]
     arguments: Annotated[str, Meta(description="JSON, as the model wrote it.", extra_json_schema=_NO_NUL)]
 
 
@@ -425,7 +397,7 @@ class FunctionTool(BodyPart, frozen=True, kw_only=True, tag="function", tag_fiel
     "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}``
     """
 
-    name: Annotated[str, Meta(pattern=_FUNCTION, description=f"{FORMS[_FUNCTION]}.")]
+    name: Annotated[str, Meta(pattern=FUNCTION_PATTERN, description=f"{FORMS[FUNCTION_PATTERN]}.")]
     description: Annotated[str, Meta(extra_json_schema=_NO_NUL)] | None = None
     parameters: Annotated[dict[str, Any], Meta(description="A JSON schema of the arguments.")] | None = None
     strict: Annotated[bool, Meta(description="Whether the arguments must fit the schema.")] | None = None
@@ -444,7 +416,7 @@ class JsonSchemaFormat(BodyPart, frozen=True, kw_only=True, tag="json_schema", t
     {"type": "string"}}, "required": ["city"], "additionalProperties": false}, "strict": true}``
     """
 
-    name: Annotated[str, Meta(pattern=_FUNCTION, description=f"{FORMS[_FUNCTION]}.")]
+    name: Annotated[str, Meta(pattern=FUNCTION_PATTERN, description=f"{FORMS[FUNCTION_PATTERN]}.")]
     schema: Annotated[dict[str, Any], Meta(description="A JSON schema of the text.")]
     description: Annotated[str, Meta(extra_json_schema=_NO_NUL)] | None = None
     strict: Annotated[bool, Meta(description="Whether the text must fit the schema.")] | None = None
@@ -464,7 +436,7 @@ TextFormat = Annotated[
 ReasoningEffort = Annotated[
     str,
     Meta(
-        pattern=_EFFORT,
+        pattern=EFFORT_PATTERN,
         description="How much the model thinks, like `low` or `high`, in the words of its server; left to the server "
         "if left out.",
     ),
@@ -710,7 +682,9 @@ class TurnsQuery(PageQuery, frozen=True, kw_only=True):
     """``?parent=turn_0a…&limit=50``: the turns that follow this turn; with ``null`` the first turns."""
 
     parent: (
-        Annotated[str, Meta(pattern=_PARENT, description="Only the turns with this parent; `null`: without one.")]
+        Annotated[
+            str, Meta(pattern=PARENT_PATTERN, description="Only the turns with this parent; `null`: without one.")
+        ]
         | UnsetType
     ) = UNSET
 
@@ -770,19 +744,6 @@ class TurnList(msgspec.Struct, frozen=True, kw_only=True):
         return cls(data=cast("tuple[Turn, ...]", page.data), next=page.next)
 
 
-class EventsQuery(Query, frozen=True, kw_only=True, forbid_unknown_fields=False):
-    """``?after=12``: only the events with a larger seq. ``?lastEventId=12``: the same, in the form of a polyfill.
-
-    The header ``Last-Event-ID`` wins over the parameters of that name, and they win over ``after``: a client that
-    reconnects repeats its first URL, and adds the id that it has seen last. Other names are ignored,
-    because clients add parameters of their own against caches.
-    """
-
-    after: Annotated[int, Meta(ge=0, le=10**15, description="The seq of the last event that was seen.")] = 0
-    last_event_id: LastEventId = msgspec.field(default="", name="lastEventId")
-    last_event_id_too: LastEventId = msgspec.field(default="", name="Last-Event-ID")
-
-
 class Chat(RequestBody, frozen=True, kw_only=True):
     """``{"message": "Hi", "session_id": "me", "on_disconnect": "continue"}``"""
 
@@ -793,40 +754,3 @@ class Chat(RequestBody, frozen=True, kw_only=True):
     on_disconnect: Annotated[
         OnDisconnect, Meta(description="What happens when no client streams the turn any more.")
     ] = "cancel"
-
-
-# The rest
-
-
-class Health(msgspec.Struct, frozen=True):
-    """``{"status": "ok"}``
-
-    ``writes`` is there while the store refuses writes: calls that need a write get 503 until it accepts them again.
-    """
-
-    status: Literal["ok", "ready"]
-    writes: Literal["refused"] | UnsetType = UNSET
-
-
-class Problem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A problem document.
-
-    ``{"type": "/docs#turn_in_progress", "title": "Turn in progress", "status": 409, "code": "turn_in_progress",
-    "detail": "Turn 'turn_0a…' is still running or queued in this session; …", "turn_id": "turn_0a…"}``
-
-    ``field`` names the part of the request that is wrong; ``retry_after_s`` repeats the header;
-    ``turn_id``, ``state`` and ``text`` belong to the turn that is in the way, is missing or has lost events.
-
-    Source: https://www.rfc-editor.org/rfc/rfc9457
-    """
-
-    type: str
-    title: str
-    status: int
-    code: str
-    detail: str
-    field: str | None = None
-    retry_after_s: int | None = None
-    turn_id: str | None = None
-    state: str | None = None
-    text: str | None = None

@@ -1,16 +1,28 @@
 """Calls for probes: orchestrators, balancers and monitors ask whether the process is alive and ready."""
 
-from msgspec import UNSET
+from typing import Literal
+
+import msgspec
+from msgspec import UNSET, UnsetType
 from quart import Blueprint
 from quart_trio.wrappers import TrioResponse
 
 from service.api.http.app_state import current_service, json_response
 from service.api.http.operations import Answer, operation
-from service.api.native.wire import Health
 from service.errors import ShuttingDownError, StoreLostError
 from service.stop_state import Phase
 
 blueprint = Blueprint("health", __name__)
+
+
+class Health(msgspec.Struct, frozen=True):
+    """``{"status": "ok"}``
+
+    ``writes`` is there while the store refuses writes: calls that need a write get 503 until it accepts them again.
+    """
+
+    status: Literal["ok", "ready"]
+    writes: Literal["refused"] | UnsetType = UNSET
 
 
 @blueprint.get("/healthz")

@@ -19,14 +19,13 @@ from service.api.http.held_bytes import HeldBytesLimitError
 from service.api.http.idempotency_keys import HEADER, InvalidKeyError
 from service.api.http.operations import Answer, Operation, operation_of
 from service.api.http.preconditions import TAGS, MalformedHeaderError
-from service.api.http.problems import ADVICE, NotReadyError, code_of, status_of
+from service.api.http.problems import ADVICE, NotReadyError, Problem, code_of, status_of
 from service.api.http.problems import MEDIA_TYPE as PROBLEM
 from service.api.http.problems import codes as problem_codes
 from service.api.http.request_body import BodyTimeoutError, UnsupportedMediaTypeError
 from service.api.http.strict_json import InputTooLargeError, MalformedBodyError
-from service.api.http.wire_types import ModelName
+from service.api.http.wire_types import ItemId, ModelName, OwnerName, SessionId, TurnId
 from service.api.native.events import Event
-from service.api.native.wire import ItemId, OwnerName, Problem, SessionId, TurnId
 from service.api.openai.errors import ErrorBody, status_for_clients
 from service.api.openai.ids import CONVERSATION_NAME, ITEM_NAME, RESPONSE_NAME
 from service.api.reference.client_schemas import for_clients, structs_in

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from service.api.app import create_app
+from service.api.http.problems import Problem
 from service.api.http.wire_types import BodyPart, RequestBody
 from service.api.native import wire
 from service.api.native.events import Event
@@ -20,6 +21,7 @@ from service.api.openai.failures import EndErrorBody
 from service.api.openai.models import ModelList
 from service.api.openai.response import Response
 from service.api.openai.responses import DeletedResponse, InputItems
+from service.api.operator.health import Health
 from service.api.reference.client_schemas import structs_in
 from service.api.reference.page import document_of
 
@@ -36,7 +38,7 @@ ANSWERS = {
     name: kind
     for of in (
         *(wire.SessionList, wire.MessageList, wire.AddedMessages, wire.TurnList, wire.TurnTree),
-        *(wire.Health, wire.Problem, Event),
+        *(Health, Problem, Event),
         *(Response, InputItems, DeletedResponse, ErrorBody, EndErrorBody),
         *(ChatCompletion, Conversation, ConversationDeleted, ConversationItems, ModelList),
     )

@@ -16,6 +16,7 @@ from werkzeug.exceptions import default_exceptions
 
 from service import errors
 from service.api.app import create_app
+from service.api.http import event_stream, problems
 from service.api.http.problems import STATUS_BY_ERROR, code_of, codes, problem_of, status_of
 from service.api.native import wire
 from service.api.native.wire import UpdateSession
@@ -31,6 +32,7 @@ from service.api.openai import (
 )
 from service.api.openai import errors as openai_errors
 from service.api.openai import response as openai_response
+from service.api.operator import health
 from service.api.reference.page import document_of
 from service.errors import LastcallError, ModelError, RefusedError, StartupError
 from service.failure_codes import FailureCode
@@ -38,7 +40,7 @@ from tests.api.inprocess import open_api
 
 DOCUMENT = document_of(create_app())
 WIRE = (
-    *(wire, openai_errors, failures, items, requests, openai_response, responses),
+    *(wire, event_stream, problems, health, openai_errors, failures, items, requests, openai_response, responses),
     *(chat_frames, chat_requests, conversation_wire, models),
 )
 """The modules with the types of bodies."""
