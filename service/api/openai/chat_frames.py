@@ -161,7 +161,10 @@ class _HeldCall(NamedTuple):
 
 
 class ChunkEncoder:
-    """The frames of a turn's events, for one stream: each event once, in order. The newest one may be asked for again.
+    """The frames of a turn's events, for one stream: in order, and any event that was encoded may be asked for again.
+
+    It is asked again when a stream could not write at once what it had read. So what an event does to the state is done
+    once: a call keeps its number, and whether it is held, from its first frame on.
 
     The SDK takes a call for whole when the next one begins, though a model server may send pieces of several calls in
     turns. So a call that begins before the one before it is whole is held until the end.
@@ -177,7 +180,7 @@ class ChunkEncoder:
         self._call: int | None = None  # the item of the newest one of these, and its arguments so far
         self._arguments: list[str] = []
         self._held: dict[int, _HeldCall] = {}
-        self._newest = (0, b"")
+        self._seq = 0  # of the newest piece of a call that is in the state
         told = {
             "id": completion_id(turn.id),
             "object": "chat.completion.chunk",
@@ -195,16 +198,7 @@ class ChunkEncoder:
         """The frames of an event. An event that a client of chat completions is not told is a comment."""
         if isinstance(event, TurnDelta):  # nearly all of them
             return self._chunk(b'{"content":%b}' % frame_json(event.text))
-        seq, frames = self._newest
-        if event.seq != seq:
-            frames = self._frames(event)
-            self._newest = event.seq, frames
-        return frames
-
-    def _frames(self, event: Event) -> bytes:
         match event:
-            case TurnDelta(text=text):
-                return self._chunk(b'{"content":%b}' % frame_json(text))
             case TurnReasoning(text=text):
                 return self._chunk(b'{"reasoning_content":%b}' % frame_json(text))
             case TurnArguments():
@@ -221,6 +215,10 @@ class ChunkEncoder:
                 return _frame(frame_json(end_error(event)))
 
     def _open(self, call: TurnCall) -> bytes:
+        if call.item in self._held:
+            return _NOTHING
+        if call.item in self._numbers:
+            return self._opened(call)
         if self._held or not (self._call is None or is_json_object("".join(self._arguments))):
             self._held[call.item] = _HeldCall(call, [])
             return _NOTHING
@@ -228,15 +226,17 @@ class ChunkEncoder:
         return self._opened(call)
 
     def _argue(self, piece: TurnArguments) -> bytes:
-        if (held := self._held.get(piece.item)) is not None:
-            held.arguments.append(piece.text)
-            return _NOTHING
-        if piece.item == self._call:
-            self._arguments.append(piece.text)
-        return self._argued(piece.item, piece.text)
+        held = self._held.get(piece.item)
+        if piece.seq > self._seq:
+            self._seq = piece.seq
+            if held is not None:
+                held.arguments.append(piece.text)
+            elif piece.item == self._call:
+                self._arguments.append(piece.text)
+        return self._argued(piece.item, piece.text) if held is None else _NOTHING
 
     def _opened(self, call: TurnCall) -> bytes:
-        number = self._numbers[call.item] = len(self._numbers)
+        number = self._numbers.setdefault(call.item, len(self._numbers))
         told = {
             "index": number,
             "id": call.call_id,

@@ -6,10 +6,14 @@ from typing import Any
 import msgspec
 import openai.types.chat
 import pytest
+import trio
+import trio.testing
 from pydantic import TypeAdapter
 
+from service.api.http.event_stream import PIECE_WRITER, EventStream
 from service.api.openai.chat_frames import CUT, ENDS, ChatCompletion, ChunkEncoder
 from service.models.client import Usage
+from service.sessions.events.event_log import EventLog
 from service.sessions.events.events import (
     Event,
     TurnArguments,
@@ -23,6 +27,8 @@ from service.sessions.events.events import (
     TurnReasoning,
     TurnStarted,
 )
+from service.sessions.events.streams import Streams
+from service.stop_state import StopState
 from service.storage.records import Failure, Item, TurnRecord
 from tests.storage.rows import T0
 
@@ -155,22 +161,68 @@ def test_a_whole_call_may_still_grow() -> None:
     assert [delta["tool_calls"] for delta in deltas(frames(*events))[1:]] == [[it] for it in told]
 
 
-def test_the_newest_frame_may_be_asked_for_again() -> None:
-    encoder = ChunkEncoder(TURN, includes_usage=True)
+def test_events_may_be_asked_for_again_from_any_on() -> None:
     events: list[Event] = [
         STARTED,
-        call(2, 0, "a"),
-        call(3, 1, "b"),
-        TurnArguments(seq=4, item=1, text="{}"),
-        TurnArguments(seq=5, item=0, text="{}"),
+        TurnDelta(seq=2, item=0, text="Look."),
+        call(3, 1, "a"),
+        call(4, 2, "b"),
+        TurnArguments(seq=5, item=2, text="{"),
+        TurnArguments(seq=6, item=1, text="{"),
+        TurnArguments(seq=7, item=2, text="}"),
+        TurnArguments(seq=8, item=1, text="}"),
+        call(9, 3, "c"),
         completed("tool_calls"),
     ]
-    told: list[bytes] = []
-    for event in events:
-        told.append(encoder(event))
-        assert encoder(event) == told[-1]
     once = ChunkEncoder(TURN, includes_usage=True)
-    assert [once(event) for event in events] == told
+    told = [once(event) for event in events]
+    again = ChunkEncoder(TURN, includes_usage=True)
+    for end in range(1, len(events) + 1):
+        for start in range(end):
+            assert [again(event) for event in events[start:end]] == told[start:end]
+
+
+class Written:
+    """The host's writer of a stream. Takes everything."""
+
+    has_rest = False
+
+    def __init__(self) -> None:
+        self.pieces: list[bytes] = []
+
+    def write_now(self, piece: bytes) -> bool:
+        self.pieces.append(piece)
+        return True
+
+
+async def test_whole_calls_that_come_in_one_read_and_are_long_keep_their_numbers() -> None:
+    log = EventLog(bytes_max=1 << 20)
+    slot = Streams(streams_max=1, heartbeat_interval_s=15, stop=StopState()).open_stream()
+    written = Written()
+    encoder = ChunkEncoder(TURN, includes_usage=False)
+    stream = EventStream(log, slot, after=0, encode=encoder, scope={PIECE_WRITER: written})
+    arguments = json.dumps({"content": "x" * 5000})
+
+    async def read() -> None:
+        async for piece in stream:
+            written.write_now(piece)
+
+    log.append(STARTED)
+    log.append(TurnDelta(seq=2, item=0, text="Look."))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read)
+        await trio.testing.wait_all_tasks_blocked()
+        for seq, item, call_id in ((3, 1, "a"), (5, 2, "b")):
+            log.append(call(seq, item, call_id), tells=False)
+            log.append(TurnArguments(seq=seq + 1, item=item, text=arguments), tells=False)
+        log.tell_readers()
+        await trio.testing.wait_all_tasks_blocked()
+        log.close(TurnCompleted(seq=7, finish_reason="tool_calls", usage=None, text_length=5))
+    told = [frame.removeprefix("data: ") for frame in b"".join(written.pieces).decode().split("\n\n")]
+    chunks = [json.loads(frame) for frame in told if frame.startswith("{")]
+    calls = [delta["tool_calls"] for delta in deltas(chunks) if "tool_calls" in delta]
+    in_order = (opened(0, "a"), argued(0, arguments), opened(1, "b"), argued(1, arguments))
+    assert calls == [[it] for it in in_order]
 
 
 def test_no_character_of_a_text_ends_a_line() -> None:
