@@ -74,7 +74,7 @@ class NewTurn(msgspec.Struct, frozen=True, kw_only=True):
     Without ``parent`` the turn follows the session's head; with ``parent=None`` the turn is a first turn. With
     ``creates_session`` the session is created if it does not exist. With ``session_is_new`` as well, the session's id
     was made for this turn, so no session has it. With ``ephemeral`` the turn's end removes it, and the session as well
-    if that is created with it.
+    if that is created with it. Without ``may_title`` its end gives the session no title.
 
     ``face`` is stored with the turn and not looked at: JSON values by name, at most
     :data:`~service.storage.records.FACE_BYTES_MAX` bytes.
@@ -91,6 +91,7 @@ class NewTurn(msgspec.Struct, frozen=True, kw_only=True):
     options: Options = NO_OPTIONS
     face: dict[str, msgspec.Raw] | msgspec.UnsetType = msgspec.UNSET
     ephemeral: bool = False
+    may_title: bool = True
     on_conflict: OnConflict = "reject"
     on_disconnect: OnDisconnect = "cancel"
     background: bool = False

@@ -2,7 +2,8 @@
 
 The call is no turn: it is in no tree, it has no events, and it does not use the session. Its tokens count in the
 session's usage. A title that a caller sets meanwhile stays, and no title tells of messages that were deleted meanwhile.
-A call that fails leaves the session without a title, and one line in the log; it is not repeated.
+A call that fails leaves the session without a title, and one line in the log; it is not repeated. A turn may be one
+that gives no title (``may_title``): its session was made for it alone.
 """
 
 import re
@@ -87,7 +88,7 @@ class Titles:
         """Note that a turn has ended: the session may need a title now. Begins the call, and does not wait for it."""
         if self._settings.title_model is None or not (turn.is_opening and turn.stored and turn.state == "completed"):
             return
-        if turn.is_ephemeral:
+        if turn.is_ephemeral or not turn.may_title:
             return
         if turn.session_id in self._scopes or len(self._scopes) >= WAITING_MAX or self._stop.phase >= Phase.DRAINING:
             return

@@ -382,6 +382,7 @@ def turn_of(
     asked: Asked,
     *,
     parent: str | None | UnsetType,
+    made_session: bool,
     request_id: str | None,
     key: IdempotencyKey | None,
 ) -> NewTurn:
@@ -390,6 +391,7 @@ def turn_of(
     Args:
         parent: The turn that the new one follows: None for the first turn of a session that is made for it, UNSET for
             the head of a conversation.
+        made_session: Whether the session is made for it, or was for a response that it follows.
     """
     makes_session = parent is None
     return NewTurn(
@@ -401,8 +403,9 @@ def turn_of(
         max_output_tokens=body.max_output_tokens,
         tools=asked.taken.tools,
         options=asked.options,
-        face=asked.echo.face(),
+        face=msgspec.structs.replace(asked.echo, made_session=made_session).face(),
         ephemeral=not body.is_stored,
+        may_title=not made_session,
         background=bool(body.background),
         creates_session=makes_session,
         session_is_new=makes_session,

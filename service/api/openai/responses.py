@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -245,7 +245,7 @@ async def create_response() -> TrioResponse:
     streams, background = bool(body.stream), bool(body.background)
     face = _Responses(waits=not (streams or background), follows_conversation=body.conversation is not None)
     try:
-        session_id, parent = await _place_of(service, body)
+        session_id, parent, made_session = await _place_of(service, body)
     except PreviousResponseNotFoundError:
         if key is None:
             raise
@@ -254,7 +254,7 @@ async def create_response() -> TrioResponse:
         except RepeatedError as repeated:
             return await answer_made(service, repeated, face, streams=streams, background=background)
         raise
-    new = turn_of(body, asked, parent=parent, request_id=current_request_id(), key=key)
+    new = turn_of(body, asked, parent=parent, made_session=made_session, request_id=current_request_id(), key=key)
     return await _start(service, session_id, new, body, face, streams=streams)
 
 
@@ -279,8 +279,22 @@ async def _start(
         raise
 
 
-async def _place_of(service: Service, body: CreateResponse) -> tuple[str, str | None | UnsetType]:
-    """The session of a new response, scoped, and the turn that it follows; a new session and None for a first one.
+class _Place(NamedTuple):
+    """The place of a new response.
+
+    Attributes:
+        session_id: Scoped; a new one for a first response.
+        parent: The turn that it follows; None for a first response, UNSET for the head of a conversation.
+        made_session: Whether the session is made for it, or was for a response that it follows.
+    """
+
+    session_id: str
+    parent: str | None | UnsetType
+    made_session: bool
+
+
+async def _place_of(service: Service, body: CreateResponse) -> _Place:
+    """Where a new response goes.
 
     Raises:
         PreviousResponseNotFoundError, ConversationNotFoundError
@@ -289,16 +303,16 @@ async def _place_of(service: Service, body: CreateResponse) -> tuple[str, str | 
     if body.previous_response_id is not None:
         try:
             session_id, turn_id = await _find(service, body.previous_response_id)
-            await _get(service, session_id, turn_id, with_texts=False)
+            previous = await _get(service, session_id, turn_id, with_texts=False)
         except TurnNotFoundError:
             raise PreviousResponseNotFoundError(body.previous_response_id) from None
-        return session_id, turn_id
+        return _Place(session_id, turn_id, made_session=Echo.of_face(previous.face).made_session)
     if body.conversation_name is not None:
         public = public_session_id_of(body.conversation_name)
         if public is None:
             raise ConversationNotFoundError(body.conversation_name, param="conversation")
-        return scoped(owner, public), UNSET
-    return scoped(owner, new_session_id()), None
+        return _Place(scoped(owner, public), UNSET, made_session=False)
+    return _Place(scoped(owner, new_session_id()), None, made_session=True)
 
 
 async def _find(service: Service, name: str) -> tuple[str, str]:

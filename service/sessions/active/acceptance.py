@@ -224,6 +224,7 @@ class Acceptance:
             system_message=record.system_message or stored.system_message,
             on_disconnect="continue" if new.background else new.on_disconnect,
             settings=self._settings,
+            may_title=new.may_title,
             request_id=new.request_id,
         )
         await _refuse_if_late(deadline)

@@ -52,6 +52,7 @@ class Turn:
         system_message: str | None,
         on_disconnect: OnDisconnect,
         settings: Settings,
+        may_title: bool = True,
         request_id: str | None = None,
     ) -> None:
         self.log = EventLog(bytes_max=settings.log_bytes_max)
@@ -69,6 +70,8 @@ class Turn:
         """The turn's place among its siblings at its acceptance."""
         self.is_opening = False
         """Whether no turn before it on its path has a reply of a model. Has a meaning once it has begun to run."""
+        self.may_title = may_title
+        """Whether its end may give the session a title."""
         self.client = client
         self.system_message = system_message
         self.request_id = request_id

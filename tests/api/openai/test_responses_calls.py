@@ -14,6 +14,7 @@ from tests.upstreams.raw_server import Connection, open_raw_server
 PATH = "/v1/responses"
 JSON = {"Content-Type": "application/json"}
 SLOW = "scripted:?tokens=100&rate=1&first_token_s=0"
+STEADY = "scripted:?tokens=3&rate=1&first_token_s=0"
 CALLING = "scripted:?first_token_s=0&rate=0&call=" + quote('get_weather:{"city":"Oslo"}')
 TOOL = {"type": "function", "name": "get_weather", "parameters": {"type": "object"}, "strict": True}
 UNKNOWN = "resp_" + 32 * "a"
@@ -564,3 +565,55 @@ async def test_calls_that_are_not_there_yet_are_not_taken_for_responses(path: st
         error_of(reply, 404, "not_found")
         assert "allow" not in reply.headers
         error_of(await api.call("GET", path), 404, "response_not_found")
+
+
+async def _first(api: Api, *, cancelled: bool, **body: object) -> str:
+    """A first response, which has ended: cancelled, or complete."""
+    name: str = (await create(api, background=cancelled, **body)).json["id"]
+    if cancelled:
+        assert (await api.call("POST", f"{PATH}/{name}/cancel")).json["status"] == "cancelled"
+    return name
+
+
+async def _titled_session(api: Api, response: dict[str, Any]) -> dict[str, Any]:
+    """The session of a response that is complete, and whether more was paid than its turns."""
+    assert response["status"] == "completed"
+    await trio.sleep(60)
+    path = f"/sessions/{response['lastcall']['session_id']}"
+    session: dict[str, Any] = (await api.call("GET", path)).json
+    turns = (await api.call("GET", f"{path}/turns")).json["data"]
+    paid = sum(turn["usage"]["output_tokens"] for turn in turns if turn["usage"])
+    assert (session["usage"]["output_tokens"] > paid) == (session["title"] is not None)
+    return session
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_a_session_that_is_made_for_a_response_gets_no_title_and_costs_no_call(
+    autojump_clock: MockClock, cancelled: bool
+) -> None:
+    async with open_api(model_url=STEADY, title_model="titles") as api:
+        name = await _first(api, cancelled=cancelled)
+        for _ in range(2):
+            response = (await create(api, previous_response_id=name)).json
+            assert (await _titled_session(api, response))["title"] is None
+            name = response["id"]
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_a_conversation_gets_a_title_by_the_first_response_that_completes(
+    autojump_clock: MockClock, cancelled: bool
+) -> None:
+    async with open_api(model_url=STEADY, title_model="titles") as api:
+        conversation = (await api.call("POST", "/v1/conversations", {})).json["id"]
+        name = await _first(api, cancelled=cancelled, conversation=conversation)
+        response = (await create(api, previous_response_id=name)).json
+        assert (await _titled_session(api, response))["title"]
+
+
+async def test_a_native_session_gets_a_title_by_a_response_that_follows_its_turn(autojump_clock: MockClock) -> None:
+    async with open_api(model_url=STEADY, title_model="titles") as api:
+        await api.call("POST", "/sessions", {"id": "me"})
+        turn = (await api.call("POST", "/sessions/me/turns", {"input": "Hi", "background": True})).json
+        assert (await api.call("POST", f"/sessions/me/turns/{turn['id']}/cancel")).json["state"] == "cancelled"
+        response = (await create(api, previous_response_id=turn["id"].replace("turn_", "resp_"))).json
+        assert (await _titled_session(api, response))["title"]
