@@ -62,7 +62,7 @@ check: test lint types
 smoke:
     @python tests/smoke.py
 
-# run real clients and proxies (npm, PyPI, Debian) against a server; `--newest` takes their newest versions
+# run real clients and proxies (npm, PyPI, Debian) against a server; `--newest` takes their newest versions, `--codex` Codex CLI alone
 clients *args:
     @{{ dev }} python -m tests.clients "$@"
 

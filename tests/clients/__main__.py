@@ -2,6 +2,7 @@
 
 ``just clients`` installs the pinned versions into a folder of its own and prints the results; ``just clients
 --newest`` takes the newest ones instead. ``just clients nginx polyfill`` runs the checks whose names have these words.
+``just clients --codex`` runs Codex CLI instead of the others, and installs nothing else: it is large.
 """
 
 import argparse
@@ -20,13 +21,14 @@ from typing import Any
 import httpx
 import trio
 
+from tests.clients.checking import check
 from tests.clients.surroundings import (
     CAP_S,
+    CODEX,
     HERE,
+    LIBRARIES,
     MissingError,
     install_debian_packages,
-    install_node_packages,
-    node_versions,
     open_cutting_proxy,
     open_express,
     open_haproxy,
@@ -53,15 +55,6 @@ KEY_ALONE = "the-key-of-the-clients"
 KEY = {"Authorization": f"Bearer {KEY_ALONE}"}
 REPOSTS_MAX = 20
 """Bound on the POSTs in the four seconds after a completed turn: event-source-plus doubles its wait from 2 ms on."""
-
-
-class FailedError(Exception):
-    """The result of a check is wrong."""
-
-
-def check(holds: bool, otherwise: object) -> None:
-    if not holds:
-        raise FailedError(str(otherwise))
 
 
 @dataclass(frozen=True)
@@ -297,7 +290,21 @@ async def haproxy_probe(_: Surroundings) -> str:
         return "its probe is answered (L7OK), and tokens come while the turn runs"
 
 
-CHECKS: tuple[Callable[[Surroundings], Awaitable[str]], ...] = (
+async def codex_cli(around: Surroundings) -> str:
+    """Codex CLI with its defaults does two turns with a command in each, in a network of loopback alone."""
+    alone = ["unshare", "--map-root-user", "--net", "--"]
+    [codex] = around.node.glob("node_modules/@openai/codex-*/vendor/*/bin/codex")
+    probe = await trio.run_process([*alone, "true"], capture_stdout=True, stderr=subprocess.STDOUT, check=False)
+    check(probe.returncode == 0, f"this machine does not let this user make a network namespace: {probe.stdout!r}")
+    command = [*alone, sys.executable, "-m", "tests.clients.codex.two_turns", str(codex)]
+    done = await trio.run_process(command, capture_stdout=True, capture_stderr=True, check=False)
+    check(done.returncode == 0, done.stderr.decode()[-1500:])
+    return done.stdout.decode()
+
+
+Checks = tuple[Callable[[Surroundings], Awaitable[str]], ...]
+CODEX_CHECKS: Checks = (codex_cli,)
+CHECKS: Checks = (
     fetch_event_source,
     event_source_plus,
     event_source_polyfill,
@@ -313,9 +320,9 @@ CHECKS: tuple[Callable[[Surroundings], Awaitable[str]], ...] = (
 )
 
 
-async def run_checks(around: Surroundings, words: list[str]) -> int:
+async def run_checks(checks: Checks, around: Surroundings, words: list[str]) -> int:
     failed = 0
-    for it in CHECKS:
+    for it in checks:
         name = it.__name__.replace("_", "-")
         if words and not any(word in name for word in words):
             continue
@@ -339,21 +346,23 @@ def first_of(errors: BaseException) -> BaseException:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="just clients", description="Run real clients and proxies against a server.")
     parser.add_argument("--newest", action="store_true", help="the newest packages instead of the pinned ones")
+    parser.add_argument("--codex", action="store_true", help="Codex CLI alone, which takes 459 MB")
     parser.add_argument("words", nargs="*", help="run the checks whose names have one of these words")
     arguments = parser.parse_args()
     httpx_sse = "httpx-sse" if arguments.newest else f"httpx-sse=={HTTPX_SSE}"
+    packages = CODEX if arguments.codex else LIBRARIES
     try:
         around = Surroundings(
-            node=install_node_packages(newest=arguments.newest),
+            node=packages.install(newest=arguments.newest),
             httpx_sse=httpx_sse,
             openapi_python_client=f"openapi-python-client{'' if arguments.newest else f'=={OPENAPI_PYTHON_CLIENT}'}",
         )
-        versions = node_versions(around.node) | install_debian_packages()
+        versions = packages.versions(around.node) | ({} if arguments.codex else install_debian_packages())
     except MissingError as error:
         print(f"FAILED  {error}")
         return 1
     print(", ".join(f"{name} {version}" for name, version in versions.items()), flush=True)
-    failed = trio.run(run_checks, around, arguments.words)
+    failed = trio.run(run_checks, CODEX_CHECKS if arguments.codex else CHECKS, around, arguments.words)
     print(f"clients: {failed} failed" if failed else "clients: all is well")
     return 1 if failed else 0
 

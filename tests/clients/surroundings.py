@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,6 @@ import trio
 from tests.node import NODE, NPM
 
 HERE = Path(__file__).parent
-SCRIPTS = ("libraries.mjs", "express_proxy.mjs", "generated_client.ts")
 NEWEST_MAJOR = {"typescript": "5"}
 """Packages whose newest version does not run with the others: openapi-typescript 7 needs TypeScript 5."""
 CAP_S = 60
@@ -35,36 +35,50 @@ class MissingError(Exception):
 # Packages
 
 
-def install_node_packages(*, newest: bool) -> Path:
-    """Make a folder with the packages and their scripts. Pinned packages are installed once for each lock file."""
-    lock = (HERE / "package-lock.json").read_bytes()
-    name = "newest" if newest else hashlib.sha256(lock).hexdigest()[:16]
-    folder = Path(tempfile.gettempdir()) / f"lastcall-clients-{os.getuid()}-{name}"
-    if newest:
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(mode=0o700, exist_ok=True)
-    for script in SCRIPTS:
-        shutil.copy(HERE / script, folder)
-    if not (folder / "installed").exists():
-        packages: dict[str, str] = json.loads((HERE / "package.json").read_bytes())["dependencies"]
-        if newest:  # without a version npm takes the newest that this Node.js can run
-            (folder / "package.json").write_text('{"private": true}')
-            command = [*NPM, "install", *(f"{it}@{NEWEST_MAJOR[it]}" if it in NEWEST_MAJOR else it for it in packages)]
-        else:
-            for file in ("package.json", "package-lock.json"):
-                shutil.copy(HERE / file, folder)
-            command = [*NPM, "ci"]
-        _run([*command, "--no-audit", "--no-fund", "--ignore-scripts"], folder)
-        (folder / "installed").touch()
-    return folder
+@dataclass(frozen=True)
+class NodePackages:
+    """The packages of a ``package.json``, and the scripts that use them."""
+
+    of: Path
+    scripts: tuple[str, ...] = ()
+
+    def install(self, *, newest: bool) -> Path:
+        """Make a folder with the packages and their scripts. Pinned packages are installed once for each lock file."""
+        lock = (self.of / "package-lock.json").read_bytes()
+        name = f"{self.of.name}-newest" if newest else hashlib.sha256(lock).hexdigest()[:16]
+        folder = Path(tempfile.gettempdir()) / f"lastcall-clients-{os.getuid()}-{name}"
+        if newest:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        for script in self.scripts:
+            shutil.copy(self.of / script, folder)
+        if not (folder / "installed").exists():
+            if newest:  # without a version npm takes the newest that this Node.js can run
+                (folder / "package.json").write_text('{"private": true}')
+                wanted = (f"{it}@{NEWEST_MAJOR[it]}" if it in NEWEST_MAJOR else it for it in self._names())
+                command = [*NPM, "install", *wanted]
+            else:
+                for file in ("package.json", "package-lock.json"):
+                    shutil.copy(self.of / file, folder)
+                command = [*NPM, "ci"]
+            _run([*command, "--no-audit", "--no-fund", "--ignore-scripts"], folder)
+            (folder / "installed").touch()
+        return folder
+
+    def versions(self, folder: Path) -> dict[str, str]:
+        versions = {"node": _run([NODE, "--version"], folder).strip()}
+        for package in self._names():
+            installed = folder / "node_modules" / package / "package.json"
+            versions[package] = json.loads(installed.read_bytes())["version"]
+        return versions
+
+    def _names(self) -> list[str]:
+        return list(json.loads((self.of / "package.json").read_bytes())["dependencies"])
 
 
-def node_versions(folder: Path) -> dict[str, str]:
-    packages: dict[str, str] = json.loads((HERE / "package.json").read_bytes())["dependencies"]
-    versions = {"node": _run([NODE, "--version"], folder).strip()}
-    for package in packages:
-        versions[package] = json.loads((folder / "node_modules" / package / "package.json").read_bytes())["version"]
-    return versions
+LIBRARIES = NodePackages(HERE, ("libraries.mjs", "express_proxy.mjs", "generated_client.ts"))
+CODEX = NodePackages(HERE / "codex")
+"""Codex CLI is large, and installed only when asked for."""
 
 
 def install_debian_packages() -> dict[str, str]:
