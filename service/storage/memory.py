@@ -1,9 +1,10 @@
 """The store that keeps everything in this process's memory, and loses it with the process.
 
-This store is the reference for other stores. Each method has one checkpoint at its start, and then one block without
-a checkpoint, so that it schedules and cancels like a store with I/O. A listing, a fork and a path have more, because
-they may look at thousands of rows. The end of a turn checks for cancellation but does not yield, because in a
-shutdown hundreds of ends come at once, and their callers end anyway.
+This store is the reference for other stores. Each method has one checkpoint at its start, and then one block without a
+checkpoint, so that it schedules and cancels like a store with I/O. A listing, a fork and a path have more, because
+they may look at thousands of rows, and so has the beginning of a turn, which puts earlier turns into the search index.
+The end of a turn checks for cancellation but does not yield, because in a shutdown hundreds of ends come at once, and
+their callers end anyway.
 """
 
 from bisect import bisect_right
@@ -330,6 +331,8 @@ class MemoryStore:
         branches: bool = False,
     ) -> BegunTurn:
         await anyio.lowlevel.checkpoint()
+        # Each turn that ends has begun: what its end leaves to the next search stays little.
+        await in_steps(self._documents.prepare_oldest())
         self._check_key(key, now)
         if creates is not None:
             rules.check_first_turn(creates, turn, head)

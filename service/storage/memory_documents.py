@@ -5,7 +5,7 @@ depend on other owners. A search among all owners merges what it finds for each 
 
 A document counts from its publication to its removal. What it has in the lists of its terms is put there before, or by
 the next search (:meth:`MemoryDocuments.note`), and taken out afterwards, in steps: a long reply has many thousands of
-terms.
+terms. Few documents wait for the next search (:meth:`MemoryDocuments.prepare_oldest`), so that it is whole.
 """
 
 import heapq
@@ -23,6 +23,15 @@ from service.storage.terms import document_terms
 
 _TERMS_AT_ONCE = 256
 """The terms that one step puts into their lists, which takes a fraction of a millisecond."""
+
+NOTED_MAX = 512
+"""The documents that wait for the next search, apart from those of turns that are open at the same time."""
+NOTED_COST_MAX = 1024 * 1024
+"""The same for what they cost: a search prepares so many characters of ASCII in about half of its time."""
+_WIDE_COST = 8
+"""What a character costs if its text has other characters than ASCII."""
+_PREPARED_AT_ONCE = 2
+"""The documents that :meth:`MemoryDocuments.prepare_oldest` prepares at most: more than come in the same time."""
 
 Texts = Callable[[], Iterable[str]]
 
@@ -45,7 +54,10 @@ class _Noted(msgspec.Struct):
     """A document whose terms are not in their lists; perhaps those of the texts in ``begun`` are, or some of them."""
 
     texts: Texts
+    cost: int
     begun: tuple[str, ...] = ()
+    is_claimed: bool = False
+    """Whether a task prepares it as one of the oldest."""
 
 
 class MemoryDocuments:
@@ -63,6 +75,8 @@ class MemoryDocuments:
         self._removed: deque[tuple[int, Texts]] = deque()
         self._dropped: dict[int, Set[str]] = {}
         self._noted: dict[str, dict[int, _Noted]] = {}
+        self._waiting: dict[int, _Noted] = {}  # the noted documents of all owners, the oldest first
+        self._waiting_cost = 0
         self._last = 0
         self.newest: int | None = None
 
@@ -100,12 +114,14 @@ class MemoryDocuments:
     def note(self, number: int, document: Document) -> None:
         """Publish a document whose terms the next search prepares: a turn that ends does not wait for them."""
         owner = self._owners[number] = owner_of(document.session_id)
-        self._noted.setdefault(owner, {})[number] = _Noted(document.texts)
+        noted = _Noted(document.texts, cost=sum(map(_cost, document.texts())))
+        self._noted.setdefault(owner, {})[number] = self._waiting[number] = noted
+        self._waiting_cost += noted.cost
         self.publish(number, document)
 
     def is_noted(self, number: int) -> bool:
         """Whether the next search prepares a document. Until then its terms are not to be prepared otherwise."""
-        return self._noted_of(number) is not None
+        return number in self._waiting
 
     def is_whole(self, owner: str | None = None) -> bool:
         """Whether the terms of all documents are in the lists: of those of an owner, or of all owners."""
@@ -126,29 +142,52 @@ class MemoryDocuments:
         while not self.is_whole(owner) and not is_over():
             noted_owner = next(iter(self._noted)) if owner is None else owner
             number, noted = next(reversed(self._noted[noted_owner].items()))
-            said = tuple(noted.texts())
-            if noted.begun and noted.begun != said:
-                yield from self._take_out(number, partial(tuple, noted.begun))
-            noted.begun = said
-            is_noted = partial(self._is_noted, number, noted, said)
-            yield from self.prepare(number, noted_owner, partial(tuple, said), is_noted)
-            if number in self._documents and tuple(noted.texts()) == said:
-                self._note_no_more(number)
+            yield from self._prepare_one(number, noted)
             yield
 
-    def _is_noted(self, number: int, noted: _Noted, said: tuple[str, ...]) -> bool:
-        """Whether a document is still to be prepared as these texts: another task may have gone on with other ones."""
-        return self._noted_of(number) is noted and noted.begun == said
+    def prepare_oldest(self) -> Steps[None]:
+        """Prepare some of the oldest documents if more wait than the next search can prepare.
 
-    def _noted_of(self, number: int) -> _Noted | None:
-        return self._noted.get(self._owners.get(number, ""), {}).get(number)
+        Called about as often as a document is noted, so the number of those that wait has a bound.
+        """
+        for _ in range(_PREPARED_AT_ONCE):
+            if len(self._waiting) <= NOTED_MAX and self._waiting_cost <= NOTED_COST_MAX:
+                return
+            oldest = next((it for it in self._waiting.items() if not it[1].is_claimed), None)
+            if oldest is None:
+                return
+            number, noted = oldest
+            noted.is_claimed = True
+            try:
+                yield from self._prepare_one(number, noted)
+            finally:
+                noted.is_claimed = False
+            yield
+
+    def _prepare_one(self, number: int, noted: _Noted) -> Steps[None]:
+        owner, said = self._owners[number], tuple(noted.texts())
+        if noted.begun and noted.begun != said:
+            yield from self._take_out(number, partial(tuple, noted.begun))
+            if self._waiting.get(number) is not noted:
+                return
+        noted.begun = said
+        is_wanted = partial(self._is_noted_as, number, noted, said)
+        yield from self.prepare(number, owner, partial(tuple, said), is_wanted)
+        if is_wanted() and tuple(noted.texts()) == said:
+            self._note_no_more(number)
+
+    def _is_noted_as(self, number: int, noted: _Noted, said: tuple[str, ...]) -> bool:
+        """Whether a document is still to be prepared as these texts: another task may have gone on with other ones."""
+        return self._waiting.get(number) is noted and noted.begun == said
 
     def _note_no_more(self, number: int) -> _Noted | None:
-        owner = self._owners.get(number, "")
-        of_owner = self._noted.get(owner, {})
-        noted = of_owner.pop(number, None)
-        if not of_owner:
-            self._noted.pop(owner, None)
+        noted = self._waiting.pop(number, None)
+        if noted is not None:
+            self._waiting_cost -= noted.cost
+            owner = self._owners[number]
+            del self._noted[owner][number]
+            if not self._noted[owner]:
+                del self._noted[owner]
         return noted
 
     def remove(self, number: int, texts: Texts) -> None:
@@ -247,3 +286,7 @@ class MemoryDocuments:
 def _has(numbers: "array[int]", number: int) -> bool:
     index = bisect_left(numbers, number)
     return index < len(numbers) and numbers[index] == number
+
+
+def _cost(text: str) -> int:
+    return len(text) if text.isascii() else _WIDE_COST * len(text)

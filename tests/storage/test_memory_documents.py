@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.steps import Steps, at_once
-from service.storage.memory_documents import Document, MemoryDocuments
+from service.storage import memory_documents
+from service.storage.memory_documents import NOTED_COST_MAX, NOTED_MAX, Document, MemoryDocuments
 
 LONG_S = 60.0
 WORDS = ["one", "two", "three", "four"]
@@ -63,6 +64,50 @@ def test_the_newest_documents_are_prepared_first_and_only_for_the_given_time() -
     assert found(documents, "one") == [second, first]
 
 
+def test_few_documents_wait_for_the_next_search_however_many_come() -> None:
+    documents = MemoryDocuments()
+    for n in range(2 * NOTED_MAX):
+        at_once(documents.prepare_oldest())
+        noted(documents, f"word{n}")
+        assert len(documents._waiting) == min(n + 1, NOTED_MAX + 1)
+    assert found(documents, "word0") == [1], "the oldest ones are prepared first"
+    at_once(documents.prepare_noted(within_s=LONG_S))
+    assert documents.is_whole()
+    at_once(documents.prepare_oldest())
+    assert (documents._waiting, documents._waiting_cost) == ({}, 0)
+
+
+@pytest.mark.parametrize("text", ["word " * 20_000, "的 " * 7_000])
+def test_few_long_documents_wait_for_the_next_search(text: str) -> None:
+    documents = MemoryDocuments()
+    cost = len(text) * (1 if text.isascii() else 8)
+    for _ in range(25):
+        at_once(documents.prepare_oldest())
+        noted(documents, text)
+    assert len(documents._waiting) == NOTED_COST_MAX // cost + 1
+    assert documents._waiting_cost == len(documents._waiting) * cost
+    for number in list(documents._waiting):
+        documents.remove(number, tuple)
+    assert (documents._waiting, documents._waiting_cost, documents._noted) == ({}, 0, {})
+
+
+def test_tasks_at_the_same_time_prepare_different_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_documents, "NOTED_MAX", 0)
+    documents = MemoryDocuments()
+    numbers = [noted(documents, f"word{n}")[0] for n in range(3)]
+    first, second, third, fourth = (documents.prepare_oldest() for _ in range(4))
+    for steps in (first, second, third):
+        next(steps)
+    at_once(fourth)  # all are claimed
+    assert len(documents._waiting) == 3
+    second.close()
+    at_once(third)
+    assert set(documents._waiting) == {numbers[0]}
+    at_once(first)
+    assert documents.is_whole()
+    assert [found(documents, f"word{n}") for n in range(3)] == [[number] for number in numbers]
+
+
 @pytest.mark.parametrize("after", range(1, 5))
 def test_a_text_that_is_deleted_while_it_is_prepared_is_not_found(after: int) -> None:
     documents = MemoryDocuments()
@@ -113,17 +158,27 @@ def test_a_search_of_an_owner_prepares_and_walks_no_documents_of_others() -> Non
             st.tuples(st.just("note"), st.lists(st.sampled_from(WORDS), min_size=1, max_size=3)),
             st.tuples(st.just("edit"), st.integers(0, 5)),
             st.tuples(st.just("remove"), st.integers(0, 5)),
-            st.tuples(st.just("step"), st.integers(0, 1)),
-            st.tuples(st.just("cancel"), st.integers(0, 1)),
+            st.tuples(st.just("step"), st.integers(0, 3)),
+            st.tuples(st.just("cancel"), st.integers(0, 3)),
             st.tuples(st.just("reclaim"), st.none()),
         ),
         max_size=40,
     )
 )
-def test_two_searches_that_prepare_at_once_find_what_a_scan_finds(actions: list[tuple[str, object]]) -> None:
+def test_tasks_that_prepare_at_once_find_what_a_scan_finds(actions: list[tuple[str, object]]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory_documents, "NOTED_MAX", 0)
+        check_against_a_scan(actions)
+
+
+def begun(documents: MemoryDocuments, index: int) -> Steps[None]:
+    return documents.prepare_noted(within_s=LONG_S) if index < 2 else documents.prepare_oldest()
+
+
+def check_against_a_scan(actions: list[tuple[str, object]]) -> None:
     documents = MemoryDocuments()
     kept: dict[int, Said] = {}
-    searches: list[Steps[None]] = [documents.prepare_noted(within_s=LONG_S) for _ in range(2)]
+    tasks = [begun(documents, index) for index in range(4)]
     for action, given_value in actions:
         match action, given_value:
             case "note", list(words):
@@ -138,16 +193,17 @@ def test_two_searches_that_prepare_at_once_find_what_a_scan_finds(actions: list[
                 number = list(kept)[index]
                 documents.remove(number, kept.pop(number))
             case "step", int(index):
-                next(searches[index], None)
+                if next(tasks[index], tasks) is tasks:
+                    tasks[index] = begun(documents, index)
             case "cancel", int(index):
-                searches[index].close()
-                searches[index] = documents.prepare_noted(within_s=LONG_S)
+                tasks[index].close()
+                tasks[index] = begun(documents, index)
             case "reclaim", None:
                 at_once(documents.reclaim())
         for word in WORDS:
             assert set(found(documents, word)) <= {number for number, said in kept.items() if word in said.texts}
-    for search in searches:
-        at_once(search)
+    for task in tasks:
+        at_once(task)
     at_once(documents.prepare_noted(within_s=LONG_S))
     at_once(documents.reclaim())
     for word in WORDS:

@@ -15,7 +15,7 @@ from service.errors import SessionExistsError, SessionLimitError, SessionNotFoun
 from service.steps import Steps, at_once
 from service.storage import memory_deletions, rules
 from service.storage.memory import MemoryStore, open_memory_store
-from service.storage.memory_documents import Document, MemoryDocuments
+from service.storage.memory_documents import NOTED_MAX, Document, MemoryDocuments
 from service.storage.memory_search import MemoryIndex
 from service.storage.pieces import Run, unpack
 from service.storage.records import EndResult, LeftOut, Match, Page, SessionPatch, SessionRecord, SessionStatus
@@ -313,6 +313,18 @@ async def test_a_search_looks_at_a_few_documents_of_a_long_session_in_each_step(
             looked_at = 0
         assert sum(counts) + looked_at == 900
         assert max(counts) <= 256
+
+
+async def test_a_search_finds_the_first_of_thousands_of_turns_that_ended_without_one() -> None:
+    async with open_memory_store() as store:
+        await store.create_session(a_session("old"), now=T0)
+        turn = a_turn("first", "old", texts=["farewell"])
+        await store.begin_turn(turn, now=T0)
+        await store.end_turn(ended(turn), runs=(), now=T0)
+        await a_long_session(store, turns=5000)
+        assert len(store._documents._waiting) <= NOTED_MAX + 1, "what one search prepares"
+        page = await store.search_sessions("farewell", limit=1, after=None, status=None, now=T0)
+        assert [match.turn_id for match in page.data] == ["first"]
 
 
 async def test_terms_that_a_document_has_lost_are_gone_at_once_and_taken_out_in_steps() -> None:
