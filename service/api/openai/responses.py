@@ -244,18 +244,22 @@ async def create_response() -> TrioResponse:
     key = read_key(body)
     streams, background = bool(body.stream), bool(body.background)
     face = _Responses(waits=not (streams or background), follows_conversation=body.conversation is not None)
+    refusal: PreviousResponseNotFoundError
     try:
         session_id, parent, made_session = await _place_of(service, body)
-    except PreviousResponseNotFoundError:
-        if key is None:
-            raise
-        try:  # it may have been there when an earlier request with this key has followed it
+    except PreviousResponseNotFoundError as error:
+        refusal = error
+    else:
+        new = turn_of(body, asked, parent=parent, made_session=made_session, request_id=current_request_id(), key=key)
+        return await _start(service, session_id, new, body, face, streams=streams)
+    if (
+        key is not None
+    ):  # the previous response may have been there when an earlier request with this key has followed it
+        try:
             await service.sessions.check_key(key)
         except RepeatedError as repeated:
             return await answer_made(service, repeated, face, streams=streams, background=background)
-        raise
-    new = turn_of(body, asked, parent=parent, made_session=made_session, request_id=current_request_id(), key=key)
-    return await _start(service, session_id, new, body, face, streams=streams)
+    raise refusal
 
 
 async def _start(
@@ -388,9 +392,10 @@ async def _stream(service: Service, name: str, face: _Responses) -> TrioResponse
         return await face.stream(FoundTurn(session_id, turn_id, log, watch), slot, after=0)
     except _NOT_FOUND:
         raise ResponseNotFoundError(name) from None
-    except EventsDeletedError:
-        await _get(service, session_id, turn_id, with_texts=False)
-        raise
+    except EventsDeletedError as error:
+        refusal = error
+    await _get(service, session_id, turn_id, with_texts=False)
+    raise refusal
 
 
 @blueprint.delete("/v1/responses/<response_id>")
