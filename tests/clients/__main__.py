@@ -13,10 +13,11 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import trio
@@ -53,6 +54,7 @@ LAST_SEQ = TOKENS + 2
 LINE_ENDS = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei\rj\nk"
 KEY_ALONE = "the-key-of-the-clients"
 KEY = {"Authorization": f"Bearer {KEY_ALONE}"}
+CALL = quote('get_weather:{"city":"Oslo"}')
 REPOSTS_MAX = 20
 """Bound on the POSTs in the four seconds after a completed turn: event-source-plus doubles its wait from 2 ms on."""
 
@@ -290,6 +292,23 @@ async def haproxy_probe(_: Surroundings) -> str:
         return "its probe is answered (L7OK), and tokens come while the turn runs"
 
 
+async def openai_npm(around: Surroundings) -> str:
+    """OpenAI's own package makes every call, with a model that says a text and with one that calls a function."""
+    models = (f"scripted:?tokens={TOKENS}&rate=50&first_token_s=0", f"scripted:?rate=0&first_token_s=0&call={CALL}")
+    async with AsyncExitStack() as stack:
+        urls = []
+        for url in models:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            opened = open_lastcall(SERVE, folder, model_url=url, api_keys=KEY_ALONE)
+            urls.append(f"http://127.0.0.1:{(await stack.enter_async_context(opened)).port}/v1")
+        command = [NODE, "openai_calls.mjs", *urls, KEY_ALONE]
+        done = await trio.run_process(
+            command, cwd=around.node, capture_stdout=True, stderr=subprocess.STDOUT, check=False
+        )
+        check(done.returncode == 0, done.stdout.decode()[-1500:])
+        return "; ".join(json.loads(done.stdout))
+
+
 async def codex_cli(around: Surroundings) -> str:
     """Codex CLI with its defaults does two turns with a command in each, in a network of loopback alone."""
     alone = ["unshare", "--map-root-user", "--net", "--"]
@@ -317,6 +336,7 @@ CHECKS: Checks = (
     nginx_with_keys,
     nginx_with_a_prefix,
     haproxy_probe,
+    openai_npm,
 )
 
 

@@ -76,7 +76,7 @@ class NodePackages:
         return list(json.loads((self.of / "package.json").read_bytes())["dependencies"])
 
 
-LIBRARIES = NodePackages(HERE, ("libraries.mjs", "express_proxy.mjs", "generated_client.ts"))
+LIBRARIES = NodePackages(HERE, ("libraries.mjs", "express_proxy.mjs", "generated_client.ts", "openai_calls.mjs"))
 CODEX = NodePackages(HERE / "codex")
 """Codex CLI is large, and installed only when asked for."""
 
