@@ -26,6 +26,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple, Protocol
 
+import msgspec
 import trio
 
 from service.api.http.event_frames import EncodeFrame
@@ -34,6 +35,9 @@ from service.sessions.events.events import Event, Piece, TerminalEvent
 from service.sessions.sessions import Sessions
 from service.sessions.turns.turn import Watch
 from service.storage.records import Item, TurnRecord
+
+_HELD_PER_BYTE = 5
+"""A character takes up to four bytes; JSON in Python's objects, and the copies of texts in a last frame, as much."""
 
 
 class TurnSource(Protocol):
@@ -53,13 +57,23 @@ class TurnSource(Protocol):
 
 
 class EndedTurn:
-    """An ended turn, from its record with all texts."""
+    """An ended turn, from its record with all texts. It is of one stream, and lives as long; the input is left out."""
 
     def __init__(self, record: TurnRecord) -> None:
-        self._record = record
+        self._record = msgspec.structs.replace(record, input=())
 
     def __repr__(self) -> str:
         return f"<EndedTurn {self._record.id}: {self._record.state}>"
+
+    @property
+    def held_bytes(self) -> int:
+        """About how many bytes a stream of this turn holds: the record, and a last frame that repeats its texts."""
+        record = self._record
+        texts = sum([len(item.text) + len(item.encrypted) + len(item.upstream) for item in record.output])
+        asked = [
+            it for it in (record.tools, record.options, record.system_message, record.face) if it is not msgspec.UNSET
+        ]
+        return _HELD_PER_BYTE * (texts + len(msgspec.json.encode(asked)))
 
     def record(self) -> TurnRecord:
         return self._record

@@ -4,7 +4,8 @@ The body of a request counts while it arrives and until it is parsed or its answ
 making until its client has taken it. Beyond the bound a body is refused before it is read, or when it grows, and an
 answer to a GET before it is made. So are the answers of a PATCH, and of a POST that can be repeated. The answer of
 another call that has changed something counts, but is never refused: the caller could not repeat the call. Event
-streams hold a seq and one piece, which counts only if it is large, and is never refused.
+streams hold a seq and one piece, which counts only if it is large, and is never refused. A stream of an ended turn in a
+face whose frames need the turn's record counts the record until its end, and is refused as an answer to a GET is.
 
 Short messages and cancels have to work while large requests have taken all room. So small requests have a reserve
 beyond the bound, a quarter of it, and are refused when the reserve is full, too. Tiny requests, such as probes, are

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from functools import partial
 from typing import Annotated, Literal, NamedTuple
 
 import msgspec
@@ -15,7 +14,7 @@ from service.api.http.callers import current_caller, current_owner
 from service.api.http.end_of_input import leave_at_end_of_input
 from service.api.http.event_stream import HEADERS, MEDIA_TYPE, stream_face
 from service.api.http.face_frames import EndedTurn, TurnSource, find_place
-from service.api.http.held_bytes import room_for_answer
+from service.api.http.held_bytes import bytes_of, hold_answer, room_for_answer
 from service.api.http.idempotency_keys import read_key
 from service.api.http.locations import located
 from service.api.http.long_json import encode_json
@@ -158,12 +157,22 @@ class _Responses:
             turn_id = turn_id_of(found[1]) or ""
             return await sessions.find_session_of(turn_id), turn_id
 
-        face_of = partial(ResponseFace, encrypted=self._encrypted)
+        held = bytes_of(request.scope)
+        bytes_max = current_service().settings.held_bytes_max
+
+        def face_of(turn: TurnSource) -> ResponseFace:
+            if isinstance(turn, EndedTurn):
+                held.add(_held_by(turn, bytes_max))  # never refused: the stream has begun
+            return ResponseFace(turn, encrypted=self._encrypted)
+
         continue_streams_with(FaceStream(face_of, find_turn, seen=self._seen, end=DONE))
 
     async def stream(self, opened: FoundTurn, slot: StreamSlot, *, after: int) -> TrioResponse:  # noqa: ARG002
         """The events after the frames that the client has seen; ``after`` is always 0."""
-        face = ResponseFace(await _source_of(opened), encrypted=self._encrypted)
+        source = await _source_of(opened)
+        if isinstance(source, EndedTurn):
+            hold_answer(_held_by(source, current_service().settings.held_bytes_max))
+        face = ResponseFace(source, encrypted=self._encrypted)
         place = await find_place(opened.log, face, seen=self._seen)
         return stream_face(opened.log, slot, face=face, place=place)
 
@@ -202,6 +211,11 @@ async def _source_of(opened: FoundTurn) -> TurnSource:
     if live is not None and live.log is opened.log:
         return live
     return EndedTurn(await sessions.get_turn(opened.session_id, opened.turn_id))
+
+
+def _held_by(turn: EndedTurn, bytes_max: int) -> int:
+    """What a stream of an ended response counts: no more than a half of the bound, so that each can be streamed."""
+    return min(turn.held_bytes, bytes_max // 2)
 
 
 @blueprint.post("/v1/responses")

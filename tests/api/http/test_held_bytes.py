@@ -2,20 +2,24 @@
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 import trio.testing
 from trio.testing import MockClock
 
 from service.api.http.app_state import held_bytes_of
+from service.api.http.face_frames import EndedTurn
 from service.api.http.held_bytes import SMALL_BYTES, TINY_BYTES, HeldBytes, HeldBytesLimitError, RequestBytes
 from service.api.http.long_json import encode_json
 from service.api.http.request_body import BoundedBody
 from service.api.native import turns
 from service.errors import EventsLostError, ShuttingDownError
+from service.storage.records import Item, TurnRecord
 from tests.api.inprocess import LOOPBACK, SSE, Api, leave, open_api
 
 MIB = 1024 * 1024
@@ -356,3 +360,58 @@ async def test_a_refused_body_gives_its_bytes_back_and_takes_no_more() -> None:
     assert held.bytes == 0
     with pytest.raises(ShuttingDownError):
         await body.read()
+
+
+async def test_streams_of_ended_responses_that_are_not_read_are_refused_beyond_the_bound(
+    autojump_clock: MockClock,
+) -> None:
+    """Each holds the response's record as long as it lives."""
+    async with open_small(held_bytes_max=4 * MIB) as api, trio.open_nursery() as nursery:
+        held = held_bytes_of(api.app)
+        response = (await api.call("POST", "/v1/responses", {"input": "Hi", "instructions": "x" * 48_000})).json
+        path = f"/v1/responses/{response['id']}?stream=true"
+        calls = [Call(api, "GET", path) for _ in range(40)]
+        for call in calls:
+            nursery.start_soon(call.run)
+        await trio.testing.wait_all_tasks_blocked()
+        statuses = [call.status for call in calls]
+        streams = statuses.count(200)
+        assert streams + statuses.count(503) == len(calls)
+        assert 5 <= streams < 20
+        assert held.bytes > 5 * 48_000 * streams
+        assert (await api.call("GET", path)).json["error"]["code"] == "held_bytes_limit"
+        for call in calls:
+            call.read()
+        await trio.testing.wait_all_tasks_blocked()
+        assert held.bytes == 0
+        assert (await api.call("GET", path)).body.endswith(b"data: [DONE]\n\n")
+        nursery.cancel_scope.cancel()
+
+
+async def test_each_response_can_be_streamed_however_small_the_bound_is(autojump_clock: MockClock) -> None:
+    async with open_small(held_bytes_max=MIB, input_bytes_max=MIB // 8) as api:
+        tool = {"type": "function", "name": "f", "parameters": {"title": "x" * 110_000}, "strict": True}
+        body = {"input": "Hi", "instructions": "x" * 5_000, "tools": [tool]}
+        response = (await api.call("POST", "/v1/responses", body)).json
+        for _ in range(3):
+            reply = await api.call("GET", f"/v1/responses/{response['id']}?stream=true")
+            assert reply.body.endswith(b"data: [DONE]\n\n")
+
+
+def test_the_texts_of_an_ended_turn_and_what_its_face_keeps_count_for_its_stream() -> None:
+    record = TurnRecord(
+        id="turn_" + 32 * "a",
+        session_id="s",
+        parent=None,
+        state="completed",
+        model="m",
+        created_at=datetime(2026, 1, 1, tzinfo=UTC),
+        input=(Item(id="msg_" + 32 * "b", role="user", text="x" * 9_000_000),),
+    )
+    empty = EndedTurn(record).held_bytes
+    assert 0 < empty < 10_000
+    reply = Item(id="msg_" + 32 * "c", role="assistant", text="x" * 1000, encrypted="y" * 500)
+    face = {"openai": msgspec.Raw(b'"%s"' % (b"z" * 2000))}
+    record = msgspec.structs.replace(record, output=(reply,), face=face)
+    assert EndedTurn(record).held_bytes >= empty + 5 * 3500
+    assert EndedTurn(record).record().input == ()
