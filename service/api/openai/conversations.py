@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from hashlib import sha256
 from typing import cast
 
 import msgspec
@@ -38,6 +39,7 @@ from service.api.openai.items import ShownItem, read_items
 from service.errors import (
     ItemNotFoundError,
     LastcallError,
+    MadeIsGoneError,
     SessionLimitError,
     SessionNotFoundError,
     ShuttingDownError,
@@ -47,7 +49,7 @@ from service.ids import scoped
 from service.sessions.commands import NewItems, NewSession, is_callers
 from service.sessions.items import PlacedItem, placed_items
 from service.settings import Settings
-from service.storage.records import Item, SessionPatch
+from service.storage.records import IdempotencyKey, Item, SessionPatch
 from service.supervisor import Service
 
 blueprint = Blueprint("conversations", __name__)
@@ -69,6 +71,7 @@ _LED_TO_ITEM = tuple(
 @blueprint.post(_PATH)
 @operation(
     id="create_conversation",
+    keyed=True,
     body=CreateConversation,
     answers=(Answer(status=200, description="The new conversation.", body=Conversation, links=_LED_BY_ID),),
     errors=(SessionLimitError, ShuttingDownError),
@@ -82,10 +85,19 @@ async def create_conversation() -> TrioResponse:
     service = current_service()
     body = await read_body(request, CreateConversation, service)
     items = _new_items(body.items or (), service.settings)
-    session = await service.sessions.create_session(NewSession(owner=current_owner(), metadata=body.metadata or {}))
+    key = read_key(body)
+    new = NewSession(owner=current_owner(), metadata=body.metadata or {})
     if items:
+        allow_longer_answer(by_s=service.settings.store_timeout_s)
+    session = await service.sessions.create_session(new, key=key)
+    if items and key is None:
         async with _deleted_if_refused(service, session.id):
             await service.sessions.add_items(session.id, NewItems(items=items))
+    elif items and key is not None:  # not deleted if they are refused: the call can be repeated, and adds them then
+        try:
+            await service.sessions.add_items(session.id, NewItems(items=items, key=_key_of_items(key)))
+        except MadeIsGoneError:
+            pass  # an earlier call has added them, and they were deleted since
     return json_response(Conversation.of(session))
 
 
@@ -273,6 +285,11 @@ def _new_items(told: Sequence[object], settings: Settings) -> tuple[Item, ...]:
     if told and not items:
         raise ParameterError("No item has a text, reasoning, a call or an output.", param="items")
     return items
+
+
+def _key_of_items(key: IdempotencyKey) -> IdempotencyKey:
+    """The key under which a new conversation's items are added: the second step of a call with a key."""
+    return msgspec.structs.replace(key, key=f"items of {sha256(key.key.encode()).hexdigest()}")
 
 
 @asynccontextmanager

@@ -10,13 +10,14 @@ Source: https://platform.openai.com/docs/guides/error-codes
 from typing import ClassVar, Literal, NamedTuple
 
 import msgspec
-from quart import has_request_context, request
+from quart import current_app, has_request_context, request
 from quart_trio.wrappers import TrioResponse
 from werkzeug.exceptions import MethodNotAllowed, NotFound
 
 from service.api.http.access import UnauthorizedError
 from service.api.http.idempotency_keys import HEADER as IDEMPOTENCY_KEY
 from service.api.http.locations import located
+from service.api.http.operations import operation_of
 from service.api.http.problems import Refusal, status_of
 from service.api.http.strict_json import shown
 from service.api.openai.ids import conversation_id, response_id
@@ -204,9 +205,16 @@ def _is_repeated_in_vain(error: Exception, status: int) -> bool:
     """
     if status == 409 or isinstance(error, OwnerHangsError):
         return True
-    if status < 500 or not has_request_context() or request.method != "POST" or IDEMPOTENCY_KEY in request.headers:
+    if status < 500 or not has_request_context() or request.method != "POST" or _has_key():
         return False
     return status == 500 or getattr(error, "retry_after_s", None) is None
+
+
+def _has_key() -> bool:
+    """Whether the current request has an idempotency key, and its call reads it."""
+    if IDEMPOTENCY_KEY not in request.headers or request.url_rule is None:
+        return False
+    return operation_of(current_app.view_functions[request.url_rule.endpoint]).keyed
 
 
 def _no_call(page: str) -> _Shown:

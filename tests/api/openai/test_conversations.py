@@ -305,6 +305,41 @@ async def test_added_items_may_be_repeated_with_a_key(autojump_clock: MockClock)
         assert await texts(api, conversation_id) == ["Hi"]
 
 
+async def test_a_new_conversation_is_made_once_for_its_idempotency_key(autojump_clock: MockClock) -> None:
+    async with open_api(model_url=MODEL) as api:
+        body = {"items": [message("Hi")], "metadata": {"topic": "demo"}}
+        headers = {"Idempotency-Key": "k" * 255}
+        replies = [await api.call("POST", PATH, body, headers=headers) for _ in range(2)]
+        assert replies[0].json == replies[1].json
+        conversation_id = replies[0].json["id"]
+        assert await texts(api, conversation_id) == ["Hi"]
+        error_of(await api.call("POST", PATH, {}, headers=headers), 422, "idempotency_key_reused")
+        (item,) = (await api.call("GET", f"{PATH}/{conversation_id}/items")).json["data"]
+        assert (await api.call("DELETE", f"{PATH}/{conversation_id}/items/{item['id']}")).status == 200
+        assert (await api.call("POST", PATH, body, headers=headers)).json["id"] == conversation_id
+        assert await texts(api, conversation_id) == []
+        assert (await api.call("DELETE", f"{PATH}/{conversation_id}")).status == 200
+        assert (await api.call("POST", PATH, body, headers=headers)).status == 410
+
+
+async def test_a_repeated_call_adds_the_items_that_the_first_one_could_not(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*_: object, **__: object) -> None:
+        raise StoreError("The store is down.")
+
+    async with open_api(model_url=MODEL) as api:
+        body, headers = {"items": [message("Hi")]}, {"Idempotency-Key": "one"}
+        with monkeypatch.context() as patch:
+            patch.setattr(api.service.sessions, "add_items", refuse)
+            failed = await api.call("POST", PATH, body, headers=headers)
+            assert (failed.status, failed.headers.get("x-should-retry")) == (503, None)
+        conversation_id = (await api.call("POST", PATH, body, headers=headers)).json["id"]
+        assert await texts(api, conversation_id) == ["Hi"]
+        (session,) = (await api.call("GET", "/sessions")).json["data"]
+        assert session_path(conversation_id) == f"/sessions/{session['id']}"
+
+
 # Owners
 
 

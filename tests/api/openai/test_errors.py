@@ -165,12 +165,16 @@ UNTRANSLATED = (HeadMovedError, ResumeConflictError, PreconditionFailedError, Ow
 
 
 async def shown(
-    refused: Exception, method: str = "POST", headers: dict[str, str] | None = None, prefix: str = ""
+    refused: Exception,
+    method: str = "POST",
+    headers: dict[str, str] | None = None,
+    prefix: str = "",
+    path: str = "/v1/responses",
 ) -> tuple[int, dict[str, str], dict[str, Any]]:
     """The status, the headers and the error member with which a request is answered."""
     scope = LOOPBACK | {"root_path": prefix}
     async with create_app().test_request_context(
-        f"{prefix}/v1/responses", method=method, headers=headers or {}, scope_base=scope
+        f"{prefix}{path}", method=method, headers=headers or {}, scope_base=scope
     ):
         response = openai_error_response(refusal_of(refused, scope=dict(request.scope)))
         body = json.loads(await response.get_data(as_text=False))
@@ -218,6 +222,22 @@ async def test_a_client_is_told_not_to_repeat_what_it_might_do_twice(
     refused: Exception, method: str, headers: dict[str, str], is_told: bool
 ) -> None:
     _, answered, _ = await shown(refused, method, headers)
+    assert answered.get("x-should-retry") == ("false" if is_told else None)
+
+
+@pytest.mark.parametrize(
+    ("path", "is_told"),
+    [
+        ("/v1/responses", False),
+        ("/v1/conversations", False),
+        ("/v1/conversations/conv_-a/items", False),
+        ("/v1/conversations/conv_-a", True),
+        ("/v1/chat/completions", True),
+        ("/v1/nowhere", True),
+    ],
+)
+async def test_a_key_counts_only_where_the_call_reads_it(path: str, is_told: bool) -> None:
+    _, answered, _ = await shown(ValueError("broken"), headers={"Idempotency-Key": "a"}, path=path)
     assert answered.get("x-should-retry") == ("false" if is_told else None)
 
 
