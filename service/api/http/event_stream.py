@@ -96,6 +96,7 @@ class EventStream(ResponseBody):
         encode: The face's frame of an event.
         opening: What the stream begins with, in one piece with the events that are ready.
         heartbeat: The comment after silence.
+        cut: The last frame of a stream that ends early, for clients that would take its end for that of a whole stream.
         scope: The ASGI scope of the request.
     """
 
@@ -108,9 +109,11 @@ class EventStream(ResponseBody):
         encode: EncodeFrame,
         opening: bytes = _RETRY,
         heartbeat: bytes = _HEARTBEAT,
+        cut: bytes = b"",
         scope: Mapping[str, Any] = _NO_SCOPE,
     ) -> None:
         self._scope = scope
+        self._cut = cut
         self._opening = opening
         self._heartbeat = heartbeat
         self._writer: PieceWriter | None = None
@@ -123,7 +126,7 @@ class EventStream(ResponseBody):
         self._caught_up = False
         self._taken_at = 0.0
         self._held_bytes = 0
-        self._ended = False
+        self._ended = self._is_cut = False
 
     def __repr__(self) -> str:
         return f"<EventStream at seq {self._seq} of {self._log!r}>"
@@ -138,8 +141,8 @@ class EventStream(ResponseBody):
         return self
 
     async def __anext__(self) -> bytes:
-        if self._ended:
-            self._slot.close(ended=True)
+        if self._ended or self._is_cut:
+            self._slot.close(ended=self._ended)
             raise StopAsyncIteration
         if not self._begun:
             self._begun = True
@@ -149,7 +152,8 @@ class EventStream(ResponseBody):
         await self._slot.wait_beyond(self._log, self._seq, reader=self)
         if self._slot.is_ends_only():
             await self._log.wait_closed()
-        await self._load()
+        if not await self._load():
+            return self._end_early()
         return self._take() or (b"" if self._has_rest else self._heartbeat)
 
     @property
@@ -170,14 +174,22 @@ class EventStream(ResponseBody):
         self._slot.silent_since = trio.current_time()
         return not writer.has_rest
 
-    async def _load(self) -> None:
-        """Load the next events of a replay. If that fails the stream ends here, as one that was cut."""
+    async def _load(self) -> bool:
+        """Load the next events of a replay. Returns False if that fails: the stream was cut."""
         try:
             await self._log.load_after(self._seq)
         except (StoreError, SessionNotFoundError, EventsDeletedError) as error:
             logger.warning("a replay was cut", log=repr(self._log), seq=self._seq, error=str(error))
-            self._slot.close()
-            raise StopAsyncIteration from None
+            return False
+        return True
+
+    def _end_early(self) -> bytes:
+        """The last frame of a stream that was cut. It ends here if there is no such frame in its face."""
+        self._is_cut = True
+        if self._cut:
+            return LastPiece(self._cut)
+        self._slot.close()
+        raise StopAsyncIteration
 
     async def _pause(self) -> None:
         """Pause if the last piece took long to write, because the event loop is busy or the client slow.
@@ -215,10 +227,12 @@ def stream_response(log: Events, slot: StreamSlot, *, after: int, encode: Encode
     return TrioResponse(body, headers=HEADERS, content_type=MEDIA_TYPE)
 
 
-def stream_face(log: Events, slot: StreamSlot, *, face: Face, place: Place = BEGINNING) -> TrioResponse:
+def stream_face(
+    log: Events, slot: StreamSlot, *, face: Face, place: Place = BEGINNING, cut: bytes = b""
+) -> TrioResponse:
     """Return a response that streams a log in a face from a place on, as :func:`stream_response` does.
 
-    See :mod:`service.api.http.face_frames`.
+    See :mod:`service.api.http.face_frames`. If the stream ends early, ``cut`` is its last frame.
     """
     release_after_request(slot.close)
     body = EventStream(
@@ -228,6 +242,7 @@ def stream_face(log: Events, slot: StreamSlot, *, face: Face, place: Place = BEG
         encode=frames_of(log, face),
         opening=place.rest,
         heartbeat=_HEARTBEAT_BLOCK,
+        cut=cut,
         scope=request.scope,
     )
     return TrioResponse(body, headers=HEADERS, content_type=MEDIA_TYPE)

@@ -145,8 +145,8 @@ class FaceStream(NamedTuple):
             the owner's answer, or else from the path of the request. Raises: LastcallError: The stream is cut.
         seen: How many frames the client had seen before this stream.
         end: How a stream that is whole ends: the face's :attr:`Face.end`, or one of several ends.
-        cut: The last frame of a stream that ends early and cannot be resumed, for clients that would take its end for
-            that of a whole stream.
+        cut: The last frame of a stream that ends early, for clients that would take its end for that of a whole stream.
+            It is one of the ends, because the owner may send it.
     """
 
     face_of: Callable[[TurnSource], Face]
@@ -466,18 +466,21 @@ class ProxiedStream(ResponseBody):
 
     async def _read_rest(self, rest: Events) -> bytes:
         assert self._encode is not None
-        await self._load_rest(rest)
+        if not await self._load_rest(rest):
+            self._rest = None
+            return b""
         opening, self._opening = self._opening, b""
         frames, self._seq = read_frames(rest, self._seq, encode=self._encode, bytes_max=_WRITE_BYTES_MAX)
         return opening + frames
 
-    async def _load_rest(self, rest: Events) -> None:
-        """Load the next events from the store. If that fails the stream ends here, as one that was cut."""
+    async def _load_rest(self, rest: Events) -> bool:
+        """Load the next events from the store. Returns False if that fails: the stream was cut."""
         try:
             await rest.load_after(self._seq)
         except LastcallError as error:
             logger.warning("a stream was cut", log=repr(rest), error=str(error))
-            raise StopAsyncIteration from None
+            return False
+        return True
 
     async def _receive_frames(self) -> bytes:
         """Return at least one frame; empty at the end, and if this process stops or the owner hangs.

@@ -32,6 +32,16 @@ from service.sessions.events.events import Event, Piece, TurnCall, TurnQueued, T
 from service.storage.records import Item
 
 DONE = b"data: [DONE]\n\n"
+_CUT = {
+    "message": "The stream was cut before the end of the response. If it is stored, get it, or its events after "
+    "the last sequence_number.",
+    "type": "server_error",
+    "param": None,
+    "code": "stream_cut",
+}
+CUT = b"data: %b\n\n" % frame_json({"error": _CUT})
+"""The last frame of a stream that ends early, without a number, so that the numbers go on where it is resumed. OpenAI's
+SDKs raise it; they would take an end without a terminal event for that of a whole stream."""
 _TERMINAL_TYPES: Mapping[ResponseStatus, str] = {
     "completed": "response.completed",
     "failed": "response.failed",

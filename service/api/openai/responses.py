@@ -41,7 +41,7 @@ from service.api.openai.ids import item_id_of, item_name, public_session_id_of, 
 from service.api.openai.items import ShownItem, shown_item
 from service.api.openai.requests import CreateResponse, Includable, read_request, turn_of
 from service.api.openai.response import Response, response_of
-from service.api.openai.response_events import DONE, ResponseFace
+from service.api.openai.response_events import CUT, DONE, ResponseFace
 from service.errors import (
     BranchLimitError,
     EventsDeletedError,
@@ -165,7 +165,7 @@ class _Responses:
                 held.add(_held_by(turn, bytes_max))  # never refused: the stream has begun
             return ResponseFace(turn, encrypted=self._encrypted)
 
-        continue_streams_with(FaceStream(face_of, find_turn, seen=self._seen, end=DONE))
+        continue_streams_with(FaceStream(face_of, find_turn, seen=self._seen, end=(DONE, CUT), cut=CUT))
 
     async def stream(self, opened: FoundTurn, slot: StreamSlot, *, after: int) -> TrioResponse:  # noqa: ARG002
         """The events after the frames that the client has seen; ``after`` is always 0."""
@@ -174,7 +174,7 @@ class _Responses:
             hold_answer(_held_by(source, current_service().settings.held_bytes_max))
         face = ResponseFace(source, encrypted=self._encrypted)
         place = await find_place(opened.log, face, seen=self._seen)
-        return stream_face(opened.log, slot, face=face, place=place)
+        return stream_face(opened.log, slot, face=face, place=place, cut=CUT)
 
     async def show(
         self,

@@ -297,6 +297,20 @@ async def test_a_replay_that_cannot_be_read_further_is_cut(monkeypatch: pytest.M
     assert (opened.streams.open, opened.streams.ended, opened.streams.aborted) == (0, 0, 1)
 
 
+async def test_a_replay_that_is_cut_says_so_where_its_face_has_a_frame_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(_: int) -> None:
+        await trio.lowlevel.checkpoint()
+        raise StoreError("It hangs.")
+
+    opened = Opened(3)
+    stream = EventStream(opened.log, opened.slot, after=0, encode=encode_frame, cut=b"data: cut\n\n")
+    await anext(stream)
+    opened.append(2)
+    monkeypatch.setattr(opened.log, "load_after", fail)
+    assert [piece async for piece in stream] == [b"data: cut\n\n"]
+    assert (opened.streams.open, opened.streams.ended, opened.streams.aborted) == (0, 0, 1)
+
+
 @pytest.mark.parametrize(
     ("header", "query", "seen"),
     [

@@ -23,12 +23,14 @@ from service.api.http import proxy
 from service.api.http.app_state import held_bytes_of
 from service.api.http.proxy import PEER, SUCCESSORS, FaceStream, split_whole
 from service.api.native import turns
+from service.api.openai.response_events import CUT
 from service.cluster import owner_beats, peer_socket
 from service.cluster.peer_proof import Purpose, check_peer
 from service.cluster.peer_socket import socket_name
-from service.errors import OwnedElsewhereError, TurnNotFoundError
+from service.errors import OwnedElsewhereError, StoreError, TurnNotFoundError
 from service.hosting import peer_listener
 from service.sessions.events.events import Event
+from service.sessions.events.replay import Replay
 from service.stop_state import Phase
 from service.storage.records import SEQ_AFTER_CRASH, EndResult
 from service.storage.sqlite import SqliteStore, open_sqlite_store
@@ -330,6 +332,49 @@ async def test_a_stream_that_nothing_can_go_on_with_tells_that_it_was_cut(
         while piece := await client.receive():
             got += piece
         assert got == rest
+
+
+@pytest.mark.parametrize("how", ["the owner ends its answer", "the owner dies", "the owner has told it"])
+async def test_a_stream_of_a_response_that_was_cut_says_so_once(how: str, tmp_path: Path) -> None:
+    path = f"/v1/responses/resp_{32 * 'a'}?stream=true"
+    async with open_owner(tmp_path) as (api, owner), api.open("GET", path) as client:
+        await client.send_complete()
+        stream, _ = await owner.take()
+        told = b'data: {"type":"a","sequence_number":0}\n\n'
+        if how == "the owner has told it":
+            told += CUT
+        await stream.send_all(HEAD + chunk(told.decode()))
+        assert await client.receive() == told
+        if how == "the owner dies":
+            await owner.store.mark_deleted("s", now=T0)
+            await owner.die(stream)
+        else:
+            await stream.send_all(b"0\r\n\r\n")
+        got = b""
+        while piece := await client.receive():
+            got += piece
+        assert got == (b"" if how == "the owner has told it" else CUT)
+
+
+async def test_a_stream_of_a_response_whose_rest_cannot_be_read_says_that_it_was_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(self: Replay, seq: int) -> None:
+        await trio.lowlevel.checkpoint()
+        raise StoreError("It hangs.")
+
+    path = f"/v1/responses/resp_{32 * 'a'}?stream=true"
+    async with open_owner(tmp_path) as (api, owner), api.open("GET", path) as client:
+        await client.send_complete()
+        stream, _ = await owner.take()
+        await stream.send_all(HEAD + chunk(": heartbeat\n\n"))
+        assert await client.receive() == b": heartbeat\n\n"
+        monkeypatch.setattr(Replay, "load_after", fail)
+        await owner.die(stream)
+        got = b""
+        while piece := await client.receive():
+            got += piece
+        assert got == CUT
 
 
 @pytest.mark.parametrize("prefix", ["", "/behind/a/proxy"])

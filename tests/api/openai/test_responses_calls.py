@@ -4,10 +4,15 @@ import json
 from typing import Any
 from urllib.parse import quote
 
+import httpx2
+import openai
 import pytest
 import trio
 from trio.testing import MockClock
 
+from service.api.openai.response_events import CUT
+from service.errors import StoreError
+from service.sessions.events.replay import Replay
 from tests.api.inprocess import Api, Reply, leave, open_api
 from tests.upstreams.raw_server import Connection, open_raw_server
 
@@ -556,6 +561,34 @@ async def test_a_stream_of_which_all_was_seen_ends_at_once(autojump_clock: MockC
         for after in (last, last + 1, 1 << 30):
             reply = await get(api, name, f"?stream=true&starting_after={after}")
             assert (reply.status, reply.body) == (200, b"data: [DONE]\n\n")
+
+
+@pytest.mark.processes  # the client asks the system for its name
+async def test_a_stream_that_is_cut_is_an_error_for_the_sdk(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(self: Replay, seq: int) -> None:
+        await trio.lowlevel.checkpoint()
+        raise StoreError("It hangs.")
+
+    async with open_api(model_url="scripted:?tokens=2000&rate=0&first_token_s=0") as api:
+        name = (await create(api)).json["id"]
+        monkeypatch.setattr(Replay, "load_after", fail)
+        reply = await get(api, name, "?stream=true")
+    assert reply.body.endswith(CUT)
+
+    def answer(_: httpx2.Request) -> httpx2.Response:
+        return httpx2.Response(200, content=reply.body, headers={"content-type": "text/event-stream"})
+
+    with (
+        httpx2.Client(transport=httpx2.MockTransport(answer)) as http,
+        openai.OpenAI(api_key="x", base_url="http://test/v1", http_client=http) as client,
+    ):
+        stream = client.responses.retrieve(name, stream=True)
+        assert next(stream).type == "response.created"
+        with pytest.raises(openai.APIError) as raised:
+            list(stream)
+    assert (raised.value.code, raised.value.type) == ("stream_cut", "server_error")
 
 
 @pytest.mark.parametrize("path", ["/v1/responses/compact", "/v1/responses/input_tokens"])
