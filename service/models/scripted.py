@@ -35,9 +35,11 @@ from service.models.client import (
     EncryptedReasoning,
     Finished,
     FinishReason,
+    FunctionCall,
     FunctionCallOutput,
     ModelEvent,
     ModelRequest,
+    PromptItem,
     Reasoning,
     ReasoningDelta,
     TakeEvents,
@@ -200,7 +202,7 @@ class ScriptedStream:
         self._script = script
         last = request.prompt[-1]
         has_outputs = isinstance(last, FunctionCallOutput)
-        self._calls = [] if has_outputs else list(_calls(script.call, turn=len(request.prompt)))
+        self._calls = [] if has_outputs else list(_calls(script.call, request.prompt))
         self._words: list[str] | None = None
         if script.text is not None:
             self._words = _tokens(script.text)
@@ -284,8 +286,12 @@ def _numbered(index: int, size: int | None) -> str:
     return text if size is None else text.rjust(size, ".")[-size:]
 
 
-def _calls(calls: Sequence[str], *, turn: int) -> Iterator[ModelEvent]:
-    """The calls in tokens. Their ids differ from those of the calls before on the path."""
+def _calls(calls: Sequence[str], prompt: Sequence[PromptItem]) -> Iterator[ModelEvent]:
+    """The calls in tokens. Their ids differ from those in the prompt, also where a client has left some of it out."""
+    known = {it.call_id for it in prompt if isinstance(it, FunctionCall)}
+    turn = len(prompt)
+    while any(f"call_{turn}_{number}" in known for number in range(len(calls))):
+        turn += 1
     for number, call in enumerate(calls):
         name, _, arguments = call.partition(":")
         yield CallOpened(number, f"call_{turn}_{number}", name)

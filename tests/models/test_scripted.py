@@ -103,6 +103,16 @@ async def test_outputs_of_calls_are_quoted_and_not_called_for_again(autojump_clo
     assert reply.finished.finish_reason == "stop"
 
 
+async def test_a_call_has_no_id_of_the_prompt_though_the_client_left_a_part_of_the_prompt_out(
+    autojump_clock: MockClock,
+) -> None:
+    """The id that the prompt's length gives is taken, and so is one of the next."""
+    calls = (FunctionCall("call_4_0", "get", "{}"), FunctionCall("call_5_1", "now", "{}"))
+    prompt = (*calls, FunctionCallOutput("call_4_0", "4"), Message("user", "again"))
+    reply = await ask(scripted("call=get&call=now"), ModelRequest(model="m", prompt=prompt))
+    assert [it.call_id for it in reply.events if isinstance(it, CallOpened)] == ["call_6_0", "call_6_1"]
+
+
 async def test_only_calls_are_a_reply_without_a_text(autojump_clock: MockClock) -> None:
     assert [type(event) for event in (await ask(scripted("call=get&reasoning=1"))).events] == [
         *(ReasoningDelta, CallOpened, Finished),
