@@ -342,12 +342,16 @@ class ShuttingDownError(LimitError):
 
 
 class StoreError(LastcallError):
-    """The store could not do a step. ``retry_after_s`` is set where the fault may pass by itself."""
+    """The store could not do a step. ``retry_after_s`` is set where the fault may pass by itself.
+
+    With ``outcome_is_unknown`` the step was a call's write to a conversation, and the store may have done it.
+    """
 
     code: FailureCode = "store_unavailable"
 
     def __init__(self, message: str, *, retry_after_s: int | None = 1) -> None:
         super().__init__(message)
+        self.outcome_is_unknown = False
         self.retry_after_s = retry_after_s
 
 

@@ -32,7 +32,7 @@ from service.api.openai.conversation_wire import (
     UpdateConversation,
     shown_placed,
 )
-from service.api.openai.errors import ConversationNotFoundError, ParameterError
+from service.api.openai.errors import ConversationNotFoundError, ParameterError, not_done_twice
 from service.api.openai.ids import item_id_of, public_session_id_of
 from service.api.openai.ids import item_name as name_of_item
 from service.api.openai.items import ShownItem, read_items
@@ -164,7 +164,8 @@ async def create_conversation_items(conversation_id: str) -> TrioResponse:
     body = await read_body(request, CreateItems, service)
     new = NewItems(items=_new_items(body.items, service.settings), key=read_key(body))
     allow_longer_answer(by_s=service.settings.store_timeout_s)
-    turns = await service.sessions.add_items(session_id, new)
+    with not_done_twice(new.key):
+        turns = await service.sessions.add_items(session_id, new)
     drop_body(request)
     added = [placed for turn in turns for placed in placed_items(turn)]
     with room_for_answer(sum([len(placed.item.text) for placed in added])):

@@ -7,6 +7,8 @@ themselves, and send no idempotency key: where a repetition could do a thing twi
 Source: https://platform.openai.com/docs/guides/error-codes
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar, Literal, NamedTuple
 
 import msgspec
@@ -15,7 +17,7 @@ from quart_trio.wrappers import TrioResponse
 from werkzeug.exceptions import MethodNotAllowed, NotFound
 
 from service.api.http.access import UnauthorizedError
-from service.api.http.idempotency_keys import HEADER as IDEMPOTENCY_KEY
+from service.api.http.idempotency_keys import HEADER
 from service.api.http.locations import located
 from service.api.http.operations import operation_of
 from service.api.http.problems import Refusal, status_of
@@ -33,11 +35,13 @@ from service.errors import (
     QueueFullError,
     SessionExistsError,
     SessionNotFoundError,
+    StoreError,
     TurnEndingError,
     TurnInProgressError,
     TurnNotFoundError,
 )
 from service.ids import public_id
+from service.storage.records import IdempotencyKey
 
 _PATH = "/v1"
 _NOT_THERE = frozenset({f"{_PATH}/responses/compact", f"{_PATH}/responses/input_tokens"})
@@ -176,6 +180,17 @@ def openai_error_response(refusal: Refusal) -> TrioResponse:
     return TrioResponse(msgspec.json.encode(ErrorBody(member)), status, headers, content_type="application/json")
 
 
+@contextmanager
+def not_done_twice(key: IdempotencyKey | None) -> Iterator[None]:
+    """Let no SDK repeat by itself what a conversation would have twice, if the store may have done it."""
+    try:
+        yield
+    except StoreError as error:
+        if key is None and error.outcome_is_unknown:
+            error.retry_after_s = None
+        raise
+
+
 def status_for_clients(kind: type[LastcallError]) -> int:
     """The status that errors of a type have on this face."""
     if issubclass(kind, ParameterError):
@@ -212,7 +227,7 @@ def _is_repeated_in_vain(error: Exception, status: int) -> bool:
 
 def _has_key() -> bool:
     """Whether the current request has an idempotency key, and its call reads it."""
-    if IDEMPOTENCY_KEY not in request.headers or request.url_rule is None:
+    if HEADER not in request.headers or request.url_rule is None:
         return False
     return operation_of(current_app.view_functions[request.url_rule.endpoint]).keyed
 

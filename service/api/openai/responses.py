@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Annotated, Literal, NamedTuple
 
 import msgspec
@@ -34,6 +35,7 @@ from service.api.openai.errors import (
     PreviousResponseNotFoundError,
     PreviousResponseOpenError,
     ResponseNotFoundError,
+    not_done_twice,
     response_path,
 )
 from service.api.openai.failures import EndErrorBody, end_response
@@ -282,7 +284,8 @@ async def _start(
     """Start the response, with its refusals in the words of the request."""
     previous, conversation = body.previous_response_id, body.conversation_name
     try:
-        return await answer_new(service, session_id, new, face, streams=streams)
+        with nullcontext() if conversation is None else not_done_twice(new.key):
+            return await answer_new(service, session_id, new, face, streams=streams)
     except TurnInProgressError:
         if previous is not None:
             raise PreviousResponseOpenError(previous) from None

@@ -113,19 +113,27 @@ class Acceptance:
             self._drain.check_accepting()
             _check_adding(session, new)
 
-        async with self._deciding(session_id, check, within_s) as (_, _, deadline):
-            while True:
-                try:
-                    return await self._add(session_id, new, deadline)
-                except HeadMovedError:
-                    pass  # another process has just accepted a turn: follow that turn
+        begun = trio.Event()
+        try:
+            async with self._deciding(session_id, check, within_s) as (_, _, deadline):
+                while True:
+                    try:
+                        return await self._add(session_id, new, deadline, begun)
+                    except HeadMovedError:
+                        pass  # another process has just accepted a turn: follow that turn
+        except StoreError as error:
+            error.outcome_is_unknown = begun.is_set()
+            raise
 
-    async def _add(self, session_id: str, new: NewItems, deadline: ScopeDeadline) -> Sequence[TurnRecord]:
+    async def _add(
+        self, session_id: str, new: NewItems, deadline: ScopeDeadline, begun: trio.Event
+    ) -> Sequence[TurnRecord]:
         now = self._clock()
         stored = await self._store.get_session(session_id, now=now)
         turns = new.records(stored, now=now, settings=self._settings)
         head = stored.head if new.parent is msgspec.UNSET else msgspec.UNSET
         await _refuse_if_late(deadline)
+        begun.set()
         with self._pending_writes.writing(within_s=deadline.left_s):
             await self._store.add_turns(turns, now=now, head=head, key=new.key)
         return turns
@@ -279,6 +287,7 @@ class Acceptance:
                 )
         except StoreError as error:
             # The store may have the turn or not. If the store has it, the turn must not stay open.
+            error.outcome_is_unknown = True
             turn.decide(outcome.failed(error.code, str(error)))
             self._pending_writes.add_end(turn)
             raise

@@ -1,6 +1,8 @@
 """Conversations and their items over the whole application, beside the native API."""
 
 import json
+from functools import partial
+from math import inf
 from typing import Any
 
 import pytest
@@ -338,6 +340,46 @@ async def test_a_repeated_call_adds_the_items_that_the_first_one_could_not(
         assert await texts(api, conversation_id) == ["Hi"]
         (session,) = (await api.call("GET", "/sessions")).json["data"]
         assert session_path(conversation_id) == f"/sessions/{session['id']}"
+
+
+@pytest.mark.parametrize("headers", [{}, {"Idempotency-Key": "one"}], ids=["without a key", "with a key"])
+async def test_what_the_store_may_have_taken_is_not_repeated_without_a_key(
+    headers: dict[str, str], autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A conversation would have the input twice."""
+    told = None if headers else "false"
+    async with open_api(model_url=MODEL) as api:
+        conversation_id = await new(api)
+        answer_late = partial(trio.sleep, inf)
+        monkeypatch.setattr(api.service.store, "begin_turn", lambda *_, **__: answer_late())
+        monkeypatch.setattr(api.service.store, "add_turns", lambda *_, **__: answer_late())
+        items = {"items": [message("Hi")]}
+        reply = await api.call("POST", f"{PATH}/{conversation_id}/items", items, headers=headers)
+        error_of(reply, 503, "store_unavailable")
+        assert reply.headers.get("x-should-retry") == told
+        body = {"input": "Hi", "conversation": conversation_id}
+        for stream in (False, True):
+            reply = await api.call("POST", "/v1/responses", body | {"stream": stream}, headers=headers)
+            error_of(reply, 503, "store_unavailable")
+            assert reply.headers.get("x-should-retry") == told
+            headers = {name: f"{key} more" for name, key in headers.items()}
+        reply = await api.call("POST", "/v1/responses", {"input": "Hi"}, headers=headers)
+        error_of(reply, 503, "store_unavailable")
+        assert reply.headers.get("x-should-retry") is None, "another first response, which harms none"
+
+
+async def test_what_the_store_has_not_begun_is_repeated(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*_: object, **__: object) -> None:
+        raise StoreError("The store is closed.")
+
+    async with open_api(model_url=MODEL) as api:
+        conversation_id = await new(api)
+        monkeypatch.setattr(api.service.store, "get_session", refuse)
+        reply = await api.call("POST", "/v1/responses", {"input": "Hi", "conversation": conversation_id})
+        error_of(reply, 503, "store_unavailable")
+        assert reply.headers.get("x-should-retry") is None
 
 
 # Owners
