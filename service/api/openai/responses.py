@@ -170,12 +170,21 @@ class _Responses:
         continue_streams_with(FaceStream(face_of, find_turn, seen=self._seen, end=(DONE, CUT), cut=CUT))
 
     async def stream(self, opened: FoundTurn, slot: StreamSlot, *, after: int) -> TrioResponse:  # noqa: ARG002
-        """The events after the frames that the client has seen; ``after`` is always 0."""
+        """The events after the frames that the client has seen; ``after`` is always 0.
+
+        Raises:
+            ParameterError: The response does not have the frame that the client says to have seen last.
+        """
         source = await _source_of(opened)
         if isinstance(source, EndedTurn):
             hold_answer(_held_by(source, current_service().settings.held_bytes_max))
         face = ResponseFace(source, encrypted=self._encrypted)
         place = await find_place(opened.log, face, seen=self._seen)
+        if place.is_beyond:
+            raise ParameterError(
+                f"The response has no event with the sequence_number {self._seen - 1}; send the last one seen.",
+                param="starting_after",
+            )
         return stream_face(opened.log, slot, face=face, place=place, cut=CUT)
 
     async def show(

@@ -558,9 +558,19 @@ async def test_a_stream_of_which_all_was_seen_ends_at_once(autojump_clock: MockC
     async with open_api() as api:
         events = events_of(await create(api, stream=True))
         name, last = events[-1]["response"]["id"], events[-1]["sequence_number"]
-        for after in (last, last + 1, 1 << 30):
-            reply = await get(api, name, f"?stream=true&starting_after={after}")
-            assert (reply.status, reply.body) == (200, b"data: [DONE]\n\n")
+        reply = await get(api, name, f"?stream=true&starting_after={last}")
+        assert (reply.status, reply.body) == (200, b"data: [DONE]\n\n")
+
+
+async def test_a_stream_after_an_event_that_there_is_not_is_refused(autojump_clock: MockClock) -> None:
+    async with open_api(model_url="scripted:?tokens=5&rate=1") as api:
+        name = (await create(api, background=True)).json["id"]
+        error_of(await get(api, name, "?stream=true&starting_after=9999"), 400, "invalid_value", "starting_after")
+        events = events_of(await get(api, name, "?stream=true"))
+        assert events[-1]["response"]["status"] == "completed"
+        for number in (len(events), 1 << 30):
+            reply = await get(api, name, f"?stream=true&starting_after={number}")
+            assert str(number) in error_of(reply, 400, "invalid_value", "starting_after")
 
 
 @pytest.mark.processes  # the client asks the system for its name
