@@ -112,7 +112,7 @@ class ResponseTruth(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     reason: EndReason | None = None
     code: str | None = None
     param: str | None = None
-    seq: int = 0
+    seq: int | None = None
     left_out: LeftOut | None = None
     tools_left_out: tuple[str, ...] = ()
     stored: bool = True
@@ -209,7 +209,7 @@ def response_of(turn: TurnRecord, *, encrypted: bool = False) -> Response:
             reason=turn.reason,
             code=None if turn.error is None else turn.error.code,
             param=None if turn.error is None else turn.error.param or None,
-            seq=0 if turn.is_open else turn.last_seq,
+            seq=None if turn.is_open else turn.last_seq,
             left_out=turn.left_out,
             tools_left_out=echo.tools_left_out,
             stored=turn.stored,
