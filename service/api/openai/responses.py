@@ -198,7 +198,7 @@ class _Responses:
     ) -> TrioResponse:
         if self._waits and _is_failure(record):
             return self._failure(record)
-        location = response_path(record.id) if with_location else None
+        location = response_path(record.id) if with_location and not record.ephemeral else None
         length = sum([len(item.text) + len(item.encrypted) for item in record.output])
         with room_for_answer(length):
             encoded = await encode_json(response_of(record, encrypted=self._encrypted))
@@ -207,7 +207,8 @@ class _Responses:
     def _failure(self, record: TurnRecord) -> TrioResponse:
         """The error of HTTP for a response that failed. Sent again, a conversation would have the input twice."""
         response = end_response(record, repeats_input=self._follows_conversation, params=_PARAMS)
-        response.headers["Location"] = located(response_path(record.id))
+        if not record.ephemeral:  # with its end such a response is gone
+            response.headers["Location"] = located(response_path(record.id))
         return response
 
 

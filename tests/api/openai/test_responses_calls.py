@@ -436,6 +436,15 @@ async def test_a_parameter_that_the_model_server_refuses_is_told_by_its_name_her
     assert response["lastcall"]["param"] == "text_format"
 
 
+@pytest.mark.parametrize("ending", ["", "&fail_after=2&fail_code=upstream_error"], ids=["completed", "failed"])
+async def test_a_response_that_is_gone_with_its_end_has_no_location(ending: str, autojump_clock: MockClock) -> None:
+    async with open_api(model_url=f"scripted:?tokens=5&rate=0{ending}") as api:
+        status = 502 if ending else 200
+        gone, kept = await create(api, store=False), await create(api)
+        assert (gone.status, gone.headers.get("location")) == (status, None)
+        assert (kept.status, (await api.call("GET", kept.headers["location"])).status) == (status, 200)
+
+
 async def test_a_failure_is_not_repeated_where_that_would_bring_the_input_twice(autojump_clock: MockClock) -> None:
     async with open_api(model_url="scripted:?tokens=5&rate=0&fail_after=2&fail_code=upstream_error") as api:
         await api.new_session(id="s")
