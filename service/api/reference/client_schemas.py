@@ -66,7 +66,7 @@ def _property(
 
 
 def _is_always_there(field: msgspec.structs.FieldInfo, kind: type[msgspec.Struct]) -> bool:
-    if field.required or field.name in _NEVER_DEFAULT:
+    if field.required or (field.name in _NEVER_DEFAULT and field.default is not None):
         return True
     return not kind.__struct_config__.omit_defaults and field.default is not msgspec.UNSET
 

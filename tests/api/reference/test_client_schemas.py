@@ -60,7 +60,7 @@ def sent(kind: type[msgspec.Struct], *, whole: bool) -> set[str]:
     """The names of the fields that an answer sends if all of them are set, or only those without a default."""
     fields = msgspec.structs.fields(kind)
     values: dict[str, object] = {it.name: "x" for it in fields if whole or it.required}
-    if any(it.name == "seq" for it in fields):
+    if any(it.name == "seq" and it.default is not None for it in fields):
         values["seq"] = 1  # every event has a seq above the default
     decoded: dict[str, object] = msgspec.json.decode(msgspec.json.encode(kind(**values)))
     return decoded.keys() | set()
