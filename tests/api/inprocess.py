@@ -8,6 +8,7 @@ from typing import Any
 
 import trio
 from quart_trio.testing.connections import TestHTTPConnection
+from quart_trio.wrappers import TrioRequest
 from trio.testing import wait_all_tasks_blocked
 
 from service.api.app import Application, attach, create_app, detach
@@ -111,6 +112,16 @@ class Api:
         assert reply.status == 201
         session_id: str = reply.json["id"]
         return session_id
+
+
+def request_context(path: str, *, method: str = "GET", headers: Any = None, scope: Any = None) -> Any:
+    """A context with a request without a body, for what reads the current request.
+
+    Quart 0.23 would put the body into a queue that a request of ours does not have, so the request is Quart's own.
+    """
+    app = create_app()
+    app.request_class = TrioRequest  # type: ignore[assignment]
+    return app.test_request_context(path, method=method, headers=headers or {}, scope_base=scope or LOOPBACK)
 
 
 async def leave(connection: TestHTTPConnection) -> None:

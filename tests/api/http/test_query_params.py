@@ -6,11 +6,10 @@ import pytest
 from msgspec import Meta
 from quart import request
 
-from service.api.app import create_app
 from service.api.http.query_params import read_query
 from service.api.http.wire_types import Query
 from service.errors import InvalidRequestError
-from tests.api.inprocess import LOOPBACK
+from tests.api.inprocess import request_context
 
 
 class Colours(Query, frozen=True, kw_only=True):
@@ -21,7 +20,7 @@ class Colours(Query, frozen=True, kw_only=True):
 
 
 async def read(query: str) -> Any:
-    async with create_app().test_request_context(f"/?{query}", scope_base=LOOPBACK):
+    async with request_context(f"/?{query}"):
         return read_query(request, Colours)
 
 

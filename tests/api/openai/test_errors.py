@@ -8,7 +8,6 @@ import pytest
 from quart import request
 from werkzeug.exceptions import BadRequest, MethodNotAllowed
 
-from service.api.app import create_app
 from service.api.http.access import LoopbackOnlyError, ProxiedRequestError, UnauthorizedError
 from service.api.http.callers import NotPermittedError
 from service.api.http.held_bytes import HeldBytesLimitError
@@ -55,7 +54,7 @@ from service.errors import (
     TurnLimitError,
     TurnNotFoundError,
 )
-from tests.api.inprocess import LOOPBACK, Reply, open_api
+from tests.api.inprocess import LOOPBACK, Reply, open_api, request_context
 
 KEY = "a-key-of-sixteen-or-more"
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "QUERY")
@@ -173,9 +172,7 @@ async def shown(
 ) -> tuple[int, dict[str, str], dict[str, Any]]:
     """The status, the headers and the error member with which a request is answered."""
     scope = LOOPBACK | {"root_path": prefix}
-    async with create_app().test_request_context(
-        f"{prefix}{path}", method=method, headers=headers or {}, scope_base=scope
-    ):
+    async with request_context(f"{prefix}{path}", method=method, headers=headers, scope=scope):
         response = openai_error_response(refusal_of(refused, scope=dict(request.scope)))
         body = json.loads(await response.get_data(as_text=False))
     assert body.keys() == {"error"}
