@@ -45,15 +45,22 @@ def _take_map(values: dict[str, list[str]], name: str) -> dict[str, str]:
     """Take the parameters of a map out of ``values``: ``name.key=value``, or ``name[key]=value`` as OpenAPI has it.
 
     Raises:
-        InvalidRequestError: The map has no key, or one key twice.
+        InvalidRequestError: The map has no key, one key twice, or brackets within brackets.
     """
     taken: dict[str, str] = {}
     for parameter in [it for it in values if it.startswith((f"{name}.", f"{name}["))] + [name] * (name in values):
         given = values.pop(parameter)
         rest = parameter.removeprefix(name)
-        key = rest[1:-1] if rest.startswith("[") and rest.endswith("]") else rest[1:]
+        key = rest[1:]
         if not rest:
             raise InvalidRequestError(f"This parameter needs a key: {name}.key=value.", field=name)
+        if rest.startswith("["):
+            key = rest[1:-1]
+            if not rest.endswith("]") or "[" in key or "]" in key:
+                raise InvalidRequestError(
+                    f"This is no {name}[key]=value. A key with brackets is written as {name}.key=value.",
+                    field=shown(parameter),
+                )
         if len(given) > 1 or key in taken:
             raise InvalidRequestError("This parameter may be given once for each key.", field=shown(parameter))
         taken[key] = given[0]

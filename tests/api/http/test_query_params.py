@@ -2,6 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
+import msgspec
 import pytest
 from msgspec import Meta
 from quart import request
@@ -17,6 +18,31 @@ class Colours(Query, frozen=True, kw_only=True):
 
     colour: Annotated[tuple[Literal["red", "blue"], ...], Meta(max_length=3)] = ()
     limit: int = 1
+
+
+class Labelled(Query, frozen=True, kw_only=True):
+    """``?label.size=large``"""
+
+    label: dict[str, str] = msgspec.field(default_factory=dict)
+
+
+@pytest.mark.parametrize("query", ["label[size]=large", "label.size=large"])
+async def test_a_map_is_read_in_both_forms(query: str) -> None:
+    async with request_context(f"/?{query}"):
+        assert read_query(request, Labelled).label == {"size": "large"}
+
+
+async def test_a_key_with_brackets_has_the_form_with_a_dot() -> None:
+    async with request_context("/?label.][a=1&label.[b]=2"):
+        assert read_query(request, Labelled).label == {"][a": "1", "[b]": "2"}
+
+
+@pytest.mark.parametrize("query", ["label[][a]=1", "label[a=1", "label[a]b=1", "label[a][b]=1", "label[[a]]=1"])
+async def test_brackets_within_brackets_are_refused(query: str) -> None:
+    async with request_context(f"/?{query}"):
+        with pytest.raises(InvalidRequestError, match=r"no label\[key\]=value") as refused:
+            read_query(request, Labelled)
+    assert refused.value.field == query.removesuffix("=1")
 
 
 async def read(query: str) -> Any:
