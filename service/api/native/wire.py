@@ -222,7 +222,15 @@ class SessionsQuery(Query, frozen=True, kw_only=True):
         ),
     ] = ""
     metadata: Annotated[
-        Metadata, Meta(extra_json_schema={"description": "Only sessions with these pairs: `metadata.key=value`."})
+        dict[
+            Annotated[str, Meta(min_length=1, max_length=64, extra_json_schema={"pattern": r"^[^\[\]\x00]*$"})],
+            Annotated[str, Meta(max_length=512, extra_json_schema=_NO_NUL)],
+        ],
+        Meta(
+            max_length=16,
+            description="Only sessions with these pairs: `metadata.key=value`, also for a key with brackets; or "
+            "`metadata[key]=value`.",
+        ),
     ] = {}  # noqa: RUF012  the fields of a Struct are no class attributes
 
 
