@@ -161,17 +161,10 @@ def _without(request: ModelRequest, names: Collection[str]) -> ModelRequest:
 
 
 def _options(options: Options) -> dict[str, Any]:
-    body = {
-        "top_p": options.top_p,
-        "response_format": None if options.text_format is None else _response_format(options.text_format),
-        "reasoning_effort": options.reasoning_effort,
-        "verbosity": options.verbosity,
-        "presence_penalty": options.presence_penalty,
-        "frequency_penalty": options.frequency_penalty,
-        "stop": options.stop or None,
-        "seed": options.seed,
-    }
-    return {name: value for name, value in body.items() if value is not None}
+    body = options.given()
+    if options.text_format is not None:
+        body["response_format"] = _response_format(body.pop("text_format"))
+    return body
 
 
 def _response_format(text_format: TextFormat) -> dict[str, Any]:

@@ -140,6 +140,11 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     stop: tuple[str, ...] = ()
     seed: int | None = None
 
+    def given(self) -> dict[str, Any]:
+        """The options that are sent, by their names."""
+        values = {name: getattr(self, name) for name in self.__struct_fields__}
+        return {name: value for name, value in values.items() if value is not None and value != ()}
+
 
 NO_OPTIONS = Options()
 

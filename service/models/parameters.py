@@ -50,18 +50,8 @@ _WITHOUT_EFFECT: Mapping[str, object] = {
 
 def parameters_of(request: ModelRequest) -> Mapping[str, object]:
     """The parameters that a request has, with their values."""
-    options, tools = request.options, request.tools
-    values: dict[str, object] = {
-        "temperature": request.temperature,
-        "top_p": options.top_p,
-        "text_format": options.text_format,
-        "reasoning_effort": options.reasoning_effort,
-        "verbosity": options.verbosity,
-        "presence_penalty": options.presence_penalty,
-        "frequency_penalty": options.frequency_penalty,
-        "stop": options.stop or None,
-        "seed": options.seed,
-    }
+    tools = request.tools
+    values: dict[str, object] = {"temperature": request.temperature, **request.options.given()}
     if tools.functions:
         values |= {"tools": tools.functions, "tool_choice": tools.choice, "parallel_tool_calls": tools.parallel}
     return {name: value for name, value in values.items() if value is not None}
