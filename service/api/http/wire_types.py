@@ -1,11 +1,12 @@
 """Types of bodies and queries that all faces share."""
 
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar, Protocol
 
 import msgspec
 from msgspec import Meta
 
 from service.ids import ITEM_ID, OWNER_NAME, SESSION_ID, TURN_ID
+from service.models.client import TextFormat
 
 # Python's ``$`` also matches before a last line end, and JavaScript's does not; the lookahead makes them equal.
 SESSION_ID_PATTERN = rf"^{SESSION_ID}$(?!\n)"
@@ -47,11 +48,9 @@ Text = Annotated[
 ]
 Temperature = Annotated[float, Meta(ge=0, le=2)]
 MaxOutputTokens = Annotated[int, Meta(ge=1, le=1_000_000_000)]
+MetadataValue = Annotated[str, Meta(max_length=512, extra_json_schema=NO_NUL)]
 Metadata = Annotated[
-    dict[
-        Annotated[str, Meta(min_length=1, max_length=64, extra_json_schema=NO_NUL)],
-        Annotated[str, Meta(max_length=512, extra_json_schema=NO_NUL)],
-    ],
+    dict[Annotated[str, Meta(min_length=1, max_length=64, extra_json_schema=NO_NUL)], MetadataValue],
     Meta(max_length=16, description="At most 16 pairs, keys of 1-64 characters, values of at most 512."),
 ]
 Limit = Annotated[
@@ -89,3 +88,26 @@ class BodyPart(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 class Query(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The query string of a request. A parameter that was not given is UNSET, because "null" is a text here."""
+
+
+class DescribedSchema(Protocol):
+    """The part of a body that names the JSON schema of a reply's text."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def schema(self) -> dict[str, Any] | None: ...
+
+    @property
+    def description(self) -> str | None: ...
+
+    @property
+    def strict(self) -> bool | None: ...
+
+
+def json_schema_format(asked: DescribedSchema) -> TextFormat:
+    """The form of a text that fits this schema."""
+    return TextFormat(
+        type="json_schema", name=asked.name, schema=asked.schema, description=asked.description, strict=asked.strict
+    )

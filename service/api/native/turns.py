@@ -40,6 +40,7 @@ from service.api.http.turn_answers import (
     resume_streaming,
     take_slot,
 )
+from service.api.http.wire_types import json_schema_format
 from service.api.native import wire
 from service.api.native.event_frames import encode_frame
 from service.api.native.new_items import output_item
@@ -381,13 +382,7 @@ def _options_of(body: StartTurn | RetryTurn, kept: Options) -> Options:
 def _text_format(asked: wire.JsonSchemaFormat | wire.JsonObjectFormat) -> TextFormat:
     if isinstance(asked, wire.JsonObjectFormat):
         return TextFormat(type="json_object")
-    return TextFormat(
-        type="json_schema",
-        name=asked.name,
-        schema=asked.schema,
-        description=asked.description,
-        strict=asked.strict,
-    )
+    return json_schema_format(asked)
 
 
 @blueprint.get("/sessions/<session_id>/turns")

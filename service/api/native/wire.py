@@ -19,6 +19,7 @@ from service.api.http.wire_types import (
     Limit,
     MaxOutputTokens,
     Metadata,
+    MetadataValue,
     ModelName,
     OwnerName,
     Query,
@@ -224,7 +225,7 @@ class SessionsQuery(Query, frozen=True, kw_only=True):
     metadata: Annotated[
         dict[
             Annotated[str, Meta(min_length=1, max_length=64, extra_json_schema={"pattern": r"^[^\[\]\x00]*$"})],
-            Annotated[str, Meta(max_length=512, extra_json_schema=_NO_NUL)],
+            MetadataValue,
         ],
         Meta(
             max_length=16,

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from msgspec import UNSET, Meta, UnsetType
 
 from service.api.http.strict_json import InputTooLargeError, shown
-from service.api.http.wire_types import NO_NUL, BodyPart, Metadata, ModelName, RequestBody
+from service.api.http.wire_types import NO_NUL, BodyPart, Metadata, ModelName, RequestBody, json_schema_format
 from service.api.openai.errors import ParameterError
 from service.api.openai.unsupported import Refused, refuse_values, unsupported
 from service.errors import InvalidRequestError
@@ -359,13 +359,7 @@ def _options_of(body: CreateChatCompletion) -> Options:
 def _format_of(body: CreateChatCompletion) -> TextFormat | None:
     match body.response_format:
         case JsonSchemaResponse(json_schema=form):
-            return TextFormat(
-                type="json_schema",
-                name=form.name,
-                schema=form.schema,
-                description=form.description,
-                strict=form.strict,
-            )
+            return json_schema_format(form)
         case JsonObjectResponse():
             return TextFormat(type="json_object")
         case _:

@@ -96,22 +96,6 @@ class ItemsQuery(ItemQuery, frozen=True, kw_only=True):
     ) = UNSET
 
 
-class ConversationItems(msgspec.Struct, frozen=True, kw_only=True):
-    """Some items of a conversation. Without items both ids are empty.
-
-    ``{"object": "list", "data": [{"id": "msg_9c0a6c1b9e2f3d4c5a8b7e6f5d4c3b2a", "type": "message", "role": "user",
-    "status": "completed", "content": [{"type": "input_text", "text": "Hi"}]}],
-    "first_id": "msg_9c0a6c1b9e2f3d4c5a8b7e6f5d4c3b2a", "last_id": "msg_9c0a6c1b9e2f3d4c5a8b7e6f5d4c3b2a",
-    "has_more": false}``
-    """
-
-    object: Literal["list"] = "list"
-    data: tuple[ShownItem, ...]
-    first_id: str
-    last_id: str
-    has_more: bool
-
-
 def shown_placed(placed: PlacedItem, *, encrypted: bool) -> ShownItem:
     """An item as it is shown, by what became of its turn.
 

@@ -24,7 +24,6 @@ from service.api.http.strict_json import InputTooLargeError
 from service.api.openai.conversation_wire import (
     Conversation,
     ConversationDeleted,
-    ConversationItems,
     CreateConversation,
     CreateItems,
     ItemQuery,
@@ -35,7 +34,7 @@ from service.api.openai.conversation_wire import (
 from service.api.openai.errors import ConversationNotFoundError, ParameterError, not_done_twice
 from service.api.openai.ids import item_id_of, public_session_id_of
 from service.api.openai.ids import item_name as name_of_item
-from service.api.openai.items import ShownItem, read_items
+from service.api.openai.items import ItemList, ShownItem, read_items
 from service.errors import (
     ItemNotFoundError,
     LastcallError,
@@ -149,7 +148,7 @@ async def delete_conversation(conversation_id: str) -> TrioResponse:
     keyed=True,
     body=CreateItems,
     query=ItemQuery,
-    answers=(Answer(status=200, description="The new items.", body=ConversationItems, links=_LED_TO_ITEM),),
+    answers=(Answer(status=200, description="The new items.", body=ItemList, links=_LED_TO_ITEM),),
     errors=(SessionNotFoundError, TurnInProgressError, ShuttingDownError),
 )
 async def create_conversation_items(conversation_id: str) -> TrioResponse:
@@ -176,7 +175,7 @@ async def create_conversation_items(conversation_id: str) -> TrioResponse:
 @operation(
     id="list_conversation_items",
     query=ItemsQuery,
-    answers=(Answer(status=200, description="A page of items.", body=ConversationItems),),
+    answers=(Answer(status=200, description="A page of items.", body=ItemList),),
     errors=(SessionNotFoundError,),
 )
 async def list_conversation_items(conversation_id: str) -> TrioResponse:
@@ -319,12 +318,5 @@ async def _encoded(placed: Sequence[PlacedItem], *, has_more: bool, query: ItemQ
             break
         rows.append(msgspec.Raw(row))
         await trio.lowlevel.checkpoint()
-    shown = placed[: len(rows)]
-    return msgspec.json.encode(
-        ConversationItems(
-            data=cast("tuple[ShownItem, ...]", tuple(rows)),
-            first_id=name_of_item(shown[0].item) if shown else "",
-            last_id=name_of_item(shown[-1].item) if shown else "",
-            has_more=has_more,
-        )
-    )
+    shown = [it.item for it in placed[: len(rows)]]
+    return msgspec.json.encode(ItemList.of(shown, cast("tuple[ShownItem, ...]", tuple(rows)), has_more=has_more))

@@ -7,7 +7,7 @@ text parts of a message are one text inside of the service.
 import base64
 import binascii
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Never
+from typing import Annotated, Any, Literal, Never, Self
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -107,6 +107,32 @@ class ShownFunctionCallOutput(msgspec.Struct, frozen=True, kw_only=True, tag="fu
 
 
 ShownItem = ShownMessage | ShownReasoning | ShownFunctionCall | ShownFunctionCallOutput
+
+
+class ItemList(msgspec.Struct, frozen=True, kw_only=True):
+    """Some items of a conversation, or of a response's input. Without items both ids are empty.
+
+    ``{"object": "list", "data": [{"id": "msg_9c0a6c1b9e2f3d4c5a8b7e6f5d4c3b2a", "type": "message", "role": "user",
+    "status": "completed", "content": [{"type": "input_text", "text": "Hi"}]}],
+    "first_id": "msg_9c0a6c1b9e2f3d4c5a8b7e6f5d4c3b2a", "last_id": "msg_9c0a6c1b9e2f3d4c5a8b7e6f5d4c3b2a",
+    "has_more": false}``
+    """
+
+    object: Literal["list"] = "list"
+    data: tuple[ShownItem, ...]
+    first_id: str
+    last_id: str
+    has_more: bool
+
+    @classmethod
+    def of(cls, items: Sequence[Item], data: tuple[ShownItem, ...], *, has_more: bool) -> Self:
+        """The list of these items, which ``data`` shows."""
+        return cls(
+            data=data,
+            first_id=item_name(items[0]) if items else "",
+            last_id=item_name(items[-1]) if items else "",
+            has_more=has_more,
+        )
 
 
 def shown_item(

@@ -19,6 +19,7 @@ from service.api.http.wire_types import (
     ModelName,
     RequestBody,
     Temperature,
+    json_schema_format,
 )
 from service.api.openai.echo import Echo
 from service.api.openai.errors import ParameterError
@@ -344,8 +345,8 @@ def _options_of(body: CreateResponse) -> Options:
 
 def _format_of(text: TextConfig) -> TextFormat | None:
     match text.format:
-        case JsonSchema(name=name, schema=schema, description=description, strict=strict):
-            return TextFormat(type="json_schema", name=name, schema=schema, description=description, strict=strict)
+        case JsonSchema() as form:
+            return json_schema_format(form)
         case JsonObject():
             return TextFormat(type="json_object")
         case _:

@@ -39,8 +39,8 @@ from service.api.openai.errors import (
     response_path,
 )
 from service.api.openai.failures import EndErrorBody, end_response
-from service.api.openai.ids import item_id_of, item_name, public_session_id_of, response_id, turn_id_of
-from service.api.openai.items import ShownItem, shown_item
+from service.api.openai.ids import item_id_of, public_session_id_of, response_id, turn_id_of
+from service.api.openai.items import ItemList, shown_item
 from service.api.openai.requests import CreateResponse, Includable, read_request, turn_of
 from service.api.openai.response import Response, response_of
 from service.api.openai.response_events import CUT, DONE, ResponseFace
@@ -103,22 +103,6 @@ class InputItemsQuery(Query, frozen=True, kw_only=True):
     order: Literal["asc", "desc"] = "desc"
     after: Annotated[str, Meta(max_length=128, description="The id of the last item of the page before.")] = ""
     include: Annotated[tuple[Includable, ...], Meta(description="Encrypted reasoning, if it is among these.")] = ()
-
-
-class InputItems(msgspec.Struct, frozen=True, kw_only=True):
-    """Some items of a response's input. Without items both ids are empty.
-
-    ``{"object": "list", "data": [{"id": "msg_9c0a6c1b9e2f3d4c5a8b7e6f5d4c3b2a", "type": "message", "role": "user",
-    "status": "completed", "content": [{"type": "input_text", "text": "Hi"}]}],
-    "first_id": "msg_9c0a6c1b9e2f3d4c5a8b7e6f5d4c3b2a", "last_id": "msg_9c0a6c1b9e2f3d4c5a8b7e6f5d4c3b2a",
-    "has_more": false}``
-    """
-
-    object: Literal["list"] = "list"
-    data: tuple[ShownItem, ...]
-    first_id: str
-    last_id: str
-    has_more: bool
 
 
 class DeletedResponse(msgspec.Struct, frozen=True, kw_only=True):
@@ -480,7 +464,7 @@ async def cancel_response(response_id: str) -> TrioResponse:
 @operation(
     id="list_input_items",
     query=InputItemsQuery,
-    answers=(Answer(status=200, description="A page of items.", body=InputItems),),
+    answers=(Answer(status=200, description="A page of items.", body=ItemList),),
     errors=(TurnNotFoundError,),
 )
 async def list_input_items(response_id: str) -> TrioResponse:
@@ -493,12 +477,8 @@ async def list_input_items(response_id: str) -> TrioResponse:
     rest = _items_after(items, query.after) if query.after else items
     page = rest[: query.limit]
     namespaces, encrypted = Echo.of_face(record.face).namespaces, _ENCRYPTED in query.include
-    listed = InputItems(
-        data=tuple([shown_item(item, namespaces=namespaces, encrypted=encrypted) for item in page]),
-        first_id=item_name(page[0]) if page else "",
-        last_id=item_name(page[-1]) if page else "",
-        has_more=len(rest) > len(page),
-    )
+    data = tuple([shown_item(item, namespaces=namespaces, encrypted=encrypted) for item in page])
+    listed = ItemList.of(page, data, has_more=len(rest) > len(page))
     with room_for_answer(sum([len(item.text) for item in page])):
         return encoded_response(await encode_json(listed))
 

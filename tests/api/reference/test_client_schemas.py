@@ -15,12 +15,13 @@ from service.api.http.wire_types import BodyPart, RequestBody
 from service.api.native import wire
 from service.api.native.events import Event
 from service.api.openai.chat_frames import ChatCompletion
-from service.api.openai.conversation_wire import Conversation, ConversationDeleted, ConversationItems
+from service.api.openai.conversation_wire import Conversation, ConversationDeleted
 from service.api.openai.errors import ErrorBody
 from service.api.openai.failures import EndErrorBody
+from service.api.openai.items import ItemList
 from service.api.openai.models import ModelList
 from service.api.openai.response import Response
-from service.api.openai.responses import DeletedResponse, InputItems
+from service.api.openai.responses import DeletedResponse
 from service.api.operator.health import Health
 from service.api.reference.client_schemas import structs_in
 from service.api.reference.page import document_of
@@ -39,8 +40,8 @@ ANSWERS = {
     for of in (
         *(wire.SessionList, wire.MessageList, wire.AddedMessages, wire.TurnList, wire.TurnTree),
         *(Health, Problem, Event),
-        *(Response, InputItems, DeletedResponse, ErrorBody, EndErrorBody),
-        *(ChatCompletion, Conversation, ConversationDeleted, ConversationItems, ModelList),
+        *(Response, ItemList, DeletedResponse, ErrorBody, EndErrorBody),
+        *(ChatCompletion, Conversation, ConversationDeleted, ModelList),
     )
     for name, kind in structs_in(of).items()
 }
