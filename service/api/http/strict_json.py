@@ -239,13 +239,12 @@ def check_texts(value: object, field: str, *, bytes_max: int, bounds_each: bool 
 
     The texts of a list are too long if they are so together; with ``bounds_each`` if those of one object are.
     """
-    if isinstance(value, tuple) and bounds_each:
-        for index, item in enumerate(value):
-            _check_list((item,), field, bytes_max=bytes_max, index=index)
-    elif isinstance(value, tuple):
-        _check_list(value, field, bytes_max=bytes_max)
+    if isinstance(value, tuple):
+        objects = [(f"{field}[{index}]", item) for index, item in enumerate(value)]
+        for some in [[it] for it in objects] if bounds_each else [objects]:
+            _check_objects(some, field, bytes_max=bytes_max)
     elif isinstance(value, msgspec.Struct) or (isinstance(value, dict) and not _has_texts_only(value)):
-        _check_list((value,), field, bytes_max=bytes_max)
+        _check_objects([(field, value)], field, bytes_max=bytes_max)
     elif isinstance(value, dict):
         for key, text in value.items():
             _utf8_length(key, field, what="A key")
@@ -260,15 +259,15 @@ def _has_texts_only(value: dict[str, object]) -> bool:
     return all(isinstance(text, str) for text in value.values())
 
 
-def _check_list(items: Sequence[object], field: str, *, bytes_max: int, index: int = 0) -> None:
-    """Check the objects of a list from ``index`` on. Values without a type of ours count as a whole."""
+def _check_objects(objects: Sequence[tuple[str, object]], field: str, *, bytes_max: int) -> None:
+    """Check objects, each with its place in the body. Values without a type of ours count as a whole."""
     size = 0
-    for place, item in enumerate(items, index):
+    for place, item in objects:
         if not isinstance(item, msgspec.Struct):
-            size += _size_of(item, f"{field}[{place}]")
+            size += _size_of(item, place)
             continue
         for name in (name for name in item.__struct_fields__ if name != "role"):  # a role is no text
-            size += _size_of(getattr(item, name), f"{field}[{place}].{name}")
+            size += _size_of(getattr(item, name), f"{place}.{name}")
     if size > bytes_max:
         raise InputTooLargeError(
             f"These texts have {size} bytes of UTF-8 together; at most {bytes_max} are taken (input_bytes_max).",

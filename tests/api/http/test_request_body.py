@@ -94,6 +94,11 @@ def test_a_body_that_is_not_one_unambiguous_json_document_is_malformed(raw: byte
         ('{"input": "a", "tools": {}}', "tools"),
         ('{"input": "a", "tools": [{"type": "web_search"}]}', "tools[0].type"),
         ('{"input": "a", "tools": [{"type": "function"}]}', "tools[0].name"),
+        ('{"input": "a", "tool_choice": {"type": "function", "name": "\\u0000"}}', "tool_choice.name"),
+        (
+            '{"input": "a", "text_format": {"type": "json_schema", "name": "f","schema":{}, "description": "\\u0000"}}',
+            "text_format.description",
+        ),
         ('{"input": "a", "tools": [{"type": "function", "name": "a b"}]}', "tools[0].name"),
         ('{"input": "a", "tools": [{"type": "function", "name": "f", "parameters": []}]}', "tools[0].parameters"),
         (
