@@ -16,7 +16,7 @@ from service.errors import (
 from service.models.client import Usage
 from service.storage.pieces import CALL, STARTED, Run
 from service.storage.records import IdempotencyKey, Item, LeftOut, Siblings, TurnRecord
-from service.storage.sqlite import tree_changes, writer
+from service.storage.sqlite import deletions, tree_changes, writer
 from service.storage.sqlite import turns as sqlite_turns
 from service.storage.store import Store
 from tests.storage.conftest import OpenStore
@@ -28,6 +28,7 @@ from tests.storage.test_store_added_turns import an_added_turn
 def _rows_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is deleted is gone for readers before its rows are reclaimed."""
     monkeypatch.setattr(writer, "reclaim_some", lambda _: False)
+    monkeypatch.setattr(deletions, "RECLAIM_S", 0)
 
 
 async def a_tree(store: Store) -> None:

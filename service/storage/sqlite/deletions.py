@@ -16,11 +16,14 @@ from service.errors import ItemNotFoundError, TurnInProgressError, TurnNotFoundE
 from service.storage import rules
 from service.storage.pieces import text_of
 from service.storage.records import Item, TurnRecord, count_messages
-from service.storage.sqlite import documents, event_pages, recovery, sessions, tree_changes, trees, turns
+from service.storage.sqlite import documents, event_pages, reclaim, recovery, sessions, tree_changes, trees, turns
 from service.storage.sqlite.ownership import Ownership
 from service.storage.sqlite.rows import TURN_COLUMNS, Row, input_of, items_of, values_of
 from service.storage.sqlite.tree_changes import Part, Progress
 
+RECLAIM_S = 0.005
+"""The approximate time for which the last step of a deletion deletes rows itself, so that the texts of one that is not
+large leave the file in its transaction. The housekeeping does the rest."""
 _TAKEN = "key, id, ordinal, owner, parent, input, deleted_items, output, output_bytes IS NOT NULL"
 _ROOT = f"SELECT {_TAKEN} FROM shown_turns WHERE id = ? AND session = ?"
 _NEWER_FIRST = (
@@ -140,7 +143,13 @@ def delete_turns(
     if head is not None and tree_changes.has_turn(db, change, kept.key, head):
         head = read.parent
     _note(db, kept, messages=read.messages, head=head)
+    _reclaim_some(db, change)
     return Progress(noted, is_done=True)
+
+
+def _reclaim_some(db: apsw.Connection, change: int) -> None:
+    if RECLAIM_S:
+        reclaim.finish_change(db, change, tree_changes.DELETED, deadline=time.monotonic() + RECLAIM_S)
 
 
 def _recover(db: apsw.Connection, kept: sessions.StoredSession, owners: Ownership, now: datetime) -> bool:
@@ -275,6 +284,8 @@ def delete_item(
     if item.type == "message":
         documents.change_turn(db, found.key, kept.key, terms)
     _note(db, kept, messages=messages, head=kept.record.head)
+    if search.answers:
+        _reclaim_some(db, change)
     return Progress(noted, is_done=True)
 
 

@@ -35,7 +35,7 @@ def reclaim_some(db: apsw.Connection) -> bool:
         session: int | None = db.execute("SELECT key FROM sessions WHERE deletion = 2 LIMIT 1").get
         if change is not None:
             key, state = change
-            _finish_change(db, key, state, deadline)
+            finish_change(db, key, state, deadline=deadline)
         elif session is not None:
             _delete_session(db, session, deadline)
         else:
@@ -43,7 +43,7 @@ def reclaim_some(db: apsw.Connection) -> bool:
     return True
 
 
-def _finish_change(db: apsw.Connection, change: int, state: int, deadline: float) -> None:
+def finish_change(db: apsw.Connection, change: int, state: int, *, deadline: float) -> None:
     """Change or delete the rows of the parts until the deadline; without parts the change is forgotten."""
     if state == tree_changes.OVER:
         values = {"change": change, "limit": _FORGOTTEN_AT_ONCE}

@@ -23,6 +23,7 @@ from service.storage.sqlite import (
     reclaim,
     tree_changes,
     turns,
+    writer,
 )
 from service.storage.sqlite.reclaim import reclaim_some
 from service.storage.sqlite.writer import Writer
@@ -64,6 +65,22 @@ async def test_deleted_texts_leave_the_rows_and_the_pages_of_long_turns_are_recl
     with apsw.Connection(str(path)) as db:
         assert db.execute("SELECT count(*) FROM sessions").get == 1
         assert db.execute("SELECT count(*) FROM turns").get == 5
+        assert db.execute("SELECT count(*) FROM documents WHERE turn NOT IN (SELECT key FROM turns)").get == 0
+
+
+async def test_the_texts_of_a_deletion_leave_the_file_in_its_transaction(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "reclaim_some", lambda _: False)
+    monkeypatch.setattr(deletions, "RECLAIM_S", 60)  # all of it, on a slow machine as well
+    async with open_sqlite_store(path) as store:
+        await a_tree(store)
+        await store.delete_turns("s", "b2", now=T0)
+        assert "answer d" not in texts_in(path)
+        assert "answer c" in texts_in(path)
+        assert maintenance.check(path) == []
+    with apsw.Connection(str(path)) as db:
+        assert db.execute("SELECT count(*) FROM tree_changes").get == 0
         assert db.execute("SELECT count(*) FROM documents WHERE turn NOT IN (SELECT key FROM turns)").get == 0
 
 
@@ -142,6 +159,7 @@ def in_the_smallest_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tree_changes, "STEP_S", 0)
     monkeypatch.setattr(tree_changes, "_AT_ONCE", 1)
     monkeypatch.setattr(reclaim, "STEP_S", 0.000001)
+    monkeypatch.setattr(deletions, "RECLAIM_S", 0)
     monkeypatch.setattr(Writer, "run_housekeeping", lambda _, *, idle: False)  # noqa: ARG005
 
 
@@ -350,6 +368,7 @@ async def test_an_addition_whose_parent_is_deleted_meanwhile_is_refused_as_a_who
 
 
 async def test_an_export_has_no_deleted_turn(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deletions, "RECLAIM_S", 0)
     monkeypatch.setattr(Writer, "run_housekeeping", lambda _, *, idle: False)  # noqa: ARG005
     async with open_sqlite_store(path) as store:
         await a_tree_with_calls(store)
