@@ -9,7 +9,9 @@ import pytest
 from service.api.http.event_stream import EventsQuery
 from service.api.http.strict_json import convert
 from service.api.http.wire_types import Query, RequestBody
-from service.api.native import wire
+from service.api.native.paging_wire import PageQuery
+from service.api.native.session_wire import CreateSession, ForkSession, SessionsQuery, UpdateSession
+from service.api.native.turn_requests import Chat, StartTurn
 from service.errors import InvalidRequestError
 from service.json_words import in_json_words
 
@@ -18,7 +20,7 @@ VALUES: tuple[object, ...] = (
     *(None, True, 1, 1.5, -1, 1e300, "", "x" * 9999, [], [1], {}, {"": ""}, {"a": 1}, {"a": "x" * 999}),
     *({"a" * 99: ""}, {str(number): "" for number in range(20)}),
 )
-QUERIES = (wire.SessionsQuery, wire.PageQuery, EventsQuery)
+QUERIES = (SessionsQuery, PageQuery, EventsQuery)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +56,15 @@ def refusals(kind: type[msgspec.Struct], values: Iterable[object], *, strict: bo
 
 
 @pytest.mark.parametrize(
-    "kind", [wire.CreateSession, wire.UpdateSession, wire.ForkSession, wire.StartTurn, wire.Chat], ids=repr
+    "kind",
+    [
+        CreateSession,
+        UpdateSession,
+        ForkSession,
+        StartTurn,
+        Chat,
+    ],
+    ids=repr,
 )
 def test_no_refusal_of_a_body_names_a_type_of_python(kind: type[RequestBody]) -> None:
     texts = refusals(kind, VALUES, strict=True)

@@ -7,7 +7,9 @@ import msgspec
 
 from service.api.http.strict_json import check_texts, convert
 from service.api.http.wire_types import RequestBody
-from service.api.native.wire import AddMessages, CreateSession, StartTurn
+from service.api.native.message_wire import AddMessages
+from service.api.native.session_wire import CreateSession
+from service.api.native.turn_requests import StartTurn
 from service.cli.session_export import ExportedSession, not_exported, shown
 from service.errors import InvalidRequestError
 from service.ids import public_id

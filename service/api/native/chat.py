@@ -14,8 +14,8 @@ from service.api.http.operations import Answer, operation
 from service.api.http.request_body import read_body
 from service.api.http.request_id import current_request_id
 from service.api.http.turn_answers import resume_streaming, start_streaming
+from service.api.native.turn_requests import Chat
 from service.api.native.turns import FACE, RESUMES, RESUMING_ERRORS, SEEN_ALL, STARTING_ERRORS
-from service.api.native.wire import Chat
 from service.errors import ResumeConflictError, SessionLimitError, SessionNotFoundError
 from service.ids import new_session_id, scoped
 from service.sessions.commands import NewTurn, text_input

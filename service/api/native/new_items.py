@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from service.api.http.strict_json import InputTooLargeError
-from service.api.native.wire import AddedFunctionCall, AddedMessage, NewFunctionCallOutput
+from service.api.native.message_wire import AddedFunctionCall, AddedMessage
+from service.api.native.turn_requests import NewFunctionCallOutput
 from service.errors import InvalidRequestError
 from service.ids import new_item_id
 from service.sessions.commands import is_callers

@@ -18,15 +18,12 @@ from service.api.http.preconditions import etag_of, read_if_match
 from service.api.http.proxy import allow_longer_answer, is_from_peer
 from service.api.http.query_params import read_query
 from service.api.http.request_body import drop_body, read_body
+from service.api.native.message_wire import AddedMessages, AddMessages, Message, MessageList
 from service.api.native.new_items import added_items
-from service.api.native.wire import (
-    AddedMessages,
-    AddMessages,
+from service.api.native.paging_wire import PageQuery
+from service.api.native.session_wire import (
     CreateSession,
     ForkSession,
-    Message,
-    MessageList,
-    PageQuery,
     Session,
     SessionList,
     SessionsQuery,

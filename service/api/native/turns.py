@@ -41,22 +41,12 @@ from service.api.http.turn_answers import (
     take_slot,
 )
 from service.api.http.wire_types import json_schema_format
-from service.api.native import wire
+from service.api.native import turn_requests
 from service.api.native.event_frames import encode_frame
 from service.api.native.new_items import output_item
 from service.api.native.sessions import checked_session_id
-from service.api.native.wire import (
-    FunctionChoice,
-    NewMessage,
-    RetryTurn,
-    StartTurn,
-    TreeQuery,
-    TreeTurn,
-    TurnList,
-    TurnQuery,
-    TurnsQuery,
-    TurnTree,
-)
+from service.api.native.turn_requests import FunctionChoice, NewMessage, RetryTurn, StartTurn
+from service.api.native.turn_wire import TreeQuery, TreeTurn, Turn, TurnList, TurnQuery, TurnsQuery, TurnTree
 from service.errors import (
     BranchLimitError,
     EventsDeletedError,
@@ -103,7 +93,7 @@ STARTED = (
     Answer(
         status=200,
         description="The turn, ended; or its events.",
-        body=wire.Turn,
+        body=Turn,
         streams=True,
         located="The turn.",
         links=_LED_BY_ID,
@@ -111,7 +101,7 @@ STARTED = (
     Answer(
         status=202,
         description="The turn, accepted (`background`).",
-        body=wire.Turn,
+        body=Turn,
         located="The turn.",
         links=_LED_BY_ID,
     ),
@@ -152,7 +142,7 @@ class _NativeTurns:
         location = turn_path(record.session_id, record.id) if with_location else None
         length = sum([len(item.text) for items in (record.input, record.output) for item in items])
         with room_for_answer(length):
-            encoded = await encode_json(wire.Turn.of(record, places))
+            encoded = await encode_json(Turn.of(record, places))
         return encoded_response(encoded, status, location=location)
 
 
@@ -328,7 +318,7 @@ def _input_of(body: StartTurn) -> tuple[Item, ...]:
 
 
 def _tools_of(
-    tools: Sequence[wire.FunctionTool] | Sequence[FunctionTool],
+    tools: Sequence[turn_requests.FunctionTool] | Sequence[FunctionTool],
     choice: FunctionChoice | ToolChoice | None,
     *,
     parallel: bool | None,
@@ -379,8 +369,8 @@ def _options_of(body: StartTurn | RetryTurn, kept: Options) -> Options:
     )
 
 
-def _text_format(asked: wire.JsonSchemaFormat | wire.JsonObjectFormat) -> TextFormat:
-    if isinstance(asked, wire.JsonObjectFormat):
+def _text_format(asked: turn_requests.JsonSchemaFormat | turn_requests.JsonObjectFormat) -> TextFormat:
+    if isinstance(asked, turn_requests.JsonObjectFormat):
         return TextFormat(type="json_object")
     return json_schema_format(asked)
 
@@ -412,7 +402,7 @@ async def list_turns(session_id: str) -> TrioResponse:
 
     try:
         page = await read_page(
-            listing, lambda turn: wire.Turn.of(turn, places), limit=query.limit, after=query.after or None
+            listing, lambda turn: Turn.of(turn, places), limit=query.limit, after=query.after or None
         )
     except TurnNotFoundError as error:
         raise InvalidRequestError(str(error), field="parent") from None
@@ -442,7 +432,7 @@ async def get_tree(session_id: str) -> TrioResponse:
 @operation(
     id="get_turn",
     query=TurnQuery,
-    answers=(Answer(status=200, description="The turn as it stands.", body=wire.Turn),),
+    answers=(Answer(status=200, description="The turn as it stands.", body=Turn),),
     errors=(*_NO_TURN, StreamLimitError),
 )
 async def get_turn(session_id: str, turn_id: str) -> TrioResponse:
@@ -537,7 +527,7 @@ async def stream_events(session_id: str, turn_id: str) -> TrioResponse:
 @blueprint.post("/sessions/<session_id>/turns/<turn_id>/cancel")
 @operation(
     id="cancel_turn",
-    answers=(Answer(status=200, description="The turn, ended.", body=wire.Turn),),
+    answers=(Answer(status=200, description="The turn, ended.", body=Turn),),
     errors=(*_NO_TURN, TurnEndingError),
 )
 async def cancel_turn(session_id: str, turn_id: str) -> TrioResponse:

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from service.api.http.idempotency_keys import InvalidKeyError, canonical, fingerprint_of, parse_key
 from service.api.http.request_body import parse_body
 from service.api.http.wire_types import RequestBody
-from service.api.native.wire import AddMessages, Chat, CreateSession, ForkSession, StartTurn
+from service.api.native.message_wire import AddMessages
+from service.api.native.session_wire import CreateSession, ForkSession
+from service.api.native.turn_requests import Chat, StartTurn
 from service.errors import InvalidRequestError
 
 KEYS = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), min_size=1, max_size=255)

@@ -7,7 +7,7 @@ import trio.testing
 from trio.testing import MockClock
 
 from service.api.http.long_json import encode_json
-from service.api.native.wire import Turn
+from service.api.native.turn_wire import Turn
 from service.settings import Settings
 from service.storage.records import Item
 from tests.longest_step import STEP_MAX_S, watching_steps

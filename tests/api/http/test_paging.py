@@ -9,7 +9,7 @@ from trio.testing import MockClock
 
 from service.api.http import paging
 from service.api.http.paging import PAGE_BYTES_MAX, make_page
-from service.api.native.wire import Turn
+from service.api.native.turn_wire import Turn
 from service.storage.page_size import fitting
 from service.storage.records import Page, TurnRecord
 from tests.api.inprocess import Api, open_api

@@ -22,14 +22,8 @@ from service.api.http.strict_json import (
     parse_json,
 )
 from service.api.http.wire_types import BodyPart, Query, RequestBody
-from service.api.native.wire import (
-    Chat,
-    CreateSession,
-    ForkSession,
-    SessionsQuery,
-    StartTurn,
-    UpdateSession,
-)
+from service.api.native.session_wire import CreateSession, ForkSession, SessionsQuery, UpdateSession
+from service.api.native.turn_requests import Chat, StartTurn
 from service.errors import InvalidRequestError
 from service.settings import Settings
 from tests.longest_step import STEP_MAX_S

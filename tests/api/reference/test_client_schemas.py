@@ -12,8 +12,10 @@ import pytest
 from service.api.app import create_app
 from service.api.http.problems import Problem
 from service.api.http.wire_types import BodyPart, RequestBody
-from service.api.native import wire
 from service.api.native.events import Event
+from service.api.native.message_wire import AddedMessages, MessageList
+from service.api.native.session_wire import SessionList
+from service.api.native.turn_wire import TurnList, TurnTree
 from service.api.openai.chat_frames import ChatCompletion
 from service.api.openai.conversation_wire import Conversation, ConversationDeleted
 from service.api.openai.errors import ErrorBody
@@ -38,7 +40,7 @@ PARTS = kinds_of(BodyPart)
 ANSWERS = {
     name: kind
     for of in (
-        *(wire.SessionList, wire.MessageList, wire.AddedMessages, wire.TurnList, wire.TurnTree),
+        *(SessionList, MessageList, AddedMessages, TurnList, TurnTree),
         *(Health, Problem, Event),
         *(Response, ItemList, DeletedResponse, ErrorBody, EndErrorBody),
         *(ChatCompletion, Conversation, ConversationDeleted, ModelList),

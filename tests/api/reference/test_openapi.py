@@ -18,8 +18,8 @@ from service import errors
 from service.api.app import create_app
 from service.api.http import event_stream, problems
 from service.api.http.problems import STATUS_BY_ERROR, code_of, codes, problem_of, status_of
-from service.api.native import wire
-from service.api.native.wire import UpdateSession
+from service.api.native import message_wire, session_wire, turn_requests, turn_wire
+from service.api.native.session_wire import UpdateSession
 from service.api.openai import (
     chat_frames,
     chat_requests,
@@ -40,7 +40,8 @@ from tests.api.inprocess import open_api
 
 DOCUMENT = document_of(create_app())
 WIRE = (
-    *(wire, event_stream, problems, health, openai_errors, failures, items, requests, openai_response, responses),
+    *(message_wire, session_wire, turn_requests, turn_wire, event_stream, problems, health),
+    *(openai_errors, failures, items, requests, openai_response, responses),
     *(chat_frames, chat_requests, conversation_wire, models),
 )
 """The modules with the types of bodies."""
