@@ -15,7 +15,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench.contenders import CONTENDERS, choose
+from bench.contenders import CONTENDERS, FACES, choose
 from bench.machine import Machine, choose_cpus, describe_machine, look_at_machine
 from bench.pairs import Comparison, compare, ratio_table
 from bench.relay import MODES
@@ -45,6 +45,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Programme, Path, str | No
     parser.add_argument("--only", default="", metavar="NAMES", help=f"servers, by comma: {', '.join(names)}")
     parser.add_argument("--streams", default="", metavar="N", help="numbers of streams, by comma")
     parser.add_argument("--modes", default="", metavar="NAMES", help=f"of relay, by comma: {', '.join(MODES)}")
+    parser.add_argument("--faces", default="", metavar="NAMES", help=f"of relay, by comma: {', '.join(FACES)}")
     parser.add_argument("--repeats", type=int, metavar="N", help="how often each is measured")
     parser.add_argument("--cap", type=float, default=CAP_S, metavar="SECONDS", help="then a server is killed")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the results go")
@@ -58,6 +59,11 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Programme, Path, str | No
     modes = _split_names(parser, options.modes, MODES, "mode")
     if modes and options.scenario != "relay":
         parser.error(f"--modes belongs to relay, and {options.scenario} has none")
+    faces = _split_names(parser, options.faces, list(FACES), "face")
+    if faces and (options.scenario != "relay" or options.compare is not None):
+        parser.error("--faces belongs to relay without --compare")
+    if faces and only and not any(contender.faces for contender in choose(only)):
+        parser.error(f"--faces: only a Lastcall has them, not {', '.join(only)}")
     if options.compare is not None:
         _check_comparison(parser, options.scenario, only, options.compare)
     programme = Programme(
@@ -66,6 +72,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Programme, Path, str | No
         only=only,
         streams=[int(number) for number in options.streams.split(",") if number],
         modes=modes or MODES,
+        faces=faces,
         repeats=options.repeats,
         cap_s=options.cap,
     )

@@ -5,6 +5,7 @@ processor time. ``live``: each stream gets 20 tokens a second, as from a model. 
 write. ``flood``: the model sends eight frames at a time, as fast as the server reads; the core and all buffers are
 full, so the delay means nothing. ``half``: half of the capacity that ``paced`` has shown; it shows the delay that the
 server adds to a token.
+``--faces`` measures Lastcall through paths of OpenAI's API as well, each beside its native one.
 The control, ``direct``, is the load client on the model server itself: no row can be better.
 """
 
@@ -48,6 +49,7 @@ class RelayRow(msgspec.Struct, kw_only=True):
     repeat: int
     mode: str
     streams: int
+    path: str = ""  # that was asked
     offered_per_s: float | None  # tokens; None: as fast as the server reads
     received_per_s: float
     cpu_share: float | None = None  # the use of one core by all processes of the server
@@ -105,12 +107,13 @@ async def measure_contender(
 ) -> RelayRow:
     """Measure one load on a new server."""
     async with open_stage(contender, place, **ROOM) as stage:
-        group = chat_streams("s", count, _message(mode, count, offered), keep_delays=True)
+        message = _message(mode, count, offered)
+        group = chat_streams("s", count, message, path=contender.path, keep_delays=True)
         async with stage.open_load(group) as load:
             await trio.sleep(WARM_UP_S)
             window = await watch(load, window_s, stage.server)
     new_row = partial(RelayRow, contender=contender.name, label=contender.label, repeat=repeat, mode=mode)
-    return _row(new_row, count, offered, window)
+    return _row(partial(new_row, path=group.stream.path), count, offered, window)
 
 
 async def measure_direct(

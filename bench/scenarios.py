@@ -43,6 +43,7 @@ class Programme:
     repeats: int | None = None
     cap_s: float = CAP_S
     modes: Sequence[str] = relay.MODES
+    faces: Sequence[str] = ()  # of relay: paths of OpenAI's API that are measured beside the native one
     compared: tuple[Contender, Contender] | None = None  # one service from two commits: no other server takes part
 
     @property
@@ -60,7 +61,11 @@ class Programme:
 
     @property
     def contenders(self) -> list[Contender]:
-        """Return the chosen contenders that can run on this machine."""
+        """Return the chosen contenders that can run on this machine, each followed by its faces."""
+        return [one for contender in self._native for one in (contender, *contender.through(self.faces))]
+
+    @property
+    def _native(self) -> list[Contender]:
         return [contender for contender in self.chosen if contender.missing is None]
 
     @property
@@ -74,10 +79,16 @@ class Programme:
 
     @property
     def pairs(self) -> list[tuple[Contender, Contender]]:
-        """Return the servers to compare: the first contender beside each other one, if there are several repeats."""
+        """Return the servers to compare, if there are several repeats.
+
+        These are the first contender beside each other one, and each face beside the native API of its server.
+        """
         if self.compared:
             return [self.compared]
-        return [(other, self.contenders[0]) for other in self.contenders[1:]] if self.times > 1 else []
+        if self.times == 1:
+            return []
+        servers = [(other, self._native[0]) for other in self._native[1:]]
+        return servers + [(native, face) for native in self._native for face in native.through(self.faces)]
 
     def in_turn(self, repeat: int) -> list[Contender]:
         """Return the contenders in the order of this repeat: each repeat begins with another one."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import trio
 
-from bench.contenders import Contender
+from bench.contenders import CHAT, COMPLETIONS, RESPONSES, Contender
 from bench.peers import LoadClient, UpstreamProcess, open_load, open_upstream
 from bench.plan import Group, Plan, Request, Streams
 from bench.server_process import ServerProcess, open_server
@@ -60,22 +60,30 @@ async def open_stage(contender: Contender, place: Place, **settings: str) -> Asy
             yield Stage(place, upstream, server, store)
 
 
-def chat_streams(name: str, count: int, message: str, **options: object) -> Streams:
-    """Streams on ``/chat``; the message is ``NAME$n`` and words for the model server."""
-    request = Request(
-        path="/chat",
-        headers={"Accept": "text/event-stream"},
-        body=msgspec.json.encode({"message": f"{name}$n {message}"}).decode(),
-    )
+def chat_streams(name: str, count: int, message: str, *, path: str = CHAT, **options: object) -> Streams:
+    """Streams on ``/chat`` or on another path; the message is ``NAME$n`` and words for the model server.
+
+    On a path of OpenAI's API the reply must not end: the events of an end repeat its text.
+    """
+    request = Request(path=path, headers={"Accept": "text/event-stream"}, body=_body(path, f"{name}$n {message}"))
     return msgspec.structs.replace(Streams(name=name, count=count, stream=request), **options)
 
 
 def direct_streams(name: str, count: int, message: str, **options: object) -> Streams:
     """Streams that ask the model server itself."""
-    messages = [{"role": "user", "content": f"{name}$n {message}"}]
-    body = msgspec.json.encode({"model": "bench", "stream": True, "messages": messages}).decode()
-    request = Request(path="/v1/chat/completions", body=body)
+    request = Request(path=COMPLETIONS, body=_body(COMPLETIONS, f"{name}$n {message}"))
     return msgspec.structs.replace(Streams(name=name, count=count, stream=request), **options)
+
+
+def _body(path: str, message: str) -> str:
+    """The body of a request for a stream on this path."""
+    streamed = {"model": "bench", "stream": True}
+    bodies: dict[str, dict[str, object]] = {
+        CHAT: {"message": message},
+        RESPONSES: {**streamed, "input": message},
+        COMPLETIONS: {**streamed, "messages": [{"role": "user", "content": message}]},
+    }
+    return msgspec.json.encode(bodies[path]).decode()
 
 
 @asynccontextmanager

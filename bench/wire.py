@@ -12,6 +12,8 @@ import msgspec
 
 _TOKEN = re.compile(rb"<(\d+)@(\d+)>")
 _TERMINAL = re.compile(rb'"type"\s*:\s*"turn\.(completed|failed|cancelled|interrupted)"')
+_FIRST = (b"turn.delta", b"response.output_text.delta", b'"content":"')
+"""What stands in the first piece of a text: natively, in a response, in a chunk of a chat completion."""
 _NOTE_BYTES_MAX = 300
 _CARRY_BYTES = 64
 """Bytes kept from one piece to the next, for a mark that a chunk boundary cuts in two. Longer than any token mark."""
@@ -239,7 +241,7 @@ class StreamJudge:
             self._carry = (self._carry + body)[:_NOTE_BYTES_MAX]
             return
         text = self._carry + body
-        if self.result.first_at is None and (b"turn.delta" in text or b'"content":"' in text):
+        if self.result.first_at is None and any(mark in text for mark in _FIRST):
             self.result.first_at = now
         used = 0
         for match in _TOKEN.finditer(text):

@@ -7,12 +7,18 @@ event, if they get so far. The benchmark knows only the table below of them.
 import shutil
 import sqlite3
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 
 from bench.server_process import ROOT, Launch, python_command
+
+CHAT = "/chat"
+RESPONSES = "/v1/responses"
+COMPLETIONS = "/v1/chat/completions"
+FACES: Mapping[str, str] = {"responses": RESPONSES, "chat-completions": COMPLETIONS}
+"""The paths of OpenAI's API, by their names for ``--faces``."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,8 @@ class Contender:
         store_env: Names the environment variable that takes a store, and turns a path into its value.
         count_replies: Counts the non-empty replies in that store afterwards.
         keeps_sessions: Whether it has ``POST /sessions`` and ``GET /sessions/{id}``.
+        faces: The paths of OpenAI's API by which it can be asked as well, by their names for ``--faces``.
+        path: The path by which it is asked.
         folder: Where its program lies.
     """
 
@@ -43,6 +51,8 @@ class Contender:
     store_env: tuple[str, Callable[[Path], str]] | None = None
     count_replies: Callable[[Path], Awaitable[int]] | None = None
     keeps_sessions: bool = False
+    faces: Mapping[str, str] = field(default_factory=dict)
+    path: str = CHAT
     folder: Path = ROOT
 
     @property
@@ -51,6 +61,14 @@ class Contender:
         if not shutil.which(self.argv[0]):
             return self.argv[0]
         return next((module for module in self.needs if find_spec(module) is None), None)
+
+    def through(self, faces: Sequence[str]) -> "list[Contender]":
+        """Return this server once for each of these faces that it has."""
+        return [
+            replace(self, name=f"{self.name}-{face}", label=f"{self.label}, {self.faces[face]}", path=self.faces[face])
+            for face in faces
+            if face in self.faces
+        ]
 
     def launch(self, *, upstream_url: str, store: Path, cpus: str | None) -> Launch:
         env = {"BENCH_UPSTREAM": upstream_url, "LASTCALL_MODEL_URL": upstream_url}
@@ -100,6 +118,7 @@ def _lastcall(name: str, label: str, argv: Sequence[str], *, drain_timeout_s: fl
         store_env=("LASTCALL_STORE_URL", "sqlite:{}".format),
         count_replies=_count_turns,
         keeps_sessions=True,
+        faces=FACES,
     )
 
 

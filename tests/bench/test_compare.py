@@ -194,6 +194,10 @@ def test_a_branch_with_a_slash_and_an_ancestor_are_commits() -> None:
         (("relay", "--compare", "HEAD.."), "give a commit"),
         (("herd", "--modes", "live"), "--modes belongs to relay, and herd has none"),
         (("relay", "--modes", "lively"), "no such mode: lively"),
+        (("herd", "--faces", "responses"), "--faces belongs to relay without --compare"),
+        (("relay", "--faces", "responses", "--compare", "HEAD"), "--faces belongs to relay without --compare"),
+        (("relay", "--faces", "native"), "no such face: native"),
+        (("relay", "--faces", "responses", "--only", "tuned,node"), "only a Lastcall has them, not tuned, node"),
     ],
 )
 def test_a_comparison_that_cannot_be_is_refused_at_once(

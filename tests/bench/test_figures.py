@@ -15,7 +15,7 @@ from bench.pairs import Pairing, compare, ratio_table
 from bench.plan import LoadResult, ProbeResult
 from bench.relay import offered_per_s
 from bench.scenarios import Programme
-from bench.stage import Place
+from bench.stage import Place, chat_streams
 from bench.window import Window
 from bench.wire import StreamEnd, StreamResult
 
@@ -197,6 +197,39 @@ def test_each_repeat_begins_with_another_server_and_the_first_is_compared_with_t
         ("trio", "lastcall"),
     ]
     assert Programme("relay", "usual", only=["lastcall", "trio"], repeats=1).pairs == []
+
+
+def test_each_face_is_measured_after_its_server_and_compared_with_its_native_api() -> None:
+    programme = Programme(
+        "relay", "usual", only=["lastcall", "trio"], faces=["responses", "chat-completions"], repeats=2
+    )
+    assert [(contender.name, contender.path) for contender in programme.in_turn(1)] == [
+        ("lastcall-responses", "/v1/responses"),
+        ("lastcall-chat-completions", "/v1/chat/completions"),
+        ("trio", "/chat"),
+        ("lastcall", "/chat"),
+    ]
+    assert [(first.name, second.name) for first, second in programme.pairs] == [
+        ("trio", "lastcall"),
+        ("lastcall", "lastcall-responses"),
+        ("lastcall", "lastcall-chat-completions"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/chat", {"message": "s$n rate=20"}),
+        ("/v1/responses", {"model": "bench", "stream": True, "input": "s$n rate=20"}),
+        (
+            "/v1/chat/completions",
+            {"model": "bench", "stream": True, "messages": [{"role": "user", "content": "s$n rate=20"}]},
+        ),
+    ],
+)
+def test_a_face_is_asked_for_a_stream_of_the_same_message(path: str, asked: object) -> None:
+    request = chat_streams("s", 1, "rate=20", path=path).stream
+    assert (request.path, msgspec.json.decode(request.body)) == (path, asked)
 
 
 async def test_the_control_that_cannot_carry_a_load_is_a_fault_and_no_error(

@@ -83,6 +83,21 @@ def test_each_scenario_runs_and_reports(tmp_path: Path, scenario: str) -> None:
     assert (tmp_path / f"{scenario}.md").read_text().count("\n|") == len(rows) + 2
 
 
+def test_a_relayed_token_is_measured_through_each_face_beside_the_native_api(tmp_path: Path) -> None:
+    done = run_bench(
+        *("relay", "--quick", "--only", "lastcall", "--faces", "responses,chat-completions"),
+        *("--modes", "live", "--streams", "3", "--out", str(tmp_path)),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    _, *rows = read_rows(tmp_path / "relay.jsonl")
+    faces = ("lastcall", "lastcall-responses", "lastcall-chat-completions")
+    assert [(row["contender"], row["path"]) for row in rows if row["contender"] != "direct"] == list(
+        zip(faces, ("/chat", "/v1/responses", "/v1/chat/completions"), strict=True)
+    )
+    assert all(row["received_per_s"] > 0 for row in rows)
+    assert all(row["cpu_us"] > 0 for row in rows if row["contender"] in faces)
+
+
 def test_requests_are_measured_on_each_server_that_keeps_sessions(tmp_path: Path) -> None:
     names = [name for name in ("lastcall", "tuned", "fastapi-plain") if name in PRESENT]
     done = run_bench("requests", "--quick", "--only", ",".join(names), "--out", str(tmp_path))
