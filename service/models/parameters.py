@@ -15,7 +15,8 @@ _WORDS: Mapping[str, re.Pattern[str]] = {
         "reasoning_effort": r"reasoning.?effort|\bthink(ing)?\b|\breasoning\b",
         "parallel_tool_calls": r"parallel.?tool.?calls?",
         "tool_choice": r"tool.?choice|function_call\b",
-        "tools": r"\btools\b|\btool.(use|calling)\b|\bfunction.?calling\b|\bfunctions\b",
+        # The schemas of functions are all that is left for a JSON schema if no form of the text was asked for.
+        "tools": r"\btools\b|\btool.(use|calling)\b|\bfunction.?calling\b|\bfunctions\b|json.?schema",
         "verbosity": r"verbosity",
         "top_p": r"\btop.?p\b",
         "temperature": r"temperature",
@@ -23,6 +24,7 @@ _WORDS: Mapping[str, re.Pattern[str]] = {
         "frequency_penalty": r"frequency.?penalty",
         "stop": r"\bstop\b",
         "seed": r"\bseed\b",
+        "max_output_tokens": r"max.?(output|completion|new)?.?tokens",
     }.items()
 }
 _REFUSING = re.compile(
@@ -35,6 +37,7 @@ _NAMED_AS: Mapping[str, tuple[str, ...]] = {
     "reasoning_effort": ("reasoning_effort", "reasoning"),
     "tool_choice": ("tool_choice", "function_call"),
     "tools": ("tools", "functions"),
+    "max_output_tokens": ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_new_tokens"),
 }
 _ROOT = re.compile(r"^(?:body\.)?([A-Za-z_]+)")
 _WITHOUT_EFFECT: Mapping[str, object] = {
@@ -51,7 +54,11 @@ _WITHOUT_EFFECT: Mapping[str, object] = {
 def parameters_of(request: ModelRequest) -> Mapping[str, object]:
     """The parameters that a request has, with their values."""
     tools = request.tools
-    values: dict[str, object] = {"temperature": request.temperature, **request.options.given()}
+    values: dict[str, object] = {
+        "temperature": request.temperature,
+        "max_output_tokens": request.max_output_tokens,
+        **request.options.given(),
+    }
     if tools.functions:
         values |= {"tools": tools.functions, "tool_choice": tools.choice, "parallel_tool_calls": tools.parallel}
     return {name: value for name, value in values.items() if value is not None}

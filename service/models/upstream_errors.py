@@ -49,10 +49,11 @@ _CONTEXT_TOO_LONG = re.compile(
     re.IGNORECASE,
 )
 # The words of OpenAI, vLLM, DeepSeek ("Model Not Exist"), Ollama ("model 'x' not found"), Gemini, LiteLLM, Mistral,
-# Together, OpenRouter and Azure.
+# Together, OpenRouter, Azure, and of what loads models from the Hugging Face hub when they are asked for (mlx-lm).
 _MODEL_NOT_FOUND = re.compile(
     r"model_not_found|model_not_exist|\bmodels?\b.{0,200}\bnot (exist|found)|invalid[_ ]model\b|unknown model"
-    r"|model_not_available|not a valid model|no endpoints found for|DeploymentNotFound",
+    r"|model_not_available|not a valid model|no endpoints found for|DeploymentNotFound"
+    r"|repository not found|cached snapshot folder",
     re.IGNORECASE | re.DOTALL,
 )
 # The last two alternatives are the words of MiniMax and Tencent.

@@ -45,11 +45,17 @@ def asking(
     temperature: float | None = None,
     choice: ToolChoice | None = None,
     parallel: bool | None = None,
+    max_output_tokens: int | None = None,
     functions: tuple[FunctionTool, ...] = A_FUNCTION,
 ) -> ModelRequest:
     tools = Tools(functions=functions, choice=choice, parallel=parallel)
     return ModelRequest(
-        model="m", prompt=(Message("user", "hi"),), temperature=temperature, tools=tools, options=options
+        model="m",
+        prompt=(Message("user", "hi"),),
+        temperature=temperature,
+        max_output_tokens=max_output_tokens,
+        tools=tools,
+        options=options,
     )
 
 
@@ -130,6 +136,15 @@ REFUSALS: list[tuple[int, ErrorReply, str | None]] = [
     (400, said("litellm.UnsupportedParamsError: m does not support parameters: ['seed'], for model=m"), "seed"),
     (400, said("Unknown parameter: 'tools[0].strict'.", param="tools[0].strict"), "tools"),
     (400, said("'parallel_tool_calls' is only allowed when 'tools' are specified."), "parallel_tool_calls"),
+    (400, said("Field 'max_tokens': Value must be between -1 <= value <= 2147483647, but got 9"), "max_output_tokens"),
+    (
+        400,
+        said(
+            "max_tokens is too large: 100000. This model supports at most 16384 completion tokens.", param="max_tokens"
+        ),
+        "max_output_tokens",
+    ),
+    (400, said("Invalid max_tokens value, the valid range of max_tokens is [1, 8192]"), "max_output_tokens"),
     # About something else: none of these says that the server does not take a parameter.
     (400, said("messages with role 'tool' must follow 'tool_calls'", param="messages.[3].role"), None),
     (400, said("The conversation must end with a user message."), None),
@@ -141,7 +156,7 @@ REFUSALS: list[tuple[int, ErrorReply, str | None]] = [
 
 @pytest.mark.parametrize(("status", "reply", "parameter"), REFUSALS)
 def test_a_refused_parameter_is_named(status: int, reply: ErrorReply, parameter: str | None) -> None:
-    request = asking(options=ALL, choice="required", parallel=False)
+    request = asking(options=ALL, choice="required", parallel=False, max_output_tokens=9)
     error = error_from_status(status, reply, redact=str, sent=parameters_of(request))
     assert (error.code == "parameter_refused") == (parameter is not None)
     assert error.parameter == parameter
@@ -157,6 +172,29 @@ def test_a_refusal_says_nothing_about_a_parameter_that_was_not_sent(
     error = error_from_status(status, reply, redact=str, sent=parameters_of(asking(functions=())))
     assert (error.code, error.parameter) != ("parameter_refused", parameter)
     assert error.parameter is None
+
+
+BROKEN_SCHEMA = said(  # the words of llama.cpp
+    "Unable to generate parser for this template. Automatic parser generation failed: JSON schema error at "
+    "#/properties/a: unrecognized type x",
+    code=400,
+    type="invalid_request_error",
+)
+
+
+@pytest.mark.parametrize(
+    ("request_", "parameter"),
+    [
+        (asking(), "tools"),
+        (asking(options=Options(text_format=FORMAT)), "text_format"),
+        (asking(options=Options(text_format=FORMAT), functions=()), "text_format"),
+        (asking(functions=()), None),
+    ],
+)
+def test_a_json_schema_that_is_refused_is_the_functions_own_where_no_other_was_sent(
+    request_: ModelRequest, parameter: str | None
+) -> None:
+    assert error_from_status(400, BROKEN_SCHEMA, redact=str, sent=parameters_of(request_)).parameter == parameter
 
 
 def test_another_cause_counts_more_than_the_name_of_a_parameter() -> None:
@@ -195,7 +233,9 @@ def test_a_refused_parameter_that_asks_for_nothing_is_left_out(request_: ModelRe
 
 
 def test_a_refused_parameter_that_asks_for_something_is_sent_again() -> None:
-    request = asking(options=ALL, temperature=0.5, choice=NamedFunction("f"), parallel=False)
+    request = asking(
+        options=ALL, temperature=0.5, choice=NamedFunction("f"), parallel=False, max_output_tokens=1_000_000
+    )
     for name in parameters_of(request):
         assert Dialect().learn(request, 400, said(f"Unsupported parameter: '{name}'", param=name)) == Dialect()
     refusing = Dialect(left_out=frozenset(parameters_of(request)))

@@ -43,6 +43,20 @@ VLLM: Said = [
     (400, said("This model's maximum context length is 4096 tokens.", code=400), "context_too_long", False),
     (404, {"object": "error", "message": "The model `x` does not exist.", "code": 404}, "model_not_found", False),
 ]
+MLX_LM: Said = [  # what it says where it loads the model that is asked for, from the hub and offline
+    (
+        404,
+        {"error": "401 Client Error. Repository Not Found for url: https://h/api/models/x"},
+        "model_not_found",
+        False,
+    ),
+    (
+        404,
+        {"error": "Cannot find an appropriate cached snapshot folder for the specified revision on the local disk."},
+        "model_not_found",
+        False,
+    ),
+]
 OLLAMA: Said = [(404, said('model "x" not found, try pulling it first', type="api_error"), "model_not_found", False)]
 LLAMA_CPP: Said = [
     (400, said("the request exceeds the available context size", code=400), "context_too_long", False),
@@ -127,7 +141,7 @@ OTHERS: Said = [
 @pytest.mark.parametrize(
     ("status", "body", "code", "retryable"),
     [
-        *[*OPENAI, *DEEPSEEK, *VLLM, *OLLAMA, *LLAMA_CPP, *LITELLM, *SGLANG, *TGI, *XAI, *GEMINI, *MISTRAL],
+        *[*OPENAI, *DEEPSEEK, *VLLM, *MLX_LM, *OLLAMA, *LLAMA_CPP, *LITELLM, *SGLANG, *TGI, *XAI, *GEMINI, *MISTRAL],
         *[*OPENROUTER, *AZURE, *FILTERS, *UNSUPPORTED, *OTHERS],
     ],
 )

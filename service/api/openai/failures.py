@@ -37,7 +37,7 @@ _STATUS: Mapping[str, int] = {
 """The status of a failure, by its code; 502 for all others, which are faults of model servers."""
 _FINAL = frozenset({"turn_timeout", "reply_too_large", "log_too_large", "cancelled"})
 """Ends that would most likely come again, and cost as much, if a client repeated its call by itself."""
-_PARAMS: Mapping[str, str] = {"text_format": "response_format"}
+_PARAMS: Mapping[str, str] = {"text_format": "response_format", "max_output_tokens": "max_completion_tokens"}
 """Parameters of the core that chat completions call otherwise."""
 _STOPPED = "The server stopped before the reply was complete; ask again."
 _CRASHED = "The process that ran the reply has ended before the reply was complete; ask again."

@@ -135,6 +135,24 @@ async def test_a_failure_before_the_first_token_has_its_own_status_also_for_a_st
         assert is_empty(api)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("refused", "param", "asked"),
+    [
+        ("max_output_tokens", "max_completion_tokens", {"max_tokens": 9}),
+        ("text_format", "response_format", {"response_format": {"type": "json_object"}}),
+        ("tools", "tools", {"tools": [TOOL]}),
+    ],
+)
+async def test_a_parameter_that_the_model_server_refuses_is_told_by_its_name_here(
+    refused: str, param: str, asked: dict[str, Any], stream: bool, autojump_clock: MockClock
+) -> None:
+    async with open_api(model_url=f"scripted:?tokens=1&{FAST}&refuse={refused}") as api:
+        error = error_of(await api.call("POST", PATH, body(stream=stream, **asked)), 400, "parameter_refused")
+        assert error["param"] == param
+        assert (await api.call("POST", PATH, body())).status == 200
+
+
 async def test_a_failure_in_mid_reply_ends_a_stream_with_an_error_and_without_done(autojump_clock: MockClock) -> None:
     async with open_api(model_url="scripted:?tokens=9&fail_after=4&rate=10", model_retries_max=0) as api:
         told = chunks(await api.call("POST", PATH, body(stream=True)))
