@@ -110,8 +110,7 @@ def test_a_response_shows_what_its_request_said() -> None:
 def test_a_json_schema_is_shown_as_it_was_given() -> None:
     text = {"format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}, "strict": True}}
     encoded = msgspec.json.encode(response_of(completed(face=Echo(text=text).face())))
-    # The schema of Open Responses knows only null for a schema in a response.
-    assert check_response(encoded, of_open_responses=False)["text"] == text
+    assert check_response(encoded)["text"] == text
 
 
 @pytest.mark.parametrize(
