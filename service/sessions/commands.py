@@ -74,7 +74,8 @@ class NewTurn(msgspec.Struct, frozen=True, kw_only=True):
     Without ``parent`` the turn follows the session's head; with ``parent=None`` the turn is a first turn. With
     ``creates_session`` the session is created if it does not exist. With ``session_is_new`` as well, the session's id
     was made for this turn, so no session has it. With ``ephemeral`` the turn's end removes it, and the session as well
-    if that is created with it. Without ``may_title`` its end gives the session no title.
+    if that is created with it. Without ``may_title`` its end gives the session no title. Without ``may_leave_out`` it
+    fails where a part of the conversation would have to be left out of its prompt.
 
     ``face`` is stored with the turn and not looked at: JSON values by name, at most
     :data:`~service.storage.records.FACE_BYTES_MAX` bytes.
@@ -92,6 +93,7 @@ class NewTurn(msgspec.Struct, frozen=True, kw_only=True):
     face: dict[str, msgspec.Raw] | msgspec.UnsetType = msgspec.UNSET
     ephemeral: bool = False
     may_title: bool = True
+    may_leave_out: bool = True
     on_conflict: OnConflict = "reject"
     on_disconnect: OnDisconnect = "cancel"
     background: bool = False

@@ -32,7 +32,7 @@ class Echo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     previous_response_id: str | None = None
     store: bool = True
     metadata: dict[str, str] = {}
-    truncation: str = "disabled"
+    truncation: str = "auto"
     parallel_tool_calls: bool = True
     tool_choice: Any = "auto"
     tools: list[dict[str, Any]] = []

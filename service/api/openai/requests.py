@@ -185,7 +185,10 @@ class CreateResponse(RequestBody, frozen=True, kw_only=True):
     text: TextConfig | None = None
     reasoning: Reasoning | None = None
     include: Annotated[tuple[Includable, ...], Meta(max_length=64)] | None = None
-    truncation: Literal["auto", "disabled"] | None = None
+    truncation: Annotated[
+        Literal["auto", "disabled"] | None,
+        Meta(description="`disabled`: the response fails where the conversation is too long. `auto` unless given."),
+    ] = None
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: _Label = None
     prompt_cache_key: _Label = None
@@ -361,7 +364,7 @@ def _echo_of(body: CreateResponse, taken: TakenTools) -> Echo:
         previous_response_id=body.previous_response_id,
         store=body.is_stored,
         metadata=body.metadata or {},
-        truncation=body.truncation or "disabled",
+        truncation=body.truncation or "auto",
         parallel_tool_calls=body.parallel_tool_calls is not False,
         tool_choice="auto" if body.tool_choice is None else body.tool_choice,
         tools=list(body.tools or ()),
@@ -408,6 +411,7 @@ def turn_of(
         ephemeral=not body.is_stored,
         may_title=not made_session,
         background=bool(body.background),
+        may_leave_out=body.truncation != "disabled",
         creates_session=makes_session,
         session_is_new=makes_session,
         request_id=request_id,

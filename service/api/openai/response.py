@@ -126,7 +126,7 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
     "max_output_tokens": null, "max_tool_calls": null, "model": "scripted", "output": [], "parallel_tool_calls": true,
     "previous_response_id": null, "prompt_cache_key": null, "reasoning": {"effort": null, "summary": null},
     "safety_identifier": null, "service_tier": "default", "store": true, "temperature": 1.0, "text": {"format": {"type":
-    "text"}}, "tool_choice": "auto", "tools": [], "top_logprobs": 0, "top_p": 1.0, "truncation": "disabled", "usage":
+    "text"}}, "tool_choice": "auto", "tools": [], "top_logprobs": 0, "top_p": 1.0, "truncation": "auto", "usage":
     null, "user": null, "metadata": {}, "presence_penalty": 0.0, "frequency_penalty": 0.0, "conversation": null,
     "lastcall": {"session_id": "sess_6f…", "turn_id": "turn_0a…", "state": "completed", "seq": 3}}``
     """

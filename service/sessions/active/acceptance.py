@@ -233,6 +233,7 @@ class Acceptance:
             on_disconnect="continue" if new.background else new.on_disconnect,
             settings=self._settings,
             may_title=new.may_title,
+            may_leave_out=new.may_leave_out,
             request_id=new.request_id,
         )
         await _refuse_if_late(deadline)

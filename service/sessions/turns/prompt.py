@@ -71,7 +71,12 @@ class Prompt(msgspec.Struct, frozen=True):
 
 
 def prompt_of(
-    path: Sequence[TurnRecord], *, system_message: str | None, bytes_max: int, older: LeftOut = NOTHING
+    path: Sequence[TurnRecord],
+    *,
+    system_message: str | None,
+    bytes_max: int,
+    older: LeftOut = NOTHING,
+    learns: bool = True,
 ) -> Steps[Prompt]:
     """The items to send for the last turn of ``path`` (root first), which has no reply yet.
 
@@ -79,6 +84,7 @@ def prompt_of(
         bytes_max: Bounds the UTF-8 bytes of all texts, with :data:`TURN_BYTES` for each turn: whole turns are left out,
             oldest first, but never the last one, nor the turn whose calls the last one answers.
         older: The size of the turns before ``path``, which are left out in any case.
+        learns: Whether the prompts of earlier turns that were too long make this one shorter.
     """
     room = bytes_max - len((system_message or "").encode())
     brought: list[LeftOut] = []
@@ -88,7 +94,7 @@ def prompt_of(
         of_turn = turn.in_prompts
         brought.append(of_turn)
         sizes.append(_size(turn, of_turn))
-    learned = yield from _start_learned(path, older, brought, sizes)
+    learned = (yield from _start_learned(path, older, brought, sizes)) if learns else 0
     answered = yield from _answered_turn(path)
     start = min(max(_start_within(sizes, room), learned), answered)
     left_out = older

@@ -53,6 +53,7 @@ class Turn:
         on_disconnect: OnDisconnect,
         settings: Settings,
         may_title: bool = True,
+        may_leave_out: bool = True,
         request_id: str | None = None,
     ) -> None:
         self.log = EventLog(bytes_max=settings.log_bytes_max)
@@ -72,6 +73,8 @@ class Turn:
         """Whether no turn before it on its path has a reply of a model. Has a meaning once it has begun to run."""
         self.may_title = may_title
         """Whether its end may give the session a title."""
+        self.may_leave_out = may_leave_out
+        """Whether its prompt may lack the oldest turns of the conversation."""
         self.client = client
         self.system_message = system_message
         self.request_id = request_id

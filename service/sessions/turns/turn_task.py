@@ -95,7 +95,8 @@ def lose(turn: Turn) -> None:
 async def _reply(turn: Turn, *, store: Store, clock: Clock, settings: Settings) -> None:
     """Take the model's whole reply, and decide the end.
 
-    A prompt that is too long for the model is tried once more without the oldest turns, within the same deadlines.
+    A prompt that is too long for the model is tried once more without the oldest turns, within the same deadlines,
+    unless the turn is to have the whole conversation.
     """
     was_queued = not turn.running
     turn.start(clock())
@@ -112,14 +113,18 @@ async def _reply(turn: Turn, *, store: Store, clock: Clock, settings: Settings) 
             system_message=turn.system_message,
             bytes_max=settings.prompt_bytes_max_of(turn.model),
             older=older,
+            learns=turn.may_leave_out,
         )
     )
+    _check_whole(turn, prompt)
     turn.deadlines.expect_token("first_token_timeout", within_s=settings.first_token_timeout_s)
     asked = _Asked(path, prompt)
     del path, prompt  # they may be large, and a reply long
     refusal = await _ask(turn, asked, settings=settings)
     if refusal is None:
         return
+    if not turn.may_leave_out:
+        raise refusal
     assert asked.prompt is not None
     shorter = await in_steps(
         shortened(
@@ -138,6 +143,17 @@ async def _reply(turn: Turn, *, store: Store, clock: Clock, settings: Settings) 
         refusal = await _ask(turn, asked, settings=settings)
     if refusal is not None:
         _decide_failed(turn, refusal, settings)
+
+
+def _check_whole(turn: Turn, prompt: Prompt) -> None:
+    """Refuse a prompt without the oldest turns, if the turn does not allow it. Raises: ModelError."""
+    left_out = prompt.left_out
+    if left_out is not None and not turn.may_leave_out:
+        raise ModelError(
+            "context_too_long",
+            f"The conversation is too long for this server (prompt_bytes_max): its oldest {left_out.items} items, with "
+            f"{left_out.bytes} bytes, would have to be left out, and the request does not allow that.",
+        )
 
 
 def _is_opening(path: Sequence[TurnRecord]) -> bool:

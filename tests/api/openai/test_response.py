@@ -66,7 +66,7 @@ def test_a_turn_of_another_face_is_a_response_with_the_defaults() -> None:
         ],
         "top_logprobs": 0,
         "top_p": 1.0,
-        "truncation": "disabled",
+        "truncation": "auto",
         "usage": None,
         "user": None,
         "metadata": {},
@@ -82,7 +82,7 @@ def test_a_response_shows_what_its_request_said() -> None:
         previous_response_id="resp_" + "8" * 32,
         store=False,
         metadata={"team": "blue"},
-        truncation="auto",
+        truncation="disabled",
         parallel_tool_calls=False,
         tool_choice="required",
         tools=[{"type": "function", "name": "get", "parameters": {}}, {"type": "web_search"}],
@@ -97,7 +97,7 @@ def test_a_response_shows_what_its_request_said() -> None:
     response = shown(completed(face=echo.face(), temperature=0, max_output_tokens=99))
     assert response["conversation"] is None
     assert (response["previous_response_id"], response["store"]) == ("resp_" + "8" * 32, False)
-    assert (response["metadata"], response["truncation"]) == ({"team": "blue"}, "auto")
+    assert (response["metadata"], response["truncation"]) == ({"team": "blue"}, "disabled")
     assert (response["parallel_tool_calls"], response["tool_choice"]) == (False, "required")
     assert [tool["name"] for tool in response["tools"]] == ["get"], "a tool that the model did not get is not shown"
     assert response["text"] == {"format": {"type": "text"}, "verbosity": "low"}

@@ -414,6 +414,27 @@ async def test_a_failure_of_the_model_server_is_an_error_for_a_client_that_waits
         error_of(await create(api), 400, "context_length_exceeded")
 
 
+async def test_truncation_decides_whether_the_oldest_turns_may_be_left_out(autojump_clock: MockClock) -> None:
+    """The scripted model quotes the input, so that a conversation of these turns does not fit."""
+    async with open_api(prompt_bytes_max=2560, input_bytes_max=1024) as api:
+        first = (await create(api, "a" * 1000)).json
+        second = (await create(api, "b" * 1000, previous_response_id=first["id"], truncation="disabled")).json
+        assert (second["status"], second["truncation"]) == ("completed", "disabled")
+        follow = {"input_": "c" * 1000, "previous_response_id": second["id"]}
+        for store in (True, False):
+            refused = await create(api, **follow, truncation="disabled", store=store)
+            assert "(prompt_bytes_max)" in error_of(refused, 400, "context_length_exceeded")
+            assert refused.json["error"]["type"] == "invalid_request_error"
+        told = events_of(await create(api, **follow, truncation="disabled", stream=True))[-1]
+        assert (told["type"], told["response"]["error"]["code"]) == ("response.failed", "invalid_prompt")
+        assert told["response"]["lastcall"]["code"] == "context_too_long"
+        assert "left_out" not in told["response"]["lastcall"]
+        for given in ({}, {"truncation": None}, {"truncation": "auto"}):
+            response = (await create(api, **follow, **given)).json
+            assert (response["status"], response["truncation"]) == ("completed", "auto")
+            assert response["lastcall"]["left_out"]["items"] == 2
+
+
 async def test_a_parameter_that_the_model_server_refuses_is_told_by_its_name_here() -> None:
     asked: list[dict[str, Any]] = []
 

@@ -229,3 +229,40 @@ async def test_left_out_counts_also_the_turns_that_were_not_read(
         assert told[4:] == [LeftOut(2 * n, 501 * n) for n in range(1, 6)]
         await _say(stage, "elsewhere", parent=None)
         assert (await stage.sessions.list_turns("s", limit=20)).data[-1].left_out is None
+
+
+# Turns that have the whole conversation in their prompt, or fail
+
+
+async def test_a_turn_that_may_leave_nothing_out_is_not_sent_without_the_oldest_turns(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_stage(prompt_bytes_max=2560, input_bytes_max=1024) as stage:
+        await _fill(stage, *(f"{n}" * 500 for n in range(4)))
+        asked = len(stage.puppet.asked)
+        refused = await _say(stage, "x" * 500, may_leave_out=False)
+        assert (refused.state, refused.error and refused.error.code) == ("failed", "context_too_long")
+        assert refused.error is not None
+        assert "its oldest 2 items, with 501 bytes," in refused.error.message
+        assert refused.left_out is None
+        assert len(stage.puppet.asked) == asked
+        assert (await _say(stage, "elsewhere", parent=None, may_leave_out=False)).state == "completed"
+
+
+async def test_a_turn_that_may_leave_nothing_out_is_asked_once_where_the_model_refuses_its_length(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_stage() as stage:
+        await _fill(stage, *(f"{n}" * 50 for n in range(4)))
+        stage.puppet.takes_bytes = 150
+        assert (await _say(stage, "now")).left_out == LeftOut(6, 153)
+        asked = len(stage.puppet.asked)
+        refused = await _say(stage, "whole", may_leave_out=False)
+        assert (refused.state, refused.error and refused.error.code) == ("failed", "context_too_long")
+        assert refused.left_out is None
+        assert len(stage.puppet.asked) == asked + 1
+        assert _asked(stage)[-1][1] == "0" * 50, "also if the turn before has left the oldest turns out"
+        stage.puppet.takes_bytes = 10_000
+        whole = await _say(stage, "whole", may_leave_out=False)
+        assert (whole.state, whole.left_out) == ("completed", None)
+        assert _asked(stage)[-1] == ["S", *(it for n in range(4) for it in (f"{n}" * 50, "R")), "now", "R", "whole"]
