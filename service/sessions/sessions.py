@@ -68,7 +68,7 @@ from service.storage.records import (
     TreeNode,
     TurnRecord,
 )
-from service.storage.rules import INSTEAD_OF_DELETING
+from service.storage.rules import INSTEAD_OF_DELETING, has_settings, revision_of
 from service.storage.store import Store
 from service.storage.store_deadline import answered_in_turn, answered_within
 
@@ -462,33 +462,44 @@ class Sessions:
 
     # Turns
 
-    async def delete_turn(self, session_id: str, turn_id: str, *, unless_followed: bool = False) -> bool:
+    async def delete_turn(self, session_id: str, turn_id: str) -> None:
         """Delete a turn and all turns that follow it. If the head is among them, the turn's parent is the head.
 
-        The answer comes within ``store_timeout_s``, as that of :meth:`start_turn`. Returns whether it was deleted.
-
-        Args:
-            unless_followed: Delete nothing if any turn follows this one.
+        The answer comes within ``store_timeout_s``, as that of :meth:`start_turn`.
 
         Raises:
             SessionNotFoundError, TurnNotFoundError
             OwnedElsewhereError: Another process runs turns of this session.
             TurnInProgressError: One of these turns is open.
         """
-        is_followed = False
+        await self._acceptance.delete(
+            session_id, lambda: self._store.delete_turns(session_id, turn_id, now=self._clock())
+        )
+
+    async def delete_turn_alone(self, session_id: str, turn_id: str, *, with_session: bool) -> None:
+        """Delete a turn, and none that follows it: such turns stay as they are, below a turn that says nothing.
+
+        It is whole or not done, as :meth:`~service.storage.store.Store.delete_turn` says. The answer comes within
+        ``store_timeout_s``, as that of :meth:`start_turn`.
+
+        Args:
+            with_session: Whether the session goes with its last turn, unless it was given a title, metadata or other
+                settings of its own.
+
+        Raises:
+            SessionNotFoundError, TurnNotFoundError
+            OwnedElsewhereError: Another process runs turns of this session.
+            TurnInProgressError: The turn, or one that follows it, is open.
+        """
 
         async def write() -> None:
-            nonlocal is_followed
-            if unless_followed:
-                page = await self._store.list_turns(
-                    session_id, limit=1, after=None, now=self._clock(), bytes_max=1, parent=turn_id
-                )
-                is_followed = bool(page.data)
-            if not is_followed:
-                await self._store.delete_turns(session_id, turn_id, now=self._clock())
+            revisions: Sequence[str] = ()
+            if with_session:
+                session = await self._store.get_session(session_id, now=self._clock())
+                revisions = () if has_settings(session) else (revision_of(session),)
+            await self._store.delete_turn(session_id, turn_id, now=self._clock(), session_revisions=revisions)
 
         await self._acceptance.delete(session_id, write)
-        return not is_followed
 
     async def start_turn(self, session_id: str, new: NewTurn) -> tuple[Turn, Watch]:
         """Accept a turn. When this call returns, the input is kept, and the turn runs or is queued.

@@ -77,7 +77,7 @@ from service.storage.records import (
 from service.storage.search import SEARCH_S, SearchQuery, search_page
 from service.storage.search_cursor import SearchCursors
 from service.storage.store import PAGE_LENGTH_MAX
-from service.storage.terms import query_terms
+from service.storage.terms import document_terms, query_terms
 
 R = TypeVar("R")
 
@@ -383,8 +383,15 @@ class MemoryStore:
     def _delete_turns(self, session_id: str, turn_id: str, now: datetime) -> Steps[bool]:
         """Delete a turn and all that follow it. Returns whether they are deleted: not if the tree changes meanwhile."""
         session = self._visible(session_id, now)
-        version, first, messages = session.version, self._turn_of(session_id, turn_id), 0
-        deletion = TurnDeletion(session, (yield from session.followers_of(first)))
+        version, first = session.version, self._turn_of(session_id, turn_id)
+        return (yield from self._delete_all(session, version, (yield from session.followers_of(first)), now))
+
+    def _delete_all(
+        self, session: KeptSession, version: tuple[int, int, int], turns: list[KeptTurn], now: datetime
+    ) -> Steps[bool]:
+        """Delete turns, of which the first one is above all others. ``version``: that of the tree which has them."""
+        session_id, first, messages = session.record.id, turns[0], 0
+        deletion = TurnDeletion(session, turns)
         for turn in deletion.turns:
             yield
             if turn.record.is_open:
@@ -401,6 +408,55 @@ class MemoryStore:
             head = first.record.parent
         session.remove(deletion.turns, others)
         self._note_edit(session, messages=messages, head=head)
+        return True
+
+    async def delete_turn(
+        self, session_id: str, turn_id: str, *, now: datetime, session_revisions: Collection[str] = ()
+    ) -> None:
+        await anyio.lowlevel.checkpoint()
+        async with self._deleting:
+            while not await in_steps(self._delete_turn(session_id, turn_id, now, session_revisions)):
+                pass  # the tree has changed meanwhile
+        with anyio.move_on_after(_RECLAIM_S, shield=True):
+            await in_steps(self._reclaim())
+
+    def _delete_turn(
+        self, session_id: str, turn_id: str, now: datetime, session_revisions: Collection[str]
+    ) -> Steps[bool]:
+        session = self._visible(session_id, now)
+        version, turn = session.version, self._turn_of(session_id, turn_id)
+        if session.children.get(turn_id):
+            record = turn.record
+            terms = yield from document_terms(turn.texts())
+            is_current = self._visible(session_id, now) is session and session.version == version
+            return is_current and turn.record is record and self._empty(session, turn, terms)
+        is_deleted = yield from self._delete_all(session, version, (yield from self._end_of_branch(session, turn)), now)
+        if is_deleted and not session.turns and rules.revision_of(session.record) in session_revisions:
+            self._remove(session)
+        return is_deleted
+
+    def _end_of_branch(self, session: KeptSession, last: KeptTurn) -> Steps[list[KeptTurn]]:
+        """A turn that no other one follows, below the emptied turns that nothing else follows."""
+        found, above = [last], last.record.parent
+        while above is not None and len(session.children[above]) == 1:
+            turn = self._find_turn(above)
+            if turn is None or not turn.record.is_emptied:
+                break
+            found.append(turn)
+            above = turn.record.parent
+            yield
+        return found[::-1]
+
+    def _empty(self, session: KeptSession, turn: KeptTurn, terms: set[str]) -> bool:
+        """Empty a turn that others follow. Raises: TurnInProgressError."""
+        still_open = self._open_follower(session, turn)
+        if still_open is not None:
+            raise TurnInProgressError(still_open, instead=rules.INSTEAD_OF_DELETING)
+        if turn.document is not None:
+            self._documents.drop(turn.document, terms)
+        messages, turn.record = turn.record.message_count, rules.emptied(turn.record)
+        turn.pages, turn.kept = (), 0
+        self._note_edit(session, messages=messages, head=session.record.head)
         return True
 
     async def find_item(self, session_id: str, item_id: str, *, now: datetime) -> TurnRecord:

@@ -277,6 +277,11 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
         return self.state == "completed" and self.started_at is None
 
     @property
+    def is_emptied(self) -> bool:
+        """Whether all that the turn said is deleted. A turn that had nothing to say is not emptied."""
+        return self.events_deleted and not (self.input or self.output)
+
+    @property
     def input_text(self) -> str:
         return "\n".join(item.text for item in self.input if item.type == "message")
 

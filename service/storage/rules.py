@@ -16,7 +16,7 @@ from service.errors import (
     SessionNotFoundError,
     TurnNotFoundError,
 )
-from service.models.client import Usage
+from service.models.client import NO_OPTIONS, Usage
 from service.storage.pieces import CALL, STARTED, Run, run_of
 from service.storage.records import (
     SEQ_AFTER_CRASH,
@@ -124,6 +124,12 @@ def revision_of(session: SessionRecord) -> str:
     """The revision of a session: a text that changes with :data:`PATCHED_FIELDS`, and with nothing else."""
     values = [getattr(session, name) for name in PATCHED_FIELDS]
     return blake2b(msgspec.json.encode(values, order="deterministic"), digest_size=_REVISION_BYTES).hexdigest()
+
+
+def has_settings(session: SessionRecord) -> bool:
+    """Whether a session was given anything beside its turns and its idle timeout."""
+    settings = (session.title, session.model, session.system_message, session.temperature, session.max_output_tokens)
+    return bool(session.metadata) or any(value is not None for value in settings)
 
 
 def check_revision(session: SessionRecord, revisions: Collection[str] | None) -> None:
@@ -237,6 +243,20 @@ def without_items(turn: TurnRecord, item_ids: Collection[str]) -> TurnRecord:
         input=tuple(item for item in turn.input if item.id not in item_ids),
         output=output,
         events_deleted=turn.events_deleted or len(output) < len(turn.output),
+    )
+
+
+def emptied(turn: TurnRecord) -> TurnRecord:
+    """The turn without all that its caller, its model and its face said. Its place, its end and its usage stay."""
+    return msgspec.structs.replace(
+        turn,
+        input=(),
+        output=(),
+        system_message=None,
+        tools=msgspec.UNSET,
+        options=NO_OPTIONS,
+        face=msgspec.UNSET,
+        events_deleted=True,
     )
 
 

@@ -352,13 +352,34 @@ class Store(Protocol):
     async def delete_turns(self, session_id: str, turn_id: str, *, now: datetime) -> None:
         """Delete a turn and all turns that follow it, with their events. No use of the session.
 
-        However many they are, readers see all of them or none, also after a crash; so it is with :meth:`delete_item`.
+        However many they are, readers see all of them or none, also after a crash; so it is with the other deletions.
         If the head is among them, the turn's parent is the head. ``message_count`` shrinks by their messages; the
         tokens that they used stay in the totals.
 
         Raises:
             SessionNotFoundError, TurnNotFoundError
             TurnInProgressError: One of these turns is open.
+            OwnedElsewhereError: As :meth:`begin_turn`.
+        """
+        ...
+
+    async def delete_turn(
+        self, session_id: str, turn_id: str, *, now: datetime, session_revisions: Collection[str] = ()
+    ) -> None:
+        """Delete a turn, and none that follows it. No use of the session.
+
+        If a turn follows it, the turn stays in its place as :func:`~service.storage.rules.emptied` makes it: without
+        input, output and events; no search finds it. The turns that follow stay as they are. Otherwise the turn is
+        deleted as by :meth:`delete_turns`, together with the turns right above it that are emptied
+        (:attr:`~service.storage.records.TurnRecord.is_emptied`) and that no other turn follows.
+
+        Args:
+            session_revisions: If the session has no turn any more, and one of these revisions, it is removed as well,
+                with its id free at once.
+
+        Raises:
+            SessionNotFoundError, TurnNotFoundError
+            TurnInProgressError: The turn, or a turn that follows it, is open.
             OwnedElsewhereError: As :meth:`begin_turn`.
         """
         ...

@@ -1,6 +1,7 @@
 """Deletions of turns and messages beside running turns, replays and listings."""
 
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -21,7 +22,8 @@ from service.models.client import Message
 from service.sessions.commands import NewItems, NewSession
 from service.sessions.events.event_log import Events
 from service.storage.memory import MemoryStore
-from service.storage.records import TurnRecord
+from service.storage.records import SessionPatch, TurnRecord
+from service.storage.rules import PATCHED_FIELDS
 from service.storage.store import PAGE_LENGTH_MAX
 from tests.sessions.active.test_acceptance import Hangs
 from tests.sessions.puppet import Stage, open_stage, read_all
@@ -207,29 +209,65 @@ async def test_a_deletion_waits_for_an_acceptance_and_then_finds_its_turn(autoju
         (await stage.puppet.next_reply()).finish()
 
 
-async def test_a_turn_that_others_follow_may_be_left_also_where_one_is_just_being_accepted(
+async def test_a_turn_that_is_deleted_alone_leaves_those_that_follow_it_also_one_that_is_just_being_accepted(
     autojump_clock: MockClock,
 ) -> None:
     async with open_stage() as stage:
-        session_id, (first, _, last) = await a_conversation(stage)
-        assert not await stage.sessions.delete_turn(session_id, first.id, unless_followed=True)
-        assert await texts_of(stage, session_id) == "aAbBcC"
+        session_id, (first, second, last) = await a_conversation(stage)
+        await stage.sessions.delete_turn_alone(session_id, first.id, with_session=True)
+        assert await texts_of(stage, session_id) == "bBcC"
         items = NewItems(items=(asks("d"), says("D")))
-        deleted: list[bool] = []
-
-        async def delete() -> None:
-            deleted.append(await stage.sessions.delete_turn(session_id, last.id, unless_followed=True))
-
         async with trio.open_nursery() as nursery:
             nursery.start_soon(stage.sessions.add_items, session_id, items)
             await trio.lowlevel.checkpoint()
+            nursery.start_soon(partial(stage.sessions.delete_turn_alone, session_id, last.id, with_session=True))
+        assert await texts_of(stage, session_id) == "bBdD"
+        head = (await stage.sessions.get_session(session_id)).head
+        for turn_id in (second.id, head or ""):
+            await stage.sessions.delete_turn_alone(session_id, turn_id, with_session=True)
+        with pytest.raises(SessionNotFoundError):
+            await stage.sessions.get_session(session_id)
+
+
+async def test_a_turn_is_not_deleted_alone_while_one_that_follows_it_is_open(autojump_clock: MockClock) -> None:
+    store = Hangs("begin_turn")
+    async with open_stage(store) as stage:
+        session_id, turns = await a_conversation(stage)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(start, stage.sessions, session_id)
+            await store.reached.wait()
+
+            async def delete() -> None:
+                with pytest.raises(TurnInProgressError):
+                    await stage.sessions.delete_turn_alone(session_id, turns[2].id, with_session=True)
+
             nursery.start_soon(delete)
-        assert await texts_of(stage, session_id) == ("aAbBdD" if deleted[0] else "aAbBcCdD")
-        assert await stage.sessions.delete_turn(session_id, (await stage.sessions.get_session(session_id)).head or "")
-        assert not await stage.sessions.delete_turn(session_id, first.id, unless_followed=True)
+            await wait_all_tasks_blocked()
+            store.goes_on.set()
+        (await stage.puppet.next_reply()).finish()
 
 
-@pytest.mark.parametrize("what", ["item", "turn"])
+@pytest.mark.parametrize("changed", [None, *(name for name in PATCHED_FIELDS if name != "idle_timeout_s")])
+async def test_a_session_goes_with_its_last_turn_if_that_is_wanted_and_it_has_nothing_of_its_own(
+    autojump_clock: MockClock, changed: str | None
+) -> None:
+    values: dict[str, Any] = {"temperature": 0.5, "max_output_tokens": 5, "metadata": {"a": "b"}}
+    async with open_stage() as stage:
+        for with_session in (False, True):
+            session_id = (await stage.sessions.create_session(NewSession())).id
+            (turn,) = await stage.sessions.add_items(session_id, NewItems(items=(asks("a"), says("A"))))
+            if changed is not None:
+                patch = SessionPatch(**{changed: values.get(changed, "scripted")})
+                await stage.sessions.update_session(session_id, patch)
+            await stage.sessions.delete_turn_alone(session_id, turn.id, with_session=with_session)
+            if with_session and changed is None:
+                with pytest.raises(SessionNotFoundError):
+                    await stage.sessions.get_session(session_id)
+            else:
+                assert (await stage.sessions.get_session(session_id)).head is None
+
+
+@pytest.mark.parametrize("what", ["item", "turn", "turn alone"])
 async def test_a_deletion_that_is_cancelled_is_done_or_not(autojump_clock: MockClock, what: str) -> None:
     texts: set[str] = set()
     for nth in range(14):
@@ -241,13 +279,15 @@ async def test_a_deletion_that_is_cancelled_is_done_or_not(autojump_clock: MockC
                 try:
                     if what == "item":
                         await stage.sessions.delete_item(session_id, "o_B")
+                    elif what == "turn alone":
+                        await stage.sessions.delete_turn_alone(session_id, turns[1].id, with_session=True)
                     else:
                         await stage.sessions.delete_turn(session_id, turns[1].id)
                 finally:
                     trio.lowlevel.remove_instrument(instrument)
             texts.add(await texts_of(stage, session_id))
             await stage.sessions.delete_turn(session_id, turns[0].id)
-    assert texts == {"aAbBcC", "aAbcC" if what == "item" else "aA"}
+    assert texts == {"aAbBcC", {"item": "aAbcC", "turn": "aA", "turn alone": "aAcC"}[what]}
 
 
 async def test_a_store_that_hangs_and_a_session_that_is_deleted_refuse(autojump_clock: MockClock) -> None:

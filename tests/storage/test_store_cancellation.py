@@ -11,6 +11,7 @@ import trio
 from service.models.client import Usage
 from service.storage import fork_path, memory
 from service.storage.records import SessionPatch, TurnRecord
+from service.storage.rules import revision_of
 from service.storage.sqlite import forks as sqlite_forks
 from service.storage.store import Store
 from tests.storage.conftest import OpenStore
@@ -113,6 +114,10 @@ STEPS: dict[str, Callable[[Store], Awaitable[object]]] = {
         [an_added_turn("new", parent="first"), an_added_turn("newer", parent="new")], now=NOW
     ),
     "delete turns": lambda store: store.delete_turns("old", "told", now=T0),
+    "delete a turn alone": lambda store: store.delete_turn("s", "first", now=T0),
+    "delete the last turn with its session": lambda store: store.delete_turn(
+        "old", "told", now=T0, session_revisions=[revision_of(a_session())]
+    ),
     "delete an item": lambda store: store.delete_item("old", "told-out", now=T0),
     "start": lambda store: store.start_turn("queued", now=NOW),
     "end": lambda store: store.end_turn(

@@ -1,5 +1,7 @@
 """Deletions of turns and items: what every store forgets with them, and when it refuses them."""
 
+from functools import partial
+
 import msgspec
 import pytest
 import trio
@@ -13,9 +15,10 @@ from service.errors import (
     TurnInProgressError,
     TurnNotFoundError,
 )
-from service.models.client import Usage
+from service.models.client import NO_OPTIONS, FunctionTool, Options, Tools, Usage
 from service.storage.pieces import CALL, STARTED, Run
-from service.storage.records import IdempotencyKey, Item, LeftOut, Siblings, TurnRecord
+from service.storage.records import IdempotencyKey, Item, LeftOut, SessionPatch, Siblings, TurnRecord
+from service.storage.rules import revision_of
 from service.storage.sqlite import deletions, tree_changes, writer
 from service.storage.sqlite import turns as sqlite_turns
 from service.storage.store import Store
@@ -311,6 +314,198 @@ async def test_the_key_of_a_deleted_turn_is_that_of_something_gone(store: Store)
     assert gone.value.is_gone
 
 
+# A turn alone
+
+
+async def test_a_turn_that_others_follow_stays_and_says_nothing(store: Store) -> None:
+    await a_tree(store)
+    before, kept = await store.get_session("s", now=T0), await contents(store, now=T0)
+    await store.delete_turn("s", "b2", now=at(9))
+    turn = await store.get_turn("s", "b2", now=T0)
+    was = next(turn for turn, _ in kept["s"][1] if turn.id == "b2")
+    assert turn == msgspec.structs.replace(was, input=(), output=(), events_deleted=True)
+    assert turn.is_emptied
+    page = await store.read_events("s", "b2")
+    assert (page.runs, page.text, page.kept, page.ended, page.events_deleted) == ((), "", 0, True, True)
+    assert await store.get_session("s", now=T0) == msgspec.structs.replace(before, message_count=10)
+    assert await found_by(store, "question b2") == await found_by(store, "answer b2") == []
+    assert await found_by(store, "question d") == ["d"]
+    assert await places(store, "b", "b2", "b3") == {"b": (1, 3), "b2": (2, 3), "b3": (3, 3)}
+    assert [turn.id for turn in await store.read_path("s", "d", bytes_max=None)] == ["a", "b2", "d"]
+    assert await store.measure_path("s", "b2") == LeftOut(2, 18)
+    others = [(turn, texts) for turn, texts in (await contents(store, now=T0))["s"][1] if turn.id != "b2"]
+    assert others == [(turn, texts) for turn, texts in kept["s"][1] if turn.id != "b2"]
+    await store.delete_turn("s", "b2", now=T0)
+    assert (await store.get_session("s", now=T0)).message_count == 10
+    copy = await store.fork_session("s", at="d", copy_id="copy", now=T0)
+    assert copy.message_count == 4
+    assert [turn.is_emptied for turn in await all_turns(store, "copy", now=T0)] == [False, True, False]
+
+
+async def test_what_a_turn_asked_of_its_model_and_kept_for_its_face_goes_too(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    turn = msgspec.structs.replace(
+        a_turn("a"),
+        system_message="secret",
+        tools=Tools(functions=(FunctionTool(name="f", description="secret", parameters=None, strict=None),)),
+        options=Options(top_p=0.5),
+        face={"x": msgspec.Raw(b'"secret"')},
+    )
+    await store.begin_turn(turn, now=T0)
+    await store.end_turn(ended(turn, text="x" * 200_000), runs=said("x" * 200_000), now=T0)
+    await store.add_turns([an_added_turn("b", parent="a")], now=T0)
+    await store.delete_turn("s", "a", now=T0)
+    found = await store.get_turn("s", "a", now=T0)
+    assert (found.system_message, found.tools, found.options, found.face) == (
+        *(None, msgspec.UNSET, NO_OPTIONS, msgspec.UNSET),
+    )
+    assert (found.state, found.model, found.usage) == ("completed", turn.model, None)
+    assert (found.text_bytes, await told(store, "s", "a")) == (0, [])
+
+
+async def test_a_turn_that_no_other_one_follows_goes_with_the_emptied_turns_above_it(store: Store) -> None:
+    await a_tree(store)
+    await store.add_turns([an_added_turn("e", parent="d")], now=T0)
+    for name in ("b2", "a", "d"):
+        await store.delete_turn("s", name, now=T0)
+    assert await names(store) == ["a", "b", "b2", "b3", "c", "d", "e"]
+    await store.delete_turn("s", "e", now=T0)
+    assert await names(store) == ["a", "b", "b3", "c"], "others follow the emptied turn a"
+    session = await store.get_session("s", now=T0)
+    assert (session.head, session.message_count) == ("a", 6)
+    assert await places(store, "b", "b3") == {"b": (1, 2), "b3": (2, 2)}
+    for name in ("b3", "b"):
+        await store.delete_turn("s", name, now=T0)
+    assert await names(store) == ["a", "b", "c"]
+    await store.delete_turn("s", "c", now=T0)
+    session = await store.get_session("s", now=T0)
+    assert (await names(store), session.head, session.message_count) == ([], None, 0)
+    with pytest.raises(TurnNotFoundError):
+        await store.delete_turn("s", "c", now=T0)
+
+
+async def test_a_turn_that_never_said_anything_does_not_go_with_those_below_it(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    silent = msgspec.structs.replace(an_added_turn("a", asked="", replied=""), state="failed")
+    await store.add_turns([silent, an_added_turn("b", parent="a")], now=T0)
+    await store.delete_turn("s", "b", now=T0)
+    assert await names(store) == ["a"]
+
+
+async def test_a_session_goes_with_its_last_turn_if_it_has_the_revision(store: Store) -> None:
+    await a_tree(store)
+    await store.add_turns([an_added_turn("e", parent="a")], now=T0, key=(key := a_key("k")))
+    revision = revision_of(await store.get_session("s", now=T0))
+    for name in ("a", "b", "b2", "b3", "c", "d"):
+        await store.delete_turn("s", name, now=T0, session_revisions=[revision])
+    assert await names(store) == ["a", "e"], "a turn is left"
+    patched = await store.update_session("s", SessionPatch(title="Mine"), now=T0)
+    await store.delete_turn("s", "e", now=T0, session_revisions=[revision])
+    assert (await names(store), (await store.get_session("s", now=T0)).head) == ([], None)
+    turn = an_added_turn("f")
+    await store.add_turns([turn], now=T0)
+    await store.delete_turn("s", "f", now=T0, session_revisions=[revision, revision_of(patched)])
+    with pytest.raises(SessionNotFoundError):
+        await store.get_session("s", now=T0)
+    assert await store.find_session_of("f") is None
+    assert (await store.list_sessions(limit=5, after=None, status=None, now=T0)).data == ()
+    assert await store.count_sessions(status=None, now=T0) == 0
+    assert await found_by(store, "Mine") == []
+    with pytest.raises(RepeatedError) as gone:
+        await store.check_key(key, now=T0)
+    assert gone.value.is_gone
+    await a_tree(store)
+    assert len(await names(store)) == 6, "the ids are free"
+
+
+def a_key(name: str) -> IdempotencyKey:
+    return IdempotencyKey(caller="", key=name, fingerprint=b"f")
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c", "open"])
+async def test_a_turn_is_not_deleted_alone_while_it_or_one_below_it_is_open(store: Store, name: str) -> None:
+    await a_tree(store)
+    revision = revision_of(await store.get_session("s", now=T0))
+    await store.begin_turn(a_turn("open", parent="c"), now=T0)
+    before = await contents(store, now=T0)
+    with pytest.raises(TurnInProgressError):
+        await store.delete_turn("s", name, now=T0, session_revisions=[revision])
+    assert await contents(store, now=T0) == before
+    for other in ("b2", "d", "b3"):
+        await store.delete_turn("s", other, now=T0)
+    assert await names(store) == ["a", "b", "c", "open"]
+
+
+@pytest.mark.usefixtures("in_small_steps")
+async def test_very_many_emptied_turns_go_with_the_last_one(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    await store.add_turns([an_added_turn("a"), *a_chain("x", 400, below="a")], now=T0)
+    for name in ("a", *(f"x{n}" for n in range(399))):
+        await store.delete_turn("s", name, now=T0)
+    assert len(await names(store)) == 401
+    session = await store.get_session("s", now=T0)
+    assert (session.message_count, session.head) == (2, "x399")
+    await store.delete_turn("s", "x399", now=T0, session_revisions=[revision_of(session)])
+    with pytest.raises(SessionNotFoundError):
+        await store.get_session("s", now=T0)
+
+
+@pytest.mark.parametrize("follows", ["begins", "is added"])
+async def test_a_turn_that_comes_beside_the_deletion_of_its_parent_is_kept_or_refused(
+    store: Store, follows: str
+) -> None:
+    outcomes: list[str] = []
+
+    async def follow() -> None:
+        try:
+            if follows == "begins":
+                await store.begin_turn(a_turn("new", parent="a"), now=T0, branches=True)
+            else:
+                await store.add_turns([an_added_turn("new", parent="a")], now=T0)
+            outcomes.append("followed")
+        except (SessionNotFoundError, TurnNotFoundError):
+            outcomes.append("refused")
+
+    async def delete(revision: str) -> None:
+        try:
+            await store.delete_turn("s", "a", now=T0, session_revisions=[revision])
+            outcomes.append("deleted")
+        except TurnInProgressError:
+            outcomes.append("not deleted")
+
+    for first in (0, 1):
+        await store.create_session(a_session(), now=T0)
+        await store.add_turns([an_added_turn("a")], now=T0)
+        revision = revision_of(await store.get_session("s", now=T0))
+        outcomes.clear()
+        async with trio.open_nursery() as nursery:
+            for call in (follow, partial(delete, revision))[:: -1 if first else 1]:
+                nursery.start_soon(call)
+        if "refused" in outcomes:
+            assert sorted(outcomes) == ["deleted", "refused"]
+            assert await store.count_sessions(status=None, now=T0) == 0
+            continue
+        assert "followed" in outcomes
+        assert await names(store) == ["a", "new"]
+        assert (await store.get_turn("s", "a", now=T0)).is_emptied == ("deleted" in outcomes)
+        await store.mark_deleted("s", now=T0)
+        await store.remove_deleted("s")
+
+
+async def test_what_an_earlier_call_has_deleted_and_what_is_not_there_is_not_deleted_alone(store: Store) -> None:
+    await a_tree(store)
+    await store.create_session(a_session("other"), now=T0)
+    before = await contents(store, now=T0)
+    for session_id, turn_id, error in (
+        ("other", "a", TurnNotFoundError),
+        ("none", "a", SessionNotFoundError),
+        ("s", "none", TurnNotFoundError),
+    ):
+        with pytest.raises(error):
+            await store.delete_turn(session_id, turn_id, now=T0)
+    assert await contents(store, now=T0) == before
+
+
 # Items
 
 
@@ -479,13 +674,19 @@ async def test_only_the_owner_of_the_open_turns_deletes(open_shared: OpenStore) 
         await a_tree(store)
         async with open_shared() as owner:
             await owner.begin_turn(a_turn("open", parent="b3"), now=T0)
-            for delete in (store.delete_turns("s", "b", now=T0), store.delete_item("s", "b-out", now=T0)):
+            for delete in (
+                store.delete_turns("s", "b", now=T0),
+                store.delete_item("s", "b-out", now=T0),
+                store.delete_turn("s", "a", now=T0),
+                store.delete_turn("s", "c", now=T0),
+            ):
                 with pytest.raises(OwnedElsewhereError):
                     await delete
             await owner.delete_turns("s", "b", now=T0)
             await owner.delete_item("s", "d-out", now=T0)
         # The owner has died with its turn.
         await store.delete_item("s", "open-in-0", now=at(1))
+        await store.delete_turn("s", "open", now=at(1))
         await store.delete_turns("s", "b3", now=at(1))
         assert await names(store) == ["a", "b2", "d"]
         session = await store.get_session("s", now=at(1))

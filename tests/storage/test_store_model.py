@@ -208,6 +208,24 @@ class Model:
         count = session.message_count - sum(map(_messages_in, gone))
         self.sessions[name] = msgspec.structs.replace(session, head=head, message_count=count)
 
+    def delete_turn(self, name: str, turn_id: str, now: datetime, *, with_session: bool) -> None:
+        session = self.get(name, now)
+        self.check_turn(name, turn_id)
+        below = self.followers(turn_id)
+        self.refuse_open(below)
+        top = below[0]
+        if len(below) > 1:
+            self.turns[turn_id] = rules.emptied(top)
+            self.events.pop(turn_id, None)
+            count = session.message_count - _messages_in(top)
+            self.sessions[name] = msgspec.structs.replace(session, message_count=count)
+            return
+        while top.parent is not None and self.turns[top.parent].is_emptied and len(self.siblings(top)) == 1:
+            top = self.turns[top.parent]
+        self.delete_turns(name, top.id, now)
+        if with_session and all(turn.session_id != name for turn in self.turns.values()):
+            self.remove(name)
+
     def delete_item(self, turn_id: str, name: str, item_id: str, now: datetime) -> None:
         session = self.get(name, now)
         turn = self.turns.get(turn_id)
@@ -372,6 +390,11 @@ class DeleteTurns(msgspec.Struct, frozen=True):
     turn: int
 
 
+class DeleteTurn(msgspec.Struct, frozen=True):
+    turn: int
+    with_session: bool
+
+
 class DeleteItem(msgspec.Struct, frozen=True):
     turn: int
     item: Literal["in-0", "in-1", "out"]
@@ -410,6 +433,7 @@ Step = (
     | Fork
     | Add
     | DeleteTurns
+    | DeleteTurn
     | DeleteItem
     | Start
     | End
@@ -432,6 +456,7 @@ steps = st.one_of(
     st.builds(Fork, picks),
     st.builds(Add, session_ids, st.none() | picks, st.tuples(st.sampled_from(["", "Hi"]), st.just("Ho"))),
     st.builds(DeleteTurns, picks),
+    st.builds(DeleteTurn, picks, st.booleans()),
     st.builds(DeleteItem, picks, st.sampled_from(["in-0", "in-1", "out"])),
     st.builds(Start, picks),
     st.builds(
@@ -511,17 +536,19 @@ class History:
         second = an_added_turn(f"t{number + 1}", parent=first.id, replied=step.texts[1])
         return [msgspec.structs.replace(turn, session_id=step.session_id) for turn in (first, second)]
 
-    def _edit_in_model(self, step: Add | DeleteTurns | DeleteItem) -> object:
+    def _edit_in_model(self, step: Add | DeleteTurns | DeleteTurn | DeleteItem) -> object:
         if isinstance(step, Add):
             return self.model.add(self._added(step), self.now)
         turn = self.picked(step.turn)
         if isinstance(step, DeleteTurns):
             self.model.delete_turns(turn.session_id, turn.id, self.now)
+        elif isinstance(step, DeleteTurn):
+            self.model.delete_turn(turn.session_id, turn.id, self.now, with_session=step.with_session)
         else:
             self.model.delete_item(turn.id, turn.session_id, f"{turn.id}-{step.item}", self.now)
         return None
 
-    async def _edit_in_store(self, step: Add | DeleteTurns | DeleteItem) -> object:
+    async def _edit_in_store(self, step: Add | DeleteTurns | DeleteTurn | DeleteItem) -> object:
         if isinstance(step, Add):
             turns = self._added(step)
             session = await self.store.add_turns(turns, now=self.now)
@@ -530,6 +557,11 @@ class History:
         turn = self.picked(step.turn)
         if isinstance(step, DeleteTurns):
             await self.store.delete_turns(turn.session_id, turn.id, now=self.now)
+        elif isinstance(step, DeleteTurn):
+            revisions = []
+            if step.with_session:
+                revisions.append(rules.revision_of(await self.store.get_session(turn.session_id, now=self.now)))
+            await self.store.delete_turn(turn.session_id, turn.id, now=self.now, session_revisions=revisions)
         else:
             await self.store.delete_item(turn.session_id, f"{turn.id}-{step.item}", now=self.now)
         return None
@@ -606,7 +638,7 @@ class History:
                     return model.begin(self._turn(step), now)
                 case Branch() | Move() | Fork() | BeginEphemeral():
                     return self._tree_in_model(step)
-                case Add() | DeleteTurns() | DeleteItem():
+                case Add() | DeleteTurns() | DeleteTurn() | DeleteItem():
                     return self._edit_in_model(step)
                 case Start(turn):
                     return model.start(self.picked(turn).id, now)
@@ -639,7 +671,7 @@ class History:
                     return begun.session
                 case Branch() | Move() | Fork() | BeginEphemeral():
                     return await self._tree_in_store(step)
-                case Add() | DeleteTurns() | DeleteItem():
+                case Add() | DeleteTurns() | DeleteTurn() | DeleteItem():
                     return await self._edit_in_store(step)
                 case Start(turn):
                     return await store.start_turn(self.picked(turn).id, now=now)

@@ -19,8 +19,8 @@ class Echo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     Attributes:
         conversation: Whether the request named a conversation. Otherwise the session was made for the response, or is
             that of its previous response, and is no conversation of which the caller knows.
-        made_session: Whether the session was made for this response, or for one that it follows: such a session is
-            no conversation, and needs no title.
+        own_session: The public id of the session if that was made for this response, or for one that it follows: such
+            a session is no conversation, needs no title, and goes with its last response. A fork of it has another id.
         tools: As they were given.
         tools_left_out: What the model did not get to know.
         namespaces: The namespace and the name of each function that the model knows by a flat name.
@@ -28,7 +28,7 @@ class Echo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """
 
     conversation: bool = False
-    made_session: bool = False
+    own_session: str | None = None
     previous_response_id: str | None = None
     store: bool = True
     metadata: dict[str, str] = {}

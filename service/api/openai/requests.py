@@ -386,7 +386,7 @@ def turn_of(
     asked: Asked,
     *,
     parent: str | None | UnsetType,
-    made_session: bool,
+    made_session: str | None,
     request_id: str | None,
     key: IdempotencyKey | None,
 ) -> NewTurn:
@@ -395,7 +395,7 @@ def turn_of(
     Args:
         parent: The turn that the new one follows: None for the first turn of a session that is made for it, UNSET for
             the head of a conversation.
-        made_session: Whether the session is made for it, or was for a response that it follows.
+        made_session: The public id of the session if that is made for it, or was for a response that it follows.
     """
     makes_session = parent is None
     return NewTurn(
@@ -407,9 +407,9 @@ def turn_of(
         max_output_tokens=body.max_output_tokens,
         tools=asked.taken.tools,
         options=asked.options,
-        face=msgspec.structs.replace(asked.echo, made_session=made_session).face(),
+        face=msgspec.structs.replace(asked.echo, own_session=made_session).face(),
         ephemeral=not body.is_stored,
-        may_title=not made_session,
+        may_title=made_session is None,
         background=bool(body.background),
         may_leave_out=body.truncation != "disabled",
         creates_session=makes_session,

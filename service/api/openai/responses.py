@@ -48,7 +48,6 @@ from service.errors import (
     BranchLimitError,
     EventsDeletedError,
     InvalidRequestError,
-    ItemNotFoundError,
     OwnerHangsError,
     RepeatedError,
     SessionLimitError,
@@ -60,7 +59,7 @@ from service.errors import (
     TurnLimitError,
     TurnNotFoundError,
 )
-from service.ids import new_session_id, owner_of, scoped
+from service.ids import new_session_id, owner_of, public_id, scoped
 from service.sessions.commands import NewTurn
 from service.sessions.events.streams import StreamSlot
 from service.storage.records import Item, Places, TurnRecord
@@ -300,12 +299,12 @@ class _Place(NamedTuple):
     Attributes:
         session_id: Scoped; a new one for a first response.
         parent: The turn that it follows; None for a first response, UNSET for the head of a conversation.
-        made_session: Whether the session is made for it, or was for a response that it follows.
+        made_session: The session's public id if it is made for the new response, or was for one that this follows.
     """
 
     session_id: str
     parent: str | None | UnsetType
-    made_session: bool
+    made_session: str | None
 
 
 async def _place_of(service: Service, body: CreateResponse) -> _Place:
@@ -321,13 +320,20 @@ async def _place_of(service: Service, body: CreateResponse) -> _Place:
             previous = await _get(service, session_id, turn_id, with_texts=False)
         except TurnNotFoundError:
             raise PreviousResponseNotFoundError(body.previous_response_id) from None
-        return _Place(session_id, turn_id, made_session=Echo.of_face(previous.face).made_session)
+        made_session = public_id(session_id) if _was_made_for(previous) else None
+        return _Place(session_id, turn_id, made_session)
     if body.conversation_name is not None:
         public = public_session_id_of(body.conversation_name)
         if public is None:
             raise ConversationNotFoundError(body.conversation_name, param="conversation")
-        return _Place(scoped(owner, public), UNSET, made_session=False)
-    return _Place(scoped(owner, new_session_id()), None, made_session=True)
+        return _Place(scoped(owner, public), UNSET, None)
+    public = new_session_id()
+    return _Place(scoped(owner, public), None, public)
+
+
+def _was_made_for(record: TurnRecord) -> bool:
+    """Whether a response's session was made for it, or for one that it follows."""
+    return Echo.of_face(record.face).own_session == public_id(record.session_id)
 
 
 async def _find(service: Service, name: str) -> tuple[str, str]:
@@ -350,7 +356,7 @@ async def _get(service: Service, session_id: str, turn_id: str, *, with_texts: b
         record = await service.sessions.get_turn(session_id, turn_id, with_texts=with_texts)
     except _NOT_FOUND:
         raise ResponseNotFoundError(response_id(turn_id)) from None
-    if not (record.input or record.output or record.is_open):
+    if record.is_emptied:
         raise ResponseNotFoundError(response_id(turn_id))
     return record
 
@@ -418,30 +424,22 @@ async def _stream(service: Service, name: str, face: _Responses) -> TrioResponse
 async def delete_response(response_id: str) -> TrioResponse:
     """Delete a response. One that is queued or in progress is cancelled first.
 
-    Responses that follow it stay, without what the deleted one said. A conversation to which it belonged stays.
+    Responses that follow it stay as they are; what the deleted one said is in no later prompt. While one of them is
+    queued or in progress the answer is 400 `conversation_locked`. A conversation to which it belonged stays. A session
+    that was made for responses goes with the last of them.
     """
     service = current_service()
     session_id, turn_id = await _find(service, response_id)
     sessions = service.sessions
     allow_longer_answer(by_s=sessions.cancel_timeout_s + service.settings.store_timeout_s)
-    record = await _get(service, session_id, turn_id)
+    record = await _get(service, session_id, turn_id, with_texts=False)
     if record.is_open:
-        record = await sessions.cancel_turn(session_id, turn_id)
+        await sessions.cancel_turn(session_id, turn_id)
     try:
-        if not await sessions.delete_turn(session_id, turn_id, unless_followed=True):
-            await _delete_items(service, record)
+        await sessions.delete_turn_alone(session_id, turn_id, with_session=_was_made_for(record))
     except _NOT_FOUND:
         pass  # another call has deleted it meanwhile; or it was ephemeral
     return json_response(DeletedResponse(id=response_id))
-
-
-async def _delete_items(service: Service, record: TurnRecord) -> None:
-    """Delete all that a turn says, which others follow. A turn without items is no response any more."""
-    for item in (*record.output, *record.input):
-        try:
-            await service.sessions.delete_item(record.session_id, item.id)
-        except ItemNotFoundError:
-            pass  # deleted with the call that it answers, or by another call
 
 
 @blueprint.post("/v1/responses/<response_id>/cancel")

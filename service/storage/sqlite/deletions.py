@@ -14,9 +14,19 @@ import msgspec
 
 from service.errors import ItemNotFoundError, TurnInProgressError, TurnNotFoundError
 from service.storage import rules
-from service.storage.pieces import text_of
+from service.storage.pieces import pack, text_of
 from service.storage.records import Item, TurnRecord, count_messages
-from service.storage.sqlite import documents, event_pages, reclaim, recovery, sessions, tree_changes, trees, turns
+from service.storage.sqlite import (
+    documents,
+    event_pages,
+    reclaim,
+    recovery,
+    removals,
+    sessions,
+    tree_changes,
+    trees,
+    turns,
+)
 from service.storage.sqlite.ownership import Ownership
 from service.storage.sqlite.rows import TURN_COLUMNS, Row, input_of, items_of, values_of
 from service.storage.sqlite.tree_changes import Part, Progress
@@ -26,6 +36,7 @@ RECLAIM_S = 0.005
 large leave the file in its transaction. The housekeeping does the rest."""
 _TAKEN = "key, id, ordinal, owner, parent, input, deleted_items, output, output_bytes IS NOT NULL"
 _ROOT = f"SELECT {_TAKEN} FROM shown_turns WHERE id = ? AND session = ?"
+_EMPTIED = f"{_ROOT} AND events_deleted AND ordinal < ?"
 _NEWER_FIRST = (
     "SELECT id, ordinal, instr(input, :item) > 0 OR instr(output, :item) > 0 FROM shown_turns "
     "WHERE session = :session AND ordinal < :below ORDER BY ordinal DESC"
@@ -34,6 +45,10 @@ _OPEN = "SELECT id FROM turns WHERE owner = ? AND session = ?"
 _IS_OPEN = "SELECT owner IS NOT NULL FROM turns WHERE id = ? AND session = ?"
 _FOUND = f"{TURN_COLUMNS}, key, ordinal"
 _GET = f"SELECT {_FOUND} FROM shown_turns WHERE id = ? AND session = ?"
+_EMPTY = (
+    "UPDATE turns SET input = '[]', output = '[]', options = NULL, runs = ?, output_bytes = NULL, text_length = NULL, "
+    "message_items = 0, message_bytes = 0 WHERE key = ?"
+)
 _KEPT = (*("input", "output", "runs", "output_bytes", "text_length", "message_items", "message_bytes"),)
 _KEEP = f"UPDATE turns SET {', '.join(f'{name} = :{name}' for name in _KEPT)} WHERE key = :key"
 
@@ -59,6 +74,7 @@ class FollowersRead:
 
     Attributes:
         session_id: The session.
+        turn_id: The turn.
         parts: The turns, the first one first.
         messages: How many messages they have.
         open_turn: One of them that is open, if there is one.
@@ -76,7 +92,7 @@ class FollowersRead:
         self.parent: str | None = None
         self.ordinal = 0
         self.version: _Version | None = None
-        self._turn_id = turn_id
+        self.turn_id = turn_id
         self._now = now
         self._following: list[tuple[str, int]] = []
         """Turns, each with the ordinal after which its further children come."""
@@ -97,24 +113,103 @@ class FollowersRead:
         self.is_complete = True
 
     def _begin(self, db: apsw.Connection, kept: sessions.StoredSession) -> None:
-        row: Row | None = db.execute(_ROOT, (self._turn_id, kept.key)).fetchone()
+        row: Row | None = db.execute(_ROOT, (self.turn_id, kept.key)).fetchone()
         if row is None:
-            raise TurnNotFoundError(self._turn_id)
+            raise TurnNotFoundError(self.turn_id)
         self.version = _version_of(kept)
         self.parts, self.messages, self.open_turn, self._following = [], 0, None, []
         self.ordinal, self.parent = row[2], row[4]
         self._take(row)
 
     def _take(self, row: Row) -> None:
-        key, turn_id, _, owner, _, said, deleted, replied, is_paged = row
-        output = items_of(replied)
-        if is_paged:  # the texts are elsewhere: each message has one
-            output = tuple(msgspec.structs.replace(item, text="…") for item in output)
+        key, turn_id, _, owner, *_ = row
         self.parts.append(Part(key))
-        self.messages += count_messages(input_of(said, deleted)) + count_messages(output)
+        self.messages += _count_messages(row)
         self._following.append((turn_id, -1))
         if owner is not None:
             self.open_turn = turn_id
+
+
+class EndOfBranchRead(FollowersRead):
+    """Finds a turn, and if none follows it the emptied turns right above it that no other turn follows.
+
+    ``parts`` are these turns, the last one first; ``parent`` and ``ordinal`` are those of the first of them.
+
+    Attributes:
+        is_followed: Whether turns follow the turn; then the turn is the only part.
+    """
+
+    is_followed = False
+
+    def read_some(self, db: apsw.Connection) -> None:
+        kept = sessions.visible(db, self.session_id, self._now)
+        if self.version != _version_of(kept):
+            self._begin(db, kept)
+            self.is_followed = trees.has_child(db, kept.key, self.turn_id)
+        deadline = time.monotonic() + turns.STEP_S
+        while not self.is_followed and self.parent is not None and self._goes_too(db, kept.key, self.parent):
+            if time.monotonic() >= deadline:
+                return
+        self.is_complete = True
+
+    def _goes_too(self, db: apsw.Connection, session: int, above: str) -> bool:
+        """Take the next turn above, if it is emptied and nothing else follows it. Returns whether it is taken."""
+        row: Row | None = db.execute(_EMPTIED, (above, session, self.ordinal)).fetchone()
+        if row is None or trees.has_child(db, session, above, besides=self.ordinal):
+            return False
+        *_, said, deleted, replied, _ = row
+        if input_of(said, deleted) or items_of(replied):
+            return False
+        self.ordinal, self.parent = row[2], row[4]
+        self.parts.append(Part(row[0]))
+        return True
+
+
+def _count_messages(row: Row) -> int:
+    """The messages, calls and outputs of the turn of a row with the columns ``_TAKEN``."""
+    *_, said, deleted, replied, is_paged = row
+    output = items_of(replied)
+    if is_paged:  # the texts are elsewhere: each message has one
+        output = tuple(msgspec.structs.replace(item, text="…") for item in output)
+    return count_messages(input_of(said, deleted)) + count_messages(output)
+
+
+def delete_turn(
+    db: apsw.Connection,
+    *,
+    read: EndOfBranchRead,
+    change: int,
+    progress: Progress,
+    owners: Ownership,
+    now: datetime,
+    session_revisions: Collection[str],
+) -> Progress:
+    """Do one step of the deletion of one turn. Where turns follow it there is one step, which empties it."""
+    if read.is_followed:
+        return _empty(db, read, change, owners, now)
+    progress = delete_turns(db, read=read, change=change, progress=progress, owners=owners, now=now)
+    if progress.is_done and session_revisions:
+        kept = sessions.visible(db, read.session_id, now)
+        if rules.revision_of(kept.record) in session_revisions and not trees.has_turns(db, kept.key):
+            removals.hide(db, kept.key)
+    return progress
+
+
+def _empty(db: apsw.Connection, read: EndOfBranchRead, change: int, owners: Ownership, now: datetime) -> Progress:
+    kept = sessions.visible(db, read.session_id, now)
+    if _recover(db, kept, owners, now) or read.version != _version_of(kept):
+        return tree_changes.give_up(db, change)
+    if still_open := _open_follower(db, kept, read.turn_id, read.ordinal, owners.fence):
+        raise TurnInProgressError(still_open, instead=rules.INSTEAD_OF_DELETING)
+    if not trees.has_child(db, kept.key, read.turn_id):  # an ephemeral one has ended since
+        return tree_changes.give_up(db, change)
+    row: Row = db.execute(_ROOT, (read.turn_id, kept.key)).fetchone()  # type: ignore[assignment]
+    key = row[0]
+    event_pages.drop_all(db, key)
+    db.execute(_EMPTY, (pack(rules.events_at_once(())), key))
+    documents.change_turn(db, key, kept.key, ())
+    _note(db, kept, messages=_count_messages(row), head=kept.record.head)
+    return Progress(is_done=True)
 
 
 def delete_turns(
@@ -270,7 +365,7 @@ def delete_item(
     item = search.turn.find_item(search.item_id)
     if search.version != _version_of(kept) or found is None or item is None:
         return tree_changes.give_up(db, change)
-    if still_open := _open_follower(db, kept, found, owners.fence):
+    if still_open := _open_follower(db, kept, found.turn.id, found.ordinal, owners.fence):
         raise TurnInProgressError(still_open, instead=rules.INSTEAD_OF_DELETING)
     if found.turn != search.turn:  # it has ended since, and the terms are not its own
         return tree_changes.give_up(db, change)
@@ -300,16 +395,18 @@ def _find(db: apsw.Connection, session_id: str, session: int, turn_id: str) -> _
     return None if row is None else _Found(event_pages.record_of(db, session_id, row[:-2]), row[-2], row[-1])
 
 
-def _open_follower(db: apsw.Connection, kept: sessions.StoredSession, found: _Found, fence: int) -> str | None:
+def _open_follower(
+    db: apsw.Connection, kept: sessions.StoredSession, turn_id: str, ordinal: int, fence: int
+) -> str | None:
     """An open turn that is this turn or follows it. One whose path is long counts as a follower."""
     looked_at = 0
     rows: list[Row] = db.execute(_OPEN, (fence, kept.key)).fetchall() if kept.record.open_turns else []
     for (open_id,) in rows:
         for row in turns.path_down(db, kept.key, open_id, "id, parent"):
             looked_at += 1
-            if row[0] == found.turn.id or looked_at > rules.PATHS_LOOKED_AT_MAX:
+            if row[0] == turn_id or looked_at > rules.PATHS_LOOKED_AT_MAX:
                 return str(open_id)
-            if row[-2] < found.ordinal:
+            if row[-2] < ordinal:
                 break
     return None
 
@@ -321,9 +418,7 @@ def _delete_from(db: apsw.Connection, found: _Found, item_ids: Collection[str]) 
     if turn.events_deleted:
         runs = rules.events_at_once(turn.output)
         values |= event_pages.end_columns(turn, runs)
-        event_pages.drop(db, found.key)
-        event_pages.note_deleted(db, found.key)
-        db.execute("DELETE FROM events WHERE turn = ?", (found.key,))
+        event_pages.drop_all(db, found.key)
         if not values["runs"]:
             text = text_of(runs, [item.text for item in turn.output])
             event_pages.keep(db, found.key, runs, text, after=0)

@@ -67,9 +67,11 @@ def keep(db: apsw.Connection, turn: int, runs: Sequence[Run], text: str, *, afte
         after += pieces.count(part)
 
 
-def note_deleted(db: apsw.Connection, turn: int) -> None:
-    """Note that a turn has lost its events, with a text that was deleted."""
+def drop_all(db: apsw.Connection, turn: int) -> None:
+    """Delete the events of a turn with the texts in them, and note it: a text of the reply was deleted."""
+    drop(db, turn)
     db.execute(_NOTE_DELETED, (turn,))
+    db.execute("DELETE FROM events WHERE turn = ?", (turn,))
 
 
 def drop(db: apsw.Connection, turn: int) -> None:

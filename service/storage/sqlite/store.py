@@ -339,6 +339,23 @@ class SqliteStore:
             step = partial(deletions.delete_turns, read=read, owners=self._ownership, now=now)
             is_done = (await self._change(step, Progress(), makes_space=True)).is_done
 
+    async def delete_turn(
+        self, session_id: str, turn_id: str, *, now: datetime, session_revisions: Collection[str] = ()
+    ) -> None:
+        is_done: bool | None = False
+        while not is_done:  # again if the tree has changed meanwhile
+            read = deletions.EndOfBranchRead(session_id, turn_id, now)
+            while not read.is_complete:
+                await self._reading.call(read.read_some)
+            step = partial(
+                deletions.delete_turn,
+                read=read,
+                owners=self._ownership,
+                now=now,
+                session_revisions=session_revisions,
+            )
+            is_done = (await self._change(step, Progress(), makes_space=True)).is_done
+
     async def find_item(self, session_id: str, item_id: str, *, now: datetime) -> TurnRecord:
         search = await self._search_item(session_id, item_id, now, with_answers=False)
         if search.turn is None:

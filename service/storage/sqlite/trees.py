@@ -56,6 +56,16 @@ def add_sibling(db: apsw.Connection, session: int, parent: str | None, ordinal: 
     return Siblings(place, count + 1)
 
 
+def has_child(db: apsw.Connection, session: int, parent: str, *, besides: int = -1) -> bool:
+    """Whether any turn follows a turn; ``besides`` is the ordinal of one that does not count."""
+    return db.execute(_OTHER_CHILD, (session, parent, besides)).fetchone() is not None
+
+
+def has_turns(db: apsw.Connection, session: int) -> bool:
+    """Whether a session has any turn."""
+    return db.execute("SELECT 1 FROM shown_turns WHERE session = ? LIMIT 1", (session,)).fetchone() is not None
+
+
 def children_of(db: apsw.Connection, session: int, parent: str, columns: str, *, after: int) -> Iterator[Row]:
     """The children of a turn after an ordinal, in their order."""
     # With an order SQLite takes several times as long, and most turns have one child.

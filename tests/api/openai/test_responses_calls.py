@@ -336,6 +336,106 @@ async def test_a_deleted_response_is_gone_and_those_that_follow_it_stay(autojump
         error_of(await get(api, third["id"]), 404, "response_not_found")
 
 
+async def sessions_of(api: Api) -> list[str]:
+    return [session["id"] for session in (await api.call("GET", "/sessions")).json["data"]]
+
+
+async def delete(api: Api, *names: str) -> None:
+    for name in names:
+        assert (await api.call("DELETE", f"{PATH}/{name}")).json["deleted"] is True
+
+
+async def test_a_deleted_response_changes_nothing_of_those_that_follow_it(autojump_clock: MockClock) -> None:
+    async with open_api(model_url=CALLING) as api:
+        first = (await create(api, "The weather?", tools=[TOOL], instructions="secret")).json
+        (call,) = first["output"]
+        output = {"type": "function_call_output", "call_id": call["call_id"], "output": "4 °C"}
+        second = (await create(api, [output], previous_response_id=first["id"], tools=[TOOL])).json
+        items = (await get(api, second["id"], "/input_items")).json
+        await delete(api, first["id"])
+        assert (await get(api, second["id"], "/input_items")).json == items
+        assert (await get(api, second["id"])).json == second
+        emptied = (await api.call("GET", f"/sessions/{first['lastcall']['session_id']}/turns")).json["data"][0]
+        assert "secret" not in json.dumps(emptied)
+        assert (emptied["state"], emptied["text"], "items" in emptied) == ("completed", "", False)
+        third = (await create(api, "And?", previous_response_id=second["id"])).json
+        assert third["status"] == "completed"
+
+
+async def test_a_response_is_not_deleted_while_one_that_follows_it_is_in_progress(autojump_clock: MockClock) -> None:
+    async with open_api(model_url="scripted:?tokens=5&rate=1&first_token_s=0") as api:
+        first = (await create(api)).json
+        live = (await create(api, previous_response_id=first["id"], background=True)).json
+        refused = await api.call("DELETE", f"{PATH}/{first['id']}")
+        assert live["id"] in error_of(refused, 400, "conversation_locked", "conversation")
+        assert (await get(api, first["id"])).json == first
+        await delete(api, live["id"], first["id"])
+        assert await sessions_of(api) == []
+
+
+async def test_no_session_is_left_of_responses_that_are_all_deleted(autojump_clock: MockClock) -> None:
+    async with open_api() as api:
+        single = (await create(api)).json["id"]
+        await delete(api, single)
+        assert await sessions_of(api) == []
+        for order in ((0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2)):
+            names = [(await create(api)).json["id"]]
+            for parent in (0, 1, 1):
+                names.append((await create(api, previous_response_id=names[parent])).json["id"])
+            for index in order:
+                assert len(await sessions_of(api)) == 1
+                await delete(api, names[index])
+                error_of(await get(api, names[index]), 404, "response_not_found")
+            assert await sessions_of(api) == []
+
+
+async def test_a_session_that_a_user_made_or_changed_stays_without_responses(autojump_clock: MockClock) -> None:
+    async with open_api() as api:
+        conversation = (await api.call("POST", "/v1/conversations", {})).json["id"]
+        await delete(api, (await create(api, conversation=conversation)).json["id"])
+        assert (await api.call("GET", f"/v1/conversations/{conversation}")).status == 200
+        response = (await create(api)).json
+        session = f"/sessions/{response['lastcall']['session_id']}"
+        fork = (await api.call("POST", f"{session}/fork", {})).json
+        await delete(api, f"resp_{fork['head'].removeprefix('turn_')}")
+        assert (await api.call("GET", f"/sessions/{fork['id']}")).json["head"] is None
+        assert (await api.call("PATCH", session, {"title": "Mine"})).status == 200
+        await delete(api, response["id"])
+        assert (await api.call("GET", session)).json["head"] is None
+        beside = (await create(api)).json
+        session = f"/sessions/{beside['lastcall']['session_id']}"
+        native = (await api.call("POST", f"{session}/turns", {"input": "Hi", "parent": None})).json
+        await delete(api, beside["id"])
+        assert (await api.call("GET", f"{session}/turns/{native['id']}")).status == 200
+
+
+async def test_a_response_that_comes_beside_the_deletion_of_its_previous_one_is_kept_or_refused(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_api(model_url="scripted:?tokens=2&rate=0&first_token_s=0") as api:
+        for deletes_first in (False, True):
+            name = (await create(api)).json["id"]
+            replies: dict[str, Reply] = {}
+
+            async def follow(name: str = name, replies: dict[str, Reply] = replies) -> None:
+                replies["follows"] = await create(api, previous_response_id=name)
+
+            async def leave_out(name: str = name, replies: dict[str, Reply] = replies) -> None:
+                replies["deletes"] = await api.call("DELETE", f"{PATH}/{name}")
+
+            async with trio.open_nursery() as nursery:
+                for call in (leave_out, follow) if deletes_first else (follow, leave_out):
+                    nursery.start_soon(call)
+            if replies["follows"].status == 200:
+                follower = replies["follows"].json["id"]
+                assert (await get(api, follower)).json["status"] == "completed"
+                await delete(api, follower, *([] if replies["deletes"].status == 200 else [name]))
+            else:
+                error_of(replies["follows"], 400, "previous_response_not_found", "previous_response_id")
+                assert replies["deletes"].status == 200
+            assert await sessions_of(api) == []
+
+
 async def test_a_deletion_during_a_live_response_ends_its_streams(autojump_clock: MockClock) -> None:
     async with open_api(model_url=SLOW) as api:
         name = (await create(api, background=True)).json["id"]

@@ -16,7 +16,7 @@ from service.models.client import (
 )
 from service.sessions.turns.prompt import BEGINNING_LEFT_OUT, NOT_ANSWERED
 from service.storage.records import Failure, Item, LeftOut, TurnRecord, TurnState
-from service.storage.rules import TURN_BYTES
+from service.storage.rules import TURN_BYTES, emptied
 from tests.sessions.turns.prompts import build_prompt
 from tests.storage.rows import T0
 
@@ -128,6 +128,26 @@ def test_outputs_follow_their_calls_in_the_order_of_the_calls_and_before_a_text(
     first = done([asks("a")], says("Let me look."), calls("1"), calls("2"))
     last = turn("running", [asks("and"), brings("2"), brings("1")])
     assert asked(first, last) == ["u: a", "a: Let me look.", "call 1", "call 2", "1: out", "2: out", "u: and"]
+
+
+@pytest.mark.parametrize(
+    ("gone", "prompt"),
+    [
+        (0, ["u: [Output of the call 1]\nout", "call 2", "2: out", "a: B", "u: now"]),
+        (1, ["u: a", "call 1", f"1: {NOT_ANSWERED}", "u: [Output of the call 2]\nout", "a: B", "u: now"]),
+        (2, ["u: a", "call 1", "1: out", "call 2", f"2: {NOT_ANSWERED}", "u: now"]),
+    ],
+)
+def test_a_turn_that_is_emptied_leaves_no_call_and_no_output_alone(gone: int, prompt: list[str]) -> None:
+    path = [
+        done([asks("a")], calls("1")),
+        done([brings("1")], calls("2")),
+        done([brings("2")], says("B")),
+        LAST,
+    ]
+    path[gone] = emptied(path[gone])
+    assert asked(*path) == prompt
+    assert asked(*map(emptied, path[:-1]), LAST) == ["u: now"]
 
 
 def test_a_prompt_may_end_with_outputs() -> None:

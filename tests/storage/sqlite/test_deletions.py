@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import apsw
+import msgspec
 import pytest
 import trio
 
 from service.errors import ItemNotFoundError, StoreError, TurnNotFoundError
 from service.storage.pieces import STARTED, Run
 from service.storage.records import IdempotencyKey, Siblings, TurnRecord
+from service.storage.rules import revision_of
 from service.storage.sqlite import (
     SqliteStore,
     deletions,
@@ -21,6 +23,7 @@ from service.storage.sqlite import (
     maintenance,
     open_sqlite_store,
     reclaim,
+    removals,
     tree_changes,
     turns,
     writer,
@@ -365,6 +368,79 @@ async def test_an_addition_whose_parent_is_deleted_meanwhile_is_refused_as_a_who
         await reclaim_all(store)
     assert maintenance.check(path) == []
     assert rows_in(path)["turns"] == 11
+
+
+async def a_long_turn(store: Store) -> None:
+    """A turn with very many items and a long reply, and one that follows it."""
+    await store.create_session(a_session(), now=T0)
+    turn = a_turn("a", texts=[f"secret {n}" for n in range(3500)])
+    await store.begin_turn(turn, now=T0)
+    await store.end_turn(ended(turn, text=LONG), runs=(Run(STARTED), *said(LONG)), now=T0)
+    await store.add_turns([an_added_turn("b", parent="a")], now=T0)
+
+
+async def test_a_turn_of_very_many_items_is_emptied_by_one_step(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Writer, "run_housekeeping", lambda _, *, idle: False)  # noqa: ARG005
+    async with open_sqlite_store(path) as store:
+        await a_long_turn(store)
+        commits = store.writer.commits
+        await store.delete_turn("s", "a", now=T0)
+        assert store.writer.commits == commits + 1
+        assert (await store.get_session("s", now=T0)).message_count == 2
+        assert await found_by(store, "secret") == []
+        assert "secret" not in texts_in(path)
+    assert maintenance.check(path) == []
+
+
+@pytest.mark.parametrize("turn_id", ["a", "b"])
+async def test_a_deletion_of_a_turn_alone_that_fails_in_its_midst_changes_nothing(
+    path: Path, monkeypatch: pytest.MonkeyPatch, turn_id: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise StoreError("The disk is full.")
+
+    async with open_sqlite_store(path) as store:
+        await a_long_turn(store)
+        before = await contents(store, now=T0)
+        revision = revision_of(await store.get_session("s", now=T0))
+        delete = partial(store.delete_turn, "s", turn_id, now=T0, session_revisions=[revision])
+        if turn_id == "b":
+            await store.delete_turn("s", "a", now=T0)
+            before = await contents(store, now=T0)
+        last: tuple[Any, str] = (documents, "change_turn") if turn_id == "a" else (removals, "hide")
+        for module, name in ((deletions, "_note"), last):
+            with monkeypatch.context() as patched:
+                patched.setattr(module, name, fail)
+                with pytest.raises(StoreError):
+                    await delete()
+            assert await contents(store, now=T0) == before
+            await reclaim_all(store)
+            assert await contents(store, now=T0) == before
+        await delete()
+        assert await contents(store, now=T0) != before
+        await reclaim_all(store)
+    assert maintenance.check(path) == []
+
+
+@pytest.mark.usefixtures("in_the_smallest_steps")
+async def test_a_turn_alone_is_looked_for_anew_if_its_follower_is_gone_meanwhile(path: Path) -> None:
+    async with open_sqlite_store(path) as store:
+        await a_tree(store)
+        turn = msgspec.structs.replace(a_turn("e", parent="d"), ephemeral=True)
+        await store.begin_turn(turn, now=T0)
+        read = deletions.EndOfBranchRead("s", "d", T0)
+        while not read.is_complete:
+            await store._reading.call(read.read_some)
+        assert read.is_followed
+        await store.end_turn(ended(turn), runs=(), now=T0)
+        step = partial(deletions.delete_turn, read=read, owners=store._ownership, now=T0, session_revisions=())
+        progress = await store._writing.call(
+            partial(step, change=tree_changes.new_key(), progress=tree_changes.Progress())
+        )
+        assert progress == tree_changes.Progress(is_done=False)
+        await store.delete_turn("s", "d", now=T0)
+        with pytest.raises(TurnNotFoundError):
+            await store.get_turn("s", "d", now=T0)
 
 
 async def test_an_export_has_no_deleted_turn(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

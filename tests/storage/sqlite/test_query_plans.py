@@ -8,9 +8,10 @@ import apsw
 import msgspec
 import pytest
 
-from service.errors import RepeatedError
+from service.errors import RepeatedError, SessionNotFoundError
 from service.storage.page_cursor import TurnPosition, encode_cursor
 from service.storage.records import IdempotencyKey, Item, Places, SessionPatch, Siblings, TurnRecord
+from service.storage.rules import revision_of
 from service.storage.sqlite import SqliteStore, database, open_sqlite_store, reclaim
 from service.storage.sqlite.reclaim import reclaim_some
 from service.storage.sqlite.writer import Writer
@@ -86,6 +87,18 @@ async def _delete_a_call(store: SqliteStore) -> None:
     await store.delete_item("sess_000105", "c", now=T0)
 
 
+async def _delete_a_turn_alone(store: SqliteStore) -> None:
+    """The last turn of a session, which goes too, with the emptied turns above it."""
+    chain = [an_added_turn(f"one{n}", parent=f"one{n - 1}" if n else None) for n in range(3)]
+    await store.create_session(a_session("one"), now=T0)
+    await store.add_turns([msgspec.structs.replace(turn, session_id="one") for turn in chain], now=T0)
+    revision = revision_of(await store.get_session("one", now=T0))
+    for turn in chain:
+        await store.delete_turn("one", turn.id, now=T0, session_revisions=[revision])
+    with pytest.raises(SessionNotFoundError):
+        await store.get_session("one", now=T0)
+
+
 CALLS: dict[str, Callable[[SqliteStore], Awaitable[object]]] = {
     "create": lambda store: store.create_session(a_session("new"), now=T0),
     "create over an expired one": lambda store: store.create_session(a_session("sess_000000"), now=LATE),
@@ -124,6 +137,8 @@ CALLS: dict[str, Callable[[SqliteStore], Awaitable[object]]] = {
     "end an ephemeral session": lambda store: store.end_turn(ended(_ephemeral("alone")), runs=(), now=T0),
     "delete an item": lambda store: store.delete_item("sess_000100", "added-out", now=T0),
     "delete a call": _delete_a_call,
+    "delete a turn that another follows": lambda store: store.delete_turn("sess_000106", "turn_000106_0", now=T0),
+    "delete a turn alone": _delete_a_turn_alone,
     "delete turns": lambda store: store.delete_turns("sess_000100", "added", now=T0),
     "get turn": lambda store: store.get_turn("sess_000100", "turn_000100_1", now=T0),
     "events": lambda store: store.read_events("sess_000100", "turn_000100_1"),
@@ -297,6 +312,17 @@ async def test_the_work_of_a_listing_does_not_grow_with_the_sessions_of_other_ow
 
 MIDDLE = 40
 """A turn in the middle of the smaller one of the two sessions."""
+
+
+async def _delete_alone(store: SqliteStore) -> None:
+    """A turn that another one follows, and then the other one, with what is left of the first."""
+    for name, parent in (("first", f"turn_{MIDDLE}"), ("second", "first")):
+        await store.add_turns([_in_tree(an_added_turn(name, parent=parent))], now=T0)
+    revision = revision_of(await store.get_session(TREE, now=T0))
+    for name in ("first", "second"):
+        await store.delete_turn(TREE, name, now=T0, session_revisions=[revision])
+
+
 TREE_CALLS: dict[str, Callable[[SqliteStore], Awaitable[object]]] = {
     "follow": lambda store: store.begin_turn(a_turn("f", TREE, parent="turn_newest"), now=T0),
     "retry": lambda store: store.begin_turn(a_turn("r", TREE, parent=f"turn_{MIDDLE}"), now=T0, branches=True),
@@ -309,6 +335,7 @@ TREE_CALLS: dict[str, Callable[[SqliteStore], Awaitable[object]]] = {
     "turns": lambda store: store.list_turns(TREE, limit=20, after=_after(MIDDLE), now=T0),
     "add": lambda store: store.add_turns([_in_tree(an_added_turn("added", parent=f"turn_{MIDDLE}"))], now=T0),
     "delete": lambda store: store.delete_turns(TREE, "added", now=T0),
+    "delete alone": _delete_alone,
     "move the head": lambda store: store.update_session(
         TREE, SessionPatch(head="turn_0", seen_head=f"turn_{MIDDLE}"), now=T0
     ),
