@@ -68,7 +68,7 @@ from service.storage.records import (
     TreeNode,
     TurnRecord,
 )
-from service.storage.rules import INSTEAD_OF_DELETING, has_settings, revision_of
+from service.storage.rules import INSTEAD_OF_DELETING, has_settings, revision_of, with_added
 from service.storage.store import Store
 from service.storage.store_deadline import answered_in_turn, answered_within
 
@@ -141,8 +141,14 @@ class Sessions:
 
     # Sessions
 
-    async def create_session(self, new: NewSession, *, key: IdempotencyKey | None = None) -> SessionRecord:
+    async def create_session(
+        self, new: NewSession, *, items: Sequence[Item] = (), key: IdempotencyKey | None = None
+    ) -> SessionRecord:
         """Create a session; with a key that an earlier call had, return the session which that call has created.
+
+        Args:
+            items: Those of a conversation, which the session has from its beginning on: all of them, or there is no
+                session.
 
         Raises:
             KeyReusedError, MadeIsGoneError
@@ -151,19 +157,24 @@ class Sessions:
             SessionLimitError, ShuttingDownError
         """
         try:
-            return await self._keyed_calls.once(key, partial(self._create_session, new, key))
+            return await self._keyed_calls.once(key, partial(self._create_session, new, items, key))
         except RepeatedError as error:
             return await self._session_made_before(error)
 
-    async def _create_session(self, new: NewSession, key: IdempotencyKey | None, within_s: float) -> SessionRecord:
+    async def _create_session(
+        self, new: NewSession, items: Sequence[Item], key: IdempotencyKey | None, within_s: float
+    ) -> SessionRecord:
         self.drain.check_accepting()
         now = self._clock()
         session = new.record(now=now, settings=self._settings)
         if session.model is not None:
             self._client_for(session.model)  # an unknown model is refused now, not at the first turn
+        turns = NewItems(items=tuple(items)).records(session, now=now, settings=self._settings)
+        if turns:
+            session = with_added(session, turns, now)
         has_all = within_s >= self._settings.store_timeout_s
         with self.pending_writes.writing(within_s=within_s, late_is_refused=has_all):
-            await self._store.create_session(session, now=now, key=key)
+            await self._store.create_session(session, now=now, key=key, added=turns)
         return session
 
     async def fork_session(

@@ -131,10 +131,41 @@ class MemoryStore:
 
     # Sessions
 
-    async def create_session(self, session: SessionRecord, *, now: datetime, key: IdempotencyKey | None = None) -> None:
+    async def create_session(
+        self,
+        session: SessionRecord,
+        *,
+        now: datetime,
+        key: IdempotencyKey | None = None,
+        added: Sequence[TurnRecord] = (),
+    ) -> None:
         await anyio.lowlevel.checkpoint()
         self._check_key(key, now)
-        self._keep_key(key, self._add(session, now))
+        if added:
+            await self._add_with_turns(session, await in_steps(_with_events(added)), now, key)
+        else:
+            self._keep_key(key, self._add(session, now))
+
+    async def _add_with_turns(
+        self,
+        session: SessionRecord,
+        turns: Sequence[KeptTurn],
+        now: datetime,
+        key: IdempotencyKey | None,
+        *,
+        check: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Add a session with turns that have ended. ``check`` refuses it at last."""
+        title_document = self._documents.reserve()
+        async with self._prepared(turns):
+            check()
+            self._check_key(key, now)
+            added = self._add(session, now, title_document=title_document)
+        self._keep_key(key, added)
+        for turn in turns:
+            added.add(turn)
+        self._turns |= {turn.record.id: turn for turn in added.turns}
+        self._publish(added, *turns)
 
     async def fork_session(
         self, source_id: str, *, at: str | None, copy_id: str, now: datetime, key: IdempotencyKey | None = None
@@ -159,16 +190,9 @@ class MemoryStore:
             await self._let_others_run(source_id, after=len(copies), edits=edits, now=now)
         session = forked_session(source, path, head=copies[-1].id if copies else None, copy_id=copy_id, now=now)
         turns = [KeptTurn(it, old.pages, old.kept) for it, old in zip(copies, reversed(kept), strict=True)]
-        title_document = self._documents.reserve()
-        async with self._prepared(turns):
-            self._check_unchanged(source_id, edits, now)
-            self._check_key(key, now)
-            copy = self._add(session, now, title_document=title_document)
-        self._keep_key(key, copy)
-        for turn in turns:
-            copy.add(turn)
-        self._turns |= {turn.record.id: turn for turn in copy.turns}
-        self._publish(copy, *turns)
+        await self._add_with_turns(
+            session, turns, now, key, check=partial(self._check_unchanged, source_id, edits, now)
+        )
         return session
 
     async def get_session(self, session_id: str, *, now: datetime) -> SessionRecord:

@@ -91,8 +91,19 @@ class Store(Protocol):
 
     # Sessions
 
-    async def create_session(self, session: SessionRecord, *, now: datetime, key: IdempotencyKey | None = None) -> None:
+    async def create_session(
+        self,
+        session: SessionRecord,
+        *,
+        now: datetime,
+        key: IdempotencyKey | None = None,
+        added: Sequence[TurnRecord] = (),
+    ) -> None:
         """Add a session. An expired one of the same id is replaced, with all that belongs to it.
+
+        Args:
+            added: The session's turns, complete at once, as :meth:`add_turns` takes them; the first one has no parent.
+                ``session`` counts them already (:func:`~service.storage.rules.with_added`). All appear together.
 
         Raises:
             RepeatedError

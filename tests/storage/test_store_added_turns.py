@@ -7,13 +7,15 @@ import trio
 from service.errors import (
     HeadMovedError,
     OwnedElsewhereError,
+    RepeatedError,
+    SessionExistsError,
     SessionNotFoundError,
     TurnInProgressError,
     TurnNotFoundError,
 )
 from service.storage.pieces import STARTED, Run, count
-from service.storage.records import EndResult, Item, LeftOut, TurnRecord
-from service.storage.rules import PIECE_LENGTH_MAX, events_at_once
+from service.storage.records import EndResult, IdempotencyKey, Item, LeftOut, SessionRecord, Siblings, TurnRecord
+from service.storage.rules import PIECE_LENGTH_MAX, events_at_once, with_added
 from service.storage.sqlite import tree_changes
 from service.storage.store import Store
 from tests.storage.conftest import OpenStore
@@ -161,3 +163,79 @@ async def test_very_many_added_turns_are_shown_at_once(store: Store, monkeypatch
     assert await all_turns(store, "s", now=T0) == [an_added_turn("a"), *added]
     await store.delete_turns("s", "t0", now=T0)
     assert await all_turns(store, "s", now=T0) == [an_added_turn("a")]
+
+
+# Sessions that begin with turns
+
+
+def a_beginning(*turns: TurnRecord, session_id: str = "s") -> tuple[SessionRecord, list[TurnRecord]]:
+    added = [msgspec.structs.replace(turn, session_id=session_id) for turn in turns]
+    return with_added(a_session(session_id), added, T0), added
+
+
+async def test_a_session_is_created_with_turns_as_if_they_were_added(store: Store, open_store: OpenStore) -> None:
+    long = "é" * 200_000
+    turns = [an_added_turn("a", asked="first words"), an_added_turn("b", parent="a", replied=long)]
+    session, added = a_beginning(*turns)
+    await store.create_session(session, now=T0, added=added)
+    async with open_store() as other:
+        await other.create_session(a_session(), now=T0)
+        assert await other.add_turns(turns, now=T0) == session
+        assert await contents(store, now=T0) == await contents(other, now=T0)
+    page = await store.search_sessions("first words", limit=5, after=None, status=None, metadata={}, now=T0)
+    assert [match.turn_id for match in page.data] == ["a"]
+    begun = await store.begin_turn(a_turn("next", parent="b"), now=at(6), head="b", path_bytes_max=None)
+    assert (begun.siblings, (await store.get_session("s", now=T0)).message_count) == (Siblings(), 5)
+
+
+async def test_the_key_of_a_session_with_turns_is_that_of_the_session(store: Store) -> None:
+    key = IdempotencyKey(caller="", key="k", fingerprint=b"f")
+    session, added = a_beginning(an_added_turn("a"))
+    await store.create_session(session, now=T0, key=key, added=added)
+    again, other = a_beginning(an_added_turn("b"), session_id="again")
+    with pytest.raises(RepeatedError) as repeated:
+        await store.create_session(again, now=T0, key=key, added=other)
+    assert (repeated.value.session_id, repeated.value.turn_id, repeated.value.is_gone) == ("s", None, False)
+    assert list(await contents(store, now=T0)) == ["s"]
+    await store.delete_turns("s", "a", now=T0)
+    with pytest.raises(RepeatedError) as repeated:
+        await store.check_key(key, now=T0)
+    assert not repeated.value.is_gone
+
+
+async def test_a_session_with_turns_takes_the_id_of_an_expired_one_and_of_no_other(store: Store) -> None:
+    await store.create_session(a_session(), now=T0)
+    await store.add_turns([an_added_turn("old")], now=T0)
+    session, added = a_beginning(an_added_turn("a"))
+    before = await contents(store, now=T0)
+    with pytest.raises(SessionExistsError):
+        await store.create_session(session, now=T0, added=added)
+    assert await contents(store, now=T0) == before
+    late = at(IDLE_TIMEOUT_S + 1)
+    renewed = msgspec.structs.replace(session, created_at=late, expires_at=at(2 * IDLE_TIMEOUT_S))
+    await store.create_session(renewed, now=late, added=added)
+    assert await all_turns(store, "s", now=late) == added
+    assert await store.find_session_of("old") is None
+
+
+async def test_of_sessions_with_one_id_that_are_created_at_once_one_is_whole(store: Store) -> None:
+    outcomes: list[str] = []
+
+    async def create(name: str) -> None:
+        session, added = a_beginning(
+            *(an_added_turn(f"{name}{n}", parent=f"{name}{n - 1}" if n else None) for n in range(20))
+        )
+        try:
+            await store.create_session(session, now=T0, added=added)
+        except SessionExistsError:
+            outcomes.append("refused")
+        else:
+            outcomes.append(name)
+
+    async with trio.open_nursery() as nursery:
+        for name in ("x", "y", "z"):
+            nursery.start_soon(create, name)
+    (name,) = (outcome for outcome in outcomes if outcome != "refused")
+    assert outcomes.count("refused") == 2
+    assert [turn.id for turn in await all_turns(store, "s", now=T0)] == [f"{name}{n}" for n in range(20)]
+    assert (await store.get_session("s", now=T0)).message_count == 40

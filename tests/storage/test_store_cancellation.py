@@ -13,10 +13,11 @@ from service.storage import fork_path, memory
 from service.storage.records import SessionPatch, TurnRecord
 from service.storage.rules import revision_of
 from service.storage.sqlite import forks as sqlite_forks
+from service.storage.sqlite import tree_changes
 from service.storage.store import Store
 from tests.storage.conftest import OpenStore
 from tests.storage.rows import IDLE_TIMEOUT_S, T0, Contents, a_session, a_turn, at, contents, ended, said, told
-from tests.storage.test_store_added_turns import an_added_turn
+from tests.storage.test_store_added_turns import a_beginning, an_added_turn
 
 WAITS_MAX = 500
 """More waits than any single call has."""
@@ -96,8 +97,11 @@ async def _prepare(store: Store) -> None:
 
 
 NOW = at(IDLE_TIMEOUT_S)
+BEGUN = a_beginning(an_added_turn("b1"), an_added_turn("b2", parent="b1"), session_id="old")
+"""A session over an expired one."""
 STEPS: dict[str, Callable[[Store], Awaitable[object]]] = {
     "create": lambda store: store.create_session(a_session("fresh", created=IDLE_TIMEOUT_S), now=NOW),
+    "create with turns": lambda store: store.create_session(BEGUN[0], now=NOW, added=BEGUN[1]),
     "fork": lambda store: store.fork_session("s", at="second", copy_id="fresh", now=NOW),
     "fork over an expired one": lambda store: store.fork_session("s", at="second", copy_id="old", now=NOW),
     "create over an expired one": lambda store: store.create_session(a_session("old", created=IDLE_TIMEOUT_S), now=NOW),
@@ -134,6 +138,7 @@ def _forks_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each copy of a turn has the same id in each store, and SQLite builds copies in as many steps as it can."""
     monkeypatch.setattr(fork_path, "new_item_id", lambda _type: "msg_")
     monkeypatch.setattr(sqlite_forks, "STEP_S", 0)
+    monkeypatch.setattr(tree_changes, "STEP_S", 0)
     numbers: dict[str, int] = {}
 
     def number(path: fork_path.ForkPath, **changes: Any) -> Iterator[TurnRecord]:

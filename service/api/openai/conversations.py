@@ -1,8 +1,6 @@
 """Calls about conversations, which are sessions, and about the items on the path to the newest response."""
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from hashlib import sha256
+from collections.abc import Sequence
 from typing import cast
 
 import msgspec
@@ -37,8 +35,6 @@ from service.api.openai.ids import item_name as name_of_item
 from service.api.openai.items import ItemList, ShownItem, read_items
 from service.errors import (
     ItemNotFoundError,
-    LastcallError,
-    MadeIsGoneError,
     SessionLimitError,
     SessionNotFoundError,
     ShuttingDownError,
@@ -48,7 +44,7 @@ from service.ids import scoped
 from service.sessions.commands import NewItems, NewSession, is_callers
 from service.sessions.items import PlacedItem, placed_items
 from service.settings import Settings
-from service.storage.records import IdempotencyKey, Item, SessionPatch
+from service.storage.records import Item, SessionPatch
 from service.supervisor import Service
 
 blueprint = Blueprint("conversations", __name__)
@@ -76,7 +72,7 @@ _LED_TO_ITEM = tuple(
     errors=(SessionLimitError, ShuttingDownError),
 )
 async def create_conversation() -> TrioResponse:
-    """Create a conversation, perhaps with items.
+    """Create a conversation, perhaps with items: with all of them, or not at all.
 
     A conversation is a session: the native API shows it as `sess_…` with the same digits. It expires when it has not
     been used for `default_idle_timeout_s`.
@@ -86,18 +82,7 @@ async def create_conversation() -> TrioResponse:
     items = _new_items(body.items or (), service.settings)
     key = read_key(body)
     new = NewSession(owner=current_owner(), metadata=body.metadata or {})
-    if items:
-        allow_longer_answer(by_s=service.settings.store_timeout_s)
-    session = await service.sessions.create_session(new, key=key)
-    if items and key is None:
-        async with _deleted_if_refused(service, session.id):
-            await service.sessions.add_items(session.id, NewItems(items=items))
-    elif items and key is not None:  # not deleted if they are refused: the call can be repeated, and adds them then
-        try:
-            await service.sessions.add_items(session.id, NewItems(items=items, key=_key_of_items(key)))
-        except MadeIsGoneError:
-            pass  # an earlier call has added them, and they were deleted since
-    return json_response(Conversation.of(session))
+    return json_response(Conversation.of(await service.sessions.create_session(new, items=items, key=key)))
 
 
 @blueprint.get(f"{_PATH}/<conversation_id>")
@@ -285,25 +270,6 @@ def _new_items(told: Sequence[object], settings: Settings) -> tuple[Item, ...]:
     if told and not items:
         raise ParameterError("No item has a text, reasoning, a call or an output.", param="items")
     return items
-
-
-def _key_of_items(key: IdempotencyKey) -> IdempotencyKey:
-    """The key under which a new conversation's items are added: the second step of a call with a key."""
-    return msgspec.structs.replace(key, key=f"items of {sha256(key.key.encode()).hexdigest()}")
-
-
-@asynccontextmanager
-async def _deleted_if_refused(service: Service, session_id: str) -> AsyncIterator[None]:
-    """Delete a conversation whose items are not added. If the deletion is refused, too, the conversation expires."""
-    try:
-        yield
-    except LastcallError:
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + service.settings.cleanup_timeout_s):
-            try:
-                await service.sessions.delete_session(session_id)
-            except LastcallError:
-                pass
-        raise
 
 
 async def _encoded(placed: Sequence[PlacedItem], *, has_more: bool, query: ItemQuery, bytes_max: int | None) -> bytes:

@@ -42,6 +42,7 @@ from service.storage.records import (
 from service.storage.search import SearchQuery, searched_texts
 from service.storage.search_cursor import SearchCursors
 from service.storage.sqlite import (
+    creations,
     deletions,
     documents,
     event_pages,
@@ -137,7 +138,7 @@ class SqliteStore:
         self._searching = SqlThread("sqlite search", Reader(self.files, monotonic=monotonic, steps_max=1))
         self._forking = anyio.Lock()  # one fork at a time, because its turns are in memory meanwhile
         self._abandoned: set[str] = set()
-        """The hidden copies of forks that failed or whose callers left."""
+        """The hidden sessions of forks and creations that failed or whose callers left."""
         self._given_up: set[int] = set()
         """Changes of trees that failed or whose callers left."""
 
@@ -158,8 +159,29 @@ class SqliteStore:
 
     # Sessions
 
-    async def create_session(self, session: SessionRecord, *, now: datetime, key: IdempotencyKey | None = None) -> None:
-        await self._writing.call(lambda db: sessions.create(db, session, now, key=key))
+    async def create_session(
+        self,
+        session: SessionRecord,
+        *,
+        now: datetime,
+        key: IdempotencyKey | None = None,
+        added: Sequence[TurnRecord] = (),
+    ) -> None:
+        if not added:
+            await self._writing.call(lambda db: sessions.create(db, session, now, key=key))
+            return
+        creation = creations.Creation(
+            session=session,
+            added=added,
+            terms=[await _terms(turn) for turn in added],
+            hidden_id=sessions.hidden_id_for(session.id),
+            key=key,
+        )
+        progress: creations.Progress | None = None
+        step = partial(creations.build, creation=creation, fence=self.fence, now=now)
+        async with self._given_up_unless_shown(creation.hidden_id):
+            while (progress := await self._writing.call(partial(step, progress=progress))) is not None:
+                pass
 
     async def fork_session(
         self, source_id: str, *, at: str | None, copy_id: str, now: datetime, key: IdempotencyKey | None = None
@@ -171,18 +193,25 @@ class SqliteStore:
             fork = plan.fork
             progress: forks.Progress | None = None
             step = partial(forks.build, fork=fork, fence=self.fence, now=now)
-            try:
-                while True:
+            async with self._given_up_unless_shown(fork.hidden_id):
+                is_shown = False
+                while not is_shown:
                     for index in forks.places_to_cut(fork, progress):
                         fork.terms[index] = await _terms(fork.turns[index])
                     progress = await self._writing.call(partial(step, progress=progress))
-                    if progress is None:
-                        return fork.session
-            except BaseException:
-                self._abandoned.add(fork.hidden_id)
-                with anyio.move_on_after(CLAIMED_GRACE_S, shield=True), suppress(StoreError):
-                    await self._clear_abandoned()
-                raise
+                    is_shown = progress is None
+            return fork.session
+
+    @asynccontextmanager
+    async def _given_up_unless_shown(self, hidden_id: str) -> AsyncIterator[None]:
+        """If the steps of a hidden session fail, or their caller leaves, remove what is there of the session."""
+        try:
+            yield
+        except BaseException:
+            self._abandoned.add(hidden_id)
+            with anyio.move_on_after(CLAIMED_GRACE_S, shield=True), suppress(StoreError):
+                await self._clear_abandoned()
+            raise
 
     async def get_session(self, session_id: str, *, now: datetime) -> SessionRecord:
         return await self._looking.call(lambda db: sessions.visible(db, session_id, now).record)
@@ -549,7 +578,7 @@ class SqliteStore:
         return await self._writing.call(run, makes_space=makes_space)
 
     async def _clear_abandoned(self) -> None:
-        """Remove the hidden copies of failed forks, and undo failed changes of trees."""
+        """Remove the hidden sessions of failed forks and creations, and undo failed changes of trees."""
         for key in list(self._given_up):
             await self._remove(partial(tree_changes.give_up, change=key), lambda _: True)
             self._given_up.discard(key)

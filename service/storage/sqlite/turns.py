@@ -157,7 +157,7 @@ def add_some(
     idempotency.check(db, key, now)
     kept, _ = _session_for(db, added[0], owners, now, head, branches=True, instead=rules.INSTEAD_OF_ADDING)
     first = progress.first if progress.noted else kept.turns_begun
-    keys = _insert_some(db, kept.key, first, added, terms, done=progress.noted)
+    keys = insert_some(db, kept.key, first, added, terms, done=progress.noted)
     noted = progress.noted + len(keys)
     if progress.noted or noted < len(added):
         tree_changes.note_added(db, change, keys, owner=owners.fence)
@@ -186,7 +186,7 @@ def add_some(
     return Addition(noted, is_done=True, session=session)
 
 
-def _insert_some(
+def insert_some(
     db: apsw.Connection,
     session: int,
     first: int,

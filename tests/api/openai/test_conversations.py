@@ -10,7 +10,10 @@ import trio
 from trio.testing import MockClock
 
 from service.errors import StoreError
+from service.sessions.commands import NewSession
+from service.storage.records import Item
 from tests.api.inprocess import Api, Reply, open_api
+from tests.storage.test_store_cancellation import CancelAtWait
 
 PATH = "/v1/conversations"
 MODEL = "scripted:?tokens=2&rate=0&first_token_s=0"
@@ -201,13 +204,41 @@ async def test_a_new_conversation_has_its_items_or_is_not_made(autojump_clock: M
 async def test_a_conversation_whose_items_the_store_refuses_is_not_left_behind(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def refuse(*_: object) -> None:
+    """Neither if the store takes the conversation but not its items."""
+
+    async def refuse(*_: object, **__: object) -> None:
         raise StoreError("The disk is full.")
 
     async with open_api(model_url=MODEL) as api:
-        monkeypatch.setattr(api.service.sessions, "add_items", refuse)
+        for name in ("add_turns", "delete_turns", "mark_deleted"):
+            monkeypatch.setattr(api.service.store, name, refuse)
+        conversation_id = await new(api, message("Hi"))
+        assert await texts(api, conversation_id) == ["Hi"]
+        monkeypatch.setattr(api.service.store, "create_session", refuse)
         error_of(await api.call("POST", PATH, {"items": [message("Hi")]}), 503, "store_unavailable")
-        assert (await api.call("GET", "/sessions?count=true")).json["count"] == 0
+        assert (await api.call("GET", "/sessions?count=true")).json["count"] == 1
+
+
+async def test_a_client_that_leaves_at_any_moment_leaves_a_conversation_with_its_items_or_none(
+    autojump_clock: MockClock,
+) -> None:
+    items = tuple(Item(id=f"msg_{n}", role="user", text=f"text {n}") for n in range(20))
+    counts: list[int] = []
+    async with open_api(model_url=MODEL) as api:
+        for nth in range(1, 100):
+            with trio.CancelScope() as scope:
+                instrument = CancelAtWait(nth, scope)
+                trio.lowlevel.add_instrument(instrument)
+                try:
+                    await api.service.sessions.create_session(NewSession(), items=items)
+                finally:
+                    trio.lowlevel.remove_instrument(instrument)
+            counts = [session["message_count"] for session in (await api.call("GET", "/sessions")).json["data"]]
+            if not scope.cancelled_caught:
+                break
+            assert counts in ([], [20] * len(counts))
+        assert nth > 1
+        assert counts == [20] * len(counts) != []
 
 
 async def test_pages_go_through_all_items_in_both_orders(autojump_clock: MockClock) -> None:
@@ -324,7 +355,7 @@ async def test_a_new_conversation_is_made_once_for_its_idempotency_key(autojump_
         assert (await api.call("POST", PATH, body, headers=headers)).status == 410
 
 
-async def test_a_repeated_call_adds_the_items_that_the_first_one_could_not(
+async def test_a_repeated_call_makes_the_conversation_that_the_first_one_could_not(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def refuse(*_: object, **__: object) -> None:
@@ -333,7 +364,7 @@ async def test_a_repeated_call_adds_the_items_that_the_first_one_could_not(
     async with open_api(model_url=MODEL) as api:
         body, headers = {"items": [message("Hi")]}, {"Idempotency-Key": "one"}
         with monkeypatch.context() as patch:
-            patch.setattr(api.service.sessions, "add_items", refuse)
+            patch.setattr(api.service.store, "create_session", refuse)
             failed = await api.call("POST", PATH, body, headers=headers)
             assert (failed.status, failed.headers.get("x-should-retry")) == (503, None)
         conversation_id = (await api.call("POST", PATH, body, headers=headers)).json["id"]

@@ -17,6 +17,7 @@ from service.storage.records import IdempotencyKey, Siblings, TurnRecord
 from service.storage.rules import revision_of
 from service.storage.sqlite import (
     SqliteStore,
+    creations,
     deletions,
     documents,
     forks,
@@ -24,6 +25,7 @@ from service.storage.sqlite import (
     open_sqlite_store,
     reclaim,
     removals,
+    sessions,
     tree_changes,
     turns,
     writer,
@@ -32,7 +34,7 @@ from service.storage.sqlite.reclaim import reclaim_some
 from service.storage.sqlite.writer import Writer
 from service.storage.store import Store
 from tests.storage.rows import T0, a_session, a_turn, contents, ended, said
-from tests.storage.test_store_added_turns import an_added_turn
+from tests.storage.test_store_added_turns import a_beginning, an_added_turn
 from tests.storage.test_store_deletions import a_chain, a_tree, asks, brings, calls, found_by, says, with_items
 
 LONG = "secret " * 50_000
@@ -566,3 +568,25 @@ async def test_a_fork_of_what_was_deleted_meanwhile_is_refused_in_each_of_its_st
             await store._writing.call(build)
         copy = await store.fork_session("s", at="c", copy_id="copy", now=T0)
         assert copy.message_count == 5
+
+
+@pytest.mark.usefixtures("in_the_smallest_steps")
+async def test_a_process_that_dies_while_it_creates_a_session_with_turns_leaves_nothing(path: Path) -> None:
+    session, added = a_beginning(*(an_added_turn(f"t{n}", parent=f"t{n - 1}" if n else None) for n in range(3)))
+    async with open_sqlite_store(path) as store:
+        creation = creations.Creation(
+            session=session, added=added, terms=[()] * 3, hidden_id=sessions.hidden_id_for("s"), key=A_KEY
+        )
+        progress: creations.Progress | None = None
+        step = partial(creations.build, creation=creation, fence=store.fence, now=T0)
+        for _ in range(2):
+            progress = await store._writing.call(partial(step, progress=progress))
+            assert progress is not None
+            assert await contents(store, now=T0) == {}
+    async with open_sqlite_store(path) as store:
+        await store.recover(now=T0)
+        await reclaim_all(store)
+        assert rows_in(path)["sessions"] == rows_in(path)["turns"] == 0
+        await store.create_session(session, now=T0, key=A_KEY, added=added)
+        assert (await store.get_session("s", now=T0)).message_count == 6
+    assert maintenance.check(path) == []

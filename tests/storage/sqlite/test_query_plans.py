@@ -17,7 +17,7 @@ from service.storage.sqlite.reclaim import reclaim_some
 from service.storage.sqlite.writer import Writer
 from tests.storage.rows import T0, a_session, a_turn, at, ended, said
 from tests.storage.sqlite.many_rows import TREE, fill, fill_tree
-from tests.storage.test_store_added_turns import an_added_turn
+from tests.storage.test_store_added_turns import a_beginning, an_added_turn
 from tests.storage.test_store_owners import a_checkpoint
 
 LATE = at(3601)
@@ -87,6 +87,11 @@ async def _delete_a_call(store: SqliteStore) -> None:
     await store.delete_item("sess_000105", "c", now=T0)
 
 
+async def _create_with_turns(store: SqliteStore) -> None:
+    session, added = a_beginning(an_added_turn("begun"), session_id="begun")
+    await store.create_session(session, now=T0, added=added)
+
+
 async def _delete_a_turn_alone(store: SqliteStore) -> None:
     """The last turn of a session, which goes too, with the emptied turns above it."""
     chain = [an_added_turn(f"one{n}", parent=f"one{n - 1}" if n else None) for n in range(3)]
@@ -102,6 +107,7 @@ async def _delete_a_turn_alone(store: SqliteStore) -> None:
 CALLS: dict[str, Callable[[SqliteStore], Awaitable[object]]] = {
     "create": lambda store: store.create_session(a_session("new"), now=T0),
     "create over an expired one": lambda store: store.create_session(a_session("sess_000000"), now=LATE),
+    "create with turns": _create_with_turns,
     "fork": lambda store: store.fork_session("sess_000102", at="turn_000102_0", copy_id="copy", now=T0),
     "fork over an expired one": _fork_over_an_expired_one,
     "get": lambda store: store.get_session("sess_000100", now=T0),
