@@ -181,7 +181,9 @@ def replies(draw: st.DrawFn) -> list[ModelEvent]:
             case "encrypted":
                 told.append(EncryptedReasoning(draw(texts), draw(st.sampled_from(["", '{"format":"x","n":1}']))))
             case "call":
-                told.append(CallOpened(calls, f"call_{calls}", draw(st.sampled_from(["get", "tools__get"]))))
+                upstream = draw(st.sampled_from(["", '{"extra_content":{"google":{"thought_signature":"\u2028"}}}']))
+                name = draw(st.sampled_from(["get", "tools__get"]))
+                told.append(CallOpened(calls, f"call_{calls}", name, upstream))
                 calls += 1
             case "arguments" if calls:
                 told.append(ArgumentsDelta(draw(st.integers(0, calls - 1)), draw(texts)))

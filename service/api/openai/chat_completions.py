@@ -95,7 +95,7 @@ async def create_chat_completion() -> TrioResponse:
     await _wait_for_reply(turn, within_s=service.settings.heartbeat_interval_s)
     if turn.log.closed and turn.state != "completed":
         return end_response(turn.record())
-    encoder = ChunkEncoder(turn.record(), includes_usage=includes_usage(body))
+    encoder = ChunkEncoder(turn, includes_usage=includes_usage(body))
     return stream_response(turn.log, slot, after=0, encode=encoder)
 
 

@@ -6,13 +6,15 @@ stream ends with ``data: {"error": …}``, without ``[DONE]``, and a call that w
 reply that was cut off for a whole one.
 """
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta
 
+from service.api.http.face_frames import TurnSource
 from service.api.http.frame_json import frame_json
 from service.api.openai.failures import CRASHED, end_error
+from service.api.openai.signatures import extra_content_of
 from service.models.client import FinishReason, Usage
 from service.sessions.events.events import (
     Event,
@@ -80,6 +82,9 @@ class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     type: Literal["function"] = "function"
     function: CalledFunction
+    extra_content: Annotated[
+        dict[str, Any] | msgspec.UnsetType, Meta(description="What the model server wants back with the call.")
+    ] = msgspec.UNSET
 
 
 class CompletionMessage(msgspec.Struct, frozen=True, kw_only=True):
@@ -146,7 +151,8 @@ def completion_id(turn_id: str) -> str:
 
 
 def _tool_call(item: Item) -> ToolCall:
-    return ToolCall(id=item.call_id, function=CalledFunction(item.name, item.text))
+    function = CalledFunction(item.name, item.text)
+    return ToolCall(id=item.call_id, function=function, extra_content=extra_content_of(item))
 
 
 def _reasoning(turn: TurnRecord) -> str:
@@ -170,22 +176,24 @@ class ChunkEncoder:
     turns. So a call that begins before the one before it is whole is held until the end.
 
     Args:
-        turn: The turn as it was accepted.
+        turn: The turn of these events.
         includes_usage: Whether the last chunk has the tokens, in no choice (``stream_options.include_usage``).
     """
 
-    def __init__(self, turn: TurnRecord, *, includes_usage: bool) -> None:
+    def __init__(self, turn: TurnSource, *, includes_usage: bool) -> None:
+        self._turn = turn
         self._includes_usage = includes_usage
         self._numbers: dict[int, int] = {}  # of the calls that the client knows, by their items
         self._call: int | None = None  # the item of the newest one of these, and its arguments so far
         self._arguments: list[str] = []
         self._held: dict[int, _HeldCall] = {}
         self._seq = 0  # of the newest piece of a call that is in the state
+        record = turn.record()
         told = {
-            "id": completion_id(turn.id),
+            "id": completion_id(record.id),
             "object": "chat.completion.chunk",
-            "created": int(turn.created_at.timestamp()),
-            "model": turn.model,
+            "created": int(record.created_at.timestamp()),
+            "model": record.model,
         }
         self._head = frame_json(told)[:-1]
         usage = b',"usage":null' if includes_usage else b""
@@ -237,12 +245,15 @@ class ChunkEncoder:
 
     def _opened(self, call: TurnCall) -> bytes:
         number = self._numbers.setdefault(call.item, len(self._numbers))
-        told = {
+        told: dict[str, Any] = {
             "index": number,
             "id": call.call_id,
             "type": "function",
             "function": {"name": call.name, "arguments": ""},
         }
+        extra_content = extra_content_of(self._turn.begun_items()[call.item])
+        if extra_content is not msgspec.UNSET:
+            told["extra_content"] = extra_content
         return self._chunk(b'{"tool_calls":[%b]}' % frame_json(told))
 
     def _argued(self, item: int, text: str) -> bytes:

@@ -11,6 +11,7 @@ from msgspec import UNSET, Meta, UnsetType
 from service.api.http.strict_json import InputTooLargeError, shown
 from service.api.http.wire_types import NO_NUL, BodyPart, Metadata, ModelName, RequestBody, json_schema_format
 from service.api.openai.errors import ParameterError
+from service.api.openai.signatures import upstream_of
 from service.api.openai.unsupported import Refused, refuse_values, unsupported
 from service.errors import InvalidRequestError
 from service.ids import new_item_id
@@ -90,6 +91,10 @@ class EarlierCall(BodyPart, frozen=True, kw_only=True):
     id: _CallId
     type: Literal["function"]
     function: FunctionToCall
+    extra_content: Annotated[dict[str, Any] | None, Meta(description="As the model server sent it.")] = None
+    index: Annotated[int, Meta(ge=0, le=1 << 31, description="As chunks have it. Accepted without effect.")] | None = (
+        None
+    )
 
 
 class AssistantMessage(BodyPart, frozen=True, kw_only=True, tag="assistant", tag_field="role"):
@@ -417,7 +422,7 @@ def input_of(messages: Sequence[ChatMessage], *, bytes_max: int) -> tuple[Item, 
             answered.add(message.tool_call_id)
         elif isinstance(message, AssistantMessage):
             answered.clear()
-        for item in _items_of(message):
+        for item in _items_of(message, place):
             size += item.prompt_bytes
             items.append(item)
     if size > bytes_max:
@@ -435,7 +440,7 @@ def input_of(messages: Sequence[ChatMessage], *, bytes_max: int) -> tuple[Item, 
     return tuple(items)
 
 
-def _items_of(message: ChatMessage) -> Iterator[Item]:
+def _items_of(message: ChatMessage, field: str) -> Iterator[Item]:
     match message:
         case SystemMessage(content=content) | DeveloperMessage(content=content):
             if text := _text_of(content):
@@ -453,7 +458,8 @@ def _items_of(message: ChatMessage) -> Iterator[Item]:
         case AssistantMessage():
             if text := _text_of(message.content or "") or message.refusal or "":
                 yield _message("assistant", text)
-            for call in message.tool_calls or ():
+            for index, call in enumerate(message.tool_calls or ()):
+                place = f"{field}.tool_calls[{index}].extra_content"
                 yield Item(
                     id=new_item_id("function_call"),
                     type="function_call",
@@ -461,6 +467,7 @@ def _items_of(message: ChatMessage) -> Iterator[Item]:
                     text=call.function.arguments,
                     call_id=call.id,
                     name=call.function.name,
+                    upstream=upstream_of(call.extra_content, place),
                 )
 
 

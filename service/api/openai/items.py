@@ -4,8 +4,6 @@ What this service cannot pass to a model is refused by its name: images, audio, 
 text parts of a message are one text inside of the service.
 """
 
-import base64
-import binascii
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Never, Self
 
@@ -15,6 +13,7 @@ from msgspec import UNSET, Meta, UnsetType
 from service.api.http.strict_json import shown
 from service.api.openai.errors import ParameterError
 from service.api.openai.ids import flat_name, item_name
+from service.api.openai.signatures import extra_content_of, sealed_call, sealed_reasoning, unsealed, upstream_of
 from service.ids import new_item_id
 from service.models.client import Role
 from service.storage.records import Item
@@ -25,7 +24,8 @@ Namespaces = Mapping[str, tuple[str, str]]
 NO_NAMESPACES: Namespaces = {}
 
 _NAME_LENGTH_MAX = 64
-_CALL_ID_LENGTH_MAX = 256
+CALL_ID_LENGTH_MAX = 16_384
+"""The longest ids that model servers were seen to send have a signature in them."""
 _NAME_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
 
 
@@ -92,6 +92,9 @@ class ShownFunctionCall(msgspec.Struct, frozen=True, kw_only=True, tag="function
     name: str
     arguments: str
     namespace: str | UnsetType = UNSET
+    extra_content: Annotated[
+        dict[str, Any] | UnsetType, Meta(description="What the model server wants back with the call, unchanged.")
+    ] = UNSET
 
 
 class ShownFunctionCallOutput(msgspec.Struct, frozen=True, kw_only=True, tag="function_call_output", tag_field="type"):
@@ -158,15 +161,32 @@ def shown_item(
                 id=name,
                 status=status,
                 content=(ReasoningText(item.text),) if item.text else UNSET,
-                encrypted_content=_sealed(item) if encrypted and item.encrypted else UNSET,
+                encrypted_content=sealed_reasoning(item) if encrypted and item.encrypted else UNSET,
             )
         case "function_call":
             namespace, function = namespaces.get(item.name, (UNSET, item.name))
             return ShownFunctionCall(
-                id=name, status=status, call_id=item.call_id, name=function, arguments=item.text, namespace=namespace
+                id=name,
+                status=status,
+                call_id=item.call_id,
+                name=function,
+                arguments=item.text,
+                namespace=namespace,
+                extra_content=extra_content_of(item),
             )
         case "function_call_output":
             return ShownFunctionCallOutput(id=name, status=status, call_id=item.call_id, output=item.text)
+
+
+def reasoning_before(call: Item) -> ShownReasoning | None:
+    """The reasoning before an item, if that is a call whose server wants more back than clients keep of a call.
+
+    It is shown in responses that were asked for encrypted reasoning: see :mod:`service.api.openai.signatures`.
+    """
+    sealed = sealed_call(call) if call.type == "function_call" else ""
+    if not sealed:
+        return None
+    return ShownReasoning(id=f"rs_{call.id.removeprefix('fc_')}", status="completed", encrypted_content=sealed)
 
 
 def status_of(items: Sequence[Item], index: int, *, is_open: bool, is_whole: bool) -> ItemStatus:
@@ -189,40 +209,6 @@ def status_of(items: Sequence[Item], index: int, *, is_open: bool, is_whole: boo
     return "completed" if has_answer else "incomplete"
 
 
-# Encrypted reasoning
-
-_SEAL = "lc1."
-"""What encrypted reasoning begins with that has passed through this service: it carries its server's fields, too."""
-
-
-class _Sealed(msgspec.Struct, frozen=True, array_like=True):
-    text: str
-    upstream: dict[str, msgspec.Raw] = {}
-
-
-def _sealed(item: Item) -> str:
-    """Encrypted reasoning for a client, which only gives it back: without more fields it is as the server sent it."""
-    if not item.upstream and not item.encrypted.startswith(_SEAL):
-        return item.encrypted
-    kept = msgspec.json.encode((item.encrypted, msgspec.Raw(item.upstream.encode() or b"{}")))
-    return _SEAL + base64.urlsafe_b64encode(kept).decode()
-
-
-def _unsealed(content: str, field: str) -> tuple[str, str]:
-    """The encrypted text, and its server's fields as JSON."""
-    if not content.startswith(_SEAL):
-        return content, ""
-    try:
-        sealed = msgspec.json.decode(base64.urlsafe_b64decode(content.removeprefix(_SEAL)), type=_Sealed)
-    except (binascii.Error, msgspec.MsgspecError, ValueError, RecursionError):
-        raise ParameterError(
-            "This encrypted content is not as this server gave it out: send it unchanged.",
-            param=field,
-            code="invalid_encrypted_content",
-        ) from None
-    return _checked(sealed.text, field), msgspec.json.encode(sealed.upstream).decode() if sealed.upstream else ""
-
-
 # Items as they are taken
 
 _REFUSED_PARTS = {
@@ -239,7 +225,7 @@ _FIELDS = {
     "message": frozenset({"type", "id", "status", "role", "content", "phase"}),
     "reasoning": frozenset({"type", "id", "status", "summary", "content", "encrypted_content"}),
     "function_call": frozenset(
-        {"type", "id", "status", "call_id", "name", "arguments", "namespace", "caller", "created_by"}
+        {"type", "id", "status", "call_id", "name", "arguments", "namespace", "caller", "created_by", "extra_content"}
     ),
     "function_call_output": frozenset(
         {"type", "id", "status", "call_id", "output", "name", "namespace", "caller", "created_by"}
@@ -259,11 +245,13 @@ def read_items(told: Sequence[object], *, field: str) -> tuple[Item, ...]:
     Raises:
         ParameterError: An item is wrong, or is of a kind that this service does not take.
     """
-    items = (_read_item(item, f"{field}[{index}]") for index, item in enumerate(told))
+    signed: dict[str, str] = {}
+    items = (_read_item(item, f"{field}[{index}]", signed) for index, item in enumerate(told))
     return tuple(item for item in items if item is not None)
 
 
-def _read_item(told: object, field: str) -> Item | None:
+def _read_item(told: object, field: str, signed: dict[str, str]) -> Item | None:
+    """Read an item. ``signed`` has the fields of calls to come that reasoning before them has brought."""
     item = _object(told, field)
     kind = item.get("type")
     if kind is None and "role" in item:
@@ -279,9 +267,9 @@ def _read_item(told: object, field: str) -> Item | None:
         case "message":
             return _read_message(item, field)
         case "reasoning":
-            return _read_reasoning(item, field)
+            return _read_reasoning(item, field, signed)
         case "function_call":
-            return _read_call(item, field)
+            return _read_call(item, field, signed)
         case _:
             return Item(
                 id=new_item_id("function_call_output"),
@@ -323,7 +311,7 @@ def _read_message(item: Mapping[str, Any], field: str) -> Item | None:
     return Item(id=new_item_id("message"), role=_ROLES[role], text=text) if text else None
 
 
-def _read_reasoning(item: Mapping[str, Any], field: str) -> Item | None:
+def _read_reasoning(item: Mapping[str, Any], field: str, signed: dict[str, str]) -> Item | None:
     text = "".join(
         _read_text(item.get(name) or (), f"{field}.{name}", kinds, between="\n\n")
         for name, kinds in (("summary", ("summary_text",)), ("content", ("reasoning_text", "text")))
@@ -332,7 +320,9 @@ def _read_reasoning(item: Mapping[str, Any], field: str) -> Item | None:
     encrypted, upstream = "", ""
     if content is not None:
         where = f"{field}.encrypted_content"
-        encrypted, upstream = _unsealed(_text(content, where), where)
+        encrypted, upstream, calls = unsealed(_text(content, where), where)
+        _checked(encrypted, where)
+        signed |= calls
     if not text and not encrypted:
         return None
     return Item(
@@ -345,17 +335,20 @@ def _read_reasoning(item: Mapping[str, Any], field: str) -> Item | None:
     )
 
 
-def _read_call(item: Mapping[str, Any], field: str) -> Item:
+def _read_call(item: Mapping[str, Any], field: str, signed: dict[str, str]) -> Item:
     name, namespace = _name(item.get("name"), f"{field}.name"), item.get("namespace")
     if namespace is not None:
         name = flat_name(_name(namespace, f"{field}.namespace"), name)
+    call_id = _call_id(item, field)
+    upstream = signed.pop(call_id, "")
     return Item(
         id=new_item_id("function_call"),
         type="function_call",
         role="assistant",
-        call_id=_call_id(item, field),
+        call_id=call_id,
         name=name,
         text=_text(item.get("arguments"), f"{field}.arguments"),
+        upstream=upstream_of(item.get("extra_content"), f"{field}.extra_content") or upstream,
     )
 
 
@@ -395,8 +388,8 @@ def _object(told: object, field: str) -> dict[str, Any]:
 
 def _call_id(item: Mapping[str, Any], field: str) -> str:
     call_id = _text(item.get("call_id"), f"{field}.call_id")
-    if not 1 <= len(call_id) <= _CALL_ID_LENGTH_MAX:
-        raise ParameterError(f"Expected 1 to {_CALL_ID_LENGTH_MAX} characters.", param=f"{field}.call_id")
+    if not 1 <= len(call_id) <= CALL_ID_LENGTH_MAX:
+        raise ParameterError(f"Expected 1 to {CALL_ID_LENGTH_MAX} characters.", param=f"{field}.call_id")
     return call_id
 
 

@@ -23,7 +23,7 @@ from service.api.http.wire_types import (
 )
 from service.api.openai.echo import Echo
 from service.api.openai.errors import ParameterError
-from service.api.openai.items import read_items
+from service.api.openai.items import CALL_ID_LENGTH_MAX, read_items
 from service.api.openai.tools import TOOLS_MAX, HostedTools, TakenTools, take_tools
 from service.api.openai.unsupported import Refused, refuse_values, unsupported
 from service.models.client import Options, TextFormat
@@ -68,15 +68,16 @@ _ITEMS_TAKEN = {
             _object(
                 ("type", "call_id", "output"),
                 type={"enum": ["function_call_output"]},
-                call_id=_STRING | {"minLength": 1, "maxLength": 256},
+                call_id=_STRING | {"minLength": 1, "maxLength": CALL_ID_LENGTH_MAX},
                 output={"anyOf": [_STRING, _PARTS]},
             ),
             _object(
                 ("type", "call_id", "name", "arguments"),
                 type={"enum": ["function_call"]},
-                call_id=_STRING | {"minLength": 1, "maxLength": 256},
+                call_id=_STRING | {"minLength": 1, "maxLength": CALL_ID_LENGTH_MAX},
                 name={"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"},
                 arguments=_STRING,
+                extra_content={"type": "object"},
             ),
             _object(("type",), type={"enum": ["reasoning"]}, encrypted_content=_STRING),
         ]
@@ -410,8 +411,8 @@ def turn_of(
         face=msgspec.structs.replace(asked.echo, own_session=made_session).face(),
         ephemeral=not body.is_stored,
         may_title=made_session is None,
-        background=bool(body.background),
         may_leave_out=body.truncation != "disabled",
+        background=bool(body.background),
         creates_session=makes_session,
         session_is_new=makes_session,
         request_id=request_id,

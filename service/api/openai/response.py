@@ -14,7 +14,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from service.api.openai.echo import Echo
 from service.api.openai.ids import conversation_id, response_id
-from service.api.openai.items import ShownItem, shown_item, status_of
+from service.api.openai.items import ShownItem, reasoning_before, shown_item, status_of
 from service.ids import public_id
 from service.models.client import NamedFunction, Tools, Usage
 from service.storage.records import EndReason, LeftOut, TurnRecord, TurnState
@@ -185,22 +185,24 @@ def response_of(turn: TurnRecord, *, encrypted: bool = False) -> Response:
     echo = Echo.of_face(turn.face)
     status, error, incomplete_details = _end_of(turn)
     is_whole = status == "completed"
-    output = tuple(
-        shown_item(
+    output: list[ShownItem] = []
+    for index, item in enumerate(turn.output):
+        if echo.encrypted and (signed := reasoning_before(item)) is not None:
+            output.append(signed)
+        shown = shown_item(
             item,
             status=status_of(turn.output, index, is_open=turn.is_open, is_whole=is_whole),
             namespaces=echo.namespaces,
             encrypted=encrypted or echo.encrypted,
         )
-        for index, item in enumerate(turn.output)
-    )
+        output.append(shown)
     response = _at_first(turn, echo, status)
     return msgspec.structs.replace(
         response,
         completed_at=int(turn.ended_at.timestamp()) if is_whole and turn.ended_at is not None else None,
         error=error,
         incomplete_details=incomplete_details,
-        output=output,
+        output=tuple(output),
         usage=None if turn.usage is None else ResponseUsage.of(turn.usage),
         lastcall=ResponseTruth(
             session_id=response.lastcall.session_id,

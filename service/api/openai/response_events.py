@@ -6,13 +6,17 @@ event is its ``sequence_number``. See :mod:`service.api.http.face_frames` for ho
 An output item is told in full: its opening, the pieces of its text, its text as a whole and its end. A message and
 reasoning may grow in turns, token by token; they end when a call opens, after which their text does not go on. Calls
 may grow in turns, too; they end with the response. Encrypted reasoning has no events of its own: its item opens with
-the next item after it, and has the encrypted content at its end.
+the next item after it, and has the encrypted content at its end. The reasoning that stands before a call for what the
+call's server wants back (:func:`~service.api.openai.items.reasoning_before`) is no item of the turn: it opens and ends
+before the call opens, and all items from the call on have an ``output_index`` that is higher by one.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import msgspec
+from msgspec import UNSET
 
 from service.api.http.face_frames import Step, TurnSource
 from service.api.http.frame_json import frame_json
@@ -25,6 +29,7 @@ from service.api.openai.items import (
     ShownItem,
     ShownMessage,
     ShownReasoning,
+    reasoning_before,
     shown_item,
 )
 from service.api.openai.response import Response, ResponseStatus, response_at_first, response_of
@@ -85,6 +90,7 @@ class _State(NamedTuple):
         begun: Whether the response was told at all.
         opened: The number of items that were opened: those with lower indices.
         open: The indices of the opened items that have not ended.
+        signed: The indices of the opened calls that have reasoning of their own before them.
         templates: By the index of an item, the frame of a piece of it, for a number and the JSON of a text.
     """
 
@@ -92,6 +98,7 @@ class _State(NamedTuple):
     begun: bool = False
     opened: int = 0
     open: tuple[int, ...] = ()
+    signed: tuple[int, ...] = ()
     templates: Mapping[int, bytes] = {}
 
     def piece(self, event: Piece, number: int) -> bytes | None:
@@ -132,10 +139,11 @@ class _Telling:
         self._begun = state.begun
         self._opened = state.opened
         self._open = list(state.open)
+        self._signed = list(state.signed)
         self._templates = dict(state.templates)
 
     def state(self) -> _State:
-        return _State(self._face, self._begun, self._opened, tuple(self._open), self._templates)
+        return _State(self._face, self._begun, self._opened, tuple(self._open), tuple(self._signed), self._templates)
 
     def begin(self, status: str = "in_progress") -> None:
         """Tell the response, unless it was told."""
@@ -160,10 +168,7 @@ class _Telling:
         items = self._face.turn.begun_items()
         self._open_items(items[: event.item])
         self._close_texts()
-        call = Item(
-            id=event.id, type="function_call", role="assistant", text="", call_id=event.call_id, name=event.name
-        )
-        self._open_item(call)
+        self._open_item(items[event.item])
 
     def open_text(self, event: Piece) -> None:
         """Open the item of a piece, and tell the piece."""
@@ -179,8 +184,11 @@ class _Telling:
         response = response_of(record, encrypted=self._face.encrypted)
         self._open_items(record.output)
         output = []
-        for index, (item, shown) in enumerate(zip(record.output, response.output, strict=True)):
-            text = frame_json(item.text)
+        rest = iter(response.output)
+        for index, item in enumerate(record.output):
+            if index in self._signed:
+                output.append(frame_json(next(rest)))
+            shown, text = next(rest), frame_json(item.text)
             json = _json_of_item(shown, text)
             output.append(json)
             if index in self._open:
@@ -200,22 +208,37 @@ class _Telling:
 
     def _open_item(self, item: Item) -> None:
         index = self._opened
+        if self._face.echo.encrypted and (signed := reasoning_before(item)) is not None:
+            self._tell_signed(signed)
         empty = msgspec.structs.replace(item, text="", encrypted="", upstream="")
         opened = shown_item(empty, status="in_progress", namespaces=self._face.echo.namespaces)
         if isinstance(opened, ShownMessage | ShownReasoning):
             opened = msgspec.structs.replace(opened, content=())
-        self._tell("response.output_item.added", b'"output_index":%d,"item":%b' % (index, frame_json(opened)))
+        self._tell("response.output_item.added", b'"output_index":%d,"item":%b' % (self._at(index), frame_json(opened)))
         self._opened += 1
         self._open.append(index)
         if item.type == "message":
             self._open_part(index, item)
         elif item.type == "function_call":
-            place = b'"item_id":%b,"output_index":%d' % (frame_json(item_name(item)), index)
+            place = b'"item_id":%b,"output_index":%d' % (frame_json(item_name(item)), self._at(index))
             self._templates[index] = _template("response.function_call_arguments.delta", place)
+
+    def _tell_signed(self, reasoning: ShownReasoning) -> None:
+        """Tell the whole reasoning before the call that opens next."""
+        index = self._opened
+        place = self._at(index)
+        self._signed.append(index)
+        opened = msgspec.structs.replace(reasoning, status="in_progress", content=(), encrypted_content=UNSET)
+        self._tell("response.output_item.added", b'"output_index":%d,"item":%b' % (place, frame_json(opened)))
+        self._tell("response.output_item.done", b'"output_index":%d,"item":%b' % (place, frame_json(reasoning)))
+
+    def _at(self, index: int) -> int:
+        """The place of an item in the output that is shown."""
+        return index + bisect_right(self._signed, index)
 
     def _open_part(self, index: int, item: Item) -> None:
         """Open the text of a message or of reasoning."""
-        place = _place_of_part(index, item_name(item))
+        place = _place_of_part(self._at(index), item_name(item))
         is_message = item.type == "message"
         part = frame_json(_NO_TEXT if is_message else _NO_REASONING)
         self._tell("response.content_part.added", b'%b,"part":%b' % (place, part))
@@ -243,9 +266,9 @@ class _Telling:
         """End an item, whose text and which itself are given as JSON, too."""
         self._open.remove(index)
         if index in self._templates:
-            for kind, body in _ends_of_text(index, shown, text):
+            for kind, body in _ends_of_text(self._at(index), shown, text):
                 self._tell(kind, body)
-        self._tell("response.output_item.done", b'"output_index":%d,"item":%b' % (index, json))
+        self._tell("response.output_item.done", b'"output_index":%d,"item":%b' % (self._at(index), json))
 
     # Frames
 

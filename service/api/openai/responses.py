@@ -182,7 +182,7 @@ class _Responses:
         if self._waits and _is_failure(record):
             return self._failure(record)
         location = response_path(record.id) if with_location and not record.ephemeral else None
-        length = sum([len(item.text) + len(item.encrypted) for item in record.output])
+        length = sum([len(item.text) + len(item.encrypted) + len(item.upstream) for item in record.output])
         with room_for_answer(length):
             encoded = await encode_json(response_of(record, encrypted=self._encrypted))
         return encoded_response(encoded, location=location)

@@ -11,6 +11,7 @@ import trio.testing
 from pydantic import TypeAdapter
 
 from service.api.http.event_stream import PIECE_WRITER, EventStream
+from service.api.http.face_frames import EndedTurn
 from service.api.openai.chat_frames import CUT, ENDS, ChatCompletion, ChunkEncoder
 from service.models.client import Usage
 from service.sessions.events.event_log import EventLog
@@ -38,6 +39,9 @@ HEX = "0a6c1b9e2f3d4c5a8b7e6f5d4c3b2a19"
 TURN = TurnRecord(
     id=f"turn_{HEX}", session_id="s", parent=None, state="running", model="m-1", created_at=T0, started_at=T0, input=()
 )
+CALL_ITEM = Item(id="fc_" + "1" * 32, type="function_call", role="assistant", text="", call_id="c", name="f")
+SOURCE = EndedTurn(msgspec.structs.replace(TURN, output=(CALL_ITEM,) * 9))
+"""What the events of these tests do not say: no call has more than they tell."""
 STARTED = TurnStarted(seq=1, session_id="s", turn_id=TURN.id, model="m-1")
 USAGE = Usage(input_tokens=12, output_tokens=34, reasoning_tokens=5, cached_tokens=8)
 TOLD_USAGE = {
@@ -51,7 +55,7 @@ TOLD_USAGE = {
 
 def frames(*events: Event, includes_usage: bool = False) -> list[Any]:
     """The JSON of each frame, or the text of a frame without JSON."""
-    encoder = ChunkEncoder(TURN, includes_usage=includes_usage)
+    encoder = ChunkEncoder(SOURCE, includes_usage=includes_usage)
     stream = b"".join(map(encoder, events)).decode()
     assert stream.endswith("\n\n")
     told = [frame.removeprefix("data: ") for frame in stream.removesuffix("\n\n").split("\n\n")]
@@ -174,9 +178,9 @@ def test_events_may_be_asked_for_again_from_any_on() -> None:
         call(9, 3, "c"),
         completed("tool_calls"),
     ]
-    once = ChunkEncoder(TURN, includes_usage=True)
+    once = ChunkEncoder(SOURCE, includes_usage=True)
     told = [once(event) for event in events]
-    again = ChunkEncoder(TURN, includes_usage=True)
+    again = ChunkEncoder(SOURCE, includes_usage=True)
     for end in range(1, len(events) + 1):
         for start in range(end):
             assert [again(event) for event in events[start:end]] == told[start:end]
@@ -199,7 +203,7 @@ async def test_whole_calls_that_come_in_one_read_and_are_long_keep_their_numbers
     log = EventLog(bytes_max=1 << 20)
     slot = Streams(streams_max=1, heartbeat_interval_s=15, stop=StopState()).open_stream()
     written = Written()
-    encoder = ChunkEncoder(TURN, includes_usage=False)
+    encoder = ChunkEncoder(SOURCE, includes_usage=False)
     stream = EventStream(log, slot, after=0, encode=encoder, scope={PIECE_WRITER: written})
     arguments = json.dumps({"content": "x" * 5000})
 
@@ -227,7 +231,7 @@ async def test_whole_calls_that_come_in_one_read_and_are_long_keep_their_numbers
 
 def test_no_character_of_a_text_ends_a_line() -> None:
     text = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\rh\ni\U0001f600"
-    encoder = ChunkEncoder(TURN, includes_usage=False)
+    encoder = ChunkEncoder(SOURCE, includes_usage=False)
     for event, name in (
         (TurnDelta(seq=2, text=text), "content"),
         (TurnReasoning(seq=3, text=text), "reasoning_content"),
@@ -278,12 +282,12 @@ def test_a_reply_that_is_cut_off_ends_with_an_error_and_neither_a_reason_nor_don
 
 
 def test_a_proxy_knows_a_stream_that_has_ended_by_its_last_frame() -> None:
-    encoder = ChunkEncoder(TURN, includes_usage=True)
+    encoder = ChunkEncoder(SOURCE, includes_usage=True)
     events: list[Event] = [STARTED, TurnDelta(seq=2, text="Hey}}}")]
     assert not any(encoder(event).endswith(ENDS) for event in events)
     assert encoder(completed()).endswith(ENDS)
     for end, _, _ in ENDINGS:
-        assert ChunkEncoder(TURN, includes_usage=False)(end).endswith(ENDS)
+        assert ChunkEncoder(SOURCE, includes_usage=False)(end).endswith(ENDS)
     assert CUT.endswith(ENDS)
 
 
@@ -329,6 +333,21 @@ def test_a_reply_of_calls_alone_has_no_content() -> None:
     ]
     text = Item(id="msg_1", role="assistant", text="Look.")
     assert whole(text, called, reason="tool_calls")["choices"][0]["message"]["content"] == "Look."
+
+
+def test_what_the_server_of_a_call_wants_back_is_shown_with_the_call() -> None:
+    upstream = '{"extra_content": {"google": {"thought_signature": "Ej\u2028"}}}'
+    signed = msgspec.structs.replace(CALL_ITEM, upstream=upstream)
+    extra = {"google": {"thought_signature": "Ej\u2028"}}
+    (told,) = whole(signed, reason="tool_calls")["choices"][0]["message"]["tool_calls"]
+    assert told == {"id": "c", "type": "function", "function": {"name": "f", "arguments": ""}, "extra_content": extra}
+    encoder = ChunkEncoder(EndedTurn(msgspec.structs.replace(TURN, output=(signed, CALL_ITEM))), includes_usage=False)
+    opening = [encoder(call(2, 0, "a")), encoder(TurnArguments(seq=3, item=0, text="{}")), encoder(call(4, 1, "b"))]
+    assert all(len(frame.decode().splitlines()) == 2 for frame in opening)
+    (first, more, second) = [json.loads(frame.removeprefix(b"data: "))["choices"][0]["delta"] for frame in opening]
+    assert first["tool_calls"][0]["extra_content"] == extra
+    assert "extra_content" not in more["tool_calls"][0]
+    assert "extra_content" not in second["tool_calls"][0]
 
 
 def test_an_empty_reply_is_an_empty_text_and_reasoning_has_a_field_of_its_own() -> None:

@@ -87,6 +87,15 @@ def test_a_message_as_it_was_answered_can_be_sent_back() -> None:
     assert [kind for kind, *_ in told] == ["message", "function_call", "function_call_output"]
 
 
+def test_what_the_server_of_a_call_wants_back_comes_back_with_the_call() -> None:
+    extra = {"google": {"thought_signature": "EjQ="}}
+    answered = {"role": "assistant", "tool_calls": [CALL | {"extra_content": extra}, CALL | {"index": 1}]}
+    _, first, second, _ = turn(messages=[*HI, answered, *HI]).items
+    assert (json.loads(first.upstream), second.upstream) == ({"extra_content": extra}, "")
+    cut = {"role": "assistant", "tool_calls": [CALL, CALL | {"extra_content": {"a": "\ud800"}}]}
+    assert refusal(messages=[*HI, cut, *HI]) == ("messages[1].tool_calls", "invalid_request")
+
+
 def test_messages_without_a_text_say_nothing_but_those_of_the_user_and_of_tools() -> None:
     told = items({"role": "system", "content": ""}, {"role": "assistant"}, {"role": "user", "content": ""})
     assert told == [("message", "user", "", "")]

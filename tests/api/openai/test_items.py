@@ -1,5 +1,6 @@
 """Items in the form of OpenAI's API: what is shown comes back as it was, and what is not supported is named."""
 
+from base64 import urlsafe_b64encode
 from typing import Any
 
 import msgspec
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from service.api.openai.errors import ParameterError
 from service.api.openai.ids import flat_name
-from service.api.openai.items import read_items, shown_item
+from service.api.openai.items import read_items, reasoning_before, shown_item
 from service.storage.records import Item
 from tests.api.openai.validation import check_item
 
@@ -35,6 +36,7 @@ CALLS = st.builds(
     text=TEXTS | st.just(""),
     call_id=TEXTS,
     name=st.sampled_from(["get", "tools__get"]),
+    upstream=st.sampled_from(["", '{"extra_content":{"google":{"thought_signature":"EjQ="},"n":[1,2.5]}}']),
 )
 OUTPUTS = st.builds(
     Item,
@@ -45,6 +47,11 @@ OUTPUTS = st.builds(
     call_id=TEXTS,
 )
 NAMESPACES = {"tools__get": ("tools", "get")}
+
+
+CALL = {"type": "function_call", "call_id": "c", "name": "a", "arguments": "{}"}
+SEALED_OTHERWISE = "lc1." + urlsafe_b64encode(b'["", {}, {"c": {"function": {"name": "f"}}}]').decode()
+"""A field of a call that is not the server's own."""
 
 
 def read(*items: object) -> tuple[Item, ...]:
@@ -74,7 +81,20 @@ def test_encrypted_reasoning_is_shown_as_its_server_sent_it_unless_there_is_more
     assert back.encrypted == "lc1.not-ours"
 
 
-@pytest.mark.parametrize("content", ["lc1.", "lc1.!", "lc1.WzFd", "lc1.WyJhIiwgWzFdXQ==", "lc1.é"])
+@given(CALLS)
+def test_reasoning_before_a_call_brings_back_what_clients_do_not_keep_of_the_call(call: Item) -> None:
+    reasoning = reasoning_before(call)
+    assert (reasoning is None) == (not call.upstream)
+    told = [] if reasoning is None else [check_item(msgspec.json.encode(reasoning))]
+    known = msgspec.to_builtins(shown_item(msgspec.structs.replace(call, upstream=""), namespaces=NAMESPACES))
+    other = known | {"call_id": f"{call.call_id}x"}
+    back = read(*told, other, known, known)
+    assert [it.upstream for it in back] == ["", call.upstream, ""], "for the one call that follows, and no other"
+    (own, *_) = read(*told, known | {"extra_content": {"own": 1}})
+    assert own.upstream == '{"extra_content":{"own":1}}'
+
+
+@pytest.mark.parametrize("content", [SEALED_OTHERWISE, "lc1.", "lc1.!", "lc1.WzFd", "lc1.WyJhIiwgWzFdXQ==", "lc1.é"])
 def test_encrypted_reasoning_that_was_changed_is_refused(content: str) -> None:
     item = {"type": "reasoning", "summary": [], "encrypted_content": content}
     assert refused(item) == ("input[0].encrypted_content", "invalid_encrypted_content")
@@ -113,6 +133,14 @@ def test_messages_are_taken_in_every_form_in_which_clients_send_them() -> None:
 def test_a_call_in_a_namespace_gets_the_name_that_the_model_knows() -> None:
     call = {"type": "function_call", "call_id": "c", "name": "get", "namespace": "tools", "arguments": "{}"}
     assert read(call)[0].name == flat_name("tools", "get")
+
+
+def test_an_id_of_a_call_may_be_as_long_as_those_that_servers_send() -> None:
+    """Some gateways put a signature of several thousand characters into the id."""
+    (call, output) = read(
+        CALL | {"call_id": "x" * 16_384}, {"type": "function_call_output", "call_id": "x" * 16_384, "output": "1"}
+    )
+    assert call.call_id == output.call_id == "x" * 16_384
 
 
 def test_an_output_may_be_an_array_of_texts() -> None:
@@ -166,6 +194,9 @@ def test_an_item_of_another_type_is_refused_by_its_name(kind: str) -> None:
         ({"type": "function_call", "call_id": "", "name": "a", "arguments": ""}, "input[0].call_id", "invalid_value"),
         ({"type": "function_call_output", "call_id": "c"}, "input[0].output", "invalid_type"),
         ({"type": "reasoning", "summary": "a", "encrypted_content": 1}, "input[0].encrypted_content", "invalid_type"),
+        (CALL | {"extra_content": "x"}, "input[0].extra_content", "invalid_type"),
+        (CALL | {"extra_content": {"a": "\ud800"}}, "input[0].extra_content", "invalid_value"),
+        (CALL | {"call_id": "x" * 16_385}, "input[0].call_id", "invalid_value"),
     ],
 )
 def test_a_wrong_item_is_refused_by_the_part_that_is_wrong(item: Any, field: str, code: str) -> None:

@@ -16,6 +16,7 @@ from service.api.http.event_frames import read_frames
 from service.api.http.face_frames import EndedTurn
 from service.api.native.event_frames import encode_frame
 from service.api.openai.echo import Echo
+from service.api.openai.items import read_items
 from service.api.openai.response import response_of
 from service.api.openai.response_events import DONE, ResponseFace
 from service.models.client import (
@@ -184,6 +185,50 @@ async def test_encrypted_reasoning_opens_with_the_next_item_and_ends_with_its_co
     assert "encrypted_content" not in without
 
 
+async def test_a_call_whose_server_wants_more_back_has_reasoning_before_it_if_encrypted_content_is_asked_for() -> None:
+    told: list[ModelEvent] = [
+        TextDelta("Looking."),
+        CallOpened(0, "call_a", "get", '{"extra_content": {"google": {"thought_signature": "A\u2028"}}}'),
+        CallOpened(1, "call_b", "get"),
+        ArgumentsDelta(1, "{}"),
+        ArgumentsDelta(0, "{}"),
+        CallOpened(2, "call_c", "get", '{"extra_content":{"google":{"thought_signature":"C"}}}'),
+    ]
+    events = await events_of(tell(told, outcome.Completed("tool_calls"), face=INCLUDING))
+    assert kinds_of(events)[5:-1] == [
+        *("output_text.done", "content_part.done", "output_item.done"),
+        *("output_item.added", "output_item.done", "output_item.added"),
+        *("output_item.added", "function_call_arguments.delta", "function_call_arguments.delta"),
+        *("output_item.added", "output_item.done", "output_item.added"),
+        *("function_call_arguments.done", "output_item.done") * 3,
+    ]
+    assert [event["output_index"] for event in events[8:-1]] == [1, 1, 2, 3, 3, 2, 4, 4, 5, 2, 2, 3, 3, 5, 5]
+    output = events[-1]["response"]["output"]
+    assert [item["type"] for item in output] == [
+        *("message", "reasoning", "function_call", "function_call", "reasoning", "function_call"),
+    ]
+    assert events[9]["item"] == output[1]
+    assert events[8]["item"] == {"type": "reasoning", "id": output[1]["id"], "status": "in_progress", "summary": []} | {
+        "content": []
+    }
+    _, _, a, b, _, c = output
+    assert "extra_content" not in b
+    assert (a["extra_content"], c["extra_content"]) == (
+        {"google": {"thought_signature": "A\u2028"}},
+        {"google": {"thought_signature": "C"}},
+    )
+    for call in (a, b, c):
+        call.pop("extra_content", None)  # as clients do that keep only what they know
+    back = [item for item in read_items(output, field="input") if item.type == "function_call"]
+    assert [(item.call_id, item.upstream) for item in back] == [
+        ("call_a", '{"extra_content":{"google":{"thought_signature": "A\u2028"}}}'),
+        ("call_b", ""),
+        ("call_c", '{"extra_content":{"google":{"thought_signature":"C"}}}'),
+    ]
+    plain = await events_of(tell(told, outcome.Completed("tool_calls")))
+    assert [item["type"] for item in plain[-1]["response"]["output"]] == ["message", *["function_call"] * 3]
+
+
 async def test_an_empty_reply_is_a_response_without_items() -> None:
     events = await events_of(tell([], STOP))
     assert kinds_of(events) == ["created", "in_progress", "completed"]
@@ -302,11 +347,12 @@ def _check_items(events: Sequence[dict[str, Any]]) -> None:
     assert [ended[index] for index in range(len(opened))] == events[-1]["response"]["output"]
 
 
-@given(replies(), st.data())
+@given(replies(), st.data(), st.booleans())
 async def test_after_a_crash_the_events_that_are_left_are_valid_and_end_the_response(
-    told: list[ModelEvent], data: st.DataObject
+    told: list[ModelEvent], data: st.DataObject, is_including: bool
 ) -> None:
-    turn = a_told_turn()
+    fields: dict[str, Any] = {"face": INCLUDING} if is_including else {}
+    turn = a_told_turn(**fields)
     turn.take(told)
     live = frames_in(await read_to_the_end(turn.log, ResponseFace(turn)))
     kept = data.draw(st.integers(0, turn.log.last_seq))
