@@ -144,15 +144,20 @@ def _kept_face(face: dict[str, msgspec.Raw] | msgspec.UnsetType) -> dict[str, ms
 
 
 class NewItems(msgspec.Struct, frozen=True, kw_only=True):
-    """Items of a conversation, to be added as turns that are complete at once. ``parent`` is as in :class:`NewTurn`."""
+    """Items of a conversation, to be added as turns that are complete at once.
+
+    ``parent`` and ``face`` are as in :class:`NewTurn`; each of the turns keeps the face.
+    """
 
     items: tuple[Item, ...]
+    face: dict[str, msgspec.Raw] | msgspec.UnsetType = msgspec.UNSET
     parent: str | None | msgspec.UnsetType = msgspec.UNSET
     key: IdempotencyKey | None = None
 
     def records(self, session: SessionRecord, *, now: datetime, settings: Settings) -> list[TurnRecord]:
         """The turns as they are added, each the parent of the next one."""
         parent = session.head if self.parent is msgspec.UNSET else self.parent
+        face = _kept_face(self.face)
         turns: list[TurnRecord] = []
         for said, replied in turns_of(self.items, settings):
             turn = TurnRecord(
@@ -167,6 +172,7 @@ class NewItems(msgspec.Struct, frozen=True, kw_only=True):
                 output=tuple(replied),
                 finish_reason="tool_calls" if any(item.type == "function_call" for item in replied) else "stop",
                 last_seq=count(events_at_once(replied)) + 1,
+                face=face,
             )
             turns.append(turn)
             parent = turn.id

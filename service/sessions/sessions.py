@@ -142,13 +142,12 @@ class Sessions:
     # Sessions
 
     async def create_session(
-        self, new: NewSession, *, items: Sequence[Item] = (), key: IdempotencyKey | None = None
+        self, new: NewSession, *, beginning: NewItems | None = None, key: IdempotencyKey | None = None
     ) -> SessionRecord:
         """Create a session; with a key that an earlier call had, return the session which that call has created.
 
         Args:
-            items: Those of a conversation, which the session has from its beginning on: all of them, or there is no
-                session.
+            beginning: Items that the session has from its beginning on: all of them, or there is no session.
 
         Raises:
             KeyReusedError, MadeIsGoneError
@@ -157,20 +156,21 @@ class Sessions:
             SessionLimitError, ShuttingDownError
         """
         try:
-            return await self._keyed_calls.once(key, partial(self._create_session, new, items, key))
+            return await self._keyed_calls.once(key, partial(self._create_session, new, beginning, key))
         except RepeatedError as error:
             return await self._session_made_before(error)
 
     async def _create_session(
-        self, new: NewSession, items: Sequence[Item], key: IdempotencyKey | None, within_s: float
+        self, new: NewSession, beginning: NewItems | None, key: IdempotencyKey | None, within_s: float
     ) -> SessionRecord:
         self.drain.check_accepting()
         now = self._clock()
         session = new.record(now=now, settings=self._settings)
         if session.model is not None:
             self._client_for(session.model)  # an unknown model is refused now, not at the first turn
-        turns = NewItems(items=tuple(items)).records(session, now=now, settings=self._settings)
-        if turns:
+        turns: Sequence[TurnRecord] = ()
+        if beginning is not None:
+            turns = beginning.records(session, now=now, settings=self._settings)
             session = with_added(session, turns, now)
         has_all = within_s >= self._settings.store_timeout_s
         with self.pending_writes.writing(within_s=within_s, late_is_refused=has_all):

@@ -5,6 +5,7 @@ from typing import cast
 
 import msgspec
 import trio
+from msgspec import UNSET
 from quart import Blueprint, request
 from quart_trio.wrappers import TrioResponse
 
@@ -29,10 +30,11 @@ from service.api.openai.conversation_wire import (
     UpdateConversation,
     shown_placed,
 )
+from service.api.openai.echo import Echo
 from service.api.openai.errors import ConversationNotFoundError, ParameterError, not_done_twice
 from service.api.openai.ids import item_id_of, public_session_id_of
 from service.api.openai.ids import item_name as name_of_item
-from service.api.openai.items import ItemList, ShownItem, read_items
+from service.api.openai.items import ItemList, ShownItem, namespaces_in, read_items
 from service.errors import (
     ItemNotFoundError,
     SessionLimitError,
@@ -44,7 +46,7 @@ from service.ids import scoped
 from service.sessions.commands import NewItems, NewSession, is_callers
 from service.sessions.items import PlacedItem, placed_items
 from service.settings import Settings
-from service.storage.records import Item, SessionPatch
+from service.storage.records import IdempotencyKey, SessionPatch
 from service.supervisor import Service
 
 blueprint = Blueprint("conversations", __name__)
@@ -79,10 +81,10 @@ async def create_conversation() -> TrioResponse:
     """
     service = current_service()
     body = await read_body(request, CreateConversation, service)
-    items = _new_items(body.items or (), service.settings)
+    beginning = _new_items(body.items, service.settings, key=None) if body.items else None
     key = read_key(body)
     new = NewSession(owner=current_owner(), metadata=body.metadata or {})
-    return json_response(Conversation.of(await service.sessions.create_session(new, items=items, key=key)))
+    return json_response(Conversation.of(await service.sessions.create_session(new, beginning=beginning, key=key)))
 
 
 @blueprint.get(f"{_PATH}/<conversation_id>")
@@ -146,7 +148,7 @@ async def create_conversation_items(conversation_id: str) -> TrioResponse:
     session_id = session_of(conversation_id)
     query = read_query(request, ItemQuery)
     body = await read_body(request, CreateItems, service)
-    new = NewItems(items=_new_items(body.items, service.settings), key=read_key(body))
+    new = _new_items(body.items, service.settings, key=read_key(body))
     allow_longer_answer(by_s=service.settings.store_timeout_s)
     with not_done_twice(new.key):
         turns = await service.sessions.add_items(session_id, new)
@@ -244,7 +246,7 @@ async def _find_item(service: Service, session_id: str, name: str) -> PlacedItem
     raise ItemNotFoundError(name[:128])
 
 
-def _new_items(told: Sequence[object], settings: Settings) -> tuple[Item, ...]:
+def _new_items(told: Sequence[object], settings: Settings, *, key: IdempotencyKey | None) -> NewItems:
     """The items that a caller adds.
 
     Raises:
@@ -267,9 +269,11 @@ def _new_items(told: Sequence[object], settings: Settings) -> tuple[Item, ...]:
             raise ParameterError(f"There is a second output of the call {item.call_id!r}.", param="items")
         elif item.call_id:
             answered.add(item.call_id)
-    if told and not items:
+    if not items:
         raise ParameterError("No item has a text, reasoning, a call or an output.", param="items")
-    return items
+    namespaces = namespaces_in(told)
+    face = Echo(conversation=True, namespaces=namespaces).face() if namespaces else UNSET
+    return NewItems(items=items, face=face, key=key)
 
 
 async def _encoded(placed: Sequence[PlacedItem], *, has_more: bool, query: ItemQuery, bytes_max: int | None) -> bytes:

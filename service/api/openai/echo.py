@@ -23,7 +23,8 @@ class Echo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             a session is no conversation, needs no title, and goes with its last response. A fork of it has another id.
         tools: As they were given.
         tools_left_out: What the model did not get to know.
-        namespaces: The namespace and the name of each function that the model knows by a flat name.
+        namespaces: The namespace and the name of each function that the model knows by a flat name: of the request's
+            tools, and of the calls in its input.
         encrypted: Whether encrypted reasoning is included.
     """
 

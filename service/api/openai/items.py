@@ -4,7 +4,7 @@ What this service cannot pass to a model is refused by its name: images, audio, 
 text parts of a message are one text inside of the service.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Never, Self
 
 import msgspec
@@ -248,6 +248,15 @@ def read_items(told: Sequence[object], *, field: str) -> tuple[Item, ...]:
     signed: dict[str, str] = {}
     items = (_read_item(item, f"{field}[{index}]", signed) for index, item in enumerate(told))
     return tuple(item for item in items if item is not None)
+
+
+def namespaces_in(told: Iterable[object]) -> dict[str, tuple[str, str]]:
+    """The namespace and the name of each call that a caller brings with a namespace, by its flat name.
+
+    The items are those of :func:`read_items`, which has not refused them.
+    """
+    calls = [it for it in told if isinstance(it, dict) and it.get("type") == "function_call" and it.get("namespace")]
+    return {flat_name(call["namespace"], call["name"]): (call["namespace"], call["name"]) for call in calls}
 
 
 def _read_item(told: object, field: str, signed: dict[str, str]) -> Item | None:

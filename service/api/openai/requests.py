@@ -23,7 +23,7 @@ from service.api.http.wire_types import (
 )
 from service.api.openai.echo import Echo
 from service.api.openai.errors import ParameterError
-from service.api.openai.items import CALL_ID_LENGTH_MAX, read_items
+from service.api.openai.items import CALL_ID_LENGTH_MAX, namespaces_in, read_items
 from service.api.openai.tools import TOOLS_MAX, HostedTools, TakenTools, take_tools
 from service.api.openai.unsupported import Refused, refuse_values, unsupported
 from service.models.client import Options, TextFormat
@@ -283,7 +283,8 @@ def read_request(body: CreateResponse, settings: Settings, *, hosted: HostedTool
     """
     _check_agreement(body)
     taken = take_tools(body.tools or (), body.tool_choice, parallel=body.parallel_tool_calls, hosted=hosted)
-    return Asked(items=_items_of(body, settings), taken=taken, echo=_echo_of(body, taken), options=_options_of(body))
+    items = _items_of(body, settings)
+    return Asked(items=items, taken=taken, echo=_echo_of(body, taken), options=_options_of(body))
 
 
 def _check_agreement(body: CreateResponse) -> None:
@@ -377,7 +378,7 @@ def _echo_of(body: CreateResponse, taken: TakenTools) -> Echo:
         user=body.user,
         max_tool_calls=body.max_tool_calls,
         tools_left_out=taken.left_out,
-        namespaces=taken.namespaces,
+        namespaces=(namespaces_in(body.input) if not isinstance(body.input, str) else {}) | taken.namespaces,
         encrypted="reasoning.encrypted_content" in (body.include or ()),
     )
 

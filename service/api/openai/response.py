@@ -309,8 +309,11 @@ def _is_shown(tool: Mapping[str, Any]) -> bool:
 
 
 def _shown_tool(tool: dict[str, Any]) -> dict[str, Any]:
-    """A tool with all fields that clients require."""
-    return {"description": None, "parameters": None, "strict": None} | tool if tool["type"] == "function" else tool
+    """A tool with all fields that clients require; of a namespace what the model got to know."""
+    if tool["type"] == "function":
+        return {"description": None, "parameters": None, "strict": None} | tool
+    functions = [inner for inner in tool["tools"] if inner["type"] == "function"]
+    return tool | {"description": tool.get("description") or "", "tools": functions}
 
 
 def _tools_of(tools: Tools | UnsetType) -> list[dict[str, Any]]:

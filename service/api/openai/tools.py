@@ -101,6 +101,8 @@ def _of_namespace(
 ) -> Iterator[tuple[str, Mapping[str, Any], str | None]]:
     _check_fields(tool, _NAMESPACE_FIELDS, param)
     namespace = _name(tool, param)
+    if not isinstance(tool.get("description"), str | None):
+        raise ParameterError("Expected a string.", param=f"{param}.description", code="invalid_type")
     within = tool.get("tools")
     if not isinstance(within, list):
         raise ParameterError("Expected an array of the namespace's tools.", param=f"{param}.tools", code="invalid_type")

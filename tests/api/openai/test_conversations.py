@@ -10,7 +10,7 @@ import trio
 from trio.testing import MockClock
 
 from service.errors import StoreError
-from service.sessions.commands import NewSession
+from service.sessions.commands import NewItems, NewSession
 from service.storage.records import Item
 from tests.api.inprocess import Api, Reply, open_api
 from tests.storage.test_store_cancellation import CancelAtWait
@@ -230,7 +230,7 @@ async def test_a_client_that_leaves_at_any_moment_leaves_a_conversation_with_its
                 instrument = CancelAtWait(nth, scope)
                 trio.lowlevel.add_instrument(instrument)
                 try:
-                    await api.service.sessions.create_session(NewSession(), items=items)
+                    await api.service.sessions.create_session(NewSession(), beginning=NewItems(items=items))
                 finally:
                     trio.lowlevel.remove_instrument(instrument)
             counts = [session["message_count"] for session in (await api.call("GET", "/sessions")).json["data"]]
@@ -239,6 +239,25 @@ async def test_a_client_that_leaves_at_any_moment_leaves_a_conversation_with_its
             assert counts in ([], [20] * len(counts))
         assert nth > 1
         assert counts == [20] * len(counts) != []
+
+
+async def test_calls_of_namespaces_are_shown_as_they_were_brought(autojump_clock: MockClock) -> None:
+    call = {"type": "function_call", "namespace": "files", "name": "read", "call_id": "c1", "arguments": "{}"}
+    plain = {"type": "function_call", "name": "write", "call_id": "c2", "arguments": "{}"}
+    async with open_api(model_url=MODEL) as api:
+        conversation_id = await new(api, message("Hi"), call, plain)
+        added = (await api.call("POST", f"{PATH}/{conversation_id}/items", {"items": [call]})).json["data"]
+        listed = (await api.call("GET", f"{PATH}/{conversation_id}/items?order=asc")).json["data"]
+        assert listed[-1:] == added
+        names = [(item.get("namespace"), item["name"]) for item in listed if item["type"] == "function_call"]
+        assert names == [("files", "read"), (None, "write"), ("files", "read")]
+        one = (await api.call("GET", f"{PATH}/{conversation_id}/items/{added[0]['id']}")).json
+        assert one == added[0]
+        turns = (await api.call("GET", f"{session_path(conversation_id)}/turns")).json["data"]
+        assert turns[-1]["items"][-1]["name"] == "files__read"
+        response = (await api.call("GET", f"/v1/responses/resp_{turns[-1]['id'].removeprefix('turn_')}")).json
+        assert response["conversation"] == {"id": conversation_id}
+        assert response["output"] == added
 
 
 async def test_pages_go_through_all_items_in_both_orders(autojump_clock: MockClock) -> None:

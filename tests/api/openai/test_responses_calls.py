@@ -8,6 +8,7 @@ import httpx2
 import openai
 import pytest
 import trio
+from openai.types.responses import NamespaceTool
 from trio.testing import MockClock
 
 from service.api.openai.response_events import CUT
@@ -274,6 +275,38 @@ async def test_functions_of_namespaces_come_back_in_their_namespaces(autojump_cl
         again = (await create(api, [*history, output], tools=tools)).json
         assert "text" in text_of(again)
         assert (await native_turn(api, again))["items"][1]["name"] == "files__read"
+
+
+async def test_a_call_of_a_namespace_in_a_history_without_its_tool_is_shown_as_it_was_sent(
+    autojump_clock: MockClock,
+) -> None:
+    call = {"type": "function_call", "namespace": "files", "name": "read", "call_id": "c1", "arguments": "{}"}
+    output = {"type": "function_call_output", "call_id": "c1", "output": "text"}
+    async with open_api() as api:
+        response = (await create(api, [{"role": "user", "content": "?"}, call, output])).json
+        items = (await get(api, response["id"], "/input_items?order=asc")).json["data"]
+        assert [(item.get("namespace"), item.get("name")) for item in items] == [
+            *((None, None), ("files", "read"), (None, None)),
+        ]
+        again = (await create(api, items)).json
+        listed = (await get(api, again["id"], "/input_items?order=asc")).json["data"]
+        assert [item | {"id": ""} for item in listed] == [item | {"id": ""} for item in items]
+
+
+async def test_a_namespace_is_shown_with_a_description_and_what_the_model_knows_of_it(
+    autojump_clock: MockClock,
+) -> None:
+    functions = [{"type": "function", "name": "read"}]
+    namespace = {"type": "namespace", "name": "files", "tools": [*functions, {"type": "web_search"}]}
+    async with open_api() as api:
+        for description in ({}, {"description": None}, {"description": "x"}):
+            response = (await create(api, tools=[namespace | description])).json
+            told = description.get("description") or ""
+            assert response["tools"] == [namespace | {"description": told, "tools": functions}]
+            tool = NamespaceTool.model_validate(response["tools"][0], strict=True)
+            assert tool.description == told
+        refused = await create(api, tools=[namespace | {"description": 3}])
+        error_of(refused, 400, "invalid_type", "tools[0].description")
 
 
 async def test_hosted_tools_may_be_refused_by_a_setting(autojump_clock: MockClock) -> None:
