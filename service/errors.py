@@ -94,6 +94,17 @@ class InvalidRequestError(RefusedError):
         self.field = field
 
 
+class NothingAskedError(InvalidRequestError):
+    """A turn without an input was to answer what its path ends with, and this is not the user's."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "There is nothing to answer: the conversation has no item, or ends with one of the model, or with one that "
+            "its server has refused. Send an input.",
+            field="input",
+        )
+
+
 class SessionNotFoundError(RefusedError):
     code = "session_not_found"
 

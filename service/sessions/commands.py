@@ -69,7 +69,8 @@ def is_same_input(one: Sequence[Item], other: Sequence[Item]) -> bool:
 
 
 class NewTurn(msgspec.Struct, frozen=True, kw_only=True):
-    """A turn to be started. Its input is a text, or new items.
+    """A turn to be started. Its input is a text, or new items; with ``answers_path`` it has none, and the model answers
+    what the path to its parent ends with.
 
     Without ``parent`` the turn follows the session's head; with ``parent=None`` the turn is a first turn. With
     ``creates_session`` the session is created if it does not exist. With ``session_is_new`` as well, the session's id
@@ -83,6 +84,7 @@ class NewTurn(msgspec.Struct, frozen=True, kw_only=True):
 
     text: str = ""
     items: tuple[Item, ...] = ()
+    answers_path: bool = False
     parent: str | None | msgspec.UnsetType = msgspec.UNSET
     model: str | None = None
     system_message: str | None = None
@@ -114,7 +116,7 @@ class NewTurn(msgspec.Struct, frozen=True, kw_only=True):
             model=self.model or session.model or settings.default_model,
             created_at=now,
             started_at=None if queued else now,
-            input=self.items or text_input(self.text),
+            input=() if self.answers_path else self.items or text_input(self.text),
             system_message=self.system_message,
             temperature=session.temperature if self.temperature is None else self.temperature,
             max_output_tokens=self.max_output_tokens or session.max_output_tokens,

@@ -531,6 +531,7 @@ class Sessions:
             BranchLimitError: ``parent`` is another turn or None, and ``branches_max`` turns of the session run.
             TurnLimitError, SessionLimitError, ShuttingDownError
             InvalidRequestError: The model is unknown.
+            NothingAskedError: The turn has no input, and its path ends with nothing to answer.
         """
 
         async def start(within_s: float) -> tuple[Turn, Watch]:

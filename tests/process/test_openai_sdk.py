@@ -117,6 +117,13 @@ async def test_the_asynchronous_client_makes_every_call(tmp_path: Path, host: Ho
         with pytest.raises(openai.NotFoundError):
             await client.responses.retrieve(first.id)
         assert (await client.responses.retrieve(second.id)).output_text == second.output_text
+        message: Any = {"type": "message", "role": "user", "content": "Of items"}
+        conversation = await client.conversations.create(items=[message])
+        answer = await client.responses.create(model="scripted", conversation=conversation.id)
+        assert (answer.status, answer.output_text) == ("completed", first.output_text)
+        with pytest.raises(openai.BadRequestError) as nothing_asked:
+            await client.responses.create(model="scripted", conversation=conversation.id)
+        assert nothing_asked.value.param == "input"
         gone = await client.responses.create(model="scripted", input="Hi", store=False)
         with pytest.raises(openai.NotFoundError):
             await client.responses.retrieve(gone.id)

@@ -151,13 +151,14 @@ class CreateResponse(RequestBody, frozen=True, kw_only=True):
         refuse_unsupported(told)
 
     input: Annotated[
-        Annotated[str, Meta(min_length=1, extra_json_schema=NO_NUL)]
-        | Annotated[
-            tuple[dict[str, Any], ...],
-            Meta(min_length=1, max_length=INPUT_ITEMS_MAX, extra_json_schema=_ITEMS_TAKEN),
-        ],
-        Meta(description="A text of the user, or items: at most `input_bytes_max` bytes of UTF-8."),
-    ]
+        Annotated[str, Meta(extra_json_schema=NO_NUL)]
+        | Annotated[tuple[dict[str, Any], ...], Meta(max_length=INPUT_ITEMS_MAX, extra_json_schema=_ITEMS_TAKEN)]
+        | None,
+        Meta(
+            description="A text of the user, or items: at most `input_bytes_max` bytes of UTF-8. Without it the model "
+            "answers the last item of the conversation, or of the previous response's."
+        ),
+    ] = None
     model: ModelName | None = None
     instructions: Annotated[_Text | None, Meta(description="For this response only.")] = None
     previous_response_id: str | None = None
@@ -303,6 +304,14 @@ def _check_agreement(body: CreateResponse) -> None:
 
 
 def _items_of(body: CreateResponse, settings: Settings) -> tuple[Item, ...]:
+    if not body.input:
+        if body.conversation is None and body.previous_response_id is None:
+            raise ParameterError(
+                "Send an input; or name a conversation, or a previous response, that ends with what is to be answered.",
+                param="input",
+                code="missing_required_parameter",
+            )
+        return ()
     if isinstance(body.input, str):
         return text_input(body.input)
     items = read_items(body.input, field="input")
@@ -378,7 +387,7 @@ def _echo_of(body: CreateResponse, taken: TakenTools) -> Echo:
         user=body.user,
         max_tool_calls=body.max_tool_calls,
         tools_left_out=taken.left_out,
-        namespaces=(namespaces_in(body.input) if not isinstance(body.input, str) else {}) | taken.namespaces,
+        namespaces=(namespaces_in(body.input) if isinstance(body.input, tuple) else {}) | taken.namespaces,
         encrypted="reasoning.encrypted_content" in (body.include or ()),
     )
 
@@ -402,6 +411,7 @@ def turn_of(
     makes_session = parent is None
     return NewTurn(
         items=asked.items,
+        answers_path=not asked.items,
         parent=parent,
         model=body.model,
         system_message=body.instructions or None,

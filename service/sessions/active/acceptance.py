@@ -12,6 +12,7 @@ from service.clock import Clock
 from service.errors import (
     BranchLimitError,
     HeadMovedError,
+    NothingAskedError,
     QueueFullError,
     SessionExistsError,
     SessionNotFoundError,
@@ -28,6 +29,7 @@ from service.sessions.active.session import ActiveSession
 from service.sessions.commands import NewItems, NewSession, NewTurn, OnConflict
 from service.sessions.events import outcome
 from service.sessions.titles import Titles
+from service.sessions.turns.prompt import PathEnd
 from service.sessions.turns.turn import Turn
 from service.sessions.turns.turn_log import turn_log_context
 from service.sessions.turns.turn_task import end_turn, run_turn
@@ -39,6 +41,8 @@ from service.telemetry.log_context import log_context
 
 T = TypeVar("T")
 
+_PATH_END_BYTES = 16 * 1024
+"""How much of a path is read at once for its last input. This is nearly always the input of its last turn."""
 MAKE_WAY_MAX_S = 1.0
 """How long a process that stops holds a caller back while the turns of the session end. Then it is asked again."""
 
@@ -236,6 +240,8 @@ class Acceptance:
             may_leave_out=new.may_leave_out,
             request_id=new.request_id,
         )
+        if new.answers_path:
+            await self._check_answers_path(record)
         await _refuse_if_late(deadline)
         await self._commit_input(
             turn,
@@ -247,6 +253,22 @@ class Acceptance:
         )
         self._make_live(session, turn, supersedes=new.on_conflict == "supersede" and not branches)
         return turn
+
+    async def _check_answers_path(self, turn: TurnRecord) -> None:
+        """Check that the path to a turn without an input ends with something to answer. Raises: NothingAskedError."""
+        end, above = PathEnd(), turn.parent
+        while above is not None:
+            path = await self._store.read_path(turn.session_id, above, bytes_max=_PATH_END_BYTES)
+            if not path:
+                return  # the parent is not there: the store says so
+            for earlier in reversed(path):
+                decided = end.decide(earlier)
+                if decided is not None:
+                    if decided:
+                        return
+                    raise NothingAskedError
+            above = path[0].parent
+        raise NothingAskedError
 
     async def _find_session(self, session_id: str, new: NewTurn, now: datetime) -> tuple[SessionRecord, bool]:
         """The session, and whether it must still be created."""

@@ -82,7 +82,7 @@ def prompt_of(
 
     Args:
         bytes_max: Bounds the UTF-8 bytes of all texts, with :data:`TURN_BYTES` for each turn: whole turns are left out,
-            oldest first, but never the last one, nor the turn whose calls the last one answers.
+            oldest first, but never the last one with an input, nor the turn whose calls this one answers.
         older: The size of the turns before ``path``, which are left out in any case.
         learns: Whether the prompts of earlier turns that were too long make this one shorter.
     """
@@ -109,15 +109,46 @@ def prompt_of(
     return Prompt(items, left_out if left_out.items else None)
 
 
-def has_outputs(turn: TurnRecord) -> bool:
-    """Whether the turn brings outputs of calls."""
-    return any(item.type == "function_call_output" for item in turn.input)
+def has_outputs(path: Sequence[TurnRecord]) -> bool:
+    """Whether the input to answer brings outputs of calls."""
+    return any(item.type == "function_call_output" for item in path[_asking_turn(path)].input)
+
+
+def _asking_turn(path: Sequence[TurnRecord]) -> int:
+    """The index of the turn whose input is to be answered: the last turn, or the one before it that has an input."""
+    last = len(path) - 1
+    asking = next((index for index in range(last, -1, -1) if path[index].input and not path[index].was_refused), last)
+    return asking if path[-1].input == () else last
+
+
+class PathEnd:
+    """Whether a path ends with something to answer: told of its turns one by one, from the last one on."""
+
+    __slots__ = ("_rejected",)
+
+    def __init__(self) -> None:
+        self._rejected = 0
+
+    def decide(self, turn: TurnRecord) -> bool | None:
+        """Whether there is something to answer, if this turn decides it.
+
+        What the model has refused, or was rejected twice for an unknown reason, is not sent again.
+        """
+        if turn.was_refused:
+            return None if _was_too_long(turn) else False
+        self._rejected += _has_failed_with(turn, "upstream_rejected")
+        if turn.has_reply or self._rejected > 1:
+            return False
+        last = next((item for item in reversed(turn.input) if item.role != "system"), None)
+        return None if last is None else _waits_for_reply(last)
 
 
 def _answered_turn(path: Sequence[TurnRecord]) -> Steps[int]:
-    """The index of the turn whose calls the last turn answers; of the last turn itself if it answers none there."""
-    last = len(path) - 1
-    outputs = {item.call_id for item in path[-1].input if item.type == "function_call_output"} if path else set()
+    """The index of the turn whose calls the input to answer answers; of this input's turn if it answers none there."""
+    if not path:
+        return -1
+    last = _asking_turn(path)
+    outputs = {item.call_id for item in path[last].input if item.type == "function_call_output"}
     if outputs:
         for index in range(last - 1, -1, -1):
             yield

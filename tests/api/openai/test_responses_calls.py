@@ -242,6 +242,74 @@ async def test_what_a_response_cannot_follow_is_refused_by_its_name(autojump_clo
         assert len((await api.call("GET", "/sessions")).json["data"]) == 1, "a refused request has made no session"
 
 
+# Without an input
+
+
+async def add(api: Api, conversation: str, *items: dict[str, Any]) -> None:
+    assert (await api.call("POST", f"/v1/conversations/{conversation}/items", {"items": list(items)})).status == 200
+
+
+@pytest.mark.parametrize("given", [{}, {"input": None}, {"input": ""}, {"input": []}], ids=str)
+async def test_without_an_input_the_last_item_of_the_conversation_is_answered(
+    given: dict[str, Any], autojump_clock: MockClock
+) -> None:
+    async with open_api() as api:
+        made = await api.call("POST", "/v1/conversations", {"items": [{"role": "user", "content": "Of items"}]})
+        conversation = made.json["id"]
+        body = {"model": "scripted", "conversation": conversation} | given
+        first = (await api.call("POST", PATH, body)).json
+        assert "Of items" in text_of(first)
+        assert (await get(api, first["id"], "/input_items")).json["data"] == []
+        assert (await get(api, first["id"])).json == first
+        listed = (await api.call("GET", f"/v1/conversations/{conversation}/items?order=asc")).json["data"]
+        assert [item["role"] for item in listed] == ["user", "assistant"]
+        refused = error_of(await api.call("POST", PATH, body), 400, "invalid_value", "input")
+        assert "one of the model" in refused
+        note = {"role": "developer", "content": "Be brief."}
+        await add(api, conversation, {"role": "user", "content": "Once more"}, note)
+        events = events_of(await api.call("POST", PATH, body | {"stream": True, "store": False}))
+        assert "Once more" in text_of(events[-1]["response"])
+        previous = (await api.call("GET", f"/sessions/sess_{conversation.removeprefix('conv_')}")).json["head"]
+        body = {"model": "scripted", "previous_response_id": f"resp_{previous.removeprefix('turn_')}"} | given
+        assert "Once more" in text_of((await api.call("POST", PATH, body)).json)
+        native = (await native_turn(api, first))["input"]
+        assert native == ""
+
+
+async def test_without_an_input_the_output_of_a_call_is_answered(autojump_clock: MockClock) -> None:
+    async with open_api(model_url=CALLING) as api:
+        conversation = (await api.call("POST", "/v1/conversations", {})).json["id"]
+        (call,) = (await create(api, "The weather?", conversation=conversation, tools=[TOOL])).json["output"]
+        refused = await api.call("POST", PATH, {"conversation": conversation})
+        error_of(refused, 400, "invalid_value", "input")
+        await add(api, conversation, {"type": "function_call_output", "call_id": call["call_id"], "output": "4 °C"})
+        assert "4 °C" in text_of((await api.call("POST", PATH, {"conversation": conversation})).json)
+
+
+async def test_an_input_without_an_answer_is_answered_by_the_next_response_without_an_input(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_api(model_url="scripted:?tokens=5&rate=0&fail_after=0&fail_code=upstream_rejected") as api:
+        conversation = (await api.call("POST", "/v1/conversations", {})).json["id"]
+        empty = await api.call("POST", PATH, {"conversation": conversation})
+        assert "has no item" in error_of(empty, 400, "invalid_value", "input")
+        assert (await create(api, conversation=conversation)).status == 400
+        again = await api.call("POST", PATH, {"conversation": conversation})
+        assert again.json["error"]["code"] == "upstream_rejected"
+        failed = (await api.call("GET", again.headers["location"])).json
+        assert failed["status"] == "failed", "a response without an input and without an output is one, too"
+        refused = await api.call("POST", PATH, {"conversation": conversation})
+        assert "refused" in error_of(refused, 400, "invalid_value", "input")
+
+
+async def test_a_response_without_an_input_names_what_it_cannot_follow(autojump_clock: MockClock) -> None:
+    async with open_api() as api:
+        unknown = await api.call("POST", PATH, {"previous_response_id": UNKNOWN})
+        error_of(unknown, 400, "previous_response_not_found", "previous_response_id")
+        nowhere = await api.call("POST", PATH, {"conversation": "conv_-none"})
+        error_of(nowhere, 404, "conversation_not_found", "conversation")
+
+
 # Tools
 
 
@@ -609,9 +677,11 @@ async def test_a_failure_is_not_repeated_where_that_would_bring_the_input_twice(
 @pytest.mark.parametrize(
     ("body", "status", "code", "param"),
     [
-        ({"input": None}, 400, "invalid_type", "input"),
-        ({"input": ""}, 400, "invalid_value", "input"),
-        ({"input": []}, 400, "invalid_value", "input"),
+        ({"input": None}, 400, "missing_required_parameter", "input"),
+        ({"input": ""}, 400, "missing_required_parameter", "input"),
+        ({"input": []}, 400, "missing_required_parameter", "input"),
+        ({"input": 3}, 400, "invalid_type", "input"),
+        ({"input": [{"role": "user", "content": ""}]}, 400, "invalid_value", "input"),
         ({"input": [3]}, 400, "invalid_type", "input[0]"),
         ({"input": [{"role": "assistant", "content": "x"}]}, 400, "invalid_value", "input"),
         ({"input": [{"role": "system", "content": "x"}]}, 400, "invalid_value", "input"),
