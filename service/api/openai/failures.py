@@ -39,6 +39,12 @@ _FINAL = frozenset({"turn_timeout", "reply_too_large", "log_too_large", "cancell
 """Ends that would most likely come again, and cost as much, if a client repeated its call by itself."""
 _PARAMS: Mapping[str, str] = {"text_format": "response_format", "max_output_tokens": "max_completion_tokens"}
 """Parameters of the core that chat completions call otherwise."""
+RESPONSE_PARAMS: Mapping[str, str] = {
+    "text_format": "text.format",
+    "verbosity": "text.verbosity",
+    "reasoning_effort": "reasoning.effort",
+}
+"""Parameters of the core that responses call otherwise."""
 _STOPPED = "The server stopped before the reply was complete; ask again."
 _CRASHED = "The process that ran the reply has ended before the reply was complete; ask again."
 _CANCELLED = "The reply was cancelled before it was complete."

@@ -9,6 +9,9 @@ may grow in turns, too; they end with the response. Encrypted reasoning has no e
 the next item after it, and has the encrypted content at its end. The reasoning that stands before a call for what the
 call's server wants back (:func:`~service.api.openai.items.reasoning_before`) is no item of the turn: it opens and ends
 before the call opens, and all items from the call on have an ``output_index`` that is higher by one.
+
+The response's last event is followed by an ``error`` event if the reply was cut: the model server failed, a deadline
+passed, the response was cancelled, the server stopped or crashed.
 """
 
 from bisect import bisect_right
@@ -21,6 +24,7 @@ from msgspec import UNSET
 from service.api.http.face_frames import Step, TurnSource
 from service.api.http.frame_json import frame_json
 from service.api.openai.echo import Echo
+from service.api.openai.failures import RESPONSE_PARAMS, EndError, end_error
 from service.api.openai.ids import item_name
 from service.api.openai.items import (
     OutputText,
@@ -198,6 +202,8 @@ class _Telling:
             _TERMINAL_TYPES[response.status],
             b'"response":%b' % whole.replace(b'output":@', b'output":[%b]' % b",".join(output), 1),
         )
+        if record.state != "completed":
+            self._tell_error(end_error(record, params=RESPONSE_PARAMS).error)
 
     # Items
 
@@ -278,6 +284,15 @@ class _Telling:
 
     def _tell_response(self, kind: str, response: Response) -> None:
         self._tell(kind, b'"response":%b' % frame_json(response))
+
+    def _tell_error(self, error: EndError) -> None:
+        """Tell that the reply was cut, in the forms of OpenAI and of Open Responses at once.
+
+        OpenAI's SDKs raise the event, and with them each framework that would take the texts before it for a whole
+        reply: many look at ``response.completed`` alone.
+        """
+        flat = b'"code":%b,"message":%b,"param":%b' % tuple(map(frame_json, (error.code, error.message, error.param)))
+        self._tell("error", b'%b,"error":%b' % (flat, frame_json(error)))
 
     def _tell(self, kind: str, body: bytes) -> None:
         name = kind.encode()

@@ -38,7 +38,7 @@ from service.api.openai.errors import (
     not_done_twice,
     response_path,
 )
-from service.api.openai.failures import EndErrorBody, end_response
+from service.api.openai.failures import RESPONSE_PARAMS, EndErrorBody, end_response
 from service.api.openai.ids import item_id_of, public_session_id_of, response_id, turn_id_of
 from service.api.openai.items import ItemList, shown_item
 from service.api.openai.requests import CreateResponse, Includable, read_request, turn_of
@@ -70,8 +70,6 @@ blueprint = Blueprint("responses", __name__)
 _IN_PATH = re.compile(r"/v1/responses/(resp_[0-9a-f]{32})(?:/|$)")
 _NOT_FOUND = (SessionNotFoundError, TurnNotFoundError)
 _SEQUENCE_MAX = 1 << 31
-_PARAMS = {"text_format": "text.format", "verbosity": "text.verbosity", "reasoning_effort": "reasoning.effort"}
-"""Parameters of the core that this API calls otherwise."""
 _ENCRYPTED: Includable = "reasoning.encrypted_content"
 _LED_BY_ID = tuple(
     (name, {"response_id": "$response.body#/id"})
@@ -79,7 +77,8 @@ _LED_BY_ID = tuple(
 )
 EVENTS = (
     "The events of the response: `response.created`, `response.in_progress`, those of its items, and one of "
-    "`response.completed`, `response.incomplete` and `response.failed`; then `[DONE]`."
+    "`response.completed`, `response.incomplete` and `response.failed`; after a reply that was cut an `error`, which "
+    "clients raise; then `[DONE]`."
 )
 StartingAfter = Annotated[
     int, Meta(ge=0, le=_SEQUENCE_MAX, description="With `stream`: the sequence number that was seen last.")
@@ -179,7 +178,7 @@ class _Responses:
         with_location: bool = False,
         places: Places | None = None,  # noqa: ARG002
     ) -> TrioResponse:
-        if self._waits and _is_failure(record):
+        if self._waits and record.state != "completed":  # a client would take a part of a reply for the whole
             return self._failure(record)
         location = response_path(record.id) if with_location and not record.ephemeral else None
         length = sum([len(item.text) + len(item.encrypted) + len(item.upstream) for item in record.output])
@@ -189,15 +188,10 @@ class _Responses:
 
     def _failure(self, record: TurnRecord) -> TrioResponse:
         """The error of HTTP for a response that failed. Sent again, a conversation would have the input twice."""
-        response = end_response(record, repeats_input=self._follows_conversation, params=_PARAMS)
+        response = end_response(record, repeats_input=self._follows_conversation, params=RESPONSE_PARAMS)
         if not record.ephemeral:  # with its end such a response is gone
             response.headers["Location"] = located(response_path(record.id))
         return response
-
-
-def _is_failure(record: TurnRecord) -> bool:
-    """Whether a client that waits gets an error: it would take a part of a reply for the whole."""
-    return record.state == "failed" or (record.state == "interrupted" and not record.has_reply)
 
 
 async def _source_of(opened: FoundTurn) -> TurnSource:

@@ -1,6 +1,7 @@
 """The events of a response: valid for others' types, in the order that clients need, the same for every reader."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import httpx2
@@ -8,7 +9,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from openai import OpenAI, omit
+from openai import APIError, OpenAI, omit
 from openai.lib.streaming.responses._responses import ResponseStreamState
 from openai.types.responses import ResponseStreamEvent
 
@@ -75,6 +76,18 @@ def tell(told: Sequence[ModelEvent], end: outcome.Outcome, *, is_queued: bool = 
 
 async def events_of(turn: Turn) -> list[dict[str, Any]]:
     return events_in(await read_to_the_end(turn.log, ResponseFace(turn)))
+
+
+def end_in(events: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The last event of the response. After that of a reply that was cut there is an error, which says why."""
+    *_, before, last = events
+    end = before if last["type"] == "error" else last
+    cause = end["response"]["lastcall"]
+    assert (last["type"] == "error") == (cause["state"] != "completed")
+    if end is not last:
+        assert last["error"]["lastcall"]["state"] == cause["state"]
+        assert {name: last[name] for name in ("code", "message", "param")}.items() <= last["error"].items()
+    return end
 
 
 def kinds_of(events: Sequence[dict[str, Any]]) -> list[str]:
@@ -245,27 +258,28 @@ async def test_a_response_that_ends_in_the_queue_was_never_in_progress() -> None
     turn = a_told_turn(is_queued=True, background=True)
     end_turn(turn, outcome.Cancelled("requested"))
     events = await events_of(turn)
-    assert kinds_of(events) == ["created", "queued", "incomplete"]
-    assert events[-1]["response"]["status"] == "cancelled"
+    assert kinds_of(events) == ["created", "queued", "incomplete", "error"]
+    assert end_in(events)["response"]["status"] == "cancelled"
 
 
 @pytest.mark.parametrize(
-    ("end", "kind", "item_status"),
+    ("end", "kind", "code"),
     [
-        (outcome.Completed("length"), "incomplete", "incomplete"),
-        (outcome.Completed("content_filter"), "incomplete", "incomplete"),
-        (outcome.failed("upstream_error", "Broken."), "failed", "incomplete"),
-        (outcome.Cancelled("requested"), "incomplete", "incomplete"),
-        (outcome.Interrupted("shutdown"), "incomplete", "incomplete"),
+        (outcome.Completed("length"), "incomplete", None),
+        (outcome.Completed("content_filter"), "incomplete", None),
+        (outcome.failed("upstream_error", "Broken."), "failed", "upstream_error"),
+        (outcome.Cancelled("requested"), "incomplete", "cancelled"),
+        (outcome.Interrupted("shutdown"), "incomplete", "interrupted"),
     ],
 )
 async def test_a_reply_that_was_cut_off_ends_as_such_with_its_item(
-    end: outcome.Outcome, kind: str, item_status: str
+    end: outcome.Outcome, kind: str, code: str | None
 ) -> None:
     events = await events_of(tell([ReasoningDelta("Hm."), TextDelta("Hel")], end))
-    assert kinds_of(events)[-1] == kind
-    reasoning, message = events[-1]["response"]["output"]
-    assert (reasoning["status"], message["status"]) == ("completed", item_status)
+    assert end_in(events)["type"] == f"response.{kind}"
+    assert events[-1].get("code") == code
+    reasoning, message = end_in(events)["response"]["output"]
+    assert (reasoning["status"], message["status"]) == ("completed", "incomplete")
     assert [event["item"] for event in events if event["type"] == "response.output_item.done"] == [reasoning, message]
 
 
@@ -290,7 +304,7 @@ async def test_every_way_of_reading_tells_the_same_valid_events(
     live.read()
     events = events_in(live.told)
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
-    assert events[-1]["response"] == check_response(msgspec.json.encode(response_of(turn.record())))
+    assert end_in(events)["response"] == check_response(msgspec.json.encode(response_of(turn.record())))
     _check_items(events)
     assert await read_to_the_end(turn.log, ResponseFace(turn), bytes_max=300) == live.told
     ended, replay = await replay_of_told(turn)
@@ -344,7 +358,7 @@ def _check_items(events: Sequence[dict[str, Any]]) -> None:
             assert event["text"] == texts[event["item_id"]]
         elif kind == "response.function_call_arguments.done":
             assert event["arguments"] == texts[event["item_id"]]
-    assert [ended[index] for index in range(len(opened))] == events[-1]["response"]["output"]
+    assert [ended[index] for index in range(len(opened))] == end_in(events)["response"]["output"]
 
 
 @given(replies(), st.data(), st.booleans())
@@ -371,8 +385,9 @@ async def test_after_a_crash_the_events_that_are_left_are_valid_and_end_the_resp
     if kept:
         assert frames_in(after)[:common] == live[:common]
     has_text = any(item.text for item in record.output if item.type != "reasoning")
-    assert events[-1]["type"] == ("response.incomplete" if has_text else "response.failed")
-    assert events[-1]["response"]["lastcall"]["reason"] == "crash"
+    end = end_in(events)
+    assert end["type"] == ("response.incomplete" if has_text else "response.failed")
+    assert end["response"]["lastcall"]["reason"] == "crash"
     resumed = events_in(await read(len(live) + 3))
     assert [event["sequence_number"] for event in resumed] == numbers[common:]
 
@@ -411,9 +426,12 @@ async def test_the_official_client_reads_a_stream_and_a_response_in_strict_valid
         httpx2.Client(transport=httpx2.MockTransport(answer)) as http,
         OpenAI(api_key="x", base_url="http://test/v1", http_client=http, _strict_response_validation=True) as client,
     ):
-        events = list(client.responses.create(model="m", input="Hi", stream=True))
+        events: list[ResponseStreamEvent] = []
+        with pytest.raises(APIError) if end != STOP else nullcontext():
+            events += client.responses.create(model="m", input="Hi", stream=True)
         response = client.responses.retrieve("resp_1")
     assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert events[-1].type in ("response.completed", "response.incomplete", "response.failed")
     assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == "Hello\u2028"
     assert response.output_text == "Hello\u2028"
     assert (response.status == "completed") == (end == STOP)

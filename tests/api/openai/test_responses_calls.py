@@ -412,7 +412,11 @@ async def test_cancel_ends_any_live_response_and_is_idempotent(autojump_clock: M
             head = (await api.call("GET", "/sessions/mine")).json["head"]
             cancelled = (await api.call("POST", f"{PATH}/resp_{head.removeprefix('turn_')}/cancel")).json
         assert (cancelled["status"], cancelled["lastcall"]["reason"]) == ("incomplete", "requested")
-        assert events_of(streams[0])[-1]["type"] == "response.incomplete"
+        told = events_of(streams[0])[-2:]
+        assert [(event["type"], event.get("code")) for event in told] == [
+            ("response.incomplete", None),
+            ("error", "cancelled"),
+        ]
 
 
 async def test_a_deleted_response_is_gone_and_those_that_follow_it_stay(autojump_clock: MockClock) -> None:
@@ -549,8 +553,9 @@ async def test_a_deletion_during_a_live_response_ends_its_streams(autojump_clock
             nursery.start_soon(stream)
             await trio.sleep(3)
             assert (await api.call("DELETE", f"{PATH}/{name}")).status == 200
-        last = events_of(streams[0])[-1]
+        last, error = events_of(streams[0])[-2:]
         assert (last["type"], last["response"]["lastcall"]["state"]) == ("response.incomplete", "cancelled")
+        assert (error["type"], error["code"]) == ("error", "cancelled")
         error_of(await get(api, name), 404, "response_not_found")
 
 
@@ -609,8 +614,9 @@ async def test_a_failure_of_the_model_server_is_an_error_for_a_client_that_waits
         assert reply.json["error"]["lastcall"]["state"] == "failed"
         response = (await api.call("GET", reply.headers["location"])).json
         assert (response["status"], response["error"]["code"]) == ("failed", "server_error")
-        streamed = events_of(await create(api, stream=True))
-        assert (streamed[-1]["type"], streamed[-1]["response"]["status"]) == ("response.failed", "failed")
+        *_, failed, error = events_of(await create(api, stream=True))
+        assert (failed["type"], failed["response"]["status"]) == ("response.failed", "failed")
+        assert (error["type"], error["code"]) == ("error", "upstream_error")
     async with open_api(model_url="scripted:?fail_after=0&fail_code=context_too_long") as api:
         error_of(await create(api), 400, "context_length_exceeded")
 
@@ -626,7 +632,8 @@ async def test_truncation_decides_whether_the_oldest_turns_may_be_left_out(autoj
             refused = await create(api, **follow, truncation="disabled", store=store)
             assert "(prompt_bytes_max)" in error_of(refused, 400, "context_length_exceeded")
             assert refused.json["error"]["type"] == "invalid_request_error"
-        told = events_of(await create(api, **follow, truncation="disabled", stream=True))[-1]
+        *_, told, error = events_of(await create(api, **follow, truncation="disabled", stream=True))
+        assert (error["type"], error["code"]) == ("error", "context_length_exceeded")
         assert (told["type"], told["response"]["error"]["code"]) == ("response.failed", "invalid_prompt")
         assert told["response"]["lastcall"]["code"] == "context_too_long"
         assert "left_out" not in told["response"]["lastcall"]
@@ -634,6 +641,32 @@ async def test_truncation_decides_whether_the_oldest_turns_may_be_left_out(autoj
             response = (await create(api, **follow, **given)).json
             assert (response["status"], response["truncation"]) == ("completed", "auto")
             assert response["lastcall"]["left_out"]["items"] == 2
+
+
+@pytest.mark.parametrize("conversation", [None, "conv_-mine"])
+async def test_a_reply_that_another_call_cuts_is_an_error_for_a_client_that_waits(
+    autojump_clock: MockClock, conversation: str | None
+) -> None:
+    """With a 200 a framework would take the text so far for the whole reply; the response has it."""
+    async with open_api(model_url=SLOW) as api:
+        replies: list[Reply] = []
+
+        async def wait() -> None:
+            replies.append(await create(api, conversation=conversation))
+
+        await api.new_session(id="mine")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait)
+            await trio.sleep(3)
+            listed = (await api.call("GET", "/sessions")).json["data"]
+            (head,) = {it["head"] for it in listed} - {None}
+            await api.call("POST", f"{PATH}/resp_{head.removeprefix('turn_')}/cancel")
+        (reply,) = replies
+        error_of(reply, 500, "cancelled")
+        assert reply.json["error"]["lastcall"] == {"state": "cancelled", "reason": "requested", "code": None}
+        assert reply.headers["x-should-retry"] == "false"
+        response = (await api.call("GET", reply.headers["location"])).json
+        assert (response["status"], text_of(response)) == ("incomplete", "0 1 2 3 ")
 
 
 async def test_a_parameter_that_the_model_server_refuses_is_told_by_its_name_here() -> None:

@@ -21,6 +21,7 @@ from openai.types.responses import Response, ResponseItem, ResponseItemList, Res
 from pydantic import TypeAdapter
 
 _OF_OPEN_RESPONSES = {
+    "error": "ErrorStreamingEvent",
     "response.created": "ResponseCreatedStreamingEvent",
     "response.queued": "ResponseQueuedStreamingEvent",
     "response.in_progress": "ResponseInProgressStreamingEvent",
