@@ -66,6 +66,10 @@ smoke:
 clients *args:
     @{{ dev }} python -m tests.clients "$@"
 
+# run model servers that others wrote (PyPI, npm) behind a server, as the table in docs/openai.md has it; `--write` renews it
+upstreams *args:
+    @{{ dev }} python -m tests.upstreams "$@"
+
 # kill a loaded service so many times, and see that nothing it said is lost
 crash times="200":
     @{{ dev }} python -m tests.storage.sqlite.crash {{ times }}
