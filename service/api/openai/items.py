@@ -265,7 +265,7 @@ def _read_item(told: object, field: str, signed: dict[str, str]) -> Item | None:
     kind = item.get("type")
     if kind is None and "role" in item:
         kind = "message"
-    if kind not in _FIELDS:
+    if not isinstance(kind, str) or kind not in _FIELDS:
         _refuse_type(kind, field)
     unknown = next((name for name, value in item.items() if name not in _FIELDS[kind] and value is not None), None)
     if unknown is not None:

@@ -181,6 +181,9 @@ def test_an_item_of_another_type_is_refused_by_its_name(kind: str) -> None:
     [
         ("text", "input[0]", "invalid_type"),
         ({"content": "a"}, "input[0].type", "invalid_value"),
+        ({"type": ["message"], "role": "user", "content": "a"}, "input[0].type", "invalid_value"),
+        ({"type": {}, "role": "user", "content": "a"}, "input[0].type", "invalid_value"),
+        ({"type": 1, "role": "user", "content": "a"}, "input[0].type", "invalid_value"),
         ({"type": "item_reference", "id": "msg_1"}, "input[0]", "unsupported_value"),
         ({"role": "tool", "content": "a"}, "input[0].role", "invalid_value"),
         ({"role": "user"}, "input[0].content", "invalid_type"),

@@ -74,8 +74,10 @@ def is_in_open_responses(response: Mapping[str, Any]) -> bool:
 
     It knows of no namespaces, only null for a JSON schema, and not each effort that OpenAI has.
     """
+    choice = response["tool_choice"]
+    chosen = choice.get("tools", ()) if isinstance(choice, dict) else ()
     return (
-        all(tool["type"] == "function" for tool in response["tools"])
+        all(tool["type"] == "function" for tool in (*response["tools"], *chosen))
         and response["text"]["format"]["type"] != "json_schema"
         and response["reasoning"]["effort"] in _EFFORTS
     )
@@ -185,4 +187,4 @@ _KINDS: Mapping[str, Any] = {
 }
 """What each call answers, by a pattern of its method and its path. The SDK does not read what ``DELETE`` of a response
 answers, and a page of models it makes itself."""
-_PLAIN = {"tools": (), "text": {"format": {"type": "text"}}, "reasoning": {"effort": None}}
+_PLAIN = {"tools": (), "tool_choice": "auto", "text": {"format": {"type": "text"}}, "reasoning": {"effort": None}}
