@@ -373,16 +373,21 @@ async def dies(it: Setting) -> str:
     if not it.kind.goes_on:
         return "not tried: its replies are short"
     asked: Any = {"model": it.kind.model, "input": "And then?", "instructions": "Go on.", "stream": True}
-    text, last = "", None
-    async for event in await it.client.responses.create(**asked):
-        if event.type == "response.output_text.delta":
-            it.upstream.kill()
-            text += event.delta
-        last = event
+    text, last, code = "", None, None
+    try:
+        async for event in await it.client.responses.create(**asked):
+            if event.type == "response.output_text.delta":
+                it.upstream.kill()
+                text += event.delta
+            last = event
+    except openai.APIError as error:
+        code = error.code
+    check(last is not None and code is not None, "the SDK raises nothing, or too early")
     assert last is not None
     check(last.type == "response.failed", f"it ended as {last.type}")
     check(last.response.output_text == text != "", "the text that was sent is not kept")
-    return f"`{last.type}`, `lastcall.code` `{last.response.model_extra['lastcall']['code']}`"
+    check(last.response.model_extra["lastcall"]["code"] == code, f"the response has another cause than {code}")
+    return f"`{last.type}`, then the error `{code}`"
 
 
 async def gone(it: Setting) -> str:
