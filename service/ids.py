@@ -1,4 +1,6 @@
-"""Ids of sessions, turns, items, calls and requests: a prefix and 128 random bits.
+"""Ids of sessions, turns, items, calls and requests: a prefix and 32 hexadecimal digits, mostly random.
+
+The items of a reply have the digits of their turn and their place in it, so that an id alone leads to the item.
 
 Ids of sessions are per owner: two owners may have sessions of the same id. Inside of the service a session's id is
 the *scoped* one, ``OWNER/ID``; callers see the public one, ``ID``. Without an owner it is the public one inside, too.
@@ -25,13 +27,35 @@ def new_session_id() -> str:
     return f"sess_{secrets.token_hex(16)}"
 
 
+_PLACE_DIGITS = 4
+"""The last digits of an id: those of a turn's are 0, and those of its reply's items their places from 1 on."""
+_NO_PLACE = "0" * _PLACE_DIGITS
+REPLY_ITEMS_MAX = 16**_PLACE_DIGITS - 1
+"""The items of a reply whose ids lead to them."""
+
+
 def new_turn_id() -> str:
-    return f"turn_{secrets.token_hex(16)}"
+    return f"turn_{secrets.token_hex(16 - _PLACE_DIGITS // 2)}{_NO_PLACE}"
 
 
 def new_item_id(kind: Literal["message", "reasoning", "function_call", "function_call_output"]) -> str:
     """An id of a new item of this type."""
     return f"{_ITEM_PREFIXES[kind]}_{secrets.token_hex(16)}"
+
+
+def reply_item_id(
+    kind: Literal["message", "reasoning", "function_call", "function_call_output"], turn_id: str, index: int
+) -> str:
+    """The id of an item of a reply, by the id of its turn and its index in the reply."""
+    digits = turn_id.removeprefix("turn_")
+    if index >= REPLY_ITEMS_MAX or not digits.endswith(_NO_PLACE):  # a turn of an earlier version
+        return new_item_id(kind)
+    return f"{_ITEM_PREFIXES[kind]}_{digits[:-_PLACE_DIGITS]}{index + 1:0{_PLACE_DIGITS}x}"
+
+
+def turn_id_of_item(item_id: str) -> str:
+    """The id that the turn of an item has, if the item is one of a reply. Other items lead to no turn."""
+    return f"turn_{item_id.partition('_')[2][:-_PLACE_DIGITS]}{_NO_PLACE}"
 
 
 def new_message_id() -> str:

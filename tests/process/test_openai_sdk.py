@@ -308,6 +308,13 @@ async def test_a_call_its_output_and_the_answer_through_a_restart(tmp_path: Path
         history: Any = [{"role": "user", "content": "The weather?"}, call.to_dict(), *output]
         again = await client.responses.create(model="m", input=history, tools=[WEATHER], store=False)
         assert "4 °C" in again.output_text
+        references: Any = [{"role": "user", "content": "The weather?"}, {"type": "item_reference", "id": call.id}]
+        again = await client.responses.create(model="m", input=[*references, *output], tools=[WEATHER])
+        assert "4 °C" in again.output_text
+        references[1]["id"] = f"fc_{'a' * 32}"
+        with pytest.raises(openai.NotFoundError) as unknown:
+            await client.responses.create(model="m", input=[*references, *output])
+        assert unknown.value.param == "input[1].id"
 
 
 async def test_refusals_become_the_classes_of_the_sdk(tmp_path: Path) -> None:

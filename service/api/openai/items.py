@@ -240,6 +240,7 @@ def read_items(told: Sequence[object], *, field: str) -> tuple[Item, ...]:
     is left out: it says nothing.
 
     Args:
+        told: Items as a caller sends them; an :class:`Item` stays as it is, and None is left out.
         field: The name of the parameter.
 
     Raises:
@@ -261,6 +262,8 @@ def namespaces_in(told: Iterable[object]) -> dict[str, tuple[str, str]]:
 
 def _read_item(told: object, field: str, signed: dict[str, str]) -> Item | None:
     """Read an item. ``signed`` has the fields of calls to come that reasoning before them has brought."""
+    if told is None or isinstance(told, Item):
+        return told
     item = _object(told, field)
     kind = item.get("type")
     if kind is None and "role" in item:
@@ -294,8 +297,7 @@ def _refuse_type(kind: object, field: str) -> Never:
         raise ParameterError(f"Expected an item with a type: {_TAKEN}.", param=f"{field}.type")
     if kind == "item_reference":
         raise ParameterError(
-            "This server does not take references to items: send the items, or name the response that has them as "
-            "`previous_response_id`.",
+            "References to items are taken in the input of a response only: send the items.",
             param=field,
             code="unsupported_value",
         )

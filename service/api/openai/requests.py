@@ -23,7 +23,9 @@ from service.api.http.wire_types import (
 )
 from service.api.openai.echo import Echo
 from service.api.openai.errors import ParameterError
+from service.api.openai.ids import ITEM_NAME
 from service.api.openai.items import CALL_ID_LENGTH_MAX, namespaces_in, read_items
+from service.api.openai.references import NOTHING_FOUND, Found, with_found
 from service.api.openai.tools import TOOLS_MAX, HostedTools, TakenTools, take_tools
 from service.api.openai.unsupported import Refused, refuse_values, unsupported
 from service.models.client import Options, TextFormat
@@ -80,6 +82,7 @@ _ITEMS_TAKEN = {
                 extra_content={"type": "object"},
             ),
             _object(("type",), type={"enum": ["reasoning"]}, encrypted_content=_STRING),
+            _object(("type", "id"), type={"enum": ["item_reference"]}, id={"type": "string", "pattern": ITEM_NAME}),
         ]
     }
 }
@@ -275,8 +278,13 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     options: Options
 
 
-def read_request(body: CreateResponse, settings: Settings, *, hosted: HostedTools) -> Asked:
+def read_request(
+    body: CreateResponse, settings: Settings, *, hosted: HostedTools, found: Found = NOTHING_FOUND
+) -> Asked:
     """Read a request, apart from what it names in the store.
+
+    Args:
+        found: The items that its input refers to.
 
     Raises:
         InvalidRequestError: Parts of the body are wrong, or contradict each other.
@@ -284,8 +292,8 @@ def read_request(body: CreateResponse, settings: Settings, *, hosted: HostedTool
     """
     _check_agreement(body)
     taken = take_tools(body.tools or (), body.tool_choice, parallel=body.parallel_tool_calls, hosted=hosted)
-    items = _items_of(body, settings)
-    return Asked(items=items, taken=taken, echo=_echo_of(body, taken), options=_options_of(body))
+    items = _items_of(body, settings, found)
+    return Asked(items=items, taken=taken, echo=_echo_of(body, taken, found), options=_options_of(body))
 
 
 def _check_agreement(body: CreateResponse) -> None:
@@ -303,8 +311,9 @@ def _check_agreement(body: CreateResponse) -> None:
         raise ParameterError("Without `stream` there is no stream to have options.", param="stream_options")
 
 
-def _items_of(body: CreateResponse, settings: Settings) -> tuple[Item, ...]:
-    if not body.input:
+def _items_of(body: CreateResponse, settings: Settings, found: Found) -> tuple[Item, ...]:
+    told = with_found(body.input, found) if isinstance(body.input, tuple) else body.input
+    if not told or all(it is None for it in told):
         if body.conversation is None and body.previous_response_id is None:
             raise ParameterError(
                 "Send an input; or name a conversation, or a previous response, that ends with what is to be answered.",
@@ -312,9 +321,9 @@ def _items_of(body: CreateResponse, settings: Settings) -> tuple[Item, ...]:
                 code="missing_required_parameter",
             )
         return ()
-    if isinstance(body.input, str):
-        return text_input(body.input)
-    items = read_items(body.input, field="input")
+    if isinstance(told, str):
+        return text_input(told)
+    items = read_items(told, field="input")
     size = sum([item.prompt_bytes for item in items])
     if size > settings.input_bytes_max:
         raise InputTooLargeError(
@@ -367,7 +376,8 @@ def _format_of(text: TextConfig) -> TextFormat | None:
             return None
 
 
-def _echo_of(body: CreateResponse, taken: TakenTools) -> Echo:
+def _echo_of(body: CreateResponse, taken: TakenTools, found: Found) -> Echo:
+    brought = namespaces_in(body.input) if isinstance(body.input, tuple) else {}
     text = None if body.text is None else msgspec.to_builtins(body.text)
     reasoning = None if body.reasoning is None else msgspec.to_builtins(body.reasoning)
     return Echo(
@@ -387,7 +397,7 @@ def _echo_of(body: CreateResponse, taken: TakenTools) -> Echo:
         user=body.user,
         max_tool_calls=body.max_tool_calls,
         tools_left_out=taken.left_out,
-        namespaces=(namespaces_in(body.input) if isinstance(body.input, tuple) else {}) | taken.namespaces,
+        namespaces={**found.namespaces, **brought, **taken.namespaces},
         encrypted="reasoning.encrypted_content" in (body.include or ()),
     )
 

@@ -1,8 +1,9 @@
 """The calls of ``/v1/responses``. A response is a turn, and ``previous_response_id`` its parent."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Annotated, Literal, NamedTuple
 
 import msgspec
@@ -41,6 +42,7 @@ from service.api.openai.errors import (
 from service.api.openai.failures import RESPONSE_PARAMS, EndErrorBody, end_response
 from service.api.openai.ids import item_id_of, public_session_id_of, response_id, turn_id_of
 from service.api.openai.items import ItemList, shown_item
+from service.api.openai.references import Found, References, references_in
 from service.api.openai.requests import CreateResponse, Includable, read_request, turn_of
 from service.api.openai.response import Response, response_of
 from service.api.openai.response_events import CUT, DONE, ResponseFace
@@ -243,16 +245,19 @@ async def create_response() -> TrioResponse:
     """
     service = current_service()
     body = await read_body(request, CreateResponse, service)
-    asked = read_request(body, service.settings, hosted=service.settings.hosted_tools)
+    references = references_in(body.input)
+    read = partial(read_request, body, service.settings, hosted=service.settings.hosted_tools)
+    asked = None if references else read()
     key = read_key(body)
     streams, background = bool(body.stream), bool(body.background)
     face = _Responses(waits=not (streams or background), follows_conversation=body.conversation is not None)
     refusal: PreviousResponseNotFoundError
     try:
-        session_id, parent, made_session = await _place_of(service, body)
+        session_id, parent, made_session = place = await _place_of(service, body)
     except PreviousResponseNotFoundError as error:
         refusal = error
     else:
+        asked = asked or read(found=await _find_references(service, references, place, body))
         new = turn_of(body, asked, parent=parent, made_session=made_session, request_id=current_request_id(), key=key)
         return await _start(service, session_id, new, body, face, streams=streams)
     if (
@@ -323,6 +328,29 @@ async def _place_of(service: Service, body: CreateResponse) -> _Place:
         return _Place(scoped(owner, public), UNSET, None)
     public = new_session_id()
     return _Place(scoped(owner, public), None, public)
+
+
+async def _find_references(
+    service: Service, references: Mapping[str, str], place: _Place, body: CreateResponse
+) -> Found:
+    """The items to which the input of a request refers.
+
+    Raises:
+        ConversationNotFoundError, ReferencedItemNotFoundError, ParameterError, InputTooLargeError
+    """
+    allow_longer_answer(by_s=service.settings.store_timeout_s)
+    session_id, parent, _ = place
+    try:
+        head = (await service.sessions.get_session(session_id)).head if parent is UNSET else parent
+        found = References(
+            service.sessions,
+            None if parent is None else session_id,
+            head,
+            bytes_max=service.settings.input_bytes_max,
+        )
+        return await found.find(references)
+    except SessionNotFoundError:
+        raise ConversationNotFoundError(body.conversation_name or "", param="conversation") from None
 
 
 def _was_made_for(record: TurnRecord) -> bool:

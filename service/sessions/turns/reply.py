@@ -4,7 +4,7 @@ from typing import Literal
 
 import msgspec
 
-from service.ids import new_item_id
+from service.ids import reply_item_id
 from service.models.client import ArgumentsDelta, CallOpened, EncryptedReasoning, ReasoningDelta, is_signature
 from service.sessions.events.event_log import EventLog
 from service.sessions.events.events import Event, TurnArguments, TurnCall, TurnReasoning
@@ -51,10 +51,11 @@ class Reply:
         calls: The number of calls so far.
     """
 
-    def __init__(self, log: EventLog) -> None:
+    def __init__(self, log: EventLog, turn_id: str) -> None:
         self.length = 0
         self.bytes = 0
         self._log = log
+        self._turn_id = turn_id
         self._items: list[_Growing] = []
         self._current: dict[Literal["message", "reasoning"], int] = {}  # the items that texts of a kind continue
         self._calls: list[int] = []  # the items of the calls
@@ -89,9 +90,9 @@ class Reply:
             case ReasoningDelta(text):
                 return TurnReasoning(seq=seq, item=self.index_of("reasoning"), text=text)
             case CallOpened(_, call_id, name):
-                return TurnCall(
-                    seq=seq, item=len(self._items), id=new_item_id("function_call"), call_id=call_id, name=name
-                )
+                index = len(self._items)
+                item_id = reply_item_id("function_call", self._turn_id, index)
+                return TurnCall(seq=seq, item=index, id=item_id, call_id=call_id, name=name)
             case ArgumentsDelta(number, text):
                 return TurnArguments(seq=seq, item=self._calls[number], text=text)
             case EncryptedReasoning():
@@ -138,7 +139,8 @@ class Reply:
         """Begin an item, unless the text continues one."""
         if kind not in self._current:
             self._current[kind] = len(self._items)
-            begins = Item(id=new_item_id(kind), type=kind, role="assistant", text="")
+            item_id = reply_item_id(kind, self._turn_id, len(self._items))
+            begins = Item(id=item_id, type=kind, role="assistant", text="")
             self._items.append(_Growing(begins, self._log.last_seq))
 
     def _encrypt(self, text: str, upstream: str) -> None:

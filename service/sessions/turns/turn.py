@@ -95,7 +95,7 @@ class Turn:
         self._on_disconnect = on_disconnect
         self._return_deadline = -inf
         self._watches = 0
-        self._reply = Reply(self.log)
+        self._reply = Reply(self.log, record.id)
         self._spent: Usage | None = None
         self._stream: ModelStream | None = None
         if record.state == "queued":

@@ -748,7 +748,10 @@ async def test_a_failure_is_not_repeated_where_that_would_bring_the_input_twice(
             "unsupported_value",
             "input[0].content[0].type",
         ),
-        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, 400, "unsupported_value", "input[0]"),
+        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, 404, "item_not_found", "input[0].id"),
+        ({"input": [{"type": "item_reference", "id": 3}]}, 400, "invalid_type", "input[0].id"),
+        ({"input": [{"type": "item_reference"}]}, 400, "invalid_type", "input[0].id"),
+        ({"input": [{"type": "item_reference", "id": "x", "x": 1}]}, 400, "unknown_parameter", "input[0].x"),
         ({"metadata": {"a": 1}}, 400, "invalid_type", "metadata.a"),
     ],
 )
