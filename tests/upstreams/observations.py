@@ -79,13 +79,6 @@ class Setting:
         check(events[-1].type in ("response.completed", "response.incomplete", "response.failed"), events[-1].type)
         return events, events[-1].response
 
-    async def told(self, **asked: Any) -> str | Response:
-        """The response, or how it was refused, as a client is told."""
-        try:
-            return await self.ask(**asked)
-        except openai.APIStatusError as error:
-            return told(error)
-
 
 @asynccontextmanager
 async def open_setting(kind: Kind, upstream: Running, folder: Path) -> AsyncIterator[Setting]:
@@ -110,7 +103,7 @@ async def open_setting(kind: Kind, upstream: Running, folder: Path) -> AsyncIter
 
 def told(error: openai.APIStatusError) -> str:
     """The words of the table for a refusal."""
-    check(bool(error.code), f"{error.status_code} without a code: {error.message}")
+    check(error.code not in (None, "", "internal_error"), f"{error.status_code} {error.code}: {error.message}")
     named = f", `param` `{error.param}`" if error.param else ""
     return f"{error.status_code} `{error.code}`{named}"
 
@@ -181,26 +174,16 @@ async def functions(it: Setting) -> str:
     return "called"
 
 
-async def required(it: Setting) -> str:
-    response = await it.told(input=it.question, tools=[WEATHER], tool_choice="required")
-    if isinstance(response, str):
-        return response
-    return "called" if calls_of(response) else "not heeded: a text"
+def choosing(choice: Any, *, calls: bool) -> Callable[[Setting], Awaitable[str]]:
+    """The question whether a choice of tools, with which the model must call or must not, is heeded."""
 
+    async def row(it: Setting) -> str:
+        response = await it.ask(it.question, tools=[WEATHER], tool_choice=choice)
+        has_called = bool(calls_of(response))
+        seen = "called" if has_called else "a text"
+        return seen if has_called == calls else f"not heeded: {seen}"
 
-async def named(it: Setting) -> str:
-    choice = {"type": "function", "name": "get_weather"}
-    response = await it.told(input=it.question, tools=[WEATHER], tool_choice=choice)
-    if isinstance(response, str):
-        return response
-    return "called" if calls_of(response) else "not heeded: a text"
-
-
-async def no_tool(it: Setting) -> str:
-    response = await it.told(input=it.question, tools=[WEATHER], tool_choice="none")
-    if isinstance(response, str):
-        return response
-    return "not heeded: a call" if calls_of(response) else "a text"
+    return row
 
 
 async def parallel(it: Setting) -> str:
@@ -209,9 +192,7 @@ async def parallel(it: Setting) -> str:
 
 
 async def not_parallel(it: Setting) -> str:
-    response = await it.told(input=it.question, tools=[WEATHER], parallel_tool_calls=False)
-    if isinstance(response, str):
-        return response
+    response = await it.ask(it.question, tools=[WEATHER], parallel_tool_calls=False)
     count = len(calls_of(response))
     return "one call" if count == 1 else f"not heeded: {count} calls"
 
@@ -219,9 +200,7 @@ async def not_parallel(it: Setting) -> str:
 async def strict(it: Setting) -> str:
     """The schema has another city than the one that the servers with scripts, and the model by itself, call for."""
     schema = WEATHER["parameters"] | {"properties": {"city": {"type": "string", "enum": ["Lima"]}}}
-    response = await it.told(input=it.question, tools=[WEATHER | {"parameters": schema}], tool_choice="required")
-    if isinstance(response, str):
-        return response
+    response = await it.ask(it.question, tools=[WEATHER | {"parameters": schema}], tool_choice="required")
     calls = calls_of(response)
     fits = bool(calls) and all(is_weather(call.arguments, "Lima") for call in calls)
     return "the arguments fit" if fits else "not heeded: other arguments"
@@ -279,9 +258,7 @@ async def chat(it: Setting) -> str:
 
 
 async def json_schema(it: Setting) -> str:
-    response = await it.told(input="The weather in Oslo, as JSON?", text=FORMAT)
-    if isinstance(response, str):
-        return response
+    response = await it.ask("The weather in Oslo, as JSON?", text=FORMAT)
     try:
         said = json.loads(response.output_text)
     except ValueError:
@@ -291,9 +268,7 @@ async def json_schema(it: Setting) -> str:
 
 
 async def json_object(it: Setting) -> str:
-    response = await it.told(input="Some JSON?", text={"format": {"type": "json_object"}}, max_output_tokens=500)
-    if isinstance(response, str):
-        return response
+    response = await it.ask("Some JSON?", text={"format": {"type": "json_object"}}, max_output_tokens=500)
     try:
         return "an object" if isinstance(json.loads(response.output_text), dict) else "not heeded: other JSON"
     except ValueError:
@@ -303,14 +278,14 @@ async def json_object(it: Setting) -> str:
 async def broken_schema(it: Setting) -> str:
     unknown = {"type": "object", "properties": {"a": {"type": "no such type"}}, "required": ["a"]}
     form = {"format": {"type": "json_schema", "name": "x", "schema": unknown}}
-    response = await it.told(text=form, max_output_tokens=500)
-    return response if isinstance(response, str) else "taken"
+    await it.ask(text=form, max_output_tokens=500)
+    return "taken"
 
 
 async def broken_parameters(it: Setting) -> str:
     tool = WEATHER | {"parameters": {"type": "object", "properties": {"a": {"type": "no such type"}}}, "strict": False}
-    response = await it.told(tools=[tool], tool_choice="required", max_output_tokens=500)
-    return response if isinstance(response, str) else "taken"
+    await it.ask(tools=[tool], tool_choice="required", max_output_tokens=500)
+    return "taken"
 
 
 async def reasoning(it: Setting) -> str:
@@ -320,14 +295,12 @@ async def reasoning(it: Setting) -> str:
 
 
 async def effort(it: Setting) -> str:
-    response = await it.told(reasoning={"effort": "low"})
-    return response if isinstance(response, str) else "taken"
+    await it.ask(reasoning={"effort": "low"})
+    return "taken"
 
 
 async def limit(it: Setting) -> str:
-    response = await it.told(max_output_tokens=1)
-    if isinstance(response, str):
-        return response
+    response = await it.ask(max_output_tokens=1)
     details = response.incomplete_details
     return f"{response.status}, `{details.reason}`" if details else f"not heeded: {response.status}"
 
@@ -343,9 +316,10 @@ async def others(it: Setting) -> str:
         {"text": {"verbosity": "low"}},
     )
     for one in asked:
-        response = await it.told(extra_body=one)
-        if isinstance(response, str):
-            refused[next(iter(one))] = response
+        try:
+            await it.ask(extra_body=one)
+        except openai.APIStatusError as error:
+            refused[next(iter(one))] = told(error)
     message: Any = [{"role": "user", "content": "Good evening"}]
     for more in ({"seed": 1}, {"stop": ["no such word"]}):
         try:
@@ -356,16 +330,13 @@ async def others(it: Setting) -> str:
 
 
 async def unknown_model(it: Setting) -> str:
-    try:
-        await it.client.responses.create(model="no-such-model", input="Good evening")
-    except openai.APIStatusError as error:
-        return told(error)
+    await it.client.responses.create(model="no-such-model", input="Good evening")
     return "answers all the same"
 
 
 async def too_long(it: Setting) -> str:
-    response = await it.told(input=LONG)
-    return response if isinstance(response, str) else "taken"
+    await it.ask(LONG)
+    return "taken"
 
 
 async def dies(it: Setting) -> str:
@@ -393,9 +364,8 @@ async def dies(it: Setting) -> str:
 async def gone(it: Setting) -> str:
     """The server was killed: the last row, because nothing answers after it."""
     it.upstream.kill()
-    response = await it.told()
-    check(isinstance(response, str), "it answers without its model server")
-    return str(response)
+    await it.ask()
+    raise FailedError("it answers without its model server")
 
 
 ROWS: tuple[tuple[str, Callable[[Setting], Awaitable[str]]], ...] = (
@@ -403,9 +373,9 @@ ROWS: tuple[tuple[str, Callable[[Setting], Awaitable[str]]], ...] = (
     ("usage", usage),
     ("`GET /v1/models`", models),
     ("functions, `tool_choice` auto", functions),
-    ("`tool_choice` required", required),
-    ("`tool_choice` of a function", named),
-    ("`tool_choice` none", no_tool),
+    ("`tool_choice` required", choosing("required", calls=True)),
+    ("`tool_choice` of a function", choosing({"type": "function", "name": "get_weather"}, calls=True)),
+    ("`tool_choice` none", choosing("none", calls=False)),
     ("parallel calls", parallel),
     ("`parallel_tool_calls` false", not_parallel),
     ("strict parameters of a function", strict),
@@ -427,6 +397,14 @@ ROWS: tuple[tuple[str, Callable[[Setting], Awaitable[str]]], ...] = (
 )
 
 
+async def _cell(ask: Callable[[Setting], Awaitable[str]], setting: Setting) -> str:
+    """The answer to a question, which may be a refusal."""
+    try:
+        return await ask(setting)
+    except openai.APIStatusError as error:
+        return told(error)
+
+
 async def observe(kind: Kind, folder: Path) -> tuple[list[str], list[str]]:
     """Run a model server with Lastcall in front of it, and ask all questions.
 
@@ -439,7 +417,7 @@ async def observe(kind: Kind, folder: Path) -> tuple[list[str], list[str]]:
         for label, ask in ROWS:
             try:
                 with trio.fail_after(CAP_S):
-                    cells.append(await ask(setting))
+                    cells.append(await _cell(ask, setting))
             except (FailedError, openai.OpenAIError, trio.TooSlowError) as error:
                 cells.append("FAILED")
                 broken.append(f"{kind.name}: {label}: {error!r}")
