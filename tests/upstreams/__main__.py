@@ -39,8 +39,8 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help=f"run these alone: {', '.join(kind.name for kind in KINDS)}")
     arguments = parser.parse_args()
     kinds = [kind for kind in KINDS if not arguments.names or kind.name in arguments.names]
-    if not kinds:
-        parser.error(f"no such server: {' '.join(arguments.names)}")
+    if unknown := set(arguments.names) - {kind.name for kind in KINDS}:
+        parser.error(f"no such server: {', '.join(sorted(unknown))}")
     try:
         columns, failed = trio.run(observe_all, kinds)
     except (MissingError, RuntimeError) as error:
