@@ -370,7 +370,11 @@ class Settings(BaseModel):
     streams_max: Count = 10000
     """Event streams open at once."""
     input_bytes_max: Bytes = 256 * 1024
-    """One turn's input, and a session's system message. Reading 256 KiB may hold up other requests for 10 ms."""
+    """One turn's input, and a session's system message. Reading 256 KiB may hold up other requests for 10 ms. Under
+    `/v1` an input may be larger: `history_bytes_max`."""
+    history_bytes_max: Bytes | None = None
+    """A request's body under `/v1/responses` and `/v1/chat/completions`, which may bring a whole conversation. 4 MiB
+    unless set; less if that is more than a quarter of `held_bytes_max`, and no less than other calls take."""
     reply_bytes_max: Bytes = 1024 * 1024
     """One turn's reply, calls included."""
     log_bytes_max: LogBytes = 16 * 1024 * 1024
@@ -379,8 +383,9 @@ class Settings(BaseModel):
     """The prompt that is sent to a model: its texts, and 128 bytes for each turn; beyond it the oldest turns are left
     out. At least twice `input_bytes_max`."""
     held_bytes_max: HeldBytes = 256 * 1024 * 1024
-    """All requests while they arrive, and all answers until they are read; beyond it 503. What holds up to 16 KiB has a
-    quarter more. At least 8 times `input_bytes_max` and `reply_bytes_max`."""
+    """All requests while they arrive, inputs of running turns that are larger than `input_bytes_max`, and all answers
+    until they are read; beyond it 503. What holds up to 16 KiB has a quarter more. At least 8 times `input_bytes_max`
+    and `reply_bytes_max`, and 4 times `history_bytes_max`."""
 
     lame_duck_timeout_s: Seconds = 0
     """Shutdown: readiness is 503, everything still works."""
@@ -404,6 +409,22 @@ class Settings(BaseModel):
         """The bound on prompts for a model: its own, or that of all models."""
         own = (it.prompt_bytes_max[model] for it in self.upstreams if model in it.prompt_bytes_max)
         return next(own, self.prompt_bytes_max)
+
+    @property
+    def body_bytes_max(self) -> int:
+        """The bound on a request's body: every text within ``input_bytes_max`` fits, with any escapes.
+
+        An escape makes at most six bytes of one (``\\u0041``). All other fields together fit in the constant; the
+        largest is metadata with surrogate pairs.
+        """
+        return 6 * self.input_bytes_max + 128 * 1024
+
+    @property
+    def history_bytes(self) -> int:
+        """The bound on a request's body that may bring a whole conversation: ``history_bytes_max``, or its default."""
+        if self.history_bytes_max is not None:
+            return self.history_bytes_max
+        return max(min(4 * 1024 * 1024, self.held_bytes_max // 4), self.body_bytes_max)
 
     @property
     def default_idle_timeout_s(self) -> float:
@@ -468,6 +489,11 @@ class Settings(BaseModel):
                 yield (
                     f"held_bytes_max should be at least 8 times {name}: {self.held_bytes_max} is less than 8 * {size}"
                 )
+        if self.history_bytes_max is not None and self.held_bytes_max < 4 * self.history_bytes_max:
+            yield (
+                f"held_bytes_max should be at least 4 times history_bytes_max: {self.held_bytes_max} is less than "
+                f"4 * {self.history_bytes_max}"
+            )
 
     def _keys_that_clash(self) -> Iterator[str]:
         """Two owners of one key, or two tables of one name. Plain keys may be there twice: they are all alike."""

@@ -25,6 +25,7 @@ LAYERS = (
         "ids",
         "http1_lines",
         "json_words",
+        "long_texts",
         "lagging_deadlines",
         "steps",
         "stop_state",

@@ -13,6 +13,7 @@ from quart_trio.wrappers import TrioResponse
 from werkzeug.routing import MapAdapter
 
 from service.api.http.app_state import (
+    HISTORY_BYTES_MAX,
     attach,
     current_access,
     current_service,
@@ -33,7 +34,7 @@ from service.api.http.problems import NotReadyError, Refusal, answer_error, prob
 from service.api.http.proxy import PEER, forward, hand_over, is_from_peer
 from service.api.http.proxy_headers import proxy_header
 from service.api.http.query_params import check_query_length
-from service.api.http.request_body import BoundedRequest
+from service.api.http.request_body import BODY_BYTES_MAX, BoundedRequest
 from service.api.http.request_id import HEADER, name_request, request_id_of
 from service.api.http.request_resources import request_resources
 from service.api.http.request_target import fault_of, refuse_target
@@ -47,6 +48,10 @@ from service.telemetry.log_context import log_context
 from service.telemetry.refusal_log import causes_of
 
 __all__ = ["Application", "attach", "create_app", "detach"]
+
+
+_HISTORY_PATHS = ("/v1/responses", "/v1/chat/completions")
+"""The ends of the paths of requests that may bring a whole conversation."""
 
 
 class _NoCookies(SessionInterface):
@@ -88,6 +93,8 @@ class Application(QuartTrio):
                 return
             take_prefix(scope)
             self._name_caller(scope)
+            if scope["path"].endswith(_HISTORY_PATHS) and HISTORY_BYTES_MAX in self.config:
+                scope[BODY_BYTES_MAX] = self.config[HISTORY_BYTES_MAX]
             if is_paced(scope):
                 await self._pace.wait()
             await super().asgi_app(scope, receive, send)

@@ -14,10 +14,14 @@ from service.cli.session_export import ExportedSession, not_exported, shown
 from service.errors import InvalidRequestError
 from service.ids import public_id
 from service.sessions.commands import ADDED_ITEMS_MAX, INPUT_ITEMS_MAX
+from service.settings import Settings
 from service.storage.records import Item, TurnRecord
 
+_SAID = ("input", "items")
+"""The fields with what a caller said: OpenAI's API may have taken a whole conversation as one input."""
 
-def check_bounds(whole: ExportedSession, *, text_bytes_max: int) -> None:
+
+def check_bounds(whole: ExportedSession, settings: Settings) -> None:
     """Refuse values that the API would refuse. Raises: StartupError."""
     asked: list[tuple[str, type[RequestBody], dict[str, object]]] = [
         ("of the session", CreateSession, msgspec.structs.asdict(whole.session) | {"id": public_id(whole.session.id)})
@@ -29,7 +33,8 @@ def check_bounds(whole: ExportedSession, *, text_bytes_max: int) -> None:
         try:
             checked = convert(body, kind)
             for name in body:
-                check_texts(getattr(checked, name), name, bytes_max=text_bytes_max, bounds_each=kind.bounds_each)
+                bytes_max = settings.history_bytes if name in _SAID else settings.input_bytes_max
+                check_texts(getattr(checked, name), name, bytes_max=bytes_max, bounds_each=kind.bounds_each)
         except InvalidRequestError as error:
             name = re.split(r"[.\[]", error.field or "", maxsplit=1)[0]
             raise not_exported(f"{name} {shown(body.get(name))} {of}: {str(error).removesuffix('.')}") from None

@@ -90,7 +90,7 @@ def _run(settings: Settings, arguments: argparse.Namespace) -> tuple[str, int]:
             whole = read_exported(_read(arguments.file))
             if arguments.owner is not None:
                 whole = owned_by(whole, _owner_of_import(arguments.owner))
-            import_bounds.check_bounds(whole, text_bytes_max=settings.input_bytes_max)
+            import_bounds.check_bounds(whole, settings)
             _check_turns(whole)
             try:
                 exported_events.import_session(path, whole, now=wall_clock())

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from service.errors import ModelError
+from service.long_texts import LONG, text_encoded
 from service.models.chat_chunks import (
     Choice,
     Chunk,
@@ -49,6 +50,7 @@ from service.models.reply_calls import ReplyCalls
 from service.models.reply_choices import ReplyChoices
 from service.models.sse_decoder import EventTooLargeError, SseDecoder
 from service.models.upstream_errors import ErrorReply, error_from_reply, quote
+from service.steps import Steps, at_once
 
 EVENT_BYTES_MAX = 1024 * 1024
 """Bound on one event. A token has some hundred bytes; a server that does not really stream sends one large event.
@@ -64,6 +66,8 @@ _MISSES_REASONING = re.compile(
 )
 _NOTHING = Delta()
 _FIELD_NAMES = re.compile(rb"(?:data:\s*)+")
+_ITEMS_IN_STEP = 64
+"""The items of a prompt that are encoded in one step, which takes some hundred microseconds unless they are long."""
 _LINES_MAX = 1000
 """Bound on the lines of one event that are tried one by one."""
 _START_BYTES_MAX = 400
@@ -124,14 +128,16 @@ class Dialect(msgspec.Struct, frozen=True):
 
 
 def encode_request(request: ModelRequest, dialect: Dialect) -> bytes:
+    """Do :func:`request_encoded` at once."""
+    return at_once(request_encoded(request, dialect))
+
+
+def request_encoded(request: ModelRequest, dialect: Dialect) -> Steps[bytes]:
     """The body of the request."""
     if dialect.left_out:
         request = _without(request, without_effect(parameters_of(request)) & dialect.left_out)
-    body: dict[str, Any] = {
-        "model": request.model,
-        "messages": _messages(request.prompt, dialect),
-        "stream": True,
-    }
+    messages = yield from _messages(request.prompt, dialect)
+    body: dict[str, Any] = {"stream": True}
     if dialect.stream_options:
         body["stream_options"] = {"include_usage": True}
     if request.temperature is not None:
@@ -142,7 +148,8 @@ def encode_request(request: ModelRequest, dialect: Dialect) -> bytes:
         body |= _tools(request.tools)
     if request.options is not NO_OPTIONS:
         body |= _options(request.options)
-    return msgspec.json.encode(body)
+    begin = b'{"model":%b,"messages":[' % msgspec.json.encode(request.model)
+    return b"".join([begin, *messages, b"],", msgspec.json.encode(body)[1:]])
 
 
 def _without(request: ModelRequest, names: Collection[str]) -> ModelRequest:
@@ -182,19 +189,39 @@ def _response_format(text_format: TextFormat) -> dict[str, Any]:
     }
 
 
-def _messages(prompt: Sequence[PromptItem], dialect: Dialect) -> list[dict[str, Any]]:
-    """The prompt in messages: what the assistant says between two others' messages is one message with its calls."""
-    messages: list[dict[str, Any]] = []
-    for item in prompt:
+def _messages(prompt: Sequence[PromptItem], dialect: Dialect) -> Steps[list[bytes]]:
+    """The prompt in messages, as JSON with commas between them: what the assistant says between two others' messages is
+    one message with its calls.
+    """
+    pieces: list[bytes] = []
+    last: dict[str, Any] = {}
+    for index, item in enumerate(prompt):
+        if index % _ITEMS_IN_STEP == 0:
+            yield
+        is_assistants = not isinstance(item, FunctionCallOutput) and item.role == "assistant"
+        if not (is_assistants and last.get("role") == "assistant"):
+            if last:
+                yield from _encode(last, pieces)
+            last = {"role": "assistant", "content": None} if is_assistants else {}
         if isinstance(item, FunctionCallOutput):
-            messages.append({"role": "tool", "tool_call_id": item.call_id, "content": item.text})
+            last = {"role": "tool", "tool_call_id": item.call_id, "content": item.text}
         elif isinstance(item, Message) and item.role != "assistant":
-            messages.append({"role": item.role, "content": item.text})
+            last = {"role": item.role, "content": item.text}
         else:
-            if not messages or messages[-1]["role"] != "assistant":
-                messages.append({"role": "assistant", "content": None})
-            _add_to_reply(messages[-1], item, dialect)
-    return messages
+            _add_to_reply(last, item, dialect)
+    if last:
+        yield from _encode(last, pieces)
+    return pieces
+
+
+def _encode(message: dict[str, Any], pieces: list[bytes]) -> Steps[None]:
+    """Add a message, after a comma if it is not the first one. A long text is encoded in steps."""
+    if pieces:
+        pieces.append(b",")
+    text = message["content"]
+    if text is not None and len(text) >= LONG:
+        message["content"] = msgspec.Raw(b"".join((yield from text_encoded(text))))
+    pieces.append(msgspec.json.encode(message))
 
 
 def _add_to_reply(

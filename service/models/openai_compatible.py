@@ -35,7 +35,7 @@ from service.clock import Clock, wall_clock
 from service.errors import NOTHING_LEFT, ModelError, SettingsError, is_exhaustion
 from service.freezes import extended_when_late, move_on_after
 from service.ids import is_request_id
-from service.models.chat_completions import ReplyDecoder, encode_request
+from service.models.chat_completions import ReplyDecoder, request_encoded
 from service.models.client import ListedModel, ModelEvent, ModelRequest, TakeEvents, Usage
 from service.models.dialects import KnownDialects
 from service.models.http.connect import TlsError
@@ -45,6 +45,7 @@ from service.models.inflate import ENCODINGS, InflateError, Inflater, inflate
 from service.models.listed_models import LIST_BYTES_MAX, read_models
 from service.models.parameters import parameters_of
 from service.models.upstream_errors import ErrorReply, RetryHints, error_from_reply, error_from_status
+from service.steps import in_steps
 from service.telemetry.log_context import add_to_log_context
 
 _HOST = re.compile(rb"[0-9a-fA-F:.]+(%[\w.-]+)?|([\w-]{1,63}\.)*[\w-]{1,63}\.?")
@@ -175,7 +176,7 @@ class OpenAICompatibleClient:
         """See :class:`~service.models.client.ModelClient`."""
         dialect = known = self._dialects.of(request.model)
         while True:
-            response = await self._respond(encode_request(request, dialect))
+            response = await self._respond(await in_steps(request_encoded(request, dialect)))
             try:
                 if response.is_readable:
                     if dialect != known:

@@ -160,7 +160,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 def check(exported: bytes) -> ExportedSession:
     """Check an export as the command does before it writes. Raises: StartupError."""
     whole = read_exported(exported)
-    check_bounds(whole, text_bytes_max=Settings().input_bytes_max)
+    check_bounds(whole, Settings())
     _check_turns(whole)
     return whole
 
@@ -410,7 +410,7 @@ def test_an_ephemeral_session_is_not_imported(
     assert "made for a turn that is not kept" in capsys.readouterr().err
 
 
-def test_a_history_in_an_input_has_the_bounds_of_an_input_and_of_added_messages(
+def test_a_history_in_an_input_has_the_bounds_of_a_request_with_a_history_and_of_added_messages(
     exports: dict[str, bytes], imported: Callable[[Any], int], capsys: Output
 ) -> None:
     whole = json.loads(exports["s"])
@@ -421,7 +421,7 @@ def test_a_history_in_an_input_has_the_bounds_of_an_input_and_of_added_messages(
         assert imported(whole) == 78
         assert "items" in capsys.readouterr().err
         call["name"] = kept
-    turn["input"][0]["text"] = "x" * Settings().input_bytes_max
+    turn["input"][0]["text"] = "x" * Settings().history_bytes
     assert imported(whole) == 78
     assert "input" in capsys.readouterr().err
 
@@ -430,7 +430,7 @@ def test_inputs_that_are_together_as_long_as_the_bound_are_imported(
     exports: dict[str, bytes], imported: Callable[[Any], int]
 ) -> None:
     whole = with_pieces(exports["s"], [a_message("ab")], a_delta("ab"))
-    half = "x" * (Settings().input_bytes_max // 2)
+    half = "x" * (Settings().history_bytes // 2)
     whole["turns"][0]["turn"]["input"] = [a_message(half) | {"role": "user"}, a_message(half) | {"role": "user"}]
     whole["session"]["message_count"] = 3
     assert imported(whole) == 0

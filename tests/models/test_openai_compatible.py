@@ -15,6 +15,7 @@ from service.models.chat_completions import ReplyDecoder
 from service.models.client import Finished, Message, ModelEvent, ModelRequest, ReasoningDelta, TextDelta, Usage
 from service.models.openai_compatible import OpenAICompatibleStream, open_openai_compatible
 from service.models.scripted import open_scripted
+from service.steps import Steps
 from tests.models.replies import ask, asking, take
 from tests.models.upstream import API_KEY, WAIT_S, open_pair, open_upstream
 from tests.upstreams.raw_server import (
@@ -421,13 +422,13 @@ async def test_a_prompt_is_not_held_in_its_encoded_form_while_the_reply_comes(mo
 
     held: list[weakref.ref[Held]] = []
 
-    def encode(request: ModelRequest, dialect: chat_completions.Dialect) -> bytes:
-        body = Body(chat_completions.encode_request(request, dialect))
+    def encode(request: ModelRequest, dialect: chat_completions.Dialect) -> Steps[bytes]:
+        body = Body((yield from chat_completions.request_encoded(request, dialect)))
         body.held = Held()
         held.append(weakref.ref(body.held))
         return body
 
-    monkeypatch.setattr(openai_compatible, "encode_request", encode)
+    monkeypatch.setattr(openai_compatible, "request_encoded", encode)
     behave = replying(delta("x"), finish(), DONE)
     async with open_upstream(behave) as upstream, upstream.client.stream(asking()) as stream:
         assert [reference() for reference in held] == [None]

@@ -326,7 +326,7 @@ async def test_refusals_become_the_classes_of_the_sdk(tmp_path: Path) -> None:
     async with (
         open_raw_server(busy) as upstream,
         open_lastcall(
-            SERVE, tmp_path, model_url=upstream.url, api_keys=key, model_retries_max=0, input_bytes_max=2048
+            SERVE, tmp_path, model_url=upstream.url, api_keys=key, model_retries_max=0, history_bytes_max=2048
         ) as server,
         open_async(server, api_key=key) as client,
     ):

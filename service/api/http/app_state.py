@@ -9,10 +9,11 @@ from service.api.http.caller_address import TrustedProxies
 from service.api.http.held_bytes import HeldBytes, hold_answer
 from service.api.http.locations import located
 from service.api.http.problems import NotReadyError
-from service.api.http.request_body import body_bytes_max
 from service.supervisor import Service
 from service.telemetry.refusal_log import RefusalLog
 
+HISTORY_BYTES_MAX = "LASTCALL_HISTORY_BYTES_MAX"
+"""Key in the application's configuration of the bound on bodies that may bring a whole conversation."""
 _SERVICE = "lastcall"
 _ACCESS = "lastcall.access"
 _TRUSTED_PROXIES = "lastcall.trusted_proxies"
@@ -22,7 +23,8 @@ _HELD_BYTES = "lastcall.held_bytes"
 
 def attach(app: Quart, service: Service) -> None:
     """Let the application answer from this service. The service's settings hold for all requests from now on."""
-    app.config["MAX_CONTENT_LENGTH"] = body_bytes_max(service.settings)
+    app.config["MAX_CONTENT_LENGTH"] = service.settings.body_bytes_max
+    app.config[HISTORY_BYTES_MAX] = service.settings.history_bytes
     app.extensions[_ACCESS] = Access(service.keys)
     app.extensions[_TRUSTED_PROXIES] = TrustedProxies.by(service.settings)
     app.extensions[_REFUSALS] = service.refusals

@@ -7,6 +7,8 @@ another call that has changed something counts, but is never refused: the caller
 streams hold a seq and one piece, which counts only if it is large, and is never refused. A stream of an ended turn in a
 face whose frames need the turn's record counts the record until its end, and is refused as an answer to a GET is.
 
+An input of more than ``input_bytes_max`` counts until the end of its turn, and is refused before the turn begins.
+
 Short messages and cancels have to work while large requests have taken all room. So small requests have a reserve
 beyond the bound, a quarter of it, and are refused when the reserve is full, too. Tiny requests, such as probes, are
 never refused: the connection of each takes fifty times as much.
@@ -71,6 +73,10 @@ class RequestBytes:
 
     def __repr__(self) -> str:
         return f"<RequestBytes: {self._bytes} of {self._held!r}>"
+
+    def beside(self) -> "RequestBytes":
+        """Bytes of the same application that do not end with this request. Their user releases them."""
+        return RequestBytes(self._held)
 
     def check(self, size: int) -> None:
         """Raises: HeldBytesLimitError: There is no room for ``size`` bytes more."""

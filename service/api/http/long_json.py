@@ -2,10 +2,8 @@
 
 import msgspec
 
+from service.long_texts import LONG, text_encoded
 from service.steps import Steps, in_steps
-
-_LONG = 64 * 1024
-"""A text of so many code points takes up to a millisecond."""
 
 
 async def encode_json(body: msgspec.Struct) -> bytes:
@@ -21,8 +19,8 @@ def _with_encoded_texts(value: msgspec.Struct) -> Steps[msgspec.Struct]:
     changes: dict[str, object] = {}
     for name in value.__struct_fields__:
         field = getattr(value, name)
-        if isinstance(field, str) and len(field) >= _LONG:
-            changes[name] = yield from _encoded(field)
+        if isinstance(field, str) and len(field) >= LONG:
+            changes[name] = msgspec.Raw(b"".join((yield from text_encoded(field))))
         elif isinstance(field, msgspec.Struct):
             changes[name] = yield from _with_encoded_texts(field)
         elif isinstance(field, tuple):
@@ -32,12 +30,3 @@ def _with_encoded_texts(value: msgspec.Struct) -> Steps[msgspec.Struct]:
                 parts.append((yield from _with_encoded_texts(part)) if isinstance(part, msgspec.Struct) else part)
             changes[name] = tuple(parts)
     return msgspec.structs.replace(value, **changes) if changes else value
-
-
-def _encoded(text: str) -> Steps[msgspec.Raw]:
-    pieces = [b'"']
-    for start in range(0, len(text), _LONG):
-        pieces.append(msgspec.json.encode(text[start : start + _LONG])[1:-1])
-        yield
-    pieces.append(b'"')
-    return msgspec.Raw(b"".join(pieces))

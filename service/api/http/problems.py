@@ -128,7 +128,8 @@ ADVICE: Mapping[str, str] = {
     "ETag, `W/…`, never matches",
     "idempotency_key_spent": "what the first call with this `Idempotency-Key` made is gone: send a new key",
     "events_deleted": "a part of the reply was deleted, and the events with it: get the turn for what is left",
-    "input_too_large": "`field` says which part; `input_bytes_max` is the bound",
+    "input_too_large": "`field` says which part; `input_bytes_max` is the bound, and `history_bytes_max` of a body "
+    "under `/v1` with a conversation",
     "unsupported_media_type": "send `Content-Type: application/json`, not compressed",
     "invalid_request": "`field` and `detail` say what is allowed",
     "branch_limit": "`branches_max` turns run in this session: try again after `Retry-After`",

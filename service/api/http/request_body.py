@@ -1,23 +1,43 @@
 """Reading a request's body: bounded in size and time, and parsed strictly."""
 
-from typing import Any, TypeVar, cast
+import re
+import sys
+from functools import cache
+from typing import Any, TypeVar, cast, get_type_hints
 
+import msgspec
 import trio
 from quart import Request
 from quart_trio.wrappers.request import TrioBody, TrioRequest
 
 from service.api.http.held_bytes import HeldBytesLimitError, RequestBytes, bytes_of
-from service.api.http.strict_json import InputTooLargeError, check_structure, check_texts, convert, parse_json
+from service.api.http.long_body import parse_in_steps
+from service.api.http.strict_json import (
+    InputTooLargeError,
+    check_structure,
+    convert,
+    parse_json,
+    texts_checked,
+)
 from service.api.http.wire_types import RequestBody
-from service.errors import RefusedError
+from service.errors import InvalidRequestError, RefusedError
 from service.freezes import move_on_after
-from service.settings import Settings
+from service.sessions.commands import HISTORY_ITEMS_MAX
+from service.steps import Steps, at_once, in_steps
 from service.supervisor import Service
 
 B = TypeVar("B", bound=RequestBody)
 
 _LONG_BYTES = 64 * 1024
-"""A shorter body is read in one step of the event loop."""
+"""A shorter body is parsed in one step of the event loop."""
+_HISTORY_STRUCTURE_MAX = 200_000
+"""Bound on the brackets, commas and colons of a body with a history, outside of its texts: fifty for each item, and so
+on its memory."""
+_ITEMS_IN_STEP = 8
+"""The items of a history that are converted in one step, which takes some microseconds if they have few parts."""
+
+BODY_BYTES_MAX = "lastcall.body_bytes_max"
+"""Key in the ASGI scope of a request whose body may have more bytes than those of other calls."""
 
 _KEPT = "lastcall.body"
 """Key of a request's body in its ASGI scope, kept for a request that may be sent on to another process."""
@@ -145,18 +165,11 @@ class BoundedRequest(TrioRequest):
     body_class = BoundedBody
 
     def __init__(self, *args: Any, **options: Any) -> None:
+        if (bytes_max := options.get("scope", {}).get(BODY_BYTES_MAX)) is not None:
+            options["max_content_length"] = bytes_max
         super().__init__(*args, **options)
         assert isinstance(self.body, BoundedBody)
         self.body.count_in(bytes_of(self.scope), expected=self.content_length or 0)
-
-
-def body_bytes_max(settings: Settings) -> int:
-    """Return the bound on a body: every text within ``input_bytes_max`` fits, with any escapes.
-
-    An escape makes at most six bytes of one (``\\u0041``). All other fields together fit in the constant; the largest
-    is metadata with surrogate pairs.
-    """
-    return 6 * settings.input_bytes_max + 128 * 1024
 
 
 async def read_body(request: Request, kind: type[B], service: Service) -> B:
@@ -192,13 +205,15 @@ async def read_body(request: Request, kind: type[B], service: Service) -> B:
             return kind()
         if not has_type:
             raise UnsupportedMediaTypeError
-        return await _parse_in_steps(raw, kind, service)
+        return await _parse(raw, kind, service)
     finally:
         if not kept_body(request):
             bytes_of(request.scope).add(-len(raw))
 
 
-async def _parse_in_steps(raw: bytes, kind: type[B], service: Service) -> B:
+async def _parse(raw: bytes, kind: type[B], service: Service) -> B:
+    if kind.history:
+        return await in_steps(history_parsed(raw, kind, text_bytes_max=service.settings.input_bytes_max))
     check_structure(raw)
     if len(raw) > _LONG_BYTES:
         await trio.lowlevel.checkpoint()  # the check and the parsing each take some milliseconds for the longest body
@@ -219,9 +234,64 @@ def drop_body(request: Request) -> None:
 
 def parse_body(raw: bytes, kind: type[B], *, text_bytes_max: int) -> B:
     """Parse and check a body, as the last part of :func:`read_body`, in one step of the event loop."""
-    told = parse_json(raw)
-    kind.check_given(told)
-    body = convert(told, kind)
+    return at_once(_checked(parse_json(raw), kind, text_bytes_max=text_bytes_max))
+
+
+def history_parsed(raw: bytes, kind: type[B], *, text_bytes_max: int) -> Steps[B]:
+    """Parse and check a body that may bring a whole conversation, in steps.
+
+    Args:
+        text_bytes_max: Bound on all texts but those of the conversation, which only the size of the body bounds.
+    """
+    if len(raw) > _LONG_BYTES:
+        told = yield from parse_in_steps(raw, structure_max=_HISTORY_STRUCTURE_MAX)
+    else:
+        check_structure(raw)
+        told = parse_json(raw)
+        yield
+    return (yield from _checked(told, kind, text_bytes_max=text_bytes_max))
+
+
+def _checked(told: object, kind: type[B], *, text_bytes_max: int) -> Steps[B]:
+    """A body that is parsed, as a ``kind``. Raises: InvalidRequestError."""
+    yield from kind.check_given(told)
+    body = yield from _converted(told, kind)
     for name in kind.__struct_fields__:
-        check_texts(getattr(body, name), name, bytes_max=text_bytes_max, bounds_each=kind.bounds_each)
+        bytes_max = sys.maxsize if name == kind.history else text_bytes_max
+        yield from texts_checked(getattr(body, name), name, bytes_max=bytes_max, bounds_each=kind.bounds_each)
     return body
+
+
+def _converted(told: object, kind: type[B]) -> Steps[B]:
+    """The body as a ``kind``. A history is converted some items at a time, after the rest of the body."""
+    name = kind.history
+    items = told.get(name) if name and isinstance(told, dict) else None
+    if not isinstance(items, list) or len(items) <= _ITEMS_IN_STEP:
+        return convert(told, kind)
+    if len(items) > HISTORY_ITEMS_MAX:
+        raise InvalidRequestError(f"These are {len(items)} items; at most {HISTORY_ITEMS_MAX} are taken.", field=name)
+    assert isinstance(told, dict)
+    body = convert(told | {name: items[:_ITEMS_IN_STEP]}, kind)
+    converted = list(getattr(body, name))
+    part = _history_part(kind)
+    for start in range(_ITEMS_IN_STEP, len(items), _ITEMS_IN_STEP):
+        yield
+        some = items[start : start + _ITEMS_IN_STEP]
+        try:
+            converted += getattr(convert({name: some}, part), name)
+        except InvalidRequestError as error:
+            error.field = _moved(error.field, name, by=start)
+            raise
+    return msgspec.structs.replace(body, **{name: tuple(converted)})
+
+
+@cache
+def _history_part(kind: type[RequestBody]) -> type[msgspec.Struct]:
+    """The type of a body that has a history only, as ``kind`` has it."""
+    return msgspec.defstruct(kind.__name__, [(kind.history, get_type_hints(kind, include_extras=True)[kind.history])])
+
+
+def _moved(field: str | None, name: str, *, by: int) -> str | None:
+    """The place of an item of a list, whose first items are not counted in it."""
+    found = re.match(rf"{name}\[(\d+)\]", field or "")
+    return field if field is None or found is None else f"{name}[{int(found[1]) + by}]{field[found.end() :]}"

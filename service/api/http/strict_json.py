@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from json import JSONDecodeError, JSONDecoder
 from math import isinf
 from typing import Any, Never, TypeVar
@@ -12,6 +12,7 @@ import msgspec
 from service.api.http.wire_types import FORMS, KINDS, Metadata
 from service.errors import InvalidRequestError
 from service.json_words import in_json_words
+from service.steps import Steps, at_once
 
 T = TypeVar("T")
 
@@ -20,12 +21,17 @@ _SHOWN_MAX = 200
 STRUCTURE_MAX = 20_000
 """Bound on a body's brackets, commas and colons outside of texts, and so on the time that it holds the event loop.
 
-Texts are read at a nanosecond a byte, but each value, key and object takes up to half a microsecond.
+Texts are read at a nanosecond a byte, but each value, key and object takes up to half a microsecond. A body that may
+bring a whole conversation is read in steps: it has a bound of its own.
 """
 _DIGITS_MAX = 400
 """Bound on the digits of a whole number: the time grows faster than the digits, and no field takes so many."""
 _WHOLE_MAX = 2**53
 """Beyond it a float stays a float: as a whole number ``1e308`` would take 309 digits, fifty times what was sent."""
+_VISITED_IN_STEP = 1000
+"""The parts of a value that are looked at in one step, which takes some hundred microseconds."""
+_OBJECTS_IN_STEP = 16
+"""The objects of a list that are looked at in one step, if they have few parts."""
 _MESSAGE_MAX = 2000
 """Bound on a message that quotes a caller, before patterns are searched for in it."""
 
@@ -48,18 +54,20 @@ def check_structure(raw: bytes) -> None:
     Raises:
         InputTooLargeError: It has more than :data:`STRUCTURE_MAX` brackets, commas and colons outside of texts.
     """
-    if _structure_of(raw) <= STRUCTURE_MAX:
+    if structure_of(raw) <= STRUCTURE_MAX:
         return
     # Most of these characters may be in texts. Once escaped quotes are removed, each quote begins or ends a text, and
     # every other part is outside of texts. (A backslash outside of texts is an error, so miscounts after it are fine.)
     quoting = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
-    if quoting.count(b'"') > 2 * STRUCTURE_MAX or _structure_of(b"".join(quoting.split(b'"')[::2])) > STRUCTURE_MAX:
+    if quoting.count(b'"') > 2 * STRUCTURE_MAX or structure_of(b"".join(quoting.split(b'"')[::2])) > STRUCTURE_MAX:
         raise InputTooLargeError(f"The body has more values than any call takes: the bound is {STRUCTURE_MAX}.")
 
 
-def _structure_of(raw: bytes) -> int:
+def structure_of(json: bytes | str) -> int:
     """Count the opening brackets, commas and colons: each value but the first follows one of them."""
-    return sum(map(raw.count, (b"[", b"{", b",", b":")))
+    if isinstance(json, str):
+        return sum(map(json.count, ("[", "{", ",", ":")))
+    return sum(map(json.count, (b"[", b"{", b",", b":")))
 
 
 def parse_json(raw: bytes) -> object:
@@ -86,14 +94,14 @@ class _Pairs(list[tuple[str, object]]):
     """A JSON object as its list of pairs, repeated keys included."""
 
 
-class _RepeatedKeyError(Exception):
+class RepeatedKeyError(Exception):
     """An object has a key twice."""
 
 
 def _unique(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
     unique = dict(pairs)
     if len(unique) < len(pairs):
-        raise _RepeatedKeyError
+        raise RepeatedKeyError
     return unique
 
 
@@ -135,16 +143,30 @@ _NUMBERS: dict[str, Any] = {
     "parse_float": _number,
     "parse_constant": _refuse_constant,
 }
-_decode_unique = JSONDecoder(object_pairs_hook=_unique, **_NUMBERS).decode
-_decode_pairs = JSONDecoder(object_pairs_hook=_Pairs, **_NUMBERS).decode
+_unique_decoder = JSONDecoder(object_pairs_hook=_unique, **_NUMBERS)
+_pairs_decoder = JSONDecoder(object_pairs_hook=_Pairs, **_NUMBERS)
+scan: Callable[[str, int], tuple[object, int]] = _unique_decoder.scan_once  # type: ignore[attr-defined]  # there it is
+"""Read the value that begins at a place of a text, and tell where it ends, as :func:`parse_json` does.
+
+Raises: StopIteration, JSONDecodeError, RepeatedKeyError, RecursionError; ValueError for a number that is too long.
+"""
 
 
 def _decode(text: str) -> object:
     try:
-        return _decode_unique(text)
-    except _RepeatedKeyError:
-        field = "".join(reversed(_repeated_key(_decode_pairs(text)))).removeprefix(".")
+        return _unique_decoder.decode(text)
+    except RepeatedKeyError:
+        field = "".join(reversed(_repeated_key(_pairs_decoder.decode(text)))).removeprefix(".")
         raise MalformedBodyError("The body has this key twice.", field=shown(field)) from None
+
+
+def place_of_repeated_key(text: str) -> str | None:
+    """The place of the first repeated key in the value with which a text begins; None if the value does not end."""
+    try:
+        pairs, _ = _pairs_decoder.raw_decode(text)
+    except JSONDecodeError:
+        return None
+    return "".join(reversed(_repeated_key(pairs)))
 
 
 _PATH = re.compile(r" - at `(?P<key>key` in `)?\$\.?(?P<path>[^`]*)`$", re.DOTALL)
@@ -235,16 +257,24 @@ def _pair_at_fault(pairs: dict[str, object]) -> str:
 
 
 def check_texts(value: object, field: str, *, bytes_max: int, bounds_each: bool = False) -> None:
+    """Do :func:`texts_checked` at once."""
+    at_once(texts_checked(value, field, bytes_max=bytes_max, bounds_each=bounds_each))
+
+
+def texts_checked(value: object, field: str, *, bytes_max: int, bounds_each: bool = False) -> Steps[None]:
     """Refuse texts that cannot be stored, sent on or shown, and texts that are too long; metadata has own bounds.
 
     The texts of a list are too long if they are so together; with ``bounds_each`` if those of one object are.
     """
+    yield
     if isinstance(value, tuple):
-        objects = [(f"{field}[{index}]", item) for index, item in enumerate(value)]
-        for some in [[it] for it in objects] if bounds_each else [objects]:
-            _check_objects(some, field, bytes_max=bytes_max)
+        if bounds_each:
+            for index, item in enumerate(value):
+                yield from _objects_checked([item], field, bytes_max=bytes_max, places=(f"{field}[{index}]",))
+        else:
+            yield from _objects_checked(value, field, bytes_max=bytes_max)
     elif isinstance(value, msgspec.Struct) or (isinstance(value, dict) and not _has_texts_only(value)):
-        _check_objects([(field, value)], field, bytes_max=bytes_max)
+        yield from _objects_checked([value], field, bytes_max=bytes_max, places=(field,))
     elif isinstance(value, dict):
         for key, text in value.items():
             _utf8_length(key, field, what="A key")
@@ -259,15 +289,22 @@ def _has_texts_only(value: dict[str, object]) -> bool:
     return all(isinstance(text, str) for text in value.values())
 
 
-def _check_objects(objects: Sequence[tuple[str, object]], field: str, *, bytes_max: int) -> None:
-    """Check objects, each with its place in the body. Values without a type of ours count as a whole."""
+def _objects_checked(
+    objects: Sequence[object], field: str, *, bytes_max: int, places: Sequence[str] = ()
+) -> Steps[None]:
+    """Check objects: those of the list ``field``, or with ``places`` in the body. Values without a type of ours count
+    as a whole.
+    """
     size = 0
-    for place, item in objects:
+    for index, item in enumerate(objects):
+        if index % _OBJECTS_IN_STEP == 0:
+            yield
+        place = places[index] if places else f"{field}[{index}]"
         if not isinstance(item, msgspec.Struct):
-            size += _size_of(item, place)
+            size += yield from _size_of(item, place)
             continue
         for name in (name for name in item.__struct_fields__ if name != "role"):  # a role is no text
-            size += _size_of(getattr(item, name), f"{place}.{name}")
+            size += yield from _size_of(getattr(item, name), f"{place}.{name}")
     if size > bytes_max:
         raise InputTooLargeError(
             f"These texts have {size} bytes of UTF-8 together; at most {bytes_max} are taken (input_bytes_max).",
@@ -275,7 +312,7 @@ def _check_objects(objects: Sequence[tuple[str, object]], field: str, *, bytes_m
         )
 
 
-def _size_of(value: object, field: str) -> int:
+def _size_of(value: object, field: str) -> Steps[int]:
     """The size of all texts and names in a value of JSON, and one for each other value.
 
     Texts within a value may have NUL characters: the value is only passed on, as JSON, which escapes them. A number
@@ -283,10 +320,18 @@ def _size_of(value: object, field: str) -> int:
     """
     size = 0
     pending: list[tuple[object, bool]] = [(value, False)]
+    visited = 0
     while pending:
+        visited += 1
+        if visited % _VISITED_IN_STEP == 0:
+            yield
         part, is_within = pending.pop()
         if isinstance(part, dict):
-            size += sum(_utf8_length(key, field, what="A key", takes_nul=True) for key in part)
+            for key in part:
+                size += _utf8_length(key, field, what="A key", takes_nul=True)
+                visited += 1
+                if visited % _VISITED_IN_STEP == 0:
+                    yield
             pending += [(it, True) for it in part.values()]
         elif isinstance(part, list | tuple):
             pending += [(it, is_within) for it in part]

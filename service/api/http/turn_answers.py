@@ -4,8 +4,10 @@ A face says how a turn looks (:class:`TurnFace`).
 """
 
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from functools import partial
 from math import inf
+from sys import getsizeof
 from typing import NamedTuple, Protocol, cast
 
 from msgspec import UNSET
@@ -14,6 +16,7 @@ from quart_trio.wrappers import TrioResponse
 
 from service.api.http.app_state import current_service, no_content
 from service.api.http.end_of_input import leave_at_end_of_input
+from service.api.http.held_bytes import RequestBytes, bytes_of
 from service.api.http.locations import located, turn_path
 from service.api.http.proxy import (
     allow_longer_answer,
@@ -38,6 +41,7 @@ from service.sessions.commands import NewTurn
 from service.sessions.events.event_log import Events
 from service.sessions.events.streams import StreamSlot
 from service.sessions.turns.turn import Turn, Watch
+from service.settings import Settings
 from service.storage.records import IdempotencyKey, Places, TurnRecord
 from service.supervisor import Service
 
@@ -142,19 +146,39 @@ async def start_streaming(service: Service, session_id: str, new: NewTurn, face:
 
 async def start(service: Service, session_id: str, new: NewTurn) -> tuple[Turn, Watch]:
     """Start a turn. There is no checkpoint after its acceptance, so the watch cannot get lost."""
-    try:
-        started = await service.sessions.start_turn(session_id, new)
-    except TurnNotFoundError as error:  # the missing turn is the body's ``parent``: 422, not 404
-        raise InvalidRequestError(str(error), field="parent") from None
-    except ShuttingDownError as error:
-        if not (error.untouched and was_passed_to_owner()):
-            raise  # the process that serves in this one's place looks at the request first
-        refusal = error
-    else:
-        drop_body(request)
-        return started
+    with ExitStack() as stack:
+        held = stack.enter_context(_input_held(new, service.settings))
+        try:
+            turn, watch = await service.sessions.start_turn(session_id, new)
+        except TurnNotFoundError as error:  # the missing turn is the body's ``parent``: 422, not 404
+            raise InvalidRequestError(str(error), field="parent") from None
+        except ShuttingDownError as error:
+            if not (error.untouched and was_passed_to_owner()):
+                raise  # the process that serves in this one's place looks at the request first
+            refusal = error
+        else:
+            stack.pop_all()
+            turn.at_end.append(held.release)
+            drop_body(request)
+            return turn, watch
     await service.sessions.make_way(session_id, new)
     raise refusal
+
+
+def _input_held(new: NewTurn, settings: Settings) -> RequestBytes:
+    """Count a large input until the end of its turn: the input, and the request to the model server with it.
+
+    Smaller inputs are bounded by the number of turns. Of the largest ones no more than a half of the bound is counted,
+    so that there is room for each of them.
+
+    Raises:
+        HeldBytesLimitError: There is no room for the input.
+    """
+    held = bytes_of(request.scope).beside()
+    size = sum([getsizeof(item.text) for item in new.items])
+    if size > settings.input_bytes_max:
+        held.take(min(2 * size, settings.held_bytes_max // 2))
+    return held
 
 
 def acceptance_s(service: Service, new: NewTurn) -> float:

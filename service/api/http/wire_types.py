@@ -7,6 +7,7 @@ from msgspec import Meta
 
 from service.ids import ITEM_ID, OWNER_NAME, SESSION_ID, TURN_ID
 from service.models.client import TextFormat
+from service.steps import Steps
 
 # Python's ``$`` also matches before a last line end, and JavaScript's does not; the lookahead makes them equal.
 SESSION_ID_PATTERN = rf"^{SESSION_ID}$(?!\n)"
@@ -69,17 +70,21 @@ class RequestBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     Attributes:
         bounds_each: Whether each object of a list may have ``input_bytes_max`` of texts, and not only the list.
         may_be_left_out: Whether a request without a body means all defaults.
+        history: The name of the list that may bring a whole conversation: the body may have ``history_bytes_max``
+            bytes. Empty for most.
     """
 
     bounds_each: ClassVar[bool] = False
     may_be_left_out: ClassVar[bool] = False
+    history: ClassVar[str] = ""
 
     @classmethod
-    def check_given(cls, told: object) -> None:
+    def check_given(cls, told: object) -> Steps[None]:  # noqa: ARG003  for those that look at it
         """Refuse parts of the body in better words than the conversion would have. ``told`` is any JSON.
 
         Raises: InvalidRequestError
         """
+        yield from ()
 
 
 class BodyPart(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

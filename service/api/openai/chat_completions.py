@@ -28,6 +28,7 @@ from service.errors import SessionLimitError, ShuttingDownError, StreamLimitErro
 from service.freezes import move_on_after
 from service.ids import new_session_id, scoped
 from service.sessions.turns.turn import Turn
+from service.steps import in_steps
 from service.storage.records import TurnRecord
 
 blueprint = Blueprint("chat_completions", __name__)
@@ -81,7 +82,7 @@ async def create_chat_completion() -> TrioResponse:
     """
     service = current_service()
     body = await read_body(request, CreateChatCompletion, service)
-    new = turn_of(body, service.settings, request_id=current_request_id())
+    new = await in_steps(turn_of(body, request_id=current_request_id()))
     leave_at_end_of_input()
     slot = None
     if body.stream:

@@ -4,24 +4,25 @@ The turn has all of the messages as its input: nothing of an earlier call is kno
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import UNSET, Meta, UnsetType
 
-from service.api.http.strict_json import InputTooLargeError, shown
+from service.api.http.strict_json import shown
 from service.api.http.wire_types import NO_NUL, BodyPart, Metadata, ModelName, RequestBody, json_schema_format
 from service.api.openai.errors import ParameterError
+from service.api.openai.items import PARTS_MAX
 from service.api.openai.signatures import upstream_of
 from service.api.openai.unsupported import Refused, refuse_values, unsupported
 from service.errors import InvalidRequestError
 from service.ids import new_item_id
 from service.models.client import FunctionTool, NamedFunction, Options, Role, TextFormat, ToolChoice, Tools
-from service.sessions.commands import NewTurn
-from service.settings import Settings
+from service.sessions.commands import HISTORY_ITEMS_MAX, NewTurn
+from service.steps import Steps
 from service.storage.records import Item
 
-MESSAGES_MAX = 4096
 STOPS_MAX = 4
+_PARTS_IN_STEP = 500
 TOOLS_MAX = 128
 _Text = Annotated[str, Meta(extra_json_schema=NO_NUL)]
 _Function = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$(?!\n)")]
@@ -53,8 +54,8 @@ class RepliedRefusal(BodyPart, frozen=True, kw_only=True, tag="refusal", tag_fie
     refusal: _Text
 
 
-_Parts = Annotated[tuple[TextPart, ...], Meta(min_length=1)]
-_RepliedParts = tuple[RepliedText | RepliedRefusal, ...]
+_Parts = Annotated[tuple[TextPart, ...], Meta(min_length=1, max_length=PARTS_MAX)]
+_RepliedParts = Annotated[tuple[RepliedText | RepliedRefusal, ...], Meta(max_length=PARTS_MAX)]
 
 
 class SystemMessage(BodyPart, frozen=True, kw_only=True, tag="system", tag_field="role"):
@@ -186,17 +187,20 @@ class ChatStreamOptions(BodyPart, frozen=True, kw_only=True):
 class CreateChatCompletion(RequestBody, frozen=True, kw_only=True):
     """``{"model": "scripted", "messages": [{"role": "user", "content": "Hi"}], "stream": true}``"""
 
+    history: ClassVar[str] = "messages"
+
     @classmethod
-    def check_given(cls, told: object) -> None:
+    def check_given(cls, told: object) -> Steps[None]:
         """See :func:`refuse_unsupported`."""
-        refuse_unsupported(told)
+        yield from refuse_unsupported(told)
 
     model: ModelName
     messages: Annotated[
         tuple[ChatMessage, ...],
         Meta(
             min_length=1,
-            description=f"The whole conversation: at most {MESSAGES_MAX} messages, `input_bytes_max` bytes of UTF-8.",
+            max_length=HISTORY_ITEMS_MAX,
+            description="The whole conversation. The body may have `history_bytes_max` bytes.",
         ),
     ]
     stream: bool | None = None
@@ -261,7 +265,7 @@ others are."""
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-def refuse_unsupported(told: object) -> None:
+def refuse_unsupported(told: object) -> Steps[None]:
     """Refuse by their names what this server does not support, in a body that is not converted yet.
 
     All else that is wrong is left to the conversion.
@@ -273,7 +277,8 @@ def refuse_unsupported(told: object) -> None:
         return
     refuse_values(told, _REFUSED)
     for index, message in enumerate(_list_in(told, "messages")):
-        _refuse_in_message(message, f"messages[{index}]")
+        yield
+        yield from _refuse_in_message(message, f"messages[{index}]")
     for index, tool in enumerate(_list_in(told, "tools")):
         _refuse_type(tool, ("function",), f"tools[{index}]", "A tool")
     choice = told.get("tool_choice")
@@ -281,7 +286,7 @@ def refuse_unsupported(told: object) -> None:
     _refuse_type(told.get("response_format"), ("text", "json_object", "json_schema"), "response_format", "A form")
 
 
-def _refuse_in_message(message: object, place: str) -> None:
+def _refuse_in_message(message: object, place: str) -> Steps[None]:
     if not isinstance(message, dict):
         return
     role = message.get("role")
@@ -293,9 +298,13 @@ def _refuse_in_message(message: object, place: str) -> None:
         if message.get(name) is not None:
             raise unsupported(f"`{name}` of a message is not supported: {why}.", f"{place}.{name}")
     for index, part in enumerate(_list_in(message, "content")):
+        if index % _PARTS_IN_STEP == _PARTS_IN_STEP - 1:
+            yield
         kinds = ("text", "refusal") if role == "assistant" else ("text",)
         _refuse_type(part, kinds, f"{place}.content[{index}]", "Content")
     for index, call in enumerate(_list_in(message, "tool_calls")):
+        if index % _PARTS_IN_STEP == _PARTS_IN_STEP - 1:
+            yield
         _refuse_type(call, ("function",), f"{place}.tool_calls[{index}]", "A call")
 
 
@@ -317,12 +326,11 @@ def _list_in(told: dict[str, object], name: str) -> list[object]:
 # The turn
 
 
-def turn_of(body: CreateChatCompletion, settings: Settings, *, request_id: str | None) -> NewTurn:
+def turn_of(body: CreateChatCompletion, *, request_id: str | None) -> Steps[NewTurn]:
     """The turn that a request asks for.
 
     Raises:
         InvalidRequestError: Parts of the body contradict each other, or the conversation has no end to be answered.
-        InputTooLargeError
     """
     if body.stream_options is not None and not body.stream:
         raise InvalidRequestError("Without `stream` there is no stream to have options.", field="stream_options")
@@ -330,7 +338,7 @@ def turn_of(body: CreateChatCompletion, settings: Settings, *, request_id: str |
     if body.max_tokens not in (None, tokens_max):
         raise InvalidRequestError("This is another bound than `max_completion_tokens`.", field="max_tokens")
     return NewTurn(
-        items=input_of(body.messages, bytes_max=settings.input_bytes_max),
+        items=(yield from input_of(body.messages)),
         model=body.model,
         temperature=body.temperature,
         max_output_tokens=tokens_max,
@@ -400,21 +408,16 @@ def _tools_of(body: CreateChatCompletion) -> Tools | UnsetType:
     return Tools(functions=functions, choice=choice, parallel=body.parallel_tool_calls)
 
 
-def input_of(messages: Sequence[ChatMessage], *, bytes_max: int) -> tuple[Item, ...]:
+def input_of(messages: Sequence[ChatMessage]) -> Steps[tuple[Item, ...]]:
     """The messages as items of an input.
 
     Raises:
-        InvalidRequestError: There are too many; a call has two results; or nothing at the end waits for a reply.
-        InputTooLargeError
+        InvalidRequestError: There are too many calls; a call has two results; or nothing at the end waits for a reply.
     """
-    if len(messages) > MESSAGES_MAX:
-        raise InvalidRequestError(
-            f"These are {len(messages)} messages; at most {MESSAGES_MAX} are taken.", field="messages"
-        )
     items: list[Item] = []
     answered: set[str] = set()
-    size = 0
     for index, message in enumerate(messages):
+        yield
         place = f"messages[{index}]"
         if isinstance(message, ToolMessage):
             if message.tool_call_id in answered:
@@ -422,14 +425,11 @@ def input_of(messages: Sequence[ChatMessage], *, bytes_max: int) -> tuple[Item, 
             answered.add(message.tool_call_id)
         elif isinstance(message, AssistantMessage):
             answered.clear()
-        for item in _items_of(message, place):
-            size += item.prompt_bytes
-            items.append(item)
-    if size > bytes_max:
-        raise InputTooLargeError(
-            f"These texts have {size} bytes of UTF-8 together; at most {bytes_max} are taken (input_bytes_max).",
-            field="messages",
-        )
+        items += _items_of(message, place)
+        if len(items) > 2 * HISTORY_ITEMS_MAX:
+            raise InvalidRequestError(
+                f"These messages have more than {2 * HISTORY_ITEMS_MAX} texts and calls.", field="messages"
+            )
     asked = next((item for item in reversed(items) if item.role != "system"), None)
     if asked is None or asked.role == "assistant":
         raise InvalidRequestError(

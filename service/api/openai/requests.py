@@ -5,7 +5,7 @@ Every parameter of OpenAI's API is supported, refused by its name, or accepted w
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta, UnsetType
@@ -24,16 +24,16 @@ from service.api.http.wire_types import (
 from service.api.openai.echo import Echo
 from service.api.openai.errors import ParameterError
 from service.api.openai.ids import ITEM_NAME
-from service.api.openai.items import CALL_ID_LENGTH_MAX, namespaces_in, read_items
+from service.api.openai.items import CALL_ID_LENGTH_MAX, items_read, namespaces_in
 from service.api.openai.references import NOTHING_FOUND, Found, with_found
 from service.api.openai.tools import TOOLS_MAX, HostedTools, TakenTools, take_tools
 from service.api.openai.unsupported import Refused, refuse_values, unsupported
 from service.models.client import Options, TextFormat
-from service.sessions.commands import NewTurn, text_input
+from service.sessions.commands import HISTORY_ITEMS_MAX, NewTurn, text_input
 from service.settings import Settings
+from service.steps import Steps
 from service.storage.records import IdempotencyKey, Item
 
-INPUT_ITEMS_MAX = 4096
 _FormName = r"^[A-Za-z0-9_-]{1,64}$(?!\n)"
 _NO_EFFECT = "Accepted without effect."
 _Text = Annotated[str, Meta(extra_json_schema=NO_NUL)]
@@ -148,18 +148,21 @@ class PromptCacheOptions(BodyPart, frozen=True, kw_only=True):
 class CreateResponse(RequestBody, frozen=True, kw_only=True):
     """``{"model": "scripted", "input": "What is a nursery?", "stream": true}``"""
 
+    history: ClassVar[str] = "input"
+
     @classmethod
-    def check_given(cls, told: object) -> None:
+    def check_given(cls, told: object) -> Steps[None]:
         """See :func:`refuse_unsupported`."""
+        yield
         refuse_unsupported(told)
 
     input: Annotated[
         Annotated[str, Meta(extra_json_schema=NO_NUL)]
-        | Annotated[tuple[dict[str, Any], ...], Meta(max_length=INPUT_ITEMS_MAX, extra_json_schema=_ITEMS_TAKEN)]
+        | Annotated[tuple[dict[str, Any], ...], Meta(max_length=HISTORY_ITEMS_MAX, extra_json_schema=_ITEMS_TAKEN)]
         | None,
         Meta(
-            description="A text of the user, or items: at most `input_bytes_max` bytes of UTF-8. Without it the model "
-            "answers the last item of the conversation, or of the previous response's."
+            description="A text of the user, or items: the body may have `history_bytes_max` bytes. Without it the "
+            "model answers the last item of the conversation, or of the previous response's."
         ),
     ] = None
     model: ModelName | None = None
@@ -280,7 +283,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
 
 def read_request(
     body: CreateResponse, settings: Settings, *, hosted: HostedTools, found: Found = NOTHING_FOUND
-) -> Asked:
+) -> Steps[Asked]:
     """Read a request, apart from what it names in the store.
 
     Args:
@@ -288,11 +291,12 @@ def read_request(
 
     Raises:
         InvalidRequestError: Parts of the body are wrong, or contradict each other.
-        InputTooLargeError
+        InputTooLargeError: The items that it refers to make it too large.
     """
     _check_agreement(body)
     taken = take_tools(body.tools or (), body.tool_choice, parallel=body.parallel_tool_calls, hosted=hosted)
-    items = _items_of(body, settings, found)
+    yield
+    items = yield from _items_of(body, settings, found)
     return Asked(items=items, taken=taken, echo=_echo_of(body, taken, found), options=_options_of(body))
 
 
@@ -311,7 +315,7 @@ def _check_agreement(body: CreateResponse) -> None:
         raise ParameterError("Without `stream` there is no stream to have options.", param="stream_options")
 
 
-def _items_of(body: CreateResponse, settings: Settings, found: Found) -> tuple[Item, ...]:
+def _items_of(body: CreateResponse, settings: Settings, found: Found) -> Steps[tuple[Item, ...]]:
     told = with_found(body.input, found) if isinstance(body.input, tuple) else body.input
     if not told or all(it is None for it in told):
         if body.conversation is None and body.previous_response_id is None:
@@ -323,12 +327,12 @@ def _items_of(body: CreateResponse, settings: Settings, found: Found) -> tuple[I
         return ()
     if isinstance(told, str):
         return text_input(told)
-    items = read_items(told, field="input")
-    size = sum([item.prompt_bytes for item in items])
-    if size > settings.input_bytes_max:
+    items = yield from items_read(told, field="input")
+    size = sum([item.prompt_bytes for item in items]) if found.items else 0  # the body is bounded itself
+    if size > settings.history_bytes:
         raise InputTooLargeError(
-            f"These texts have {size} bytes of UTF-8 together; at most {settings.input_bytes_max} are taken "
-            "(input_bytes_max).",
+            f"These texts have {size} bytes of UTF-8 together; at most {settings.history_bytes} are taken "
+            "(history_bytes_max).",
             field="input",
         )
     _check_outputs(items)

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import accumulate
 from typing import Annotated, Literal, NamedTuple
 
 import msgspec
@@ -21,6 +22,7 @@ from service.api.http.idempotency_keys import read_key
 from service.api.http.locations import located
 from service.api.http.long_json import encode_json
 from service.api.http.operations import Answer, operation
+from service.api.http.paging import PAGE_BYTES_MAX
 from service.api.http.proxy import FaceStream, allow_longer_answer, continue_streams_with, release_later
 from service.api.http.query_params import read_query
 from service.api.http.repeats import allow_repeat
@@ -64,6 +66,7 @@ from service.errors import (
 from service.ids import new_session_id, owner_of, public_id, scoped
 from service.sessions.commands import NewTurn
 from service.sessions.events.streams import StreamSlot
+from service.steps import in_steps
 from service.storage.records import Item, Places, TurnRecord
 from service.supervisor import Service
 
@@ -247,7 +250,7 @@ async def create_response() -> TrioResponse:
     body = await read_body(request, CreateResponse, service)
     references = references_in(body.input)
     read = partial(read_request, body, service.settings, hosted=service.settings.hosted_tools)
-    asked = None if references else read()
+    asked = None if references else await in_steps(read())
     key = read_key(body)
     streams, background = bool(body.stream), bool(body.background)
     face = _Responses(waits=not (streams or background), follows_conversation=body.conversation is not None)
@@ -257,7 +260,8 @@ async def create_response() -> TrioResponse:
     except PreviousResponseNotFoundError as error:
         refusal = error
     else:
-        asked = asked or read(found=await _find_references(service, references, place, body))
+        if asked is None:
+            asked = await in_steps(read(found=await _find_references(service, references, place, body)))
         new = turn_of(body, asked, parent=parent, made_session=made_session, request_id=current_request_id(), key=key)
         return await _start(service, session_id, new, body, face, streams=streams)
     if (
@@ -488,14 +492,18 @@ async def cancel_response(response_id: str) -> TrioResponse:
     errors=(TurnNotFoundError,),
 )
 async def list_input_items(response_id: str) -> TrioResponse:
-    """List the items of a response's own input, the last one first. Those of earlier responses are not among them."""
+    """List the items of a response's own input, the last one first. Those of earlier responses are not among them.
+
+    A page has about 1 MiB of texts at most, and one item at least.
+    """
     query = read_query(request, InputItemsQuery)
     service = current_service()
     session_id, turn_id = await _find(service, response_id)
     record = await _get(service, session_id, turn_id)
     items = record.input if query.order == "asc" else record.input[::-1]
     rest = _items_after(items, query.after) if query.after else items
-    page = rest[: query.limit]
+    sizes = accumulate(len(item.text) + len(item.encrypted) for item in rest[: query.limit])
+    page = rest[: max(sum(size <= PAGE_BYTES_MAX for size in sizes), 1)]
     namespaces, encrypted = Echo.of_face(record.face).namespaces, _ENCRYPTED in query.include
     data = tuple([shown_item(item, namespaces=namespaces, encrypted=encrypted) for item in page])
     listed = ItemList.of(page, data, has_more=len(rest) > len(page))

@@ -21,6 +21,7 @@ from service.models.client import FunctionTool, NamedFunction, ToolChoice, Tools
 
 HostedTools = Literal["leave_out", "refuse"]
 TOOLS_MAX = 1024
+"""The most tools of a request, and the most functions, those in namespaces included."""
 _WORDS = frozenset({"auto", "none", "required"})
 _NAME_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
 _FUNCTION_FIELDS = frozenset(
@@ -59,6 +60,10 @@ def take_tools(
     namespaces: dict[str, tuple[str, str]] = {}
     left_out: dict[str, None] = {}
     for param, tool, namespace in _functions_in(tools, left_out, hosted):
+        if len(functions) == TOOLS_MAX:
+            raise ParameterError(
+                f"At most {TOOLS_MAX} functions are taken, those in namespaces included.", param="tools"
+            )
         function = _function(tool, param)
         name = function.name
         if namespace is not None:

@@ -60,6 +60,8 @@ _TOKEN_BYTES = 3
 """About the fewest bytes of a token: English text has four, Chinese three, digits two or three."""
 _LEARNED_BYTES_MIN = 4096
 """No model is too small for this prompt. A model that says so was asked for too many tokens in the reply."""
+_ITEMS_IN_STEP = 64
+"""The items of one input that are added in one step, which takes some hundred microseconds."""
 NOTHING = LeftOut()
 
 
@@ -307,7 +309,9 @@ class _Sides:
             if history:
                 yield from self._ask(asked)
                 asked = []
-                for item in history:
+                for index, item in enumerate(history):
+                    if index % _ITEMS_IN_STEP == 0:
+                        yield
                     self._add_item(item, turn)
             asked.append((turn, own))
         yield from self._ask(asked)

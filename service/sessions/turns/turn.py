@@ -3,7 +3,7 @@
 Its task is in :mod:`service.sessions.turns.turn_task`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from math import inf
 from types import TracebackType
@@ -85,6 +85,8 @@ class Turn:
         """When it began to run, on Trio's clock."""
         self.first_token_at: float | None = None
         """When the first events of the model came."""
+        self.at_end: list[Callable[[], object]] = []
+        """What is called when the turn has ended: gives back what is held for the turn, without a wait."""
         self.end: outcome.Outcome | None = None
         self.is_ending = False
         """Whether the decided end is being stored and published, or was."""
@@ -328,6 +330,9 @@ class Turn:
         self.stored = stored
         self.log.close(self.terminal_event(stored=stored))
         self.ended.set()
+        for call in self.at_end:
+            call()
+        self.at_end.clear()
 
     def terminal_event(self, *, stored: bool) -> TerminalEvent:
         """The terminal event: the next event of an open log, or the last event of a closed log."""

@@ -174,7 +174,7 @@ async def _read_path(turn: Turn, store: Store, settings: Settings) -> Sequence[T
         path = await store.read_path(turn.session_id, turn.id, bytes_max=bytes_max)
     is_cut = bool(path) and path[0].parent is not None
     if is_cut and has_outputs(path) and not any(turn.has_reply for turn in path[:-1]):
-        bytes_max += settings.reply_bytes_max + settings.input_bytes_max
+        bytes_max += settings.reply_bytes_max + max(settings.input_bytes_max, settings.history_bytes)
         path = await store.read_path(turn.session_id, turn.id, bytes_max=bytes_max)
     return path
 

@@ -12,7 +12,7 @@ from quart_trio.wrappers.request import TrioBody
 from werkzeug.exceptions import RequestEntityTooLarge
 
 from service.api.http import strict_json
-from service.api.http.request_body import BoundedBody, body_bytes_max, parse_body
+from service.api.http.request_body import BoundedBody, parse_body
 from service.api.http.strict_json import (
     STRUCTURE_MAX,
     InputTooLargeError,
@@ -26,6 +26,7 @@ from service.api.native.session_wire import CreateSession, ForkSession, Sessions
 from service.api.native.turn_requests import Chat, StartTurn
 from service.errors import InvalidRequestError
 from service.settings import Settings
+from service.steps import Steps
 from tests.longest_step import STEP_MAX_S
 
 
@@ -302,7 +303,7 @@ FRAGMENTS = ["[", "]", "{", "}", ",", ":", '"', "\\", "\\u0041", "\\ud83d", "0",
 @example('"a":0,', False)
 def test_no_body_takes_long_to_read(fragment: str, in_text: bool) -> None:
     before, after = ('{"input":"', '"}') if in_text else ('{"input":[', "]}")
-    room = body_bytes_max(Settings()) - 100
+    room = Settings().body_bytes_max - 100
     raw = (before + fragment * (room // len(fragment.encode())) + after).encode()
     for step in (check_structure, parse):
         took_s: list[float] = []
@@ -350,7 +351,7 @@ def test_a_body_with_everything_at_its_bound_and_escaped_fits_the_bound_on_bodie
         "idle_timeout_s": 31_536_000,
     }
     raw = json.dumps(body).encode()
-    assert len(raw) <= body_bytes_max(settings)
+    assert len(raw) <= settings.body_bytes_max
     parse(raw, CreateSession, text_bytes_max=settings.input_bytes_max)
 
 
@@ -429,7 +430,8 @@ class _Whole(RequestBody, frozen=True, kw_only=True):
     """``{"inner": {"text": "a"}}``"""
 
     @classmethod
-    def check_given(cls, told: object) -> None:
+    def check_given(cls, told: object) -> Steps[None]:
+        yield
         if isinstance(told, dict) and "old" in told:
             raise InvalidRequestError("This name is not used any more.", field="old")
 

@@ -7,13 +7,13 @@ import pytest
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase
 
 from service.api.http.request_body import parse_body
-from service.api.http.strict_json import InputTooLargeError
 from service.api.openai.chat_requests import CreateChatCompletion, includes_usage, turn_of
 from service.api.openai.errors import ParameterError
 from service.errors import InvalidRequestError
 from service.models.client import FunctionTool, NamedFunction, Options, TextFormat, ToolChoice, Tools
 from service.sessions.commands import NewSession, NewTurn
 from service.settings import Settings
+from service.steps import at_once
 from tests.sessions.turns.prompts import build_prompt
 from tests.storage.rows import T0
 
@@ -22,13 +22,12 @@ CALL = {"id": "call_1", "type": "function", "function": {"name": "get", "argumen
 FUNCTION = {"name": "get", "description": "Gets.", "parameters": {"type": "object"}, "strict": True}
 
 
-def parsed(body: dict[str, Any], *, bytes_max: int = 100_000) -> CreateChatCompletion:
-    return parse_body(json.dumps(body).encode(), CreateChatCompletion, text_bytes_max=bytes_max)
+def parsed(body: dict[str, Any]) -> CreateChatCompletion:
+    return parse_body(json.dumps(body).encode(), CreateChatCompletion, text_bytes_max=100_000)
 
 
-def turn(*, bytes_max: int = 100_000, **body: Any) -> NewTurn:
-    settings = Settings(store_url="memory:", input_bytes_max=bytes_max)
-    return turn_of(parsed({"model": "m", "messages": HI} | body, bytes_max=bytes_max), settings, request_id=None)
+def turn(**body: Any) -> NewTurn:
+    return at_once(turn_of(parsed({"model": "m", "messages": HI} | body), request_id=None))
 
 
 def items(*messages: dict[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -149,14 +148,31 @@ def test_a_second_result_of_a_call_is_refused_until_the_model_has_spoken() -> No
     assert len(items(*asked, result, {"role": "assistant", "tool_calls": [CALL]}, result)) == 5
 
 
-def test_messages_are_bounded_together_and_in_number() -> None:
-    long = {"role": "user", "content": "é" * 600}
-    assert len(turn(bytes_max=1300, messages=[long]).items) == 1
-    with pytest.raises(InputTooLargeError) as refused:
-        turn(bytes_max=1300, messages=[long, long])
-    assert refused.value.field == "messages"
+def test_messages_are_bounded_in_number_and_not_by_the_bound_of_other_texts() -> None:
+    long = {"role": "user", "content": "é" * 60_000}
+    assert len(turn(messages=[long, long]).items) == 2
+    assert len(turn(messages=HI * 4096).items) == 4096
     assert refusal(messages=[])[0] == "messages"
     assert refusal(messages=HI * 4097)[0] == "messages"
+
+
+def test_the_texts_and_calls_of_the_messages_are_bounded_in_number() -> None:
+    calls = {"role": "assistant", "tool_calls": [CALL] * 1024}
+    assert len(turn(messages=[calls] * 7 + HI).items) == 7 * 1024 + 1
+    assert refusal(messages=[calls] * 9 + HI)[0] == "messages"
+
+
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_the_parts_of_a_message_are_bounded_in_number(role: str) -> None:
+    parts = [{"type": "text", "text": "a"}]
+    assert turn(messages=[{"role": role, "content": parts * 4096}, *HI]).items
+    assert refusal(messages=[{"role": role, "content": parts * 4097}, *HI])[0] == "messages[0].content"
+
+
+def test_a_fault_far_into_a_history_is_told_with_its_place() -> None:
+    wrong = {"role": "user", "content": 5}
+    assert refusal(messages=HI * 1000 + [wrong] + HI)[0] == "messages[1000].content"
+    assert refusal(messages=HI * 1000 + [{"role": "user", "content": "a\x00"}])[0] == "messages[1000].content"
 
 
 @pytest.mark.parametrize("text", ["a\0b", "\ud800"])

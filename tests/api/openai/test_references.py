@@ -154,7 +154,7 @@ async def test_references_are_bounded(autojump_clock: MockClock, monkeypatch: An
 
 
 async def test_the_items_themselves_count_as_the_input(autojump_clock: MockClock) -> None:
-    async with open_api(model_url="scripted:?tokens=300&rate=0&first_token_s=0", input_bytes_max=1024) as api:
+    async with open_api(model_url="scripted:?tokens=300&rate=0&first_token_s=0", history_bytes_max=1024) as api:
         (item,) = (await create(api)).json["output"]
         error_of(await create(api, [ref(item), USER]), 413, "input_too_large", "input")
 

@@ -13,7 +13,6 @@ from hypercorn.config import Config
 from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.trio.worker_context import WorkerContext
 
-from service.api.http.request_body import body_bytes_max
 from service.hosting.hypercorn.connections import HEAD_BYTES_MAX, BoundedDecoder
 from service.hosting.hypercorn.http1_connection import HEAD_PIECE_BYTES
 from service.settings import Settings
@@ -21,7 +20,7 @@ from tests.longest_step import STEP_MAX_S, LongestStep, watching_steps
 from tests.service.serving import serving
 
 SETTINGS = Settings(store_url="memory:", model_url="scripted:?tokens=1")
-BODY_BYTES = body_bytes_max(SETTINGS) - 100
+BODY_BYTES = SETTINGS.body_bytes_max - 100
 CAP_S = 60
 TRIES = 3
 """A request whose step took too long is sent again: caches and a shared core cost processor time, too."""
