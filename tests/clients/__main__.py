@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,16 @@ import httpx
 import trio
 
 from tests.clients.checking import check
+from tests.clients.frameworks import (
+    AGENTS_ENDS,
+    NPM_ENDS,
+    PYDANTIC_ENDS,
+    Command,
+    cuts,
+    framework,
+    talk_through_restarts,
+)
+from tests.clients.frameworks import turns as turns_of
 from tests.clients.surroundings import (
     CAP_S,
     CODEX,
@@ -43,6 +53,8 @@ from tests.process.lastcall import HYPERCORN_0, SERVE, SSE, Host, open_lastcall
 HTTPX_SSE = "0.4.3"
 """The newest version that makes an event of every blank line."""
 OPENAPI_PYTHON_CLIENT = "0.29.1"
+OPENAI_AGENTS = "0.24.0"
+PYDANTIC_AI = "2.68.0"
 TSC = (
     *(NODE, "node_modules/.bin/tsc", "--strict", "--skipLibCheck"),
     *("--target", "es2022", "--lib", "es2022,dom,dom.asynciterable"),
@@ -53,6 +65,7 @@ PLAIN = ("token ",) * TOKENS
 LAST_SEQ = TOKENS + 2
 LINE_ENDS = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei\rj\nk"
 KEY_ALONE = "the-key-of-the-clients"
+READING_KEY = "the-key-that-may-read"
 KEY = {"Authorization": f"Bearer {KEY_ALONE}"}
 CALL = quote('get_weather:{"city":"Oslo"}')
 REPOSTS_MAX = 20
@@ -66,6 +79,8 @@ class Surroundings:
     node: Path
     httpx_sse: str
     openapi_python_client: str
+    openai_agents: Command
+    pydantic_ai: Command
 
 
 @asynccontextmanager
@@ -292,21 +307,71 @@ async def haproxy_probe(_: Surroundings) -> str:
         return "its probe is answered (L7OK), and tokens come while the turn runs"
 
 
+OPENAI_CONFIG = f"""
+[[api_keys]]
+name = "one"
+key = "{KEY_ALONE}"
+[[api_keys]]
+name = "reader"
+key = "{READING_KEY}"
+may = ["read"]
+"""
+OPENAI_MODELS = {
+    "text": f"scripted:?tokens={TOKENS}&rate=50&first_token_s=0",
+    "answer": "scripted:?rate=0&first_token_s=0",
+    "tools": f"scripted:?rate=0&first_token_s=0&call={CALL}",
+    "endless": "scripted:?tokens=3&silent_after=2&rate=0&first_token_s=0",
+    "limited": "scripted:?fail_after=0&fail_code=rate_limited",
+    "broken": "scripted:?tokens=3&fail_after=2&rate=0&first_token_s=0",
+}
+
+
 async def openai_npm(around: Surroundings) -> str:
-    """OpenAI's own package makes every call, with a model that says a text and with one that calls a function."""
-    models = (f"scripted:?tokens={TOKENS}&rate=50&first_token_s=0", f"scripted:?rate=0&first_token_s=0&call={CALL}")
-    async with AsyncExitStack() as stack:
-        urls = []
-        for url in models:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            opened = open_lastcall(SERVE, folder, model_url=url, api_keys=KEY_ALONE)
-            urls.append(f"http://127.0.0.1:{(await stack.enter_async_context(opened)).port}/v1")
-        command = [NODE, "openai_calls.mjs", *urls, KEY_ALONE]
-        done = await trio.run_process(
-            command, cwd=around.node, capture_stdout=True, stderr=subprocess.STDOUT, check=False
-        )
-        check(done.returncode == 0, done.stdout.decode()[-1500:])
-        return "; ".join(json.loads(done.stdout))
+    """OpenAI's own package makes every call, also through a restart of the server."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        upstreams = [
+            f'[[upstreams]]\nname = "{it}"\nurl = "{url}"\nmodels = ["{it}"]' for it, url in OPENAI_MODELS.items()
+        ]
+        config = folder / "lastcall.toml"
+        config.write_text("\n".join([OPENAI_CONFIG, *upstreams]))
+        settings: dict[str, Any] = {"LASTCALL_CONFIG_FILE": config, "model": "text", "model_retries_max": 0}
+        async with open_lastcall(SERVE, folder, **settings, live_turns_max=1, turn_timeout_s=2) as tiny:
+            tiny_url = f"http://127.0.0.1:{tiny.port}/v1"
+
+            def command(url: str) -> list[str]:
+                return [NODE, str(around.node / "openai_calls.mjs"), url, tiny_url, KEY_ALONE, READING_KEY]
+
+            seen, stops = await talk_through_restarts(command, **settings)
+        return f"{'; '.join(seen['seen'])}; {stops} restart"
+
+
+async def openai_npm_and_cut_replies(around: Surroundings) -> str:
+    return await cuts(lambda *them: [NODE, str(around.node / "openai_cuts.mjs"), *them], NPM_ENDS, streams=2)
+
+
+async def openai_agents_through_responses(around: Surroundings) -> str:
+    return await turns_of(around.openai_agents, "responses")
+
+
+async def openai_agents_through_chat_completions(around: Surroundings) -> str:
+    return await turns_of(around.openai_agents, "chat")
+
+
+async def openai_agents_and_cut_replies(around: Surroundings) -> str:
+    return await cuts(around.openai_agents, AGENTS_ENDS)
+
+
+async def pydantic_ai_through_chat_completions(around: Surroundings) -> str:
+    return await turns_of(around.pydantic_ai, "chat")
+
+
+async def pydantic_ai_through_responses(around: Surroundings) -> str:
+    return await turns_of(around.pydantic_ai, "responses")
+
+
+async def pydantic_ai_and_cut_replies(around: Surroundings) -> str:
+    return await cuts(around.pydantic_ai, PYDANTIC_ENDS)
 
 
 async def codex_cli(around: Surroundings) -> str:
@@ -337,6 +402,13 @@ CHECKS: Checks = (
     nginx_with_a_prefix,
     haproxy_probe,
     openai_npm,
+    openai_npm_and_cut_replies,
+    openai_agents_through_responses,
+    openai_agents_through_chat_completions,
+    openai_agents_and_cut_replies,
+    pydantic_ai_through_chat_completions,
+    pydantic_ai_through_responses,
+    pydantic_ai_and_cut_replies,
 )
 
 
@@ -369,13 +441,18 @@ def main() -> int:
     parser.add_argument("--codex", action="store_true", help="Codex CLI alone, which takes 459 MB")
     parser.add_argument("words", nargs="*", help="run the checks whose names have one of these words")
     arguments = parser.parse_args()
-    httpx_sse = "httpx-sse" if arguments.newest else f"httpx-sse=={HTTPX_SSE}"
+
+    def pin(version: str) -> str:
+        return "" if arguments.newest else f"=={version}"
+
     packages = CODEX if arguments.codex else LIBRARIES
     try:
         around = Surroundings(
             node=packages.install(newest=arguments.newest),
-            httpx_sse=httpx_sse,
-            openapi_python_client=f"openapi-python-client{'' if arguments.newest else f'=={OPENAPI_PYTHON_CLIENT}'}",
+            httpx_sse=f"httpx-sse{pin(HTTPX_SSE)}",
+            openapi_python_client=f"openapi-python-client{pin(OPENAPI_PYTHON_CLIENT)}",
+            openai_agents=framework("openai_agents_client.py", f"openai-agents{pin(OPENAI_AGENTS)}"),
+            pydantic_ai=framework("pydantic_ai_client.py", f"pydantic-ai-slim[openai]{pin(PYDANTIC_AI)}"),
         )
         versions = packages.versions(around.node) | ({} if arguments.codex else install_debian_packages())
     except MissingError as error:
