@@ -23,7 +23,7 @@ REFERENCES_MAX = 1024
 """The most references of one request: each may be a look into the store."""
 SEARCHES_MAX = 32
 """The most items of one request that are looked for in a session, which reads many of its turns."""
-_READ_PER_INPUT = 16
+_READ_PER_INPUT = 4
 """How many times as much as an input may have is read for the references of one request."""
 
 

@@ -350,7 +350,7 @@ async def _find_references(
             service.sessions,
             None if parent is None else session_id,
             head,
-            bytes_max=service.settings.input_bytes_max,
+            bytes_max=service.settings.history_bytes,
         )
         return await found.find(references)
     except SessionNotFoundError:

@@ -116,11 +116,17 @@ def has_outputs(path: Sequence[TurnRecord]) -> bool:
     return any(item.type == "function_call_output" for item in path[_asking_turn(path)].input)
 
 
+def has_question(path: Sequence[TurnRecord]) -> bool:
+    """Whether the input to answer is there: the last turn may have none of its own."""
+    return bool(path[_asking_turn(path)].input)
+
+
 def _asking_turn(path: Sequence[TurnRecord]) -> int:
-    """The index of the turn whose input is to be answered: the last turn, or the one before it that has an input."""
+    """The index of the turn whose input is to be answered: the last turn, or the last one before it with an input."""
     last = len(path) - 1
-    asking = next((index for index in range(last, -1, -1) if path[index].input and not path[index].was_refused), last)
-    return asking if path[-1].input == () else last
+    if path[last].input:
+        return last
+    return next((index for index in range(last, -1, -1) if path[index].input and not path[index].was_refused), last)
 
 
 class PathEnd:

@@ -14,7 +14,7 @@ from service.errors import ModelError, StoreError
 from service.freezes import extended_when_late
 from service.models.client import NO_TOOLS, ModelEvent, ModelRequest
 from service.sessions.events import outcome
-from service.sessions.turns.prompt import NOTHING, Prompt, has_outputs, prompt_of, shortened
+from service.sessions.turns.prompt import NOTHING, Prompt, has_outputs, has_question, prompt_of, shortened
 from service.sessions.turns.turn import Turn
 from service.sessions.turns.turn_log import log_end
 from service.settings import Settings
@@ -163,20 +163,27 @@ def _is_opening(path: Sequence[TurnRecord]) -> bool:
 
 
 async def _read_path(turn: Turn, store: Store, settings: Settings) -> Sequence[TurnRecord]:
-    """The turns for the prompt. If the turn brings outputs of calls, the turn of these calls is among them.
+    """The turns for the prompt. The input to answer is among them, and if it brings outputs of calls, these calls are.
 
-    That turn may be larger than a prompt: then as much more is read as its reply and its input can have. It is the last
-    turn with a reply, so no more is read if the path has one.
+    The turn that has them may be larger than a prompt: then as much more is read as its reply and its input can have.
+    The turn of the calls is the last one with a reply, so no more is read if the path has one.
     """
     bytes_max = settings.prompt_bytes_max_of(turn.model)
     path, turn.path = turn.path, None
     if path is None:
         path = await store.read_path(turn.session_id, turn.id, bytes_max=bytes_max)
-    is_cut = bool(path) and path[0].parent is not None
-    if is_cut and has_outputs(path) and not any(turn.has_reply for turn in path[:-1]):
+    while path and path[0].parent is not None and _lacks_what_is_asked(path):
         bytes_max += settings.reply_bytes_max + max(settings.input_bytes_max, settings.history_bytes)
-        path = await store.read_path(turn.session_id, turn.id, bytes_max=bytes_max)
+        longer = await store.read_path(turn.session_id, turn.id, bytes_max=bytes_max)
+        if len(longer) <= len(path):
+            break
+        path = longer
     return path
+
+
+def _lacks_what_is_asked(path: Sequence[TurnRecord]) -> bool:
+    """Whether the turn with the input to answer, or with the calls that this answers, is too far up to be there."""
+    return not has_question(path) or (has_outputs(path) and not any(turn.has_reply for turn in path[:-1]))
 
 
 async def _measure_older(path: Sequence[TurnRecord], store: Store) -> LeftOut:

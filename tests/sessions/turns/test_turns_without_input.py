@@ -1,11 +1,18 @@
 """Turns without an input: the model answers what their path ends with."""
 
 import pytest
+from msgspec import UNSET
+from trio.testing import MockClock
 
+from service.errors import ModelError, NothingAskedError
+from service.models.client import FunctionCall
+from service.sessions.commands import NewSession
 from service.sessions.turns.prompt import PathEnd
 from service.storage.records import Item, TurnRecord
+from tests.sessions.puppet import open_stage
 from tests.sessions.turns.test_calls_in_prompts import asked, asks, brings, calls, done, says, turn
 from tests.sessions.turns.test_notes_in_prompts import notes
+from tests.sessions.turns.test_turns import start
 
 
 @pytest.mark.parametrize("before", [asks("x"), brings("1", "x" * 100)])
@@ -51,3 +58,46 @@ def test_a_path_ends_with_something_to_answer_if_its_prompt_would(path: list[Tur
     assert decided is waits
     if waits:
         assert asked(*path, turn("running", []))[-1][0] in "u1"
+
+
+@pytest.mark.parametrize("brings_outputs", [False, True])
+async def test_an_input_that_is_larger_than_a_prompt_is_answered_with_the_calls_that_it_answers(
+    autojump_clock: MockClock, brings_outputs: bool
+) -> None:
+    """Under ``/v1`` an input may be larger than a prompt. The last turn has its own in any case."""
+    long = "x" * 8000
+    bounds = {"input_bytes_max": 1024, "prompt_bytes_max": 2048, "reply_bytes_max": 1024, "history_bytes_max": 9000}
+    async with open_stage(**bounds) as stage:
+        session_id = (await stage.sessions.create_session(NewSession())).id
+        first = await start(stage.sessions, session_id, "first")
+        reply = await stage.puppet.next_reply()
+        reply.call("1", '{"of":"1"}')
+        reply.finish("tool_calls")
+        await first.wait_ended()
+        items = (brings("1", long),) if brings_outputs else (asks(long),)
+        failed = await start(stage.sessions, session_id, items=items)
+        (await stage.puppet.next_reply()).fail(ModelError("upstream_error", "no"))
+        await failed.wait_ended()
+        await start(stage.sessions, session_id, "", answers_path=True)
+        prompt = (reply := await stage.puppet.next_reply()).request.prompt
+        assert prompt[-1].text == long
+        calls_in_prompt = [item for item in prompt if isinstance(item, FunctionCall)]
+        assert len(calls_in_prompt) == (1 if brings_outputs else 0)
+        reply.say("At last.")
+        reply.finish()
+
+
+async def test_a_turn_without_an_input_is_refused_before_it_is_accepted(autojump_clock: MockClock) -> None:
+    async with open_stage() as stage:
+        session_id = (await stage.sessions.create_session(NewSession())).id
+        for parent in (UNSET, None):
+            with pytest.raises(NothingAskedError):
+                await start(stage.sessions, session_id, answers_path=True, parent=parent)
+        turn = await start(stage.sessions, session_id)
+        reply = await stage.puppet.next_reply()
+        reply.say("Hello.")
+        reply.finish()
+        await turn.wait_ended()
+        with pytest.raises(NothingAskedError):
+            await start(stage.sessions, session_id, answers_path=True)
+        assert (await stage.sessions.get_session(session_id)).head == turn.id
