@@ -22,7 +22,7 @@ from tests.upstreams.raw_server import Connection, delta, open_raw_server
 ENDINGS: Mapping[str, Mapping[str, Any]] = {
     "stop": {"drain_timeout_s": 0},
     "kill": {},
-    "deadline": {"turn_timeout_s": 2},
+    "deadline": {"turn_timeout_s": 4},  # enough for a first chunk to all clients of a test, also on a busy machine
     "no-token": {"first_token_timeout_s": 0.5},
     "deletion": {},
 }
