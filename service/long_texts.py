@@ -1,11 +1,19 @@
 """Long texts as JSON, encoded in steps."""
 
+from collections.abc import Iterator
+
 import msgspec
 
 from service.steps import Steps
 
 LONG = 64 * 1024
 """A text of so many code points takes up to a millisecond."""
+
+
+def pieces_of(text: str) -> Iterator[str]:
+    """A text in pieces."""
+    for start in range(0, len(text), LONG):
+        yield text[start : start + LONG]
 
 
 def text_encoded(text: str) -> Steps[list[bytes]]:

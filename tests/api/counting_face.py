@@ -1,8 +1,8 @@
 """A face that says which frame it makes, with its number."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
-from service.api.http.face_frames import Step
+from service.api.http.face_frames import Step, TurnSource
 from service.sessions.events.events import Event, Piece, TerminalEvent
 
 
@@ -34,6 +34,7 @@ class CountingState(NamedTuple):
 
 class CountingFace:
     key = "counting"
+    turn = cast("TurnSource", None)  # it repeats no texts
     end = b"data: over\n\n"
 
     def begin(self) -> CountingState:

@@ -6,8 +6,9 @@ from typing import Any, cast
 import msgspec
 from hypothesis import strategies as st
 
-from service.api.http.event_frames import read_frames
-from service.api.http.face_frames import EndedTurn, Face, find_place, frames_of
+from service.api.http.event_frames import EncodeFrame, read_frames
+from service.api.http.face_frames import EndedTurn, Face, encoder_of, find_place, frames_of
+from service.api.http.held_bytes import HeldBytes, RequestBytes
 from service.models.client import (
     ArgumentsDelta,
     CallOpened,
@@ -136,10 +137,30 @@ async def read_to_the_end(log: Events, face: Face, *, seen: int = 0, bytes_max: 
     told, seq = place.rest, place.seq
     while True:
         await log.load_after(seq)
-        frames, seq = read_frames(log, seq, encode=frames_of(log, face), bytes_max=bytes_max)
+        frames, seq = _next_frames(log, face, seq, encode=frames_of(log, face), seen=place.seen, bytes_max=bytes_max)
         if not frames:
             return told
         told += frames
+
+
+def _next_frames(
+    log: Events, face: Face, seq: int, *, encode: EncodeFrame, seen: int = 0, bytes_max: int
+) -> tuple[bytes, int]:
+    """The next frames as a stream reads them, and the seq of the last of them: long ones piece by piece."""
+    frames, seq = read_frames(log, seq, encode=encode, bytes_max=bytes_max)
+    if frames:
+        return frames, seq
+    held = HeldBytes()
+    long = encoder_of(log, face).open_long(log, seq, seen=seen, held=RequestBytes(held))
+    if long is None:
+        return b"", seq
+    pieces = []
+    while not long.is_over:
+        pieces.append(long.take())
+    assert all(pieces)
+    long.close()
+    assert held.bytes == 0
+    return b"".join(pieces), log.read_after(seq)[0].seq
 
 
 class Follower:
@@ -148,13 +169,16 @@ class Follower:
     def __init__(self, log: Events, face: Face, *, bytes_max: int = MIB) -> None:
         self.told = b""
         self._log = log
+        self._face = face
         self._encode = frames_of(log, face)
         self._bytes_max = bytes_max
         self._seq = 0
 
     def read(self, *, to_the_end: bool = False) -> None:
         while True:
-            frames, self._seq = read_frames(self._log, self._seq, encode=self._encode, bytes_max=self._bytes_max)
+            frames, self._seq = _next_frames(
+                self._log, self._face, self._seq, encode=self._encode, bytes_max=self._bytes_max
+            )
             self.told += frames
             if not frames or not to_the_end:
                 return

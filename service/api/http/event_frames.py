@@ -6,7 +6,9 @@ from service.sessions.events.event_log import Events
 from service.sessions.events.events import Event
 
 EncodeFrame = Callable[[Event], bytes]
-"""A face's frame of an event. All streams of a face use the same function."""
+"""A face's frame of an event. All streams of a face use the same function. Empty if the frame is long: a stream reads
+such a frame piece by piece (:class:`~service.api.http.long_frames.LongFrames`).
+"""
 
 _KEPT_FRAMES_MAX = 128
 _KEPT_BYTES_MAX = 16 * 1024
@@ -54,7 +56,8 @@ class _NewestFrames:
 def read_frames(log: Events, seq: int, *, encode: EncodeFrame, bytes_max: int) -> tuple[bytes, int]:
     """The frames after ``seq`` that fit in ``bytes_max`` (at least one), and the seq of the last of them.
 
-    Empty bytes and the same seq if there are no such events yet, or if a replay has not loaded them.
+    Empty bytes and the same seq if there are no such events yet, if a replay has not loaded them, or if the next frame
+    is long.
     """
     newest = log.beside.get(encode)
     if newest is None:
@@ -63,8 +66,7 @@ def read_frames(log: Events, seq: int, *, encode: EncodeFrame, bytes_max: int) -
     if seq + 1 == log.last_seq:  # the usual case: one event is new
         if newest.end == seq + 1:
             return newest.frame, seq + 1
-        if len(events := log.read_after(seq)) == 1:
-            frame = encode(events[0])
+        if len(events := log.read_after(seq)) == 1 and (frame := encode(events[0])):
             newest.add(frame, seq + 1)
             return frame, seq + 1
     frames = newest.read_after(seq)
@@ -77,7 +79,8 @@ def read_frames(log: Events, seq: int, *, encode: EncodeFrame, bytes_max: int) -
         for event in events:
             frame = encode(event)
             size += len(frame)
-            if size > bytes_max and (frames or new):
+            if not frame or (size > bytes_max and (frames or new)):
+                size = bytes_max + 1
                 break
             new.append(frame)
             end = event.seq

@@ -15,8 +15,9 @@ from werkzeug.datastructures import MIMEAccept
 from werkzeug.http import parse_accept_header
 
 from service.api.http.event_frames import EncodeFrame, read_frames
-from service.api.http.face_frames import BEGINNING, Face, Place, frames_of
+from service.api.http.face_frames import BEGINNING, Face, FaceEncoder, Place, encoder_of
 from service.api.http.held_bytes import bytes_of
+from service.api.http.long_frames import LongFrames
 from service.api.http.query_params import read_query
 from service.api.http.request_resources import release_after_request
 from service.api.http.strict_json import shown
@@ -97,6 +98,8 @@ class EventStream(ResponseBody):
         opening: What the stream begins with, in one piece with the events that are ready.
         heartbeat: The comment after silence.
         cut: The last frame of a stream that ends early, for clients that would take its end for that of a whole stream.
+        encoder: Opens the frames that ``encode`` leaves out because they are long.
+        seen: If the first frames are long, the stream begins with those whose numbers are not below this one.
         scope: The ASGI scope of the request.
     """
 
@@ -110,8 +113,13 @@ class EventStream(ResponseBody):
         opening: bytes = _RETRY,
         heartbeat: bytes = _HEARTBEAT,
         cut: bytes = b"",
+        encoder: FaceEncoder | None = None,
+        seen: int = 0,
         scope: Mapping[str, Any] = _NO_SCOPE,
     ) -> None:
+        self._encoder = encoder
+        self._seen = seen
+        self._long: LongFrames | None = None
         self._scope = scope
         self._cut = cut
         self._opening = opening
@@ -144,6 +152,9 @@ class EventStream(ResponseBody):
         if self._ended or self._is_cut:
             self._slot.close(ended=self._ended)
             raise StopAsyncIteration
+        if self._long is not None:
+            await trio.lowlevel.checkpoint()
+            return self._take_long(self._long)
         if not self._begun:
             self._begun = True
             self._writer = self._scope.get(PIECE_WRITER)
@@ -167,7 +178,7 @@ class EventStream(ResponseBody):
             return False
         piece, seq = read_frames(log, self._seq, encode=self._encode, bytes_max=_INLINE_BYTES_MAX)
         if not piece:
-            return True
+            return seq == log.last_seq
         if seq != log.last_seq or len(piece) > _INLINE_BYTES_MAX or not writer.write_now(piece):
             return False
         self._seq = seq
@@ -204,12 +215,36 @@ class EventStream(ResponseBody):
 
     def _take(self, before: bytes = b"") -> bytes:
         chunk, self._seq = read_frames(self._log, self._seq, encode=self._encode, bytes_max=_WRITE_BYTES_MAX)
+        if not chunk and self._encoder is not None and self._seq < self._log.last_seq:
+            held = bytes_of(self._scope if self._scope is not _NO_SCOPE else {})
+            self._long = self._encoder.open_long(self._log, self._seq, seen=self._seen, held=held)
+            if self._long is not None:
+                return before + self._take_long(self._long)
         self._caught_up = self._seq == self._log.last_seq
         self._taken_at = trio.current_time()
         self._ended = self._log.closed and self._seq == self._log.last_seq
         if self._held_bytes or len(chunk) > _WRITE_BYTES_MAX:
             self._hold(len(chunk))
         return LastPiece(before + chunk) if self._ended else before + chunk
+
+    def _take_long(self, frames: LongFrames) -> bytes:
+        """The next piece of long frames."""
+        piece = frames.take()
+        if not frames.is_over:
+            return piece
+        self.close_long()
+        self._seq = self._log.read_after(self._seq)[0].seq
+        self._seen = 0
+        self._caught_up = self._seq == self._log.last_seq
+        self._taken_at = trio.current_time()
+        self._ended = self._log.closed and self._caught_up
+        return LastPiece(piece) if self._ended else piece
+
+    def close_long(self) -> None:
+        """Hold no long frames any more: they were read, or the request is over. Idempotent."""
+        if self._long is not None:
+            self._long.close()
+            self._long = None
 
     def _hold(self, size: int) -> None:
         """Count a large piece until the next one is asked for: an event that repeats a whole text, in some faces."""
@@ -235,16 +270,20 @@ def stream_face(
     See :mod:`service.api.http.face_frames`. If the stream ends early, ``cut`` is its last frame.
     """
     release_after_request(slot.close)
+    encoder = encoder_of(log, face)
     body = EventStream(
         log,
         slot,
         after=place.seq,
-        encode=frames_of(log, face),
+        encode=encoder.encode,
         opening=place.rest,
         heartbeat=_HEARTBEAT_BLOCK,
         cut=cut,
+        encoder=encoder,
+        seen=place.seen,
         scope=request.scope,
     )
+    release_after_request(body.close_long)
     return TrioResponse(body, headers=HEADERS, content_type=MEDIA_TYPE)
 
 

@@ -23,13 +23,16 @@ and before the step that may find another process as the turn's owner::
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import msgspec
 import trio
 
 from service.api.http.event_frames import EncodeFrame
+from service.api.http.held_bytes import RequestBytes
+from service.api.http.long_frames import LongFrames, are_long, texts_of
+from service.long_texts import pieces_of
 from service.sessions.events.event_log import Events
 from service.sessions.events.events import Event, Piece, TerminalEvent
 from service.sessions.sessions import Sessions
@@ -48,7 +51,20 @@ class TurnSource(Protocol):
     """
 
     def record(self) -> TurnRecord:
-        """The turn's record, with the reply so far."""
+        """The turn's record, with the reply so far. Of a live turn whose reply is long, this takes milliseconds."""
+        ...
+
+    def record_at_first(self) -> TurnRecord:
+        """The turn's record without the reply."""
+        ...
+
+    def text_pieces(self, item: int) -> Iterator[str]:
+        """The text of an output item that does not grow any more, in pieces."""
+        ...
+
+    @property
+    def text_bytes_max(self) -> int:
+        """No less than the size of the reply's texts so far."""
         ...
 
     def begun_items(self) -> Sequence[Item]:
@@ -78,6 +94,16 @@ class EndedTurn:
     def record(self) -> TurnRecord:
         return self._record
 
+    def record_at_first(self) -> TurnRecord:
+        return self._record
+
+    def text_pieces(self, item: int) -> Iterator[str]:
+        return pieces_of(self._record.output[item].text)
+
+    @property
+    def text_bytes_max(self) -> int:
+        return sum([4 * len(item.text) for item in self._record.output])
+
     def begun_items(self) -> Sequence[Item]:
         return self._record.output
 
@@ -85,6 +111,7 @@ class EndedTurn:
 class Step(NamedTuple):
     """What an event becomes: its frames, at least one, and the state for the events that follow.
 
+    A frame that repeats long texts has marks in their places (:func:`~service.api.http.long_frames.whole_text`).
     ``before_gap`` counts those of the frames that stand before a gap; see :meth:`FaceState.step`.
     """
 
@@ -119,6 +146,11 @@ class Face(Protocol):
     """A way to show a turn to a client, made for one turn."""
 
     @property
+    def turn(self) -> TurnSource:
+        """The turn. Its whole texts go into long frames."""
+        ...
+
+    @property
     def key(self) -> Hashable:
         """Equal for the faces that make the same frames of a log, so that their streams share these."""
         ...
@@ -142,6 +174,8 @@ class FaceEncoder:
 
     def __init__(self, face: Face) -> None:
         self.seq = 0
+        self._face = face
+        self._long: dict[int, Step] = {}  # the steps with long frames, by seq
         self._end = face.end
         self._state = face.begin()
         self._extra = 0
@@ -163,7 +197,7 @@ class FaceEncoder:
         return self.seq + self._extra
 
     def encode(self, event: Event) -> bytes:
-        """The frames of an event, which was encoded before, or is the first that was not."""
+        """The frames of an event, which was encoded before, or is the first that was not. Empty if they are long."""
         seq = event.seq
         if seq > self._changed_at and isinstance(event, Piece):
             frame = self._state.piece(event, seq - 1 + self._extra)
@@ -176,8 +210,22 @@ class FaceEncoder:
             frame = self._states[index].piece(event, seq - 1 + self._extras[index])
             if frame is not None:
                 return frame
-        frames = b"".join(self._step(event).frames)
+        step = self._step(event)
+        if seq in self._long:
+            return b""
+        frames = b"".join(step.frames)
         return frames + self._end if seq == self._ended_at else frames
+
+    def open_long(self, log: Events, seq: int, *, seen: int, held: RequestBytes) -> LongFrames | None:
+        """Those frames of the event after ``seq`` whose numbers are not below ``seen``, if they are long.
+
+        None if they are not, or if there is no such event yet.
+        """
+        events = log.read_after(seq)
+        if not events or events[0].seq not in self._long:
+            return None
+        texts = texts_of(log, self._face.turn.text_pieces, held)
+        return LongFrames(self._unseen_of(events[0], seen), texts)
 
     def skip_some(self, log: Events) -> None:
         """Go over some of the next events, which nobody reads now."""
@@ -205,7 +253,14 @@ class FaceEncoder:
         return min(seq, last), seq > last
 
     def unseen_of(self, event: Event, seen: int) -> bytes:
-        """Those frames of an event, which has changed the state, whose numbers are not below ``seen``."""
+        """Those frames of an event, which has changed the state, whose numbers are not below ``seen``.
+
+        Empty if they are long.
+        """
+        unseen = self._unseen_of(event, seen)
+        return b"" if event.seq in self._long else b"".join(unseen)
+
+    def _unseen_of(self, event: Event, seen: int) -> Sequence[bytes]:
         number = event.seq - 1 + self._extras[bisect_left(self._seqs, event.seq) - 1]
         frames, _, before_gap = self._step(event)
         gap = self._gap if event.seq == self._ended_at else 0
@@ -214,16 +269,20 @@ class FaceEncoder:
             for place, frame in enumerate(frames, number)
             if (place if place >= number + before_gap else place - gap) >= seen
         ]
-        return b"".join(unseen) + (self._end if event.seq == self._ended_at else b"")
+        return [*unseen, self._end] if event.seq == self._ended_at else unseen
 
     def _step(self, event: Event) -> Step:
         seq = event.seq
+        if seq in self._long:
+            return self._long[seq]
         if seq > self.seq and isinstance(event, TerminalEvent):
             self._ended_at, self._gap = seq, seq - 1 - self.seq
         gap = self._gap if seq == self._ended_at else 0
         assert seq <= self.seq + 1 + gap, "an event was left out"
         index = bisect_left(self._seqs, seq) - 1
         step = self._states[index].step(event, seq - 1 + self._extras[index], gap)
+        if are_long(step.frames):
+            self._long[seq] = step
         if seq > self.seq:
             self.seq = self._changed_at = seq
             self._state = step.state
@@ -251,12 +310,14 @@ def frames_of(log: Events, face: Face) -> EncodeFrame:
 class Place(NamedTuple):
     """Where a stream begins: after the event with this seq, and first with the ``rest`` of this event's frames.
 
-    ``is_beyond`` tells that the log has not so many frames yet as were said to have been seen.
+    If the frames after it are long, it begins with those whose numbers are not below ``seen``. ``is_beyond`` tells that
+    the log has not so many frames yet as were said to have been seen.
     """
 
     seq: int = 0
     rest: bytes = b""
     is_beyond: bool = False
+    seen: int = 0
 
 
 BEGINNING = Place()
@@ -279,7 +340,8 @@ async def find_place(log: Events, face: Face, *, seen: int) -> Place:
     if is_within:
         await log.load_after(seq)
         event = log.read_after(seq)[0]
-        return Place(event.seq, encoder.unseen_of(event, seen))
+        rest = encoder.unseen_of(event, seen)
+        return Place(event.seq, rest) if rest else Place(seq, seen=seen)
     is_over = log.closed and seq == log.last_seq
     return Place(seq, face.end if is_over else b"", is_beyond=seen > encoder.frames)
 

@@ -32,9 +32,10 @@ from service.api.http.callers import CALLER, caller_headers, current_owner
 from service.api.http.end_of_input import leave_at_end_of_input
 from service.api.http.event_frames import EncodeFrame, read_frames
 from service.api.http.event_stream import is_event_stream, read_last_event_id, read_seen
-from service.api.http.face_frames import Face, TurnSource, find_place, frames_of, open_turn
-from service.api.http.held_bytes import hold_answer
+from service.api.http.face_frames import Face, FaceEncoder, TurnSource, encoder_of, find_place, open_turn
+from service.api.http.held_bytes import bytes_of, hold_answer
 from service.api.http.locations import located
+from service.api.http.long_frames import LongFrames
 from service.api.http.problems import problem_response, refusal_of
 from service.api.http.repeats import repeat_is_allowed
 from service.api.http.request_body import drop_body, kept_body
@@ -290,13 +291,14 @@ async def _answer_from(
     )
     if _is_stream(head):
         leave_at_end_of_input()
-        response.response = ProxiedStream(
+        response.response = proxied = ProxiedStream(
             peer,
             slot,
             fence=error.fence,
             turn_path=response.headers.get("Location") or request.path,
             face=cast("dict[str, EncodeFrame | FaceStream]", request.scope)[_FACE],
         )
+        release_after_request(proxied.close_long)
     return response
 
 
@@ -433,6 +435,9 @@ class ProxiedStream(ResponseBody):
         self._rest: Events | None = None
         self._encode: EncodeFrame | None = None
         self._opening = b""
+        self._encoder: FaceEncoder | None = None
+        self._long: LongFrames | None = None
+        self._held = bytes_of(request.scope)
 
     async def __aenter__(self) -> "ProxiedStream":
         return self
@@ -466,12 +471,32 @@ class ProxiedStream(ResponseBody):
 
     async def _read_rest(self, rest: Events) -> bytes:
         assert self._encode is not None
+        if self._long is not None:
+            await trio.lowlevel.checkpoint()
+            return self._take_long(rest, self._long)
         if not await self._load_rest(rest):
             self._rest = None
             return b""
         opening, self._opening = self._opening, b""
         frames, self._seq = read_frames(rest, self._seq, encode=self._encode, bytes_max=_WRITE_BYTES_MAX)
+        if not frames and self._encoder is not None:
+            self._long = self._encoder.open_long(rest, self._seq, seen=self._frames_seen, held=self._held)
+            if self._long is not None:
+                frames = self._take_long(rest, self._long)
         return opening + frames
+
+    def _take_long(self, rest: Events, frames: LongFrames) -> bytes:
+        piece = frames.take()
+        if frames.is_over:
+            self.close_long()
+            self._seq = rest.read_after(self._seq)[0].seq
+        return piece
+
+    def close_long(self) -> None:
+        """Hold no long frames any more. Idempotent."""
+        if self._long is not None:
+            self._long.close()
+            self._long = None
 
     async def _load_rest(self, rest: Events) -> bool:
         """Load the next events from the store. Returns False if that fails: the stream was cut."""
@@ -538,8 +563,9 @@ class ProxiedStream(ResponseBody):
             turn, log, watch = await open_turn(sessions, session_id, turn_id)
             watch.release()
             face = self._face.face_of(turn)
-            self._seq, self._opening, _ = await find_place(log, face, seen=self._frames_seen)
-            self._encode = frames_of(log, face)
+            self._seq, self._opening, *_ = await find_place(log, face, seen=self._frames_seen)
+            self._encoder = encoder_of(log, face)
+            self._encode = self._encoder.encode
             return log
         log, watch = await sessions.open_events(session_id, turn_id)
         watch.release()

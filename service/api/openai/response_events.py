@@ -23,6 +23,7 @@ from msgspec import UNSET
 
 from service.api.http.face_frames import Step, TurnSource
 from service.api.http.frame_json import frame_json
+from service.api.http.long_frames import LONG, whole_text
 from service.api.openai.echo import Echo
 from service.api.openai.failures import RESPONSE_PARAMS, EndError, end_error
 from service.api.openai.ids import item_name
@@ -75,7 +76,7 @@ class ResponseFace:
 
     def __init__(self, turn: TurnSource, *, encrypted: bool = False) -> None:
         self.turn = turn
-        record = turn.record()
+        record = turn.record_at_first()
         self.echo = Echo.of_face(record.face)
         self.encrypted = encrypted or self.echo.encrypted
         self.key = ("response", self.encrypted)
@@ -154,7 +155,7 @@ class _Telling:
         if self._begun:
             return
         self._begun = True
-        record = self._face.turn.record()
+        record = self._face.turn.record_at_first()
         response = response_at_first(record, "queued" if status == "queued" else "in_progress")
         self._tell_response("response.created", response)
         self._tell_response("response.queued" if status == "queued" else "response.in_progress", response)
@@ -164,7 +165,7 @@ class _Telling:
         if not self._begun:
             self.begin()
         else:
-            record = self._face.turn.record()
+            record = self._face.turn.record_at_first()
             self._tell_response("response.in_progress", response_at_first(record, "in_progress"))
 
     def open_call(self, event: TurnCall) -> None:
@@ -189,10 +190,10 @@ class _Telling:
         self._open_items(record.output)
         output = []
         rest = iter(response.output)
-        for index, item in enumerate(record.output):
+        for index, text in enumerate(_texts_as_json(record.output)):
             if index in self._signed:
                 output.append(frame_json(next(rest)))
-            shown, text = next(rest), frame_json(item.text)
+            shown = next(rest)
             json = _json_of_item(shown, text)
             output.append(json)
             if index in self._open:
@@ -255,17 +256,21 @@ class _Telling:
 
     def _close_texts(self) -> None:
         """End the open messages and reasoning; what they say is whole."""
-        items = None
-        for index in tuple(self._open):
-            if items is None:
-                items = self._face.turn.record().output
-            item = items[index]
-            if item.type == "function_call":
-                continue
+        begun = self._face.turn.begun_items()
+        closing = [index for index in self._open if begun[index].type != "function_call"]
+        if not closing:
+            return
+        is_long = self._face.turn.text_bytes_max > LONG
+        items = begun if is_long else self._face.turn.record().output
+        for index in closing:
+            item, text = items[index], whole_text(index)
+            if not is_long:
+                text = frame_json(item.text)
+            elif index in self._templates:  # it has a text, of which this takes the place
+                item = msgspec.structs.replace(item, text="-")
             shown = shown_item(
                 item, status="completed", namespaces=self._face.echo.namespaces, encrypted=self._face.encrypted
             )
-            text = frame_json(item.text)
             self._close(index, shown, text, _json_of_item(shown, text))
 
     def _close(self, index: int, shown: ShownItem, text: bytes, json: bytes) -> None:
@@ -298,6 +303,13 @@ class _Telling:
         name = kind.encode()
         frame = b'event: %b\ndata: {"type":"%b","sequence_number":%d,%b}\n\n' % (name, name, self._next_number, body)
         self.frames.append(frame)
+
+
+def _texts_as_json(items: Sequence[Item]) -> list[bytes]:
+    """The texts of an output as JSON; if they are long together, what stands for them in long frames."""
+    if sum([len(item.text) for item in items]) <= LONG:
+        return [frame_json(item.text) for item in items]
+    return [whole_text(index) for index in range(len(items))]
 
 
 def _template(kind: str, place: bytes, rest: bytes = b"") -> bytes:

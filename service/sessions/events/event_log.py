@@ -19,6 +19,7 @@ from service.sessions.events.events import (
     TurnReasoning,
 )
 from service.sessions.events.kept_events import runs_of
+from service.steps import Steps
 from service.storage.pieces import Run, join, pack, skip, texts_by_item, unpack
 
 _TERMINAL_RESERVE_BYTES = 2048
@@ -152,6 +153,11 @@ class EventLog:
     def closed(self) -> bool:
         """Whether the log has its terminal event, after which no event follows."""
         return self._closed
+
+    @property
+    def size(self) -> int:
+        """The size that counts against the bound: the texts, and some bytes for each event."""
+        return self._bytes
 
     def append(self, event: Event, *, tells: bool = True) -> bool:
         """Append an event whose ``seq`` is ``last_seq + 1``, and tell the readers.
@@ -333,6 +339,32 @@ class EventLog:
             pieces.setdefault(item, []).append(text)
         return {item: "".join(texts) for item, texts in pieces.items()}
 
+    def joined_texts(self) -> Steps[dict[int, str]]:
+        """All of :meth:`texts`, in steps, in which nothing is appended."""
+        pieces: dict[int, list[str]] = {}
+        for chunk in self._chunks:
+            yield
+            text = chunk.text.decode()
+            for item, piece in [(chunk.item, text)] if chunk.item >= 0 else texts_by_item(unpack(chunk.runs), text):
+                pieces.setdefault(item, []).append(piece)
+        for item, piece in _texts_of(self._newest):
+            pieces.setdefault(item, []).append(piece)
+        texts: dict[int, str] = {}
+        for item, parts in pieces.items():
+            yield
+            texts[item] = "".join(parts)
+        return texts
+
+    def text_pieces(self, item: int) -> Iterator[str]:
+        """The text of an item to which no piece is added any more, in short pieces."""
+        for chunk in self._chunks:  # also those that are added meanwhile
+            if chunk.item == item:
+                yield chunk.text.decode()
+            elif chunk.item < 0:
+                of_items = texts_by_item(unpack(chunk.runs), chunk.text.decode())
+                yield "".join([text for of, text in of_items if of == item])
+        yield "".join([text for of, text in _texts_of(self._newest) if of == item])
+
     def _texts(self, after: int) -> Iterator[tuple[int, str]]:
         chunks = self._chunks_after(after)
         if chunks and chunks[0].after < after:
@@ -340,7 +372,7 @@ class EventLog:
             chunks = chunks[1:]
         for item, alike in groupby(chunks, key=attrgetter("item")):
             if item >= 0:
-                yield item, b"".join([chunk.text for chunk in alike]).decode()
+                yield item, "".join([chunk.text.decode() for chunk in alike])
                 continue
             for chunk in alike:
                 yield from texts_by_item(unpack(chunk.runs), chunk.text.decode())

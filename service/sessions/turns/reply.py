@@ -1,5 +1,6 @@
 """The output of a running turn. Its texts are in the turn's event log and nowhere else."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
@@ -123,9 +124,13 @@ class Reply:
             case ArgumentsDelta():
                 pass
 
-    def items(self) -> tuple[Item, ...]:
-        """The output so far. A call is complete if its arguments so far are a whole JSON object."""
-        texts = self._log.texts()
+    def items(self, texts: Mapping[int, str] | None = None) -> tuple[Item, ...]:
+        """The output so far. A call is complete if its arguments so far are a whole JSON object.
+
+        Args:
+            texts: The texts of the log, if the caller has them.
+        """
+        texts = self._log.texts() if texts is None else texts
         return tuple(
             cut_off(msgspec.structs.replace(growing.begins, text=texts.get(index, "")))
             for index, growing in enumerate(self._items)

@@ -3,7 +3,7 @@
 Its task is in :mod:`service.sessions.turns.turn_task`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from math import inf
 from types import TracebackType
@@ -13,6 +13,7 @@ import msgspec
 import trio
 
 from service.errors import ModelError
+from service.long_texts import pieces_of
 from service.models.client import (
     Finished,
     ModelClient,
@@ -138,6 +139,19 @@ class Turn:
             last_seq=self.log.last_seq,
             stored=self.stored or not self.ended.is_set(),
         )
+
+    def record_at_first(self) -> TurnRecord:
+        """The turn's record without the reply so far."""
+        return self._record
+
+    def text_pieces(self, item: int) -> Iterator[str]:
+        """The text of an output item that does not grow any more, in pieces."""
+        return pieces_of(self._record.output[item].text) if self.ended.is_set() else self.log.text_pieces(item)
+
+    @property
+    def text_bytes_max(self) -> int:
+        """No less than the size of the reply's texts."""
+        return self.log.size
 
     def begun_items(self) -> tuple[Item, ...]:
         """The items of the reply that have begun so far, perhaps without their texts."""
@@ -312,13 +326,17 @@ class Turn:
             return
         self.stored_seq = checkpoint.after + count(checkpoint.runs)
 
-    def finish(self, now: datetime) -> TurnRecord:
-        """Begin the end: return the record with the decided end, ready for the store."""
+    def finish(self, now: datetime, texts: Mapping[int, str] | None = None) -> TurnRecord:
+        """Begin the end: return the record with the decided end, ready for the store.
+
+        Args:
+            texts: The texts of the reply, if the caller has them.
+        """
         assert self.end is not None, "a turn finished before its end was decided"
         self.is_ending = True
         self._spent, self._stream = self.usage, None  # the turn may be kept until the store takes its end
         changes = outcome.record_changes(self.end) | {"ended_at": now, "usage": self.usage}
-        output = self._reply.items()
+        output = self._reply.items(texts)
         if isinstance(self.end, outcome.Completed) and self.end.finish_reason in ("stop", "tool_calls"):
             output = tuple(msgspec.structs.replace(item, complete=True) for item in output)
         return msgspec.structs.replace(self._record, output=output, last_seq=self.log.last_seq + 1, **changes)

@@ -68,7 +68,11 @@ async def end_turn(turn: Turn, *, store: Store, clock: Clock, within_s: float) -
     """
     if turn.is_ending:
         return False
-    record = turn.finish(clock())
+    turn.is_ending = True
+    texts = None
+    with trio.CancelScope(deadline=trio.current_time() + within_s, shield=True):
+        texts = await in_steps(turn.log.joined_texts())
+    record = turn.finish(clock(), texts)
     stored = False
     # Shielded: every end is stored and published, also the end that a cancellation caused.
     with (

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 import trio
@@ -42,6 +43,7 @@ class NumberedState:
 
 
 class NumberedFace:
+    turn: Any = None  # it repeats no texts
     key = "numbered"
     end = b"data: over\n\n"
 
@@ -445,7 +447,7 @@ async def test_a_stream_of_a_face_that_has_no_frame_left_says_only_that_it_is_ov
     opened = await opened_in_a_face(1, seen=0)
     opened.close()
     place = await find_place(opened.log, NumberedFace(), seen=2)
-    assert place == (2, b"data: over\n\n", False)
+    assert place == (2, b"data: over\n\n", False, 0)
 
 
 async def test_a_large_piece_counts_while_its_client_takes_it() -> None:

@@ -128,10 +128,10 @@ async def test_many_streams_of_one_face_cost_one_encoding_of_each_event() -> Non
 async def test_a_place_beyond_the_frames_of_a_live_log_is_told() -> None:
     turn = a_told_turn()
     turn.take([TextDelta("a")])
-    assert await find_place(turn.log, FACE, seen=4) == (2, b"", False)
-    assert await find_place(turn.log, FACE, seen=5) == (2, b"", True)
+    assert await find_place(turn.log, FACE, seen=4) == (2, b"", False, 0)
+    assert await find_place(turn.log, FACE, seen=5) == (2, b"", True, 0)
     turn.take([TextDelta("b"), TextDelta("c")])
-    assert await find_place(turn.log, FACE, seen=5) == (3, b"", False)
+    assert await find_place(turn.log, FACE, seen=5) == (3, b"", False, 0)
 
 
 @pytest.mark.parametrize("is_replay", [False, True])
@@ -152,7 +152,7 @@ async def test_a_place_late_in_a_long_text_is_found_without_all_of_its_events(
 
     monkeypatch.setattr(FaceEncoder, "encode", count)
     seen = 4 + 1800
-    assert await find_place(log, FACE, seen=seen) == (1 + 1 + 1800, b"", False)
+    assert await find_place(log, FACE, seen=seen) == (1 + 1 + 1800, b"", False, 0)
     assert len(encoded) < 200
     monkeypatch.undo()
     whole = frames_in(await read_to_the_end(turn.log, FACE))

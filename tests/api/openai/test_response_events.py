@@ -1,8 +1,9 @@
 """The events of a response: valid for others' types, in the order that clients need, the same for every reader."""
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import httpx2
 import msgspec
@@ -13,9 +14,11 @@ from openai import APIError, OpenAI, omit
 from openai.lib.streaming.responses._responses import ResponseStreamState
 from openai.types.responses import ResponseStreamEvent
 
+from service import long_texts
 from service.api.http.event_frames import read_frames
 from service.api.http.face_frames import EndedTurn
 from service.api.native.event_frames import encode_frame
+from service.api.openai import response_events
 from service.api.openai.echo import Echo
 from service.api.openai.items import read_items
 from service.api.openai.response import response_of
@@ -286,11 +289,30 @@ async def test_a_reply_that_was_cut_off_ends_as_such_with_its_item(
 # Every way of reading
 
 
-@given(replies(), st.booleans(), ends, st.booleans(), st.booleans())
+@contextmanager
+def long_from(length: int) -> Iterator[None]:
+    """Let frames that repeat texts of more code points be long, and their pieces short."""
+    with patch.object(response_events, "LONG", length), patch.object(long_texts, "LONG", 2):
+        yield
+
+
+@given(replies(), ends, st.tuples(st.booleans(), st.booleans(), st.booleans()), st.sampled_from([-1, 6, 10**9]))
 async def test_every_way_of_reading_tells_the_same_valid_events(
-    told: list[ModelEvent], is_queued: bool, end: outcome.Outcome, background: bool, is_including: bool
+    told: list[ModelEvent], end: outcome.Outcome, options: tuple[bool, bool, bool], long: int
 ) -> None:
-    fields: dict[str, Any] = {"background": background} | ({"face": INCLUDING} if is_including else {})
+    is_queued, background, is_including = options
+    with long_from(long):
+        turn, whole = await _every_way(
+            told, is_queued=is_queued, end=end, background=background, including=is_including
+        )
+    ended, replay = await replay_of_told(turn)
+    assert await read_to_the_end(replay, ResponseFace(ended)) == whole, "long frames are as others are"
+
+
+async def _every_way(
+    told: list[ModelEvent], *, is_queued: bool, end: outcome.Outcome, background: bool, including: bool
+) -> tuple[Turn, bytes]:
+    fields: dict[str, Any] = {"background": background} | ({"face": INCLUDING} if including else {})
     turn = a_told_turn(is_queued=is_queued, **fields)
     face = ResponseFace(turn)
     live = Follower(turn.log, face)
@@ -315,6 +337,7 @@ async def test_every_way_of_reading_tells_the_same_valid_events(
         assert await read_to_the_end(turn.log, ResponseFace(turn), seen=seen) == rest
         ended, replay = await replay_of_told(turn)
         assert await read_to_the_end(replay, ResponseFace(ended), seen=seen) == rest
+    return turn, live.told
 
 
 async def test_streams_of_several_faces_on_one_log_each_get_their_own_frames() -> None:
@@ -361,10 +384,15 @@ def _check_items(events: Sequence[dict[str, Any]]) -> None:
     assert [ended[index] for index in range(len(opened))] == end_in(events)["response"]["output"]
 
 
-@given(replies(), st.data(), st.booleans())
+@given(replies(), st.data(), st.booleans(), st.sampled_from([-1, 10**9]))
 async def test_after_a_crash_the_events_that_are_left_are_valid_and_end_the_response(
-    told: list[ModelEvent], data: st.DataObject, is_including: bool
+    told: list[ModelEvent], data: st.DataObject, is_including: bool, long: int
 ) -> None:
+    with long_from(long):
+        await _check_after_crash(told, data, is_including=is_including)
+
+
+async def _check_after_crash(told: list[ModelEvent], data: st.DataObject, *, is_including: bool) -> None:
     fields: dict[str, Any] = {"face": INCLUDING} if is_including else {}
     turn = a_told_turn(**fields)
     turn.take(told)
