@@ -14,6 +14,7 @@ import msgspec
 
 from service.errors import ItemNotFoundError, TurnInProgressError, TurnNotFoundError
 from service.storage import rules
+from service.storage.item_json import items_of
 from service.storage.pieces import pack, text_of
 from service.storage.records import Item, TurnRecord, count_messages
 from service.storage.sqlite import (
@@ -28,7 +29,7 @@ from service.storage.sqlite import (
     turns,
 )
 from service.storage.sqlite.ownership import Ownership
-from service.storage.sqlite.rows import TURN_COLUMNS, Row, input_of, items_of, values_of
+from service.storage.sqlite.rows import TURN_COLUMNS, Row, input_of, values_of
 from service.storage.sqlite.tree_changes import Part, Progress
 
 RECLAIM_S = 0.005

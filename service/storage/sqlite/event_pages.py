@@ -10,14 +10,13 @@ from collections.abc import Iterator, Sequence
 import apsw
 import msgspec
 
-from service.storage import pieces, rules
+from service.storage import event_rows, pieces, rules
+from service.storage.event_rows import ROW_LENGTH_MAX, page_in_turn, page_of_rows
+from service.storage.item_json import items_of
 from service.storage.pieces import Run
 from service.storage.records import EventsPage, TurnRecord, text_length
 from service.storage.sqlite import old_frames
-from service.storage.sqlite.rows import STAGED_MARK, Row, as_json, items_of, turn_of
-
-ROW_LENGTH_MAX = 64 * 1024
-"""Bound on the cost of one row's runs (:attr:`~service.storage.pieces.Run.cost`), unless a single piece is longer."""
+from service.storage.sqlite.rows import STAGED_MARK, Row, as_json, turn_of
 
 _NO_END = 1 << 62
 _GET = (
@@ -40,8 +39,8 @@ _LAST_FRAMES = "SELECT after, frames FROM events WHERE turn = ? AND after < ? OR
 
 
 def fits_in_turn(turn: TurnRecord, runs: Sequence[Run]) -> bool:
-    """Whether an ended turn is kept in one row. So is a turn whose events and output do not belong together."""
-    return sum(run.cost for run in runs) <= ROW_LENGTH_MAX or not pieces.are_of(runs, [it.text for it in turn.output])
+    """Whether an ended turn is kept in one row."""
+    return event_rows.fits_in_turn(turn, runs, length_max=ROW_LENGTH_MAX)
 
 
 def end_columns(turn: TurnRecord, runs: Sequence[Run]) -> dict[str, object]:
@@ -119,7 +118,8 @@ def read(db: apsw.Connection, session_id: str, turn_id: str, *, after: int, leng
     if events_deleted:
         return EventsPage(after=after, ended=True, events_deleted=True)
     if packed:
-        return _in_turn(db, turn, packed, after=after, length_max=length_max)
+        output = items_of(db.execute(_OUTPUT, (turn,)).get)
+        return page_in_turn(pieces.unpack(packed), output, after=after, length_max=length_max)
     end = _NO_END
     ended = state not in ("queued", "running")
     if not ended:
@@ -130,7 +130,7 @@ def read(db: apsw.Connection, session_id: str, turn_id: str, *, after: int, leng
     if last is not None:
         rows = ((row[0], pieces.unpack(row[1]), row[2].decode()) for row in db.execute(_PAGES_FROM, bounds))
         kept = last[0] + pieces.count(pieces.unpack(last[1]))
-        page = _page(rows, after=after, length_max=length_max)
+        page = page_of_rows(rows, after=after, length_max=length_max)
         return msgspec.structs.replace(page, kept=kept, ended=ended, text_length=paged_length or 0)
     output = items_of(db.execute(_OUTPUT, (turn,)).get)
     last = db.execute(_LAST_FRAMES, (turn, end)).fetchone()
@@ -138,40 +138,8 @@ def read(db: apsw.Connection, session_id: str, turn_id: str, *, after: int, leng
         return EventsPage(after=after, ended=ended)
     kept = last[0] + sum(1 for _ in old_frames.read_frames(last[1], output))
     rows = ((row[0], *_joined(old_frames.read_frames(row[1], output))) for row in db.execute(_FRAMES_FROM, bounds))
-    page = _page(rows, after=after, length_max=length_max)
+    page = page_of_rows(rows, after=after, length_max=length_max)
     return msgspec.structs.replace(page, kept=kept, ended=ended, text_length=text_length(output))
-
-
-def _in_turn(db: apsw.Connection, turn: int, packed: bytes, *, after: int, length_max: int) -> EventsPage:
-    runs = pieces.unpack(packed)
-    output = items_of(db.execute(_OUTPUT, (turn,)).get)
-    part, _ = next(pieces.split(pieces.skip(runs, after), "", length_max=length_max), ((), ""))
-    return EventsPage(
-        after=after,
-        runs=tuple(part),
-        text=pieces.text_of(runs, [item.text for item in output], after=after, events=pieces.count(part)),
-        kept=pieces.count(runs),
-        ended=True,
-        text_length=text_length(output),
-    )
-
-
-def _page(rows: Iterator[tuple[int, list[Run], str]], *, after: int, length_max: int) -> EventsPage:
-    """The events of the page after a seq, from rows of which the first has this seq or the events before it."""
-    runs: list[Run] = []
-    texts: list[str] = []
-    size = 0
-    for row_after, row_runs, row_text in rows:
-        rest = list(pieces.skip(row_runs, max(after - row_after, 0)))
-        length = sum(run.length for run in rest)
-        cost = sum(run.cost for run in rest)
-        if runs and size + cost > length_max:
-            break
-        runs += rest
-        texts.append(row_text[len(row_text) - length :])
-        size += cost
-    part, text = next(pieces.split(runs, "".join(texts), length_max=length_max), ((), ""))
-    return EventsPage(after=after, runs=tuple(part), text=text)
 
 
 def _joined(events: Iterator[tuple[Run, str]]) -> tuple[list[Run], str]:

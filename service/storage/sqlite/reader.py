@@ -8,12 +8,13 @@ from typing import Any
 
 import apsw
 
+from service.storage.sql_thread import Step
 from service.storage.sqlite import database
 from service.storage.sqlite.faults import Faults
 from service.storage.sqlite.open_files import OpenFiles
-from service.storage.sqlite.sql_thread import Step
 from service.storage.store import Monotonic
 
+_Step = Step[apsw.Connection, Any]
 _STEPS_MAX = 100
 """The most steps of one batch, which share snapshots."""
 _SNAPSHOT_S = 0.005
@@ -22,7 +23,7 @@ outcomes of its steps are published together, so that the thread does not hold r
 
 
 class Reader:
-    """Runs steps that only read, for :class:`~service.storage.sqlite.sql_thread.SqlThread`.
+    """Runs steps that only read, for :class:`~service.storage.sql_thread.SqlThread`.
 
     Args:
         steps_max: The most steps of one batch; 1 for steps with large results, of which the thread then holds one.
@@ -44,7 +45,7 @@ class Reader:
         except apsw.Error as error:
             raise database.startup_error(self._files.path, error) from error
 
-    def run(self, arriving: Iterator[Step[Any]]) -> Iterator[Sequence[Step[Any]]]:
+    def run(self, arriving: Iterator[_Step]) -> Iterator[Sequence[_Step]]:
         """Run the waiting steps, on snapshots that are taken after all of them were submitted."""
         left = deque(islice(arriving, self._steps_max))
         while left:
@@ -62,9 +63,9 @@ class Reader:
             yield done
             del done  # the thread holds no result while it runs the next steps
 
-    def _run_on_snapshot(self, left: deque[Step[Any]]) -> Sequence[Step[Any]]:
+    def _run_on_snapshot(self, left: deque[_Step]) -> Sequence[_Step]:
         deadline = time.monotonic() + _SNAPSHOT_S
-        done: list[Step[Any]] = []
+        done: list[_Step] = []
         while left:
             step = left.popleft()
             done.append(step)

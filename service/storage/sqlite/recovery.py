@@ -10,10 +10,11 @@ import apsw
 
 from service.errors import OwnedElsewhereError
 from service.storage import rules
+from service.storage.item_json import items_of
 from service.storage.sqlite import documents, event_pages, tree_changes
 from service.storage.sqlite.ends import keep_end
 from service.storage.sqlite.ownership import Ownership, fences, owner_of
-from service.storage.sqlite.rows import STAGED_MARK, TURN_COLUMNS, Row, items_of, turn_of
+from service.storage.sqlite.rows import STAGED_MARK, TURN_COLUMNS, Row, turn_of
 
 _TURNS_MAX = 100
 """The most turns that one step ends, so that the step holds the write lock for milliseconds only."""

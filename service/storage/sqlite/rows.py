@@ -5,22 +5,15 @@ from typing import Any
 
 import msgspec
 
-from service.models.client import NO_OPTIONS, Options, Tools, Usage
+from service.models.client import Usage
+from service.storage.item_json import items_of
 from service.storage.records import Failure, Item, LeftOut, SessionRecord, TurnRecord
+from service.storage.turn_options import options_json, options_of
 
 Row = tuple[Any, ...]
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
-
-
-class _Options(msgspec.Struct, frozen=True, kw_only=True):
-    """What a turn's caller asked of the model, beside the input, the temperature and the length; and for its face."""
-
-    tools: Tools | msgspec.UnsetType = msgspec.UNSET
-    system_message: str | msgspec.UnsetType = msgspec.UNSET
-    further: Options | msgspec.UnsetType = msgspec.UNSET
-    face: dict[str, msgspec.Raw] | msgspec.UnsetType = msgspec.UNSET
 
 
 class _SessionOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -30,21 +23,13 @@ class _SessionOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     max_output_tokens: int | None = None
 
 
-_items: msgspec.json.Decoder[tuple[Item, ...]] = msgspec.json.Decoder(tuple[Item, ...])
 _metadata: msgspec.json.Decoder[dict[str, str]] = msgspec.json.Decoder(dict[str, str])
 _usage: msgspec.json.Decoder[Usage] = msgspec.json.Decoder(Usage)
 _failure: msgspec.json.Decoder[Failure] = msgspec.json.Decoder(Failure)
 _left_out: msgspec.json.Decoder[LeftOut] = msgspec.json.Decoder(LeftOut)
 _session_options: msgspec.json.Decoder[_SessionOptions] = msgspec.json.Decoder(_SessionOptions)
 _NO_OPTIONS = _SessionOptions()
-_options: msgspec.json.Decoder[_Options] = msgspec.json.Decoder(_Options)
-_item: msgspec.json.Decoder[Item] = msgspec.json.Decoder(Item)
-_parts: msgspec.json.Decoder[list[msgspec.Raw]] = msgspec.json.Decoder(list[msgspec.Raw])
 _ids: msgspec.json.Decoder[frozenset[str]] = msgspec.json.Decoder(frozenset[str])
-
-_NOTHING_ASKED = _Options()
-_LONG = 256 * 1024
-"""Longer JSON takes a millisecond to decode."""
 
 STAGED_MARK = "ahead"
 """The beginning of the mark of staged events, in a column whose other values are JSON. Kept files have this word."""
@@ -137,7 +122,6 @@ def has_lost_items(row: Row) -> bool:
 
 def turn_of(session_id: str, row: Row) -> tuple[TurnRecord, int | None]:
     """The record of a row of :data:`TURN_COLUMNS`; and the turn's key if the texts of its output are in pages."""
-    options = _NOTHING_ASKED if row[18] is None else _options.decode(row[18])
     turn = TurnRecord(
         id=row[0],
         session_id=session_id,
@@ -158,12 +142,9 @@ def turn_of(session_id: str, row: Row) -> tuple[TurnRecord, int | None]:
         usage=None if row[15] is None else _usage.decode(row[15]),
         last_seq=row[16],
         left_out=None if row[17] is None else _left_out.decode(row[17]),
-        tools=options.tools,
-        options=options.further or NO_OPTIONS,
-        face=options.face,
         events_deleted=bool(row[19]),
         ephemeral=bool(row[21]),
-        system_message=None if options.system_message is msgspec.UNSET else options.system_message,
+        **options_of(row[18]),
     )
     return turn, row[22]
 
@@ -171,12 +152,7 @@ def turn_of(session_id: str, row: Row) -> tuple[TurnRecord, int | None]:
 def values_of(turn: TurnRecord) -> dict[str, object]:
     """The columns of a turn, by name; those of its events are those of an open turn."""
     in_prompts = turn.in_prompts
-    options = _Options(
-        tools=turn.tools,
-        system_message=msgspec.UNSET if turn.system_message is None else turn.system_message,
-        further=msgspec.UNSET if turn.options == NO_OPTIONS else turn.options,
-        face=turn.face,
-    )
+    options = options_json(turn)
     return {
         "id": turn.id,
         "parent": turn.parent,
@@ -194,7 +170,7 @@ def values_of(turn: TurnRecord) -> dict[str, object]:
         "usage": None if turn.usage is None else as_json(turn.usage),
         "last_seq": turn.last_seq,
         "left_out": None if turn.left_out is None else as_json(turn.left_out),
-        "options": None if options == _NOTHING_ASKED else as_json(options),
+        "options": None if options is None else options.decode(),
         "message_items": in_prompts.items,
         "message_bytes": in_prompts.bytes,
         "input": as_json(turn.input),
@@ -203,9 +179,3 @@ def values_of(turn: TurnRecord) -> dict[str, object]:
         "output_bytes": None,
         "text_length": None,
     }
-
-
-def items_of(json: str) -> tuple[Item, ...]:
-    if len(json) > _LONG:  # one by one: no other thread runs while one of these calls does
-        return tuple([_item.decode(part) for part in _parts.decode(json)])
-    return _items.decode(json)

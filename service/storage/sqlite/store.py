@@ -41,6 +41,7 @@ from service.storage.records import (
 )
 from service.storage.search import SearchQuery, searched_texts
 from service.storage.search_cursor import SearchCursors
+from service.storage.sql_thread import CLAIMED_GRACE_S, SqlThread
 from service.storage.sqlite import (
     creations,
     deletions,
@@ -60,7 +61,6 @@ from service.storage.sqlite.open_files import OpenFiles
 from service.storage.sqlite.ownership import Ownership, find_owner, is_oldest
 from service.storage.sqlite.reader import Reader
 from service.storage.sqlite.rows import STAGED_MARK
-from service.storage.sqlite.sql_thread import CLAIMED_GRACE_S, SqlThread
 from service.storage.sqlite.tree_changes import Progress
 from service.storage.sqlite.writer import Writer
 from service.storage.store import PAGE_LENGTH_MAX, Monotonic

@@ -10,6 +10,7 @@ import apsw
 import structlog
 
 from service.errors import RefusedError, RepeatedError, StoreError
+from service.storage.sql_thread import PAUSE_S, Step
 from service.storage.sqlite import database, documents
 from service.storage.sqlite.faults import Faults
 from service.storage.sqlite.file_system import network_file_system
@@ -18,13 +19,13 @@ from service.storage.sqlite.open_files import OpenFiles
 from service.storage.sqlite.ownership import Ownership, is_oldest
 from service.storage.sqlite.reclaim import reclaim_some, shrink
 from service.storage.sqlite.reserve import Reserve
-from service.storage.sqlite.sql_thread import PAUSE_S, Step
 from service.storage.store import Monotonic
 
 logger = structlog.get_logger("lastcall.store")
 
 T = TypeVar("T")
 
+_Step = Step[apsw.Connection, Any]
 _COMMIT_AFTER_S = 0.02
 """How long a commit is delayed while more steps arrive; usually no further step arrives in this time."""
 _CHECKPOINT_PAGES = 1000
@@ -45,7 +46,7 @@ _SHRINK_PAGES = 256
 
 
 class Writer:
-    """Runs steps in transactions, for :class:`~service.storage.sqlite.sql_thread.SqlThread`.
+    """Runs steps in transactions, for :class:`~service.storage.sql_thread.SqlThread`.
 
     Attributes:
         commits: How many transactions held steps.
@@ -105,14 +106,14 @@ class Writer:
         except (apsw.Error, OSError) as error:
             raise database.startup_error(self._path, error) from error
 
-    def run(self, arriving: Iterator[Step[Any]]) -> Sequence[Sequence[Step[Any]]]:
+    def run(self, arriving: Iterator[_Step]) -> Sequence[Sequence[_Step]]:
         """Run the waiting steps in one transaction.
 
         If the transaction fails, each step runs in a transaction of its own, so that only the faulty steps fail, and a
         step that refuses after it has written leaves nothing behind. A commit into files that were deleted or replaced
         counts as failed for all steps.
         """
-        taken: list[Step[Any]] = []
+        taken: list[_Step] = []
         try:
             if self._is_full and self._is_short():
                 raise apsw.FullError  # the space that is left is for steps that free space
@@ -202,7 +203,7 @@ class Writer:
         self._reserve.close()
         self._db.close()
 
-    def _run_alone(self, step: Step[Any]) -> None:
+    def _run_alone(self, step: _Step) -> None:
         def run() -> None:
             self._transact(lambda db: self._run_and_look(db, partial(_run_one, db, step)))
 
@@ -279,7 +280,7 @@ class Writer:
         return self._faults.translate(error, self._db) if isinstance(error, apsw.Error) else error
 
 
-def _run_together(db: apsw.Connection, arriving: Iterator[Step[Any]], taken: list[Step[Any]]) -> None:
+def _run_together(db: apsw.Connection, arriving: Iterator[_Step], taken: list[_Step]) -> None:
     deadline = time.monotonic() + _COMMIT_AFTER_S
     for step in arriving:
         taken.append(step)
@@ -288,7 +289,7 @@ def _run_together(db: apsw.Connection, arriving: Iterator[Step[Any]], taken: lis
             return
 
 
-def _run_one(db: apsw.Connection, step: Step[Any]) -> None:
+def _run_one(db: apsw.Connection, step: _Step) -> None:
     """Run a step within a transaction. A refusal of a step that has written nothing is the step's own outcome.
 
     The number of changes proves that the step has written nothing. A savepoint for each step would prove it as well,

@@ -12,10 +12,10 @@ import trio
 from service.errors import SessionNotFoundError, StoreError, TurnNotFoundError
 from service.steps import Steps
 from service.storage import terms
+from service.storage.event_rows import ROW_LENGTH_MAX
 from service.storage.records import SessionPatch
 from service.storage.sqlite import SqliteStore, documents, forks, open_sqlite_store
 from service.storage.sqlite import store as store_module
-from service.storage.sqlite.event_pages import ROW_LENGTH_MAX
 from service.storage.sqlite.reclaim import reclaim_some
 from tests.storage.rows import T0, a_session, a_turn, at, contents, ended, said
 

@@ -32,7 +32,7 @@ from service.sessions.events.events import TurnDelta, TurnInterrupted
 from service.sessions.events.replay import Replay, Replays
 from service.sessions.turns.turn import Turn
 from service.settings import Settings
-from service.storage import pieces
+from service.storage import event_rows, pieces
 from service.storage.pieces import Run
 from service.storage.records import SEQ_AFTER_CRASH, Checkpoint, Item, TurnRecord
 from service.storage.sqlite import event_pages, open_sqlite_store
@@ -244,7 +244,7 @@ async def test_forty_replays_of_a_long_turn_hold_a_page_each(path: Path, monkeyp
             after, peak = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
-        page = event_pages.ROW_LENGTH_MAX * 1.5
+        page = event_rows.ROW_LENGTH_MAX * 1.5
         assert after - before < 40 * page
         assert peak - before < 44 * page, "no replay reads the whole turn, not even for a moment"
 

@@ -14,10 +14,10 @@ import trio
 from service.ids import new_session_id
 from service.storage import search as any_search
 from service.storage.records import SessionPatch, SessionRecord
+from service.storage.sql_thread import SqlThread, Step
 from service.storage.sqlite import database, open_sqlite_store, reader, sessions, writer
 from service.storage.sqlite.open_files import OpenFiles
 from service.storage.sqlite.reader import Reader
-from service.storage.sqlite.sql_thread import SqlThread, Step
 from tests.storage.rows import T0, a_session
 
 SLOW = (
@@ -49,7 +49,7 @@ async def test_the_log_stays_bounded_while_readers_never_pause(path: Path, monke
     async with open_sqlite_store(path) as store:
         await store.create_session(a_session(), now=T0)
 
-        async def read(thread: SqlThread) -> None:
+        async def read(thread: SqlThread[apsw.Connection]) -> None:
             while True:
                 await thread.call(lambda db: db.execute(SLOW).get)
 
@@ -148,7 +148,7 @@ def test_a_reader_takes_a_new_snapshot_for_steps_that_come_later(path: Path, mon
                     _write(db)
 
             async def steps() -> None:
-                second = Step(lambda it: counts.append(_count(it)))  # noqa: B023
+                second: Step[apsw.Connection, None] = Step(lambda it: counts.append(_count(it)))  # noqa: B023
                 batches = list(reading.run(iter([Step(count_and_write), second])))
                 assert list(map(len, batches)) == ([1, 1] if new else [2])  # noqa: B023
 

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import apsw
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
@@ -14,9 +15,9 @@ from trio.testing import wait_all_tasks_blocked
 from service.errors import SessionNotFoundError
 from service.storage.records import LeftOut, TurnRecord
 from service.storage.rules import TURN_BYTES
+from service.storage.sql_thread import SqlThread
 from service.storage.sqlite import SqliteStore, forks, open_sqlite_store, turns
 from service.storage.sqlite.reader import _SNAPSHOT_S
-from service.storage.sqlite.sql_thread import SqlThread
 from tests.storage.rows import T0, a_session, a_turn, ended, said
 
 TURNS = 60
@@ -236,7 +237,7 @@ async def test_a_reader_hands_a_long_result_over_before_it_reads_the_next_and_ke
         return results[0]() is None
 
     async with open_sqlite_store(path) as store:
-        thread: SqlThread = getattr(store, reader)
+        thread: SqlThread[apsw.Connection] = getattr(store, reader)
 
         async def first() -> None:
             result = await thread.call(read_long)

@@ -14,8 +14,8 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from service.errors import StoreError
-from service.storage.sqlite import sql_thread
-from service.storage.sqlite.sql_thread import SqlThread, Step
+from service.storage import sql_thread
+from service.storage.sql_thread import SqlThread, Step
 
 
 class Hanging:
@@ -28,7 +28,7 @@ class Hanging:
     def open(self) -> None:
         pass
 
-    def run(self, arriving: Iterator[Step[Any]]) -> Sequence[Sequence[Step[Any]]]:
+    def run(self, arriving: Iterator[Step[apsw.Connection, Any]]) -> Sequence[Sequence[Step[apsw.Connection, Any]]]:
         steps = [next(arriving)]
         self.hangs.set()
         assert self.goes_on.wait(20)
@@ -46,7 +46,7 @@ class Hanging:
 
 
 @asynccontextmanager
-async def open_hanging_thread() -> AsyncIterator[tuple[SqlThread, Callable[[], None]]]:
+async def open_hanging_thread() -> AsyncIterator[tuple[SqlThread[apsw.Connection], Callable[[], None]]]:
     """A thread that hangs in a step until the function is called, or the context is left."""
     batches = Hanging()
     thread = SqlThread("hanging", batches)

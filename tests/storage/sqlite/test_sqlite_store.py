@@ -19,8 +19,8 @@ import trio
 
 from service.cli import exported_events
 from service.errors import StoreError
+from service.storage.sql_thread import Step
 from service.storage.sqlite import SqliteStore, database, maintenance, open_sqlite_store, reclaim, sessions, writer
-from service.storage.sqlite.sql_thread import Step
 from service.store_capabilities import SQLITE
 from tests.storage.rows import T0, a_session, a_turn, all_sessions, at, ended, said
 from tests.storage.test_store_added_turns import an_added_turn
@@ -339,7 +339,9 @@ async def test_the_writer_does_not_rest_while_rows_are_to_be_reclaimed(path: Pat
         said: list[bool] = []
         run = store.writer.run
 
-        def run_and_look(arriving: Iterator[Step[Any]]) -> Sequence[Sequence[Step[Any]]]:
+        def run_and_look(
+            arriving: Iterator[Step[apsw.Connection, Any]],
+        ) -> Sequence[Sequence[Step[apsw.Connection, Any]]]:
             taken = run(arriving)
             said.append(store.writer.removed)
             return taken

@@ -1,6 +1,6 @@
-"""A thread with its own connection, which runs steps in batches, in the order of their arrival.
+"""A thread with its own connection to a database, which runs steps in batches, in the order of their arrival.
 
-The thread is a daemon, so that a hanging disk cannot keep the process from ending.
+The thread is a daemon, so that a disk or a network that hangs cannot keep the process from ending.
 """
 
 import threading
@@ -11,11 +11,12 @@ from typing import Any, Generic, Protocol, TypeVar
 import anyio
 import anyio.from_thread
 import anyio.lowlevel
-import apsw
 from anyio.lowlevel import EventLoopToken, current_token
 
 from service.errors import StoreError
 
+D = TypeVar("D")
+"""The connection, as the steps see it."""
 T = TypeVar("T")
 
 CLAIMED_GRACE_S = 0.25
@@ -28,28 +29,31 @@ PAUSE_S = 0.01
 lock."""
 
 
-class Step(Generic[T]):
+class Step(Generic[D, T]):
     """One step, from its submission to its outcome. Belongs to the caller until a thread claims it.
 
     Attributes:
         makes_space: Whether the step must succeed on a full disk, because it frees space for other steps.
+        shares: Whether the step may be in one transaction with steps that other callers wait for.
     """
 
-    def __init__(self, call: Callable[[apsw.Connection], T], *, makes_space: bool = False) -> None:
+    def __init__(self, call: Callable[[D], T], *, makes_space: bool = False, shares: bool = False) -> None:
         self.done = anyio.Event()
         self.makes_space = makes_space
+        self.shares = shares
         self.error: Exception | None = None
-        self._call: Callable[[apsw.Connection], T] | None = call
+        self._call: Callable[[D], T] | None = call
         self._result: T | None = None
         self._ticket = [None]
+        self._commit_ticket = [None]
 
     def claim(self) -> bool:
         """Claim the step, to run or to drop it. True for the first claim only."""
-        try:
-            self._ticket.pop()
-        except IndexError:
-            return False
-        return True
+        return _take(self._ticket)
+
+    def claim_commit(self) -> bool:
+        """Claim the step's commit, to make it or to forbid it. True for the first claim only."""
+        return _take(self._commit_ticket)
 
     def drop(self) -> bool:
         """Claim the step, so that it never begins, and let go of what it would write. False if a thread claimed it."""
@@ -58,7 +62,7 @@ class Step(Generic[T]):
         self._call = None
         return True
 
-    def run(self, db: apsw.Connection) -> None:
+    def run(self, db: D) -> None:
         """Run the step, which the caller has claimed. Raises: The errors of the step."""
         assert self._call is not None, "a dropped step never runs"
         self._result = self._call(db)
@@ -70,12 +74,12 @@ class Step(Generic[T]):
         return self._result  # type: ignore[return-value]
 
 
-class Batches(Protocol):
+class Batches(Protocol[D]):
     """The work of a thread with its connection. All methods are called in the thread."""
 
     def open(self) -> None: ...
 
-    def run(self, arriving: Iterator[Step[Any]]) -> Iterable[Sequence[Step[Any]]]:
+    def run(self, arriving: Iterator[Step[D, Any]]) -> Iterable[Sequence[Step[D, Any]]]:
         """Run waiting steps, at least one. Gives the steps that have their outcomes, each once, as soon as they do."""
         ...
 
@@ -87,12 +91,19 @@ class Batches(Protocol):
     def close(self) -> None: ...
 
 
-class SqlThread:
-    """The thread's side in the event loop. Usable once :meth:`open` has returned."""
+class SqlThread(Generic[D]):
+    """The thread's side in the event loop. Usable once :meth:`open` has returned.
 
-    def __init__(self, name: str, batches: Batches) -> None:
+    Args:
+        on_left: Called in the event loop, with a step that a thread has claimed, when its caller leaves.
+    """
+
+    def __init__(
+        self, name: str, batches: Batches[D], *, on_left: Callable[[Step[D, Any]], None] | None = None
+    ) -> None:
         self._batches = batches
-        self._queue: SimpleQueue[Step[Any] | None] = SimpleQueue()
+        self._on_left = on_left
+        self._queue: SimpleQueue[Step[D, Any] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._opened = anyio.Event()
         self._ended = anyio.Event()
@@ -108,7 +119,7 @@ class SqlThread:
             self._thread.join()
             raise self._error
 
-    async def call(self, call: Callable[[apsw.Connection], T], *, makes_space: bool = False) -> T:
+    async def call(self, call: Callable[[D], T], *, makes_space: bool = False, shares: bool = False) -> T:
         """Run a step and wait for its outcome.
 
         After a cancellation before the step has begun, the step never begins; a step that has begun is completed.
@@ -121,7 +132,7 @@ class SqlThread:
             raise StoreError("The store is closed.", retry_after_s=None)
         if self._queue.qsize() >= STEPS_MAX:
             raise StoreError(f"The store does not answer, and {STEPS_MAX} steps wait for it already.")
-        step = Step(call, makes_space=makes_space)
+        step = Step(call, makes_space=makes_space, shares=shares)
         self._queue.put(step)
         try:
             await step.done.wait()
@@ -129,6 +140,8 @@ class SqlThread:
             if not step.drop():
                 with anyio.move_on_after(CLAIMED_GRACE_S, shield=True):
                     await step.done.wait()
+                if self._on_left is not None and not step.done.is_set():
+                    self._on_left(step)
             raise
         return step.outcome()
 
@@ -175,19 +188,19 @@ class SqlThread:
             self._run_steps(arriving)
             pause_s = self._batches.run_housekeeping(idle=False)
 
-    def _wait_for_steps(self, *, timeout_s: float | None) -> Iterator[Step[Any]] | None:
+    def _wait_for_steps(self, *, timeout_s: float | None) -> Iterator[Step[D, Any]] | None:
         """Return the waiting steps; None at the end. Raises: Empty."""
         first = self._queue.get(timeout=timeout_s)
         return None if first is None else self._arriving(first)
 
-    def _run_steps(self, arriving: Iterator[Step[Any]]) -> None:
+    def _run_steps(self, arriving: Iterator[Step[D, Any]]) -> None:
         for done in self._batches.run(arriving):
             self._set_events(*(step.done for step in done))
             del done
 
-    def _arriving(self, first: Step[Any]) -> Iterator[Step[Any]]:
+    def _arriving(self, first: Step[D, Any]) -> Iterator[Step[D, Any]]:
         """The waiting steps, without those whose callers have left."""
-        step: Step[Any] | None = first
+        step: Step[D, Any] | None = first
         while step is not None:
             if step.claim():
                 yield step
@@ -199,6 +212,14 @@ class SqlThread:
 
     def _set_events(self, *events: anyio.Event) -> None:
         anyio.from_thread.run_sync(_set_all, events, token=self._token)
+
+
+def _take(ticket: list[None]) -> bool:
+    try:
+        ticket.pop()
+    except IndexError:
+        return False
+    return True
 
 
 def _set_all(events: Sequence[anyio.Event]) -> None:

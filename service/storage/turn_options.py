@@ -1,0 +1,44 @@
+"""What a turn's caller asked of the model beside the input, and what its face wants back: as JSON for every store that
+has rows. It may be large, so it is apart from the fields that every reader of a turn needs."""
+
+from typing import Any
+
+import msgspec
+
+from service.models.client import NO_OPTIONS, Options, Tools
+from service.storage.records import TurnRecord
+
+
+class _TurnOptions(msgspec.Struct, frozen=True, kw_only=True):
+    tools: Tools | msgspec.UnsetType = msgspec.UNSET
+    system_message: str | msgspec.UnsetType = msgspec.UNSET
+    further: Options | msgspec.UnsetType = msgspec.UNSET
+    face: dict[str, msgspec.Raw] | msgspec.UnsetType = msgspec.UNSET
+
+
+_decoder: msgspec.json.Decoder[_TurnOptions] = msgspec.json.Decoder(_TurnOptions)
+_NOTHING_ASKED = _TurnOptions()
+
+
+def options_json(turn: TurnRecord) -> bytes | None:
+    """The options of a turn as JSON; None if it has none."""
+    options = _TurnOptions(
+        tools=turn.tools,
+        system_message=msgspec.UNSET if turn.system_message is None else turn.system_message,
+        further=msgspec.UNSET if turn.options == NO_OPTIONS else turn.options,
+        face=turn.face,
+    )
+    return None if options == _NOTHING_ASKED else msgspec.json.encode(options)
+
+
+def options_of(json: bytes | str | None) -> dict[str, Any]:
+    """The fields of a :class:`~service.storage.records.TurnRecord` that are in its options."""
+    if json is None:
+        return {}
+    options = _decoder.decode(json)
+    return {
+        "tools": options.tools,
+        "options": options.further or NO_OPTIONS,
+        "face": options.face,
+        "system_message": None if options.system_message is msgspec.UNSET else options.system_message,
+    }
