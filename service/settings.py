@@ -55,6 +55,17 @@ MASK = "********"
 """The text that is shown in place of a secret."""
 FILE_SUFFIX = "_file"
 """``api_keys_file`` in place of ``api_keys``, and so for each secret: the value is read from that file."""
+_SHOWN_IN_STORE_URLS = ("dbname", "host", "hostaddr", "port", "user", "sslmode", "target_session_attrs")
+"""The parameters of a ``postgresql:`` URL that are shown with their values. Others may be secrets."""
+_POSTGRESQL_URL = re.compile(
+    r"""postgres(ql)?://
+    ((%[0-9a-f]{2}|[^%@:/?#\s])* (:(%[0-9a-f]{2}|[^%@:/?#\s])*)? @)?                      # user and password
+    ((\[[0-9a-f:.]+\]|(%[0-9a-f]{2}|[^%@:/?#,\s\[\]])*) (:[0-9]{1,5})? (,(?=[^/?])|(?=[/?]|$)))+  # hosts
+    (/(%[0-9a-f]{2}|[^%@:/?#\s])*)?
+    (\?[^?#\s]*)?""",
+    re.VERBOSE | re.IGNORECASE,
+)
+"""A URL whose parts libpq reads as they are meant: of others its error texts may show a piece of the password."""
 _KEYS_OF_CALLERS = ("api_keys", "key")
 """Secrets of which a file may hold several."""
 SECRET_FILE_BYTES_MAX = 64 * 1024
@@ -116,7 +127,22 @@ def _store_url(text: str) -> str:
         raise ValueError("would be a file of the name :memory:; a store in memory is memory:")
     if text == "memory:" or re.fullmatch(r"sqlite:.+", text, re.DOTALL):
         return text
-    raise ValueError("names a store that this version does not have; it should be memory: or sqlite:path")
+    if text.startswith(("postgres:", "postgresql:")):
+        if _POSTGRESQL_URL.fullmatch(text):
+            return text
+        raise ValueError(
+            "should be postgresql://user:password@host:port/database; in a user, a password and a database the "
+            "characters @ : / ? # % and space stand percent-encoded (%40 for @)"
+        )
+    raise ValueError(
+        "names a store that this version does not have; it should be memory:, sqlite:path or postgresql://host/database"
+    )
+
+
+def _schema_name(text: str) -> str:
+    if re.fullmatch(r"[a-z_][a-z0-9_]{0,62}", text) and not text.startswith("pg_"):
+        return text
+    raise ValueError("should be 1 to 63 of the letters a to z, digits and _, without a digit or pg_ at the beginning")
 
 
 def _upstream_url(text: str) -> str:
@@ -137,6 +163,22 @@ def shown_url(url: str) -> str:
     address, mark, query = url.partition("#")[0].partition("?")
     pairs = (part.partition("=") for part in query.split("&"))
     return address + mark + "&".join(name + equals + MASK if equals else name and MASK for name, equals, _ in pairs)
+
+
+def shown_store_url(url: str) -> str:
+    """The URL of a store without its password."""
+    scheme, mark, rest = url.partition("://")
+    if not mark or not scheme.startswith("postgres"):
+        return url
+    address, question, query = rest.partition("?")
+    user, at, place = address.rpartition("@")
+    if at and ":" in user:
+        user = f"{user.partition(':')[0]}:{MASK}"
+    pairs = [
+        f"{name}{equals}{value if name in _SHOWN_IN_STORE_URLS else MASK}"
+        for name, equals, value in (pair.partition("=") for pair in query.split("&"))
+    ]
+    return f"postgresql://{user}{at}{place}{question}{'&'.join(pairs) if question else ''}"
 
 
 def _split_url(text: str) -> SplitResult | None:
@@ -308,8 +350,11 @@ class Settings(BaseModel):
     access_log: Annotated[Literal["off", "on"], BeforeValidator(_lowercase)] = "off"
     """Whether each request has a line in the log. Bare hypercorn has its own `--access-logfile -` instead."""
 
-    store_url: Annotated[str, AfterValidator(_store_url)] = "sqlite:lastcall.db"
-    """Where sessions are kept: `sqlite:path`, a file, or `memory:`, gone with the process."""
+    store_url: Annotated[str, AfterValidator(_store_url), Field(repr=False)] = "sqlite:lastcall.db"
+    """Where sessions are kept: `sqlite:path`, a file; `postgresql://user@host/database`; or `memory:`, gone with the
+    process."""
+    store_schema: Annotated[str, AfterValidator(_schema_name)] = "lastcall"
+    """The schema of a PostgreSQL database in which the tables are; made if necessary."""
     store_timeout_s: PositiveSeconds = 5
     """How long one step of the store may take, and the acceptance of a turn or a fork as a whole."""
     checkpoint_interval_s: IntervalSeconds = 1
@@ -436,7 +481,8 @@ class Settings(BaseModel):
     @property
     def store_scheme(self) -> str:
         """The kind of store that ``store_url`` names."""
-        return self.store_url.partition(":")[0]
+        scheme = self.store_url.partition(":")[0]
+        return "postgresql" if scheme == "postgres" else scheme
 
     @property
     def store_capabilities(self) -> StoreCapabilities:
@@ -825,7 +871,8 @@ def _complaint(detail: ErrorDetails, *, of_variable: bool) -> str:
     value = detail["input"]
     if names[-1] in ("url", "model_url") and isinstance(value, str):
         value = shown_url(value)
-    secret = names[-1] in SECRETS or (names[-1].endswith("url") and "@" in str(value))
+    is_url = names[-1].endswith("url")
+    secret = names[-1] in SECRETS or (is_url and ("@" in str(value) or str(value).startswith("postgres")))
     shown = isinstance(value, str | int | float) and not secret
     return f"{_shown(value)} {_allowed(names[-1], detail)}" if shown else _allowed(names[-1], detail)
 

@@ -20,6 +20,9 @@ class StoreCapabilities:
 
 MEMORY = StoreCapabilities(durable=False, shared=False)
 SQLITE = StoreCapabilities(durable=True, shared=True)
+POSTGRESQL = StoreCapabilities(durable=True, shared=True)
 
-BY_SCHEME: Mapping[str, StoreCapabilities] = MappingProxyType({"memory": MEMORY, "sqlite": SQLITE})
+BY_SCHEME: Mapping[str, StoreCapabilities] = MappingProxyType(
+    {"memory": MEMORY, "sqlite": SQLITE, "postgresql": POSTGRESQL}
+)
 """The capabilities by the scheme of ``store_url``."""

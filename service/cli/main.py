@@ -21,6 +21,7 @@ from service.settings import (
     Upstream,
     check_stand_in,
     read_sources,
+    shown_store_url,
     shown_url,
 )
 
@@ -159,6 +160,8 @@ def _assignment(name: str, value: object) -> str:
         return f"# {name} is set, and hidden"
     if name in ("url", "model_url"):
         value = shown_url(str(value))
+    if name == "store_url":
+        value = shown_store_url(str(value))
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, dict):

@@ -14,7 +14,7 @@ from service.cli.session_export import ExportedSession, not_exported, owned_by, 
 from service.clock import wall_clock
 from service.errors import RefusedError, SessionExistsError, SessionNotFoundError, StartupError
 from service.ids import is_owner_name
-from service.settings import Settings
+from service.settings import Settings, shown_store_url
 
 if TYPE_CHECKING:  # only these commands need SQLite
     from service.storage.sqlite.database import BackupProgress
@@ -57,6 +57,11 @@ def run_store_command(settings: Settings, arguments: argparse.Namespace) -> int:
     if not settings.store_capabilities.durable:
         raise StartupError(
             f"store_url is {settings.store_url}, where nothing is kept; name the store with --store sqlite:path."
+        )
+    if settings.store_scheme != "sqlite":
+        raise StartupError(
+            f"store_url is {shown_store_url(settings.store_url)}, and this command is for the file of a SQLite store; "
+            "PostgreSQL has commands of its own, such as pg_dump."
         )
     try:
         done, code = _run(settings, arguments)

@@ -271,8 +271,9 @@ class Store(Protocol):
         """Remove at most ``limit`` sessions that have expired at ``now``. Returns how many were removed.
 
         The check and the removal are one step, so a session that was just used stays. The sessions that expired first
-        go first. The cost depends on the number of expired sessions, not on the number of kept ones. Of several owners
-        only the oldest removes sessions; the others return 0.
+        go first. The cost depends on the number of expired sessions, not on the number of kept ones. Several owners may
+        do this at once: each session is removed by one of them, and an owner may leave all sessions to another one that
+        lives.
         """
         ...
 
@@ -292,7 +293,7 @@ class Store(Protocol):
     async def forget_keys(self, *, now: datetime, limit: int) -> bool:
         """Forget keys of things that are gone for long, and note that things are gone: at most ``limit`` of each.
 
-        Returns whether there may be more to do. Of several owners only the oldest does this.
+        Returns whether there may be more to do. Several owners may do this at once, as with :meth:`delete_expired`.
         """
         ...
 

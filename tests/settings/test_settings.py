@@ -16,9 +16,10 @@ from service.settings import (
     reaches_beyond_loopback,
     read_sources,
     secrets_of,
+    shown_store_url,
     shown_url,
 )
-from service.store_capabilities import MEMORY, SQLITE, StoreCapabilities
+from service.store_capabilities import MEMORY, POSTGRESQL, SQLITE, StoreCapabilities
 
 ONE, TWO = "the-first-key-of-callers", "the-second-key-of-callers"
 
@@ -384,10 +385,56 @@ def test_model_url_is_refused(url: str) -> None:
 
 @pytest.mark.parametrize("url", ["redis://localhost", "", "memory:x", "sqlite:", "lastcall.db"])
 def test_store_that_is_not_there_is_refused(url: str) -> None:
-    known = "it should be memory: or sqlite:path"
+    known = "it should be memory:, sqlite:path or postgresql://host/database"
     assert problems(file=f'store_url = "{url}"') == [
         f"lastcall.toml: store_url: {url!r} names a store that this version does not have; {known}"
     ]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://u:open@sesame@h/d",
+        "postgresql://u:open/sesame@h/d",
+        "postgresql://u:open?sesame@h/d",
+        "postgresql://u:open#sesame@h/d",
+        "postgresql://u:open%sesame@h/d",
+        "postgresql://u:open sesame@h/d",
+        "postgresql://u:open:sesame@h/d",
+        "postgresql:open-sesame",
+        "postgresql://h:sesame/d?password=open",
+    ],
+)
+def test_a_store_url_that_is_not_read_as_it_is_meant_is_refused_and_not_shown(url: str) -> None:
+    [said] = problems({"LASTCALL_STORE_URL": url})
+    assert said.startswith("LASTCALL_STORE_URL: should be postgresql://user:password@host:port/database; ")
+    assert "sesame" not in said
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("memory:", "memory:"),
+        ("sqlite:a@b", "sqlite:a@b"),
+        ("postgresql:///d", "postgresql:///d"),
+        ("postgres://u@h1:1,h2:2/d", "postgresql://u@h1:1,h2:2/d"),
+        ("postgresql://u:open%40sesame@[::1]:5432/d", "postgresql://u:********@[::1]:5432/d"),
+        (
+            "postgresql://%2Frun%2Fpg/d?user=u&password=sesame&sslpassword=open&host=/x",
+            "postgresql://%2Frun%2Fpg/d?user=u&password=********&sslpassword=********&host=/x",
+        ),
+    ],
+)
+def test_a_store_url_is_shown_without_its_password(url: str, shown: str) -> None:
+    settings = Settings(store_url=url)
+    assert shown_store_url(settings.store_url) == shown
+    assert "sesame" not in repr(settings)
+
+
+@pytest.mark.parametrize("name", ["1a", "A", "a-b", 'a"b', "pg_a", "a" * 64, "ä"])
+def test_a_schema_name_that_would_need_quotes_is_refused(name: str) -> None:
+    [said] = problems({"LASTCALL_STORE_SCHEMA": name})
+    assert "should be 1 to 63 of the letters a to z" in said
 
 
 def test_store_in_memory_that_would_be_a_file_is_refused() -> None:
@@ -535,7 +582,16 @@ def test_sessions_are_kept_longer_where_they_outlive_the_process(given: dict[str
     assert Settings(**given).default_idle_timeout_s == expected_s
 
 
-@pytest.mark.parametrize(("url", "expected"), [("memory:", MEMORY), ("sqlite:a.db", SQLITE), ("sqlite::x", SQLITE)])
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("memory:", MEMORY),
+        ("sqlite:a.db", SQLITE),
+        ("sqlite::x", SQLITE),
+        ("postgresql:///a", POSTGRESQL),
+        ("postgres://a/b", POSTGRESQL),
+    ],
+)
 def test_what_a_store_can_do_is_known_from_its_url(url: str, expected: StoreCapabilities) -> None:
     assert Settings(store_url=url).store_capabilities == expected
 

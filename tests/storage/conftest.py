@@ -11,14 +11,20 @@ import pytest
 from service.storage.memory import open_memory_store
 from service.storage.sqlite import open_sqlite_store
 from service.storage.store import Store
+from tests.postgres_server import PostgresServer, running
 
 MEMORY_DISK = "/dev/shm" if Path("/dev/shm").is_dir() else None
 """The folder for the files of tests of behaviour. Promises about the disk are tested on a disk."""
 
 OpenStore = Callable[[], AbstractAsyncContextManager[Store]]
 
+IN_PROCESS = pytest.mark.parametrize("open_store", ["memory", "sqlite"], indirect=True)
+ON_A_SERVER = pytest.mark.parametrize("open_store", ["postgres"], indirect=True)
+"""For a property test whose examples make thousands of calls: with a server each call takes several times as long, so
+such a test has fewer examples there."""
 
-@pytest.fixture(params=["memory", "sqlite"])
+
+@pytest.fixture(params=["memory", "sqlite", "postgres"])
 def open_store(request: pytest.FixtureRequest) -> OpenStore:
     """Opens a new, empty store each time."""
     match request.param:
@@ -26,6 +32,8 @@ def open_store(request: pytest.FixtureRequest) -> OpenStore:
             return open_memory_store
         case "sqlite":
             return open_new_sqlite_store
+        case "postgres":
+            return partial(open_new_postgres_store, running(request.config))
         case kind:
             raise AssertionError(kind)
 
@@ -38,6 +46,16 @@ async def open_new_sqlite_store() -> AsyncIterator[Store]:
             yield store
 
 
+@asynccontextmanager
+async def open_new_postgres_store(server: PostgresServer) -> AsyncIterator[Store]:
+    """A store in a schema of its own, which is emptied afterwards."""
+    from service.storage.postgres import open_postgres_store
+
+    with server.empty_schema() as schema:
+        async with open_postgres_store(server.url, schema_name=schema) as store:
+            yield store
+
+
 @pytest.fixture
 async def store(open_store: OpenStore) -> AsyncIterator[Store]:
     """One empty store."""
@@ -45,12 +63,18 @@ async def store(open_store: OpenStore) -> AsyncIterator[Store]:
         yield opened
 
 
-@pytest.fixture(params=["sqlite"])
+@pytest.fixture(params=["sqlite", "postgres"])
 def open_shared(request: pytest.FixtureRequest) -> Iterator[OpenStore]:
     """Opens the same store each time, for another owner; only stores that outlive their owners."""
     match request.param:
         case "sqlite":
             with tempfile.TemporaryDirectory(dir=MEMORY_DISK) as directory:
                 yield partial(open_sqlite_store, f"{directory}/lastcall.db")
+        case "postgres":
+            from service.storage.postgres import open_postgres_store
+
+            server = running(request.config)
+            with server.empty_schema() as schema:
+                yield partial(open_postgres_store, server.url, schema_name=schema)
         case kind:
             raise AssertionError(kind)

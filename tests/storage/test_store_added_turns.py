@@ -151,7 +151,8 @@ async def test_very_many_added_turns_are_shown_at_once(store: Store, monkeypatch
             while len(seen) < during + 2:
                 await trio.lowlevel.checkpoint()
             ended.set()
-    assert during > 1, "others read between the steps"
+    # One transaction of PostgreSQL may be over too soon (postgres/test_long_changes.py).
+    assert during > 1 or store.name.startswith("postgresql:"), "others read between the steps"
     counts = [count for count, _, _ in seen]
     assert counts == sorted(counts, key=(2, 1002).index)
     in_trees = [turns for _, _, turns in seen]

@@ -10,6 +10,7 @@ import trio
 
 from service.models.client import Usage
 from service.storage import fork_path, memory
+from service.storage.postgres import forks as postgres_forks
 from service.storage.records import SessionPatch, TurnRecord
 from service.storage.rules import revision_of
 from service.storage.sqlite import forks as sqlite_forks
@@ -135,9 +136,10 @@ STEPS: dict[str, Callable[[Store], Awaitable[object]]] = {
 
 @pytest.fixture
 def _forks_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each copy of a turn has the same id in each store, and SQLite builds copies in as many steps as it can."""
+    """Each copy of a turn has the same id in each store, and copies are built in as many steps as there can be."""
     monkeypatch.setattr(fork_path, "new_item_id", lambda _type: "msg_")
     monkeypatch.setattr(sqlite_forks, "STEP_S", 0)
+    monkeypatch.setattr(postgres_forks, "STEP_S", 0)
     monkeypatch.setattr(tree_changes, "STEP_S", 0)
     numbers: dict[str, int] = {}
 
@@ -154,6 +156,7 @@ def _forks_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fork_path, "copies_of", number)
     monkeypatch.setattr(memory, "copies_of", number)
     monkeypatch.setattr(sqlite_forks, "copies_of", number)
+    monkeypatch.setattr(postgres_forks, "copies_of", number)
 
 
 @pytest.mark.usefixtures("_forks_alike")

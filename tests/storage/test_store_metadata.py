@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from service.storage import memory, search
 from service.storage.page_cursor import decode_session_cursor
+from service.storage.postgres import metadata as postgres_metadata
 from service.storage.records import SessionPatch, SessionStatus
 from service.storage.sqlite import metadata
 from service.storage.store import Store
@@ -108,9 +109,10 @@ async def test_a_listing_by_metadata_goes_on_after_any_row_and_ends_where_its_by
 async def test_a_listing_by_metadata_whose_time_is_over_tells_nothing_of_other_owners(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (search, metadata):
+    for module in (search, metadata, postgres_metadata):
         monkeypatch.setattr(module, "SEARCH_S", 0)
     monkeypatch.setattr(memory, "_LISTED_AT_ONCE", 1)
+    monkeypatch.setattr(postgres_metadata, "ROWS_MAX", 1)
 
     async def pages(owner: str | None) -> list[tuple[list[str], bool, str | None]]:
         found: list[tuple[list[str], bool, str | None]] = []

@@ -1,10 +1,11 @@
 """A store against a simple model of one, and paging while rows come and go, by generated histories."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from service.errors import (
 from service.ids import new_turn_id
 from service.models.client import Usage
 from service.storage import rules
+from service.storage.postgres import open_postgres_store
 from service.storage.records import (
     SEQ_AFTER_CRASH,
     EndResult,
@@ -39,7 +41,8 @@ from service.storage.records import (
 )
 from service.storage.sqlite import maintenance, open_sqlite_store
 from service.storage.store import Store
-from tests.storage.conftest import MEMORY_DISK, OpenStore
+from tests.postgres_server import PostgresServer
+from tests.storage.conftest import IN_PROCESS, MEMORY_DISK, ON_A_SERVER, OpenStore
 from tests.storage.rows import a_session, a_turn, all_turns, at, ended, said, told
 from tests.storage.test_store_added_turns import an_added_turn
 
@@ -48,6 +51,7 @@ histories = settings(
     max_examples=3 * settings().max_examples,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
+few_histories = settings(histories, max_examples=max(settings().max_examples // 5, 1))
 
 
 @dataclass
@@ -722,9 +726,23 @@ def _patch(step: Update) -> SessionPatch:
     return SessionPatch(title=step.title, idle_timeout_s=step.idle_timeout_s)
 
 
+@IN_PROCESS
 @histories
 @given(st.lists(steps, max_size=40))
 async def test_a_store_does_what_a_simple_model_of_it_does(open_store: OpenStore, history: list[Step]) -> None:
+    await _compare(open_store, history)
+
+
+@ON_A_SERVER
+@few_histories
+@given(st.lists(steps, max_size=40))
+async def test_a_store_on_a_server_does_what_a_simple_model_of_it_does(
+    open_store: OpenStore, history: list[Step]
+) -> None:
+    await _compare(open_store, history)
+
+
+async def _compare(open_store: OpenStore, history: list[Step]) -> None:
     async with open_store() as store:
         both = History(store, Model())
         for step in history:
@@ -738,19 +756,35 @@ async def test_a_store_that_loses_its_owner_again_and_again_does_what_the_model_
     history: list[Step | Restart],
 ) -> None:
     with tempfile.TemporaryDirectory(dir=MEMORY_DISK) as directory:
-        model, begun, seconds, rest = Model(), list[TurnRecord](), 0, history.copy()
-        while True:
-            async with open_sqlite_store(f"{directory}/lastcall.db") as store:
-                both = History(store, model, seconds, begun)
-                assert await store.recover(now=both.now) == model.crash(both.now)
-                await both.compare()
-                while rest and not isinstance(step := rest.pop(0), Restart):
-                    await both.take(step)
-                    await both.compare()
-                seconds = both.seconds
+        async for _ in _lives(partial(open_sqlite_store, f"{directory}/lastcall.db"), history):
             assert maintenance.check(Path(directory, "lastcall.db")) == []
-            if not rest:
-                return
+
+
+@few_histories
+@given(history=st.lists(steps | st.just(Restart()), max_size=25))
+async def test_a_store_on_a_server_that_loses_its_owner_again_and_again_does_what_the_model_does(
+    postgres: PostgresServer, history: list[Step | Restart]
+) -> None:
+    with postgres.empty_schema() as schema:
+        async for _ in _lives(partial(open_postgres_store, postgres.url, schema_name=schema), history):
+            pass
+
+
+async def _lives(open_again: OpenStore, history: list[Step | Restart]) -> AsyncIterator[None]:
+    """Take the steps in a store that is opened again at each restart. Yields after each life of an owner."""
+    model, begun, seconds, rest = Model(), list[TurnRecord](), 0, history.copy()
+    while True:
+        async with open_again() as store:
+            both = History(store, model, seconds, begun)
+            assert await store.recover(now=both.now) == model.crash(both.now)
+            await both.compare()
+            while rest and not isinstance(step := rest.pop(0), Restart):
+                await both.take(step)
+                await both.compare()
+            seconds = both.seconds
+        yield
+        if not rest:
+            return
 
 
 # Paging
@@ -798,14 +832,42 @@ class Crowd:
         return {session.id for session in page.data}
 
 
-@pytest.mark.parametrize("status", STATUSES)
-@histories
-@given(
+pages_of_a_crowd = given(
     before=st.lists(comings | st.tuples(st.just("create"), st.integers(0, 30)), max_size=20),
     limit=st.integers(1, 5),
     between=st.lists(st.lists(comings, max_size=4), max_size=8),
 )
+
+
+@IN_PROCESS
+@pytest.mark.parametrize("status", STATUSES)
+@histories
+@pages_of_a_crowd
 async def test_a_listing_is_exact_for_what_stays_while_sessions_come_and_go(
+    open_store: OpenStore,
+    status: SessionStatus | None,
+    before: list[Coming],
+    limit: int,
+    between: list[list[Coming]],
+) -> None:
+    await _page_a_crowd(open_store, status, before, limit, between)
+
+
+@ON_A_SERVER
+@pytest.mark.parametrize("status", STATUSES)
+@few_histories
+@pages_of_a_crowd
+async def test_a_listing_on_a_server_is_exact_for_what_stays_while_sessions_come_and_go(
+    open_store: OpenStore,
+    status: SessionStatus | None,
+    before: list[Coming],
+    limit: int,
+    between: list[list[Coming]],
+) -> None:
+    await _page_a_crowd(open_store, status, before, limit, between)
+
+
+async def _page_a_crowd(
     open_store: OpenStore,
     status: SessionStatus | None,
     before: list[Coming],

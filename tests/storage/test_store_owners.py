@@ -8,6 +8,7 @@ from service.errors import HeadMovedError, OwnedElsewhereError, PreconditionFail
 from service.models.client import Usage
 from service.storage import rules
 from service.storage.records import SEQ_AFTER_CRASH, Checkpoint, EndResult, Item, LeftOut, SessionPatch
+from service.storage.sqlite import SqliteStore
 from service.storage.store import Store
 from tests.storage.conftest import OpenStore
 from tests.storage.rows import IDLE_TIMEOUT_S, T0, a_session, a_turn, at, contents, ended, said, told
@@ -276,7 +277,7 @@ async def test_only_the_owner_starts_checkpoints_and_ends_its_turns(open_shared:
 async def test_an_owner_that_was_taken_for_dead_cannot_end_its_turn_again(open_shared: OpenStore) -> None:
     async with open_shared() as zombie:
         await _begin(zombie, "t")
-        _forget_lock(zombie)
+        await _take_for_dead(zombie)
         async with open_shared() as store:
             assert await store.recover(now=at(1)) == 1
             before = await contents(store, now=at(1))
@@ -286,21 +287,35 @@ async def test_an_owner_that_was_taken_for_dead_cannot_end_its_turn_again(open_s
             assert await contents(store, now=at(1)) == before
 
 
-def _forget_lock(store: Store) -> None:
-    """Release the store's lock without its knowledge: only the lock counts for other owners."""
-    store._ownership.close()  # type: ignore[attr-defined]
+async def _take_for_dead(store: Store) -> None:
+    """Do to a store, without its knowledge, what makes other owners take it for dead."""
+    if isinstance(store, SqliteStore):
+        store._ownership.close()  # only the lock counts for other owners
+    else:
+        await store._write(store.ownership.leave)  # type: ignore[attr-defined]
 
 
-async def test_of_several_owners_one_sweeps(open_shared: OpenStore) -> None:
+async def test_of_several_owners_that_sweep_at_once_each_expired_session_is_removed_by_one(
+    open_shared: OpenStore,
+) -> None:
     late = at(IDLE_TIMEOUT_S)
-    async with open_shared() as oldest:
-        await oldest.create_session(a_session("a"), now=T0)
-        await oldest.create_session(a_session("b"), now=T0)
-        async with open_shared() as store:
-            assert await store.delete_expired(now=late, limit=10) == 0
-            assert await oldest.delete_expired(now=late, limit=1) == 1
-            await oldest.aclose()
-            assert await store.delete_expired(now=late, limit=10) == 1, "the next one's turn"
+    removed: list[int] = []
+
+    async def sweep(store: Store) -> None:
+        while batch := await store.delete_expired(now=late, limit=3):
+            removed.append(batch)
+
+    async with open_shared() as store:
+        async with open_shared() as oldest:
+            for n in range(20):
+                await oldest.create_session(a_session(f"s{n}"), now=T0)
+            async with trio.open_nursery() as nursery:
+                for owner in (oldest, store):
+                    nursery.start_soon(sweep, owner)
+            assert sum(removed) == 20
+            assert await contents(store, now=T0) == {}
+            await oldest.create_session(a_session("left"), now=T0)
+        assert await store.delete_expired(now=late, limit=10) == 1, "the others are gone"
 
 
 # Checkpoints, on every store

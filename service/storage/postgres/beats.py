@@ -1,0 +1,56 @@
+"""The thread of the beats: it tells the other owners that this one lives, and looks for those that do not."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+import psycopg
+
+from service.errors import StoreError
+from service.storage.postgres.connections import Db, Line
+from service.storage.postgres.faults import Faults
+from service.storage.postgres.owners import BEAT_S, Observer
+from service.storage.sql_thread import PAUSE_S, Step
+
+
+class Beats:
+    """Beats every second, for :class:`~service.storage.sql_thread.SqlThread`; besides when a step asks for it."""
+
+    def __init__(self, line: Line, observer: Observer, faults: Faults) -> None:
+        self._line = line
+        self._observer = observer
+        self._faults = faults
+        self._due_at = time.monotonic() + BEAT_S
+
+    def open(self) -> None:
+        """The connection is made when it is needed."""
+
+    def run(self, arriving: Iterator[Step[Db, Any]]) -> Iterator[Sequence[Step[Db, Any]]]:
+        for step in arriving:
+            try:
+                self._run(step.run)
+            except Exception as error:  # noqa: BLE001  the caller gets the error
+                step.error = error
+            yield (step,)
+
+    def run_housekeeping(self, *, idle: bool) -> float | None:  # noqa: ARG002
+        """Beat, if it is time."""
+        if time.monotonic() >= self._due_at:
+            self._due_at = time.monotonic() + BEAT_S
+            with suppress(StoreError):  # the log has it
+                self._run(self._observer.run_once)
+        return max(self._due_at - time.monotonic(), PAUSE_S)
+
+    def close(self) -> None:
+        self._line.drop()
+
+    def _run(self, call: Callable[[Db], object]) -> None:
+        """Raises: StoreError."""
+        db = self._line.open()
+        db.begin(None)
+        try:
+            call(db)
+        except psycopg.Error as error:
+            self._line.drop()
+            raise self._faults.translate(error) from error

@@ -1,0 +1,287 @@
+"""A thread's connection to PostgreSQL, and the transactions of its steps.
+
+Nothing here belongs to a session of PostgreSQL: no prepared statement, no setting that outlives a transaction, no lock
+beyond one. So a pooler may give each transaction another connection.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from functools import lru_cache
+from math import inf
+from typing import Any, TypeVar
+
+import msgspec
+import psycopg
+from psycopg.conninfo import conninfo_to_dict
+
+from service.errors import StoreError
+from service.storage.postgres.faults import Faults, startup_error
+from service.storage.postgres.rows import Row
+from service.storage.postgres.schema import quoted
+
+Connection = psycopg.Connection[Row]
+Cursor = psycopg.Cursor[Row]
+T = TypeVar("T")
+
+CONNECT_TIMEOUT_S = 3
+"""The time for one address of a server; libpq takes 2 s at least."""
+BACKOFF_S = 0.5
+"""The pause after a failed attempt to connect, in which steps fail at once."""
+CANCEL_TIMEOUT_S = 2.0
+ATTEMPTS_MAX = 6
+"""How often a step runs that met a deadlock, or a change of the row that it has read."""
+
+_ADDED = {
+    "connect_timeout": CONNECT_TIMEOUT_S,
+    "client_encoding": "utf8",
+    "application_name": "lastcall",
+    "keepalives_idle": 2,
+    "keepalives_interval": 1,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 4000,
+}
+"""What a connection asks for unless the URL says something else: a peer that has vanished is noticed in 5 s."""
+
+BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE"
+BEGIN_SNAPSHOT = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
+IDLE_MAX_S = 5
+"""How long a transaction may wait for its process. Shorter than a lease: the transaction of a process that was stopped
+is gone before another one takes over."""
+
+
+class Me(msgspec.Struct, frozen=True):
+    """This owner, as its rows name it. The nonce tells it from another one, to which a failover gave the same fence.
+
+    The epoch of its connections passes when a commit may have been left in flight.
+    """
+
+    fence: int
+    nonce: bytes
+    epoch: int = 0
+
+
+class Opening:
+    """What begins a transaction: statements that are sent together, as one text.
+
+    Args:
+        statements: The last one may be a query.
+        checked: Receives the row of the query; raises what stands against the transaction.
+    """
+
+    def __init__(self, *statements: str, checked: Callable[[Row | None], None] | None = None) -> None:
+        self.text = "; ".join(statements)
+        self.checked = checked
+
+
+class Db:
+    """A connection as the steps see it.
+
+    In the text of a statement ``{s}.`` stands before each name of a table. Parameters are ``%s`` or ``%(name)s``.
+    Results are binary.
+
+    Attributes:
+        executed: How many statements the step has done.
+    """
+
+    def __init__(self, connection: Connection, schema: str) -> None:
+        self.executed = 0
+        self._connection = connection
+        self._schema = quoted(schema) + "."
+        self._opening: Opening | None = None
+        self._is_open = False
+        self._warnings: list[str] = []
+        connection.add_notice_handler(self._note)
+
+    def execute(self, statement: str, parameters: Any = None) -> Cursor:
+        """Run a statement. Its result is there at once, but in a :meth:`pipeline` only when it is fetched.
+
+        Raises:
+            psycopg.Error
+        """
+        self._open_now()
+        cursor = self._connection.execute(_text(statement, self._schema), parameters, binary=True)
+        self.executed += 1
+        return cursor
+
+    def pipeline(self) -> AbstractContextManager[object]:
+        """Send the statements within the context together. Their results are there when the context is left."""
+        self._open_now()
+        return self._connection.pipeline()
+
+    # For the threads
+
+    def begin(self, opening: Opening | None) -> None:
+        """Let the next statement begin a transaction; with None each statement is a transaction of its own."""
+        self.executed = 0
+        self._opening = opening
+        self._is_open = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a transaction has begun."""
+        return self._is_open
+
+    @property
+    def is_lost(self) -> bool:
+        return self._connection.closed
+
+    def commit(self) -> None:
+        """Commit, if a transaction has begun.
+
+        Raises:
+            psycopg.Error: The commit failed, or its outcome is unknown if the connection is lost now.
+            OutcomeUnknownError
+        """
+        self._opening = None
+        if not self._is_open:
+            return
+        self._warnings.clear()
+        cursor = self._connection.execute("COMMIT")
+        self._is_open = False
+        if cursor.statusmessage != "COMMIT":
+            raise psycopg.errors.InFailedSqlTransaction("the transaction was rolled back")
+        if self._warnings:
+            # The commit is done here, but a standby that must have it may not.
+            raise OutcomeUnknownError(self._warnings[0])
+
+    def roll_back(self) -> None:
+        """Roll back, if a transaction has begun. A connection on which that fails is closed."""
+        self._opening = None
+        if self._is_open and not self.is_lost:
+            try:
+                self._connection.execute("ROLLBACK")
+            except psycopg.Error:
+                self.close()
+        self._is_open = False
+
+    def cancel(self) -> None:
+        """Cancel the statement that runs. May be called in another thread."""
+        with suppress(psycopg.Error, OSError):
+            self._connection.cancel_safe(timeout=CANCEL_TIMEOUT_S)
+
+    def close(self) -> None:
+        with suppress(psycopg.Error):
+            self._connection.close()
+
+    def _open_now(self) -> None:
+        opening, self._opening = self._opening, None
+        if opening is None:
+            return
+        self._is_open = True
+        cursor = self._connection.execute(_text(opening.text, self._schema))
+        if opening.checked is not None:
+            cursor.set_result(-1)
+            opening.checked(cursor.fetchone())
+
+    def _note(self, notice: psycopg.errors.Diagnostic) -> None:
+        if notice.severity_nonlocalized == "WARNING":
+            self._warnings.append(str(notice.message_primary))
+
+
+class OutcomeUnknownError(Exception):
+    """A commit was answered, but its outcome is not certain."""
+
+
+class Line:
+    """A thread's connection: made when it is needed, and made anew when it was lost.
+
+    Args:
+        url: As libpq takes it.
+        on_connected: Called with each new connection, before steps have it.
+    """
+
+    def __init__(
+        self, url: str, schema: str, faults: Faults, *, on_connected: Callable[[Db], None] | None = None
+    ) -> None:
+        self._url = url
+        self._schema = schema
+        self._faults = faults
+        self._on_connected = on_connected
+        self._db: Db | None = None
+        self._failed_at = -inf
+        self._failure: StoreError | None = None
+
+    @property
+    def current(self) -> Db | None:
+        """The connection, if there is one."""
+        return self._db
+
+    def open(self) -> Db:
+        """The connection. Raises: StoreError: There is none, and a new one cannot be made."""
+        if self._db is not None and self._db.is_lost:
+            self.drop()
+        if self._db is None:
+            self._db = self._reconnect()
+        return self._db
+
+    def take(self, db: Db) -> None:
+        """Take a connection that was made already."""
+        self._db = db
+
+    def drop(self) -> None:
+        """Close the connection; the next step makes another one."""
+        db, self._db = self._db, None
+        if db is not None:
+            db.close()
+
+    def _reconnect(self) -> Db:
+        if self._failure is not None and time.monotonic() - self._failed_at < BACKOFF_S:
+            raise self._failure
+        db: Db | None = None
+        try:
+            db = Db(connect(self._url), self._schema)
+            if self._on_connected is not None:
+                self._on_connected(db)
+        except (psycopg.Error, StoreError) as error:
+            if db is not None:
+                db.close()
+            failure = error if isinstance(error, StoreError) else self._faults.translate(error)
+            self._failed_at, self._failure = time.monotonic(), failure
+            raise failure from error
+        self._failure = None
+        return db
+
+
+def connect(url: str) -> Connection:
+    """Raises: psycopg.OperationalError."""
+    given = conninfo_to_dict(url)
+    added: dict[str, Any] = {name: value for name, value in _ADDED.items() if name not in given}
+    return psycopg.connect(url, autocommit=True, prepare_threshold=None, **added)
+
+
+def connect_first(url: str, *, place: str) -> Connection:
+    """Connect at the start of the service. Raises: StartupError."""
+    try:
+        return connect(url)
+    except psycopg.Error as error:
+        raise startup_error(place, error) from None  # its cause may tell a part of the URL
+
+
+def timeouts(statement_s: float) -> tuple[str, str]:
+    """The statements that bound a transaction: its statements, and the waits for its process."""
+    return (
+        f"SET LOCAL statement_timeout = '{statement_s:g}s'",
+        f"SET LOCAL idle_in_transaction_session_timeout = '{IDLE_MAX_S}s'",
+    )
+
+
+def ends_connection(error: psycopg.Error) -> bool:
+    """Whether the server has ended the connection with this error, also before the connection is seen to be closed."""
+    return isinstance(
+        error,
+        psycopg.errors.AdminShutdown
+        | psycopg.errors.CrashShutdown
+        | psycopg.errors.IdleInTransactionSessionTimeout
+        | psycopg.errors.IdleSessionTimeout,
+    )
+
+
+def is_repeatable(error: psycopg.Error) -> bool:
+    """Whether the step may succeed if it runs again: the server has rolled it back because of others."""
+    return isinstance(error, psycopg.errors.DeadlockDetected | psycopg.errors.SerializationFailure)
+
+
+@lru_cache(maxsize=2048)
+def _text(statement: str, prefix: str) -> bytes:
+    return statement.replace("{s}.", prefix).encode()

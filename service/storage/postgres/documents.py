@@ -1,0 +1,115 @@
+"""The index of titles and turns: its rows change in the transactions that change what they index.
+
+A document has the terms of its texts, not the texts. Its first terms are marks that no text contains: the blocks of its
+number, the owner of its session, and the session. A GIN index lists the documents of each term, and finds those that
+are in several lists fast; but it gives all of them, in no order. So a query asks for one block at a time, the newest
+one first (:mod:`service.storage.postgres.search`), by the mark of the block.
+"""
+
+from collections.abc import Collection, Sequence
+
+from service.steps import at_once
+from service.storage.postgres.connections import Db
+from service.storage.terms import document_terms
+
+LEVELS = (12, 15, 18)
+"""The sizes of the blocks, as powers of two: a query for rare terms goes from a small block to larger ones."""
+# Characters for private use: no word has one.
+_SESSION = "\ue000"
+_OWNER = "\ue001"
+_BLOCKS = ("\ue002", "\ue003", "\ue004")
+_MARKS = len(LEVELS) + 2
+
+_BLOCK_MARKS = ", ".join(f"'{mark}' || (number >> {bits})" for mark, bits in zip(_BLOCKS, LEVELS, strict=True))
+_INSERT = (
+    "INSERT INTO {s}.documents (key, session, turn, terms) OVERRIDING SYSTEM VALUE "
+    f"SELECT number, sessions.key, turn, "
+    f"ARRAY[{_BLOCK_MARKS}, '{_OWNER}' || owner_name, '{_SESSION}' || sessions.key] || terms "
+    "FROM (SELECT nextval('{s}.documents_key_seq') AS number, turn, terms FROM (SOME) AS given_rows) AS added, "
+    "{s}.sessions WHERE sessions.key = OF_SESSION"
+)
+ADD_OWN = _INSERT.replace("OF_SESSION", "(SELECT session FROM own)").replace(
+    "SOME", "SELECT key AS turn, string_to_array(%(terms)s::text, ' ') AS terms FROM own"
+)
+"""A part of a statement: indexes the turn of the table ``own``, whose ``terms`` stand in one text."""
+_INSERT = _INSERT.replace("OF_SESSION", "%(session)s")
+_ADD = _INSERT.replace(
+    "SOME",
+    "SELECT turn, string_to_array(joined, ' ') AS terms "  # no term has a space
+    "FROM unnest(%(turns)s::bigint[], %(terms)s::text[]) WITH ORDINALITY AS given (turn, joined, place) ORDER BY place",
+)
+_COPY = _INSERT.replace(
+    "SOME",
+    f"SELECT copy AS turn, terms[{_MARKS + 1}:] AS terms "
+    "FROM unnest(%(turns)s::bigint[], %(copies)s::bigint[]) WITH ORDINALITY AS given (source, copy, place) "
+    "JOIN {s}.documents ON documents.turn = source ORDER BY place",
+)
+_CHANGE = (
+    f"UPDATE {{s}}.documents SET terms = terms[:{_MARKS}] || string_to_array(%(terms)s, ' ') WHERE turn = %(turn)s"
+)
+_FORGET_TITLE = "DELETE FROM {s}.documents WHERE session = %s AND turn IS NULL"
+_FORGET_TURNS = "DELETE FROM {s}.documents WHERE turn = ANY(%s)"
+_FORGET_SESSIONS = "DELETE FROM {s}.documents WHERE session = ANY(%s)"
+
+
+def add_turns(db: Db, session: int, turns: Sequence[int | None], terms: Sequence[Collection[str]]) -> None:
+    """Index ended turns, in this order. They are not indexed yet.
+
+    Args:
+        session: The key of their session.
+        turns: The keys of the turns; None stands for the title of the session.
+        terms: The terms of each.
+    """
+    joined = [" ".join(of_turn) for of_turn in terms]
+    db.execute(_ADD, {"session": session, "turns": list(turns), "terms": joined})
+
+
+def copy_turns(db: Db, session: int, turns: Sequence[int], copies: Sequence[int]) -> None:
+    """Index copies of turns, in this order; ``session`` is the key of the session of the copies."""
+    db.execute(_COPY, {"session": session, "turns": list(turns), "copies": list(copies)})
+
+
+def change_turn(db: Db, turn: int, terms: Collection[str]) -> None:
+    """Index an ended turn whose texts have changed. It keeps its place among the documents."""
+    db.execute(_CHANGE, {"turn": turn, "terms": " ".join(terms)})
+
+
+def forget_turns(db: Db, turns: Sequence[int]) -> None:
+    """Remove turns from the index."""
+    db.execute(_FORGET_TURNS, (list(turns),))
+
+
+def set_title(db: Db, session: int, title: str | None) -> None:
+    """Index the title of a session in place of the title before."""
+    forget_title(db, session)
+    if title is not None:
+        add_title(db, session, title)
+
+
+def add_title(db: Db, session: int, title: str) -> None:
+    """Index the title of a session that has no title in the index."""
+    add_turns(db, session, [None], [at_once(document_terms((title,)))])
+
+
+def forget_title(db: Db, session: int) -> None:
+    """Remove a title from the index, if it is there."""
+    db.execute(_FORGET_TITLE, (session,))
+
+
+def forget_sessions(db: Db, sessions: Sequence[int]) -> None:
+    """Remove all that sessions have in the index."""
+    db.execute(_FORGET_SESSIONS, (list(sessions),))
+
+
+def block_mark(number: int, level: int) -> str:
+    """The mark of all documents in the block of a document with this number; ``level`` is an index of ``LEVELS``."""
+    return f"{_BLOCKS[level]}{number >> LEVELS[level]}"
+
+
+def session_mark(session: int) -> str:
+    return f"{_SESSION}{session}"
+
+
+def owner_mark(owner: str) -> str:
+    """The mark of all documents of an owner; of those without an owner, if the name is empty."""
+    return f"{_OWNER}{owner}"

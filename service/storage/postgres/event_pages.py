@@ -1,0 +1,115 @@
+"""The events of ended turns, and the texts of long outputs: in the turn's row, or in pages (storage/event_rows.py)."""
+
+from collections.abc import Sequence
+from itertools import islice
+
+import msgspec
+
+from service.storage import event_rows, pieces, rules
+from service.storage.event_rows import ROW_LENGTH_MAX, page_in_turn, page_of_rows
+from service.storage.item_json import items_of
+from service.storage.pieces import Run
+from service.storage.postgres import segments
+from service.storage.postgres.connections import Db
+from service.storage.postgres.turn_rows import Row, json_of, settings_json, settings_of, turn_of
+from service.storage.records import EventsPage, TurnRecord, text_length
+
+_ROWS_AT_ONCE = 32
+"""The pages that one statement adds."""
+
+_GET = (
+    "SELECT t.key, t.owner, t.segment, t.events_deleted, t.settings, t.runs, "
+    "CASE WHEN t.runs IS NOT NULL THEN t.output END "
+    "FROM {s}.turns AS t JOIN {s}.sessions AS s ON s.key = t.session WHERE t.id = %s AND s.id = %s"
+)
+_FROM = (
+    "SELECT after, runs, text FROM {s}.event_pages WHERE turn = %(turn)s AND after >= coalesce((SELECT max(after) "
+    "FROM {s}.event_pages WHERE turn = %(turn)s AND after <= %(after)s), 0) ORDER BY after LIMIT %(pages_max)s"
+)
+_TEXTS = "SELECT turn, runs, text FROM {s}.event_pages WHERE turn = ANY(%s::bigint[]) ORDER BY turn, after"
+_ADD = (
+    "INSERT INTO {s}.event_pages (turn, after, runs, text) "
+    "SELECT %s, * FROM unnest(%s::bigint[], %s::bytea[], %s::bytea[])"
+)
+
+
+def fits_in_turn(turn: TurnRecord, runs: Sequence[Run]) -> bool:
+    """Whether an ended turn is kept in one row."""
+    return event_rows.fits_in_turn(turn, runs, length_max=ROW_LENGTH_MAX)
+
+
+def values_of_events(turn: TurnRecord, runs: Sequence[Run] | None) -> dict[str, object]:
+    """The columns of a turn that depend on where its texts are.
+
+    Args:
+        runs: The events of an ended turn; None if the turn is open.
+    """
+    if runs is None or fits_in_turn(turn, runs):
+        return {
+            "settings": settings_json(turn),
+            "output": json_of(turn.output),
+            "runs": None if runs is None else pieces.pack(runs),
+        }
+    return {
+        "settings": settings_json(turn, text_length=text_length(turn.output), kept=pieces.count(runs)),
+        "output": json_of(rules.without_texts(turn.output)),
+        "runs": None,
+    }
+
+
+def add(db: Db, key: int, turn: TurnRecord, runs: Sequence[Run]) -> None:
+    """Add the pages of an ended turn that does not fit in one row, by its key."""
+    after = 0
+    text = pieces.text_of(runs, [item.text for item in turn.output])
+    parts = pieces.split(runs, text, length_max=ROW_LENGTH_MAX)
+    while some := list(islice(parts, _ROWS_AT_ONCE)):
+        afters: list[int] = []
+        for part, _ in some:
+            afters.append(after)
+            after += pieces.count(part)
+        db.execute(
+            _ADD, (key, afters, [pieces.pack(part) for part, _ in some], [part_text.encode() for _, part_text in some])
+        )
+
+
+def record_of(db: Db, session_id: str, row: Row, *, with_texts: bool = True) -> TurnRecord:
+    """The record of a row of :data:`~service.storage.postgres.turn_rows.TURN_COLUMNS`, with texts that are in pages."""
+    turn, paged = turn_of(session_id, row)
+    return turn if paged is None or not with_texts else _with_texts(db, [(turn, paged)])[0]
+
+
+def records_of(db: Db, session_id: str, rows: Sequence[Row], *, with_options: bool = True) -> list[TurnRecord]:
+    """The records of rows, with the texts of all of them."""
+    return _with_texts(db, [turn_of(session_id, row, with_options=with_options) for row in rows])
+
+
+def _with_texts(db: Db, found: Sequence[tuple[TurnRecord, int | None]]) -> list[TurnRecord]:
+    paged = [key for _, key in found if key is not None]
+    growth: dict[int, list[tuple[int, str]]] = {key: [] for key in paged}
+    if paged:
+        for key, runs, text in db.execute(_TEXTS, (paged,)):
+            growth[key] += pieces.texts_by_item(pieces.unpack(runs), text.decode())
+    return [
+        turn if key is None else msgspec.structs.replace(turn, output=rules.with_texts(turn.output, growth[key]))
+        for turn, key in found
+    ]
+
+
+def read(db: Db, session_id: str, turn_id: str, *, after: int, length_max: int) -> EventsPage:
+    """The events after a seq, as :meth:`~service.storage.store.Store.read_events` says."""
+    row: Row | None = db.execute(_GET, (turn_id, session_id)).fetchone()
+    if row is None:
+        return EventsPage(after=after)
+    key, owner, segment, events_deleted, settings, packed, output = row
+    if events_deleted:
+        return EventsPage(after=after, ended=True, events_deleted=True)
+    if owner is not None:
+        return segments.read(db, key, owner=owner, segment=segment, after=after, length_max=length_max)
+    if packed is not None:
+        return page_in_turn(pieces.unpack(packed), items_of(output), after=after, length_max=length_max)
+    # Nearly all rows are as long as they may be. Further short ones are on the next page.
+    values = {"turn": key, "after": after, "pages_max": -(-length_max // ROW_LENGTH_MAX) + 1}
+    rows = ((row[0], pieces.unpack(row[1]), row[2].decode()) for row in db.execute(_FROM, values))
+    page = page_of_rows(rows, after=after, length_max=length_max)
+    ended = settings_of(settings)
+    return msgspec.structs.replace(page, kept=ended.kept, ended=True, text_length=ended.text_length)

@@ -1,0 +1,211 @@
+"""Who owns the open turns: each open store has a row, whose beats tell that it lives.
+
+An owner is dead when another one saw its beats stand still for a whole lease, by the time of the one that looks: no two
+clocks are compared. Each write of an owner locks its row first, and finds it alive; so nothing is written by an owner
+that was taken for dead, however late its statements arrive.
+"""
+
+import threading
+from secrets import token_bytes
+
+import msgspec
+import structlog
+
+from service.errors import OwnedElsewhereError, StoreLostError
+from service.storage.postgres.connections import BEGIN, Db, Me, Opening, timeouts
+from service.storage.postgres.rows import Row
+from service.storage.records import Owner
+from service.storage.store import Monotonic
+
+logger = structlog.get_logger("lastcall.store")
+
+BEAT_S = 1.0
+LEASE_S = 6
+"""How long the beats of an owner stand still before another owner takes it for dead."""
+GAP_S = 2.5
+"""An observer that was held up for so long begins all leases anew: it may be the one that was away."""
+_NONCE_BYTES = 16
+
+_INSERT = "INSERT INTO {s}.owners (nonce, address, opened_at) VALUES (%s, %s, %s) RETURNING fence"
+_INSERT_BEATS = "INSERT INTO {s}.beats (fence) VALUES (%s)"
+_CHECK = (
+    "SELECT fence FROM {{s}}.owners WHERE fence = {fence} AND nonce = '\\x{nonce}' AND epoch = {epoch} AND NOT dead "
+    "FOR SHARE"
+)
+_RENEW = "UPDATE {s}.owners SET epoch = epoch + 1 WHERE fence = %s AND nonce = %s AND NOT dead RETURNING epoch"
+_LEAVE = "UPDATE {s}.owners SET dead = true WHERE fence = %s AND nonce = %s"
+_BEAT_AND_LOOK = (
+    "WITH beat AS (UPDATE {s}.beats SET beats = beats + 1 WHERE fence = %s) "
+    "SELECT fence, nonce, beats, dead FROM {s}.owners LEFT JOIN {s}.beats USING (fence)"
+)
+# Without a wait for a transaction of that owner: this thread must not miss its own beats.
+_TAKE_OVER = (
+    "UPDATE {s}.owners SET dead = true WHERE fence IN (SELECT fence FROM {s}.owners WHERE fence = %(fence)s "
+    "AND nonce = %(nonce)s AND NOT dead FOR UPDATE SKIP LOCKED) AND NOT dead "
+    "AND (SELECT beats FROM {s}.beats WHERE fence = %(fence)s) IS NOT DISTINCT FROM %(beats)s"
+)
+
+
+class FenceLostError(StoreLostError):
+    """Another owner has taken this one for dead."""
+
+    def __init__(self) -> None:
+        super().__init__("This process was taken for dead, and its turns were ended; restart it.", retry_after_s=None)
+
+
+class EpochPassedError(Exception):
+    """The epoch of this owner has passed since its transaction began."""
+
+
+class Ownership:
+    """This store among the owners of a database. Its threads share it.
+
+    Attributes:
+        me: This owner, once it has begun.
+        is_lost: Whether another owner has taken this one for dead.
+        committing: Held while a commit is in flight whose caller may leave: the next write waits for it.
+    """
+
+    def __init__(self) -> None:
+        self.me = Me(0, b"")
+        self.is_lost = False
+        self.committing = threading.Lock()
+        self._is_in_doubt = False
+        self._renewing = threading.Lock()
+
+    def begin(self, db: Db, *, address: str | None, opened_at: int) -> None:
+        """Become an owner, in a transaction."""
+        nonce = token_bytes(_NONCE_BYTES)
+        row = db.execute(_INSERT, (nonce, address, opened_at)).fetchone()
+        assert row is not None
+        db.execute(_INSERT_BEATS, (row[0],))
+        self.me = Me(row[0], nonce)
+
+    def opening(self, *, statement_timeout_s: float) -> Opening:
+        """What begins a transaction that writes. Raises: FenceLostError."""
+        if self.is_lost:
+            raise FenceLostError
+        me = self.me
+
+        def checked(row: Row | None) -> None:
+            if row is None:
+                raise EpochPassedError
+
+        check = _CHECK.format(fence=me.fence, nonce=me.nonce.hex(), epoch=me.epoch)
+        return Opening(BEGIN, *timeouts(statement_timeout_s), check, checked=checked)
+
+    def doubt(self) -> None:
+        """Note that a commit may be in flight on a connection that was lost: the next write must come after it."""
+        self._is_in_doubt = True
+
+    def renew(self, db: Db, *, always: bool = False) -> None:
+        """Begin an epoch, if a commit is in doubt: wait for its end. What comes later finds that its epoch has passed.
+
+        Raises:
+            FenceLostError
+            psycopg.Error
+        """
+        with self._renewing:
+            if not (self._is_in_doubt or always):
+                return
+            db.begin(None)
+            row = db.execute(_RENEW, (self.me.fence, self.me.nonce)).fetchone()
+            if row is None:
+                self.lose()
+                raise FenceLostError
+            self.me = msgspec.structs.replace(self.me, epoch=row[0])
+            self._is_in_doubt = False
+
+    def lose(self) -> None:
+        if not self.is_lost:
+            self.is_lost = True
+            logger.error(
+                "another process has taken this one for dead: its turns were ended, and it writes no more; restart it",
+                fence=self.me.fence,
+            )
+
+    def leave(self, db: Db) -> None:
+        """Let other owners end what is open. Waits for writes that are in flight."""
+        db.execute(_LEAVE, (self.me.fence, self.me.nonce))
+
+
+class Observer:
+    """Sees which other owners have died.
+
+    Attributes:
+        beats_at: When a beat of this owner was acknowledged last.
+    """
+
+    def __init__(self, ownership: Ownership, monotonic: Monotonic) -> None:
+        self._ownership = ownership
+        self._monotonic = monotonic
+        self._seen: dict[tuple[int, bytes], tuple[int | None, float]] = {}
+        self._looked_at = monotonic()
+        self.beats_at = monotonic()
+
+    def run_once(self, db: Db) -> int:
+        """Beat, and take over from the owners that have died. Returns how many."""
+        seen, self._seen = self._seen, {}  # should the look fail, all leases begin anew
+        began_at = self._monotonic()
+        me = self._ownership.me
+        rows = db.execute(_BEAT_AND_LOOK, (me.fence,)).fetchall()
+        looked_at = self._monotonic()
+        if (me.fence, me.nonce, False) not in {(fence, nonce, dead) for fence, nonce, _, dead in rows}:
+            self._ownership.lose()
+            return 0
+        self.beats_at = began_at
+        if looked_at - self._looked_at >= GAP_S:
+            seen = {}
+        self._looked_at = looked_at
+        taken = 0
+        for fence, nonce, beats, dead in rows:
+            if dead or fence == me.fence:
+                continue
+            last, since = seen.get((fence, nonce), (None, looked_at))
+            if last != beats:
+                since = looked_at
+            self._seen[fence, nonce] = (beats, since)
+            if began_at - since >= LEASE_S and self._take_over(db, fence, nonce, beats):
+                taken += 1
+        return taken
+
+    def _take_over(self, db: Db, fence: int, nonce: bytes, beats: int | None) -> bool:
+        values = {"fence": fence, "nonce": nonce, "beats": beats}
+        if not db.execute(_TAKE_OVER, values).rowcount:
+            return False
+        logger.warning("a process that shares the database has died", fence=fence)
+        return True
+
+
+def is_alive(db: Db, fence: int) -> bool:
+    """Whether an owner lives: this one, or one that has not left and was not taken for dead."""
+    row = db.execute("SELECT true FROM {s}.owners WHERE fence = %s AND NOT dead", (fence,)).fetchone()
+    return row is not None
+
+
+def refuse_if_alive(db: Db, fence: int, session_id: str) -> None:
+    """Raises: OwnedElsewhereError, if the owner of this session's open turns lives."""
+    row = db.execute("SELECT address FROM {s}.owners WHERE fence = %s AND NOT dead", (fence,)).fetchone()
+    if row is not None:
+        raise OwnedElsewhereError(session_id, fence=fence, address=row[0])
+
+
+def find_owner(db: Db, session_id: str, *, besides: int) -> Owner | None:
+    """The owner of a session's open turns, if it is not ``besides``."""
+    row = db.execute(
+        "SELECT o.fence, o.address FROM {s}.sessions JOIN {s}.owners o ON o.fence = owner "
+        "WHERE id = %s AND owner <> %s",
+        (session_id, besides),
+    ).fetchone()
+    return None if row is None else Owner(fence=row[0], address=row[1])
+
+
+def owner_of(db: Db, fence: int) -> Owner:
+    row = db.execute("SELECT address FROM {s}.owners WHERE fence = %s", (fence,)).fetchone()
+    return Owner(fence=fence, address=None if row is None else row[0])
+
+
+def forget(db: Db, fence: int) -> None:
+    """Remove an owner that is dead and has nothing left."""
+    db.execute("DELETE FROM {s}.beats WHERE fence = %s", (fence,))
+    db.execute("DELETE FROM {s}.owners WHERE fence = %s AND dead", (fence,))

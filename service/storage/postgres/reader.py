@@ -1,0 +1,73 @@
+"""A thread that reads: each step sees one snapshot."""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import psycopg
+
+from service.storage.postgres.connections import BEGIN_SNAPSHOT, Db, Line, Opening, ends_connection, timeouts
+from service.storage.postgres.faults import Faults
+from service.storage.sql_thread import Step
+
+_TIMEOUT_S = 30
+_SNAPSHOT = Opening(BEGIN_SNAPSHOT, *timeouts(_TIMEOUT_S))
+
+
+class Reader:
+    """Runs steps that only read, for :class:`~service.storage.sql_thread.SqlThread`.
+
+    A step that shares is one statement, and needs no transaction around it.
+    """
+
+    def __init__(self, line: Line, faults: Faults) -> None:
+        self._line = line
+        self._faults = faults
+        self._running: Step[Db, Any] | None = None
+
+    def open(self) -> None:
+        """The connection is made when it is needed."""
+
+    def run(self, arriving: Iterator[Step[Db, Any]]) -> Iterator[Sequence[Step[Db, Any]]]:
+        for step in islice(arriving, 1):
+            self._running = step
+            try:
+                self._run(step)
+            except Exception as error:  # noqa: BLE001  the caller gets the error
+                step.error = self._faults.translate(error) if isinstance(error, psycopg.Error) else error
+            finally:
+                self._running = None
+            yield (step,)
+
+    def run_housekeeping(self, *, idle: bool) -> None:  # noqa: ARG002
+        return None
+
+    def cancel(self, step: Step[Db, Any]) -> None:
+        """Cancel the statement of a step whose caller has left. Called in another thread."""
+        db = self._line.current
+        if db is not None and self._running is step:
+            db.cancel()
+
+    def close(self) -> None:
+        self._line.drop()
+
+    def _run(self, step: Step[Db, Any]) -> None:
+        """Run a step; once more if its connection was found lost before its first result."""
+        db = self._line.open()
+        try:
+            self._run_on(db, step)
+        except psycopg.Error as error:
+            if ends_connection(error):
+                db.close()
+            if not db.is_lost or db.executed:
+                raise
+            self._run_on(self._line.open(), step)
+
+    def _run_on(self, db: Db, step: Step[Db, Any]) -> None:
+        db.begin(None if step.shares else _SNAPSHOT)
+        try:
+            step.run(db)
+        except BaseException:
+            db.roll_back()
+            raise
+        db.commit()

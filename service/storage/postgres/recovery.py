@@ -1,0 +1,86 @@
+"""Recovery: ends the open turns of owners that are gone.
+
+Each step is a transaction, and bounded. Several owners may recover at once: each takes sessions that no other one has
+taken, and each turn is ended once.
+"""
+
+from collections.abc import Collection
+from datetime import datetime
+
+from service.steps import at_once
+from service.storage import rules
+from service.storage.page_size import fitting
+from service.storage.postgres import owners, removals, segments
+from service.storage.postgres.connections import Db
+from service.storage.postgres.ends import End, keep_ends
+from service.storage.postgres.segments import Grown
+from service.storage.postgres.turn_rows import TURN_COLUMNS, Row, turn_of
+from service.storage.search import searched_texts
+from service.storage.terms import document_terms
+
+_TURNS_MAX = 100
+"""The most turns that one step ends."""
+_BYTES_MAX = 1024 * 1024
+"""Bound on the growth of these turns, in bytes: a step ends with the turn that passes it."""
+
+_DEAD = "SELECT fence FROM {s}.owners WHERE dead ORDER BY fence LIMIT 1"
+# With SKIP LOCKED the sessions that others have taken are passed over; without it the step waits for one of them.
+_TAKE = (
+    "SELECT s.key FROM {s}.turns AS t JOIN {s}.sessions AS s ON s.key = t.session "
+    "WHERE t.owner = %(owner)s LIMIT %(limit)s FOR NO KEY UPDATE OF s"
+)
+_TAKE_FREE = f"{_TAKE} SKIP LOCKED"
+_OPEN = (
+    f"SELECT s.id, t.key, t.segment, {TURN_COLUMNS} "
+    "FROM {s}.turns AS t JOIN {s}.sessions AS s ON s.key = t.session "
+    "WHERE t.owner = %(owner)s AND t.session = ANY(%(sessions)s::bigint[]) ORDER BY t.key LIMIT %(limit)s"
+)
+_FIELDS_BEFORE = 3
+"""The columns of ``_OPEN`` before those of a turn."""
+
+
+def recover_some(db: Db, now: datetime) -> tuple[int, bool]:
+    """Do one step of the recovery. Returns how many turns it ended, and whether no turn is left."""
+    dead: Row | None = db.execute(_DEAD).fetchone()
+    if dead is None:
+        return 0, True
+    fence: int = dead[0]
+    taken = db.execute(_TAKE_FREE, {"owner": fence, "limit": _TURNS_MAX}).fetchall()
+    if not taken:  # none is left, or others have taken all
+        taken = db.execute(_TAKE, {"owner": fence, "limit": 1}).fetchall()
+    if taken:
+        return _end_some(db, fence, now, {key for (key,) in taken}, turns_max=_TURNS_MAX, bytes_max=_BYTES_MAX), False
+    removals.remove_marked_by(db, fence)
+    with db.pipeline():
+        segments.drop_all_of(db, fence)
+        owners.forget(db, fence)
+    return 0, False
+
+
+def end_turns_of(db: Db, fence: int, now: datetime, *, session: int) -> int:
+    """End the open turns of an owner that is gone in one session, whose row is locked. Returns how many."""
+    return _end_some(db, fence, now, [session], turns_max=None, bytes_max=None)
+
+
+def _end_some(
+    db: Db, owner: int, now: datetime, taken: Collection[int], *, turns_max: int | None, bytes_max: int | None
+) -> int:
+    """End open turns of an owner as ``interrupted`` (``crash``), in sessions whose rows are locked."""
+    rows = db.execute(_OPEN, {"owner": owner, "sessions": list(taken), "limit": turns_max}).fetchall()
+    if not rows:
+        return 0
+    keys: list[int] = [row[1] for row in rows]
+    segment = min(row[2] for row in rows)
+    sizes = segments.sizes_of(db, owner, keys, segment=segment)
+    keys = keys[: fitting((sizes.get(key, 0) for key in keys), bytes_max=bytes_max)]
+    grown = segments.grown_of(db, owner, keys, segment=segment)
+    ends = [_end_of(row, grown[key], now) for key, row in zip(keys, rows, strict=False)]
+    keep_ends(db, ends, now, owner=owner)
+    return len(ends)
+
+
+def _end_of(row: Row, grown: Grown, now: datetime) -> End:
+    """The end of the turn of a row of ``_OPEN``."""
+    begun, _ = turn_of(row[0], row[_FIELDS_BEFORE:])
+    turn = rules.crashed(grown.told_of(begun), grown.items, grown.texts, now)
+    return End(turn, grown.runs, () if turn.ephemeral else at_once(document_terms(searched_texts(turn))))

@@ -1,0 +1,522 @@
+"""The store in a PostgreSQL database: threads with a connection each, and the store object in the event loop."""
+
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from datetime import datetime
+from typing import Any, TypeVar
+
+import anyio
+import msgspec
+import psycopg
+
+from service import store_capabilities
+from service.errors import ItemNotFoundError, StoreError
+from service.models.client import Usage
+from service.settings import shown_store_url
+from service.steps import in_steps
+from service.storage import rules
+from service.storage.page_cursor import decode_session_cursor, decode_turn_cursor
+from service.storage.pieces import Run
+from service.storage.postgres import (
+    additions,
+    deletions,
+    event_pages,
+    forks,
+    idempotency,
+    owners,
+    paths,
+    recovery,
+    schema,
+    search,
+    segments,
+    sessions,
+    trees,
+    turns,
+)
+from service.storage.postgres.beats import Beats
+from service.storage.postgres.connections import Db, Line, Me, connect_first
+from service.storage.postgres.faults import Faults, startup_error
+from service.storage.postgres.owners import FenceLostError, Observer, Ownership
+from service.storage.postgres.reader import Reader
+from service.storage.postgres.writer import Writer
+from service.storage.records import (
+    BegunTurn,
+    Checkpoint,
+    EndResult,
+    EventsPage,
+    IdempotencyKey,
+    LeftOut,
+    Match,
+    Owner,
+    Page,
+    Places,
+    SessionPatch,
+    SessionRecord,
+    SessionStatus,
+    TitleSource,
+    TreeNode,
+    TurnRecord,
+)
+from service.storage.search import SearchQuery, searched_texts
+from service.storage.search_cursor import SearchCursors
+from service.storage.sql_thread import SqlThread, Step
+from service.storage.store import PAGE_LENGTH_MAX, Monotonic
+from service.storage.terms import document_terms, query_terms
+
+T = TypeVar("T")
+
+ADDED_MAX = 100
+"""So many turns are added by the thread of the short writes; more are added beside them."""
+_LONG_STATEMENT_S = 60
+
+
+@asynccontextmanager
+async def open_postgres_store(
+    url: str,
+    *,
+    schema_name: str = "lastcall",
+    address: str | None = None,
+    close_timeout_s: float = 5,
+    monotonic: Monotonic = time.monotonic,
+) -> AsyncIterator["PostgresStore"]:
+    """Open the store in a database, in a schema that is made if necessary; closes on leaving.
+
+    Args:
+        url: ``postgresql://…``, as libpq takes it.
+        address: The address at which this process answers other owners of the same store.
+        close_timeout_s: How long closing may take. A server that hangs longer is left to daemon threads.
+        monotonic: The time by which the leases of other owners run out, and a fault in the log is repeated.
+
+    Raises:
+        StartupError: The database cannot be used; one sentence says why and what to do.
+    """
+    store = PostgresStore(url, schema_name=schema_name, address=address, monotonic=monotonic)
+    try:
+        await store.open()
+        yield store
+    finally:
+        with anyio.move_on_after(close_timeout_s, shield=True):
+            await store.aclose()
+
+
+class PostgresStore:
+    """Meets :class:`service.storage.store.Store`. Made by :func:`open_postgres_store`.
+
+    Attributes:
+        ownership: This store among the owners of the database.
+        writer: The writer, whose counts say how many steps shared a commit.
+        observer: Beats, and looks for owners that have died.
+    """
+
+    capabilities = store_capabilities.POSTGRESQL
+
+    def __init__(
+        self, url: str, *, schema_name: str, address: str | None, monotonic: Monotonic = time.monotonic
+    ) -> None:
+        self.name = f"{shown_store_url(url)} (schema {schema_name})"
+        self.peer_secret = b""
+        self.ownership = Ownership()
+        self._url = url
+        self._schema = schema_name
+        self._address = address
+        self._faults = Faults(self.name, monotonic)
+        self._first = self._line()
+        self.writer = Writer(self._first, self.ownership, self._faults, opens=self._begin, closes=self._leave)
+        self._writing = SqlThread("postgres writer", self.writer)
+        # Long changes, beside the writer: a fork or a deletion of thousands of turns takes seconds.
+        self._changing = self._leaving(
+            "postgres long writer",
+            Writer(
+                self._line(),
+                self.ownership,
+                self._faults,
+                is_left=True,
+                statement_timeout_s=_LONG_STATEMENT_S,
+            ),
+        )
+        # Two readers, so that the many short reads do not wait for a long one.
+        self._looking = self._leaving("postgres reader", Reader(self._line(), self._faults))
+        self._reading = self._leaving("postgres long reader", Reader(self._line(), self._faults))
+        self.observer = Observer(self.ownership, monotonic)
+        self._beating = SqlThread("postgres beats", Beats(self._line(), self.observer, self._faults))
+        self._forking = anyio.Lock()  # one fork at a time, because its turns are in memory meanwhile
+
+    def _line(self) -> Line:
+        return Line(self._url, self._schema, self._faults)
+
+    def _leaving(self, name: str, batches: Writer | Reader) -> SqlThread[Db]:
+        """A thread whose steps are given up when their callers leave."""
+
+        def leave(step: Step[Db, Any]) -> None:
+            if step.claim_commit():
+                threading.Thread(target=batches.cancel, args=(step,), name="postgres cancel", daemon=True).start()
+
+        return SqlThread(name, batches, on_left=leave)
+
+    @property
+    def me(self) -> Me:
+        """This owner."""
+        return self.ownership.me
+
+    @property
+    def fence(self) -> int:
+        """This owner's number among all owners that ever opened the store."""
+        return self.ownership.me.fence
+
+    async def open(self) -> None:
+        """Open the store. Raises: StartupError; the caller must close the store in this case, too."""
+        await self._writing.open()
+        for thread in (self._beating, self._looking, self._reading, self._changing):
+            await thread.open()
+
+    async def beat(self) -> int:
+        """Beat, and take over from owners that have died, at once instead of in a second. Returns how many."""
+        return await self._beating.call(self.observer.run_once)
+
+    # In the writer's thread
+
+    def _begin(self) -> None:
+        """Connect, prepare the tables and become an owner. Raises: StartupError."""
+        connection = connect_first(self._url, place=self.name)
+        try:
+            self.peer_secret = schema.prepare(connection, self._schema, place=self.name)
+            db = Db(connection, self._schema)
+            db.begin(None)
+            with connection.transaction():
+                self.ownership.begin(db, address=self._address, opened_at=time.time_ns() // 1000)
+        except psycopg.Error as error:
+            connection.close()
+            raise startup_error(self.name, error) from None
+        except BaseException:
+            connection.close()
+            raise
+        self._first.take(db)
+
+    def _leave(self) -> None:
+        """Leave the owners. If the database is away, they see in time that this one is gone."""
+        if self.ownership.me.fence and not self.ownership.is_lost:
+            with suppress(psycopg.Error, StoreError):
+                db = self._first.open()
+                db.begin(None)
+                self.ownership.leave(db)
+
+    # Calls
+
+    async def _write(self, call: Callable[[Db], T]) -> T:
+        return await self._writing.call(call)
+
+    async def _write_own(self, call: Callable[[Db], T]) -> T:
+        """A write on turns of this owner: such writes share a transaction."""
+        return await self._writing.call(call, shares=True)
+
+    async def _change(self, call: Callable[[Db], T]) -> T:
+        """A write that may be long. It follows the writes that were called before it."""
+        await self._writing.call(lambda _: None)
+        return await self._changing.call(call)
+
+    async def _look(self, call: Callable[[Db], T]) -> T:
+        """A short read of one statement."""
+        return await self._looking.call(call, shares=True)
+
+    async def _read(self, call: Callable[[Db], T]) -> T:
+        """A read of several statements, which see one snapshot."""
+        return await self._reading.call(call)
+
+    # Sessions
+
+    async def create_session(
+        self,
+        session: SessionRecord,
+        *,
+        now: datetime,
+        key: IdempotencyKey | None = None,
+        added: Sequence[TurnRecord] = (),
+    ) -> None:
+        if not added:
+            await self._write(lambda db: sessions.create(db, session, now, key=key))
+            return
+        terms = [await _terms(turn) for turn in added]
+        write = self._write if len(added) <= ADDED_MAX else self._change
+        await write(lambda db: additions.create(db, session, added, now, terms=terms, key=key))
+
+    async def fork_session(
+        self, source_id: str, *, at: str | None, copy_id: str, now: datetime, key: IdempotencyKey | None = None
+    ) -> SessionRecord:
+        async with self._forking:
+            plan = forks.Plan(source_id, at, copy_id=copy_id, fence=self.fence, now=now, key=key)
+            while not plan.is_complete:
+                await self._read(plan.read_some)
+            fork = plan.fork
+            return await self._change(lambda db: forks.build(db, fork, now))
+
+    async def get_session(self, session_id: str, *, now: datetime) -> SessionRecord:
+        return await self._look(lambda db: sessions.visible(db, session_id, now).record)
+
+    async def list_sessions(
+        self,
+        *,
+        limit: int,
+        after: str | None,
+        status: SessionStatus | None,
+        now: datetime,
+        owner: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        bytes_max: int | None = None,
+    ) -> Page[SessionRecord]:
+        position = None if after is None else decode_session_cursor(after)
+        if metadata:
+            listing = sessions.listing_by_metadata(
+                metadata, limit=limit, after=position, status=status, now=now, owner=owner, bytes_max=bytes_max
+            )
+            while listing.page is None:
+                await self._read(listing.read_some)
+            return listing.page
+        return await self._reading.call(
+            lambda db: sessions.list_page(
+                db, limit=limit, after=position, status=status, now=now, owner=owner, bytes_max=bytes_max
+            ),
+            shares=True,
+        )
+
+    async def search_sessions(
+        self,
+        query: str,
+        *,
+        limit: int,
+        after: str | None,
+        status: SessionStatus | None,
+        now: datetime,
+        owner: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        bytes_max: int | None = None,
+    ) -> Page[Match]:
+        cursors = SearchCursors(self.peer_secret)
+        wanted = SearchQuery(
+            cursors=cursors,
+            terms=await in_steps(query_terms(query)),
+            limit=limit,
+            after=None if after is None else cursors.decode(after),
+            status=status,
+            owner=owner,
+            metadata=metadata or {},
+            now=now,
+            bytes_max=bytes_max,
+        )
+        searched = search.Search(wanted)
+        while searched.page is None:
+            await self._read(searched.read_some)
+        return searched.page
+
+    async def count_sessions(self, *, status: SessionStatus | None, now: datetime, owner: str | None = None) -> int:
+        return await self._reading.call(lambda db: sessions.count(db, status, now, owner=owner), shares=True)
+
+    async def update_session(
+        self, session_id: str, patch: SessionPatch, *, now: datetime, revisions: Collection[str] | None = None
+    ) -> SessionRecord:
+        return await self._write(lambda db: sessions.update(db, session_id, patch, self.me, now, revisions=revisions))
+
+    async def keep_title(
+        self,
+        session: SessionRecord,
+        title: str | None,
+        *,
+        usage: Usage | None,
+        now: datetime,
+        source: TitleSource | None = None,
+    ) -> bool:
+        return await self._write(lambda db: sessions.keep_title(db, session, title, usage, now, source=source))
+
+    async def mark_deleted(self, session_id: str, *, now: datetime, revisions: Collection[str] | None = None) -> None:
+        await self._write(lambda db: sessions.mark_deleted(db, session_id, self.me, now, revisions=revisions))
+
+    async def is_marked(self, session_id: str) -> bool:
+        # The writer answers, because a reader does not see a mark that is being committed.
+        return await self._write(lambda db: sessions.is_marked(db, session_id, self.me))
+
+    async def remove_deleted(self, session_id: str) -> None:
+        await self._change(lambda db: sessions.remove_deleted(db, session_id))
+
+    async def delete_expired(self, *, now: datetime, limit: int) -> int:
+        return await self._change(lambda db: sessions.delete_expired(db, now, limit))
+
+    # Idempotency keys
+
+    async def check_key(self, key: IdempotencyKey, *, now: datetime) -> None:
+        await self._write(lambda db: idempotency.check(db, key, now))
+
+    async def forget_keys(self, *, now: datetime, limit: int) -> bool:
+        return await self._write(lambda db: idempotency.forget(db, now, limit))
+
+    # Turns
+
+    async def begin_turn(
+        self,
+        turn: TurnRecord,
+        *,
+        now: datetime,
+        head: str | None | msgspec.UnsetType = msgspec.UNSET,
+        creates: SessionRecord | None = None,
+        path_bytes_max: int | None | msgspec.UnsetType = msgspec.UNSET,
+        key: IdempotencyKey | None = None,
+        branches: bool = False,
+    ) -> BegunTurn:
+        return await self._write(
+            lambda db: turns.begin(
+                db,
+                turn,
+                self.me,
+                now,
+                head=head,
+                creates=creates,
+                path_bytes_max=path_bytes_max,
+                key=key,
+                branches=branches,
+            )
+        )
+
+    async def add_turns(
+        self,
+        added: Sequence[TurnRecord],
+        *,
+        now: datetime,
+        head: str | None | msgspec.UnsetType = msgspec.UNSET,
+        key: IdempotencyKey | None = None,
+    ) -> SessionRecord:
+        terms = [await _terms(turn) for turn in added]
+        write = self._write if len(added) <= ADDED_MAX else self._change
+        return await write(lambda db: additions.add(db, added, self.me, now, terms=terms, head=head, key=key))
+
+    async def delete_turns(self, session_id: str, turn_id: str, *, now: datetime) -> None:
+        await self._change(lambda db: deletions.delete_turns(db, session_id, turn_id, self.me, now))
+
+    async def delete_turn(
+        self, session_id: str, turn_id: str, *, now: datetime, session_revisions: Collection[str] = ()
+    ) -> None:
+        await self._change(
+            lambda db: deletions.delete_turn(db, session_id, turn_id, self.me, now, session_revisions=session_revisions)
+        )
+
+    async def find_item(self, session_id: str, item_id: str, *, now: datetime) -> TurnRecord:
+        found = await self._search_item(session_id, item_id, now)
+        if found.turn is None:
+            raise ItemNotFoundError(item_id)
+        return found.turn
+
+    async def _search_item(self, session_id: str, item_id: str, now: datetime) -> deletions.ItemSearch:
+        searched = deletions.ItemSearch(session_id, item_id, now)
+        while not searched.is_complete:
+            await self._read(searched.read_some)
+        return searched
+
+    async def delete_item(self, session_id: str, item_id: str, *, now: datetime) -> None:
+        is_done = False
+        while not is_done:  # again if the turn has changed meanwhile
+            is_done = await self._delete_item(await self._search_item(session_id, item_id, now), now)
+
+    async def _delete_item(self, found: deletions.ItemSearch, now: datetime) -> bool:
+        terms = () if found.turn is None else await _terms(rules.without_items(found.turn, [found.item_id]))
+        return await self._change(lambda db: deletions.delete_item(db, found, self.me, now, terms=terms))
+
+    async def start_turn(self, turn_id: str, *, now: datetime) -> bool:
+        try:
+            return await self._write_own(lambda db: turns.start(db, turn_id, self.me, now))
+        except FenceLostError:
+            return False
+
+    async def checkpoint_turns(self, checkpoints: Sequence[Checkpoint]) -> Collection[str]:
+        try:
+            return await self._write_own(lambda db: segments.keep(db, checkpoints, self.me))
+        except FenceLostError:
+            return {it.turn_id for it in checkpoints}
+
+    async def end_turn(
+        self,
+        turn: TurnRecord,
+        *,
+        runs: Sequence[Run],
+        now: datetime,
+        after: int = 0,  # noqa: ARG002  an end has all events, wherever the checkpoints were
+    ) -> EndResult:
+        terms = () if turn.ephemeral else await _terms(turn)
+        try:
+            return await self._write_own(lambda db: turns.end(db, turn, runs, self.me, now, terms=terms))
+        except FenceLostError:
+            kept = await self._read(lambda db: turns.find(db, turn.session_id, turn.id))
+            return rules.result_of_late_end(kept, turn)
+
+    async def get_turn(self, session_id: str, turn_id: str, *, now: datetime, with_texts: bool = True) -> TurnRecord:
+        return await self._looking.call(lambda db: turns.get(db, session_id, turn_id, now, with_texts=with_texts))
+
+    async def find_session_of(self, turn_id: str) -> str | None:
+        return await self._look(lambda db: turns.find_session_of(db, turn_id))
+
+    async def list_turns(
+        self,
+        session_id: str,
+        *,
+        limit: int,
+        after: str | None,
+        now: datetime,
+        bytes_max: int | None = None,
+        parent: str | None | msgspec.UnsetType = msgspec.UNSET,
+    ) -> Page[TurnRecord]:
+        position = None if after is None else decode_turn_cursor(after)
+        return await self._read(
+            lambda db: turns.list_page(
+                db, session_id, limit=limit, after=position, now=now, bytes_max=bytes_max, parent=parent
+            )
+        )
+
+    async def list_tree(self, session_id: str, *, limit: int, after: str | None, now: datetime) -> Page[TreeNode]:
+        position = None if after is None else decode_turn_cursor(after)
+        return await self._read(lambda db: trees.list_page(db, session_id, limit=limit, after=position, now=now))
+
+    async def find_places(self, session_id: str, turn_ids: Collection[str]) -> Places:
+        return await self._looking.call(lambda db: trees.find_places(db, session_id, turn_ids))
+
+    async def read_path(self, session_id: str, turn_id: str, *, bytes_max: int | None) -> Sequence[TurnRecord]:
+        thread = self._reading if bytes_max is None else self._looking
+        return await thread.call(lambda db: paths.read(db, session_id, turn_id, bytes_max=bytes_max))
+
+    async def measure_path(self, session_id: str, turn_id: str) -> LeftOut:
+        return await self._read(lambda db: paths.measure(db, session_id, turn_id))
+
+    async def list_path(
+        self, session_id: str, turn_id: str, *, limit: int, first: str | None, bytes_max: int | None = None
+    ) -> Sequence[TurnRecord]:
+        return await self._read(
+            lambda db: paths.list_page(db, session_id, turn_id, limit=limit, first=first, bytes_max=bytes_max)
+        )
+
+    async def read_events(
+        self, session_id: str, turn_id: str, *, after: int = 0, length_max: int = PAGE_LENGTH_MAX
+    ) -> EventsPage:
+        return await self._read(
+            lambda db: event_pages.read(db, session_id, turn_id, after=after, length_max=length_max)
+        )
+
+    # Owners
+
+    async def find_owner(self, session_id: str) -> Owner | None:
+        return await self._look(lambda db: owners.find_owner(db, session_id, besides=self.fence))
+
+    async def recover(self, *, now: datetime, after_step: Callable[[], None] | None = None) -> int:
+        recovered, finished = 0, False
+        while not finished:
+            ended, finished = await self._change(lambda db: recovery.recover_some(db, now))
+            recovered += ended
+            if after_step is not None:
+                after_step()
+        return recovered
+
+    async def aclose(self) -> None:
+        # The writer leaves last: what the others have in flight is over by then.
+        for thread in (self._beating, self._looking, self._reading, self._changing, self._writing):
+            await thread.close()
+
+
+async def _terms(turn: TurnRecord) -> Collection[str]:
+    """The terms of an ended turn, cut in steps: in the writer's thread a long reply would hold up other writes."""
+    return await in_steps(document_terms(searched_texts(turn)))

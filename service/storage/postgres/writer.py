@@ -1,0 +1,210 @@
+"""A thread that writes: each step is a transaction, and steps on turns of this owner share one.
+
+A step may run several times: its transaction is repeated after a deadlock, and after a connection that was lost before
+the commit. So a step changes nothing but the database.
+"""
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import psycopg
+
+from service.errors import StoreError
+from service.storage.postgres.connections import (
+    ATTEMPTS_MAX,
+    Db,
+    Line,
+    OutcomeUnknownError,
+    ends_connection,
+    is_repeatable,
+)
+from service.storage.postgres.faults import Faults
+from service.storage.postgres.owners import EpochPassedError, Ownership
+from service.storage.sql_thread import Step
+
+T = TypeVar("T")
+
+_SHARED_MAX = 64
+"""The most steps that share a transaction."""
+_PAUSE_S = 0.005
+"""The first pause before a step is repeated; the pauses grow."""
+
+Steps = Sequence[Step[Db, Any]]
+
+
+class GivenUpError(Exception):
+    """The caller of a step left before the commit."""
+
+
+class Writer:
+    """Runs steps that write, for :class:`~service.storage.sql_thread.SqlThread`.
+
+    Args:
+        line: The thread's connection.
+        opens: Called at the start, in the thread; raises a StartupError.
+        is_left: Whether a step is given up when its caller leaves, up to its commit: for long steps, which run beside
+            the other writes.
+
+    Attributes:
+        commits: How many transactions were committed.
+        steps: How many steps they held.
+    """
+
+    def __init__(
+        self,
+        line: Line,
+        ownership: Ownership,
+        faults: Faults,
+        *,
+        opens: Callable[[], None] | None = None,
+        closes: Callable[[], None] | None = None,
+        is_left: bool = False,
+        statement_timeout_s: float = 10,
+    ) -> None:
+        self.commits = 0
+        self.steps = 0
+        self._line = line
+        self._ownership = ownership
+        self._faults = faults
+        self._opens = opens
+        self._closes = closes
+        self._is_left = is_left
+        self._statement_timeout_s = statement_timeout_s
+        self._running: Step[Db, Any] | None = None
+
+    def open(self) -> None:
+        """Raises: StartupError."""
+        if self._opens is not None:
+            self._opens()
+
+    def run(self, arriving: Iterator[Step[Db, Any]]) -> Iterator[Steps]:
+        """Run the waiting steps, in their order."""
+        shared: list[Step[Db, Any]] = []
+        for step in arriving:
+            if step.shares:
+                shared.append(step)
+                if len(shared) < _SHARED_MAX:
+                    continue
+            if shared:
+                yield self._run_together(shared)
+                shared = []
+            if not step.shares:
+                self._run_alone(step)
+                yield (step,)
+        if shared:
+            yield self._run_together(shared)
+
+    def run_housekeeping(self, *, idle: bool) -> None:  # noqa: ARG002
+        return None
+
+    def cancel(self, step: Step[Db, Any]) -> None:
+        """Cancel the statement of a step whose caller has left. Called in another thread."""
+        db = self._line.current
+        if db is not None and self._running is step:
+            db.cancel()
+
+    def close(self) -> None:
+        if self._closes is not None:
+            self._closes()
+        self._line.drop()
+
+    def _run_together(self, steps: list[Step[Db, Any]]) -> Steps:
+        """Run steps in one transaction. If it fails, each runs in its own, so that only the faulty ones fail."""
+        if len(steps) == 1:
+            self._run_alone(steps[0])
+            return steps
+
+        def run_all(db: Db) -> None:
+            for step in steps:
+                step.run(db)
+
+        try:
+            self._transact(run_all, steps=len(steps))
+        except Exception as error:  # noqa: BLE001  each step meets its own error
+            if isinstance(error, StoreError):  # the fault is the same for all steps
+                for step in steps:
+                    step.error = error
+            else:
+                for step in steps:
+                    self._run_alone(step)
+        return steps
+
+    def _run_alone(self, step: Step[Db, Any]) -> None:
+        self._running = step
+        try:
+            self._transact(step.run, step if self._is_left else None)
+        except Exception as error:  # noqa: BLE001  the caller gets the error
+            step.error = self._faults.translate(error) if isinstance(error, psycopg.Error) else error
+        finally:
+            self._running = None
+
+    def _transact(self, call: Callable[[Db], T], step: Step[Db, Any] | None = None, *, steps: int = 1) -> T:
+        """Make a call in a transaction; again if others were in its way.
+
+        Args:
+            step: The step whose caller may leave.
+        """
+        for attempt in range(ATTEMPTS_MAX):
+            db = self._line.open()
+            try:
+                result = self._try(db, call, step)
+            except EpochPassedError:
+                self._ownership.renew(db, always=attempt > 0)
+            except psycopg.Error as error:
+                if ends_connection(error):
+                    db.close()
+                if attempt == ATTEMPTS_MAX - 1 or not (is_repeatable(error) or (db.is_lost and attempt == 0)):
+                    raise
+                if not db.is_lost:
+                    time.sleep(_PAUSE_S * 2**attempt * random.uniform(0.5, 1))  # noqa: S311  it spreads attempts
+            else:
+                self.commits += 1
+                self.steps += steps
+                return result
+        raise StoreError("The store failed: many wanted to change the same at once.")
+
+    def _try(self, db: Db, call: Callable[[Db], T], step: Step[Db, Any] | None) -> T:
+        """Make a call in a transaction, once.
+
+        Raises:
+            psycopg.Error: Nothing has happened.
+            StoreError: The outcome is unknown.
+        """
+        with self._ownership.committing:  # wait for a commit that is in flight
+            self._ownership.renew(db)
+        db.begin(self._ownership.opening(statement_timeout_s=self._statement_timeout_s))
+        try:
+            result = call(db)
+        except BaseException:
+            db.roll_back()
+            raise
+        self._commit(db, step)
+        return result
+
+    def _commit(self, db: Db, step: Step[Db, Any] | None) -> None:
+        if not db.is_open:
+            db.begin(None)
+            return
+        if step is None:
+            self._commit_now(db)
+            return
+        with self._ownership.committing:
+            if not step.claim_commit():
+                db.roll_back()
+                raise GivenUpError
+            self._commit_now(db)
+
+    def _commit_now(self, db: Db) -> None:
+        try:
+            db.commit()
+        except OutcomeUnknownError as error:
+            raise StoreError("The store failed: a standby that must have each write did not answer.") from error
+        except psycopg.Error as error:
+            if ends_connection(error):
+                db.close()
+            if not db.is_lost:
+                raise
+            self._ownership.doubt()
+            raise self._faults.translate(error) from error

@@ -1,0 +1,243 @@
+"""A pytest plugin: a PostgreSQL server for the tests that need one, one for each worker, which ends with the run.
+
+A test needs it that has the parameter ``postgres`` or asks for the fixture ``postgres``. Without the programs of a
+server these tests are skipped; in CI they fail.
+"""
+
+import ctypes
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    import psycopg
+
+NAME = "postgres"
+START_S = 60
+"""Bound on the start of a server, on a loaded machine."""
+PASSWORD = "open-sesame"
+"""Of the user ``guarded``, whom the server asks for it."""
+
+_USES_MAX = 50
+"""So often a schema is emptied and used again. What was deleted stays in its indexes until it is vacuumed."""
+_MEMORY_DISK = "/dev/shm" if Path("/dev/shm").is_dir() else None
+_SETTINGS = {
+    "listen_addresses": "",
+    "max_connections": "400",
+    "shared_buffers": "64MB",
+    # Behaviour is tested, not what a power failure leaves.
+    "fsync": "off",
+    "full_page_writes": "off",
+    "synchronous_commit": "off",
+    "wal_level": "minimal",
+    "max_wal_senders": "0",
+    "autovacuum": "off",
+    "jit": "off",
+    "checkpoint_timeout": "1h",
+    "max_wal_size": "4GB",
+}
+_HBA = "local all guarded scram-sha-256\nlocal all all trust\n"
+
+
+class PostgresServer:
+    """A running server.
+
+    Attributes:
+        directory: The folder of its socket.
+        url: A database of it, for the user who may do everything.
+    """
+
+    def __init__(self, directory: Path, process: "subprocess.Popen[bytes]") -> None:
+        self.directory = directory
+        self.process = process
+        self.url = self.url_of("lastcall")
+        self._connection: psycopg.Connection[Any] | None = None
+        self._numbers = count()
+        self._empty: list[tuple[str, int]] = []
+
+    def url_of(self, user: str, database: str = "postgres") -> str:
+        return f"postgresql://{user}@/{database}?host={self.directory}"
+
+    def connect(self) -> None:
+        import psycopg
+
+        self._connection = psycopg.connect(self.url, autocommit=True)
+
+    def run(self, *statements: str) -> list[tuple[Any, ...]]:
+        """Run statements. Returns the rows of the last one."""
+        assert self._connection is not None
+        cursors = [self._connection.execute(statement.encode()) for statement in statements]
+        return cursors[-1].fetchall() if cursors[-1].description else []
+
+    @contextmanager
+    def new_schema(self) -> Iterator[str]:
+        """The name of a schema that does not exist; dropped afterwards."""
+        schema = f"store_{next(self._numbers)}"
+        try:
+            yield schema
+        finally:
+            self.drop(schema)
+
+    @contextmanager
+    def empty_schema(self) -> Iterator[str]:
+        """The name of a schema that is empty or does not exist yet, emptied afterwards: to make tables takes long."""
+        schema, uses = self._empty.pop() if self._empty else (f"store_{next(self._numbers)}", 0)
+        try:
+            yield schema
+            self._clear(schema)
+        except BaseException:
+            self.drop(schema)
+            raise
+        if uses < _USES_MAX:
+            self._empty.append((schema, uses + 1))
+        else:
+            self.drop(schema)
+
+    def cut_connections(self) -> None:
+        """Cut the connections of all stores, as a restart of the server does."""
+        self.run("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
+
+    def drop(self, schema: str) -> None:
+        self.run("SET client_min_messages = warning", f"DROP SCHEMA IF EXISTS {schema} CASCADE")
+
+    def _clear(self, schema: str) -> None:
+        tables = self.run(f"SELECT tablename FROM pg_tables WHERE schemaname = '{schema}' AND tablename <> 'store'")
+        new_secret = f"UPDATE {schema}.store SET secret = sha256(random()::text::bytea)"
+        self.run("; ".join([new_secret, *(f"DELETE FROM {schema}.{table}" for (table,) in tables)]))
+
+    def stop(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        self.process.send_signal(signal.SIGINT)  # a fast shutdown
+        try:
+            self.process.wait(START_S)
+        finally:
+            self.process.kill()
+            self.process.wait()
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+
+_SERVER = pytest.StashKey[PostgresServer]()
+
+
+def binaries() -> Path | None:
+    """The directory of a server's programs; None if there is none on this machine."""
+    found = [Path(shutil.which("initdb") or "/never").resolve().parent]
+    found += sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=_version, reverse=True)
+    return next((it for it in found if all((it / name).exists() for name in ("initdb", "postgres"))), None)
+
+
+def _version(directory: Path) -> float:
+    try:
+        return float(directory.parent.name)
+    except ValueError:
+        return 0
+
+
+def start_server(programs: Path) -> PostgresServer:
+    """Start a server in a new folder."""
+    directory = Path(tempfile.mkdtemp(prefix="lastcall-pg-", dir=_MEMORY_DISK))
+    user = None
+    if os.geteuid() == 0:  # a server refuses to run as root
+        nobody = pwd.getpwnam("nobody")
+        os.chown(directory, nobody.pw_uid, nobody.pw_gid)
+        user = nobody.pw_uid
+    data = directory / "data"
+    try:
+        subprocess.run(
+            [programs / "initdb", "-D", data, "-U", "lastcall", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync"],
+            check=True,
+            capture_output=True,
+            user=user,
+            cwd=directory,
+        )
+        (data / "pg_hba.conf").write_text(_HBA)
+        options = [option for name, value in _SETTINGS.items() for option in ("-c", f"{name}={value}")]
+        process = subprocess.Popen(
+            [programs / "postgres", "-D", data, "-k", directory, *options],
+            user=user,
+            cwd=directory,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # the signal of Ctrl-C is for pytest, which stops the server
+            preexec_fn=_die_with_parent,  # noqa: PLW1509  no other thread runs yet
+        )
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+    server = PostgresServer(directory, process)
+    try:
+        _wait_for(server)
+        server.run(f"CREATE ROLE guarded LOGIN PASSWORD '{PASSWORD}'", "CREATE ROLE mortal LOGIN")
+    except BaseException:
+        server.stop()
+        raise
+    return server
+
+
+def _die_with_parent() -> None:
+    """Let a process end when its parent does, however that ends (prctl(2), ``PR_SET_PDEATHSIG``)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGQUIT)
+
+
+def _wait_for(server: PostgresServer) -> None:
+    import psycopg
+
+    deadline = time.monotonic() + START_S
+    while True:
+        try:
+            server.connect()
+            return
+        except psycopg.OperationalError:
+            if server.process.poll() is not None or time.monotonic() >= deadline:
+                raise
+            time.sleep(0.02)
+
+
+def _needs_server(item: pytest.Item) -> bool:
+    call = getattr(item, "callspec", None)
+    values: Iterable[object] = () if call is None else call.params.values()
+    return NAME in getattr(item, "fixturenames", ()) or NAME in values
+
+
+@pytest.hookimpl(tryfirst=True)  # before the fixtures of the test, which look for what it leaves behind
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if not _needs_server(item) or _SERVER in item.config.stash:
+        return
+    programs = binaries()
+    if programs is None:
+        words = "there is no PostgreSQL server: install the package postgresql to run the tests of this store"
+        if "CI" in os.environ:
+            pytest.fail(words, pytrace=False)
+        pytest.skip(words)
+    item.config.stash[_SERVER] = start_server(programs)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    server = config.stash.get(_SERVER, None)
+    if server is not None:
+        del config.stash[_SERVER]
+        server.stop()
+
+
+@pytest.fixture
+def postgres(request: pytest.FixtureRequest) -> PostgresServer:
+    """The server of this worker."""
+    return request.config.stash[_SERVER]
+
+
+def running(config: pytest.Config) -> PostgresServer:
+    """The server of this worker, for a test with the parameter ``postgres``."""
+    return config.stash[_SERVER]

@@ -1,0 +1,262 @@
+"""Connections that are lost, and servers that are away: nothing of a lost step happens after the next write."""
+
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+
+import psycopg
+import pytest
+import trio
+import trio.testing
+
+from service.errors import StoreError
+from service.storage.postgres import PostgresStore, connections, open_postgres_store, sessions
+from service.storage.postgres.connections import Db
+from service.storage.records import EndResult, SessionPatch
+from tests.postgres_server import PostgresServer
+from tests.storage.postgres.proxy import Proxy, open_proxy
+from tests.storage.rows import T0, a_session, a_turn, at, ended, said
+from tests.storage.test_store_owners import a_checkpoint
+
+
+@pytest.fixture
+async def proxy(postgres: PostgresServer) -> AsyncIterator[Proxy]:
+    async with open_proxy(postgres) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def store(
+    postgres: PostgresServer, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[PostgresStore]:
+    """A store whose connections go by way of the proxy, with a session."""
+    monkeypatch.setattr(connections, "BACKOFF_S", 0)
+    with postgres.empty_schema() as schema:
+        async with open_postgres_store(proxy.url, schema_name=schema) as opened:
+            await opened.create_session(a_session(), now=T0)
+            yield opened
+
+
+async def _title(store: PostgresStore, title: str) -> None:
+    await store.update_session("s", SessionPatch(title=title), now=T0)
+
+
+async def test_a_connection_that_was_lost_between_two_steps_is_made_anew(
+    store: PostgresStore, postgres: PostgresServer, proxy: Proxy
+) -> None:
+    losses: list[Callable[[], Awaitable[None]]] = [
+        partial(trio.to_thread.run_sync, postgres.cut_connections),
+        proxy.cut,
+    ]
+    for lose in losses:
+        await _title(store, "a")
+        await store.list_turns("s", limit=1, after=None, now=T0)
+        await lose()
+        await _title(store, "b")
+        assert (await store.get_session("s", now=T0)).title == "b"
+        assert (await store.list_turns("s", limit=1, after=None, now=T0)).data == ()
+        await store.delete_expired(now=T0, limit=1)
+
+
+async def test_while_the_server_is_away_calls_fail_and_then_go_on(store: PostgresStore, proxy: Proxy) -> None:
+    await store.begin_turn(a_turn(), now=T0)
+    proxy.is_away = True
+    await proxy.cut()
+    calls: list[Callable[[], object]] = [
+        partial(_title, store, "never"),
+        partial(store.get_session, "s", now=T0),
+        partial(store.count_sessions, status=None, now=T0),
+        partial(store.delete_expired, now=T0, limit=1),
+        partial(store.checkpoint_turns, [a_checkpoint("t", "Hel")]),
+        store.beat,
+    ]
+    for call in calls:
+        with pytest.raises(StoreError, match="the database does not answer") as refused:
+            await call()  # type: ignore[misc]
+        assert refused.value.retry_after_s == 1
+    proxy.is_away = False
+    assert (await store.get_session("s", now=T0)).title is None
+    assert await store.checkpoint_turns([a_checkpoint("t", "Hel")]) == []
+    assert await store.end_turn(ended(a_turn()), runs=said("Hi"), now=T0) is EndResult.KEPT
+
+
+async def test_nobody_is_taken_over_because_the_server_was_away(
+    store: PostgresStore, proxy: Proxy, postgres: PostgresServer
+) -> None:
+    now_s = 0.0
+    schema = store._schema
+    async with open_postgres_store(proxy.url, schema_name=schema, monotonic=lambda: now_s) as other:
+        await store.begin_turn(a_turn(), now=T0)
+        await other.beat()
+        proxy.is_away = True
+        await proxy.cut()
+        for _ in range(20):
+            now_s += 1
+            with pytest.raises(StoreError):
+                await other.beat()
+        proxy.is_away = False
+        for _ in range(3):
+            now_s += 1
+            assert await other.beat() == 0
+        assert await other.recover(now=at(1)) == 0
+    assert await store.end_turn(ended(a_turn()), runs=said("Hi"), now=T0) is EndResult.KEPT
+
+
+async def test_a_commit_of_unknown_outcome_happens_before_the_next_write_or_never(
+    store: PostgresStore, proxy: Proxy, postgres: PostgresServer
+) -> None:
+    proxy.hold(b"COMMIT\0")
+    with trio.fail_after(30):
+        with pytest.raises(StoreError, match="the database does not answer"):
+            await _title(store, "held")
+        async with trio.open_nursery() as nursery:
+            done = trio.Event()
+
+            async def write_next() -> None:
+                await _title(store, "next")
+                done.set()
+
+            nursery.start_soon(write_next)
+            # The commit has not reached the server yet. The next write waits for what becomes of it.
+            while not postgres.run("SELECT 1 FROM pg_locks WHERE NOT granted"):  # noqa: ASYNC110  no event tells it
+                await trio.sleep(0.01)
+            assert not done.is_set()
+            assert (await store.get_session("s", now=T0)).title is None
+            proxy.released.set()
+            await done.wait()
+    assert (await store.get_session("s", now=T0)).title == "next"
+    assert store.me.epoch == 1
+
+
+async def test_a_commit_that_never_arrives_is_no_hindrance_for_long(store: PostgresStore, proxy: Proxy) -> None:
+    proxy.hold(b"COMMIT\0")
+    with pytest.raises(StoreError):
+        await _title(store, "held")
+    # As the server does with a connection that is idle within its transaction, after some seconds.
+    await proxy.cut()
+    await _title(store, "next")
+    proxy.released.set()
+    await trio.testing.wait_all_tasks_blocked()
+    assert (await store.get_session("s", now=T0)).title == "next"
+
+
+async def test_a_long_change_whose_caller_left_is_given_up(store: PostgresStore, postgres: PostgresServer) -> None:
+    begun = threading.Event()
+
+    def change(db: Db) -> None:
+        sessions.update(db, "s", SessionPatch(title="late"), store.me, T0)
+        begun.set()
+        db.execute("SELECT pg_sleep(60)")
+
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(store._change, change)
+            await trio.to_thread.run_sync(begun.wait)
+            nursery.cancel_scope.cancel()
+        await _title(store, "next")  # the statement was cancelled, so it holds no lock for a minute
+        await store._change(lambda _: None)
+    assert (await store.get_session("s", now=T0)).title == "next"
+
+
+async def test_a_long_change_whose_caller_left_after_its_last_statement_is_given_up(store: PostgresStore) -> None:
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def change(db: Db) -> None:
+        sessions.update(db, "s", SessionPatch(title="late"), store.me, T0)
+        begun.set()
+        assert goes_on.wait(20)
+
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(store._change, change)
+            await trio.to_thread.run_sync(begun.wait)
+            nursery.cancel_scope.cancel()
+        goes_on.set()
+        await store._change(lambda _: None)
+    assert (await store.get_session("s", now=T0)).title is None
+
+
+async def test_a_step_that_meets_a_deadlock_is_done_again(store: PostgresStore) -> None:
+    attempts = 0
+
+    def write(db: Db) -> str:
+        nonlocal attempts
+        attempts += 1
+        sessions.update(db, "s", SessionPatch(title=f"attempt {attempts}"), store.me, T0)
+        if attempts < 3:
+            raise psycopg.errors.DeadlockDetected
+        return "done"
+
+    assert await store._write(write) == "done"
+    assert (await store.get_session("s", now=T0)).title == "attempt 3"
+
+
+async def test_a_step_that_is_always_in_others_way_fails_in_the_end(
+    store: PostgresStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(db: Db) -> None:
+        db.execute("SELECT 1")
+        raise psycopg.errors.SerializationFailure
+
+    with pytest.raises(StoreError, match="many wanted to change the same at once"):
+        await store._write(write)
+    await _title(store, "next")
+
+
+async def test_of_steps_that_share_a_transaction_only_the_faulty_one_fails(store: PostgresStore) -> None:
+    hangs, goes_on = threading.Event(), threading.Event()
+
+    def hang(_: Db) -> None:
+        hangs.set()
+        assert goes_on.wait(20)
+
+    def fail(db: Db) -> None:
+        db.execute("SELECT 1 / 0")
+
+    await store.begin_turn(a_turn(state="queued"), now=T0)
+    failed: list[StoreError] = []
+
+    async def call_faulty() -> None:
+        try:
+            await store._write_own(fail)
+        except StoreError as error:
+            failed.append(error)
+
+    before = store.writer.commits
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(store._write, hang)
+            await trio.to_thread.run_sync(hangs.wait)
+            for call in (
+                partial(store.start_turn, "t", now=at(1)),
+                call_faulty,
+                partial(store.start_turn, "t", now=at(2)),
+            ):
+                nursery.start_soon(call)
+                await trio.testing.wait_all_tasks_blocked()
+            goes_on.set()
+    assert len(failed) == 1
+    assert (await store.get_turn("s", "t", now=T0)).started_at == at(1)
+    assert store.writer.commits - before >= 3
+
+
+async def test_steps_on_own_turns_share_a_commit(store: PostgresStore) -> None:
+    hangs, goes_on = threading.Event(), threading.Event()
+
+    def hang(_: Db) -> None:
+        hangs.set()
+        assert goes_on.wait(20)
+
+    for n in range(10):
+        await store.begin_turn(a_turn(f"t{n}", state="queued"), now=T0)
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(store._write, hang)
+            await trio.to_thread.run_sync(hangs.wait)
+            for n in range(10):
+                nursery.start_soon(partial(store.start_turn, f"t{n}", now=at(1)))
+            await trio.testing.wait_all_tasks_blocked()
+            before = store.writer.commits
+            goes_on.set()
+    assert store.writer.commits - before <= 2, "that of the step before, and one for all"
+    assert (await store.get_turn("s", "t9", now=T0)).state == "running"

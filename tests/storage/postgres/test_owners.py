@@ -1,0 +1,163 @@
+"""Owners on PostgreSQL: beats and leases, by a clock that the tests move."""
+
+import threading
+from collections.abc import AsyncIterator
+from functools import partial
+
+import anyio
+import anyio.from_thread
+import anyio.lowlevel
+import pytest
+import trio
+from structlog.testing import capture_logs
+
+from service.errors import OwnedElsewhereError, StoreError
+from service.storage.postgres import PostgresStore, beats, open_postgres_store
+from service.storage.postgres.connections import Db
+from service.storage.postgres.owners import LEASE_S
+from service.storage.records import EndResult
+from tests.postgres_server import PostgresServer
+from tests.storage.rows import T0, a_session, a_turn, at, ended, said
+from tests.storage.test_store_owners import a_checkpoint
+
+
+class Clock:
+    """A monotonic clock that a test moves."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class Owners:
+    """Two owners of one store, which beat when the test says so."""
+
+    def __init__(self, here: PostgresStore, there: PostgresStore, clock: Clock) -> None:
+        self.here = here
+        self.there = there
+        self._clock = clock
+
+    async def pass_time(self, seconds: int, *, step_s: float = 1) -> int:
+        """Let time pass in steps, with a beat of the owner here after each. Returns how many it took for dead."""
+        taken = 0
+        for _ in range(round(seconds / step_s)):
+            self._clock.now_s += step_s
+            taken += await self.here.beat()
+        return taken
+
+
+@pytest.fixture
+async def two(postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Owners]:
+    monkeypatch.setattr(beats, "BEAT_S", 3600)
+    clock = Clock()
+    with postgres.empty_schema() as schema:
+        opened = partial(open_postgres_store, postgres.url, schema_name=schema, monotonic=clock)
+        async with opened() as here, opened() as there:
+            await there.create_session(a_session(), now=T0)
+            await there.begin_turn(a_turn(), now=T0)
+            await here.beat()
+            yield Owners(here, there, clock)
+
+
+async def _state_of(store: PostgresStore) -> str:
+    return (await store.get_turn("s", "t", now=at(1))).state
+
+
+async def test_an_owner_whose_beats_stand_still_for_a_lease_is_dead(two: Owners) -> None:
+    assert await two.pass_time(LEASE_S - 1) == 0
+    assert await two.here.recover(now=at(1)) == 0
+    with pytest.raises(OwnedElsewhereError):
+        await two.here.begin_turn(a_turn("t2"), now=at(1))
+    assert await two.pass_time(1) == 1
+    assert await two.here.recover(now=at(1)) == 1
+    assert await _state_of(two.here) == "interrupted"
+
+
+async def test_an_owner_that_was_taken_for_dead_writes_nothing_more(two: Owners) -> None:
+    await two.pass_time(LEASE_S)
+    assert await _state_of(two.here) == "running"
+    with capture_logs() as log:
+        # Before the recovery, too: the turn is still open, and in its name.
+        assert await two.there.end_turn(ended(a_turn()), runs=said("Hi"), now=at(1)) is EndResult.LOST
+    assert set(await two.there.checkpoint_turns([a_checkpoint("t", "Hel")])) == {"t"}
+    assert not await two.there.start_turn("t", now=at(1))
+    with capture_logs() as further:
+        with pytest.raises(StoreError, match="restart it") as refused:
+            await two.there.create_session(a_session("new"), now=at(1))
+        assert refused.value.retry_after_s is None
+    assert [line["fence"] for line in (*log, *further)] == [two.there.fence], "it is logged once"
+    assert await two.here.recover(now=at(1)) == 1
+    assert await two.there.end_turn(ended(a_turn()), runs=said("Hi"), now=at(1)) is EndResult.LOST
+    assert await two.there.count_sessions(status=None, now=at(1)) == 1, "it reads on"
+
+
+async def test_an_owner_learns_at_its_next_beat_that_it_was_taken_for_dead(two: Owners) -> None:
+    await two.pass_time(LEASE_S)
+    assert not two.there.ownership.is_lost
+    await two.there.beat()
+    assert two.there.ownership.is_lost
+
+
+async def test_a_beat_within_each_lease_keeps_an_owner_alive(two: Owners) -> None:
+    for _ in range(4):
+        assert await two.pass_time(LEASE_S - 1) == 0
+        await two.there.beat()
+    assert await two.there.end_turn(ended(a_turn()), runs=said("Hi"), now=at(1)) is EndResult.KEPT
+
+
+async def test_an_observer_that_was_held_up_begins_the_leases_anew(two: Owners) -> None:
+    await two.pass_time(LEASE_S - 1)
+    assert await two.pass_time(100, step_s=100) == 0, "it was away itself, and has seen nothing meanwhile"
+    assert await two.pass_time(LEASE_S - 1) == 0
+    assert await two.pass_time(1) == 1
+
+
+async def test_an_observer_whose_look_failed_begins_the_leases_anew(two: Owners, postgres: PostgresServer) -> None:
+    await two.pass_time(LEASE_S - 1)
+    postgres.cut_connections()
+    with pytest.raises(StoreError):
+        await two.here.beat()
+    assert await two.pass_time(LEASE_S) == 0
+    assert await two.pass_time(1) == 1
+
+
+async def test_an_owner_is_not_taken_over_while_a_write_of_it_is_in_flight(two: Owners) -> None:
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def write(db: Db) -> None:
+        db.execute("SELECT 1")
+        begun.set()
+        assert goes_on.wait(20)
+
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(two.there._write, write)
+            await trio.to_thread.run_sync(begun.wait)
+            try:
+                assert await two.pass_time(LEASE_S + 1) == 0, "the beats of the one that looks do not wait"
+            finally:
+                goes_on.set()
+    assert await two.pass_time(1) == 1
+
+
+async def test_a_long_write_holds_up_no_beat_of_its_owner(two: Owners) -> None:
+    def write(db: Db) -> None:
+        db.execute("SELECT 1")
+        anyio.from_thread.run(two.there.beat, token=token)
+
+    token = anyio.lowlevel.current_token()
+    with trio.fail_after(20):
+        await two.there._write(write)
+
+
+async def test_an_owner_that_leaves_is_dead_at_once(postgres: PostgresServer) -> None:
+    with postgres.empty_schema() as schema:
+        async with open_postgres_store(postgres.url, schema_name=schema) as here:
+            async with open_postgres_store(postgres.url, schema_name=schema) as there:
+                await there.create_session(a_session(), now=T0)
+                await there.begin_turn(a_turn(), now=T0)
+            assert await here.recover(now=at(1)) == 1
+            assert postgres.run(f"SELECT fence FROM {schema}.owners") == [(here.fence,)]
+            assert postgres.run(f"SELECT fence FROM {schema}.beats") == [(here.fence,)]

@@ -1,0 +1,162 @@
+"""The start of a PostgreSQL store: the tables are made once, and what stands against it is said in words."""
+
+import sys
+
+import pytest
+import trio
+
+from service.errors import StartupError
+from service.settings import Settings
+from service.storage.postgres import open_postgres_store, schema
+from service.supervisor import open_service
+from tests.postgres_server import PASSWORD, PostgresServer
+from tests.storage.rows import T0, a_session
+
+
+async def _open_once(url: str, *, schema_name: str = "never") -> None:
+    async with open_postgres_store(url, schema_name=schema_name):
+        pass
+
+
+async def _refusal(url: str, *, schema_name: str = "never") -> str:
+    """What the store says that cannot be opened."""
+    with pytest.raises(StartupError) as refused:
+        await _open_once(url, schema_name=schema_name)
+    return str(refused.value)
+
+
+async def test_of_stores_that_start_at_once_one_makes_the_tables(postgres: PostgresServer) -> None:
+    secrets: set[bytes] = set()
+    fences: set[int] = set()
+
+    async def open_one(schema_name: str) -> None:
+        async with open_postgres_store(postgres.url, schema_name=schema_name) as store:
+            secrets.add(store.peer_secret)
+            fences.add(store.fence)
+
+    with postgres.new_schema() as name, trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(open_one, name)
+        assert postgres.run(f"SELECT count(*) FROM {name}.store") == [(1,)]
+    assert len(secrets) == 1
+    assert len(fences) == 5
+
+
+async def test_what_is_kept_is_there_after_a_new_start_and_apart_from_another_schema(postgres: PostgresServer) -> None:
+    with postgres.new_schema() as name, postgres.new_schema() as other:
+        async with open_postgres_store(postgres.url, schema_name=name) as store:
+            await store.create_session(a_session(), now=T0)
+        async with (
+            open_postgres_store(postgres.url, schema_name=name) as store,
+            open_postgres_store(postgres.url, schema_name=other) as empty,
+        ):
+            assert await store.get_session("s", now=T0) == a_session()
+            assert await empty.count_sessions(status=None, now=T0) == 0
+
+
+async def test_a_user_who_may_make_no_schema_uses_one_that_was_made_for_it(postgres: PostgresServer) -> None:
+    url = postgres.url_of("mortal")
+    with postgres.new_schema() as name:
+        assert "let it create a schema, or make the schema for it" in await _refusal(url, schema_name=name)
+        postgres.run(f"CREATE SCHEMA {name} AUTHORIZATION mortal")
+        await _open_once(url, schema_name=name)
+
+
+async def test_the_password_is_asked_for_and_told_to_nobody(postgres: PostgresServer) -> None:
+    with postgres.new_schema() as name:
+        postgres.run(f"CREATE SCHEMA {name} AUTHORIZATION guarded")
+        right = postgres.url_of(f"guarded:{PASSWORD}")
+        async with open_postgres_store(right, schema_name=name) as store:
+            assert PASSWORD not in store.name
+            assert "guarded:********@" in store.name
+    wrong = "open-barley"
+    refusal = await _refusal(postgres.url_of(f"guarded:{wrong}"))
+    assert "refuses the user or the password" in refusal
+    assert wrong not in refusal
+
+
+async def test_an_open_store_and_its_settings_show_no_password(postgres: PostgresServer) -> None:
+    with postgres.new_schema() as name:
+        postgres.run(f"CREATE SCHEMA {name} AUTHORIZATION guarded")
+        settings = Settings(store_url=postgres.url_of(f"guarded:{PASSWORD}"), store_schema=name)
+        async with open_service(settings) as service:
+            assert PASSWORD not in f"{service} {service.store.name} {service.store!r}"
+
+
+@pytest.mark.parametrize(
+    ("user", "database", "words"),
+    [
+        ("stranger", "postgres", "there is no such user or database"),
+        ("lastcall", "nowhere", "there is no such user or database"),
+        ("guarded", "postgres", "asks for a password"),
+    ],
+)
+async def test_a_user_or_a_database_that_is_not_there_is_named(
+    postgres: PostgresServer, user: str, database: str, words: str
+) -> None:
+    refusal = await _refusal(postgres.url_of(user, database))
+    assert words in refusal
+    assert str(postgres.directory) in refusal
+
+
+async def test_a_server_that_is_not_there_is_said_so(tmp_path: object) -> None:
+    for place in (f"@/lastcall?host={tmp_path}", "@127.0.0.1:1/lastcall"):
+        assert "no server listens there" in await _refusal(f"postgresql://lastcall{place}")
+    assert "there is no host of this name" in await _refusal("postgresql://lastcall@no-such-host.invalid/lastcall")
+
+
+async def test_a_parameter_that_the_driver_does_not_know_is_named(postgres: PostgresServer) -> None:
+    assert 'invalid URI query parameter: "sslmod"' in await _refusal(f"{postgres.url}&sslmod=require")
+
+
+async def test_a_server_that_is_too_old_is_refused(postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schema, "SERVER_VERSION_MIN", 990000)
+    assert "Lastcall needs PostgreSQL 99 or a later one" in await _refusal(postgres.url)
+
+
+async def test_a_database_without_unicode_is_refused(postgres: PostgresServer) -> None:
+    postgres.run("DROP DATABASE IF EXISTS latin", "CREATE DATABASE latin ENCODING 'LATIN1' TEMPLATE template0")
+    assert "make a database with the encoding UTF8" in await _refusal(postgres.url_of("lastcall", "latin"))
+
+
+async def test_tables_of_a_later_version_are_refused(postgres: PostgresServer) -> None:
+    with postgres.new_schema() as name:
+        await _open_once(postgres.url, schema_name=name)
+        postgres.run(f"UPDATE {name}.store SET version = version + 1")
+        assert "was made by a later version of Lastcall" in await _refusal(postgres.url, schema_name=name)
+
+
+async def test_a_migration_that_fails_leaves_nothing(postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    with postgres.new_schema() as name:
+        await _open_once(postgres.url, schema_name=name)
+        scripts = (*schema.SCRIPTS, "CREATE TABLE {s}.new (key int); SELECT 1 / 0")
+        monkeypatch.setattr(schema, "SCRIPTS", scripts)
+        assert "division by zero" in await _refusal(postgres.url, schema_name=name)
+        assert postgres.run(f"SELECT to_regclass('{name}.new'), version FROM {name}.store") == [(None, 1)]
+        monkeypatch.setattr(schema, "SCRIPTS", (*schema.SCRIPTS[:-1], "CREATE TABLE {s}.new (key int)"))
+        await _open_once(postgres.url, schema_name=name)
+        assert postgres.run(f"SELECT version FROM {name}.store") == [(2,)]
+
+
+async def test_without_the_driver_the_service_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "service.storage.postgres", None)
+    with pytest.raises(StartupError, match=r"pip install 'lastcall\[postgres\]'") as refused:
+        async with open_service(Settings(store_url=f"postgresql://u:{PASSWORD}@h/d")):
+            pass
+    assert PASSWORD not in str(refused.value)
+
+
+async def test_a_failed_start_leaves_no_connection(postgres: PostgresServer) -> None:
+    with postgres.new_schema() as name:
+        await _open_once(postgres.url, schema_name=name)
+        postgres.run(f"DROP TABLE {name}.owners")
+        await _refusal(postgres.url, schema_name=name)
+        with trio.fail_after(20):
+            while _connections(postgres):  # noqa: ASYNC110  no event tells it
+                await trio.sleep(0.01)
+
+
+def _connections(server: PostgresServer) -> list[tuple[object, ...]]:
+    """Those of stores."""
+    return server.run("SELECT pid FROM pg_stat_activity WHERE application_name = 'lastcall'")
