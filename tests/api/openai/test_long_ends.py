@@ -11,8 +11,15 @@ import trio
 import trio.testing
 
 from service.api.http.app_state import held_bytes_of
+from service.api.http.event_stream import PIECE_WRITER, EventStream
+from service.api.http.face_frames import encoder_of
+from service.api.openai.response_events import ResponseFace
+from service.models.client import CallOpened, ReasoningDelta, TextDelta
+from service.sessions.events.streams import Streams
 from service.settings import Settings
+from service.stop_state import StopState
 from tests.api.inprocess import Api, open_api
+from tests.api.told_turns import a_told_turn
 from tests.longest_step import watching_steps
 from tests.service.serving import serving
 from tests.upstreams.raw_server import DONE, Connection, delta, finish, open_raw_server
@@ -144,3 +151,38 @@ async def test_the_end_of_a_response_with_8_mib_of_reasoning_does_not_hold_the_e
                 replayed.append(watched.seconds)
     assert min(replayed) < STEP_MAX_S, replayed
     assert min(live) < STEP_MAX_S, live
+
+
+class _Writer:
+    """A host that writes a piece of any size without a wait."""
+
+    has_rest = False
+
+    def write_now(self, piece: bytes) -> bool:
+        return bool(piece)
+
+
+async def test_a_stream_that_waits_is_woken_for_long_frames_by_the_task_that_appends_their_event() -> None:
+    turn = a_told_turn()
+    face = ResponseFace(turn)
+    encoder = encoder_of(turn.log, face)
+    streams = Streams(streams_max=1, heartbeat_interval_s=15, stop=StopState())
+    slot = streams.open_stream()
+    stream = EventStream(
+        turn.log,
+        slot,
+        after=0,
+        encode=encoder.encode,
+        encoder=encoder,
+        scope={PIECE_WRITER: _Writer()},
+    )
+    await stream.__anext__()
+    turn.take([ReasoningDelta("x" * 40_000)])
+    told = await stream.__anext__()
+    turn.take([TextDelta("a")])
+    assert stream.take_appended(), "a short frame is written at once"
+    turn.take([CallOpened(0, "call_a", "f")])
+    assert not stream.take_appended(), "the stream's own task reads long frames"
+    while b"response.function_call" not in told and b'"type":"function_call"' not in told:
+        told = (await stream.__anext__())[-2000:]
+    slot.close()
