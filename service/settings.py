@@ -122,7 +122,8 @@ def _listening_address(text: str) -> str:
     raise ValueError("should be host:port ([address]:port for IPv6) or unix:path; port 0 takes a free one")
 
 
-def _store_url(text: str) -> str:
+def checked_store_url(text: str) -> str:
+    """Raises: ValueError: This version has no such store."""
     if text == "sqlite::memory:":
         raise ValueError("would be a file of the name :memory:; a store in memory is memory:")
     if text == "memory:" or re.fullmatch(r"sqlite:.+", text, re.DOTALL):
@@ -139,7 +140,7 @@ def _store_url(text: str) -> str:
     )
 
 
-def _schema_name(text: str) -> str:
+def checked_schema_name(text: str) -> str:
     if re.fullmatch(r"[a-z_][a-z0-9_]{0,62}", text) and not text.startswith("pg_"):
         return text
     raise ValueError("should be 1 to 63 of the letters a to z, digits and _, without a digit or pg_ at the beginning")
@@ -350,10 +351,10 @@ class Settings(BaseModel):
     access_log: Annotated[Literal["off", "on"], BeforeValidator(_lowercase)] = "off"
     """Whether each request has a line in the log. Bare hypercorn has its own `--access-logfile -` instead."""
 
-    store_url: Annotated[str, AfterValidator(_store_url), Field(repr=False)] = "sqlite:lastcall.db"
+    store_url: Annotated[str, AfterValidator(checked_store_url), Field(repr=False)] = "sqlite:lastcall.db"
     """Where sessions are kept: `sqlite:path`, a file; `postgresql://user@host/database`; or `memory:`, gone with the
     process."""
-    store_schema: Annotated[str, AfterValidator(_schema_name)] = "lastcall"
+    store_schema: Annotated[str, AfterValidator(checked_schema_name)] = "lastcall"
     """The schema of a PostgreSQL database in which the tables are; made if necessary."""
     store_timeout_s: PositiveSeconds = 5
     """How long one step of the store may take, and the acceptance of a turn or a fork as a whole."""

@@ -14,7 +14,7 @@ from service.cli.session_export import ExportedSession, not_exported, owned_by, 
 from service.clock import wall_clock
 from service.errors import RefusedError, SessionExistsError, SessionNotFoundError, StartupError
 from service.ids import is_owner_name
-from service.settings import Settings, shown_store_url
+from service.settings import Settings, checked_schema_name, checked_store_url, shown_store_url
 
 if TYPE_CHECKING:  # only these commands need SQLite
     from service.storage.sqlite.database import BackupProgress
@@ -39,6 +39,17 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     imported = add("import", help="add an exported session, under its own id and owner")
     imported.add_argument("--owner", metavar="NAME", help="give the session to this owner; '' for none")
     imported.add_argument("file", type=Path, nargs="?", help="the output of export; standard input if left out")
+    copied = commands.add_parser("copy", help="copy a whole store into a new one, and compare the two")
+    for name, what in (("from", "the store"), ("to", "the new store")):
+        copied.add_argument(
+            f"{name}_url", metavar=name.upper(), type=_store_url, help=f"{what}: sqlite:path or postgresql://…"
+        )
+        copied.add_argument(
+            f"--{name}-schema",
+            metavar="NAME",
+            type=_schema_name,
+            help=f"the schema of {what}, in place of store_schema",
+        )
     add("vacuum", help="give the space of removed data back to the disk, in short steps")
 
 
@@ -54,6 +65,8 @@ def run_store_command(settings: Settings, arguments: argparse.Namespace) -> int:
     Raises:
         StartupError: The store does not exist or cannot be used, or the given file cannot be used.
     """
+    if arguments.command == "copy":
+        return _run_copy(settings, arguments)
     if not settings.store_capabilities.durable:
         raise StartupError(
             f"store_url is {settings.store_url}, where nothing is kept; name the store with --store sqlite:path."
@@ -70,6 +83,40 @@ def run_store_command(settings: Settings, arguments: argparse.Namespace) -> int:
         return FAILED
     sys.stdout.write(f"{done}\n")
     return code
+
+
+def _run_copy(settings: Settings, arguments: argparse.Namespace) -> int:
+    from service.cli.store_copy import copy_store, told  # noqa: PLC0415  only this command needs both stores
+
+    try:
+        name, contents = copy_store(
+            arguments.from_url,
+            arguments.to_url,
+            source_schema=arguments.from_schema or settings.store_schema,
+            target_schema=arguments.to_schema or settings.store_schema,
+            now=wall_clock(),
+        )
+    except RefusedError as error:
+        sys.stderr.write(f"lastcall: {error}\n")
+        return FAILED
+    sys.stdout.write(f"{name} has {told(contents)}, as its source\n")
+    return 0
+
+
+def _store_url(text: str) -> str:
+    """Raises: ArgumentTypeError: This is not the URL of a store."""
+    try:
+        return checked_store_url(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _schema_name(text: str) -> str:
+    """Raises: ArgumentTypeError: No schema can have this name."""
+    try:
+        return checked_schema_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _run(settings: Settings, arguments: argparse.Namespace) -> tuple[str, int]:

@@ -6,10 +6,10 @@ from datetime import datetime
 import msgspec
 
 from service.storage import rules
+from service.storage.pieces import Run
 from service.storage.postgres import documents, event_pages, idempotency, sessions
 from service.storage.postgres.connections import Db, Me
 from service.storage.postgres.rows import moment
-from service.storage.postgres.sessions import StoredSession
 from service.storage.postgres.turn_rows import parts, values_of
 from service.storage.postgres.turns import Place, to_follow
 from service.storage.records import IdempotencyKey, SessionRecord, TurnRecord
@@ -65,7 +65,7 @@ def add(
     idempotency.check(db, key, now)
     kept, place, _ = to_follow(db, added[0], me, now, head=head, branches=True, instead=rules.INSTEAD_OF_ADDING)
     session = rules.with_added(kept.record, added, now)
-    _insert(db, kept, place, added, terms)
+    _insert_chain(db, kept.key, added, place, first=kept.turns, terms=terms)
     db.execute(
         _USE,
         (
@@ -95,43 +95,67 @@ def create(
     """Add a session with turns, as :meth:`~service.storage.store.Store.create_session` says; ``terms`` of each turn."""
     idempotency.check(db, key, now)
     sessions.make_room(db, session.id, now)
-    created = StoredSession(session, key=sessions.insert(db, session, turns=len(added)))
-    _insert(db, created, Place(), added, terms)
-    idempotency.keep(db, key, session=created.key, session_id=session.id, now=now)
+    created = sessions.insert(db, session, turns=len(added))
+    _insert_chain(db, created, added, Place(), first=0, terms=terms)
+    idempotency.keep(db, key, session=created, session_id=session.id, now=now)
 
 
-def _insert(
-    db: Db, kept: StoredSession, place: Place, added: Sequence[TurnRecord], terms: Sequence[Collection[str]]
+def _insert_chain(
+    db: Db,
+    session: int,
+    turns: Sequence[TurnRecord],
+    place: Place,
+    *,
+    first: int,
+    terms: Sequence[Collection[str]],
 ) -> None:
-    """Insert turns, each of which follows the one before. ``place``: of the first one."""
-    keys: list[int] = db.execute(_KEYS, (len(added),)).fetchone()[0]  # type: ignore[index]
-    for some in parts(added):
-        rows = [_values(added[n], kept, place, keys, n) for n in range(some.start, some.stop)]
-        columns = {name: [row[name] for row in rows] for name in _TYPES}
-        db.execute(_INSERT, columns | {"session": kept.key})
-        for turn, turn_key in zip(added[some], keys[some], strict=True):
-            runs = rules.events_at_once(turn.output)
-            if not event_pages.fits_in_turn(turn, runs):
-                event_pages.add(db, turn_key, turn, runs)
-        documents.add_turns(db, kept.key, keys[some], terms[some])
-
-
-def _values(turn: TurnRecord, kept: StoredSession, place: Place, keys: Sequence[int], number: int) -> dict[str, object]:
-    """The columns of one of the turns, by name. Each but the first one is the only child of the one before it.
+    """Insert turns of a session, each of which follows the one before it, and is its only child.
 
     Args:
         place: The place of the first one.
-        keys: The keys of all.
+        first: Its ordinal.
+        terms: Those of each.
     """
-    return (
-        values_of(turn)
-        | event_pages.values_of_events(turn, rules.events_at_once(turn.output))
-        | {
-            "key": keys[number],
-            "ordinal": kept.turns + number,
-            "chain": keys[0] if place.chain is None else place.chain,
-            "depth": place.depth + number,
-            "chain_parent": place.chain_parent,
-            "place": 1 if number else place.number,
-        }
-    )
+    keys = new_keys(db, len(turns))
+    chain = keys[0] if place.chain is None else place.chain
+    further = (Place(chain, place.depth + n, place.chain_parent) for n in range(1, len(turns)))
+    runs = [rules.events_at_once(turn.output) for turn in turns]
+    insert(db, session, turns, runs, keys=keys, places=[place, *further], first=first)
+    for some in parts(turns):
+        documents.add_turns(db, session, keys[some], terms[some])
+
+
+def new_keys(db: Db, count: int) -> list[int]:
+    """The keys of turns that will be added."""
+    keys: list[int] = db.execute(_KEYS, (count,)).fetchone()[0]  # type: ignore[index]
+    return keys
+
+
+def insert(
+    db: Db,
+    session: int,
+    turns: Sequence[TurnRecord],
+    runs: Sequence[Sequence[Run]],
+    *,
+    keys: Sequence[int],
+    places: Sequence[Place],
+    first: int,
+) -> None:
+    """Insert ended turns of a session, each with its events, its key and its place, but not as documents.
+
+    Args:
+        first: The ordinal of the first one.
+    """
+    for some in parts(turns):
+        rows = [
+            values_of(turns[n])
+            | event_pages.values_of_events(turns[n], runs[n])
+            | {"key": keys[n], "ordinal": first + n}
+            | places[n].values
+            | {"chain": keys[n] if places[n].chain is None else places[n].chain}
+            for n in range(some.start, some.stop)
+        ]
+        db.execute(_INSERT, {name: [row[name] for row in rows] for name in _TYPES} | {"session": session})
+        for turn, events, key in zip(turns[some], runs[some], keys[some], strict=True):
+            if not event_pages.fits_in_turn(turn, events):
+                event_pages.add(db, key, turn, events)

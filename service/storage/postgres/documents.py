@@ -6,7 +6,7 @@ are in several lists fast; but it gives all of them, in no order. So a query ask
 one first (:mod:`service.storage.postgres.search`), by the mark of the block.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from service.steps import at_once
 from service.storage.postgres.connections import Db
@@ -21,28 +21,46 @@ _BLOCKS = ("\ue002", "\ue003", "\ue004")
 _MARKS = len(LEVELS) + 2
 
 _BLOCK_MARKS = ", ".join(f"'{mark}' || (number >> {bits})" for mark, bits in zip(_BLOCKS, LEVELS, strict=True))
-_INSERT = (
-    "INSERT INTO {s}.documents (key, session, turn, terms) OVERRIDING SYSTEM VALUE "
-    f"SELECT number, sessions.key, turn, "
-    f"ARRAY[{_BLOCK_MARKS}, '{_OWNER}' || owner_name, '{_SESSION}' || sessions.key] || terms "
-    "FROM (SELECT nextval('{s}.documents_key_seq') AS number, turn, terms FROM (SOME) AS given_rows) AS added, "
-    "{s}.sessions WHERE sessions.key = OF_SESSION"
-)
-ADD_OWN = _INSERT.replace("OF_SESSION", "(SELECT session FROM own)").replace(
-    "SOME", "SELECT key AS turn, string_to_array(%(terms)s::text, ' ') AS terms FROM own"
+
+
+def _insert(rows: str, *, session: str = "%(session)s", number: str = "nextval('{s}.documents_key_seq')") -> str:
+    """The statement that adds documents.
+
+    Args:
+        rows: A query of their columns ``turn`` and ``terms``.
+        session: The key of their session.
+        number: The number of each.
+    """
+    return (
+        "INSERT INTO {s}.documents (key, session, turn, terms) OVERRIDING SYSTEM VALUE "
+        f"SELECT number, sessions.key, turn, "
+        f"ARRAY[{_BLOCK_MARKS}, '{_OWNER}' || owner_name, '{_SESSION}' || sessions.key] || terms "
+        f"FROM (SELECT {number} AS number, turn, terms FROM ({rows}) AS given_rows) AS added, "
+        f"{{s}}.sessions WHERE sessions.key = {session}"
+    )
+
+
+ADD_OWN = _insert(
+    "SELECT key AS turn, string_to_array(%(terms)s::text, ' ') AS terms FROM own", session="(SELECT session FROM own)"
 )
 """A part of a statement: indexes the turn of the table ``own``, whose ``terms`` stand in one text."""
-_INSERT = _INSERT.replace("OF_SESSION", "%(session)s")
-_ADD = _INSERT.replace(
-    "SOME",
+_ADD = _insert(
     "SELECT turn, string_to_array(joined, ' ') AS terms "  # no term has a space
-    "FROM unnest(%(turns)s::bigint[], %(terms)s::text[]) WITH ORDINALITY AS given (turn, joined, place) ORDER BY place",
+    "FROM unnest(%(turns)s::bigint[], %(terms)s::text[]) WITH ORDINALITY AS given (turn, joined, place) ORDER BY place"
 )
-_COPY = _INSERT.replace(
-    "SOME",
+_COPY = _insert(
     f"SELECT copy AS turn, terms[{_MARKS + 1}:] AS terms "
     "FROM unnest(%(turns)s::bigint[], %(copies)s::bigint[]) WITH ORDINALITY AS given (source, copy, place) "
-    "JOIN {s}.documents ON documents.turn = source ORDER BY place",
+    "JOIN {s}.documents ON documents.turn = source ORDER BY place"
+)
+_RESTORE = _insert(
+    "SELECT given_number, turn, string_to_array(joined, ' ') AS terms FROM unnest(%(numbers)s::bigint[], "
+    "%(turns)s::bigint[], %(terms)s::text[]) AS given (given_number, turn, joined)",
+    number="given_number",
+)
+_GO_ON = (
+    "SELECT setval('{s}.documents_key_seq', greatest((SELECT max(key) FROM {s}.documents), "
+    "nextval('{s}.documents_key_seq')))"
 )
 _CHANGE = (
     f"UPDATE {{s}}.documents SET terms = terms[:{_MARKS}] || string_to_array(%(terms)s, ' ') WHERE turn = %(turn)s"
@@ -62,6 +80,22 @@ def add_turns(db: Db, session: int, turns: Sequence[int | None], terms: Sequence
     """
     joined = [" ".join(of_turn) for of_turn in terms]
     db.execute(_ADD, {"session": session, "turns": list(turns), "terms": joined})
+
+
+def restore(db: Db, session: int, found: Sequence[tuple[int, int | None, Iterable[str]]]) -> None:
+    """Index documents that had numbers already: the number, the key of the turn or None, and the texts of each."""
+    values = {
+        "session": session,
+        "numbers": [number for number, _, _ in found],
+        "turns": [turn for _, turn, _ in found],
+        "terms": [" ".join(at_once(document_terms(texts))) for _, _, texts in found],
+    }
+    db.execute(_RESTORE, values)
+
+
+def go_on_after_restored(db: Db) -> None:
+    """Let further documents have higher numbers than those that were restored."""
+    db.execute(_GO_ON)
 
 
 def copy_turns(db: Db, session: int, turns: Sequence[int], copies: Sequence[int]) -> None:

@@ -241,6 +241,11 @@ def _found(connection: "psycopg.Connection[tuple[object, ...]]", schema: str) ->
     return version, secret
 
 
+def has_tables(connection: "psycopg.Connection[tuple[object, ...]]", schema: str) -> bool:
+    """Whether there is a store in a schema."""
+    return _found(connection, schema)[0] > 0
+
+
 def quoted(schema: str) -> str:
     """The name of a schema as it stands in a statement. Settings allow no quotes in it."""
     assert '"' not in schema

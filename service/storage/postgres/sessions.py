@@ -160,8 +160,13 @@ def make_room(db: Db, session_id: str, now: datetime) -> None:
     removals.remove_sessions(db, [present.key])
 
 
-def insert(db: Db, session: SessionRecord, *, turns: int = 0) -> int:
-    """Add a session. Returns its key. Raises: SessionExistsError: Another step has added one of this id meanwhile."""
+def insert(db: Db, session: SessionRecord, *, turns: int = 0, indexes_title: bool = True) -> int:
+    """Add a session. Returns its key. Raises: SessionExistsError: Another step has added one of this id meanwhile.
+
+    Args:
+        turns: The turns that the same transaction adds.
+        indexes_title: False if the caller puts the title into the index.
+    """
     row = db.execute(
         _INSERT,
         (
@@ -186,7 +191,7 @@ def insert(db: Db, session: SessionRecord, *, turns: int = 0) -> int:
     if row is None:
         raise SessionExistsError(session.id)
     key: int = row[0]
-    if session.title is not None:
+    if session.title is not None and indexes_title:
         documents.add_title(db, key, session.title)
     metadata.insert(db, key, session)
     return key

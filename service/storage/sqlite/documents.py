@@ -60,13 +60,16 @@ def within_a_step(terms: Iterable[Collection[str]]) -> Iterator[Collection[str] 
         yield of_turn if fit else None
 
 
-def add_turn(db: apsw.Connection, turn: int, session: int, terms: Collection[str] | None) -> None:
+def add_turn(
+    db: apsw.Connection, turn: int, session: int, terms: Collection[str] | None, *, number: int | None = None
+) -> None:
     """Index an ended turn, by its key and that of its session. It is not indexed yet.
 
     Args:
         terms: None if they are to be added later.
+        number: The number of the document in another store from which it comes; None for a new one.
     """
-    db.execute("INSERT INTO documents (session, turn) VALUES (?, ?)", (session, turn))
+    db.execute("INSERT INTO documents (key, session, turn) VALUES (?, ?, ?)", (number, session, turn))
     _add(db, db.last_insert_rowid(), session, terms)
 
 
@@ -127,8 +130,13 @@ def set_title(db: apsw.Connection, session: int, title: str | None) -> None:
     """Index the title of a session in place of the title before."""
     forget_title(db, session)
     if title is not None:
-        db.execute("INSERT INTO documents (session) VALUES (?)", (session,))
-        _insert(db, db.last_insert_rowid(), session, at_once(document_terms((title,))))
+        add_title(db, session, title)
+
+
+def add_title(db: apsw.Connection, session: int, title: str, *, number: int | None = None) -> None:
+    """Index the title of a session that has no title in the index; ``number`` as in :func:`add_turn`."""
+    db.execute("INSERT INTO documents (key, session) VALUES (?, ?)", (number, session))
+    _insert(db, db.last_insert_rowid(), session, at_once(document_terms((title,))))
 
 
 def forget_title(db: apsw.Connection, session: int) -> None:

@@ -81,7 +81,7 @@ def vacuum(path: Path) -> int:
         StartupError: The file is not a store's, cannot give pages back, or the disk refuses.
     """
     given_back = 0
-    with _opened(path) as db:
+    with opened(path) as db:
         for step in (reclaim_some, documents.merge_some, partial(shrink, pages=_PAGES_A_STEP)):
             more = True
             while more:
@@ -114,7 +114,7 @@ def backup(path: Path, copy: Path, *, on_progress: Callable[[BackupProgress], No
 
     if os.path.lexists(copy):
         raise exists_already
-    with _opened(path) as db:
+    with opened(path) as db:
         try:
             _check_space(copy, db.pragma("page_count") * db.pragma("page_size"))
             database.back_up(path, copy, on_progress=_giving_up(path, on_progress))
@@ -169,7 +169,7 @@ def check(path: Path) -> list[str]:
     Raises:
         StartupError: The file is not a store's.
     """
-    with _opened(path) as db:
+    with opened(path) as db:
         problems = [str(row[0]) for row in db.execute("PRAGMA integrity_check")]
         problems += [f"{row[0]} row {row[1]} has lost its {row[2]}" for row in db.execute("PRAGMA foreign_key_check")]
         problems += [
@@ -196,7 +196,7 @@ def export_session(path: Path, session_id: str) -> tuple[SessionRecord, list[tup
         StartupError: The file is not a store's.
         SessionNotFoundError: The session does not exist. (An expired session exists until its rows are removed.)
     """
-    with _opened(path) as db:
+    with opened(path) as db:
         db.execute("BEGIN")  # one moment
         kept = sessions.find(db, session_id)
         if kept is None or kept.deletion or kept.record.ephemeral:
@@ -221,8 +221,8 @@ def import_session(
         StartupError: The file is not a store's; or it was deleted or replaced, and a service still serves it.
         SessionExistsError
     """
-    _make_store(path)
-    with _opened(path) as db, _owner(db, path) as fence:
+    make_store(path)
+    with opened(path) as db, _owner(db, path) as fence:
         hidden_id = sessions.hidden_id_for(session.id)
         with database.transaction(db):
             sessions.find_expired(db, session.id, now)
@@ -285,7 +285,7 @@ def _owner(db: apsw.Connection, path: Path) -> Iterator[int]:
         ownership.close()
 
 
-def _make_store(path: Path) -> None:
+def make_store(path: Path) -> None:
     """Make a store if there is none. Raises: StartupError."""
     files = OpenFiles(path)
     try:
@@ -302,7 +302,7 @@ def _make_store(path: Path) -> None:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[apsw.Connection]:
+def opened(path: Path) -> Iterator[apsw.Connection]:
     """A connection to an existing store file with the newest schema."""
     if not path.is_file():
         raise StartupError(f"{path} is not there.")

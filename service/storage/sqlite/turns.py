@@ -435,11 +435,13 @@ def insert_ended(
     runs: Sequence[Run],
     *,
     terms: Collection[str] | None,
+    document: int | None = None,
 ) -> int:
     """Add a turn that has ended already. The caller updates the session's counters, and the places of siblings.
 
     Args:
         terms: The terms of the turn; None if they are to be cut and added later.
+        document: The number of the turn among the documents of searches, if it had one in another store.
 
     Returns:
         The key of the turn.
@@ -449,7 +451,7 @@ def insert_ended(
     if not values["runs"]:
         text = text_of(runs, [item.text for item in turn.output])
         event_pages.keep(db, key, runs, text, after=0)
-    documents.add_turn(db, key, session, terms)
+    documents.add_turn(db, key, session, terms, number=document)
     return key
 
 
