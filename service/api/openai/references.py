@@ -45,7 +45,8 @@ class Found(msgspec.Struct, frozen=True):
     """What the references of a request stand for.
 
     Attributes:
-        items: The items by their names; None for an item that the request follows anyway.
+        items: The items by their names; None for an item that the request follows anyway, and for one that says nothing
+            to the model that is asked.
         namespaces: The namespaces of the calls among them.
     """
 
@@ -95,13 +96,17 @@ class References:
     Args:
         session_id: The session that the request follows; None for a first response.
         parent: The turn that it follows, if there is one.
+        model: The model that is asked.
         bytes_max: The most bytes that an input may have.
     """
 
-    def __init__(self, sessions: Sessions, session_id: str | None, parent: str | None, *, bytes_max: int) -> None:
+    def __init__(
+        self, sessions: Sessions, session_id: str | None, parent: str | None, *, model: str, bytes_max: int
+    ) -> None:
         self._sessions = sessions
         self._session_id = session_id
         self._parent = parent
+        self._model = model
         self._bytes_left = _READ_PER_INPUT * bytes_max
         self._turns: dict[str, TurnRecord | None] = {}
         self._searches = 0
@@ -122,7 +127,7 @@ class References:
             if turn.id in path:
                 items[name] = None
                 continue
-            items[name] = item
+            items[name] = item if turn.model == self._model else _for_another_model(item)
             names_of_turn = Echo.of_face(turn.face).namespaces if item.type == "function_call" else {}
             if item.name in names_of_turn:
                 namespaces[item.name] = names_of_turn[item.name]
@@ -187,6 +192,13 @@ class References:
         if self._session_id is None or self._parent is None or not turn_ids:
             return set()
         return await self._sessions.find_on_path(self._session_id, self._parent, among=turn_ids)
+
+
+def _for_another_model(item: Item) -> Item | None:
+    """An item without what only its own model's server can read; None if nothing else is in it."""
+    if item.type == "reasoning" and not item.text:
+        return None
+    return msgspec.structs.replace(item, encrypted="", upstream="")
 
 
 def _not_ended(name: str, param: str) -> ParameterError:

@@ -340,20 +340,25 @@ async def _find_references(
     """The items to which the input of a request refers.
 
     Raises:
-        ConversationNotFoundError, ReferencedItemNotFoundError, ParameterError, InputTooLargeError
+        PreviousResponseNotFoundError, ConversationNotFoundError, ReferencedItemNotFoundError, ParameterError,
+        InputTooLargeError
     """
     allow_longer_answer(by_s=service.settings.store_timeout_s)
     session_id, parent, _ = place
     try:
-        head = (await service.sessions.get_session(session_id)).head if parent is UNSET else parent
+        followed = None if parent is None else await service.sessions.get_session(session_id)
+        head, model = (None, None) if followed is None else (followed.head, followed.model)
         found = References(
             service.sessions,
-            None if parent is None else session_id,
-            head,
+            None if followed is None else session_id,
+            head if parent is UNSET else parent,
+            model=body.model or model or service.settings.default_model,
             bytes_max=service.settings.history_bytes,
         )
         return await found.find(references)
     except SessionNotFoundError:
+        if body.previous_response_id is not None:
+            raise PreviousResponseNotFoundError(body.previous_response_id) from None
         raise ConversationNotFoundError(body.conversation_name or "", param="conversation") from None
 
 

@@ -24,6 +24,7 @@ from tests.api.openai.test_responses_calls import (
 )
 
 USER = {"role": "user", "content": "The weather?"}
+SIGNED = {"extra_content": {"google": {"thought_signature": "EjQ="}}}
 QUICK = "scripted:?tokens=3&rate=0&first_token_s=0"
 
 
@@ -157,6 +158,53 @@ async def test_the_items_themselves_count_as_the_input(autojump_clock: MockClock
     async with open_api(model_url="scripted:?tokens=300&rate=0&first_token_s=0", history_bytes_max=1024) as api:
         (item,) = (await create(api)).json["output"]
         error_of(await create(api, [ref(item), USER]), 413, "input_too_large", "input")
+
+
+async def test_what_only_one_model_can_read_does_not_go_to_another(autojump_clock: MockClock) -> None:
+    url = "scripted:?tokens=3&rate=0&first_token_s=0&encrypted=9"
+    async with open_api(upstreams=[{"name": "u", "url": url, "models": ["a", "b"]}]) as api:
+
+        async def taken(*items: Any, **body: Any) -> list[tuple[str, str | None]]:
+            """The types of a response's own input, and what only a model can read of it."""
+            made = (await create(api, [*items, USER], **body)).json
+            listed = await get(api, made["id"], "/input_items?order=asc&include=reasoning.encrypted_content")
+            return [(it["type"], it.get("encrypted_content", it.get("extra_content"))) for it in listed.json["data"]]
+
+        sealed, text = (await create(api, model="a")).json["output"]
+        assert sealed["type"] == "reasoning"
+        kept = [("reasoning", "x" * 9), ("message", None), ("message", None)]
+        for body in ({"model": None}, {"model": "a"}):
+            same = await taken(ref(sealed), ref(text), **body)
+            assert [kind for kind, _ in same] == [kind for kind, _ in kept]
+            assert same[0][1]
+        assert await taken(ref(sealed), ref(text), model="b") == [("message", None)] * 2
+
+        root = (await create(api, model="a")).json["id"]
+        signed = {"type": "function_call", "call_id": "c", "name": "get", "arguments": "{}"} | SIGNED
+        words = [{"type": "summary_text", "text": "Hm."}]
+        thought = {"type": "reasoning", "summary": words, "encrypted_content": "sealed"}
+        brought = [thought, signed, {"type": "function_call_output", "call_id": "c", "output": "4"}]
+        one = (await create(api, brought, previous_response_id=root, model="a")).json["id"]
+        thought, signed, _ = (await get(api, one, "/input_items?order=asc")).json["data"]
+        beside = {
+            "previous_response_id": (await create(api, "Beside", previous_response_id=root, model="a")).json["id"]
+        }
+        names = (ref(thought), ref(signed), brought[2])
+        outputs = [("function_call_output", None), ("message", None)]
+        told = [("reasoning", "sealed"), ("function_call", SIGNED["extra_content"]), *outputs]
+        assert await taken(*names, **beside, model="a") == told
+        assert await taken(*names, **beside, model="b") == [("reasoning", None), ("function_call", None), *outputs]
+
+
+async def test_the_model_of_a_conversation_is_the_one_that_is_asked(autojump_clock: MockClock) -> None:
+    url = "scripted:?tokens=3&rate=0&first_token_s=0&encrypted=9"
+    async with open_api(upstreams=[{"name": "u", "url": url, "models": ["a", "b"]}]) as api:
+        made = (await api.call("POST", "/sessions", {"model": "b"})).json["id"]
+        sealed, _ = (await create(api, model="b")).json["output"]
+        body = {"conversation": f"conv_{made.removeprefix('sess_')}", "model": None}
+        assert await own_input(api, (await create(api, [ref(sealed), USER], **body)).json) == ["reasoning", "message"]
+        sealed, _ = (await create(api, model="a")).json["output"]
+        assert await own_input(api, (await create(api, [ref(sealed), USER], **body)).json) == ["message"]
 
 
 async def test_a_call_of_a_namespace_keeps_it(autojump_clock: MockClock) -> None:
