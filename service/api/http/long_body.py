@@ -24,8 +24,10 @@ from service.steps import Steps
 
 _SHORT = 2 * 1024
 """The characters in which most values end."""
-_LONG = 64 * 1024
+_LONG = 8 * 1024
 """A value that does not end within so many characters is read part by part."""
+_STEP = 512
+"""The characters of short values after which a step ends: some hundred values, if they are numbers."""
 _PIECE = 16 * 1024
 """The characters of a long text that are read in one step: 12 at least, so that a pair of escapes fits."""
 _NUMBER = 64 * 1024
@@ -56,8 +58,8 @@ def _decoded(raw: bytes) -> Steps[str]:
     decode = codecs.getincrementaldecoder("utf-8")().decode
     pieces: list[str] = []
     try:
-        for start in range(0, len(raw), 4 * _LONG):
-            pieces.append(decode(raw[start : start + 4 * _LONG]))
+        for start in range(0, len(raw), 32 * _LONG):
+            pieces.append(decode(raw[start : start + 32 * _LONG]))
             yield
         pieces.append(decode(b"", True))
     except UnicodeDecodeError:
@@ -70,6 +72,8 @@ class _Document:
         self._text = text
         self._structure = 0
         self._structure_max = structure_max
+        self._yielded_at = 0
+        self._in_vain = 0  # the characters of arrays and objects that were scanned and did not end
 
     def read(self) -> Steps[object]:
         start = yield from self._after_space(0)
@@ -79,28 +83,42 @@ class _Document:
             self._refuse("Extra data", end)
         return value
 
-    def _read(self, start: int, field: str, depth: int) -> Steps[tuple[object, int]]:
-        """A value and its end. ``field`` is its place in the document."""
+    def _scan(self, start: int, field: str) -> tuple[object, int] | None:
+        """A short value and its end; None if it has to be read part by part. ``field`` is its place in the document.
+
+        A value that is not short is scanned in vain, and so may be each value at its beginning. So no more of a
+        document is scanned in vain than was read already, and a little.
+        """
+        has_parts = self._text.startswith(("[", "{"), start)
         for length in (_SHORT, _LONG):
+            if has_parts and self._in_vain > start + _LONG:
+                return None
             piece = self._text[start : start + length]
             is_rest = start + length >= len(self._text)
             try:
                 value, size = scan(piece, 0)
             except RepeatedKeyError:
                 place = place_of_repeated_key(piece)
-                if place is None:
-                    continue
-                raise _repeated(f"{field}{place}".removeprefix(".")) from None
+                if place is not None:
+                    raise _repeated(f"{field}{place}".removeprefix(".")) from None
             except (StopIteration, JSONDecodeError):
-                continue  # it is longer; or it is wrong, which is found where it is read part by part
+                pass  # it is longer; or it is wrong, which is found where it is read part by part
             except RecursionError:
                 raise MalformedBodyError("The body is nested too deeply.") from None
             except ValueError:
                 raise MalformedBodyError("The body has a number that is too long.") from None
-            if is_rest or piece[size : size + 1] not in ("", ".", "e", "E"):  # otherwise a number may go on
-                self._count(piece[:size])
-                return value, start + size
-        return (yield from self._read_long(start, field, depth))
+            else:
+                if is_rest or piece[size : size + 1] not in ("", ".", "e", "E"):  # otherwise a number may go on
+                    self._count(piece[:size])
+                    return value, start + size
+            self._in_vain += len(piece) if has_parts else 0
+        return None
+
+    def _must_yield(self, at: int) -> bool:
+        if at - self._yielded_at < _STEP:
+            return False
+        self._yielded_at = at
+        return True
 
     def _read_long(self, start: int, field: str, depth: int) -> Steps[tuple[object, int]]:
         yield
@@ -135,10 +153,13 @@ class _Document:
         if self._text.startswith("}", at):
             return members, at + 1
         while True:
-            yield
+            if self._must_yield(at):
+                yield
             if not self._text.startswith('"', at):
                 self._refuse("Expecting property name enclosed in double quotes", at)
-            key, at = cast("tuple[str, int]", (yield from self._read(at, field, depth + 1)))
+            key, at = cast(
+                "tuple[str, int]", self._scan(at, field) or (yield from self._read_long(at, field, depth + 1))
+            )
             at = yield from self._after_space(at)
             if not self._text.startswith(":", at):
                 self._refuse("Expecting ':' delimiter", at)
@@ -146,7 +167,7 @@ class _Document:
             place = _below(field, key)
             if key in members:
                 raise _repeated(place)
-            members[key], at = yield from self._read(at, place, depth + 1)
+            members[key], at = self._scan(at, place) or (yield from self._read_long(at, place, depth + 1))
             self._add(2)
             at = yield from self._after_space(at)
             if self._text.startswith("}", at):
@@ -161,8 +182,10 @@ class _Document:
         if self._text.startswith("]", at):
             return elements, at + 1
         while True:
-            yield
-            element, at = yield from self._read(at, f"{field}[{len(elements)}]", depth + 1)
+            if self._must_yield(at):
+                yield
+            place = f"{field}[{len(elements)}]"
+            element, at = self._scan(at, place) or (yield from self._read_long(at, place, depth + 1))
             elements.append(element)
             self._add(1)
             at = yield from self._after_space(at)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from service.api.http import long_body
 from service.api.http.long_body import parse_in_steps
-from service.api.http.strict_json import InputTooLargeError, MalformedBodyError, parse_json
+from service.api.http.strict_json import InputTooLargeError, MalformedBodyError, parse_json, scan
 from service.steps import at_once
 
 JSON: Any = st.recursive(
@@ -165,4 +165,41 @@ def test_every_fault_names_its_place() -> None:
 
 def test_a_long_body_takes_many_steps() -> None:
     steps = parse_in_steps(json.dumps({"input": ["x" * 100] * 1000 + ["y" * 1_000_000]}).encode(), structure_max=10_000)
-    assert sum(1 for _ in steps) > 1000
+    assert sum(1 for _ in steps) > 250
+
+
+def nested(depth: int, numbers: int) -> str:
+    return f"{'[' * depth}[{'0,' * (numbers - 1)}0]{',0]' * depth}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        nested(58, 34_000),
+        ",".join([nested(58, 34_000)] * 5),
+        ",".join([nested(58, 900)] * 150),
+        ",".join([nested(58, 4_100)] * 40),
+        "{}," * 22_000 + "{}",
+        ",".join([f'{{"content":[{{"text":"{"x" * 9_000}"}}]}}'] * 100),
+    ],
+    ids=["one", "five", "short", "middle", "objects", "items"],
+)
+def test_the_work_grows_with_the_document_and_each_step_is_short_however_values_are_nested(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scanned = [0]
+
+    def counting(piece: str, start: int) -> tuple[object, int]:
+        try:
+            value, end = scan(piece, start)
+        except BaseException:
+            scanned[-1] += len(piece)
+            raise
+        scanned[-1] += end
+        return value, end
+
+    monkeypatch.setattr(long_body, "scan", counting)
+    document = f'{{"input":[{text}]}}'
+    scanned += (0 for _ in parse_in_steps(document.encode(), structure_max=200_000))  # one more number with each step
+    assert max(scanned) <= 16 * 1024
+    assert sum(scanned) <= 4 * len(document)
