@@ -106,7 +106,7 @@ def prompt_of(
     sides = _Sides(model=path[-1].model)
     yield from sides.add_all(path[start:])
     if left_out.items:
-        left_out += sides.leave_out_answers(keep=path[-1])
+        left_out += sides.leave_out_answers(keep=path[_asking_turn(path)])
     items = yield from sides.settle(system_message, is_whole=not left_out.items)
     return Prompt(items, left_out if left_out.items else None)
 
@@ -330,7 +330,7 @@ class _Sides:
             self._side(is_user=False).texts.append(reply)
 
     def leave_out_answers(self, *, keep: TurnRecord) -> LeftOut:
-        """Leave out the outputs whose calls are left out: those before the first reply, except for the last turn's."""
+        """Leave out the outputs whose calls are left out: those before the first reply, but not those of ``keep``."""
         first = self._sides[0] if self._sides else None
         if first is None or not first.is_user:
             return NOTHING

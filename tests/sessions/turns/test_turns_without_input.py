@@ -1,5 +1,6 @@
 """Turns without an input: the model answers what their path ends with."""
 
+import msgspec
 import pytest
 from msgspec import UNSET
 from trio.testing import MockClock
@@ -8,7 +9,7 @@ from service.errors import ModelError, NothingAskedError
 from service.models.client import FunctionCall
 from service.sessions.commands import NewSession
 from service.sessions.turns.prompt import PathEnd
-from service.storage.records import Item, TurnRecord
+from service.storage.records import Item, LeftOut, TurnRecord
 from tests.sessions.puppet import open_stage
 from tests.sessions.turns.test_calls_in_prompts import asked, asks, brings, calls, done, says, turn
 from tests.sessions.turns.test_notes_in_prompts import notes
@@ -30,6 +31,16 @@ def test_the_input_that_a_turn_without_one_answers_is_never_left_out(before: Ite
     assert len(cut) < len(whole)
     if before.type == "function_call_output":
         assert cut[-2:] == ["call 1", f"1: {'x' * 100}"]
+
+
+def test_outputs_that_a_turn_without_an_input_answers_are_sent_though_their_call_is_left_out() -> None:
+    """The call's own turn was deleted, so that older turns are left out and the prompt begins with the outputs."""
+    asking = turn("failed", [brings("c1", "42")])
+    as_text = ["u: [Output of the call c1]\n42"]
+    assert asked(asking, turn("running", []), older=LeftOut(3, 30)) == as_text
+    earlier = turn("failed", [brings("c0", "old")])
+    assert asked(earlier, asking, turn("failed", []), turn("running", []), older=LeftOut(3, 30)) == as_text
+    assert asked(earlier, msgspec.structs.replace(asking, state="running"), older=LeftOut(3, 30)) == as_text
 
 
 @pytest.mark.parametrize(
