@@ -169,25 +169,33 @@ def _is_opening(path: Sequence[TurnRecord]) -> bool:
 async def _read_path(turn: Turn, store: Store, settings: Settings) -> Sequence[TurnRecord]:
     """The turns for the prompt. The input to answer is among them, and if it brings outputs of calls, these calls are.
 
-    The turn that has them may be larger than a prompt: then as much more is read as its reply and its input can have.
-    The turn of the calls is the last one with a reply, so no more is read if the path has one.
+    Each of the two may be larger than a prompt. So up to two further reads are made, one for the input and one for the
+    turn of the calls: each reads as much more as a turn can have. There are no more of them, because between an input
+    and the calls may be very many turns without a reply; then the outputs go to the model as texts.
     """
     bytes_max = settings.prompt_bytes_max_of(turn.model)
     path, turn.path = turn.path, None
     if path is None:
         path = await store.read_path(turn.session_id, turn.id, bytes_max=bytes_max)
-    while path and path[0].parent is not None and _lacks_what_is_asked(path):
-        bytes_max += settings.reply_bytes_max + max(settings.input_bytes_max, settings.history_bytes)
-        longer = await store.read_path(turn.session_id, turn.id, bytes_max=bytes_max)
-        if len(longer) <= len(path):
-            break
-        path = longer
+    for lacks_it in (_lacks_question, _lacks_calls):
+        if path and path[0].parent is not None and lacks_it(path):
+            bytes_max += settings.reply_bytes_max + max(settings.input_bytes_max, settings.history_bytes)
+            longer = await store.read_path(turn.session_id, turn.id, bytes_max=bytes_max)
+            path = longer or path  # it is empty if the session is deleted meanwhile
     return path
 
 
-def _lacks_what_is_asked(path: Sequence[TurnRecord]) -> bool:
-    """Whether the turn with the input to answer, or with the calls that this answers, is too far up to be there."""
-    return not has_question(path) or (has_outputs(path) and not any(turn.has_reply for turn in path[:-1]))
+def _lacks_question(path: Sequence[TurnRecord]) -> bool:
+    """Whether the turn with the input to answer is too far up to be there."""
+    return not has_question(path)
+
+
+def _lacks_calls(path: Sequence[TurnRecord]) -> bool:
+    """Whether the input brings outputs of calls, and the turn of the calls is too far up to be there.
+
+    This turn is the last one with a reply.
+    """
+    return has_outputs(path) and not any(turn.has_reply for turn in path[:-1])
 
 
 async def _measure_older(path: Sequence[TurnRecord], store: Store) -> LeftOut:

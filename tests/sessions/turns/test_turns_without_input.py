@@ -1,5 +1,7 @@
 """Turns without an input: the model answers what their path ends with."""
 
+from collections.abc import Sequence
+
 import msgspec
 import pytest
 from msgspec import UNSET
@@ -10,7 +12,7 @@ from service.models.client import FunctionCall
 from service.sessions.commands import NewSession
 from service.sessions.turns.prompt import PathEnd
 from service.storage.records import Item, LeftOut, TurnRecord
-from tests.sessions.puppet import open_stage
+from tests.sessions.puppet import LeavesPathsOut, open_stage
 from tests.sessions.turns.test_calls_in_prompts import asked, asks, brings, calls, done, says, turn
 from tests.sessions.turns.test_notes_in_prompts import notes
 from tests.sessions.turns.test_turns import start
@@ -95,6 +97,42 @@ async def test_an_input_that_is_larger_than_a_prompt_is_answered_with_the_calls_
         calls_in_prompt = [item for item in prompt if isinstance(item, FunctionCall)]
         assert len(calls_in_prompt) == (1 if brings_outputs else 0)
         reply.say("At last.")
+        reply.finish()
+
+
+@pytest.mark.parametrize("has_input", [False, True])
+async def test_calls_that_are_far_above_many_failed_turns_are_not_looked_for_up_to_the_root(
+    autojump_clock: MockClock, has_input: bool
+) -> None:
+    class Counting(LeavesPathsOut):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sizes: list[int] = []
+
+        async def read_path(self, session_id: str, turn_id: str, *, bytes_max: int | None) -> Sequence[TurnRecord]:
+            path = await super().read_path(session_id, turn_id, bytes_max=bytes_max)
+            if bytes_max is not None and path[-1].is_open:  # to answer it, not to check or to measure the path
+                self.sizes.append(sum(turn.message_bytes for turn in path))
+            return path
+
+    long = "x" * 4000
+    bounds = {"input_bytes_max": 1024, "prompt_bytes_max": 2048, "reply_bytes_max": 1024, "history_bytes_max": 9000}
+    async with open_stage(store := Counting(), **bounds) as stage:
+        session_id = (await stage.sessions.create_session(NewSession())).id
+        output = brings("1", long)
+        for said in [asks(long)] * 30 + ([] if has_input else [output]):
+            failed = await start(stage.sessions, session_id, items=(said,))
+            (await stage.puppet.next_reply()).fail(ModelError("upstream_error", "no"))
+            await failed.wait_ended()
+        store.sizes.clear()
+        if has_input:
+            await start(stage.sessions, session_id, items=(output,))
+        else:
+            await start(stage.sessions, session_id, "", answers_path=True)
+        prompt = (reply := await stage.puppet.next_reply()).request.prompt
+        assert [item.text for item in prompt] == [f"[Output of the call 1]\n{long}"]
+        assert len(store.sizes) == (2 if has_input else 3)
+        assert max(store.sizes) <= 2048 + 2 * (1024 + 9000)
         reply.finish()
 
 
