@@ -14,7 +14,7 @@
     └── drain           no more work, then no more turns active/drain.py
 """
 
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager
 from functools import partial
 
@@ -609,6 +609,21 @@ class Sessions:
         with self._answered_within():
             return await self._read_turn(session_id, turn_id, with_texts=with_texts)
 
+    async def get_reply(self, session_id: str, turn_id: str) -> TurnRecord:
+        """A turn without its input, which is not read.
+
+        Raises:
+            SessionNotFoundError, TurnNotFoundError, OwnedElsewhereError
+        """
+        self._check_not_deleted(session_id)
+        turn = self._find_turn(session_id, turn_id)
+        if turn is not None:
+            return msgspec.structs.replace(turn.record(), input=())
+        with self._answered_within():
+            return await self._ended_by_now(
+                session_id, lambda: self._store.get_reply(session_id, turn_id, now=self._clock())
+            )
+
     async def find_session_of(self, turn_id: str) -> str:
         """The id of a turn's session, of any owner.
 
@@ -859,11 +874,17 @@ class Sessions:
         Raises:
             SessionNotFoundError, TurnNotFoundError, OwnedElsewhereError
         """
-        record = await self._store.get_turn(session_id, turn_id, now=self._clock(), with_texts=with_texts)
+        return await self._ended_by_now(
+            session_id,
+            lambda: self._store.get_turn(session_id, turn_id, now=self._clock(), with_texts=with_texts),
+        )
+
+    async def _ended_by_now(self, session_id: str, read: Callable[[], Awaitable[TurnRecord]]) -> TurnRecord:
+        """What is read of a turn that does not run in this process. Raises: OwnedElsewhereError."""
+        record = await read()
         if record.is_open:
             await self._refuse_if_elsewhere(session_id)
-            # The turn has no owner, so it ended between the two reads.
-            record = await self._store.get_turn(session_id, turn_id, now=self._clock(), with_texts=with_texts)
+            record = await read()  # the turn has no owner, so it ended between the two reads
         return record
 
     async def _refuse_if_elsewhere(self, session_id: str) -> None:

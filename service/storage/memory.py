@@ -599,6 +599,9 @@ class MemoryStore:
         self._visible(session_id, now)
         return self._turn_of(session_id, turn_id).record
 
+    async def get_reply(self, session_id: str, turn_id: str, *, now: datetime) -> TurnRecord:
+        return msgspec.structs.replace(await self.get_turn(session_id, turn_id, now=now), input=())
+
     async def find_session_of(self, turn_id: str) -> str | None:
         await anyio.lowlevel.checkpoint()
         turn = self._find_turn(turn_id)

@@ -224,6 +224,11 @@ class LeftOut(msgspec.Struct, frozen=True):
         return LeftOut(self.items + other.items, self.bytes + other.bytes)
 
 
+def text_bytes_of(items: Iterable[Item]) -> int:
+    """The size of all texts of items, in bytes of UTF-8."""
+    return sum(len(text.encode()) for item in items for text in (item.text, item.encrypted, item.upstream))
+
+
 class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A turn: an input, the reply to it, and its place in the session's tree.
 
@@ -293,8 +298,7 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def text_bytes(self) -> int:
         """The size of all texts of input and output, in bytes of UTF-8."""
-        items = (*self.input, *self.output)
-        return sum(len(text.encode()) for item in items for text in (item.text, item.encrypted, item.upstream))
+        return text_bytes_of((*self.input, *self.output))
 
     @property
     def message_count(self) -> int:

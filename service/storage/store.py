@@ -465,6 +465,14 @@ class Store(Protocol):
         """
         ...
 
+    async def get_reply(self, session_id: str, turn_id: str, *, now: datetime) -> TurnRecord:
+        """A turn as :meth:`get_turn` has it, with an empty input: inputs may be much larger than replies.
+
+        Raises:
+            SessionNotFoundError, TurnNotFoundError
+        """
+        ...
+
     async def find_session_of(self, turn_id: str) -> str | None:
         """The id of a turn's session, which may have expired or be marked as deleted; None if there is no such turn."""
         ...

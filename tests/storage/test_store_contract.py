@@ -333,6 +333,7 @@ NEEDS_A_SESSION: dict[str, Callable[[Store], Awaitable[object]]] = {
     "mark_deleted": lambda store: store.mark_deleted("s", now=T0),
     "begin_turn": lambda store: store.begin_turn(a_turn(), now=T0),
     "get_turn": lambda store: store.get_turn("s", "t", now=T0),
+    "get_reply": lambda store: store.get_reply("s", "t", now=T0),
     "list_turns": lambda store: store.list_turns("s", limit=1, after=None, now=T0),
 }
 
@@ -659,6 +660,7 @@ async def test_an_accepted_turn_is_kept_and_is_the_head(store: Store) -> None:
     assert session.status == "running"
     assert await store.get_session("s", now=at(2)) == session
     assert await store.get_turn("s", "t", now=at(2)) == turn
+    assert await store.get_reply("s", "t", now=at(2)) == msgspec.structs.replace(turn, input=())
     assert await told(store, "s", "t") == []
 
 
@@ -802,6 +804,23 @@ async def test_an_input_without_messages_counts_none(store: Store) -> None:
         a_turn(texts=[]), input=(Item(id="r", type="reasoning", role="assistant", text="hm"),)
     )
     assert (await store.begin_turn(turn, now=T0)).session.message_count == 0
+
+
+@pytest.mark.parametrize("said_text", ["Hi", "x" * 300_000], ids=["short", "paged"])
+async def test_a_reply_is_read_without_its_input(store: Store, said_text: str) -> None:
+    await store.create_session(a_session(), now=T0)
+    await store.create_session(a_session("other"), now=T0)
+    turn = a_turn(texts=["x" * 100_000, UNICODE])
+    await store.begin_turn(turn, now=T0)
+    end = ended(turn, text=said_text)
+    await store.end_turn(end, runs=said(said_text), now=T0)
+    assert await store.get_reply("s", "t", now=T0) == msgspec.structs.replace(
+        await store.get_turn("s", "t", now=T0), input=()
+    )
+    assert (await store.get_reply("s", "t", now=T0)).text == said_text
+    for session_id, turn_id in (("s", "none"), ("other", "t")):
+        with pytest.raises(TurnNotFoundError):
+            await store.get_reply(session_id, turn_id, now=T0)
 
 
 async def test_a_queued_turn_starts_once(store: Store) -> None:

@@ -5,7 +5,7 @@ those of the conversation, or of the responses, that the request follows. What t
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import msgspec
 
@@ -17,14 +17,14 @@ from service.api.openai.ids import item_id_of, item_name
 from service.errors import ItemNotFoundError, OwnedElsewhereError, SessionNotFoundError, TurnNotFoundError
 from service.ids import new_item_id, owner_of, turn_id_of_item
 from service.sessions.sessions import Sessions
-from service.storage.records import Item, TurnRecord
+from service.storage.records import Item, TurnRecord, text_bytes_of
 
 REFERENCES_MAX = 1024
 """The most references of one request: each may be a look into the store."""
 SEARCHES_MAX = 32
 """The most items of one request that are looked for in a session, which reads many of its turns."""
 _READ_PER_INPUT = 4
-"""How many times as much as an input may have is read for the references of one request."""
+"""How many times as much as an input may have is read of replies for the references of one request."""
 
 
 class ReferencedItemNotFoundError(ParameterError):
@@ -90,6 +90,27 @@ def references_in(told: object) -> dict[str, str]:
     return found
 
 
+class _Source(NamedTuple):
+    """What is kept of a turn that has items which a request refers to: no input, no tools."""
+
+    session_id: str
+    turn_id: str
+    model: str
+    is_open: bool
+    items: tuple[Item, ...]
+    namespaces: Mapping[str, tuple[str, str]]
+
+    @classmethod
+    def of(cls, turn: TurnRecord, items: tuple[Item, ...]) -> "_Source":
+        calls = {item.name for item in items if item.type == "function_call"}
+        names = Echo.of_face(turn.face).namespaces if calls else {}
+        namespaces = {name: names[name] for name in calls & names.keys()}
+        return cls(turn.session_id, turn.id, turn.model, turn.is_open, items, namespaces)
+
+    def find_item(self, item_id: str) -> Item | None:
+        return next((item for item in self.items if item.id == item_id), None)
+
+
 class References:
     """Finds the items that a request refers to.
 
@@ -107,8 +128,8 @@ class References:
         self._session_id = session_id
         self._parent = parent
         self._model = model
-        self._bytes_left = _READ_PER_INPUT * bytes_max
-        self._turns: dict[str, TurnRecord | None] = {}
+        self._bytes_max = self._bytes_left = _READ_PER_INPUT * bytes_max
+        self._replies: dict[str, _Source | None] = {}
         self._searches = 0
 
     async def find(self, names: Mapping[str, str]) -> Found:
@@ -120,53 +141,53 @@ class References:
             InputTooLargeError
         """
         placed = [(name, *await self._find(name, param)) for name, param in names.items()]
-        path = await self._path({turn.id for _, _, turn in placed if turn.session_id == self._session_id})
+        path = await self._path({source.turn_id for _, _, source in placed if source.session_id == self._session_id})
         items: dict[str, Item | None] = {}
         namespaces: dict[str, tuple[str, str]] = {}
-        for name, item, turn in placed:
-            if turn.id in path:
+        for name, item, source in placed:
+            if source.turn_id in path:
                 items[name] = None
                 continue
-            items[name] = item if turn.model == self._model else _for_another_model(item)
-            names_of_turn = Echo.of_face(turn.face).namespaces if item.type == "function_call" else {}
-            if item.name in names_of_turn:
-                namespaces[item.name] = names_of_turn[item.name]
+            items[name] = item if source.model == self._model else _for_another_model(item)
+            if item.type == "function_call" and item.name in source.namespaces:
+                namespaces[item.name] = source.namespaces[item.name]
         return Found(items, namespaces)
 
-    async def _find(self, name: str, param: str) -> tuple[Item, TurnRecord]:
+    async def _find(self, name: str, param: str) -> tuple[Item, _Source]:
         item_id = item_id_of(name)
         if item_id is None:
             raise ReferencedItemNotFoundError(name, param=param)
-        turn = await self._turn(turn_id_of_item(item_id), param)
-        item = None if turn is None else turn.find_item(item_id)
-        if (turn is None or item is None) and self._session_id is not None:
-            turn, item = await self._search(self._session_id, item_id, param)
-        if turn is None or item is None or item_name(item) != name:
+        source = await self._reply(turn_id_of_item(item_id), param)
+        item = None if source is None else source.find_item(item_id)
+        if (source is None or item is None) and self._session_id is not None:
+            source = await self._search(self._session_id, item_id, param)
+            item = None if source is None else source.find_item(item_id)
+        if source is None or item is None or item_name(item) != name:
             raise ReferencedItemNotFoundError(name, param=param)
-        if turn.is_open:
+        if source.is_open:
             raise _not_ended(name, param)
-        return item, turn
+        return item, source
 
-    async def _turn(self, turn_id: str, param: str) -> TurnRecord | None:
-        """A turn of the caller's, if there is one."""
-        if turn_id not in self._turns:
-            self._turns[turn_id] = await self._read(turn_id, param)
-        return self._turns[turn_id]
+    async def _reply(self, turn_id: str, param: str) -> _Source | None:
+        """The reply of a turn of the caller's, if there is one."""
+        if turn_id not in self._replies:
+            self._replies[turn_id] = await self._read(turn_id, param)
+        return self._replies[turn_id]
 
-    async def _read(self, turn_id: str, param: str) -> TurnRecord | None:
+    async def _read(self, turn_id: str, param: str) -> _Source | None:
         try:
             session_id = await self._sessions.find_session_of(turn_id)
             if owner_of(session_id) != current_owner():
                 return None
-            turn = await self._sessions.get_turn(session_id, turn_id)
+            turn = await self._sessions.get_reply(session_id, turn_id)
         except (SessionNotFoundError, TurnNotFoundError):
             return None
         except OwnedElsewhereError:
             raise _not_ended(turn_id, param) from None
-        self._count(turn)
-        return turn
+        self._count(turn.output)
+        return _Source.of(turn, turn.output)
 
-    async def _search(self, session_id: str, item_id: str, param: str) -> tuple[TurnRecord | None, Item | None]:
+    async def _search(self, session_id: str, item_id: str, param: str) -> _Source | None:
         """Look for an item in the session that the request follows."""
         self._searches += 1
         if self._searches > SEARCHES_MAX:
@@ -178,14 +199,18 @@ class References:
         try:
             placed = await self._sessions.find_item(session_id, item_id)
         except (SessionNotFoundError, ItemNotFoundError):
-            return None, None
-        self._count(placed.turn)
-        return placed.turn, placed.item
+            return None
+        self._count((placed.item,))
+        return _Source.of(placed.turn, (placed.item,))
 
-    def _count(self, turn: TurnRecord) -> None:
-        self._bytes_left -= turn.text_bytes
+    def _count(self, items: Sequence[Item]) -> None:
+        self._bytes_left -= text_bytes_of(items)
         if self._bytes_left < 0:
-            raise InputTooLargeError("The items that are referred to are of too large responses.", field="input")
+            raise InputTooLargeError(
+                f"The outputs of the responses whose items are referred to have more than {self._bytes_max} bytes of "
+                "UTF-8 together: refer to items of fewer responses, or send the items themselves.",
+                field="input",
+            )
 
     async def _path(self, turn_ids: set[str]) -> set[str]:
         """Those of some turns of the session that are on the path which the request follows."""

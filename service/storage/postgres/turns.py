@@ -70,6 +70,7 @@ _GET = (
     "FROM {s}.sessions AS s LEFT JOIN {s}.turns AS t ON t.id = %(turn)s AND t.session = s.key "
     f"WHERE s.id = %(session)s AND {_VISIBLE}"
 )
+_GET_WITHOUT_INPUT = _GET.replace(" t.input,", " '[]'::bytea,")
 _FIND_SESSION = "SELECT s.id FROM {s}.turns AS t JOIN {s}.sessions AS s ON s.key = t.session WHERE t.id = %s"
 _HAS = f"""
 SELECT %(parent)s::text IS NULL OR EXISTS (SELECT FROM {{s}}.turns AS t WHERE t.id = %(parent)s AND t.session = s.key)
@@ -231,8 +232,17 @@ def find(db: Db, session_id: str, turn_id: str) -> TurnRecord | None:
     return None if row is None else record_of(db, session_id, row)
 
 
-def get(db: Db, session_id: str, turn_id: str, now: datetime, *, with_texts: bool = True) -> TurnRecord:
-    row: Row | None = db.execute(_GET, {"turn": turn_id, "session": session_id, "now": moment(now)}).fetchone()
+def get(
+    db: Db,
+    session_id: str,
+    turn_id: str,
+    now: datetime,
+    *,
+    with_texts: bool = True,
+    with_input: bool = True,
+) -> TurnRecord:
+    query = _GET if with_input else _GET_WITHOUT_INPUT
+    row: Row | None = db.execute(query, {"turn": turn_id, "session": session_id, "now": moment(now)}).fetchone()
     if row is None:
         raise SessionNotFoundError(session_id)
     if row[0] is None:

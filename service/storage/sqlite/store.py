@@ -477,6 +477,9 @@ class SqliteStore:
     async def get_turn(self, session_id: str, turn_id: str, *, now: datetime, with_texts: bool = True) -> TurnRecord:
         return await self._looking.call(lambda db: turns.get(db, session_id, turn_id, now, with_texts=with_texts))
 
+    async def get_reply(self, session_id: str, turn_id: str, *, now: datetime) -> TurnRecord:
+        return await self._looking.call(lambda db: turns.get(db, session_id, turn_id, now, with_input=False))
+
     async def find_session_of(self, turn_id: str) -> str | None:
         return await self._looking.call(lambda db: turns.find_session_of(db, turn_id))
 

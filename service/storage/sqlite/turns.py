@@ -55,6 +55,7 @@ _VISIBLE = "SELECT key FROM sessions WHERE id = ? AND deletion = 0 AND (open_tur
 # The key of a removed session may be used again.
 _IDENTITY = "SELECT key, created_at, edits FROM sessions WHERE id = ?"
 _GET = f"SELECT {TURN_COLUMNS} FROM shown_turns WHERE id = ? AND session = ?"
+_GET_WITHOUT_INPUT = _GET.replace(" input,", " '[]',")
 _DOWN_FROM = (
     "SELECT {columns}, ordinal, message_bytes FROM edited_turns "
     "WHERE session = ? AND ordinal <= ? ORDER BY ordinal DESC"
@@ -369,9 +370,17 @@ def _find(db: apsw.Connection, session_id: str, turn_id: str) -> TurnRecord | No
     return None if row is None else record_of(db, session_id, row)
 
 
-def get(db: apsw.Connection, session_id: str, turn_id: str, now: datetime, *, with_texts: bool = True) -> TurnRecord:
+def get(
+    db: apsw.Connection,
+    session_id: str,
+    turn_id: str,
+    now: datetime,
+    *,
+    with_texts: bool = True,
+    with_input: bool = True,
+) -> TurnRecord:
     session = _visible(db, session_id, now)
-    row = db.execute(_GET, (turn_id, session)).fetchone()
+    row = db.execute(_GET if with_input else _GET_WITHOUT_INPUT, (turn_id, session)).fetchone()
     if row is None:
         raise TurnNotFoundError(turn_id)
     return record_of(db, session_id, row, with_texts=with_texts)

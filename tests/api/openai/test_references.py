@@ -207,6 +207,20 @@ async def test_the_model_of_a_conversation_is_the_one_that_is_asked(autojump_clo
         assert await own_input(api, (await create(api, [ref(sealed), USER], **body)).json) == ["message"]
 
 
+async def test_the_inputs_of_the_responses_that_are_referred_to_do_not_count(autojump_clock: MockClock) -> None:
+    """Each input of an agent that sends references has copies of all items before it: the sum grows with the square."""
+    steps, length = 24, 1000
+    async with open_api(model_url=CALLING, history_bytes_max=2 * steps * length) as api:
+        history: list[dict[str, Any]] = [USER]
+        for step in range(steps):
+            answer = (await create(api, history, tools=[TOOL])).json
+            assert answer.get("status") == "completed", (step, answer)
+            history += [ref(item) for item in answer["output"]]
+            calls = [item for item in answer["output"] if item["type"] == "function_call"]
+            history += [output_of(call) | {"output": "x" * length} for call in calls]
+            history += [] if calls else [{"role": "user", "content": "x" * length}]
+
+
 async def test_a_call_of_a_namespace_keeps_it(autojump_clock: MockClock) -> None:
     url = "scripted:?first_token_s=0&rate=0&call=" + quote("files__read:{}")
     tools = [{"type": "namespace", "name": "files", "tools": [TOOL | {"name": "read"}]}]
