@@ -14,6 +14,7 @@ from service.api.http.strict_json import InputTooLargeError, shown
 from service.api.openai.echo import Echo
 from service.api.openai.errors import ParameterError
 from service.api.openai.ids import item_id_of, item_name
+from service.api.openai.items import reasoning_before
 from service.errors import ItemNotFoundError, OwnedElsewhereError, SessionNotFoundError, TurnNotFoundError
 from service.ids import new_item_id, owner_of, turn_id_of_item
 from service.sessions.sessions import Sessions
@@ -46,11 +47,12 @@ class Found(msgspec.Struct, frozen=True):
 
     Attributes:
         items: The items by their names; None for an item that the request follows anyway, and for one that says nothing
-            to the model that is asked.
+            to the model that is asked. Reasoning that was shown before a call, and that is not kept, is as clients send
+            it.
         namespaces: The namespaces of the calls among them.
     """
 
-    items: Mapping[str, Item | None] = {}
+    items: Mapping[str, Item | dict[str, Any] | None] = {}
     namespaces: Mapping[str, tuple[str, str]] = {}
 
 
@@ -108,7 +110,9 @@ class _Source(NamedTuple):
         return cls(turn.session_id, turn.id, turn.model, turn.is_open, items, namespaces)
 
     def find_item(self, item_id: str) -> Item | None:
-        return next((item for item in self.items if item.id == item_id), None)
+        """The item, or the call before which reasoning with these digits is shown."""
+        digits = item_id.removeprefix("msg_")
+        return next((item for item in self.items if item.id in (item_id, f"fc_{digits}")), None)
 
 
 class References:
@@ -142,11 +146,14 @@ class References:
         """
         placed = [(name, *await self._find(name, param)) for name, param in names.items()]
         path = await self._path({source.turn_id for _, _, source in placed if source.session_id == self._session_id})
-        items: dict[str, Item | None] = {}
+        items: dict[str, Item | dict[str, Any] | None] = {}
         namespaces: dict[str, tuple[str, str]] = {}
         for name, item, source in placed:
             if source.turn_id in path:
                 items[name] = None
+                continue
+            if name != item_name(item):  # of a call that has its fields if it is referred to, too
+                items[name] = msgspec.to_builtins(reasoning_before(item)) if source.model == self._model else None
                 continue
             items[name] = item if source.model == self._model else _for_another_model(item)
             if item.type == "function_call" and item.name in source.namespaces:
@@ -154,6 +161,7 @@ class References:
         return Found(items, namespaces)
 
     async def _find(self, name: str, param: str) -> tuple[Item, _Source]:
+        """The item, or the call before which reasoning of this name is shown."""
         item_id = item_id_of(name)
         if item_id is None:
             raise ReferencedItemNotFoundError(name, param=param)
@@ -162,7 +170,7 @@ class References:
         if (source is None or item is None) and self._session_id is not None:
             source = await self._search(self._session_id, item_id, param)
             item = None if source is None else source.find_item(item_id)
-        if source is None or item is None or item_name(item) != name:
+        if source is None or item is None or not _is_shown_as(name, item):
             raise ReferencedItemNotFoundError(name, param=param)
         if source.is_open:
             raise _not_ended(name, param)
@@ -219,6 +227,14 @@ class References:
         return await self._sessions.find_on_path(self._session_id, self._parent, among=turn_ids)
 
 
+def _is_shown_as(name: str, item: Item) -> bool:
+    """Whether a response shows an item by a name, or reasoning before it."""
+    if name == item_name(item):
+        return True
+    before = reasoning_before(item)
+    return before is not None and name == before.id
+
+
 def _for_another_model(item: Item) -> Item | None:
     """An item without what only its own model's server can read; None if nothing else is in it."""
     if item.type == "reasoning" and not item.text:
@@ -235,6 +251,6 @@ def with_found(told: Sequence[object], found: Found) -> list[object]:
     return [_item_of(it["id"], found) if is_reference(it) else it for it in told]
 
 
-def _item_of(name: str, found: Found) -> Item | None:
+def _item_of(name: str, found: Found) -> Item | dict[str, Any] | None:
     item = found.items[name]
-    return None if item is None else msgspec.structs.replace(item, id=new_item_id(item.type))
+    return msgspec.structs.replace(item, id=new_item_id(item.type)) if isinstance(item, Item) else item

@@ -22,6 +22,7 @@ from tests.api.openai.test_responses_calls import (
     native_turn,
     text_of,
 )
+from tests.upstreams.raw_server import DONE, Connection, finish, open_raw_server
 
 USER = {"role": "user", "content": "The weather?"}
 SIGNED = {"extra_content": {"google": {"thought_signature": "EjQ="}}}
@@ -219,6 +220,40 @@ async def test_the_inputs_of_the_responses_that_are_referred_to_do_not_count(aut
             calls = [item for item in answer["output"] if item["type"] == "function_call"]
             history += [output_of(call) | {"output": "x" * length} for call in calls]
             history += [] if calls else [{"role": "user", "content": "x" * length}]
+
+
+async def test_the_reasoning_before_a_signed_call_brings_the_fields_of_the_call() -> None:
+    prompts: list[list[dict[str, Any]]] = []
+
+    async def behave(connection: Connection) -> None:
+        while True:
+            request: dict[str, Any] = (await connection.receive_request()).json
+            prompts.append(request["messages"])
+            function = {"name": "get", "arguments": "{}"}
+            called = {"index": 0, "id": "c1", "type": "function", "function": function} | SIGNED
+            await connection.send_head()
+            await connection.send_event({"choices": [{"index": 0, "delta": {"tool_calls": [called]}}]})
+            await connection.send_event(finish("tool_calls"))
+            await connection.send_event(DONE)
+            await connection.end_body()
+
+    async with open_raw_server(behave) as upstream:
+        served = {"name": "u", "url": upstream.url, "models": ["a", "b"]}
+        async with open_api(upstreams=[served], model_retries_max=0) as api:
+            ask: dict[str, Any] = {"include": ["reasoning.encrypted_content"], "tools": [TOOL | {"name": "get"}]}
+            sealed, call = (await create(api, [USER], model="a", **ask)).json["output"]
+            assert (sealed["type"], call["type"]) == ("reasoning", "function_call")
+            bare = {name: value for name, value in call.items() if name != "extra_content"}
+            histories = ([ref(sealed), ref(call)], [ref(sealed), bare], [ref(call)], [ref(sealed), call])
+            for model, fields in (("a", SIGNED), ("b", {})):
+                for history in histories[: 4 if model == "a" else 3]:
+                    answer = await create(api, [USER, *history, output_of(call)], model=model, **ask)
+                    assert answer.status == 200, answer
+                    ((sent,),) = [message["tool_calls"] for message in prompts[-1] if "tool_calls" in message]
+                    assert {name: sent[name] for name in SIGNED if name in sent} == fields
+            other = ref(call["id"].replace("fc_", "msg_"))
+            refused = await create(api, [USER, other, ref(call), output_of(call)], model="a")
+            error_of(refused, 404, "item_not_found", "input[1].id")
 
 
 async def test_a_call_of_a_namespace_keeps_it(autojump_clock: MockClock) -> None:
