@@ -35,7 +35,8 @@ _CHECK = (
 _RENEW = "UPDATE {s}.owners SET epoch = epoch + 1 WHERE fence = %s AND nonce = %s AND NOT dead RETURNING epoch"
 _LEAVE = "UPDATE {s}.owners SET dead = true WHERE fence = %s AND nonce = %s"
 _BEAT_AND_LOOK = (
-    "WITH beat AS (UPDATE {s}.beats SET beats = beats + 1 WHERE fence = %s) "
+    "WITH beat AS (UPDATE {s}.beats SET beats = beats + 1 WHERE fence = %(fence)s AND EXISTS ("
+    "SELECT FROM {s}.owners WHERE fence = %(fence)s AND nonce = %(nonce)s AND NOT dead)) "
     "SELECT fence, nonce, beats, dead FROM {s}.owners LEFT JOIN {s}.beats USING (fence)"
 )
 # Without a wait for a transaction of that owner: this thread must not miss its own beats.
@@ -144,11 +145,16 @@ class Observer:
         self.beats_at = monotonic()
 
     def run_once(self, db: Db) -> int:
-        """Beat, and take over from the owners that have died. Returns how many."""
+        """Beat, and take over from the owners that have died. Returns how many.
+
+        An owner that was taken for dead does neither: after a failover its fence may be that of another owner.
+        """
+        if self._ownership.is_lost:
+            return 0
         seen, self._seen = self._seen, {}  # should the look fail, all leases begin anew
         began_at = self._monotonic()
         me = self._ownership.me
-        rows = db.execute(_BEAT_AND_LOOK, (me.fence,)).fetchall()
+        rows = db.execute(_BEAT_AND_LOOK, {"fence": me.fence, "nonce": me.nonce}).fetchall()
         looked_at = self._monotonic()
         if (me.fence, me.nonce, False) not in {(fence, nonce, dead) for fence, nonce, _, dead in rows}:
             self._ownership.lose()

@@ -39,6 +39,14 @@ class Owners:
         self.there = there
         self._clock = clock
 
+    async def rename(self, store: PostgresStore) -> None:
+        """Give the fence of a store to another owner, as a failover may that has lost the store's row."""
+
+        def write(db: Db) -> None:
+            db.execute("UPDATE {s}.owners SET nonce = 'another' WHERE fence = %s", (store.fence,))
+
+        await self.here._write(write)
+
     async def pass_time(self, seconds: int, *, step_s: float = 1) -> int:
         """Let time pass in steps, with a beat of the owner here after each. Returns how many it took for dead."""
         taken = 0
@@ -150,6 +158,19 @@ async def test_a_long_write_holds_up_no_beat_of_its_owner(two: Owners) -> None:
     token = anyio.lowlevel.current_token()
     with trio.fail_after(20):
         await two.there._write(write)
+
+
+async def test_an_owner_that_a_failover_lost_beats_not_for_the_owner_that_got_its_fence(
+    two: Owners, postgres: PostgresServer
+) -> None:
+    await two.rename(two.there)
+    for _ in range(LEASE_S):
+        assert await two.pass_time(1) == 0
+        await two.there.beat()
+    assert two.there.ownership.is_lost
+    assert await two.pass_time(1) == 1, "no beat was that of the other owner"
+    postgres.cut_connections()
+    assert await two.there.beat() == 0, "it asks the database no more"
 
 
 async def test_an_owner_that_leaves_is_dead_at_once(postgres: PostgresServer) -> None:
