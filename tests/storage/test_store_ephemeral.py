@@ -1,6 +1,6 @@
 """Ephemeral turns in every store: like other turns while they are open, and removed by their end."""
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +211,58 @@ async def test_the_siblings_of_an_ephemeral_turn_move_up(store: Store) -> None:
     assert places.head == "b"
     children = await store.list_turns("s", limit=9, after=None, now=T0, parent="t")
     assert [turn.id for turn in children.data] == ["a", "b"]
+
+
+Delete = Callable[[Store, str], Awaitable[None]]
+each_deletion = pytest.mark.parametrize(
+    "delete",
+    [
+        lambda store, turn: store.delete_turns("s", turn, now=at(1)),
+        lambda store, turn: store.delete_turn("s", turn, now=at(1)),
+    ],
+    ids=["delete_turns", "delete_turn"],
+)
+
+
+async def _leave_with_an_ephemeral_turn(open_shared: OpenStore, *others: TurnRecord, parent: str = "t") -> None:
+    """Leave an ephemeral turn open, and then others that have ended."""
+    async with open_shared() as there:
+        await _with_one_turn(there)
+        await there.begin_turn(ephemeral(parent=parent), now=T0)
+        for turn in others:
+            await there.begin_turn(turn, now=T0)
+            await there.end_turn(ended(turn), runs=said("Hi"), now=T0)
+
+
+@each_deletion
+async def test_a_deletion_closes_the_places_that_an_ephemeral_turn_of_a_dead_owner_leaves(
+    open_shared: OpenStore, delete: Delete
+) -> None:
+    await _leave_with_an_ephemeral_turn(open_shared, *(a_turn(name, parent="t") for name in "abc"))
+    async with open_shared() as here:
+        await delete(here, "b")
+        places = await here.find_places("s", ["a", "b", "c", "e"])
+        assert places.siblings == {"a": Siblings(1, 2), "c": Siblings(2, 2)}
+        assert await here.recover(now=at(2)) == 0
+
+
+@each_deletion
+async def test_a_deletion_finds_no_ephemeral_turn_of_a_dead_owner(open_shared: OpenStore, delete: Delete) -> None:
+    await _leave_with_an_ephemeral_turn(open_shared)
+    async with open_shared() as here:
+        with pytest.raises(TurnNotFoundError):
+            await delete(here, "e")
+        assert [turn.id for turn in await all_turns(here, "s", now=at(1)) if not turn.ephemeral] == ["t"]
+
+
+@each_deletion
+async def test_an_ephemeral_turn_of_a_dead_owner_keeps_no_turn_from_being_deleted(
+    open_shared: OpenStore, delete: Delete
+) -> None:
+    await _leave_with_an_ephemeral_turn(open_shared)
+    async with open_shared() as here:
+        await delete(here, "t")
+        assert await all_turns(here, "s", now=at(1)) == []
 
 
 @pytest.mark.parametrize("is_alone", [False, True])

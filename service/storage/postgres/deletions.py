@@ -72,7 +72,9 @@ _AFTER = (
 
 def delete_turns(db: Db, session_id: str, turn_id: str, me: Me, now: datetime) -> None:
     """Delete a turn and all that follow it, as :meth:`~service.storage.store.Store.delete_turns` says."""
-    _delete_all(db, sessions.locked(db, session_id, now), turn_id, me, now)
+    kept = sessions.locked(db, session_id, now)
+    _settle(db, kept, turn_id, me, now)
+    _delete_all(db, kept, turn_id)
 
 
 def delete_turn(
@@ -80,19 +82,37 @@ def delete_turn(
 ) -> None:
     """Delete a turn and none that follows it, as :meth:`~service.storage.store.Store.delete_turn` says."""
     kept = sessions.locked(db, session_id, now)
-    found: Row | None = db.execute(_KEY, (turn_id, kept.key)).fetchone()
-    if found is None:
-        raise TurnNotFoundError(turn_id)
-    key = found[0]
+    key = _settle(db, kept, turn_id, me, now)
     if db.execute(_HAS_FOLLOWER, (kept.key, turn_id)).fetchone() is not None:
-        sessions.settle(db, kept, me, now)
         _empty(db, kept, key, me)
         return
     last: Row = db.execute(_END_OF_BRANCH, {"turn": key, "session": kept.key}).fetchone()  # type: ignore[assignment]
-    _delete_all(db, kept, last[0], me, now)
+    _delete_all(db, kept, last[0])
     is_empty = db.execute(_HAS_TURNS, (kept.key,)).fetchone() is None
     if is_empty and rules.revision_of(kept.record) in session_revisions:
         removals.remove_sessions(db, [kept.key])
+
+
+def _settle(db: Db, kept: sessions.StoredSession, turn_id: str, me: Me, now: datetime) -> int:
+    """End what a dead owner has left open in a session whose row is locked. Returns the key of a turn.
+
+    The rest of a deletion reads the tree after it: ephemeral turns are gone by then, and others have moved up.
+
+    Raises:
+        TurnNotFoundError: Also if the turn was an ephemeral one that is gone now.
+        OwnedElsewhereError
+    """
+    key = _key_of(db, kept, turn_id)
+    return _key_of(db, kept, turn_id) if sessions.settle(db, kept, me, now) else key
+
+
+def _key_of(db: Db, kept: sessions.StoredSession, turn_id: str) -> int:
+    """Raises: TurnNotFoundError."""
+    found: Row | None = db.execute(_KEY, (turn_id, kept.key)).fetchone()
+    if found is None:
+        raise TurnNotFoundError(turn_id)
+    key: int = found[0]
+    return key
 
 
 def _empty(db: Db, kept: sessions.StoredSession, key: int, me: Me) -> None:
@@ -107,13 +127,9 @@ def _empty(db: Db, kept: sessions.StoredSession, key: int, me: Me) -> None:
     db.execute(_NOTE, (kept.record.head, turn.message_count, kept.key))
 
 
-def _delete_all(db: Db, kept: sessions.StoredSession, turn_id: str, me: Me, now: datetime) -> None:
-    """Delete a turn and all that follow it, of a session whose row is locked."""
-    root: Row | None = db.execute(_ROOT, (turn_id, kept.key)).fetchone()
-    if root is None:
-        raise TurnNotFoundError(turn_id)
-    sessions.settle(db, kept, me, now)
-    chain, depth, parent, place = root
+def _delete_all(db: Db, kept: sessions.StoredSession, turn_id: str) -> None:
+    """Delete a turn and all that follow it, of a session that is settled. Raises: TurnInProgressError."""
+    chain, depth, parent, place = db.execute(_ROOT, (turn_id, kept.key)).fetchone()  # type: ignore[misc]
     head = kept.record.head
     chains, depths = zip(*trees.Branches(db, kept.key).followers(chain, depth), strict=True)
     values = {"chains": list(chains), "depths": list(depths), "head": head}
