@@ -52,7 +52,9 @@ from service.errors import (
     BranchLimitError,
     EventsDeletedError,
     InvalidRequestError,
+    OwnedElsewhereError,
     OwnerHangsError,
+    RefusedError,
     RepeatedError,
     SessionLimitError,
     SessionNotFoundError,
@@ -254,19 +256,19 @@ async def create_response() -> TrioResponse:
     key = read_key(body)
     streams, background = bool(body.stream), bool(body.background)
     face = _Responses(waits=not (streams or background), follows_conversation=body.conversation is not None)
-    refusal: PreviousResponseNotFoundError
+    refusal: RefusedError
     try:
         session_id, parent, made_session = place = await _place_of(service, body)
-    except PreviousResponseNotFoundError as error:
-        refusal = error
-    else:
         if asked is None:
             asked = await in_steps(read(found=await _find_references(service, references, place, body)))
+    except OwnedElsewhereError:
+        raise  # its owner answers this
+    except RefusedError as error:
+        refusal = error
+    else:
         new = turn_of(body, asked, parent=parent, made_session=made_session, request_id=current_request_id(), key=key)
         return await _start(service, session_id, new, body, face, streams=streams)
-    if (
-        key is not None
-    ):  # the previous response may have been there when an earlier request with this key has followed it
+    if key is not None:  # what the request names may have been there when an earlier request with this key has named it
         try:
             await service.sessions.check_key(key)
         except RepeatedError as repeated:

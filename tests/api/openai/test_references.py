@@ -256,6 +256,33 @@ async def test_the_reasoning_before_a_signed_call_brings_the_fields_of_the_call(
             error_of(refused, 404, "item_not_found", "input[1].id")
 
 
+async def test_a_repeated_request_gets_its_response_though_an_item_is_gone(autojump_clock: MockClock) -> None:
+    key = {"Idempotency-Key": "one"}
+    async with open_api(model_url=QUICK) as api:
+
+        async def ask(item: dict[str, Any], headers: dict[str, str], **body: Any) -> Reply:
+            asked = {"model": "scripted", "input": [ref(item), USER]} | body
+            return await api.call("POST", PATH, asked, headers=headers)
+
+        first = (await create(api)).json
+        made = await ask(first["output"][0], key)
+        await delete(api, first["id"])
+        assert (await ask(first["output"][0], key)).json["id"] == made.json["id"]
+        error_of(await ask(first["output"][0], key, stream=True), 422, "idempotency_key_reused", "Idempotency-Key")
+        for other in ({}, {"Idempotency-Key": "other"}):
+            error_of(await ask(first["output"][0], other), 404, "item_not_found", "input[0].id")
+        await delete(api, made.json["id"])
+        assert (await ask(first["output"][0], key)).status == 410
+
+        talk = (await api.call("POST", "/v1/conversations", {"items": [USER]})).json["id"]
+        (item,) = (await api.call("GET", f"/v1/conversations/{talk}/items")).json["data"]
+        followed = {"conversation": talk, "headers": {"Idempotency-Key": "two"}}
+        made = await ask(item, **followed)
+        assert (await ask(item, **followed)).json["id"] == made.json["id"]
+        await api.call("DELETE", f"/v1/conversations/{talk}")
+        assert (await ask(item, **followed)).status == 410
+
+
 async def test_a_call_of_a_namespace_keeps_it(autojump_clock: MockClock) -> None:
     url = "scripted:?first_token_s=0&rate=0&call=" + quote("files__read:{}")
     tools = [{"type": "namespace", "name": "files", "tools": [TOOL | {"name": "read"}]}]
