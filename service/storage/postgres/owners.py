@@ -24,6 +24,8 @@ LEASE_S = 6
 """How long the beats of an owner stand still before another owner takes it for dead."""
 GAP_S = 2.5
 """An observer that was held up for so long begins all leases anew: it may be the one that was away."""
+RENEW_MAX_S = 5
+"""How long the beginning of an epoch waits for the transactions of the one before."""
 _NONCE_BYTES = 16
 
 _INSERT = "INSERT INTO {s}.owners (nonce, address, opened_at) VALUES (%s, %s, %s) RETURNING fence"
@@ -102,15 +104,23 @@ class Ownership:
     def renew(self, db: Db, *, always: bool = False) -> None:
         """Begin an epoch, if a commit is in doubt: wait for its end. What comes later finds that its epoch has passed.
 
+        Waits for the transactions of the other threads, too: so the caller holds nothing that their commits need.
+
         Raises:
             FenceLostError
+            OutcomeUnknownError
             psycopg.Error
         """
         with self._renewing:
             if not (self._is_in_doubt or always):
                 return
-            db.begin(None)
-            row = db.execute(_RENEW, (self.me.fence, self.me.nonce)).fetchone()
+            db.begin(Opening(BEGIN, *timeouts(RENEW_MAX_S)))
+            try:
+                row = db.execute(_RENEW, (self.me.fence, self.me.nonce)).fetchone()
+            except BaseException:
+                db.roll_back()
+                raise
+            db.commit()
             if row is None:
                 self.lose()
                 raise FenceLostError

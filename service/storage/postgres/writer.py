@@ -146,12 +146,15 @@ class Writer:
         Args:
             step: The step whose caller may leave.
         """
+        epoch_passed = False
         for attempt in range(ATTEMPTS_MAX):
             db = self._line.open()
             try:
+                self._renew(db, always=epoch_passed)
+                epoch_passed = False
                 result = self._try(db, call, step)
             except EpochPassedError:
-                self._ownership.renew(db, always=attempt > 0)
+                epoch_passed = attempt > 0
             except psycopg.Error as error:
                 if ends_connection(error):
                     db.close()
@@ -165,6 +168,24 @@ class Writer:
                 return result
         raise StoreError("The store failed: many wanted to change the same at once.")
 
+    def _renew(self, db: Db, *, always: bool) -> None:
+        """Let the commits that are in flight or in doubt come first.
+
+        Raises:
+            psycopg.Error: The connection is lost.
+            StoreError
+        """
+        with self._ownership.committing:
+            pass  # Held any longer, it would keep from its commit what the new epoch waits for.
+        try:
+            self._ownership.renew(db, always=always)
+        except OutcomeUnknownError as error:
+            raise _no_standby() from error
+        except psycopg.Error as error:
+            if db.is_lost or ends_connection(error):
+                raise
+            raise self._faults.translate(error) from error
+
     def _try(self, db: Db, call: Callable[[Db], T], step: Step[Db, Any] | None) -> T:
         """Make a call in a transaction, once.
 
@@ -172,8 +193,6 @@ class Writer:
             psycopg.Error: Nothing has happened.
             StoreError: The outcome is unknown.
         """
-        with self._ownership.committing:  # wait for a commit that is in flight
-            self._ownership.renew(db)
         db.begin(self._ownership.opening(statement_timeout_s=self._statement_timeout_s))
         try:
             result = call(db)
@@ -200,7 +219,7 @@ class Writer:
         try:
             db.commit()
         except OutcomeUnknownError as error:
-            raise StoreError("The store failed: a standby that must have each write did not answer.") from error
+            raise _no_standby() from error
         except psycopg.Error as error:
             if ends_connection(error):
                 db.close()
@@ -208,3 +227,7 @@ class Writer:
                 raise
             self._ownership.doubt()
             raise self._faults.translate(error) from error
+
+
+def _no_standby() -> StoreError:
+    return StoreError("The store failed: a standby that must have each write did not answer.")

@@ -10,13 +10,16 @@ import trio
 import trio.testing
 
 from service.errors import StoreError
-from service.storage.postgres import PostgresStore, connections, open_postgres_store, sessions
+from service.storage.postgres import PostgresStore, connections, open_postgres_store, owners, sessions
 from service.storage.postgres.connections import Db
 from service.storage.records import EndResult, SessionPatch
 from tests.postgres_server import PostgresServer
+from tests.storage.postgres.locks import until_something_waits
 from tests.storage.postgres.proxy import Proxy, open_proxy
 from tests.storage.rows import T0, a_session, a_turn, at, ended, said
 from tests.storage.test_store_owners import a_checkpoint
+
+WAIT_S = 30
 
 
 @pytest.fixture
@@ -118,8 +121,7 @@ async def test_a_commit_of_unknown_outcome_happens_before_the_next_write_or_neve
 
             nursery.start_soon(write_next)
             # The commit has not reached the server yet. The next write waits for what becomes of it.
-            while not postgres.run("SELECT 1 FROM pg_locks WHERE NOT granted"):  # noqa: ASYNC110  no event tells it
-                await trio.sleep(0.01)
+            await until_something_waits(postgres)
             assert not done.is_set()
             assert (await store.get_session("s", now=T0)).title is None
             proxy.released.set()
@@ -138,6 +140,49 @@ async def test_a_commit_that_never_arrives_is_no_hindrance_for_long(store: Postg
     proxy.released.set()
     await trio.testing.wait_all_tasks_blocked()
     assert (await store.get_session("s", now=T0)).title == "next"
+
+
+async def test_a_write_after_an_unknown_outcome_lets_a_long_change_commit_first(
+    store: PostgresStore, postgres: PostgresServer
+) -> None:
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def change(db: Db) -> None:
+        db.execute("SELECT 1")
+        begun.set()
+        assert goes_on.wait(WAIT_S)
+
+    with trio.fail_after(WAIT_S):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(store._change, change)
+            await trio.to_thread.run_sync(begun.wait)
+            store.ownership.doubt()
+            nursery.start_soon(_title, store, "next")
+            await until_something_waits(postgres)
+            goes_on.set()
+    assert (await store.get_session("s", now=T0)).title == "next"
+    assert store.me.epoch == 1
+
+
+async def test_a_write_after_an_unknown_outcome_waits_for_others_within_a_bound(
+    store: PostgresStore, postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owners, "RENEW_MAX_S", 0.1)
+    with trio.fail_after(WAIT_S):
+        with psycopg.connect(postgres.url) as other:
+            other.execute(f"SELECT FROM {store._schema}.owners FOR SHARE".encode())
+            store.ownership.doubt()
+            async with trio.open_nursery() as nursery:
+                for _ in range(3):
+                    nursery.start_soon(_fails_slowly, store)
+        await _title(store, "next")
+    assert (await store.get_session("s", now=T0)).title == "next"
+    assert store.me.epoch == 1
+
+
+async def _fails_slowly(store: PostgresStore) -> None:
+    with pytest.raises(StoreError, match="the database took too long"):
+        await store.checkpoint_turns([a_checkpoint("t", "Hel")])
 
 
 async def test_a_long_change_whose_caller_left_is_given_up(store: PostgresStore, postgres: PostgresServer) -> None:
