@@ -321,6 +321,28 @@ async def test_of_several_steps_with_one_key_one_is_done(open_shared: OpenStore)
         assert await first.count_sessions(status=None, now=T0) == 1
 
 
+@each_step
+async def test_of_equal_steps_at_once_one_is_done_and_the_others_are_told_of_it(
+    open_shared: OpenStore, step: str
+) -> None:
+    call, made = STEPS[step]
+    async with open_shared() as first, open_shared() as second:
+        await _prepare(first)
+        refused: list[RepeatedError] = []
+
+        async def run(store: Store) -> None:
+            try:
+                await call(store, a_key())
+            except RepeatedError as error:
+                refused.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(10):
+                nursery.start_soon(run, first)
+                nursery.start_soon(run, second)
+        assert [(it.session_id, it.turn_id, it.is_gone) for it in refused] == [made] * 19
+
+
 async def test_several_owners_may_forget_keys_at_once(open_shared: OpenStore) -> None:
     async with open_shared() as first, open_shared() as second:
         await _create(first, a_key())

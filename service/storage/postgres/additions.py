@@ -62,25 +62,25 @@ def add(
     key: IdempotencyKey | None,
 ) -> SessionRecord:
     """Add turns, as :meth:`~service.storage.store.Store.add_turns` says; ``terms`` are those of each."""
-    idempotency.check(db, key, now)
-    kept, place, _ = to_follow(db, added[0], me, now, head=head, branches=True, instead=rules.INSTEAD_OF_ADDING)
-    session = rules.with_added(kept.record, added, now)
-    _insert_chain(db, kept.key, added, place, first=kept.turns, terms=terms)
-    db.execute(
-        _USE,
-        (
-            session.head,
-            kept.turns + len(added),
-            session.message_count,
-            moment(session.last_accessed_at),
-            moment(session.expires_at),
-            kept.key,
-        ),
-    )
-    idempotency.keep(
-        db, key, session=kept.key, session_id=session.id, turn=added[-1].id, first_turn=added[0].id, now=now
-    )
-    return session
+    with idempotency.checked(db, key, now):
+        kept, place, _ = to_follow(db, added[0], me, now, head=head, branches=True, instead=rules.INSTEAD_OF_ADDING)
+        session = rules.with_added(kept.record, added, now)
+        _insert_chain(db, kept.key, added, place, first=kept.turns, terms=terms)
+        db.execute(
+            _USE,
+            (
+                session.head,
+                kept.turns + len(added),
+                session.message_count,
+                moment(session.last_accessed_at),
+                moment(session.expires_at),
+                kept.key,
+            ),
+        )
+        idempotency.keep(
+            db, key, session=kept.key, session_id=session.id, turn=added[-1].id, first_turn=added[0].id, now=now
+        )
+        return session
 
 
 def create(
@@ -93,11 +93,11 @@ def create(
     key: IdempotencyKey | None,
 ) -> None:
     """Add a session with turns, as :meth:`~service.storage.store.Store.create_session` says; ``terms`` of each turn."""
-    idempotency.check(db, key, now)
-    sessions.make_room(db, session.id, now)
-    created = sessions.insert(db, session, turns=len(added))
-    _insert_chain(db, created, added, Place(), first=0, terms=terms)
-    idempotency.keep(db, key, session=created, session_id=session.id, now=now)
+    with idempotency.checked(db, key, now):
+        sessions.make_room(db, session.id, now)
+        created = sessions.insert(db, session, turns=len(added))
+        _insert_chain(db, created, added, Place(), first=0, terms=terms)
+        idempotency.keep(db, key, session=created, session_id=session.id, now=now)
 
 
 def _insert_chain(

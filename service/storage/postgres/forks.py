@@ -211,22 +211,22 @@ def build(db: Db, fork: Fork, now: datetime) -> SessionRecord:
         SessionExistsError
         EditedMeanwhileError: Something was deleted from the source meanwhile.
     """
-    idempotency.check(db, fork.key, now)
-    _check_source(db, fork, now)
-    # Under another id until the end: a step that adds a session of this id does not wait meanwhile.
-    hidden = msgspec.structs.replace(fork.session, id=scoped(fork.session.owner, f"+{new_session_id()}"))
-    session = sessions.insert(db, hidden, turns=len(fork.turns))
-    copies: list[int] = db.execute(_KEYS, (len(fork.turns),)).fetchone()[0] or []  # type: ignore[index]
-    for some in parts(fork.turns):
-        with db.pipeline():
-            db.execute(_COPY, _values(fork, session, copies, some))
-            db.execute(_COPY_PAGES, (fork.keys[some], copies[some]))
-            documents.copy_turns(db, session, fork.keys[some], copies[some])
-    _check_source(db, fork, now)
-    sessions.make_room(db, fork.session.id, now)
-    sessions.show(db, session, fork.session.id)
-    idempotency.keep(db, fork.key, session=session, session_id=fork.session.id, now=now)
-    return fork.session
+    with idempotency.checked(db, fork.key, now):
+        _check_source(db, fork, now)
+        # Under another id until the end: a step that adds a session of this id does not wait meanwhile.
+        hidden = msgspec.structs.replace(fork.session, id=scoped(fork.session.owner, f"+{new_session_id()}"))
+        session = sessions.insert(db, hidden, turns=len(fork.turns))
+        copies: list[int] = db.execute(_KEYS, (len(fork.turns),)).fetchone()[0] or []  # type: ignore[index]
+        for some in parts(fork.turns):
+            with db.pipeline():
+                db.execute(_COPY, _values(fork, session, copies, some))
+                db.execute(_COPY_PAGES, (fork.keys[some], copies[some]))
+                documents.copy_turns(db, session, fork.keys[some], copies[some])
+        _check_source(db, fork, now)
+        sessions.make_room(db, fork.session.id, now)
+        sessions.show(db, session, fork.session.id)
+        idempotency.keep(db, fork.key, session=session, session_id=fork.session.id, now=now)
+        return fork.session
 
 
 def _check_source(db: Db, fork: Fork, now: datetime) -> None:

@@ -3,10 +3,11 @@
 A key refers to the number of its session. A removal of the session cuts the key off, so that it is forgotten in time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 
-from service.errors import RepeatedError
+from service.errors import RefusedError, RepeatedError
 from service.storage import rules
 from service.storage.postgres.connections import Db
 from service.storage.postgres.rows import moment
@@ -52,6 +53,22 @@ def check(db: Db, key: IdempotencyKey | None, now: datetime) -> None:
             first_turn_id=first_turn,
             is_gone=not exists,
         )
+
+
+@contextmanager
+def checked(db: Db, key: IdempotencyKey | None, now: datetime) -> Iterator[None]:
+    """Check the key of a step before the step, and once more before the step is refused: it may have waited for a step
+    with the same key, which has made what is now in its way.
+
+    Raises:
+        RepeatedError: The key is kept.
+    """
+    check(db, key, now)
+    try:
+        yield
+    except RefusedError:
+        check(db, key, now)
+        raise
 
 
 def keep(

@@ -143,11 +143,11 @@ def locked(db: Db, session_id: str, now: datetime) -> StoredSession:
 
 
 def create(db: Db, session: SessionRecord, now: datetime, *, key: IdempotencyKey | None = None) -> StoredSession:
-    idempotency.check(db, key, now)
-    make_room(db, session.id, now)
-    created = StoredSession(session, key=insert(db, session))
-    idempotency.keep(db, key, session=created.key, session_id=session.id, now=now)
-    return created
+    with idempotency.checked(db, key, now):
+        make_room(db, session.id, now)
+        created = StoredSession(session, key=insert(db, session))
+        idempotency.keep(db, key, session=created.key, session_id=session.id, now=now)
+        return created
 
 
 def make_room(db: Db, session_id: str, now: datetime) -> None:
@@ -203,9 +203,11 @@ def show(db: Db, key: int, session_id: str) -> None:
     Raises:
         SessionExistsError: Another step has added one of this id meanwhile.
     """
+    db.execute("SAVEPOINT hidden")
     try:
         db.execute("UPDATE {s}.sessions SET id = %s WHERE key = %s", (session_id, key))
     except psycopg.errors.UniqueViolation:
+        db.execute("ROLLBACK TO SAVEPOINT hidden")
         raise SessionExistsError(session_id) from None
     db.execute("UPDATE {s}.session_metadata SET id = %s WHERE session = %s", (session_id, key))
 

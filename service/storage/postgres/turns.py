@@ -132,26 +132,28 @@ def begin(
     key: IdempotencyKey | None = None,
     branches: bool = False,
 ) -> BegunTurn:
-    idempotency.check(db, key, now)
-    path: Sequence[TurnRecord] | None = None
-    if creates is not None:
-        rules.check_first_turn(creates, turn, head)
-        kept, place = sessions.create(db, creates, now), Place()
-        path = None if path_bytes_max is msgspec.UNSET else [turn]
-    else:
-        kept, place, path = to_follow(db, turn, me, now, head=head, branches=branches, path_bytes_max=path_bytes_max)
-    session = rules.begun(kept.record, turn, now)
-    values = values_of(turn) | event_pages.values_of_events(turn, None) | place.values
-    used = {
-        "head": session.head,
-        "open_turns": session.open_turns,
-        "message_count": session.message_count,
-        "last_accessed_at": moment(session.last_accessed_at),
-        "expires_at": moment(session.expires_at),
-    }
-    db.execute(_BEGIN, values | used | {"session": kept.key, "ordinal": kept.turns, "owner": me.fence})
-    idempotency.keep(db, key, session=kept.key, session_id=turn.session_id, turn=turn.id, now=now)
-    return BegunTurn(session, path, Siblings(place.number, place.number))
+    with idempotency.checked(db, key, now):
+        path: Sequence[TurnRecord] | None = None
+        if creates is not None:
+            rules.check_first_turn(creates, turn, head)
+            kept, place = sessions.create(db, creates, now), Place()
+            path = None if path_bytes_max is msgspec.UNSET else [turn]
+        else:
+            kept, place, path = to_follow(
+                db, turn, me, now, head=head, branches=branches, path_bytes_max=path_bytes_max
+            )
+        session = rules.begun(kept.record, turn, now)
+        values = values_of(turn) | event_pages.values_of_events(turn, None) | place.values
+        used = {
+            "head": session.head,
+            "open_turns": session.open_turns,
+            "message_count": session.message_count,
+            "last_accessed_at": moment(session.last_accessed_at),
+            "expires_at": moment(session.expires_at),
+        }
+        db.execute(_BEGIN, values | used | {"session": kept.key, "ordinal": kept.turns, "owner": me.fence})
+        idempotency.keep(db, key, session=kept.key, session_id=turn.session_id, turn=turn.id, now=now)
+        return BegunTurn(session, path, Siblings(place.number, place.number))
 
 
 def to_follow(
