@@ -754,7 +754,7 @@ class Sessions:
         watch and the return.
 
         Args:
-            watches: Whether the caller is a client of the turn. Without it the watch counts nowhere.
+            watches: Whether the caller is a client of the turn. Without it the watch does not keep the turn running.
 
         Raises:
             SessionNotFoundError, TurnNotFoundError, OwnedElsewhereError
@@ -764,7 +764,7 @@ class Sessions:
         self._check_not_deleted(session_id)
         turn = self._find_turn(session_id, turn_id)
         if turn is not None:
-            return turn.log, turn.watch() if watches else Watch(None)
+            return turn.log, turn.watch() if watches else turn.watch_as_reader()
         with self._answered_within():
             log = await self._replays.open(
                 session_id,

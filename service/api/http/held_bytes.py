@@ -7,7 +7,8 @@ another call that has changed something counts, but is never refused: the caller
 streams hold a seq and one piece, which counts only if it is large, and is never refused. A stream of an ended turn in a
 face whose frames need the turn's record counts the record until its end, and is refused as an answer to a GET is.
 
-An input of more than ``input_bytes_max`` counts until the end of its turn, and is refused before the turn begins.
+An input of more than ``input_bytes_max`` counts until its turn has ended and no request keeps the turn any more, as a
+stream does that is not read. It is refused before the turn begins.
 
 Short messages and cancels have to work while large requests have taken all room. So small requests have a reserve
 beyond the bound, a quarter of it, and are refused when the reserve is full, too. Tiny requests, such as probes, are

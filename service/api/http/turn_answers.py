@@ -158,7 +158,7 @@ async def start(service: Service, session_id: str, new: NewTurn) -> tuple[Turn, 
             refusal = error
         else:
             stack.pop_all()
-            turn.at_end.append(held.release)
+            turn.when_over.append(held.release)
             drop_body(request)
             return turn, watch
     await service.sessions.make_way(session_id, new)
@@ -166,7 +166,8 @@ async def start(service: Service, session_id: str, new: NewTurn) -> tuple[Turn, 
 
 
 def _input_held(new: NewTurn, settings: Settings) -> RequestBytes:
-    """Count a large input until the end of its turn: the input, and the request to the model server with it.
+    """Count a large input until its turn has ended and the streams of the turn were read: the input, and the request to
+    the model server with it.
 
     Smaller inputs are bounded by the number of turns. Of the largest ones no more than a half of the bound is counted,
     so that there is room for each of them.
@@ -175,7 +176,7 @@ def _input_held(new: NewTurn, settings: Settings) -> RequestBytes:
         HeldBytesLimitError: There is no room for the input.
     """
     held = bytes_of(request.scope).beside()
-    size = sum([getsizeof(item.text) for item in new.items])
+    size = sum([getsizeof(part) for item in new.items for part in (item.text, item.encrypted, item.upstream)])
     if size > settings.input_bytes_max:
         held.take(min(2 * size, settings.held_bytes_max // 2))
     return held

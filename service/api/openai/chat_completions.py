@@ -83,9 +83,11 @@ async def create_chat_completion() -> TrioResponse:
     service = current_service()
     body = await read_body(request, CreateChatCompletion, service)
     new = await in_steps(turn_of(body, request_id=current_request_id()))
+    streams, with_usage = bool(body.stream), includes_usage(body)
+    del body  # the frame is there until the reply has ended
     leave_at_end_of_input()
     slot = None
-    if body.stream:
+    if streams:
         continue_streams_with(_PASSED_ON)
         slot = take_slot(service)
     allow_longer_answer(by_s=inf)
@@ -96,7 +98,7 @@ async def create_chat_completion() -> TrioResponse:
     await _wait_for_reply(turn, within_s=service.settings.heartbeat_interval_s)
     if turn.log.closed and turn.state != "completed":
         return end_response(turn.record())
-    encoder = ChunkEncoder(turn, includes_usage=includes_usage(body))
+    encoder = ChunkEncoder(turn, includes_usage=with_usage)
     return stream_response(turn.log, slot, after=0, encode=encoder)
 
 

@@ -264,10 +264,15 @@ async def create_response() -> TrioResponse:
     except OwnedElsewhereError:
         raise  # its owner answers this
     except RefusedError as error:
-        refusal = error
+        refusal = error.with_traceback(None)  # whose frames have the body
     else:
         new = turn_of(body, asked, parent=parent, made_session=made_session, request_id=current_request_id(), key=key)
-        return await _start(service, session_id, new, body, face, streams=streams)
+        previous, conversation = body.previous_response_id, body.conversation_name
+        del body, references, read, asked  # the frame is there until a response that is waited for has ended
+        return await _start(
+            service, session_id, new, face, streams=streams, previous=previous, conversation=conversation
+        )
+    del body, references, read, asked
     if key is not None:  # what the request names may have been there when an earlier request with this key has named it
         try:
             await service.sessions.check_key(key)
@@ -277,10 +282,21 @@ async def create_response() -> TrioResponse:
 
 
 async def _start(
-    service: Service, session_id: str, new: NewTurn, body: CreateResponse, face: _Responses, *, streams: bool
+    service: Service,
+    session_id: str,
+    new: NewTurn,
+    face: _Responses,
+    *,
+    streams: bool,
+    previous: str | None,
+    conversation: str | None,
 ) -> TrioResponse:
-    """Start the response, with its refusals in the words of the request."""
-    previous, conversation = body.previous_response_id, body.conversation_name
+    """Start the response, with its refusals in the words of the request.
+
+    Args:
+        previous: The ``previous_response_id`` of the request.
+        conversation: The name of its conversation.
+    """
     try:
         with nullcontext() if conversation is None else not_done_twice(new.key):
             return await answer_new(service, session_id, new, face, streams=streams)

@@ -86,8 +86,9 @@ class Turn:
         """When it began to run, on Trio's clock."""
         self.first_token_at: float | None = None
         """When the first events of the model came."""
-        self.at_end: list[Callable[[], object]] = []
-        """What is called when the turn has ended: gives back what is held for the turn, without a wait."""
+        self.when_over: list[Callable[[], object]] = []
+        """What is called when the turn has ended and no watch of it is left: gives back what is held for the turn,
+        without a wait."""
         self.end: outcome.Outcome | None = None
         self.is_ending = False
         """Whether the decided end is being stored and published, or was."""
@@ -98,6 +99,7 @@ class Turn:
         self._on_disconnect = on_disconnect
         self._return_deadline = -inf
         self._watches = 0
+        self._readers = 0
         self._reply = Reply(self.log, record.id)
         self._spent: Usage | None = None
         self._stream: ModelStream | None = None
@@ -188,10 +190,16 @@ class Turn:
         self.deadlines.note_client()
         return Watch(self)
 
+    def watch_as_reader(self) -> "Watch":
+        """Take a watch of one who only reads: it does not count as a client. The caller must release it."""
+        self._readers += 1
+        return Watch(self, is_client=False)
+
     def unwatch(self, *, client_returns: bool) -> None:
         """Release one watch; called by :class:`Watch`."""
         now = trio.current_time()
         self._watches -= 1
+        self._note_if_over()
         if client_returns:
             self._return_deadline = now + RETURN_S
         if self._watches or self._on_disconnect == "continue" or self.end is not None:
@@ -201,6 +209,18 @@ class Turn:
             self.deadlines.note_no_client(returns_within_s=returns_within_s)
         else:
             self.cut_short(outcome.Cancelled("disconnected"))
+
+    def unwatch_as_reader(self) -> None:
+        """Release the watch of one who only reads; called by :class:`Watch`."""
+        self._readers -= 1
+        self._note_if_over()
+
+    def _note_if_over(self) -> None:
+        """A stream that is not read keeps the turn with its input, also after the end."""
+        if self.ended.is_set() and not self._watches and not self._readers:
+            for call in self.when_over:
+                call()
+            self.when_over.clear()
 
     # For its task
 
@@ -348,9 +368,7 @@ class Turn:
         self.stored = stored
         self.log.close(self.terminal_event(stored=stored))
         self.ended.set()
-        for call in self.at_end:
-            call()
-        self.at_end.clear()
+        self._note_if_over()
 
     def terminal_event(self, *, stored: bool) -> TerminalEvent:
         """The terminal event: the next event of an open log, or the last event of a closed log."""
@@ -366,16 +384,25 @@ class Turn:
 
 
 class Watch:
-    """The interest of a stream or a waiting call in a turn. Releasing it twice has no effect."""
+    """The interest of a stream or a waiting call in a turn. Releasing it twice has no effect.
 
-    def __init__(self, turn: Turn | None) -> None:
+    Args:
+        is_client: Whether the turn may end when all of these have left.
+    """
+
+    def __init__(self, turn: Turn | None, *, is_client: bool = True) -> None:
         self._turn = turn
+        self._is_client = is_client
 
     def release(self, *, client_returns: bool = False) -> None:
         """Release the watch. With ``client_returns`` the turn waits at least :data:`RETURN_S` for its client."""
         turn, self._turn = self._turn, None
-        if turn is not None:
+        if turn is None:
+            return
+        if self._is_client:
             turn.unwatch(client_returns=client_returns)
+        else:
+            turn.unwatch_as_reader()
 
     def __enter__(self) -> Self:
         return self

@@ -20,7 +20,8 @@ from service.api.http.request_body import BoundedBody
 from service.api.native import turns
 from service.errors import EventsLostError, ShuttingDownError
 from service.storage.records import Item, TurnRecord
-from tests.api.inprocess import LOOPBACK, SSE, Api, leave, open_api
+from tests.api.inprocess import SSE, Api, leave, open_api
+from tests.api.stalled_call import StalledCall
 
 MIB = 1024 * 1024
 UPLOAD = 400_000
@@ -135,48 +136,6 @@ async def test_a_client_that_leaves_in_the_middle_of_an_upload_holds_nothing(aut
         assert held_bytes_of(api.app).bytes == 0
 
 
-class Call:
-    """A request whose client takes no part of the answer before :meth:`read`."""
-
-    def __init__(self, api: Api, method: str, path: str, body: bytes = b"") -> None:
-        self.status = 0
-        self.body = b""
-        self._app = api.app
-        self._read = trio.Event()
-        self._receives = iter([{"type": "http.request", "body": body, "more_body": False}])
-        target, _, query = path.partition("?")
-        self._scope = LOOPBACK | {
-            "type": "http",
-            "asgi": {"version": "3.0", "spec_version": "2.1"},
-            "http_version": "2",
-            "method": method,
-            "scheme": "http",
-            "path": target,
-            "raw_path": target.encode(),
-            "query_string": query.encode(),
-            "root_path": "",
-            "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
-            "extensions": {},
-        }
-
-    async def run(self) -> None:
-        await self._app(self._scope, self._receive, self._send)  # type: ignore[arg-type]
-
-    def read(self) -> None:
-        self._read.set()
-
-    async def _receive(self) -> dict[str, Any]:
-        for message in self._receives:
-            return message
-        await trio.sleep_forever()
-        raise AssertionError
-
-    async def _send(self, message: dict[str, Any]) -> None:
-        self.status = message.get("status", self.status)
-        self.body += message.get("body", b"")
-        await self._read.wait()
-
-
 async def test_answers_that_are_not_read_are_bounded_and_an_answer_of_a_change_is_not_refused(
     autojump_clock: MockClock,
 ) -> None:
@@ -185,7 +144,7 @@ async def test_answers_that_are_not_read_are_bounded_and_an_answer_of_a_change_i
         session_id = await api.new_session(system_message="x" * 60_000)
         for _ in range(11):
             await api.new_session(system_message="x" * 60_000)
-        stalled = [Call(api, "GET", "/sessions") for _ in range(2)]
+        stalled = [StalledCall(api, "GET", "/sessions") for _ in range(2)]
         for call in stalled:
             nursery.start_soon(call.run)
             await trio.testing.wait_all_tasks_blocked()
@@ -195,7 +154,7 @@ async def test_answers_that_are_not_read_are_bounded_and_an_answer_of_a_change_i
         (await api.call("GET", "/sessions?limit=1")).problem(503, "held_bytes_limit")
         # What is left is less than a page, and more than a session.
         assert (await api.call("GET", f"/sessions/{session_id}")).status == 200
-        more = [Call(api, "GET", f"/sessions/{session_id}") for _ in range((2 * MIB - held.bytes) // 60_000 + 2)]
+        more = [StalledCall(api, "GET", f"/sessions/{session_id}") for _ in range((2 * MIB - held.bytes) // 60_000 + 2)]
         for call in more:
             nursery.start_soon(call.run)
         await trio.testing.wait_all_tasks_blocked()
@@ -203,7 +162,7 @@ async def test_answers_that_are_not_read_are_bounded_and_an_answer_of_a_change_i
         assert held.bytes <= 2 * MIB
         patch = await api.call("PATCH", f"/sessions/{session_id}", {"title": "new"})
         patch.problem(503, "held_bytes_limit")
-        change = Call(api, "POST", f"/sessions/{session_id}/fork", b"{}")
+        change = StalledCall(api, "POST", f"/sessions/{session_id}/fork", b"{}")
         nursery.start_soon(change.run)
         await trio.testing.wait_all_tasks_blocked()
         assert change.status == 201, "it could not be repeated"
@@ -251,7 +210,7 @@ async def test_a_problem_with_the_text_of_a_turn_counts_and_is_refused_without_r
         held = held_bytes_of(api.app)
         monkeypatch.setattr(api.service.sessions, "open_events", lose)
         path = f"/sessions/s/turns/{turn_id}/events"
-        stalled = Call(api, "GET", path)
+        stalled = StalledCall(api, "GET", path)
         nursery.start_soon(stalled.run)
         await trio.testing.wait_all_tasks_blocked()
         assert stalled.status == 410
@@ -310,7 +269,7 @@ async def test_a_flood_of_small_answers_that_are_not_read_is_bounded_and_probes_
     async with open_small() as api, trio.open_nursery() as nursery:
         held = held_bytes_of(api.app)
         session_id = await api.new_session(system_message="x" * (SMALL_BYTES - 1000))
-        calls = [Call(api, "GET", f"/sessions/{session_id}") for _ in range(200)]
+        calls = [StalledCall(api, "GET", f"/sessions/{session_id}") for _ in range(200)]
         for call in calls:
             nursery.start_soon(call.run)
         await trio.testing.wait_all_tasks_blocked()
@@ -341,7 +300,7 @@ async def test_a_dropped_body_gives_its_bytes_back_and_takes_no_more(is_complete
 
 async def test_a_body_that_cannot_be_parsed_is_not_counted_while_its_answer_is_sent(autojump_clock: MockClock) -> None:
     async with open_small() as api, trio.open_nursery() as nursery:
-        malformed = Call(api, "POST", "/sessions", b" " * UPLOAD + b"{")
+        malformed = StalledCall(api, "POST", "/sessions", b" " * UPLOAD + b"{")
         nursery.start_soon(malformed.run)
         await trio.testing.wait_all_tasks_blocked()
         assert malformed.status == 400
@@ -370,7 +329,7 @@ async def test_streams_of_ended_responses_that_are_not_read_are_refused_beyond_t
         held = held_bytes_of(api.app)
         response = (await api.call("POST", "/v1/responses", {"input": "Hi", "instructions": "x" * 48_000})).json
         path = f"/v1/responses/{response['id']}?stream=true"
-        calls = [Call(api, "GET", path) for _ in range(40)]
+        calls = [StalledCall(api, "GET", path) for _ in range(40)]
         for call in calls:
             nursery.start_soon(call.run)
         await trio.testing.wait_all_tasks_blocked()

@@ -1,5 +1,6 @@
 """Requests that bring a whole conversation: how large they may be, what they hold, and that they hold up nobody."""
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,11 +8,14 @@ from typing import Any
 
 import pytest
 import trio
-from trio.testing import MockClock
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from service.api.http.app_state import held_bytes_of
 from service.api.http.held_bytes import HeldBytes
-from tests.api.inprocess import Api, Reply, open_api
+from service.api.openai.chat_requests import CreateChatCompletion
+from service.api.openai.requests import CreateResponse
+from tests.api.inprocess import Api, Reply, leave, open_api
+from tests.api.stalled_call import StalledCall
 from tests.longest_step import STEP_MAX_S, watching_steps
 from tests.upstreams.raw_server import DONE, Connection, delta, finish, open_raw_server
 
@@ -19,6 +23,7 @@ KIB, MIB = 1024, 1024 * 1024
 RESPONSES, COMPLETIONS = "/v1/responses", "/v1/chat/completions"
 QUICK = "scripted:?tokens=1&rate=0&first_token_s=0"
 SLOW = "scripted:?tokens=100&rate=1&first_token_s=0"
+MODERATE = "scripted:?tokens=5&rate=1&first_token_s=0"
 TRIES = 3
 """Caches and a shared core cost processor time, too."""
 
@@ -159,6 +164,94 @@ async def test_an_input_that_is_refused_is_not_held(autojump_clock: MockClock) -
         assert refused.status == 503
         assert held(api).bytes == 0
         assert (await api.call("POST", f"{RESPONSES}/{first['id']}/cancel")).status == 200
+
+
+@pytest.mark.parametrize("kind", ["reasoning", "function_call"])
+async def test_what_an_input_has_beside_its_texts_counts(kind: str, autojump_clock: MockClock) -> None:
+    parts: dict[str, list[dict[str, Any]]] = {
+        "reasoning": [{"type": "reasoning", "encrypted_content": "x" * MIB, "summary": []}],
+        "function_call": [
+            {
+                "type": "function_call",
+                "call_id": "c",
+                "name": "f",
+                "arguments": "{}",
+                "extra_content": {"a": "x" * MIB},
+            },
+            {"type": "function_call_output", "call_id": "c", "output": ""},
+        ],
+    }
+    async with open_api(model_url=SLOW) as api:
+        asked = body_of(RESPONSES, [*history(1, "a"), *parts[kind], *history(1, "a")], background=True)
+        response = (await api.call("POST", RESPONSES, asked)).json
+        assert held(api).bytes >= 2 * MIB
+        assert (await api.call("POST", f"{RESPONSES}/{response['id']}/cancel")).status == 200
+        assert held(api).bytes == 0
+
+
+@pytest.mark.parametrize("path", [RESPONSES, COMPLETIONS])
+@pytest.mark.parametrize("streams", [False, True])
+async def test_the_body_is_not_kept_while_its_response_is_on_its_way(
+    path: str, streams: bool, autojump_clock: MockClock
+) -> None:
+    def kept() -> int:
+        gc.collect()
+        return sum(
+            type(it) in (CreateResponse, CreateChatCompletion) and it.user == "who asks" for it in gc.get_objects()
+        )
+
+    async with open_api(model_url=SLOW) as api:
+        asked = body_of(path, history(3, "a"), stream=streams, user="who asks")
+        connection = api.open("POST", path, headers={"Content-Type": "application/json"})
+        async with connection:
+            await connection.send(json.dumps(asked).encode())
+            await connection.send_complete()
+            await wait_all_tasks_blocked()
+            assert len(api.service.sessions.open_turns()) == 1
+            assert kept() == 0
+            await leave(connection)
+
+
+@pytest.mark.parametrize("reader", ["responses", "completions", "get", "native"])
+async def test_a_large_input_counts_while_a_stream_of_its_ended_turn_is_not_read(
+    reader: str, autojump_clock: MockClock
+) -> None:
+    """The stream keeps the turn, which has the input."""
+    path = COMPLETIONS if reader == "completions" else RESPONSES
+    asked = body_of(path, history(3, "a" * MIB), model="scripted")
+    async with open_api(model_url=MODERATE) as api, trio.open_nursery() as nursery:
+        if path == RESPONSES and reader != "responses":
+            response = (await api.call("POST", path, asked | {"background": True})).json
+            place = response["lastcall"]
+            url = f"{path}/{response['id']}?stream=true"
+            if reader == "native":
+                url = f"/sessions/{place['session_id']}/turns/{place['turn_id']}/events"
+            stalled = StalledCall(api, "GET", url)
+        else:
+            stalled = StalledCall(api, "POST", path, json.dumps(asked | {"stream": True}).encode())
+        nursery.start_soon(stalled.run)
+        await wait_all_tasks_blocked()
+        (turn,) = api.service.sessions.open_turns()
+        await turn.wait_ended()
+        await wait_all_tasks_blocked()
+        assert stalled.status == 200
+        assert held(api).bytes >= 2 * 3 * MIB
+        stalled.read()
+        await wait_all_tasks_blocked()
+        assert held(api).bytes == 0
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_large_input_counts_while_one_who_may_only_read_keeps_its_turn(autojump_clock: MockClock) -> None:
+    async with open_api(model_url=MODERATE) as api:
+        await api.call("POST", RESPONSES, body_of(RESPONSES, history(3, "a" * MIB), background=True))
+        (turn,) = api.service.sessions.open_turns()
+        _, watch = await api.service.sessions.open_events(turn.session_id, turn.id, watches=False)
+        await turn.wait_ended()
+        assert held(api).bytes >= 2 * 3 * MIB
+        for _ in range(2):
+            watch.release()
+            assert held(api).bytes == 0
 
 
 # The event loop
