@@ -185,7 +185,10 @@ def delete_turn(
     now: datetime,
     session_revisions: Collection[str],
 ) -> Progress:
-    """Do one step of the deletion of one turn. Where turns follow it there is one step, which empties it."""
+    """Do one step of the deletion of one turn. Where turns follow it there is one step, which empties it.
+
+    The turn may be very large. So this step reads none of it, and leaves rows with its events to the housekeeping.
+    """
     if read.is_followed:
         return _empty(db, read, change, owners, now)
     progress = delete_turns(db, read=read, change=change, progress=progress, owners=owners, now=now)
@@ -202,14 +205,17 @@ def _empty(db: apsw.Connection, read: EndOfBranchRead, change: int, owners: Owne
         return tree_changes.give_up(db, change)
     if still_open := _open_follower(db, kept, read.turn_id, read.ordinal, owners.fence):
         raise TurnInProgressError(still_open, instead=rules.INSTEAD_OF_DELETING)
-    if not trees.has_child(db, kept.key, read.turn_id):  # an ephemeral one has ended since
+    # The turn has ended since, so that its messages are not counted; or an ephemeral one that followed it has ended.
+    if read.open_turn is not None or not trees.has_child(db, kept.key, read.turn_id):
         return tree_changes.give_up(db, change)
-    row: Row = db.execute(_ROOT, (read.turn_id, kept.key)).fetchone()  # type: ignore[assignment]
-    key = row[0]
-    event_pages.drop_all(db, key)
+    key = read.parts[0].turn
+    event_pages.note_deleted(db, key)
     db.execute(_EMPTY, (pack(rules.events_at_once(())), key))
     documents.change_turn(db, key, kept.key, ())
-    _note(db, kept, messages=_count_messages(row), head=kept.record.head)
+    _note(db, kept, messages=read.messages, head=kept.record.head)
+    if event_pages.has_rows(db, key):
+        tree_changes.delete_events_at_once(db, change, key)
+        _reclaim_some(db, change)
     return Progress(is_done=True)
 
 

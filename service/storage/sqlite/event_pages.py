@@ -69,8 +69,21 @@ def keep(db: apsw.Connection, turn: int, runs: Sequence[Run], text: str, *, afte
 def drop_all(db: apsw.Connection, turn: int) -> None:
     """Delete the events of a turn with the texts in them, and note it: a text of the reply was deleted."""
     drop(db, turn)
-    db.execute(_NOTE_DELETED, (turn,))
+    note_deleted(db, turn)
     db.execute("DELETE FROM events WHERE turn = ?", (turn,))
+
+
+def note_deleted(db: apsw.Connection, turn: int) -> None:
+    """Note that the events of a turn are deleted: no reader finds them any more."""
+    db.execute(_NOTE_DELETED, (turn,))
+
+
+def has_rows(db: apsw.Connection, turn: int) -> bool:
+    """Whether events of a turn have rows of their own."""
+    found = (
+        db.execute(f"SELECT 1 FROM {table} WHERE turn = ? LIMIT 1", (turn,)) for table in ("event_pages", "events")
+    )
+    return any(rows.fetchone() is not None for rows in found)
 
 
 def drop(db: apsw.Connection, turn: int) -> None:

@@ -26,7 +26,8 @@ _BYTES_AT_ONCE = 128 * 1024
 """The turns, and the bytes of their messages, whose terms are cut before one step."""
 
 _COPIED = {"events": "frames", "event_pages": "runs, text"}
-"""The tables with events, and what they have of them. A turn has rows in one of these tables, or in none."""
+"""The tables with events, and what they have of them. A turn has rows in one of these tables, or in none. An emptied
+turn may have some until they are reclaimed, which no fork copies or counts."""
 
 
 class Fork(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,7 +127,7 @@ class Plan(turns.PathWalk):
             raise OwnedElsewhereError(self._session_id, fence=owner.fence, address=owner.address)
         key = row[-3]
         self._keys.append(key)
-        self._path.add(turn, events_bytes=_events_bytes(db, key))
+        self._path.add(turn, events_bytes=_events_bytes(db, key, in_rows=not turn.is_emptied))
         return True
 
     def _drop(self) -> None:
@@ -219,7 +220,7 @@ def _copy_some(db: apsw.Connection, fork: Fork, progress: Progress) -> Progress 
                 return Progress(progress.session, index)
             turns.insert_copy(db, progress.session, index, turn, source=source, terms=fork.terms[index])
         copy = turns.key_of(db, turn.id, progress.session)
-        for table, columns in _COPIED.items():
+        for table, columns in () if turn.is_emptied else _COPIED.items():
             rows: list[Row] = db.execute(
                 f"SELECT after FROM {table} WHERE turn = ? AND after > ? ORDER BY after", (source, copied)
             ).fetchall()
@@ -237,14 +238,15 @@ def _copy_some(db: apsw.Connection, fork: Fork, progress: Progress) -> Progress 
     return None
 
 
-def _events_bytes(db: apsw.Connection, turn: int) -> int:
+def _events_bytes(db: apsw.Connection, turn: int, *, in_rows: bool) -> int:
+    """The size of the events of a turn, with or without those that have rows of their own."""
     in_turn: int = db.execute(
         "SELECT octet_length(output) + coalesce(output_bytes, 0) + coalesce(octet_length(runs), 0) "
         "FROM turns WHERE key = ?",
         (turn,),
     ).get
-    in_rows = (
+    sizes = (
         db.execute(f"SELECT coalesce(sum(octet_length({column})), 0) FROM {table} WHERE turn = ?", (turn,)).get
         for table, column in (("events", "frames"), ("event_pages", "runs"))
     )
-    return in_turn + int(sum(in_rows))
+    return in_turn + (int(sum(sizes)) if in_rows else 0)

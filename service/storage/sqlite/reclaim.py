@@ -23,6 +23,7 @@ _FORGET = (
     "DELETE FROM changed_parts WHERE change = :change "
     "AND turn IN (SELECT turn FROM changed_parts WHERE change = :change LIMIT :limit)"
 )
+_FORGET_PART = "DELETE FROM changed_parts WHERE change = ? AND turn = ?"
 _WITHOUT_ITEMS = f"SELECT {TURN_COLUMNS} FROM edited_turns WHERE key = ?"
 _PLACE = "SELECT session, ordinal, id, parent FROM turns WHERE key = ?"
 
@@ -55,9 +56,12 @@ def finish_change(db: apsw.Connection, change: int, state: int, *, deadline: flo
         turn, items = part
         if items is None:
             _delete_turn(db, turn, deadline)
+        elif items == tree_changes.EVENTS:
+            if _delete_events(db, turn, deadline):
+                db.execute(_FORGET_PART, (change, turn))
         else:
             _take_items(db, turn)
-            db.execute("DELETE FROM changed_parts WHERE change = ? AND turn = ?", (change, turn))
+            db.execute(_FORGET_PART, (change, turn))
         if time.monotonic() >= deadline:
             return
     db.execute("DELETE FROM tree_changes WHERE key = ?", (change,))
@@ -84,7 +88,7 @@ def _delete_session(db: apsw.Connection, session: int, deadline: float) -> None:
 
 def _delete_turn(db: apsw.Connection, turn: int, deadline: float) -> None:
     """Delete rows of a turn, which may be large, one by one until the deadline, the turn's own row last."""
-    if not all(_delete_rows(db, table, turn, deadline) for table in ("events", "event_pages", "outputs")):
+    if not (_delete_events(db, turn, deadline) and _delete_rows(db, "outputs", turn, deadline)):
         return
     session, ordinal, turn_id, parent = db.execute(_PLACE, (turn,)).fetchone()  # type: ignore[misc]
     documents.forget_turn(db, turn)
@@ -93,6 +97,10 @@ def _delete_turn(db: apsw.Connection, turn: int, deadline: float) -> None:
     for table in ("changed_parts", "turn_marks"):
         db.execute(f"DELETE FROM {table} WHERE turn = ?", (turn,))
     db.execute("DELETE FROM turns WHERE key = ?", (turn,))
+
+
+def _delete_events(db: apsw.Connection, turn: int, deadline: float) -> bool:
+    return all(_delete_rows(db, table, turn, deadline) for table in ("events", "event_pages"))
 
 
 def _delete_rows(db: apsw.Connection, table: str, turn: int, deadline: float) -> bool:

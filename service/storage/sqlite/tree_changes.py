@@ -1,9 +1,10 @@
 """Changes of a tree that have too many parts for one step: deletions, and additions of turns.
 
 The parts are noted step by step, and then one statement changes the state of all of them for all readers. A deletion
-notes turns, and items of the inputs of turns, which readers see until it is done; an addition notes the turns that it
-has added, which readers see only once it is done. What a process has noted that died or gave up is undone. Rows are
-changed, deleted and forgotten afterwards (:mod:`service.storage.sqlite.reclaim`), by any process.
+notes turns, and items of the inputs of turns, which readers see until it is done, or the events of a turn that it
+empties in the same step; an addition notes the turns that it has added, which readers see only once it is done. What a
+process has noted that died or gave up is undone. Rows are changed, deleted and forgotten afterwards
+(:mod:`service.storage.sqlite.reclaim`), by any process.
 """
 
 import time
@@ -22,6 +23,8 @@ STEP_S = 0.01
 
 DELETING, DELETED, OVER, ADDING = 0, 1, 2, 3
 """The states. The turns of a change are hidden while it is ``DELETED`` or ``ADDING``."""
+EVENTS = '""'
+"""The items of a part that stands for the rows with the events of an emptied turn: no item has an empty id."""
 _AT_ONCE = 256
 _KEY_BITS = 62
 _NO_OWNER = 0
@@ -38,7 +41,9 @@ _KEEP_INPUT = "UPDATE turns SET input = ?, message_items = ?, message_bytes = ? 
 
 
 class Part(NamedTuple):
-    """A part: a turn by its key; or some items of its input, whose ids are in a JSON list without brackets."""
+    """A part: a turn by its key; or some items of its input, whose ids are in a JSON list without brackets; or the rows
+    with its events (:data:`EVENTS`), which no reader looks at any more.
+    """
 
     turn: int
     items: str | None = None
@@ -92,9 +97,17 @@ def note_added(db: apsw.Connection, change: int, turns: Sequence[int], *, owner:
 
 def delete_at_once(db: apsw.Connection, turn: int) -> None:
     """Delete a turn, which is out of the tree, in this step."""
-    change = new_key()
+    _delete_at_once(db, new_key(), Part(turn))
+
+
+def delete_events_at_once(db: apsw.Connection, change: int, turn: int) -> None:
+    """Delete the events of a turn that is emptied in this step. Their rows may be large."""
+    _delete_at_once(db, change, Part(turn, EVENTS))
+
+
+def _delete_at_once(db: apsw.Connection, change: int, part: Part) -> None:
     db.execute(_BEGIN, (change, DELETED, _NO_OWNER))
-    db.execute(_NOTE, (change, turn, None))
+    db.execute(_NOTE, (change, *part))
 
 
 def set_deleted(db: apsw.Connection, change: int) -> None:

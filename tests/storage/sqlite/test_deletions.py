@@ -11,9 +11,9 @@ import msgspec
 import pytest
 import trio
 
-from service.errors import ItemNotFoundError, StoreError, TurnNotFoundError
+from service.errors import ItemNotFoundError, StoreError, TurnInProgressError, TurnNotFoundError
 from service.storage.pieces import STARTED, Run
-from service.storage.records import IdempotencyKey, Siblings, TurnRecord
+from service.storage.records import EventsPage, IdempotencyKey, Siblings, TurnRecord
 from service.storage.rules import revision_of
 from service.storage.sqlite import (
     SqliteStore,
@@ -383,6 +383,7 @@ async def a_long_turn(store: Store) -> None:
 
 async def test_a_turn_of_very_many_items_is_emptied_by_one_step(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Writer, "run_housekeeping", lambda _, *, idle: False)  # noqa: ARG005
+    monkeypatch.setattr(deletions, "RECLAIM_S", 60)  # all of its pages, on a slow machine as well
     async with open_sqlite_store(path) as store:
         await a_long_turn(store)
         commits = store.writer.commits
@@ -391,6 +392,114 @@ async def test_a_turn_of_very_many_items_is_emptied_by_one_step(path: Path, monk
         assert (await store.get_session("s", now=T0)).message_count == 2
         assert await found_by(store, "secret") == []
         assert "secret" not in texts_in(path)
+    assert maintenance.check(path) == []
+
+
+async def read_turn_alone(store: SqliteStore, turn_id: str) -> deletions.EndOfBranchRead:
+    read = deletions.EndOfBranchRead("s", turn_id, T0)
+    while not read.is_complete:
+        await store._reading.call(read.read_some)
+    return read
+
+
+async def delete_alone(store: SqliteStore, read: deletions.EndOfBranchRead) -> tree_changes.Progress:
+    """Do one step of a deletion of one turn."""
+    step = partial(deletions.delete_turn, read=read, owners=store._ownership, now=T0, session_revisions=())
+    return await store._writing.call(partial(step, change=tree_changes.new_key(), progress=tree_changes.Progress()))
+
+
+def pages_in(path: Path) -> int:
+    with closing(apsw.Connection(str(path))) as db:
+        return int(db.execute("SELECT count(*) FROM event_pages").get)
+
+
+@pytest.mark.usefixtures("in_the_smallest_steps")
+async def test_the_step_that_empties_a_turn_reads_no_item_and_leaves_its_pages_to_the_housekeeping(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("the step of the writer reads items")
+
+    async with open_sqlite_store(path) as store:
+        await a_long_turn(store)
+        pages = pages_in(path)
+        read = await read_turn_alone(store, "a")
+        with monkeypatch.context() as patched:
+            patched.setattr(deletions, "items_of", refuse)
+            patched.setattr(deletions, "input_of", refuse)
+            assert (await delete_alone(store, read)).is_done
+        assert pages_in(path) == pages > 1
+        after = await contents(store, now=T0)
+        assert after["s"][1][0][0].is_emptied
+        assert (await store.get_session("s", now=T0)).message_count == 2
+        assert await found_by(store, "secret") == []
+        assert await store.read_events("s", "a") == EventsPage(after=0, ended=True, events_deleted=True)
+        assert maintenance.check(path) == []
+    left: list[int] = []
+    async with open_sqlite_store(path) as store:  # the process has died
+        await store.recover(now=T0)
+        while await store._writing.call(reclaim_some):
+            left.append(pages_in(path))
+            assert await contents(store, now=T0) == after
+        assert set(left) >= set(range(pages)), "one page in a step"
+        assert "secret" not in texts_in(path)
+        found = rows_in(path)
+        assert (found["tree_changes"], found["changed_parts"], found["turns"]) == (0, 0, 2)
+    assert maintenance.check(path) == []
+
+
+@pytest.mark.usefixtures("in_the_smallest_steps")
+async def test_a_fork_does_not_copy_the_pages_that_an_emptied_turn_has_still(path: Path) -> None:
+    async with open_sqlite_store(path) as store:
+        await a_long_turn(store)
+        await store.delete_turn("s", "a", now=T0)
+        pages = pages_in(path)
+        await store.fork_session("s", at="b", copy_id="copy", now=T0)
+        assert pages_in(path) == pages
+        first, second = (await contents(store, now=T0))["copy"][1]
+        assert (first[0].is_emptied, first[1], second[0].input_text) == (True, [], "Hi")
+        await reclaim_all(store)
+        assert pages_in(path) == 0
+    assert maintenance.check(path) == []
+
+
+@pytest.mark.usefixtures("in_the_smallest_steps")
+@pytest.mark.parametrize("last", ["a turn alone", "a turn and all that follow", "the session"])
+async def test_an_emptied_turn_with_pages_goes_like_any_other(path: Path, last: str) -> None:
+    async with open_sqlite_store(path) as store:
+        await a_long_turn(store)
+        await store.delete_turn("s", "a", now=T0)
+        await store.delete_turn("s", "a", now=T0)
+        assert pages_in(path) > 0
+        match last:
+            case "a turn alone":
+                await store.delete_turn("s", "b", now=T0)
+            case "a turn and all that follow":
+                await store.delete_turns("s", "a", now=T0)
+            case _:
+                await store.mark_deleted("s", now=T0)
+                await store.remove_deleted("s")
+        await reclaim_all(store)
+        found = rows_in(path)
+        assert (pages_in(path), found["turns"], found["tree_changes"], found["changed_parts"]) == (0, 0, 0, 0)
+    assert maintenance.check(path) == []
+
+
+@pytest.mark.usefixtures("in_the_smallest_steps")
+async def test_a_turn_that_was_open_when_it_was_counted_is_counted_anew(path: Path) -> None:
+    async with open_sqlite_store(path) as store:
+        await store.create_session(a_session(), now=T0)
+        await store.begin_turn(turn := a_turn("a"), now=T0)
+        await store.begin_turn(follower := a_turn("b", parent="a"), now=T0)
+        read = await read_turn_alone(store, "a")
+        with pytest.raises(TurnInProgressError):
+            await delete_alone(store, read)
+        for one in turn, follower:
+            await store.end_turn(ended(one), runs=(Run(STARTED), *said("hello")), now=T0)
+        assert await delete_alone(store, read) == tree_changes.Progress(is_done=False)
+        before = (await store.get_session("s", now=T0)).message_count
+        await store.delete_turn("s", "a", now=T0)
+        assert (await store.get_session("s", now=T0)).message_count == before - 2
     assert maintenance.check(path) == []
 
 
@@ -430,16 +539,10 @@ async def test_a_turn_alone_is_looked_for_anew_if_its_follower_is_gone_meanwhile
         await a_tree(store)
         turn = msgspec.structs.replace(a_turn("e", parent="d"), ephemeral=True)
         await store.begin_turn(turn, now=T0)
-        read = deletions.EndOfBranchRead("s", "d", T0)
-        while not read.is_complete:
-            await store._reading.call(read.read_some)
+        read = await read_turn_alone(store, "d")
         assert read.is_followed
         await store.end_turn(ended(turn), runs=(), now=T0)
-        step = partial(deletions.delete_turn, read=read, owners=store._ownership, now=T0, session_revisions=())
-        progress = await store._writing.call(
-            partial(step, change=tree_changes.new_key(), progress=tree_changes.Progress())
-        )
-        assert progress == tree_changes.Progress(is_done=False)
+        assert await delete_alone(store, read) == tree_changes.Progress(is_done=False)
         await store.delete_turn("s", "d", now=T0)
         with pytest.raises(TurnNotFoundError):
             await store.get_turn("s", "d", now=T0)
