@@ -74,8 +74,6 @@ from service.storage.store_deadline import answered_in_turn, answered_within
 
 PLACES_MAX_S = 1.0
 """How long an answer waits for the places of its turns, which the store knows."""
-_NODES_AT_ONCE = 1000
-"""How many turns of a tree are read at once."""
 FORKS_WAITING_MAX = 100
 """Bound on callers that wait for other forks; beyond it a fork is refused at once."""
 
@@ -691,25 +689,14 @@ class Sessions:
         return msgspec.structs.replace(page, data=tuple(data))
 
     async def find_on_path(self, session_id: str, turn_id: str, *, among: Collection[str]) -> set[str]:
-        """Those of some turns that are on the path to a turn of their session. Reads the whole tree, without its texts.
+        """Those of some turns that are on the path to a turn of their session, which is not read further than to them.
 
         Raises:
-            SessionNotFoundError
+            SessionNotFoundError: It is being deleted.
         """
-        parents: dict[str, str | None] = {}
-        page = await self.list_tree(session_id, limit=_NODES_AT_ONCE)
-        while True:
-            parents |= {node.id: node.parent for node in page.data}
-            if page.next is None:
-                break
-            page = await self.list_tree(session_id, limit=_NODES_AT_ONCE, after=page.next)
-        found: set[str] = set()
-        above: str | None = turn_id
-        while above is not None and len(found) < len(among):
-            if above in among:
-                found.add(above)
-            above = parents.get(above)
-        return found
+        self._check_not_deleted(session_id)
+        with self._answered_within():
+            return await self._store.find_on_path(session_id, turn_id, among=among)
 
     async def find_places(self, session_id: str, turn_ids: Collection[str]) -> Places | None:
         """The places of turns in their session's tree; None if the store does not answer within a moment.

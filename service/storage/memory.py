@@ -650,6 +650,10 @@ class MemoryStore:
     async def measure_path(self, session_id: str, turn_id: str) -> LeftOut:
         return await in_steps(_measured(await self.read_path(session_id, turn_id, bytes_max=None)))
 
+    async def find_on_path(self, session_id: str, turn_id: str, *, among: Collection[str]) -> set[str]:
+        await anyio.lowlevel.checkpoint()
+        return await in_steps(_found(self._path_down(session_id, turn_id), set(among)))
+
     async def list_path(
         self, session_id: str, turn_id: str, *, limit: int, first: str | None, bytes_max: int | None = None
     ) -> Sequence[TurnRecord]:
@@ -1035,6 +1039,18 @@ def _with_events(added: Sequence[TurnRecord]) -> Steps[list[KeptTurn]]:
         runs = rules.events_at_once(turn.output)
         turns.append(KeptTurn(turn, tuple(_pages_of(runs)), count(runs)))
     return turns
+
+
+def _found(path_down: Iterable[TurnRecord], missing: set[str]) -> Steps[set[str]]:
+    found: set[str] = set()
+    for turn in path_down:
+        yield
+        if not missing:
+            break
+        if turn.id in missing:
+            missing.remove(turn.id)
+            found.add(turn.id)
+    return found
 
 
 def _measured(path: Sequence[TurnRecord]) -> Steps[LeftOut]:

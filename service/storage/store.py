@@ -536,6 +536,13 @@ class Store(Protocol):
         """
         ...
 
+    async def find_on_path(self, session_id: str, turn_id: str, *, among: Collection[str]) -> set[str]:
+        """Those of some turns that are on the path to ``turn_id``. Reads no texts.
+
+        Empty if ``turn_id`` does not exist. Looks into deleted and expired sessions, too.
+        """
+        ...
+
     async def list_path(
         self, session_id: str, turn_id: str, *, limit: int, first: str | None, bytes_max: int | None = None
     ) -> Sequence[TurnRecord]:

@@ -1158,6 +1158,8 @@ async def test_a_long_path_is_whole(store: Store) -> None:
     await _grow(store, *(a_turn(name, parent=names[n - 1] if n else None) for n, name in enumerate(names)))
     path = await store.read_path("s", names[-1], bytes_max=None)
     assert [turn.id for turn in path] == names
+    sought = {names[0], names[700], names[-1]}
+    assert await store.find_on_path("s", names[-1], among=sought) == sought
     assert len(await store.read_path("s", names[-1], bytes_max=10 * (5 + TURN_BYTES))) == 10
 
 

@@ -48,6 +48,30 @@ async def _a_small_tree(store: Store) -> None:
         await _add(store, name, parent)
 
 
+# Turns on a path
+
+
+async def test_turns_are_found_on_the_path_to_a_turn_and_on_no_other(store: Store) -> None:
+    await _a_small_tree(store)
+    await store.create_session(a_session("other"), now=T0)
+    await _add(store, "theirs", session="other")
+    everything = ["r1", "r2", "a", "b", "c", "d", "gone", "theirs"]
+    for last, found in (
+        ("c", {"r1", "b", "c"}),
+        ("d", {"r1", "d"}),
+        ("r2", {"r2"}),
+        ("theirs", set()),
+        ("gone", set()),
+    ):
+        assert await store.find_on_path("s", last, among=everything) == found
+    assert await store.find_on_path("s", "c", among=["b", "a"]) == {"b"}
+    assert await store.find_on_path("s", "c", among=[]) == set()
+    assert await store.find_on_path("none", "c", among=everything) == set()
+    await store.delete_turns("s", "b", now=T0)
+    assert await store.find_on_path("s", "d", among=everything) == {"r1", "d"}
+    assert await store.find_on_path("s", "c", among=everything) == set()
+
+
 # Siblings
 
 

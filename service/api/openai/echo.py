@@ -53,6 +53,13 @@ class Echo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         """The echo as it is kept with a turn. Raises: ParameterError: It is too large."""
         encoded = msgspec.json.encode(self)
         if len(encoded) > _BYTES_MAX:
+            names = len(msgspec.json.encode(self.namespaces))
+            if len(encoded) - names <= _BYTES_MAX:
+                raise ParameterError(
+                    f"The names of the calls that have a namespace have {names} bytes of JSON, and {len(encoded)} with "
+                    f"the tools, the metadata and the form of the text; at most {_BYTES_MAX} are taken.",
+                    param="input",
+                )
             raise ParameterError(
                 f"The tools, the metadata and the form of the text have {len(encoded)} bytes of JSON together; at most "
                 f"{_BYTES_MAX} are taken.",

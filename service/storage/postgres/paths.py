@@ -5,7 +5,7 @@ statement finds the chains, which are few, and reads each as one range of an ind
 are wanted, it reads no others.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import msgspec
 
@@ -63,6 +63,11 @@ SELECT coalesce(sum(part.items), 0)::bigint, coalesce(sum(part.bytes), 0)::bigin
     SELECT sum(t.message_items) AS items, sum(t.message_bytes) AS bytes
     FROM {{s}}.turns AS t WHERE t.chain = chains.chain AND t.depth <= chains.depth
 ) AS part
+"""
+_FIND = f"""
+{_PATH}
+SELECT t.id FROM {{s}}.turns AS t JOIN chains ON chains.chain = t.chain AND chains.depth >= t.depth
+WHERE t.id = ANY(%(among)s)
 """
 _FIRST = """
 SELECT t.depth FROM {s}.turns AS t JOIN chains ON chains.chain = t.chain AND chains.depth >= t.depth
@@ -160,6 +165,12 @@ class ShortPath:
 def measure(db: Db, session_id: str, turn_id: str) -> LeftOut:
     values = {"session": session_id, "turn": turn_id, "turns_max": _ALL}
     return LeftOut(*db.execute(_MEASURE, values).fetchone())  # type: ignore[misc]
+
+
+def find(db: Db, session_id: str, turn_id: str, *, among: Collection[str]) -> set[str]:
+    """Those of some turns that are on a path."""
+    values = {"session": session_id, "turn": turn_id, "turns_max": _ALL, "among": list(among)}
+    return {row[0] for row in db.execute(_FIND, values).fetchall()}
 
 
 def list_page(

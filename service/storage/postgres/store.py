@@ -486,6 +486,9 @@ class PostgresStore:
     async def measure_path(self, session_id: str, turn_id: str) -> LeftOut:
         return await self._read(lambda db: paths.measure(db, session_id, turn_id))
 
+    async def find_on_path(self, session_id: str, turn_id: str, *, among: Collection[str]) -> set[str]:
+        return await self._read(lambda db: paths.find(db, session_id, turn_id, among=among))
+
     async def list_path(
         self, session_id: str, turn_id: str, *, limit: int, first: str | None, bytes_max: int | None = None
     ) -> Sequence[TurnRecord]:

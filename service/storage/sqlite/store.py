@@ -523,6 +523,12 @@ class SqliteStore:
             await self._reading.call(measure.read_some)
         return measure.measured
 
+    async def find_on_path(self, session_id: str, turn_id: str, *, among: Collection[str]) -> set[str]:
+        search = turns.PathSearch(session_id, turn_id, among)
+        while not search.is_complete:
+            await self._reading.call(search.read_some)
+        return search.found
+
     async def list_path(
         self, session_id: str, turn_id: str, *, limit: int, first: str | None, bytes_max: int | None = None
     ) -> Sequence[TurnRecord]:

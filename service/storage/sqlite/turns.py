@@ -595,6 +595,29 @@ class PathMeasure(PathWalk):
         self.measured = LeftOut()
 
 
+class PathSearch(PathWalk):
+    """Finds turns on a path.
+
+    Attributes:
+        found: The ids of those that are found so far.
+    """
+
+    columns = "id, parent"
+
+    def __init__(self, session_id: str, turn_id: str, among: Collection[str]) -> None:
+        super().__init__(session_id, turn_id)
+        self._among = frozenset(among)
+        self.found: set[str] = set()
+
+    def _takes(self, db: apsw.Connection, row: Row) -> bool:  # noqa: ARG002
+        if row[0] in self._among:
+            self.found.add(row[0])
+        return len(self.found) < len(self._among)
+
+    def _drop(self) -> None:
+        self.found.clear()
+
+
 class PathPage(PathWalk):
     """Reads the turns of a path from ``first`` on, as :meth:`~service.storage.store.Store.list_path` says.
 

@@ -1,6 +1,7 @@
 """References to items in the input of a response: what they stand for, and what is refused."""
 
 from typing import Any
+from unittest.mock import patch
 from urllib.parse import quote
 
 import trio
@@ -8,6 +9,7 @@ from trio.testing import MockClock
 
 from service.api.openai import references
 from service.ids import new_item_id, new_turn_id, reply_item_id, turn_id_of_item
+from service.storage.memory import MemoryStore
 from tests.api.inprocess import Api, Reply, open_api
 from tests.api.openai.test_responses_calls import (
     CALLING,
@@ -281,6 +283,27 @@ async def test_a_repeated_request_gets_its_response_though_an_item_is_gone(autoj
         assert (await ask(item, **followed)).json["id"] == made.json["id"]
         await api.call("DELETE", f"/v1/conversations/{talk}")
         assert (await ask(item, **followed)).status == 410
+
+
+async def test_the_tree_is_not_read_for_what_a_response_follows(autojump_clock: MockClock) -> None:
+    async with open_api(model_url=QUICK) as api:
+        response = (await create(api)).json
+        for _ in range(3):
+            response = (await create(api, previous_response_id=response["id"])).json
+        with patch.object(MemoryStore, "list_tree", side_effect=AssertionError("the tree is read")):
+            again = [ref(response["output"][0]), USER]
+            followed = (await create(api, again, previous_response_id=response["id"])).json
+        assert await own_input(api, followed) == ["message"]
+
+
+async def test_too_many_calls_of_namespaces_are_refused_by_the_name_of_what_has_them(autojump_clock: MockClock) -> None:
+    calls = [
+        {"type": "function_call", "call_id": f"c{n}", "name": f"{n:064}", "namespace": "n" * 64, "arguments": "{}"}
+        for n in range(1500)
+    ]
+    async with open_api(model_url=QUICK) as api:
+        words = error_of(await create(api, [*calls, USER]), 400, "invalid_value", "input")
+        assert "namespace" in words
 
 
 async def test_a_call_of_a_namespace_keeps_it(autojump_clock: MockClock) -> None:
