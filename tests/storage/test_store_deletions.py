@@ -210,7 +210,8 @@ async def test_very_many_turns_are_deleted_at_once_for_all_readers(store: Store)
             seen.append(("found", *await found_by(store, "x7 words")))
             seen.append(("turns", len((await store.list_turns("s", limit=9, after=None, now=T0, parent="a")).data)))
             seen.append(("path", len(await store.list_path("s", f"y{MANY // 2 - 1}", limit=2 * MANY, first=None))))
-            seen.append(("events", len(await told(store, "s", "x7"))))
+            # One read: told() reads twice, and the deletion may be between the two.
+            seen.append(("events", bool((await store.read_events("s", "x7")).text)))
 
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
@@ -232,7 +233,7 @@ async def test_very_many_turns_are_deleted_at_once_for_all_readers(store: Store)
         ("found", "x7"),
         ("turns", 2),
         ("path", MANY // 2 + 2),
-        ("events", 1),
+        ("events", True),
     ]
     becomes = [
         ("session", 4, "a"),
@@ -241,7 +242,7 @@ async def test_very_many_turns_are_deleted_at_once_for_all_readers(store: Store)
         ("found",),
         ("turns", 1),
         ("path", 0),
-        ("events", 0),
+        ("events", False),
     ]
     changed = next(number for number, one in enumerate(seen) if one in becomes)
     assert seen == [(was if number < changed else becomes)[number % len(was)] for number in range(len(seen))]
