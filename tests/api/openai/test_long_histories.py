@@ -303,6 +303,8 @@ async def test_the_largest_history_does_not_hold_the_event_loop(
                     reply = await api.call("POST", path, raw=raw, headers=headers)
                     assert reply.status == 200
                     longest.append(watched.seconds)
+                    if watched.seconds < STEP_MAX_S:
+                        break
         nursery.cancel_scope.cancel()
     assert min(received) > 3_400_000
     assert min(longest) < STEP_MAX_S, longest

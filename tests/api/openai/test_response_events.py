@@ -8,7 +8,7 @@ from unittest.mock import patch
 import httpx2
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from openai import APIError, OpenAI, omit
 from openai.lib.streaming.responses._responses import ResponseStreamState
@@ -49,6 +49,8 @@ from tests.api.told_turns import (
     replies,
 )
 
+some = settings(max_examples=settings().max_examples // 2, phases=set(Phase) - {Phase.explain})
+few = settings(some, max_examples=settings().max_examples // 4)
 STOP = outcome.Completed("stop")
 INCLUDING = Echo(encrypted=True, namespaces={"tools__get": ("tools", "get")}).face()
 PART = {"type": "output_text", "annotations": [], "logprobs": []}
@@ -296,6 +298,7 @@ def long_from(length: int) -> Iterator[None]:
         yield
 
 
+@some
 @given(replies(), ends, st.tuples(st.booleans(), st.booleans(), st.booleans()), st.sampled_from([-1, 6, 10**9]))
 async def test_every_way_of_reading_tells_the_same_valid_events(
     told: list[ModelEvent], end: outcome.Outcome, options: tuple[bool, bool, bool], long: int
@@ -384,6 +387,7 @@ def _check_items(events: Sequence[dict[str, Any]]) -> None:
     assert [ended[index] for index in range(len(opened))] == end_in(events)["response"]["output"]
 
 
+@some
 @given(replies(), st.data(), st.booleans(), st.sampled_from([-1, 10**9]))
 async def test_after_a_crash_the_events_that_are_left_are_valid_and_end_the_response(
     told: list[ModelEvent], data: st.DataObject, is_including: bool, long: int
@@ -430,6 +434,7 @@ async def test_a_client_that_has_seen_all_gets_the_end_of_the_stream_alone() -> 
 # Others' clients
 
 
+@few
 @given(replies(), ends)
 async def test_the_sdks_own_state_follows_every_stream(told: list[ModelEvent], end: outcome.Outcome) -> None:
     turn = tell(told, end)
