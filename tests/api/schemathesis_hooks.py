@@ -10,7 +10,7 @@ from typing import Any
 
 import schemathesis
 from schemathesis import Case, CheckContext, HookContext, Response
-from schemathesis.checks import positive_data_acceptance
+from schemathesis.checks import negative_data_rejection, positive_data_acceptance
 
 OPAQUE = {"after", "at", "head", "Idempotency-Key", "Last-Event-ID", "lastEventId", "parent", "turn_id"}
 """Parameters whose texts may have the right form and are still refused, because the server never gave them out."""
@@ -22,6 +22,9 @@ OF_OPENAI = re.compile(
     r"|messages|max_tokens|items"
 )
 """The beginnings of such parameters of OpenAI's API, whose objects have no types in the schema."""
+
+BODY_BYTES_MAX = 4 * 1024 * 1024
+"""No call takes a larger body: it is the default of ``history_bytes_max``. A schema cannot tell the bound of a body."""
 
 
 @schemathesis.check
@@ -38,6 +41,15 @@ def what_the_schema_allows_is_accepted(ctx: CheckContext, response: Response, ca
     if field in OPAQUE or DEPENDENT.fullmatch(field):
         return None
     outcome: bool | None = positive_data_acceptance(ctx, response, case)
+    return outcome
+
+
+@schemathesis.check
+def what_the_schema_forbids_is_refused(ctx: CheckContext, response: Response, case: Case[Any]) -> bool | None:
+    body = response.request.body
+    if response.status_code == 413 and isinstance(body, bytes) and len(body) > BODY_BYTES_MAX:
+        return None  # refused by its size, before the schema matters: so large is one item more than ``messages`` takes
+    outcome: bool | None = negative_data_rejection(ctx, response, case)
     return outcome
 
 

@@ -45,8 +45,8 @@ class Schemathesis:
         command = [
             *(str(Path(sys.executable).parent / "schemathesis"), "run", self.url, "--no-color"),
             *("--max-examples", str(EXAMPLES), "--request-timeout", "15", *arguments),
-            # A check of ours replaces the first (see the hooks). The second does not expect an id to be used again.
-            *("--exclude-checks", "positive_data_acceptance,use_after_free"),
+            # Checks of ours replace the first two (see the hooks). The last does not expect an id to be used again.
+            *("--exclude-checks", "positive_data_acceptance,negative_data_rejection,use_after_free"),
             *("--exclude-operation-id", "root"),  # ``root`` is a redirect, and schemathesis follows redirects
             *(("--seed", "1") if IN_CI and "--seed" not in arguments else ()),
         ]
