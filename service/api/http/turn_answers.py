@@ -31,6 +31,7 @@ from service.errors import (
     EventsDeletedError,
     EventsLostError,
     InvalidRequestError,
+    MadeIsGoneError,
     RepeatedError,
     ResumeConflictError,
     ShuttingDownError,
@@ -240,21 +241,42 @@ async def open_made(service: Service, repeated: RepeatedError, *, after: int = 0
 
     Raises:
         MadeIsGoneError
+        EventsDeletedError: A part of the turn was deleted.
         ResumeConflictError: The turn has fewer events than ``after``.
     """
     session_id, turn_id = repeated.session_id, repeated.turn_id
     assert turn_id is not None, "the same request has started a turn"
+    try:
+        with gone_if_not_found(repeated):
+            log, watch = await service.sessions.open_events(session_id, turn_id, after=after)
+    except EventsDeletedError as error:
+        refusal = error
+    else:
+        if after > log.last_seq:
+            watch.release()
+            raise ResumeConflictError(
+                f"The turn with this Idempotency-Key, {turn_id!r}, has {log.last_seq} events so far, and not {after}.",
+                field="Last-Event-ID",
+                session_id=session_id,
+                turn_id=turn_id,
+            )
+        return FoundTurn(session_id, turn_id, log, watch)
+    await _read_made(service, repeated, turn_id, with_texts=False)
+    raise refusal
+
+
+async def _read_made(service: Service, repeated: RepeatedError, turn_id: str, *, with_texts: bool = True) -> TurnRecord:
+    """Read the turn that an earlier request with the same key has started.
+
+    Raises:
+        MadeIsGoneError: Also if the turn is there, because others follow it, and all that it said was deleted: shown as
+            it is, it would look like a whole reply without a text.
+    """
     with gone_if_not_found(repeated):
-        log, watch = await service.sessions.open_events(session_id, turn_id, after=after)
-    if after > log.last_seq:
-        watch.release()
-        raise ResumeConflictError(
-            f"The turn with this Idempotency-Key, {turn_id!r}, has {log.last_seq} events so far, and not {after}.",
-            field="Last-Event-ID",
-            session_id=session_id,
-            turn_id=turn_id,
-        )
-    return FoundTurn(session_id, turn_id, log, watch)
+        record = await service.sessions.get_turn(repeated.session_id, turn_id, with_texts=with_texts)
+    if record.is_emptied:
+        raise MadeIsGoneError(session_id=repeated.session_id, turn_id=turn_id)
+    return record
 
 
 async def answer_made(
@@ -266,7 +288,7 @@ async def answer_made(
         face.continue_streams()
         slot = take_slot(service)
         return await stream_again(slot, await find(), face, after=after)
-    return await answer_again(find, repeated.session_id, face, background=background)
+    return await answer_again(find, partial(_read_made, service, repeated), face, background=background)
 
 
 async def stream_again(slot: StreamSlot, opened: FoundTurn, face: TurnFace, *, after: int) -> TrioResponse:
@@ -283,16 +305,23 @@ async def stream_again(slot: StreamSlot, opened: FoundTurn, face: TurnFace, *, a
 
 
 async def answer_again(
-    find: Callable[[], Awaitable[FoundTurn]], session_id: str, face: TurnFace, *, background: bool
+    find: Callable[[], Awaitable[FoundTurn]],
+    read: Callable[[str], Awaitable[TurnRecord]],
+    face: TurnFace,
+    *,
+    background: bool,
 ) -> TrioResponse:
     """Answer a turn that was started before, without a stream: at once with ``background``, else when it has ended.
 
     Events that are gone are not missed: a turn without its events has ended.
+
+    Args:
+        read: Reads the record of the turn with this id.
     """
     service = current_service()
     allow_longer_answer(by_s=service.settings.store_timeout_s if background else inf)
     try:
-        _, turn_id, log, watch = await find()
+        session_id, turn_id, log, watch = await find()
     except (EventsDeletedError, EventsLostError) as events_gone:
         turn_id = events_gone.turn_id
         drop_body(request)
@@ -303,5 +332,5 @@ async def answer_again(
             leave_at_end_of_input()
             note_accepted(turn_path(session_id, turn_id))
             await log.wait_closed()
-    record = await service.sessions.get_turn(session_id, turn_id)
+    record = await read(turn_id)
     return await face.show(service, record, 202 if background else 200, with_location=True)

@@ -297,7 +297,8 @@ async def _answer_new(service: Service, session_id: str, new: NewTurn, *, retrie
     if streams:
         return await resume_streaming(service, session_id, newest, FACE, after=after, key=new.key)
     find = partial(resume, service, session_id, newest, after=after, key=new.key)
-    return await answer_again(find, session_id, FACE, background=new.background)
+    read = partial(service.sessions.get_turn, session_id)
+    return await answer_again(find, read, FACE, background=new.background)
 
 
 def _input_of(body: StartTurn) -> tuple[Item, ...]:

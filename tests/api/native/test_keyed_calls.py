@@ -355,6 +355,22 @@ async def test_the_key_of_a_turn_of_which_a_part_was_deleted_answers_the_rest(
         (await api.call("POST", path, body, headers=key)).problem(410, "idempotency_key_spent", "Idempotency-Key")
 
 
+@pytest.mark.parametrize("headers", [{}, SSE, {"Last-Event-ID": "2"}])
+async def test_the_key_of_a_turn_of_which_all_was_deleted_is_spent(
+    headers: dict[str, str], autojump_clock: MockClock
+) -> None:
+    async with open_api() as api:
+        await api.new_session(id="me")
+        turn = (await ask(api, "turn")).headers["location"]
+        for message in (await api.call("GET", "/sessions/me/messages")).json["data"]:
+            assert (await api.call("DELETE", f"/sessions/me/messages/{message['id']}")).status == 204
+        assert (await api.call("GET", turn)).json["text"] == ""
+        path, body = CALLS["turn"]
+        again = await api.call("POST", path, body, headers={"Idempotency-Key": "k"} | headers)
+        again.problem(410, "idempotency_key_spent", "Idempotency-Key")
+        assert await made(api) == (1, 1)
+
+
 @pytest.mark.parametrize("key", [{}, {"Idempotency-Key": "k"}])
 async def test_a_client_that_comes_back_without_a_stream_gets_its_turn_though_the_events_are_gone(
     key: dict[str, str], autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch

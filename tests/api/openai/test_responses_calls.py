@@ -467,6 +467,48 @@ async def test_a_deleted_response_changes_nothing_of_those_that_follow_it(autoju
         assert third["status"] == "completed"
 
 
+@pytest.mark.parametrize("more", [{}, {"stream": True}, {"background": True}])
+async def test_the_key_of_a_deleted_response_that_others_follow_is_spent(
+    more: dict[str, Any], autojump_clock: MockClock
+) -> None:
+    async with open_api() as api:
+        body, key = {"input": "Hi", "model": "scripted"} | more, {"Idempotency-Key": "k"}
+        assert (await api.call("POST", PATH, body, headers=key)).status == 200
+        await trio.sleep(100)
+        first = f"resp_{(await native_head(api)).removeprefix('turn_')}"
+        second = (await create(api, previous_response_id=first)).json
+        await delete(api, first)
+        refused = await api.call("POST", PATH, body, headers=key)
+        error_of(refused, 410, "idempotency_key_spent", "Idempotency-Key")
+        assert (await get(api, second["id"])).json == second
+        assert await native_head(api) == f"turn_{second['id'].removeprefix('resp_')}", "nothing more was made"
+
+
+async def native_head(api: Api) -> str:
+    (session,) = await sessions_of(api)
+    head: str = (await api.call("GET", f"/sessions/{session}")).json["head"]
+    return head
+
+
+async def test_a_response_that_is_deleted_while_its_request_is_repeated_is_gone_for_the_repetition(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_api() as api:
+        body, key = {"input": "Hi", "model": "scripted"}, {"Idempotency-Key": "k"}
+        first = (await api.call("POST", PATH, body, headers=key)).json["id"]
+        await create(api, previous_response_id=first)
+        open_events = api.service.sessions.open_events
+
+        async def found_and_deleted(*names: str, **rest: Any) -> Any:
+            found = await open_events(*names, **rest)
+            await delete(api, first)
+            return found
+
+        monkeypatch.setattr(api.service.sessions, "open_events", found_and_deleted)
+        refused = await api.call("POST", PATH, body, headers=key)
+        error_of(refused, 410, "idempotency_key_spent", "Idempotency-Key")
+
+
 async def test_a_response_is_not_deleted_while_one_that_follows_it_is_in_progress(autojump_clock: MockClock) -> None:
     async with open_api(model_url="scripted:?tokens=5&rate=1&first_token_s=0") as api:
         first = (await create(api)).json
