@@ -55,6 +55,15 @@ class Step(Generic[D, T]):
         """Claim the step's commit, to make it or to forbid it. True for the first claim only."""
         return _take(self._commit_ticket)
 
+    @property
+    def is_given_up(self) -> bool:
+        """Whether the commit was claimed. Before the thread of the step claims it: whether it is forbidden."""
+        return not self._commit_ticket
+
+    def give_back(self) -> None:
+        """Undo the claim of a step that has left nothing behind, so that another thread may claim it."""
+        self._ticket.append(None)
+
     def drop(self) -> bool:
         """Claim the step, so that it never begins, and let go of what it would write. False if a thread claimed it."""
         if not self.claim():
@@ -108,6 +117,8 @@ class SqlThread(Generic[D]):
         self._opened = anyio.Event()
         self._ended = anyio.Event()
         self._closing = False
+        self._handing_over = threading.Lock()
+        """Held while the end is put into the queue: nothing may follow it."""
         self._error: Exception | None = None
         self._token: EventLoopToken = current_token()
 
@@ -149,10 +160,21 @@ class SqlThread(Generic[D]):
         """Finish the submitted steps and close the connection. May be cancelled, and called again."""
         if self._thread.ident is None or self._error is not None:
             return
-        self._closing = True
-        self._queue.put(None)
+        with self._handing_over:
+            self._closing = True
+            self._queue.put(None)
         await self._ended.wait()
         self._thread.join()
+
+    def hand_over(self, step: Step[D, Any]) -> bool:
+        """Take a step over from another thread, which has claimed it and calls this. False if this thread takes no more
+        steps."""
+        with self._handing_over:
+            if self._closing or self._queue.qsize() >= STEPS_MAX:
+                return False
+            step.give_back()
+            self._queue.put(step)
+            return True
 
     # In the thread
 

@@ -50,6 +50,10 @@ IDLE_MAX_S = 5
 is gone before another one takes over."""
 
 
+class GivenUpError(Exception):
+    """The caller of a step has left, and nothing of it may happen."""
+
+
 class Me(msgspec.Struct, frozen=True):
     """This owner, as its rows name it. The nonce tells it from another one, to which a failover gave the same fence.
 
@@ -89,6 +93,7 @@ class Db:
         self._connection = connection
         self._schema = quoted(schema) + "."
         self._opening: Opening | None = None
+        self._is_given_up: Callable[[], bool] | None = None
         self._is_open = False
         self._warnings: list[str] = []
         connection.add_notice_handler(self._note)
@@ -98,7 +103,10 @@ class Db:
 
         Raises:
             psycopg.Error
+            GivenUpError
         """
+        if self._is_given_up is not None and self._is_given_up():
+            raise GivenUpError
         self._open_now()
         cursor = self._connection.execute(_text(statement, self._schema), parameters, binary=True)
         self.executed += 1
@@ -111,10 +119,15 @@ class Db:
 
     # For the threads
 
-    def begin(self, opening: Opening | None) -> None:
-        """Let the next statement begin a transaction; with None each statement is a transaction of its own."""
+    def begin(self, opening: Opening | None, *, is_given_up: Callable[[], bool] | None = None) -> None:
+        """Let the next statement begin a transaction; with None each statement is a transaction of its own.
+
+        Args:
+            is_given_up: Asked before each statement.
+        """
         self.executed = 0
         self._opening = opening
+        self._is_given_up = is_given_up
         self._is_open = False
 
     @property
@@ -258,12 +271,15 @@ def connect_first(url: str, *, place: str) -> Connection:
         raise startup_error(place, error) from None  # its cause may tell a part of the URL
 
 
-def timeouts(statement_s: float) -> tuple[str, str]:
-    """The statements that bound a transaction: its statements, and the waits for its process."""
-    return (
+def timeouts(statement_s: float, *, lock_s: float | None = None) -> list[str]:
+    """The statements that bound a transaction: its statements, the waits for its process, and each wait for a lock."""
+    bounds = [
         f"SET LOCAL statement_timeout = '{statement_s:g}s'",
         f"SET LOCAL idle_in_transaction_session_timeout = '{IDLE_MAX_S}s'",
-    )
+    ]
+    if lock_s is not None:
+        bounds.append(f"SET LOCAL lock_timeout = '{lock_s:g}s'")
+    return bounds
 
 
 def ends_connection(error: psycopg.Error) -> bool:

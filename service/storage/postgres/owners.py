@@ -84,7 +84,7 @@ class Ownership:
         db.execute(_INSERT_BEATS, (row[0],))
         self.me = Me(row[0], nonce)
 
-    def opening(self, *, statement_timeout_s: float) -> Opening:
+    def opening(self, *, statement_timeout_s: float, lock_timeout_s: float | None = None) -> Opening:
         """What begins a transaction that writes. Raises: FenceLostError."""
         if self.is_lost:
             raise FenceLostError
@@ -95,7 +95,7 @@ class Ownership:
                 raise EpochPassedError
 
         check = _CHECK.format(fence=me.fence, nonce=me.nonce.hex(), epoch=me.epoch)
-        return Opening(BEGIN, *timeouts(statement_timeout_s), check, checked=checked)
+        return Opening(BEGIN, *timeouts(statement_timeout_s, lock_s=lock_timeout_s), check, checked=checked)
 
     def doubt(self) -> None:
         """Note that a commit may be in flight on a connection that was lost: the next write must come after it."""

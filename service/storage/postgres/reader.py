@@ -39,6 +39,9 @@ class Reader:
                 self._running = None
             yield (step,)
 
+    def runs(self, step: Step[Db, Any]) -> bool:
+        return self._running is step
+
     def run_housekeeping(self, *, idle: bool) -> None:  # noqa: ARG002
         return None
 
@@ -64,7 +67,7 @@ class Reader:
             self._run_on(self._line.open(), step)
 
     def _run_on(self, db: Db, step: Step[Db, Any]) -> None:
-        db.begin(None if step.shares else _SNAPSHOT)
+        db.begin(None if step.shares else _SNAPSHOT, is_given_up=lambda: step.is_given_up)
         try:
             step.run(db)
         except BaseException:

@@ -123,19 +123,21 @@ class PostgresStore:
         self._address = address
         self._faults = Faults(self.name, monotonic)
         self._first = self._line()
-        self.writer = Writer(self._first, self.ownership, self._faults, opens=self._begin, closes=self._leave)
-        self._writing = SqlThread("postgres writer", self.writer)
-        # Long changes, beside the writer: a fork or a deletion of thousands of turns takes seconds.
-        self._changing = self._leaving(
-            "postgres long writer",
-            Writer(
-                self._line(),
-                self.ownership,
-                self._faults,
-                is_left=True,
-                statement_timeout_s=_LONG_STATEMENT_S,
-            ),
+        # Long changes, beside the writer: a fork or a deletion of thousands of turns takes seconds. Besides the writes
+        # that wait for them, or for those of other owners.
+        long_writer = Writer(
+            self._line(), self.ownership, self._faults, is_left=True, statement_timeout_s=_LONG_STATEMENT_S
         )
+        self._changing = self._leaving("postgres long writer", long_writer)
+        self.writer = Writer(
+            self._first,
+            self.ownership,
+            self._faults,
+            opens=self._begin,
+            closes=self._leave,
+            hand_over=self._changing.hand_over,
+        )
+        self._writing = self._leaving("postgres writer", self.writer, runs_on=long_writer)
         # Two readers, so that the many short reads do not wait for a long one.
         self._looking = self._leaving("postgres reader", Reader(self._line(), self._faults))
         self._reading = self._leaving("postgres long reader", Reader(self._line(), self._faults))
@@ -146,12 +148,18 @@ class PostgresStore:
     def _line(self) -> Line:
         return Line(self._url, self._schema, self._faults)
 
-    def _leaving(self, name: str, batches: Writer | Reader) -> SqlThread[Db]:
-        """A thread whose steps are given up when their callers leave."""
+    def _leaving(self, name: str, batches: Writer | Reader, *, runs_on: Writer | Reader | None = None) -> SqlThread[Db]:
+        """A thread whose steps are given up when their callers leave.
+
+        Args:
+            runs_on: Where they are given up, if not in this thread.
+        """
+        gives_up = runs_on or batches
 
         def leave(step: Step[Db, Any]) -> None:
-            if step.claim_commit():
-                threading.Thread(target=batches.cancel, args=(step,), name="postgres cancel", daemon=True).start()
+            # A step that does not run yet finds that it is given up.
+            if step.claim_commit() and gives_up.runs(step):
+                threading.Thread(target=gives_up.cancel, args=(step,), name="postgres cancel", daemon=True).start()
 
         return SqlThread(name, batches, on_left=leave)
 

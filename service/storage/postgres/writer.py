@@ -1,5 +1,8 @@
 """A thread that writes: each step is a transaction, and steps on turns of this owner share one.
 
+A step that would wait for a lock is handed over to the thread of the long changes. These are usually what it waits for,
+and the steps of other sessions do not wait for them.
+
 A step may run several times: its transaction is repeated after a deadlock, and after a connection that was lost before
 the commit. So a step changes nothing but the database.
 """
@@ -15,6 +18,7 @@ from service.errors import StoreError
 from service.storage.postgres.connections import (
     ATTEMPTS_MAX,
     Db,
+    GivenUpError,
     Line,
     OutcomeUnknownError,
     ends_connection,
@@ -31,11 +35,12 @@ _SHARED_MAX = 64
 _PAUSE_S = 0.005
 """The first pause before a step is repeated; the pauses grow."""
 
+LOCK_MAX_S = 0.1
+"""How long a step waits for a lock before it is handed over: longer than the transactions of other short steps take."""
+_LOCK_HURRIED_S = 0.01
+"""The same for a step that others wait for, because they shared a transaction in which one of them met a lock."""
+
 Steps = Sequence[Step[Db, Any]]
-
-
-class GivenUpError(Exception):
-    """The caller of a step left before the commit."""
 
 
 class Writer:
@@ -46,6 +51,8 @@ class Writer:
         opens: Called at the start, in the thread; raises a StartupError.
         is_left: Whether a step is given up when its caller leaves, up to its commit: for long steps, which run beside
             the other writes.
+        hand_over: Takes a step that would wait for a lock, if the thread behind it takes one. Such a step is given up
+            when its caller leaves, as the long ones are.
 
     Attributes:
         commits: How many transactions were committed.
@@ -61,6 +68,7 @@ class Writer:
         opens: Callable[[], None] | None = None,
         closes: Callable[[], None] | None = None,
         is_left: bool = False,
+        hand_over: Callable[[Step[Db, Any]], bool] | None = None,
         statement_timeout_s: float = 10,
     ) -> None:
         self.commits = 0
@@ -71,6 +79,7 @@ class Writer:
         self._opens = opens
         self._closes = closes
         self._is_left = is_left
+        self._hand_over = hand_over
         self._statement_timeout_s = statement_timeout_s
         self._running: Step[Db, Any] | None = None
 
@@ -83,18 +92,22 @@ class Writer:
         """Run the waiting steps, in their order."""
         shared: list[Step[Db, Any]] = []
         for step in arriving:
-            if step.shares:
+            shares = step.shares and not self._is_left  # each caller may leave for itself
+            if shares:
                 shared.append(step)
                 if len(shared) < _SHARED_MAX:
                     continue
             if shared:
                 yield self._run_together(shared)
                 shared = []
-            if not step.shares:
-                self._run_alone(step)
+            if not shares and self._run_alone(step):
                 yield (step,)
         if shared:
             yield self._run_together(shared)
+
+    def runs(self, step: Step[Db, Any]) -> bool:
+        """Whether a step runs now, in a transaction of its own."""
+        return self._running is step
 
     def run_housekeeping(self, *, idle: bool) -> None:  # noqa: ARG002
         return None
@@ -111,10 +124,10 @@ class Writer:
         self._line.drop()
 
     def _run_together(self, steps: list[Step[Db, Any]]) -> Steps:
-        """Run steps in one transaction. If it fails, each runs in its own, so that only the faulty ones fail."""
+        """Run steps in one transaction. If it fails, each runs in its own, so that only the faulty ones fail, and only
+        those wait that must. Returns the steps that have their outcomes."""
         if len(steps) == 1:
-            self._run_alone(steps[0])
-            return steps
+            return steps if self._run_alone(steps[0]) else ()
 
         def run_all(db: Db) -> None:
             for step in steps:
@@ -122,25 +135,39 @@ class Writer:
 
         try:
             self._transact(run_all, steps=len(steps))
+        except StoreError as error:  # the fault is the same for all steps
+            for step in steps:
+                step.error = error
         except Exception as error:  # noqa: BLE001  each step meets its own error
-            if isinstance(error, StoreError):  # the fault is the same for all steps
-                for step in steps:
-                    step.error = error
-            else:
-                for step in steps:
-                    self._run_alone(step)
+            hurries = isinstance(error, psycopg.errors.LockNotAvailable)
+            return [step for step in steps if self._run_alone(step, hurries=hurries)]
         return steps
 
-    def _run_alone(self, step: Step[Db, Any]) -> None:
+    def _run_alone(self, step: Step[Db, Any], *, hurries: bool = False) -> bool:
+        """Run a step in its own transaction. Returns whether it has its outcome: else another thread has the step."""
+        lock_s = _LOCK_HURRIED_S if hurries else LOCK_MAX_S
         self._running = step
         try:
-            self._transact(step.run, step if self._is_left else None)
+            self._transact(step.run, step if self._is_left else None, lock_s=lock_s)
+        except psycopg.Error as error:
+            waits = isinstance(error, psycopg.errors.LockNotAvailable)
+            if waits and self._hand_over is not None and self._hand_over(step):
+                return False
+            step.error = self._faults.translate(error)
         except Exception as error:  # noqa: BLE001  the caller gets the error
-            step.error = self._faults.translate(error) if isinstance(error, psycopg.Error) else error
+            step.error = error
         finally:
             self._running = None
+        return True
 
-    def _transact(self, call: Callable[[Db], T], step: Step[Db, Any] | None = None, *, steps: int = 1) -> T:
+    def _transact(
+        self,
+        call: Callable[[Db], T],
+        step: Step[Db, Any] | None = None,
+        *,
+        steps: int = 1,
+        lock_s: float = LOCK_MAX_S,
+    ) -> T:
         """Make a call in a transaction; again if others were in its way.
 
         Args:
@@ -152,7 +179,7 @@ class Writer:
             try:
                 self._renew(db, always=epoch_passed)
                 epoch_passed = False
-                result = self._try(db, call, step)
+                result = self._try(db, call, step, lock_s)
             except EpochPassedError:
                 epoch_passed = attempt > 0
             except psycopg.Error as error:
@@ -186,14 +213,18 @@ class Writer:
                 raise
             raise self._faults.translate(error) from error
 
-    def _try(self, db: Db, call: Callable[[Db], T], step: Step[Db, Any] | None) -> T:
+    def _try(self, db: Db, call: Callable[[Db], T], step: Step[Db, Any] | None, lock_s: float) -> T:
         """Make a call in a transaction, once.
 
         Raises:
             psycopg.Error: Nothing has happened.
             StoreError: The outcome is unknown.
         """
-        db.begin(self._ownership.opening(statement_timeout_s=self._statement_timeout_s))
+        opening = self._ownership.opening(
+            statement_timeout_s=self._statement_timeout_s,
+            lock_timeout_s=None if self._hand_over is None else lock_s,
+        )
+        db.begin(opening, is_given_up=None if step is None else lambda: step.is_given_up)
         try:
             result = call(db)
         except BaseException:

@@ -221,6 +221,29 @@ async def test_a_long_change_whose_caller_left_after_its_last_statement_is_given
     assert (await store.get_session("s", now=T0)).title is None
 
 
+async def test_a_long_change_whose_caller_left_between_two_statements_does_no_more_of_them(
+    store: PostgresStore,
+) -> None:
+    begun, goes_on, went_on = threading.Event(), threading.Event(), threading.Event()
+
+    def change(db: Db) -> None:
+        sessions.update(db, "s", SessionPatch(title="late"), store.me, T0)
+        begun.set()
+        assert goes_on.wait(WAIT_S)
+        db.execute("SELECT 1")
+        went_on.set()
+
+    with trio.fail_after(WAIT_S):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(store._change, change)
+            await trio.to_thread.run_sync(begun.wait)
+            nursery.cancel_scope.cancel()
+        goes_on.set()
+        await store._change(lambda _: None)
+    assert not went_on.is_set()
+    assert (await store.get_session("s", now=T0)).title is None
+
+
 async def test_a_step_that_meets_a_deadlock_is_done_again(store: PostgresStore) -> None:
     attempts = 0
 

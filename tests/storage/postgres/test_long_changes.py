@@ -76,12 +76,12 @@ async def test_readers_and_other_writes_go_on_while_turns_are_deleted(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(lambda: store.delete_turns("s", "b", now=T0))
             await held.wait()
+            nursery.start_soon(follow)
+            await trio.testing.wait_all_tasks_blocked()
             await a_turn_elsewhere(store, "elsewhere")
             found = await contents(store, now=T0)
             assert {name: found[name] for name in before} == before
             assert await found_by(store, "answer c") == ["c"]
-            nursery.start_soon(follow)
-            await trio.testing.wait_all_tasks_blocked()
             held.release()
     assert [error.turn_id for error in refused] == ["c"]
     assert await names(store) == ["a", "b2", "b3", "d"]
