@@ -85,7 +85,7 @@ class Db:
     Results are binary.
 
     Attributes:
-        executed: How many statements the step has done.
+        executed: How many statements the step has done, with the one that begins its transaction.
     """
 
     def __init__(self, connection: Connection, schema: str) -> None:
@@ -107,15 +107,31 @@ class Db:
         """
         if self._is_given_up is not None and self._is_given_up():
             raise GivenUpError
-        self._open_now()
+        self.start()
         cursor = self._connection.execute(_text(statement, self._schema), parameters, binary=True)
         self.executed += 1
         return cursor
 
     def pipeline(self) -> AbstractContextManager[object]:
         """Send the statements within the context together. Their results are there when the context is left."""
-        self._open_now()
+        self.start()
         return self._connection.pipeline()
+
+    def start(self) -> None:
+        """Begin the transaction now. A step does this first that cannot be repeated once it has begun its own work.
+
+        Raises:
+            psycopg.Error
+        """
+        opening, self._opening = self._opening, None
+        if opening is None:
+            return
+        self._is_open = True
+        cursor = self._connection.execute(_text(opening.text, self._schema))
+        if opening.checked is not None:
+            cursor.set_result(-1)
+            opening.checked(cursor.fetchone())
+        self.executed += 1
 
     # For the threads
 
@@ -176,16 +192,6 @@ class Db:
     def close(self) -> None:
         with suppress(psycopg.Error):
             self._connection.close()
-
-    def _open_now(self) -> None:
-        opening, self._opening = self._opening, None
-        if opening is None:
-            return
-        self._is_open = True
-        cursor = self._connection.execute(_text(opening.text, self._schema))
-        if opening.checked is not None:
-            cursor.set_result(-1)
-            opening.checked(cursor.fetchone())
 
     def _note(self, notice: psycopg.errors.Diagnostic) -> None:
         if notice.severity_nonlocalized == "WARNING":

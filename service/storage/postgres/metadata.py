@@ -101,9 +101,9 @@ class Listing:
         """Do one step."""
         began_at = time.monotonic()
         if not self._has_begun:
-            self._has_begun = True
             if len(self._pairs) > 1:
                 self._pairs.sort(key=lambda pair: _count(db, pair))
+            self._has_begun = True
         rows = self._newest(db)
         for row in rows:
             self._below = row[:2]

@@ -60,13 +60,18 @@ class Search:
 
     def read_some(self, db: Db) -> None:
         """Do one step, in one snapshot."""
+        db.start()  # what fails later ends the steps: a repeated one would find none
         self._index.begin_step(db)
         try:
             next(self._steps)
             while not self._index.is_step_over():
                 next(self._steps)
         except StopIteration as done:
-            self.page = done.value
+            page = done.value
+        else:
+            return
+        assert page is not None, "nothing is asked of a search that has failed"
+        self.page = page
 
 
 class _PostgresIndex:

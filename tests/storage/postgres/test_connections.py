@@ -10,13 +10,14 @@ import trio
 import trio.testing
 
 from service.errors import StoreError
-from service.storage.postgres import PostgresStore, connections, open_postgres_store, owners, sessions
+from service.storage.postgres import PostgresStore, connections, open_postgres_store, owners, search, sessions
 from service.storage.postgres.connections import Db
 from service.storage.records import EndResult, SessionPatch
 from tests.postgres_server import PostgresServer
 from tests.storage.postgres.locks import until_something_waits
 from tests.storage.postgres.proxy import Proxy, open_proxy
 from tests.storage.rows import T0, a_session, a_turn, at, ended, said
+from tests.storage.test_store_added_turns import an_added_turn
 from tests.storage.test_store_owners import a_checkpoint
 
 WAIT_S = 30
@@ -59,6 +60,39 @@ async def test_a_connection_that_was_lost_between_two_steps_is_made_anew(
         assert (await store.get_session("s", now=T0)).title == "b"
         assert (await store.list_turns("s", limit=1, after=None, now=T0)).data == ()
         await store.delete_expired(now=T0, limit=1)
+
+
+@pytest.mark.parametrize("kind", ["search", "listing by metadata", "search for an item", "fork"])
+async def test_a_read_of_many_steps_goes_on_over_a_connection_that_was_lost_before(
+    store: PostgresStore, postgres: PostgresServer, kind: str
+) -> None:
+    await _title(store, "a word")
+    await store.add_turns([an_added_turn("t")], now=T0)
+    await store._read(lambda db: db.execute("SELECT 1"))
+    await trio.to_thread.run_sync(postgres.cut_connections)
+    with trio.fail_after(WAIT_S):
+        match kind:
+            case "search":
+                page = await store.search_sessions("word", limit=9, after=None, status=None, now=T0)
+                assert [match.session.id for match in page.data] == ["s"]
+            case "listing by metadata":
+                listed = await store.list_sessions(limit=9, after=None, status=None, now=T0, metadata={"a": "b"})
+                assert listed.data == ()
+            case "search for an item":
+                assert (await store.find_item("s", "t-out", now=T0)).id == "t"
+            case _:
+                assert (await store.fork_session("s", at="t", copy_id="copy", now=T0)).message_count == 2
+
+
+async def test_a_search_whose_connection_is_lost_within_a_step_fails(
+    store: PostgresStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(index: search._PostgresIndex) -> None:
+        index._db.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+
+    monkeypatch.setattr(search._PostgresIndex, "newest", lose)
+    with trio.fail_after(WAIT_S), pytest.raises(StoreError, match="the database does not answer"):
+        await store.search_sessions("word", limit=9, after=None, status=None, now=T0)
 
 
 async def test_while_the_server_is_away_calls_fail_and_then_go_on(store: PostgresStore, proxy: Proxy) -> None:
