@@ -68,14 +68,14 @@ def unsealed(content: str, field: str) -> Unsealed:
         return Unsealed(content)
     try:
         sealed = msgspec.json.decode(base64.urlsafe_b64decode(content.removeprefix(_SEAL)), type=_Sealed)
+        upstream = msgspec.json.encode(sealed.upstream).decode() if sealed.upstream else ""
+        calls = {name: msgspec.json.encode(fields).decode() for name, fields in sealed.calls.items()}
     except (binascii.Error, msgspec.MsgspecError, ValueError, RecursionError):
         raise ParameterError(
             "This encrypted content is not as this server gave it out: send it unchanged.",
             param=field,
             code="invalid_encrypted_content",
         ) from None
-    upstream = msgspec.json.encode(sealed.upstream).decode() if sealed.upstream else ""
-    calls = {name: msgspec.json.encode(fields).decode() for name, fields in sealed.calls.items()}
     return Unsealed(sealed.text, upstream, calls)
 
 

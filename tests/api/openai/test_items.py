@@ -52,6 +52,11 @@ NAMESPACES = {"tools__get": ("tools", "get")}
 CALL = {"type": "function_call", "call_id": "c", "name": "a", "arguments": "{}"}
 SEALED_OTHERWISE = "lc1." + urlsafe_b64encode(b'["", {}, {"c": {"function": {"name": "f"}}}]').decode()
 """A field of a call that is not the server's own."""
+NOT_UTF_8 = [
+    "lc1." + urlsafe_b64encode(sealed).decode()
+    for sealed in (b'["",{"a":"\xff"},{}]', b'["",{},{"c":{"extra_content":{"a":"\xff"}}}]')
+]
+"""Fields of reasoning, and of a call."""
 
 
 def read(*items: object) -> tuple[Item, ...]:
@@ -94,7 +99,10 @@ def test_reasoning_before_a_call_brings_back_what_clients_do_not_keep_of_the_cal
     assert own.upstream == '{"extra_content":{"own":1}}'
 
 
-@pytest.mark.parametrize("content", [SEALED_OTHERWISE, "lc1.", "lc1.!", "lc1.WzFd", "lc1.WyJhIiwgWzFdXQ==", "lc1.é"])
+@pytest.mark.parametrize(
+    "content",
+    [SEALED_OTHERWISE, *NOT_UTF_8, "lc1.", "lc1.!", "lc1.WzFd", "lc1.WyJhIiwgWzFdXQ==", "lc1.é"],
+)
 def test_encrypted_reasoning_that_was_changed_is_refused(content: str) -> None:
     item = {"type": "reasoning", "summary": [], "encrypted_content": content}
     assert refused(item) == ("input[0].encrypted_content", "invalid_encrypted_content")
