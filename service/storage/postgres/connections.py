@@ -184,10 +184,13 @@ class Db:
                 self.close()
         self._is_open = False
 
-    def cancel(self) -> None:
-        """Cancel the statement that runs. May be called in another thread."""
-        with suppress(psycopg.Error, OSError):
+    def cancel(self) -> bool:
+        """Cancel the statement that runs. May be called in another thread. False if the cancel may arrive later."""
+        try:
             self._connection.cancel_safe(timeout=CANCEL_TIMEOUT_S)
+        except (psycopg.Error, OSError):
+            return False
+        return True
 
     def close(self) -> None:
         with suppress(psycopg.Error):

@@ -8,6 +8,7 @@ import psycopg
 
 from service.storage.postgres.connections import BEGIN_SNAPSHOT, Db, Line, Opening, ends_connection, timeouts
 from service.storage.postgres.faults import Faults
+from service.storage.postgres.running import RunningStep
 from service.storage.sql_thread import Step
 
 _TIMEOUT_S = 30
@@ -18,38 +19,30 @@ class Reader:
     """Runs steps that only read, for :class:`~service.storage.sql_thread.SqlThread`.
 
     A step that shares is one statement, and needs no transaction around it.
+
+    Attributes:
+        running: The step that runs.
     """
 
     def __init__(self, line: Line, faults: Faults) -> None:
         self._line = line
         self._faults = faults
-        self._running: Step[Db, Any] | None = None
+        self.running = RunningStep(line)
 
     def open(self) -> None:
         """The connection is made when it is needed."""
 
     def run(self, arriving: Iterator[Step[Db, Any]]) -> Iterator[Sequence[Step[Db, Any]]]:
         for step in islice(arriving, 1):
-            self._running = step
-            try:
-                self._run(step)
-            except Exception as error:  # noqa: BLE001  the caller gets the error
-                step.error = self._faults.translate(error) if isinstance(error, psycopg.Error) else error
-            finally:
-                self._running = None
+            with self.running.set_to(step):
+                try:
+                    self._run(step)
+                except Exception as error:  # noqa: BLE001  the caller gets the error
+                    step.error = self._faults.translate(error) if isinstance(error, psycopg.Error) else error
             yield (step,)
-
-    def runs(self, step: Step[Db, Any]) -> bool:
-        return self._running is step
 
     def run_housekeeping(self, *, idle: bool) -> None:  # noqa: ARG002
         return None
-
-    def cancel(self, step: Step[Db, Any]) -> None:
-        """Cancel the statement of a step whose caller has left. Called in another thread."""
-        db = self._line.current
-        if db is not None and self._running is step:
-            db.cancel()
 
     def close(self) -> None:
         self._line.drop()

@@ -154,12 +154,12 @@ class PostgresStore:
         Args:
             runs_on: Where they are given up, if not in this thread.
         """
-        gives_up = runs_on or batches
+        running = (runs_on or batches).running
 
         def leave(step: Step[Db, Any]) -> None:
             # A step that does not run yet finds that it is given up.
-            if step.claim_commit() and gives_up.runs(step):
-                threading.Thread(target=gives_up.cancel, args=(step,), name="postgres cancel", daemon=True).start()
+            if step.claim_commit() and running.has(step):
+                threading.Thread(target=running.cancel, args=(step,), name="postgres cancel", daemon=True).start()
 
         return SqlThread(name, batches, on_left=leave)
 

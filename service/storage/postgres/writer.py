@@ -26,6 +26,7 @@ from service.storage.postgres.connections import (
 )
 from service.storage.postgres.faults import Faults
 from service.storage.postgres.owners import EpochPassedError, Ownership
+from service.storage.postgres.running import RunningStep
 from service.storage.sql_thread import Step
 
 T = TypeVar("T")
@@ -57,6 +58,7 @@ class Writer:
     Attributes:
         commits: How many transactions were committed.
         steps: How many steps they held.
+        running: The step that runs in a transaction of its own.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Writer:
     ) -> None:
         self.commits = 0
         self.steps = 0
+        self.running = RunningStep(line)
         self._line = line
         self._ownership = ownership
         self._faults = faults
@@ -81,7 +84,6 @@ class Writer:
         self._is_left = is_left
         self._hand_over = hand_over
         self._statement_timeout_s = statement_timeout_s
-        self._running: Step[Db, Any] | None = None
 
     def open(self) -> None:
         """Raises: StartupError."""
@@ -105,18 +107,8 @@ class Writer:
         if shared:
             yield self._run_together(shared)
 
-    def runs(self, step: Step[Db, Any]) -> bool:
-        """Whether a step runs now, in a transaction of its own."""
-        return self._running is step
-
     def run_housekeeping(self, *, idle: bool) -> None:  # noqa: ARG002
         return None
-
-    def cancel(self, step: Step[Db, Any]) -> None:
-        """Cancel the statement of a step whose caller has left. Called in another thread."""
-        db = self._line.current
-        if db is not None and self._running is step:
-            db.cancel()
 
     def close(self) -> None:
         if self._closes is not None:
@@ -146,18 +138,15 @@ class Writer:
     def _run_alone(self, step: Step[Db, Any], *, hurries: bool = False) -> bool:
         """Run a step in its own transaction. Returns whether it has its outcome: else another thread has the step."""
         lock_s = _LOCK_HURRIED_S if hurries else LOCK_MAX_S
-        self._running = step
-        try:
-            self._transact(step.run, step if self._is_left else None, lock_s=lock_s)
-        except psycopg.Error as error:
-            waits = isinstance(error, psycopg.errors.LockNotAvailable)
-            if waits and self._hand_over is not None and self._hand_over(step):
-                return False
-            step.error = self._faults.translate(error)
-        except Exception as error:  # noqa: BLE001  the caller gets the error
-            step.error = error
-        finally:
-            self._running = None
+        with self.running.set_to(step):
+            try:
+                self._transact(step.run, step if self._is_left else None, lock_s=lock_s)
+            except psycopg.errors.LockNotAvailable as error:
+                if self._hand_over is not None and self._hand_over(step):
+                    return False
+                step.error = self._faults.translate(error)
+            except Exception as error:  # noqa: BLE001  the caller gets the error
+                step.error = self._faults.translate(error) if isinstance(error, psycopg.Error) else error
         return True
 
     def _transact(

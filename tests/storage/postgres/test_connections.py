@@ -13,6 +13,7 @@ from service.errors import StoreError
 from service.storage.postgres import PostgresStore, connections, open_postgres_store, owners, search, sessions
 from service.storage.postgres.connections import Db
 from service.storage.records import EndResult, SessionPatch
+from service.storage.sql_thread import SqlThread
 from tests.postgres_server import PostgresServer
 from tests.storage.postgres.locks import until_something_waits
 from tests.storage.postgres.proxy import Proxy, open_proxy
@@ -276,6 +277,71 @@ async def test_a_long_change_whose_caller_left_between_two_statements_does_no_mo
         await store._change(lambda _: None)
     assert not went_on.is_set()
     assert (await store.get_session("s", now=T0)).title is None
+
+
+@pytest.mark.parametrize("name", ["_looking", "_reading", "_changing"])
+async def test_a_cancel_that_takes_long_hits_no_step_of_another_caller(
+    store: PostgresStore, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    thread: SqlThread[Db] = getattr(store, name)
+    begun, goes_on, cancels, next_begun = (threading.Event() for _ in range(4))
+    cancel = Db.cancel
+
+    def cancel_late(db: Db) -> bool:
+        cancels.set()
+        next_begun.wait(0.3)  # it must not begin before this has ended
+        return cancel(db)
+
+    def wait(db: Db) -> None:
+        db.execute("SELECT 1")
+        begun.set()
+        assert goes_on.wait(WAIT_S)
+
+    def follow(db: Db) -> str:
+        db.execute("SELECT 1")
+        next_begun.set()
+        db.execute("SELECT pg_sleep(0.3)")
+        return "done"
+
+    monkeypatch.setattr(Db, "cancel", cancel_late)
+    with trio.fail_after(WAIT_S):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(thread.call, wait)
+            await trio.to_thread.run_sync(begun.wait)
+            nursery.cancel_scope.cancel()
+        await trio.to_thread.run_sync(cancels.wait)
+        goes_on.set()
+        assert await thread.call(follow) == "done"
+
+
+async def test_a_connection_on_which_a_cancel_may_arrive_later_is_not_used_again(
+    store: PostgresStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, goes_on, cancels = (threading.Event() for _ in range(3))
+
+    def fail_to_cancel(_: Db) -> bool:
+        cancels.set()
+        return False
+
+    def wait(db: Db) -> None:
+        db.execute("SELECT 1")
+        begun.set()
+        assert goes_on.wait(WAIT_S)
+
+    def process(db: Db) -> object:
+        return db.execute("SELECT pg_backend_pid()").fetchone()
+
+    before = await store._look(process)
+    assert await store._look(process) == before
+    monkeypatch.setattr(Db, "cancel", fail_to_cancel)
+    with trio.fail_after(WAIT_S):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(store._look, wait)
+            await trio.to_thread.run_sync(begun.wait)
+            nursery.cancel_scope.cancel()
+        await trio.to_thread.run_sync(cancels.wait)
+        goes_on.set()
+        assert await store._look(process) != before
 
 
 async def test_a_step_that_meets_a_deadlock_is_done_again(store: PostgresStore) -> None:
