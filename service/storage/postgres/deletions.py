@@ -90,7 +90,7 @@ def delete_turn(
     _delete_all(db, kept, last[0])
     is_empty = db.execute(_HAS_TURNS, (kept.key,)).fetchone() is None
     if is_empty and rules.revision_of(kept.record) in session_revisions:
-        removals.remove_sessions(db, [kept.key])
+        removals.remove_empty(db, [kept.key])
 
 
 def _settle(db: Db, kept: sessions.StoredSession, turn_id: str, me: Me, now: datetime) -> int:

@@ -102,7 +102,7 @@ def _finish(db: Db, end: End, row: Row) -> None:
         return
     session, parent, place, is_alone = row
     if is_alone:
-        removals.remove_sessions(db, [session])
+        removals.remove_empty(db, [session])
     else:
         trees.move_up(db, session, parent, place)
         idempotency.cut_off_turns(db, session, [turn.id])

@@ -9,7 +9,7 @@ from datetime import datetime
 
 from service.errors import RefusedError, RepeatedError
 from service.storage import rules
-from service.storage.postgres.connections import Db
+from service.storage.postgres.connections import Cursor, Db
 from service.storage.postgres.rows import moment
 from service.storage.records import IdempotencyKey
 
@@ -35,7 +35,12 @@ _NOTE_GONE = "UPDATE {s}.idempotency_keys SET gone_at = %(now)s WHERE " + _SOME.
     condition="session IS NULL AND gone_at IS NULL"
 )
 _FORGET = "DELETE FROM {s}.idempotency_keys WHERE " + _SOME.format(condition="session IS NULL AND gone_at <= %(until)s")
-_CUT_OFF = "UPDATE {s}.idempotency_keys SET session = NULL WHERE session = ANY(%s)"
+_CUT_OFF = (
+    "UPDATE {s}.idempotency_keys SET session = NULL WHERE (caller, key) IN ("
+    "SELECT caller, key FROM {s}.idempotency_keys WHERE session = ANY(%s) LIMIT %s)"
+)
+CUT_OFF_MAX = 1000
+"""The most keys that one step cuts off."""
 _CUT_OFF_TURNS = "UPDATE {s}.idempotency_keys SET session = NULL WHERE session = %s AND turn = ANY(%s)"
 
 
@@ -96,9 +101,10 @@ def keep(
         raise AssertionError("a key that is forgotten is not kept anew by an owner that uses it")
 
 
-def cut_off(db: Db, sessions: Sequence[int]) -> None:
-    """Cut the keys of removed sessions off from them."""
-    db.execute(_CUT_OFF, (list(sessions),))
+def cut_off(db: Db, sessions: Sequence[int]) -> Cursor:
+    """Cut some keys of removed sessions off from them. The result counts them: if they are :data:`CUT_OFF_MAX`, there
+    may be more."""
+    return db.execute(_CUT_OFF, (list(sessions), CUT_OFF_MAX))
 
 
 def cut_off_turns(db: Db, session: int, turns: Sequence[str]) -> None:

@@ -7,6 +7,8 @@ taken, and each turn is ended once.
 from collections.abc import Collection
 from datetime import datetime
 
+import msgspec
+
 from service.steps import at_once
 from service.storage import rules
 from service.storage.page_size import fitting
@@ -23,13 +25,19 @@ _TURNS_MAX = 100
 _BYTES_MAX = 1024 * 1024
 """Bound on the growth of these turns, in bytes: a step ends with the turn that passes it."""
 
-_DEAD = "SELECT fence FROM {s}.owners WHERE dead ORDER BY fence LIMIT 1"
-# With SKIP LOCKED the sessions that others have taken are passed over; without it the step waits for one of them.
+_DEAD = (
+    "SELECT fence FROM {s}.owners WHERE dead AND fence <> ALL(%(passed)s::bigint[]) "
+    "ORDER BY fence <= %(last)s, fence LIMIT 1"
+)
+# The sessions that others have taken are passed over.
 _TAKE = (
     "SELECT s.key FROM {s}.turns AS t JOIN {s}.sessions AS s ON s.key = t.session "
-    "WHERE t.owner = %(owner)s LIMIT %(limit)s FOR NO KEY UPDATE OF s"
+    "WHERE t.owner = %(owner)s LIMIT %(limit)s FOR NO KEY UPDATE OF s SKIP LOCKED"
 )
-_TAKE_FREE = f"{_TAKE} SKIP LOCKED"
+_HAS_MORE = (
+    "SELECT EXISTS (SELECT FROM {s}.turns WHERE owner = %(owner)s) "
+    "OR EXISTS (SELECT FROM {s}.sessions WHERE deletion = %(owner)s)"
+)
 _OPEN = (
     f"SELECT s.id, t.key, t.segment, {TURN_COLUMNS} "
     "FROM {s}.turns AS t JOIN {s}.sessions AS s ON s.key = t.session "
@@ -39,22 +47,36 @@ _FIELDS_BEFORE = 3
 """The columns of ``_OPEN`` before those of a turn."""
 
 
-def recover_some(db: Db, now: datetime) -> tuple[int, bool]:
-    """Do one step of the recovery. Returns how many turns it ended, and whether no turn is left."""
-    dead: Row | None = db.execute(_DEAD).fetchone()
+class Place(msgspec.Struct, frozen=True):
+    """How far a recovery has come, which takes the dead owners in turn.
+
+    Attributes:
+        last: The owner of the last step.
+        passed: The owners of which others hold all that is left. A later recovery comes back to them.
+    """
+
+    last: int = 0
+    passed: frozenset[int] = frozenset()
+
+
+def recover_some(db: Db, now: datetime, place: Place) -> tuple[int, Place | None]:
+    """Do one step of the recovery. Returns how many turns it ended, and the place of the next step if there is one."""
+    values = {"passed": list(place.passed), "last": place.last}
+    dead: Row | None = db.execute(_DEAD, values).fetchone()
     if dead is None:
-        return 0, True
+        return 0, None
     fence: int = dead[0]
-    taken = db.execute(_TAKE_FREE, {"owner": fence, "limit": _TURNS_MAX}).fetchall()
-    if not taken:  # none is left, or others have taken all
-        taken = db.execute(_TAKE, {"owner": fence, "limit": 1}).fetchall()
+    further = Place(fence, place.passed)
+    taken = db.execute(_TAKE, {"owner": fence, "limit": _TURNS_MAX}).fetchall()
     if taken:
-        return _end_some(db, fence, now, {key for (key,) in taken}, turns_max=_TURNS_MAX, bytes_max=_BYTES_MAX), False
-    removals.remove_marked_by(db, fence)
-    with db.pipeline():
-        segments.drop_all_of(db, fence)
+        return _end_some(db, fence, now, {key for (key,) in taken}, turns_max=_TURNS_MAX, bytes_max=_BYTES_MAX), further
+    if removals.hide_marked_by(db, fence):
+        return 0, further
+    if db.execute(_HAS_MORE, {"owner": fence}).fetchone() != (False,):
+        return 0, Place(fence, place.passed | {fence})
+    if not segments.drop_some_of(db, fence):
         owners.forget(db, fence)
-    return 0, False
+    return 0, further
 
 
 def end_turns_of(db: Db, fence: int, now: datetime, *, session: int) -> int:

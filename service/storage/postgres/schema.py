@@ -44,7 +44,7 @@ CREATE TABLE {s}.sessions (
     last_accessed_at bigint NOT NULL,
     expires_at bigint NOT NULL,
     idle_us bigint NOT NULL,    -- the idle timeout: after a use the session expires so many microseconds later
-    deletion bigint,            -- the owner that marked it as deleted
+    deletion bigint,            -- the owner that marked it as deleted; 0 once it is removed for every reader
     ephemeral boolean NOT NULL,
     head text COLLATE "C",
     owner bigint,               -- of its open turns

@@ -45,7 +45,11 @@ WITH dropped AS ({drop_old}), given AS (
 )
 SELECT turns FROM given
 """.replace("{drop_old}", _DROP_OLD.replace("{besides}", ""))
-_DROP_ALL = "DELETE FROM {s}.segments WHERE owner = %s"
+_DROP_SOME = (
+    "DELETE FROM {s}.segments WHERE owner = %(owner)s AND seq IN ("
+    "SELECT seq FROM {s}.segments WHERE owner = %(owner)s ORDER BY seq LIMIT %(limit)s)"
+)
+_DROPPED_MAX = 100
 # The growth that a later segment replaces ends where that begins, or later. ``bound``: where the next one begins.
 _PAGE = """
 SELECT after, substring(body FROM start + 1 FOR length) FROM (
@@ -132,9 +136,9 @@ def _values(checkpoints: Sequence[Checkpoint], bodies: Sequence[bytes], me: Me) 
     }
 
 
-def drop_all_of(db: Db, fence: int) -> None:
-    """Remove the segments of an owner that has no open turns any more."""
-    db.execute(_DROP_ALL, (fence,))
+def drop_some_of(db: Db, fence: int) -> bool:
+    """Remove segments of an owner that has no open turns any more. Returns whether there may be more of them."""
+    return db.execute(_DROP_SOME, {"owner": fence, "limit": _DROPPED_MAX}).rowcount == _DROPPED_MAX
 
 
 def read(db: Db, turn: int, *, owner: int, segment: int, after: int, length_max: int) -> EventsPage:

@@ -151,13 +151,13 @@ def create(db: Db, session: SessionRecord, now: datetime, *, key: IdempotencyKey
 
 
 def make_room(db: Db, session_id: str, now: datetime) -> None:
-    """Remove an expired session of this id. Raises: SessionExistsError: A session of this id has not expired."""
+    """Hide an expired session of this id. Raises: SessionExistsError: A session of this id has not expired."""
     present = find(db, session_id, lock=True)
     if present is None:
         return
     if rules.keeps_its_id(present.record, now, is_deleted=present.is_deleted):
         raise SessionExistsError(session_id)
-    removals.remove_sessions(db, [present.key])
+    removals.hide(db, [present.key])
 
 
 def insert(db: Db, session: SessionRecord, *, turns: int = 0, indexes_title: bool = True) -> int:
@@ -386,15 +386,15 @@ def is_marked(db: Db, session_id: str, me: Me) -> bool:
     return db.execute(query, (session_id, me.fence)).fetchone() is not None
 
 
-def remove_deleted(db: Db, session_id: str) -> None:
-    """Remove a marked session, if there is one."""
+def hide_deleted(db: Db, session_id: str) -> None:
+    """Hide a marked session, if there is one."""
     query = "SELECT key FROM {s}.sessions WHERE id = %s AND deletion IS NOT NULL FOR UPDATE"
     rows = db.execute(query, (session_id,)).fetchall()
-    removals.remove_sessions(db, [key for (key,) in rows])
+    removals.hide(db, [key for (key,) in rows])
 
 
-def delete_expired(db: Db, now: datetime, limit: int) -> int:
-    """Remove expired sessions, the earliest deadline first. Returns how many."""
+def hide_expired(db: Db, now: datetime, limit: int) -> int:
+    """Hide expired sessions, the earliest deadline first. Returns how many."""
     rows = db.execute(_TAKE_EXPIRED, {"now": moment(now), "limit": limit}).fetchall()
-    removals.remove_sessions(db, [key for (key,) in rows])
+    removals.hide(db, [key for (key,) in rows])
     return len(rows)

@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import datetime
+from functools import partial
 from typing import Any, TypeVar
 
 import anyio
@@ -28,6 +29,7 @@ from service.storage.postgres import (
     owners,
     paths,
     recovery,
+    removals,
     schema,
     search,
     segments,
@@ -69,6 +71,8 @@ T = TypeVar("T")
 
 ADDED_MAX = 100
 """So many turns are added by the thread of the short writes; more are added beside them."""
+REMOVING_S = 1.0
+"""About how long one call removes the rows of sessions that are gone for every reader already."""
 _LONG_STATEMENT_S = 60
 
 
@@ -344,10 +348,22 @@ class PostgresStore:
         return await self._write(lambda db: sessions.is_marked(db, session_id, self.me))
 
     async def remove_deleted(self, session_id: str) -> None:
-        await self._change(lambda db: sessions.remove_deleted(db, session_id))
+        await self._change(lambda db: sessions.hide_deleted(db, session_id))
+        with suppress(StoreError):  # the session is gone, and its rows are removed later
+            await self._remove_hidden()
 
     async def delete_expired(self, *, now: datetime, limit: int) -> int:
-        return await self._change(lambda db: sessions.delete_expired(db, now, limit))
+        hidden = await self._change(lambda db: sessions.hide_expired(db, now, limit))
+        with suppress(StoreError):
+            await self._remove_hidden()
+        return hidden
+
+    async def _remove_hidden(self, after_step: Callable[[], None] | None = None) -> None:
+        """Remove rows of hidden sessions in pieces, for a while. What is left is removed by later calls."""
+        stops_at = time.monotonic() + REMOVING_S
+        while await self._change(removals.remove_some) and time.monotonic() < stops_at:
+            if after_step is not None:
+                after_step()
 
     # Idempotency keys
 
@@ -517,12 +533,14 @@ class PostgresStore:
         return await self._look(lambda db: owners.find_owner(db, session_id, besides=self.fence))
 
     async def recover(self, *, now: datetime, after_step: Callable[[], None] | None = None) -> int:
-        recovered, finished = 0, False
-        while not finished:
-            ended, finished = await self._change(lambda db: recovery.recover_some(db, now))
+        recovered = 0
+        place: recovery.Place | None = recovery.Place()
+        while place is not None:
+            ended, place = await self._change(partial(recovery.recover_some, now=now, place=place))
             recovered += ended
             if after_step is not None:
                 after_step()
+        await self._remove_hidden(after_step)
         return recovered
 
     async def aclose(self) -> None:

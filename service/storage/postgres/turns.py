@@ -9,7 +9,7 @@ from service.errors import SessionNotFoundError, TurnInProgressError, TurnNotFou
 from service.storage import rules
 from service.storage.page_cursor import TurnPosition, encode_cursor
 from service.storage.pieces import Run
-from service.storage.postgres import event_pages, idempotency, owners, paths, recovery, sessions
+from service.storage.postgres import event_pages, idempotency, owners, paths, recovery, removals, sessions
 from service.storage.postgres.connections import Db, Me
 from service.storage.postgres.ends import End, keep_ends
 from service.storage.postgres.event_pages import record_of
@@ -71,7 +71,10 @@ _GET = (
     f"WHERE s.id = %(session)s AND {_VISIBLE}"
 )
 _GET_WITHOUT_INPUT = _GET.replace(" t.input,", " '[]'::bytea,")
-_FIND_SESSION = "SELECT s.id FROM {s}.turns AS t JOIN {s}.sessions AS s ON s.key = t.session WHERE t.id = %s"
+_FIND_SESSION = (
+    "SELECT s.id FROM {s}.turns AS t JOIN {s}.sessions AS s ON s.key = t.session WHERE t.id = %s "
+    f"AND s.deletion IS DISTINCT FROM {removals.HIDDEN}"
+)
 _HAS = f"""
 SELECT %(parent)s::text IS NULL OR EXISTS (SELECT FROM {{s}}.turns AS t WHERE t.id = %(parent)s AND t.session = s.key)
 FROM {{s}}.sessions AS s WHERE s.id = %(session)s AND {_VISIBLE}

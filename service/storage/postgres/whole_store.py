@@ -10,7 +10,7 @@ import psycopg
 from service.errors import StartupError
 from service.settings import shown_store_url
 from service.storage.pieces import Run, unpack
-from service.storage.postgres import additions, documents, event_pages, recovery, schema, sessions
+from service.storage.postgres import additions, documents, event_pages, recovery, removals, schema, sessions
 from service.storage.postgres.connections import Connection, Db, connect_first
 from service.storage.postgres.faults import startup_error
 from service.storage.postgres.owners import BEAT_S, LEASE_S, Observer, Ownership
@@ -98,10 +98,14 @@ class WholePostgresStore:
                 raise StartupError(f"{self.name} is used by {others} process(es); stop the service first.")
             observer.run_once(self.db)
             time.sleep(BEAT_S)
-        finished = False
-        while not finished:
+        place: recovery.Place | None = recovery.Place()
+        while place is not None:
             with self._connection.transaction():
-                _, finished = recovery.recover_some(self.db, now)
+                _, place = recovery.recover_some(self.db, now, place)
+        is_left = True
+        while is_left:
+            with self._connection.transaction():
+                is_left = removals.remove_some(self.db)
 
     def _others(self, ownership: Ownership) -> int:
         others: int = self.db.execute(_OTHERS, (ownership.me.fence,)).fetchone()[0]  # type: ignore[index]

@@ -1,7 +1,6 @@
 """Checkpoints in PostgreSQL: a row for each call, which is there as long as a turn that may need it is open."""
 
 from collections.abc import Sequence
-from functools import partial
 
 import msgspec
 import pytest
@@ -196,26 +195,6 @@ async def test_many_turns_of_a_dead_owner_are_ended_once_by_several_in_steps_and
         assert (await another.get_turn("t7", "t7", now=at(2))).text == "Hello"
         assert await told(another, "t7", "t7") == ["Hel", "lo"]
         assert select("SELECT count(*) FROM {s}.owners") == [(1,)]
-
-
-async def test_a_recovery_waits_for_a_step_on_a_session_that_it_removes(
-    store: PostgresStore, open_another: OpenStore, select: Run
-) -> None:
-    """Once the rows of the owner are gone, nothing would remove the session any more."""
-    await begin(store, "a")
-    await store.mark_deleted("a", now=T0)
-    await end(store, "a")
-    await store.aclose()
-    async with open_another() as another:
-        select("BEGIN")
-        select("SELECT key FROM {s}.sessions FOR UPDATE")
-        with trio.fail_after(60):
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(partial(another.recover, now=at(1)))
-                while not select("SELECT 1 FROM pg_locks WHERE NOT granted"):  # noqa: ASYNC110  the server has no event
-                    await trio.sleep(0.001)
-                select("COMMIT")
-        await another.create_session(a_session("a"), now=at(1))
 
 
 async def test_a_step_of_a_recovery_ends_few_turns_with_long_texts(
