@@ -60,6 +60,10 @@ class Schemathesis:
         )
         assert run.returncode == 0, run.stdout.decode()
 
+    async def run_some(self, phases: str, operation_ids: set[str], *, seed: int) -> None:
+        included = (f"--include-operation-id={it}" for it in sorted(operation_ids))
+        await self.run("--phases", phases, "--seed", str(seed), *included)
+
     def answers(self) -> Counter[tuple[str, str]]:
         """The number of answers by operation and status."""
         lines = {line for line in self._seen.read_text().splitlines() if line}
@@ -90,12 +94,10 @@ async def test_the_server_does_what_its_openapi_document_says(tmp_path: Path) ->
                     assert schemathesis.calls(operation_id) >= EXAMPLES, operation_id
             for seed in range(2, SEEDS if IN_CI else 2):
                 # schemathesis draws at random: answers that its runs have not met may come in further runs.
-                if unmet := unmet_by(schemathesis.answers(), operations):
-                    included = {*CREATORS, *(operation_id for operation_id, _ in unmet)}
-                    await schemathesis.run(
-                        *("--phases", "fuzzing", "--seed", str(seed)),
-                        *(f"--include-operation-id={it}" for it in sorted(included)),
-                    )
+                if unmet := {operation_id for operation_id, _ in unmet_by(schemathesis.answers(), operations)}:
+                    await schemathesis.run_some("fuzzing", {*CREATORS, *unmet}, seed=seed)
+                    # Without the creators, beside which few calls lead to these operations.
+                    await schemathesis.run_some("stateful", {*unmet, *leading_to(unmet, operations)}, seed=seed)
     if IN_CI:
         assert not unmet_by(schemathesis.answers(), operations)
 
@@ -104,6 +106,17 @@ def unmet_by(answers: Counter[tuple[str, str]], operations: dict[str, Any]) -> s
     """The operations and statuses of success in the document that no run has met."""
     documented = {(it, status) for it, operation in operations.items() for status in operation["responses"]}
     return {(it, status) for it, status in documented - NOT_MET if status.startswith("2") and not answers[it, status]}
+
+
+def leading_to(operation_ids: set[str], operations: dict[str, Any]) -> set[str]:
+    """The operations whose answers have what calls of these need, as the links of the document say."""
+    return {
+        it
+        for it, operation in operations.items()
+        for response in operation["responses"].values()
+        for link in response.get("links", {}).values()
+        if link["operationId"] in operation_ids
+    }
 
 
 def operations_of(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
