@@ -1,5 +1,6 @@
 """The OpenAPI document is true: schemathesis finds no 5xx and no answer that the document does not have."""
 
+import faulthandler
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ IN_CI = "CI" in os.environ
 EXAMPLES = 200 if IN_CI else 20
 """The least number of calls of each operation that takes input. On a developer's machine: a few seconds of calls."""
 CAP_S = 900
+"""The bound of the test, in place of pytest's for all tests: alone on two cores it takes some six minutes."""
 MODEL = "scripted:?tokens=3&rate=0&first_token_s=0"
 NOT_MET = {
     *(("openapi", "200"), ("start_turn", "204"), ("retry_turn", "204"), ("chat", "204")),
@@ -76,6 +78,7 @@ class Schemathesis:
 async def test_the_server_does_what_its_openapi_document_says(tmp_path: Path) -> None:
     env = {"LASTCALL_BIND": "127.0.0.1:0", "LASTCALL_STORE_URL": "memory:", "LASTCALL_MODEL_URL": MODEL}
     launch = Launch(SERVE.argv(), env=env)
+    faulthandler.cancel_dump_traceback_later()
     with trio.fail_after(CAP_S):
         async with open_server(launch, log_path=tmp_path / "log") as server:
             url = f"http://127.0.0.1:{server.port}/openapi.json"
