@@ -7,6 +7,7 @@
     │   └── SettingsError            a setting is wrong: its name, its value, what is allowed
     ├── RefusedError                 the caller asked for something that cannot be had
     │   ├── InvalidRequestError      a field is missing, malformed or too large (``field``)
+    │   │   └── NothingAskedError    a turn without an input, on a path that asks nothing
     │   ├── SessionNotFoundError     the session never existed, was deleted or has expired
     │   ├── SessionExistsError       the chosen id is taken
     │   ├── TurnNotFoundError        the session has no such turn

@@ -11,8 +11,8 @@ clients that connect after the end wait for the next server.
 
 import socket
 from collections import deque
-from collections.abc import Awaitable, Callable, Generator, Sequence
-from contextlib import closing, suppress
+from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from itertools import islice
 from typing import cast
 
@@ -164,12 +164,16 @@ class Listeners:
         await self._served.wait()
 
     def _shut(self, listener: Listener) -> None:
-        with closing(_waiting_clients(listener)) as waiting:
-            for stream in waiting:
-                self._take(stream)
-        listening = _socket_of(listener)
-        with suppress(OSError):
-            listening.shutdown(socket.SHUT_RD)
+        waiting: list[socket.socket] = []
+        with _accepting_on(listener) as listening:
+            with suppress(OSError):
+                while True:
+                    waiting.append(listening.accept()[0])
+            # At once: the kernel resets a client that connects between the last look and this.
+            with suppress(OSError):
+                listening.shutdown(socket.SHUT_RD)
+        for client in waiting:
+            self._take(_stream_of(client, listener))
 
     def _take(self, stream: Stream) -> None:
         if not self._taken:
@@ -236,13 +240,19 @@ def _waiting_clients(listener: Listener) -> Generator[Stream]:
 
     The iterator ends early after an error of the socket, which Trio's own ``accept`` will meet again.
     """
+    with _accepting_on(listener) as listening, suppress(OSError):  # none waits, or another process has shut the socket
+        while True:
+            client, _ = listening.accept()
+            yield _stream_of(client, listener)
+
+
+@contextmanager
+def _accepting_on(listener: Listener) -> Iterator[socket.socket]:
+    """The listener's socket as one of the standard library, whose calls do not wait. It stays open."""
     listening = _socket_of(listener)
     accepting = socket.socket(listening.family, listening.type, listening.proto, fileno=listening.fileno())
     try:
-        with suppress(OSError):  # no client waits any more, or another process has shut the socket down
-            while True:
-                client, _ = accepting.accept()
-                yield _stream_of(client, listener)
+        yield accepting
     finally:
         accepting.detach()
 
