@@ -36,7 +36,7 @@ test *args:
 
 # run what is quick: sessions, storage, models and the API, without other processes, with fewer examples of properties
 quick *args:
-    {{ dev }} python -m pytest {{ parallel }} -n 4 --hypothesis-profile quick -m "not processes and not serial" tests/sessions tests/storage tests/models tests/api "$@"
+    {{ dev }} python -m pytest {{ parallel }} -n 4 --hypothesis-profile quick -m "not processes and not serial" -k "not postgres" tests/sessions tests/storage tests/models tests/api "$@"
 
 # look for mistakes: ruff, and flake8-async for what only it knows about cancellation
 lint:
