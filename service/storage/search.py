@@ -6,7 +6,7 @@ in which they became what they are: a title when it was set, a turn when it ende
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
 
@@ -22,6 +22,8 @@ SEARCH_S = 0.25
 time its page is partial, and the next page goes on from there."""
 
 S = TypeVar("S")
+D = TypeVar("D")
+D_contra = TypeVar("D_contra", contravariant=True)
 
 
 def searched_texts(turn: TurnRecord) -> Iterator[str]:
@@ -90,6 +92,45 @@ class Index(Protocol[S]):
     def still_has(self, document: Found[S]) -> Steps[bool]:
         """Whether a document that was found is still there, with all terms: other tasks ran meanwhile."""
         ...
+
+
+class SteppedIndex(Index[S], Protocol[D_contra, S]):
+    """An index whose queries run in short steps, on a connection that each step is given."""
+
+    def begin_step(self, db: D_contra) -> None: ...
+
+    def is_step_over(self) -> bool: ...
+
+    def end_step(self) -> None:
+        """End the queries of this step, which hold its snapshot."""
+        ...
+
+
+class SteppedSearch(Generic[D]):
+    """Makes a page of a search, as :meth:`~service.storage.store.Store.search_sessions` says, in short steps.
+
+    Attributes:
+        page: The page, once the search is complete.
+    """
+
+    def __init__(self, index: SteppedIndex[D, S], query: SearchQuery) -> None:
+        self.page: Page[Match] | None = None
+        self._index: SteppedIndex[D, Any] = index
+        self._steps = search_page(index, query)
+
+    def read_some(self, db: D) -> None:
+        """Do one step, in one snapshot. Not to be called again after an error."""
+        self._index.begin_step(db)
+        try:
+            next(self._steps)
+            while not self._index.is_step_over():
+                next(self._steps)
+        except StopIteration as done:
+            page: Page[Match] | None = done.value
+            assert page is not None, "nothing is asked of a search that has failed"
+            self.page = page
+        finally:
+            self._index.end_step()
 
 
 def search_page(index: Index[S], query: SearchQuery) -> Steps[Page[Match]]:

@@ -6,10 +6,10 @@ from datetime import datetime
 import msgspec
 
 from service.storage import rules
+from service.storage.moments import moment
 from service.storage.pieces import Run
 from service.storage.postgres import documents, event_pages, idempotency, sessions
 from service.storage.postgres.connections import Db, Me
-from service.storage.postgres.rows import moment
 from service.storage.postgres.turn_rows import parts, values_of
 from service.storage.postgres.turns import Place, to_follow
 from service.storage.records import IdempotencyKey, SessionRecord, TurnRecord

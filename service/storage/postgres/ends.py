@@ -7,10 +7,10 @@ from datetime import datetime
 import msgspec
 
 from service.storage import rules
+from service.storage.moments import moment
 from service.storage.pieces import Run
 from service.storage.postgres import documents, event_pages, idempotency, removals, segments, trees
 from service.storage.postgres.connections import Cursor, Db
-from service.storage.postgres.rows import moment
 from service.storage.postgres.turn_rows import Row, values_of
 from service.storage.records import TurnRecord
 

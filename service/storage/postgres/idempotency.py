@@ -9,8 +9,8 @@ from datetime import datetime
 
 from service.errors import RefusedError, RepeatedError
 from service.storage import rules
+from service.storage.moments import moment
 from service.storage.postgres.connections import Cursor, Db
-from service.storage.postgres.rows import moment
 from service.storage.records import IdempotencyKey
 
 # One statement: a session or a turn that is gone has no row to join.

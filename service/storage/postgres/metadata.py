@@ -1,31 +1,21 @@
-"""The index of sessions by the pairs of their metadata: its rows change in the transactions that change the pairs.
-
-A row has a digest of the pair, so that it is short whatever the pair. The record of the session decides in the end.
-
-The sessions of an owner are in the rows of this owner and in those of all owners. The sessions without an owner are in
-rows of their own. So a listing reads no row of a session that its caller must not know, and neither its time nor its
-page cursor tells of one; a listing of all sessions merges the two kinds of rows.
-"""
+"""The index of sessions by the pairs of their metadata (:mod:`service.storage.metadata_pairs`): its rows change in the
+transactions that change the pairs."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from hashlib import blake2b
 
+from service.storage.metadata_pairs import COUNTED_MAX, Pair, pairs_asked_for, pairs_of
+from service.storage.moments import moment, time_of
 from service.storage.page_cursor import SessionPosition
 from service.storage.page_size import page_of_sessions
 from service.storage.postgres.connections import Db
-from service.storage.postgres.rows import Row, moment, session_of, time_of
+from service.storage.postgres.rows import Row, session_of
 from service.storage.records import Page, SessionRecord
 from service.storage.search import SEARCH_S
 
 ROWS_MAX = 200
 """The rows of an index that one step of a listing looks at."""
-_COUNTED_MAX = 1000
-"""So many rows of each pair are counted, to begin with the rarest one."""
-_DIGEST_BYTES = 16
 _END = (1 << 62, "")
-_NO_OWNER = ""
-_ALL_OWNERS = "/"  # no owner's name has a slash
 
 _INSERT = (
     "INSERT INTO {s}.session_metadata (pair, created_at, id, session) "
@@ -34,7 +24,7 @@ _INSERT = (
 _DELETE = "DELETE FROM {s}.session_metadata WHERE session = ANY(%s)"
 _COUNT = (
     "SELECT count(*) FROM (SELECT 1 FROM {s}.session_metadata WHERE pair = ANY(%s) LIMIT "
-    + str(_COUNTED_MAX)
+    + str(COUNTED_MAX)
     + ") AS counted"
 )
 _BELOW = (
@@ -42,12 +32,10 @@ _BELOW = (
     "ORDER BY created_at DESC, id DESC LIMIT %s)"
 )
 
-_Pair = tuple[bytes, ...]
-
 
 def insert(db: Db, key: int, session: SessionRecord) -> None:
     """Add the pairs of a session, by its key."""
-    pairs = _pairs(session.metadata, (session.owner, _ALL_OWNERS) if session.owner else (_NO_OWNER,))
+    pairs = pairs_of(session)
     digests = [digest for pair in pairs for digest in pair]
     if digests:
         db.execute(_INSERT, (moment(session.created_at), session.id, key, digests))
@@ -86,7 +74,7 @@ class Listing:
         bytes_max: int | None,
     ) -> None:
         self.page: Page[SessionRecord] | None = None
-        self._pairs = _pairs(metadata, (_NO_OWNER, _ALL_OWNERS) if owner is None else (owner,))
+        self._pairs = pairs_asked_for(metadata, owner)
         self._columns = columns
         self._visible = visible
         self._is_listed = is_listed
@@ -154,21 +142,8 @@ class Listing:
         )
 
 
-def _count(db: Db, pair: _Pair) -> int:
+def _count(db: Db, pair: Pair) -> int:
     row = db.execute(_COUNT, (list(pair),)).fetchone()
     assert row is not None
     counted: int = row[0]
     return counted
-
-
-def _pairs(metadata: Mapping[str, str], owners: Sequence[str]) -> list[_Pair]:
-    """The digests of each pair: one for each of these owners."""
-    return [tuple(_digest(owner, name, value) for owner in owners) for name, value in metadata.items()]
-
-
-def _digest(*texts: str) -> bytes:
-    digest = blake2b(digest_size=_DIGEST_BYTES)
-    for text in texts:
-        encoded = text.encode()
-        digest.update(len(encoded).to_bytes(4) + encoded)
-    return digest.digest()

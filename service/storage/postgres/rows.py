@@ -1,30 +1,20 @@
 """Rows to records and back."""
 
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
 import msgspec
 
+from service.storage.moments import MICROSECOND, moment, time_of
 from service.storage.records import SessionRecord
 
 Row = tuple[Any, ...]
-
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND = timedelta(microseconds=1)
-
-
-def moment(at: datetime) -> int:
-    return (at - _EPOCH) // _MICROSECOND
-
-
-def time_of(microseconds: int) -> datetime:
-    return _EPOCH + timedelta(microseconds=microseconds)
 
 
 def idle_us_of(session: SessionRecord) -> int:
     """The column ``idle_us`` of a session, by which statements compute what :func:`~service.storage.rules.expires_at`
     does."""
-    return timedelta(seconds=session.idle_timeout_s) // _MICROSECOND
+    return timedelta(seconds=session.idle_timeout_s) // MICROSECOND
 
 
 class _SessionSettings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

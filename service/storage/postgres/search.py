@@ -13,8 +13,8 @@ from service.storage.postgres import event_pages, sessions
 from service.storage.postgres.connections import Db
 from service.storage.postgres.documents import LEVELS, block_mark, owner_mark, session_mark
 from service.storage.postgres.turn_rows import TURN_COLUMNS, Row
-from service.storage.records import Match, Page, SessionRecord
-from service.storage.search import Found, SearchQuery, search_page, searched_texts
+from service.storage.records import SessionRecord
+from service.storage.search import Found, SearchQuery, SteppedSearch, searched_texts
 
 STEP_S = 0.01
 """The approximate time of one step, which ends with the query in which this time is over."""
@@ -46,36 +46,15 @@ _GET_TURN = f"SELECT {TURN_COLUMNS} FROM {{s}}.turns AS t WHERE t.key = %s"
 _TERMS = "SELECT terms FROM {s}.documents WHERE key = %s"
 
 
-class Search:
-    """Makes a page of a search, as :meth:`~service.storage.store.Store.search_sessions` says.
-
-    Attributes:
-        page: The page, once the search is complete.
-    """
+class Search(SteppedSearch[Db]):
+    """A search in the index of this store."""
 
     def __init__(self, query: SearchQuery) -> None:
-        self.page: Page[Match] | None = None
-        self._index = _PostgresIndex(query)
-        self._steps = search_page(self._index, query)
-
-    def read_some(self, db: Db) -> None:
-        """Do one step, in one snapshot."""
-        db.start()  # what fails later ends the steps: a repeated one would find none
-        self._index.begin_step(db)
-        try:
-            next(self._steps)
-            while not self._index.is_step_over():
-                next(self._steps)
-        except StopIteration as done:
-            page = done.value
-        else:
-            return
-        assert page is not None, "nothing is asked of a search that has failed"
-        self.page = page
+        super().__init__(_PostgresIndex(query), query)
 
 
 class _PostgresIndex:
-    """Meets :class:`service.storage.search.Index`. A session is its key."""
+    """Meets :class:`service.storage.search.SteppedIndex`. A session is its key."""
 
     def __init__(self, query: SearchQuery) -> None:
         self._db: Db
@@ -96,12 +75,16 @@ class _PostgresIndex:
     # Steps
 
     def begin_step(self, db: Db) -> None:
+        db.start()  # what fails later ends the steps: a repeated one would find none
         self._db = db
         self._step += 1
         self._step_ends_at = time.monotonic() + STEP_S
 
     def is_step_over(self) -> bool:
         return time.monotonic() >= self._step_ends_at
+
+    def end_step(self) -> None:
+        """The transaction ends with the step."""
 
     # The index
 

@@ -12,18 +12,11 @@ import psycopg
 from service.errors import SessionExistsError, SessionNotFoundError, TurnInProgressError
 from service.models.client import Usage
 from service.storage import rules
+from service.storage.moments import moment
 from service.storage.page_cursor import SessionPosition, encode_cursor
 from service.storage.postgres import documents, idempotency, metadata, owners, paths, recovery, removals
 from service.storage.postgres.connections import Cursor, Db, Me
-from service.storage.postgres.rows import (
-    SESSION_COLUMNS,
-    SESSION_WIDTH,
-    Row,
-    idle_us_of,
-    moment,
-    session_of,
-    settings_of,
-)
+from service.storage.postgres.rows import SESSION_COLUMNS, SESSION_WIDTH, Row, idle_us_of, session_of, settings_of
 from service.storage.records import IdempotencyKey, Page, SessionPatch, SessionRecord, SessionStatus, TitleSource
 
 _GET = f"SELECT {SESSION_COLUMNS}, deletion, turns, owner, edits FROM {{s}}.sessions WHERE id = %s"

@@ -10,9 +10,10 @@ from datetime import datetime
 from typing import NamedTuple
 
 from service.errors import SessionNotFoundError
+from service.storage.moments import moment, time_of
 from service.storage.page_cursor import TurnPosition, encode_cursor
 from service.storage.postgres.connections import Db
-from service.storage.postgres.rows import Row, moment, time_of
+from service.storage.postgres.rows import Row
 from service.storage.records import Page, Places, Siblings, TreeNode
 
 _LAST_PLACE = (

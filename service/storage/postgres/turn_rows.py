@@ -7,7 +7,7 @@ import msgspec
 
 from service.models.client import FinishReason, Usage
 from service.storage.item_json import items_of
-from service.storage.postgres.rows import moment, time_of
+from service.storage.moments import moment, time_of
 from service.storage.records import EndReason, Failure, Item, LeftOut, TurnRecord
 from service.storage.turn_options import options_json, options_of
 

@@ -7,6 +7,7 @@ import msgspec
 
 from service.errors import SessionNotFoundError, TurnInProgressError, TurnNotFoundError
 from service.storage import rules
+from service.storage.moments import moment
 from service.storage.page_cursor import TurnPosition, encode_cursor
 from service.storage.pieces import Run
 from service.storage.postgres import event_pages, idempotency, owners, paths, recovery, removals, sessions
@@ -14,7 +15,6 @@ from service.storage.postgres.connections import Db, Me
 from service.storage.postgres.ends import End, keep_ends
 from service.storage.postgres.event_pages import record_of
 from service.storage.postgres.paths import ShortPath
-from service.storage.postgres.rows import moment
 from service.storage.postgres.segments import SEGMENT
 from service.storage.postgres.turn_rows import COLUMNS, TURN_COLUMNS, Row, values_of
 from service.storage.records import (

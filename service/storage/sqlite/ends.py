@@ -6,10 +6,11 @@ from datetime import datetime
 import apsw
 
 from service.storage import rules
+from service.storage.moments import moment
 from service.storage.pieces import Run
 from service.storage.records import TurnRecord
 from service.storage.sqlite import documents, event_pages, removals
-from service.storage.sqlite.rows import moment, values_of
+from service.storage.sqlite.rows import values_of
 
 _COLUMNS = (
     "state",

@@ -10,8 +10,9 @@ import apsw
 
 from service.errors import RepeatedError
 from service.storage import rules
+from service.storage.moments import moment
 from service.storage.records import IdempotencyKey
-from service.storage.sqlite.rows import Row, moment
+from service.storage.sqlite.rows import Row
 
 _FIND = "SELECT fingerprint, session, session_id, turn, first_turn FROM idempotency_keys WHERE caller = ? AND key = ?"
 _KEEP = (

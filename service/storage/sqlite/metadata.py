@@ -1,34 +1,24 @@
-"""The index of sessions by the pairs of their metadata: its rows change in the transactions that change the pairs.
-
-A row has a digest of the pair, so that it is short whatever the pair. The record of the session decides in the end.
-
-The sessions of an owner are in the rows of this owner and in those of all owners. The sessions without an owner are in
-rows of their own. So a listing reads no row of a session that its caller must not know, and neither its time nor its
-page cursor tells of one; a listing of all sessions merges the two kinds of rows.
-"""
+"""The index of sessions by the pairs of their metadata (:mod:`service.storage.metadata_pairs`): its rows change in the
+transactions that change the pairs."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from functools import partial
-from hashlib import blake2b
 
 import apsw
 
+from service.storage.metadata_pairs import COUNTED_MAX, Pair, pairs_asked_for, pairs_of
+from service.storage.moments import moment, time_of
 from service.storage.page_cursor import SessionPosition
 from service.storage.page_size import page_of_sessions
 from service.storage.records import Page, SessionRecord
 from service.storage.search import SEARCH_S
-from service.storage.sqlite.rows import Row, moment, time_of
+from service.storage.sqlite.rows import Row
 
 STEP_S = 0.005
 """The approximate time of one step of a listing."""
-_COUNTED_MAX = 1000
-"""So many rows of each pair are counted, to begin with the rarest one."""
-_DIGEST_BYTES = 16
 _END = (1 << 62, "")
-_NO_OWNER = ""
-_ALL_OWNERS = "/"  # no owner's name has a slash
 
 _SOME = "SELECT 1 FROM session_metadata WHERE pair = ? LIMIT ?"
 _BELOW = "SELECT created_at, id, session FROM session_metadata WHERE pair = ? AND (created_at, id) < (?, ?)"
@@ -36,12 +26,9 @@ _NEWEST = " ORDER BY created_at DESC, id DESC"
 _HAS = "SELECT 1 FROM session_metadata WHERE pair = ? AND created_at = ? AND id = ? AND session = ?"
 
 
-_Pair = tuple[bytes, ...]
-
-
 def insert(db: apsw.Connection, key: int, session: SessionRecord) -> None:
     """Add the pairs of a session, by its key."""
-    for pair in _pairs(session.metadata, (session.owner, _ALL_OWNERS) if session.owner else (_NO_OWNER,)):
+    for pair in pairs_of(session):
         for digest in pair:
             db.execute(
                 "INSERT INTO session_metadata (pair, created_at, id, session) VALUES (?, ?, ?, ?)",
@@ -78,7 +65,7 @@ class Listing:
         bytes_max: int | None,
     ) -> None:
         self.page: Page[SessionRecord] | None = None
-        self._pairs = _pairs(metadata, (_NO_OWNER, _ALL_OWNERS) if owner is None else (owner,))
+        self._pairs = pairs_asked_for(metadata, owner)
         self._record = record
         self._limit = limit
         self._bytes_max = bytes_max
@@ -126,26 +113,13 @@ class Listing:
         )
 
 
-def _rows_of(db: apsw.Connection, pair: _Pair) -> int:
-    return sum(len(db.execute(_SOME, (digest, _COUNTED_MAX)).fetchall()) for digest in pair)
+def _rows_of(db: apsw.Connection, pair: Pair) -> int:
+    return sum(len(db.execute(_SOME, (digest, COUNTED_MAX)).fetchall()) for digest in pair)
 
 
-def _has_all(db: apsw.Connection, pairs: Iterable[_Pair], row: Row) -> bool:
+def _has_all(db: apsw.Connection, pairs: Iterable[Pair], row: Row) -> bool:
     return all(_has(db, pair, row) for pair in pairs)
 
 
-def _has(db: apsw.Connection, pair: _Pair, row: Row) -> bool:
+def _has(db: apsw.Connection, pair: Pair, row: Row) -> bool:
     return any(db.execute(_HAS, (digest, *row)).fetchone() is not None for digest in pair)
-
-
-def _pairs(metadata: Mapping[str, str], owners: Sequence[str]) -> list[_Pair]:
-    """The digests of each pair: one for each of these owners."""
-    return [tuple(_digest(owner, name, value) for owner in owners) for name, value in metadata.items()]
-
-
-def _digest(*texts: str) -> bytes:
-    digest = blake2b(digest_size=_DIGEST_BYTES)
-    for text in texts:
-        encoded = text.encode()
-        digest.update(len(encoded).to_bytes(4) + encoded)
-    return digest.digest()

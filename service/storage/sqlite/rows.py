@@ -1,19 +1,16 @@
 """Rows to records and back."""
 
-from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import msgspec
 
 from service.models.client import Usage
 from service.storage.item_json import items_of
+from service.storage.moments import moment, time_of
 from service.storage.records import Failure, Item, LeftOut, SessionRecord, TurnRecord
 from service.storage.turn_options import options_json, options_of
 
 Row = tuple[Any, ...]
-
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND = timedelta(microseconds=1)
 
 
 class _SessionOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -33,14 +30,6 @@ _ids: msgspec.json.Decoder[frozenset[str]] = msgspec.json.Decoder(frozenset[str]
 
 STAGED_MARK = "ahead"
 """The beginning of the mark of staged events, in a column whose other values are JSON. Kept files have this word."""
-
-
-def moment(at: datetime) -> int:
-    return (at - _EPOCH) // _MICROSECOND
-
-
-def time_of(microseconds: int) -> datetime:
-    return _EPOCH + timedelta(microseconds=microseconds)
 
 
 def as_json(value: object) -> str:

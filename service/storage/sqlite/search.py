@@ -13,8 +13,8 @@ from operator import itemgetter
 import apsw
 
 from service.steps import Steps
-from service.storage.records import Match, Page, SessionRecord
-from service.storage.search import Found, SearchQuery, search_page, searched_texts
+from service.storage.records import SessionRecord
+from service.storage.search import Found, SearchQuery, SteppedSearch, searched_texts
 from service.storage.sqlite import event_pages, sessions
 from service.storage.sqlite.documents import (
     BLOCK_BITS,
@@ -48,33 +48,15 @@ _WAITING_SHORT = _WAITING.format(
 _MATCHING = "SELECT rowid FROM search WHERE search MATCH ? AND rowid BETWEEN ? AND ? ORDER BY rowid DESC"
 
 
-class Search:
-    """Makes a page of a search, as :meth:`~service.storage.store.Store.search_sessions` says.
-
-    Attributes:
-        page: The page, once the search is complete.
-    """
+class Search(SteppedSearch[apsw.Connection]):
+    """A search in the index of this store."""
 
     def __init__(self, query: SearchQuery) -> None:
-        self.page: Page[Match] | None = None
-        self._index = _SqliteIndex(query)
-        self._steps = search_page(self._index, query)
-
-    def read_some(self, db: apsw.Connection) -> None:
-        """Do one step."""
-        self._index.begin_step(db)
-        try:
-            next(self._steps)
-            while not self._index.is_step_over():
-                next(self._steps)
-        except StopIteration as done:
-            self.page = done.value
-        finally:
-            self._index.end_step()
+        super().__init__(_SqliteIndex(query), query)
 
 
 class _SqliteIndex:
-    """Meets :class:`service.storage.search.Index`. A session is its key."""
+    """Meets :class:`service.storage.search.SteppedIndex`. A session is its key."""
 
     def __init__(self, query: SearchQuery) -> None:
         self._db: apsw.Connection

@@ -10,12 +10,13 @@ from service.errors import SessionExistsError, SessionNotFoundError, TurnInProgr
 from service.ids import new_session_id, owner_of, scoped
 from service.models.client import Usage
 from service.storage import rules
+from service.storage.moments import moment
 from service.storage.page_cursor import SessionPosition, encode_cursor
 from service.storage.page_size import fitting
 from service.storage.records import IdempotencyKey, Page, SessionPatch, SessionRecord, SessionStatus, TitleSource
 from service.storage.sqlite import documents, idempotency, metadata, recovery, removals, trees
 from service.storage.sqlite.ownership import Ownership
-from service.storage.sqlite.rows import SESSION_COLUMNS, SETTINGS_COLUMNS, Row, moment, session_of, settings_of
+from service.storage.sqlite.rows import SESSION_COLUMNS, SETTINGS_COLUMNS, Row, session_of, settings_of
 
 _GET = f"SELECT {SESSION_COLUMNS}, deletion, turns_begun, owner, edits FROM sessions WHERE id = ?"
 _GET_BY_KEY = (

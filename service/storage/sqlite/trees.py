@@ -11,9 +11,10 @@ import apsw
 
 from service.errors import TurnNotFoundError
 from service.storage import rules
+from service.storage.moments import time_of
 from service.storage.page_cursor import TurnPosition, encode_cursor
 from service.storage.records import Page, Places, Siblings, TreeNode, TurnState
-from service.storage.sqlite.rows import Row, time_of
+from service.storage.sqlite.rows import Row
 
 CHILDREN = "session = ? AND coalesce(parent, '') = ?"
 """The condition that finds the children of a turn, or of None as the empty text, by their index."""

@@ -12,6 +12,7 @@ import msgspec
 
 from service.errors import SessionNotFoundError, TurnInProgressError, TurnNotFoundError
 from service.storage import rules
+from service.storage.moments import moment
 from service.storage.page_cursor import TurnPosition, encode_cursor
 from service.storage.page_size import fitting
 from service.storage.pieces import Run, count, skip, text_of
@@ -31,15 +32,7 @@ from service.storage.sqlite import documents, event_pages, idempotency, recovery
 from service.storage.sqlite.ends import keep_end
 from service.storage.sqlite.event_pages import record_of
 from service.storage.sqlite.ownership import Ownership
-from service.storage.sqlite.rows import (
-    PATH_COLUMNS,
-    TURN_COLUMNS,
-    Row,
-    as_json,
-    has_lost_items,
-    moment,
-    values_of,
-)
+from service.storage.sqlite.rows import PATH_COLUMNS, TURN_COLUMNS, Row, as_json, has_lost_items, values_of
 
 _NEWEST = 1 << 62
 """Above every ordinal."""

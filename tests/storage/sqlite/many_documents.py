@@ -20,10 +20,11 @@ import apsw
 import msgspec
 import trio
 
+from service.storage.moments import moment
 from service.storage.records import Page, TurnRecord
 from service.storage.sqlite import SqliteStore, documents, open_sqlite_store
 from service.storage.sqlite import store as sqlite_store
-from service.storage.sqlite.rows import as_json, moment
+from service.storage.sqlite.rows import as_json
 from tests.storage.rows import T0, a_session, a_turn, ended, said
 from tests.storage.sqlite.many_rows import say
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import apsw
 import trio
 
+from service.storage.moments import moment
 from service.storage.records import SessionPatch
 from service.storage.sqlite import SqliteStore, open_sqlite_store
-from service.storage.sqlite.rows import moment
 from tests.storage.rows import T0, a_session, a_turn, at, ended, said
 
 TURNS = 10

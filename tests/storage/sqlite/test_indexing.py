@@ -9,9 +9,9 @@ import pytest
 import trio
 from structlog.testing import capture_logs
 
+from service.storage.moments import moment
 from service.storage.records import SessionPatch, SessionRecord
 from service.storage.sqlite import SqliteStore, database, indexing, maintenance, open_sqlite_store
-from service.storage.sqlite.rows import moment
 from service.storage.sqlite.writer import Writer
 from tests.storage.rows import T0, a_turn, at, ended, said
 from tests.storage.sqlite.old_files import old_file
