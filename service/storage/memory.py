@@ -74,10 +74,9 @@ from service.storage.records import (
     TurnRecord,
     text_length,
 )
-from service.storage.search import SEARCH_S, SearchQuery, search_page
-from service.storage.search_cursor import SearchCursors
+from service.storage.search import SEARCH_S, search_page, search_query
 from service.storage.store import PAGE_LENGTH_MAX
-from service.storage.terms import document_terms, query_terms
+from service.storage.terms import document_terms
 
 R = TypeVar("R")
 
@@ -240,15 +239,14 @@ class MemoryStore:
         bytes_max: int | None = None,
     ) -> Page[Match]:
         await anyio.lowlevel.checkpoint()
-        cursors = SearchCursors(self.peer_secret)
-        wanted = SearchQuery(
-            cursors=cursors,
-            terms=await in_steps(query_terms(query)),
+        wanted = await search_query(
+            self.peer_secret,
+            query,
             limit=limit,
-            after=None if after is None else cursors.decode(after),
+            after=after,
             status=status,
             owner=owner,
-            metadata=metadata or {},
+            metadata=metadata,
             now=now,
             bytes_max=bytes_max,
         )

@@ -128,8 +128,7 @@ def revision_of(session: SessionRecord) -> str:
 
 def has_settings(session: SessionRecord) -> bool:
     """Whether a session was given anything beside its turns and its idle timeout."""
-    settings = (session.title, session.model, session.system_message, session.temperature, session.max_output_tokens)
-    return bool(session.metadata) or any(value is not None for value in settings)
+    return any(getattr(session, name) not in (None, {}) for name in PATCHED_FIELDS if name != "idle_timeout_s")
 
 
 def check_revision(session: SessionRecord, revisions: Collection[str] | None) -> None:

@@ -4,18 +4,19 @@ A document is the title of a session, or a turn: its input and its output togeth
 in which they became what they are: a title when it was set, a turn when it ended.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
 
-from service.steps import Steps, WorkTime
+from service.steps import Steps, WorkTime, in_steps
 from service.storage import rules
 from service.storage.page_size import fitting
 from service.storage.records import Match, Page, SessionRecord, SessionStatus, TurnRecord
 from service.storage.search_cursor import SearchCursors, SearchPosition
 from service.storage.snippets import snippet
+from service.storage.terms import document_terms, query_terms
 
 SEARCH_S = 0.25
 """How long a search, or a listing by metadata, looks for rows: its own work, without its waits for others. After this
@@ -29,6 +30,11 @@ D_contra = TypeVar("D_contra", contravariant=True)
 def searched_texts(turn: TurnRecord) -> Iterator[str]:
     """The texts by which a turn is found: its messages, without reasoning, calls and outputs of calls."""
     return (item.text for item in (*turn.input, *turn.output) if item.type == "message")
+
+
+async def terms_of(turn: TurnRecord) -> Collection[str]:
+    """The terms of an ended turn, cut in steps: in the thread of a writer a long reply would hold up other writes."""
+    return await in_steps(document_terms(searched_texts(turn)))
 
 
 class SearchQuery(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,6 +57,40 @@ class SearchQuery(msgspec.Struct, frozen=True, kw_only=True):
     def takes(self, session: SessionRecord) -> bool:
         """Whether a visible session passes the filters."""
         return rules.is_listed(session, self.status, self.owner, self.metadata)
+
+
+async def search_query(
+    secret: bytes,
+    query: str,
+    *,
+    limit: int,
+    after: str | None,
+    status: SessionStatus | None,
+    owner: str | None,
+    metadata: Mapping[str, str] | None,
+    now: datetime,
+    bytes_max: int | None,
+) -> SearchQuery:
+    """What a store is asked for, as :meth:`~service.storage.store.Store.search_sessions` has it.
+
+    Args:
+        secret: That of the store, for its page cursors.
+
+    Raises:
+        InvalidRequestError: ``after`` is not a page cursor of a search.
+    """
+    cursors = SearchCursors(secret)
+    return SearchQuery(
+        cursors=cursors,
+        terms=await in_steps(query_terms(query)),
+        limit=limit,
+        after=None if after is None else cursors.decode(after),
+        status=status,
+        owner=owner,
+        metadata=metadata or {},
+        now=now,
+        bytes_max=bytes_max,
+    )
 
 
 class Found(msgspec.Struct, Generic[S], frozen=True):

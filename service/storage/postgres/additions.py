@@ -127,8 +127,8 @@ def _insert_chain(
 
 def new_keys(db: Db, count: int) -> list[int]:
     """The keys of turns that will be added."""
-    keys: list[int] = db.execute(_KEYS, (count,)).fetchone()[0]  # type: ignore[index]
-    return keys
+    keys: list[int] | None = db.execute(_KEYS, (count,)).fetchone()[0]  # type: ignore[index]
+    return keys or []
 
 
 def insert(
@@ -156,6 +156,6 @@ def insert(
             for n in range(some.start, some.stop)
         ]
         db.execute(_INSERT, {name: [row[name] for row in rows] for name in _TYPES} | {"session": session})
-        for turn, events, key in zip(turns[some], runs[some], keys[some], strict=True):
-            if not event_pages.fits_in_turn(turn, events):
-                event_pages.add(db, key, turn, events)
+        for row, n in zip(rows, range(some.start, some.stop), strict=True):
+            if row["runs"] is None:
+                event_pages.add(db, keys[n], turns[n], runs[n])

@@ -210,16 +210,12 @@ class Line:
 
     Args:
         url: As libpq takes it.
-        on_connected: Called with each new connection, before steps have it.
     """
 
-    def __init__(
-        self, url: str, schema: str, faults: Faults, *, on_connected: Callable[[Db], None] | None = None
-    ) -> None:
+    def __init__(self, url: str, schema: str, faults: Faults) -> None:
         self._url = url
         self._schema = schema
         self._faults = faults
-        self._on_connected = on_connected
         self._db: Db | None = None
         self._failed_at = -inf
         self._failure: StoreError | None = None
@@ -250,17 +246,11 @@ class Line:
     def _reconnect(self) -> Db:
         if self._failure is not None and time.monotonic() - self._failed_at < BACKOFF_S:
             raise self._failure
-        db: Db | None = None
         try:
             db = Db(connect(self._url), self._schema)
-            if self._on_connected is not None:
-                self._on_connected(db)
-        except (psycopg.Error, StoreError) as error:
-            if db is not None:
-                db.close()
-            failure = error if isinstance(error, StoreError) else self._faults.translate(error)
-            self._failed_at, self._failure = time.monotonic(), failure
-            raise failure from error
+        except psycopg.Error as error:
+            self._failed_at, self._failure = time.monotonic(), self._faults.translate(error)
+            raise self._failure from error
         self._failure = None
         return db
 

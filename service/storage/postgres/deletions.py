@@ -15,7 +15,8 @@ from service.errors import ItemNotFoundError, TurnInProgressError, TurnNotFoundE
 from service.storage import rules
 from service.storage.postgres import documents, event_pages, idempotency, removals, sessions, trees
 from service.storage.postgres.connections import Db, Me
-from service.storage.postgres.turn_rows import TURN_COLUMNS, Row, values_of
+from service.storage.postgres.rows import Row
+from service.storage.postgres.turn_rows import TURN_COLUMNS, values_of
 from service.storage.records import Item, TurnRecord
 
 STEP_S = 0.01
@@ -48,8 +49,6 @@ _END_OF_BRANCH = (
     ")) SELECT id FROM up ORDER BY n DESC LIMIT 1"
 )
 _HAS_TURNS = "SELECT true FROM {s}.turns WHERE session = %s LIMIT 1"
-_DELETE_PAGES = "DELETE FROM {s}.event_pages WHERE turn = ANY(%s)"
-_DELETE = "DELETE FROM {s}.turns WHERE key = ANY(%s)"
 _NOTE = "UPDATE {s}.sessions SET head = %s, message_count = message_count - %s, edits = edits + 1 WHERE key = %s"
 _CANDIDATES = (
     "SELECT min(ordinal), array_agg(key ORDER BY ordinal DESC) "
@@ -88,8 +87,8 @@ def delete_turn(
         return
     last: Row = db.execute(_END_OF_BRANCH, {"turn": key, "session": kept.key}).fetchone()  # type: ignore[assignment]
     _delete_all(db, kept, last[0])
-    is_empty = db.execute(_HAS_TURNS, (kept.key,)).fetchone() is None
-    if is_empty and rules.revision_of(kept.record) in session_revisions:
+    may_go = rules.revision_of(kept.record) in session_revisions
+    if may_go and db.execute(_HAS_TURNS, (kept.key,)).fetchone() is None:
         removals.remove_empty(db, [kept.key])
 
 
@@ -139,9 +138,7 @@ def _delete_all(db: Db, kept: sessions.StoredSession, turn_id: str) -> None:
         raise TurnInProgressError(open_turn, instead=rules.INSTEAD_OF_DELETING)
     with db.pipeline():
         idempotency.cut_off_turns(db, kept.key, ids)
-        db.execute(_DELETE_PAGES, (keys,))
-        documents.forget_turns(db, keys)
-        db.execute(_DELETE, (keys,))
+        removals.remove_turns(db, keys)
         trees.move_up(db, kept.key, parent, place)
         db.execute(_NOTE, (parent if has_head else head, messages, kept.key))
 
@@ -272,7 +269,7 @@ def _keep(db: Db, key: int, turn: TurnRecord) -> None:
     if turn.events_deleted:
         names += _OF_OUTPUT
         values |= event_pages.values_of_events(turn, runs)
-        db.execute(_DELETE_PAGES, ([key],))
+        event_pages.drop(db, [key])
         if values["runs"] is None:
             event_pages.add(db, key, turn, runs)
     changes = ", ".join(f"{name} = %({name})s" for name in names)

@@ -11,7 +11,8 @@ from service.storage.moments import moment
 from service.storage.pieces import Run
 from service.storage.postgres import documents, event_pages, idempotency, removals, segments, trees
 from service.storage.postgres.connections import Cursor, Db
-from service.storage.postgres.turn_rows import Row, values_of
+from service.storage.postgres.rows import Row
+from service.storage.postgres.turn_rows import values_of
 from service.storage.records import TurnRecord
 
 # First the session: a step that has locked it may wait for the turn.
@@ -65,15 +66,16 @@ def keep_ends(db: Db, ends: Sequence[End], now: datetime, *, owner: int) -> list
         Of each end whether it was kept: whether the turn was open and this owner's.
     """
     with db.pipeline() if len(ends) > 1 else nullcontext():
-        cursors = [_send(db, it, now, owner) for it in ends]
-    rows: list[Row | None] = [cursor.fetchone() for cursor in cursors]
-    for it, row in zip(ends, rows, strict=True):
+        sent = [_send(db, it, now, owner) for it in ends]
+    rows: list[Row | None] = [cursor.fetchone() for cursor, _ in sent]
+    for it, row, (_, is_in_pages) in zip(ends, rows, sent, strict=True):
         if row is not None:
-            _finish(db, it, row)
+            _finish(db, it, row, is_in_pages=is_in_pages)
     return [row is not None for row in rows]
 
 
-def _send(db: Db, end: End, now: datetime, owner: int) -> Cursor:
+def _send(db: Db, end: End, now: datetime, owner: int) -> tuple[Cursor, bool]:
+    """Run the statement of an end. Returns its result, and whether the turn is too long for one row."""
     turn = end.turn
     counts = rules.counts_of_end(turn)
     values: dict[str, object] = {
@@ -88,16 +90,16 @@ def _send(db: Db, end: End, now: datetime, owner: int) -> Cursor:
         "cached_tokens": counts.cached_tokens,
     }
     if turn.ephemeral:
-        return db.execute(_REMOVE, values)
+        return db.execute(_REMOVE, values), False
     values |= values_of(turn) | event_pages.values_of_events(turn, end.runs) | {"terms": " ".join(end.terms)}
-    return db.execute(_END, values)
+    return db.execute(_END, values), values["runs"] is None
 
 
-def _finish(db: Db, end: End, row: Row) -> None:
+def _finish(db: Db, end: End, row: Row, *, is_in_pages: bool) -> None:
     """Keep what few ends need besides their statement, whose result is the row."""
     turn = end.turn
     if not turn.ephemeral:
-        if not event_pages.fits_in_turn(turn, end.runs):
+        if is_in_pages:
             event_pages.add(db, row[0], turn, end.runs)
         return
     session, parent, place, is_alone = row

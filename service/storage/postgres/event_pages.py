@@ -11,7 +11,8 @@ from service.storage.item_json import items_of
 from service.storage.pieces import Run
 from service.storage.postgres import segments
 from service.storage.postgres.connections import Db
-from service.storage.postgres.turn_rows import Row, json_of, settings_json, settings_of, turn_of
+from service.storage.postgres.rows import Row
+from service.storage.postgres.turn_rows import json_of, settings_json, settings_of, turn_of
 from service.storage.records import EventsPage, TurnRecord, text_length
 
 _ROWS_AT_ONCE = 32
@@ -27,15 +28,11 @@ _FROM = (
     "FROM {s}.event_pages WHERE turn = %(turn)s AND after <= %(after)s), 0) ORDER BY after LIMIT %(pages_max)s"
 )
 _TEXTS = "SELECT turn, runs, text FROM {s}.event_pages WHERE turn = ANY(%s::bigint[]) ORDER BY turn, after"
+_DROP = "DELETE FROM {s}.event_pages WHERE turn = ANY(%s)"
 _ADD = (
     "INSERT INTO {s}.event_pages (turn, after, runs, text) "
     "SELECT %s, * FROM unnest(%s::bigint[], %s::bytea[], %s::bytea[])"
 )
-
-
-def fits_in_turn(turn: TurnRecord, runs: Sequence[Run]) -> bool:
-    """Whether an ended turn is kept in one row."""
-    return event_rows.fits_in_turn(turn, runs, length_max=ROW_LENGTH_MAX)
 
 
 def values_of_events(turn: TurnRecord, runs: Sequence[Run] | None) -> dict[str, object]:
@@ -44,7 +41,7 @@ def values_of_events(turn: TurnRecord, runs: Sequence[Run] | None) -> dict[str, 
     Args:
         runs: The events of an ended turn; None if the turn is open.
     """
-    if runs is None or fits_in_turn(turn, runs):
+    if runs is None or event_rows.fits_in_turn(turn, runs, length_max=ROW_LENGTH_MAX):
         return {
             "settings": settings_json(turn),
             "output": json_of(turn.output),
@@ -70,6 +67,11 @@ def add(db: Db, key: int, turn: TurnRecord, runs: Sequence[Run]) -> None:
         db.execute(
             _ADD, (key, afters, [pieces.pack(part) for part, _ in some], [part_text.encode() for _, part_text in some])
         )
+
+
+def drop(db: Db, keys: Sequence[int]) -> None:
+    """Remove the pages of turns, by their keys, if there are any."""
+    db.execute(_DROP, (list(keys),))
 
 
 def record_of(db: Db, session_id: str, row: Row, *, with_texts: bool = True) -> TurnRecord:

@@ -19,9 +19,10 @@ from service.errors import (
 from service.ids import new_session_id, scoped
 from service.storage import rules
 from service.storage.fork_path import ForkPath, copies_of, forked_session
-from service.storage.postgres import documents, event_pages, idempotency, owners, paths, sessions
+from service.storage.postgres import additions, documents, event_pages, idempotency, owners, paths, sessions
 from service.storage.postgres.connections import Db
-from service.storage.postgres.turn_rows import COLUMNS, TURN_COLUMNS, Row, json_of, parts
+from service.storage.postgres.rows import Row
+from service.storage.postgres.turn_rows import COLUMNS, TURN_COLUMNS, json_of, parts
 from service.storage.records import IdempotencyKey, SessionRecord, TurnRecord
 
 STEP_S = 0.01
@@ -38,7 +39,6 @@ _READ = (
     "ORDER BY depth DESC LIMIT %(limit)s) AS newest) AS taken JOIN {s}.turns AS t ON t.key = taken.key "
     "WHERE before < %(bytes)s ORDER BY t.depth DESC"
 )
-_KEYS = "SELECT array_agg(nextval('{s}.turns_key_seq')) FROM generate_series(1, %s)"
 _COPIED = (
     "state, created_at, started_at, ended_at, last_seq, message_bytes, message_items, messages, text_bytes, "
     "events_deleted, settings, options, runs"
@@ -216,7 +216,7 @@ def build(db: Db, fork: Fork, now: datetime) -> SessionRecord:
         # Under another id until the end: a step that adds a session of this id does not wait meanwhile.
         hidden = msgspec.structs.replace(fork.session, id=scoped(fork.session.owner, f"+{new_session_id()}"))
         session = sessions.insert(db, hidden, turns=len(fork.turns))
-        copies: list[int] = db.execute(_KEYS, (len(fork.turns),)).fetchone()[0] or []  # type: ignore[index]
+        copies = additions.new_keys(db, len(fork.turns))
         for some in parts(fork.turns):
             with db.pipeline():
                 db.execute(_COPY, _values(fork, session, copies, some))

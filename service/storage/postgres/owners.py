@@ -193,12 +193,6 @@ class Observer:
         return True
 
 
-def is_alive(db: Db, fence: int) -> bool:
-    """Whether an owner lives: this one, or one that has not left and was not taken for dead."""
-    row = db.execute("SELECT true FROM {s}.owners WHERE fence = %s AND NOT dead", (fence,)).fetchone()
-    return row is not None
-
-
 def refuse_if_alive(db: Db, fence: int, session_id: str) -> None:
     """Raises: OwnedElsewhereError, if the owner of this session's open turns lives."""
     row = db.execute("SELECT address FROM {s}.owners WHERE fence = %s AND NOT dead", (fence,)).fetchone()

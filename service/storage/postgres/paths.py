@@ -13,7 +13,8 @@ from service.errors import TurnNotFoundError
 from service.storage import rules
 from service.storage.postgres import event_pages
 from service.storage.postgres.connections import Db
-from service.storage.postgres.turn_rows import COLUMNS, PATH_COLUMNS, Row, turn_of
+from service.storage.postgres.rows import Row
+from service.storage.postgres.turn_rows import COLUMNS, PATH_COLUMNS, turn_of
 from service.storage.records import LeftOut, TurnRecord
 
 _ALL = (1 << 31) - 1

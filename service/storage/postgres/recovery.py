@@ -15,8 +15,9 @@ from service.storage.page_size import fitting
 from service.storage.postgres import owners, removals, segments
 from service.storage.postgres.connections import Db
 from service.storage.postgres.ends import End, keep_ends
+from service.storage.postgres.rows import Row
 from service.storage.postgres.segments import Grown
-from service.storage.postgres.turn_rows import TURN_COLUMNS, Row, turn_of
+from service.storage.postgres.turn_rows import TURN_COLUMNS, turn_of
 from service.storage.search import searched_texts
 from service.storage.terms import document_terms
 

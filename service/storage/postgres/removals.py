@@ -6,7 +6,7 @@ each owner removes some of its rows whenever it removes any.
 
 from collections.abc import Sequence
 
-from service.storage.postgres import documents, idempotency, metadata
+from service.storage.postgres import documents, event_pages, idempotency, metadata
 from service.storage.postgres.connections import Db
 
 HIDDEN = 0
@@ -31,7 +31,6 @@ _TURNS = (
     "WHERE before < %(bytes)s"
 )
 _HAS_TURNS = "SELECT EXISTS (SELECT FROM {s}.turns WHERE session = ANY(%s))"
-_DELETE_PAGES = "DELETE FROM {s}.event_pages WHERE turn = ANY(%s)"
 _DELETE_TURNS = "DELETE FROM {s}.turns WHERE key = ANY(%s)"
 _DELETE_SESSIONS = "DELETE FROM {s}.sessions WHERE key = ANY(%s)"
 
@@ -66,14 +65,19 @@ def remove_some(db: Db) -> bool:
     turns = [key for (key,) in db.execute(_TURNS, values).fetchall()]
     if turns:
         with db.pipeline():
-            db.execute(_DELETE_PAGES, (turns,))
-            documents.forget_turns(db, turns)
-            db.execute(_DELETE_TURNS, (turns,))
+            remove_turns(db, turns)
         if db.execute(_HAS_TURNS, (sessions,)).fetchone() != (False,):
             return True
     if idempotency.cut_off(db, sessions).rowcount < idempotency.CUT_OFF_MAX:
         remove_empty(db, sessions)
     return True
+
+
+def remove_turns(db: Db, turns: Sequence[int]) -> None:
+    """Remove turns, by their keys, with their events and what they have in the index."""
+    event_pages.drop(db, turns)
+    documents.forget_turns(db, turns)
+    db.execute(_DELETE_TURNS, (list(turns),))
 
 
 def remove_empty(db: Db, sessions: Sequence[int]) -> None:

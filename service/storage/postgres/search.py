@@ -12,7 +12,8 @@ from service.steps import Steps
 from service.storage.postgres import event_pages, sessions
 from service.storage.postgres.connections import Db
 from service.storage.postgres.documents import LEVELS, block_mark, owner_mark, session_mark
-from service.storage.postgres.turn_rows import TURN_COLUMNS, Row
+from service.storage.postgres.rows import Row
+from service.storage.postgres.turn_rows import TURN_COLUMNS
 from service.storage.records import SessionRecord
 from service.storage.search import Found, SearchQuery, SteppedSearch, searched_texts
 

@@ -18,7 +18,7 @@ from service.storage import pieces
 from service.storage.event_rows import page_of_rows
 from service.storage.pieces import Run
 from service.storage.postgres.connections import Db, Me
-from service.storage.postgres.turn_rows import Row
+from service.storage.postgres.rows import Row
 from service.storage.records import Checkpoint, EventsPage, Item, LeftOut, TurnRecord
 
 BODY_BYTES_MAX = 4 * 1024 * 1024

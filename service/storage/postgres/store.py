@@ -16,7 +16,6 @@ from service import store_capabilities
 from service.errors import ItemNotFoundError, StoreError
 from service.models.client import Usage
 from service.settings import shown_store_url
-from service.steps import in_steps
 from service.storage import rules
 from service.storage.page_cursor import decode_session_cursor, decode_turn_cursor
 from service.storage.pieces import Run
@@ -61,11 +60,9 @@ from service.storage.records import (
     TreeNode,
     TurnRecord,
 )
-from service.storage.search import SearchQuery, searched_texts
-from service.storage.search_cursor import SearchCursors
+from service.storage.search import search_query, terms_of
 from service.storage.sql_thread import SqlThread, Step
 from service.storage.store import PAGE_LENGTH_MAX, Monotonic
-from service.storage.terms import document_terms, query_terms
 
 T = TypeVar("T")
 
@@ -249,7 +246,7 @@ class PostgresStore:
         if not added:
             await self._write(lambda db: sessions.create(db, session, now, key=key))
             return
-        terms = [await _terms(turn) for turn in added]
+        terms = [await terms_of(turn) for turn in added]
         write = self._write if len(added) <= ADDED_MAX else self._change
         await write(lambda db: additions.create(db, session, added, now, terms=terms, key=key))
 
@@ -304,15 +301,14 @@ class PostgresStore:
         metadata: Mapping[str, str] | None = None,
         bytes_max: int | None = None,
     ) -> Page[Match]:
-        cursors = SearchCursors(self.peer_secret)
-        wanted = SearchQuery(
-            cursors=cursors,
-            terms=await in_steps(query_terms(query)),
+        wanted = await search_query(
+            self.peer_secret,
+            query,
             limit=limit,
-            after=None if after is None else cursors.decode(after),
+            after=after,
             status=status,
             owner=owner,
-            metadata=metadata or {},
+            metadata=metadata,
             now=now,
             bytes_max=bytes_max,
         )
@@ -408,7 +404,7 @@ class PostgresStore:
         head: str | None | msgspec.UnsetType = msgspec.UNSET,
         key: IdempotencyKey | None = None,
     ) -> SessionRecord:
-        terms = [await _terms(turn) for turn in added]
+        terms = [await terms_of(turn) for turn in added]
         write = self._write if len(added) <= ADDED_MAX else self._change
         return await write(lambda db: additions.add(db, added, self.me, now, terms=terms, head=head, key=key))
 
@@ -440,7 +436,7 @@ class PostgresStore:
             is_done = await self._delete_item(await self._search_item(session_id, item_id, now), now)
 
     async def _delete_item(self, found: deletions.ItemSearch, now: datetime) -> bool:
-        terms = () if found.turn is None else await _terms(rules.without_items(found.turn, [found.item_id]))
+        terms = () if found.turn is None else await terms_of(rules.without_items(found.turn, [found.item_id]))
         return await self._change(lambda db: deletions.delete_item(db, found, self.me, now, terms=terms))
 
     async def start_turn(self, turn_id: str, *, now: datetime) -> bool:
@@ -463,7 +459,7 @@ class PostgresStore:
         now: datetime,
         after: int = 0,  # noqa: ARG002  an end has all events, wherever the checkpoints were
     ) -> EndResult:
-        terms = () if turn.ephemeral else await _terms(turn)
+        terms = () if turn.ephemeral else await terms_of(turn)
         try:
             return await self._write_own(lambda db: turns.end(db, turn, runs, self.me, now, terms=terms))
         except FenceLostError:
@@ -501,7 +497,7 @@ class PostgresStore:
         return await self._read(lambda db: trees.list_page(db, session_id, limit=limit, after=position, now=now))
 
     async def find_places(self, session_id: str, turn_ids: Collection[str]) -> Places:
-        return await self._looking.call(lambda db: trees.find_places(db, session_id, turn_ids))
+        return await self._look(lambda db: trees.find_places(db, session_id, turn_ids))
 
     async def read_path(self, session_id: str, turn_id: str, *, bytes_max: int | None) -> Sequence[TurnRecord]:
         thread = self._reading if bytes_max is None else self._looking
@@ -547,8 +543,3 @@ class PostgresStore:
         # The writer leaves last: what the others have in flight is over by then.
         for thread in (self._beating, self._looking, self._reading, self._changing, self._writing):
             await thread.close()
-
-
-async def _terms(turn: TurnRecord) -> Collection[str]:
-    """The terms of an ended turn, cut in steps: in the writer's thread a long reply would hold up other writes."""
-    return await in_steps(document_terms(searched_texts(turn)))

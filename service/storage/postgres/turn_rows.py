@@ -1,17 +1,15 @@
 """Rows of turns to records and back. A statement names the table ``t``."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import msgspec
 
 from service.models.client import FinishReason, Usage
 from service.storage.item_json import items_of
 from service.storage.moments import moment, time_of
+from service.storage.postgres.rows import Row
 from service.storage.records import EndReason, Failure, Item, LeftOut, TurnRecord
 from service.storage.turn_options import options_json, options_of
-
-Row = tuple[Any, ...]
 
 _ROWS_AT_ONCE = 1000
 _BYTES_AT_ONCE = 2 * 1024 * 1024

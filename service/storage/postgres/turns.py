@@ -15,8 +15,9 @@ from service.storage.postgres.connections import Db, Me
 from service.storage.postgres.ends import End, keep_ends
 from service.storage.postgres.event_pages import record_of
 from service.storage.postgres.paths import ShortPath
+from service.storage.postgres.rows import Row
 from service.storage.postgres.segments import SEGMENT
-from service.storage.postgres.turn_rows import COLUMNS, TURN_COLUMNS, Row, values_of
+from service.storage.postgres.turn_rows import COLUMNS, TURN_COLUMNS, values_of
 from service.storage.records import (
     BegunTurn,
     EndResult,

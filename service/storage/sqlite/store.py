@@ -16,7 +16,6 @@ import msgspec
 from service import store_capabilities
 from service.errors import ItemNotFoundError, RefusedError, RepeatedError, StoreError
 from service.models.client import Usage
-from service.steps import in_steps
 from service.storage import rules
 from service.storage.page_cursor import decode_session_cursor, decode_turn_cursor
 from service.storage.pieces import Run, skip, split, text_of
@@ -39,8 +38,7 @@ from service.storage.records import (
     TurnRecord,
     utf8_length,
 )
-from service.storage.search import SearchQuery, searched_texts
-from service.storage.search_cursor import SearchCursors
+from service.storage.search import search_query, terms_of
 from service.storage.sql_thread import CLAIMED_GRACE_S, SqlThread
 from service.storage.sqlite import (
     creations,
@@ -64,7 +62,6 @@ from service.storage.sqlite.rows import STAGED_MARK
 from service.storage.sqlite.tree_changes import Progress
 from service.storage.sqlite.writer import Writer
 from service.storage.store import PAGE_LENGTH_MAX, Monotonic
-from service.storage.terms import document_terms, query_terms
 
 P = TypeVar("P", bound=Progress)
 T = TypeVar("T")
@@ -173,7 +170,7 @@ class SqliteStore:
         creation = creations.Creation(
             session=session,
             added=added,
-            terms=[await _terms(turn) for turn in added],
+            terms=[await terms_of(turn) for turn in added],
             hidden_id=sessions.hidden_id_for(session.id),
             key=key,
         )
@@ -197,7 +194,7 @@ class SqliteStore:
                 is_shown = False
                 while not is_shown:
                     for index in forks.places_to_cut(fork, progress):
-                        fork.terms[index] = await _terms(fork.turns[index])
+                        fork.terms[index] = await terms_of(fork.turns[index])
                     progress = await self._writing.call(partial(step, progress=progress))
                     is_shown = progress is None
             return fork.session
@@ -253,15 +250,14 @@ class SqliteStore:
         metadata: Mapping[str, str] | None = None,
         bytes_max: int | None = None,
     ) -> Page[Match]:
-        cursors = SearchCursors(self.peer_secret)
-        wanted = SearchQuery(
-            cursors=cursors,
-            terms=await in_steps(query_terms(query)),
+        wanted = await search_query(
+            self.peer_secret,
+            query,
             limit=limit,
-            after=None if after is None else cursors.decode(after),
+            after=after,
             status=status,
             owner=owner,
-            metadata=metadata or {},
+            metadata=metadata,
             now=now,
             bytes_max=bytes_max,
         )
@@ -353,7 +349,7 @@ class SqliteStore:
         head: str | None | msgspec.UnsetType = msgspec.UNSET,
         key: IdempotencyKey | None = None,
     ) -> SessionRecord:
-        terms = [await _terms(turn) for turn in added]
+        terms = [await terms_of(turn) for turn in added]
         step = partial(turns.add_some, added=added, terms=terms, owners=self._ownership, now=now, head=head, key=key)
         session = (await self._change(step, turns.Addition())).session
         assert session is not None, "an addition never begins anew"
@@ -403,7 +399,7 @@ class SqliteStore:
         is_done: bool | None = False
         while not is_done:  # again if the tree has changed meanwhile
             search = await self._search_item(session_id, item_id, now, with_answers=True)
-            terms = () if search.turn is None else await _terms(rules.without_items(search.turn, [item_id]))
+            terms = () if search.turn is None else await terms_of(rules.without_items(search.turn, [item_id]))
             step = partial(deletions.delete_item, search=search, terms=terms, owners=self._ownership, now=now)
             is_done = (await self._change(step, Progress())).is_done
 
@@ -441,7 +437,7 @@ class SqliteStore:
         if sum(len(item.text) for item in turn.output) > STEP_LENGTH_MAX and not fits_in_turn(turn, runs):
             text = text_of(runs, [item.text for item in turn.output], after=after)
             staged = await self._stage_events(turn.session_id, turn.id, list(skip(runs, after)), text, after=after)
-        terms = await _terms(turn) if _is_long(turn) else None
+        terms = await terms_of(turn) if _is_long(turn) else None
         return await self._writing.call(
             lambda db: turns.end(db, turn, runs, staged, terms=terms, after=after, fence=self.fence, now=now)
         )
@@ -608,8 +604,3 @@ def _is_long(turn: TurnRecord) -> bool:
     strings = (text for it in items for text in (it.text, it.encrypted, it.upstream, it.name, it.call_id))
     bytes_max = len(items) * _ITEM_BYTES_MAX + _ESCAPED_BYTES_MAX * sum(map(utf8_length, strings))
     return bytes_max > documents.LOOKED_AT_BYTES_MAX
-
-
-async def _terms(turn: TurnRecord) -> Collection[str]:
-    """The terms of an ended turn, cut in steps: in the writer's thread a long reply would hold up other writes."""
-    return await in_steps(document_terms(searched_texts(turn)))

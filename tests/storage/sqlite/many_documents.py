@@ -120,7 +120,7 @@ async def measure_queries(store: SqliteStore) -> None:
 @contextmanager
 def _without_index() -> Iterator[None]:
     no_document = mock.patch.object(documents, "add_turn", return_value=None)
-    with no_document, mock.patch.object(sqlite_store, "_terms", _no_terms):
+    with no_document, mock.patch.object(sqlite_store, "terms_of", _no_terms):
         yield
 
 

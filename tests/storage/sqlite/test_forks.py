@@ -11,11 +11,10 @@ import trio
 
 from service.errors import SessionNotFoundError, StoreError, TurnNotFoundError
 from service.steps import Steps
-from service.storage import terms
+from service.storage import search, terms
 from service.storage.event_rows import ROW_LENGTH_MAX
 from service.storage.records import SessionPatch
 from service.storage.sqlite import SqliteStore, documents, forks, open_sqlite_store
-from service.storage.sqlite import store as store_module
 from service.storage.sqlite.reclaim import reclaim_some
 from tests.storage.rows import T0, a_session, a_turn, at, contents, ended, said
 
@@ -175,7 +174,7 @@ async def test_the_terms_of_a_copy_are_cut_between_the_steps_a_few_turns_at_a_ti
     build_before = forks.build
     async with open_sqlite_store(path) as store:
         await _fill(store)
-        for module in (store_module, documents):
+        for module in (search, documents):
             monkeypatch.setattr(module, "document_terms", document_terms)
         monkeypatch.setattr(forks, "build", build)
         await store.fork_session("s", at=None, copy_id="copy", now=NOW)
