@@ -34,7 +34,7 @@ from pydantic import (
 from pydantic import ValidationError as InvalidSettings
 from pydantic_core import ErrorDetails
 
-from service.errors import SettingsError
+from service.errors import SettingsError, StartupError
 from service.ids import is_owner_name
 from service.service_links import made_by_links
 from service.store_capabilities import BY_SCHEME, StoreCapabilities
@@ -164,6 +164,20 @@ def shown_url(url: str) -> str:
     address, mark, query = url.partition("#")[0].partition("?")
     pairs = (part.partition("=") for part in query.split("&"))
     return address + mark + "&".join(name + equals + MASK if equals else name and MASK for name, equals, _ in pairs)
+
+
+def store_scheme_of(url: str) -> str:
+    """The kind of store that a URL names, as :data:`~service.store_capabilities.BY_SCHEME` has it."""
+    scheme = url.partition(":")[0]
+    return "postgresql" if scheme == "postgres" else scheme
+
+
+def missing_driver(url: str) -> StartupError:
+    """The error of a store whose driver is not installed."""
+    return StartupError(
+        f"The store is {shown_store_url(url)}, and its driver is not installed: pip install '.[postgres]' in the "
+        "folder of the code."
+    )
 
 
 def shown_store_url(url: str) -> str:
@@ -482,8 +496,7 @@ class Settings(BaseModel):
     @property
     def store_scheme(self) -> str:
         """The kind of store that ``store_url`` names."""
-        scheme = self.store_url.partition(":")[0]
-        return "postgresql" if scheme == "postgres" else scheme
+        return store_scheme_of(self.store_url)
 
     @property
     def store_capabilities(self) -> StoreCapabilities:

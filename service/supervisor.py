@@ -49,7 +49,7 @@ from service.sessions.upkeep.checkpoints import run_checkpoints
 from service.sessions.upkeep.expiry import run_expiry
 from service.sessions.upkeep.heartbeats import run_heartbeats
 from service.sessions.upkeep.recovery import run_recovery
-from service.settings import Settings, Sources, shown_store_url, shown_url
+from service.settings import Settings, Sources, missing_driver, shown_url
 from service.shutdown import Shutdown
 from service.storage.memory import open_memory_store
 from service.storage.store import Store
@@ -156,10 +156,7 @@ def _open_store(settings: Settings, peer_address: str | None) -> AbstractAsyncCo
             try:
                 from service.storage.postgres import open_postgres_store  # noqa: PLC0415  only this store needs psycopg
             except ModuleNotFoundError as error:
-                raise StartupError(
-                    f"store_url is {shown_store_url(settings.store_url)}, and its driver is not installed: "
-                    "pip install 'lastcall[postgres]'."
-                ) from error
+                raise missing_driver(settings.store_url) from error
             return open_postgres_store(
                 settings.store_url,
                 schema_name=settings.store_schema,

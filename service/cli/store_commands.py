@@ -65,8 +65,19 @@ def run_store_command(settings: Settings, arguments: argparse.Namespace) -> int:
     Raises:
         StartupError: The store does not exist or cannot be used, or the given file cannot be used.
     """
-    if arguments.command == "copy":
-        return _run_copy(settings, arguments)
+    if arguments.command != "copy":
+        _check_is_file(settings)
+    try:
+        done, code = (_run_copy if arguments.command == "copy" else _run)(settings, arguments)
+    except RefusedError as error:
+        sys.stderr.write(f"lastcall: {error}\n")
+        return FAILED
+    sys.stdout.write(f"{done}\n")
+    return code
+
+
+def _check_is_file(settings: Settings) -> None:
+    """Raises: StartupError: The store of the settings is not the file of a SQLite store."""
     if not settings.store_capabilities.durable:
         raise StartupError(
             f"store_url is {settings.store_url}, where nothing is kept; name the store with --store sqlite:path."
@@ -76,31 +87,20 @@ def run_store_command(settings: Settings, arguments: argparse.Namespace) -> int:
             f"store_url is {shown_store_url(settings.store_url)}, and this command is for the file of a SQLite store; "
             "PostgreSQL has commands of its own, such as pg_dump."
         )
-    try:
-        done, code = _run(settings, arguments)
-    except RefusedError as error:
-        sys.stderr.write(f"lastcall: {error}\n")
-        return FAILED
-    sys.stdout.write(f"{done}\n")
-    return code
 
 
-def _run_copy(settings: Settings, arguments: argparse.Namespace) -> int:
+def _run_copy(settings: Settings, arguments: argparse.Namespace) -> tuple[str, int]:
+    """Run the copy. Returns the text for standard output, and the exit code."""
     from service.cli.store_copy import copy_store, told  # noqa: PLC0415  only this command needs both stores
 
-    try:
-        name, contents = copy_store(
-            arguments.from_url,
-            arguments.to_url,
-            source_schema=arguments.from_schema or settings.store_schema,
-            target_schema=arguments.to_schema or settings.store_schema,
-            now=wall_clock(),
-        )
-    except RefusedError as error:
-        sys.stderr.write(f"lastcall: {error}\n")
-        return FAILED
-    sys.stdout.write(f"{name} has {told(contents)}, as its source\n")
-    return 0
+    name, contents = copy_store(
+        arguments.from_url,
+        arguments.to_url,
+        source_schema=arguments.from_schema or settings.store_schema,
+        target_schema=arguments.to_schema or settings.store_schema,
+        now=wall_clock(),
+    )
+    return f"{name} has {told(contents)}, as its source", 0
 
 
 def _store_url(text: str) -> str:

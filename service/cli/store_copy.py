@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 from service.errors import RefusedError, StartupError
-from service.settings import shown_store_url
+from service.settings import missing_driver, shown_store_url, store_scheme_of
 from service.storage.whole_store import Contents, WholeStore, contents_of, copy_all
 
 PROGRESS_INTERVAL_S = 1.0
@@ -56,22 +56,24 @@ def told(contents: Contents) -> str:
 
 def _opened(url: str, schema_name: str, now: datetime, *, makes: bool) -> AbstractContextManager[WholeStore]:
     """Raises: StartupError: A copy of this kind of store is not possible."""
-    if url.startswith("sqlite:"):
-        from service.storage.sqlite import open_files  # noqa: PLC0415  only this kind needs SQLite
-        from service.storage.sqlite.whole_store import open_whole_store as open_sqlite  # noqa: PLC0415
+    match store_scheme_of(url):
+        case "sqlite":
+            from service.storage.sqlite import open_files  # noqa: PLC0415  only this kind needs SQLite
+            from service.storage.sqlite.whole_store import open_whole_store as open_sqlite  # noqa: PLC0415
 
-        return open_sqlite(open_files.real_path(Path(url.removeprefix("sqlite:"))), now=now, makes=makes)
-    if url.startswith("memory:"):
-        raise StartupError(
-            "memory: keeps nothing that could be copied; name sqlite:path or postgresql://host/database."
-        )
-    try:
-        from service.storage.postgres.whole_store import open_whole_store as open_postgres  # noqa: PLC0415  needs psycopg
-    except ModuleNotFoundError as error:
-        raise StartupError(
-            f"The driver for {shown_store_url(url)} is not installed: pip install 'lastcall[postgres]'."
-        ) from error
-    return open_postgres(url, schema_name=schema_name, now=now, makes=makes)
+            return open_sqlite(open_files.real_path(Path(url.removeprefix("sqlite:"))), now=now, makes=makes)
+        case "postgresql":
+            try:
+                from service.storage.postgres.whole_store import (  # noqa: PLC0415  only this kind needs psycopg
+                    open_whole_store as open_postgres,
+                )
+            except ModuleNotFoundError as error:
+                raise missing_driver(url) from error
+            return open_postgres(url, schema_name=schema_name, now=now, makes=makes)
+        case _:
+            raise StartupError(
+                "memory: keeps nothing that could be copied; name sqlite:path or postgresql://host/database."
+            )
 
 
 def _progress_lines() -> Callable[[int], None]:

@@ -141,7 +141,7 @@ async def test_a_migration_that_fails_leaves_nothing(postgres: PostgresServer, m
 
 async def test_without_the_driver_the_service_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "service.storage.postgres", None)
-    with pytest.raises(StartupError, match=r"pip install 'lastcall\[postgres\]'") as refused:
+    with pytest.raises(StartupError, match=r"pip install '\.\[postgres\]' in the folder of the code") as refused:
         async with open_service(Settings(store_url=f"postgresql://u:{PASSWORD}@h/d")):
             pass
     assert PASSWORD not in str(refused.value)
