@@ -266,7 +266,7 @@ async def compare(path: Path, facts: Facts) -> None:
         for session, expires_at in facts.lives.items():
             if expires_at > facts.killed_at:
                 await store.get_session(session, now=facts.killed_at)
-        for session in _forks_in(path):
+        for session in forks_in(path):
             await _compare_copies(store, session, facts.forked.get(session))
         assert maintenance.check(path) == [], "each ended turn is in the search index, and no other"
     _check_file(path)
@@ -314,7 +314,7 @@ WRONG = (
 """Queries that return no row in a sound database."""
 
 
-def _forks_in(path: Path) -> list[str]:
+def forks_in(path: Path) -> list[str]:
     db = apsw.Connection(str(path))
     try:
         return [row[0] for row in db.execute("SELECT id FROM sessions WHERE deletion = 0 AND id LIKE ?", (f"{FORK}%",))]
