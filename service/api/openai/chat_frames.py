@@ -188,7 +188,7 @@ class ChunkEncoder:
         self._arguments: list[str] = []
         self._held: dict[int, _HeldCall] = {}
         self._seq = 0  # of the newest piece of a call that is in the state
-        record = turn.record()
+        record = turn.record_at_first()
         told = {
             "id": completion_id(record.id),
             "object": "chat.completion.chunk",

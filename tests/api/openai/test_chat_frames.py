@@ -73,6 +73,13 @@ def completed(reason: Any = "stop", usage: Usage | None = USAGE) -> TurnComplete
     return TurnCompleted(seq=9, finish_reason=reason, usage=usage, text_length=2)
 
 
+def test_the_head_of_chunks_takes_no_record_of_the_reply_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = frames(STARTED)
+    monkeypatch.setattr(EndedTurn, "record", None)
+    assert frames(STARTED) == told
+    assert told[0]["id"] == f"chatcmpl-{HEX}"
+
+
 def test_a_stream_has_the_role_first_then_the_texts_then_the_reason_and_done() -> None:
     told = frames(STARTED, TurnDelta(seq=2, text="He"), TurnDelta(seq=3, text="y"), completed())
     assert deltas(told) == [{"role": "assistant", "content": ""}, {"content": "He"}, {"content": "y"}, {}]
