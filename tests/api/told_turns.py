@@ -7,7 +7,7 @@ import msgspec
 from hypothesis import strategies as st
 
 from service.api.http.event_frames import EncodeFrame, read_frames
-from service.api.http.face_frames import EndedTurn, Face, encoder_of, find_place, frames_of
+from service.api.http.face_frames import EndedTurn, Face, encoder_of, find_place
 from service.api.http.held_bytes import HeldBytes, RequestBytes
 from service.models.client import (
     ArgumentsDelta,
@@ -134,10 +134,11 @@ async def replay_of_told(turn: Turn, *, page_events: int = 5) -> tuple[EndedTurn
 async def read_to_the_end(log: Events, face: Face, *, seen: int = 0, bytes_max: int = MIB) -> bytes:
     """What a client gets that has seen the first frames."""
     place = await find_place(log, face, seen=seen)
+    encode = encoder_of(log, face).encode
     told, seq = place.rest, place.seq
     while True:
         await log.load_after(seq)
-        frames, seq = _next_frames(log, face, seq, encode=frames_of(log, face), seen=place.seen, bytes_max=bytes_max)
+        frames, seq = _next_frames(log, face, seq, encode=encode, seen=place.seen, bytes_max=bytes_max)
         if not frames:
             return told
         told += frames
@@ -170,7 +171,7 @@ class Follower:
         self.told = b""
         self._log = log
         self._face = face
-        self._encode = frames_of(log, face)
+        self._encode = encoder_of(log, face).encode
         self._bytes_max = bytes_max
         self._seq = 0
 

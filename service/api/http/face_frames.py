@@ -29,7 +29,6 @@ from typing import NamedTuple, Protocol
 import msgspec
 import trio
 
-from service.api.http.event_frames import EncodeFrame
 from service.api.http.held_bytes import RequestBytes
 from service.api.http.long_frames import LongFrames, are_long, texts_of
 from service.long_texts import pieces_of
@@ -300,11 +299,6 @@ def encoder_of(log: Events, face: Face) -> FaceEncoder:
         encoder = log.beside[face.key] = FaceEncoder(face)
     assert isinstance(encoder, FaceEncoder)
     return encoder
-
-
-def frames_of(log: Events, face: Face) -> EncodeFrame:
-    """The function that makes this face's frames of the events of this log, for :func:`read_frames`."""
-    return encoder_of(log, face).encode
 
 
 class Place(NamedTuple):

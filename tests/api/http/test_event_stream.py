@@ -13,7 +13,7 @@ from trio.testing import MockClock
 from werkzeug.datastructures import Headers
 
 from service.api.http.event_stream import EventStream, read_seen, wants_stream
-from service.api.http.face_frames import Step, find_place, frames_of
+from service.api.http.face_frames import Step, encoder_of, find_place
 from service.api.http.held_bytes import HeldBytes, counting_bytes
 from service.api.native.event_frames import encode_frame
 from service.errors import EventsDeletedError, InvalidRequestError, SessionNotFoundError, StoreError
@@ -419,7 +419,7 @@ async def opened_in_a_face(deltas: int, *, seen: int, scope: dict[str, object] |
         opened.log,
         opened.slot,
         after=place.seq,
-        encode=frames_of(opened.log, face),
+        encode=encoder_of(opened.log, face).encode,
         opening=place.rest,
         heartbeat=b": heartbeat\n\n",
         scope=scope or {},
