@@ -1,7 +1,6 @@
 """The body of an event stream: reads an event log from a seq on."""
 
 from collections.abc import Iterable, Mapping
-from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple, Protocol
 
 import msgspec
@@ -48,7 +47,6 @@ _INLINE_BYTES_MAX = 4096
 """A piece that is larger is left to the stream's task, after which others get their turn."""
 PIECE_WRITER = "lastcall.piece_writer"
 """Key in the ASGI scope of the host's :class:`PieceWriter`, once the head of an event stream was sent."""
-_NO_SCOPE: Mapping[str, Any] = MappingProxyType({})
 _SEQ_DIGITS_MAX = 15
 _ACCEPT_LENGTH_MAX = 2048
 
@@ -115,7 +113,7 @@ class EventStream(ResponseBody):
         cut: bytes = b"",
         encoder: FaceEncoder | None = None,
         seen: int = 0,
-        scope: Mapping[str, Any] = _NO_SCOPE,
+        scope: Mapping[str, Any],
     ) -> None:
         self._encoder = encoder
         self._seen = seen
@@ -216,8 +214,7 @@ class EventStream(ResponseBody):
     def _take(self, before: bytes = b"") -> bytes:
         chunk, self._seq = read_frames(self._log, self._seq, encode=self._encode, bytes_max=_WRITE_BYTES_MAX)
         if not chunk and self._encoder is not None and self._seq < self._log.last_seq:
-            held = bytes_of(self._scope if self._scope is not _NO_SCOPE else {})
-            self._long = self._encoder.open_long(self._log, self._seq, seen=self._seen, held=held)
+            self._long = self._encoder.open_long(self._log, self._seq, seen=self._seen, held=bytes_of(self._scope))
             if self._long is not None:
                 return before + self._take_long(self._long)
         self._caught_up = self._seq == self._log.last_seq
@@ -249,16 +246,14 @@ class EventStream(ResponseBody):
     def _hold(self, size: int) -> None:
         """Count a large piece until the next one is asked for: an event that repeats a whole text, in some faces."""
         size = size if size > _WRITE_BYTES_MAX else 0
-        if self._scope is not _NO_SCOPE:
-            bytes_of(self._scope).add(size - self._held_bytes)
-            self._held_bytes = size
+        bytes_of(self._scope).add(size - self._held_bytes)
+        self._held_bytes = size
 
 
 def stream_response(log: Events, slot: StreamSlot, *, after: int, encode: EncodeFrame) -> TrioResponse:
     """Return a response that streams a log from ``after`` on. The end of the request always gives the slot back."""
     release_after_request(slot.close)
-    scope: Mapping[str, Any] = request.scope
-    body = EventStream(log, slot, after=after, encode=encode, scope=scope)
+    body = EventStream(log, slot, after=after, encode=encode, scope=request.scope)
     return TrioResponse(body, headers=HEADERS, content_type=MEDIA_TYPE)
 
 

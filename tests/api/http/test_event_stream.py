@@ -305,7 +305,7 @@ async def test_a_replay_that_is_cut_says_so_where_its_face_has_a_frame_for_it(mo
         raise StoreError("It hangs.")
 
     opened = Opened(3)
-    stream = EventStream(opened.log, opened.slot, after=0, encode=encode_frame, cut=b"data: cut\n\n")
+    stream = EventStream(opened.log, opened.slot, after=0, encode=encode_frame, cut=b"data: cut\n\n", scope={})
     await anext(stream)
     opened.append(2)
     monkeypatch.setattr(opened.log, "load_after", fail)
