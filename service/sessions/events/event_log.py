@@ -19,7 +19,7 @@ from service.sessions.events.events import (
     TurnReasoning,
 )
 from service.sessions.events.kept_events import runs_of
-from service.steps import Steps
+from service.steps import Steps, at_once
 from service.storage.pieces import Run, join, pack, skip, texts_by_item, unpack
 
 _TERMINAL_RESERVE_BYTES = 2048
@@ -57,6 +57,11 @@ class _Chunk(msgspec.Struct, frozen=True, gc=False):
 
     def unpacked(self) -> list[Run]:
         return unpack(self.runs) if self.item < 0 else [Run(self.item, self.runs)]
+
+    def texts(self) -> Iterable[tuple[int, str]]:
+        """The texts with their items, in the order of their arrival."""
+        text = self.text.decode()
+        return [(self.item, text)] if self.item >= 0 else texts_by_item(unpack(self.runs), text)
 
 
 class InlineReader(Protocol):
@@ -330,22 +335,26 @@ class EventLog:
 
     def text(self, *, after: int = 0) -> str:
         """The texts of the pieces after a seq, in the order of their arrival."""
-        return "".join([text for _, text in self._texts(after)])
+        chunks = self._chunks_after(after)
+        texts: list[str] = []
+        if chunks and chunks[0].after < after:
+            rest = self._events_of(chunks[0])[after - chunks[0].after :]
+            texts += [text for _, text in _texts_of(rest)]
+            chunks = chunks[1:]
+        texts += [chunk.text.decode() for chunk in chunks]
+        texts += [text for _, text in _texts_of(self._newest[max(after - self._newest_after, 0) :])]
+        return "".join(texts)
 
-    def texts(self, *, after: int = 0) -> dict[int, str]:
-        """The texts of the pieces after a seq, joined by item, in the order of the items' first pieces."""
-        pieces: dict[int, list[str]] = {}
-        for item, text in self._texts(after):
-            pieces.setdefault(item, []).append(text)
-        return {item: "".join(texts) for item, texts in pieces.items()}
+    def texts(self) -> dict[int, str]:
+        """The texts of the pieces, joined by item, in the order of the items' first pieces."""
+        return at_once(self.joined_texts())
 
     def joined_texts(self) -> Steps[dict[int, str]]:
-        """All of :meth:`texts`, in steps, in which nothing is appended."""
+        """Do :meth:`texts` in steps, in which nothing is appended."""
         pieces: dict[int, list[str]] = {}
         for chunk in self._chunks:
             yield
-            text = chunk.text.decode()
-            for item, piece in [(chunk.item, text)] if chunk.item >= 0 else texts_by_item(unpack(chunk.runs), text):
+            for item, piece in chunk.texts():
                 pieces.setdefault(item, []).append(piece)
         for item, piece in _texts_of(self._newest):
             pieces.setdefault(item, []).append(piece)
@@ -358,25 +367,9 @@ class EventLog:
     def text_pieces(self, item: int) -> Iterator[str]:
         """The text of an item to which no piece is added any more, in short pieces."""
         for chunk in self._chunks:  # also those that are added meanwhile
-            if chunk.item == item:
-                yield chunk.text.decode()
-            elif chunk.item < 0:
-                of_items = texts_by_item(unpack(chunk.runs), chunk.text.decode())
-                yield "".join([text for of, text in of_items if of == item])
+            if chunk.item in (item, -1):
+                yield "".join([text for of, text in chunk.texts() if of == item])
         yield "".join([text for of, text in _texts_of(self._newest) if of == item])
-
-    def _texts(self, after: int) -> Iterator[tuple[int, str]]:
-        chunks = self._chunks_after(after)
-        if chunks and chunks[0].after < after:
-            yield from _texts_of(self._events_of(chunks[0])[after - chunks[0].after :])
-            chunks = chunks[1:]
-        for item, alike in groupby(chunks, key=attrgetter("item")):
-            if item >= 0:
-                yield item, "".join([chunk.text.decode() for chunk in alike])
-                continue
-            for chunk in alike:
-                yield from texts_by_item(unpack(chunk.runs), chunk.text.decode())
-        yield from _texts_of(self._newest[max(after - self._newest_after, 0) :])
 
     def _chunks_after(self, seq: int) -> Sequence[_Chunk]:
         """The chunks with events after ``seq``."""

@@ -28,6 +28,7 @@ from service.sessions.events.events import (
     TurnStarted,
 )
 from service.sessions.events.kept_events import runs_of
+from service.storage.pieces import texts_by_item
 from service.storage.records import Failure
 from tests.sessions.puppet import frames_of
 
@@ -171,7 +172,13 @@ def test_a_log_tells_the_events_and_the_texts_that_were_appended(
         for event in all_events[cursor:]:
             if isinstance(event, TurnDelta | TurnReasoning):
                 texts[event.item] = texts.get(event.item, "") + event.text
-        assert log.texts(after=cursor) == texts
+        of_runs: dict[int, str] = {}
+        for item, text in texts_by_item(log.runs(after=cursor), log.text(after=cursor)):
+            of_runs[item] = of_runs.get(item, "") + text
+        assert of_runs == texts
+        if cursor == 0:
+            assert log.texts() == texts
+            assert all("".join(log.text_pieces(item)) == text for item, text in texts.items())
         assert log.text(after=cursor) == "".join(
             [event.text for event in all_events[cursor:] if isinstance(event, Piece)]
         )
