@@ -316,7 +316,7 @@ def _check_agreement(body: CreateResponse) -> None:
 
 
 def _items_of(body: CreateResponse, settings: Settings, found: Found) -> Steps[tuple[Item, ...]]:
-    told = with_found(body.input, found) if isinstance(body.input, tuple) else body.input
+    told = with_found(body.input, found) if found.items and isinstance(body.input, tuple) else body.input
     if not told or all(it is None for it in told):
         if body.conversation is None and body.previous_response_id is None:
             raise ParameterError(
