@@ -59,6 +59,14 @@ class Found(msgspec.Struct, frozen=True):
 NOTHING_FOUND = Found()
 
 
+async def find_own_session(sessions: Sessions, turn_id: str) -> str:
+    """The id of the session of a caller's turn. Raises: TurnNotFoundError, also for a turn of another owner."""
+    session_id = await sessions.find_session_of(turn_id)
+    if owner_of(session_id) != current_owner():
+        raise TurnNotFoundError(turn_id)
+    return session_id
+
+
 def is_reference(told: object) -> TypeGuard[dict[str, Any]]:
     """Whether an item of an input is a reference. Its type may be left out where there is nothing but an id."""
     if not isinstance(told, dict):
@@ -184,9 +192,7 @@ class References:
 
     async def _read(self, turn_id: str, param: str) -> _Source | None:
         try:
-            session_id = await self._sessions.find_session_of(turn_id)
-            if owner_of(session_id) != current_owner():
-                return None
+            session_id = await find_own_session(self._sessions, turn_id)
             turn = await self._sessions.get_reply(session_id, turn_id)
         except (SessionNotFoundError, TurnNotFoundError):
             return None

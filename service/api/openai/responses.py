@@ -44,7 +44,7 @@ from service.api.openai.errors import (
 from service.api.openai.failures import RESPONSE_PARAMS, EndErrorBody, end_response
 from service.api.openai.ids import item_id_of, public_session_id_of, response_id, turn_id_of
 from service.api.openai.items import ItemList, shown_item
-from service.api.openai.references import Found, References, references_in
+from service.api.openai.references import Found, References, find_own_session, references_in
 from service.api.openai.requests import CreateResponse, Includable, read_request, turn_of
 from service.api.openai.response import Response, response_of
 from service.api.openai.response_events import CUT, DONE, ResponseFace
@@ -65,7 +65,7 @@ from service.errors import (
     TurnLimitError,
     TurnNotFoundError,
 )
-from service.ids import new_session_id, owner_of, public_id, scoped
+from service.ids import new_session_id, public_id, scoped
 from service.sessions.commands import NewTurn
 from service.sessions.events.streams import StreamSlot
 from service.steps import in_steps
@@ -391,12 +391,9 @@ async def _find(service: Service, name: str) -> tuple[str, str]:
     if turn_id is None:
         raise ResponseNotFoundError(name)
     try:
-        session_id = await service.sessions.find_session_of(turn_id)
+        return await find_own_session(service.sessions, turn_id), turn_id
     except TurnNotFoundError:
         raise ResponseNotFoundError(name) from None
-    if owner_of(session_id) != current_owner():
-        raise ResponseNotFoundError(name)
-    return session_id, turn_id
 
 
 async def _get(service: Service, session_id: str, turn_id: str, *, with_texts: bool = True) -> TurnRecord:
