@@ -164,11 +164,8 @@ class Listeners:
         await self._served.wait()
 
     def _shut(self, listener: Listener) -> None:
-        waiting: list[socket.socket] = []
         with _accepting_on(listener) as listening:
-            with suppress(OSError):
-                while True:
-                    waiting.append(listening.accept()[0])
+            waiting = list(_accepted_on(listening))
             # At once: the kernel resets a client that connects between the last look and this.
             with suppress(OSError):
                 listening.shutdown(socket.SHUT_RD)
@@ -240,10 +237,17 @@ def _waiting_clients(listener: Listener) -> Generator[Stream]:
 
     The iterator ends early after an error of the socket, which Trio's own ``accept`` will meet again.
     """
-    with _accepting_on(listener) as listening, suppress(OSError):  # none waits, or another process has shut the socket
+    with _accepting_on(listener) as listening:
+        for client in _accepted_on(listening):
+            yield _stream_of(client, listener)
+
+
+def _accepted_on(listening: socket.socket) -> Iterator[socket.socket]:
+    """Accept the clients that wait at a socket whose calls do not wait. Its last call is an ``accept`` that fails."""
+    with suppress(OSError):  # none waits, or another process has shut the socket
         while True:
             client, _ = listening.accept()
-            yield _stream_of(client, listener)
+            yield client
 
 
 @contextmanager
