@@ -19,6 +19,8 @@ from service.api.http.strict_json import (
     scan,
     shown,
     structure_of,
+    structure_outside_of_texts,
+    without_escapes,
 )
 from service.steps import Steps
 
@@ -234,9 +236,10 @@ class _Document:
 
     def _count(self, piece: str) -> None:
         """Count the values of a short value, so that a document takes no more memory than its bound allows."""
-        signs = structure_of(piece)
+        raw = piece.encode()
+        signs = structure_of(raw)
         if signs >= _MANY:
-            signs = structure_of("".join(piece.replace("\\\\", "").replace('\\"', "").split('"')[::2]))
+            signs = structure_outside_of_texts(without_escapes(raw))
         self._add(signs)
 
     def _add(self, signs: int) -> None:

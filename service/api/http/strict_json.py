@@ -56,18 +56,27 @@ def check_structure(raw: bytes) -> None:
     """
     if structure_of(raw) <= STRUCTURE_MAX:
         return
-    # Most of these characters may be in texts. Once escaped quotes are removed, each quote begins or ends a text, and
-    # every other part is outside of texts. (A backslash outside of texts is an error, so miscounts after it are fine.)
-    quoting = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
-    if quoting.count(b'"') > 2 * STRUCTURE_MAX or structure_of(b"".join(quoting.split(b'"')[::2])) > STRUCTURE_MAX:
+    quoting = without_escapes(raw)  # most of these characters may be in texts
+    if quoting.count(b'"') > 2 * STRUCTURE_MAX or structure_outside_of_texts(quoting) > STRUCTURE_MAX:
         raise InputTooLargeError(f"The body has more values than any call takes: the bound is {STRUCTURE_MAX}.")
 
 
-def structure_of(json: bytes | str) -> int:
+def structure_of(raw: bytes) -> int:
     """Count the opening brackets, commas and colons: each value but the first follows one of them."""
-    if isinstance(json, str):
-        return sum(map(json.count, ("[", "{", ",", ":")))
-    return sum(map(json.count, (b"[", b"{", b",", b":")))
+    return sum(map(raw.count, (b"[", b"{", b",", b":")))
+
+
+def without_escapes(raw: bytes) -> bytes:
+    """Remove escaped quotes and backslashes: then each quote begins or ends a text.
+
+    A backslash outside of texts is an error, so miscounts after it are fine.
+    """
+    return raw.replace(b"\\\\", b"").replace(b'\\"', b"")
+
+
+def structure_outside_of_texts(quoting: bytes) -> int:
+    """Do :func:`structure_of` for JSON :func:`without_escapes`, but not in its texts: those are every other part."""
+    return structure_of(b"".join(quoting.split(b'"')[::2]))
 
 
 def parse_json(raw: bytes) -> object:
