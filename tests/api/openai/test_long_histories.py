@@ -10,8 +10,10 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from service.api.app import _HISTORY_PATHS, create_app
 from service.api.http.app_state import held_bytes_of
 from service.api.http.held_bytes import HeldBytes
+from service.api.http.operations import operation_of
 from service.api.openai.chat_requests import CreateChatCompletion
 from service.api.openai.requests import CreateResponse
 from tests.api.inprocess import Api, Reply, leave, open_api
@@ -47,6 +49,15 @@ def body_of(path: str, items: list[dict[str, Any]], **more: object) -> dict[str,
 
 def code_of(reply: Reply) -> tuple[int, str]:
     return reply.status, reply.json["error"]["code"]
+
+
+def test_the_paths_whose_bodies_may_be_long_are_those_of_the_operations_that_take_a_history() -> None:
+    paths = []
+    for rule in (app := create_app()).url_map.iter_rules():
+        body = operation_of(app.view_functions[rule.endpoint]).body
+        if body is not None and body.history:
+            paths.append(rule.rule)
+    assert sorted(_HISTORY_PATHS) == sorted(paths)
 
 
 @pytest.mark.parametrize("path", [RESPONSES, COMPLETIONS])
