@@ -117,16 +117,28 @@ def has_outputs(path: Sequence[TurnRecord]) -> bool:
 
 
 def has_question(path: Sequence[TurnRecord]) -> bool:
-    """Whether the input to answer is there: the last turn may have none of its own."""
-    return bool(path[_asking_turn(path)].input)
+    """Whether the input to answer is there, or there is none: the last turn may have none of its own."""
+    return _asks(path[_asking_turn(path)]) or any(turn.has_reply for turn in path[:-1])
 
 
 def _asking_turn(path: Sequence[TurnRecord]) -> int:
-    """The index of the turn whose input is to be answered: the last turn, or the last one before it with an input."""
+    """The index of the turn whose input is to be answered; of the last turn if no input waits for an answer.
+
+    This is the last turn that brings more than notes, but no turn before the last reply.
+    """
     last = len(path) - 1
-    if path[last].input:
-        return last
-    return next((index for index in range(last, -1, -1) if path[index].input and not path[index].was_refused), last)
+    for index in range(last, -1, -1):
+        turn = path[index]
+        if index < last and turn.has_reply:
+            break
+        if _asks(turn) and not turn.was_refused:
+            return index
+    return last
+
+
+def _asks(turn: TurnRecord) -> bool:
+    """Whether an input has more than notes of the system."""
+    return any(item.role != "system" for item in turn.input)
 
 
 class PathEnd:

@@ -8,31 +8,71 @@ from msgspec import UNSET
 from trio.testing import MockClock
 
 from service.errors import ModelError, NothingAskedError
-from service.models.client import FunctionCall
+from service.models.client import FunctionCall, Message
 from service.sessions.commands import NewSession
 from service.sessions.turns.prompt import PathEnd
 from service.storage.records import Item, LeftOut, TurnRecord
 from tests.sessions.puppet import LeavesPathsOut, open_stage
-from tests.sessions.turns.test_calls_in_prompts import asked, asks, brings, calls, done, says, turn
+from tests.sessions.turns.prompts import build_prompt
+from tests.sessions.turns.test_calls_in_prompts import (
+    EVERYTHING,
+    asked,
+    asks,
+    brings,
+    calls,
+    check,
+    done,
+    says,
+    short,
+    turn,
+)
 from tests.sessions.turns.test_notes_in_prompts import notes
 from tests.sessions.turns.test_turns import start
 
+NOTED = turn("completed", [notes("n")])
 
+
+def said_in(path: Sequence[TurnRecord], *, bytes_max: int = EVERYTHING) -> list[str]:
+    """The prompt in short, without notes."""
+    items = build_prompt(path, system_message=None, bytes_max=bytes_max).items
+    said = [item for item in items if not (isinstance(item, Message) and item.role == "system")]
+    if said:
+        check(said)
+    return [short(item) for item in said]
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [
+        [turn("running", [])],
+        [turn("failed", []), turn("running", [])],
+        [NOTED, turn("running", [])],
+        [NOTED, turn("failed", [notes("m")]), turn("running", [])],
+        [turn("running", [notes("n")])],
+    ],
+)
 @pytest.mark.parametrize("before", [asks("x"), brings("1", "x" * 100)])
-def test_the_input_that_a_turn_without_one_answers_is_never_left_out(before: Item) -> None:
+def test_the_input_that_a_turn_without_one_answers_is_never_left_out(before: Item, ending: list[TurnRecord]) -> None:
     path = [
         done([asks("old")], says("older")),
         done([asks("call")], calls("1"), says("y" * 100)),
         turn("completed", [before]),
-        turn("failed", []),
-        turn("running", []),
+        *ending,
     ]
-    whole = asked(*path)
-    cut = asked(*path, bytes_max=1)
-    assert cut[-1] == whole[-1]
-    assert len(cut) < len(whole)
+    whole = said_in(path)
+    said = said_in(path, bytes_max=1)
+    assert said[-1] == whole[-1]
+    assert len(said) < len(whole)
     if before.type == "function_call_output":
-        assert cut[-2:] == ["call 1", f"1: {'x' * 100}"]
+        assert said[-2:] == ["call 1", f"1: {'x' * 100}"]
+    else:
+        assert said[-1] == "u: x"
+
+
+def test_a_note_after_a_reply_does_not_keep_the_question_of_this_reply() -> None:
+    path = [done([asks("old")], says("y" * 100)), turn("running", [notes("n")])]
+    prompt = build_prompt(path, system_message=None, bytes_max=1)
+    assert (prompt.items, prompt.left_out) == ((Message("system", "n"),), LeftOut(2, 103))
 
 
 def test_outputs_that_a_turn_without_an_input_answers_are_sent_though_their_call_is_left_out() -> None:
