@@ -74,6 +74,10 @@ upstreams *args:
 crash times="200":
     @{{ dev }} python -m tests.storage.sqlite.crash {{ times }}
 
+# let three replicas, their links and their PostgreSQL fail by chance for so many minutes (20), and check what clients were told
+chaos *args:
+    @{{ dev }} python -m tests.cluster.chaos "$@"
+
 # look for faults in generated histories of sessions, so many times longer than the tests do
 histories times="10":
     @EXAMPLES=$(( 100 * {{ times }} )) {{ dev }} python -m pytest {{ parallel }} --hypothesis-profile long tests/sessions/trees

@@ -31,7 +31,7 @@ PASSWORD = "open-sesame"
 
 _USES_MAX = 50
 """So often a schema is emptied and used again. What was deleted stays in its indexes until it is vacuumed."""
-_MEMORY_DISK = "/dev/shm" if Path("/dev/shm").is_dir() else None
+MEMORY_DISK = "/dev/shm" if Path("/dev/shm").is_dir() else None
 _SETTINGS = {
     "listen_addresses": "",
     "max_connections": "400",
@@ -138,6 +138,17 @@ def binaries() -> Path | None:
     return next((it for it in found if all((it / name).exists() for name in ("initdb", "postgres"))), None)
 
 
+def needed_binaries() -> Path:
+    """As :func:`binaries`, for a test that needs them: without them it is skipped, and in CI it fails."""
+    programs = binaries()
+    if programs is not None:
+        return programs
+    words = "there is no PostgreSQL server: install the package postgresql to run the tests of this store"
+    if "CI" in os.environ:
+        pytest.fail(words, pytrace=False)
+    pytest.skip(words)
+
+
 def _version(directory: Path) -> float:
     try:
         return float(directory.parent.name)
@@ -147,7 +158,7 @@ def _version(directory: Path) -> float:
 
 def start_server(programs: Path) -> PostgresServer:
     """Start a server in a new folder."""
-    directory = Path(tempfile.mkdtemp(prefix="lastcall-pg-", dir=_MEMORY_DISK))
+    directory = Path(tempfile.mkdtemp(prefix="lastcall-pg-", dir=MEMORY_DISK))
     user = None
     if os.geteuid() == 0:  # a server refuses to run as root
         nobody = pwd.getpwnam("nobody")
@@ -216,13 +227,7 @@ def _needs_server(item: pytest.Item) -> bool:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if not _needs_server(item) or _SERVER in item.config.stash:
         return
-    programs = binaries()
-    if programs is None:
-        words = "there is no PostgreSQL server: install the package postgresql to run the tests of this store"
-        if "CI" in os.environ:
-            pytest.fail(words, pytrace=False)
-        pytest.skip(words)
-    item.config.stash[_SERVER] = start_server(programs)
+    item.config.stash[_SERVER] = start_server(needed_binaries())
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

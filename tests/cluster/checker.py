@@ -194,16 +194,17 @@ def _check_sessions(told: _Facts, stored: Stored) -> Iterator[Broken]:
 
 
 def _check_titles(told: _Facts, stored: Stored) -> Iterator[Broken]:
-    """A title is the last one that was acknowledged, or one that was sent later and whose outcome is unknown."""
-    allowed: dict[str, set[str]] = {}
+    """A title is the last one that was acknowledged, or one whose outcome is unknown: that may come at any time."""
+    known: dict[str, str] = {}
+    unknown: defaultdict[str, set[str]] = defaultdict(set)
     for titled in told.of(Titled):
         if titled.is_known:
-            allowed[titled.session] = {titled.title}
+            known[titled.session] = titled.title
         else:
-            allowed.setdefault(titled.session, {""}).add(titled.title)
-    for session, titles in allowed.items():
+            unknown[titled.session].add(titled.title)
+    for session in known.keys() | unknown.keys():
         kept = stored.sessions.get(session)
-        if kept is not None and kept.title not in titles:
+        if kept is not None and kept.title not in {known.get(session, ""), *unknown[session]}:
             yield Broken("a change that was acknowledged is kept", f"the title of {session} is {kept.title!r}")
 
 
@@ -237,8 +238,11 @@ def _check_turns(told: _Facts, stored: Stored) -> Iterator[Broken]:
 
 
 def _check_seqs(name: str, events: Sequence[Event]) -> Iterator[Broken]:
-    """Seqs go up by one; after a crash, and where an attempt begins anew, they go up by more."""
-    if events and events[0].seq != 1:
+    """Seqs go up by one; after a crash, and where an attempt begins anew, they go up by more.
+
+    Of a turn that had just begun a crash may have taken all events but its end.
+    """
+    if events and events[0].seq != 1 and not (events[0].is_terminal and events[0].seq == SEQ_AFTER_CRASH):
         yield Broken("events come once, in order and without a gap", f"{name} begins with {events[0]}")
     for before, after in pairwise(events):
         beyond = after.seq >= SEQ_AFTER_CRASH and after.seq // SEQ_AFTER_CRASH > before.seq // SEQ_AFTER_CRASH
@@ -341,8 +345,8 @@ def _check_processes(told: _Facts) -> Iterator[Broken]:
         ]
         allowed = {"killed": {-9}, "stopped": {0}, "itself": set()}[exited.cause]
         if any(it.kind not in ("kill", "stop") for it in faults):
-            # Its store was away, or it was taken for dead.
-            allowed |= {71, 75}
+            # Its store was away while it started or stopped, or it was taken for dead.
+            allowed |= {71, 75, 78}
         if exited.code not in allowed:
             yield Broken(
                 "a process ends with the code of its cause", f"{exited.process}: {exited.code} ({exited.cause})"

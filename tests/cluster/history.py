@@ -17,6 +17,12 @@ PIECE = "turn.delta"
 Call = Literal["create", "turn", "events", "wait", "cancel", "title", "delete", "read"]
 
 
+class Failure(msgspec.Struct, frozen=True):
+    """Why a turn has failed."""
+
+    code: str
+
+
 class Event(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """An event of a turn, as a client has it from a stream."""
 
@@ -28,6 +34,7 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     finish_reason: str = ""
     mode: str = ""
     attempt: int = 0
+    error: Failure | None = None
     stored: bool = True
 
     @property

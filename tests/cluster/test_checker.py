@@ -67,7 +67,8 @@ RESUMED = StoredTurn(
         end(2 * CRASH + 4, "completed", 9),
     ),
 )
-TURNS = (COMPLETED, CANCELLED, CRASHED, RESUMED)
+BEGUN = StoredTurn("t6", "f", "interrupted", "", (end(CRASH, "interrupted", 0, "crash"),), "crash")
+TURNS = (COMPLETED, CANCELLED, CRASHED, RESUMED, BEGUN)
 STORED = Stored({"s": StoredSession("s", "named", TURNS)})
 
 
@@ -162,7 +163,10 @@ BROKEN: dict[str, tuple[str, Change]] = {
         "a key makes one thing",
         told(stored=with_turns(*TURNS, replace(COMPLETED, id="t9"))),
     ),
-    "a title is lost": ("a change that was acknowledged is kept", told(Titled(session="s", title="last"))),
+    "a title is lost": (
+        "a change that was acknowledged is kept",
+        told(stored=Stored({"s": replace(STORED.sessions["s"], title="")})),
+    ),
     "an accepted turn is missing": ("a turn that was accepted is kept", told(stored=with_turns(*TURNS[1:]))),
     "a turn has another input": (
         "a turn that was accepted is kept",

@@ -1,0 +1,259 @@
+"""A cluster: replicas of the service as processes of their own, a model server, and links to one database."""
+
+import re
+import secrets
+import signal
+import socket
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import trio
+
+from bench.server_process import Launch, ServerFailedError, ServerProcess, open_server, python_command
+from tests.cluster.calls import call
+from tests.cluster.checker import forbidden_lines
+from tests.cluster.database import Database
+from tests.cluster.history import Asked, Exited, History, Logged
+from tests.cluster.network import Link, open_link
+
+KEY = "a-key-for-the-chaos"
+START_S = 60
+STOP_S = 60
+RESTART_S = 0.3
+"""The pause of the supervisor before it starts a process anew."""
+SETTINGS = {
+    "API_KEYS": KEY,
+    "MODEL": "chaos",
+    "LOG_FORMAT": "json",
+    "HEARTBEAT_INTERVAL_S": "1",
+    "DRAIN_TIMEOUT_S": "2",
+    "CLEANUP_TIMEOUT_S": "2",
+    "RELEASE_TIMEOUT_S": "2",
+}
+
+
+@dataclass(frozen=True)
+class Door:
+    """An address that answers calls: a replica's, or that of a proxy in front of all."""
+
+    host: str
+    port: int
+
+
+class Replica:
+    """One place of the service, in which one process follows the other. ``supervise`` starts them.
+
+    Attributes:
+        door: Stays the same across starts.
+        is_wanted: Whether the supervisor starts a process.
+        at_rest: Set once no process runs any more, and none is wanted.
+    """
+
+    def __init__(self, name: str, folder: Path, env: Mapping[str, str], link: Link, history: History) -> None:
+        self.name = name
+        self.link = link
+        # An address of its own: no connection of another program takes the port while no process listens.
+        host = f"127.{secrets.randbelow(200) + 20}.{secrets.randbelow(250)}.{secrets.randbelow(250) + 1}"
+        with socket.create_server((host, 0)) as probe:
+            self.door = Door(host, probe.getsockname()[1])
+        self.is_wanted = True
+        self.process: ServerProcess | None = None
+        self.serving = trio.Event()
+        self.at_rest = trio.Event()
+        self._folder = folder
+        self._env = env
+        self._history = history
+        self._starts = 0
+        self._cause: Literal["killed", "stopped", "itself"] = "itself"
+        self._wanted = trio.Event()
+
+    async def supervise(self) -> None:
+        while True:
+            if self.is_wanted:
+                await self._run_once()
+                await trio.sleep(RESTART_S)
+            else:
+                self.at_rest.set()
+                await self._wanted.wait()
+
+    def want(self) -> None:
+        """Let the supervisor start a process, if none runs."""
+        self.is_wanted = True
+        self.at_rest = trio.Event()
+        self._wanted.set()
+
+    def rest(self) -> None:
+        """Let the supervisor start no further process."""
+        self.is_wanted = False
+        self._wanted = trio.Event()
+
+    def kill(self) -> None:
+        self._signal(signal.SIGKILL, "killed")
+
+    def stop(self) -> None:
+        self._signal(signal.SIGTERM, "stopped")
+
+    def freeze(self) -> None:
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    async def wait_serving(self) -> None:
+        """Wait for a process that serves: this one, or one that follows."""
+        while not self.serving.is_set():  # noqa: ASYNC110  each process has an event of its own
+            await trio.sleep(0.02)
+
+    async def wait_gone(self) -> None:
+        if self.process is not None:
+            await self.process.wait_gone()
+
+    @property
+    def log(self) -> str:
+        """The output of all its processes."""
+        return "".join(path.read_text(errors="replace") for path in sorted(self._folder.glob(f"{self.name}.*.log")))
+
+    def _signal(self, number: int, cause: Literal["killed", "stopped"] | None = None) -> None:
+        if self.process is None or self.process.gone is not None:
+            return
+        if cause is not None and self._cause != "killed":
+            self._cause = cause
+        try:
+            self.process.signal_group(number)
+        except ServerFailedError:
+            pass  # it has just ended
+
+    async def _run_once(self) -> None:
+        self._starts += 1
+        self._cause = "itself"
+        env = {f"LASTCALL_{name}": value for name, value in (SETTINGS | dict(self._env)).items()}
+        env |= {"LASTCALL_BIND": f"{self.door.host}:{self.door.port}", "PYTHONDONTWRITEBYTECODE": ""}
+        log_path = self._folder / f"{self.name}.{self._starts:03}.log"
+        process = self.process = ServerProcess(Launch(python_command("-m", "service", "serve"), env=env), log_path)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._note_serving, process)
+                gone = await process.wait_gone()
+                nursery.cancel_scope.cancel()
+        finally:
+            self.serving = trio.Event()
+            if process.gone is None:
+                process.signal_group(signal.SIGKILL)
+                with trio.CancelScope(shield=True, deadline=trio.current_time() + 5):
+                    await process.wait_gone()
+        self._history.add(Exited(process=self.name, code=gone.exit_code, cause=self._cause))
+        for line in forbidden_lines(process.log()):
+            self._history.add(Logged(process=log_path.name, line=line))
+
+    async def _note_serving(self, process: ServerProcess) -> None:
+        try:
+            await process.wait_listening()
+        except ServerFailedError:
+            return
+        self.serving.set()
+
+
+class Upstream:
+    """The place of the model server, in which one process follows the other."""
+
+    def __init__(self, folder: Path) -> None:
+        self.notes = folder / "calls"
+        self.port = 0
+        self.is_wanted = True
+        self.process: ServerProcess | None = None
+        self.serving = trio.Event()
+        self._folder = folder
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    async def supervise(self) -> None:
+        while True:
+            argv = python_command("-m", "tests.cluster.upstream", str(self.notes), str(self.port))
+            try:
+                async with open_server(Launch(argv), log_path=self._folder / "upstream.log") as process:
+                    self.process, self.port = process, process.port
+                    self.serving.set()
+                    await process.wait_gone()
+            except ServerFailedError:
+                await trio.sleep(0.1)  # its port may be taken by the end of a connection for a moment
+
+    def kill(self) -> None:
+        if self.process is not None and self.process.gone is None:
+            self.process.signal_group(signal.SIGKILL)
+
+    async def live_calls(self) -> int:
+        answer = await call(Door("127.0.0.1", self.port), "GET", "/calls")
+        return int(msgspec.json.decode(answer.body)["live"])
+
+    async def set_pace(self, pace: float) -> None:
+        await call(Door("127.0.0.1", self.port), "GET", f"/pace/{pace}")
+
+    def calls(self) -> list[Asked]:
+        """The calls that have ended, as it noted them. A call of a process that was killed is not among them."""
+        if not self.notes.exists():
+            return []
+        lines = self.notes.read_bytes().splitlines()
+        return [msgspec.json.decode(line, type=Asked) for line in lines]
+
+
+@dataclass
+class Cluster:
+    """All that runs. Made by :func:`open_cluster`."""
+
+    replicas: list[Replica]
+    upstream: Upstream
+    database: Database
+    schema: str
+    history: History
+
+    @property
+    def doors(self) -> list[Door]:
+        return [replica.door for replica in self.replicas]
+
+    async def stop(self) -> None:
+        """Stop all replicas in order, for good."""
+        for replica in self.replicas:
+            replica.rest()
+            replica.thaw()
+            replica.stop()
+        with trio.fail_after(STOP_S):
+            for replica in self.replicas:
+                await replica.at_rest.wait()
+
+
+@asynccontextmanager
+async def open_cluster(
+    database: Database, folder: Path, history: History, *, replicas: int = 3, schema: str = "lastcall", **settings: str
+) -> AsyncIterator[Cluster]:
+    """Replicas that serve, each with a link of its own to the database."""
+    upstream = Upstream(folder)
+    async with AsyncExitStack() as stack:
+        links = [await stack.enter_async_context(open_link(database.socket)) for _ in range(replicas)]
+        async with trio.open_nursery() as nursery:
+            try:
+                nursery.start_soon(upstream.supervise)
+                with trio.fail_after(START_S):
+                    await upstream.serving.wait()
+                made: list[Replica] = []
+                for number, link in enumerate(links):
+                    store = f"postgresql://lastcall@127.0.0.1:{link.port}/postgres?sslmode=disable&gssencmode=disable"
+                    env = {"STORE_URL": store, "STORE_SCHEMA": schema, "MODEL_URL": upstream.url} | settings
+                    made.append(Replica(f"replica-{number}", folder, env, link, history))
+                    nursery.start_soon(made[-1].supervise)
+                with trio.fail_after(START_S):
+                    for replica in made:
+                        await replica.wait_serving()
+                yield Cluster(made, upstream, database, schema, history)
+            finally:
+                nursery.cancel_scope.cancel()
+
+
+def turns_interrupted(log: str) -> int:
+    """How many turns all shutdowns in a log have interrupted."""
+    return sum(int(count) for count in re.findall(r'"turns_interrupted": (\d+)', log))
