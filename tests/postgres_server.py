@@ -1,7 +1,9 @@
 """A pytest plugin: a PostgreSQL server for the tests that need one, one for each worker, which ends with the run.
 
-A test needs it that has the parameter ``postgres`` or asks for the fixture ``postgres``. Without the programs of a
-server these tests are skipped; in CI they fail.
+A test needs it that has the parameter ``postgres`` or asks for the fixture ``postgres``; one that asks for
+``postgres_pooler`` needs pgbouncer, too. Without these programs such tests are skipped; in CI they fail.
+``--postgres-programs`` names the folder of the programs of another server, and with ``--postgres-pooler`` all stores
+reach the server through pgbouncer.
 """
 
 import ctypes
@@ -16,14 +18,18 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
+
+from tests import pgbouncer
+from tests.pgbouncer import Pooler
 
 if TYPE_CHECKING:
     import psycopg
 
 NAME = "postgres"
+POOLER = "postgres_pooler"
 START_S = 60
 """Bound on the start of a server, on a loaded machine."""
 PASSWORD = "open-sesame"
@@ -48,6 +54,7 @@ _SETTINGS = {
     "max_wal_size": "4GB",
 }
 _HBA = "local all guarded scram-sha-256\nlocal all all trust\n"
+_ROLES = {"lastcall": "", "guarded": PASSWORD, "mortal": ""}
 
 
 class PostgresServer:
@@ -55,24 +62,38 @@ class PostgresServer:
 
     Attributes:
         directory: The folder of its socket.
-        url: A database of it, for the user who may do everything.
+        entrance: The folder of the socket through which stores reach it.
+        pooler: A pooler before it, once a test has asked for one.
     """
 
     def __init__(self, directory: Path, process: "subprocess.Popen[bytes]") -> None:
         self.directory = directory
+        self.entrance = directory
         self.process = process
-        self.url = self.url_of("lastcall")
+        self.pooler: Pooler | None = None
         self._connection: psycopg.Connection[Any] | None = None
         self._numbers = count()
         self._empty: list[tuple[str, int]] = []
 
-    def url_of(self, user: str, database: str = "postgres") -> str:
-        return f"postgresql://{user}@/{database}?host={self.directory}"
+    @property
+    def url(self) -> str:
+        """A database of it, for the user who may do everything."""
+        return self.url_of("lastcall")
+
+    def start_pooler(self, name: str, **settings: float) -> Pooler:
+        """Start a pooler before this server. The caller stops it."""
+        program = pgbouncer.program()
+        if program is None:
+            _miss("there is no pgbouncer: install the package pgbouncer to run the tests of a pooler")
+        return pgbouncer.start_pooler(program, self.directory / name, self.directory, _ROLES, _HBA, **settings)
+
+    def url_of(self, user: str, database: str = "postgres", *, entrance: Path | None = None) -> str:
+        return f"postgresql://{user}@/{database}?host={entrance or self.entrance}"
 
     def connect(self) -> None:
         import psycopg
 
-        self._connection = psycopg.connect(self.url, autocommit=True)
+        self._connection = psycopg.connect(self.url_of("lastcall", entrance=self.directory), autocommit=True)
 
     def run(self, *statements: str) -> list[tuple[Any, ...]]:
         """Run statements. Returns the rows of the last one."""
@@ -117,6 +138,8 @@ class PostgresServer:
         self.run("; ".join([new_secret, *(f"DELETE FROM {schema}.{table}" for (table,) in tables)]))
 
     def stop(self) -> None:
+        if self.pooler is not None:
+            self.pooler.stop()
         if self._connection is not None:
             self._connection.close()
         self.process.send_signal(signal.SIGINT)  # a fast shutdown
@@ -131,6 +154,12 @@ class PostgresServer:
 _SERVER = pytest.StashKey[PostgresServer]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("postgres")
+    group.addoption("--postgres-programs", type=Path, metavar="DIR", help="the folder of initdb and postgres")
+    group.addoption("--postgres-pooler", action="store_true", help="stores reach the server through pgbouncer")
+
+
 def binaries() -> Path | None:
     """The directory of a server's programs; None if there is none on this machine."""
     found = [Path(shutil.which("initdb") or "/never").resolve().parent]
@@ -141,9 +170,13 @@ def binaries() -> Path | None:
 def needed_binaries() -> Path:
     """As :func:`binaries`, for a test that needs them: without them it is skipped, and in CI it fails."""
     programs = binaries()
-    if programs is not None:
-        return programs
-    words = "there is no PostgreSQL server: install the package postgresql to run the tests of this store"
+    if programs is None:
+        _miss("there is no PostgreSQL server: install the package postgresql to run the tests of this store")
+    return programs
+
+
+def _miss(words: str) -> NoReturn:
+    """Skip a test whose program is not there; in CI it fails."""
     if "CI" in os.environ:
         pytest.fail(words, pytrace=False)
     pytest.skip(words)
@@ -220,14 +253,21 @@ def _wait_for(server: PostgresServer) -> None:
 def _needs_server(item: pytest.Item) -> bool:
     call = getattr(item, "callspec", None)
     values: Iterable[object] = () if call is None else call.params.values()
-    return NAME in getattr(item, "fixturenames", ()) or NAME in values
+    return not {NAME, POOLER}.isdisjoint(getattr(item, "fixturenames", ())) or NAME in values
 
 
 @pytest.hookimpl(tryfirst=True)  # before the fixtures of the test, which look for what it leaves behind
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if not _needs_server(item) or _SERVER in item.config.stash:
+    if not _needs_server(item):
         return
-    item.config.stash[_SERVER] = start_server(needed_binaries())
+    pooled = item.config.getoption("postgres_pooler")
+    if _SERVER not in item.config.stash:
+        item.config.stash[_SERVER] = start_server(item.config.getoption("postgres_programs") or needed_binaries())
+    server = item.config.stash[_SERVER]
+    if server.pooler is None and (pooled or POOLER in getattr(item, "fixturenames", ())):
+        server.pooler = server.start_pooler("pooler")
+        if pooled:
+            server.entrance = server.pooler.directory
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -241,6 +281,13 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def postgres(request: pytest.FixtureRequest) -> PostgresServer:
     """The server of this worker."""
     return request.config.stash[_SERVER]
+
+
+@pytest.fixture
+def postgres_pooler(postgres: PostgresServer) -> Pooler:
+    """The pooler before the server of this worker."""
+    assert postgres.pooler is not None
+    return postgres.pooler
 
 
 def running(config: pytest.Config) -> PostgresServer:

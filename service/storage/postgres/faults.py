@@ -37,6 +37,12 @@ _AT_START: tuple[tuple[str, str], ...] = (
     ("Peer authentication failed", "the server lets another user of this machine in; correct the user in store_url"),
     ("Ident authentication failed", "the server lets another user of this machine in; correct the user in store_url"),
     ("does not exist", "there is no such user or database; make it (createuser, createdb), or correct store_url"),
+    ("authentication failed", "the server refuses the user or the password; correct store_url"),
+    ("no such database", "there is no such database; make it (createdb), or correct store_url"),
+    ("no such user", "the pooler does not know this user; add it to its auth_file, or correct store_url"),
+    ("unsupported startup parameter", "the pooler refuses a parameter of store_url; see ignore_startup_parameters"),
+    ("no more connections allowed", "the pooler takes no more connections; raise its max_client_conn"),
+    ("query_wait_timeout", "the pooler has no free connection; raise its default_pool_size"),
     ("too many clients", "the server takes no more connections; raise max_connections"),
     ("remaining connection slots", "the server takes no more connections; raise max_connections"),
     ("is starting up", "the server is starting; try again in some seconds"),
@@ -86,6 +92,8 @@ def fault_of(error: psycopg.Error) -> tuple[str, int | None]:
     known = next(((words, after) for kind, words, after in _WORDS if isinstance(error, kind)), None)
     if known is not None:
         return known
+    if "query_wait_timeout" in str(error):  # pgbouncer's, which has no code of its own
+        return "the pooler of the database has no free connection", 1
     if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
         return _NO_ANSWER, 1
     return "the log says why", 5

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 
 import trio
 
@@ -16,13 +17,13 @@ class Proxy:
         is_away: Whether connections are refused.
     """
 
-    def __init__(self, server: PostgresServer, port: int) -> None:
+    def __init__(self, entrance: Path, port: int) -> None:
         self.url = f"postgresql://lastcall@127.0.0.1:{port}/postgres?sslmode=disable&gssencmode=disable"
         self.is_away = False
         self.holding = trio.Event()
         self.released = trio.Event()
         self._holds: bytes | None = None
-        self._socket = server.directory / ".s.PGSQL.5432"
+        self._socket = entrance / ".s.PGSQL.5432"
         self._open: list[trio.abc.AsyncResource] = []
 
     def hold(self, mark: bytes) -> None:
@@ -70,10 +71,11 @@ class Proxy:
 
 
 @asynccontextmanager
-async def open_proxy(server: PostgresServer) -> AsyncIterator[Proxy]:
+async def open_proxy(server: PostgresServer, *, entrance: Path | None = None) -> AsyncIterator[Proxy]:
+    """Args: entrance: The folder of the socket to which the proxy leads, if it is not that of all stores."""
     async with trio.open_nursery() as nursery:
         [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
-        proxy = Proxy(server, listener.socket.getsockname()[1])
+        proxy = Proxy(entrance or server.entrance, listener.socket.getsockname()[1])
         await nursery.start(trio.serve_listeners, proxy.serve, [listener])
         yield proxy
         await proxy.cut()

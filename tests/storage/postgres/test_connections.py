@@ -328,11 +328,12 @@ async def test_a_connection_on_which_a_cancel_may_arrive_later_is_not_used_again
         begun.set()
         assert goes_on.wait(WAIT_S)
 
-    def process(db: Db) -> object:
-        return db.execute("SELECT pg_backend_pid()").fetchone()
+    def connection(db: Db) -> Db:
+        db.execute("SELECT 1")
+        return db
 
-    before = await store._look(process)
-    assert await store._look(process) == before
+    before = await store._look(connection)
+    assert await store._look(connection) is before
     monkeypatch.setattr(Db, "cancel", fail_to_cancel)
     with trio.fail_after(WAIT_S):
         async with trio.open_nursery() as nursery:
@@ -341,7 +342,7 @@ async def test_a_connection_on_which_a_cancel_may_arrive_later_is_not_used_again
             nursery.cancel_scope.cancel()
         await trio.to_thread.run_sync(cancels.wait)
         goes_on.set()
-        assert await store._look(process) != before
+        assert await store._look(connection) is not before
 
 
 async def test_a_step_that_meets_a_deadlock_is_done_again(store: PostgresStore) -> None:

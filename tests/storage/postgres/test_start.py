@@ -95,7 +95,7 @@ async def test_an_open_store_and_its_settings_show_no_password(postgres: Postgre
 async def test_a_user_or_a_database_that_is_not_there_is_named(
     postgres: PostgresServer, user: str, database: str, words: str
 ) -> None:
-    refusal = await _refusal(postgres.url_of(user, database))
+    refusal = await _refusal(postgres.url_of(user, database, entrance=postgres.directory))
     assert words in refusal
     assert str(postgres.directory) in refusal
 
@@ -148,15 +148,16 @@ async def test_without_the_driver_the_service_says_how_to_install_it(monkeypatch
 
 
 async def test_a_failed_start_leaves_no_connection(postgres: PostgresServer) -> None:
+    # A pooler would keep its connections.
+    url = postgres.url_of("lastcall", entrance=postgres.directory) + "&application_name=fails"
     with postgres.new_schema() as name:
-        await _open_once(postgres.url, schema_name=name)
+        await _open_once(url, schema_name=name)
         postgres.run(f"DROP TABLE {name}.owners")
-        await _refusal(postgres.url, schema_name=name)
+        await _refusal(url, schema_name=name)
         with trio.fail_after(20):
             while _connections(postgres):  # noqa: ASYNC110  no event tells it
                 await trio.sleep(0.01)
 
 
 def _connections(server: PostgresServer) -> list[tuple[object, ...]]:
-    """Those of stores."""
-    return server.run("SELECT pid FROM pg_stat_activity WHERE application_name = 'lastcall'")
+    return server.run("SELECT pid FROM pg_stat_activity WHERE application_name = 'fails'")
