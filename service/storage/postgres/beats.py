@@ -13,6 +13,9 @@ from service.storage.postgres.faults import Faults
 from service.storage.postgres.owners import BEAT_S, Observer
 from service.storage.sql_thread import PAUSE_S, Step
 
+STATEMENT_MAX_S = 2
+"""With the grace for its answer a lost beat leaves time for another one within the lease."""
+
 
 class Beats:
     """Beats every second, for :class:`~service.storage.sql_thread.SqlThread`; besides when a step asks for it."""
@@ -48,7 +51,7 @@ class Beats:
     def _run(self, call: Callable[[Db], object]) -> None:
         """Raises: StoreError."""
         db = self._line.open()
-        db.begin(None)
+        db.begin(None, statement_max_s=STATEMENT_MAX_S)
         try:
             call(db)
         except psycopg.Error as error:

@@ -4,9 +4,12 @@ Nothing here belongs to a session of PostgreSQL: no prepared statement, no setti
 beyond one. So a pooler may give each transaction another connection.
 """
 
+import os
+import socket
+import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from math import inf
 from typing import Any, TypeVar
@@ -29,6 +32,10 @@ CONNECT_TIMEOUT_S = 3
 BACKOFF_S = 0.5
 """The pause after a failed attempt to connect, in which steps fail at once."""
 CANCEL_TIMEOUT_S = 2.0
+ANSWER_GRACE_S = 2.0
+"""How long an answer may take beyond the time that its statement has in the server."""
+COMMIT_MAX_S = 10
+"""The time of a commit, also of a long change: the next write waits for it."""
 ATTEMPTS_MAX = 6
 """How often a step runs that met a deadlock, or a change of the row that it has read."""
 
@@ -86,10 +93,13 @@ class Db:
 
     Attributes:
         executed: How many statements the step has done, with the one that begins its transaction.
+        due_at: When the answer of the server must be here for which the thread waits; infinite if it waits for none.
     """
 
     def __init__(self, connection: Connection, schema: str) -> None:
         self.executed = 0
+        self.due_at = inf
+        self._answer_max_s = inf
         self._connection = connection
         self._schema = quoted(schema) + "."
         self._opening: Opening | None = None
@@ -108,14 +118,27 @@ class Db:
         if self._is_given_up is not None and self._is_given_up():
             raise GivenUpError
         self.start()
-        cursor = self._connection.execute(_text(statement, self._schema), parameters, binary=True)
+        with self._answered():
+            cursor = self._connection.execute(_text(statement, self._schema), parameters, binary=True)
         self.executed += 1
         return cursor
 
-    def pipeline(self) -> AbstractContextManager[object]:
+    @contextmanager
+    def pipeline(self) -> Iterator[None]:
         """Send the statements within the context together. Their results are there when the context is left."""
         self.start()
-        return self._connection.pipeline()
+        with self._answered(), self._connection.pipeline():
+            yield
+
+    @contextmanager
+    def _answered(self, max_s: float = inf) -> Iterator[None]:
+        """Wait for the server in the body. Another thread cuts the connection if that takes too long."""
+        due_at = self.due_at
+        self.due_at = time.monotonic() + min(self._answer_max_s, max_s)
+        try:
+            yield
+        finally:
+            self.due_at = due_at
 
     def start(self) -> None:
         """Begin the transaction now. A step does this first that cannot be repeated once it has begun its own work.
@@ -127,7 +150,8 @@ class Db:
         if opening is None:
             return
         self._is_open = True
-        cursor = self._connection.execute(_text(opening.text, self._schema))
+        with self._answered():
+            cursor = self._connection.execute(_text(opening.text, self._schema))
         if opening.checked is not None:
             cursor.set_result(-1)
             opening.checked(cursor.fetchone())
@@ -135,13 +159,17 @@ class Db:
 
     # For the threads
 
-    def begin(self, opening: Opening | None, *, is_given_up: Callable[[], bool] | None = None) -> None:
+    def begin(
+        self, opening: Opening | None, *, statement_max_s: float = inf, is_given_up: Callable[[], bool] | None = None
+    ) -> None:
         """Let the next statement begin a transaction; with None each statement is a transaction of its own.
 
         Args:
+            statement_max_s: How long a statement may take in the server.
             is_given_up: Asked before each statement.
         """
         self.executed = 0
+        self._answer_max_s = statement_max_s + ANSWER_GRACE_S
         self._opening = opening
         self._is_given_up = is_given_up
         self._is_open = False
@@ -166,7 +194,8 @@ class Db:
         if not self._is_open:
             return
         self._warnings.clear()
-        cursor = self._connection.execute("COMMIT")
+        with self._answered(COMMIT_MAX_S + ANSWER_GRACE_S):
+            cursor = self._connection.execute("COMMIT")
         self._is_open = False
         if cursor.statusmessage != "COMMIT":
             raise psycopg.errors.InFailedSqlTransaction("the transaction was rolled back")
@@ -179,7 +208,8 @@ class Db:
         self._opening = None
         if self._is_open and not self.is_lost:
             try:
-                self._connection.execute("ROLLBACK")
+                with self._answered(COMMIT_MAX_S + ANSWER_GRACE_S):
+                    self._connection.execute("ROLLBACK")
             except psycopg.Error:
                 self.close()
         self._is_open = False
@@ -195,6 +225,13 @@ class Db:
     def close(self) -> None:
         with suppress(psycopg.Error):
             self._connection.close()
+
+    def same_socket(self) -> socket.socket | None:
+        """The socket of the connection under another number, which the caller closes. None if it is lost."""
+        try:
+            return socket.socket(fileno=os.dup(self._connection.pgconn.socket))
+        except psycopg.Error:
+            return None
 
     def _note(self, notice: psycopg.errors.Diagnostic) -> None:
         if notice.severity_nonlocalized == "WARNING":
@@ -217,6 +254,9 @@ class Line:
         self._schema = schema
         self._faults = faults
         self._db: Db | None = None
+        self._socket: socket.socket | None = None
+        self._cutting = threading.Lock()
+        """Held while another thread uses the socket: its number may then not become that of another one."""
         self._failed_at = -inf
         self._failure: StoreError | None = None
 
@@ -230,18 +270,37 @@ class Line:
         if self._db is not None and self._db.is_lost:
             self.drop()
         if self._db is None:
-            self._db = self._reconnect()
+            self.take(self._reconnect())
+        assert self._db is not None
         return self._db
 
     def take(self, db: Db) -> None:
         """Take a connection that was made already."""
-        self._db = db
+        with self._cutting:
+            self._db = db
+            self._socket = db.same_socket()
 
     def drop(self) -> None:
         """Close the connection; the next step makes another one."""
-        db, self._db = self._db, None
+        with self._cutting:
+            db, self._db = self._db, None
+            same, self._socket = self._socket, None
+            if same is not None:
+                same.close()
         if db is not None:
             db.close()
+
+    def cut(self, *, late_at: float = inf) -> bool:
+        """Cut the connection if the answer of the server was due before ``late_at``. Called in any thread.
+
+        The thread that waits for the answer finds its connection lost. Returns whether there was something to cut.
+        """
+        with self._cutting:
+            if self._db is None or self._socket is None or self._db.due_at >= late_at:
+                return False
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+            return True
 
     def _reconnect(self) -> Db:
         if self._failure is not None and time.monotonic() - self._failed_at < BACKOFF_S:

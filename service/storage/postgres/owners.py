@@ -114,7 +114,7 @@ class Ownership:
         with self._renewing:
             if not (self._is_in_doubt or always):
                 return
-            db.begin(Opening(BEGIN, *timeouts(RENEW_MAX_S)))
+            db.begin(Opening(BEGIN, *timeouts(RENEW_MAX_S)), statement_max_s=RENEW_MAX_S)
             try:
                 row = db.execute(_RENEW, (self.me.fence, self.me.nonce)).fetchone()
             except BaseException:

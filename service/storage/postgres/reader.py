@@ -11,8 +11,7 @@ from service.storage.postgres.faults import Faults
 from service.storage.postgres.running import RunningStep
 from service.storage.sql_thread import Step
 
-_TIMEOUT_S = 30
-_SNAPSHOT = Opening(BEGIN_SNAPSHOT, *timeouts(_TIMEOUT_S))
+STATEMENT_MAX_S = 30
 
 
 class Reader:
@@ -60,7 +59,8 @@ class Reader:
             self._run_on(self._line.open(), step)
 
     def _run_on(self, db: Db, step: Step[Db, Any]) -> None:
-        db.begin(None if step.shares else _SNAPSHOT, is_given_up=lambda: step.is_given_up)
+        opening = None if step.shares else Opening(BEGIN_SNAPSHOT, *timeouts(STATEMENT_MAX_S))
+        db.begin(opening, statement_max_s=STATEMENT_MAX_S, is_given_up=lambda: step.is_given_up)
         try:
             step.run(db)
         except BaseException:

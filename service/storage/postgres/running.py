@@ -10,6 +10,8 @@ from service.storage.sql_thread import Step
 
 _AGAIN_S = 1.0
 """The pause before a further cancel: one that finds the thread between two statements hits none."""
+CANCELS_MAX = 3
+"""After so many cancels the server does not answer: the connection is cut."""
 
 
 class RunningStep:
@@ -47,8 +49,12 @@ class RunningStep:
     def cancel(self, step: Step[Db, Any]) -> None:
         """Cancel the statements of a step until it has ended. Called in a thread of its own."""
         with self._changed:
+            cancels = 0
             while self._step is step:
                 db = self._line.current
                 if db is not None and not db.cancel():
                     self._is_doubtful = True
                 self._changed.wait(_AGAIN_S)
+                cancels += 1
+                if cancels >= CANCELS_MAX and self._step is step:
+                    self._line.cut()

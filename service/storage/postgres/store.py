@@ -21,6 +21,7 @@ from service.storage.page_cursor import decode_session_cursor, decode_turn_curso
 from service.storage.pieces import Run
 from service.storage.postgres import (
     additions,
+    beats,
     deletions,
     event_pages,
     forks,
@@ -36,9 +37,9 @@ from service.storage.postgres import (
     trees,
     turns,
 )
-from service.storage.postgres.beats import Beats
 from service.storage.postgres.connections import Db, Line, Me, connect_first
 from service.storage.postgres.faults import Faults, startup_error
+from service.storage.postgres.late_answers import LateAnswers
 from service.storage.postgres.owners import FenceLostError, Observer, Ownership
 from service.storage.postgres.reader import Reader
 from service.storage.postgres.writer import Writer
@@ -123,6 +124,7 @@ class PostgresStore:
         self._schema = schema_name
         self._address = address
         self._faults = Faults(self.name, monotonic)
+        self._lines: list[Line] = []
         self._first = self._line()
         # Long changes, beside the writer: a fork or a deletion of thousands of turns takes seconds. Besides the writes
         # that wait for them, or for those of other owners.
@@ -143,11 +145,14 @@ class PostgresStore:
         self._looking = self._leaving("postgres reader", Reader(self._line(), self._faults))
         self._reading = self._leaving("postgres long reader", Reader(self._line(), self._faults))
         self.observer = Observer(self.ownership, monotonic)
-        self._beating = SqlThread("postgres beats", Beats(self._line(), self.observer, self._faults))
+        self._beating = SqlThread("postgres beats", beats.Beats(self._line(), self.observer, self._faults))
+        self._late_answers = LateAnswers(self._lines)
         self._forking = anyio.Lock()  # one fork at a time, because its turns are in memory meanwhile
 
     def _line(self) -> Line:
-        return Line(self._url, self._schema, self._faults)
+        line = Line(self._url, self._schema, self._faults)
+        self._lines.append(line)
+        return line
 
     def _leaving(self, name: str, batches: Writer | Reader, *, runs_on: Writer | Reader | None = None) -> SqlThread[Db]:
         """A thread whose steps are given up when their callers leave.
@@ -177,6 +182,7 @@ class PostgresStore:
     async def open(self) -> None:
         """Open the store. Raises: StartupError; the caller must close the store in this case, too."""
         await self._writing.open()
+        self._late_answers.start()
         for thread in (self._beating, self._looking, self._reading, self._changing):
             await thread.open()
 
@@ -208,7 +214,7 @@ class PostgresStore:
         if self.ownership.me.fence and not self.ownership.is_lost:
             with suppress(psycopg.Error, StoreError):
                 db = self._first.open()
-                db.begin(None)
+                db.begin(None, statement_max_s=beats.STATEMENT_MAX_S)
                 self.ownership.leave(db)
 
     # Calls
@@ -540,6 +546,9 @@ class PostgresStore:
         return recovered
 
     async def aclose(self) -> None:
-        # The writer leaves last: what the others have in flight is over by then.
-        for thread in (self._beating, self._looking, self._reading, self._changing, self._writing):
-            await thread.close()
+        try:
+            # The writer leaves last: what the others have in flight is over by then.
+            for thread in (self._beating, self._looking, self._reading, self._changing, self._writing):
+                await thread.close()
+        finally:
+            self._late_answers.close()

@@ -31,6 +31,7 @@ from service.storage.sql_thread import Step
 
 T = TypeVar("T")
 
+STATEMENT_MAX_S = 10.0
 _SHARED_MAX = 64
 """The most steps that share a transaction."""
 _PAUSE_S = 0.005
@@ -71,7 +72,7 @@ class Writer:
         closes: Callable[[], None] | None = None,
         is_left: bool = False,
         hand_over: Callable[[Step[Db, Any]], bool] | None = None,
-        statement_timeout_s: float = 10,
+        statement_timeout_s: float | None = None,
     ) -> None:
         self.commits = 0
         self.steps = 0
@@ -83,7 +84,7 @@ class Writer:
         self._closes = closes
         self._is_left = is_left
         self._hand_over = hand_over
-        self._statement_timeout_s = statement_timeout_s
+        self._statement_timeout_s = STATEMENT_MAX_S if statement_timeout_s is None else statement_timeout_s
 
     def open(self) -> None:
         """Raises: StartupError."""
@@ -213,7 +214,11 @@ class Writer:
             statement_timeout_s=self._statement_timeout_s,
             lock_timeout_s=None if self._hand_over is None else lock_s,
         )
-        db.begin(opening, is_given_up=None if step is None else lambda: step.is_given_up)
+        db.begin(
+            opening,
+            statement_max_s=self._statement_timeout_s,
+            is_given_up=None if step is None else lambda: step.is_given_up,
+        )
         try:
             result = call(db)
         except BaseException:
@@ -224,7 +229,7 @@ class Writer:
 
     def _commit(self, db: Db, step: Step[Db, Any] | None) -> None:
         if not db.is_open:
-            db.begin(None)
+            db.commit()  # there is nothing to commit
             return
         if step is None:
             self._commit_now(db)

@@ -1,4 +1,5 @@
-"""A proxy between a store and its server: it can be away, cut connections, and hold back what a client has sent."""
+"""A proxy between a store and its server: it can be away, cut connections, and hold back what a client or
+the server has sent."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -15,24 +16,32 @@ class Proxy:
     Attributes:
         url: The server's URL by way of the proxy.
         is_away: Whether connections are refused.
+        silences_new: Whether no answer of the server passes on new connections.
     """
 
     def __init__(self, entrance: Path, port: int) -> None:
         self.url = f"postgresql://lastcall@127.0.0.1:{port}/postgres?sslmode=disable&gssencmode=disable"
         self.is_away = False
+        self.silences_new = False
         self.holding = trio.Event()
         self.released = trio.Event()
         self._holds: bytes | None = None
         self._socket = entrance / ".s.PGSQL.5432"
         self._open: list[trio.abc.AsyncResource] = []
+        self._silent: set[trio.abc.AsyncResource] = set()
 
     def hold(self, mark: bytes) -> None:
         """Hold back the next message with this mark, and all after it on its connection. The client is cut off."""
         self._holds = mark
 
+    def silence(self) -> None:
+        """Let no answer of the server pass any more on the connections that are open, as a network that is cut."""
+        self._silent.update(self._open)
+
     async def cut(self) -> None:
         """Cut all connections, on both sides."""
         opened, self._open = self._open, []
+        self._silent.clear()
         for stream in opened:
             await trio.aclose_forcefully(stream)
 
@@ -42,6 +51,8 @@ class Proxy:
             return
         server = await trio.open_unix_socket(str(self._socket))
         self._open += [client, server]
+        if self.silences_new:
+            self._silent.add(client)
         answered = trio.Event()
         """Set when the client cannot take an answer, or there is none any more."""
         async with client, server, trio.open_nursery() as nursery:
@@ -65,8 +76,10 @@ class Proxy:
     async def _answers(self, server: trio.SocketStream, client: trio.SocketStream, answered: trio.Event) -> None:
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             while part := await server.receive_some():
-                await client.send_all(part)
-        await trio.aclose_forcefully(client)
+                if client not in self._silent:
+                    await client.send_all(part)
+        if client not in self._silent:
+            await trio.aclose_forcefully(client)
         answered.set()
 
 
