@@ -42,7 +42,7 @@ quick *args:
 lint:
     {{ dev }} ruff check
     {{ dev }} ruff format --check
-    find service tests bench -name '*.py' -not -path 'bench/contenders/*' -print0 | xargs -0 -n 50 -P {{ num_cpus() }} \
+    find service tests bench clients -name '*.py' -not -path 'bench/contenders/*' -print0 | xargs -0 -n 50 -P {{ num_cpus() }} \
         {{ dev }} flake8-async --disable {{ disabled }} --startable-in-context-manager {{ startable }}
 
 # check the types, strictly

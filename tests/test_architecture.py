@@ -1,6 +1,7 @@
 """Imports point one way, and each library with a fixed place is imported only there."""
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -143,6 +144,23 @@ def test_a_library_is_imported_only_in_its_place() -> None:
         for it in imports(by)
         if package(it) in PLACES and not any(is_within(by, place) for place in PLACES[package(it)])
     ] == []
+
+
+def test_the_client_to_copy_imports_nothing_of_this_project_and_is_imported_by_no_part_of_it() -> None:
+    imported = {
+        package(name)
+        for path in (SERVICE.parent / "clients").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        for name in _imported(node)
+    }
+    assert imported - sys.stdlib_module_names == {"anyio", "httpx"}
+    assert [by for by in MODULES for it in imports(by) if package(it) == "clients"] == []
+
+
+def _imported(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module or "."] if isinstance(node, ast.ImportFrom) else []
 
 
 def test_every_shield_has_a_deadline_of_its_own() -> None:

@@ -1,0 +1,88 @@
+"""Does steps with the client in ``clients/python``: what ``client_driver.mjs`` does with the one in ``clients/js``.
+
+A step is ``{"do": "stream", "args": ["me", "Hi"], "options": {…}, "as": "first"}``: a call of the client. A text
+``$first.id`` in ``args`` stands for that field of an earlier result. ``leave_after`` leaves a stream after so many
+events, ``abort_after`` cancels the reader then, ``cancel_after`` the turn.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import anyio
+import httpx
+
+from clients.python.lastcall_client import Bounds, Client, Event, LastcallError, Pages, TurnStream, Waiting
+
+
+async def do_steps(
+    url: str, steps: Sequence[Mapping[str, Any]], bounds: Mapping[str, Any], options: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Do these steps one after the other, and return the result of each."""
+    waits: list[Waiting] = []
+    results: list[dict[str, Any]] = []
+    kept: dict[str, Any] = {}
+    # Without certificates, which take most of the time that a client takes to be made.
+    async with (
+        httpx.AsyncClient(verify=False, limits=httpx.Limits(max_connections=None)) as http,
+        Client(url, bounds=Bounds(**bounds), on_wait=waits.append, http=http, **options) as client,
+    ):
+        for step in steps:
+            waits.clear()
+            result = await _do(client, step, kept)
+            result["waits"] = [[it.delay_s, it.error.code] for it in waits]
+            results.append(result)
+    return results
+
+
+async def _do(client: Client, step: Mapping[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    args = [_filled(it, kept) for it in step.get("args", ())]
+    options = {name: _filled(it, kept) for name, it in step.get("options", {}).items()}
+    try:
+        made = getattr(client, step["do"])(*args, **options)
+        if isinstance(made, TurnStream):
+            await _read(made, step, result)
+            kept[step.get("as", "")] = {"id": made.turn_id, "session_id": made.session_id}
+        else:
+            result["value"] = await (made.collect() if isinstance(made, Pages) else made)
+            kept[step.get("as", "")] = result["value"]
+    except LastcallError as error:
+        names = ("status", "code", "title", "detail", "request_id", "retry_after_s", "turn_id")
+        result["error"] = {name: getattr(error, name) for name in names}
+    except ValueError:
+        result["refused"] = True
+    return result
+
+
+async def _read(stream: TurnStream, step: Mapping[str, Any], result: dict[str, Any]) -> None:
+    events: list[Event] = []
+    try:
+        with anyio.CancelScope() as scope:
+            async with stream:
+                async for event in stream:
+                    events.append(event)
+                    if len(events) == step.get("leave_after"):
+                        break
+                    if len(events) == step.get("abort_after"):
+                        scope.cancel()
+                    if len(events) == step.get("cancel_after"):
+                        await stream.cancel()
+    finally:
+        result |= {
+            "events": [[it.seq, it.type, it.text] for it in events],
+            "text": stream.text,
+            "end": stream.end.type if stream.end else None,
+            "session_id": stream.session_id,
+            "turn_id": stream.turn_id,
+            "aborted": scope.cancelled_caught,
+        }
+
+
+def _filled(value: Any, kept: Mapping[str, Any]) -> Any:
+    if not isinstance(value, str) or not value.startswith("$"):
+        return value
+    name, *path = value[1:].split(".")
+    found = kept[name]
+    for key in path:
+        found = found[int(key)] if isinstance(found, list) else found[key]
+    return found
