@@ -299,6 +299,8 @@ Name = Annotated[str, Field(min_length=1, max_length=256)]
 Key = Annotated[SecretStr, AfterValidator(_key)]
 CallerKey = Annotated[Key, AfterValidator(_caller_key)]
 UpstreamUrl = Annotated[str, AfterValidator(_upstream_url)]
+Continuation = Annotated[Literal["none", "trailing", "prefix", "final_message"], BeforeValidator(_lowercase)]
+"""How a model server is asked to go on with a reply: :data:`service.models.continuation.Form`."""
 
 
 class NamedKey(BaseModel):
@@ -324,6 +326,7 @@ class Upstream(BaseModel):
     api_key: Key | None = None
     models: Annotated[tuple[Name, ...], AfterValidator(_models)]
     prompt_bytes_max: dict[Name, Bytes] = {}
+    continuation: Continuation = "none"
 
     _texts = field_validator("*", mode="before")(_text)
 
@@ -385,9 +388,13 @@ class Settings(BaseModel):
     callers'."""
     model_api_key: Key | None = None
     """The key sent to `model_url`; or `model_api_key_file`, a file that holds it."""
+    model_continuation: Continuation = "none"
+    """How the model server is asked to go on with a reply that a stop or a crash has cut: `none` (it cannot: the reply
+    begins anew), `trailing`, `prefix` or `final_message`. Which server takes which form: docs/upstreams.md."""
     upstreams: tuple[Upstream, ...] = ()
     """Several model servers in place of `model_url`: `[[upstreams]]` tables of `name`, `url`, `api_key` (or
-    `api_key_file`), `models` and `prompt_bytes_max`, a table of the models that have a bound of their own."""
+    `api_key_file`), `models`, `continuation` and `prompt_bytes_max`, a table of the models that have a bound of their
+    own."""
     model_retries_max: Annotated[int, Field(ge=0, le=10), BeforeValidator(_number)] = 2
     """How often an upstream's fault before the first token is retried."""
     upstream_words: Annotated[Literal["caller", "log"], BeforeValidator(_lowercase)] = "caller"
@@ -508,7 +515,15 @@ class Settings(BaseModel):
         """The model servers, from ``upstreams`` or ``model_url``: never empty, names and models unique."""
         if self.upstreams:
             return self.upstreams
-        return (Upstream(name="default", url=self.model_url, api_key=self.model_api_key, models=(self.model,)),)
+        return (
+            Upstream(
+                name="default",
+                url=self.model_url,
+                api_key=self.model_api_key,
+                models=(self.model,),
+                continuation=self.model_continuation,
+            ),
+        )
 
     @property
     def default_upstream(self) -> Upstream:
@@ -592,8 +607,9 @@ class Settings(BaseModel):
         if not self.upstreams:
             if not self.model_url.startswith("scripted:") and "model" not in given:
                 yield f"model should be set: a model that {shown_url(self.model_url)} serves"
+            yield from _continuation_of_a_script(self.default_upstream, "model_continuation")
             return
-        if clash := sorted({"model_url", "model_api_key"} & given):
+        if clash := sorted({"model_url", "model_api_key", "model_continuation"} & given):
             yield f"{' and '.join(clash)} should not be set together with upstreams"
         for what, names in (
             ("name", [it.name for it in self.upstreams]),
@@ -602,6 +618,7 @@ class Settings(BaseModel):
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 yield f"upstreams should not share a {what}: {', '.join(map(repr, twice))}"
         for number, upstream in enumerate(self.upstreams):
+            yield from _continuation_of_a_script(upstream, f"upstreams[{number}].continuation")
             if others := sorted(upstream.prompt_bytes_max.keys() - set(upstream.models)):
                 yield (
                     f"upstreams[{number}].prompt_bytes_max should only name models of this upstream: "
@@ -611,6 +628,11 @@ class Settings(BaseModel):
             yield f"model {self.model!r} should be one that an upstream serves"
         if self.title_model is not None and not any(self.title_model in it.models for it in self.upstreams):
             yield f"title_model {self.title_model!r} should be one that an upstream serves"
+
+
+def _continuation_of_a_script(upstream: Upstream, name: str) -> Iterator[str]:
+    if upstream.url.startswith("scripted:") and upstream.continuation != "none":
+        yield f"{name} should be left out for a scripted: URL, which says it itself: scripted:?continues=false"
 
 
 def digest_of(key: str) -> bytes:

@@ -32,7 +32,6 @@ from functools import partial
 
 import structlog
 import trio
-from pydantic import SecretStr
 
 from service.api_keys import ApiKeys
 from service.clock import Clock, SteadyClock
@@ -49,7 +48,7 @@ from service.sessions.upkeep.checkpoints import run_checkpoints
 from service.sessions.upkeep.expiry import run_expiry
 from service.sessions.upkeep.heartbeats import run_heartbeats
 from service.sessions.upkeep.recovery import run_recovery
-from service.settings import Settings, Sources, missing_driver, shown_url
+from service.settings import Settings, Sources, Upstream, missing_driver, shown_url
 from service.shutdown import Shutdown
 from service.storage.memory import open_memory_store
 from service.storage.store import Store
@@ -174,9 +173,10 @@ async def _open_upstreams(settings: Settings, shutdown: Shutdown, clock: Clock) 
     The clients close in reverse order, each within a bound.
     """
 
-    async def open_client(url: str, api_key: SecretStr | None, name: str | None) -> ModelClient:
+    async def open_client(upstream: Upstream, name: str | None) -> ModelClient:
         # The exit stack runs in reverse: the client closes first, then the note says that this client is closed.
         clients.callback(shutdown.note_client_closed)
+        url, api_key = upstream.url, upstream.api_key
         if url.startswith("scripted:"):
             opened: AbstractAsyncContextManager[ModelClient] = open_scripted(url, name=name)
         else:
@@ -187,6 +187,7 @@ async def _open_upstreams(settings: Settings, shutdown: Shutdown, clock: Clock) 
                 connect_timeout_s=settings.connect_timeout_s,
                 clock=clock,
                 poller=poller,
+                continuation=upstream.continuation,
             )
         client = await clients.enter_async_context(
             shutdown.closing(opened, f"the model client {name or shown_url(url)}")
@@ -197,11 +198,11 @@ async def _open_upstreams(settings: Settings, shutdown: Shutdown, clock: Clock) 
         if settings.upstreams:
             by_model: dict[str, ModelClient] = {}
             for upstream in settings.upstreams:
-                client = await open_client(upstream.url, upstream.api_key, upstream.name)
+                client = await open_client(upstream, upstream.name)
                 by_model |= dict.fromkeys(upstream.models, client)
             yield Upstreams(by_model=by_model)
         else:
-            yield Upstreams(await open_client(settings.model_url, settings.model_api_key, None))
+            yield Upstreams(await open_client(settings.default_upstream, None))
 
 
 async def _recover(store: Store, clock: Clock, settings: Settings) -> None:

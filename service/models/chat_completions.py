@@ -45,6 +45,7 @@ from service.models.client import (
     Tools,
     Usage,
 )
+from service.models.continuation import Form, split
 from service.models.parameters import parameters_of, refused_parameter, without_effect
 from service.models.reply_calls import ReplyCalls
 from service.models.reply_choices import ReplyChoices
@@ -127,17 +128,26 @@ class Dialect(msgspec.Struct, frozen=True):
         return self
 
 
-def encode_request(request: ModelRequest, dialect: Dialect) -> bytes:
+def encode_request(request: ModelRequest, dialect: Dialect, form: Form = "none") -> bytes:
     """Do :func:`request_encoded` at once."""
-    return at_once(request_encoded(request, dialect))
+    return at_once(request_encoded(request, dialect, form))
 
 
-def request_encoded(request: ModelRequest, dialect: Dialect) -> Steps[bytes]:
-    """The body of the request."""
+def request_encoded(request: ModelRequest, dialect: Dialect, form: Form = "none") -> Steps[bytes]:
+    """The body of the request.
+
+    Args:
+        form: How the server is asked to go on with the text so far, if the request has one.
+    """
     if dialect.left_out:
         request = _without(request, without_effect(parameters_of(request)) & dialect.left_out)
     messages = yield from _messages(request.prompt, dialect)
     body: dict[str, Any] = {"stream": True}
+    if request.prefix:
+        assert form != "none", "the client has said that it cannot continue"
+        yield from _encode(_message_so_far(request.prefix, form), messages)
+        if form == "final_message":
+            body |= {"continue_final_message": True, "add_generation_prompt": False}
     if dialect.stream_options:
         body["stream_options"] = {"include_usage": True}
     if request.temperature is not None:
@@ -212,6 +222,12 @@ def _messages(prompt: Sequence[PromptItem], dialect: Dialect) -> Steps[list[byte
     if last:
         yield from _encode(last, pieces)
     return pieces
+
+
+def _message_so_far(text: str, form: Form) -> dict[str, Any]:
+    """The last message of a request that continues a reply."""
+    message: dict[str, Any] = {"role": "assistant", "content": split(text)[0]}
+    return message | {"prefix": True} if form == "prefix" else message
 
 
 def _encode(message: dict[str, Any], pieces: list[bytes]) -> Steps[None]:

@@ -157,6 +157,10 @@ class ModelRequest(msgspec.Struct, frozen=True, kw_only=True):
     calls and before a text of the user. The last item is the user's text or an output. In a conversation to which a
     caller has added notes, a system message may also come before a text of the user, after the outputs of calls; it is
     the last item if no text follows, or if a caller's input ends with it. Reasoning comes first in its reply.
+
+    ``prefix`` is the text of the reply so far, if an earlier request for the same turn was cut off: the model goes on
+    after it, and only what is new comes. Empty for a reply that begins; not empty only where
+    :meth:`ModelClient.can_continue` says so.
     """
 
     model: str
@@ -165,6 +169,7 @@ class ModelRequest(msgspec.Struct, frozen=True, kw_only=True):
     max_output_tokens: int | None = None
     tools: Tools = NO_TOOLS
     options: Options = NO_OPTIONS
+    prefix: str = ""
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
@@ -311,6 +316,16 @@ class ModelClient(Protocol):
 
         Raises:
             ModelError: On entry, where the upstream refuses or cannot be reached.
+        """
+        ...
+
+    def can_continue(self, text: str, options: Options = NO_OPTIONS) -> bool:
+        """Whether the model can go on after this text of a reply that was cut off: :attr:`ModelRequest.prefix`.
+
+        Args:
+            text: The text so far.
+            options: The options of the request. The rest of a JSON text is none itself, so a server that keeps the
+                model to a form cannot continue it.
         """
         ...
 

@@ -36,7 +36,8 @@ from service.errors import NOTHING_LEFT, ModelError, SettingsError, is_exhaustio
 from service.freezes import extended_when_late, move_on_after
 from service.ids import is_request_id
 from service.models.chat_completions import ReplyDecoder, request_encoded
-from service.models.client import ListedModel, ModelEvent, ModelRequest, TakeEvents, Usage
+from service.models.client import NO_OPTIONS, ListedModel, ModelEvent, ModelRequest, Options, TakeEvents, Usage
+from service.models.continuation import ContinuedStream, Form, is_long_enough
 from service.models.dialects import KnownDialects
 from service.models.http.connect import TlsError
 from service.models.http.read_poller import ReadPoller
@@ -80,6 +81,7 @@ async def open_openai_compatible(
     ssl_context: ssl.SSLContext | None = None,
     clock: Clock = wall_clock,
     poller: ReadPoller | None = None,
+    continuation: Form = "none",
 ) -> AsyncIterator["OpenAICompatibleClient"]:
     """Open a client with one connection pool; leaving closes every connection, within a second.
 
@@ -94,6 +96,7 @@ async def open_openai_compatible(
         ssl_context: Replaces the default trust in certificates (see the module).
         clock: The clock with which a ``Retry-After`` with a date is compared.
         poller: Waits for the replies of all turns, where they are relayed; None if each task waits by itself.
+        continuation: How the server is asked to go on with a reply that was cut off.
 
     Raises:
         SettingsError: The URL or the key cannot be used; the message shows neither password nor key.
@@ -106,6 +109,7 @@ async def open_openai_compatible(
         ssl_context=ssl_context,
         clock=clock,
         poller=poller,
+        continuation=continuation,
     )
     try:
         yield client
@@ -127,6 +131,7 @@ class OpenAICompatibleClient:
         ssl_context: ssl.SSLContext | None,
         clock: Clock,
         poller: ReadPoller | None = None,
+        continuation: Form = "none",
     ) -> None:
         url_setting, key_setting = (
             (f"upstreams.{name}.url", f"upstreams.{name}.api_key") if name else ("model_url", "model_api_key")
@@ -141,6 +146,7 @@ class OpenAICompatibleClient:
         keys_in_query = [value for value in self._url.params.values() if len(value) >= _SECRET_LENGTH_MIN]
         self._secrets = [secret for secret in (api_key, auth and auth[1], *keys_in_query) if secret]
         self._clock = clock
+        self._continuation = continuation
         self._dialects = KnownDialects()
         self._headers = {
             "Accept": "text/event-stream",
@@ -172,11 +178,11 @@ class OpenAICompatibleClient:
         await self._transport.aclose()
 
     @asynccontextmanager
-    async def stream(self, request: ModelRequest) -> AsyncIterator["OpenAICompatibleStream"]:
+    async def stream(self, request: ModelRequest) -> AsyncIterator["OpenAICompatibleStream | ContinuedStream"]:
         """See :class:`~service.models.client.ModelClient`."""
         dialect = known = self._dialects.of(request.model)
         while True:
-            response = await self._respond(await in_steps(request_encoded(request, dialect)))
+            response = await self._respond(await in_steps(request_encoded(request, dialect, self._continuation)))
             try:
                 if response.is_readable:
                     if dialect != known:
@@ -185,8 +191,10 @@ class OpenAICompatibleClient:
                     sent = tuple(parameters_of(request))
                     decoder = ReplyDecoder(redact=self._redact, described=response.described, sent=sent, warn=warn)
                     response.drop_head()
+                    stream = OpenAICompatibleStream(response.body, decoder)
+                    so_far = request.prefix
                     del request  # a prompt may be large, and a reply long
-                    yield OpenAICompatibleStream(response.body, decoder)
+                    yield ContinuedStream(stream, so_far) if so_far else stream
                     response.reusable = decoder.finished
                     return
                 reply = ErrorReply.from_body(await response.read_error_body())
@@ -195,6 +203,10 @@ class OpenAICompatibleClient:
             refused, dialect = dialect, dialect.learn(request, response.status, reply)
             if dialect == refused:
                 raise self._failure(response, reply, request)
+
+    def can_continue(self, text: str, options: Options = NO_OPTIONS) -> bool:
+        """See :class:`~service.models.client.ModelClient`. An echo of a short text could be a repetition."""
+        return self._continuation != "none" and options.text_format is None and is_long_enough(text)
 
     async def list_models(self) -> Sequence[ListedModel]:
         """See :class:`~service.models.client.ListsModels`."""

@@ -13,12 +13,14 @@ from stamina.instrumentation import RetryDetails
 
 from service.errors import ModelError
 from service.models.client import (
+    NO_OPTIONS,
     ListedModel,
     ListsModels,
     ModelClient,
     ModelEvent,
     ModelRequest,
     ModelStream,
+    Options,
     TakeEvents,
     Usage,
     total_usage,
@@ -60,6 +62,10 @@ class RetryingClient:
     def stream(self, request: ModelRequest) -> AbstractAsyncContextManager[ModelStream]:
         """See :class:`~service.models.client.ModelClient`."""
         return _RetriedStream(self._client, request, attempts=self._attempts)
+
+    def can_continue(self, text: str, options: Options = NO_OPTIONS) -> bool:
+        """See :class:`~service.models.client.ModelClient`."""
+        return self._client.can_continue(text, options)
 
     async def list_models(self) -> Sequence[ListedModel]:
         """The models that the wrapped client's server lists; none if it cannot. Asked once."""

@@ -8,6 +8,7 @@ The URL of the client describes the reply, so that tests, demos and benchmarks c
     scripted:?call=get_weather:{"city":"Oslo"}  a call; once its output is there, a text that quotes the output
     scripted:?text=Hello there.                 this text
     scripted:?refuse=text_format                a server that does not take this parameter
+    scripted:?continues=false                   a server that cannot go on with a reply that was cut
 
 If a JSON text is asked for, the reply is the simplest JSON that fits the schema. Other options have no effect.
 
@@ -30,6 +31,7 @@ from service.errors import ModelError, SettingsError
 from service.failure_codes import FailureCode
 from service.json_words import in_json_words
 from service.models.client import (
+    NO_OPTIONS,
     ArgumentsDelta,
     CallOpened,
     EncryptedReasoning,
@@ -39,6 +41,7 @@ from service.models.client import (
     FunctionCallOutput,
     ModelEvent,
     ModelRequest,
+    Options,
     PromptItem,
     Reasoning,
     ReasoningDelta,
@@ -93,6 +96,8 @@ class Script(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         fail_code: The code of the failure, one of the codes with which turns fail.
         silent_after: Send nothing more, for ever, after this number of tokens, reasoning included.
         ignore_close_s: Seconds that leaving the stream takes, even under cancellation: a hung close.
+        continues: Whether it goes on with a reply that was cut off. The rest is the same as without the cut, and all
+            counts are of the whole reply: a script that fails after 20 tokens fails there again.
     """
 
     tokens: _Count | None = None
@@ -109,6 +114,7 @@ class Script(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     fail_code: FailureCode = "upstream_error"
     silent_after: _Count | None = None
     ignore_close_s: _Seconds = 0
+    continues: bool = True
 
     @classmethod
     def from_url(cls, url: str, *, setting: str = "model_url") -> "Script":
@@ -191,6 +197,10 @@ class ScriptedClient:
                     await anyio.sleep_forever()
             self.streams_open -= 1
 
+    def can_continue(self, text: str, options: Options = NO_OPTIONS) -> bool:  # noqa: ARG002  any form can be continued
+        """See :class:`~service.models.client.ModelClient`."""
+        return self.script.continues and bool(text)
+
     async def aclose(self) -> None:
         """Do nothing: the client has no connections."""
 
@@ -219,7 +229,11 @@ class ScriptedStream:
             self._length = min(self._length, limit)
         self._stop = min(self._length, _or_inf(script.fail_after), _or_inf(script.silent_after))
         self._input_tokens = sum(len(it.text.split()) for it in request.prompt if not isinstance(it, Reasoning))
-        self._next = 0
+        self._input_tokens += len(request.prefix.split())
+        self._first = self._next = 0
+        self._rest = ""  # what is left of the first token
+        if request.prefix:
+            self._skip(request.prefix, text_length)
         self._start = anyio.current_time() + script.first_token_s
         self.usage: Usage | None = None
 
@@ -232,15 +246,34 @@ class ScriptedStream:
         while self._next < self._stop and len(events) < _BATCH_MAX and self._due(self._next) <= now:
             events.append(self._token(self._next))
             self._next += 1
-        if self._next == self._length:
+        if self._next >= self._length:
             events.append(self._finished())
         return events
 
     async def relay(self, take: TakeEvents) -> None:
         await relay_received(self, take)
 
+    def _skip(self, text: str, text_length: int) -> None:
+        """Begin after this text. Raises: ModelError."""
+        length = index = 0
+        while length < len(text) and index < text_length:
+            word = self._text(index)
+            if not (text.startswith(word, length) or word.startswith(text[length:])):
+                break
+            length += len(word)
+            index += 1
+        if length < len(text):
+            raise ModelError("upstream_rejected", "The scripted model would not have begun its reply with this text.")
+        self._first = self._next = self._reasoning + index
+        if length > len(text):  # the text so far ends in a token
+            self._first = self._next = self._next - 1
+            self._rest = self._text(index - 1)[len(text) - length :]
+
+    def _text(self, index: int) -> str:
+        return self._words[index] if self._words is not None else _numbered(index, self._script.token_bytes)
+
     def _due(self, index: int) -> float:
-        return self._start + (index / self._script.rate if self._script.rate else 0.0)
+        return self._start + ((index - self._first) / self._script.rate if self._script.rate else 0.0)
 
     async def _break_off(self) -> None:
         if self._script.fail_after == self._stop:
@@ -255,14 +288,15 @@ class ScriptedStream:
             return EncryptedReasoning("e" * (self._script.encrypted or 0))
         if index >= self._total - len(self._calls):
             return self._calls[index - self._total]
-        index -= self._reasoning
-        return TextDelta(self._words[index] if self._words is not None else _numbered(index, self._script.token_bytes))
+        if index == self._first and self._rest:
+            return TextDelta(self._rest)
+        return TextDelta(self._text(index - self._reasoning))
 
     def _finished(self) -> Finished:
         self.usage = Usage(
             input_tokens=self._input_tokens,
-            output_tokens=self._length,
-            reasoning_tokens=min(self._reasoning, self._length),
+            output_tokens=max(self._length - self._first, 0),
+            reasoning_tokens=min(self._reasoning, self._length) - min(self._reasoning, self._first),
         )
         reason: FinishReason = "tool_calls" if self._calls else "stop"
         reason = "length" if self._cut else self._script.finish or reason

@@ -13,7 +13,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from service.errors import ModelError
 from service.models import listed_models
-from service.models.client import ListedModel, ListsModels, ModelRequest
+from service.models.client import NO_OPTIONS, ListedModel, ListsModels, ModelRequest, Options
 from service.models.listed_models import MODELS_MAX, read_models
 from service.models.model_catalog import FRESH_S, RETRY_S, TIMEOUT_S, ModelCatalog
 from service.models.retrying import RetryingClient
@@ -201,6 +201,9 @@ class Lister:
         if self.failure is not None:
             raise self.failure
         return self.models
+
+    def can_continue(self, text: str, options: Options = NO_OPTIONS) -> bool:
+        return False
 
     @asynccontextmanager
     async def stream(self, request: ModelRequest) -> AsyncIterator[Any]:

@@ -10,7 +10,17 @@ import trio
 from trio.testing import MockClock
 
 from service.errors import ModelError
-from service.models.client import Finished, ModelEvent, ModelRequest, TakeEvents, TextDelta, Usage, relay_received
+from service.models.client import (
+    NO_OPTIONS,
+    Finished,
+    ModelEvent,
+    ModelRequest,
+    Options,
+    TakeEvents,
+    TextDelta,
+    Usage,
+    relay_received,
+)
 from service.models.openai_compatible import open_openai_compatible
 from service.models.retrying import RetryingClient
 from tests.models.replies import ask, asking, take
@@ -36,6 +46,9 @@ class FailingClient:
         self.open = 0
         self.closed = False
         self.usage: Usage | None = None
+
+    def can_continue(self, text: str, options: Options = NO_OPTIONS) -> bool:
+        return False
 
     @asynccontextmanager
     async def stream(self, request: ModelRequest) -> AsyncIterator["FailingClient"]:

@@ -240,6 +240,7 @@ def test_a_long_input_is_cut_between_words_or_at_least_between_characters() -> N
         ("scripted:?call=f&call=:{}", ":{}"),
         ("scripted:?call=a b", "a b"),
         ("scripted:?encrypted=0", "encrypted"),
+        ("scripted:?continues=maybe", "continues"),
     ],
 )
 def test_a_wrong_url_is_refused_by_name(url: str, named: str) -> None:
@@ -253,6 +254,7 @@ def test_every_parameter_can_be_set() -> None:
     url = (
         "scripted:?tokens=200&rate=50&first_token_s=0.2&token_bytes=8&reasoning=3&fail_after=100&fail_code=rate_limited"
         "&silent_after=150&ignore_close_s=1&encrypted=9&call=f&text=Hi&finish=length&refuse=seed"
+        "&continues=false"
     )
     assert set(Script.__struct_fields__) == {pair.partition("=")[0] for pair in url.partition("?")[2].split("&")}
     assert Script.from_url(url) == Script(
@@ -270,6 +272,7 @@ def test_every_parameter_can_be_set() -> None:
         text="Hi",
         finish="length",
         refuse=("seed",),
+        continues=False,
     )
 
 
@@ -326,3 +329,68 @@ async def test_a_parameter_that_the_script_refuses_is_named(autojump_clock: Mock
             await ask(client, request)
         assert (caught.value.code, caught.value.parameter) == ("parameter_refused", refused)
     assert client.streams_open == 0
+
+
+def after(text: str, *, max_output_tokens: int | None = None) -> ModelRequest:
+    """A request to go on after a text."""
+    return ModelRequest(model="m", prompt=(Message("user", "hello"),), max_output_tokens=max_output_tokens, prefix=text)
+
+
+CONTINUED = (
+    "tokens=12",
+    "tokens=12&token_bytes=5&reasoning=3",
+    "reasoning=2&encrypted=9",
+    urlencode({"text": "Hello  there,\n\n friend 👋.\n"}),
+    urlencode({"text": " Well.", "call": 'get:{"city":"Oslo"}', "finish": "length"}),
+)
+
+
+@pytest.mark.parametrize("query", CONTINUED)
+async def test_a_reply_that_is_cut_anywhere_goes_on_as_without_the_cut(autojump_clock: MockClock, query: str) -> None:
+    client = scripted(f"{query}&rate=0&first_token_s=0")
+    whole = await ask(client)
+    rest = [event for event in whole.events if isinstance(event, CallOpened | ArgumentsDelta)]
+    for cut in range(1, len(whole.text) + 1):
+        assert client.can_continue(whole.text[:cut])
+        reply = await ask(client, after(whole.text[:cut]))
+        assert whole.text[:cut] + reply.text == whole.text
+        assert reply.reasoning == "", "the text has begun, so the reasoning is over"
+        assert [event for event in reply.events if isinstance(event, CallOpened | ArgumentsDelta)] == rest
+        assert reply.finished.finish_reason == whole.finished.finish_reason
+
+
+async def test_a_reply_that_goes_on_counts_and_paces_what_is_new(autojump_clock: MockClock) -> None:
+    client = scripted("tokens=6&reasoning=2&rate=10&first_token_s=1")
+    start = trio.current_time()
+    reply = await ask(client, after("0 1 2 3 "))
+    assert reply.text == "4 5 "
+    assert trio.current_time() - start == pytest.approx(1.1)
+    assert reply.finished.usage == Usage(input_tokens=5, output_tokens=2, reasoning_tokens=0)
+    assert (await ask(client, after("0 1 2 "))).finished.usage == Usage(input_tokens=4, output_tokens=3)
+
+
+async def test_all_counts_of_a_script_are_of_the_whole_reply(autojump_clock: MockClock) -> None:
+    limited = await ask(scripted("tokens=10&reasoning=2"), after("0 1 ", max_output_tokens=5))
+    assert (limited.text, limited.finished.finish_reason) == ("2 ", "length")
+    beyond = await ask(scripted("tokens=10"), after("0 1 2 3 ", max_output_tokens=2))
+    assert (beyond.text, beyond.finished.finish_reason) == ("", "length")
+    came = Reply()
+    with pytest.raises(ModelError):
+        async with scripted("tokens=10&reasoning=1&fail_after=4").stream(after("0 1 ")) as stream:
+            await take(stream, came)
+    assert came.text == "2 "
+
+
+async def test_a_text_that_the_script_would_not_have_begun_with_is_refused(autojump_clock: MockClock) -> None:
+    client = scripted("tokens=3")
+    for text in ("0 2 ", "00", "0 1 2 3", "x"):
+        with pytest.raises(ModelError, match="would not have begun") as caught:
+            await ask(client, after(text))
+        assert (caught.value.code, caught.value.retryable) == ("upstream_rejected", False)
+    assert client.streams_open == 0
+
+
+def test_a_script_can_be_one_that_does_not_go_on() -> None:
+    assert scripted("tokens=3").can_continue("0 ")
+    assert not scripted("tokens=3").can_continue("")
+    assert not scripted("tokens=3&continues=false").can_continue("0 ")

@@ -11,7 +11,7 @@ from trio.testing import MockClock
 
 from service import supervisor
 from service.errors import ModelError, ShuttingDownError, StoreError
-from service.models.client import ModelEvent, ModelRequest, TakeEvents, TextDelta, relay_received
+from service.models.client import NO_OPTIONS, ModelEvent, ModelRequest, Options, TakeEvents, TextDelta, relay_received
 from service.sessions.commands import NewSession, NewTurn
 from service.sessions.events.outcome import Interrupted
 from service.sessions.turns.turn import Turn
@@ -37,6 +37,9 @@ class Model:
     def __init__(self) -> None:
         self.finish = trio.Event()
         self.on_leaving: Callable[[], Any] = trio.lowlevel.checkpoint
+
+    def can_continue(self, text: str, options: Options = NO_OPTIONS) -> bool:
+        return False
 
     @asynccontextmanager
     async def stream(self, request: ModelRequest) -> AsyncIterator["Model"]:

@@ -14,6 +14,7 @@ import trio
 from service.api.native.event_frames import decode_frame, encode_frame
 from service.errors import ModelError
 from service.models.client import (
+    NO_OPTIONS,
     ArgumentsDelta,
     CallOpened,
     EncryptedReasoning,
@@ -21,6 +22,7 @@ from service.models.client import (
     FinishReason,
     ModelEvent,
     ModelRequest,
+    Options,
     Progress,
     PromptItem,
     ReasoningDelta,
@@ -121,10 +123,15 @@ class Puppet:
         """What the upstream counts for a prompt that it refuses so."""
         self.asked: list[tuple[PromptItem, ...]] = []
         """Every prompt that the client got, refused or not."""
+        self.continues = False
+        """Whether the client goes on with a reply that was cut off."""
         self.hang_before_head = False
         self.close_s = 0.0
         """The time that leaving a reply takes, even if the leave is cancelled."""
         self._send, self._receive = trio.open_memory_channel[Reply](1000)
+
+    def can_continue(self, text: str, options: Options = NO_OPTIONS) -> bool:
+        return self.continues
 
     @asynccontextmanager
     async def stream(self, request: ModelRequest) -> AsyncIterator[Reply]:

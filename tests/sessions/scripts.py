@@ -9,9 +9,11 @@ import trio
 
 from service.errors import ModelError
 from service.models.client import (
+    NO_OPTIONS,
     Finished,
     ModelEvent,
     ModelRequest,
+    Options,
     PromptItem,
     TakeEvents,
     TextDelta,
@@ -62,6 +64,9 @@ class ScriptedReplies:
 
     def expect(self, key: str, session_id: str, script: Script) -> None:
         self.scripts[key] = (session_id, script)
+
+    def can_continue(self, text: str, options: Options = NO_OPTIONS) -> bool:
+        return False
 
     @asynccontextmanager
     async def stream(self, request: ModelRequest) -> AsyncIterator["_Reply"]:

@@ -500,6 +500,24 @@ def test_one_upstream_is_given_by_three_settings() -> None:
     assert settings.default_upstream == upstream
 
 
+def test_an_upstream_says_how_it_goes_on_with_a_reply() -> None:
+    assert read().default_upstream.continuation == "none"
+    one = read({"LASTCALL_MODEL_URL": "http://host/v1", "LASTCALL_MODEL": "m", "LASTCALL_MODEL_CONTINUATION": "Prefix"})
+    assert one.default_upstream.continuation == one.model_continuation == "prefix"
+    itself = "should be left out for a scripted: URL, which says it itself: scripted:?continues=false"
+    assert problems({"LASTCALL_MODEL_CONTINUATION": "prefix"}) == [f"model_continuation {itself}"]
+    file = TWO_UPSTREAMS.replace('["huge"]', '["huge"]\ncontinuation = "final_message"')
+    assert [it.continuation for it in read(file=file).upstreams] == ["none", "final_message"]
+    (line,) = problems({"LASTCALL_MODEL_CONTINUATION": "echo"}, file="")
+    assert line == "LASTCALL_MODEL_CONTINUATION: 'echo' should be 'none', 'trailing', 'prefix' or 'final_message'"
+    assert problems({"LASTCALL_MODEL_CONTINUATION": "prefix"}, file=TWO_UPSTREAMS) == [
+        "model_continuation should not be set together with upstreams"
+    ]
+    assert problems(file='[[upstreams]]\nname = "a"\nurl = "scripted:"\nmodels = ["m"]\ncontinuation = "prefix"') == [
+        f"upstreams[0].continuation {itself}"
+    ]
+
+
 def test_first_model_of_several_upstreams_is_the_default() -> None:
     assert read(file=TWO_UPSTREAMS).default_model == "small"
     settings = read({"LASTCALL_MODEL": "huge"}, file=TWO_UPSTREAMS)

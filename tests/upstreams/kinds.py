@@ -31,6 +31,8 @@ GGUF = "0.19.0"
 MLX_LM = "0.32.2"
 NODE_SERVERS = NodePackages(HERE / "node")
 GREETING, THOUGHT, ANSWER = "Good evening, dear guest!", "Be polite.", "There it is 4 °C."
+BEGUN, REST = "Welcome to you, my dear", " guest!"
+"""The text so far of a reply that no model begins so, and how a model of ours goes on after it."""
 CITIES = ("Oslo", "Rome")
 """The cities of the two calls of ``get_weather`` that a model makes where it is offered the function."""
 

@@ -20,9 +20,13 @@ from openai import AsyncOpenAI
 from openai.types.responses import Response
 
 from bench.server_process import Launch, open_server
+from service.models.client import Message, ModelRequest
+from service.models.continuation import Form
+from service.models.openai_compatible import open_openai_compatible
 from tests.clients.checking import FailedError, check
+from tests.models.replies import ask
 from tests.process.lastcall import SERVE
-from tests.upstreams.kinds import Kind, Running
+from tests.upstreams.kinds import BEGUN, REST, Kind, Running
 
 CAP_S = 60
 """Bounds each question."""
@@ -329,6 +333,18 @@ async def others(it: Setting) -> str:
     return "; ".join(f"`{name}`: {how}" for name, how in refused.items()) or "all taken"
 
 
+async def continuing(it: Setting) -> str:
+    """The ways in which the server can be asked to go on with a reply. All others begin anew, or are refused."""
+    request = ModelRequest(model=it.kind.model, prompt=(Message("user", "Good evening"),), prefix=BEGUN)
+    forms: tuple[Form, ...] = ("trailing", "prefix", "final_message")
+    understood = []
+    for form in forms:
+        async with open_openai_compatible(it.upstream.url, continuation=form) as client:
+            if (await ask(client, request)).text == REST:
+                understood.append(f"`{form}`")
+    return ", ".join(understood) or "no: it begins anew"
+
+
 async def unknown_model(it: Setting) -> str:
     await it.client.responses.create(model="no-such-model", input="Good evening")
     return "answers all the same"
@@ -390,6 +406,7 @@ ROWS: tuple[tuple[str, Callable[[Setting], Awaitable[str]]], ...] = (
     ("`reasoning.effort`", effort),
     ("`max_output_tokens`", limit),
     ("sampling, penalties, `verbosity`, `seed`, `stop`", others),
+    ("goes on with a reply, `continuation`", continuing),
     ("a model that it does not have", unknown_model),
     (f"an input of {len(LONG):,} bytes".replace(",", " "), too_long),
     ("the server is killed in mid-reply", dies),

@@ -86,6 +86,8 @@ class Vocabulary:
         for byte in range(256):
             self.follows += [(3 + byte, 3 + ord(char), LIKELY * by) for char, by in closing.items()]
         self.follows.append((3 + ord("}"), self.end, LIKELY * 2))
+        # A text that a request brings is read letter by letter: after "dear" a greeting goes on.
+        self.follows.append((3 + ord("r"), self.texts.index(" guest!"), SURE))
 
     def _add_second_call(self) -> None:
         """After the first call the second one follows, and after that the end: each weight outdoes those before it."""

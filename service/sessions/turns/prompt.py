@@ -79,16 +79,18 @@ def prompt_of(
     bytes_max: int,
     older: LeftOut = NOTHING,
     learns: bool = True,
+    prefix: str = "",
 ) -> Steps[Prompt]:
-    """The items to send for the last turn of ``path`` (root first), which has no reply yet.
+    """The items to send for the last turn of ``path`` (root first), which has no reply yet, or one that is cut off.
 
     Args:
         bytes_max: Bounds the UTF-8 bytes of all texts, with :data:`TURN_BYTES` for each turn: whole turns are left out,
             oldest first, but never the last one with an input, nor the turn whose calls this one answers.
         older: The size of the turns before ``path``, which are left out in any case.
         learns: Whether the prompts of earlier turns that were too long make this one shorter.
+        prefix: The text so far of a reply that is to be continued. It is sent after these items, never left out.
     """
-    room = bytes_max - len((system_message or "").encode())
+    room = bytes_max - len((system_message or "").encode()) - len(prefix.encode())
     brought: list[LeftOut] = []
     sizes: list[int] = []
     for turn in path:
@@ -185,6 +187,7 @@ def shortened(
     system_message: str | None,
     max_output_tokens: int | None,
     older: LeftOut = NOTHING,
+    prefix: str = "",
 ) -> Steps[Prompt | None]:
     """The shorter prompt to try after a ``context_too_long``; None if no further turn can be left out.
 
@@ -193,14 +196,14 @@ def shortened(
     the server takes.
     """
     answer = max_output_tokens or 0
-    refused_bytes = yield from size_of(refused)
+    refused_bytes = (yield from size_of(refused)) + len(prefix.encode())
     keep = refused_bytes // 2
     if refusal.tokens_max is not None and refusal.tokens is not None:
         fits = max(refusal.tokens_max - answer, 0) / max(refusal.tokens - answer, 1)
         keep = int(refused_bytes * min(fits, 1) * _ROOM_FOR_ERROR)
     elif refusal.tokens_max is not None:
         keep = min(keep, refusal.tokens_max * _TOKEN_BYTES)
-    shorter = yield from prompt_of(path, system_message=system_message, bytes_max=keep, older=older)
+    shorter = yield from prompt_of(path, system_message=system_message, bytes_max=keep, older=older, prefix=prefix)
     return None if shorter.left_out == refused.left_out else shorter
 
 

@@ -149,6 +149,14 @@ def test_the_oldest_turns_are_left_out_whole_and_without_holes() -> None:
     assert _said(*path, bytes_max=room, system_message=full) == [f"s: {full}", "u: now"]
 
 
+def test_the_text_so_far_of_a_reply_that_goes_on_counts_and_is_never_left_out() -> None:
+    path = [_ended("completed", "1", "1"), _ended("completed", "2", "2"), LAST]
+    room = 50 + 3 * TURN_BYTES
+    for prefix, items in (("ä" * 10, 5), ("ä" * (TURN_BYTES // 2), 3), ("ä" * room, 1)):
+        prompt = build_prompt(path, system_message=None, bytes_max=room, prefix=prefix)
+        assert len(prompt.items) == items, "in UTF-8 each letter has two bytes"
+
+
 @given(paths(), systems, st.integers(0, 1500) | st.just(EVERYTHING))
 def test_roles_alternate_on_every_path(path: list[TurnRecord], system_message: str | None, bytes_max: int) -> None:
     prompt = build_prompt(path, system_message=system_message, bytes_max=bytes_max).items
@@ -298,6 +306,18 @@ def test_without_numbers_half_of_a_prompt_that_was_too_long_is_tried() -> None:
     assert _kept(_shortened(*LONG)) == 3
     assert _kept(_shortened(*LONG, tokens_max=512)) == 3
     assert _kept(_shortened(*LONG, tokens_max=240)) == 2, "three bytes a token"
+
+
+def test_the_text_so_far_is_a_part_of_the_prompt_that_was_too_long() -> None:
+    path, refusal = [*LONG, LAST], ModelError("context_too_long", "no", tokens=1000, tokens_max=900)
+    refused = build_prompt(path, system_message="S", bytes_max=EVERYTHING)
+    kept = []
+    for prefix in ("", "x" * 4000):
+        steps = shortened(refused, refusal, path, system_message="S", max_output_tokens=None, prefix=prefix)
+        shorter = at_once(steps)
+        assert shorter is not None
+        kept.append(_kept(_in_short(shorter.items)))
+    assert kept == [6, 2], "a fifth less of all, the text included, leaves less of the conversation"
 
 
 def test_with_numbers_as_much_is_tried_as_fits_by_them() -> None:
