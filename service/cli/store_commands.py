@@ -14,7 +14,7 @@ from service.cli.session_export import ExportedSession, not_exported, owned_by, 
 from service.clock import wall_clock
 from service.errors import RefusedError, SessionExistsError, SessionNotFoundError, StartupError
 from service.ids import is_owner_name
-from service.settings import Settings, checked_schema_name, checked_store_url, shown_store_url
+from service.settings import Settings, checked_schema_name, checked_store_url, missing_driver, shown_store_url
 
 if TYPE_CHECKING:  # only these commands need SQLite
     from service.storage.sqlite.database import BackupProgress
@@ -50,12 +50,14 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
             type=_schema_name,
             help=f"the schema of {what}, in place of store_schema",
         )
+    commands.add_parser("migrate", parents=[_store_option(file_only=False)], help="bring the schema of the store up")
     add("vacuum", help="give the space of removed data back to the disk, in short steps")
 
 
-def _store_option() -> argparse.ArgumentParser:
+def _store_option(*, file_only: bool = True) -> argparse.ArgumentParser:
+    kinds = "sqlite:path" if file_only else "sqlite:path or postgresql://…"
     option = argparse.ArgumentParser(add_help=False)
-    option.add_argument("--store", metavar="URL", help="sqlite:path, in place of the setting store_url")
+    option.add_argument("--store", metavar="URL", help=f"{kinds}, in place of the setting store_url")
     return option
 
 
@@ -65,10 +67,9 @@ def run_store_command(settings: Settings, arguments: argparse.Namespace) -> int:
     Raises:
         StartupError: The store does not exist or cannot be used, or the given file cannot be used.
     """
-    if arguments.command != "copy":
-        _check_is_file(settings)
+    run = {"copy": _run_copy, "migrate": _run_migrate}.get(arguments.command, _run_on_file)
     try:
-        done, code = (_run_copy if arguments.command == "copy" else _run)(settings, arguments)
+        done, code = run(settings, arguments)
     except RefusedError as error:
         sys.stderr.write(f"lastcall: {error}\n")
         return FAILED
@@ -76,12 +77,17 @@ def run_store_command(settings: Settings, arguments: argparse.Namespace) -> int:
     return code
 
 
-def _check_is_file(settings: Settings) -> None:
-    """Raises: StartupError: The store of the settings is not the file of a SQLite store."""
+def _check_is_kept(settings: Settings) -> None:
+    """Raises: StartupError: The store of the settings keeps nothing."""
     if not settings.store_capabilities.durable:
         raise StartupError(
             f"store_url is {settings.store_url}, where nothing is kept; name the store with --store sqlite:path."
         )
+
+
+def _check_is_file(settings: Settings) -> None:
+    """Raises: StartupError: The store of the settings is not the file of a SQLite store."""
+    _check_is_kept(settings)
     if settings.store_scheme != "sqlite":
         raise StartupError(
             f"store_url is {shown_store_url(settings.store_url)}, and this command is for the file of a SQLite store; "
@@ -103,6 +109,24 @@ def _run_copy(settings: Settings, arguments: argparse.Namespace) -> tuple[str, i
     return f"{name} has {told(contents)}, as its source", 0
 
 
+def _run_migrate(settings: Settings, _: argparse.Namespace) -> tuple[str, int]:
+    """Bring the schema up. Returns the text for standard output, and the exit code."""
+    _check_is_kept(settings)
+    if settings.store_scheme == "sqlite":
+        from service.storage.sqlite import maintenance, open_files  # noqa: PLC0415  only this kind needs SQLite
+
+        path = open_files.real_path(settings.store_url.removeprefix("sqlite:"))
+        name, (before, version) = str(path), maintenance.bring_up(path)
+    else:
+        try:
+            from service.storage.postgres.whole_store import bring_up  # noqa: PLC0415  only this kind needs psycopg
+        except ModuleNotFoundError as error:
+            raise missing_driver(settings.store_url) from error
+        name, before, version = bring_up(settings.store_url, schema_name=settings.store_schema)
+    was = "as before" if before == version else f"before {before}" if before else "newly made"
+    return f"{name} has schema version {version}, {was}", 0
+
+
 def _store_url(text: str) -> str:
     """Raises: ArgumentTypeError: This is not the URL of a store."""
     try:
@@ -119,8 +143,9 @@ def _schema_name(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _run(settings: Settings, arguments: argparse.Namespace) -> tuple[str, int]:
-    """Run a command. Returns the text for standard output, and the exit code."""
+def _run_on_file(settings: Settings, arguments: argparse.Namespace) -> tuple[str, int]:
+    """Run a command for a SQLite store. Returns the text for standard output, and the exit code."""
+    _check_is_file(settings)
     from service.cli import exported_events, import_bounds  # noqa: PLC0415  only these commands need SQLite, the API
     from service.storage.sqlite import maintenance, open_files  # noqa: PLC0415
 

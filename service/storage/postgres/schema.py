@@ -5,16 +5,29 @@ texts have no NUL. Ids sort by their bytes, as in the other stores.
 
 No table refers to another one by a foreign key: each check would take a lock and a search, and a step that removes a
 row removes what belongs to it in the same transaction.
+
+Processes of the version before go on beside a schema that was brought up, and may even start: a script only adds
+(docs/cluster.md, "Versions side by side").
 """
 
+import time
 from secrets import token_bytes
+from typing import NamedTuple
 
 import psycopg
+import structlog
 
 from service.errors import StartupError
 
+logger = structlog.get_logger("lastcall.store")
+
 SECRET_BYTES = 32
 SERVER_VERSION_MIN = 140000
+WAIT_MAX_S = 600.0
+"""How long a start waits for another process that brings the tables up, or for those that hold one of them."""
+TABLE_LOCK_S = 2.0
+"""How long a script waits for a table, because all others that need the table wait behind it meanwhile."""
+_PAUSE_S = 1.0
 
 VERSION_1 = """
 CREATE TABLE {s}.store (
@@ -171,10 +184,20 @@ CREATE INDEX idempotency_keys_by_session ON {s}.idempotency_keys (session, turn)
 CREATE INDEX idempotency_keys_by_end ON {s}.idempotency_keys (gone_at) WHERE session IS NULL;
 """
 
-SCRIPTS = (VERSION_1,)
+VERSION_2 = """
+-- The version of the oldest schema whose code works with these tables.
+ALTER TABLE {s}.store ADD COLUMN oldest int NOT NULL DEFAULT 1;
+"""
+
+SCRIPTS = (VERSION_1, VERSION_2)
 """Each script takes the schema one version further. A released script never changes; new scripts are added."""
+OLDEST = 1
+"""The version of the schema whose code still works with these tables. A script that takes something away raises it."""
 
 _LOCK = "SELECT pg_advisory_xact_lock(hashtextextended('lastcall ' || %s, 0))"
+_TRY_LOCK = _LOCK.replace("pg_advisory", "pg_try_advisory")
+# The tables of version 1 have no column for the oldest version.
+_FIND = "SELECT version, coalesce((to_jsonb(it) ->> 'oldest')::int, 1), secret FROM {s}.store AS it"
 # Not by to_regclass(): within a transaction it may not see what another one has committed meanwhile.
 _MADE = (
     "SELECT true FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace "
@@ -183,14 +206,40 @@ _MADE = (
 _HAS_SCHEMA = "SELECT true FROM pg_namespace WHERE nspname = %s"
 
 
-def prepare(connection: "psycopg.Connection[tuple[object, ...]]", schema: str, *, place: str) -> bytes:
+class Prepared(NamedTuple):
+    """The tables as they are now.
+
+    Attributes:
+        secret: The secret of the processes that share the store.
+        version: The version of the tables.
+        before: Their version before; 0 if there were none.
+    """
+
+    secret: bytes
+    version: int
+    before: int
+
+
+class _Found(NamedTuple):
+    version: int
+    oldest: int
+    secret: bytes
+
+
+class _BusyError(Exception):
+    """Another process has what the change needs."""
+
+
+_NONE = _Found(0, 0, b"")
+
+
+def prepare(
+    connection: "psycopg.Connection[tuple[object, ...]]", schema: str, *, place: str, wait_max_s: float = WAIT_MAX_S
+) -> Prepared:
     """Bring the tables to this version. Of several processes at once one does it, and the others wait.
 
-    Returns:
-        The secret of the processes that share the store.
-
     Raises:
-        StartupError: The server or the tables are of a version that this service does not know.
+        StartupError: The server or the tables are of a version that this service does not know, or the wait was over.
     """
     if connection.info.server_version < SERVER_VERSION_MIN:
         raise StartupError(
@@ -200,50 +249,97 @@ def prepare(connection: "psycopg.Connection[tuple[object, ...]]", schema: str, *
     encoding = connection.info.parameter_status("server_encoding")
     if encoding != "UTF8":
         raise StartupError(f"The encoding of {place} is {encoding}; make a database with the encoding UTF8.")
-    with connection.transaction():
-        return _prepare(connection, schema, place)
+    deadline = time.monotonic() + wait_max_s
+    waits = False
+    while True:
+        found = _found(connection, schema)
+        _check_is_known(found, schema, place)
+        if found.version >= len(SCRIPTS):
+            return Prepared(found.secret, found.version, found.version)
+        try:
+            with connection.transaction():
+                return _bring_up(connection, schema, found.version, deadline=deadline if waits else None)
+        except _BusyError:
+            pass
+        except psycopg.errors.LockNotAvailable:
+            time.sleep(min(_PAUSE_S, max(deadline - time.monotonic(), 0)))  # those that wait behind go on meanwhile
+        if time.monotonic() >= deadline:
+            raise StartupError(
+                f"The schema {schema} of {place} could not be brought up within {wait_max_s:g} s: another process "
+                "changes its tables, or holds one of them. See pg_stat_activity, and try again."
+            )
+        if not waits:
+            logger.info("the tables are to be brought up: waiting for the processes that use them", store=place)
+        waits = True
 
 
-def _prepare(connection: "psycopg.Connection[tuple[object, ...]]", schema: str, place: str) -> bytes:
-    version, secret = _found(connection, schema)
-    if version < len(SCRIPTS):
-        connection.execute(_LOCK, (schema,))
-        version, secret = _found(connection, schema)  # another process may have done it meanwhile
-    if version > len(SCRIPTS):
-        raise StartupError(
-            f"The schema {schema} of {place} was made by a later version of Lastcall (its version is {version}, and "
-            f"this one knows {len(SCRIPTS)}); run that version."
-        )
-    if version == len(SCRIPTS):
-        return secret
+def _bring_up(
+    connection: "psycopg.Connection[tuple[object, ...]]", schema: str, before: int, *, deadline: float | None
+) -> Prepared:
+    """Change the tables, in a transaction.
+
+    Args:
+        deadline: Until when this waits for another process that changes them; with None not at all.
+
+    Raises:
+        _BusyError
+        psycopg.errors.LockNotAvailable
+    """
+    connection.execute(b"SET LOCAL statement_timeout = 0; SET LOCAL idle_in_transaction_session_timeout = 0")
+    if deadline is None:
+        if connection.execute(_TRY_LOCK.encode(), (schema,)).fetchone() != (True,):
+            raise _BusyError
+    else:
+        _bound_locks(connection, max(deadline - time.monotonic(), 0.001))
+        connection.execute(_LOCK.encode(), (schema,))
+    if (found := _found(connection, schema)).version != before:
+        raise _BusyError  # another process has done it meanwhile, and what it did is not checked yet
+    _bound_locks(connection, TABLE_LOCK_S)
     if connection.execute(_HAS_SCHEMA, (schema,)).fetchone() is None:
         connection.execute(f"CREATE SCHEMA {quoted(schema)}".encode())
-    for script in SCRIPTS[version:]:
+    for script in SCRIPTS[before:]:
         connection.execute(script.replace("{s}", quoted(schema)).encode())
-    if not version:
+    secret = found.secret
+    if not before:
         secret = token_bytes(SECRET_BYTES)
         insert = f"INSERT INTO {quoted(schema)}.store (version, secret) VALUES (%s, %s)".encode()
         connection.execute(insert, (len(SCRIPTS), secret))
     else:
-        connection.execute(f"UPDATE {quoted(schema)}.store SET version = %s".encode(), (len(SCRIPTS),))
-    return secret
+        logger.info("the tables are brought up", schema=schema, version=len(SCRIPTS), before=before)
+    values = (len(SCRIPTS), OLDEST)
+    connection.execute(f"UPDATE {quoted(schema)}.store SET version = %s, oldest = %s".encode(), values)
+    return Prepared(secret, len(SCRIPTS), before)
 
 
-def _found(connection: "psycopg.Connection[tuple[object, ...]]", schema: str) -> tuple[int, bytes]:
-    """The version of the tables and the secret; version 0 if there are none."""
+def _bound_locks(connection: "psycopg.Connection[tuple[object, ...]]", seconds: float) -> None:
+    connection.execute(f"SET LOCAL lock_timeout = '{max(int(seconds * 1000), 1)}ms'".encode())
+
+
+def _check_is_known(found: _Found, schema: str, place: str) -> None:
+    """Raises: StartupError: This code is too old for the tables."""
+    if found.version > len(SCRIPTS) and found.oldest > len(SCRIPTS):
+        raise StartupError(
+            f"The schema {schema} of {place} was made by a later version of Lastcall: it has version {found.version}, "
+            f"which works with code that knows version {found.oldest} or a later one, and this code knows "
+            f"{len(SCRIPTS)}. Run a later version."
+        )
+
+
+def _found(connection: "psycopg.Connection[tuple[object, ...]]", schema: str) -> _Found:
     if connection.execute(_MADE, (schema,)).fetchone() is None:
-        return 0, b""
-    row = connection.execute(f"SELECT version, secret FROM {quoted(schema)}.store".encode()).fetchone()
+        return _NONE
+    row = connection.execute(_FIND.replace("{s}", quoted(schema)).encode()).fetchone()
     assert row is not None, "the table has one row"
-    version, secret = row
+    version, oldest, secret = row
     assert isinstance(version, int)
+    assert isinstance(oldest, int)
     assert isinstance(secret, bytes)
-    return version, secret
+    return _Found(version, oldest, secret)
 
 
 def has_tables(connection: "psycopg.Connection[tuple[object, ...]]", schema: str) -> bool:
     """Whether there is a store in a schema."""
-    return _found(connection, schema)[0] > 0
+    return _found(connection, schema).version > 0
 
 
 def quoted(schema: str) -> str:

@@ -196,7 +196,7 @@ class PostgresStore:
         """Connect, prepare the tables and become an owner. Raises: StartupError."""
         connection = connect_first(self._url, place=self.name)
         try:
-            self.peer_secret = schema.prepare(connection, self._schema, place=self.name)
+            self.peer_secret = schema.prepare(connection, self._schema, place=self.name).secret
             db = Db(connection, self._schema)
             db.begin(None)
             with connection.transaction():

@@ -76,6 +76,26 @@ def open_whole_store(url: str, *, schema_name: str, now: datetime, makes: bool) 
         connection.close()
 
 
+def bring_up(url: str, *, schema_name: str) -> tuple[str, int, int]:
+    """Bring the tables of a store up, and make them if there are none.
+
+    Returns:
+        The name of the store, and the version of its tables before and now.
+
+    Raises:
+        StartupError: The database cannot be used, or its tables are of a version that this code does not know.
+    """
+    name = f"{shown_store_url(url)} (schema {schema_name})"
+    connection = connect_first(url, place=name)
+    try:
+        prepared = schema.prepare(connection, schema_name, place=name)
+    except psycopg.Error as error:
+        raise startup_error(name, error) from None
+    finally:
+        connection.close()
+    return name, prepared.before, prepared.version
+
+
 class WholePostgresStore:
     """Meets :class:`service.storage.whole_store.WholeStore`. Made by :func:`open_whole_store`."""
 

@@ -301,6 +301,30 @@ def make_store(path: Path) -> None:
         files.close()
 
 
+def bring_up(path: Path) -> tuple[int, int]:
+    """Bring the schema of a store up, and make a store if there is none. Returns its version before and now.
+
+    Raises:
+        StartupError: The file is not a store's, or a service of an older version uses it.
+    """
+    is_there = path.exists() and path.stat().st_size > 0
+    make_store(path)
+    files = OpenFiles(path)
+    ownership = Ownership(path.with_name(f"{path.name}-owners"))
+    try:
+        files.refuse_others()
+        ownership.open()  # which tells whether another process uses the file
+        with closing(database.connect(path)) as db:
+            before = database.version_of(db, path) if is_there else 0
+            database.prepare(db, path, ownership=ownership)
+            return before, database.version_of(db, path)
+    except (apsw.Error, OSError) as error:
+        raise database.startup_error(path, error) from error
+    finally:
+        ownership.close()
+        files.close()
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[apsw.Connection]:
     """A connection to an existing store file with the newest schema."""

@@ -1,8 +1,11 @@
 """The start of a PostgreSQL store: the tables are made once, and what stands against it is said in words."""
 
 import sys
+from functools import partial
 
+import psycopg
 import pytest
+import structlog
 import trio
 
 from service.errors import StartupError
@@ -10,11 +13,12 @@ from service.settings import Settings
 from service.storage.postgres import open_postgres_store, schema
 from service.supervisor import open_service
 from tests.postgres_server import PASSWORD, PostgresServer
+from tests.storage.postgres.locks import until_something_waits
 from tests.storage.rows import T0, a_session
 
 
-async def _open_once(url: str, *, schema_name: str = "never") -> None:
-    async with open_postgres_store(url, schema_name=schema_name):
+async def _open_once(url: str, *, schema_name: str = "never", close_timeout_s: float = 5) -> None:
+    async with open_postgres_store(url, schema_name=schema_name, close_timeout_s=close_timeout_s):
         pass
 
 
@@ -120,23 +124,90 @@ async def test_a_database_without_unicode_is_refused(postgres: PostgresServer) -
     assert "make a database with the encoding UTF8" in await _refusal(postgres.url_of("lastcall", "latin"))
 
 
-async def test_tables_of_a_later_version_are_refused(postgres: PostgresServer) -> None:
+async def test_tables_of_a_later_version_that_needs_later_code_are_refused(postgres: PostgresServer) -> None:
     with postgres.new_schema() as name:
         await _open_once(postgres.url, schema_name=name)
-        postgres.run(f"UPDATE {name}.store SET version = version + 1")
-        assert "was made by a later version of Lastcall" in await _refusal(postgres.url, schema_name=name)
+        known = len(schema.SCRIPTS)
+        postgres.run(f"UPDATE {name}.store SET version = {known + 3}, oldest = {known + 1}")
+        refusal = await _refusal(postgres.url, schema_name=name)
+        assert f"it has version {known + 3}, which works with code that knows version {known + 1} or a later" in refusal
+        assert "Run a later version." in refusal
+
+
+async def test_tables_of_a_later_version_that_work_with_this_code_are_used_and_stay(postgres: PostgresServer) -> None:
+    with postgres.new_schema() as name:
+        await _open_once(postgres.url, schema_name=name)
+        later = (len(schema.SCRIPTS) + 1, len(schema.SCRIPTS))
+        postgres.run(f"UPDATE {name}.store SET version = {later[0]}, oldest = {later[1]}")
+        await _open_once(postgres.url, schema_name=name)
+        assert postgres.run(f"SELECT version, oldest FROM {name}.store") == [later]
 
 
 async def test_a_migration_that_fails_leaves_nothing(postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = len(schema.SCRIPTS)
     with postgres.new_schema() as name:
         await _open_once(postgres.url, schema_name=name)
         scripts = (*schema.SCRIPTS, "CREATE TABLE {s}.new (key int); SELECT 1 / 0")
         monkeypatch.setattr(schema, "SCRIPTS", scripts)
         assert "division by zero" in await _refusal(postgres.url, schema_name=name)
-        assert postgres.run(f"SELECT to_regclass('{name}.new'), version FROM {name}.store") == [(None, 1)]
+        assert postgres.run(f"SELECT to_regclass('{name}.new'), version FROM {name}.store") == [(None, known)]
         monkeypatch.setattr(schema, "SCRIPTS", (*schema.SCRIPTS[:-1], "CREATE TABLE {s}.new (key int)"))
         await _open_once(postgres.url, schema_name=name)
-        assert postgres.run(f"SELECT version FROM {name}.store") == [(2,)]
+        assert postgres.run(f"SELECT version FROM {name}.store") == [(known + 1,)]
+
+
+async def test_a_start_waits_for_the_process_that_brings_the_tables_up_and_says_so(
+    postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with postgres.new_schema() as name, trio.fail_after(60), structlog.testing.capture_logs() as logged:
+        await _open_once(postgres.url, schema_name=name)
+        monkeypatch.setattr(schema, "SCRIPTS", (*schema.SCRIPTS, "ALTER TABLE {s}.turns ADD COLUMN another int"))
+        opened = trio.Event()
+
+        async def open_one() -> None:
+            await _open_once(postgres.url, schema_name=name)
+            opened.set()
+
+        async with trio.open_nursery() as nursery:
+            with psycopg.connect(postgres.url) as other:
+                other.execute(schema._LOCK.encode(), (name,))
+                nursery.start_soon(open_one)
+                await until_something_waits(postgres)
+                assert not opened.is_set()
+    assert opened.is_set()
+    assert [it["event"] for it in logged if it["log_level"] == "info"] == [
+        "the tables are to be brought up: waiting for the processes that use them",
+        "the tables are brought up",
+    ]
+
+
+@pytest.mark.parametrize("held", ["the lock", "a table"])
+def test_the_wait_for_others_has_a_bound(postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch, held: str) -> None:
+    monkeypatch.setattr(schema, "TABLE_LOCK_S", 0.05)
+    monkeypatch.setattr(schema, "_PAUSE_S", 0.01)
+    with postgres.new_schema() as name, psycopg.connect(postgres.url, autocommit=True) as connection:
+        schema.prepare(connection, name, place="here")
+        monkeypatch.setattr(schema, "SCRIPTS", (*schema.SCRIPTS, "ALTER TABLE {s}.turns ADD COLUMN another int"))
+        with psycopg.connect(postgres.url) as other:
+            if held == "the lock":
+                other.execute(schema._LOCK.encode(), (name,))
+            else:
+                other.execute(f"SELECT FROM {name}.turns".encode())
+            with pytest.raises(StartupError, match=r"could not be brought up within 0\.3 s: another process changes"):
+                schema.prepare(connection, name, place="here", wait_max_s=0.3)
+        assert schema.prepare(connection, name, place="here", wait_max_s=0).before == len(schema.SCRIPTS) - 1
+
+
+async def test_a_start_that_waits_can_be_cancelled(postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    with postgres.new_schema() as name, psycopg.connect(postgres.url) as other, trio.fail_after(30):
+        await _open_once(postgres.url, schema_name=name)
+        monkeypatch.setattr(schema, "SCRIPTS", (*schema.SCRIPTS, "ALTER TABLE {s}.turns ADD COLUMN another int"))
+        other.execute(schema._LOCK.encode(), (name,))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(_open_once, postgres.url, schema_name=name, close_timeout_s=0.1))
+            await until_something_waits(postgres)
+            nursery.cancel_scope.cancel()
+        other.rollback()
 
 
 async def test_without_the_driver_the_service_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
