@@ -58,7 +58,7 @@ PYDANTIC_AI = "2.68.0"
 TSC = (
     *(NODE, "node_modules/.bin/tsc", "--strict", "--skipLibCheck"),
     *("--target", "es2022", "--lib", "es2022,dom,dom.asynciterable"),
-    *("--module", "nodenext", "--outDir", ".", "generated_client.ts"),
+    *("--module", "nodenext", "--outDir", "."),
 )
 TOKENS = 20
 PLAIN = ("token ",) * TOKENS
@@ -202,7 +202,7 @@ async def openapi_typescript(around: Surroundings) -> str:
         url = f"http://127.0.0.1:{port}"
         for command in (
             [NODE, "node_modules/.bin/openapi-typescript", f"{url}/openapi.json", "-o", "schema.d.ts"],
-            TSC,
+            [*TSC, "generated_client.ts"],
         ):
             done = await trio.run_process(
                 command, cwd=around.node, capture_stdout=True, stderr=subprocess.STDOUT, check=False
@@ -222,6 +222,14 @@ async def openapi_typescript(around: Surroundings) -> str:
         check(set(seen.pop("called")) == every, f"these were not called: {every}")
         check(seen == GENERATED, f"it saw {seen}")
         return f"compiled strictly, {len(every)} operations called, three streams read to the end"
+
+
+async def own_types(around: Surroundings) -> str:
+    """The types of the client in clients/js fit a program that uses it, and refuse its mistakes."""
+    command = [*TSC, "--noEmit", "typed_calls.ts"]
+    done = await trio.run_process(command, cwd=around.node, capture_stdout=True, stderr=subprocess.STDOUT, check=False)
+    check(done.returncode == 0, done.stdout.decode()[-1500:])
+    return "compiled strictly"
 
 
 async def openapi_python_client(around: Surroundings) -> str:
@@ -395,6 +403,7 @@ CHECKS: Checks = (
     eventsource,
     httpx_sse,
     openapi_typescript,
+    own_types,
     openapi_python_client,
     express_with_compression,
     nginx_without_keys,

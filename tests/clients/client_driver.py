@@ -2,10 +2,12 @@
 
 A step is ``{"do": "stream", "args": ["me", "Hi"], "options": {…}, "as": "first"}``: a call of the client. A text
 ``$first.id`` in ``args`` stands for that field of an earlier result. ``leave_after`` leaves a stream after so many
-events, ``abort_after`` cancels the reader then, ``cancel_after`` the turn.
+events, ``abort_after`` cancels the reader then, ``cancel_after`` the turn. ``split`` and ``block_ms``
+are for JavaScript.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import anyio
@@ -13,20 +15,51 @@ import httpx
 
 from clients.python.lastcall_client import Bounds, Client, Event, LastcallError, Pages, TurnStream, Waiting
 
+Results = Sequence[Mapping[str, Any]]
+"""The result of each step."""
 
-async def do_steps(
-    url: str, steps: Sequence[Mapping[str, Any]], bounds: Mapping[str, Any], options: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """Do these steps one after the other, and return the result of each."""
+
+@dataclass(frozen=True)
+class Job:
+    """Steps that are done one after the other, by a client with these bounds and options."""
+
+    url: str
+    steps: Sequence[Mapping[str, Any]]
+    bounds: Mapping[str, Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """The job for the driver in JavaScript."""
+        return asdict(self)
+
+
+async def do_jobs(jobs: Sequence[Job]) -> Sequence[Results]:
+    """Do jobs at the same time, and return the results of each."""
+    results: dict[int, Results] = {}
+
+    async def run(number: int, job: Job) -> None:
+        try:
+            results[number] = await _do_steps(job)
+        except Exception as error:
+            error.add_note(f"the job: {job}")
+            raise
+
+    async with anyio.create_task_group() as group:
+        for number, job in enumerate(jobs):
+            group.start_soon(run, number, job)
+    return [results[number] for number in range(len(jobs))]
+
+
+async def _do_steps(job: Job) -> Results:
     waits: list[Waiting] = []
     results: list[dict[str, Any]] = []
     kept: dict[str, Any] = {}
     # Without certificates, which take most of the time that a client takes to be made.
     async with (
         httpx.AsyncClient(verify=False, limits=httpx.Limits(max_connections=None)) as http,
-        Client(url, bounds=Bounds(**bounds), on_wait=waits.append, http=http, **options) as client,
+        Client(job.url, bounds=Bounds(**job.bounds), on_wait=waits.append, http=http, **job.options) as client,
     ):
-        for step in steps:
+        for step in job.steps:
             waits.clear()
             result = await _do(client, step, kept)
             result["waits"] = [[it.delay_s, it.error.code] for it in waits]

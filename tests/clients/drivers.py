@@ -1,29 +1,40 @@
 """What does steps with a client in ``clients/``: see ``client_driver.py``."""
 
+import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
+from subprocess import STDOUT
 
 import anyio
 import trio
 
-from tests.clients.client_driver import do_steps
+from tests.clients.client_driver import Job, Results, do_jobs
+from tests.node import NODE
 
-Steps = Sequence[Mapping[str, Any]]
-Results = Sequence[Mapping[str, Any]]
-Drive = Callable[[str, Steps, Mapping[str, Any], Mapping[str, Any]], Awaitable[Results]]
-
-
-async def on_trio(url: str, steps: Steps, bounds: Mapping[str, Any], options: Mapping[str, Any]) -> Results:
-    return await do_steps(url, steps, bounds, options)
+Drive = Callable[[Sequence[Job]], Awaitable[Sequence[Results]]]
+"""Does jobs at the same time, each with a client of its own."""
 
 
-async def on_asyncio(url: str, steps: Steps, bounds: Mapping[str, Any], options: Mapping[str, Any]) -> Results:
-    run = partial(anyio.run, do_steps, url, steps, bounds, options, backend="asyncio")
+async def on_trio(jobs: Sequence[Job]) -> Sequence[Results]:
+    return await do_jobs(jobs)
+
+
+async def on_asyncio(jobs: Sequence[Job]) -> Sequence[Results]:
+    run = partial(anyio.run, do_jobs, jobs, backend="asyncio")
     return await trio.to_thread.run_sync(run, abandon_on_cancel=True)
 
 
-DRIVERS: Mapping[str, Drive] = {"python-trio": on_trio, "python-asyncio": on_asyncio}
+async def in_node(jobs: Sequence[Job]) -> Sequence[Results]:
+    command = [NODE, str(Path(__file__).with_name("client_driver.mjs"))]
+    asked = json.dumps([job.as_json() for job in jobs]).encode()
+    done = await trio.run_process(command, stdin=asked, capture_stdout=True, stderr=STDOUT, check=False)
+    assert done.returncode == 0, done.stdout.decode()
+    results: Sequence[Results] = json.loads(done.stdout)
+    return results
+
+
+DRIVERS: Mapping[str, Drive] = {"python-trio": on_trio, "python-asyncio": on_asyncio, "node": in_node}
 
 
 async def drive_all(run: Callable[[str, Drive], Awaitable[None]]) -> None:

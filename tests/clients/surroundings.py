@@ -77,7 +77,11 @@ class NodePackages:
 
 
 LIBRARIES = NodePackages(
-    HERE, ("libraries.mjs", "express_proxy.mjs", "generated_client.ts", "openai_calls.mjs", "openai_cuts.mjs")
+    HERE,
+    (
+        *("libraries.mjs", "express_proxy.mjs", "generated_client.ts", "openai_calls.mjs", "openai_cuts.mjs"),
+        *("typed_calls.ts", "../../clients/js/lastcall.js", "../../clients/js/lastcall.d.ts"),
+    ),
 )
 CODEX = NodePackages(HERE / "codex")
 """Codex CLI is large, and installed only when asked for."""

@@ -1,39 +1,76 @@
 """Both clients in ``clients/`` get through what a server and the network may do to them: one table, three drivers."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import trio
 
-from tests.clients.drivers import Drive, drive_all
-from tests.clients.scenarios import BOUNDS, SCENARIOS, Exchange, Scenario, serve_scenario
-from tests.upstreams.raw_server import Connection, open_raw_server
+from tests.clients.client_driver import Job, Results
+from tests.clients.drivers import DRIVERS, Drive, in_node
+from tests.clients.scenarios import (
+    BOUNDS,
+    POST,
+    SCENARIOS,
+    SEEN_ALL,
+    SEND,
+    Exchange,
+    Scenario,
+    sends_while_the_client_is_held_up,
+    serve_scenario,
+)
+from tests.upstreams.raw_server import open_raw_server
+
+pytestmark = pytest.mark.processes
 
 CAP_S = 40
 """Bound of a scenario; not a promise of the clients."""
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
-async def test_each_client_gets_through(name: str) -> None:
-    scenario = SCENARIOS[name]
-
-    async def run(_: str, drive: Drive) -> None:
-        seen: list[Exchange] = []
-
-        async def behave(connection: Connection) -> None:
-            await serve_scenario(scenario, connection, seen)
-
-        async with open_raw_server(behave) as server:
-            bounds = {**BOUNDS, **scenario.bounds}
-            results = await drive(f"{server.url}{scenario.prefix}", scenario.steps, bounds, scenario.options)
-            await server.wait_idle()  # the client has closed all connections
-        for result, expected in zip(results, scenario.expect, strict=True):
-            check_result(result, expected)
-        check_requests(seen, scenario)
-
+@pytest.mark.parametrize("driver", DRIVERS)
+async def test_a_client_gets_through_all_scenarios(driver: str) -> None:
     with trio.fail_after(CAP_S):
-        await drive_all(run)
+        await run_scenarios(DRIVERS[driver])
+
+
+async def test_events_that_came_while_the_event_loop_was_held_up_are_read_before_the_silence_counts() -> None:
+    scenario = Scenario(
+        [sends_while_the_client_is_held_up], [{**SEND, "block_ms": 3000}], [SEEN_ALL | {"waits": []}], [POST]
+    )
+    with trio.fail_after(CAP_S):
+        await run_scenarios(in_node, {"held up": replace(scenario, bounds={"silence_s": 1})})
+
+
+async def run_scenarios(drive: Drive, scenarios: Mapping[str, Scenario] = SCENARIOS) -> None:
+    """Run scenarios at the same time, each with a server of its own. An error says which scenario it is of."""
+    seen: dict[str, list[Exchange]] = {name: [] for name in scenarios}
+    jobs: list[Job] = []
+    async with AsyncExitStack() as stack:
+        servers = []
+        for name, scenario in scenarios.items():
+            behave = partial(serve_scenario, scenario, seen=seen[name])
+            server = await stack.enter_async_context(open_raw_server(behave))
+            servers.append(server)
+            bounds = {**BOUNDS, **scenario.bounds}
+            jobs.append(Job(f"{server.url}{scenario.prefix}", scenario.steps, bounds, scenario.options))
+        results = await drive(jobs)
+        for server in servers:
+            await server.wait_idle()  # the client has closed all connections
+    for (name, scenario), had in zip(scenarios.items(), results, strict=True):
+        try:
+            check(had, seen[name], scenario)
+        except Exception as error:
+            error.add_note(f"the scenario: {name}")
+            raise
+
+
+def check(results: Results, seen: Sequence[Exchange], scenario: Scenario) -> None:
+    for result, expected in zip(results, scenario.expect, strict=True):
+        check_result(result, expected)
+    check_requests(seen, scenario)
 
 
 def check_result(result: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import trio
 
-from tests.clients.drivers import DRIVERS, Drive, Results, drive_all
+from tests.clients.client_driver import Job, Results
+from tests.clients.drivers import DRIVERS, Drive, drive_all
 from tests.clients.scenarios import BOUNDS, Step
 from tests.clients.surroundings import open_cutting_proxy
 from tests.docs.test_examples import open_model, serving, stopped, turns
@@ -17,6 +18,14 @@ pytestmark = pytest.mark.processes
 
 KEY = "sesame-of-the-clients"
 DONE = {"end": "turn.completed", "waits": []}
+ENDLESS, LEAVES = {"model": "endless"}, {"on_disconnect": "cancel"}
+MODELS = """
+model = "quick"
+upstreams = [
+  { name = "quick", url = "scripted:?rate=200&first_token_s=0", models = ["quick"] },
+  { name = "endless", url = "scripted:?silent_after=3&first_token_s=0", models = ["endless"] },
+]
+"""
 QUESTION = "What is a nursery?"
 
 
@@ -51,18 +60,12 @@ def each_call(me: str) -> list[Step]:
         {"do": "chat", "args": ["Hi"], "as": "chat"},
         {"do": "events", "args": ["$chat.session_id", "$chat.id"], "options": {"after": 1}},
         {"do": "add_messages", "args": [copy, [{"type": "message", "role": "user", "text": "Imported"}]]},
-        {"do": "stream", "args": [me, "Stop"], "cancel_after": 2},
+        {"do": "stream", "args": [me, "Stop"], "options": ENDLESS, "cancel_after": 2},
         {"do": "stream", "args": [me, "Once"], "options": {"idempotency_key": "once"}, "as": "once"},
         {"do": "stream", "args": [me, "Once"], "options": {"idempotency_key": "once"}, "as": "again"},
         {"do": "stream", "args": [me, "Left"], "leave_after": 2, "as": "left"},
         {"do": "wait_turn", "args": [me, "$left.id"]},
-        {
-            "do": "stream",
-            "args": [me, "Gone"],
-            "options": {"on_disconnect": "cancel"},
-            "abort_after": 2,
-            "as": "gone",
-        },
+        {"do": "stream", "args": [me, "Gone"], "options": ENDLESS | LEAVES, "abort_after": 2, "as": "gone"},
         {"do": "wait_turn", "args": [me, "$gone.id"]},
         {"do": "delete_message", "args": [me, "$messages.0.id"]},
         {"do": "delete_turn", "args": [me, "$fourth.id"]},
@@ -72,22 +75,23 @@ def each_call(me: str) -> list[Step]:
 
 
 async def test_each_client_makes_each_call_and_is_not_cut_short_by_a_proxy(tmp_path: Path) -> None:
-    model_url = "scripted:?rate=200&first_token_s=0"
-
     async def run(name: str, drive: Drive) -> None:
-        results = await drive(url, each_call(name), BOUNDS, {"api_key": KEY})
+        [results] = await drive([Job(url, each_call(name), BOUNDS, {"api_key": KEY})])
         check_each_call(iter(results), name)
-        [refused] = await drive(url, [{"do": "sessions"}], BOUNDS, {"api_key": "wrong"})
+        [[refused]] = await drive([Job(url, [{"do": "sessions"}], BOUNDS, {"api_key": "wrong"})])
         assert (refused["error"]["status"], refused["error"]["code"]) == (401, "unauthorized")
         assert refused["error"]["request_id"]
         async with open_cutting_proxy(server.port, cut_after_seq=5) as proxy:
             steps = [{"do": "chat", "args": ["Count"]}]
-            [cut] = await drive(f"http://127.0.0.1:{proxy.port}", steps, BOUNDS, {"api_key": KEY})
+            [[cut]] = await drive([Job(f"http://127.0.0.1:{proxy.port}", steps, BOUNDS, {"api_key": KEY})])
         seqs = [seq for seq, _, _ in cut["events"]]
         assert seqs == list(range(1, len(seqs) + 1))
         assert (cut["events"][-1][1], len(cut["waits"]) >= 1) == ("turn.completed", True)
 
-    async with open_lastcall(SERVE, tmp_path, model_url=model_url, api_keys=KEY) as server:
+    config = tmp_path / "lastcall.toml"
+    config.write_text(MODELS)
+    settings: dict[str, Any] = {"LASTCALL_CONFIG_FILE": config, "model": "quick", "api_keys": KEY}
+    async with open_lastcall(SERVE, tmp_path, **settings) as server:
         url = f"http://127.0.0.1:{server.port}"
         with trio.fail_after(2 * CAP_S):
             await drive_all(run)
@@ -153,7 +157,7 @@ async def test_a_stream_of_each_client_outlives_the_restart_of_its_server(
             {"do": "stream", "args": [me, "Count"], "as": "first"},
             {"do": "retry", "args": [me, "$first.id"]},
         ]
-        results[me] = await drive(f"http://127.0.0.1:{server.port}", steps, BOUNDS, {})
+        [results[me]] = await drive([Job(f"http://127.0.0.1:{server.port}", steps, BOUNDS)])
 
     async def run_all() -> None:
         await drive_all(run)

@@ -45,10 +45,15 @@ class Request:
 
 
 class Connection:
-    """The server's side of one connection."""
+    """The server's side of one connection.
+
+    Attributes:
+        always: Headers of each response.
+    """
 
     def __init__(self, stream: trio.abc.Stream, number: int) -> None:
         self.number = number
+        self.always: dict[str, str] = {}
         self.stream = stream
         self._received = b""
         self._chunked = True
@@ -79,7 +84,7 @@ class Connection:
     ) -> None:
         """Send a response's head; by default that of an event stream in HTTP chunks."""
         lines = {"content-type": "text/event-stream"} | ({"transfer-encoding": "chunked"} if chunked else {})
-        lines |= headers or {}
+        lines |= {**(headers or {}), **self.always}
         self._chunked = chunked
         head = f"HTTP/1.1 {status} Status\r\n" + "".join(f"{name}: {value}\r\n" for name, value in lines.items())
         await self.send(head.encode() + b"\r\n")
