@@ -90,17 +90,17 @@ CODEX = NodePackages(HERE / "codex")
 def install_debian_packages() -> dict[str, str]:
     """Install nginx and HAProxy if they are missing and this user may do it; return their versions."""
     packages = {"nginx": "nginx-light", "haproxy": "haproxy"}
-    missing = [package for program, package in packages.items() if not _program(program)]
+    missing = [package for program, package in packages.items() if not program_path(program)]
     if missing and (os.geteuid() != 0 or shutil.which("apt-get") is None):
         raise MissingError(f"these Debian packages are not installed: {' '.join(missing)}")
     if missing:
         _run(["apt-get", "update", "-qq"], HERE)
         _run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing], HERE)
-    nginx, haproxy = (_run([_program(name) or name, "-v"], HERE, merged=True).splitlines()[0] for name in packages)
+    nginx, haproxy = (_run([program_path(name) or name, "-v"], HERE, merged=True).splitlines()[0] for name in packages)
     return {"nginx": nginx.rpartition("/")[2], "haproxy": haproxy.split()[2]}
 
 
-def _program(name: str) -> str | None:
+def program_path(name: str) -> str | None:
     return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 
 
@@ -271,7 +271,7 @@ async def _open_proxy(program: str, template: str, target: int, *options: str) -
     with tempfile.TemporaryDirectory() as name:
         folder, port = Path(name), free_port()
         _lay_out(folder, template.format(folder=folder, port=port, target=target))
-        command = [_program(program) or program, *(it.format(folder=folder) for it in options), f"{folder}/config"]
+        command = [program_path(program) or program, *(it.format(folder=folder) for it in options), f"{folder}/config"]
         user = {"user": "nobody"} if os.geteuid() == 0 else {}
         async with open_process(command, log=folder / "log", **user):
             await wait_listening(port, folder / "log")

@@ -95,8 +95,8 @@ def summary(facts: Sequence[AnyFact], stored: Stored) -> str:
             f"faults: {_counts(faults)}",
             f"ends: {_counts(ends)}",
             f"refused: {_counts(refused)}; without an answer: {others['unanswered']}; given up: {others['gaveup']}",
-            f"longest pause of each view: {_spread(pauses)}",
-            f"from a kill to the end of its turns: {_spread(recoveries)}",
+            f"longest pause of each view: {spread(pauses)}",
+            f"from a kill to the end of its turns: {spread(recoveries)}",
         ]
     )
 
@@ -124,7 +124,7 @@ def _counts(counter: "Counter[str]") -> str:
     return ", ".join(f"{count} {name}" for name, count in counter.most_common()) or "none"
 
 
-def _spread(sorted_s: Sequence[float]) -> str:
+def spread(sorted_s: Sequence[float]) -> str:
     if not sorted_s:
         return "none"
     p50, p99 = sorted_s[len(sorted_s) // 2], sorted_s[min(len(sorted_s) - 1, len(sorted_s) * 99 // 100)]

@@ -42,7 +42,7 @@ PATIENCE_S = 90
 PAUSE_MAX_S = 1.0
 COPIES = 8
 """How many equal POSTs are sent at once."""
-_AUTH = {"Authorization": f"Bearer {KEY}"}
+AUTH = {"Authorization": f"Bearer {KEY}"}
 _SSE = {"Accept": "text/event-stream"}
 _PASSING = (502, 503, 504)
 
@@ -73,17 +73,35 @@ class Client:
 
     def __init__(self, load: Load, name: str) -> None:
         self.name = name
-        self.turns: list[str] = []
+        self._longest_s = 0.0
+        self._view = View(load.history)
         self._load = load
         self._history = load.history
         self._luck = Random(f"{load.seed} {name}")
         self._numbers = count(1)
 
+    @property
+    def longest_s(self) -> float:
+        """The longest pause on a turn that it has started as a stream."""
+        return max(self._longest_s, self._view.longest_s)
+
+    def forget_pauses(self) -> None:
+        self._longest_s = self._view.longest_s = 0
+
     async def run(self) -> None:
-        """Have sessions until the load is over."""
+        """Have sessions of all kinds until the load is over."""
         while not self._load.is_over:
             try:
                 await self._have_session()
+            except* GivenUpError:
+                pass  # the checker tells whether that may be
+
+    async def have_streams(self) -> None:
+        """Have one conversation, each turn of it as a stream, until the load is over."""
+        session = await self.create()
+        while not self._load.is_over:
+            try:
+                await self.stream(session)
             except* GivenUpError:
                 pass  # the checker tells whether that may be
 
@@ -128,7 +146,13 @@ class Client:
     async def stream(self, session: str) -> None:
         """Start a turn and follow it; sometimes with a second client."""
         text, key = self._new_input(), self._new_key()
-        view = View(self._history)
+        self._view = view = View(self._history)
+        try:
+            await self._start_and_follow(session, text, key, view)
+        finally:
+            self._longest_s = max(self._longest_s, view.longest_s)
+
+    async def _start_and_follow(self, session: str, text: str, key: str, view: "View") -> None:
         async with trio.open_nursery() as nursery:
             with trio.move_on_after(PATIENCE_S) as patience:
                 for attempt in count():
@@ -188,7 +212,7 @@ class Client:
         path = f"/sessions/{session}/turns/{turn}/events"
         with trio.move_on_after(PATIENCE_S + 30):
             for attempt in count():
-                headers = _AUTH | {"Last-Event-ID": str(view.seen)}
+                headers = AUTH | {"Last-Event-ID": str(view.seen)}
                 seen = view.seen
                 try:
                     async with open_call(self._door(), "GET", path, headers) as stream:
@@ -206,7 +230,7 @@ class Client:
     async def _start_stream(self, session: str, text: str, key: str, view: "View") -> bool:
         """One attempt. Whether the turn is accepted, and its stream has ended in whatever way."""
         body = {"input": text, "on_disconnect": "continue", "on_conflict": "queue", **self._load.options}
-        headers = {**_AUTH, **_SSE, "Idempotency-Key": key}
+        headers = {**AUTH, **_SSE, "Idempotency-Key": key}
         try:
             async with open_call(self._door(), "POST", f"/sessions/{session}/turns", headers, body) as stream:
                 if stream.status == 200:
@@ -255,7 +279,7 @@ class Client:
         Raises:
             GivenUpError: There is none, or a final refusal.
         """
-        headers = _AUTH | ({"Idempotency-Key": key} if key else {})
+        headers = AUTH | ({"Idempotency-Key": key} if key else {})
         with trio.move_on_after(PATIENCE_S):
             for attempt in count():
                 try:
@@ -333,17 +357,18 @@ class View:
     Attributes:
         seen: The seq of the last event.
         is_over: Whether the terminal event has come, or the client was told that there is nothing more.
+        longest_s: The longest time without an event, also before the first one; not while the turn is queued.
     """
 
     def __init__(self, history: History, turn: str = "") -> None:
         self.turn = turn
         self.seen = 0
-        self.is_over = False
+        self.is_over = self.is_closed = False
         self.lost = False
         self._history = history
         self._number = next(_view_numbers)
-        self._longest_s = 0.0
-        self._heard_at: float | None = None
+        self.longest_s = 0.0
+        self._heard_at: float | None = trio.current_time()
 
     async def read(self, stream: Stream) -> None:
         """Read a stream up to its end. Raises: NoAnswerError."""
@@ -355,30 +380,36 @@ class View:
             await events.aclose()
 
     def _note(self, event: Event) -> None:
-        now = trio.current_time()
-        if self._heard_at is not None:
-            self._longest_s = max(self._longest_s, now - self._heard_at)
-        self._heard_at = None if event.type == "turn.queued" else now
+        self._measure()
+        if event.type == "turn.queued":
+            self._heard_at = None
         self._history.add(Saw(view=self._number, turn=self.turn, event=event))
         self.seen = event.seq
         if event.is_terminal:
             self.is_over = True
             self.close()
 
+    def _measure(self) -> None:
+        now = trio.current_time()
+        if self._heard_at is not None:
+            self.longest_s = max(self.longest_s, now - self._heard_at)
+        self._heard_at = now
+
     def note_done(self) -> None:
+        self._measure()
         self._history.add(Done(view=self._number, turn=self.turn, seq=self.seen))
         self.is_over = True
 
     def note_lost(self) -> None:
+        self._measure()
         self._history.add(Lost(view=self._number, turn=self.turn))
         self.is_over = self.lost = True
 
     def close(self) -> None:
         """Note the longest pause, once."""
-        if self._heard_at is not None:
-            self._longest_s = max(self._longest_s, trio.current_time() - self._heard_at)
-            self._heard_at = None
-            self._history.add(Paused(view=self._number, turn=self.turn, longest_s=round(self._longest_s, 3)))
+        if not self.is_closed:
+            self.is_closed = True
+            self._history.add(Paused(view=self._number, turn=self.turn, longest_s=round(self.longest_s, 3)))
 
 
 def _code(answer: Answer) -> str:

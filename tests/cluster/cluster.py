@@ -229,9 +229,20 @@ class Cluster:
 
 @asynccontextmanager
 async def open_cluster(
-    database: Database, folder: Path, history: History, *, replicas: int = 3, schema: str = "lastcall", **settings: str
+    database: Database,
+    folder: Path,
+    history: History,
+    *,
+    replicas: int = 3,
+    schema: str = "lastcall",
+    is_direct: bool = False,
+    **settings: str,
 ) -> AsyncIterator[Cluster]:
-    """Replicas that serve, each with a link of its own to the database."""
+    """Replicas that serve, each with a link of its own to the database.
+
+    Args:
+        is_direct: Connect without links. They run in this process, so its load would be in what is measured.
+    """
     upstream = Upstream(folder)
     async with AsyncExitStack() as stack:
         links = [await stack.enter_async_context(open_link(database.socket)) for _ in range(replicas)]
@@ -242,7 +253,7 @@ async def open_cluster(
                     await upstream.serving.wait()
                 made: list[Replica] = []
                 for number, link in enumerate(links):
-                    store = f"postgresql://lastcall@127.0.0.1:{link.port}/postgres?sslmode=disable&gssencmode=disable"
+                    store = database.url if is_direct else link.url
                     env = {"STORE_URL": store, "STORE_SCHEMA": schema, "MODEL_URL": upstream.url} | settings
                     made.append(Replica(f"replica-{number}", folder, env, link, history))
                     nursery.start_soon(made[-1].supervise)

@@ -111,6 +111,10 @@ class Database:
         """Make a standby the primary."""
         self.run("SELECT pg_promote(true, 60)")
 
+    def name_standbys(self, names: str) -> None:
+        """Let commits wait for these standbys; for none, if it is empty."""
+        self.run(f"ALTER SYSTEM SET synchronous_standby_names = '{names}'", "SELECT pg_reload_conf()")
+
     def connect(self) -> "psycopg.Connection[Any]":
         import psycopg
 

@@ -6,7 +6,7 @@ A fact is written before the next request is sent that depends on it, so a histo
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Literal, TypeVar
 
 import msgspec
 
@@ -47,12 +47,21 @@ class Fact(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_fi
 
     at: float = 0.0
 
+    @property
+    def is_acknowledgement(self) -> bool:
+        """Whether a client was told that something new is kept."""
+        return False
+
 
 class Created(Fact, frozen=True, kw_only=True, tag="created"):
     """The answer to the creation of a session was 201."""
 
     session: str
     key: str = ""
+
+    @property
+    def is_acknowledgement(self) -> bool:
+        return True
 
 
 class Titled(Fact, frozen=True, kw_only=True, tag="titled"):
@@ -61,6 +70,10 @@ class Titled(Fact, frozen=True, kw_only=True, tag="titled"):
     session: str
     title: str
     is_known: bool = True
+
+    @property
+    def is_acknowledgement(self) -> bool:
+        return self.is_known
 
 
 class Deleting(Fact, frozen=True, kw_only=True, tag="deleting"):
@@ -74,6 +87,10 @@ class Deleted(Fact, frozen=True, kw_only=True, tag="deleted"):
 
     session: str
 
+    @property
+    def is_acknowledgement(self) -> bool:
+        return True
+
 
 class Accepted(Fact, frozen=True, kw_only=True, tag="accepted"):
     """A client has the id of the turn that its request with this input has started. Inputs are never sent twice, but
@@ -84,6 +101,10 @@ class Accepted(Fact, frozen=True, kw_only=True, tag="accepted"):
     input: str
     key: str
 
+    @property
+    def is_acknowledgement(self) -> bool:
+        return True
+
 
 class Saw(Fact, frozen=True, kw_only=True, tag="saw"):
     """A client that follows a turn was sent an event. ``view`` is the client's way through the turn, across cuts."""
@@ -91,6 +112,10 @@ class Saw(Fact, frozen=True, kw_only=True, tag="saw"):
     view: int
     turn: str
     event: Event
+
+    @property
+    def is_acknowledgement(self) -> bool:
+        return self.event.is_terminal and self.event.stored
 
 
 class Lost(Fact, frozen=True, kw_only=True, tag="lost"):
@@ -205,6 +230,8 @@ AnyFact = (
     | Asked
 )
 
+F = TypeVar("F")
+
 _encoder = msgspec.json.Encoder()
 _decoder: msgspec.json.Decoder[AnyFact] = msgspec.json.Decoder(AnyFact)
 
@@ -222,6 +249,10 @@ class History:
         self.facts.append(fact)
         if self._file is not None:
             self._file.write(_encoder.encode(fact) + b"\n")
+
+    def of(self, kind: type[F]) -> list[F]:
+        """All facts of one kind."""
+        return [fact for fact in self.facts if isinstance(fact, kind)]
 
 
 def read_history(path: Path) -> Iterator[AnyFact]:

@@ -30,6 +30,11 @@ class Link:
         self._open: set[trio.SocketStream] = set()
 
     @property
+    def url(self) -> str:
+        """The database by way of this link."""
+        return f"postgresql://lastcall@127.0.0.1:{self.port}/postgres?sslmode=disable&gssencmode=disable"
+
+    @property
     def state(self) -> LinkState:
         return self._state
 

@@ -8,12 +8,12 @@ import trio
 
 from tests.cluster.calls import call, open_call
 from tests.cluster.checker import Stored, StoredSession, StoredTurn
-from tests.cluster.cluster import KEY, Door
+from tests.cluster.clients import AUTH
+from tests.cluster.cluster import Door
 from tests.cluster.database import Database
 from tests.cluster.history import Event
 
 READERS = 8
-_AUTH = {"Authorization": f"Bearer {KEY}"}
 _VISIBLE = "SELECT key FROM {s}.sessions WHERE deletion IS NULL"
 WRONG = {
     "a turn is open": "SELECT id FROM {s}.turns WHERE owner IS NOT NULL OR state IN ('queued', 'running')",
@@ -80,7 +80,7 @@ async def _read_sessions(
 
 async def _read_turn(door: Door, turn: dict[str, Any]) -> StoredTurn:
     events: Sequence[Event] = ()
-    async with open_call(door, "GET", f"/sessions/{turn['session_id']}/turns/{turn['id']}/events", _AUTH) as stream:
+    async with open_call(door, "GET", f"/sessions/{turn['session_id']}/turns/{turn['id']}/events", AUTH) as stream:
         if stream.status == 200:
             events = [event async for event in stream.events(silence_s=10)]
     return StoredTurn(turn["id"], turn["input"], turn["state"], turn["text"], tuple(events), turn["reason"] or "")
@@ -89,7 +89,7 @@ async def _read_turn(door: Door, turn: dict[str, Any]) -> StoredTurn:
 async def _pages(door: Door, path: str) -> Any:
     after = ""
     while after is not None:
-        answer = await call(door, "GET", path + (f"&after={after}" if after else ""), _AUTH)
+        answer = await call(door, "GET", path + (f"&after={after}" if after else ""), AUTH)
         assert answer.status == 200, answer
         page = msgspec.json.decode(answer.body)
         for it in page["data"]:

@@ -1,0 +1,347 @@
+"""Single kinds of faults over a loaded cluster, with their bounds: ``python -m tests.cluster.shows NAME...``.
+
+Each show prints what it has measured, and ends with the same comparison as :mod:`tests.cluster.chaos`. The exit code is
+1 if a bound or a promise is broken. They measure time, and take some minutes, so they are no tests.
+"""
+
+import argparse
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from random import Random, SystemRandom
+
+import trio
+
+from tests.cluster.calls import NoAnswerError, call
+from tests.cluster.chaos import LEASE_S, Run, have_database, spread, summary
+from tests.cluster.clients import AUTH, Client, Load, View
+from tests.cluster.cluster import Cluster, Door, open_cluster
+from tests.cluster.database import open_database
+from tests.cluster.faults import DATABASE, Faults
+from tests.cluster.front import open_front
+from tests.cluster.history import Fault, History, Lost, Saw, Titled
+from tests.postgres_server import binaries
+
+STREAMS = 100
+TOLD_S = LEASE_S + 2
+"""Bound from a kill to the end on each resumed stream."""
+PAUSE_S = 2.0
+"""Bound of the longest pause of 99 of 100 clients in a rolling restart."""
+
+
+class Show:
+    """One show: its cluster, its clients, and the bounds that it has broken."""
+
+    def __init__(self, folder: Path, seed: int, history: History) -> None:
+        self.folder = folder
+        self.luck = Random(seed)
+        self.run = Run(history)
+        self.broken: list[str] = []
+        self._seed = seed
+        self._numbers = iter(range(10**9))
+
+    def expect(self, holds: bool, words: str) -> None:
+        sys.stdout.write(f"  {'ok' if holds else 'BROKEN'}: {words}\n")
+        sys.stdout.flush()
+        if not holds:
+            self.broken.append(words)
+
+    def load(self, doors: Sequence[Door], *, tokens: int, rate: float, **options: object) -> Load:
+        return Load(lambda: doors, self.run.history, self._seed, (tokens, tokens), rate, options)
+
+    async def start(self, cluster: Cluster, owner: int, load: Load, readers: trio.Nursery) -> str:
+        """Start a turn in one replica, and let a client read it through all. Returns the turn."""
+        name = f"s{next(self._numbers)}"
+        starter = Client(replace(load, doors=lambda: [cluster.replicas[owner].door]), name)
+        session = await starter.create()
+        turn = await starter.start(session)
+        readers.start_soon(Client(load, f"{name}r").follow, session, turn, View(self.run.history, turn))
+        return turn
+
+    async def start_many(
+        self, cluster: Cluster, load: Load, readers: trio.Nursery, *, count: int = STREAMS
+    ) -> list[list[str]]:
+        """Start turns in all replicas, and return once each has been told an event. Returns the turns of each."""
+        turns: list[list[str]] = [[] for _ in cluster.replicas]
+
+        async def start(owner: int) -> None:
+            turns[owner].append(await self.start(cluster, owner, load, readers))
+
+        async with trio.open_nursery() as nursery:
+            for number in range(count):
+                nursery.start_soon(start, number % len(cluster.replicas))
+        wanted = {turn for owned in turns for turn in owned}
+        while wanted - {fact.turn for fact in self.run.history.of(Saw)}:  # noqa: ASYNC110  a history has no event
+            await trio.sleep(0.1)
+        return turns
+
+    def told_at(self, turn: str) -> float:
+        """When a client was told the end of a turn, or that it has lost events."""
+        for fact in self.run.history.facts:
+            if (
+                isinstance(fact, Lost | Saw)
+                and fact.turn == turn
+                and (isinstance(fact, Lost) or fact.event.is_terminal)
+            ):
+                return fact.at
+        return float("inf")
+
+    def ends(self) -> Counter[str]:
+        turns = [turn for session in self.run.stored.sessions.values() for turn in session.turns]
+        return Counter(f"{turn.state} {turn.reason}".strip() for turn in turns)
+
+    def state_of(self, turns: Sequence[str]) -> Counter[str]:
+        kept = {it.id: it for session in self.run.stored.sessions.values() for it in session.turns}
+        return Counter(f"{kept[turn].state} {kept[turn].reason}".strip() for turn in turns)
+
+
+@asynccontextmanager
+async def _open_cluster(show: Show, *, drain_timeout_s: float = 2, is_direct: bool = False) -> AsyncIterator[Cluster]:
+    programs = binaries()
+    assert programs is not None, "there is no PostgreSQL server"
+    with open_database(programs) as database:
+        await have_database(database)
+        async with open_cluster(
+            database, show.folder, show.run.history, is_direct=is_direct, DRAIN_TIMEOUT_S=str(drain_timeout_s)
+        ) as cluster:
+            yield cluster
+
+
+async def show_kill(show: Show, *, times: int = 20) -> None:
+    """kill -9 of one of three replicas under 100 streams."""
+    spans: list[float] = []
+    killed: list[str] = []
+    others: list[str] = []
+    async with _open_cluster(show, is_direct=True) as cluster:
+        for number in range(times):
+            async with trio.open_nursery() as readers:
+                load = show.load(cluster.doors, tokens=60, rate=5)
+                turns = await show.start_many(cluster, load, readers)
+                await trio.sleep(show.luck.uniform(0, 2))
+                victim = show.luck.randrange(len(cluster.replicas))
+                at = time.monotonic()
+                await Faults(cluster).have("kill", cluster.replicas[victim].name, 0)
+            hit = [show.told_at(turn) - at for turn in turns[victim]]
+            spans += hit
+            killed += turns[victim]
+            others += [turn for owner, owned in enumerate(turns) if owner != victim for turn in owned]
+            sys.stdout.write(f"  kill {number + 1}: {len(hit)} turns, the last end after {max(hit):.2f} s\n")
+            sys.stdout.flush()
+        await show.run.check(cluster)
+    show.expect(max(spans) <= TOLD_S, f"each end is told within {TOLD_S} s: {spread(sorted(spans))}")
+    show.expect(set(show.state_of(killed)) == {"interrupted crash"}, f"turns of the killed: {show.state_of(killed)}")
+    show.expect(set(show.state_of(others)) == {"completed"}, f"turns of the others: {show.state_of(others)}")
+
+
+async def show_freeze(show: Show) -> None:
+    """SIGSTOP past the lease, then CONT."""
+    async with _open_cluster(show) as cluster:
+        async with trio.open_nursery() as readers:
+            load = show.load(cluster.doors, tokens=150, rate=5)
+            turns = await show.start_many(cluster, load, readers, count=30)
+            zombie = cluster.replicas[0]
+            zombie.freeze()
+            began_at = time.monotonic()
+            await trio.sleep(2.5 * LEASE_S)
+            before = _rows(cluster, turns[0])
+            thawed_at = time.monotonic()
+            zombie.thaw()
+            assert zombie.process is not None
+            with trio.move_on_after(10):
+                await zombie.process.wait_gone()
+            gone = zombie.process.gone
+            after = _rows(cluster, turns[0])
+            show.run.history.add(Fault(at=began_at, kind="freeze", target=zombie.name, until=time.monotonic()))
+        await show.run.check(cluster)
+        closed = [it.closed_at - thawed_at for it in cluster.upstream.calls() if it.closed_at > thawed_at]
+        of_the_zombie = sorted(it for it in closed if it < 3)
+    show.expect(before == after, "the zombie changes no row of its turns")
+    show.expect(gone is not None and gone.exit_code == 71, f"the zombie ends with 71: {gone and gone.exit_code}")
+    show.expect(
+        len(of_the_zombie) >= len(turns[0]) and of_the_zombie[len(turns[0]) - 1] <= 1,
+        f"its model calls are dropped within 1 s: {spread(of_the_zombie)}",
+    )
+    show.expect(set(show.state_of(turns[0])) == {"interrupted crash"}, f"its turns: {show.state_of(turns[0])}")
+    others = [*turns[1], *turns[2]]
+    show.expect(set(show.state_of(others)) == {"completed"}, f"turns of the others: {show.state_of(others)}")
+
+
+def _rows(cluster: Cluster, turns: Sequence[str]) -> list[tuple[object, ...]]:
+    names = ", ".join(f"'{turn}'" for turn in turns)
+    return cluster.database.run(f"SELECT t.*::text FROM {cluster.schema}.turns t WHERE id IN ({names}) ORDER BY id")
+
+
+async def show_database(show: Show) -> None:
+    """pg_ctl stop -m immediate for twice the lease."""
+    lasts_s = 2 * LEASE_S
+    answers: Counter[str] = Counter()
+    async with _open_cluster(show) as cluster:
+        async with trio.open_nursery() as readers:
+            short = await show.start_many(cluster, show.load(cluster.doors, tokens=30, rate=5), readers, count=30)
+            long = await show.start_many(cluster, show.load(cluster.doors, tokens=150, rate=5), readers, count=60)
+            began_at = time.monotonic()
+            async with trio.open_nursery() as during:
+                during.start_soon(Faults(cluster).have, "database killed", DATABASE, lasts_s)
+                await trio.sleep(1.5)
+                while time.monotonic() < began_at + lasts_s - 5:
+                    answers[await _try_new_work(show.luck.choice(cluster.doors))] += 1
+                    await trio.sleep(0.3)
+            until = time.monotonic()
+        await show.run.check(cluster)
+    turns = [turn for owned in (*short, *long) for turn in owned]
+    told = Counter(
+        int(fact.at - began_at)
+        for fact in show.run.history.of(Saw)
+        if began_at < fact.at < until and not fact.event.is_terminal
+    )
+    show.expect(
+        min(told[second] for second in range(lasts_s - 1)) > 100,
+        f"streams go on; events by second: {sorted(told.items())}",
+    )
+    show.expect(set(show.state_of(turns)) == {"completed"}, f"no turn is lost or interrupted: {show.state_of(turns)}")
+    show.expect(set(answers) == {"503 with Retry-After"}, f"new work: {dict(answers)}")
+
+
+async def _try_new_work(door: Door) -> str:
+    try:
+        answer = await call(door, "POST", "/sessions", AUTH, {})
+    except NoAnswerError as error:
+        return str(error)
+    return f"{answer.status}{' with Retry-After' if 'retry-after' in answer.headers else ''}"
+
+
+async def show_failover(show: Show) -> None:
+    """The primary dies under load, and its synchronous standby takes its place."""
+    programs = binaries()
+    assert programs is not None
+    with open_database(programs) as primary, open_database(programs) as standby:
+        await trio.to_thread.run_sync(primary.make)
+        await primary.start()
+        await trio.to_thread.run_sync(partial(standby.make_standby_of, primary, "second"))
+        await standby.start()
+        await trio.to_thread.run_sync(primary.name_standbys, "second")
+        async with open_cluster(primary, show.folder, show.run.history) as cluster:
+            load = replace(show.load(cluster.doors, tokens=40, rate=20), tokens=(5, 60))
+            async with trio.open_nursery() as nursery:
+                for number in range(30):
+                    nursery.start_soon(Client(load, f"c{number}").run)
+                await trio.sleep(10)
+                began_at = time.monotonic()
+                await primary.stop("immediate")
+                await trio.sleep(1)
+                await trio.to_thread.run_sync(standby.promote)
+                for replica in cluster.replicas:
+                    replica.link.server = standby.socket
+                    await replica.link.cut()
+                cluster.database = standby
+                show.run.history.add(Fault(at=began_at, kind="failover", target=DATABASE, until=time.monotonic()))
+                await trio.sleep(10)
+                load.is_over = True
+            await show.run.check(cluster)
+    ends = show.ends()
+    show.expect(not ends["interrupted crash"], f"nobody was taken over: {dict(ends)}")
+
+
+async def show_no_standby(show: Show) -> None:
+    """synchronous_standby_names names a server that is not there: nothing is acknowledged."""
+    async with _open_cluster(show) as cluster:
+        load = replace(show.load(cluster.doors, tokens=40, rate=20), tokens=(5, 60))
+        async with trio.open_nursery() as nursery:
+            for number in range(20):
+                nursery.start_soon(Client(load, f"c{number}").run)
+            await trio.sleep(3)
+            began_at = time.monotonic()
+            await trio.to_thread.run_sync(cluster.database.name_standbys, "nobody")
+            await trio.sleep(1)
+            since = time.monotonic()
+            await trio.sleep(2 * LEASE_S)
+            until = time.monotonic()
+            await trio.to_thread.run_sync(cluster.database.name_standbys, "")
+            show.run.history.add(Fault(at=began_at, kind="no standby", target=DATABASE, until=time.monotonic()))
+            await trio.sleep(5)
+            load.is_over = True
+        await show.run.check(cluster)
+    acknowledged = [
+        fact
+        for fact in show.run.history.facts
+        if since < fact.at < until and (fact.is_acknowledgement if not isinstance(fact, Titled) else fact.is_known)
+    ]
+    show.expect(not acknowledged, f"nothing is acknowledged meanwhile: {acknowledged[:3]}")
+
+
+async def show_rolling(show: Show, *, fits: bool, proxy: str) -> None:
+    """A rolling restart of three replicas behind a proxy, under 200 clients that resume."""
+    async with (
+        _open_cluster(show, drain_timeout_s=12 if fits else 2, is_direct=True) as cluster,
+        open_front(proxy, cluster.doors, show.folder) as front,
+    ):
+        load = replace(show.load([front], tokens=0, rate=2), tokens=(10, 16) if fits else (30, 60))
+        clients = [Client(load, f"c{number}") for number in range(2 * STREAMS)]
+        async with trio.open_nursery() as nursery:
+            for client in clients:
+                nursery.start_soon(client.have_streams)
+                await trio.sleep(0.03)
+            await trio.sleep(3)
+            for client in clients:
+                client.forget_pauses()
+            for replica in cluster.replicas:
+                await Faults(cluster).have("stop", replica.name, 0)
+                await trio.sleep(1)
+            load.is_over = True
+        await show.run.check(cluster)
+    ends = show.ends()
+    pauses = sorted(client.longest_s for client in clients)
+    if fits:
+        show.expect(set(ends) == {"completed"}, f"nothing is interrupted: {dict(ends)}")
+    else:
+        show.expect(set(ends) <= {"completed", "interrupted shutdown"}, f"ends: {dict(ends)}")
+    p99 = pauses[len(pauses) * 99 // 100]
+    show.expect(p99 < PAUSE_S, f"longest pause of each client: {spread(pauses)}")
+
+
+SHOWS: dict[str, Callable[[Show], Awaitable[None]]] = {
+    "kill": show_kill,
+    "kill-twice": partial(show_kill, times=2),
+    "freeze": show_freeze,
+    "database": show_database,
+    "failover": show_failover,
+    "no-standby": show_no_standby,
+    "rolling": partial(show_rolling, fits=False, proxy="nginx"),
+    "rolling-drain": partial(show_rolling, fits=True, proxy="nginx"),
+    "rolling-haproxy": partial(show_rolling, fits=False, proxy="haproxy"),
+    "rolling-drain-haproxy": partial(show_rolling, fits=True, proxy="haproxy"),
+}
+
+
+async def main(names: Sequence[str], seed: int) -> int:
+    failed = 0
+    for name in names:
+        sys.stdout.write(f"{name} (seed {seed})\n")
+        folder = Path(tempfile.mkdtemp(prefix=f"lastcall-{name}-"))
+        with (folder / "history").open("wb") as file:
+            show = Show(folder, seed, History(file))
+            await SHOWS[name](show)
+        sys.stdout.write(summary(show.run.history.facts, show.run.stored).replace("\n", "\n  ") + "\n")
+        for broken in show.run.broken[:20]:
+            sys.stdout.write(f"  BROKEN {broken.rule}: {broken.words[:500]}\n")
+        if show.broken or show.run.broken:
+            failed += 1
+            sys.stdout.write(f"  the history is in {folder}\n")
+        else:
+            shutil.rmtree(folder)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Single kinds of faults over a loaded cluster.")
+    parser.add_argument("names", nargs="*", choices=SHOWS, default=list(SHOWS))
+    parser.add_argument("--seed", type=int, default=SystemRandom().randrange(1 << 32))
+    arguments = parser.parse_args()
+    sys.exit(trio.run(main, arguments.names, arguments.seed))
