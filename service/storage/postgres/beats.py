@@ -18,7 +18,10 @@ STATEMENT_MAX_S = 2
 
 
 class Beats:
-    """Beats every second, for :class:`~service.storage.sql_thread.SqlThread`; besides when a step asks for it."""
+    """Beats every second, for :class:`~service.storage.sql_thread.SqlThread`; besides when a step asks for it.
+
+    A beat looks for owners that have died, too. So one comes at the moment at which a lease ends, in addition.
+    """
 
     def __init__(self, line: Line, observer: Observer, faults: Faults) -> None:
         self._line = line
@@ -38,11 +41,14 @@ class Beats:
             yield (step,)
 
     def run_housekeeping(self, *, idle: bool) -> float | None:  # noqa: ARG002
-        """Beat, if it is time."""
+        """Beat, if it is time or a lease ends."""
         if time.monotonic() >= self._due_at:
-            self._due_at = time.monotonic() + BEAT_S
+            beat_at = time.monotonic() + BEAT_S
             with suppress(StoreError):  # the log has it
                 self._run(self._observer.run_once)
+            lease_ends_in_s = self._observer.lease_ends_in_s
+            lease_ends_at = beat_at if lease_ends_in_s is None else time.monotonic() + lease_ends_in_s
+            self._due_at = min(beat_at, lease_ends_at)
         return max(self._due_at - time.monotonic(), PAUSE_S)
 
     def close(self) -> None:

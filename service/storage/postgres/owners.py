@@ -145,9 +145,12 @@ class Observer:
 
     Attributes:
         beats_at: When a beat of this owner was acknowledged last.
+        lease_ends_in_s: How long after the last look the first lease of another owner ends, if its beats stand still;
+            None if none does. A look at that moment finds the owner dead, and one with the next beat only later.
     """
 
     def __init__(self, ownership: Ownership, monotonic: Monotonic) -> None:
+        self.lease_ends_in_s: float | None = None
         self._ownership = ownership
         self._monotonic = monotonic
         self._seen: dict[tuple[int, bytes], tuple[int | None, float]] = {}
@@ -162,6 +165,7 @@ class Observer:
         if self._ownership.is_lost:
             return 0
         seen, self._seen = self._seen, {}  # should the look fail, all leases begin anew
+        self.lease_ends_in_s = None
         began_at = self._monotonic()
         me = self._ownership.me
         rows = db.execute(_BEAT_AND_LOOK, {"fence": me.fence, "nonce": me.nonce}).fetchall()
@@ -183,6 +187,8 @@ class Observer:
             self._seen[fence, nonce] = (beats, since)
             if began_at - since >= LEASE_S and self._take_over(db, fence, nonce, beats):
                 taken += 1
+        ends = (since + LEASE_S - looked_at for _, since in self._seen.values())
+        self.lease_ends_in_s = min((it for it in ends if it > 0), default=None)
         return taken
 
     def _take_over(self, db: Db, fence: int, nonce: bytes, beats: int | None) -> bool:

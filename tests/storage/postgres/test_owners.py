@@ -3,6 +3,7 @@
 import threading
 from collections.abc import AsyncIterator
 from functools import partial
+from types import SimpleNamespace
 
 import anyio
 import anyio.from_thread
@@ -83,6 +84,46 @@ async def test_an_owner_whose_beats_stand_still_for_a_lease_is_dead(two: Owners)
     assert await _state_of(two.here) == "interrupted"
 
 
+async def test_the_next_look_comes_when_the_first_lease_ends(two: Owners) -> None:
+    """A look each second alone would find a dead owner up to a second later."""
+    await two.pass_time(1)
+    await two.there.beat()
+    assert await two.pass_time(2, step_s=0.4) == 0
+    assert two.here.observer.lease_ends_in_s == pytest.approx(LEASE_S - 1.6), "seen 0.4 s after it was sent"
+    for _ in range(LEASE_S - 2):
+        assert await two.pass_time(1) == 0
+    two._clock.now_s += two.here.observer.lease_ends_in_s or 0
+    assert await two.here.beat() == 1
+    assert two.here.observer.lease_ends_in_s is None
+
+
+async def test_the_thread_of_the_beats_is_due_at_the_next_beat_or_at_the_end_of_a_lease(
+    two: Owners, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = 100.0
+    looks: list[float] = []
+
+    class Looks:
+        lease_ends_in_s: float | None = None
+
+        def run_once(self, _: Db) -> None:
+            looks.append(now_s)
+
+    monkeypatch.setattr(beats, "time", SimpleNamespace(monotonic=lambda: now_s))
+    monkeypatch.setattr(beats, "BEAT_S", 1)
+    observer = Looks()
+    thread = beats.Beats(two.here._line(), observer, two.here._faults)  # type: ignore[arg-type]  # it sees no owners
+    try:
+        assert thread.run_housekeeping(idle=True) == 1
+        now_s, observer.lease_ends_in_s = 101, 0.25
+        assert thread.run_housekeeping(idle=True) == 0.25
+        now_s, observer.lease_ends_in_s = 101.25, 5
+        assert thread.run_housekeeping(idle=True) == 1
+        assert looks == [101, 101.25]
+    finally:
+        thread.close()
+
+
 async def test_an_owner_that_was_taken_for_dead_writes_nothing_more(two: Owners) -> None:
     await two.pass_time(LEASE_S)
     assert await _state_of(two.here) == "running"
@@ -145,6 +186,7 @@ async def test_an_owner_is_not_taken_over_while_a_write_of_it_is_in_flight(two: 
             await trio.to_thread.run_sync(begun.wait)
             try:
                 assert await two.pass_time(LEASE_S + 1) == 0, "the beats of the one that looks do not wait"
+                assert two.here.observer.lease_ends_in_s is None, "it tries again with the next beat, and not at once"
             finally:
                 goes_on.set()
     assert await two.pass_time(1) == 1
