@@ -23,6 +23,7 @@ from service.storage.postgres import (
     additions,
     beats,
     deletions,
+    durability,
     event_pages,
     forks,
     idempotency,
@@ -197,6 +198,7 @@ class PostgresStore:
         connection = connect_first(self._url, place=self.name)
         try:
             self.peer_secret = schema.prepare(connection, self._schema, place=self.name).secret
+            durability.warn_of_losses(connection, place=self.name)
             db = Db(connection, self._schema)
             db.begin(None)
             with connection.transaction():

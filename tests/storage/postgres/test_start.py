@@ -10,7 +10,7 @@ import trio
 
 from service.errors import StartupError
 from service.settings import Settings
-from service.storage.postgres import open_postgres_store, schema
+from service.storage.postgres import durability, open_postgres_store, schema
 from service.supervisor import open_service
 from tests.postgres_server import PASSWORD, PostgresServer
 from tests.storage.postgres.locks import until_something_waits
@@ -232,3 +232,40 @@ async def test_a_failed_start_leaves_no_connection(postgres: PostgresServer) -> 
 
 def _connections(server: PostgresServer) -> list[tuple[object, ...]]:
     return server.run("SELECT pid FROM pg_stat_activity WHERE application_name = 'fails'")
+
+
+@pytest.mark.parametrize(
+    ("commit", "names", "standbys", "words"),
+    [
+        ("on", "", 0, None),
+        ("on", "", 1, "a failover may lose what was acknowledged"),
+        ("on", "ANY 1 (*)", 1, None),
+        ("local", "ANY 1 (*)", 1, "a failover may lose what was acknowledged"),
+        ("off", "", 0, "a crash of the database may lose what was acknowledged"),
+    ],
+)
+def test_a_database_that_may_lose_what_it_acknowledged_is_warned_of(
+    commit: str, names: str, standbys: int, words: str | None
+) -> None:
+    with structlog.testing.capture_logs() as logged:
+        durability.warn_of_losses(_Answering((commit, names, standbys)), place="here")  # type: ignore[arg-type]
+    assert [it["event"].partition(":")[0] for it in logged] == ([] if words is None else [words])
+
+
+class _Answering:
+    """A connection of a server with such settings."""
+
+    def __init__(self, row: tuple[object, ...]) -> None:
+        self._row = row
+
+    def execute(self, _: bytes) -> "_Answering":
+        return self
+
+    def fetchone(self) -> tuple[object, ...]:
+        return self._row
+
+
+async def test_the_start_looks_at_what_the_database_promises(postgres: PostgresServer) -> None:
+    with postgres.new_schema() as name, structlog.testing.capture_logs() as logged:
+        await _open_once(postgres.url, schema_name=name)
+    assert any("its synchronous_commit is off" in it["event"] for it in logged), "that of the tests is"
