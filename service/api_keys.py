@@ -17,13 +17,9 @@ from service.errors import SettingsError
 from service.sessions.upkeep.run_every import run_every
 from service.settings import ENV_PREFIX, NamedKey, Permission, Settings, Sources, digest_of, digests_of
 from service.telemetry.logging import mask_secrets_of
+from service.watched_files import LOOK_INTERVAL_S, WatchedFiles
 
 logger = structlog.get_logger("lastcall.keys")
-
-LOOK_INTERVAL_S = 0.4
-"""The time between two looks at the files. A change is in force after two to three of them."""
-
-_Look = dict[Path, tuple[int, ...] | None]
 
 
 @dataclass(frozen=True)
@@ -50,9 +46,7 @@ class ApiKeys:
     def __init__(self, settings: Settings, *, read_sources: Callable[[], Sources] | None = None) -> None:
         self._known = _known(settings)
         self._read_sources = read_sources
-        self._files: Iterable[Path] = ()
-        self._looked: _Look | None = None
-        self._read: _Look | None = None
+        self._watched = WatchedFiles()
         self._told = ""
 
     @property
@@ -72,21 +66,18 @@ class ApiKeys:
         if self._read_sources is None or not self.are_set:
             return
         self._read_again(self._read_sources)
-        if self._files:
+        if self._watched.files:
             await run_every(LOOK_INTERVAL_S, self.look, name="key loop")
 
     async def look(self) -> None:
         """Look at the files once, and read them if they have changed, and not since the last look."""
-        looked = _look_at(self._files)
-        is_settled, self._looked = looked == self._looked, looked
-        if is_settled and looked != self._read and self._read_sources is not None:
-            self._read = looked
+        if self._watched.have_changed() and self._read_sources is not None:
             self._read_again(self._read_sources)
 
     def _read_again(self, read_sources: Callable[[], Sources]) -> None:
         try:
             sources = read_sources()
-            self._files = _files_of(sources)
+            self._watched.files = _files_of(sources)
             settings = sources.settings()
             if not settings.api_keys:
                 raise SettingsError("no api_keys are set any more; a start is needed to serve without keys")
@@ -121,16 +112,3 @@ def _files_of(sources: Sources) -> Iterable[Path]:
     if sources.origins.get("api_keys") == f"{ENV_PREFIX}API_KEYS":
         return ()
     return (sources.file, *sorted(sources.key_files))
-
-
-def _look_at(files: Iterable[Path]) -> _Look:
-    return {path: _state_of(path) for path in files}
-
-
-def _state_of(path: Path) -> tuple[int, ...] | None:
-    """What changes with a file: also if another one takes its place, and keeps the old time. None without a file."""
-    try:
-        found = path.stat()
-    except (OSError, ValueError):
-        return None
-    return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino, found.st_dev

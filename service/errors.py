@@ -32,6 +32,7 @@
     │       └── ShuttingDownError    no new work: the service is about to stop
     ├── RepeatedError                an earlier call with this idempotency key made something; callers never see this
     ├── StoreError                   the store refused, hung or broke
+    │   ├── PeerUntrustedError       another process of the service and this one do not accept each other (``reason``)
     │   ├── ResourcesExhaustedError  the system gives this process no more descriptors or buffers
     │   ├── EditedMeanwhileError     a part of what was copied was deleted meanwhile; the store works
     │   └── StoreLostError           the store's file was deleted or replaced: another process may serve another file
@@ -376,6 +377,16 @@ class EditedMeanwhileError(StoreError):
 
     def __init__(self) -> None:
         super().__init__("A part of this conversation was deleted while it was copied; try again.")
+
+
+class PeerUntrustedError(StoreError):
+    """The certificate of another replica is not accepted here, or that of this replica is not accepted there."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            "The replica that runs the turns of this session cannot be asked: a certificate is not accepted."
+        )
+        self.reason = reason
 
 
 class ResourcesExhaustedError(StoreError):

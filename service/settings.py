@@ -122,6 +122,28 @@ def _listening_address(text: str) -> str:
     raise ValueError("should be host:port ([address]:port for IPv6) or unix:path; port 0 takes a free one")
 
 
+def _peer_address(text: str) -> str:
+    host, port = split_host_port(text)
+    if host and re.fullmatch(r"[0-9]{1,5}", port) and int(port) <= 65535:
+        return text
+    raise ValueError("should be host:port, or [address]:port for IPv6; port 0 takes a free one")
+
+
+def _peer_url(text: str) -> str:
+    host, port = split_host_port(text.removeprefix("tls://"))
+    is_port = re.fullmatch(r"[0-9]{1,5}", port) and 1 <= int(port) <= 65535
+    if text.startswith("tls://") and is_port and not _is_every_interface(host):
+        return text
+    raise ValueError("should be tls://host:port, where other replicas reach this one")
+
+
+def _is_every_interface(host: str) -> bool:
+    try:
+        return ip_address(host).is_unspecified
+    except ValueError:
+        return False
+
+
 def checked_store_url(text: str) -> str:
     """Raises: ValueError: This version has no such store."""
     if text == "sqlite::memory:":
@@ -346,6 +368,19 @@ class Settings(BaseModel):
     """Certificate chain (PEM); together with `tls_keyfile`. Bare hypercorn has its own `--certfile` instead."""
     tls_keyfile: Name | None = None
     """The certificate's private key (PEM). Bare hypercorn has its own `--keyfile` instead."""
+    peer_bind: Annotated[str, AfterValidator(_peer_address)] | None = None
+    """Where to listen for the other replicas of a PostgreSQL store: `host:port`, one port for all workers, with TLS and
+    the three files below. Unless set, requests are forwarded within one machine only."""
+    peer_url: Annotated[str, AfterValidator(_peer_url)] | None = None
+    """The address at which other replicas reach `peer_bind`: `tls://host:port`. It must be set if `peer_bind` names all
+    interfaces."""
+    peer_certfile: Name | None = None
+    """This replica's certificate chain (PEM) for both sides of a connection between replicas. `lastcall certificates`
+    makes one. It is read again when it changes, and so are the next two."""
+    peer_keyfile: Name | None = None
+    """The private key of `peer_certfile` (PEM)."""
+    peer_cafile: Name | None = None
+    """The certificates (PEM) that sign those of the replicas."""
     api_keys: tuple[
         Annotated[
             Annotated[CallerKey, Tag(_PLAIN)] | Annotated[NamedKey, Tag(_NAMED)],
@@ -599,8 +634,27 @@ class Settings(BaseModel):
             yield "api_keys should be set with trusted_proxies: without keys no proxy's request is served"
         if (self.tls_certfile is None) != (self.tls_keyfile is None):
             yield "tls_certfile and tls_keyfile should be set together"
+        yield from self._peers_that_do_not_fit()
         yield from self._sizes_that_do_not_fit()
         yield from self._upstreams_that_do_not_fit()
+
+    def _peers_that_do_not_fit(self) -> Iterator[str]:
+        needed = {
+            "peer_bind": self.peer_bind,
+            "peer_certfile": self.peer_certfile,
+            "peer_keyfile": self.peer_keyfile,
+            "peer_cafile": self.peer_cafile,
+        }
+        given = needed | {"peer_url": self.peer_url}
+        missing = [name for name, value in needed.items() if value is None]
+        if missing and any(value is not None for value in given.values()):
+            yield f"{' and '.join(missing)} should be set, too: the settings peer_* belong together"
+        elif self.peer_bind is not None and self.peer_url is None:
+            host, _ = split_host_port(self.peer_bind)
+            if _is_every_interface(host):
+                yield (
+                    f"peer_url should be set (tls://host:port): no other replica reaches this one at {self.peer_bind}"
+                )
 
     def _upstreams_that_do_not_fit(self) -> Iterator[str]:
         given = self.model_fields_set

@@ -35,6 +35,7 @@ import trio
 
 from service.api_keys import ApiKeys
 from service.clock import Clock, SteadyClock
+from service.cluster.peer_transport import PeerTransport
 from service.errors import StartupError, StoreError
 from service.models.client import ModelClient
 from service.models.http.read_poller import open_read_poller
@@ -79,6 +80,7 @@ async def open_service(
     shutdown: Shutdown | None = None,
     clock: Clock | None = None,
     peer_address: str | None = None,
+    peers: PeerTransport | None = None,
     read_sources: Callable[[], Sources] | None = None,
 ) -> AsyncIterator[Service]:
     """Open the whole service. Leaving the context stops and closes each part within a bound of its own.
@@ -87,6 +89,7 @@ async def open_service(
         shutdown: Receives the notice. The caller makes it where a notice may come before the tree is open.
         clock: Wall time; a :class:`~service.clock.SteadyClock` unless given.
         peer_address: The address at which this process answers other processes that share the store.
+        peers: How it reaches them; only through Unix sockets unless given.
         read_sources: Reads the settings again, for API keys that change; None if they never do.
 
     Raises:
@@ -100,7 +103,12 @@ async def open_service(
         shutdown.closing(_open_store(settings, peer_address), "the store") as store,
         _open_upstreams(settings, shutdown, clock) as upstreams,
         open_sessions(
-            store=store, client_for=upstreams.client_for, clock=clock, settings=settings, stop=shutdown
+            store=store,
+            client_for=upstreams.client_for,
+            clock=clock,
+            settings=settings,
+            stop=shutdown,
+            transport=peers,
         ) as sessions,
         trio.open_nursery() as nursery,
     ):

@@ -31,6 +31,7 @@ LAYERS = (
         "steps",
         "stop_state",
         "store_capabilities",
+        "watched_files",
     ),
 )
 """The layers, outermost first. A module imports from lower layers, and from its own package or top-level layer."""

@@ -8,6 +8,7 @@ an earlier version has no beats: it closes the connection, and is waited for as 
 A freeze of this process is no silence of the owner: the beats that have arrived meanwhile are read first.
 """
 
+import errno
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
@@ -16,8 +17,8 @@ import structlog
 import trio
 
 from service.cluster.peer_proof import PeerGoneError, prove_to_owner
-from service.cluster.peer_socket import wait_for_peer
-from service.errors import ResourcesExhaustedError
+from service.cluster.peer_transport import PeerStream, PeerTransport
+from service.errors import PeerUntrustedError, ResourcesExhaustedError
 from service.freezes import ScopeDeadline, extended_when_late
 from service.telemetry.log_context import log_context
 
@@ -28,6 +29,7 @@ SILENCE_S = 3 * BEAT_INTERVAL_S
 """An owner that was not heard for this time hangs."""
 START_AFTER_S = 1.0
 """Requests that are answered sooner need no beats."""
+_OUT_OF_REACH = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
 
 
 class Waiting(Protocol):
@@ -36,7 +38,7 @@ class Waiting(Protocol):
     def end_for_silence(self) -> None: ...
 
 
-async def send_beats(stream: trio.SocketStream) -> None:
+async def send_beats(stream: PeerStream) -> None:
     """Beat until the peer has closed the connection, or takes no more beats. Closes the connection."""
     async with stream:
         with suppress(OSError, trio.BrokenResourceError):
@@ -54,11 +56,13 @@ class OwnerBeats:
     Args:
         nursery: Runs a task for each of these owners, while requests wait for it or it hangs.
         secret: Returns the secret of the store.
+        transport: How the owners are reached.
     """
 
-    def __init__(self, nursery: trio.Nursery, *, secret: Callable[[], bytes]) -> None:
+    def __init__(self, nursery: trio.Nursery, *, secret: Callable[[], bytes], transport: PeerTransport) -> None:
         self._nursery = nursery
         self._secret = secret
+        self._transport = transport
         self._owners: dict[str, _Owner] = {}
 
     def hangs(self, address: str) -> bool:
@@ -73,7 +77,7 @@ class OwnerBeats:
             request.end_for_silence()
             return
         if owner is None:
-            owner = _Owner(address, self._secret)
+            owner = _Owner(address, self._secret, self._transport)
             try:
                 self._nursery.start_soon(self._run, owner, name="listen for beats")
             except RuntimeError:  # the nursery is closed: this request outlives the service
@@ -101,8 +105,9 @@ class OwnerBeats:
 class _Owner:
     """One owner. Its task listens while requests wait for it, and from its silence on until it is heard or gone."""
 
-    def __init__(self, address: str, secret: Callable[[], bytes]) -> None:
+    def __init__(self, address: str, secret: Callable[[], bytes], transport: PeerTransport) -> None:
         self.address = address
+        self._transport = transport
         self.requests: set[Waiting] = set()
         self.hangs = False
         self.changed = trio.lowlevel.ParkingLot()
@@ -149,18 +154,29 @@ class _Owner:
             self._deadline.restart()
 
     async def _hear(self) -> None:
-        """Listen for beats. An owner that closes the connection does not hang, though it may have no beats to send."""
+        """Listen for beats. An owner that closes the connection does not hang, though it may have no beats to send.
+
+        One that is out of reach hangs, as far as this process can tell.
+        """
         while True:
+            was_cut_off = False
             with suppress(ResourcesExhaustedError):
-                stream = await wait_for_peer(self.address)
+                stream = await self._transport.wait(self.address)
                 if stream is not None:
                     async with stream:
-                        await self._hear_beats(stream)
-            self._note_sign()
+                        was_cut_off = await self._hear_beats(stream)
+            if not was_cut_off:
+                self._note_sign()
             await trio.sleep(BEAT_INTERVAL_S)
 
-    async def _hear_beats(self, stream: trio.SocketStream) -> None:
-        with suppress(OSError, trio.BrokenResourceError, PeerGoneError):
+    async def _hear_beats(self, stream: PeerStream) -> bool:
+        """Listen on a connection until it ends. Returns whether it ended because the owner is out of reach."""
+        try:
             if await prove_to_owner(stream, self._secret(), address=self.address, purpose="beats"):
                 while await stream.receive_some(64):
                     self._note_sign()
+        except trio.BrokenResourceError as error:
+            return getattr(error.__cause__, "errno", None) in _OUT_OF_REACH
+        except (OSError, PeerGoneError, PeerUntrustedError):
+            pass
+        return False

@@ -5,13 +5,18 @@ from contextlib import suppress
 
 import h11
 import msgspec
+import structlog
 import trio
 
 from service.cluster.peer_proof import PeerGoneError, prove_to_owner
-from service.errors import InvalidRequestError, StoreError
+from service.cluster.peer_transport import PeerStream, end_sending, is_of_this_user, leave
+from service.errors import InvalidRequestError, PeerUntrustedError, StoreError
+
+logger = structlog.get_logger("lastcall.cluster")
 
 PEER_GONE = (OSError, trio.BrokenResourceError, h11.RemoteProtocolError, PeerGoneError)
 """The errors of a connection whose peer has died."""
+_TAKEN = "The address of the process that runs these turns was taken by another process."
 
 
 class PeerRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,7 +41,7 @@ class PeerConnection:
         accepted_as: The path of the turn as which the peer has accepted the request, if it has said so.
     """
 
-    def __init__(self, stream: trio.SocketStream, *, address: str, secret: bytes) -> None:
+    def __init__(self, stream: PeerStream, *, address: str, secret: bytes) -> None:
         self.has_asked = False
         self.accepted_as: str | None = None
         self._stream = stream
@@ -50,13 +55,13 @@ class PeerConnection:
 
     def close(self) -> None:
         """Close at once; the peer sees that the client has left. Closing twice has no effect."""
-        self._stream.socket.close()
+        leave(self._stream)
 
     async def half_close(self) -> None:
         """Close the sending side: the peer sees that the client may come back. Returns when the peer has closed."""
         try:
             with suppress(*PEER_GONE):
-                await self._stream.send_eof()
+                await end_sending(self._stream)
                 while await self._stream.receive_some(65536):
                     pass
         finally:
@@ -74,11 +79,14 @@ class PeerConnection:
 
         Raises:
             InvalidRequestError: HTTP/1.1 cannot express a header of the request.
-            StoreError: The listener at this address does not know the store's secret.
+            StoreError: The listener at this address does not know the store's secret, or has another user.
+            PeerUntrustedError: A certificate is not accepted on the other side.
         """
         try:
+            if not is_of_this_user(self._stream):
+                raise StoreError(_TAKEN)
             if not await prove_to_owner(self._stream, self._secret, address=self._address):
-                raise StoreError("The address of the process that runs these turns was taken by another process.")
+                raise StoreError(_TAKEN)
             self.has_asked = True
             await self._send(request)
             del request
@@ -86,6 +94,9 @@ class PeerConnection:
             return head, b"" if is_stream(head) else await self._receive_whole_body()
         except h11.LocalProtocolError as error:
             raise InvalidRequestError(f"This request has a header that cannot be passed on: {error}.") from error
+        except PeerUntrustedError as error:
+            logger.warning("another replica cannot be asked: a certificate is not accepted", reason=error.reason)
+            raise
         except PEER_GONE:
             return None
 

@@ -1,6 +1,6 @@
-"""The sockets on which processes of this service reach each other: their names, their users, and how to connect.
+"""The Unix sockets on which processes of this service reach each other: their names, their users, and how to connect.
 
-A peer's address is the name of a Unix socket. A name with a leading ``@`` is abstract (unix(7)) and has no file.
+A name with a leading ``@`` is abstract (unix(7)) and has no file.
 """
 
 import os
@@ -10,18 +10,16 @@ import struct
 import trio
 
 from service.errors import ResourcesExhaustedError, is_exhaustion
-from service.freezes import move_on_after
 
-_CONNECT_TIMEOUT_S = 2.0
 _POLL_INTERVAL_S = 0.01
 _CREDENTIALS = struct.Struct("3i")  # process, user, group
 _NOBODY = -1
 """The user that the kernel reports while the connection is not made, because the listener's backlog is full."""
 
 
-def socket_name(address: str) -> str:
-    """The kernel's name of a peer's address: a leading ``@`` stands for the NUL of an abstract name."""
-    return f"\0{address[1:]}" if address.startswith("@") else address
+def socket_name(name: str) -> str:
+    """The kernel's form of a name: a leading ``@`` stands for the NUL of an abstract name."""
+    return f"\0{name[1:]}" if name.startswith("@") else name
 
 
 def user_of_peer(stream_socket: trio.socket.SocketType | None) -> int:
@@ -34,24 +32,17 @@ def process_of_peer(stream_socket: trio.socket.SocketType) -> int:
     return _credentials_of(stream_socket)[0]
 
 
-async def connect_to_peer(address: str) -> trio.SocketStream | None:
-    """Connect to a peer; the caller closes the connection. None if no process answers at this address.
+async def open_unix_stream(name: str) -> trio.SocketStream | None:
+    """Connect to a socket, and wait as long as it takes no more connections. None if no process listens on it.
 
     Cancellation leaves no socket behind.
 
     Raises:
         ResourcesExhaustedError: This process may open no more sockets.
     """
-    with move_on_after(_CONNECT_TIMEOUT_S):
-        return await wait_for_peer(address)
-    return None
-
-
-async def wait_for_peer(address: str) -> trio.SocketStream | None:
-    """Connect as :func:`connect_to_peer` does, but wait as long as the peer takes no more connections."""
     while True:
         try:
-            stream = await trio.open_unix_socket(socket_name(address))
+            stream = await trio.open_unix_socket(socket_name(name))
         except OSError as error:
             if is_exhaustion(error.errno):
                 raise ResourcesExhaustedError from error

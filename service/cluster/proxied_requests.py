@@ -6,6 +6,7 @@ from math import inf
 import trio
 
 from service.cluster.owner_beats import OwnerBeats
+from service.cluster.peer_transport import PeerTransport
 from service.stop_state import Phase, StopState
 
 _END_ON_ITS_WAY_S = 0.05
@@ -22,15 +23,23 @@ class ProxiedRequests:
         cleanup_timeout_s: How long an owner that stops as well may take for the ends of its turns.
         secret: Returns the secret of the store.
         stop: Whether this process stops.
+        transport: How the owners are reached.
 
     Attributes:
         beats: The owners' beats, which end the requests of an owner that hangs.
     """
 
     def __init__(
-        self, nursery: trio.Nursery, *, cleanup_timeout_s: float, secret: Callable[[], bytes], stop: StopState
+        self,
+        nursery: trio.Nursery,
+        *,
+        cleanup_timeout_s: float,
+        secret: Callable[[], bytes],
+        stop: StopState,
+        transport: PeerTransport,
     ) -> None:
-        self.beats = OwnerBeats(nursery, secret=secret)
+        self.transport = transport
+        self.beats = OwnerBeats(nursery, secret=secret, transport=transport)
         self._nursery = nursery
         self._cleanup_timeout_s = cleanup_timeout_s
         self._open: set[ProxiedRequest] = set()

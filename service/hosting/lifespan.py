@@ -21,6 +21,7 @@ from quart import Quart
 from service.api.app import attach, detach
 from service.api.http.app_state import refusals_of
 from service.api.http.proxy import SUCCESSORS
+from service.cluster.peer_transport import PeerTransport
 from service.freezes import watch_for_freezes
 from service.hosting.hypercorn.asgi_request import open_requests
 from service.hosting.hypercorn.connections import Connections
@@ -196,12 +197,13 @@ class Hosting(Host):
                     self._settings,
                     shutdown=self._shutdown,
                     peer_address=peers.address if peers else None,
+                    peers=PeerTransport(peers.certificates) if peers else None,
                     read_sources=self._app.extensions.get(READ_SOURCES),
                 ) as service,
             ):
                 if peers is not None:
                     self._peer_address = peers.address
-                    peers.take_peers(service.store.peer_secret)
+                    peers.take_peers(service.store.peer_secret, fence=service.store.fence)
                 self._opened = True
                 gc.freeze()  # modules, routes and schemas live on: the collector need not look through them
                 gc.set_threshold(GARBAGE_AFTER)

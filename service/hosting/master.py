@@ -36,6 +36,7 @@ from hypercorn.config import Config, Sockets
 from service.errors import StartupError
 from service.hosting.hypercorn.patches import install_in_command_line
 from service.hosting.listeners.bind import bind_addresses
+from service.hosting.listeners.peer_port import share_peer_port
 from service.hosting.peer_listener import check_sharing
 from service.hosting.process.early_stop import deliver_hangups
 from service.hosting.process.process_exit import ExitCode, leave, refuse_to_start, say
@@ -90,6 +91,8 @@ def run(settings: Settings, config: Config) -> NoReturn:
         if config.worker_class != "trio" and config.workers:
             raise StartupError("Lastcall runs on Trio: start hypercorn with --worker-class trio.")
         bind_addresses(config)
+        if config.workers:
+            share_peer_port(config, settings)
     except StartupError as error:
         refuse_to_start(error)
     if config.workers == 0:

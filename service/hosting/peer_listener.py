@@ -1,36 +1,65 @@
-"""The peer listener: the socket on which this process answers the service's other processes for sessions that it runs.
+"""The peer listener: answers the service's other processes for sessions that this one runs.
 
-The socket is a Unix socket with an abstract name (unix(7)). It has no file, so it leaves nothing behind, also after a
-kill. It has no permissions either: the listener admits processes of the same user that prove that they know the
-store's secret, which is kept beside the store. The process that sends a request on has checked its access already.
+**In one place** (``peer_address.this_place``) they come through a Unix socket with an abstract name (unix(7)). It has
+no file, so it leaves nothing behind, also after a kill. It has no permissions either: the listener admits processes of
+the same user that prove that they know the store's secret, which is kept beside the store.
 
-The way in which a connection ends tells whether the client behind the peer has left (see :func:`client_returns`).
+**Other replicas** come through the port of this replica, with TLS and a certificate (``listeners/peer_port``). The port
+is shared by all workers. A client's first message names the process that it wants (SNI); the worker that has accepted
+the connection hands the socket, with that message, to the other process, through a second Unix socket of that process.
+So each connection ends in the process that it is for, and bytes are passed on by none. A name that no process has is
+that of a process that has gone: its request is answered with 421, and nothing of it is done.
+
+The process that sends a request on has checked its access already. The way in which a connection ends tells whether the
+client behind the peer has left (see :func:`client_returns`).
 """
 
+import hmac
+import math
 import os
-import secrets
 import select
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from array import array
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import ExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
+import structlog
 import trio
 from hypercorn.typing import AppWrapper, ConnectionState, Scope
 
-from service.api.http.proxy import PEER, TELL_ACCEPTED
+from service.api.http.proxy import FENCE, INSTANCE, MISDIRECTED, PEER, TELL_ACCEPTED
 from service.cluster.owner_beats import send_beats
-from service.cluster.peer_proof import check_peer
+from service.cluster.peer_address import PeerAddress, shown_host_port
+from service.cluster.peer_certificates import PeerCertificates
+from service.cluster.peer_proof import Purpose, check_peer
 from service.cluster.peer_socket import process_of_peer, socket_name, user_of_peer
-from service.errors import StartupError
+from service.cluster.peer_tls import HELLO_BYTES_MAX, TlsStream, is_unheard, keep_alive, read_hello
+from service.cluster.peer_transport import PeerStream
+from service.errors import PeerUntrustedError, StartupError
 from service.hosting.hypercorn.connections import Connections
 from service.hosting.hypercorn.http1_connection import Stream
 from service.hosting.hypercorn.worker import Worker
-from service.settings import Settings
+from service.hosting.listeners.peer_port import BACKLOG, open_peer_port
+from service.sessions.upkeep.run_every import run_every
+from service.settings import Settings, split_host_port
+from service.watched_files import LOOK_INTERVAL_S
 
-BACKLOG = 1024
+logger = structlog.get_logger("lastcall.cluster")
+
+OPENING_MAX = 256
+"""Bound on the connections that have been accepted and have not proved yet that they come from the service."""
+OPENING_S = 5.0
+"""How long that may take, from the first byte to the proof."""
+ACCEPT_PAUSE_S = 0.1
+WATCH_INTERVAL_S = 1.0
+REFUSALS_INTERVAL_S = 60.0
+"""The log says no more often that connections were refused: anybody who reaches the port can make them."""
+_HANDED_KIND = socket.SOCK_SEQPACKET
+_NOTE_BYTES = 32
+_DESCRIPTOR_BYTES = array("i").itemsize
 _FLAGS_FIELD = 6
 _PF_EXITING = 0x4
 
@@ -52,111 +81,356 @@ def check_sharing(settings: Settings, *, workers: int) -> None:
 async def open_peer_listener(
     worker: Worker, connections: Connections, *, serving: trio.Event, settings: Settings
 ) -> AsyncIterator["PeerListener | None"]:
-    """Listen until the context is left. Yields None, without a listener, if the store belongs to this process alone."""
+    """Listen until the context is left. Yields None, without a listener, if the store belongs to this process alone.
+
+    Raises:
+        StartupError: The port for other replicas is taken, or their certificates cannot be used.
+    """
     if not settings.store_capabilities.shared:
         yield None
         return
-    address = f"@lastcall-{secrets.token_hex(16)}"
-    with trio.socket.socket(socket.AF_UNIX) as listener:
-        await listener.bind(socket_name(address))
-        listener.listen(BACKLOG)
+    certificates = PeerCertificates.of(settings)
+    if certificates is None and settings.store_scheme == "postgresql":
+        logger.info("requests are forwarded between processes of this machine only; for several machines set peer_bind")
+    with ExitStack() as sockets:
+        port = open_peer_port(worker.config, settings)
+        tcp = None if port is None else sockets.enter_context(trio.socket.from_stdlib_socket(port))
+        address = _address(settings, tcp)
+        local = await _listen(address.unix_name, sockets)
+        if tcp is not None:
+            logger.info(
+                "other replicas are answered", bind=shown_host_port(*tcp.getsockname()[:2]), address=str(address)
+            )
+        handed = None if tcp is None else await _listen(_name_for_handed(address.instance), sockets, _HANDED_KIND)
         async with trio.open_nursery() as nursery:
-            yield PeerListener(address, listener, worker, connections, serving=serving, nursery=nursery)
+            yield PeerListener(
+                address,
+                Doors(local, tcp, handed),
+                worker,
+                connections,
+                certificates=certificates,
+                serving=serving,
+                nursery=nursery,
+            )
             nursery.cancel_scope.cancel()
+
+
+def _address(settings: Settings, tcp: trio.socket.SocketType | None) -> PeerAddress:
+    if tcp is None or settings.peer_bind is None:
+        return PeerAddress.made()
+    if settings.peer_url is not None:
+        host, port = split_host_port(settings.peer_url.removeprefix("tls://"))
+    else:
+        host, _ = split_host_port(settings.peer_bind)
+        port = tcp.getsockname()[1]
+    return PeerAddress.made(host=host, port=int(port))
+
+
+async def _listen(
+    name: str, sockets: ExitStack, kind: socket.SocketKind = socket.SOCK_STREAM
+) -> trio.socket.SocketType:
+    listener = sockets.enter_context(trio.socket.socket(socket.AF_UNIX, kind))
+    await listener.bind(socket_name(name))
+    listener.listen(BACKLOG)
+    return listener
+
+
+def _name_for_handed(instance: str) -> str:
+    """The name of the socket on which a process takes connections that others of its replica have accepted."""
+    return f"@{instance}-handed"
+
+
+class Doors(NamedTuple):
+    """The listening sockets: for processes in this place, for other replicas, and for what other workers accepted."""
+
+    local: trio.socket.SocketType
+    tcp: trio.socket.SocketType | None
+    handed: trio.socket.SocketType | None
 
 
 class PeerListener:
     """The listener for other processes. Made by :func:`open_peer_listener`.
 
     Args:
-        nursery: Runs the loop that accepts connections, until the listener closes.
+        nursery: Runs the loops that accept connections, until the listener closes.
 
     Attributes:
         address: The address that the store tells the other processes.
+        certificates: Those of this replica; None if it answers no other one.
     """
 
     def __init__(
         self,
-        address: str,
-        listener: trio.socket.SocketType,
+        address: PeerAddress,
+        doors: Doors,
         worker: Worker,
         connections: Connections,
         *,
+        certificates: PeerCertificates | None,
         serving: trio.Event,
         nursery: trio.Nursery,
     ) -> None:
-        self.address = address
-        self._listener = listener
+        self.address = str(address)
+        self.certificates = certificates
+        self._peer = address
+        self._doors = doors
         self._worker = worker
         self._connections = connections
         self._serving = serving
         self._nursery = nursery
+        self._opening = trio.Semaphore(OPENING_MAX)
+        self._far: set[TlsStream] = set()
+        self._refused, self._told_at = 0, -math.inf
+        self._secret = b""
+        self._fence = 0
 
-    def take_peers(self, secret: bytes) -> None:
+    def take_peers(self, secret: bytes, *, fence: int) -> None:
         """Accept connections of processes that know the store's secret, once hypercorn serves.
 
         They close together with hypercorn's other connections.
+
+        Args:
+            fence: The fence with which this process owns turns.
         """
-        self._nursery.start_soon(self._run, secret, name="peer listener")
+        self._secret, self._fence = secret, fence
+        self._nursery.start_soon(self._run, name="peer listener")
 
-    async def _run(self, secret: bytes) -> None:
+    async def _run(self) -> None:
         await self._serving.wait()
-        listener = trio.SocketListener(self._listener)
-        handler = partial(self._serve, secret=secret)
-        await trio.serve_listeners(handler, [listener], handler_nursery=self._worker.server_nursery)
+        doors, certificates = self._doors, self.certificates
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._accept, doors.local, self._open_local)
+            if doors.tcp is not None and doors.handed is not None and certificates is not None:
+                nursery.start_soon(self._accept, doors.tcp, partial(self._open_far, certificates=certificates))
+                nursery.start_soon(self._accept, doors.handed, partial(self._open_handed, certificates=certificates))
+                nursery.start_soon(self._watch_far)
+                nursery.start_soon(partial(run_every, LOOK_INTERVAL_S, certificates.look, name="certificate loop"))
 
-    async def _serve(self, stream: trio.SocketStream, *, secret: bytes) -> None:
-        is_peer = user_of_peer(stream.socket) == user_of_peer(None)
-        purpose = await check_peer(stream, secret, address=self.address) if is_peer else None
-        if purpose is None:
-            await trio.aclose_forcefully(stream)
-            return
-        if purpose == "beats":
-            self._start_beats(stream)
-            return
+    async def _accept(self, door: trio.socket.SocketType, open_stream: "OpenStream") -> None:
+        """Accept connections, of which a bounded number may be without a proof. Each is served by a task of its own."""
+        while True:
+            await self._opening.acquire()
+            try:
+                accepted, _ = await door.accept()
+            except OSError as error:  # no descriptor is left, or the client has gone already
+                self._opening.release()
+                logger.warning("a connection of another process could not be accepted", error=error.strerror)
+                await trio.sleep(ACCEPT_PAUSE_S)
+                continue
+            except BaseException:
+                self._opening.release()
+                raise
+            try:
+                self._worker.server_nursery.start_soon(self._serve, accepted, open_stream, name="peer")
+            except RuntimeError:  # hypercorn has stopped
+                self._opening.release()
+                accepted.close()
+
+    async def _serve(self, accepted: trio.socket.SocketType, open_stream: "OpenStream") -> None:
+        """Serve one connection that was accepted, up to its end; its beats go on in a task of their own."""
+        with accepted:
+            opened = None
+            try:
+                with trio.move_on_after(OPENING_S):
+                    opened = await open_stream(accepted)
+            except (PeerUntrustedError, trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
+                self._note_refused(error)
+            finally:
+                self._opening.release()
+            if opened is None:
+                return
+            if opened.purpose == "beats":
+                self._start_beats(opened.stream)
+            else:
+                with opened.stream.socket:
+                    await self._serve_requests(opened.stream)
+
+    async def _serve_requests(self, stream: PeerStream) -> None:
         worker = self._worker
-        app = cast("AppWrapper", PeerApp(worker.app, stream.socket))
+        app = cast("AppWrapper", PeerApp(worker.app, stream, instance=self._peer.instance, fence=self._fence))
         connection = self._connections.open(
             app, worker.config, worker.context, ConnectionState({}), cast("Stream", stream)
         )
-        await connection.run()
+        if isinstance(stream, TlsStream):
+            self._far.add(stream)
+            try:
+                await connection.run()
+            finally:
+                self._far.discard(stream)
+        else:
+            await connection.run()
 
-    def _start_beats(self, stream: trio.SocketStream) -> None:
+    def _start_beats(self, stream: PeerStream) -> None:
         """Beat on a socket of its own, in a task of this listener: hypercorn's nursery would wait for the beats."""
         with suppress(OSError):  # no descriptor is left: the peer connects again
-            beating = trio.SocketStream(stream.socket.dup())
+            own = stream.socket.dup()
+            beating = stream.moved_to(own) if isinstance(stream, TlsStream) else trio.SocketStream(own)
             try:
                 self._nursery.start_soon(send_beats, beating, name="beats")
             except RuntimeError:  # the listener is closed
-                beating.socket.close()
+                own.close()
+
+    # How a connection becomes a stream with a proof
+
+    async def _open_local(self, accepted: trio.socket.SocketType) -> "Opened | None":
+        stream = trio.SocketStream(accepted)
+        if user_of_peer(accepted) != user_of_peer(None):
+            return None
+        purpose = await check_peer(stream, self._secret, address=self.address)
+        return None if purpose is None else Opened(stream, purpose)
+
+    async def _open_far(self, accepted: trio.socket.SocketType, *, certificates: PeerCertificates) -> "Opened | None":
+        """Open a connection of another replica, or hand it to the process of this replica that it is for."""
+        keep_alive(accepted)
+        hello, name = await read_hello(accepted, certificates.server)
+        if name not in (None, self._peer.instance) and await self._hand_over(accepted, hello, name or ""):
+            return None
+        return await self._open_tls(accepted, hello, name, certificates)
+
+    async def _open_tls(
+        self, tcp: trio.socket.SocketType, hello: bytes, name: str | None, certificates: PeerCertificates
+    ) -> "Opened | None":
+        stream = TlsStream(tcp, certificates.server, received=hello)
+        purpose = await check_peer(stream, self._secret, address=self.address)
+        if purpose is None or (purpose == "beats" and name != self._peer.instance):
+            return None
+        return Opened(stream, purpose)
+
+    async def _hand_over(self, tcp: trio.socket.SocketType, hello: bytes, name: str) -> bool:
+        """Hand a connection to the process of this replica that has this name. Returns False if there is none.
+
+        The other process need not do anything for that: if it hangs, the connection waits there.
+        """
+        if not PeerAddress.is_instance(name):
+            return False
+        with trio.socket.socket(socket.AF_UNIX, _HANDED_KIND) as way:
+            try:
+                await way.connect(socket_name(_name_for_handed(name)))
+            except ConnectionRefusedError:
+                return False
+            if user_of_peer(way) == user_of_peer(None):
+                descriptor = array("i", [tcp.fileno()]).tobytes()
+                note = self._note_of(name, hello) + hello
+                await way.sendmsg([note], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptor)])
+        return True
+
+    async def _open_handed(
+        self, accepted: trio.socket.SocketType, *, certificates: PeerCertificates
+    ) -> "Opened | None":
+        """Open a connection that another worker has accepted. Its user is looked at before anything is received."""
+        if user_of_peer(accepted) != user_of_peer(None):
+            return None
+        size = socket.CMSG_SPACE(_DESCRIPTOR_BYTES)
+        note, more, *_ = await accepted.recvmsg(_NOTE_BYTES + HELLO_BYTES_MAX, size, socket.MSG_CMSG_CLOEXEC)
+        descriptors = array("i")
+        for level, kind, data in more:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                descriptors.frombytes(data[: len(data) - len(data) % _DESCRIPTOR_BYTES])
+        if not descriptors:
+            return None
+        tcp = trio.socket.from_stdlib_socket(socket.socket(fileno=descriptors[0]))
+        opened = None
+        try:
+            hello = note[_NOTE_BYTES:]
+            if hmac.compare_digest(note[:_NOTE_BYTES], self._note_of(self._peer.instance, hello)):
+                opened = await self._open_tls(tcp, hello, self._peer.instance, certificates)
+        finally:
+            if opened is None:
+                tcp.close()
+        return opened
+
+    def _note_of(self, instance: str, hello: bytes) -> bytes:
+        """Shows that a connection comes from a process that knows the store's secret."""
+        return hmac.digest(self._secret, b"\0".join((b"handed", instance.encode(), hello)), "sha256")
+
+    # Other replicas
+
+    async def _watch_far(self) -> None:
+        """End the connections of replicas that have vanished while something was on its way to them."""
+        while True:
+            await trio.sleep(WATCH_INTERVAL_S)
+            for stream in tuple(self._far):
+                if is_unheard(stream.socket):
+                    logger.warning("a connection of another replica ends: the replica has vanished")
+                    self._far.discard(stream)
+                    stream.cut()
+
+    def _note_refused(self, error: Exception) -> None:
+        """Say in the log, once in a while, that connections were not accepted."""
+        self._refused += 1
+        now = trio.current_time()
+        if now < self._told_at + REFUSALS_INTERVAL_S:
+            return
+        reason = error.reason if isinstance(error, PeerUntrustedError) else "the client has gone"
+        logger.warning("connections to peer_bind were not accepted", count=self._refused, reason=reason)
+        self._refused, self._told_at = 0, now
+
+
+class Opened(NamedTuple):
+    """A connection whose other end has proved itself."""
+
+    stream: PeerStream
+    purpose: Purpose
+
+
+OpenStream = Callable[[trio.socket.SocketType], Awaitable[Opened | None]]
 
 
 class PeerApp:
-    """The application, with a mark on each request that it comes from another process of the service."""
+    """The application, with a mark on each request that it comes from another process of the service.
 
-    def __init__(self, app: AppWrapper, peer: trio.socket.SocketType) -> None:
+    A request for another process is refused, and nothing of it is done: the address of its owner was given to this
+    process, or this one owns turns under another fence.
+
+    Args:
+        stream: The connection of the peer.
+        instance: The name of this process.
+        fence: The fence with which it owns turns.
+    """
+
+    def __init__(self, app: AppWrapper, stream: PeerStream, *, instance: str, fence: int) -> None:
         self._app = app
-        self._peer = peer
+        self._stream = stream
+        self._instance = instance.encode()
+        self._fence = b"%d" % fence
 
-    async def __call__(self, scope: Any, *rest: Any) -> None:
-        marks = {PEER: partial(client_returns, self._peer), TELL_ACCEPTED: partial(tell_accepted, self._peer)}
-        await self._app(cast("Scope", {**scope, **marks}), *rest)
+    async def __call__(self, scope: Any, receive: Any, send: Any, *rest: Any) -> None:
+        if not self._is_meant(dict(scope["headers"])):
+            headers = [(b"content-length", b"0"), (INSTANCE.encode(), self._instance)]
+            await send({"type": "http.response.start", "status": MISDIRECTED, "headers": headers})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            return
+        stream = self._stream
+        returns = stream.client_returns if isinstance(stream, TlsStream) else partial(client_returns, stream.socket)
+        marks = {PEER: returns, TELL_ACCEPTED: partial(tell_accepted, stream)}
+        await self._app(cast("Scope", {**scope, **marks}), receive, send, *rest)
+
+    def _is_meant(self, headers: Mapping[bytes, bytes]) -> bool:
+        """Whether a request is for this process. One of an earlier version, through a Unix socket, does not say so."""
+        instance, fence = headers.get(INSTANCE.encode()), headers.get(FENCE.encode())
+        if instance is None:
+            return not isinstance(self._stream, TlsStream)
+        return instance == self._instance and fence in (None, self._fence)
 
 
-def tell_accepted(peer: trio.socket.SocketType, path: str) -> None:
+def tell_accepted(peer: PeerStream, path: str) -> None:
     """Tell a peer, before the answer to its request, the path of the turn as which the request was accepted.
 
     The message is an interim response (RFC 9110, 15.2). hypercorn sends none on HTTP/1.1, so this one goes past
     hypercorn, which has not sent anything on this connection yet.
     """
     message = b"HTTP/1.1 103 \r\nlocation: " + path.encode("ascii") + b"\r\n\r\n"
+    if isinstance(peer, TlsStream):
+        peer.write_now(message)
+        return
     with suppress(OSError):  # the peer has gone
-        os.write(peer.fileno(), message)
+        os.write(peer.socket.fileno(), message)
 
 
 def client_returns(peer: trio.socket.SocketType) -> bool:
     """Whether the client of a closed connection may come back, because the peer ended the connection.
 
+    Over TLS a peer says goodbye if its client has left (:meth:`TlsStream.client_returns`); this is about Unix sockets.
     A peer that stops closes its sending side and waits for the other side's close. After a peer's death the kernel
     closes both sides.
     """

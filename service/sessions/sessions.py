@@ -22,6 +22,7 @@ import msgspec
 import trio
 
 from service.clock import Clock
+from service.cluster.peer_transport import PeerTransport
 from service.cluster.proxied_requests import ProxiedRequests
 from service.errors import (
     InvalidRequestError,
@@ -100,6 +101,7 @@ class Sessions:
         clock: Clock,
         settings: Settings,
         stop: StopState,
+        transport: PeerTransport,
     ) -> None:
         self._store = store
         self._client_for = client_for
@@ -111,7 +113,11 @@ class Sessions:
             streams_max=settings.streams_max, heartbeat_interval_s=settings.heartbeat_interval_s, stop=stop
         )
         self.proxied_requests = ProxiedRequests(
-            nursery, cleanup_timeout_s=settings.cleanup_timeout_s, secret=lambda: store.peer_secret, stop=stop
+            nursery,
+            cleanup_timeout_s=settings.cleanup_timeout_s,
+            secret=lambda: store.peer_secret,
+            stop=stop,
+            transport=transport,
         )
         self.drain = Drain(self._active, self.proxied_requests, stop)
         self._replays = Replays(store, store_timeout_s=settings.store_timeout_s)
@@ -890,7 +896,13 @@ class Sessions:
 
 @asynccontextmanager
 async def open_sessions(
-    *, store: Store, client_for: Callable[[str], ModelClient], clock: Clock, settings: Settings, stop: StopState
+    *,
+    store: Store,
+    client_for: Callable[[str], ModelClient],
+    clock: Clock,
+    settings: Settings,
+    stop: StopState,
+    transport: PeerTransport | None = None,
 ) -> AsyncIterator[Sessions]:
     """Open the sessions supervisor. On exit all session tasks are cancelled: their turns end as ``interrupted``.
 
@@ -898,7 +910,16 @@ async def open_sessions(
 
     Args:
         stop: The phase of the stop, which says when new work is refused.
+        transport: How other processes are reached; only through Unix sockets unless given.
     """
     async with trio.open_nursery() as nursery:
-        yield Sessions(nursery=nursery, store=store, client_for=client_for, clock=clock, settings=settings, stop=stop)
+        yield Sessions(
+            nursery=nursery,
+            store=store,
+            client_for=client_for,
+            clock=clock,
+            settings=settings,
+            stop=stop,
+            transport=transport or PeerTransport(),
+        )
         nursery.cancel_scope.cancel()

@@ -107,6 +107,7 @@ class MemoryStore:
 
     name = "memory"
     capabilities = store_capabilities.MEMORY
+    fence = 0
 
     def __init__(self, *, sessions_max: float = inf) -> None:
         self.peer_secret = token_bytes(32)  # only this process uses the store

@@ -89,6 +89,11 @@ class Store(Protocol):
         """The secret of the processes that share this store. It is in no backup and no export."""
         ...
 
+    @property
+    def fence(self) -> int:
+        """This owner's number among all owners that ever opened the store; 0 if there is only one."""
+        ...
+
     # Sessions
 
     async def create_session(

@@ -12,6 +12,7 @@ from quart_trio.wrappers import TrioRequest
 from trio.testing import wait_all_tasks_blocked
 
 from service.api.app import Application, attach, create_app, detach
+from service.cluster.peer_transport import PeerTransport
 from service.settings import Settings
 from service.supervisor import Service, open_service
 
@@ -138,9 +139,14 @@ async def leave(connection: TestHTTPConnection) -> None:
 
 @asynccontextmanager
 async def open_api(**settings: Any) -> AsyncIterator[Api]:
-    """An application that is attached to a service of its own, in memory unless the settings say otherwise."""
+    """An application that is attached to a service of its own, in memory unless the settings say otherwise.
+
+    Args:
+        settings: And ``peers``, the way in which other processes are reached, if not only through Unix sockets.
+    """
+    peers: PeerTransport | None = settings.pop("peers", None)
     app = _unused.pop() if _unused else create_app()
-    async with open_service(Settings(**{"store_url": "memory:"} | settings)) as service:
+    async with open_service(Settings(**{"store_url": "memory:"} | settings), peers=peers) as service:
         attach(app, service)
         try:
             yield Api(app, service)

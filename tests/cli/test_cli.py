@@ -120,6 +120,7 @@ def test_printed_config_names_the_callers(capsys: pytest.CaptureFixture[str]) ->
     assert main(["config"]) == 0
     assert [line for line in capsys.readouterr().out.splitlines() if "key" in line and "model" not in line] == [
         "# tls_keyfile is not set",
+        "# peer_keyfile is not set",
         "# a key of 'ann', which may talk and read:",
         "# a key of 'bob', which may administer and talk:",
         "# api_keys is set, and hidden  # lastcall.toml",

@@ -14,6 +14,7 @@ from service.cluster import peer_socket
 from service.cluster.owner_beats import BEAT_INTERVAL_S, SILENCE_S, START_AFTER_S, OwnerBeats, send_beats
 from service.cluster.peer_proof import check_peer
 from service.cluster.peer_socket import socket_name
+from service.cluster.peer_transport import PeerTransport
 from service.freezes import LATE_S, watch_for_freezes
 
 SECRET = b"s" * 32
@@ -78,7 +79,7 @@ async def open_scene(
         await door.bind(socket_name(address))
         door.listen(backlog)
         async with trio.open_nursery() as nursery:
-            scene = Scene(OwnerBeats(nursery, secret=lambda: SECRET), address, door, clock)
+            scene = Scene(OwnerBeats(nursery, secret=lambda: SECRET, transport=PeerTransport()), address, door, clock)
             if kind is not None:
                 nursery.start_soon(lambda: scene.serve(kind, by_itself=by_itself, nursery=nursery))
             scene.beats.add(scene.request, address)

@@ -12,10 +12,11 @@ from structlog.testing import capture_logs
 from structlog.typing import EventDict
 
 from service.api.app import attach, create_app, detach
-from service.api_keys import LOOK_INTERVAL_S, ApiKeys, Caller
+from service.api_keys import ApiKeys, Caller
 from service.settings import MASK, read_sources
 from service.supervisor import open_service
 from service.telemetry.logging import configure_logging, current_layout
+from service.watched_files import LOOK_INTERVAL_S
 from tests.api.inprocess import Api
 
 OLD, NEW = "the-old-key-of-ann", "the-new-key-of-ann"

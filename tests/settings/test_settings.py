@@ -472,6 +472,38 @@ def test_certificate_and_key_go_together() -> None:
     assert read({"LASTCALL_TLS_CERTFILE": "a.pem", "LASTCALL_TLS_KEYFILE": "b.pem"}).tls_keyfile == "b.pem"
 
 
+PEERS = {f"LASTCALL_PEER_{name}": f"{name}.pem" for name in ("CERTFILE", "KEYFILE", "CAFILE")}
+
+
+def test_the_settings_for_other_replicas_belong_together() -> None:
+    assert read(PEERS | {"LASTCALL_PEER_BIND": "10.0.0.7:7443"}).peer_url is None
+    assert problems(PEERS) == ["peer_bind should be set, too: the settings peer_* belong together"]
+    assert problems(PEERS | {"LASTCALL_PEER_CERTFILE": "", "LASTCALL_PEER_URL": "tls://h:1"}) == [
+        "peer_bind and peer_certfile should be set, too: the settings peer_* belong together"
+    ]
+    for everything in ("0.0.0.0:7443", "[::]:7443"):
+        everywhere = PEERS | {"LASTCALL_PEER_BIND": everything}
+        assert problems(everywhere) == [
+            f"peer_url should be set (tls://host:port): no other replica reaches this one at {everything}"
+        ]
+        assert read(everywhere | {"LASTCALL_PEER_URL": "tls://pod-0.lastcall:7443"}).peer_bind == everything
+
+
+@pytest.mark.parametrize("wrong", ["7443", "h", "h:x", "h:70000", "unix:/x", "[::1]"])
+def test_peer_bind_is_a_host_and_a_port(wrong: str) -> None:
+    (problem,) = problems(PEERS | {"LASTCALL_PEER_BIND": wrong})
+    assert "should be host:port, or [address]:port for IPv6" in problem
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["h:7443", "https://h:7443", "tls://h", "tls://h:0", "tls://0.0.0.0:7443", "tls://h:7443/x", "tls://[::]:1"],
+)
+def test_peer_url_is_where_others_reach_the_replica(wrong: str) -> None:
+    (problem,) = problems(PEERS | {"LASTCALL_PEER_BIND": "127.0.0.1:0", "LASTCALL_PEER_URL": wrong})
+    assert "should be tls://host:port, where other replicas reach this one" in problem
+
+
 def test_real_model_server_needs_a_model() -> None:
     assert problems({"LASTCALL_MODEL_URL": "http://host/v1"}) == [
         "model should be set: a model that http://host/v1 serves"

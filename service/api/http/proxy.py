@@ -1,12 +1,14 @@
 """Forwarding: passes a request about turns that another process runs to that process, their owner.
 
-The owner answers on a Unix socket (``peer_address``), to processes that know the store's secret
-(``service/cluster/peer_proof.py``). It gets the request once it has proved that it knows the secret too. Its answer
-goes to the client as it arrives, heartbeats included, and a client that leaves here has left the owner too. If the
-owner dies during a stream, this process recovers its turns, and the stream goes on from the store up to its terminal
-event, in the face in which it began. If the owner hangs, the client gets an error once the answer is overdue; a stream
-and a call that waits for a turn end when the owner's beats are missing (``service/cluster/owner_beats.py``). The client
-has not left then either: the owner finds the connection half closed when it goes on.
+The owner answers on a Unix socket, or over TLS to other replicas (``service/cluster/peer_transport.py``), to processes
+that know the store's secret (``service/cluster/peer_proof.py``). It gets the request once it has proved that it knows
+the secret too. The request says for which process it is: any other one refuses it (421), and the owner is looked for
+anew. The owner's answer goes to the client as it arrives, heartbeats included, and a client that leaves here has left
+the owner too. If the owner dies during a stream, this process recovers its turns, and the stream goes on from the store
+up to its terminal event, in the face in which it began. If the owner hangs, the client gets an error once the answer is
+overdue; a stream and a call that waits for a turn end when the owner's beats are missing
+(``service/cluster/owner_beats.py``). The client has not left then either: the owner finds the connection half closed
+when it goes on.
 
 When this process stops, the owner's turns go on, and their streams end here when the time is over. The clients have not
 left: this process closes only its sending side, and the owner gives the clients a moment to come back. The owner does
@@ -42,8 +44,9 @@ from service.api.http.request_body import drop_body, kept_body
 from service.api.http.request_id import HEADER_BYTES as REQUEST_ID
 from service.api.http.request_id import current_request_id
 from service.api.http.request_resources import release_after_request
+from service.cluster.peer_address import PeerAddress
 from service.cluster.peer_client import PEER_GONE, PeerConnection, PeerRequest
-from service.cluster.peer_socket import connect_to_peer, user_of_peer
+from service.cluster.peer_transport import PeerStream
 from service.cluster.proxied_requests import ProxiedRequest
 from service.errors import (
     LastcallError,
@@ -80,6 +83,12 @@ _HANDED_OVER = "lastcall-handed-over"
 """Header of a request that a process which stops has passed on: any process that serves may answer it."""
 _UNTOUCHED = "lastcall-untouched"
 """Header of a refusal to a peer: this process stops and has done nothing of the request, so the peer begins anew."""
+INSTANCE = "lastcall-instance"
+"""Header of a request to a peer: the process that it is for. Also of the refusal of any other process, with 421."""
+FENCE = "lastcall-fence"
+"""Header of a request to a peer: the fence with which that process owns the session's turns."""
+MISDIRECTED = 421
+"""Source: https://www.rfc-editor.org/rfc/rfc9110#section-15.5.20"""
 _NO_OWNER = 0
 """Stands for the fence of a process that has no session of the request."""
 _HOPS_AT_ONCE = 3
@@ -94,7 +103,15 @@ _WRITE_BYTES_MAX = 64 * 1024
 _HOP_BY_HOP = frozenset(
     (b"connection", b"keep-alive", b"transfer-encoding", b"upgrade", b"te", b"trailer", b"date", b"server", b"expect")
 )
-_SET_ANEW = (b"content-length", _HOPS.encode(), _HANDED_OVER.encode(), CALLER, REQUEST_ID)
+_SET_ANEW = (
+    b"content-length",
+    _HOPS.encode(),
+    _HANDED_OVER.encode(),
+    INSTANCE.encode(),
+    FENCE.encode(),
+    CALLER,
+    REQUEST_ID,
+)
 _TURN_PATH = re.compile(r"/sessions/([^/]+)/turns/(turn_[0-9a-f]{32})(?:/events)?$")
 
 
@@ -211,7 +228,7 @@ async def forward(error: OwnedElsewhereError) -> TrioResponse:
             raise StoreError(str(error))
         if current_service().sessions.proxied_requests.beats.hangs(error.address):
             raise _no_answer(error.session_id)
-        stream = await connect_to_peer(error.address)
+        stream = await _connect(error.address)
         if stream is None:
             return await _answer_here(error)
         response = await _answer_from(stream, error, hops=hops)
@@ -241,7 +258,7 @@ async def hand_over(error: ShuttingDownError) -> TrioResponse:
     if not was_passed_to_owner() and hops < _HOPS_MAX:
         beats = current_service().sessions.proxied_requests.beats
         for address in random.sample(_successors(), len(_successors())):
-            if beats.hangs(address) or (stream := await connect_to_peer(address)) is None:
+            if beats.hangs(address) or (stream := await _connect(address)) is None:
                 continue
             anyone = OwnedElsewhereError("", fence=_NO_OWNER, address=address)
             response = await _answer_from(stream, anyone, hops=hops, handed_over=True)
@@ -254,8 +271,13 @@ async def hand_over(error: ShuttingDownError) -> TrioResponse:
     raise error
 
 
+async def _connect(address: str) -> PeerStream | None:
+    """Connect to a process of the service, as its transport does."""
+    return await current_service().sessions.proxied_requests.transport.connect(address)
+
+
 async def _answer_from(
-    stream: trio.SocketStream, error: OwnedElsewhereError, *, hops: int, handed_over: bool = False
+    stream: PeerStream, error: OwnedElsewhereError, *, hops: int, handed_over: bool = False
 ) -> TrioResponse | None:
     """Send the current request to the process at the other end of ``stream``, and return its answer.
 
@@ -265,12 +287,14 @@ async def _answer_from(
     peer = PeerConnection(stream, address=error.address, secret=current_service().store.peer_secret)
     slot = current_service().sessions.proxied_requests.open_request(error.address, is_look=_LOOK in request.scope)
     release_after_request(partial(_close_peer, peer, slot, _client_returns()))
-    if user_of_peer(stream.socket) != user_of_peer(None):
-        raise StoreError(str(error))
     logger.debug("asking the owner", session_id=error.session_id, owner=error.fence, method=request.method)
+    instance = PeerAddress.parse(error.address).instance
     passed_on = [(_HOPS.encode(), b"%d" % (hops + 1))]
     if handed_over:
         passed_on.append((_HANDED_OVER.encode(), b"1"))
+    passed_on.append((INSTANCE.encode(), instance.encode()))
+    if error.fence != _NO_OWNER:
+        passed_on.append((FENCE.encode(), b"%d" % error.fence))
     answer = await _ask(peer, slot, error.session_id, passed_on)
     if answer is None:
         if _may_be_repeated(peer):
@@ -278,10 +302,11 @@ async def _answer_from(
         await _wait_until_free(current_service(), error.session_id, error.fence)
         raise _unknown_outcome("has died")
     head, body = answer
-    if any(name == _UNTOUCHED.encode() for name, _ in head.headers):
+    if any(name in (_UNTOUCHED.encode(), INSTANCE.encode()) for name, _ in head.headers):
         peer.close()
         slot.close()
-        return None
+        # Another process than the owner has answered at its address, and has done nothing: the owner has gone.
+        return await _answer_here(error) if head.status_code == MISDIRECTED else None
     drop_body(request)
     hold_answer(len(body))
     response = TrioResponse(body, head.status_code)

@@ -11,6 +11,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from service.api.http import proxy
 from service.api.http.proxy import PEER, SUCCESSORS
+from service.cluster.peer_transport import PeerTransport
 from service.errors import StoreError
 from service.sessions.active.acceptance import MAKE_WAY_MAX_S
 from service.stop_state import Phase
@@ -135,12 +136,12 @@ async def test_a_queued_turn_that_is_handed_over_may_wait_for_as_long_as_the_dra
 ) -> None:
     ends: list[trio.SocketStream] = []
 
-    async def connect(_: str) -> trio.SocketStream:
+    async def connect(_: PeerTransport, __: str) -> trio.SocketStream:
         pair = [trio.SocketStream(end) for end in trio.socket.socketpair()]
         ends.extend(pair)
         return pair[0]
 
-    monkeypatch.setattr(proxy, "connect_to_peer", connect)
+    monkeypatch.setattr(PeerTransport, "connect", connect)
     monkeypatch.setattr(proxy, "PeerConnection", SilentPeer)
     async with open_stopping(drain_timeout_s=120) as (api, _):
         monkeypatch.setattr(type(api.service.store), "peer_secret", b"x", raising=False)

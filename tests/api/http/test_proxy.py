@@ -1,15 +1,20 @@
-"""Requests that another process has to answer. The owner is a script here, with a socket and a row in the store."""
+"""Requests that another process has to answer. The owner is a script here, with a socket and a row in the store.
 
+It is in the same place as the application, or in another one, which is reached with TLS (``both_ways``).
+"""
+
+import errno
 import json
 import os
 import secrets
 import socket
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import trio
@@ -24,11 +29,15 @@ from service.api.http.app_state import held_bytes_of
 from service.api.http.proxy import PEER, SUCCESSORS, FaceStream, split_whole
 from service.api.native import turns
 from service.api.openai.response_events import CUT
-from service.cluster import owner_beats, peer_socket
+from service.cluster import owner_beats, peer_transport
+from service.cluster.peer_address import PeerAddress
+from service.cluster.peer_certificates import PeerCertificates
 from service.cluster.peer_proof import Purpose, check_peer
 from service.cluster.peer_socket import socket_name
-from service.errors import OwnedElsewhereError, StoreError, TurnNotFoundError
-from service.hosting import peer_listener
+from service.cluster.peer_tls import TlsStream
+from service.cluster.peer_transport import PeerStream, PeerTransport
+from service.errors import OwnedElsewhereError, PeerUntrustedError, StoreError, TurnNotFoundError
+from service.hosting.peer_listener import client_returns
 from service.sessions.events.events import Event
 from service.sessions.events.replay import Replay
 from service.stop_state import Phase
@@ -36,6 +45,7 @@ from service.storage.records import SEQ_AFTER_CRASH, EndResult
 from service.storage.sqlite import SqliteStore, open_sqlite_store
 from tests.api.counting_face import CountingFace
 from tests.api.inprocess import SSE, Api, Reply, leave, open_api
+from tests.cluster.certificates import peer_certificates
 from tests.descriptors import no_descriptor_left
 from tests.storage.rows import T0, a_session, a_turn, ended
 from tests.storage.test_store_owners import a_checkpoint
@@ -59,25 +69,45 @@ def answer(body: str, status: int = 200) -> bytes:
     return head.encode() + body.encode()
 
 
+Way = Literal["unix", "tls"]
+WAY: Way = "unix"
+both_ways = pytest.mark.parametrize("way", ["unix", "tls"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How the owner is reached."""
+    monkeypatch.setattr(sys.modules[__name__], "WAY", getattr(request, "param", "unix"))
+
+
 class Owner:
     """The other process: it runs a turn of session ``s``, and sends the answers that a test writes."""
 
-    def __init__(self, store: SqliteStore, listener: trio.socket.SocketType, address: str) -> None:
+    def __init__(
+        self,
+        store: SqliteStore,
+        listener: trio.socket.SocketType,
+        address: str,
+        certificates: PeerCertificates | None = None,
+    ) -> None:
         self.store = store
         self.address = address
         self.listener = listener
         self.accepted: list[trio.socket.SocketType] = []
+        self.certificates = certificates
 
-    async def take_connection(self) -> tuple[trio.SocketStream, Purpose]:
+    async def take_connection(self) -> tuple[PeerStream, Purpose]:
         """The next connection, and what it is for."""
         accepted, _ = await self.listener.accept()
         self.accepted.append(accepted)
-        stream = trio.SocketStream(accepted)
+        stream: PeerStream = trio.SocketStream(accepted)
+        if self.certificates is not None:
+            stream = TlsStream(accepted, self.certificates.server)
         purpose = await check_peer(stream, self.store.peer_secret, address=self.address)
         assert purpose is not None
         return stream, purpose
 
-    async def take(self) -> tuple[trio.SocketStream, bytes]:
+    async def take(self) -> tuple[PeerStream, bytes]:
         """The next request. A connection for beats in front of the request is closed, as an earlier version does."""
         stream, purpose = await self.take_connection()
         while purpose == "beats":
@@ -89,35 +119,49 @@ class Owner:
             body += await stream.receive_some()
         return stream, head + b"\r\n\r\n" + body
 
-    async def die(self, stream: trio.SocketStream | None = None) -> None:
+    async def die(self, stream: PeerStream | None = None) -> None:
         """Die as a process does: the connections close first, and the lock is free a moment later."""
         self.listener.close()
         if stream is not None:
-            await stream.aclose()
+            stream.socket.close()
         await trio.sleep(0.05)
         await self.store.aclose()
 
 
 @asynccontextmanager
-async def open_owner(folder: Path, *, backlog: int = 10, **settings: Any) -> AsyncIterator[tuple[Api, Owner]]:
+async def open_owner(
+    folder: Path, *, backlog: int = 10, peers: PeerTransport | None = None, **settings: Any
+) -> AsyncIterator[tuple[Api, Owner]]:
     """An application, and the owner of a turn on the same file."""
     path = folder / "lastcall.db"
     address = f"@test-{secrets.token_hex(8)}"
-    with trio.fail_after(CAP_S), trio.socket.socket(socket.AF_UNIX) as listener:
-        await listener.bind(socket_name(address))
+    certificates = peer_certificates(folder / "certificates") if WAY == "tls" else None
+    family = socket.AF_UNIX if certificates is None else socket.AF_INET
+    with trio.fail_after(CAP_S), trio.socket.socket(family) as listener:
+        await listener.bind(socket_name(address) if certificates is None else ("127.0.0.1", 0))
         listener.listen(backlog)
+        if certificates is not None:
+            address = f"tls://127.0.0.1:{listener.getsockname()[1]}/lastcall-{32 * '0'}?place={16 * 'f'}"
         async with (
             open_sqlite_store(path, address=address) as store,
             open_api(
-                store_url=f"sqlite:{path}", model_url="scripted:?tokens=3&rate=0&first_token_s=0", **settings
+                peers=peers or PeerTransport(certificates),
+                store_url=f"sqlite:{path}",
+                model_url="scripted:?tokens=3&rate=0&first_token_s=0",
+                **settings,
             ) as api,
         ):
             await store.create_session(a_session("s", idle_timeout_s=3600), now=T0)
             await store.begin_turn(a_turn(TURN, "s"), now=T0)
-            owner = Owner(store, listener, address)
+            owner = Owner(store, listener, address, certificates)
             yield api, owner
             for accepted in owner.accepted:
                 accepted.close()
+
+
+def returns(stream: PeerStream) -> bool:
+    """What the listener of an owner would say of the client behind a connection."""
+    return stream.client_returns() if isinstance(stream, TlsStream) else client_returns(stream.socket)
 
 
 async def ask(api: Api, replies: list[Reply], method: str, path: str, body: object = None, **more: object) -> None:
@@ -158,6 +202,7 @@ async def test_an_owners_proof_is_no_other_owners(tmp_path: Path) -> None:
         await living.aclose()
 
 
+@both_ways
 async def test_a_request_and_its_answer_are_passed_on_unchanged(tmp_path: Path) -> None:
     async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
         replies: list[Reply] = []
@@ -187,6 +232,7 @@ async def test_a_request_and_its_answer_are_passed_on_unchanged(tmp_path: Path) 
         assert (replies[1].status, replies[1].headers["x-request-id"]) == (409, made)
 
 
+@both_ways
 async def test_whole_events_and_comments_are_passed_on_at_once_and_a_dead_owners_stream_ends_from_the_store(
     tmp_path: Path,
 ) -> None:
@@ -240,6 +286,7 @@ async def test_a_stream_that_its_owner_never_began_goes_on_from_what_the_client_
         assert (await client.receive()).startswith(frame(3).encode())
 
 
+@both_ways
 async def test_a_stream_of_a_dead_owner_goes_on_in_the_face_in_which_it_began(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -427,6 +474,7 @@ async def test_a_stream_that_had_its_end_gets_no_second_one(tmp_path: Path) -> N
         assert await client.receive() == b"", "the end of the body"
 
 
+@both_ways
 async def test_a_stream_that_a_living_owner_cuts_ends(tmp_path: Path) -> None:
     """The client resumes it; no other process ends a turn of an owner that lives."""
     async with open_owner(tmp_path) as (api, owner), api.open("GET", EVENTS, headers=SSE) as client:
@@ -439,6 +487,7 @@ async def test_a_stream_that_a_living_owner_cuts_ends(tmp_path: Path) -> None:
         assert (await owner.store.get_turn("s", TURN, now=datetime.now(UTC))).is_open
 
 
+@both_ways
 async def test_a_request_that_a_dead_owner_did_not_answer_is_answered_here(tmp_path: Path) -> None:
     async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
         replies: list[Reply] = []
@@ -450,6 +499,7 @@ async def test_a_request_that_a_dead_owner_did_not_answer_is_answered_here(tmp_p
         assert (replies[0].status, replies[0].json["state"], replies[0].json["reason"]) == (200, "interrupted", "crash")
 
 
+@both_ways
 async def test_no_turn_is_started_twice_for_an_owner_that_died(tmp_path: Path) -> None:
     async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
         replies: list[Reply] = []
@@ -466,6 +516,7 @@ async def test_no_turn_is_started_twice_for_an_owner_that_died(tmp_path: Path) -
         assert (await api.call("POST", "/sessions/s/turns", body)).json["state"] == "completed"
 
 
+@both_ways
 async def test_where_a_living_owner_cannot_be_reached_the_answer_is_503_and_nothing_changes(tmp_path: Path) -> None:
     async with open_owner(tmp_path) as (api, owner):
         owner.listener.close()
@@ -474,6 +525,7 @@ async def test_where_a_living_owner_cannot_be_reached_the_answer_is_503_and_noth
         assert (await owner.store.get_turn("s", TURN, now=datetime.now(UTC))).is_open
 
 
+@both_ways
 async def test_a_process_that_may_open_nothing_more_says_so_and_gives_up_no_owner(tmp_path: Path) -> None:
     async with open_owner(tmp_path) as (api, owner):
         await api.call("GET", "/sessions")  # opens the files that are opened only once
@@ -496,6 +548,7 @@ async def test_a_process_that_may_open_nothing_more_says_so_and_gives_up_no_owne
         ("POST", "/sessions/s/fork", False),
     ],
 )
+@both_ways
 async def test_an_owner_that_hangs_is_not_waited_for_beyond_its_time(
     method: str, path: str, repeatable: bool, tmp_path: Path
 ) -> None:
@@ -543,6 +596,7 @@ async def test_an_owner_has_longer_for_calls_that_wait_for_more_than_one_step_of
         assert replies[0].status == 200
 
 
+@both_ways
 async def test_a_call_that_waits_for_its_turn_and_a_stream_wait_as_long_as_that_takes(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"store_timeout_s": 0.2, "cleanup_timeout_s": 0.2}
     async with open_owner(tmp_path, **settings) as (api, owner), trio.open_nursery() as nursery:
@@ -564,6 +618,7 @@ async def test_a_call_that_waits_for_its_turn_and_a_stream_wait_as_long_as_that_
 
 
 @pytest.mark.parametrize("is_repeatable", [False, True])
+@both_ways
 async def test_a_body_is_kept_until_its_owner_has_accepted_it(is_repeatable: bool, tmp_path: Path) -> None:
     """Until then another process may have to answer: this one, if the owner stops."""
     async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
@@ -592,6 +647,7 @@ def quick_beats(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(owner_beats, "SILENCE_S", 0.3)
 
 
+@both_ways
 async def test_a_stream_whose_owner_hangs_ends_as_one_that_can_be_resumed(quick_beats: None, tmp_path: Path) -> None:
     async with open_owner(tmp_path) as (api, owner), api.open("GET", EVENTS, headers=SSE) as client:
         await client.send_complete()
@@ -614,7 +670,7 @@ async def test_a_stream_whose_owner_hangs_ends_as_one_that_can_be_resumed(quick_
 
         await beating.send_all(b".")  # the owner goes on, and finds that the client may come back
         assert await stream.receive_some() == b""
-        assert peer_listener.client_returns(stream.socket)
+        assert returns(stream)
         async with trio.open_nursery() as nursery:
             replies: list[Reply] = []
             nursery.start_soon(lambda: ask(api, replies, "GET", EVENTS, headers={"Last-Event-ID": "1"}))
@@ -628,6 +684,7 @@ async def test_a_stream_whose_owner_hangs_ends_as_one_that_can_be_resumed(quick_
 
 @pytest.mark.parametrize("prefix", ["", "/pre"])
 @pytest.mark.parametrize("accepted", [True, False])
+@both_ways
 async def test_a_call_that_waits_for_a_turn_whose_owner_hangs_is_told_the_turn(
     accepted: bool, prefix: str, quick_beats: None, tmp_path: Path
 ) -> None:
@@ -651,7 +708,7 @@ async def test_a_call_that_waits_for_a_turn_whose_owner_hangs_is_told_the_turn(
             assert "whether it accepted" in problem["detail"]
         assert "retry-after" not in replies[0].headers
         assert await stream.receive_some() == b""
-        assert peer_listener.client_returns(stream.socket), "the client has not left"
+        assert returns(stream), "the client has not left"
         assert api.service.sessions.proxied_requests.is_idle
 
 
@@ -685,22 +742,25 @@ async def test_a_process_that_stops_hands_nothing_over_to_one_that_hangs(
 
 
 @pytest.mark.parametrize("stops", [False, True])
+@both_ways
 async def test_a_call_that_connects_to_an_owner_as_it_falls_silent_does_not_wait_for_it(
     stops: bool, quick_beats: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     connecting, silent = trio.Event(), trio.Event()
 
-    async def connect_slowly(address: str) -> trio.SocketStream | None:
+    async def connect_slowly(transport: PeerTransport, address: str) -> PeerStream | None:
         connecting.set()
         await silent.wait()
-        return await peer_socket.connect_to_peer(address)
+        return await connect(transport, address)
+
+    connect = PeerTransport.connect
 
     async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
         if stops:
             stop_beside(api, owner, monkeypatch)
         replies: list[Reply] = []
         with monkeypatch.context() as patch:
-            patch.setattr(proxy, "connect_to_peer", connect_slowly)
+            patch.setattr(PeerTransport, "connect", connect_slowly)
             nursery.start_soon(lambda: ask(api, replies, "POST", "/sessions/s/turns", {"input": "y"}))
             await connecting.wait()
         await let_hang(api, owner)
@@ -879,7 +939,7 @@ async def test_an_owner_whose_backlog_is_full_is_asked_again(tmp_path: Path) -> 
 async def test_an_owner_whose_backlog_stays_full_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peer_socket, "_CONNECT_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(peer_transport, "CONNECT_TIMEOUT_S", 0.1)
     async with open_owner(tmp_path, backlog=0) as (api, owner):
         with socket.socket(socket.AF_UNIX) as waiting:
             waiting.connect(owner.listener.getsockname())
@@ -888,6 +948,7 @@ async def test_an_owner_whose_backlog_stays_full_is_not_waited_for(
         assert problem["retry_after_s"] == 1
 
 
+@both_ways
 async def test_a_client_that_leaves_has_left_at_the_owner_too(tmp_path: Path) -> None:
     async with open_owner(tmp_path) as (api, owner):
         client = api.open("POST", f"/sessions/s/turns/{TURN}/cancel")
@@ -896,8 +957,10 @@ async def test_a_client_that_leaves_has_left_at_the_owner_too(tmp_path: Path) ->
             stream, _ = await owner.take()
             await leave(client)
             assert await stream.receive_some() == b""
+            assert not returns(stream)
 
 
+@both_ways
 async def test_a_process_that_stops_half_closes_its_connection_to_the_owner(tmp_path: Path) -> None:
     """The process closes its sending side and waits, so the owner does not take it for a client that has left."""
     async with open_owner(tmp_path) as (api, owner), api.open("GET", EVENTS, headers=SSE) as client:
@@ -908,6 +971,7 @@ async def test_a_process_that_stops_half_closes_its_connection_to_the_owner(tmp_
         api.service.sessions.drain.interrupt_all()
         assert await client.receive() == b"", "the end of the body"
         assert await stream.receive_some() == b""
+        assert returns(stream)
         await stream.send_all(chunk(frame(2)))  # so the process has not closed its receiving side
         async with trio.open_nursery() as nursery:
             nursery.start_soon(api.service.sessions.drain.wait_idle)
@@ -916,6 +980,7 @@ async def test_a_process_that_stops_half_closes_its_connection_to_the_owner(tmp_
             await stream.aclose()
 
 
+@both_ways
 async def test_an_end_that_the_owner_publishes_at_the_last_moment_still_arrives(tmp_path: Path) -> None:
     """Both processes stop, and the owner's disk hangs: the owner publishes its ends when its time is nearly over."""
     async with open_owner(tmp_path) as (api, owner), api.open("GET", EVENTS, headers=SSE) as client:
@@ -931,6 +996,7 @@ async def test_an_end_that_the_owner_publishes_at_the_last_moment_still_arrives(
         await stream.aclose()
 
 
+@both_ways
 async def test_a_request_that_came_from_a_process_that_stops_is_cut_as_its_own(tmp_path: Path) -> None:
     async with open_owner(tmp_path) as (api, owner):
         client = api.open("GET", EVENTS, headers=SSE, scope={PEER: lambda: True})
@@ -957,6 +1023,7 @@ async def test_a_look_that_waits_is_passed_on_with_the_time_that_it_may_take(tmp
         assert replies[0].status == 200
 
 
+@both_ways
 async def test_a_stop_does_not_wait_for_a_look_that_waits_at_the_owner(tmp_path: Path) -> None:
     async with open_owner(tmp_path, cleanup_timeout_s=CAP_S) as (api, owner), trio.open_nursery() as nursery:
         replies: list[Reply] = []
@@ -1058,3 +1125,89 @@ async def test_messages_are_added_and_deleted_by_the_owner_of_the_open_turn(tmp_
 async def wait_for(replies: list[Reply], count: int = 1) -> None:
     while len(replies) < count:  # noqa: ASYNC110
         await trio.sleep(0.005)
+
+
+WRONG = b"HTTP/1.1 421 \r\nlastcall-instance: another\r\ncontent-length: 0\r\n\r\n"
+
+
+@both_ways
+@pytest.mark.parametrize("accepts", [False, True])
+async def test_where_another_process_has_the_address_of_the_owner_the_owner_is_looked_for_anew(
+    accepts: bool, tmp_path: Path
+) -> None:
+    """The other process has done nothing of the request, so a turn may be begun again."""
+    async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
+        replies: list[Reply] = []
+        nursery.start_soon(lambda: ask(api, replies, "POST", "/sessions/s/turns", {"input": "x"}))
+        stream, request = await owner.take()
+        head = request.decode().lower()
+        assert f"\r\nlastcall-instance: {PeerAddress.parse(owner.address).instance}\r\n" in head
+        assert f"\r\nlastcall-fence: {owner.store.fence}\r\n" in head
+        if not accepts:
+            await owner.store.aclose()  # the owner has gone, and its row with it
+        await stream.send_all(WRONG)
+        if accepts:  # its row is still there
+            await wait_for(replies)
+            assert replies[0].problem(503, "store_unavailable")["retry_after_s"] == 1
+            assert (await owner.store.get_turn("s", TURN, now=datetime.now(UTC))).is_open
+        else:
+            await wait_for(replies)
+            assert (replies[0].status, replies[0].json["state"]) == (200, "completed")
+
+
+async def test_callers_cannot_say_for_which_process_a_request_is(tmp_path: Path) -> None:
+    async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
+        replies: list[Reply] = []
+        headers = {"Lastcall-Instance": "x", "Lastcall-Fence": "77"}
+        nursery.start_soon(lambda: ask(api, replies, "GET", f"/sessions/s/turns/{TURN}", headers=headers))
+        stream, request = await owner.take()
+        assert request.lower().count(b"lastcall-instance") == request.lower().count(b"lastcall-fence") == 1
+        assert b"77" not in request
+        await stream.send_all(answer("{}"))
+        await wait_for(replies)
+
+
+@pytest.mark.parametrize("way", ["tls"], indirect=True)
+@pytest.mark.parametrize("signed_by", ["another", None], ids=["another authority", "no certificate here"])
+async def test_a_replica_that_cannot_be_trusted_gets_no_request(signed_by: str | None, tmp_path: Path) -> None:
+    strange = (
+        peer_certificates(tmp_path / "strange", signed_by=signed_by, trusts=("ours", signed_by)) if signed_by else None
+    )
+    async with open_owner(tmp_path, peers=PeerTransport(strange)) as (api, owner), trio.open_nursery() as nursery:
+        replies: list[Reply] = []
+        nursery.start_soon(lambda: ask(api, replies, "POST", "/sessions/s/turns", {"input": "x"}))
+        if strange is not None:
+            accepted, _ = await owner.listener.accept()
+            assert owner.certificates is not None
+            async with TlsStream(accepted, owner.certificates.server) as stream:
+                with pytest.raises((PeerUntrustedError, trio.BrokenResourceError)):
+                    await stream.do_handshake()
+        await wait_for(replies)
+        problem = replies[0].problem(503, "store_unavailable")
+        assert problem["retry_after_s"] == 1, "nothing was asked"
+        assert str(tmp_path) not in problem["detail"]
+        assert (await owner.store.get_turn("s", TURN, now=datetime.now(UTC))).is_open
+
+
+@pytest.mark.parametrize("way", ["tls"], indirect=True)
+async def test_where_a_replica_is_out_of_reach_its_streams_end_and_its_turns_go_on(
+    quick_beats: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_owner(tmp_path) as (api, owner), api.open("GET", EVENTS, headers=SSE) as client:
+        await client.send_complete()
+        stream, _ = await owner.take()
+        await stream.send_all(HEAD + chunk(frame(1)))
+        assert await client.receive() == frame(1).encode()
+        beating, _ = await owner.take_connection()
+
+        async def unreachable(*_: object, **__: object) -> trio.SocketStream:
+            raise OSError(errno.EHOSTUNREACH, "No route to host")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(trio, "open_tcp_stream", unreachable)
+            patch.setattr(peer_transport, "_RETRY_S", 0.05)
+            assert await client.receive() == b"", "the beats are missing"
+            beating.socket.close()
+            problem = (await api.call("GET", f"/sessions/s/turns/{TURN}")).problem(503, "store_unavailable")
+            assert problem["retry_after_s"] == 1
+            assert (await owner.store.get_turn("s", TURN, now=datetime.now(UTC))).is_open
