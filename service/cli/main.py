@@ -10,6 +10,7 @@ from pathlib import Path
 
 import service
 from service import __version__
+from service.cli.certificates import add_certificates_command, run_certificates_command
 from service.cli.store_commands import add_commands, run_store_command
 from service.errors import StartupError
 from service.settings import (
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     overrides = {name: value for name in OPTIONS if (value := getattr(arguments, OPTIONS[name], None))}
     try:
+        if arguments.command == "certificates":  # needs no settings
+            return run_certificates_command(arguments)
         sources = read_sources(**overrides)
         settings = sources.settings()
         if arguments.command in ("serve", "config"):
@@ -89,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--reload", action="store_true", help="start anew when the code or lastcall.toml changes")
     commands.add_parser("config", help="print the settings in force, as TOML, and where each comes from")
     add_commands(commands)
+    add_certificates_command(commands)
     return parser
 
 
