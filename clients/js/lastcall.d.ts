@@ -135,6 +135,8 @@ export interface Turn {
   items?: Array<Record<string, unknown>>;
   events_deleted?: true;
   stored?: false;
+  on_interrupt?: "retry" | "continue";
+  attempt?: number;
 }
 
 export interface TreeTurn {
@@ -301,7 +303,8 @@ export declare class Client {
   stream(sessionId: string, message: Input, options?: StartOptions): TurnStream;
   chat(
     message: string,
-    options?: { sessionId?: string; on_disconnect?: "cancel" | "continue"; requestId?: string } & KeyedOptions &
+    options?: { sessionId?: string; requestId?: string } & Pick<TurnFields, "on_disconnect" | "on_interrupt"> &
+      KeyedOptions &
       StreamOptions,
   ): TurnStream;
   retry(sessionId: string, turnId: string, options?: Omit<StartOptions, "parent">): TurnStream;

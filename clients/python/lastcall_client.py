@@ -184,6 +184,8 @@ class Turn(TypedDict):
     items: NotRequired[list[dict[str, Any]]]
     events_deleted: NotRequired[bool]
     stored: NotRequired[bool]
+    on_interrupt: NotRequired[str]
+    attempt: NotRequired[int]
 
 
 class TreeTurn(TypedDict):
@@ -560,11 +562,13 @@ class Client:
         *,
         session_id: str | None = None,
         on_disconnect: Literal["cancel", "continue"] = "continue",
+        on_interrupt: Literal["fail", "retry", "continue"] | None = None,
         idempotency_key: str | None = None,
         on_wait: OnWait | None = None,
     ) -> "TurnStream":
         """Send a message to this session, which is made if it is not there, or to a new one."""
-        body = {"message": message, "on_disconnect": on_disconnect} | _query(session_id=session_id)
+        named = _query(session_id=session_id, on_interrupt=on_interrupt)
+        body = {"message": message, "on_disconnect": on_disconnect, **named}
         return self._starting("/chat", body, session_id=session_id, key=idempotency_key, on_wait=on_wait)
 
     def retry(

@@ -2,8 +2,8 @@
 
 A step is ``{"do": "stream", "args": ["me", "Hi"], "options": {…}, "as": "first"}``: a call of the client. A text
 ``$first.id`` in ``args`` stands for that field of an earlier result. ``leave_after`` leaves a stream after so many
-events, ``abort_after`` cancels the reader then, ``cancel_after`` the turn. ``split`` and ``block_ms``
-are for JavaScript.
+events, and with ``go_on`` reads on in another loop; ``abort_after`` cancels the reader, ``cancel_after`` the turn.
+``split`` and ``block_ms`` are for JavaScript.
 """
 
 from collections.abc import Mapping, Sequence
@@ -100,6 +100,8 @@ async def _read(stream: TurnStream, step: Mapping[str, Any], result: dict[str, A
                         scope.cancel()
                     if len(events) == step.get("cancel_after"):
                         await stream.cancel()
+            if "go_on" in step:
+                events += [event async for event in stream]
     finally:
         result |= {
             "events": [[it.seq, it.type, it.text] for it in events],

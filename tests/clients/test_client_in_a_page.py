@@ -102,11 +102,14 @@ async def comes_back_when_its_page_is_shown_and_not_when_it_is_hidden(page: Page
     cut_once = Scenario([cut(STARTED), replays(WHOLE)], [SEND], [SEEN_ALL])
     async with open_waiting(page, cut_once):
         await page.get(WAITED)
+        await page.get(
+            "(() => { const get = window.fetch; window.fetch = (...it) => (window.asked = true, get(...it)); })()"
+        )
         for state in ("hidden", "visible"):
-            assert await page.get("window.results") is None
+            assert await page.get("window.asked") is None
             await page.get(
                 f"Object.defineProperty(document, 'visibilityState', {{configurable: true, get: () => '{state}'}}),"
-                "void document.dispatchEvent(new Event('visibilitychange'))"
+                "document.dispatchEvent(new Event('visibilitychange')), new Promise((done) => setTimeout(done))"
             )
 
 
